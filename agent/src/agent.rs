@@ -1,0 +1,327 @@
+//! The node agent: wires sources, model, plan and dataplane, and tells how it is.
+
+pub mod keeper;
+pub mod status;
+mod sync;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context;
+use sluice_common::abi::{self, Settings};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+use crate::dataplane::{Pins, Xdp, load};
+use crate::devices::own::OwnRoutes;
+use crate::devices::pattern::Patterns;
+use crate::devices::watch::{Watched, watch as watch_devices};
+use crate::model::{self, Event, Model, SourceId};
+use keeper::{Inputs, Kept, Keeper};
+use status::{SourceStatus, StateDir, Status, unix_seconds};
+use sync::Sync;
+
+/// How long further changes are gathered before the plan hears of them.
+const GATHER: Duration = Duration::from_millis(3);
+/// The shortest time between two writings of the status.
+const STATUS_PERIOD: Duration = Duration::from_secs(1);
+/// Events that wait between a source and the loop.
+const EVENTS: usize = 16_384;
+
+/// Whose calls the socket path translates.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum SocketPath {
+    /// Those of host processes and pods.
+    #[default]
+    All,
+    /// Those of processes in the host's network namespace.
+    Host,
+    /// None: every packet is translated at a device.
+    Off,
+}
+
+impl SocketPath {
+    fn word(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Host => "host",
+            Self::Off => "off",
+        }
+    }
+
+    fn number(self) -> u32 {
+        match self {
+            Self::All => abi::socket_path::ALL,
+            Self::Host => abi::socket_path::HOST,
+            Self::Off => abi::socket_path::OFF,
+        }
+    }
+}
+
+/// How the agent is to run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The node's name, as in `nodeName` of endpoints.
+    pub node: String,
+    /// Where maps and links are pinned.
+    pub pin_path: PathBuf,
+    /// Where lock and status lie.
+    pub state_dir: PathBuf,
+    /// The cgroup of the socket path; the root of the cgroup2 mount if not given.
+    pub cgroup: Option<PathBuf>,
+    /// Roles of devices that a person has named.
+    pub patterns: Patterns,
+    /// Whose calls the socket path translates.
+    pub socket_path: SocketPath,
+    /// How uplinks use XDP.
+    pub xdp: Xdp,
+    /// A folder of manifests.
+    pub manifests: Option<PathBuf>,
+    /// Whether the API server is asked.
+    pub kubernetes: bool,
+    /// How the API server is found; in-cluster if not given.
+    pub kubeconfig: Option<PathBuf>,
+    /// Capacities of maps that differ from the object's.
+    pub sizes: BTreeMap<String, u32>,
+}
+
+/// Runs the agent until it is told to stop; programs and maps stay.
+///
+/// # Errors
+///
+/// When another agent runs, or the kernel refuses maps or programs.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    let started = SystemTime::now();
+    let state = StateDir::take(&options.state_dir)?;
+    let pins = Pins::new(&options.pin_path);
+    let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp))?;
+    loaded.kernel.maps().write_settings(&Settings {
+        host_netns: netns_cookie().context("cannot ask for the network namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)")?,
+        socket_path: options.socket_path.number(),
+        reserved: 0,
+    })?;
+    let cgroup = match options.socket_path {
+        SocketPath::Off => None,
+        SocketPath::All | SocketPath::Host => Some(match &options.cgroup {
+            Some(cgroup) => cgroup.clone(),
+            None => cgroup2_mount().context("cannot find a cgroup2 mount; give --cgroup, or --socket-path off")?,
+        }),
+    };
+
+    let (survey_sender, watched) = watch::channel(Watched::default());
+    let (vips_sender, vips) = watch::channel(Arc::new(BTreeSet::<IpAddr>::new()));
+    let (filled_sender, filled) = watch::channel(loaded.filled);
+    let (kept_sender, kept) = watch::channel(Kept::default());
+    let (events_sender, events) = mpsc::channel(EVENTS);
+
+    let _devices = tokio::spawn(keep_watching(options.patterns.clone(), survey_sender));
+    let own = OwnRoutes::new().await.context("cannot use netlink")?;
+    let keeper = Keeper::new(loaded.hooks, own, options.socket_path.word(), cgroup);
+    let inputs = Inputs { watched: watched.clone(), vips, filled };
+    let _keeper = tokio::spawn(keeper.run(inputs, kept_sender));
+    let sources = start_sources(&options, &events_sender)?;
+
+    let settings = model::Settings {
+        node: Some(options.node.as_str().into()),
+        proxy_name: None,
+        sources: sources.iter().map(|(id, _)| *id).collect(),
+    };
+    let sync = Sync::adopt(loaded.kernel, Model::new(settings), loaded.filled)?;
+    let status = Status {
+        node: options.node.clone(),
+        pid: std::process::id(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        started: unix_seconds(started),
+        ..Status::default()
+    };
+    tracing::info!(node = status.node, pins = %options.pin_path.display(), adopted = loaded.filled, "started");
+    let agent = Agent { state, status, sources, sync, watched, kept, events, vips: vips_sender, filled: filled_sender };
+    // The sender stays here: a source that ends must not end the loop.
+    let result = agent.run().await;
+    drop(events_sender);
+    result
+}
+
+/// Watches devices, again and again if netlink fails.
+async fn keep_watching(patterns: Patterns, sender: watch::Sender<Watched>) {
+    while !sender.is_closed() {
+        if let Err(error) = watch_devices(patterns.clone(), sender.clone()).await {
+            tracing::warn!("cannot watch devices: {error}; trying again");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+}
+
+/// Where objects come from: id, and folder or address for people.
+type Sources = Vec<(SourceId, String)>;
+
+fn start_sources(options: &Options, events: &mpsc::Sender<Event>) -> anyhow::Result<Sources> {
+    let mut sources = Vec::new();
+    if let Some(folder) = &options.manifests {
+        sources.push((SourceId::Manifests, folder.display().to_string()));
+    }
+    if options.kubernetes {
+        sources.push((SourceId::Kubernetes, String::new()));
+    }
+    let _ = events;
+    Ok(sources)
+}
+
+/// The running agent's parts.
+struct Agent {
+    state: StateDir,
+    status: Status,
+    sources: Sources,
+    sync: Sync,
+    watched: watch::Receiver<Watched>,
+    kept: watch::Receiver<Kept>,
+    events: mpsc::Receiver<Event>,
+    vips: watch::Sender<Arc<BTreeSet<IpAddr>>>,
+    filled: watch::Sender<bool>,
+}
+
+impl Agent {
+    async fn run(mut self) -> anyhow::Result<()> {
+        let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+        let mut status_due = tokio::time::interval(STATUS_PERIOD);
+        status_due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut dirty = true;
+        loop {
+            let retry = self.sync.retry_at();
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                Some(event) = self.events.recv() => {
+                    self.sync.hear(event);
+                    tokio::time::sleep(GATHER).await;
+                    while let Ok(event) = self.events.try_recv() {
+                        self.sync.hear(event);
+                    }
+                }
+                Ok(()) = self.watched.changed() => {
+                    let addresses = self.watched.borrow_and_update().survey.node_addresses.clone();
+                    self.sync.set_node_addresses(addresses);
+                }
+                Ok(()) = self.kept.changed() => { let _ = self.kept.borrow_and_update(); }
+                () = tokio::time::sleep_until(retry.unwrap_or_else(tokio::time::Instant::now)), if retry.is_some() => {}
+                _ = status_due.tick(), if dirty => {
+                    dirty = false;
+                    self.sync.log_reports();
+                    self.tell();
+                    continue;
+                }
+            }
+            dirty = true;
+            tokio::task::block_in_place(|| self.sync.run());
+            if let Some(vips) = self.sync.take_vips() {
+                let _ = self.vips.send_replace(vips);
+            }
+            let filled = self.sync.is_filled();
+            let _ = self.filled.send_if_modified(|before| std::mem::replace(before, filled) != filled);
+            if self.is_ready() != self.status.ready {
+                self.tell();
+            }
+        }
+        tracing::info!("stopping; programs and maps stay, packets flow on");
+        self.status.ready = false;
+        self.status.waiting_for = vec!["the agent was stopped".to_owned()];
+        self.state.write(&self.status).context("cannot write the status")
+    }
+
+    fn is_ready(&self) -> bool {
+        self.sync.is_settled() && self.kept.borrow().complete
+    }
+
+    /// Writes the status.
+    fn tell(&mut self) {
+        let kept = self.kept.borrow().clone();
+        let ready = self.is_ready();
+        if ready && !self.status.ready {
+            tracing::info!(devices = kept.devices.len(), "ready");
+        }
+        let awaited = self.sync.awaited();
+        let status = &mut self.status;
+        status.ready = ready;
+        status.waiting_for = awaited.iter().map(|id| format!("the first full list of {}", source_name(*id))).collect();
+        if !kept.complete {
+            let problems = kept.devices.iter().filter_map(|device| device.problem.clone());
+            let all: Vec<String> = problems.chain(kept.sockets.problem.clone()).chain(kept.problem.clone()).collect();
+            let waiting = if all.is_empty() { vec!["the programs to be attached".to_owned()] } else { all };
+            status.waiting_for.extend(waiting);
+        }
+        status.sources = self.sources.iter().map(|(id, from)| {
+            let name = source_name(*id).to_owned();
+            let problem = self.sync.source_problem(*id);
+            SourceStatus { name, from: from.clone(), synced: !awaited.contains(id), problem }
+        }).collect();
+        status.counts = self.sync.counts();
+        status.devices = kept.devices;
+        status.socket_path = kept.sockets;
+        status.reports = self.sync.reports();
+        status.last_sync = self.sync.last();
+        status.failing = self.sync.failing();
+        status.waiting_for.extend(status.failing.clone());
+        if let Err(error) = self.state.write(status) {
+            tracing::warn!("cannot write the status: {error}");
+        }
+    }
+}
+
+/// A source's word.
+fn source_name(id: SourceId) -> &'static str {
+    match id {
+        SourceId::Manifests => "manifests",
+        SourceId::Kubernetes => "kubernetes",
+    }
+}
+
+/// The cookie of this process's network namespace.
+fn netns_cookie() -> io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = std::net::UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| std::net::UdpSocket::bind(("0.0.0.0", 0)))?;
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: value and length are live, the length is the value's.
+    let result = unsafe {
+        libc::getsockopt(
+            std::os::fd::AsRawFd::as_raw_fd(&socket),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Where the unified cgroup hierarchy is mounted.
+fn cgroup2_mount() -> anyhow::Result<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+    find_cgroup2(&mounts).context("no line of /proc/self/mountinfo has the type cgroup2")
+}
+
+fn find_cgroup2(mounts: &str) -> Option<PathBuf> {
+    mounts.lines().find_map(|line| {
+        let (mount, kind) = line.split_once(" - ")?;
+        let path = mount.split(' ').nth(4)?;
+        kind.starts_with("cgroup2 ").then(|| Path::new(path).to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cgroup2_mount_is_found_by_its_type() {
+        let mounts = "35 24 0:30 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+                      36 24 0:31 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
+        assert_eq!(find_cgroup2(mounts), Some(PathBuf::from("/sys/fs/cgroup/unified")));
+        assert_eq!(find_cgroup2("1 2 0:1 / / rw - ext4 /dev/vda rw\n"), None);
+    }
+}

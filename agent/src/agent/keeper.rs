@@ -1,0 +1,231 @@
+//! Keeps the programs where they belong: on every device with a role, and on the cgroup.
+//!
+//! It runs beside the plan's loop, so that a device is attached within milliseconds however long an
+//! update of the maps takes.
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::status::{DeviceStatus, SocketPathStatus};
+use crate::dataplane::{Attached, Error, Hooks, Target};
+use crate::devices::own::OwnRoutes;
+use crate::devices::watch::Watched;
+use crate::devices::{Device, Survey};
+
+/// Waiting times between tries of what failed: doubled from the first to the last.
+const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+
+/// What the keeper tells.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// The devices with a role.
+    pub devices: Vec<DeviceStatus>,
+    /// The socket path.
+    pub sockets: SocketPathStatus,
+    /// Whether the programs have been attached, and nothing is tried again.
+    pub complete: bool,
+    /// What failed besides devices and sockets.
+    pub problem: Option<String>,
+}
+
+/// What the keeper listens to.
+#[derive(Debug)]
+pub struct Inputs {
+    /// The devices.
+    pub watched: watch::Receiver<Watched>,
+    /// The VIPs.
+    pub vips: watch::Receiver<Arc<BTreeSet<IpAddr>>>,
+    /// Whether the maps hold an image: programs on empty maps would undo what an agent of
+    /// another version still does.
+    pub filled: watch::Receiver<bool>,
+}
+
+/// Keeps the programs attached.
+#[derive(Debug)]
+pub struct Keeper {
+    hooks: Hooks,
+    own: OwnRoutes,
+    mode: String,
+    cgroup: Option<PathBuf>,
+    cgroup_attached: bool,
+    devices: BTreeMap<u32, KeptDevice>,
+    committed: bool,
+    seen: (u64, u64),
+    surveyed: bool,
+}
+
+/// A device as it was attached.
+#[derive(Debug)]
+struct KeptDevice {
+    device: Device,
+    attached: Attached,
+}
+
+impl Keeper {
+    /// Takes the hooks. Without a cgroup, no socket program is attached.
+    #[must_use]
+    pub fn new(hooks: Hooks, own: OwnRoutes, mode: &str, cgroup: Option<PathBuf>) -> Self {
+        Self {
+            hooks,
+            own,
+            mode: mode.to_owned(),
+            cgroup,
+            cgroup_attached: false,
+            devices: BTreeMap::new(),
+            committed: false,
+            seen: (0, 0),
+            surveyed: false,
+        }
+    }
+
+    /// Keeps the programs attached until the inputs end; they stay attached then.
+    pub async fn run(mut self, mut inputs: Inputs, told: watch::Sender<Kept>) {
+        if inputs.filled.wait_for(|filled| *filled).await.is_err() {
+            return;
+        }
+        let mut wait = RETRY.0;
+        loop {
+            let watched = inputs.watched.borrow_and_update().clone();
+            let vips = inputs.vips.borrow_and_update().clone();
+            let mut kept = tokio::task::block_in_place(|| self.pass(&watched));
+            if watched.routes != self.seen.0 {
+                self.own.routes_changed();
+                self.seen.0 = watched.routes;
+            }
+            if let Err(error) = self.own.keep(&vips).await {
+                kept.complete = false;
+                kept.problem = Some(format!("cannot route VIPs that no route leads to: {error}"));
+            }
+            let complete = kept.complete;
+            let _ = told.send_if_modified(|told| {
+                log_problems(told, &kept);
+                let modified = *told != kept;
+                *told = kept;
+                modified
+            });
+            wait = if complete { RETRY.0 } else { (wait * 2).min(RETRY.1) };
+            let ended = tokio::select! {
+                changed = inputs.watched.changed() => changed.is_err(),
+                changed = inputs.vips.changed() => changed.is_err(),
+                () = tokio::time::sleep(wait), if !complete => false,
+            };
+            if ended {
+                return;
+            }
+        }
+    }
+
+    /// Attaches what is missing, detaches what has gone.
+    fn pass(&mut self, watched: &Watched) -> Kept {
+        let mut problem = None;
+        if *watched != Watched::default() {
+            problem = self.follow(&watched.survey).err().map(|error| error.to_string());
+            self.surveyed = true;
+        }
+        if watched.classifiers != self.seen.1 {
+            self.seen.1 = watched.classifiers;
+            for kept in self.devices.values_mut() {
+                self.hooks.recheck(&target(&kept.device), &mut kept.attached);
+            }
+        }
+        let mut sockets =
+            SocketPathStatus { mode: self.mode.clone(), cgroup: self.cgroup.clone(), problem: None };
+        if !self.cgroup_attached {
+            let result = match &self.cgroup {
+                Some(cgroup) => self.hooks.attach_cgroup(cgroup),
+                None => self.hooks.detach_cgroup(),
+            };
+            self.cgroup_attached = result.is_ok();
+            sockets.problem = result.err().map(|error| error.to_string());
+        }
+        let failed = self.devices.values().any(|kept| !kept.attached.errors.is_empty());
+        let mut complete = self.surveyed && problem.is_none() && !failed && self.cgroup_attached;
+        if complete && !self.committed {
+            match self.hooks.commit() {
+                Ok(()) => self.committed = true,
+                Err(error) => {
+                    complete = false;
+                    problem = Some(error.to_string());
+                }
+            }
+        }
+        Kept { devices: self.devices.values().map(status).collect(), sockets, complete, problem }
+    }
+
+    fn follow(&mut self, survey: &Survey) -> Result<(), Error> {
+        let gone: Vec<u32> = self.devices.keys().filter(|index| !survey.devices.contains_key(index)).copied().collect();
+        for index in gone {
+            self.hooks.detach(index)?;
+            self.hooks.forget_device(index)?;
+            if let Some(kept) = self.devices.remove(&index) {
+                tracing::info!(device = kept.device.name, role = kept.device.role.word(), "detached");
+            }
+        }
+        if !self.surveyed {
+            self.hooks.clean_stale(&survey.devices.keys().copied().collect())?;
+        }
+        for device in survey.devices.values() {
+            let before = self.devices.get(&device.index);
+            let known = before.is_some_and(|before| before.device.entry == device.entry);
+            let healthy = before.is_some_and(|before| before.attached.errors.is_empty());
+            if known && healthy {
+                if let Some(kept) = self.devices.get_mut(&device.index) {
+                    kept.device = device.clone();
+                }
+                continue;
+            }
+            // The programs read the entry from their first packet on.
+            self.hooks.tell_device(device.index, &device.entry)?;
+            let attached = self.hooks.attach(&target(device));
+            if before.is_none_or(|before| before.device.role != device.role) {
+                let hooks: Vec<&str> = attached.hooks.iter().map(|how| how.word()).collect();
+                tracing::info!(device = device.name, role = device.role.word(), hooks = hooks.join(","), "attached");
+            }
+            let _ = self.devices.insert(device.index, KeptDevice { device: device.clone(), attached });
+        }
+        Ok(())
+    }
+}
+
+fn target(device: &Device) -> Target {
+    Target {
+        index: device.index,
+        name: device.name.clone(),
+        ethernet: device.entry.link_header != 0,
+        uplink: device.role == crate::devices::Role::Uplink,
+        veth: device.veth,
+    }
+}
+
+fn status(kept: &KeptDevice) -> DeviceStatus {
+    let KeptDevice { device, attached } = kept;
+    DeviceStatus {
+        index: device.index,
+        name: device.name.clone(),
+        role: device.role,
+        hooks: attached.hooks.clone(),
+        problem: attached.errors.first().map(ToString::to_string),
+        notes: attached.notes.clone(),
+    }
+}
+
+/// Logs each problem when it appears, once.
+fn log_problems(before: &Kept, now: &Kept) {
+    let problems = |kept: &Kept| -> BTreeSet<String> {
+        let devices = kept.devices.iter().flat_map(|device| device.problem.iter().chain(&device.notes));
+        devices.chain(&kept.sockets.problem).chain(&kept.problem).cloned().collect()
+    };
+    let (before, now) = (problems(before), problems(now));
+    for problem in now.difference(&before) {
+        tracing::warn!("{problem}");
+    }
+    for problem in before.difference(&now) {
+        tracing::info!("no longer: {problem}");
+    }
+}

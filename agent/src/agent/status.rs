@@ -1,0 +1,256 @@
+//! What the agent tells about itself: `status.json` in the state directory, and the lock beside it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::dataplane::How;
+use crate::devices::Role;
+
+/// The pin path when none is given.
+pub const PIN_PATH: &str = "/sys/fs/bpf/sluice";
+/// Where state directories lie; itself the directory of the standard pin path.
+const STATE: &str = "/run/sluice";
+
+/// The state directory that belongs to a pin path when none is given: agents of several lab nodes
+/// on one machine have a pin path each, so their directories differ.
+#[must_use]
+pub fn state_dir(pin_path: &Path) -> PathBuf {
+    if pin_path == Path::new(PIN_PATH) {
+        return PathBuf::from(STATE);
+    }
+    // FNV-1a: agents and readers of every release must find the same directory.
+    let hash = pin_path.as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    Path::new(STATE).join(format!("{hash:016x}"))
+}
+
+/// A time as seconds since 1970.
+#[must_use]
+pub fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// The content of `status.json`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The node's name.
+    pub node: String,
+    /// The agent's process id.
+    pub pid: u32,
+    /// The agent's version.
+    pub version: String,
+    /// When the agent started, in seconds since 1970.
+    pub started: u64,
+    /// Whether the maps and hooks are as they should be.
+    pub ready: bool,
+    /// Why it is not ready, for people; empty when it is.
+    pub waiting_for: Vec<String>,
+    /// Where objects come from.
+    pub sources: Vec<SourceStatus>,
+    /// What the maps were told to hold.
+    pub counts: Counts,
+    /// The devices with a role.
+    pub devices: Vec<DeviceStatus>,
+    /// The socket path.
+    pub socket_path: SocketPathStatus,
+    /// What is wrong with objects.
+    pub reports: Vec<ReportStatus>,
+    /// The last change of the maps.
+    pub last_sync: Option<SyncStatus>,
+    /// Writes that failed and are tried again, for people.
+    pub failing: Option<String>,
+}
+
+/// A source of objects.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceStatus {
+    /// `manifests` or `kubernetes`.
+    pub name: String,
+    /// Folder or address.
+    pub from: String,
+    /// Whether its first full list has come.
+    pub synced: bool,
+    /// What is wrong with it; [`None`] when it is well.
+    pub problem: Option<String>,
+}
+
+/// How much the maps hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Frontends (VIP, port and protocol).
+    pub frontends: usize,
+    /// Service ports.
+    pub service_ports: usize,
+    /// Backends that serve.
+    pub backends: usize,
+}
+
+/// A device with a role.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// Its ifindex.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// What it is.
+    pub role: Role,
+    /// What is attached, and how.
+    pub hooks: Vec<How>,
+    /// What failed and is tried again.
+    pub problem: Option<String>,
+    /// What is not attached and need not be.
+    pub notes: Vec<String>,
+}
+
+/// The socket path's programs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketPathStatus {
+    /// `all`, `host` or `off`.
+    pub mode: String,
+    /// The cgroup that they are attached to.
+    pub cgroup: Option<PathBuf>,
+    /// What failed and is tried again.
+    pub problem: Option<String>,
+}
+
+/// Something wrong with an object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReportStatus {
+    /// `problem` or `notice`.
+    pub level: String,
+    /// What is wrong, as a word.
+    pub flaw: String,
+    /// The object.
+    pub subject: String,
+    /// The field's path; empty if it is the whole.
+    pub field: String,
+    /// For people.
+    pub message: String,
+    /// Since when, in seconds since 1970.
+    pub since: u64,
+}
+
+/// A change of the maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SyncStatus {
+    /// When it ended, in seconds since 1970.
+    pub at: u64,
+    /// How long it took, microseconds.
+    pub took_us: u64,
+    /// How many writes it had.
+    pub writes: usize,
+}
+
+/// The state directory of a running agent; there is one agent a directory.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    /// Held as long as the agent lives: the kernel lets it go with the process.
+    _lock: File,
+}
+
+impl StateDir {
+    /// Makes the directory and takes its lock.
+    ///
+    /// # Errors
+    ///
+    /// When another agent holds it, or the directory cannot be made.
+    pub fn take(path: &Path) -> io::Result<Self> {
+        let context = |error: io::Error| {
+            io::Error::new(error.kind(), format!("cannot use the state directory {}: {error}", path.display()))
+        };
+        fs::create_dir_all(path).map_err(context)?;
+        let lock_path = path.join("lock");
+        let lock = OpenOptions::new().create(true).truncate(false).write(true).open(lock_path).map_err(context)?;
+        if !try_lock(&lock).map_err(context)? {
+            let pid = read(path).map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
+            return Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                format!(
+                    "another agent (pid {pid}) uses {}: stop it, or give this one its own --pin-path and --state-dir",
+                    path.display()
+                ),
+            ));
+        }
+        Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// Writes the status for readers to find: all of it or nothing.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be written.
+    pub fn write(&self, status: &Status) -> io::Result<()> {
+        let (new, path) = (self.path.join("status.json.new"), self.path.join("status.json"));
+        let mut file = File::create(&new)?;
+        file.write_all(serde_json::to_string_pretty(status)?.as_bytes())?;
+        file.write_all(b"\n")?;
+        fs::rename(new, path)
+    }
+}
+
+/// Takes an exclusive lock unless somebody else has it.
+fn try_lock(file: &File) -> io::Result<bool> {
+    // SAFETY: the descriptor is open.
+    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::EWOULDBLOCK) { Ok(false) } else { Err(error) }
+}
+
+/// Whether an agent holds the lock of a state directory.
+#[must_use]
+pub fn is_alive(path: &Path) -> bool {
+    OpenOptions::new().write(true).open(path.join("lock")).is_ok_and(|file| matches!(try_lock(&file), Ok(false)))
+}
+
+/// The last status in a state directory, of an agent alive or not.
+#[must_use]
+pub fn read(path: &Path) -> Option<Status> {
+    serde_json::from_slice(&fs::read(path.join("status.json")).ok()?).ok()
+}
+
+/// Removes a state directory that no agent uses.
+///
+/// # Errors
+///
+/// When a file cannot be removed.
+pub fn remove(path: &Path) -> io::Result<()> {
+    for file in ["status.json", "status.json.new", "lock"] {
+        match fs::remove_file(path.join(file)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    match fs::remove_dir(path) {
+        // The standard directory holds those of other pin paths, and may be a mount.
+        Err(error)
+            if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTEMPTY | libc::EBUSY)) =>
+        {
+            Err(error)
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pin_paths_have_state_directories_of_their_own() {
+        let standard = state_dir(Path::new(PIN_PATH));
+        let (a, b) = (state_dir(Path::new("/run/a")), state_dir(Path::new("/run/b")));
+        assert_eq!(standard, Path::new("/run/sluice"));
+        assert!(a != b && a != standard);
+        assert!(a.starts_with(standard));
+    }
+}

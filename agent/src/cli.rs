@@ -1,0 +1,274 @@
+//! The command line.
+
+mod backends;
+mod cleanup;
+mod flows;
+mod services;
+mod status;
+mod table;
+mod view;
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::agent::status::{PIN_PATH, state_dir};
+use crate::agent::{self, Options, SocketPath};
+use crate::dataplane::Xdp;
+use crate::devices::pattern::Patterns;
+use table::Format;
+
+/// Sluice: a Service load balancer in the kernel, for Kubernetes nodes under any CNI.
+#[derive(Debug, Parser)]
+#[command(name = "sluice", version, max_term_width = 100)]
+pub struct Cli {
+    /// Where maps and links are pinned; each agent has a path of its own.
+    #[arg(long, global = true, value_name = "DIR", env = "SLUICE_PIN_PATH", default_value = PIN_PATH)]
+    pin_path: PathBuf,
+    /// Where the agent's lock and status.json lie [default: /run/sluice, or a folder in it for another --pin-path].
+    #[arg(long, global = true, value_name = "DIR", env = "SLUICE_STATE_DIR")]
+    state_dir: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the node agent.
+    ///
+    /// It keeps the maps in step with Services and EndpointSlices, and the programs on devices and the
+    /// cgroup. When it ends, packets flow on by what is pinned; `sluice cleanup` removes that.
+    Agent(Box<AgentArgs>),
+    /// Tell how this node is; the exit code is 0 if it is ready, else 1.
+    Status {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// List services, with what was counted.
+    #[command(visible_alias = "svc")]
+    Services {
+        /// Only those of this namespace.
+        #[arg(short, long, value_name = "NAMESPACE")]
+        namespace: Option<String>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// List backends, with their share of new flows and what was counted.
+    Backends {
+        /// Only those of this service: name, namespace/name or either with :port.
+        service: Option<String>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// List the flows that the maps know, those used last first.
+    Flows {
+        /// Only those to this service: name, namespace/name or either with :port.
+        #[arg(long, value_name = "SERVICE")]
+        service: Option<String>,
+        /// At most so many.
+        #[arg(long, value_name = "NUMBER")]
+        limit: Option<usize>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Remove every trace from this node: programs, maps, filters, the device sluice0 and its routes.
+    ///
+    /// Connections through services end with it. Works without an agent; refuses while one runs.
+    Cleanup {
+        /// Even if an agent is running.
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Output {
+    /// The form of the output.
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORM")]
+    output: Format,
+}
+
+#[derive(Debug, Args)]
+struct AgentArgs {
+    /// Read Services, EndpointSlices, Endpoints and Nodes from the YAML files of a folder, and follow
+    /// changes; without --kubeconfig, the API server is not asked then.
+    #[arg(long, value_name = "DIR")]
+    manifests: Option<PathBuf>,
+    /// How to reach the API server [default: in-cluster].
+    #[arg(long, value_name = "FILE", env = "KUBECONFIG")]
+    kubeconfig: Option<PathBuf>,
+    /// This node's name, as in nodeName of endpoints [default: the host's name].
+    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    node_name: Option<String>,
+    /// The cgroup whose processes' sockets are translated [default: the root of the cgroup2 mount].
+    #[arg(long, value_name = "DIR")]
+    cgroup: Option<PathBuf>,
+    /// Whose connections are translated at the socket, once, instead of packet by packet.
+    #[arg(long, value_enum, default_value_t, value_name = "WHOSE")]
+    socket_path: SocketPath,
+    /// Whether uplinks use XDP.
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    xdp: Xdp,
+    /// Devices that lead to pods, as patterns with * and ?; goes before what is detected. May be repeated.
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
+    edge: Vec<String>,
+    /// Devices that carry the node's address; see --edge.
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
+    uplink: Vec<String>,
+    /// Overlay and tunnel devices; see --edge.
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
+    fabric: Vec<String>,
+    /// Flows that are remembered, per family; two entries each [default: 131072].
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=16_777_216))]
+    flows_max: Option<u32>,
+    /// The log's form.
+    #[arg(long, value_enum, default_value_t, value_name = "FORM")]
+    log_format: LogFormat,
+    /// Log more; twice: everything. The variable SLUICE_LOG has filters as `sluice=debug`.
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Runs a command; a wrong command line ends the process with code 2.
+#[must_use]
+pub fn main() -> ExitCode {
+    match Cli::parse().run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Cli {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        let pin_path = std::path::absolute(&self.pin_path).context("--pin-path")?;
+        let state_dir = self.state_dir.unwrap_or_else(|| state_dir(&pin_path));
+        let mut ready = true;
+        let text = match self.command {
+            Command::Agent(args) => {
+                args.start_log();
+                runtime()?.block_on(agent::run(args.options(pin_path, state_dir)?))?;
+                String::new()
+            }
+            Command::Status { output } => {
+                let (text, is_ready) = status::run(&pin_path, &state_dir, output.output)?;
+                ready = is_ready;
+                text
+            }
+            Command::Services { namespace, output } => services::run(&pin_path, namespace.as_deref(), output.output)?,
+            Command::Backends { service, output } => backends::run(&pin_path, service.as_deref(), output.output)?,
+            Command::Flows { service, limit, output } => {
+                flows::run(&pin_path, service.as_deref(), limit, output.output)?
+            }
+            Command::Cleanup { force } => runtime()?.block_on(cleanup::run(&pin_path, &state_dir, force))?,
+        };
+        print(&text)?;
+        Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+/// Prints; a reader that has gone (`| head`) is no error.
+fn print(text: &str) -> anyhow::Result<()> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("cannot print"),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start threads")
+}
+
+impl AgentArgs {
+    fn start_log(&self) {
+        let level = match self.verbose {
+            0 => "info",
+            1 => "info,sluice=debug",
+            _ => "debug,sluice=trace",
+        };
+        let filter = EnvFilter::try_from_env("SLUICE_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        match self.log_format {
+            LogFormat::Text => log.with_target(false).with_ansi(std::io::stderr().is_terminal()).init(),
+            LogFormat::Json => log.json().flatten_event(true).init(),
+        }
+    }
+
+    fn options(self, pin_path: PathBuf, state_dir: PathBuf) -> anyhow::Result<Options> {
+        if let Some(folder) = &self.manifests
+            && !folder.is_dir()
+        {
+            bail!("--manifests {}: there is no such folder", folder.display());
+        }
+        let node = match self.node_name {
+            Some(name) if name.is_empty() => bail!("--node-name is empty; leave it out to use the host's name"),
+            Some(name) => name,
+            None => host_name()?,
+        };
+        let mut sizes = BTreeMap::new();
+        if let Some(flows) = self.flows_max {
+            sizes.extend(["flows_v4", "flows_v6"].map(|map| (map.to_owned(), flows.saturating_mul(2))));
+        }
+        Ok(Options {
+            node,
+            pin_path,
+            state_dir,
+            cgroup: self.cgroup,
+            patterns: Patterns::new(&self.edge, &self.uplink, &self.fabric),
+            socket_path: self.socket_path,
+            xdp: self.xdp,
+            kubernetes: self.manifests.is_none() || self.kubeconfig.is_some(),
+            manifests: self.manifests,
+            kubeconfig: self.kubeconfig,
+            sizes,
+        })
+    }
+}
+
+/// The host's name, as the kernel has it.
+fn host_name() -> anyhow::Result<String> {
+    let path = Path::new("/proc/sys/kernel/hostname");
+    let name = std::fs::read_to_string(path).context("cannot read the host's name; give --node-name")?;
+    Ok(name.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn manifests_alone_leave_the_api_server_out() {
+        let cli = Cli::parse_from(["sluice", "agent", "--manifests", "/", "--node-name", "a", "--edge", "cali*,veth?"]);
+        let Command::Agent(args) = cli.command else { panic!("another command") };
+        let options = args.options("/p".into(), "/s".into()).expect("good options");
+        assert!(!options.kubernetes || options.kubeconfig.is_some());
+        assert_eq!(options.patterns.role("cali0"), Some(crate::devices::Role::Edge));
+    }
+}

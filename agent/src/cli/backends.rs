@@ -1,0 +1,93 @@
+//! `sluice backends`: every backend with its share of the slots and what was counted.
+
+use std::path::Path;
+
+use anyhow::bail;
+use serde::Serialize;
+
+use super::table::{Format, Table, bytes, render};
+use super::view::{PortName, View};
+
+/// A backend.
+#[derive(Clone, Debug, Serialize)]
+struct Row {
+    #[serde(flatten)]
+    name: PortName,
+    backend: String,
+    id: u32,
+    /// Percent of the slots.
+    share: f64,
+    local: bool,
+    /// `serving`, or `draining`: kept for connections that have not ended.
+    state: &'static str,
+    forward_packets: u64,
+    forward_bytes: u64,
+    reply_packets: u64,
+    reply_bytes: u64,
+    flows: u64,
+    calls: u64,
+}
+
+/// Prints the backends of one service, or all.
+///
+/// # Errors
+///
+/// When the maps cannot be read, or no service has the name.
+pub(super) fn run(pin_path: &Path, service: Option<&str>, format: Format) -> anyhow::Result<String> {
+    let view = View::read(pin_path)?;
+    if let Some(word) = service
+        && !view.image.names.values().any(|name| PortName::from(name).is(word))
+    {
+        bail!("no service {word:?} in the maps; `sluice services` lists them (name, namespace/name, name:port)");
+    }
+    let mut rows: Vec<Row> = Vec::new();
+    for backend in view.backends() {
+        let Some(name) = view.name(backend.service_port) else { continue };
+        if service.is_some_and(|word| !name.is(word)) {
+            continue;
+        }
+        let slots = view.slots(backend.service_port);
+        let own = slots.iter().filter(|id| **id == backend.id).count();
+        let counted = backend.counters;
+        rows.push(Row {
+            name,
+            backend: backend.address.to_string(),
+            id: backend.id,
+            share: 100.0 * own as f64 / slots.len().max(1) as f64,
+            local: backend.local,
+            state: if backend.serving { "serving" } else { "draining" },
+            forward_packets: counted.forward_packets,
+            forward_bytes: counted.forward_bytes,
+            reply_packets: counted.reply_packets,
+            reply_bytes: counted.reply_bytes,
+            flows: counted.flows,
+            calls: counted.calls,
+        });
+    }
+    rows.sort_by(|a, b| (&a.name, &a.backend).cmp(&(&b.name, &b.backend)));
+    render(format, &rows, |rows| {
+        let mut table = Table::new(&[
+            "SERVICE", "PORT", "PROTO", "BACKEND", "ID", "SHARE", "LOCAL", "STATE", "PACKETS-IN", "BYTES-IN", "PACKETS-OUT",
+            "BYTES-OUT", "FLOWS", "CALLS",
+        ]);
+        for row in rows {
+            table.row([
+                format!("{}/{}", row.name.namespace, row.name.service),
+                row.name.port.to_string(),
+                row.name.protocol.clone(),
+                row.backend.clone(),
+                row.id.to_string(),
+                format!("{:.1}%", row.share),
+                if row.local { "yes" } else { "no" }.to_owned(),
+                row.state.to_owned(),
+                row.forward_packets.to_string(),
+                bytes(row.forward_bytes),
+                row.reply_packets.to_string(),
+                bytes(row.reply_bytes),
+                row.flows.to_string(),
+                row.calls.to_string(),
+            ]);
+        }
+        table.text()
+    })
+}

@@ -1,0 +1,35 @@
+//! `sluice cleanup`: leaves the node as if there had never been an agent.
+
+use std::path::Path;
+
+use anyhow::{Context, bail};
+
+use crate::agent::status;
+use crate::dataplane::{Pins, cleanup};
+use crate::devices::own::OwnRoutes;
+use crate::devices::OWN;
+
+/// Removes every trace; says what was removed.
+///
+/// # Errors
+///
+/// When an agent is alive and `force` is not given, or the kernel refuses.
+pub(super) async fn run(pin_path: &Path, state_dir: &Path, force: bool) -> anyhow::Result<String> {
+    if status::is_alive(state_dir) && !force {
+        let pid = status::read(state_dir).map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
+        bail!(
+            "an agent (pid {pid}) is running with {}: stop it first, or give --force (it would go on, without effect)",
+            pin_path.display()
+        );
+    }
+    let mut done = cleanup(&Pins::new(pin_path))?;
+    let own = OwnRoutes::new().await.context("cannot use netlink")?;
+    if own.remove().await.with_context(|| format!("cannot remove the device {OWN}"))? {
+        done.push(format!("removed the device {OWN} and its routes"));
+    }
+    status::remove(state_dir).with_context(|| format!("cannot remove {}", state_dir.display()))?;
+    if done.is_empty() {
+        done.push(format!("nothing of Sluice found (looked under {} and at every device)", pin_path.display()));
+    }
+    Ok(done.join("\n") + "\n")
+}

@@ -1,0 +1,113 @@
+//! `sluice flows`: the translated connections that the maps know.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use serde::Serialize;
+use sluice_common::abi::{TICK_SHIFT, flow, state};
+use sluice_common::{V4, V6};
+
+use super::table::{Format, Table, age, render};
+use super::view::{PortName, View, protocol};
+use crate::dataplane::KernelStack;
+use crate::image::Stack;
+
+/// A flow, seen from the client.
+#[derive(Clone, Debug, Serialize)]
+struct Row {
+    protocol: String,
+    client: String,
+    vip: String,
+    backend: String,
+    service: Option<PortName>,
+    state: Vec<&'static str>,
+    /// Seconds since the flow was last renewed (every ten seconds of use).
+    idle_seconds: u64,
+}
+
+/// Prints the flows, those used last first.
+///
+/// # Errors
+///
+/// When the maps cannot be read.
+pub(super) fn run(pin_path: &Path, service: Option<&str>, limit: Option<usize>, format: Format) -> anyhow::Result<String> {
+    let view = View::read(pin_path)?;
+    let now = monotonic_ticks();
+    let mut rows = self::rows::<V4>(&view, now)?;
+    rows.extend(self::rows::<V6>(&view, now)?);
+    rows.retain(|row| service.is_none_or(|word| row.service.as_ref().is_some_and(|name| name.is(word))));
+    rows.sort_by(|a, b| (a.idle_seconds, &a.client, &a.vip).cmp(&(b.idle_seconds, &b.client, &b.vip)));
+    rows.truncate(limit.unwrap_or(usize::MAX));
+    render(format, &rows, |rows| {
+        let mut table = Table::new(&["PROTO", "CLIENT", "VIP", "BACKEND", "SERVICE", "STATE", "IDLE"]);
+        for row in rows {
+            table.row([
+                row.protocol.clone(),
+                row.client.clone(),
+                row.vip.clone(),
+                row.backend.clone(),
+                row.service.as_ref().map(|name| format!("{}/{}", name.namespace, name.service)).unwrap_or_default(),
+                row.state.join(","),
+                age(row.idle_seconds),
+            ]);
+        }
+        table.text()
+    })
+}
+
+fn rows<F: KernelStack>(view: &View, now: u32) -> anyhow::Result<Vec<Row>> {
+    let entries = F::flows(view.kernel.maps())?;
+    // A direct connection has no VIP; a reply's entry says the same as its partner's.
+    let forward = entries.into_iter().filter(|entry| entry.flow.flags & (flow::REPLY | flow::DIRECT) == 0);
+    Ok(forward
+        .map(|entry| Row {
+            protocol: protocol(entry.tuple.protocol),
+            client: endpoint::<F>(entry.tuple.source, entry.tuple.source_port),
+            vip: endpoint::<F>(entry.tuple.destination, entry.tuple.destination_port),
+            backend: endpoint::<F>(entry.flow.destination, entry.flow.destination_port),
+            service: view.name(entry.flow.service_port),
+            state: words(entry.flow.state, entry.flow.flags, entry.embryonic),
+            idle_seconds: (u64::from(now.wrapping_sub(entry.flow.seen)) << TICK_SHIFT) / 1_000_000_000,
+        })
+        .collect())
+}
+
+fn endpoint<F: Stack>(address: F::Address, port: u16) -> String {
+    SocketAddr::from((F::ip(address), port)).to_string()
+}
+
+/// A flow's bits in words.
+fn words(bits: u8, flags: u8, embryonic: bool) -> Vec<&'static str> {
+    let mut words = vec![if embryonic { "embryonic" } else { "established" }];
+    let named = [
+        (bits, state::FIN_FORWARD, "client-fin"),
+        (bits, state::FIN_REPLY, "backend-fin"),
+        (bits, state::RESET, "reset"),
+        (flags, flow::HOST, "host"),
+        (flags, flow::HAIRPIN, "hairpin"),
+        (flags, flow::LOCAL, "local"),
+    ];
+    words.extend(named.into_iter().filter(|(bits, bit, _)| bits & bit != 0).map(|(_, _, word)| word));
+    words
+}
+
+/// The kernel programs' clock.
+fn monotonic_ticks() -> u32 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the struct is live; this clock always exists.
+    let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
+    let ns = time.tv_sec.cast_unsigned().wrapping_mul(1_000_000_000).wrapping_add(time.tv_nsec.cast_unsigned());
+    (ns >> TICK_SHIFT) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flows_bits_are_words() {
+        let closing = state::ESTABLISHED | state::FIN_FORWARD;
+        assert_eq!(words(closing, flow::LOCAL, false), ["established", "client-fin", "local"]);
+        assert_eq!(words(0, 0, true), ["embryonic"]);
+    }
+}

@@ -1,0 +1,28 @@
+//! The kernel side: loads the BPF object, attaches its programs, and carries an image's writes out
+//! on its maps. The only module that knows aya or makes BPF system calls.
+//!
+//! Everything is pinned ([`pins`]), so packets flow on when the agent is gone, and a new agent finds
+//! maps and links, reads the image back, and repairs the difference.
+
+mod bpf;
+pub mod clsact;
+mod cleanup;
+mod error;
+pub mod hooks;
+mod kernel;
+mod load;
+mod maps;
+mod object;
+mod pins;
+mod read;
+
+pub use cleanup::cleanup;
+pub use error::Error;
+pub use hooks::{Attached, Hooks, How, Target, Xdp};
+pub use kernel::Kernel;
+pub(crate) use kernel::KernelStack;
+pub use load::{Loaded, load};
+pub use maps::{Access, FamilyMaps, Maps};
+pub use object::{Spec, difference};
+pub use pins::{Found, Pins, is_kept};
+pub use read::{Fill, FlowEntry};

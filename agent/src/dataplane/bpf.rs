@@ -1,0 +1,604 @@
+//! The bpf(2) calls that aya has no API for: element batches, links as plain
+//! file descriptors, pins, and what the kernel says about its objects.
+//!
+//! Every attribute is its own `repr(C)` struct with the fields of the member of
+//! `union bpf_attr` that the command reads; the kernel takes the rest as zero.
+
+use std::ffi::CString;
+use std::io;
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+const MAP_LOOKUP_ELEM: libc::c_long = 1;
+const MAP_UPDATE_ELEM: libc::c_long = 2;
+const MAP_DELETE_ELEM: libc::c_long = 3;
+const MAP_GET_NEXT_KEY: libc::c_long = 4;
+const OBJ_PIN: libc::c_long = 6;
+const OBJ_GET: libc::c_long = 7;
+const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const MAP_LOOKUP_BATCH: libc::c_long = 24;
+const MAP_UPDATE_BATCH: libc::c_long = 26;
+const MAP_DELETE_BATCH: libc::c_long = 27;
+const LINK_CREATE: libc::c_long = 28;
+const LINK_UPDATE: libc::c_long = 29;
+
+/// Before the object that `relative` names; with none named: first.
+pub(crate) const BEFORE: u32 = 1 << 3;
+/// After the object that `relative` names; with none named: last.
+pub(crate) const AFTER: u32 = 1 << 4;
+
+/// Calls bpf(2) with an attribute struct.
+///
+/// # Safety
+///
+/// Pointers in `attr` must be valid for what `command` reads and writes through them.
+unsafe fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: `attr` is a live struct of the size given; the caller answers for pointers in it.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+#[repr(C)]
+struct ElementAttr {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+struct ObjectAttr {
+    pathname: u64,
+    fd: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct InfoAttr {
+    fd: u32,
+    len: u32,
+    info: u64,
+}
+
+#[repr(C)]
+struct LinkCreateAttr {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    relative: u64,
+    expected_revision: u64,
+}
+
+#[repr(C)]
+struct LinkUpdateAttr {
+    link: u32,
+    program: u32,
+    flags: u32,
+    old_program: u32,
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))
+}
+
+/// Opens what is pinned at a path.
+pub(crate) fn object_get(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attr = ObjectAttr { pathname: path.as_ptr() as u64, fd: 0, flags: 0 };
+    // SAFETY: `path` outlives the call and ends with a zero.
+    let fd = unsafe { bpf(OBJ_GET, &mut attr) }?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Pins a map, program or link at a path.
+pub(crate) fn object_pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attr = ObjectAttr { pathname: path.as_ptr() as u64, fd: raw(fd), flags: 0 };
+    // SAFETY: `path` outlives the call and ends with a zero.
+    unsafe { bpf(OBJ_PIN, &mut attr) }.map(drop)
+}
+
+/// Asks the kernel about an object; older kernels fill less, the rest stays zero.
+fn object_info<T: Copy>(fd: BorrowedFd<'_>) -> io::Result<T> {
+    // SAFETY: only used below with structs of integers, for which zero is a value.
+    let mut info: T = unsafe { MaybeUninit::zeroed().assume_init() };
+    let mut attr =
+        InfoAttr { fd: raw(fd), len: size_of::<T>() as u32, info: std::ptr::from_mut(&mut info) as u64 };
+    // SAFETY: `info` is live and of the length given.
+    unsafe { bpf(OBJ_GET_INFO_BY_FD, &mut attr) }.map(|_| info)
+}
+
+/// The first fields of `struct bpf_map_info`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct MapInfo {
+    /// `enum bpf_map_type`.
+    pub(crate) kind: u32,
+    /// The kernel's id of the map.
+    pub(crate) id: u32,
+    /// Bytes of a key.
+    pub(crate) key_size: u32,
+    /// Bytes of a value.
+    pub(crate) value_size: u32,
+    /// Capacity.
+    pub(crate) max_entries: u32,
+    /// `BPF_F_*`.
+    pub(crate) flags: u32,
+}
+
+/// What the kernel says about a map.
+pub(crate) fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    object_info(fd)
+}
+
+/// The first fields of `struct bpf_link_info` for links to devices and cgroups.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct LinkInfo {
+    /// `enum bpf_link_type`.
+    pub(crate) kind: u32,
+    /// The kernel's id of the link.
+    pub(crate) id: u32,
+    /// The attached program's id.
+    pub(crate) program: u32,
+    pad: u32,
+    /// ifindex (XDP, TCX; 0: the device is gone); low word of the cgroup's id.
+    pub(crate) target: u32,
+    /// Attach type (TCX); high word of the cgroup's id.
+    pub(crate) extra: u32,
+    more: [u32; 2],
+}
+
+impl LinkInfo {
+    /// Whether the link's target is this ifindex or cgroup id.
+    pub(crate) fn leads_to(&self, target: u64) -> bool {
+        const CGROUP: u32 = 3;
+        let high = if self.kind == CGROUP { u64::from(self.extra) << 32 } else { 0 };
+        high | u64::from(self.target) == target
+    }
+}
+
+/// What the kernel says about a link.
+pub(crate) fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    object_info(fd)
+}
+
+/// Attaches a program to a device (`target` is its ifindex) or a cgroup (a descriptor).
+pub(crate) fn link_create(
+    program: BorrowedFd<'_>,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+) -> io::Result<OwnedFd> {
+    let mut attr =
+        LinkCreateAttr { program: raw(program), target, attach_type, flags, relative: 0, expected_revision: 0 };
+    // SAFETY: no pointers.
+    let fd = unsafe { bpf(LINK_CREATE, &mut attr) }?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Puts another program in a link's place, between two packets.
+pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = LinkUpdateAttr { link: raw(link), program: raw(program), flags: 0, old_program: 0 };
+    // SAFETY: no pointers.
+    unsafe { bpf(LINK_UPDATE, &mut attr) }.map(drop)
+}
+
+/// A map whose keys and values have known types.
+#[derive(Debug)]
+pub(crate) struct Table<K, V> {
+    fd: OwnedFd,
+    info: MapInfo,
+    /// Values each element has: 1, or one a possible CPU.
+    copies: usize,
+    types: PhantomData<fn() -> (K, V)>,
+}
+
+/// Keys or values handed to the kernel in one call: large enough that the call's
+/// cost vanishes, small enough that their copies (below 1 MiB) stay cheap.
+const BATCH: usize = 4_096;
+
+/// `BPF_MAP_TYPE_PERCPU_HASH`, `_PERCPU_ARRAY` and `_LRU_PERCPU_HASH`.
+const PER_CPU: [u32; 3] = [5, 6, 10];
+/// `BPF_MAP_TYPE_ARRAY`.
+const ARRAY: u32 = 2;
+
+impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
+    /// Takes a map's descriptor after comparing its key and value sizes with the types'.
+    pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
+        let info = map_info(fd.as_fd())?;
+        if info.key_size as usize != size_of::<K>() || info.value_size as usize != size_of::<V>() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!(
+                    "its keys and values have {} and {} bytes, {} and {} were expected",
+                    info.key_size,
+                    info.value_size,
+                    size_of::<K>(),
+                    size_of::<V>()
+                ),
+            ));
+        }
+        let copies = if PER_CPU.contains(&info.kind) {
+            aya::util::nr_cpus().map_err(|(_, error)| error)?
+        } else {
+            1
+        };
+        Ok(Self { fd, info, copies, types: PhantomData })
+    }
+
+    /// Capacity.
+    pub(crate) fn max_entries(&self) -> u32 {
+        self.info.max_entries
+    }
+
+    /// The kernel's id of the map.
+    pub(crate) fn id(&self) -> u32 {
+        self.info.id
+    }
+
+    fn element(&self, key: &K, value: u64) -> ElementAttr {
+        ElementAttr {
+            map_fd: raw(self.fd.as_fd()),
+            pad: 0,
+            key: std::ptr::from_ref(key) as u64,
+            value,
+            flags: 0,
+        }
+    }
+
+    /// Bytes between two values of an element that has several.
+    fn stride() -> usize {
+        size_of::<V>().next_multiple_of(8)
+    }
+
+    /// The values of `count` elements out of what the kernel wrote, each element's copies together.
+    fn split(&self, bytes: &[u64], count: usize) -> Vec<Vec<V>> {
+        let words = Self::stride() / 8;
+        bytes
+            .chunks_exact(words * self.copies)
+            .take(count)
+            .map(|element| {
+                // SAFETY: a chunk has at least `size_of::<V>` bytes, and any bytes are a value.
+                element.chunks_exact(words).map(|value| unsafe { value.as_ptr().cast::<V>().read_unaligned() }).collect()
+            })
+            .collect()
+    }
+
+    /// All copies of one element (one, but for per-CPU maps).
+    pub(crate) fn get_all(&self, key: &K) -> io::Result<Option<Vec<V>>> {
+        let mut value = vec![0_u64; self.copies * Self::stride() / 8];
+        let mut attr = self.element(key, value.as_mut_ptr() as u64);
+        // SAFETY: key and value are live and of the map's sizes (compared in `new`).
+        match unsafe { bpf(MAP_LOOKUP_ELEM, &mut attr) } {
+            Ok(_) => Ok(self.split(&value, 1).pop()),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// One element.
+    pub(crate) fn get(&self, key: &K) -> io::Result<Option<V>> {
+        Ok(self.get_all(key)?.and_then(|values| values.first().copied()))
+    }
+
+    /// Writes one element.
+    pub(crate) fn insert(&self, key: &K, value: &V) -> io::Result<()> {
+        let mut attr = self.element(key, std::ptr::from_ref(value) as u64);
+        // SAFETY: key and value are live and of the map's sizes (compared in `new`).
+        unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+    }
+
+    /// Removes one element; one that is not there is no error.
+    pub(crate) fn remove(&self, key: &K) -> io::Result<()> {
+        let mut attr = self.element(key, 0);
+        // SAFETY: the key is live and of the map's size (compared in `new`).
+        match unsafe { bpf(MAP_DELETE_ELEM, &mut attr) } {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
+            Ok(_) | Err(_) => Ok(()),
+        }
+    }
+
+    fn batch(&self, command: libc::c_long, attr: &mut BatchAttr) -> io::Result<()> {
+        attr.map_fd = raw(self.fd.as_fd());
+        // SAFETY: the callers below give arrays of `count` keys and values of the map's sizes.
+        unsafe { bpf(command, attr) }.map(drop)
+    }
+
+    /// Writes many elements: in batches, and one by one where the kernel knows no batches.
+    pub(crate) fn insert_many(&self, elements: &[(K, V)]) -> io::Result<()> {
+        for chunk in elements.chunks(BATCH) {
+            let (mut keys, mut values): (Vec<K>, Vec<V>) = chunk.iter().copied().unzip();
+            let mut attr = BatchAttr {
+                in_batch: 0,
+                out_batch: 0,
+                keys: keys.as_mut_ptr() as u64,
+                values: values.as_mut_ptr() as u64,
+                count: chunk.len() as u32,
+                map_fd: 0,
+                elem_flags: 0,
+                flags: 0,
+            };
+            match self.batch(MAP_UPDATE_BATCH, &mut attr) {
+                Ok(()) => {}
+                Err(error) if lacks_batches(&error) => {
+                    for (key, value) in chunk {
+                        self.insert(key, value)?;
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes many elements; those that are not there are no error.
+    pub(crate) fn remove_many(&self, keys: &[K]) -> io::Result<()> {
+        for chunk in keys.chunks(BATCH) {
+            let mut keys = chunk.to_vec();
+            let mut attr = BatchAttr {
+                in_batch: 0,
+                out_batch: 0,
+                keys: keys.as_mut_ptr() as u64,
+                values: 0,
+                count: chunk.len() as u32,
+                map_fd: 0,
+                elem_flags: 0,
+                flags: 0,
+            };
+            if self.batch(MAP_DELETE_BATCH, &mut attr).is_err() {
+                // The batch ends at the first key that is not there.
+                for key in chunk {
+                    self.remove(key)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every element, each with all its copies. Elements that come or go meanwhile may be missed.
+    pub(crate) fn entries_all(&self) -> io::Result<Vec<(K, Vec<V>)>> {
+        match self.read_batches() {
+            Err(error) if lacks_batches(&error) => self.walk(),
+            result => result,
+        }
+    }
+
+    /// Every element.
+    pub(crate) fn entries(&self) -> io::Result<Vec<(K, V)>> {
+        let all = self.entries_all()?;
+        Ok(all.into_iter().filter_map(|(key, values)| Some((key, *values.first()?))).collect())
+    }
+
+    fn read_batches(&self) -> io::Result<Vec<(K, Vec<V>)>> {
+        let mut entries = Vec::new();
+        let mut room = BATCH;
+        // The position is opaque: four bytes for hashes, one key for the rest.
+        let mut position = vec![0_u64; size_of::<K>().div_ceil(8).max(1)];
+        let mut started = false;
+        loop {
+            let mut keys = vec![0_u64; (room * size_of::<K>()).div_ceil(8)];
+            let mut values = vec![0_u64; room * self.copies * Self::stride() / 8];
+            let packed = self.copies == 1;
+            let mut attr = BatchAttr {
+                in_batch: if started { position.as_ptr() as u64 } else { 0 },
+                out_batch: position.as_mut_ptr() as u64,
+                keys: keys.as_mut_ptr() as u64,
+                values: values.as_mut_ptr() as u64,
+                count: room as u32,
+                map_fd: 0,
+                elem_flags: 0,
+                flags: 0,
+            };
+            let result = self.batch(MAP_LOOKUP_BATCH, &mut attr);
+            let last = match &result {
+                Ok(()) => false,
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+                // One bucket holds more than fits: try the same place with more room.
+                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && room < 1 << 22 => {
+                    room *= 2;
+                    continue;
+                }
+                Err(_) => return result.map(|()| entries),
+            };
+            let count = attr.count as usize;
+            let found = if packed {
+                // A batch packs plain values without padding, as userspace arrays are.
+                // SAFETY: the kernel wrote `count` values of this size; any bytes are a value.
+                (0..count).map(|i| vec![unsafe { values.as_ptr().cast::<V>().add(i).read_unaligned() }]).collect()
+            } else {
+                self.split(&values, count)
+            };
+            entries.extend(found.into_iter().enumerate().map(|(i, values)| {
+                // SAFETY: the kernel wrote `count` keys of this size; any bytes are a key.
+                (unsafe { keys.as_ptr().cast::<K>().add(i).read_unaligned() }, values)
+            }));
+            if last {
+                return Ok(entries);
+            }
+            started = true;
+        }
+    }
+
+    fn walk(&self) -> io::Result<Vec<(K, Vec<V>)>> {
+        let mut entries = Vec::new();
+        let mut key: Option<K> = None;
+        // A key that is removed meanwhile starts the walk anew: the bound ends it.
+        for _ in 0..u64::from(self.info.max_entries) * 2 {
+            let mut next = MaybeUninit::<K>::uninit();
+            let mut attr = ElementAttr {
+                map_fd: raw(self.fd.as_fd()),
+                pad: 0,
+                key: key.as_ref().map_or(0, |key| std::ptr::from_ref(key) as u64),
+                value: next.as_mut_ptr() as u64,
+                flags: 0,
+            };
+            // SAFETY: both keys are live and of the map's size (compared in `new`).
+            match unsafe { bpf(MAP_GET_NEXT_KEY, &mut attr) } {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => break,
+                Err(error) => return Err(error),
+            }
+            // SAFETY: the kernel has written the key.
+            let found = unsafe { next.assume_init() };
+            if let Some(values) = self.get_all(&found)? {
+                entries.push((found, values));
+            }
+            key = Some(found);
+        }
+        Ok(entries)
+    }
+}
+
+/// What the kernel's own code says for an operation that a map type lacks; libc has no name for it.
+const ENOTSUPP: i32 = 524;
+
+/// Whether an error of a batch call means that this map or kernel has none.
+fn lacks_batches(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | ENOTSUPP))
+}
+
+/// An mmap-able array shared with the kernel programs.
+///
+/// The kernel gives each element `size_of::<T>` bytes rounded up to eight.
+#[derive(Debug)]
+pub(crate) struct Array<T> {
+    base: *mut u8,
+    bytes: usize,
+    len: u32,
+    types: PhantomData<fn() -> T>,
+}
+
+// SAFETY: the mapping is plain shared memory; the kernel reads it from other CPUs all the time,
+// and whoever stores through it orders the stores (see `store_words`).
+unsafe impl<T> Send for Array<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Array<T> {}
+
+impl<T: aya::Pod> Array<T> {
+    /// Bytes from one element to the next.
+    const STRIDE: usize = size_of::<T>().next_multiple_of(8);
+
+    /// Maps a `BPF_F_MMAPABLE` array; read-only for those who only look.
+    pub(crate) fn new(fd: BorrowedFd<'_>, writable: bool) -> io::Result<Self> {
+        let info = map_info(fd)?;
+        if info.kind != ARRAY || info.value_size as usize != size_of::<T>() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("it is no array of {}-byte elements", size_of::<T>()),
+            ));
+        }
+        // SAFETY: sysconf has no preconditions.
+        let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4_096);
+        let bytes = (Self::STRIDE * info.max_entries as usize).next_multiple_of(page);
+        let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        // SAFETY: a fresh mapping of an own descriptor; the kernel bounds it by the map's size.
+        let base = unsafe {
+            libc::mmap(std::ptr::null_mut(), bytes, protection, libc::MAP_SHARED, fd.as_raw_fd(), 0)
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { base: base.cast(), bytes, len: info.max_entries, types: PhantomData })
+    }
+
+    /// Number of elements.
+    pub(crate) fn len(&self) -> u32 {
+        self.len
+    }
+
+    fn element(&self, index: u32) -> Option<*mut u8> {
+        // SAFETY: an index below `len` stays inside the mapping.
+        (index < self.len).then(|| unsafe { self.base.add(index as usize * Self::STRIDE) })
+    }
+
+    /// A copy of an element.
+    pub(crate) fn get(&self, index: u32) -> Option<T> {
+        // SAFETY: the element lies in the mapping; any bytes are a value.
+        self.element(index).map(|element| unsafe { element.cast::<T>().read_volatile() })
+    }
+
+    /// One aligned 32-bit word of an element (`offset` in bytes).
+    pub(crate) fn get_u32(&self, index: u32, offset: usize) -> Option<u32> {
+        let element = self.element(index)?;
+        if !offset.is_multiple_of(4) || offset + 4 > size_of::<T>() {
+            return None;
+        }
+        // SAFETY: inside the element and aligned, both checked above.
+        Some(unsafe { element.add(offset).cast::<u32>().read_volatile() })
+    }
+
+    /// Writes an element word by word in ascending order, each word atomically and no earlier
+    /// than the words before it.
+    ///
+    /// Returns false when the index is out of range.
+    #[must_use]
+    pub(crate) fn set(&self, index: u32, value: &T) -> bool {
+        let Some(element) = self.element(index) else { return false };
+        let source = std::ptr::from_ref(value).cast::<u32>();
+        for word in 0..size_of::<T>() / 4 {
+            // SAFETY: inside the value; every ABI struct is made of whole words.
+            let bits = unsafe { source.add(word).read_unaligned() };
+            // SAFETY: inside the element, which is aligned to eight bytes.
+            let target = unsafe { std::sync::atomic::AtomicU32::from_ptr(element.cast::<u32>().add(word)) };
+            target.store(bits, std::sync::atomic::Ordering::Release);
+        }
+        true
+    }
+
+    /// Stores one aligned 64-bit word of an element (`offset` in bytes) after everything stored before.
+    #[must_use]
+    pub(crate) fn set_u64(&self, index: u32, offset: usize, bits: u64) -> bool {
+        let Some(element) = self.element(index) else { return false };
+        if !offset.is_multiple_of(8) || offset + 8 > size_of::<T>() {
+            return false;
+        }
+        // SAFETY: inside the element and aligned, both checked above.
+        let target = unsafe { std::sync::atomic::AtomicU64::from_ptr(element.add(offset).cast()) };
+        target.store(bits, std::sync::atomic::Ordering::Release);
+        true
+    }
+
+    /// Stores one aligned 32-bit word of an element (`offset` in bytes) after everything stored before.
+    #[must_use]
+    pub(crate) fn set_u32(&self, index: u32, offset: usize, bits: u32) -> bool {
+        let Some(element) = self.element(index) else { return false };
+        if !offset.is_multiple_of(4) || offset + 4 > size_of::<T>() {
+            return false;
+        }
+        // SAFETY: inside the element and aligned, both checked above.
+        let target = unsafe { std::sync::atomic::AtomicU32::from_ptr(element.add(offset).cast()) };
+        target.store(bits, std::sync::atomic::Ordering::Release);
+        true
+    }
+}
+
+impl<T> Drop for Array<T> {
+    fn drop(&mut self) {
+        // SAFETY: exactly the mapping made in `new`. A failure leaves it mapped, which harms nobody.
+        let _ = unsafe { libc::munmap(self.base.cast(), self.bytes) };
+    }
+}

@@ -1,0 +1,290 @@
+//! Carries an image's writes out on the kernel's maps, and reads the image back from them.
+
+use std::io;
+use std::mem::offset_of;
+use std::time::Duration;
+
+use sluice_common::abi::{ADDRESS_WORDS, Backend, Range, SLOTS_PER_BLOCK, ServicePort};
+use sluice_common::{Family, V4, V6};
+
+use super::bpf::Array;
+use super::error::Error;
+use super::maps::Maps;
+use super::read::{FlowEntry, flows};
+use crate::image::{ApplyError, Dataplane, FamilyImage, FamilyWrite, Image, ReadError, Stack, Write};
+
+/// The maps that the kernel programs use.
+#[derive(Debug)]
+pub struct Kernel {
+    maps: Maps,
+}
+
+/// What is done with a family's maps; the same code for both, over types that are plain data.
+pub(crate) trait KernelStack: Stack {
+    /// Carries out a run of steps of this family that one batch can hold, at least one; returns how many.
+    fn run<'a>(maps: &Maps, writes: impl Iterator<Item = &'a FamilyWrite<Self>> + Clone) -> Result<usize, Error>;
+    /// The flows that the family's maps know.
+    fn flows(maps: &Maps) -> Result<Vec<FlowEntry<Self::Address>>, Error>;
+    /// Everything that the family's maps hold.
+    fn read(maps: &Maps) -> Result<FamilyImage<Self>, Error>;
+}
+
+macro_rules! kernel_stack {
+    ($family:ident, $field:ident, $suffix:literal) => {
+        impl KernelStack for $family {
+            fn run<'a>(
+                maps: &Maps,
+                mut writes: impl Iterator<Item = &'a FamilyWrite<Self>> + Clone,
+            ) -> Result<usize, Error> {
+                let maps = &maps.$field;
+                let services = concat!("services_", $suffix);
+                let origins = concat!("origins_", $suffix);
+                let backends = concat!("backends_", $suffix);
+                let run = writes.clone();
+                let Some(first) = writes.next() else { return Ok(0) };
+                match first {
+                    FamilyWrite::ServiceInsert { .. } => {
+                        let run: Vec<_> = run
+                            .map_while(|write| {
+                                let FamilyWrite::ServiceInsert { key, service } = write else { return None };
+                                Some((*key, *service))
+                            })
+                            .collect();
+                        maps.services.insert_many(&run).map_err(|e| Error::map("write", services, e))?;
+                        Ok(run.len())
+                    }
+                    FamilyWrite::ServiceRemove { .. } => {
+                        let run: Vec<_> = run
+                            .map_while(|write| {
+                                let FamilyWrite::ServiceRemove { key } = write else { return None };
+                                Some(*key)
+                            })
+                            .collect();
+                        maps.services.remove_many(&run).map_err(|e| Error::map("write", services, e))?;
+                        Ok(run.len())
+                    }
+                    FamilyWrite::OriginInsert { .. } => {
+                        let run: Vec<_> = run
+                            .map_while(|write| {
+                                let FamilyWrite::OriginInsert { key, origins } = write else { return None };
+                                Some((*key, *origins))
+                            })
+                            .collect();
+                        maps.origins.insert_many(&run).map_err(|e| Error::map("write", origins, e))?;
+                        Ok(run.len())
+                    }
+                    FamilyWrite::OriginRemove { .. } => {
+                        let run: Vec<_> = run
+                            .map_while(|write| {
+                                let FamilyWrite::OriginRemove { key } = write else { return None };
+                                Some(*key)
+                            })
+                            .collect();
+                        maps.origins.remove_many(&run).map_err(|e| Error::map("write", origins, e))?;
+                        Ok(run.len())
+                    }
+                    FamilyWrite::Backend { id, backend } => {
+                        stored(backends, *id, maps.backends.set(*id, backend)).map(|()| 1)
+                    }
+                    FamilyWrite::BackendFlags { id, flags } => {
+                        let offset = offset_of!(Backend<<$family as Family>::Address>, flags);
+                        stored(backends, *id, maps.backends.set_u32(*id, offset, *flags)).map(|()| 1)
+                    }
+                    FamilyWrite::ClearBackend { id } => {
+                        stored(backends, *id, maps.backends.set(*id, &Backend::default())).map(|()| 1)
+                    }
+                }
+            }
+
+            fn flows(maps: &Maps) -> Result<Vec<FlowEntry<Self::Address>>, Error> {
+                flows(&maps.$field.flows, &maps.$field.embryonic)
+            }
+
+            fn read(maps: &Maps) -> Result<FamilyImage<Self>, Error> {
+                let maps = &maps.$field;
+                let services =
+                    maps.services.entries().map_err(|e| Error::map("read", concat!("services_", $suffix), e))?;
+                let origins =
+                    maps.origins.entries().map_err(|e| Error::map("read", concat!("origins_", $suffix), e))?;
+                let backends = (1..maps.backends.len())
+                    .filter_map(|id| Some((id, maps.backends.get(id)?)))
+                    .filter(|(_, backend)| backend.generation != 0);
+                Ok(FamilyImage {
+                    services: services.into_iter().collect(),
+                    backends: backends.collect(),
+                    origins: origins.into_iter().collect(),
+                })
+            }
+        }
+    };
+}
+
+kernel_stack!(V4, v4, "v4");
+kernel_stack!(V6, v6, "v6");
+
+/// Turns a refused store into an error: the index lies outside the array.
+fn stored(map: &str, index: u32, done: bool) -> Result<(), Error> {
+    if done {
+        return Ok(());
+    }
+    let cause = io::Error::new(io::ErrorKind::InvalidInput, format!("it has no element {index}"));
+    Err(Error::map("write", map, cause))
+}
+
+impl Kernel {
+    /// Takes the maps.
+    #[must_use]
+    pub fn new(maps: Maps) -> Self {
+        Self { maps }
+    }
+
+    /// The maps.
+    #[must_use]
+    pub fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
+    /// Carries out at least the first step; returns how many.
+    fn step(&self, writes: &[Write]) -> Result<usize, Error> {
+        let Some(first) = writes.first() else { return Ok(0) };
+        let maps = &self.maps;
+        match first {
+            Write::V4(_) => {
+                V4::run(maps, writes.iter().map_while(|write| if let Write::V4(write) = write { Some(write) } else { None }))
+            }
+            Write::V6(_) => {
+                V6::run(maps, writes.iter().map_while(|write| if let Write::V6(write) = write { Some(write) } else { None }))
+            }
+            Write::Name { .. } => {
+                let names = writes.iter().map_while(|write| {
+                    let Write::Name { service_port, name } = write else { return None };
+                    Some((*service_port, *name))
+                });
+                let run: Vec<_> = names.collect();
+                maps.names.insert_many(&run).map_err(|error| Error::map("write", "names", error))?;
+                Ok(run.len())
+            }
+            Write::ClearName { service_port } => {
+                maps.names.remove(service_port).map_err(|error| Error::map("write", "names", error)).map(|()| 1)
+            }
+            Write::Slots { start, backends } => self.store_slots(*start, backends).map(|()| 1),
+            Write::Listing { lane, bits } => self.store_lane(*lane, *bits).map(|()| 1),
+            Write::Port { service_port, affinity_seconds, flags } => {
+                let ports = &maps.ports;
+                // Aligned words of their own: the ranges beside them stay as they are.
+                let done = ports.set_u32(*service_port, offset_of!(ServicePort, affinity_seconds), *affinity_seconds)
+                    && ports.set_u32(*service_port, offset_of!(ServicePort, flags), *flags);
+                stored("ports", *service_port, done).map(|()| 1)
+            }
+            Write::Range { service_port, class, range } => {
+                let offset = offset_of!(ServicePort, ranges) + 8 * *class as usize;
+                stored("ports", *service_port, maps.ports.set_u64(*service_port, offset, range.0)).map(|()| 1)
+            }
+            Write::ClearPort { service_port } => {
+                let done = (0..3).all(|class| {
+                    maps.ports.set_u64(*service_port, offset_of!(ServicePort, ranges) + 8 * class, 0)
+                }) && maps.ports.set(*service_port, &ServicePort::default());
+                stored("ports", *service_port, done).map(|()| 1)
+            }
+            Write::ClearSlots { .. } => Ok(1),
+            Write::Grace => {
+                grace();
+                Ok(1)
+            }
+        }
+    }
+
+    /// Stores ids from slot `start` on. Ranges begin at blocks, but a store may begin anywhere.
+    fn store_slots(&self, start: u32, backends: &[u32]) -> Result<(), Error> {
+        let slots = &self.maps.slots;
+        for (slot, id) in (start..).zip(backends) {
+            let (block, place) = (slot / SLOTS_PER_BLOCK, slot % SLOTS_PER_BLOCK);
+            stored("slots", block, slots.set_u32(block, place as usize * 4, *id))?;
+        }
+        Ok(())
+    }
+
+    /// Sets one four-bit lane; the word's other lanes keep their bits (only this thread writes).
+    fn store_lane(&self, lane: u32, bits: u8) -> Result<(), Error> {
+        let (word, shift) = (lane / 16, lane % 16 * 4);
+        let old = self.maps.addresses.get(word).unwrap_or_default();
+        let new = old & !(0xf_u64 << shift) | u64::from(bits & 0xf) << shift;
+        stored("addresses", word, self.maps.addresses.set_u64(word, 0, new))
+    }
+
+    fn read_image(&self) -> Result<Image, Error> {
+        let names = self.maps.names.entries().map_err(|error| Error::map("read", "names", error))?;
+        let mut image = Image { v4: V4::read(&self.maps)?, v6: V6::read(&self.maps)?, ..Image::default() };
+        for (service_port, name) in names {
+            let port = self.maps.ports.get(service_port).unwrap_or_default();
+            for range in port.ranges.map(Range).into_iter().filter(|range| range.size() > 0) {
+                if !image.slots.contains_key(&range.start()) {
+                    let _ = image.slots.insert(range.start(), read_slots(&self.maps, range));
+                }
+            }
+            let _ = image.ports.insert(service_port, port);
+            let _ = image.names.insert(service_port, name);
+        }
+        for word in 0..ADDRESS_WORDS {
+            let bits = self.maps.addresses.get(word).unwrap_or_default();
+            if bits != 0 {
+                let lanes = (0..16_u32).map(|lane| (word * 16 + lane, (bits >> (lane * 4) & 0xf) as u8));
+                image.lanes.extend(lanes.filter(|(_, bits)| *bits != 0));
+            }
+        }
+        Ok(image)
+    }
+}
+
+/// The backend id in each slot of a range; 0 for a slot outside the map.
+fn read_slots(maps: &Maps, range: Range) -> Vec<u32> {
+    (range.start()..range.start().saturating_add(range.size())).map(|slot| read_slot(&maps.slots, slot)).collect()
+}
+
+fn read_slot(slots: &Array<sluice_common::abi::SlotBlock>, slot: u32) -> u32 {
+    slots
+        .get_u32(slot / SLOTS_PER_BLOCK, (slot % SLOTS_PER_BLOCK) as usize * 4)
+        .unwrap_or_default()
+}
+
+/// Waits until every program that began before has ended.
+///
+/// BPF programs run with preemption or migration off inside an RCU read section; the barrier
+/// waits for all of them. Kernels with `nohz_full` CPUs refuse it: there a second is longer than any packet.
+fn grace() {
+    const GLOBAL: libc::c_long = 1;
+    // SAFETY: no pointers.
+    if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } != 0 {
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+impl Dataplane for Kernel {
+    fn apply(&mut self, writes: &[Write]) -> Result<(), ApplyError> {
+        let mut done = 0;
+        while let Some(rest) = writes.get(done..).filter(|rest| !rest.is_empty()) {
+            done += self.step(rest).map_err(|cause| ApplyError {
+                done,
+                what: rest.first().map(what).unwrap_or_default(),
+                cause: Box::new(cause),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn read(&self) -> Result<Image, ReadError> {
+        self.read_image().map_err(|cause| {
+            let map = if let Error::Map { map, .. } = &cause { map.clone() } else { "(any)".to_owned() };
+            ReadError { map, cause: Box::new(cause) }
+        })
+    }
+}
+
+/// A step in a few words: all of it, but for the long ones.
+fn what(write: &Write) -> String {
+    match write {
+        Write::Slots { start, backends } => format!("{} slots from {start}", backends.len()),
+        Write::Name { service_port, .. } => format!("name of service port {service_port}"),
+        other => format!("{other:?}"),
+    }
+}

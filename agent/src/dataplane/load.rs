@@ -1,0 +1,194 @@
+//! Loads the object: maps found, made or replaced, programs verified.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use aya::programs::{Program, ProgramError};
+use aya::{Ebpf, EbpfLoader};
+
+use super::error::{Error, hint};
+use super::kernel::Kernel;
+use super::hooks::{Hooks, Xdp};
+use super::maps::{self, Access, Maps};
+use super::object;
+use super::pins::{Found, Pins, is_kept};
+use crate::image::{Dataplane, Image, diff};
+
+/// The verified programs.
+#[derive(Debug)]
+pub(super) struct Programs {
+    ebpf: Ebpf,
+}
+
+impl Programs {
+    /// A program's descriptor.
+    pub(super) fn fd(&self, name: &str) -> Result<BorrowedFd<'_>, Error> {
+        let missing = || Error::Load {
+            what: format!("program {name}"),
+            cause: "the object has none of this name".to_owned(),
+            hint: "; rebuild with `cargo xtask build`",
+        };
+        let program = self.ebpf.program(name).ok_or_else(missing)?;
+        program.fd().map(AsFd::as_fd).map_err(|_| missing())
+    }
+}
+
+/// What loading gives.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The maps.
+    pub kernel: Kernel,
+    /// The programs, attached nowhere yet.
+    pub hooks: Hooks,
+    /// Whether the maps already hold an image, so that the programs may be attached at once.
+    pub filled: bool,
+}
+
+/// Loads the built-in object, with pins under the pin path.
+///
+/// `sizes` gives maps another capacity than the object's.
+///
+/// # Errors
+///
+/// When the object, the BPF file system, a map or a program is refused.
+pub fn load(pins: &Pins, sizes: &BTreeMap<String, u32>, xdp: Xdp) -> Result<Loaded, Error> {
+    let object = object::bytes()?;
+    let specs = object::specs(object, sizes)?;
+    lift_memlock();
+    pins.prepare()?;
+    let found = pins.compare(&specs)?;
+    let folder = match &found {
+        Found::Nothing | Found::Fitting => {
+            let folder = pins.maps();
+            std::fs::create_dir_all(&folder).map_err(|cause| Error::pin("create", &folder, cause))?;
+            folder
+        }
+        Found::Differing(maps) => {
+            for (map, how) in maps {
+                tracing::warn!(map, difference = how, "a pinned map does not fit this version and is replaced");
+            }
+            pins.stage(&specs, maps)?
+        }
+    };
+    let mut ebpf = load_object(object, &folder, specs.keys(), sizes)?;
+    for (name, program) in ebpf.programs_mut() {
+        verify(name, program)?;
+    }
+    let mut kernel = Kernel::new(Maps::open(&folder, Access::Write)?);
+    let filled = match found {
+        Found::Nothing => false,
+        Found::Fitting => true,
+        Found::Differing(maps) => migrate(&pins.maps(), &mut kernel, &maps),
+    };
+    let devices = maps::table(&folder, "devices")?;
+    let hooks = Hooks::new(Programs { ebpf }, devices, pins.clone(), xdp);
+    Ok(Loaded { kernel, hooks, filled })
+}
+
+fn load_object<'a>(
+    object: &[u8],
+    folder: &Path,
+    maps: impl Iterator<Item = &'a String>,
+    sizes: &BTreeMap<String, u32>,
+) -> Result<Ebpf, Error> {
+    let mut loader = EbpfLoader::new();
+    for map in maps {
+        let _ = loader.map_pin_path(map, folder.join(map));
+    }
+    for (map, size) in sizes {
+        let _ = loader.map_max_entries(map, *size);
+    }
+    loader.load(object).map_err(|error| Error::Load {
+        what: "maps".to_owned(),
+        hint: os_error(&error).map_or("", |error| hint(&error)),
+        cause: chain(&error),
+    })
+}
+
+fn verify(name: &str, program: &mut Program) -> Result<(), Error> {
+    let result = if let Program::SchedClassifier(program) = program {
+        program.load()
+    } else if let Program::Xdp(program) = program {
+        program.load()
+    } else if let Program::CgroupSockAddr(program) = program {
+        program.load()
+    } else if let Program::CgroupSock(program) = program {
+        program.load()
+    } else {
+        tracing::warn!(program = name, "the object has a program of a kind that this agent does not know");
+        return Ok(());
+    };
+    match result {
+        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
+        Err(error) => Err(Error::Load {
+            what: format!("program {name}"),
+            hint: match os_error(&error).and_then(|error| error.raw_os_error()) {
+                Some(libc::EPERM) => hint(&std::io::Error::from_raw_os_error(libc::EPERM)),
+                _ => "; the verifier of this kernel refuses the program: please report it, with `uname -r`",
+            },
+            cause: tail(&chain(&error)),
+        }),
+    }
+}
+
+/// Fills new maps from those they replace. False when the old ones cannot be read: then the
+/// sources have to be heard before the programs may use the new ones.
+fn migrate(old: &Path, kernel: &mut Kernel, differing: &BTreeMap<String, String>) -> bool {
+    if is_kept("ports", differing) && is_kept("flows_v4", differing) && is_kept("flows_v6", differing) {
+        return true;
+    }
+    let migrated = Maps::open(old, Access::Read).map_err(|error| error.to_string()).and_then(|maps| {
+        maps.copy_memory_to(kernel.maps()).map_err(|error| error.to_string())?;
+        if !is_kept("ports", differing) {
+            let image = Kernel::new(maps).read().map_err(|error| error.to_string())?;
+            kernel.apply(&diff(&Image::default(), &image)).map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    });
+    match migrated {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::warn!(error, "the replaced maps' content could not be taken over");
+            is_kept("ports", differing)
+        }
+    }
+}
+
+/// Kernels before 5.11 count maps against this limit; on later ones it does nothing.
+fn lift_memlock() {
+    let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the struct is live. A refusal shows itself when a map is made.
+    let _ = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+fn os_error(error: &(dyn std::error::Error + 'static)) -> Option<std::io::Error> {
+    let mut source = Some(error);
+    while let Some(error) = source {
+        if let Some(code) = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error) {
+            return Some(std::io::Error::from_raw_os_error(code));
+        }
+        source = error.source();
+    }
+    None
+}
+
+/// The last lines of a verifier's log, where the reason stands.
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines.get(lines.len().saturating_sub(20)..).unwrap_or_default().join("\n")
+}

@@ -1,0 +1,119 @@
+//! The pinned maps with their types: what the agent writes and everyone may read.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use sluice_common::abi::{
+    Backend, BackendCounters, Device, Flow, Name, OriginKey, Origins, ReasonCounters, ReasonKey,
+    RejectBucket, RejectKey, Service, ServiceKey, ServicePort, Settings, SlotBlock, SocketKey, SocketPeer, Tuple,
+};
+use sluice_common::{Family, V4, V6};
+
+use super::bpf::{self, Array, Table};
+use super::error::Error;
+
+/// Whether the mappings may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// For the agent.
+    Write,
+    /// For those who only look.
+    Read,
+}
+
+/// The maps of one family.
+#[derive(Debug)]
+pub struct FamilyMaps<F: Family> {
+    pub(crate) services: Table<ServiceKey<F::Address>, Service>,
+    pub(crate) backends: Array<Backend<F::Address>>,
+    pub(crate) origins: Table<OriginKey<F::Address>, Origins<F::Address>>,
+    pub(crate) flows: Table<Tuple<F::Address>, Flow<F::Address>>,
+    pub(crate) embryonic: Table<Tuple<F::Address>, Flow<F::Address>>,
+    pub(crate) sockets: Table<SocketKey<F::Address>, SocketPeer<F::Address>>,
+}
+
+/// Every map that is pinned in one folder.
+#[derive(Debug)]
+pub struct Maps {
+    pub(crate) v4: FamilyMaps<V4>,
+    pub(crate) v6: FamilyMaps<V6>,
+    pub(crate) settings: Table<u32, Settings>,
+    pub(crate) ports: Array<ServicePort>,
+    pub(crate) slots: Array<SlotBlock>,
+    pub(crate) addresses: Array<u64>,
+    pub(crate) devices: Table<u32, Device>,
+    pub(crate) names: Table<u32, Name>,
+    pub(crate) backend_counts: Table<u32, BackendCounters>,
+    pub(crate) reason_counts: Table<ReasonKey, ReasonCounters>,
+    pub(crate) rejects: Table<RejectKey, RejectBucket>,
+}
+
+fn open(folder: &Path, name: &str) -> Result<std::os::fd::OwnedFd, Error> {
+    let path = folder.join(name);
+    bpf::object_get(&path).map_err(|cause| Error::pin("open the pinned map", path, cause))
+}
+
+pub(super) fn table<K: aya::Pod, V: aya::Pod>(folder: &Path, name: &str) -> Result<Table<K, V>, Error> {
+    Table::new(open(folder, name)?).map_err(|cause| Error::map("use the pinned", name, cause))
+}
+
+fn array<T: aya::Pod>(folder: &Path, name: &str, access: Access) -> Result<Array<T>, Error> {
+    let fd = open(folder, name)?;
+    Array::new(fd.as_fd(), access == Access::Write).map_err(|cause| Error::map("use the pinned", name, cause))
+}
+
+/// The parts of opening and reading that need the family's types to be plain data.
+macro_rules! family {
+    ($family:ty, $open:ident, $suffix:literal) => {
+        fn $open(folder: &Path, access: Access) -> Result<FamilyMaps<$family>, Error> {
+            Ok(FamilyMaps {
+                services: table(folder, concat!("services_", $suffix))?,
+                backends: array(folder, concat!("backends_", $suffix), access)?,
+                origins: table(folder, concat!("origins_", $suffix))?,
+                flows: table(folder, concat!("flows_", $suffix))?,
+                embryonic: table(folder, concat!("embryonic_", $suffix))?,
+                sockets: table(folder, concat!("sockets_", $suffix))?,
+            })
+        }
+    };
+}
+
+family!(V4, open_v4, "v4");
+family!(V6, open_v6, "v6");
+
+impl Maps {
+    /// Opens the maps pinned in a folder.
+    ///
+    /// # Errors
+    ///
+    /// When one is missing or has another layout.
+    pub fn open(folder: &Path, access: Access) -> Result<Self, Error> {
+        Ok(Self {
+            v4: open_v4(folder, access)?,
+            v6: open_v6(folder, access)?,
+            settings: table(folder, "settings")?,
+            ports: array(folder, "ports", access)?,
+            slots: array(folder, "slots", access)?,
+            addresses: array(folder, "addresses", access)?,
+            devices: table(folder, "devices")?,
+            names: table(folder, "names")?,
+            backend_counts: table(folder, "backend_counts")?,
+            reason_counts: table(folder, "reason_counts")?,
+            rejects: table(folder, "rejects")?,
+        })
+    }
+
+    /// Copies what the packets' path remembers (not what the plan writes, not counters)
+    /// into maps of other sizes; entries that find no room are lost.
+    pub(crate) fn copy_memory_to(&self, other: &Self) -> io::Result<()> {
+        copy(&self.v4.flows, &other.v4.flows)?;
+        copy(&self.v6.flows, &other.v6.flows)?;
+        copy(&self.v4.sockets, &other.v4.sockets)?;
+        copy(&self.v6.sockets, &other.v6.sockets)
+    }
+}
+
+fn copy<K: aya::Pod, V: aya::Pod>(from: &Table<K, V>, to: &Table<K, V>) -> io::Result<()> {
+    if from.id() == to.id() { Ok(()) } else { to.insert_many(&from.entries()?) }
+}

@@ -1,0 +1,302 @@
+//! What lies where under the pin path, and how maps of another make give way.
+//!
+//! ```text
+//! <pin path>/v<LAYOUT>/maps/<map>       what the attached programs use
+//! <pin path>/v<LAYOUT>/maps_new/<map>   being filled, while the programs still use the others
+//! <pin path>/v<LAYOUT>/links/<link>     what keeps the programs attached without an agent
+//! ```
+//!
+//! Names have no dots: the BPF file system reserves them.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use sluice_common::abi::LAYOUT;
+
+use super::bpf;
+use super::error::Error;
+use super::object::{Spec, difference};
+
+/// Type of the BPF file system in `statfs`.
+const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
+
+/// Maps that only make sense together: what the plan writes.
+const PLANNED: [&str; 10] = [
+    "services_v4", "services_v6", "ports", "slots", "backends_v4", "backends_v6", "origins_v4", "origins_v6", "addresses", "names",
+];
+
+/// The folders under a pin path.
+#[derive(Clone, Debug)]
+pub struct Pins {
+    root: PathBuf,
+}
+
+/// What stands under the pin path when the agent starts.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Found {
+    /// No maps of ours.
+    Nothing,
+    /// Maps that fit the object.
+    Fitting,
+    /// Maps that do not fit: the differing ones, for people.
+    Differing(BTreeMap<String, String>),
+}
+
+/// Which of the pinned maps can go on being used, given those that differ.
+#[must_use]
+pub fn is_kept(map: &str, differing: &BTreeMap<String, String>) -> bool {
+    let planned = |name: &str| PLANNED.contains(&name);
+    if planned(map) { !differing.keys().any(|name| planned(name)) } else { !differing.contains_key(map) }
+}
+
+fn remove_folder(path: &Path) -> io::Result<()> {
+    // The BPF file system has folders and pins only, two levels deep here.
+    let entries = match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_folder(&entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    fs::remove_dir(path)
+}
+
+fn create(path: &Path) -> Result<(), Error> {
+    fs::create_dir_all(path).map_err(|cause| Error::pin("create", path, cause))
+}
+
+impl Pins {
+    /// The folders under a pin path; nothing is touched.
+    #[must_use]
+    pub fn new(root: &Path) -> Self {
+        Self { root: root.to_owned() }
+    }
+
+    /// The pin path.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn version(&self) -> PathBuf {
+        self.root.join(format!("v{LAYOUT}"))
+    }
+
+    /// The maps of this layout.
+    #[must_use]
+    pub fn maps(&self) -> PathBuf {
+        self.version().join("maps")
+    }
+
+    /// Maps of this layout that no program uses so far.
+    #[must_use]
+    pub fn maps_new(&self) -> PathBuf {
+        self.version().join("maps_new")
+    }
+
+    /// The links of this layout's programs.
+    #[must_use]
+    pub fn links(&self) -> PathBuf {
+        self.version().join("links")
+    }
+
+    /// The folders of other layouts.
+    #[must_use]
+    pub fn other_layouts(&self) -> Vec<PathBuf> {
+        let own = self.version();
+        let Ok(entries) = fs::read_dir(&self.root) else { return Vec::new() };
+        let mut folders: Vec<PathBuf> = entries
+            .flatten()
+            .filter(|entry| {
+                let name = entry.file_name();
+                let number = name.to_str().and_then(|name| name.strip_prefix('v'));
+                number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+            })
+            .map(|entry| entry.path())
+            .filter(|path| *path != own)
+            .collect();
+        folders.sort();
+        folders
+    }
+
+    /// Makes sure that the pin path is a folder of a BPF file system, mounting one where there is none.
+    ///
+    /// # Errors
+    ///
+    /// When no BPF file system is there and none can be mounted.
+    pub fn prepare(&self) -> Result<(), Error> {
+        if !is_bpffs(&self.root) {
+            let standard = Path::new("/sys/fs/bpf");
+            let target = if self.root.starts_with(standard) { standard } else { &self.root };
+            if target != standard {
+                create(target)?;
+            }
+            mount_bpffs(target)?;
+        }
+        create(&self.links())?;
+        self.settle().map_err(|cause| Error::pin("tidy up", self.version(), cause))
+    }
+
+    /// Completes or undoes what an agent that was killed in the middle has left.
+    fn settle(&self) -> io::Result<()> {
+        let (maps, new, old) = (self.maps(), self.maps_new(), self.version().join("maps_old"));
+        if !maps.exists() && new.exists() {
+            fs::rename(&new, &maps)?;
+        }
+        remove_folder(&new)?;
+        remove_folder(&old)
+    }
+
+    /// Compares the pinned maps with the object's.
+    ///
+    /// # Errors
+    ///
+    /// When a pin cannot be opened.
+    pub fn compare(&self, specs: &BTreeMap<String, Spec>) -> Result<Found, Error> {
+        let folder = self.maps();
+        if !folder.exists() {
+            return Ok(Found::Nothing);
+        }
+        let mut differing = BTreeMap::new();
+        for (name, spec) in specs {
+            let path = folder.join(name);
+            let info = match bpf::object_get(&path) {
+                Ok(fd) => bpf::map_info(fd.as_fd()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => Err(error),
+            };
+            let pinned = info.map_err(|cause| Error::pin("inspect the pinned map", &path, cause))?.into();
+            if let Some(text) = difference(spec, &pinned) {
+                let _ = differing.insert(name.clone(), text);
+            }
+        }
+        Ok(if differing.is_empty() { Found::Fitting } else { Found::Differing(differing) })
+    }
+
+    /// Opens the folder of new maps: those that are kept are pinned there too, the others will be made.
+    ///
+    /// # Errors
+    ///
+    /// When the folder or a pin cannot be made.
+    pub fn stage(&self, specs: &BTreeMap<String, Spec>, differing: &BTreeMap<String, String>) -> Result<PathBuf, Error> {
+        let (from, to) = (self.maps(), self.maps_new());
+        create(&to)?;
+        for name in specs.keys().filter(|name| is_kept(name, differing)) {
+            let fd = match bpf::object_get(&from.join(name)) {
+                Ok(fd) => fd,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(cause) => return Err(Error::pin("open the pinned map", from.join(name), cause)),
+            };
+            bpf::object_pin(fd.as_fd(), &to.join(name)).map_err(|cause| Error::pin("pin", to.join(name), cause))?;
+        }
+        Ok(to)
+    }
+
+    /// Puts the new maps, if any, in the place of the old ones and removes other layouts:
+    /// to be called when every program uses the new maps.
+    ///
+    /// # Errors
+    ///
+    /// When the BPF file system refuses; calling again is safe.
+    pub fn commit(&self) -> Result<(), Error> {
+        let (maps, new, old) = (self.maps(), self.maps_new(), self.version().join("maps_old"));
+        let swap = || -> io::Result<()> {
+            if new.exists() {
+                fs::rename(&maps, &old)?;
+                fs::rename(&new, &maps)?;
+            }
+            remove_folder(&old)
+        };
+        swap().map_err(|cause| Error::pin("replace", &maps, cause))?;
+        for folder in self.other_layouts() {
+            remove_folder(&folder).map_err(|cause| Error::pin("remove", &folder, cause))?;
+        }
+        Ok(())
+    }
+
+    /// Removes every pin and the folders, this layout's and others'.
+    ///
+    /// # Errors
+    ///
+    /// When the BPF file system refuses.
+    pub fn remove(&self) -> Result<(), Error> {
+        for folder in self.other_layouts().into_iter().chain([self.version()]) {
+            remove_folder(&folder).map_err(|cause| Error::pin("remove", &folder, cause))?;
+        }
+        match fs::remove_dir(&self.root) {
+            // A mount of its own, or somebody else's pins: not ours to remove.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::ENOENT | libc::EBUSY | libc::ENOTEMPTY | libc::EPERM | libc::EINVAL)
+                ) =>
+            {
+                Ok(())
+            }
+            result => result.map_err(|cause| Error::pin("remove", &self.root, cause)),
+        }
+    }
+}
+
+/// Whether a path, or the nearest folder above it that exists, lies in a BPF file system.
+fn is_bpffs(path: &Path) -> bool {
+    let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let Ok(path) = CString::new(existing.as_os_str().as_bytes()) else { return false };
+    // SAFETY: zero is a value of every field.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the path ends with a zero and `stat` is live.
+    let result = unsafe { libc::statfs(path.as_ptr(), &raw mut stat) };
+    result == 0 && u64::try_from(stat.f_type).is_ok_and(|kind| kind == BPF_FS_MAGIC)
+}
+
+fn mount_bpffs(target: &Path) -> Result<(), Error> {
+    let path = CString::new(target.as_os_str().as_bytes())
+        .map_err(|error| Error::pin("mount a BPF file system at", target, error.into()))?;
+    // SAFETY: every string ends with a zero and outlives the call.
+    let result = unsafe { libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, std::ptr::null()) };
+    if result == 0 {
+        tracing::info!(path = %target.display(), "mounted a BPF file system");
+        return Ok(());
+    }
+    Err(Error::Pin {
+        action: "mount a BPF file system at",
+        path: target.to_owned(),
+        cause: io::Error::last_os_error(),
+        hint: "; mount it yourself (`mount -t bpf bpf /sys/fs/bpf`; in a pod: a hostPath volume), or give another --pin-path",
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn differing(names: &[&str]) -> BTreeMap<String, String> {
+        names.iter().map(|name| ((*name).to_owned(), String::new())).collect()
+    }
+
+    #[test]
+    fn maps_of_the_plan_are_replaced_together() {
+        let differing = differing(&["slots"]);
+        assert!(!is_kept("ports", &differing));
+        assert!(!is_kept("names", &differing));
+        assert!(is_kept("flows_v4", &differing));
+    }
+
+    #[test]
+    fn other_maps_are_replaced_alone() {
+        let differing = differing(&["flows_v4"]);
+        assert!(is_kept("ports", &differing));
+        assert!(is_kept("flows_v6", &differing));
+        assert!(!is_kept("flows_v4", &differing));
+    }
+}

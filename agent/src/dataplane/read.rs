@@ -1,0 +1,164 @@
+//! What the readers ask of the maps: counters, flows, devices, and how full they are.
+
+use std::collections::BTreeMap;
+
+use sluice_common::abi::{
+    self, BackendCounters, Flow, ReasonCounters, ReasonKey, SLOTS_PER_BLOCK, Settings, Tuple,
+};
+
+use super::bpf::Table;
+use super::error::Error;
+use super::maps::Maps;
+use crate::image::Image;
+use crate::plan::Sizes;
+
+/// A flow's entry and where it was found.
+#[derive(Clone, Copy, Debug)]
+pub struct FlowEntry<A: Copy> {
+    /// The packet's tuple.
+    pub tuple: Tuple<A>,
+    /// What is done to it.
+    pub flow: Flow<A>,
+    /// Whether nothing has proven the flow so far.
+    pub embryonic: bool,
+}
+
+/// How full a map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Fill {
+    /// The map.
+    pub map: &'static str,
+    /// Entries, or used elements of an array.
+    pub entries: u64,
+    /// Capacity.
+    pub max: u64,
+}
+
+fn read<T>(map: &str, result: std::io::Result<T>) -> Result<T, Error> {
+    result.map_err(|cause| Error::map("read", map, cause))
+}
+
+impl Maps {
+    /// Key of `backend_counts` -> the sum over all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn backend_counters(&self) -> Result<BTreeMap<u32, BackendCounters>, Error> {
+        let entries = read("backend_counts", self.backend_counts.entries_all())?;
+        let sum = |values: Vec<BackendCounters>| {
+            values.into_iter().fold(BackendCounters::default(), |sum, one| BackendCounters {
+                forward_packets: sum.forward_packets.wrapping_add(one.forward_packets),
+                forward_bytes: sum.forward_bytes.wrapping_add(one.forward_bytes),
+                reply_packets: sum.reply_packets.wrapping_add(one.reply_packets),
+                reply_bytes: sum.reply_bytes.wrapping_add(one.reply_bytes),
+                flows: sum.flows.wrapping_add(one.flows),
+                calls: sum.calls.wrapping_add(one.calls),
+            })
+        };
+        Ok(entries.into_iter().map(|(key, values)| (key, sum(values))).collect())
+    }
+
+    /// Reason and service port -> the sum over all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn reason_counters(&self) -> Result<BTreeMap<ReasonKey, ReasonCounters>, Error> {
+        let entries = read("reason_counts", self.reason_counts.entries_all())?;
+        let sum = |values: Vec<ReasonCounters>| {
+            values.into_iter().fold(ReasonCounters::default(), |sum, one| ReasonCounters {
+                packets: sum.packets.wrapping_add(one.packets),
+                bytes: sum.bytes.wrapping_add(one.bytes),
+            })
+        };
+        Ok(entries.into_iter().map(|(key, values)| (key, sum(values))).collect())
+    }
+
+    /// ifindex -> device.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn device_entries(&self) -> Result<BTreeMap<u32, abi::Device>, Error> {
+        Ok(read("devices", self.devices.entries())?.into_iter().collect())
+    }
+
+    /// What the agent tells every program.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn read_settings(&self) -> Result<Settings, Error> {
+        Ok(read("settings", self.settings.get(&0))?.unwrap_or_default())
+    }
+
+    /// Tells every program.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn write_settings(&self, settings: &Settings) -> Result<(), Error> {
+        self.settings.insert(&0, settings).map_err(|cause| Error::map("write", "settings", cause))
+    }
+
+    /// How much the plan may put into the maps.
+    #[must_use]
+    pub fn sizes(&self) -> Sizes {
+        let services = self.v4.services.max_entries().min(self.v6.services.max_entries());
+        Sizes {
+            ports: self.ports.len(),
+            backends: self.v4.backends.len().min(self.v6.backends.len()),
+            services: services - services / 16,
+            slot_blocks: self.slots.len(),
+            ..Sizes::default()
+        }
+    }
+
+    /// How full each map is, given what the image holds of them.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn fill(&self, image: &Image) -> Result<Vec<Fill>, Error> {
+        let blocks: u64 = image.slots.values().map(|slots| slots.len().div_ceil(SLOTS_PER_BLOCK as usize) as u64).sum();
+        let of_image = |map, entries: usize, max: u32| Fill { map, entries: entries as u64, max: u64::from(max) };
+        Ok(vec![
+            of_image("services_v4", image.v4.services.len(), self.v4.services.max_entries()),
+            of_image("services_v6", image.v6.services.len(), self.v6.services.max_entries()),
+            of_image("ports", image.ports.len(), self.ports.len() - 1),
+            Fill { map: "slots", entries: blocks, max: u64::from(self.slots.len()) },
+            of_image("backends_v4", image.v4.backends.len(), self.v4.backends.len() - 1),
+            of_image("backends_v6", image.v6.backends.len(), self.v6.backends.len() - 1),
+            counted("flows_v4", &self.v4.flows)?,
+            counted("flows_v6", &self.v6.flows)?,
+            counted("embryonic_v4", &self.v4.embryonic)?,
+            counted("embryonic_v6", &self.v6.embryonic)?,
+            counted("sockets_v4", &self.v4.sockets)?,
+            counted("sockets_v6", &self.v6.sockets)?,
+            counted("devices", &self.devices)?,
+            counted("backend_counts", &self.backend_counts)?,
+            counted("reason_counts", &self.reason_counts)?,
+            counted("rejects", &self.rejects)?,
+        ])
+    }
+}
+
+/// Every entry of a family's `flows` and `embryonic`.
+pub(super) fn flows<A: Copy>(
+    flows: &Table<Tuple<A>, Flow<A>>,
+    embryonic: &Table<Tuple<A>, Flow<A>>,
+) -> Result<Vec<FlowEntry<A>>, Error>
+where
+    Tuple<A>: aya::Pod,
+    Flow<A>: aya::Pod,
+{
+    let flows = read("flows", flows.entries())?.into_iter().map(|entry| (entry, false));
+    let embryonic = read("embryonic", embryonic.entries())?.into_iter().map(|entry| (entry, true));
+    Ok(flows.chain(embryonic).map(|((tuple, flow), embryonic)| FlowEntry { tuple, flow, embryonic }).collect())
+}
+
+fn counted<K: aya::Pod, V: aya::Pod>(map: &'static str, table: &Table<K, V>) -> Result<Fill, Error> {
+    let entries = read(map, table.entries_all())?.len() as u64;
+    Ok(Fill { map, entries, max: u64::from(table.max_entries()) })
+}

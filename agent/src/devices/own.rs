@@ -1,0 +1,161 @@
+//! Our own device, with routes for the VIPs that no other route leads to.
+//!
+//! A process of the host that sends to a VIP by a path that no socket hook sees (connected UDP, raw
+//! and kernel sockets) needs a route before any device can translate the packet. The device is a
+//! dummy: its egress program translates and redirects, nothing is ever sent by it.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use futures::TryStreamExt;
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope};
+use rtnetlink::{Handle, LinkDummy, LinkUnspec, RouteMessageBuilder, new_connection};
+
+use super::OWN;
+use super::watch::route_to;
+
+/// Marks our routes, for people who list them (`ip route show proto 83`).
+const PROTOCOL: u8 = 83;
+
+/// Keeps the routes of the own device.
+#[derive(Debug)]
+pub struct OwnRoutes {
+    handle: Handle,
+    /// VIPs that have a route by our device.
+    routed: BTreeSet<IpAddr>,
+    /// VIPs that had another route when last asked.
+    elsewhere: BTreeSet<IpAddr>,
+}
+
+/// A route, or a question for one, to a single address.
+pub(super) fn host_route(address: IpAddr) -> RouteMessageBuilder<IpAddr> {
+    let length = if address.is_ipv4() { 32 } else { 128 };
+    // The length fits the family: this cannot be refused.
+    RouteMessageBuilder::<IpAddr>::new().destination_prefix(address, length).unwrap_or_default()
+}
+
+impl OwnRoutes {
+    /// Opens netlink and finds what an earlier agent has left.
+    ///
+    /// # Errors
+    ///
+    /// When netlink cannot be used.
+    pub async fn new() -> io::Result<Self> {
+        let (connection, handle, _messages) = new_connection()?;
+        let _requests = tokio::spawn(connection);
+        let mut routes = Self { handle, routed: BTreeSet::new(), elsewhere: BTreeSet::new() };
+        if let Some(device) = routes.device().await {
+            routes.routed = routes.list(device).await.map_err(io::Error::other)?;
+        }
+        Ok(routes)
+    }
+
+    /// The own device's ifindex, if it exists.
+    async fn device(&self) -> Option<u32> {
+        let mut links = self.handle.link().get().match_name(OWN).execute();
+        links.try_next().await.ok().flatten().map(|link| link.header.index)
+    }
+
+    async fn list(&self, device: u32) -> Result<BTreeSet<IpAddr>, rtnetlink::Error> {
+        let mut found = BTreeSet::new();
+        let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
+        for question in [v4, v6] {
+            let mut routes = self.handle.route().get(question).execute();
+            while let Some(route) = routes.try_next().await? {
+                found.extend(destination(&route, device));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Forgets what is known about other routes: they have changed.
+    pub fn routes_changed(&mut self) {
+        self.elsewhere.clear();
+    }
+
+    /// Makes the routes of the own device those that `vips` need; asks only about VIPs
+    /// that have come since the last time, or all after [`Self::routes_changed`].
+    ///
+    /// # Errors
+    ///
+    /// When netlink refuses the device or a route; calling again goes on.
+    pub async fn keep(&mut self, vips: &BTreeSet<IpAddr>) -> io::Result<()> {
+        let gone: Vec<IpAddr> = self.routed.difference(vips).copied().collect();
+        self.elsewhere.retain(|vip| vips.contains(vip));
+        let mut device = if self.routed.is_empty() { None } else { self.device().await };
+        for vip in gone {
+            if let Some(device) = device {
+                // A route that is gone already is no error.
+                let route = host_route(vip).output_interface(device).build();
+                let _ = self.handle.route().del(route).execute().await;
+            }
+            let _ = self.routed.remove(&vip);
+        }
+        let unknown = vips.iter().filter(|vip| !self.elsewhere.contains(vip) && !self.routed.contains(vip));
+        for vip in unknown.copied().collect::<Vec<_>>() {
+            match route_to(&self.handle, vip).await {
+                Some(leaves_by) if Some(leaves_by) == device => {
+                    let _ = self.routed.insert(vip);
+                }
+                Some(_) => {
+                    let _ = self.elsewhere.insert(vip);
+                }
+                None => {
+                    let own = match device {
+                        Some(own) => own,
+                        None => self.create().await?,
+                    };
+                    device = Some(own);
+                    let scope = if vip.is_ipv4() { RouteScope::Link } else { RouteScope::Universe };
+                    let route = host_route(vip)
+                        .output_interface(own)
+                        .protocol(RouteProtocol::from(PROTOCOL))
+                        .scope(scope)
+                        .build();
+                    self.handle.route().add(route).replace().execute().await.map_err(io::Error::other)?;
+                    let _ = self.routed.insert(vip);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The own device, made and up.
+    async fn create(&self) -> io::Result<u32> {
+        if self.device().await.is_none() {
+            let link = LinkDummy::new(OWN).up().build();
+            self.handle.link().add(link).execute().await.map_err(io::Error::other)?;
+            tracing::info!(device = OWN, "made the device for VIPs that no route leads to");
+        }
+        let device = self.device().await.ok_or_else(|| io::Error::other("the device vanished"))?;
+        let up = LinkUnspec::new_with_index(device).up().build();
+        self.handle.link().set(up).execute().await.map_err(io::Error::other)?;
+        Ok(device)
+    }
+
+    /// Removes the own device and its routes; returns whether it was there.
+    ///
+    /// # Errors
+    ///
+    /// When netlink refuses.
+    pub async fn remove(&self) -> io::Result<bool> {
+        let Some(device) = self.device().await else { return Ok(false) };
+        self.handle.link().del(device).execute().await.map_err(io::Error::other)?;
+        Ok(true)
+    }
+}
+
+/// The destination of a route by a device that carries our mark.
+fn destination(route: &RouteMessage, device: u32) -> Option<IpAddr> {
+    let by_device = route.attributes.contains(&RouteAttribute::Oif(device));
+    if !by_device || route.header.protocol != RouteProtocol::from(PROTOCOL) {
+        return None;
+    }
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+        RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
+        _ => None,
+    })
+}

@@ -1,0 +1,200 @@
+//! Keeps a survey of the devices up to date.
+//!
+//! Events only say that something changed; what is so is asked anew each time. So a lost event or a
+//! full socket buffer costs a delay, never a wrong answer.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use futures::{StreamExt, TryStreamExt};
+use rtnetlink::packet_core::NetlinkPayload;
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteType};
+use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection};
+use tokio::sync::watch;
+
+use super::pattern::Patterns;
+use super::{Facts, Link, Survey, survey};
+
+/// How long further events are gathered before netlink is asked.
+const GATHER: Duration = Duration::from_millis(2);
+/// How often netlink is asked without an event: a net below lost events.
+const RESYNC: Duration = Duration::from_secs(30);
+/// Number of the main routing table.
+const MAIN: u32 = 254;
+
+/// A survey, and what else has changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Watched {
+    /// The devices and addresses.
+    pub survey: Survey,
+    /// Counts changes of routes.
+    pub routes: u64,
+    /// Counts changes of classifiers, foreign ones among them.
+    pub classifiers: u64,
+}
+
+/// Which kinds of events have come.
+#[derive(Clone, Copy, Debug, Default)]
+struct Changed {
+    routes: bool,
+    classifiers: bool,
+}
+
+impl Changed {
+    fn note(&mut self, message: &NetlinkPayload<RouteNetlinkMessage>) {
+        if let NetlinkPayload::InnerMessage(message) = message {
+            self.routes |=
+                matches!(message, RouteNetlinkMessage::NewRoute(_) | RouteNetlinkMessage::DelRoute(_));
+            self.classifiers |= matches!(
+                message,
+                RouteNetlinkMessage::NewTrafficFilter(_) | RouteNetlinkMessage::DelTrafficFilter(_)
+            );
+        }
+    }
+}
+
+/// Watches the devices of the current network namespace until the receivers are gone.
+///
+/// # Errors
+///
+/// When netlink cannot be used.
+pub async fn watch(patterns: Patterns, sender: watch::Sender<Watched>) -> io::Result<()> {
+    let (connection, handle, _messages) = new_connection()?;
+    let _requests = tokio::spawn(connection);
+    let (connection, _, mut events) = new_multicast_connection(&[
+        MulticastGroup::Link,
+        MulticastGroup::Tc,
+        MulticastGroup::Ipv4Ifaddr,
+        MulticastGroup::Ipv6Ifaddr,
+        MulticastGroup::Ipv4Route,
+        MulticastGroup::Ipv6Route,
+    ])?;
+    let _listening = tokio::spawn(connection);
+    let mut default_routes = None;
+    let mut changed = Changed::default();
+    while !sender.is_closed() {
+        if changed.routes || default_routes.is_none() {
+            default_routes = Some(ask_default_routes(&handle).await.map_err(io::Error::other)?);
+        }
+        let facts = ask(&handle, default_routes.clone().unwrap_or_default()).await.map_err(io::Error::other)?;
+        let found = survey(&facts, &patterns);
+        let _ = sender.send_if_modified(|watched| {
+            let before = watched.clone();
+            watched.survey = found;
+            watched.routes += u64::from(changed.routes);
+            watched.classifiers += u64::from(changed.classifiers);
+            *watched != before
+        });
+        changed = Changed::default();
+        match tokio::time::timeout(RESYNC, events.next()).await {
+            Ok(Some((message, _))) => changed.note(&message.payload),
+            Ok(None) => return Err(io::Error::other("the netlink socket was closed")),
+            Err(_) => default_routes = None,
+        }
+        tokio::time::sleep(GATHER).await;
+        while let Ok((message, _)) = events.try_recv() {
+            changed.note(&message.payload);
+        }
+    }
+    Ok(())
+}
+
+async fn ask(handle: &Handle, default_routes: BTreeSet<u32>) -> Result<Facts, rtnetlink::Error> {
+    let mut facts = Facts { default_routes, ..Facts::default() };
+    let mut links = handle.link().get().execute();
+    while let Some(message) = links.try_next().await? {
+        let link = link(message);
+        let _ = facts.links.insert(link.index, link);
+    }
+    let mut addresses = handle.address().get().execute();
+    while let Some(message) = addresses.try_next().await? {
+        // On a link with a peer, "local" is ours and "address" the peer's.
+        let mut local = None;
+        let mut address = None;
+        for attribute in &message.attributes {
+            match attribute {
+                AddressAttribute::Local(found) => local = Some(*found),
+                AddressAttribute::Address(found) => address = Some(*found),
+                _ => {}
+            }
+        }
+        facts.addresses.entry(message.header.index).or_default().extend(local.or(address));
+    }
+    Ok(facts)
+}
+
+/// Reads what we need of a link.
+fn link(message: LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        layer: message.header.link_layer_type.into(),
+        up: message.header.flags.contains(LinkFlags::Up),
+        loopback: message.header.flags.contains(LinkFlags::Loopback),
+        ..Link::default()
+    };
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name = name,
+            LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+            LinkAttribute::Controller(master) => link.master = master,
+            LinkAttribute::LinkNetNsId(_) => link.peer_elsewhere = true,
+            LinkAttribute::Address(address) => link.mac = address.try_into().unwrap_or_default(),
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    if let LinkInfo::Kind(kind) = info {
+                        link.kind = kind.to_string();
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    link
+}
+
+async fn ask_default_routes(handle: &Handle) -> Result<BTreeSet<u32>, rtnetlink::Error> {
+    let mut devices = BTreeSet::new();
+    let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
+    let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
+    for question in [v4, v6] {
+        let mut routes = handle.route().get(question).execute();
+        while let Some(route) = routes.try_next().await? {
+            devices.extend(default_route_devices(&route));
+        }
+    }
+    Ok(devices)
+}
+
+/// The devices that a route leaves by, if it is a default route of the main table.
+fn default_route_devices(route: &RouteMessage) -> Vec<u32> {
+    let mut table = u32::from(route.header.table);
+    let mut devices = Vec::new();
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::Oif(device) => devices.push(*device),
+            RouteAttribute::MultiPath(hops) => devices.extend(hops.iter().map(|hop| hop.interface_index)),
+            _ => {}
+        }
+    }
+    let is_default = route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast;
+    if is_default && table == MAIN { devices } else { Vec::new() }
+}
+
+/// The device that a route to an address leaves by; [`None`] where there is no route.
+pub(super) async fn route_to(handle: &Handle, address: IpAddr) -> Option<u32> {
+    let question = super::own::host_route(address).build();
+    let answer = handle.route().get(question).execute().try_next().await.ok().flatten()?;
+    if !matches!(answer.header.kind, RouteType::Unicast | RouteType::Local) {
+        return None;
+    }
+    answer.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Oif(device) => Some(*device),
+        _ => None,
+    })
+}

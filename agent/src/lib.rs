@@ -1,0 +1,19 @@
+//! The node agent's library: from Kubernetes objects to the content of the kernel's maps.
+//!
+//! Data crosses each module boundary once, in one direction:
+//!
+//! ```text
+//! object -> Change -> Desired -> Image -> [Write] -> map
+//!  source    model     plan (pure)        dataplane
+//! ```
+//!
+//! Only [`source`] knows Kubernetes types; `model`, `plan` and [`image`] are plain data
+//! and pure functions.
+
+pub mod agent;
+pub mod cli;
+pub mod dataplane;
+pub mod devices;
+pub mod image;
+pub mod model;
+pub mod plan;

@@ -1,0 +1,300 @@
+//! Kubernetes' objects as far as a load balancer needs them, free of Kubernetes' types.
+//!
+//! Text that may be wrong stays text here: what it means, and what is reported about it, is decided
+//! in one place, when a service is derived.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+
+/// Namespace and name of an object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectName {
+    /// The namespace; empty for objects without one.
+    pub namespace: Arc<str>,
+    /// The name.
+    pub name: Arc<str>,
+}
+
+impl ObjectName {
+    /// From two strings.
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            write!(formatter, "{}", self.name)
+        } else {
+            write!(formatter, "{}/{}", self.namespace, self.name)
+        }
+    }
+}
+
+/// A transport protocol that is balanced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl Protocol {
+    /// The protocol of Kubernetes' word for it.
+    pub fn from_word(word: &str) -> Option<Self> {
+        match word {
+            "TCP" => Some(Self::Tcp),
+            "UDP" => Some(Self::Udp),
+            _ => None,
+        }
+    }
+
+    /// The protocol of an IP protocol number.
+    pub fn from_number(number: u8) -> Option<Self> {
+        match number {
+            6 => Some(Self::Tcp),
+            17 => Some(Self::Udp),
+            _ => None,
+        }
+    }
+
+    /// The IP protocol number.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+        }
+    }
+
+    /// Kubernetes' word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        }
+    }
+}
+
+/// An address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum IpFamily {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl IpFamily {
+    /// Both, in order.
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// The family of an address.
+    pub fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+
+    /// 4 or 6.
+    pub fn version(self) -> u8 {
+        match self {
+            Self::V4 => 4,
+            Self::V6 => 6,
+        }
+    }
+
+    /// Kubernetes' word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        }
+    }
+}
+
+/// An address as an object gives it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Address {
+    /// An address.
+    Valid(IpAddr),
+    /// Text that is none.
+    Invalid(Box<str>),
+    /// Nothing.
+    Missing,
+}
+
+impl Address {
+    /// Reads an address as Kubernetes does: leading zeros in IPv4 are decimal, and
+    /// `::ffff:a.b.c.d` is IPv4.
+    pub fn parse(text: &str) -> Self {
+        if text.is_empty() {
+            return Self::Missing;
+        }
+        if let Ok(address) = text.parse::<Ipv6Addr>() {
+            return Self::Valid(address.to_ipv4_mapped().map_or(IpAddr::V6(address), IpAddr::V4));
+        }
+        let mut octets = [0; 4];
+        let mut parts = text.split('.');
+        for octet in &mut octets {
+            let Some(part) = parts.next() else { return Self::Invalid(text.into()) };
+            let digits = !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+            match part.trim_start_matches('0') {
+                "" if digits => *octet = 0,
+                part => match part.parse() {
+                    Ok(value) if digits => *octet = value,
+                    Ok(_) | Err(_) => return Self::Invalid(text.into()),
+                },
+            }
+        }
+        if parts.next().is_some() {
+            return Self::Invalid(text.into());
+        }
+        Self::Valid(IpAddr::V4(Ipv4Addr::from(octets)))
+    }
+}
+
+/// A Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServiceSpec {
+    /// Seconds since 1970; [`None`]: unknown, counts as newest.
+    pub created: Option<i64>,
+    /// The label `service.kubernetes.io/service-proxy-name`: who shall serve it, if not everybody's proxy.
+    pub proxy_name: Option<Box<str>>,
+    /// Has no virtual address on purpose: `clusterIP: None`, or the label that says so.
+    pub headless: bool,
+    /// Is only a DNS name.
+    pub external_name: bool,
+    /// The ClusterIPs, at most one of each family.
+    pub cluster_ips: Vec<Address>,
+    /// The ports.
+    pub ports: Vec<PortSpec>,
+    /// Addresses that a cloud or its like sends to every node, those already left out
+    /// whose traffic really goes elsewhere (host names, `ipMode: Proxy`).
+    pub ingress: Vec<Address>,
+    /// Fields that ask for something that is not done, and what.
+    pub not_applied: Vec<NotApplied>,
+}
+
+/// A port of a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortSpec {
+    /// The name; empty for an unnamed port.
+    pub name: Arc<str>,
+    /// The number, valid or not.
+    pub number: i32,
+    /// The protocol's word, known or not.
+    pub protocol: Box<str>,
+}
+
+/// A field that asks for something that is not done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NotApplied {
+    /// The field's path.
+    pub field: &'static str,
+    /// What is not done.
+    pub what: &'static str,
+}
+
+/// Endpoints of a Service: an EndpointSlice, or one subset of an Endpoints object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slice {
+    /// The Service's name, in the slice's own namespace; [`None`] if no label tells.
+    pub service: Option<Arc<str>>,
+    /// Which addresses it holds; [`Err`] with the word for those that are not served.
+    pub family: Result<Option<IpFamily>, Box<str>>,
+    /// The parts, each with its ports: an EndpointSlice has one, an Endpoints object one for each subset.
+    pub parts: Vec<SlicePart>,
+}
+
+/// Endpoints that share their ports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlicePart {
+    /// The ports that each endpoint listens on.
+    pub ports: Vec<SlicePort>,
+    /// The endpoints.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// A port of endpoints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlicePort {
+    /// The name; matches the name of a Service's port.
+    pub name: Arc<str>,
+    /// The number; [`None`] means every port, which is not served.
+    pub number: Option<i32>,
+    /// The protocol's word, known or not.
+    pub protocol: Box<str>,
+}
+
+/// An endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Where it listens.
+    pub address: Address,
+    /// Takes new connections.
+    pub ready: bool,
+    /// Answers, perhaps while it terminates.
+    pub serving: bool,
+    /// Is on its way out.
+    pub terminating: bool,
+    /// The node it runs on.
+    pub node: Option<Arc<str>>,
+    /// Zones whose clients should use it. Kept, so far without effect.
+    pub zones: Box<[Arc<str>]>,
+}
+
+/// A Node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeSpec {
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Its zone. Kept, so far without effect.
+    pub zone: Option<Arc<str>>,
+}
+
+/// Which kind of object holds endpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum SliceKind {
+    /// An EndpointSlice.
+    EndpointSlice,
+    /// An Endpoints object. Without effect where its Service has EndpointSlices, which mirror it.
+    Endpoints,
+}
+
+/// Who delivers objects. Of two sources with one Service, the first counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum SourceId {
+    /// A folder of manifests.
+    Manifests,
+    /// The API server.
+    Kubernetes,
+}
+
+/// Something that a source has learnt. [`None`] in place of an object: it is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A Service.
+    Service(ObjectName, Option<ServiceSpec>),
+    /// An object with endpoints.
+    Slice(SliceKind, ObjectName, Option<Slice>),
+    /// A Node.
+    Node(Arc<str>, Option<NodeSpec>),
+    /// What is wrong with an object or file, in the source's eyes, replacing what it said
+    /// about it before. Empty: all is well again.
+    Notes(super::report::Subject, Vec<super::report::Note>),
+    /// The source has delivered all that existed when it began.
+    Synced,
+}
+
+/// A change and who learnt of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// The source.
+    pub source: SourceId,
+    /// The change.
+    pub change: Change,
+}

@@ -1,0 +1,263 @@
+//! What is wrong with objects, as data: for the log, `sluice status` and metrics.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::SystemTime;
+
+use super::object::{ObjectName, SourceId};
+
+/// What a report is about.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Subject {
+    /// A Kubernetes object.
+    Object {
+        /// The kind, as in a manifest.
+        kind: String,
+        /// Its name.
+        name: ObjectName,
+    },
+    /// A document in a file.
+    Document {
+        /// The file's path.
+        path: String,
+        /// The document's position in the file, from 1.
+        index: usize,
+    },
+    /// A source as a whole.
+    Source(SourceId),
+}
+
+impl Subject {
+    /// An object.
+    pub fn object(kind: &str, name: &ObjectName) -> Self {
+        Self::Object { kind: kind.to_owned(), name: name.clone() }
+    }
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Object { kind, name } => write!(formatter, "{kind} {name}"),
+            Self::Document { path, index } => write!(formatter, "{path} document {index}"),
+            Self::Source(SourceId::Manifests) => write!(formatter, "the manifests' folder"),
+            Self::Source(SourceId::Kubernetes) => write!(formatter, "the API server"),
+        }
+    }
+}
+
+/// Whether something is wrong, or only worth knowing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// Part of an object has no effect.
+    Problem,
+    /// Everything has effect, though perhaps not the one that was meant.
+    Notice,
+}
+
+/// Declares what can be wrong: name, word, level and sentence in one place.
+macro_rules! flaws {
+    ($($(#[doc = $doc:literal])* $name:ident = $word:literal, $level:ident;)*) => {
+        /// What can be wrong with an object: at once a metric's label and a word in `sluice status`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum Flaw { $($(#[doc = $doc])* $name,)* }
+
+        impl Flaw {
+            /// Every flaw, in order.
+            pub const ALL: &'static [Flaw] = &[$(Flaw::$name,)*];
+
+            /// The word for metrics and the CLI.
+            pub const fn word(self) -> &'static str {
+                match self { $(Flaw::$name => $word,)* }
+            }
+
+            /// How bad it is.
+            pub const fn level(self) -> Level {
+                match self { $(Flaw::$name => Level::$level,)* }
+            }
+        }
+    };
+}
+
+flaws! {
+    /// The document is not YAML: its objects keep their last good form.
+    BrokenDocument = "broken_document", Problem;
+    /// The file cannot be read: its objects keep their last good form.
+    Unreadable = "unreadable", Problem;
+    /// The object cannot be decoded: it keeps its last good form.
+    Undecodable = "undecodable", Problem;
+    /// The object has no name.
+    NoName = "no_name", Problem;
+    /// A name is longer than Kubernetes allows, or empty where it must not be.
+    BadName = "bad_name", Problem;
+    /// Objects of this kind have no meaning here.
+    UnknownKind = "unknown_kind", Notice;
+    /// The same object comes from two places; the first counts.
+    DuplicateObject = "duplicate_object", Problem;
+    /// The field is valid but not applied.
+    NotApplied = "not_applied", Notice;
+    /// The Service has no ClusterIP, and nothing here assigns one.
+    NoClusterIp = "no_cluster_ip", Notice;
+    /// The text is not an address.
+    BadAddress = "bad_address", Problem;
+    /// The address cannot be a frontend's or endpoint's.
+    ForbiddenAddress = "forbidden_address", Problem;
+    /// The address is not of the family that the object declares.
+    WrongFamily = "wrong_family", Problem;
+    /// There is no address.
+    MissingAddress = "missing_address", Problem;
+    /// The slice holds addresses of a type that is not served.
+    UnsupportedAddressType = "unsupported_address_type", Problem;
+    /// The number is no port.
+    BadPort = "bad_port", Problem;
+    /// Two ports of the Service are the same.
+    DuplicatePort = "duplicate_port", Problem;
+    /// The protocol is not served.
+    UnsupportedProtocol = "unsupported_protocol", Problem;
+    /// The endpoint is a frontend of its own Service.
+    Loop = "loop", Problem;
+    /// No label says to which Service the slice belongs.
+    NoServiceLabel = "no_service_label", Notice;
+    /// An older Service has the same frontend.
+    ClaimLost = "claim_lost", Problem;
+    /// A newer Service claims the same frontend in vain.
+    ClaimContested = "claim_contested", Notice;
+    /// More endpoints than a table has slots: some get no traffic.
+    TooManyEndpoints = "too_many_endpoints", Problem;
+    /// The table is smaller than it should be, since the arena is full: shares are less even.
+    SmallTable = "small_table", Notice;
+    /// A map is full: the part is left out.
+    NoRoom = "no_room", Problem;
+    /// The source cannot be reached: what it said last still holds.
+    Unreachable = "unreachable", Problem;
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Note {
+    /// The field's path; empty if it is the whole.
+    pub field: String,
+    /// What is wrong.
+    pub flaw: Flaw,
+    /// For people: what was found, and what follows from it.
+    pub message: String,
+}
+
+impl Note {
+    /// A note on a field.
+    pub fn new(flaw: Flaw, field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { field: field.into(), flaw, message: message.into() }
+    }
+}
+
+/// A note, its subject, and since when it holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// What it is about.
+    pub subject: Subject,
+    /// What is wrong.
+    pub note: Note,
+    /// When it was first noticed.
+    pub since: SystemTime,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Note { field, flaw, message } = &self.note;
+        write!(formatter, "{}: {}: ", self.subject, flaw.word())?;
+        if !field.is_empty() {
+            write!(formatter, "{field}: ")?;
+        }
+        write!(formatter, "{message}")
+    }
+}
+
+/// Who says so. Each replaces only what it said itself.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Author {
+    /// A source, about what it read.
+    Source(SourceId, Subject),
+    /// The model, about one object with endpoints.
+    Slice(super::SliceKey),
+    /// The model, about a Service and the endpoints that were joined to it.
+    Service(ObjectName),
+    /// The plan, about a Service.
+    Plan(ObjectName),
+}
+
+/// Notes of one kind about one subject that are kept; more are only counted.
+const KEPT: usize = 8;
+
+/// Notes in the making: of many alike, some are kept and the rest counted.
+#[derive(Debug, Default)]
+pub struct Notebook {
+    notes: BTreeMap<(Subject, Flaw), (Vec<Note>, usize)>,
+}
+
+impl Notebook {
+    /// Adds a note; the texts are made only if it is kept.
+    pub fn add(&mut self, subject: &Subject, flaw: Flaw, text: impl FnOnce() -> (String, String)) {
+        let (notes, more) = self.notes.entry((subject.clone(), flaw)).or_default();
+        if notes.len() < KEPT {
+            let (field, message) = text();
+            notes.push(Note { field, flaw, message });
+        } else {
+            *more += 1;
+        }
+    }
+
+    /// The notes, in order.
+    pub fn finish(self) -> Vec<(Subject, Note)> {
+        let mut all = Vec::new();
+        for ((subject, flaw), (notes, more)) in self.notes {
+            all.extend(notes.into_iter().map(|note| (subject.clone(), note)));
+            if more > 0 {
+                all.push((subject, Note::new(flaw, "", format!("and {more} more like these"))));
+            }
+        }
+        all
+    }
+}
+
+/// All that is wrong now.
+#[derive(Clone, Debug, Default)]
+pub struct Reports {
+    current: BTreeMap<Author, Vec<Report>>,
+}
+
+impl Reports {
+    /// Replaces what an author says, and returns what is new in it. What stays keeps its time.
+    pub fn set(&mut self, author: Author, notes: Vec<(Subject, Note)>, now: SystemTime) -> Vec<Report> {
+        let old = self.current.remove(&author).unwrap_or_default();
+        let mut fresh = Vec::new();
+        let reports: Vec<Report> = notes
+            .into_iter()
+            .map(|(subject, note)| {
+                let before = old.iter().find(|old| old.subject == subject && old.note == note);
+                let since = before.map_or(now, |old| old.since);
+                let report = Report { subject, note, since };
+                if before.is_none() {
+                    fresh.push(report.clone());
+                }
+                report
+            })
+            .collect();
+        if !reports.is_empty() {
+            let _ = self.current.insert(author, reports);
+        }
+        fresh
+    }
+
+    /// Everything, in a stable order.
+    pub fn iter(&self) -> impl Iterator<Item = &Report> {
+        self.current.values().flatten()
+    }
+
+    /// How many there are of each flaw.
+    pub fn counts(&self) -> BTreeMap<Flaw, usize> {
+        let mut counts = BTreeMap::new();
+        for report in self.iter() {
+            *counts.entry(report.note.flaw).or_default() += 1;
+        }
+        counts
+    }
+}

@@ -1,0 +1,85 @@
+//! Which lanes of `addresses` are set: how many addresses stand behind each bit.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::IpAddr;
+
+use sluice_common::abi::listing;
+use sluice_common::{V4, V6, family};
+
+/// Frontends that are gone whose bit stays, so that their connections drain.
+const LINGERING: usize = 1_024;
+
+/// Why an address is listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Why {
+    /// It is a frontend's.
+    Frontend,
+    /// It is a backend's.
+    Backend,
+    /// It is the node's.
+    Node,
+}
+
+/// Lane -> how many addresses are listed there as frontends, backends, and the node's.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Listing {
+    counts: BTreeMap<u32, [u32; 3]>,
+    lingering: VecDeque<IpAddr>,
+}
+
+/// The lane of an address.
+fn lane_of(address: IpAddr) -> u32 {
+    let (word, shift) = match address {
+        IpAddr::V4(address) => family::lane::<V4>(&address.into()),
+        IpAddr::V6(address) => family::lane::<V6>(&address.into()),
+    };
+    word * 16 + shift / 4
+}
+
+impl Listing {
+    /// Lists an address, and returns its lane with the lane's bits.
+    pub(super) fn add(&mut self, address: IpAddr, why: Why) -> (u32, u8) {
+        let lane = lane_of(address);
+        let counts = self.counts.entry(lane).or_default();
+        counts[why as usize] += 1;
+        (lane, bits(*counts))
+    }
+
+    /// Undoes one [`Self::add`].
+    pub(super) fn remove(&mut self, address: IpAddr, why: Why) -> (u32, u8) {
+        let lane = lane_of(address);
+        let Some(counts) = self.counts.get_mut(&lane) else { return (lane, 0) };
+        counts[why as usize] = counts[why as usize].saturating_sub(1);
+        let bits = bits(*counts);
+        if bits == 0 {
+            let _ = self.counts.remove(&lane);
+        }
+        (lane, bits)
+    }
+
+    /// Undoes one [`Self::add`] of a frontend, later: returns what changes now instead.
+    pub(super) fn linger(&mut self, address: IpAddr) -> Option<(u32, u8)> {
+        self.lingering.push_back(address);
+        if self.lingering.len() <= LINGERING {
+            return None;
+        }
+        let oldest = self.lingering.pop_front()?;
+        Some(self.remove(oldest, Why::Frontend))
+    }
+
+    /// The lanes in which an address is listed.
+    pub(super) fn lanes(&self) -> impl Iterator<Item = u32> {
+        self.counts.keys().copied()
+    }
+
+    /// The bits of a lane.
+    pub(super) fn bits(&self, lane: u32) -> u8 {
+        self.counts.get(&lane).map_or(0, |counts| bits(*counts))
+    }
+}
+
+fn bits(counts: [u32; 3]) -> u8 {
+    let [frontends, backends, nodes] = counts.map(|count| count > 0);
+    let bit = |set: bool, bit: u8| if set { bit } else { 0 };
+    bit(frontends, listing::FRONTEND) | bit(backends, listing::BACKEND) | bit(nodes, listing::NODE)
+}

@@ -1,0 +1,431 @@
+//! One service port: find ids and room first, then change the image, so that a draft can end between the two.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use sluice_common::abi::{self, Backend, NAME_MAX, Name, Range, Service, ServiceKey, ServicePort, backend, frontend};
+use sluice_common::maglev::{self, Turn};
+
+use super::listing::Why;
+use super::{Held, Plan, Planned, Planning, Work, endpoint};
+use crate::image::CLASSES;
+use crate::model::desired::PortKey;
+use crate::model::report::{Flaw, Note};
+use crate::model::{DesiredBackend, DesiredPort, FrontendKind};
+
+/// The ranges of a service port in the making.
+struct Tables {
+    ranges: [Range; 3],
+    /// Content of those that are new.
+    fresh: Vec<(Range, Vec<u32>)>,
+}
+
+impl Plan {
+    /// Plans a service port that exists or shall.
+    pub(super) fn plan_port<F: Planning>(
+        &mut self,
+        key: &PortKey,
+        desired: &DesiredPort,
+        work: &mut Work,
+        notes: &mut Vec<Note>,
+    ) {
+        let known = self.ids.get(key).copied();
+        let Some(id) = known.or_else(|| self.port_id(work)) else {
+            notes.push(Note::new(Flaw::NoRoom, port_field(key), "no service port is free: it is not served"));
+            return;
+        };
+        let (held, given) = self.hold::<F>(id, key, desired, work, notes);
+        let Some(tables) = self.tables::<F>(id, &held, known.is_some(), key, work, notes) else {
+            notes.push(Note::new(Flaw::NoRoom, port_field(key), "no slots are free: it is not served"));
+            for held in held.into_values() {
+                F::of_plan(self).ids.retire(held.id, None);
+            }
+            self.port_ids.give(id);
+            return;
+        };
+        let planned = self.planned.entry(id).or_insert_with(|| Planned {
+            key: key.clone(),
+            number: desired.number,
+            frontends: BTreeMap::new(),
+            backends: BTreeMap::new(),
+            verified: true,
+        });
+        planned.verified = true;
+        let old = std::mem::replace(&mut planned.backends, held);
+        let _ = self.ids.insert(key.clone(), id);
+
+        self.write_name(id, key, desired.number, work);
+        let mut stale = self.write_backends::<F>(id, key, &old, &given, desired, work);
+        self.write_tables(id, tables, work);
+        if self.write_frontends::<F>(id, desired, work, notes) {
+            let all = self.planned.get(&id).into_iter().flat_map(|planned| planned.backends.keys().copied());
+            stale.extend(all);
+        }
+        for (address, port) in stale {
+            if let Some(address) = F::address(address) {
+                self.refresh_origins::<F>(endpoint::<F>(address, port, key), work);
+            }
+        }
+    }
+
+    /// Removes a service port.
+    pub(super) fn remove_port<F: Planning>(&mut self, key: &PortKey, work: &mut Work) {
+        let Some(id) = self.ids.remove(key) else { return };
+        let nothing = DesiredPort::default();
+        let old = self.planned.get_mut(&id).map(|planned| std::mem::take(&mut planned.backends)).unwrap_or_default();
+        let mut notes = Vec::new();
+        let _ = self.write_frontends::<F>(id, &nothing, work, &mut notes);
+        let stale = self.write_backends::<F>(id, key, &old, &BTreeSet::new(), &nothing, work);
+        self.write_tables(id, Tables { ranges: [Range(0); 3], fresh: Vec::new() }, work);
+        work.draft.set_port(&mut self.image, id, None);
+        work.draft.set_name(&mut self.image, id, None);
+        let _ = self.planned.remove(&id);
+        F::of_plan(self).ids.disown(id, F::Address::default());
+        self.limbo.ports.push(id);
+        for (address, port) in stale {
+            if let Some(address) = F::address(address) {
+                self.refresh_origins::<F>(endpoint::<F>(address, port, key), work);
+            }
+        }
+    }
+
+    fn port_id(&mut self, work: &mut Work) -> Option<u32> {
+        self.port_ids.take().or_else(|| {
+            self.flush(work);
+            self.port_ids.take()
+        })
+    }
+
+    /// Finds an id for each backend: the one it has, the one it had, or one that is given to it now.
+    /// Returns the latter again apart.
+    fn hold<F: Planning>(
+        &mut self,
+        service_port: u32,
+        key: &PortKey,
+        desired: &DesiredPort,
+        work: &mut Work,
+        notes: &mut Vec<Note>,
+    ) -> (BTreeMap<(IpAddr, u16), Held>, BTreeSet<u32>) {
+        let mut held = BTreeMap::new();
+        let mut given = BTreeSet::new();
+        let mut missing = 0_u32;
+        for (at, want) in &desired.backends {
+            let Some(address) = F::address(at.0) else { continue };
+            let known = self.planned.get(&service_port).and_then(|planned| planned.backends.get(at)).map(|held| held.id);
+            let mut id = known.or_else(|| F::of_plan(self).ids.revive((service_port, address, at.1)));
+            if id.is_none() {
+                id = F::of_plan(self).ids.take().or_else(|| {
+                    self.flush(work);
+                    F::of_plan(self).ids.take()
+                });
+                given.extend(id);
+            }
+            match id {
+                Some(id) => {
+                    let _ = held.insert(*at, Held { id, selected: want.selected });
+                }
+                None => missing += 1,
+            }
+        }
+        if missing > 0 {
+            let what = format!("no backend id is free for {missing} endpoints: they get no traffic");
+            notes.push(Note::new(Flaw::NoRoom, port_field(key), what));
+        }
+        (held, given)
+    }
+
+    /// Finds a range for each class, the same one for classes with the same backends. [`None`]: no room for a
+    /// service port that is new.
+    fn tables<F: Planning>(
+        &mut self,
+        id: u32,
+        held: &BTreeMap<(IpAddr, u16), Held>,
+        update: bool,
+        key: &PortKey,
+        work: &mut Work,
+        notes: &mut Vec<Note>,
+    ) -> Option<Tables> {
+        let old_ranges = self.image.ports.get(&id).map_or([Range(0); 3], |port| port.ranges.map(Range));
+        let old_selected = CLASSES.map(|class| {
+            let planned = self.planned.get(&id);
+            planned.map_or_else(Vec::new, |planned| selected(&planned.backends, class as usize))
+        });
+        let verified = self.planned.get(&id).is_none_or(|planned| planned.verified);
+        let mut known: Vec<(Vec<u32>, Range)> = Vec::new();
+        if verified {
+            known.extend(old_selected.into_iter().zip(old_ranges).filter(|(_, range)| range.size() != 0));
+        }
+        let wanted = CLASSES.map(|class| selected(held, class as usize));
+        // A range that the update may overwrite, if there is no other room: none of its classes stays.
+        let mut own = old_ranges
+            .into_iter()
+            .find(|range| range.size() != 0 && !known.iter().any(|(ids, old)| old == range && wanted.contains(ids)));
+
+        let mut tables = Tables { ranges: [Range(0); 3], fresh: Vec::new() };
+        for (class, ids) in wanted.into_iter().enumerate() {
+            if ids.is_empty() {
+                continue;
+            }
+            let wish = maglev::size(ids.len() as u32);
+            let same = known.iter().find(|(other, _)| *other == ids).map(|(_, range)| *range);
+            if let Some(range) = same.filter(|range| range.size() == wish || tables.ranges.contains(range)) {
+                tables.ranges[class] = range;
+                continue;
+            }
+            // An adopted range whose content is right stays.
+            if !verified {
+                let old = old_ranges[class];
+                let overwritten = tables.fresh.iter().any(|(fresh, _)| fresh.start() == old.start());
+                if !overwritten && old.size() == wish && self.image.slots.get(&old.start()) == Some(&table::<F>(held, class, wish)) {
+                    tables.ranges[class] = old;
+                    known.push((ids, old));
+                    continue;
+                }
+            }
+            let found = self.find_room(wish, update, work);
+            let range = match (found, same) {
+                // One of the right content but too small goes on if there is nothing larger.
+                (Some(range), Some(same)) if range.size() <= same.size() => {
+                    self.release(range);
+                    same
+                }
+                (None, Some(same)) => same,
+                (Some(range), _) => range,
+                (None, None) => match own.take() {
+                    Some(own) => {
+                        let mut size = wish;
+                        while size > own.size() {
+                            size = maglev::smaller(size);
+                        }
+                        Range::new(own.start(), size as u16)
+                    }
+                    None if update => {
+                        let what = "no slots are free: it has no backends for now";
+                        notes.push(Note::new(Flaw::NoRoom, port_field(key), what));
+                        continue;
+                    }
+                    None => {
+                        for (range, _) in tables.fresh {
+                            self.release(range);
+                        }
+                        return None;
+                    }
+                },
+            };
+            if ids.len() as u32 > maglev::SIZE_MAX {
+                let what = format!("{} endpoints share {} slots: some get no traffic", ids.len(), maglev::SIZE_MAX);
+                notes.push(Note::new(Flaw::TooManyEndpoints, port_field(key), what));
+            }
+            if range.size() < wish {
+                let what = format!("{} slots instead of {wish}: shares are less even", range.size());
+                notes.push(Note::new(Flaw::SmallTable, port_field(key), what));
+            }
+            if Some(range) != same {
+                tables.fresh.push((range, table::<F>(held, class, range.size())));
+            }
+            tables.ranges[class] = range;
+            known.retain(|(other, _)| *other != ids);
+            known.push((ids, range));
+        }
+        Some(tables)
+    }
+
+    fn write_name(&mut self, id: u32, key: &PortKey, number: u16, work: &mut Work) {
+        let name = name(key, number);
+        if self.image.names.get(&id) != Some(&name) {
+            work.draft.set_name(&mut self.image, id, Some(name));
+        }
+        if !self.image.ports.contains_key(&id) {
+            work.draft.set_port(&mut self.image, id, Some(ServicePort::default()));
+        }
+    }
+
+    /// Writes the backends that came or changed and retires those that left. Returns who came or left.
+    fn write_backends<F: Planning>(
+        &mut self,
+        id: u32,
+        key: &PortKey,
+        old: &BTreeMap<(IpAddr, u16), Held>,
+        given: &BTreeSet<u32>,
+        desired: &DesiredPort,
+        work: &mut Work,
+    ) -> BTreeSet<(IpAddr, u16)> {
+        let mut changed = BTreeSet::new();
+        let held = self.planned.get(&id).map(|planned| planned.backends.clone()).unwrap_or_default();
+        for (at, Held { id: backend_id, .. }) in &held {
+            let Some(address) = F::address(at.0) else { continue };
+            let flags = flags(desired.backends.get(at));
+            let before = F::of(&self.image).backends.get(backend_id).copied();
+            let generation = match before {
+                Some(before) if given.contains(backend_id) => before.generation.wrapping_add(1).max(1),
+                Some(before) => before.generation,
+                None => 1,
+            };
+            let backend = Backend { address, port: at.1, generation, service_port: id, flags };
+            if before != Some(backend) {
+                work.draft.set_backend::<F>(&mut self.image, *backend_id, backend);
+                if before.map(|before| before.address) != Some(address) {
+                    self.list(at.0, Why::Backend, work);
+                    if let Some(before) = before {
+                        self.unlist(F::ip(before.address), Why::Backend, work);
+                    }
+                }
+            }
+            if !old.contains_key(at) {
+                let _ = F::of_plan(self).users.insert((endpoint::<F>(address, at.1, key), id));
+                let _ = changed.insert(*at);
+            }
+        }
+        for (at, left) in old {
+            let Some(address) = F::address(at.0).filter(|_| !held.contains_key(at)) else { continue };
+            if let Some(backend) = F::of(&self.image).backends.get(&left.id).copied() {
+                work.draft.set_backend::<F>(&mut self.image, left.id, Backend { flags: 0, ..backend });
+            }
+            F::leaving(&mut self.limbo).push(left.id);
+            let _ = F::of_plan(self).users.remove(&(endpoint::<F>(address, at.1, key), id));
+            let _ = changed.insert(*at);
+        }
+        changed
+    }
+
+    /// Writes the tables and flips to them.
+    fn write_tables(&mut self, id: u32, tables: Tables, work: &mut Work) {
+        let port = self.image.ports.get(&id).copied().unwrap_or_default();
+        let fresh: BTreeSet<u32> = tables.fresh.iter().map(|(range, _)| range.start()).collect();
+        for old in port.ranges.map(Range).into_iter().collect::<BTreeSet<_>>() {
+            if old.size() != 0 && !tables.ranges.contains(&old) {
+                if !fresh.contains(&old.start()) {
+                    work.draft.set_slots(&mut self.image, old.start(), None);
+                    self.limbo.ranges.push(old);
+                } else if let Some(kept) = tables.ranges.iter().find(|range| range.start() == old.start()) {
+                    // Overwritten by a smaller one: its tail is free.
+                    let blocks = |range: Range| range.size().div_ceil(abi::SLOTS_PER_BLOCK);
+                    let tail = (blocks(old) - blocks(*kept)) * abi::SLOTS_PER_BLOCK;
+                    if tail != 0 {
+                        let start = old.start() + blocks(*kept) * abi::SLOTS_PER_BLOCK;
+                        self.limbo.ranges.push(Range::new(start, tail as u16));
+                    }
+                }
+            }
+        }
+        for (range, backends) in tables.fresh {
+            work.draft.set_slots(&mut self.image, range.start(), Some(backends));
+        }
+        let ranges = tables.ranges.map(|range| range.0);
+        if port.ranges != ranges {
+            work.draft.set_port(&mut self.image, id, Some(ServicePort { ranges, ..port }));
+        }
+    }
+
+    /// Inserts the frontends that came, removes those that left. Returns whether there were any.
+    fn write_frontends<F: Planning>(
+        &mut self,
+        id: u32,
+        desired: &DesiredPort,
+        work: &mut Work,
+        notes: &mut Vec<Note>,
+    ) -> bool {
+        let Some(planned) = self.planned.get(&id) else { return false };
+        let (old, old_number, protocol) = (planned.frontends.clone(), planned.number, planned.key.protocol);
+        let field = port_field(&planned.key);
+        if old == desired.frontends && old_number == desired.number {
+            return false;
+        }
+        let key = |address: F::Address, port: u16| ServiceKey { address, port, protocol: protocol.number(), reserved: 0 };
+        for vip in old.keys() {
+            let Some(address) = F::address(*vip) else { continue };
+            let key = key(address, old_number);
+            // Another Service may have it by now.
+            let ours = F::of(&self.image).services.get(&key).is_some_and(|service| service.service_port == id);
+            if ours && !(desired.frontends.contains_key(vip) && old_number == desired.number) {
+                work.draft.set_service::<F>(&mut self.image, key, None);
+                work.freed = true;
+                if let Some((lane, bits)) = self.listing.linger(*vip) {
+                    work.draft.set_lane(&mut self.image, lane, bits);
+                }
+            }
+        }
+        let mut served = BTreeMap::new();
+        for (vip, kind) in &desired.frontends {
+            let Some(address) = F::address(*vip) else { continue };
+            let key = key(address, desired.number);
+            let service = Service { service_port: id, kind: kind_number(*kind) };
+            let services = &F::of(&self.image).services;
+            let before = services.get(&key).copied();
+            if before.is_none() && services.len() as u32 >= self.sizes.services {
+                let what = format!("no frontend is free: {vip} is not served");
+                notes.push(Note::new(Flaw::NoRoom, field.clone(), what));
+                continue;
+            }
+            if before != Some(service) {
+                work.draft.set_service::<F>(&mut self.image, key, Some(service));
+            }
+            if before.is_none() {
+                self.list(*vip, Why::Frontend, work);
+            }
+            let _ = served.insert(*vip, *kind);
+        }
+        if let Some(planned) = self.planned.get_mut(&id) {
+            planned.frontends = served;
+            planned.number = desired.number;
+        }
+        true
+    }
+}
+
+/// The ids that a class selects, in order of address and port.
+fn selected(held: &BTreeMap<(IpAddr, u16), Held>, class: usize) -> Vec<u32> {
+    held.values().filter(|held| held.selected[class]).map(|held| held.id).collect()
+}
+
+/// The Maglev table of the backends that a class selects.
+fn table<F: Planning>(held: &BTreeMap<(IpAddr, u16), Held>, class: usize, size: u32) -> Vec<u32> {
+    let mut turns: Vec<Turn> = held
+        .iter()
+        .filter(|(_, held)| held.selected[class])
+        .filter_map(|((address, port), held)| Some(Turn::new::<F>(&F::address(*address)?, *port, held.id)))
+        .collect();
+    let mut slots = vec![0; size as usize];
+    maglev::fill(&mut turns, &mut slots);
+    slots
+}
+
+fn flags(want: Option<&DesiredBackend>) -> u32 {
+    match want {
+        Some(want) if want.local => backend::SERVING | backend::LOCAL,
+        Some(_) => backend::SERVING,
+        None => 0,
+    }
+}
+
+fn kind_number(kind: FrontendKind) -> u32 {
+    match kind {
+        FrontendKind::ClusterIp => frontend::CLUSTER_IP,
+        FrontendKind::LoadBalancer => frontend::LOAD_BALANCER,
+    }
+}
+
+/// Where a report on a service port points.
+fn port_field(key: &PortKey) -> String {
+    let name = if key.port.is_empty() { "(unnamed)" } else { &key.port };
+    format!("spec.ports {name} {} {}", key.protocol.word(), key.family.word())
+}
+
+/// The name of a service port in the maps.
+fn name(key: &PortKey, number: u16) -> Name {
+    let text = |text: &str| {
+        let mut bytes = [0; NAME_MAX];
+        for (byte, letter) in bytes.iter_mut().zip(text.bytes()) {
+            *byte = letter;
+        }
+        bytes
+    };
+    Name {
+        namespace: text(&key.service.namespace),
+        service: text(&key.service.name),
+        port: text(&key.port),
+        number,
+        protocol: key.protocol.number(),
+        family: key.family.version(),
+    }
+}

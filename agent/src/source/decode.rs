@@ -1,0 +1,433 @@
+//! From Kubernetes' objects to the model's: only the fields that are read.
+//!
+//! The API server fills in defaults before anybody sees an object; a manifest comes without.
+//! So what is absent here means what the API server would have made of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use k8s_openapi::jiff::Timestamp;
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::model::object::{
+    Address, Change, Endpoint, IpFamily, NodeSpec, NotApplied, ObjectName, PortSpec, ServiceSpec, Slice, SliceKind,
+    SlicePart, SlicePort,
+};
+
+/// Label of the proxy that serves a Service or slice instead of everybody's.
+pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+/// Label of Services without a virtual address.
+pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+/// Label that names a slice's Service.
+const SERVICE_LABEL: &str = "kubernetes.io/service-name";
+/// Label with a node's zone.
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// Where a v1beta1 slice keeps the node's name.
+const HOSTNAME_TOPOLOGY: &str = "kubernetes.io/hostname";
+
+/// The kinds that have a meaning here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// A Service.
+    Service,
+    /// An EndpointSlice, v1 or v1beta1.
+    EndpointSlice,
+    /// An Endpoints object.
+    Endpoints,
+    /// A Node.
+    Node,
+}
+
+impl Kind {
+    /// The kind of a word; the group of its API version must fit too.
+    pub fn from_words(kind: &str, version: &str) -> Option<Self> {
+        match (kind, version) {
+            ("Service", "v1") => Some(Self::Service),
+            ("EndpointSlice", "discovery.k8s.io/v1" | "discovery.k8s.io/v1beta1") => Some(Self::EndpointSlice),
+            ("Endpoints", "v1") => Some(Self::Endpoints),
+            ("Node", "v1") => Some(Self::Node),
+            _ => None,
+        }
+    }
+
+    /// The word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
+            Self::Endpoints => "Endpoints",
+            Self::Node => "Node",
+        }
+    }
+}
+
+/// What an object says about itself.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Meta {
+    /// Its name.
+    pub name: Option<String>,
+    /// Its namespace.
+    pub namespace: Option<String>,
+    /// Its labels.
+    pub labels: Option<BTreeMap<String, Option<String>>>,
+    /// When it was made, RFC 3339.
+    pub creation_timestamp: Option<String>,
+}
+
+impl Meta {
+    fn label(&self, key: &str) -> Option<&str> {
+        self.labels.as_ref()?.get(key).map(|value| value.as_deref().unwrap_or_default())
+    }
+}
+
+/// An object, decoded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Object {
+    /// A Service.
+    Service(ServiceSpec),
+    /// An EndpointSlice or Endpoints object.
+    Slice(Slice),
+    /// A Node.
+    Node(NodeSpec),
+}
+
+/// The change that an object (or its end) is.
+pub fn change(kind: Kind, name: ObjectName, object: Option<Object>) -> Change {
+    match (kind, object) {
+        (_, Some(Object::Service(spec))) => Change::Service(name, Some(spec)),
+        (_, Some(Object::Node(spec))) => Change::Node(name.name, Some(spec)),
+        (Kind::Endpoints, Some(Object::Slice(slice))) => Change::Slice(SliceKind::Endpoints, name, Some(slice)),
+        (_, Some(Object::Slice(slice))) => Change::Slice(SliceKind::EndpointSlice, name, Some(slice)),
+        (Kind::Service, None) => Change::Service(name, None),
+        (Kind::EndpointSlice, None) => Change::Slice(SliceKind::EndpointSlice, name, None),
+        (Kind::Endpoints, None) => Change::Slice(SliceKind::Endpoints, name, None),
+        (Kind::Node, None) => Change::Node(name.name, None),
+    }
+}
+
+/// Decodes objects; texts that many endpoints share are kept once.
+#[derive(Clone, Debug, Default)]
+pub struct Decoder {
+    texts: BTreeSet<Arc<str>>,
+}
+
+/// Shared texts that are kept before those no longer in use are let go.
+const TEXTS_KEPT: usize = 65_536;
+
+impl Decoder {
+    /// Decodes an object of a known kind.
+    ///
+    /// # Errors
+    ///
+    /// When a field has a type that the API server would refuse.
+    pub fn decode(&mut self, kind: Kind, meta: &Meta, body: Value) -> Result<Object, serde_json::Error> {
+        match kind {
+            Kind::Service => Ok(Object::Service(service(meta, serde_json::from_value(body)?))),
+            Kind::EndpointSlice => Ok(Object::Slice(self.slice(meta, serde_json::from_value(body)?))),
+            Kind::Endpoints => Ok(Object::Slice(self.endpoints(meta, serde_json::from_value(body)?))),
+            Kind::Node => Ok(Object::Node(self.node(meta, serde_json::from_value(body)?))),
+        }
+    }
+
+    fn share(&mut self, text: &str) -> Arc<str> {
+        if let Some(known) = self.texts.get(text) {
+            return known.clone();
+        }
+        if self.texts.len() >= TEXTS_KEPT {
+            self.texts.retain(|text| Arc::strong_count(text) > 1);
+        }
+        let text: Arc<str> = text.into();
+        let _ = self.texts.insert(text.clone());
+        text
+    }
+
+    fn slice(&mut self, meta: &Meta, slice: RawSlice) -> Slice {
+        let family = match slice.address_type.as_deref() {
+            Some("IPv4") => Ok(Some(IpFamily::V4)),
+            Some("IPv6") => Ok(Some(IpFamily::V6)),
+            Some(other) => Err(other.into()),
+            None => Err("untyped".into()),
+        };
+        let ports = slice.ports.unwrap_or_default().into_iter().map(|port| self.port(port)).collect();
+        let endpoints = slice.endpoints.unwrap_or_default().into_iter().map(|raw| self.endpoint(raw)).collect();
+        Slice {
+            service: meta.label(SERVICE_LABEL).filter(|name| !name.is_empty()).map(|name| self.share(name)),
+            family,
+            parts: vec![SlicePart { ports, endpoints }],
+        }
+    }
+
+    fn port(&mut self, port: RawPort) -> SlicePort {
+        SlicePort {
+            name: self.share(port.name.as_deref().unwrap_or_default()),
+            number: port.port.map(clamp),
+            protocol: port.protocol.as_deref().unwrap_or("TCP").into(),
+        }
+    }
+
+    fn endpoint(&mut self, raw: RawEndpoint) -> Endpoint {
+        let conditions = raw.conditions.unwrap_or_default();
+        let topology = raw.topology.unwrap_or_default();
+        let node = raw.node_name.or_else(|| topology.get(HOSTNAME_TOPOLOGY).cloned().flatten());
+        let zones = raw.hints.and_then(|hints| hints.for_zones).unwrap_or_default();
+        Endpoint {
+            // Kubernetes defines the first and ignores the rest.
+            address: address(raw.addresses.unwrap_or_default().into_iter().next().flatten().as_deref()),
+            ready: conditions.ready.unwrap_or(true),
+            serving: conditions.serving.or(conditions.ready).unwrap_or(true),
+            terminating: conditions.terminating.unwrap_or(false),
+            node: node.map(|node| self.share(&node)),
+            zones: zones.into_iter().filter_map(|zone| zone.name).map(|zone| self.share(&zone)).collect(),
+        }
+    }
+
+    fn endpoints(&mut self, meta: &Meta, raw: RawEndpoints) -> Slice {
+        let parts = raw
+            .subsets
+            .unwrap_or_default()
+            .into_iter()
+            .map(|subset| {
+                let ports = subset.ports.unwrap_or_default().into_iter().map(|port| self.port(port)).collect();
+                let ready = subset.addresses.unwrap_or_default().into_iter().map(|address| (address, true));
+                let waiting = subset.not_ready_addresses.unwrap_or_default().into_iter().map(|address| (address, false));
+                let endpoints = ready
+                    .chain(waiting)
+                    .map(|(raw, ready)| Endpoint {
+                        address: address(raw.ip.as_deref()),
+                        ready,
+                        serving: ready,
+                        terminating: false,
+                        node: raw.node_name.map(|node| self.share(&node)),
+                        zones: Box::default(),
+                    })
+                    .collect();
+                SlicePart { ports, endpoints }
+            })
+            .collect();
+        Slice { service: meta.name.as_deref().map(|name| self.share(name)), family: Ok(None), parts }
+    }
+
+    fn node(&mut self, meta: &Meta, node: RawNode) -> NodeSpec {
+        let addresses = node.status.and_then(|status| status.addresses).unwrap_or_default();
+        NodeSpec {
+            addresses: addresses
+                .into_iter()
+                .filter(|address| matches!(address.r#type.as_deref(), Some("InternalIP" | "ExternalIP")))
+                .filter_map(|raw| match address(raw.address.as_deref()) {
+                    Address::Valid(address) => Some(address),
+                    Address::Invalid(_) | Address::Missing => None,
+                })
+                .collect::<Vec<IpAddr>>(),
+            zone: meta.label(ZONE_LABEL).map(|zone| self.share(zone)),
+        }
+    }
+}
+
+fn service(meta: &Meta, service: RawService) -> ServiceSpec {
+    let spec = service.spec.unwrap_or_default();
+    let mut cluster_ips: Vec<String> = spec.cluster_ips.clone().unwrap_or_default();
+    if cluster_ips.is_empty() {
+        cluster_ips.extend(spec.cluster_ip.clone().filter(|address| !address.is_empty()));
+    }
+    let ingress = service.status.and_then(|status| status.load_balancer).and_then(|balancer| balancer.ingress);
+    ServiceSpec {
+        created: meta.creation_timestamp.as_deref().and_then(|text| text.parse::<Timestamp>().ok()).map(Timestamp::as_second),
+        proxy_name: meta.label(PROXY_NAME_LABEL).map(Into::into),
+        headless: meta.label(HEADLESS_LABEL).is_some() || cluster_ips.iter().any(|address| address == "None"),
+        external_name: spec.r#type.as_deref() == Some("ExternalName"),
+        cluster_ips: cluster_ips.iter().map(|text| address(Some(text))).collect(),
+        ingress: ingress
+            .unwrap_or_default()
+            .into_iter()
+            .filter(|ingress| !matches!(ingress.ip_mode.as_deref(), Some("Proxy")))
+            .filter_map(|ingress| ingress.ip.filter(|ip| !ip.is_empty()))
+            .map(|text| address(Some(&text)))
+            .collect(),
+        not_applied: not_applied(&spec),
+        ports: spec
+            .ports
+            .unwrap_or_default()
+            .into_iter()
+            .map(|port| PortSpec {
+                name: port.name.unwrap_or_default().into(),
+                number: port.port.map_or(0, clamp),
+                protocol: port.protocol.as_deref().unwrap_or("TCP").into(),
+            })
+            .collect(),
+    }
+}
+
+/// What a Service asks for that is not done.
+fn not_applied(spec: &RawServiceSpec) -> Vec<NotApplied> {
+    let word = |text: &Option<String>, word: &str| text.as_deref() == Some(word);
+    let some = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|list| !list.is_empty());
+    let node_port = spec.ports.iter().flatten().any(|port| port.node_port.is_some_and(|port| port != 0));
+    let fields = [
+        (word(&spec.session_affinity, "ClientIP"), "spec.sessionAffinity", "is not applied: each connection is balanced anew"),
+        (
+            word(&spec.external_traffic_policy, "Local"),
+            "spec.externalTrafficPolicy",
+            "Local is not applied: clients from outside reach every endpoint",
+        ),
+        (
+            word(&spec.internal_traffic_policy, "Local"),
+            "spec.internalTrafficPolicy",
+            "Local is not applied: clients inside reach every endpoint",
+        ),
+        (node_port, "spec.ports[].nodePort", "is not served"),
+        (some(&spec.external_ips), "spec.externalIPs", "are not served"),
+        (
+            some(&spec.load_balancer_source_ranges),
+            "spec.loadBalancerSourceRanges",
+            "are not applied: every client is let in",
+        ),
+        (
+            spec.traffic_distribution.as_ref().is_some_and(|text| !text.is_empty()),
+            "spec.trafficDistribution",
+            "is not applied: endpoints of all zones are used",
+        ),
+    ];
+    fields.into_iter().filter(|(asked, ..)| *asked).map(|(_, field, what)| NotApplied { field, what }).collect()
+}
+
+fn address(text: Option<&str>) -> Address {
+    text.map_or(Address::Missing, |text| Address::parse(text.trim()))
+}
+
+/// A number that fits is kept, any other becomes one that is no port.
+fn clamp(number: i64) -> i32 {
+    i32::try_from(number).unwrap_or(-1)
+}
+
+#[derive(Default, Deserialize)]
+struct RawService {
+    spec: Option<RawServiceSpec>,
+    status: Option<RawServiceStatus>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawServiceSpec {
+    r#type: Option<String>,
+    #[serde(rename = "clusterIP")]
+    cluster_ip: Option<String>,
+    #[serde(rename = "clusterIPs")]
+    cluster_ips: Option<Vec<String>>,
+    ports: Option<Vec<RawServicePort>>,
+    session_affinity: Option<String>,
+    external_traffic_policy: Option<String>,
+    internal_traffic_policy: Option<String>,
+    #[serde(rename = "externalIPs")]
+    external_ips: Option<Vec<String>>,
+    load_balancer_source_ranges: Option<Vec<String>>,
+    traffic_distribution: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawServicePort {
+    name: Option<String>,
+    port: Option<i64>,
+    protocol: Option<String>,
+    node_port: Option<i64>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawServiceStatus {
+    load_balancer: Option<RawLoadBalancer>,
+}
+
+#[derive(Deserialize)]
+struct RawLoadBalancer {
+    ingress: Option<Vec<RawIngress>>,
+}
+
+#[derive(Deserialize)]
+struct RawIngress {
+    ip: Option<String>,
+    #[serde(rename = "ipMode")]
+    ip_mode: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawSlice {
+    address_type: Option<String>,
+    ports: Option<Vec<RawPort>>,
+    endpoints: Option<Vec<RawEndpoint>>,
+}
+
+#[derive(Deserialize)]
+struct RawPort {
+    name: Option<String>,
+    port: Option<i64>,
+    protocol: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawEndpoint {
+    addresses: Option<Vec<Option<String>>>,
+    conditions: Option<RawConditions>,
+    node_name: Option<String>,
+    topology: Option<BTreeMap<String, Option<String>>>,
+    hints: Option<RawHints>,
+}
+
+#[derive(Default, Deserialize)]
+struct RawConditions {
+    ready: Option<bool>,
+    serving: Option<bool>,
+    terminating: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawHints {
+    for_zones: Option<Vec<RawZone>>,
+}
+
+#[derive(Deserialize)]
+struct RawZone {
+    name: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RawEndpoints {
+    subsets: Option<Vec<RawSubset>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawSubset {
+    addresses: Option<Vec<RawAddress>>,
+    not_ready_addresses: Option<Vec<RawAddress>>,
+    ports: Option<Vec<RawPort>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawAddress {
+    ip: Option<String>,
+    node_name: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RawNode {
+    status: Option<RawNodeStatus>,
+}
+
+#[derive(Deserialize)]
+struct RawNodeStatus {
+    addresses: Option<Vec<RawNodeAddress>>,
+}
+
+#[derive(Deserialize)]
+struct RawNodeAddress {
+    r#type: Option<String>,
+    address: Option<String>,
+}

@@ -1,0 +1,529 @@
+//! The maps' keys and values, declared once for kernel and agent.
+//!
+//! Addresses are the bytes as they stand on the wire; ports are numbers in host
+//! order, so that a plain `bpftool map dump` shows `80` and not `20480`. Every
+//! struct is free of padding (the sum of its fields' sizes is compared with its own
+//! at compile time) and its size is asserted beneath it, since a changed size is a changed layout:
+//! raise [`LAYOUT`] with it.
+
+/// Version of everything in this file; part of the pin path.
+///
+/// Maps of another version are never reused.
+pub const LAYOUT: u32 = 1;
+
+/// Entries of [`ServiceKey`] -> [`Service`], per family: 16 Ki x ~64 B = 1 MiB when full.
+pub const SERVICES_MAX: u32 = 65_536;
+/// Elements of the `ports` array: 64 Ki x 32 B = 2 MiB.
+pub const PORTS_MAX: u32 = 65_536;
+/// Elements of the `slots` array, [`SLOTS_PER_BLOCK`] ids each: 512 Ki x 64 B = 32 MiB.
+pub const SLOT_BLOCKS_MAX: u32 = 524_288;
+/// Backend ids in one element of `slots`.
+pub const SLOTS_PER_BLOCK: u32 = 16;
+/// Elements of `backends_v4` (16 B each) and `backends_v6` (24 B each): 4 and 6 MiB.
+pub const BACKENDS_MAX: u32 = 262_144;
+/// Entries of each `flows` map: 256 Ki x ~110 B = 28 MiB (IPv4), ~45 MiB (IPv6).
+pub const FLOWS_MAX: u32 = 262_144;
+/// Entries of each `embryonic` map.
+pub const EMBRYONIC_MAX: u32 = 32_768;
+/// Entries of each socket reverse table.
+pub const SOCKETS_MAX: u32 = 65_536;
+/// Elements of `addresses`: 128 Ki words = 1 MiB, sixteen four-bit lanes a word.
+pub const ADDRESS_WORDS: u32 = 131_072;
+/// Entries of `devices`.
+pub const DEVICES_MAX: u32 = 4_096;
+/// Entries of `origins`, per family.
+pub const ORIGINS_MAX: u32 = BACKENDS_MAX;
+/// Entries of `backend_counts`, filled on first use.
+pub const BACKEND_COUNTERS_MAX: u32 = 131_072;
+/// Entries of `reason_counts`, filled on first use.
+pub const REASON_COUNTERS_MAX: u32 = 65_536;
+/// Entries of `names`, filled as service ports come.
+pub const NAMES_MAX: u32 = PORTS_MAX;
+/// Entries of `rejects`, the rate limiter's buckets.
+pub const REJECTS_MAX: u32 = 4_096;
+
+/// Declares map keys and values: C layout, no padding, known size (for a struct of
+/// both families: its IPv4 size, then its IPv6 size).
+macro_rules! abi {
+    ($(#[$meta:meta])* pub struct $name:ident { $($(#[$fmeta:meta])* pub $field:ident : $ty:ty),* $(,)? } size $size:literal) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[repr(C)]
+        pub struct $name { $($(#[$fmeta])* pub $field: $ty),* }
+        const _: () = assert!(size_of::<$name>() == $size && 0 $(+ size_of::<$ty>())* == $size);
+        // SAFETY: plain integers without padding: any bytes are a value.
+        #[cfg(feature = "user")]
+        unsafe impl aya::Pod for $name {}
+    };
+    ($(#[$meta:meta])* pub struct $name:ident<A> { $($(#[$fmeta:meta])* pub $field:ident : $ty:ty),* $(,)? } sizes $v4:literal, $v6:literal) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[repr(C)]
+        pub struct $name<A: Copy> { $($(#[$fmeta])* pub $field: $ty),* }
+        const _: () = {
+            type A = Ipv4Address;
+            assert!(size_of::<$name<A>>() == $v4 && 0 $(+ size_of::<$ty>())* == $v4);
+        };
+        const _: () = {
+            type A = Ipv6Address;
+            assert!(size_of::<$name<A>>() == $v6 && 0 $(+ size_of::<$ty>())* == $v6);
+        };
+        // SAFETY: plain integers without padding: any bytes are a value.
+        #[cfg(feature = "user")]
+        unsafe impl aya::Pod for $name<Ipv4Address> {}
+        // SAFETY: as above.
+        #[cfg(feature = "user")]
+        unsafe impl aya::Pod for $name<Ipv6Address> {}
+    };
+}
+
+/// An IPv4 address in wire order. Aligned so that the kernel reads it as one word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C, align(4))]
+pub struct Ipv4Address {
+    /// The four bytes, most significant first.
+    pub octets: [u8; 4],
+}
+
+/// An IPv6 address in wire order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C, align(4))]
+pub struct Ipv6Address {
+    /// The sixteen bytes, most significant first.
+    pub octets: [u8; 16],
+}
+
+abi! {
+    /// A packet's five-tuple as it stands on the wire; the key of `flows` and `embryonic`.
+    ///
+    /// For an ICMP error it is the tuple of the quoted packet, turned round.
+    pub struct Tuple<A> {
+        /// Source address.
+        pub source: A,
+        /// Destination address.
+        pub destination: A,
+        /// Source port, host order.
+        pub source_port: u16,
+        /// Destination port, host order.
+        pub destination_port: u16,
+        /// IP protocol number: 6 (TCP) or 17 (UDP).
+        pub protocol: u8,
+        /// Zero.
+        pub reserved: [u8; 3],
+    } sizes 16, 40
+}
+
+impl<A: Copy> Tuple<A> {
+    /// The tuple of a packet that answers this one.
+    #[inline(always)]
+    #[must_use]
+    pub fn reversed(&self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            source_port: self.destination_port,
+            destination_port: self.source_port,
+            protocol: self.protocol,
+            reserved: [0; 3],
+        }
+    }
+}
+
+abi! {
+    /// What is done to the packets of one direction of a flow; the value of `flows` and `embryonic`.
+    ///
+    /// The entry of the other direction is at `to` reversed and leads to this entry's
+    /// key reversed: either can be made from the other.
+    pub struct Flow<A> {
+        /// Source address after translation.
+        pub source: A,
+        /// Destination address after translation.
+        pub destination: A,
+        /// Source port after translation, host order.
+        pub source_port: u16,
+        /// Destination port after translation, host order.
+        pub destination_port: u16,
+        /// Index into `backends` of the flow's family; 0: none (a direct connection that was remapped).
+        pub backend: u32,
+        /// Index into `ports`; 0: none.
+        pub service_port: u32,
+        /// When the flow was last renewed, in [`Ticks`].
+        pub seen: u32,
+        /// The backend's generation when the flow chose it.
+        pub generation: u16,
+        /// Bits of [`state`].
+        pub state: u8,
+        /// Bits of [`flow`].
+        pub flags: u8,
+    } sizes 28, 52
+}
+
+/// Time since boot in units of 2^30 ns (1.07 s): a shift instead of a division on the hot path.
+pub type Ticks = u32;
+
+/// Nanoseconds in one tick, as a power of two.
+pub const TICK_SHIFT: u32 = 30;
+
+/// Bits of [`Flow::state`]. Both directions' entries carry the same bits.
+pub mod state {
+    /// The client's second packet (TCP) or a reply (UDP) has been seen.
+    pub const ESTABLISHED: u8 = 1;
+    /// The client has sent a FIN.
+    pub const FIN_FORWARD: u8 = 2;
+    /// The backend has sent a FIN.
+    pub const FIN_REPLY: u8 = 4;
+    /// Either side has sent a RST.
+    pub const RESET: u8 = 8;
+    /// A SYN that meets one of these starts a new flow.
+    pub const CLOSING: u8 = FIN_FORWARD | FIN_REPLY | RESET;
+}
+
+/// Bits of [`Flow::flags`].
+pub mod flow {
+    /// The entry translates replies (backend to client); else client to backend.
+    pub const REPLY: u8 = 1;
+    /// The client is a socket of this host: replies are handed in where its route to the VIP leaves.
+    pub const HOST: u8 = 2;
+    /// Client and backend are the same address: packets are turned back where they came from.
+    pub const HAIRPIN: u8 = 4;
+    /// A direct connection whose tuple equalled a live translated one: only its source port changes.
+    pub const DIRECT: u8 = 8;
+    /// The backend is on this node.
+    pub const LOCAL: u8 = 16;
+}
+
+abi! {
+    /// A frontend; the key of `services_v4` and `services_v6`.
+    pub struct ServiceKey<A> {
+        /// The VIP.
+        pub address: A,
+        /// Port, host order.
+        pub port: u16,
+        /// IP protocol number.
+        pub protocol: u8,
+        /// Zero.
+        pub reserved: u8,
+    } sizes 8, 20
+}
+
+abi! {
+    /// Where a frontend leads; the value of `services`. Never changed while its key lives.
+    #[derive(Default)]
+    pub struct Service {
+        /// Index into `ports`, from 1.
+        pub service_port: u32,
+        /// One of [`frontend`].
+        pub kind: u32,
+    } size 8
+}
+
+/// Values of [`Service::kind`].
+pub mod frontend {
+    /// A ClusterIP.
+    pub const CLUSTER_IP: u32 = 1;
+    /// An address of `status.loadBalancer.ingress`.
+    pub const LOAD_BALANCER: u32 = 2;
+}
+
+/// Which client meets which kind of frontend; indexes [`ServicePort::ranges`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Class {
+    /// A ClusterIP, whoever asks.
+    Internal = 0,
+    /// An external address, asked by a pod or process of this node.
+    ExternalInside = 1,
+    /// An external address, asked from outside.
+    ExternalOutside = 2,
+}
+
+abi! {
+    /// One port of one Service in one family; the element of `ports`.
+    #[derive(Default)]
+    pub struct ServicePort {
+        /// A [`Range`] per [`Class`]; each is read and flipped as one aligned word.
+        pub ranges: [u64; 3],
+        /// Session affinity in seconds; 0: none.
+        pub affinity_seconds: u32,
+        /// Zero.
+        pub flags: u32,
+    } size 32
+}
+
+/// A run of slots in the arena, packed into one word so that it flips atomically:
+/// bits 0..32 the first slot, 32..48 the number of slots (a prime, 0: no backends),
+/// 48..64 zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Range(pub u64);
+
+impl Range {
+    /// A run of `size` slots that begins with slot `start`.
+    #[inline(always)]
+    pub const fn new(start: u32, size: u16) -> Self {
+        Self(start as u64 | (size as u64) << 32)
+    }
+
+    /// The first slot.
+    #[inline(always)]
+    pub const fn start(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// The number of slots; 0 means that the service port has no backends.
+    #[inline(always)]
+    pub const fn size(self) -> u32 {
+        (self.0 >> 32) as u32 & 0xffff
+    }
+}
+
+abi! {
+    /// Sixteen backend ids; the element of `slots` (an array pads its elements to eight bytes,
+    /// so single ids would waste half). Slot `i` is id `i % 16` of element `i / 16`.
+    #[derive(Default)]
+    pub struct SlotBlock {
+        /// Indexes into `backends`.
+        pub backends: [u32; 16],
+    } size 64
+}
+
+abi! {
+    /// One endpoint of one service port; the element of `backends_v4` and `backends_v6`.
+    ///
+    /// Address, port and generation are written once while any slot refers to the id.
+    pub struct Backend<A> {
+        /// The endpoint's address.
+        pub address: A,
+        /// The endpoint's port, host order.
+        pub port: u16,
+        /// Raised each time the id gets a new owner: a flow of another generation has lost its backend.
+        pub generation: u16,
+        /// Index into `ports` of the service port that owns the id.
+        pub service_port: u32,
+        /// Bits of [`backend`].
+        pub flags: u32,
+    } sizes 16, 28
+}
+
+/// Bits of [`Backend::flags`].
+pub mod backend {
+    /// The backend takes traffic; clear: UDP flows leave it at once, TCP flows drain.
+    pub const SERVING: u32 = 1;
+    /// The backend is on this node (its own pods and its own addresses).
+    pub const LOCAL: u32 = 2;
+    /// The backend's address is one of this node's own.
+    pub const HOST: u32 = 4;
+}
+
+abi! {
+    /// A network device; the value of `devices`, keyed by ifindex.
+    #[derive(Default)]
+    pub struct Device {
+        /// One of [`device`].
+        pub role: u32,
+        /// The bridge that the device is a port of; 0: none.
+        pub bridge: u32,
+        /// The device's own link-layer address (zero where it has none).
+        pub mac: [u8; 6],
+        /// 14 for Ethernet, 0 for devices without a link header.
+        pub link_header: u16,
+        /// MTU in bytes.
+        pub mtu: u32,
+    } size 20
+}
+
+/// Values of [`Device::role`].
+pub mod device {
+    /// The host's end of a pod's link.
+    pub const EDGE: u32 = 1;
+    /// Carries the node's address or its default route.
+    pub const UPLINK: u32 = 2;
+    /// An overlay or tunnel device.
+    pub const FABRIC: u32 = 3;
+    /// Our own device for VIPs that no route leads to.
+    pub const OWN: u32 = 4;
+}
+
+/// Four bits for every hashed address; a lane of `addresses`.
+///
+/// Lane `h` is bits `4 * (h % 16)` of word `h / 16`. A set bit may be another
+/// address's (then a lookup misses); a clear bit is certain.
+pub mod listing {
+    /// A frontend's address.
+    pub const FRONTEND: u8 = 1;
+    /// A backend's address.
+    pub const BACKEND: u8 = 2;
+    /// An address of this node.
+    pub const NODE: u8 = 4;
+}
+
+/// An endpoint as replies show it; the key of `origins_v4` and `origins_v6`.
+pub type OriginKey<A> = ServiceKey<A>;
+
+/// How many frontends an [`Origins`] can hold.
+pub const ORIGINS: usize = 4;
+
+abi! {
+    /// A frontend that leads to an endpoint.
+    pub struct Origin<A> {
+        /// The VIP.
+        pub address: A,
+        /// Port, host order; 0: the element is empty.
+        pub port: u16,
+        /// Zero.
+        pub reserved: u16,
+    } sizes 8, 20
+}
+
+abi! {
+    /// The frontends that lead to an endpoint, the first four in order of address and port;
+    /// the value of `origins`.
+    ///
+    /// Read only when a client resets a connection it does not know: the sign that the
+    /// reply's flow entry was lost.
+    pub struct Origins<A> {
+        /// Used elements first.
+        pub frontends: [Origin<A>; ORIGINS],
+    } sizes 32, 80
+}
+
+abi! {
+    /// The backend that a socket speaks to; the key of `sockets_v4` and `sockets_v6`.
+    pub struct SocketKey<A> {
+        /// The kernel's cookie of the socket, low word first.
+        pub cookie: [u32; 2],
+        /// The backend's address.
+        pub address: A,
+        /// The backend's port, host order.
+        pub port: u16,
+        /// IP protocol number.
+        pub protocol: u8,
+        /// Zero.
+        pub reserved: u8,
+    } sizes 16, 28
+}
+
+abi! {
+    /// The frontend that the socket asked for; the value of `sockets_v4` and `sockets_v6`.
+    pub struct SocketPeer<A> {
+        /// The VIP.
+        pub address: A,
+        /// Port, host order.
+        pub port: u16,
+        /// Zero.
+        pub reserved: u16,
+        /// The backend that was chosen.
+        pub backend: u32,
+    } sizes 12, 24
+}
+
+abi! {
+    /// What the agent tells every program; the one element of `settings`.
+    #[derive(Default)]
+    pub struct Settings {
+        /// Cookie of the host's network namespace.
+        pub host_netns: u64,
+        /// One of [`socket_path`].
+        pub socket_path: u32,
+        /// Zero.
+        pub reserved: u32,
+    } size 16
+}
+
+/// Values of [`Settings::socket_path`].
+pub mod socket_path {
+    /// No call is translated at the socket.
+    pub const OFF: u32 = 0;
+    /// Only calls of processes in the host's network namespace.
+    pub const HOST: u32 = 1;
+    /// Calls of host processes and pods.
+    pub const ALL: u32 = 2;
+}
+
+abi! {
+    /// Traffic of one backend, both ways; the per-CPU value of `backend_counts`, keyed by backend id.
+    ///
+    /// IPv6 backends have bit 31 of the key set. Per packet, but `calls`: per call of a socket.
+    #[derive(Default)]
+    pub struct BackendCounters {
+        /// Packets from clients.
+        pub forward_packets: u64,
+        /// Bytes of those packets, IP header included.
+        pub forward_bytes: u64,
+        /// Packets to clients.
+        pub reply_packets: u64,
+        /// Bytes of those packets, IP header included.
+        pub reply_bytes: u64,
+        /// Flows that chose this backend.
+        pub flows: u64,
+        /// Calls that the socket path sent to this backend.
+        pub calls: u64,
+    } size 48
+}
+
+/// Set in the keys of `backend_counts` for IPv6 backends.
+pub const COUNTER_V6: u32 = 1 << 31;
+
+abi! {
+    /// The key of `reason_counts`.
+    #[derive(Default)]
+    pub struct ReasonKey {
+        /// A [`crate::Reason`] as a number.
+        pub reason: u32,
+        /// Index into `ports`; 0: none.
+        pub service_port: u32,
+    } size 8
+}
+
+abi! {
+    /// Per-CPU value of `reason_counts`.
+    #[derive(Default)]
+    pub struct ReasonCounters {
+        /// Packets, or calls for the reasons of the socket path.
+        pub packets: u64,
+        /// Bytes, IP header included; 0 for calls.
+        pub bytes: u64,
+    } size 16
+}
+
+abi! {
+    /// Key of `rejects`: whom a reject would be sent to (IPv4 as `::ffff:a.b.c.d`).
+    #[derive(Default)]
+    pub struct RejectKey {
+        /// The client's address.
+        pub address: [u8; 16],
+    } size 16
+}
+
+abi! {
+    /// A token bucket; the value of `rejects`.
+    #[derive(Default)]
+    pub struct RejectBucket {
+        /// Milliseconds since boot of the last refill.
+        pub refilled_ms: u32,
+        /// Milliseconds of credit; one ICMP error costs [`crate::path::REJECT_COST_MS`].
+        pub credit_ms: u32,
+    } size 8
+}
+
+/// Bytes of each string of a [`Name`].
+pub const NAME_MAX: usize = 64;
+
+abi! {
+    /// Whose service port it is; the value of `names`, keyed by service-port id.
+    ///
+    /// Kubernetes bounds each string at 63 bytes; the rest is zero.
+    pub struct Name {
+        /// The Service's namespace.
+        pub namespace: [u8; NAME_MAX],
+        /// The Service's name.
+        pub service: [u8; NAME_MAX],
+        /// The port's name; empty for an unnamed port.
+        pub port: [u8; NAME_MAX],
+        /// Port number of the Service, host order.
+        pub number: u16,
+        /// IP protocol number.
+        pub protocol: u8,
+        /// 4 or 6.
+        pub family: u8,
+    } size 196
+}

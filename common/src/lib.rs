@@ -1,0 +1,33 @@
+//! What the kernel programs and the agent share: the ABI of the maps, header
+//! views, checksums, Maglev, and the packet's path.
+//!
+//! The crate knows neither aya nor std. The path ([`path`]) is written once,
+//! generic over the address family and over two small traits ([`Packet`]: read
+//! header fields by value; [`Tables`]: the questions the path may ask of the
+//! maps), and runs in the kernel, in host tests and wherever a person asks what
+//! a packet would meet.
+
+#![cfg_attr(not(test), no_std)]
+#![allow(
+    clippy::inline_always,
+    reason = "the verifier follows values only through inlined code: what a program calls is part of it"
+)]
+#![warn(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+
+pub mod abi;
+pub mod answer;
+pub mod checksum;
+pub mod family;
+pub mod header;
+pub mod maglev;
+pub mod parse;
+pub mod path;
+pub mod reason;
+pub mod rewrite;
+pub mod socket;
+pub mod tables;
+
+pub use family::{Family, V4, V6};
+pub use parse::Packet;
+pub use reason::Reason;
+pub use tables::Tables;

@@ -1,0 +1,186 @@
+//! Turns a packet of one tuple into a packet of another, checksums included.
+
+use crate::abi::{Flow, Tuple};
+use crate::checksum::Delta;
+use crate::family::{Family, V4};
+use crate::header::{Wire, protocol};
+use crate::parse::{Headers, Kind, Parse};
+
+/// Write access to a packet. Every call answers whether it succeeded; after a
+/// failure the packet is in an undefined state and must be dropped.
+pub trait Edit {
+    /// Stores a value at an offset.
+    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool;
+    /// Updates the IPv4 header checksum at an offset.
+    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool;
+    /// Updates a transport or ICMP checksum at an offset: `addresses` is what changed in the
+    /// pseudo-header, `data` what changed in the segment (partial checksums know only the former).
+    fn transport_checksum(&mut self, offset: u32, addresses: Delta, data: Delta, kind: Checksum) -> bool;
+}
+
+/// The rules by which a transport checksum is updated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Checksum {
+    /// TCP and ICMP: always there.
+    Plain,
+    /// UDP: zero means none.
+    Udp,
+}
+
+/// Offset of the checksum in a transport header.
+#[inline(always)]
+pub fn checksum_offset(protocol: u8) -> u32 {
+    if protocol == protocol::UDP { 6 } else { 16 }
+}
+
+/// Offset of the checksum in an IPv4 header.
+const NETWORK_CHECKSUM: u32 = 10;
+
+/// How two addresses became two others.
+#[inline(always)]
+fn addresses_delta<F: Family>(old: &[F::Address; 2], new: &[F::Address; 2]) -> Delta {
+    let mut delta = Delta::ZERO;
+    for (old, new) in old.iter().zip(new) {
+        if old == new {
+            continue;
+        }
+        // IPv4 has one word; the other three are zero in both and add nothing.
+        let words = if F::VERSION == V4::VERSION { 1 } else { 4 };
+        for (old, new) in F::words(old).iter().zip(&F::words(new)).take(words) {
+            delta = delta.word(*old, *new);
+        }
+    }
+    delta
+}
+
+/// How two ports (host order) became two others.
+#[inline(always)]
+fn ports_delta(old: [u16; 2], new: [u16; 2]) -> Delta {
+    let ([a, b], [c, d]) = (old, new);
+    let mut delta = Delta::ZERO;
+    if a != c {
+        delta = delta.half(a.to_be(), c.to_be());
+    }
+    if b != d {
+        delta = delta.half(b.to_be(), d.to_be());
+    }
+    delta
+}
+
+/// Rewrites the packet that `headers` describes so that its tuple becomes the flow's.
+///
+/// In an ICMP error the quoted packet is rewritten (its tuple is the flow's turned round), and the
+/// error's own addresses where they are ends of the connection; a router on the way keeps its address.
+#[inline(always)]
+pub fn rewrite<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
+    if headers.kind == Kind::IcmpError {
+        error(edit, headers, flow)
+    } else {
+        segment(edit, headers, flow)
+    }
+}
+
+/// As [`rewrite`], for a TCP or UDP packet.
+#[inline(always)]
+pub fn segment<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
+    let tuple = &headers.tuple;
+    let new = [flow.source, flow.destination];
+    let addresses = addresses_delta::<F>(&[tuple.source, tuple.destination], &new);
+    let ports = ports_delta(
+        [tuple.source_port, tuple.destination_port],
+        [flow.source_port, flow.destination_port],
+    );
+    let kind = if tuple.protocol == protocol::UDP { Checksum::Udp } else { Checksum::Plain };
+    let checksum = headers.transport.wrapping_add(checksum_offset(tuple.protocol));
+    // The checksums first: in UDP's case whether there is one is read from the packet.
+    if !edit.transport_checksum(checksum, addresses, ports, kind) {
+        return false;
+    }
+    if !addresses.is_zero() {
+        if F::VERSION == V4::VERSION
+            && !edit.network_checksum(headers.network.wrapping_add(NETWORK_CHECKSUM), addresses)
+        {
+            return false;
+        }
+        if !edit.store(headers.network.wrapping_add(F::SOURCE), new) {
+            return false;
+        }
+    }
+    ports.is_zero()
+        || edit.store(headers.transport, [flow.source_port.to_be(), flow.destination_port.to_be()])
+}
+
+#[inline(always)]
+fn error<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
+    let tuple = &headers.tuple;
+    // The quoted packet went the other way.
+    let quoted: Tuple<F::Address> = tuple.reversed();
+    let new_addresses = [flow.destination, flow.source];
+    let new_ports = [flow.destination_port, flow.source_port];
+    let addresses = addresses_delta::<F>(&[quoted.source, quoted.destination], &new_addresses);
+    let ports = ports_delta([quoted.source_port, quoted.destination_port], new_ports);
+    let mut data = addresses.and(ports);
+
+    if F::VERSION == V4::VERSION && !addresses.is_zero() {
+        let new = addresses.apply(headers.quoted_checksum);
+        data = data.half(headers.quoted_checksum, new);
+        if !edit.store(headers.quoted_network.wrapping_add(NETWORK_CHECKSUM), new) {
+            return false;
+        }
+    }
+    if headers.has_checksum {
+        let delta = addresses.and(ports);
+        let new = if tuple.protocol == protocol::UDP {
+            delta.apply_udp(headers.checksum)
+        } else {
+            delta.apply(headers.checksum)
+        };
+        data = data.half(headers.checksum, new);
+        let offset = headers.quoted_transport.wrapping_add(checksum_offset(tuple.protocol));
+        if !edit.store(offset, new) {
+            return false;
+        }
+    }
+    if !edit.store(headers.quoted_network.wrapping_add(F::SOURCE), new_addresses) {
+        return false;
+    }
+    let [source, destination] = new_ports;
+    if !edit.store(headers.quoted_transport, [source.to_be(), destination.to_be()]) {
+        return false;
+    }
+
+    let [outer_source, _] = headers.outer;
+    let outer = [
+        if outer_source == tuple.source { flow.source } else { outer_source },
+        flow.destination,
+    ];
+    let outer_delta = addresses_delta::<F>(&headers.outer, &outer);
+    if F::VERSION == V4::VERSION
+        && !edit.network_checksum(headers.network.wrapping_add(NETWORK_CHECKSUM), outer_delta)
+    {
+        return false;
+    }
+    if !edit.store(headers.network.wrapping_add(F::SOURCE), outer) {
+        return false;
+    }
+    // ICMPv6 has a pseudo-header, ICMP has none.
+    let pseudo = if F::VERSION == V4::VERSION { Delta::ZERO } else { outer_delta };
+    edit.transport_checksum(headers.transport.wrapping_add(2), pseudo, data, Checksum::Plain)
+}
+
+/// Counts the TTL or hop limit down by one. False when it must not: it would reach zero, or the edit failed.
+#[inline(always)]
+pub fn hop<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>) -> bool {
+    if headers.ttl <= 1 {
+        return false;
+    }
+    let ttl = headers.ttl.wrapping_sub(1);
+    if F::VERSION == V4::VERSION {
+        let delta = Delta::ZERO
+            .half(u16::from_ne_bytes([headers.ttl, 0]), u16::from_ne_bytes([ttl, 0]));
+        edit.network_checksum(headers.network.wrapping_add(NETWORK_CHECKSUM), delta)
+            && edit.store(headers.network.wrapping_add(8), [ttl])
+    } else {
+        edit.store(headers.network.wrapping_add(7), [ttl])
+    }
+}

@@ -1,0 +1,99 @@
+//! Entry points, one a hook.
+
+mod count;
+mod decide;
+mod maps;
+mod record;
+mod skb;
+mod socket;
+mod tables;
+mod tc;
+mod xdp;
+
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, classifier, xdp};
+use aya_ebpf::programs::{SockAddrContext, SockContext, TcContext, XdpContext};
+use sluice_common::path::Hook;
+
+/// What enters the node, or leaves a pod, on a device with an Ethernet header.
+#[classifier]
+pub(crate) fn tc_ingress_l2(ctx: TcContext) -> i32 {
+    tc::run::<14>(ctx.skb.skb, Hook::Ingress)
+}
+
+/// What leaves the node, or enters a pod, on a device with an Ethernet header.
+#[classifier]
+pub(crate) fn tc_egress_l2(ctx: TcContext) -> i32 {
+    tc::run::<14>(ctx.skb.skb, Hook::Egress)
+}
+
+/// As `tc_ingress_l2`, on a device without a link header.
+#[classifier]
+pub(crate) fn tc_ingress_l3(ctx: TcContext) -> i32 {
+    tc::run::<0>(ctx.skb.skb, Hook::Ingress)
+}
+
+/// As `tc_egress_l2`, on a device without a link header.
+#[classifier]
+pub(crate) fn tc_egress_l3(ctx: TcContext) -> i32 {
+    tc::run::<0>(ctx.skb.skb, Hook::Egress)
+}
+
+/// What comes from outside, before the kernel has made an skb of it.
+#[xdp]
+pub(crate) fn xdp_uplink(ctx: XdpContext) -> u32 {
+    xdp::run(ctx.ctx)
+}
+
+/// connect() of an IPv4 socket.
+#[cgroup_sock_addr(connect4)]
+pub(crate) fn connect4(ctx: SockAddrContext) -> i32 {
+    socket::connect4(ctx.sock_addr)
+}
+
+/// connect() of an IPv6 socket, to an IPv6 or a mapped IPv4 address.
+#[cgroup_sock_addr(connect6)]
+pub(crate) fn connect6(ctx: SockAddrContext) -> i32 {
+    socket::connect6(ctx.sock_addr)
+}
+
+/// sendto() and sendmsg() with an address, on IPv4 or with a mapped address.
+#[cgroup_sock_addr(sendmsg4)]
+pub(crate) fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    socket::sendmsg4(ctx.sock_addr)
+}
+
+/// sendto() and sendmsg() with an address, on IPv6.
+#[cgroup_sock_addr(sendmsg6)]
+pub(crate) fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    socket::sendmsg6(ctx.sock_addr)
+}
+
+/// The sender's address that recvfrom() and recvmsg() show, on an IPv4 socket.
+#[cgroup_sock_addr(recvmsg4)]
+pub(crate) fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    socket::recvmsg4(ctx.sock_addr)
+}
+
+/// The sender's address that recvfrom() and recvmsg() show, on an IPv6 socket.
+#[cgroup_sock_addr(recvmsg6)]
+pub(crate) fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    socket::recvmsg6(ctx.sock_addr)
+}
+
+/// getpeername() of an IPv4 socket.
+#[cgroup_sock_addr(getpeername4)]
+pub(crate) fn getpeername4(ctx: SockAddrContext) -> i32 {
+    socket::getpeername4(ctx.sock_addr)
+}
+
+/// getpeername() of an IPv6 socket.
+#[cgroup_sock_addr(getpeername6)]
+pub(crate) fn getpeername6(ctx: SockAddrContext) -> i32 {
+    socket::getpeername6(ctx.sock_addr)
+}
+
+/// A socket ends: what was kept of a translated connection is forgotten.
+#[cgroup_sock(sock_release)]
+pub(crate) fn sock_release(ctx: SockContext) -> i32 {
+    socket::release(ctx.sock)
+}

@@ -1,0 +1,79 @@
+//! Counters. A counter that cannot be made or found changes nothing else.
+
+use aya_ebpf::bindings::BPF_NOEXIST;
+use sluice_common::Reason;
+use sluice_common::abi::{BackendCounters, Flow, ReasonCounters, ReasonKey, flow};
+use sluice_common::path::{Decision, Record};
+
+use super::maps::{self, Maps};
+
+/// Counts a packet of `bytes` once: per backend where it went along a flow, else per reason.
+#[inline(always)]
+pub(super) fn packet<F: Maps>(decision: &Decision<F>, bytes: u32) {
+    match decision.reason {
+        Reason::Stranger => {}
+        Reason::Forward | Reason::Reply => {
+            let opened = matches!(decision.record, Record::Open | Record::Establish);
+            along::<F>(&decision.flow, bytes, opened);
+        }
+        reason => why(reason, decision.flow.service_port, bytes),
+    }
+}
+
+/// A packet along a flow.
+#[inline(always)]
+fn along<F: Maps>(flow: &Flow<F::Address>, bytes: u32, opened: bool) {
+    backend::<F>(flow.backend, |counters| {
+        if flow.flags & flow::REPLY != 0 {
+            counters.reply_packets += 1;
+            counters.reply_bytes += u64::from(bytes);
+        } else {
+            counters.forward_packets += 1;
+            counters.forward_bytes += u64::from(bytes);
+            if opened {
+                counters.flows += 1;
+            }
+        }
+    });
+}
+
+/// A call that the socket path sent to a backend.
+#[inline(always)]
+pub(super) fn call<F: Maps>(backend_id: u32) {
+    backend::<F>(backend_id, |counters| counters.calls += 1);
+}
+
+#[inline(always)]
+fn backend<F: Maps>(id: u32, add: impl Fn(&mut BackendCounters)) {
+    let key = id | F::COUNTER;
+    if let Some(counters) = maps::backend_counts.get_ptr_mut(key) {
+        // SAFETY: this CPU's own value; programs on one CPU do not interrupt each other.
+        add(unsafe { &mut *counters });
+        return;
+    }
+    let mut counters = BackendCounters {
+        forward_packets: 0,
+        forward_bytes: 0,
+        reply_packets: 0,
+        reply_bytes: 0,
+        flows: 0,
+        calls: 0,
+    };
+    add(&mut counters);
+    let _ = maps::backend_counts.insert(key, counters, u64::from(BPF_NOEXIST));
+}
+
+/// A packet or call that is counted by its reason.
+#[inline(always)]
+pub(super) fn why(reason: Reason, service_port: u32, bytes: u32) {
+    let key = ReasonKey { reason: reason as u32, service_port };
+    if let Some(counters) = maps::reason_counts.get_ptr_mut(key) {
+        // SAFETY: as in `backend`.
+        let counters = unsafe { &mut *counters };
+        counters.packets += 1;
+        counters.bytes += u64::from(bytes);
+        return;
+    }
+    let counters = ReasonCounters { packets: 1, bytes: u64::from(bytes) };
+    let _ = maps::reason_counts.insert(key, counters, u64::from(BPF_NOEXIST));
+}

@@ -1,0 +1,138 @@
+//! The maps, and which of them belong to an address family.
+
+#![allow(non_upper_case_globals, reason = "a map's name is what `bpftool map` shows")]
+
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuHashMap};
+use aya_ebpf::macros::btf_map;
+use sluice_common::abi::{
+    ADDRESS_WORDS, BACKEND_COUNTERS_MAX, BACKENDS_MAX, Backend, BackendCounters, DEVICES_MAX,
+    Device, EMBRYONIC_MAX, FLOWS_MAX, Flow, Ipv4Address, Ipv6Address, NAMES_MAX, Name, ORIGINS_MAX,
+    OriginKey, Origins, PORTS_MAX, REASON_COUNTERS_MAX, REJECTS_MAX, ReasonCounters, ReasonKey,
+    RejectBucket, RejectKey, SERVICES_MAX, SLOT_BLOCKS_MAX, SOCKETS_MAX, Service, ServiceKey,
+    ServicePort, Settings, SlotBlock, SocketKey, SocketPeer, Tuple,
+};
+use sluice_common::{Family, V4, V6};
+
+const MMAP: usize = BPF_F_MMAPABLE as usize;
+const LAZY: usize = BPF_F_NO_PREALLOC as usize;
+
+type Services<A> = HashMap<ServiceKey<A>, Service, { SERVICES_MAX as usize }, LAZY>;
+type Backends<A> = Array<Backend<A>, { BACKENDS_MAX as usize }, MMAP>;
+type Flows<A> = LruHashMap<Tuple<A>, Flow<A>, { FLOWS_MAX as usize }>;
+type Embryonic<A> = LruHashMap<Tuple<A>, Flow<A>, { EMBRYONIC_MAX as usize }>;
+type OriginTable<A> = HashMap<OriginKey<A>, Origins<A>, { ORIGINS_MAX as usize }, LAZY>;
+type Sockets<A> = LruHashMap<SocketKey<A>, SocketPeer<A>, { SOCKETS_MAX as usize }>;
+
+#[btf_map]
+pub(super) static settings: Array<Settings, 1> = Array::new();
+#[btf_map]
+pub(super) static ports: Array<ServicePort, { PORTS_MAX as usize }, MMAP> = Array::new();
+#[btf_map]
+pub(super) static slots: Array<SlotBlock, { SLOT_BLOCKS_MAX as usize }, MMAP> = Array::new();
+#[btf_map]
+pub(super) static addresses: Array<u64, { ADDRESS_WORDS as usize }, MMAP> = Array::new();
+#[btf_map]
+pub(super) static marks: Array<u32, 1> = Array::new();
+#[btf_map]
+pub(super) static devices: HashMap<u32, Device, { DEVICES_MAX as usize }> = HashMap::new();
+#[btf_map]
+pub(super) static names: HashMap<u32, Name, { NAMES_MAX as usize }, LAZY> = HashMap::new();
+#[btf_map]
+pub(super) static rejects: LruHashMap<RejectKey, RejectBucket, { REJECTS_MAX as usize }> =
+    LruHashMap::new();
+#[btf_map]
+pub(super) static backend_counts: PerCpuHashMap<
+    u32,
+    BackendCounters,
+    { BACKEND_COUNTERS_MAX as usize },
+    LAZY,
+> = PerCpuHashMap::new();
+#[btf_map]
+pub(super) static reason_counts: PerCpuHashMap<
+    ReasonKey,
+    ReasonCounters,
+    { REASON_COUNTERS_MAX as usize },
+    LAZY,
+> = PerCpuHashMap::new();
+
+#[btf_map]
+static services_v4: Services<Ipv4Address> = HashMap::new();
+#[btf_map]
+static services_v6: Services<Ipv6Address> = HashMap::new();
+#[btf_map]
+static backends_v4: Backends<Ipv4Address> = Array::new();
+#[btf_map]
+static backends_v6: Backends<Ipv6Address> = Array::new();
+#[btf_map]
+static flows_v4: Flows<Ipv4Address> = LruHashMap::new();
+#[btf_map]
+static flows_v6: Flows<Ipv6Address> = LruHashMap::new();
+#[btf_map]
+static embryonic_v4: Embryonic<Ipv4Address> = LruHashMap::new();
+#[btf_map]
+static embryonic_v6: Embryonic<Ipv6Address> = LruHashMap::new();
+#[btf_map]
+static origins_v4: OriginTable<Ipv4Address> = HashMap::new();
+#[btf_map]
+static origins_v6: OriginTable<Ipv6Address> = HashMap::new();
+#[btf_map]
+static sockets_v4: Sockets<Ipv4Address> = LruHashMap::new();
+#[btf_map]
+static sockets_v6: Sockets<Ipv6Address> = LruHashMap::new();
+
+/// A family's maps.
+pub(super) trait Maps: Family {
+    /// Where [`crate::bpf::maps::backend_counts`] has this family's ids.
+    const COUNTER: u32;
+    fn services() -> &'static Services<Self::Address>;
+    fn backends() -> &'static Backends<Self::Address>;
+    fn flows() -> &'static Flows<Self::Address>;
+    fn embryonic() -> &'static Embryonic<Self::Address>;
+    fn origins() -> &'static OriginTable<Self::Address>;
+    fn sockets() -> &'static Sockets<Self::Address>;
+}
+
+macro_rules! maps {
+    ($family:ident, $counter:expr, $services:ident, $backends:ident, $flows:ident, $embryonic:ident, $origins:ident, $sockets:ident) => {
+        impl Maps for $family {
+            const COUNTER: u32 = $counter;
+            #[inline(always)]
+            fn services() -> &'static Services<Self::Address> {
+                &$services
+            }
+            #[inline(always)]
+            fn backends() -> &'static Backends<Self::Address> {
+                &$backends
+            }
+            #[inline(always)]
+            fn flows() -> &'static Flows<Self::Address> {
+                &$flows
+            }
+            #[inline(always)]
+            fn embryonic() -> &'static Embryonic<Self::Address> {
+                &$embryonic
+            }
+            #[inline(always)]
+            fn origins() -> &'static OriginTable<Self::Address> {
+                &$origins
+            }
+            #[inline(always)]
+            fn sockets() -> &'static Sockets<Self::Address> {
+                &$sockets
+            }
+        }
+    };
+}
+
+maps!(V4, 0, services_v4, backends_v4, flows_v4, embryonic_v4, origins_v4, sockets_v4);
+maps!(
+    V6,
+    sluice_common::abi::COUNTER_V6,
+    services_v6,
+    backends_v6,
+    flows_v6,
+    embryonic_v6,
+    origins_v6,
+    sockets_v6
+);

@@ -1,0 +1,112 @@
+//! Access to an skb.
+
+use core::mem::MaybeUninit;
+
+use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::helpers::generated::{
+    bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes,
+};
+use sluice_common::Packet;
+use sluice_common::checksum::Delta;
+use sluice_common::header::Wire;
+use sluice_common::rewrite::{Checksum, Edit};
+
+/// A change of IPv6 addresses leaves the sum over the whole packet alone, since no header checksum
+/// absorbs it; kernels from 6.16 on must be told.
+const BPF_F_IPV6: u64 = 1 << 7;
+const EINVAL: i64 = -22;
+
+/// A packet that the kernel has made an skb of.
+pub(super) struct Skb {
+    pub(super) skb: *mut __sk_buff,
+    pub(super) ipv6: bool,
+}
+
+impl Packet for Skb {
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (*self.skb).len }
+    }
+
+    #[inline(always)]
+    fn read<T: Wire>(&self, offset: u32) -> Option<T> {
+        // SAFETY: the context is valid; the verifier knows the two fields as packet pointers.
+        let (start, end) =
+            unsafe { ((*self.skb).data as usize, (*self.skb).data_end as usize) };
+        // The parser looks nowhere near the mask's bound, which lets the verifier follow the sum.
+        let at = start + (offset & 0xfff) as usize;
+        if at + size_of::<T>() <= end {
+            // SAFETY: within the packet, checked above; the machine reads unaligned words.
+            return Some(unsafe { *(at as *const T) });
+        }
+        // Not in the linear part, or beyond the end.
+        let mut value = MaybeUninit::<T>::uninit();
+        // SAFETY: the helper writes the whole value or fails.
+        unsafe {
+            let status = bpf_skb_load_bytes(
+                self.skb.cast(),
+                offset,
+                value.as_mut_ptr().cast(),
+                size_of::<T>() as u32,
+            );
+            (status == 0).then(|| value.assume_init())
+        }
+    }
+}
+
+impl Edit for Skb {
+    #[inline(always)]
+    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        // SAFETY: the helper reads the value and checks the offset.
+        unsafe {
+            bpf_skb_store_bytes(
+                self.skb,
+                offset,
+                (&raw const value).cast(),
+                size_of::<T>() as u32,
+                0,
+            ) == 0
+        }
+    }
+
+    #[inline(always)]
+    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
+        // SAFETY: the helper checks the offset.
+        unsafe { bpf_l3_csum_replace(self.skb, offset, 0, u64::from(delta.fold32()), 0) == 0 }
+    }
+
+    #[inline(always)]
+    fn transport_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Delta,
+        data: Delta,
+        kind: Checksum,
+    ) -> bool {
+        let flags = match kind {
+            Checksum::Plain => 0,
+            Checksum::Udp => u64::from(BPF_F_MARK_MANGLED_0),
+        };
+        if !addresses.is_zero() {
+            let difference = u64::from(addresses.fold32());
+            let pseudo = flags | u64::from(BPF_F_PSEUDO_HDR);
+            let family = if self.ipv6 { BPF_F_IPV6 } else { 0 };
+            // SAFETY: the helper checks the offset.
+            let mut status =
+                unsafe { bpf_l4_csum_replace(self.skb, offset, 0, difference, pseudo | family) };
+            if self.ipv6 && status == EINVAL {
+                // SAFETY: as above. A kernel that does not know the flag.
+                status = unsafe { bpf_l4_csum_replace(self.skb, offset, 0, difference, pseudo) };
+            }
+            if status != 0 {
+                return false;
+            }
+        }
+        // SAFETY: the helper checks the offset.
+        data.is_zero()
+            || unsafe {
+                bpf_l4_csum_replace(self.skb, offset, 0, u64::from(data.fold32()), flags) == 0
+            }
+    }
+}

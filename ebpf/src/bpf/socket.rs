@@ -1,0 +1,342 @@
+//! The socket path: translates a call once instead of every packet.
+
+use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
+use aya_ebpf::helpers::generated::{
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval,
+};
+use sluice_common::abi::{
+    Ipv4Address, Ipv6Address, ServiceKey, SocketKey, SocketPeer, socket_path,
+};
+use sluice_common::header::protocol::{TCP, UDP};
+use sluice_common::socket::{Choice, choose};
+use sluice_common::{Reason, V4, V6};
+
+use super::count;
+use super::maps::{self, Maps};
+use super::tables::Kernel;
+
+const SOCK_STREAM: u32 = 1;
+const SOCK_DGRAM: u32 = 2;
+const ECONNREFUSED: i32 = 111;
+/// The call goes on.
+const PROCEED: i32 = 1;
+/// The call fails.
+const FAIL: i32 = 0;
+
+/// The port as the context has it: network order in the low half.
+#[inline(always)]
+fn port(ctx: *mut bpf_sock_addr) -> u16 {
+    // SAFETY: the context is valid while the program runs.
+    u16::from_be(unsafe { (*ctx).user_port } as u16)
+}
+
+#[inline(always)]
+fn set_port(ctx: *mut bpf_sock_addr, port: u16) {
+    // SAFETY: as above.
+    unsafe { (*ctx).user_port = u32::from(port.to_be()) };
+}
+
+#[inline(always)]
+fn address_v4(ctx: *mut bpf_sock_addr) -> Ipv4Address {
+    // SAFETY: as above.
+    Ipv4Address { octets: unsafe { (*ctx).user_ip4 }.to_ne_bytes() }
+}
+
+#[inline(always)]
+fn words_v6(ctx: *mut bpf_sock_addr) -> [u32; 4] {
+    // SAFETY: as above. One load a word: the context may not be read otherwise.
+    unsafe {
+        [
+            (&raw const (*ctx).user_ip6[0]).read_volatile(),
+            (&raw const (*ctx).user_ip6[1]).read_volatile(),
+            (&raw const (*ctx).user_ip6[2]).read_volatile(),
+            (&raw const (*ctx).user_ip6[3]).read_volatile(),
+        ]
+    }
+}
+
+#[inline(always)]
+fn address_v6(words: [u32; 4]) -> Ipv6Address {
+    // SAFETY: same size, and any bytes are a value.
+    Ipv6Address { octets: unsafe { core::mem::transmute::<[u32; 4], [u8; 16]>(words) } }
+}
+
+#[inline(always)]
+fn set_words_v6(ctx: *mut bpf_sock_addr, words: [u32; 4]) {
+    let [a, b, c, d] = words;
+    // SAFETY: as above. One store a word: the context may not be written otherwise.
+    unsafe {
+        (&raw mut (*ctx).user_ip6[0]).write_volatile(a);
+        (&raw mut (*ctx).user_ip6[1]).write_volatile(b);
+        (&raw mut (*ctx).user_ip6[2]).write_volatile(c);
+        (&raw mut (*ctx).user_ip6[3]).write_volatile(d);
+    }
+}
+
+/// The IPv4 address in an IPv4-mapped IPv6 address (RFC 4291, 2.5.5.2).
+#[inline(always)]
+fn mapped(words: [u32; 4]) -> Option<Ipv4Address> {
+    let [a, b, c, d] = words;
+    (a == 0 && b == 0 && c == 0xffff_u32.to_be()).then_some(Ipv4Address { octets: d.to_ne_bytes() })
+}
+
+/// Whether calls of this socket's network namespace are translated.
+#[inline(always)]
+fn is_served(ctx: *mut bpf_sock_addr) -> bool {
+    let Some(settings) = maps::settings.get(0) else { return false };
+    match settings.socket_path {
+        socket_path::ALL => true,
+        // SAFETY: the context is valid while the program runs.
+        socket_path::HOST => (unsafe { bpf_get_netns_cookie(ctx.cast()) }) == settings.host_netns,
+        _ => false,
+    }
+}
+
+/// Whether the socket was bound to a port before the call. Then the port is what the process wants seen, and two
+/// VIPs with one backend would collide in the host's own socket table: such calls are left to the packet path.
+#[inline(always)]
+fn is_bound(ctx: *mut bpf_sock_addr) -> bool {
+    // SAFETY: the context is valid; a socket is readable where it is not null.
+    unsafe {
+        let socket = (*ctx).__bindgen_anon_1.sk;
+        !socket.is_null() && (*socket).src_port != 0
+    }
+}
+
+/// What becomes of a call to an address.
+enum Outcome<A> {
+    Untouched,
+    Refused,
+    To(A, u16),
+}
+
+/// Chooses a backend and notes whom the socket asked for, so that it can be told so later.
+#[inline(always)]
+fn translate<F: Maps>(
+    ctx: *mut bpf_sock_addr,
+    address: F::Address,
+    protocol: u8,
+) -> Outcome<F::Address> {
+    let port = port(ctx);
+    // SAFETY: the context is valid while the program runs.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+    let key = ServiceKey { address, port, protocol, reserved: 0 };
+    match choose::<F, _>(&key, cookie, &Kernel { ifindex: 0 }) {
+        Choice::Stranger => Outcome::Untouched,
+        Choice::Refuse { service_port } => {
+            if protocol == TCP {
+                count::why(Reason::SocketRefused, service_port, 0);
+                Outcome::Refused
+            } else {
+                // The packet path answers with ICMP.
+                Outcome::Untouched
+            }
+        }
+        Choice::Backend { id, backend } => {
+            let key = SocketKey {
+                cookie: [cookie as u32, (cookie >> 32) as u32],
+                address: backend.address,
+                port: backend.port,
+                protocol,
+                reserved: 0,
+            };
+            let peer = SocketPeer { address, port, reserved: 0, backend: id };
+            // SAFETY: entries are plain data, readable under RCU.
+            let known = matches!(unsafe { F::sockets().get(&key) }, Some(there) if *there == peer);
+            if !known && F::sockets().insert(&key, peer, 0).is_err() {
+                return Outcome::Untouched;
+            }
+            count::call::<F>(id);
+            Outcome::To(backend.address, backend.port)
+        }
+    }
+}
+
+/// The frontend that a socket asked for when it speaks to this address.
+#[inline(always)]
+fn asked_for<F: Maps>(
+    ctx: *mut bpf_sock_addr,
+    address: F::Address,
+    protocol: u8,
+) -> Option<(F::Address, u16)> {
+    // SAFETY: the context is valid while the program runs.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
+    let key = SocketKey {
+        cookie: [cookie as u32, (cookie >> 32) as u32],
+        address,
+        port: port(ctx),
+        protocol,
+        reserved: 0,
+    };
+    // SAFETY: entries are plain data, readable under RCU.
+    unsafe { F::sockets().get(&key) }.map(|peer| (peer.address, peer.port))
+}
+
+#[inline(always)]
+fn finish(refused: bool) -> i32 {
+    if !refused {
+        return PROCEED;
+    }
+    // SAFETY: the helper has no preconditions.
+    let _ = unsafe { bpf_set_retval(-ECONNREFUSED) };
+    FAIL
+}
+
+/// An IPv4 call.
+#[inline(always)]
+fn call_v4(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
+    match translate::<V4>(ctx, address_v4(ctx), protocol) {
+        Outcome::Untouched => PROCEED,
+        Outcome::Refused => finish(true),
+        Outcome::To(address, port) => {
+            // SAFETY: the context is valid while the program runs.
+            unsafe { (*ctx).user_ip4 = u32::from_ne_bytes(address.octets) };
+            set_port(ctx, port);
+            PROCEED
+        }
+    }
+}
+
+/// An IPv6 call, to an IPv6 or a mapped address.
+#[inline(always)]
+fn call_v6(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
+    let words = words_v6(ctx);
+    if let Some(address) = mapped(words) {
+        return match translate::<V4>(ctx, address, protocol) {
+            Outcome::Untouched => PROCEED,
+            Outcome::Refused => finish(true),
+            Outcome::To(address, port) => {
+                // SAFETY: the context is valid while the program runs.
+                unsafe {
+                    (&raw mut (*ctx).user_ip6[3]).write_volatile(u32::from_ne_bytes(address.octets));
+                };
+                set_port(ctx, port);
+                PROCEED
+            }
+        };
+    }
+    match translate::<V6>(ctx, address_v6(words), protocol) {
+        Outcome::Untouched => PROCEED,
+        Outcome::Refused => finish(true),
+        Outcome::To(address, port) => {
+            // SAFETY: same size, and any bytes are a value.
+            set_words_v6(ctx, unsafe {
+                core::mem::transmute::<[u8; 16], [u32; 4]>(address.octets)
+            });
+            set_port(ctx, port);
+            PROCEED
+        }
+    }
+}
+
+/// Shows the VIP instead of the backend, IPv4.
+#[inline(always)]
+fn show_v4(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
+    if let Some((address, port)) = asked_for::<V4>(ctx, address_v4(ctx), protocol) {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (*ctx).user_ip4 = u32::from_ne_bytes(address.octets) };
+        set_port(ctx, port);
+    }
+    PROCEED
+}
+
+/// Shows the VIP instead of the backend, IPv6 or mapped.
+#[inline(always)]
+fn show_v6(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
+    let words = words_v6(ctx);
+    if let Some(address) = mapped(words) {
+        if let Some((address, port)) = asked_for::<V4>(ctx, address, protocol) {
+            // SAFETY: the context is valid while the program runs.
+            unsafe {
+                (&raw mut (*ctx).user_ip6[3]).write_volatile(u32::from_ne_bytes(address.octets));
+            };
+            set_port(ctx, port);
+        }
+        return PROCEED;
+    }
+    if let Some((address, port)) = asked_for::<V6>(ctx, address_v6(words), protocol) {
+        // SAFETY: same size, and any bytes are a value.
+        set_words_v6(ctx, unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(address.octets) });
+        set_port(ctx, port);
+    }
+    PROCEED
+}
+
+/// Whether a connect() is one that the socket path takes: TCP alone. A connected UDP socket fires no hook
+/// on later sends, so it could not leave a dead backend; it is translated per packet.
+#[inline(always)]
+fn takes_connect(ctx: *mut bpf_sock_addr) -> bool {
+    // SAFETY: the context is valid while the program runs.
+    let (kind, protocol) = unsafe { ((*ctx).type_, (*ctx).protocol) };
+    kind == SOCK_STREAM && protocol == u32::from(TCP) && is_served(ctx) && !is_bound(ctx)
+}
+
+#[inline(always)]
+fn takes_send(ctx: *mut bpf_sock_addr) -> bool {
+    // SAFETY: the context is valid while the program runs.
+    let (kind, protocol) = unsafe { ((*ctx).type_, (*ctx).protocol) };
+    kind == SOCK_DGRAM && protocol == u32::from(UDP) && is_served(ctx)
+}
+
+pub(super) fn connect4(ctx: *mut bpf_sock_addr) -> i32 {
+    if takes_connect(ctx) { call_v4(ctx, TCP) } else { PROCEED }
+}
+
+pub(super) fn connect6(ctx: *mut bpf_sock_addr) -> i32 {
+    if takes_connect(ctx) { call_v6(ctx, TCP) } else { PROCEED }
+}
+
+pub(super) fn sendmsg4(ctx: *mut bpf_sock_addr) -> i32 {
+    if takes_send(ctx) { call_v4(ctx, UDP) } else { PROCEED }
+}
+
+pub(super) fn sendmsg6(ctx: *mut bpf_sock_addr) -> i32 {
+    if takes_send(ctx) { call_v6(ctx, UDP) } else { PROCEED }
+}
+
+pub(super) fn recvmsg4(ctx: *mut bpf_sock_addr) -> i32 {
+    show_v4(ctx, UDP)
+}
+
+pub(super) fn recvmsg6(ctx: *mut bpf_sock_addr) -> i32 {
+    show_v6(ctx, UDP)
+}
+
+/// getpeername() of a TCP socket; one of a connected UDP socket shows the VIP already.
+pub(super) fn getpeername4(ctx: *mut bpf_sock_addr) -> i32 {
+    show_v4(ctx, TCP)
+}
+
+pub(super) fn getpeername6(ctx: *mut bpf_sock_addr) -> i32 {
+    show_v6(ctx, TCP)
+}
+
+/// Forgets what was kept for a TCP socket. Entries of UDP sockets, which may be many a socket, age out.
+#[inline(always)]
+pub(super) fn release(socket: *mut bpf_sock) -> i32 {
+    // SAFETY: the context is valid while the program runs.
+    let (kind, ip4, port) =
+        unsafe { ((*socket).type_, (*socket).dst_ip4, (*socket).dst_port) };
+    if kind != SOCK_STREAM || port == 0 {
+        return PROCEED;
+    }
+    // SAFETY: as above.
+    let cookie = unsafe { bpf_get_socket_cookie(socket.cast()) };
+    let cookie = [cookie as u32, (cookie >> 32) as u32];
+    let port = u16::from_be(port as u16);
+    let address = Ipv4Address { octets: ip4.to_ne_bytes() };
+    let key = SocketKey { cookie, address, port, protocol: TCP, reserved: 0 };
+    let _ = <V4 as Maps>::sockets().remove(key);
+    // SAFETY: as above. One load a word: the context may not be read otherwise.
+    let words = unsafe {
+        [
+            (&raw const (*socket).dst_ip6[0]).read_volatile(),
+            (&raw const (*socket).dst_ip6[1]).read_volatile(),
+            (&raw const (*socket).dst_ip6[2]).read_volatile(),
+            (&raw const (*socket).dst_ip6[3]).read_volatile(),
+        ]
+    };
+    let key = SocketKey { cookie, address: address_v6(words), port, protocol: TCP, reserved: 0 };
+    let _ = <V6 as Maps>::sockets().remove(key);
+    PROCEED
+}

@@ -1,0 +1,485 @@
+//! The tc adapter: lets the path decide about an skb and applies the decision once.
+//!
+//! What is not dropped or redirected returns -1 (`TCX_NEXT`, `TC_ACT_UNSPEC`), never OK: the
+//! programs behind ours must see every packet that goes on.
+
+use core::mem::MaybeUninit;
+
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_check_mtu_flags::BPF_MTU_CHK_SEGS,
+    bpf_fib_lookup as FibLookup,
+};
+use aya_ebpf::helpers::generated::{
+    bpf_check_mtu, bpf_csum_diff, bpf_fib_lookup, bpf_ktime_get_coarse_ns, bpf_redirect,
+    bpf_redirect_neigh, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes,
+    bpf_skb_store_bytes,
+};
+use sluice_common::abi::{Device, Flow, RejectKey, device, flow};
+use sluice_common::answer::{self, Answer, QUOTE};
+use sluice_common::header::{EthernetHeader, TcpHeader, tcp};
+use sluice_common::parse::{self, Headers};
+use sluice_common::path::{self, Decision, Hook, Verdict};
+use sluice_common::rewrite::{Edit, hop, rewrite};
+use sluice_common::{Family, Packet, Reason, V4, V6};
+
+use super::count;
+use super::decide::{Decide, Scratch};
+use super::maps;
+use super::skb::Skb;
+
+/// The next program decides.
+const NEXT: i32 = -1;
+const DROP: i32 = TC_ACT_SHOT;
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+/// The device that output routing starts from: a lookup as if sent by this host, without binding it to a device.
+const LOOPBACK: u32 = 1;
+const FIB_SUCCESS: i64 = 0;
+const FIB_NO_NEIGHBOUR: i64 = 7;
+const FIB_OUTPUT: u32 = 2;
+const PACKET_OTHERHOST: u32 = 3;
+
+/// Runs a tc program on a device whose link header has `LINK` bytes.
+#[inline(always)]
+pub(super) fn run<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
+    let packet = Skb { skb, ipv6: false };
+    // SAFETY: the context is valid while the program runs.
+    let ethertype = u16::from_be(unsafe { (*skb).protocol } as u16);
+    let Some((ethertype, offset)) = parse::untag(&packet, ethertype, LINK) else {
+        return NEXT;
+    };
+    match ethertype {
+        V4::ETHERTYPE => packet_of::<V4, LINK>(skb, offset, hook),
+        V6::ETHERTYPE => packet_of::<V6, LINK>(skb, offset, hook),
+        _ => NEXT,
+    }
+}
+
+/// A family as the tc adapter needs it.
+trait Tc: Decide + Answer {
+    /// Fills in the addresses of a FIB question.
+    fn fib(params: &mut FibLookup, source: &Self::Address, destination: &Self::Address);
+    /// The client's key in the rate limiter.
+    fn reject_key(address: &Self::Address) -> RejectKey;
+    /// Whether a packet may be answered with "too big": it forbids fragmentation.
+    fn forbids_fragments(packet: &Skb, offset: u32) -> bool;
+    /// Whether a source address is one that may be answered.
+    fn is_answerable(address: &Self::Address) -> bool;
+}
+
+impl Tc for V4 {
+    #[inline(always)]
+    fn fib(params: &mut FibLookup, source: &Self::Address, destination: &Self::Address) {
+        params.family = AF_INET;
+        let [source, ..] = V4::words(source);
+        let [destination, ..] = V4::words(destination);
+        params.__bindgen_anon_3.ipv4_src = source;
+        params.__bindgen_anon_4.ipv4_dst = destination;
+    }
+
+    #[inline(always)]
+    fn reject_key(address: &Self::Address) -> RejectKey {
+        let [a, b, c, d] = address.octets;
+        RejectKey { address: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] }
+    }
+
+    #[inline(always)]
+    fn forbids_fragments(packet: &Skb, offset: u32) -> bool {
+        matches!(packet.read::<u16>(offset + 6), Some(field) if u16::from_be(field) & 0x4000 != 0)
+    }
+
+    #[inline(always)]
+    fn is_answerable(address: &Self::Address) -> bool {
+        // Not "this host", multicast, reserved or broadcast.
+        let [first, ..] = address.octets;
+        first != 0 && first < 224
+    }
+}
+
+impl Tc for V6 {
+    #[inline(always)]
+    fn fib(params: &mut FibLookup, source: &Self::Address, destination: &Self::Address) {
+        params.family = AF_INET6;
+        params.__bindgen_anon_3.ipv6_src = V6::words(source);
+        params.__bindgen_anon_4.ipv6_dst = V6::words(destination);
+    }
+
+    #[inline(always)]
+    fn reject_key(address: &Self::Address) -> RejectKey {
+        RejectKey { address: address.octets }
+    }
+
+    #[inline(always)]
+    fn forbids_fragments(_: &Skb, _: u32) -> bool {
+        true
+    }
+
+    #[inline(always)]
+    fn is_answerable(address: &Self::Address) -> bool {
+        let [first, ..] = address.octets;
+        V6::words(address) != [0; 4] && first != 0xff
+    }
+}
+
+#[inline(always)]
+fn ifindex(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: the context is valid while the program runs.
+    unsafe { (*skb).ifindex }
+}
+
+#[inline(always)]
+fn device(ifindex: u32) -> Option<&'static Device> {
+    // SAFETY: entries are plain data, readable under RCU.
+    unsafe { maps::devices.get(ifindex) }
+}
+
+/// Reads the packet. A function of its own, so that it has a stack frame to itself.
+#[inline(never)]
+fn read<F: Tc>(skb: *mut __sk_buff, offset: u32, headers: &mut Headers<F>) -> bool {
+    parse::headers_into(&Skb { skb, ipv6: F::VERSION == 6 }, offset, headers)
+}
+
+#[inline(never)]
+fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hook) -> i32 {
+    let mut packet = Skb { skb, ipv6: F::VERSION == 6 };
+    let Some(Scratch { headers, decision }) = F::scratch() else { return NEXT };
+    *headers = Headers::default();
+    if !read::<F>(skb, offset, headers) {
+        return NEXT;
+    }
+    F::decide(ifindex(skb), hook, headers, decision);
+    if decision.verdict == Verdict::Pass {
+        count::packet(decision, headers.length);
+        return NEXT;
+    }
+    // A frame for somebody else that the device hears: only a bridge port passes such on to the stack.
+    // SAFETY: the context is valid while the program runs.
+    if LINK != 0
+        && hook == Hook::Ingress
+        && unsafe { (*skb).pkt_type } == PACKET_OTHERHOST
+        && !matches!(device(ifindex(skb)), Some(device) if device.role == device::EDGE)
+    {
+        return NEXT;
+    }
+    let action = apply::<F, LINK>(&mut packet, headers, decision, hook);
+    count::packet(decision, headers.length);
+    action
+}
+
+/// Applies a decision that is not to pass; leaves in it the reason why the packet was dropped after all.
+#[inline(always)]
+fn apply<F: Tc, const LINK: u32>(
+    packet: &mut Skb,
+    headers: &Headers<F>,
+    decision: &mut Decision<F>,
+    hook: Hook,
+) -> i32 {
+    let skb = packet.skb;
+    match decision.verdict {
+        Verdict::Pass => return NEXT,
+        Verdict::Drop => {
+            let _ = F::record(decision);
+            return DROP;
+        }
+        Verdict::Reset => return reset::<F, LINK>(skb, headers, decision, hook),
+        Verdict::Unreachable => return unreachable::<F, LINK>(packet, headers, decision, hook),
+        Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {}
+    }
+    if let Some(reason) = refusal(F::record(decision)) {
+        decision.reason = reason;
+        return DROP;
+    }
+    if decision.verdict == Verdict::TurnBack && !hop(packet, headers) {
+        decision.reason = Reason::TtlExceeded;
+        return DROP;
+    }
+    let mut target = 0;
+    if decision.verdict == Verdict::Route {
+        target = match route::<F>(skb, &decision.flow.source, &decision.flow.destination) {
+            Some(target) => target,
+            None => {
+                decision.reason = Reason::NoRoute;
+                return DROP;
+            }
+        };
+        if let Some(mtu) = exceeded_mtu(skb, target) {
+            decision.reason = Reason::TooBig;
+            if !F::forbids_fragments(packet, headers.network) {
+                return DROP;
+            }
+            return icmp::<F, LINK>(skb, headers, mtu, hook);
+        }
+    }
+    if !translate(skb, headers, &decision.flow) {
+        decision.reason = Reason::RewriteFailed;
+        return DROP;
+    }
+    match decision.verdict {
+        Verdict::Translate => {
+            if LINK != 0
+                && hook == Hook::Ingress
+                && decision.flow.flags & (flow::LOCAL | flow::REPLY) == flow::LOCAL
+            {
+                stay_on_bridge::<F>(skb, &decision.flow.source, &decision.flow.destination);
+            }
+            NEXT
+        }
+        Verdict::TurnBack => turn_back::<LINK>(packet),
+        Verdict::HandIn => {
+            hand_in::<F, LINK>(packet, &decision.flow.destination, &decision.flow.source, hook)
+        }
+        Verdict::Route => {
+            // SAFETY: the helper takes no parameters: it finds the neighbour itself.
+            (unsafe { bpf_redirect_neigh(target, core::ptr::null_mut(), 0, 0) }) as i32
+        }
+        Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable => NEXT,
+    }
+}
+
+/// Rewrites the packet. A function of its own, so that it has a stack frame to itself.
+#[inline(never)]
+fn translate<F: Tc>(skb: *mut __sk_buff, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
+    rewrite(&mut Skb { skb, ipv6: F::VERSION == 6 }, headers, flow)
+}
+
+/// The reason that recording answered with.
+#[inline(always)]
+fn refusal(number: u32) -> Option<Reason> {
+    match Reason::from_number(number) {
+        Some(Reason::Stranger) | None => None,
+        Some(reason) => Some(reason),
+    }
+}
+
+/// Asks the FIB as if this host sent a packet; answers status and device.
+#[inline(always)]
+fn fib<F: Tc>(
+    skb: *mut __sk_buff,
+    params: &mut FibLookup,
+    source: &F::Address,
+    destination: &F::Address,
+    ifindex: u32,
+    flags: u32,
+) -> i64 {
+    F::fib(params, source, destination);
+    params.ifindex = ifindex;
+    // SAFETY: the helper reads and writes the parameters within their size.
+    unsafe {
+        bpf_fib_lookup(skb.cast(), params, size_of::<FibLookup>() as i32, flags)
+    }
+}
+
+#[inline(always)]
+fn fib_question() -> FibLookup {
+    // SAFETY: plain integers: zero is a value.
+    unsafe { core::mem::zeroed() }
+}
+
+/// The device that the FIB names for a destination; `None` where it has none, or where that is this host.
+#[inline(never)]
+fn route<F: Tc>(skb: *mut __sk_buff, source: &F::Address, destination: &F::Address) -> Option<u32> {
+    let mut params = fib_question();
+    let status = fib::<F>(skb, &mut params, source, destination, LOOPBACK, 0);
+    // Without a neighbour so far the device is known all the same.
+    (status == FIB_SUCCESS || status == FIB_NO_NEIGHBOUR).then_some(params.ifindex)
+}
+
+/// The MTU of a device when the packet, or a segment of it, is larger.
+#[inline(always)]
+fn exceeded_mtu(skb: *mut __sk_buff, target: u32) -> Option<u32> {
+    let mut mtu = 0_u32;
+    // SAFETY: the helper writes the MTU.
+    let status = unsafe {
+        bpf_check_mtu(skb.cast(), target, &raw mut mtu, 0, u64::from(BPF_MTU_CHK_SEGS))
+    };
+    (status > 0).then_some(mtu)
+}
+
+/// Where client and backend are ports of one bridge: addresses the frame to the backend, so that it is bridged
+/// as its reply will be. A backend that the bridge has no neighbour entry for is routed this once.
+#[inline(never)]
+fn stay_on_bridge<F: Tc>(skb: *mut __sk_buff, source: &F::Address, destination: &F::Address) {
+    let packet = &mut Skb { skb, ipv6: F::VERSION == 6 };
+    let bridge = match device(ifindex(packet.skb)) {
+        Some(device) if device.bridge != 0 => device.bridge,
+        _ => return,
+    };
+    let mut params = fib_question();
+    let status =
+        fib::<F>(packet.skb, &mut params, source, destination, bridge, FIB_OUTPUT);
+    if status == FIB_SUCCESS && params.ifindex == bridge {
+        let _ = packet.store(0, params.dmac);
+    }
+}
+
+/// Sends the packet back out of the device it came from.
+#[inline(always)]
+fn turn_back<const LINK: u32>(packet: &mut Skb) -> i32 {
+    if LINK != 0 {
+        let Some(header) = packet.read::<EthernetHeader>(0) else { return DROP };
+        if !packet.store(0, [header.source, header.destination]) {
+            return DROP;
+        }
+    }
+    // SAFETY: the helper has no preconditions.
+    (unsafe { bpf_redirect(ifindex(packet.skb), 0) }) as i32
+}
+
+/// Hands the packet to the stack as if it had come in on the device that the route from `local` to
+/// `remote` names: strict reverse path filtering drops it elsewhere.
+#[inline(always)]
+fn hand_in<F: Tc, const LINK: u32>(
+    packet: &mut Skb,
+    local: &F::Address,
+    remote: &F::Address,
+    hook: Hook,
+) -> i32 {
+    let here = ifindex(packet.skb);
+    let target = if hook == Hook::Egress {
+        here
+    } else {
+        let named = route::<F>(packet.skb, local, remote);
+        match named {
+            Some(target) => target,
+            None => here,
+        }
+    };
+    if target == here && hook != Hook::Egress {
+        return NEXT;
+    }
+    let Some(to) = device(target) else { return DROP };
+    if to.link_header != 0 {
+        if LINK == 0 {
+            let ethertype = F::ETHERTYPE.to_be();
+            // SAFETY: the helper makes room for an Ethernet header or fails.
+            if unsafe { bpf_skb_change_head(packet.skb, 14, 0) } != 0 {
+                return DROP;
+            }
+            let header = EthernetHeader { destination: to.mac, source: to.mac, ethertype };
+            if !packet.store(0, header) {
+                return DROP;
+            }
+        } else if !packet.store(0, to.mac) {
+            return DROP;
+        }
+    }
+    // SAFETY: the helper has no preconditions.
+    (unsafe { bpf_redirect(target, u64::from(BPF_F_INGRESS)) }) as i32
+}
+
+/// Sends an answer to where the packet came from.
+#[inline(always)]
+fn send_answer<const LINK: u32>(packet: &mut Skb, hook: Hook) -> i32 {
+    if hook != Hook::Egress {
+        return turn_back::<LINK>(packet);
+    }
+    let here = ifindex(packet.skb);
+    if LINK != 0 {
+        let Some(device) = device(here) else { return DROP };
+        if !packet.store(0, device.mac) {
+            return DROP;
+        }
+    }
+    // SAFETY: the helper has no preconditions.
+    (unsafe { bpf_redirect(here, u64::from(BPF_F_INGRESS)) }) as i32
+}
+
+/// Turns the segment into the reset that answers it.
+#[inline(never)]
+fn reset<F: Tc, const LINK: u32>(
+    skb: *mut __sk_buff,
+    headers: &Headers<F>,
+    decision: &mut Decision<F>,
+    hook: Hook,
+) -> i32 {
+    let packet = &mut Skb { skb, ipv6: F::VERSION == 6 };
+    let Some(segment) = packet.read::<TcpHeader>(headers.transport) else { return DROP };
+    if !F::is_answerable(&headers.tuple.source) {
+        decision.reason = Reason::NoBackendDropped;
+        return DROP;
+    }
+    let header = headers.transport - headers.network + (u32::from(segment.offset >> 4) * 4);
+    let counted = u32::from(segment.flags & tcp::SYN != 0) + u32::from(segment.flags & tcp::FIN != 0);
+    let answer = answer::reset(headers, &segment, headers.length - header + counted);
+    let length = headers.network + F::HEADER + 20;
+    // SAFETY: the helper cuts or fails.
+    if unsafe { bpf_skb_change_tail(packet.skb, length, 0) } != 0
+        || !packet.store(headers.network, answer.0)
+        || !packet.store(headers.network + F::HEADER, answer.1)
+    {
+        decision.reason = Reason::RewriteFailed;
+        return DROP;
+    }
+    send_answer::<LINK>(packet, hook)
+}
+
+/// Turns the packet into ICMP port unreachable, if the client has not had too many.
+#[inline(always)]
+fn unreachable<F: Tc, const LINK: u32>(
+    packet: &mut Skb,
+    headers: &Headers<F>,
+    decision: &mut Decision<F>,
+    hook: Hook,
+) -> i32 {
+    if !F::is_answerable(&headers.tuple.source) {
+        decision.reason = Reason::NoBackendDropped;
+        return DROP;
+    }
+    if !may_answer(&F::reject_key(&headers.tuple.source)) {
+        decision.reason = Reason::RejectLimited;
+        return DROP;
+    }
+    icmp::<F, LINK>(packet.skb, headers, 0, hook)
+}
+
+/// Takes one ICMP error from a client's bucket.
+#[inline(always)]
+fn may_answer(key: &RejectKey) -> bool {
+    // SAFETY: the helper has no preconditions.
+    let now_ms = (unsafe { bpf_ktime_get_coarse_ns() } / 1_000_000) as u32;
+    // SAFETY: entries are plain data, readable under RCU.
+    let bucket = unsafe { maps::rejects.get(key) }.copied();
+    let (bucket, allowed) = path::spend(bucket, now_ms);
+    let _ = maps::rejects.insert(key, bucket, 0);
+    allowed
+}
+
+/// Turns the packet into an ICMP error about it, "too big" where an MTU is given, and sends it to where the packet came from.
+#[inline(never)]
+fn icmp<F: Tc, const LINK: u32>(
+    skb: *mut __sk_buff,
+    headers: &Headers<F>,
+    mtu: u32,
+    hook: Hook,
+) -> i32 {
+    let packet = &mut Skb { skb, ipv6: F::VERSION == 6 };
+    let kind = if mtu == 0 { F::PORT_UNREACHABLE } else { F::TOO_BIG };
+    // Written before it is read, as far as it is read.
+    let mut quote = MaybeUninit::<[u32; QUOTE as usize / 4]>::uninit();
+    // Whole words, so that the sum can be taken; never less than the headers. Behind the black box the
+    // compiler cannot fold the bounds into the arithmetic, where the verifier would not find them.
+    let length = core::hint::black_box(headers.length.min(QUOTE) & 0x7c);
+    if length < F::HEADER + 8 || length > QUOTE {
+        return DROP;
+    }
+    // SAFETY: the helpers write and then read `length` bytes of the array, which holds as many.
+    let sum = unsafe {
+        if bpf_skb_load_bytes(packet.skb.cast(), headers.network, quote.as_mut_ptr().cast(), length) != 0 {
+            return DROP;
+        }
+        bpf_csum_diff(core::ptr::null_mut(), 0, quote.as_mut_ptr().cast(), length, 0)
+    };
+    let answer = answer::error(headers, kind, mtu, length, u64::from(sum as u32));
+    let at = headers.network + F::HEADER;
+    // SAFETY: the helpers check offsets and lengths; `length` bytes of the array are read.
+    let failed = unsafe {
+        bpf_skb_change_tail(packet.skb, at + 8 + length, 0) != 0
+            || !packet.store(headers.network, answer.0)
+            || !packet.store(at, answer.1)
+            || bpf_skb_store_bytes(packet.skb, at + 8, quote.as_ptr().cast(), length, 0) != 0
+    };
+    if failed {
+        return DROP;
+    }
+    send_answer::<LINK>(packet, hook)
+}

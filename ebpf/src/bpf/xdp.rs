@@ -1,0 +1,135 @@
+//! The XDP adapter: takes what it can finish, a packet from outside for a backend on this
+//! node, and leaves everything else unmodified to tc.
+
+use aya_ebpf::bindings::{xdp_action, xdp_md};
+use sluice_common::abi::flow;
+use sluice_common::answer::is_partial;
+use sluice_common::checksum::Delta;
+use sluice_common::header::{EthernetHeader, Wire};
+use sluice_common::parse::{self, Headers, Kind};
+use sluice_common::path::{Hook, Verdict};
+use sluice_common::rewrite::{Checksum, Edit, segment};
+use sluice_common::{Family, Packet, V4, V6};
+
+use super::count;
+use super::decide::{Decide, Scratch};
+use super::maps;
+
+/// A frame as the driver received it.
+struct Frame {
+    ctx: *mut xdp_md,
+}
+
+impl Frame {
+    /// A pointer to a value within the frame.
+    #[inline(always)]
+    fn at<T>(&self, offset: u32) -> Option<*mut T> {
+        // SAFETY: the context is valid while the program runs.
+        let (start, end) = unsafe { ((*self.ctx).data as usize, (*self.ctx).data_end as usize) };
+        // The parser looks nowhere near the mask's bound, which lets the verifier follow the sum.
+        let at = start + (offset & 0xfff) as usize;
+        (at + size_of::<T>() <= end).then_some(at as *mut T)
+    }
+}
+
+impl Packet for Frame {
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (*self.ctx).data_end - (*self.ctx).data }
+    }
+
+    #[inline(always)]
+    fn read<T: Wire>(&self, offset: u32) -> Option<T> {
+        // SAFETY: within the frame; the machine reads unaligned words.
+        self.at::<T>(offset).map(|value| unsafe { *value })
+    }
+}
+
+impl Edit for Frame {
+    #[inline(always)]
+    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        let Some(place) = self.at::<T>(offset) else { return false };
+        // SAFETY: within the frame; the machine writes unaligned words.
+        unsafe { *place = value };
+        true
+    }
+
+    #[inline(always)]
+    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
+        let Some(old) = self.read::<u16>(offset) else { return false };
+        self.store(offset, delta.apply(old))
+    }
+
+    #[inline(always)]
+    fn transport_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Delta,
+        data: Delta,
+        kind: Checksum,
+    ) -> bool {
+        let Some(old) = self.read::<u16>(offset) else { return false };
+        let delta = addresses.and(data);
+        let new = match kind {
+            Checksum::Plain => delta.apply(old),
+            Checksum::Udp => delta.apply_udp(old),
+        };
+        self.store(offset, new)
+    }
+}
+
+/// Runs the XDP program.
+#[inline(always)]
+pub(super) fn run(ctx: *mut xdp_md) -> u32 {
+    let frame = Frame { ctx };
+    let Some(header) = frame.read::<EthernetHeader>(0) else {
+        return xdp_action::XDP_PASS;
+    };
+    let Some((ethertype, offset)) = parse::untag(&frame, u16::from_be(header.ethertype), 14) else {
+        return xdp_action::XDP_PASS;
+    };
+    match ethertype {
+        V4::ETHERTYPE => frame_of::<V4>(ctx, offset),
+        V6::ETHERTYPE => frame_of::<V6>(ctx, offset),
+        _ => xdp_action::XDP_PASS,
+    }
+}
+
+#[inline(never)]
+fn frame_of<F: Decide>(ctx: *mut xdp_md, offset: u32) -> u32 {
+    let mut frame = Frame { ctx };
+    let Some(Scratch { headers, decision }) = F::scratch() else { return xdp_action::XDP_PASS };
+    *headers = Headers::default();
+    if !parse::headers_into(&frame, offset, headers) {
+        return xdp_action::XDP_PASS;
+    }
+    // SAFETY: the context is valid while the program runs.
+    let ifindex = unsafe { (*ctx).ingress_ifindex };
+    F::decide(ifindex, Hook::Xdp, headers, decision);
+    if decision.verdict != Verdict::Translate
+        || decision.flow.flags & flow::LOCAL == 0
+        || headers.kind != Kind::Transport
+        || is_partial(headers)
+    {
+        return xdp_action::XDP_PASS;
+    }
+    let Some(link) = frame.read::<EthernetHeader>(0) else {
+        return xdp_action::XDP_PASS;
+    };
+    // SAFETY: entries are plain data, readable under RCU.
+    match unsafe { maps::devices.get(ifindex) } {
+        Some(device) if device.mac == link.destination => {}
+        // A frame for somebody else.
+        _ => return xdp_action::XDP_PASS,
+    }
+    if F::record(decision) != 0 {
+        // tc meets the same obstacle and gives the reason.
+        return xdp_action::XDP_PASS;
+    }
+    if !segment(&mut frame, headers, &decision.flow) {
+        return xdp_action::XDP_DROP;
+    }
+    count::packet(decision, headers.length);
+    xdp_action::XDP_PASS
+}

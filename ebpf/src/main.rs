@@ -1,0 +1,25 @@
+//! The kernel programs: entry points around [`sluice_common::path`].
+//!
+//! A program wraps its context, lets the path decide, and applies the decision. Compiled for
+//! any other target than BPF this is an empty program, so that the whole workspace can be checked at once.
+
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+
+#[cfg(target_arch = "bpf")]
+mod bpf;
+
+/// There is nothing to run on the host.
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+/// The kernel's helpers marked GPL-only are called.
+#[cfg(target_arch = "bpf")]
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,209 @@
+//! The agent under test: `sluice agent` as a process of a node.
+
+use std::path::PathBuf;
+use std::process::Output;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{Node, Running};
+
+/// What to start an agent with.
+#[derive(Clone, Debug, Default)]
+pub struct AgentOptions {
+    /// The directory of manifests it watches.
+    pub manifests: Option<PathBuf>,
+    /// How it reaches an API server.
+    pub kubeconfig: Option<PathBuf>,
+    /// Further arguments of `sluice agent`.
+    pub args: Vec<String>,
+}
+
+/// An agent of a node. Dropping this kills it with SIGKILL, which leaves its programs and maps in the kernel until the lab ends.
+pub struct AgentProcess {
+    node: Node,
+    options: AgentOptions,
+    running: Running,
+}
+
+/// Finds the `sluice` binary: `$SLUICE_BIN`, else beside this program or, for a test, one directory above.
+fn sluice_path() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("SLUICE_BIN") {
+        return Ok(path.into());
+    }
+    let this = std::env::current_exe().context("cannot tell where this program is")?;
+    let found = this
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|directory| directory.join("sluice"))
+        .find(|path| path.is_file());
+    found.with_context(|| {
+        format!(
+            "there is no `sluice` near {}: build it, and set SLUICE_BIN to where it is",
+            this.display()
+        )
+    })
+}
+
+impl Node {
+    /// Starts `sluice agent` in the node's namespace and its cgroup `host`, pinning below [`Node::pin_path`], attached to
+    /// the node's whole cgroup. It may not be ready yet when this returns: see [`AgentProcess::wait_ready`].
+    ///
+    /// # Errors
+    /// If the binary is not found (`SLUICE_BIN`) or cannot be started.
+    pub fn agent(&self, options: AgentOptions) -> Result<AgentProcess> {
+        let running = start(self, &options)?;
+        Ok(AgentProcess {
+            node: self.clone(),
+            options,
+            running,
+        })
+    }
+
+    /// Where the node's agent pins its maps and links.
+    pub fn pin_path(&self) -> PathBuf {
+        self.bpffs().join("sluice")
+    }
+
+    /// Runs a subcommand of `sluice` on the node, `--pin-path` added, and returns its standard output.
+    ///
+    /// # Errors
+    /// If it cannot be started or fails; the error then holds its standard error.
+    pub fn sluice(&self, args: &[&str]) -> Result<String> {
+        let output = self.sluice_output(args)?;
+        if !output.status.success() {
+            bail!(
+                "`sluice {}` failed on the node {} ({}): {}",
+                args.join(" "),
+                self.name(),
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// As [`Node::sluice`], whatever the exit status.
+    pub fn sluice_output(&self, args: &[&str]) -> Result<Output> {
+        let mut command = self.command(sluice_path()?);
+        let _ = command.args(args).arg("--pin-path").arg(self.pin_path());
+        command.output().with_context(|| {
+            format!(
+                "cannot run `sluice {}` on the node {}",
+                args.join(" "),
+                self.name()
+            )
+        })
+    }
+}
+
+fn start(node: &Node, options: &AgentOptions) -> Result<Running> {
+    let mut command = node.command(sluice_path()?);
+    let _ = command
+        .arg("agent")
+        .arg("--node-name")
+        .arg(node.name())
+        .arg("--pin-path")
+        .arg(node.pin_path())
+        .arg("--cgroup")
+        .arg(node.cgroup_root());
+    if let Some(manifests) = &options.manifests {
+        let _ = command.arg("--manifests").arg(manifests);
+    }
+    if let Some(kubeconfig) = &options.kubeconfig {
+        let _ = command.arg("--kubeconfig").arg(kubeconfig);
+    }
+    let _ = command.args(&options.args);
+    node.spawn_command(command)
+        .with_context(|| format!("cannot start the agent of the node {}", node.name()))
+}
+
+impl AgentProcess {
+    /// Waits until `sluice status -o json` succeeds and says `"ready": true`.
+    ///
+    /// # Errors
+    /// If it does not in time, or if the agent ends; the error holds the end of its log.
+    pub fn wait_ready(&mut self, timeout: Duration) -> Result<()> {
+        let node = self.node.clone();
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(status) = self.running.poll()? {
+                bail!(
+                    "the agent of {} ended ({status}) before it was ready; its log ends:\n{}",
+                    node.name(),
+                    self.log_tail()
+                );
+            }
+            let answer = node.sluice_output(&["status", "-o", "json"])?;
+            let status: serde_json::Value =
+                serde_json::from_slice(&answer.stdout).unwrap_or_default();
+            if answer.status.success()
+                && status.get("ready") == Some(&serde_json::Value::Bool(true))
+            {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "the agent of {} was not ready after {timeout:?}; `sluice status` said ({}): {}{}\nits log ends:\n{}",
+                    node.name(),
+                    answer.status,
+                    String::from_utf8_lossy(&answer.stdout).trim(),
+                    String::from_utf8_lossy(&answer.stderr).trim(),
+                    self.log_tail()
+                );
+            }
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The agent's process.
+    pub fn process(&mut self) -> &mut Running {
+        &mut self.running
+    }
+
+    /// Everything it has logged since its last start.
+    pub fn log(&self) -> String {
+        self.running.stderr() + &self.running.stdout()
+    }
+
+    fn log_tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines
+            .get(lines.len().saturating_sub(30)..)
+            .unwrap_or_default()
+            .join("\n")
+    }
+
+    /// Kills it with SIGKILL, as a node under memory pressure would.
+    pub fn kill9(&mut self) -> Result<()> {
+        self.running.kill().map(drop)
+    }
+
+    /// Asks it to end with SIGTERM, as a kubelet does, and waits for that.
+    ///
+    /// # Errors
+    /// If it had to be killed, or ends with another status than success.
+    pub fn stop(&mut self) -> Result<()> {
+        let status = self.running.stop()?;
+        if !status.success() {
+            bail!(
+                "the agent of {} did not end cleanly on SIGTERM ({status}); its log ends:\n{}",
+                self.node.name(),
+                self.log_tail()
+            );
+        }
+        Ok(())
+    }
+
+    /// Starts it again with the same options, after ending it if it still runs.
+    pub fn restart(&mut self) -> Result<()> {
+        if self.running.poll()?.is_none() {
+            self.stop()?;
+        }
+        self.running = start(&self.node, &self.options)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,149 @@
+//! Sockets with a chosen source port, and what both sides of a conversation share.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, SocketAddrV6, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use sluice_lab::{Event, Reply};
+
+/// Reports an event.
+pub(crate) fn report(event: &Event) {
+    // Stdout is line-buffered; an event always serialises.
+    println!("{}", serde_json::to_string(event).unwrap_or_default());
+}
+
+/// A v4-mapped address as the v4 address it is.
+pub(crate) fn plain(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// A v4 address as a v6 socket names it.
+pub(crate) fn mapped(address: SocketAddr) -> SocketAddr {
+    match address.ip() {
+        IpAddr::V4(ip) => {
+            SocketAddr::V6(SocketAddrV6::new(ip.to_ipv6_mapped(), address.port(), 0, 0))
+        }
+        IpAddr::V6(_) => address,
+    }
+}
+
+/// Milliseconds since `start`.
+pub(crate) fn ms_since(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The answer `<name> <client> <data>`, and its data.
+pub(crate) fn parse_reply(
+    text: &str,
+    seq: u64,
+    from: SocketAddr,
+    asked: Instant,
+    start: Instant,
+) -> Option<(Reply, &str)> {
+    let mut words = text.splitn(3, ' ');
+    let (name, seen) = (words.next()?.to_owned(), words.next()?.parse().ok()?);
+    let took_us = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
+    Some((
+        Reply {
+            seq,
+            name,
+            seen,
+            from,
+            at_ms: ms_since(start),
+            took_us,
+        },
+        words.next().unwrap_or_default(),
+    ))
+}
+
+/// A UDP socket of the destination's family, on the given port or any.
+pub(crate) fn udp(to: SocketAddr, source_port: u16) -> Result<UdpSocket> {
+    Ok(UdpSocket::from(bound(libc::SOCK_DGRAM, to, source_port)?))
+}
+
+/// A TCP connection from the given port or any.
+pub(crate) fn connect(to: SocketAddr, source_port: u16, timeout: Duration) -> Result<TcpStream> {
+    let socket = bound(libc::SOCK_STREAM, to, source_port)?;
+    let stream = TcpStream::from(socket);
+    // The write timeout bounds connect(2) too.
+    stream.set_write_timeout(Some(timeout))?;
+    let (address, length) = raw(to);
+    // SAFETY: `address` is as long as told, at least.
+    if unsafe { libc::connect(stream.as_raw_fd(), (&raw const address).cast(), length) } != 0 {
+        return Err(io::Error::last_os_error()).with_context(|| format!("cannot connect to {to}"));
+    }
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+fn bound(kind: libc::c_int, to: SocketAddr, source_port: u16) -> Result<OwnedFd> {
+    let family = if to.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    };
+    let any: IpAddr = if to.is_ipv4() {
+        [0; 4].into()
+    } else {
+        [0u16; 8].into()
+    };
+    let (address, length) = raw(SocketAddr::new(any, source_port));
+    let on: libc::c_int = 1;
+    // SAFETY: plain numbers and structures on this stack with their sizes; the descriptor is new.
+    unsafe {
+        let socket = libc::socket(family, kind | libc::SOCK_CLOEXEC, 0);
+        if socket < 0 {
+            return Err(io::Error::last_os_error()).context("cannot make a socket");
+        }
+        let owned = OwnedFd::from_raw_fd(socket);
+        if source_port != 0 {
+            // Lets one port speak to several destinations, one socket each.
+            let failed = libc::setsockopt(
+                socket,
+                libc::SOL_SOCKET,
+                libc::SO_REUSEADDR,
+                (&raw const on).cast(),
+                4,
+            ) != 0
+                || libc::bind(socket, (&raw const address).cast(), length) != 0;
+            if failed {
+                return Err(io::Error::last_os_error())
+                    .with_context(|| format!("cannot bind to port {source_port}"));
+            }
+        } else if kind == libc::SOCK_DGRAM
+            && libc::bind(socket, (&raw const address).cast(), length) != 0
+        {
+            return Err(io::Error::last_os_error()).context("cannot bind to any port");
+        }
+        Ok(owned)
+    }
+}
+
+/// The kernel's form of an address: zeroed storage, which is large enough for both families, and the length that counts.
+fn raw(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
+    // SAFETY: all zeroes is a valid sockaddr_storage, and each family's structure fits into it with its alignment.
+    unsafe {
+        let mut storage: libc::sockaddr_storage = std::mem::zeroed();
+        let length = match address {
+            SocketAddr::V4(address) => {
+                let raw = &mut *(&raw mut storage).cast::<libc::sockaddr_in>();
+                raw.sin_family = libc::AF_INET as libc::sa_family_t;
+                raw.sin_port = address.port().to_be();
+                raw.sin_addr.s_addr = u32::from_ne_bytes(address.ip().octets());
+                size_of::<libc::sockaddr_in>()
+            }
+            SocketAddr::V6(address) => {
+                let raw = &mut *(&raw mut storage).cast::<libc::sockaddr_in6>();
+                raw.sin6_family = libc::AF_INET6 as libc::sa_family_t;
+                raw.sin6_port = address.port().to_be();
+                raw.sin6_addr.s6_addr = address.ip().octets();
+                raw.sin6_scope_id = address.scope_id();
+                size_of::<libc::sockaddr_in6>()
+            }
+        };
+        (storage, length as libc::socklen_t)
+    }
+}

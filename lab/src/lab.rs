@@ -1,0 +1,228 @@
+//! The lab itself: what its parts share, and the order in which they come and go.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::leftovers::{self, KEEP};
+use crate::router::{Client, Router};
+use crate::{Node, NodeOptions, cgroup, sweep, xdp};
+
+/// How packets between pods of different nodes travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Overlay {
+    /// Plain routes on the segment the nodes share; the router knows the pods' ranges too.
+    #[default]
+    None,
+    /// A `vxlan0` device on every node, flannel's way: static neighbours, MTU 1450. The router knows no pods.
+    Vxlan,
+    /// A headerless (`ARPHRD_NONE`) `tun0` on every node, its packets relayed over UDP by a process; MTU 1450. The router knows no pods.
+    Tun,
+}
+
+/// What every part of a lab needs to know of it.
+pub(crate) struct Shared {
+    pub(crate) id: String,
+    pub(crate) state: PathBuf,
+    pub(crate) cgroup: PathBuf,
+    /// Numbers log files and other names that must differ.
+    next: AtomicU32,
+}
+
+impl Shared {
+    pub(crate) fn number(&self) -> u32 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn kept(&self) -> bool {
+        self.state.join(KEEP).exists()
+    }
+}
+
+/// Nodes, pods, a router and clients that live until this is dropped.
+///
+/// The handles it gives out ([`Node`], [`Pod`](crate::Pod), ...) may outlive it, but what they stand for does not.
+pub struct Lab {
+    shared: Arc<Shared>,
+    router: Router,
+    overlay: Overlay,
+    nodes: Mutex<Vec<Node>>,
+    clients: AtomicU32,
+}
+
+/// Whether this process may build labs. Tests that may not print that they skip.
+pub fn is_root() -> bool {
+    // SAFETY: geteuid(2) has no preconditions.
+    unsafe { libc::geteuid() == 0 }
+}
+
+impl Lab {
+    /// An empty lab (a router and nothing else) without an overlay. Removes what dead owners left before.
+    ///
+    /// # Errors
+    /// If this is not root, if there is no cgroup v2, or if the kernel refuses a step.
+    pub fn new(name: &str) -> Result<Self> {
+        Self::with_overlay(name, Overlay::None)
+    }
+
+    /// As [`Lab::new`], with the given way between nodes.
+    pub fn with_overlay(name: &str, overlay: Overlay) -> Result<Self> {
+        static LABS: AtomicU32 = AtomicU32::new(0);
+        ensure!(
+            is_root(),
+            "cannot build the lab {name}: network namespaces need root; run it with sudo"
+        );
+        if let Err(error) = sweep() {
+            eprintln!("lab: {error:#}; going on");
+        }
+        // The pid may have had an earlier life whose labs were kept.
+        let (id, state) = loop {
+            let id = format!(
+                "slab{}-{}",
+                std::process::id(),
+                LABS.fetch_add(1, Ordering::Relaxed)
+            );
+            let state = leftovers::state_of(&id);
+            if !state.exists() {
+                break (id, state);
+            }
+        };
+        fs::create_dir_all(state.join("ns"))
+            .with_context(|| format!("cannot make {}", state.display()))?;
+        leftovers::register(&id);
+        let shared = Arc::new(Shared {
+            cgroup: cgroup::root()?.join(&id),
+            state,
+            id,
+            next: AtomicU32::new(0),
+        });
+        let built = Self::build(name, overlay, &shared);
+        if built.is_err() {
+            leftovers::tear_down(&shared.id)?;
+            leftovers::unregister(&shared.id);
+        }
+        built
+    }
+
+    fn build(name: &str, overlay: Overlay, shared: &Arc<Shared>) -> Result<Self> {
+        let state = &shared.state;
+        for dir in ["log", "bpf"] {
+            fs::create_dir_all(state.join(dir))
+                .with_context(|| format!("cannot make {}/{dir}", state.display()))?;
+        }
+        fs::write(
+            state.join("owner"),
+            leftovers::start_time(std::process::id()).unwrap_or_default(),
+        )?;
+        fs::write(state.join("name"), name)?;
+        cgroup::create(&shared.cgroup)?;
+        xdp::mount_bpffs(&state.join("bpf"))?;
+        let lab = Self {
+            router: Router::create(shared)?,
+            shared: Arc::clone(shared),
+            overlay,
+            nodes: Mutex::new(Vec::new()),
+            clients: AtomicU32::new(0),
+        };
+        if std::env::var_os("SLUICE_LAB_KEEP").is_some_and(|value| value != "0") {
+            lab.keep()?;
+        }
+        Ok(lab)
+    }
+
+    /// The lab's id, `slab<pid>-<n>`: the name of its directory below `/run/sluice-lab` and of its cgroup.
+    pub fn id(&self) -> &str {
+        &self.shared.id
+    }
+
+    /// The lab's directory: `ns/<name>` are its namespaces (`nsenter --net=...`), `log/` what its processes wrote.
+    pub fn state(&self) -> &Path {
+        &self.shared.state
+    }
+
+    /// The router that connects nodes and clients.
+    pub fn router(&self) -> &Router {
+        &self.router
+    }
+
+    /// Adds a node, connected to the router and, by the lab's [`Overlay`], to the nodes before it.
+    ///
+    /// # Errors
+    /// If the name is taken or longer than 11 characters, if the kernel refuses a step, or with
+    /// [`Unsupported`](crate::Unsupported) if it lacks a feature that the options ask for.
+    pub fn node(&self, name: &str, options: &NodeOptions) -> Result<Node> {
+        let mut nodes = self.lock_nodes();
+        let index = u8::try_from(nodes.len() + 1)
+            .ok()
+            .filter(|index| *index < 200);
+        let Some(index) = index else {
+            bail!("cannot add the node {name}: a lab has addresses for 199 nodes")
+        };
+        let node = Node::create(
+            &self.shared,
+            &self.router,
+            name,
+            index,
+            self.overlay,
+            options,
+        )
+        .with_context(|| format!("cannot build the node {name} of the lab {}", self.shared.id))?;
+        nodes.push(node.clone());
+        Node::join(&nodes, self.overlay).with_context(|| {
+            format!(
+                "cannot connect the node {name} to the others ({:?})",
+                self.overlay
+            )
+        })?;
+        drop(nodes);
+        Ok(node)
+    }
+
+    /// Adds a client outside the cluster: behind the router, in a subnet of its own.
+    ///
+    /// # Errors
+    /// If the name is taken or longer than 11 characters, or if the kernel refuses a step.
+    pub fn client(&self, name: &str) -> Result<Client> {
+        let index = self.clients.fetch_add(1, Ordering::Relaxed) + 1;
+        let index = u8::try_from(index).with_context(|| {
+            format!("cannot add the client {name}: a lab has addresses for 255")
+        })?;
+        Client::create(&self.shared, &self.router, name, index).with_context(|| {
+            format!(
+                "cannot build the client {name} of the lab {}",
+                self.shared.id
+            )
+        })
+    }
+
+    /// Leaves the lab up when this is dropped, and its processes running, until [`remove_kept`](crate::remove_kept).
+    pub fn keep(&self) -> Result<()> {
+        fs::write(self.shared.state.join(KEEP), "").context("cannot mark the lab as kept")?;
+        leftovers::unregister(&self.shared.id);
+        Ok(())
+    }
+
+    fn lock_nodes(&self) -> MutexGuard<'_, Vec<Node>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if self.shared.kept() {
+            let state = self.shared.state.display();
+            eprintln!(
+                "lab: {} stays up; enter a namespace with `nsenter --net={state}/ns/<name>`, remove it with `sluice-lab-demo --down`",
+                self.shared.id
+            );
+            return;
+        }
+        if let Err(error) = leftovers::tear_down(&self.shared.id) {
+            eprintln!("lab: {error:#}; the next lab will try again");
+        }
+        leftovers::unregister(&self.shared.id);
+    }
+}

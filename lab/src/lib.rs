@@ -1,0 +1,69 @@
+//! A lab: nodes, pods, overlay links, a router and outside clients out of network namespaces, with real servers in them.
+//!
+//! The demo, the integration tests and the benches run the agent inside it. Nothing of the lab ever touches the namespace
+//! it is started from: both ends of every link are created inside the lab's own namespaces. It needs root, cgroup v2 (anywhere)
+//! and iproute2; single features need what they name (`tcpdump`, `ethtool`, `nft`, `nginx`).
+//!
+//! ```text
+//!                     outside: client a 198.18.1.10      client b 198.18.2.10
+//!                                   |                           |
+//!                     router  ------+---------------------------+-----
+//!                       lan0 192.0.2.1, 2001:db8:0:2::1 (bridge)
+//!                         |                         |
+//!                  node 1 eth0 192.0.2.11    node 2 eth0 192.0.2.12     (overlay between them on request)
+//!                    |         |               |         |
+//!                  pod 10.244.1.10 ...       pod 10.244.2.10 ...        fd00:10:244:<node>::<same>
+//! ```
+//!
+//! Everything a lab owns has its id, `slab<owner pid>-<n>`, in its path: namespaces, bpffs mounts and logs below
+//! `/run/sluice-lab/<id>`, processes below the cgroup `<cgroup root>/<id>`. [`Lab`]'s drop takes it down (after a panic too),
+//! as do SIGINT and SIGTERM; what a killed owner leaves is taken down by [`sweep`], which every [`Lab::new`] runs.
+//! With `SLUICE_LAB_KEEP=1` a lab stays up, with all its processes, until [`remove_kept`].
+//!
+//! ```no_run
+//! use sluice_lab::{Lab, NodeOptions, Serve};
+//! # fn main() -> anyhow::Result<()> {
+//! let lab = Lab::new("hello")?;
+//! let node = lab.node("n1", &NodeOptions::default())?;
+//! let (web, asker) = (node.pod("web")?, node.pod("asker")?);
+//! let _server = web.serve(Serve::Http, 8080)?;
+//! let replies = asker.http_get(&format!("http://[{}]:8080/", web.ipv6()), 10)?;
+//! assert!(replies.iter().all(|reply| reply.name == "web"));
+//! # Ok(()) }
+//! ```
+
+mod agent;
+mod cgroup;
+mod event;
+mod lab;
+mod leftovers;
+mod manifests;
+mod namespace;
+mod node;
+mod packets;
+mod router;
+mod running;
+mod serve;
+mod xdp;
+
+pub use agent::{AgentOptions, AgentProcess};
+pub use event::{Event, Reply};
+pub use lab::{Lab, Overlay, is_root};
+pub use leftovers::{remove_kept, sweep};
+pub use manifests::{Backend, Manifests, Port, Protocol, Service};
+pub use namespace::Namespace;
+pub use node::{Cni, DROP_INVALID, Node, NodeOptions, Pod, RpFilter};
+pub use packets::{Capture, PacketSocket};
+pub use router::{Client, Router};
+pub use running::Running;
+pub use serve::{Serve, tool_path};
+
+/// This kernel or machine lacks something a lab was asked for: a reason to skip a test, found by `error.downcast_ref::<Unsupported>()`.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} is not available here: {why}")]
+pub struct Unsupported {
+    /// What was asked for.
+    pub what: String,
+    /// What was tried and how it failed.
+    pub why: String,
+}

@@ -1,0 +1,340 @@
+//! A network namespace with a cgroup: the ground everything else in the lab stands on.
+
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::net::IpAddr;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+
+use crate::lab::Shared;
+use crate::leftovers::c_path;
+use crate::packets::{Capture, PacketSocket};
+use crate::running::Running;
+use crate::xdp;
+
+/// A network namespace of the lab, and the cgroup its processes live in.
+///
+/// [`Node`](crate::Node), [`Pod`](crate::Pod), [`Client`](crate::Client) and [`Router`](crate::Router) dereference to it.
+#[derive(Clone)]
+pub struct Namespace {
+    pub(crate) shared: Arc<Shared>,
+    name: String,
+    path: PathBuf,
+    cgroup: PathBuf,
+}
+
+impl Namespace {
+    /// Makes a namespace with `lo` up, duplicate address detection off and forwarding as told. `cgroup` is relative to the lab's.
+    pub(crate) fn create(
+        shared: &Arc<Shared>,
+        name: &str,
+        cgroup: &str,
+        forwarding: bool,
+    ) -> Result<Self> {
+        let path = shared.state.join("ns").join(name);
+        ensure!(
+            !path.exists(),
+            "the name {name} is taken in the lab {}: choose another",
+            shared.id
+        );
+        let cgroup = shared.cgroup.join(cgroup);
+        crate::cgroup::create(&cgroup)?;
+        drop(File::create(&path).with_context(|| format!("cannot make {}", path.display()))?);
+        let target = c_path(&path)?;
+        thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    // SAFETY: unshare(2) and mount(2) get constants and NUL-terminated strings that outlive the calls. The new
+                    // namespace is this thread's alone, which ends here; the bind mount keeps it.
+                    let done = unsafe {
+                        libc::unshare(libc::CLONE_NEWNET) == 0
+                            && libc::mount(
+                                c"/proc/thread-self/ns/net".as_ptr(),
+                                target.as_ptr(),
+                                c"none".as_ptr(),
+                                libc::MS_BIND,
+                                std::ptr::null(),
+                            ) == 0
+                    };
+                    if done {
+                        Ok(())
+                    } else {
+                        Err(io::Error::last_os_error())
+                    }
+                })
+                .join()
+                .map_err(|_| anyhow!("the thread that makes the namespace {name} panicked"))?
+                .with_context(|| format!("cannot make the network namespace {}", path.display()))
+        })?;
+        let this = Self {
+            shared: Arc::clone(shared),
+            name: name.to_owned(),
+            path,
+            cgroup,
+        };
+        let forward = if forwarding { "1" } else { "0" };
+        this.sysctls(&[
+            ("net/ipv4/ip_forward", forward),
+            ("net/ipv6/conf/all/forwarding", forward),
+            ("net/ipv6/conf/default/forwarding", forward),
+            ("net/ipv4/conf/all/rp_filter", "0"),
+            ("net/ipv4/conf/default/rp_filter", "0"),
+            ("net/ipv6/conf/default/accept_dad", "0"),
+            ("net/ipv6/conf/default/dad_transmits", "0"),
+            ("net/ipv6/conf/default/accept_ra", "0"),
+            ("net/ipv6/conf/default/router_solicitations", "0"),
+            // Unprivileged ping, as on most nodes.
+            ("net/ipv4/ping_group_range", "0 2147483647"),
+        ])?;
+        let _ = this.ip("link set lo up")?;
+        Ok(this)
+    }
+
+    /// The name given at its making; the namespace is the lab's `ns/<name>`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The file that stands for the namespace: for `nsenter --net=<path>` and setns(2).
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The cgroup v2 directory that commands started here join.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// A command that will run in this namespace and cgroup, in a process group of its own. Mounts are those of this process.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(program);
+        let _ = command.process_group(0);
+        let net = File::open(&self.path);
+        let procs = OpenOptions::new()
+            .write(true)
+            .open(self.cgroup.join("cgroup.procs"));
+        let enter = move || {
+            let (Ok(net), Ok(procs)) = (&net, &procs) else {
+                // The namespace or the cgroup is gone: the lab is down.
+                return Err(io::ErrorKind::NotFound.into());
+            };
+            // SAFETY: both descriptors are owned by this closure; write(2) reads one byte of a constant.
+            let entered = unsafe {
+                libc::write(procs.as_raw_fd(), c"0".as_ptr().cast(), 1) == 1
+                    && libc::setns(net.as_raw_fd(), libc::CLONE_NEWNET) == 0
+            };
+            if entered {
+                Ok(())
+            } else {
+                Err(io::Error::last_os_error())
+            }
+        };
+        // SAFETY: between fork and exec the closure only makes two system calls and allocates nothing.
+        let _ = unsafe { command.pre_exec(enter) };
+        command
+    }
+
+    /// Runs a program here and returns what it did, whatever its exit status.
+    pub fn output<S: AsRef<OsStr>>(
+        &self,
+        program: &str,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<Output> {
+        let mut command = self.command(program);
+        command
+            .args(args)
+            .stdin(Stdio::null())
+            .output()
+            .with_context(|| self.cannot_run(program))
+    }
+
+    /// Runs a program here and returns its standard output.
+    ///
+    /// # Errors
+    /// If it cannot be started or fails; the error then holds its standard error.
+    pub fn run<S: AsRef<OsStr>>(
+        &self,
+        program: &str,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<String> {
+        let args: Vec<_> = args
+            .into_iter()
+            .map(|arg| arg.as_ref().to_owned())
+            .collect();
+        let output = self.output(program, &args)?;
+        self.checked(
+            &format!("{program} {}", args.join(OsStr::new(" ")).to_string_lossy()),
+            &output,
+        )
+    }
+
+    /// Starts a program here that runs until it ends or the guard is dropped. Its output goes to the lab's `log/`.
+    pub fn spawn<S: AsRef<OsStr>>(
+        &self,
+        program: impl AsRef<OsStr>,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<Running> {
+        let mut command = self.command(program);
+        let _ = command.args(args);
+        self.spawn_command(command)
+    }
+
+    /// Starts a command made by [`Namespace::command`]; see [`Namespace::spawn`].
+    pub fn spawn_command(&self, command: Command) -> Result<Running> {
+        Running::start(&self.shared, &self.name, command)
+    }
+
+    /// Runs a closure inside the namespace, on a thread of its own.
+    ///
+    /// Sockets it makes belong to the namespace, but to *this process's* cgroup: what a node's cgroup programs do is
+    /// seen only by processes that [`Namespace::command`] starts.
+    pub fn enter<T: Send>(&self, act: impl FnOnce() -> T + Send) -> Result<T> {
+        let net = File::open(&self.path).with_context(|| {
+            format!(
+                "cannot open the namespace {}: is its lab still up?",
+                self.path.display()
+            )
+        })?;
+        thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                // SAFETY: the descriptor is open; only this thread changes its namespace.
+                if unsafe { libc::setns(net.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                Ok(act())
+            });
+            match thread.join() {
+                Ok(result) => result
+                    .with_context(|| format!("cannot enter the namespace {}", self.path.display())),
+                // A failed assertion in the closure fails the test.
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+
+    /// Runs `ip` commands here, one a line, in one process: `"addr add ...\nroute add ..."`.
+    pub fn ip(&self, lines: &str) -> Result<String> {
+        self.fed("ip", &["-batch", "-"], lines)
+    }
+
+    /// Loads nftables rules here.
+    pub fn nft(&self, ruleset: &str) -> Result<()> {
+        self.fed("nft", &["-f", "-"], ruleset).map(drop)
+    }
+
+    /// Runs a program here with the given standard input.
+    pub(crate) fn fed(&self, program: &str, args: &[&str], input: &str) -> Result<String> {
+        let mut command = self.command(program);
+        let mut child = command
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| self.cannot_run(program))?;
+        // A program that ended early tells why below.
+        let _ = child
+            .stdin
+            .take()
+            .map(|mut stdin| stdin.write_all(input.as_bytes()));
+        let output = child
+            .wait_with_output()
+            .with_context(|| self.cannot_run(program))?;
+        self.checked(
+            &format!(
+                "{program} {}` with the input `{}",
+                args.join(" "),
+                input.trim()
+            ),
+            &output,
+        )
+    }
+
+    fn cannot_run(&self, program: &str) -> String {
+        format!(
+            "cannot run {program} in the namespace {}: is it installed, and the lab {} still up?",
+            self.name, self.shared.id
+        )
+    }
+
+    fn checked(&self, what: &str, output: &Output) -> Result<String> {
+        if !output.status.success() {
+            bail!(
+                "`{what}` failed in the namespace {} ({}): {}",
+                self.name,
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Sets a sysctl of the namespace, named by its path: `net/ipv4/conf/eth0/rp_filter`.
+    pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
+        self.sysctls(&[(key, value)])
+    }
+
+    pub(crate) fn sysctls(&self, all: &[(&str, &str)]) -> Result<()> {
+        self.enter(|| {
+            for (key, value) in all {
+                fs::write(Path::new("/proc/sys").join(key), value).with_context(|| {
+                    format!(
+                        "cannot set the sysctl {key} to {value} in the namespace {}",
+                        self.name
+                    )
+                })?;
+            }
+            Ok(())
+        })?
+    }
+
+    /// Whether this kernel has the sysctl in this namespace.
+    pub(crate) fn has_sysctl(&self, key: &str) -> Result<bool> {
+        self.enter(|| Path::new("/proc/sys").join(key).exists())
+    }
+
+    /// Turns an offload of a device on or off with `ethtool -K`. With `"tx"` off the packets that XDP sees on the far end of
+    /// a veth carry full checksums.
+    pub fn offload(&self, device: &str, feature: &str, on: bool) -> Result<()> {
+        self.run(
+            "ethtool",
+            ["-K", device, feature, if on { "on" } else { "off" }],
+        )
+        .map(drop)
+    }
+
+    /// Attaches a program to a device that passes every packet. XDP_TX and redirects into a veth need one on its far end.
+    /// It stays until the lab ends.
+    pub fn xdp_pass(&self, device: &str) -> Result<()> {
+        xdp::attach_pass(self, device)
+    }
+
+    /// Starts `tcpdump -n` on a device (`"any"` for all), and returns once it listens.
+    pub fn tcpdump(&self, device: &str, filter: &str) -> Result<Capture> {
+        Capture::start(self, device, filter)
+    }
+
+    /// Opens a socket for whole frames on a device (IP packets on one without an Ethernet header).
+    pub fn packet_socket(&self, device: &str) -> Result<PacketSocket> {
+        PacketSocket::open(self, device)
+    }
+
+    /// Asks for one echo reply from an address.
+    ///
+    /// # Errors
+    /// If none comes within two seconds.
+    pub fn ping(&self, address: impl Into<IpAddr>) -> Result<()> {
+        self.run(
+            "ping",
+            ["-n", "-c", "1", "-W", "2", &address.into().to_string()],
+        )
+        .map(drop)
+    }
+}

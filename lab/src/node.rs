@@ -1,0 +1,282 @@
+//! Nodes: an uplink to the router, a CNI's way of plugging pods in, a cgroup, a bpffs.
+
+mod overlay;
+mod pod;
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, Result};
+
+use crate::lab::Shared;
+use crate::router::{GATEWAY, GATEWAY6, LAN, bridge_netfilter, ip_feature, link_name};
+use crate::{Namespace, Overlay, Router, Running, xdp};
+
+pub use pod::Pod;
+
+/// How a node plugs its pods in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cni {
+    /// As Calico and ptp do: a veth `lxc<n>` and a host route for each pod, the gateway 169.254.1.1 by proxy ARP and fe80::1.
+    Routed,
+    /// As the bridge plugin and flannel do: `cni0` with the gateway's address, all pods of the node on one segment.
+    Bridge {
+        /// Whether bridged packets cross iptables and nftables (`net.bridge.bridge-nf-call-*`), as kube-proxy asks for.
+        bridge_nf: bool,
+    },
+}
+
+/// Reverse path filtering of every device of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RpFilter {
+    /// None.
+    Off,
+    /// The source has to be reachable by the device it comes from.
+    Strict,
+    /// The source has to be reachable.
+    Loose,
+}
+
+/// An nftables ruleset for [`NodeOptions::nft`]: what conntrack holds for invalid is dropped while forwarded. It bites when
+/// conntrack sees only one direction of a flow, or other addresses in each.
+pub const DROP_INVALID: &str = "table inet lab {\n  chain forward {\n    type filter hook forward priority filter; policy accept;\n    ct state invalid counter drop\n  }\n}\n";
+
+/// What a node is like. The default: routed pods, strict reverse path filter, no rules, an untagged uplink.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeOptions {
+    /// How pods are plugged in.
+    pub cni: Cni,
+    /// Reverse path filtering.
+    pub rp_filter: RpFilter,
+    /// Rules to load, in nft's language; see [`DROP_INVALID`].
+    pub nft: Option<String>,
+    /// The VLAN the uplink is tagged with: the address is then on `eth0.<id>`.
+    pub vlan: Option<u16>,
+}
+
+impl Default for NodeOptions {
+    fn default() -> Self {
+        Self {
+            cni: Cni::Routed,
+            rp_filter: RpFilter::Strict,
+            nft: None,
+            vlan: None,
+        }
+    }
+}
+
+/// A node of the cluster. Commands run in its host namespace and in the cgroup `<node>/host`; cheap to clone.
+#[derive(Clone)]
+pub struct Node {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    namespace: Namespace,
+    router: Router,
+    index: u8,
+    cni: Cni,
+    uplink: String,
+    /// The router's device at the other end of `eth0`.
+    uplink_peer: String,
+    mtu: u32,
+    next_pod: AtomicU8,
+    relay: Mutex<Option<Running>>,
+}
+
+impl Node {
+    pub(crate) fn create(
+        shared: &Arc<Shared>,
+        router: &Router,
+        name: &str,
+        index: u8,
+        overlay: Overlay,
+        options: &NodeOptions,
+    ) -> Result<Self> {
+        let uplink_peer = link_name(name)?;
+        let namespace = Namespace::create(shared, name, &format!("{name}/host"), true)?;
+        let rp_filter = match options.rp_filter {
+            RpFilter::Off => "0",
+            RpFilter::Strict => "1",
+            RpFilter::Loose => "2",
+        };
+        namespace.sysctls(&[
+            ("net/ipv4/conf/all/rp_filter", rp_filter),
+            ("net/ipv4/conf/default/rp_filter", rp_filter),
+        ])?;
+        bridge_netfilter(
+            &namespace,
+            matches!(options.cni, Cni::Bridge { bridge_nf: true }),
+        )?;
+        let peer = namespace.path().display();
+        let _ = router.ip(&format!("link add {uplink_peer} type veth peer name eth0 netns {peer}\nlink set {uplink_peer} up"))?;
+        let _ = namespace.ip("link set eth0 up")?;
+        let (uplink, port) = match options.vlan {
+            None => ("eth0".to_owned(), uplink_peer.clone()),
+            Some(id) => {
+                let (uplink, port) = (format!("eth0.{id}"), format!("v-{name}"));
+                ip_feature(
+                    &namespace,
+                    "a VLAN device",
+                    &format!("link add link eth0 name {uplink} type vlan id {id}"),
+                )?;
+                let _ = router.ip(&format!(
+                    "link add link {uplink_peer} name {port} type vlan id {id}\nlink set {port} up"
+                ))?;
+                (uplink, port)
+            }
+        };
+        let _ = router.ip(&format!("link set {port} master {LAN}"))?;
+        let mtu = if overlay == Overlay::None { 1500 } else { 1450 };
+        let inner = Inner {
+            namespace,
+            router: router.clone(),
+            index,
+            cni: options.cni,
+            uplink,
+            uplink_peer,
+            mtu,
+            next_pod: AtomicU8::new(10),
+            relay: Mutex::new(None),
+        };
+        let this = Self {
+            inner: Arc::new(inner),
+        };
+        let uplink = this.uplink();
+        let _ = this.ip(&format!(
+            "link set {uplink} up\naddr add {}/24 dev {uplink}\naddr add {}/64 dev {uplink} nodad\n\
+             route add default via {GATEWAY}\nroute add default via {GATEWAY6}",
+            this.ipv4(),
+            this.ipv6()
+        ))?;
+        if options.cni != Cni::Routed {
+            let (gateway, gateway6) = (this.pod_ipv4(1), this.pod_ipv6(1));
+            // An address of its own keeps the bridge from changing it with its ports.
+            let mac = format!("02:c0:00:00:00:{index:02x}");
+            let _ = this.ip(&format!(
+                "link add cni0 address {mac} mtu {mtu} type bridge\nlink set cni0 up\naddr add {gateway}/24 dev cni0\naddr add {gateway6}/64 dev cni0 nodad"
+            ))?;
+        }
+        if let Some(ruleset) = &options.nft {
+            this.nft(ruleset)?;
+        }
+        let bpffs = this.bpffs();
+        std::fs::create_dir_all(&bpffs)
+            .with_context(|| format!("cannot make {}", bpffs.display()))?;
+        xdp::mount_bpffs(&bpffs)?;
+        Ok(this)
+    }
+
+    /// The node's own address, on its uplink.
+    pub fn ipv4(&self) -> Ipv4Addr {
+        Ipv4Addr::new(192, 0, 2, 10 + self.inner.index)
+    }
+
+    /// The node's own IPv6 address.
+    pub fn ipv6(&self) -> Ipv6Addr {
+        Ipv6Addr::new(0x2001, 0xdb8, 0, 2, 0, 0, 0, alike(10 + self.inner.index))
+    }
+
+    /// The range of the node's pods, `10.244.<n>.0/24`.
+    pub fn pod_range(&self) -> String {
+        format!("{}/24", self.pod_ipv4(0))
+    }
+
+    /// The IPv6 range of the node's pods, `fd00:10:244:<n>::/64`.
+    pub fn pod_range6(&self) -> String {
+        format!("{}/64", self.pod_ipv6(0))
+    }
+
+    fn pod_ipv4(&self, host: u8) -> Ipv4Addr {
+        Ipv4Addr::new(10, 244, self.inner.index, host)
+    }
+
+    fn pod_ipv6(&self, host: u8) -> Ipv6Addr {
+        Ipv6Addr::new(
+            0xfd00,
+            0x10,
+            0x244,
+            alike(self.inner.index),
+            0,
+            0,
+            0,
+            alike(host),
+        )
+    }
+
+    /// The device that carries the node's address: `eth0`, or `eth0.<id>` with a VLAN.
+    pub fn uplink(&self) -> &str {
+        &self.inner.uplink
+    }
+
+    /// The router's device at the other end of `eth0`: for a capture in the [`Router`]'s namespace.
+    pub fn uplink_peer(&self) -> &str {
+        &self.inner.uplink_peer
+    }
+
+    /// The cgroup of the whole node: of its host processes and of its pods.
+    pub fn cgroup_root(&self) -> &Path {
+        let host = self.inner.namespace.cgroup();
+        host.parent().unwrap_or(host)
+    }
+
+    /// The node's own bpffs, where its agent pins.
+    pub fn bpffs(&self) -> PathBuf {
+        self.state_directory().join("bpf")
+    }
+
+    /// A directory for files of the node, removed with the lab.
+    pub fn state_directory(&self) -> PathBuf {
+        self.inner.namespace.shared.state.join(self.name())
+    }
+
+    /// Adds a pod, plugged in the [`Cni`]'s way.
+    ///
+    /// # Errors
+    /// If the name is taken in the lab, or if the kernel refuses a step.
+    pub fn pod(&self, name: &str) -> Result<Pod> {
+        let host = self.inner.next_pod.fetch_add(1, Ordering::Relaxed);
+        Pod::create(self, name, host)
+            .with_context(|| format!("cannot build the pod {name} on the node {}", self.name()))
+    }
+
+    /// Makes XDP on the node's uplink able to send: attaches a program to the router's end of the veth that passes every
+    /// packet, without which what `XDP_TX` sends into a veth is lost.
+    pub fn uplink_peer_xdp_pass(&self) -> Result<()> {
+        self.inner.router.xdp_pass(self.uplink_peer())
+    }
+
+    /// Gives what comes in by the uplink full checksums, as from a wire: over veths they stay partial from the first
+    /// sender on, until a device without the offload has to finish them. Here that is the router's end.
+    pub fn uplink_peer_full_checksums(&self) -> Result<()> {
+        self.inner.router.offload(self.uplink_peer(), "tx", false)
+    }
+}
+
+impl Deref for Node {
+    type Target = Namespace;
+    fn deref(&self) -> &Namespace {
+        &self.inner.namespace
+    }
+}
+
+/// The number that in hexadecimal reads like `number` in decimal, so that a pod's two addresses look alike.
+fn alike(number: u8) -> u16 {
+    let number = u16::from(number);
+    number / 100 * 0x100 + number / 10 % 10 * 0x10 + number % 10
+}
+
+#[cfg(test)]
+mod tests {
+    use super::alike;
+
+    #[test]
+    fn the_addresses_of_a_pod_look_alike() {
+        for number in 0..=u8::MAX {
+            assert_eq!(format!("{:x}", alike(number)), number.to_string());
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Pods: a namespace with one `eth0`, plugged into its node.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::ops::Deref;
+
+use anyhow::{Context, Result};
+
+use super::{Cni, Node};
+use crate::leftovers::c_path;
+use crate::{Namespace, cgroup};
+
+/// A pod of a node. Commands run in its namespace and in the cgroup `<node>/pod-<name>`; cheap to clone.
+#[derive(Clone)]
+pub struct Pod {
+    namespace: Namespace,
+    node: Node,
+    host_device: String,
+    ipv4: Ipv4Addr,
+    ipv6: Ipv6Addr,
+}
+
+impl Pod {
+    pub(super) fn create(node: &Node, name: &str, host: u8) -> Result<Self> {
+        let namespace = Namespace::create(
+            &node.shared,
+            name,
+            &format!("{}/pod-{name}", node.name()),
+            false,
+        )?;
+        let (ipv4, ipv6, mtu) = (node.pod_ipv4(host), node.pod_ipv6(host), node.inner.mtu);
+        let (gateway, gateway6) = (node.pod_ipv4(1), node.pod_ipv6(1));
+        let peer = namespace.path().display();
+        let host_device = match node.inner.cni {
+            Cni::Routed => format!("lxc{host}"),
+            Cni::Bridge { .. } => format!("veth{host}"),
+        };
+        let _ = node.ip(&format!(
+            "link add {host_device} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {peer}"
+        ))?;
+        if node.inner.cni == Cni::Routed {
+            node.sysctls(&[
+                (&format!("net/ipv4/conf/{host_device}/proxy_arp"), "1"),
+                // Without this the kernel answers for others after up to 0.8 s.
+                (&format!("net/ipv4/neigh/{host_device}/proxy_delay"), "0"),
+            ])?;
+            let _ = node.ip(&format!(
+                "link set {host_device} up\naddr add fe80::1/64 dev {host_device} nodad\n\
+                 route add {ipv4} dev {host_device} scope link\nroute add {ipv6} dev {host_device}"
+            ))?;
+            let _ = namespace.ip(&format!(
+                "link set eth0 up\naddr add {ipv4}/32 dev eth0\naddr add {ipv6}/128 dev eth0 nodad\n\
+                 route add 169.254.1.1 dev eth0 scope link\nroute add default via 169.254.1.1 dev eth0\nroute add default via fe80::1 dev eth0"
+            ))?;
+        } else {
+            let _ = node.ip(&format!("link set {host_device} master cni0 up"))?;
+            let _ = namespace.ip(&format!(
+                "link set eth0 up\naddr add {ipv4}/24 dev eth0\naddr add {ipv6}/64 dev eth0 nodad\n\
+                 route add default via {gateway}\nroute add default via {gateway6}"
+            ))?;
+        }
+        Ok(Self {
+            namespace,
+            node: node.clone(),
+            host_device,
+            ipv4,
+            ipv6,
+        })
+    }
+
+    /// The pod's address.
+    pub fn ipv4(&self) -> Ipv4Addr {
+        self.ipv4
+    }
+
+    /// The pod's IPv6 address.
+    pub fn ipv6(&self) -> Ipv6Addr {
+        self.ipv6
+    }
+
+    /// The node the pod is on.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// The node's end of the pod's veth.
+    pub fn host_device(&self) -> &str {
+        &self.host_device
+    }
+
+    /// Ends the pod as a kubelet would: kills its processes, takes its device away, then its namespace.
+    pub fn remove(self) -> Result<()> {
+        cgroup::destroy(self.namespace.cgroup())?;
+        let _ = self.node.ip(&format!("link del {}", self.host_device))?;
+        let path = self.namespace.path();
+        let target = c_path(path)?;
+        // SAFETY: a NUL-terminated string that outlives the call.
+        if unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) } != 0 {
+            return Err(std::io::Error::last_os_error())
+                .with_context(|| format!("cannot unmount {}", path.display()));
+        }
+        std::fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))
+    }
+}
+
+impl Deref for Pod {
+    type Target = Namespace;
+    fn deref(&self) -> &Namespace {
+        &self.namespace
+    }
+}

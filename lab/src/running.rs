@@ -1,0 +1,258 @@
+//! A process of the lab that ends with its guard.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::event::Event;
+use crate::lab::Shared;
+
+const POLL: Duration = Duration::from_millis(5);
+
+/// A started process, leader of its own group. Dropping this kills the group, unless the lab is kept.
+pub struct Running {
+    shared: Arc<Shared>,
+    what: String,
+    child: Child,
+    ended: Option<ExitStatus>,
+    stdout: PathBuf,
+    stderr: PathBuf,
+}
+
+impl Running {
+    pub(crate) fn start(
+        shared: &Arc<Shared>,
+        namespace: &str,
+        mut command: Command,
+    ) -> Result<Self> {
+        let program = PathBuf::from(command.get_program());
+        let program = program
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let log = shared
+            .state
+            .join("log")
+            .join(format!("{:03}-{namespace}-{program}", shared.number()));
+        let (stdout, stderr) = (
+            log.with_added_extension("out"),
+            log.with_added_extension("err"),
+        );
+        let create = |path: &PathBuf| {
+            File::create(path).with_context(|| format!("cannot make the log {}", path.display()))
+        };
+        let what = format!("{program} in {namespace}");
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(create(&stdout)?)
+            .stderr(create(&stderr)?)
+            .spawn()
+            .with_context(|| {
+                format!(
+                    "cannot start {what}: is it installed, and the lab {} still up?",
+                    shared.id
+                )
+            })?;
+        Ok(Self {
+            shared: Arc::clone(shared),
+            what,
+            child,
+            ended: None,
+            stdout,
+            stderr,
+        })
+    }
+
+    /// The process's id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has written to its standard output so far.
+    pub fn stdout(&self) -> String {
+        fs::read(&self.stdout)
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
+    }
+
+    /// What it has written to its standard error so far.
+    pub fn stderr(&self) -> String {
+        fs::read(&self.stderr)
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
+    }
+
+    /// The events a `sluice-lab-server` has reported so far. A line that is none, or not whole yet, is left out.
+    pub fn events(&self) -> Vec<Event> {
+        self.stdout()
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect()
+    }
+
+    /// Waits for an event, among those already reported too.
+    ///
+    /// # Errors
+    /// If it does not come in time, or the process ends without it.
+    pub fn wait_event(
+        &mut self,
+        what: &str,
+        timeout: Duration,
+        wanted: impl Fn(&Event) -> bool,
+    ) -> Result<Event> {
+        self.wait_until(what, timeout, |this| {
+            this.events().into_iter().find(|event| wanted(event))
+        })
+    }
+
+    /// Waits until a question about the process has an answer.
+    ///
+    /// # Errors
+    /// If there is none in time, or the process ends without one.
+    pub fn wait_until<T>(
+        &mut self,
+        what: &str,
+        timeout: Duration,
+        answer: impl Fn(&Self) -> Option<T>,
+    ) -> Result<T> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            // Asked before the answer is sought: what was written before the end counts.
+            let ended = self.poll()?;
+            if let Some(answer) = answer(self) {
+                return Ok(answer);
+            }
+            if let Some(status) = ended {
+                bail!(
+                    "{} ended ({status}) before {what}\n{}",
+                    self.what,
+                    self.last_words()
+                );
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "waited {timeout:?} in vain for {what} from {}\n{}",
+                    self.what,
+                    self.last_words()
+                );
+            }
+            sleep(POLL);
+        }
+    }
+
+    /// The end of what it wrote, for an error message.
+    fn last_words(&self) -> String {
+        let tail = |text: String| {
+            text.lines()
+                .rev()
+                .take(12)
+                .collect::<Vec<_>>()
+                .into_iter()
+                .rev()
+                .collect::<Vec<_>>()
+                .join("\n  ")
+        };
+        format!(
+            "its output ends:\n  {}\nits errors end:\n  {}",
+            tail(self.stdout()),
+            tail(self.stderr())
+        )
+    }
+
+    /// The exit status, if it has ended.
+    pub fn poll(&mut self) -> Result<Option<ExitStatus>> {
+        if self.ended.is_none() {
+            self.ended = self
+                .child
+                .try_wait()
+                .with_context(|| format!("cannot wait for {}", self.what))?;
+        }
+        Ok(self.ended)
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// If it runs on after `timeout`; it is then still running.
+    pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(status) = self.poll()? {
+                return Ok(status);
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "{} runs on after {timeout:?}\n{}",
+                    self.what,
+                    self.last_words()
+                );
+            }
+            sleep(POLL);
+        }
+    }
+
+    /// Sends a signal (`libc::SIGTERM`, ...) to the process alone.
+    pub fn signal(&mut self, signal: i32) -> Result<()> {
+        if self.poll()?.is_none() {
+            self.send(self.child_id(), signal)
+                .with_context(|| format!("cannot send signal {signal} to {}", self.what))?;
+        }
+        Ok(())
+    }
+
+    /// Asks it to end (SIGTERM), and kills its group after three seconds.
+    pub fn stop(&mut self) -> Result<ExitStatus> {
+        self.signal(libc::SIGTERM)?;
+        if let Ok(status) = self.wait(Duration::from_secs(3)) {
+            return Ok(status);
+        }
+        self.kill()
+    }
+
+    /// Kills its process group (SIGKILL) and waits for its end.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        if let Some(status) = self.poll()? {
+            return Ok(status);
+        }
+        // Not reaped yet, so the id is still this group's.
+        let _ = self.send(-self.child_id(), libc::SIGKILL);
+        let status = self
+            .child
+            .wait()
+            .with_context(|| format!("cannot wait for {}", self.what))?;
+        self.ended = Some(status);
+        Ok(status)
+    }
+
+    fn child_id(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
+    #[expect(
+        clippy::unused_self,
+        reason = "called only where the child is known not to be reaped"
+    )]
+    fn send(&self, target: i32, signal: i32) -> io::Result<()> {
+        // SAFETY: kill(2) takes plain numbers; the caller knows that the id is the child's, which is not reaped.
+        if unsafe { libc::kill(target, signal) } == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.shared.kept() {
+            let _ = self.kill();
+        }
+    }
+}

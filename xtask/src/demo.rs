@@ -1,0 +1,48 @@
+//! `cargo xtask demo`: everything the lab's demo needs, then the demo.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use crate::cache::Cache;
+use crate::process::Cmd;
+use crate::toolchain::{self, Choice};
+use crate::workspace::{OBJECT_ENV, Workspace};
+use crate::{agent, artifacts, ebpf, packages};
+
+/// Options of `cargo xtask demo`.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Leave the demo's network namespaces for looking around.
+    #[arg(long)]
+    keep: bool,
+}
+
+/// Builds what is needed and hands over to the lab's demo.
+pub(crate) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> Result<ExitCode> {
+    if !packages::is_root() {
+        eprintln!(
+            "the demo loads kernel programs and makes network namespaces: run `sudo -E env PATH=\"$PATH\" cargo xtask demo`"
+        );
+        return Ok(ExitCode::FAILURE);
+    }
+    let toolchain = toolchain::obtain(&Cache::open()?, choice)?;
+    let object = ebpf::build(workspace, &toolchain)?;
+    packages::ensure_tools(packages::LAB)?;
+    let sluice = agent::build_dev(workspace)?;
+    let demo = artifacts::build_binary(workspace.cargo().args([
+        "build",
+        "--package",
+        "sluice-lab",
+        "--bin",
+        "sluice-lab-demo",
+    ]))
+    .context("cannot build the demo")?;
+    Cmd::new(demo)
+        .args(options.keep.then_some("--keep"))
+        .env("SLUICE_BIN", sluice)
+        .env(OBJECT_ENV, object)
+        .run()?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,100 @@
+//! The project's own commands: `cargo xtask <command>`.
+//!
+//! Everything that is more than plain `cargo build` lives here: the eBPF
+//! object and the compiler it needs, the test tiers and what they need, lint,
+//! the demo. Tools that have to be built are kept in a cache outside the
+//! source tree ([`cache`]); system packages are installed only for root, and
+//! otherwise named in the error.
+
+mod agent;
+mod artifacts;
+mod budget;
+mod cache;
+mod control_plane;
+mod demo;
+mod ebpf;
+mod lint;
+mod measure;
+mod packages;
+mod process;
+mod test;
+mod toolchain;
+mod ui;
+mod version;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::cache::Cache;
+use crate::workspace::Workspace;
+
+/// Build, check, test and show Sluice.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", version, propagate_version = false)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// The compiler for the eBPF programs.
+    #[arg(
+        long,
+        global = true,
+        env = "SLUICE_BPF_TOOLCHAIN",
+        value_enum,
+        default_value_t
+    )]
+    toolchain: toolchain::Choice,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the eBPF object into target/bpf/sluice.o and weigh its programs.
+    BuildEbpf,
+    /// Build the release binary `sluice` as one static file, eBPF included.
+    Build,
+    /// Check formatting, clippy and rustdoc, with warnings as errors.
+    Lint,
+    /// Run the tests; the last line on stdout is `N passed, N failed`.
+    Test(test::Options),
+    /// Build (once) the Kubernetes control plane that the api tests talk to.
+    ControlPlane,
+    /// Show Sluice at work in network namespaces of this machine (as root).
+    Demo(demo::Options),
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<ExitCode> {
+    let workspace = Workspace::find()?;
+    match &cli.command {
+        Command::BuildEbpf => {
+            let toolchain = toolchain::obtain(&Cache::open()?, cli.toolchain)?;
+            let object = ebpf::build(&workspace, &toolchain)?;
+            measure::report(&workspace, &object)?;
+        }
+        Command::Build => {
+            let toolchain = toolchain::obtain(&Cache::open()?, cli.toolchain)?;
+            let _object = ebpf::build(&workspace, &toolchain)?;
+            agent::build_release(&workspace)?;
+        }
+        Command::Lint => lint::run(&workspace)?,
+        Command::Test(options) => return Ok(test::run(&workspace, cli.toolchain, options)),
+        Command::ControlPlane => {
+            let directory = control_plane::obtain(&Cache::open()?)?;
+            println!("{}", directory.display());
+        }
+        Command::Demo(options) => return demo::run(&workspace, cli.toolchain, options),
+    }
+    Ok(ExitCode::SUCCESS)
+}
