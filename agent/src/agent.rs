@@ -21,7 +21,8 @@ use crate::devices::own::OwnRoutes;
 use crate::devices::pattern::Patterns;
 use crate::devices::watch::{Watched, watch as watch_devices};
 use crate::model::{self, Event, Model, SourceId};
-use keeper::{Inputs, Kept, Keeper};
+use crate::source::{Pulse, kubernetes, manifests};
+use keeper::{Inputs, Keeper, Kept};
 use status::{SourceStatus, StateDir, Status, unix_seconds};
 use sync::Sync;
 
@@ -81,10 +82,10 @@ pub struct Options {
     pub xdp: Xdp,
     /// A folder of manifests.
     pub manifests: Option<PathBuf>,
-    /// Whether the API server is asked.
-    pub kubernetes: bool,
-    /// How the API server is found; in-cluster if not given.
-    pub kubeconfig: Option<PathBuf>,
+    /// The API server, if it is to be asked.
+    pub kubernetes: Option<kubernetes::Settings>,
+    /// Serve Services with this proxy name, instead of those without one.
+    pub proxy_name: Option<String>,
     /// Capacities of maps that differ from the object's.
     pub sizes: BTreeMap<String, u32>,
 }
@@ -100,7 +101,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let pins = Pins::new(&options.pin_path);
     let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp))?;
     loaded.kernel.maps().write_settings(&Settings {
-        host_netns: netns_cookie().context("cannot ask for the network namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)")?,
+        host_netns: netns_cookie()
+            .context("cannot ask for the network namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)")?,
         socket_path: options.socket_path.number(),
         reserved: 0,
     })?;
@@ -108,7 +110,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         SocketPath::Off => None,
         SocketPath::All | SocketPath::Host => Some(match &options.cgroup {
             Some(cgroup) => cgroup.clone(),
-            None => cgroup2_mount().context("cannot find a cgroup2 mount; give --cgroup, or --socket-path off")?,
+            None => {
+                cgroup2_mount().context("cannot find a cgroup2 mount; give --cgroup, or --socket-path off")?
+            }
         }),
     };
 
@@ -123,12 +127,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let keeper = Keeper::new(loaded.hooks, own, options.socket_path.word(), cgroup);
     let inputs = Inputs { watched: watched.clone(), vips, filled };
     let _keeper = tokio::spawn(keeper.run(inputs, kept_sender));
-    let sources = start_sources(&options, &events_sender)?;
+    let sources = start_sources(&options, &events_sender).await?;
 
     let settings = model::Settings {
         node: Some(options.node.as_str().into()),
-        proxy_name: None,
-        sources: sources.iter().map(|(id, _)| *id).collect(),
+        proxy_name: options.proxy_name.as_deref().map(Into::into),
+        sources: sources.iter().map(|source| source.id).collect(),
     };
     let sync = Sync::adopt(loaded.kernel, Model::new(settings), loaded.filled)?;
     let status = Status {
@@ -139,7 +143,17 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         ..Status::default()
     };
     tracing::info!(node = status.node, pins = %options.pin_path.display(), adopted = loaded.filled, "started");
-    let agent = Agent { state, status, sources, sync, watched, kept, events, vips: vips_sender, filled: filled_sender };
+    let agent = Agent {
+        state,
+        status,
+        sources,
+        sync,
+        watched,
+        kept,
+        events,
+        vips: vips_sender,
+        filled: filled_sender,
+    };
     // The sender stays here: a source that ends must not end the loop.
     let result = agent.run().await;
     drop(events_sender);
@@ -156,26 +170,47 @@ async fn keep_watching(patterns: Patterns, sender: watch::Sender<Watched>) {
     }
 }
 
-/// Where objects come from: id, and folder or address for people.
-type Sources = Vec<(SourceId, String)>;
+/// A source of objects that runs.
+#[derive(Debug)]
+struct Source {
+    id: SourceId,
+    /// Folder or address, for people.
+    from: String,
+    pulse: Pulse,
+}
 
-fn start_sources(options: &Options, events: &mpsc::Sender<Event>) -> anyhow::Result<Sources> {
+/// Starts the sources that were asked for.
+async fn start_sources(options: &Options, events: &mpsc::Sender<Event>) -> anyhow::Result<Vec<Source>> {
     let mut sources = Vec::new();
     if let Some(folder) = &options.manifests {
-        sources.push((SourceId::Manifests, folder.display().to_string()));
+        let pulse = Pulse::default();
+        let _watching = tokio::spawn(manifests::watch(folder.clone(), events.clone(), pulse.clone()));
+        sources.push(Source { id: SourceId::Manifests, from: folder.display().to_string(), pulse });
     }
-    if options.kubernetes {
-        sources.push((SourceId::Kubernetes, String::new()));
+    if let Some(settings) = &options.kubernetes {
+        let pulse = Pulse::default();
+        let client = kubernetes::connect(settings).await.context(
+            "cannot reach the API server; give --kubeconfig, or --manifests to work from files alone",
+        )?;
+        let _watching =
+            tokio::spawn(kubernetes::watch(client, settings.clone(), events.clone(), pulse.clone()));
+        let kubeconfig = settings.kubeconfig.as_ref().map(|path| path.display().to_string());
+        let from = settings
+            .api
+            .clone()
+            .or(kubeconfig)
+            .unwrap_or_else(|| "(configured by the environment)".to_owned());
+        sources.push(Source { id: SourceId::Kubernetes, from, pulse });
     }
-    let _ = events;
     Ok(sources)
 }
 
 /// The running agent's parts.
+#[derive(Debug)]
 struct Agent {
     state: StateDir,
     status: Status,
-    sources: Sources,
+    sources: Vec<Source>,
     sync: Sync,
     watched: watch::Receiver<Watched>,
     kept: watch::Receiver<Kept>,
@@ -247,18 +282,16 @@ impl Agent {
         let awaited = self.sync.awaited();
         let status = &mut self.status;
         status.ready = ready;
-        status.waiting_for = awaited.iter().map(|id| format!("the first full list of {}", source_name(*id))).collect();
+        status.waiting_for =
+            awaited.iter().map(|id| format!("the first full list of {}", source_name(*id))).collect();
         if !kept.complete {
             let problems = kept.devices.iter().filter_map(|device| device.problem.clone());
-            let all: Vec<String> = problems.chain(kept.sockets.problem.clone()).chain(kept.problem.clone()).collect();
+            let all: Vec<String> =
+                problems.chain(kept.sockets.problem.clone()).chain(kept.problem.clone()).collect();
             let waiting = if all.is_empty() { vec!["the programs to be attached".to_owned()] } else { all };
             status.waiting_for.extend(waiting);
         }
-        status.sources = self.sources.iter().map(|(id, from)| {
-            let name = source_name(*id).to_owned();
-            let problem = self.sync.source_problem(*id);
-            SourceStatus { name, from: from.clone(), synced: !awaited.contains(id), problem }
-        }).collect();
+        status.sources = self.sources.iter().map(Source::status).collect();
         status.counts = self.sync.counts();
         status.devices = kept.devices;
         status.socket_path = kept.sockets;
@@ -268,6 +301,19 @@ impl Agent {
         status.waiting_for.extend(status.failing.clone());
         if let Err(error) = self.state.write(status) {
             tracing::warn!("cannot write the status: {error}");
+        }
+    }
+}
+
+impl Source {
+    fn status(&self) -> SourceStatus {
+        let health = self.pulse.health();
+        SourceStatus {
+            name: source_name(self.id).to_owned(),
+            from: self.from.clone(),
+            synced: health.synced,
+            heard: health.heard.map(unix_seconds),
+            problem: health.failure.map(|(why, _)| why),
         }
     }
 }
@@ -283,7 +329,8 @@ fn source_name(id: SourceId) -> &'static str {
 /// The cookie of this process's network namespace.
 fn netns_cookie() -> io::Result<u64> {
     const SO_NETNS_COOKIE: libc::c_int = 71;
-    let socket = std::net::UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| std::net::UdpSocket::bind(("0.0.0.0", 0)))?;
+    let socket =
+        std::net::UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| std::net::UdpSocket::bind(("0.0.0.0", 0)))?;
     let mut cookie = 0_u64;
     let mut length = size_of::<u64>() as libc::socklen_t;
     // SAFETY: value and length are live, the length is the value's.
@@ -301,7 +348,8 @@ fn netns_cookie() -> io::Result<u64> {
 
 /// Where the unified cgroup hierarchy is mounted.
 fn cgroup2_mount() -> anyhow::Result<PathBuf> {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+    let mounts =
+        std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     find_cgroup2(&mounts).context("no line of /proc/self/mountinfo has the type cgroup2")
 }
 

@@ -21,6 +21,7 @@ use crate::agent::status::{PIN_PATH, state_dir};
 use crate::agent::{self, Options, SocketPath};
 use crate::dataplane::Xdp;
 use crate::devices::pattern::Patterns;
+use crate::source::kubernetes;
 use table::Format;
 
 /// Sluice: a Service load balancer in the kernel, for Kubernetes nodes under any CNI.
@@ -96,12 +97,19 @@ struct Output {
 #[derive(Debug, Args)]
 struct AgentArgs {
     /// Read Services, EndpointSlices, Endpoints and Nodes from the YAML files of a folder, and follow
-    /// changes; without --kubeconfig, the API server is not asked then.
+    /// changes; without --kubeconfig or --api, the API server is not asked then.
     #[arg(long, value_name = "DIR")]
     manifests: Option<PathBuf>,
-    /// How to reach the API server [default: in-cluster].
-    #[arg(long, value_name = "FILE", env = "KUBECONFIG")]
+    /// How to reach the API server [default: $KUBECONFIG, ~/.kube/config or the pod's service account].
+    #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
+    /// The API server's address, instead of the one configured: the Service "kubernetes" works only
+    /// once somebody balances it.
+    #[arg(long, value_name = "URL", env = "SLUICE_API")]
+    api: Option<String>,
+    /// Serve Services with this label service.kubernetes.io/service-proxy-name, instead of those without.
+    #[arg(long, value_name = "NAME")]
+    proxy_name: Option<String>,
     /// This node's name, as in nodeName of endpoints [default: the host's name].
     #[arg(long, value_name = "NAME", env = "NODE_NAME")]
     node_name: Option<String>,
@@ -171,8 +179,12 @@ impl Cli {
                 ready = is_ready;
                 text
             }
-            Command::Services { namespace, output } => services::run(&pin_path, namespace.as_deref(), output.output)?,
-            Command::Backends { service, output } => backends::run(&pin_path, service.as_deref(), output.output)?,
+            Command::Services { namespace, output } => {
+                services::run(&pin_path, namespace.as_deref(), output.output)?
+            }
+            Command::Backends { service, output } => {
+                backends::run(&pin_path, service.as_deref(), output.output)?
+            }
             Command::Flows { service, limit, output } => {
                 flows::run(&pin_path, service.as_deref(), limit, output.output)?
             }
@@ -221,7 +233,9 @@ impl AgentArgs {
             bail!("--manifests {}: there is no such folder", folder.display());
         }
         let node = match self.node_name {
-            Some(name) if name.is_empty() => bail!("--node-name is empty; leave it out to use the host's name"),
+            Some(name) if name.is_empty() => {
+                bail!("--node-name is empty; leave it out to use the host's name")
+            }
             Some(name) => name,
             None => host_name()?,
         };
@@ -229,6 +243,13 @@ impl AgentArgs {
         if let Some(flows) = self.flows_max {
             sizes.extend(["flows_v4", "flows_v6"].map(|map| (map.to_owned(), flows.saturating_mul(2))));
         }
+        let asked = self.manifests.is_none() || self.kubeconfig.is_some() || self.api.is_some();
+        let kubernetes = kubernetes::Settings {
+            kubeconfig: self.kubeconfig,
+            api: self.api,
+            node: Some(node.clone()),
+            proxy_name: self.proxy_name.clone(),
+        };
         Ok(Options {
             node,
             pin_path,
@@ -237,9 +258,9 @@ impl AgentArgs {
             patterns: Patterns::new(&self.edge, &self.uplink, &self.fabric),
             socket_path: self.socket_path,
             xdp: self.xdp,
-            kubernetes: self.manifests.is_none() || self.kubeconfig.is_some(),
+            kubernetes: asked.then_some(kubernetes),
+            proxy_name: self.proxy_name,
             manifests: self.manifests,
-            kubeconfig: self.kubeconfig,
             sizes,
         })
     }
@@ -265,10 +286,19 @@ mod tests {
 
     #[test]
     fn manifests_alone_leave_the_api_server_out() {
-        let cli = Cli::parse_from(["sluice", "agent", "--manifests", "/", "--node-name", "a", "--edge", "cali*,veth?"]);
+        let cli = Cli::parse_from([
+            "sluice",
+            "agent",
+            "--manifests",
+            "/",
+            "--node-name",
+            "a",
+            "--edge",
+            "cali*,veth?",
+        ]);
         let Command::Agent(args) = cli.command else { panic!("another command") };
         let options = args.options("/p".into(), "/s".into()).expect("good options");
-        assert!(!options.kubernetes || options.kubeconfig.is_some());
+        assert!(options.kubernetes.is_none());
         assert_eq!(options.patterns.role("cali0"), Some(crate::devices::Role::Edge));
     }
 }

@@ -5,8 +5,8 @@
 //! maps and links, reads the image back, and repairs the difference.
 
 mod bpf;
-pub mod clsact;
 mod cleanup;
+pub mod clsact;
 mod error;
 pub mod hooks;
 mod kernel;

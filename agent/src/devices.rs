@@ -25,8 +25,22 @@ const ETHERNET: u16 = 1;
 const WITHOUT_HEADER: [u16; 8] = [512, 519, 768, 769, 776, 778, 823, 0xfffe];
 /// Kinds of overlay and tunnel devices.
 const FABRIC: [&str; 16] = [
-    "vxlan", "geneve", "wireguard", "ipip", "sit", "gre", "gretap", "ip6tnl", "ip6gre", "ip6gretap", "erspan",
-    "ip6erspan", "vti", "vti6", "xfrm", "bareudp",
+    "vxlan",
+    "geneve",
+    "wireguard",
+    "ipip",
+    "sit",
+    "gre",
+    "gretap",
+    "ip6tnl",
+    "ip6gre",
+    "ip6gretap",
+    "erspan",
+    "ip6erspan",
+    "vti",
+    "vti6",
+    "xfrm",
+    "bareudp",
 ];
 /// Kinds whose devices come in pairs, one end in each namespace.
 const PAIRS: [&str; 2] = ["veth", "netkit"];
@@ -136,11 +150,15 @@ pub struct Survey {
 }
 
 /// Finds every device's role, and the node's addresses.
+///
+/// `before` is the survey before this one: a veth that was the uplink does not become an
+/// edge while its default route is away.
 #[must_use]
-pub fn survey(facts: &Facts, patterns: &Patterns) -> Survey {
+pub fn survey(facts: &Facts, patterns: &Patterns, before: &Survey) -> Survey {
     let mut survey = Survey::default();
     for link in facts.links.values() {
-        let role = role(link, facts, patterns);
+        let was_uplink = before.devices.get(&link.index).is_some_and(|device| device.role == Role::Uplink);
+        let role = role(link, facts, patterns, was_uplink);
         if let Some((role, entry)) = role.and_then(|role| Some((role, entry(link, role, facts)?))) {
             let name = link.name.clone();
             let device = Device { index: link.index, name, role, entry, veth: link.kind == "veth" };
@@ -157,7 +175,9 @@ pub fn survey(facts: &Facts, patterns: &Patterns) -> Survey {
 /// Whether an address is more than loopback or link-local.
 fn is_global(address: &IpAddr) -> bool {
     match address {
-        IpAddr::V4(address) => !address.is_loopback() && !address.is_link_local() && !address.is_unspecified(),
+        IpAddr::V4(address) => {
+            !address.is_loopback() && !address.is_link_local() && !address.is_unspecified()
+        }
         IpAddr::V6(address) => {
             !address.is_loopback() && !address.is_unicast_link_local() && !address.is_unspecified()
         }
@@ -181,11 +201,11 @@ fn entry(link: &Link, role: Role, facts: &Facts) -> Option<abi::Device> {
     })
 }
 
-fn role(link: &Link, facts: &Facts, patterns: &Patterns) -> Option<Role> {
+fn role(link: &Link, facts: &Facts, patterns: &Patterns, was_uplink: bool) -> Option<Role> {
     if link.loopback {
         return None;
     }
-    if link.name == OWN && link.kind == "dummy" {
+    if link.name == OWN && ["dummy", "ifb"].contains(&link.kind.as_str()) {
         return Some(Role::Own);
     }
     if let Some(role) = patterns.role(&link.name) {
@@ -201,7 +221,7 @@ fn role(link: &Link, facts: &Facts, patterns: &Patterns) -> Option<Role> {
         return link.up.then_some(Role::Fabric);
     }
     if PAIRS.contains(&link.kind.as_str()) {
-        return match (routed && addressed, link.peer_elsewhere || bridged) {
+        return match (addressed && (routed || was_uplink), link.peer_elsewhere || bridged) {
             (true, _) => Some(Role::Uplink),
             (false, true) => Some(Role::Edge),
             (false, false) => None,
@@ -243,7 +263,7 @@ mod tests {
     }
 
     fn with_address(mut facts: Facts, index: u32, address: &str) -> Facts {
-        let _ = facts.addresses.entry(index).or_default().extend(address.parse::<IpAddr>());
+        facts.addresses.entry(index).or_default().extend(address.parse::<IpAddr>());
         facts
     }
 
@@ -253,7 +273,7 @@ mod tests {
     }
 
     fn roles(facts: &Facts) -> Vec<(String, Role)> {
-        let survey = survey(facts, &Patterns::default());
+        let survey = survey(facts, &Patterns::default(), &Survey::default());
         survey.devices.into_values().map(|device| (device.name, device.role)).collect()
     }
 
@@ -278,7 +298,7 @@ mod tests {
         let veth = Link { peer_elsewhere: true, ..link(2, "veth0", "veth") };
         let facts = with_address(facts([veth]), 2, "10.1.0.1");
         assert_eq!(role_of(&facts, "veth0"), Some(Role::Edge));
-        assert_eq!(survey(&facts, &Patterns::default()).node_addresses, BTreeSet::new());
+        assert_eq!(survey(&facts, &Patterns::default(), &Survey::default()).node_addresses, BTreeSet::new());
     }
 
     #[test]
@@ -286,6 +306,18 @@ mod tests {
         let veth = Link { peer_elsewhere: true, ..link(2, "veth0", "veth") };
         let facts = with_default_route(with_address(facts([veth]), 2, "192.0.2.1"), 2);
         assert_eq!(role_of(&facts, "veth0"), Some(Role::Uplink));
+    }
+
+    #[test]
+    fn a_veth_stays_the_uplink_while_its_default_route_is_away() {
+        let veth = Link { peer_elsewhere: true, ..link(2, "veth0", "veth") };
+        let mut facts = with_default_route(with_address(facts([veth]), 2, "192.0.2.1"), 2);
+        let before = survey(&facts, &Patterns::default(), &Survey::default());
+        facts.default_routes.clear();
+        assert_eq!(survey(&facts, &Patterns::default(), &before), before);
+        facts.addresses.clear();
+        let after = survey(&facts, &Patterns::default(), &before);
+        assert_eq!(after.devices.get(&2).map(|device| device.role), Some(Role::Edge));
     }
 
     #[test]
@@ -298,7 +330,7 @@ mod tests {
         let port = Link { peer_elsewhere: true, master: 2, ..link(3, "veth0", "veth") };
         let facts = with_address(facts([link(2, "cni0", "bridge"), port]), 2, "10.1.0.1");
         assert_eq!(roles(&facts), [("veth0".to_owned(), Role::Edge)]);
-        let survey = survey(&facts, &Patterns::default());
+        let survey = survey(&facts, &Patterns::default(), &Survey::default());
         assert_eq!(survey.devices.get(&3).map(|device| device.entry.bridge), Some(2));
     }
 
@@ -320,16 +352,21 @@ mod tests {
         let wireguard = Link { layer: 0xfffe, ..link(3, "wg0", "wireguard") };
         let fallback = Link { layer: 768, up: false, ..link(4, "tunl0", "ipip") };
         let tun = Link { layer: 0xfffe, ..link(5, "tun0", "tun") };
-        let survey = survey(&facts([vxlan, wireguard, fallback, tun]), &Patterns::default());
-        let headers: Vec<_> =
-            survey.devices.values().map(|device| (device.index, device.role, device.entry.link_header)).collect();
+        let survey =
+            survey(&facts([vxlan, wireguard, fallback, tun]), &Patterns::default(), &Survey::default());
+        let headers: Vec<_> = survey
+            .devices
+            .values()
+            .map(|device| (device.index, device.role, device.entry.link_header))
+            .collect();
         assert_eq!(headers, [(2, Role::Fabric, 14), (3, Role::Fabric, 0), (5, Role::Fabric, 0)]);
     }
 
     #[test]
     fn members_of_a_bond_are_left_to_the_bond() {
         let member = Link { master: 2, ..link(3, "eth0", "") };
-        let facts = with_default_route(with_address(facts([link(2, "bond0", "bond"), member]), 2, "192.0.2.1"), 2);
+        let facts =
+            with_default_route(with_address(facts([link(2, "bond0", "bond"), member]), 2, "192.0.2.1"), 2);
         assert_eq!(roles(&facts), [("bond0".to_owned(), Role::Uplink)]);
     }
 
@@ -337,7 +374,7 @@ mod tests {
     fn patterns_decide_before_anything_else() {
         let patterns = Patterns::new(&["eth1".to_owned()], &[], &["eth2*".to_owned()]);
         let facts = facts([link(2, "eth1", ""), link(3, "eth20", ""), link(4, "eth3", "")]);
-        let survey = survey(&facts, &patterns);
+        let survey = survey(&facts, &patterns, &Survey::default());
         let roles: Vec<_> = survey.devices.values().map(|device| device.role).collect();
         assert_eq!(roles, [Role::Edge, Role::Fabric]);
     }
@@ -346,9 +383,12 @@ mod tests {
     fn loopback_is_never_attached_but_its_global_addresses_are_the_nodes() {
         let lo = Link { loopback: true, layer: 772, ..link(1, "lo", "") };
         let facts = with_address(with_address(facts([lo]), 1, "127.0.0.1"), 1, "192.0.2.9");
-        let survey = survey(&facts, &Patterns::default());
+        let survey = survey(&facts, &Patterns::default(), &Survey::default());
         assert!(survey.devices.is_empty());
-        assert_eq!(survey.node_addresses.into_iter().collect::<Vec<_>>(), ["192.0.2.9".parse::<IpAddr>().expect("an address")]);
+        assert_eq!(
+            survey.node_addresses.into_iter().collect::<Vec<_>>(),
+            ["192.0.2.9".parse::<IpAddr>().expect("an address")]
+        );
     }
 
     #[test]

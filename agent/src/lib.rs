@@ -17,3 +17,4 @@ pub mod devices;
 pub mod image;
 pub mod model;
 pub mod plan;
+pub mod source;

@@ -212,7 +212,7 @@ impl Model {
         let mut notes = Vec::new();
         if let Some(slice) = &slice {
             if owner.is_none() {
-                let what = "no Service: it is left out";
+                let what = "no label names its Service: left out";
                 notes.push((
                     key.subject(),
                     Note::new(Flaw::NoServiceLabel, "metadata.labels[kubernetes.io/service-name]", what),
@@ -310,14 +310,14 @@ impl Model {
                 match self.claims.winner(&frontend) {
                     Some(winner) if winner != name => {
                         notes.add(&subject, Flaw::ClaimLost, || {
-                            (what(), format!("the older Service {winner} has it: not served here"))
+                            (what(), format!("Service {winner} has it, being older or else first by name: not served here"))
                         });
                         let _ = port.frontends.remove(&address);
                     }
                     _ => {
                         for loser in self.claims.losers(&frontend) {
                             notes.add(&subject, Flaw::ClaimContested, || {
-                                (what(), format!("the newer Service {loser} claims it too, in vain"))
+                                (what(), format!("Service {loser} claims it too, in vain"))
                             });
                         }
                     }

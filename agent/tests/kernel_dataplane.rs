@@ -66,8 +66,7 @@ fn image() -> Image {
     let _ = image.v4.services.insert(key, Service { service_port: 1, kind: frontend::CLUSTER_IP });
     for id in 1..=2_u8 {
         let flags = backend::SERVING | if id == 1 { backend::LOCAL } else { 0 };
-        let backend =
-            Backend { address: address(id), port: 8080, generation: 1, service_port: 1, flags };
+        let backend = Backend { address: address(id), port: 8080, generation: 1, service_port: 1, flags };
         let _ = image.v4.backends.insert(u32::from(id), backend);
         let mut origins = Origins::default();
         origins.frontends[0] = Origin { address: address(9), port: 80, reserved: 0 };

@@ -159,7 +159,8 @@ impl Keeper {
     }
 
     fn follow(&mut self, survey: &Survey) -> Result<(), Error> {
-        let gone: Vec<u32> = self.devices.keys().filter(|index| !survey.devices.contains_key(index)).copied().collect();
+        let gone: Vec<u32> =
+            self.devices.keys().filter(|index| !survey.devices.contains_key(index)).copied().collect();
         for index in gone {
             self.hooks.detach(index)?;
             self.hooks.forget_device(index)?;
@@ -185,7 +186,12 @@ impl Keeper {
             let attached = self.hooks.attach(&target(device));
             if before.is_none_or(|before| before.device.role != device.role) {
                 let hooks: Vec<&str> = attached.hooks.iter().map(|how| how.word()).collect();
-                tracing::info!(device = device.name, role = device.role.word(), hooks = hooks.join(","), "attached");
+                tracing::info!(
+                    device = device.name,
+                    role = device.role.word(),
+                    hooks = hooks.join(","),
+                    "attached"
+                );
             }
             let _ = self.devices.insert(device.index, KeptDevice { device: device.clone(), attached });
         }

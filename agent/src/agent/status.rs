@@ -77,6 +77,8 @@ pub struct SourceStatus {
     pub from: String,
     /// Whether its first full list has come.
     pub synced: bool,
+    /// When it was last heard, in seconds since 1970.
+    pub heard: Option<u64>,
     /// What is wrong with it; [`None`] when it is well.
     pub problem: Option<String>,
 }
@@ -164,11 +166,15 @@ impl StateDir {
     /// When another agent holds it, or the directory cannot be made.
     pub fn take(path: &Path) -> io::Result<Self> {
         let context = |error: io::Error| {
-            io::Error::new(error.kind(), format!("cannot use the state directory {}: {error}", path.display()))
+            io::Error::new(
+                error.kind(),
+                format!("cannot use the state directory {}: {error}", path.display()),
+            )
         };
         fs::create_dir_all(path).map_err(context)?;
         let lock_path = path.join("lock");
-        let lock = OpenOptions::new().create(true).truncate(false).write(true).open(lock_path).map_err(context)?;
+        let lock =
+            OpenOptions::new().create(true).truncate(false).write(true).open(lock_path).map_err(context)?;
         if !try_lock(&lock).map_err(context)? {
             let pid = read(path).map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
             return Err(io::Error::new(
@@ -209,7 +215,10 @@ fn try_lock(file: &File) -> io::Result<bool> {
 /// Whether an agent holds the lock of a state directory.
 #[must_use]
 pub fn is_alive(path: &Path) -> bool {
-    OpenOptions::new().write(true).open(path.join("lock")).is_ok_and(|file| matches!(try_lock(&file), Ok(false)))
+    OpenOptions::new()
+        .write(true)
+        .open(path.join("lock"))
+        .is_ok_and(|file| matches!(try_lock(&file), Ok(false)))
 }
 
 /// The last status in a state directory, of an agent alive or not.
@@ -232,9 +241,7 @@ pub fn remove(path: &Path) -> io::Result<()> {
     }
     match fs::remove_dir(path) {
         // The standard directory holds those of other pin paths, and may be a mount.
-        Err(error)
-            if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTEMPTY | libc::EBUSY)) =>
-        {
+        Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTEMPTY | libc::EBUSY)) => {
             Err(error)
         }
         Ok(()) | Err(_) => Ok(()),

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
 use crate::dataplane::Kernel;
 use crate::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
-use crate::model::report::{Level, Subject};
+use crate::model::report::Level;
 use crate::model::{Event, Model, SourceId};
 use crate::plan::Plan;
 
@@ -94,9 +94,14 @@ impl Sync {
             self.write(writes, begun);
         }
         if batch.is_some_and(|batch| batch.complete) && self.failing.is_none() {
-            tracing::info!(writes, took_ms = begun.elapsed().as_millis(), "the maps are in step with the sources");
+            tracing::info!(
+                writes,
+                took_ms = begun.elapsed().as_millis(),
+                "the maps are in step with the sources"
+            );
         }
-        self.filled |= self.model.awaited().is_empty() && self.node_addresses.is_some() && self.reconciler.due() == 0;
+        self.filled |=
+            self.model.awaited().is_empty() && self.node_addresses.is_some() && self.reconciler.due() == 0;
     }
 
     fn write(&mut self, writes: usize, begun: Instant) {
@@ -158,13 +163,6 @@ impl Sync {
     /// The sources whose first full list is missing.
     pub(super) fn awaited(&self) -> BTreeSet<SourceId> {
         self.model.awaited().clone()
-    }
-
-    /// What is wrong with a source as a whole.
-    pub(super) fn source_problem(&self, id: SourceId) -> Option<String> {
-        let reports = self.model.reports().iter();
-        let about = |subject: &Subject| *subject == Subject::Source(id);
-        reports.into_iter().find(|report| about(&report.subject)).map(|report| report.note.message.clone())
     }
 
     /// How much the maps are to hold.

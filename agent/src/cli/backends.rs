@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::bail;
 use serde::Serialize;
 
-use super::table::{Format, Table, bytes, render};
+use super::table::{Format, Table, bytes, percent, render};
 use super::view::{PortName, View};
 
 /// A backend.
@@ -38,7 +38,9 @@ pub(super) fn run(pin_path: &Path, service: Option<&str>, format: Format) -> any
     if let Some(word) = service
         && !view.image.names.values().any(|name| PortName::from(name).is(word))
     {
-        bail!("no service {word:?} in the maps; `sluice services` lists them (name, namespace/name, name:port)");
+        bail!(
+            "no service {word:?} in the maps; `sluice services` lists them (name, namespace/name, name:port)"
+        );
     }
     let mut rows: Vec<Row> = Vec::new();
     for backend in view.backends() {
@@ -53,7 +55,7 @@ pub(super) fn run(pin_path: &Path, service: Option<&str>, format: Format) -> any
             name,
             backend: backend.address.to_string(),
             id: backend.id,
-            share: 100.0 * own as f64 / slots.len().max(1) as f64,
+            share: percent(own as u64, slots.len() as u64),
             local: backend.local,
             state: if backend.serving { "serving" } else { "draining" },
             forward_packets: counted.forward_packets,
@@ -67,8 +69,20 @@ pub(super) fn run(pin_path: &Path, service: Option<&str>, format: Format) -> any
     rows.sort_by(|a, b| (&a.name, &a.backend).cmp(&(&b.name, &b.backend)));
     render(format, &rows, |rows| {
         let mut table = Table::new(&[
-            "SERVICE", "PORT", "PROTO", "BACKEND", "ID", "SHARE", "LOCAL", "STATE", "PACKETS-IN", "BYTES-IN", "PACKETS-OUT",
-            "BYTES-OUT", "FLOWS", "CALLS",
+            "SERVICE",
+            "PORT",
+            "PROTO",
+            "BACKEND",
+            "ID",
+            "SHARE",
+            "LOCAL",
+            "STATE",
+            "PACKETS-IN",
+            "BYTES-IN",
+            "PACKETS-OUT",
+            "BYTES-OUT",
+            "FLOWS",
+            "CALLS",
         ]);
         for row in rows {
             table.row([

@@ -6,8 +6,8 @@ use anyhow::{Context, bail};
 
 use crate::agent::status;
 use crate::dataplane::{Pins, cleanup};
-use crate::devices::own::OwnRoutes;
 use crate::devices::OWN;
+use crate::devices::own::OwnRoutes;
 
 /// Removes every trace; says what was removed.
 ///
@@ -16,7 +16,8 @@ use crate::devices::OWN;
 /// When an agent is alive and `force` is not given, or the kernel refuses.
 pub(super) async fn run(pin_path: &Path, state_dir: &Path, force: bool) -> anyhow::Result<String> {
     if status::is_alive(state_dir) && !force {
-        let pid = status::read(state_dir).map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
+        let pid =
+            status::read(state_dir).map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
         bail!(
             "an agent (pid {pid}) is running with {}: stop it first, or give --force (it would go on, without effect)",
             pin_path.display()
@@ -29,7 +30,10 @@ pub(super) async fn run(pin_path: &Path, state_dir: &Path, force: bool) -> anyho
     }
     status::remove(state_dir).with_context(|| format!("cannot remove {}", state_dir.display()))?;
     if done.is_empty() {
-        done.push(format!("nothing of Sluice found (looked under {} and at every device)", pin_path.display()));
+        done.push(format!(
+            "nothing of Sluice found (looked under {} and at every device)",
+            pin_path.display()
+        ));
     }
     Ok(done.join("\n") + "\n")
 }

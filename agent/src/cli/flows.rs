@@ -30,7 +30,12 @@ struct Row {
 /// # Errors
 ///
 /// When the maps cannot be read.
-pub(super) fn run(pin_path: &Path, service: Option<&str>, limit: Option<usize>, format: Format) -> anyhow::Result<String> {
+pub(super) fn run(
+    pin_path: &Path,
+    service: Option<&str>,
+    limit: Option<usize>,
+    format: Format,
+) -> anyhow::Result<String> {
     let view = View::read(pin_path)?;
     let now = monotonic_ticks();
     let mut rows = self::rows::<V4>(&view, now)?;
@@ -46,7 +51,10 @@ pub(super) fn run(pin_path: &Path, service: Option<&str>, limit: Option<usize>, 
                 row.client.clone(),
                 row.vip.clone(),
                 row.backend.clone(),
-                row.service.as_ref().map(|name| format!("{}/{}", name.namespace, name.service)).unwrap_or_default(),
+                row.service
+                    .as_ref()
+                    .map(|name| format!("{}/{}", name.namespace, name.service))
+                    .unwrap_or_default(),
                 row.state.join(","),
                 age(row.idle_seconds),
             ]);
@@ -96,7 +104,8 @@ fn monotonic_ticks() -> u32 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the struct is live; this clock always exists.
     let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
-    let ns = time.tv_sec.cast_unsigned().wrapping_mul(1_000_000_000).wrapping_add(time.tv_nsec.cast_unsigned());
+    let ns =
+        time.tv_sec.cast_unsigned().wrapping_mul(1_000_000_000).wrapping_add(time.tv_nsec.cast_unsigned());
     (ns >> TICK_SHIFT) as u32
 }
 

@@ -68,7 +68,18 @@ pub(super) fn run(pin_path: &Path, namespace: Option<&str>, format: Format) -> a
     rows.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
     render(format, &rows, |rows| {
         let mut table = Table::new(&[
-            "NAMESPACE", "NAME", "PORT", "PROTO", "VIPS", "KIND", "BACKENDS", "SLOTS", "FLOWS", "CALLS", "PACKETS", "BYTES",
+            "NAMESPACE",
+            "NAME",
+            "PORT",
+            "PROTO",
+            "VIPS",
+            "KIND",
+            "BACKENDS",
+            "SLOTS",
+            "FLOWS",
+            "CALLS",
+            "PACKETS",
+            "BYTES",
         ]);
         for row in rows {
             table.row([

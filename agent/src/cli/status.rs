@@ -2,12 +2,12 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use sluice_common::Reason;
 
-use super::table::{Format, Table, age, render};
+use super::table::{Format, Table, age, percent, render};
 use super::view::{PortName, View};
 use crate::agent::status::{self, Counts, DeviceStatus, Status, unix_seconds};
 use crate::dataplane::Fill;
@@ -126,17 +126,24 @@ fn text(overview: &Overview, now: u64) -> String {
     let last = overview.last.as_ref();
     line("Node", last.map_or_else(|| "unknown".to_owned(), |status| status.node.clone()));
     line("Ready", if overview.ready { "yes" } else { "no" }.to_owned());
-    line("Agent", match (&overview.agent, last) {
-        (AgentView { alive: true, pid: Some(pid), version, uptime_seconds, .. }, _) => format!(
-            "running, pid {pid}, version {}, for {}",
-            version.as_deref().unwrap_or("?"),
-            age(uptime_seconds.unwrap_or_default())
-        ),
-        (AgentView { alive: true, .. }, _) => "starting".to_owned(),
-        (_, Some(status)) => format!("not running (last: pid {}); packets flow on by what is pinned", status.pid),
-        (_, None) => "not running; packets flow on by what is pinned".to_owned(),
-    });
-    for reason in last.filter(|_| overview.agent.alive).map_or(&[][..], |status| status.waiting_for.as_slice()) {
+    line(
+        "Agent",
+        match (&overview.agent, last) {
+            (AgentView { alive: true, pid: Some(pid), version, uptime_seconds, .. }, _) => format!(
+                "running, pid {pid}, version {}, for {}",
+                version.as_deref().unwrap_or("?"),
+                age(uptime_seconds.unwrap_or_default())
+            ),
+            (AgentView { alive: true, .. }, _) => "starting".to_owned(),
+            (_, Some(status)) => {
+                format!("not running (last: pid {}); packets flow on by what is pinned", status.pid)
+            }
+            (_, None) => "not running; packets flow on by what is pinned".to_owned(),
+        },
+    );
+    for reason in
+        last.filter(|_| overview.agent.alive).map_or(&[][..], |status| status.waiting_for.as_slice())
+    {
         line("Waiting", reason.clone());
     }
     line("Pins", overview.pin_path.display().to_string());
@@ -154,8 +161,8 @@ fn text(overview: &Overview, now: u64) -> String {
         line("Sockets", format!("{}{cgroup}{problem}", path.mode));
     }
     if let Some(sync) = last.and_then(|status| status.last_sync) {
-        let (ago, ms) = (age(now.saturating_sub(sync.at)), sync.took_us as f64 / 1_000.0);
-        line("Last sync", format!("{ago} ago, {} writes in {ms:.1} ms", sync.writes));
+        let (ago, took) = (age(now.saturating_sub(sync.at)), Duration::from_micros(sync.took_us));
+        line("Last sync", format!("{ago} ago, {} writes in {took:.1?}", sync.writes));
     }
     if let Some(failing) = last.and_then(|status| status.failing.as_ref()) {
         line("Failing", failing.clone());
@@ -181,8 +188,12 @@ fn text(overview: &Overview, now: u64) -> String {
 
     let mut maps = Table::new(&["MAP", "ENTRIES", "MAX", "FULL"]);
     for fill in &overview.maps {
-        let percent = 100.0 * fill.entries as f64 / fill.max.max(1) as f64;
-        maps.row([fill.map.to_owned(), fill.entries.to_string(), fill.max.to_string(), format!("{percent:.1}%")]);
+        maps.row([
+            fill.map.to_owned(),
+            fill.entries.to_string(),
+            fill.max.to_string(),
+            format!("{:.1}%", percent(fill.entries, fill.max)),
+        ]);
     }
     section(&mut text, "Maps", &maps, overview.maps.is_empty());
 

@@ -1,5 +1,7 @@
 //! Tables as kubectl prints them, and other forms of the same data.
 
+#![expect(clippy::cast_precision_loss, reason = "figures for people have few digits")]
+
 use std::fmt::Write as _;
 
 use serde::Serialize;
@@ -40,7 +42,9 @@ impl Table {
     pub(super) fn text(&self) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or_default();
         let widths: Vec<usize> = (0..columns)
-            .map(|column| self.rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max())
+            .map(|column| {
+                self.rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max()
+            })
             .map(Option::unwrap_or_default)
             .collect();
         let mut text = String::new();
@@ -62,7 +66,11 @@ impl Table {
 /// # Errors
 ///
 /// When the data has no such form.
-pub(super) fn render<T: Serialize>(format: Format, data: &T, table: impl FnOnce(&T) -> String) -> anyhow::Result<String> {
+pub(super) fn render<T: Serialize>(
+    format: Format,
+    data: &T,
+    table: impl FnOnce(&T) -> String,
+) -> anyhow::Result<String> {
     Ok(match format {
         Format::Table => table(data),
         Format::Json => serde_json::to_string_pretty(data)? + "\n",
@@ -82,7 +90,17 @@ pub(super) fn bytes(number: u64) -> String {
         scaled /= 1024.0;
         unit = next;
     }
-    if unit.is_empty() || scaled >= 10.0 { format!("{scaled:.0}{unit}") } else { format!("{scaled:.1}{unit}") }
+    if unit.is_empty() || scaled >= 10.0 {
+        format!("{scaled:.0}{unit}")
+    } else {
+        format!("{scaled:.1}{unit}")
+    }
+}
+
+/// A part of a whole; 0 of nothing.
+#[must_use]
+pub(super) fn percent(part: u64, whole: u64) -> f64 {
+    100.0 * part as f64 / whole.max(1) as f64
 }
 
 /// A time span as kubectl prints ages: `12s`, `5m`, `3h`, `2d`.

@@ -49,7 +49,8 @@ pub(super) struct PortName {
     /// The Service's name.
     pub(super) service: String,
     /// The port's name; empty for an unnamed port.
-    pub(super) port_name: String,
+    #[serde(rename = "port_name")]
+    pub(super) label: String,
     /// The port's number.
     pub(super) port: u16,
     /// `TCP` or `UDP`.
@@ -60,11 +61,13 @@ impl PortName {
     /// Whether a person's word means this service: `name` or `namespace/name`, perhaps with `:port`.
     #[must_use]
     pub(super) fn is(&self, word: &str) -> bool {
-        let (service, port) = word.split_once(':').map_or((word, None), |(service, port)| (service, Some(port)));
-        let (namespace, name) = service.split_once('/').map_or((None, service), |(ns, name)| (Some(ns), name));
+        let (service, port) =
+            word.split_once(':').map_or((word, None), |(service, port)| (service, Some(port)));
+        let (namespace, name) =
+            service.split_once('/').map_or((None, service), |(ns, name)| (Some(ns), name));
         name == self.service
             && namespace.is_none_or(|namespace| namespace == self.namespace)
-            && port.is_none_or(|port| port == self.port_name || port == self.port.to_string())
+            && port.is_none_or(|port| port == self.label || port == self.port.to_string())
     }
 }
 
@@ -73,7 +76,7 @@ impl From<&Name> for PortName {
         Self {
             namespace: text(&name.namespace),
             service: text(&name.service),
-            port_name: text(&name.port),
+            label: text(&name.port),
             port: name.number,
             protocol: protocol(name.protocol),
         }
@@ -197,7 +200,7 @@ mod tests {
         PortName {
             namespace: "shop".to_owned(),
             service: "web".to_owned(),
-            port_name: "http".to_owned(),
+            label: "http".to_owned(),
             port: 80,
             protocol: "TCP".to_owned(),
         }

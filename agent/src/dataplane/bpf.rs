@@ -99,7 +99,8 @@ struct LinkUpdateAttr {
 }
 
 fn c_path(path: &Path) -> io::Result<CString> {
-    CString::new(path.as_os_str().as_bytes()).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))
+    CString::new(path.as_os_str().as_bytes())
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))
 }
 
 /// Opens what is pinned at a path.
@@ -192,8 +193,14 @@ pub(crate) fn link_create(
     attach_type: u32,
     flags: u32,
 ) -> io::Result<OwnedFd> {
-    let mut attr =
-        LinkCreateAttr { program: raw(program), target, attach_type, flags, relative: 0, expected_revision: 0 };
+    let mut attr = LinkCreateAttr {
+        program: raw(program),
+        target,
+        attach_type,
+        flags,
+        relative: 0,
+        expected_revision: 0,
+    };
     // SAFETY: no pointers.
     let fd = unsafe { bpf(LINK_CREATE, &mut attr) }?;
     // SAFETY: the kernel has just made this descriptor for us.
@@ -242,11 +249,8 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
                 ),
             ));
         }
-        let copies = if PER_CPU.contains(&info.kind) {
-            aya::util::nr_cpus().map_err(|(_, error)| error)?
-        } else {
-            1
-        };
+        let copies =
+            if PER_CPU.contains(&info.kind) { aya::util::nr_cpus().map_err(|(_, error)| error)? } else { 1 };
         Ok(Self { fd, info, copies, types: PhantomData })
     }
 
@@ -283,7 +287,10 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
             .take(count)
             .map(|element| {
                 // SAFETY: a chunk has at least `size_of::<V>` bytes, and any bytes are a value.
-                element.chunks_exact(words).map(|value| unsafe { value.as_ptr().cast::<V>().read_unaligned() }).collect()
+                element
+                    .chunks_exact(words)
+                    .map(|value| unsafe { value.as_ptr().cast::<V>().read_unaligned() })
+                    .collect()
             })
             .collect()
     }
@@ -428,7 +435,9 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
             let found = if packed {
                 // A batch packs plain values without padding, as userspace arrays are.
                 // SAFETY: the kernel wrote `count` values of this size; any bytes are a value.
-                (0..count).map(|i| vec![unsafe { values.as_ptr().cast::<V>().add(i).read_unaligned() }]).collect()
+                (0..count)
+                    .map(|i| vec![unsafe { values.as_ptr().cast::<V>().add(i).read_unaligned() }])
+                    .collect()
             } else {
                 self.split(&values, count)
             };
@@ -498,6 +507,10 @@ unsafe impl<T> Send for Array<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Array<T> {}
 
+#[expect(
+    clippy::cast_ptr_alignment,
+    reason = "elements and offsets are multiples of what is cast to: checked beside each cast"
+)]
 impl<T: aya::Pod> Array<T> {
     /// Bytes from one element to the next.
     const STRIDE: usize = size_of::<T>().next_multiple_of(8);

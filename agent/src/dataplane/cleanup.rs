@@ -20,9 +20,7 @@ pub fn cleanup(pins: &Pins) -> Result<Vec<String>, Error> {
             done.push(format!("removed the filters of device {name}"));
         }
     }
-    let existed = pins.root().exists();
-    pins.remove()?;
-    if existed {
+    if pins.remove()? {
         done.push(format!("removed links and maps under {}", pins.root().display()));
     }
     Ok(done)

@@ -126,7 +126,8 @@ impl Message {
 /// Sends one message; calls `each` with the payload of every answer until the kernel is done.
 fn talk(message: Message, mut each: impl FnMut(&[u8])) -> io::Result<()> {
     // SAFETY: no pointers.
-    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_ROUTE) };
+    let fd =
+        unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_ROUTE) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -216,7 +217,11 @@ pub fn filters(device: u32, direction: Direction) -> io::Result<Vec<Filter>> {
     let message = Message::new(RTM_GETTFILTER, F_DUMP, device, 0, direction.parent(), 0);
     let result = talk(message, |payload| filters.extend(parse(device, direction, payload)));
     match result {
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT | libc::EOPNOTSUPP)) => Ok(filters),
+        Err(error)
+            if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT | libc::EOPNOTSUPP)) =>
+        {
+            Ok(filters)
+        }
         result => result.map(|()| filters),
     }
 }
@@ -231,7 +236,8 @@ fn protocol_all(priority: u16) -> u32 {
 ///
 /// When the kernel refuses clsact or the filter.
 pub fn attach(program: BorrowedFd<'_>, name: &str, device: u32, direction: Direction) -> io::Result<()> {
-    let mut qdisc = Message::new(RTM_NEWQDISC, F_ACK | F_CREATE | F_EXCL, device, CLSACT_HANDLE, TC_H_CLSACT, 0);
+    let mut qdisc =
+        Message::new(RTM_NEWQDISC, F_ACK | F_CREATE | F_EXCL, device, CLSACT_HANDLE, TC_H_CLSACT, 0);
     qdisc.attribute(TCA_KIND, b"clsact\0");
     match talk(qdisc, |_| ()) {
         Err(error) if error.raw_os_error() != Some(libc::EEXIST) => return Err(error),
@@ -269,7 +275,8 @@ pub fn detach(device: u32, direction: Direction) -> io::Result<bool> {
 /// When the kernel refuses.
 pub fn clean(device: u32) -> io::Result<bool> {
     let found = detach(device, Direction::Ingress)? | detach(device, Direction::Egress)?;
-    let empty = filters(device, Direction::Ingress)?.is_empty() && filters(device, Direction::Egress)?.is_empty();
+    let empty =
+        filters(device, Direction::Ingress)?.is_empty() && filters(device, Direction::Egress)?.is_empty();
     if found && empty {
         talk(Message::new(RTM_DELQDISC, F_ACK, device, CLSACT_HANDLE, TC_H_CLSACT, 0), |_| ())?;
     }

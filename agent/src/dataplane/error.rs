@@ -7,7 +7,9 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The binary carries no BPF object.
-    #[error("this binary was built without the BPF object; run `cargo xtask build` and use the binary it makes")]
+    #[error(
+        "this binary was built without the BPF object; run `cargo xtask build` and use the binary it makes"
+    )]
     NoObject,
     /// The BPF object is unreadable.
     #[error("cannot read the built-in BPF object: {0}; rebuild with `cargo xtask build`")]
@@ -23,7 +25,9 @@ pub enum Error {
         hint: &'static str,
     },
     /// Nothing of ours is pinned there.
-    #[error("nothing of Sluice is pinned under {path}; is the agent running with this --pin-path? (`sluice agent --pin-path {path}`)")]
+    #[error(
+        "nothing of Sluice is pinned under {path}; is the agent running with this --pin-path? (`sluice agent --pin-path {path}`)"
+    )]
     NothingPinned {
         /// The pin path.
         path: PathBuf,

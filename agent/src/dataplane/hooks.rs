@@ -24,8 +24,10 @@ use super::pins::Pins;
 const TCX_INGRESS: u32 = 46;
 const TCX_EGRESS: u32 = 47;
 const XDP: u32 = 37;
-const XDP_GENERIC: u32 = 1 << 1;
-const XDP_NATIVE: u32 = 1 << 2;
+
+/// How XDP is attached, the name of its pin, and the link's flags.
+const XDP_MODES: [(How, &str, u32); 2] =
+    [(How::XdpNative, "xdp", 1 << 2), (How::XdpGeneric, "xdp_generic", 1 << 1)];
 
 /// The cgroup programs with their attach types.
 const CGROUP: [(&str, u32); 9] = [
@@ -151,7 +153,7 @@ impl Hooks {
     ///
     /// When the BPF file system refuses.
     pub fn detach(&self, device: u32) -> Result<(), Error> {
-        for hook in ["ingress", "egress", "xdp"] {
+        for hook in ["ingress", "egress", "xdp", "xdp_generic"] {
             self.unpin(&device_pin(device, hook))?;
         }
         // On a device that is gone there is nothing left to clean.
@@ -254,30 +256,29 @@ impl Hooks {
 
     fn attach_xdp(&self, target: &Target) -> Result<Option<How>, Error> {
         const PROGRAM: &str = "xdp_uplink";
-        let pin = device_pin(target.index, "xdp");
-        let (flags, how) = match self.xdp {
-            Xdp::Off => (0, None),
-            Xdp::On if target.veth => (0, None),
-            Xdp::On | Xdp::Native => (XDP_NATIVE, Some(How::XdpNative)),
-            Xdp::Generic => (XDP_GENERIC, Some(How::XdpGeneric)),
+        let how = match self.xdp {
+            Xdp::Off => None,
+            Xdp::On if target.veth => None,
+            Xdp::On | Xdp::Native => Some(How::XdpNative),
+            Xdp::Generic => Some(How::XdpGeneric),
         };
         // XDP has no form for devices without a link header.
-        let Some(how) = how.filter(|_| target.uplink && target.ethernet) else {
-            self.unpin(&pin)?;
+        let how = how.filter(|_| target.uplink && target.ethernet);
+        // A link keeps its mode: another one asks for a new link.
+        for (_, hook, _) in XDP_MODES.iter().filter(|(mode, _, _)| Some(*mode) != how) {
+            self.unpin(&device_pin(target.index, hook))?;
+        }
+        let Some((how, hook, flags)) = XDP_MODES.iter().find(|(mode, _, _)| Some(*mode) == how) else {
             return Ok(None);
         };
         let program = self.programs.fd(PROGRAM)?;
-        // A link keeps its mode: another one asks for a new link.
-        let pin = format!("{pin}{}", if how == How::XdpGeneric { "_generic" } else { "" });
-        if self.adopt(&pin, u64::from(target.index), program)?.is_some() {
-            return Ok(Some(how));
+        let pin = device_pin(target.index, hook);
+        if self.adopt(&pin, u64::from(target.index), program)?.is_none() {
+            let link = bpf::link_create(program, target.index, XDP, *flags)
+                .map_err(|cause| Error::attach(PROGRAM, &target.name, cause))?;
+            self.pin(&link, &pin)?;
         }
-        self.unpin(&device_pin(target.index, "xdp"))?;
-        self.unpin(&device_pin(target.index, "xdp_generic"))?;
-        let link = bpf::link_create(program, target.index, XDP, flags)
-            .map_err(|cause| Error::attach(PROGRAM, &target.name, cause))?;
-        self.pin(&link, &pin)?;
-        Ok(Some(how))
+        Ok(Some(*how))
     }
 
     /// Attaches the socket path's programs to a cgroup.
@@ -325,18 +326,21 @@ impl Hooks {
     /// to `target`; a link that leads elsewhere is removed.
     fn adopt(&self, pin: &str, target: u64, program: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Error> {
         let own = self.pins.links();
-        let folders = [own.clone()].into_iter().chain(self.pins.other_layouts().into_iter().map(|f| f.join("links")));
+        let folders =
+            [own.clone()].into_iter().chain(self.pins.other_layouts().into_iter().map(|f| f.join("links")));
         for path in folders.map(|folder| folder.join(pin)) {
             let link = match bpf::object_get(&path) {
                 Ok(link) => link,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(cause) => return Err(Error::pin("open the pinned link", path, cause)),
             };
-            let info = bpf::link_info(link.as_fd()).map_err(|cause| Error::pin("inspect the pinned link", &path, cause))?;
+            let info = bpf::link_info(link.as_fd())
+                .map_err(|cause| Error::pin("inspect the pinned link", &path, cause))?;
             if info.leads_to(target) && bpf::link_update(link.as_fd(), program).is_ok() {
                 let own = own.join(pin);
                 if path != own {
-                    fs::rename(&path, &own).map_err(|cause| Error::pin("move the pinned link", &path, cause))?;
+                    fs::rename(&path, &own)
+                        .map_err(|cause| Error::pin("move the pinned link", &path, cause))?;
                 }
                 return Ok(Some(link));
             }
@@ -353,7 +357,9 @@ impl Hooks {
     fn unpin(&self, pin: &str) -> Result<(), Error> {
         let path: PathBuf = self.pins.links().join(pin);
         match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::pin("remove the link", path, error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::pin("remove the link", path, error))
+            }
             Ok(()) | Err(_) => Ok(()),
         }
     }

@@ -22,7 +22,10 @@ pub struct Kernel {
 /// What is done with a family's maps; the same code for both, over types that are plain data.
 pub(crate) trait KernelStack: Stack {
     /// Carries out a run of steps of this family that one batch can hold, at least one; returns how many.
-    fn run<'a>(maps: &Maps, writes: impl Iterator<Item = &'a FamilyWrite<Self>> + Clone) -> Result<usize, Error>;
+    fn run<'a>(
+        maps: &Maps,
+        writes: impl Iterator<Item = &'a FamilyWrite<Self>> + Clone,
+    ) -> Result<usize, Error>;
     /// The flows that the family's maps know.
     fn flows(maps: &Maps) -> Result<Vec<FlowEntry<Self::Address>>, Error>;
     /// Everything that the family's maps hold.
@@ -102,10 +105,14 @@ macro_rules! kernel_stack {
 
             fn read(maps: &Maps) -> Result<FamilyImage<Self>, Error> {
                 let maps = &maps.$field;
-                let services =
-                    maps.services.entries().map_err(|e| Error::map("read", concat!("services_", $suffix), e))?;
-                let origins =
-                    maps.origins.entries().map_err(|e| Error::map("read", concat!("origins_", $suffix), e))?;
+                let services = maps
+                    .services
+                    .entries()
+                    .map_err(|e| Error::map("read", concat!("services_", $suffix), e))?;
+                let origins = maps
+                    .origins
+                    .entries()
+                    .map_err(|e| Error::map("read", concat!("origins_", $suffix), e))?;
                 let backends = (1..maps.backends.len())
                     .filter_map(|id| Some((id, maps.backends.get(id)?)))
                     .filter(|(_, backend)| backend.generation != 0);
@@ -149,12 +156,18 @@ impl Kernel {
         let Some(first) = writes.first() else { return Ok(0) };
         let maps = &self.maps;
         match first {
-            Write::V4(_) => {
-                V4::run(maps, writes.iter().map_while(|write| if let Write::V4(write) = write { Some(write) } else { None }))
-            }
-            Write::V6(_) => {
-                V6::run(maps, writes.iter().map_while(|write| if let Write::V6(write) = write { Some(write) } else { None }))
-            }
+            Write::V4(_) => V4::run(
+                maps,
+                writes
+                    .iter()
+                    .map_while(|write| if let Write::V4(write) = write { Some(write) } else { None }),
+            ),
+            Write::V6(_) => V6::run(
+                maps,
+                writes
+                    .iter()
+                    .map_while(|write| if let Write::V6(write) = write { Some(write) } else { None }),
+            ),
             Write::Name { .. } => {
                 let names = writes.iter().map_while(|write| {
                     let Write::Name { service_port, name } = write else { return None };
@@ -164,16 +177,21 @@ impl Kernel {
                 maps.names.insert_many(&run).map_err(|error| Error::map("write", "names", error))?;
                 Ok(run.len())
             }
-            Write::ClearName { service_port } => {
-                maps.names.remove(service_port).map_err(|error| Error::map("write", "names", error)).map(|()| 1)
-            }
+            Write::ClearName { service_port } => maps
+                .names
+                .remove(service_port)
+                .map_err(|error| Error::map("write", "names", error))
+                .map(|()| 1),
             Write::Slots { start, backends } => self.store_slots(*start, backends).map(|()| 1),
             Write::Listing { lane, bits } => self.store_lane(*lane, *bits).map(|()| 1),
             Write::Port { service_port, affinity_seconds, flags } => {
                 let ports = &maps.ports;
                 // Aligned words of their own: the ranges beside them stay as they are.
-                let done = ports.set_u32(*service_port, offset_of!(ServicePort, affinity_seconds), *affinity_seconds)
-                    && ports.set_u32(*service_port, offset_of!(ServicePort, flags), *flags);
+                let done = ports.set_u32(
+                    *service_port,
+                    offset_of!(ServicePort, affinity_seconds),
+                    *affinity_seconds,
+                ) && ports.set_u32(*service_port, offset_of!(ServicePort, flags), *flags);
                 stored("ports", *service_port, done).map(|()| 1)
             }
             Write::Range { service_port, class, range } => {
@@ -218,9 +236,7 @@ impl Kernel {
         for (service_port, name) in names {
             let port = self.maps.ports.get(service_port).unwrap_or_default();
             for range in port.ranges.map(Range).into_iter().filter(|range| range.size() > 0) {
-                if !image.slots.contains_key(&range.start()) {
-                    let _ = image.slots.insert(range.start(), read_slots(&self.maps, range));
-                }
+                let _ = image.slots.entry(range.start()).or_insert_with(|| read_slots(&self.maps, range));
             }
             let _ = image.ports.insert(service_port, port);
             let _ = image.names.insert(service_port, name);
@@ -238,13 +254,13 @@ impl Kernel {
 
 /// The backend id in each slot of a range; 0 for a slot outside the map.
 fn read_slots(maps: &Maps, range: Range) -> Vec<u32> {
-    (range.start()..range.start().saturating_add(range.size())).map(|slot| read_slot(&maps.slots, slot)).collect()
+    (range.start()..range.start().saturating_add(range.size()))
+        .map(|slot| read_slot(&maps.slots, slot))
+        .collect()
 }
 
 fn read_slot(slots: &Array<sluice_common::abi::SlotBlock>, slot: u32) -> u32 {
-    slots
-        .get_u32(slot / SLOTS_PER_BLOCK, (slot % SLOTS_PER_BLOCK) as usize * 4)
-        .unwrap_or_default()
+    slots.get_u32(slot / SLOTS_PER_BLOCK, (slot % SLOTS_PER_BLOCK) as usize * 4).unwrap_or_default()
 }
 
 /// Waits until every program that began before has ended.
@@ -282,9 +298,11 @@ impl Dataplane for Kernel {
 
 /// A step in a few words: all of it, but for the long ones.
 fn what(write: &Write) -> String {
-    match write {
-        Write::Slots { start, backends } => format!("{} slots from {start}", backends.len()),
-        Write::Name { service_port, .. } => format!("name of service port {service_port}"),
-        other => format!("{other:?}"),
+    if let Write::Slots { start, backends } = write {
+        format!("{} slots from {start}", backends.len())
+    } else if let Write::Name { service_port, .. } = write {
+        format!("name of service port {service_port}")
+    } else {
+        format!("{write:?}")
     }
 }

@@ -8,8 +8,8 @@ use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader};
 
 use super::error::{Error, hint};
-use super::kernel::Kernel;
 use super::hooks::{Hooks, Xdp};
+use super::kernel::Kernel;
 use super::maps::{self, Access, Maps};
 use super::object;
 use super::pins::{Found, Pins, is_kept};
@@ -66,7 +66,11 @@ pub fn load(pins: &Pins, sizes: &BTreeMap<String, u32>, xdp: Xdp) -> Result<Load
         }
         Found::Differing(maps) => {
             for (map, how) in maps {
-                tracing::warn!(map, difference = how, "a pinned map does not fit this version and is replaced");
+                tracing::warn!(
+                    map,
+                    difference = how,
+                    "a pinned map does not fit this version and is replaced"
+                );
             }
             pins.stage(&specs, maps)?
         }

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use sluice_common::abi::{
     Backend, BackendCounters, Device, Flow, Name, OriginKey, Origins, ReasonCounters, ReasonKey,
-    RejectBucket, RejectKey, Service, ServiceKey, ServicePort, Settings, SlotBlock, SocketKey, SocketPeer, Tuple,
+    RejectBucket, RejectKey, Service, ServiceKey, ServicePort, Settings, SlotBlock, SocketKey, SocketPeer,
+    Tuple,
 };
 use sluice_common::{Family, V4, V6};
 

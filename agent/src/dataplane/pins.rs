@@ -27,7 +27,16 @@ const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 
 /// Maps that only make sense together: what the plan writes.
 const PLANNED: [&str; 10] = [
-    "services_v4", "services_v6", "ports", "slots", "backends_v4", "backends_v6", "origins_v4", "origins_v6", "addresses", "names",
+    "services_v4",
+    "services_v6",
+    "ports",
+    "slots",
+    "backends_v4",
+    "backends_v6",
+    "origins_v4",
+    "origins_v6",
+    "addresses",
+    "names",
 ];
 
 /// The folders under a pin path.
@@ -120,7 +129,9 @@ impl Pins {
             .filter(|entry| {
                 let name = entry.file_name();
                 let number = name.to_str().and_then(|name| name.strip_prefix('v'));
-                number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+                number.is_some_and(|number| {
+                    !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+                })
             })
             .map(|entry| entry.path())
             .filter(|path| *path != own)
@@ -188,7 +199,11 @@ impl Pins {
     /// # Errors
     ///
     /// When the folder or a pin cannot be made.
-    pub fn stage(&self, specs: &BTreeMap<String, Spec>, differing: &BTreeMap<String, String>) -> Result<PathBuf, Error> {
+    pub fn stage(
+        &self,
+        specs: &BTreeMap<String, Spec>,
+        differing: &BTreeMap<String, String>,
+    ) -> Result<PathBuf, Error> {
         let (from, to) = (self.maps(), self.maps_new());
         create(&to)?;
         for name in specs.keys().filter(|name| is_kept(name, differing)) {
@@ -197,7 +212,8 @@ impl Pins {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(cause) => return Err(Error::pin("open the pinned map", from.join(name), cause)),
             };
-            bpf::object_pin(fd.as_fd(), &to.join(name)).map_err(|cause| Error::pin("pin", to.join(name), cause))?;
+            bpf::object_pin(fd.as_fd(), &to.join(name))
+                .map_err(|cause| Error::pin("pin", to.join(name), cause))?;
         }
         Ok(to)
     }
@@ -224,15 +240,18 @@ impl Pins {
         Ok(())
     }
 
-    /// Removes every pin and the folders, this layout's and others'.
+    /// Removes every pin and the folders, this layout's and others'; returns whether there were any.
     ///
     /// # Errors
     ///
     /// When the BPF file system refuses.
-    pub fn remove(&self) -> Result<(), Error> {
-        for folder in self.other_layouts().into_iter().chain([self.version()]) {
-            remove_folder(&folder).map_err(|cause| Error::pin("remove", &folder, cause))?;
+    pub fn remove(&self) -> Result<bool, Error> {
+        let mut folders = self.other_layouts();
+        folders.extend(Some(self.version()).filter(|folder| folder.exists()));
+        for folder in &folders {
+            remove_folder(folder).map_err(|cause| Error::pin("remove", folder, cause))?;
         }
+        let found = !folders.is_empty();
         match fs::remove_dir(&self.root) {
             // A mount of its own, or somebody else's pins: not ours to remove.
             Err(error)
@@ -241,9 +260,9 @@ impl Pins {
                     Some(libc::ENOENT | libc::EBUSY | libc::ENOTEMPTY | libc::EPERM | libc::EINVAL)
                 ) =>
             {
-                Ok(())
+                Ok(found)
             }
-            result => result.map_err(|cause| Error::pin("remove", &self.root, cause)),
+            result => result.map(|()| found).map_err(|cause| Error::pin("remove", &self.root, cause)),
         }
     }
 }

@@ -121,8 +121,10 @@ impl Maps {
     ///
     /// When a map cannot be read.
     pub fn fill(&self, image: &Image) -> Result<Vec<Fill>, Error> {
-        let blocks: u64 = image.slots.values().map(|slots| slots.len().div_ceil(SLOTS_PER_BLOCK as usize) as u64).sum();
-        let of_image = |map, entries: usize, max: u32| Fill { map, entries: entries as u64, max: u64::from(max) };
+        let blocks: u64 =
+            image.slots.values().map(|slots| slots.len().div_ceil(SLOTS_PER_BLOCK as usize) as u64).sum();
+        let of_image =
+            |map, entries: usize, max: u32| Fill { map, entries: entries as u64, max: u64::from(max) };
         Ok(vec![
             of_image("services_v4", image.v4.services.len(), self.v4.services.max_entries()),
             of_image("services_v6", image.v6.services.len(), self.v6.services.max_entries()),
@@ -155,7 +157,10 @@ where
 {
     let flows = read("flows", flows.entries())?.into_iter().map(|entry| (entry, false));
     let embryonic = read("embryonic", embryonic.entries())?.into_iter().map(|entry| (entry, true));
-    Ok(flows.chain(embryonic).map(|((tuple, flow), embryonic)| FlowEntry { tuple, flow, embryonic }).collect())
+    Ok(flows
+        .chain(embryonic)
+        .map(|((tuple, flow), embryonic)| FlowEntry { tuple, flow, embryonic })
+        .collect())
 }
 
 fn counted<K: aya::Pod, V: aya::Pod>(map: &'static str, table: &Table<K, V>) -> Result<Fill, Error> {

@@ -2,7 +2,8 @@
 //!
 //! A process of the host that sends to a VIP by a path that no socket hook sees (connected UDP, raw
 //! and kernel sockets) needs a route before any device can translate the packet. The device is a
-//! dummy: its egress program translates and redirects, nothing is ever sent by it.
+//! dummy, or an ifb where the kernel has no dummies: neither asks for neighbours, both drop what they are
+//! to send. Its egress program translates and redirects before that.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -10,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures::TryStreamExt;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope};
-use rtnetlink::{Handle, LinkDummy, LinkUnspec, RouteMessageBuilder, new_connection};
+use rtnetlink::{Handle, LinkDummy, LinkIfb, LinkUnspec, RouteMessageBuilder, new_connection};
 
 use super::OWN;
 use super::watch::route_to;
@@ -125,8 +126,15 @@ impl OwnRoutes {
     /// The own device, made and up.
     async fn create(&self) -> io::Result<u32> {
         if self.device().await.is_none() {
-            let link = LinkDummy::new(OWN).up().build();
-            self.handle.link().add(link).execute().await.map_err(io::Error::other)?;
+            let dummy = LinkDummy::new(OWN).up().build();
+            if self.handle.link().add(dummy).execute().await.is_err() {
+                let ifb = LinkIfb::new(OWN).up().build();
+                self.handle.link().add(ifb).execute().await.map_err(|error| {
+                    io::Error::other(format!(
+                        "cannot make the device {OWN} (tried the kinds dummy and ifb): {error}"
+                    ))
+                })?;
+            }
             tracing::info!(device = OWN, "made the device for VIPs that no route leads to");
         }
         let device = self.device().await.ok_or_else(|| io::Error::other("the device vanished"))?;
@@ -153,9 +161,13 @@ fn destination(route: &RouteMessage, device: u32) -> Option<IpAddr> {
     if !by_device || route.header.protocol != RouteProtocol::from(PROTOCOL) {
         return None;
     }
-    route.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
-        RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
-        _ => None,
+    route.attributes.iter().find_map(|attribute| {
+        if let RouteAttribute::Destination(RouteAddress::Inet(address)) = attribute {
+            Some(IpAddr::V4(*address))
+        } else if let RouteAttribute::Destination(RouteAddress::Inet6(address)) = attribute {
+            Some(IpAddr::V6(*address))
+        } else {
+            None
+        }
     })
 }

@@ -12,7 +12,8 @@ impl Patterns {
     /// Takes the patterns of each role.
     #[must_use]
     pub fn new(edge: &[String], uplink: &[String], fabric: &[String]) -> Self {
-        let of = |patterns: &[String], role| patterns.iter().map(move |p| (p.clone(), role)).collect::<Vec<_>>();
+        let of =
+            |patterns: &[String], role| patterns.iter().map(move |p| (p.clone(), role)).collect::<Vec<_>>();
         Self { roles: [of(edge, Role::Edge), of(uplink, Role::Uplink), of(fabric, Role::Fabric)].concat() }
     }
 
@@ -31,9 +32,10 @@ pub fn matches(pattern: &str, name: &str) -> bool {
         None => name.is_empty(),
         Some('*') => {
             let rest = pattern_chars.as_str();
-            name.char_indices().map(|(at, _)| at).chain([name.len()]).any(|at| {
-                name.get(at..).is_some_and(|name| matches(rest, name))
-            })
+            name.char_indices()
+                .map(|(at, _)| at)
+                .chain([name.len()])
+                .any(|at| name.get(at..).is_some_and(|name| matches(rest, name)))
         }
         Some(wanted) => {
             let mut name_chars = name.chars();

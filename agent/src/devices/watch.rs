@@ -3,6 +3,8 @@
 //! Events only say that something changed; what is so is asked anew each time. So a lost event or a
 //! full socket buffer costs a delay, never a wrong answer.
 
+#![expect(clippy::wildcard_enum_match_arm, reason = "netlink has far more attributes than we read")]
+
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -81,8 +83,9 @@ pub async fn watch(patterns: Patterns, sender: watch::Sender<Watched>) -> io::Re
         if changed.routes || default_routes.is_none() {
             default_routes = Some(ask_default_routes(&handle).await.map_err(io::Error::other)?);
         }
-        let facts = ask(&handle, default_routes.clone().unwrap_or_default()).await.map_err(io::Error::other)?;
-        let found = survey(&facts, &patterns);
+        let facts =
+            ask(&handle, default_routes.clone().unwrap_or_default()).await.map_err(io::Error::other)?;
+        let found = survey(&facts, &patterns, &sender.borrow().survey);
         let _ = sender.send_if_modified(|watched| {
             let before = watched.clone();
             watched.survey = found;

@@ -233,10 +233,21 @@ type Rank = (bool, bool, bool, bool);
 #[derive(Clone, Copy)]
 struct Candidate {
     rank: Rank,
-    ready: bool,
-    draining: bool,
-    serving: bool,
+    state: State,
     local: bool,
+}
+
+/// What an endpoint's conditions amount to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Takes new flows.
+    Ready,
+    /// Terminates, but still answers.
+    Draining,
+    /// Answers what it knows.
+    Serving,
+    /// Answers nobody.
+    Gone,
 }
 
 /// What the endpoints of a Service are judged by.
@@ -278,8 +289,11 @@ pub(super) fn join(
                 };
                 let Some(number) = port.number.and_then(port_number) else {
                     notes.add(&subject, Flaw::BadPort, || {
-                        let found = port.number.map_or("no number".to_owned(), |number| number.to_string());
-                        (field(".port"), format!("{found} is no port: left out"))
+                        let what = match port.number {
+                            Some(number) => format!("{number} is no port: left out"),
+                            None => "a slice for every port is not served: left out".into(),
+                        };
+                        (field(".port"), what)
                     });
                     continue;
                 };
@@ -349,21 +363,25 @@ fn candidate(endpoint: &Endpoint, address: IpAddr, context: &Context<'_>) -> Can
     } || context.node_addresses.contains(&address);
     Candidate {
         rank: (!terminating, ready, serving, local),
-        ready,
-        draining: serving && terminating,
-        serving: ready || serving,
+        state: match (ready, serving, terminating) {
+            (true, ..) => State::Ready,
+            (false, true, true) => State::Draining,
+            (false, true, false) => State::Serving,
+            (false, false, _) => State::Gone,
+        },
         local,
     }
 }
 
 /// Who gets new flows: the ready ones, else those that terminate but still answer.
 fn select(candidates: &BTreeMap<(IpAddr, u16), Candidate>) -> BTreeMap<(IpAddr, u16), DesiredBackend> {
-    let any_ready = candidates.values().any(|candidate| candidate.ready);
+    let any_ready = candidates.values().any(|candidate| candidate.state == State::Ready);
+    let chosen = if any_ready { State::Ready } else { State::Draining };
     candidates
         .iter()
-        .filter(|(_, candidate)| candidate.serving)
+        .filter(|(_, candidate)| candidate.state != State::Gone)
         .map(|(endpoint, candidate)| {
-            let selected = if any_ready { candidate.ready } else { candidate.draining };
+            let selected = candidate.state == chosen;
             (*endpoint, DesiredBackend { selected: [selected; 3], local: candidate.local })
         })
         .collect()

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use sluice_common::abi::{self, Backend, Name, Range, backend, frontend};
-use sluice_common::{V4, V6};
+use sluice_common::{Family, V4, V6};
 
 use super::arena::Arena;
 use super::ids::{BackendIds, PortIds};
@@ -14,6 +14,9 @@ use crate::image::{CLASSES, Image, Stack};
 use crate::model::desired::PortKey;
 use crate::model::object::{IpFamily, Protocol};
 use crate::model::{FrontendKind, ObjectName};
+
+/// An id and its backend.
+type Entry<F> = (u32, Backend<<F as Family>::Address>);
 
 impl Plan {
     /// A plan for maps that hold `image`.
@@ -96,7 +99,7 @@ impl Plan {
     }
 
     fn adopt_family<F: Planning>(&mut self) {
-        let mut live: BTreeMap<u32, Vec<(u32, Backend<F::Address>)>> = BTreeMap::new();
+        let mut live: BTreeMap<u32, Vec<Entry<F>>> = BTreeMap::new();
         let backends = F::of(&self.image).backends.clone();
         for (id, backend) in &backends {
             let _ = self.listing.add(F::ip(backend.address), Why::Backend);

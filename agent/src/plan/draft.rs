@@ -78,9 +78,7 @@ impl Draft {
     pub(super) fn set_port(&mut self, image: &mut Image, id: u32, port: Option<ServicePort>) {
         set(&mut image.ports, &mut self.ports, id, port);
         // The name tells the family of the service port's slots.
-        if !self.names.contains_key(&id) {
-            let _ = self.names.insert(id, image.names.get(&id).copied());
-        }
+        let _ = self.names.entry(id).or_insert_with(|| image.names.get(&id).copied());
     }
 
     pub(super) fn set_name(&mut self, image: &mut Image, id: u32, name: Option<Name>) {

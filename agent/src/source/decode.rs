@@ -151,7 +151,7 @@ impl Decoder {
             Some(other) => Err(other.into()),
             None => Err("untyped".into()),
         };
-        let ports = slice.ports.unwrap_or_default().into_iter().map(|port| self.port(port)).collect();
+        let ports = slice.ports.unwrap_or_default().into_iter().map(|port| self.port(&port)).collect();
         let endpoints = slice.endpoints.unwrap_or_default().into_iter().map(|raw| self.endpoint(raw)).collect();
         Slice {
             service: meta.label(SERVICE_LABEL).filter(|name| !name.is_empty()).map(|name| self.share(name)),
@@ -160,7 +160,7 @@ impl Decoder {
         }
     }
 
-    fn port(&mut self, port: RawPort) -> SlicePort {
+    fn port(&mut self, port: &RawPort) -> SlicePort {
         SlicePort {
             name: self.share(port.name.as_deref().unwrap_or_default()),
             number: port.port.map(clamp),
@@ -177,7 +177,7 @@ impl Decoder {
             // Kubernetes defines the first and ignores the rest.
             address: address(raw.addresses.unwrap_or_default().into_iter().next().flatten().as_deref()),
             ready: conditions.ready.unwrap_or(true),
-            serving: conditions.serving.or(conditions.ready).unwrap_or(true),
+            serving: conditions.serving.unwrap_or(true),
             terminating: conditions.terminating.unwrap_or(false),
             node: node.map(|node| self.share(&node)),
             zones: zones.into_iter().filter_map(|zone| zone.name).map(|zone| self.share(&zone)).collect(),
@@ -190,7 +190,7 @@ impl Decoder {
             .unwrap_or_default()
             .into_iter()
             .map(|subset| {
-                let ports = subset.ports.unwrap_or_default().into_iter().map(|port| self.port(port)).collect();
+                let ports = subset.ports.unwrap_or_default().into_iter().map(|port| self.port(&port)).collect();
                 let ready = subset.addresses.unwrap_or_default().into_iter().map(|address| (address, true));
                 let waiting = subset.not_ready_addresses.unwrap_or_default().into_iter().map(|address| (address, false));
                 let endpoints = ready

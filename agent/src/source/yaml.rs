@@ -1,6 +1,5 @@
 //! Text with several documents, cut so that a broken one does not hide the others.
 
-use serde::Deserialize as _;
 use serde_json::Value;
 
 /// A document, or why it is none.
@@ -82,18 +81,21 @@ fn parse(chunk: &str) -> Result<Value, (usize, String)> {
         },
         strict_booleans: true,
     };
-    serde_saphyr::with_deserializer_from_str_with_options(chunk, options, |deserializer| {
-        Value::deserialize(deserializer)
-    })
-    .map_err(|error| {
+    serde_saphyr::from_str_with_options(chunk, options).map_err(|error| {
         let line = error.location().map_or(1, |location| location.line() as usize);
         (line, first_line(&error.to_string()))
     })
 }
 
-/// The parser shows the fault within its surroundings; a report is one line.
+/// The parser names the place within the document and shows it in its surroundings; a report is one line, and
+/// counts lines in the file.
 fn first_line(text: &str) -> String {
-    text.lines().next().unwrap_or_default().trim().to_owned()
+    let line = text.lines().next().unwrap_or_default();
+    let line = line.strip_prefix("error: ").unwrap_or(line);
+    match line.split_once(": ") {
+        Some((place, what)) if place.starts_with("line ") => what.to_owned(),
+        _ => line.to_owned(),
+    }
 }
 
 #[cfg(test)]

@@ -36,6 +36,7 @@ const AF_INET6: u8 = 10;
 const LOOPBACK: u32 = 1;
 const FIB_SUCCESS: i64 = 0;
 const FIB_NO_NEIGHBOUR: i64 = 7;
+const FIB_FRAG_NEEDED: i64 = 8;
 const FIB_OUTPUT: u32 = 2;
 const PACKET_OTHERHOST: u32 = 3;
 
@@ -280,8 +281,8 @@ fn fib_question() -> FibLookup {
 fn route<F: Tc>(skb: *mut __sk_buff, source: &F::Address, destination: &F::Address) -> Option<u32> {
     let mut params = fib_question();
     let status = fib::<F>(skb, &mut params, source, destination, LOOPBACK, 0);
-    // Without a neighbour so far the device is known all the same.
-    (status == FIB_SUCCESS || status == FIB_NO_NEIGHBOUR).then_some(params.ifindex)
+    // Without a neighbour so far, or for a packet beyond its MTU, the device is known all the same.
+    matches!(status, FIB_SUCCESS | FIB_NO_NEIGHBOUR | FIB_FRAG_NEEDED).then_some(params.ifindex)
 }
 
 /// The MTU of a device when the packet, or a segment of it, is larger.

@@ -1,0 +1,365 @@
+//! The API server: Services, EndpointSlices and our own Node, watched.
+//!
+//! Each kind has a watcher of its own, which lists, watches, and lists again when the server has
+//! forgotten where we were. Objects that vanished in between are removed when the new list is
+//! complete. While the server is away nothing changes: what it said last still holds.
+//!
+//! Objects are taken in loosely: one that cannot be decoded is reported and keeps
+//! its last good form; to decode lists strictly would lose all others with it.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt, TryStreamExt as _};
+use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client, Config};
+use tokio::sync::mpsc;
+
+use super::Pulse;
+use super::decode::{Decoder, HEADLESS_LABEL, Kind, Meta, PROXY_NAME_LABEL, change};
+use crate::model::object::ObjectName;
+use crate::model::report::{Flaw, Note, Subject};
+use crate::model::{Change, Event, SourceId};
+
+/// A watch ends and begins anew after this long; if then nothing comes for some seconds, the
+/// connection is taken for dead. So a cut line is noticed in less than five minutes.
+const WATCH_SECONDS: u32 = 240;
+/// A response that stands still for so long is given up: more than a watch may be silent.
+const READ_TIMEOUT: Duration = Duration::from_secs(270);
+/// Objects a page of a list holds. A slice of 100 endpoints is some 250 kB in memory until it is trimmed.
+const PAGE: u32 = 100;
+
+/// How the API server is found, and what of it is wanted.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// A kubeconfig; else `$KUBECONFIG`, `~/.kube/config`, or the pod's own account.
+    pub kubeconfig: Option<PathBuf>,
+    /// The server's address, instead of the one configured.
+    pub api: Option<String>,
+    /// The node's name.
+    pub node: Option<String>,
+    /// Serve objects with this proxy name, instead of those without one.
+    pub proxy_name: Option<String>,
+}
+
+/// The API server cannot even be tried.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// There is no usable configuration.
+    #[error("no configuration for the API server (tried {tried}): {cause}")]
+    Config {
+        /// Where it was looked for.
+        tried: String,
+        /// Why that failed.
+        cause: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The address given is none.
+    #[error("{address:?} is not the address of an API server: {cause}")]
+    Address {
+        /// What was given.
+        address: String,
+        /// What is wrong with it.
+        cause: http::uri::InvalidUri,
+    },
+    /// The client cannot be made, for example from unreadable certificates.
+    #[error("cannot make a client for {address}: {cause}")]
+    Client {
+        /// The server.
+        address: String,
+        /// Why.
+        cause: Box<kube::Error>,
+    },
+}
+
+/// Prepares a client. The server need not be reachable.
+///
+/// # Errors
+///
+/// When there is no configuration, or it is unusable.
+pub async fn connect(settings: &Settings) -> Result<Client, ConnectError> {
+    let mut config = match &settings.kubeconfig {
+        Some(path) => {
+            let tried = path.display().to_string();
+            let failed = |cause| ConnectError::Config { tried: tried.clone(), cause: Box::new(cause) };
+            let kubeconfig = Kubeconfig::read_from(path).map_err(failed)?;
+            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(failed)?
+        }
+        None => Config::infer().await.map_err(|cause| ConnectError::Config {
+            tried: "$KUBECONFIG, ~/.kube/config, the pod's service account".into(),
+            cause: Box::new(cause),
+        })?,
+    };
+    if let Some(address) = &settings.api {
+        config.cluster_url =
+            address.parse().map_err(|cause| ConnectError::Address { address: address.clone(), cause })?;
+    }
+    config.read_timeout = Some(READ_TIMEOUT);
+    config.reset_reader_on_write = true;
+    let address = config.cluster_url.to_string();
+    Client::try_from(config).map_err(|cause| ConnectError::Client { address, cause: Box::new(cause) })
+}
+
+/// Watches the API server until nobody listens any more.
+pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>, pulse: Pulse) {
+    let labels = match &settings.proxy_name {
+        Some(name) => format!("{PROXY_NAME_LABEL}={name},!{HEADLESS_LABEL}"),
+        None => format!("!{PROXY_NAME_LABEL},!{HEADLESS_LABEL}"),
+    };
+    let mut streams = vec![
+        objects(&client, Kind::Service, &watcher::Config::default().labels(&labels)),
+        objects(&client, Kind::EndpointSlice, &watcher::Config::default().labels(&labels)),
+    ];
+    if let Some(node) = &settings.node {
+        let own = watcher::Config::default().fields(&format!("metadata.name={node}"));
+        streams.push(objects(&client, Kind::Node, &own));
+    }
+    let mut stream = futures::stream::select_all(streams);
+    let mut intake = Intake::default();
+    loop {
+        let next = tokio::select! {
+            next = stream.next() => next,
+            () = sink.closed() => return,
+        };
+        let Some((kind, event)) = next else { return };
+        let changes = match event {
+            Ok(event) => {
+                let mut changes = intake.take(kind, event);
+                if intake.recovered(kind) && pulse.heard() {
+                    changes.push(Change::Notes(Subject::Source(SourceId::Kubernetes), Vec::new()));
+                }
+                if changes.contains(&Change::Synced) {
+                    pulse.synced();
+                }
+                changes
+            }
+            Err(error) => {
+                let why = format!("watching {} failed: {}", kind.word(), chain(&error));
+                tracing::warn!("{why}; trying again");
+                pulse.failed(why.clone());
+                intake.failed(kind);
+                vec![Change::Notes(
+                    Subject::Source(SourceId::Kubernetes),
+                    vec![Note::new(Flaw::Unreachable, kind.word(), format!("{why}; what it said last still holds"))],
+                )]
+            }
+        };
+        for change in changes {
+            if sink.send(Event { source: SourceId::Kubernetes, change }).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+type Watched = (Kind, Result<watcher::Event<DynamicObject>, watcher::Error>);
+
+/// A stream of one kind's events that backs off after failures and never ends.
+fn objects(client: &Client, kind: Kind, config: &watcher::Config) -> impl Stream<Item = Watched> + Send + Unpin + use<> {
+    let (group, version) = match kind {
+        Kind::EndpointSlice => ("discovery.k8s.io", "v1"),
+        Kind::Service | Kind::Endpoints | Kind::Node => ("", "v1"),
+    };
+    let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind.word()));
+    let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
+    let config = config.clone().timeout(WATCH_SECONDS).page_size(PAGE);
+    watcher(api, config)
+        .map_ok(trim)
+        .default_backoff()
+        .map(move |event| (kind, event))
+        .boxed()
+}
+
+/// Lets go at once what nobody reads.
+fn trim(event: watcher::Event<DynamicObject>) -> watcher::Event<DynamicObject> {
+    event.modify(|object| {
+        object.metadata.managed_fields = None;
+        object.metadata.annotations = None;
+        object.metadata.owner_references = None;
+    })
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+/// What is known of one kind.
+#[derive(Debug, Default)]
+struct Known {
+    names: BTreeSet<ObjectName>,
+    /// What the list that is under way has shown so far.
+    seen: Option<BTreeSet<ObjectName>>,
+    listed: bool,
+    failing: bool,
+}
+
+/// Turns watch events into changes.
+#[derive(Debug, Default)]
+struct Intake {
+    decoder: Decoder,
+    services: Known,
+    slices: Known,
+    nodes: Known,
+    noted: BTreeSet<Subject>,
+    synced: bool,
+}
+
+impl Intake {
+    fn known(&mut self, kind: Kind) -> &mut Known {
+        match kind {
+            Kind::Service => &mut self.services,
+            Kind::EndpointSlice | Kind::Endpoints => &mut self.slices,
+            Kind::Node => &mut self.nodes,
+        }
+    }
+
+    fn failed(&mut self, kind: Kind) {
+        self.known(kind).failing = true;
+    }
+
+    /// Notes a success; whether by now no kind fails.
+    fn recovered(&mut self, kind: Kind) -> bool {
+        self.known(kind).failing = false;
+        ![&self.services, &self.slices, &self.nodes].iter().any(|known| known.failing)
+    }
+
+    fn take(&mut self, kind: Kind, event: watcher::Event<DynamicObject>) -> Vec<Change> {
+        match event {
+            watcher::Event::Apply(object) | watcher::Event::InitApply(object) => self.apply(kind, object),
+            watcher::Event::Delete(object) => self.remove(kind, &name(&object)),
+            watcher::Event::Init => {
+                self.known(kind).seen = Some(BTreeSet::new());
+                Vec::new()
+            }
+            watcher::Event::InitDone => self.listed(kind),
+        }
+    }
+
+    fn apply(&mut self, kind: Kind, object: DynamicObject) -> Vec<Change> {
+        let name = name(&object);
+        let meta = Meta {
+            name: object.metadata.name,
+            namespace: object.metadata.namespace,
+            labels: object
+                .metadata
+                .labels
+                .map(|labels| labels.into_iter().map(|(key, value)| (key, Some(value))).collect()),
+            creation_timestamp: object.metadata.creation_timestamp.map(|time| time.0.to_string()),
+        };
+        let known = self.known(kind);
+        let _ = known.names.insert(name.clone());
+        if let Some(seen) = &mut known.seen {
+            let _ = seen.insert(name.clone());
+        }
+        let subject = Subject::object(kind.word(), &name);
+        match self.decoder.decode(kind, &meta, object.data) {
+            Ok(object) => {
+                let mut changes = vec![change(kind, name, Some(object))];
+                if self.noted.remove(&subject) {
+                    changes.push(Change::Notes(subject, Vec::new()));
+                }
+                changes
+            }
+            Err(error) => {
+                let _ = self.noted.insert(subject.clone());
+                let note = Note::new(Flaw::Undecodable, "", format!("{error}; it keeps its last good form"));
+                vec![Change::Notes(subject, vec![note])]
+            }
+        }
+    }
+
+    fn remove(&mut self, kind: Kind, name: &ObjectName) -> Vec<Change> {
+        let known = self.known(kind);
+        let _ = known.names.remove(name);
+        if let Some(seen) = &mut known.seen {
+            let _ = seen.remove(name);
+        }
+        let mut changes = vec![change(kind, name.clone(), None)];
+        let subject = Subject::object(kind.word(), name);
+        if self.noted.remove(&subject) {
+            changes.push(Change::Notes(subject, Vec::new()));
+        }
+        changes
+    }
+
+    /// A list is complete: what it did not show is gone.
+    fn listed(&mut self, kind: Kind) -> Vec<Change> {
+        let known = self.known(kind);
+        known.listed = true;
+        let seen = known.seen.take().unwrap_or_default();
+        let gone: Vec<ObjectName> = known.names.difference(&seen).cloned().collect();
+        let mut changes: Vec<Change> = gone.iter().flat_map(|name| self.remove(kind, name)).collect();
+        if !self.synced && self.services.listed && self.slices.listed {
+            self.synced = true;
+            changes.push(Change::Synced);
+        }
+        changes
+    }
+}
+
+fn name(object: &DynamicObject) -> ObjectName {
+    let text = |text: &Option<String>| text.as_deref().unwrap_or_default().into();
+    ObjectName { namespace: text(&object.metadata.namespace), name: text(&object.metadata.name) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn service(name: &str, body: serde_json::Value) -> DynamicObject {
+        let mut object = body;
+        object["metadata"] = json!({"name": name, "namespace": "default"});
+        serde_json::from_value(object).expect("an object")
+    }
+
+    fn good(name: &str) -> DynamicObject {
+        service(name, json!({"spec": {"clusterIP": "10.0.0.1", "ports": [{"port": 80}]}}))
+    }
+
+    #[test]
+    fn what_vanished_while_nobody_watched_goes_when_the_new_list_is_complete() {
+        let mut intake = Intake::default();
+        let mut take = |event| intake.take(Kind::Service, event);
+        assert_eq!(take(watcher::Event::Init), []);
+        let _ = take(watcher::Event::InitApply(good("a")));
+        let _ = take(watcher::Event::InitApply(good("b")));
+        assert_eq!(take(watcher::Event::InitDone), [], "slices are not listed yet");
+        assert_eq!(take(watcher::Event::Init), []);
+        assert!(matches!(take(watcher::Event::InitApply(good("b"))).as_slice(), [Change::Service(_, Some(_))]));
+        let gone = ObjectName::new("default", "a");
+        assert_eq!(take(watcher::Event::InitDone), [Change::Service(gone, None)]);
+        let _ = intake.take(Kind::EndpointSlice, watcher::Event::Init);
+        assert_eq!(intake.take(Kind::EndpointSlice, watcher::Event::InitDone), [Change::Synced]);
+        let _ = intake.take(Kind::EndpointSlice, watcher::Event::Init);
+        assert_eq!(intake.take(Kind::EndpointSlice, watcher::Event::InitDone), [], "once is enough");
+    }
+
+    #[test]
+    fn an_object_that_cannot_be_decoded_keeps_its_form_and_is_reported_until_it_can() {
+        let mut intake = Intake::default();
+        let _ = intake.take(Kind::Service, watcher::Event::Init);
+        let _ = intake.take(Kind::Service, watcher::Event::InitApply(good("a")));
+        let _ = intake.take(Kind::Service, watcher::Event::InitDone);
+        let bad = service("a", json!({"spec": {"ports": "none"}}));
+        let changes = intake.take(Kind::Service, watcher::Event::Apply(bad.clone()));
+        assert!(matches!(changes.as_slice(), [Change::Notes(_, notes)] if notes.len() == 1), "{changes:?}");
+        let _ = intake.take(Kind::Service, watcher::Event::Init);
+        let _ = intake.take(Kind::Service, watcher::Event::InitApply(bad));
+        assert_eq!(intake.take(Kind::Service, watcher::Event::InitDone), [], "it was in the list: not gone");
+        let changes = intake.take(Kind::Service, watcher::Event::Apply(good("a")));
+        assert!(matches!(changes.as_slice(), [Change::Service(_, Some(_)), Change::Notes(_, notes)] if notes.is_empty()));
+    }
+}

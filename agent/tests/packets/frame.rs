@@ -1,0 +1,356 @@
+//! Builds frames from what they say. Checksums are sums over the whole segment, taken plainly.
+
+use std::net::{IpAddr, SocketAddr};
+
+pub(crate) const TCP: u8 = 6;
+pub(crate) const UDP: u8 = 17;
+
+pub(crate) const FIN: u8 = 1;
+pub(crate) const SYN: u8 = 2;
+pub(crate) const RST: u8 = 4;
+pub(crate) const PSH: u8 = 8;
+pub(crate) const ACK: u8 = 16;
+
+/// A link-layer address.
+pub(crate) type Mac = [u8; 6];
+
+/// What a transport checksum field holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sum {
+    /// The checksum.
+    Full,
+    /// Zero.
+    Absent,
+    /// The pseudo-header's sum: the device is to do the rest.
+    Partial,
+}
+
+/// The Ethernet header.
+#[derive(Clone, Debug)]
+pub(crate) struct Link {
+    pub(crate) destination: Mac,
+    pub(crate) source: Mac,
+    /// Tag protocol and tag control, outermost first.
+    pub(crate) tags: Vec<(u16, u16)>,
+}
+
+/// What the IP header carries.
+#[derive(Clone, Debug)]
+pub(crate) enum Payload {
+    Tcp { ports: [u16; 2], sequence: u32, acknowledgment: u32, flags: u8, window: u16, data: Vec<u8>, sum: Sum },
+    Udp { ports: [u16; 2], data: Vec<u8>, sum: Sum },
+    Icmp { kind: u8, code: u8, rest: [u8; 4], quote: Vec<u8> },
+    Other { protocol: u8, bytes: Vec<u8> },
+}
+
+/// Where a patch counts its offset from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum From {
+    Network,
+    Transport,
+}
+
+/// A frame, said in fields.
+#[derive(Clone, Debug)]
+pub(crate) struct Frame {
+    pub(crate) link: Option<Link>,
+    pub(crate) source: IpAddr,
+    pub(crate) destination: IpAddr,
+    pub(crate) ttl: u8,
+    pub(crate) class: u8,
+    pub(crate) id: u16,
+    /// IPv4's flags and offset.
+    pub(crate) fragment: u16,
+    /// IPv4's options.
+    pub(crate) options: Vec<u8>,
+    /// IPv6's extension headers: number, and bytes with the first left to be filled in.
+    pub(crate) extensions: Vec<(u8, Vec<u8>)>,
+    pub(crate) payload: Payload,
+    /// Bytes behind the IP packet.
+    pub(crate) padding: Vec<u8>,
+    /// Bytes written over the finished frame.
+    pub(crate) patches: Vec<(From, usize, Vec<u8>)>,
+}
+
+/// The sum of bytes as big-endian halves, folded.
+fn sum(parts: &[&[u8]]) -> u16 {
+    let bytes = parts.concat();
+    let mut sum = 0_u32;
+    for pair in bytes.chunks(2) {
+        sum += u32::from(pair[0]) << 8 | u32::from(pair.get(1).copied().unwrap_or(0));
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+/// An address's bytes.
+pub(crate) fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+impl Frame {
+    fn new(source: IpAddr, destination: IpAddr, payload: Payload) -> Self {
+        Self {
+            link: Some(Link { destination: [2, 0, 0, 0, 0, 0xd], source: [2, 0, 0, 0, 0, 0x5], tags: Vec::new() }),
+            source,
+            destination,
+            ttl: 61,
+            class: 0,
+            id: 0x1234,
+            fragment: 0x4000,
+            options: Vec::new(),
+            extensions: Vec::new(),
+            payload,
+            padding: Vec::new(),
+            patches: Vec::new(),
+        }
+    }
+
+    /// A TCP segment with flags.
+    pub(crate) fn tcp(source: SocketAddr, destination: SocketAddr, flags: u8, data: &[u8]) -> Self {
+        let payload = Payload::Tcp {
+            ports: [source.port(), destination.port()],
+            sequence: 0x0102_fffe,
+            acknowledgment: if flags & ACK == 0 { 0 } else { 0x7172_7374 },
+            flags,
+            window: 0xfa00,
+            data: data.to_vec(),
+            sum: Sum::Full,
+        };
+        Self::new(source.ip(), destination.ip(), payload)
+    }
+
+    /// A UDP datagram.
+    pub(crate) fn udp(source: SocketAddr, destination: SocketAddr, data: &[u8]) -> Self {
+        let ports = [source.port(), destination.port()];
+        Self::new(source.ip(), destination.ip(), Payload::Udp { ports, data: data.to_vec(), sum: Sum::Full })
+    }
+
+    /// An ICMP message that quotes bytes.
+    pub(crate) fn icmp(source: IpAddr, destination: IpAddr, (kind, code): (u8, u8), rest: u32, quote: &[u8]) -> Self {
+        let payload = Payload::Icmp { kind, code, rest: rest.to_be_bytes(), quote: quote.to_vec() };
+        Self::new(source, destination, payload)
+    }
+
+    /// Something else over IP.
+    pub(crate) fn other(source: IpAddr, destination: IpAddr, protocol: u8, bytes: &[u8]) -> Self {
+        Self::new(source, destination, Payload::Other { protocol, bytes: bytes.to_vec() })
+    }
+
+    /// The same from another address and port.
+    pub(crate) fn from(mut self, end: SocketAddr) -> Self {
+        self.source = end.ip();
+        if let Payload::Tcp { ports, .. } | Payload::Udp { ports, .. } = &mut self.payload {
+            ports[0] = end.port();
+        }
+        self
+    }
+
+    /// The same to another address and port.
+    pub(crate) fn to(mut self, end: SocketAddr) -> Self {
+        self.destination = end.ip();
+        if let Payload::Tcp { ports, .. } | Payload::Udp { ports, .. } = &mut self.payload {
+            ports[1] = end.port();
+        }
+        self
+    }
+
+    /// The same with another checksum field.
+    pub(crate) fn sum(mut self, new: Sum) -> Self {
+        if let Payload::Tcp { sum, .. } | Payload::Udp { sum, .. } = &mut self.payload {
+            *sum = new;
+        }
+        self
+    }
+
+    /// The same with another TTL or hop limit.
+    pub(crate) fn ttl(mut self, ttl: u8) -> Self {
+        self.ttl = ttl;
+        self
+    }
+
+    /// The same on a device without a link header.
+    pub(crate) fn bare(mut self) -> Self {
+        self.link = None;
+        self
+    }
+
+    /// The same with a VLAN tag inside those it has.
+    pub(crate) fn tag(mut self, protocol: u16, control: u16) -> Self {
+        self.link.as_mut().expect("a link header").tags.push((protocol, control));
+        self
+    }
+
+    /// The same addressed to another device.
+    pub(crate) fn at(mut self, destination: Mac) -> Self {
+        self.link.as_mut().expect("a link header").destination = destination;
+        self
+    }
+
+    /// The same with the Ethernet addresses exchanged.
+    pub(crate) fn turned(mut self) -> Self {
+        if let Some(link) = &mut self.link {
+            std::mem::swap(&mut link.source, &mut link.destination);
+        }
+        self
+    }
+
+    /// The same with IPv4 options.
+    pub(crate) fn options(mut self, options: &[u8]) -> Self {
+        self.options = options.to_vec();
+        self
+    }
+
+    /// The same with an IPv6 extension header behind those it has; its first byte is filled in.
+    pub(crate) fn extension(mut self, number: u8, bytes: &[u8]) -> Self {
+        self.extensions.push((number, bytes.to_vec()));
+        self
+    }
+
+    /// The same with bytes written over it in the end.
+    pub(crate) fn patch(mut self, from: From, offset: usize, bytes: &[u8]) -> Self {
+        self.patches.push((from, offset, bytes.to_vec()));
+        self
+    }
+
+    /// The same with bytes behind the packet.
+    pub(crate) fn padded(mut self, bytes: usize) -> Self {
+        self.padding = vec![0xee; bytes];
+        self
+    }
+
+    /// The IP packet's length as its header says it.
+    pub(crate) fn length(&self) -> u32 {
+        (self.network_header() + self.segment().len()) as u32
+    }
+
+    /// Offset of the IP header.
+    pub(crate) fn network(&self) -> usize {
+        self.link.as_ref().map_or(0, |link| 14 + 4 * link.tags.len())
+    }
+
+    fn network_header(&self) -> usize {
+        match self.source {
+            IpAddr::V4(_) => 20 + self.options.len(),
+            IpAddr::V6(_) => 40 + self.extensions.iter().map(|(_, bytes)| bytes.len()).sum::<usize>(),
+        }
+    }
+
+    fn protocol(&self) -> u8 {
+        match &self.payload {
+            Payload::Tcp { .. } => TCP,
+            Payload::Udp { .. } => UDP,
+            Payload::Icmp { .. } if self.source.is_ipv4() => 1,
+            Payload::Icmp { .. } => 58,
+            Payload::Other { protocol, .. } => *protocol,
+        }
+    }
+
+    fn pseudo(&self, protocol: u8, length: usize) -> Vec<u8> {
+        [octets(self.source), octets(self.destination), vec![0, protocol], (length as u32).to_be_bytes().to_vec()]
+            .concat()
+    }
+
+    fn segment(&self) -> Vec<u8> {
+        let (mut bytes, at, kind) = match &self.payload {
+            Payload::Tcp { ports, sequence, acknowledgment, flags, window, data, sum } => {
+                let mut bytes = [ports[0].to_be_bytes(), ports[1].to_be_bytes()].concat();
+                bytes.extend(sequence.to_be_bytes());
+                bytes.extend(acknowledgment.to_be_bytes());
+                bytes.extend([5 << 4, *flags]);
+                bytes.extend(window.to_be_bytes());
+                bytes.extend([0; 4]);
+                bytes.extend(data);
+                (bytes, 16, *sum)
+            }
+            Payload::Udp { ports, data, sum } => {
+                let length = 8 + data.len() as u16;
+                let mut bytes =
+                    [ports[0].to_be_bytes(), ports[1].to_be_bytes(), length.to_be_bytes(), [0; 2]].concat();
+                bytes.extend(data);
+                (bytes, 6, *sum)
+            }
+            Payload::Icmp { kind, code, rest, quote } => {
+                let mut bytes = vec![*kind, *code, 0, 0];
+                bytes.extend(rest);
+                bytes.extend(quote);
+                (bytes, 2, Sum::Full)
+            }
+            Payload::Other { bytes, .. } => return bytes.clone(),
+        };
+        let protocol = self.protocol();
+        // ICMP alone has no pseudo-header.
+        let pseudo = if protocol == 1 { Vec::new() } else { self.pseudo(protocol, bytes.len()) };
+        let field = match kind {
+            Sum::Absent => 0,
+            Sum::Partial => sum(&[&pseudo]),
+            Sum::Full => match !sum(&[&pseudo, &bytes]) {
+                0 if protocol == UDP => 0xffff,
+                sum => sum,
+            },
+        };
+        bytes[at..at + 2].copy_from_slice(&field.to_be_bytes());
+        bytes
+    }
+
+    /// The IP packet alone.
+    pub(crate) fn packet(&self) -> Vec<u8> {
+        let segment = self.segment();
+        let mut bytes = Vec::new();
+        match self.source {
+            IpAddr::V4(_) => {
+                assert!(self.options.len().is_multiple_of(4), "options fill words");
+                bytes.extend([0x40 | (5 + self.options.len() / 4) as u8, self.class]);
+                bytes.extend((self.length() as u16).to_be_bytes());
+                bytes.extend(self.id.to_be_bytes());
+                bytes.extend(self.fragment.to_be_bytes());
+                bytes.extend([self.ttl, self.protocol(), 0, 0]);
+                bytes.extend(octets(self.source));
+                bytes.extend(octets(self.destination));
+                bytes.extend(&self.options);
+                let checksum = !sum(&[&bytes]);
+                bytes[10..12].copy_from_slice(&checksum.to_be_bytes());
+            }
+            IpAddr::V6(_) => {
+                let mut next: Vec<u8> = self.extensions.iter().map(|(number, _)| *number).collect();
+                next.push(self.protocol());
+                bytes.extend([0x60 | self.class >> 4, self.class << 4, 0, 0]);
+                bytes.extend((self.length() as u16 - 40).to_be_bytes());
+                bytes.extend([next[0], self.ttl]);
+                bytes.extend(octets(self.source));
+                bytes.extend(octets(self.destination));
+                for ((_, extension), next) in self.extensions.iter().zip(&next[1..]) {
+                    bytes.push(*next);
+                    bytes.extend(&extension[1..]);
+                }
+            }
+        }
+        bytes.extend(segment);
+        for (from, offset, patch) in &self.patches {
+            let at = offset + if matches!(from, From::Network) { 0 } else { self.network_header() };
+            bytes[at..at + patch.len()].copy_from_slice(patch);
+        }
+        bytes
+    }
+
+    /// The frame's bytes.
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let ethertype: u16 = if self.source.is_ipv4() { 0x0800 } else { 0x86dd };
+        if let Some(link) = &self.link {
+            bytes.extend(link.destination);
+            bytes.extend(link.source);
+            for (protocol, control) in &link.tags {
+                bytes.extend(protocol.to_be_bytes());
+                bytes.extend(control.to_be_bytes());
+            }
+            bytes.extend(ethertype.to_be_bytes());
+        }
+        bytes.extend(self.packet());
+        bytes.extend(&self.padding);
+        bytes
+    }
+}

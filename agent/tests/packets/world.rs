@@ -1,0 +1,375 @@
+//! What the maps hold before and after a packet, and the network around it.
+//!
+//! Every address begins with its family's ethertype where a source address lies in a bare IP
+//! packet: the kernel's test run takes the ethertype from bytes 12 and 13, and those of a packet
+//! without a link header are the source address's (IPv4: its first two, IPv6: its third pair).
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use sluice_common::abi::{
+    Backend, Device, Flow, OriginKey, Range, Service, ServiceKey, Tuple, backend, device, flow, frontend, listing,
+};
+
+use super::frame::{ACK, Frame, Mac, SYN, TCP, UDP};
+
+/// An address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Version {
+    V4,
+    V6,
+}
+
+/// Ifindex of a pod's link.
+pub(crate) const EDGE: u32 = 11;
+/// Ifindex of the device towards the world, and towards backends elsewhere.
+pub(crate) const UPLINK: u32 = 12;
+/// Ifindex of a device without a link header.
+pub(crate) const TUNNEL: u32 = 13;
+/// Ifindex of the device that the route to every frontend names.
+pub(crate) const OWN: u32 = 14;
+/// Ifindex of a device with a small MTU.
+pub(crate) const NARROW: u32 = 15;
+/// Ifindex of a bridge.
+pub(crate) const BRIDGE: u32 = 16;
+/// MTU of [`NARROW`].
+pub(crate) const NARROW_MTU: u32 = 1300;
+/// The backend's link-layer address as the bridge knows it.
+pub(crate) const BACKEND_MAC: Mac = [2, 0, 0, 0, 2, 3];
+
+/// A device's own link-layer address.
+pub(crate) fn mac(ifindex: u32) -> Mac {
+    [2, 0, 0, 0, 0, ifindex as u8]
+}
+
+/// The address with these last two bytes or halves.
+pub(crate) fn address(version: Version, net: u8, host: u8) -> IpAddr {
+    match version {
+        Version::V4 => Ipv4Addr::new(8, 0, net, host).into(),
+        Version::V6 => {
+            Ipv6Addr::new(0x2001, 0xdb8, 0x86dd, u16::from(net), 0, 0, 0, u16::from(host)).into()
+        }
+    }
+}
+
+/// The nets of [`address`] and where their routes lead.
+pub(crate) const ROUTES: [(u8, u32); 3] = [(NET_BACKENDS, UPLINK), (NET_NARROW, NARROW), (NET_FRONTENDS, OWN)];
+pub(crate) const NET_NODE: u8 = 0;
+pub(crate) const NET_CLIENTS: u8 = 1;
+pub(crate) const NET_BACKENDS: u8 = 2;
+pub(crate) const NET_NARROW: u8 = 3;
+pub(crate) const NET_UNROUTED: u8 = 4;
+pub(crate) const NET_FRONTENDS: u8 = 96;
+
+/// The device that a route names, and its MTU.
+pub(crate) fn route(destination: IpAddr) -> Option<(u32, u32)> {
+    let net = match destination {
+        IpAddr::V4(address) => address.octets()[2],
+        IpAddr::V6(address) => address.octets()[7],
+    };
+    let (_, ifindex) = ROUTES.iter().find(|(routed, _)| *routed == net)?;
+    Some((*ifindex, if *ifindex == NARROW { NARROW_MTU } else { 1500 }))
+}
+
+/// The maps' content; [`Flow::seen`] is the entry's age in ticks.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct World {
+    pub(crate) services: BTreeMap<ServiceKey<IpAddr>, Service>,
+    pub(crate) ports: BTreeMap<u32, [Range; 3]>,
+    pub(crate) slots: BTreeMap<u32, u32>,
+    pub(crate) backends: BTreeMap<u32, Backend<IpAddr>>,
+    pub(crate) origins: BTreeMap<OriginKey<IpAddr>, Vec<SocketAddr>>,
+    pub(crate) listing: BTreeMap<IpAddr, u8>,
+    pub(crate) devices: BTreeMap<u32, Device>,
+    /// Milliseconds of credit that a client has left.
+    pub(crate) rejects: BTreeMap<IpAddr, u32>,
+    pub(crate) flows: Flows,
+    pub(crate) embryonic: Flows,
+    pub(crate) marks: u32,
+}
+
+/// Flow entries.
+pub(crate) type Flows = BTreeMap<Tuple<IpAddr>, Flow<IpAddr>>;
+
+pub(crate) fn tuple(source: SocketAddr, destination: SocketAddr, protocol: u8) -> Tuple<IpAddr> {
+    Tuple {
+        source: source.ip(),
+        destination: destination.ip(),
+        source_port: source.port(),
+        destination_port: destination.port(),
+        protocol,
+        reserved: [0; 3],
+    }
+}
+
+/// A flow as a person would tell it: two entries.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Connection {
+    pub(crate) protocol: u8,
+    pub(crate) client: SocketAddr,
+    pub(crate) frontend: SocketAddr,
+    /// The client as the backend sees it.
+    pub(crate) seen_as: SocketAddr,
+    pub(crate) backend: SocketAddr,
+    pub(crate) id: u32,
+    pub(crate) generation: u16,
+    pub(crate) service_port: u32,
+    pub(crate) state: u8,
+    pub(crate) flags: u8,
+    pub(crate) age: u32,
+}
+
+impl Connection {
+    fn flow(&self, source: SocketAddr, destination: SocketAddr, flags: u8) -> Flow<IpAddr> {
+        Flow {
+            source: source.ip(),
+            destination: destination.ip(),
+            source_port: source.port(),
+            destination_port: destination.port(),
+            backend: self.id,
+            service_port: self.service_port,
+            seen: self.age,
+            generation: self.generation,
+            state: self.state,
+            flags: self.flags | flags,
+        }
+    }
+
+    /// What is done to the client's packets.
+    pub(crate) fn forward(&self) -> Flows {
+        let key = tuple(self.client, self.frontend, self.protocol);
+        Flows::from([(key, self.flow(self.seen_as, self.backend, 0))])
+    }
+
+    /// What is done to the backend's packets.
+    pub(crate) fn reply(&self) -> Flows {
+        let key = tuple(self.backend, self.seen_as, self.protocol);
+        Flows::from([(key, self.flow(self.frontend, self.client, flow::REPLY))])
+    }
+
+    /// Both entries.
+    pub(crate) fn both(&self) -> Flows {
+        let mut both = self.forward();
+        both.extend(self.reply());
+        both
+    }
+
+    pub(crate) fn state(self, state: u8) -> Self {
+        Self { state, ..self }
+    }
+
+    pub(crate) fn flags(self, flags: u8) -> Self {
+        Self { flags, ..self }
+    }
+
+    pub(crate) fn age(self, age: u32) -> Self {
+        Self { age, ..self }
+    }
+
+    pub(crate) fn seen_as(self, seen_as: SocketAddr) -> Self {
+        Self { seen_as, ..self }
+    }
+}
+
+/// Who plays in most cases: one client, frontends with one backend, one without.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cast {
+    pub(crate) version: Version,
+    pub(crate) protocol: u8,
+    pub(crate) client: SocketAddr,
+    pub(crate) frontend: SocketAddr,
+    /// Leads to the same endpoint as `frontend`, through a service port of its own.
+    pub(crate) other_frontend: SocketAddr,
+    /// Has no backends.
+    pub(crate) empty: SocketAddr,
+    pub(crate) backend: SocketAddr,
+    /// Selected by nobody.
+    pub(crate) other_backend: SocketAddr,
+    pub(crate) node: IpAddr,
+    pub(crate) router: IpAddr,
+}
+
+/// Service port of [`Cast::frontend`]; its backend has the same id.
+pub(crate) const ONE: u32 = 1;
+/// Service port of [`Cast::other_frontend`]; its backend has the same id.
+pub(crate) const OTHER: u32 = 3;
+/// Service port of [`Cast::empty`].
+pub(crate) const EMPTY: u32 = 5;
+/// Id of [`Cast::other_backend`], of service port [`ONE`].
+pub(crate) const SPARE: u32 = 7;
+/// Generation of every backend.
+pub(crate) const GENERATION: u16 = 9;
+/// Slots of every range.
+pub(crate) const SLOTS: u16 = 61;
+
+impl Cast {
+    pub(crate) fn new(version: Version, protocol: u8) -> Self {
+        let at = |net, host, port| SocketAddr::new(address(version, net, host), port);
+        let (front, back) = if protocol == TCP { (80, 8080) } else { (53, 5353) };
+        Self {
+            version,
+            protocol,
+            client: at(NET_CLIENTS, 7, 40_001),
+            frontend: at(NET_FRONTENDS, 10, front),
+            other_frontend: at(NET_FRONTENDS, 11, front),
+            empty: at(NET_FRONTENDS, 12, front),
+            backend: at(NET_BACKENDS, 3, back),
+            other_backend: at(NET_BACKENDS, 4, back),
+            node: address(version, NET_NODE, 1),
+            router: address(version, NET_NODE, 254),
+        }
+    }
+
+    /// Both families, TCP and UDP.
+    pub(crate) fn all() -> Vec<Self> {
+        let mut all = Vec::new();
+        for version in [Version::V4, Version::V6] {
+            for protocol in [TCP, UDP] {
+                all.push(Self::new(version, protocol));
+            }
+        }
+        all
+    }
+
+    /// Both families, one protocol.
+    pub(crate) fn of(protocol: u8) -> Vec<Self> {
+        vec![Self::new(Version::V4, protocol), Self::new(Version::V6, protocol)]
+    }
+
+    /// "IPv4 TCP".
+    pub(crate) fn title(&self) -> String {
+        let version = if self.version == Version::V4 { "IPv4" } else { "IPv6" };
+        format!("{version} {}", if self.protocol == TCP { "TCP" } else { "UDP" })
+    }
+
+    /// The first packet of a flow.
+    pub(crate) fn first(&self, source: SocketAddr, destination: SocketAddr) -> Frame {
+        if self.protocol == TCP {
+            Frame::tcp(source, destination, SYN, &[])
+        } else {
+            Frame::udp(source, destination, b"question")
+        }
+    }
+
+    /// A packet in the middle of a flow, of odd length.
+    pub(crate) fn next(&self, source: SocketAddr, destination: SocketAddr) -> Frame {
+        if self.protocol == TCP {
+            Frame::tcp(source, destination, ACK, b"data!")
+        } else {
+            Frame::udp(source, destination, b"data!")
+        }
+    }
+
+    /// The flow of the client through the frontend, just opened.
+    pub(crate) fn connection(&self) -> Connection {
+        Connection {
+            protocol: self.protocol,
+            client: self.client,
+            frontend: self.frontend,
+            seen_as: self.client,
+            backend: self.backend,
+            id: ONE,
+            generation: GENERATION,
+            service_port: ONE,
+            state: 0,
+            flags: flow::LOCAL,
+            age: 0,
+        }
+    }
+
+    /// The flow of the client through the other frontend.
+    pub(crate) fn other_connection(&self) -> Connection {
+        Connection { frontend: self.other_frontend, id: OTHER, service_port: OTHER, ..self.connection() }
+    }
+
+    /// The maps without flows.
+    pub(crate) fn world(&self) -> World {
+        let mut world = World::default();
+        world.add_backend(self, ONE, ONE, self.backend);
+        world.add_backend(self, OTHER, OTHER, self.backend);
+        world.add_backend(self, SPARE, ONE, self.other_backend);
+        world.add_frontend(self, ONE, self.frontend, frontend::CLUSTER_IP);
+        world.add_frontend(self, OTHER, self.other_frontend, frontend::CLUSTER_IP);
+        world.add_frontend(self, EMPTY, self.empty, frontend::CLUSTER_IP);
+        world.fill(ONE, &[ONE]);
+        world.fill(OTHER, &[OTHER]);
+        let _ = world.ports.insert(EMPTY, [Range::default(); 3]);
+        let origin = ServiceKey {
+            address: self.backend.ip(),
+            port: self.backend.port(),
+            protocol: self.protocol,
+            reserved: 0,
+        };
+        let _ = world.origins.insert(origin, vec![self.frontend, self.other_frontend]);
+        let _ = world.listing.insert(self.node, listing::NODE);
+        for (ifindex, role) in [
+            (EDGE, device::EDGE),
+            (UPLINK, device::UPLINK),
+            (TUNNEL, device::FABRIC),
+            (OWN, device::OWN),
+            (NARROW, device::UPLINK),
+        ] {
+            let link_header = if ifindex == TUNNEL { 0 } else { 14 };
+            let mtu = if ifindex == NARROW { NARROW_MTU } else { 1500 };
+            let device = Device { role, bridge: 0, mac: mac(ifindex), link_header, mtu };
+            let _ = world.devices.insert(ifindex, device);
+        }
+        world
+    }
+}
+
+impl World {
+    /// Adds a serving local backend.
+    pub(crate) fn add_backend(&mut self, cast: &Cast, id: u32, service_port: u32, at: SocketAddr) {
+        let backend = Backend {
+            address: at.ip(),
+            port: at.port(),
+            generation: GENERATION,
+            service_port,
+            flags: backend::SERVING | backend::LOCAL,
+        };
+        let _ = self.backends.insert(id, backend);
+        debug_assert!(at.is_ipv4() == (cast.version == Version::V4), "addresses are of the cast's family");
+        *self.listing.entry(at.ip()).or_default() |= listing::BACKEND;
+    }
+
+    /// Adds a frontend.
+    pub(crate) fn add_frontend(&mut self, cast: &Cast, service_port: u32, at: SocketAddr, kind: u32) {
+        let key = ServiceKey { address: at.ip(), port: at.port(), protocol: cast.protocol, reserved: 0 };
+        let _ = self.services.insert(key, Service { service_port, kind });
+        *self.listing.entry(at.ip()).or_default() |= listing::FRONTEND;
+    }
+
+    /// Gives a service port a range of its own in which these backends take turns.
+    pub(crate) fn fill(&mut self, service_port: u32, ids: &[u32]) {
+        let start = service_port * 64;
+        for (slot, id) in (start..).zip(ids.iter().cycle().take(usize::from(SLOTS))) {
+            let _ = self.slots.insert(slot, *id);
+        }
+        let _ = self.ports.insert(service_port, [Range::new(start, SLOTS); 3]);
+    }
+
+    /// With entries in `flows`.
+    pub(crate) fn flows(mut self, flows: Flows) -> Self {
+        self.flows.extend(flows);
+        self
+    }
+
+    /// With entries in `embryonic`.
+    pub(crate) fn embryonic(mut self, flows: Flows) -> Self {
+        self.embryonic.extend(flows);
+        self
+    }
+
+    /// With marks.
+    pub(crate) fn marks(mut self, marks: u32) -> Self {
+        self.marks = marks;
+        self
+    }
+
+    /// With other flags of a backend.
+    pub(crate) fn backend_flags(mut self, id: u32, flags: u32) -> Self {
+        self.backends.get_mut(&id).expect("a backend of this id").flags = flags;
+        self
+    }
+}
