@@ -22,7 +22,7 @@ use crate::devices::pattern::Patterns;
 use crate::devices::watch::{Watched, watch as watch_devices};
 use crate::model::{self, Event, Model, SourceId};
 use crate::source::{Pulse, kubernetes, manifests};
-use keeper::{Inputs, Keeper, Kept};
+use keeper::{Inputs, Keeper, Kept, route_vips};
 use status::{SourceStatus, StateDir, Status, unix_seconds};
 use sync::Sync;
 
@@ -116,25 +116,27 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         }),
     };
 
-    let (survey_sender, watched) = watch::channel(Watched::default());
-    let (vips_sender, vips) = watch::channel(Arc::new(BTreeSet::<IpAddr>::new()));
-    let (filled_sender, filled) = watch::channel(loaded.filled);
-    let (kept_sender, kept) = watch::channel(Kept::default());
     let (events_sender, events) = mpsc::channel(EVENTS);
-
-    let _devices = tokio::spawn(keep_watching(options.patterns.clone(), survey_sender));
-    let own = OwnRoutes::new().await.context("cannot use netlink")?;
-    let keeper = Keeper::new(loaded.hooks, own, options.socket_path.word(), cgroup);
-    let inputs = Inputs { watched: watched.clone(), vips, filled };
-    let _keeper = tokio::spawn(keeper.run(inputs, kept_sender));
     let sources = start_sources(&options, &events_sender).await?;
-
     let settings = model::Settings {
         node: Some(options.node.as_str().into()),
         proxy_name: options.proxy_name.as_deref().map(Into::into),
         sources: sources.iter().map(|source| source.id).collect(),
     };
-    let sync = Sync::adopt(loaded.kernel, Model::new(settings), loaded.filled)?;
+    let mut sync = Sync::adopt(loaded.kernel, Model::new(settings), loaded.filled)?;
+
+    let (survey_sender, watched) = watch::channel(Watched::default());
+    // Adopted VIPs keep their routes until the sources say otherwise.
+    let (vips_sender, vips) = watch::channel(sync.take_vips().unwrap_or_default());
+    let (filled_sender, filled) = watch::channel(loaded.filled);
+    let (kept_sender, kept) = watch::channel(Kept::default());
+    let (routing_sender, routing) = watch::channel(None);
+    let own = OwnRoutes::new().await.context("cannot use netlink")?;
+    let _devices = tokio::spawn(keep_watching(options.patterns.clone(), survey_sender));
+    let _routes = tokio::spawn(route_vips(own, vips, watched.clone(), routing_sender));
+    let keeper = Keeper::new(loaded.hooks, options.socket_path.word(), cgroup);
+    let inputs = Inputs { watched: watched.clone(), routing, filled };
+    let _keeper = tokio::spawn(keeper.run(inputs, kept_sender));
     let status = Status {
         node: options.node.clone(),
         pid: std::process::id(),

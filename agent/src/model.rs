@@ -255,7 +255,8 @@ impl Model {
             .flat_map(|node| node.addresses.iter().copied())
             .chain(self.interfaces.iter().copied())
             .collect();
-        let changed: BTreeSet<IpAddr> = self.node_addresses.symmetric_difference(&addresses).copied().collect();
+        let changed: BTreeSet<IpAddr> =
+            self.node_addresses.symmetric_difference(&addresses).copied().collect();
         if changed.is_empty() {
             return;
         }
@@ -306,7 +307,8 @@ impl Model {
         for (key, port) in &mut *ports {
             for frontend in frontends(key, port).collect::<Vec<_>>() {
                 let (address, number, protocol) = frontend;
-                let what = || format!("{} {}", std::net::SocketAddr::from((address, number)), protocol.word());
+                let what =
+                    || format!("{} {}", std::net::SocketAddr::from((address, number)), protocol.word());
                 match self.claims.winner(&frontend) {
                     Some(winner) if winner != name => {
                         notes.add(&subject, Flaw::ClaimLost, || {

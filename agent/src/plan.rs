@@ -62,6 +62,8 @@ impl Default for Sizes {
 
 /// Frontends that are inserted before those that go are removed, at most (see [`Sizes::services`]).
 const INSERTED_AT_ONCE: u32 = 2_048;
+/// Backends that one draft touches, about: it holds all it touches twice.
+const TOUCHED_AT_ONCE: u32 = 8_192;
 /// Service ports that got less than due and are tried again after one update.
 const RETRIED_AT_ONCE: usize = 16;
 
@@ -248,7 +250,7 @@ impl Plan {
             let _ = self.waiting.insert(name.clone(), desired.clone());
         }
         let _ = work.update.notes.insert(name.clone(), notes);
-        if work.draft.inserted >= INSERTED_AT_ONCE {
+        if work.draft.inserted >= INSERTED_AT_ONCE || work.draft.touched >= TOUCHED_AT_ONCE {
             self.flush(work);
         }
     }

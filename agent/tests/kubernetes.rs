@@ -83,12 +83,18 @@ impl Server {
                 let _ = self.watch(&mut stream, services, &target, &mut events).await;
                 return;
             }
-            let items: Vec<Value> =
-                if services { self.world().services.iter().map(|name| service(name)).collect() } else { Vec::new() };
+            let items: Vec<Value> = if services {
+                self.world().services.iter().map(|name| service(name)).collect()
+            } else {
+                Vec::new()
+            };
             let version = self.world().version.to_string();
             let list = json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": version}, "items": items});
             let body = list.to_string();
-            let head = format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n", body.len());
+            let head = format!(
+                "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+                body.len()
+            );
             if stream.write_all((head + &body).as_bytes()).await.is_err() {
                 return;
             }
@@ -128,7 +134,10 @@ async fn send(stream: &mut TcpStream, event: &Value) -> std::io::Result<()> {
 }
 
 async fn next(events: &mut mpsc::Receiver<Event>) -> Change {
-    let event = timeout(Duration::from_secs(20), events.recv()).await.expect("a change in time").expect("the source lives");
+    let event = timeout(Duration::from_secs(20), events.recv())
+        .await
+        .expect("a change in time")
+        .expect("the source lives");
     assert_eq!(event.source, SourceId::Kubernetes);
     event.change
 }
@@ -178,12 +187,21 @@ async fn a_server_that_goes_away_and_forgets_takes_nothing_with_it() {
     }
     assert_eq!(listed, ["a".to_owned(), "b".to_owned()].into());
     assert!(pulse.health().synced);
-    let selector = "labelSelector=%21service.kubernetes.io%2Fservice-proxy-name%2C%21service.kubernetes.io%2Fheadless";
+    let selector =
+        "labelSelector=%21service.kubernetes.io%2Fservice-proxy-name%2C%21service.kubernetes.io%2Fheadless";
     let lists = server.world().requests.clone();
-    assert!(lists.iter().filter(|target| !target.contains("watch=")).all(|target| target.contains(selector)), "{lists:?}");
+    assert!(
+        lists.iter().filter(|target| !target.contains("watch=")).all(|target| target.contains(selector)),
+        "{lists:?}"
+    );
 
     // An event.
-    while !server.world().requests.iter().any(|target| target.starts_with("/api/v1/services") && target.contains("watch=")) {
+    while !server
+        .world()
+        .requests
+        .iter()
+        .any(|target| target.starts_with("/api/v1/services") && target.contains("watch="))
+    {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let _ = server.world().services.insert("c");

@@ -6,15 +6,22 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use sluice::image::{
-    CLASSES, Dataplane, Faulty, FamilyImage, FamilyWrite, Image, Memory, Reconciler, Stack, Write, diff,
+    CLASSES, Dataplane, FamilyImage, FamilyWrite, Faulty, Image, Memory, Reconciler, Stack, Write, diff,
 };
 use sluice::model::desired::PortKey;
 use sluice::model::object::{IpFamily, Protocol};
 use sluice::model::{Batch, Desired, DesiredBackend, DesiredPort, FrontendKind, ObjectName};
 use sluice::plan::{Plan, Sizes};
-use sluice_common::abi::{Backend, NAME_MAX, Name, Range, Service, ServiceKey, ServicePort, backend, listing};
+use sluice_common::abi::{
+    Backend, NAME_MAX, Name, Range, Service, ServiceKey, ServicePort, backend, listing,
+};
 use sluice_common::maglev::{self, Turn};
 use sluice_common::{Family, V4, V6, family};
+
+/// A failure's seed is printed, not kept in a file.
+fn config(cases: u32) -> ProptestConfig {
+    ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) }
+}
 
 /// Whatever a packet may meet, leads on.
 fn nothing_dangles(image: &Image) -> Result<(), String> {
@@ -37,7 +44,9 @@ fn nothing_dangles(image: &Image) -> Result<(), String> {
                 _ => is_live::<V6>(image, *slot, *id),
             });
             if !sound {
-                return Err(format!("a slot of port {id} names a backend that is not its own, alive and listed"));
+                return Err(format!(
+                    "a slot of port {id} names a backend that is not its own, alive and listed"
+                ));
             }
         }
     }
@@ -125,61 +134,65 @@ fn random_port() -> impl Strategy<Value = RandomPort> {
 
 /// A valid image, of so few ids and blocks that two of them quarrel.
 fn random_image() -> impl Strategy<Value = Image> {
-    (btree_map(1..5_u32, random_port(), 0..4), btree_map(0..9_u32, 1..8_u8, 0..3)).prop_map(|(ports, lanes)| {
-        let mut image = Image { lanes, ..Image::default() };
-        let mut blocks = BTreeSet::new();
-        for (id, port) in ports {
-            let mut name = Name {
-                namespace: [0; NAME_MAX],
-                service: [0; NAME_MAX],
-                port: [0; NAME_MAX],
-                number: port.number,
-                protocol: 6,
-                family: if port.v6 { 6 } else { 4 },
-            };
-            name.service[0] = port.name;
-            let _ = image.names.insert(id, name);
-            let (mut v4, mut v6) = (BTreeMap::new(), BTreeMap::new());
-            std::mem::swap(&mut v4, &mut image.v4.backends);
-            std::mem::swap(&mut v6, &mut image.v6.backends);
-            let live = if port.v6 {
-                fill_family::<V6>(&mut image.v6, &mut v6, id, &port, |a| {
-                    IpAddr::V6(Ipv6Addr::from([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a]))
-                })
-            } else {
-                fill_family::<V4>(&mut image.v4, &mut v4, id, &port, |a| IpAddr::V4(Ipv4Addr::new(10, 0, 0, a)))
-            };
-            image.v4.backends = v4;
-            image.v6.backends = v6;
-            let mut ranges = [Range(0); 2];
-            if !live.is_empty() {
-                for ((range, block), size) in ranges.iter_mut().zip(port.blocks).zip(port.sizes) {
-                    let taken: BTreeSet<u32> =
-                        (0..u32::from(size).div_ceil(16)).map(|more| u32::from(block) + more).collect();
-                    if size == 0 || !blocks.is_disjoint(&taken) {
-                        continue;
+    (btree_map(1..5_u32, random_port(), 0..4), btree_map(0..9_u32, 1..8_u8, 0..3)).prop_map(
+        |(ports, lanes)| {
+            let mut image = Image { lanes, ..Image::default() };
+            let mut blocks = BTreeSet::new();
+            for (id, port) in ports {
+                let mut name = Name {
+                    namespace: [0; NAME_MAX],
+                    service: [0; NAME_MAX],
+                    port: [0; NAME_MAX],
+                    number: port.number,
+                    protocol: 6,
+                    family: if port.v6 { 6 } else { 4 },
+                };
+                name.service[0] = port.name;
+                let _ = image.names.insert(id, name);
+                let (mut v4, mut v6) = (BTreeMap::new(), BTreeMap::new());
+                std::mem::swap(&mut v4, &mut image.v4.backends);
+                std::mem::swap(&mut v6, &mut image.v6.backends);
+                let live = if port.v6 {
+                    fill_family::<V6>(&mut image.v6, &mut v6, id, &port, |a| {
+                        IpAddr::V6(Ipv6Addr::from([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a]))
+                    })
+                } else {
+                    fill_family::<V4>(&mut image.v4, &mut v4, id, &port, |a| {
+                        IpAddr::V4(Ipv4Addr::new(10, 0, 0, a))
+                    })
+                };
+                image.v4.backends = v4;
+                image.v6.backends = v6;
+                let mut ranges = [Range(0); 2];
+                if !live.is_empty() {
+                    for ((range, block), size) in ranges.iter_mut().zip(port.blocks).zip(port.sizes) {
+                        let taken: BTreeSet<u32> =
+                            (0..u32::from(size).div_ceil(16)).map(|more| u32::from(block) + more).collect();
+                        if size == 0 || !blocks.is_disjoint(&taken) {
+                            continue;
+                        }
+                        blocks.extend(taken);
+                        let start = u32::from(block) * 16;
+                        *range = Range::new(start, u16::from(size));
+                        let slots = (0..usize::from(size)).map(|slot| live[slot % live.len()]).collect();
+                        let _ = image.slots.insert(start, slots);
                     }
-                    blocks.extend(taken);
-                    let start = u32::from(block) * 16;
-                    *range = Range::new(start, u16::from(size));
-                    let slots = (0..usize::from(size)).map(|slot| live[slot % live.len()]).collect();
-                    let _ = image.slots.insert(start, slots);
                 }
-            }
-            if !port.split {
-                if ranges[1].size() != 0 {
-                    let _ = image.slots.remove(&ranges[1].start());
+                if !port.split {
+                    if ranges[1].size() != 0 {
+                        let _ = image.slots.remove(&ranges[1].start());
+                    }
+                    ranges[1] = ranges[0];
                 }
-                ranges[1] = ranges[0];
+                let ranges = [ranges[0], ranges[1], ranges[1]].map(|range| range.0);
+                let _ = image.ports.insert(id, ServicePort { ranges, ..ServicePort::default() });
             }
-            let ranges = [ranges[0], ranges[1], ranges[1]].map(|range| range.0);
-            let _ = image.ports.insert(id, ServicePort { ranges, ..ServicePort::default() });
-        }
-        list_all::<V4>(&mut image);
-        list_all::<V6>(&mut image);
-        // Of two ports with one name only the first is kept by a plan; images may hold both.
-        image
-    })
+            list_all::<V4>(&mut image);
+            list_all::<V6>(&mut image);
+            // Of two ports with one name only the first is kept by a plan; images may hold both.
+            image
+        },
+    )
 }
 
 fn fill_family<F: Stack>(
@@ -198,7 +211,8 @@ fn fill_family<F: Stack>(
         }
         let flags = u32::from(*serving) * backend::SERVING;
         let generation = *generation;
-        let _ = backends.insert(backend_id, Backend { address, port: 80, generation, service_port: id, flags });
+        let _ =
+            backends.insert(backend_id, Backend { address, port: 80, generation, service_port: id, flags });
         if *serving {
             live.push(backend_id);
         }
@@ -228,7 +242,7 @@ fn list_all<F: Stack>(image: &mut Image) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2_000))]
+    #![proptest_config(config(2_000))]
 
     #[test]
     fn a_diff_leads_from_any_image_to_any_other_and_nothing_dangles_on_the_way(
@@ -336,7 +350,10 @@ fn content(image: &Image) -> BTreeMap<String, Vec<String>> {
                     format!("{}:{port} {flags}", F::ip(address))
                 });
                 let kind = service.kind;
-                let _ = content.insert(format!("{} {} {class:?} {kind}", F::ip(key.address), key.port), backends.collect());
+                let _ = content.insert(
+                    format!("{} {} {class:?} {kind}", F::ip(key.address), key.port),
+                    backends.collect(),
+                );
             }
         }
         for (key, origins) in &F::of(image).origins {
@@ -350,7 +367,10 @@ fn content(image: &Image) -> BTreeMap<String, Vec<String>> {
 }
 
 fn batch(complete: bool, wishes: &BTreeMap<u8, Wish>) -> Batch {
-    Batch { complete, services: wishes.iter().map(|(index, wish)| (service(*index), desired(*index, wish))).collect() }
+    Batch {
+        complete,
+        services: wishes.iter().map(|(index, wish)| (service(*index), desired(*index, wish))).collect(),
+    }
 }
 
 /// Service ports that have backends for a class.
@@ -369,7 +389,7 @@ fn narrow() -> Sizes {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(config(400))]
 
     #[test]
     fn an_update_with_room_never_takes_all_backends_away_and_leaves_what_history_does_not_tell(rounds in rounds()) {
@@ -484,7 +504,7 @@ proptest! {
         for (index, round) in rounds.iter().enumerate() {
             reconciler.push(plan.update(&batch(index == 0, round)).writes);
             let _ = reconciler.run();
-            prop_assert_eq!(nothing_dangles(&reconciler.dataplane.inner.image), Ok(()));
+            prop_assert_eq!(nothing_dangles(&reconciler.dataplane.read().expect("memory can be read")), Ok(()));
         }
         if seed % 2 == 0 {
             reconciler.resync(plan.image()).expect("memory can be read");
@@ -493,7 +513,7 @@ proptest! {
             if reconciler.run().is_ok() {
                 break;
             }
-            prop_assert_eq!(nothing_dangles(&reconciler.dataplane.inner.image), Ok(()));
+            prop_assert_eq!(nothing_dangles(&reconciler.dataplane.read().expect("memory can be read")), Ok(()));
         }
         prop_assert_eq!(reconciler.due(), 0);
         prop_assert_eq!(&reconciler.dataplane.read().expect("memory can be read"), plan.image());
@@ -547,7 +567,9 @@ fn table(endpoints: &[(u32, u16)], size: u32) -> Vec<(u32, u16)> {
     let mut turns: Vec<Turn> = endpoints
         .iter()
         .enumerate()
-        .map(|(index, (address, port))| Turn::new::<V4>(&Ipv4Addr::from(*address).into(), *port, index as u32 + 1))
+        .map(|(index, (address, port))| {
+            Turn::new::<V4>(&Ipv4Addr::from(*address).into(), *port, index as u32 + 1)
+        })
         .collect();
     let mut slots = vec![0; size as usize];
     maglev::fill(&mut turns, &mut slots);
@@ -570,7 +592,7 @@ fn endpoints() -> impl Strategy<Value = Vec<(u32, u16)>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(100))]
+    #![proptest_config(config(100))]
 
     #[test]
     fn shares_differ_by_one_slot_at_most(endpoints in endpoints()) {
@@ -622,7 +644,9 @@ fn sizes_are_primes_that_grow_in_few_steps() {
     assert!(sizes.len() <= 21, "{sizes:?}");
     assert_eq!((sizes.first(), sizes.last()), (Some(&maglev::SIZE_MIN), Some(&maglev::SIZE_MAX)));
     for size in &sizes {
-        assert!((2..*size).take_while(|divisor| divisor * divisor <= *size).all(|divisor| size % divisor != 0));
+        assert!(
+            (2..*size).take_while(|divisor| divisor * divisor <= *size).all(|divisor| size % divisor != 0)
+        );
     }
     for backends in 1..4_095 {
         assert!(maglev::size(backends) >= 16 * backends);

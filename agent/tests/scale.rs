@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use sluice::image::{Dataplane, Memory};
-use sluice::model::object::{Address, Endpoint, IpFamily, PortSpec, ServiceSpec, Slice, SliceKind, SlicePart, SlicePort};
+use sluice::model::object::{
+    Address, Endpoint, IpFamily, PortSpec, ServiceSpec, Slice, SliceKind, SlicePart, SlicePort,
+};
 use sluice::model::{Change, Event, Model, ObjectName, Settings, SourceId};
 use sluice::plan::{Plan, Sizes};
 
@@ -24,7 +26,11 @@ fn name(index: u32) -> ObjectName {
 
 fn service(index: u32) -> Change {
     let port = PortSpec { name: "http".into(), number: 80, protocol: "TCP".into() };
-    let spec = ServiceSpec { cluster_ips: vec![ip(0x0a60_0000, index)], ports: vec![port], ..ServiceSpec::default() };
+    let spec = ServiceSpec {
+        cluster_ips: vec![ip(0x0a60_0000, index)],
+        ports: vec![port],
+        ..ServiceSpec::default()
+    };
     Change::Service(name(index), Some(spec))
 }
 

@@ -105,7 +105,12 @@ fn print_family<F: Stack>(image: &Image, history: bool, text: &mut String) {
         assert!(listed::<F>(image, &key.address) & listing::FRONTEND != 0, "{vip} is not listed");
         let name = image.names[&service.service_port];
         let repeated = last == Some(service.service_port);
-        let _ = writeln!(text, "{vip} {protocol} {kind} -> {}{}", owner(&name), if repeated { ", as above" } else { "" });
+        let _ = writeln!(
+            text,
+            "{vip} {protocol} {kind} -> {}{}",
+            owner(&name),
+            if repeated { ", as above" } else { "" }
+        );
         if !repeated {
             print_port::<F>(image, service.service_port, history, text);
         }
@@ -153,7 +158,12 @@ fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String
         backends.sort_by_key(|(_, backend)| (backend.address, backend.port));
         if backends.len() > 20 {
             let (least, most) = (slots.values().min(), slots.values().max());
-            let _ = writeln!(text, "    {} backends, of which {} with {least:?} to {most:?} slots", backends.len(), slots.len());
+            let _ = writeln!(
+                text,
+                "    {} backends, of which {} with {least:?} to {most:?} slots",
+                backends.len(),
+                slots.len()
+            );
             continue;
         }
         for (backend_id, found) in backends {
@@ -226,7 +236,8 @@ fn run(path: &Path) -> Result<(), String> {
             ("file", name) => fs::write(folder_path.join(name), body).map_err(|error| error.to_string())?,
             ("remove", name) => fs::remove_file(folder_path.join(name)).map_err(|error| error.to_string())?,
             ("seed", name) => {
-                let _ = fs::copy(tests().join("seeds").join(name), folder_path.join(name)).map_err(|error| error.to_string())?;
+                let _ = fs::copy(tests().join("seeds").join(name), folder_path.join(name))
+                    .map_err(|error| error.to_string())?;
             }
             ("options", _) => {}
             ("maps", _) => {
@@ -250,7 +261,9 @@ fn run(path: &Path) -> Result<(), String> {
                 arrive(&changes, seed, one_by_one, &mut engine);
                 let other = engine.print(folder_path, false);
                 if other != print {
-                    return Err(format!("another order of arrival ({seed}, {one_by_one}) ends in\n{other}instead of\n{print}"));
+                    return Err(format!(
+                        "another order of arrival ({seed}, {one_by_one}) ends in\n{other}instead of\n{print}"
+                    ));
                 }
             }
         }
@@ -292,7 +305,13 @@ fn crowd(count: usize) -> String {
              labels: {{kubernetes.io/service-name: crowd}}\naddressType: IPv4\nports: [{{port: 8080}}]\nendpoints:\n"
         );
         for index in start..count.min(start + 100) {
-            let _ = writeln!(text, "- addresses: [10.{}.{}.{}]", 100 + index / 65_536, index / 256 % 256, index % 256);
+            let _ = writeln!(
+                text,
+                "- addresses: [10.{}.{}.{}]",
+                100 + index / 65_536,
+                index / 256 % 256,
+                index % 256
+            );
         }
     }
     text

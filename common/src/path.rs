@@ -201,9 +201,22 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     tables: &T,
     decision: &mut Decision<F>,
 ) {
+    if translation(hook, headers, tables, decision) {
+        claim(tables, decision);
+    }
+}
+
+/// Decides all but the source port of a new flow; true when that is still to be claimed.
+#[inline(always)]
+fn translation<F: Family, T: Tables<F>>(
+    hook: Hook,
+    headers: &Headers<F>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
     let key = &headers.tuple;
     if headers.kind == Kind::Other {
-        return;
+        return false;
     }
     let egress = hook == Hook::Egress;
     let destination = tables.listing(&key.destination);
@@ -219,7 +232,7 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     };
     let to_backend = !egress && destination & listing::BACKEND != 0;
     if !known && !to_backend {
-        return;
+        return false;
     }
     match headers.kind {
         Kind::Transport | Kind::IcmpError => {}
@@ -227,7 +240,7 @@ pub fn decide_into<F: Family, T: Tables<F>>(
             if to_frontend {
                 decision.reason = unreadable(headers.kind);
             }
-            return;
+            return false;
         }
     }
     if known || tables.marks() & mark::DIRECT != 0 {
@@ -239,11 +252,11 @@ pub fn decide_into<F: Family, T: Tables<F>>(
             false
         };
         if counts {
-            return;
+            return false;
         }
     }
     if headers.kind == Kind::IcmpError {
-        return;
+        return false;
     }
     if to_frontend {
         let frontend = ServiceKey {
@@ -254,13 +267,10 @@ pub fn decide_into<F: Family, T: Tables<F>>(
         };
         if let Some(service) = tables.service(&frontend) {
             let class = class(service.kind, egress || tables.inside());
-            open(egress, headers, service.service_port, class, tables, decision);
-            return;
+            return open(egress, headers, service.service_port, class, tables, decision);
         }
     }
-    if to_backend {
-        direct(headers, tables, decision);
-    }
+    to_backend && direct(headers, tables, decision)
 }
 
 /// Why a packet for a service is passed untouched.
@@ -395,7 +405,7 @@ fn serves<F: Family, T: Tables<F>>(flow: &Flow<F::Address>, tables: &T) -> bool 
     }
 }
 
-/// The first packet of a flow, or one whose entry was lost.
+/// The first packet of a flow, or one whose entry was lost. True: its source port is to be claimed.
 #[inline(always)]
 fn open<F: Family, T: Tables<F>>(
     egress: bool,
@@ -404,12 +414,12 @@ fn open<F: Family, T: Tables<F>>(
     class: Class,
     tables: &T,
     decision: &mut Decision<F>,
-) {
+) -> bool {
     let key = &headers.tuple;
     decision.flow.service_port = service_port;
     let Some((id, backend)) = select::<F, T>(key, service_port, class, tables) else {
         reject(headers, decision);
-        return;
+        return false;
     };
     let hairpin = backend.address == key.source || egress && backend.flags & backend::HOST != 0;
     if hairpin {
@@ -435,7 +445,7 @@ fn open<F: Family, T: Tables<F>>(
         decision.set(verdict, Reason::Recovered);
         if tcp_flags & tcp::RST != 0 {
             // The last packet there will be: nothing to record.
-            return;
+            return false;
         }
         decision.flow.state = state::ESTABLISHED;
         decision.record = Record::Establish;
@@ -443,7 +453,7 @@ fn open<F: Family, T: Tables<F>>(
         decision.set(verdict, Reason::Forward);
         decision.record = Record::Open;
     }
-    claim(tables, decision);
+    true
 }
 
 /// The backend that a tuple's slot leads to; `None` without backends.
@@ -530,14 +540,14 @@ fn reject<F: Family>(headers: &Headers<F>, decision: &mut Decision<F>) {
     }
 }
 
-/// A packet that goes to a backend's own address.
+/// A packet that goes to a backend's own address. True: its source port is to be claimed.
 #[inline(always)]
-fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) {
+fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) -> bool {
     let key = &headers.tuple;
     let opens = if key.protocol == protocol::TCP {
         if headers.tcp_flags & (tcp::RST | tcp::ACK | tcp::SYN) == tcp::RST {
             unknown_connection(headers, tables, decision);
-            return;
+            return false;
         }
         headers.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
     } else {
@@ -545,10 +555,10 @@ fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &
         tables.inside()
     };
     if !opens {
-        return;
+        return false;
     }
     // Only a proven flow clashes: an unproven one may be this very packet's, met before by another program.
-    let Some(entry) = tables.flow(&key.reversed()) else { return };
+    let Some(entry) = tables.flow(&key.reversed()) else { return false };
     let live = if key.protocol == protocol::TCP {
         entry.state & state::CLOSING == 0
     } else {
@@ -556,13 +566,13 @@ fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &
     };
     let kind = entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::DIRECT);
     if !live || kind != flow::REPLY {
-        return;
+        return false;
     }
     decision.flow.seen = tables.now();
     decision.flow.flags = flow::DIRECT;
     decision.set(Verdict::Translate, Reason::DirectRemapped);
     decision.record = Record::Open;
-    claim(tables, decision);
+    true
 }
 
 /// A reset without acknowledgment to a backend's own address.

@@ -18,8 +18,8 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
     loop {}
 }
 
-/// The kernel's helpers marked GPL-only are called.
+/// `bpf_fib_lookup` is for GPL-compatible programs only: this crate may be used under the GPL as well.
 #[cfg(target_arch = "bpf")]
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+static LICENSE: [u8; 4] = *b"GPL\0";

@@ -34,6 +34,7 @@
 
 mod agent;
 mod cgroup;
+mod count;
 mod event;
 mod lab;
 mod leftovers;
@@ -47,6 +48,7 @@ mod serve;
 mod xdp;
 
 pub use agent::{AgentOptions, AgentProcess};
+pub use count::{Counter, Side, Way};
 pub use event::{Event, Reply};
 pub use lab::{Lab, Overlay, is_root};
 pub use leftovers::{remove_kept, sweep};

@@ -1,5 +1,6 @@
 //! The smallest XDP program, loaded without any library, and the bpffs mounts.
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::Path;
@@ -112,15 +113,7 @@ pub(crate) fn attach_pass(namespace: &Namespace, device: &str) -> Result<()> {
                 flags: 0,
             };
             let link = descriptor(bpf(BPF_LINK_CREATE, &create).context("BPF_LINK_CREATE")?);
-            let _ = bpf(
-                BPF_OBJ_PIN,
-                &ObjPin {
-                    pathname: path.as_ptr() as u64,
-                    bpf_fd: number(&link),
-                    file_flags: 0,
-                },
-            )
-            .context("BPF_OBJ_PIN")?;
+            pin(&link, &path).context("BPF_OBJ_PIN")?;
             Ok(())
         })?
         .with_context(|| {
@@ -131,16 +124,26 @@ pub(crate) fn attach_pass(namespace: &Namespace, device: &str) -> Result<()> {
         })
 }
 
-fn number(descriptor: &OwnedFd) -> u32 {
+/// Pins a program, map or link.
+pub(crate) fn pin(object: &OwnedFd, path: &CStr) -> io::Result<()> {
+    let pin = ObjPin {
+        pathname: path.as_ptr() as u64,
+        bpf_fd: number(object),
+        file_flags: 0,
+    };
+    bpf(BPF_OBJ_PIN, &pin).map(drop)
+}
+
+pub(crate) fn number(descriptor: &OwnedFd) -> u32 {
     descriptor.as_raw_fd().cast_unsigned()
 }
 
-fn descriptor(number: i32) -> OwnedFd {
+pub(crate) fn descriptor(number: i32) -> OwnedFd {
     // SAFETY: bpf(2) has just returned it for a command that makes a descriptor.
     unsafe { OwnedFd::from_raw_fd(number) }
 }
 
-fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<i32> {
+pub(crate) fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<i32> {
     // SAFETY: `attr` is a `repr(C)` prefix of `union bpf_attr` of the size told; its pointers are to data that outlives the call.
     let result = unsafe {
         libc::syscall(

@@ -21,6 +21,49 @@ use crate::devices::{Device, Survey};
 /// Waiting times between tries of what failed: doubled from the first to the last.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
+/// The shortest time between two looks at where all VIPs are routed: pods that come and go change routes all the time.
+const ROUTES_PERIOD: Duration = Duration::from_secs(2);
+
+/// Keeps a route for every VIP that no other route leads to, until the inputs end; they stay then.
+///
+/// It runs beside the keeper: asking about thousands of VIPs must not delay a device.
+pub async fn route_vips(
+    mut own: OwnRoutes,
+    mut vips: watch::Receiver<Arc<BTreeSet<IpAddr>>>,
+    mut watched: watch::Receiver<Watched>,
+    told: watch::Sender<Option<String>>,
+) {
+    let mut wait = RETRY.0;
+    let mut seen = 0;
+    let mut looked = tokio::time::Instant::now();
+    loop {
+        let now = vips.borrow_and_update().clone();
+        let routes = watched.borrow_and_update().routes;
+        let mut result = Ok(());
+        if routes != seen && looked.elapsed() >= ROUTES_PERIOD {
+            result = own.routes_changed().await;
+            (seen, looked) = (routes, tokio::time::Instant::now());
+        }
+        if result.is_ok() {
+            result = own.keep(&now).await;
+        }
+        let problem = result.err();
+        let problem = problem.map(|error| format!("cannot route VIPs that no other route leads to: {error}"));
+        let failed = problem.is_some();
+        let _ = told.send_if_modified(|told| std::mem::replace(told, problem.clone()) != problem);
+        wait = if failed { (wait * 2).min(RETRY.1) } else { RETRY.0 };
+        let pause = if failed { wait } else { ROUTES_PERIOD.saturating_sub(looked.elapsed()) };
+        let ended = tokio::select! {
+            changed = vips.changed() => changed.is_err(),
+            changed = watched.changed(), if routes == seen => changed.is_err(),
+            () = tokio::time::sleep(pause), if failed || routes != seen => false,
+        };
+        if ended {
+            return;
+        }
+    }
+}
+
 /// What the keeper tells.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Kept {
@@ -39,8 +82,8 @@ pub struct Kept {
 pub struct Inputs {
     /// The devices.
     pub watched: watch::Receiver<Watched>,
-    /// The VIPs.
-    pub vips: watch::Receiver<Arc<BTreeSet<IpAddr>>>,
+    /// What keeps VIPs from being routed, if anything (see [`route_vips`]).
+    pub routing: watch::Receiver<Option<String>>,
     /// Whether the maps hold an image: programs on empty maps would undo what an agent of
     /// another version still does.
     pub filled: watch::Receiver<bool>,
@@ -50,13 +93,12 @@ pub struct Inputs {
 #[derive(Debug)]
 pub struct Keeper {
     hooks: Hooks,
-    own: OwnRoutes,
     mode: String,
     cgroup: Option<PathBuf>,
     cgroup_attached: bool,
     devices: BTreeMap<u32, KeptDevice>,
     committed: bool,
-    seen: (u64, u64),
+    classifiers: u64,
     surveyed: bool,
 }
 
@@ -70,16 +112,15 @@ struct KeptDevice {
 impl Keeper {
     /// Takes the hooks. Without a cgroup, no socket program is attached.
     #[must_use]
-    pub fn new(hooks: Hooks, own: OwnRoutes, mode: &str, cgroup: Option<PathBuf>) -> Self {
+    pub fn new(hooks: Hooks, mode: &str, cgroup: Option<PathBuf>) -> Self {
         Self {
             hooks,
-            own,
             mode: mode.to_owned(),
             cgroup,
             cgroup_attached: false,
             devices: BTreeMap::new(),
             committed: false,
-            seen: (0, 0),
+            classifiers: 0,
             surveyed: false,
         }
     }
@@ -92,15 +133,10 @@ impl Keeper {
         let mut wait = RETRY.0;
         loop {
             let watched = inputs.watched.borrow_and_update().clone();
-            let vips = inputs.vips.borrow_and_update().clone();
             let mut kept = tokio::task::block_in_place(|| self.pass(&watched));
-            if watched.routes != self.seen.0 {
-                self.own.routes_changed();
-                self.seen.0 = watched.routes;
-            }
-            if let Err(error) = self.own.keep(&vips).await {
+            if let Some(problem) = inputs.routing.borrow_and_update().clone() {
                 kept.complete = false;
-                kept.problem = Some(format!("cannot route VIPs that no route leads to: {error}"));
+                kept.problem = Some(problem);
             }
             let complete = kept.complete;
             let _ = told.send_if_modified(|told| {
@@ -112,7 +148,7 @@ impl Keeper {
             wait = if complete { RETRY.0 } else { (wait * 2).min(RETRY.1) };
             let ended = tokio::select! {
                 changed = inputs.watched.changed() => changed.is_err(),
-                changed = inputs.vips.changed() => changed.is_err(),
+                changed = inputs.routing.changed() => changed.is_err(),
                 () = tokio::time::sleep(wait), if !complete => false,
             };
             if ended {
@@ -128,8 +164,8 @@ impl Keeper {
             problem = self.follow(&watched.survey).err().map(|error| error.to_string());
             self.surveyed = true;
         }
-        if watched.classifiers != self.seen.1 {
-            self.seen.1 = watched.classifiers;
+        if watched.classifiers != self.classifiers {
+            self.classifiers = watched.classifiers;
             for kept in self.devices.values_mut() {
                 self.hooks.recheck(&target(&kept.device), &mut kept.attached);
             }

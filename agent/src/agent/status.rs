@@ -195,6 +195,8 @@ impl StateDir {
     /// When the file cannot be written.
     pub fn write(&self, status: &Status) -> io::Result<()> {
         let (new, path) = (self.path.join("status.json.new"), self.path.join("status.json"));
+        // Somebody may have cleaned up /run below a running agent.
+        fs::create_dir_all(&self.path)?;
         let mut file = File::create(&new)?;
         file.write_all(serde_json::to_string_pretty(status)?.as_bytes())?;
         file.write_all(b"\n")?;

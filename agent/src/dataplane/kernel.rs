@@ -70,7 +70,7 @@ macro_rules! kernel_stack {
                         let run: Vec<_> = run
                             .map_while(|write| {
                                 let FamilyWrite::OriginInsert { key, origins } = write else { return None };
-                                Some((*key, *origins))
+                                Some((*key, **origins))
                             })
                             .collect();
                         maps.origins.insert_many(&run).map_err(|e| Error::map("write", origins, e))?;
@@ -171,7 +171,7 @@ impl Kernel {
             Write::Name { .. } => {
                 let names = writes.iter().map_while(|write| {
                     let Write::Name { service_port, name } = write else { return None };
-                    Some((*service_port, *name))
+                    Some((*service_port, **name))
                 });
                 let run: Vec<_> = names.collect();
                 maps.names.insert_many(&run).map_err(|error| Error::map("write", "names", error))?;

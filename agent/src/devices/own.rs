@@ -46,9 +46,7 @@ impl OwnRoutes {
         let (connection, handle, _messages) = new_connection()?;
         let _requests = tokio::spawn(connection);
         let mut routes = Self { handle, routed: BTreeSet::new(), elsewhere: BTreeSet::new() };
-        if let Some(device) = routes.device().await {
-            routes.routed = routes.list(device).await.map_err(io::Error::other)?;
-        }
+        routes.routes_changed().await?;
         Ok(routes)
     }
 
@@ -71,9 +69,18 @@ impl OwnRoutes {
         Ok(found)
     }
 
-    /// Forgets what is known about other routes: they have changed.
-    pub fn routes_changed(&mut self) {
+    /// Looks again at which routes there are: some have changed.
+    ///
+    /// # Errors
+    ///
+    /// When netlink refuses.
+    pub async fn routes_changed(&mut self) -> io::Result<()> {
         self.elsewhere.clear();
+        self.routed = match self.device().await {
+            Some(device) => self.list(device).await.map_err(io::Error::other)?,
+            None => BTreeSet::new(),
+        };
+        Ok(())
     }
 
     /// Makes the routes of the own device those that `vips` need; asks only about VIPs

@@ -20,7 +20,7 @@ use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_connection, new
 use tokio::sync::watch;
 
 use super::pattern::Patterns;
-use super::{Facts, Link, Survey, survey};
+use super::{Facts, Link, Role, Survey, survey};
 
 /// How long further events are gathered before netlink is asked.
 const GATHER: Duration = Duration::from_millis(2);
@@ -83,9 +83,17 @@ pub async fn watch(patterns: Patterns, sender: watch::Sender<Watched>) -> io::Re
         if changed.routes || default_routes.is_none() {
             default_routes = Some(ask_default_routes(&handle).await.map_err(io::Error::other)?);
         }
-        let facts =
+        let mut facts =
             ask(&handle, default_routes.clone().unwrap_or_default()).await.map_err(io::Error::other)?;
+        // The kernel drops the routes of a device that goes down without a word about them.
+        let is_up = |device: &u32| facts.links.get(device).is_some_and(|link| link.up);
+        if !facts.default_routes.iter().all(is_up) {
+            facts.default_routes = ask_default_routes(&handle).await.map_err(io::Error::other)?;
+            default_routes = Some(facts.default_routes.clone());
+            changed.routes = true;
+        }
         let found = survey(&facts, &patterns, &sender.borrow().survey);
+        changed.routes |= has_own(&found) != has_own(&sender.borrow().survey);
         let _ = sender.send_if_modified(|watched| {
             let before = watched.clone();
             watched.survey = found;
@@ -105,6 +113,11 @@ pub async fn watch(patterns: Patterns, sender: watch::Sender<Watched>) -> io::Re
         }
     }
     Ok(())
+}
+
+/// Whether our own device is there.
+fn has_own(survey: &Survey) -> bool {
+    survey.devices.values().any(|device| device.role == Role::Own)
 }
 
 async fn ask(handle: &Handle, default_routes: BTreeSet<u32>) -> Result<Facts, rtnetlink::Error> {

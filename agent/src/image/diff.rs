@@ -54,7 +54,7 @@ fn steps(a: &Image, b: &Image, out: &mut Vec<Write>) {
     make_backends::<V6>(a, b, out);
     for (id, name) in &b.names {
         if a.names.get(id) != Some(name) {
-            out.push(Write::Name { service_port: *id, name: *name });
+            out.push(Write::Name { service_port: *id, name: Box::new(*name) });
         }
     }
     for (id, port) in &b.ports {
@@ -171,7 +171,7 @@ fn make_origins<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
     let old = &F::of(a).origins;
     for (key, origins) in &F::of(b).origins {
         if old.get(key) != Some(origins) {
-            out.push(F::write(FamilyWrite::OriginInsert { key: *key, origins: *origins }));
+            out.push(F::write(FamilyWrite::OriginInsert { key: *key, origins: Box::new(*origins) }));
         }
     }
 }

@@ -76,9 +76,7 @@ impl<D: Dataplane> Dataplane for Faulty<D> {
             if self.next_byte() < self.failures {
                 return Err(ApplyError { done, what: format!("{write:?}"), cause: Box::new(Fault) });
             }
-            self.inner
-                .apply(std::slice::from_ref(write))
-                .map_err(|error| ApplyError { done, ..error })?;
+            self.inner.apply(std::slice::from_ref(write)).map_err(|error| ApplyError { done, ..error })?;
         }
         Ok(())
     }

@@ -29,8 +29,7 @@ impl<D: Dataplane> Reconciler<D> {
         self.due.len()
     }
 
-    /// Carries out what is due. When it succeeds the maps are as the plan has them, and the
-    /// plan may give away what it freed ([`crate::plan::Plan::settle`]).
+    /// Carries out what is due. When it succeeds the maps are as the plan has them.
     ///
     /// # Errors
     ///

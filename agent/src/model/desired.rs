@@ -108,7 +108,10 @@ fn vips(
     let mut vips: BTreeMap<IpFamily, BTreeMap<IpAddr, FrontendKind>> = BTreeMap::new();
     if spec.cluster_ips.is_empty() {
         notes.add(subject, Flaw::NoClusterIp, || {
-            ("spec.clusterIP".into(), "is missing, and nothing here assigns one: the Service is not served".into())
+            (
+                "spec.clusterIP".into(),
+                "is missing, and nothing here assigns one: the Service is not served".into(),
+            )
         });
     }
     for (index, address) in spec.cluster_ips.iter().enumerate() {
@@ -139,10 +142,17 @@ fn vips(
 }
 
 /// An address that packets can be sent to as a VIP.
-fn vip(address: &Address, field: impl Fn() -> String, subject: &Subject, notes: &mut Notebook) -> Option<IpAddr> {
+fn vip(
+    address: &Address,
+    field: impl Fn() -> String,
+    subject: &Subject,
+    notes: &mut Notebook,
+) -> Option<IpAddr> {
     let address = valid(address, &field, subject, notes)?;
     if nowhere(address) {
-        notes.add(subject, Flaw::ForbiddenAddress, || (field(), format!("{address} cannot be a VIP: it is not served")));
+        notes.add(subject, Flaw::ForbiddenAddress, || {
+            (field(), format!("{address} cannot be a VIP: it is not served"))
+        });
         return None;
     }
     Some(address)
@@ -157,7 +167,9 @@ fn valid(
     match address {
         Address::Valid(address) => Some(*address),
         Address::Invalid(text) => {
-            notes.add(subject, Flaw::BadAddress, || (field(), format!("{text:?} is not an IP address: left out")));
+            notes.add(subject, Flaw::BadAddress, || {
+                (field(), format!("{text:?} is not an IP address: left out"))
+            });
             None
         }
         Address::Missing => {
@@ -201,7 +213,9 @@ fn ports(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> Vec<(Pr
             continue;
         };
         let Some(number) = port_number(*number) else {
-            notes.add(subject, Flaw::BadPort, || (field(".port"), format!("{number} is no port: it is not served")));
+            notes.add(subject, Flaw::BadPort, || {
+                (field(".port"), format!("{number} is no port: it is not served"))
+            });
             continue;
         };
         if name.len() > NAME_MAX || name.contains('\0') {
@@ -215,7 +229,8 @@ fn ports(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> Vec<(Pr
         };
         if let Some((_, other_name, other_number)) = served.iter().find(same) {
             notes.add(subject, Flaw::DuplicatePort, || {
-                let what = format!("{name:?} {number} repeats {other_name:?} {other_number}: it is not served");
+                let what =
+                    format!("{name:?} {number} repeats {other_name:?} {other_number}: it is not served");
                 (field(""), what)
             });
             continue;
@@ -269,7 +284,8 @@ pub(super) fn join(
         .iter()
         .flat_map(|(key, port)| port.frontends.keys().map(|vip| (*vip, port.number, key.protocol)))
         .collect();
-    let mirrored = slices.iter().any(|(key, slice)| key.kind == SliceKind::EndpointSlice && slice.family.is_ok());
+    let mirrored =
+        slices.iter().any(|(key, slice)| key.kind == SliceKind::EndpointSlice && slice.family.is_ok());
     let mut candidates: BTreeMap<PortKey, BTreeMap<(IpAddr, u16), Candidate>> = BTreeMap::new();
     for (slice_key, slice) in slices {
         let Ok(family) = slice.family else { continue };
@@ -283,7 +299,10 @@ pub(super) fn join(
                 let field = |part: &str| format!("ports[{index}]{part}");
                 let Some(protocol) = Protocol::from_word(&port.protocol) else {
                     notes.add(&subject, Flaw::UnsupportedProtocol, || {
-                        (field(".protocol"), format!("{} is not balanced: the port is left out", port.protocol))
+                        (
+                            field(".protocol"),
+                            format!("{} is not balanced: the port is left out", port.protocol),
+                        )
                     });
                     continue;
                 };
@@ -297,7 +316,9 @@ pub(super) fn join(
                     });
                     continue;
                 };
-                for (key, _) in ports.iter().filter(|(key, _)| key.protocol == protocol && key.port == port.name) {
+                for (key, _) in
+                    ports.iter().filter(|(key, _)| key.protocol == protocol && key.port == port.name)
+                {
                     let candidates = candidates.entry(key.clone()).or_default();
                     for (address, candidate) in &endpoints {
                         if IpFamily::of(*address) != key.family {
@@ -305,7 +326,8 @@ pub(super) fn join(
                         }
                         if loops.contains(&(*address, number, protocol)) {
                             notes.add(&subject, Flaw::Loop, || {
-                                let what = format!("{address}:{number} is a frontend of its own Service: left out");
+                                let what =
+                                    format!("{address}:{number} is a frontend of its own Service: left out");
                                 ("endpoints".into(), what)
                             });
                             continue;

@@ -85,7 +85,10 @@ impl Plan {
         let mut last = 0;
         for (start, end) in &own {
             let before = taken.range(..end).next_back();
-            if *start < last || before.is_some_and(|(_, other)| other > start) || *end > self.sizes.slot_blocks {
+            if *start < last
+                || before.is_some_and(|(_, other)| other > start)
+                || *end > self.sizes.slot_blocks
+            {
                 return false;
             }
             last = *end;
@@ -103,9 +106,10 @@ impl Plan {
         let backends = F::of(&self.image).backends.clone();
         for (id, backend) in &backends {
             let _ = self.listing.add(F::ip(backend.address), Why::Backend);
-            let owned = self.planned.get(&backend.service_port).is_some_and(|planned| {
-                planned.key.family.version() == F::VERSION
-            });
+            let owned = self
+                .planned
+                .get(&backend.service_port)
+                .is_some_and(|planned| planned.key.family.version() == F::VERSION);
             if owned && backend.flags & backend::SERVING != 0 {
                 live.entry(backend.service_port).or_default().push((*id, *backend));
             } else {
@@ -122,7 +126,10 @@ impl Plan {
             });
             let Some(key) = self.port(id).cloned() else { continue };
             for (backend_id, backend) in backends {
-                let held = Held { id: backend_id, selected: [0, 1, 2].map(|class| selected[class].contains(&backend_id)) };
+                let held = Held {
+                    id: backend_id,
+                    selected: [0, 1, 2].map(|class| selected[class].contains(&backend_id)),
+                };
                 let at = (F::ip(backend.address), backend.port);
                 let Some(planned) = self.planned.get_mut(&id) else { continue };
                 let twin = planned.backends.get(&at).copied();
@@ -165,7 +172,8 @@ impl Plan {
             .filter(|range| range.size() != 0)
             .map(Range::start)
             .collect();
-        let unused: Vec<u32> = self.image.slots.keys().filter(|start| !used.contains(start)).copied().collect();
+        let unused: Vec<u32> =
+            self.image.slots.keys().filter(|start| !used.contains(start)).copied().collect();
         for start in unused {
             work.draft.set_slots(&mut self.image, start, None);
         }

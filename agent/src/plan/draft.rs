@@ -24,6 +24,8 @@ pub(super) struct Draft {
     lanes: Old<u32, u8>,
     /// Frontends that the update inserts.
     pub(super) inserted: u32,
+    /// Backends that the update writes.
+    pub(super) touched: u32,
 }
 
 #[derive(Debug)]
@@ -103,7 +105,13 @@ impl Draft {
         set(&mut F::of_mut(image).services, &mut F::of_draft(self).services, key, service);
     }
 
-    pub(super) fn set_backend<F: Drafted>(&mut self, image: &mut Image, id: u32, backend: Backend<F::Address>) {
+    pub(super) fn set_backend<F: Drafted>(
+        &mut self,
+        image: &mut Image,
+        id: u32,
+        backend: Backend<F::Address>,
+    ) {
+        self.touched += 1;
         set(&mut F::of_mut(image).backends, &mut F::of_draft(self).backends, id, Some(backend));
     }
 

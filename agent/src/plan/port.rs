@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use sluice_common::abi::{self, Backend, NAME_MAX, Name, Range, Service, ServiceKey, ServicePort, backend, frontend};
+use sluice_common::abi::{
+    self, Backend, NAME_MAX, Name, Range, Service, ServiceKey, ServicePort, backend, frontend,
+};
 use sluice_common::maglev::{self, Turn};
 
 use super::listing::Why;
@@ -72,7 +74,11 @@ impl Plan {
     pub(super) fn remove_port<F: Planning>(&mut self, key: &PortKey, work: &mut Work) {
         let Some(id) = self.ids.remove(key) else { return };
         let nothing = DesiredPort::default();
-        let old = self.planned.get_mut(&id).map(|planned| std::mem::take(&mut planned.backends)).unwrap_or_default();
+        let old = self
+            .planned
+            .get_mut(&id)
+            .map(|planned| std::mem::take(&mut planned.backends))
+            .unwrap_or_default();
         let mut notes = Vec::new();
         let _ = self.write_frontends::<F>(id, &nothing, work, &mut notes);
         let stale = self.write_backends::<F>(id, key, &old, &BTreeSet::new(), &nothing, work);
@@ -111,7 +117,11 @@ impl Plan {
         let mut missing = 0_u32;
         for (at, want) in &desired.backends {
             let Some(address) = F::address(at.0) else { continue };
-            let known = self.planned.get(&service_port).and_then(|planned| planned.backends.get(at)).map(|held| held.id);
+            let known = self
+                .planned
+                .get(&service_port)
+                .and_then(|planned| planned.backends.get(at))
+                .map(|held| held.id);
             let mut id = known.or_else(|| F::of_plan(self).ids.revive((service_port, address, at.1)));
             if id.is_none() {
                 id = F::of_plan(self).ids.take().or_else(|| {
@@ -157,9 +167,9 @@ impl Plan {
         }
         let wanted = CLASSES.map(|class| selected(held, class as usize));
         // A range that the update may overwrite, if there is no other room: none of its classes stays.
-        let mut own = old_ranges
-            .into_iter()
-            .find(|range| range.size() != 0 && !known.iter().any(|(ids, old)| old == range && wanted.contains(ids)));
+        let mut own = old_ranges.into_iter().find(|range| {
+            range.size() != 0 && !known.iter().any(|(ids, old)| old == range && wanted.contains(ids))
+        });
 
         let mut tables = Tables { ranges: [Range(0); 3], fresh: Vec::new() };
         for (class, ids) in wanted.into_iter().enumerate() {
@@ -176,7 +186,10 @@ impl Plan {
             if !verified {
                 let old = old_ranges[class];
                 let overwritten = tables.fresh.iter().any(|(fresh, _)| fresh.start() == old.start());
-                if !overwritten && old.size() == wish && self.image.slots.get(&old.start()) == Some(&table::<F>(held, class, wish)) {
+                if !overwritten
+                    && old.size() == wish
+                    && self.image.slots.get(&old.start()) == Some(&table::<F>(held, class, wish))
+                {
                     tables.ranges[class] = old;
                     known.push((ids, old));
                     continue;
@@ -213,7 +226,8 @@ impl Plan {
                 },
             };
             if ids.len() as u32 > maglev::SIZE_MAX {
-                let what = format!("{} endpoints share {} slots: some get no traffic", ids.len(), maglev::SIZE_MAX);
+                let what =
+                    format!("{} endpoints share {} slots: some get no traffic", ids.len(), maglev::SIZE_MAX);
                 notes.push(Note::new(Flaw::TooManyEndpoints, port_field(key), what));
             }
             if range.size() < wish {
@@ -331,12 +345,18 @@ impl Plan {
         if old == desired.frontends && old_number == desired.number {
             return false;
         }
-        let key = |address: F::Address, port: u16| ServiceKey { address, port, protocol: protocol.number(), reserved: 0 };
+        let key = |address: F::Address, port: u16| ServiceKey {
+            address,
+            port,
+            protocol: protocol.number(),
+            reserved: 0,
+        };
         for vip in old.keys() {
             let Some(address) = F::address(*vip) else { continue };
             let key = key(address, old_number);
             // Another Service may have it by now.
-            let ours = F::of(&self.image).services.get(&key).is_some_and(|service| service.service_port == id);
+            let ours =
+                F::of(&self.image).services.get(&key).is_some_and(|service| service.service_port == id);
             if ours && !(desired.frontends.contains_key(vip) && old_number == desired.number) {
                 work.draft.set_service::<F>(&mut self.image, key, None);
                 work.freed = true;

@@ -12,8 +12,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::model::object::{
-    Address, Change, Endpoint, IpFamily, NodeSpec, NotApplied, ObjectName, PortSpec, ServiceSpec, Slice, SliceKind,
-    SlicePart, SlicePort,
+    Address, Change, Endpoint, IpFamily, NodeSpec, NotApplied, ObjectName, PortSpec, ServiceSpec, Slice,
+    SliceKind, SlicePart, SlicePort,
 };
 
 /// Label of the proxy that serves a Service or slice instead of everybody's.
@@ -45,7 +45,9 @@ impl Kind {
     pub fn from_words(kind: &str, version: &str) -> Option<Self> {
         match (kind, version) {
             ("Service", "v1") => Some(Self::Service),
-            ("EndpointSlice", "discovery.k8s.io/v1" | "discovery.k8s.io/v1beta1") => Some(Self::EndpointSlice),
+            ("EndpointSlice", "discovery.k8s.io/v1" | "discovery.k8s.io/v1beta1") => {
+                Some(Self::EndpointSlice)
+            }
             ("Endpoints", "v1") => Some(Self::Endpoints),
             ("Node", "v1") => Some(Self::Node),
             _ => None,
@@ -99,7 +101,9 @@ pub fn change(kind: Kind, name: ObjectName, object: Option<Object>) -> Change {
     match (kind, object) {
         (_, Some(Object::Service(spec))) => Change::Service(name, Some(spec)),
         (_, Some(Object::Node(spec))) => Change::Node(name.name, Some(spec)),
-        (Kind::Endpoints, Some(Object::Slice(slice))) => Change::Slice(SliceKind::Endpoints, name, Some(slice)),
+        (Kind::Endpoints, Some(Object::Slice(slice))) => {
+            Change::Slice(SliceKind::Endpoints, name, Some(slice))
+        }
         (_, Some(Object::Slice(slice))) => Change::Slice(SliceKind::EndpointSlice, name, Some(slice)),
         (Kind::Service, None) => Change::Service(name, None),
         (Kind::EndpointSlice, None) => Change::Slice(SliceKind::EndpointSlice, name, None),
@@ -152,7 +156,8 @@ impl Decoder {
             None => Err("untyped".into()),
         };
         let ports = slice.ports.unwrap_or_default().into_iter().map(|port| self.port(&port)).collect();
-        let endpoints = slice.endpoints.unwrap_or_default().into_iter().map(|raw| self.endpoint(raw)).collect();
+        let endpoints =
+            slice.endpoints.unwrap_or_default().into_iter().map(|raw| self.endpoint(raw)).collect();
         Slice {
             service: meta.label(SERVICE_LABEL).filter(|name| !name.is_empty()).map(|name| self.share(name)),
             family,
@@ -190,9 +195,14 @@ impl Decoder {
             .unwrap_or_default()
             .into_iter()
             .map(|subset| {
-                let ports = subset.ports.unwrap_or_default().into_iter().map(|port| self.port(&port)).collect();
+                let ports =
+                    subset.ports.unwrap_or_default().into_iter().map(|port| self.port(&port)).collect();
                 let ready = subset.addresses.unwrap_or_default().into_iter().map(|address| (address, true));
-                let waiting = subset.not_ready_addresses.unwrap_or_default().into_iter().map(|address| (address, false));
+                let waiting = subset
+                    .not_ready_addresses
+                    .unwrap_or_default()
+                    .into_iter()
+                    .map(|address| (address, false));
                 let endpoints = ready
                     .chain(waiting)
                     .map(|(raw, ready)| Endpoint {
@@ -232,9 +242,14 @@ fn service(meta: &Meta, service: RawService) -> ServiceSpec {
     if cluster_ips.is_empty() {
         cluster_ips.extend(spec.cluster_ip.clone().filter(|address| !address.is_empty()));
     }
-    let ingress = service.status.and_then(|status| status.load_balancer).and_then(|balancer| balancer.ingress);
+    let ingress =
+        service.status.and_then(|status| status.load_balancer).and_then(|balancer| balancer.ingress);
     ServiceSpec {
-        created: meta.creation_timestamp.as_deref().and_then(|text| text.parse::<Timestamp>().ok()).map(Timestamp::as_second),
+        created: meta
+            .creation_timestamp
+            .as_deref()
+            .and_then(|text| text.parse::<Timestamp>().ok())
+            .map(Timestamp::as_second),
         proxy_name: meta.label(PROXY_NAME_LABEL).map(Into::into),
         headless: meta.label(HEADLESS_LABEL).is_some() || cluster_ips.iter().any(|address| address == "None"),
         external_name: spec.r#type.as_deref() == Some("ExternalName"),
@@ -266,7 +281,11 @@ fn not_applied(spec: &RawServiceSpec) -> Vec<NotApplied> {
     let some = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|list| !list.is_empty());
     let node_port = spec.ports.iter().flatten().any(|port| port.node_port.is_some_and(|port| port != 0));
     let fields = [
-        (word(&spec.session_affinity, "ClientIP"), "spec.sessionAffinity", "is not applied: each connection is balanced anew"),
+        (
+            word(&spec.session_affinity, "ClientIP"),
+            "spec.sessionAffinity",
+            "is not applied: each connection is balanced anew",
+        ),
         (
             word(&spec.external_traffic_policy, "Local"),
             "spec.externalTrafficPolicy",
@@ -290,7 +309,11 @@ fn not_applied(spec: &RawServiceSpec) -> Vec<NotApplied> {
             "is not applied: endpoints of all zones are used",
         ),
     ];
-    fields.into_iter().filter(|(asked, ..)| *asked).map(|(_, field, what)| NotApplied { field, what }).collect()
+    fields
+        .into_iter()
+        .filter(|(asked, ..)| *asked)
+        .map(|(_, field, what)| NotApplied { field, what })
+        .collect()
 }
 
 fn address(text: Option<&str>) -> Address {

@@ -142,7 +142,11 @@ pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>
                 intake.failed(kind);
                 vec![Change::Notes(
                     Subject::Source(SourceId::Kubernetes),
-                    vec![Note::new(Flaw::Unreachable, kind.word(), format!("{why}; what it said last still holds"))],
+                    vec![Note::new(
+                        Flaw::Unreachable,
+                        kind.word(),
+                        format!("{why}; what it said last still holds"),
+                    )],
                 )]
             }
         };
@@ -157,7 +161,11 @@ pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>
 type Watched = (Kind, Result<watcher::Event<DynamicObject>, watcher::Error>);
 
 /// A stream of one kind's events that backs off after failures and never ends.
-fn objects(client: &Client, kind: Kind, config: &watcher::Config) -> impl Stream<Item = Watched> + Send + Unpin + use<> {
+fn objects(
+    client: &Client,
+    kind: Kind,
+    config: &watcher::Config,
+) -> impl Stream<Item = Watched> + Send + Unpin + use<> {
     let (group, version) = match kind {
         Kind::EndpointSlice => ("discovery.k8s.io", "v1"),
         Kind::Service | Kind::Endpoints | Kind::Node => ("", "v1"),
@@ -165,11 +173,7 @@ fn objects(client: &Client, kind: Kind, config: &watcher::Config) -> impl Stream
     let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind.word()));
     let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
     let config = config.clone().timeout(WATCH_SECONDS).page_size(PAGE);
-    watcher(api, config)
-        .map_ok(trim)
-        .default_backoff()
-        .map(move |event| (kind, event))
-        .boxed()
+    watcher(api, config).map_ok(trim).default_backoff().map(move |event| (kind, event)).boxed()
 }
 
 /// Lets go at once what nobody reads.
@@ -338,7 +342,10 @@ mod tests {
         let _ = take(watcher::Event::InitApply(good("b")));
         assert_eq!(take(watcher::Event::InitDone), [], "slices are not listed yet");
         assert_eq!(take(watcher::Event::Init), []);
-        assert!(matches!(take(watcher::Event::InitApply(good("b"))).as_slice(), [Change::Service(_, Some(_))]));
+        assert!(matches!(
+            take(watcher::Event::InitApply(good("b"))).as_slice(),
+            [Change::Service(_, Some(_))]
+        ));
         let gone = ObjectName::new("default", "a");
         assert_eq!(take(watcher::Event::InitDone), [Change::Service(gone, None)]);
         let _ = intake.take(Kind::EndpointSlice, watcher::Event::Init);
@@ -360,6 +367,8 @@ mod tests {
         let _ = intake.take(Kind::Service, watcher::Event::InitApply(bad));
         assert_eq!(intake.take(Kind::Service, watcher::Event::InitDone), [], "it was in the list: not gone");
         let changes = intake.take(Kind::Service, watcher::Event::Apply(good("a")));
-        assert!(matches!(changes.as_slice(), [Change::Service(_, Some(_)), Change::Notes(_, notes)] if notes.is_empty()));
+        assert!(
+            matches!(changes.as_slice(), [Change::Service(_, Some(_)), Change::Notes(_, notes)] if notes.is_empty())
+        );
     }
 }

@@ -82,7 +82,8 @@ pub async fn watch(path: PathBuf, sink: mpsc::Sender<Event>, pulse: Pulse) {
                 changes
             }
             Err(error) => {
-                let why = format!("cannot read the folder {}: {error}; what it held still counts", path.display());
+                let why =
+                    format!("cannot read the folder {}: {error}; what it held still counts", path.display());
                 pulse.failed(why.clone());
                 let note = Note::new(Flaw::Unreadable, "", why);
                 vec![Change::Notes(Subject::Source(SourceId::Manifests), vec![note])]
@@ -111,7 +112,8 @@ async fn quiet(woken: &mut mpsc::Receiver<()>) {
 fn watcher(path: &Path, waker: mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
     let handler = move |result: notify::Result<notify::Event>| {
         // Reading is an event too, and would wake us for our own.
-        if !matches!(result.map(|event| event.kind), Ok(notify::EventKind::Access(access)) if !is_write_end(access)) {
+        if !matches!(result.map(|event| event.kind), Ok(notify::EventKind::Access(access)) if !is_write_end(access))
+        {
             // A full channel means that the word is there already.
             let _ = waker.try_send(());
         }

@@ -47,7 +47,10 @@ fn chunks(text: &str) -> Vec<(usize, &str)> {
     let mut chunks = Vec::new();
     let (mut start, mut first, mut offset) = (0, 1, 0);
     for (number, line) in text.split_inclusive('\n').enumerate() {
-        let mark = |mark: &str| line.strip_prefix(mark).is_some_and(|rest| rest.is_empty() || rest.starts_with(char::is_whitespace));
+        let mark = |mark: &str| {
+            line.strip_prefix(mark)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with(char::is_whitespace))
+        };
         if mark("---") || mark("...") {
             chunks.push((first, text.get(start..offset).unwrap_or_default()));
             // What follows the mark in its line belongs to the new document, but not the mark.

@@ -219,7 +219,7 @@ fn apply<F: Tc, const LINK: u32>(
         Verdict::Translate => {
             if LINK != 0
                 && hook == Hook::Ingress
-                && decision.flow.flags & (flow::LOCAL | flow::REPLY) == flow::LOCAL
+                && decision.flow.flags & flow::REPLY == 0
             {
                 stay_on_bridge::<F>(skb, &decision.flow.source, &decision.flow.destination);
             }

@@ -10,9 +10,9 @@ use serde::Deserialize as _;
 use serde_json::Value;
 
 use super::fresh;
+use crate::model::Change;
 use crate::model::object::ObjectName;
 use crate::model::report::{Flaw, Note, Subject};
-use crate::model::Change;
 use crate::source::decode::{Decoder, Kind, Meta, Object, change};
 use crate::source::yaml::{Document, json, yaml};
 
@@ -83,7 +83,8 @@ impl Folder {
     pub fn scan(&mut self) -> io::Result<Vec<Change>> {
         let mut touched = BTreeSet::new();
         let present = self.list()?;
-        let gone: Vec<Arc<Path>> = self.files.keys().filter(|path| !present.contains(*path)).cloned().collect();
+        let gone: Vec<Arc<Path>> =
+            self.files.keys().filter(|path| !present.contains(*path)).cloned().collect();
         for path in gone {
             touched.extend(self.replace(&path, BTreeMap::new()));
             let _ = self.files.remove(&path);
@@ -117,7 +118,8 @@ impl Folder {
     fn look(&mut self, path: &Arc<Path>, touched: &mut BTreeSet<Id>) -> bool {
         let metadata = fs::metadata(path);
         let stamp = metadata.as_ref().ok().map(|metadata| {
-            let times = ((metadata.mtime(), metadata.mtime_nsec()), (metadata.ctime(), metadata.ctime_nsec()));
+            let times =
+                ((metadata.mtime(), metadata.mtime_nsec()), (metadata.ctime(), metadata.ctime_nsec()));
             (metadata.dev(), metadata.ino(), metadata.len(), times.0, times.1)
         });
         let known = self.files.get(path);
@@ -182,14 +184,16 @@ impl Folder {
     /// The change that an object underwent: of several files the first has it.
     fn winner(&self, (kind, name): Id) -> Change {
         let id = (kind, name);
-        let object = self.objects.get(&id).and_then(|files| files.values().next()).map(|(_, object)| object.clone());
+        let object =
+            self.objects.get(&id).and_then(|files| files.values().next()).map(|(_, object)| object.clone());
         change(kind, id.1, object)
     }
 
     /// What is wrong now, and whose faults are gone.
     fn notes(&mut self) -> Vec<Change> {
         let mut notes: BTreeMap<Subject, Vec<Note>> = BTreeMap::new();
-        let subject = |path: &Path, index: usize| Subject::Document { path: path.display().to_string(), index };
+        let subject =
+            |path: &Path, index: usize| Subject::Document { path: path.display().to_string(), index };
         for (path, file) in &self.files {
             for (index, note) in &file.notes {
                 notes.entry(subject(path, *index)).or_default().push(note.clone());
@@ -199,13 +203,21 @@ impl Folder {
             let Some(first) = files.keys().next() else { continue };
             for (path, (index, _)) in files.iter().skip(1) {
                 let what = format!("{} {name} is already in {}: left out", kind.word(), first.display());
-                notes.entry(subject(path, *index)).or_default().push(Note::new(Flaw::DuplicateObject, "", what));
+                notes.entry(subject(path, *index)).or_default().push(Note::new(
+                    Flaw::DuplicateObject,
+                    "",
+                    what,
+                ));
             }
         }
         let noted: BTreeSet<Subject> = notes.keys().cloned().collect();
-        let well = std::mem::replace(&mut self.noted, noted).into_iter().filter(|subject| !notes.contains_key(subject));
+        let well = std::mem::replace(&mut self.noted, noted)
+            .into_iter()
+            .filter(|subject| !notes.contains_key(subject));
         let well: Vec<Change> = well.map(|subject| Change::Notes(subject, Vec::new())).collect();
-        well.into_iter().chain(notes.into_iter().map(|(subject, notes)| Change::Notes(subject, notes))).collect()
+        well.into_iter()
+            .chain(notes.into_iter().map(|(subject, notes)| Change::Notes(subject, notes)))
+            .collect()
     }
 
     /// Decodes a file's content.
@@ -221,12 +233,19 @@ impl Folder {
                 return reading;
             }
         };
-        let documents = if path.extension().is_some_and(|end| end == "json") { json(text) } else { yaml(text) };
+        let documents =
+            if path.extension().is_some_and(|end| end == "json") { json(text) } else { yaml(text) };
         for Document { index, line, content } in documents {
             match content {
-                Ok(value) => self.object(value, None, &Place { index, line, depth: DEPTH, field: String::new() }, &mut reading),
+                Ok(value) => self.object(
+                    value,
+                    None,
+                    &Place { index, line, depth: DEPTH, field: String::new() },
+                    &mut reading,
+                ),
                 Err((line, why)) => {
-                    let what = format!("line {line}: {why}; objects it may have held keep their last good form");
+                    let what =
+                        format!("line {line}: {why}; objects it may have held keep their last good form");
                     reading.broken = true;
                     reading.notes.push((index, Note::new(Flaw::BrokenDocument, "", what)));
                 }
@@ -236,13 +255,20 @@ impl Folder {
     }
 
     /// Decodes an object, or the objects of a list.
-    fn object(&mut self, mut value: Value, implied: Option<(&str, &str)>, place: &Place, reading: &mut Reading) {
+    fn object(
+        &mut self,
+        mut value: Value,
+        implied: Option<(&str, &str)>,
+        place: &Place,
+        reading: &mut Reading,
+    ) {
         let text = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
         let (implied_kind, implied_version) = implied.unwrap_or_default();
         let kind = text("kind").unwrap_or_else(|| implied_kind.to_owned());
         let version = text("apiVersion").unwrap_or_else(|| implied_version.to_owned());
         if let Some(item_kind) = kind.strip_suffix("List") {
-            let items = value.get_mut("items").and_then(Value::as_array_mut).map(std::mem::take).unwrap_or_default();
+            let items =
+                value.get_mut("items").and_then(Value::as_array_mut).map(std::mem::take).unwrap_or_default();
             for (number, item) in items.into_iter().enumerate() {
                 let implied = Some((item_kind, version.as_str())).filter(|_| !item_kind.is_empty());
                 let field = format!("{}items[{number}]", place.prefix());
@@ -285,7 +311,8 @@ impl Folder {
         };
         let id = (kind, ObjectName::new(namespace, name));
         if reading.objects.contains_key(&id) || reading.undecodable.contains(&id) {
-            let what = format!("line {}: {} {} is already in this file: left out", place.line, kind.word(), id.1);
+            let what =
+                format!("line {}: {} {} is already in this file: left out", place.line, kind.word(), id.1);
             reading.notes.push(note(Flaw::DuplicateObject, what));
             return;
         }
@@ -294,7 +321,12 @@ impl Folder {
                 let _ = reading.objects.insert(id, (place.index, object));
             }
             Err(error) => {
-                let what = format!("line {}: {} {}: {error}; it keeps its last good form", place.line, kind.word(), id.1);
+                let what = format!(
+                    "line {}: {} {}: {error}; it keeps its last good form",
+                    place.line,
+                    kind.word(),
+                    id.1
+                );
                 reading.notes.push(note(Flaw::Undecodable, what));
                 let _ = reading.undecodable.insert(id);
             }

@@ -1,0 +1,409 @@
+//! What the lab tests share: a cluster with an agent on every node, and questions to it.
+#![allow(dead_code, reason = "every test binary uses a part of it")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use sluice_lab::{
+    AgentOptions, AgentProcess, Backend, Client, Event, Lab, Manifests, Namespace, Node, NodeOptions,
+    Overlay, Pod, Port, Reply, Running, Serve, Service, Unsupported,
+};
+
+/// Ports of the service `web`: HTTP, UDP echo, TCP echo, stream.
+pub const HTTP: u16 = 80;
+pub const DNS: u16 = 53;
+pub const ECHO: u16 = 7;
+pub const STREAM: u16 = 9;
+/// The ports of its backends.
+pub const HTTP_TARGET: u16 = 8080;
+pub const DNS_TARGET: u16 = 5353;
+pub const ECHO_TARGET: u16 = 7000;
+pub const STREAM_TARGET: u16 = 9000;
+
+/// Requests that leave none of three backends out, but once in ten million times.
+pub const ENOUGH: u32 = 44;
+pub const SOON: Duration = Duration::from_secs(10);
+
+/// An address of each family.
+pub type Pair = [IpAddr; 2];
+
+/// Cluster addresses, numbered.
+pub fn cluster_ip(number: u8) -> Pair {
+    [
+        Ipv4Addr::new(10, 96, 0, number).into(),
+        Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, number.into()).into(),
+    ]
+}
+
+/// Load balancer's addresses, numbered.
+pub fn external_ip(number: u8) -> Pair {
+    [
+        Ipv4Addr::new(203, 0, 113, number).into(),
+        Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, number.into()).into(),
+    ]
+}
+
+/// The first addresses: those of the service `web`.
+pub const WEB: u8 = 10;
+
+/// Says why and is true where lab tests cannot run.
+pub fn skip(test: &str) -> bool {
+    let skip = !sluice_lab::is_root();
+    if skip {
+        println!("{test} skipped: network namespaces need root");
+    }
+    skip
+}
+
+/// Ends a test quietly where the kernel lacks what its lab needs; other errors go on.
+pub fn unless_unsupported(built: Result<()>) -> Result<()> {
+    match built {
+        Err(error) if error.downcast_ref::<Unsupported>().is_some() => {
+            println!("skipped: {error:#}");
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+/// What a cluster is built of.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub overlay: Overlay,
+    pub node: NodeOptions,
+    /// Backends on the first node, where the clients are.
+    pub near: usize,
+    /// Backends on a second node.
+    pub far: usize,
+    /// Further arguments of the agents.
+    pub args: Vec<&'static str>,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            overlay: Overlay::None,
+            node: NodeOptions::default(),
+            near: 2,
+            far: 0,
+            args: Vec::new(),
+        }
+    }
+}
+
+/// One or two nodes with agents, backends of the service `web`, a client pod, and a client outside.
+pub struct Cluster {
+    pub agents: Vec<AgentProcess>,
+    pub nodes: Vec<Node>,
+    pub backends: Vec<Pod>,
+    pub client: Pod,
+    pub outside: Client,
+    pub manifests: Manifests,
+    pub servers: Vec<Running>,
+    pub lab: Lab,
+}
+
+impl Cluster {
+    /// Builds it and waits until its agents are ready.
+    pub fn new(name: &str, plan: &Plan) -> Result<Self> {
+        let started = Instant::now();
+        let mut cluster = Self::without_agents(name, plan)?;
+        let built = started.elapsed();
+        cluster.start_agents(&plan.args)?;
+        println!("{name}: lab up in {built:.1?}, agents ready {:.1?} later", started.elapsed() - built);
+        Ok(cluster)
+    }
+
+    /// Builds it, agents left out.
+    pub fn without_agents(name: &str, plan: &Plan) -> Result<Self> {
+        let lab = Lab::with_overlay(name, plan.overlay)?;
+        let mut nodes = vec![lab.node("n1", &plan.node)?];
+        if plan.far > 0 {
+            nodes.push(lab.node("n2", &plan.node)?);
+        }
+        let client = nodes[0].pod("client")?;
+        let outside = lab.client("outside")?;
+        for address in external_ip(WEB) {
+            route_to(&lab, address, &nodes[0])?;
+        }
+        let mut cluster = Self {
+            agents: Vec::new(),
+            nodes,
+            backends: Vec::new(),
+            client,
+            outside,
+            manifests: lab.manifests("cluster")?,
+            servers: Vec::new(),
+            lab,
+        };
+        for (node, count) in [plan.near, plan.far].into_iter().enumerate() {
+            let word = ["near", "far"][node];
+            for number in 1..=count {
+                let pod = cluster.nodes[node].pod(&format!("{word}-{number}"))?;
+                cluster.serve(&pod)?;
+                cluster.backends.push(pod);
+            }
+        }
+        cluster.manifests.write(&cluster.web())?;
+        Ok(cluster)
+    }
+
+    /// Starts an agent on every node and waits until they are ready.
+    pub fn start_agents(&mut self, args: &[&str]) -> Result<()> {
+        for node in &self.nodes {
+            let options = AgentOptions {
+                manifests: Some(self.manifests.directory().to_owned()),
+                args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+                kubeconfig: None,
+            };
+            self.agents.push(node.agent(options)?);
+        }
+        self.agents.iter_mut().try_for_each(|agent| agent.wait_ready(SOON))
+    }
+
+    /// Ends the agents and starts others with other arguments.
+    pub fn change_agents(&mut self, args: &[&str]) -> Result<()> {
+        for mut agent in self.agents.drain(..) {
+            agent.stop()?;
+        }
+        self.start_agents(args)
+    }
+
+    /// Starts every server of the service `web` in a namespace.
+    pub fn serve(&mut self, namespace: &Namespace) -> Result<()> {
+        for (what, port) in [
+            (Serve::Http, HTTP_TARGET),
+            (Serve::UdpEcho, DNS_TARGET),
+            (Serve::TcpEcho, ECHO_TARGET),
+            (Serve::Stream, STREAM_TARGET),
+        ] {
+            self.servers.push(namespace.serve(what, port)?);
+        }
+        Ok(())
+    }
+
+    /// The service `web` with all its backends.
+    pub fn web(&self) -> Service {
+        service("web", WEB).backends(&self.backends)
+    }
+
+    /// The node that clients are on.
+    pub fn node(&self) -> &Node {
+        &self.nodes[0]
+    }
+
+    /// The names of all backends.
+    pub fn names(&self) -> Vec<&str> {
+        self.backends.iter().map(|pod| pod.name()).collect()
+    }
+
+    /// The agent of the node that clients are on.
+    pub fn agent(&mut self) -> &mut AgentProcess {
+        &mut self.agents[0]
+    }
+}
+
+/// Routes an outside address to a node.
+pub fn route_to(lab: &Lab, address: IpAddr, node: &Node) -> Result<()> {
+    let length = if address.is_ipv4() { 32 } else { 128 };
+    lab.router().route(&format!("{address}/{length}"), &[node])
+}
+
+/// A service as `web` is, with the addresses of a number, without backends.
+pub fn service(name: &str, number: u8) -> Service {
+    let [cluster4, cluster6] = cluster_ip(number);
+    let [external4, external6] = external_ip(number);
+    Service::new(name)
+        .cluster_ip(cluster4)
+        .cluster_ip(cluster6)
+        .load_balancer_ip(external4)
+        .load_balancer_ip(external6)
+        .port(Port::tcp("http", HTTP, HTTP_TARGET))
+        .port(Port::udp("dns", DNS, DNS_TARGET))
+        .port(Port::tcp("echo", ECHO, ECHO_TARGET))
+        .port(Port::tcp("stream", STREAM, STREAM_TARGET))
+}
+
+/// A process of a node as a backend: on the host network.
+pub fn on_host(node: &Node) -> Backend {
+    Backend::new(node.name(), node.name(), [node.ipv4().into(), node.ipv6().into()])
+}
+
+pub fn url(address: IpAddr, port: u16, path: &str) -> String {
+    format!("http://{}/{path}", SocketAddr::new(address, port))
+}
+
+/// The answers came from these backends, all of them and no others, and as from this address.
+pub fn all_answer(what: &str, replies: &[Reply], names: &[&str], from: SocketAddr) -> Result<()> {
+    let shares = Reply::shares(replies);
+    let answered: BTreeSet<&str> = shares.keys().map(String::as_str).collect();
+    ensure!(
+        answered == names.iter().copied().collect(),
+        "{what}: answers of {shares:?}, expected of {names:?}"
+    );
+    if let Some(reply) = replies.iter().find(|reply| reply.from != from) {
+        bail!("{what}: an answer as from {}, not {from}: {reply:?}", reply.from);
+    }
+    Ok(())
+}
+
+/// A client reaches all backends by TCP, UDP and connected UDP at the addresses of both families, which
+/// see it with the address `own` of the family, if one is given.
+pub fn reaches(client: &Namespace, vips: Pair, names: &[&str], own: Option<Pair>) -> Result<()> {
+    for (index, vip) in vips.into_iter().enumerate() {
+        let (http, dns) = (SocketAddr::new(vip, HTTP), SocketAddr::new(vip, DNS));
+        let who = client.name();
+        let rounds = [
+            (format!("{who} TCP {http}"), http, client.http_get(&url(vip, HTTP, ""), ENOUGH)),
+            (format!("{who} UDP {dns}"), dns, client.udp_ask(dns, ENOUGH)),
+            (format!("{who} connected UDP {dns}"), dns, client.udp_ask_connected(dns, ENOUGH)),
+        ];
+        for (what, to, replies) in rounds {
+            let replies = replies.with_context(|| what.clone())?;
+            all_answer(&what, &replies, names, to)?;
+            if let Some(own) = own
+                && let Some(reply) = replies.iter().find(|reply| reply.seen.ip() != own[index])
+            {
+                bail!("{what}: the backend saw {}, not {}", reply.seen, own[index]);
+            }
+        }
+    }
+    Ok(())
+}
+
+pub fn addresses_of_pod(pod: &Pod) -> Pair {
+    [pod.ipv4().into(), pod.ipv6().into()]
+}
+
+pub fn addresses_of_node(node: &Node) -> Pair {
+    [node.ipv4().into(), node.ipv6().into()]
+}
+
+pub fn addresses_of_client(client: &Client) -> Pair {
+    [client.ipv4().into(), client.ipv6().into()]
+}
+
+/// A transfer of so many bytes arrives whole.
+pub fn transfers(client: &Namespace, vip: IpAddr, bytes: u64) -> Result<()> {
+    let what = format!("{} reads {bytes} bytes from {vip}", client.name());
+    let events = client
+        .ask(["http-client", "--url", &url(vip, HTTP, &format!("bytes/{bytes}"))])
+        .with_context(|| what.clone())?;
+    ensure!(received(&events) == Some(bytes), "{what}: {events:?}");
+    Ok(())
+}
+
+/// The bytes that a client that is done says it received.
+pub fn received(events: &[Event]) -> Option<u64> {
+    events.iter().find_map(|event| match event {
+        Event::Done { bytes, .. } => Some(*bytes),
+        Event::Listening { .. }
+        | Event::Connected { .. }
+        | Event::Reply(_)
+        | Event::Lost { .. }
+        | Event::Broken { .. } => None,
+    })
+}
+
+/// The answers among events; none may be lost.
+pub fn replies(events: Vec<Event>) -> Result<Vec<Reply>> {
+    let mut replies = Vec::new();
+    for event in events {
+        match event {
+            Event::Reply(reply) => replies.push(reply),
+            Event::Lost { .. } | Event::Broken { .. } => bail!("{event:?}"),
+            Event::Listening { .. } | Event::Connected { .. } | Event::Done { .. } => {}
+        }
+    }
+    Ok(replies)
+}
+
+/// What `sluice status -o json` says, ready or not.
+pub fn status(node: &Node) -> Result<Value> {
+    let output = node.sluice_output(&["status", "-o", "json"])?;
+    serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("`sluice status` said {}", String::from_utf8_lossy(&output.stderr)))
+}
+
+/// What a subcommand with `-o json` lists.
+pub fn listed(node: &Node, args: &[&str]) -> Result<Vec<Value>> {
+    let args: Vec<&str> = args.iter().copied().chain(["-o", "json"]).collect();
+    serde_json::from_str(&node.sluice(&args)?).with_context(|| format!("sluice {}", args.join(" ")))
+}
+
+/// A word of a JSON object.
+pub fn word<'a>(value: &'a Value, field: &str) -> &'a str {
+    value.get(field).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// A number of a JSON object.
+pub fn number(value: &Value, field: &str) -> u64 {
+    value.get(field).and_then(Value::as_u64).unwrap_or_default()
+}
+
+/// What was counted for a service: the sum over its backends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    pub flows: u64,
+    pub calls: u64,
+    pub forward: u64,
+    pub reply: u64,
+}
+
+pub fn counted(node: &Node, service: &str) -> Result<Counted> {
+    let mut sum = Counted::default();
+    for backend in listed(node, &["backends", service])? {
+        sum.flows += number(&backend, "flows");
+        sum.calls += number(&backend, "calls");
+        sum.forward += number(&backend, "forward_packets");
+        sum.reply += number(&backend, "reply_packets");
+    }
+    Ok(sum)
+}
+
+impl std::ops::Sub for Counted {
+    type Output = Self;
+    fn sub(self, other: Self) -> Self {
+        Self {
+            flows: self.flows - other.flows,
+            calls: self.calls - other.calls,
+            forward: self.forward - other.forward,
+            reply: self.reply - other.reply,
+        }
+    }
+}
+
+/// Packets counted by reason on a node.
+pub fn reasons(node: &Node) -> Result<BTreeMap<String, u64>> {
+    let status = status(node)?;
+    let all = status.get("reasons").and_then(Value::as_array).cloned().unwrap_or_default();
+    Ok(all.iter().map(|row| (word(row, "reason").to_owned(), number(row, "packets"))).collect())
+}
+
+/// Asks again and again until there is an answer.
+///
+/// # Errors
+/// If there is none within [`SOON`], or asking fails.
+pub fn until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let deadline = Instant::now() + SOON;
+    loop {
+        if let Some(answer) = ask()? {
+            return Ok(answer);
+        }
+        ensure!(Instant::now() < deadline, "waited {SOON:?} in vain: {what}");
+        sleep(Duration::from_millis(20));
+    }
+}
+
+/// Waits until a service has so many serving backends in each of its ports and families.
+pub fn until_backends(node: &Node, service: &str, count: usize) -> Result<()> {
+    until(&format!("{service} with {count} backends on {}", node.name()), || {
+        let rows = listed(node, &["services"])?;
+        let mut own = rows.iter().filter(|row| word(row, "service") == service).peekable();
+        Ok((own.peek().is_some() && own.all(|row| number(row, "backends") == count as u64)).then_some(()))
+    })
+}

@@ -1,0 +1,210 @@
+//! A case: what the maps hold, a packet, and what must come of both.
+
+use sluice_common::Reason;
+use sluice_common::abi::Flow;
+
+use super::frame::Frame;
+use super::world::{Flows, World};
+
+/// A program of the object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Program {
+    Ingress,
+    Egress,
+    IngressBare,
+    EgressBare,
+    Xdp,
+}
+
+impl Program {
+    /// Its name in the object.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "tc_ingress_l2",
+            Self::Egress => "tc_egress_l2",
+            Self::IngressBare => "tc_ingress_l3",
+            Self::EgressBare => "tc_egress_l3",
+            Self::Xdp => "xdp_uplink",
+        }
+    }
+}
+
+/// What a program answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// tc: the next program decides.
+    Next,
+    /// tc: dropped.
+    Drop,
+    /// tc: sent elsewhere.
+    Redirect,
+    /// XDP: on to tc.
+    XdpPass,
+    /// XDP: dropped.
+    XdpDrop,
+}
+
+/// How a packet was counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Counted {
+    /// Per reason.
+    Reason { reason: Reason, service_port: u32, bytes: u32 },
+    /// Towards a backend.
+    Forward { backend: u32, bytes: u32, opened: bool },
+    /// From a backend.
+    Reply { backend: u32, bytes: u32 },
+}
+
+/// What came, or must come, of a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    pub(crate) end: End,
+    pub(crate) frame: Vec<u8>,
+    /// One element at most. `None` in an expectation: the two ways must agree, on whatever it is.
+    pub(crate) counted: Option<Vec<Counted>>,
+    pub(crate) flows: Flows,
+    pub(crate) embryonic: Flows,
+    pub(crate) marks: u32,
+}
+
+/// A packet case.
+#[derive(Clone, Debug)]
+pub(crate) struct Case {
+    pub(crate) name: String,
+    pub(crate) world: World,
+    pub(crate) program: Program,
+    pub(crate) ifindex: u32,
+    pub(crate) input: Vec<u8>,
+    pub(crate) expected: Outcome,
+    /// The checksum is left to the device: a test run cannot make such an skb, so this is for the host alone.
+    pub(crate) partial: bool,
+    length: u32,
+}
+
+impl Case {
+    /// A packet that is passed untouched, not counted, and leaves nothing behind, until said otherwise.
+    pub(crate) fn new(
+        name: impl Into<String>,
+        world: &World,
+        program: Program,
+        ifindex: u32,
+        frame: &Frame,
+    ) -> Self {
+        let end = if program == Program::Xdp { End::XdpPass } else { End::Next };
+        Self {
+            name: name.into(),
+            world: world.clone(),
+            program,
+            ifindex,
+            input: frame.bytes(),
+            expected: Outcome {
+                end,
+                frame: frame.bytes(),
+                counted: Some(Vec::new()),
+                flows: world.flows.clone(),
+                embryonic: world.embryonic.clone(),
+                marks: world.marks,
+            },
+            partial: false,
+            length: frame.length(),
+        }
+    }
+
+    /// Becomes this frame.
+    pub(crate) fn becomes(mut self, frame: &Frame) -> Self {
+        self.expected.frame = frame.bytes();
+        self
+    }
+
+    /// Ends like this instead.
+    pub(crate) fn ends(mut self, end: End) -> Self {
+        self.expected.end = end;
+        self
+    }
+
+    /// Is dropped, whatever was written into it before.
+    pub(crate) fn dropped(self, reason: Reason, service_port: u32) -> Self {
+        self.ends(End::Drop).reason(reason, service_port)
+    }
+
+    /// Is counted by a reason.
+    pub(crate) fn reason(mut self, reason: Reason, service_port: u32) -> Self {
+        self.expected.counted = Some(vec![Counted::Reason { reason, service_port, bytes: self.length }]);
+        self
+    }
+
+    /// Is counted as the first packet to a backend.
+    pub(crate) fn opens(mut self, backend: u32) -> Self {
+        self.expected.counted = Some(vec![Counted::Forward { backend, bytes: self.length, opened: true }]);
+        self
+    }
+
+    /// Is counted as a packet to a backend.
+    pub(crate) fn forward(mut self, backend: u32) -> Self {
+        self.expected.counted = Some(vec![Counted::Forward { backend, bytes: self.length, opened: false }]);
+        self
+    }
+
+    /// Is counted as a packet from a backend.
+    pub(crate) fn reply(mut self, backend: u32) -> Self {
+        self.expected.counted = Some(vec![Counted::Reply { backend, bytes: self.length }]);
+        self
+    }
+
+    /// Leaves exactly these entries in `flows`.
+    pub(crate) fn flows(mut self, flows: impl IntoIterator<Item = Flows>) -> Self {
+        self.expected.flows = flows.into_iter().flatten().collect();
+        self
+    }
+
+    /// Leaves exactly these entries in `embryonic`.
+    pub(crate) fn embryonic(mut self, flows: impl IntoIterator<Item = Flows>) -> Self {
+        self.expected.embryonic = flows.into_iter().flatten().collect();
+        self
+    }
+
+    /// Leaves these marks.
+    pub(crate) fn marks(mut self, marks: u32) -> Self {
+        self.expected.marks = marks;
+        self
+    }
+
+    /// Leaves the checksum to the device.
+    pub(crate) fn partial(mut self) -> Self {
+        self.partial = true;
+        self
+    }
+
+    /// The packet cut off behind each of its bytes: never touched, whatever is counted.
+    pub(crate) fn every_prefix(&self) -> Vec<Self> {
+        (0..self.input.len())
+            .map(|length| {
+                let mut case = self.clone();
+                case.name = format!("{}, cut off behind {length} bytes", self.name);
+                case.input.truncate(length);
+                case.expected.frame = case.input.clone();
+                case.expected.end = if case.program == Program::Xdp { End::XdpPass } else { End::Next };
+                case.expected.counted = None;
+                case.expected.flows = case.world.flows.clone();
+                case.expected.embryonic = case.world.embryonic.clone();
+                case.expected.marks = case.world.marks;
+                case
+            })
+            .collect()
+    }
+}
+
+/// Forgives a tick that passed between filling the maps and the packet.
+pub(crate) fn settle(actual: &mut Outcome, expected: &Outcome) {
+    let forgive = |actual: &mut Flows, expected: &Flows| {
+        for (key, Flow { seen, .. }) in actual {
+            if let Some(expected) = expected.get(key)
+                && seen.abs_diff(expected.seen) <= 1
+            {
+                *seen = expected.seen;
+            }
+        }
+    };
+    forgive(&mut actual.flows, &expected.flows);
+    forgive(&mut actual.embryonic, &expected.embryonic);
+}

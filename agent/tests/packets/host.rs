@@ -1,0 +1,579 @@
+//! The host's way: the packet's path over plain maps and bytes, and what the adapters do, told plainly.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use sluice_common::abi::{
+    Backend, Class, Flow, Ipv4Address, Ipv6Address, Origin, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey,
+    Ticks, Tuple, device, flow,
+};
+use sluice_common::answer::{self, Answer, QUOTE};
+use sluice_common::checksum::Delta;
+use sluice_common::family::lane;
+use sluice_common::header::{TcpHeader, Wire, tcp};
+use sluice_common::parse::{self, Headers, Kind};
+use sluice_common::path::{self, Decision, Hook, Record, Verdict, decide, mark, partner, partner_key};
+use sluice_common::rewrite::{Checksum, Edit, hop, rewrite};
+use sluice_common::{Packet, Reason, Tables, V4, V6};
+
+use super::case::{Case, Counted, End, Outcome, Program};
+use super::world::{self, Flows, World};
+
+/// The time when a packet is met.
+const NOW: Ticks = 100_000;
+const PAIR: usize = 12;
+
+/// A family whose addresses come from and go to the standard library's.
+pub(crate) trait Ip: Answer {
+    const TOO_BIG_NEEDS_DF: bool;
+    fn of(address: IpAddr) -> Option<Self::Address>;
+    fn ip(address: Self::Address) -> IpAddr;
+}
+
+impl Ip for V4 {
+    const TOO_BIG_NEEDS_DF: bool = true;
+
+    fn of(address: IpAddr) -> Option<Ipv4Address> {
+        match address {
+            IpAddr::V4(address) => Some(address.into()),
+            IpAddr::V6(_) => None,
+        }
+    }
+
+    fn ip(address: Ipv4Address) -> IpAddr {
+        IpAddr::V4(address.into())
+    }
+}
+
+impl Ip for V6 {
+    const TOO_BIG_NEEDS_DF: bool = false;
+
+    fn of(address: IpAddr) -> Option<Ipv6Address> {
+        match address {
+            IpAddr::V4(_) => None,
+            IpAddr::V6(address) => Some(address.into()),
+        }
+    }
+
+    fn ip(address: Ipv6Address) -> IpAddr {
+        IpAddr::V6(address.into())
+    }
+}
+
+/// A key with a family's addresses.
+pub(crate) fn service_key<F: Ip>(key: &ServiceKey<IpAddr>) -> Option<ServiceKey<F::Address>> {
+    Some(ServiceKey { address: F::of(key.address)?, port: key.port, protocol: key.protocol, reserved: 0 })
+}
+
+/// A backend with a family's address.
+pub(crate) fn backend<F: Ip>(backend: &Backend<IpAddr>) -> Option<Backend<F::Address>> {
+    let Backend { address, port, generation, service_port, flags } = *backend;
+    Some(Backend { address: F::of(address)?, port, generation, service_port, flags })
+}
+
+/// Origins with a family's addresses.
+pub(crate) fn origins<F: Ip>(world: &World) -> Vec<(OriginKey<F::Address>, Origins<F::Address>)> {
+    let fill = |ends: &Vec<std::net::SocketAddr>| {
+        let mut origins = Origins::default();
+        for (origin, end) in origins.frontends.iter_mut().zip(ends) {
+            *origin = Origin { address: F::of(end.ip())?, port: end.port(), reserved: 0 };
+        }
+        Some(origins)
+    };
+    world.origins.iter().filter_map(|(key, ends)| Some((service_key::<F>(key)?, fill(ends)?))).collect()
+}
+
+/// Entries with a family's addresses, and times instead of ages.
+pub(crate) fn entries<F: Ip>(flows: &Flows, now: Ticks) -> BTreeMap<Tuple<F::Address>, Flow<F::Address>> {
+    let convert = |key: &Tuple<IpAddr>, entry: &Flow<IpAddr>| {
+        let key = Tuple {
+            source: F::of(key.source)?,
+            destination: F::of(key.destination)?,
+            source_port: key.source_port,
+            destination_port: key.destination_port,
+            protocol: key.protocol,
+            reserved: [0; 3],
+        };
+        let &Flow { source_port, destination_port, backend, service_port, seen, generation, state, flags, .. } = entry;
+        let flow = Flow {
+            source: F::of(entry.source)?,
+            destination: F::of(entry.destination)?,
+            source_port,
+            destination_port,
+            backend,
+            service_port,
+            seen: now - seen,
+            generation,
+            state,
+            flags,
+        };
+        Some((key, flow))
+    };
+    flows.iter().filter_map(|(key, entry)| convert(key, entry)).collect()
+}
+
+/// The way back of [`entries`].
+pub(crate) fn told<F: Ip>(
+    entries: impl IntoIterator<Item = (Tuple<F::Address>, Flow<F::Address>)>,
+    now: Ticks,
+) -> Flows {
+    let convert = |(key, entry): (Tuple<F::Address>, Flow<F::Address>)| {
+        let key = Tuple {
+            source: F::ip(key.source),
+            destination: F::ip(key.destination),
+            source_port: key.source_port,
+            destination_port: key.destination_port,
+            protocol: key.protocol,
+            reserved: key.reserved,
+        };
+        let Flow { source_port, destination_port, backend, service_port, seen, generation, state, flags, .. } = entry;
+        let flow = Flow {
+            source: F::ip(entry.source),
+            destination: F::ip(entry.destination),
+            source_port,
+            destination_port,
+            backend,
+            service_port,
+            seen: now.wrapping_sub(seen),
+            generation,
+            state,
+            flags,
+        };
+        (key, flow)
+    };
+    entries.into_iter().map(convert).collect()
+}
+
+/// The maps of one family.
+struct Memory<F: Ip> {
+    world: World,
+    inside: bool,
+    lanes: BTreeMap<(u32, u32), u8>,
+    services: BTreeMap<ServiceKey<F::Address>, Service>,
+    backends: BTreeMap<u32, Backend<F::Address>>,
+    origins: BTreeMap<OriginKey<F::Address>, Origins<F::Address>>,
+    flows: BTreeMap<Tuple<F::Address>, Flow<F::Address>>,
+    embryonic: BTreeMap<Tuple<F::Address>, Flow<F::Address>>,
+    marks: u32,
+}
+
+impl<F: Ip> Memory<F> {
+    fn new(world: &World, ifindex: u32) -> Self {
+        let mut lanes: BTreeMap<(u32, u32), u8> = BTreeMap::new();
+        for (address, bits) in &world.listing {
+            if let Some(address) = F::of(*address) {
+                *lanes.entry(lane::<F>(&address)).or_default() |= bits;
+            }
+        }
+        let services =
+            world.services.iter().filter_map(|(key, service)| Some((service_key::<F>(key)?, *service))).collect();
+        let backends =
+            world.backends.iter().filter_map(|(id, found)| Some((*id, backend::<F>(found)?))).collect();
+        Self {
+            inside: world.devices.get(&ifindex).is_some_and(|device| device.role == device::EDGE),
+            lanes,
+            services,
+            backends,
+            origins: origins::<F>(world).into_iter().collect(),
+            flows: entries::<F>(&world.flows, NOW),
+            embryonic: entries::<F>(&world.embryonic, NOW),
+            marks: world.marks,
+            world: world.clone(),
+        }
+    }
+
+    /// Inserts as a decision wants it; the reason why the packet must not go on.
+    fn record(&mut self, decision: &Decision<F>) -> Result<(), Reason> {
+        let key = decision.key;
+        let other = (partner_key::<F>(&decision.flow, key.protocol), partner::<F>(&key, &decision.flow));
+        let proven = matches!(decision.record, Record::Establish | Record::Renew);
+        match decision.record {
+            Record::Nothing => {}
+            Record::Open | Record::Establish => {
+                if let Some(old) = self.flows.remove(&key)
+                    && partner_key::<F>(&old, key.protocol) != other.0
+                {
+                    let _ = self.flows.remove(&partner_key::<F>(&old, key.protocol));
+                }
+                let ours = |there: &Flow<F::Address>| {
+                    partner_key::<F>(there, key.protocol) == key
+                };
+                for (map, proven_map) in [(&mut self.flows, true), (&mut self.embryonic, false)] {
+                    if !proven_map && proven {
+                        continue;
+                    }
+                    if let Some(there) = map.get(&other.0) {
+                        if there.seen + 1 >= decision.flow.seen && !ours(there) {
+                            return Err(Reason::ClashRace);
+                        }
+                        let _ = map.remove(&other.0);
+                    }
+                }
+                let map = if proven { &mut self.flows } else { &mut self.embryonic };
+                map.extend([other, (key, decision.flow)]);
+                if decision.flow.flags & flow::DIRECT != 0 {
+                    self.marks |= mark::DIRECT;
+                }
+                if decision.flow.flags & flow::HOST != 0 {
+                    self.marks |= mark::HOST;
+                }
+            }
+            Record::Promote => {
+                self.flows.extend([other, (key, decision.flow)]);
+                let _ = self.embryonic.remove(&other.0);
+                let _ = self.embryonic.remove(&key);
+            }
+            Record::Renew | Record::RenewEmbryonic => {
+                let map = if proven { &mut self.flows } else { &mut self.embryonic };
+                for (key, flow) in [(key, decision.flow), other] {
+                    let entry = map.entry(key).or_insert(flow);
+                    entry.seen = decision.flow.seen;
+                    entry.state |= decision.flow.state;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<F: Ip> Tables<F> for Memory<F> {
+    fn listing(&self, address: &F::Address) -> u8 {
+        self.lanes.get(&lane::<F>(address)).copied().unwrap_or_default()
+    }
+
+    fn flow(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+        self.flows.get(tuple)
+    }
+
+    fn embryonic(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+        self.embryonic.get(tuple)
+    }
+
+    fn service(&self, key: &ServiceKey<F::Address>) -> Option<&Service> {
+        self.services.get(key)
+    }
+
+    fn range(&self, service_port: u32, class: Class) -> Option<Range> {
+        Some(self.world.ports.get(&service_port).map_or(Range::default(), |ranges| ranges[class as usize]))
+    }
+
+    fn slot(&self, slot: u32) -> Option<u32> {
+        Some(self.world.slots.get(&slot).copied().unwrap_or_default())
+    }
+
+    fn backend(&self, id: u32) -> Option<&Backend<F::Address>> {
+        self.backends.get(&id)
+    }
+
+    fn origins(&self, key: &OriginKey<F::Address>) -> Option<&Origins<F::Address>> {
+        self.origins.get(key)
+    }
+
+    fn marks(&self) -> u32 {
+        self.marks
+    }
+
+    fn inside(&self) -> bool {
+        self.inside
+    }
+
+    fn now(&self) -> Ticks {
+        NOW
+    }
+}
+
+/// A frame in memory.
+#[derive(Clone)]
+struct Bytes {
+    bytes: Vec<u8>,
+    /// The transport checksum is the pseudo-header's sum, the device does the rest.
+    partial: bool,
+}
+
+impl Packet for Bytes {
+    fn length(&self) -> u32 {
+        self.bytes.len() as u32
+    }
+
+    fn read<T: Wire>(&self, offset: u32) -> Option<T> {
+        let bytes = self.bytes.get(offset as usize..)?.get(..size_of::<T>())?;
+        // SAFETY: the slice has the size of the type, and any bytes are a value of it.
+        Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+    }
+}
+
+impl Edit for Bytes {
+    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        let Some(bytes) = self.bytes.get_mut(offset as usize..).and_then(|bytes| bytes.get_mut(..size_of::<T>()))
+        else {
+            return false;
+        };
+        // SAFETY: the slice has the size of the type, which has no padding.
+        unsafe { bytes.as_mut_ptr().cast::<T>().write_unaligned(value) };
+        true
+    }
+
+    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
+        self.read::<u16>(offset).is_some_and(|old| self.store(offset, delta.apply(old)))
+    }
+
+    fn transport_checksum(&mut self, offset: u32, addresses: Delta, data: Delta, kind: Checksum) -> bool {
+        let Some(old) = self.read::<u16>(offset) else { return false };
+        let new = match (self.partial, kind) {
+            (true, _) => !addresses.apply(!old),
+            (false, Checksum::Plain) => addresses.and(data).apply(old),
+            (false, Checksum::Udp) => addresses.and(data).apply_udp(old),
+        };
+        self.store(offset, new)
+    }
+}
+
+/// Runs a case on the host.
+pub(crate) fn run(case: &Case) -> Outcome {
+    let link = if matches!(case.program, Program::IngressBare | Program::EgressBare) { 0 } else { 14 };
+    let packet = Bytes { bytes: case.input.clone(), partial: case.partial };
+    // A bare packet's ethertype lies outside of it.
+    let ethertype = match (link, packet.bytes.first().map(|first| first >> 4)) {
+        (0, Some(6)) => Some(0x86dd),
+        (0, _) => Some(0x0800),
+        _ => packet.read::<u16>(PAIR as u32).map(u16::from_be),
+    };
+    match ethertype.and_then(|ethertype| parse::untag(&packet, ethertype, link)) {
+        Some((0x0800, offset)) => run_family::<V4>(case, packet, offset),
+        Some((0x86dd, offset)) => run_family::<V6>(case, packet, offset),
+        _ => untouched(case),
+    }
+}
+
+/// What comes of a packet that is not looked at.
+fn untouched(case: &Case) -> Outcome {
+    Outcome {
+        end: if case.program == Program::Xdp { End::XdpPass } else { End::Next },
+        frame: case.input.clone(),
+        counted: Some(Vec::new()),
+        flows: case.world.flows.clone(),
+        embryonic: case.world.embryonic.clone(),
+        marks: case.world.marks,
+    }
+}
+
+fn run_family<F: Ip>(case: &Case, mut packet: Bytes, offset: u32) -> Outcome {
+    let hook = match case.program {
+        Program::Ingress | Program::IngressBare => Hook::Ingress,
+        Program::Egress | Program::EgressBare => Hook::Egress,
+        Program::Xdp => Hook::Xdp,
+    };
+    let mut memory = Memory::<F>::new(&case.world, case.ifindex);
+    let (end, counted) = match parse::headers::<F, _>(&packet, offset) {
+        None => (if hook == Hook::Xdp { End::XdpPass } else { End::Next }, None),
+        Some(headers) => {
+            let decision = decide(hook, &headers, &memory);
+            if hook == Hook::Xdp {
+                xdp(case, &mut packet, &headers, decision, &mut memory)
+            } else {
+                tc(case, &mut packet, &headers, decision, &mut memory)
+            }
+        }
+    };
+    Outcome {
+        end,
+        frame: packet.bytes,
+        counted: Some(counted.into_iter().collect()),
+        flows: told::<F>(memory.flows, NOW),
+        embryonic: told::<F>(memory.embryonic, NOW),
+        marks: memory.marks,
+    }
+}
+
+fn count<F: Ip>(decision: &Decision<F>, bytes: u32) -> Option<Counted> {
+    let flow = &decision.flow;
+    match decision.reason {
+        Reason::Stranger => None,
+        Reason::Forward | Reason::Reply if flow.flags & flow::REPLY != 0 => {
+            Some(Counted::Reply { backend: flow.backend, bytes })
+        }
+        Reason::Forward | Reason::Reply => {
+            let opened = matches!(decision.record, Record::Open | Record::Establish);
+            Some(Counted::Forward { backend: flow.backend, bytes, opened })
+        }
+        reason => Some(Counted::Reason { reason, service_port: flow.service_port, bytes }),
+    }
+}
+
+fn xdp<F: Ip>(
+    case: &Case,
+    packet: &mut Bytes,
+    headers: &Headers<F>,
+    decision: Decision<F>,
+    memory: &mut Memory<F>,
+) -> (End, Option<Counted>) {
+    let ours = case.world.devices.get(&case.ifindex).is_some_and(|device| packet.bytes.starts_with(&device.mac));
+    if decision.verdict != Verdict::Translate
+        || decision.flow.flags & flow::LOCAL == 0
+        || headers.kind != Kind::Transport
+        || answer::is_partial(headers)
+        || !ours
+        || memory.record(&decision).is_err()
+    {
+        return (End::XdpPass, None);
+    }
+    if rewrite(packet, headers, &decision.flow) {
+        (End::XdpPass, count(&decision, headers.length))
+    } else {
+        (End::XdpDrop, None)
+    }
+}
+
+fn tc<F: Ip>(
+    case: &Case,
+    packet: &mut Bytes,
+    headers: &Headers<F>,
+    mut decision: Decision<F>,
+    memory: &mut Memory<F>,
+) -> (End, Option<Counted>) {
+    let ingress = matches!(case.program, Program::Ingress | Program::IngressBare);
+    let link = matches!(case.program, Program::Ingress | Program::Egress);
+    if decision.verdict != Verdict::Pass && ingress && link && !memory.inside {
+        let [first, ..] = packet.bytes[..] else { return (End::Next, None) };
+        if first & 1 == 0 && !packet.bytes.starts_with(&world::mac(case.ifindex)) {
+            return (End::Next, None);
+        }
+    }
+    let end = apply(case, packet, headers, &mut decision, memory);
+    (end, count(&decision, headers.length))
+}
+
+/// Applies a decision; leaves in it the reason why the packet was dropped after all.
+fn apply<F: Ip>(
+    case: &Case,
+    packet: &mut Bytes,
+    headers: &Headers<F>,
+    decision: &mut Decision<F>,
+    memory: &mut Memory<F>,
+) -> End {
+    let ingress = matches!(case.program, Program::Ingress | Program::IngressBare);
+    let link = matches!(case.program, Program::Ingress | Program::Egress);
+    let (source, destination) = (F::ip(headers.tuple.source), F::ip(decision.flow.destination));
+    let answerable = match source {
+        IpAddr::V4(address) => address.octets()[0] != 0 && address.octets()[0] < 224,
+        IpAddr::V6(address) => !address.is_unspecified() && !address.is_multicast(),
+    };
+    match decision.verdict {
+        Verdict::Pass => return End::Next,
+        Verdict::Drop => {
+            let _ = memory.record(decision);
+            return End::Drop;
+        }
+        Verdict::Reset | Verdict::Unreachable if !answerable => {
+            decision.reason = Reason::NoBackendDropped;
+            return End::Drop;
+        }
+        Verdict::Reset => {
+            let Some(segment) = packet.read::<TcpHeader>(headers.transport) else { return End::Drop };
+            let header = headers.transport - headers.network + u32::from(segment.offset >> 4) * 4;
+            let counted = u32::from(segment.flags & tcp::SYN != 0) + u32::from(segment.flags & tcp::FIN != 0);
+            let (network, reset) = answer::reset(headers, &segment, headers.length - header + counted);
+            packet.bytes.resize((headers.network + F::HEADER + 20) as usize, 0);
+            assert!(packet.store(headers.network, network) && packet.store(headers.network + F::HEADER, reset));
+            return send_answer(case, packet, link, ingress);
+        }
+        Verdict::Unreachable => {
+            let bucket = case.world.rejects.get(&source);
+            let bucket = bucket.map(|credit| RejectBucket { refilled_ms: 5_000, credit_ms: *credit });
+            if !path::spend(bucket, 5_000).1 {
+                decision.reason = Reason::RejectLimited;
+                return End::Drop;
+            }
+            error(packet, headers, 0);
+            return send_answer(case, packet, link, ingress);
+        }
+        Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {}
+    }
+    if let Err(reason) = memory.record(decision) {
+        decision.reason = reason;
+        return End::Drop;
+    }
+    if decision.verdict == Verdict::TurnBack && !hop(packet, headers) {
+        decision.reason = Reason::TtlExceeded;
+        return End::Drop;
+    }
+    if decision.verdict == Verdict::Route {
+        let Some((_, mtu)) = world::route(destination) else {
+            decision.reason = Reason::NoRoute;
+            return End::Drop;
+        };
+        if headers.length > mtu {
+            decision.reason = Reason::TooBig;
+            if F::TOO_BIG_NEEDS_DF && packet.bytes[headers.network as usize + 6] & 0x40 == 0 {
+                return End::Drop;
+            }
+            error(packet, headers, mtu);
+            return send_answer(case, packet, link, ingress);
+        }
+    }
+    assert!(rewrite(packet, headers, &decision.flow), "a frame in memory can be rewritten");
+    match decision.verdict {
+        Verdict::Translate => {
+            let bridge = case.world.devices.get(&case.ifindex).map_or(0, |device| device.bridge);
+            let forward_local = decision.flow.flags & (flow::LOCAL | flow::REPLY) == flow::LOCAL;
+            if ingress && link && bridge == world::BRIDGE && forward_local {
+                packet.bytes[..6].copy_from_slice(&world::BACKEND_MAC);
+            }
+            End::Next
+        }
+        Verdict::TurnBack => turn_back(packet, link),
+        Verdict::HandIn => {
+            let target = match ingress {
+                true => world::route(F::ip(decision.flow.source)).map_or(case.ifindex, |(ifindex, _)| ifindex),
+                false => case.ifindex,
+            };
+            if ingress && target == case.ifindex {
+                return End::Next;
+            }
+            hand_in(case, packet, link, target, F::ETHERTYPE)
+        }
+        Verdict::Route | Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable => End::Redirect,
+    }
+}
+
+fn hand_in(case: &Case, packet: &mut Bytes, link: bool, target: u32, ethertype: u16) -> End {
+    let Some(device) = case.world.devices.get(&target) else { return End::Drop };
+    if device.link_header != 0 && link {
+        packet.bytes[..6].copy_from_slice(&device.mac);
+    } else if device.link_header != 0 {
+        let header = [&device.mac[..], &device.mac[..], &ethertype.to_be_bytes()[..]].concat();
+        let _ = packet.bytes.splice(..0, header);
+    }
+    End::Redirect
+}
+
+fn turn_back(packet: &mut Bytes, link: bool) -> End {
+    if link {
+        packet.bytes[..PAIR].rotate_left(6);
+    }
+    End::Redirect
+}
+
+fn send_answer(case: &Case, packet: &mut Bytes, link: bool, ingress: bool) -> End {
+    if ingress {
+        return turn_back(packet, link);
+    }
+    if link {
+        let Some(device) = case.world.devices.get(&case.ifindex) else { return End::Drop };
+        packet.bytes[..6].copy_from_slice(&device.mac);
+    }
+    End::Redirect
+}
+
+/// Writes an ICMP error over the packet.
+fn error<F: Ip>(packet: &mut Bytes, headers: &Headers<F>, mtu: u32) {
+    let kind = if mtu == 0 { F::PORT_UNREACHABLE } else { F::TOO_BIG };
+    let start = headers.network as usize;
+    let length = (headers.length.min(QUOTE) & !3) as usize;
+    let quote = packet.bytes[start..start + length].to_vec();
+    let sum = quote.chunks(2).map(|pair| u64::from(u16::from_ne_bytes([pair[0], pair[1]]))).sum();
+    let (network, icmp) = answer::error(headers, kind, mtu, length as u32, sum);
+    packet.bytes.resize(start + F::HEADER as usize + 8 + length, 0);
+    packet.bytes[start + F::HEADER as usize + 8..].copy_from_slice(&quote);
+    assert!(packet.store(headers.network, network) && packet.store(headers.network + F::HEADER, icmp));
+}

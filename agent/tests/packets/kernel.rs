@@ -1,0 +1,393 @@
+//! The kernel's way: the object's programs by `BPF_PROG_TEST_RUN`, in a network namespace of this thread.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use aya::maps::{Array, HashMap, MapData, PerCpuHashMap, PerCpuValues};
+use aya::programs::{SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
+use aya::{Ebpf, EbpfLoader, Pod};
+use sluice_common::abi::{
+    Backend, BackendCounters, COUNTER_V6, Device, Flow, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket,
+    RejectKey, Service, ServiceKey, ServicePort, SlotBlock, Ticks, Tuple,
+};
+use sluice_common::family::lane;
+use sluice_common::{Reason, V4, V6};
+
+use super::case::{Case, Counted, End, Outcome, Program};
+use super::host::{self, Ip};
+use super::world::{
+    self, BACKEND_MAC, BRIDGE, Flows, NARROW, NARROW_MTU, NET_BACKENDS, OWN, ROUTES, TUNNEL, UPLINK, Version, World,
+};
+
+/// Elements of the hash maps and arrays: far more than a case fills.
+const SMALL: u32 = 4096;
+/// Room for what a packet can grow to.
+const FRAME_MAX: usize = 4096;
+/// Bytes of `struct __sk_buff`, and where its `ifindex` is.
+const SKB: (usize, usize) = (192, 40);
+
+/// The loaded object.
+pub(crate) struct Kernel {
+    ebpf: Ebpf,
+}
+
+/// Why the kernel's way cannot be gone here.
+pub(crate) fn obstacle() -> Option<String> {
+    // SAFETY: no arguments.
+    if unsafe { libc::geteuid() } != 0 {
+        return Some("not root".to_owned());
+    }
+    let object = object();
+    (!object.exists()).then(|| format!("no BPF object at {}", object.display()))
+}
+
+fn object() -> PathBuf {
+    let built = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/bpf/sluice.o");
+    std::env::var_os("SLUICE_BPF_OBJECT").map_or_else(built, PathBuf::from)
+}
+
+/// Runs `ip` with words separated by blanks.
+fn ip(words: &str) -> Result<()> {
+    let output = Command::new("ip").args(words.split_whitespace()).output().context("cannot run `ip`")?;
+    ensure!(output.status.success(), "`ip {words}`: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
+}
+
+fn network() -> Result<()> {
+    // SAFETY: no memory is passed.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+        return Err(std::io::Error::last_os_error()).context("cannot make a network namespace");
+    }
+    for family in ["ipv4/ip_forward", "ipv6/conf/all/forwarding", "ipv6/conf/default/forwarding"] {
+        std::fs::write(format!("/proc/sys/net/{family}"), "1").with_context(|| format!("cannot set {family}"))?;
+    }
+    ip("link set lo up")?;
+    for ifindex in [world::EDGE, UPLINK, TUNNEL, OWN, NARROW, BRIDGE] {
+        let mac = world::mac(ifindex).map(|byte| format!("{byte:02x}")).join(":");
+        let mtu = if ifindex == NARROW { NARROW_MTU } else { 1500 };
+        // Half of a pair: every kernel that we run on has them, and not every one has dummies.
+        ip(&format!("link add name d{ifindex} index {ifindex} address {mac} mtu {mtu} type veth peer name e{ifindex}"))?;
+        ip(&format!("link set d{ifindex} up"))?;
+        ip(&format!("link set e{ifindex} up"))?;
+    }
+    for version in [Version::V4, Version::V6] {
+        let (flag, bits) = if version == Version::V4 { ("-4", 24) } else { ("-6", 64) };
+        for (net, ifindex) in ROUTES {
+            ip(&format!("{flag} route add {}/{bits} dev d{ifindex}", world::address(version, net, 0)))?;
+        }
+        // What the bridge knows: a route of its own for a backend, less preferred than the uplink's.
+        let backend = world::address(version, NET_BACKENDS, 3);
+        let mac = BACKEND_MAC.map(|byte| format!("{byte:02x}")).join(":");
+        ip(&format!("{flag} route add {}/{bits} dev d{BRIDGE} metric 9000", world::address(version, NET_BACKENDS, 0)))?;
+        ip(&format!("{flag} neigh add {backend} lladdr {mac} dev d{BRIDGE} nud permanent"))?;
+    }
+    Ok(())
+}
+
+/// The kernel's time in ticks.
+fn now() -> Ticks {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the struct is live.
+    let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
+    ((time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64) >> 30) as Ticks
+}
+
+fn now_ms() -> u32 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the struct is live.
+    let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
+    (time.tv_sec as u64 * 1_000 + time.tv_nsec as u64 / 1_000_000) as u32
+}
+
+/// A map's key or value.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Raw<T>(T);
+
+// SAFETY: used with the ABI's types alone, which are plain integers without padding.
+unsafe impl<T: Copy + 'static> Pod for Raw<T> {}
+
+type Hash<'a, K, V> = HashMap<&'a mut MapData, Raw<K>, Raw<V>>;
+
+fn hash<'a, K: Copy + 'static, V: Copy + 'static>(ebpf: &'a mut Ebpf, name: &str) -> Result<Hash<'a, K, V>> {
+    let map = ebpf.map_mut(name).with_context(|| format!("the object has no map {name}"))?;
+    HashMap::try_from(map).with_context(|| format!("map {name}"))
+}
+
+fn array<'a, V: Copy + 'static>(ebpf: &'a mut Ebpf, name: &str) -> Result<Array<&'a mut MapData, Raw<V>>> {
+    let map = ebpf.map_mut(name).with_context(|| format!("the object has no map {name}"))?;
+    Array::try_from(map).with_context(|| format!("map {name}"))
+}
+
+fn clear<K: Copy + 'static, V: Copy + 'static>(ebpf: &mut Ebpf, name: &str) -> Result<()> {
+    let mut map = hash::<K, V>(ebpf, name)?;
+    let keys: Vec<Raw<K>> = map.keys().collect::<Result<_, _>>()?;
+    for key in keys {
+        map.remove(&key)?;
+    }
+    Ok(())
+}
+
+fn counters<'a, K: Copy + 'static, V: Copy + 'static>(
+    ebpf: &'a mut Ebpf,
+    name: &str,
+) -> Result<PerCpuHashMap<&'a mut MapData, Raw<K>, Raw<V>>> {
+    let map = ebpf.map_mut(name).with_context(|| format!("the object has no map {name}"))?;
+    PerCpuHashMap::try_from(map).with_context(|| format!("map {name}"))
+}
+
+/// Takes every counter out of a map.
+fn drain<K: Copy + 'static, V: Copy + 'static>(ebpf: &mut Ebpf, name: &str) -> Result<Vec<(K, Vec<V>)>> {
+    let mut map = counters::<K, V>(ebpf, name)?;
+    let found: Vec<(Raw<K>, PerCpuValues<Raw<V>>)> = map.iter().collect::<Result<_, _>>()?;
+    for (key, _) in &found {
+        map.remove(key)?;
+    }
+    Ok(found.into_iter().map(|(key, values)| (key.0, values.iter().map(|value| value.0).collect())).collect())
+}
+
+fn suffixed<F: Ip>(map: &str) -> String {
+    format!("{map}_v{}", F::VERSION)
+}
+
+fn clear_family<F: Ip>(ebpf: &mut Ebpf, world: &World) -> Result<()> {
+    clear::<ServiceKey<F::Address>, Service>(ebpf, &suffixed::<F>("services"))?;
+    clear::<OriginKey<F::Address>, Origins<F::Address>>(ebpf, &suffixed::<F>("origins"))?;
+    for map in ["flows", "embryonic"] {
+        clear::<Tuple<F::Address>, Flow<F::Address>>(ebpf, &suffixed::<F>(map))?;
+    }
+    let mut backends = array(ebpf, &suffixed::<F>("backends"))?;
+    for id in world.backends.keys() {
+        backends.set(*id, Raw(Backend::<F::Address>::default()), 0)?;
+    }
+    let mut lanes = array(ebpf, "addresses")?;
+    for address in world.listing.keys() {
+        if let Some(address) = F::of(*address) {
+            lanes.set(lane::<F>(&address).0, Raw(0_u64), 0)?;
+        }
+    }
+    Ok(())
+}
+
+fn fill_family<F: Ip>(ebpf: &mut Ebpf, world: &World, now: Ticks) -> Result<()> {
+    let mut services = hash(ebpf, &suffixed::<F>("services"))?;
+    for (key, service) in &world.services {
+        if let Some(key) = host::service_key::<F>(key) {
+            services.insert(Raw(key), Raw(*service), 0)?;
+        }
+    }
+    let mut backends = array(ebpf, &suffixed::<F>("backends"))?;
+    for (id, found) in &world.backends {
+        if let Some(found) = host::backend::<F>(found) {
+            backends.set(*id, Raw(found), 0)?;
+        }
+    }
+    let mut origins = hash(ebpf, &suffixed::<F>("origins"))?;
+    for (key, found) in host::origins::<F>(world) {
+        origins.insert(Raw(key), Raw(found), 0)?;
+    }
+    for (map, flows) in [("flows", &world.flows), ("embryonic", &world.embryonic)] {
+        let mut map = hash(ebpf, &suffixed::<F>(map))?;
+        for (key, flow) in host::entries::<F>(flows, now) {
+            map.insert(Raw(key), Raw(flow), 0)?;
+        }
+    }
+    let mut lanes = array(ebpf, "addresses")?;
+    for (address, bits) in &world.listing {
+        if let Some(address) = F::of(*address) {
+            let (word, shift) = lane::<F>(&address);
+            let Raw(old) = lanes.get(&word, 0)?;
+            lanes.set(word, Raw::<u64>(old | u64::from(*bits) << shift), 0)?;
+        }
+    }
+    Ok(())
+}
+
+fn read_family<F: Ip>(ebpf: &mut Ebpf, map: &str, now: Ticks) -> Result<Flows> {
+    let map = hash::<Tuple<F::Address>, Flow<F::Address>>(ebpf, &suffixed::<F>(map))?;
+    let entries: Vec<(Raw<_>, Raw<_>)> = map.iter().collect::<Result<_, _>>()?;
+    Ok(host::told::<F>(entries.into_iter().map(|(key, flow)| (key.0, flow.0)), now))
+}
+
+impl Kernel {
+    /// Loads the object into a new network namespace, which this thread enters.
+    pub(crate) fn load() -> Result<Self> {
+        network()?;
+        let bytes = std::fs::read(object())?;
+        let mut loader = EbpfLoader::new();
+        for map in [
+            "services_v4", "services_v6", "backends_v4", "backends_v6", "flows_v4", "flows_v6", "embryonic_v4",
+            "embryonic_v6", "origins_v4", "origins_v6", "sockets_v4", "sockets_v6", "ports", "slots", "names",
+            "backend_counts", "reason_counts",
+        ] {
+            let _ = loader.map_max_entries(map, SMALL);
+        }
+        let mut ebpf = loader.load(&bytes).context("cannot load the object")?;
+        for program in [Program::Ingress, Program::Egress, Program::IngressBare, Program::EgressBare] {
+            tc(&mut ebpf, program)?.load().with_context(|| format!("cannot load {}", program.name()))?;
+        }
+        xdp(&mut ebpf)?.load().context("cannot load the XDP program")?;
+        Ok(Self { ebpf })
+    }
+
+    fn fill(&mut self, world: &World, now: Ticks) -> Result<()> {
+        let ebpf = &mut self.ebpf;
+        fill_family::<V4>(ebpf, world, now)?;
+        fill_family::<V6>(ebpf, world, now)?;
+        let mut ports = array(ebpf, "ports")?;
+        for (id, ranges) in &world.ports {
+            let port = ServicePort { ranges: ranges.map(|range| range.0), ..ServicePort::default() };
+            ports.set(*id, Raw(port), 0)?;
+        }
+        let mut slots = array::<SlotBlock>(ebpf, "slots")?;
+        for (slot, id) in &world.slots {
+            let Raw(mut block) = slots.get(&(slot / 16), 0)?;
+            block.backends[*slot as usize % 16] = *id;
+            slots.set(slot / 16, Raw(block), 0)?;
+        }
+        let mut devices = hash::<u32, Device>(ebpf, "devices")?;
+        for (ifindex, device) in &world.devices {
+            devices.insert(Raw(*ifindex), Raw(*device), 0)?;
+        }
+        let mut rejects = hash::<RejectKey, RejectBucket>(ebpf, "rejects")?;
+        for (client, credit_ms) in &world.rejects {
+            let address = match client {
+                IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+                IpAddr::V6(address) => address.octets(),
+            };
+            let bucket = RejectBucket { refilled_ms: now_ms(), credit_ms: *credit_ms };
+            rejects.insert(Raw(RejectKey { address }), Raw(bucket), 0)?;
+        }
+        array(ebpf, "marks")?.set(0, Raw(world.marks), 0)?;
+        Ok(())
+    }
+
+    fn clear(&mut self, world: &World) -> Result<()> {
+        let ebpf = &mut self.ebpf;
+        clear_family::<V4>(ebpf, world)?;
+        clear_family::<V6>(ebpf, world)?;
+        let mut ports = array(ebpf, "ports")?;
+        for id in world.ports.keys() {
+            ports.set(*id, Raw(ServicePort::default()), 0)?;
+        }
+        let mut slots = array(ebpf, "slots")?;
+        for slot in world.slots.keys() {
+            slots.set(slot / 16, Raw(SlotBlock::default()), 0)?;
+        }
+        clear::<u32, Device>(ebpf, "devices")?;
+        clear::<RejectKey, RejectBucket>(ebpf, "rejects")
+    }
+
+    /// Runs a case. [`None`]: the kernel refuses to run a program on such a frame.
+    pub(crate) fn run(&mut self, case: &Case) -> Result<Option<Outcome>> {
+        let before = now();
+        ensure!(before > 300, "the machine has been up for less than five minutes: old entries cannot be made");
+        self.fill(&case.world, before)?;
+        let outcome = self.run_filled(case, before);
+        let _ = self.counted()?;
+        self.clear(&case.world)?;
+        outcome
+    }
+
+    fn run_filled(&mut self, case: &Case, now: Ticks) -> Result<Option<Outcome>> {
+        let mut frame = vec![0; FRAME_MAX];
+        let result = match self.test_run(case, &mut frame)? {
+            Some(result) => result,
+            None => return Ok(None),
+        };
+        frame.truncate(result.data_size_out as usize);
+        let end = match (case.program, result.return_value.cast_signed()) {
+            (Program::Xdp, 1) => End::XdpDrop,
+            (Program::Xdp, 2) => End::XdpPass,
+            (Program::Xdp, other) => bail!("XDP answers {other}"),
+            (_, -1) => End::Next,
+            (_, 2) => End::Drop,
+            (_, 7) => End::Redirect,
+            (_, other) => bail!("tc answers {other}"),
+        };
+        let mut flows = read_family::<V4>(&mut self.ebpf, "flows", now)?;
+        flows.extend(read_family::<V6>(&mut self.ebpf, "flows", now)?);
+        let mut embryonic = read_family::<V4>(&mut self.ebpf, "embryonic", now)?;
+        embryonic.extend(read_family::<V6>(&mut self.ebpf, "embryonic", now)?);
+        let Raw(marks) = array::<u32>(&mut self.ebpf, "marks")?.get(&0, 0)?;
+        let counted = Some(self.counted()?);
+        Ok(Some(Outcome { end, frame, counted, flows, embryonic, marks }))
+    }
+
+    fn test_run(&mut self, case: &Case, frame: &mut [u8]) -> Result<Option<TestRunResult>> {
+        let context = if case.program == Program::Xdp {
+            // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+            [0, case.input.len() as u32, 0, case.ifindex, 0, 0].map(u32::to_ne_bytes).concat()
+        } else {
+            let (length, ifindex) = SKB;
+            let mut context = vec![0; length];
+            context[ifindex..ifindex + 4].copy_from_slice(&case.ifindex.to_ne_bytes());
+            context
+        };
+        let options = TestRunOptions {
+            data_in: Some(&case.input),
+            data_out: Some(frame),
+            ctx_in: Some(&context),
+            ..TestRunOptions::default()
+        };
+        let result = if case.program == Program::Xdp {
+            xdp(&mut self.ebpf)?.test_run(options)
+        } else {
+            tc(&mut self.ebpf, case.program)?.test_run(options)
+        };
+        match result {
+            Ok(result) => Ok(Some(result)),
+            Err(_) if case.input.len() < shortest(&case.input) => Ok(None),
+            Err(error) => Err(error).context("the kernel refuses to run the program"),
+        }
+    }
+
+    /// How packets were counted since the last call.
+    fn counted(&mut self) -> Result<Vec<Counted>> {
+        let mut all = Vec::new();
+        for (key, values) in drain::<ReasonKey, ReasonCounters>(&mut self.ebpf, "reason_counts")? {
+            let packets: u64 = values.iter().map(|value| value.packets).sum();
+            ensure!(packets == 1, "one packet was counted {packets} times");
+            let reason = Reason::from_number(key.reason).with_context(|| format!("no reason {}", key.reason))?;
+            let bytes = values.iter().map(|value| value.bytes).sum::<u64>() as u32;
+            all.push(Counted::Reason { reason, service_port: key.service_port, bytes });
+        }
+        for (key, values) in drain::<u32, BackendCounters>(&mut self.ebpf, "backend_counts")? {
+            let backend = key & !COUNTER_V6;
+            let sum = |field: fn(&BackendCounters) -> u64| values.iter().map(field).sum::<u64>();
+            let (forward, reply) = (sum(|value| value.forward_packets), sum(|value| value.reply_packets));
+            ensure!(forward + reply == 1, "one packet was counted {forward} times forward, {reply} times back");
+            let (forward_bytes, reply_bytes) =
+                (sum(|value| value.forward_bytes) as u32, sum(|value| value.reply_bytes) as u32);
+            let opened = sum(|value| value.flows) == 1;
+            all.push(match forward {
+                1 => Counted::Forward { backend, bytes: forward_bytes, opened },
+                _ => Counted::Reply { backend, bytes: reply_bytes },
+            });
+        }
+        Ok(all)
+    }
+}
+
+/// What a test run takes at least: an Ethernet header and, of an skb, the IP header behind it.
+fn shortest(frame: &[u8]) -> usize {
+    match frame.get(12..14) {
+        Some([0x08, 0x00]) => 14 + 20,
+        Some([0x86, 0xdd]) => 14 + 40,
+        _ => 15,
+    }
+}
+
+fn tc(ebpf: &mut Ebpf, program: Program) -> Result<&mut SchedClassifier> {
+    let name = program.name();
+    let program = ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
+    Ok(program.try_into()?)
+}
+
+fn xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp> {
+    let name = Program::Xdp.name();
+    let program = ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
+    Ok(program.try_into()?)
+}
