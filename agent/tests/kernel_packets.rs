@@ -6,10 +6,15 @@
 //! skbs that are not linear, larger than a page, or leave a checksum to the device.
 
 mod packets {
+    #[path = "../../../common/tests/packets/bytes.rs"]
+    pub(crate) mod bytes;
     pub(crate) mod case;
     pub(crate) mod cases;
+    #[path = "../../../common/tests/packets/frame.rs"]
     pub(crate) mod frame;
     pub(crate) mod host;
+    #[path = "../../../common/tests/packets/ip.rs"]
+    pub(crate) mod ip;
     pub(crate) mod kernel;
     pub(crate) mod show;
     pub(crate) mod world;

@@ -242,7 +242,7 @@ fn list_all<F: Stack>(image: &mut Image) {
 }
 
 proptest! {
-    #![proptest_config(config(2_000))]
+    #![proptest_config(config(1_000))]
 
     #[test]
     fn a_diff_leads_from_any_image_to_any_other_and_nothing_dangles_on_the_way(
@@ -389,7 +389,7 @@ fn narrow() -> Sizes {
 }
 
 proptest! {
-    #![proptest_config(config(400))]
+    #![proptest_config(config(150))]
 
     #[test]
     fn an_update_with_room_never_takes_all_backends_away_and_leaves_what_history_does_not_tell(rounds in rounds()) {
@@ -540,6 +540,51 @@ fn a_backend_that_returns_has_its_id_and_generation_and_one_that_leaves_stops_se
     assert!(flip < stops && stops < grace && grace < clear);
     let _ = plan.update(&batch(false, &with(&[1, 2])));
     assert_eq!(plan.image().v4.backends, before.v4.backends);
+}
+
+/// A Service with IPv4 endpoints for all classes alike.
+fn simple(endpoints: &[u8]) -> Wish {
+    let endpoints = endpoints.iter().map(|low| (*low, (true, true, false))).collect();
+    Wish { v4: true, v6: false, number: 80, load_balancer: false, endpoints }
+}
+
+#[test]
+fn when_the_arena_is_full_updates_take_the_reserve_and_new_services_wait() {
+    // Room for two tables of four blocks, and one more in reserve.
+    let sizes = Sizes { slot_blocks: 12, reserve_blocks: 4, ..Sizes::default() };
+    let mut plan = Plan::new(sizes);
+    let first: BTreeMap<u8, Wish> = [(0, simple(&[1])), (1, simple(&[2]))].into();
+    assert!(plan.update(&batch(true, &first)).notes.values().all(Vec::is_empty));
+
+    let refused = plan.update(&batch(false, &[(2, simple(&[3]))].into()));
+    assert_eq!(refused.writes, []);
+    assert_eq!(refused.notes[&service(2)].len(), 1, "{:?}", refused.notes);
+
+    let updated = plan.update(&batch(false, &[(0, simple(&[1, 4]))].into()));
+    assert_eq!(updated.notes[&service(0)], [], "an update never fails for room");
+    assert_eq!(plan.image().v4.services.len(), 3, "what it freed goes to the one that waits");
+
+    // Full, the reserve too: the table is overwritten, and the service port parked meanwhile.
+    let again = plan.update(&batch(false, &[(1, simple(&[2, 5]))].into()));
+    assert_eq!(again.notes[&service(1)], []);
+    let mut fresh = Plan::new(Sizes::default());
+    let _ =
+        fresh.update(&batch(true, &[(0, simple(&[1, 4])), (1, simple(&[2, 5])), (2, simple(&[3]))].into()));
+    assert_eq!(content(plan.image()), content(fresh.image()));
+}
+
+#[test]
+fn classes_with_the_same_backends_share_a_range() {
+    let mut plan = Plan::new(Sizes::default());
+    let _ = plan.update(&batch(true, &[(0, simple(&[1, 2]))].into()));
+    assert_eq!(plan.image().slots.len(), 1);
+    let mut wish = simple(&[1, 2]);
+    let _ = wish.endpoints.insert(3, (true, false, false));
+    let _ = plan.update(&batch(false, &[(0, wish)].into()));
+    let port = plan.image().ports.values().next().expect("one");
+    assert_eq!(plan.image().slots.len(), 2);
+    assert_eq!(port.ranges[0], port.ranges[1]);
+    assert_ne!(port.ranges[1], port.ranges[2]);
 }
 
 #[test]

@@ -51,7 +51,7 @@ impl Delta {
         Self(self.0.wrapping_add(other.0))
     }
 
-    /// Whether nothing was ever added.
+    /// Whether it leaves every checksum as it is. Bytes may have changed all the same: all ones became zero.
     #[inline(always)]
     pub fn is_zero(self) -> bool {
         self.0 == 0

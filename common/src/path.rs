@@ -558,14 +558,10 @@ fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &
         return false;
     }
     // Only a proven flow clashes: an unproven one may be this very packet's, met before by another program.
+    // One that has ended clashes too: its entry still translates what the backend sends to this tuple. Where it
+    // no longer keeps the tuple from others, the direct connection's own entry, which changes nothing, replaces it.
     let Some(entry) = tables.flow(&key.reversed()) else { return false };
-    let live = if key.protocol == protocol::TCP {
-        entry.state & state::CLOSING == 0
-    } else {
-        tables.now().wrapping_sub(entry.seen) <= UDP_IDLE_TICKS
-    };
-    let kind = entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::DIRECT);
-    if !live || kind != flow::REPLY {
+    if entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::DIRECT) != flow::REPLY {
         return false;
     }
     decision.flow.seen = tables.now();
@@ -598,13 +594,31 @@ fn unknown_connection<F: Family, T: Tables<F>>(
         reserved: 0,
     };
     let Some(origins) = tables.origins(&endpoint) else { return };
+    // A forward entry is proof, a slot is a guess: all entries are asked before any slot.
     for origin in &origins.frontends {
         if origin.port == 0 {
             break;
         }
         decision.key.destination = origin.address;
         decision.key.destination_port = origin.port;
-        if reclaim(packet, tables, decision) {
+        if let Some(entry) = tables.flow(&decision.key)
+            && entry.state & state::CLOSING == 0
+            && leads_to::<F>(entry, packet)
+        {
+            decision.flow = *entry;
+            decision.flow.seen = tables.now();
+            decision.set(Verdict::Drop, Reason::ReplyRecovered);
+            decision.record = Record::Establish;
+            return;
+        }
+    }
+    for origin in &origins.frontends {
+        if origin.port == 0 {
+            break;
+        }
+        decision.key.destination = origin.address;
+        decision.key.destination_port = origin.port;
+        if tables.flow(&decision.key).is_none() && guess(packet, tables, decision) {
             decision.set(Verdict::Drop, Reason::ReplyRecovered);
             decision.record = Record::Establish;
             return;
@@ -613,25 +627,22 @@ fn unknown_connection<F: Family, T: Tables<F>>(
     decision.key = *packet;
 }
 
-/// Makes the entries of a connection again if it can have come through the frontend in the decision's key.
+/// Whether an entry makes packets of this tuple.
 #[inline(always)]
-fn reclaim<F: Family, T: Tables<F>>(
+fn leads_to<F: Family>(entry: &Flow<F::Address>, tuple: &Tuple<F::Address>) -> bool {
+    entry.source == tuple.source
+        && entry.destination == tuple.destination
+        && entry.source_port == tuple.source_port
+        && entry.destination_port == tuple.destination_port
+}
+
+/// Makes the entries of a connection again if the slot of the decision's key leads to where the packet goes.
+#[inline(always)]
+fn guess<F: Family, T: Tables<F>>(
     packet: &Tuple<F::Address>,
     tables: &T,
     decision: &mut Decision<F>,
 ) -> bool {
-    if let Some(entry) = tables.flow(&decision.key) {
-        let leads_here = entry.source == packet.source
-            && entry.destination == packet.destination
-            && entry.source_port == packet.source_port
-            && entry.destination_port == packet.destination_port;
-        if !leads_here || entry.state & state::CLOSING != 0 {
-            return false;
-        }
-        decision.flow = *entry;
-        decision.flow.seen = tables.now();
-        return true;
-    }
     let frontend = ServiceKey {
         address: decision.key.destination,
         port: decision.key.destination_port,

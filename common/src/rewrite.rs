@@ -84,19 +84,18 @@ pub fn rewrite<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flo
 #[inline(always)]
 pub fn segment<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
     let tuple = &headers.tuple;
-    let new = [flow.source, flow.destination];
-    let addresses = addresses_delta::<F>(&[tuple.source, tuple.destination], &new);
-    let ports = ports_delta(
-        [tuple.source_port, tuple.destination_port],
-        [flow.source_port, flow.destination_port],
-    );
+    let (old, new) = ([tuple.source, tuple.destination], [flow.source, flow.destination]);
+    let old_ports = [tuple.source_port, tuple.destination_port];
+    let new_ports = [flow.source_port, flow.destination_port];
+    let addresses = addresses_delta::<F>(&old, &new);
+    let ports = ports_delta(old_ports, new_ports);
     let kind = if tuple.protocol == protocol::UDP { Checksum::Udp } else { Checksum::Plain };
     let checksum = headers.transport.wrapping_add(checksum_offset(tuple.protocol));
     // The checksums first: in UDP's case whether there is one is read from the packet.
     if !edit.transport_checksum(checksum, addresses, ports, kind) {
         return false;
     }
-    if !addresses.is_zero() {
+    if old != new {
         if F::VERSION == V4::VERSION
             && !edit.network_checksum(headers.network.wrapping_add(NETWORK_CHECKSUM), addresses)
         {
@@ -106,8 +105,7 @@ pub fn segment<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flo
             return false;
         }
     }
-    ports.is_zero()
-        || edit.store(headers.transport, [flow.source_port.to_be(), flow.destination_port.to_be()])
+    old_ports == new_ports || edit.store(headers.transport, new_ports.map(u16::to_be))
 }
 
 #[inline(always)]

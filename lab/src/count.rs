@@ -17,6 +17,7 @@ const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+const BPF_F_BEFORE: u32 = 1 << 3;
 const BPF_F_AFTER: u32 = 1 << 4;
 
 /// Which way packets go through a device.
@@ -35,6 +36,15 @@ pub enum Side {
     Source,
     /// The destination.
     Destination,
+}
+
+/// Where among the programs that TCX has at a hook so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Before all.
+    First,
+    /// Behind all.
+    Last,
 }
 
 /// A counting program; it goes with this guard if it is attached, with its file if it is pinned.
@@ -171,11 +181,16 @@ impl Counter {
 }
 
 impl Namespace {
-    /// Counts the IPv4 packets of one address behind all programs that TCX has at a device's hook so far.
+    /// Counts the IPv4 packets of one address at a device's hook.
     ///
     /// # Errors
     /// If there is no such device, or the kernel has no TCX (Linux 6.6).
-    pub fn count_packets(&self, device: &str, way: Way, side: Side, address: Ipv4Addr) -> Result<Counter> {
+    pub fn count_packets(
+        &self,
+        device: &str,
+        (way, place): (Way, Place),
+        (side, address): (Side, Ipv4Addr),
+    ) -> Result<Counter> {
         let mut counter = Counter::load(side, address)?;
         let name = std::ffi::CString::new(device)?;
         let link = self
@@ -192,7 +207,10 @@ impl Namespace {
                         Way::Ingress => 46,
                         Way::Egress => 47,
                     },
-                    flags: BPF_F_AFTER,
+                    flags: match place {
+                        Place::First => BPF_F_BEFORE,
+                        Place::Last => BPF_F_AFTER,
+                    },
                     relative_fd: 0,
                     reserved: 0,
                     expected_revision: 0,

@@ -48,7 +48,7 @@ mod serve;
 mod xdp;
 
 pub use agent::{AgentOptions, AgentProcess};
-pub use count::{Counter, Side, Way};
+pub use count::{Counter, Place, Side, Way};
 pub use event::{Event, Reply};
 pub use lab::{Lab, Overlay, is_root};
 pub use leftovers::{remove_kept, sweep};

@@ -77,15 +77,15 @@ pub(crate) fn mount_bpffs(directory: &Path) -> Result<()> {
 
 /// Attaches a program that passes every packet, pinned in the lab's own bpffs so that it lives as long as the lab.
 pub(crate) fn attach_pass(namespace: &Namespace, device: &str) -> Result<()> {
-    let pin = namespace.shared.state.join("bpf").join(format!(
+    let place = namespace.shared.state.join("bpf").join(format!(
         "pass-{}-{}",
         namespace.name(),
         device.replace('.', "_")
     ));
-    if pin.exists() {
+    if place.exists() {
         return Ok(());
     }
-    let path = c_path(&pin)?;
+    let path = c_path(&place)?;
     let name = std::ffi::CString::new(device)?;
     namespace
         .enter(|| {

@@ -242,8 +242,13 @@ pub fn remove(path: &Path) -> io::Result<()> {
         }
     }
     match fs::remove_dir(path) {
-        // The standard directory holds those of other pin paths, and may be a mount.
-        Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTEMPTY | libc::EBUSY)) => {
+        // The standard directory holds those of other pin paths, and may be a mount, in a pod in a read-only root.
+        Err(error)
+            if !matches!(
+                error.raw_os_error(),
+                Some(libc::ENOENT | libc::ENOTEMPTY | libc::EBUSY | libc::EROFS)
+            ) =>
+        {
             Err(error)
         }
         Ok(()) | Err(_) => Ok(()),

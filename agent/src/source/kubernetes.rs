@@ -126,8 +126,10 @@ pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>
         let Some((kind, event)) = next else { return };
         let changes = match event {
             Ok(event) => {
+                // A list that begins is no answer yet: nothing has been asked.
+                let answered = !matches!(event, watcher::Event::Init);
                 let mut changes = intake.take(kind, event);
-                if intake.recovered(kind) && pulse.heard() {
+                if answered && intake.recovered(kind) && pulse.heard() {
                     changes.push(Change::Notes(Subject::Source(SourceId::Kubernetes), Vec::new()));
                 }
                 if changes.contains(&Change::Synced) {

@@ -14,25 +14,25 @@ use sluice_lab::{
 };
 
 /// Ports of the service `web`: HTTP, UDP echo, TCP echo, stream.
-pub const HTTP: u16 = 80;
-pub const DNS: u16 = 53;
-pub const ECHO: u16 = 7;
-pub const STREAM: u16 = 9;
+pub(crate) const HTTP: u16 = 80;
+pub(crate) const DNS: u16 = 53;
+pub(crate) const ECHO: u16 = 7;
+pub(crate) const STREAM: u16 = 9;
 /// The ports of its backends.
-pub const HTTP_TARGET: u16 = 8080;
-pub const DNS_TARGET: u16 = 5353;
-pub const ECHO_TARGET: u16 = 7000;
-pub const STREAM_TARGET: u16 = 9000;
+pub(crate) const HTTP_TARGET: u16 = 8080;
+pub(crate) const DNS_TARGET: u16 = 5353;
+pub(crate) const ECHO_TARGET: u16 = 7000;
+pub(crate) const STREAM_TARGET: u16 = 9000;
 
 /// Requests that leave none of three backends out, but once in ten million times.
-pub const ENOUGH: u32 = 44;
-pub const SOON: Duration = Duration::from_secs(10);
+pub(crate) const ENOUGH: u32 = 44;
+pub(crate) const SOON: Duration = Duration::from_secs(10);
 
 /// An address of each family.
-pub type Pair = [IpAddr; 2];
+pub(crate) type Pair = [IpAddr; 2];
 
 /// Cluster addresses, numbered.
-pub fn cluster_ip(number: u8) -> Pair {
+pub(crate) fn cluster_ip(number: u8) -> Pair {
     [
         Ipv4Addr::new(10, 96, 0, number).into(),
         Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, number.into()).into(),
@@ -40,7 +40,7 @@ pub fn cluster_ip(number: u8) -> Pair {
 }
 
 /// Load balancer's addresses, numbered.
-pub fn external_ip(number: u8) -> Pair {
+pub(crate) fn external_ip(number: u8) -> Pair {
     [
         Ipv4Addr::new(203, 0, 113, number).into(),
         Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, number.into()).into(),
@@ -48,10 +48,10 @@ pub fn external_ip(number: u8) -> Pair {
 }
 
 /// The first addresses: those of the service `web`.
-pub const WEB: u8 = 10;
+pub(crate) const WEB: u8 = 10;
 
 /// Says why and is true where lab tests cannot run.
-pub fn skip(test: &str) -> bool {
+pub(crate) fn skip(test: &str) -> bool {
     let skip = !sluice_lab::is_root();
     if skip {
         println!("{test} skipped: network namespaces need root");
@@ -60,7 +60,7 @@ pub fn skip(test: &str) -> bool {
 }
 
 /// Ends a test quietly where the kernel lacks what its lab needs; other errors go on.
-pub fn unless_unsupported(built: Result<()>) -> Result<()> {
+pub(crate) fn unless_unsupported(built: Result<()>) -> Result<()> {
     match built {
         Err(error) if error.downcast_ref::<Unsupported>().is_some() => {
             println!("skipped: {error:#}");
@@ -72,44 +72,38 @@ pub fn unless_unsupported(built: Result<()>) -> Result<()> {
 
 /// What a cluster is built of.
 #[derive(Clone, Debug)]
-pub struct Plan {
-    pub overlay: Overlay,
-    pub node: NodeOptions,
+pub(crate) struct Plan {
+    pub(crate) overlay: Overlay,
+    pub(crate) node: NodeOptions,
     /// Backends on the first node, where the clients are.
-    pub near: usize,
+    pub(crate) near: usize,
     /// Backends on a second node.
-    pub far: usize,
+    pub(crate) far: usize,
     /// Further arguments of the agents.
-    pub args: Vec<&'static str>,
+    pub(crate) args: Vec<&'static str>,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self {
-            overlay: Overlay::None,
-            node: NodeOptions::default(),
-            near: 2,
-            far: 0,
-            args: Vec::new(),
-        }
+        Self { overlay: Overlay::None, node: NodeOptions::default(), near: 2, far: 0, args: Vec::new() }
     }
 }
 
 /// One or two nodes with agents, backends of the service `web`, a client pod, and a client outside.
-pub struct Cluster {
-    pub agents: Vec<AgentProcess>,
-    pub nodes: Vec<Node>,
-    pub backends: Vec<Pod>,
-    pub client: Pod,
-    pub outside: Client,
-    pub manifests: Manifests,
-    pub servers: Vec<Running>,
-    pub lab: Lab,
+pub(crate) struct Cluster {
+    pub(crate) agents: Vec<AgentProcess>,
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) backends: Vec<Pod>,
+    pub(crate) client: Pod,
+    pub(crate) outside: Client,
+    pub(crate) manifests: Manifests,
+    pub(crate) servers: Vec<Running>,
+    pub(crate) lab: Lab,
 }
 
 impl Cluster {
     /// Builds it and waits until its agents are ready.
-    pub fn new(name: &str, plan: &Plan) -> Result<Self> {
+    pub(crate) fn new(name: &str, plan: &Plan) -> Result<Self> {
         let started = Instant::now();
         let mut cluster = Self::without_agents(name, plan)?;
         let built = started.elapsed();
@@ -119,7 +113,7 @@ impl Cluster {
     }
 
     /// Builds it, agents left out.
-    pub fn without_agents(name: &str, plan: &Plan) -> Result<Self> {
+    pub(crate) fn without_agents(name: &str, plan: &Plan) -> Result<Self> {
         let lab = Lab::with_overlay(name, plan.overlay)?;
         let mut nodes = vec![lab.node("n1", &plan.node)?];
         if plan.far > 0 {
@@ -153,7 +147,7 @@ impl Cluster {
     }
 
     /// Starts an agent on every node and waits until they are ready.
-    pub fn start_agents(&mut self, args: &[&str]) -> Result<()> {
+    pub(crate) fn start_agents(&mut self, args: &[&str]) -> Result<()> {
         for node in &self.nodes {
             let options = AgentOptions {
                 manifests: Some(self.manifests.directory().to_owned()),
@@ -162,11 +156,11 @@ impl Cluster {
             };
             self.agents.push(node.agent(options)?);
         }
-        self.agents.iter_mut().try_for_each(|agent| agent.wait_ready(SOON))
+        self.agents.iter_mut().try_for_each(|agent| agent.wait_ready(3 * SOON))
     }
 
     /// Ends the agents and starts others with other arguments.
-    pub fn change_agents(&mut self, args: &[&str]) -> Result<()> {
+    pub(crate) fn change_agents(&mut self, args: &[&str]) -> Result<()> {
         for mut agent in self.agents.drain(..) {
             agent.stop()?;
         }
@@ -174,7 +168,7 @@ impl Cluster {
     }
 
     /// Starts every server of the service `web` in a namespace.
-    pub fn serve(&mut self, namespace: &Namespace) -> Result<()> {
+    pub(crate) fn serve(&mut self, namespace: &Namespace) -> Result<()> {
         for (what, port) in [
             (Serve::Http, HTTP_TARGET),
             (Serve::UdpEcho, DNS_TARGET),
@@ -187,34 +181,34 @@ impl Cluster {
     }
 
     /// The service `web` with all its backends.
-    pub fn web(&self) -> Service {
+    pub(crate) fn web(&self) -> Service {
         service("web", WEB).backends(&self.backends)
     }
 
     /// The node that clients are on.
-    pub fn node(&self) -> &Node {
+    pub(crate) fn node(&self) -> &Node {
         &self.nodes[0]
     }
 
     /// The names of all backends.
-    pub fn names(&self) -> Vec<&str> {
+    pub(crate) fn names(&self) -> Vec<&str> {
         self.backends.iter().map(|pod| pod.name()).collect()
     }
 
     /// The agent of the node that clients are on.
-    pub fn agent(&mut self) -> &mut AgentProcess {
+    pub(crate) fn agent(&mut self) -> &mut AgentProcess {
         &mut self.agents[0]
     }
 }
 
 /// Routes an outside address to a node.
-pub fn route_to(lab: &Lab, address: IpAddr, node: &Node) -> Result<()> {
+pub(crate) fn route_to(lab: &Lab, address: IpAddr, node: &Node) -> Result<()> {
     let length = if address.is_ipv4() { 32 } else { 128 };
     lab.router().route(&format!("{address}/{length}"), &[node])
 }
 
 /// A service as `web` is, with the addresses of a number, without backends.
-pub fn service(name: &str, number: u8) -> Service {
+pub(crate) fn service(name: &str, number: u8) -> Service {
     let [cluster4, cluster6] = cluster_ip(number);
     let [external4, external6] = external_ip(number);
     Service::new(name)
@@ -229,16 +223,16 @@ pub fn service(name: &str, number: u8) -> Service {
 }
 
 /// A process of a node as a backend: on the host network.
-pub fn on_host(node: &Node) -> Backend {
+pub(crate) fn on_host(node: &Node) -> Backend {
     Backend::new(node.name(), node.name(), [node.ipv4().into(), node.ipv6().into()])
 }
 
-pub fn url(address: IpAddr, port: u16, path: &str) -> String {
+pub(crate) fn url(address: IpAddr, port: u16, path: &str) -> String {
     format!("http://{}/{path}", SocketAddr::new(address, port))
 }
 
 /// The answers came from these backends, all of them and no others, and as from this address.
-pub fn all_answer(what: &str, replies: &[Reply], names: &[&str], from: SocketAddr) -> Result<()> {
+pub(crate) fn all_answer(what: &str, replies: &[Reply], names: &[&str], from: SocketAddr) -> Result<()> {
     let shares = Reply::shares(replies);
     let answered: BTreeSet<&str> = shares.keys().map(String::as_str).collect();
     ensure!(
@@ -253,7 +247,7 @@ pub fn all_answer(what: &str, replies: &[Reply], names: &[&str], from: SocketAdd
 
 /// A client reaches all backends by TCP, UDP and connected UDP at the addresses of both families, which
 /// see it with the address `own` of the family, if one is given.
-pub fn reaches(client: &Namespace, vips: Pair, names: &[&str], own: Option<Pair>) -> Result<()> {
+pub(crate) fn reaches(client: &Namespace, vips: Pair, names: &[&str], own: Option<Pair>) -> Result<()> {
     for (index, vip) in vips.into_iter().enumerate() {
         let (http, dns) = (SocketAddr::new(vip, HTTP), SocketAddr::new(vip, DNS));
         let who = client.name();
@@ -275,20 +269,20 @@ pub fn reaches(client: &Namespace, vips: Pair, names: &[&str], own: Option<Pair>
     Ok(())
 }
 
-pub fn addresses_of_pod(pod: &Pod) -> Pair {
+pub(crate) fn addresses_of_pod(pod: &Pod) -> Pair {
     [pod.ipv4().into(), pod.ipv6().into()]
 }
 
-pub fn addresses_of_node(node: &Node) -> Pair {
+pub(crate) fn addresses_of_node(node: &Node) -> Pair {
     [node.ipv4().into(), node.ipv6().into()]
 }
 
-pub fn addresses_of_client(client: &Client) -> Pair {
+pub(crate) fn addresses_of_client(client: &Client) -> Pair {
     [client.ipv4().into(), client.ipv6().into()]
 }
 
 /// A transfer of so many bytes arrives whole.
-pub fn transfers(client: &Namespace, vip: IpAddr, bytes: u64) -> Result<()> {
+pub(crate) fn transfers(client: &Namespace, vip: IpAddr, bytes: u64) -> Result<()> {
     let what = format!("{} reads {bytes} bytes from {vip}", client.name());
     let events = client
         .ask(["http-client", "--url", &url(vip, HTTP, &format!("bytes/{bytes}"))])
@@ -298,7 +292,7 @@ pub fn transfers(client: &Namespace, vip: IpAddr, bytes: u64) -> Result<()> {
 }
 
 /// The bytes that a client that is done says it received.
-pub fn received(events: &[Event]) -> Option<u64> {
+pub(crate) fn received(events: &[Event]) -> Option<u64> {
     events.iter().find_map(|event| match event {
         Event::Done { bytes, .. } => Some(*bytes),
         Event::Listening { .. }
@@ -310,7 +304,7 @@ pub fn received(events: &[Event]) -> Option<u64> {
 }
 
 /// The answers among events; none may be lost.
-pub fn replies(events: Vec<Event>) -> Result<Vec<Reply>> {
+pub(crate) fn replies(events: Vec<Event>) -> Result<Vec<Reply>> {
     let mut replies = Vec::new();
     for event in events {
         match event {
@@ -323,38 +317,38 @@ pub fn replies(events: Vec<Event>) -> Result<Vec<Reply>> {
 }
 
 /// What `sluice status -o json` says, ready or not.
-pub fn status(node: &Node) -> Result<Value> {
+pub(crate) fn status(node: &Node) -> Result<Value> {
     let output = node.sluice_output(&["status", "-o", "json"])?;
     serde_json::from_slice(&output.stdout)
         .with_context(|| format!("`sluice status` said {}", String::from_utf8_lossy(&output.stderr)))
 }
 
 /// What a subcommand with `-o json` lists.
-pub fn listed(node: &Node, args: &[&str]) -> Result<Vec<Value>> {
+pub(crate) fn listed(node: &Node, args: &[&str]) -> Result<Vec<Value>> {
     let args: Vec<&str> = args.iter().copied().chain(["-o", "json"]).collect();
     serde_json::from_str(&node.sluice(&args)?).with_context(|| format!("sluice {}", args.join(" ")))
 }
 
 /// A word of a JSON object.
-pub fn word<'a>(value: &'a Value, field: &str) -> &'a str {
+pub(crate) fn word<'a>(value: &'a Value, field: &str) -> &'a str {
     value.get(field).and_then(Value::as_str).unwrap_or_default()
 }
 
 /// A number of a JSON object.
-pub fn number(value: &Value, field: &str) -> u64 {
+pub(crate) fn number(value: &Value, field: &str) -> u64 {
     value.get(field).and_then(Value::as_u64).unwrap_or_default()
 }
 
 /// What was counted for a service: the sum over its backends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counted {
-    pub flows: u64,
-    pub calls: u64,
-    pub forward: u64,
-    pub reply: u64,
+pub(crate) struct Counted {
+    pub(crate) flows: u64,
+    pub(crate) calls: u64,
+    pub(crate) forward: u64,
+    pub(crate) reply: u64,
 }
 
-pub fn counted(node: &Node, service: &str) -> Result<Counted> {
+pub(crate) fn counted(node: &Node, service: &str) -> Result<Counted> {
     let mut sum = Counted::default();
     for backend in listed(node, &["backends", service])? {
         sum.flows += number(&backend, "flows");
@@ -378,7 +372,7 @@ impl std::ops::Sub for Counted {
 }
 
 /// Packets counted by reason on a node.
-pub fn reasons(node: &Node) -> Result<BTreeMap<String, u64>> {
+pub(crate) fn reasons(node: &Node) -> Result<BTreeMap<String, u64>> {
     let status = status(node)?;
     let all = status.get("reasons").and_then(Value::as_array).cloned().unwrap_or_default();
     Ok(all.iter().map(|row| (word(row, "reason").to_owned(), number(row, "packets"))).collect())
@@ -388,7 +382,7 @@ pub fn reasons(node: &Node) -> Result<BTreeMap<String, u64>> {
 ///
 /// # Errors
 /// If there is none within [`SOON`], or asking fails.
-pub fn until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub(crate) fn until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let deadline = Instant::now() + SOON;
     loop {
         if let Some(answer) = ask()? {
@@ -400,7 +394,7 @@ pub fn until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> Resul
 }
 
 /// Waits until a service has so many serving backends in each of its ports and families.
-pub fn until_backends(node: &Node, service: &str, count: usize) -> Result<()> {
+pub(crate) fn until_backends(node: &Node, service: &str, count: usize) -> Result<()> {
     until(&format!("{service} with {count} backends on {}", node.name()), || {
         let rows = listed(node, &["services"])?;
         let mut own = rows.iter().filter(|row| word(row, "service") == service).peekable();

@@ -133,6 +133,12 @@ impl Case {
         self
     }
 
+    /// Is counted with this length, whatever its fields say.
+    pub(crate) fn says(mut self, length: u32) -> Self {
+        self.length = length;
+        self
+    }
+
     /// Is counted as the first packet to a backend.
     pub(crate) fn opens(mut self, backend: u32) -> Self {
         self.expected.counted = Some(vec![Counted::Forward { backend, bytes: self.length, opened: true }]);
@@ -199,7 +205,7 @@ pub(crate) fn settle(actual: &mut Outcome, expected: &Outcome) {
     let forgive = |actual: &mut Flows, expected: &Flows| {
         for (key, Flow { seen, .. }) in actual {
             if let Some(expected) = expected.get(key)
-                && seen.abs_diff(expected.seen) <= 1
+                && seen.wrapping_sub(expected.seen).wrapping_add(1) <= 2
             {
                 *seen = expected.seen;
             }

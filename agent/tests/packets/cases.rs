@@ -1,18 +1,65 @@
 //! The table.
 
+mod broken;
+mod clash;
+mod host;
+mod icmp;
+mod hairpin;
 mod plain;
+mod recovery;
+mod reject;
+mod shapes;
+mod xdp;
 
 use super::case::Case;
 
+/// Cases as they are collected.
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    cases: Vec<Case>,
+    cut: Vec<Case>,
+}
+
+impl Table {
+    fn add(&mut self, case: Case) {
+        self.cases.push(case);
+    }
+
+    /// Adds a case that is run once more for every length it can be cut off at.
+    fn cut(&mut self, case: Case) {
+        self.cut.push(case.clone());
+        self.cases.push(case);
+    }
+
+    /// As [`Table::cut`]; without the last so many bytes of padding the packet is still whole.
+    fn cut_padded(&mut self, case: Case, padding: usize) {
+        if padding == 0 { self.cut(case) } else { self.add(case) }
+    }
+}
+
+fn table() -> Table {
+    let mut table = Table::default();
+    plain::add(&mut table);
+    recovery::add(&mut table);
+    shapes::add(&mut table);
+    broken::add(&mut table);
+    icmp::add(&mut table);
+    hairpin::add(&mut table);
+    host::add(&mut table);
+    clash::add(&mut table);
+    reject::add(&mut table);
+    xdp::add(&mut table);
+    table
+}
+
 /// Every case.
 pub(crate) fn all() -> Vec<Case> {
-    [plain::cases()].concat()
+    table().cases
 }
 
 /// Every case, and some of them once for each length they can be cut off at.
 pub(crate) fn with_prefixes() -> Vec<Case> {
-    let mut cases = all();
-    let cut: Vec<Case> = plain::cut().iter().flat_map(Case::every_prefix).collect();
-    cases.extend(cut);
+    let Table { mut cases, cut } = table();
+    cases.extend(cut.iter().flat_map(Case::every_prefix));
     cases
 }

@@ -4,61 +4,25 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use sluice_common::abi::{
-    Backend, Class, Flow, Ipv4Address, Ipv6Address, Origin, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey,
+    Backend, Class, Flow, Origin, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey,
     Ticks, Tuple, device, flow,
 };
-use sluice_common::answer::{self, Answer, QUOTE};
-use sluice_common::checksum::Delta;
+use sluice_common::answer::{self, QUOTE};
 use sluice_common::family::lane;
-use sluice_common::header::{TcpHeader, Wire, tcp};
+use sluice_common::header::{TcpHeader, tcp};
 use sluice_common::parse::{self, Headers, Kind};
 use sluice_common::path::{self, Decision, Hook, Record, Verdict, decide, mark, partner, partner_key};
-use sluice_common::rewrite::{Checksum, Edit, hop, rewrite};
+use sluice_common::rewrite::{Edit, hop, rewrite};
 use sluice_common::{Packet, Reason, Tables, V4, V6};
 
+use super::bytes::Bytes;
 use super::case::{Case, Counted, End, Outcome, Program};
+use super::ip::Ip;
 use super::world::{self, Flows, World};
 
 /// The time when a packet is met.
 const NOW: Ticks = 100_000;
 const PAIR: usize = 12;
-
-/// A family whose addresses come from and go to the standard library's.
-pub(crate) trait Ip: Answer {
-    const TOO_BIG_NEEDS_DF: bool;
-    fn of(address: IpAddr) -> Option<Self::Address>;
-    fn ip(address: Self::Address) -> IpAddr;
-}
-
-impl Ip for V4 {
-    const TOO_BIG_NEEDS_DF: bool = true;
-
-    fn of(address: IpAddr) -> Option<Ipv4Address> {
-        match address {
-            IpAddr::V4(address) => Some(address.into()),
-            IpAddr::V6(_) => None,
-        }
-    }
-
-    fn ip(address: Ipv4Address) -> IpAddr {
-        IpAddr::V4(address.into())
-    }
-}
-
-impl Ip for V6 {
-    const TOO_BIG_NEEDS_DF: bool = false;
-
-    fn of(address: IpAddr) -> Option<Ipv6Address> {
-        match address {
-            IpAddr::V4(_) => None,
-            IpAddr::V6(address) => Some(address.into()),
-        }
-    }
-
-    fn ip(address: Ipv6Address) -> IpAddr {
-        IpAddr::V6(address.into())
-    }
-}
 
 /// A key with a family's addresses.
 pub(crate) fn service_key<F: Ip>(key: &ServiceKey<IpAddr>) -> Option<ServiceKey<F::Address>> {
@@ -206,6 +170,10 @@ impl<F: Ip> Memory<F> {
                         if there.seen + 1 >= decision.flow.seen && !ours(there) {
                             return Err(Reason::ClashRace);
                         }
+                        if proven_map {
+                            let forward = partner_key::<F>(there, key.protocol);
+                            let _ = map.remove(&forward);
+                        }
                         let _ = map.remove(&other.0);
                     }
                 }
@@ -282,60 +250,15 @@ impl<F: Ip> Tables<F> for Memory<F> {
     }
 }
 
-/// A frame in memory.
-#[derive(Clone)]
-struct Bytes {
-    bytes: Vec<u8>,
-    /// The transport checksum is the pseudo-header's sum, the device does the rest.
-    partial: bool,
-}
-
-impl Packet for Bytes {
-    fn length(&self) -> u32 {
-        self.bytes.len() as u32
-    }
-
-    fn read<T: Wire>(&self, offset: u32) -> Option<T> {
-        let bytes = self.bytes.get(offset as usize..)?.get(..size_of::<T>())?;
-        // SAFETY: the slice has the size of the type, and any bytes are a value of it.
-        Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
-    }
-}
-
-impl Edit for Bytes {
-    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
-        let Some(bytes) = self.bytes.get_mut(offset as usize..).and_then(|bytes| bytes.get_mut(..size_of::<T>()))
-        else {
-            return false;
-        };
-        // SAFETY: the slice has the size of the type, which has no padding.
-        unsafe { bytes.as_mut_ptr().cast::<T>().write_unaligned(value) };
-        true
-    }
-
-    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
-        self.read::<u16>(offset).is_some_and(|old| self.store(offset, delta.apply(old)))
-    }
-
-    fn transport_checksum(&mut self, offset: u32, addresses: Delta, data: Delta, kind: Checksum) -> bool {
-        let Some(old) = self.read::<u16>(offset) else { return false };
-        let new = match (self.partial, kind) {
-            (true, _) => !addresses.apply(!old),
-            (false, Checksum::Plain) => addresses.and(data).apply(old),
-            (false, Checksum::Udp) => addresses.and(data).apply_udp(old),
-        };
-        self.store(offset, new)
-    }
-}
-
 /// Runs a case on the host.
 pub(crate) fn run(case: &Case) -> Outcome {
     let link = if matches!(case.program, Program::IngressBare | Program::EgressBare) { 0 } else { 14 };
     let packet = Bytes { bytes: case.input.clone(), partial: case.partial };
     // A bare packet's ethertype lies outside of it.
     let ethertype = match (link, packet.bytes.first().map(|first| first >> 4)) {
+        (0, Some(4)) => Some(0x0800),
         (0, Some(6)) => Some(0x86dd),
-        (0, _) => Some(0x0800),
+        (0, _) => None,
         _ => packet.read::<u16>(PAIR as u32).map(u16::from_be),
     };
     match ethertype.and_then(|ethertype| parse::untag(&packet, ethertype, link)) {
@@ -504,7 +427,7 @@ fn apply<F: Ip>(
         };
         if headers.length > mtu {
             decision.reason = Reason::TooBig;
-            if F::TOO_BIG_NEEDS_DF && packet.bytes[headers.network as usize + 6] & 0x40 == 0 {
+            if F::VERSION == 4 && packet.bytes[headers.network as usize + 6] & 0x40 == 0 {
                 return End::Drop;
             }
             error(packet, headers, mtu);
@@ -516,7 +439,7 @@ fn apply<F: Ip>(
         Verdict::Translate => {
             let bridge = case.world.devices.get(&case.ifindex).map_or(0, |device| device.bridge);
             let forward_local = decision.flow.flags & (flow::LOCAL | flow::REPLY) == flow::LOCAL;
-            if ingress && link && bridge == world::BRIDGE && forward_local {
+            if ingress && link && bridge == world::BRIDGE && forward_local && world::bridge_knows(destination) {
                 packet.bytes[..6].copy_from_slice(&world::BACKEND_MAC);
             }
             End::Next

@@ -22,7 +22,7 @@ pub(crate) enum Version {
 
 /// Ifindex of a pod's link.
 pub(crate) const EDGE: u32 = 11;
-/// Ifindex of the device towards the world, and towards backends elsewhere.
+/// Ifindex of the device towards the world.
 pub(crate) const UPLINK: u32 = 12;
 /// Ifindex of a device without a link header.
 pub(crate) const TUNNEL: u32 = 13;
@@ -30,7 +30,7 @@ pub(crate) const TUNNEL: u32 = 13;
 pub(crate) const OWN: u32 = 14;
 /// Ifindex of a device with a small MTU.
 pub(crate) const NARROW: u32 = 15;
-/// Ifindex of a bridge.
+/// Ifindex of the bridge that backends are reached by.
 pub(crate) const BRIDGE: u32 = 16;
 /// MTU of [`NARROW`].
 pub(crate) const NARROW_MTU: u32 = 1300;
@@ -53,7 +53,7 @@ pub(crate) fn address(version: Version, net: u8, host: u8) -> IpAddr {
 }
 
 /// The nets of [`address`] and where their routes lead.
-pub(crate) const ROUTES: [(u8, u32); 3] = [(NET_BACKENDS, UPLINK), (NET_NARROW, NARROW), (NET_FRONTENDS, OWN)];
+pub(crate) const ROUTES: [(u8, u32); 3] = [(NET_BACKENDS, BRIDGE), (NET_NARROW, NARROW), (NET_FRONTENDS, OWN)];
 pub(crate) const NET_NODE: u8 = 0;
 pub(crate) const NET_CLIENTS: u8 = 1;
 pub(crate) const NET_BACKENDS: u8 = 2;
@@ -71,8 +71,13 @@ pub(crate) fn route(destination: IpAddr) -> Option<(u32, u32)> {
     Some((*ifindex, if *ifindex == NARROW { NARROW_MTU } else { 1500 }))
 }
 
+/// Whether the bridge has a neighbour entry, with [`BACKEND_MAC`].
+pub(crate) fn bridge_knows(destination: IpAddr) -> bool {
+    [Version::V4, Version::V6].iter().any(|version| destination == address(*version, NET_BACKENDS, 3))
+}
+
 /// The maps' content; [`Flow::seen`] is the entry's age in ticks.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct World {
     pub(crate) services: BTreeMap<ServiceKey<IpAddr>, Service>,
     pub(crate) ports: BTreeMap<u32, [Range; 3]>,

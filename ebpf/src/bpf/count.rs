@@ -7,8 +7,9 @@ use sluice_common::path::{Decision, Record};
 
 use super::maps::{self, Maps};
 
-/// Counts a packet of `bytes` once: per backend where it went along a flow, else per reason.
-#[inline(always)]
+/// Counts a packet of `bytes` once: per backend where it went along a flow, else per reason. A function of
+/// its own, so that it has a stack frame to itself.
+#[inline(never)]
 pub(super) fn packet<F: Maps>(decision: &Decision<F>, bytes: u32) {
     match decision.reason {
         Reason::Stranger => {}

@@ -16,8 +16,9 @@ use super::maps::Maps;
 use super::record;
 use super::tables::Kernel;
 
-/// What is known and decided of a packet, in a map: the stack has no room for it. Programs that use
-/// it run with softirqs off, so that none interrupts another on its CPU.
+/// What is known and decided of a packet, in a map: the stack has no room for it, and kernel 6.1 takes no
+/// map key from a global function's argument. Programs that use it run with softirqs off, so that none
+/// interrupts another on its CPU.
 #[repr(C)]
 pub(super) struct Scratch<F: Family> {
     pub(super) headers: Headers<F>,
@@ -31,30 +32,23 @@ static scratch_v6: PerCpuArray<Scratch<V6>, 1> = PerCpuArray::new();
 
 /// A family whose decisions are made and recorded by global functions.
 pub(super) trait Decide: Maps + Parse {
-    /// This CPU's scratch.
-    fn scratch() -> Option<&'static mut Scratch<Self>>;
-    /// Decides about a packet met on a device; whatever the decision was before is overwritten.
-    fn decide(ifindex: u32, hook: Hook, headers: &Headers<Self>, decision: &mut Decision<Self>);
-    /// Records the decision's flow; 0, or the number of the reason why the packet must not go on.
-    fn record(decision: &Decision<Self>) -> u32;
+    /// This CPU's scratch. A reference to it must not outlive a call of `decide` or `record`, which take their own.
+    fn scratch() -> Option<*mut Scratch<Self>>;
+    /// Decides about the packet in this CPU's scratch, met on a device.
+    fn decide(ifindex: u32, hook: Hook);
+    /// Records the flow of the decision in this CPU's scratch; 0, or the number of the reason why
+    /// the packet must not go on.
+    fn record() -> u32;
 }
 
 macro_rules! global {
     ($family:ident, $decide:ident, $record:ident, $scratch:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $decide(
-            ifindex: u32,
-            hook: u32,
-            headers: *const Headers<$family>,
-            decision: *mut Decision<$family>,
-        ) -> u32 {
-            // SAFETY: callers pass references; the verifier wants to see that they are not null.
-            let (Some(headers), Some(decision)) =
-                (unsafe { headers.as_ref() }, unsafe { decision.as_mut() })
-            else {
-                return 0;
-            };
+        extern "C" fn $decide(ifindex: u32, hook: u32) -> u32 {
+            let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
+            // SAFETY: this CPU's own; callers hold no reference to it.
+            let Scratch { headers, decision } = unsafe { &mut *scratch };
             let hook = match hook {
                 0 => Hook::Ingress,
                 1 => Hook::Egress,
@@ -67,10 +61,10 @@ macro_rules! global {
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $record(decision: *const Decision<$family>) -> u32 {
+        extern "C" fn $record() -> u32 {
+            let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
             // SAFETY: as above.
-            let Some(decision) = (unsafe { decision.as_ref() }) else { return 0 };
-            match record::record(decision) {
+            match record::record(unsafe { &(*scratch).decision }) {
                 Ok(()) => 0,
                 Err(reason) => reason as u32,
             }
@@ -78,29 +72,23 @@ macro_rules! global {
 
         impl Decide for $family {
             #[inline(always)]
-            fn scratch() -> Option<&'static mut Scratch<Self>> {
-                // SAFETY: this CPU's own, and nothing else uses it while the program runs.
-                $scratch.get_ptr_mut(0).map(|scratch| unsafe { &mut *scratch })
+            fn scratch() -> Option<*mut Scratch<Self>> {
+                $scratch.get_ptr_mut(0)
             }
 
             #[inline(always)]
-            fn decide(
-                ifindex: u32,
-                hook: Hook,
-                headers: &Headers<Self>,
-                decision: &mut Decision<Self>,
-            ) {
+            fn decide(ifindex: u32, hook: Hook) {
                 let hook = match hook {
                     Hook::Ingress => 0,
                     Hook::Egress => 1,
                     Hook::Xdp => 2,
                 };
-                let _ = $decide(ifindex, hook, headers, decision);
+                let _ = $decide(ifindex, hook);
             }
 
             #[inline(always)]
-            fn record(decision: &Decision<Self>) -> u32 {
-                $record(decision)
+            fn record() -> u32 {
+                $record()
             }
         }
     };

@@ -72,6 +72,8 @@ fn open<F: Maps>(decision: &Decision<F>, partner: &Partner<F>, proven: bool) -> 
         if old.seen.wrapping_add(1) >= flow.seen && !leads_to(old, &partner.flow) {
             return Err(Reason::ClashRace);
         }
+        // Without its replies the other direction is of no use: the client gets a new flow instead.
+        let _ = F::flows().remove(partner_key::<F>(old, key.protocol));
         let _ = F::flows().remove(&partner.key);
     }
     match insert::<F>(proven, &partner.key, &partner.flow, NOEXIST) {

@@ -271,11 +271,22 @@ fn takes_connect(ctx: *mut bpf_sock_addr) -> bool {
     kind == SOCK_STREAM && protocol == u32::from(TCP) && is_served(ctx) && !is_bound(ctx)
 }
 
+/// Whether the socket is connected. It then takes answers from its peer alone, which an answer of the backend is
+/// not. Its sends come here where they name a destination, and always from a v6 socket that speaks v4.
+#[inline(always)]
+fn is_connected(ctx: *mut bpf_sock_addr) -> bool {
+    // SAFETY: the context is valid; a socket is readable where it is not null.
+    unsafe {
+        let socket = (*ctx).__bindgen_anon_1.sk;
+        !socket.is_null() && (*socket).dst_port != 0
+    }
+}
+
 #[inline(always)]
 fn takes_send(ctx: *mut bpf_sock_addr) -> bool {
     // SAFETY: the context is valid while the program runs.
     let (kind, protocol) = unsafe { ((*ctx).type_, (*ctx).protocol) };
-    kind == SOCK_DGRAM && protocol == u32::from(UDP) && is_served(ctx)
+    kind == SOCK_DGRAM && protocol == u32::from(UDP) && is_served(ctx) && !is_connected(ctx)
 }
 
 pub(super) fn connect4(ctx: *mut bpf_sock_addr) -> i32 {

@@ -58,6 +58,8 @@ pub(super) fn run<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
 
 /// A family as the tc adapter needs it.
 trait Tc: Decide + Answer {
+    /// Reads the packet into this CPU's scratch, by a global function (see `decide`); 0 when it is too short.
+    fn read(skb: *mut __sk_buff, offset: u32) -> u32;
     /// Fills in the addresses of a FIB question.
     fn fib(params: &mut FibLookup, source: &Self::Address, destination: &Self::Address);
     /// The client's key in the rate limiter.
@@ -68,7 +70,32 @@ trait Tc: Decide + Answer {
     fn is_answerable(address: &Self::Address) -> bool;
 }
 
+macro_rules! read {
+    ($family:ident, $read:ident) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $read(skb: *mut __sk_buff, offset: u32) -> u32 {
+            let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
+            // Behind the black box the compiler uses the masked value, whose bounds the verifier knows.
+            let offset = core::hint::black_box(offset & 0xfff);
+            // SAFETY: this CPU's own; the caller holds no reference to it.
+            let headers = unsafe { &mut (*scratch).headers };
+            *headers = Headers::default();
+            let packet = Skb { skb, ipv6: <$family as Family>::VERSION == 6 };
+            u32::from(parse::headers_into(&packet, offset, headers))
+        }
+    };
+}
+
+read!(V4, tc_read_v4);
+read!(V6, tc_read_v6);
+
 impl Tc for V4 {
+    #[inline(always)]
+    fn read(skb: *mut __sk_buff, offset: u32) -> u32 {
+        tc_read_v4(skb, offset)
+    }
+
     #[inline(always)]
     fn fib(params: &mut FibLookup, source: &Self::Address, destination: &Self::Address) {
         params.family = AF_INET;
@@ -98,6 +125,11 @@ impl Tc for V4 {
 }
 
 impl Tc for V6 {
+    #[inline(always)]
+    fn read(skb: *mut __sk_buff, offset: u32) -> u32 {
+        tc_read_v6(skb, offset)
+    }
+
     #[inline(always)]
     fn fib(params: &mut FibLookup, source: &Self::Address, destination: &Self::Address) {
         params.family = AF_INET6;
@@ -134,21 +166,15 @@ fn device(ifindex: u32) -> Option<&'static Device> {
     unsafe { maps::devices.get(ifindex) }
 }
 
-/// Reads the packet. A function of its own, so that it has a stack frame to itself.
-#[inline(never)]
-fn read<F: Tc>(skb: *mut __sk_buff, offset: u32, headers: &mut Headers<F>) -> bool {
-    parse::headers_into(&Skb { skb, ipv6: F::VERSION == 6 }, offset, headers)
-}
-
 #[inline(never)]
 fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hook) -> i32 {
-    let mut packet = Skb { skb, ipv6: F::VERSION == 6 };
-    let Some(Scratch { headers, decision }) = F::scratch() else { return NEXT };
-    *headers = Headers::default();
-    if !read::<F>(skb, offset, headers) {
+    let Some(scratch) = F::scratch() else { return NEXT };
+    if F::read(skb, offset) == 0 {
         return NEXT;
     }
-    F::decide(ifindex(skb), hook, headers, decision);
+    F::decide(ifindex(skb), hook);
+    // SAFETY: this CPU's own; the references end before `record`.
+    let Scratch { headers, decision } = unsafe { &*scratch };
     if decision.verdict == Verdict::Pass {
         count::packet(decision, headers.length);
         return NEXT;
@@ -162,7 +188,10 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     {
         return NEXT;
     }
-    let action = apply::<F, LINK>(&mut packet, headers, decision, hook);
+    let refusal = refusal(F::record());
+    // SAFETY: as above; nothing else takes a reference from here on.
+    let Scratch { headers, decision } = unsafe { &mut *scratch };
+    let action = apply::<F, LINK>(skb, headers, decision, refusal, hook);
     count::packet(decision, headers.length);
     action
 }
@@ -170,23 +199,21 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
 /// Applies a decision that is not to pass; leaves in it the reason why the packet was dropped after all.
 #[inline(always)]
 fn apply<F: Tc, const LINK: u32>(
-    packet: &mut Skb,
+    skb: *mut __sk_buff,
     headers: &Headers<F>,
     decision: &mut Decision<F>,
+    refusal: Option<Reason>,
     hook: Hook,
 ) -> i32 {
-    let skb = packet.skb;
+    let packet = &mut Skb { skb, ipv6: F::VERSION == 6 };
     match decision.verdict {
         Verdict::Pass => return NEXT,
-        Verdict::Drop => {
-            let _ = F::record(decision);
-            return DROP;
-        }
+        Verdict::Drop => return DROP,
         Verdict::Reset => return reset::<F, LINK>(skb, headers, decision, hook),
         Verdict::Unreachable => return unreachable::<F, LINK>(packet, headers, decision, hook),
         Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {}
     }
-    if let Some(reason) = refusal(F::record(decision)) {
+    if let Some(reason) = refusal {
         decision.reason = reason;
         return DROP;
     }

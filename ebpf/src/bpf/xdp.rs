@@ -96,17 +96,51 @@ pub(super) fn run(ctx: *mut xdp_md) -> u32 {
     }
 }
 
+/// A family whose frames are read by a global function: it has a stack frame to itself, and the compiler may not
+/// take the context apart on the way to it.
+trait Read: Decide {
+    /// Reads the frame into this CPU's scratch; 0 when it is too short.
+    fn read(ctx: *mut xdp_md, offset: u32) -> u32;
+}
+
+macro_rules! read {
+    ($family:ident, $read:ident) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $read(ctx: *mut xdp_md, offset: u32) -> u32 {
+            let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
+            // Behind the black box the compiler uses the masked value, whose bounds the verifier knows.
+            let offset = core::hint::black_box(offset & 0xfff);
+            // SAFETY: this CPU's own; the caller holds no reference to it.
+            let headers = unsafe { &mut (*scratch).headers };
+            *headers = Headers::default();
+            u32::from(parse::headers_into(&Frame { ctx }, offset, headers))
+        }
+
+        impl Read for $family {
+            #[inline(always)]
+            fn read(ctx: *mut xdp_md, offset: u32) -> u32 {
+                $read(ctx, offset)
+            }
+        }
+    };
+}
+
+read!(V4, xdp_read_v4);
+read!(V6, xdp_read_v6);
+
 #[inline(never)]
-fn frame_of<F: Decide>(ctx: *mut xdp_md, offset: u32) -> u32 {
+fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     let mut frame = Frame { ctx };
-    let Some(Scratch { headers, decision }) = F::scratch() else { return xdp_action::XDP_PASS };
-    *headers = Headers::default();
-    if !parse::headers_into(&frame, offset, headers) {
+    let Some(scratch) = F::scratch() else { return xdp_action::XDP_PASS };
+    if F::read(ctx, offset) == 0 {
         return xdp_action::XDP_PASS;
     }
     // SAFETY: the context is valid while the program runs.
     let ifindex = unsafe { (*ctx).ingress_ifindex };
-    F::decide(ifindex, Hook::Xdp, headers, decision);
+    F::decide(ifindex, Hook::Xdp);
+    // SAFETY: this CPU's own, and `record` only reads what these references only read.
+    let Scratch { headers, decision } = unsafe { &*scratch };
     if decision.verdict != Verdict::Translate
         || decision.flow.flags & flow::LOCAL == 0
         || headers.kind != Kind::Transport
@@ -123,7 +157,7 @@ fn frame_of<F: Decide>(ctx: *mut xdp_md, offset: u32) -> u32 {
         // A frame for somebody else.
         _ => return xdp_action::XDP_PASS,
     }
-    if F::record(decision) != 0 {
+    if F::record() != 0 {
         // tc meets the same obstacle and gives the reason.
         return xdp_action::XDP_PASS;
     }

@@ -1,47 +1,383 @@
-//! Packets along a flow, from the first on.
+//! Packets along a flow, from the first to the last.
 
-use sluice_common::Reason;
-use sluice_common::abi::{backend, flow, frontend, listing, state};
+use sluice_common::abi::{Range, backend, frontend, listing, state};
 
-use crate::packets::case::{Case, End, Program};
-use crate::packets::frame::{ACK, FIN, Frame, PSH, RST, SYN, TCP, UDP};
-use crate::packets::world::{Cast, EDGE, GENERATION, ONE, SPARE, TUNNEL, UPLINK, mac};
+use super::Table;
+use crate::packets::case::{Case, Program};
+use crate::packets::frame::{ACK, FIN, Frame, RST, SYN, TCP, UDP};
+use crate::packets::world::{
+    BRIDGE, Cast, Connection, EDGE, GENERATION, NET_CLIENTS, ONE, SPARE, UPLINK, address, mac,
+};
 
-/// Frames for [`Case::every_prefix`].
-pub(crate) fn cut() -> Vec<Case> {
-    let mut cases = Vec::new();
+/// Adds the cases.
+pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
+        opening(table, &cast);
+        established(table, &cast);
+        elsewhere(table, &cast);
+        selection(table, &cast);
+    }
+    for cast in Cast::of(TCP) {
+        promotion(table, &cast);
+        closing(table, &cast);
+        reopening(table, &cast);
+    }
+    for cast in Cast::of(UDP) {
         let title = cast.title();
-        let proven = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
+        let connection = cast.connection();
+        let world = cast.world().embryonic(connection.both());
         let question = cast.next(cast.client, cast.frontend);
-        cases.push(Case::new(format!("{title}: a packet to a frontend"), &proven, Program::Ingress, EDGE, &question));
-        cases.push(Case::new(format!("{title}: the same for XDP"), &proven, Program::Xdp, UPLINK, &question.at(mac(UPLINK))));
-        let answer = cast.next(cast.backend, cast.client);
-        cases.push(Case::new(format!("{title}: a reply"), &proven, Program::Egress, EDGE, &answer));
+        let name = format!("{title}: a second question proves nothing");
+        table.add(
+            Case::new(name, &world, Program::Ingress, EDGE, &question)
+                .becomes(&question.clone().to(cast.backend))
+                .forward(ONE),
+        );
+        let old = spare(&cast).state(state::ESTABLISHED);
+        for (why, world) in [
+            ("was removed", cast.world().backend_flags(SPARE, backend::LOCAL).flows(old.both())),
+            ("has a new owner", {
+                let mut world = cast.world().flows(old.both());
+                world.backends.get_mut(&SPARE).expect("the spare backend").generation = GENERATION + 1;
+                world
+            }),
+        ] {
+            let name = format!("{title}: a flow leaves a backend that {why}, at once");
+            table.add(
+                Case::new(name, &world, Program::Ingress, EDGE, &question)
+                    .becomes(&question.clone().to(cast.backend))
+                    .opens(ONE)
+                    .flows([])
+                    .embryonic([connection.both()]),
+            );
+        }
     }
-    cases
 }
 
-/// The cases.
-pub(crate) fn cases() -> Vec<Case> {
-    let mut cases = Vec::new();
-    for cast in Cast::all() {
-        opening(&mut cases, &cast);
-    }
-    cases
+/// The client's flow to the backend that nobody selects.
+fn spare(cast: &Cast) -> Connection {
+    Connection { backend: cast.other_backend, id: SPARE, ..cast.connection() }
 }
 
-fn opening(cases: &mut Vec<Case>, cast: &Cast) {
+fn opening(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let Cast { client, frontend, backend, .. } = *cast;
     let connection = cast.connection();
     let world = cast.world();
     let first = cast.first(client, frontend);
-    let to_backend = first.clone().to(backend);
-    cases.push(
-        Case::new(format!("{title}: the first packet to a frontend opens a flow"), &world, Program::Ingress, EDGE, &first)
-            .becomes(&to_backend)
+    table.add(
+        Case::new(format!("{title}: the first packet opens a flow"), &world, Program::Ingress, EDGE, &first)
+            .becomes(&first.clone().to(backend))
             .opens(ONE)
             .embryonic([connection.both()]),
+    );
+    let far = world.clone().backend_flags(ONE, backend::SERVING);
+    table.add(
+        Case::new(format!("{title}: a backend on another node"), &far, Program::Ingress, EDGE, &first)
+            .becomes(&first.clone().to(backend))
+            .opens(ONE)
+            .embryonic([connection.flags(0).both()]),
+    );
+    let world = world.embryonic(connection.both());
+    table.add(
+        Case::new(format!("{title}: the first packet again"), &world, Program::Ingress, EDGE, &first)
+            .becomes(&first.clone().to(backend))
+            .forward(ONE),
+    );
+    let answer = match cast.protocol {
+        TCP => Frame::tcp(backend, client, SYN | ACK, &[]),
+        _ => Frame::udp(backend, client, b"answer"),
+    };
+    let case = Case::new(format!("{title}: the first reply"), &world, Program::Egress, EDGE, &answer)
+        .becomes(&answer.clone().from(frontend))
+        .reply(ONE);
+    table.add(match cast.protocol {
+        TCP => case,
+        // Proves the flow.
+        _ => case.flows([connection.state(state::ESTABLISHED).both()]).embryonic([]),
+    });
+}
+
+fn established(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let Cast { client, frontend, backend, .. } = *cast;
+    let connection = cast.connection().state(state::ESTABLISHED);
+    let question = cast.next(client, frontend);
+    let answer = cast.next(backend, client);
+    let (to_backend, to_client) = (question.clone().to(backend), answer.clone().from(frontend));
+    let (young, old) = (connection.age(5), connection.age(30));
+    for (what, world, after) in [
+        ("young flow", cast.world().flows(young.both()), young.both()),
+        ("flow not renewed for long", cast.world().flows(old.both()), connection.both()),
+    ] {
+        let name = format!("{title}: a packet of a {what}");
+        let case = Case::new(name, &world, Program::Ingress, EDGE, &question);
+        table.cut(case.becomes(&to_backend).forward(ONE).flows([after.clone()]));
+        let name = format!("{title}: a reply of a {what}");
+        let case = Case::new(name, &world, Program::Egress, EDGE, &answer);
+        table.cut(case.becomes(&to_client).reply(ONE).flows([after]));
+    }
+    table.add(
+        Case::new(
+            format!("{title}: a packet makes the reply's lost entry again when it renews its own"),
+            &cast.world().flows(old.forward()),
+            Program::Ingress,
+            EDGE,
+            &question,
+        )
+        .becomes(&to_backend)
+        .forward(ONE)
+        .flows([connection.both()]),
+    );
+    table.add(
+        Case::new(
+            format!("{title}: a reply makes the question's lost entry again when it renews its own"),
+            &cast.world().flows(old.reply()),
+            Program::Egress,
+            EDGE,
+            &answer,
+        )
+        .becomes(&to_client)
+        .reply(ONE)
+        .flows([connection.both()]),
+    );
+}
+
+/// Where packets of a flow, and others, are none of our business.
+fn elsewhere(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let Cast { client, frontend, backend, .. } = *cast;
+    let world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
+    let question = cast.next(client, frontend);
+    let answer = cast.next(backend, client);
+    let mut pass = |what: &str, program, ifindex, frame: &Frame| {
+        table.add(Case::new(format!("{title}: {what}"), &world, program, ifindex, frame));
+    };
+    pass("a translated packet enters the backend's link", Program::Egress, EDGE, &question.clone().to(backend));
+    pass("a reply leaves the backend's link", Program::Ingress, EDGE, &answer);
+    pass("a translated reply enters the client's link again", Program::Ingress, EDGE, &answer.from(frontend));
+    let mut stranger = backend;
+    stranger.set_ip(address(cast.version, NET_CLIENTS, 99));
+    pass("a stranger's packet enters", Program::Ingress, EDGE, &cast.first(client, stranger));
+    pass("a stranger's packet leaves", Program::Egress, UPLINK, &cast.first(stranger, client));
+    let mut closed = frontend;
+    closed.set_port(frontend.port() + 1);
+    pass("a frontend's address, a port of no service", Program::Ingress, EDGE, &cast.first(client, closed));
+    let mut closed = backend;
+    closed.set_port(backend.port() + 1);
+    pass("a backend's address, another port", Program::Egress, EDGE, &cast.next(closed, client));
+    pass("a direct packet to a backend", Program::Ingress, EDGE, &cast.next(client, cast.other_backend));
+
+    let mut listed = world.clone();
+    let _ = listed.listing.insert(stranger.ip(), listing::FRONTEND | listing::BACKEND | listing::NODE);
+    for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Ingress, UPLINK), (Program::Egress, UPLINK)] {
+        let name = format!("{title}: a stranger whose lane is another's, {} on {ifindex}", program.name());
+        let frame = if program == Program::Egress {
+            cast.first(stranger, client)
+        } else {
+            cast.first(client, stranger).at(mac(ifindex))
+        };
+        table.add(Case::new(name, &listed, program, ifindex, &frame));
+    }
+
+    let first = cast.first(client, frontend);
+    let foreign = first.clone().at([2, 9, 9, 9, 9, 9]);
+    let name = format!("{title}: a frame for another host that an uplink hears");
+    table.add(Case::new(name, &cast.world(), Program::Ingress, UPLINK, &foreign));
+    let name = format!("{title}: a frame for another pod of the bridge that an edge is a port of");
+    table.add(
+        Case::new(name, &cast.world(), Program::Ingress, EDGE, &foreign)
+            .becomes(&foreign.clone().to(backend))
+            .opens(ONE)
+            .embryonic([cast.connection().both()]),
+    );
+    let mut bridged = cast.world();
+    bridged.devices.get_mut(&EDGE).expect("the edge").bridge = BRIDGE;
+    let name = format!("{title}: a backend on the client's bridge gets the frame from the bridge");
+    table.add(
+        Case::new(name, &bridged, Program::Ingress, EDGE, &first)
+            .becomes(&first.clone().to(backend).at(crate::packets::world::BACKEND_MAC))
+            .opens(ONE)
+            .embryonic([cast.connection().both()]),
+    );
+    bridged.fill(ONE, &[SPARE]);
+    let name = format!("{title}: a backend that the bridge has no neighbour entry for is routed");
+    table.add(
+        Case::new(name, &bridged, Program::Ingress, EDGE, &first)
+            .becomes(&first.clone().to(cast.other_backend))
+            .opens(SPARE)
+            .embryonic([spare(cast).both()]),
+    );
+}
+
+/// Which backend a new flow gets.
+fn selection(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let first = cast.first(cast.client, cast.frontend);
+    let mut world = cast.world();
+    world.fill(SPARE, &[SPARE]);
+    let (internal, inside, outside) = (world.ports[&ONE][0], world.ports[&SPARE][0], Range::default());
+    let _ = world.ports.insert(ONE, [internal, inside, outside]);
+    for service in world.services.values_mut().filter(|service| service.service_port == ONE) {
+        service.kind = frontend::LOAD_BALANCER;
+    }
+    let name = format!("{title}: an external address asked from inside has the inside's backends");
+    table.add(
+        Case::new(name, &world, Program::Ingress, EDGE, &first)
+            .becomes(&first.clone().to(cast.other_backend))
+            .opens(SPARE)
+            .embryonic([spare(cast).both()]),
+    );
+    let _ = world.ports.insert(ONE, [Range::default(), Range::default(), internal]);
+    let first = first.at(mac(UPLINK));
+    let name = format!("{title}: an external address asked from outside has the outside's backends");
+    table.add(
+        Case::new(name, &world, Program::Ingress, UPLINK, &first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([cast.connection().both()]),
+    );
+
+    // Half of the slots are another backend's.
+    let mut world = cast.world();
+    let ids: Vec<u32> = (0..61).map(|slot| if slot < 30 { ONE } else { SPARE }).collect();
+    world.fill(ONE, &ids);
+    for (port, low) in SLOTS[usize::from(cast.protocol != TCP)][usize::from(cast.client.is_ipv6())] {
+        let mut connection = if low { cast.connection() } else { spare(cast) };
+        connection.client.set_port(port);
+        connection.seen_as = connection.client;
+        let first = cast.first(connection.client, cast.frontend);
+        let name = format!("{title}: port {port} keeps its slot from release to release");
+        table.add(
+            Case::new(name, &world, Program::Ingress, EDGE, &first)
+                .becomes(&first.clone().to(connection.backend))
+                .opens(connection.id)
+                .embryonic([connection.both()]),
+        );
+    }
+}
+
+/// Client ports, and whether their slot is below 30 of 61: for TCP and UDP, IPv4 and IPv6.
+const SLOTS: [[[(u16, bool); 3]; 2]; 2] = [
+    [[(1024, false), (40_000, true), (65_535, false)], [(1024, true), (40_000, true), (65_535, true)]],
+    [[(1024, false), (40_000, true), (65_535, false)], [(1024, true), (40_000, true), (65_535, false)]],
+];
+
+fn promotion(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let connection = cast.connection();
+    let world = cast.world().embryonic(connection.both());
+    for (what, flags, data) in [("acknowledgment", ACK, &b""[..]), ("data", ACK, b"GET /")] {
+        let frame = Frame::tcp(cast.client, cast.frontend, flags, data);
+        table.add(
+            Case::new(format!("{title}: the client's second packet, {what}, proves the flow"), &world, Program::Ingress, EDGE, &frame)
+                .becomes(&frame.clone().to(cast.backend))
+                .forward(ONE)
+                .flows([connection.state(state::ESTABLISHED).both()])
+                .embryonic([]),
+        );
+    }
+    let frame = Frame::tcp(cast.client, cast.frontend, RST | ACK, &[]);
+    table.add(
+        Case::new(format!("{title}: a reset instead of a second packet proves nothing"), &world, Program::Ingress, EDGE, &frame)
+            .becomes(&frame.clone().to(cast.backend))
+            .forward(ONE)
+            .embryonic([connection.state(state::RESET).both()]),
+    );
+    let frame = Frame::tcp(cast.backend, cast.client, RST | ACK, &[]);
+    table.add(
+        Case::new(format!("{title}: the backend refuses"), &world, Program::Egress, EDGE, &frame)
+            .becomes(&frame.clone().from(cast.frontend))
+            .reply(ONE)
+            .embryonic([connection.state(state::RESET).both()]),
+    );
+    let old = spare(cast).state(state::ESTABLISHED);
+    let world = cast.world().backend_flags(SPARE, backend::LOCAL).flows(old.both());
+    let frame = cast.next(cast.client, cast.frontend);
+    table.add(
+        Case::new(format!("{title}: a flow drains from a removed backend"), &world, Program::Ingress, EDGE, &frame)
+            .becomes(&frame.clone().to(cast.other_backend))
+            .forward(SPARE),
+    );
+}
+
+fn closing(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let connection = cast.connection().state(state::ESTABLISHED);
+    let world = cast.world().flows(connection.both());
+    for (what, flags, forward, reply) in [
+        ("FIN", FIN | ACK, state::FIN_FORWARD, state::FIN_REPLY),
+        ("RST", RST, state::RESET, state::RESET),
+        ("RST|ACK", RST | ACK, state::RESET, state::RESET),
+    ] {
+        let frame = Frame::tcp(cast.client, cast.frontend, flags, &[]);
+        table.add(
+            Case::new(format!("{title}: the client's {what}"), &world, Program::Ingress, EDGE, &frame)
+                .becomes(&frame.clone().to(cast.backend))
+                .forward(ONE)
+                .flows([connection.state(state::ESTABLISHED | forward).both()]),
+        );
+        let frame = Frame::tcp(cast.backend, cast.client, flags, &[]);
+        table.add(
+            Case::new(format!("{title}: the backend's {what}"), &world, Program::Egress, EDGE, &frame)
+                .becomes(&frame.clone().from(cast.frontend))
+                .reply(ONE)
+                .flows([connection.state(state::ESTABLISHED | reply).both()]),
+        );
+    }
+    let half = connection.state(state::ESTABLISHED | state::FIN_FORWARD);
+    let frame = cast.next(cast.backend, cast.client);
+    table.add(
+        Case::new(format!("{title}: a half-closed flow goes on"), &cast.world().flows(half.both()), Program::Egress, EDGE, &frame)
+            .becomes(&frame.clone().from(cast.frontend))
+            .reply(ONE),
+    );
+}
+
+fn reopening(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let connection = cast.connection();
+    let syn = cast.first(cast.client, cast.frontend);
+    let to_backend = syn.clone().to(cast.backend);
+    for (what, bits) in [
+        ("closing", state::FIN_FORWARD),
+        ("closed", state::FIN_FORWARD | state::FIN_REPLY),
+        ("reset", state::RESET),
+    ] {
+        let old = connection.state(state::ESTABLISHED | bits).age(3);
+        table.add(
+            Case::new(format!("{title}: a SYN never reuses a {what} flow"), &cast.world().flows(old.both()), Program::Ingress, EDGE, &syn)
+                .becomes(&to_backend)
+                .opens(ONE)
+                .flows([])
+                .embryonic([connection.both()]),
+        );
+    }
+    let old = spare(cast).state(state::ESTABLISHED | state::FIN_REPLY | state::FIN_FORWARD).age(3);
+    table.add(
+        Case::new(format!("{title}: a SYN leaves nothing of a closed flow to another backend"), &cast.world().flows(old.both()), Program::Ingress, EDGE, &syn)
+            .becomes(&to_backend)
+            .opens(ONE)
+            .flows([])
+            .embryonic([connection.both()]),
+    );
+    let tried = spare(cast);
+    table.add(
+        Case::new(
+            format!("{title}: a SYN that was not answered leaves a removed backend"),
+            &cast.world().backend_flags(SPARE, backend::LOCAL).embryonic(tried.both()),
+            Program::Ingress,
+            EDGE,
+            &syn,
+        )
+        .becomes(&to_backend)
+        .opens(ONE)
+        .embryonic([connection.both(), tried.reply()]),
+    );
+    let live = connection.state(state::ESTABLISHED);
+    table.add(
+        Case::new(format!("{title}: a SYN within a live flow is the backend's to answer"), &cast.world().flows(live.both()), Program::Ingress, EDGE, &syn)
+            .becomes(&to_backend)
+            .forward(ONE),
     );
 }

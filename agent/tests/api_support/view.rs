@@ -1,0 +1,101 @@
+//! What a node's maps hold, as `sluice services` and `sluice backends` tell.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use sluice_lab::Node;
+
+use super::wait_for;
+
+/// How long a change may take until it is in the maps. Controllers gather and back off; ours is a small part.
+pub(crate) const IN_TIME: Duration = Duration::from_secs(20);
+
+/// Frontend (`10.96.1.1:80`) -> the backends that take new flows.
+pub(crate) type Programmed = BTreeMap<String, BTreeSet<String>>;
+
+#[derive(Deserialize)]
+struct ServiceRow {
+    namespace: String,
+    service: String,
+    port: u16,
+    protocol: String,
+    vips: Vec<IpAddr>,
+}
+
+#[derive(Deserialize)]
+struct BackendRow {
+    namespace: String,
+    service: String,
+    port: u16,
+    protocol: String,
+    backend: SocketAddr,
+    share: f64,
+}
+
+/// What is programmed of one namespace; an error where nothing can be read.
+pub(crate) fn programmed(node: &Node, namespace: &str) -> Result<Programmed, String> {
+    let services: Vec<ServiceRow> = rows(node, &["services", "-o", "json", "-n", namespace])?;
+    let backends: Vec<BackendRow> = rows(node, &["backends", "-o", "json"])?;
+    let mut all = Programmed::new();
+    for service in services {
+        for vip in service.vips {
+            // A service port has an id in each family, and names alone do not tell them apart.
+            let own = backends
+                .iter()
+                .filter(|row| {
+                    (&row.namespace, &row.service, row.port, &row.protocol)
+                        == (&service.namespace, &service.service, service.port, &service.protocol)
+                })
+                .filter(|row| row.share > 0.0 && row.backend.is_ipv6() == vip.is_ipv6());
+            let frontend = SocketAddr::new(vip, service.port).to_string();
+            let _ = all.insert(frontend, own.map(|row| row.backend.to_string()).collect());
+        }
+    }
+    Ok(all)
+}
+
+fn rows<T: DeserializeOwned>(node: &Node, args: &[&str]) -> Result<Vec<T>, String> {
+    let text = node.sluice(args).map_err(|error| format!("{error:#}"))?;
+    serde_json::from_str(&text).map_err(|error| format!("{error} in {text}"))
+}
+
+/// Waits until exactly this is programmed of a namespace.
+#[track_caller]
+pub(crate) fn expect(node: &Node, namespace: &str, wanted: &[(&str, &[&str])]) {
+    let wanted: Programmed = wanted
+        .iter()
+        .map(|(vip, backends)| ((*vip).to_owned(), backends.iter().map(|&backend| backend.to_owned()).collect()))
+        .collect();
+    wait_for(&format!("{wanted:?} on {}", node.name()), IN_TIME, || {
+        let found = programmed(node, namespace)?;
+        if found == wanted { Ok(()) } else { Err(format!("{found:?}")) }
+    });
+}
+
+/// What `sluice status` says.
+#[track_caller]
+pub(crate) fn status(node: &Node) -> Value {
+    wait_for("a status", Duration::from_secs(10), || {
+        let output = node.sluice_output(&["status", "-o", "json"]).map_err(|error| format!("{error:#}"))?;
+        serde_json::from_slice(&output.stdout).map_err(|error| format!("{error}: {}", String::from_utf8_lossy(&output.stderr)))
+    })
+}
+
+/// What is wrong with the agent's view of the API server, in its own words; [`None`] while all is well.
+#[track_caller]
+pub(crate) fn problem(node: &Node) -> Option<String> {
+    status(node).pointer("/last/sources/0/problem").and_then(Value::as_str).map(ToOwned::to_owned)
+}
+
+/// Waits until the agent says that something is wrong with the API server, or that nothing is.
+#[track_caller]
+pub(crate) fn expect_problem(node: &Node, wanted: bool, timeout: Duration) {
+    wait_for(&format!("a problem: {wanted}"), timeout, || {
+        let found = problem(node);
+        if found.is_some() == wanted { Ok(()) } else { Err(format!("{found:?}")) }
+    });
+}

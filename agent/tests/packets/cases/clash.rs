@@ -1,0 +1,225 @@
+//! Reply tuples that are taken.
+
+use std::net::SocketAddr;
+
+use sluice_common::Reason;
+use sluice_common::abi::{Tuple, flow, state};
+use sluice_common::maglev;
+use sluice_common::path::{REMAP_TRIES, mark};
+use sluice_common::{V4, V6};
+
+use super::Table;
+use crate::packets::case::{Case, Program};
+use crate::packets::frame::{ACK, Frame, SYN, TCP, UDP};
+use crate::packets::ip::Ip;
+use crate::packets::world::{Cast, Connection, EDGE, ONE, OTHER, UPLINK, World, mac};
+
+/// Adds the cases.
+pub(super) fn add(table: &mut Table) {
+    for cast in Cast::all() {
+        two_frontends(table, &cast);
+        taken_over(table, &cast);
+        exhausted(table, &cast);
+        direct(table, &cast);
+    }
+}
+
+/// The source port of a try: the tuple's hash, stepped by the golden ratio, scaled to 1024-29999 and 61000-65535.
+fn port_of_try<F: Ip>(cast: &Cast, destination: SocketAddr, attempt: u32) -> u16 {
+    let tuple = Tuple {
+        source: F::of(cast.client.ip()).unwrap_or_default(),
+        destination: F::of(destination.ip()).unwrap_or_default(),
+        source_port: cast.client.port(),
+        destination_port: destination.port(),
+        protocol: cast.protocol,
+        reserved: [0; 3],
+    };
+    let hash = maglev::hash::<F>(&tuple).wrapping_add(attempt.wrapping_mul(0x9e37_79b9));
+    let pick = (u64::from(hash) * (28_976 + 4_536)) >> 32;
+    if pick < 28_976 { 1_024 + pick as u16 } else { 61_000 + (pick - 28_976) as u16 }
+}
+
+/// The client's end as the backend sees it at a try.
+fn tried(cast: &Cast, destination: SocketAddr, attempt: u32) -> SocketAddr {
+    let port = if cast.client.is_ipv4() {
+        port_of_try::<V4>(cast, destination, attempt)
+    } else {
+        port_of_try::<V6>(cast, destination, attempt)
+    };
+    SocketAddr::new(cast.client.ip(), port)
+}
+
+fn two_frontends(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let one = cast.connection();
+    let seen_as = tried(cast, cast.other_frontend, 1);
+    let other = cast.other_connection().seen_as(seen_as);
+    let first = cast.first(cast.client, cast.other_frontend);
+    let changed = first.clone().from(seen_as).to(cast.backend);
+    let proven = one.state(state::ESTABLISHED).age(2);
+    for (what, world) in [
+        ("an unproven flow", cast.world().embryonic(one.both())),
+        ("a proven flow", cast.world().flows(proven.both())),
+    ] {
+        for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
+            let (first, changed) = (first.clone().at(mac(ifindex)), changed.clone().at(mac(ifindex)));
+            let name = format!("{title}: another frontend of {what}'s backend gets another port, {}", program.name());
+            let mut after = world.embryonic.clone();
+            after.extend(other.both());
+            table.add(
+                Case::new(name, &world, program, ifindex, &first).becomes(&changed).opens(OTHER).embryonic([after]),
+            );
+        }
+    }
+    let other = other.state(state::ESTABLISHED);
+    let world = cast.world().flows(proven.both()).flows(other.both());
+    for (name, id, to, frontend) in [
+        ("the first frontend's reply finds back", ONE, cast.client, cast.frontend),
+        ("the second frontend's reply finds back", OTHER, seen_as, cast.other_frontend),
+    ] {
+        let reply = cast.next(cast.backend, to);
+        table.add(
+            Case::new(format!("{title}: {name}"), &world, Program::Egress, EDGE, &reply)
+                .becomes(&reply.clone().from(frontend).to(cast.client))
+                .reply(id),
+        );
+    }
+    let next = cast.next(cast.client, cast.other_frontend);
+    table.add(
+        Case::new(format!("{title}: the next packet to the second frontend keeps its port"), &world, Program::Ingress, EDGE, &next)
+            .becomes(&next.clone().from(seen_as).to(cast.backend))
+            .forward(OTHER),
+    );
+    let blocker = Connection { client: tried(cast, cast.other_frontend, 1), seen_as: tried(cast, cast.other_frontend, 1), ..proven };
+    let seen_as = tried(cast, cast.other_frontend, 2);
+    table.add(
+        Case::new(
+            format!("{title}: the first other port is taken too"),
+            &cast.world().flows(proven.both()).flows(blocker.both()),
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .becomes(&first.clone().from(seen_as).to(cast.backend))
+        .opens(OTHER)
+        .embryonic([cast.other_connection().seen_as(seen_as).both()]),
+    );
+}
+
+/// Flows that no longer keep their reply tuple, and some that do.
+fn taken_over(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let first = cast.first(cast.client, cast.other_frontend);
+    let one = cast.connection().state(state::ESTABLISHED);
+    let closed = cast.connection().state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
+    let (free, kept) = match cast.protocol {
+        TCP => (closed.age(70), vec![("closed a while ago", closed.age(40)), ("idle", one.age(250))]),
+        _ => (one.age(200), vec![("quiet", one.age(150))]),
+    };
+    table.add(
+        Case::new(format!("{title}: a dead flow's reply tuple is taken over"), &cast.world().flows(free.both()), Program::Ingress, EDGE, &first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(OTHER)
+            .flows([])
+            .embryonic([cast.other_connection().both()]),
+    );
+    let seen_as = tried(cast, cast.other_frontend, 1);
+    for (what, old) in kept {
+        table.add(
+            Case::new(format!("{title}: the reply tuple of a flow that is {what} is not"), &cast.world().flows(old.both()), Program::Ingress, EDGE, &first)
+                .becomes(&first.clone().from(seen_as).to(cast.backend))
+                .opens(OTHER)
+                .embryonic([cast.other_connection().seen_as(seen_as).both()]),
+        );
+    }
+}
+
+fn exhausted(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let first = cast.first(cast.client, cast.other_frontend);
+    let mut world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
+    for attempt in 1..REMAP_TRIES {
+        let seen_as = tried(cast, cast.other_frontend, attempt);
+        let blocker = Connection { client: seen_as, seen_as, ..cast.connection() };
+        world = world.flows(blocker.state(state::ESTABLISHED).both());
+    }
+    table.add(
+        Case::new(format!("{title}: every port that is tried is taken"), &world, Program::Ingress, EDGE, &first)
+            .dropped(Reason::PortsExhausted, OTHER),
+    );
+}
+
+fn direct(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let live = cast.connection().state(state::ESTABLISHED);
+    let first = cast.first(cast.client, cast.backend);
+    let seen_as = tried(cast, cast.backend, 1);
+    let direct = Connection {
+        frontend: cast.backend,
+        seen_as,
+        id: 0,
+        generation: 0,
+        service_port: 0,
+        flags: flow::DIRECT,
+        ..cast.connection()
+    };
+    let world = cast.world().flows(live.both());
+    table.add(
+        Case::new(format!("{title}: a direct connection whose tuple is a live flow's gets another port"), &world, Program::Ingress, EDGE, &first)
+            .becomes(&first.clone().from(seen_as))
+            .reason(Reason::DirectRemapped, 0)
+            .embryonic([direct.both()])
+            .marks(mark::DIRECT),
+    );
+    let marked = |world: World| world.marks(mark::DIRECT);
+    let world = marked(cast.world().flows(live.both()).embryonic(direct.both()));
+    let answer = match cast.protocol {
+        TCP => Frame::tcp(cast.backend, seen_as, SYN | ACK, &[]),
+        _ => Frame::udp(cast.backend, seen_as, b"answer"),
+    };
+    let proven = direct.state(state::ESTABLISHED);
+    let case = Case::new(format!("{title}: the reply of a direct connection finds back"), &world, Program::Egress, EDGE, &answer)
+        .becomes(&answer.clone().to(cast.client))
+        .reason(Reason::DirectRemapped, 0);
+    let both = || [live.both(), proven.both()];
+    table.add(if cast.protocol == UDP { case.flows(both()).embryonic([]) } else { case });
+    let next = cast.next(cast.client, cast.backend);
+    let case = Case::new(format!("{title}: the next packet of a direct connection keeps its port"), &world, Program::Ingress, EDGE, &next)
+        .becomes(&next.clone().from(seen_as))
+        .reason(Reason::DirectRemapped, 0);
+    table.add(if cast.protocol == TCP { case.flows(both()).embryonic([]) } else { case });
+
+    // The entries of a flow that has ended translate what the backend sends to its tuple as long as they are there.
+    let (ended, own) = match cast.protocol {
+        TCP => (live.state(state::ESTABLISHED | state::RESET), direct),
+        _ => (live.age(200), Connection { seen_as: cast.client, ..direct }),
+    };
+    let case = Case::new(format!("{title}: a direct connection beside a flow that has ended"), &cast.world().flows(ended.both()), Program::Ingress, EDGE, &first)
+        .becomes(&first.clone().from(own.seen_as))
+        .reason(Reason::DirectRemapped, 0)
+        .embryonic([own.both()])
+        .marks(mark::DIRECT);
+    table.add(if cast.protocol == UDP { case.flows([]) } else { case });
+
+    if cast.protocol == TCP {
+        let old = live.state(state::ESTABLISHED | state::RESET).age(70);
+        let own = Connection { seen_as: cast.client, ..direct };
+        table.add(
+            Case::new(format!("{title}: a direct connection takes the tuple of a flow that ended long ago"), &cast.world().flows(old.both()), Program::Ingress, EDGE, &first)
+                .reason(Reason::DirectRemapped, 0)
+                .flows([])
+                .embryonic([own.both()])
+                .marks(mark::DIRECT),
+        );
+    }
+
+    let mut pass = |what: &str, world: World, ifindex, frame: Frame| {
+        table.add(Case::new(format!("{title}: {what}"), &world, Program::Ingress, ifindex, &frame.at(mac(ifindex))));
+    };
+    pass("a direct connection beside an unproven flow", cast.world().embryonic(cast.connection().both()), EDGE, first.clone());
+    if cast.protocol == UDP {
+        pass("a direct datagram from outside is never changed", cast.world().flows(live.both()), UPLINK, first);
+    } else {
+        pass("a segment in the middle of a direct connection", cast.world().flows(live.both()), EDGE, next);
+    }
+}

@@ -1,0 +1,99 @@
+//! Lost entries.
+
+use sluice_common::Reason;
+use sluice_common::abi::state;
+
+use super::Table;
+use crate::packets::case::{Case, Program};
+use crate::packets::frame::{ACK, Frame, RST, TCP};
+use crate::packets::world::{Cast, Connection, EDGE, ONE, OTHER, SPARE, UPLINK, World, mac};
+
+/// Adds the cases.
+pub(super) fn add(table: &mut Table) {
+    for cast in Cast::of(TCP) {
+        forward(table, &cast);
+        reply(table, &cast);
+        not_ours(table, &cast);
+    }
+}
+
+fn forward(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let connection = cast.connection().state(state::ESTABLISHED);
+    let data = cast.next(cast.client, cast.frontend);
+    for (what, world) in [
+        ("forward entry", cast.world().flows(connection.age(5).reply())),
+        ("forward entry and an idle reply entry", cast.world().flows(connection.age(250).reply())),
+        ("both entries", cast.world()),
+    ] {
+        table.add(
+            Case::new(format!("{title}: {what} lost, in the middle of a connection"), &world, Program::Ingress, EDGE, &data)
+                .becomes(&data.clone().to(cast.backend))
+                .reason(Reason::Recovered, ONE)
+                .flows([connection.both()]),
+        );
+    }
+    let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
+    table.add(
+        Case::new(format!("{title}: both entries lost, the client resets"), &cast.world(), Program::Ingress, EDGE, &reset)
+            .becomes(&reset.clone().to(cast.backend))
+            .reason(Reason::Recovered, ONE),
+    );
+}
+
+/// One frontend leads to the backend, as far as the origins know.
+fn one_origin(cast: &Cast) -> World {
+    let mut world = cast.world();
+    for frontends in world.origins.values_mut() {
+        frontends.truncate(1);
+    }
+    world
+}
+
+fn reply(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let connection = cast.connection().state(state::ESTABLISHED);
+    let other = cast.other_connection().state(state::ESTABLISHED);
+    let reset = Frame::tcp(cast.client, cast.backend, RST, &[]);
+    for (what, world, service_port, after) in [
+        ("the forward entry tells", cast.world().flows(connection.age(5).forward()), ONE, connection.both()),
+        ("both entries lost, the client's slot tells", cast.world(), ONE, connection.both()),
+        ("another frontend's forward entry tells", cast.world().flows(other.age(5).forward()), OTHER, other.both()),
+    ] {
+        for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Ingress, UPLINK)] {
+            let name = format!("{title}: reply entry lost, {what}, on device {ifindex}");
+            let reset = reset.clone().at(mac(ifindex));
+            table.add(
+                Case::new(name, &world, program, ifindex, &reset)
+                    .dropped(Reason::ReplyRecovered, service_port)
+                    .flows([after.clone()]),
+            );
+        }
+    }
+}
+
+fn not_ours(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let connection = cast.connection().state(state::ESTABLISHED);
+    let mut pass = |what: &str, world: &World, frame: &Frame| {
+        table.add(Case::new(format!("{title}: {what}"), world, Program::Ingress, EDGE, frame));
+    };
+    let reset = Frame::tcp(cast.client, cast.backend, RST, &[]);
+    let acknowledging = Frame::tcp(cast.client, cast.backend, RST | ACK, &[]);
+    pass("a reset with acknowledgment is the client's own will", &cast.world().flows(connection.forward()), &acknowledging);
+    let elsewhere = Connection { backend: cast.other_backend, id: SPARE, ..connection };
+    pass("a reset, and the frontend's flow leads elsewhere", &one_origin(cast).flows(elsewhere.forward()), &reset);
+    let closed = connection.state(state::ESTABLISHED | state::RESET);
+    pass("a reset, and the frontend's flow is closing", &one_origin(cast).flows(closed.forward()), &reset);
+    let mut moved = one_origin(cast);
+    moved.fill(ONE, &[SPARE]);
+    pass("a reset, and the client's slot leads elsewhere", &moved, &reset);
+    let mut none = cast.world();
+    none.origins.clear();
+    pass("a reset to a backend that no frontend is known to lead to", &none, &reset);
+    pass("a reset to an endpoint's other port", &cast.world(), &{
+        let mut other = cast.backend;
+        other.set_port(22);
+        reset.clone().to(other)
+    });
+}

@@ -1,0 +1,103 @@
+//! What XDP takes, and what it leaves to tc unmodified.
+
+use std::net::SocketAddr;
+
+use sluice_common::Reason;
+use sluice_common::abi::{backend, flow, state};
+use sluice_common::path::mark;
+
+use super::Table;
+use crate::packets::case::{Case, Program};
+use crate::packets::frame::{ACK, Frame, RST, Sum, TCP};
+use crate::packets::world::{Cast, Connection, EDGE, NARROW, ONE, UPLINK, World, mac};
+
+/// Adds the cases.
+pub(super) fn add(table: &mut Table) {
+    for cast in Cast::all() {
+        taken(table, &cast);
+        left(table, &cast);
+    }
+}
+
+fn taken(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let connection = cast.connection();
+    let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
+    table.cut(
+        Case::new(format!("{title}: XDP opens a flow to a backend on this node"), &cast.world(), Program::Xdp, UPLINK, &first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([connection.both()]),
+    );
+    let next = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
+    let translated = next.clone().to(cast.backend);
+    let proven = connection.state(state::ESTABLISHED);
+    for (what, age) in [("a young", 4), ("an old", 40)] {
+        let after = if age < 9 { proven.age(age) } else { proven };
+        let world = cast.world().flows(proven.age(age).both());
+        table.add(
+            Case::new(format!("{title}: XDP takes a packet of {what} flow"), &world, Program::Xdp, UPLINK, &next)
+                .becomes(&translated)
+                .forward(ONE)
+                .flows([after.both()]),
+        );
+    }
+    if cast.protocol == TCP {
+        table.add(
+            Case::new(format!("{title}: XDP proves a flow"), &cast.world().embryonic(connection.both()), Program::Xdp, UPLINK, &next)
+                .becomes(&translated)
+                .forward(ONE)
+                .flows([proven.both()])
+                .embryonic([]),
+        );
+        table.add(
+            Case::new(format!("{title}: XDP makes lost entries again"), &cast.world(), Program::Xdp, UPLINK, &next)
+                .becomes(&translated)
+                .reason(Reason::Recovered, ONE)
+                .flows([proven.both()]),
+        );
+    }
+}
+
+fn left(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let connection = cast.connection();
+    let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
+    let mut leave = |what: &str, world: &World, ifindex, frame: &Frame| {
+        table.add(Case::new(format!("{title}: XDP leaves {what}"), world, Program::Xdp, ifindex, frame));
+    };
+    let far = cast.world().backend_flags(ONE, backend::SERVING);
+    leave("a packet for a backend on another node", &far, UPLINK, &first);
+    leave("a packet whose checksum is left to the device", &cast.world(), UPLINK, &first.clone().sum(Sum::Partial));
+    let proven = cast.world().flows(connection.state(state::ESTABLISHED).age(40).both());
+    let next = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
+    leave("a known flow's packet whose checksum is left to the device", &proven, UPLINK, &next.sum(Sum::Partial));
+    leave("a frame for another host", &cast.world(), UPLINK, &first.clone().at([2, 9, 9, 9, 9, 9]));
+    leave("a frame for another device of this host", &cast.world(), UPLINK, &first.clone().at(mac(EDGE)));
+    leave("a frame to everybody", &cast.world(), UPLINK, &first.clone().at([0xff; 6]));
+    let mut unknown = cast.world();
+    let _ = unknown.devices.remove(&NARROW);
+    leave("a frame of a device that is not known", &unknown, NARROW, &first.clone().at(mac(NARROW)));
+
+    let itself = SocketAddr::new(cast.backend.ip(), 40_001);
+    let hairpin = cast.first(itself, cast.frontend).at(mac(UPLINK));
+    leave("a client that is its own backend", &cast.world(), UPLINK, &hairpin);
+    let client = SocketAddr::new(cast.node, 40_001);
+    let host = Connection { client, seen_as: client, flags: flow::HOST | flow::LOCAL, ..connection };
+    let world = cast.world().flows(host.state(state::ESTABLISHED).both()).marks(mark::HOST);
+    leave("a reply to this host", &world, UPLINK, &cast.next(cast.backend, client).at(mac(UPLINK)));
+    if cast.protocol == TCP {
+        let reset = Frame::tcp(cast.client, cast.backend, RST, &[]).at(mac(UPLINK));
+        leave("a reset that shows a lost reply entry", &cast.world(), UPLINK, &reset);
+        let reset = Frame::tcp(cast.client, cast.backend, RST | ACK, &[]).at(mac(UPLINK));
+        leave("a reset that shows nothing", &cast.world(), UPLINK, &reset);
+    }
+    let mut stranger = cast.frontend;
+    stranger.set_ip(cast.router);
+    leave("a stranger", &cast.world(), UPLINK, &cast.first(cast.client, stranger).at(mac(UPLINK)));
+    let arp = [&mac(UPLINK)[..], &[2, 0, 0, 0, 0, 5], &[0x08, 0x06], &[0; 46]].concat();
+    let mut case = Case::new(format!("{title}: XDP leaves a frame of another ethertype"), &cast.world(), Program::Xdp, UPLINK, &first);
+    case.input.clone_from(&arp);
+    case.expected.frame = arp;
+    table.add(case);
+}

@@ -1,0 +1,367 @@
+//! The path decides about anything, and never hands out a reply tuple that is taken.
+
+#[allow(dead_code, reason = "each test uses its part of what packets are made of")]
+mod packets {
+    pub(crate) mod bytes;
+    pub(crate) mod frame;
+    pub(crate) mod ip;
+}
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use packets::bytes::Bytes;
+use packets::frame::{ACK, Frame, RST, SYN};
+use packets::ip::Ip;
+use proptest::prelude::*;
+use sluice_common::abi::{
+    Backend, Class, Flow, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey, Ticks, Tuple, backend, frontend, listing,
+};
+use sluice_common::parse::{Kind, headers, untag};
+use sluice_common::path::{
+    Hook, REJECT_BURST_MS, REJECT_COST_MS, Record, Verdict, decide, partner, partner_key, spend,
+};
+use sluice_common::rewrite::rewrite;
+use sluice_common::{Reason, Tables, V4, V6};
+
+const NOW: Ticks = 10_000;
+
+/// Tables that answer anything.
+#[derive(Clone, Debug)]
+struct Whim<F: Ip> {
+    listing: [u8; 4],
+    flow: Option<Flow<F::Address>>,
+    embryonic: Option<Flow<F::Address>>,
+    service: Option<Service>,
+    range: Option<Range>,
+    backend: Option<Backend<F::Address>>,
+    origins: Option<Origins<F::Address>>,
+    marks: u32,
+}
+
+impl<F: Ip> Tables<F> for Whim<F> {
+    fn listing(&self, address: &F::Address) -> u8 {
+        self.listing[F::hash(address) as usize % 4]
+    }
+    fn flow(&self, _: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+        self.flow.as_ref()
+    }
+    fn embryonic(&self, _: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+        self.embryonic.as_ref()
+    }
+    fn service(&self, _: &ServiceKey<F::Address>) -> Option<&Service> {
+        self.service.as_ref()
+    }
+    fn range(&self, _: u32, _: Class) -> Option<Range> {
+        self.range
+    }
+    fn slot(&self, slot: u32) -> Option<u32> {
+        (slot % 5 != 0).then_some(slot)
+    }
+    fn backend(&self, _: u32) -> Option<&Backend<F::Address>> {
+        self.backend.as_ref()
+    }
+    fn origins(&self, _: &OriginKey<F::Address>) -> Option<&Origins<F::Address>> {
+        self.origins.as_ref()
+    }
+    fn marks(&self) -> u32 {
+        self.marks
+    }
+    fn inside(&self) -> bool {
+        self.marks & 4 != 0
+    }
+    fn now(&self) -> Ticks {
+        NOW
+    }
+}
+
+fn address<F: Ip>(host: u8) -> F::Address {
+    let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(host));
+    F::of(Ipv4Addr::new(10, 0, 0, host).into()).or_else(|| F::of(v6.into())).unwrap_or_default()
+}
+
+fn flow<F: Ip>() -> impl Strategy<Value = Flow<F::Address>> {
+    (any::<[u8; 2]>(), any::<[u16; 2]>(), any::<[u32; 2]>(), any::<u16>(), any::<[u8; 2]>()).prop_map(
+        |([source, destination], [source_port, destination_port], [backend, seen], generation, [state, flags])| Flow {
+            source: address::<F>(source),
+            destination: address::<F>(destination),
+            source_port,
+            destination_port,
+            backend,
+            service_port: 1,
+            seen,
+            generation,
+            state,
+            flags,
+        },
+    )
+}
+
+fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
+    let service = (any::<u32>(), 0_u32..4).prop_map(|(service_port, kind)| Service { service_port, kind });
+    let backend = (any::<u8>(), any::<u16>(), any::<u16>(), 0_u32..8).prop_map(|(host, port, generation, flags)| {
+        Backend { address: address::<F>(host), port, generation, service_port: 1, flags }
+    });
+    let origins = prop::collection::vec((any::<u8>(), 0_u16..3), 4).prop_map(|ends| {
+        let mut origins = Origins::default();
+        for (origin, (host, port)) in origins.frontends.iter_mut().zip(ends) {
+            (origin.address, origin.port) = (address::<F>(host), port);
+        }
+        origins
+    });
+    (
+        prop::array::uniform4(0_u8..8),
+        prop::option::of(flow::<F>()),
+        prop::option::of(flow::<F>()),
+        prop::option::of(service),
+        prop::option::of(any::<u64>().prop_map(Range)),
+        prop::option::of(backend),
+        prop::option::of(origins),
+        0_u32..8,
+    )
+        .prop_map(|(listing, flow, embryonic, service, range, backend, origins, marks)| Whim {
+            listing,
+            flow,
+            embryonic,
+            service,
+            range,
+            backend,
+            origins,
+            marks,
+        })
+}
+
+fn hook() -> impl Strategy<Value = Hook> {
+    prop_oneof![Just(Hook::Ingress), Just(Hook::Egress), Just(Hook::Xdp)]
+}
+
+/// Bytes: any, or a good frame with some bytes changed, cut anywhere.
+fn bytes() -> impl Strategy<Value = Vec<u8>> {
+    let changed = (any::<bool>(), 0_u8..4, prop::collection::vec((0_usize..90, any::<u8>()), 0..4), 0_usize..130).prop_map(
+        |(v4, shape, changes, length)| {
+            let end = |host, port| {
+                let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, host);
+                let address = if v4 { IpAddr::from(Ipv4Addr::new(10, 0, 0, host as u8)) } else { v6.into() };
+                SocketAddr::new(address, port)
+            };
+            let (client, server) = (end(1, 40_000), end(2, 80));
+            let frame = match shape {
+                0 => Frame::tcp(client, server, SYN, b"data"),
+                1 => Frame::tcp(client, server, RST, b""),
+                2 => Frame::udp(client, server, b"data"),
+                _ => {
+                    let quote = Frame::udp(server, client, b"data").packet();
+                    Frame::icmp(client.ip(), server.ip(), if v4 { (3, 3) } else { (1, 4) }, 0, &quote)
+                }
+            };
+            let mut bytes = frame.bytes();
+            for (at, byte) in changes {
+                if let Some(place) = bytes.get_mut(at) {
+                    *place = byte;
+                }
+            }
+            bytes.truncate(length);
+            bytes
+        },
+    );
+    prop_oneof![prop::collection::vec(any::<u8>(), 0..150), changed.clone(), changed]
+}
+
+fn anything<F: Ip>(packet: &Bytes, offset: u32, hook: Hook, tables: &Whim<F>) -> Result<(), TestCaseError> {
+    let Some(headers) = headers::<F, _>(packet, offset) else { return Ok(()) };
+    let decision = decide(hook, &headers, tables);
+    if decision.verdict == Verdict::Pass {
+        prop_assert_eq!(decision.record, Record::Nothing);
+        return Ok(());
+    }
+    prop_assert!(matches!(headers.kind, Kind::Transport | Kind::IcmpError), "{:?} is not translated", headers.kind);
+    prop_assert_ne!(decision.reason, Reason::Stranger);
+    if headers.kind == Kind::IcmpError {
+        prop_assert_eq!(decision.reason, Reason::IcmpError);
+        prop_assert_eq!(decision.record, Record::Nothing);
+    }
+    let mut edited = packet.clone();
+    prop_assert!(rewrite(&mut edited, &headers, &decision.flow), "what was read can be written");
+    prop_assert_eq!(edited.bytes.len(), packet.bytes.len());
+    prop_assert_eq!(&edited.bytes[..offset as usize], &packet.bytes[..offset as usize]);
+    Ok(())
+}
+
+/// The maps, for flows alone: every frontend leads to one of few endpoints.
+struct Few {
+    services: BTreeMap<ServiceKey<sluice_common::abi::Ipv4Address>, Service>,
+    backends: Vec<Backend<sluice_common::abi::Ipv4Address>>,
+    flows: Entries,
+    embryonic: Entries,
+}
+
+type Entries = BTreeMap<Tuple<sluice_common::abi::Ipv4Address>, Flow<sluice_common::abi::Ipv4Address>>;
+
+impl Tables<V4> for Few {
+    fn listing(&self, address: &sluice_common::abi::Ipv4Address) -> u8 {
+        match address.octets[2] {
+            1 => listing::FRONTEND,
+            2 => listing::BACKEND,
+            _ => 0,
+        }
+    }
+    fn flow(&self, tuple: &Tuple<sluice_common::abi::Ipv4Address>) -> Option<&Flow<sluice_common::abi::Ipv4Address>> {
+        self.flows.get(tuple)
+    }
+    fn embryonic(
+        &self,
+        tuple: &Tuple<sluice_common::abi::Ipv4Address>,
+    ) -> Option<&Flow<sluice_common::abi::Ipv4Address>> {
+        self.embryonic.get(tuple)
+    }
+    fn service(&self, key: &ServiceKey<sluice_common::abi::Ipv4Address>) -> Option<&Service> {
+        self.services.get(key)
+    }
+    fn range(&self, service_port: u32, _: Class) -> Option<Range> {
+        Some(Range::new(service_port, 1))
+    }
+    fn slot(&self, slot: u32) -> Option<u32> {
+        Some(slot)
+    }
+    fn backend(&self, id: u32) -> Option<&Backend<sluice_common::abi::Ipv4Address>> {
+        self.backends.get(id as usize % self.backends.len())
+    }
+    fn origins(
+        &self,
+        _: &OriginKey<sluice_common::abi::Ipv4Address>,
+    ) -> Option<&Origins<sluice_common::abi::Ipv4Address>> {
+        None
+    }
+    fn marks(&self) -> u32 {
+        3
+    }
+    fn inside(&self) -> bool {
+        true
+    }
+    fn now(&self) -> Ticks {
+        NOW
+    }
+}
+
+fn few() -> Few {
+    let at = |net, host| sluice_common::abi::Ipv4Address { octets: [10, 0, net, host] };
+    let mut services = BTreeMap::new();
+    for (service_port, host) in (1..).zip(0..6) {
+        for protocol in [6, 17] {
+            let key = ServiceKey { address: at(1, host), port: 80, protocol, reserved: 0 };
+            let _ = services.insert(key, Service { service_port, kind: frontend::CLUSTER_IP });
+        }
+    }
+    let backends = (0..2)
+        .map(|host| Backend {
+            address: at(2, host),
+            port: 8080,
+            generation: 1,
+            service_port: 1,
+            flags: backend::SERVING | backend::LOCAL,
+        })
+        .collect();
+    Few { services, backends, flows: BTreeMap::new(), embryonic: BTreeMap::new() }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2_000) })]
+
+    #[test]
+    fn any_bytes_meet_a_decision(
+        bytes in bytes(),
+        hook in hook(),
+        v4 in whim::<V4>(),
+        v6 in whim::<V6>(),
+        ethertype in prop_oneof![Just(None), any::<u16>().prop_map(Some)],
+    ) {
+        let packet = Bytes { bytes, partial: false };
+        let own = packet.bytes.get(12..14).map_or(0, |pair| u16::from_be_bytes([pair[0], pair[1]]));
+        let Some((_, offset)) = untag(&packet, ethertype.unwrap_or(own), 14) else { return Ok(()) };
+        anything::<V4>(&packet, offset, hook, &v4)?;
+        anything::<V6>(&packet, offset, hook, &v6)?;
+        anything::<V4>(&packet, 0, hook, &v4)?;
+        anything::<V6>(&packet, 0, hook, &v6)?;
+    }
+
+    #[test]
+    fn a_partners_partner_is_the_entry_itself(key in flow::<V6>(), flow in flow::<V6>()) {
+        let key = partner_key::<V6>(&key, 6);
+        let (other_key, other) = (partner_key::<V6>(&flow, 6), partner::<V6>(&key, &flow));
+        prop_assert_eq!(partner_key::<V6>(&other, 6), key);
+        prop_assert_eq!(partner::<V6>(&other_key, &other), flow);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
+
+    #[test]
+    fn a_reply_tuple_is_never_handed_out_twice(
+        packets in prop::collection::vec((any::<bool>(), 0_u8..2, 0_u8..2, 1_u8..3, 0_u8..6, any::<bool>()), 1..120),
+    ) {
+        let mut tables = few();
+        for (tcp, client, port, net, host, second) in packets {
+            let client = SocketAddr::new(IpAddr::from([10, 0, 0, client]), 40_000 + u16::from(port));
+            // To a frontend, or directly to an endpoint.
+            let server = match net {
+                1 => SocketAddr::new(IpAddr::from([10, 0, 1, host]), 80),
+                _ => SocketAddr::new(IpAddr::from([10, 0, 2, host % 2]), 8080),
+            };
+            let frame = match (tcp, second) {
+                (true, true) => Frame::tcp(client, server, ACK, b""),
+                (true, false) => Frame::tcp(client, server, SYN, b""),
+                _ => Frame::udp(client, server, b"data"),
+            };
+            let packet = Bytes { bytes: frame.bare().bytes(), partial: false };
+            let headers = headers::<V4, _>(&packet, 0).expect("a whole packet");
+            let decision = decide(Hook::Ingress, &headers, &tables);
+            let protocol = decision.key.protocol;
+            let (key, other) = (partner_key::<V4>(&decision.flow, protocol), partner::<V4>(&decision.key, &decision.flow));
+            match decision.record {
+                Record::Open | Record::Establish => {
+                    for map in [&tables.flows, &tables.embryonic] {
+                        if let Some(there) = map.get(&key) {
+                            prop_assert_eq!(partner_key::<V4>(there, protocol), decision.key, "the tuple of another flow");
+                        }
+                    }
+                    let map = if decision.record == Record::Open { &mut tables.embryonic } else { &mut tables.flows };
+                    map.extend([(decision.key, decision.flow), (key, other)]);
+                }
+                Record::Promote => {
+                    let _ = tables.embryonic.remove(&key);
+                    let _ = tables.embryonic.remove(&decision.key);
+                    tables.flows.extend([(decision.key, decision.flow), (key, other)]);
+                }
+                Record::Nothing | Record::Renew | Record::RenewEmbryonic => {}
+            }
+            // Each entry has its partner, so each flow has a reply tuple of its own.
+            let all: BTreeSet<_> = tables.flows.iter().chain(&tables.embryonic).collect();
+            for (key, flow) in all {
+                let back = partner_key::<V4>(flow, key.protocol);
+                let partner = tables.flows.get(&back).or_else(|| tables.embryonic.get(&back));
+                prop_assert_eq!(partner.map(|partner| partner_key::<V4>(partner, key.protocol)), Some(*key));
+            }
+        }
+    }
+
+    #[test]
+    fn answers_come_in_a_burst_and_then_one_a_second(steps in prop::collection::vec(0_u32..400, 1..200)) {
+        let (mut bucket, mut now, mut sent) = (None, 77_u32, 0_u32);
+        for step in steps {
+            now += step;
+            let (next, allowed) = spend(bucket, now);
+            bucket = Some(next);
+            sent += u32::from(allowed);
+            prop_assert!(next.credit_ms <= REJECT_BURST_MS);
+            prop_assert!(sent * REJECT_COST_MS <= REJECT_BURST_MS + (now - 77));
+        }
+    }
+}
+
+#[test]
+fn a_client_that_waited_has_its_whole_burst_again() {
+    let (bucket, allowed) = spend(Some(RejectBucket { refilled_ms: u32::MAX - 10, credit_ms: 0 }), 60_000);
+    assert!(allowed, "time goes on where the clock wraps");
+    assert_eq!(bucket.credit_ms, REJECT_BURST_MS - REJECT_COST_MS);
+}
