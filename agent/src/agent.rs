@@ -98,6 +98,16 @@ pub struct Options {
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let started = SystemTime::now();
     let state = StateDir::take(&options.state_dir)?;
+    let status = Status {
+        node: options.node.clone(),
+        pid: std::process::id(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        started: unix_seconds(started),
+        waiting_for: vec!["the programs to be loaded".to_owned()],
+        ..Status::default()
+    };
+    // Before anybody takes the last agent's word for this one's.
+    state.write(&status).context("cannot write the status")?;
     let pins = Pins::new(&options.pin_path);
     let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp))?;
     loaded.kernel.maps().write_settings(&Settings {
@@ -137,13 +147,6 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let keeper = Keeper::new(loaded.hooks, options.socket_path.word(), cgroup);
     let inputs = Inputs { watched: watched.clone(), routing, filled };
     let _keeper = tokio::spawn(keeper.run(inputs, kept_sender));
-    let status = Status {
-        node: options.node.clone(),
-        pid: std::process::id(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        started: unix_seconds(started),
-        ..Status::default()
-    };
     tracing::info!(node = status.node, pins = %options.pin_path.display(), adopted = loaded.filled, "started");
     let agent = Agent {
         state,

@@ -13,7 +13,7 @@ use lab_support::{
     addresses_of_pod, all_answer, cluster_ip, counted, external_ip, number, reaches, replies, service, skip,
     status, until, until_backends, url, word,
 };
-use sluice_lab::{Backend, Event, Namespace, Reply, Place, Side, Way};
+use sluice_lab::{Backend, Event, Namespace, Place, Reply, Side, Way};
 
 /// Every client reaches every backend through every address; its own address is what backends see.
 fn everyone_reaches_every_backend(cluster: &Cluster) -> Result<()> {

@@ -580,6 +580,8 @@ fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &
 /// backend sends the segment once more. Where the guess is wrong (a direct connection of the
 /// same client port, which Maglev would have sent here too) the next segment goes to the client
 /// as from the VIP, its reset comes back translated and ends the connection a round trip later.
+/// Where the client's connections are translated at the socket, all of them are direct on the wire, and there is
+/// no guessing.
 #[inline(always)]
 fn unknown_connection<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
@@ -613,7 +615,7 @@ fn unknown_connection<F: Family, T: Tables<F>>(
         }
     }
     for origin in &origins.frontends {
-        if origin.port == 0 {
+        if origin.port == 0 || tables.translated_at_socket() {
             break;
         }
         decision.key.destination = origin.address;

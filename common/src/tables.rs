@@ -29,6 +29,10 @@ pub trait Tables<F: Family> {
     fn marks(&self) -> u32;
     /// Whether the packet's device is an edge: its sender is a pod of this node.
     fn inside(&self) -> bool;
+    /// Whether the connections of the packet's sender are translated at the socket, so that they are direct on the wire.
+    fn translated_at_socket(&self) -> bool {
+        false
+    }
     /// The time.
     fn now(&self) -> Ticks;
 }

@@ -15,7 +15,8 @@ use packets::frame::{ACK, Frame, RST, SYN};
 use packets::ip::Ip;
 use proptest::prelude::*;
 use sluice_common::abi::{
-    Backend, Class, Flow, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey, Ticks, Tuple, backend, frontend, listing,
+    Backend, Class, Flow, Ipv4Address, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey, Ticks,
+    Tuple, backend, frontend, listing,
 };
 use sluice_common::parse::{Kind, headers, untag};
 use sluice_common::path::{
@@ -56,7 +57,7 @@ impl<F: Ip> Tables<F> for Whim<F> {
         self.range
     }
     fn slot(&self, slot: u32) -> Option<u32> {
-        (slot % 5 != 0).then_some(slot)
+        (!slot.is_multiple_of(5)).then_some(slot)
     }
     fn backend(&self, _: u32) -> Option<&Backend<F::Address>> {
         self.backend.as_ref()
@@ -82,7 +83,13 @@ fn address<F: Ip>(host: u8) -> F::Address {
 
 fn flow<F: Ip>() -> impl Strategy<Value = Flow<F::Address>> {
     (any::<[u8; 2]>(), any::<[u16; 2]>(), any::<[u32; 2]>(), any::<u16>(), any::<[u8; 2]>()).prop_map(
-        |([source, destination], [source_port, destination_port], [backend, seen], generation, [state, flags])| Flow {
+        |(
+            [source, destination],
+            [source_port, destination_port],
+            [backend, seen],
+            generation,
+            [state, flags],
+        )| Flow {
             source: address::<F>(source),
             destination: address::<F>(destination),
             source_port,
@@ -99,9 +106,10 @@ fn flow<F: Ip>() -> impl Strategy<Value = Flow<F::Address>> {
 
 fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
     let service = (any::<u32>(), 0_u32..4).prop_map(|(service_port, kind)| Service { service_port, kind });
-    let backend = (any::<u8>(), any::<u16>(), any::<u16>(), 0_u32..8).prop_map(|(host, port, generation, flags)| {
-        Backend { address: address::<F>(host), port, generation, service_port: 1, flags }
-    });
+    let backend =
+        (any::<u8>(), any::<u16>(), any::<u16>(), 0_u32..8).prop_map(|(host, port, generation, flags)| {
+            Backend { address: address::<F>(host), port, generation, service_port: 1, flags }
+        });
     let origins = prop::collection::vec((any::<u8>(), 0_u16..3), 4).prop_map(|ends| {
         let mut origins = Origins::default();
         for (origin, (host, port)) in origins.frontends.iter_mut().zip(ends) {
@@ -137,33 +145,34 @@ fn hook() -> impl Strategy<Value = Hook> {
 
 /// Bytes: any, or a good frame with some bytes changed, cut anywhere.
 fn bytes() -> impl Strategy<Value = Vec<u8>> {
-    let changed = (any::<bool>(), 0_u8..4, prop::collection::vec((0_usize..90, any::<u8>()), 0..4), 0_usize..130).prop_map(
-        |(v4, shape, changes, length)| {
-            let end = |host, port| {
-                let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, host);
-                let address = if v4 { IpAddr::from(Ipv4Addr::new(10, 0, 0, host as u8)) } else { v6.into() };
-                SocketAddr::new(address, port)
-            };
-            let (client, server) = (end(1, 40_000), end(2, 80));
-            let frame = match shape {
-                0 => Frame::tcp(client, server, SYN, b"data"),
-                1 => Frame::tcp(client, server, RST, b""),
-                2 => Frame::udp(client, server, b"data"),
-                _ => {
-                    let quote = Frame::udp(server, client, b"data").packet();
-                    Frame::icmp(client.ip(), server.ip(), if v4 { (3, 3) } else { (1, 4) }, 0, &quote)
+    let changed =
+        (any::<bool>(), 0_u8..4, prop::collection::vec((0_usize..90, any::<u8>()), 0..4), 0_usize..130)
+            .prop_map(|(v4, shape, changes, length)| {
+                let end = |host, port| {
+                    let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, host);
+                    let address =
+                        if v4 { IpAddr::from(Ipv4Addr::new(10, 0, 0, host as u8)) } else { v6.into() };
+                    SocketAddr::new(address, port)
+                };
+                let (client, server) = (end(1, 40_000), end(2, 80));
+                let frame = match shape {
+                    0 => Frame::tcp(client, server, SYN, b"data"),
+                    1 => Frame::tcp(client, server, RST, b""),
+                    2 => Frame::udp(client, server, b"data"),
+                    _ => {
+                        let quote = Frame::udp(server, client, b"data").packet();
+                        Frame::icmp(client.ip(), server.ip(), if v4 { (3, 3) } else { (1, 4) }, 0, &quote)
+                    }
+                };
+                let mut bytes = frame.bytes();
+                for (at, byte) in changes {
+                    if let Some(place) = bytes.get_mut(at) {
+                        *place = byte;
+                    }
                 }
-            };
-            let mut bytes = frame.bytes();
-            for (at, byte) in changes {
-                if let Some(place) = bytes.get_mut(at) {
-                    *place = byte;
-                }
-            }
-            bytes.truncate(length);
-            bytes
-        },
-    );
+                bytes.truncate(length);
+                bytes
+            });
     prop_oneof![prop::collection::vec(any::<u8>(), 0..150), changed.clone(), changed]
 }
 
@@ -174,7 +183,11 @@ fn anything<F: Ip>(packet: &Bytes, offset: u32, hook: Hook, tables: &Whim<F>) ->
         prop_assert_eq!(decision.record, Record::Nothing);
         return Ok(());
     }
-    prop_assert!(matches!(headers.kind, Kind::Transport | Kind::IcmpError), "{:?} is not translated", headers.kind);
+    prop_assert!(
+        matches!(headers.kind, Kind::Transport | Kind::IcmpError),
+        "{:?} is not translated",
+        headers.kind
+    );
     prop_assert_ne!(decision.reason, Reason::Stranger);
     if headers.kind == Kind::IcmpError {
         prop_assert_eq!(decision.reason, Reason::IcmpError);
@@ -189,32 +202,29 @@ fn anything<F: Ip>(packet: &Bytes, offset: u32, hook: Hook, tables: &Whim<F>) ->
 
 /// The maps, for flows alone: every frontend leads to one of few endpoints.
 struct Few {
-    services: BTreeMap<ServiceKey<sluice_common::abi::Ipv4Address>, Service>,
-    backends: Vec<Backend<sluice_common::abi::Ipv4Address>>,
+    services: BTreeMap<ServiceKey<Ipv4Address>, Service>,
+    backends: Vec<Backend<Ipv4Address>>,
     flows: Entries,
     embryonic: Entries,
 }
 
-type Entries = BTreeMap<Tuple<sluice_common::abi::Ipv4Address>, Flow<sluice_common::abi::Ipv4Address>>;
+type Entries = BTreeMap<Tuple<Ipv4Address>, Flow<Ipv4Address>>;
 
 impl Tables<V4> for Few {
-    fn listing(&self, address: &sluice_common::abi::Ipv4Address) -> u8 {
+    fn listing(&self, address: &Ipv4Address) -> u8 {
         match address.octets[2] {
             1 => listing::FRONTEND,
             2 => listing::BACKEND,
             _ => 0,
         }
     }
-    fn flow(&self, tuple: &Tuple<sluice_common::abi::Ipv4Address>) -> Option<&Flow<sluice_common::abi::Ipv4Address>> {
+    fn flow(&self, tuple: &Tuple<Ipv4Address>) -> Option<&Flow<Ipv4Address>> {
         self.flows.get(tuple)
     }
-    fn embryonic(
-        &self,
-        tuple: &Tuple<sluice_common::abi::Ipv4Address>,
-    ) -> Option<&Flow<sluice_common::abi::Ipv4Address>> {
+    fn embryonic(&self, tuple: &Tuple<Ipv4Address>) -> Option<&Flow<Ipv4Address>> {
         self.embryonic.get(tuple)
     }
-    fn service(&self, key: &ServiceKey<sluice_common::abi::Ipv4Address>) -> Option<&Service> {
+    fn service(&self, key: &ServiceKey<Ipv4Address>) -> Option<&Service> {
         self.services.get(key)
     }
     fn range(&self, service_port: u32, _: Class) -> Option<Range> {
@@ -223,13 +233,10 @@ impl Tables<V4> for Few {
     fn slot(&self, slot: u32) -> Option<u32> {
         Some(slot)
     }
-    fn backend(&self, id: u32) -> Option<&Backend<sluice_common::abi::Ipv4Address>> {
+    fn backend(&self, id: u32) -> Option<&Backend<Ipv4Address>> {
         self.backends.get(id as usize % self.backends.len())
     }
-    fn origins(
-        &self,
-        _: &OriginKey<sluice_common::abi::Ipv4Address>,
-    ) -> Option<&Origins<sluice_common::abi::Ipv4Address>> {
+    fn origins(&self, _: &OriginKey<Ipv4Address>) -> Option<&Origins<Ipv4Address>> {
         None
     }
     fn marks(&self) -> u32 {
@@ -244,7 +251,7 @@ impl Tables<V4> for Few {
 }
 
 fn few() -> Few {
-    let at = |net, host| sluice_common::abi::Ipv4Address { octets: [10, 0, net, host] };
+    let at = |net, host| Ipv4Address { octets: [10, 0, net, host] };
     let mut services = BTreeMap::new();
     for (service_port, host) in (1..).zip(0..6) {
         for protocol in [6, 17] {

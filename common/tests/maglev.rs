@@ -10,7 +10,9 @@ use sluice_common::maglev::{self, SIZE_MAX, SIZE_MIN, SLOTS_PER_BACKEND, Turn};
 fn table(backends: &BTreeSet<(u32, u16)>, size: u32) -> Vec<u32> {
     let mut turns: Vec<Turn> = backends
         .iter()
-        .map(|(address, port)| Turn::new::<V4>(&Ipv4Address { octets: address.to_be_bytes() }, *port, id(*address, *port)))
+        .map(|(address, port)| {
+            Turn::new::<V4>(&Ipv4Address { octets: address.to_be_bytes() }, *port, id(*address, *port))
+        })
         .collect();
     let mut slots = vec![0; size as usize];
     maglev::fill(&mut turns, &mut slots);
@@ -31,7 +33,7 @@ fn shares(slots: &[u32]) -> BTreeMap<u32, u32> {
 }
 
 fn is_prime(number: u32) -> bool {
-    number > 1 && (2..).take_while(|divisor| divisor * divisor <= number).all(|divisor| number % divisor != 0)
+    number > 1 && (2..256).all(|divisor| divisor >= number || !number.is_multiple_of(divisor))
 }
 
 #[test]

@@ -25,10 +25,14 @@ fn end(v4: bool) -> BoxedStrategy<SocketAddr> {
     let port = prop_oneof![any::<u16>(), Just(0_u16), Just(0xffff)];
     if v4 {
         let byte = prop_oneof![any::<u8>(), Just(0), Just(0xff)];
-        (prop::array::uniform4(byte), port).prop_map(|(address, port)| SocketAddr::new(IpAddr::from(address), port)).boxed()
+        (prop::array::uniform4(byte), port)
+            .prop_map(|(address, port)| SocketAddr::new(IpAddr::from(address), port))
+            .boxed()
     } else {
         let half = prop_oneof![any::<u16>(), Just(0), Just(0xffff)];
-        (prop::array::uniform8(half), port).prop_map(|(address, port)| SocketAddr::new(IpAddr::from(address), port)).boxed()
+        (prop::array::uniform8(half), port)
+            .prop_map(|(address, port)| SocketAddr::new(IpAddr::from(address), port))
+            .boxed()
     }
 }
 
@@ -42,7 +46,8 @@ fn data() -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn segment(tcp: bool, source: SocketAddr, destination: SocketAddr, data: &[u8], sum: Sum) -> Frame {
-    let frame = if tcp { Frame::tcp(source, destination, ACK, data) } else { Frame::udp(source, destination, data) };
+    let frame =
+        if tcp { Frame::tcp(source, destination, ACK, data) } else { Frame::udp(source, destination, data) };
     frame.bare().sum(if tcp && sum == Sum::Absent { Sum::Full } else { sum })
 }
 
@@ -61,7 +66,13 @@ fn flow<F: Ip>(source: SocketAddr, destination: SocketAddr) -> Flow<F::Address> 
 }
 
 /// The packet with another tuple.
-fn rewritten<F: Ip>(packet: &[u8], partial: bool, kind: Kind, source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
+fn rewritten<F: Ip>(
+    packet: &[u8],
+    partial: bool,
+    kind: Kind,
+    source: SocketAddr,
+    destination: SocketAddr,
+) -> Vec<u8> {
     let mut packet = Bytes { bytes: packet.to_vec(), partial };
     let headers = read::<F>(&packet);
     assert_eq!(headers.kind, kind);
@@ -69,7 +80,13 @@ fn rewritten<F: Ip>(packet: &[u8], partial: bool, kind: Kind, source: SocketAddr
     packet.bytes
 }
 
-fn rewritten_of(frame: &Frame, partial: bool, kind: Kind, source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
+fn rewritten_of(
+    frame: &Frame,
+    partial: bool,
+    kind: Kind,
+    source: SocketAddr,
+    destination: SocketAddr,
+) -> Vec<u8> {
     if frame.source.is_ipv4() {
         rewritten::<V4>(&frame.bytes(), partial, kind, source, destination)
     } else {
@@ -94,7 +111,8 @@ fn folded(bytes: &[u8]) -> u16 {
 /// Whether an IP packet's checksums hold.
 fn holds(packet: &[u8]) -> bool {
     let v4 = packet[0] >> 4 == 4;
-    let (header, addresses, protocol) = if v4 { (20, &packet[12..20], packet[9]) } else { (40, &packet[8..40], packet[6]) };
+    let (header, addresses, protocol) =
+        if v4 { (20, &packet[12..20], packet[9]) } else { (40, &packet[8..40], packet[6]) };
     let segment = &packet[header..];
     let length = (segment.len() as u32).to_be_bytes();
     let pseudo = if protocol == 1 { Vec::new() } else { [addresses, &[0, protocol], &length].concat() };

@@ -7,6 +7,8 @@
 //! Objects are taken in loosely: one that cannot be decoded is reported and keeps
 //! its last good form; to decode lists strictly would lose all others with it.
 
+mod connection;
+
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,7 +27,8 @@ use crate::model::report::{Flaw, Note, Subject};
 use crate::model::{Change, Event, SourceId};
 
 /// A watch ends and begins anew after this long; if then nothing comes for some seconds, the
-/// connection is taken for dead. So a cut line is noticed in less than five minutes.
+/// connection is taken for dead. A cut line is noticed within half a minute (see `connection`),
+/// a server that hangs in less than five.
 const WATCH_SECONDS: u32 = 240;
 /// A response that stands still for so long is given up: more than a watch may be silent.
 const READ_TIMEOUT: Duration = Duration::from_secs(270);
@@ -99,7 +102,7 @@ pub async fn connect(settings: &Settings) -> Result<Client, ConnectError> {
     config.read_timeout = Some(READ_TIMEOUT);
     config.reset_reader_on_write = true;
     let address = config.cluster_url.to_string();
-    Client::try_from(config).map_err(|cause| ConnectError::Client { address, cause: Box::new(cause) })
+    connection::client(config).map_err(|cause| ConnectError::Client { address, cause: Box::new(cause) })
 }
 
 /// Watches the API server until nobody listens any more.
@@ -108,18 +111,30 @@ pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>
         Some(name) => format!("{PROXY_NAME_LABEL}={name},!{HEADLESS_LABEL}"),
         None => format!("!{PROXY_NAME_LABEL},!{HEADLESS_LABEL}"),
     };
+    // A watch that goes on after a failure may have nothing to tell: that it goes on has to be heard too.
+    let (heard, mut answers) = mpsc::unbounded_channel();
+    let objects = |kind, config| objects(connection::telling(&client, kind, heard.clone()), kind, config);
     let mut streams = vec![
-        objects(&client, Kind::Service, &watcher::Config::default().labels(&labels)),
-        objects(&client, Kind::EndpointSlice, &watcher::Config::default().labels(&labels)),
+        objects(Kind::Service, watcher::Config::default().labels(&labels)),
+        objects(Kind::EndpointSlice, watcher::Config::default().labels(&labels)),
     ];
     if let Some(node) = &settings.node {
         let own = watcher::Config::default().fields(&format!("metadata.name={node}"));
-        streams.push(objects(&client, Kind::Node, &own));
+        streams.push(objects(Kind::Node, own));
     }
     let mut stream = futures::stream::select_all(streams);
     let mut intake = Intake::default();
     loop {
         let next = tokio::select! {
+            // An answer comes before the events in it.
+            biased;
+            Some(kind) = answers.recv() => {
+                if intake.recovered(kind) && pulse.heard() {
+                    let well = Change::Notes(Subject::Source(SourceId::Kubernetes), Vec::new());
+                    let _ = sink.send(Event { source: SourceId::Kubernetes, change: well }).await;
+                }
+                continue;
+            }
             next = stream.next() => next,
             () = sink.closed() => return,
         };
@@ -164,17 +179,17 @@ type Watched = (Kind, Result<watcher::Event<DynamicObject>, watcher::Error>);
 
 /// A stream of one kind's events that backs off after failures and never ends.
 fn objects(
-    client: &Client,
+    client: Client,
     kind: Kind,
-    config: &watcher::Config,
+    config: watcher::Config,
 ) -> impl Stream<Item = Watched> + Send + Unpin + use<> {
     let (group, version) = match kind {
         Kind::EndpointSlice => ("discovery.k8s.io", "v1"),
         Kind::Service | Kind::Endpoints | Kind::Node => ("", "v1"),
     };
     let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind.word()));
-    let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
-    let config = config.clone().timeout(WATCH_SECONDS).page_size(PAGE);
+    let api: Api<DynamicObject> = Api::all_with(client, &resource);
+    let config = config.timeout(WATCH_SECONDS).page_size(PAGE);
     watcher(api, config).map_ok(trim).default_backoff().map(move |event| (kind, event)).boxed()
 }
 

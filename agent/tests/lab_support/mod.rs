@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -376,6 +377,32 @@ pub(crate) fn reasons(node: &Node) -> Result<BTreeMap<String, u64>> {
     let status = status(node)?;
     let all = status.get("reasons").and_then(Value::as_array).cloned().unwrap_or_default();
     Ok(all.iter().map(|row| (word(row, "reason").to_owned(), number(row, "packets"))).collect())
+}
+
+/// Where a map of a node's agent is pinned.
+pub(crate) fn pinned(node: &Node, map: &str) -> Result<PathBuf> {
+    let pins = node.pin_path();
+    let layouts = std::fs::read_dir(&pins).with_context(|| pins.display().to_string())?;
+    layouts
+        .flatten()
+        .map(|layout| layout.path().join("maps").join(map))
+        .find(|path| path.exists())
+        .with_context(|| format!("{map} is not pinned below {}", pins.display()))
+}
+
+/// Deletes every entry of a map, and tells how many there were.
+pub(crate) fn flush(node: &Node, map: &str) -> Result<usize> {
+    let path = pinned(node, map)?.display().to_string();
+    let dump = node.run("bpftool", ["-j", "map", "dump", "pinned", &path])?;
+    let entries: Vec<Value> = serde_json::from_str(&dump).with_context(|| dump.clone())?;
+    for entry in &entries {
+        let key = entry.get("key").and_then(Value::as_array).context("an entry without a key")?;
+        let mut args = vec!["map", "delete", "pinned", &path, "key"];
+        args.extend(key.iter().filter_map(Value::as_str));
+        // Another may have been quicker.
+        let _ = node.output("bpftool", args)?;
+    }
+    Ok(entries.len())
 }
 
 /// Asks again and again until there is an answer.

@@ -2,9 +2,9 @@
 
 mod broken;
 mod clash;
+mod hairpin;
 mod host;
 mod icmp;
-mod hairpin;
 mod plain;
 mod recovery;
 mod reject;

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use sluice_common::abi::{
-    Backend, Class, Flow, Origin, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey,
-    Ticks, Tuple, device, flow,
+    Backend, Class, Flow, Origin, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey, Ticks, Tuple,
+    device, flow,
 };
 use sluice_common::answer::{self, QUOTE};
 use sluice_common::family::lane;
@@ -36,7 +36,7 @@ pub(crate) fn backend<F: Ip>(backend: &Backend<IpAddr>) -> Option<Backend<F::Add
 }
 
 /// Origins with a family's addresses.
-pub(crate) fn origins<F: Ip>(world: &World) -> Vec<(OriginKey<F::Address>, Origins<F::Address>)> {
+pub(crate) fn origins<F: Ip>(world: &World) -> BTreeMap<OriginKey<F::Address>, Origins<F::Address>> {
     let fill = |ends: &Vec<std::net::SocketAddr>| {
         let mut origins = Origins::default();
         for (origin, end) in origins.frontends.iter_mut().zip(ends) {
@@ -58,7 +58,17 @@ pub(crate) fn entries<F: Ip>(flows: &Flows, now: Ticks) -> BTreeMap<Tuple<F::Add
             protocol: key.protocol,
             reserved: [0; 3],
         };
-        let &Flow { source_port, destination_port, backend, service_port, seen, generation, state, flags, .. } = entry;
+        let &Flow {
+            source_port,
+            destination_port,
+            backend,
+            service_port,
+            seen,
+            generation,
+            state,
+            flags,
+            ..
+        } = entry;
         let flow = Flow {
             source: F::of(entry.source)?,
             destination: F::of(entry.destination)?,
@@ -90,7 +100,9 @@ pub(crate) fn told<F: Ip>(
             protocol: key.protocol,
             reserved: key.reserved,
         };
-        let Flow { source_port, destination_port, backend, service_port, seen, generation, state, flags, .. } = entry;
+        let Flow {
+            source_port, destination_port, backend, service_port, seen, generation, state, flags, ..
+        } = entry;
         let flow = Flow {
             source: F::ip(entry.source),
             destination: F::ip(entry.destination),
@@ -129,8 +141,11 @@ impl<F: Ip> Memory<F> {
                 *lanes.entry(lane::<F>(&address)).or_default() |= bits;
             }
         }
-        let services =
-            world.services.iter().filter_map(|(key, service)| Some((service_key::<F>(key)?, *service))).collect();
+        let services = world
+            .services
+            .iter()
+            .filter_map(|(key, service)| Some((service_key::<F>(key)?, *service)))
+            .collect();
         let backends =
             world.backends.iter().filter_map(|(id, found)| Some((*id, backend::<F>(found)?))).collect();
         Self {
@@ -138,7 +153,7 @@ impl<F: Ip> Memory<F> {
             lanes,
             services,
             backends,
-            origins: origins::<F>(world).into_iter().collect(),
+            origins: origins::<F>(world),
             flows: entries::<F>(&world.flows, NOW),
             embryonic: entries::<F>(&world.embryonic, NOW),
             marks: world.marks,
@@ -159,9 +174,7 @@ impl<F: Ip> Memory<F> {
                 {
                     let _ = self.flows.remove(&partner_key::<F>(&old, key.protocol));
                 }
-                let ours = |there: &Flow<F::Address>| {
-                    partner_key::<F>(there, key.protocol) == key
-                };
+                let ours = |there: &Flow<F::Address>| partner_key::<F>(there, key.protocol) == key;
                 for (map, proven_map) in [(&mut self.flows, true), (&mut self.embryonic, false)] {
                     if !proven_map && proven {
                         continue;
@@ -310,17 +323,19 @@ fn run_family<F: Ip>(case: &Case, mut packet: Bytes, offset: u32) -> Outcome {
 
 fn count<F: Ip>(decision: &Decision<F>, bytes: u32) -> Option<Counted> {
     let flow = &decision.flow;
-    match decision.reason {
-        Reason::Stranger => None,
-        Reason::Forward | Reason::Reply if flow.flags & flow::REPLY != 0 => {
-            Some(Counted::Reply { backend: flow.backend, bytes })
-        }
-        Reason::Forward | Reason::Reply => {
-            let opened = matches!(decision.record, Record::Open | Record::Establish);
-            Some(Counted::Forward { backend: flow.backend, bytes, opened })
-        }
-        reason => Some(Counted::Reason { reason, service_port: flow.service_port, bytes }),
+    let reason = decision.reason;
+    if reason == Reason::Stranger {
+        return None;
     }
+    if !matches!(reason, Reason::Forward | Reason::Reply) {
+        return Some(Counted::Reason { reason, service_port: flow.service_port, bytes });
+    }
+    Some(if flow.flags & flow::REPLY != 0 {
+        Counted::Reply { backend: flow.backend, bytes }
+    } else {
+        let opened = matches!(decision.record, Record::Open | Record::Establish);
+        Counted::Forward { backend: flow.backend, bytes, opened }
+    })
 }
 
 fn xdp<F: Ip>(
@@ -330,7 +345,8 @@ fn xdp<F: Ip>(
     decision: Decision<F>,
     memory: &mut Memory<F>,
 ) -> (End, Option<Counted>) {
-    let ours = case.world.devices.get(&case.ifindex).is_some_and(|device| packet.bytes.starts_with(&device.mac));
+    let ours =
+        case.world.devices.get(&case.ifindex).is_some_and(|device| packet.bytes.starts_with(&device.mac));
     if decision.verdict != Verdict::Translate
         || decision.flow.flags & flow::LOCAL == 0
         || headers.kind != Kind::Transport
@@ -397,7 +413,9 @@ fn apply<F: Ip>(
             let counted = u32::from(segment.flags & tcp::SYN != 0) + u32::from(segment.flags & tcp::FIN != 0);
             let (network, reset) = answer::reset(headers, &segment, headers.length - header + counted);
             packet.bytes.resize((headers.network + F::HEADER + 20) as usize, 0);
-            assert!(packet.store(headers.network, network) && packet.store(headers.network + F::HEADER, reset));
+            assert!(
+                packet.store(headers.network, network) && packet.store(headers.network + F::HEADER, reset)
+            );
             return send_answer(case, packet, link, ingress);
         }
         Verdict::Unreachable => {
@@ -439,23 +457,24 @@ fn apply<F: Ip>(
         Verdict::Translate => {
             let bridge = case.world.devices.get(&case.ifindex).map_or(0, |device| device.bridge);
             let forward_local = decision.flow.flags & (flow::LOCAL | flow::REPLY) == flow::LOCAL;
-            if ingress && link && bridge == world::BRIDGE && forward_local && world::bridge_knows(destination) {
+            if ingress && link && bridge == world::BRIDGE && forward_local && world::bridge_knows(destination)
+            {
                 packet.bytes[..6].copy_from_slice(&world::BACKEND_MAC);
             }
             End::Next
         }
         Verdict::TurnBack => turn_back(packet, link),
         Verdict::HandIn => {
-            let target = match ingress {
-                true => world::route(F::ip(decision.flow.source)).map_or(case.ifindex, |(ifindex, _)| ifindex),
-                false => case.ifindex,
-            };
+            let named = world::route(F::ip(decision.flow.source)).filter(|_| ingress);
+            let target = named.map_or(case.ifindex, |(ifindex, _)| ifindex);
             if ingress && target == case.ifindex {
                 return End::Next;
             }
             hand_in(case, packet, link, target, F::ETHERTYPE)
         }
-        Verdict::Route | Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable => End::Redirect,
+        Verdict::Route | Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable => {
+            End::Redirect
+        }
     }
 }
 

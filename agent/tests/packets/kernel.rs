@@ -9,8 +9,8 @@ use aya::maps::{Array, HashMap, MapData, PerCpuHashMap, PerCpuValues};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
 use sluice_common::abi::{
-    Backend, BackendCounters, COUNTER_V6, Device, Flow, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket,
-    RejectKey, Service, ServiceKey, ServicePort, SlotBlock, Ticks, Tuple,
+    Backend, BackendCounters, COUNTER_V6, Device, Flow, OriginKey, Origins, ReasonCounters, ReasonKey,
+    RejectBucket, RejectKey, Service, ServiceKey, ServicePort, SlotBlock, TICK_SHIFT, Ticks, Tuple,
 };
 use sluice_common::family::lane;
 use sluice_common::{Reason, V4, V6};
@@ -19,7 +19,8 @@ use super::case::{Case, Counted, End, Outcome, Program};
 use super::host;
 use super::ip::Ip;
 use super::world::{
-    self, BACKEND_MAC, BRIDGE, Flows, NARROW, NARROW_MTU, NET_BACKENDS, OWN, ROUTES, TUNNEL, UPLINK, Version, World,
+    self, BACKEND_MAC, BRIDGE, Flows, NARROW, NARROW_MTU, NET_BACKENDS, OWN, ROUTES, TUNNEL, UPLINK, Version,
+    World,
 };
 
 /// Age of the oldest entry of any case.
@@ -66,14 +67,17 @@ fn network() -> Result<()> {
         return Err(std::io::Error::last_os_error()).context("cannot make a network namespace");
     }
     for family in ["ipv4/ip_forward", "ipv6/conf/all/forwarding", "ipv6/conf/default/forwarding"] {
-        std::fs::write(format!("/proc/sys/net/{family}"), "1").with_context(|| format!("cannot set {family}"))?;
+        std::fs::write(format!("/proc/sys/net/{family}"), "1")
+            .with_context(|| format!("cannot set {family}"))?;
     }
     ip("link set lo up")?;
     for ifindex in [world::EDGE, UPLINK, TUNNEL, OWN, NARROW, BRIDGE] {
         let mac = world::mac(ifindex).map(|byte| format!("{byte:02x}")).join(":");
         let mtu = if ifindex == NARROW { NARROW_MTU } else { 1500 };
         // Half of a pair: every kernel that we run on has them, and not every one has dummies.
-        ip(&format!("link add name d{ifindex} index {ifindex} address {mac} mtu {mtu} type veth peer name e{ifindex}"))?;
+        ip(&format!(
+            "link add name d{ifindex} index {ifindex} address {mac} mtu {mtu} type veth peer name e{ifindex}"
+        ))?;
         ip(&format!("link set d{ifindex} up"))?;
         ip(&format!("link set e{ifindex} up"))?;
     }
@@ -89,19 +93,16 @@ fn network() -> Result<()> {
     Ok(())
 }
 
-/// The kernel's time in ticks.
-fn now() -> Ticks {
+/// Nanoseconds since boot, as the programs read them.
+fn now_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the struct is live.
     let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
-    ((time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64) >> 30) as Ticks
+    time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
 }
 
-fn now_ms() -> u32 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the struct is live.
-    let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
-    (time.tv_sec as u64 * 1_000 + time.tv_nsec as u64 / 1_000_000) as u32
+fn now() -> Ticks {
+    (now_ns() >> TICK_SHIFT) as Ticks
 }
 
 /// A map's key or value.
@@ -221,9 +222,23 @@ impl Kernel {
         let bytes = std::fs::read(object())?;
         let mut loader = EbpfLoader::new();
         for map in [
-            "services_v4", "services_v6", "backends_v4", "backends_v6", "flows_v4", "flows_v6", "embryonic_v4",
-            "embryonic_v6", "origins_v4", "origins_v6", "sockets_v4", "sockets_v6", "ports", "slots", "names",
-            "backend_counts", "reason_counts",
+            "services_v4",
+            "services_v6",
+            "backends_v4",
+            "backends_v6",
+            "flows_v4",
+            "flows_v6",
+            "embryonic_v4",
+            "embryonic_v6",
+            "origins_v4",
+            "origins_v6",
+            "sockets_v4",
+            "sockets_v6",
+            "ports",
+            "slots",
+            "names",
+            "backend_counts",
+            "reason_counts",
         ] {
             let _ = loader.map_max_entries(map, SMALL);
         }
@@ -260,7 +275,7 @@ impl Kernel {
                 IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
                 IpAddr::V6(address) => address.octets(),
             };
-            let bucket = RejectBucket { refilled_ms: now_ms(), credit_ms: *credit_ms };
+            let bucket = RejectBucket { refilled_ms: (now_ns() / 1_000_000) as u32, credit_ms: *credit_ms };
             rejects.insert(Raw(RejectKey { address }), Raw(bucket), 0)?;
         }
         array(ebpf, "marks")?.set(0, Raw(world.marks), 0)?;
@@ -286,7 +301,10 @@ impl Kernel {
     /// Runs a case. [`None`]: the kernel refuses to run a program on such a frame.
     pub(crate) fn run(&mut self, case: &Case) -> Result<Option<Outcome>> {
         let now = now();
-        ensure!(now > OLDEST, "the machine has been up for less than {OLDEST} ticks: entries that old cannot be made");
+        ensure!(
+            now > OLDEST,
+            "the machine has been up for less than {OLDEST} ticks: entries that old cannot be made"
+        );
         let since = match self.filled.take() {
             Some((world, since)) if world == case.world && since == now && world.rejects.is_empty() => since,
             other => {
@@ -302,7 +320,9 @@ impl Kernel {
         match &outcome {
             // The next case may find them as they are.
             Ok(Some(Outcome { end: End::Next | End::XdpPass, flows, embryonic, marks, .. }))
-                if *flows == case.world.flows && *embryonic == case.world.embryonic && *marks == case.world.marks =>
+                if *flows == case.world.flows
+                    && *embryonic == case.world.embryonic
+                    && *marks == case.world.marks =>
             {
                 self.filled = Some((case.world.clone(), since));
             }
@@ -313,10 +333,7 @@ impl Kernel {
 
     fn run_filled(&mut self, case: &Case, now: Ticks) -> Result<Option<Outcome>> {
         let mut frame = vec![0; FRAME_MAX];
-        let result = match self.test_run(case, &mut frame)? {
-            Some(result) => result,
-            None => return Ok(None),
-        };
+        let Some(result) = self.test_run(case, &mut frame)? else { return Ok(None) };
         frame.truncate(result.data_size_out as usize);
         let end = match (case.program, result.return_value.cast_signed()) {
             (Program::Xdp, 1) => End::XdpDrop,
@@ -370,7 +387,8 @@ impl Kernel {
         for (key, values) in drain::<ReasonKey, ReasonCounters>(&mut self.ebpf, "reason_counts")? {
             let packets: u64 = values.iter().map(|value| value.packets).sum();
             ensure!(packets == 1, "one packet was counted {packets} times");
-            let reason = Reason::from_number(key.reason).with_context(|| format!("no reason {}", key.reason))?;
+            let reason =
+                Reason::from_number(key.reason).with_context(|| format!("no reason {}", key.reason))?;
             let bytes = values.iter().map(|value| value.bytes).sum::<u64>() as u32;
             all.push(Counted::Reason { reason, service_port: key.service_port, bytes });
         }
@@ -378,7 +396,10 @@ impl Kernel {
             let backend = key & !COUNTER_V6;
             let sum = |field: fn(&BackendCounters) -> u64| values.iter().map(field).sum::<u64>();
             let (forward, reply) = (sum(|value| value.forward_packets), sum(|value| value.reply_packets));
-            ensure!(forward + reply == 1, "one packet was counted {forward} times forward, {reply} times back");
+            ensure!(
+                forward + reply == 1,
+                "one packet was counted {forward} times forward, {reply} times back"
+            );
             let (forward_bytes, reply_bytes) =
                 (sum(|value| value.forward_bytes) as u32, sum(|value| value.reply_bytes) as u32);
             let opened = sum(|value| value.flows) == 1;

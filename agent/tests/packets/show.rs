@@ -30,10 +30,9 @@ pub(crate) fn difference(who: &str, actual: &Outcome, expected: &Outcome) -> Str
             line(row);
         }
     }
-    for (map, actual, expected) in [
-        ("flows", &actual.flows, &expected.flows),
-        ("embryonic", &actual.embryonic, &expected.embryonic),
-    ] {
+    for (map, actual, expected) in
+        [("flows", &actual.flows, &expected.flows), ("embryonic", &actual.embryonic, &expected.embryonic)]
+    {
         for row in entries(actual, expected) {
             line(format!("{who}: {map} {row}"));
         }
@@ -118,7 +117,8 @@ fn read(frame: &[u8]) -> Option<String> {
     }
     let ip = frame.get(at..)?;
     let half = |bytes: &[u8], at: usize| Some(u16::from_be_bytes([*bytes.get(at)?, *bytes.get(at + 1)?]));
-    let (source, destination, protocol, ttl, transport): (IpAddr, IpAddr, u8, u8, usize) = match ip.first()? >> 4
+    let (source, destination, protocol, ttl, transport): (IpAddr, IpAddr, u8, u8, usize) = match ip.first()?
+        >> 4
     {
         4 => {
             let address = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(ip.get(at..at + 4)?).ok()?));

@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::abi::{
-    Backend, Device, Flow, OriginKey, Range, Service, ServiceKey, Tuple, backend, device, flow, frontend, listing,
+    Backend, Device, Flow, OriginKey, Range, Service, ServiceKey, Tuple, backend, device, flow, frontend,
+    listing,
 };
 
 use super::frame::{ACK, Frame, Mac, SYN, TCP, UDP};
@@ -46,14 +47,13 @@ pub(crate) fn mac(ifindex: u32) -> Mac {
 pub(crate) fn address(version: Version, net: u8, host: u8) -> IpAddr {
     match version {
         Version::V4 => Ipv4Addr::new(8, 0, net, host).into(),
-        Version::V6 => {
-            Ipv6Addr::new(0x2001, 0xdb8, 0x86dd, u16::from(net), 0, 0, 0, u16::from(host)).into()
-        }
+        Version::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0x86dd, u16::from(net), 0, 0, 0, u16::from(host)).into(),
     }
 }
 
 /// The nets of [`address`] and where their routes lead.
-pub(crate) const ROUTES: [(u8, u32); 3] = [(NET_BACKENDS, BRIDGE), (NET_NARROW, NARROW), (NET_FRONTENDS, OWN)];
+pub(crate) const ROUTES: [(u8, u32); 3] =
+    [(NET_BACKENDS, BRIDGE), (NET_NARROW, NARROW), (NET_FRONTENDS, OWN)];
 pub(crate) const NET_NODE: u8 = 0;
 pub(crate) const NET_CLIENTS: u8 = 1;
 pub(crate) const NET_BACKENDS: u8 = 2;

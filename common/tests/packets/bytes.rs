@@ -27,7 +27,8 @@ impl Packet for Bytes {
 
 impl Edit for Bytes {
     fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
-        let Some(bytes) = self.bytes.get_mut(offset as usize..).and_then(|bytes| bytes.get_mut(..size_of::<T>()))
+        let Some(bytes) =
+            self.bytes.get_mut(offset as usize..).and_then(|bytes| bytes.get_mut(..size_of::<T>()))
         else {
             return false;
         };

@@ -37,10 +37,30 @@ pub(crate) struct Link {
 /// What the IP header carries.
 #[derive(Clone, Debug)]
 pub(crate) enum Payload {
-    Tcp { ports: [u16; 2], sequence: u32, acknowledgment: u32, flags: u8, window: u16, data: Vec<u8>, sum: Sum },
-    Udp { ports: [u16; 2], data: Vec<u8>, sum: Sum },
-    Icmp { kind: u8, code: u8, rest: [u8; 4], quote: Vec<u8> },
-    Other { protocol: u8, bytes: Vec<u8> },
+    Tcp {
+        ports: [u16; 2],
+        sequence: u32,
+        acknowledgment: u32,
+        flags: u8,
+        window: u16,
+        data: Vec<u8>,
+        sum: Sum,
+    },
+    Udp {
+        ports: [u16; 2],
+        data: Vec<u8>,
+        sum: Sum,
+    },
+    Icmp {
+        kind: u8,
+        code: u8,
+        rest: [u8; 4],
+        quote: Vec<u8>,
+    },
+    Other {
+        protocol: u8,
+        bytes: Vec<u8>,
+    },
 }
 
 /// Where a patch counts its offset from.
@@ -94,7 +114,11 @@ pub(crate) fn octets(address: IpAddr) -> Vec<u8> {
 impl Frame {
     fn new(source: IpAddr, destination: IpAddr, payload: Payload) -> Self {
         Self {
-            link: Some(Link { destination: [2, 0, 0, 0, 0, 0xd], source: [2, 0, 0, 0, 0, 0x5], tags: Vec::new() }),
+            link: Some(Link {
+                destination: [2, 0, 0, 0, 0, 0xd],
+                source: [2, 0, 0, 0, 0, 0x5],
+                tags: Vec::new(),
+            }),
             source,
             destination,
             ttl: 61,
@@ -130,7 +154,13 @@ impl Frame {
     }
 
     /// An ICMP message that quotes bytes.
-    pub(crate) fn icmp(source: IpAddr, destination: IpAddr, (kind, code): (u8, u8), rest: u32, quote: &[u8]) -> Self {
+    pub(crate) fn icmp(
+        source: IpAddr,
+        destination: IpAddr,
+        (kind, code): (u8, u8),
+        rest: u32,
+        quote: &[u8],
+    ) -> Self {
         let payload = Payload::Icmp { kind, code, rest: rest.to_be_bytes(), quote: quote.to_vec() };
         Self::new(source, destination, payload)
     }
@@ -250,8 +280,13 @@ impl Frame {
     }
 
     fn pseudo(&self, protocol: u8, length: usize) -> Vec<u8> {
-        [octets(self.source), octets(self.destination), vec![0, protocol], (length as u32).to_be_bytes().to_vec()]
-            .concat()
+        [
+            octets(self.source),
+            octets(self.destination),
+            vec![0, protocol],
+            (length as u32).to_be_bytes().to_vec(),
+        ]
+        .concat()
     }
 
     fn segment(&self) -> Vec<u8> {

@@ -4,7 +4,7 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use sluice_common::Tables;
 use sluice_common::abi::{
     Backend, Class, Flow, OriginKey, Origins, Range, SLOTS_PER_BLOCK, Service, ServiceKey,
-    TICK_SHIFT, Ticks, Tuple, device,
+    TICK_SHIFT, Ticks, Tuple, device, socket_path,
 };
 use sluice_common::family::lane;
 
@@ -97,6 +97,16 @@ impl<F: Maps> Tables<F> for Kernel {
         // SAFETY: as in `flow`.
         match unsafe { maps::devices.get(self.ifindex) } {
             Some(device) => device.role == device::EDGE,
+            None => false,
+        }
+    }
+
+    #[inline(always)]
+    fn translated_at_socket(&self) -> bool {
+        match maps::settings.get(0) {
+            Some(settings) => {
+                settings.socket_path == socket_path::ALL && <Self as Tables<F>>::inside(self)
+            }
             None => false,
         }
     }

@@ -19,7 +19,8 @@ pub(super) fn add(table: &mut Table) {
         fragments(table, &cast);
     }
     for cast in Cast::of(TCP) {
-        let other = |protocol, bytes: &[u8]| Frame::other(cast.client.ip(), cast.frontend.ip(), protocol, bytes);
+        let other =
+            |protocol, bytes: &[u8]| Frame::other(cast.client.ip(), cast.frontend.ip(), protocol, bytes);
         let version = if cast.version == Version::V4 { "IPv4" } else { "IPv6" };
         let kind = if cast.version == Version::V4 { (8, 0) } else { (128, 0) };
         let echo = Frame::icmp(cast.client.ip(), cast.frontend.ip(), kind, 0x0001_0001, b"ping");
@@ -37,7 +38,11 @@ pub(super) fn add(table: &mut Table) {
 fn pass(table: &mut Table, cast: &Cast, what: &str, frame: &Frame, reason: Reason, length: u32) {
     let title = cast.title();
     let world = cast.world();
-    table.add(Case::new(format!("{title}: {what}"), &world, Program::Ingress, EDGE, frame).says(length).reason(reason, 0));
+    table.add(
+        Case::new(format!("{title}: {what}"), &world, Program::Ingress, EDGE, frame)
+            .says(length)
+            .reason(reason, 0),
+    );
     let frame = frame.clone().at(mac(UPLINK));
     table.add(Case::new(format!("{title}: {what}, by XDP"), &world, Program::Xdp, UPLINK, &frame));
 }
@@ -88,7 +93,13 @@ fn network_v4(table: &mut Table, cast: &Cast) {
     bad("a header beyond the packet", 0, &[0x4f], Reason::Malformed, length);
     bad("a total length of zero", 2, &[0, 0], Reason::Malformed, 0);
     bad("a total length below the header's", 2, &[0, 19], Reason::Malformed, 19);
-    bad("a total length one beyond the frame", 2, &(length as u16 + 1).to_be_bytes(), Reason::Truncated, length + 1);
+    bad(
+        "a total length one beyond the frame",
+        2,
+        &(length as u16 + 1).to_be_bytes(),
+        Reason::Truncated,
+        length + 1,
+    );
     bad("a total length far beyond the frame", 2, &[0xff, 0xff], Reason::Truncated, 0xffff);
 }
 
@@ -102,7 +113,14 @@ fn network_v6(table: &mut Table, cast: &Cast) {
     bad("a version of 4 behind IPv6's ethertype", &frame, 0, &[0x45], Reason::Malformed, length);
     bad("a version of 7", &frame, 0, &[0x70], Reason::Malformed, length);
     bad("a payload length of zero", &frame, 4, &[0, 0], Reason::Truncated, 40);
-    bad("a payload length one beyond the frame", &frame, 4, &(payload + 1).to_be_bytes(), Reason::Truncated, length + 1);
+    bad(
+        "a payload length one beyond the frame",
+        &frame,
+        4,
+        &(payload + 1).to_be_bytes(),
+        Reason::Truncated,
+        length + 1,
+    );
     let extended = frame.clone().extension(0, &[0, 0, 1, 4, 0, 0, 0, 0]);
     let length = extended.length();
     bad("an extension header beyond the packet", &extended, 41, &[20], Reason::Malformed, length);
@@ -128,6 +146,12 @@ fn fragments(table: &mut Table, cast: &Cast) {
         pass(table, cast, what, &frame, Reason::Fragment, frame.length());
         let title = cast.title();
         let reply = shape(cast.next(cast.backend, cast.client));
-        table.add(Case::new(format!("{title}: {what} of a reply"), &cast.world(), Program::Egress, EDGE, &reply));
+        table.add(Case::new(
+            format!("{title}: {what} of a reply"),
+            &cast.world(),
+            Program::Egress,
+            EDGE,
+            &reply,
+        ));
     }
 }

@@ -63,11 +63,17 @@ fn two_frontends(table: &mut Table, cast: &Cast) {
     ] {
         for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
             let (first, changed) = (first.clone().at(mac(ifindex)), changed.clone().at(mac(ifindex)));
-            let name = format!("{title}: another frontend of {what}'s backend gets another port, {}", program.name());
+            let name = format!(
+                "{title}: another frontend of {what}'s backend gets another port, {}",
+                program.name()
+            );
             let mut after = world.embryonic.clone();
             after.extend(other.both());
             table.add(
-                Case::new(name, &world, program, ifindex, &first).becomes(&changed).opens(OTHER).embryonic([after]),
+                Case::new(name, &world, program, ifindex, &first)
+                    .becomes(&changed)
+                    .opens(OTHER)
+                    .embryonic([after]),
             );
         }
     }
@@ -86,11 +92,21 @@ fn two_frontends(table: &mut Table, cast: &Cast) {
     }
     let next = cast.next(cast.client, cast.other_frontend);
     table.add(
-        Case::new(format!("{title}: the next packet to the second frontend keeps its port"), &world, Program::Ingress, EDGE, &next)
-            .becomes(&next.clone().from(seen_as).to(cast.backend))
-            .forward(OTHER),
+        Case::new(
+            format!("{title}: the next packet to the second frontend keeps its port"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &next,
+        )
+        .becomes(&next.clone().from(seen_as).to(cast.backend))
+        .forward(OTHER),
     );
-    let blocker = Connection { client: tried(cast, cast.other_frontend, 1), seen_as: tried(cast, cast.other_frontend, 1), ..proven };
+    let blocker = Connection {
+        client: tried(cast, cast.other_frontend, 1),
+        seen_as: tried(cast, cast.other_frontend, 1),
+        ..proven
+    };
     let seen_as = tried(cast, cast.other_frontend, 2);
     table.add(
         Case::new(
@@ -117,19 +133,31 @@ fn taken_over(table: &mut Table, cast: &Cast) {
         _ => (one.age(200), vec![("quiet", one.age(150))]),
     };
     table.add(
-        Case::new(format!("{title}: a dead flow's reply tuple is taken over"), &cast.world().flows(free.both()), Program::Ingress, EDGE, &first)
-            .becomes(&first.clone().to(cast.backend))
-            .opens(OTHER)
-            .flows([])
-            .embryonic([cast.other_connection().both()]),
+        Case::new(
+            format!("{title}: a dead flow's reply tuple is taken over"),
+            &cast.world().flows(free.both()),
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .becomes(&first.clone().to(cast.backend))
+        .opens(OTHER)
+        .flows([])
+        .embryonic([cast.other_connection().both()]),
     );
     let seen_as = tried(cast, cast.other_frontend, 1);
     for (what, old) in kept {
         table.add(
-            Case::new(format!("{title}: the reply tuple of a flow that is {what} is not"), &cast.world().flows(old.both()), Program::Ingress, EDGE, &first)
-                .becomes(&first.clone().from(seen_as).to(cast.backend))
-                .opens(OTHER)
-                .embryonic([cast.other_connection().seen_as(seen_as).both()]),
+            Case::new(
+                format!("{title}: the reply tuple of a flow that is {what} is not"),
+                &cast.world().flows(old.both()),
+                Program::Ingress,
+                EDGE,
+                &first,
+            )
+            .becomes(&first.clone().from(seen_as).to(cast.backend))
+            .opens(OTHER)
+            .embryonic([cast.other_connection().seen_as(seen_as).both()]),
         );
     }
 }
@@ -144,8 +172,14 @@ fn exhausted(table: &mut Table, cast: &Cast) {
         world = world.flows(blocker.state(state::ESTABLISHED).both());
     }
     table.add(
-        Case::new(format!("{title}: every port that is tried is taken"), &world, Program::Ingress, EDGE, &first)
-            .dropped(Reason::PortsExhausted, OTHER),
+        Case::new(
+            format!("{title}: every port that is tried is taken"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .dropped(Reason::PortsExhausted, OTHER),
     );
 }
 
@@ -165,11 +199,17 @@ fn direct(table: &mut Table, cast: &Cast) {
     };
     let world = cast.world().flows(live.both());
     table.add(
-        Case::new(format!("{title}: a direct connection whose tuple is a live flow's gets another port"), &world, Program::Ingress, EDGE, &first)
-            .becomes(&first.clone().from(seen_as))
-            .reason(Reason::DirectRemapped, 0)
-            .embryonic([direct.both()])
-            .marks(mark::DIRECT),
+        Case::new(
+            format!("{title}: a direct connection whose tuple is a live flow's gets another port"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .becomes(&first.clone().from(seen_as))
+        .reason(Reason::DirectRemapped, 0)
+        .embryonic([direct.both()])
+        .marks(mark::DIRECT),
     );
     let marked = |world: World| world.marks(mark::DIRECT);
     let world = marked(cast.world().flows(live.both()).embryonic(direct.both()));
@@ -178,15 +218,27 @@ fn direct(table: &mut Table, cast: &Cast) {
         _ => Frame::udp(cast.backend, seen_as, b"answer"),
     };
     let proven = direct.state(state::ESTABLISHED);
-    let case = Case::new(format!("{title}: the reply of a direct connection finds back"), &world, Program::Egress, EDGE, &answer)
-        .becomes(&answer.clone().to(cast.client))
-        .reason(Reason::DirectRemapped, 0);
+    let case = Case::new(
+        format!("{title}: the reply of a direct connection finds back"),
+        &world,
+        Program::Egress,
+        EDGE,
+        &answer,
+    )
+    .becomes(&answer.clone().to(cast.client))
+    .reason(Reason::DirectRemapped, 0);
     let both = || [live.both(), proven.both()];
     table.add(if cast.protocol == UDP { case.flows(both()).embryonic([]) } else { case });
     let next = cast.next(cast.client, cast.backend);
-    let case = Case::new(format!("{title}: the next packet of a direct connection keeps its port"), &world, Program::Ingress, EDGE, &next)
-        .becomes(&next.clone().from(seen_as))
-        .reason(Reason::DirectRemapped, 0);
+    let case = Case::new(
+        format!("{title}: the next packet of a direct connection keeps its port"),
+        &world,
+        Program::Ingress,
+        EDGE,
+        &next,
+    )
+    .becomes(&next.clone().from(seen_as))
+    .reason(Reason::DirectRemapped, 0);
     table.add(if cast.protocol == TCP { case.flows(both()).embryonic([]) } else { case });
 
     // The entries of a flow that has ended translate what the backend sends to its tuple as long as they are there.
@@ -194,31 +246,59 @@ fn direct(table: &mut Table, cast: &Cast) {
         TCP => (live.state(state::ESTABLISHED | state::RESET), direct),
         _ => (live.age(200), Connection { seen_as: cast.client, ..direct }),
     };
-    let case = Case::new(format!("{title}: a direct connection beside a flow that has ended"), &cast.world().flows(ended.both()), Program::Ingress, EDGE, &first)
-        .becomes(&first.clone().from(own.seen_as))
-        .reason(Reason::DirectRemapped, 0)
-        .embryonic([own.both()])
-        .marks(mark::DIRECT);
+    let case = Case::new(
+        format!("{title}: a direct connection beside a flow that has ended"),
+        &cast.world().flows(ended.both()),
+        Program::Ingress,
+        EDGE,
+        &first,
+    )
+    .becomes(&first.clone().from(own.seen_as))
+    .reason(Reason::DirectRemapped, 0)
+    .embryonic([own.both()])
+    .marks(mark::DIRECT);
     table.add(if cast.protocol == UDP { case.flows([]) } else { case });
 
     if cast.protocol == TCP {
         let old = live.state(state::ESTABLISHED | state::RESET).age(70);
         let own = Connection { seen_as: cast.client, ..direct };
         table.add(
-            Case::new(format!("{title}: a direct connection takes the tuple of a flow that ended long ago"), &cast.world().flows(old.both()), Program::Ingress, EDGE, &first)
-                .reason(Reason::DirectRemapped, 0)
-                .flows([])
-                .embryonic([own.both()])
-                .marks(mark::DIRECT),
+            Case::new(
+                format!("{title}: a direct connection takes the tuple of a flow that ended long ago"),
+                &cast.world().flows(old.both()),
+                Program::Ingress,
+                EDGE,
+                &first,
+            )
+            .reason(Reason::DirectRemapped, 0)
+            .flows([])
+            .embryonic([own.both()])
+            .marks(mark::DIRECT),
         );
     }
 
     let mut pass = |what: &str, world: World, ifindex, frame: Frame| {
-        table.add(Case::new(format!("{title}: {what}"), &world, Program::Ingress, ifindex, &frame.at(mac(ifindex))));
+        table.add(Case::new(
+            format!("{title}: {what}"),
+            &world,
+            Program::Ingress,
+            ifindex,
+            &frame.at(mac(ifindex)),
+        ));
     };
-    pass("a direct connection beside an unproven flow", cast.world().embryonic(cast.connection().both()), EDGE, first.clone());
+    pass(
+        "a direct connection beside an unproven flow",
+        cast.world().embryonic(cast.connection().both()),
+        EDGE,
+        first.clone(),
+    );
     if cast.protocol == UDP {
-        pass("a direct datagram from outside is never changed", cast.world().flows(live.both()), UPLINK, first);
+        pass(
+            "a direct datagram from outside is never changed",
+            cast.world().flows(live.both()),
+            UPLINK,
+            first,
+        );
     } else {
         pass("a segment in the middle of a direct connection", cast.world().flows(live.both()), EDGE, next);
     }

@@ -43,56 +43,88 @@ fn question(table: &mut Table, cast: &Cast) {
         // A test run takes the ethertype of a bare packet from its source.
         let ifindex = if program == Program::Egress { UPLINK } else { TUNNEL };
         table.add(
-            Case::new(format!("{title}: the host's own packet goes where the FIB says, {}", program.name()), &cast.world(), program, ifindex, &frame)
-                .becomes(&frame.clone().to(cast.backend))
-                .ends(End::Redirect)
-                .opens(ONE)
-                .embryonic([connection.both()])
-                .marks(mark::HOST),
+            Case::new(
+                format!("{title}: the host's own packet goes where the FIB says, {}", program.name()),
+                &cast.world(),
+                program,
+                ifindex,
+                &frame,
+            )
+            .becomes(&frame.clone().to(cast.backend))
+            .ends(End::Redirect)
+            .opens(ONE)
+            .embryonic([connection.both()])
+            .marks(mark::HOST),
         );
     }
     let (world, at) = moved(cast, NET_UNROUTED);
     let unrouted = Connection { backend: at, ..connection };
     table.add(
-        Case::new(format!("{title}: the host's own packet to a backend without a route"), &world, Program::Egress, UPLINK, &first)
-            .dropped(Reason::NoRoute, ONE)
-            .embryonic([unrouted.both()])
-            .marks(mark::HOST),
+        Case::new(
+            format!("{title}: the host's own packet to a backend without a route"),
+            &world,
+            Program::Egress,
+            UPLINK,
+            &first,
+        )
+        .dropped(Reason::NoRoute, ONE)
+        .embryonic([unrouted.both()])
+        .marks(mark::HOST),
     );
     let (world, at) = moved(cast, NET_NARROW);
     let narrow = Connection { backend: at, ..connection };
-    let fits = NARROW_MTU as usize - if cast.client.is_ipv4() { 20 } else { 40 } - if cast.protocol == TCP { 20 } else { 8 };
+    let fits = NARROW_MTU as usize
+        - if cast.client.is_ipv4() { 20 } else { 40 }
+        - if cast.protocol == TCP { 20 } else { 8 };
     let sized = |bytes: usize| match cast.protocol {
         TCP => Frame::tcp(connection.client, cast.frontend, SYN, &vec![0xab; bytes]),
         _ => Frame::udp(connection.client, cast.frontend, &vec![0xab; bytes]),
     };
     let frame = sized(fits);
     table.add(
-        Case::new(format!("{title}: the host's own packet just fits the MTU"), &world, Program::Egress, UPLINK, &frame)
-            .becomes(&frame.clone().to(at))
-            .ends(End::Redirect)
-            .opens(ONE)
-            .embryonic([narrow.both()])
-            .marks(mark::HOST),
+        Case::new(
+            format!("{title}: the host's own packet just fits the MTU"),
+            &world,
+            Program::Egress,
+            UPLINK,
+            &frame,
+        )
+        .becomes(&frame.clone().to(at))
+        .ends(End::Redirect)
+        .opens(ONE)
+        .embryonic([narrow.both()])
+        .marks(mark::HOST),
     );
     let mut frame = sized(fits + 1);
     let kind = if cast.client.is_ipv4() { (3, 4) } else { (2, 0) };
     let answer = super::reject::error(&frame, kind, NARROW_MTU).at(mac(UPLINK));
     table.add(
-        Case::new(format!("{title}: the host's own packet is one byte too big"), &world, Program::Egress, UPLINK, &frame)
-            .becomes(&answer)
-            .ends(End::Redirect)
-            .reason(Reason::TooBig, ONE)
-            .embryonic([narrow.both()])
-            .marks(mark::HOST),
+        Case::new(
+            format!("{title}: the host's own packet is one byte too big"),
+            &world,
+            Program::Egress,
+            UPLINK,
+            &frame,
+        )
+        .becomes(&answer)
+        .ends(End::Redirect)
+        .reason(Reason::TooBig, ONE)
+        .embryonic([narrow.both()])
+        .marks(mark::HOST),
     );
     if cast.client.is_ipv4() {
         frame.fragment = 0;
         table.add(
-            Case::new(format!("{title}: the same where it may be fragmented"), &world, Program::Egress, UPLINK, &frame)
-                .dropped(Reason::TooBig, ONE)
-                .embryonic([narrow.both()])
-                .marks(mark::HOST),
+            Case::new(
+                format!("{title}: the same where it may be fragmented"),
+                &world,
+                Program::Egress,
+                UPLINK,
+                &frame,
+            )
+            .dropped(Reason::TooBig, ONE)
+            .embryonic([narrow.both()])
+            .marks(mark::HOST),
         );
     }
 }
@@ -112,27 +144,57 @@ fn answer(table: &mut Table, cast: &Cast) {
     let received = frame.clone().at(mac(UPLINK));
     let translated = received.clone().from(cast.frontend);
     table.add(proven(
-        Case::new(format!("{title}: a reply to this host is handed in where its route leaves"), &world, Program::Ingress, UPLINK, &received)
-            .becomes(&translated.clone().at(mac(OWN)))
-            .ends(End::Redirect),
+        Case::new(
+            format!("{title}: a reply to this host is handed in where its route leaves"),
+            &world,
+            Program::Ingress,
+            UPLINK,
+            &received,
+        )
+        .becomes(&translated.clone().at(mac(OWN)))
+        .ends(End::Redirect),
     ));
     let mut framed = translated.clone().at(mac(OWN));
     framed.link.as_mut().expect("a link header").source = mac(OWN);
     table.add(proven(
-        Case::new(format!("{title}: a reply to this host from a device without a link header gets one"), &world, Program::IngressBare, TUNNEL, &frame.clone().bare())
-            .becomes(&framed)
-            .ends(End::Redirect),
+        Case::new(
+            format!("{title}: a reply to this host from a device without a link header gets one"),
+            &world,
+            Program::IngressBare,
+            TUNNEL,
+            &frame.clone().bare(),
+        )
+        .becomes(&framed)
+        .ends(End::Redirect),
     ));
     let received = frame.clone().at(mac(OWN));
     table.add(proven(
-        Case::new(format!("{title}: a reply to this host comes where its route leaves"), &world, Program::Ingress, OWN, &received)
-            .becomes(&received.clone().from(cast.frontend)),
+        Case::new(
+            format!("{title}: a reply to this host comes where its route leaves"),
+            &world,
+            Program::Ingress,
+            OWN,
+            &received,
+        )
+        .becomes(&received.clone().from(cast.frontend)),
     ));
     let received = frame.at(mac(UPLINK));
     let never = cast.world().embryonic(connection.both());
-    table.add(Case::new(format!("{title}: nothing was ever translated for this host"), &never, Program::Ingress, UPLINK, &received));
+    table.add(Case::new(
+        format!("{title}: nothing was ever translated for this host"),
+        &never,
+        Program::Ingress,
+        UPLINK,
+        &received,
+    ));
     let proven = cast.world().flows(connection.state(state::ESTABLISHED).both()).marks(mark::HOST);
-    table.add(Case::new(format!("{title}: a reply to this host seen at an egress"), &proven, Program::Egress, UPLINK, &received));
+    table.add(Case::new(
+        format!("{title}: a reply to this host seen at an egress"),
+        &proven,
+        Program::Egress,
+        UPLINK,
+        &received,
+    ));
 }
 
 /// A backend that is this host itself.
@@ -151,20 +213,32 @@ fn own(table: &mut Table, cast: &Cast) {
     };
     let first = cast.first(connection.client, cast.frontend);
     table.add(
-        Case::new(format!("{title}: this host is its own backend: handed in where the packet leaves"), &world, Program::Egress, UPLINK, &first)
-            .becomes(&first.clone().from(mirror).to(at).at(mac(UPLINK)))
-            .ends(End::Redirect)
-            .opens(ONE)
-            .embryonic([connection.both()])
-            .marks(mark::HOST),
+        Case::new(
+            format!("{title}: this host is its own backend: handed in where the packet leaves"),
+            &world,
+            Program::Egress,
+            UPLINK,
+            &first,
+        )
+        .becomes(&first.clone().from(mirror).to(at).at(mac(UPLINK)))
+        .ends(End::Redirect)
+        .opens(ONE)
+        .embryonic([connection.both()])
+        .marks(mark::HOST),
     );
     let proven = connection.state(state::ESTABLISHED);
     let world = world.flows(proven.both()).marks(mark::HOST);
     let answer = cast.next(at, mirror);
     table.add(
-        Case::new(format!("{title}: this host's answer to itself is handed in too"), &world, Program::Egress, UPLINK, &answer)
-            .becomes(&answer.clone().from(cast.frontend).to(connection.client).at(mac(UPLINK)))
-            .ends(End::Redirect)
-            .reply(ONE),
+        Case::new(
+            format!("{title}: this host's answer to itself is handed in too"),
+            &world,
+            Program::Egress,
+            UPLINK,
+            &answer,
+        )
+        .becomes(&answer.clone().from(cast.frontend).to(connection.client).at(mac(UPLINK)))
+        .ends(End::Redirect)
+        .reply(ONE),
     );
 }

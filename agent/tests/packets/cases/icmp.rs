@@ -43,7 +43,13 @@ fn errors(version: Version) -> Vec<(&'static str, (u8, u8), u32)> {
 }
 
 /// An error on its way to the client, about a packet as the backend sees it, and what the client must see.
-fn about_question(cast: &Cast, from: IpAddr, (kind, rest): ((u8, u8), u32), quoted: &Frame, bytes: usize) -> [Frame; 2] {
+fn about_question(
+    cast: &Cast,
+    from: IpAddr,
+    (kind, rest): ((u8, u8), u32),
+    quoted: &Frame,
+    bytes: usize,
+) -> [Frame; 2] {
     let shown = if from == cast.backend.ip() { cast.frontend.ip() } else { from };
     let seen = quoted.clone().to(cast.frontend);
     let cut = |frame: &Frame| frame.packet()[..bytes].to_vec();
@@ -54,7 +60,13 @@ fn about_question(cast: &Cast, from: IpAddr, (kind, rest): ((u8, u8), u32), quot
 }
 
 /// An error on its way to the frontend, about a reply as the client sees it, and what the backend must see.
-fn about_reply(cast: &Cast, from: IpAddr, (kind, rest): ((u8, u8), u32), quoted: &Frame, bytes: usize) -> [Frame; 2] {
+fn about_reply(
+    cast: &Cast,
+    from: IpAddr,
+    (kind, rest): ((u8, u8), u32),
+    quoted: &Frame,
+    bytes: usize,
+) -> [Frame; 2] {
     let sent = quoted.clone().from(cast.backend);
     let cut = |frame: &Frame| frame.packet()[..bytes].to_vec();
     [
@@ -63,9 +75,18 @@ fn about_reply(cast: &Cast, from: IpAddr, (kind, rest): ((u8, u8), u32), quoted:
     ]
 }
 
-fn add_pair(table: &mut Table, cast: &Cast, name: &str, [error, becomes]: [Frame; 2], program: Program, ifindex: u32) {
+fn add_pair(
+    table: &mut Table,
+    cast: &Cast,
+    name: &str,
+    [error, becomes]: [Frame; 2],
+    program: Program,
+    ifindex: u32,
+) {
     let name = format!("{}: {name}", cast.title());
-    let case = Case::new(name, &world(cast), program, ifindex, &error).becomes(&becomes).reason(Reason::IcmpError, ONE);
+    let case = Case::new(name, &world(cast), program, ifindex, &error)
+        .becomes(&becomes)
+        .reason(Reason::IcmpError, ONE);
     table.add(case);
 }
 
@@ -75,30 +96,70 @@ fn kinds(table: &mut Table, cast: &Cast) {
     for (what, kind, rest) in errors(cast.version) {
         for (who, from) in [("a router", cast.router), ("the backend", cast.backend.ip())] {
             let pair = about_question(cast, from, (kind, rest), &question, question.length() as usize);
-            add_pair(table, cast, &format!("{what} from {who} about a packet to the backend"), pair, Program::Egress, EDGE);
+            add_pair(
+                table,
+                cast,
+                &format!("{what} from {who} about a packet to the backend"),
+                pair,
+                Program::Egress,
+                EDGE,
+            );
         }
         for (who, from) in [("a router", cast.router), ("the client", cast.client.ip())] {
             let pair = about_reply(cast, from, (kind, rest), &reply, reply.length() as usize);
             let pair = pair.map(|frame| frame.at(mac(UPLINK)));
-            add_pair(table, cast, &format!("{what} from {who} about a reply"), pair, Program::Ingress, UPLINK);
+            add_pair(
+                table,
+                cast,
+                &format!("{what} from {who} about a reply"),
+                pair,
+                Program::Ingress,
+                UPLINK,
+            );
         }
     }
     let (_, kind, rest) = errors(cast.version)[1];
     let pair = about_question(cast, cast.backend.ip(), (kind, rest), &question, question.length() as usize);
     let [error, becomes] = pair.clone();
     table.cut(
-        Case::new(format!("{}: an error with every length", cast.title()), &world(cast), Program::Egress, EDGE, &error)
-            .becomes(&becomes)
-            .reason(Reason::IcmpError, ONE),
+        Case::new(
+            format!("{}: an error with every length", cast.title()),
+            &world(cast),
+            Program::Egress,
+            EDGE,
+            &error,
+        )
+        .becomes(&becomes)
+        .reason(Reason::IcmpError, ONE),
     );
     let name = "an error about a packet to the backend, without a link header";
     add_pair(table, cast, name, pair.map(Frame::bare), Program::EgressBare, TUNNEL);
     let pair = about_reply(cast, cast.client.ip(), (kind, rest), &reply, reply.length() as usize);
-    add_pair(table, cast, "an error about a reply, without a link header", pair.clone().map(Frame::bare), Program::IngressBare, TUNNEL);
+    add_pair(
+        table,
+        cast,
+        "an error about a reply, without a link header",
+        pair.clone().map(Frame::bare),
+        Program::IngressBare,
+        TUNNEL,
+    );
     let tagged = pair.map(|frame| frame.tag(0x8100, 7).at(mac(UPLINK)));
-    add_pair(table, cast, "an error about a reply, with a VLAN tag", tagged.clone(), Program::Ingress, UPLINK);
+    add_pair(
+        table,
+        cast,
+        "an error about a reply, with a VLAN tag",
+        tagged.clone(),
+        Program::Ingress,
+        UPLINK,
+    );
     let [error, _] = tagged;
-    table.add(Case::new(format!("{}: an error is left to tc", cast.title()), &world(cast), Program::Xdp, UPLINK, &error));
+    table.add(Case::new(
+        format!("{}: an error is left to tc", cast.title()),
+        &world(cast),
+        Program::Xdp,
+        UPLINK,
+        &error,
+    ));
 }
 
 /// Quotes of all lengths: too short ones are passed, longer ones translated.
@@ -109,8 +170,10 @@ fn quotes(table: &mut Table, cast: &Cast) {
     for bytes in 0..=question.length() as usize {
         let [error, mut becomes] = about_question(cast, cast.router, (kind, rest), &question, bytes);
         // Half a checksum is not there to be read: that byte stays.
-        if cast.protocol == TCP && bytes == network + 17
-            && let (Payload::Icmp { quote, .. }, Payload::Icmp { quote: old, .. }) = (&mut becomes.payload, &error.payload)
+        if cast.protocol == TCP
+            && bytes == network + 17
+            && let (Payload::Icmp { quote, .. }, Payload::Icmp { quote: old, .. }) =
+                (&mut becomes.payload, &error.payload)
         {
             quote[bytes - 1] = old[bytes - 1];
         }
@@ -121,16 +184,34 @@ fn quotes(table: &mut Table, cast: &Cast) {
             EDGE,
             &error,
         );
-        table.add(if bytes < network + 8 { case } else { case.becomes(&becomes).reason(Reason::IcmpError, ONE) });
+        table.add(if bytes < network + 8 {
+            case
+        } else {
+            case.becomes(&becomes).reason(Reason::IcmpError, ONE)
+        });
     }
     if cast.protocol == UDP {
         let silent = question.sum(Sum::Absent);
         let pair = about_question(cast, cast.router, (kind, rest), &silent, silent.length() as usize);
-        add_pair(table, cast, "an error that quotes a datagram without checksum", pair, Program::Egress, EDGE);
+        add_pair(
+            table,
+            cast,
+            "an error that quotes a datagram without checksum",
+            pair,
+            Program::Egress,
+            EDGE,
+        );
         let silent = cast.next(cast.frontend, cast.client).sum(Sum::Absent);
         let pair = about_reply(cast, cast.client.ip(), (kind, rest), &silent, network + 8);
         let pair = pair.map(|frame| frame.at(mac(UPLINK)));
-        add_pair(table, cast, "an error that quotes a reply without checksum", pair, Program::Ingress, UPLINK);
+        add_pair(
+            table,
+            cast,
+            "an error that quotes a reply without checksum",
+            pair,
+            Program::Ingress,
+            UPLINK,
+        );
     }
 }
 

@@ -153,7 +153,12 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
     let mut pass = |what: &str, program, ifindex, frame: &Frame| {
         table.add(Case::new(format!("{title}: {what}"), &world, program, ifindex, frame));
     };
-    pass("a translated packet enters the backend's link", Program::Egress, EDGE, &question.clone().to(backend));
+    pass(
+        "a translated packet enters the backend's link",
+        Program::Egress,
+        EDGE,
+        &question.clone().to(backend),
+    );
     pass("a reply leaves the backend's link", Program::Ingress, EDGE, &answer);
     pass("a translated reply enters the client's link again", Program::Ingress, EDGE, &answer.from(frontend));
     let mut stranger = backend;
@@ -170,7 +175,9 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
 
     let mut listed = world.clone();
     let _ = listed.listing.insert(stranger.ip(), listing::FRONTEND | listing::BACKEND | listing::NODE);
-    for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Ingress, UPLINK), (Program::Egress, UPLINK)] {
+    for (program, ifindex) in
+        [(Program::Ingress, EDGE), (Program::Ingress, UPLINK), (Program::Egress, UPLINK)]
+    {
         let name = format!("{title}: a stranger whose lane is another's, {} on {ifindex}", program.name());
         let frame = if program == Program::Egress {
             cast.first(stranger, client)
@@ -270,19 +277,31 @@ fn promotion(table: &mut Table, cast: &Cast) {
     for (what, flags, data) in [("acknowledgment", ACK, &b""[..]), ("data", ACK, b"GET /")] {
         let frame = Frame::tcp(cast.client, cast.frontend, flags, data);
         table.add(
-            Case::new(format!("{title}: the client's second packet, {what}, proves the flow"), &world, Program::Ingress, EDGE, &frame)
-                .becomes(&frame.clone().to(cast.backend))
-                .forward(ONE)
-                .flows([connection.state(state::ESTABLISHED).both()])
-                .embryonic([]),
+            Case::new(
+                format!("{title}: the client's second packet, {what}, proves the flow"),
+                &world,
+                Program::Ingress,
+                EDGE,
+                &frame,
+            )
+            .becomes(&frame.clone().to(cast.backend))
+            .forward(ONE)
+            .flows([connection.state(state::ESTABLISHED).both()])
+            .embryonic([]),
         );
     }
     let frame = Frame::tcp(cast.client, cast.frontend, RST | ACK, &[]);
     table.add(
-        Case::new(format!("{title}: a reset instead of a second packet proves nothing"), &world, Program::Ingress, EDGE, &frame)
-            .becomes(&frame.clone().to(cast.backend))
-            .forward(ONE)
-            .embryonic([connection.state(state::RESET).both()]),
+        Case::new(
+            format!("{title}: a reset instead of a second packet proves nothing"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &frame,
+        )
+        .becomes(&frame.clone().to(cast.backend))
+        .forward(ONE)
+        .embryonic([connection.state(state::RESET).both()]),
     );
     let frame = Frame::tcp(cast.backend, cast.client, RST | ACK, &[]);
     table.add(
@@ -295,9 +314,15 @@ fn promotion(table: &mut Table, cast: &Cast) {
     let world = cast.world().backend_flags(SPARE, backend::LOCAL).flows(old.both());
     let frame = cast.next(cast.client, cast.frontend);
     table.add(
-        Case::new(format!("{title}: a flow drains from a removed backend"), &world, Program::Ingress, EDGE, &frame)
-            .becomes(&frame.clone().to(cast.other_backend))
-            .forward(SPARE),
+        Case::new(
+            format!("{title}: a flow drains from a removed backend"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &frame,
+        )
+        .becomes(&frame.clone().to(cast.other_backend))
+        .forward(SPARE),
     );
 }
 
@@ -328,9 +353,15 @@ fn closing(table: &mut Table, cast: &Cast) {
     let half = connection.state(state::ESTABLISHED | state::FIN_FORWARD);
     let frame = cast.next(cast.backend, cast.client);
     table.add(
-        Case::new(format!("{title}: a half-closed flow goes on"), &cast.world().flows(half.both()), Program::Egress, EDGE, &frame)
-            .becomes(&frame.clone().from(cast.frontend))
-            .reply(ONE),
+        Case::new(
+            format!("{title}: a half-closed flow goes on"),
+            &cast.world().flows(half.both()),
+            Program::Egress,
+            EDGE,
+            &frame,
+        )
+        .becomes(&frame.clone().from(cast.frontend))
+        .reply(ONE),
     );
 }
 
@@ -346,20 +377,32 @@ fn reopening(table: &mut Table, cast: &Cast) {
     ] {
         let old = connection.state(state::ESTABLISHED | bits).age(3);
         table.add(
-            Case::new(format!("{title}: a SYN never reuses a {what} flow"), &cast.world().flows(old.both()), Program::Ingress, EDGE, &syn)
-                .becomes(&to_backend)
-                .opens(ONE)
-                .flows([])
-                .embryonic([connection.both()]),
-        );
-    }
-    let old = spare(cast).state(state::ESTABLISHED | state::FIN_REPLY | state::FIN_FORWARD).age(3);
-    table.add(
-        Case::new(format!("{title}: a SYN leaves nothing of a closed flow to another backend"), &cast.world().flows(old.both()), Program::Ingress, EDGE, &syn)
+            Case::new(
+                format!("{title}: a SYN never reuses a {what} flow"),
+                &cast.world().flows(old.both()),
+                Program::Ingress,
+                EDGE,
+                &syn,
+            )
             .becomes(&to_backend)
             .opens(ONE)
             .flows([])
             .embryonic([connection.both()]),
+        );
+    }
+    let old = spare(cast).state(state::ESTABLISHED | state::FIN_REPLY | state::FIN_FORWARD).age(3);
+    table.add(
+        Case::new(
+            format!("{title}: a SYN leaves nothing of a closed flow to another backend"),
+            &cast.world().flows(old.both()),
+            Program::Ingress,
+            EDGE,
+            &syn,
+        )
+        .becomes(&to_backend)
+        .opens(ONE)
+        .flows([])
+        .embryonic([connection.both()]),
     );
     let tried = spare(cast);
     table.add(
@@ -376,8 +419,14 @@ fn reopening(table: &mut Table, cast: &Cast) {
     );
     let live = connection.state(state::ESTABLISHED);
     table.add(
-        Case::new(format!("{title}: a SYN within a live flow is the backend's to answer"), &cast.world().flows(live.both()), Program::Ingress, EDGE, &syn)
-            .becomes(&to_backend)
-            .forward(ONE),
+        Case::new(
+            format!("{title}: a SYN within a live flow is the backend's to answer"),
+            &cast.world().flows(live.both()),
+            Program::Ingress,
+            EDGE,
+            &syn,
+        )
+        .becomes(&to_backend)
+        .forward(ONE),
     );
 }

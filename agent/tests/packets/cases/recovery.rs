@@ -27,17 +27,29 @@ fn forward(table: &mut Table, cast: &Cast) {
         ("both entries", cast.world()),
     ] {
         table.add(
-            Case::new(format!("{title}: {what} lost, in the middle of a connection"), &world, Program::Ingress, EDGE, &data)
-                .becomes(&data.clone().to(cast.backend))
-                .reason(Reason::Recovered, ONE)
-                .flows([connection.both()]),
+            Case::new(
+                format!("{title}: {what} lost, in the middle of a connection"),
+                &world,
+                Program::Ingress,
+                EDGE,
+                &data,
+            )
+            .becomes(&data.clone().to(cast.backend))
+            .reason(Reason::Recovered, ONE)
+            .flows([connection.both()]),
         );
     }
     let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
     table.add(
-        Case::new(format!("{title}: both entries lost, the client resets"), &cast.world(), Program::Ingress, EDGE, &reset)
-            .becomes(&reset.clone().to(cast.backend))
-            .reason(Reason::Recovered, ONE),
+        Case::new(
+            format!("{title}: both entries lost, the client resets"),
+            &cast.world(),
+            Program::Ingress,
+            EDGE,
+            &reset,
+        )
+        .becomes(&reset.clone().to(cast.backend))
+        .reason(Reason::Recovered, ONE),
     );
 }
 
@@ -58,7 +70,12 @@ fn reply(table: &mut Table, cast: &Cast) {
     for (what, world, service_port, after) in [
         ("the forward entry tells", cast.world().flows(connection.age(5).forward()), ONE, connection.both()),
         ("both entries lost, the client's slot tells", cast.world(), ONE, connection.both()),
-        ("another frontend's forward entry tells", cast.world().flows(other.age(5).forward()), OTHER, other.both()),
+        (
+            "another frontend's forward entry tells",
+            cast.world().flows(other.age(5).forward()),
+            OTHER,
+            other.both(),
+        ),
     ] {
         for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Ingress, UPLINK)] {
             let name = format!("{title}: reply entry lost, {what}, on device {ifindex}");
@@ -80,9 +97,17 @@ fn not_ours(table: &mut Table, cast: &Cast) {
     };
     let reset = Frame::tcp(cast.client, cast.backend, RST, &[]);
     let acknowledging = Frame::tcp(cast.client, cast.backend, RST | ACK, &[]);
-    pass("a reset with acknowledgment is the client's own will", &cast.world().flows(connection.forward()), &acknowledging);
+    pass(
+        "a reset with acknowledgment is the client's own will",
+        &cast.world().flows(connection.forward()),
+        &acknowledging,
+    );
     let elsewhere = Connection { backend: cast.other_backend, id: SPARE, ..connection };
-    pass("a reset, and the frontend's flow leads elsewhere", &one_origin(cast).flows(elsewhere.forward()), &reset);
+    pass(
+        "a reset, and the frontend's flow leads elsewhere",
+        &one_origin(cast).flows(elsewhere.forward()),
+        &reset,
+    );
     let closed = connection.state(state::ESTABLISHED | state::RESET);
     pass("a reset, and the frontend's flow is closing", &one_origin(cast).flows(closed.forward()), &reset);
     let mut moved = one_origin(cast);

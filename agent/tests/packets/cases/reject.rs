@@ -92,7 +92,10 @@ fn resets(table: &mut Table, cast: &Cast) {
         answered(table, name, &cast.world(), &frame, &reset(&frame), Reason::NoBackendReset);
     }
     let partial = segment(SYN, &[]).sum(Sum::Partial);
-    let name = format!("{}: the reset of a segment whose checksum is left to the device is left to it too", cast.title());
+    let name = format!(
+        "{}: the reset of a segment whose checksum is left to the device is left to it too",
+        cast.title()
+    );
     let answer = reset(&partial).sum(Sum::Partial);
     answered(table, name, &cast.world(), &partial, &answer, Reason::NoBackendReset);
     for (what, flags) in [("a RST", RST), ("a RST|ACK", RST | ACK)] {
@@ -118,7 +121,8 @@ fn unreachables(table: &mut Table, cast: &Cast) {
         ("a datagram with padding", datagram(b"").padded(18)),
         ("a datagram with a VLAN tag", datagram(b"question").tag(0x8100, 5)),
     ] {
-        let name = format!("{}: {what} to a service without backends is answered with unreachable", cast.title());
+        let name =
+            format!("{}: {what} to a service without backends is answered with unreachable", cast.title());
         answered(table, name, &cast.world(), &frame, &unreachable(&frame), Reason::NoBackendUnreachable);
     }
     // What the device will do to the answer: the sum of all else, complemented, goes into the second half of `rest`.
@@ -128,7 +132,9 @@ fn unreachables(table: &mut Table, cast: &Cast) {
         && cast.version == Version::V6
     {
         let length = (quote.len() + 8) as u32;
-        let words = [octets(partial.source), octets(partial.destination), length.to_be_bytes().to_vec(), vec![0, 58]].concat();
+        let words =
+            [octets(partial.source), octets(partial.destination), length.to_be_bytes().to_vec(), vec![0, 58]]
+                .concat();
         let mut sum: u32 = words.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
         while sum > 0xffff {
             sum = (sum & 0xffff) + (sum >> 16);
@@ -142,7 +148,8 @@ fn unreachables(table: &mut Table, cast: &Cast) {
     let mut limited = cast.world();
     let _ = limited.rejects.insert(cast.client.ip(), 100);
     let name = format!("{}: a client that had too many answers gets none", cast.title());
-    table.add(Case::new(name, &limited, Program::Ingress, EDGE, &frame).dropped(Reason::RejectLimited, EMPTY));
+    table
+        .add(Case::new(name, &limited, Program::Ingress, EDGE, &frame).dropped(Reason::RejectLimited, EMPTY));
     let _ = limited.rejects.insert(cast.client.ip(), 1_500);
     let name = format!("{}: a client that has credit left", cast.title());
     answered(table, name, &limited, &frame, &unreachable(&frame), Reason::NoBackendUnreachable);
@@ -178,24 +185,48 @@ fn places(table: &mut Table, cast: &Cast) {
     };
     let frame = cast.first(SocketAddr::new(cast.node, 40_001), cast.empty);
     table.add(
-        Case::new(format!("{title}: an answer to this host is handed in"), &cast.world(), Program::Egress, UPLINK, &frame)
-            .becomes(&answer(&frame).at(mac(UPLINK)))
-            .ends(End::Redirect)
-            .reason(reason, EMPTY),
+        Case::new(
+            format!("{title}: an answer to this host is handed in"),
+            &cast.world(),
+            Program::Egress,
+            UPLINK,
+            &frame,
+        )
+        .becomes(&answer(&frame).at(mac(UPLINK)))
+        .ends(End::Redirect)
+        .reason(reason, EMPTY),
     );
     table.add(
-        Case::new(format!("{title}: an answer to this host without a link header is handed in"), &cast.world(), Program::EgressBare, TUNNEL, &frame.clone().bare())
-            .becomes(&answer(&frame).bare())
-            .ends(End::Redirect)
-            .reason(reason, EMPTY),
+        Case::new(
+            format!("{title}: an answer to this host without a link header is handed in"),
+            &cast.world(),
+            Program::EgressBare,
+            TUNNEL,
+            &frame.clone().bare(),
+        )
+        .becomes(&answer(&frame).bare())
+        .ends(End::Redirect)
+        .reason(reason, EMPTY),
     );
     let frame = cast.first(cast.client, cast.empty);
     table.add(
-        Case::new(format!("{title}: an answer without a link header is turned back"), &cast.world(), Program::IngressBare, TUNNEL, &frame.clone().bare())
-            .becomes(&answer(&frame).bare())
-            .ends(End::Redirect)
-            .reason(reason, EMPTY),
+        Case::new(
+            format!("{title}: an answer without a link header is turned back"),
+            &cast.world(),
+            Program::IngressBare,
+            TUNNEL,
+            &frame.clone().bare(),
+        )
+        .becomes(&answer(&frame).bare())
+        .ends(End::Redirect)
+        .reason(reason, EMPTY),
     );
     let received = frame.at(mac(UPLINK));
-    table.add(Case::new(format!("{title}: an answer is left to tc"), &cast.world(), Program::Xdp, UPLINK, &received));
+    table.add(Case::new(
+        format!("{title}: an answer is left to tc"),
+        &cast.world(),
+        Program::Xdp,
+        UPLINK,
+        &received,
+    ));
 }

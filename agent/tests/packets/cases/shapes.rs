@@ -27,10 +27,16 @@ fn forward(table: &mut Table, cast: &Cast, what: &str, frame: &Frame) {
     for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
         let frame = frame.clone().at(mac(ifindex));
         table.cut_padded(
-            Case::new(format!("{}: {what}, {}", cast.title(), program.name()), &cast.world(), program, ifindex, &frame)
-                .becomes(&frame.clone().to(cast.backend))
-                .opens(ONE)
-                .embryonic([cast.connection().both()]),
+            Case::new(
+                format!("{}: {what}, {}", cast.title(), program.name()),
+                &cast.world(),
+                program,
+                ifindex,
+                &frame,
+            )
+            .becomes(&frame.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([cast.connection().both()]),
             frame.padding.len(),
         );
     }
@@ -40,7 +46,13 @@ fn forward(table: &mut Table, cast: &Cast, what: &str, frame: &Frame) {
 fn pass(table: &mut Table, cast: &Cast, what: &str, frame: &Frame) {
     for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
         let frame = frame.clone().at(mac(ifindex));
-        table.add(Case::new(format!("{}: {what}, {}", cast.title(), program.name()), &cast.world(), program, ifindex, &frame));
+        table.add(Case::new(
+            format!("{}: {what}, {}", cast.title(), program.name()),
+            &cast.world(),
+            program,
+            ifindex,
+            &frame,
+        ));
     }
 }
 
@@ -68,7 +80,12 @@ fn extensions(table: &mut Table, cast: &Cast) {
     forward(table, cast, "eight extension headers", &eight);
     pass(table, cast, "nine extension headers", &eight.extension(60, &padding));
     pass(table, cast, "a routing header with a way to go", &first.clone().extension(43, &waypoint));
-    pass(table, cast, "an authentication header", &first.clone().extension(51, &[0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]));
+    pass(
+        table,
+        cast,
+        "an authentication header",
+        &first.clone().extension(51, &[0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]),
+    );
     pass(table, cast, "a no-next-header", &first.extension(59, &padding));
 }
 
@@ -82,9 +99,15 @@ fn tags(table: &mut Table, cast: &Cast) {
     let reply = cast.next(cast.backend, cast.client).tag(0x8100, 0x2064);
     let world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
     table.cut(
-        Case::new(format!("{}: a reply with a VLAN tag in band", cast.title()), &world, Program::Egress, UPLINK, &reply)
-            .becomes(&reply.clone().from(cast.frontend))
-            .reply(ONE),
+        Case::new(
+            format!("{}: a reply with a VLAN tag in band", cast.title()),
+            &world,
+            Program::Egress,
+            UPLINK,
+            &reply,
+        )
+        .becomes(&reply.clone().from(cast.frontend))
+        .reply(ONE),
     );
 }
 
@@ -92,17 +115,29 @@ fn bare(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let first = cast.first(cast.client, cast.frontend).bare();
     table.cut(
-        Case::new(format!("{title}: the first packet without a link header"), &cast.world(), Program::IngressBare, TUNNEL, &first)
-            .becomes(&first.clone().to(cast.backend))
-            .opens(ONE)
-            .embryonic([cast.connection().both()]),
+        Case::new(
+            format!("{title}: the first packet without a link header"),
+            &cast.world(),
+            Program::IngressBare,
+            TUNNEL,
+            &first,
+        )
+        .becomes(&first.clone().to(cast.backend))
+        .opens(ONE)
+        .embryonic([cast.connection().both()]),
     );
     let reply = cast.next(cast.backend, cast.client).bare();
     let world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
     table.cut(
-        Case::new(format!("{title}: a reply without a link header"), &world, Program::EgressBare, TUNNEL, &reply)
-            .becomes(&reply.clone().from(cast.frontend))
-            .reply(ONE),
+        Case::new(
+            format!("{title}: a reply without a link header"),
+            &world,
+            Program::EgressBare,
+            TUNNEL,
+            &reply,
+        )
+        .becomes(&reply.clone().from(cast.frontend))
+        .reply(ONE),
     );
 }
 
@@ -142,25 +177,43 @@ fn checksums(table: &mut Table, cast: &Cast) {
         let reply = Frame::udp(cast.backend, cast.client, b"reply").sum(Sum::Absent);
         let world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
         table.add(
-            Case::new(format!("{}: a reply without checksum", cast.title()), &world, Program::Egress, EDGE, &reply)
-                .becomes(&reply.clone().from(cast.frontend))
-                .reply(ONE),
+            Case::new(
+                format!("{}: a reply without checksum", cast.title()),
+                &world,
+                Program::Egress,
+                EDGE,
+                &reply,
+            )
+            .becomes(&reply.clone().from(cast.frontend))
+            .reply(ONE),
         );
     }
     let partial = first.sum(Sum::Partial);
     table.add(
-        Case::new(format!("{}: a checksum that is left to the device", cast.title()), &cast.world(), Program::Ingress, EDGE, &partial)
-            .becomes(&partial.clone().to(cast.backend))
-            .opens(ONE)
-            .embryonic([cast.connection().both()])
-            .partial(),
+        Case::new(
+            format!("{}: a checksum that is left to the device", cast.title()),
+            &cast.world(),
+            Program::Ingress,
+            EDGE,
+            &partial,
+        )
+        .becomes(&partial.clone().to(cast.backend))
+        .opens(ONE)
+        .embryonic([cast.connection().both()])
+        .partial(),
     );
     let partial = cast.next(cast.backend, cast.client).sum(Sum::Partial);
     let world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
     table.add(
-        Case::new(format!("{}: a reply's checksum that is left to the device", cast.title()), &world, Program::Egress, EDGE, &partial)
-            .becomes(&partial.clone().from(cast.frontend))
-            .reply(ONE)
-            .partial(),
+        Case::new(
+            format!("{}: a reply's checksum that is left to the device", cast.title()),
+            &world,
+            Program::Egress,
+            EDGE,
+            &partial,
+        )
+        .becomes(&partial.clone().from(cast.frontend))
+        .reply(ONE)
+        .partial(),
     );
 }

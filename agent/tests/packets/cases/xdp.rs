@@ -24,10 +24,16 @@ fn taken(table: &mut Table, cast: &Cast) {
     let connection = cast.connection();
     let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
     table.cut(
-        Case::new(format!("{title}: XDP opens a flow to a backend on this node"), &cast.world(), Program::Xdp, UPLINK, &first)
-            .becomes(&first.clone().to(cast.backend))
-            .opens(ONE)
-            .embryonic([connection.both()]),
+        Case::new(
+            format!("{title}: XDP opens a flow to a backend on this node"),
+            &cast.world(),
+            Program::Xdp,
+            UPLINK,
+            &first,
+        )
+        .becomes(&first.clone().to(cast.backend))
+        .opens(ONE)
+        .embryonic([connection.both()]),
     );
     let next = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
     let translated = next.clone().to(cast.backend);
@@ -36,25 +42,43 @@ fn taken(table: &mut Table, cast: &Cast) {
         let after = if age < 9 { proven.age(age) } else { proven };
         let world = cast.world().flows(proven.age(age).both());
         table.add(
-            Case::new(format!("{title}: XDP takes a packet of {what} flow"), &world, Program::Xdp, UPLINK, &next)
-                .becomes(&translated)
-                .forward(ONE)
-                .flows([after.both()]),
+            Case::new(
+                format!("{title}: XDP takes a packet of {what} flow"),
+                &world,
+                Program::Xdp,
+                UPLINK,
+                &next,
+            )
+            .becomes(&translated)
+            .forward(ONE)
+            .flows([after.both()]),
         );
     }
     if cast.protocol == TCP {
         table.add(
-            Case::new(format!("{title}: XDP proves a flow"), &cast.world().embryonic(connection.both()), Program::Xdp, UPLINK, &next)
-                .becomes(&translated)
-                .forward(ONE)
-                .flows([proven.both()])
-                .embryonic([]),
+            Case::new(
+                format!("{title}: XDP proves a flow"),
+                &cast.world().embryonic(connection.both()),
+                Program::Xdp,
+                UPLINK,
+                &next,
+            )
+            .becomes(&translated)
+            .forward(ONE)
+            .flows([proven.both()])
+            .embryonic([]),
         );
         table.add(
-            Case::new(format!("{title}: XDP makes lost entries again"), &cast.world(), Program::Xdp, UPLINK, &next)
-                .becomes(&translated)
-                .reason(Reason::Recovered, ONE)
-                .flows([proven.both()]),
+            Case::new(
+                format!("{title}: XDP makes lost entries again"),
+                &cast.world(),
+                Program::Xdp,
+                UPLINK,
+                &next,
+            )
+            .becomes(&translated)
+            .reason(Reason::Recovered, ONE)
+            .flows([proven.both()]),
         );
     }
 }
@@ -68,10 +92,20 @@ fn left(table: &mut Table, cast: &Cast) {
     };
     let far = cast.world().backend_flags(ONE, backend::SERVING);
     leave("a packet for a backend on another node", &far, UPLINK, &first);
-    leave("a packet whose checksum is left to the device", &cast.world(), UPLINK, &first.clone().sum(Sum::Partial));
+    leave(
+        "a packet whose checksum is left to the device",
+        &cast.world(),
+        UPLINK,
+        &first.clone().sum(Sum::Partial),
+    );
     let proven = cast.world().flows(connection.state(state::ESTABLISHED).age(40).both());
     let next = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
-    leave("a known flow's packet whose checksum is left to the device", &proven, UPLINK, &next.sum(Sum::Partial));
+    leave(
+        "a known flow's packet whose checksum is left to the device",
+        &proven,
+        UPLINK,
+        &next.sum(Sum::Partial),
+    );
     leave("a frame for another host", &cast.world(), UPLINK, &first.clone().at([2, 9, 9, 9, 9, 9]));
     leave("a frame for another device of this host", &cast.world(), UPLINK, &first.clone().at(mac(EDGE)));
     leave("a frame to everybody", &cast.world(), UPLINK, &first.clone().at([0xff; 6]));
@@ -96,7 +130,13 @@ fn left(table: &mut Table, cast: &Cast) {
     stranger.set_ip(cast.router);
     leave("a stranger", &cast.world(), UPLINK, &cast.first(cast.client, stranger).at(mac(UPLINK)));
     let arp = [&mac(UPLINK)[..], &[2, 0, 0, 0, 0, 5], &[0x08, 0x06], &[0; 46]].concat();
-    let mut case = Case::new(format!("{title}: XDP leaves a frame of another ethertype"), &cast.world(), Program::Xdp, UPLINK, &first);
+    let mut case = Case::new(
+        format!("{title}: XDP leaves a frame of another ethertype"),
+        &cast.world(),
+        Program::Xdp,
+        UPLINK,
+        &first,
+    );
     case.input.clone_from(&arp);
     case.expected.frame = arp;
     table.add(case);

@@ -1,0 +1,162 @@
+//! Sockets whose packets are translated one by one: connected UDP of pods and of the host.
+//!
+//! test-threads: 2
+
+mod lab_support;
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context, Result, ensure};
+use lab_support::{
+    Cluster, DNS, ENOUGH, Plan, SOON, WEB, all_answer, cluster_ip, counted, on_host, reaches, replies,
+    service, skip, status, until_backends, word,
+};
+use sluice_lab::{Backend, Event, Namespace, Reply, Running};
+
+#[test]
+fn connected_udp_of_pod_and_host_reaches_backends_of_every_kind() -> Result<()> {
+    if skip("connected_udp_of_pod_and_host") {
+        return Ok(());
+    }
+    let mut cluster = Cluster::without_agents("kinds", &Plan { near: 1, far: 1, ..Plan::default() })?;
+    let node = cluster.node().clone();
+    cluster.serve(&node)?;
+    let all: Vec<Backend> = cluster.backends.iter().map(Backend::from).chain([on_host(&node)]).collect();
+    cluster.manifests.write(&cluster.web().backends(all))?;
+    cluster.start_agents(&["--socket-path", "off"])?;
+    let names = ["near-1", "far-1", "n1"];
+    for mode in ["off", "all"] {
+        cluster.change_agents(&["--socket-path", mode])?;
+        for client in [&*cluster.client, &*node] {
+            for vip in cluster_ip(WEB) {
+                let dns = SocketAddr::new(vip, DNS);
+                let before = counted(&node, "web:dns")?;
+                let answers = client.udp_ask_connected(dns, ENOUGH)?;
+                all_answer(&format!("{mode}: {} {dns}", client.name()), &answers, &names, dns)?;
+                let more = counted(&node, "web:dns")? - before;
+                ensure!(more.calls == 0 && more.flows == u64::from(ENOUGH), "{mode}: {more:?}");
+            }
+            // Everything else reaches them as well.
+            reaches(client, cluster_ip(WEB), &names, None).context(mode)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_host_without_a_default_route_reaches_services_by_the_own_device() -> Result<()> {
+    if skip("a_host_without_a_default_route") {
+        return Ok(());
+    }
+    let mut cluster = Cluster::without_agents("no-default", &Plan { near: 1, far: 1, ..Plan::default() })?;
+    let node = cluster.node().clone();
+    let _ = node.ip("route del default")?;
+    let _ = node.run("ip", ["-6", "route", "del", "default"])?;
+    let lost = node.udp_ask_connected(SocketAddr::new(cluster_ip(WEB)[0], DNS), 1);
+    ensure!(lost.is_err(), "a route leads to VIPs: {lost:?}");
+    for mode in ["off", "all"] {
+        let args = ["--socket-path", mode, "--uplink", "eth0"];
+        if mode == "off" {
+            cluster.start_agents(&args)?;
+        } else {
+            cluster.change_agents(&args)?;
+        }
+        let status = status(&node)?;
+        let devices = status.get("devices").and_then(|all| all.as_array()).cloned().unwrap_or_default();
+        ensure!(
+            devices.iter().any(|one| word(one, "name") == "sluice0" && word(one, "role") == "own"),
+            "{devices:?}"
+        );
+        reaches(&node, cluster_ip(WEB), &["near-1", "far-1"], None).context(mode)?;
+        reaches(&cluster.client, cluster_ip(WEB), &["near-1", "far-1"], None).context(mode)?;
+    }
+    // A service that goes takes its route along.
+    let routes = || node.run("ip", ["-o", "route", "show", "dev", "sluice0"]);
+    let vip = cluster_ip(WEB)[0].to_string();
+    ensure!(routes()?.contains(&vip), "{}", routes()?);
+    cluster.manifests.remove(&cluster.web())?;
+    lab_support::until("the VIP's route goes", || Ok((!routes()?.contains(&vip)).then_some(())))
+}
+
+/// A connected UDP socket that asks fifty times a second.
+fn asking(client: &Namespace, vip: IpAddr) -> Result<Running> {
+    let to = SocketAddr::new(vip, DNS).to_string();
+    client.tool([
+        "udp-client",
+        "--connected",
+        "--count=400",
+        "--interval-ms=20",
+        "--timeout-ms=400",
+        "--to",
+        &to,
+    ])
+}
+
+fn answers(client: &Running) -> Vec<Reply> {
+    let events = client.events().into_iter();
+    events.filter_map(|event| if let Event::Reply(reply) = event { Some(reply) } else { None }).collect()
+}
+
+#[test]
+fn connected_udp_leaves_a_removed_backend_at_once() -> Result<()> {
+    if skip("connected_udp_leaves_a_removed_backend") {
+        return Ok(());
+    }
+    let mut cluster = Cluster::new("leave", &Plan { near: 3, ..Plan::default() })?;
+    let node = cluster.node().clone();
+    for mode in ["all", "off"] {
+        cluster.change_agents(&["--socket-path", mode])?;
+        cluster.manifests.write(&cluster.web())?;
+        until_backends(&node, "web", 3)?;
+        let mut open = Vec::new();
+        for client in [&*cluster.client, &*node] {
+            for vip in cluster_ip(WEB) {
+                open.push(asking(client, vip)?);
+            }
+        }
+        let mut chosen = BTreeSet::new();
+        for client in &mut open {
+            let _ = client.wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
+            chosen.extend(answers(client).last().map(|reply| reply.name.clone()));
+        }
+        // All that were chosen go; if these are all, all but one.
+        let mut staying: Vec<_> =
+            cluster.backends.iter().filter(|pod| !chosen.contains(pod.name())).collect();
+        if staying.is_empty() {
+            staying.push(&cluster.backends[0]);
+        }
+        let names: Vec<&str> = staying.iter().map(|pod| pod.name()).collect();
+        cluster.manifests.write(&cluster.web().backends(staying.iter().copied()))?;
+        until_backends(&node, "web", names.len())?;
+        for client in &mut open {
+            let last = answers(client).len();
+            let _ = client
+                .wait_until("it goes on", SOON, |this| (answers(this).len() > last + 5).then_some(()))?;
+            let all = replies(client.events()).context("a request was lost")?;
+            // The one under way at the change may have been answered just before.
+            let late: Vec<_> = all.iter().skip(last + 1).map(|reply| reply.name.as_str()).collect();
+            ensure!(
+                late.iter().all(|name| names.contains(name)),
+                "{mode}: {late:?}, only {names:?} are left"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_service_of_the_host_network_of_another_node_is_reached() -> Result<()> {
+    if skip("a_service_of_the_host_network_of_another_node") {
+        return Ok(());
+    }
+    let mut cluster = Cluster::without_agents("other-host", &Plan { near: 0, far: 1, ..Plan::default() })?;
+    let (node, other) = (cluster.node().clone(), cluster.nodes[1].clone());
+    cluster.serve(&other)?;
+    cluster.manifests.write(&service("there", 20).backends([on_host(&other)]))?;
+    cluster.start_agents(&["--socket-path", "off"])?;
+    for client in [&*cluster.client, &*node] {
+        reaches(client, cluster_ip(20), &["n2"], None)?;
+    }
+    Ok(())
+}
