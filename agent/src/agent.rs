@@ -359,11 +359,15 @@ fn cgroup2_mount() -> anyhow::Result<PathBuf> {
 }
 
 fn find_cgroup2(mounts: &str) -> Option<PathBuf> {
-    mounts.lines().find_map(|line| {
+    let cgroup2 = mounts.lines().filter_map(|line| {
         let (mount, kind) = line.split_once(" - ")?;
-        let path = mount.split(' ').nth(4)?;
-        kind.starts_with("cgroup2 ").then(|| Path::new(path).to_owned())
-    })
+        let mut fields = mount.split(' ').skip(3);
+        let (root, path) = (fields.next()?, fields.next()?);
+        kind.starts_with("cgroup2 ").then_some((root, path))
+    });
+    // In a container the host's tree, mounted from outside, has a root above the container's own (`/..`).
+    let outermost = cgroup2.rev().max_by_key(|(root, _)| root.split('/').filter(|part| *part == "..").count());
+    outermost.map(|(_, path)| PathBuf::from(path))
 }
 
 #[cfg(test)]
@@ -376,5 +380,8 @@ mod tests {
                       36 24 0:31 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
         assert_eq!(find_cgroup2(mounts), Some(PathBuf::from("/sys/fs/cgroup/unified")));
         assert_eq!(find_cgroup2("1 2 0:1 / / rw - ext4 /dev/vda rw\n"), None);
+        let container = "36 24 0:31 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n\
+                         37 24 0:31 /../../.. /host/cgroup rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(find_cgroup2(container), Some(PathBuf::from("/host/cgroup")));
     }
 }

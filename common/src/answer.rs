@@ -14,9 +14,7 @@
 use crate::abi::Tuple;
 use crate::checksum::{fold16, pseudo_header, sum_words};
 use crate::family::{Family, V4, V6};
-use crate::header::{
-    IcmpHeader, Ipv4Header, Ipv6Header, TcpHeader, Wire, protocol, tcp,
-};
+use crate::header::{IcmpHeader, Ipv4Header, Ipv6Header, TcpHeader, Wire, protocol, tcp};
 use crate::parse::{Headers, Parse};
 
 /// Bytes of the offending packet that an ICMP error quotes at most: its IP header with some options or
@@ -106,8 +104,7 @@ fn pseudo<F: Family>(source: &F0<F>, destination: &F0<F>, protocol: u8, length: 
 pub fn is_partial<F: Family>(headers: &Headers<F>) -> bool {
     let Tuple { source, destination, protocol, .. } = &headers.tuple;
     let length = headers.length.wrapping_sub(headers.transport.wrapping_sub(headers.network));
-    headers.has_checksum
-        && headers.checksum == fold16(pseudo::<F>(source, destination, *protocol, length))
+    headers.has_checksum && headers.checksum == fold16(pseudo::<F>(source, destination, *protocol, length))
 }
 
 /// The reset that answers a TCP segment (RFC 9293, 3.10.7.1).
@@ -134,8 +131,7 @@ pub fn reset<F: Answer>(headers: &Headers<F>, segment: &TcpHeader, payload: u32)
         let sequence = u32::from(u16::from_be(high)) << 16 | u32::from(u16::from_be(low));
         let acknowledgment = sequence.wrapping_add(payload);
         header.flags = tcp::RST | tcp::ACK;
-        header.acknowledgment =
-            [((acknowledgment >> 16) as u16).to_be(), (acknowledgment as u16).to_be()];
+        header.acknowledgment = [((acknowledgment >> 16) as u16).to_be(), (acknowledgment as u16).to_be()];
     }
     let sum = pseudo::<F>(&to.source, &to.destination, protocol::TCP, 20);
     header.checksum = if is_partial(headers) {
@@ -169,9 +165,8 @@ pub fn error<F: Answer>(
     let to = headers.tuple.reversed();
     let length = quote.wrapping_add(8);
     let mut rest = mtu.to_be();
-    let mut sum = quote_sum
-        .wrapping_add(u64::from(u16::from_ne_bytes([kind, code])))
-        .wrapping_add(u64::from(rest));
+    let mut sum =
+        quote_sum.wrapping_add(u64::from(u16::from_ne_bytes([kind, code]))).wrapping_add(u64::from(rest));
     if F::VERSION == 6 {
         let pseudo = pseudo::<F>(&to.source, &to.destination, F::ICMP, length);
         sum = sum.wrapping_add(pseudo);

@@ -3,8 +3,7 @@
 use crate::abi::Tuple;
 use crate::family::{Family, V4, V6};
 use crate::header::{
-    ExtensionHeader, IcmpHeader, Ipv4Header, Ipv6Header, TcpHeader, UdpHeader,
-    VlanTag, Wire, protocol, vlan,
+    ExtensionHeader, IcmpHeader, Ipv4Header, Ipv6Header, TcpHeader, UdpHeader, VlanTag, Wire, protocol, vlan,
 };
 
 /// Read access to a packet.
@@ -199,8 +198,8 @@ impl Parse for V6 {
                 }
                 next = extension.next_header;
                 // A fragment header has a zero here and eight bytes: one step serves all four.
-                transport = transport
-                    .wrapping_add(u32::from(extension.length).wrapping_add(1).wrapping_mul(8));
+                transport =
+                    transport.wrapping_add(u32::from(extension.length).wrapping_add(1).wrapping_mul(8));
                 if transport > OFFSET_MAX {
                     kind = Kind::Malformed;
                     break;

@@ -24,8 +24,7 @@
 //! at ingress and handed in on the device that the route to the VIP names.
 
 use crate::abi::{
-    self, Class, Flow, RejectBucket, ServiceKey, Tuple, backend, flow, frontend, listing,
-    state,
+    self, Class, Flow, RejectBucket, ServiceKey, Tuple, backend, flow, frontend, listing, state,
 };
 use crate::family::Family;
 use crate::header::{protocol, tcp};
@@ -398,9 +397,7 @@ fn serves<F: Family, T: Tables<F>>(flow: &Flow<F::Address>, tables: &T) -> bool 
         return true;
     }
     match tables.backend(flow.backend) {
-        Some(backend) => {
-            backend.generation == flow.generation && backend.flags & backend::SERVING != 0
-        }
+        Some(backend) => backend.generation == flow.generation && backend.flags & backend::SERVING != 0,
         None => false,
     }
 }
@@ -479,8 +476,7 @@ fn claim<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     let hash = maglev::hash::<F>(&decision.key);
     for attempt in 0..REMAP_TRIES {
         if attempt > 0 {
-            decision.flow.source_port =
-                remapped(hash.wrapping_add(attempt.wrapping_mul(0x9e37_79b9)));
+            decision.flow.source_port = remapped(hash.wrapping_add(attempt.wrapping_mul(0x9e37_79b9)));
         }
         if is_free(tables, decision) {
             return;
@@ -583,11 +579,7 @@ fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &
 /// Where the client's connections are translated at the socket, all of them are direct on the wire, and there is
 /// no guessing.
 #[inline(always)]
-fn unknown_connection<F: Family, T: Tables<F>>(
-    headers: &Headers<F>,
-    tables: &T,
-    decision: &mut Decision<F>,
-) {
+fn unknown_connection<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) {
     let packet = &headers.tuple;
     let endpoint = ServiceKey {
         address: packet.destination,

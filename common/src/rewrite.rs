@@ -73,11 +73,7 @@ fn ports_delta(old: [u16; 2], new: [u16; 2]) -> Delta {
 /// error's own addresses where they are ends of the connection; a router on the way keeps its address.
 #[inline(always)]
 pub fn rewrite<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
-    if headers.kind == Kind::IcmpError {
-        error(edit, headers, flow)
-    } else {
-        segment(edit, headers, flow)
-    }
+    if headers.kind == Kind::IcmpError { error(edit, headers, flow) } else { segment(edit, headers, flow) }
 }
 
 /// As [`rewrite`], for a TCP or UDP packet.
@@ -148,10 +144,7 @@ fn error<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flow<F::A
     }
 
     let [outer_source, _] = headers.outer;
-    let outer = [
-        if outer_source == tuple.source { flow.source } else { outer_source },
-        flow.destination,
-    ];
+    let outer = [if outer_source == tuple.source { flow.source } else { outer_source }, flow.destination];
     let outer_delta = addresses_delta::<F>(&headers.outer, &outer);
     if F::VERSION == V4::VERSION
         && !edit.network_checksum(headers.network.wrapping_add(NETWORK_CHECKSUM), outer_delta)
@@ -174,8 +167,7 @@ pub fn hop<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>) -> bool {
     }
     let ttl = headers.ttl.wrapping_sub(1);
     if F::VERSION == V4::VERSION {
-        let delta = Delta::ZERO
-            .half(u16::from_ne_bytes([headers.ttl, 0]), u16::from_ne_bytes([ttl, 0]));
+        let delta = Delta::ZERO.half(u16::from_ne_bytes([headers.ttl, 0]), u16::from_ne_bytes([ttl, 0]));
         edit.network_checksum(headers.network.wrapping_add(NETWORK_CHECKSUM), delta)
             && edit.store(headers.network.wrapping_add(8), [ttl])
     } else {

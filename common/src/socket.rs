@@ -30,11 +30,7 @@ pub enum Choice<F: Family> {
 
 /// Chooses the backend for a call of the socket with this cookie to this address.
 #[inline(always)]
-pub fn choose<F: Family, T: Tables<F>>(
-    key: &ServiceKey<F::Address>,
-    cookie: u64,
-    tables: &T,
-) -> Choice<F> {
+pub fn choose<F: Family, T: Tables<F>>(key: &ServiceKey<F::Address>, cookie: u64, tables: &T) -> Choice<F> {
     if tables.listing(&key.address) & abi::listing::FRONTEND == 0 {
         return Choice::Stranger;
     }

@@ -1,8 +1,6 @@
 //! The questions that the packet's path may ask of the maps.
 
-use crate::abi::{
-    Backend, Class, Flow, OriginKey, Origins, Range, Service, ServiceKey, Ticks, Tuple,
-};
+use crate::abi::{Backend, Class, Flow, OriginKey, Origins, Range, Service, ServiceKey, Ticks, Tuple};
 use crate::family::Family;
 
 /// Read access to the maps of one address family.

@@ -16,42 +16,21 @@ use crate::workspace::Workspace;
 /// Builds it for tests and the demo. What packets meet is the eBPF object,
 /// which is optimised in any case, so the profile that is quick to build does.
 pub(crate) fn build_dev(workspace: &Workspace) -> Result<PathBuf> {
-    artifacts::build_binary(workspace.cargo().args([
-        "build",
-        "--package",
-        "sluice",
-        "--bin",
-        "sluice",
-    ]))
-    .context("cannot build the agent")
+    artifacts::build_binary(workspace.cargo().args(["build", "--package", "sluice", "--bin", "sluice"]))
+        .context("cannot build the agent")
 }
 
 /// Builds it for use: optimised, and one static file that runs on any
 /// distribution and in an empty image.
 pub(crate) fn build_release(workspace: &Workspace) -> Result<()> {
-    let rustc = Cmd::new("rustc")
-        .dir(workspace.root())
-        .arg("-vV")
-        .stdout()?;
-    let host = Rustc::parse(&rustc)
-        .context("cannot read `rustc -vV`")?
-        .host;
+    let rustc = Cmd::new("rustc").dir(workspace.root()).arg("-vV").stdout()?;
+    let host = Rustc::parse(&rustc).context("cannot read `rustc -vV`")?.host;
     let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
     let binary = artifacts::build_binary(
         workspace
             .cargo()
-            .env(
-                "RUSTFLAGS",
-                format!("{flags} -C target-feature=+crt-static").trim(),
-            )
-            .args([
-                "build",
-                "--package",
-                "sluice",
-                "--bin",
-                "sluice",
-                "--release",
-            ])
+            .env("RUSTFLAGS", format!("{flags} -C target-feature=+crt-static").trim())
+            .args(["build", "--package", "sluice", "--bin", "sluice", "--release"])
             // With a target named, the flags are for the binary alone and not
             // for the build scripts and macros, which must stay dynamic.
             .args(["--target", &host]),
@@ -59,21 +38,14 @@ pub(crate) fn build_release(workspace: &Workspace) -> Result<()> {
     .context("cannot build the agent")?;
     let content = fs::read(&binary).with_context(|| format!("cannot read {}", binary.display()))?;
     if has_interpreter(&content)? {
-        bail!(
-            "{} is not static: it names a dynamic linker",
-            binary.display()
-        );
+        bail!("{} is not static: it names a dynamic linker", binary.display());
     }
     println!("{} {}", binary.display(), bytes(content.len() as u64));
     Ok(())
 }
 
 fn has_interpreter(binary: &[u8]) -> Result<bool> {
-    let file = ElfFile64::<object::Endianness>::parse(binary)
-        .context("the binary is no 64-bit ELF file")?;
+    let file = ElfFile64::<object::Endianness>::parse(binary).context("the binary is no 64-bit ELF file")?;
     let endian = file.endian();
-    Ok(file
-        .elf_program_headers()
-        .iter()
-        .any(|header| header.p_type(endian) == elf::PT_INTERP))
+    Ok(file.elf_program_headers().iter().any(|header| header.p_type(endian) == elf::PT_INTERP))
 }

@@ -72,20 +72,13 @@ impl Artifact {
 /// Runs a cargo build and returns everything it built or found fresh;
 /// diagnostics and progress go to this terminal.
 pub(crate) fn build(cargo: Cmd) -> Result<Vec<Artifact>> {
-    let output = cargo
-        .arg("--message-format=json-render-diagnostics")
-        .stdout()?;
+    let output = cargo.arg("--message-format=json-render-diagnostics").stdout()?;
     parse(&output)
 }
 
 /// Builds one binary and returns its file.
 pub(crate) fn build_binary(cargo: Cmd) -> Result<PathBuf> {
-    build(cargo)?
-        .iter()
-        .rev()
-        .find_map(Artifact::binary)
-        .cloned()
-        .context("cargo built no binary")
+    build(cargo)?.iter().rev().find_map(Artifact::binary).cloned().context("cargo built no binary")
 }
 
 fn parse(messages: &str) -> Result<Vec<Artifact>> {
@@ -126,15 +119,9 @@ mod tests {
         .join("\n");
         let artifacts = parse(&messages)?;
         let binaries: Vec<_> = artifacts.iter().filter_map(Artifact::binary).collect();
-        assert_eq!(
-            binaries,
-            [&PathBuf::from("/p/exe"), &PathBuf::from("/p/file")]
-        );
+        assert_eq!(binaries, [&PathBuf::from("/p/exe"), &PathBuf::from("/p/file")]);
         assert_eq!(artifacts.iter().filter(|a| a.is_test_binary()).count(), 2);
-        assert_eq!(
-            artifacts.iter().filter(|a| a.is_integration_test()).count(),
-            1
-        );
+        assert_eq!(artifacts.iter().filter(|a| a.is_integration_test()).count(), 1);
         Ok(())
     }
 }

@@ -22,8 +22,7 @@ impl Budget {
     /// Reads the workspace's budget.
     pub(crate) fn read(workspace: &Workspace) -> Result<Self> {
         let path = workspace.root().join("ebpf/budget.toml");
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         toml::from_str(&text).with_context(|| format!("cannot parse {}", path.display()))
     }
 
@@ -34,11 +33,7 @@ impl Budget {
 
     /// Programs that have a limit of their own but do not exist.
     pub(crate) fn unknown(&self, mut exists: impl FnMut(&str) -> bool) -> Vec<&str> {
-        self.programs
-            .keys()
-            .map(String::as_str)
-            .filter(|name| !exists(name))
-            .collect()
+        self.programs.keys().map(String::as_str).filter(|name| !exists(name)).collect()
     }
 }
 

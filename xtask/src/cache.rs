@@ -20,12 +20,9 @@ pub(crate) struct Cache {
 impl Cache {
     /// Chooses the place by the environment; creates nothing yet.
     pub(crate) fn open() -> Result<Self> {
-        let root = choose_root(
-            env::var_os("SLUICE_CACHE"),
-            env::var_os("XDG_CACHE_HOME"),
-            env::var_os("HOME"),
-        )
-        .context("no place for the cache: set SLUICE_CACHE, XDG_CACHE_HOME or HOME")?;
+        let root =
+            choose_root(env::var_os("SLUICE_CACHE"), env::var_os("XDG_CACHE_HOME"), env::var_os("HOME"))
+                .context("no place for the cache: set SLUICE_CACHE, XDG_CACHE_HOME or HOME")?;
         let root = std::path::absolute(root).context("the cache's path is not usable")?;
         Ok(Self { root })
     }
@@ -48,13 +45,8 @@ impl Cache {
             return Ok(place);
         }
         let parent = place.parent().context("a cache entry needs a parent")?;
-        let name = place
-            .file_name()
-            .context("a cache entry needs a name")?
-            .to_string_lossy()
-            .into_owned();
-        fs::create_dir_all(parent)
-            .with_context(|| format!("cannot create {}", parent.display()))?;
+        let name = place.file_name().context("a cache entry needs a name")?.to_string_lossy().into_owned();
+        fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
         let _lock = lock(&parent.join(format!(".{name}.lock")), entry)?;
         // Another run may have finished it while this one waited.
         if is_complete(&place) {
@@ -66,8 +58,7 @@ impl Cache {
         fs::create_dir(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
         build(&partial)?;
         remove_dir_if_exists(&place)?;
-        fs::rename(&partial, &place)
-            .with_context(|| format!("cannot put {} in place", place.display()))?;
+        fs::rename(&partial, &place).with_context(|| format!("cannot put {} in place", place.display()))?;
         Ok(place)
     }
 }
@@ -82,12 +73,7 @@ fn remove_dir_if_exists(path: &Path) -> Result<()> {
 /// Holds the lock until the returned file is dropped.
 fn lock(path: &Path, entry: &str) -> Result<File> {
     let context = || format!("cannot lock {}", path.display());
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(path)
-        .with_context(context)?;
+    let file = File::options().create(true).truncate(false).write(true).open(path).with_context(context)?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
@@ -101,18 +87,10 @@ fn lock(path: &Path, entry: &str) -> Result<File> {
 
 /// The XDG base directory rules: a relative `XDG_CACHE_HOME` is ignored, an
 /// empty variable counts as unset.
-fn choose_root(
-    own: Option<OsString>,
-    xdg: Option<OsString>,
-    home: Option<OsString>,
-) -> Option<PathBuf> {
+fn choose_root(own: Option<OsString>, xdg: Option<OsString>, home: Option<OsString>) -> Option<PathBuf> {
     let set = |value: Option<OsString>| value.filter(|value| !value.is_empty()).map(PathBuf::from);
     set(own)
-        .or_else(|| {
-            set(xdg)
-                .filter(|path| path.is_absolute())
-                .map(|path| path.join("sluice"))
-        })
+        .or_else(|| set(xdg).filter(|path| path.is_absolute()).map(|path| path.join("sluice")))
         .or_else(|| set(home).map(|path| path.join(".cache/sluice")))
 }
 
@@ -130,23 +108,15 @@ mod tests {
     fn the_own_variable_wins_then_xdg_then_home() {
         assert_eq!(root("/own", "/xdg", "/home/a"), Some("/own".into()));
         assert_eq!(root("", "/xdg", "/home/a"), Some("/xdg/sluice".into()));
-        assert_eq!(
-            root("", "", "/home/a"),
-            Some("/home/a/.cache/sluice".into())
-        );
-        assert_eq!(
-            root("", "relative", "/home/a"),
-            Some("/home/a/.cache/sluice".into())
-        );
+        assert_eq!(root("", "", "/home/a"), Some("/home/a/.cache/sluice".into()));
+        assert_eq!(root("", "relative", "/home/a"), Some("/home/a/.cache/sluice".into()));
         assert_eq!(choose_root(None, None, None), None);
     }
 
     #[test]
     fn an_entry_is_complete_or_absent() -> Result<()> {
         let directory = tempfile::tempdir()?;
-        let cache = Cache {
-            root: directory.path().to_owned(),
-        };
+        let cache = Cache { root: directory.path().to_owned() };
         let is_complete = |path: &Path| path.join("tool").is_file();
         let failed = cache.ensure("tools/a", is_complete, |path| {
             fs::write(path.join("half"), "")?;
@@ -156,10 +126,7 @@ mod tests {
         assert!(!cache.path("tools/a").exists());
 
         let built = cache.ensure("tools/a", is_complete, |path| {
-            assert!(
-                !path.join("half").exists(),
-                "a dead run's leftovers are gone"
-            );
+            assert!(!path.join("half").exists(), "a dead run's leftovers are gone");
             fs::write(path.join("tool"), "")?;
             Ok(())
         })?;

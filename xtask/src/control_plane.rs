@@ -38,16 +38,8 @@ struct Server {
 }
 
 const SERVERS: [Server; 3] = [
-    Server {
-        name: "etcd",
-        package: "go.etcd.io/etcd/server/v3",
-        version: ETCD,
-    },
-    Server {
-        name: "kube-apiserver",
-        package: "k8s.io/kubernetes/cmd/kube-apiserver",
-        version: KUBERNETES,
-    },
+    Server { name: "etcd", package: "go.etcd.io/etcd/server/v3", version: ETCD },
+    Server { name: "kube-apiserver", package: "k8s.io/kubernetes/cmd/kube-apiserver", version: KUBERNETES },
     Server {
         name: "kube-controller-manager",
         package: "k8s.io/kubernetes/cmd/kube-controller-manager",
@@ -62,11 +54,7 @@ const SERVERS: [Server; 3] = [
 pub(crate) fn obtain(cache: &Cache) -> Result<PathBuf> {
     cache.ensure(
         &format!("control-plane/v{KUBERNETES}"),
-        |directory| {
-            SERVERS
-                .iter()
-                .all(|server| directory.join(server.name).exists())
-        },
+        |directory| SERVERS.iter().all(|server| directory.join(server.name).exists()),
         |directory| {
             let sources = directory.join("src");
             fs::create_dir(&sources)?;
@@ -97,9 +85,8 @@ fn in_path(server: &Server) -> Option<PathBuf> {
 /// fetches the right one by itself if it is allowed to.
 fn require_go(sources: &Path) -> Result<()> {
     let (major, minor) = GO;
-    let how = format!(
-        "install Go {major}.{minor} or newer (https://go.dev/doc/install) and put it into PATH"
-    );
+    let how =
+        format!("install Go {major}.{minor} or newer (https://go.dev/doc/install) and put it into PATH");
     let output = Cmd::new("go")
         .dir(sources)
         .env("GOWORK", "off")
@@ -107,10 +94,7 @@ fn require_go(sources: &Path) -> Result<()> {
         .probe()
         .with_context(|| format!("no Go to build the control plane with; {how}"))?;
     if version::go(&output).is_none_or(|found| found < GO) {
-        bail!(
-            "{} is too old to build the control plane; {how}",
-            output.trim()
-        );
+        bail!("{} is too old to build the control plane; {how}", output.trim());
     }
     Ok(())
 }
@@ -127,15 +111,7 @@ fn build(server: &Server, sources: &Path, file: &Path) -> Result<()> {
         .dir(sources)
         .env("CGO_ENABLED", "0")
         .env("GOWORK", "off")
-        .args([
-            "build",
-            "-mod=mod",
-            "-trimpath",
-            "-v",
-            "-ldflags",
-            &flags,
-            "-o",
-        ])
+        .args(["build", "-mod=mod", "-trimpath", "-v", "-ldflags", &flags, "-o"])
         .args([file.as_os_str(), server.package.as_ref()])
         // With -v go prints each package as it compiles it.
         .run_behind(&step, |package| {
@@ -158,11 +134,7 @@ mod tests {
         let (major, minor) = GO;
         assert!(GO_MOD.contains(&format!("go {major}.{minor}.")));
         for server in SERVERS {
-            assert!(
-                GO_MOD.contains(&format!("\t{}\n", server.package)),
-                "{}",
-                server.name
-            );
+            assert!(GO_MOD.contains(&format!("\t{}\n", server.package)), "{}", server.name);
         }
     }
 }

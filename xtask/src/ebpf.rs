@@ -28,10 +28,8 @@ pub(crate) fn build(workspace: &Workspace, toolchain: &Toolchain) -> Result<Path
             .arg(workspace.bpf_target_dir()),
     )
     .context("cannot build the eBPF object")?;
-    let unstripped =
-        fs::read(&linked).with_context(|| format!("cannot read {}", linked.display()))?;
-    let stripped =
-        strip(&unstripped).with_context(|| format!("cannot strip {}", linked.display()))?;
+    let unstripped = fs::read(&linked).with_context(|| format!("cannot read {}", linked.display()))?;
+    let stripped = strip(&unstripped).with_context(|| format!("cannot strip {}", linked.display()))?;
     let object = workspace.object();
     if fs::read(&object).ok().as_deref() != Some(&stripped) {
         replace(&object, &stripped)?;
@@ -58,29 +56,19 @@ fn strip(object: &[u8]) -> Result<Vec<u8>> {
     let mut elf = Builder::read(object)?;
     for section in &mut elf.sections {
         let name = section.name.as_slice();
-        section.delete = [&b".debug_"[..], b".rel.debug_", b".llvm_addrsig"]
-            .iter()
-            .any(|prefix| name.starts_with(prefix));
+        section.delete =
+            [&b".debug_"[..], b".rel.debug_", b".llvm_addrsig"].iter().any(|prefix| name.starts_with(prefix));
     }
     elf.delete_orphans();
     // LLVM writes one string table for sections and symbols, the builder two.
-    if !elf
-        .sections
-        .iter()
-        .any(|section| matches!(section.data, SectionData::SectionString))
-    {
+    if !elf.sections.iter().any(|section| matches!(section.data, SectionData::SectionString)) {
         let names = elf.sections.add();
         names.name = b".shstrtab"[..].into();
         names.sh_type = SHT_STRTAB;
         names.sh_addralign = 1;
         names.data = SectionData::SectionString;
     }
-    ensure!(
-        elf.sections
-            .iter()
-            .any(|section| section.name.as_slice() == b".BTF"),
-        "it has no BTF"
-    );
+    ensure!(elf.sections.iter().any(|section| section.name.as_slice() == b".BTF"), "it has no BTF");
     let mut stripped = Vec::new();
     elf.write(&mut stripped)?;
     Ok(stripped)

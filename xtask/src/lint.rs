@@ -11,37 +11,13 @@ use crate::workspace::Workspace;
 /// Runs all checks and stops at the first that fails.
 pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     step(workspace, "fmt", &["fmt", "--all", "--check"])?;
-    step(
-        workspace,
-        "clippy",
-        &[
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ],
-    )?;
-    step(
-        workspace,
-        "rustdoc",
-        &[
-            "doc",
-            "--workspace",
-            "--no-deps",
-            "--document-private-items",
-        ],
-    )
+    step(workspace, "clippy", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
+    step(workspace, "rustdoc", &["doc", "--workspace", "--no-deps", "--document-private-items"])
 }
 
 fn step(workspace: &Workspace, name: &str, args: &[&str]) -> Result<()> {
     let step = Step::start(format!("lint: {name}"));
-    let color = if io::stderr().is_terminal() {
-        "always"
-    } else {
-        "never"
-    };
+    let color = if io::stderr().is_terminal() { "always" } else { "never" };
     workspace
         .cargo()
         .args(args)

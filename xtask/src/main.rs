@@ -39,13 +39,7 @@ struct Cli {
     command: Command,
 
     /// The compiler for the eBPF programs.
-    #[arg(
-        long,
-        global = true,
-        env = "SLUICE_BPF_TOOLCHAIN",
-        value_enum,
-        default_value_t
-    )]
+    #[arg(long, global = true, env = "SLUICE_BPF_TOOLCHAIN", value_enum, default_value_t)]
     toolchain: toolchain::Choice,
 }
 

@@ -56,12 +56,8 @@ pub(crate) fn report(workspace: &Workspace, object: &Path) -> Result<()> {
     for name in budget.unknown(|name| weights.iter().any(|weight| weight.name == name)) {
         eprintln!("warning: ebpf/budget.toml has a limit for {name}, which is no program");
     }
-    let over = weights
-        .iter()
-        .filter(|weight| weight.verified > budget.of(&weight.name));
-    complaints.extend(
-        over.map(|weight| format!("{} is over its budget in ebpf/budget.toml", weight.name)),
-    );
+    let over = weights.iter().filter(|weight| weight.verified > budget.of(&weight.name));
+    complaints.extend(over.map(|weight| format!("{} is over its budget in ebpf/budget.toml", weight.name)));
     if !complaints.is_empty() {
         bail!("{}", complaints.join("\n"));
     }
@@ -81,12 +77,7 @@ fn is_forbidden(error: &anyhow::Error) -> bool {
     error
         .chain()
         .filter_map(|cause| cause.downcast_ref::<io::Error>())
-        .any(|error| {
-            matches!(
-                error.kind(),
-                io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported
-            )
-        })
+        .any(|error| matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported))
 }
 
 fn weigh(name: &str, program: &mut Program) -> Result<Weight, ProgramError> {
@@ -145,15 +136,9 @@ fn refusal(workspace: &Workspace, name: &str, error: &ProgramError) -> Result<St
     let path = workspace.bpf_target_dir().join(format!("{name}.log"));
     fs::write(&path, &log).with_context(|| format!("cannot write {}", path.display()))?;
     let lines: Vec<_> = log.lines().collect();
-    let end = lines
-        .get(lines.len().saturating_sub(LOG_LINES)..)
-        .unwrap_or_default();
+    let end = lines.get(lines.len().saturating_sub(LOG_LINES)..).unwrap_or_default();
     let cause = error.source().map(ToString::to_string).unwrap_or_default();
-    Ok(format!(
-        "{}\n{name} does not load: {cause} (all of the log is in {})",
-        end.join("\n"),
-        path.display()
-    ))
+    Ok(format!("{}\n{name} does not load: {cause} (all of the log is in {})", end.join("\n"), path.display()))
 }
 
 fn print(weights: &[Weight], budget: &Budget) {
@@ -171,11 +156,7 @@ fn print(weights: &[Weight], budget: &Budget) {
             weight.kind,
             weight.instructions,
             weight.verified,
-            if weight.verified > limit {
-                "  OVER"
-            } else {
-                ""
-            }
+            if weight.verified > limit { "  OVER" } else { "" }
         );
     }
 }

@@ -22,11 +22,8 @@ const fn tool(command: &'static str, package: &'static str) -> Tool {
 }
 
 /// For running single programs by `BPF_PROG_TEST_RUN`.
-pub(crate) const KERNEL: &[Tool] = &[
-    tool("ip", "iproute2"),
-    tool("bpftool", "bpftool"),
-    tool("ethtool", "ethtool"),
-];
+pub(crate) const KERNEL: &[Tool] =
+    &[tool("ip", "iproute2"), tool("bpftool", "bpftool"), tool("ethtool", "ethtool")];
 
 /// For nodes, pods and clients in network namespaces.
 pub(crate) const LAB: &[Tool] = &[
@@ -48,11 +45,7 @@ pub(crate) const LAB: &[Tool] = &[
 ];
 
 /// For an agent against a real API server.
-pub(crate) const API: &[Tool] = &[
-    tool("ip", "iproute2"),
-    tool("curl", "curl"),
-    tool("openssl", "openssl"),
-];
+pub(crate) const API: &[Tool] = &[tool("ip", "iproute2"), tool("curl", "curl"), tool("openssl", "openssl")];
 
 /// The Debian compiler with a core library for BPF.
 pub(crate) const BPF_RUSTC: &[&str] = &["rustc-web", "libstd-rust-web-dev-bpf"];
@@ -81,9 +74,7 @@ pub(crate) fn ensure_tools<'a>(tools: impl IntoIterator<Item = &'a Tool>) -> Res
 
 /// Whether all of these tools are there.
 pub(crate) fn has_tools(tools: &[Tool]) -> bool {
-    tools
-        .iter()
-        .all(|tool| find_program(tool.command).is_some())
+    tools.iter().all(|tool| find_program(tool.command).is_some())
 }
 
 /// Whether [`install`] can work at all here.

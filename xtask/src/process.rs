@@ -45,9 +45,7 @@ impl Cmd {
     }
 
     pub(crate) fn without_env<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(self, names: I) -> Self {
-        names.into_iter().fold(self, |this, name| {
-            this.with(|command| command.env_remove(name))
-        })
+        names.into_iter().fold(self, |this, name| this.with(|command| command.env_remove(name)))
     }
 
     pub(crate) fn dir(self, dir: impl AsRef<Path>) -> Self {
@@ -74,10 +72,7 @@ impl Cmd {
     /// When it cannot be started or does not exit with 0.
     pub(crate) fn run(mut self) -> Result<()> {
         let line = self.line();
-        let status = self
-            .0
-            .status()
-            .with_context(|| format!("cannot run `{line}`"))?;
+        let status = self.0.status().with_context(|| format!("cannot run `{line}`"))?;
         if !status.success() {
             bail!("`{line}`: {status}");
         }
@@ -90,8 +85,7 @@ impl Cmd {
     /// # Errors
     /// When it cannot be started, does not exit with 0, or prints no UTF-8.
     pub(crate) fn stdout(self) -> Result<String> {
-        self.with(|command| command.stderr(Stdio::inherit()))
-            .output()
+        self.with(|command| command.stderr(Stdio::inherit())).output()
     }
 
     /// Runs it silently and returns its standard output: for questions to
@@ -105,11 +99,7 @@ impl Cmd {
 
     fn output(mut self) -> Result<String> {
         let line = self.line();
-        let output = self
-            .0
-            .stdin(Stdio::null())
-            .output()
-            .with_context(|| format!("cannot run `{line}`"))?;
+        let output = self.0.stdin(Stdio::null()).output().with_context(|| format!("cannot run `{line}`"))?;
         if !output.status.success() {
             bail!("`{line}`: {}", output.status);
         }
@@ -121,23 +111,16 @@ impl Cmd {
     ///
     /// # Errors
     /// When it cannot be started or does not exit with 0.
-    pub(crate) fn run_behind(
-        self,
-        step: &Step,
-        mut note: impl FnMut(&str) -> Option<String>,
-    ) -> Result<()> {
+    pub(crate) fn run_behind(self, step: &Step, mut note: impl FnMut(&str) -> Option<String>) -> Result<()> {
         let line = self.line();
         let (mut output, writer) = io::pipe().context("cannot make a pipe")?;
         let mut child = {
             let errors = writer.try_clone().context("cannot copy a pipe")?;
             // The command holds the pipe's write ends: gone at the end of this
             // block, so that the reader below sees the end of the output.
-            let mut command = self
-                .with(|command| command.stdin(Stdio::null()).stdout(writer).stderr(errors))
-                .into_inner();
-            command
-                .spawn()
-                .with_context(|| format!("cannot run `{line}`"))?
+            let mut command =
+                self.with(|command| command.stdin(Stdio::null()).stdout(writer).stderr(errors)).into_inner();
+            command.spawn().with_context(|| format!("cannot run `{line}`"))?
         };
         let mut captured = Vec::new();
         let mut reader = BufReader::new(output.by_ref());
@@ -151,9 +134,7 @@ impl Cmd {
                 step.note(&text);
             }
         }
-        let status = child
-            .wait()
-            .with_context(|| format!("cannot wait for `{line}`"))?;
+        let status = child.wait().with_context(|| format!("cannot wait for `{line}`"))?;
         if !status.success() {
             step.interrupt();
             io::stderr().write_all(&captured)?;
@@ -179,9 +160,8 @@ pub(crate) fn find_program(name: &str) -> Option<std::path::PathBuf> {
 pub(crate) fn programs(name: &str) -> impl Iterator<Item = std::path::PathBuf> + use<> {
     let name = name.to_owned();
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let directories: Vec<_> = std::env::split_paths(&path)
-        .chain(["/usr/sbin", "/sbin", "/usr/bin"].map(Into::into))
-        .collect();
+    let directories: Vec<_> =
+        std::env::split_paths(&path).chain(["/usr/sbin", "/sbin", "/usr/bin"].map(Into::into)).collect();
     directories
         .into_iter()
         .map(move |directory| directory.join(&name))

@@ -72,23 +72,11 @@ pub(crate) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> E
         total.failed += 1;
     }
     println!("{total}");
-    if total.failed == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn run_tiers(
-    workspace: &Workspace,
-    choice: Choice,
-    options: &Options,
-    total: &mut Counts,
-) -> Result<()> {
-    let wanted: Vec<_> = Tier::ALL
-        .into_iter()
-        .filter(|tier| options.wants(*tier))
-        .collect();
+fn run_tiers(workspace: &Workspace, choice: Choice, options: &Options, total: &mut Counts) -> Result<()> {
+    let wanted: Vec<_> = Tier::ALL.into_iter().filter(|tier| options.wants(*tier)).collect();
     let mut prepared = prepare::prepare(workspace, choice, &wanted)?;
     let artifacts = build(workspace, &wanted)?;
     prepared.take_sluice(&artifacts);
@@ -127,16 +115,10 @@ fn build(workspace: &Workspace, wanted: &[Tier]) -> Result<Vec<Artifact>> {
     if !is_all && !tier::has_tests(workspace, wanted)? {
         return Ok(Vec::new());
     }
-    let only = wanted
-        .iter()
-        .filter(|_| !is_all)
-        .flat_map(|tier| ["--test".to_owned(), format!("{tier}*")]);
+    let only = wanted.iter().filter(|_| !is_all).flat_map(|tier| ["--test".to_owned(), format!("{tier}*")]);
     // Always the whole workspace: with fewer packages cargo would choose other
     // features for their dependencies and build those again.
-    let cargo = workspace
-        .cargo()
-        .args(["test", "--no-run", "--workspace"])
-        .args(only);
+    let cargo = workspace.cargo().args(["test", "--no-run", "--workspace"]).args(only);
     artifacts::build(cargo).context("cannot build the tests")
 }
 
@@ -175,10 +157,8 @@ fn run_tier(
         counts.add(run::run(binary.name(), command, &limit)?);
     }
     if tier == Tier::Unit {
-        let command = workspace
-            .cargo()
-            .args(["test", "--workspace", "--doc", "--quiet", "--"])
-            .args(&options.filter);
+        let command =
+            workspace.cargo().args(["test", "--workspace", "--doc", "--quiet", "--"]).args(&options.filter);
         counts.add(run::run("documentation", command, &limit)?);
     }
     Ok(counts)
@@ -188,10 +168,7 @@ fn run_tier(
 fn skip(binaries: &[Binary], options: &Options) -> Counts {
     let in_ci = env::var("CI").is_ok_and(|ci| !matches!(ci.as_str(), "" | "0" | "false"));
     Counts {
-        skipped: binaries
-            .iter()
-            .map(|binary| binary.list(&options.filter))
-            .sum(),
+        skipped: binaries.iter().map(|binary| binary.list(&options.filter)).sum(),
         // A machine that is there to run the tests and cannot is broken.
         failed: u64::from(in_ci && !options.allow_skip),
         ..Counts::default()

@@ -104,26 +104,16 @@ impl Toolchain {
                 // aya-ebpf uses inline assembly, which is unstable for BPF.
                 .env("RUSTC_BOOTSTRAP", "1")
                 .arg("build"),
-            Compiler::Nightly { .. } => clean(Cmd::new("rustup")).args([
-                "run",
-                "nightly",
-                "cargo",
-                "build",
-                "-Z",
-                "build-std=core",
-            ]),
+            Compiler::Nightly { .. } => {
+                clean(Cmd::new("rustup")).args(["run", "nightly", "cargo", "build", "-Z", "build-std=core"])
+            }
         }
     }
 }
 
 impl fmt::Display for Toolchain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}, bpf-linker {LINKER_VERSION} with LLVM {}",
-            self.compiler,
-            self.compiler.llvm_major()
-        )
+        write!(f, "{}, bpf-linker {LINKER_VERSION} with LLVM {}", self.compiler, self.compiler.llvm_major())
     }
 }
 
@@ -159,17 +149,12 @@ fn install_compiler(choice: Choice) -> Result<Compiler> {
     }
     // The linker's LLVM is wanted a moment later: one apt-get for both.
     let llvm = llvm_package(DEBIAN_LLVM);
-    let packages: Vec<_> = packages::BPF_RUSTC
-        .iter()
-        .copied()
-        .chain([llvm.as_str()])
-        .collect();
+    let packages: Vec<_> = packages::BPF_RUSTC.iter().copied().chain([llvm.as_str()]).collect();
     packages::install(&packages).with_context(|| {
         format!("no compiler for the eBPF programs; rustup's nightly would do as well: {NIGHTLY}")
     })?;
-    find_system().context(
-        "the packages are installed, but no rustc on this system has a core library for BPF",
-    )
+    find_system()
+        .context("the packages are installed, but no rustc on this system has a core library for BPF")
 }
 
 fn is_usable(version: &Rustc) -> bool {
@@ -178,18 +163,9 @@ fn is_usable(version: &Rustc) -> bool {
 
 fn find_system() -> Option<Compiler> {
     programs("rustc").find_map(|rustc| {
-        let ask = |args: &[&str]| {
-            Cmd::new(&rustc)
-                .without_env(HANDED_DOWN)
-                .args(args)
-                .probe()
-                .ok()
-        };
+        let ask = |args: &[&str]| Cmd::new(&rustc).without_env(HANDED_DOWN).args(args).probe().ok();
         let sysroot = ask(&["--print", "sysroot"])?;
-        if !Path::new(sysroot.trim())
-            .join("lib/rustlib/bpfel-unknown-none")
-            .is_dir()
-        {
+        if !Path::new(sysroot.trim()).join("lib/rustlib/bpfel-unknown-none").is_dir() {
             return None;
         }
         let version = Rustc::parse(&ask(&["-vV"])?).filter(is_usable)?;
@@ -258,46 +234,30 @@ fn llvm_prefix(major: u32) -> Option<PathBuf> {
         .into_iter()
         .chain(find_program(&format!("llvm-config-{major}")))
         .chain(find_program("llvm-config"))
-        .chain([PathBuf::from(format!(
-            "/usr/lib/llvm-{major}/bin/llvm-config"
-        ))])
+        .chain([PathBuf::from(format!("/usr/lib/llvm-{major}/bin/llvm-config"))])
         .find_map(of)
 }
 
 fn obtain_linker(cache: &Cache, llvm_major: u32) -> Result<PathBuf> {
     if let Some(package) = missing_llvm(cache, llvm_major) {
-        packages::install(&[package.as_str()]).with_context(|| {
-            format!("bpf-linker needs the development files of LLVM {llvm_major}")
-        })?;
+        packages::install(&[package.as_str()])
+            .with_context(|| format!("bpf-linker needs the development files of LLVM {llvm_major}"))?;
     }
     let directory = cache.ensure(&linker_entry(llvm_major), linker_works, |directory| {
-        let prefix = llvm_prefix(llvm_major).with_context(|| {
-            format!("no LLVM {llvm_major} with its development files on this system")
-        })?;
+        let prefix = llvm_prefix(llvm_major)
+            .with_context(|| format!("no LLVM {llvm_major} with its development files on this system"))?;
         build_linker(directory, llvm_major, &prefix)
     })?;
     Ok(linker_in(&directory))
 }
 
 fn build_linker(directory: &Path, llvm_major: u32, llvm_prefix: &Path) -> Result<()> {
-    let step = Step::start_long(format!(
-        "bpf-linker {LINKER_VERSION} for LLVM {llvm_major}: cargo install"
-    ));
+    let step = Step::start_long(format!("bpf-linker {LINKER_VERSION} for LLVM {llvm_major}: cargo install"));
     let build = directory.join("build");
     Cmd::new("cargo")
         .without_env(HANDED_DOWN)
-        .args([
-            "install",
-            "bpf-linker",
-            "--version",
-            LINKER_VERSION,
-            "--locked",
-        ])
-        .args([
-            "--no-default-features",
-            "--features",
-            &format!("llvm-{llvm_major}"),
-        ])
+        .args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked"])
+        .args(["--no-default-features", "--features", &format!("llvm-{llvm_major}")])
         .arg("--root")
         .arg(directory)
         .arg("--target-dir")

@@ -30,12 +30,7 @@ impl Step {
             spinner.enable_steady_tick(Duration::from_millis(120));
             spinner
         });
-        Self {
-            name,
-            started: now,
-            spinner,
-            spoke: Cell::new(now),
-        }
+        Self { name, started: now, spinner, spoke: Cell::new(now) }
     }
 
     /// Starts a step that takes so long that even plain output announces it.
@@ -53,11 +48,7 @@ impl Step {
             spinner.set_message(text.to_owned());
         } else if self.spoke.get().elapsed() >= HEARTBEAT {
             self.spoke.set(Instant::now());
-            eprintln!(
-                "{}: {} so far: {text}",
-                self.name,
-                seconds(self.started.elapsed())
-            );
+            eprintln!("{}: {} so far: {text}", self.name, seconds(self.started.elapsed()));
         }
     }
 
@@ -71,11 +62,7 @@ impl Step {
     /// Ends the step with its one line.
     pub(crate) fn done(self, outcome: impl Display) {
         self.interrupt();
-        eprintln!(
-            "{}: {outcome} ({})",
-            self.name,
-            seconds(self.started.elapsed())
-        );
+        eprintln!("{}: {outcome} ({})", self.name, seconds(self.started.elapsed()));
     }
 }
 

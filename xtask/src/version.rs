@@ -15,10 +15,7 @@ impl Rustc {
     /// Reads the output of `rustc -vV`.
     pub(crate) fn parse(output: &str) -> Option<Self> {
         let field = |name: &str| {
-            output
-                .lines()
-                .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
-                .map(str::trim)
+            output.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": ")).map(str::trim)
         };
         Some(Self {
             release: field("release")?.to_owned(),
@@ -45,9 +42,7 @@ pub(crate) fn major_minor(version: &str) -> Option<(u32, u32)> {
 
 /// The version in `go version go1.26.8 linux/amd64`.
 pub(crate) fn go(output: &str) -> Option<(u32, u32)> {
-    output
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("go").and_then(major_minor))
+    output.split_whitespace().find_map(|word| word.strip_prefix("go").and_then(major_minor))
 }
 
 /// The version in the first line that a server prints for `--version`:
@@ -55,9 +50,7 @@ pub(crate) fn go(output: &str) -> Option<(u32, u32)> {
 pub(crate) fn server(output: &str) -> Option<&str> {
     let word = output.lines().next()?.split_whitespace().last()?;
     let version = word.trim_start_matches('v');
-    version
-        .starts_with(|c: char| c.is_ascii_digit())
-        .then_some(version)
+    version.starts_with(|c: char| c.is_ascii_digit()).then_some(version)
 }
 
 #[cfg(test)]
@@ -91,10 +84,7 @@ mod tests {
         assert_eq!(go("go version go1.27rc1 linux/amd64"), Some((1, 27)));
         assert_eq!(go("bash: go: command not found"), None);
         assert_eq!(server("Kubernetes v1.36.3\n"), Some("1.36.3"));
-        assert_eq!(
-            server("etcd Version: 3.6.8\nGit SHA: Not provided\n"),
-            Some("3.6.8")
-        );
+        assert_eq!(server("etcd Version: 3.6.8\nGit SHA: Not provided\n"), Some("3.6.8"));
         assert_eq!(server("usage: etcd"), None);
     }
 }

@@ -24,10 +24,7 @@ impl Workspace {
     pub(crate) fn find() -> Result<Self> {
         let manifest_dir = env::var_os("CARGO_MANIFEST_DIR")
             .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
-        let root = manifest_dir
-            .parent()
-            .context("xtask's manifest has no parent directory")?
-            .to_owned();
+        let root = manifest_dir.parent().context("xtask's manifest has no parent directory")?.to_owned();
         Ok(Self { root })
     }
 
@@ -51,15 +48,9 @@ impl Workspace {
     /// the agent to embed if it has been built.
     pub(crate) fn cargo(&self) -> Cmd {
         let program = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
-        let command = Cmd::new(program)
-            .dir(&self.root)
-            .without_env(set_by_cargo_run());
+        let command = Cmd::new(program).dir(&self.root).without_env(set_by_cargo_run());
         let object = self.object();
-        if object.is_file() {
-            command.env(OBJECT_ENV, object)
-        } else {
-            command
-        }
+        if object.is_file() { command.env(OBJECT_ENV, object) } else { command }
     }
 }
 
@@ -70,9 +61,8 @@ fn set_by_cargo_run() -> Vec<OsString> {
     env::vars_os()
         .map(|(name, _)| name)
         .filter(|name| {
-            name.to_str().is_some_and(|name| {
-                name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
-            })
+            name.to_str()
+                .is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_"))
         })
         .collect()
 }

@@ -8,8 +8,8 @@
 
 use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::macros::btf_map;
-use sluice_common::path::{Decision, Hook, decide_into};
 use sluice_common::parse::{Headers, Parse};
+use sluice_common::path::{Decision, Hook, decide_into};
 use sluice_common::{Family, V4, V6};
 
 use super::maps::Maps;

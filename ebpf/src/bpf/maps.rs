@@ -6,11 +6,11 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuHashMap};
 use aya_ebpf::macros::btf_map;
 use sluice_common::abi::{
-    ADDRESS_WORDS, BACKEND_COUNTERS_MAX, BACKENDS_MAX, Backend, BackendCounters, DEVICES_MAX,
-    Device, EMBRYONIC_MAX, FLOWS_MAX, Flow, Ipv4Address, Ipv6Address, NAMES_MAX, Name, ORIGINS_MAX,
-    OriginKey, Origins, PORTS_MAX, REASON_COUNTERS_MAX, REJECTS_MAX, ReasonCounters, ReasonKey,
-    RejectBucket, RejectKey, SERVICES_MAX, SLOT_BLOCKS_MAX, SOCKETS_MAX, Service, ServiceKey,
-    ServicePort, Settings, SlotBlock, SocketKey, SocketPeer, Tuple,
+    ADDRESS_WORDS, BACKEND_COUNTERS_MAX, BACKENDS_MAX, Backend, BackendCounters, DEVICES_MAX, Device,
+    EMBRYONIC_MAX, FLOWS_MAX, Flow, Ipv4Address, Ipv6Address, NAMES_MAX, Name, ORIGINS_MAX, OriginKey,
+    Origins, PORTS_MAX, REASON_COUNTERS_MAX, REJECTS_MAX, ReasonCounters, ReasonKey, RejectBucket, RejectKey,
+    SERVICES_MAX, SLOT_BLOCKS_MAX, SOCKETS_MAX, Service, ServiceKey, ServicePort, Settings, SlotBlock,
+    SocketKey, SocketPeer, Tuple,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -39,8 +39,7 @@ pub(super) static devices: HashMap<u32, Device, { DEVICES_MAX as usize }> = Hash
 #[btf_map]
 pub(super) static names: HashMap<u32, Name, { NAMES_MAX as usize }, LAZY> = HashMap::new();
 #[btf_map]
-pub(super) static rejects: LruHashMap<RejectKey, RejectBucket, { REJECTS_MAX as usize }> =
-    LruHashMap::new();
+pub(super) static rejects: LruHashMap<RejectKey, RejectBucket, { REJECTS_MAX as usize }> = LruHashMap::new();
 #[btf_map]
 pub(super) static backend_counts: PerCpuHashMap<
     u32,

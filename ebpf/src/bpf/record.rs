@@ -1,9 +1,9 @@
 //! Writes what a decision records of its flow.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use sluice_common::{Family, Reason};
 use sluice_common::abi::{Flow, Tuple, flow};
 use sluice_common::path::{Decision, Record, mark, partner, partner_key};
+use sluice_common::{Family, Reason};
 
 use super::maps::{self, Maps};
 
@@ -27,9 +27,7 @@ pub(super) fn record<F: Maps>(decision: &Decision<F>) -> Result<(), Reason> {
         flow: partner::<F>(&decision.key, &decision.flow),
     };
     match decision.record {
-        Record::Open | Record::Establish => {
-            open(decision, &partner, decision.record == Record::Establish)
-        }
+        Record::Open | Record::Establish => open(decision, &partner, decision.record == Record::Establish),
         Record::Promote => promote(decision, &partner),
         Record::Nothing | Record::Renew | Record::RenewEmbryonic => {
             renew(decision, &partner, decision.record == Record::Renew);

@@ -32,8 +32,7 @@ impl Packet for Skb {
     #[inline(always)]
     fn read<T: Wire>(&self, offset: u32) -> Option<T> {
         // SAFETY: the context is valid; the verifier knows the two fields as packet pointers.
-        let (start, end) =
-            unsafe { ((*self.skb).data as usize, (*self.skb).data_end as usize) };
+        let (start, end) = unsafe { ((*self.skb).data as usize, (*self.skb).data_end as usize) };
         // The parser looks nowhere near the mask's bound, which lets the verifier follow the sum.
         let at = start + (offset & 0xfff) as usize;
         if at + size_of::<T>() <= end {
@@ -44,12 +43,8 @@ impl Packet for Skb {
         let mut value = MaybeUninit::<T>::uninit();
         // SAFETY: the helper writes the whole value or fails.
         unsafe {
-            let status = bpf_skb_load_bytes(
-                self.skb.cast(),
-                offset,
-                value.as_mut_ptr().cast(),
-                size_of::<T>() as u32,
-            );
+            let status =
+                bpf_skb_load_bytes(self.skb.cast(), offset, value.as_mut_ptr().cast(), size_of::<T>() as u32);
             (status == 0).then(|| value.assume_init())
         }
     }
@@ -60,13 +55,7 @@ impl Edit for Skb {
     fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
         // SAFETY: the helper reads the value and checks the offset.
         unsafe {
-            bpf_skb_store_bytes(
-                self.skb,
-                offset,
-                (&raw const value).cast(),
-                size_of::<T>() as u32,
-                0,
-            ) == 0
+            bpf_skb_store_bytes(self.skb, offset, (&raw const value).cast(), size_of::<T>() as u32, 0) == 0
         }
     }
 
@@ -77,13 +66,7 @@ impl Edit for Skb {
     }
 
     #[inline(always)]
-    fn transport_checksum(
-        &mut self,
-        offset: u32,
-        addresses: Delta,
-        data: Delta,
-        kind: Checksum,
-    ) -> bool {
+    fn transport_checksum(&mut self, offset: u32, addresses: Delta, data: Delta, kind: Checksum) -> bool {
         let flags = match kind {
             Checksum::Plain => 0,
             Checksum::Udp => u64::from(BPF_F_MARK_MANGLED_0),
@@ -93,8 +76,7 @@ impl Edit for Skb {
             let pseudo = flags | u64::from(BPF_F_PSEUDO_HDR);
             let family = if self.ipv6 { BPF_F_IPV6 } else { 0 };
             // SAFETY: the helper checks the offset.
-            let mut status =
-                unsafe { bpf_l4_csum_replace(self.skb, offset, 0, difference, pseudo | family) };
+            let mut status = unsafe { bpf_l4_csum_replace(self.skb, offset, 0, difference, pseudo | family) };
             if self.ipv6 && status == EINVAL {
                 // SAFETY: as above. A kernel that does not know the flag.
                 status = unsafe { bpf_l4_csum_replace(self.skb, offset, 0, difference, pseudo) };
@@ -105,8 +87,6 @@ impl Edit for Skb {
         }
         // SAFETY: the helper checks the offset.
         data.is_zero()
-            || unsafe {
-                bpf_l4_csum_replace(self.skb, offset, 0, u64::from(data.fold32()), flags) == 0
-            }
+            || unsafe { bpf_l4_csum_replace(self.skb, offset, 0, u64::from(data.fold32()), flags) == 0 }
     }
 }

@@ -1,12 +1,8 @@
 //! The socket path: translates a call once instead of every packet.
 
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
-use aya_ebpf::helpers::generated::{
-    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval,
-};
-use sluice_common::abi::{
-    Ipv4Address, Ipv6Address, ServiceKey, SocketKey, SocketPeer, socket_path,
-};
+use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
+use sluice_common::abi::{Ipv4Address, Ipv6Address, ServiceKey, SocketKey, SocketPeer, socket_path};
 use sluice_common::header::protocol::{TCP, UDP};
 use sluice_common::socket::{Choice, choose};
 use sluice_common::{Reason, V4, V6};
@@ -112,11 +108,7 @@ enum Outcome<A> {
 
 /// Chooses a backend and notes whom the socket asked for, so that it can be told so later.
 #[inline(always)]
-fn translate<F: Maps>(
-    ctx: *mut bpf_sock_addr,
-    address: F::Address,
-    protocol: u8,
-) -> Outcome<F::Address> {
+fn translate<F: Maps>(ctx: *mut bpf_sock_addr, address: F::Address, protocol: u8) -> Outcome<F::Address> {
     let port = port(ctx);
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
@@ -220,9 +212,7 @@ fn call_v6(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
         Outcome::Refused => finish(true),
         Outcome::To(address, port) => {
             // SAFETY: same size, and any bytes are a value.
-            set_words_v6(ctx, unsafe {
-                core::mem::transmute::<[u8; 16], [u32; 4]>(address.octets)
-            });
+            set_words_v6(ctx, unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(address.octets) });
             set_port(ctx, port);
             PROCEED
         }
@@ -326,8 +316,7 @@ pub(super) fn getpeername6(ctx: *mut bpf_sock_addr) -> i32 {
 #[inline(always)]
 pub(super) fn release(socket: *mut bpf_sock) -> i32 {
     // SAFETY: the context is valid while the program runs.
-    let (kind, ip4, port) =
-        unsafe { ((*socket).type_, (*socket).dst_ip4, (*socket).dst_port) };
+    let (kind, ip4, port) = unsafe { ((*socket).type_, (*socket).dst_ip4, (*socket).dst_port) };
     if kind != SOCK_STREAM || port == 0 {
         return PROCEED;
     }

@@ -3,8 +3,8 @@
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use sluice_common::Tables;
 use sluice_common::abi::{
-    Backend, Class, Flow, OriginKey, Origins, Range, SLOTS_PER_BLOCK, Service, ServiceKey,
-    TICK_SHIFT, Ticks, Tuple, device, socket_path,
+    Backend, Class, Flow, OriginKey, Origins, Range, SLOTS_PER_BLOCK, Service, ServiceKey, TICK_SHIFT, Ticks,
+    Tuple, device, socket_path,
 };
 use sluice_common::family::lane;
 
@@ -104,9 +104,7 @@ impl<F: Maps> Tables<F> for Kernel {
     #[inline(always)]
     fn translated_at_socket(&self) -> bool {
         match maps::settings.get(0) {
-            Some(settings) => {
-                settings.socket_path == socket_path::ALL && <Self as Tables<F>>::inside(self)
-            }
+            Some(settings) => settings.socket_path == socket_path::ALL && <Self as Tables<F>>::inside(self),
             None => false,
         }
     }

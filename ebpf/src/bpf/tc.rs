@@ -6,13 +6,11 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_check_mtu_flags::BPF_MTU_CHK_SEGS,
-    bpf_fib_lookup as FibLookup,
+    __sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_check_mtu_flags::BPF_MTU_CHK_SEGS, bpf_fib_lookup as FibLookup,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_check_mtu, bpf_csum_diff, bpf_fib_lookup, bpf_ktime_get_coarse_ns, bpf_redirect,
-    bpf_redirect_neigh, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes,
-    bpf_skb_store_bytes,
+    bpf_check_mtu, bpf_csum_diff, bpf_fib_lookup, bpf_ktime_get_coarse_ns, bpf_redirect, bpf_redirect_neigh,
+    bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes,
 };
 use sluice_common::abi::{Device, Flow, RejectKey, device, flow};
 use sluice_common::answer::{self, Answer, QUOTE};
@@ -244,10 +242,7 @@ fn apply<F: Tc, const LINK: u32>(
     }
     match decision.verdict {
         Verdict::Translate => {
-            if LINK != 0
-                && hook == Hook::Ingress
-                && decision.flow.flags & flow::REPLY == 0
-            {
+            if LINK != 0 && hook == Hook::Ingress && decision.flow.flags & flow::REPLY == 0 {
                 stay_on_bridge::<F>(skb, &decision.flow.source, &decision.flow.destination);
             }
             NEXT
@@ -292,9 +287,7 @@ fn fib<F: Tc>(
     F::fib(params, source, destination);
     params.ifindex = ifindex;
     // SAFETY: the helper reads and writes the parameters within their size.
-    unsafe {
-        bpf_fib_lookup(skb.cast(), params, size_of::<FibLookup>() as i32, flags)
-    }
+    unsafe { bpf_fib_lookup(skb.cast(), params, size_of::<FibLookup>() as i32, flags) }
 }
 
 #[inline(always)]
@@ -317,9 +310,7 @@ fn route<F: Tc>(skb: *mut __sk_buff, source: &F::Address, destination: &F::Addre
 fn exceeded_mtu(skb: *mut __sk_buff, target: u32) -> Option<u32> {
     let mut mtu = 0_u32;
     // SAFETY: the helper writes the MTU.
-    let status = unsafe {
-        bpf_check_mtu(skb.cast(), target, &raw mut mtu, 0, u64::from(BPF_MTU_CHK_SEGS))
-    };
+    let status = unsafe { bpf_check_mtu(skb.cast(), target, &raw mut mtu, 0, u64::from(BPF_MTU_CHK_SEGS)) };
     (status > 0).then_some(mtu)
 }
 
@@ -333,8 +324,7 @@ fn stay_on_bridge<F: Tc>(skb: *mut __sk_buff, source: &F::Address, destination: 
         _ => return,
     };
     let mut params = fib_question();
-    let status =
-        fib::<F>(packet.skb, &mut params, source, destination, bridge, FIB_OUTPUT);
+    let status = fib::<F>(packet.skb, &mut params, source, destination, bridge, FIB_OUTPUT);
     if status == FIB_SUCCESS && params.ifindex == bridge {
         let _ = packet.store(0, params.dmac);
     }
@@ -474,12 +464,7 @@ fn may_answer(key: &RejectKey) -> bool {
 
 /// Turns the packet into an ICMP error about it, "too big" where an MTU is given, and sends it to where the packet came from.
 #[inline(never)]
-fn icmp<F: Tc, const LINK: u32>(
-    skb: *mut __sk_buff,
-    headers: &Headers<F>,
-    mtu: u32,
-    hook: Hook,
-) -> i32 {
+fn icmp<F: Tc, const LINK: u32>(skb: *mut __sk_buff, headers: &Headers<F>, mtu: u32, hook: Hook) -> i32 {
     let packet = &mut Skb { skb, ipv6: F::VERSION == 6 };
     let kind = if mtu == 0 { F::PORT_UNREACHABLE } else { F::TOO_BIG };
     // Written before it is read, as far as it is read.

@@ -62,13 +62,7 @@ impl Edit for Frame {
     }
 
     #[inline(always)]
-    fn transport_checksum(
-        &mut self,
-        offset: u32,
-        addresses: Delta,
-        data: Delta,
-        kind: Checksum,
-    ) -> bool {
+    fn transport_checksum(&mut self, offset: u32, addresses: Delta, data: Delta, kind: Checksum) -> bool {
         let Some(old) = self.read::<u16>(offset) else { return false };
         let delta = addresses.and(data);
         let new = match kind {

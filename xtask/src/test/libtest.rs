@@ -24,11 +24,7 @@ impl Counts {
 
 impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            passed,
-            failed,
-            skipped,
-        } = self;
+        let Self { passed, failed, skipped } = self;
         write!(f, "{passed} passed, {failed} failed")?;
         match skipped {
             0 => Ok(()),
@@ -43,16 +39,9 @@ impl fmt::Display for Counts {
 pub(crate) fn parse_result(line: &str) -> Option<Counts> {
     let (_, result) = line.split_once("test result: ")?;
     let (_, counts) = result.split_once(". ")?;
-    let count = |what: &str| {
-        counts
-            .split("; ")
-            .find_map(|part| part.trim().strip_suffix(what)?.trim().parse().ok())
-    };
-    Some(Counts {
-        passed: count("passed")?,
-        failed: count("failed")?,
-        skipped: count("ignored")?,
-    })
+    let count =
+        |what: &str| counts.split("; ").find_map(|part| part.trim().strip_suffix(what)?.trim().parse().ok());
+    Some(Counts { passed: count("passed")?, failed: count("failed")?, skipped: count("ignored")? })
 }
 
 /// Reads `test name ... ok`.
@@ -70,10 +59,7 @@ fn parse_test(line: &str) -> Option<Counts> {
 
 /// Reads the last line of a listing: `3 tests, 0 benchmarks`.
 pub(crate) fn parse_list(output: &str) -> u64 {
-    output
-        .lines()
-        .filter_map(|line| line.split_once(" test")?.0.parse::<u64>().ok())
-        .sum()
+    output.lines().filter_map(|line| line.split_once(" test")?.0.parse::<u64>().ok()).sum()
 }
 
 /// Sums the results in a stream of output that arrives in pieces.
@@ -132,16 +118,12 @@ impl Reader {
 mod tests {
     use super::*;
 
-    const OK: &str = "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.00s";
-    const FAILED: &str =
-        "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out";
+    const OK: &str =
+        "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.00s";
+    const FAILED: &str = "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out";
 
     fn counts(passed: u64, failed: u64, skipped: u64) -> Counts {
-        Counts {
-            passed,
-            failed,
-            skipped,
-        }
+        Counts { passed, failed, skipped }
     }
 
     #[test]
@@ -180,10 +162,7 @@ mod tests {
             reader.push(text.as_bytes());
             reader.finish(success)
         };
-        assert_eq!(
-            finish("running 3 tests\ntest a ... ", false),
-            counts(0, 1, 0)
-        );
+        assert_eq!(finish("running 3 tests\ntest a ... ", false), counts(0, 1, 0));
         assert_eq!(finish("", true), counts(0, 1, 0));
         assert_eq!(finish(OK, false), counts(3, 1, 1));
         assert_eq!(finish(OK, true), counts(3, 0, 1));

@@ -46,11 +46,7 @@ impl Prepared {
         let built = match tier {
             Tier::Unit => [None, None, None],
             Tier::Kernel | Tier::Lab => [self.object.as_ref(), self.sluice.as_ref(), None],
-            Tier::Api => [
-                self.object.as_ref(),
-                self.sluice.as_ref(),
-                self.control_plane.as_ref(),
-            ],
+            Tier::Api => [self.object.as_ref(), self.sluice.as_ref(), self.control_plane.as_ref()],
         };
         [OBJECT_ENV, "SLUICE_BIN", "SLUICE_CONTROL_PLANE"]
             .into_iter()
@@ -62,12 +58,7 @@ impl Prepared {
 /// Gets everything ready that the wanted tiers need. What a machine lacks
 /// makes a tier skip; what does not compile is an error.
 pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) -> Result<Prepared> {
-    let mut prepared = Prepared {
-        tiers: Vec::new(),
-        object: None,
-        sluice: None,
-        control_plane: None,
-    };
+    let mut prepared = Prepared { tiers: Vec::new(), object: None, sluice: None, control_plane: None };
     for tier in wanted.iter().copied().filter(|tier| *tier != Tier::Unit) {
         let readiness = if !tier::has_tests(workspace, &[tier])? {
             Readiness::Skip("it has no tests".to_owned())
@@ -90,8 +81,7 @@ pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) ->
     for (tier, readiness) in &mut prepared.tiers {
         if *tier == Tier::Api && matches!(readiness, Readiness::Ready) {
             let got = Cache::open().and_then(|cache| control_plane::obtain(&cache));
-            *readiness =
-                ready_or_skip(got.map(|directory| prepared.control_plane = Some(directory)));
+            *readiness = ready_or_skip(got.map(|directory| prepared.control_plane = Some(directory)));
         }
     }
     Ok(prepared)
@@ -101,27 +91,18 @@ impl Prepared {
     /// Finds the agent's binary: cargo builds it with the agent's integration
     /// tests.
     pub(super) fn take_sluice(&mut self, artifacts: &[Artifact]) {
-        self.sluice = artifacts
-            .iter()
-            .filter(|artifact| artifact.is_agents())
-            .find_map(Artifact::binary)
-            .cloned();
+        self.sluice =
+            artifacts.iter().filter(|artifact| artifact.is_agents()).find_map(Artifact::binary).cloned();
     }
 
     fn has_ready(&self) -> bool {
-        self.tiers
-            .iter()
-            .any(|(_, readiness)| matches!(readiness, Readiness::Ready))
+        self.tiers.iter().any(|(_, readiness)| matches!(readiness, Readiness::Ready))
     }
 
     /// Installs what all the tiers call with one apt-get.
     fn install_tools(&mut self) {
         let ready = |(_, readiness): &&(Tier, Readiness)| matches!(readiness, Readiness::Ready);
-        let tools = self
-            .tiers
-            .iter()
-            .filter(ready)
-            .flat_map(|(tier, _)| tier.tools());
+        let tools = self.tiers.iter().filter(ready).flat_map(|(tier, _)| tier.tools());
         if let Err(error) = packages::ensure_tools(tools) {
             for (tier, readiness) in &mut self.tiers {
                 if matches!(readiness, Readiness::Ready) && !packages::has_tools(tier.tools()) {

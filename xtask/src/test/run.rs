@@ -39,16 +39,9 @@ impl Binary {
     pub(super) fn new(artifact: &Artifact) -> Result<Self> {
         Ok(Self {
             name: artifact.target.name.clone(),
-            executable: artifact
-                .executable()
-                .context("a test binary has a file")?
-                .clone(),
+            executable: artifact.executable().context("a test binary has a file")?.clone(),
             source: artifact.target.src_path.clone(),
-            package: artifact
-                .manifest_path
-                .parent()
-                .context("a manifest has a directory")?
-                .to_owned(),
+            package: artifact.manifest_path.parent().context("a manifest has a directory")?.to_owned(),
             manifest: artifact.manifest_path.clone(),
         })
     }
@@ -71,11 +64,7 @@ impl Binary {
 
     /// How many tests it would run.
     pub(super) fn list(&self, filter: &[String]) -> u64 {
-        self.command()
-            .arg("--list")
-            .args(filter)
-            .probe()
-            .map_or(0, |output| parse_list(&output))
+        self.command().arg("--list").args(filter).probe().map_or(0, |output| parse_list(&output))
     }
 }
 
@@ -88,11 +77,7 @@ pub(super) struct Limit {
 
 impl Limit {
     pub(super) fn new(tier: Tier, allowed: Duration) -> Self {
-        Self {
-            tier,
-            allowed,
-            end: Instant::now() + allowed,
-        }
+        Self { tier, allowed, end: Instant::now() + allowed }
     }
 }
 
@@ -109,11 +94,7 @@ pub(super) fn run(name: &str, command: Cmd, limit: &Limit) -> Result<Counts> {
     let mut reader = Reader::default();
     let status = wait(&mut child, &pieces, &mut reader, limit.end)?;
     if status.is_none() {
-        eprintln!(
-            "\n{name}: killed, the {} tier took longer than {}",
-            limit.tier,
-            seconds(limit.allowed)
-        );
+        eprintln!("\n{name}: killed, the {} tier took longer than {}", limit.tier, seconds(limit.allowed));
     }
     // Whatever outlives a test binary would disturb the next one.
     kill_group(&child);
@@ -149,9 +130,7 @@ fn spawn(command: Cmd) -> Result<Child> {
             Ok(())
         })
     };
-    command
-        .spawn()
-        .with_context(|| format!("cannot run `{line}`"))
+    command.spawn().with_context(|| format!("cannot run `{line}`"))
 }
 
 /// Copies what the process prints, in the pieces in which it comes.
