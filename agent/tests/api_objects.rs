@@ -1,4 +1,6 @@
 //! Objects of a real API server, and slices made by the real controllers, reach the maps; packets follow.
+//!
+//! test-threads: 3
 
 #[allow(dead_code, reason = "each file of the tier uses its own part")]
 mod api_support;
@@ -31,7 +33,11 @@ fn nothing_is_programmed_before_all_lists_are_in() {
     wait_for("the refusal in the status", START, || {
         let status = status(&node);
         let problem = status.pointer("/last/sources/0/problem").and_then(Value::as_str);
-        if problem.is_some_and(|problem| problem.contains("EndpointSlice")) { Ok(()) } else { Err(status.to_string()) }
+        if problem.is_some_and(|problem| problem.contains("EndpointSlice")) {
+            Ok(())
+        } else {
+            Err(status.to_string())
+        }
     });
     let before = status(&node);
     assert_eq!(before.pointer("/ready"), Some(&json!(false)), "{before}");
@@ -156,13 +162,23 @@ fn pods_of_many_slices_are_all_served() {
     space.service("web", &selecting("web", "10.96.4.1"));
     let ips: Vec<String> = (1..=2 * SLICE_ENDPOINTS + 1).map(|host| format!("10.244.99.{host}")).collect();
     for (index, ip) in ips.iter().enumerate() {
-        space.ready_pod(&Pod { name: &format!("p{index}"), node: ELSEWHERE, ips: &[ip], app: "web", port: 8080 });
+        space.ready_pod(&Pod {
+            name: &format!("p{index}"),
+            node: ELSEWHERE,
+            ips: &[ip],
+            app: "web",
+            port: 8080,
+        });
     }
     let slices = cluster.plane.wait_for_object(&space.path("endpointslices", ""), |slices| {
         let items = slices["items"].as_array().map(Vec::as_slice).unwrap_or_default();
-        items.iter().filter_map(|slice| slice["endpoints"].as_array()).map(Vec::len).sum::<usize>() == ips.len()
+        items.iter().filter_map(|slice| slice["endpoints"].as_array()).map(Vec::len).sum::<usize>()
+            == ips.len()
     });
-    assert!(slices["items"].as_array().is_some_and(|items| items.len() >= 3), "the controller splits: {slices}");
+    assert!(
+        slices["items"].as_array().is_some_and(|items| items.len() >= 3),
+        "the controller splits: {slices}"
+    );
     let _agent = cluster.agent(&node);
     let check = |ips: &[String]| {
         let backends: Vec<String> = ips.iter().map(|ip| format!("{ip}:8080")).collect();
@@ -186,7 +202,8 @@ fn named_ports_that_differ_lead_to_each_pods_own_and_packets_get_there() {
         node.pod("web-new").expect("a pod"),
         node.pod("asker").expect("a pod"),
     );
-    let _servers = [old.serve(Serve::Http, 8080), new.serve(Serve::Http, 9090)].map(|server| server.expect("a server"));
+    let _servers =
+        [old.serve(Serve::Http, 8080), new.serve(Serve::Http, 9090)].map(|server| server.expect("a server"));
     let _agent = cluster.agent(&node);
 
     space.service(
@@ -202,7 +219,8 @@ fn named_ports_that_differ_lead_to_each_pods_own_and_packets_get_there() {
         let ips = [ipv4.as_str(), &ipv6];
         space.ready_pod(&Pod { name: pod.name(), node: node.name(), ips: &ips, app: "web", port });
     }
-    let address = |pod: &sluice_lab::Pod, port| (format!("{}:{port}", pod.ipv4()), format!("[{}]:{port}", pod.ipv6()));
+    let address =
+        |pod: &sluice_lab::Pod, port| (format!("{}:{port}", pod.ipv4()), format!("[{}]:{port}", pod.ipv6()));
     let ((old4, old6), (new4, new6)) = (address(&old, 8080), address(&new, 9090));
     expect(&node, "traffic", &[("10.96.5.1:80", &[&old4, &new4]), ("[fd00:96::501]:80", &[&old6, &new6])]);
 
@@ -281,7 +299,10 @@ fn objects_of_other_proxies_and_headless_ones_are_left_alone() {
     let web: &[(&str, &[&str])] = &[("10.96.7.1:80", &["10.244.99.1:8080"])];
 
     // A headless Service's slices carry a label that the real controller gave them.
-    space.service("headless", &json!({"clusterIP": "None", "selector": {"app": "web"}, "ports": [{"port": 80}]}));
+    space.service(
+        "headless",
+        &json!({"clusterIP": "None", "selector": {"app": "web"}, "ports": [{"port": 80}]}),
+    );
     space.service("web", &selecting("web", "10.96.7.1"));
     space.ready_pod(&Pod { name: "a", node: ELSEWHERE, ips: &["10.244.99.1"], app: "web", port: 8080 });
     expect(&node, "labels", web);

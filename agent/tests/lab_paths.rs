@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use lab_support::{
     Cluster, Counted, DNS, ECHO, ENOUGH, HTTP, Plan, SOON, WEB, addresses_of_client, addresses_of_node,
-    addresses_of_pod, all_answer, cluster_ip, counted, external_ip, number, reaches, replies, service, skip,
-    status, until, until_backends, url, word,
+    addresses_of_pod, all_answer, are_nearly, cluster_ip, counted, external_ip, number, reaches, replies,
+    service, skip, status, until, until_backends, url, word,
 };
-use sluice_lab::{Backend, Event, Namespace, Place, Reply, Side, Way};
+use sluice_lab::{Backend, Counter, Event, Namespace, Place, Reply, Side, Way};
 
 /// Every client reaches every backend through every address; its own address is what backends see.
 fn everyone_reaches_every_backend(cluster: &Cluster) -> Result<()> {
@@ -44,7 +44,7 @@ fn every_client_reaches_every_backend_by_the_socket_path_and_by_the_tc_path() ->
     let http = counted(cluster.node(), "web:http")?;
     ensure!(http == Counted { calls: 2 * each, ..Counted::default() }, "pod, TCP: {http:?}");
     let dns = counted(cluster.node(), "web:dns")?;
-    ensure!(dns.calls == 2 * each && dns.flows == 2 * each, "pod, UDP: {dns:?}");
+    ensure!(dns.calls == 2 * each && are_nearly(dns.flows, 2 * ENOUGH), "pod, UDP: {dns:?}");
     reaches(cluster.node(), cluster_ip(WEB), &cluster.names(), None)?;
     let http = counted(cluster.node(), "web:http")? - http;
     ensure!(http == Counted { calls: 2 * each, ..Counted::default() }, "host, TCP: {http:?}");
@@ -55,7 +55,7 @@ fn every_client_reaches_every_backend_by_the_socket_path_and_by_the_tc_path() ->
     let before = counted(cluster.node(), "web")?;
     reaches(&cluster.client, cluster_ip(WEB), &cluster.names(), Some(addresses_of_pod(&cluster.client)))?;
     let after = counted(cluster.node(), "web")? - before;
-    ensure!(after.calls == 0 && after.flows == 6 * each, "pod: {after:?}");
+    ensure!(after.calls == 0 && are_nearly(after.flows, 6 * ENOUGH), "pod: {after:?}");
     ensure!(after.forward > after.flows && after.reply > after.flows, "pod: {after:?}");
     everyone_reaches_every_backend(&cluster)?;
     let after = counted(cluster.node(), "web")? - before;
@@ -246,7 +246,7 @@ fn programs_behind_ours_see_every_translated_packet() -> Result<()> {
         let asked = client.http_get(&url(vip.into(), HTTP, ""), 10)?;
         ensure!(asked.iter().all(|reply| reply.name == "near-1"), "{asked:?}");
         let more = counted(&node, "web")? - before;
-        let seen: Vec<u64> = counters.iter().map(|counter| counter.packets()).collect::<Result<_>>()?;
+        let seen: Vec<u64> = counters.iter().map(Counter::packets).collect::<Result<_>>()?;
         println!("{device}: {more:?}, behind us {seen:?}");
         ensure!(more.forward >= 40 && more.reply >= 40, "{device}: {more:?}");
         ensure!(seen == [more.forward, more.reply, 0, 0], "{device}: {more:?}, but behind us {seen:?}");
@@ -283,7 +283,7 @@ fn a_filter_of_somebody_else_at_an_egress_sees_real_addresses() -> Result<()> {
         })
     };
     ensure!(!hooks("tcx")?.contains("clsact"));
-    let counter = sluice_lab::Counter::load(Side::Source, backend)?;
+    let counter = Counter::load(Side::Source, backend)?;
     let pin = node.bpffs().join("foreign");
     counter.pin(&pin)?;
     let _ = node.run("tc", ["qdisc", "replace", "dev", &device, "clsact"])?;
@@ -335,7 +335,7 @@ fn one_client_port_reaches_one_backend_by_two_vips() -> Result<()> {
             // All go on at once.
             for (client, target) in open.iter_mut().zip(&targets) {
                 let last = client.events().len();
-                let _ = client
+                client
                     .wait_until("it goes on", SOON, |this| (this.events().len() > last + 5).then_some(()))
                     .with_context(|| format!("{mode}: {target}"))?;
                 let answers: Vec<Reply> = client.events().into_iter().filter_map(reply_of).collect();
@@ -378,4 +378,46 @@ fn one_client_port_reaches_one_backend_by_two_vips() -> Result<()> {
 
 fn reply_of(event: Event) -> Option<Reply> {
     if let Event::Reply(reply) = event { Some(reply) } else { None }
+}
+
+/// A client port speaks through a VIP, and then to the backend's own address.
+fn speaks_through_the_vip_then_directly(cluster: &Cluster, client: &Namespace) -> Result<()> {
+    for (family, vip) in cluster_ip(WEB).into_iter().enumerate() {
+        let backend = addresses_of_pod(&cluster.backends[0])[family];
+        for (kind, more, port, target) in [
+            ("tcp-client", "--interval-ms=0", ECHO, lab_support::ECHO_TARGET),
+            ("udp-client", "--connected", DNS, lab_support::DNS_TARGET),
+        ] {
+            // The connection through the VIP has ended; what the maps know of it has not.
+            for to in [SocketAddr::new(vip, port), SocketAddr::new(backend, target)] {
+                let text = to.to_string();
+                let source = format!("--source-port={}", 43_000 + family);
+                let args = [kind, more, "--count=3", &source, "--to", &text];
+                let answers = replies(client.ask(args)?).with_context(|| format!("{kind} {to}"))?;
+                all_answer(&format!("{kind} {to}"), &answers, &["near-1"], to)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pods_port_that_has_used_a_vip_connects_to_its_backend_directly() -> Result<()> {
+    if skip("a_pods_port_that_has_used_a_vip") {
+        return Ok(());
+    }
+    let plan = Plan { near: 1, args: vec!["--socket-path", "off"], ..Plan::default() };
+    let cluster = Cluster::new("direct", &plan)?;
+    speaks_through_the_vip_then_directly(&cluster, &cluster.client)
+}
+
+#[test]
+#[ignore = "the host's own direct connections pass no hook that would remap them"]
+fn a_port_of_the_host_that_has_used_a_vip_connects_to_its_backend_directly() -> Result<()> {
+    if skip("a_port_of_the_host_that_has_used_a_vip") {
+        return Ok(());
+    }
+    let plan = Plan { near: 1, args: vec!["--socket-path", "off"], ..Plan::default() };
+    let cluster = Cluster::new("direct-host", &plan)?;
+    speaks_through_the_vip_then_directly(&cluster, cluster.node())
 }

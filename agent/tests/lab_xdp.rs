@@ -8,8 +8,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, bail, ensure};
 use lab_support::{
-    Cluster, DNS, ENOUGH, HTTP, Plan, WEB, addresses_of_client, all_answer, counted, external_ip, reaches,
-    skip, status, transfers, url, word,
+    Cluster, DNS, ENOUGH, HTTP, Plan, WEB, addresses_of_client, all_answer, are_nearly, counted, external_ip,
+    reaches, skip, status, transfers, url, word,
 };
 use sluice_lab::{Counter, Place, Side, Way};
 
@@ -70,7 +70,7 @@ fn xdp_translates_what_comes_from_outside_with_full_checksums() -> Result<()> {
         let more = counted(node, "web")? - before.0;
         let (untranslated, translated) = witness.seen()?;
         println!("{vip}: {more:?}; at tc {untranslated} untranslated, {translated} translated");
-        ensure!(more.flows == 2 * u64::from(ENOUGH), "{more:?}");
+        ensure!(are_nearly(more.flows, 2 * ENOUGH), "{more:?}");
         if vip.is_ipv4() {
             ensure!(untranslated == before.1.0, "{untranslated} packets came to tc untranslated");
             ensure!(translated - before.1.1 == more.forward, "{more:?}, but {translated} at tc");

@@ -198,6 +198,26 @@ impl Running {
         }
     }
 
+    /// Waits until it ends or something is so, and tells whether it has ended.
+    ///
+    /// # Errors
+    /// If neither comes in time.
+    pub(crate) fn wait_first(&mut self, timeout: Duration, is_so: impl Fn(&Self) -> bool) -> Result<bool> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if self.poll()?.is_some() {
+                return Ok(true);
+            }
+            if is_so(self) {
+                return Ok(false);
+            }
+            if Instant::now() > deadline {
+                bail!("{} runs on after {timeout:?}\n{}", self.what, self.last_words());
+            }
+            sleep(POLL);
+        }
+    }
+
     /// Sends a signal (`libc::SIGTERM`, ...) to the process alone.
     pub fn signal(&mut self, signal: i32) -> Result<()> {
         if self.poll()?.is_none() {

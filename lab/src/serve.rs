@@ -141,8 +141,18 @@ impl Namespace {
     }
 
     fn replies(&self, args: &[String]) -> Result<Vec<Reply>> {
+        let mut client = self.tool(args)?;
+        // Each request without an answer takes its time: the first one ends the client.
+        let _ = client.wait_first(Duration::from_mins(2), |this| {
+            this.stdout().contains(r#"{"event":"lost""#)
+        })?;
+        let _ = client.kill()?;
+        let events = client.events();
+        if events.is_empty() {
+            bail!("{TOOL} in the namespace {} failed: {}", self.name(), client.stderr().trim());
+        }
         let mut replies = Vec::new();
-        for event in self.ask(args)? {
+        for event in events {
             match event {
                 Event::Reply(reply) => replies.push(reply),
                 Event::Lost { seq, reason, .. } | Event::Broken { seq, reason, .. } => {

@@ -36,6 +36,12 @@ pub(super) fn host_route(address: IpAddr) -> RouteMessageBuilder<IpAddr> {
     RouteMessageBuilder::<IpAddr>::new().destination_prefix(address, length).unwrap_or_default()
 }
 
+/// The route of a VIP by our device. To remove it the kernel wants protocol and scope as they were given.
+fn own_route(vip: IpAddr, device: u32) -> RouteMessage {
+    let scope = if vip.is_ipv4() { RouteScope::Link } else { RouteScope::Universe };
+    host_route(vip).output_interface(device).protocol(RouteProtocol::from(PROTOCOL)).scope(scope).build()
+}
+
 impl OwnRoutes {
     /// Opens netlink and finds what an earlier agent has left.
     ///
@@ -96,8 +102,7 @@ impl OwnRoutes {
         for vip in gone {
             if let Some(device) = device {
                 // A route that is gone already is no error.
-                let route = host_route(vip).output_interface(device).build();
-                let _ = self.handle.route().del(route).execute().await;
+                let _ = self.handle.route().del(own_route(vip, device)).execute().await;
             }
             let _ = self.routed.remove(&vip);
         }
@@ -116,13 +121,8 @@ impl OwnRoutes {
                         None => self.create().await?,
                     };
                     device = Some(own);
-                    let scope = if vip.is_ipv4() { RouteScope::Link } else { RouteScope::Universe };
-                    let route = host_route(vip)
-                        .output_interface(own)
-                        .protocol(RouteProtocol::from(PROTOCOL))
-                        .scope(scope)
-                        .build();
-                    self.handle.route().add(route).replace().execute().await.map_err(io::Error::other)?;
+                    let route = self.handle.route().add(own_route(vip, own)).replace();
+                    route.execute().await.map_err(io::Error::other)?;
                     let _ = self.routed.insert(vip);
                 }
             }

@@ -152,6 +152,11 @@ pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>
                 }
                 changes
             }
+            // It answers, and has forgotten where we were: the new list that follows makes up for it.
+            Err(watcher::Error::WatchError(status)) if status.code == 410 => {
+                tracing::info!("watching {} starts over: {}", kind.word(), status.message);
+                Vec::new()
+            }
             Err(error) => {
                 let why = format!("watching {} failed: {}", kind.word(), chain(&error));
                 tracing::warn!("{why}; trying again");

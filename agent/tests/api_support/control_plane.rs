@@ -1,5 +1,6 @@
 //! etcd, kube-apiserver and kube-controller-manager, as processes of an outside client of the lab.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -27,7 +28,7 @@ pub(crate) const SLICE_ENDPOINTS: usize = 8;
 
 const ETCD: &str = "http://127.0.0.1:2379";
 /// Longer than it takes on a busy machine.
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_mins(1);
 
 /// A control plane, ended when this is dropped.
 pub(crate) struct ControlPlane {
@@ -95,17 +96,19 @@ impl ControlPlane {
         format!("https://{}:{port}", self.host.ipv4())
     }
 
-    /// How a user reaches the API server.
+    /// How a user reaches the API server: a kubeconfig.
     pub(crate) fn kubeconfig(&self, user: &str) -> PathBuf {
         self.folder.join(format!("{user}.yaml"))
     }
 
     fn write_credentials(&self) -> Result<()> {
         let key = self.folder.join("service-accounts.key");
-        let _ = self.host.run("openssl", ["genrsa".as_ref(), "-out".as_ref(), key.as_os_str(), "2048".as_ref()])?;
+        let _ = self
+            .host
+            .run("openssl", ["genrsa".as_ref(), "-out".as_ref(), key.as_os_str(), "2048".as_ref()])?;
         let mut tokens = String::new();
         for (user, groups) in [(ADMIN, "system:masters"), (AGENT, "agents"), (NEWCOMER, "newcomers")] {
-            tokens.push_str(&format!("{user}-token,{user},{user},{groups}\n"));
+            writeln!(tokens, "{user}-token,{user},{user},{groups}").context("cannot write the tokens")?;
             let config = json!({
                 "apiVersion": "v1", "kind": "Config", "current-context": "lab",
                 "clusters": [{"name": "lab", "cluster": {
@@ -140,7 +143,7 @@ impl ControlPlane {
         ];
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
         let mut server = self.spawn("kube-apiserver", &all)?;
-        let _ = server.wait_until("it is ready", START, |_| {
+        server.wait_until("it is ready", START, |_| {
             self.request("GET", "/readyz", None).is_ok().then_some(())
         })?;
         let mut processes = self.processes();
@@ -182,7 +185,10 @@ impl ControlPlane {
         let request = http::Request::builder()
             .method(method)
             .uri(path)
-            .header("content-type", if method == "PATCH" { "application/merge-patch+json" } else { "application/json" })
+            .header(
+                "content-type",
+                if method == "PATCH" { "application/merge-patch+json" } else { "application/json" },
+            )
             .body(body.map(|body| body.to_string().into_bytes()).unwrap_or_default())?;
         let kubeconfig = self.kubeconfig(ADMIN);
         let ask = async { anyhow::Ok(client(&kubeconfig).await?.request_text(request).await?) };
@@ -252,7 +258,8 @@ impl ControlPlane {
 
 async fn client(kubeconfig: &Path) -> Result<kube::Client> {
     let kubeconfig = kube::config::Kubeconfig::read_from(kubeconfig)?;
-    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default()).await?;
+    let config =
+        kube::Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default()).await?;
     Ok(kube::Client::try_from(config)?)
 }
 

@@ -80,7 +80,10 @@ impl Line {
 impl State {
     fn connect(self: &Arc<Self>, near: TcpStream, far: TcpStream) -> io::Result<()> {
         let _ = self.made.fetch_add(1, Ordering::Relaxed);
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).extend([near.try_clone()?, far.try_clone()?]);
+        self.open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .extend([near.try_clone()?, far.try_clone()?]);
         let (requests, answers) = ((near.try_clone()?, far.try_clone()?), (far, near));
         let (rate, span) = (Arc::clone(self), self.span.load(Ordering::Relaxed));
         drop(spawn(move || carry(requests.0, requests.1, 0, || 0)));

@@ -37,7 +37,9 @@ static SHARED: Mutex<Option<Arc<Cluster>>> = Mutex::new(None);
 /// The cluster that this file's tests share; [`None`], with the reason printed, where it cannot be.
 pub(crate) fn cluster() -> Option<Arc<Cluster>> {
     let Some(programs) = std::env::var_os("SLUICE_CONTROL_PLANE").map(PathBuf::from) else {
-        eprintln!("skipped: SLUICE_CONTROL_PLANE names no folder with a control plane; `cargo xtask test api` sets it");
+        eprintln!(
+            "skipped: SLUICE_CONTROL_PLANE names no folder with a control plane; `cargo xtask test api` sets it"
+        );
         return None;
     };
     if !sluice_lab::is_root() {
@@ -48,7 +50,8 @@ pub(crate) fn cluster() -> Option<Arc<Cluster>> {
     if shared.is_none() {
         // Statics are not dropped when a process ends.
         // SAFETY: the function lives as long as the program.
-        assert_eq!(unsafe { libc::atexit(take_down) }, 0, "the control plane could not be taken down at the end");
+        let refused = unsafe { libc::atexit(take_down) };
+        assert_eq!(refused, 0, "the control plane could not be taken down at the end");
         let lab = Lab::new("api").expect("a lab");
         let plane = ControlPlane::start(&lab, programs).expect("a control plane");
         *shared = Some(Arc::new(Cluster { plane, lab }));
@@ -71,8 +74,11 @@ impl Cluster {
     pub(crate) fn start_agent(&self, node: &Node, user: &str, args: &[&str]) -> AgentProcess {
         let mut all = vec!["--flows-max".to_owned(), "1024".to_owned()];
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
-        let options =
-            AgentOptions { kubeconfig: Some(self.plane.kubeconfig(user)), args: all, ..AgentOptions::default() };
+        let options = AgentOptions {
+            kubeconfig: Some(self.plane.kubeconfig(user)),
+            args: all,
+            ..AgentOptions::default()
+        };
         node.agent(options).expect("an agent")
     }
 

@@ -68,7 +68,9 @@ fn rows<T: DeserializeOwned>(node: &Node, args: &[&str]) -> Result<Vec<T>, Strin
 pub(crate) fn expect(node: &Node, namespace: &str, wanted: &[(&str, &[&str])]) {
     let wanted: Programmed = wanted
         .iter()
-        .map(|(vip, backends)| ((*vip).to_owned(), backends.iter().map(|&backend| backend.to_owned()).collect()))
+        .map(|(vip, backends)| {
+            ((*vip).to_owned(), backends.iter().map(|&backend| backend.to_owned()).collect())
+        })
         .collect();
     wait_for(&format!("{wanted:?} on {}", node.name()), IN_TIME, || {
         let found = programmed(node, namespace)?;
@@ -81,7 +83,8 @@ pub(crate) fn expect(node: &Node, namespace: &str, wanted: &[(&str, &[&str])]) {
 pub(crate) fn status(node: &Node) -> Value {
     wait_for("a status", Duration::from_secs(10), || {
         let output = node.sluice_output(&["status", "-o", "json"]).map_err(|error| format!("{error:#}"))?;
-        serde_json::from_slice(&output.stdout).map_err(|error| format!("{error}: {}", String::from_utf8_lossy(&output.stderr)))
+        serde_json::from_slice(&output.stdout)
+            .map_err(|error| format!("{error}: {}", String::from_utf8_lossy(&output.stderr)))
     })
 }
 

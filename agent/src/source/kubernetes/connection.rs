@@ -56,13 +56,18 @@ pub(super) fn client(config: Config) -> Result<Client, kube::Error> {
 
 /// The same client, which tells of each request that succeeds.
 pub(super) fn telling(client: &Client, kind: Kind, heard: mpsc::UnboundedSender<Kind>) -> Client {
-    let tell = move |response: http::Response<Body>| {
-        if response.status().is_success() {
-            // Nobody listens any more when the source ends.
-            let _ = heard.send(kind);
+    let namespace = client.default_namespace().to_owned();
+    let client = client.clone();
+    let service = tower::service_fn(move |request| {
+        let (client, heard) = (client.clone(), heard.clone());
+        async move {
+            let response = client.send(request).await?;
+            if response.status().is_success() {
+                // Nobody listens any more when the source ends.
+                let _ = heard.send(kind);
+            }
+            Ok::<_, kube::Error>(response)
         }
-        response
-    };
-    let service = ServiceBuilder::new().map_response(tell).service(client.clone());
-    Client::new(service, client.default_namespace())
+    });
+    Client::new(service, namespace)
 }
