@@ -366,7 +366,8 @@ fn find_cgroup2(mounts: &str) -> Option<PathBuf> {
         kind.starts_with("cgroup2 ").then_some((root, path))
     });
     // In a container the host's tree, mounted from outside, has a root above the container's own (`/..`).
-    let outermost = cgroup2.rev().max_by_key(|(root, _)| root.split('/').filter(|part| *part == "..").count());
+    let outermost =
+        cgroup2.rev().max_by_key(|(root, _)| root.split('/').filter(|part| *part == "..").count());
     outermost.map(|(_, path)| PathBuf::from(path))
 }
 

@@ -1,6 +1,6 @@
 //! The exact intended content of the maps, as ordered plain data.
 //!
-//! [`diff`] turns two images into [`Write`]s that lead from the one to the other, make
+//! [`diff()`] turns two images into [`Write`]s that lead from the one to the other, make
 //! before break; a [`Dataplane`] carries them out. Nothing here knows Kubernetes or aya.
 //!
 //! Conventions that the maps do not show by themselves:

@@ -80,22 +80,3 @@ fn backends_of_another_node_are_reached_over_a_tunnel_without_link_headers() -> 
     }
     unless_unsupported(backends_of_another_node_are_reached("tun", Overlay::Tun, Cni::Routed))
 }
-
-#[test]
-#[ignore = "the source has to become the overlay's own address: the other node's reverse path filter drops the uplink's"]
-fn connected_udp_of_the_host_crosses_an_overlay() -> Result<()> {
-    if skip("connected_udp_of_the_host_crosses") {
-        return Ok(());
-    }
-    let plan = Plan { overlay: Overlay::Vxlan, near: 0, far: 1, ..Plan::default() };
-    let cluster = Cluster::new("host-vxlan", &plan)?;
-    for vip in cluster_ip(WEB) {
-        let dns = SocketAddr::new(vip, DNS);
-        let replies = cluster.node().udp_ask_connected(dns, 3).with_context(|| {
-            let dropped = cluster.nodes[1].run("nstat", ["-az", "TcpExtIPReversePathFilter"]);
-            format!("dropped by the other node's reverse path filter: {dropped:?}")
-        })?;
-        all_answer("host, connected UDP", &replies, &["far-1"], dns)?;
-    }
-    Ok(())
-}

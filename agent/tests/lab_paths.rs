@@ -410,14 +410,3 @@ fn a_pods_port_that_has_used_a_vip_connects_to_its_backend_directly() -> Result<
     let cluster = Cluster::new("direct", &plan)?;
     speaks_through_the_vip_then_directly(&cluster, &cluster.client)
 }
-
-#[test]
-#[ignore = "the host's own direct connections pass no hook that would remap them"]
-fn a_port_of_the_host_that_has_used_a_vip_connects_to_its_backend_directly() -> Result<()> {
-    if skip("a_port_of_the_host_that_has_used_a_vip") {
-        return Ok(());
-    }
-    let plan = Plan { near: 1, args: vec!["--socket-path", "off"], ..Plan::default() };
-    let cluster = Cluster::new("direct-host", &plan)?;
-    speaks_through_the_vip_then_directly(&cluster, cluster.node())
-}

@@ -40,10 +40,7 @@ fn sluice_path() -> Result<PathBuf> {
         .map(|directory| directory.join("sluice"))
         .find(|path| path.is_file());
     found.with_context(|| {
-        format!(
-            "there is no `sluice` near {}: build it, and set SLUICE_BIN to where it is",
-            this.display()
-        )
+        format!("there is no `sluice` near {}: build it, and set SLUICE_BIN to where it is", this.display())
     })
 }
 
@@ -55,11 +52,7 @@ impl Node {
     /// If the binary is not found (`SLUICE_BIN`) or cannot be started.
     pub fn agent(&self, options: AgentOptions) -> Result<AgentProcess> {
         let running = start(self, &options)?;
-        Ok(AgentProcess {
-            node: self.clone(),
-            options,
-            running,
-        })
+        Ok(AgentProcess { node: self.clone(), options, running })
     }
 
     /// Where the node's agent pins its maps and links.
@@ -89,13 +82,9 @@ impl Node {
     pub fn sluice_output(&self, args: &[&str]) -> Result<Output> {
         let mut command = self.command(sluice_path()?);
         let _ = command.args(args).arg("--pin-path").arg(self.pin_path());
-        command.output().with_context(|| {
-            format!(
-                "cannot run `sluice {}` on the node {}",
-                args.join(" "),
-                self.name()
-            )
-        })
+        command
+            .output()
+            .with_context(|| format!("cannot run `sluice {}` on the node {}", args.join(" "), self.name()))
     }
 }
 
@@ -116,8 +105,7 @@ fn start(node: &Node, options: &AgentOptions) -> Result<Running> {
         let _ = command.arg("--kubeconfig").arg(kubeconfig);
     }
     let _ = command.args(&options.args);
-    node.spawn_command(command)
-        .with_context(|| format!("cannot start the agent of the node {}", node.name()))
+    node.spawn_command(command).with_context(|| format!("cannot start the agent of the node {}", node.name()))
 }
 
 impl AgentProcess {
@@ -137,11 +125,8 @@ impl AgentProcess {
                 );
             }
             let answer = node.sluice_output(&["status", "-o", "json"])?;
-            let status: serde_json::Value =
-                serde_json::from_slice(&answer.stdout).unwrap_or_default();
-            if answer.status.success()
-                && status.get("ready") == Some(&serde_json::Value::Bool(true))
-            {
+            let status: serde_json::Value = serde_json::from_slice(&answer.stdout).unwrap_or_default();
+            if answer.status.success() && status.get("ready") == Some(&serde_json::Value::Bool(true)) {
                 return Ok(());
             }
             if Instant::now() > deadline {
@@ -171,10 +156,7 @@ impl AgentProcess {
     fn log_tail(&self) -> String {
         let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
-        lines
-            .get(lines.len().saturating_sub(30)..)
-            .unwrap_or_default()
-            .join("\n")
+        lines.get(lines.len().saturating_sub(30)..).unwrap_or_default().join("\n")
     }
 
     /// Kills it with SIGKILL, as a node under memory pressure would.

@@ -23,10 +23,7 @@ pub(crate) fn mounts() -> Result<Vec<Mount>> {
         .filter_map(|line| {
             let (left, right) = line.split_once(" - ")?;
             // Spaces in a path are written as \040; the lab's own paths have none, so such a mount is never one of ours.
-            Some(Mount {
-                point: left.split(' ').nth(4)?.into(),
-                kind: right.split(' ').next()?.into(),
-            })
+            Some(Mount { point: left.split(' ').nth(4)?.into(), kind: right.split(' ').next()?.into() })
         })
         .collect())
 }
@@ -43,10 +40,7 @@ pub(crate) fn root() -> Result<PathBuf> {
 /// Makes a group, and those above it.
 pub(crate) fn create(group: &Path) -> Result<()> {
     fs::create_dir_all(group).with_context(|| {
-        format!(
-            "cannot make the cgroup {}: is cgroup2 mounted read-only, or not root?",
-            group.display()
-        )
+        format!("cannot make the cgroup {}: is cgroup2 mounted read-only, or not root?", group.display())
     })
 }
 

@@ -111,12 +111,7 @@ const fn instruction(code: u8, registers: u8, offset: i16, immediate: i32) -> u6
 impl Counter {
     /// Loads the program for packets of one address, behind an Ethernet header.
     pub fn load(side: Side, address: Ipv4Addr) -> Result<Self> {
-        let create = MapCreate {
-            map_type: BPF_MAP_TYPE_ARRAY,
-            key_size: 4,
-            value_size: 8,
-            max_entries: 1,
-        };
+        let create = MapCreate { map_type: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size: 8, max_entries: 1 };
         let map = descriptor(bpf(BPF_MAP_CREATE, &create).context("cannot make a map (BPF_MAP_CREATE)")?);
         let at = match side {
             Side::Source => 14 + 12,
@@ -154,9 +149,8 @@ impl Counter {
             kern_version: 0,
             prog_flags: 0,
         };
-        let program = descriptor(
-            bpf(BPF_PROG_LOAD, &load).context("cannot load a counting program (BPF_PROG_LOAD)")?,
-        );
+        let program =
+            descriptor(bpf(BPF_PROG_LOAD, &load).context("cannot load a counting program (BPF_PROG_LOAD)")?);
         Ok(Self { map, program, link: None })
     }
 
@@ -176,7 +170,8 @@ impl Counter {
 
     /// Pins the program on a bpffs, for `tc filter ... bpf object-pinned <path>`.
     pub fn pin(&self, path: &Path) -> Result<()> {
-        pin(&self.program, &c_path(path)?).with_context(|| format!("cannot pin a program at {}", path.display()))
+        pin(&self.program, &c_path(path)?)
+            .with_context(|| format!("cannot pin a program at {}", path.display()))
     }
 }
 

@@ -71,34 +71,22 @@ impl Lab {
     /// As [`Lab::new`], with the given way between nodes.
     pub fn with_overlay(name: &str, overlay: Overlay) -> Result<Self> {
         static LABS: AtomicU32 = AtomicU32::new(0);
-        ensure!(
-            is_root(),
-            "cannot build the lab {name}: network namespaces need root; run it with sudo"
-        );
+        ensure!(is_root(), "cannot build the lab {name}: network namespaces need root; run it with sudo");
         if let Err(error) = sweep() {
             eprintln!("lab: {error:#}; going on");
         }
         // The pid may have had an earlier life whose labs were kept.
         let (id, state) = loop {
-            let id = format!(
-                "slab{}-{}",
-                std::process::id(),
-                LABS.fetch_add(1, Ordering::Relaxed)
-            );
+            let id = format!("slab{}-{}", std::process::id(), LABS.fetch_add(1, Ordering::Relaxed));
             let state = leftovers::state_of(&id);
             if !state.exists() {
                 break (id, state);
             }
         };
-        fs::create_dir_all(state.join("ns"))
-            .with_context(|| format!("cannot make {}", state.display()))?;
+        fs::create_dir_all(state.join("ns")).with_context(|| format!("cannot make {}", state.display()))?;
         leftovers::register(&id);
-        let shared = Arc::new(Shared {
-            cgroup: cgroup::root()?.join(&id),
-            state,
-            id,
-            next: AtomicU32::new(0),
-        });
+        let shared =
+            Arc::new(Shared { cgroup: cgroup::root()?.join(&id), state, id, next: AtomicU32::new(0) });
         let built = Self::build(name, overlay, &shared);
         if built.is_err() {
             leftovers::tear_down(&shared.id)?;
@@ -113,10 +101,7 @@ impl Lab {
             fs::create_dir_all(state.join(dir))
                 .with_context(|| format!("cannot make {}/{dir}", state.display()))?;
         }
-        fs::write(
-            state.join("owner"),
-            leftovers::start_time(std::process::id()).unwrap_or_default(),
-        )?;
+        fs::write(state.join("owner"), leftovers::start_time(std::process::id()).unwrap_or_default())?;
         fs::write(state.join("name"), name)?;
         cgroup::create(&shared.cgroup)?;
         xdp::mount_bpffs(&state.join("bpf"))?;
@@ -155,28 +140,15 @@ impl Lab {
     /// [`Unsupported`](crate::Unsupported) if it lacks a feature that the options ask for.
     pub fn node(&self, name: &str, options: &NodeOptions) -> Result<Node> {
         let mut nodes = self.lock_nodes();
-        let index = u8::try_from(nodes.len() + 1)
-            .ok()
-            .filter(|index| *index < 200);
+        let index = u8::try_from(nodes.len() + 1).ok().filter(|index| *index < 200);
         let Some(index) = index else {
             bail!("cannot add the node {name}: a lab has addresses for 199 nodes")
         };
-        let node = Node::create(
-            &self.shared,
-            &self.router,
-            name,
-            index,
-            self.overlay,
-            options,
-        )
-        .with_context(|| format!("cannot build the node {name} of the lab {}", self.shared.id))?;
+        let node = Node::create(&self.shared, &self.router, name, index, self.overlay, options)
+            .with_context(|| format!("cannot build the node {name} of the lab {}", self.shared.id))?;
         nodes.push(node.clone());
-        Node::join(&nodes, self.overlay).with_context(|| {
-            format!(
-                "cannot connect the node {name} to the others ({:?})",
-                self.overlay
-            )
-        })?;
+        Node::join(&nodes, self.overlay)
+            .with_context(|| format!("cannot connect the node {name} to the others ({:?})", self.overlay))?;
         drop(nodes);
         Ok(node)
     }
@@ -187,15 +159,10 @@ impl Lab {
     /// If the name is taken or longer than 11 characters, or if the kernel refuses a step.
     pub fn client(&self, name: &str) -> Result<Client> {
         let index = self.clients.fetch_add(1, Ordering::Relaxed) + 1;
-        let index = u8::try_from(index).with_context(|| {
-            format!("cannot add the client {name}: a lab has addresses for 255")
-        })?;
-        Client::create(&self.shared, &self.router, name, index).with_context(|| {
-            format!(
-                "cannot build the client {name} of the lab {}",
-                self.shared.id
-            )
-        })
+        let index = u8::try_from(index)
+            .with_context(|| format!("cannot add the client {name}: a lab has addresses for 255"))?;
+        Client::create(&self.shared, &self.router, name, index)
+            .with_context(|| format!("cannot build the client {name} of the lab {}", self.shared.id))
     }
 
     /// Leaves the lab up when this is dropped, and its processes running, until [`remove_kept`](crate::remove_kept).

@@ -35,9 +35,7 @@ pub fn sweep() -> Result<Vec<String>> {
 /// # Errors
 /// If something of such a lab cannot be removed; the others are tried all the same.
 pub fn remove_kept(id: Option<&str>) -> Result<Vec<String>> {
-    remove_where(|lab| {
-        lab.join(KEEP).exists() && !owner_lives(lab) && id.is_none_or(|id| lab.ends_with(id))
-    })
+    remove_where(|lab| lab.join(KEEP).exists() && !owner_lives(lab) && id.is_none_or(|id| lab.ends_with(id)))
 }
 
 fn remove_where(chosen: impl Fn(&Path) -> bool) -> Result<Vec<String>> {
@@ -67,22 +65,13 @@ fn owner_pid(id: &str) -> Option<u32> {
 pub(crate) fn start_time(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The command name, in parentheses, may hold anything; field 22 is the 20th after it.
-    stat.rsplit_once(')')?
-        .1
-        .split_whitespace()
-        .nth(19)
-        .map(str::to_owned)
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19).map(str::to_owned)
 }
 
 fn owner_lives(lab: &Path) -> bool {
-    let started = lab
-        .file_name()
-        .and_then(|id| owner_pid(&id.to_string_lossy()))
-        .and_then(start_time);
+    let started = lab.file_name().and_then(|id| owner_pid(&id.to_string_lossy())).and_then(start_time);
     // A lab that has not written its owner yet is just being made.
-    started.is_some_and(|now| {
-        fs::read_to_string(lab.join("owner")).map_or(true, |then| then.trim() == now)
-    })
+    started.is_some_and(|now| fs::read_to_string(lab.join("owner")).map_or(true, |then| then.trim() == now))
 }
 
 /// Ends a lab: its processes, its mounts (namespaces and bpffs), its cgroups, its directory. Every step is tried.
@@ -101,20 +90,14 @@ pub(crate) fn tear_down(id: &str) -> Result<()> {
 
 fn unmount_below(state: &Path) -> Result<()> {
     let mut outcome = Ok(());
-    for mount in cgroup::mounts()?
-        .into_iter()
-        .rev()
-        .filter(|mount| mount.point.starts_with(state))
-    {
+    for mount in cgroup::mounts()?.into_iter().rev().filter(|mount| mount.point.starts_with(state)) {
         let path = c_path(&mount.point)?;
         // SAFETY: `path` is a NUL-terminated string that outlives the call.
         if unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) } != 0 {
             let error = io::Error::last_os_error();
             // Another sweep may have been here first.
-            if error.raw_os_error() != Some(libc::EINVAL) && error.kind() != io::ErrorKind::NotFound
-            {
-                outcome =
-                    Err(error).with_context(|| format!("cannot unmount {}", mount.point.display()));
+            if error.raw_os_error() != Some(libc::EINVAL) && error.kind() != io::ErrorKind::NotFound {
+                outcome = Err(error).with_context(|| format!("cannot unmount {}", mount.point.display()));
             }
         }
     }
@@ -134,16 +117,12 @@ pub(crate) fn register(id: &str) {
             eprintln!("lab: SIGINT will leave the lab to the next sweep: {error:#}");
         }
     });
-    OURS.lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .push(id.to_owned());
+    OURS.lock().unwrap_or_else(PoisonError::into_inner).push(id.to_owned());
 }
 
 /// The lab is down, or is to stay.
 pub(crate) fn unregister(id: &str) {
-    OURS.lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .retain(|ours| ours != id);
+    OURS.lock().unwrap_or_else(PoisonError::into_inner).retain(|ours| ours != id);
 }
 
 /// Where the signal handler writes the signal's number.
@@ -152,13 +131,7 @@ static SIGNAL_PIPE: AtomicI32 = AtomicI32::new(-1);
 extern "C" fn on_signal(signal: libc::c_int) {
     let byte = u8::try_from(signal).unwrap_or(0);
     // SAFETY: write(2) is async-signal-safe, the byte lives on this stack, and the pipe is never closed.
-    let _ = unsafe {
-        libc::write(
-            SIGNAL_PIPE.load(Ordering::Relaxed),
-            (&raw const byte).cast(),
-            1,
-        )
-    };
+    let _ = unsafe { libc::write(SIGNAL_PIPE.load(Ordering::Relaxed), (&raw const byte).cast(), 1) };
 }
 
 /// On SIGINT, SIGTERM and SIGHUP takes this process's labs down, then exits as the signal would have made it.
@@ -169,20 +142,18 @@ fn watch_signals() -> Result<()> {
         return Err(io::Error::last_os_error()).context("cannot make a pipe for signals");
     }
     SIGNAL_PIPE.store(ends[1], Ordering::Relaxed);
-    let _ = std::thread::Builder::new()
-        .name("lab-signals".into())
-        .spawn(move || {
-            let mut byte = 0u8;
-            // SAFETY: one byte is read into one byte.
-            while unsafe { libc::read(ends[0], (&raw mut byte).cast(), 1) } != 1 {}
-            let labs = std::mem::take(&mut *OURS.lock().unwrap_or_else(PoisonError::into_inner));
-            for id in labs {
-                if let Err(error) = tear_down(&id) {
-                    eprintln!("lab: {error:#}");
-                }
+    let _ = std::thread::Builder::new().name("lab-signals".into()).spawn(move || {
+        let mut byte = 0u8;
+        // SAFETY: one byte is read into one byte.
+        while unsafe { libc::read(ends[0], (&raw mut byte).cast(), 1) } != 1 {}
+        let labs = std::mem::take(&mut *OURS.lock().unwrap_or_else(PoisonError::into_inner));
+        for id in labs {
+            if let Err(error) = tear_down(&id) {
+                eprintln!("lab: {error:#}");
             }
-            std::process::exit(128 + i32::from(byte));
-        })?;
+        }
+        std::process::exit(128 + i32::from(byte));
+    })?;
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         // SAFETY: the handler only writes to a pipe; sigaction's other fields are zero, which is valid.
         unsafe {

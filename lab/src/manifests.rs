@@ -43,13 +43,7 @@ pub struct Port {
 impl Port {
     /// A port and the port of the backends it leads to.
     pub fn new(protocol: Protocol, name: &str, port: u16, target: u16) -> Self {
-        Self {
-            name: name.to_owned(),
-            protocol,
-            number: port,
-            target,
-            on_node: None,
-        }
+        Self { name: name.to_owned(), protocol, number: port, target, on_node: None }
     }
 
     /// As [`Port::new`], for TCP.
@@ -112,11 +106,7 @@ impl Backend {
 
 impl From<&Pod> for Backend {
     fn from(pod: &Pod) -> Self {
-        Self::new(
-            pod.name(),
-            pod.node().name(),
-            [pod.ipv4().into(), pod.ipv6().into()],
-        )
+        Self::new(pod.name(), pod.node().name(), [pod.ipv4().into(), pod.ipv6().into()])
     }
 }
 
@@ -138,11 +128,7 @@ pub struct Service {
 impl Service {
     /// A service without addresses, ports or backends.
     pub fn new(name: &str) -> Self {
-        Self {
-            name: name.to_owned(),
-            namespace: "default".to_owned(),
-            ..Self::default()
-        }
+        Self { name: name.to_owned(), namespace: "default".to_owned(), ..Self::default() }
     }
 
     /// Puts it into another namespace.
@@ -216,11 +202,7 @@ impl Service {
     pub fn to_yaml(&self) -> String {
         let mut text = self.service_yaml();
         let of_family = |ipv6: bool| {
-            let mut vips = self
-                .cluster_ips
-                .iter()
-                .chain(&self.load_balancer_ips)
-                .chain(&self.external_ips);
+            let mut vips = self.cluster_ips.iter().chain(&self.load_balancer_ips).chain(&self.external_ips);
             vips.any(|ip| ip.is_ipv6() == ipv6)
         };
         for ipv6 in [false, true] {
@@ -256,11 +238,8 @@ impl Service {
         };
         line(&mut text, &format!("spec:\n  type: {kind}"));
         if let Some(first) = self.cluster_ips.first() {
-            let families: Vec<&str> = self
-                .cluster_ips
-                .iter()
-                .map(|ip| if ip.is_ipv4() { "IPv4" } else { "IPv6" })
-                .collect();
+            let families: Vec<&str> =
+                self.cluster_ips.iter().map(|ip| if ip.is_ipv4() { "IPv4" } else { "IPv6" }).collect();
             line(
                 &mut text,
                 &format!(
@@ -271,20 +250,14 @@ impl Service {
             );
         }
         if !self.external_ips.is_empty() {
-            line(
-                &mut text,
-                &format!("  externalIPs: {}", list(&self.external_ips)),
-            );
+            line(&mut text, &format!("  externalIPs: {}", list(&self.external_ips)));
         }
         for extra in &self.spec {
             line(&mut text, &format!("  {extra}"));
         }
         line(&mut text, "  ports:");
         for port in &self.ports {
-            let node_port = port
-                .on_node
-                .map(|port| format!(", nodePort: {port}"))
-                .unwrap_or_default();
+            let node_port = port.on_node.map(|port| format!(", nodePort: {port}")).unwrap_or_default();
             let (name, protocol) = (&port.name, port.protocol.word());
             line(
                 &mut text,
@@ -325,26 +298,12 @@ impl Service {
             );
         }
         let endpoints = self.backends.iter().filter_map(|backend| {
-            let address = backend
-                .addresses
-                .iter()
-                .find(|address| address.is_ipv6() == ipv6)?;
+            let address = backend.addresses.iter().find(|address| address.is_ipv6() == ipv6)?;
             Some((backend, address))
         });
         text += "endpoints:";
         let before = text.len();
-        for (
-            Backend {
-                name,
-                node,
-                ready,
-                serving,
-                terminating,
-                ..
-            },
-            address,
-        ) in endpoints
-        {
+        for (Backend { name, node, ready, serving, terminating, .. }, address) in endpoints {
             let _ = write!(
                 text,
                 "\n- addresses: [\"{address}\"]\n  nodeName: {node}\n  targetRef: {{kind: Pod, name: {name}, namespace: {}}}\n  \
@@ -363,13 +322,7 @@ fn line(text: &mut String, line: &str) {
 }
 
 fn list(ips: &[IpAddr]) -> String {
-    format!(
-        "[{}]",
-        ips.iter()
-            .map(|ip| format!("\"{ip}\""))
-            .collect::<Vec<_>>()
-            .join(", ")
-    )
+    format!("[{}]", ips.iter().map(|ip| format!("\"{ip}\"")).collect::<Vec<_>>().join(", "))
 }
 
 /// A directory of manifests. Files come, change and go as a whole: written beside it, then renamed into it.
@@ -384,13 +337,9 @@ impl Manifests {
     pub fn new(directory: &Path) -> Result<Self> {
         let beside = directory.with_added_extension("tmp");
         for directory in [directory, &beside] {
-            fs::create_dir_all(directory)
-                .with_context(|| format!("cannot make {}", directory.display()))?;
+            fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
         }
-        Ok(Self {
-            directory: directory.to_owned(),
-            beside,
-        })
+        Ok(Self { directory: directory.to_owned(), beside })
     }
 
     /// The directory, for the agent's `--manifests`.
@@ -434,10 +383,7 @@ mod tests {
         let one = Backend::new(
             "a",
             "n1",
-            [
-                "10.244.1.10".parse().expect("v4"),
-                "fd00:10:244:1::10".parse().expect("v6"),
-            ],
+            ["10.244.1.10".parse().expect("v4"), "fd00:10:244:1::10".parse().expect("v6")],
         );
         let two = Backend::new("b", "n2", ["10.244.2.10".parse().expect("v4")]).terminating();
         let service = Service::new("web")
@@ -485,11 +431,6 @@ endpoints:
   conditions: {ready: false, serving: true, terminating: true}
 "#;
         assert_eq!(service.to_yaml(), expected);
-        assert!(
-            service
-                .backends(Vec::<Backend>::new())
-                .to_yaml()
-                .ends_with("endpoints: []\n")
-        );
+        assert!(service.backends(Vec::<Backend>::new()).to_yaml().ends_with("endpoints: []\n"));
     }
 }

@@ -32,18 +32,9 @@ pub struct Namespace {
 
 impl Namespace {
     /// Makes a namespace with `lo` up, duplicate address detection off and forwarding as told. `cgroup` is relative to the lab's.
-    pub(crate) fn create(
-        shared: &Arc<Shared>,
-        name: &str,
-        cgroup: &str,
-        forwarding: bool,
-    ) -> Result<Self> {
+    pub(crate) fn create(shared: &Arc<Shared>, name: &str, cgroup: &str, forwarding: bool) -> Result<Self> {
         let path = shared.state.join("ns").join(name);
-        ensure!(
-            !path.exists(),
-            "the name {name} is taken in the lab {}: choose another",
-            shared.id
-        );
+        ensure!(!path.exists(), "the name {name} is taken in the lab {}: choose another", shared.id);
         let cgroup = shared.cgroup.join(cgroup);
         crate::cgroup::create(&cgroup)?;
         drop(File::create(&path).with_context(|| format!("cannot make {}", path.display()))?);
@@ -63,22 +54,13 @@ impl Namespace {
                                 std::ptr::null(),
                             ) == 0
                     };
-                    if done {
-                        Ok(())
-                    } else {
-                        Err(io::Error::last_os_error())
-                    }
+                    if done { Ok(()) } else { Err(io::Error::last_os_error()) }
                 })
                 .join()
                 .map_err(|_| anyhow!("the thread that makes the namespace {name} panicked"))?
                 .with_context(|| format!("cannot make the network namespace {}", path.display()))
         })?;
-        let this = Self {
-            shared: Arc::clone(shared),
-            name: name.to_owned(),
-            path,
-            cgroup,
-        };
+        let this = Self { shared: Arc::clone(shared), name: name.to_owned(), path, cgroup };
         let forward = if forwarding { "1" } else { "0" };
         this.sysctls(&[
             ("net/ipv4/ip_forward", forward),
@@ -117,9 +99,7 @@ impl Namespace {
         let mut command = Command::new(program);
         let _ = command.process_group(0);
         let net = File::open(&self.path);
-        let procs = OpenOptions::new()
-            .write(true)
-            .open(self.cgroup.join("cgroup.procs"));
+        let procs = OpenOptions::new().write(true).open(self.cgroup.join("cgroup.procs"));
         let enter = move || {
             let (Ok(net), Ok(procs)) = (&net, &procs) else {
                 // The namespace or the cgroup is gone: the lab is down.
@@ -130,11 +110,7 @@ impl Namespace {
                 libc::write(procs.as_raw_fd(), c"0".as_ptr().cast(), 1) == 1
                     && libc::setns(net.as_raw_fd(), libc::CLONE_NEWNET) == 0
             };
-            if entered {
-                Ok(())
-            } else {
-                Err(io::Error::last_os_error())
-            }
+            if entered { Ok(()) } else { Err(io::Error::last_os_error()) }
         };
         // SAFETY: between fork and exec the closure only makes two system calls and allocates nothing.
         let _ = unsafe { command.pre_exec(enter) };
@@ -148,31 +124,17 @@ impl Namespace {
         args: impl IntoIterator<Item = S>,
     ) -> Result<Output> {
         let mut command = self.command(program);
-        command
-            .args(args)
-            .stdin(Stdio::null())
-            .output()
-            .with_context(|| self.cannot_run(program))
+        command.args(args).stdin(Stdio::null()).output().with_context(|| self.cannot_run(program))
     }
 
     /// Runs a program here and returns its standard output.
     ///
     /// # Errors
     /// If it cannot be started or fails; the error then holds its standard error.
-    pub fn run<S: AsRef<OsStr>>(
-        &self,
-        program: &str,
-        args: impl IntoIterator<Item = S>,
-    ) -> Result<String> {
-        let args: Vec<_> = args
-            .into_iter()
-            .map(|arg| arg.as_ref().to_owned())
-            .collect();
+    pub fn run<S: AsRef<OsStr>>(&self, program: &str, args: impl IntoIterator<Item = S>) -> Result<String> {
+        let args: Vec<_> = args.into_iter().map(|arg| arg.as_ref().to_owned()).collect();
         let output = self.output(program, &args)?;
-        self.checked(
-            &format!("{program} {}", args.join(OsStr::new(" ")).to_string_lossy()),
-            &output,
-        )
+        self.checked(&format!("{program} {}", args.join(OsStr::new(" ")).to_string_lossy()), &output)
     }
 
     /// Starts a program here that runs until it ends or the guard is dropped. Its output goes to the lab's `log/`.
@@ -197,10 +159,7 @@ impl Namespace {
     /// seen only by processes that [`Namespace::command`] starts.
     pub fn enter<T: Send>(&self, act: impl FnOnce() -> T + Send) -> Result<T> {
         let net = File::open(&self.path).with_context(|| {
-            format!(
-                "cannot open the namespace {}: is its lab still up?",
-                self.path.display()
-            )
+            format!("cannot open the namespace {}: is its lab still up?", self.path.display())
         })?;
         thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -211,8 +170,9 @@ impl Namespace {
                 Ok(act())
             });
             match thread.join() {
-                Ok(result) => result
-                    .with_context(|| format!("cannot enter the namespace {}", self.path.display())),
+                Ok(result) => {
+                    result.with_context(|| format!("cannot enter the namespace {}", self.path.display()))
+                }
                 // A failed assertion in the closure fails the test.
                 Err(panic) => std::panic::resume_unwind(panic),
             }
@@ -240,21 +200,9 @@ impl Namespace {
             .spawn()
             .with_context(|| self.cannot_run(program))?;
         // A program that ended early tells why below.
-        let _ = child
-            .stdin
-            .take()
-            .map(|mut stdin| stdin.write_all(input.as_bytes()));
-        let output = child
-            .wait_with_output()
-            .with_context(|| self.cannot_run(program))?;
-        self.checked(
-            &format!(
-                "{program} {}` with the input `{}",
-                args.join(" "),
-                input.trim()
-            ),
-            &output,
-        )
+        let _ = child.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
+        let output = child.wait_with_output().with_context(|| self.cannot_run(program))?;
+        self.checked(&format!("{program} {}` with the input `{}", args.join(" "), input.trim()), &output)
     }
 
     fn cannot_run(&self, program: &str) -> String {
@@ -285,10 +233,7 @@ impl Namespace {
         self.enter(|| {
             for (key, value) in all {
                 fs::write(Path::new("/proc/sys").join(key), value).with_context(|| {
-                    format!(
-                        "cannot set the sysctl {key} to {value} in the namespace {}",
-                        self.name
-                    )
+                    format!("cannot set the sysctl {key} to {value} in the namespace {}", self.name)
                 })?;
             }
             Ok(())
@@ -303,11 +248,7 @@ impl Namespace {
     /// Turns an offload of a device on or off with `ethtool -K`. With `"tx"` off the packets that XDP sees on the far end of
     /// a veth carry full checksums.
     pub fn offload(&self, device: &str, feature: &str, on: bool) -> Result<()> {
-        self.run(
-            "ethtool",
-            ["-K", device, feature, if on { "on" } else { "off" }],
-        )
-        .map(drop)
+        self.run("ethtool", ["-K", device, feature, if on { "on" } else { "off" }]).map(drop)
     }
 
     /// Attaches a program to a device that passes every packet. XDP_TX and redirects into a veth need one on its far end.
@@ -331,10 +272,6 @@ impl Namespace {
     /// # Errors
     /// If none comes within two seconds.
     pub fn ping(&self, address: impl Into<IpAddr>) -> Result<()> {
-        self.run(
-            "ping",
-            ["-n", "-c", "1", "-W", "2", &address.into().to_string()],
-        )
-        .map(drop)
+        self.run("ping", ["-n", "-c", "1", "-W", "2", &address.into().to_string()]).map(drop)
     }
 }

@@ -59,12 +59,7 @@ pub struct NodeOptions {
 
 impl Default for NodeOptions {
     fn default() -> Self {
-        Self {
-            cni: Cni::Routed,
-            rp_filter: RpFilter::Strict,
-            nft: None,
-            vlan: None,
-        }
+        Self { cni: Cni::Routed, rp_filter: RpFilter::Strict, nft: None, vlan: None }
     }
 }
 
@@ -107,12 +102,11 @@ impl Node {
             ("net/ipv4/conf/all/rp_filter", rp_filter),
             ("net/ipv4/conf/default/rp_filter", rp_filter),
         ])?;
-        bridge_netfilter(
-            &namespace,
-            matches!(options.cni, Cni::Bridge { bridge_nf: true }),
-        )?;
+        bridge_netfilter(&namespace, matches!(options.cni, Cni::Bridge { bridge_nf: true }))?;
         let peer = namespace.path().display();
-        let _ = router.ip(&format!("link add {uplink_peer} type veth peer name eth0 netns {peer}\nlink set {uplink_peer} up"))?;
+        let _ = router.ip(&format!(
+            "link add {uplink_peer} type veth peer name eth0 netns {peer}\nlink set {uplink_peer} up"
+        ))?;
         let _ = namespace.ip("link set eth0 up")?;
         let (uplink, port) = match options.vlan {
             None => ("eth0".to_owned(), uplink_peer.clone()),
@@ -142,9 +136,7 @@ impl Node {
             next_pod: AtomicU8::new(10),
             relay: Mutex::new(None),
         };
-        let this = Self {
-            inner: Arc::new(inner),
-        };
+        let this = Self { inner: Arc::new(inner) };
         let uplink = this.uplink();
         let _ = this.ip(&format!(
             "link set {uplink} up\naddr add {}/24 dev {uplink}\naddr add {}/64 dev {uplink} nodad\n\
@@ -164,8 +156,7 @@ impl Node {
             this.nft(ruleset)?;
         }
         let bpffs = this.bpffs();
-        std::fs::create_dir_all(&bpffs)
-            .with_context(|| format!("cannot make {}", bpffs.display()))?;
+        std::fs::create_dir_all(&bpffs).with_context(|| format!("cannot make {}", bpffs.display()))?;
         xdp::mount_bpffs(&bpffs)?;
         Ok(this)
     }
@@ -195,16 +186,7 @@ impl Node {
     }
 
     fn pod_ipv6(&self, host: u8) -> Ipv6Addr {
-        Ipv6Addr::new(
-            0xfd00,
-            0x10,
-            0x244,
-            alike(self.inner.index),
-            0,
-            0,
-            0,
-            alike(host),
-        )
+        Ipv6Addr::new(0xfd00, 0x10, 0x244, alike(self.inner.index), 0, 0, 0, alike(host))
     }
 
     /// The device that carries the node's address: `eth0`, or `eth0.<id>` with a VLAN.

@@ -37,22 +37,10 @@ impl Router {
     pub fn route(&self, prefix: &str, nodes: &[&Node]) -> Result<()> {
         ensure!(!nodes.is_empty(), "cannot route {prefix} to no node");
         let hops = nodes.iter().map(|node| {
-            let via = if prefix.contains(':') {
-                node.ipv6().to_string()
-            } else {
-                node.ipv4().to_string()
-            };
-            if nodes.len() == 1 {
-                format!("via {via}")
-            } else {
-                format!("nexthop via {via}")
-            }
+            let via = if prefix.contains(':') { node.ipv6().to_string() } else { node.ipv4().to_string() };
+            if nodes.len() == 1 { format!("via {via}") } else { format!("nexthop via {via}") }
         });
-        self.ip(&format!(
-            "route replace {prefix} {}",
-            hops.collect::<Vec<_>>().join(" ")
-        ))
-        .map(drop)
+        self.ip(&format!("route replace {prefix} {}", hops.collect::<Vec<_>>().join(" "))).map(drop)
     }
 
     /// Takes a route away again.
@@ -70,17 +58,12 @@ impl Deref for Router {
 
 /// Tells whether what crosses a bridge in the namespace also crosses its netfilter rules.
 pub(crate) fn bridge_netfilter(namespace: &Namespace, on: bool) -> Result<()> {
-    for key in [
-        "net/bridge/bridge-nf-call-iptables",
-        "net/bridge/bridge-nf-call-ip6tables",
-    ] {
+    for key in ["net/bridge/bridge-nf-call-iptables", "net/bridge/bridge-nf-call-ip6tables"] {
         if namespace.has_sysctl(key)? {
             namespace.sysctl(key, if on { "1" } else { "0" })?;
         } else if on {
-            let (what, why) = (
-                "netfilter on bridges".into(),
-                format!("there is no sysctl {key}: load br_netfilter"),
-            );
+            let (what, why) =
+                ("netfilter on bridges".into(), format!("there is no sysctl {key}: load br_netfilter"));
             return Err(crate::Unsupported { what, why }.into());
         }
     }
@@ -98,20 +81,13 @@ pub struct Client {
 }
 
 impl Client {
-    pub(crate) fn create(
-        shared: &Arc<Shared>,
-        router: &Router,
-        name: &str,
-        index: u8,
-    ) -> Result<Self> {
+    pub(crate) fn create(shared: &Arc<Shared>, router: &Router, name: &str, index: u8) -> Result<Self> {
         let namespace = Namespace::create(shared, name, &format!("outside-{name}"), false)?;
         let link = link_name(name)?;
         let net = Ipv6Addr::new(0x2001, 0xdb8, 0xc, index.into(), 0, 0, 0, 0x10);
         let (ipv4, ipv6) = (Ipv4Addr::new(198, 18, index, 10), net);
-        let (gateway, gateway6) = (
-            Ipv4Addr::new(198, 18, index, 1),
-            Ipv6Addr::new(0x2001, 0xdb8, 0xc, index.into(), 0, 0, 0, 1),
-        );
+        let (gateway, gateway6) =
+            (Ipv4Addr::new(198, 18, index, 1), Ipv6Addr::new(0x2001, 0xdb8, 0xc, index.into(), 0, 0, 0, 1));
         let peer = namespace.path().display();
         let _ = router.ip(&format!(
             "link add {link} type veth peer name eth0 netns {peer}\nlink set {link} up\n\
@@ -121,13 +97,7 @@ impl Client {
             "link set eth0 up\naddr add {ipv4}/24 dev eth0\naddr add {ipv6}/64 dev eth0 nodad\n\
              route add default via {gateway}\nroute add default via {gateway6}"
         ))?;
-        Ok(Self {
-            namespace,
-            router: router.clone(),
-            link,
-            ipv4,
-            ipv6,
-        })
+        Ok(Self { namespace, router: router.clone(), link, ipv4, ipv6 })
     }
 
     /// The client's address.
@@ -144,9 +114,7 @@ impl Client {
     /// device stays as it is, so that its TCP announces segments that do not fit.
     pub fn narrow_link(&self, mtu: u32) -> Result<()> {
         // The mtu of a veth's end bounds what is sent through it, and not what arrives.
-        self.router
-            .ip(&format!("link set {} mtu {mtu}", self.link))
-            .map(drop)
+        self.router.ip(&format!("link set {} mtu {mtu}", self.link)).map(drop)
     }
 }
 
@@ -161,9 +129,7 @@ impl Deref for Client {
 pub(crate) fn link_name(name: &str) -> Result<String> {
     let fits = !name.is_empty()
         && name.len() <= 11
-        && name
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
     ensure!(
         fits,
         "the name `{name}` does not fit into a device's name: use 1 to 11 letters, digits and dashes"
@@ -179,11 +145,7 @@ pub(crate) fn ip_feature(namespace: &Namespace, what: &str, line: &str) -> Resul
             let why = format!("{error:#}");
             // iproute2 6 names the device type; older ones print the kernel's EOPNOTSUPP.
             if why.contains("Unknown device type") || why.contains("not supported") {
-                return Err(crate::Unsupported {
-                    what: what.to_owned(),
-                    why,
-                }
-                .into());
+                return Err(crate::Unsupported { what: what.to_owned(), why }.into());
             }
             Err(error).context(format!("cannot set up {what}"))
         }

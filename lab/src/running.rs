@@ -26,25 +26,11 @@ pub struct Running {
 }
 
 impl Running {
-    pub(crate) fn start(
-        shared: &Arc<Shared>,
-        namespace: &str,
-        mut command: Command,
-    ) -> Result<Self> {
+    pub(crate) fn start(shared: &Arc<Shared>, namespace: &str, mut command: Command) -> Result<Self> {
         let program = PathBuf::from(command.get_program());
-        let program = program
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        let log = shared
-            .state
-            .join("log")
-            .join(format!("{:03}-{namespace}-{program}", shared.number()));
-        let (stdout, stderr) = (
-            log.with_added_extension("out"),
-            log.with_added_extension("err"),
-        );
+        let program = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let log = shared.state.join("log").join(format!("{:03}-{namespace}-{program}", shared.number()));
+        let (stdout, stderr) = (log.with_added_extension("out"), log.with_added_extension("err"));
         let create = |path: &PathBuf| {
             File::create(path).with_context(|| format!("cannot make the log {}", path.display()))
         };
@@ -55,19 +41,9 @@ impl Running {
             .stderr(create(&stderr)?)
             .spawn()
             .with_context(|| {
-                format!(
-                    "cannot start {what}: is it installed, and the lab {} still up?",
-                    shared.id
-                )
+                format!("cannot start {what}: is it installed, and the lab {} still up?", shared.id)
             })?;
-        Ok(Self {
-            shared: Arc::clone(shared),
-            what,
-            child,
-            ended: None,
-            stdout,
-            stderr,
-        })
+        Ok(Self { shared: Arc::clone(shared), what, child, ended: None, stdout, stderr })
     }
 
     /// The process's id.
@@ -77,24 +53,17 @@ impl Running {
 
     /// What it has written to its standard output so far.
     pub fn stdout(&self) -> String {
-        fs::read(&self.stdout)
-            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-            .unwrap_or_default()
+        fs::read(&self.stdout).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     }
 
     /// What it has written to its standard error so far.
     pub fn stderr(&self) -> String {
-        fs::read(&self.stderr)
-            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-            .unwrap_or_default()
+        fs::read(&self.stderr).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     }
 
     /// The events a `sluice-lab-server` has reported so far. A line that is none, or not whole yet, is left out.
     pub fn events(&self) -> Vec<Event> {
-        self.stdout()
-            .lines()
-            .filter_map(|line| serde_json::from_str(line).ok())
-            .collect()
+        self.stdout().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
     /// Waits for an event, among those already reported too.
@@ -107,9 +76,7 @@ impl Running {
         timeout: Duration,
         wanted: impl Fn(&Event) -> bool,
     ) -> Result<Event> {
-        self.wait_until(what, timeout, |this| {
-            this.events().into_iter().find(|event| wanted(event))
-        })
+        self.wait_until(what, timeout, |this| this.events().into_iter().find(|event| wanted(event)))
     }
 
     /// Waits until a question about the process has an answer.
@@ -130,18 +97,10 @@ impl Running {
                 return Ok(answer);
             }
             if let Some(status) = ended {
-                bail!(
-                    "{} ended ({status}) before {what}\n{}",
-                    self.what,
-                    self.last_words()
-                );
+                bail!("{} ended ({status}) before {what}\n{}", self.what, self.last_words());
             }
             if Instant::now() > deadline {
-                bail!(
-                    "waited {timeout:?} in vain for {what} from {}\n{}",
-                    self.what,
-                    self.last_words()
-                );
+                bail!("waited {timeout:?} in vain for {what} from {}\n{}", self.what, self.last_words());
             }
             sleep(POLL);
         }
@@ -150,29 +109,15 @@ impl Running {
     /// The end of what it wrote, for an error message.
     fn last_words(&self) -> String {
         let tail = |text: String| {
-            text.lines()
-                .rev()
-                .take(12)
-                .collect::<Vec<_>>()
-                .into_iter()
-                .rev()
-                .collect::<Vec<_>>()
-                .join("\n  ")
+            text.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n  ")
         };
-        format!(
-            "its output ends:\n  {}\nits errors end:\n  {}",
-            tail(self.stdout()),
-            tail(self.stderr())
-        )
+        format!("its output ends:\n  {}\nits errors end:\n  {}", tail(self.stdout()), tail(self.stderr()))
     }
 
     /// The exit status, if it has ended.
     pub fn poll(&mut self) -> Result<Option<ExitStatus>> {
         if self.ended.is_none() {
-            self.ended = self
-                .child
-                .try_wait()
-                .with_context(|| format!("cannot wait for {}", self.what))?;
+            self.ended = self.child.try_wait().with_context(|| format!("cannot wait for {}", self.what))?;
         }
         Ok(self.ended)
     }
@@ -188,11 +133,7 @@ impl Running {
                 return Ok(status);
             }
             if Instant::now() > deadline {
-                bail!(
-                    "{} runs on after {timeout:?}\n{}",
-                    self.what,
-                    self.last_words()
-                );
+                bail!("{} runs on after {timeout:?}\n{}", self.what, self.last_words());
             }
             sleep(POLL);
         }
@@ -243,10 +184,7 @@ impl Running {
         }
         // Not reaped yet, so the id is still this group's.
         let _ = self.send(-self.child_id(), libc::SIGKILL);
-        let status = self
-            .child
-            .wait()
-            .with_context(|| format!("cannot wait for {}", self.what))?;
+        let status = self.child.wait().with_context(|| format!("cannot wait for {}", self.what))?;
         self.ended = Some(status);
         Ok(status)
     }
@@ -255,17 +193,10 @@ impl Running {
         self.child.id().cast_signed()
     }
 
-    #[expect(
-        clippy::unused_self,
-        reason = "called only where the child is known not to be reaped"
-    )]
+    #[expect(clippy::unused_self, reason = "called only where the child is known not to be reaped")]
     fn send(&self, target: i32, signal: i32) -> io::Result<()> {
         // SAFETY: kill(2) takes plain numbers; the caller knows that the id is the child's, which is not reaped.
-        if unsafe { libc::kill(target, signal) } == 0 {
-            Ok(())
-        } else {
-            Err(io::Error::last_os_error())
-        }
+        if unsafe { libc::kill(target, signal) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 }
 

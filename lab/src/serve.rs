@@ -44,12 +44,8 @@ pub fn tool_path() -> Result<PathBuf> {
         return Ok(path.into());
     }
     let this = std::env::current_exe().context("cannot tell where this program is")?;
-    let found = this
-        .ancestors()
-        .skip(1)
-        .take(2)
-        .map(|directory| directory.join(TOOL))
-        .find(|path| path.is_file());
+    let found =
+        this.ancestors().skip(1).take(2).map(|directory| directory.join(TOOL)).find(|path| path.is_file());
     found.with_context(|| {
         format!("there is no {TOOL} near {}: build it with `cargo build -p sluice-lab --bins`, or set SLUICE_LAB_SERVER", this.display())
     })
@@ -57,9 +53,8 @@ pub fn tool_path() -> Result<PathBuf> {
 
 /// Waits until a server says that it listens.
 pub(crate) fn until_listening(mut server: Running) -> Result<Running> {
-    let _ = server.wait_event("it listens", Duration::from_secs(5), |event| {
-        matches!(event, Event::Listening { .. })
-    })?;
+    let _ = server
+        .wait_event("it listens", Duration::from_secs(5), |event| matches!(event, Event::Listening { .. }))?;
     Ok(server)
 }
 
@@ -95,11 +90,7 @@ impl Namespace {
         let events = client.events();
         // 1: something was lost, and is told in the events.
         if !matches!(status.code(), Some(0 | 1)) || events.is_empty() {
-            bail!(
-                "{TOOL} in the namespace {} failed ({status}): {}",
-                self.name(),
-                client.stderr().trim()
-            );
+            bail!("{TOOL} in the namespace {} failed ({status}): {}", self.name(), client.stderr().trim());
         }
         Ok(events)
     }
@@ -109,11 +100,7 @@ impl Namespace {
     /// # Errors
     /// If one of the requests gets no answer.
     pub fn http_get(&self, url: &str, count: u32) -> Result<Vec<Reply>> {
-        self.replies(&[
-            "http-client".into(),
-            format!("--url={url}"),
-            format!("--count={count}"),
-        ])
+        self.replies(&["http-client".into(), format!("--url={url}"), format!("--count={count}")])
     }
 
     /// Asks by UDP, with a new unconnected socket for each request.
@@ -143,9 +130,8 @@ impl Namespace {
     fn replies(&self, args: &[String]) -> Result<Vec<Reply>> {
         let mut client = self.tool(args)?;
         // Each request without an answer takes its time: the first one ends the client.
-        let _ = client.wait_first(Duration::from_mins(2), |this| {
-            this.stdout().contains(r#"{"event":"lost""#)
-        })?;
+        let _ =
+            client.wait_first(Duration::from_mins(2), |this| this.stdout().contains(r#"{"event":"lost""#))?;
         let _ = client.kill()?;
         let events = client.events();
         if events.is_empty() {
@@ -171,10 +157,7 @@ impl Namespace {
     /// Starts nginx on a port of all addresses of both families. It answers `/` with `<namespace> <client>`, and `/bytes`
     /// with 64 KiB.
     pub fn nginx(&self, port: u16) -> Result<Running> {
-        let directory = self
-            .shared
-            .state
-            .join(format!("nginx-{}-{port}", self.name()));
+        let directory = self.shared.state.join(format!("nginx-{}-{port}", self.name()));
         std::fs::create_dir_all(&directory)
             .with_context(|| format!("cannot make {}", directory.display()))?;
         let (at, name, page) = (directory.display(), self.name(), "x".repeat(65_536));
@@ -189,17 +172,10 @@ impl Namespace {
         std::fs::write(&path, config)?;
         let mut nginx = self.spawn(
             "nginx",
-            [
-                OsStr::new("-e"),
-                directory.join("error.log").as_os_str(),
-                OsStr::new("-c"),
-                path.as_os_str(),
-            ],
+            [OsStr::new("-e"), directory.join("error.log").as_os_str(), OsStr::new("-c"), path.as_os_str()],
         )?;
         let _ = nginx.wait_until("it listens", Duration::from_secs(5), |_| {
-            self.enter(|| std::net::TcpStream::connect(("127.0.0.1", port)).is_ok())
-                .ok()
-                .filter(|up| *up)
+            self.enter(|| std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()).ok().filter(|up| *up)
         })?;
         Ok(nginx)
     }

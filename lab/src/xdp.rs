@@ -56,20 +56,11 @@ pub(crate) fn mount_bpffs(directory: &Path) -> Result<()> {
     let target = c_path(directory)?;
     // SAFETY: NUL-terminated strings that outlive the call.
     let failed = unsafe {
-        libc::mount(
-            c"bpf".as_ptr(),
-            target.as_ptr(),
-            c"bpf".as_ptr(),
-            0,
-            c"mode=0700".as_ptr().cast(),
-        )
+        libc::mount(c"bpf".as_ptr(), target.as_ptr(), c"bpf".as_ptr(), 0, c"mode=0700".as_ptr().cast())
     } != 0;
     if failed {
         return Err(io::Error::last_os_error()).with_context(|| {
-            format!(
-                "cannot mount a bpffs on {}: does the kernel have BPF?",
-                directory.display()
-            )
+            format!("cannot mount a bpffs on {}: does the kernel have BPF?", directory.display())
         });
     }
     Ok(())
@@ -117,20 +108,13 @@ pub(crate) fn attach_pass(namespace: &Namespace, device: &str) -> Result<()> {
             Ok(())
         })?
         .with_context(|| {
-            format!(
-                "cannot attach an XDP program to {device} in the namespace {}",
-                namespace.name()
-            )
+            format!("cannot attach an XDP program to {device} in the namespace {}", namespace.name())
         })
 }
 
 /// Pins a program, map or link.
 pub(crate) fn pin(object: &OwnedFd, path: &CStr) -> io::Result<()> {
-    let pin = ObjPin {
-        pathname: path.as_ptr() as u64,
-        bpf_fd: number(object),
-        file_flags: 0,
-    };
+    let pin = ObjPin { pathname: path.as_ptr() as u64, bpf_fd: number(object), file_flags: 0 };
     bpf(BPF_OBJ_PIN, &pin).map(drop)
 }
 
@@ -145,16 +129,6 @@ pub(crate) fn descriptor(number: i32) -> OwnedFd {
 
 pub(crate) fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<i32> {
     // SAFETY: `attr` is a `repr(C)` prefix of `union bpf_attr` of the size told; its pointers are to data that outlives the call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            std::ptr::from_ref(attr),
-            size_of::<T>(),
-        )
-    };
-    i32::try_from(result)
-        .ok()
-        .filter(|result| *result >= 0)
-        .ok_or_else(io::Error::last_os_error)
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
+    i32::try_from(result).ok().filter(|result| *result >= 0).ok_or_else(io::Error::last_os_error)
 }

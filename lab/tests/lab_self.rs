@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use sluice_lab::{
-    Cni, DROP_INVALID, Event, Lab, Namespace, NodeOptions, Overlay, RpFilter, Serve, Unsupported,
-    is_root, remove_kept, sweep,
+    Cni, DROP_INVALID, Event, Lab, Namespace, NodeOptions, Overlay, RpFilter, Serve, Unsupported, is_root,
+    remove_kept, sweep,
 };
 
 const TOOL: &str = env!("CARGO_BIN_EXE_sluice-lab-server");
@@ -31,21 +31,15 @@ fn all_reach(clients: &[(&Namespace, [IpAddr; 2])], name: &str, server: [IpAddr;
     for (client, own) in clients {
         for (to, own) in server.into_iter().zip(own) {
             let what = format!("{} to {to}", client.name());
-            let http = client
-                .http_get(&url(to, 8080, ""), 3)
-                .context(what.clone())?;
+            let http = client.http_get(&url(to, 8080, ""), 3).context(what.clone())?;
             ensure!(
-                http.iter()
-                    .all(|reply| reply.name == name && reply.seen.ip() == *own),
+                http.iter().all(|reply| reply.name == name && reply.seen.ip() == *own),
                 "{what}: {http:?}"
             );
-            let udp = client
-                .udp_ask(SocketAddr::new(to, 5353), 3)
-                .context(what.clone())?;
+            let udp = client.udp_ask(SocketAddr::new(to, 5353), 3).context(what.clone())?;
             ensure!(
-                udp.iter().all(|reply| reply.name == name
-                    && reply.seen.ip() == *own
-                    && reply.from.ip() == to),
+                udp.iter()
+                    .all(|reply| reply.name == name && reply.seen.ip() == *own && reply.from.ip() == to),
                 "{what}: {udp:?}"
             );
         }
@@ -76,13 +70,7 @@ fn pods_of_two_nodes_talk(overlay: Overlay, options: &NodeOptions) -> Result<()>
     for to in address {
         let events = far.ask(["http-client", "--url", &url(to, 8080, "bytes/3000000")])?;
         ensure!(
-            events.iter().any(|event| matches!(
-                event,
-                Event::Done {
-                    bytes: 3_000_000,
-                    ..
-                }
-            )),
+            events.iter().any(|event| matches!(event, Event::Done { bytes: 3_000_000, .. })),
             "{events:?}"
         );
     }
@@ -125,10 +113,7 @@ fn pods_talk_over_vxlan() -> Result<()> {
     }
     pods_of_two_nodes_talk(
         Overlay::Vxlan,
-        &NodeOptions {
-            cni: Cni::Bridge { bridge_nf: false },
-            ..NodeOptions::default()
-        },
+        &NodeOptions { cni: Cni::Bridge { bridge_nf: false }, ..NodeOptions::default() },
     )
 }
 
@@ -139,10 +124,7 @@ fn pods_talk_over_a_tunnel_without_ethernet() -> Result<()> {
     }
     pods_of_two_nodes_talk(
         Overlay::Tun,
-        &NodeOptions {
-            rp_filter: RpFilter::Loose,
-            ..NodeOptions::default()
-        },
+        &NodeOptions { rp_filter: RpFilter::Loose, ..NodeOptions::default() },
     )
 }
 
@@ -152,13 +134,7 @@ fn a_vlan_uplink_works_or_says_that_it_is_unsupported() -> Result<()> {
         return Ok(());
     }
     let lab = Lab::new("vlan")?;
-    match lab.node(
-        "n1",
-        &NodeOptions {
-            vlan: Some(100),
-            ..NodeOptions::default()
-        },
-    ) {
+    match lab.node("n1", &NodeOptions { vlan: Some(100), ..NodeOptions::default() }) {
         Ok(node) => node.ping(lab.client("outside")?.ipv4()),
         Err(error) => {
             println!("no VLAN here: {error:#}");
@@ -174,41 +150,21 @@ fn processes_live_in_the_cgroup_of_their_namespace_and_see_the_bpffs() -> Result
         return Ok(());
     }
     let lab = Lab::new("cgroups")?;
-    let (node, client) = (
-        lab.node("n1", &NodeOptions::default())?,
-        lab.client("outside")?,
-    );
+    let (node, client) = (lab.node("n1", &NodeOptions::default())?, lab.client("outside")?);
     let pod = node.pod("a")?;
     let id = lab.id();
-    for (namespace, group) in [
-        (&*node, "n1/host"),
-        (&*pod, "n1/pod-a"),
-        (&*client, "outside-outside"),
-    ] {
+    for (namespace, group) in [(&*node, "n1/host"), (&*pod, "n1/pod-a"), (&*client, "outside-outside")] {
         let groups = namespace.run("cat", ["/proc/self/cgroup"])?;
-        ensure!(
-            groups
-                .lines()
-                .any(|line| line == format!("0::/{id}/{group}")),
-            "{groups}"
-        );
+        ensure!(groups.lines().any(|line| line == format!("0::/{id}/{group}")), "{groups}");
         let inside = namespace.run("readlink", ["/proc/self/ns/net"])?;
         let closure = namespace.enter(|| std::fs::read_link("/proc/thread-self/ns/net"))??;
-        ensure!(
-            inside.trim() == closure.to_string_lossy(),
-            "{inside} is not {}",
-            closure.display()
-        );
+        ensure!(inside.trim() == closure.to_string_lossy(), "{inside} is not {}", closure.display());
         ensure!(
             std::fs::read_link("/proc/self/ns/net")? != closure,
             "the lab is in the test's own namespace"
         );
     }
-    ensure!(
-        node.cgroup_root().ends_with(format!("{id}/n1")),
-        "{}",
-        node.cgroup_root().display()
-    );
+    ensure!(node.cgroup_root().ends_with(format!("{id}/n1")), "{}", node.cgroup_root().display());
     let kind = node.run("stat", ["-f", "-c", "%T", &node.bpffs().to_string_lossy()])?;
     ensure!(kind.trim() == "bpf_fs", "{kind}");
     Ok(())
@@ -241,9 +197,7 @@ fn a_frame_injected_into_a_pods_veth_is_seen_and_answered() -> Result<()> {
     );
     let _ = capture.wait_for("169.254.1.1", timeout)?;
     ensure!(
-        capture
-            .finish()?
-            .contains("who-has 169.254.1.1 tell 10.244.1.10"),
+        capture.finish()?.contains("who-has 169.254.1.1 tell 10.244.1.10"),
         "the capture missed the request"
     );
     Ok(())
@@ -255,10 +209,7 @@ fn xdp_pass_and_full_checksums_can_be_set_up_at_the_uplink() -> Result<()> {
         return Ok(());
     }
     let lab = Lab::new("xdp")?;
-    let (node, client) = (
-        lab.node("n1", &NodeOptions::default())?,
-        lab.client("outside")?,
-    );
+    let (node, client) = (lab.node("n1", &NodeOptions::default())?, lab.client("outside")?);
     node.uplink_peer_xdp_pass()?;
     node.uplink_peer_xdp_pass().context("a second time")?;
     node.uplink_peer_full_checksums()?;
@@ -269,9 +220,7 @@ fn xdp_pass_and_full_checksums_can_be_set_up_at_the_uplink() -> Result<()> {
     let _ = client.udp_ask_connected((node.ipv4(), 7000).into(), 3)?;
     let text = capture.wait_for("udp sum ok", Duration::from_secs(2))?;
     ensure!(
-        !text
-            .lines()
-            .any(|line| line.contains("> 192.0.2.11.7000") && line.contains("bad udp cksum")),
+        !text.lines().any(|line| line.contains("> 192.0.2.11.7000") && line.contains("bad udp cksum")),
         "{text}"
     );
     Ok(())
@@ -288,18 +237,12 @@ fn a_removed_pod_breaks_its_connections_and_leaves_nothing() -> Result<()> {
     let _echo = server.serve(Serve::TcpEcho, 7)?;
     let to = format!("--to={}", SocketAddr::new(server.ipv6().into(), 7));
     let mut talk = client.tool(["tcp-client", &to, "--interval-ms=20", "--timeout-ms=300"])?;
-    let _ = talk.wait_event("a reply", Duration::from_secs(2), |event| {
-        matches!(event, Event::Reply(_))
-    })?;
+    let _ = talk.wait_event("a reply", Duration::from_secs(2), |event| matches!(event, Event::Reply(_)))?;
     let (cgroup, device) = (server.cgroup().to_owned(), server.host_device().to_owned());
     server.remove()?;
-    let _ = talk.wait_event("the break", Duration::from_secs(2), |event| {
-        matches!(event, Event::Broken { .. })
-    })?;
-    ensure!(
-        !cgroup.exists() && !node.ip("link show")?.contains(&device),
-        "the pod is still there"
-    );
+    let _ =
+        talk.wait_event("the break", Duration::from_secs(2), |event| matches!(event, Event::Broken { .. }))?;
+    ensure!(!cgroup.exists() && !node.ip("link show")?.contains(&device), "the pod is still there");
     Ok(())
 }
 
@@ -326,62 +269,29 @@ fn a_v6_socket_that_speaks_v4_sees_plain_answers_and_streams_are_whole() -> Resu
         "--size=4000",
     ])?;
     let own: SocketAddr = (client.ipv4(), 4000).into();
-    ensure!(
-        events.contains(&Event::Connected {
-            local: own,
-            peer: to
-        }),
-        "{events:?}"
-    );
-    ensure!(
-        events.iter().any(
-            |event| matches!(event, Event::Reply(reply) if reply.from == to && reply.seen == own)
-        ),
-        "{events:?}"
-    );
-    let url = url(server.ipv4(), 80, "");
-    let events = client.ask([
-        "http-client",
-        "--url",
-        &url,
-        "--mapped",
-        "--keep-alive",
-        "--count=5",
-    ])?;
-    let ports = events.iter().filter_map(|event| {
-        if let Event::Reply(reply) = event {
-            Some(reply.seen.port())
-        } else {
-            None
-        }
-    });
-    let ports: Vec<u16> = ports.collect();
-    ensure!(
-        ports.len() == 5 && ports.iter().all(|port| Some(port) == ports.first()),
-        "{ports:?}"
-    );
-    let events = client.ask([
-        "stream-client",
-        &format!("--to=[{}]:9", server.ipv6()),
-        "--seconds=1",
-    ])?;
-    println!("{events:?}");
+    ensure!(events.contains(&Event::Connected { local: own, peer: to }), "{events:?}");
     ensure!(
         events
             .iter()
-            .any(|event| matches!(event, Event::Done { received, .. } if *received > 1000)),
+            .any(|event| matches!(event, Event::Reply(reply) if reply.from == to && reply.seen == own)),
+        "{events:?}"
+    );
+    let url = url(server.ipv4(), 80, "");
+    let events = client.ask(["http-client", "--url", &url, "--mapped", "--keep-alive", "--count=5"])?;
+    let ports = events
+        .iter()
+        .filter_map(|event| if let Event::Reply(reply) = event { Some(reply.seen.port()) } else { None });
+    let ports: Vec<u16> = ports.collect();
+    ensure!(ports.len() == 5 && ports.iter().all(|port| Some(port) == ports.first()), "{ports:?}");
+    let events = client.ask(["stream-client", &format!("--to=[{}]:9", server.ipv6()), "--seconds=1"])?;
+    println!("{events:?}");
+    ensure!(
+        events.iter().any(|event| matches!(event, Event::Done { received, .. } if *received > 1000)),
         "{events:?}"
     );
     // Nobody listens: lost, and no failure of the client.
-    let lost = client.ask([
-        "udp-client",
-        &format!("--to={}:1", server.ipv4()),
-        "--connected",
-    ])?;
-    ensure!(
-        lost.iter().any(|event| matches!(event, Event::Lost { .. })),
-        "{lost:?}"
-    );
+    let lost = client.ask(["udp-client", &format!("--to={}:1", server.ipv4()), "--connected"])?;
+    ensure!(lost.iter().any(|event| matches!(event, Event::Lost { .. })), "{lost:?}");
     Ok(())
 }
 
@@ -391,10 +301,7 @@ fn nginx_serves_in_a_pod_and_the_router_spreads_a_route() -> Result<()> {
         return Ok(());
     }
     let lab = Lab::new("nginx")?;
-    let (one, two) = (
-        lab.node("n1", &NodeOptions::default())?,
-        lab.node("n2", &NodeOptions::default())?,
-    );
+    let (one, two) = (lab.node("n1", &NodeOptions::default())?, lab.node("n2", &NodeOptions::default())?);
     let (client, pod) = (lab.client("outside")?, one.pod("web")?);
     let _nginx = pod.nginx(80)?;
     let page = client.run("curl", ["-sS", "--max-time", "3", &url(pod.ipv6(), 80, "")])?;
@@ -409,16 +316,9 @@ fn nginx_serves_in_a_pod_and_the_router_spreads_a_route() -> Result<()> {
 
 fn left_of(id: &str) -> Result<Vec<String>> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    let mut left: Vec<String> = mounts
-        .lines()
-        .filter(|line| line.contains(&format!("/{id}/")))
-        .map(str::to_owned)
-        .collect();
-    for root in [
-        "/run/sluice-lab",
-        "/sys/fs/cgroup",
-        "/sys/fs/cgroup/unified",
-    ] {
+    let mut left: Vec<String> =
+        mounts.lines().filter(|line| line.contains(&format!("/{id}/"))).map(str::to_owned).collect();
+    for root in ["/run/sluice-lab", "/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
         let path = Path::new(root).join(id);
         if path.exists() {
             left.push(path.display().to_string());
@@ -436,10 +336,7 @@ fn a_dropped_lab_leaves_nothing_even_after_a_panic() -> Result<()> {
     let id = lab.id().to_owned();
     let panicked = std::thread::spawn(move || {
         let node = lab.node("n1", &NodeOptions::default()).expect("a node");
-        let server = node
-            .pod("a")
-            .and_then(|pod| pod.serve(Serve::Http, 80))
-            .expect("a server");
+        let server = node.pod("a").and_then(|pod| pod.serve(Serve::Http, 80)).expect("a server");
         assert!(server.pid() == 0, "as a failed test would");
     })
     .join();
@@ -456,17 +353,8 @@ fn a_process_with_a_lab() -> Result<()> {
     let lab = Lab::new("doomed")?;
     let node = lab.node("n1", &NodeOptions::default())?;
     let server = node.pod("a")?.serve(Serve::Http, 80)?;
-    std::fs::write(
-        std::env::var("LAB_READY")?,
-        format!("{} {}", lab.id(), server.pid()),
-    )?;
-    std::thread::sleep(Duration::from_secs(
-        if std::env::var("SLUICE_LAB_KEEP").is_ok() {
-            0
-        } else {
-            60
-        },
-    ));
+    std::fs::write(std::env::var("LAB_READY")?, format!("{} {}", lab.id(), server.pid()))?;
+    std::thread::sleep(Duration::from_secs(if std::env::var("SLUICE_LAB_KEEP").is_ok() { 0 } else { 60 }));
     Ok(())
 }
 
@@ -483,35 +371,23 @@ fn start_doomed(name: &str, keep: bool) -> Result<Doomed> {
         .args(["--ignored", "--exact", "a_process_with_a_lab"])
         .env("LAB_READY", &ready)
         .env("SLUICE_LAB_SERVER", TOOL);
-    let _ = if keep {
-        command.env("SLUICE_LAB_KEEP", "1")
-    } else {
-        command.env_remove("SLUICE_LAB_KEEP")
-    };
+    let _ = if keep { command.env("SLUICE_LAB_KEEP", "1") } else { command.env_remove("SLUICE_LAB_KEEP") };
     let owner = command.stdout(std::process::Stdio::null()).spawn()?;
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let text = std::fs::read_to_string(&ready).unwrap_or_default();
         if let Some((id, server)) = text.split_once(' ') {
             std::fs::remove_file(&ready)?;
-            return Ok(Doomed {
-                owner,
-                id: id.to_owned(),
-                server: server.to_owned(),
-            });
+            return Ok(Doomed { owner, id: id.to_owned(), server: server.to_owned() });
         }
-        ensure!(
-            Instant::now() < deadline,
-            "the process with a lab did not come up"
-        );
+        ensure!(Instant::now() < deadline, "the process with a lab did not come up");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
 
 fn lives(pid: &str) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ")
-        .is_some_and(|(_, state)| !state.starts_with('Z'))
+    stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with('Z'))
 }
 
 #[test]
@@ -522,16 +398,10 @@ fn what_a_killed_owner_leaves_is_swept() -> Result<()> {
     let mut doomed = start_doomed("killed", false)?;
     // A sweep spares the labs of the living.
     let _ = sweep()?;
-    ensure!(
-        !left_of(&doomed.id)?.is_empty() && lives(&doomed.server),
-        "swept while its owner lived"
-    );
+    ensure!(!left_of(&doomed.id)?.is_empty() && lives(&doomed.server), "swept while its owner lived");
     doomed.owner.kill()?;
     let _ = doomed.owner.wait()?;
-    ensure!(
-        lives(&doomed.server),
-        "the server ended with its owner: nothing to sweep"
-    );
+    ensure!(lives(&doomed.server), "the server ended with its owner: nothing to sweep");
     let begun = Instant::now();
     // Another test's lab may be quicker to sweep; then there is nothing left to do.
     let _ = sweep()?;
@@ -551,15 +421,10 @@ fn an_interrupted_owner_cleans_up_itself() -> Result<()> {
         return Ok(());
     }
     let mut doomed = start_doomed("interrupted", false)?;
-    let _ = Command::new("kill")
-        .args(["-INT", &doomed.owner.id().to_string()])
-        .status()?;
+    let _ = Command::new("kill").args(["-INT", &doomed.owner.id().to_string()]).status()?;
     let status = doomed.owner.wait()?;
     let left = left_of(&doomed.id)?;
-    ensure!(
-        status.code() == Some(130) && left.is_empty() && !lives(&doomed.server),
-        "{status}: {left:?}"
-    );
+    ensure!(status.code() == Some(130) && left.is_empty() && !lives(&doomed.server), "{status}: {left:?}");
     Ok(())
 }
 
@@ -571,10 +436,7 @@ fn a_kept_lab_stays_until_it_is_removed() -> Result<()> {
     let mut doomed = start_doomed("kept", true)?;
     let _ = doomed.owner.wait()?;
     let _ = sweep()?;
-    ensure!(
-        !left_of(&doomed.id)?.is_empty() && lives(&doomed.server),
-        "it did not stay"
-    );
+    ensure!(!left_of(&doomed.id)?.is_empty() && lives(&doomed.server), "it did not stay");
     let removed = remove_kept(Some(&doomed.id))?;
     let left = left_of(&doomed.id)?;
     ensure!(

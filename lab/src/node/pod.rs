@@ -21,12 +21,7 @@ pub struct Pod {
 
 impl Pod {
     pub(super) fn create(node: &Node, name: &str, host: u8) -> Result<Self> {
-        let namespace = Namespace::create(
-            &node.shared,
-            name,
-            &format!("{}/pod-{name}", node.name()),
-            false,
-        )?;
+        let namespace = Namespace::create(&node.shared, name, &format!("{}/pod-{name}", node.name()), false)?;
         let (ipv4, ipv6, mtu) = (node.pod_ipv4(host), node.pod_ipv6(host), node.inner.mtu);
         let (gateway, gateway6) = (node.pod_ipv4(1), node.pod_ipv6(1));
         let peer = namespace.path().display();
@@ -58,13 +53,7 @@ impl Pod {
                  route add default via {gateway}\nroute add default via {gateway6}"
             ))?;
         }
-        Ok(Self {
-            namespace,
-            node: node.clone(),
-            host_device,
-            ipv4,
-            ipv6,
-        })
+        Ok(Self { namespace, node: node.clone(), host_device, ipv4, ipv6 })
     }
 
     /// The pod's address.

@@ -69,32 +69,25 @@ impl Progress {
 
     /// Paints with an ANSI attribute, on a terminal.
     pub(crate) fn paint(&self, attribute: &str, text: &str) -> String {
-        if self.colour {
-            format!("\x1b[{attribute}m{text}\x1b[0m")
-        } else {
-            text.to_owned()
-        }
+        if self.colour { format!("\x1b[{attribute}m{text}\x1b[0m") } else { text.to_owned() }
     }
 }
 
 fn demo(keep: bool) -> Result<()> {
     let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let progress = Progress {
-        started: Instant::now(),
-        colour,
-    };
+    let progress = Progress { started: Instant::now(), colour };
     let lab = Lab::new("demo")?;
     if keep {
         lab.keep()?;
     }
     let layout = Layout::build(&lab)?;
-    progress.say("A node with four pods, a router, a client outside: all of it network namespaces, the servers real.");
+    progress.say(
+        "A node with four pods, a router, a client outside: all of it network namespaces, the servers real.",
+    );
     print!("{}", layout.picture());
 
-    let options = AgentOptions {
-        manifests: Some(layout.manifests.directory().to_owned()),
-        ..AgentOptions::default()
-    };
+    let options =
+        AgentOptions { manifests: Some(layout.manifests.directory().to_owned()), ..AgentOptions::default() };
     let begun = Instant::now();
     let mut agent = layout.node.agent(options)?;
     agent.wait_ready(Duration::from_secs(20))?;
@@ -109,11 +102,7 @@ fn demo(keep: bool) -> Result<()> {
     before.check(&layout.backend_names(), &[])?;
 
     let mut talks = open_talks(&layout)?;
-    progress.say(&format!(
-        "{} long-lived connections are open: {}.",
-        talks.len(),
-        describe(&talks)
-    ));
+    progress.say(&format!("{} long-lived connections are open: {}.", talks.len(), describe(&talks)));
     scale_away(&layout, &progress)?;
 
     let after = measure(&layout)?;
@@ -132,10 +121,7 @@ fn demo(keep: bool) -> Result<()> {
     let begun = Instant::now();
     agent.restart()?;
     agent.wait_ready(Duration::from_secs(20))?;
-    progress.say(&format!(
-        "It was started again, and ready after {} ms.",
-        begun.elapsed().as_millis()
-    ));
+    progress.say(&format!("It was started again, and ready after {} ms.", begun.elapsed().as_millis()));
 
     progress.say("sluice services");
     println!("{}", indent(&layout.node.sluice(&["services"])?, 24));
@@ -176,14 +162,8 @@ fn open_talks(layout: &Layout) -> Result<Vec<Talk>> {
             let first = talk.wait_event("its first answer", Duration::from_secs(5), |event| {
                 matches!(event, Event::Reply(_))
             })?;
-            let Event::Reply(reply) = first else {
-                bail!("no answer from {vip}")
-            };
-            talks.push(Talk {
-                client: talk,
-                backend: reply.name,
-                answers: 0,
-            });
+            let Event::Reply(reply) = first else { bail!("no answer from {vip}") };
+            talks.push(Talk { client: talk, backend: reply.name, answers: 0 });
         }
     }
     Ok(talks)
@@ -194,11 +174,7 @@ fn describe(talks: &[Talk]) -> String {
     for talk in talks {
         *counts.entry(talk.backend.as_str()).or_insert(0) += 1;
     }
-    counts
-        .iter()
-        .map(|(name, count)| format!("{count} to {name}"))
-        .collect::<Vec<_>>()
-        .join(", ")
+    counts.iter().map(|(name, count)| format!("{count} to {name}")).collect::<Vec<_>>().join(", ")
 }
 
 /// Takes a backend out of the manifest, and waits until new requests keep away from it.
@@ -208,9 +184,7 @@ fn scale_away(layout: &Layout, progress: &Progress) -> Result<()> {
     layout.write_service(false)?;
     loop {
         // A backend of three misses 40 requests by chance once in ten million times.
-        let replies = layout
-            .client_pod()
-            .udp_ask((layout::cluster_ips()[1], layout::DNS).into(), 40)?;
+        let replies = layout.client_pod().udp_ask((layout::cluster_ips()[1], layout::DNS).into(), 40)?;
         if replies.iter().all(|reply| reply.name != gone) {
             break;
         }
@@ -219,7 +193,10 @@ fn scale_away(layout: &Layout, progress: &Progress) -> Result<()> {
             "{gone} still gets requests 10 s after it was taken out of the manifest"
         );
     }
-    progress.say(&format!("{gone} was taken out of the manifest; {} ms later 40 requests in a row had kept away from it.", begun.elapsed().as_millis()));
+    progress.say(&format!(
+        "{gone} was taken out of the manifest; {} ms later 40 requests in a row had kept away from it.",
+        begun.elapsed().as_millis()
+    ));
     Ok(())
 }
 
@@ -230,10 +207,9 @@ fn survive(talks: &mut [Talk]) -> Result<()> {
         let mut answers = 0;
         for event in talk.client.events() {
             match event {
-                Event::Broken { reason, at_ms, .. } => bail!(
-                    "a connection to {} broke after {at_ms} ms: {reason}",
-                    talk.backend
-                ),
+                Event::Broken { reason, at_ms, .. } => {
+                    bail!("a connection to {} broke after {at_ms} ms: {reason}", talk.backend)
+                }
                 Event::Reply(reply) => {
                     ensure!(
                         reply.name == talk.backend,
@@ -249,11 +225,7 @@ fn survive(talks: &mut [Talk]) -> Result<()> {
                 | Event::Done { .. } => {}
             }
         }
-        ensure!(
-            answers > talk.answers,
-            "a connection to {} got no answer for 300 ms",
-            talk.backend
-        );
+        ensure!(answers > talk.answers, "a connection to {} got no answer for 300 ms", talk.backend);
         talk.answers = answers;
     }
     Ok(())
@@ -264,15 +236,9 @@ fn dump_services(layout: &Layout, progress: &Progress) -> Result<()> {
     let map = find_pin(&layout.node.pin_path(), "services")
         .context("the agent pinned no map with `services` in its name")?;
     progress.say(&format!("bpftool map dump pinned {}", map.display()));
-    let dump = layout.node.run(
-        "bpftool",
-        [
-            std::ffi::OsStr::new("map"),
-            "dump".as_ref(),
-            "pinned".as_ref(),
-            map.as_os_str(),
-        ],
-    )?;
+    let dump = layout
+        .node
+        .run("bpftool", [std::ffi::OsStr::new("map"), "dump".as_ref(), "pinned".as_ref(), map.as_os_str()])?;
     ensure!(
         dump.contains("\"port\""),
         "the dump of {} has no field names:\n{}",
@@ -285,32 +251,22 @@ fn dump_services(layout: &Layout, progress: &Progress) -> Result<()> {
 
 /// The first pinned thing below a directory, in the order of names, whose name holds a word.
 fn find_pin(directory: &Path, word: &str) -> Option<PathBuf> {
-    let mut entries: Vec<PathBuf> = std::fs::read_dir(directory)
-        .ok()?
-        .flatten()
-        .map(|entry| entry.path())
-        .collect();
+    let mut entries: Vec<PathBuf> =
+        std::fs::read_dir(directory).ok()?.flatten().map(|entry| entry.path()).collect();
     entries.sort();
     let named = |path: &&PathBuf| {
         path.is_file()
-            && path
-                .file_name()
-                .is_some_and(|name| name.to_string_lossy().to_lowercase().contains(word))
+            && path.file_name().is_some_and(|name| name.to_string_lossy().to_lowercase().contains(word))
     };
-    entries.iter().find(named).cloned().or_else(|| {
-        entries
-            .iter()
-            .filter(|path| path.is_dir())
-            .find_map(|path| find_pin(path, word))
-    })
+    entries
+        .iter()
+        .find(named)
+        .cloned()
+        .or_else(|| entries.iter().filter(|path| path.is_dir()).find_map(|path| find_pin(path, word)))
 }
 
 fn indent(text: &str, lines_max: usize) -> String {
-    let mut lines: Vec<String> = text
-        .lines()
-        .take(lines_max)
-        .map(|line| format!("    {line}"))
-        .collect();
+    let mut lines: Vec<String> = text.lines().take(lines_max).map(|line| format!("    {line}")).collect();
     let more = text.lines().count().saturating_sub(lines_max);
     if more > 0 {
         lines.push(format!("    ... and {more} lines more"));

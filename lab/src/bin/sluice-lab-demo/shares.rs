@@ -26,23 +26,15 @@ pub(crate) fn measure(layout: &Layout) -> Result<Shares> {
         ("host", &layout.node, layout::cluster_ips()),
         ("outside", layout.outside(), layout::load_balancer_ips()),
     ];
-    let mut shares = Shares {
-        ways: Vec::new(),
-        all: BTreeMap::new(),
-    };
+    let mut shares = Shares { ways: Vec::new(), all: BTreeMap::new() };
     for (from, client, vips) in clients {
         for vip in vips {
-            let (http, dns) = (
-                SocketAddr::new(vip, layout::HTTP),
-                SocketAddr::new(vip, layout::DNS),
-            );
+            let (http, dns) = (SocketAddr::new(vip, layout::HTTP), SocketAddr::new(vip, layout::DNS));
             let tcp = client
                 .http_get(&format!("http://{http}/"), EACH)
                 .with_context(|| format!("TCP from {from} to {http}"))?;
             shares.add(&format!("{from:<8} TCP {http}"), http, &tcp)?;
-            let udp = client
-                .udp_ask(dns, EACH)
-                .with_context(|| format!("UDP from {from} to {dns}"))?;
+            let udp = client.udp_ask(dns, EACH).with_context(|| format!("UDP from {from} to {dns}"))?;
             shares.add(&format!("{from:<8} UDP {dns}"), dns, &udp)?;
         }
     }
@@ -86,18 +78,10 @@ impl Shares {
             );
         }
         for name in absent {
-            ensure!(
-                self.of(name) == 0,
-                "{name} answered {} requests after it was taken away",
-                self.of(name)
-            );
+            ensure!(self.of(name) == 0, "{name} answered {} requests after it was taken away", self.of(name));
         }
         let known: usize = present.iter().map(|name| self.of(name)).sum();
-        ensure!(
-            known == self.total(),
-            "somebody else answered: {:?}",
-            self.all
-        );
+        ensure!(known == self.total(), "somebody else answered: {:?}", self.all);
         Ok(())
     }
 

@@ -43,18 +43,12 @@ pub(crate) struct UdpAsking {
 }
 
 pub(crate) fn udp(asking: &UdpAsking) -> Result<bool> {
-    let to = if asking.mapped {
-        mapped(asking.to)
-    } else {
-        asking.to
-    };
+    let to = if asking.mapped { mapped(asking.to) } else { asking.to };
     let start = Instant::now();
     let open = |first: bool| -> Result<_> {
         let socket = udp_socket(to, asking.source_port)?;
         if asking.connected {
-            socket
-                .connect(to)
-                .with_context(|| format!("cannot connect to {to}"))?;
+            socket.connect(to).with_context(|| format!("cannot connect to {to}"))?;
             if first {
                 report(&Event::Connected {
                     local: plain(socket.local_addr()?),
@@ -71,10 +65,7 @@ pub(crate) fn udp(asking: &UdpAsking) -> Result<bool> {
             socket = open(false)?;
         }
         let asked = Instant::now();
-        let request = format!(
-            "{seq} {}",
-            "x".repeat(asking.size.saturating_sub(seq.to_string().len() + 1))
-        );
+        let request = format!("{seq} {}", "x".repeat(asking.size.saturating_sub(seq.to_string().len() + 1)));
         match ask_by(&socket, asking, to, request.as_bytes(), seq, start) {
             Ok((reply, length)) => {
                 report(&Event::Reply(reply));
@@ -89,12 +80,7 @@ pub(crate) fn udp(asking: &UdpAsking) -> Result<bool> {
         }
         thread::sleep(Duration::from_millis(asking.interval_ms));
     }
-    report(&Event::Done {
-        sent: asking.count,
-        received,
-        bytes,
-        elapsed_ms: ms_since(start),
-    });
+    report(&Event::Done { sent: asking.count, received, bytes, elapsed_ms: ms_since(start) });
     Ok(received == asking.count)
 }
 
@@ -107,19 +93,13 @@ fn ask_by(
     start: Instant,
 ) -> Result<(sluice_lab::Reply, u64)> {
     let asked = Instant::now();
-    let sent = if asking.connected {
-        socket.send(request)
-    } else {
-        socket.send_to(request, to)
-    };
+    let sent = if asking.connected { socket.send(request) } else { socket.send_to(request, to) };
     let _ = sent.context("cannot send")?;
     let deadline = asked + Duration::from_millis(asking.timeout_ms);
     let mut buffer = vec![0u8; 65_536];
     loop {
         // A timeout of zero is refused.
-        let left = deadline
-            .saturating_duration_since(Instant::now())
-            .max(Duration::from_millis(1));
+        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         socket.set_read_timeout(Some(left))?;
         let (length, from) = socket.recv_from(&mut buffer).context("no answer")?;
         let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
@@ -156,46 +136,25 @@ pub(crate) struct TcpAsking {
 }
 
 pub(crate) fn tcp(asking: &TcpAsking) -> Result<bool> {
-    let to = if asking.mapped {
-        mapped(asking.to)
-    } else {
-        asking.to
-    };
+    let to = if asking.mapped { mapped(asking.to) } else { asking.to };
     let start = Instant::now();
-    let mut writer = match connect(
-        to,
-        asking.source_port,
-        Duration::from_millis(asking.timeout_ms),
-    ) {
+    let mut writer = match connect(to, asking.source_port, Duration::from_millis(asking.timeout_ms)) {
         Ok(stream) => stream,
         Err(error) => {
-            report(&Event::Broken {
-                seq: 0,
-                reason: format!("{error:#}"),
-                at_ms: ms_since(start),
-            });
+            report(&Event::Broken { seq: 0, reason: format!("{error:#}"), at_ms: ms_since(start) });
             return Ok(false);
         }
     };
     let from = plain(writer.peer_addr()?);
-    report(&Event::Connected {
-        local: plain(writer.local_addr()?),
-        peer: from,
-    });
+    report(&Event::Connected { local: plain(writer.local_addr()?), peer: from });
     let mut lines = BufReader::new(writer.try_clone()?).lines();
     let (mut seq, mut bytes) = (0, 0);
     let broken = loop {
         // The greeting comes before the first request and is no answer to any.
-        let greeted = if seq == 0 {
-            read_line(&mut lines).map(drop)
-        } else {
-            Ok(())
-        };
+        let greeted = if seq == 0 { read_line(&mut lines).map(drop) } else { Ok(()) };
         let asked = Instant::now();
         let answer = greeted.and_then(|()| {
-            writer
-                .write_all(format!("{seq}\n").as_bytes())
-                .context("cannot send")?;
+            writer.write_all(format!("{seq}\n").as_bytes()).context("cannot send")?;
             read_line(&mut lines)
         });
         match answer {
@@ -208,29 +167,17 @@ pub(crate) fn tcp(asking: &TcpAsking) -> Result<bool> {
         seq += 1;
         bytes += 1;
         if asking.count.is_some_and(|count| seq >= count) {
-            report(&Event::Done {
-                sent: seq,
-                received: seq,
-                bytes,
-                elapsed_ms: ms_since(start),
-            });
+            report(&Event::Done { sent: seq, received: seq, bytes, elapsed_ms: ms_since(start) });
             return Ok(true);
         }
         thread::sleep(Duration::from_millis(asking.interval_ms));
     };
-    report(&Event::Broken {
-        seq,
-        reason: broken,
-        at_ms: ms_since(start),
-    });
+    report(&Event::Broken { seq, reason: broken, at_ms: ms_since(start) });
     Ok(false)
 }
 
 fn read_line(lines: &mut std::io::Lines<BufReader<std::net::TcpStream>>) -> Result<String> {
-    lines
-        .next()
-        .context("the server ended the connection")?
-        .context("no answer")
+    lines.next().context("the server ended the connection")?.context("no answer")
 }
 
 #[derive(Args)]
@@ -249,11 +196,7 @@ pub(crate) struct Streaming {
 pub(crate) fn stream(streaming: &Streaming) -> Result<bool> {
     let start = Instant::now();
     let broken = |seq, reason: String| {
-        report(&Event::Broken {
-            seq,
-            reason,
-            at_ms: ms_since(start),
-        });
+        report(&Event::Broken { seq, reason, at_ms: ms_since(start) });
         Ok(false)
     };
     let stream = match connect(streaming.to, 0, Duration::from_millis(streaming.timeout_ms)) {
@@ -261,10 +204,7 @@ pub(crate) fn stream(streaming: &Streaming) -> Result<bool> {
         Err(error) => return broken(0, format!("{error:#}")),
     };
     let from = plain(stream.peer_addr()?);
-    report(&Event::Connected {
-        local: plain(stream.local_addr()?),
-        peer: from,
-    });
+    report(&Event::Connected { local: plain(stream.local_addr()?), peer: from });
     let mut reader = BufReader::with_capacity(1 << 18, stream);
     let (mut seq, mut bytes) = (0u64, 0u64);
     let mut line = String::new();
@@ -279,19 +219,11 @@ pub(crate) fn stream(streaming: &Streaming) -> Result<bool> {
         if number.parse() != Ok(seq) {
             return broken(seq, format!("line {seq} is `{}`", line.trim_end()));
         }
-        if let Some((reply, _)) = (seq == 0)
-            .then(|| parse_reply(rest, 0, from, start, start))
-            .flatten()
-        {
+        if let Some((reply, _)) = (seq == 0).then(|| parse_reply(rest, 0, from, start, start)).flatten() {
             report(&Event::Reply(reply));
         }
         seq += 1;
     }
-    report(&Event::Done {
-        sent: 0,
-        received: seq,
-        bytes,
-        elapsed_ms: ms_since(start),
-    });
+    report(&Event::Done { sent: 0, received: seq, bytes, elapsed_ms: ms_since(start) });
     Ok(true)
 }

@@ -61,10 +61,9 @@ fn main() -> ExitCode {
         Mode::Http(listen) => http::serve(listen.listen, &listen.name).map(|()| true),
         Mode::UdpEcho(listen) => servers::udp_echo(listen.listen, &listen.name).map(|()| true),
         Mode::TcpEcho(listen) => servers::tcp_echo(listen.listen, &listen.name).map(|()| true),
-        Mode::Stream {
-            listen,
-            interval_ms,
-        } => servers::stream(listen.listen, &listen.name, interval_ms).map(|()| true),
+        Mode::Stream { listen, interval_ms } => {
+            servers::stream(listen.listen, &listen.name, interval_ms).map(|()| true)
+        }
         Mode::HttpClient(asking) => http::ask(&asking),
         Mode::UdpClient(asking) => clients::udp(&asking),
         Mode::TcpClient(asking) => clients::tcp(&asking),

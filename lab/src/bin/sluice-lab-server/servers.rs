@@ -16,11 +16,8 @@ pub(crate) fn accept(
     name: &str,
     speak: fn(TcpStream, &str, &str) -> std::io::Result<()>,
 ) -> Result<()> {
-    let listener =
-        TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
-    report(&Event::Listening {
-        address: listener.local_addr()?,
-    });
+    let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    report(&Event::Listening { address: listener.local_addr()? });
     loop {
         // A client that left between its handshake and here is no reason to end.
         let Ok((stream, client)) = listener.accept() else {
@@ -64,9 +61,7 @@ pub(crate) fn stream(address: SocketAddr, name: &str, interval_ms: u64) -> Resul
     accept(address, name, |mut stream, name, client| {
         for seq in 0u64.. {
             stream.write_all(format!("{seq} {name} {client}\n").as_bytes())?;
-            thread::sleep(Duration::from_millis(
-                INTERVAL.load(std::sync::atomic::Ordering::Relaxed),
-            ));
+            thread::sleep(Duration::from_millis(INTERVAL.load(std::sync::atomic::Ordering::Relaxed)));
         }
         Ok(())
     })
@@ -77,9 +72,7 @@ static INTERVAL: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::ne
 
 pub(crate) fn udp_echo(address: SocketAddr, name: &str) -> Result<()> {
     let socket = UdpSocket::bind(address).with_context(|| format!("cannot listen on {address}"))?;
-    report(&Event::Listening {
-        address: socket.local_addr()?,
-    });
+    report(&Event::Listening { address: socket.local_addr()? });
     let mut buffer = vec![0u8; 65_536];
     loop {
         // An error here is an ICMP error to an earlier answer.

@@ -22,9 +22,7 @@ pub(crate) fn plain(address: SocketAddr) -> SocketAddr {
 /// A v4 address as a v6 socket names it.
 pub(crate) fn mapped(address: SocketAddr) -> SocketAddr {
     match address.ip() {
-        IpAddr::V4(ip) => {
-            SocketAddr::V6(SocketAddrV6::new(ip.to_ipv6_mapped(), address.port(), 0, 0))
-        }
+        IpAddr::V4(ip) => SocketAddr::V6(SocketAddrV6::new(ip.to_ipv6_mapped(), address.port(), 0, 0)),
         IpAddr::V6(_) => address,
     }
 }
@@ -45,17 +43,7 @@ pub(crate) fn parse_reply(
     let mut words = text.splitn(3, ' ');
     let (name, seen) = (words.next()?.to_owned(), words.next()?.parse().ok()?);
     let took_us = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
-    Some((
-        Reply {
-            seq,
-            name,
-            seen,
-            from,
-            at_ms: ms_since(start),
-            took_us,
-        },
-        words.next().unwrap_or_default(),
-    ))
+    Some((Reply { seq, name, seen, from, at_ms: ms_since(start), took_us }, words.next().unwrap_or_default()))
 }
 
 /// A UDP socket of the destination's family, on the given port or any.
@@ -80,16 +68,8 @@ pub(crate) fn connect(to: SocketAddr, source_port: u16, timeout: Duration) -> Re
 }
 
 fn bound(kind: libc::c_int, to: SocketAddr, source_port: u16) -> Result<OwnedFd> {
-    let family = if to.is_ipv4() {
-        libc::AF_INET
-    } else {
-        libc::AF_INET6
-    };
-    let any: IpAddr = if to.is_ipv4() {
-        [0; 4].into()
-    } else {
-        [0u16; 8].into()
-    };
+    let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() };
     let (address, length) = raw(SocketAddr::new(any, source_port));
     let on: libc::c_int = 1;
     // SAFETY: plain numbers and structures on this stack with their sizes; the descriptor is new.
@@ -101,21 +81,15 @@ fn bound(kind: libc::c_int, to: SocketAddr, source_port: u16) -> Result<OwnedFd>
         let owned = OwnedFd::from_raw_fd(socket);
         if source_port != 0 {
             // Lets one port speak to several destinations, one socket each.
-            let failed = libc::setsockopt(
-                socket,
-                libc::SOL_SOCKET,
-                libc::SO_REUSEADDR,
-                (&raw const on).cast(),
-                4,
-            ) != 0
-                || libc::bind(socket, (&raw const address).cast(), length) != 0;
+            let failed =
+                libc::setsockopt(socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, (&raw const on).cast(), 4)
+                    != 0
+                    || libc::bind(socket, (&raw const address).cast(), length) != 0;
             if failed {
                 return Err(io::Error::last_os_error())
                     .with_context(|| format!("cannot bind to port {source_port}"));
             }
-        } else if kind == libc::SOCK_DGRAM
-            && libc::bind(socket, (&raw const address).cast(), length) != 0
-        {
+        } else if kind == libc::SOCK_DGRAM && libc::bind(socket, (&raw const address).cast(), length) != 0 {
             return Err(io::Error::last_os_error()).context("cannot bind to any port");
         }
         Ok(owned)
