@@ -242,6 +242,9 @@ fn translation<F: Family, T: Tables<F>>(
             return false;
         }
     }
+    if is_bare_reset(headers) && is_unknown_connection(headers, to_backend, tables, decision) {
+        return false;
+    }
     if known || tables.marks() & mark::DIRECT != 0 {
         let counts = if let Some(entry) = tables.flow(key) {
             along(egress, headers, entry, false, tables, decision)
@@ -354,6 +357,10 @@ fn along<F: Family, T: Tables<F>>(
         }
         if tcp_flags & tcp::RST != 0 {
             state |= state::RESET;
+        }
+        if !reply && tcp_flags & tcp::RST == 0 && !embryonic {
+            // Now a guess is certain.
+            state |= state::ESTABLISHED;
         }
         embryonic && !reply && tcp_flags & (tcp::SYN | tcp::RST | tcp::ACK) == tcp::ACK
     } else {
@@ -541,10 +548,6 @@ fn reject<F: Family>(headers: &Headers<F>, decision: &mut Decision<F>) {
 fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) -> bool {
     let key = &headers.tuple;
     let opens = if key.protocol == protocol::TCP {
-        if headers.tcp_flags & (tcp::RST | tcp::ACK | tcp::SYN) == tcp::RST {
-            unknown_connection(headers, tables, decision);
-            return false;
-        }
         headers.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
     } else {
         // On other devices a packet may be met twice (a VLAN device on its parent): its own flow is no clash.
@@ -567,28 +570,54 @@ fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &
     true
 }
 
-/// A reset without acknowledgment to a backend's own address.
-///
-/// A client sends one when a segment arrives for a connection it does not know. Either that is
-/// so, or the segment was a reply that left untranslated because its entry was lost: then a
-/// frontend leads to this endpoint, and either the forward entry still leads here or this
-/// client's slot does. In that case the reset is dropped and the entries are made again; the
-/// backend sends the segment once more. Where the guess is wrong (a direct connection of the
-/// same client port, which Maglev would have sent here too) the next segment goes to the client
-/// as from the VIP, its reset comes back translated and ends the connection a round trip later.
-/// Where the client's connections are translated at the socket, all of them are direct on the wire, and there is
-/// no guessing.
+/// Whether a packet is what a client sends when a segment arrives for a connection that it does not know: a reset
+/// without acknowledgment.
 #[inline(always)]
-fn unknown_connection<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) {
+fn is_bare_reset<F: Family>(headers: &Headers<F>) -> bool {
+    headers.kind == Kind::Transport
+        && headers.tuple.protocol == protocol::TCP
+        && headers.tcp_flags & (tcp::RST | tcp::ACK | tcp::SYN) == tcp::RST
+}
+
+/// A bare reset: true when it only shows that a reply's entry was lost, and a new one is to be tried.
+///
+/// To a backend's own address it is sent by a client that does not know the connection, or by
+/// one that got a reply untranslated because its entry was lost: then a frontend leads to this
+/// endpoint, and either the forward entry still leads here or this client's slot does. In that
+/// case the reset is dropped and the entries are made again; the backend sends the segment once
+/// more. What a slot says is a guess: several frontends may lead to the endpoint, or the
+/// connection may be a direct one after all. Its entry is not `ESTABLISHED` until the client sends
+/// along it; when the client resets that too, the next frontend is tried, and after the last
+/// the reset goes on to the backend. Where the client's connections are translated at the
+/// socket, all of them are direct on the wire, and there is no guessing.
+#[inline(always)]
+fn is_unknown_connection<F: Family, T: Tables<F>>(
+    headers: &Headers<F>,
+    to_backend: bool,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
     let packet = &headers.tuple;
+    // In both cases `decision.flow` is what the backend sees of the packet.
+    let is_wrong_guess = match tables.flow(packet) {
+        Some(entry) if entry.state & state::ESTABLISHED == 0 && entry.flags & flow::REPLY == 0 => {
+            decision.flow = *entry;
+            true
+        }
+        Some(_) => return false,
+        None => false,
+    };
+    if !is_wrong_guess && (!to_backend || tables.embryonic(packet).is_some()) {
+        return false;
+    }
     let endpoint = ServiceKey {
-        address: packet.destination,
-        port: packet.destination_port,
+        address: decision.flow.destination,
+        port: decision.flow.destination_port,
         protocol: packet.protocol,
         reserved: 0,
     };
-    let Some(origins) = tables.origins(&endpoint) else { return };
-    // A forward entry is proof, a slot is a guess: all entries are asked before any slot.
+    let Some(origins) = tables.origins(&endpoint) else { return false };
+    // An established entry is proof, a slot is a guess: all entries are asked before any slot.
     for origin in &origins.frontends {
         if origin.port == 0 {
             break;
@@ -597,66 +626,74 @@ fn unknown_connection<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T,
         decision.key.destination_port = origin.port;
         if let Some(entry) = tables.flow(&decision.key)
             && entry.state & state::CLOSING == 0
-            && leads_to::<F>(entry, packet)
+            && (entry.state & state::ESTABLISHED != 0 || !is_wrong_guess)
+            && leads_to(entry, &decision.flow)
         {
             decision.flow = *entry;
             decision.flow.seen = tables.now();
             decision.set(Verdict::Drop, Reason::ReplyRecovered);
             decision.record = Record::Establish;
-            return;
+            return true;
         }
     }
+    let mut is_next = !is_wrong_guess;
     for origin in &origins.frontends {
         if origin.port == 0 || tables.translated_at_socket() {
             break;
         }
+        if !is_next {
+            is_next = origin.address == packet.destination && origin.port == packet.destination_port;
+            continue;
+        }
         decision.key.destination = origin.address;
         decision.key.destination_port = origin.port;
-        if tables.flow(&decision.key).is_none() && guess(packet, tables, decision) {
+        if tables.flow(&decision.key).is_none() && guess(tables, decision) {
             decision.set(Verdict::Drop, Reason::ReplyRecovered);
             decision.record = Record::Establish;
-            return;
+            return true;
         }
     }
     decision.key = *packet;
+    false
 }
 
-/// Whether an entry makes packets of this tuple.
+/// Whether two entries make the same packets.
 #[inline(always)]
-fn leads_to<F: Family>(entry: &Flow<F::Address>, tuple: &Tuple<F::Address>) -> bool {
-    entry.source == tuple.source
-        && entry.destination == tuple.destination
-        && entry.source_port == tuple.source_port
-        && entry.destination_port == tuple.destination_port
+pub fn leads_to<A: Copy + Eq>(one: &Flow<A>, other: &Flow<A>) -> bool {
+    one.source == other.source
+        && one.destination == other.destination
+        && one.source_port == other.source_port
+        && one.destination_port == other.destination_port
 }
 
-/// Makes the entries of a connection again if the slot of the decision's key leads to where the packet goes.
+/// Makes the entries of a connection again if the slot of the decision's key leads to where the flow goes.
 #[inline(always)]
-fn guess<F: Family, T: Tables<F>>(
-    packet: &Tuple<F::Address>,
-    tables: &T,
-    decision: &mut Decision<F>,
-) -> bool {
+fn guess<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) -> bool {
     let frontend = ServiceKey {
         address: decision.key.destination,
         port: decision.key.destination_port,
-        protocol: packet.protocol,
+        protocol: decision.key.protocol,
         reserved: 0,
     };
     let Some(service) = tables.service(&frontend) else { return false };
-    let class = class(service.kind, tables.inside());
+    let inside = tables.inside();
+    if service.kind == frontend::CLUSTER_IP && !inside {
+        // Where the guess is wrong, a client out there may have no way back to this address.
+        return false;
+    }
+    let class = class(service.kind, inside);
     let service_port = service.service_port;
     let Some((id, backend)) = select::<F, T>(&decision.key, service_port, class, tables) else {
         return false;
     };
-    if backend.address != packet.destination || backend.port != packet.destination_port {
+    if backend.address != decision.flow.destination || backend.port != decision.flow.destination_port {
         return false;
     }
     decision.flow.backend = id;
     decision.flow.service_port = service_port;
     decision.flow.generation = backend.generation;
     decision.flow.seen = tables.now();
-    decision.flow.state = state::ESTABLISHED;
+    decision.flow.state = 0;
     decision.flow.flags = if backend.flags & backend::LOCAL != 0 { flow::LOCAL } else { 0 };
     true
 }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -246,10 +247,19 @@ pub(crate) fn all_answer(what: &str, replies: &[Reply], names: &[&str], from: So
     Ok(())
 }
 
+/// Lets a namespace take its next ports from a range that it has not used lately: none then meets a flow of an earlier
+/// round in the maps. What happens when ports meet has tests of its own.
+fn take_fresh_ports(client: &Namespace) -> Result<()> {
+    static ROUNDS: AtomicU16 = AtomicU16::new(0);
+    let first = 32_768 + ROUNDS.fetch_add(1, Ordering::Relaxed) % 32 * 1_000;
+    client.sysctl("net/ipv4/ip_local_port_range", &format!("{first} {}", first + 999))
+}
+
 /// A client reaches all backends by TCP, UDP and connected UDP at the addresses of both families, which
 /// see it with the address `own` of the family, if one is given.
 pub(crate) fn reaches(client: &Namespace, vips: Pair, names: &[&str], own: Option<Pair>) -> Result<()> {
     for (index, vip) in vips.into_iter().enumerate() {
+        take_fresh_ports(client)?;
         let (http, dns) = (SocketAddr::new(vip, HTTP), SocketAddr::new(vip, DNS));
         let who = client.name();
         for way in ["TCP", "UDP", "connected UDP"] {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use sluice_common::abi::{
     Backend, Class, Flow, Origin, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey, Ticks, Tuple,
-    device, flow,
+    device, flow, state,
 };
 use sluice_common::answer::{self, QUOTE};
 use sluice_common::family::lane;
@@ -180,7 +180,8 @@ impl<F: Ip> Memory<F> {
                         continue;
                     }
                     if let Some(there) = map.get(&other.0) {
-                        if there.seen + 1 >= decision.flow.seen && !ours(there) {
+                        let guess = proven_map && there.state & state::ESTABLISHED == 0;
+                        if there.seen + 1 >= decision.flow.seen && !guess && !ours(there) {
                             return Err(Reason::ClashRace);
                         }
                         if proven_map {

@@ -1,8 +1,8 @@
 //! Writes what a decision records of its flow.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use sluice_common::abi::{Flow, Tuple, flow};
-use sluice_common::path::{Decision, Record, mark, partner, partner_key};
+use sluice_common::abi::{Flow, Tuple, flow, state};
+use sluice_common::path::{Decision, Record, leads_to, mark, partner, partner_key};
 use sluice_common::{Family, Reason};
 
 use super::maps::{self, Maps};
@@ -67,7 +67,10 @@ fn open<F: Maps>(decision: &Decision<F>, partner: &Partner<F>, proven: bool) -> 
     // The path found the tuple free, or held by an entry that no longer counts: that one goes.
     // SAFETY: as above.
     if let Some(old) = unsafe { F::flows().get(&partner.key) } {
-        if old.seen.wrapping_add(1) >= flow.seen && !leads_to(old, &partner.flow) {
+        if old.seen.wrapping_add(1) >= flow.seen
+            && old.state & state::ESTABLISHED != 0
+            && !leads_to(old, &partner.flow)
+        {
             return Err(Reason::ClashRace);
         }
         // Without its replies the other direction is of no use: the client gets a new flow instead.
@@ -104,15 +107,6 @@ fn open<F: Maps>(decision: &Decision<F>, partner: &Partner<F>, proven: bool) -> 
         set_marks(bits);
     }
     Ok(())
-}
-
-/// Whether two entries lead to the same tuple.
-#[inline(always)]
-fn leads_to<A: Copy + Eq>(one: &Flow<A>, other: &Flow<A>) -> bool {
-    one.source == other.source
-        && one.destination == other.destination
-        && one.source_port == other.source_port
-        && one.destination_port == other.destination_port
 }
 
 /// Moves both entries of a proven flow from `embryonic` to `flows`.

@@ -186,7 +186,13 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     {
         return NEXT;
     }
-    let refusal = refusal(F::record());
+    let mut number = F::record();
+    if number == Reason::ClashRace as u32 {
+        // Another CPU took the tuple between the path's look and now: the path looks again.
+        F::decide(ifindex(skb), hook);
+        number = F::record();
+    }
+    let refusal = refusal(number);
     // SAFETY: as above; nothing else takes a reference from here on.
     let Scratch { headers, decision } = unsafe { &mut *scratch };
     let action = apply::<F, LINK>(skb, headers, decision, refusal, hook);

@@ -1,7 +1,7 @@
 //! Lost entries.
 
 use sluice_common::Reason;
-use sluice_common::abi::state;
+use sluice_common::abi::{frontend, state};
 
 use super::Table;
 use crate::packets::case::{Case, Program};
@@ -13,6 +13,7 @@ pub(super) fn add(table: &mut Table) {
     for cast in Cast::of(TCP) {
         forward(table, &cast);
         reply(table, &cast);
+        guesses(table, &cast);
         not_ours(table, &cast);
     }
 }
@@ -67,9 +68,34 @@ fn reply(table: &mut Table, cast: &Cast) {
     let connection = cast.connection().state(state::ESTABLISHED);
     let other = cast.other_connection().state(state::ESTABLISHED);
     let reset = Frame::tcp(cast.client, cast.backend, RST, &[]);
+    let mut external = cast.world();
+    external.add_frontend(cast, OTHER, cast.other_frontend, frontend::LOAD_BALANCER);
+    for (what, ifindex, world) in [
+        ("one of a pod", EDGE, cast.world()),
+        ("one from outside, the service has an external address", UPLINK, external),
+    ] {
+        let (service_port, guess) = if ifindex == EDGE { (ONE, connection) } else { (OTHER, other) };
+        table.add(
+            Case::new(
+                format!("{title}: both entries lost, the client's slot tells, {what}"),
+                &world,
+                Program::Ingress,
+                ifindex,
+                &reset.clone().at(mac(ifindex)),
+            )
+            .dropped(Reason::ReplyRecovered, service_port)
+            .flows([guess.state(0).both()]),
+        );
+    }
+    table.add(Case::new(
+        format!("{title}: both entries lost, a client outside would have to have used a ClusterIP"),
+        &cast.world(),
+        Program::Ingress,
+        UPLINK,
+        &reset.clone().at(mac(UPLINK)),
+    ));
     for (what, world, service_port, after) in [
         ("the forward entry tells", cast.world().flows(connection.age(5).forward()), ONE, connection.both()),
-        ("both entries lost, the client's slot tells", cast.world(), ONE, connection.both()),
         (
             "another frontend's forward entry tells",
             cast.world().flows(other.age(5).forward()),
@@ -87,6 +113,53 @@ fn reply(table: &mut Table, cast: &Cast) {
             );
         }
     }
+}
+
+/// Both entries were lost, and the client's slot of a frontend told what they might have been.
+fn guesses(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (guess, other) = (cast.connection(), cast.other_connection());
+    let case = |what: &str, world: &World, frame: &Frame| {
+        Case::new(format!("{title}: a guess, and {what}"), world, Program::Ingress, EDGE, frame)
+    };
+    let data = cast.next(cast.client, cast.frontend);
+    table.add(
+        case("the client goes on", &cast.world().flows(guess.both()), &data)
+            .becomes(&data.clone().to(cast.backend))
+            .forward(ONE)
+            .flows([guess.state(state::ESTABLISHED).both()]),
+    );
+    let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
+    table.add(
+        case("the client resets: the next frontend is tried", &cast.world().flows(guess.both()), &reset)
+            .dropped(Reason::ReplyRecovered, OTHER)
+            .flows([other.both()]),
+    );
+    let proof = other.state(state::ESTABLISHED);
+    table.add(
+        case(
+            "the client resets: another frontend's forward entry tells",
+            &cast.world().flows(guess.both()).flows(proof.age(5).forward()),
+            &reset,
+        )
+        .dropped(Reason::ReplyRecovered, OTHER)
+        .flows([proof.both()]),
+    );
+    let reset = Frame::tcp(cast.client, cast.other_frontend, RST, &[]);
+    table.add(
+        case("the client resets the last one", &cast.world().flows(other.both()), &reset)
+            .becomes(&reset.clone().to(cast.backend))
+            .forward(OTHER)
+            .flows([other.state(state::RESET).both()]),
+    );
+    let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
+    let certain = guess.state(state::ESTABLISHED);
+    table.add(
+        case("the client resets what has become certain", &cast.world().flows(certain.both()), &reset)
+            .becomes(&reset.clone().to(cast.backend))
+            .forward(ONE)
+            .flows([certain.state(state::ESTABLISHED | state::RESET).both()]),
+    );
 }
 
 fn not_ours(table: &mut Table, cast: &Cast) {
