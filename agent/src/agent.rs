@@ -114,7 +114,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         host_netns: netns_cookie()
             .context("cannot ask for the network namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)")?,
         socket_path: options.socket_path.number(),
-        reserved: 0,
+        detect_local: abi::detect_local::DEVICE,
+        ..Settings::default()
     })?;
     let cgroup = match options.socket_path {
         SocketPath::Off => None,

@@ -198,6 +198,8 @@ fn entry(link: &Link, role: Role, facts: &Facts) -> Option<abi::Device> {
         mac: link.mac,
         link_header,
         mtu: link.mtu,
+        flags: if role == Role::Edge { abi::device_flags::LOCAL_PODS } else { 0 },
+        ..abi::Device::default()
     })
 }
 

@@ -9,7 +9,7 @@
 /// Version of everything in this file; part of the pin path.
 ///
 /// Maps of another version are never reused.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Entries of [`ServiceKey`] -> [`Service`], per family: 16 Ki x ~64 B = 1 MiB when full.
 pub const SERVICES_MAX: u32 = 65_536;
@@ -41,6 +41,19 @@ pub const REASON_COUNTERS_MAX: u32 = 65_536;
 pub const NAMES_MAX: u32 = PORTS_MAX;
 /// Entries of `rejects`, the rate limiter's buckets.
 pub const REJECTS_MAX: u32 = 4_096;
+
+/// Entries of each affinity map: 64 Ki x ~70 B = 4.5 MiB (IPv4).
+pub const AFFINITY_MAX: u32 = 65_536;
+/// Entries of each source-range trie, filled as services come.
+pub const SOURCE_RANGES_MAX: u32 = 65_536;
+/// Entries of each datagram map: datagrams whose fragments are under way.
+pub const FRAGMENTS_MAX: u32 = 8_192;
+/// Entries of each map of node addresses.
+pub const NODE_ADDRESSES_MAX: u32 = 4_096;
+/// Elements of `node_ports`: a bit for every port number, 64 an element.
+pub const NODE_PORT_WORDS: u32 = 1_024;
+/// Entries of `exhausted`.
+pub const EXHAUSTED_MAX: u32 = 4_096;
 
 /// Declares map keys and values: C layout, no padding, known size (for a struct of
 /// both families: its IPv4 size, then its IPv6 size).
@@ -92,6 +105,13 @@ pub struct Ipv6Address {
     /// The sixteen bytes, most significant first.
     pub octets: [u8; 16],
 }
+
+// SAFETY: bytes: any are a value.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Ipv4Address {}
+// SAFETY: as above.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Ipv6Address {}
 
 abi! {
     /// A packet's five-tuple as it stands on the wire; the key of `flows` and `embryonic`.
@@ -190,6 +210,9 @@ pub mod flow {
     pub const DIRECT: u8 = 8;
     /// The backend is on this node.
     pub const LOCAL: u8 = 16;
+    /// The client is shown as an address of this node: its packets and their replies bypass the stack, which would
+    /// drop them as martians.
+    pub const MASQUERADED: u8 = 32;
 }
 
 abi! {
@@ -210,7 +233,7 @@ abi! {
     /// Where a frontend leads; the value of `services`. Never changed while its key lives.
     #[derive(Default)]
     pub struct Service {
-        /// Index into `ports`, from 1.
+        /// Index into `ports`, from 1; 0 with [`frontend::ADDRESS`].
         pub service_port: u32,
         /// One of [`frontend`].
         pub kind: u32,
@@ -223,6 +246,12 @@ pub mod frontend {
     pub const CLUSTER_IP: u32 = 1;
     /// An address of `status.loadBalancer.ingress`.
     pub const LOAD_BALANCER: u32 = 2;
+    /// An address of `spec.externalIPs`.
+    pub const EXTERNAL_IP: u32 = 3;
+    /// A node port. The key's address is the unspecified one: any address of this node that serves node ports.
+    pub const NODE_PORT: u32 = 4;
+    /// A ClusterIP as such (port and protocol 0 in the key): its ports that no service port is for are rejected.
+    pub const ADDRESS: u32 = 5;
 }
 
 /// Which client meets which kind of frontend; indexes [`ServicePort::ranges`].
@@ -245,14 +274,22 @@ abi! {
         pub ranges: [u64; 3],
         /// Session affinity in seconds; 0: none.
         pub affinity_seconds: u32,
-        /// Zero.
+        /// Bits of [`policy`].
         pub flags: u32,
     } size 32
 }
 
+/// Bits of [`ServicePort::flags`].
+pub mod policy {
+    /// `externalTrafficPolicy: Local`: clients of external addresses keep their source.
+    pub const EXTERNAL_LOCAL: u32 = 1;
+    /// Only sources in `source_ranges` may use the load balancer's addresses.
+    pub const SOURCE_RANGES: u32 = 2;
+}
+
 /// A run of slots in the arena, packed into one word so that it flips atomically:
 /// bits 0..32 the first slot, 32..48 the number of slots (a prime, 0: no backends),
-/// 48..64 zero.
+/// 48..64 bits of [`verdict`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Range(pub u64);
 
@@ -262,6 +299,9 @@ impl Range {
     pub const fn new(start: u32, size: u16) -> Self {
         Self(start as u64 | (size as u64) << 32)
     }
+
+    /// No slots: a client is dropped without an answer, where its policy leaves out backends that there are.
+    pub const DROP: Self = Self((verdict::DROP as u64) << 48);
 
     /// The first slot.
     #[inline(always)]
@@ -274,6 +314,18 @@ impl Range {
     pub const fn size(self) -> u32 {
         (self.0 >> 32) as u32 & 0xffff
     }
+
+    /// Whether a client is dropped, not rejected, when there are no slots.
+    #[inline(always)]
+    pub const fn drops(self) -> bool {
+        (self.0 >> 48) as u16 & verdict::DROP != 0
+    }
+}
+
+/// Upper bits of a [`Range`].
+pub mod verdict {
+    /// Without slots: drop, do not reject.
+    pub const DROP: u16 = 1;
 }
 
 abi! {
@@ -312,6 +364,8 @@ pub mod backend {
     pub const LOCAL: u32 = 2;
     /// The backend's address is one of this node's own.
     pub const HOST: u32 = 4;
+    /// The backend is in the set of [`super::Class`] `c` (bit `SELECTED << c`): affinity may lead to it.
+    pub const SELECTED: u32 = 8;
 }
 
 abi! {
@@ -328,7 +382,19 @@ abi! {
         pub link_header: u16,
         /// MTU in bytes.
         pub mtu: u32,
-    } size 20
+        /// The address that clients are shown as to backends behind this device; zero: none.
+        pub masquerade_v4: Ipv4Address,
+        /// As `masquerade_v4`, IPv6.
+        pub masquerade_v6: Ipv6Address,
+        /// Bits of [`device_flags`].
+        pub flags: u32,
+    } size 44
+}
+
+/// Bits of [`Device::flags`].
+pub mod device_flags {
+    /// Packets that come in here are those of local pods (where [`Settings::detect_local`] is by device).
+    pub const LOCAL_PODS: u32 = 1;
 }
 
 /// Values of [`Device::role`].
@@ -343,6 +409,21 @@ pub mod device {
     pub const OWN: u32 = 4;
 }
 
+abi! {
+    /// An address of this node; the value of `node_addresses_v4` and `node_addresses_v6`, keyed by address.
+    #[derive(Default)]
+    pub struct NodeAddress {
+        /// Bits of [`node_address`].
+        pub flags: u32,
+    } size 4
+}
+
+/// Bits of [`NodeAddress::flags`].
+pub mod node_address {
+    /// Node ports are served here.
+    pub const NODE_PORTS: u32 = 1;
+}
+
 /// Four bits for every hashed address; a lane of `addresses`.
 ///
 /// Lane `h` is bits `4 * (h % 16)` of word `h / 16`. A set bit may be another
@@ -354,6 +435,8 @@ pub mod listing {
     pub const BACKEND: u8 = 2;
     /// An address of this node.
     pub const NODE: u8 = 4;
+    /// An address of this node at which node ports are served.
+    pub const NODE_PORTS: u8 = 8;
 }
 
 /// An endpoint as replies show it; the key of `origins_v4` and `origins_v6`.
@@ -424,9 +507,130 @@ abi! {
         pub host_netns: u64,
         /// One of [`socket_path`].
         pub socket_path: u32,
+        /// One of [`masquerade`].
+        pub masquerade: u32,
+        /// One of [`detect_local`].
+        pub detect_local: u32,
+        /// Bits of [`networks`]: which prefixes there are at all.
+        pub networks: u32,
+    } size 24
+}
+
+/// Values of [`Settings::masquerade`].
+pub mod masquerade {
+    /// Clients keep their source wherever replies find back.
+    pub const NEEDED: u32 = 0;
+    /// As kube-proxy: clients of external addresses (but with `externalTrafficPolicy: Local`), and clients of ClusterIPs
+    /// that are no local pods.
+    pub const KUBE_PROXY: u32 = 1;
+    /// As kube-proxy with `--masquerade-all`: all clients of ClusterIPs too.
+    pub const ALL: u32 = 2;
+}
+
+/// Values of [`Settings::detect_local`]: how a client is known to be a local pod.
+pub mod detect_local {
+    /// It is not.
+    pub const NONE: u32 = 0;
+    /// By the device that it comes in on.
+    pub const DEVICE: u32 = 1;
+    /// By its address: [`super::Networks::pods`].
+    pub const ADDRESS: u32 = 2;
+}
+
+/// Bits of [`Settings::networks`].
+pub mod networks {
+    /// IPv4 Service addresses are known.
+    pub const SERVICES_V4: u32 = 1;
+    /// IPv6 Service addresses are known.
+    pub const SERVICES_V6: u32 = 2;
+}
+
+/// Prefixes of a kind and family at most.
+pub const PREFIXES: usize = 4;
+
+abi! {
+    /// The addresses `a` with `a & mask == network`. Unused: a mask of zeros and another network.
+    pub struct Prefix<A> {
+        /// The network.
+        pub network: A,
+        /// The mask.
+        pub mask: A,
+    } sizes 8, 32
+}
+
+abi! {
+    /// Address ranges of the cluster; the one element of `networks_v4` and `networks_v6`.
+    pub struct Networks<A> {
+        /// Where local pods have their addresses (`--cluster-cidr`, or the node's pod CIDRs).
+        pub pods: [Prefix<A>; PREFIXES],
+        /// Where Services have their addresses: one that no Service has is dropped on its way out of the node.
+        pub services: [Prefix<A>; PREFIXES],
+    } sizes 64, 256
+}
+
+abi! {
+    /// A client of a service port; the key of `affinity_v4` and `affinity_v6`.
+    pub struct AffinityKey<A> {
+        /// Index into `ports`.
+        pub service_port: u32,
+        /// The client's address.
+        pub client: A,
+    } sizes 8, 20
+}
+
+abi! {
+    /// Where a client has been; the value of `affinity_v4` and `affinity_v6`.
+    #[derive(Default)]
+    pub struct Affinity {
+        /// Index into `backends`.
+        pub backend: u32,
+        /// When the client opened its last flow, in [`Ticks`].
+        pub seen: u32,
+        /// The backend's generation then.
+        pub generation: u16,
         /// Zero.
-        pub reserved: u32,
-    } size 16
+        pub reserved: u16,
+    } size 12
+}
+
+abi! {
+    /// The data of a key of `source_ranges_v4` and `source_ranges_v6` (tries; the prefix length counts
+    /// these bytes' bits, so that of a CIDR plus 32). The value is a `u32`, 1.
+    pub struct SourceRange<A> {
+        /// Index into `ports`, most significant byte first.
+        pub service_port: [u8; 4],
+        /// An address of the range.
+        pub address: A,
+    } sizes 8, 20
+}
+
+abi! {
+    /// A datagram that is under way in fragments; the key of `fragments_v4` and `fragments_v6`.
+    pub struct Datagram<A> {
+        /// Source address.
+        pub source: A,
+        /// Destination address.
+        pub destination: A,
+        /// The fragments' identification, as it lies in memory.
+        pub id: u32,
+        /// IP protocol number.
+        pub protocol: u8,
+        /// Zero.
+        pub reserved: [u8; 3],
+    } sizes 16, 40
+}
+
+abi! {
+    /// What only a datagram's first fragment tells; the value of `fragments_v4` and `fragments_v6`.
+    #[derive(Default)]
+    pub struct DatagramPorts {
+        /// Source port, host order.
+        pub source_port: u16,
+        /// Destination port, host order.
+        pub destination_port: u16,
+        /// When the first fragment was seen, in [`Ticks`].
+        pub seen: u32,
+    } size 8
 }
 
 /// Values of [`Settings::socket_path`].

@@ -5,9 +5,9 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use sluice_common::abi::{
-    Backend, BackendCounters, Device, Flow, Name, OriginKey, Origins, ReasonCounters, ReasonKey,
-    RejectBucket, RejectKey, Service, ServiceKey, ServicePort, Settings, SlotBlock, SocketKey, SocketPeer,
-    Tuple,
+    Affinity, AffinityKey, Backend, BackendCounters, Device, Flow, Name, Networks, NodeAddress, OriginKey,
+    Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, Service, ServiceKey, ServicePort, Settings,
+    SlotBlock, SocketKey, SocketPeer, Tuple,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -32,6 +32,9 @@ pub struct FamilyMaps<F: Family> {
     pub(crate) flows: Table<Tuple<F::Address>, Flow<F::Address>>,
     pub(crate) embryonic: Table<Tuple<F::Address>, Flow<F::Address>>,
     pub(crate) sockets: Table<SocketKey<F::Address>, SocketPeer<F::Address>>,
+    pub(crate) affinity: Table<AffinityKey<F::Address>, Affinity>,
+    pub(crate) node_addresses: Table<F::Address, NodeAddress>,
+    pub(crate) networks: Table<u32, Networks<F::Address>>,
 }
 
 /// Every map that is pinned in one folder.
@@ -75,6 +78,9 @@ macro_rules! family {
                 flows: table(folder, concat!("flows_", $suffix))?,
                 embryonic: table(folder, concat!("embryonic_", $suffix))?,
                 sockets: table(folder, concat!("sockets_", $suffix))?,
+                affinity: table(folder, concat!("affinity_", $suffix))?,
+                node_addresses: table(folder, concat!("node_addresses_", $suffix))?,
+                networks: table(folder, concat!("networks_", $suffix))?,
             })
         }
     };
@@ -110,6 +116,8 @@ impl Maps {
     pub(crate) fn copy_memory_to(&self, other: &Self) -> io::Result<()> {
         copy(&self.v4.flows, &other.v4.flows)?;
         copy(&self.v6.flows, &other.v6.flows)?;
+        copy(&self.v4.affinity, &other.v4.affinity)?;
+        copy(&self.v6.affinity, &other.v6.affinity)?;
         copy(&self.v4.sockets, &other.v4.sockets)?;
         copy(&self.v6.sockets, &other.v6.sockets)
     }

@@ -3,14 +3,16 @@
 #![allow(non_upper_case_globals, reason = "a map's name is what `bpftool map` shows")]
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuHashMap};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap};
 use aya_ebpf::macros::btf_map;
 use sluice_common::abi::{
-    ADDRESS_WORDS, BACKEND_COUNTERS_MAX, BACKENDS_MAX, Backend, BackendCounters, DEVICES_MAX, Device,
-    EMBRYONIC_MAX, FLOWS_MAX, Flow, Ipv4Address, Ipv6Address, NAMES_MAX, Name, ORIGINS_MAX, OriginKey,
-    Origins, PORTS_MAX, REASON_COUNTERS_MAX, REJECTS_MAX, ReasonCounters, ReasonKey, RejectBucket, RejectKey,
-    SERVICES_MAX, SLOT_BLOCKS_MAX, SOCKETS_MAX, Service, ServiceKey, ServicePort, Settings, SlotBlock,
-    SocketKey, SocketPeer, Tuple,
+    ADDRESS_WORDS, AFFINITY_MAX, Affinity, AffinityKey, BACKEND_COUNTERS_MAX, BACKENDS_MAX, Backend,
+    BackendCounters, DEVICES_MAX, Datagram, DatagramPorts, Device, EMBRYONIC_MAX, EXHAUSTED_MAX, FLOWS_MAX,
+    FRAGMENTS_MAX, Flow, Ipv4Address, Ipv6Address, NAMES_MAX, NODE_ADDRESSES_MAX, NODE_PORT_WORDS, Name,
+    Networks, NodeAddress, ORIGINS_MAX, OriginKey, Origins, PORTS_MAX, REASON_COUNTERS_MAX, REJECTS_MAX,
+    ReasonCounters, ReasonKey, RejectBucket, RejectKey, SERVICES_MAX, SLOT_BLOCKS_MAX, SOCKETS_MAX,
+    SOURCE_RANGES_MAX, Service, ServiceKey, ServicePort, Settings, SlotBlock, SocketKey, SocketPeer,
+    SourceRange, Tuple,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -22,6 +24,11 @@ type Backends<A> = Array<Backend<A>, { BACKENDS_MAX as usize }, MMAP>;
 type Flows<A> = LruHashMap<Tuple<A>, Flow<A>, { FLOWS_MAX as usize }>;
 type Embryonic<A> = LruHashMap<Tuple<A>, Flow<A>, { EMBRYONIC_MAX as usize }>;
 type OriginTable<A> = HashMap<OriginKey<A>, Origins<A>, { ORIGINS_MAX as usize }, LAZY>;
+type Affinities<A> = LruHashMap<AffinityKey<A>, Affinity, { AFFINITY_MAX as usize }>;
+type SourceRanges<A> = LpmTrie<SourceRange<A>, u32, { SOURCE_RANGES_MAX as usize }>;
+type NodeAddresses<A> = HashMap<A, NodeAddress, { NODE_ADDRESSES_MAX as usize }, LAZY>;
+type Datagrams<A> = LruHashMap<Datagram<A>, DatagramPorts, { FRAGMENTS_MAX as usize }>;
+type Exhausted<A> = LruHashMap<Tuple<A>, u32, { EXHAUSTED_MAX as usize }>;
 type Sockets<A> = LruHashMap<SocketKey<A>, SocketPeer<A>, { SOCKETS_MAX as usize }>;
 
 #[btf_map]
@@ -34,6 +41,8 @@ pub(super) static slots: Array<SlotBlock, { SLOT_BLOCKS_MAX as usize }, MMAP> = 
 pub(super) static addresses: Array<u64, { ADDRESS_WORDS as usize }, MMAP> = Array::new();
 #[btf_map]
 pub(super) static marks: Array<u32, 1> = Array::new();
+#[btf_map]
+pub(super) static node_ports: Array<u64, { NODE_PORT_WORDS as usize }, MMAP> = Array::new();
 #[btf_map]
 pub(super) static devices: HashMap<u32, Device, { DEVICES_MAX as usize }> = HashMap::new();
 #[btf_map]
@@ -79,6 +88,30 @@ static origins_v6: OriginTable<Ipv6Address> = HashMap::new();
 static sockets_v4: Sockets<Ipv4Address> = LruHashMap::new();
 #[btf_map]
 static sockets_v6: Sockets<Ipv6Address> = LruHashMap::new();
+#[btf_map]
+static networks_v4: Array<Networks<Ipv4Address>, 1> = Array::new();
+#[btf_map]
+static networks_v6: Array<Networks<Ipv6Address>, 1> = Array::new();
+#[btf_map]
+static affinity_v4: Affinities<Ipv4Address> = LruHashMap::new();
+#[btf_map]
+static affinity_v6: Affinities<Ipv6Address> = LruHashMap::new();
+#[btf_map]
+static source_ranges_v4: SourceRanges<Ipv4Address> = LpmTrie::new();
+#[btf_map]
+static source_ranges_v6: SourceRanges<Ipv6Address> = LpmTrie::new();
+#[btf_map]
+static node_addresses_v4: NodeAddresses<Ipv4Address> = HashMap::new();
+#[btf_map]
+static node_addresses_v6: NodeAddresses<Ipv6Address> = HashMap::new();
+#[btf_map]
+static fragments_v4: Datagrams<Ipv4Address> = LruHashMap::new();
+#[btf_map]
+static fragments_v6: Datagrams<Ipv6Address> = LruHashMap::new();
+#[btf_map]
+static exhausted_v4: Exhausted<Ipv4Address> = LruHashMap::new();
+#[btf_map]
+static exhausted_v6: Exhausted<Ipv6Address> = LruHashMap::new();
 
 /// A family's maps.
 pub(super) trait Maps: Family {
@@ -90,10 +123,16 @@ pub(super) trait Maps: Family {
     fn embryonic() -> &'static Embryonic<Self::Address>;
     fn origins() -> &'static OriginTable<Self::Address>;
     fn sockets() -> &'static Sockets<Self::Address>;
+    fn networks() -> &'static Array<Networks<Self::Address>, 1>;
+    fn affinity() -> &'static Affinities<Self::Address>;
+    fn source_ranges() -> &'static SourceRanges<Self::Address>;
+    fn node_addresses() -> &'static NodeAddresses<Self::Address>;
+    fn fragments() -> &'static Datagrams<Self::Address>;
+    fn exhausted() -> &'static Exhausted<Self::Address>;
 }
 
 macro_rules! maps {
-    ($family:ident, $counter:expr, $services:ident, $backends:ident, $flows:ident, $embryonic:ident, $origins:ident, $sockets:ident) => {
+    ($family:ident, $counter:expr, $services:ident, $backends:ident, $flows:ident, $embryonic:ident, $origins:ident, $sockets:ident, $networks:ident, $affinity:ident, $source_ranges:ident, $node_addresses:ident, $fragments:ident, $exhausted:ident) => {
         impl Maps for $family {
             const COUNTER: u32 = $counter;
             #[inline(always)]
@@ -120,11 +159,50 @@ macro_rules! maps {
             fn sockets() -> &'static Sockets<Self::Address> {
                 &$sockets
             }
+            #[inline(always)]
+            fn networks() -> &'static Array<Networks<Self::Address>, 1> {
+                &$networks
+            }
+            #[inline(always)]
+            fn affinity() -> &'static Affinities<Self::Address> {
+                &$affinity
+            }
+            #[inline(always)]
+            fn source_ranges() -> &'static SourceRanges<Self::Address> {
+                &$source_ranges
+            }
+            #[inline(always)]
+            fn node_addresses() -> &'static NodeAddresses<Self::Address> {
+                &$node_addresses
+            }
+            #[inline(always)]
+            fn fragments() -> &'static Datagrams<Self::Address> {
+                &$fragments
+            }
+            #[inline(always)]
+            fn exhausted() -> &'static Exhausted<Self::Address> {
+                &$exhausted
+            }
         }
     };
 }
 
-maps!(V4, 0, services_v4, backends_v4, flows_v4, embryonic_v4, origins_v4, sockets_v4);
+maps!(
+    V4,
+    0,
+    services_v4,
+    backends_v4,
+    flows_v4,
+    embryonic_v4,
+    origins_v4,
+    sockets_v4,
+    networks_v4,
+    affinity_v4,
+    source_ranges_v4,
+    node_addresses_v4,
+    fragments_v4,
+    exhausted_v4
+);
 maps!(
     V6,
     sluice_common::abi::COUNTER_V6,
@@ -133,5 +211,11 @@ maps!(
     flows_v6,
     embryonic_v6,
     origins_v6,
-    sockets_v6
+    sockets_v6,
+    networks_v6,
+    affinity_v6,
+    source_ranges_v6,
+    node_addresses_v6,
+    fragments_v6,
+    exhausted_v6
 );
