@@ -35,8 +35,7 @@ pub mod policy;
 mod select;
 
 use crate::abi::{
-    Class, Flow, RejectBucket, ServiceKey, Tuple, backend, device, flow, frontend,
-    listing, networks, state,
+    Class, Flow, RejectBucket, ServiceKey, Tuple, backend, device, flow, frontend, listing, networks, state,
 };
 use crate::family::Family;
 use crate::header::{protocol, tcp};
@@ -477,12 +476,7 @@ fn serves<F: Family, T: Tables<F>>(flow: &Flow<F::Address>, tables: &T) -> bool 
 
 /// The first packet of a flow, or one whose entry was lost.
 #[inline(always)]
-fn open<F: Family, T: Tables<F>>(
-    egress: bool,
-    headers: &Headers<F>,
-    tables: &T,
-    decision: &mut Decision<F>,
-) {
+fn open<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) {
     let key = &headers.tuple;
     let service_port = decision.flow.service_port;
     decision.step = Step::Done;
@@ -665,7 +659,11 @@ const LOW: u32 = 29_999 - 1_024 + 1;
 /// The port of an index below [`PORTS`].
 #[inline(always)]
 fn port_at(index: u32) -> u16 {
-    if index < LOW { index.wrapping_add(1_024) as u16 } else { index.wrapping_sub(LOW).wrapping_add(61_000) as u16 }
+    if index < LOW {
+        index.wrapping_add(1_024) as u16
+    } else {
+        index.wrapping_sub(LOW).wrapping_add(61_000) as u16
+    }
 }
 
 /// Whether the reply tuple of a new flow is free for it when it has this source port.
@@ -723,7 +721,9 @@ fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &
     // One that has ended clashes too: its entry still translates what the backend sends to this tuple. Where it
     // no longer keeps the tuple from others, the direct connection's own entry, which changes nothing, replaces it.
     let Some(entry) = tables.flow(&key.reversed()) else { return };
-    if entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::DIRECT | flow::MASQUERADED) != flow::REPLY {
+    if entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::DIRECT | flow::MASQUERADED)
+        != flow::REPLY
+    {
         return;
     }
     decision.flow.seen = tables.now();

@@ -1,8 +1,8 @@
 //! The path's questions, answered by the maps.
 
+use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use sluice_common::Tables;
-use aya_ebpf::btf_maps::lpm_trie::Key;
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Device, Flow, Networks, OriginKey, Origins, Range,
     SLOTS_PER_BLOCK, Service, ServiceKey, ServicePort, Settings, SourceRange, TICK_SHIFT, Ticks, Tuple,

@@ -6,7 +6,8 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_check_mtu_flags::BPF_MTU_CHK_SEGS,  bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
+    __sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_check_mtu_flags::BPF_MTU_CHK_SEGS, bpf_sock_tuple,
+    bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
 };
 use aya_ebpf::helpers::generated::{
     bpf_check_mtu, bpf_csum_diff, bpf_ktime_get_coarse_ns, bpf_redirect, bpf_redirect_neigh,
@@ -105,7 +106,8 @@ impl Tc for V4 {
         let [saddr, ..] = V4::words(&flow.destination);
         let [daddr, ..] = V4::words(&flow.source);
         let (sport, dport) = (flow.destination_port.to_be(), flow.source_port.to_be());
-        tuple.__bindgen_anon_1.ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 { saddr, daddr, sport, dport };
+        tuple.__bindgen_anon_1.ipv4 =
+            bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 { saddr, daddr, sport, dport };
         12
     }
 
@@ -137,7 +139,8 @@ impl Tc for V6 {
     fn sock_tuple(tuple: &mut bpf_sock_tuple, flow: &Flow<Self::Address>) -> u32 {
         let (saddr, daddr) = (V6::words(&flow.destination), V6::words(&flow.source));
         let (sport, dport) = (flow.destination_port.to_be(), flow.source_port.to_be());
-        tuple.__bindgen_anon_1.ipv6 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 { saddr, daddr, sport, dport };
+        tuple.__bindgen_anon_1.ipv6 =
+            bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 { saddr, daddr, sport, dport };
         36
     }
 
@@ -295,13 +298,10 @@ fn apply<F: Tc, const LINK: u32>(
         decision.reason = reason;
         return DROP;
     }
-    // A bypass does what the stack would. What this host sends itself has come through the stack.
-    let forwards = decision.verdict == Verdict::TurnBack || decision.verdict == Verdict::Route && hook != Hook::Egress;
-    if forwards && !hop(packet, headers) {
-        decision.reason = Reason::TtlExceeded;
-        return DROP;
-    }
+    // What this host sends itself has come through the stack.
+    let forwards = hook != Hook::Egress;
     let mut target = 0;
+    let mut fragments = false;
     if decision.verdict == Verdict::Route {
         target = match route::<F>(skb.cast(), &decision.flow.source, &decision.flow.destination) {
             Some(target) => target,
@@ -310,13 +310,20 @@ fn apply<F: Tc, const LINK: u32>(
                 return DROP;
             }
         };
-        if let Some(mtu) = exceeded_mtu(skb, target) {
-            decision.reason = Reason::TooBig;
-            if !F::forbids_fragments(packet, headers.network) {
-                return DROP;
+        if let Some(mtu) = exceeded_mtu(skb, target, LINK) {
+            if F::forbids_fragments(packet, headers.network) {
+                decision.reason = Reason::TooBig;
+                return icmp::<F, LINK>(skb, headers, mtu, hook);
             }
-            return icmp::<F, LINK>(skb, headers, mtu, hook);
+            fragments = true;
         }
+    }
+    // A bypass does what the stack would; the stack itself does it where it fragments.
+    let bypasses =
+        decision.verdict == Verdict::TurnBack || decision.verdict == Verdict::Route && forwards && !fragments;
+    if bypasses && !hop(packet, headers) {
+        decision.reason = Reason::TtlExceeded;
+        return DROP;
     }
     if !translate(skb, headers, &decision.flow) {
         decision.reason = Reason::RewriteFailed;
@@ -332,6 +339,14 @@ fn apply<F: Tc, const LINK: u32>(
         Verdict::TurnBack => turn_back::<LINK>(packet),
         Verdict::HandIn => {
             hand_in::<F, LINK>(packet, &decision.flow.destination, &decision.flow.source, hook)
+        }
+        Verdict::Route if fragments => {
+            let own = own_device();
+            if own == 0 || device(own).is_none() {
+                decision.reason = Reason::TooBig;
+                return DROP;
+            }
+            hand_to::<F, LINK>(packet, own)
         }
         Verdict::Route => {
             // SAFETY: the helper takes no parameters: it finds the neighbour itself.
@@ -358,10 +373,16 @@ fn refusal(number: u32) -> Option<Reason> {
 
 /// The MTU of a device when the packet, or a segment of it, is larger.
 #[inline(always)]
-fn exceeded_mtu(skb: *mut __sk_buff, target: u32) -> Option<u32> {
+fn exceeded_mtu(skb: *mut __sk_buff, target: u32, link: u32) -> Option<u32> {
+    // The helper compares with the target's link header included: ours may have another length.
+    let difference = match device(target) {
+        Some(device) => i32::from(device.link_header) - link as i32,
+        None => 0,
+    };
     let mut mtu = 0_u32;
     // SAFETY: the helper writes the MTU.
-    let status = unsafe { bpf_check_mtu(skb.cast(), target, &raw mut mtu, 0, u64::from(BPF_MTU_CHK_SEGS)) };
+    let status =
+        unsafe { bpf_check_mtu(skb.cast(), target, &raw mut mtu, difference, u64::from(BPF_MTU_CHK_SEGS)) };
     (status > 0).then_some(mtu)
 }
 
@@ -414,6 +435,21 @@ fn hand_in<F: Tc, const LINK: u32>(
     if target == here && hook != Hook::Egress {
         return NEXT;
     }
+    hand_to::<F, LINK>(packet, target)
+}
+
+/// Our own device, which takes packets whose source is an address of this node.
+#[inline(always)]
+fn own_device() -> u32 {
+    match maps::settings.get(0) {
+        Some(settings) => settings.own_device,
+        None => 0,
+    }
+}
+
+/// Hands the packet to the stack as if it had come in on a device.
+#[inline(always)]
+fn hand_to<F: Tc, const LINK: u32>(packet: &mut Skb, target: u32) -> i32 {
     let Some(to) = device(target) else { return DROP };
     if to.link_header != 0 {
         if LINK == 0 {
