@@ -617,7 +617,7 @@ fn claim<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     decision.step = Step::Search;
 }
 
-/// The last step: walks all source ports there are. Without a free one the packet is dropped.
+/// The last step: walks all source ports there are. Without a free one the client is refused.
 pub fn search<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     let start = search_start::<F>(decision);
     let mut ports = (0..PORTS).map(|index| searched(start, index));
@@ -645,7 +645,15 @@ pub fn searched_for<F: Family>(found: Option<u16>, decision: &mut Decision<F>) {
     if let Some(port) = found {
         decision.flow.source_port = port;
     } else {
-        decision.set(Verdict::Drop, Reason::PortsExhausted);
+        // Told at once: a client that waits for nothing is worse off than one that can try elsewhere.
+        let verdict = if decision.record == Record::Nothing {
+            Verdict::Drop
+        } else if decision.key.protocol == protocol::TCP {
+            Verdict::Reset
+        } else {
+            Verdict::Unreachable
+        };
+        decision.set(verdict, Reason::PortsExhausted);
         decision.record = Record::Nothing;
         decision.affinity = false;
     }

@@ -62,7 +62,7 @@ reasons! {
     Truncated = 12, "truncated";
     /// A length or offset in a packet for a service contradicts the packet: passed untouched.
     Malformed = 13, "malformed";
-    /// No source port was free for a flow that had to be remapped: dropped.
+    /// No source port was free for a flow that had to be remapped or masqueraded: the client is refused.
     PortsExhausted = 14, "ports_exhausted";
     /// Another flow took the tuple between question and answer: dropped, the client tries again.
     ClashRace = 15, "clash_race";
