@@ -21,6 +21,7 @@ use crate::devices::own::OwnRoutes;
 use crate::devices::pattern::Patterns;
 use crate::devices::watch::{Watched, watch as watch_devices};
 use crate::model::{self, Event, Model, SourceId};
+use crate::policy::Policy;
 use crate::source::{Pulse, kubernetes, manifests};
 use keeper::{Inputs, Keeper, Kept, route_vips};
 use status::{SourceStatus, StateDir, Status, unix_seconds};
@@ -76,6 +77,8 @@ pub struct Options {
     pub cgroup: Option<PathBuf>,
     /// Roles of devices that a person has named.
     pub patterns: Patterns,
+    /// What a person has decided about traffic.
+    pub policy: Policy,
     /// Whose calls the socket path translates.
     pub socket_path: SocketPath,
     /// How uplinks use XDP.

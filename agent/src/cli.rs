@@ -3,6 +3,7 @@
 mod backends;
 mod cleanup;
 mod flows;
+mod policy;
 mod services;
 mod status;
 mod table;
@@ -22,6 +23,7 @@ use crate::agent::{self, Options, SocketPath};
 use crate::dataplane::Xdp;
 use crate::devices::pattern::Patterns;
 use crate::source::kubernetes;
+use policy::PolicyArgs;
 use table::Format;
 
 /// Sluice: a Service load balancer in the kernel, for Kubernetes nodes under any CNI.
@@ -140,6 +142,9 @@ struct AgentArgs {
     /// Log more; twice: everything. The variable SLUICE_LOG has filters as `sluice=debug`.
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
+    // Last: its heading would go on over what follows.
+    #[command(flatten)]
+    policy: PolicyArgs,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -256,6 +261,7 @@ impl AgentArgs {
             state_dir,
             cgroup: self.cgroup,
             patterns: Patterns::new(&self.edge, &self.uplink, &self.fabric),
+            policy: self.policy.policy()?,
             socket_path: self.socket_path,
             xdp: self.xdp,
             kubernetes: asked.then_some(kubernetes),
