@@ -17,6 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::dataplane::{Pins, Xdp, load};
+use crate::devices::Rules;
 use crate::devices::own::OwnRoutes;
 use crate::devices::pattern::Patterns;
 use crate::devices::watch::{Watched, watch as watch_devices};
@@ -146,7 +147,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let (kept_sender, kept) = watch::channel(Kept::default());
     let (routing_sender, routing) = watch::channel(None);
     let own = OwnRoutes::new().await.context("cannot use netlink")?;
-    let _devices = tokio::spawn(keep_watching(options.patterns.clone(), survey_sender));
+    let rules = Rules { patterns: options.patterns, policy: options.policy, node: Vec::new() };
+    let (rules_sender, rules) = watch::channel(rules);
+    let _devices = tokio::spawn(keep_watching(rules, survey_sender));
     let _routes = tokio::spawn(route_vips(own, vips, watched.clone(), routing_sender));
     let keeper = Keeper::new(loaded.hooks, options.socket_path.word(), cgroup);
     let inputs = Inputs { watched: watched.clone(), routing, filled };
@@ -161,6 +164,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         kept,
         events,
         vips: vips_sender,
+        rules: rules_sender,
         filled: filled_sender,
     };
     // The sender stays here: a source that ends must not end the loop.
@@ -170,9 +174,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 /// Watches devices, again and again if netlink fails.
-async fn keep_watching(patterns: Patterns, sender: watch::Sender<Watched>) {
+async fn keep_watching(rules: watch::Receiver<Rules>, sender: watch::Sender<Watched>) {
     while !sender.is_closed() {
-        if let Err(error) = watch_devices(patterns.clone(), sender.clone()).await {
+        if let Err(error) = watch_devices(rules.clone(), sender.clone()).await {
             tracing::warn!("cannot watch devices: {error}; trying again");
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
@@ -225,6 +229,7 @@ struct Agent {
     kept: watch::Receiver<Kept>,
     events: mpsc::Receiver<Event>,
     vips: watch::Sender<Arc<BTreeSet<IpAddr>>>,
+    rules: watch::Sender<Rules>,
     filled: watch::Sender<bool>,
 }
 
@@ -248,7 +253,7 @@ impl Agent {
                     }
                 }
                 Ok(()) = self.watched.changed() => {
-                    let addresses = self.watched.borrow_and_update().survey.node_addresses.clone();
+                    let addresses = self.watched.borrow_and_update().survey.addresses.keys().copied().collect();
                     self.sync.set_node_addresses(addresses);
                 }
                 Ok(()) = self.kept.changed() => { let _ = self.kept.borrow_and_update(); }
