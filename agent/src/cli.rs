@@ -249,11 +249,13 @@ impl AgentArgs {
             sizes.extend(["flows_v4", "flows_v6"].map(|map| (map.to_owned(), flows.saturating_mul(2))));
         }
         let asked = self.manifests.is_none() || self.kubeconfig.is_some() || self.api.is_some();
+        let policy = self.policy.policy()?;
         let kubernetes = kubernetes::Settings {
             kubeconfig: self.kubeconfig,
             api: self.api,
             node: Some(node.clone()),
             proxy_name: self.proxy_name.clone(),
+            service_cidrs: policy.service_cidrs.is_empty(),
         };
         Ok(Options {
             node,
@@ -261,7 +263,7 @@ impl AgentArgs {
             state_dir,
             cgroup: self.cgroup,
             patterns: Patterns::new(&self.edge, &self.uplink, &self.fabric),
-            policy: self.policy.policy()?,
+            policy,
             socket_path: self.socket_path,
             xdp: self.xdp,
             kubernetes: asked.then_some(kubernetes),
