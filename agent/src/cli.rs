@@ -79,7 +79,7 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
-    /// Remove every trace from this node: programs, maps, filters, the device sluice0 and its routes.
+    /// Remove every trace from this node: programs, maps, filters, the device sluice0 and its routes, reserved ports.
     ///
     /// Connections through services end with it. Works without an agent; refuses while one runs.
     Cleanup {

@@ -39,13 +39,15 @@ impl PerFamily {
         Self { v4: self.v4.or(others.v4), v6: self.v6.or(others.v6) }
     }
 
+    /// Those that there are.
+    pub fn iter(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        self.v4.map(IpAddr::V4).into_iter().chain(self.v6.map(IpAddr::V6))
+    }
+
     /// Whether an address is one of them.
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {
-        match address {
-            IpAddr::V4(address) => self.v4 == Some(address),
-            IpAddr::V6(address) => self.v6 == Some(address),
-        }
+        self.iter().any(|found| found == address)
     }
 }
 
