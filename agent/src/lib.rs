@@ -17,4 +17,5 @@ pub mod devices;
 pub mod image;
 pub mod model;
 pub mod plan;
+pub mod policy;
 pub mod source;

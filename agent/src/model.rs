@@ -118,6 +118,8 @@ impl Model {
                     self.refresh_node_addresses();
                 }
             }
+            // What Services want does not depend on it.
+            Change::ServiceCidr(..) => {}
             Change::Notes(subject, notes) => {
                 let notes = notes.into_iter().map(|note| (subject.clone(), note)).collect();
                 self.report(Author::Source(source, subject), notes, now);

@@ -10,7 +10,7 @@ use sluice_common::{V4, V6};
 use tokio::time::Instant;
 
 use super::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
-use crate::dataplane::Kernel;
+use crate::dataplane::{Kernel, Maps};
 use crate::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
 use crate::model::report::Level;
 use crate::model::{Event, Model, SourceId};
@@ -138,6 +138,11 @@ impl Sync {
             self.vips.follow(write);
         }
         self.reconciler.push(writes);
+    }
+
+    /// The maps.
+    pub(super) fn maps(&self) -> &Maps {
+        self.reconciler.dataplane.maps()
     }
 
     /// When failed writes are to be tried again.

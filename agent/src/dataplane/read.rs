@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use sluice_common::abi::{
-    self, BackendCounters, Flow, ReasonCounters, ReasonKey, SLOTS_PER_BLOCK, Settings, Tuple,
+    self, BackendCounters, Flow, Ipv4Address, Ipv6Address, Networks, ReasonCounters, ReasonKey,
+    SLOTS_PER_BLOCK, Settings, Tuple,
 };
 
 use super::bpf::Table;
@@ -100,6 +101,20 @@ impl Maps {
     /// When the map cannot be written.
     pub fn write_settings(&self, settings: &Settings) -> Result<(), Error> {
         self.settings.insert(&0, settings).map_err(|cause| Error::map("write", "settings", cause))
+    }
+
+    /// Tells every program the cluster's networks.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written.
+    pub fn write_networks(
+        &self,
+        v4: &Networks<Ipv4Address>,
+        v6: &Networks<Ipv6Address>,
+    ) -> Result<(), Error> {
+        self.v4.networks.insert(&0, v4).map_err(|cause| Error::map("write", "networks_v4", cause))?;
+        self.v6.networks.insert(&0, v6).map_err(|cause| Error::map("write", "networks_v6", cause))
     }
 
     /// How much the plan may put into the maps.

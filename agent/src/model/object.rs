@@ -7,6 +7,8 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use ipnet::IpNet;
+
 /// Namespace and name of an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectName {
@@ -250,8 +252,10 @@ pub struct Endpoint {
 /// A Node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeSpec {
-    /// Its addresses.
+    /// Its addresses, those inside the cluster first.
     pub addresses: Vec<IpAddr>,
+    /// Where its pods have their addresses.
+    pub pod_cidrs: Vec<IpNet>,
     /// Its zone. Kept, so far without effect.
     pub zone: Option<Arc<str>>,
 }
@@ -283,6 +287,8 @@ pub enum Change {
     Slice(SliceKind, ObjectName, Option<Slice>),
     /// A Node.
     Node(Arc<str>, Option<NodeSpec>),
+    /// Networks that Services have their addresses from.
+    ServiceCidr(Arc<str>, Option<Vec<IpNet>>),
     /// What is wrong with an object or file, in the source's eyes, replacing what it said
     /// about it before. Empty: all is well again.
     Notes(super::report::Subject, Vec<super::report::Note>),

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use k8s_openapi::jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::Value;
@@ -15,6 +16,7 @@ use crate::model::object::{
     Address, Change, Endpoint, IpFamily, NodeSpec, NotApplied, ObjectName, PortSpec, ServiceSpec, Slice,
     SliceKind, SlicePart, SlicePort,
 };
+use crate::policy::cidr;
 
 /// Label of the proxy that serves a Service or slice instead of everybody's.
 pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
@@ -38,6 +40,8 @@ pub enum Kind {
     Endpoints,
     /// A Node.
     Node,
+    /// A ServiceCIDR.
+    ServiceCidr,
 }
 
 impl Kind {
@@ -50,6 +54,7 @@ impl Kind {
             }
             ("Endpoints", "v1") => Some(Self::Endpoints),
             ("Node", "v1") => Some(Self::Node),
+            ("ServiceCIDR", "networking.k8s.io/v1") => Some(Self::ServiceCidr),
             _ => None,
         }
     }
@@ -61,6 +66,7 @@ impl Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::Endpoints => "Endpoints",
             Self::Node => "Node",
+            Self::ServiceCidr => "ServiceCIDR",
         }
     }
 }
@@ -94,6 +100,8 @@ pub enum Object {
     Slice(Slice),
     /// A Node.
     Node(NodeSpec),
+    /// A ServiceCIDR: its networks.
+    ServiceCidr(Vec<IpNet>),
 }
 
 /// The change that an object (or its end) is.
@@ -101,6 +109,7 @@ pub fn change(kind: Kind, name: ObjectName, object: Option<Object>) -> Change {
     match (kind, object) {
         (_, Some(Object::Service(spec))) => Change::Service(name, Some(spec)),
         (_, Some(Object::Node(spec))) => Change::Node(name.name, Some(spec)),
+        (_, Some(Object::ServiceCidr(networks))) => Change::ServiceCidr(name.name, Some(networks)),
         (Kind::Endpoints, Some(Object::Slice(slice))) => {
             Change::Slice(SliceKind::Endpoints, name, Some(slice))
         }
@@ -109,6 +118,7 @@ pub fn change(kind: Kind, name: ObjectName, object: Option<Object>) -> Change {
         (Kind::EndpointSlice, None) => Change::Slice(SliceKind::EndpointSlice, name, None),
         (Kind::Endpoints, None) => Change::Slice(SliceKind::Endpoints, name, None),
         (Kind::Node, None) => Change::Node(name.name, None),
+        (Kind::ServiceCidr, None) => Change::ServiceCidr(name.name, None),
     }
 }
 
@@ -133,6 +143,7 @@ impl Decoder {
             Kind::EndpointSlice => Ok(Object::Slice(self.slice(meta, serde_json::from_value(body)?))),
             Kind::Endpoints => Ok(Object::Slice(self.endpoints(meta, serde_json::from_value(body)?))),
             Kind::Node => Ok(Object::Node(self.node(meta, serde_json::from_value(body)?))),
+            Kind::ServiceCidr => Ok(Object::ServiceCidr(service_cidr(serde_json::from_value(body)?))),
         }
     }
 
@@ -221,16 +232,20 @@ impl Decoder {
     }
 
     fn node(&mut self, meta: &Meta, node: RawNode) -> NodeSpec {
-        let addresses = node.status.and_then(|status| status.addresses).unwrap_or_default();
+        let mut addresses = node.status.and_then(|status| status.addresses).unwrap_or_default();
+        addresses.retain(|address| matches!(address.r#type.as_deref(), Some("InternalIP" | "ExternalIP")));
+        addresses.sort_by_key(|address| address.r#type.as_deref() != Some("InternalIP"));
+        let spec = node.spec.unwrap_or_default();
+        let pod_cidrs = spec.pod_cidrs.unwrap_or_else(|| spec.pod_cidr.into_iter().collect());
         NodeSpec {
             addresses: addresses
                 .into_iter()
-                .filter(|address| matches!(address.r#type.as_deref(), Some("InternalIP" | "ExternalIP")))
                 .filter_map(|raw| match address(raw.address.as_deref()) {
                     Address::Valid(address) => Some(address),
                     Address::Invalid(_) | Address::Missing => None,
                 })
                 .collect::<Vec<IpAddr>>(),
+            pod_cidrs: networks(&pod_cidrs),
             zone: meta.label(ZONE_LABEL).map(|zone| self.share(zone)),
         }
     }
@@ -314,6 +329,15 @@ fn not_applied(spec: &RawServiceSpec) -> Vec<NotApplied> {
         .filter(|(asked, ..)| *asked)
         .map(|(_, field, what)| NotApplied { field, what })
         .collect()
+}
+
+/// Those texts that are CIDRs; the API server lets nothing else in.
+fn networks(texts: &[String]) -> Vec<IpNet> {
+    texts.iter().filter_map(|text| cidr(text).ok()).collect()
+}
+
+fn service_cidr(object: RawServiceCidr) -> Vec<IpNet> {
+    networks(&object.spec.and_then(|spec| spec.cidrs).unwrap_or_default())
 }
 
 fn address(text: Option<&str>) -> Address {
@@ -440,8 +464,27 @@ struct RawAddress {
 }
 
 #[derive(Deserialize)]
+struct RawServiceCidr {
+    spec: Option<RawServiceCidrSpec>,
+}
+
+#[derive(Deserialize)]
+struct RawServiceCidrSpec {
+    cidrs: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
 struct RawNode {
+    spec: Option<RawNodeSpec>,
     status: Option<RawNodeStatus>,
+}
+
+#[derive(Default, Deserialize)]
+struct RawNodeSpec {
+    #[serde(rename = "podCIDR")]
+    pod_cidr: Option<String>,
+    #[serde(rename = "podCIDRs")]
+    pod_cidrs: Option<Vec<String>>,
 }
 
 #[derive(Deserialize)]
@@ -453,4 +496,49 @@ struct RawNodeStatus {
 struct RawNodeAddress {
     r#type: Option<String>,
     address: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn decode(kind: Kind, body: Value) -> Object {
+        Decoder::default().decode(kind, &Meta::default(), body).expect("an object")
+    }
+
+    #[test]
+    fn a_node_has_its_inner_addresses_first_and_its_pods_networks() {
+        let address = |kind: &str, address: &str| json!({"type": kind, "address": address});
+        let node = json!({
+            "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd01:0:0:1::/64"]},
+            "status": {"addresses": [
+                address("ExternalIP", "203.0.113.7"),
+                address("Hostname", "192.0.2.9"),
+                address("InternalIP", "192.0.2.1"),
+                address("InternalIP", "2001:db8::1"),
+            ]},
+        });
+        let Object::Node(node) = decode(Kind::Node, node) else { panic!("another kind") };
+        let addresses: Vec<String> = node.addresses.iter().map(ToString::to_string).collect();
+        assert_eq!(addresses, ["192.0.2.1", "2001:db8::1", "203.0.113.7"]);
+        assert_eq!(node.pod_cidrs, networks(&["10.244.1.0/24".to_owned(), "fd01:0:0:1::/64".to_owned()]));
+        let old = decode(Kind::Node, json!({"spec": {"podCIDR": "10.244.2.0/24"}}));
+        let Object::Node(old) = old else { panic!("another kind") };
+        assert_eq!(old.pod_cidrs, networks(&["10.244.2.0/24".to_owned()]));
+    }
+
+    #[test]
+    fn a_service_cidr_is_its_networks() {
+        assert_eq!(
+            Kind::from_words("ServiceCIDR", "networking.k8s.io/v1"),
+            Some(Kind::ServiceCidr),
+            "and no older version"
+        );
+        assert_eq!(Kind::from_words("ServiceCIDR", "networking.k8s.io/v1beta1"), None);
+        let object = json!({"spec": {"cidrs": ["10.96.0.0/12", "fd00:10:96::/112"]}});
+        let expected = networks(&["10.96.0.0/12".to_owned(), "fd00:10:96::/112".to_owned()]);
+        assert_eq!(decode(Kind::ServiceCidr, object), Object::ServiceCidr(expected));
+    }
 }
