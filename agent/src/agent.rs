@@ -121,10 +121,17 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
     let pins = Pins::new(&options.pin_path);
     let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp))?;
+    let own = OwnRoutes::new().await.context("cannot use netlink")?;
     let settings = Settings {
         host_netns: netns_cookie()
             .context("cannot ask for the network namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)")?,
         socket_path: options.socket_path.number(),
+        own_device: own.prepare().await.unwrap_or_else(|error| {
+            tracing::warn!(
+                "without our own device, what is too big for the way to a backend is dropped: {error}"
+            );
+            0
+        }),
         ..Settings::default()
     };
     let cluster = Cluster::new(&options.node);
@@ -155,7 +162,6 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let (filled_sender, filled) = watch::channel(loaded.filled);
     let (kept_sender, kept) = watch::channel(Kept::default());
     let (routing_sender, routing) = watch::channel(None);
-    let own = OwnRoutes::new().await.context("cannot use netlink")?;
     let rules = Rules { patterns: options.patterns, policy: options.policy, node: Vec::new() };
     let (rules_sender, rules) = watch::channel(rules);
     let _devices = tokio::spawn(keep_watching(rules, survey_sender));

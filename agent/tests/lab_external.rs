@@ -36,7 +36,12 @@ fn web(cluster: &Cluster) -> Service {
 }
 
 /// What a client gets by each way at an address: TCP, UDP, connected UDP.
-fn by_all_ways(client: &Namespace, address: IpAddr, http: u16, dns: u16) -> Result<Vec<(String, Vec<Reply>)>> {
+fn by_all_ways(
+    client: &Namespace,
+    address: IpAddr,
+    http: u16,
+    dns: u16,
+) -> Result<Vec<(String, Vec<Reply>)>> {
     let dns = SocketAddr::new(address, dns);
     let what = |way: &str| format!("{} by {way} to {address}", client.name());
     let ways = [
@@ -291,11 +296,19 @@ fn a_port_that_a_cluster_ip_does_not_have_is_refused_at_once() -> Result<()> {
         let to = SocketAddr::new(vip, 4444).to_string();
         for client in [&*cluster.client, &**cluster.node()] {
             let events = client.ask(["tcp-client", "--count=1", "--to", &to])?;
-            let Some(Event::Broken { reason, at_ms, .. }) = events.first() else { anyhow::bail!("{events:?}") };
-            ensure!(reason.contains("refused") && *at_ms < 500, "{}: {reason} after {at_ms} ms", client.name());
+            let Some(Event::Broken { reason, at_ms, .. }) = events.first() else {
+                anyhow::bail!("{events:?}")
+            };
+            ensure!(
+                reason.contains("refused") && *at_ms < 500,
+                "{}: {reason} after {at_ms} ms",
+                client.name()
+            );
         }
         let events = cluster.client.ask(["udp-client", "--connected", "--count=1", "--to", &to])?;
-        let Some(Event::Lost { reason, .. }) = events.iter().find(|event| matches!(event, Event::Lost { .. })) else {
+        let Some(Event::Lost { reason, .. }) =
+            events.iter().find(|event| matches!(event, Event::Lost { .. }))
+        else {
             anyhow::bail!("{events:?}")
         };
         ensure!(reason.contains("refused"), "{reason}");
@@ -319,14 +332,28 @@ fn too_big_for_the_overlay() -> Result<()> {
         transfers(&cluster.outside, vip, 3_000_000)?;
         let to = SocketAddr::new(vip, DNS).to_string();
         // Forbids fragmentation, as Linux does for what fits its device: told the smaller MTU, and smaller the next time.
-        let asked =
-            cluster.outside.ask(["udp-client", "--connected", "--size=1440", "--count=3", "--timeout-ms=300", "--to", &to])?;
+        let asked = cluster.outside.ask([
+            "udp-client",
+            "--connected",
+            "--size=1440",
+            "--count=3",
+            "--timeout-ms=300",
+            "--to",
+            &to,
+        ])?;
         ensure!(asked.iter().any(|event| matches!(event, Event::Reply(_))), "{vip}: {asked:?}");
         let family = if vip.is_ipv4() { "-4" } else { "-6" };
         let route = cluster.outside.run("ip", [family, "route", "get", &vip.to_string()])?;
         ensure!(route.contains("mtu 1450"), "{vip}: {route}");
         // Eight kilobytes, in fragments both ways.
-        let asked = cluster.outside.ask(["udp-client", "--size=8000", "--count=5", "--timeout-ms=1000", "--to", &to])?;
+        let asked = cluster.outside.ask([
+            "udp-client",
+            "--size=8000",
+            "--count=5",
+            "--timeout-ms=1000",
+            "--to",
+            &to,
+        ])?;
         ensure!(received(&asked).is_some_and(|bytes| bytes > 40_000), "{vip}: {asked:?}");
         let answers = replies(asked)?;
         ensure!(answers.len() == 5, "{vip}: {answers:?}");
