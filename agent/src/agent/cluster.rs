@@ -234,7 +234,7 @@ mod tests {
         v4.chain(v6).collect()
     }
 
-    fn matches(prefix: &Prefix<Ipv4Address>, address: [u8; 4]) -> bool {
+    fn matches(prefix: Prefix<Ipv4Address>, address: [u8; 4]) -> bool {
         let masked = u32::from_be_bytes(address) & u32::from_be_bytes(prefix.mask.octets);
         masked == u32::from_be_bytes(prefix.network.octets)
     }
@@ -242,9 +242,9 @@ mod tests {
     #[test]
     fn an_unused_prefix_matches_nothing_and_a_zero_one_everything() {
         for address in [[0; 4], [10, 0, 0, 1], [255; 4]] {
-            assert!(!matches(&prefix_v4(None), address));
+            assert!(!matches(prefix_v4(None), address));
             let all = nets(&["0.0.0.0/0"]);
-            assert!(matches(&prefixes(&all, &mut Vec::new()).0[0], address));
+            assert!(matches(prefixes(&all, &mut Vec::new()).0[0], address));
         }
     }
 
