@@ -26,7 +26,7 @@ use crate::devices::watch::{Watched, watch as watch_devices};
 use crate::model::{self, Event, Model, SourceId};
 use crate::policy::Policy;
 use crate::source::{Pulse, kubernetes, manifests};
-use cluster::{Cluster, Told};
+use cluster::{Adopted, Cluster, Told};
 use keeper::{Inputs, Keeper, Kept, route_vips};
 use status::{PolicyStatus, SourceStatus, StateDir, Status, unix_seconds};
 use sync::Sync;
@@ -105,7 +105,9 @@ pub struct Options {
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let started = SystemTime::now();
     let state = StateDir::take(&options.state_dir)?;
+    let earlier = status::read(&options.state_dir).map(|status| status.policy.primary).unwrap_or_default();
     let status = Status {
+        policy: PolicyStatus { primary: earlier.clone(), ..PolicyStatus::default() },
         node: options.node.clone(),
         pid: std::process::id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -134,7 +136,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         }),
         ..Settings::default()
     };
-    let cluster = Cluster::new(&options.node);
+    let told = if loaded.filled { Told::read(loaded.kernel.maps())? } else { None };
+    let cluster = Cluster::new(&options.node, Adopted { told, node: earlier });
     let (told, _) = cluster.tell(&options.policy, settings);
     told.write(loaded.kernel.maps())?;
     let cgroup = match options.socket_path {
@@ -162,7 +165,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let (filled_sender, filled) = watch::channel(loaded.filled);
     let (kept_sender, kept) = watch::channel(Kept::default());
     let (routing_sender, routing) = watch::channel(None);
-    let rules = Rules { patterns: options.patterns, policy: options.policy, node: Vec::new() };
+    let rules = Rules { patterns: options.patterns, policy: options.policy, node: cluster.node_addresses() };
     let (rules_sender, rules) = watch::channel(rules);
     let _devices = tokio::spawn(keep_watching(rules, survey_sender));
     let _routes = tokio::spawn(route_vips(own, vips, watched.clone(), routing_sender));
@@ -296,6 +299,9 @@ impl Agent {
             }
             dirty = true;
             tokio::task::block_in_place(|| self.sync.run());
+            if self.sync.awaited().is_empty() && self.cluster.complete() {
+                self.follow_cluster();
+            }
             if let Some(vips) = self.sync.take_vips() {
                 let _ = self.vips.send_replace(vips);
             }
@@ -347,9 +353,14 @@ impl Agent {
         self.sync.is_settled() && self.kept.borrow().complete && self.told.is_some()
     }
 
+    /// What was decided; before the first survey, what the earlier agent found.
     fn policy_status(&self) -> PolicyStatus {
+        let watched = self.watched.borrow();
+        if *watched == Watched::default() {
+            return self.status.policy.clone();
+        }
+        let survey = &watched.survey;
         let policy = &self.rules.borrow().policy;
-        let survey = &self.watched.borrow().survey;
         PolicyStatus {
             masquerade: policy.masquerade.word().to_owned(),
             detect_local: policy.detect_local.to_string(),

@@ -18,6 +18,17 @@ pub(super) struct Cluster {
     name: Arc<str>,
     nodes: BTreeMap<SourceId, NodeSpec>,
     service_cidrs: BTreeMap<(Arc<str>, SourceId), Vec<IpNet>>,
+    /// What an earlier agent has left, until the sources have been heard.
+    adopted: Option<Box<Adopted>>,
+}
+
+/// What an earlier agent has left: it holds until the sources have been heard, however long the API server is away.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Adopted {
+    /// What it told the programs, if it did.
+    pub(super) told: Option<Told>,
+    /// The node's primary addresses.
+    pub(super) node: Vec<IpAddr>,
 }
 
 /// What every program is told.
@@ -29,6 +40,15 @@ pub(super) struct Told {
 }
 
 impl Told {
+    /// What was told last; [`None`]: nothing, the maps are new.
+    pub(super) fn read(maps: &Maps) -> Result<Option<Self>, Error> {
+        let settings = maps.read_settings()?;
+        let (v4, v6) = maps.read_networks()?;
+        // Not even the unused prefixes are all zeros.
+        let written = v4 != Networks::default() && v6 != Networks::default();
+        Ok(written.then_some(Self { settings, v4, v6 }))
+    }
+
     /// Tells the programs: networks first, since the settings say that there are any.
     pub(super) fn write(&self, maps: &Maps) -> Result<(), Error> {
         maps.write_networks(&self.v4, &self.v6)?;
@@ -37,9 +57,16 @@ impl Told {
 }
 
 impl Cluster {
-    /// Nothing is known; the node has this name.
-    pub(super) fn new(name: &str) -> Self {
-        Self { name: name.into(), nodes: BTreeMap::new(), service_cidrs: BTreeMap::new() }
+    /// Nothing is known but what an earlier agent has left; the node has this name.
+    pub(super) fn new(name: &str, adopted: Adopted) -> Self {
+        let adopted = Some(Box::new(adopted));
+        Self { name: name.into(), nodes: BTreeMap::new(), service_cidrs: BTreeMap::new(), adopted }
+    }
+
+    /// Takes in that every source has delivered its first full list: what none of them has is not there.
+    /// Returns whether that is news.
+    pub(super) fn complete(&mut self) -> bool {
+        self.adopted.take().is_some()
     }
 
     /// Takes in an event; returns whether it concerned node or networks.
@@ -75,7 +102,8 @@ impl Cluster {
 
     /// The addresses that our Node has, those inside the cluster first.
     pub(super) fn node_addresses(&self) -> Vec<IpAddr> {
-        self.node().map(|node| node.addresses.clone()).unwrap_or_default()
+        let adopted = || self.adopted.as_ref().map(|adopted| adopted.node.clone());
+        self.node().map(|node| node.addresses.clone()).or_else(adopted).unwrap_or_default()
     }
 
     /// The networks of Services' addresses.
@@ -116,7 +144,7 @@ impl Cluster {
             if services.iter().any(|network| network.network().is_ipv4() == v4) { bit } else { 0 }
         };
         let (services_v4, services_v6) = prefixes(&services, &mut surplus);
-        let told = Told {
+        let mut told = Told {
             settings: Settings {
                 masquerade: policy.masquerade.number(),
                 detect_local: policy.detect_local.number(),
@@ -126,6 +154,15 @@ impl Cluster {
             v4: Networks { pods: pods_v4, services: services_v4 },
             v6: Networks { pods: pods_v6, services: services_v6 },
         };
+        if let Some(adopted) = self.adopted.as_ref().and_then(|adopted| adopted.told.as_ref()) {
+            if policy.detect_local == DetectLocal::NodeCidr && self.node().is_none() {
+                (told.v4.pods, told.v6.pods) = (adopted.v4.pods, adopted.v6.pods);
+            }
+            if services.is_empty() {
+                (told.v4.services, told.v6.services) = (adopted.v4.services, adopted.v6.services);
+                told.settings.networks = adopted.settings.networks;
+            }
+        }
         (told, surplus)
     }
 }
@@ -197,7 +234,7 @@ mod tests {
         v4.chain(v6).collect()
     }
 
-    fn matches(prefix: &Prefix<Ipv4Address>, address: [u8; 4]) -> bool {
+    fn matches(prefix: Prefix<Ipv4Address>, address: [u8; 4]) -> bool {
         let masked = u32::from_be_bytes(address) & u32::from_be_bytes(prefix.mask.octets);
         masked == u32::from_be_bytes(prefix.network.octets)
     }
@@ -205,9 +242,9 @@ mod tests {
     #[test]
     fn an_unused_prefix_matches_nothing_and_a_zero_one_everything() {
         for address in [[0; 4], [10, 0, 0, 1], [255; 4]] {
-            assert!(!matches(&prefix_v4(None), address));
+            assert!(!matches(prefix_v4(None), address));
             let all = nets(&["0.0.0.0/0"]);
-            assert!(matches(&prefixes(&all, &mut Vec::new()).0[0], address));
+            assert!(matches(prefixes(&all, &mut Vec::new()).0[0], address));
         }
     }
 
@@ -221,7 +258,7 @@ mod tests {
             ..Policy::default()
         };
         let given = Settings { host_netns: 7, socket_path: 2, ..Settings::default() };
-        let (told, surplus) = Cluster::new("a").tell(&policy, given);
+        let (told, surplus) = Cluster::new("a", Adopted::default()).tell(&policy, given);
         let expected = Settings {
             masquerade: abi::masquerade::KUBE_PROXY,
             detect_local: abi::detect_local::ADDRESS,
@@ -237,7 +274,7 @@ mod tests {
     #[test]
     fn the_nodes_pod_networks_come_with_the_node_and_change_with_it() {
         let policy = Policy { detect_local: DetectLocal::NodeCidr, ..Policy::default() };
-        let mut cluster = Cluster::new("a");
+        let mut cluster = Cluster::new("a", Adopted::default());
         let pods = |cluster: &Cluster| {
             let (told, _) = cluster.tell(&policy, Settings::default());
             shown(&told.v4.pods, &told.v6.pods)
@@ -252,8 +289,40 @@ mod tests {
     }
 
     #[test]
+    fn what_an_earlier_agent_told_holds_until_the_sources_are_heard() {
+        let policy = Policy { detect_local: DetectLocal::NodeCidr, ..Policy::default() };
+        let told = |cluster: &Cluster, policy: &Policy| cluster.tell(policy, Settings::default()).0;
+        let mut earlier = Cluster::new("a", Adopted::default());
+        assert!(earlier.hear(&node("a", &["10.244.1.0/24"])));
+        assert!(earlier.hear(&service_cidr(SourceId::Kubernetes, "x", &["10.96.0.0/12"])));
+        let adopted = told(&earlier, &policy);
+        let nothing = told(&Cluster::new("a", Adopted::default()), &policy);
+
+        let primary = vec![IpAddr::from([192, 0, 2, 1])];
+        let left = Adopted { told: Some(adopted), node: primary.clone() };
+        let mut cluster = Cluster::new("a", left.clone());
+        assert_eq!((told(&cluster, &policy), cluster.node_addresses()), (adopted, primary));
+        assert!(cluster.hear(&node("a", &["10.244.2.0/24"])));
+        assert_eq!(cluster.node_addresses(), [] as [IpAddr; 0]);
+        let shown_pods = |told: Told| shown(&told.v4.pods, &told.v6.pods);
+        assert_eq!(shown_pods(told(&cluster, &policy)), ["10.244.2.0/24"]);
+        assert_eq!(told(&cluster, &policy).v4.services, adopted.v4.services);
+        // A flag needs no source.
+        let flags = Policy { service_cidrs: nets(&["10.0.0.0/24"]), ..Policy::default() };
+        assert_eq!(shown(&told(&cluster, &flags).v4.services, &[]), ["10.0.0.0/24"]);
+        assert_eq!(shown_pods(told(&cluster, &flags)), [""; 0]);
+        assert!(cluster.complete() && !cluster.complete());
+        assert_eq!(told(&cluster, &policy).v4.services, nothing.v4.services);
+        assert_eq!(told(&cluster, &policy).settings.networks, 0);
+
+        let mut nobody = Cluster::new("a", left);
+        assert!(nobody.complete());
+        assert_eq!((told(&nobody, &policy), nobody.node_addresses()), (nothing, Vec::new()));
+    }
+
+    #[test]
     fn networks_of_services_are_the_flags_else_those_of_the_objects_joined() {
-        let mut cluster = Cluster::new("a");
+        let mut cluster = Cluster::new("a", Adopted::default());
         let services = |cluster: &Cluster, policy: &Policy| {
             let (told, surplus) = cluster.tell(policy, Settings::default());
             (shown(&told.v4.services, &told.v6.services), told.settings.networks, surplus.len())

@@ -103,6 +103,17 @@ impl Maps {
         self.settings.insert(&0, settings).map_err(|cause| Error::map("write", "settings", cause))
     }
 
+    /// The cluster's networks, as every program was told.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn read_networks(&self) -> Result<(Networks<Ipv4Address>, Networks<Ipv6Address>), Error> {
+        let v4 = read("networks_v4", self.v4.networks.get(&0))?;
+        let v6 = read("networks_v6", self.v6.networks.get(&0))?;
+        Ok((v4.unwrap_or_default(), v6.unwrap_or_default()))
+    }
+
     /// Tells every program the cluster's networks.
     ///
     /// # Errors
