@@ -14,6 +14,7 @@ pub mod agent;
 pub mod cli;
 pub mod dataplane;
 pub mod devices;
+pub mod health;
 pub mod image;
 pub mod model;
 pub mod plan;
