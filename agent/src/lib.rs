@@ -12,6 +12,7 @@
 
 pub mod agent;
 pub mod cli;
+pub mod conntrack;
 pub mod dataplane;
 pub mod devices;
 pub mod health;
