@@ -12,8 +12,10 @@
 
 pub mod agent;
 pub mod cli;
+pub mod conntrack;
 pub mod dataplane;
 pub mod devices;
+pub mod health;
 pub mod image;
 pub mod model;
 pub mod plan;
