@@ -464,3 +464,79 @@ impl Model {
 fn frontends(key: &PortKey, port: &DesiredPort) -> impl Iterator<Item = Frontend> {
     port.frontends.keys().map(|(vip, number)| (*vip, *number, key.protocol))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::object::{PortSpec, SlicePart, SlicePort};
+    use super::*;
+
+    const DNS: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 96, 0, 10));
+
+    fn feed(model: &mut Model, change: Change) {
+        model.apply(Event { source: SourceId::Kubernetes, change }, SystemTime::UNIX_EPOCH);
+    }
+
+    /// A model with a UDP Service that has a node port, and one endpoint that terminates.
+    fn dns() -> (Model, ObjectName) {
+        let mut model =
+            Model::new(Settings { sources: [SourceId::Kubernetes].into(), ..Settings::default() });
+        let name = ObjectName::new("kube-system", "kube-dns");
+        let port = PortSpec { number: 53, protocol: "UDP".into(), node_port: 30_053, ..PortSpec::default() };
+        let spec = ServiceSpec {
+            cluster_ips: vec![Address::Valid(DNS)],
+            ports: vec![port],
+            ..ServiceSpec::default()
+        };
+        feed(&mut model, Change::Service(name.clone(), Some(spec)));
+        let endpoint = Endpoint {
+            address: Address::Valid(IpAddr::from([10, 1, 0, 1])),
+            ready: false,
+            serving: true,
+            terminating: true,
+            node: None,
+            zones: Box::default(),
+            nodes: Box::default(),
+        };
+        let port = SlicePort { name: "".into(), number: Some(5353), protocol: "UDP".into() };
+        let slice = Slice {
+            service: Some(name.name.clone()),
+            family: Ok(Some(IpFamily::V4)),
+            parts: vec![SlicePart { ports: vec![port], endpoints: vec![endpoint] }],
+        };
+        feed(&mut model, Change::Slice(SliceKind::EndpointSlice, name.clone(), Some(slice)));
+        feed(&mut model, Change::Synced);
+        let _ = model.take(SystemTime::UNIX_EPOCH).expect("a first batch");
+        (model, name)
+    }
+
+    #[test]
+    fn udp_ports_tell_frontends_and_endpoints_until_the_service_goes() {
+        let (mut model, name) = dns();
+        let node_port = (IpFamily::V4.unspecified(), 30_053);
+        let expected = UdpPort {
+            frontends: [(DNS, 53), node_port].into(),
+            endpoints: [(IpAddr::from([10, 1, 0, 1]), 5353)].into(),
+        };
+        assert_eq!(model.udp_ports().values().collect::<Vec<_>>(), [&expected]);
+        feed(&mut model, Change::Service(name, None));
+        let _ = model.take(SystemTime::UNIX_EPOCH).expect("a second batch");
+        assert!(model.udp_ports().is_empty());
+    }
+
+    #[test]
+    fn a_vip_that_is_left_alone_returns_when_nothing_else_serves_it() {
+        let (mut model, name) = dns();
+        let mut frontends = |left: &[IpAddr]| {
+            model.set_left(left.iter().copied().collect());
+            let batch = model.take(SystemTime::UNIX_EPOCH)?;
+            let desired = batch.services.get(&name)?;
+            Some(
+                desired.ports.values().map(|port| port.frontends.len()).sum::<usize>()
+                    + desired.addresses.len(),
+            )
+        };
+        assert_eq!(frontends(&[DNS]), Some(1));
+        assert_eq!(frontends(&[DNS, IpAddr::from([10, 96, 0, 99])]), None);
+        assert_eq!(frontends(&[]), Some(3));
+    }
+}

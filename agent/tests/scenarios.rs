@@ -237,7 +237,7 @@ fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String
             let state = match (serving, share) {
                 (true, Some(share)) => share.to_string(),
                 (true, None) if elsewhere => continue,
-                (true, None) => "drains".to_owned(),
+                (true, None) => "no slots".to_owned(),
                 (false, None) if !history => continue,
                 (false, _) => "gone".to_owned(),
             };

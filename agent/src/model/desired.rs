@@ -11,7 +11,7 @@ use super::object::{
 };
 use super::policy::{Choice, Member, Place, Policies, categorize};
 use super::report::{Flaw, Notebook, Subject};
-use super::{Settings, SliceKey};
+use super::{ExternalIps, Settings, SliceKey};
 
 /// Identifies one port of one Service in one family.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -300,8 +300,17 @@ fn vips(
     }
     for (index, address) in spec.external_ips.iter().enumerate() {
         let field = || format!("spec.externalIPs[{index}]");
-        if may_serve(address, context, field, subject, notes) {
-            add_vip(&mut vips, address, FrontendKind::ExternalIp, field, subject, notes);
+        let allowed = allowed(address, context);
+        if allowed == Some(false) {
+            notes.add(subject, Flaw::ExternalIpRefused, || {
+                (field(), "this agent is set to refuse the address: it is not served".into())
+            });
+        } else if add_vip(&mut vips, address, FrontendKind::ExternalIp, field, subject, notes)
+            && allowed.is_none()
+        {
+            notes.add(subject, Flaw::ExternalIp, || {
+                (field(), "is served: who may write Services may take any address in this way".into())
+            });
         }
     }
     for vips in vips.values_mut() {
@@ -318,7 +327,7 @@ fn vips(
     vips
 }
 
-/// Adds an external address to those of its family.
+/// Adds an external address to those of its family. Returns whether it is new there.
 fn add_vip(
     vips: &mut BTreeMap<IpFamily, BTreeMap<IpAddr, FrontendKind>>,
     address: &Address,
@@ -326,44 +335,28 @@ fn add_vip(
     field: impl Fn() -> String,
     subject: &Subject,
     notes: &mut Notebook,
-) {
-    let Some(address) = vip(address, &field, subject, notes) else { return };
+) -> bool {
+    let Some(address) = vip(address, &field, subject, notes) else { return false };
     let family = IpFamily::of(address);
-    if let Some(vips) = vips.get_mut(&family) {
-        let _ = vips.entry(address).or_insert(kind);
-    } else {
+    let Some(vips) = vips.get_mut(&family) else {
         notes.add(subject, Flaw::WrongFamily, || {
             (field(), format!("the Service has no {} ClusterIP: {address} is not served", family.word()))
         });
-    }
+        return false;
+    };
+    let new = !vips.contains_key(&address);
+    let _ = vips.entry(address).or_insert(kind);
+    new
 }
 
-/// Whether the settings let a Service take an external IP.
-fn may_serve(
-    address: &Address,
-    context: &Context<'_>,
-    field: impl Fn() -> String,
-    subject: &Subject,
-    notes: &mut Notebook,
-) -> bool {
-    let external_ips = &context.settings.external_ips;
-    // What is no address is refused elsewhere.
-    let Address::Valid(address) = address else { return true };
-    let allowed = external_ips.allowed.iter().any(|range| range.contains(*address));
-    if !external_ips.serve || !(allowed || external_ips.allowed.is_empty()) {
-        notes.add(subject, Flaw::ExternalIpRefused, || {
-            (field(), format!("this agent is set not to serve {address}: it is not served"))
-        });
-        return false;
+/// Whether the settings let Services take an address as external IP; [`None`]: they do not say.
+fn allowed(address: &Address, context: &Context<'_>) -> Option<bool> {
+    let ExternalIps { serve, allowed } = &context.settings.external_ips;
+    let Address::Valid(address) = address else { return None };
+    if *serve && allowed.is_empty() {
+        return None;
     }
-    if !allowed {
-        notes.add(subject, Flaw::ExternalIp, || {
-            let what =
-                format!("{address} is served: who may write Services may take any address in this way");
-            (field(), what)
-        });
-    }
-    true
+    Some(*serve && allowed.iter().any(|range| range.contains(*address)))
 }
 
 /// An address that packets can be sent to as a VIP.
