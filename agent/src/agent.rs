@@ -156,6 +156,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         node: Some(options.node.as_str().into()),
         proxy_name: options.proxy_name.as_deref().map(Into::into),
         sources: sources.iter().map(|source| source.id).collect(),
+        ..model::Settings::default()
     });
     let mut sync = Sync::adopt(loaded.kernel, model, loaded.filled)?;
 

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use sluice_common::abi::backend;
+use sluice_common::abi::{backend, frontend};
 use sluice_common::{V4, V6};
 use tokio::time::Instant;
 
@@ -71,7 +71,8 @@ impl Sync {
             return;
         }
         self.model.set_interfaces(addresses.clone());
-        let writes = self.plan.set_node_addresses(addresses.clone());
+        let nodes = addresses.iter().map(|address| (*address, false)).collect();
+        let writes = self.plan.set_node_addresses(nodes);
         self.push(writes);
         self.node_addresses = Some(addresses);
     }
@@ -174,7 +175,7 @@ impl Sync {
     pub(super) fn counts(&self) -> Counts {
         let image = self.plan.image();
         Counts {
-            frontends: image.v4.services.len() + image.v6.services.len(),
+            frontends: frontends::<V4>(image) + frontends::<V6>(image),
             service_ports: image.names.len(),
             backends: serving::<V4>(image) + serving::<V6>(image),
         }
@@ -231,6 +232,10 @@ impl Sync {
     }
 }
 
+fn frontends<F: Stack>(image: &Image) -> usize {
+    F::of(image).services.values().filter(|service| service.kind != frontend::ADDRESS).count()
+}
+
 fn serving<F: Stack>(image: &Image) -> usize {
     F::of(image).backends.values().filter(|found| found.flags & backend::SERVING != 0).count()
 }
@@ -267,6 +272,10 @@ impl Vips {
     }
 
     fn add(&mut self, vip: IpAddr) {
+        // A node port's: nothing leads there.
+        if vip.is_unspecified() {
+            return;
+        }
         let uses = self.uses.entry(vip).or_default();
         *uses += 1;
         self.changed |= *uses == 1;

@@ -188,6 +188,8 @@ pub(super) fn kind(number: u32) -> &'static str {
     match number {
         frontend::CLUSTER_IP => "ClusterIP",
         frontend::LOAD_BALANCER => "LoadBalancer",
+        frontend::EXTERNAL_IP => "ExternalIP",
+        frontend::NODE_PORT => "NodePort",
         _ => "?",
     }
 }

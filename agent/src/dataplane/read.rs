@@ -131,12 +131,15 @@ impl Maps {
     /// How much the plan may put into the maps.
     #[must_use]
     pub fn sizes(&self) -> Sizes {
-        let services = self.v4.services.max_entries().min(self.v6.services.max_entries());
+        // As in `Sizes::default`: room for what comes before what goes.
+        let left = |v4: u32, v6: u32| v4.min(v6) - v4.min(v6) / 16;
         Sizes {
             ports: self.ports.len(),
             backends: self.v4.backends.len().min(self.v6.backends.len()),
-            services: services - services / 16,
+            services: left(self.v4.services.max_entries(), self.v6.services.max_entries()),
             slot_blocks: self.slots.len(),
+            source_ranges: left(self.v4.source_ranges.max_entries(), self.v6.source_ranges.max_entries()),
+            node_addresses: left(self.v4.node_addresses.max_entries(), self.v6.node_addresses.max_entries()),
             ..Sizes::default()
         }
     }
@@ -158,6 +161,20 @@ impl Maps {
             Fill { map: "slots", entries: blocks, max: u64::from(self.slots.len()) },
             of_image("backends_v4", image.v4.backends.len(), self.v4.backends.len() - 1),
             of_image("backends_v6", image.v6.backends.len(), self.v6.backends.len() - 1),
+            of_image("source_ranges_v4", image.v4.source_ranges.len(), self.v4.source_ranges.max_entries()),
+            of_image("source_ranges_v6", image.v6.source_ranges.len(), self.v6.source_ranges.max_entries()),
+            of_image(
+                "node_addresses_v4",
+                image.v4.node_addresses.len(),
+                self.v4.node_addresses.max_entries(),
+            ),
+            of_image(
+                "node_addresses_v6",
+                image.v6.node_addresses.len(),
+                self.v6.node_addresses.max_entries(),
+            ),
+            counted("affinity_v4", &self.v4.affinity)?,
+            counted("affinity_v6", &self.v6.affinity)?,
             counted("flows_v4", &self.v4.flows)?,
             counted("flows_v6", &self.v6.flows)?,
             counted("embryonic_v4", &self.v4.embryonic)?,

@@ -42,14 +42,20 @@ pub enum Protocol {
     Tcp,
     /// UDP.
     Udp,
+    /// SCTP.
+    Sctp,
 }
 
 impl Protocol {
+    /// All, in order.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
+
     /// The protocol of Kubernetes' word for it.
     pub fn from_word(word: &str) -> Option<Self> {
         match word {
             "TCP" => Some(Self::Tcp),
             "UDP" => Some(Self::Udp),
+            "SCTP" => Some(Self::Sctp),
             _ => None,
         }
     }
@@ -59,6 +65,7 @@ impl Protocol {
         match number {
             6 => Some(Self::Tcp),
             17 => Some(Self::Udp),
+            132 => Some(Self::Sctp),
             _ => None,
         }
     }
@@ -68,6 +75,7 @@ impl Protocol {
         match self {
             Self::Tcp => 6,
             Self::Udp => 17,
+            Self::Sctp => 132,
         }
     }
 
@@ -76,6 +84,7 @@ impl Protocol {
         match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
         }
     }
 }
@@ -98,6 +107,22 @@ impl IpFamily {
         match address {
             IpAddr::V4(_) => Self::V4,
             IpAddr::V6(_) => Self::V6,
+        }
+    }
+
+    /// The address that stands for none, or for any.
+    pub fn unspecified(self) -> IpAddr {
+        match self {
+            Self::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            Self::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        }
+    }
+
+    /// The bits of an address.
+    pub fn bits(self) -> u8 {
+        match self {
+            Self::V4 => 32,
+            Self::V6 => 128,
         }
     }
 
@@ -159,6 +184,71 @@ impl Address {
     }
 }
 
+/// A range of addresses that share their first bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Cidr {
+    network: IpAddr,
+    length: u8,
+}
+
+impl Cidr {
+    /// The range of the addresses that share their first `length` bits (at most all) with `address`.
+    pub fn new(address: IpAddr, length: u8) -> Self {
+        let length = length.min(IpFamily::of(address).bits());
+        let network = match address {
+            IpAddr::V4(address) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(length)).unwrap_or(0);
+                IpAddr::V4(Ipv4Addr::from_bits(address.to_bits() & mask))
+            }
+            IpAddr::V6(address) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0);
+                IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & mask))
+            }
+        };
+        Self { network, length }
+    }
+
+    /// The range of one address.
+    pub fn single(address: IpAddr) -> Self {
+        Self::new(address, u8::MAX)
+    }
+
+    /// Reads `address/length`, with white space around it; bits beyond the length may be set.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (address, length) = text.trim().split_once('/')?;
+        let Address::Valid(address) = Address::parse(address) else { return None };
+        let digits = !length.is_empty() && length.bytes().all(|byte| byte.is_ascii_digit());
+        let length = length.parse::<u8>().ok().filter(|_| digits)?;
+        (length <= IpFamily::of(address).bits()).then(|| Self::new(address, length))
+    }
+
+    /// The first address.
+    pub fn network(&self) -> IpAddr {
+        self.network
+    }
+
+    /// How many bits the addresses share.
+    pub fn length(&self) -> u8 {
+        self.length
+    }
+
+    /// The addresses' family.
+    pub fn family(&self) -> IpFamily {
+        IpFamily::of(self.network)
+    }
+
+    /// Whether an address is in the range.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        IpFamily::of(address) == self.family() && Self::new(address, self.length) == *self
+    }
+}
+
+impl fmt::Display for Cidr {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}/{}", self.network, self.length)
+    }
+}
+
 /// A Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServiceSpec {
@@ -168,21 +258,33 @@ pub struct ServiceSpec {
     pub proxy_name: Option<Box<str>>,
     /// Has no virtual address on purpose: `clusterIP: None`, or the label that says so.
     pub headless: bool,
-    /// Is only a DNS name.
-    pub external_name: bool,
+    /// The type's word; absent means `ClusterIP`.
+    pub kind: Box<str>,
     /// The ClusterIPs, at most one of each family.
     pub cluster_ips: Vec<Address>,
+    /// The words of the families that the ClusterIPs are of, in their order; none: the addresses tell.
+    pub families: Vec<Box<str>>,
     /// The ports.
     pub ports: Vec<PortSpec>,
     /// Addresses that a cloud or its like sends to every node, those already left out
     /// whose traffic really goes elsewhere (host names, `ipMode: Proxy`).
     pub ingress: Vec<Address>,
-    /// Fields that ask for something that is not done, and what.
-    pub not_applied: Vec<NotApplied>,
+    /// Addresses that a person sends to the nodes.
+    pub external_ips: Vec<Address>,
+    /// The sources that may use the load balancer's addresses, valid or not; none: all may.
+    pub source_ranges: Vec<Box<str>>,
+    /// How long a client stays with its endpoint, seconds, valid or not; [`None`]: not at all.
+    pub affinity_seconds: Option<i32>,
+    /// The word of the policy for clients of the ClusterIPs; absent means `Cluster`.
+    pub internal_policy: Box<str>,
+    /// The word of the policy for clients of external addresses; absent means `Cluster`.
+    pub external_policy: Box<str>,
+    /// Where load balancers ask whether this node has endpoints; 0: nowhere.
+    pub health_check_port: i32,
 }
 
 /// A port of a Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PortSpec {
     /// The name; empty for an unnamed port.
     pub name: Arc<str>,
@@ -190,15 +292,8 @@ pub struct PortSpec {
     pub number: i32,
     /// The protocol's word, known or not.
     pub protocol: Box<str>,
-}
-
-/// A field that asks for something that is not done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct NotApplied {
-    /// The field's path.
-    pub field: &'static str,
-    /// What is not done.
-    pub what: &'static str,
+    /// The node port, valid or not; 0: none.
+    pub node_port: i32,
 }
 
 /// Endpoints of a Service: an EndpointSlice, or one subset of an Endpoints object.
@@ -245,19 +340,21 @@ pub struct Endpoint {
     pub terminating: bool,
     /// The node it runs on.
     pub node: Option<Arc<str>>,
-    /// Zones whose clients should use it. Kept, so far without effect.
+    /// Zones whose clients should use it.
     pub zones: Box<[Arc<str>]>,
+    /// Nodes whose clients should use it.
+    pub nodes: Box<[Arc<str>]>,
 }
 
 /// A Node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeSpec {
-    /// Its addresses, those inside the cluster first.
+    /// Its addresses, those inside the cluster first: of each family the first is the primary one.
     pub addresses: Vec<IpAddr>,
+    /// Its zone.
+    pub zone: Option<Arc<str>>,
     /// Where its pods have their addresses.
     pub pod_cidrs: Vec<IpNet>,
-    /// Its zone. Kept, so far without effect.
-    pub zone: Option<Arc<str>>,
 }
 
 /// Which kind of object holds endpoints.
@@ -303,4 +400,32 @@ pub struct Event {
     pub source: SourceId,
     /// The change.
     pub change: Change,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cidr_is_read_as_kubernetes_reads_it() {
+        let parse = |text| Cidr::parse(text).map(|cidr| cidr.to_string());
+        assert_eq!(parse(" 10.1.2.3/8 ").as_deref(), Some("10.0.0.0/8"));
+        assert_eq!(parse("0.0.0.0/0").as_deref(), Some("0.0.0.0/0"));
+        assert_eq!(parse("2001:db8::1/128").as_deref(), Some("2001:db8::1/128"));
+        assert_eq!(parse("::/0").as_deref(), Some("::/0"));
+        for text in
+            ["", "10.0.0.1", "10.0.0.0/33", "10.0.0.0/-1", "10.0.0.0/+1", "10.0.0.0/", "::/129", "a/8"]
+        {
+            assert_eq!(parse(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_cidr_contains_its_familys_addresses_with_its_bits() {
+        let cidr = Cidr::parse("10.1.0.0/16").expect("a range");
+        assert!(cidr.contains(IpAddr::from([10, 1, 255, 255])));
+        assert!(!cidr.contains(IpAddr::from([10, 2, 0, 0])));
+        assert!(!Cidr::parse("::/0").expect("a range").contains(IpAddr::from([10, 1, 0, 0])));
+        assert!(Cidr::single(IpAddr::from([10, 1, 0, 1])).contains(IpAddr::from([10, 1, 0, 1])));
+    }
 }
