@@ -1,7 +1,8 @@
 //! `sluice explain`: what a packet would meet, and why.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -112,9 +113,11 @@ pub(super) fn run(args: ExplainArgs, pin_path: &Path, state_dir: &Path) -> anyho
             let what = "the flags on policies go with --manifests: what the agent was told is in the maps";
             bail!(Usage(what.to_owned()));
         }
-        let node = args.node.or_else(|| status::read(state_dir).map(|status| status.node));
         let context = format!("the maps under {}", pin_path.display());
-        (of_maps(&question, pin_path, node, what_if.as_deref())?, context)
+        let status = status::read(state_dir).unwrap_or_default();
+        let node = args.node.unwrap_or(status.node);
+        let left = status.policy.left_alone.into_iter().collect();
+        (of_maps(&question, pin_path, &node, left, what_if.as_deref())?, context)
     };
     let code = match &told {
         Told::One(answer) | Told::Two { after: answer, .. } => answer.verdict.code(),
@@ -137,16 +140,17 @@ fn of_manifests(question: &Question, options: Options, what_if: Option<&Path>) -
 fn of_maps(
     question: &Question,
     pin_path: &Path,
-    node: Option<String>,
+    node: &str,
+    left: BTreeSet<IpAddr>,
     what_if: Option<&Path>,
 ) -> anyhow::Result<Told> {
     let kernel = view::open(pin_path)?;
     let live = Live::new().context("cannot ask the kernel for its routes")?;
-    let mut world = live.world(&kernel, monotonic_ticks())?;
+    let mut world = live.world(&kernel, monotonic_ticks(), left)?;
     let before = explain(question, &world, &live)?;
     let Some(file) = what_if else { return Ok(Told::One(before)) };
     world
-        .apply(file, kernel.maps().sizes(), node.as_deref())
+        .apply(file, kernel.maps().sizes(), node)
         .with_context(|| format!("--what-if {}", file.display()))?;
     Ok(Told::Two { before, after: explain(question, &world, &live)? })
 }

@@ -1,7 +1,7 @@
 //! A world made of the maps and routes of this node. Everything is read only: a look leaves no trace.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use futures::TryStreamExt;
@@ -58,7 +58,7 @@ impl Live {
     /// # Errors
     ///
     /// When a map cannot be read.
-    pub fn world(&self, kernel: &Kernel, now: u32) -> anyhow::Result<World> {
+    pub fn world(&self, kernel: &Kernel, now: u32, left: BTreeSet<IpAddr>) -> anyhow::Result<World> {
         let maps = kernel.maps();
         let devices = maps.device_entries()?.into_iter().map(|(index, entry)| {
             let name = self.links.get(&index).map_or_else(|| format!("ifindex {index}"), Clone::clone);
@@ -72,6 +72,7 @@ impl Live {
             v6: around::<V6>(maps, v6)?,
             devices: devices.collect(),
             now,
+            left,
             objects: Objects::default(),
         })
     }

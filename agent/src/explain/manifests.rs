@@ -190,9 +190,12 @@ impl Manifests {
             settings: told.settings,
             devices: BTreeMap::from([(EDGE, edge), (UPLINK, uplink)]),
             now: 0,
+            left: policy.leave.clone(),
             objects: Objects::of(self.model.clone()),
         };
-        (world, Supposed { own: addresses.into_iter().collect(), local })
+        // A person lists them since a device has them.
+        let own = addresses.into_iter().chain(policy.leave.iter().copied()).collect();
+        (world, Supposed { own, local })
     }
 }
 
@@ -216,7 +219,7 @@ impl World {
     /// # Errors
     ///
     /// When they cannot be read, or hold only a part of a Service.
-    pub fn apply(&mut self, path: &Path, sizes: Sizes, node: Option<&str>) -> Result<(), ApplyError> {
+    pub fn apply(&mut self, path: &Path, sizes: Sizes, node: &str) -> Result<(), ApplyError> {
         let changes = Folder::new(path.to_owned()).scan()?;
         let (mut services, mut owners) = (BTreeSet::new(), BTreeSet::new());
         for change in &changes {
@@ -236,7 +239,8 @@ impl World {
         let mut nodes = nodes_of::<V4>(&self.image);
         nodes.extend(nodes_of::<V6>(&self.image));
         let settings = model::Settings {
-            node: node.map(Into::into),
+            node: Some(node.into()).filter(|_| !node.is_empty()),
+            leave: self.left.clone(),
             sources: [SourceId::Manifests].into(),
             ..model::Settings::default()
         };

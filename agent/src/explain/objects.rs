@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use sluice_common::abi::{Class, Name, frontend};
 
-use crate::model::object::{Address, Endpoint, ServiceSpec, Slice, SlicePart};
+use crate::model::object::{Address, Endpoint, ServiceSpec, Slice, SliceKind, SlicePart};
 use crate::model::{Model, ObjectName, SliceKey};
 
 /// The objects, as far as they are known.
@@ -27,12 +27,14 @@ pub(super) struct Owner {
     number: u16,
     /// The protocol's word.
     protocol: &'static str,
+    /// 4 or 6.
+    family: u8,
 }
 
 impl Owner {
     pub(super) fn new(name: &Name, protocol: &'static str) -> Self {
         let service = ObjectName::new(&text(&name.namespace), &text(&name.service));
-        Self { service, label: text(&name.port), number: name.number, protocol }
+        Self { service, label: text(&name.port), number: name.number, protocol, family: name.family }
     }
 
     /// The port's name, or its number.
@@ -142,7 +144,16 @@ impl Objects {
         &'a self,
         owner: &'a Owner,
     ) -> impl Iterator<Item = (&'a SliceKey, &'a SlicePart, Option<i32>)> {
-        let slices = self.model.iter().flat_map(|model| model.slices(&owner.service));
+        let slices = || self.model.iter().flat_map(|model| model.slices(&owner.service));
+        let of_family = |slice: &Slice| match slice.family {
+            Ok(family) => family.is_none_or(|family| family.version() == owner.family),
+            Err(_) => false,
+        };
+        // Where there are slices, Endpoints mirror them.
+        let sliced = slices().any(|(key, slice)| key.kind == SliceKind::EndpointSlice && slice.family.is_ok());
+        let slices = slices().filter(move |(key, slice)| {
+            of_family(slice) && !(sliced && key.kind == SliceKind::Endpoints)
+        });
         let parts = slices.flat_map(|(key, Slice { parts, .. })| parts.iter().map(move |part| (key, part)));
         parts.flat_map(move |(key, part)| {
             let ports = part.ports.iter().filter(|port| {

@@ -157,7 +157,12 @@ impl<'w> Story<'w> {
         if decision.kind == 0 && target.is_none() && decision.verdict == PathVerdict::Pass && !named {
             let at = self.question.destination;
             let protocol = self.question.protocol.word();
-            self.add("frontend", format!("{at} {protocol} is no Service's"));
+            let text = if self.world.left.contains(&at.ip()) {
+                format!("{} is left alone: a device of this node has it, for another proxy (--leave-address)", at.ip())
+            } else {
+                format!("{at} {protocol} is no Service's")
+            };
+            self.add("frontend", text);
         }
         if decision.reason == Reason::UnassignedAddress {
             let ip = self.question.destination.ip();
@@ -217,7 +222,7 @@ impl<'w> Story<'w> {
             format!("{ip} is a process of this host")
         } else {
             match target.class {
-                Class::Internal => format!("{ip} asks a ClusterIP: an inside client"),
+                Class::Internal => format!("{ip} asks a ClusterIP: internal traffic, whoever asks"),
                 Class::ExternalInside => format!("{ip} is a local pod ({detected}): an inside client"),
                 Class::ExternalOutside => format!("{ip} is no local pod ({detected}): an outside client"),
             }

@@ -400,11 +400,25 @@ impl<'w, F: Side> Walk<'w, F> {
         let hairpin = backend.is_some_and(|backend| backend.address == self.question.source.ip());
         let masqueraded = if self.question.from == Client::Host {
             let cluster_ip = target.is_none_or(|target| target.kind == frontend::CLUSTER_IP);
-            !cluster_ip || masquerades_host(self.world)
+            !cluster_ip || self.masquerades_host()
         } else {
             flags & flow::MASQUERADED != 0
         };
         if hairpin || masqueraded { Source::Masqueraded } else { Source::Kept }
+    }
+
+    /// Whether kube-proxy would replace the address of a process of this host that asks a ClusterIP.
+    fn masquerades_host(&self) -> bool {
+        use sluice_common::abi::{detect_local, masquerade};
+        let settings = &self.world.settings;
+        let pods = F::around(self.world).networks.pods;
+        // An unused prefix has a mask of zeros and another network.
+        let knows_pods = pods.iter().any(|prefix| {
+            F::words(&prefix.mask) != [0; 4] || F::words(&prefix.network) == [0; 4]
+        });
+        settings.masquerade == masquerade::ALL
+            || settings.masquerade == masquerade::KUBE_PROXY && settings.detect_local != detect_local::NONE
+            || knows_pods
     }
 
     /// What becomes of the call that the packet would come of.
@@ -484,15 +498,6 @@ impl<'w, F: Side> Walk<'w, F> {
             "its client is masqueraded, which only packets can be"
         }
     }
-}
-
-/// Whether kube-proxy would replace the address of a process of this host that asks a ClusterIP.
-fn masquerades_host(world: &World) -> bool {
-    use sluice_common::abi::{detect_local, masquerade};
-    let settings = &world.settings;
-    settings.masquerade == masquerade::ALL
-        || settings.masquerade == masquerade::KUBE_PROXY && settings.detect_local != detect_local::NONE
-        || settings.detect_local == detect_local::ADDRESS
 }
 
 /// The backends in a range of slots, in order of address, with their shares.

@@ -1,6 +1,6 @@
 //! The maps in memory, with what lies around them: the packet path's tables.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use sluice_common::abi::{
@@ -52,6 +52,8 @@ pub struct World {
     pub devices: BTreeMap<u32, NamedDevice>,
     /// The time.
     pub now: Ticks,
+    /// Addresses that are left to whoever has them on a device of this node.
+    pub left: BTreeSet<IpAddr>,
     /// Whose the numbers are.
     pub objects: Objects,
 }
