@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use ipnet::IpNet;
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use sluice::image::{
@@ -10,7 +11,7 @@ use sluice::image::{
     Stack, Write, diff, node_port_bit,
 };
 use sluice::model::desired::PortKey;
-use sluice::model::object::{Cidr, IpFamily, Protocol};
+use sluice::model::object::{IpFamily, Protocol};
 use sluice::model::policy::Policies;
 use sluice::model::{Batch, Desired, DesiredBackend, DesiredPort, FrontendKind, ObjectName};
 use sluice::plan::{Plan, Sizes};
@@ -451,7 +452,9 @@ fn desired(index: u8, wish: &Wish) -> Desired {
             let _ = port.frontends.insert(at, FrontendKind::NodePort);
         }
         if !wish.sources.is_empty() {
-            let range = |low: &u8| Cidr::new(address(family, 203, *low), 31);
+            let range = |low: &u8| {
+                IpNet::new(address(family, 203, *low), 31).expect("a length of both families").trunc()
+            };
             port.sources = Some(wish.sources.iter().map(range).collect());
         }
         for (low, (inside, outside, local)) in &wish.endpoints {
