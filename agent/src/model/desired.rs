@@ -296,7 +296,7 @@ fn vips(
     // The load balancer's come first: an address that is of both kinds keeps its source ranges.
     for (index, address) in spec.ingress.iter().enumerate() {
         let field = || format!("status.loadBalancer.ingress[{index}].ip");
-        add_vip(&mut vips, address, FrontendKind::LoadBalancer, field, subject, notes);
+        let _ = add_vip(&mut vips, address, FrontendKind::LoadBalancer, field, subject, notes);
     }
     for (index, address) in spec.external_ips.iter().enumerate() {
         let field = || format!("spec.externalIPs[{index}]");
