@@ -232,8 +232,8 @@ fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String
             assert!(listed::<F>(image, &found.address) & listing::BACKEND != 0, "{at} is not listed");
             let serving = found.flags & backend::SERVING != 0;
             let share = slots.get(backend_id);
-            assert_eq!(found.flags & backend::SELECTED << class as u32 != 0, share.is_some(), "{at}");
-            let elsewhere = found.flags & backend::SELECTED * 7 != 0;
+            assert_eq!(found.flags & (backend::SELECTED << class as u32) != 0, share.is_some(), "{at}");
+            let elsewhere = found.flags & (backend::SELECTED * 0b111) != 0;
             let state = match (serving, share) {
                 (true, Some(share)) => share.to_string(),
                 (true, None) if elsewhere => continue,
