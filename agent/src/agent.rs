@@ -1,5 +1,6 @@
 //! The node agent: wires sources, model, plan and dataplane, and tells how it is.
 
+mod beside;
 pub(crate) mod cluster;
 pub mod keeper;
 pub mod ports;
@@ -26,6 +27,7 @@ use crate::devices::watch::{Watched, watch as watch_devices};
 use crate::model::{self, Event, Model, SourceId};
 use crate::policy::Policy;
 use crate::source::{Pulse, kubernetes, manifests};
+use beside::Beside;
 use cluster::{Adopted, Cluster, Told};
 use keeper::{Inputs, Keeper, Kept, route_vips};
 use status::{PolicyStatus, SourceStatus, StateDir, Status, unix_seconds};
@@ -156,7 +158,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         node: Some(options.node.as_str().into()),
         proxy_name: options.proxy_name.as_deref().map(Into::into),
         sources: sources.iter().map(|source| source.id).collect(),
-        ..model::Settings::default()
+        primary: options.policy.node_addresses.iter().copied().collect(),
+        external_ips: options.policy.external_ips.clone(),
+        leave: BTreeSet::new(),
     });
     let mut sync = Sync::adopt(loaded.kernel, model, loaded.filled)?;
 
@@ -188,6 +192,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         vips: vips_sender,
         rules: rules_sender,
         filled: filled_sender,
+        beside: Beside::start(),
     };
     // The sender stays here: a source that ends must not end the loop.
     let result = agent.run().await;
@@ -258,6 +263,7 @@ struct Agent {
     vips: watch::Sender<Arc<BTreeSet<IpAddr>>>,
     rules: watch::Sender<Rules>,
     filled: watch::Sender<bool>,
+    beside: Beside,
 }
 
 impl Agent {
@@ -283,8 +289,8 @@ impl Agent {
                     }
                 }
                 Ok(()) = self.watched.changed() => {
-                    let addresses = self.watched.borrow_and_update().survey.addresses.keys().copied().collect();
-                    self.sync.set_node_addresses(addresses);
+                    let survey = &self.watched.borrow_and_update().survey;
+                    self.sync.set_node(&survey.addresses, &survey.leave);
                 }
                 Ok(()) = self.kept.changed() => { let _ = self.kept.borrow_and_update(); }
                 () = tokio::time::sleep_until(retry.unwrap_or_else(tokio::time::Instant::now)), if retry.is_some() => {}
@@ -306,6 +312,7 @@ impl Agent {
             if let Some(vips) = self.sync.take_vips() {
                 let _ = self.vips.send_replace(vips);
             }
+            self.beside.follow(&mut self.sync, &self.watched.borrow().survey, &self.rules.borrow().policy);
             let filled = self.sync.is_filled();
             let _ = self.filled.send_if_modified(|before| std::mem::replace(before, filled) != filled);
             if self.is_ready() != self.status.ready {
@@ -408,6 +415,7 @@ impl Agent {
         status.reports = self.sync.reports();
         status.last_sync = self.sync.last();
         status.failing = self.sync.failing();
+        status.problems = self.beside.problems();
         status.waiting_for.extend(status.failing.clone());
         if let Err(error) = self.state.write(status) {
             tracing::warn!("cannot write the status: {error}");

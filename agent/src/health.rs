@@ -15,21 +15,13 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::model::HealthCheck;
 use crate::model::object::ObjectName;
 use answer::Answerer;
 use listen::Listener;
 
 /// Waiting times between tries of what failed: doubled from the first to the last.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
-
-/// A Service's health check.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HealthCheck {
-    /// Its `healthCheckNodePort`; nobody listens on 0.
-    pub port: u16,
-    /// How many addresses its ready endpoints on this node have.
-    pub local: usize,
-}
 
 /// Where health checks are answered.
 #[derive(Clone, Debug, PartialEq, Eq)]

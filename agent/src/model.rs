@@ -16,10 +16,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use crate::policy::ExternalIps;
 use claims::{Claims, Frontend};
 use desired::{Claimed, Context, PortKey};
 pub use desired::{Desired, DesiredBackend, DesiredPort, FrontendKind, HealthCheck, UdpPort};
-use object::{Address, Cidr, Endpoint, IpFamily, NodeSpec, Protocol, ServiceSpec, Slice, SliceKind};
+use object::{Address, Endpoint, IpFamily, NodeSpec, Protocol, ServiceSpec, Slice, SliceKind};
 pub use object::{Change, Event, ObjectName, SourceId};
 use report::{Author, Flaw, Note, Notebook, Report, Reports, Subject};
 
@@ -38,21 +39,6 @@ pub struct Settings {
     pub external_ips: ExternalIps,
     /// VIPs that something else on this node serves: no frontend has one.
     pub leave: BTreeSet<IpAddr>,
-}
-
-/// Which addresses Services may take as `spec.externalIPs`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ExternalIps {
-    /// Whether any are served.
-    pub serve: bool,
-    /// The only ones that are; none: all.
-    pub allowed: Vec<Cidr>,
-}
-
-impl Default for ExternalIps {
-    fn default() -> Self {
-        Self { serve: true, allowed: Vec::new() }
-    }
 }
 
 /// Identifies an object with endpoints.

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use ipnet::IpNet;
@@ -226,6 +226,12 @@ impl NodePorts {
             NodePortAddresses::Localhost | NodePortAddresses::All => false,
             NodePortAddresses::Within(network) => network.contains(&address),
         })
+    }
+
+    /// Whether node ports are served at all addresses of both families but loopback ones.
+    #[must_use]
+    pub fn includes_all(&self) -> bool {
+        self.is_all(Ipv4Addr::UNSPECIFIED.into()) && self.is_all(Ipv6Addr::UNSPECIFIED.into())
     }
 
     /// Whether the list, for the family of an address, is one of all addresses.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use ipnet::IpNet;
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use sluice::image::{
@@ -10,7 +11,7 @@ use sluice::image::{
     Stack, Write, diff, node_port_bit,
 };
 use sluice::model::desired::PortKey;
-use sluice::model::object::{Cidr, IpFamily, Protocol};
+use sluice::model::object::{IpFamily, Protocol};
 use sluice::model::policy::Policies;
 use sluice::model::{Batch, Desired, DesiredBackend, DesiredPort, FrontendKind, ObjectName};
 use sluice::plan::{Plan, Sizes};
@@ -128,6 +129,7 @@ fn carry_out(image: &mut Image, writes: &[Write]) -> Result<(), TestCaseError> {
 
 /// A service port of a random image: which id, whose, which backends, where its ranges lie.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is drawn by itself")]
 struct RandomPort {
     name: u8,
     v6: bool,
@@ -233,8 +235,8 @@ fn random_image() -> impl Strategy<Value = Image> {
                 let ranges = [ranges[0], ranges[1], ranges[1]];
                 let ranges = ranges.map(|range| if range.size() == 0 { none.0 } else { range.0 });
                 let affinity_seconds = port.affinity_seconds;
-                let flags = u32::from(!port.sources.is_empty()) * policy::SOURCE_RANGES
-                    | u32::from(port.external_local) * policy::EXTERNAL_LOCAL;
+                let flags = (u32::from(!port.sources.is_empty()) * policy::SOURCE_RANGES)
+                    | (u32::from(port.external_local) * policy::EXTERNAL_LOCAL);
                 let _ = image.ports.insert(id, ServicePort { ranges, affinity_seconds, flags });
                 for (network, length) in port.sources {
                     if port.v6 {
@@ -368,6 +370,7 @@ proptest! {
 
 /// What one random Service wants: per family, which of few frontends and endpoints.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is drawn by itself")]
 struct Wish {
     v4: bool,
     v6: bool,
@@ -451,7 +454,9 @@ fn desired(index: u8, wish: &Wish) -> Desired {
             let _ = port.frontends.insert(at, FrontendKind::NodePort);
         }
         if !wish.sources.is_empty() {
-            let range = |low: &u8| Cidr::new(address(family, 203, *low), 31);
+            let range = |low: &u8| {
+                IpNet::new(address(family, 203, *low), 31).expect("a length of both families").trunc()
+            };
             port.sources = Some(wish.sources.iter().map(range).collect());
         }
         for (low, (inside, outside, local)) in &wish.endpoints {
@@ -754,6 +759,68 @@ fn classes_with_the_same_backends_share_a_range() {
     assert_eq!(plan.image().slots.len(), 2);
     assert_eq!(port.ranges[0], port.ranges[1]);
     assert_ne!(port.ranges[1], port.ranges[2]);
+}
+
+/// Where the first write of a kind stands in an update.
+fn place(update: &[Write], wanted: impl Fn(&Write) -> bool) -> usize {
+    update.iter().position(wanted).unwrap_or_else(|| panic!("not among {update:#?}"))
+}
+
+#[test]
+fn clients_keep_their_source_only_while_their_range_is_local() {
+    let cluster: BTreeMap<u8, Wish> = [(0, simple(&[1, 2]))].into();
+    let endpoints = [(1, (true, true, true)), (2, (true, false, false))].into();
+    let local = [(0, Wish { external_local: true, endpoints, ..simple(&[]) })].into();
+    let mut plan = Plan::new(Sizes::default());
+    let _ = plan.update(&batch(true, &cluster));
+    let outside = |write: &Write| {
+        matches!(write, Write::Range { class: sluice_common::abi::Class::ExternalOutside, .. })
+    };
+    let flags = |write: &Write| matches!(write, Write::Port { .. });
+    let closes = plan.update(&batch(false, &local)).writes;
+    assert!(place(&closes, outside) < place(&closes, flags));
+    let opens = plan.update(&batch(false, &cluster)).writes;
+    assert!(place(&opens, flags) < place(&opens, outside));
+}
+
+#[test]
+fn sources_that_may_not_use_a_frontend_never_reach_it() {
+    let plain: BTreeMap<u8, Wish> = [(0, simple(&[1]))].into();
+    let restricted = [(0, Wish { load_balancer: true, sources: [1, 3].into(), ..simple(&[1]) })].into();
+    let mut plan = Plan::new(Sizes::default());
+    let _ = plan.update(&batch(true, &plain));
+    let flags = |write: &Write| matches!(write, Write::Port { .. });
+    let comes = plan.update(&batch(false, &restricted)).writes;
+    let lets_in = place(&comes, |write| matches!(write, Write::V4(FamilyWrite::SourceInsert { .. })));
+    let appears = place(&comes, |write| matches!(write, Write::V4(FamilyWrite::ServiceInsert { .. })));
+    assert!(lets_in < place(&comes, flags) && place(&comes, flags) < appears);
+    let goes = plan.update(&batch(false, &plain)).writes;
+    let disappears = place(&goes, |write| matches!(write, Write::V4(FamilyWrite::ServiceRemove { .. })));
+    let grace = place(&goes, |write| *write == Write::Grace);
+    let forgets = place(&goes, |write| matches!(write, Write::V4(FamilyWrite::SourceRemove { .. })));
+    assert!(disappears < place(&goes, flags) && place(&goes, flags) < grace && grace < forgets);
+}
+
+#[test]
+fn node_addresses_are_listed_and_those_with_node_ports_are_kept_when_room_is_short() {
+    let addresses: BTreeMap<IpAddr, bool> =
+        (1..=4).map(|low| (address(IpFamily::V4, 9, low), low > 2)).collect();
+    let mut plan = Plan::new(Sizes { node_addresses: 3, ..Sizes::default() });
+    let mut image = Image::default();
+    let mut set = |addresses: BTreeMap<IpAddr, bool>| {
+        for write in plan.set_node_addresses(addresses) {
+            image.apply(&write);
+        }
+        assert_eq!(&image, plan.image());
+        let listed = (1..=4).map(|low| listed::<V4>(&image, &Ipv4Addr::new(10, 9, 0, low).into()));
+        let flags: Vec<u32> = image.v4.node_addresses.values().map(|node| node.flags).collect();
+        (listed.collect::<Vec<u8>>(), flags)
+    };
+    let both = listing::NODE | listing::NODE_PORTS;
+    assert_eq!(set(addresses), (vec![listing::NODE, listing::NODE, both, both], vec![0, 1, 1]));
+    let fewer = (2..=3).map(|low| (address(IpFamily::V4, 9, low), low == 2)).collect();
+    assert_eq!(set(fewer), (vec![0, both, listing::NODE, 0], vec![1, 0]));
+    assert_eq!(set(BTreeMap::new()), (vec![0; 4], vec![]));
 }
 
 #[test]

@@ -18,9 +18,10 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use sluice::image::{CLASSES, Dataplane, Image, Memory, Stack, diff, node_port_bit};
-use sluice::model::object::{Cidr, Protocol};
+use sluice::model::object::Protocol;
 use sluice::model::{Change, Event, Model, Settings, SourceId};
 use sluice::plan::{Plan, Sizes};
+use sluice::policy::{ExternalIps, cidr};
 use sluice::source::manifests::Folder;
 use sluice_common::abi::{
     Class, Name, Origins, Range, ServicePort, backend, frontend, listing, node_address, policy,
@@ -189,8 +190,7 @@ fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String
         let _ = writeln!(text, "  clients from outside keep their source");
     }
     let sources = F::of(image).source_ranges.keys().filter(|key| key.service_port == id);
-    let sources: Vec<String> =
-        sources.map(|key| Cidr::new(F::ip(key.network), key.length).to_string()).collect();
+    let sources: Vec<String> = sources.map(|key| format!("{}/{}", F::ip(key.network), key.length)).collect();
     assert_eq!(flags & policy::SOURCE_RANGES != 0, !sources.is_empty());
     if !sources.is_empty() {
         let _ = writeln!(text, "  load balancer only from {}", sources.join(" "));
@@ -232,8 +232,8 @@ fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String
             assert!(listed::<F>(image, &found.address) & listing::BACKEND != 0, "{at} is not listed");
             let serving = found.flags & backend::SERVING != 0;
             let share = slots.get(backend_id);
-            assert_eq!(found.flags & backend::SELECTED << class as u32 != 0, share.is_some(), "{at}");
-            let elsewhere = found.flags & backend::SELECTED * 7 != 0;
+            assert_eq!(found.flags & (backend::SELECTED << class as u32) != 0, share.is_some(), "{at}");
+            let elsewhere = found.flags & (backend::SELECTED * 0b111) != 0;
             let state = match (serving, share) {
                 (true, Some(share)) => share.to_string(),
                 (true, None) if elsewhere => continue,
@@ -293,8 +293,8 @@ fn run(path: &Path) -> Result<(), String> {
             Some(("node-ports", text)) => drop(interfaces.insert(address(text)?, true)),
             Some(("primary", text)) => drop(settings.primary.insert(address(text)?)),
             Some(("leave", text)) => drop(settings.leave.insert(address(text)?)),
-            Some(("external-ips", "off")) => settings.external_ips.serve = false,
-            Some(("external-ips", text)) => settings.external_ips.allowed.extend(Cidr::parse(text)),
+            Some(("external-ips", "off")) => settings.external_ips = ExternalIps::Off,
+            Some(("external-ips", text)) => settings.external_ips = ExternalIps::Within(vec![cidr(text)?]),
             _ => return Err(format!("unknown option {line:?}")),
         }
     }

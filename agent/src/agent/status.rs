@@ -76,6 +76,9 @@ pub struct Status {
     pub last_sync: Option<SyncStatus>,
     /// Writes that failed and are tried again, for people.
     pub failing: Option<String>,
+    /// What else fails and is tried again.
+    #[serde(default)]
+    pub problems: Vec<String>,
 }
 
 /// A source of objects.

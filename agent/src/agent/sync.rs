@@ -10,10 +10,12 @@ use sluice_common::{V4, V6};
 use tokio::time::Instant;
 
 use super::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
+use crate::conntrack::UdpFrontends;
 use crate::dataplane::{Kernel, Maps};
 use crate::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
+use crate::model::object::ObjectName;
 use crate::model::report::Level;
-use crate::model::{Event, Model, SourceId};
+use crate::model::{Event, HealthCheck, Model, SourceId};
 use crate::plan::Plan;
 
 /// Waiting times between tries of writes that failed: doubled from the first to the last.
@@ -27,10 +29,11 @@ pub(super) struct Sync {
     model: Model,
     plan: Plan,
     reconciler: Reconciler<Kernel>,
-    node_addresses: Option<BTreeSet<IpAddr>>,
+    node_addresses: Option<BTreeMap<IpAddr, bool>>,
     vips: Vips,
     /// Whether the maps hold an image.
     filled: bool,
+    udp_changed: bool,
     failures: u32,
     failing: Option<String>,
     retry_at: Option<Instant>,
@@ -52,6 +55,7 @@ impl Sync {
             node_addresses: None,
             vips,
             filled,
+            udp_changed: false,
             failures: 0,
             failing: None,
             retry_at: None,
@@ -65,16 +69,17 @@ impl Sync {
         self.model.apply(event, SystemTime::now());
     }
 
-    /// Takes in the addresses of the node's devices.
-    pub(super) fn set_node_addresses(&mut self, addresses: BTreeSet<IpAddr>) {
-        if self.node_addresses.as_ref() == Some(&addresses) {
+    /// Takes in the node's own addresses and which of them serve node ports, and the VIPs that are left alone.
+    pub(super) fn set_node(&mut self, addresses: &BTreeMap<IpAddr, bool>, left: &BTreeSet<IpAddr>) {
+        self.model.set_left(left.clone());
+        if self.node_addresses.as_ref() == Some(addresses) {
             return;
         }
-        self.model.set_interfaces(addresses.clone());
-        let nodes = addresses.iter().map(|address| (*address, false)).collect();
-        let writes = self.plan.set_node_addresses(nodes);
+        self.model.set_interfaces(addresses.keys().copied().collect());
+        let writes = self.plan.set_node_addresses(addresses.clone());
         self.push(writes);
-        self.node_addresses = Some(addresses);
+        self.udp_changed = true;
+        self.node_addresses = Some(addresses.clone());
     }
 
     /// Plans what has changed and carries it out.
@@ -83,6 +88,7 @@ impl Sync {
         // Which backends are local depends on the node's addresses: they come first.
         let batch = if self.node_addresses.is_some() { self.model.take(SystemTime::now()) } else { None };
         if let Some(batch) = &batch {
+            self.udp_changed = true;
             let update = self.plan.update(batch);
             for (service, notes) in update.notes {
                 self.model.set_plan_notes(&service, notes, SystemTime::now());
@@ -169,6 +175,34 @@ impl Sync {
     /// The sources whose first full list is missing.
     pub(super) fn awaited(&self) -> BTreeSet<SourceId> {
         self.model.awaited().clone()
+    }
+
+    /// The health checks that Services ask for.
+    pub(super) fn health_checks(&self) -> &BTreeMap<ObjectName, HealthCheck> {
+        self.model.health_checks()
+    }
+
+    /// Where the kernel's connection tracking may let UDP flows lead, if Services or the node have changed since the last call.
+    pub(super) fn take_udp_frontends(&mut self) -> Option<UdpFrontends> {
+        std::mem::take(&mut self.udp_changed).then(|| self.udp_frontends())
+    }
+
+    fn udp_frontends(&self) -> UdpFrontends {
+        let mut found = UdpFrontends {
+            node_addresses: self.node_addresses.iter().flatten().map(|(address, _)| *address).collect(),
+            ..UdpFrontends::default()
+        };
+        for port in self.model.udp_ports().values() {
+            for (vip, number) in &port.frontends {
+                let serving = if vip.is_unspecified() {
+                    found.node_ports.entry(*number).or_default()
+                } else {
+                    found.vips.entry((*vip, *number)).or_default()
+                };
+                serving.extend(&port.endpoints);
+            }
+        }
+        found
     }
 
     /// How much the maps are to hold.

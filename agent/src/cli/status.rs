@@ -183,6 +183,9 @@ fn text(overview: &Overview, now: u64) -> String {
     if let Some(failing) = last.and_then(|status| status.failing.as_ref()) {
         line("Failing", failing.clone());
     }
+    for problem in last.iter().flat_map(|status| &status.problems) {
+        line("Problem", problem.clone());
+    }
     let Counts { frontends, service_ports, backends } = overview.counts;
     line("Holds", format!("{frontends} frontends, {service_ports} service ports, {backends} backends"));
 

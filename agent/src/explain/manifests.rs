@@ -19,10 +19,9 @@ use super::story::unknown_node;
 use super::world::{Around, NamedDevice, Routing, World};
 use crate::agent::cluster::{Adopted, Cluster};
 use crate::image::{Image, Stack};
-use crate::model::object::Cidr;
 use crate::model::{self, Change, Event, Model, ObjectName, SourceId};
 use crate::plan::{Plan, Sizes};
-use crate::policy::{DetectLocal, ExternalIps, Policy};
+use crate::policy::{DetectLocal, Policy};
 use crate::source::manifests::Folder;
 
 /// Ifindex of the supposed edge.
@@ -69,20 +68,12 @@ impl Manifests {
             });
             options.node = nodes.next().filter(|_| nodes.next().is_none());
         }
-        let external_ips = match &options.policy.external_ips {
-            ExternalIps::On => model::ExternalIps::default(),
-            ExternalIps::Off => model::ExternalIps { serve: false, ..model::ExternalIps::default() },
-            ExternalIps::Within(ranges) => {
-                let allowed = ranges.iter().map(|range| Cidr::new(range.network(), range.prefix_len()));
-                model::ExternalIps { serve: true, allowed: allowed.collect() }
-            }
-        };
         let settings = model::Settings {
             node: options.node.clone(),
             proxy_name: options.proxy_name.clone().map(Into::into),
             sources: [SourceId::Manifests].into(),
             primary: first_of_each_family(&options.policy.node_addresses),
-            external_ips,
+            external_ips: options.policy.external_ips.clone(),
             leave: options.policy.leave.clone(),
         };
         let cluster = Cluster::new(options.node.as_deref().unwrap_or_default(), Adopted::default());

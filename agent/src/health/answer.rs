@@ -9,7 +9,8 @@ use serde::Serialize;
 use serde_json::ser::{PrettyFormatter, Serializer};
 use tokio::sync::watch;
 
-use super::{HealthCheck, IsHealthy};
+use super::IsHealthy;
+use crate::model::HealthCheck;
 use crate::model::object::ObjectName;
 
 /// How much traffic the load balancer may send here, relative to other nodes.

@@ -4,14 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
+use ipnet::IpNet;
+
 use super::claims::Frontend;
 use super::object::{
-    Address, Cidr, Endpoint, IpFamily, ObjectName, PortSpec, Protocol, ServiceSpec, Slice, SliceKind,
-    SlicePart,
+    Address, Endpoint, IpFamily, ObjectName, PortSpec, Protocol, ServiceSpec, Slice, SliceKind, SlicePart,
 };
 use super::policy::{Choice, Member, Place, Policies, categorize};
 use super::report::{Flaw, Notebook, Subject};
-use super::{ExternalIps, Settings, SliceKey};
+use super::{Settings, SliceKey};
+use crate::policy::{ExternalIps, cidr};
 
 /// Identifies one port of one Service in one family.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,7 +67,7 @@ pub struct DesiredPort {
     /// How long a client stays with its endpoint, seconds; 0: not at all.
     pub affinity_seconds: u32,
     /// The sources that may use the load balancer's addresses; [`None`]: all may.
-    pub sources: Option<BTreeSet<Cidr>>,
+    pub sources: Option<BTreeSet<IpNet>>,
 }
 
 /// Where a frontend comes from.
@@ -218,12 +220,12 @@ fn affinity_seconds(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook)
 }
 
 /// The ranges that the Service names as sources.
-fn source_ranges(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> Vec<Cidr> {
+fn source_ranges(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> Vec<IpNet> {
     let mut ranges = Vec::new();
     for (index, text) in spec.source_ranges.iter().enumerate() {
-        match Cidr::parse(text) {
-            Some(range) => ranges.push(range),
-            None => notes.add(subject, Flaw::BadAddress, || {
+        match cidr(text) {
+            Ok(range) => ranges.push(range),
+            Err(_) => notes.add(subject, Flaw::BadAddress, || {
                 let field = format!("spec.loadBalancerSourceRanges[{index}]");
                 (field, format!("{text:?} is no range of addresses: left out"))
             }),
@@ -235,21 +237,21 @@ fn source_ranges(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) ->
 /// Who may use a family's load balancer addresses: everybody, unless there are such addresses and ranges of the family.
 /// A range that this node is in lets in those addresses too: a node that holds one as its own sends from it.
 fn permitted(
-    ranges: &[Cidr],
+    ranges: &[IpNet],
     family: IpFamily,
     vips: &BTreeMap<IpAddr, FrontendKind>,
     context: &Context<'_>,
-) -> Option<BTreeSet<Cidr>> {
+) -> Option<BTreeSet<IpNet>> {
     let balanced: Vec<IpAddr> =
         vips.iter().filter(|(_, kind)| **kind == FrontendKind::LoadBalancer).map(|(vip, _)| *vip).collect();
-    let mut permitted: BTreeSet<Cidr> =
-        ranges.iter().filter(|range| range.family() == family).copied().collect();
+    let mut permitted: BTreeSet<IpNet> =
+        ranges.iter().filter(|range| IpFamily::of(range.network()) == family).copied().collect();
     if balanced.is_empty() || permitted.is_empty() {
         return None;
     }
-    let node = |range: &Cidr| context.primary.iter().any(|address| range.contains(*address));
+    let node = |range: &IpNet| context.primary.iter().any(|address| range.contains(address));
     if permitted.iter().any(node) {
-        permitted.extend(balanced.into_iter().map(Cidr::single));
+        permitted.extend(balanced.into_iter().map(IpNet::from));
     }
     Some(permitted)
 }
@@ -296,7 +298,7 @@ fn vips(
     // The load balancer's come first: an address that is of both kinds keeps its source ranges.
     for (index, address) in spec.ingress.iter().enumerate() {
         let field = || format!("status.loadBalancer.ingress[{index}].ip");
-        add_vip(&mut vips, address, FrontendKind::LoadBalancer, field, subject, notes);
+        let _ = add_vip(&mut vips, address, FrontendKind::LoadBalancer, field, subject, notes);
     }
     for (index, address) in spec.external_ips.iter().enumerate() {
         let field = || format!("spec.externalIPs[{index}]");
@@ -351,12 +353,9 @@ fn add_vip(
 
 /// Whether the settings let Services take an address as external IP; [`None`]: they do not say.
 fn allowed(address: &Address, context: &Context<'_>) -> Option<bool> {
-    let ExternalIps { serve, allowed } = &context.settings.external_ips;
+    let served = &context.settings.external_ips;
     let Address::Valid(address) = address else { return None };
-    if *serve && allowed.is_empty() {
-        return None;
-    }
-    Some(*serve && allowed.iter().any(|range| range.contains(*address)))
+    (*served != ExternalIps::On).then(|| served.includes(*address))
 }
 
 /// An address that packets can be sent to as a VIP.

@@ -184,71 +184,6 @@ impl Address {
     }
 }
 
-/// A range of addresses that share their first bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Cidr {
-    network: IpAddr,
-    length: u8,
-}
-
-impl Cidr {
-    /// The range of the addresses that share their first `length` bits (at most all) with `address`.
-    pub fn new(address: IpAddr, length: u8) -> Self {
-        let length = length.min(IpFamily::of(address).bits());
-        let network = match address {
-            IpAddr::V4(address) => {
-                let mask = u32::MAX.checked_shl(32 - u32::from(length)).unwrap_or(0);
-                IpAddr::V4(Ipv4Addr::from_bits(address.to_bits() & mask))
-            }
-            IpAddr::V6(address) => {
-                let mask = u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0);
-                IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & mask))
-            }
-        };
-        Self { network, length }
-    }
-
-    /// The range of one address.
-    pub fn single(address: IpAddr) -> Self {
-        Self::new(address, u8::MAX)
-    }
-
-    /// Reads `address/length`, with white space around it; bits beyond the length may be set.
-    pub fn parse(text: &str) -> Option<Self> {
-        let (address, length) = text.trim().split_once('/')?;
-        let Address::Valid(address) = Address::parse(address) else { return None };
-        let digits = !length.is_empty() && length.bytes().all(|byte| byte.is_ascii_digit());
-        let length = length.parse::<u8>().ok().filter(|_| digits)?;
-        (length <= IpFamily::of(address).bits()).then(|| Self::new(address, length))
-    }
-
-    /// The first address.
-    pub fn network(&self) -> IpAddr {
-        self.network
-    }
-
-    /// How many bits the addresses share.
-    pub fn length(&self) -> u8 {
-        self.length
-    }
-
-    /// The addresses' family.
-    pub fn family(&self) -> IpFamily {
-        IpFamily::of(self.network)
-    }
-
-    /// Whether an address is in the range.
-    pub fn contains(&self, address: IpAddr) -> bool {
-        IpFamily::of(address) == self.family() && Self::new(address, self.length) == *self
-    }
-}
-
-impl fmt::Display for Cidr {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{}/{}", self.network, self.length)
-    }
-}
-
 /// A Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServiceSpec {
@@ -405,20 +340,6 @@ pub struct Event {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_cidr_is_read_as_kubernetes_reads_it() {
-        let parse = |text| Cidr::parse(text).map(|cidr| cidr.to_string());
-        assert_eq!(parse(" 10.1.2.3/8 ").as_deref(), Some("10.0.0.0/8"));
-        assert_eq!(parse("0.0.0.0/0").as_deref(), Some("0.0.0.0/0"));
-        assert_eq!(parse("2001:db8::1/128").as_deref(), Some("2001:db8::1/128"));
-        assert_eq!(parse("::/0").as_deref(), Some("::/0"));
-        for text in
-            ["", "10.0.0.1", "10.0.0.0/33", "10.0.0.0/-1", "10.0.0.0/+1", "10.0.0.0/", "::/129", "a/8"]
-        {
-            assert_eq!(parse(text), None, "{text:?}");
-        }
-    }
 
     #[test]
     fn a_cidr_contains_its_familys_addresses_with_its_bits() {

@@ -14,6 +14,10 @@ use sluice_common::abi::Class;
 
 /// An endpoint of a service port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "they are conditions of an endpoint, any of which may hold"
+)]
 pub struct Member<'a> {
     /// Takes new connections.
     pub ready: bool,

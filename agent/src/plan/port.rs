@@ -278,7 +278,7 @@ impl Plan {
             .flatten()
             .filter_map(|range| {
                 let network = F::address(range.network())?;
-                Some(SourceKey { service_port: id, length: range.length(), network })
+                Some(SourceKey { service_port: id, length: range.prefix_len(), network })
             })
             .collect();
         for key in known.difference(&wanted) {

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::model::object::{
-    Address, Change, Cidr, Endpoint, IpFamily, NodeSpec, ObjectName, PortSpec, ServiceSpec, Slice, SliceKind,
+    Address, Change, Endpoint, IpFamily, NodeSpec, ObjectName, PortSpec, ServiceSpec, Slice, SliceKind,
     SlicePart, SlicePort,
 };
 use crate::policy::cidr;

@@ -301,7 +301,8 @@ fn apply<F: Tc, const LINK: u32>(
     // What this host sends itself has come through the stack.
     let forwards = hook != Hook::Egress;
     let mut target = 0;
-    let mut fragments = false;
+    // Our own device, where the packet is to enter the stack to be fragmented.
+    let mut fragments = 0;
     if decision.verdict == Verdict::Route {
         target = match route::<F>(skb.cast(), &decision.flow.source, &decision.flow.destination) {
             Some(target) => target,
@@ -315,12 +316,16 @@ fn apply<F: Tc, const LINK: u32>(
                 decision.reason = Reason::TooBig;
                 return icmp::<F, LINK>(skb, headers, mtu, hook);
             }
-            fragments = true;
+            fragments = own_device();
+            if fragments == 0 {
+                decision.reason = Reason::TooBig;
+                return DROP;
+            }
         }
     }
     // A bypass does what the stack would; the stack itself does it where it fragments.
-    let bypasses =
-        decision.verdict == Verdict::TurnBack || decision.verdict == Verdict::Route && forwards && !fragments;
+    let bypasses = decision.verdict == Verdict::TurnBack
+        || decision.verdict == Verdict::Route && forwards && fragments == 0;
     if bypasses && !hop(packet, headers) {
         decision.reason = Reason::TtlExceeded;
         return DROP;
@@ -340,14 +345,7 @@ fn apply<F: Tc, const LINK: u32>(
         Verdict::HandIn => {
             hand_in::<F, LINK>(packet, &decision.flow.destination, &decision.flow.source, hook)
         }
-        Verdict::Route if fragments => {
-            let own = own_device();
-            if own == 0 || device(own).is_none() {
-                decision.reason = Reason::TooBig;
-                return DROP;
-            }
-            hand_to::<F, LINK>(packet, own)
-        }
+        Verdict::Route if fragments != 0 => hand_to::<F, LINK>(packet, fragments),
         Verdict::Route => {
             // SAFETY: the helper takes no parameters: it finds the neighbour itself.
             (unsafe { bpf_redirect_neigh(target, core::ptr::null_mut(), 0, 0) }) as i32
