@@ -83,7 +83,8 @@ status: {{loadBalancer: {{ingress: [{{ip: 198.51.100.1}}]}}}}
         let number = index + 1;
         let (net, node) = if has('L') { (1, "node-a") } else { (2, "node-b") };
         // A state that begins with a number belongs to the endpoint of that number.
-        let host = endpoint.chars().next().and_then(|first| first.to_digit(10)).map_or(number, |of| of as usize);
+        let host =
+            endpoint.chars().next().and_then(|first| first.to_digit(10)).map_or(number, |of| of as usize);
         let (ready, serving, terminating) = (has('R'), has('R') || has('T'), has('T'));
         let hints = match (has('z'), has('y')) {
             (true, _) => ", hints: {forZones: [{name: z}]}",
@@ -169,7 +170,8 @@ fn kube_proxys_vectors_hold_in_both_modes() {
                     expected.to_owned()
                 } else {
                     // Without being told otherwise, we keep the source where the backend is on this node.
-                    let local = answer.1["backend"]["address"].as_str().is_some_and(|at| at.starts_with("10.244.1."));
+                    let local =
+                        answer.1["backend"]["address"].as_str().is_some_and(|at| at.starts_with("10.244.1."));
                     let source = if source == "by backend" && local { "kept" } else { source };
                     format!("forward {expected} {}", source.replace("by backend", "masqueraded"))
                 };
@@ -278,8 +280,15 @@ fn source_ranges_and_affinity_show() {
     let node_port = ask("tcp 203.0.114.7:4000 192.0.2.10:30080 --from external");
     assert_eq!(line(&node_port), "forward 10.244.2.1 masqueraded");
     let pod = ask("tcp 10.244.1.9:4000 10.96.0.10:80 --from pod");
-    let steps: Vec<&str> = pod.1["steps"].as_array().into_iter().flatten().filter_map(|step| step["step"].as_str()).collect();
-    assert_eq!(steps, ["packet", "socket", "frontend", "client", "policy", "affinity", "slot", "backend", "rewrite", "source", "verdict"]);
+    let steps: Vec<&str> =
+        pod.1["steps"].as_array().into_iter().flatten().filter_map(|step| step["step"].as_str()).collect();
+    assert_eq!(
+        steps,
+        [
+            "packet", "socket", "frontend", "client", "policy", "affinity", "slot", "backend", "rewrite",
+            "source", "verdict"
+        ]
+    );
     assert_eq!(pod.1.get("socket"), None, "affinity goes by the client's address");
 }
 
@@ -287,17 +296,29 @@ fn source_ranges_and_affinity_show() {
 fn every_field_of_the_contract_is_there() {
     let folder = tempfile::tempdir().expect("a folder");
     fs::write(folder.path().join("all.yaml"), manifests("R RL", "Cluster", "Cluster")).expect("written");
-    let (_, answer) = ask(folder.path(), "tcp 203.0.113.7:4000 192.0.2.10:30080 --from external --manifests .");
+    let (_, answer) =
+        ask(folder.path(), "tcp 203.0.113.7:4000 192.0.2.10:30080 --from external --manifests .");
     let keys: BTreeSet<&str> = answer.as_object().expect("an object").keys().map(String::as_str).collect();
     let expected = [
-        "affinity", "backend", "candidates", "frontend", "port", "reason", "service", "source", "steps", "verdict",
+        "affinity",
+        "backend",
+        "candidates",
+        "frontend",
+        "port",
+        "reason",
+        "service",
+        "source",
+        "steps",
+        "verdict",
     ];
     assert_eq!(keys, expected.into());
-    let frontend = serde_json::json!({"kind": "NodePort", "address": "192.0.2.10", "port": 30080, "protocol": "TCP"});
+    let frontend =
+        serde_json::json!({"kind": "NodePort", "address": "192.0.2.10", "port": 30080, "protocol": "TCP"});
     assert_eq!(answer["frontend"], frontend);
     assert_eq!((&answer["service"], &answer["port"]), (&Value::from("shop/web"), &Value::from("http")));
     assert_eq!(answer["candidates"].as_array().map(Vec::len), Some(2));
-    let (_, stranger) = ask(folder.path(), "tcp 203.0.113.7:4000 192.0.2.99:80 --from external --manifests .");
+    let (_, stranger) =
+        ask(folder.path(), "tcp 203.0.113.7:4000 192.0.2.99:80 --from external --manifests .");
     for key in ["service", "port", "frontend", "backend", "source", "affinity"] {
         assert_eq!(stranger.get(key), Some(&Value::Null), "{key}");
     }
@@ -377,7 +398,10 @@ fn a_question_that_makes_no_sense_ends_with_code_2_and_what_is_wrong() {
         ("tcp 10.0.0.1:1 10.0.0.2:1 --from moon", "possible values: pod, host, external"),
         ("tcp 10.0.0.1:1 10.0.0.2:1 --from external --path socket --manifests .", "makes no calls"),
         ("tcp 10.0.0.1:1 10.0.0.2:1 --from pod --cluster-cidr ten --manifests .", "--cluster-cidr"),
-        ("tcp 10.0.0.1:1 10.0.0.2:1 --from pod --detect-local cluster-cidr --manifests .", "give --cluster-cidr too"),
+        (
+            "tcp 10.0.0.1:1 10.0.0.2:1 --from pod --detect-local cluster-cidr --manifests .",
+            "give --cluster-cidr too",
+        ),
         ("tcp 10.0.0.1:1 10.0.0.2:1 --from pod --masquerade all", "go with --manifests"),
     ] {
         let words: Vec<&str> = ["explain"].into_iter().chain(words.split(' ')).collect();

@@ -91,7 +91,8 @@ impl From<&Report> for Row {
 pub(super) fn run(args: ValidateArgs) -> anyhow::Result<(String, u8)> {
     let ValidateArgs { manifests: path, node, proxy_name, output, policy } = args;
     let policy = policy.policy().map_err(|error| Usage(format!("{error:#}")))?;
-    let options = Options { path: path.clone(), node: node.map(Into::into), proxy_name, policy, socket_path: 0 };
+    let options =
+        Options { path: path.clone(), node: node.map(Into::into), proxy_name, policy, socket_path: 0 };
     let manifests = Manifests::read(options).with_context(|| format!("cannot read {}", path.display()))?;
     let mut rows: Vec<Row> = manifests.model().reports().iter().map(Row::from).collect();
     rows.sort();
@@ -102,12 +103,7 @@ pub(super) fn run(args: ValidateArgs) -> anyhow::Result<(String, u8)> {
         }
         let mut table = Table::new(&["OBJECT", "FIELD", "KIND", "WHY"]);
         for row in rows {
-            table.row([
-                row.object.clone(),
-                row.field.clone(),
-                row.kind.word().to_owned(),
-                row.why.clone(),
-            ]);
+            table.row([row.object.clone(), row.field.clone(), row.kind.word().to_owned(), row.why.clone()]);
         }
         table.text()
     })?;

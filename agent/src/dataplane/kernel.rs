@@ -4,7 +4,9 @@ use std::io;
 use std::mem::offset_of;
 use std::time::Duration;
 
-use sluice_common::abi::{ADDRESS_WORDS, Affinity, AffinityKey, Backend, Range, SLOTS_PER_BLOCK, ServicePort, SourceRange};
+use sluice_common::abi::{
+    ADDRESS_WORDS, Affinity, AffinityKey, Backend, Range, SLOTS_PER_BLOCK, ServicePort, SourceRange,
+};
 use sluice_common::{Family, V4, V6};
 
 use super::bpf::Array;

@@ -117,8 +117,7 @@ async fn links(handle: &Handle) -> Result<BTreeMap<u32, String>, rtnetlink::Erro
 /// As `ip route get`.
 async fn route(handle: &Handle, destination: IpAddr) -> Option<Route> {
     let length = if destination.is_ipv4() { 32 } else { 128 };
-    let question =
-        RouteMessageBuilder::<IpAddr>::new().destination_prefix(destination, length).ok()?.build();
+    let question = RouteMessageBuilder::<IpAddr>::new().destination_prefix(destination, length).ok()?.build();
     let answer = handle.route().get(question).execute().try_next().await.ok().flatten()?;
     if !matches!(answer.header.kind, RouteType::Unicast | RouteType::Local) {
         return None;
@@ -145,9 +144,9 @@ impl Routing for Live {
             return Some(device);
         }
         // A bridge of pods: nothing is attached to it, but to its ports, of which any does.
-        let port = devices.iter().find(|(_, found)| {
-            found.entry.bridge == device && found.entry.role == device::EDGE
-        });
+        let port = devices
+            .iter()
+            .find(|(_, found)| found.entry.bridge == device && found.entry.role == device::EDGE);
         port.filter(|_| question.from == Client::Pod).map(|(index, _)| *index)
     }
 

@@ -106,12 +106,12 @@ impl Manifests {
         let addresses = self.addresses();
         self.model.set_interfaces(addresses.iter().copied().collect());
         let primary = first_of_each_family(&addresses);
-        let serves = |address: &IpAddr| {
-            self.options.policy.node_ports.includes(*address, primary.contains(address))
-        };
+        let serves =
+            |address: &IpAddr| self.options.policy.node_ports.includes(*address, primary.contains(address));
         let loopback = [IpAddr::from([127, 0, 0, 1]), IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1])];
         let local = addresses.iter().map(|address| (*address, serves(address)));
-        let local = local.chain(loopback.into_iter().filter(|address| serves(address)).map(|address| (address, true)));
+        let local = local
+            .chain(loopback.into_iter().filter(|address| serves(address)).map(|address| (address, true)));
         let _ = self.plan.set_node_addresses(local.collect());
         if let Some(batch) = self.model.take(now) {
             for (service, notes) in self.plan.update(&batch).notes {
@@ -267,12 +267,7 @@ fn first_of_each_family(addresses: &[IpAddr]) -> BTreeSet<IpAddr> {
 }
 
 fn around<F: Stack>(networks: abi::Networks<F::Address>) -> Around<F> {
-    Around {
-        networks,
-        flows: BTreeMap::new(),
-        embryonic: BTreeMap::new(),
-        affinity: BTreeMap::new(),
-    }
+    Around { networks, flows: BTreeMap::new(), embryonic: BTreeMap::new(), affinity: BTreeMap::new() }
 }
 
 /// The addresses of backends on this node.

@@ -98,9 +98,9 @@ impl Objects {
     /// The element of `spec.ports` that is the service port.
     fn port_field(&self, owner: &Owner) -> String {
         let place = self.spec(owner).and_then(|spec| {
-            spec.ports
-                .iter()
-                .position(|port| *port.name == *owner.label && port.protocol.eq_ignore_ascii_case(owner.protocol))
+            spec.ports.iter().position(|port| {
+                *port.name == *owner.label && port.protocol.eq_ignore_ascii_case(owner.protocol)
+            })
         });
         match place {
             Some(index) => format!("spec.ports[{index}]"),
@@ -120,9 +120,7 @@ impl Objects {
         };
         match kind {
             frontend::NODE_PORT => format!("{port}.nodePort"),
-            frontend::LOAD_BALANCER => {
-                element("status.loadBalancer.ingress", |spec| &spec.ingress, "")
-            }
+            frontend::LOAD_BALANCER => element("status.loadBalancer.ingress", |spec| &spec.ingress, ""),
             frontend::EXTERNAL_IP => element("spec.externalIPs", |spec| &spec.external_ips, ""),
             _ => element("spec.clusterIPs", |spec| &spec.cluster_ips, ""),
         }
@@ -150,10 +148,10 @@ impl Objects {
             Err(_) => false,
         };
         // Where there are slices, Endpoints mirror them.
-        let sliced = slices().any(|(key, slice)| key.kind == SliceKind::EndpointSlice && slice.family.is_ok());
-        let slices = slices().filter(move |(key, slice)| {
-            of_family(slice) && !(sliced && key.kind == SliceKind::Endpoints)
-        });
+        let sliced =
+            slices().any(|(key, slice)| key.kind == SliceKind::EndpointSlice && slice.family.is_ok());
+        let slices = slices()
+            .filter(move |(key, slice)| of_family(slice) && !(sliced && key.kind == SliceKind::Endpoints));
         let parts = slices.flat_map(|(key, Slice { parts, .. })| parts.iter().map(move |part| (key, part)));
         parts.flat_map(move |(key, part)| {
             let ports = part.ports.iter().filter(|port| {

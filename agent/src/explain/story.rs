@@ -2,11 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use sluice_common::Reason;
 use sluice_common::abi::{
     Affinity, Class, Range, TICK_SHIFT, backend, detect_local, device, flow, frontend, masquerade,
 };
 use sluice_common::path::{Decision, Hook, Verdict as PathVerdict};
-use sluice_common::Reason;
 
 use super::answer::{Source, Step, Verdict};
 use super::question::{Client, Question};
@@ -84,7 +84,9 @@ impl<'w> Story<'w> {
     /// The call is met.
     pub(super) fn calls(&mut self, target: &Target) {
         let call = match (self.question.protocol.number(), self.question.from) {
-            (sluice_common::header::protocol::TCP, _) => "connect() from a socket that is not bound to a port",
+            (sluice_common::header::protocol::TCP, _) => {
+                "connect() from a socket that is not bound to a port"
+            }
             _ => "sendmsg() from a socket that is not connected",
         };
         let whose = if self.question.from == Client::Host { "a process of this host" } else { "a pod" };
@@ -158,7 +160,10 @@ impl<'w> Story<'w> {
             let at = self.question.destination;
             let protocol = self.question.protocol.word();
             let text = if self.world.left.contains(&at.ip()) {
-                format!("{} is left alone: a device of this node has it, for another proxy (--leave-address)", at.ip())
+                format!(
+                    "{} is left alone: a device of this node has it, for another proxy (--leave-address)",
+                    at.ip()
+                )
             } else {
                 format!("{at} {protocol} is no Service's")
             };
@@ -246,7 +251,9 @@ impl<'w> Story<'w> {
         let Some(target) = target else { return };
         let (field, word) = self.world.objects.policy(&target.owner, class);
         let policy = match (word, class) {
-            (Some("Local"), Class::ExternalInside) => "Local, which does not bind clients on this node".to_owned(),
+            (Some("Local"), Class::ExternalInside) => {
+                "Local, which does not bind clients on this node".to_owned()
+            }
             (Some("Local"), Class::Internal | Class::ExternalOutside) => {
                 "Local: only endpoints on this node".to_owned()
             }
@@ -276,7 +283,8 @@ impl<'w> Story<'w> {
 
     fn affinity<F: Side>(&mut self, target: Option<&Target>, found: Option<&Affinity>, asked: &[Asked<F>]) {
         let Some(target) = target else { return };
-        let seconds = self.world.image.ports.get(&target.service_port).map_or(0, |port| port.affinity_seconds);
+        let seconds =
+            self.world.image.ports.get(&target.service_port).map_or(0, |port| port.affinity_seconds);
         let led = !asked.iter().any(|asked| matches!(asked, Asked::Slot { .. }));
         let ip = self.question.source.ip();
         let text = match found {
@@ -324,7 +332,8 @@ impl<'w> Story<'w> {
     pub(super) fn rewrites<F: Side>(&mut self, decision: &Decision<F>) {
         let before = (self.question.source, self.question.destination);
         let source = SocketAddr::from((F::ip(decision.flow.source), decision.flow.source_port));
-        let destination = SocketAddr::from((F::ip(decision.flow.destination), decision.flow.destination_port));
+        let destination =
+            SocketAddr::from((F::ip(decision.flow.destination), decision.flow.destination_port));
         let mut parts = Vec::new();
         if before.1 != destination {
             parts.push(format!("destination {} becomes {destination}", before.1));
@@ -363,9 +372,10 @@ impl<'w> Story<'w> {
         let hairpin = decision.flow.flags & flow::HAIRPIN != 0;
         let as_kube_proxy = self.world.settings.masquerade != masquerade::NEEDED;
         let asked_routes = asked.iter().any(|asked| matches!(asked, Asked::Routes(_)));
-        let local = target.and_then(|target| self.world.image.ports.get(&target.service_port)).is_some_and(|port| {
-            port.flags & sluice_common::abi::policy::EXTERNAL_LOCAL != 0
-        }) && target.is_some_and(|target| target.class != Class::Internal);
+        let local = target
+            .and_then(|target| self.world.image.ports.get(&target.service_port))
+            .is_some_and(|port| port.flags & sluice_common::abi::policy::EXTERNAL_LOCAL != 0)
+            && target.is_some_and(|target| target.class != Class::Internal);
         let followed = decision.kind == 0;
         let why = match source {
             Source::Masqueraded if hairpin => {
@@ -386,7 +396,11 @@ impl<'w> Story<'w> {
 
     /// As [`Self::source`], of a call.
     pub(super) fn call_source(&mut self, source: Source) {
-        let why = if self.question.from == Client::Host { host_why(source) } else { "the pod speaks to the backend itself" };
+        let why = if self.question.from == Client::Host {
+            host_why(source)
+        } else {
+            "the pod speaks to the backend itself"
+        };
         self.add("source", format!("{}: {why}", source.word()));
     }
 
@@ -405,14 +419,9 @@ fn host_why(source: Source) -> &'static str {
 
 /// The address that stands for the node's where nobody has told it.
 pub(super) fn unknown_node(family_is_v4: bool) -> IpAddr {
-    if family_is_v4 {
-        IpAddr::from([0, 0, 0, 1])
-    } else {
-        IpAddr::from([0, 0, 0, 0, 0, 0, 0, 2])
-    }
+    if family_is_v4 { IpAddr::from([0, 0, 0, 1]) } else { IpAddr::from([0, 0, 0, 0, 0, 0, 0, 2]) }
 }
 
 fn is_unknown(address: IpAddr) -> bool {
     address == unknown_node(address.is_ipv4())
 }
-

@@ -23,7 +23,9 @@ use crate::model::object::Protocol;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No such device, or nothing is attached to it.
-    #[error("no program is attached to a device {0:?}, so no packet is met there; `sluice status` lists the devices")]
+    #[error(
+        "no program is attached to a device {0:?}, so no packet is met there; `sluice status` lists the devices"
+    )]
     Device(String),
     /// No device has the role that is asked for.
     #[error("no program is attached to a device that is {0}; `sluice status` lists the devices")]
@@ -293,7 +295,8 @@ impl<'w, F: Side> Walk<'w, F> {
 
     /// A process of the host that speaks to the host itself: only its call can be translated.
     fn within_host(&self, call: Call) -> Answer {
-        let why = "it is an address of this node: packets do not leave the node, only calls can be translated";
+        let why =
+            "it is an address of this node: packets do not leave the node, only calls can be translated";
         match call {
             Call::Taken(answer) => {
                 let mut answer = *answer;
@@ -413,9 +416,8 @@ impl<'w, F: Side> Walk<'w, F> {
         let settings = &self.world.settings;
         let pods = F::around(self.world).networks.pods;
         // An unused prefix has a mask of zeros and another network.
-        let knows_pods = pods.iter().any(|prefix| {
-            F::words(&prefix.mask) != [0; 4] || F::words(&prefix.network) == [0; 4]
-        });
+        let knows_pods =
+            pods.iter().any(|prefix| F::words(&prefix.mask) != [0; 4] || F::words(&prefix.network) == [0; 4]);
         settings.masquerade == masquerade::ALL
             || settings.masquerade == masquerade::KUBE_PROXY && settings.detect_local != detect_local::NONE
             || knows_pods
