@@ -79,8 +79,8 @@ fn endpoint(text: &str) -> Result<SocketAddr, String> {
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 enum Told {
-    One(Answer),
-    Two { before: Answer, after: Answer },
+    One(Box<Answer>),
+    Two { before: Box<Answer>, after: Box<Answer> },
 }
 
 /// Answers; the number is the exit code.
@@ -131,10 +131,11 @@ fn of_manifests(question: &Question, options: Options, what_if: Option<&Path>) -
         Manifests::read(options).with_context(|| format!("cannot read {}", folder.display()))?;
     let (world, routing) = manifests.world(question);
     let before = explain(question, &world, &routing)?;
-    let Some(file) = what_if else { return Ok(Told::One(before)) };
+    let Some(file) = what_if else { return Ok(Told::One(Box::new(before))) };
     manifests.apply(file).with_context(|| format!("cannot read --what-if {}", file.display()))?;
     let (world, routing) = manifests.world(question);
-    Ok(Told::Two { before, after: explain(question, &world, &routing)? })
+    let after = explain(question, &world, &routing)?;
+    Ok(Told::Two { before: Box::new(before), after: Box::new(after) })
 }
 
 fn of_maps(
@@ -148,11 +149,12 @@ fn of_maps(
     let live = Live::new().context("cannot ask the kernel for its routes")?;
     let mut world = live.world(&kernel, monotonic_ticks(), left)?;
     let before = explain(question, &world, &live)?;
-    let Some(file) = what_if else { return Ok(Told::One(before)) };
+    let Some(file) = what_if else { return Ok(Told::One(Box::new(before))) };
     world
         .apply(file, kernel.maps().sizes(), node)
         .with_context(|| format!("--what-if {}", file.display()))?;
-    Ok(Told::Two { before, after: explain(question, &world, &live)? })
+    let after = explain(question, &world, &live)?;
+    Ok(Told::Two { before: Box::new(before), after: Box::new(after) })
 }
 
 /// For people.

@@ -105,9 +105,8 @@ async fn links(handle: &Handle) -> Result<BTreeMap<u32, String>, rtnetlink::Erro
     let mut found = BTreeMap::new();
     let mut links = handle.link().get().execute();
     while let Some(message) = links.try_next().await? {
-        let name = message.attributes.iter().find_map(|attribute| match attribute {
-            LinkAttribute::IfName(name) => Some(name.clone()),
-            _ => None,
+        let name = message.attributes.iter().find_map(|attribute| {
+            if let LinkAttribute::IfName(name) = attribute { Some(name.clone()) } else { None }
         });
         let _ = found.insert(message.header.index, name.unwrap_or_default());
     }
@@ -122,10 +121,10 @@ async fn route(handle: &Handle, destination: IpAddr) -> Option<Route> {
     if !matches!(answer.header.kind, RouteType::Unicast | RouteType::Local) {
         return None;
     }
-    let device = answer.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Oif(device) => Some(*device),
-        _ => None,
-    });
+    let device = answer
+        .attributes
+        .iter()
+        .find_map(|attribute| if let RouteAttribute::Oif(device) = attribute { Some(*device) } else { None });
     Some(Route { local: answer.header.kind == RouteType::Local, device: device? })
 }
 

@@ -62,9 +62,8 @@ impl Manifests {
     pub fn read(mut options: Options) -> io::Result<Self> {
         let changes = Folder::new(options.path.clone()).scan()?;
         if options.node.is_none() {
-            let mut nodes = changes.iter().filter_map(|change| match change {
-                Change::Node(name, Some(_)) => Some(name.clone()),
-                _ => None,
+            let mut nodes = changes.iter().filter_map(|change| {
+                if let Change::Node(name, Some(_)) = change { Some(name.clone()) } else { None }
             });
             options.node = nodes.next().filter(|_| nodes.next().is_none());
         }

@@ -129,7 +129,8 @@ impl Objects {
     /// The traffic policy that concerns a class of clients, with its field; the word is known from manifests only.
     pub(super) fn policy(&self, owner: &Owner, class: Class) -> (&'static str, Option<&str>) {
         let word = |of: fn(&ServiceSpec) -> &str| self.spec(owner).map(of);
-        let or_cluster = |word: Option<_>| word.map(|word| if word == "" { "Cluster" } else { word });
+        let or_cluster =
+            |word: Option<_>| word.map(|word: &str| if word.is_empty() { "Cluster" } else { word });
         if class == Class::Internal {
             ("spec.internalTrafficPolicy", or_cluster(word(|spec| &spec.internal_policy)))
         } else {

@@ -126,7 +126,6 @@ impl<'w> Story<'w> {
                         named = true;
                     }
                 }
-                Asked::Flow { found: None, .. } => {}
                 Asked::Service { found } => {
                     if let (Some(target), Some(_), false) = (target, found, named) {
                         named = true;
@@ -142,7 +141,6 @@ impl<'w> Story<'w> {
                     let ip = self.question.destination.ip();
                     self.add("frontend", format!("node ports are not served at {ip} (--nodeport-addresses)"));
                 }
-                Asked::NodeAddress { serves: true } => {}
                 Asked::SourceRanges { within } => self.source_ranges(target, *within),
                 Asked::Range { class, found } => self.policy(target, *class, *found),
                 Asked::Affinity { found } => self.affinity(target, found.as_ref(), asked),
@@ -153,7 +151,7 @@ impl<'w> Story<'w> {
                         self.backend(target, at, found.flags);
                     }
                 }
-                Asked::Routes(_) => {}
+                Asked::Flow { found: None, .. } | Asked::NodeAddress { serves: true } | Asked::Routes(_) => {}
             }
         }
         if decision.kind == 0 && target.is_none() && decision.verdict == PathVerdict::Pass && !named {
@@ -301,10 +299,10 @@ impl<'w> Story<'w> {
     }
 
     fn slot<F: Side>(&mut self, target: Option<&Target>, slot: u32, asked: &[Asked<F>]) {
-        let range = asked.iter().rev().find_map(|asked| match asked {
-            Asked::Range { found, .. } => Some(*found),
-            _ => None,
-        });
+        let range = asked
+            .iter()
+            .rev()
+            .find_map(|asked| if let Asked::Range { found, .. } = asked { Some(*found) } else { None });
         let Some(range) = range else { return };
         let by_client = target
             .and_then(|target| self.world.image.ports.get(&target.service_port))
@@ -353,7 +351,11 @@ impl<'w> Story<'w> {
             PathVerdict::TurnBack => "; it goes back where it came from",
             PathVerdict::Route => "; it is sent on as the routes say, past the stack",
             PathVerdict::HandIn => "; it is handed to this host",
-            _ => "",
+            PathVerdict::Pass
+            | PathVerdict::Translate
+            | PathVerdict::Reset
+            | PathVerdict::Unreachable
+            | PathVerdict::Drop => "",
         };
         self.add("rewrite", parts.join(", ") + fate);
     }

@@ -224,7 +224,7 @@ impl<'w, F: Side> Walk<'w, F> {
             };
             match target.filter(carries) {
                 Some(out) => meeting = self.meet(Hook::Egress, out),
-                None => return self.pass(story),
+                None => return Self::pass(story),
             }
         }
         self.tell(story, &meeting)
@@ -269,7 +269,8 @@ impl<'w, F: Side> Walk<'w, F> {
         }
     }
 
-    fn pass(&self, mut story: Story<'_>) -> Answer {
+    /// The answer about a packet that nobody translates.
+    fn pass(mut story: Story<'_>) -> Answer {
         story.ends(Verdict::Pass, Reason::Stranger);
         Answer {
             verdict: Verdict::Pass,
@@ -290,7 +291,7 @@ impl<'w, F: Side> Walk<'w, F> {
     fn unmet(&self, why: &str) -> Answer {
         let mut story = Story::new(self.question, self.world);
         story.unmet(why);
-        self.pass(story)
+        Self::pass(story)
     }
 
     /// A process of the host that speaks to the host itself: only its call can be translated.
