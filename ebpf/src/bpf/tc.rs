@@ -347,6 +347,10 @@ fn apply<F: Tc, const LINK: u32>(
         }
         Verdict::Route if fragments != 0 => hand_to::<F, LINK>(packet, fragments),
         Verdict::Route => {
+            // The helper takes away a link header, and drops what has none.
+            if LINK == 0 && !add_link_header::<F>(packet, [0; 6]) {
+                return DROP;
+            }
             // SAFETY: the helper takes no parameters: it finds the neighbour itself.
             (unsafe { bpf_redirect_neigh(target, core::ptr::null_mut(), 0, 0) }) as i32
         }
@@ -449,23 +453,28 @@ fn own_device() -> u32 {
 #[inline(always)]
 fn hand_to<F: Tc, const LINK: u32>(packet: &mut Skb, target: u32) -> i32 {
     let Some(to) = device(target) else { return DROP };
-    if to.link_header != 0 {
-        if LINK == 0 {
-            let ethertype = F::ETHERTYPE.to_be();
-            // SAFETY: the helper makes room for an Ethernet header or fails.
-            if unsafe { bpf_skb_change_head(packet.skb, 14, 0) } != 0 {
-                return DROP;
-            }
-            let header = EthernetHeader { destination: to.mac, source: to.mac, ethertype };
-            if !packet.store(0, header) {
-                return DROP;
-            }
-        } else if !packet.store(0, to.mac) {
-            return DROP;
-        }
+    let has_header = if to.link_header == 0 {
+        true
+    } else if LINK == 0 {
+        add_link_header::<F>(packet, to.mac)
+    } else {
+        packet.store(0, to.mac)
+    };
+    if !has_header {
+        return DROP;
     }
     // SAFETY: the helper has no preconditions.
     (unsafe { bpf_redirect(target, u64::from(BPF_F_INGRESS)) }) as i32
+}
+
+/// Puts an Ethernet header before a packet that has none.
+#[inline(always)]
+fn add_link_header<F: Tc>(packet: &mut Skb, mac: [u8; 6]) -> bool {
+    // SAFETY: the helper makes room or fails.
+    if unsafe { bpf_skb_change_head(packet.skb, 14, 0) } != 0 {
+        return false;
+    }
+    packet.store(0, EthernetHeader { destination: mac, source: mac, ethertype: F::ETHERTYPE.to_be() })
 }
 
 /// Sends an answer to where the packet came from.

@@ -35,7 +35,7 @@ enum Mode {
         #[arg(long, default_value_t = 0)]
         interval_ms: u64,
     },
-    /// Take connections and keep them open, silently.
+    /// Have connections established, silently; raise `net.core.somaxconn` for many.
     Hold(Listen),
     /// Open many connections at once, and tell how many there came to be.
     ManyClient(many::Opening),

@@ -1,7 +1,7 @@
 //! Tens of thousands of connections at once.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsRawFd as _;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,10 +12,8 @@ use sluice_lab::Event;
 
 use crate::socket::{connect, ms_since, plain, report};
 
-/// Descriptors that a process may have open.
-const DESCRIPTORS: u64 = 100_000;
-/// Connections that wait for accept(2).
-const BACKLOG: libc::c_int = 4_096;
+/// Connections that the kernel keeps for a server that does not accept them, as far as `net.core.somaxconn` allows.
+const BACKLOG: libc::c_int = 65_535;
 
 #[derive(Args)]
 pub(crate) struct Opening {
@@ -36,33 +34,20 @@ pub(crate) struct Opening {
     hold_ms: u64,
 }
 
-fn allow_descriptors() -> Result<()> {
-    let limit = libc::rlimit { rlim_cur: DESCRIPTORS, rlim_max: DESCRIPTORS };
-    // SAFETY: the structure is live.
-    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
-        return Err(io::Error::last_os_error()).context("cannot raise the number of descriptors");
-    }
-    Ok(())
-}
-
+/// Has the kernel establish connections, and accepts none: each would cost a descriptor.
 pub(crate) fn hold(address: SocketAddr) -> Result<()> {
-    allow_descriptors()?;
     let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
     // SAFETY: the descriptor is live; listening again only changes the backlog.
     if unsafe { libc::listen(listener.as_raw_fd(), BACKLOG) } != 0 {
         return Err(io::Error::last_os_error()).context("cannot make room for connections");
     }
     report(&Event::Listening { address: listener.local_addr()? });
-    let mut held: Vec<TcpStream> = Vec::new();
     loop {
-        if let Ok((stream, _)) = listener.accept() {
-            held.push(stream);
-        }
+        thread::park();
     }
 }
 
 pub(crate) fn open(opening: &Opening) -> Result<bool> {
-    allow_descriptors()?;
     let start = Instant::now();
     let mut open = Vec::new();
     let (mut sent, mut failed) = (0, 0);
