@@ -256,6 +256,9 @@ fn an_unassigned_service_address_is_dropped_on_its_way_out() {
         let words = format!("{words} --service-cidr 10.96.0.0/16");
         assert_eq!(line(&ask(folder.path(), &words)), "drop unassigned_address", "{words}");
     }
+    // A client that is some Service's backend is none the less dropped.
+    let words = "tcp 10.244.2.1:4000 10.96.0.77:80 --from pod --manifests . --service-cidr 10.96.0.0/16";
+    assert_eq!(line(&ask(folder.path(), words)), "drop unassigned_address");
     let undefined = ask(folder.path(), "udp 10.244.1.99:4000 10.96.0.10:81 --from pod --manifests .");
     assert_eq!(line(&undefined), "reject undefined_port");
     assert_eq!(undefined.1["service"], "shop/web");
