@@ -139,7 +139,10 @@ impl Scene {
         if dice.one_in(3) {
             // Some are claimed by several Services.
             let host = if dice.one_in(4) { 250 } else { index + 10 };
-            let external = each(EXTERNAL_IPS, host);
+            let mut external = each(EXTERNAL_IPS, host);
+            if dice.one_in(6) {
+                external.push(ground.own[usize::from(!families[0])]);
+            }
             let _ = writeln!(spec, "  externalIPs: [{}]", quoted(&external));
             vips.extend(external);
         }
@@ -262,6 +265,11 @@ impl Scene {
             let _ = writeln!(text, "- {{addresses: [\"{ip}\"]{node}{conditions}{hint}}}");
         }
         self.document(&text);
+    }
+
+    /// The addresses of its frontends.
+    pub(crate) fn frontends(&self) -> BTreeSet<IpAddr> {
+        self.frontends.iter().map(|(_, at)| at.ip()).collect()
     }
 
     /// Where a packet may go: mostly to a frontend, sometimes past one.
