@@ -16,7 +16,7 @@ use aya_ebpf::helpers::generated::{
 use sluice_common::abi::{Device, Flow, RejectKey, device, flow};
 use sluice_common::answer::{self, Answer, QUOTE};
 use sluice_common::header::{EthernetHeader, TcpHeader, protocol, tcp};
-use sluice_common::parse::{self, Headers};
+use sluice_common::parse::{self, Headers, Kind};
 use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict};
 use sluice_common::rewrite::{Edit, hop, rewrite};
 use sluice_common::{Family, Packet, Reason, V4, V6};
@@ -312,7 +312,8 @@ fn apply<F: Tc, const LINK: u32>(
         };
         if let Some(mtu) = exceeded_mtu(skb, target) {
             decision.reason = Reason::TooBig;
-            if !F::forbids_fragments(packet, headers.network) {
+            // An error is never answered with another (RFC 1122, 3.2.2; RFC 4443, 2.4).
+            if headers.kind == Kind::IcmpError || !F::forbids_fragments(packet, headers.network) {
                 return DROP;
             }
             return icmp::<F, LINK>(skb, headers, mtu, hook);
