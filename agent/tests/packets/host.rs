@@ -660,7 +660,8 @@ fn apply<F: Ip>(
         };
         if headers.length > mtu {
             decision.reason = Reason::TooBig;
-            if F::VERSION == 4 && packet.bytes[headers.network as usize + 6] & 0x40 == 0 {
+            let fragments = F::VERSION == 4 && packet.bytes[headers.network as usize + 6] & 0x40 == 0;
+            if fragments || headers.kind == Kind::IcmpError {
                 return End::Drop;
             }
             error(packet, headers, mtu);
