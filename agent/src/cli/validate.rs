@@ -45,10 +45,12 @@ enum Kind {
 
 impl Kind {
     fn of(flaw: Flaw) -> Self {
+        // In a cluster these two are ordinary, and pass; a manifest with one is not served as it is.
+        let is_idle = matches!(flaw, Flaw::NoClusterIp | Flaw::NoServiceLabel);
         match flaw.level() {
-            Level::Notice => Self::Warning,
+            Level::Notice if !is_idle => Self::Warning,
             Level::Problem if flaw == Flaw::ClaimLost => Self::Lost,
-            Level::Problem => Self::Refused,
+            Level::Problem | Level::Notice => Self::Refused,
         }
     }
 

@@ -67,15 +67,15 @@ impl Manifests {
         let changes = Folder::new(options.path.clone()).scan()?;
         let nodes: Vec<Arc<str>> = changes
             .iter()
-            .filter_map(|change| {
-                if let Change::Node(name, Some(_)) = change { Some(name.clone()) } else { None }
-            })
+            .filter_map(
+                |change| {
+                    if let Change::Node(name, Some(_)) = change { Some(name.clone()) } else { None }
+                },
+            )
             .collect();
         match (&options.node, &nodes[..]) {
             (None, [only]) => options.node = Some(only.clone()),
-            (Some(name), [_, ..])
-                if !nodes.contains(name) && options.policy.node_addresses.is_empty() =>
-            {
+            (Some(name), [_, ..]) if !nodes.contains(name) && options.policy.node_addresses.is_empty() => {
                 return Err(ReadError::NoNode(name.clone(), nodes.join(", ")));
             }
             (None | Some(_), _) => {}
