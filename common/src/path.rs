@@ -566,7 +566,7 @@ fn keeps_source<F: Family, T: Tables<F>>(
         Source::AsRouted
     } else {
         let Some(settings) = tables.settings() else { return false };
-        policy::source(settings, class, policies, is_local)
+        policy::source::<F>(settings, class, policies, is_local)
     };
     if source == Source::Kept {
         return true;
