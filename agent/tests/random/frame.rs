@@ -22,7 +22,10 @@ pub(crate) enum Seen {
     /// It became a reset or an ICMP error.
     Reject,
     /// It goes to a backend, which sees the client's address or another one.
-    Forward { backend: Endpoint, kept: bool },
+    Forward {
+        backend: Endpoint,
+        kept: bool,
+    },
 }
 
 /// The frame of a question, to a device with this hardware address.
@@ -79,7 +82,8 @@ fn octets(address: IpAddr) -> Vec<u8> {
 }
 
 fn checksum(bytes: &[u8]) -> u16 {
-    let words = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)])));
+    let words =
+        bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)])));
     let sum: u32 = words.sum();
     let sum = (sum & 0xffff) + (sum >> 16);
     !(((sum & 0xffff) + (sum >> 16)) as u16)
@@ -94,7 +98,8 @@ pub(crate) fn tuple(frame: &[u8]) -> Option<(u8, SocketAddr, SocketAddr, bool)> 
             (*packet.get(9)?, address(12)?, address(16)?, packet.get(20..)?)
         }
         [0x86, 0xdd] => {
-            let address = |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?));
+            let address =
+                |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?));
             (*packet.get(6)?, address(8)?, address(24)?, packet.get(40..)?)
         }
         _ => return None,
