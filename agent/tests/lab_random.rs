@@ -49,7 +49,7 @@ struct Setting {
     policy: Policy,
 }
 
-fn settings() -> Result<[Setting; 3]> {
+fn settings() -> Result<[Setting; 4]> {
     let networks = |text: &str| text.split(',').map(str::parse).collect::<Result<Vec<_>, _>>();
     Ok([
         Setting { args: Vec::new(), policy: Policy::default() },
@@ -59,6 +59,15 @@ fn settings() -> Result<[Setting; 3]> {
                 masquerade: Masquerade::KubeProxy,
                 detect_local: DetectLocal::ClusterCidr,
                 cluster_cidrs: networks(CLUSTER_CIDRS)?,
+                ..Policy::default()
+            },
+        },
+        // Nothing tells local pods of IPv6.
+        Setting {
+            args: vec!["--cluster-cidr", "10.244.0.0/16"],
+            policy: Policy {
+                detect_local: DetectLocal::ClusterCidr,
+                cluster_cidrs: networks("10.244.0.0/16")?,
                 ..Policy::default()
             },
         },
