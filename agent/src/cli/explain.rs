@@ -25,7 +25,7 @@ pub(super) struct ExplainArgs {
     /// The protocol: TCP, UDP or SCTP.
     #[arg(value_name = "PROTO", value_parser = protocol)]
     protocol: Protocol,
-    /// The client's address and port; IPv6 as [ADDRESS]:PORT.
+    /// The client's address and port; IPv6 as `[ADDRESS]:PORT`.
     #[arg(value_name = "SRC:PORT", value_parser = endpoint)]
     source: SocketAddr,
     /// The address and port that it speaks to.
