@@ -17,6 +17,7 @@
 pub mod abi;
 pub mod answer;
 pub mod checksum;
+pub mod crc32c;
 pub mod family;
 pub mod header;
 pub mod maglev;
