@@ -4,6 +4,7 @@ mod count;
 mod decide;
 mod maps;
 mod record;
+mod sctp;
 mod skb;
 mod socket;
 mod tables;

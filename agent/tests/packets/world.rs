@@ -316,7 +316,7 @@ impl Cast {
         ] {
             let link_header = if ifindex == TUNNEL { 0 } else { 14 };
             let mtu = if ifindex == NARROW { NARROW_MTU } else { 1500 };
-            let device = Device { role, bridge: 0, mac: mac(ifindex), link_header, mtu };
+            let device = Device { role, mac: mac(ifindex), link_header, mtu, ..Device::default() };
             let _ = world.devices.insert(ifindex, device);
         }
         world

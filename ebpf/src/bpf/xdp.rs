@@ -14,6 +14,8 @@ use sluice_common::{Family, Packet, V4, V6};
 use super::count;
 use super::decide::{Decide, Scratch};
 use super::maps;
+use super::sctp::sctp_updated;
+use super::skb::bounded;
 
 /// A frame as the driver received it.
 struct Frame {
@@ -26,8 +28,7 @@ impl Frame {
     fn at<T>(&self, offset: u32) -> Option<*mut T> {
         // SAFETY: the context is valid while the program runs.
         let (start, end) = unsafe { ((*self.ctx).data as usize, (*self.ctx).data_end as usize) };
-        // The parser looks nowhere near the mask's bound, which lets the verifier follow the sum.
-        let at = start + (offset & 0xfff) as usize;
+        let at = start + bounded(offset);
         (at + size_of::<T>() <= end).then_some(at as *mut T)
     }
 }
@@ -56,6 +57,11 @@ impl Edit for Frame {
     }
 
     #[inline(always)]
+    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        self.store(offset, value)
+    }
+
+    #[inline(always)]
     fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
         let Some(old) = self.read::<u16>(offset) else { return false };
         self.store(offset, delta.apply(old))
@@ -70,6 +76,12 @@ impl Edit for Frame {
             Checksum::Udp => delta.apply_udp(old),
         };
         self.store(offset, new)
+    }
+
+    #[inline(always)]
+    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
+        let Some(old) = self.read::<u32>(offset) else { return false };
+        self.store_unbalanced(offset, sctp_updated(old, change, length))
     }
 }
 
