@@ -1,13 +1,16 @@
 //! The node agent: wires sources, model, plan and dataplane, and tells how it is.
 
+mod beside;
+mod cluster;
 pub mod keeper;
+pub mod ports;
 pub mod status;
 mod sync;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -17,13 +20,17 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::dataplane::{Pins, Xdp, load};
+use crate::devices::Rules;
 use crate::devices::own::OwnRoutes;
 use crate::devices::pattern::Patterns;
 use crate::devices::watch::{Watched, watch as watch_devices};
 use crate::model::{self, Event, Model, SourceId};
+use crate::policy::Policy;
 use crate::source::{Pulse, kubernetes, manifests};
+use beside::Beside;
+use cluster::{Adopted, Cluster, Told};
 use keeper::{Inputs, Keeper, Kept, route_vips};
-use status::{SourceStatus, StateDir, Status, unix_seconds};
+use status::{PolicyStatus, SourceStatus, StateDir, Status, unix_seconds};
 use sync::Sync;
 
 /// How long further changes are gathered before the plan hears of them.
@@ -76,6 +83,8 @@ pub struct Options {
     pub cgroup: Option<PathBuf>,
     /// Roles of devices that a person has named.
     pub patterns: Patterns,
+    /// What a person has decided about traffic.
+    pub policy: Policy,
     /// Whose calls the socket path translates.
     pub socket_path: SocketPath,
     /// How uplinks use XDP.
@@ -98,7 +107,9 @@ pub struct Options {
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let started = SystemTime::now();
     let state = StateDir::take(&options.state_dir)?;
+    let earlier = status::read(&options.state_dir).map(|status| status.policy.primary).unwrap_or_default();
     let status = Status {
+        policy: PolicyStatus { primary: earlier.clone(), ..PolicyStatus::default() },
         node: options.node.clone(),
         pid: std::process::id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -108,15 +119,29 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     };
     // Before anybody takes the last agent's word for this one's.
     state.write(&status).context("cannot write the status")?;
+    let reserved = ports::reserve(Path::new(ports::SYSCTLS), &status::reserved_ports(&options.state_dir))?;
+    if let Some(ports) = reserved {
+        tracing::info!(ports, "entered ports of masqueraded clients into net.ipv4.ip_local_reserved_ports");
+    }
     let pins = Pins::new(&options.pin_path);
     let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp))?;
-    loaded.kernel.maps().write_settings(&Settings {
+    let own = OwnRoutes::new().await.context("cannot use netlink")?;
+    let settings = Settings {
         host_netns: netns_cookie()
             .context("cannot ask for the network namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)")?,
         socket_path: options.socket_path.number(),
-        detect_local: abi::detect_local::DEVICE,
+        own_device: own.prepare().await.unwrap_or_else(|error| {
+            tracing::warn!(
+                "without our own device, what is too big for the way to a backend is dropped: {error}"
+            );
+            0
+        }),
         ..Settings::default()
-    })?;
+    };
+    let told = if loaded.filled { Told::read(loaded.kernel.maps())? } else { None };
+    let cluster = Cluster::new(&options.node, Adopted { told, node: earlier });
+    let (told, _) = cluster.tell(&options.policy, settings);
+    told.write(loaded.kernel.maps())?;
     let cgroup = match options.socket_path {
         SocketPath::Off => None,
         SocketPath::All | SocketPath::Host => Some(match &options.cgroup {
@@ -129,12 +154,15 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 
     let (events_sender, events) = mpsc::channel(EVENTS);
     let sources = start_sources(&options, &events_sender).await?;
-    let settings = model::Settings {
+    let model = Model::new(model::Settings {
         node: Some(options.node.as_str().into()),
         proxy_name: options.proxy_name.as_deref().map(Into::into),
         sources: sources.iter().map(|source| source.id).collect(),
-    };
-    let mut sync = Sync::adopt(loaded.kernel, Model::new(settings), loaded.filled)?;
+        primary: options.policy.node_addresses.iter().copied().collect(),
+        external_ips: options.policy.external_ips.clone(),
+        leave: BTreeSet::new(),
+    });
+    let mut sync = Sync::adopt(loaded.kernel, model, loaded.filled)?;
 
     let (survey_sender, watched) = watch::channel(Watched::default());
     // Adopted VIPs keep their routes until the sources say otherwise.
@@ -142,8 +170,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let (filled_sender, filled) = watch::channel(loaded.filled);
     let (kept_sender, kept) = watch::channel(Kept::default());
     let (routing_sender, routing) = watch::channel(None);
-    let own = OwnRoutes::new().await.context("cannot use netlink")?;
-    let _devices = tokio::spawn(keep_watching(options.patterns.clone(), survey_sender));
+    let rules = Rules { patterns: options.patterns, policy: options.policy, node: cluster.node_addresses() };
+    let (rules_sender, rules) = watch::channel(rules);
+    let _devices = tokio::spawn(keep_watching(rules, survey_sender));
     let _routes = tokio::spawn(route_vips(own, vips, watched.clone(), routing_sender));
     let keeper = Keeper::new(loaded.hooks, options.socket_path.word(), cgroup);
     let inputs = Inputs { watched: watched.clone(), routing, filled };
@@ -154,11 +183,16 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         status,
         sources,
         sync,
+        cluster,
+        settings,
+        told: Some(told),
         watched,
         kept,
         events,
         vips: vips_sender,
+        rules: rules_sender,
         filled: filled_sender,
+        beside: Beside::start(),
     };
     // The sender stays here: a source that ends must not end the loop.
     let result = agent.run().await;
@@ -167,9 +201,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 /// Watches devices, again and again if netlink fails.
-async fn keep_watching(patterns: Patterns, sender: watch::Sender<Watched>) {
+async fn keep_watching(rules: watch::Receiver<Rules>, sender: watch::Sender<Watched>) {
     while !sender.is_closed() {
-        if let Err(error) = watch_devices(patterns.clone(), sender.clone()).await {
+        if let Err(error) = watch_devices(rules.clone(), sender.clone()).await {
             tracing::warn!("cannot watch devices: {error}; trying again");
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
@@ -218,11 +252,18 @@ struct Agent {
     status: Status,
     sources: Vec<Source>,
     sync: Sync,
+    cluster: Cluster,
+    /// What is told to the programs and never changes.
+    settings: Settings,
+    /// What the programs were told last; [`None`]: it could not be written.
+    told: Option<Told>,
     watched: watch::Receiver<Watched>,
     kept: watch::Receiver<Kept>,
     events: mpsc::Receiver<Event>,
     vips: watch::Sender<Arc<BTreeSet<IpAddr>>>,
+    rules: watch::Sender<Rules>,
     filled: watch::Sender<bool>,
+    beside: Beside,
 }
 
 impl Agent {
@@ -238,20 +279,26 @@ impl Agent {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
                 Some(event) = self.events.recv() => {
-                    self.sync.hear(event);
+                    let mut concerns_cluster = self.hear(event);
                     tokio::time::sleep(GATHER).await;
                     while let Ok(event) = self.events.try_recv() {
-                        self.sync.hear(event);
+                        concerns_cluster |= self.hear(event);
+                    }
+                    if concerns_cluster {
+                        self.follow_cluster();
                     }
                 }
                 Ok(()) = self.watched.changed() => {
-                    let addresses = self.watched.borrow_and_update().survey.node_addresses.clone();
-                    self.sync.set_node_addresses(addresses);
+                    let survey = &self.watched.borrow_and_update().survey;
+                    self.sync.set_node(&survey.addresses, &survey.leave);
                 }
                 Ok(()) = self.kept.changed() => { let _ = self.kept.borrow_and_update(); }
                 () = tokio::time::sleep_until(retry.unwrap_or_else(tokio::time::Instant::now)), if retry.is_some() => {}
                 _ = status_due.tick(), if dirty => {
-                    dirty = false;
+                    if self.told.is_none() {
+                        self.follow_cluster();
+                    }
+                    dirty = self.told.is_none();
                     self.sync.log_reports();
                     self.tell();
                     continue;
@@ -259,9 +306,13 @@ impl Agent {
             }
             dirty = true;
             tokio::task::block_in_place(|| self.sync.run());
+            if self.sync.awaited().is_empty() && self.cluster.complete() {
+                self.follow_cluster();
+            }
             if let Some(vips) = self.sync.take_vips() {
                 let _ = self.vips.send_replace(vips);
             }
+            self.beside.follow(&mut self.sync, &self.watched.borrow().survey, &self.rules.borrow().policy);
             let filled = self.sync.is_filled();
             let _ = self.filled.send_if_modified(|before| std::mem::replace(before, filled) != filled);
             if self.is_ready() != self.status.ready {
@@ -274,8 +325,63 @@ impl Agent {
         self.state.write(&self.status).context("cannot write the status")
     }
 
+    /// Takes in an event; returns whether it concerned node or networks.
+    fn hear(&mut self, event: Event) -> bool {
+        let concerns_cluster = self.cluster.hear(&event);
+        self.sync.hear(event);
+        concerns_cluster
+    }
+
+    /// Acts on what the sources now say about node and networks.
+    fn follow_cluster(&mut self) {
+        let node = self.cluster.node_addresses();
+        let policy = self.rules.borrow().policy.clone();
+        let _ = self.rules.send_if_modified(|rules| std::mem::replace(&mut rules.node, node.clone()) != node);
+        let (told, surplus) = self.cluster.tell(&policy, self.settings);
+        if self.told == Some(told) {
+            return;
+        }
+        if !surplus.is_empty() {
+            let networks: Vec<String> = surplus.iter().map(ToString::to_string).collect();
+            tracing::warn!(
+                networks = networks.join(","),
+                "more networks than the programs can compare: left out"
+            );
+        }
+        self.told = match told.write(self.sync.maps()) {
+            Ok(()) => Some(told),
+            Err(error) => {
+                tracing::warn!("the programs were not told of a change: {error}; trying again");
+                None
+            }
+        };
+    }
+
     fn is_ready(&self) -> bool {
-        self.sync.is_settled() && self.kept.borrow().complete
+        self.sync.is_settled() && self.kept.borrow().complete && self.told.is_some()
+    }
+
+    /// What was decided; before the first survey, what the earlier agent found.
+    fn policy_status(&self) -> PolicyStatus {
+        let watched = self.watched.borrow();
+        if *watched == Watched::default() {
+            return self.status.policy.clone();
+        }
+        let survey = &watched.survey;
+        let policy = &self.rules.borrow().policy;
+        PolicyStatus {
+            masquerade: policy.masquerade.word().to_owned(),
+            detect_local: policy.detect_local.to_string(),
+            nodeport_addresses: policy.node_ports.to_string(),
+            serving: survey
+                .addresses
+                .iter()
+                .filter(|(_, serves)| **serves)
+                .map(|(address, _)| *address)
+                .collect(),
+            primary: survey.primary.iter().collect(),
+            left_alone: survey.leave.iter().copied().collect(),
+        }
     }
 
     /// Writes the status.
@@ -286,7 +392,9 @@ impl Agent {
             tracing::info!(devices = kept.devices.len(), "ready");
         }
         let awaited = self.sync.awaited();
+        let policy = self.policy_status();
         let status = &mut self.status;
+        status.policy = policy;
         status.ready = ready;
         status.waiting_for =
             awaited.iter().map(|id| format!("the first full list of {}", source_name(*id))).collect();
@@ -297,6 +405,9 @@ impl Agent {
             let waiting = if all.is_empty() { vec!["the programs to be attached".to_owned()] } else { all };
             status.waiting_for.extend(waiting);
         }
+        if self.told.is_none() {
+            status.waiting_for.push("the programs to be told the cluster's networks".to_owned());
+        }
         status.sources = self.sources.iter().map(Source::status).collect();
         status.counts = self.sync.counts();
         status.devices = kept.devices;
@@ -304,6 +415,7 @@ impl Agent {
         status.reports = self.sync.reports();
         status.last_sync = self.sync.last();
         status.failing = self.sync.failing();
+        status.problems = self.beside.problems();
         status.waiting_for.extend(status.failing.clone());
         if let Err(error) = self.state.write(status) {
             tracing::warn!("cannot write the status: {error}");

@@ -3,6 +3,7 @@
 mod backends;
 mod cleanup;
 mod flows;
+mod policy;
 mod services;
 mod status;
 mod table;
@@ -22,6 +23,7 @@ use crate::agent::{self, Options, SocketPath};
 use crate::dataplane::Xdp;
 use crate::devices::pattern::Patterns;
 use crate::source::kubernetes;
+use policy::PolicyArgs;
 use table::Format;
 
 /// Sluice: a Service load balancer in the kernel, for Kubernetes nodes under any CNI.
@@ -77,7 +79,7 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
-    /// Remove every trace from this node: programs, maps, filters, the device sluice0 and its routes.
+    /// Remove every trace from this node: programs, maps, filters, the device sluice0 and its routes, reserved ports.
     ///
     /// Connections through services end with it. Works without an agent; refuses while one runs.
     Cleanup {
@@ -140,6 +142,9 @@ struct AgentArgs {
     /// Log more; twice: everything. The variable SLUICE_LOG has filters as `sluice=debug`.
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
+    // Last: its heading would go on over what follows.
+    #[command(flatten)]
+    policy: PolicyArgs,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -244,11 +249,13 @@ impl AgentArgs {
             sizes.extend(["flows_v4", "flows_v6"].map(|map| (map.to_owned(), flows.saturating_mul(2))));
         }
         let asked = self.manifests.is_none() || self.kubeconfig.is_some() || self.api.is_some();
+        let policy = self.policy.policy()?;
         let kubernetes = kubernetes::Settings {
             kubeconfig: self.kubeconfig,
             api: self.api,
             node: Some(node.clone()),
             proxy_name: self.proxy_name.clone(),
+            service_cidrs: policy.service_cidrs.is_empty(),
         };
         Ok(Options {
             node,
@@ -256,6 +263,7 @@ impl AgentArgs {
             state_dir,
             cgroup: self.cgroup,
             patterns: Patterns::new(&self.edge, &self.uplink, &self.fabric),
+            policy,
             socket_path: self.socket_path,
             xdp: self.xdp,
             kubernetes: asked.then_some(kubernetes),

@@ -1,8 +1,9 @@
 //! Which network devices matter, and what each of them is.
 //!
-//! [`survey`] is a pure function of what netlink tells: links, addresses, default routes. [`watch`]
+//! [`survey`] is a pure function of what netlink tells (links, addresses, default routes) and of [`Rules`]. [`watch`]
 //! keeps asking, [`own`] keeps routes for VIPs that no other route leads to.
 
+pub mod addresses;
 pub mod own;
 pub mod pattern;
 pub mod watch;
@@ -13,6 +14,8 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 use sluice_common::abi;
 
+use crate::policy::{DetectLocal, Policy};
+use addresses::{PerFamily, is_global};
 use pattern::Patterns;
 
 /// Name of our own device.
@@ -114,15 +117,43 @@ pub struct Link {
     pub mtu: u32,
 }
 
+/// An address of a link as netlink shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkAddress {
+    /// The address.
+    pub address: IpAddr,
+    /// Length of its network's prefix, bits.
+    pub prefix: u8,
+    /// `RT_SCOPE_*`.
+    pub scope: u8,
+    /// Behind another of its network, or (IPv6) temporary.
+    pub secondary: bool,
+    /// Not to be used for new connections.
+    pub deprecated: bool,
+    /// Not known to be nobody else's.
+    pub unusable: bool,
+}
+
 /// What netlink tells about this network namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
     /// ifindex -> link.
     pub links: BTreeMap<u32, Link>,
-    /// ifindex -> its addresses.
-    pub addresses: BTreeMap<u32, BTreeSet<IpAddr>>,
+    /// ifindex -> its addresses, in the kernel's order.
+    pub addresses: BTreeMap<u32, Vec<LinkAddress>>,
     /// The devices that a default route of the main table leaves by.
     pub default_routes: BTreeSet<u32>,
+}
+
+/// What a person and the Node object say about this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rules {
+    /// Roles of devices that a person has named.
+    pub patterns: Patterns,
+    /// What a person has decided about traffic.
+    pub policy: Policy,
+    /// The Node object's addresses, those inside the cluster first.
+    pub node: Vec<IpAddr>,
 }
 
 /// A device that programs are attached to.
@@ -145,61 +176,68 @@ pub struct Device {
 pub struct Survey {
     /// ifindex -> device, those with a role only.
     pub devices: BTreeMap<u32, Device>,
-    /// Every address of the node: of all devices but edges, without loopback and link-local ones.
-    pub node_addresses: BTreeSet<IpAddr>,
+    /// Every address that is local to the node -> whether node ports are served there.
+    pub addresses: BTreeMap<IpAddr, bool>,
+    /// The node's primary addresses.
+    pub primary: PerFamily,
+    /// Addresses that are left to whoever has them on a device of this node.
+    pub leave: BTreeSet<IpAddr>,
 }
 
-/// Finds every device's role, and the node's addresses.
+/// Finds every device's role, and what the node's addresses are for.
 ///
 /// `before` is the survey before this one: a veth that was the uplink does not become an
 /// edge while its default route is away.
 #[must_use]
-pub fn survey(facts: &Facts, patterns: &Patterns, before: &Survey) -> Survey {
-    let mut survey = Survey::default();
-    for link in facts.links.values() {
-        let was_uplink = before.devices.get(&link.index).is_some_and(|device| device.role == Role::Uplink);
-        let role = role(link, facts, patterns, was_uplink);
-        if let Some((role, entry)) = role.and_then(|role| Some((role, entry(link, role, facts)?))) {
-            let name = link.name.clone();
-            let device = Device { index: link.index, name, role, entry, veth: link.kind == "veth" };
-            let _ = survey.devices.insert(link.index, device);
-        }
-        if role != Some(Role::Edge) {
-            let addresses = facts.addresses.get(&link.index).into_iter().flatten();
-            survey.node_addresses.extend(addresses.copied().filter(is_global));
-        }
-    }
-    survey
-}
-
-/// Whether an address is more than loopback or link-local.
-fn is_global(address: &IpAddr) -> bool {
-    match address {
-        IpAddr::V4(address) => {
-            !address.is_loopback() && !address.is_link_local() && !address.is_unspecified()
-        }
-        IpAddr::V6(address) => {
-            !address.is_loopback() && !address.is_unicast_link_local() && !address.is_unspecified()
-        }
+pub fn survey(facts: &Facts, rules: &Rules, before: &Survey) -> Survey {
+    let was_uplink = |index| before.devices.get(&index).is_some_and(|device| device.role == Role::Uplink);
+    let role = |link: &Link| role(link, facts, &rules.patterns, was_uplink(link.index));
+    let roles: BTreeMap<u32, Role> =
+        facts.links.values().filter_map(|link| Some((link.index, role(link)?))).collect();
+    let primary = addresses::primary(facts, &roles, rules);
+    let leave = addresses::left_alone(facts, &rules.policy);
+    let device = |link: &Link| {
+        let role = *roles.get(&link.index)?;
+        let entry = entry(link, role, facts, rules, &primary)?;
+        Some(Device { index: link.index, name: link.name.clone(), role, entry, veth: link.kind == "veth" })
+    };
+    Survey {
+        devices: facts.links.values().filter_map(device).map(|device| (device.index, device)).collect(),
+        addresses: addresses::local(facts, &roles, &rules.policy, &primary, &leave),
+        primary,
+        leave,
     }
 }
 
 /// The device's entry in the map; [`None`] where we cannot tell where the IP header is.
-fn entry(link: &Link, role: Role, facts: &Facts) -> Option<abi::Device> {
+fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFamily) -> Option<abi::Device> {
     let link_header = match link.layer {
         ETHERNET => 14,
         layer if WITHOUT_HEADER.contains(&layer) => 0,
         _ => return None,
     };
     let bridge = facts.links.get(&link.master).filter(|master| master.kind == "bridge");
+    let local_pods = match &rules.policy.detect_local {
+        DetectLocal::BridgeInterface(name) => {
+            link.name == *name || bridge.is_some_and(|bridge| bridge.name == *name)
+        }
+        DetectLocal::InterfaceNamePrefix(prefix) => link.name.starts_with(prefix),
+        DetectLocal::Device | DetectLocal::ClusterCidr | DetectLocal::NodeCidr | DetectLocal::None => {
+            role == Role::Edge
+        }
+    };
+    let own = facts.addresses.get(&link.index).map_or(&[][..], Vec::as_slice);
+    let known: Vec<IpAddr> = rules.policy.node_addresses.iter().chain(&rules.node).copied().collect();
+    let masquerade = addresses::masquerade(own, &known).or(*primary);
     Some(abi::Device {
         role: role.number(),
         bridge: bridge.map_or(0, |bridge| bridge.index),
         mac: link.mac,
         link_header,
         mtu: link.mtu,
-        flags: if role == Role::Edge { abi::device_flags::LOCAL_PODS } else { 0 },
-        ..abi::Device::default()
+        masquerade_v4: masquerade.v4.map(Into::into).unwrap_or_default(),
+        masquerade_v6: masquerade.v6.map(Into::into).unwrap_or_default(),
+        flags: if local_pods { abi::device_flags::LOCAL_PODS } else { 0 },
     })
 }
 
@@ -216,7 +254,9 @@ fn role(link: &Link, facts: &Facts, patterns: &Patterns, was_uplink: bool) -> Op
     let master = facts.links.get(&link.master);
     let bridged = master.is_some_and(|master| master.kind == "bridge");
     let routed = facts.default_routes.contains(&link.index);
-    let addressed = facts.addresses.get(&link.index).is_some_and(|addresses| addresses.iter().any(is_global));
+    let addresses = facts.addresses.get(&link.index);
+    let addressed =
+        addresses.is_some_and(|addresses| addresses.iter().any(|found| is_global(&found.address)));
     let tunnel = FABRIC.contains(&link.kind.as_str()) || link.kind == "tun" && link.layer != ETHERNET;
     if tunnel {
         // The kernel makes a fallback device for some kinds, down until somebody uses it.
@@ -264,8 +304,20 @@ mod tests {
         Facts { links: links.into_iter().map(|link| (link.index, link)).collect(), ..Facts::default() }
     }
 
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("an address")
+    }
+
     fn with_address(mut facts: Facts, index: u32, address: &str) -> Facts {
-        facts.addresses.entry(index).or_default().extend(address.parse::<IpAddr>());
+        let prefix = if ip(address).is_ipv4() { 24 } else { 64 };
+        facts.addresses.entry(index).or_default().push(LinkAddress {
+            address: ip(address),
+            prefix,
+            scope: 0,
+            secondary: false,
+            deprecated: false,
+            unusable: false,
+        });
         facts
     }
 
@@ -275,7 +327,7 @@ mod tests {
     }
 
     fn roles(facts: &Facts) -> Vec<(String, Role)> {
-        let survey = survey(facts, &Patterns::default(), &Survey::default());
+        let survey = survey(facts, &Rules::default(), &Survey::default());
         survey.devices.into_values().map(|device| (device.name, device.role)).collect()
     }
 
@@ -300,7 +352,8 @@ mod tests {
         let veth = Link { peer_elsewhere: true, ..link(2, "veth0", "veth") };
         let facts = with_address(facts([veth]), 2, "10.1.0.1");
         assert_eq!(role_of(&facts, "veth0"), Some(Role::Edge));
-        assert_eq!(survey(&facts, &Patterns::default(), &Survey::default()).node_addresses, BTreeSet::new());
+        let survey = survey(&facts, &Rules::default(), &Survey::default());
+        assert_eq!(survey.addresses, BTreeMap::from([(ip("10.1.0.1"), false)]));
     }
 
     #[test]
@@ -314,11 +367,11 @@ mod tests {
     fn a_veth_stays_the_uplink_while_its_default_route_is_away() {
         let veth = Link { peer_elsewhere: true, ..link(2, "veth0", "veth") };
         let mut facts = with_default_route(with_address(facts([veth]), 2, "192.0.2.1"), 2);
-        let before = survey(&facts, &Patterns::default(), &Survey::default());
+        let before = survey(&facts, &Rules::default(), &Survey::default());
         facts.default_routes.clear();
-        assert_eq!(survey(&facts, &Patterns::default(), &before), before);
+        assert_eq!(survey(&facts, &Rules::default(), &before), before);
         facts.addresses.clear();
-        let after = survey(&facts, &Patterns::default(), &before);
+        let after = survey(&facts, &Rules::default(), &before);
         assert_eq!(after.devices.get(&2).map(|device| device.role), Some(Role::Edge));
     }
 
@@ -332,7 +385,7 @@ mod tests {
         let port = Link { peer_elsewhere: true, master: 2, ..link(3, "veth0", "veth") };
         let facts = with_address(facts([link(2, "cni0", "bridge"), port]), 2, "10.1.0.1");
         assert_eq!(roles(&facts), [("veth0".to_owned(), Role::Edge)]);
-        let survey = survey(&facts, &Patterns::default(), &Survey::default());
+        let survey = survey(&facts, &Rules::default(), &Survey::default());
         assert_eq!(survey.devices.get(&3).map(|device| device.entry.bridge), Some(2));
     }
 
@@ -354,8 +407,7 @@ mod tests {
         let wireguard = Link { layer: 0xfffe, ..link(3, "wg0", "wireguard") };
         let fallback = Link { layer: 768, up: false, ..link(4, "tunl0", "ipip") };
         let tun = Link { layer: 0xfffe, ..link(5, "tun0", "tun") };
-        let survey =
-            survey(&facts([vxlan, wireguard, fallback, tun]), &Patterns::default(), &Survey::default());
+        let survey = survey(&facts([vxlan, wireguard, fallback, tun]), &Rules::default(), &Survey::default());
         let headers: Vec<_> = survey
             .devices
             .values()
@@ -376,7 +428,8 @@ mod tests {
     fn patterns_decide_before_anything_else() {
         let patterns = Patterns::new(&["eth1".to_owned()], &[], &["eth2*".to_owned()]);
         let facts = facts([link(2, "eth1", ""), link(3, "eth20", ""), link(4, "eth3", "")]);
-        let survey = survey(&facts, &patterns, &Survey::default());
+        let rules = Rules { patterns, ..Rules::default() };
+        let survey = survey(&facts, &rules, &Survey::default());
         let roles: Vec<_> = survey.devices.values().map(|device| device.role).collect();
         assert_eq!(roles, [Role::Edge, Role::Fabric]);
     }
@@ -385,17 +438,83 @@ mod tests {
     fn loopback_is_never_attached_but_its_global_addresses_are_the_nodes() {
         let lo = Link { loopback: true, layer: 772, ..link(1, "lo", "") };
         let facts = with_address(with_address(facts([lo]), 1, "127.0.0.1"), 1, "192.0.2.9");
-        let survey = survey(&facts, &Patterns::default(), &Survey::default());
+        let survey = survey(&facts, &Rules::default(), &Survey::default());
         assert!(survey.devices.is_empty());
-        assert_eq!(
-            survey.node_addresses.into_iter().collect::<Vec<_>>(),
-            ["192.0.2.9".parse::<IpAddr>().expect("an address")]
-        );
+        assert_eq!(survey.addresses, BTreeMap::from([(ip("192.0.2.9"), true)]), "it is the primary one, too");
     }
 
     #[test]
     fn a_device_with_an_unknown_link_header_is_not_attached() {
         let infiniband = Link { layer: 32, ..link(2, "ib0", "ipoib") };
         assert_eq!(roles(&with_address(facts([infiniband]), 2, "192.0.2.1")), []);
+    }
+
+    /// A node with an uplink, an overlay, a bridge of pods with a port, and a routed pod.
+    fn node() -> Facts {
+        let port = Link { peer_elsewhere: true, master: 4, ..link(5, "veth0", "veth") };
+        let routed = Link { peer_elsewhere: true, ..link(6, "cali0", "veth") };
+        let links = [
+            link(2, "eth0", ""),
+            link(3, "flannel.1", "vxlan"),
+            link(4, "cni0", "bridge"),
+            port,
+            routed,
+            link(7, OWN, "dummy"),
+        ];
+        let facts = with_address(with_address(facts(links), 2, "192.0.2.1"), 2, "2001:db8::1");
+        with_default_route(with_address(with_address(facts, 3, "10.244.1.0"), 4, "10.244.1.1"), 2)
+    }
+
+    #[test]
+    fn clients_are_shown_as_the_devices_own_address_else_as_the_nodes() {
+        let rules = Rules { node: vec![ip("192.0.2.1")], ..Rules::default() };
+        let survey = survey(&node(), &rules, &Survey::default());
+        let shown: Vec<(&str, String, String)> = survey
+            .devices
+            .values()
+            .map(|device| {
+                let v4 = std::net::Ipv4Addr::from(device.entry.masquerade_v4);
+                let v6 = std::net::Ipv6Addr::from(device.entry.masquerade_v6);
+                (device.name.as_str(), v4.to_string(), v6.to_string())
+            })
+            .collect();
+        let v6 = "2001:db8::1";
+        let expected = [
+            ("eth0", "192.0.2.1"),
+            ("flannel.1", "10.244.1.0"),
+            ("veth0", "192.0.2.1"),
+            ("cali0", "192.0.2.1"),
+            (OWN, "192.0.2.1"),
+        ];
+        assert_eq!(shown, expected.map(|(name, v4)| (name, v4.to_owned(), v6.to_owned())));
+    }
+
+    #[test]
+    fn a_family_without_an_address_is_masqueraded_by_none() {
+        let facts = with_address(facts([link(2, "eth0", "")]), 2, "192.0.2.1");
+        let survey = survey(&facts, &Rules::default(), &Survey::default());
+        let entry = survey.devices.get(&2).map(|device| device.entry.masquerade_v6);
+        assert_eq!(entry, Some(abi::Ipv6Address::default()));
+    }
+
+    #[test]
+    fn local_pods_are_behind_edges_a_bridge_or_devices_of_a_name() {
+        let table: [(DetectLocal, &[&str]); 4] = [
+            (DetectLocal::Device, &["veth0", "cali0"]),
+            (DetectLocal::BridgeInterface("cni0".to_owned()), &["veth0"]),
+            (DetectLocal::InterfaceNamePrefix("cali".to_owned()), &["cali0"]),
+            (DetectLocal::BridgeInterface("eth0".to_owned()), &["eth0"]),
+        ];
+        for (detect_local, expected) in table {
+            let policy = Policy { detect_local: detect_local.clone(), ..Policy::default() };
+            let rules = Rules { policy, ..Rules::default() };
+            let survey = survey(&node(), &rules, &Survey::default());
+            let flagged = survey
+                .devices
+                .values()
+                .filter(|device| device.entry.flags & abi::device_flags::LOCAL_PODS != 0);
+            let names: Vec<&str> = flagged.map(|device| device.name.as_str()).collect();
+            assert_eq!(names, expected, "{detect_local}");
+        }
     }
 }

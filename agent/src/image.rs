@@ -22,8 +22,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use sluice_common::abi::{
-    Backend, Class, Ipv4Address, Ipv6Address, Name, OriginKey, Origins, Range, Service, ServiceKey,
-    ServicePort,
+    Backend, Class, Ipv4Address, Ipv6Address, Name, NodeAddress, OriginKey, Origins, Range, Service,
+    ServiceKey, ServicePort,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -41,7 +41,7 @@ pub struct Image {
     pub v4: FamilyImage<V4>,
     /// The IPv6 maps.
     pub v6: FamilyImage<V6>,
-    /// Service-port id -> its ranges; the map `ports`. Has the keys of `names`.
+    /// Service-port id -> its ranges, affinity and policies; the map `ports`. Has the keys of `names`.
     pub ports: BTreeMap<u32, ServicePort>,
     /// Service-port id -> whose it is; the map `names`.
     pub names: BTreeMap<u32, Name>,
@@ -53,7 +53,28 @@ pub struct Image {
     ///
     /// A lane may belong to several addresses: its bits are those of all of them.
     pub lanes: BTreeMap<u32, u8>,
+    /// Word -> a bit for each port number that a node port has, none of the words zero; the map `node_ports`.
+    pub node_ports: BTreeMap<u32, u64>,
 }
+
+/// Where the bit of a port number is: word and bit.
+pub fn node_port_bit(port: u16) -> (u32, u64) {
+    (u32::from(port / 64), 1 << (port % 64))
+}
+
+/// A range of sources that a service port lets in; a key of the map `source_ranges`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SourceKey<A> {
+    /// The service port.
+    pub service_port: u32,
+    /// How many bits the sources share.
+    pub length: u8,
+    /// The first of them.
+    pub network: A,
+}
+
+/// What every key of the map `source_ranges` leads to.
+pub const PERMITTED: u32 = 1;
 
 /// The maps of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,11 +85,21 @@ pub struct FamilyImage<F: Family> {
     pub backends: BTreeMap<u32, Backend<F::Address>>,
     /// Endpoint -> frontends that lead to it; the map `origins`.
     pub origins: BTreeMap<OriginKey<F::Address>, Origins<F::Address>>,
+    /// Sources that a service port lets in -> [`PERMITTED`]; the map `source_ranges`.
+    pub source_ranges: BTreeMap<SourceKey<F::Address>, u32>,
+    /// Address of this node -> what is done there; the map `node_addresses`.
+    pub node_addresses: BTreeMap<F::Address, NodeAddress>,
 }
 
 impl<F: Family> Default for FamilyImage<F> {
     fn default() -> Self {
-        Self { services: BTreeMap::new(), backends: BTreeMap::new(), origins: BTreeMap::new() }
+        Self {
+            services: BTreeMap::new(),
+            backends: BTreeMap::new(),
+            origins: BTreeMap::new(),
+            source_ranges: BTreeMap::new(),
+            node_addresses: BTreeMap::new(),
+        }
     }
 }
 
@@ -89,6 +120,13 @@ pub enum Write {
         lane: u32,
         /// The new bits.
         bits: u8,
+    },
+    /// Set a word of `node_ports`; zero clears it.
+    NodePorts {
+        /// The word.
+        word: u32,
+        /// Its new bits.
+        bits: u64,
     },
     /// Say whose a service port is.
     Name {
@@ -187,6 +225,28 @@ pub enum FamilyWrite<F: Family> {
     OriginRemove {
         /// The endpoint.
         key: OriginKey<F::Address>,
+    },
+    /// Let sources use a service port.
+    SourceInsert {
+        /// The sources.
+        key: SourceKey<F::Address>,
+    },
+    /// Let sources use a service port no longer.
+    SourceRemove {
+        /// The sources.
+        key: SourceKey<F::Address>,
+    },
+    /// Insert or replace an address of this node.
+    NodeInsert {
+        /// The address.
+        address: F::Address,
+        /// What is done there.
+        node: NodeAddress,
+    },
+    /// Remove an address that is no longer this node's.
+    NodeRemove {
+        /// The address.
+        address: F::Address,
     },
 }
 
@@ -302,6 +362,12 @@ impl Image {
                     _ => self.lanes.insert(*lane, *bits),
                 };
             }
+            Write::NodePorts { word, bits } => {
+                let _ = match bits {
+                    0 => self.node_ports.remove(word),
+                    _ => self.node_ports.insert(*word, *bits),
+                };
+            }
             Write::Name { service_port, name } => {
                 let _ = self.names.insert(*service_port, **name);
             }
@@ -355,6 +421,18 @@ impl<F: Family> FamilyImage<F> {
             }
             FamilyWrite::OriginRemove { key } => {
                 let _ = self.origins.remove(key);
+            }
+            FamilyWrite::SourceInsert { key } => {
+                let _ = self.source_ranges.insert(*key, PERMITTED);
+            }
+            FamilyWrite::SourceRemove { key } => {
+                let _ = self.source_ranges.remove(key);
+            }
+            FamilyWrite::NodeInsert { address, node } => {
+                let _ = self.node_addresses.insert(*address, *node);
+            }
+            FamilyWrite::NodeRemove { address } => {
+                let _ = self.node_addresses.remove(address);
             }
         }
     }

@@ -12,9 +12,12 @@
 
 pub mod agent;
 pub mod cli;
+pub mod conntrack;
 pub mod dataplane;
 pub mod devices;
+pub mod health;
 pub mod image;
 pub mod model;
 pub mod plan;
+pub mod policy;
 pub mod source;

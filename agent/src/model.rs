@@ -8,6 +8,7 @@
 pub mod claims;
 pub mod desired;
 pub mod object;
+pub mod policy;
 pub mod report;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,11 +16,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use crate::policy::ExternalIps;
 use claims::{Claims, Frontend};
-use desired::{Context, PortKey};
-pub use desired::{Desired, DesiredBackend, DesiredPort, FrontendKind};
+use desired::{Claimed, Context, PortKey};
+pub use desired::{Desired, DesiredBackend, DesiredPort, FrontendKind, HealthCheck, UdpPort};
+use object::{Address, Endpoint, IpFamily, NodeSpec, Protocol, ServiceSpec, Slice, SliceKind};
 pub use object::{Change, Event, ObjectName, SourceId};
-use object::{NodeSpec, ServiceSpec, Slice, SliceKind};
 use report::{Author, Flaw, Note, Notebook, Report, Reports, Subject};
 
 /// How the agent was started.
@@ -31,6 +33,12 @@ pub struct Settings {
     pub proxy_name: Option<Box<str>>,
     /// The sources that must deliver their first full list.
     pub sources: BTreeSet<SourceId>,
+    /// The node's primary addresses; none: those of its Node object.
+    pub primary: BTreeSet<IpAddr>,
+    /// Which external IPs are served.
+    pub external_ips: ExternalIps,
+    /// VIPs that something else on this node serves: no frontend has one.
+    pub leave: BTreeSet<IpAddr>,
 }
 
 /// Identifies an object with endpoints.
@@ -75,7 +83,12 @@ pub struct Model {
     nodes: BTreeMap<SourceId, NodeSpec>,
     interfaces: BTreeSet<IpAddr>,
     node_addresses: BTreeSet<IpAddr>,
+    primary: BTreeSet<IpAddr>,
+    zone: Option<Arc<str>>,
+    left: BTreeSet<IpAddr>,
     claims: Claims,
+    health_checks: BTreeMap<ObjectName, HealthCheck>,
+    udp_ports: BTreeMap<PortKey, UdpPort>,
     awaited: BTreeSet<SourceId>,
     begun: bool,
     dirty: BTreeSet<ObjectName>,
@@ -88,6 +101,7 @@ impl Model {
     pub fn new(settings: Settings) -> Self {
         Self {
             awaited: settings.sources.clone(),
+            primary: settings.primary.clone(),
             settings,
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
@@ -95,7 +109,11 @@ impl Model {
             nodes: BTreeMap::new(),
             interfaces: BTreeSet::new(),
             node_addresses: BTreeSet::new(),
+            zone: None,
+            left: BTreeSet::new(),
             claims: Claims::default(),
+            health_checks: BTreeMap::new(),
+            udp_ports: BTreeMap::new(),
             begun: false,
             dirty: BTreeSet::new(),
             reports: Reports::default(),
@@ -115,9 +133,11 @@ impl Model {
                         Some(spec) => self.nodes.insert(source, spec),
                         None => self.nodes.remove(&source),
                     };
-                    self.refresh_node_addresses();
+                    self.refresh_node();
                 }
             }
+            // What Services want does not depend on it.
+            Change::ServiceCidr(..) => {}
             Change::Notes(subject, notes) => {
                 let notes = notes.into_iter().map(|note| (subject.clone(), note)).collect();
                 self.report(Author::Source(source, subject), notes, now);
@@ -131,7 +151,24 @@ impl Model {
     /// Says which addresses the node's own devices have.
     pub fn set_interfaces(&mut self, addresses: BTreeSet<IpAddr>) {
         self.interfaces = addresses;
-        self.refresh_node_addresses();
+        self.refresh_node();
+    }
+
+    /// Says which VIPs something else on this node serves, besides those of the settings.
+    pub fn set_left(&mut self, vips: BTreeSet<IpAddr>) {
+        let changed: BTreeSet<IpAddr> = self.left.symmetric_difference(&vips).copied().collect();
+        if changed.is_empty() {
+            return;
+        }
+        let concerned = |spec: &ServiceSpec| {
+            [&spec.cluster_ips, &spec.ingress, &spec.external_ips]
+                .into_iter()
+                .flatten()
+                .any(|address| matches!(address, Address::Valid(address) if changed.contains(address)))
+        };
+        let services = self.services.iter().filter(|(_, specs)| specs.values().any(concerned));
+        self.dirty.extend(services.map(|(name, _)| name.clone()));
+        self.left = vips;
     }
 
     /// What the Services want that changed since the last call: the first time, all of them.
@@ -179,6 +216,26 @@ impl Model {
         let subject = Subject::object("Service", service);
         let notes = notes.into_iter().map(|note| (subject.clone(), note)).collect();
         self.report(Author::Plan(service.clone()), notes, now);
+    }
+
+    /// The Services that load balancers ask this node about, of those that [`Self::take`] has derived.
+    pub fn health_checks(&self) -> &BTreeMap<ObjectName, HealthCheck> {
+        &self.health_checks
+    }
+
+    /// The UDP ports, of the Services that [`Self::take`] has derived.
+    pub fn udp_ports(&self) -> &BTreeMap<PortKey, UdpPort> {
+        &self.udp_ports
+    }
+
+    /// The node's Node object.
+    pub fn node(&self) -> Option<&NodeSpec> {
+        self.nodes.values().next()
+    }
+
+    /// The node's primary addresses, at most one of each family.
+    pub fn primary_addresses(&self) -> &BTreeSet<IpAddr> {
+        &self.primary
     }
 
     /// A Service as its source gave it.
@@ -247,36 +304,63 @@ impl Model {
         }
     }
 
-    /// Brings the node's addresses up to date, and marks the Services with endpoints there.
-    fn refresh_node_addresses(&mut self) {
+    /// Brings what is known about the node up to date, and marks the Services that it concerns.
+    fn refresh_node(&mut self) {
+        let node = self.nodes.values().next();
+        let zone = node.and_then(|node| node.zone.clone());
+        let mut primary = self.settings.primary.clone();
+        if primary.is_empty() {
+            let of_node = node.map_or(&[][..], |node| &node.addresses);
+            let first = |family| of_node.iter().find(|address| IpFamily::of(**address) == family);
+            primary.extend(IpFamily::ALL.into_iter().filter_map(first));
+        }
         let addresses: BTreeSet<IpAddr> = self
             .nodes
             .values()
             .flat_map(|node| node.addresses.iter().copied())
             .chain(self.interfaces.iter().copied())
             .collect();
+
+        let moved = zone != self.zone;
         let changed: BTreeSet<IpAddr> =
             self.node_addresses.symmetric_difference(&addresses).copied().collect();
-        if changed.is_empty() {
-            return;
-        }
-        for (service, slices) in &self.slices {
-            let concerned = slices
-                .values()
-                .flat_map(|slice| &slice.parts)
-                .flat_map(|part| &part.endpoints)
-                .any(|endpoint| matches!(&endpoint.address, object::Address::Valid(address) if changed.contains(address)));
-            if concerned {
-                let _ = self.dirty.insert(service.clone());
+        if moved || !changed.is_empty() {
+            let here = |endpoint: &Endpoint| {
+                moved && !endpoint.zones.is_empty()
+                    || matches!(&endpoint.address, Address::Valid(address) if changed.contains(address))
+            };
+            for (service, slices) in &self.slices {
+                let mut parts = slices.values().flat_map(|slice| &slice.parts);
+                if parts.any(|part| part.endpoints.iter().any(here)) {
+                    let _ = self.dirty.insert(service.clone());
+                }
             }
         }
+        if primary != self.primary {
+            // Whether a node that holds a VIP may send from it depends on the node's address.
+            let restricts = |spec: &ServiceSpec| !spec.source_ranges.is_empty();
+            let services = self.services.iter().filter(|(_, specs)| specs.values().any(restricts));
+            self.dirty.extend(services.map(|(name, _)| name.clone()));
+        }
+        self.zone = zone;
+        self.primary = primary;
         self.node_addresses = addresses;
+    }
+
+    fn context(&self) -> Context<'_> {
+        Context {
+            settings: &self.settings,
+            left: &self.left,
+            node_addresses: &self.node_addresses,
+            primary: &self.primary,
+            zone: self.zone.as_deref(),
+        }
     }
 
     fn claims_of(&self, name: &ObjectName) -> (Option<i64>, BTreeSet<Frontend>) {
         let Some(spec) = self.service(name) else { return (None, BTreeSet::new()) };
-        let ports = desired::claimed(name, spec, &self.settings, &mut Notebook::default());
-        let frontends = ports.iter().flat_map(|(key, port)| frontends(key, port)).collect();
+        let claimed = desired::claimed(name, spec, &self.context(), &mut Notebook::default());
+        let frontends = claimed.ports.iter().flat_map(|(key, port)| frontends(key, port)).collect();
         (spec.created, frontends)
     }
 
@@ -288,17 +372,43 @@ impl Model {
                 (String::new(), "manifests and the API server both have it: the manifest counts".into())
             });
         }
-        let mut ports = match self.service(name) {
-            Some(spec) => desired::claimed(name, spec, &self.settings, &mut notes),
-            None => BTreeMap::new(),
+        let Claimed { mut ports, addresses, health_port } = match self.service(name) {
+            Some(spec) => desired::claimed(name, spec, &self.context(), &mut notes),
+            None => Claimed::default(),
         };
+        let health_port = health_port.filter(|_| !ports.is_empty());
         self.arbitrate(name, &mut ports, &mut notes);
-        if let (false, Some(slices)) = (ports.is_empty(), self.slices.get(name)) {
-            let context = Context { settings: &self.settings, node_addresses: &self.node_addresses };
-            desired::join(&mut ports, slices, &context, &mut notes);
-        }
+        let ready_here = match self.slices.get(name) {
+            Some(slices) if !ports.is_empty() => {
+                desired::join(&mut ports, slices, &self.context(), &mut notes)
+            }
+            Some(_) | None => BTreeMap::new(),
+        };
+        let local = ready_here.values().map(BTreeSet::len).max().unwrap_or(0);
+        let _ = match health_port {
+            Some(port) => self.health_checks.insert(name.clone(), HealthCheck { port, local }),
+            None => self.health_checks.remove(name),
+        };
+        self.note_udp_ports(name, &ports);
         self.report(Author::Service(name.clone()), notes.finish(), now);
-        Desired { ports }
+        Desired { ports, addresses }
+    }
+
+    /// Remembers a Service's UDP ports.
+    fn note_udp_ports(&mut self, name: &ObjectName, ports: &BTreeMap<PortKey, DesiredPort>) {
+        let known = self.udp_ports.range(PortKey::first(name)..);
+        let gone: Vec<PortKey> =
+            known.map(|(key, _)| key).take_while(|key| key.service == *name).cloned().collect();
+        for key in gone {
+            let _ = self.udp_ports.remove(&key);
+        }
+        for (key, port) in ports.iter().filter(|(key, _)| key.protocol == Protocol::Udp) {
+            let udp_port = UdpPort {
+                frontends: port.frontends.keys().copied().collect(),
+                endpoints: port.backends.keys().copied().collect(),
+            };
+            let _ = self.udp_ports.insert(key.clone(), udp_port);
+        }
     }
 
     /// Takes away the frontends that an older Service has.
@@ -307,14 +417,18 @@ impl Model {
         for (key, port) in &mut *ports {
             for frontend in frontends(key, port).collect::<Vec<_>>() {
                 let (address, number, protocol) = frontend;
-                let what =
-                    || format!("{} {}", std::net::SocketAddr::from((address, number)), protocol.word());
+                let what = || {
+                    if address.is_unspecified() {
+                        return format!("node port {number} {} {}", protocol.word(), key.family.word());
+                    }
+                    format!("{} {}", std::net::SocketAddr::from((address, number)), protocol.word())
+                };
                 match self.claims.winner(&frontend) {
                     Some(winner) if winner != name => {
                         notes.add(&subject, Flaw::ClaimLost, || {
                             (what(), format!("Service {winner} has it, being older or else first by name: not served here"))
                         });
-                        let _ = port.frontends.remove(&address);
+                        let _ = port.frontends.remove(&(address, number));
                     }
                     _ => {
                         for loser in self.claims.losers(&frontend) {
@@ -336,5 +450,81 @@ impl Model {
 
 /// The frontends of a port.
 fn frontends(key: &PortKey, port: &DesiredPort) -> impl Iterator<Item = Frontend> {
-    port.frontends.keys().map(|vip| (*vip, port.number, key.protocol))
+    port.frontends.keys().map(|(vip, number)| (*vip, *number, key.protocol))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::object::{PortSpec, SlicePart, SlicePort};
+    use super::*;
+
+    const DNS: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 96, 0, 10));
+
+    fn feed(model: &mut Model, change: Change) {
+        model.apply(Event { source: SourceId::Kubernetes, change }, SystemTime::UNIX_EPOCH);
+    }
+
+    /// A model with a UDP Service that has a node port, and one endpoint that terminates.
+    fn dns() -> (Model, ObjectName) {
+        let mut model =
+            Model::new(Settings { sources: [SourceId::Kubernetes].into(), ..Settings::default() });
+        let name = ObjectName::new("kube-system", "kube-dns");
+        let port = PortSpec { number: 53, protocol: "UDP".into(), node_port: 30_053, ..PortSpec::default() };
+        let spec = ServiceSpec {
+            cluster_ips: vec![Address::Valid(DNS)],
+            ports: vec![port],
+            ..ServiceSpec::default()
+        };
+        feed(&mut model, Change::Service(name.clone(), Some(spec)));
+        let endpoint = Endpoint {
+            address: Address::Valid(IpAddr::from([10, 1, 0, 1])),
+            ready: false,
+            serving: true,
+            terminating: true,
+            node: None,
+            zones: Box::default(),
+            nodes: Box::default(),
+        };
+        let port = SlicePort { name: "".into(), number: Some(5353), protocol: "UDP".into() };
+        let slice = Slice {
+            service: Some(name.name.clone()),
+            family: Ok(Some(IpFamily::V4)),
+            parts: vec![SlicePart { ports: vec![port], endpoints: vec![endpoint] }],
+        };
+        feed(&mut model, Change::Slice(SliceKind::EndpointSlice, name.clone(), Some(slice)));
+        feed(&mut model, Change::Synced);
+        let _ = model.take(SystemTime::UNIX_EPOCH).expect("a first batch");
+        (model, name)
+    }
+
+    #[test]
+    fn udp_ports_tell_frontends_and_endpoints_until_the_service_goes() {
+        let (mut model, name) = dns();
+        let node_port = (IpFamily::V4.unspecified(), 30_053);
+        let expected = UdpPort {
+            frontends: [(DNS, 53), node_port].into(),
+            endpoints: [(IpAddr::from([10, 1, 0, 1]), 5353)].into(),
+        };
+        assert_eq!(model.udp_ports().values().collect::<Vec<_>>(), [&expected]);
+        feed(&mut model, Change::Service(name, None));
+        let _ = model.take(SystemTime::UNIX_EPOCH).expect("a second batch");
+        assert!(model.udp_ports().is_empty());
+    }
+
+    #[test]
+    fn a_vip_that_is_left_alone_returns_when_nothing_else_serves_it() {
+        let (mut model, name) = dns();
+        let mut frontends = |left: &[IpAddr]| {
+            model.set_left(left.iter().copied().collect());
+            let batch = model.take(SystemTime::UNIX_EPOCH)?;
+            let desired = batch.services.get(&name)?;
+            Some(
+                desired.ports.values().map(|port| port.frontends.len()).sum::<usize>()
+                    + desired.addresses.len(),
+            )
+        };
+        assert_eq!(frontends(&[DNS]), Some(1));
+        assert_eq!(frontends(&[DNS, IpAddr::from([10, 96, 0, 99])]), None);
+        assert_eq!(frontends(&[]), Some(3));
+    }
 }

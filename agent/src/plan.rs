@@ -18,13 +18,13 @@ mod port;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use sluice_common::abi::{self, OriginKey, Range};
+use sluice_common::abi::{self, NodeAddress, OriginKey, Range, Service, ServiceKey, frontend, node_address};
 use sluice_common::{Family, V4, V6, maglev};
 
-use crate::image::{Image, Stack, Write};
+use crate::image::{Image, Stack, Write, node_port_bit};
 use crate::model::desired::PortKey;
-use crate::model::object::IpFamily;
-use crate::model::report::Note;
+use crate::model::object::{IpFamily, Protocol};
+use crate::model::report::{Flaw, Note};
 use crate::model::{Batch, Desired, FrontendKind, ObjectName};
 use arena::Arena;
 use draft::{Draft, Drafted};
@@ -44,11 +44,15 @@ pub struct Sizes {
     pub slot_blocks: u32,
     /// The last of these blocks, which only updates may use.
     pub reserve_blocks: u32,
+    /// Source ranges of each family.
+    pub source_ranges: u32,
+    /// Addresses of this node, of each family.
+    pub node_addresses: u32,
 }
 
 impl Default for Sizes {
-    /// The sizes of the ABI, with a reserve of one largest range. One frontend in 16 is left for those that a
-    /// large update removes only after it has inserted the new ones.
+    /// The sizes of the ABI, with a reserve of one largest range. One in 16 frontends, source ranges and addresses is
+    /// left for those that a large update removes only after it has inserted the new ones.
     fn default() -> Self {
         Self {
             ports: abi::PORTS_MAX,
@@ -56,6 +60,8 @@ impl Default for Sizes {
             services: abi::SERVICES_MAX - abi::SERVICES_MAX / 16,
             slot_blocks: abi::SLOT_BLOCKS_MAX,
             reserve_blocks: maglev::SIZE_MAX.div_ceil(abi::SLOTS_PER_BLOCK),
+            source_ranges: abi::SOURCE_RANGES_MAX - abi::SOURCE_RANGES_MAX / 16,
+            node_addresses: abi::NODE_ADDRESSES_MAX - abi::NODE_ADDRESSES_MAX / 16,
         }
     }
 }
@@ -89,7 +95,12 @@ pub struct Plan {
     arena: Arena,
     reserve: Arena,
     listing: Listing,
-    nodes: BTreeSet<IpAddr>,
+    /// Address of this node -> whether it serves node ports.
+    nodes: BTreeMap<IpAddr, bool>,
+    /// Service -> its ClusterIPs as such.
+    addresses: BTreeMap<ObjectName, BTreeSet<IpAddr>>,
+    /// The same the other way round: several Services may claim one.
+    holders: BTreeSet<(IpAddr, ObjectName)>,
     waiting: BTreeMap<ObjectName, Desired>,
     limbo: Limbo,
     /// Adopted from maps and not swept so far: service ports that belong to nobody.
@@ -100,8 +111,7 @@ pub struct Plan {
 #[derive(Clone, Debug)]
 struct Planned {
     key: PortKey,
-    number: u16,
-    frontends: BTreeMap<IpAddr, FrontendKind>,
+    frontends: BTreeMap<(IpAddr, u16), FrontendKind>,
     backends: BTreeMap<(IpAddr, u16), Held>,
     /// The content of its ranges is known to be what [`maglev::fill`] makes of its backends.
     verified: bool,
@@ -190,9 +200,15 @@ impl Plan {
     pub fn update(&mut self, batch: &Batch) -> Update {
         let mut work = Work::default();
         if batch.complete {
-            self.sweep(&mut work);
-            let known: BTreeSet<ObjectName> =
-                self.ids.keys().map(|key| key.service.clone()).chain(self.waiting.keys().cloned()).collect();
+            self.sweep(batch, &mut work);
+            let known: BTreeSet<ObjectName> = self
+                .ids
+                .keys()
+                .map(|key| &key.service)
+                .chain(self.waiting.keys())
+                .chain(self.addresses.keys())
+                .cloned()
+                .collect();
             for gone in known.iter().filter(|name| !batch.services.contains_key(name)) {
                 self.plan_service(gone, &Desired::default(), &mut work);
             }
@@ -213,20 +229,51 @@ impl Plan {
         work.update
     }
 
-    /// Plans the node's own addresses.
-    pub fn set_node_addresses(&mut self, addresses: BTreeSet<IpAddr>) -> Vec<Write> {
+    /// Plans the node's own addresses: for each, whether node ports are served there.
+    ///
+    /// If there are more than the map holds, those without node ports are left out first.
+    pub fn set_node_addresses(&mut self, addresses: BTreeMap<IpAddr, bool>) -> Vec<Write> {
         let mut work = Work::default();
         let old = std::mem::replace(&mut self.nodes, addresses);
-        for address in self.nodes.difference(&old) {
-            let (lane, bits) = self.listing.add(*address, Why::Node);
-            work.draft.set_lane(&mut self.image, lane, bits);
+        let reasons = |nodes: &BTreeMap<IpAddr, bool>| -> BTreeSet<(IpAddr, bool)> {
+            nodes.iter().flat_map(|(address, serves)| [(*address, false), (*address, *serves)]).collect()
+        };
+        let (before, after) = (reasons(&old), reasons(&self.nodes));
+        let why = |node_ports: bool| if node_ports { Why::NodePorts } else { Why::Node };
+        for (address, node_ports) in after.difference(&before) {
+            self.list(*address, why(*node_ports), &mut work);
         }
-        for address in old.difference(&self.nodes) {
-            let (lane, bits) = self.listing.remove(*address, Why::Node);
-            work.draft.set_lane(&mut self.image, lane, bits);
+        for (address, node_ports) in before.difference(&after) {
+            self.unlist(*address, why(*node_ports), &mut work);
         }
+        self.plan_nodes::<V4>(&mut work);
+        self.plan_nodes::<V6>(&mut work);
         self.flush(&mut work);
         work.update.writes
+    }
+
+    fn plan_nodes<F: Planning>(&mut self, work: &mut Work) {
+        let mut nodes: Vec<(F::Address, bool)> = self
+            .nodes
+            .iter()
+            .filter_map(|(address, serves)| Some((F::address(*address)?, *serves)))
+            .collect();
+        nodes.sort_by_key(|(address, serves)| (!serves, *address));
+        let flags = |serves: bool| if serves { node_address::NODE_PORTS } else { 0 };
+        let wanted: BTreeMap<F::Address, NodeAddress> = nodes
+            .into_iter()
+            .take(self.sizes.node_addresses as usize)
+            .map(|(address, serves)| (address, NodeAddress { flags: flags(serves) }))
+            .collect();
+        let known = F::of(&self.image).node_addresses.clone();
+        for address in known.keys().filter(|address| !wanted.contains_key(address)) {
+            work.draft.set_node_address::<F>(&mut self.image, *address, None);
+        }
+        for (address, node) in wanted {
+            if known.get(&address) != Some(&node) {
+                work.draft.set_node_address::<F>(&mut self.image, address, Some(node));
+            }
+        }
     }
 
     fn plan_service(&mut self, name: &ObjectName, desired: &Desired, work: &mut Work) {
@@ -246,6 +293,10 @@ impl Plan {
                 IpFamily::V6 => self.plan_port::<V6>(key, port, work, &mut notes),
             }
         }
+        // Where a port found no room, its clients must not be told that there is none.
+        let wanted = desired.addresses.iter().filter(|vip| self.is_whole(desired, IpFamily::of(**vip)));
+        let wanted = wanted.copied().collect();
+        self.plan_addresses(name, &wanted, work, &mut notes);
         if !notes.is_empty() {
             let _ = self.waiting.insert(name.clone(), desired.clone());
         }
@@ -255,15 +306,77 @@ impl Plan {
         }
     }
 
+    /// Whether every frontend of a Service in a family is planned.
+    fn is_whole(&self, desired: &Desired, family: IpFamily) -> bool {
+        desired.ports.iter().filter(|(key, _)| key.family == family).all(|(key, port)| {
+            let planned = self.ids.get(key).and_then(|id| self.planned.get(id));
+            planned.is_some_and(|planned| planned.frontends.len() == port.frontends.len())
+        })
+    }
+
+    /// Plans a Service's ClusterIPs as such.
+    fn plan_addresses(
+        &mut self,
+        name: &ObjectName,
+        wanted: &BTreeSet<IpAddr>,
+        work: &mut Work,
+        notes: &mut Vec<Note>,
+    ) {
+        let old = self.addresses.remove(name).unwrap_or_default();
+        for address in old.difference(wanted) {
+            let _ = self.holders.remove(&(*address, name.clone()));
+            let mut others = self.holders.range((*address, ObjectName::new("", ""))..);
+            if others.next().is_none_or(|(other, _)| other != address) {
+                match IpFamily::of(*address) {
+                    IpFamily::V4 => self.remove_address::<V4>(*address, work),
+                    IpFamily::V6 => self.remove_address::<V6>(*address, work),
+                }
+            }
+        }
+        let mut held = BTreeSet::new();
+        for address in wanted {
+            let served = match IpFamily::of(*address) {
+                IpFamily::V4 => self.add_address::<V4>(*address, work),
+                IpFamily::V6 => self.add_address::<V6>(*address, work),
+            };
+            if served {
+                let _ = self.holders.insert((*address, name.clone()));
+                let _ = held.insert(*address);
+            } else {
+                let what = format!("no frontend is free: {address} does not reject what no port is for");
+                notes.push(Note::new(Flaw::NoRoom, "spec.clusterIPs", what));
+            }
+        }
+        if !held.is_empty() {
+            let _ = self.addresses.insert(name.clone(), held);
+        }
+    }
+
+    fn add_address<F: Planning>(&mut self, address: IpAddr, work: &mut Work) -> bool {
+        let Some(key) = F::address(address).map(whole::<F>) else { return false };
+        let services = &F::of(&self.image).services;
+        if services.contains_key(&key) {
+            return true;
+        }
+        if services.len() as u32 >= self.sizes.services {
+            return false;
+        }
+        work.draft.set_service::<F>(&mut self.image, key, Some(WHOLE));
+        self.list(address, Why::Frontend, work);
+        true
+    }
+
+    fn remove_address<F: Planning>(&mut self, address: IpAddr, work: &mut Work) {
+        let Some(key) = F::address(address).map(whole::<F>) else { return };
+        work.draft.set_service::<F>(&mut self.image, key, None);
+        work.freed = true;
+        self.unlist_later(address, work);
+    }
+
     /// The service ports of a Service that are planned.
     fn keys_of(&self, name: &ObjectName) -> Vec<PortKey> {
-        let first = PortKey {
-            service: name.clone(),
-            port: "".into(),
-            protocol: crate::model::object::Protocol::Tcp,
-            family: IpFamily::V4,
-        };
-        self.ids.range(first..).map(|(key, _)| key).take_while(|key| key.service == *name).cloned().collect()
+        let keys = self.ids.range(PortKey::first(name)..).map(|(key, _)| key);
+        keys.take_while(|key| key.service == *name).cloned().collect()
     }
 
     /// Ends the draft: what it freed may be given away in the next, whose writes come later.
@@ -343,16 +456,35 @@ impl Plan {
         work.draft.set_lane(&mut self.image, lane, bits);
     }
 
-    /// Writes which frontends lead to an endpoint: the first few, in order.
+    /// Unlists a frontend's address when many others have gone after it.
+    fn unlist_later(&mut self, address: IpAddr, work: &mut Work) {
+        if let Some((lane, bits)) = self.listing.linger(address) {
+            work.draft.set_lane(&mut self.image, lane, bits);
+        }
+    }
+
+    /// Sets or clears the bit of a port number, after a frontend with it came or went.
+    fn refresh_node_port(&mut self, port: u16, work: &mut Work) {
+        let (word, bit) = node_port_bit(port);
+        let before = self.image.node_ports.get(&word).copied().unwrap_or(0);
+        let used = has_node_port::<V4>(&self.image, port) || has_node_port::<V6>(&self.image, port);
+        let bits = if used { before | bit } else { before & !bit };
+        if bits != before {
+            work.draft.set_node_ports(&mut self.image, word, bits);
+        }
+    }
+
+    /// Writes which frontends lead to an endpoint: the first few, in order. A node port is none of them: it has no
+    /// address of its own that a reply could show.
     fn refresh_origins<F: Planning>(&mut self, endpoint: OriginKey<F::Address>, work: &mut Work) {
         let users: Vec<u32> =
             F::of_plan(self).users.range((endpoint, 0)..=(endpoint, u32::MAX)).map(|(_, id)| *id).collect();
         let frontends: BTreeSet<(F::Address, u16)> = users
             .iter()
             .filter_map(|id| self.planned.get(id))
-            .flat_map(|planned| {
-                planned.frontends.keys().filter_map(|vip| Some((F::address(*vip)?, planned.number)))
-            })
+            .flat_map(|planned| &planned.frontends)
+            .filter(|(_, kind)| **kind != FrontendKind::NodePort)
+            .filter_map(|((vip, port), _)| Some((F::address(*vip)?, *port)))
             .collect();
         let mut origins = abi::Origins::default();
         for (origin, (address, port)) in origins.frontends.iter_mut().zip(&frontends) {
@@ -368,4 +500,21 @@ impl Plan {
 /// The key of an endpoint in `origins`.
 fn endpoint<F: Stack>(address: F::Address, port: u16, key: &PortKey) -> OriginKey<F::Address> {
     OriginKey { address, port, protocol: key.protocol.number(), reserved: 0 }
+}
+
+/// The key of a ClusterIP as such.
+fn whole<F: Stack>(address: F::Address) -> ServiceKey<F::Address> {
+    ServiceKey { address, port: 0, protocol: 0, reserved: 0 }
+}
+
+/// Where a ClusterIP as such leads.
+const WHOLE: Service = Service { service_port: 0, kind: frontend::ADDRESS };
+
+/// Whether a family has a frontend for a node port.
+fn has_node_port<F: Stack>(image: &Image, port: u16) -> bool {
+    let services = &F::of(image).services;
+    Protocol::ALL.into_iter().any(|protocol| {
+        let address = F::Address::default();
+        services.contains_key(&ServiceKey { address, port, protocol: protocol.number(), reserved: 0 })
+    })
 }

@@ -3,14 +3,15 @@
 //! Needs root and a binary with the BPF object; without either it says so and passes.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use sluice::dataplane::{Access, Kernel, Loaded, Maps, Pins, Xdp, load};
-use sluice::image::{Dataplane, FamilyWrite, Image, Write, diff};
+use sluice::image::{Dataplane, FamilyWrite, Image, PERMITTED, SourceKey, Write, diff};
 use sluice_common::abi::{
-    Backend, Class, Name, Origin, Origins, Range, Service, ServiceKey, backend, frontend,
+    Backend, Class, Name, NodeAddress, Origin, Origins, Range, Service, ServiceKey, backend, frontend,
+    node_address, policy,
 };
 
 /// A BPF file system that goes with the test.
@@ -85,6 +86,20 @@ fn image() -> Image {
         family: 4,
     };
     let _ = image.names.insert(1, name);
+    let port = image.ports.entry(1).or_default();
+    (port.affinity_seconds, port.flags) = (10_800, policy::SOURCE_RANGES);
+    let sources = [(0, [0, 0, 0, 0]), (24, [203, 0, 113, 0]), (32, [203, 0, 113, 9])];
+    for (length, network) in sources {
+        let key = SourceKey { service_port: 1, length, network: Ipv4Addr::from(network).into() };
+        let _ = image.v4.source_ranges.insert(key, PERMITTED);
+        let network = Ipv4Addr::from(network).to_ipv6_mapped();
+        let key = SourceKey { service_port: 70_000, length: length + 96, network: network.into() };
+        let _ = image.v6.source_ranges.insert(key, PERMITTED);
+    }
+    let node = NodeAddress { flags: node_address::NODE_PORTS };
+    let _ = image.v4.node_addresses.insert(address(200), node);
+    let _ = image.v6.node_addresses.insert(Ipv6Addr::LOCALHOST.into(), NodeAddress::default());
+    image.node_ports.extend([(468, 1), (1_023, 1 << 63)]);
     image.lanes.extend([(5, 1), (6, 0b110), (31, 2)]);
     image
 }

@@ -22,6 +22,8 @@ struct World {
     /// Raised when it forgets the past: watches from before must list again.
     version: u32,
     down: bool,
+    /// The networks of its one ServiceCIDR; [`None`]: it does not know the kind.
+    service_cidrs: Option<Vec<&'static str>>,
     requests: Vec<String>,
 }
 
@@ -83,10 +85,19 @@ impl Server {
                 let _ = self.watch(&mut stream, services, &target, &mut events).await;
                 return;
             }
+            let service_cidrs = self.world().service_cidrs.clone();
             let items: Vec<Value> = if services {
                 self.world().services.iter().map(|name| service(name)).collect()
-            } else {
+            } else if !target.starts_with("/apis/networking.k8s.io/v1/servicecidrs") {
                 Vec::new()
+            } else if let Some(cidrs) = service_cidrs {
+                vec![json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": cidrs}})]
+            } else {
+                let head = "HTTP/1.1 404 Not Found\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n\r\n";
+                if stream.write_all(head.as_bytes()).await.is_err() {
+                    return;
+                }
+                continue;
             };
             let version = self.world().version.to_string();
             let list = json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": version}, "items": items});
@@ -162,19 +173,51 @@ fn said(change: &Change) -> Option<&[Note]> {
     Some(notes)
 }
 
-#[tokio::test]
-async fn a_server_that_goes_away_and_forgets_takes_nothing_with_it() {
-    let (server, address) = Server::start().await;
+/// A source that watches the server: its events and its health.
+async fn watching(address: String, service_cidrs: bool) -> (mpsc::Receiver<Event>, Pulse) {
     let directory = tempfile::tempdir().expect("a directory");
     let kubeconfig = directory.path().join("config");
     let text = "apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: \"http://192.0.2.1:1\"}}]\n\
                 contexts: [{name: c, context: {cluster: c, user: u}}]\ncurrent-context: c\nusers: [{name: u, user: {}}]\n";
     fs::write(&kubeconfig, text).expect("written");
-    let settings = Settings { kubeconfig: Some(kubeconfig), api: Some(address), ..Settings::default() };
+    let settings =
+        Settings { kubeconfig: Some(kubeconfig), api: Some(address), service_cidrs, ..Settings::default() };
     let client = kubernetes::connect(&settings).await.expect("a client");
-    let (sink, mut events) = mpsc::channel(64);
+    let (sink, events) = mpsc::channel(64);
     let pulse = Pulse::default();
     drop(tokio::spawn(kubernetes::watch(client, settings, sink, pulse.clone())));
+    (events, pulse)
+}
+
+#[tokio::test]
+async fn service_cidrs_are_told_where_there_are_any_and_nobody_waits_for_them() {
+    let (server, address) = Server::start().await;
+    let (mut events, pulse) = watching(address, true).await;
+    let mut changes = vec![next(&mut events).await];
+    while changes.last() != Some(&Change::Synced) {
+        changes.push(next(&mut events).await);
+    }
+    while !server.world().requests.iter().any(|target| target.contains("servicecidrs")) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(!changes.iter().any(|change| said(change).is_some_and(|notes| !notes.is_empty())), "{changes:?}");
+    assert!(pulse.health().failure.is_none());
+
+    server.world().service_cidrs = Some(vec!["10.96.0.0/12"]);
+    let told = |change: &Change| {
+        let Change::ServiceCidr(name, Some(networks)) = change else { return None };
+        Some((name.to_string(), networks.iter().map(ToString::to_string).collect::<Vec<_>>()))
+    };
+    // Asked again a little later.
+    let expected = ("kubernetes".to_owned(), vec!["10.96.0.0/12".to_owned()]);
+    assert_eq!(skip_to(&mut events, told).await, expected);
+    assert!(pulse.health().failure.is_none());
+}
+
+#[tokio::test]
+async fn a_server_that_goes_away_and_forgets_takes_nothing_with_it() {
+    let (server, address) = Server::start().await;
+    let (mut events, pulse) = watching(address, false).await;
 
     let mut listed = BTreeSet::new();
     loop {

@@ -3,17 +3,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use ipnet::IpNet;
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use sluice::image::{
-    CLASSES, Dataplane, FamilyImage, FamilyWrite, Faulty, Image, Memory, Reconciler, Stack, Write, diff,
+    CLASSES, Dataplane, FamilyImage, FamilyWrite, Faulty, Image, Memory, PERMITTED, Reconciler, SourceKey,
+    Stack, Write, diff, node_port_bit,
 };
 use sluice::model::desired::PortKey;
 use sluice::model::object::{IpFamily, Protocol};
+use sluice::model::policy::Policies;
 use sluice::model::{Batch, Desired, DesiredBackend, DesiredPort, FrontendKind, ObjectName};
 use sluice::plan::{Plan, Sizes};
 use sluice_common::abi::{
-    Backend, NAME_MAX, Name, Range, Service, ServiceKey, ServicePort, backend, listing,
+    Backend, NAME_MAX, Name, NodeAddress, Range, Service, ServiceKey, ServicePort, backend, frontend,
+    listing, node_address, policy,
 };
 use sluice_common::maglev::{self, Turn};
 use sluice_common::{Family, V4, V6, family};
@@ -75,15 +79,38 @@ fn listed<F: Family>(image: &Image, address: &F::Address) -> u8 {
 
 fn family_is_sound<F: Stack>(image: &Image) -> Result<(), String> {
     for (key, service) in &F::of(image).services {
+        if service.kind == frontend::NODE_PORT {
+            let (word, bit) = node_port_bit(key.port);
+            if image.node_ports.get(&word).copied().unwrap_or(0) & bit == 0 {
+                return Err(format!("{key:?} has no bit"));
+            }
+        } else if listed::<F>(image, &key.address) & listing::FRONTEND == 0 {
+            return Err(format!("{key:?} is not listed"));
+        }
+        if service.kind == frontend::ADDRESS {
+            continue;
+        }
         let name = image.names.get(&service.service_port).ok_or(format!("{key:?} leads nowhere"))?;
         if name.family != F::VERSION || !image.ports.contains_key(&service.service_port) {
             return Err(format!("{key:?} leads to a port of another family, or none"));
         }
-        if listed::<F>(image, &key.address) & listing::FRONTEND == 0 {
-            return Err(format!("{key:?} is not listed"));
+    }
+    for (address, node) in &F::of(image).node_addresses {
+        if node.flags & node_address::NODE_PORTS != 0
+            && listed::<F>(image, address) & listing::NODE_PORTS == 0
+        {
+            return Err(format!("{address:?} serves node ports and is not listed for it"));
         }
     }
     Ok(())
+}
+
+/// Where only some sources are let in, there are some, at every moment.
+fn sources_are_let_in(image: &Image) -> bool {
+    image.ports.iter().filter(|(_, port)| port.flags & policy::SOURCE_RANGES != 0).all(|(id, _)| {
+        image.v4.source_ranges.keys().any(|key| key.service_port == *id)
+            || image.v6.source_ranges.keys().any(|key| key.service_port == *id)
+    })
 }
 
 /// Carries writes out one by one and looks at the maps in between.
@@ -102,6 +129,7 @@ fn carry_out(image: &mut Image, writes: &[Write]) -> Result<(), TestCaseError> {
 
 /// A service port of a random image: which id, whose, which backends, where its ranges lie.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is drawn by itself")]
 struct RandomPort {
     name: u8,
     v6: bool,
@@ -110,7 +138,12 @@ struct RandomPort {
     blocks: [u8; 2],
     sizes: [u8; 2],
     split: bool,
-    frontends: Vec<(u8, bool)>,
+    drops: bool,
+    affinity_seconds: u32,
+    external_local: bool,
+    sources: BTreeMap<u8, u8>,
+    /// Number of an address or of a node port, and a kind.
+    frontends: Vec<(u8, u32)>,
 }
 
 fn random_port() -> impl Strategy<Value = RandomPort> {
@@ -118,24 +151,38 @@ fn random_port() -> impl Strategy<Value = RandomPort> {
         (0..4_u8, any::<bool>(), 80..82_u16),
         btree_map(1..10_u8, (0..6_u8, 1..3_u16, any::<bool>()), 0..4),
         ([0..6_u8, 0..6_u8], [0..40_u8, 0..40_u8], any::<bool>()),
-        vec((0..4_u8, any::<bool>()), 0..3),
+        (any::<bool>(), 0..2_u32, any::<bool>(), btree_map(0..3_u8, 30..33_u8, 0..3)),
+        vec((0..4_u8, frontend::CLUSTER_IP..=frontend::ADDRESS), 0..4),
     )
-        .prop_map(|((name, v6, number), backends, (blocks, sizes, split), frontends)| RandomPort {
-            name,
-            v6,
-            number,
-            backends,
-            blocks,
-            sizes,
-            split,
-            frontends,
-        })
+        .prop_map(
+            |(
+                (name, v6, number),
+                backends,
+                (blocks, sizes, split),
+                (drops, affinity_seconds, external_local, sources),
+                frontends,
+            )| RandomPort {
+                name,
+                v6,
+                number,
+                backends,
+                blocks,
+                sizes,
+                split,
+                drops,
+                affinity_seconds,
+                external_local,
+                sources,
+                frontends,
+            },
+        )
 }
 
 /// A valid image, of so few ids and blocks that two of them quarrel.
 fn random_image() -> impl Strategy<Value = Image> {
-    (btree_map(1..5_u32, random_port(), 0..4), btree_map(0..9_u32, 1..8_u8, 0..3)).prop_map(
-        |(ports, lanes)| {
+    let nodes = btree_map(0..4_u8, any::<bool>(), 0..3);
+    (btree_map(1..5_u32, random_port(), 0..4), btree_map(0..9_u32, 1..8_u8, 0..3), nodes).prop_map(
+        |(ports, lanes, nodes)| {
             let mut image = Image { lanes, ..Image::default() };
             let mut blocks = BTreeSet::new();
             for (id, port) in ports {
@@ -184,8 +231,29 @@ fn random_image() -> impl Strategy<Value = Image> {
                     }
                     ranges[1] = ranges[0];
                 }
-                let ranges = [ranges[0], ranges[1], ranges[1]].map(|range| range.0);
-                let _ = image.ports.insert(id, ServicePort { ranges, ..ServicePort::default() });
+                let none = if port.drops { Range::DROP } else { Range(0) };
+                let ranges = [ranges[0], ranges[1], ranges[1]];
+                let ranges = ranges.map(|range| if range.size() == 0 { none.0 } else { range.0 });
+                let affinity_seconds = port.affinity_seconds;
+                let flags = (u32::from(!port.sources.is_empty()) * policy::SOURCE_RANGES)
+                    | (u32::from(port.external_local) * policy::EXTERNAL_LOCAL);
+                let _ = image.ports.insert(id, ServicePort { ranges, affinity_seconds, flags });
+                for (network, length) in port.sources {
+                    if port.v6 {
+                        insert_source::<V6>(&mut image.v6, id, address(IpFamily::V6, 7, network), length);
+                    } else {
+                        insert_source::<V4>(&mut image.v4, id, address(IpFamily::V4, 7, network), length);
+                    }
+                }
+            }
+            for (low, serves) in nodes {
+                let node = NodeAddress { flags: u32::from(serves) * node_address::NODE_PORTS };
+                for family in IpFamily::ALL {
+                    match address(family, 9, low) {
+                        IpAddr::V4(address) => drop(image.v4.node_addresses.insert(address.into(), node)),
+                        IpAddr::V6(address) => drop(image.v6.node_addresses.insert(address.into(), node)),
+                    }
+                }
             }
             list_all::<V4>(&mut image);
             list_all::<V6>(&mut image);
@@ -219,10 +287,20 @@ fn fill_family<F: Stack>(
     }
     for (at, kind) in &port.frontends {
         let Some(address) = F::address(address(100 + at)) else { continue };
-        let key = ServiceKey { address, port: port.number, protocol: 6, reserved: 0 };
-        let _ = maps.services.insert(key, Service { service_port: id, kind: 1 + u32::from(*kind) });
+        let (address, number, protocol, service_port) = match *kind {
+            frontend::NODE_PORT => (F::Address::default(), 30_000 + u16::from(*at), 6, id),
+            frontend::ADDRESS => (address, 0, 0, 0),
+            _ => (address, port.number, 6, id),
+        };
+        let key = ServiceKey { address, port: number, protocol, reserved: 0 };
+        let _ = maps.services.insert(key, Service { service_port, kind: *kind });
     }
     live
+}
+
+fn insert_source<F: Stack>(maps: &mut FamilyImage<F>, service_port: u32, network: IpAddr, length: u8) {
+    let Some(network) = F::address(network) else { return };
+    let _ = maps.source_ranges.insert(SourceKey { service_port, length, network }, PERMITTED);
 }
 
 fn list_all<F: Stack>(image: &mut Image) {
@@ -230,10 +308,25 @@ fn list_all<F: Stack>(image: &mut Image) {
         let (word, shift) = family::lane::<F>(address);
         word * 16 + shift / 4
     };
+    let ports: Vec<u16> = F::of(image)
+        .services
+        .iter()
+        .filter(|(_, service)| service.kind == frontend::NODE_PORT)
+        .map(|(key, _)| key.port)
+        .collect();
+    for (word, bit) in ports.into_iter().map(node_port_bit) {
+        *image.node_ports.entry(word).or_default() |= bit;
+    }
+    let node = |(address, node): (&F::Address, &NodeAddress)| {
+        let serves = node.flags & node_address::NODE_PORTS != 0;
+        (lane(address), listing::NODE | if serves { listing::NODE_PORTS } else { 0 })
+    };
     let bits: Vec<(u32, u8)> = F::of(image)
         .services
-        .keys()
-        .map(|key| (lane(&key.address), listing::FRONTEND))
+        .iter()
+        .filter(|(_, service)| service.kind != frontend::NODE_PORT)
+        .map(|(key, _)| (lane(&key.address), listing::FRONTEND))
+        .chain(F::of(image).node_addresses.iter().map(node))
         .chain(F::of(image).backends.values().map(|backend| (lane(&backend.address), listing::BACKEND)))
         .collect();
     for (lane, bits) in bits {
@@ -252,7 +345,10 @@ proptest! {
         prop_assert_eq!(nothing_dangles(&b), Ok(()));
         let writes = diff(&a, &b);
         let mut image = a.clone();
-        carry_out(&mut image, &writes)?;
+        for write in &writes {
+            carry_out(&mut image, std::slice::from_ref(write))?;
+            prop_assert!(sources_are_let_in(&image), "nobody is let in after {write:?}");
+        }
         prop_assert_eq!(&image, &b);
         prop_assert_eq!(diff(&b, &b), vec![]);
         prop_assert_eq!(writes.is_empty(), a == b);
@@ -274,29 +370,48 @@ proptest! {
 
 /// What one random Service wants: per family, which of few frontends and endpoints.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is drawn by itself")]
 struct Wish {
     v4: bool,
     v6: bool,
     number: u16,
     load_balancer: bool,
+    /// Has a node port of its own.
+    node_port: bool,
+    drops: bool,
+    affinity_seconds: u32,
+    external_local: bool,
+    sources: BTreeSet<u8>,
     /// Endpoint -> (selected for inside and outside clients, local).
     endpoints: BTreeMap<u8, (bool, bool, bool)>,
 }
 
 fn wish() -> impl Strategy<Value = Wish> {
     (
-        any::<[bool; 3]>(),
-        80..82_u16,
+        any::<[bool; 6]>(),
+        (80..82_u16, 0..3_u32, prop::collection::btree_set(0..5_u8, 0..3)),
         btree_map(1..24_u8, (prop::bool::weighted(0.8), prop::bool::weighted(0.7), any::<bool>()), 0..12),
         prop::bool::weighted(0.9),
     )
-        .prop_map(|([v4, v6, load_balancer], number, mut endpoints, alike)| {
+        .prop_map(|(switches, (number, affinity_seconds, sources), mut endpoints, alike)| {
+            let [v4, v6, load_balancer, node_port, drops, external_local] = switches;
             if alike {
                 for (inside, outside, _) in endpoints.values_mut() {
                     *outside = *inside;
                 }
             }
-            Wish { v4, v6, number, load_balancer, endpoints }
+            Wish {
+                v4,
+                v6,
+                number,
+                load_balancer,
+                node_port,
+                drops,
+                affinity_seconds,
+                external_local,
+                sources,
+                endpoints,
+            }
         })
 }
 
@@ -318,15 +433,39 @@ fn desired(index: u8, wish: &Wish) -> Desired {
             continue;
         }
         let key = PortKey { service: service(index), port: "web".into(), protocol: Protocol::Tcp, family };
-        let mut port = DesiredPort { number: wish.number, ..DesiredPort::default() };
-        let _ = port.frontends.insert(address(family, 200, index), FrontendKind::ClusterIp);
+        let external_local = wish.external_local;
+        let mut port = DesiredPort {
+            number: wish.number,
+            affinity_seconds: wish.affinity_seconds,
+            policies: Policies { external_local, external: true, ..Policies::default() },
+            ..DesiredPort::default()
+        };
+        let cluster_ip = address(family, 200, index);
+        let _ = port.frontends.insert((cluster_ip, wish.number), FrontendKind::ClusterIp);
+        let _ = desired.addresses.insert(cluster_ip);
+        // One that all Services share.
+        let _ = desired.addresses.insert(address(family, 202, 0));
         if wish.load_balancer {
-            let _ = port.frontends.insert(address(family, 201, index), FrontendKind::LoadBalancer);
+            let at = (address(family, 201, index), wish.number);
+            let _ = port.frontends.insert(at, FrontendKind::LoadBalancer);
+        }
+        if wish.node_port {
+            let at = (family.unspecified(), 30_000 + u16::from(index));
+            let _ = port.frontends.insert(at, FrontendKind::NodePort);
+        }
+        if !wish.sources.is_empty() {
+            let range = |low: &u8| {
+                IpNet::new(address(family, 203, *low), 31).expect("a length of both families").trunc()
+            };
+            port.sources = Some(wish.sources.iter().map(range).collect());
         }
         for (low, (inside, outside, local)) in &wish.endpoints {
-            let want = DesiredBackend { selected: [*inside, *inside, *outside], local: *local };
+            let want =
+                DesiredBackend { selected: [*inside, *inside, *outside], local: *local, host: low % 7 == 0 };
             let _ = port.backends.insert((address(family, 1, *low), 8080), want);
         }
+        port.drops = [0, 1, 2]
+            .map(|class| wish.drops && !port.backends.values().any(|backend| backend.selected[class]));
         let _ = desired.ports.insert(key, port);
     }
     desired
@@ -341,7 +480,18 @@ fn rounds() -> impl Strategy<Value = Vec<BTreeMap<u8, Wish>>> {
 fn content(image: &Image) -> BTreeMap<String, Vec<String>> {
     fn of<F: Stack>(image: &Image, content: &mut BTreeMap<String, Vec<String>>) {
         for (key, service) in &F::of(image).services {
+            if service.kind == frontend::ADDRESS {
+                let _ = content.insert(format!("{} rejects", F::ip(key.address)), vec![]);
+                continue;
+            }
             let port = image.ports[&service.service_port];
+            let sources: Vec<String> = F::of(image)
+                .source_ranges
+                .keys()
+                .filter(|key| key.service_port == service.service_port)
+                .map(|key| format!("{}/{}", F::ip(key.network), key.length))
+                .collect();
+            let policies = format!("{} {} {sources:?}", port.affinity_seconds, port.flags);
             for class in CLASSES {
                 let range = Range(port.ranges[class as usize]);
                 let slots = image.slots.get(&range.start()).filter(|_| range.size() != 0);
@@ -351,7 +501,12 @@ fn content(image: &Image) -> BTreeMap<String, Vec<String>> {
                 });
                 let kind = service.kind;
                 let _ = content.insert(
-                    format!("{} {} {class:?} {kind}", F::ip(key.address), key.port),
+                    format!(
+                        "{} {} {class:?} {kind} {policies} {}",
+                        F::ip(key.address),
+                        key.port,
+                        range.drops()
+                    ),
                     backends.collect(),
                 );
             }
@@ -363,6 +518,7 @@ fn content(image: &Image) -> BTreeMap<String, Vec<String>> {
     let mut all = BTreeMap::new();
     of::<V4>(image, &mut all);
     of::<V6>(image, &mut all);
+    let _ = all.insert("node ports".into(), vec![format!("{:?}", image.node_ports)]);
     all
 }
 
@@ -385,7 +541,15 @@ fn with_backends(image: &Image) -> BTreeSet<(u32, usize)> {
 
 /// So few slots that tables must shrink and Services be refused.
 fn narrow() -> Sizes {
-    Sizes { ports: 6, backends: 40, services: 12, slot_blocks: 40, reserve_blocks: 12 }
+    Sizes {
+        ports: 6,
+        backends: 40,
+        services: 16,
+        slot_blocks: 40,
+        reserve_blocks: 12,
+        source_ranges: 4,
+        ..Sizes::default()
+    }
 }
 
 proptest! {
@@ -404,6 +568,7 @@ proptest! {
             for write in &update.writes {
                 maps.apply(write);
                 prop_assert_eq!(nothing_dangles(&maps), Ok(()));
+                prop_assert!(sources_are_let_in(&maps), "nobody is let in after {write:?}");
                 let now = with_backends(&maps);
                 kept.retain(|port| now.contains(port));
             }
@@ -434,11 +599,11 @@ proptest! {
             for (start, slots) in &maps.slots {
                 prop_assert!(start + slots.len() as u32 <= 40 * 16);
             }
-            prop_assert!(maps.v4.services.len() <= 12 && maps.names.len() < 6);
+            prop_assert!(maps.v4.services.len() <= 16 && maps.names.len() < 6);
         }
         // When all but one Service go, it has all the room it wants.
         let keep = *known.first().unwrap_or(&0);
-        let wish = Wish { v4: true, v6: false, number: 80, load_balancer: false, endpoints: [(1, (true, true, false)), (2, (true, true, false))].into() };
+        let wish = simple(&[1, 2]);
         let gone = Batch { complete: false, services: known.iter().filter(|index| **index != keep).map(|index| (service(*index), Desired::default())).collect() };
         carry_out(&mut maps, &plan.update(&gone).writes)?;
         let last: BTreeMap<u8, Wish> = [(keep, wish)].into();
@@ -490,6 +655,7 @@ proptest! {
     fn any_maps_can_be_adopted(image in random_image(), round in btree_map(0..5_u8, wish(), 1..4)) {
         let mut plan = Plan::adopt(Sizes::default(), image.clone());
         let mut maps = image;
+        carry_out(&mut maps, &plan.set_node_addresses(BTreeMap::new()))?;
         carry_out(&mut maps, &plan.update(&batch(true, &round)).writes)?;
         prop_assert_eq!(&maps, plan.image());
         let mut fresh = Plan::new(Sizes::default());
@@ -522,10 +688,7 @@ proptest! {
 
 #[test]
 fn a_backend_that_returns_has_its_id_and_generation_and_one_that_leaves_stops_serving() {
-    let with = |endpoints: &[u8]| -> BTreeMap<u8, Wish> {
-        let endpoints = endpoints.iter().map(|low| (*low, (true, true, false))).collect();
-        [(0, Wish { v4: true, v6: false, number: 80, load_balancer: false, endpoints })].into()
-    };
+    let with = |endpoints: &[u8]| -> BTreeMap<u8, Wish> { [(0, simple(endpoints))].into() };
     let mut plan = Plan::new(Sizes::default());
     let _ = plan.update(&batch(true, &with(&[1, 2])));
     let before = plan.image().clone();
@@ -545,7 +708,18 @@ fn a_backend_that_returns_has_its_id_and_generation_and_one_that_leaves_stops_se
 /// A Service with IPv4 endpoints for all classes alike.
 fn simple(endpoints: &[u8]) -> Wish {
     let endpoints = endpoints.iter().map(|low| (*low, (true, true, false))).collect();
-    Wish { v4: true, v6: false, number: 80, load_balancer: false, endpoints }
+    Wish {
+        v4: true,
+        v6: false,
+        number: 80,
+        load_balancer: false,
+        node_port: false,
+        drops: false,
+        affinity_seconds: 0,
+        external_local: false,
+        sources: BTreeSet::new(),
+        endpoints,
+    }
 }
 
 #[test]
@@ -562,7 +736,7 @@ fn when_the_arena_is_full_updates_take_the_reserve_and_new_services_wait() {
 
     let updated = plan.update(&batch(false, &[(0, simple(&[1, 4]))].into()));
     assert_eq!(updated.notes[&service(0)], [], "an update never fails for room");
-    assert_eq!(plan.image().v4.services.len(), 3, "what it freed goes to the one that waits");
+    assert_eq!(plan.image().v4.services.len(), 7, "what it freed goes to the one that waits");
 
     // Full, the reserve too: the table is overwritten, and the service port parked meanwhile.
     let again = plan.update(&batch(false, &[(1, simple(&[2, 5]))].into()));
@@ -587,15 +761,71 @@ fn classes_with_the_same_backends_share_a_range() {
     assert_ne!(port.ranges[1], port.ranges[2]);
 }
 
+/// Where the first write of a kind stands in an update.
+fn place(update: &[Write], wanted: impl Fn(&Write) -> bool) -> usize {
+    update.iter().position(wanted).unwrap_or_else(|| panic!("not among {update:#?}"))
+}
+
+#[test]
+fn clients_keep_their_source_only_while_their_range_is_local() {
+    let cluster: BTreeMap<u8, Wish> = [(0, simple(&[1, 2]))].into();
+    let endpoints = [(1, (true, true, true)), (2, (true, false, false))].into();
+    let local = [(0, Wish { external_local: true, endpoints, ..simple(&[]) })].into();
+    let mut plan = Plan::new(Sizes::default());
+    let _ = plan.update(&batch(true, &cluster));
+    let outside = |write: &Write| {
+        matches!(write, Write::Range { class: sluice_common::abi::Class::ExternalOutside, .. })
+    };
+    let flags = |write: &Write| matches!(write, Write::Port { .. });
+    let closes = plan.update(&batch(false, &local)).writes;
+    assert!(place(&closes, outside) < place(&closes, flags));
+    let opens = plan.update(&batch(false, &cluster)).writes;
+    assert!(place(&opens, flags) < place(&opens, outside));
+}
+
+#[test]
+fn sources_that_may_not_use_a_frontend_never_reach_it() {
+    let plain: BTreeMap<u8, Wish> = [(0, simple(&[1]))].into();
+    let restricted = [(0, Wish { load_balancer: true, sources: [1, 3].into(), ..simple(&[1]) })].into();
+    let mut plan = Plan::new(Sizes::default());
+    let _ = plan.update(&batch(true, &plain));
+    let flags = |write: &Write| matches!(write, Write::Port { .. });
+    let comes = plan.update(&batch(false, &restricted)).writes;
+    let lets_in = place(&comes, |write| matches!(write, Write::V4(FamilyWrite::SourceInsert { .. })));
+    let appears = place(&comes, |write| matches!(write, Write::V4(FamilyWrite::ServiceInsert { .. })));
+    assert!(lets_in < place(&comes, flags) && place(&comes, flags) < appears);
+    let goes = plan.update(&batch(false, &plain)).writes;
+    let disappears = place(&goes, |write| matches!(write, Write::V4(FamilyWrite::ServiceRemove { .. })));
+    let grace = place(&goes, |write| *write == Write::Grace);
+    let forgets = place(&goes, |write| matches!(write, Write::V4(FamilyWrite::SourceRemove { .. })));
+    assert!(disappears < place(&goes, flags) && place(&goes, flags) < grace && grace < forgets);
+}
+
+#[test]
+fn node_addresses_are_listed_and_those_with_node_ports_are_kept_when_room_is_short() {
+    let addresses: BTreeMap<IpAddr, bool> =
+        (1..=4).map(|low| (address(IpFamily::V4, 9, low), low > 2)).collect();
+    let mut plan = Plan::new(Sizes { node_addresses: 3, ..Sizes::default() });
+    let mut image = Image::default();
+    let mut set = |addresses: BTreeMap<IpAddr, bool>| {
+        for write in plan.set_node_addresses(addresses) {
+            image.apply(&write);
+        }
+        assert_eq!(&image, plan.image());
+        let listed = (1..=4).map(|low| listed::<V4>(&image, &Ipv4Addr::new(10, 9, 0, low).into()));
+        let flags: Vec<u32> = image.v4.node_addresses.values().map(|node| node.flags).collect();
+        (listed.collect::<Vec<u8>>(), flags)
+    };
+    let both = listing::NODE | listing::NODE_PORTS;
+    assert_eq!(set(addresses), (vec![listing::NODE, listing::NODE, both, both], vec![0, 1, 1]));
+    let fewer = (2..=3).map(|low| (address(IpFamily::V4, 9, low), low == 2)).collect();
+    assert_eq!(set(fewer), (vec![0, both, listing::NODE, 0], vec![1, 0]));
+    assert_eq!(set(BTreeMap::new()), (vec![0; 4], vec![]));
+}
+
 #[test]
 fn the_work_of_a_change_does_not_grow_with_the_cluster() {
-    let wish = |count: u8| Wish {
-        v4: true,
-        v6: false,
-        number: 80,
-        load_balancer: false,
-        endpoints: (1..=count).map(|low| (low, (true, true, false))).collect(),
-    };
+    let wish = |count: u8| simple(&(1..=count).collect::<Vec<u8>>());
     let writes = |services: u8| {
         let mut plan = Plan::new(Sizes::default());
         let all: BTreeMap<u8, Wish> = (0..services).map(|index| (index, wish(5))).collect();

@@ -25,7 +25,7 @@ fn name(index: u32) -> ObjectName {
 }
 
 fn service(index: u32) -> Change {
-    let port = PortSpec { name: "http".into(), number: 80, protocol: "TCP".into() };
+    let port = PortSpec { name: "http".into(), number: 80, protocol: "TCP".into(), node_port: 0 };
     let spec = ServiceSpec {
         cluster_ips: vec![ip(0x0a60_0000, index)],
         ports: vec![port],
@@ -42,6 +42,7 @@ fn slice(index: u32, count: u32, node: &Arc<str>) -> Change {
         terminating: false,
         node: Some(node.clone()),
         zones: Box::default(),
+        nodes: Box::default(),
     };
     let port = SlicePort { name: "http".into(), number: Some(8080), protocol: "TCP".into() };
     let part = SlicePart { ports: vec![port], endpoints: (0..count).map(endpoint).collect() };

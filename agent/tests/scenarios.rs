@@ -2,9 +2,10 @@
 //!
 //! A scenario is a text in `scenarios/`: remarks, then sections. `-- file NAME --` writes a manifest,
 //! `-- seed NAME --` takes one from `seeds/`, `-- remove NAME --` removes one, `-- options --` holds
-//! `node`, `proxy-name` and `interface`, and `-- maps --` is what the maps hold and what is reported once the folder has
-//! been read. Ids do not show; for each backend its share of the slots does. Everything runs through the
-//! real folder, model and plan into maps in memory.
+//! `node`, `proxy-name`, `interface`, `node-ports` (an interface's address that serves them), `primary`, `external-ips`
+//! (`off`, or a range that is allowed) and `leave`, and `-- maps --` is what the maps hold and what is reported once
+//! the folder has been read. Ids do not show; for each backend its share of the slots does. Everything runs through
+//! the real folder, model and plan into maps in memory.
 //!
 //! Scenarios with one step run again in other orders of arrival, all at once and one by one, and
 //! must come to the same end. `SLUICE_BLESS=1 cargo test` rewrites the expectations.
@@ -16,12 +17,15 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use sluice::image::{CLASSES, Dataplane, Image, Memory, Stack, diff};
+use sluice::image::{CLASSES, Dataplane, Image, Memory, Stack, diff, node_port_bit};
 use sluice::model::object::Protocol;
 use sluice::model::{Change, Event, Model, Settings, SourceId};
 use sluice::plan::{Plan, Sizes};
+use sluice::policy::{ExternalIps, cidr};
 use sluice::source::manifests::Folder;
-use sluice_common::abi::{Name, Origins, Range, backend, frontend, listing};
+use sluice_common::abi::{
+    Class, Name, Origins, Range, ServicePort, backend, frontend, listing, node_address, policy,
+};
 use sluice_common::{V4, V6, family};
 
 /// A section's head and body.
@@ -53,9 +57,9 @@ struct Engine {
 }
 
 impl Engine {
-    fn new(settings: &Settings, interfaces: &BTreeSet<IpAddr>) -> Self {
+    fn new(settings: &Settings, interfaces: &BTreeMap<IpAddr, bool>) -> Self {
         let mut model = Model::new(settings.clone());
-        model.set_interfaces(interfaces.clone());
+        model.set_interfaces(interfaces.keys().copied().collect());
         let mut plan = Plan::new(Sizes::default());
         let mut maps = Memory::default();
         maps.apply(&plan.set_node_addresses(interfaces.clone())).expect("memory takes all");
@@ -81,6 +85,10 @@ impl Engine {
         let mut text = String::new();
         print_family::<V4>(&self.maps.image, history, &mut text);
         print_family::<V6>(&self.maps.image, history, &mut text);
+        assert_node_ports(&self.maps.image);
+        for (service, check) in self.model.health_checks() {
+            let _ = writeln!(text, "{service} at {}: healthy through {}", check.port, check.local);
+        }
         let mut reports: Vec<String> = self.model.reports().iter().map(ToString::to_string).collect();
         reports.sort();
         for report in reports {
@@ -93,18 +101,28 @@ impl Engine {
 
 fn print_family<F: Stack>(image: &Image, history: bool, text: &mut String) {
     let maps = F::of(image);
-    let mut last = None;
-    for (key, service) in &maps.services {
+    let mut printed = BTreeSet::new();
+    let (node_ports, vips): (Vec<_>, Vec<_>) =
+        maps.services.iter().partition(|(key, _)| F::ip(key.address).is_unspecified());
+    for (key, service) in vips.into_iter().chain(node_ports) {
         let vip = SocketAddr::new(F::ip(key.address), key.port);
         let kind = match service.kind {
             frontend::CLUSTER_IP => "ClusterIP",
-            frontend::LOAD_BALANCER => "load balancer",
+            frontend::LOAD_BALANCER => "LoadBalancer",
+            frontend::EXTERNAL_IP => "ExternalIP",
+            frontend::NODE_PORT => "NodePort",
+            frontend::ADDRESS => {
+                assert_eq!((key.port, key.protocol, service.service_port), (0, 0, 0));
+                assert!(listed::<F>(image, &key.address) & listing::FRONTEND != 0, "{vip} is not listed");
+                continue;
+            }
             _ => "unknown",
         };
         let protocol = Protocol::from_number(key.protocol).expect("a known protocol").word();
-        assert!(listed::<F>(image, &key.address) & listing::FRONTEND != 0, "{vip} is not listed");
+        let listed = listed::<F>(image, &key.address) & listing::FRONTEND != 0;
+        assert_eq!(listed, kind != "NodePort", "{vip}");
         let name = image.names[&service.service_port];
-        let repeated = last == Some(service.service_port);
+        let repeated = !printed.insert(service.service_port);
         let _ = writeln!(
             text,
             "{vip} {protocol} {kind} -> {}{}",
@@ -114,7 +132,19 @@ fn print_family<F: Stack>(image: &Image, history: bool, text: &mut String) {
         if !repeated {
             print_port::<F>(image, service.service_port, history, text);
         }
-        last = Some(service.service_port);
+    }
+    let whole = maps.services.iter().filter(|(_, service)| service.kind == frontend::ADDRESS);
+    let whole: Vec<String> = whole.map(|(key, _)| F::ip(key.address).to_string()).collect();
+    if !whole.is_empty() {
+        let _ = writeln!(text, "{} reject other ports", whole.join(" "));
+    }
+    for (address, node) in &maps.node_addresses {
+        let serves = node.flags & node_address::NODE_PORTS != 0;
+        let bits = listed::<F>(image, address);
+        assert!(bits & listing::NODE != 0 && (bits & listing::NODE_PORTS != 0 || !serves));
+        if serves {
+            let _ = writeln!(text, "{} serves node ports", F::ip(*address));
+        }
     }
     if maps.origins.len() <= 20 {
         for (key, origins) in &maps.origins {
@@ -131,6 +161,18 @@ fn print_family<F: Stack>(image: &Image, history: bool, text: &mut String) {
     }
 }
 
+/// A bit is set for exactly the port numbers of node ports.
+fn assert_node_ports(image: &Image) {
+    let v4 = image.v4.services.iter().map(|(key, service)| (key.port, service.kind));
+    let v6 = image.v6.services.iter().map(|(key, service)| (key.port, service.kind));
+    let mut words: BTreeMap<u32, u64> = BTreeMap::new();
+    for (port, _) in v4.chain(v6).filter(|(_, kind)| *kind == frontend::NODE_PORT) {
+        let (word, bit) = node_port_bit(port);
+        *words.entry(word).or_default() |= bit;
+    }
+    assert_eq!(image.node_ports, words);
+}
+
 fn owner(name: &Name) -> String {
     let part = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
     let port = part(&name.port);
@@ -139,14 +181,33 @@ fn owner(name: &Name) -> String {
 }
 
 fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String) {
-    let ranges = image.ports[&id].ranges.map(Range);
+    let ServicePort { ranges, affinity_seconds, flags } = image.ports[&id];
+    let ranges = ranges.map(Range);
+    if affinity_seconds != 0 {
+        let _ = writeln!(text, "  affinity {affinity_seconds} s");
+    }
+    if flags & policy::EXTERNAL_LOCAL != 0 {
+        let _ = writeln!(text, "  clients from outside keep their source");
+    }
+    let sources = F::of(image).source_ranges.keys().filter(|key| key.service_port == id);
+    let sources: Vec<String> = sources.map(|key| format!("{}/{}", F::ip(key.network), key.length)).collect();
+    assert_eq!(flags & policy::SOURCE_RANGES != 0, !sources.is_empty());
+    if !sources.is_empty() {
+        let _ = writeln!(text, "  load balancer only from {}", sources.join(" "));
+    }
     let classes = if ranges.iter().all(|range| *range == ranges[0]) { 1 } else { CLASSES.len() };
     for class in CLASSES.into_iter().take(classes) {
         let range = ranges[class as usize];
-        let who = if classes == 1 { String::new() } else { format!("{class:?} ") };
+        let who = match class {
+            _ if classes == 1 => "",
+            Class::Internal => "internal: ",
+            Class::ExternalInside => "external, from inside: ",
+            Class::ExternalOutside => "external, from outside: ",
+        };
         let mut slots: BTreeMap<u32, u32> = BTreeMap::new();
         if range.size() == 0 {
-            let _ = writeln!(text, "  {who}no backends");
+            let verdict = if range.drops() { "dropped" } else { "rejected" };
+            let _ = writeln!(text, "  {who}no backends: {verdict}");
         } else {
             for slot in &image.slots[&range.start()] {
                 *slots.entry(*slot).or_default() += 1;
@@ -171,13 +232,20 @@ fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String
             assert!(listed::<F>(image, &found.address) & listing::BACKEND != 0, "{at} is not listed");
             let serving = found.flags & backend::SERVING != 0;
             let share = slots.get(backend_id);
+            assert_eq!(found.flags & (backend::SELECTED << class as u32) != 0, share.is_some(), "{at}");
+            let elsewhere = found.flags & (backend::SELECTED * 0b111) != 0;
             let state = match (serving, share) {
                 (true, Some(share)) => share.to_string(),
-                (true, None) => "drains".to_owned(),
+                (true, None) if elsewhere => continue,
+                (true, None) => "no slots".to_owned(),
                 (false, None) if !history => continue,
                 (false, _) => "gone".to_owned(),
             };
-            let local = if found.flags & backend::LOCAL != 0 { " local" } else { "" };
+            let local = match found.flags & (backend::LOCAL | backend::HOST) {
+                0 => "",
+                backend::LOCAL => " local",
+                _ => " host",
+            };
             let _ = writeln!(text, "    {at} {state}{local}");
         }
     }
@@ -215,12 +283,18 @@ fn run(path: &Path) -> Result<(), String> {
     let directory = tempfile::tempdir().map_err(|error| error.to_string())?;
     let folder_path = directory.path();
     let mut settings = Settings { sources: [SourceId::Manifests].into(), ..Settings::default() };
-    let mut interfaces = BTreeSet::new();
+    let mut interfaces = BTreeMap::new();
+    let address = |text: &str| text.parse::<IpAddr>().map_err(|error| error.to_string());
     for line in sections.iter().filter(|(head, _)| head == "options").flat_map(|(_, body)| body.lines()) {
         match line.split_once(' ') {
             Some(("node", name)) => settings.node = Some(name.into()),
             Some(("proxy-name", name)) => settings.proxy_name = Some(name.into()),
-            Some(("interface", address)) => interfaces.extend(address.parse::<IpAddr>()),
+            Some(("interface", text)) => drop(interfaces.insert(address(text)?, false)),
+            Some(("node-ports", text)) => drop(interfaces.insert(address(text)?, true)),
+            Some(("primary", text)) => drop(settings.primary.insert(address(text)?)),
+            Some(("leave", text)) => drop(settings.leave.insert(address(text)?)),
+            Some(("external-ips", "off")) => settings.external_ips = ExternalIps::Off,
+            Some(("external-ips", text)) => settings.external_ips = ExternalIps::Within(vec![cidr(text)?]),
             _ => return Err(format!("unknown option {line:?}")),
         }
     }
@@ -321,7 +395,7 @@ fn run_crowd(count: usize) -> Engine {
     let directory = tempfile::tempdir().expect("a directory");
     fs::write(directory.path().join("crowd.yaml"), crowd(count)).expect("written");
     let settings = Settings { sources: [SourceId::Manifests].into(), ..Settings::default() };
-    let mut engine = Engine::new(&settings, &BTreeSet::new());
+    let mut engine = Engine::new(&settings, &BTreeMap::new());
     for change in Folder::new(directory.path().to_owned()).scan().expect("read") {
         engine.feed(change);
     }

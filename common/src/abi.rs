@@ -513,7 +513,11 @@ abi! {
         pub detect_local: u32,
         /// Bits of [`networks`]: which prefixes there are at all.
         pub networks: u32,
-    } size 24
+        /// Ifindex of our own device; 0: there is none.
+        pub own_device: u32,
+        /// Zero.
+        pub reserved: u32,
+    } size 32
 }
 
 /// Values of [`Settings::masquerade`].

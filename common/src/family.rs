@@ -4,7 +4,7 @@ use core::fmt::Debug;
 use core::hash::Hash;
 use core::net::{Ipv4Addr, Ipv6Addr};
 
-use crate::abi::{Ipv4Address, Ipv6Address};
+use crate::abi::{Device, Ipv4Address, Ipv6Address};
 
 /// An address family. Implemented by [`V4`] and [`V6`] alone.
 pub trait Family: Copy + Debug + Eq + 'static {
@@ -26,6 +26,8 @@ pub trait Family: Copy + Debug + Eq + 'static {
     fn hash(address: &Self::Address) -> u32;
     /// The address's 32-bit words as they lie in memory (one, or four).
     fn words(address: &Self::Address) -> [u32; 4];
+    /// The address that clients are shown as to backends behind a device; zero: none.
+    fn masquerade(device: &Device) -> Self::Address;
 }
 
 /// IPv4.
@@ -61,6 +63,11 @@ impl Family for V4 {
     fn words(address: &Ipv4Address) -> [u32; 4] {
         [u32::from_ne_bytes(address.octets), 0, 0, 0]
     }
+
+    #[inline(always)]
+    fn masquerade(device: &Device) -> Ipv4Address {
+        device.masquerade_v4
+    }
 }
 
 impl Family for V6 {
@@ -84,6 +91,11 @@ impl Family for V6 {
     fn words(address: &Ipv6Address) -> [u32; 4] {
         // SAFETY: same size, and any bytes are a value of either type.
         unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(address.octets) }
+    }
+
+    #[inline(always)]
+    fn masquerade(device: &Device) -> Ipv6Address {
+        device.masquerade_v6
     }
 }
 

@@ -16,15 +16,26 @@
 //!               backend → VIP                                  (nothing to do)
 //! ```
 //!
-//! Three kinds of packets bypass the stack, which would drop them as martians: those of a client that
+//! Four kinds of packets bypass the stack, which would drop them as martians: those of a client that
 //! is its own backend (*hairpin*: turned back where they came from, with the VIP as the
 //! other side's address, so that its answers come here again), answers to services
-//! without backends, and what this host's own sockets send to a VIP untranslated:
-//! translated where its route leaves, sent on by the FIB; its replies are translated
-//! at ingress and handed in on the device that the route to the VIP names.
+//! without backends, what this host's own sockets send to a VIP untranslated
+//! (translated where its route leaves, sent on by the FIB; its replies are translated
+//! at ingress and handed in on the device that the route to the VIP names), and those of
+//! clients that are *masqueraded*, shown to the backend as an address of this node: both
+//! ways are translated at ingress and sent on by the FIB.
+//!
+//! # In which steps
+//!
+//! [`decide_into`] answers for every packet but the first of a flow in one step. A first packet
+//! goes on to [`open_into`], which selects a backend and may wait for what the FIB says
+//! ([`Step::AskRoutes`]) or for a source port that takes longer to find ([`Step::Search`]).
+
+pub mod policy;
+mod select;
 
 use crate::abi::{
-    self, Class, Flow, RejectBucket, ServiceKey, Tuple, backend, flow, frontend, listing, state,
+    Class, Flow, RejectBucket, ServiceKey, Tuple, backend, device, flow, frontend, listing, networks, state,
 };
 use crate::family::Family;
 use crate::header::{protocol, tcp};
@@ -32,6 +43,9 @@ use crate::maglev;
 use crate::parse::{Headers, Kind};
 use crate::reason::Reason;
 use crate::tables::Tables;
+
+use policy::Source;
+pub use select::find;
 
 /// A used flow renews its partner after this many ticks.
 pub const RENEW_TICKS: u32 = 9;
@@ -52,6 +66,8 @@ pub mod mark {
     pub const DIRECT: u32 = 1;
     /// A packet of this host's own was translated at egress.
     pub const HOST: u32 = 2;
+    /// A client was masqueraded.
+    pub const MASQUERADED: u32 = 4;
 }
 
 /// Where a packet is met.
@@ -106,6 +122,22 @@ pub enum Record {
     RenewEmbryonic,
 }
 
+/// What a decision still needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Step {
+    /// Nothing.
+    Done,
+    /// A backend of [`Flow::service_port`].
+    Select,
+    /// [`Tables::routes`]; then [`open_into`] once more.
+    AskRoutes,
+    /// A source port: [`open_into`].
+    Claim,
+    /// A source port beyond the few that were tried: [`search`].
+    Search,
+}
+
 /// What happens to a packet: plain data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C, align(8))]
@@ -116,6 +148,12 @@ pub struct Decision<F: Family> {
     pub reason: Reason,
     /// What to record.
     pub record: Record,
+    /// What is still needed.
+    pub step: Step,
+    /// Whether the client's affinity to the backend is recorded.
+    pub affinity: bool,
+    /// The kind of the frontend, one of [`frontend`]; 0: none was asked for.
+    pub kind: u32,
     /// The tuple that `flow` is recorded under; the packet's own but where a lost entry is made again.
     pub key: Tuple<F::Address>,
     /// The translation; its addresses and ports are the packet's after the rewrite.
@@ -131,6 +169,9 @@ impl<F: Family> Decision<F> {
             verdict: Verdict::Pass,
             reason: Reason::Stranger,
             record: Record::Nothing,
+            step: Step::Done,
+            affinity: false,
+            kind: 0,
             key: *key,
             flow: Flow {
                 source: key.source,
@@ -184,15 +225,21 @@ fn leads_back<F: Family>(entry: &Flow<F::Address>, key: &Tuple<F::Address>) -> b
         && entry.destination_port == key.source_port
 }
 
-/// Decides about a packet.
+/// Decides about a packet, all steps at once.
 #[inline(always)]
 pub fn decide<F: Family, T: Tables<F>>(hook: Hook, headers: &Headers<F>, tables: &T) -> Decision<F> {
     let mut decision = Decision::pass(&headers.tuple);
     decide_into(hook, headers, tables, &mut decision);
+    if decision.step != Step::Done {
+        open_into(hook, headers, tables, &mut decision);
+    }
+    if decision.step == Step::Search {
+        search(tables, &mut decision);
+    }
     decision
 }
 
-/// As [`decide`], into a decision that is to pass so far: the kernel's stack has no room for copies.
+/// The first step: what no new flow is needed for. Takes a decision that is to pass so far.
 #[inline(always)]
 pub fn decide_into<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -200,50 +247,43 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     tables: &T,
     decision: &mut Decision<F>,
 ) {
-    if translation(hook, headers, tables, decision) {
-        claim(tables, decision);
-    }
-}
-
-/// Decides all but the source port of a new flow; true when that is still to be claimed.
-#[inline(always)]
-fn translation<F: Family, T: Tables<F>>(
-    hook: Hook,
-    headers: &Headers<F>,
-    tables: &T,
-    decision: &mut Decision<F>,
-) -> bool {
     let key = &headers.tuple;
     if headers.kind == Kind::Other {
-        return false;
+        return;
     }
     let egress = hook == Hook::Egress;
     let destination = tables.listing(&key.destination);
-    let to_frontend = destination & listing::FRONTEND != 0;
+    let to_address = destination & listing::FRONTEND != 0;
+    let to_node_port =
+        !egress && destination & listing::NODE_PORTS != 0 && tables.is_node_port(key.destination_port);
+    let to_frontend = to_address || to_node_port;
     let known = if egress {
         to_frontend || tables.listing(&key.source) & listing::BACKEND != 0
     } else {
-        // A reply to this host's own translated packets comes from a backend to an address of the node.
+        // A reply to a masqueraded client, or to this host's own translated packets, comes from a backend to an address of the node.
         to_frontend
             || (destination & listing::NODE != 0
-                && tables.marks() & mark::HOST != 0
+                && tables.marks() & (mark::HOST | mark::MASQUERADED) != 0
                 && tables.listing(&key.source) & listing::BACKEND != 0)
     };
     let to_backend = !egress && destination & listing::BACKEND != 0;
     if !known && !to_backend {
-        return false;
+        if egress && is_stray(headers, tables) {
+            decision.set(Verdict::Drop, Reason::UnassignedAddress);
+        }
+        return;
     }
     match headers.kind {
         Kind::Transport | Kind::IcmpError => {}
         Kind::Fragment | Kind::Truncated | Kind::Malformed | Kind::Other => {
-            if to_frontend {
+            if to_address {
                 decision.reason = unreadable(headers.kind);
             }
-            return false;
+            return;
         }
     }
     if is_bare_reset(headers) && is_unknown_connection(headers, to_backend, tables, decision) {
-        return false;
+        return;
     }
     if known || tables.marks() & mark::DIRECT != 0 {
         let counts = if let Some(entry) = tables.flow(key) {
@@ -254,25 +294,60 @@ fn translation<F: Family, T: Tables<F>>(
             false
         };
         if counts {
-            return false;
+            return;
         }
     }
     if headers.kind == Kind::IcmpError {
-        return false;
+        return;
     }
     if to_frontend {
-        let frontend = ServiceKey {
-            address: key.destination,
-            port: key.destination_port,
-            protocol: key.protocol,
-            reserved: 0,
-        };
-        if let Some(service) = tables.service(&frontend) {
-            let class = class(service.kind, egress || tables.inside());
-            return open(egress, headers, service.service_port, class, tables, decision);
+        if let Some((service_port, kind)) = find(key, to_node_port, tables) {
+            decision.flow.service_port = service_port;
+            decision.kind = kind;
+            decision.step = Step::Select;
+            return;
+        }
+        if to_address && select::is_cluster_ip(key, tables) {
+            reject(headers, Reason::UndefinedPort, Reason::UndefinedPort, decision);
+            return;
         }
     }
-    to_backend && direct(headers, tables, decision)
+    if to_backend {
+        direct(headers, tables, decision);
+    }
+}
+
+/// Whether a packet leaves this node for an address that Services may have, and none has.
+#[inline(always)]
+fn is_stray<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T) -> bool {
+    let bit = if F::VERSION == 4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
+    let Some(settings) = tables.settings() else { return false };
+    if settings.networks & bit == 0 || headers.kind == Kind::IcmpError {
+        return false;
+    }
+    // Never at an edge: another proxy of this node may serve it.
+    let Some(here) = tables.here() else { return false };
+    if here.role != device::UPLINK && here.role != device::FABRIC {
+        return false;
+    }
+    let Some(networks) = tables.networks() else { return false };
+    policy::is_within::<F>(&networks.services, &headers.tuple.destination)
+}
+
+/// The second step, for the first packet of a flow: a backend, the client's source, a source port.
+#[inline(always)]
+pub fn open_into<F: Family, T: Tables<F>>(
+    hook: Hook,
+    headers: &Headers<F>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) {
+    if decision.step != Step::Claim {
+        open(hook == Hook::Egress, headers, tables, decision);
+    }
+    if decision.step == Step::Claim {
+        claim(tables, decision);
+    }
 }
 
 /// Why a packet for a service is passed untouched.
@@ -286,23 +361,12 @@ fn unreadable(kind: Kind) -> Reason {
     }
 }
 
-/// The class of clients that a packet belongs to at a kind of frontend.
-#[inline(always)]
-fn class(kind: u32, inside: bool) -> Class {
-    if kind == frontend::CLUSTER_IP {
-        Class::Internal
-    } else if inside {
-        Class::ExternalInside
-    } else {
-        Class::ExternalOutside
-    }
-}
-
 /// What an entry means at a hook: it counts where its direction is translated, elsewhere the packet passes as it is.
 #[inline(always)]
 fn verdict_along(flags: u8, egress: bool) -> Verdict {
     let reply = flags & flow::REPLY != 0;
     let host = flags & flow::HOST != 0;
+    let masqueraded = flags & flow::MASQUERADED != 0;
     if flags & flow::HAIRPIN != 0 {
         match (host, egress) {
             (true, true) => Verdict::HandIn,
@@ -310,12 +374,13 @@ fn verdict_along(flags: u8, egress: bool) -> Verdict {
             (true, false) | (false, true) => Verdict::Pass,
         }
     } else if reply {
-        match (host, egress) {
-            (true, false) => Verdict::HandIn,
-            (false, true) => Verdict::Translate,
-            (true, true) | (false, false) => Verdict::Pass,
+        match (host, masqueraded, egress) {
+            (true, _, false) => Verdict::HandIn,
+            (false, true, false) => Verdict::Route,
+            (false, false, true) => Verdict::Translate,
+            (true, _, true) | (false, true, true) | (false, false, false) => Verdict::Pass,
         }
-    } else if egress {
+    } else if egress || masqueraded {
         Verdict::Route
     } else {
         Verdict::Translate
@@ -344,7 +409,7 @@ fn along<F: Family, T: Tables<F>>(
         return true;
     }
     let mut state = entry.state;
-    let promote = if headers.tuple.protocol == protocol::TCP {
+    let promote = if headers.tuple.protocol != protocol::UDP {
         let tcp_flags = headers.tcp_flags;
         if !reply
             && tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
@@ -409,27 +474,39 @@ fn serves<F: Family, T: Tables<F>>(flow: &Flow<F::Address>, tables: &T) -> bool 
     }
 }
 
-/// The first packet of a flow, or one whose entry was lost. True: its source port is to be claimed.
+/// The first packet of a flow, or one whose entry was lost.
 #[inline(always)]
-fn open<F: Family, T: Tables<F>>(
-    egress: bool,
-    headers: &Headers<F>,
-    service_port: u32,
-    class: Class,
-    tables: &T,
-    decision: &mut Decision<F>,
-) -> bool {
+fn open<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) {
     let key = &headers.tuple;
-    decision.flow.service_port = service_port;
-    let Some((id, backend)) = select::<F, T>(key, service_port, class, tables) else {
-        reject(headers, decision);
-        return false;
+    let service_port = decision.flow.service_port;
+    decision.step = Step::Done;
+    let Some(port) = tables.port(service_port) else { return };
+    let is_local = egress || policy::is_local_pod(&key.source, tables);
+    let class = policy::class(decision.kind, is_local);
+    if decision.kind == frontend::LOAD_BALANCER
+        && port.flags & crate::abi::policy::SOURCE_RANGES != 0
+        && !tables.in_source_ranges(service_port, &key.source)
+    {
+        decision.set(Verdict::Drop, Reason::SourceRange);
+        return;
+    }
+    let Some(range) = tables.range(service_port, class) else { return };
+    if range.size() == 0 {
+        if range.drops() {
+            decision.set(Verdict::Drop, Reason::NoLocalBackend);
+        } else {
+            reject(headers, Reason::NoBackendReset, Reason::NoBackendUnreachable, decision);
+        }
+        return;
+    }
+    decision.affinity = port.affinity_seconds != 0;
+    let Some((id, backend)) = select::backend(key, service_port, port.affinity_seconds, class, range, tables)
+    else {
+        reject(headers, Reason::NoBackendReset, Reason::NoBackendUnreachable, decision);
+        return;
     };
     let hairpin = backend.address == key.source || egress && backend.flags & backend::HOST != 0;
-    if hairpin {
-        // Its client is shown to itself as the VIP, so that its answers come back here.
-        decision.flow.source = key.destination;
-    }
+    decision.flow.source = key.source;
     decision.flow.destination = backend.address;
     decision.flow.destination_port = backend.port;
     decision.flow.backend = id;
@@ -438,80 +515,171 @@ fn open<F: Family, T: Tables<F>>(
     decision.flow.flags = if egress { flow::HOST } else { 0 }
         | if hairpin { flow::HAIRPIN } else { 0 }
         | if backend.flags & backend::LOCAL != 0 { flow::LOCAL } else { 0 };
-    let verdict = match (hairpin, egress) {
-        (true, true) => Verdict::HandIn,
-        (true, false) => Verdict::TurnBack,
-        (false, true) => Verdict::Route,
-        (false, false) => Verdict::Translate,
+    if hairpin {
+        // Its client is shown to itself as the VIP, so that its answers come back here.
+        decision.flow.source = key.destination;
+    } else if !keeps_source(egress, is_local, class, port.flags, backend.flags, tables, decision) {
+        return;
+    }
+    let verdict = match (hairpin, egress, decision.flow.flags & flow::MASQUERADED != 0) {
+        (true, true, _) => Verdict::HandIn,
+        (true, false, _) => Verdict::TurnBack,
+        (false, true, _) | (false, false, true) => Verdict::Route,
+        (false, false, false) => Verdict::Translate,
     };
     let tcp_flags = headers.tcp_flags;
-    if key.protocol == protocol::TCP && tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
+    if key.protocol != protocol::UDP && tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
         decision.set(verdict, Reason::Recovered);
-        if tcp_flags & tcp::RST != 0 {
-            // The last packet there will be: nothing to record.
-            return false;
+        if tcp_flags & tcp::RST == 0 {
+            decision.flow.state = state::ESTABLISHED;
+            decision.record = Record::Establish;
         }
-        decision.flow.state = state::ESTABLISHED;
-        decision.record = Record::Establish;
+        // Else it is the last packet there will be: nothing to record, but its port is as it was.
     } else {
         decision.set(verdict, Reason::Forward);
         decision.record = Record::Open;
     }
+    decision.step = Step::Claim;
+}
+
+/// Decides whether the client keeps its source, and masquerades it if not. False: the decision waits, or the packet is dropped.
+#[inline(always)]
+fn keeps_source<F: Family, T: Tables<F>>(
+    egress: bool,
+    is_local: bool,
+    class: Class,
+    policies: u32,
+    backend_flags: u32,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
+    if backend_flags & backend::HOST != 0 {
+        // Delivered on this node, to an address of the node itself: there is no other way back.
+        return true;
+    }
+    let source = if egress {
+        Source::AsRouted
+    } else {
+        let Some(settings) = tables.settings() else { return false };
+        policy::source(settings, class, policies, is_local)
+    };
+    if source == Source::Kept {
+        return true;
+    }
+    let Some(routes) = tables.routes() else {
+        decision.step = Step::AskRoutes;
+        return false;
+    };
+    if source == Source::KeptWithWayBack
+        && backend_flags & backend::LOCAL != 0
+        && tables.device(routes.to_client).is_some()
+    {
+        return true;
+    }
+    let address = match tables.device(routes.to_backend) {
+        Some(device) => F::masquerade(device),
+        None => F::Address::default(),
+    };
+    if address == F::Address::default() {
+        if egress {
+            // Not by a device of ours: as the host itself would send it.
+            return true;
+        }
+        decision.set(Verdict::Drop, Reason::NoRoute);
+        return false;
+    }
+    if egress && (address == decision.flow.source || backend_flags & backend::LOCAL != 0) {
+        return true;
+    }
+    decision.flow.source = address;
+    decision.flow.flags |= flow::MASQUERADED;
     true
 }
 
-/// The backend that a tuple's slot leads to; `None` without backends.
-#[inline(always)]
-fn select<'t, F: Family, T: Tables<F>>(
-    key: &Tuple<F::Address>,
-    service_port: u32,
-    class: Class,
-    tables: &'t T,
-) -> Option<(u32, &'t abi::Backend<F::Address>)> {
-    let range = tables.range(service_port, class)?;
-    if range.size() == 0 {
-        return None;
-    }
-    let slot = maglev::slot::<F>(key, range.size());
-    let id = tables.slot(range.start().wrapping_add(slot))?;
-    tables.backend(id).map(|backend| (id, backend))
-}
-
-/// Finds a source port with which the new flow's reply tuple is free, the packet's own first; without one the packet is dropped.
+/// Finds a source port with which the new flow's reply tuple is free: the packet's own first, but for a masqueraded client, whose
+/// port follows from its tuple.
 #[inline(always)]
 fn claim<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     let hash = maglev::hash::<F>(&decision.key);
-    for attempt in 0..REMAP_TRIES {
-        if attempt > 0 {
-            decision.flow.source_port = remapped(hash.wrapping_add(attempt.wrapping_mul(0x9e37_79b9)));
-        }
-        if is_free(tables, decision) {
+    let keeps = decision.flow.flags & (flow::MASQUERADED | flow::HOST) != flow::MASQUERADED;
+    let first = tables.passed_over().wrapping_add(u32::from(!keeps));
+    for attempt in first..first.wrapping_add(REMAP_TRIES) {
+        decision.flow.source_port = if attempt == 0 {
+            decision.key.source_port
+        } else {
+            port_at(maglev::scale(hash.wrapping_add(attempt.wrapping_mul(0x9e37_79b9)), PORTS))
+        };
+        if is_free(tables, decision, decision.flow.source_port) {
+            decision.step = Step::Done;
             return;
         }
     }
-    decision.set(Verdict::Drop, Reason::PortsExhausted);
-    decision.record = Record::Nothing;
+    decision.step = Step::Search;
 }
 
-/// A port outside the usual ephemeral range, so that it meets no port that the client picks itself:
-/// 1024-29999 or 61000-65535.
+/// The last step: walks all source ports there are. Without a free one the client is refused.
+pub fn search<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
+    let start = search_start::<F>(decision);
+    let mut ports = (0..PORTS).map(|index| searched(start, index));
+    let found = ports.find(|port| is_free(tables, decision, *port));
+    searched_for(found, decision);
+}
+
+/// Where the walk over all source ports begins.
 #[inline(always)]
-fn remapped(hash: u32) -> u16 {
-    const LOW: u32 = 29_999 - 1_024 + 1;
-    const HIGH: u32 = 65_535 - 61_000 + 1;
-    let pick = maglev::scale(hash, LOW + HIGH);
-    if pick < LOW {
-        pick.wrapping_add(1_024) as u16
+pub fn search_start<F: Family>(decision: &Decision<F>) -> u32 {
+    maglev::scale(maglev::hash::<F>(&decision.key), PORTS)
+}
+
+/// The port that is tried in the walk's step `index`, below [`PORTS`].
+#[inline(always)]
+pub fn searched(start: u32, index: u32) -> u16 {
+    let at = start.wrapping_add(index);
+    port_at(if at < PORTS { at } else { at.wrapping_sub(PORTS) })
+}
+
+/// Ends the walk.
+#[inline(always)]
+pub fn searched_for<F: Family>(found: Option<u16>, decision: &mut Decision<F>) {
+    decision.step = Step::Done;
+    if let Some(port) = found {
+        decision.flow.source_port = port;
     } else {
-        pick.wrapping_sub(LOW).wrapping_add(61_000) as u16
+        // Told at once: a client that waits for nothing is worse off than one that can try elsewhere.
+        let verdict = if decision.record == Record::Nothing {
+            Verdict::Drop
+        } else if decision.key.protocol == protocol::TCP {
+            Verdict::Reset
+        } else {
+            Verdict::Unreachable
+        };
+        decision.set(verdict, Reason::PortsExhausted);
+        decision.record = Record::Nothing;
+        decision.affinity = false;
     }
 }
 
-/// Whether the reply tuple of a new flow is free for it.
+/// Source ports that are given to clients: outside the usual ephemeral range, so that they meet no port
+/// that a client or this host picks itself. 1024-29999 and 61000-65535.
+pub const PORTS: u32 = LOW + (65_535 - 61_000 + 1);
+const LOW: u32 = 29_999 - 1_024 + 1;
+
+/// The port of an index below [`PORTS`].
 #[inline(always)]
-fn is_free<F: Family, T: Tables<F>>(tables: &T, decision: &Decision<F>) -> bool {
+fn port_at(index: u32) -> u16 {
+    if index < LOW {
+        index.wrapping_add(1_024) as u16
+    } else {
+        index.wrapping_sub(LOW).wrapping_add(61_000) as u16
+    }
+}
+
+/// Whether the reply tuple of a new flow is free for it when it has this source port.
+#[inline(always)]
+pub fn is_free<F: Family, T: Tables<F>>(tables: &T, decision: &Decision<F>, source_port: u16) -> bool {
     let key = &decision.key;
-    let reply = partner_key::<F>(&decision.flow, key.protocol);
+    let mut reply = partner_key::<F>(&decision.flow, key.protocol);
+    reply.destination_port = source_port;
     let entry = match tables.flow(&reply) {
         Some(entry) => entry,
         None => match tables.embryonic(&reply) {
@@ -530,44 +698,47 @@ fn is_free<F: Family, T: Tables<F>>(tables: &T, decision: &Decision<F>) -> bool 
     }
 }
 
-/// A packet for a service port without backends.
+/// A packet that is to be answered: a reset for TCP, else ICMP port unreachable.
 #[inline(always)]
-fn reject<F: Family>(headers: &Headers<F>, decision: &mut Decision<F>) {
+fn reject<F: Family>(headers: &Headers<F>, reset: Reason, unreachable: Reason, decision: &mut Decision<F>) {
+    decision.affinity = false;
     if headers.tuple.protocol != protocol::TCP {
-        decision.set(Verdict::Unreachable, Reason::NoBackendUnreachable);
+        decision.set(Verdict::Unreachable, unreachable);
     } else if headers.tcp_flags & tcp::RST == 0 {
-        decision.set(Verdict::Reset, Reason::NoBackendReset);
+        decision.set(Verdict::Reset, reset);
     } else {
         // A reset is never answered (RFC 9293, 3.10.7.1).
         decision.set(Verdict::Drop, Reason::NoBackendDropped);
     }
 }
 
-/// A packet that goes to a backend's own address. True: its source port is to be claimed.
+/// A packet that goes to a backend's own address.
 #[inline(always)]
-fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) -> bool {
+fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) {
     let key = &headers.tuple;
-    let opens = if key.protocol == protocol::TCP {
+    let opens = if key.protocol != protocol::UDP {
         headers.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
     } else {
         // On other devices a packet may be met twice (a VLAN device on its parent): its own flow is no clash.
-        tables.inside()
+        policy::is_edge::<F, T>(tables)
     };
     if !opens {
-        return false;
+        return;
     }
     // Only a proven flow clashes: an unproven one may be this very packet's, met before by another program.
     // One that has ended clashes too: its entry still translates what the backend sends to this tuple. Where it
     // no longer keeps the tuple from others, the direct connection's own entry, which changes nothing, replaces it.
-    let Some(entry) = tables.flow(&key.reversed()) else { return false };
-    if entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::DIRECT) != flow::REPLY {
-        return false;
+    let Some(entry) = tables.flow(&key.reversed()) else { return };
+    if entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::DIRECT | flow::MASQUERADED)
+        != flow::REPLY
+    {
+        return;
     }
     decision.flow.seen = tables.now();
     decision.flow.flags = flow::DIRECT;
     decision.set(Verdict::Translate, Reason::DirectRemapped);
     decision.record = Record::Open;
-    true
+    decision.step = Step::Claim;
 }
 
 /// Whether a packet is what a client sends when a segment arrives for a connection that it does not know: a reset
@@ -676,16 +847,15 @@ fn guess<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) -> boo
         reserved: 0,
     };
     let Some(service) = tables.service(&frontend) else { return false };
-    let inside = tables.inside();
-    if service.kind == frontend::CLUSTER_IP && !inside {
+    let is_local = policy::is_local_pod(&decision.key.source, tables);
+    if service.kind == frontend::CLUSTER_IP && !is_local {
         // Where the guess is wrong, a client out there may have no way back to this address.
         return false;
     }
-    let class = class(service.kind, inside);
     let service_port = service.service_port;
-    let Some((id, backend)) = select::<F, T>(&decision.key, service_port, class, tables) else {
-        return false;
-    };
+    let class = policy::class(service.kind, is_local);
+    let Some(range) = tables.range(service_port, class) else { return false };
+    let Some((id, backend)) = select::by_tuple(&decision.key, range, tables) else { return false };
     if backend.address != decision.flow.destination || backend.port != decision.flow.destination_port {
         return false;
     }

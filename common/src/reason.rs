@@ -56,13 +56,13 @@ reasons! {
     NoBackendDropped = 9, "no_backend_dropped";
     /// An answer to the client was due but its rate is limited: dropped.
     RejectLimited = 10, "reject_limited";
-    /// A fragment for a service: passed untouched.
+    /// A fragment for a service whose datagram's first fragment was not seen: passed untouched.
     Fragment = 11, "fragment";
     /// The packet for a service ends before its transport header: passed untouched.
     Truncated = 12, "truncated";
     /// A length or offset in a packet for a service contradicts the packet: passed untouched.
     Malformed = 13, "malformed";
-    /// No source port was free for a flow that had to be remapped: dropped.
+    /// No source port was free for a flow that had to be remapped or masqueraded: the client is refused.
     PortsExhausted = 14, "ports_exhausted";
     /// Another flow took the tuple between question and answer: dropped, the client tries again.
     ClashRace = 15, "clash_race";
@@ -82,4 +82,12 @@ reasons! {
     SocketSend = 22, "socket_send";
     /// A TCP connect to a service without backends was refused at the socket (per call).
     SocketRefused = 23, "socket_refused";
+    /// The client is not in the service's source ranges: dropped.
+    SourceRange = 24, "source_range";
+    /// The traffic policy asks for a backend on this node, and there is none: dropped.
+    NoLocalBackend = 25, "no_local_backend";
+    /// A ClusterIP's port that its service does not define: answered with a TCP reset or ICMP port unreachable.
+    UndefinedPort = 26, "undefined_port";
+    /// An address of the cluster's Service ranges that no service has, on its way out of this node: dropped.
+    UnassignedAddress = 27, "unassigned_address";
 }

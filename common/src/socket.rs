@@ -4,16 +4,18 @@
 //! chosen by the socket's cookie: one socket stays with one backend as long as the service
 //! port's table does.
 
-use crate::abi::{self, Class, ServiceKey, frontend};
+use crate::abi::{self, Class, ServiceKey, Tuple, frontend, listing, masquerade};
 use crate::family::{Family, mix};
 use crate::maglev;
+use crate::path::find;
 use crate::tables::Tables;
 
 /// What to do with a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice<F: Family> {
-    /// The address is no frontend.
-    Stranger,
+    /// The call goes on as it is: the address is no frontend, or the decision needs what only packets tell (the client's
+    /// address) or do (drop without an answer).
+    Untouched,
     /// The service port has no backends.
     Refuse {
         /// Index into `ports`.
@@ -29,21 +31,48 @@ pub enum Choice<F: Family> {
 }
 
 /// Chooses the backend for a call of the socket with this cookie to this address.
+///
+/// Node ports are for processes of this host alone: a pod's call may mean another address of the same number.
 #[inline(always)]
-pub fn choose<F: Family, T: Tables<F>>(key: &ServiceKey<F::Address>, cookie: u64, tables: &T) -> Choice<F> {
-    if tables.listing(&key.address) & abi::listing::FRONTEND == 0 {
-        return Choice::Stranger;
+pub fn choose<F: Family, T: Tables<F>>(
+    key: &ServiceKey<F::Address>,
+    cookie: u64,
+    is_host: bool,
+    tables: &T,
+) -> Choice<F> {
+    let listed = tables.listing(&key.address);
+    let to_node_port = is_host && listed & listing::NODE_PORTS != 0 && tables.is_node_port(key.port);
+    if listed & listing::FRONTEND == 0 && !to_node_port {
+        return Choice::Untouched;
     }
-    let Some(service) = tables.service(key) else {
-        return Choice::Stranger;
+    let tuple = Tuple {
+        source: F::Address::default(),
+        destination: key.address,
+        source_port: 0,
+        destination_port: key.port,
+        protocol: key.protocol,
+        reserved: [0; 3],
     };
-    let service_port = service.service_port;
-    let class = if service.kind == frontend::CLUSTER_IP { Class::Internal } else { Class::ExternalInside };
+    let Some((service_port, kind)) = find(&tuple, to_node_port, tables) else {
+        return Choice::Untouched;
+    };
+    let (Some(port), Some(settings)) = (tables.port(service_port), tables.settings()) else {
+        return Choice::Untouched;
+    };
+    let is_cluster_ip = kind == frontend::CLUSTER_IP;
+    let masqueraded = !is_host
+        && (settings.masquerade == masquerade::ALL
+            || settings.masquerade == masquerade::KUBE_PROXY && !is_cluster_ip);
+    let restricted = kind == frontend::LOAD_BALANCER && port.flags & abi::policy::SOURCE_RANGES != 0;
+    if port.affinity_seconds != 0 || restricted || masqueraded {
+        return Choice::Untouched;
+    }
+    let class = if is_cluster_ip { Class::Internal } else { Class::ExternalInside };
     let Some(range) = tables.range(service_port, class) else {
-        return Choice::Stranger;
+        return Choice::Untouched;
     };
     if range.size() == 0 {
-        return Choice::Refuse { service_port };
+        return if range.drops() { Choice::Untouched } else { Choice::Refuse { service_port } };
     }
     let hash = mix(mix(cookie as u32) ^ (cookie >> 32) as u32 ^ u32::from(key.port));
     let hash = mix(hash ^ F::hash(&key.address));

@@ -1,6 +1,9 @@
 //! The questions that the packet's path may ask of the maps.
 
-use crate::abi::{Backend, Class, Flow, OriginKey, Origins, Range, Service, ServiceKey, Ticks, Tuple};
+use crate::abi::{
+    Affinity, AffinityKey, Backend, Class, Device, Flow, Networks, OriginKey, Origins, Range, Service,
+    ServiceKey, ServicePort, Settings, Ticks, Tuple,
+};
 use crate::family::Family;
 
 /// Read access to the maps of one address family.
@@ -15,22 +18,55 @@ pub trait Tables<F: Family> {
     fn embryonic(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>>;
     /// Where a frontend leads.
     fn service(&self, key: &ServiceKey<F::Address>) -> Option<&Service>;
+    /// A service port; its ranges may change while it is read, so ask [`Self::range`] for them.
+    fn port(&self, service_port: u32) -> Option<&ServicePort>;
     /// The slots of a service port for a class of clients.
     fn range(&self, service_port: u32, class: Class) -> Option<Range>;
     /// The backend id in a slot.
     fn slot(&self, slot: u32) -> Option<u32>;
     /// A backend.
     fn backend(&self, id: u32) -> Option<&Backend<F::Address>>;
+    /// Where a client of a service port has been.
+    fn affinity(&self, key: &AffinityKey<F::Address>) -> Option<&Affinity>;
+    /// Whether the source ranges of a service port hold an address.
+    fn in_source_ranges(&self, service_port: u32, address: &F::Address) -> bool;
+    /// Whether some service has this node port, of whatever protocol.
+    fn is_node_port(&self, port: u16) -> bool;
+    /// Whether node ports are served at an address.
+    fn serves_node_ports(&self, address: &F::Address) -> bool;
     /// The frontends that lead to an endpoint.
     fn origins(&self, key: &OriginKey<F::Address>) -> Option<&Origins<F::Address>>;
     /// Bits of [`crate::path::mark`].
     fn marks(&self) -> u32;
-    /// Whether the packet's device is an edge: its sender is a pod of this node.
-    fn inside(&self) -> bool;
+    /// What the agent has told.
+    fn settings(&self) -> Option<&Settings>;
+    /// Address ranges of the cluster.
+    fn networks(&self) -> Option<&Networks<F::Address>>;
+    /// A device that programs are attached to.
+    fn device(&self, ifindex: u32) -> Option<&Device>;
+    /// The device that the packet is met on.
+    fn here(&self) -> Option<&Device>;
+    /// Where packets to the backend and to the client of [`crate::path::Decision::flow`] leave; `None`: nobody has
+    /// asked the FIB so far, and the decision waits for that.
+    fn routes(&self) -> Option<Routes>;
+    /// How many source ports to pass over: those that a socket of this host was found to hold.
+    fn passed_over(&self) -> u32 {
+        0
+    }
     /// Whether the connections of the packet's sender are translated at the socket, so that they are direct on the wire.
     fn translated_at_socket(&self) -> bool {
         false
     }
     /// The time.
     fn now(&self) -> Ticks;
+}
+
+/// The devices by which packets leave this node, as the FIB has it; 0: none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Routes {
+    /// Towards the backend.
+    pub to_backend: u32,
+    /// Towards the client.
+    pub to_client: u32,
 }

@@ -2,6 +2,7 @@
 
 mod count;
 mod decide;
+mod fib;
 mod maps;
 mod record;
 mod sctp;

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sluice_common::abi;
 use tokio::sync::watch;
 
 use super::status::{DeviceStatus, SocketPathStatus};
@@ -209,16 +210,20 @@ impl Keeper {
         }
         for device in survey.devices.values() {
             let before = self.devices.get(&device.index);
-            let known = before.is_some_and(|before| before.device.entry == device.entry);
-            let healthy = before.is_some_and(|before| before.attached.errors.is_empty());
-            if known && healthy {
+            let told = before.is_some_and(|before| before.device.entry == device.entry);
+            let healthy = before.is_some_and(|before| {
+                before.attached.errors.is_empty() && link(&before.device) == link(device)
+            });
+            // The programs read the entry from their first packet on.
+            if !(told && healthy) {
+                self.hooks.tell_device(device.index, &device.entry)?;
+            }
+            if healthy {
                 if let Some(kept) = self.devices.get_mut(&device.index) {
                     kept.device = device.clone();
                 }
                 continue;
             }
-            // The programs read the entry from their first packet on.
-            self.hooks.tell_device(device.index, &device.entry)?;
             let attached = self.hooks.attach(&target(device));
             if before.is_none_or(|before| before.device.role != device.role) {
                 let hooks: Vec<&str> = attached.hooks.iter().map(|how| how.word()).collect();
@@ -232,6 +237,16 @@ impl Keeper {
             let _ = self.devices.insert(device.index, KeptDevice { device: device.clone(), attached });
         }
         Ok(())
+    }
+}
+
+/// What of an entry decides about hooks: the rest is only told to the programs.
+fn link(device: &Device) -> abi::Device {
+    abi::Device {
+        masquerade_v4: abi::Ipv4Address::default(),
+        masquerade_v6: abi::Ipv6Address::default(),
+        flags: 0,
+        ..device.entry
     }
 }
 

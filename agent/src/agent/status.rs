@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
+use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -29,6 +30,12 @@ pub fn state_dir(pin_path: &Path) -> PathBuf {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
     });
     Path::new(STATE).join(format!("{hash:016x}"))
+}
+
+/// The record of reserved ports in a state directory (see [`super::ports`]).
+#[must_use]
+pub fn reserved_ports(path: &Path) -> PathBuf {
+    path.join("reserved-ports")
 }
 
 /// A time as seconds since 1970.
@@ -60,12 +67,18 @@ pub struct Status {
     pub devices: Vec<DeviceStatus>,
     /// The socket path.
     pub socket_path: SocketPathStatus,
+    /// What was decided about traffic, and which addresses that means.
+    #[serde(default)]
+    pub policy: PolicyStatus,
     /// What is wrong with objects.
     pub reports: Vec<ReportStatus>,
     /// The last change of the maps.
     pub last_sync: Option<SyncStatus>,
     /// Writes that failed and are tried again, for people.
     pub failing: Option<String>,
+    /// What else fails and is tried again.
+    #[serde(default)]
+    pub problems: Vec<String>,
 }
 
 /// A source of objects.
@@ -120,6 +133,23 @@ pub struct SocketPathStatus {
     pub cgroup: Option<PathBuf>,
     /// What failed and is tried again.
     pub problem: Option<String>,
+}
+
+/// What was decided about traffic, and which addresses that means.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyStatus {
+    /// `needed`, `kube-proxy` or `all`.
+    pub masquerade: String,
+    /// How a client is known to be a local pod, as the flag has it.
+    pub detect_local: String,
+    /// Where node ports are served, as the flag has it.
+    pub nodeport_addresses: String,
+    /// The node's addresses that this means.
+    pub serving: Vec<IpAddr>,
+    /// The node's primary addresses, as which clients are shown where a device has none of its own.
+    pub primary: Vec<IpAddr>,
+    /// Addresses that are left to whoever has them on a device.
+    pub left_alone: Vec<IpAddr>,
 }
 
 /// Something wrong with an object.

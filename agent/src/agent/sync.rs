@@ -5,15 +5,17 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use sluice_common::abi::backend;
+use sluice_common::abi::{backend, frontend};
 use sluice_common::{V4, V6};
 use tokio::time::Instant;
 
 use super::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
-use crate::dataplane::Kernel;
+use crate::conntrack::UdpFrontends;
+use crate::dataplane::{Kernel, Maps};
 use crate::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
+use crate::model::object::ObjectName;
 use crate::model::report::Level;
-use crate::model::{Event, Model, SourceId};
+use crate::model::{Event, HealthCheck, Model, SourceId};
 use crate::plan::Plan;
 
 /// Waiting times between tries of writes that failed: doubled from the first to the last.
@@ -27,10 +29,11 @@ pub(super) struct Sync {
     model: Model,
     plan: Plan,
     reconciler: Reconciler<Kernel>,
-    node_addresses: Option<BTreeSet<IpAddr>>,
+    node_addresses: Option<BTreeMap<IpAddr, bool>>,
     vips: Vips,
     /// Whether the maps hold an image.
     filled: bool,
+    udp_changed: bool,
     failures: u32,
     failing: Option<String>,
     retry_at: Option<Instant>,
@@ -52,6 +55,7 @@ impl Sync {
             node_addresses: None,
             vips,
             filled,
+            udp_changed: false,
             failures: 0,
             failing: None,
             retry_at: None,
@@ -65,15 +69,17 @@ impl Sync {
         self.model.apply(event, SystemTime::now());
     }
 
-    /// Takes in the addresses of the node's devices.
-    pub(super) fn set_node_addresses(&mut self, addresses: BTreeSet<IpAddr>) {
-        if self.node_addresses.as_ref() == Some(&addresses) {
+    /// Takes in the node's own addresses and which of them serve node ports, and the VIPs that are left alone.
+    pub(super) fn set_node(&mut self, addresses: &BTreeMap<IpAddr, bool>, left: &BTreeSet<IpAddr>) {
+        self.model.set_left(left.clone());
+        if self.node_addresses.as_ref() == Some(addresses) {
             return;
         }
-        self.model.set_interfaces(addresses.clone());
+        self.model.set_interfaces(addresses.keys().copied().collect());
         let writes = self.plan.set_node_addresses(addresses.clone());
         self.push(writes);
-        self.node_addresses = Some(addresses);
+        self.udp_changed = true;
+        self.node_addresses = Some(addresses.clone());
     }
 
     /// Plans what has changed and carries it out.
@@ -82,6 +88,7 @@ impl Sync {
         // Which backends are local depends on the node's addresses: they come first.
         let batch = if self.node_addresses.is_some() { self.model.take(SystemTime::now()) } else { None };
         if let Some(batch) = &batch {
+            self.udp_changed = true;
             let update = self.plan.update(batch);
             for (service, notes) in update.notes {
                 self.model.set_plan_notes(&service, notes, SystemTime::now());
@@ -140,6 +147,11 @@ impl Sync {
         self.reconciler.push(writes);
     }
 
+    /// The maps.
+    pub(super) fn maps(&self) -> &Maps {
+        self.reconciler.dataplane.maps()
+    }
+
     /// When failed writes are to be tried again.
     pub(super) fn retry_at(&self) -> Option<Instant> {
         self.retry_at
@@ -165,11 +177,39 @@ impl Sync {
         self.model.awaited().clone()
     }
 
+    /// The health checks that Services ask for.
+    pub(super) fn health_checks(&self) -> &BTreeMap<ObjectName, HealthCheck> {
+        self.model.health_checks()
+    }
+
+    /// Where the kernel's connection tracking may let UDP flows lead, if Services or the node have changed since the last call.
+    pub(super) fn take_udp_frontends(&mut self) -> Option<UdpFrontends> {
+        std::mem::take(&mut self.udp_changed).then(|| self.udp_frontends())
+    }
+
+    fn udp_frontends(&self) -> UdpFrontends {
+        let mut found = UdpFrontends {
+            node_addresses: self.node_addresses.iter().flatten().map(|(address, _)| *address).collect(),
+            ..UdpFrontends::default()
+        };
+        for port in self.model.udp_ports().values() {
+            for (vip, number) in &port.frontends {
+                let serving = if vip.is_unspecified() {
+                    found.node_ports.entry(*number).or_default()
+                } else {
+                    found.vips.entry((*vip, *number)).or_default()
+                };
+                serving.extend(&port.endpoints);
+            }
+        }
+        found
+    }
+
     /// How much the maps are to hold.
     pub(super) fn counts(&self) -> Counts {
         let image = self.plan.image();
         Counts {
-            frontends: image.v4.services.len() + image.v6.services.len(),
+            frontends: frontends::<V4>(image) + frontends::<V6>(image),
             service_ports: image.names.len(),
             backends: serving::<V4>(image) + serving::<V6>(image),
         }
@@ -226,6 +266,10 @@ impl Sync {
     }
 }
 
+fn frontends<F: Stack>(image: &Image) -> usize {
+    F::of(image).services.values().filter(|service| service.kind != frontend::ADDRESS).count()
+}
+
 fn serving<F: Stack>(image: &Image) -> usize {
     F::of(image).backends.values().filter(|found| found.flags & backend::SERVING != 0).count()
 }
@@ -262,6 +306,10 @@ impl Vips {
     }
 
     fn add(&mut self, vip: IpAddr) {
+        // A node port's: nothing leads there.
+        if vip.is_unspecified() {
+            return;
+        }
         let uses = self.uses.entry(vip).or_default();
         *uses += 1;
         self.changed |= *uses == 1;

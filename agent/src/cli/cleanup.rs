@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 
-use crate::agent::status;
+use crate::agent::{ports, status};
 use crate::dataplane::{Pins, cleanup};
 use crate::devices::OWN;
 use crate::devices::own::OwnRoutes;
@@ -28,6 +28,8 @@ pub(super) async fn run(pin_path: &Path, state_dir: &Path, force: bool) -> anyho
     if own.remove().await.with_context(|| format!("cannot remove the device {OWN}"))? {
         done.push(format!("removed the device {OWN} and its routes"));
     }
+    let released = ports::release(Path::new(ports::SYSCTLS), &status::reserved_ports(state_dir))?;
+    done.extend(released.map(|ports| format!("took ports {ports} out of net.ipv4.ip_local_reserved_ports")));
     status::remove(state_dir).with_context(|| format!("cannot remove {}", state_dir.display()))?;
     if done.is_empty() {
         done.push(format!(

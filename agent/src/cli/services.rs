@@ -55,7 +55,7 @@ pub(super) fn run(pin_path: &Path, namespace: Option<&str>, format: Format) -> a
         rows.push(Row {
             name,
             id: *id,
-            vips: vips.iter().map(|(vip, _)| vip.to_string()).collect(),
+            vips: vips.iter().map(|(vip, _)| vip.clone()).collect(),
             kinds: kinds.into_iter().collect(),
             backends: slots.iter().collect::<BTreeSet<_>>().len(),
             slots: slots.len(),

@@ -1,6 +1,7 @@
 //! `sluice status`: how the node is, from the agent's last word and from the maps themselves.
 
 use std::fmt::Write as _;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -160,12 +161,30 @@ fn text(overview: &Overview, now: u64) -> String {
         let problem = path.problem.as_ref().map_or(String::new(), |problem| format!(": {problem}"));
         line("Sockets", format!("{}{cgroup}{problem}", path.mode));
     }
+    if let Some(policy) = last.map(|status| &status.policy).filter(|policy| !policy.masquerade.is_empty()) {
+        let words =
+            |addresses: &[IpAddr]| addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let shown = if policy.primary.is_empty() { "nothing".to_owned() } else { words(&policy.primary) };
+        line(
+            "Masquerade",
+            format!("{}, as {shown} where a device has no address of its own", policy.masquerade),
+        );
+        line("Local pods", policy.detect_local.clone());
+        let serving = if policy.serving.is_empty() { "nowhere".to_owned() } else { words(&policy.serving) };
+        line("Node ports", format!("{}: {serving}", policy.nodeport_addresses));
+        if !policy.left_alone.is_empty() {
+            line("Left alone", words(&policy.left_alone));
+        }
+    }
     if let Some(sync) = last.and_then(|status| status.last_sync) {
         let (ago, took) = (age(now.saturating_sub(sync.at)), Duration::from_micros(sync.took_us));
         line("Last sync", format!("{ago} ago, {} writes in {took:.1?}", sync.writes));
     }
     if let Some(failing) = last.and_then(|status| status.failing.as_ref()) {
         line("Failing", failing.clone());
+    }
+    for problem in last.iter().flat_map(|status| &status.problems) {
+        line("Problem", problem.clone());
     }
     let Counts { frontends, service_ports, backends } = overview.counts;
     line("Holds", format!("{frontends} frontends, {service_ports} service ports, {backends} backends"));

@@ -1,12 +1,14 @@
 //! The live maps, joined for people: whose is a service port, where is a frontend, what was counted.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::{Context, bail};
 use serde::Serialize;
-use sluice_common::abi::{Backend, BackendCounters, COUNTER_V6, Name, Range, ServiceKey, backend, frontend};
+use sluice_common::abi::{
+    Backend, BackendCounters, COUNTER_V6, Name, Range, Service, ServiceKey, backend, frontend,
+};
 use sluice_common::{V4, V6};
 
 use crate::dataplane::{Access, Error, Kernel, Maps, Pins};
@@ -138,18 +140,23 @@ impl View {
         self.image.names.get(&service_port).map(PortName::from)
     }
 
-    /// Service-port id -> its VIPs and their kinds.
+    /// Service-port id -> its VIPs and their kinds. A node port stands for itself, at any address.
     #[must_use]
-    pub(super) fn vips(&self) -> BTreeMap<u32, Vec<(IpAddr, u32)>> {
-        let mut vips: BTreeMap<u32, Vec<(IpAddr, u32)>> = BTreeMap::new();
+    pub(super) fn vips(&self) -> BTreeMap<u32, Vec<(String, u32)>> {
+        let mut vips: BTreeMap<u32, Vec<(String, u32)>> = BTreeMap::new();
         self.add_vips::<V4>(&mut vips);
         self.add_vips::<V6>(&mut vips);
         vips
     }
 
-    fn add_vips<F: Stack>(&self, vips: &mut BTreeMap<u32, Vec<(IpAddr, u32)>>) {
-        for (ServiceKey { address, .. }, service) in &F::of(&self.image).services {
-            vips.entry(service.service_port).or_default().push((F::ip(*address), service.kind));
+    fn add_vips<F: Stack>(&self, vips: &mut BTreeMap<u32, Vec<(String, u32)>>) {
+        for (ServiceKey { address, port, .. }, Service { service_port, kind }) in &F::of(&self.image).services
+        {
+            let vip = match *kind {
+                frontend::NODE_PORT => format!("*:{port}"),
+                _ => F::ip(*address).to_string(),
+            };
+            vips.entry(*service_port).or_default().push((vip, *kind));
         }
     }
 
@@ -188,6 +195,8 @@ pub(super) fn kind(number: u32) -> &'static str {
     match number {
         frontend::CLUSTER_IP => "ClusterIP",
         frontend::LOAD_BALANCER => "LoadBalancer",
+        frontend::EXTERNAL_IP => "ExternalIP",
+        frontend::NODE_PORT => "NodePort",
         _ => "?",
     }
 }

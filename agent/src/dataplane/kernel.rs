@@ -4,14 +4,16 @@ use std::io;
 use std::mem::offset_of;
 use std::time::Duration;
 
-use sluice_common::abi::{ADDRESS_WORDS, Backend, Range, SLOTS_PER_BLOCK, ServicePort};
+use sluice_common::abi::{ADDRESS_WORDS, Backend, Range, SLOTS_PER_BLOCK, ServicePort, SourceRange};
 use sluice_common::{Family, V4, V6};
 
 use super::bpf::Array;
 use super::error::Error;
-use super::maps::Maps;
+use super::maps::{Maps, TrieKey};
 use super::read::{FlowEntry, flows};
-use crate::image::{ApplyError, Dataplane, FamilyImage, FamilyWrite, Image, ReadError, Stack, Write};
+use crate::image::{
+    ApplyError, Dataplane, FamilyImage, FamilyWrite, Image, PERMITTED, ReadError, SourceKey, Stack, Write,
+};
 
 /// The maps that the kernel programs use.
 #[derive(Debug)]
@@ -43,6 +45,8 @@ macro_rules! kernel_stack {
                 let services = concat!("services_", $suffix);
                 let origins = concat!("origins_", $suffix);
                 let backends = concat!("backends_", $suffix);
+                let sources = concat!("source_ranges_", $suffix);
+                let nodes = concat!("node_addresses_", $suffix);
                 let run = writes.clone();
                 let Some(first) = writes.next() else { return Ok(0) };
                 match first {
@@ -86,6 +90,36 @@ macro_rules! kernel_stack {
                         maps.origins.remove_many(&run).map_err(|e| Error::map("write", origins, e))?;
                         Ok(run.len())
                     }
+                    FamilyWrite::SourceInsert { .. } => {
+                        let run: Vec<_> = run
+                            .map_while(|write| {
+                                let FamilyWrite::SourceInsert { key } = write else { return None };
+                                Some((trie_key(key), PERMITTED))
+                            })
+                            .collect();
+                        maps.source_ranges.insert_many(&run).map_err(|e| Error::map("write", sources, e))?;
+                        Ok(run.len())
+                    }
+                    FamilyWrite::SourceRemove { .. } => {
+                        let run: Vec<_> = run
+                            .map_while(|write| {
+                                let FamilyWrite::SourceRemove { key } = write else { return None };
+                                Some(trie_key(key))
+                            })
+                            .collect();
+                        maps.source_ranges.remove_many(&run).map_err(|e| Error::map("write", sources, e))?;
+                        Ok(run.len())
+                    }
+                    FamilyWrite::NodeInsert { address, node } => maps
+                        .node_addresses
+                        .insert(address, node)
+                        .map_err(|e| Error::map("write", nodes, e))
+                        .map(|()| 1),
+                    FamilyWrite::NodeRemove { address } => maps
+                        .node_addresses
+                        .remove(address)
+                        .map_err(|e| Error::map("write", nodes, e))
+                        .map(|()| 1),
                     FamilyWrite::Backend { id, backend } => {
                         stored(backends, *id, maps.backends.set(*id, backend)).map(|()| 1)
                     }
@@ -113,6 +147,14 @@ macro_rules! kernel_stack {
                     .origins
                     .entries()
                     .map_err(|e| Error::map("read", concat!("origins_", $suffix), e))?;
+                let source_ranges = maps
+                    .source_ranges
+                    .entries()
+                    .map_err(|e| Error::map("read", concat!("source_ranges_", $suffix), e))?;
+                let node_addresses = maps
+                    .node_addresses
+                    .entries()
+                    .map_err(|e| Error::map("read", concat!("node_addresses_", $suffix), e))?;
                 let backends = (1..maps.backends.len())
                     .filter_map(|id| Some((id, maps.backends.get(id)?)))
                     .filter(|(_, backend)| backend.generation != 0);
@@ -120,6 +162,11 @@ macro_rules! kernel_stack {
                     services: services.into_iter().collect(),
                     backends: backends.collect(),
                     origins: origins.into_iter().collect(),
+                    source_ranges: source_ranges
+                        .into_iter()
+                        .map(|(key, value)| (source_key(&key), value))
+                        .collect(),
+                    node_addresses: node_addresses.into_iter().collect(),
                 })
             }
         }
@@ -128,6 +175,22 @@ macro_rules! kernel_stack {
 
 kernel_stack!(V4, v4, "v4");
 kernel_stack!(V6, v6, "v6");
+
+/// The bits of a trie's key that are the service port's: a service port shares no range with another.
+const PORT_BITS: u32 = u32::BITS;
+
+fn trie_key<A: Copy>(key: &SourceKey<A>) -> TrieKey<A> {
+    let range = SourceRange { service_port: key.service_port.to_be_bytes(), address: key.network };
+    TrieKey { length: PORT_BITS + u32::from(key.length), range }
+}
+
+fn source_key<A: Copy>(key: &TrieKey<A>) -> SourceKey<A> {
+    SourceKey {
+        service_port: u32::from_be_bytes(key.range.service_port),
+        length: u8::try_from(key.length.saturating_sub(PORT_BITS)).unwrap_or(u8::MAX),
+        network: key.range.address,
+    }
+}
 
 /// Turns a refused store into an error: the index lies outside the array.
 fn stored(map: &str, index: u32, done: bool) -> Result<(), Error> {
@@ -183,6 +246,9 @@ impl Kernel {
                 .map_err(|error| Error::map("write", "names", error))
                 .map(|()| 1),
             Write::Slots { start, backends } => self.store_slots(*start, backends).map(|()| 1),
+            Write::NodePorts { word, bits } => {
+                stored("node_ports", *word, maps.node_ports.set_u64(*word, 0, *bits)).map(|()| 1)
+            }
             Write::Listing { lane, bits } => self.store_lane(*lane, *bits).map(|()| 1),
             Write::Port { service_port, affinity_seconds, flags } => {
                 let ports = &maps.ports;
@@ -241,6 +307,9 @@ impl Kernel {
             let _ = image.ports.insert(service_port, port);
             let _ = image.names.insert(service_port, name);
         }
+        let node_ports =
+            (0..self.maps.node_ports.len()).filter_map(|word| Some((word, self.maps.node_ports.get(word)?)));
+        image.node_ports.extend(node_ports.filter(|(_, bits)| *bits != 0));
         for word in 0..ADDRESS_WORDS {
             let bits = self.maps.addresses.get(word).unwrap_or_default();
             if bits != 0 {

@@ -5,14 +5,31 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, BackendCounters, Device, Flow, Name, Networks, NodeAddress, OriginKey,
-    Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, Service, ServiceKey, ServicePort, Settings,
-    SlotBlock, SocketKey, SocketPeer, Tuple,
+    Affinity, AffinityKey, Backend, BackendCounters, Device, Flow, Ipv4Address, Ipv6Address, Name, Networks,
+    NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, Service, ServiceKey,
+    ServicePort, Settings, SlotBlock, SocketKey, SocketPeer, SourceRange, Tuple,
 };
 use sluice_common::{Family, V4, V6};
 
 use super::bpf::{self, Array, Table};
 use super::error::Error;
+
+/// A key of a source-range trie as bpf(2) takes it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct TrieKey<A: Copy> {
+    /// How many bits of the range count.
+    pub(crate) length: u32,
+    /// The range.
+    pub(crate) range: SourceRange<A>,
+}
+
+const _: () = assert!(size_of::<TrieKey<Ipv4Address>>() == 4 + size_of::<SourceRange<Ipv4Address>>());
+const _: () = assert!(size_of::<TrieKey<Ipv6Address>>() == 4 + size_of::<SourceRange<Ipv6Address>>());
+// SAFETY: plain integers without padding (asserted above): any bytes are a value.
+unsafe impl aya::Pod for TrieKey<Ipv4Address> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for TrieKey<Ipv6Address> {}
 
 /// Whether the mappings may be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +50,7 @@ pub struct FamilyMaps<F: Family> {
     pub(crate) embryonic: Table<Tuple<F::Address>, Flow<F::Address>>,
     pub(crate) sockets: Table<SocketKey<F::Address>, SocketPeer<F::Address>>,
     pub(crate) affinity: Table<AffinityKey<F::Address>, Affinity>,
+    pub(crate) source_ranges: Table<TrieKey<F::Address>, u32>,
     pub(crate) node_addresses: Table<F::Address, NodeAddress>,
     pub(crate) networks: Table<u32, Networks<F::Address>>,
 }
@@ -46,6 +64,7 @@ pub struct Maps {
     pub(crate) ports: Array<ServicePort>,
     pub(crate) slots: Array<SlotBlock>,
     pub(crate) addresses: Array<u64>,
+    pub(crate) node_ports: Array<u64>,
     pub(crate) devices: Table<u32, Device>,
     pub(crate) names: Table<u32, Name>,
     pub(crate) backend_counts: Table<u32, BackendCounters>,
@@ -79,6 +98,7 @@ macro_rules! family {
                 embryonic: table(folder, concat!("embryonic_", $suffix))?,
                 sockets: table(folder, concat!("sockets_", $suffix))?,
                 affinity: table(folder, concat!("affinity_", $suffix))?,
+                source_ranges: table(folder, concat!("source_ranges_", $suffix))?,
                 node_addresses: table(folder, concat!("node_addresses_", $suffix))?,
                 networks: table(folder, concat!("networks_", $suffix))?,
             })
@@ -103,6 +123,7 @@ impl Maps {
             ports: array(folder, "ports", access)?,
             slots: array(folder, "slots", access)?,
             addresses: array(folder, "addresses", access)?,
+            node_ports: array(folder, "node_ports", access)?,
             devices: table(folder, "devices")?,
             names: table(folder, "names")?,
             backend_counts: table(folder, "backend_counts")?,

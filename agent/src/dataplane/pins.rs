@@ -26,7 +26,7 @@ use super::object::{Spec, difference};
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 
 /// Maps that only make sense together: what the plan writes.
-const PLANNED: [&str; 10] = [
+const PLANNED: [&str; 15] = [
     "services_v4",
     "services_v6",
     "ports",
@@ -37,6 +37,11 @@ const PLANNED: [&str; 10] = [
     "origins_v6",
     "addresses",
     "names",
+    "source_ranges_v4",
+    "source_ranges_v6",
+    "node_addresses_v4",
+    "node_addresses_v6",
+    "node_ports",
 ];
 
 /// The folders under a pin path.

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use sluice_common::abi::{
-    self, BackendCounters, Flow, ReasonCounters, ReasonKey, SLOTS_PER_BLOCK, Settings, Tuple,
+    self, BackendCounters, Flow, Ipv4Address, Ipv6Address, Networks, ReasonCounters, ReasonKey,
+    SLOTS_PER_BLOCK, Settings, Tuple,
 };
 
 use super::bpf::Table;
@@ -102,15 +103,43 @@ impl Maps {
         self.settings.insert(&0, settings).map_err(|cause| Error::map("write", "settings", cause))
     }
 
+    /// The cluster's networks, as every program was told.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn read_networks(&self) -> Result<(Networks<Ipv4Address>, Networks<Ipv6Address>), Error> {
+        let v4 = read("networks_v4", self.v4.networks.get(&0))?;
+        let v6 = read("networks_v6", self.v6.networks.get(&0))?;
+        Ok((v4.unwrap_or_default(), v6.unwrap_or_default()))
+    }
+
+    /// Tells every program the cluster's networks.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written.
+    pub fn write_networks(
+        &self,
+        v4: &Networks<Ipv4Address>,
+        v6: &Networks<Ipv6Address>,
+    ) -> Result<(), Error> {
+        self.v4.networks.insert(&0, v4).map_err(|cause| Error::map("write", "networks_v4", cause))?;
+        self.v6.networks.insert(&0, v6).map_err(|cause| Error::map("write", "networks_v6", cause))
+    }
+
     /// How much the plan may put into the maps.
     #[must_use]
     pub fn sizes(&self) -> Sizes {
-        let services = self.v4.services.max_entries().min(self.v6.services.max_entries());
+        // As in `Sizes::default`: room for what comes before what goes.
+        let left = |v4: u32, v6: u32| v4.min(v6) - v4.min(v6) / 16;
         Sizes {
             ports: self.ports.len(),
             backends: self.v4.backends.len().min(self.v6.backends.len()),
-            services: services - services / 16,
+            services: left(self.v4.services.max_entries(), self.v6.services.max_entries()),
             slot_blocks: self.slots.len(),
+            source_ranges: left(self.v4.source_ranges.max_entries(), self.v6.source_ranges.max_entries()),
+            node_addresses: left(self.v4.node_addresses.max_entries(), self.v6.node_addresses.max_entries()),
             ..Sizes::default()
         }
     }
@@ -132,6 +161,20 @@ impl Maps {
             Fill { map: "slots", entries: blocks, max: u64::from(self.slots.len()) },
             of_image("backends_v4", image.v4.backends.len(), self.v4.backends.len() - 1),
             of_image("backends_v6", image.v6.backends.len(), self.v6.backends.len() - 1),
+            of_image("source_ranges_v4", image.v4.source_ranges.len(), self.v4.source_ranges.max_entries()),
+            of_image("source_ranges_v6", image.v6.source_ranges.len(), self.v6.source_ranges.max_entries()),
+            of_image(
+                "node_addresses_v4",
+                image.v4.node_addresses.len(),
+                self.v4.node_addresses.max_entries(),
+            ),
+            of_image(
+                "node_addresses_v6",
+                image.v6.node_addresses.len(),
+                self.v6.node_addresses.max_entries(),
+            ),
+            counted("affinity_v4", &self.v4.affinity)?,
+            counted("affinity_v6", &self.v6.affinity)?,
             counted("flows_v4", &self.v4.flows)?,
             counted("flows_v6", &self.v6.flows)?,
             counted("embryonic_v4", &self.v4.embryonic)?,

@@ -4,6 +4,9 @@
 //! and kernel sockets) needs a route before any device can translate the packet. The device is a
 //! dummy, or an ifb where the kernel has no dummies: neither asks for neighbours, both drop what they are
 //! to send. Its egress program translates and redirects before that.
+//!
+//! It is also where packets of masqueraded clients enter the stack that are too big for the way to the
+//! backend and may be fragmented, which no program can do: it alone accepts the node's own addresses as sources.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -130,6 +133,21 @@ impl OwnRoutes {
         Ok(())
     }
 
+    /// Makes the own device, and has it accept packets from the node's own addresses; its ifindex.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses the device or the setting.
+    pub async fn prepare(&self) -> io::Result<u32> {
+        let device = self.create().await?;
+        for (setting, value) in [("accept_local", "1"), ("rp_filter", "0")] {
+            let path = format!("/proc/sys/net/ipv4/conf/{OWN}/{setting}");
+            std::fs::write(&path, value)
+                .map_err(|error| io::Error::new(error.kind(), format!("cannot set {path}: {error}")))?;
+        }
+        Ok(device)
+    }
+
     /// The own device, made and up.
     async fn create(&self) -> io::Result<u32> {
         if self.device().await.is_none() {
@@ -142,7 +160,7 @@ impl OwnRoutes {
                     ))
                 })?;
             }
-            tracing::info!(device = OWN, "made the device for VIPs that no route leads to");
+            tracing::info!(device = OWN, "made our own device");
         }
         let device = self.device().await.ok_or_else(|| io::Error::other("the device vanished"))?;
         let up = LinkUnspec::new_with_index(device).up().build();

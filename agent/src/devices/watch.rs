@@ -13,14 +13,13 @@ use std::time::Duration;
 use futures::{StreamExt, TryStreamExt};
 use rtnetlink::packet_core::NetlinkPayload;
 use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteType};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection};
 use tokio::sync::watch;
 
-use super::pattern::Patterns;
-use super::{Facts, Link, Role, Survey, survey};
+use super::{Facts, Link, LinkAddress, Role, Rules, Survey, survey};
 
 /// How long further events are gathered before netlink is asked.
 const GATHER: Duration = Duration::from_millis(2);
@@ -60,12 +59,12 @@ impl Changed {
     }
 }
 
-/// Watches the devices of the current network namespace until the receivers are gone.
+/// Watches the devices of the current network namespace until the receivers, or who gives the rules, are gone.
 ///
 /// # Errors
 ///
 /// When netlink cannot be used.
-pub async fn watch(patterns: Patterns, sender: watch::Sender<Watched>) -> io::Result<()> {
+pub async fn watch(mut rules: watch::Receiver<Rules>, sender: watch::Sender<Watched>) -> io::Result<()> {
     let (connection, handle, _messages) = new_connection()?;
     let _requests = tokio::spawn(connection);
     let (connection, _, mut events) = new_multicast_connection(&[
@@ -92,7 +91,7 @@ pub async fn watch(patterns: Patterns, sender: watch::Sender<Watched>) -> io::Re
             default_routes = Some(facts.default_routes.clone());
             changed.routes = true;
         }
-        let found = survey(&facts, &patterns, &sender.borrow().survey);
+        let found = survey(&facts, &rules.borrow_and_update(), &sender.borrow().survey);
         changed.routes |= has_own(&found) != has_own(&sender.borrow().survey);
         let _ = sender.send_if_modified(|watched| {
             let before = watched.clone();
@@ -102,10 +101,13 @@ pub async fn watch(patterns: Patterns, sender: watch::Sender<Watched>) -> io::Re
             *watched != before
         });
         changed = Changed::default();
-        match tokio::time::timeout(RESYNC, events.next()).await {
-            Ok(Some((message, _))) => changed.note(&message.payload),
-            Ok(None) => return Err(io::Error::other("the netlink socket was closed")),
-            Err(_) => default_routes = None,
+        tokio::select! {
+            event = events.next() => match event {
+                Some((message, _)) => changed.note(&message.payload),
+                None => return Err(io::Error::other("the netlink socket was closed")),
+            },
+            ruled = rules.changed() => if ruled.is_err() { return Ok(()) },
+            () = tokio::time::sleep(RESYNC) => default_routes = None,
         }
         tokio::time::sleep(GATHER).await;
         while let Ok((message, _)) = events.try_recv() {
@@ -129,19 +131,32 @@ async fn ask(handle: &Handle, default_routes: BTreeSet<u32>) -> Result<Facts, rt
     }
     let mut addresses = handle.address().get().execute();
     while let Some(message) = addresses.try_next().await? {
-        // On a link with a peer, "local" is ours and "address" the peer's.
-        let mut local = None;
-        let mut address = None;
-        for attribute in &message.attributes {
-            match attribute {
-                AddressAttribute::Local(found) => local = Some(*found),
-                AddressAttribute::Address(found) => address = Some(*found),
-                _ => {}
-            }
-        }
-        facts.addresses.entry(message.header.index).or_default().extend(local.or(address));
+        facts.addresses.entry(message.header.index).or_default().extend(address(&message));
     }
     Ok(facts)
+}
+
+/// Reads what we need of an address.
+fn address(message: &AddressMessage) -> Option<LinkAddress> {
+    // On a link with a peer, "local" is ours and "address" the peer's.
+    let mut local = None;
+    let mut address = None;
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(found) => local = Some(*found),
+            AddressAttribute::Address(found) => address = Some(*found),
+            _ => {}
+        }
+    }
+    let has = |flags| message.header.flags.intersects(flags);
+    Some(LinkAddress {
+        address: local.or(address)?,
+        prefix: message.header.prefix_len,
+        scope: message.header.scope.into(),
+        secondary: has(AddressHeaderFlags::Secondary),
+        deprecated: has(AddressHeaderFlags::Deprecated),
+        unusable: has(AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed),
+    })
 }
 
 /// Reads what we need of a link.

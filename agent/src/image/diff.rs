@@ -4,18 +4,23 @@
 //! nothing refers to any more is cleared:
 //!
 //! ```text
-//! listing bits, backends, names, slots, origins   (make)
-//! ranges flip to other slots
+//! listing bits, node addresses, node port bits    (make)
+//! backends, names, sources let in, slots, origins
+//! policies that restrict who is let in
+//! ranges flip to other slots, those of new service ports also to none
 //! frontends appear
 //! frontends disappear                             (break)
 //! ranges flip to empty
+//! policies are as they shall be
 //! backends that left stop serving
 //! grace
-//! slots, backends, names, listing bits are cleared
+//! slots, backends, names, sources, node port bits and addresses, listing bits are cleared
 //! ```
 //!
 //! So after every step each frontend leads to a service port, each range's slots name
-//! backends of that service port, and each of their addresses is listed.
+//! backends of that service port, and each of their addresses is listed. Sources are let in before those that are
+//! not are kept out, and kept out for as long as there is a frontend that they may not use. Clients keep
+//! their source only while their range holds nothing but local backends, since others would answer them past this node.
 //!
 //! Two images of one plan never give one id or slot two meanings, since the plan waits for the
 //! grace before it gives away what was in use. Two arbitrary images may. Then the service ports
@@ -23,7 +28,7 @@
 
 use std::collections::BTreeSet;
 
-use sluice_common::abi::{Backend, Name, Range, backend};
+use sluice_common::abi::{Backend, Name, Range, ServicePort, backend, frontend, policy};
 use sluice_common::{Family, V4, V6};
 
 use super::{CLASSES, FamilyWrite, Image, Stack, Write};
@@ -50,6 +55,14 @@ fn steps(a: &Image, b: &Image, out: &mut Vec<Write>) {
             out.push(Write::Listing { lane: *lane, bits: bits | old });
         }
     }
+    make_nodes::<V4>(a, b, out);
+    make_nodes::<V6>(a, b, out);
+    for (word, bits) in &b.node_ports {
+        let old = a.node_ports.get(word).copied().unwrap_or(0);
+        if bits & !old != 0 {
+            out.push(Write::NodePorts { word: *word, bits: bits | old });
+        }
+    }
     make_backends::<V4>(a, b, out);
     make_backends::<V6>(a, b, out);
     for (id, name) in &b.names {
@@ -57,14 +70,13 @@ fn steps(a: &Image, b: &Image, out: &mut Vec<Write>) {
             out.push(Write::Name { service_port: *id, name: Box::new(*name) });
         }
     }
+    make_sources::<V4>(a, b, out);
+    make_sources::<V6>(a, b, out);
     for (id, port) in &b.ports {
         let old = a.ports.get(id);
-        if old.map(|old| (old.affinity_seconds, old.flags)) != Some((port.affinity_seconds, port.flags)) {
-            out.push(Write::Port {
-                service_port: *id,
-                affinity_seconds: port.affinity_seconds,
-                flags: port.flags,
-            });
+        let now = set_apart(old, port);
+        if old.map(apart) != Some(now) {
+            out.push(Write::Port { service_port: *id, affinity_seconds: now.0, flags: now.1 });
         }
     }
     for (start, backends) in &b.slots {
@@ -75,7 +87,8 @@ fn steps(a: &Image, b: &Image, out: &mut Vec<Write>) {
     make_origins::<V4>(a, b, out);
     make_origins::<V6>(a, b, out);
     for id in b.ports.keys() {
-        flip(a, b, *id, out, |new| new.size() != 0);
+        let fresh = !a.ports.contains_key(id);
+        flip(a, b, *id, out, |new| fresh || new.size() != 0);
     }
     make_services::<V4>(a, b, out);
     make_services::<V6>(a, b, out);
@@ -84,6 +97,12 @@ fn steps(a: &Image, b: &Image, out: &mut Vec<Write>) {
     break_services::<V6>(a, b, out);
     for id in a.ports.keys() {
         flip(a, b, *id, out, |new| new.size() == 0);
+    }
+    for (id, port) in &b.ports {
+        let now = apart(port);
+        if set_apart(a.ports.get(id), port) != now {
+            out.push(Write::Port { service_port: *id, affinity_seconds: now.0, flags: now.1 });
+        }
     }
     break_flags::<V4>(a, b, out);
     break_flags::<V6>(a, b, out);
@@ -104,6 +123,16 @@ fn steps(a: &Image, b: &Image, out: &mut Vec<Write>) {
     for id in a.names.keys().filter(|id| !b.names.contains_key(id)) {
         cleared.push(Write::ClearName { service_port: *id });
     }
+    clear_sources::<V4>(a, b, &mut cleared);
+    clear_sources::<V6>(a, b, &mut cleared);
+    for (word, old) in &a.node_ports {
+        let bits = b.node_ports.get(word).copied().unwrap_or(0);
+        if old & !bits != 0 {
+            cleared.push(Write::NodePorts { word: *word, bits });
+        }
+    }
+    clear_nodes::<V4>(a, b, &mut cleared);
+    clear_nodes::<V6>(a, b, &mut cleared);
     for (lane, old) in &a.lanes {
         let bits = b.lanes.get(lane).copied().unwrap_or(0);
         if old & !bits != 0 {
@@ -114,6 +143,21 @@ fn steps(a: &Image, b: &Image, out: &mut Vec<Write>) {
         out.push(Write::Grace);
         out.append(&mut cleared);
     }
+}
+
+/// What a service port holds besides its ranges: affinity and flags.
+fn apart(port: &ServicePort) -> (u32, u32) {
+    (port.affinity_seconds, port.flags)
+}
+
+/// The same while ranges and frontends change: sources are kept out that are to be before or after, and clients
+/// keep their source if they do before and after. Nobody uses a service port that is new.
+fn set_apart(old: Option<&ServicePort>, new: &ServicePort) -> (u32, u32) {
+    let Some(old) = old else { return apart(new) };
+    let flags = (old.flags | new.flags) & policy::SOURCE_RANGES
+        | old.flags & new.flags & policy::EXTERNAL_LOCAL
+        | new.flags & !(policy::SOURCE_RANGES | policy::EXTERNAL_LOCAL);
+    (new.affinity_seconds, flags)
 }
 
 /// Flips those ranges of a service port that change and whose new value is wanted now.
@@ -183,10 +227,45 @@ fn break_origins<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
     }
 }
 
+fn make_sources<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
+    let old = &F::of(a).source_ranges;
+    for (key, value) in &F::of(b).source_ranges {
+        if old.get(key) != Some(value) {
+            out.push(F::write(FamilyWrite::SourceInsert { key: *key }));
+        }
+    }
+}
+
+fn clear_sources<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
+    let new = &F::of(b).source_ranges;
+    for key in F::of(a).source_ranges.keys().filter(|key| !new.contains_key(key)) {
+        out.push(F::write(FamilyWrite::SourceRemove { key: *key }));
+    }
+}
+
+fn make_nodes<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
+    let old = &F::of(a).node_addresses;
+    for (address, node) in &F::of(b).node_addresses {
+        if old.get(address) != Some(node) {
+            out.push(F::write(FamilyWrite::NodeInsert { address: *address, node: *node }));
+        }
+    }
+}
+
+fn clear_nodes<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
+    let new = &F::of(b).node_addresses;
+    for address in F::of(a).node_addresses.keys().filter(|address| !new.contains_key(address)) {
+        out.push(F::write(FamilyWrite::NodeRemove { address: *address }));
+    }
+}
+
 /// A frontend's value never changes while its key lives, so one that changes hands is removed first.
+/// That the rest of an address is rejected comes last: until then its ports are not all there.
 fn make_services<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
     let old = &F::of(a).services;
-    for (key, service) in &F::of(b).services {
+    let (whole, ports): (Vec<_>, Vec<_>) =
+        F::of(b).services.iter().partition(|(_, service)| service.kind == frontend::ADDRESS);
+    for (key, service) in ports.into_iter().chain(whole) {
         let before = old.get(key);
         if before != Some(service) {
             if before.is_some() {
@@ -258,6 +337,8 @@ fn park(a: &Image, b: &Image) -> Option<Image> {
     }
     image.v4.services.retain(|_, service| !evicted.contains(&service.service_port));
     image.v6.services.retain(|_, service| !evicted.contains(&service.service_port));
+    image.v4.source_ranges.retain(|key, _| !evicted.contains(&key.service_port));
+    image.v6.source_ranges.retain(|key, _| !evicted.contains(&key.service_port));
     let used: BTreeSet<u32> = image
         .ports
         .values()

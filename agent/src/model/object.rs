@@ -7,6 +7,8 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use ipnet::IpNet;
+
 /// Namespace and name of an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectName {
@@ -40,14 +42,20 @@ pub enum Protocol {
     Tcp,
     /// UDP.
     Udp,
+    /// SCTP.
+    Sctp,
 }
 
 impl Protocol {
+    /// All, in order.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
+
     /// The protocol of Kubernetes' word for it.
     pub fn from_word(word: &str) -> Option<Self> {
         match word {
             "TCP" => Some(Self::Tcp),
             "UDP" => Some(Self::Udp),
+            "SCTP" => Some(Self::Sctp),
             _ => None,
         }
     }
@@ -57,6 +65,7 @@ impl Protocol {
         match number {
             6 => Some(Self::Tcp),
             17 => Some(Self::Udp),
+            132 => Some(Self::Sctp),
             _ => None,
         }
     }
@@ -66,6 +75,7 @@ impl Protocol {
         match self {
             Self::Tcp => 6,
             Self::Udp => 17,
+            Self::Sctp => 132,
         }
     }
 
@@ -74,6 +84,7 @@ impl Protocol {
         match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
         }
     }
 }
@@ -96,6 +107,22 @@ impl IpFamily {
         match address {
             IpAddr::V4(_) => Self::V4,
             IpAddr::V6(_) => Self::V6,
+        }
+    }
+
+    /// The address that stands for none, or for any.
+    pub fn unspecified(self) -> IpAddr {
+        match self {
+            Self::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            Self::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        }
+    }
+
+    /// The bits of an address.
+    pub fn bits(self) -> u8 {
+        match self {
+            Self::V4 => 32,
+            Self::V6 => 128,
         }
     }
 
@@ -166,21 +193,33 @@ pub struct ServiceSpec {
     pub proxy_name: Option<Box<str>>,
     /// Has no virtual address on purpose: `clusterIP: None`, or the label that says so.
     pub headless: bool,
-    /// Is only a DNS name.
-    pub external_name: bool,
+    /// The type's word; absent means `ClusterIP`.
+    pub kind: Box<str>,
     /// The ClusterIPs, at most one of each family.
     pub cluster_ips: Vec<Address>,
+    /// The words of the families that the ClusterIPs are of, in their order; none: the addresses tell.
+    pub families: Vec<Box<str>>,
     /// The ports.
     pub ports: Vec<PortSpec>,
     /// Addresses that a cloud or its like sends to every node, those already left out
     /// whose traffic really goes elsewhere (host names, `ipMode: Proxy`).
     pub ingress: Vec<Address>,
-    /// Fields that ask for something that is not done, and what.
-    pub not_applied: Vec<NotApplied>,
+    /// Addresses that a person sends to the nodes.
+    pub external_ips: Vec<Address>,
+    /// The sources that may use the load balancer's addresses, valid or not; none: all may.
+    pub source_ranges: Vec<Box<str>>,
+    /// How long a client stays with its endpoint, seconds, valid or not; [`None`]: not at all.
+    pub affinity_seconds: Option<i32>,
+    /// The word of the policy for clients of the ClusterIPs; absent means `Cluster`.
+    pub internal_policy: Box<str>,
+    /// The word of the policy for clients of external addresses; absent means `Cluster`.
+    pub external_policy: Box<str>,
+    /// Where load balancers ask whether this node has endpoints; 0: nowhere.
+    pub health_check_port: i32,
 }
 
 /// A port of a Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PortSpec {
     /// The name; empty for an unnamed port.
     pub name: Arc<str>,
@@ -188,15 +227,8 @@ pub struct PortSpec {
     pub number: i32,
     /// The protocol's word, known or not.
     pub protocol: Box<str>,
-}
-
-/// A field that asks for something that is not done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct NotApplied {
-    /// The field's path.
-    pub field: &'static str,
-    /// What is not done.
-    pub what: &'static str,
+    /// The node port, valid or not; 0: none.
+    pub node_port: i32,
 }
 
 /// Endpoints of a Service: an EndpointSlice, or one subset of an Endpoints object.
@@ -243,17 +275,21 @@ pub struct Endpoint {
     pub terminating: bool,
     /// The node it runs on.
     pub node: Option<Arc<str>>,
-    /// Zones whose clients should use it. Kept, so far without effect.
+    /// Zones whose clients should use it.
     pub zones: Box<[Arc<str>]>,
+    /// Nodes whose clients should use it.
+    pub nodes: Box<[Arc<str>]>,
 }
 
 /// A Node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeSpec {
-    /// Its addresses.
+    /// Its addresses, those inside the cluster first: of each family the first is the primary one.
     pub addresses: Vec<IpAddr>,
-    /// Its zone. Kept, so far without effect.
+    /// Its zone.
     pub zone: Option<Arc<str>>,
+    /// Where its pods have their addresses.
+    pub pod_cidrs: Vec<IpNet>,
 }
 
 /// Which kind of object holds endpoints.
@@ -283,6 +319,8 @@ pub enum Change {
     Slice(SliceKind, ObjectName, Option<Slice>),
     /// A Node.
     Node(Arc<str>, Option<NodeSpec>),
+    /// Networks that Services have their addresses from.
+    ServiceCidr(Arc<str>, Option<Vec<IpNet>>),
     /// What is wrong with an object or file, in the source's eyes, replacing what it said
     /// about it before. Empty: all is well again.
     Notes(super::report::Subject, Vec<super::report::Note>),
@@ -297,4 +335,18 @@ pub struct Event {
     pub source: SourceId,
     /// The change.
     pub change: Change,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cidr_contains_its_familys_addresses_with_its_bits() {
+        let cidr = Cidr::parse("10.1.0.0/16").expect("a range");
+        assert!(cidr.contains(IpAddr::from([10, 1, 255, 255])));
+        assert!(!cidr.contains(IpAddr::from([10, 2, 0, 0])));
+        assert!(!Cidr::parse("::/0").expect("a range").contains(IpAddr::from([10, 1, 0, 0])));
+        assert!(Cidr::single(IpAddr::from([10, 1, 0, 1])).contains(IpAddr::from([10, 1, 0, 1])));
+    }
 }

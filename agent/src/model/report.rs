@@ -93,8 +93,6 @@ flaws! {
     UnknownKind = "unknown_kind", Notice;
     /// The same object comes from two places; the first counts.
     DuplicateObject = "duplicate_object", Problem;
-    /// The field is valid but not applied.
-    NotApplied = "not_applied", Notice;
     /// The Service has no ClusterIP, and nothing here assigns one.
     NoClusterIp = "no_cluster_ip", Notice;
     /// The text is not an address.
@@ -103,6 +101,8 @@ flaws! {
     ForbiddenAddress = "forbidden_address", Problem;
     /// The address is not of the family that the object declares.
     WrongFamily = "wrong_family", Problem;
+    /// The value is out of bounds; another one counts.
+    BadValue = "bad_value", Problem;
     /// There is no address.
     MissingAddress = "missing_address", Problem;
     /// The slice holds addresses of a type that is not served.
@@ -121,6 +121,14 @@ flaws! {
     ClaimLost = "claim_lost", Problem;
     /// A newer Service claims the same frontend in vain.
     ClaimContested = "claim_contested", Notice;
+    /// Whoever may write Services may take the address: nobody else has a say in external IPs.
+    ExternalIp = "external_ip", Notice;
+    /// The agent is set not to serve the external IP.
+    ExternalIpRefused = "external_ip_refused", Problem;
+    /// Something else on this node serves the VIP.
+    LeftAlone = "left_alone", Notice;
+    /// A traffic policy keeps clients from the endpoints that there are, all of them on other nodes.
+    NoLocalEndpoint = "no_local_endpoint", Notice;
     /// More endpoints than a table has slots: some get no traffic.
     TooManyEndpoints = "too_many_endpoints", Problem;
     /// The table is smaller than it should be, since the arena is full: shares are less even.

@@ -2,6 +2,7 @@
 //! generations and ranges stay.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use sluice_common::abi::{self, Backend, Name, Range, backend, frontend};
 use sluice_common::{Family, V4, V6};
@@ -9,11 +10,11 @@ use sluice_common::{Family, V4, V6};
 use super::arena::Arena;
 use super::ids::{BackendIds, PortIds};
 use super::listing::{Listing, Why};
-use super::{FamilyPlan, Held, Limbo, Plan, Planned, Planning, Sizes, Work, endpoint};
+use super::{FamilyPlan, Held, Limbo, Plan, Planned, Planning, Sizes, WHOLE, Work, endpoint, whole};
 use crate::image::{CLASSES, Image, Stack};
 use crate::model::desired::PortKey;
 use crate::model::object::{IpFamily, Protocol};
-use crate::model::{FrontendKind, ObjectName};
+use crate::model::{Batch, FrontendKind, ObjectName};
 
 /// An id and its backend.
 type Entry<F> = (u32, Backend<<F as Family>::Address>);
@@ -35,7 +36,9 @@ impl Plan {
             arena: Arena::new(0, boundary),
             reserve: Arena::new(boundary, sizes.slot_blocks),
             listing: Listing::default(),
-            nodes: BTreeSet::new(),
+            nodes: BTreeMap::new(),
+            addresses: BTreeMap::new(),
+            holders: BTreeSet::new(),
             waiting: BTreeMap::new(),
             limbo: Limbo::default(),
             strays: None,
@@ -51,7 +54,6 @@ impl Plan {
                     let _ = plan.ids.insert(key.clone(), id);
                     let planned = Planned {
                         key,
-                        number: name.number,
                         frontends: BTreeMap::new(),
                         backends: BTreeMap::new(),
                         verified: false,
@@ -146,18 +148,22 @@ impl Plan {
             }
         }
         for (key, service) in F::of(&self.image).services.clone() {
-            let _ = self.listing.add(F::ip(key.address), Why::Frontend);
+            let vip = F::ip(key.address);
+            if !vip.is_unspecified() {
+                let _ = self.listing.add(vip, Why::Frontend);
+            }
             if let Some(planned) = self.planned.get_mut(&service.service_port)
                 && let Some(kind) = kind(service.kind)
-                && (planned.number, planned.key.protocol.number()) == (key.port, key.protocol)
+                && (kind == FrontendKind::NodePort) == vip.is_unspecified()
+                && (planned.key.protocol.number(), planned.key.family.version()) == (key.protocol, F::VERSION)
             {
-                let _ = planned.frontends.insert(F::ip(key.address), kind);
+                let _ = planned.frontends.insert((vip, key.port), kind);
             }
         }
     }
 
-    /// Removes what was adopted and belongs to nobody.
-    pub(super) fn sweep(&mut self, work: &mut Work) {
+    /// Removes what was adopted and belongs to nobody, given all that Services want.
+    pub(super) fn sweep(&mut self, batch: &Batch, work: &mut Work) {
         let Some(strays) = self.strays.take() else { return };
         for id in &strays {
             work.draft.set_port(&mut self.image, *id, None);
@@ -177,8 +183,16 @@ impl Plan {
         for start in unused {
             work.draft.set_slots(&mut self.image, start, None);
         }
-        self.sweep_family::<V4>(work);
-        self.sweep_family::<V6>(work);
+        let addresses: BTreeSet<IpAddr> =
+            batch.services.values().flat_map(|desired| &desired.addresses).copied().collect();
+        self.sweep_family::<V4>(&addresses, work);
+        self.sweep_family::<V6>(&addresses, work);
+        let mut node_ports: BTreeSet<u16> = node_ports::<V4>(&self.image).collect();
+        node_ports.extend(node_ports_of_bits(&self.image.node_ports));
+        node_ports.extend(self::node_ports::<V6>(&self.image));
+        for port in node_ports {
+            self.refresh_node_port(port, work);
+        }
         let lanes: BTreeSet<u32> = self.image.lanes.keys().copied().chain(self.listing.lanes()).collect();
         for lane in lanes {
             let bits = self.listing.bits(lane);
@@ -189,17 +203,24 @@ impl Plan {
         self.flush(work);
     }
 
-    fn sweep_family<F: Planning>(&mut self, work: &mut Work) {
+    fn sweep_family<F: Planning>(&mut self, addresses: &BTreeSet<IpAddr>, work: &mut Work) {
         for (key, service) in F::of(&self.image).services.clone() {
             let vip = F::ip(key.address);
             let ours = self.planned.get(&service.service_port).is_some_and(|planned| {
-                planned.frontends.contains_key(&vip)
-                    && (planned.number, planned.key.protocol.number()) == (key.port, key.protocol)
+                planned.frontends.get(&(vip, key.port)).copied() == kind(service.kind)
+                    && planned.key.protocol.number() == key.protocol
             });
-            if !ours {
+            let whole = addresses.contains(&vip) && key == whole::<F>(key.address) && service == WHOLE;
+            if !ours && !whole {
                 work.draft.set_service::<F>(&mut self.image, key, None);
-                self.unlist(vip, Why::Frontend, work);
+                if !vip.is_unspecified() {
+                    self.unlist(vip, Why::Frontend, work);
+                }
             }
+        }
+        let sources: Vec<_> = F::of(&self.image).source_ranges.keys().copied().collect();
+        for key in sources.into_iter().filter(|key| !self.planned.contains_key(&key.service_port)) {
+            work.draft.set_source::<F>(&mut self.image, key, false);
         }
         let mut stale: BTreeSet<_> = F::of(&self.image).origins.keys().copied().collect();
         stale.extend(F::of_plan(self).users.iter().map(|(endpoint, _)| *endpoint));
@@ -267,6 +288,23 @@ fn kind(number: u32) -> Option<FrontendKind> {
     match number {
         frontend::CLUSTER_IP => Some(FrontendKind::ClusterIp),
         frontend::LOAD_BALANCER => Some(FrontendKind::LoadBalancer),
+        frontend::EXTERNAL_IP => Some(FrontendKind::ExternalIp),
+        frontend::NODE_PORT => Some(FrontendKind::NodePort),
         _ => None,
     }
+}
+
+/// The port numbers of a family's node ports.
+fn node_ports<F: Stack>(image: &Image) -> impl Iterator<Item = u16> {
+    let keys = F::of(image).services.keys();
+    keys.take_while(|key| F::ip(key.address).is_unspecified()).map(|key| key.port)
+}
+
+/// The port numbers whose bits are set.
+fn node_ports_of_bits(words: &BTreeMap<u32, u64>) -> impl Iterator<Item = u16> {
+    words.iter().flat_map(|(word, bits)| {
+        (0..64)
+            .filter(move |bit| bits >> bit & 1 != 0)
+            .filter_map(move |bit| u16::try_from(word * 64 + bit).ok())
+    })
 }

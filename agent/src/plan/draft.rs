@@ -5,10 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use sluice_common::abi::{Backend, Name, OriginKey, Origins, Service, ServiceKey, ServicePort};
+use sluice_common::abi::{Backend, Name, NodeAddress, OriginKey, Origins, Service, ServiceKey, ServicePort};
 use sluice_common::{Family, V4, V6};
 
-use crate::image::{FamilyImage, Image, Stack, Write, diff};
+use crate::image::{FamilyImage, Image, PERMITTED, SourceKey, Stack, Write, diff};
 
 /// The keys of one map that were touched, with what they led to before.
 type Old<K, V> = BTreeMap<K, Option<V>>;
@@ -22,6 +22,7 @@ pub(super) struct Draft {
     names: Old<u32, Name>,
     slots: Old<u32, Vec<u32>>,
     lanes: Old<u32, u8>,
+    node_ports: Old<u32, u64>,
     /// Frontends that the update inserts.
     pub(super) inserted: u32,
     /// Backends that the update writes.
@@ -33,11 +34,19 @@ pub(super) struct FamilyDraft<F: Family> {
     services: Old<ServiceKey<F::Address>, Service>,
     backends: Old<u32, Backend<F::Address>>,
     origins: Old<OriginKey<F::Address>, Origins<F::Address>>,
+    source_ranges: Old<SourceKey<F::Address>, u32>,
+    node_addresses: Old<F::Address, NodeAddress>,
 }
 
 impl<F: Family> Default for FamilyDraft<F> {
     fn default() -> Self {
-        Self { services: Old::new(), backends: Old::new(), origins: Old::new() }
+        Self {
+            services: Old::new(),
+            backends: Old::new(),
+            origins: Old::new(),
+            source_ranges: Old::new(),
+            node_addresses: Old::new(),
+        }
     }
 }
 
@@ -95,6 +104,29 @@ impl Draft {
         set(&mut image.lanes, &mut self.lanes, lane, (bits != 0).then_some(bits));
     }
 
+    pub(super) fn set_node_ports(&mut self, image: &mut Image, word: u32, bits: u64) {
+        set(&mut image.node_ports, &mut self.node_ports, word, (bits != 0).then_some(bits));
+    }
+
+    pub(super) fn set_source<F: Drafted>(
+        &mut self,
+        image: &mut Image,
+        key: SourceKey<F::Address>,
+        permitted: bool,
+    ) {
+        let value = permitted.then_some(PERMITTED);
+        set(&mut F::of_mut(image).source_ranges, &mut F::of_draft(self).source_ranges, key, value);
+    }
+
+    pub(super) fn set_node_address<F: Drafted>(
+        &mut self,
+        image: &mut Image,
+        address: F::Address,
+        node: Option<NodeAddress>,
+    ) {
+        set(&mut F::of_mut(image).node_addresses, &mut F::of_draft(self).node_addresses, address, node);
+    }
+
     pub(super) fn set_service<F: Drafted>(
         &mut self,
         image: &mut Image,
@@ -133,6 +165,7 @@ impl Draft {
             names: before(&self.names),
             slots: before(&self.slots),
             lanes: before(&self.lanes),
+            node_ports: before(&self.node_ports),
         };
         let new = Image {
             v4: self.v4.after(&image.v4),
@@ -141,6 +174,7 @@ impl Draft {
             names: after(&self.names, &image.names),
             slots: after(&self.slots, &image.slots),
             lanes: after(&self.lanes, &image.lanes),
+            node_ports: after(&self.node_ports, &image.node_ports),
         };
         diff(&old, &new)
     }
@@ -152,6 +186,8 @@ impl<F: Family> FamilyDraft<F> {
             services: before(&self.services),
             backends: before(&self.backends),
             origins: before(&self.origins),
+            source_ranges: before(&self.source_ranges),
+            node_addresses: before(&self.node_addresses),
         }
     }
 
@@ -160,6 +196,8 @@ impl<F: Family> FamilyDraft<F> {
             services: after(&self.services, &image.services),
             backends: after(&self.backends, &image.backends),
             origins: after(&self.origins, &image.origins),
+            source_ranges: after(&self.source_ranges, &image.source_ranges),
+            node_addresses: after(&self.node_addresses, &image.node_addresses),
         }
     }
 }

@@ -18,12 +18,14 @@ pub(super) enum Why {
     Backend,
     /// It is the node's.
     Node,
+    /// It is the node's, and node ports are served there.
+    NodePorts,
 }
 
-/// Lane -> how many addresses are listed there as frontends, backends, and the node's.
+/// Lane -> how many addresses are listed there for each reason.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Listing {
-    counts: BTreeMap<u32, [u32; 3]>,
+    counts: BTreeMap<u32, [u32; 4]>,
     lingering: VecDeque<IpAddr>,
 }
 
@@ -78,8 +80,7 @@ impl Listing {
     }
 }
 
-fn bits(counts: [u32; 3]) -> u8 {
-    let [frontends, backends, nodes] = counts.map(|count| count > 0);
-    let bit = |set: bool, bit: u8| if set { bit } else { 0 };
-    bit(frontends, listing::FRONTEND) | bit(backends, listing::BACKEND) | bit(nodes, listing::NODE)
+fn bits(counts: [u32; 4]) -> u8 {
+    let bit = [listing::FRONTEND, listing::BACKEND, listing::NODE, listing::NODE_PORTS];
+    counts.into_iter().zip(bit).filter(|(count, _)| *count > 0).fold(0, |bits, (_, bit)| bits | bit)
 }

@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use sluice_common::abi::{
-    self, Backend, NAME_MAX, Name, Range, Service, ServiceKey, ServicePort, backend, frontend,
+    self, Backend, NAME_MAX, Name, Range, Service, ServiceKey, ServicePort, backend, frontend, policy,
 };
 use sluice_common::maglev::{self, Turn};
 
 use super::listing::Why;
 use super::{Held, Plan, Planned, Planning, Work, endpoint};
-use crate::image::CLASSES;
+use crate::image::{CLASSES, SourceKey};
 use crate::model::desired::PortKey;
 use crate::model::report::{Flaw, Note};
 use crate::model::{DesiredBackend, DesiredPort, FrontendKind};
@@ -33,12 +33,12 @@ impl Plan {
     ) {
         let known = self.ids.get(key).copied();
         let Some(id) = known.or_else(|| self.port_id(work)) else {
-            notes.push(Note::new(Flaw::NoRoom, port_field(key), "no service port is free: it is not served"));
+            notes.push(Note::new(Flaw::NoRoom, key.field(), "no service port is free: it is not served"));
             return;
         };
         let (held, given) = self.hold::<F>(id, key, desired, work, notes);
-        let Some(tables) = self.tables::<F>(id, &held, known.is_some(), key, work, notes) else {
-            notes.push(Note::new(Flaw::NoRoom, port_field(key), "no slots are free: it is not served"));
+        let Some(tables) = self.tables::<F>(id, &held, known.is_some(), (key, desired), work, notes) else {
+            notes.push(Note::new(Flaw::NoRoom, key.field(), "no slots are free: it is not served"));
             for held in held.into_values() {
                 F::of_plan(self).ids.retire(held.id, None);
             }
@@ -47,7 +47,6 @@ impl Plan {
         };
         let planned = self.planned.entry(id).or_insert_with(|| Planned {
             key: key.clone(),
-            number: desired.number,
             frontends: BTreeMap::new(),
             backends: BTreeMap::new(),
             verified: true,
@@ -57,6 +56,7 @@ impl Plan {
         let _ = self.ids.insert(key.clone(), id);
 
         self.write_name(id, key, desired.number, work);
+        self.write_policies::<F>(id, key, desired, work, notes);
         let mut stale = self.write_backends::<F>(id, key, &old, &given, desired, work);
         self.write_tables(id, tables, work);
         if self.write_frontends::<F>(id, desired, work, notes) {
@@ -81,6 +81,7 @@ impl Plan {
             .unwrap_or_default();
         let mut notes = Vec::new();
         let _ = self.write_frontends::<F>(id, &nothing, work, &mut notes);
+        self.write_policies::<F>(id, key, &nothing, work, &mut notes);
         let stale = self.write_backends::<F>(id, key, &old, &BTreeSet::new(), &nothing, work);
         self.write_tables(id, Tables { ranges: [Range(0); 3], fresh: Vec::new() }, work);
         work.draft.set_port(&mut self.image, id, None);
@@ -139,7 +140,7 @@ impl Plan {
         }
         if missing > 0 {
             let what = format!("no backend id is free for {missing} endpoints: they get no traffic");
-            notes.push(Note::new(Flaw::NoRoom, port_field(key), what));
+            notes.push(Note::new(Flaw::NoRoom, key.field(), what));
         }
         (held, given)
     }
@@ -151,7 +152,7 @@ impl Plan {
         id: u32,
         held: &BTreeMap<(IpAddr, u16), Held>,
         update: bool,
-        key: &PortKey,
+        (key, desired): (&PortKey, &DesiredPort),
         work: &mut Work,
         notes: &mut Vec<Note>,
     ) -> Option<Tables> {
@@ -171,7 +172,8 @@ impl Plan {
             range.size() != 0 && !known.iter().any(|(ids, old)| old == range && wanted.contains(ids))
         });
 
-        let mut tables = Tables { ranges: [Range(0); 3], fresh: Vec::new() };
+        let empty = desired.drops.map(|drops| if drops { Range::DROP } else { Range(0) });
+        let mut tables = Tables { ranges: empty, fresh: Vec::new() };
         for (class, ids) in wanted.into_iter().enumerate() {
             if ids.is_empty() {
                 continue;
@@ -214,7 +216,7 @@ impl Plan {
                     }
                     None if update => {
                         let what = "no slots are free: it has no backends for now";
-                        notes.push(Note::new(Flaw::NoRoom, port_field(key), what));
+                        notes.push(Note::new(Flaw::NoRoom, key.field(), what));
                         continue;
                     }
                     None => {
@@ -228,11 +230,11 @@ impl Plan {
             if ids.len() as u32 > maglev::SIZE_MAX {
                 let what =
                     format!("{} endpoints share {} slots: some get no traffic", ids.len(), maglev::SIZE_MAX);
-                notes.push(Note::new(Flaw::TooManyEndpoints, port_field(key), what));
+                notes.push(Note::new(Flaw::TooManyEndpoints, key.field(), what));
             }
             if range.size() < wish {
                 let what = format!("{} slots instead of {wish}: shares are less even", range.size());
-                notes.push(Note::new(Flaw::SmallTable, port_field(key), what));
+                notes.push(Note::new(Flaw::SmallTable, key.field(), what));
             }
             if Some(range) != same {
                 tables.fresh.push((range, table::<F>(held, class, range.size())));
@@ -251,6 +253,58 @@ impl Plan {
         }
         if !self.image.ports.contains_key(&id) {
             work.draft.set_port(&mut self.image, id, Some(ServicePort::default()));
+        }
+    }
+
+    /// Writes affinity, flags, and who is let in.
+    fn write_policies<F: Planning>(
+        &mut self,
+        id: u32,
+        key: &PortKey,
+        desired: &DesiredPort,
+        work: &mut Work,
+        notes: &mut Vec<Note>,
+    ) {
+        let first = SourceKey { service_port: id, length: 0, network: F::Address::default() };
+        let known: BTreeSet<SourceKey<F::Address>> = F::of(&self.image)
+            .source_ranges
+            .range(first..)
+            .map(|(key, _)| *key)
+            .take_while(|key| key.service_port == id)
+            .collect();
+        let wanted: BTreeSet<SourceKey<F::Address>> = desired
+            .sources
+            .iter()
+            .flatten()
+            .filter_map(|range| {
+                let network = F::address(range.network())?;
+                Some(SourceKey { service_port: id, length: range.prefix_len(), network })
+            })
+            .collect();
+        for key in known.difference(&wanted) {
+            work.draft.set_source::<F>(&mut self.image, *key, false);
+            work.freed = true;
+        }
+        let mut missing = 0_u32;
+        for key in wanted.difference(&known) {
+            if F::of(&self.image).source_ranges.len() as u32 >= self.sizes.source_ranges {
+                missing += 1;
+            } else {
+                work.draft.set_source::<F>(&mut self.image, *key, true);
+            }
+        }
+        if missing > 0 {
+            let what = format!("no room for {missing} of its source ranges: clients there are dropped");
+            notes.push(Note::new(Flaw::NoRoom, key.field(), what));
+        }
+        let policies = desired.policies;
+        let flag = |set: bool, flag: u32| if set { flag } else { 0 };
+        let flags = flag(policies.external_local && policies.external, policy::EXTERNAL_LOCAL)
+            | flag(desired.sources.is_some(), policy::SOURCE_RANGES);
+        let port = self.image.ports.get(&id).copied().unwrap_or_default();
+        let new = ServicePort { affinity_seconds: desired.affinity_seconds, flags, ..port };
+        if new != port {
+            work.draft.set_port(&mut self.image, id, Some(new));
         }
     }
 
@@ -340,9 +394,8 @@ impl Plan {
         notes: &mut Vec<Note>,
     ) -> bool {
         let Some(planned) = self.planned.get(&id) else { return false };
-        let (old, old_number, protocol) = (planned.frontends.clone(), planned.number, planned.key.protocol);
-        let field = port_field(&planned.key);
-        if old == desired.frontends && old_number == desired.number {
+        let (old, protocol, field) = (planned.frontends.clone(), planned.key.protocol, planned.key.field());
+        if old == desired.frontends {
             return false;
         }
         let key = |address: F::Address, port: u16| ServiceKey {
@@ -351,43 +404,44 @@ impl Plan {
             protocol: protocol.number(),
             reserved: 0,
         };
-        for vip in old.keys() {
+        for (vip, port) in old.keys().filter(|at| !desired.frontends.contains_key(at)) {
             let Some(address) = F::address(*vip) else { continue };
-            let key = key(address, old_number);
+            let key = key(address, *port);
             // Another Service may have it by now.
-            let ours =
-                F::of(&self.image).services.get(&key).is_some_and(|service| service.service_port == id);
-            if ours && !(desired.frontends.contains_key(vip) && old_number == desired.number) {
+            if F::of(&self.image).services.get(&key).is_some_and(|service| service.service_port == id) {
                 work.draft.set_service::<F>(&mut self.image, key, None);
                 work.freed = true;
-                if let Some((lane, bits)) = self.listing.linger(*vip) {
-                    work.draft.set_lane(&mut self.image, lane, bits);
+                if vip.is_unspecified() {
+                    self.refresh_node_port(*port, work);
+                } else {
+                    self.unlist_later(*vip, work);
                 }
             }
         }
         let mut served = BTreeMap::new();
-        for (vip, kind) in &desired.frontends {
+        for ((vip, port), kind) in &desired.frontends {
             let Some(address) = F::address(*vip) else { continue };
-            let key = key(address, desired.number);
+            let key = key(address, *port);
             let service = Service { service_port: id, kind: kind_number(*kind) };
             let services = &F::of(&self.image).services;
             let before = services.get(&key).copied();
             if before.is_none() && services.len() as u32 >= self.sizes.services {
-                let what = format!("no frontend is free: {vip} is not served");
+                let what = format!("no frontend is free: {vip}:{port} is not served");
                 notes.push(Note::new(Flaw::NoRoom, field.clone(), what));
                 continue;
             }
             if before != Some(service) {
                 work.draft.set_service::<F>(&mut self.image, key, Some(service));
             }
-            if before.is_none() {
+            if vip.is_unspecified() {
+                self.refresh_node_port(*port, work);
+            } else if before.is_none() {
                 self.list(*vip, Why::Frontend, work);
             }
-            let _ = served.insert(*vip, *kind);
+            let _ = served.insert((*vip, *port), *kind);
         }
         if let Some(planned) = self.planned.get_mut(&id) {
             planned.frontends = served;
-            planned.number = desired.number;
         }
         true
     }
@@ -411,24 +465,23 @@ fn table<F: Planning>(held: &BTreeMap<(IpAddr, u16), Held>, class: usize, size: 
 }
 
 fn flags(want: Option<&DesiredBackend>) -> u32 {
-    match want {
-        Some(want) if want.local => backend::SERVING | backend::LOCAL,
-        Some(_) => backend::SERVING,
-        None => 0,
-    }
+    let Some(want) = want else { return 0 };
+    let flag = |set: bool, flag: u32| if set { flag } else { 0 };
+    let selected =
+        CLASSES.map(|class| flag(want.selected[class as usize], backend::SELECTED << class as u32));
+    backend::SERVING
+        | flag(want.local, backend::LOCAL)
+        | flag(want.host, backend::HOST)
+        | selected.into_iter().fold(0, |all, one| all | one)
 }
 
 fn kind_number(kind: FrontendKind) -> u32 {
     match kind {
         FrontendKind::ClusterIp => frontend::CLUSTER_IP,
         FrontendKind::LoadBalancer => frontend::LOAD_BALANCER,
+        FrontendKind::ExternalIp => frontend::EXTERNAL_IP,
+        FrontendKind::NodePort => frontend::NODE_PORT,
     }
-}
-
-/// Where a report on a service port points.
-fn port_field(key: &PortKey) -> String {
-    let name = if key.port.is_empty() { "(unnamed)" } else { &key.port };
-    format!("spec.ports {name} {} {}", key.protocol.word(), key.family.word())
 }
 
 /// The name of a service port in the maps.

@@ -4,17 +4,18 @@
 //! So what is absent here means what the API server would have made of it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use k8s_openapi::jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::model::object::{
-    Address, Change, Endpoint, IpFamily, NodeSpec, NotApplied, ObjectName, PortSpec, ServiceSpec, Slice,
-    SliceKind, SlicePart, SlicePort,
+    Address, Change, Endpoint, IpFamily, NodeSpec, ObjectName, PortSpec, ServiceSpec, Slice, SliceKind,
+    SlicePart, SlicePort,
 };
+use crate::policy::cidr;
 
 /// Label of the proxy that serves a Service or slice instead of everybody's.
 pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
@@ -24,6 +25,8 @@ pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 /// Label with a node's zone.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// How long a client stays with its endpoint where nothing is said, seconds.
+const AFFINITY_SECONDS: i32 = 10_800;
 /// Where a v1beta1 slice keeps the node's name.
 const HOSTNAME_TOPOLOGY: &str = "kubernetes.io/hostname";
 
@@ -38,6 +41,8 @@ pub enum Kind {
     Endpoints,
     /// A Node.
     Node,
+    /// A ServiceCIDR.
+    ServiceCidr,
 }
 
 impl Kind {
@@ -50,6 +55,7 @@ impl Kind {
             }
             ("Endpoints", "v1") => Some(Self::Endpoints),
             ("Node", "v1") => Some(Self::Node),
+            ("ServiceCIDR", "networking.k8s.io/v1") => Some(Self::ServiceCidr),
             _ => None,
         }
     }
@@ -61,6 +67,7 @@ impl Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::Endpoints => "Endpoints",
             Self::Node => "Node",
+            Self::ServiceCidr => "ServiceCIDR",
         }
     }
 }
@@ -94,6 +101,8 @@ pub enum Object {
     Slice(Slice),
     /// A Node.
     Node(NodeSpec),
+    /// A ServiceCIDR: its networks.
+    ServiceCidr(Vec<IpNet>),
 }
 
 /// The change that an object (or its end) is.
@@ -101,6 +110,7 @@ pub fn change(kind: Kind, name: ObjectName, object: Option<Object>) -> Change {
     match (kind, object) {
         (_, Some(Object::Service(spec))) => Change::Service(name, Some(spec)),
         (_, Some(Object::Node(spec))) => Change::Node(name.name, Some(spec)),
+        (_, Some(Object::ServiceCidr(networks))) => Change::ServiceCidr(name.name, Some(networks)),
         (Kind::Endpoints, Some(Object::Slice(slice))) => {
             Change::Slice(SliceKind::Endpoints, name, Some(slice))
         }
@@ -109,6 +119,7 @@ pub fn change(kind: Kind, name: ObjectName, object: Option<Object>) -> Change {
         (Kind::EndpointSlice, None) => Change::Slice(SliceKind::EndpointSlice, name, None),
         (Kind::Endpoints, None) => Change::Slice(SliceKind::Endpoints, name, None),
         (Kind::Node, None) => Change::Node(name.name, None),
+        (Kind::ServiceCidr, None) => Change::ServiceCidr(name.name, None),
     }
 }
 
@@ -133,6 +144,7 @@ impl Decoder {
             Kind::EndpointSlice => Ok(Object::Slice(self.slice(meta, serde_json::from_value(body)?))),
             Kind::Endpoints => Ok(Object::Slice(self.endpoints(meta, serde_json::from_value(body)?))),
             Kind::Node => Ok(Object::Node(self.node(meta, serde_json::from_value(body)?))),
+            Kind::ServiceCidr => Ok(Object::ServiceCidr(service_cidr(serde_json::from_value(body)?))),
         }
     }
 
@@ -177,7 +189,7 @@ impl Decoder {
         let conditions = raw.conditions.unwrap_or_default();
         let topology = raw.topology.unwrap_or_default();
         let node = raw.node_name.or_else(|| topology.get(HOSTNAME_TOPOLOGY).cloned().flatten());
-        let zones = raw.hints.and_then(|hints| hints.for_zones).unwrap_or_default();
+        let hints = raw.hints.unwrap_or_default();
         Endpoint {
             // Kubernetes defines the first and ignores the rest.
             address: address(raw.addresses.unwrap_or_default().into_iter().next().flatten().as_deref()),
@@ -185,8 +197,18 @@ impl Decoder {
             serving: conditions.serving.unwrap_or(true),
             terminating: conditions.terminating.unwrap_or(false),
             node: node.map(|node| self.share(&node)),
-            zones: zones.into_iter().filter_map(|zone| zone.name).map(|zone| self.share(&zone)).collect(),
+            zones: self.hinted(hints.for_zones),
+            nodes: self.hinted(hints.for_nodes),
         }
+    }
+
+    fn hinted(&mut self, hints: Option<Vec<RawHint>>) -> Box<[Arc<str>]> {
+        hints
+            .unwrap_or_default()
+            .into_iter()
+            .filter_map(|hint| hint.name)
+            .map(|name| self.share(&name))
+            .collect()
     }
 
     fn endpoints(&mut self, meta: &Meta, raw: RawEndpoints) -> Slice {
@@ -212,6 +234,7 @@ impl Decoder {
                         terminating: false,
                         node: raw.node_name.map(|node| self.share(&node)),
                         zones: Box::default(),
+                        nodes: Box::default(),
                     })
                     .collect();
                 SlicePart { ports, endpoints }
@@ -221,17 +244,24 @@ impl Decoder {
     }
 
     fn node(&mut self, meta: &Meta, node: RawNode) -> NodeSpec {
-        let addresses = node.status.and_then(|status| status.addresses).unwrap_or_default();
+        let spec = node.spec.unwrap_or_default();
+        let raw = node.status.and_then(|status| status.addresses).unwrap_or_default();
+        let addresses = ["InternalIP", "ExternalIP"].into_iter().flat_map(|kind| {
+            raw.iter().filter(move |raw| raw.r#type.as_deref() == Some(kind)).filter_map(|raw| match address(
+                raw.address.as_deref(),
+            ) {
+                Address::Valid(address) => Some(address),
+                Address::Invalid(_) | Address::Missing => None,
+            })
+        });
+        let mut pod_cidrs = spec.pod_cidrs.unwrap_or_default();
+        if pod_cidrs.is_empty() {
+            pod_cidrs.extend(spec.pod_cidr);
+        }
         NodeSpec {
-            addresses: addresses
-                .into_iter()
-                .filter(|address| matches!(address.r#type.as_deref(), Some("InternalIP" | "ExternalIP")))
-                .filter_map(|raw| match address(raw.address.as_deref()) {
-                    Address::Valid(address) => Some(address),
-                    Address::Invalid(_) | Address::Missing => None,
-                })
-                .collect::<Vec<IpAddr>>(),
-            zone: meta.label(ZONE_LABEL).map(|zone| self.share(zone)),
+            addresses: addresses.collect(),
+            zone: meta.label(ZONE_LABEL).filter(|zone| !zone.is_empty()).map(|zone| self.share(zone)),
+            pod_cidrs: networks(&pod_cidrs),
         }
     }
 }
@@ -252,8 +282,9 @@ fn service(meta: &Meta, service: RawService) -> ServiceSpec {
             .map(Timestamp::as_second),
         proxy_name: meta.label(PROXY_NAME_LABEL).map(Into::into),
         headless: meta.label(HEADLESS_LABEL).is_some() || cluster_ips.iter().any(|address| address == "None"),
-        external_name: spec.r#type.as_deref() == Some("ExternalName"),
+        kind: spec.r#type.unwrap_or_default().into(),
         cluster_ips: cluster_ips.iter().map(|text| address(Some(text))).collect(),
+        families: spec.ip_families.unwrap_or_default().into_iter().map(Into::into).collect(),
         ingress: ingress
             .unwrap_or_default()
             .into_iter()
@@ -261,7 +292,20 @@ fn service(meta: &Meta, service: RawService) -> ServiceSpec {
             .filter_map(|ingress| ingress.ip.filter(|ip| !ip.is_empty()))
             .map(|text| address(Some(&text)))
             .collect(),
-        not_applied: not_applied(&spec),
+        external_ips: spec.external_ips.unwrap_or_default().iter().map(|text| address(Some(text))).collect(),
+        source_ranges: spec
+            .load_balancer_source_ranges
+            .unwrap_or_default()
+            .iter()
+            .map(|text| text.trim().into())
+            .collect(),
+        affinity_seconds: (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
+            let config = spec.session_affinity_config.and_then(|config| config.client_ip);
+            config.and_then(|client| client.timeout_seconds).map_or(AFFINITY_SECONDS, clamp)
+        }),
+        internal_policy: spec.internal_traffic_policy.unwrap_or_default().into(),
+        external_policy: spec.external_traffic_policy.unwrap_or_default().into(),
+        health_check_port: spec.health_check_node_port.map_or(0, clamp),
         ports: spec
             .ports
             .unwrap_or_default()
@@ -270,50 +314,19 @@ fn service(meta: &Meta, service: RawService) -> ServiceSpec {
                 name: port.name.unwrap_or_default().into(),
                 number: port.port.map_or(0, clamp),
                 protocol: port.protocol.as_deref().unwrap_or("TCP").into(),
+                node_port: port.node_port.map_or(0, clamp),
             })
             .collect(),
     }
 }
 
-/// What a Service asks for that is not done.
-fn not_applied(spec: &RawServiceSpec) -> Vec<NotApplied> {
-    let word = |text: &Option<String>, word: &str| text.as_deref() == Some(word);
-    let some = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|list| !list.is_empty());
-    let node_port = spec.ports.iter().flatten().any(|port| port.node_port.is_some_and(|port| port != 0));
-    let fields = [
-        (
-            word(&spec.session_affinity, "ClientIP"),
-            "spec.sessionAffinity",
-            "is not applied: each connection is balanced anew",
-        ),
-        (
-            word(&spec.external_traffic_policy, "Local"),
-            "spec.externalTrafficPolicy",
-            "Local is not applied: clients from outside reach every endpoint",
-        ),
-        (
-            word(&spec.internal_traffic_policy, "Local"),
-            "spec.internalTrafficPolicy",
-            "Local is not applied: clients inside reach every endpoint",
-        ),
-        (node_port, "spec.ports[].nodePort", "is not served"),
-        (some(&spec.external_ips), "spec.externalIPs", "are not served"),
-        (
-            some(&spec.load_balancer_source_ranges),
-            "spec.loadBalancerSourceRanges",
-            "are not applied: every client is let in",
-        ),
-        (
-            spec.traffic_distribution.as_ref().is_some_and(|text| !text.is_empty()),
-            "spec.trafficDistribution",
-            "is not applied: endpoints of all zones are used",
-        ),
-    ];
-    fields
-        .into_iter()
-        .filter(|(asked, ..)| *asked)
-        .map(|(_, field, what)| NotApplied { field, what })
-        .collect()
+/// Those texts that are CIDRs; the API server lets nothing else in.
+fn networks(texts: &[String]) -> Vec<IpNet> {
+    texts.iter().filter_map(|text| cidr(text).ok()).collect()
+}
+
+fn service_cidr(object: RawServiceCidr) -> Vec<IpNet> {
+    networks(&object.spec.and_then(|spec| spec.cidrs).unwrap_or_default())
 }
 
 fn address(text: Option<&str>) -> Address {
@@ -339,14 +352,28 @@ struct RawServiceSpec {
     cluster_ip: Option<String>,
     #[serde(rename = "clusterIPs")]
     cluster_ips: Option<Vec<String>>,
+    ip_families: Option<Vec<String>>,
     ports: Option<Vec<RawServicePort>>,
     session_affinity: Option<String>,
+    session_affinity_config: Option<RawAffinityConfig>,
     external_traffic_policy: Option<String>,
     internal_traffic_policy: Option<String>,
     #[serde(rename = "externalIPs")]
     external_ips: Option<Vec<String>>,
     load_balancer_source_ranges: Option<Vec<String>>,
-    traffic_distribution: Option<String>,
+    health_check_node_port: Option<i64>,
+}
+
+#[derive(Deserialize)]
+struct RawAffinityConfig {
+    #[serde(rename = "clientIP")]
+    client_ip: Option<RawClientIp>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawClientIp {
+    timeout_seconds: Option<i64>,
 }
 
 #[derive(Deserialize)]
@@ -408,14 +435,15 @@ struct RawConditions {
     terminating: Option<bool>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawHints {
-    for_zones: Option<Vec<RawZone>>,
+    for_zones: Option<Vec<RawHint>>,
+    for_nodes: Option<Vec<RawHint>>,
 }
 
 #[derive(Deserialize)]
-struct RawZone {
+struct RawHint {
     name: Option<String>,
 }
 
@@ -440,8 +468,27 @@ struct RawAddress {
 }
 
 #[derive(Deserialize)]
+struct RawServiceCidr {
+    spec: Option<RawServiceCidrSpec>,
+}
+
+#[derive(Deserialize)]
+struct RawServiceCidrSpec {
+    cidrs: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
 struct RawNode {
+    spec: Option<RawNodeSpec>,
     status: Option<RawNodeStatus>,
+}
+
+#[derive(Default, Deserialize)]
+struct RawNodeSpec {
+    #[serde(rename = "podCIDR")]
+    pod_cidr: Option<String>,
+    #[serde(rename = "podCIDRs")]
+    pod_cidrs: Option<Vec<String>>,
 }
 
 #[derive(Deserialize)]
@@ -453,4 +500,49 @@ struct RawNodeStatus {
 struct RawNodeAddress {
     r#type: Option<String>,
     address: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn decode(kind: Kind, body: Value) -> Object {
+        Decoder::default().decode(kind, &Meta::default(), body).expect("an object")
+    }
+
+    #[test]
+    fn a_node_has_its_inner_addresses_first_and_its_pods_networks() {
+        let address = |kind: &str, address: &str| json!({"type": kind, "address": address});
+        let node = json!({
+            "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd01:0:0:1::/64"]},
+            "status": {"addresses": [
+                address("ExternalIP", "203.0.113.7"),
+                address("Hostname", "192.0.2.9"),
+                address("InternalIP", "192.0.2.1"),
+                address("InternalIP", "2001:db8::1"),
+            ]},
+        });
+        let Object::Node(node) = decode(Kind::Node, node) else { panic!("another kind") };
+        let addresses: Vec<String> = node.addresses.iter().map(ToString::to_string).collect();
+        assert_eq!(addresses, ["192.0.2.1", "2001:db8::1", "203.0.113.7"]);
+        assert_eq!(node.pod_cidrs, networks(&["10.244.1.0/24".to_owned(), "fd01:0:0:1::/64".to_owned()]));
+        let old = decode(Kind::Node, json!({"spec": {"podCIDR": "10.244.2.0/24"}}));
+        let Object::Node(old) = old else { panic!("another kind") };
+        assert_eq!(old.pod_cidrs, networks(&["10.244.2.0/24".to_owned()]));
+    }
+
+    #[test]
+    fn a_service_cidr_is_its_networks() {
+        assert_eq!(
+            Kind::from_words("ServiceCIDR", "networking.k8s.io/v1"),
+            Some(Kind::ServiceCidr),
+            "and no older version"
+        );
+        assert_eq!(Kind::from_words("ServiceCIDR", "networking.k8s.io/v1beta1"), None);
+        let object = json!({"spec": {"cidrs": ["10.96.0.0/12", "fd00:10:96::/112"]}});
+        let expected = networks(&["10.96.0.0/12".to_owned(), "fd00:10:96::/112".to_owned()]);
+        assert_eq!(decode(Kind::ServiceCidr, object), Object::ServiceCidr(expected));
+    }
 }

@@ -1,4 +1,4 @@
-//! The API server: Services, EndpointSlices and our own Node, watched.
+//! The API server: Services, EndpointSlices, our own Node and (where it has them) ServiceCIDRs, watched.
 //!
 //! Each kind has a watcher of its own, which lists, watches, and lists again when the server has
 //! forgotten where we were. Objects that vanished in between are removed when the new list is
@@ -16,6 +16,7 @@ use std::time::Duration;
 use futures::{Stream, StreamExt, TryStreamExt as _};
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::runtime::utils::Backoff;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Config};
 use tokio::sync::mpsc;
@@ -32,6 +33,8 @@ use crate::model::{Change, Event, SourceId};
 const WATCH_SECONDS: u32 = 240;
 /// A response that stands still for so long is given up: more than a watch may be silent.
 const READ_TIMEOUT: Duration = Duration::from_secs(270);
+/// Waiting times between tries to watch what the server may not have at all: doubled from the first to the last.
+const PATIENCE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_mins(5));
 /// Objects a page of a list holds. A slice of 100 endpoints is some 250 kB in memory until it is trimmed.
 const PAGE: u32 = 100;
 
@@ -46,6 +49,8 @@ pub struct Settings {
     pub node: Option<String>,
     /// Serve objects with this proxy name, instead of those without one.
     pub proxy_name: Option<String>,
+    /// Whether ServiceCIDRs are wanted, where the server has them (Kubernetes 1.33) and lets us see them.
+    pub service_cidrs: bool,
 }
 
 /// The API server cannot even be tried.
@@ -118,12 +123,16 @@ pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>
         objects(Kind::Service, watcher::Config::default().labels(&labels)),
         objects(Kind::EndpointSlice, watcher::Config::default().labels(&labels)),
     ];
+    if settings.service_cidrs {
+        streams.push(objects(Kind::ServiceCidr, watcher::Config::default()));
+    }
     if let Some(node) = &settings.node {
         let own = watcher::Config::default().fields(&format!("metadata.name={node}"));
         streams.push(objects(Kind::Node, own));
     }
     let mut stream = futures::stream::select_all(streams);
     let mut intake = Intake::default();
+    let mut missed = false;
     loop {
         let next = tokio::select! {
             // An answer comes before the events in it.
@@ -155,6 +164,17 @@ pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>
             // It answers, and has forgotten where we were: the new list that follows makes up for it.
             Err(watcher::Error::WatchError(status)) if status.code == 410 => {
                 tracing::info!("watching {} starts over: {}", kind.word(), status.message);
+                Vec::new()
+            }
+            // The node works without: a server that is away shows itself by the other kinds.
+            Err(error) if kind == Kind::ServiceCidr => {
+                if !std::mem::replace(&mut missed, true) {
+                    tracing::info!(
+                        "watching {} failed: {}; until it works (or with --service-cidr) what goes to an address that no Service has is not dropped",
+                        kind.word(),
+                        chain(&error)
+                    );
+                }
                 Vec::new()
             }
             Err(error) => {
@@ -190,12 +210,34 @@ fn objects(
 ) -> impl Stream<Item = Watched> + Send + Unpin + use<> {
     let (group, version) = match kind {
         Kind::EndpointSlice => ("discovery.k8s.io", "v1"),
+        Kind::ServiceCidr => ("networking.k8s.io", "v1"),
         Kind::Service | Kind::Endpoints | Kind::Node => ("", "v1"),
     };
     let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind.word()));
     let api: Api<DynamicObject> = Api::all_with(client, &resource);
     let config = config.timeout(WATCH_SECONDS).page_size(PAGE);
-    watcher(api, config).map_ok(trim).default_backoff().map(move |event| (kind, event)).boxed()
+    let events = watcher(api, config).map_ok(trim);
+    if kind == Kind::ServiceCidr {
+        return events.backoff(Patience(PATIENCE.0)).map(move |event| (kind, event)).boxed();
+    }
+    events.default_backoff().map(move |event| (kind, event)).boxed()
+}
+
+/// Waits longer and longer. Never reset: a list that begins counts as a success already.
+struct Patience(Duration);
+
+impl Iterator for Patience {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let wait = self.0;
+        self.0 = (wait * 2).min(PATIENCE.1);
+        Some(wait)
+    }
+}
+
+impl Backoff for Patience {
+    fn reset(&mut self) {}
 }
 
 /// Lets go at once what nobody reads.
@@ -238,6 +280,7 @@ struct Intake {
     services: Known,
     slices: Known,
     nodes: Known,
+    service_cidrs: Known,
     noted: BTreeSet<Subject>,
     synced: bool,
 }
@@ -248,6 +291,7 @@ impl Intake {
             Kind::Service => &mut self.services,
             Kind::EndpointSlice | Kind::Endpoints => &mut self.slices,
             Kind::Node => &mut self.nodes,
+            Kind::ServiceCidr => &mut self.service_cidrs,
         }
     }
 

@@ -248,10 +248,11 @@ pub(crate) fn all_answer(what: &str, replies: &[Reply], names: &[&str], from: So
 }
 
 /// Lets a namespace take its next ports from a range that it has not used lately: none then meets a flow of an earlier
-/// round in the maps. What happens when ports meet has tests of its own.
+/// round in the maps. What happens when ports meet has tests of its own. All lie below those of masqueraded clients: the
+/// next agent would reserve what it finds of these.
 fn take_fresh_ports(client: &Namespace) -> Result<()> {
     static ROUNDS: AtomicU16 = AtomicU16::new(0);
-    let first = 32_768 + ROUNDS.fetch_add(1, Ordering::Relaxed) % 32 * 1_000;
+    let first = 32_768 + ROUNDS.fetch_add(1, Ordering::Relaxed) % 28 * 1_000;
     client.sysctl("net/ipv4/ip_local_port_range", &format!("{first} {}", first + 999))
 }
 

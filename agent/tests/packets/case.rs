@@ -1,10 +1,10 @@
 //! A case: what the maps hold, a packet, and what must come of both.
 
 use sluice_common::Reason;
-use sluice_common::abi::Flow;
+use sluice_common::abi::{Affinity, Flow};
 
 use super::frame::Frame;
-use super::world::{Flows, World};
+use super::world::{Affinities, Exhausted, Flows, World};
 
 /// A program of the object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +64,8 @@ pub(crate) struct Outcome {
     pub(crate) counted: Option<Vec<Counted>>,
     pub(crate) flows: Flows,
     pub(crate) embryonic: Flows,
+    pub(crate) affinity: Affinities,
+    pub(crate) exhausted: Exhausted,
     pub(crate) marks: u32,
 }
 
@@ -103,6 +105,8 @@ impl Case {
                 counted: Some(Vec::new()),
                 flows: world.flows.clone(),
                 embryonic: world.embryonic.clone(),
+                affinity: world.affinity.clone(),
+                exhausted: world.exhausted.clone(),
                 marks: world.marks,
             },
             partial: false,
@@ -169,6 +173,18 @@ impl Case {
         self
     }
 
+    /// Leaves exactly these clients in `affinity`.
+    pub(crate) fn affinity(mut self, affinity: Affinities) -> Self {
+        self.expected.affinity = affinity;
+        self
+    }
+
+    /// Leaves exactly these tuples in `exhausted`.
+    pub(crate) fn exhausted(mut self, exhausted: Exhausted) -> Self {
+        self.expected.exhausted = exhausted;
+        self
+    }
+
     /// Leaves these marks.
     pub(crate) fn marks(mut self, marks: u32) -> Self {
         self.expected.marks = marks;
@@ -193,6 +209,8 @@ impl Case {
                 case.expected.counted = None;
                 case.expected.flows = case.world.flows.clone();
                 case.expected.embryonic = case.world.embryonic.clone();
+                case.expected.affinity = case.world.affinity.clone();
+                case.expected.exhausted = case.world.exhausted.clone();
                 case.expected.marks = case.world.marks;
                 case
             })
@@ -202,15 +220,28 @@ impl Case {
 
 /// Forgives a tick that passed between filling the maps and the packet.
 pub(crate) fn settle(actual: &mut Outcome, expected: &Outcome) {
-    let forgive = |actual: &mut Flows, expected: &Flows| {
-        for (key, Flow { seen, .. }) in actual {
-            if let Some(expected) = expected.get(key)
-                && seen.wrapping_sub(expected.seen).wrapping_add(1) <= 2
-            {
-                *seen = expected.seen;
-            }
+    let forgive = |seen: &mut u32, expected: u32| {
+        if seen.wrapping_sub(expected).wrapping_add(1) <= 2 {
+            *seen = expected;
         }
     };
-    forgive(&mut actual.flows, &expected.flows);
-    forgive(&mut actual.embryonic, &expected.embryonic);
+    for (actual, expected) in
+        [(&mut actual.flows, &expected.flows), (&mut actual.embryonic, &expected.embryonic)]
+    {
+        for (key, Flow { seen, .. }) in actual {
+            if let Some(expected) = expected.get(key) {
+                forgive(seen, expected.seen);
+            }
+        }
+    }
+    for (key, Affinity { seen, .. }) in &mut actual.affinity {
+        if let Some(expected) = expected.affinity.get(key) {
+            forgive(seen, expected.seen);
+        }
+    }
+    for (key, age) in &mut actual.exhausted {
+        if let Some(expected) = expected.exhausted.get(key) {
+            forgive(age, *expected);
+        }
+    }
 }

@@ -1,28 +1,33 @@
 //! The host's way: the packet's path over plain maps and bytes, and what the adapters do, told plainly.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use sluice_common::abi::{
-    Backend, Class, Flow, Origin, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey, Ticks, Tuple,
-    device, flow, state,
+    Affinity, AffinityKey, Backend, Class, Device, Flow, Networks, Origin, OriginKey, Origins, PREFIXES,
+    Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, device, flow,
+    node_address, state,
 };
 use sluice_common::answer::{self, QUOTE};
 use sluice_common::family::lane;
 use sluice_common::header::{TcpHeader, tcp};
 use sluice_common::parse::{self, Headers, Kind};
-use sluice_common::path::{self, Decision, Hook, Record, Verdict, decide, mark, partner, partner_key};
+use sluice_common::path::policy::is_within;
+use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict, mark, partner, partner_key};
 use sluice_common::rewrite::{Edit, hop, rewrite};
+use sluice_common::tables::Routes;
 use sluice_common::{Packet, Reason, Tables, V4, V6};
 
 use super::bytes::Bytes;
 use super::case::{Case, Counted, End, Outcome, Program};
 use super::ip::Ip;
-use super::world::{self, Flows, World};
+use super::world::{self, Affinities, Exhausted, Flows, World};
 
 /// The time when a packet is met.
 const NOW: Ticks = 100_000;
 const PAIR: usize = 12;
+/// How often the adapter has the path decide about a new flow.
+const OPEN_TRIES: u32 = 4;
 
 /// A key with a family's addresses.
 pub(crate) fn service_key<F: Ip>(key: &ServiceKey<IpAddr>) -> Option<ServiceKey<F::Address>> {
@@ -47,17 +52,93 @@ pub(crate) fn origins<F: Ip>(world: &World) -> BTreeMap<OriginKey<F::Address>, O
     world.origins.iter().filter_map(|(key, ends)| Some((service_key::<F>(key)?, fill(ends)?))).collect()
 }
 
+/// A tuple with a family's addresses.
+pub(crate) fn tuple<F: Ip>(tuple: &Tuple<IpAddr>) -> Option<Tuple<F::Address>> {
+    Some(Tuple {
+        source: F::of(tuple.source)?,
+        destination: F::of(tuple.destination)?,
+        source_port: tuple.source_port,
+        destination_port: tuple.destination_port,
+        protocol: tuple.protocol,
+        reserved: [0; 3],
+    })
+}
+
+/// The way back of [`tuple`].
+fn tuple_told<F: Ip>(tuple: &Tuple<F::Address>) -> Tuple<IpAddr> {
+    Tuple {
+        source: F::ip(tuple.source),
+        destination: F::ip(tuple.destination),
+        source_port: tuple.source_port,
+        destination_port: tuple.destination_port,
+        protocol: tuple.protocol,
+        reserved: tuple.reserved,
+    }
+}
+
+/// A mask of so many bits, as far as the family has them.
+fn mask<F: Ip>(bits: u8) -> F::Address {
+    let mask = !u128::MAX.checked_shr(u32::from(bits)).unwrap_or(0);
+    let mask = Ipv6Addr::from(mask);
+    let [a, b, c, d, ..] = mask.octets();
+    F::of(mask.into()).or(F::of(Ipv4Addr::new(a, b, c, d).into())).unwrap_or_default()
+}
+
+/// Prefixes of a kind: those of the family, and what stands for none.
+fn prefixes<F: Ip>(nets: &[(IpAddr, u8)]) -> [Prefix<F::Address>; PREFIXES] {
+    let mut prefixes = [Prefix { network: mask::<F>(128), mask: mask::<F>(0) }; PREFIXES];
+    let own = nets
+        .iter()
+        .filter_map(|(network, bits)| Some(Prefix { network: F::of(*network)?, mask: mask::<F>(*bits) }));
+    for (prefix, own) in prefixes.iter_mut().zip(own) {
+        *prefix = own;
+    }
+    prefixes
+}
+
+/// The ranges of the cluster with a family's addresses.
+pub(crate) fn networks<F: Ip>(world: &World) -> Networks<F::Address> {
+    Networks { pods: prefixes::<F>(&world.pods), services: prefixes::<F>(&world.service_nets) }
+}
+
+/// Clients with a family's addresses, and times instead of ages.
+pub(crate) fn affinities<F: Ip>(world: &World, now: Ticks) -> BTreeMap<AffinityKey<F::Address>, Affinity> {
+    let convert = |(key, entry): (&AffinityKey<IpAddr>, &Affinity)| {
+        let key = AffinityKey { service_port: key.service_port, client: F::of(key.client)? };
+        Some((key, Affinity { seen: now - entry.seen, ..*entry }))
+    };
+    world.affinity.iter().filter_map(convert).collect()
+}
+
+/// The way back of [`affinities`].
+pub(crate) fn affinities_told<F: Ip>(
+    entries: impl IntoIterator<Item = (AffinityKey<F::Address>, Affinity)>,
+    now: Ticks,
+) -> Affinities {
+    let convert = |(key, entry): (AffinityKey<F::Address>, Affinity)| {
+        let key = AffinityKey { service_port: key.service_port, client: F::ip(key.client) };
+        (key, Affinity { seen: now.wrapping_sub(entry.seen), ..entry })
+    };
+    entries.into_iter().map(convert).collect()
+}
+
+/// Searches in vain with a family's addresses, and times instead of ages.
+pub(crate) fn exhausted<F: Ip>(world: &World, now: Ticks) -> BTreeMap<Tuple<F::Address>, Ticks> {
+    world.exhausted.iter().filter_map(|(key, age)| Some((tuple::<F>(key)?, now - age))).collect()
+}
+
+/// The way back of [`exhausted`].
+pub(crate) fn exhausted_told<F: Ip>(
+    entries: impl IntoIterator<Item = (Tuple<F::Address>, Ticks)>,
+    now: Ticks,
+) -> Exhausted {
+    entries.into_iter().map(|(key, tick)| (tuple_told::<F>(&key), now.wrapping_sub(tick))).collect()
+}
+
 /// Entries with a family's addresses, and times instead of ages.
 pub(crate) fn entries<F: Ip>(flows: &Flows, now: Ticks) -> BTreeMap<Tuple<F::Address>, Flow<F::Address>> {
     let convert = |key: &Tuple<IpAddr>, entry: &Flow<IpAddr>| {
-        let key = Tuple {
-            source: F::of(key.source)?,
-            destination: F::of(key.destination)?,
-            source_port: key.source_port,
-            destination_port: key.destination_port,
-            protocol: key.protocol,
-            reserved: [0; 3],
-        };
+        let key = tuple::<F>(key)?;
         let &Flow {
             source_port,
             destination_port,
@@ -92,14 +173,7 @@ pub(crate) fn told<F: Ip>(
     now: Ticks,
 ) -> Flows {
     let convert = |(key, entry): (Tuple<F::Address>, Flow<F::Address>)| {
-        let key = Tuple {
-            source: F::ip(key.source),
-            destination: F::ip(key.destination),
-            source_port: key.source_port,
-            destination_port: key.destination_port,
-            protocol: key.protocol,
-            reserved: key.reserved,
-        };
+        let key = tuple_told::<F>(&key);
         let Flow {
             source_port, destination_port, backend, service_port, seen, generation, state, flags, ..
         } = entry;
@@ -123,7 +197,14 @@ pub(crate) fn told<F: Ip>(
 /// The maps of one family.
 struct Memory<F: Ip> {
     world: World,
-    inside: bool,
+    ifindex: u32,
+    ports: BTreeMap<u32, ServicePort>,
+    networks: Networks<F::Address>,
+    affinity: BTreeMap<AffinityKey<F::Address>, Affinity>,
+    exhausted: BTreeMap<Tuple<F::Address>, Ticks>,
+    /// What the FIB has said; nothing until it is asked.
+    routes: Option<Routes>,
+    passed_over: u32,
     lanes: BTreeMap<(u32, u32), u8>,
     services: BTreeMap<ServiceKey<F::Address>, Service>,
     backends: BTreeMap<u32, Backend<F::Address>>,
@@ -149,7 +230,13 @@ impl<F: Ip> Memory<F> {
         let backends =
             world.backends.iter().filter_map(|(id, found)| Some((*id, backend::<F>(found)?))).collect();
         Self {
-            inside: world.devices.get(&ifindex).is_some_and(|device| device.role == device::EDGE),
+            ifindex,
+            ports: world.ports.iter().map(|(id, port)| (*id, port.told())).collect(),
+            networks: networks::<F>(world),
+            affinity: affinities::<F>(world, NOW),
+            exhausted: exhausted::<F>(world, NOW),
+            routes: None,
+            passed_over: 0,
             lanes,
             services,
             backends,
@@ -199,6 +286,14 @@ impl<F: Ip> Memory<F> {
                 if decision.flow.flags & flow::HOST != 0 {
                     self.marks |= mark::HOST;
                 }
+                if decision.flow.flags & flow::MASQUERADED != 0 {
+                    self.marks |= mark::MASQUERADED;
+                }
+                if decision.affinity {
+                    let Flow { service_port, backend, seen, generation, .. } = decision.flow;
+                    let client = AffinityKey { service_port, client: key.source };
+                    let _ = self.affinity.insert(client, Affinity { backend, seen, generation, reserved: 0 });
+                }
             }
             Record::Promote => {
                 self.flows.extend([other, (key, decision.flow)]);
@@ -215,6 +310,68 @@ impl<F: Ip> Memory<F> {
             }
         }
         Ok(())
+    }
+}
+
+/// What the adapters do for a flow's first packet.
+impl<F: Ip> Memory<F> {
+    /// Where packets to both ends would leave.
+    fn ask(&mut self, flow: &Flow<F::Address>) {
+        let device = |end| world::route(F::ip(end)).map_or(0, |(ifindex, _)| ifindex);
+        self.routes = Some(Routes { to_backend: device(flow.destination), to_client: device(flow.source) });
+    }
+
+    /// Decides as far as two looks at the tables lead.
+    fn try_open(&mut self, hook: Hook, headers: &Headers<F>, decision: &mut Decision<F>) {
+        path::open_into(hook, headers, self, decision);
+        if decision.step == Step::AskRoutes {
+            self.ask(&decision.flow);
+            path::open_into(hook, headers, self, decision);
+        }
+    }
+
+    /// Walks all source ports, but for a tuple for which that was in vain within this tick.
+    fn search(&mut self, decision: &mut Decision<F>) {
+        let mut key = partner_key::<F>(&decision.flow, decision.key.protocol);
+        key.destination_port = 0;
+        if self.exhausted.get(&key) == Some(&NOW) {
+            path::searched_for(None, decision);
+            return;
+        }
+        path::search(self, decision);
+        if decision.reason == Reason::PortsExhausted {
+            let _ = self.exhausted.insert(key, NOW);
+        }
+    }
+
+    /// Whether a socket of this host holds the tuple that a masqueraded client is to have.
+    fn is_held(&self, decision: &Decision<F>) -> bool {
+        let flow = &decision.flow;
+        matches!(decision.record, Record::Open | Record::Establish)
+            && flow.flags & flow::MASQUERADED != 0
+            && self.world.held.contains(&tuple_told::<F>(&partner_key::<F>(flow, decision.key.protocol)))
+    }
+
+    /// Decides to the end and records; the reason why the packet must not go on.
+    fn open(&mut self, hook: Hook, headers: &Headers<F>, decision: &mut Decision<F>) -> Result<(), Reason> {
+        let step = decision.step;
+        let mut result = Err(Reason::PortsExhausted);
+        for _ in 0..OPEN_TRIES {
+            decision.step = step;
+            self.try_open(hook, headers, decision);
+            if decision.step == Step::Search {
+                self.search(decision);
+            }
+            if self.is_held(decision) {
+                self.passed_over += 1;
+                continue;
+            }
+            result = self.record(decision);
+            if result != Err(Reason::ClashRace) {
+                break;
+            }
+        }
+        result
     }
 }
 
@@ -236,7 +393,7 @@ impl<F: Ip> Tables<F> for Memory<F> {
     }
 
     fn range(&self, service_port: u32, class: Class) -> Option<Range> {
-        Some(self.world.ports.get(&service_port).map_or(Range::default(), |ranges| ranges[class as usize]))
+        Some(self.world.ports.get(&service_port).map_or(Range::default(), |port| port.ranges[class as usize]))
     }
 
     fn slot(&self, slot: u32) -> Option<u32> {
@@ -255,8 +412,51 @@ impl<F: Ip> Tables<F> for Memory<F> {
         self.marks
     }
 
-    fn inside(&self) -> bool {
-        self.inside
+    fn port(&self, service_port: u32) -> Option<&ServicePort> {
+        self.ports.get(&service_port)
+    }
+
+    fn affinity(&self, key: &AffinityKey<F::Address>) -> Option<&Affinity> {
+        self.affinity.get(key)
+    }
+
+    fn in_source_ranges(&self, service_port: u32, address: &F::Address) -> bool {
+        let own = |(id, net, bits): &(u32, IpAddr, u8)| (*id == service_port).then_some((*net, *bits));
+        let ranges: Vec<(IpAddr, u8)> = self.world.source_ranges.iter().filter_map(own).collect();
+        ranges.chunks(PREFIXES).any(|ranges| is_within::<F>(&prefixes::<F>(ranges), address))
+    }
+
+    fn is_node_port(&self, port: u16) -> bool {
+        self.world.node_ports.contains(&port)
+    }
+
+    fn serves_node_ports(&self, address: &F::Address) -> bool {
+        let flags = self.world.node_addresses.get(&F::ip(*address));
+        flags.is_some_and(|flags| flags & node_address::NODE_PORTS != 0)
+    }
+
+    fn settings(&self) -> Option<&Settings> {
+        Some(&self.world.settings)
+    }
+
+    fn networks(&self) -> Option<&Networks<F::Address>> {
+        Some(&self.networks)
+    }
+
+    fn device(&self, ifindex: u32) -> Option<&Device> {
+        self.world.devices.get(&ifindex)
+    }
+
+    fn here(&self) -> Option<&Device> {
+        self.world.devices.get(&self.ifindex)
+    }
+
+    fn routes(&self) -> Option<Routes> {
+        self.routes
+    }
+
+    fn passed_over(&self) -> u32 {
+        self.passed_over
     }
 
     fn now(&self) -> Ticks {
@@ -290,6 +490,8 @@ fn untouched(case: &Case) -> Outcome {
         counted: Some(Vec::new()),
         flows: case.world.flows.clone(),
         embryonic: case.world.embryonic.clone(),
+        affinity: case.world.affinity.clone(),
+        exhausted: case.world.exhausted.clone(),
         marks: case.world.marks,
     }
 }
@@ -304,7 +506,8 @@ fn run_family<F: Ip>(case: &Case, mut packet: Bytes, offset: u32) -> Outcome {
     let (end, counted) = match parse::headers::<F, _>(&packet, offset) {
         None => (if hook == Hook::Xdp { End::XdpPass } else { End::Next }, None),
         Some(headers) => {
-            let decision = decide(hook, &headers, &memory);
+            let mut decision = Decision::pass(&headers.tuple);
+            path::decide_into(hook, &headers, &memory, &mut decision);
             if hook == Hook::Xdp {
                 xdp(case, &mut packet, &headers, decision, &mut memory)
             } else {
@@ -318,6 +521,8 @@ fn run_family<F: Ip>(case: &Case, mut packet: Bytes, offset: u32) -> Outcome {
         counted: Some(counted.into_iter().collect()),
         flows: told::<F>(memory.flows, NOW),
         embryonic: told::<F>(memory.embryonic, NOW),
+        affinity: affinities_told::<F>(memory.affinity, NOW),
+        exhausted: exhausted_told::<F>(memory.exhausted, NOW),
         marks: memory.marks,
     }
 }
@@ -343,12 +548,16 @@ fn xdp<F: Ip>(
     case: &Case,
     packet: &mut Bytes,
     headers: &Headers<F>,
-    decision: Decision<F>,
+    mut decision: Decision<F>,
     memory: &mut Memory<F>,
 ) -> (End, Option<Counted>) {
+    if decision.step != Step::Done {
+        memory.try_open(Hook::Xdp, headers, &mut decision);
+    }
     let ours =
         case.world.devices.get(&case.ifindex).is_some_and(|device| packet.bytes.starts_with(&device.mac));
     if decision.verdict != Verdict::Translate
+        || decision.step != Step::Done
         || decision.flow.flags & flow::LOCAL == 0
         || headers.kind != Kind::Transport
         || answer::is_partial(headers)
@@ -373,13 +582,20 @@ fn tc<F: Ip>(
 ) -> (End, Option<Counted>) {
     let ingress = matches!(case.program, Program::Ingress | Program::IngressBare);
     let link = matches!(case.program, Program::Ingress | Program::Egress);
-    if decision.verdict != Verdict::Pass && ingress && link && !memory.inside {
+    let hook = if ingress { Hook::Ingress } else { Hook::Egress };
+    let is_done = decision.step == Step::Done;
+    if decision.verdict == Verdict::Pass && is_done {
+        return (End::Next, count(&decision, headers.length));
+    }
+    let inside = case.world.devices.get(&case.ifindex).is_some_and(|device| device.role == device::EDGE);
+    if ingress && link && !inside {
         let [first, ..] = packet.bytes[..] else { return (End::Next, None) };
         if first & 1 == 0 && !packet.bytes.starts_with(&world::mac(case.ifindex)) {
             return (End::Next, None);
         }
     }
-    let end = apply(case, packet, headers, &mut decision, memory);
+    let recorded = if is_done { memory.record(&decision) } else { memory.open(hook, headers, &mut decision) };
+    let end = apply(case, packet, headers, &mut decision, recorded);
     (end, count(&decision, headers.length))
 }
 
@@ -389,7 +605,7 @@ fn apply<F: Ip>(
     packet: &mut Bytes,
     headers: &Headers<F>,
     decision: &mut Decision<F>,
-    memory: &mut Memory<F>,
+    recorded: Result<(), Reason>,
 ) -> End {
     let ingress = matches!(case.program, Program::Ingress | Program::IngressBare);
     let link = matches!(case.program, Program::Ingress | Program::Egress);
@@ -400,10 +616,7 @@ fn apply<F: Ip>(
     };
     match decision.verdict {
         Verdict::Pass => return End::Next,
-        Verdict::Drop => {
-            let _ = memory.record(decision);
-            return End::Drop;
-        }
+        Verdict::Drop => return End::Drop,
         Verdict::Reset | Verdict::Unreachable if !answerable => {
             decision.reason = Reason::NoBackendDropped;
             return End::Drop;
@@ -431,11 +644,12 @@ fn apply<F: Ip>(
         }
         Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {}
     }
-    if let Err(reason) = memory.record(decision) {
+    if let Err(reason) = recorded {
         decision.reason = reason;
         return End::Drop;
     }
-    if decision.verdict == Verdict::TurnBack && !hop(packet, headers) {
+    let forwards = decision.verdict == Verdict::TurnBack || decision.verdict == Verdict::Route && ingress;
+    if forwards && !hop(packet, headers) {
         decision.reason = Reason::TtlExceeded;
         return End::Drop;
     }
@@ -457,9 +671,8 @@ fn apply<F: Ip>(
     match decision.verdict {
         Verdict::Translate => {
             let bridge = case.world.devices.get(&case.ifindex).map_or(0, |device| device.bridge);
-            let forward_local = decision.flow.flags & (flow::LOCAL | flow::REPLY) == flow::LOCAL;
-            if ingress && link && bridge == world::BRIDGE && forward_local && world::bridge_knows(destination)
-            {
+            let forward = decision.flow.flags & flow::REPLY == 0;
+            if ingress && link && bridge == world::BRIDGE && forward && world::bridge_knows(destination) {
                 packet.bytes[..6].copy_from_slice(&world::BACKEND_MAC);
             }
             End::Next

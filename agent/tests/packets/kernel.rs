@@ -5,12 +5,14 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use aya::maps::{Array, HashMap, MapData, PerCpuHashMap, PerCpuValues};
+use aya::maps::lpm_trie::Key;
+use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuHashMap, PerCpuValues};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
 use sluice_common::abi::{
-    Backend, BackendCounters, COUNTER_V6, Device, Flow, OriginKey, Origins, ReasonCounters, ReasonKey,
-    RejectBucket, RejectKey, Service, ServiceKey, ServicePort, SlotBlock, TICK_SHIFT, Ticks, Tuple,
+    Affinity, AffinityKey, Backend, BackendCounters, COUNTER_V6, Device, Flow, NodeAddress, OriginKey,
+    Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, Service, ServiceKey, ServicePort, Settings,
+    SlotBlock, SourceRange, TICK_SHIFT, Ticks, Tuple,
 };
 use sluice_common::family::lane;
 use sluice_common::{Reason, V4, V6};
@@ -19,8 +21,8 @@ use super::case::{Case, Counted, End, Outcome, Program};
 use super::host;
 use super::ip::Ip;
 use super::world::{
-    self, BACKEND_MAC, BRIDGE, Flows, NARROW, NARROW_MTU, NET_BACKENDS, OWN, ROUTES, TUNNEL, UPLINK, Version,
-    World,
+    self, Affinities, BACKEND_MAC, BRIDGE, EDGE, Exhausted, FOREIGN, Flows, NARROW, NARROW_MTU, NET_BACKENDS,
+    OWN, ROUTES, TUNNEL, UPLINK, Version, World,
 };
 
 /// Age of the oldest entry of any case.
@@ -71,7 +73,7 @@ fn network() -> Result<()> {
             .with_context(|| format!("cannot set {family}"))?;
     }
     ip("link set lo up")?;
-    for ifindex in [world::EDGE, UPLINK, TUNNEL, OWN, NARROW, BRIDGE] {
+    for ifindex in [EDGE, UPLINK, TUNNEL, OWN, NARROW, BRIDGE, FOREIGN] {
         let mac = world::mac(ifindex).map(|byte| format!("{byte:02x}")).join(":");
         let mtu = if ifindex == NARROW { NARROW_MTU } else { 1500 };
         // Half of a pair: every kernel that we run on has them, and not every one has dummies.
@@ -85,6 +87,10 @@ fn network() -> Result<()> {
         let (flag, bits) = if version == Version::V4 { ("-4", 24) } else { ("-6", 64) };
         for (net, ifindex) in ROUTES {
             ip(&format!("{flag} route add {}/{bits} dev d{ifindex}", world::address(version, net, 0)))?;
+        }
+        for ifindex in [EDGE, UPLINK, TUNNEL, NARROW] {
+            let nodad = if version == Version::V4 { "" } else { "nodad" };
+            ip(&format!("{flag} addr add {} dev d{ifindex} {nodad}", world::node(version, ifindex)))?;
         }
         let backend = world::address(version, NET_BACKENDS, 3);
         let mac = BACKEND_MAC.map(|byte| format!("{byte:02x}")).join(":");
@@ -152,6 +158,14 @@ fn drain<K: Copy + 'static, V: Copy + 'static>(ebpf: &mut Ebpf, name: &str) -> R
     Ok(found.into_iter().map(|(key, values)| (key.0, values.iter().map(|value| value.0).collect())).collect())
 }
 
+type Ranges<'a, A> = LpmTrie<&'a mut MapData, Raw<SourceRange<A>>, u32>;
+
+fn source_ranges<F: Ip>(ebpf: &mut Ebpf) -> Result<Ranges<'_, F::Address>> {
+    let name = suffixed::<F>("source_ranges");
+    let map = ebpf.map_mut(&name).with_context(|| format!("the object has no map {name}"))?;
+    LpmTrie::try_from(map).with_context(|| format!("map {name}"))
+}
+
 fn suffixed<F: Ip>(map: &str) -> String {
     format!("{map}_v{}", F::VERSION)
 }
@@ -161,6 +175,14 @@ fn clear_family<F: Ip>(ebpf: &mut Ebpf, world: &World) -> Result<()> {
     clear::<OriginKey<F::Address>, Origins<F::Address>>(ebpf, &suffixed::<F>("origins"))?;
     for map in ["flows", "embryonic"] {
         clear::<Tuple<F::Address>, Flow<F::Address>>(ebpf, &suffixed::<F>(map))?;
+    }
+    clear::<Tuple<F::Address>, u32>(ebpf, &suffixed::<F>("exhausted"))?;
+    clear::<AffinityKey<F::Address>, Affinity>(ebpf, &suffixed::<F>("affinity"))?;
+    clear::<F::Address, NodeAddress>(ebpf, &suffixed::<F>("node_addresses"))?;
+    let mut ranges = source_ranges::<F>(ebpf)?;
+    let keys: Vec<Key<_>> = ranges.keys().collect::<Result<_, _>>()?;
+    for key in keys {
+        ranges.remove(&key)?;
     }
     let mut backends = array(ebpf, &suffixed::<F>("backends"))?;
     for id in world.backends.keys() {
@@ -198,6 +220,28 @@ fn fill_family<F: Ip>(ebpf: &mut Ebpf, world: &World, now: Ticks) -> Result<()> 
             map.insert(Raw(key), Raw(flow), 0)?;
         }
     }
+    let mut affinity = hash(ebpf, &suffixed::<F>("affinity"))?;
+    for (key, entry) in host::affinities::<F>(world, now) {
+        affinity.insert(Raw(key), Raw(entry), 0)?;
+    }
+    let mut exhausted = hash(ebpf, &suffixed::<F>("exhausted"))?;
+    for (key, tick) in host::exhausted::<F>(world, now) {
+        exhausted.insert(Raw(key), Raw(tick), 0)?;
+    }
+    let mut nodes = hash(ebpf, &suffixed::<F>("node_addresses"))?;
+    for (address, flags) in &world.node_addresses {
+        if let Some(address) = F::of(*address) {
+            nodes.insert(Raw(address), Raw(NodeAddress { flags: *flags }), 0)?;
+        }
+    }
+    let mut ranges = source_ranges::<F>(ebpf)?;
+    for (service_port, net, bits) in &world.source_ranges {
+        if let Some(address) = F::of(*net) {
+            let data = SourceRange { service_port: service_port.to_be_bytes(), address };
+            ranges.insert(&Key::new(32 + u32::from(*bits), Raw(data)), 1, 0)?;
+        }
+    }
+    array(ebpf, &suffixed::<F>("networks"))?.set(0, Raw(host::networks::<F>(world)), 0)?;
     let mut lanes = array(ebpf, "addresses")?;
     for (address, bits) in &world.listing {
         if let Some(address) = F::of(*address) {
@@ -213,6 +257,18 @@ fn read_family<F: Ip>(ebpf: &mut Ebpf, map: &str, now: Ticks) -> Result<Flows> {
     let map = hash::<Tuple<F::Address>, Flow<F::Address>>(ebpf, &suffixed::<F>(map))?;
     let entries: Vec<(Raw<_>, Raw<_>)> = map.iter().collect::<Result<_, _>>()?;
     Ok(host::told::<F>(entries.into_iter().map(|(key, flow)| (key.0, flow.0)), now))
+}
+
+fn read_affinities<F: Ip>(ebpf: &mut Ebpf, now: Ticks) -> Result<Affinities> {
+    let map = hash::<AffinityKey<F::Address>, Affinity>(ebpf, &suffixed::<F>("affinity"))?;
+    let entries: Vec<(Raw<_>, Raw<_>)> = map.iter().collect::<Result<_, _>>()?;
+    Ok(host::affinities_told::<F>(entries.into_iter().map(|(key, entry)| (key.0, entry.0)), now))
+}
+
+fn read_exhausted<F: Ip>(ebpf: &mut Ebpf, now: Ticks) -> Result<Exhausted> {
+    let map = hash::<Tuple<F::Address>, Ticks>(ebpf, &suffixed::<F>("exhausted"))?;
+    let entries: Vec<(Raw<_>, Raw<_>)> = map.iter().collect::<Result<_, _>>()?;
+    Ok(host::exhausted_told::<F>(entries.into_iter().map(|(key, tick)| (key.0, tick.0)), now))
 }
 
 impl Kernel {
@@ -234,6 +290,12 @@ impl Kernel {
             "origins_v6",
             "sockets_v4",
             "sockets_v6",
+            "affinity_v4",
+            "affinity_v6",
+            "source_ranges_v4",
+            "source_ranges_v6",
+            "fragments_v4",
+            "fragments_v6",
             "ports",
             "slots",
             "names",
@@ -255,10 +317,15 @@ impl Kernel {
         fill_family::<V4>(ebpf, world, now)?;
         fill_family::<V6>(ebpf, world, now)?;
         let mut ports = array(ebpf, "ports")?;
-        for (id, ranges) in &world.ports {
-            let port = ServicePort { ranges: ranges.map(|range| range.0), ..ServicePort::default() };
-            ports.set(*id, Raw(port), 0)?;
+        for (id, port) in &world.ports {
+            ports.set(*id, Raw(port.told()), 0)?;
         }
+        let mut words = array::<u64>(ebpf, "node_ports")?;
+        for port in &world.node_ports {
+            let Raw(word) = words.get(&u32::from(port / 64), 0)?;
+            words.set(u32::from(port / 64), Raw(word | 1 << (port % 64)), 0)?;
+        }
+        array(ebpf, "settings")?.set(0, Raw::<Settings>(world.settings), 0)?;
         let mut slots = array::<SlotBlock>(ebpf, "slots")?;
         for (slot, id) in &world.slots {
             let Raw(mut block) = slots.get(&(slot / 16), 0)?;
@@ -294,6 +361,10 @@ impl Kernel {
         for slot in world.slots.keys() {
             slots.set(slot / 16, Raw(SlotBlock::default()), 0)?;
         }
+        let mut words = array(ebpf, "node_ports")?;
+        for port in &world.node_ports {
+            words.set(u32::from(port / 64), Raw(0_u64), 0)?;
+        }
         clear::<u32, Device>(ebpf, "devices")?;
         clear::<RejectKey, RejectBucket>(ebpf, "rejects")
     }
@@ -319,10 +390,19 @@ impl Kernel {
         let _ = self.counted()?;
         match &outcome {
             // The next case may find them as they are.
-            Ok(Some(Outcome { end: End::Next | End::XdpPass, flows, embryonic, marks, .. }))
-                if *flows == case.world.flows
-                    && *embryonic == case.world.embryonic
-                    && *marks == case.world.marks =>
+            Ok(Some(Outcome {
+                end: End::Next | End::XdpPass,
+                flows,
+                embryonic,
+                affinity,
+                exhausted,
+                marks,
+                ..
+            })) if *flows == case.world.flows
+                && *embryonic == case.world.embryonic
+                && *affinity == case.world.affinity
+                && *exhausted == case.world.exhausted
+                && *marks == case.world.marks =>
             {
                 self.filled = Some((case.world.clone(), since));
             }
@@ -348,9 +428,13 @@ impl Kernel {
         flows.extend(read_family::<V6>(&mut self.ebpf, "flows", now)?);
         let mut embryonic = read_family::<V4>(&mut self.ebpf, "embryonic", now)?;
         embryonic.extend(read_family::<V6>(&mut self.ebpf, "embryonic", now)?);
+        let mut affinity = read_affinities::<V4>(&mut self.ebpf, now)?;
+        affinity.extend(read_affinities::<V6>(&mut self.ebpf, now)?);
+        let mut exhausted = read_exhausted::<V4>(&mut self.ebpf, now)?;
+        exhausted.extend(read_exhausted::<V6>(&mut self.ebpf, now)?);
         let Raw(marks) = array::<u32>(&mut self.ebpf, "marks")?.get(&0, 0)?;
         let counted = Some(self.counted()?);
-        Ok(Some(Outcome { end, frame, counted, flows, embryonic, marks }))
+        Ok(Some(Outcome { end, frame, counted, flows, embryonic, affinity, exhausted, marks }))
     }
 
     fn test_run(&mut self, case: &Case, frame: &mut [u8]) -> Result<Option<TestRunResult>> {

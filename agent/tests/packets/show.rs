@@ -37,6 +37,14 @@ pub(crate) fn difference(who: &str, actual: &Outcome, expected: &Outcome) -> Str
             line(format!("{who}: {map} {row}"));
         }
     }
+    if actual.affinity != expected.affinity {
+        line(format!("{who}: affinity {:?}", actual.affinity));
+        line(format!("    instead of {:?}", expected.affinity));
+    }
+    if actual.exhausted != expected.exhausted {
+        line(format!("{who}: exhausted {:?}", actual.exhausted));
+        line(format!("    instead of {:?}", expected.exhausted));
+    }
     text
 }
 

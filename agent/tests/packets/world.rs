@@ -4,12 +4,13 @@
 //! packet: the kernel's test run takes the ethertype from bytes 12 and 13, and those of a packet
 //! without a link header are the source address's (IPv4: its first two, IPv6: its third pair).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::abi::{
-    Backend, Device, Flow, OriginKey, Range, Service, ServiceKey, Tuple, backend, device, flow, frontend,
-    listing,
+    Affinity, AffinityKey, Backend, Device, Flow, OriginKey, Range, Service, ServiceKey, ServicePort,
+    Settings, Tuple, backend, detect_local, device, device_flags, flow, frontend, listing, masquerade,
+    node_address,
 };
 
 use super::frame::{ACK, Frame, Mac, SYN, TCP, UDP};
@@ -33,6 +34,8 @@ pub(crate) const OWN: u32 = 14;
 pub(crate) const NARROW: u32 = 15;
 /// Ifindex of the bridge that backends are reached by.
 pub(crate) const BRIDGE: u32 = 16;
+/// Ifindex of a device that none of our programs is attached to.
+pub(crate) const FOREIGN: u32 = 17;
 /// MTU of [`NARROW`].
 pub(crate) const NARROW_MTU: u32 = 1300;
 /// The backend's link-layer address as the bridge knows it.
@@ -52,13 +55,30 @@ pub(crate) fn address(version: Version, net: u8, host: u8) -> IpAddr {
 }
 
 /// The nets of [`address`] and where their routes lead.
-pub(crate) const ROUTES: [(u8, u32); 3] =
-    [(NET_BACKENDS, BRIDGE), (NET_NARROW, NARROW), (NET_FRONTENDS, OWN)];
+pub(crate) const ROUTES: [(u8, u32); 8] = [
+    (NET_CLIENTS, UPLINK),
+    (NET_BACKENDS, BRIDGE),
+    (NET_NARROW, NARROW),
+    (NET_FOREIGN, FOREIGN),
+    (NET_PODS, EDGE),
+    (NET_REMOTE, UPLINK),
+    (NET_OVERLAY, TUNNEL),
+    (NET_FRONTENDS, OWN),
+];
+/// This node's addresses: delivered here.
 pub(crate) const NET_NODE: u8 = 0;
 pub(crate) const NET_CLIENTS: u8 = 1;
 pub(crate) const NET_BACKENDS: u8 = 2;
 pub(crate) const NET_NARROW: u8 = 3;
 pub(crate) const NET_UNROUTED: u8 = 4;
+/// Behind a device without our programs.
+pub(crate) const NET_FOREIGN: u8 = 5;
+/// Pods of this node that are routed to.
+pub(crate) const NET_PODS: u8 = 6;
+/// Pods of other nodes, by the underlay.
+pub(crate) const NET_REMOTE: u8 = 7;
+/// Pods of other nodes, by the overlay.
+pub(crate) const NET_OVERLAY: u8 = 8;
 pub(crate) const NET_FRONTENDS: u8 = 96;
 
 /// The device that a route names, and its MTU.
@@ -71,21 +91,60 @@ pub(crate) fn route(destination: IpAddr) -> Option<(u32, u32)> {
     Some((*ifindex, if *ifindex == NARROW { NARROW_MTU } else { 1500 }))
 }
 
+/// The node's address on a device: the one that clients are shown as behind it.
+pub(crate) fn node(version: Version, ifindex: u32) -> IpAddr {
+    address(version, NET_NODE, if ifindex == UPLINK { 1 } else { ifindex as u8 })
+}
+
 /// Whether the bridge has a neighbour entry, with [`BACKEND_MAC`].
 pub(crate) fn bridge_knows(destination: IpAddr) -> bool {
     [Version::V4, Version::V6].iter().any(|version| destination == address(*version, NET_BACKENDS, 3))
 }
 
-/// The maps' content; [`Flow::seen`] is the entry's age in ticks.
+/// A service port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Port {
+    pub(crate) ranges: [Range; 3],
+    pub(crate) affinity_seconds: u32,
+    /// Bits of [`sluice_common::abi::policy`].
+    pub(crate) flags: u32,
+}
+
+impl Port {
+    /// As the maps have it.
+    pub(crate) fn told(&self) -> ServicePort {
+        ServicePort {
+            ranges: self.ranges.map(|range| range.0),
+            affinity_seconds: self.affinity_seconds,
+            flags: self.flags,
+        }
+    }
+}
+
+/// The maps' content, and what this host's sockets hold; [`Flow::seen`] and [`Affinity::seen`] are ages in ticks.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct World {
+    pub(crate) settings: Settings,
+    /// Prefixes with the number of their bits: local pods', and Services'.
+    pub(crate) pods: Vec<(IpAddr, u8)>,
+    pub(crate) service_nets: Vec<(IpAddr, u8)>,
     pub(crate) services: BTreeMap<ServiceKey<IpAddr>, Service>,
-    pub(crate) ports: BTreeMap<u32, [Range; 3]>,
+    pub(crate) ports: BTreeMap<u32, Port>,
     pub(crate) slots: BTreeMap<u32, u32>,
     pub(crate) backends: BTreeMap<u32, Backend<IpAddr>>,
     pub(crate) origins: BTreeMap<OriginKey<IpAddr>, Vec<SocketAddr>>,
     pub(crate) listing: BTreeMap<IpAddr, u8>,
     pub(crate) devices: BTreeMap<u32, Device>,
+    /// Addresses of this node, with bits of [`node_address`].
+    pub(crate) node_addresses: BTreeMap<IpAddr, u32>,
+    pub(crate) node_ports: BTreeSet<u16>,
+    /// Service port, and a prefix with the number of its bits.
+    pub(crate) source_ranges: BTreeSet<(u32, IpAddr, u8)>,
+    pub(crate) affinity: Affinities,
+    /// For which reply tuples, without a port, a search was in vain how many ticks ago.
+    pub(crate) exhausted: Exhausted,
+    /// Connected sockets of this host: the tuples of what they receive.
+    pub(crate) held: BTreeSet<Tuple<IpAddr>>,
     /// Milliseconds of credit that a client has left.
     pub(crate) rejects: BTreeMap<IpAddr, u32>,
     pub(crate) flows: Flows,
@@ -95,6 +154,12 @@ pub(crate) struct World {
 
 /// Flow entries.
 pub(crate) type Flows = BTreeMap<Tuple<IpAddr>, Flow<IpAddr>>;
+
+/// Where clients have been.
+pub(crate) type Affinities = BTreeMap<AffinityKey<IpAddr>, Affinity>;
+
+/// Searches that were in vain, and their age.
+pub(crate) type Exhausted = BTreeMap<Tuple<IpAddr>, u32>;
 
 pub(crate) fn tuple(source: SocketAddr, destination: SocketAddr, protocol: u8) -> Tuple<IpAddr> {
     Tuple {
@@ -289,7 +354,12 @@ impl Cast {
 
     /// The maps without flows.
     pub(crate) fn world(&self) -> World {
-        let mut world = World::default();
+        let settings = Settings {
+            masquerade: masquerade::NEEDED,
+            detect_local: detect_local::DEVICE,
+            ..Settings::default()
+        };
+        let mut world = World { settings, ..World::default() };
         world.add_backend(self, ONE, ONE, self.backend);
         world.add_backend(self, OTHER, OTHER, self.backend);
         world.add_backend(self, SPARE, ONE, self.other_backend);
@@ -298,7 +368,7 @@ impl Cast {
         world.add_frontend(self, EMPTY, self.empty, frontend::CLUSTER_IP);
         world.fill(ONE, &[ONE]);
         world.fill(OTHER, &[OTHER]);
-        let _ = world.ports.insert(EMPTY, [Range::default(); 3]);
+        let _ = world.ports.insert(EMPTY, Port::default());
         let origin = ServiceKey {
             address: self.backend.ip(),
             port: self.backend.port(),
@@ -306,7 +376,6 @@ impl Cast {
             reserved: 0,
         };
         let _ = world.origins.insert(origin, vec![self.frontend, self.other_frontend]);
-        let _ = world.listing.insert(self.node, listing::NODE);
         for (ifindex, role) in [
             (EDGE, device::EDGE),
             (UPLINK, device::UPLINK),
@@ -316,7 +385,19 @@ impl Cast {
         ] {
             let link_header = if ifindex == TUNNEL { 0 } else { 14 };
             let mtu = if ifindex == NARROW { NARROW_MTU } else { 1500 };
-            let device = Device { role, mac: mac(ifindex), link_header, mtu, ..Device::default() };
+            let mut device = Device { role, mac: mac(ifindex), link_header, mtu, ..Device::default() };
+            if role == device::EDGE {
+                device.flags = device_flags::LOCAL_PODS;
+            }
+            if role != device::OWN {
+                let node = node(self.version, ifindex);
+                match node {
+                    IpAddr::V4(node) => device.masquerade_v4 = node.into(),
+                    IpAddr::V6(node) => device.masquerade_v6 = node.into(),
+                }
+                let _ = world.node_addresses.insert(node, 0);
+                *world.listing.entry(node).or_default() |= listing::NODE;
+            }
             let _ = world.devices.insert(ifindex, device);
         }
         world
@@ -351,7 +432,18 @@ impl World {
         for (slot, id) in (start..).zip(ids.iter().cycle().take(usize::from(SLOTS))) {
             let _ = self.slots.insert(slot, *id);
         }
-        let _ = self.ports.insert(service_port, [Range::new(start, SLOTS); 3]);
+        self.port(service_port).ranges = [Range::new(start, SLOTS); 3];
+    }
+
+    /// A service port, to be changed.
+    pub(crate) fn port(&mut self, service_port: u32) -> &mut Port {
+        self.ports.entry(service_port).or_default()
+    }
+
+    /// Serves node ports at an address of this node.
+    pub(crate) fn serve_node_ports(&mut self, at: IpAddr) {
+        *self.node_addresses.entry(at).or_default() |= node_address::NODE_PORTS;
+        *self.listing.entry(at).or_default() |= listing::NODE | listing::NODE_PORTS;
     }
 
     /// With entries in `flows`.

@@ -6,15 +6,20 @@
 
 #![allow(non_upper_case_globals, reason = "a map's name is what `bpftool map` shows")]
 
+use core::ffi::c_void;
+use core::ptr::null_mut;
+
 use aya_ebpf::btf_maps::PerCpuArray;
+use aya_ebpf::helpers::generated::bpf_loop;
 use aya_ebpf::macros::btf_map;
 use sluice_common::parse::{Headers, Parse};
-use sluice_common::path::{Decision, Hook, decide_into};
+use sluice_common::path::{self, Decision, Hook, PORTS};
+use sluice_common::tables::Routes;
 use sluice_common::{Family, V4, V6};
 
 use super::maps::Maps;
 use super::record;
-use super::tables::Kernel;
+use super::tables::{Kernel, now};
 
 /// What is known and decided of a packet, in a map: the stack has no room for it, and kernel 6.1 takes no
 /// map key from a global function's argument. Programs that use it run with softirqs off, so that none
@@ -23,6 +28,25 @@ use super::tables::Kernel;
 pub(super) struct Scratch<F: Family> {
     pub(super) headers: Headers<F>,
     pub(super) decision: Decision<F>,
+    pub(super) asked: Asked,
+}
+
+/// What the adapter found out for the path.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Asked {
+    /// Counts if `has_routes` is not zero.
+    pub(super) routes: Routes,
+    pub(super) has_routes: u32,
+    /// Source ports that sockets of this host hold.
+    pub(super) passed_over: u32,
+    /// The port that a search found; 0: none.
+    found: u32,
+}
+
+impl Asked {
+    pub(super) const NOTHING: Self =
+        Self { routes: Routes { to_backend: 0, to_client: 0 }, has_routes: 0, passed_over: 0, found: 0 };
 }
 
 #[btf_map]
@@ -32,31 +56,107 @@ static scratch_v6: PerCpuArray<Scratch<V6>, 1> = PerCpuArray::new();
 
 /// A family whose decisions are made and recorded by global functions.
 pub(super) trait Decide: Maps + Parse {
-    /// This CPU's scratch. A reference to it must not outlive a call of `decide` or `record`, which take their own.
+    /// This CPU's scratch. A reference to it must not outlive a call of the functions below, which take their own.
     fn scratch() -> Option<*mut Scratch<Self>>;
     /// Decides about the packet in this CPU's scratch, met on a device.
     fn decide(ifindex: u32, hook: Hook);
+    /// Goes on with a decision that is not done.
+    fn open(ifindex: u32, hook: Hook);
+    /// Searches a source port for the decision.
+    fn search();
     /// Records the flow of the decision in this CPU's scratch; 0, or the number of the reason why
     /// the packet must not go on.
     fn record() -> u32;
 }
 
+#[inline(always)]
+fn hook_number(hook: Hook) -> u32 {
+    match hook {
+        Hook::Ingress => 0,
+        Hook::Egress => 1,
+        Hook::Xdp => 2,
+    }
+}
+
+#[inline(always)]
+fn hook_of(number: u32) -> Hook {
+    match number {
+        0 => Hook::Ingress,
+        1 => Hook::Egress,
+        _ => Hook::Xdp,
+    }
+}
+
+/// Walks all source ports; a tuple for which that was in vain is not searched for again within a tick.
+#[inline(always)]
+fn search<F: Decide>(decision: &mut Decision<F>, found: impl FnOnce() -> u32) {
+    let mut key = path::partner_key::<F>(&decision.flow, decision.key.protocol);
+    key.destination_port = 0;
+    // SAFETY: entries are plain data, readable under RCU.
+    let in_vain = matches!(unsafe { F::exhausted().get(&key) }, Some(tick) if *tick == now());
+    let port = if in_vain { 0 } else { found() };
+    if port == 0 && !in_vain {
+        let _ = F::exhausted().insert(&key, now(), 0);
+    }
+    path::searched_for((port != 0).then_some(port as u16), decision);
+}
+
+/// One step of the walk; 1 ends it.
+#[inline(always)]
+fn try_port<F: Decide>(index: u32) -> i64 {
+    let Some(scratch) = F::scratch() else { return 1 };
+    // SAFETY: this CPU's own; the search waits for the loop to end.
+    let decision = unsafe { &(*scratch).decision };
+    let port = path::searched(path::search_start(decision), index);
+    if !path::is_free(&Kernel::of(0), decision, port) {
+        return 0;
+    }
+    // SAFETY: as above.
+    unsafe { (*scratch).asked.found = u32::from(port) };
+    1
+}
+
 macro_rules! global {
-    ($family:ident, $decide:ident, $record:ident, $scratch:ident) => {
+    ($family:ident, $decide:ident, $open:ident, $search:ident, $try:ident, $record:ident, $scratch:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $decide(ifindex: u32, hook: u32) -> u32 {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
             // SAFETY: this CPU's own; callers hold no reference to it.
-            let Scratch { headers, decision } = unsafe { &mut *scratch };
-            let hook = match hook {
-                0 => Hook::Ingress,
-                1 => Hook::Egress,
-                _ => Hook::Xdp,
-            };
+            let Scratch { headers, decision, .. } = unsafe { &mut *scratch };
             *decision = Decision::pass(&headers.tuple);
-            decide_into(hook, headers, &Kernel { ifindex }, decision);
+            path::decide_into(hook_of(hook), headers, &Kernel::of(ifindex), decision);
             0
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $open(ifindex: u32, hook: u32) -> u32 {
+            let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
+            // SAFETY: as above.
+            let Scratch { headers, decision, asked } = unsafe { &mut *scratch };
+            path::open_into(hook_of(hook), headers, &Kernel { ifindex, asked: *asked }, decision);
+            0
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $search() -> u32 {
+            let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
+            // SAFETY: as above; the loop's steps write `found` alone.
+            unsafe {
+                (*scratch).asked.found = 0;
+                search::<$family>(&mut (*scratch).decision, || {
+                    let _ = bpf_loop(PORTS, $try as *mut c_void, null_mut(), 0);
+                    (&raw const (*scratch).asked.found).read_volatile()
+                });
+            }
+            0
+        }
+
+        #[inline(never)]
+        extern "C" fn $try(index: u32, _: *mut c_void) -> i64 {
+            try_port::<$family>(index)
         }
 
         #[unsafe(no_mangle)]
@@ -78,12 +178,17 @@ macro_rules! global {
 
             #[inline(always)]
             fn decide(ifindex: u32, hook: Hook) {
-                let hook = match hook {
-                    Hook::Ingress => 0,
-                    Hook::Egress => 1,
-                    Hook::Xdp => 2,
-                };
-                let _ = $decide(ifindex, hook);
+                let _ = $decide(ifindex, hook_number(hook));
+            }
+
+            #[inline(always)]
+            fn open(ifindex: u32, hook: Hook) {
+                let _ = $open(ifindex, hook_number(hook));
+            }
+
+            #[inline(always)]
+            fn search() {
+                let _ = $search();
             }
 
             #[inline(always)]
@@ -94,5 +199,5 @@ macro_rules! global {
     };
 }
 
-global!(V4, decide_v4, record_v4, scratch_v4);
-global!(V6, decide_v6, record_v6, scratch_v6);
+global!(V4, decide_v4, open_v4, search_v4, try_port_v4, record_v4, scratch_v4);
+global!(V6, decide_v6, open_v6, search_v6, try_port_v6, record_v6, scratch_v6);

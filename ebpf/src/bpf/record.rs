@@ -1,7 +1,7 @@
 //! Writes what a decision records of its flow.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use sluice_common::abi::{Flow, Tuple, flow, state};
+use sluice_common::abi::{Affinity, AffinityKey, Flow, Tuple, flow, state};
 use sluice_common::path::{Decision, Record, leads_to, mark, partner, partner_key};
 use sluice_common::{Family, Reason};
 
@@ -102,9 +102,17 @@ fn open<F: Maps>(decision: &Decision<F>, partner: &Partner<F>, proven: bool) -> 
         return Err(Reason::FlowsFull);
     }
     let bits = if flow.flags & flow::DIRECT != 0 { mark::DIRECT } else { 0 }
-        | if flow.flags & flow::HOST != 0 { mark::HOST } else { 0 };
+        | if flow.flags & flow::HOST != 0 { mark::HOST } else { 0 }
+        | if flow.flags & flow::MASQUERADED != 0 { mark::MASQUERADED } else { 0 };
     if bits != 0 {
         set_marks(bits);
+    }
+    if decision.affinity {
+        let client = AffinityKey { service_port: flow.service_port, client: key.source };
+        let to =
+            Affinity { backend: flow.backend, seen: flow.seen, generation: flow.generation, reserved: 0 };
+        // A client that finds no room goes by its slot.
+        let _ = F::affinity().insert(&client, to, ANY);
     }
     Ok(())
 }

@@ -82,10 +82,17 @@ fn is_served(ctx: *mut bpf_sock_addr) -> bool {
     let Some(settings) = maps::settings.get(0) else { return false };
     match settings.socket_path {
         socket_path::ALL => true,
-        // SAFETY: the context is valid while the program runs.
-        socket_path::HOST => (unsafe { bpf_get_netns_cookie(ctx.cast()) }) == settings.host_netns,
+        socket_path::HOST => is_host(ctx),
         _ => false,
     }
+}
+
+/// Whether the socket is one of the host's network namespace.
+#[inline(always)]
+fn is_host(ctx: *mut bpf_sock_addr) -> bool {
+    let Some(settings) = maps::settings.get(0) else { return false };
+    // SAFETY: the context is valid while the program runs.
+    (unsafe { bpf_get_netns_cookie(ctx.cast()) }) == settings.host_netns
 }
 
 /// Whether the socket was bound to a port before the call. Then the port is what the process wants seen, and two
@@ -113,8 +120,8 @@ fn translate<F: Maps>(ctx: *mut bpf_sock_addr, address: F::Address, protocol: u8
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     let key = ServiceKey { address, port, protocol, reserved: 0 };
-    match choose::<F, _>(&key, cookie, &Kernel { ifindex: 0 }) {
-        Choice::Stranger => Outcome::Untouched,
+    match choose::<F, _>(&key, cookie, is_host(ctx), &Kernel::of(0)) {
+        Choice::Untouched => Outcome::Untouched,
         Choice::Refuse { service_port } => {
             if protocol == TCP {
                 count::why(Reason::SocketRefused, service_port, 0);

@@ -1,19 +1,33 @@
 //! The path's questions, answered by the maps.
 
+use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use sluice_common::Tables;
 use sluice_common::abi::{
-    Backend, Class, Flow, OriginKey, Origins, Range, SLOTS_PER_BLOCK, Service, ServiceKey, TICK_SHIFT, Ticks,
-    Tuple, device, socket_path,
+    Affinity, AffinityKey, Backend, Class, Device, Flow, Networks, OriginKey, Origins, Range,
+    SLOTS_PER_BLOCK, Service, ServiceKey, ServicePort, Settings, SourceRange, TICK_SHIFT, Ticks, Tuple,
+    device, node_address, socket_path,
 };
 use sluice_common::family::lane;
+use sluice_common::tables::Routes;
 
+use super::decide::Asked;
 use super::maps::{self, Maps};
 
 /// The maps, seen from a device.
 pub(super) struct Kernel {
     /// The device that the packet is met on; 0 for calls of sockets.
     pub(super) ifindex: u32,
+    /// What the adapter found out.
+    pub(super) asked: Asked,
+}
+
+impl Kernel {
+    /// The maps, seen from a device, before anything was asked.
+    #[inline(always)]
+    pub(super) fn of(ifindex: u32) -> Self {
+        Self { ifindex, asked: Asked::NOTHING }
+    }
 }
 
 /// The time in ticks.
@@ -93,19 +107,78 @@ impl<F: Maps> Tables<F> for Kernel {
     }
 
     #[inline(always)]
-    fn inside(&self) -> bool {
+    fn port(&self, service_port: u32) -> Option<&ServicePort> {
+        maps::ports.get(service_port)
+    }
+
+    #[inline(always)]
+    fn affinity(&self, key: &AffinityKey<F::Address>) -> Option<&Affinity> {
         // SAFETY: as in `flow`.
-        match unsafe { maps::devices.get(self.ifindex) } {
-            Some(device) => device.role == device::EDGE,
+        unsafe { F::affinity().get(key) }
+    }
+
+    #[inline(always)]
+    fn in_source_ranges(&self, service_port: u32, address: &F::Address) -> bool {
+        let data = SourceRange { service_port: service_port.to_be_bytes(), address: *address };
+        let bits = 8 * size_of::<SourceRange<F::Address>>() as u32;
+        F::source_ranges().get(&Key::new(bits, data)).is_some()
+    }
+
+    #[inline(always)]
+    fn is_node_port(&self, port: u16) -> bool {
+        match maps::node_ports.get(u32::from(port >> 6)) {
+            Some(word) => word >> (port & 63) & 1 != 0,
             None => false,
         }
     }
 
     #[inline(always)]
+    fn serves_node_ports(&self, address: &F::Address) -> bool {
+        // SAFETY: as in `flow`.
+        match unsafe { F::node_addresses().get(address) } {
+            Some(address) => address.flags & node_address::NODE_PORTS != 0,
+            None => false,
+        }
+    }
+
+    #[inline(always)]
+    fn settings(&self) -> Option<&Settings> {
+        maps::settings.get(0)
+    }
+
+    #[inline(always)]
+    fn networks(&self) -> Option<&Networks<F::Address>> {
+        F::networks().get(0)
+    }
+
+    #[inline(always)]
+    fn device(&self, ifindex: u32) -> Option<&Device> {
+        // SAFETY: as in `flow`.
+        unsafe { maps::devices.get(ifindex) }
+    }
+
+    #[inline(always)]
+    fn here(&self) -> Option<&Device> {
+        <Self as Tables<F>>::device(self, self.ifindex)
+    }
+
+    #[inline(always)]
+    fn routes(&self) -> Option<Routes> {
+        if self.asked.has_routes != 0 { Some(self.asked.routes) } else { None }
+    }
+
+    #[inline(always)]
+    fn passed_over(&self) -> u32 {
+        self.asked.passed_over
+    }
+
+    #[inline(always)]
     fn translated_at_socket(&self) -> bool {
         match maps::settings.get(0) {
-            Some(settings) => settings.socket_path == socket_path::ALL && <Self as Tables<F>>::inside(self),
-            None => false,
+            Some(settings) if settings.socket_path == socket_path::ALL => {
+                matches!(<Self as Tables<F>>::here(self), Some(here) if here.role == device::EDGE)
+            }
+            _ => false,
         }
     }
 

@@ -6,37 +6,38 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_check_mtu_flags::BPF_MTU_CHK_SEGS, bpf_fib_lookup as FibLookup,
+    __sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_check_mtu_flags::BPF_MTU_CHK_SEGS, bpf_sock_tuple,
+    bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_check_mtu, bpf_csum_diff, bpf_fib_lookup, bpf_ktime_get_coarse_ns, bpf_redirect, bpf_redirect_neigh,
-    bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes,
+    bpf_check_mtu, bpf_csum_diff, bpf_ktime_get_coarse_ns, bpf_redirect, bpf_redirect_neigh,
+    bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes,
+    bpf_skb_store_bytes, bpf_skc_lookup_tcp,
 };
 use sluice_common::abi::{Device, Flow, RejectKey, device, flow};
 use sluice_common::answer::{self, Answer, QUOTE};
-use sluice_common::header::{EthernetHeader, TcpHeader, tcp};
+use sluice_common::header::{EthernetHeader, TcpHeader, protocol, tcp};
 use sluice_common::parse::{self, Headers};
-use sluice_common::path::{self, Decision, Hook, Verdict};
+use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict};
 use sluice_common::rewrite::{Edit, hop, rewrite};
 use sluice_common::{Family, Packet, Reason, V4, V6};
 
 use super::count;
-use super::decide::{Decide, Scratch};
+use super::decide::{Asked, Decide, Scratch};
+use super::fib::{Fib, ask, neighbour, route};
 use super::maps;
 use super::skb::Skb;
 
 /// The next program decides.
 const NEXT: i32 = -1;
 const DROP: i32 = TC_ACT_SHOT;
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
-/// The device that output routing starts from: a lookup as if sent by this host, without binding it to a device.
-const LOOPBACK: u32 = 1;
-const FIB_SUCCESS: i64 = 0;
-const FIB_NO_NEIGHBOUR: i64 = 7;
-const FIB_FRAG_NEEDED: i64 = 8;
-const FIB_OUTPUT: u32 = 2;
 const PACKET_OTHERHOST: u32 = 3;
+const TCP_ESTABLISHED: u32 = 1;
+const TCP_LISTEN: u32 = 10;
+/// `BPF_F_CURRENT_NETNS`.
+const CURRENT_NETNS: u64 = u64::MAX;
+/// How often a flow's first packet is decided about when its tuple is taken meanwhile.
+const OPEN_TRIES: u32 = 4;
 
 /// Runs a tc program on a device whose link header has `LINK` bytes.
 #[inline(always)]
@@ -55,13 +56,13 @@ pub(super) fn run<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
 }
 
 /// A family as the tc adapter needs it.
-trait Tc: Decide + Answer {
+trait Tc: Fib + Answer {
     /// Reads the packet into this CPU's scratch, by a global function (see `decide`); 0 when it is too short.
     fn read(skb: *mut __sk_buff, offset: u32) -> u32;
-    /// Fills in the addresses of a FIB question.
-    fn fib(params: &mut FibLookup, source: &Self::Address, destination: &Self::Address);
     /// The client's key in the rate limiter.
     fn reject_key(address: &Self::Address) -> RejectKey;
+    /// Fills in the tuple of a packet that answers a flow; its size in bytes.
+    fn sock_tuple(tuple: &mut bpf_sock_tuple, flow: &Flow<Self::Address>) -> u32;
     /// Whether a packet may be answered with "too big": it forbids fragmentation.
     fn forbids_fragments(packet: &Skb, offset: u32) -> bool;
     /// Whether a source address is one that may be answered.
@@ -95,18 +96,19 @@ impl Tc for V4 {
     }
 
     #[inline(always)]
-    fn fib(params: &mut FibLookup, source: &Self::Address, destination: &Self::Address) {
-        params.family = AF_INET;
-        let [source, ..] = V4::words(source);
-        let [destination, ..] = V4::words(destination);
-        params.__bindgen_anon_3.ipv4_src = source;
-        params.__bindgen_anon_4.ipv4_dst = destination;
-    }
-
-    #[inline(always)]
     fn reject_key(address: &Self::Address) -> RejectKey {
         let [a, b, c, d] = address.octets;
         RejectKey { address: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] }
+    }
+
+    #[inline(always)]
+    fn sock_tuple(tuple: &mut bpf_sock_tuple, flow: &Flow<Self::Address>) -> u32 {
+        let [saddr, ..] = V4::words(&flow.destination);
+        let [daddr, ..] = V4::words(&flow.source);
+        let (sport, dport) = (flow.destination_port.to_be(), flow.source_port.to_be());
+        tuple.__bindgen_anon_1.ipv4 =
+            bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 { saddr, daddr, sport, dport };
+        12
     }
 
     #[inline(always)]
@@ -129,15 +131,17 @@ impl Tc for V6 {
     }
 
     #[inline(always)]
-    fn fib(params: &mut FibLookup, source: &Self::Address, destination: &Self::Address) {
-        params.family = AF_INET6;
-        params.__bindgen_anon_3.ipv6_src = V6::words(source);
-        params.__bindgen_anon_4.ipv6_dst = V6::words(destination);
+    fn reject_key(address: &Self::Address) -> RejectKey {
+        RejectKey { address: address.octets }
     }
 
     #[inline(always)]
-    fn reject_key(address: &Self::Address) -> RejectKey {
-        RejectKey { address: address.octets }
+    fn sock_tuple(tuple: &mut bpf_sock_tuple, flow: &Flow<Self::Address>) -> u32 {
+        let (saddr, daddr) = (V6::words(&flow.destination), V6::words(&flow.source));
+        let (sport, dport) = (flow.destination_port.to_be(), flow.source_port.to_be());
+        tuple.__bindgen_anon_1.ipv6 =
+            bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 { saddr, daddr, sport, dport };
+        36
     }
 
     #[inline(always)]
@@ -171,9 +175,9 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
         return NEXT;
     }
     F::decide(ifindex(skb), hook);
-    // SAFETY: this CPU's own; the references end before `record`.
-    let Scratch { headers, decision } = unsafe { &*scratch };
-    if decision.verdict == Verdict::Pass {
+    // SAFETY: this CPU's own; the references end before the next call that takes them.
+    let Scratch { headers, decision, .. } = unsafe { &*scratch };
+    if decision.verdict == Verdict::Pass && decision.step == Step::Done {
         count::packet(decision, headers.length);
         return NEXT;
     }
@@ -186,18 +190,91 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     {
         return NEXT;
     }
-    let mut number = F::record();
-    if number == Reason::ClashRace as u32 {
-        // Another CPU took the tuple between the path's look and now: the path looks again.
-        F::decide(ifindex(skb), hook);
-        number = F::record();
-    }
+    let number = if decision.step == Step::Done { F::record() } else { open::<F>(skb, hook) };
     let refusal = refusal(number);
     // SAFETY: as above; nothing else takes a reference from here on.
-    let Scratch { headers, decision } = unsafe { &mut *scratch };
+    let Scratch { headers, decision, .. } = unsafe { &mut *scratch };
     let action = apply::<F, LINK>(skb, headers, decision, refusal, hook);
     count::packet(decision, headers.length);
     action
+}
+
+/// Takes the decision about a flow's first packet to its end and records the flow; 0, or the number of the
+/// reason why the packet must not go on.
+///
+/// Another CPU may take the tuple between the path's look and the record, or a socket of this host hold it:
+/// the path looks again.
+#[inline(never)]
+fn open<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> u32 {
+    let Some(scratch) = F::scratch() else { return 0 };
+    // SAFETY: this CPU's own; no reference is kept.
+    let step = unsafe { (*scratch).decision.step };
+    // SAFETY: as above.
+    unsafe { (*scratch).asked = Asked::NOTHING };
+    let mut number = Reason::PortsExhausted as u32;
+    for _ in 0..OPEN_TRIES {
+        // SAFETY: as above.
+        unsafe { (*scratch).decision.step = step };
+        F::open(ifindex(skb), hook);
+        // SAFETY: as above.
+        if unsafe { (*scratch).decision.step } == Step::AskRoutes {
+            ask::<F>(skb.cast());
+            F::open(ifindex(skb), hook);
+        }
+        // SAFETY: as above.
+        if unsafe { (*scratch).decision.step } == Step::Search {
+            F::search();
+        }
+        if is_held::<F>(skb) {
+            // SAFETY: as above.
+            unsafe { (*scratch).asked.passed_over += 1 };
+            continue;
+        }
+        number = F::record();
+        if number != Reason::ClashRace as u32 {
+            break;
+        }
+    }
+    number
+}
+
+/// Whether a socket of this host speaks to the backend from the tuple that a masqueraded client is to have.
+#[inline(never)]
+fn is_held<F: Tc>(skb: *mut __sk_buff) -> bool {
+    let Some(scratch) = F::scratch() else { return false };
+    // SAFETY: this CPU's own; nothing else takes a reference here.
+    let decision = unsafe { &(*scratch).decision };
+    let is_new = matches!(decision.record, Record::Open | Record::Establish);
+    if !is_new || decision.flow.flags & flow::MASQUERADED == 0 {
+        return false;
+    }
+    let flow = &decision.flow;
+    // SAFETY: plain integers: zero is a value.
+    let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+    // As the backend's packets come.
+    let size = F::sock_tuple(&mut tuple, flow);
+    // SAFETY: the helpers read `size` bytes of the tuple; what they find is released.
+    unsafe {
+        if decision.key.protocol == protocol::TCP {
+            let socket = bpf_skc_lookup_tcp(skb.cast(), &raw mut tuple, size, CURRENT_NETNS, 0);
+            if socket.is_null() {
+                return false;
+            }
+            let held = (*socket).state != TCP_LISTEN;
+            let _ = bpf_sk_release(socket.cast());
+            return held;
+        }
+        if decision.key.protocol == protocol::UDP {
+            let socket = bpf_sk_lookup_udp(skb.cast(), &raw mut tuple, size, CURRENT_NETNS, 0);
+            if socket.is_null() {
+                return false;
+            }
+            let held = (*socket).state == TCP_ESTABLISHED;
+            let _ = bpf_sk_release(socket.cast());
+            return held;
+        }
+    }
+    false
 }
 
 /// Applies a decision that is not to pass; leaves in it the reason why the packet was dropped after all.
@@ -221,26 +298,37 @@ fn apply<F: Tc, const LINK: u32>(
         decision.reason = reason;
         return DROP;
     }
-    if decision.verdict == Verdict::TurnBack && !hop(packet, headers) {
-        decision.reason = Reason::TtlExceeded;
-        return DROP;
-    }
+    // What this host sends itself has come through the stack.
+    let forwards = hook != Hook::Egress;
     let mut target = 0;
+    // Our own device, where the packet is to enter the stack to be fragmented.
+    let mut fragments = 0;
     if decision.verdict == Verdict::Route {
-        target = match route::<F>(skb, &decision.flow.source, &decision.flow.destination) {
+        target = match route::<F>(skb.cast(), &decision.flow.source, &decision.flow.destination) {
             Some(target) => target,
             None => {
                 decision.reason = Reason::NoRoute;
                 return DROP;
             }
         };
-        if let Some(mtu) = exceeded_mtu(skb, target) {
-            decision.reason = Reason::TooBig;
-            if !F::forbids_fragments(packet, headers.network) {
+        if let Some(mtu) = exceeded_mtu(skb, target, LINK) {
+            if F::forbids_fragments(packet, headers.network) {
+                decision.reason = Reason::TooBig;
+                return icmp::<F, LINK>(skb, headers, mtu, hook);
+            }
+            fragments = own_device();
+            if fragments == 0 {
+                decision.reason = Reason::TooBig;
                 return DROP;
             }
-            return icmp::<F, LINK>(skb, headers, mtu, hook);
         }
+    }
+    // A bypass does what the stack would; the stack itself does it where it fragments.
+    let bypasses = decision.verdict == Verdict::TurnBack
+        || decision.verdict == Verdict::Route && forwards && fragments == 0;
+    if bypasses && !hop(packet, headers) {
+        decision.reason = Reason::TtlExceeded;
+        return DROP;
     }
     if !translate(skb, headers, &decision.flow) {
         decision.reason = Reason::RewriteFailed;
@@ -257,7 +345,12 @@ fn apply<F: Tc, const LINK: u32>(
         Verdict::HandIn => {
             hand_in::<F, LINK>(packet, &decision.flow.destination, &decision.flow.source, hook)
         }
+        Verdict::Route if fragments != 0 => hand_to::<F, LINK>(packet, fragments),
         Verdict::Route => {
+            // The helper takes away a link header, and drops what has none.
+            if LINK == 0 && !add_link_header::<F>(packet, [0; 6]) {
+                return DROP;
+            }
             // SAFETY: the helper takes no parameters: it finds the neighbour itself.
             (unsafe { bpf_redirect_neigh(target, core::ptr::null_mut(), 0, 0) }) as i32
         }
@@ -280,43 +373,18 @@ fn refusal(number: u32) -> Option<Reason> {
     }
 }
 
-/// Asks the FIB as if this host sent a packet; answers status and device.
-#[inline(always)]
-fn fib<F: Tc>(
-    skb: *mut __sk_buff,
-    params: &mut FibLookup,
-    source: &F::Address,
-    destination: &F::Address,
-    ifindex: u32,
-    flags: u32,
-) -> i64 {
-    F::fib(params, source, destination);
-    params.ifindex = ifindex;
-    // SAFETY: the helper reads and writes the parameters within their size.
-    unsafe { bpf_fib_lookup(skb.cast(), params, size_of::<FibLookup>() as i32, flags) }
-}
-
-#[inline(always)]
-fn fib_question() -> FibLookup {
-    // SAFETY: plain integers: zero is a value.
-    unsafe { core::mem::zeroed() }
-}
-
-/// The device that the FIB names for a destination; `None` where it has none, or where that is this host.
-#[inline(never)]
-fn route<F: Tc>(skb: *mut __sk_buff, source: &F::Address, destination: &F::Address) -> Option<u32> {
-    let mut params = fib_question();
-    let status = fib::<F>(skb, &mut params, source, destination, LOOPBACK, 0);
-    // Without a neighbour so far, or for a packet beyond its MTU, the device is known all the same.
-    matches!(status, FIB_SUCCESS | FIB_NO_NEIGHBOUR | FIB_FRAG_NEEDED).then_some(params.ifindex)
-}
-
 /// The MTU of a device when the packet, or a segment of it, is larger.
 #[inline(always)]
-fn exceeded_mtu(skb: *mut __sk_buff, target: u32) -> Option<u32> {
+fn exceeded_mtu(skb: *mut __sk_buff, target: u32, link: u32) -> Option<u32> {
+    // The helper compares with the target's link header included: ours may have another length.
+    let difference = match device(target) {
+        Some(device) => i32::from(device.link_header) - link as i32,
+        None => 0,
+    };
     let mut mtu = 0_u32;
     // SAFETY: the helper writes the MTU.
-    let status = unsafe { bpf_check_mtu(skb.cast(), target, &raw mut mtu, 0, u64::from(BPF_MTU_CHK_SEGS)) };
+    let status =
+        unsafe { bpf_check_mtu(skb.cast(), target, &raw mut mtu, difference, u64::from(BPF_MTU_CHK_SEGS)) };
     (status > 0).then_some(mtu)
 }
 
@@ -329,10 +397,8 @@ fn stay_on_bridge<F: Tc>(skb: *mut __sk_buff, source: &F::Address, destination: 
         Some(device) if device.bridge != 0 => device.bridge,
         _ => return,
     };
-    let mut params = fib_question();
-    let status = fib::<F>(packet.skb, &mut params, source, destination, bridge, FIB_OUTPUT);
-    if status == FIB_SUCCESS && params.ifindex == bridge {
-        let _ = packet.store(0, params.dmac);
+    if let Some(neighbour) = neighbour::<F>(skb.cast(), source, destination, bridge) {
+        let _ = packet.store(0, neighbour);
     }
 }
 
@@ -362,7 +428,7 @@ fn hand_in<F: Tc, const LINK: u32>(
     let target = if hook == Hook::Egress {
         here
     } else {
-        let named = route::<F>(packet.skb, local, remote);
+        let named = route::<F>(packet.skb.cast(), local, remote);
         match named {
             Some(target) => target,
             None => here,
@@ -371,24 +437,44 @@ fn hand_in<F: Tc, const LINK: u32>(
     if target == here && hook != Hook::Egress {
         return NEXT;
     }
+    hand_to::<F, LINK>(packet, target)
+}
+
+/// Our own device, which takes packets whose source is an address of this node.
+#[inline(always)]
+fn own_device() -> u32 {
+    match maps::settings.get(0) {
+        Some(settings) => settings.own_device,
+        None => 0,
+    }
+}
+
+/// Hands the packet to the stack as if it had come in on a device.
+#[inline(always)]
+fn hand_to<F: Tc, const LINK: u32>(packet: &mut Skb, target: u32) -> i32 {
     let Some(to) = device(target) else { return DROP };
-    if to.link_header != 0 {
-        if LINK == 0 {
-            let ethertype = F::ETHERTYPE.to_be();
-            // SAFETY: the helper makes room for an Ethernet header or fails.
-            if unsafe { bpf_skb_change_head(packet.skb, 14, 0) } != 0 {
-                return DROP;
-            }
-            let header = EthernetHeader { destination: to.mac, source: to.mac, ethertype };
-            if !packet.store(0, header) {
-                return DROP;
-            }
-        } else if !packet.store(0, to.mac) {
-            return DROP;
-        }
+    let has_header = if to.link_header == 0 {
+        true
+    } else if LINK == 0 {
+        add_link_header::<F>(packet, to.mac)
+    } else {
+        packet.store(0, to.mac)
+    };
+    if !has_header {
+        return DROP;
     }
     // SAFETY: the helper has no preconditions.
     (unsafe { bpf_redirect(target, u64::from(BPF_F_INGRESS)) }) as i32
+}
+
+/// Puts an Ethernet header before a packet that has none.
+#[inline(always)]
+fn add_link_header<F: Tc>(packet: &mut Skb, mac: [u8; 6]) -> bool {
+    // SAFETY: the helper makes room or fails.
+    if unsafe { bpf_skb_change_head(packet.skb, 14, 0) } != 0 {
+        return false;
+    }
+    packet.store(0, EthernetHeader { destination: mac, source: mac, ethertype: F::ETHERTYPE.to_be() })
 }
 
 /// Sends an answer to where the packet came from.

@@ -7,12 +7,13 @@ use sluice_common::answer::is_partial;
 use sluice_common::checksum::Delta;
 use sluice_common::header::{EthernetHeader, Wire};
 use sluice_common::parse::{self, Headers, Kind};
-use sluice_common::path::{Hook, Verdict};
+use sluice_common::path::{Hook, Step, Verdict};
 use sluice_common::rewrite::{Checksum, Edit, segment};
 use sluice_common::{Family, Packet, V4, V6};
 
 use super::count;
-use super::decide::{Decide, Scratch};
+use super::decide::{Asked, Decide, Scratch};
+use super::fib::{Fib, ask};
 use super::maps;
 use super::sctp::sctp_updated;
 use super::skb::bounded;
@@ -104,7 +105,7 @@ pub(super) fn run(ctx: *mut xdp_md) -> u32 {
 
 /// A family whose frames are read by a global function: it has a stack frame to itself, and the compiler may not
 /// take the context apart on the way to it.
-trait Read: Decide {
+trait Read: Decide + Fib {
     /// Reads the frame into this CPU's scratch; 0 when it is too short.
     fn read(ctx: *mut xdp_md, offset: u32) -> u32;
 }
@@ -145,9 +146,21 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     // SAFETY: the context is valid while the program runs.
     let ifindex = unsafe { (*ctx).ingress_ifindex };
     F::decide(ifindex, Hook::Xdp);
+    // SAFETY: this CPU's own; no reference is kept.
+    if unsafe { (*scratch).decision.step } != Step::Done {
+        // SAFETY: as above.
+        unsafe { (*scratch).asked = Asked::NOTHING };
+        F::open(ifindex, Hook::Xdp);
+        // SAFETY: as above.
+        if unsafe { (*scratch).decision.step } == Step::AskRoutes {
+            ask::<F>(ctx.cast());
+            F::open(ifindex, Hook::Xdp);
+        }
+    }
     // SAFETY: this CPU's own, and `record` only reads what these references only read.
-    let Scratch { headers, decision } = unsafe { &*scratch };
+    let Scratch { headers, decision, .. } = unsafe { &*scratch };
     if decision.verdict != Verdict::Translate
+        || decision.step != Step::Done
         || decision.flow.flags & flow::LOCAL == 0
         || headers.kind != Kind::Transport
         || is_partial(headers)

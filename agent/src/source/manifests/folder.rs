@@ -305,7 +305,7 @@ impl Folder {
             return;
         };
         let namespace = match (kind, meta.namespace.as_deref()) {
-            (Kind::Node, _) => "",
+            (Kind::Node | Kind::ServiceCidr, _) => "",
             (_, Some(namespace)) if !namespace.is_empty() => namespace,
             _ => "default",
         };

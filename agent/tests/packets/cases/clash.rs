@@ -19,7 +19,7 @@ pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
         two_frontends(table, &cast);
         taken_over(table, &cast);
-        exhausted(table, &cast);
+        walks(table, &cast);
         direct(table, &cast);
     }
 }
@@ -162,25 +162,35 @@ fn taken_over(table: &mut Table, cast: &Cast) {
     }
 }
 
-fn exhausted(table: &mut Table, cast: &Cast) {
+/// All ports that are tried before a walk over every port there is, and the walk's own first port on demand.
+fn walks(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let first = cast.first(cast.client, cast.other_frontend);
     let mut world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
-    for attempt in 1..REMAP_TRIES {
-        let seen_as = tried(cast, cast.other_frontend, attempt);
+    let block = |world: World, seen_as| {
         let blocker = Connection { client: seen_as, seen_as, ..cast.connection() };
-        world = world.flows(blocker.state(state::ESTABLISHED).both());
+        world.flows(blocker.state(state::ESTABLISHED).both())
+    };
+    for attempt in 1..REMAP_TRIES {
+        world = block(world, tried(cast, cast.other_frontend, attempt));
     }
-    table.add(
-        Case::new(
-            format!("{title}: every port that is tried is taken"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .dropped(Reason::PortsExhausted, OTHER),
-    );
+    let begins = tried(cast, cast.other_frontend, 0);
+    let mut next = begins;
+    next.set_port(begins.port() + 1);
+    for (what, world, seen_as) in [
+        ("a walk begins where the tuple's hash says", world.clone(), begins),
+        ("a walk goes on to the next port", block(world.clone(), begins), next),
+    ] {
+        let name = format!("{title}: every port that is tried is taken, {what}");
+        table.add(
+            Case::new(name, &world, Program::Ingress, EDGE, &first)
+                .becomes(&first.clone().from(seen_as).to(cast.backend))
+                .opens(OTHER)
+                .embryonic([cast.other_connection().seen_as(seen_as).both()]),
+        );
+    }
+    let name = format!("{title}: every port that is tried is taken, XDP leaves the walk to tc");
+    table.add(Case::new(name, &world, Program::Xdp, UPLINK, &first.at(mac(UPLINK))));
 }
 
 fn direct(table: &mut Table, cast: &Cast) {

@@ -223,8 +223,9 @@ fn selection(table: &mut Table, cast: &Cast) {
     let first = cast.first(cast.client, cast.frontend);
     let mut world = cast.world();
     world.fill(SPARE, &[SPARE]);
-    let (internal, inside, outside) = (world.ports[&ONE][0], world.ports[&SPARE][0], Range::default());
-    let _ = world.ports.insert(ONE, [internal, inside, outside]);
+    let (internal, inside, outside) =
+        (world.ports[&ONE].ranges[0], world.ports[&SPARE].ranges[0], Range::default());
+    world.port(ONE).ranges = [internal, inside, outside];
     for service in world.services.values_mut().filter(|service| service.service_port == ONE) {
         service.kind = frontend::LOAD_BALANCER;
     }
@@ -235,7 +236,7 @@ fn selection(table: &mut Table, cast: &Cast) {
             .opens(SPARE)
             .embryonic([spare(cast).both()]),
     );
-    let _ = world.ports.insert(ONE, [Range::default(), Range::default(), internal]);
+    world.port(ONE).ranges = [Range::default(), Range::default(), internal];
     let first = first.at(mac(UPLINK));
     let name = format!("{title}: an external address asked from outside has the outside's backends");
     table.add(

@@ -2,6 +2,7 @@
 
 mod clients;
 mod http;
+mod many;
 mod relay;
 mod servers;
 mod socket;
@@ -34,6 +35,10 @@ enum Mode {
         #[arg(long, default_value_t = 0)]
         interval_ms: u64,
     },
+    /// Have connections established, silently; raise `net.core.somaxconn` for many.
+    Hold(Listen),
+    /// Open many connections at once, and tell how many there came to be.
+    ManyClient(many::Opening),
     /// Ask a server by HTTP.
     HttpClient(http::Asking),
     /// Ask a `udp-echo`.
@@ -64,6 +69,8 @@ fn main() -> ExitCode {
         Mode::Stream { listen, interval_ms } => {
             servers::stream(listen.listen, &listen.name, interval_ms).map(|()| true)
         }
+        Mode::Hold(listen) => many::hold(listen.listen).map(|()| true),
+        Mode::ManyClient(opening) => many::open(&opening),
         Mode::HttpClient(asking) => http::ask(&asking),
         Mode::UdpClient(asking) => clients::udp(&asking),
         Mode::TcpClient(asking) => clients::tcp(&asking),

@@ -1,0 +1,101 @@
+//! What runs beside the maps' loop and follows it: health checks of Services, and the kernel's connection tracking.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::sync::Sync;
+use crate::conntrack::{self, UdpFrontends};
+use crate::devices::Survey;
+use crate::health::{self, Addresses, Failures, Inputs};
+use crate::model::HealthCheck;
+use crate::model::object::ObjectName;
+use crate::policy::Policy;
+
+/// A change that has been waiting for so long makes the proxy unhealthy: kube-proxy's two sync periods.
+const OVERDUE: Duration = Duration::from_secs(60);
+
+/// Since when the maps have been behind the sources.
+type Behind = Arc<Mutex<Option<Instant>>>;
+
+/// The tasks' ends of the channels.
+#[derive(Debug)]
+pub(super) struct Beside {
+    behind: Behind,
+    checks: watch::Sender<BTreeMap<ObjectName, HealthCheck>>,
+    addresses: watch::Sender<Addresses>,
+    frontends: watch::Sender<Arc<UdpFrontends>>,
+    failures: watch::Receiver<Failures>,
+    cleaned: watch::Receiver<conntrack::Told>,
+}
+
+impl Beside {
+    /// Starts the tasks; they end with what is returned.
+    pub(super) fn start() -> Self {
+        let behind = Behind::default();
+        let (checks, checks_of_task) = watch::channel(BTreeMap::new());
+        let (addresses, addresses_of_task) = watch::channel(Addresses::Listed([].into()));
+        let (frontends, frontends_of_task) = watch::channel(Arc::default());
+        let (failures_of_task, failures) = watch::channel(Failures::new());
+        let (cleaned_of_task, cleaned) = watch::channel(conntrack::Told::default());
+        let clock = behind.clone();
+        let inputs = Inputs {
+            checks: checks_of_task,
+            addresses: addresses_of_task,
+            is_healthy: Arc::new(move || {
+                let since = *clock.lock().unwrap_or_else(PoisonError::into_inner);
+                since.is_none_or(|since| since.elapsed() < OVERDUE)
+            }),
+        };
+        let _health = tokio::spawn(health::serve(inputs, failures_of_task));
+        let _conntrack = tokio::spawn(conntrack::keep_clean(frontends_of_task, cleaned_of_task));
+        Self { behind, checks, addresses, frontends, failures, cleaned }
+    }
+
+    /// Tells the tasks what the maps' loop has come to.
+    pub(super) fn follow(&self, sync: &mut Sync, survey: &Survey, policy: &Policy) {
+        let settled = sync.is_settled();
+        {
+            let mut behind = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
+            *behind = if settled { None } else { Some(behind.unwrap_or_else(Instant::now)) };
+        }
+        if !settled {
+            return;
+        }
+        let _ = self.checks.send_if_modified(|checks| {
+            let modified = checks != sync.health_checks();
+            if modified {
+                checks.clone_from(sync.health_checks());
+            }
+            modified
+        });
+        let addresses = if policy.node_ports.includes_all() {
+            Addresses::All
+        } else {
+            let serving = survey.addresses.iter().filter(|(_, serves)| **serves);
+            Addresses::Listed(serving.map(|(address, _)| *address).collect())
+        };
+        let _ = self.addresses.send_if_modified(|before| {
+            let modified = *before != addresses;
+            *before = addresses;
+            modified
+        });
+        if let Some(frontends) = sync.take_udp_frontends() {
+            let _ = self.frontends.send_replace(Arc::new(frontends));
+        }
+    }
+
+    /// What fails, for people.
+    pub(super) fn problems(&self) -> Vec<String> {
+        let failures = self.failures.borrow();
+        let health = failures.iter().map(|(service, failure)| format!("Service {service}: {failure}"));
+        let conntrack = self.cleaned.borrow().problem.clone();
+        let conntrack = conntrack.map(|problem| {
+            format!("cannot delete stale UDP entries of the kernel's connection tracking: {problem}")
+        });
+        health.chain(conntrack).collect()
+    }
+}

@@ -1,0 +1,335 @@
+//! The ports of masqueraded clients, kept apart from those that the kernel gives to the node's own sockets.
+//!
+//! Both share the node's address. What of `ip_local_port_range` is also ours is entered into
+//! `ip_local_reserved_ports`, which the kernel leaves out when it chooses a port; a process that asks for a port by number
+//! still gets it. What was entered is recorded, so that exactly this can be taken out again.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+/// The ports of masqueraded clients.
+pub const MASQUERADE: [RangeInclusive<u16>; 2] = [1_024..=29_999, 61_000..=65_535];
+/// Where the kernel's settings for IPv4 lie; these two count for IPv6 as well.
+pub const SYSCTLS: &str = "/proc/sys/net/ipv4";
+/// The range that the kernel chooses ports from.
+const RANGE: &str = "ip_local_port_range";
+/// Ports that it leaves out.
+const RESERVED: &str = "ip_local_reserved_ports";
+/// Ports that must be left to the node's own sockets.
+const LEFT_MIN: usize = 1_024;
+/// Longest list of reserved ports, bytes: every second one of 65 536, with commas.
+const LIST_MAX: usize = 1 << 18;
+
+type Ports = BTreeSet<u16>;
+
+/// The ports cannot be kept apart.
+#[derive(Debug, thiserror::Error)]
+pub enum PortsError {
+    /// A setting cannot be read.
+    #[error("cannot read {path}: {cause}")]
+    Read {
+        /// The setting.
+        path: PathBuf,
+        /// Why.
+        cause: io::Error,
+    },
+    /// Nearly all ports of the node's own sockets are those of masqueraded clients.
+    #[error(
+        "net.ipv4.ip_local_port_range ({range}) leaves {left} ports to the node's own sockets, since {} are those of \
+         masqueraded clients; widen it, for example: sysctl -w net.ipv4.ip_local_port_range=\"32768 60999\"",
+        masquerade_text()
+    )]
+    Narrow {
+        /// The range.
+        range: String,
+        /// How many ports are left.
+        left: usize,
+    },
+    /// A setting cannot be written.
+    #[error(
+        "ports {ports} are in net.ipv4.ip_local_port_range and those of masqueraded clients as well; they cannot be \
+         entered into {path}: {cause}; do it yourself (sysctl -w net.ipv4.ip_local_reserved_ports={wanted}), or narrow \
+         the range, for example: sysctl -w net.ipv4.ip_local_port_range=\"32768 60999\""
+    )]
+    Reserve {
+        /// The ports of both.
+        ports: String,
+        /// The setting.
+        path: PathBuf,
+        /// Why.
+        cause: io::Error,
+        /// What it should be.
+        wanted: String,
+    },
+    /// What was entered cannot be recorded, or no longer.
+    #[error("cannot {action} {path}, the record of reserved ports: {cause}")]
+    Record {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        cause: io::Error,
+    },
+    /// What was entered cannot be taken out again.
+    #[error("cannot take ports {ports} out of {path}: {cause}")]
+    Release {
+        /// The ports.
+        ports: String,
+        /// The setting.
+        path: PathBuf,
+        /// Why.
+        cause: io::Error,
+    },
+}
+
+/// Reserves what is necessary, and records it; returns the ports that were not reserved before, for people.
+///
+/// # Errors
+///
+/// When the ports cannot be kept apart: then masqueraded clients would meet connections of the node's own.
+pub fn reserve(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsError> {
+    let (range_path, reserved_path) = (sysctls.join(RANGE), sysctls.join(RESERVED));
+    let range = read(&range_path, range)?;
+    let reserved = read(&reserved_path, list)?;
+    let both = overlap(&range);
+    let missing: Ports = both.difference(&reserved).copied().collect();
+    if missing.is_empty() {
+        return Ok(None);
+    }
+    let wanted: Ports = reserved.union(&missing).copied().collect();
+    let left = range.difference(&wanted).count();
+    if left < LEFT_MIN {
+        return Err(PortsError::Narrow { range: text(&range), left });
+    }
+    let before = recorded(record)?.unwrap_or_default();
+    let ours: Ports = before.union(&missing).copied().collect();
+    // First: what is entered and not recorded would stay for ever.
+    fs::write(record, text(&ours) + "\n").map_err(|cause| PortsError::Record {
+        action: "write",
+        path: record.to_owned(),
+        cause,
+    })?;
+    fs::write(&reserved_path, text(&wanted)).map_err(|cause| PortsError::Reserve {
+        ports: text(&missing),
+        path: reserved_path,
+        cause,
+        wanted: text(&wanted),
+    })?;
+    Ok(Some(text(&missing)))
+}
+
+/// Takes out what was entered; returns the ports, for people.
+///
+/// # Errors
+///
+/// When the record or the setting cannot be used.
+pub fn release(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsError> {
+    let Some(ours) = recorded(record)? else { return Ok(None) };
+    let path = sysctls.join(RESERVED);
+    let reserved = read(&path, list)?;
+    let released: Ports = reserved.intersection(&ours).copied().collect();
+    if !released.is_empty() {
+        let wanted: Ports = reserved.difference(&ours).copied().collect();
+        // An empty list is written as an empty line: the kernel takes no notice of an empty write.
+        fs::write(&path, text(&wanted) + "\n").map_err(|cause| PortsError::Release {
+            ports: text(&released),
+            path,
+            cause,
+        })?;
+    }
+    fs::remove_file(record).map_err(|cause| PortsError::Record {
+        action: "remove",
+        path: record.to_owned(),
+        cause,
+    })?;
+    Ok(Some(text(&released)).filter(|ports| !ports.is_empty()))
+}
+
+/// What an agent has entered, if any has.
+fn recorded(record: &Path) -> Result<Option<Ports>, PortsError> {
+    match fs::read_to_string(record) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(cause) => Err(PortsError::Record { action: "read", path: record.to_owned(), cause }),
+        // Nothing is taken out for a record that somebody has spoilt.
+        Ok(text) => Ok(Some(list(&text).unwrap_or_default())),
+    }
+}
+
+/// Reads a setting in one call: the kernel gives the rest of a long list to nobody who comes back for it.
+fn read(path: &Path, parse: impl Fn(&str) -> Option<Ports>) -> Result<Ports, PortsError> {
+    let failed = |cause| PortsError::Read { path: path.to_owned(), cause };
+    let mut buffer = vec![0; LIST_MAX];
+    let length = File::open(path).and_then(|mut file| file.read(&mut buffer)).map_err(failed)?;
+    buffer.truncate(length);
+    let text = String::from_utf8_lossy(&buffer);
+    parse(&text).ok_or_else(|| failed(io::Error::other(format!("{:?} means no ports", text.trim()))))
+}
+
+/// Reads `32768 60999`, with white space of any kind.
+fn range(text: &str) -> Option<Ports> {
+    let mut numbers = text.split_whitespace().map(str::parse::<u16>);
+    let (Some(Ok(first)), Some(Ok(last)), None) = (numbers.next(), numbers.next(), numbers.next()) else {
+        return None;
+    };
+    Some((first..=last).collect())
+}
+
+/// Reads `8080,9148-9150`.
+fn list(text: &str) -> Option<Ports> {
+    let mut ports = Ports::new();
+    for part in text.trim().split(',').filter(|part| !part.is_empty()) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        ports.extend(first.parse::<u16>().ok()?..=last.parse().ok()?);
+    }
+    Some(ports)
+}
+
+/// Writes what [`list`] reads.
+fn text(ports: &Ports) -> String {
+    let mut ranges: Vec<RangeInclusive<u16>> = Vec::new();
+    for port in ports {
+        match ranges.last_mut() {
+            Some(range) if range.end().checked_add(1) == Some(*port) => *range = *range.start()..=*port,
+            Some(_) | None => ranges.push(*port..=*port),
+        }
+    }
+    let word = |range: &RangeInclusive<u16>| match (range.start(), range.end()) {
+        (first, last) if first == last => first.to_string(),
+        (first, last) => format!("{first}-{last}"),
+    };
+    ranges.iter().map(word).collect::<Vec<_>>().join(",")
+}
+
+/// The ports among these that masqueraded clients get.
+fn overlap(ports: &Ports) -> Ports {
+    ports.iter().copied().filter(|port| MASQUERADE.iter().any(|range| range.contains(port))).collect()
+}
+
+fn masquerade_text() -> String {
+    text(&MASQUERADE.into_iter().flatten().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder of settings with a record beside them.
+    struct Node(tempfile::TempDir);
+
+    impl Node {
+        fn new(range: &str, reserved: &str) -> Self {
+            let node = Self(tempfile::tempdir().expect("a folder"));
+            fs::write(node.0.path().join(RANGE), format!("{range}\n")).expect("written");
+            fs::write(node.0.path().join(RESERVED), format!("{reserved}\n")).expect("written");
+            node
+        }
+
+        fn reserve(&self) -> Result<Option<String>, PortsError> {
+            reserve(self.0.path(), &self.record())
+        }
+
+        fn release(&self) -> Option<String> {
+            release(self.0.path(), &self.record()).expect("released")
+        }
+
+        fn record(&self) -> PathBuf {
+            self.0.path().join("record")
+        }
+
+        fn reserved(&self) -> String {
+            fs::read_to_string(self.0.path().join(RESERVED)).expect("read").trim().to_owned()
+        }
+    }
+
+    #[test]
+    fn lists_of_ports_are_read_and_written() {
+        for (given, written) in [
+            ("", ""),
+            ("\n", ""),
+            ("8080\n", "8080"),
+            ("8080,9148-9150", "8080,9148-9150"),
+            ("9150,9149,9148,1-2,2-3", "1-3,9148-9150"),
+            ("65534-65535", "65534-65535"),
+        ] {
+            assert_eq!(list(given).map(|ports| text(&ports)).as_deref(), Some(written), "{given:?}");
+        }
+        for bad in ["a", "1-", "70000", "1;2"] {
+            assert_eq!(list(bad), None, "{bad:?}");
+        }
+        assert_eq!(range("32768\t60999\n").map(|ports| text(&ports)).as_deref(), Some("32768-60999"));
+        for bad in ["", "1", "1 2 3", "a b"] {
+            assert_eq!(range(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_may_choose_and_clients_get_is_reserved() {
+        // The range, what is reserved before -> what is added, what is reserved then.
+        for (range, before, added, after) in [
+            ("32768\t60999", "", None, ""),
+            ("32768\t60999", "8080", None, "8080"),
+            ("32768\t61000", "", Some("61000"), "61000"),
+            (
+                "15000\t65000",
+                "8080,16000",
+                Some("15000-15999,16001-29999,61000-65000"),
+                "8080,15000-29999,61000-65000",
+            ),
+            ("1024\t65535", "", Some("1024-29999,61000-65535"), "1024-29999,61000-65535"),
+            ("1024\t65535", "1024-29999,61000-65535", None, "1024-29999,61000-65535"),
+        ] {
+            let node = Node::new(range, before);
+            assert_eq!(node.reserve().expect("reserved").as_deref(), added, "{range:?} {before:?}");
+            assert_eq!(node.reserved(), after, "{range:?} {before:?}");
+            assert_eq!(node.reserve().expect("reserved"), None, "once is enough");
+            assert_eq!(node.release().as_deref(), added);
+            assert_eq!(node.reserved(), before);
+            assert_eq!(node.release(), None);
+        }
+    }
+
+    #[test]
+    fn only_what_an_agent_added_is_taken_out_again() {
+        let node = Node::new("20000\t60999", "20000-20009");
+        assert_eq!(node.reserve().expect("reserved").as_deref(), Some("20010-29999"));
+        // Somebody widens the range, adds a port and takes one away; another agent starts.
+        fs::write(node.0.path().join(RANGE), "19990\t60999\n").expect("written");
+        fs::write(node.0.path().join(RESERVED), "80,20000-29998\n").expect("written");
+        assert_eq!(node.reserve().expect("reserved").as_deref(), Some("19990-19999,29999"));
+        assert_eq!(node.reserved(), "80,19990-29999");
+        assert_eq!(node.release().as_deref(), Some("19990-19999,20010-29999"));
+        assert_eq!(node.reserved(), "80,20000-20009");
+    }
+
+    #[test]
+    fn a_range_without_room_is_refused() {
+        let node = Node::new("10000\t29999", "");
+        let error = node.reserve().expect_err("no room").to_string();
+        assert!(
+            error.contains("(10000-29999) leaves 0 ports") && error.contains("1024-29999,61000-65535"),
+            "{error}"
+        );
+        assert_eq!(node.reserved(), "");
+        assert_eq!(node.release(), None);
+    }
+
+    #[test]
+    fn a_setting_that_cannot_be_written_is_refused_with_what_to_do() {
+        let node = Node::new("1024\t65535", "8080");
+        let path = node.0.path().join(RESERVED);
+        fs::remove_file(&path).expect("removed");
+        fs::create_dir(&path).expect("a folder in its place");
+        assert!(matches!(node.reserve(), Err(PortsError::Read { .. })));
+        let error = PortsError::Reserve {
+            ports: "61000".to_owned(),
+            path: "/proc/sys/x".into(),
+            cause: io::Error::from_raw_os_error(libc::EROFS),
+            wanted: "8080,61000".to_owned(),
+        };
+        assert!(error.to_string().contains("sysctl -w net.ipv4.ip_local_reserved_ports=8080,61000"));
+    }
+}

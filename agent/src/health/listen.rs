@@ -1,0 +1,157 @@
+//! A listener and its connections, all of them bounded: a health check's port is open to everybody who reaches the node.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{Domain, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
+
+use super::answer::Answerer;
+use crate::model::object::ObjectName;
+
+/// Connections a listener has at once; further ones wait in the backlog. One takes up to 16 KiB of buffers: 1 MiB a listener.
+const CONNECTIONS: usize = 64;
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+/// How long a request's header may take to come, the time between requests included.
+const HEADER: Duration = Duration::from_secs(5);
+/// How long a connection is kept for further requests: nobody holds one for good.
+const AGE: Duration = Duration::from_mins(1);
+/// How long an answer under way may take once its listener is closed or its connection old.
+const LAST_ANSWER: Duration = Duration::from_secs(5);
+/// The largest header of a request, and the buffer for it, bytes.
+const HEADER_MAX: usize = 8 * 1024;
+/// How long to wait when no connection can be accepted (descriptors or memory are short).
+const ACCEPT_AGAIN: Duration = Duration::from_millis(200);
+
+/// Why nobody listens at an address.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {at}: {cause}{hint}")]
+pub(super) struct Error {
+    at: SocketAddr,
+    cause: io::Error,
+    hint: &'static str,
+}
+
+impl Error {
+    fn new(at: SocketAddr, cause: io::Error) -> Self {
+        let hint = match cause.raw_os_error() {
+            Some(libc::EADDRINUSE) => " (find who has it with `ss -ltnp`)",
+            Some(libc::EADDRNOTAVAIL) => " (the address is not, or not yet, on a device of this node)",
+            Some(libc::EACCES) => {
+                " (ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE)"
+            }
+            _ => "",
+        };
+        Self { at, cause, hint }
+    }
+
+    /// Whether this kernel has no sockets of the address's family.
+    pub(super) fn is_no_such_family(&self) -> bool {
+        self.cause.raw_os_error() == Some(libc::EAFNOSUPPORT)
+    }
+}
+
+/// A listener that answers a Service's health check until it is dropped.
+#[derive(Debug)]
+pub(super) struct Listener {
+    service: ObjectName,
+    accepting: JoinHandle<()>,
+}
+
+impl Listener {
+    /// Listens; requests are answered from now on.
+    pub(super) fn open(at: SocketAddr, service: ObjectName, answerer: Answerer) -> Result<Self, Error> {
+        let listener = bind(at).map_err(|cause| Error::new(at, cause))?;
+        let accepting = tokio::spawn(accept(listener, service.clone(), answerer));
+        Ok(Self { service, accepting })
+    }
+
+    /// Whose health check it answers.
+    pub(super) fn service(&self) -> &ObjectName {
+        &self.service
+    }
+
+    /// Frees the port before it returns; answers under way are finished.
+    pub(super) async fn close(mut self) {
+        self.accepting.abort();
+        let _ = (&mut self.accepting).await;
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+fn bind(at: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(at), Type::STREAM, None)?;
+    // Connections of an earlier listener may linger in TIME_WAIT.
+    socket.set_reuse_address(true)?;
+    if at.is_ipv6() {
+        // IPv4 has a listener of its own.
+        socket.set_only_v6(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&at.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+async fn accept(listener: TcpListener, service: ObjectName, answerer: Answerer) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+    // Goes with this task: its end is what tells the connections that the listener is closed.
+    let (_open, closed) = watch::channel(());
+    // Nobody closes the semaphore.
+    while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let (service, answerer, closed) = (service.clone(), answerer.clone(), closed.clone());
+                let _conversation = tokio::spawn(async move {
+                    converse(stream, &service, &answerer, closed).await;
+                    drop(slot);
+                });
+            }
+            // One that was reset before it was accepted is nobody's loss.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                tracing::debug!(%service, "cannot accept a connection: {error}; trying again");
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+            }
+        }
+    }
+}
+
+async fn converse(
+    stream: TcpStream,
+    service: &ObjectName,
+    answerer: &Answerer,
+    mut closed: watch::Receiver<()>,
+) {
+    let answer = service_fn(async |_request| Ok::<_, Infallible>(answerer.answer(service)));
+    let mut connection = pin!(
+        http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER)
+            .max_buf_size(HEADER_MAX)
+            .serve_connection(TokioIo::new(stream), answer)
+    );
+    tokio::select! {
+        // What clients do wrong concerns them alone.
+        _ = connection.as_mut() => return,
+        _ = closed.changed() => {}
+        () = tokio::time::sleep(AGE) => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    let _ = tokio::time::timeout(LAST_ANSWER, connection).await;
+}

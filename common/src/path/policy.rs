@@ -1,0 +1,115 @@
+//! Who a client is, and whether it keeps its source.
+//!
+//! Kubernetes' rules are kube-proxy's; ours differ where a client's source can be kept without
+//! losing the way back of its replies.
+//!
+//! | frontend | client | [`masquerade::NEEDED`] | [`masquerade::KUBE_PROXY`] |
+//! |---|---|---|---|
+//! | ClusterIP | local pod | kept | kept (`ALL`: masqueraded) |
+//! | ClusterIP | host process | as routed | as routed |
+//! | ClusterIP | anybody else | with cluster CIDRs: masqueraded, else kept with a way back | masqueraded; kept without a detector |
+//! | external, `Cluster` | local pod | kept | masqueraded |
+//! | external, `Cluster` | anybody else | kept with a way back | masqueraded |
+//! | external, `Local` | all | kept | kept |
+//!
+//! *With a way back*: the backend is on this node, and the FIB sends packets to the client out of a device that
+//! programs are attached to. *As routed*: a process of this host has the address that the route to its backend gives it.
+
+use crate::abi::{self, Class, Prefix, Settings, detect_local, device, device_flags, frontend, masquerade};
+use crate::family::Family;
+use crate::tables::Tables;
+
+/// Whether a client keeps its source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// It does.
+    Kept,
+    /// It does if its replies come by this node and leave by a device of ours.
+    KeptWithWayBack,
+    /// It gets the address of the device that its packets leave by, if that is another one.
+    AsRouted,
+    /// It is shown as an address of this node.
+    Masqueraded,
+}
+
+/// Whether a client that is not this host keeps its source.
+#[inline(always)]
+pub fn source(settings: &Settings, class: Class, policies: u32, is_local: bool) -> Source {
+    let as_kube_proxy = settings.masquerade != masquerade::NEEDED;
+    if class == Class::Internal {
+        if settings.masquerade == masquerade::ALL {
+            Source::Masqueraded
+        } else if is_local {
+            Source::Kept
+        } else if as_kube_proxy {
+            if settings.detect_local == detect_local::NONE { Source::Kept } else { Source::Masqueraded }
+        } else if settings.detect_local == detect_local::ADDRESS {
+            Source::Masqueraded
+        } else {
+            Source::KeptWithWayBack
+        }
+    } else if policies & abi::policy::EXTERNAL_LOCAL != 0 {
+        Source::Kept
+    } else if as_kube_proxy {
+        Source::Masqueraded
+    } else if is_local {
+        Source::Kept
+    } else {
+        Source::KeptWithWayBack
+    }
+}
+
+/// The class of a client at a kind of frontend; `is_local`: a pod or process of this node.
+#[inline(always)]
+pub fn class(kind: u32, is_local: bool) -> Class {
+    if kind == frontend::CLUSTER_IP {
+        Class::Internal
+    } else if is_local {
+        Class::ExternalInside
+    } else {
+        Class::ExternalOutside
+    }
+}
+
+/// Whether a packet that comes in is a local pod's, as far as the configured detector can tell.
+#[inline(always)]
+pub fn is_local_pod<F: Family, T: Tables<F>>(client: &F::Address, tables: &T) -> bool {
+    let Some(settings) = tables.settings() else { return false };
+    match settings.detect_local {
+        detect_local::DEVICE => match tables.here() {
+            Some(here) => here.flags & device_flags::LOCAL_PODS != 0,
+            None => false,
+        },
+        detect_local::ADDRESS => match tables.networks() {
+            Some(networks) => is_within::<F>(&networks.pods, client),
+            None => false,
+        },
+        _ => false,
+    }
+}
+
+/// Whether the packet's device is the host's end of a pod's link.
+#[inline(always)]
+pub fn is_edge<F: Family, T: Tables<F>>(tables: &T) -> bool {
+    match tables.here() {
+        Some(here) => here.role == device::EDGE,
+        None => false,
+    }
+}
+
+/// Whether one of the prefixes holds an address.
+#[inline(always)]
+pub fn is_within<F: Family>(prefixes: &[Prefix<F::Address>; abi::PREFIXES], address: &F::Address) -> bool {
+    let address = F::words(address);
+    for prefix in prefixes {
+        let (network, mask) = (F::words(&prefix.network), F::words(&prefix.mask));
+        let mut differs = 0;
+        for ((word, network), mask) in address.iter().zip(&network).zip(&mask) {
+            differs |= (word & mask) ^ network;
+        }
+        if differs == 0 {
+            return true;
+        }
+    }
+    false
+}

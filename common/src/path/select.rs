@@ -1,0 +1,93 @@
+//! Which service port a packet asks for, and which of its backends it gets.
+
+use crate::abi::{
+    AffinityKey, Backend, Class, Range, ServiceKey, TICK_SHIFT, Tuple, backend as flags, frontend,
+};
+use crate::family::Family;
+use crate::maglev;
+use crate::tables::Tables;
+
+/// The service port that a packet asks for and the kind of the frontend: its address's own, else a node port.
+#[inline(always)]
+pub fn find<F: Family, T: Tables<F>>(
+    tuple: &Tuple<F::Address>,
+    to_node_port: bool,
+    tables: &T,
+) -> Option<(u32, u32)> {
+    let mut key = ServiceKey {
+        address: tuple.destination,
+        port: tuple.destination_port,
+        protocol: tuple.protocol,
+        reserved: 0,
+    };
+    if let Some(service) = tables.service(&key) {
+        return Some((service.service_port, service.kind));
+    }
+    // The lane of an address is shared: whether node ports are really served there is asked last.
+    if !to_node_port || !tables.serves_node_ports(&tuple.destination) {
+        return None;
+    }
+    key.address = F::Address::default();
+    tables.service(&key).map(|service| (service.service_port, service.kind))
+}
+
+/// Whether the packet goes to a ClusterIP, whatever its port.
+#[inline(always)]
+pub(super) fn is_cluster_ip<F: Family, T: Tables<F>>(tuple: &Tuple<F::Address>, tables: &T) -> bool {
+    let key = ServiceKey { address: tuple.destination, port: 0, protocol: 0, reserved: 0 };
+    matches!(tables.service(&key), Some(service) if service.kind == frontend::ADDRESS)
+}
+
+/// The backend of a new flow: where the client's affinity leads, else a slot's.
+///
+/// With affinity the slot follows from the client's address alone, so that it holds even when its entry is lost.
+#[inline(always)]
+pub(super) fn backend<'t, F: Family, T: Tables<F>>(
+    tuple: &Tuple<F::Address>,
+    service_port: u32,
+    affinity_seconds: u32,
+    class: Class,
+    range: Range,
+    tables: &'t T,
+) -> Option<(u32, &'t Backend<F::Address>)> {
+    if affinity_seconds == 0 {
+        return by_tuple(tuple, range, tables);
+    }
+    let key = AffinityKey { service_port, client: tuple.source };
+    if let Some(entry) = tables.affinity(&key) {
+        let idle_ns = u64::from(tables.now().wrapping_sub(entry.seen)) << TICK_SHIFT;
+        if idle_ns < u64::from(affinity_seconds).wrapping_mul(1_000_000_000)
+            && let Some(backend) = tables.backend(entry.backend)
+            && backend.generation == entry.generation
+            && backend.service_port == service_port
+            && backend.flags & flags::SELECTED << class as u32 != 0
+        {
+            return Some((entry.backend, backend));
+        }
+    }
+    let slot = maglev::scale(F::hash(&tuple.source), range.size());
+    in_slot(slot, range, tables)
+}
+
+/// The backend that a tuple's slot leads to.
+#[inline(always)]
+pub(super) fn by_tuple<'t, F: Family, T: Tables<F>>(
+    tuple: &Tuple<F::Address>,
+    range: Range,
+    tables: &'t T,
+) -> Option<(u32, &'t Backend<F::Address>)> {
+    if range.size() == 0 {
+        return None;
+    }
+    in_slot(maglev::slot::<F>(tuple, range.size()), range, tables)
+}
+
+#[inline(always)]
+fn in_slot<'t, F: Family, T: Tables<F>>(
+    slot: u32,
+    range: Range,
+    tables: &'t T,
+) -> Option<(u32, &'t Backend<F::Address>)> {
+    let id = tables.slot(range.start().wrapping_add(slot))?;
+    tables.backend(id).map(|backend| (id, backend))
+}
