@@ -17,6 +17,7 @@ mod packets {
     pub(crate) mod ip;
     pub(crate) mod kernel;
     pub(crate) mod show;
+    pub(crate) mod socket;
     pub(crate) mod world;
 }
 
@@ -44,15 +45,15 @@ fn report(failures: &[String], all: usize) {
 
 #[test]
 fn the_table_has_a_name_for_each_of_its_cases() {
-    let cases = cases::all();
+    let mut cases = cases::all();
+    cases.extend(cases::large());
     let names: BTreeSet<&str> = cases.iter().map(|case| case.name.as_str()).collect();
     assert_eq!(names.len(), cases.len(), "two cases have one name");
     println!("{} cases", cases.len());
 }
 
-#[test]
-fn the_host_does_what_the_table_says() {
-    let cases = cases::with_prefixes();
+/// Runs cases on the host.
+fn on_the_host(cases: &[Case]) {
     let failures: Vec<String> = cases
         .iter()
         .map(|case| judge(case, "host", host::run(case)))
@@ -61,14 +62,13 @@ fn the_host_does_what_the_table_says() {
     report(&failures, cases.len());
 }
 
-#[test]
-fn the_kernel_does_what_the_table_says_and_the_host_does() {
+/// Runs cases in the kernel, if it can be loaded here, and compares with the host.
+fn in_the_kernel(load: fn() -> anyhow::Result<Kernel>, cases: &[Case]) {
     if let Some(obstacle) = kernel::obstacle() {
         println!("skipped: {obstacle}");
         return;
     }
-    let mut kernel = Kernel::load().unwrap_or_else(|error| panic!("{error:?}"));
-    let cases = cases::with_prefixes();
+    let mut kernel = load().unwrap_or_else(|error| panic!("{error:?}"));
     let mut failures = Vec::new();
     for case in cases.iter().filter(|case| !case.partial) {
         let mut actual = match kernel.run(case) {
@@ -91,4 +91,21 @@ fn the_kernel_does_what_the_table_says_and_the_host_does() {
         }
     }
     report(&failures, cases.len());
+}
+
+#[test]
+fn the_host_does_what_the_table_says() {
+    on_the_host(&cases::with_prefixes());
+}
+
+#[test]
+fn the_kernel_does_what_the_table_says_and_the_host_does() {
+    in_the_kernel(Kernel::load, &cases::with_prefixes());
+}
+
+#[test]
+fn a_search_walks_over_every_port_there_is() {
+    let cases = cases::large();
+    on_the_host(&cases);
+    in_the_kernel(Kernel::load_large, &cases);
 }

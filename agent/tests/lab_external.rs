@@ -168,12 +168,12 @@ fn a_local_policy_serves_local_backends_alone_and_keeps_the_source() -> Result<(
     cluster.manifests.write(&web(&cluster).spec("externalTrafficPolicy: Local"))?;
     cluster.start_agents(&[])?;
     let client = addresses_of_client(&cluster.outside);
-    for family in 0..2 {
+    for (family, client) in client.into_iter().enumerate() {
         for (address, name) in node_ports_of(&cluster, family).into_iter().zip(["near-1", "far-1"]) {
             for (what, replies) in by_all_ways(&cluster.outside, address, NODE_HTTP, NODE_DNS)? {
                 let port = if what.contains("UDP") { NODE_DNS } else { NODE_HTTP };
                 all_answer(&what, &replies, &[name], SocketAddr::new(address, port))?;
-                ensure!(replies.iter().all(|reply| reply.seen.ip() == client[family]), "{what}: {replies:?}");
+                ensure!(replies.iter().all(|reply| reply.seen.ip() == client), "{what}: {replies:?}");
             }
         }
         // A pod takes the short circuit to all.
@@ -365,7 +365,6 @@ fn thirty_thousand_connections_of_outside_to_one_backend_of_another_node() -> Re
     if skip("thirty_thousand_connections") {
         return Ok(());
     }
-    const COUNT: u64 = 30_000;
     let plan = Plan { near: 0, far: 1, ..Plan::default() };
     let mut cluster = Cluster::without_agents("many", &plan)?;
     let pod = cluster.backends[0].clone();
@@ -389,13 +388,13 @@ fn thirty_thousand_connections_of_outside_to_one_backend_of_another_node() -> Re
         let Event::Done { received, elapsed_ms, .. } = done else { anyhow::bail!("{done:?}") };
         println!("{received} connections in {elapsed_ms} ms");
         opened += received;
-        refused = client.events().into_iter().find_map(|event| match event {
-            Event::Lost { reason, .. } => Some(reason),
-            _ => None,
-        });
+        refused = client
+            .events()
+            .into_iter()
+            .find_map(|event| if let Event::Lost { reason, .. } = event { Some(reason) } else { None });
         clients.push(client);
     }
-    ensure!(opened > COUNT, "{opened}: {refused:?}");
+    ensure!(opened > 30_000, "{opened}: {refused:?}");
     // One more than there are ports: refused, at once and counted.
     ensure!(refused.as_ref().is_some_and(|reason| reason.contains("refused")), "{refused:?}");
     ensure!(reasons(cluster.node())?.get("ports_exhausted").is_some_and(|count| *count > 0));

@@ -393,7 +393,7 @@ abi! {
 
 /// Bits of [`Device::flags`].
 pub mod device_flags {
-    /// Packets that come in here are those of local pods (where [`Settings::detect_local`] is by device).
+    /// Packets that come in here are those of local pods (where [`super::Settings::detect_local`] is by device).
     pub const LOCAL_PODS: u32 = 1;
 }
 

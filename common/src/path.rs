@@ -409,7 +409,12 @@ fn along<F: Family, T: Tables<F>>(
         return true;
     }
     let mut state = entry.state;
-    let promote = if headers.tuple.protocol != protocol::UDP {
+    let promote = if headers.tuple.protocol == protocol::UDP {
+        if !reply && !serves(entry, tables) {
+            return false;
+        }
+        embryonic && reply
+    } else {
         let tcp_flags = headers.tcp_flags;
         if !reply
             && tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
@@ -428,11 +433,6 @@ fn along<F: Family, T: Tables<F>>(
             state |= state::ESTABLISHED;
         }
         embryonic && !reply && tcp_flags & (tcp::SYN | tcp::RST | tcp::ACK) == tcp::ACK
-    } else {
-        if !reply && !serves(entry, tables) {
-            return false;
-        }
-        embryonic && reply
     };
     if promote {
         state |= state::ESTABLISHED;
@@ -716,11 +716,11 @@ fn reject<F: Family>(headers: &Headers<F>, reset: Reason, unreachable: Reason, d
 #[inline(always)]
 fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) {
     let key = &headers.tuple;
-    let opens = if key.protocol != protocol::UDP {
-        headers.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
-    } else {
+    let opens = if key.protocol == protocol::UDP {
         // On other devices a packet may be met twice (a VLAN device on its parent): its own flow is no clash.
         policy::is_edge::<F, T>(tables)
+    } else {
+        headers.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
     };
     if !opens {
         return;

@@ -4,10 +4,10 @@
 //! chosen by the socket's cookie: one socket stays with one backend as long as the service
 //! port's table does.
 
-use crate::abi::{self, Class, ServiceKey, Tuple, frontend, listing, masquerade};
+use crate::abi::{self, ServiceKey, Tuple, detect_local, frontend, listing, masquerade};
 use crate::family::{Family, mix};
 use crate::maglev;
-use crate::path::find;
+use crate::path::{find, policy};
 use crate::tables::Tables;
 
 /// What to do with a call.
@@ -67,7 +67,9 @@ pub fn choose<F: Family, T: Tables<F>>(
     if port.affinity_seconds != 0 || restricted || masqueraded {
         return Choice::Untouched;
     }
-    let class = if is_cluster_ip { Class::Internal } else { Class::ExternalInside };
+    // As the packet path: where nothing tells local pods, they are clients like any other.
+    let is_local = is_host || settings.detect_local != detect_local::NONE;
+    let class = policy::class(kind, is_local);
     let Some(range) = tables.range(service_port, class) else {
         return Choice::Untouched;
     };

@@ -15,14 +15,16 @@ use packets::frame::{ACK, Frame, RST, SYN};
 use packets::ip::Ip;
 use proptest::prelude::*;
 use sluice_common::abi::{
-    Backend, Class, Flow, Ipv4Address, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey, Ticks,
-    Tuple, backend, frontend, listing,
+    Affinity, AffinityKey, Backend, Class, Device, Flow, Ipv4Address, Ipv6Address, Networks, OriginKey,
+    Origins, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, backend,
+    frontend, listing,
 };
 use sluice_common::parse::{Kind, headers, untag};
 use sluice_common::path::{
-    Hook, REJECT_BURST_MS, REJECT_COST_MS, Record, Verdict, decide, partner, partner_key, spend,
+    Hook, REJECT_BURST_MS, REJECT_COST_MS, Record, Step, Verdict, decide, partner, partner_key, spend,
 };
 use sluice_common::rewrite::rewrite;
+use sluice_common::tables::Routes;
 use sluice_common::{Reason, Tables, V4, V6};
 
 const NOW: Ticks = 10_000;
@@ -34,10 +36,18 @@ struct Whim<F: Ip> {
     flow: Option<Flow<F::Address>>,
     embryonic: Option<Flow<F::Address>>,
     service: Option<Service>,
-    range: Option<Range>,
+    port: Option<ServicePort>,
     backend: Option<Backend<F::Address>>,
+    affinity: Option<Affinity>,
     origins: Option<Origins<F::Address>>,
+    settings: Option<Settings>,
+    networks: Option<Networks<F::Address>>,
+    device: Option<Device>,
+    here: Option<Device>,
+    routes: Option<Routes>,
     marks: u32,
+    passed_over: u32,
+    yes: [bool; 4],
 }
 
 impl<F: Ip> Tables<F> for Whim<F> {
@@ -53,8 +63,11 @@ impl<F: Ip> Tables<F> for Whim<F> {
     fn service(&self, _: &ServiceKey<F::Address>) -> Option<&Service> {
         self.service.as_ref()
     }
-    fn range(&self, _: u32, _: Class) -> Option<Range> {
-        self.range
+    fn port(&self, _: u32) -> Option<&ServicePort> {
+        self.port.as_ref()
+    }
+    fn range(&self, _: u32, class: Class) -> Option<Range> {
+        self.port.map(|port| Range(port.ranges[class as usize]))
     }
     fn slot(&self, slot: u32) -> Option<u32> {
         (!slot.is_multiple_of(5)).then_some(slot)
@@ -62,14 +75,44 @@ impl<F: Ip> Tables<F> for Whim<F> {
     fn backend(&self, _: u32) -> Option<&Backend<F::Address>> {
         self.backend.as_ref()
     }
+    fn affinity(&self, _: &AffinityKey<F::Address>) -> Option<&Affinity> {
+        self.affinity.as_ref()
+    }
+    fn in_source_ranges(&self, _: u32, _: &F::Address) -> bool {
+        self.yes[0]
+    }
+    fn is_node_port(&self, _: u16) -> bool {
+        self.yes[1]
+    }
+    fn serves_node_ports(&self, _: &F::Address) -> bool {
+        self.yes[2]
+    }
     fn origins(&self, _: &OriginKey<F::Address>) -> Option<&Origins<F::Address>> {
         self.origins.as_ref()
     }
     fn marks(&self) -> u32 {
         self.marks
     }
-    fn inside(&self) -> bool {
-        self.marks & 4 != 0
+    fn settings(&self) -> Option<&Settings> {
+        self.settings.as_ref()
+    }
+    fn networks(&self) -> Option<&Networks<F::Address>> {
+        self.networks.as_ref()
+    }
+    fn device(&self, _: u32) -> Option<&Device> {
+        self.device.as_ref()
+    }
+    fn here(&self) -> Option<&Device> {
+        self.here.as_ref()
+    }
+    fn routes(&self) -> Option<Routes> {
+        self.routes
+    }
+    fn passed_over(&self) -> u32 {
+        self.passed_over
+    }
+    fn translated_at_socket(&self) -> bool {
+        self.yes[3]
     }
     fn now(&self) -> Ticks {
         NOW
@@ -104,12 +147,44 @@ fn flow<F: Ip>() -> impl Strategy<Value = Flow<F::Address>> {
     )
 }
 
+fn device() -> impl Strategy<Value = Device> {
+    (0_u32..6, 0_u32..3, any::<[u8; 4]>(), any::<u32>()).prop_map(|(role, bridge, octets, flags)| Device {
+        role,
+        bridge,
+        mac: [2, 0, 0, 0, 0, octets[0]],
+        link_header: if octets[1] < 128 { 14 } else { 0 },
+        mtu: 1280 + u32::from(octets[2]),
+        masquerade_v4: Ipv4Address { octets: [10, 0, 0, octets[3]] },
+        masquerade_v6: Ipv6Address { octets: [octets[3]; 16] },
+        flags,
+    })
+}
+
+fn networks<F: Ip>() -> impl Strategy<Value = Networks<F::Address>> {
+    let prefix = || {
+        (any::<u8>(), any::<bool>()).prop_map(|(host, one)| Prefix {
+            network: address::<F>(host),
+            mask: if one { address::<F>(0xff) } else { F::Address::default() },
+        })
+    };
+    let prefixes = || prop::array::uniform4(prefix());
+    (prefixes(), prefixes()).prop_map(|(pods, services)| Networks { pods, services })
+}
+
 fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
-    let service = (any::<u32>(), 0_u32..4).prop_map(|(service_port, kind)| Service { service_port, kind });
+    let service = (any::<u32>(), 0_u32..8).prop_map(|(service_port, kind)| Service { service_port, kind });
+    let port = (prop::array::uniform3(any::<u64>()), any::<u32>(), 0_u32..4)
+        .prop_map(|(ranges, affinity_seconds, flags)| ServicePort { ranges, affinity_seconds, flags });
     let backend =
         (any::<u8>(), any::<u16>(), any::<u16>(), 0_u32..8).prop_map(|(host, port, generation, flags)| {
             Backend { address: address::<F>(host), port, generation, service_port: 1, flags }
         });
+    let affinity = (any::<[u32; 2]>(), any::<u16>()).prop_map(|([backend, seen], generation)| Affinity {
+        backend,
+        seen,
+        generation,
+        reserved: 0,
+    });
     let origins = prop::collection::vec((any::<u8>(), 0_u16..3), 4).prop_map(|ends| {
         let mut origins = Origins::default();
         for (origin, (host, port)) in origins.frontends.iter_mut().zip(ends) {
@@ -117,26 +192,58 @@ fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
         }
         origins
     });
-    (
-        prop::array::uniform4(0_u8..8),
-        prop::option::of(flow::<F>()),
-        prop::option::of(flow::<F>()),
+    let settings = (0_u32..4, 0_u32..5, any::<u32>(), 0_u32..3).prop_map(
+        |(masquerade, detect_local, networks, own_device)| Settings {
+            masquerade,
+            detect_local,
+            networks,
+            own_device,
+            ..Settings::default()
+        },
+    );
+    let routes = any::<[u8; 2]>().prop_map(|[backend, client]| Routes {
+        to_backend: u32::from(backend % 3),
+        to_client: u32::from(client % 3),
+    });
+    let flows = (prop::option::of(flow::<F>()), prop::option::of(flow::<F>()));
+    let objects = (
         prop::option::of(service),
-        prop::option::of(any::<u64>().prop_map(Range)),
+        prop::option::of(port),
         prop::option::of(backend),
+        prop::option::of(affinity),
         prop::option::of(origins),
-        0_u32..8,
+    );
+    let node = (
+        prop::option::of(settings),
+        prop::option::of(networks::<F>()),
+        prop::option::of(device()),
+        prop::option::of(device()),
+        prop::option::of(routes),
+    );
+    (prop::array::uniform4(0_u8..16), flows, objects, node, 0_u32..8, 0_u32..12, any::<[bool; 4]>()).prop_map(
+        |(listing, (flow, embryonic), objects, node, marks, passed_over, yes)| {
+            let (service, port, backend, affinity, origins) = objects;
+            let (settings, networks, device, here, routes) = node;
+            Whim {
+                listing,
+                flow,
+                embryonic,
+                service,
+                port,
+                backend,
+                affinity,
+                origins,
+                settings,
+                networks,
+                device,
+                here,
+                routes,
+                marks,
+                passed_over,
+                yes,
+            }
+        },
     )
-        .prop_map(|(listing, flow, embryonic, service, range, backend, origins, marks)| Whim {
-            listing,
-            flow,
-            embryonic,
-            service,
-            range,
-            backend,
-            origins,
-            marks,
-        })
 }
 
 fn hook() -> impl Strategy<Value = Hook> {
@@ -179,8 +286,16 @@ fn bytes() -> impl Strategy<Value = Vec<u8>> {
 fn anything<F: Ip>(packet: &Bytes, offset: u32, hook: Hook, tables: &Whim<F>) -> Result<(), TestCaseError> {
     let Some(headers) = headers::<F, _>(packet, offset) else { return Ok(()) };
     let decision = decide(hook, &headers, tables);
+    if decision.step != Step::Done {
+        prop_assert!(decision.step == Step::AskRoutes && tables.routes.is_none(), "{:?}", decision.step);
+        return Ok(());
+    }
     if decision.verdict == Verdict::Pass {
         prop_assert_eq!(decision.record, Record::Nothing);
+        return Ok(());
+    }
+    if decision.reason == Reason::UnassignedAddress {
+        prop_assert_eq!((decision.verdict, decision.record), (Verdict::Drop, Record::Nothing));
         return Ok(());
     }
     prop_assert!(
@@ -204,6 +319,8 @@ fn anything<F: Ip>(packet: &Bytes, offset: u32, hook: Hook, tables: &Whim<F>) ->
 struct Few {
     services: BTreeMap<ServiceKey<Ipv4Address>, Service>,
     backends: Vec<Backend<Ipv4Address>>,
+    port: ServicePort,
+    settings: Settings,
     flows: Entries,
     embryonic: Entries,
 }
@@ -227,6 +344,9 @@ impl Tables<V4> for Few {
     fn service(&self, key: &ServiceKey<Ipv4Address>) -> Option<&Service> {
         self.services.get(key)
     }
+    fn port(&self, _: u32) -> Option<&ServicePort> {
+        Some(&self.port)
+    }
     fn range(&self, service_port: u32, _: Class) -> Option<Range> {
         Some(Range::new(service_port, 1))
     }
@@ -239,10 +359,37 @@ impl Tables<V4> for Few {
     fn origins(&self, _: &OriginKey<Ipv4Address>) -> Option<&Origins<Ipv4Address>> {
         None
     }
+    fn affinity(&self, _: &AffinityKey<Ipv4Address>) -> Option<&Affinity> {
+        None
+    }
+    fn in_source_ranges(&self, _: u32, _: &Ipv4Address) -> bool {
+        false
+    }
+    fn is_node_port(&self, _: u16) -> bool {
+        false
+    }
+    fn serves_node_ports(&self, _: &Ipv4Address) -> bool {
+        false
+    }
     fn marks(&self) -> u32 {
         3
     }
-    fn inside(&self) -> bool {
+    fn settings(&self) -> Option<&Settings> {
+        Some(&self.settings)
+    }
+    fn networks(&self) -> Option<&Networks<Ipv4Address>> {
+        None
+    }
+    fn device(&self, _: u32) -> Option<&Device> {
+        None
+    }
+    fn here(&self) -> Option<&Device> {
+        None
+    }
+    fn routes(&self) -> Option<Routes> {
+        Some(Routes::default())
+    }
+    fn translated_at_socket(&self) -> bool {
         true
     }
     fn now(&self) -> Ticks {
@@ -268,7 +415,14 @@ fn few() -> Few {
             flags: backend::SERVING | backend::LOCAL,
         })
         .collect();
-    Few { services, backends, flows: BTreeMap::new(), embryonic: BTreeMap::new() }
+    Few {
+        services,
+        backends,
+        port: ServicePort::default(),
+        settings: Settings::default(),
+        flows: BTreeMap::new(),
+        embryonic: BTreeMap::new(),
+    }
 }
 
 proptest! {

@@ -16,7 +16,7 @@ use crate::model::object::ObjectName;
 use crate::policy::Policy;
 
 /// A change that has been waiting for so long makes the proxy unhealthy: kube-proxy's two sync periods.
-const OVERDUE: Duration = Duration::from_secs(60);
+const OVERDUE: Duration = Duration::from_mins(1);
 
 /// Since when the maps have been behind the sources.
 type Behind = Arc<Mutex<Option<Instant>>>;

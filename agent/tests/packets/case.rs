@@ -120,6 +120,14 @@ impl Case {
         self
     }
 
+    /// Becomes this frame and is sent where the FIB says; what has no link header gets one without addresses.
+    pub(crate) fn routed(mut self, frame: &Frame) -> Self {
+        let ethertype: [u8; 2] = if frame.source.is_ipv4() { [8, 0] } else { [0x86, 0xdd] };
+        let header = if frame.link.is_none() { [&[0; 12][..], &ethertype].concat() } else { Vec::new() };
+        self.expected.frame = [header, frame.bytes()].concat();
+        self.ends(End::Redirect)
+    }
+
     /// Ends like this instead.
     pub(crate) fn ends(mut self, end: End) -> Self {
         self.expected.end = end;
@@ -129,6 +137,11 @@ impl Case {
     /// Is dropped, whatever was written into it before.
     pub(crate) fn dropped(self, reason: Reason, service_port: u32) -> Self {
         self.ends(End::Drop).reason(reason, service_port)
+    }
+
+    /// Is refused: this answer goes back to where the packet came from.
+    pub(crate) fn refused(self, answer: &Frame, reason: Reason, service_port: u32) -> Self {
+        self.becomes(&answer.clone().turned()).ends(End::Redirect).reason(reason, service_port)
     }
 
     /// Is counted by a reason.

@@ -1,14 +1,22 @@
 //! The table.
 
+mod affinity;
 mod broken;
+mod claim;
 mod clash;
+mod classes;
 mod hairpin;
 mod host;
 mod icmp;
+mod masquerade;
+mod masqueraded;
+mod node_ports;
 mod plain;
 mod recovery;
 mod reject;
 mod shapes;
+mod source_ranges;
+mod unserved;
 mod xdp;
 
 use super::case::Case;
@@ -49,12 +57,27 @@ fn table() -> Table {
     clash::add(&mut table);
     reject::add(&mut table);
     xdp::add(&mut table);
+    node_ports::add(&mut table);
+    classes::add(&mut table);
+    source_ranges::add(&mut table);
+    unserved::add(&mut table);
+    affinity::add(&mut table);
+    masquerade::add(&mut table);
+    masqueraded::add(&mut table);
+    claim::add(&mut table);
     table
 }
 
-/// Every case.
+/// Every case, but for [`large`].
 pub(crate) fn all() -> Vec<Case> {
     table().cases
+}
+
+/// Cases whose flows need large maps.
+pub(crate) fn large() -> Vec<Case> {
+    let mut table = Table::default();
+    claim::add_large(&mut table);
+    table.cases
 }
 
 /// Every case, and some of them once for each length they can be cut off at.

@@ -648,24 +648,34 @@ fn apply<F: Ip>(
         decision.reason = reason;
         return End::Drop;
     }
-    let forwards = decision.verdict == Verdict::TurnBack || decision.verdict == Verdict::Route && ingress;
-    if forwards && !hop(packet, headers) {
-        decision.reason = Reason::TtlExceeded;
-        return End::Drop;
-    }
+    // The device that packets which are to be fragmented enter the stack by.
+    let mut fragments = 0;
     if decision.verdict == Verdict::Route {
         let Some((_, mtu)) = world::route(destination) else {
             decision.reason = Reason::NoRoute;
             return End::Drop;
         };
         if headers.length > mtu {
-            decision.reason = Reason::TooBig;
-            if F::VERSION == 4 && packet.bytes[headers.network as usize + 6] & 0x40 == 0 {
-                return End::Drop;
+            let is_error = headers.kind == Kind::IcmpError;
+            let forbids = F::VERSION == 6 || packet.bytes[headers.network as usize + 6] & 0x40 != 0;
+            if !is_error && !forbids {
+                fragments = case.world.settings.own_device;
             }
-            error(packet, headers, mtu);
-            return send_answer(case, packet, link, ingress);
+            if fragments == 0 {
+                decision.reason = Reason::TooBig;
+                if is_error || !forbids {
+                    return End::Drop;
+                }
+                error(packet, headers, mtu);
+                return send_answer(case, packet, link, ingress);
+            }
         }
+    }
+    let bypasses = decision.verdict == Verdict::TurnBack
+        || decision.verdict == Verdict::Route && ingress && fragments == 0;
+    if bypasses && !hop(packet, headers) {
+        decision.reason = Reason::TtlExceeded;
+        return End::Drop;
     }
     assert!(rewrite(packet, headers, &decision.flow), "a frame in memory can be rewritten");
     match decision.verdict {
@@ -686,9 +696,15 @@ fn apply<F: Ip>(
             }
             hand_in(case, packet, link, target, F::ETHERTYPE)
         }
-        Verdict::Route | Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable => {
+        Verdict::Route if fragments != 0 => hand_in(case, packet, link, fragments, F::ETHERTYPE),
+        Verdict::Route => {
+            if !link {
+                let header = [&[0; 12][..], &F::ETHERTYPE.to_be_bytes()[..]].concat();
+                let _ = packet.bytes.splice(..0, header);
+            }
             End::Redirect
         }
+        Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable => End::Redirect,
     }
 }
 

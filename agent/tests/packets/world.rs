@@ -145,6 +145,8 @@ pub(crate) struct World {
     pub(crate) exhausted: Exhausted,
     /// Connected sockets of this host: the tuples of what they receive.
     pub(crate) held: BTreeSet<Tuple<IpAddr>>,
+    /// Sockets of this host that listen, or receive from everybody: protocol and address.
+    pub(crate) listeners: BTreeSet<(u8, SocketAddr)>,
     /// Milliseconds of credit that a client has left.
     pub(crate) rejects: BTreeMap<IpAddr, u32>,
     pub(crate) flows: Flows,
@@ -269,6 +271,8 @@ pub(crate) const EMPTY: u32 = 5;
 pub(crate) const SPARE: u32 = 7;
 /// Generation of every backend.
 pub(crate) const GENERATION: u16 = 9;
+/// In the set of every class.
+pub(crate) const SELECTED: u32 = backend::SELECTED * 7;
 /// Slots of every range.
 pub(crate) const SLOTS: u16 = 61;
 
@@ -310,6 +314,37 @@ impl Cast {
     pub(crate) fn title(&self) -> String {
         let version = if self.version == Version::V4 { "IPv4" } else { "IPv6" };
         format!("{version} {}", if self.protocol == TCP { "TCP" } else { "UDP" })
+    }
+
+    /// With another client.
+    pub(crate) fn client(self, client: SocketAddr) -> Self {
+        Self { client, ..self }
+    }
+
+    /// With the client in another net.
+    pub(crate) fn client_in(self, net: u8) -> Self {
+        self.client(SocketAddr::new(address(self.version, net, 7), self.client.port()))
+    }
+
+    /// With the backend in another net.
+    pub(crate) fn backend_in(self, net: u8) -> Self {
+        let backend = SocketAddr::new(address(self.version, net, 3), self.backend.port());
+        Self { backend, ..self }
+    }
+
+    /// With another frontend.
+    pub(crate) fn frontend(self, frontend: SocketAddr) -> Self {
+        Self { frontend, ..self }
+    }
+
+    /// A net as a prefix.
+    pub(crate) fn prefix(&self, net: u8) -> (IpAddr, u8) {
+        (address(self.version, net, 0), if self.version == Version::V4 { 24 } else { 64 })
+    }
+
+    /// The node's address on a device.
+    pub(crate) fn node_on(&self, ifindex: u32) -> IpAddr {
+        node(self.version, ifindex)
     }
 
     /// The first packet of a flow.
@@ -412,7 +447,7 @@ impl World {
             port: at.port(),
             generation: GENERATION,
             service_port,
-            flags: backend::SERVING | backend::LOCAL,
+            flags: backend::SERVING | backend::LOCAL | SELECTED,
         };
         let _ = self.backends.insert(id, backend);
         debug_assert!(at.is_ipv4() == (cast.version == Version::V4), "addresses are of the cast's family");
@@ -455,6 +490,21 @@ impl World {
     /// With entries in `embryonic`.
     pub(crate) fn embryonic(mut self, flows: Flows) -> Self {
         self.embryonic.extend(flows);
+        self
+    }
+
+    /// With another kind of all frontends of a service port.
+    pub(crate) fn kind(mut self, service_port: u32, kind: u32) -> Self {
+        for service in self.services.values_mut().filter(|service| service.service_port == service_port) {
+            service.kind = kind;
+        }
+        self
+    }
+
+    /// With other ways to masquerade and to know local pods.
+    pub(crate) fn modes(mut self, masquerade: u32, detect_local: u32) -> Self {
+        self.settings.masquerade = masquerade;
+        self.settings.detect_local = detect_local;
         self
     }
 

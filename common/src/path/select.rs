@@ -83,11 +83,11 @@ pub(super) fn by_tuple<'t, F: Family, T: Tables<F>>(
 }
 
 #[inline(always)]
-fn in_slot<'t, F: Family, T: Tables<F>>(
+fn in_slot<F: Family, T: Tables<F>>(
     slot: u32,
     range: Range,
-    tables: &'t T,
-) -> Option<(u32, &'t Backend<F::Address>)> {
+    tables: &T,
+) -> Option<(u32, &Backend<F::Address>)> {
     let id = tables.slot(range.start().wrapping_add(slot))?;
     tables.backend(id).map(|backend| (id, backend))
 }

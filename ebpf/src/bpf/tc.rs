@@ -17,7 +17,7 @@ use aya_ebpf::helpers::generated::{
 use sluice_common::abi::{Device, Flow, RejectKey, device, flow};
 use sluice_common::answer::{self, Answer, QUOTE};
 use sluice_common::header::{EthernetHeader, TcpHeader, protocol, tcp};
-use sluice_common::parse::{self, Headers};
+use sluice_common::parse::{self, Headers, Kind};
 use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict};
 use sluice_common::rewrite::{Edit, hop, rewrite};
 use sluice_common::{Family, Packet, Reason, V4, V6};
@@ -312,14 +312,15 @@ fn apply<F: Tc, const LINK: u32>(
             }
         };
         if let Some(mtu) = exceeded_mtu(skb, target, LINK) {
-            if F::forbids_fragments(packet, headers.network) {
-                decision.reason = Reason::TooBig;
-                return icmp::<F, LINK>(skb, headers, mtu, hook);
+            // An error is never answered with another (RFC 1122, 3.2.2; RFC 4443, 2.4).
+            let is_error = headers.kind == Kind::IcmpError;
+            let is_answered = !is_error && F::forbids_fragments(packet, headers.network);
+            if !is_error && !is_answered {
+                fragments = own_device();
             }
-            fragments = own_device();
             if fragments == 0 {
                 decision.reason = Reason::TooBig;
-                return DROP;
+                return if is_answered { icmp::<F, LINK>(skb, headers, mtu, hook) } else { DROP };
             }
         }
     }

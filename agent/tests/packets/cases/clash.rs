@@ -40,7 +40,7 @@ fn port_of_try<F: Ip>(cast: &Cast, destination: SocketAddr, attempt: u32) -> u16
 }
 
 /// The client's end as the backend sees it at a try.
-fn tried(cast: &Cast, destination: SocketAddr, attempt: u32) -> SocketAddr {
+pub(super) fn tried(cast: &Cast, destination: SocketAddr, attempt: u32) -> SocketAddr {
     let port = if cast.client.is_ipv4() {
         port_of_try::<V4>(cast, destination, attempt)
     } else {

@@ -50,8 +50,7 @@ fn question(table: &mut Table, cast: &Cast) {
                 ifindex,
                 &frame,
             )
-            .becomes(&frame.clone().to(cast.backend))
-            .ends(End::Redirect)
+            .routed(&frame.clone().to(cast.backend))
             .opens(ONE)
             .embryonic([connection.both()])
             .marks(mark::HOST),

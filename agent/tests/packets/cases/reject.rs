@@ -24,7 +24,7 @@ pub(super) fn add(table: &mut Table) {
 }
 
 /// The reset that answers a segment.
-fn reset(segment: &Frame) -> Frame {
+pub(super) fn reset(segment: &Frame) -> Frame {
     let Payload::Tcp { ports, sequence, acknowledgment, flags, data, .. } = &segment.payload else {
         panic!("a TCP segment");
     };
@@ -57,7 +57,7 @@ pub(super) fn error(packet: &Frame, kind: (u8, u8), rest: u32) -> Frame {
     answer
 }
 
-fn unreachable(packet: &Frame) -> Frame {
+pub(super) fn unreachable(packet: &Frame) -> Frame {
     error(packet, if packet.source.is_ipv4() { (3, 3) } else { (1, 4) }, 0)
 }
 

@@ -1,0 +1,288 @@
+//! Session affinity.
+
+use std::net::SocketAddr;
+
+use sluice_common::abi::{Affinity, AffinityKey, Range, backend, flow, frontend, state};
+use sluice_common::maglev;
+use sluice_common::path::mark;
+use sluice_common::{Reason, V4, V6};
+
+use super::Table;
+use crate::packets::case::{Case, End, Program};
+use crate::packets::frame::{ACK, Frame, TCP};
+use crate::packets::ip::Ip;
+use crate::packets::world::{
+    Affinities, Cast, Connection, EDGE, GENERATION, ONE, OTHER, SELECTED, SPARE, UPLINK, World, mac,
+};
+
+/// Adds the cases.
+pub(super) fn add(table: &mut Table) {
+    for cast in Cast::all() {
+        first(table, &cast);
+        entries(table, &cast);
+        recorded(table, &cast);
+        unrecorded(table, &cast);
+    }
+}
+
+/// Seconds for which a client is remembered: more than 93 ticks, less than 94.
+const SECONDS: u32 = 100;
+
+/// Half of the slots are another backend's.
+fn world(cast: &Cast) -> World {
+    let mut world = cast.world();
+    let ids: Vec<u32> = (0..61).map(|slot| if slot < 30 { ONE } else { SPARE }).collect();
+    world.fill(ONE, &ids);
+    world.port(ONE).affinity_seconds = SECONDS;
+    world
+}
+
+/// Whether the client's slot, from its address alone, is among the first thirty.
+fn is_low(cast: &Cast) -> bool {
+    fn slot<F: Ip>(cast: &Cast) -> u32 {
+        maglev::scale(F::hash(&F::of(cast.client.ip()).unwrap_or_default()), 61)
+    }
+    let slot = if cast.client.is_ipv4() { slot::<V4>(cast) } else { slot::<V6>(cast) };
+    slot < 30
+}
+
+fn to(cast: &Cast, id: u32) -> Connection {
+    let backend = if id == ONE { cast.backend } else { cast.other_backend };
+    Connection { backend, id, ..cast.connection() }
+}
+
+/// Where the client's address leads, and where it does not.
+fn own_and_other(cast: &Cast) -> [Connection; 2] {
+    let (own, other) = if is_low(cast) { (ONE, SPARE) } else { (SPARE, ONE) };
+    [to(cast, own), to(cast, other)]
+}
+
+/// The entry of a client.
+fn been(cast: &Cast, service_port: u32, backend: u32, age: u32) -> Affinities {
+    let key = AffinityKey { service_port, client: cast.client.ip() };
+    Affinities::from([(key, Affinity { backend, seen: age, generation: GENERATION, reserved: 0 })])
+}
+
+fn opens(cast: &Cast, name: String, world: &World, program: Program, connection: &Connection) -> Case {
+    let ifindex = if program == Program::Xdp { UPLINK } else { EDGE };
+    let first = cast.first(cast.client, cast.frontend).at(mac(ifindex));
+    Case::new(name, world, program, ifindex, &first)
+        .becomes(&first.clone().to(connection.backend))
+        .opens(connection.id)
+        .embryonic([connection.both()])
+        .affinity(been(cast, ONE, connection.id, 0))
+}
+
+/// Without an entry the client's address alone leads to the backend.
+fn first(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for host in [7, 8, 9, 10] {
+        let client = crate::packets::world::address(cast.version, 1, host);
+        for port in [1024, 40_000, 65_535] {
+            let cast = cast.client(SocketAddr::new(client, port));
+            let [own, _] = own_and_other(&cast);
+            for program in [Program::Ingress, Program::Xdp] {
+                let name = format!(
+                    "{title}: affinity leads client {host} by its address alone, port {port}, {}",
+                    program.name()
+                );
+                table.add(opens(&cast, name, &world(&cast), program, &own));
+            }
+        }
+    }
+}
+
+fn entries(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let [own, other] = own_and_other(cast);
+    let mut case = |what: &str, world: &World, connection: &Connection| {
+        for program in [Program::Ingress, Program::Xdp] {
+            let name = format!("{title}: affinity, {what}, {}", program.name());
+            table.add(opens(cast, name, world, program, connection));
+        }
+    };
+    let with = |affinity: Affinities| World { affinity, ..world(cast) };
+    case("the entry is followed", &with(been(cast, ONE, other.id, 0)), &other);
+    case("an entry that is about to expire is followed", &with(been(cast, ONE, other.id, 92)), &other);
+    case("an expired entry is not", &with(been(cast, ONE, other.id, 94)), &own);
+    let mut old = been(cast, ONE, other.id, 1);
+    for entry in old.values_mut() {
+        entry.generation -= 1;
+    }
+    case("an entry of an earlier owner of the backend's id", &with(old), &own);
+    let flags = backend::SERVING | backend::LOCAL;
+    for (what, flags) in [
+        ("an entry of a backend that left the client's set", flags | SELECTED ^ backend::SELECTED),
+        ("an entry of a backend that left every set", flags),
+    ] {
+        case(what, &with(been(cast, ONE, other.id, 1)).backend_flags(other.id, flags), &own);
+    }
+    let drained = with(been(cast, ONE, other.id, 1)).backend_flags(other.id, backend::LOCAL | SELECTED);
+    case("an entry of a backend that is in the set for want of a serving one", &drained, &other);
+    case("an entry of another service port's backend", &with(been(cast, ONE, OTHER, 1)), &own);
+    case("an entry of no backend", &with(been(cast, ONE, 4000, 1)), &own);
+
+    let mut elsewhere = been(cast, OTHER, OTHER, 5);
+    let world = with(elsewhere.clone());
+    elsewhere.extend(been(cast, ONE, own.id, 0));
+    let name = format!("{title}: affinity, an entry for another service port");
+    table.add(opens(cast, name, &world, Program::Ingress, &own).affinity(elsewhere));
+
+    for (what, bit, connection) in [
+        ("is in", backend::SELECTED << 2, &other),
+        ("is only in others than", SELECTED ^ backend::SELECTED << 2, &own),
+    ] {
+        let world = with(been(cast, ONE, other.id, 1))
+            .kind(ONE, frontend::LOAD_BALANCER)
+            .backend_flags(other.id, flags | bit);
+        let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
+        let name = format!("{title}: affinity, the backend {what} the outside's set");
+        table.add(
+            Case::new(name, &world, Program::Ingress, UPLINK, &first)
+                .becomes(&first.clone().to(connection.backend))
+                .opens(connection.id)
+                .embryonic([connection.both()])
+                .affinity(been(cast, ONE, connection.id, 0)),
+        );
+    }
+}
+
+/// When an entry is written.
+fn recorded(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let [own, other] = own_and_other(cast);
+    let with = |affinity: Affinities| World { affinity, ..world(cast) };
+    let name = format!("{title}: affinity, a new flow refreshes the entry");
+    table.add(opens(cast, name, &with(been(cast, ONE, other.id, 50)), Program::Ingress, &other));
+
+    let connection = own.state(state::ESTABLISHED);
+    let flows = with(been(cast, ONE, own.id, 50)).flows(connection.age(30).both());
+    for program in [Program::Ingress, Program::Xdp] {
+        let ifindex = if program == Program::Xdp { UPLINK } else { EDGE };
+        let next = cast.next(cast.client, cast.frontend).at(mac(ifindex));
+        table.add(
+            Case::new(
+                format!("{title}: affinity, a later packet refreshes no entry, {}", program.name()),
+                &flows,
+                program,
+                ifindex,
+                &next,
+            )
+            .becomes(&next.clone().to(own.backend))
+            .forward(own.id)
+            .flows([connection.both()]),
+        );
+    }
+    let reply = cast.next(own.backend, cast.client);
+    table.add(
+        Case::new(
+            format!("{title}: affinity, a reply refreshes no entry"),
+            &flows,
+            Program::Egress,
+            EDGE,
+            &reply,
+        )
+        .becomes(&reply.clone().from(cast.frontend))
+        .reply(own.id)
+        .flows([connection.both()]),
+    );
+    let lost = world(cast).flows(connection.both());
+    let next = cast.next(cast.client, cast.frontend);
+    table.add(
+        Case::new(
+            format!("{title}: affinity, a flow goes on without an entry and makes none"),
+            &lost,
+            Program::Ingress,
+            EDGE,
+            &next,
+        )
+        .becomes(&next.clone().to(own.backend))
+        .forward(own.id),
+    );
+
+    let itself = cast.client(SocketAddr::new(cast.backend.ip(), 40_001));
+    let mirror = SocketAddr::new(cast.frontend.ip(), 40_001);
+    let hairpin = Connection { seen_as: mirror, flags: flow::LOCAL | flow::HAIRPIN, ..to(&itself, ONE) };
+    let first = itself.first(itself.client, itself.frontend);
+    let mut world_of_one = world(&itself);
+    world_of_one.affinity = been(&itself, ONE, ONE, 7);
+    table.add(
+        Case::new(
+            format!("{title}: affinity of a client that is its own backend"),
+            &world_of_one,
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .becomes(&first.clone().from(mirror).to(cast.backend).ttl(60).turned())
+        .ends(End::Redirect)
+        .opens(ONE)
+        .embryonic([hairpin.both()])
+        .affinity(been(&itself, ONE, ONE, 0)),
+    );
+
+    let host = cast.client(SocketAddr::new(cast.node, 40_001));
+    let [own, _] = own_and_other(&host);
+    let own = Connection { flags: flow::HOST | flow::LOCAL, ..own };
+    let first = host.first(host.client, host.frontend);
+    table.add(
+        Case::new(format!("{title}: affinity of this host"), &world(&host), Program::Egress, UPLINK, &first)
+            .becomes(&first.clone().to(own.backend))
+            .ends(End::Redirect)
+            .opens(own.id)
+            .embryonic([own.both()])
+            .affinity(been(&host, ONE, own.id, 0))
+            .marks(mark::HOST),
+    );
+    if cast.protocol == TCP {
+        let data = Frame::tcp(cast.client, cast.frontend, ACK, b"data");
+        let established = other.state(state::ESTABLISHED);
+        table.add(
+            Case::new(
+                format!("{title}: affinity leads a connection whose entries were lost"),
+                &with(been(cast, ONE, other.id, 20)),
+                Program::Ingress,
+                EDGE,
+                &data,
+            )
+            .becomes(&data.clone().to(other.backend))
+            .reason(Reason::Recovered, ONE)
+            .flows([established.both()])
+            .affinity(been(cast, ONE, other.id, 0)),
+        );
+    }
+}
+
+/// When no entry is written.
+fn unrecorded(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let mut none = world(cast);
+    none.port(ONE).ranges = [Range::DROP; 3];
+    let first = cast.first(cast.client, cast.frontend);
+    table.add(
+        Case::new(
+            format!("{title}: affinity, a client that is dropped is not remembered"),
+            &none,
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .dropped(Reason::NoLocalBackend, ONE),
+    );
+    let mut without = world(cast);
+    without.port(ONE).affinity_seconds = 0;
+    without.affinity = been(cast, ONE, SPARE, 1);
+    without.fill(ONE, &[ONE]);
+    table.add(
+        Case::new(
+            format!("{title}: an entry of a service port that has no affinity any more"),
+            &without,
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .becomes(&first.clone().to(cast.backend))
+        .opens(ONE)
+        .embryonic([cast.connection().both()]),
+    );
+}

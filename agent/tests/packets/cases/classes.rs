@@ -1,0 +1,230 @@
+//! Which clients meet which backends, and which are dropped.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use sluice_common::Reason;
+use sluice_common::abi::{Range, detect_local, device_flags, flow, frontend, masquerade};
+use sluice_common::path::mark;
+
+use super::Table;
+use crate::packets::case::{Case, End, Program};
+use crate::packets::frame::{RST, TCP};
+use crate::packets::world::{
+    Cast, Connection, EDGE, NET_PODS, ONE, SPARE, TUNNEL, UPLINK, Version, World, address, mac,
+};
+
+/// Adds the cases.
+pub(super) fn add(table: &mut Table) {
+    for cast in Cast::all() {
+        sets(table, &cast);
+        drops(table, &cast);
+        detectors(table, &cast);
+    }
+}
+
+/// A third backend of the service port [`ONE`].
+const THIRD: u32 = 8;
+/// A node port.
+const PORT: u16 = 30_080;
+
+const KINDS: [(&str, u32); 4] = [
+    ("a ClusterIP", frontend::CLUSTER_IP),
+    ("a load balancer's address", frontend::LOAD_BALANCER),
+    ("an external IP", frontend::EXTERNAL_IP),
+    ("a node port", frontend::NODE_PORT),
+];
+
+/// The cast and the maps for a kind of frontend, without ranges.
+fn of_kind(cast: &Cast, kind: u32) -> (Cast, World) {
+    let mut cast = *cast;
+    let mut world = cast.world().kind(ONE, kind);
+    if kind == frontend::NODE_PORT {
+        let unspecified: IpAddr = match cast.version {
+            Version::V4 => Ipv4Addr::UNSPECIFIED.into(),
+            Version::V6 => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        world.services.retain(|_, service| service.service_port != ONE);
+        world.add_frontend(&cast, ONE, SocketAddr::new(unspecified, PORT), kind);
+        let _ = world.node_ports.insert(PORT);
+        world.serve_node_ports(cast.node);
+        cast = cast.frontend(SocketAddr::new(cast.node, PORT));
+    }
+    (cast, world)
+}
+
+/// A backend for each class: the internal one, the inside's, the outside's.
+fn three(cast: &Cast, world: &mut World) -> [Connection; 3] {
+    let third = SocketAddr::new(address(cast.version, NET_PODS, 33), cast.backend.port());
+    world.add_backend(cast, THIRD, ONE, third);
+    let ranges = [ONE, SPARE, THIRD].map(|id| {
+        world.fill(id, &[id]);
+        world.ports[&id].ranges[0]
+    });
+    world.port(ONE).ranges = ranges;
+    let one = cast.connection();
+    [
+        one,
+        Connection { id: SPARE, backend: cast.other_backend, ..one },
+        Connection { id: THIRD, backend: third, ..one },
+    ]
+}
+
+/// Who asks where, and the class at an external address.
+const PLACES: [(&str, Program, u32, usize); 4] = [
+    ("a local pod", Program::Ingress, EDGE, 1),
+    ("a client outside", Program::Ingress, UPLINK, 2),
+    ("a client outside, by XDP", Program::Xdp, UPLINK, 2),
+    ("a client behind the overlay", Program::IngressBare, TUNNEL, 2),
+];
+
+fn sets(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (what, kind) in KINDS {
+        let (cast, mut world) = of_kind(cast, kind);
+        let backends = three(&cast, &mut world);
+        for (who, program, ifindex, class) in PLACES {
+            let class = if kind == frontend::CLUSTER_IP { 0 } else { class };
+            let connection = backends[class];
+            let first = cast.first(cast.client, cast.frontend);
+            let first = if program == Program::IngressBare { first.bare() } else { first.at(mac(ifindex)) };
+            table.add(
+                Case::new(
+                    format!("{title}: three sets, {what} has class {class} for {who}"),
+                    &world,
+                    program,
+                    ifindex,
+                    &first,
+                )
+                .becomes(&first.clone().to(connection.backend))
+                .opens(connection.id)
+                .embryonic([connection.both()]),
+            );
+        }
+        if kind == frontend::NODE_PORT {
+            continue;
+        }
+        let class = usize::from(kind != frontend::CLUSTER_IP);
+        let client = SocketAddr::new(cast.node, 40_001);
+        let connection =
+            Connection { client, seen_as: client, flags: flow::HOST | flow::LOCAL, ..backends[class] };
+        let first = cast.first(client, cast.frontend);
+        table.add(
+            Case::new(
+                format!("{title}: three sets, {what} has class {class} for this host"),
+                &world,
+                Program::Egress,
+                UPLINK,
+                &first,
+            )
+            .becomes(&first.clone().to(connection.backend))
+            .ends(End::Redirect)
+            .opens(connection.id)
+            .embryonic([connection.both()])
+            .marks(mark::HOST),
+        );
+    }
+}
+
+/// A class without backends that is dropped, not rejected, beside others that have some.
+fn drops(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (what, kind) in KINDS {
+        let (cast, plain) = of_kind(cast, kind);
+        for (who, program, ifindex, outer) in PLACES {
+            let class = if kind == frontend::CLUSTER_IP { 0 } else { outer };
+            let mut world = plain.clone();
+            world.port(ONE).ranges[class] = Range::DROP;
+            let frame = |frame: crate::packets::frame::Frame| {
+                if program == Program::IngressBare { frame.bare() } else { frame.at(mac(ifindex)) }
+            };
+            let first = frame(cast.first(cast.client, cast.frontend));
+            let name = format!("{title}: {what} without local backends drops {who}");
+            let case = Case::new(name, &world, program, ifindex, &first);
+            // XDP leaves it to tc.
+            table.add(if program == Program::Xdp { case } else { case.dropped(Reason::NoLocalBackend, ONE) });
+
+            let mut others = plain.clone();
+            others.port(ONE).ranges = [Range::DROP; 3];
+            others.port(ONE).ranges[class] = plain.ports[&ONE].ranges[class];
+            table.add(
+                Case::new(
+                    format!("{title}: {what} serves {who} where only others are dropped"),
+                    &others,
+                    program,
+                    ifindex,
+                    &first,
+                )
+                .becomes(&first.clone().to(cast.backend))
+                .opens(ONE)
+                .embryonic([cast.connection().both()]),
+            );
+            if cast.protocol == TCP && program == Program::Ingress {
+                let reset = frame(crate::packets::frame::Frame::tcp(cast.client, cast.frontend, RST, &[]));
+                let name = format!("{title}: {what} without local backends drops a reset of {who}");
+                table.add(
+                    Case::new(name, &world, program, ifindex, &reset).dropped(Reason::NoLocalBackend, ONE),
+                );
+            }
+        }
+        if kind != frontend::NODE_PORT {
+            let class = usize::from(kind != frontend::CLUSTER_IP);
+            let mut world = plain.clone();
+            world.port(ONE).ranges[class] = Range::DROP;
+            let first = cast.first(SocketAddr::new(cast.node, 40_001), cast.frontend);
+            let name = format!("{title}: {what} without local backends drops this host's packet");
+            table.add(
+                Case::new(name, &world, Program::Egress, UPLINK, &first).dropped(Reason::NoLocalBackend, ONE),
+            );
+        }
+    }
+}
+
+/// How a client is known to be a local pod.
+fn detectors(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let pod = cast.client_in(NET_PODS);
+    for (what, cast, ifindex, detector, flags, class) in [
+        ("by device, a pod's link", cast, EDGE, detect_local::DEVICE, device_flags::LOCAL_PODS, 1),
+        ("by device, a link that is no pod's", &pod, EDGE, detect_local::DEVICE, 0, 2),
+        ("by device, a pod's address on the uplink", &pod, UPLINK, detect_local::DEVICE, 0, 2),
+        ("by address, a pod's", &pod, EDGE, detect_local::ADDRESS, 0, 1),
+        ("by address, a pod's address on the uplink", &pod, UPLINK, detect_local::ADDRESS, 0, 1),
+        ("by address, a stranger's", cast, EDGE, detect_local::ADDRESS, device_flags::LOCAL_PODS, 2),
+        ("not at all, a pod's address and link", &pod, EDGE, detect_local::NONE, device_flags::LOCAL_PODS, 2),
+    ] {
+        let mut world = cast.world().kind(ONE, frontend::LOAD_BALANCER).modes(masquerade::NEEDED, detector);
+        let backends = three(cast, &mut world);
+        world.devices.get_mut(&ifindex).expect("the device").flags = flags;
+        world.pods = vec![cast.prefix(90), cast.prefix(NET_PODS)];
+        let connection = backends[class];
+        let first = cast.first(cast.client, cast.frontend).at(mac(ifindex));
+        table.add(
+            Case::new(
+                format!("{title}: local pods are known {what}: class {class}"),
+                &world,
+                Program::Ingress,
+                ifindex,
+                &first,
+            )
+            .becomes(&first.clone().to(connection.backend))
+            .opens(connection.id)
+            .embryonic([connection.both()]),
+        );
+    }
+    let mut world = cast.world().kind(ONE, frontend::LOAD_BALANCER);
+    let backends = three(cast, &mut world);
+    world.settings.detect_local = detect_local::ADDRESS;
+    let first = cast.first(cast.client, cast.frontend);
+    table.add(
+        Case::new(
+            format!("{title}: local pods are known by address, and no range is"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .becomes(&first.clone().to(backends[2].backend))
+        .opens(THIRD)
+        .embryonic([backends[2].both()]),
+    );
+}

@@ -1,0 +1,456 @@
+//! Which new flows are masqueraded, and how.
+
+use std::net::{IpAddr, SocketAddr};
+
+use sluice_common::Reason;
+use sluice_common::abi::{
+    Ipv4Address, Ipv6Address, backend, detect_local, device_flags, flow, frontend, masquerade, policy,
+};
+use sluice_common::path::mark;
+
+use super::Table;
+use super::clash::tried;
+use crate::packets::case::{Case, End, Program};
+use crate::packets::frame::{Frame, SYN, TCP};
+use crate::packets::world::{
+    Cast, Connection, EDGE, NARROW, NARROW_MTU, NET_BACKENDS, NET_CLIENTS, NET_FOREIGN, NET_FRONTENDS,
+    NET_NARROW, NET_OVERLAY, NET_PODS, NET_REMOTE, NET_UNROUTED, ONE, SELECTED, TUNNEL, UPLINK, World, mac,
+};
+
+/// Adds the cases.
+pub(super) fn add(table: &mut Table) {
+    for cast in Cast::all() {
+        matrix(table, &cast);
+        shapes(table, &cast);
+        ways_back(table, &cast);
+        no_address(table, &cast);
+        limits(table, &cast);
+        host(table, &cast);
+        left_by_xdp(table, &cast);
+    }
+}
+
+/// Where backends are: a net, its device, flags of the backend and of a flow to it.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    net: u8,
+    pub(super) device: u32,
+    backend: u32,
+    flow: u8,
+}
+
+/// A pod of this node.
+pub(super) const LOCAL: Place = Place {
+    net: NET_PODS,
+    device: EDGE,
+    backend: backend::SERVING | backend::LOCAL | SELECTED,
+    flow: flow::LOCAL,
+};
+/// A pod of another node, by the underlay.
+pub(super) const REMOTE: Place =
+    Place { net: NET_REMOTE, device: UPLINK, backend: backend::SERVING | SELECTED, flow: 0 };
+/// A pod of another node, by the overlay.
+pub(super) const OVERLAY: Place = Place { net: NET_OVERLAY, device: TUNNEL, ..REMOTE };
+/// A pod of another node, by a small MTU.
+pub(super) const BEHIND_NARROW: Place = Place { net: NET_NARROW, device: NARROW, ..REMOTE };
+
+impl Place {
+    /// The cast with its backend there, and the maps.
+    pub(super) fn set(self, cast: &Cast) -> (Cast, World) {
+        let cast = cast.backend_in(self.net);
+        let world = cast.world().backend_flags(ONE, self.backend);
+        (cast, world)
+    }
+
+    /// The client's flow with its source kept.
+    pub(super) fn kept(self, cast: &Cast) -> Connection {
+        cast.connection().flags(self.flow)
+    }
+
+    /// The client's masqueraded flow, with the port of a try.
+    pub(super) fn masqueraded_at(self, cast: &Cast, attempt: u32) -> Connection {
+        let port = tried(cast, cast.frontend, attempt).port();
+        let seen_as = SocketAddr::new(cast.node_on(self.device), port);
+        cast.connection().flags(self.flow | flow::MASQUERADED).seen_as(seen_as)
+    }
+
+    /// The client's masqueraded flow.
+    pub(super) fn masqueraded(self, cast: &Cast) -> Connection {
+        self.masqueraded_at(cast, 1)
+    }
+}
+
+/// The first packet as it comes in on a device.
+fn first(cast: &Cast, ifindex: u32) -> (Program, Frame) {
+    let first = cast.first(cast.client, cast.frontend);
+    if ifindex == TUNNEL {
+        (Program::IngressBare, first.bare())
+    } else {
+        (Program::Ingress, first.at(mac(ifindex)))
+    }
+}
+
+/// The case of a new flow, whether its client is masqueraded or keeps its source.
+pub(super) fn opens(name: String, cast: &Cast, world: &World, ifindex: u32, connection: &Connection) -> Case {
+    let (program, first) = first(cast, ifindex);
+    let case = Case::new(name, world, program, ifindex, &first)
+        .opens(ONE)
+        .embryonic([world.embryonic.clone(), connection.both()]);
+    let translated = first.from(connection.seen_as).to(connection.backend);
+    if connection.flags & flow::MASQUERADED == 0 {
+        case.becomes(&translated)
+    } else {
+        case.routed(&translated.ttl(60)).marks(mark::MASQUERADED)
+    }
+}
+
+/// For each mode and detector: who is masqueraded (m) and who is kept (k), at a ClusterIP, at an
+/// external address of policy `Cluster`, and of policy `Local`. The five letters stand for a pod with a local and
+/// with a remote backend, a client outside with a local and with a remote backend, and
+/// a client outside without a way back with a local backend.
+const MATRIX: [(&str, u32, &str, u32, [&str; 3]); 9] = [
+    ("needed", masquerade::NEEDED, "device", detect_local::DEVICE, ["kkkmm", "kkkmm", "kkkkk"]),
+    ("needed", masquerade::NEEDED, "address", detect_local::ADDRESS, ["kkmmm", "kkkmm", "kkkkk"]),
+    ("needed", masquerade::NEEDED, "none", detect_local::NONE, ["kmkmm", "kmkmm", "kkkkk"]),
+    ("kube-proxy", masquerade::KUBE_PROXY, "device", detect_local::DEVICE, ["kkmmm", "mmmmm", "kkkkk"]),
+    ("kube-proxy", masquerade::KUBE_PROXY, "address", detect_local::ADDRESS, ["kkmmm", "mmmmm", "kkkkk"]),
+    ("kube-proxy", masquerade::KUBE_PROXY, "none", detect_local::NONE, ["kkkkk", "mmmmm", "kkkkk"]),
+    ("all", masquerade::ALL, "device", detect_local::DEVICE, ["mmmmm", "mmmmm", "kkkkk"]),
+    ("all", masquerade::ALL, "address", detect_local::ADDRESS, ["mmmmm", "mmmmm", "kkkkk"]),
+    ("all", masquerade::ALL, "none", detect_local::NONE, ["mmmmm", "mmmmm", "kkkkk"]),
+];
+
+const CLIENTS: [(&str, u8, u32, Place); 5] = [
+    ("a pod, a local backend", NET_PODS, EDGE, LOCAL),
+    ("a pod, a remote backend", NET_PODS, EDGE, REMOTE),
+    ("a client outside, a local backend", NET_CLIENTS, UPLINK, LOCAL),
+    ("a client outside, a remote backend", NET_CLIENTS, UPLINK, OVERLAY),
+    ("a client without a way back, a local backend", NET_FOREIGN, UPLINK, LOCAL),
+];
+
+const FRONTENDS: [(&str, u32, u32); 3] = [
+    ("ClusterIP", frontend::CLUSTER_IP, 0),
+    ("external, Cluster", frontend::LOAD_BALANCER, 0),
+    ("external, Local", frontend::LOAD_BALANCER, policy::EXTERNAL_LOCAL),
+];
+
+fn matrix(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (mode_name, mode, detector_name, detector, rows) in MATRIX {
+        for ((frontend_name, kind, flags), letters) in FRONTENDS.into_iter().zip(rows) {
+            for ((who, net, ifindex, place), letter) in CLIENTS.into_iter().zip(letters.chars()) {
+                let (cast, world) = place.set(&cast.client_in(net));
+                let mut world = world.kind(ONE, kind).modes(mode, detector);
+                world.port(ONE).flags = flags;
+                world.pods = vec![cast.prefix(NET_PODS)];
+                let connection = if letter == 'k' { place.kept(&cast) } else { place.masqueraded(&cast) };
+                let name = format!(
+                    "{title}: masquerading {mode_name}, local pods by {detector_name}, {frontend_name}, {who}"
+                );
+                table.add(opens(name, &cast, &world, ifindex, &connection));
+            }
+            // A backend at an address of the node itself answers by this node alone.
+            for (who, net, ifindex) in [("a pod", NET_PODS, EDGE), ("a client outside", NET_FOREIGN, UPLINK)]
+            {
+                let cast = Cast { backend: SocketAddr::new(cast.node, cast.backend.port()), ..*cast };
+                let cast = cast.client_in(net);
+                let flags_of_node = backend::HOST | LOCAL.backend;
+                let mut world =
+                    cast.world().backend_flags(ONE, flags_of_node).kind(ONE, kind).modes(mode, detector);
+                world.port(ONE).flags = flags;
+                let name = format!(
+                    "{title}: masquerading {mode_name}, local pods by {detector_name}, {frontend_name}, {who}, this host"
+                );
+                table.add(opens(name, &cast, &world, ifindex, &LOCAL.kept(&cast)));
+            }
+        }
+    }
+}
+
+/// Kinds of frontends, devices and backends beyond the matrix.
+fn shapes(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (what, kind) in
+        [("an external IP", frontend::EXTERNAL_IP), ("a load balancer", frontend::LOAD_BALANCER)]
+    {
+        for (where_to, place) in
+            [("the underlay", REMOTE), ("the overlay", OVERLAY), ("a small MTU", BEHIND_NARROW)]
+        {
+            for (by, ifindex) in [("the uplink", UPLINK), ("the overlay", TUNNEL)] {
+                let (cast, world) = place.set(cast);
+                let world = world.kind(ONE, kind);
+                let name =
+                    format!("{title}: {what}, met on {by}, a backend behind {where_to} is masqueraded to");
+                table.add(opens(name, &cast, &world, ifindex, &place.masqueraded(&cast)));
+            }
+        }
+    }
+    let node_port = cast.frontend(SocketAddr::new(cast.node, 30_080));
+    let (node_port, mut world) = REMOTE.set(&node_port);
+    let unspecified = if cast.node.is_ipv4() { [0; 4].into() } else { IpAddr::from([0_u16; 8]) };
+    world.services.retain(|_, service| service.service_port != ONE);
+    world.add_frontend(&node_port, ONE, SocketAddr::new(unspecified, 30_080), frontend::NODE_PORT);
+    let _ = world.node_ports.insert(30_080);
+    world.serve_node_ports(cast.node);
+    let name = format!("{title}: a node port with a backend on another node is masqueraded to");
+    table.add(opens(name, &node_port, &world, UPLINK, &REMOTE.masqueraded(&node_port)));
+
+    let (cast, world) = REMOTE.set(cast);
+    let connection = REMOTE.masqueraded(&cast);
+    let (program, first) = first(&cast, UPLINK);
+    let shaped = match cast.client {
+        SocketAddr::V4(_) => first.options(&[1; 8]),
+        SocketAddr::V6(_) => first.extension(60, &[0, 0, 1, 4, 0, 0, 0, 0]),
+    };
+    for (what, frame) in [
+        ("with options or extensions", shaped.clone()),
+        ("with a VLAN tag", shaped.clone().tag(0x8100, 5)),
+        ("with padding", shaped.padded(6)),
+    ] {
+        let case =
+            Case::new(format!("{title}: a masqueraded packet {what}"), &world, program, UPLINK, &frame)
+                .routed(&frame.clone().from(connection.seen_as).to(cast.backend).ttl(60))
+                .opens(ONE)
+                .embryonic([connection.both()])
+                .marks(mark::MASQUERADED);
+        table.cut_padded(case, frame.padding.len());
+    }
+    let name = format!("{title}: a frame for another host is not masqueraded");
+    table.add(Case::new(name, &world, program, UPLINK, &frame_for_another(&cast)));
+}
+
+fn frame_for_another(cast: &Cast) -> Frame {
+    cast.first(cast.client, cast.frontend).at([2, 9, 9, 9, 9, 9])
+}
+
+/// What a way back is: a local backend, and a route to the client by a device of ours.
+fn ways_back(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (what, net, kept) in [
+        ("by the uplink", NET_CLIENTS, true),
+        ("by the overlay", NET_OVERLAY, true),
+        ("by a small MTU", NET_NARROW, true),
+        ("by a pod's link", NET_PODS, true),
+        ("by a device without our programs", NET_FOREIGN, false),
+        ("by no device at all", NET_UNROUTED, false),
+    ] {
+        let (cast, world) = LOCAL.set(&cast.client_in(net));
+        let connection = if kept { LOCAL.kept(&cast) } else { LOCAL.masqueraded(&cast) };
+        for (frontend_name, kind) in
+            [("a ClusterIP", frontend::CLUSTER_IP), ("an external IP", frontend::EXTERNAL_IP)]
+        {
+            let name = format!("{title}: {frontend_name}, the client outside is reached {what}");
+            table.add(opens(name, &cast, &world.clone().kind(ONE, kind), UPLINK, &connection));
+        }
+    }
+    // A link without local pods: its clients are as those outside.
+    let (cast, mut world) = REMOTE.set(cast);
+    world.devices.get_mut(&EDGE).expect("the edge").flags &= !device_flags::LOCAL_PODS;
+    let name = format!("{title}: a client at a link that is no local pod's, a remote backend");
+    table.add(opens(name, &cast, &world, EDGE, &REMOTE.masqueraded(&cast)));
+}
+
+/// No device of ours leads to the backend, or it has no address.
+fn no_address(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let remote = |net| Place { net, ..REMOTE };
+    let mut drop = |what: &str, cast: &Cast, world: &World, ifindex| {
+        let (program, first) = first(cast, ifindex);
+        let name = format!("{title}: no address to masquerade with, {what}");
+        table.add(Case::new(name, world, program, ifindex, &first).dropped(Reason::NoRoute, ONE));
+        let name = format!("{title}: XDP leaves it to tc, {what}");
+        let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
+        table.add(Case::new(name, world, Program::Xdp, UPLINK, &first));
+    };
+    for (what, net) in [
+        ("a device without our programs", NET_BACKENDS),
+        ("no route to the backend", NET_UNROUTED),
+        ("our own device", NET_FRONTENDS),
+    ] {
+        let (mut cast, _) = remote(net).set(cast);
+        cast.backend.set_ip(crate::packets::world::address(cast.version, net, 200));
+        let world = cast.world().backend_flags(ONE, REMOTE.backend);
+        drop(what, &cast, &world, UPLINK);
+    }
+    let (cast, mut world) = REMOTE.set(cast);
+    let device = world.devices.get_mut(&UPLINK).expect("the uplink");
+    (device.masquerade_v4, device.masquerade_v6) = (Ipv4Address::default(), Ipv6Address::default());
+    drop("the device has none", &cast, &world, UPLINK);
+    let (_, mut other) = REMOTE.set(&cast);
+    let device = other.devices.get_mut(&UPLINK).expect("the uplink");
+    if cast.client.is_ipv4() {
+        device.masquerade_v4 = Ipv4Address::default();
+        device.masquerade_v6.octets[0] = 0xfd;
+    } else {
+        device.masquerade_v6 = Ipv6Address::default();
+        device.masquerade_v4.octets = [10, 0, 0, 1];
+    }
+    drop("the device has one of the other family", &cast, &other, UPLINK);
+    let pod = cast.client_in(NET_PODS);
+    let name = format!("{title}: no address to masquerade with, and none is needed for a pod");
+    table.add(opens(name, &pod, &world, EDGE, &REMOTE.kept(&pod)));
+}
+
+/// TTL and MTU, since a masqueraded packet bypasses the stack.
+fn limits(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (remote, world) = REMOTE.set(cast);
+    let (program, packet) = first(&remote, UPLINK);
+    for (ttl, alive) in [(0, false), (1, false), (2, true), (255, true)] {
+        let connection = REMOTE.masqueraded(&remote);
+        let packet = packet.clone().ttl(ttl);
+        let name = format!("{title}: a masqueraded packet with a TTL of {ttl}");
+        let case = Case::new(name, &world, program, UPLINK, &packet)
+            .embryonic([connection.both()])
+            .marks(mark::MASQUERADED);
+        table.add(if alive {
+            let translated = packet.clone().from(connection.seen_as).to(remote.backend).ttl(ttl - 1);
+            case.becomes(&translated).ends(End::Redirect).opens(ONE)
+        } else {
+            case.dropped(Reason::TtlExceeded, ONE)
+        });
+    }
+    let (narrow, world) = BEHIND_NARROW.set(cast);
+    let connection = BEHIND_NARROW.masqueraded(&narrow);
+    let fits = NARROW_MTU as usize
+        - if cast.client.is_ipv4() { 20 } else { 40 }
+        - if cast.protocol == TCP { 20 } else { 8 };
+    let sized = |bytes: usize| match cast.protocol {
+        TCP => Frame::tcp(narrow.client, narrow.frontend, SYN, &vec![0xab; bytes]),
+        _ => Frame::udp(narrow.client, narrow.frontend, &vec![0xab; bytes]),
+    };
+    let case = |name: &str, frame: &Frame| {
+        Case::new(format!("{title}: {name}"), &world, Program::Ingress, UPLINK, frame)
+            .embryonic([connection.both()])
+            .marks(mark::MASQUERADED)
+    };
+    let frame = sized(fits).at(mac(UPLINK));
+    table.add(
+        case("a masqueraded packet just fits the MTU", &frame)
+            .routed(&frame.clone().from(connection.seen_as).to(narrow.backend).ttl(60))
+            .opens(ONE),
+    );
+    let mut frame = sized(fits + 1).at(mac(UPLINK));
+    let kind = if cast.client.is_ipv4() { (3, 4) } else { (2, 0) };
+    let answer = super::reject::error(&frame, kind, NARROW_MTU).turned();
+    table.add(
+        case("a masqueraded packet is one byte too big", &frame)
+            .becomes(&answer)
+            .ends(End::Redirect)
+            .reason(Reason::TooBig, ONE),
+    );
+    if cast.client.is_ipv4() {
+        frame.fragment = 0;
+        table.add(
+            case("a masqueraded packet is one byte too big and may be fragmented", &frame)
+                .dropped(Reason::TooBig, ONE),
+        );
+        let mut world = world.clone();
+        world.settings.own_device = EDGE;
+        // The stack takes the hop.
+        let translated = frame.clone().from(connection.seen_as).to(narrow.backend).at(mac(EDGE));
+        table.add(
+            Case::new(
+                format!("{title}: a masqueraded packet is one byte too big and is fragmented by the stack"),
+                &world,
+                Program::Ingress,
+                UPLINK,
+                &frame,
+            )
+            .becomes(&translated)
+            .ends(End::Redirect)
+            .opens(ONE)
+            .embryonic([connection.both()])
+            .marks(mark::MASQUERADED),
+        );
+    }
+}
+
+/// This host's own packets get the address that the route to the backend gives them.
+fn host(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let own = cast.client(SocketAddr::new(cast.node, 40_001));
+    let kept = |place: Place, cast: &Cast| place.kept(cast).flags(place.flow | flow::HOST);
+    let masqueraded = |place: Place, cast: &Cast| {
+        let seen_as = SocketAddr::new(cast.node_on(place.device), cast.client.port());
+        kept(place, cast).seen_as(seen_as).flags(place.flow | flow::HOST | flow::MASQUERADED)
+    };
+    let case = |name: String, cast: &Cast, world: &World, connection: &Connection| {
+        let first = cast.first(cast.client, cast.frontend);
+        let marks = if connection.flags & flow::MASQUERADED == 0 { 0 } else { mark::MASQUERADED };
+        Case::new(name, world, Program::Egress, UPLINK, &first)
+            .becomes(&first.clone().from(connection.seen_as).to(connection.backend))
+            .ends(End::Redirect)
+            .opens(ONE)
+            .embryonic([world.embryonic.clone(), connection.both()])
+            .marks(mark::HOST | marks)
+    };
+    for (mode_name, mode) in
+        [("needed", masquerade::NEEDED), ("kube-proxy", masquerade::KUBE_PROXY), ("all", masquerade::ALL)]
+    {
+        for (kind_name, kind) in
+            [("a ClusterIP", frontend::CLUSTER_IP), ("an external IP", frontend::EXTERNAL_IP)]
+        {
+            for (what, place, changes) in [
+                ("a local backend", LOCAL, false),
+                ("a backend behind the device that its source is of", REMOTE, false),
+                ("a backend behind another device", OVERLAY, true),
+            ] {
+                let (cast, world) = place.set(&own);
+                let world = world.kind(ONE, kind).modes(mode, detect_local::DEVICE);
+                let connection = if changes { masqueraded(place, &cast) } else { kept(place, &cast) };
+                let name = format!("{title}: this host asks {kind_name}, masquerading {mode_name}, {what}");
+                table.add(case(name, &cast, &world, &connection));
+            }
+        }
+    }
+    let foreign = Place { net: NET_FOREIGN, ..REMOTE };
+    let (cast_far, world) = foreign.set(&own);
+    let name = format!("{title}: this host, a backend behind a device without our programs");
+    table.add(case(name, &cast_far, &world, &kept(foreign, &cast_far)));
+
+    let (overlay, world) = OVERLAY.set(&own);
+    let taken = masqueraded(OVERLAY, &overlay);
+    // Somebody else's flow that is shown as the same tuple.
+    let blocker = Connection { client: cast.client, ..taken };
+    let moved = OVERLAY.masqueraded(&overlay).flags(flow::HOST | flow::MASQUERADED);
+    let name = format!("{title}: this host, its port is taken at the other device's address");
+    table.add(case(name, &overlay, &world.embryonic(blocker.both()), &moved));
+}
+
+/// What is masqueraded bypasses the stack, which XDP does not do.
+fn left_by_xdp(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (what, net, place) in [
+        ("a remote backend by the underlay", NET_CLIENTS, REMOTE),
+        ("a remote backend by the overlay", NET_CLIENTS, OVERLAY),
+        ("a local backend, a client without a way back", NET_FOREIGN, LOCAL),
+    ] {
+        let (cast, world) = place.set(&cast.client_in(net));
+        let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
+        let name = format!("{title}: XDP leaves a packet to be masqueraded to tc, {what}");
+        table.add(Case::new(name, &world, Program::Xdp, UPLINK, &first));
+    }
+    for (what, kind, flags) in [
+        ("a ClusterIP", frontend::CLUSTER_IP, 0),
+        ("an external IP", frontend::EXTERNAL_IP, 0),
+        ("a load balancer of policy Local", frontend::LOAD_BALANCER, policy::EXTERNAL_LOCAL),
+    ] {
+        let (cast, world) = LOCAL.set(cast);
+        let mut world = world.kind(ONE, kind);
+        world.port(ONE).flags = flags;
+        let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
+        table.add(
+            Case::new(
+                format!("{title}: XDP opens a flow of {what} from outside with a way back"),
+                &world,
+                Program::Xdp,
+                UPLINK,
+                &first,
+            )
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([LOCAL.kept(&cast).both()]),
+        );
+    }
+}

@@ -1,0 +1,248 @@
+//! Node ports: any address of this node that serves them.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use sluice_common::Reason;
+use sluice_common::abi::{frontend, listing, state};
+
+use super::Table;
+use crate::packets::case::{Case, Program};
+use crate::packets::frame::{Frame, TCP, UDP};
+use crate::packets::world::{Cast, EDGE, EMPTY, NARROW, ONE, OTHER, TUNNEL, UPLINK, Version, World, mac};
+
+/// A node port.
+const PORT: u16 = 30_080;
+
+/// Adds the cases.
+pub(super) fn add(table: &mut Table) {
+    for cast in Cast::all() {
+        let served = cast.frontend(SocketAddr::new(cast.node, PORT));
+        opening(table, &served);
+        elsewhere(table, &served);
+        along(table, &served);
+        shared(table, &served);
+    }
+}
+
+/// The key of a node port.
+fn wildcard(cast: &Cast) -> SocketAddr {
+    let unspecified: IpAddr = match cast.version {
+        Version::V4 => Ipv4Addr::UNSPECIFIED.into(),
+        Version::V6 => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    SocketAddr::new(unspecified, PORT)
+}
+
+/// The service port has a node port, served at the uplink's address alone.
+fn world(cast: &Cast, service_port: u32) -> World {
+    // The node's own address is no frontend.
+    let mut world = Cast::new(cast.version, cast.protocol).world();
+    world.add_frontend(cast, service_port, wildcard(cast), frontend::NODE_PORT);
+    let _ = world.listing.remove(&wildcard(cast).ip());
+    let _ = world.node_ports.insert(PORT);
+    world.serve_node_ports(cast.node);
+    world
+}
+
+fn opening(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let world = world(cast, ONE);
+    let connection = cast.connection();
+    for (who, program, ifindex) in [
+        ("a client outside", Program::Ingress, UPLINK),
+        ("a client outside, by XDP", Program::Xdp, UPLINK),
+        ("a local pod", Program::Ingress, EDGE),
+        ("a client behind the overlay", Program::IngressBare, TUNNEL),
+    ] {
+        let first = cast.first(cast.client, cast.frontend);
+        let first = if program == Program::IngressBare { first.bare() } else { first.at(mac(ifindex)) };
+        let case = Case::new(format!("{title}: a node port, {who}"), &world, program, ifindex, &first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([connection.both()]);
+        if who == "a client outside" { table.cut(case) } else { table.add(case) }
+    }
+    let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
+    let none = {
+        let mut world = self::world(cast, EMPTY);
+        world.serve_node_ports(cast.node);
+        world
+    };
+    let (answer, reason): (fn(&Frame) -> Frame, Reason) = match cast.protocol {
+        TCP => (super::reject::reset, Reason::NoBackendReset),
+        _ => (super::reject::unreachable, Reason::NoBackendUnreachable),
+    };
+    table.add(
+        Case::new(
+            format!("{title}: a node port of a service without backends is rejected"),
+            &none,
+            Program::Ingress,
+            UPLINK,
+            &first,
+        )
+        .becomes(&answer(&first).turned())
+        .ends(crate::packets::case::End::Redirect)
+        .reason(reason, EMPTY),
+    );
+}
+
+/// Where there is no node port after all.
+fn elsewhere(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let plain = world(cast, ONE);
+    let mut pass = |what: &str, world: &World, program, ifindex, destination| {
+        for program in if program == Program::Ingress { vec![program, Program::Xdp] } else { vec![program] } {
+            let name = format!("{title}: {what}, {}", program.name());
+            let first = cast.first(cast.client, destination).at(mac(ifindex));
+            table.add(Case::new(name, world, program, ifindex, &first));
+        }
+    };
+    let at = |address| SocketAddr::new(address, PORT);
+    pass(
+        "an address of the node that serves no node ports",
+        &plain,
+        Program::Ingress,
+        UPLINK,
+        at(cast.node_on(NARROW)),
+    );
+    pass(
+        "an address that is not the node's, a node port's number",
+        &plain,
+        Program::Ingress,
+        UPLINK,
+        at(cast.router),
+    );
+    let mut listed = plain.clone();
+    let _ = listed.listing.insert(cast.router, listing::NODE_PORTS | listing::NODE);
+    pass("a stranger in the lane of a node's address", &listed, Program::Ingress, UPLINK, at(cast.router));
+    let _ = listed.listing.insert(cast.node_on(NARROW), listing::NODE_PORTS | listing::NODE);
+    pass(
+        "an address without node ports in the lane of one that has them",
+        &listed,
+        Program::Ingress,
+        UPLINK,
+        at(cast.node_on(NARROW)),
+    );
+    let _ = listed.listing.insert(cast.router, 15);
+    pass("a stranger in a lane with every bit", &listed, Program::Ingress, UPLINK, at(cast.router));
+    for (what, port) in [("next to", PORT + 1), ("64 above", PORT + 64), ("before", PORT - 1)] {
+        let other = SocketAddr::new(cast.node, port);
+        pass(&format!("a port {what} a node port"), &plain, Program::Ingress, UPLINK, other);
+    }
+    let other = Cast { protocol: if cast.protocol == TCP { UDP } else { TCP }, ..*cast };
+    pass(
+        "a node port of the other protocol",
+        &self::world(&other, ONE),
+        Program::Ingress,
+        UPLINK,
+        cast.frontend,
+    );
+    let mut unset = plain.clone();
+    unset.node_ports.clear();
+    pass("no service has the port number", &unset, Program::Ingress, UPLINK, cast.frontend);
+    pass("a node port is none at an egress", &plain, Program::Egress, UPLINK, cast.frontend);
+}
+
+fn along(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let connection = cast.connection().state(state::ESTABLISHED);
+    let world = world(cast, ONE).flows(connection.both());
+    let next = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
+    for program in [Program::Ingress, Program::Xdp] {
+        table.add(
+            Case::new(
+                format!("{title}: a packet along a flow of a node port, {}", program.name()),
+                &world,
+                program,
+                UPLINK,
+                &next,
+            )
+            .becomes(&next.clone().to(cast.backend))
+            .forward(ONE),
+        );
+    }
+    let reply = cast.next(cast.backend, cast.client);
+    table.add(
+        Case::new(
+            format!("{title}: a reply comes from the node port"),
+            &world,
+            Program::Egress,
+            UPLINK,
+            &reply,
+        )
+        .becomes(&reply.clone().from(cast.frontend))
+        .reply(ONE),
+    );
+    let fragment = match cast.version {
+        Version::V4 => {
+            let mut frame = next;
+            frame.fragment = 0x2000;
+            frame
+        }
+        Version::V6 => next.extension(44, &[0, 0, 0, 1, 0, 0, 0, 7]),
+    };
+    table.add(Case::new(
+        format!("{title}: a fragment to a node's address is the host's"),
+        &world,
+        Program::Ingress,
+        UPLINK,
+        &fragment,
+    ));
+}
+
+/// An address that is a frontend's and the node's.
+fn shared(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let mut world = world(cast, ONE);
+    world.add_frontend(cast, OTHER, cast.frontend, frontend::EXTERNAL_IP);
+    let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
+    let other = crate::packets::world::Connection { id: OTHER, service_port: OTHER, ..cast.connection() };
+    for program in [Program::Ingress, Program::Xdp] {
+        table.add(
+            Case::new(
+                format!("{title}: an address's own frontend comes before a node port, {}", program.name()),
+                &world,
+                program,
+                UPLINK,
+                &first,
+            )
+            .becomes(&first.clone().to(cast.backend))
+            .opens(OTHER)
+            .embryonic([other.both()]),
+        );
+    }
+    let mut beside = self::world(cast, ONE);
+    let mut own = cast.frontend;
+    own.set_port(443);
+    beside.add_frontend(cast, OTHER, own, frontend::EXTERNAL_IP);
+    table.add(
+        Case::new(
+            format!("{title}: a node port at an address that has a frontend of another port"),
+            &beside,
+            Program::Ingress,
+            UPLINK,
+            &first,
+        )
+        .becomes(&first.clone().to(cast.backend))
+        .opens(ONE)
+        .embryonic([cast.connection().both()]),
+    );
+    let mut not_served = beside.clone();
+    not_served.node_addresses.clear();
+    table.add(Case::new(
+        format!("{title}: no node port at a frontend's address that serves none"),
+        &not_served,
+        Program::Ingress,
+        UPLINK,
+        &first,
+    ));
+    // The frontend's address is met where this host sends it, its node port is not.
+    let own = cast.first(SocketAddr::new(cast.node_on(NARROW), 40_001), cast.frontend);
+    table.add(Case::new(
+        format!("{title}: no node port at egress, at a frontend's address either"),
+        &beside,
+        Program::Egress,
+        UPLINK,
+        &own,
+    ));
+}

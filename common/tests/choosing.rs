@@ -1,0 +1,391 @@
+//! What a socket's call becomes, for processes of this host and for pods.
+
+#[allow(dead_code, reason = "each test uses its part of what packets are made of")]
+mod packets {
+    pub(crate) mod ip;
+}
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use packets::ip::Ip;
+use sluice_common::abi::{
+    Affinity, AffinityKey, Backend, Class, Device, Flow, Networks, OriginKey, Origins, Range, Service,
+    ServiceKey, ServicePort, Settings, Ticks, Tuple, backend, detect_local, frontend, listing, masquerade,
+    policy,
+};
+use sluice_common::header::protocol::{TCP, UDP};
+use sluice_common::socket::{Choice, choose};
+use sluice_common::tables::Routes;
+use sluice_common::{Tables, V4, V6};
+
+/// The service port of all frontends.
+const ONE: u32 = 1;
+/// Its slots for each class: the ids in them are the slots' own numbers.
+const STARTS: [u32; 3] = [100, 200, 300];
+const SIZE: u16 = 61;
+const PORT: u16 = 80;
+const NODE_PORT: u16 = 30_080;
+
+/// What the maps hold.
+#[derive(Clone)]
+struct Maps<F: Ip> {
+    listing: BTreeMap<F::Address, u8>,
+    services: BTreeMap<ServiceKey<F::Address>, Service>,
+    port: ServicePort,
+    backends: BTreeMap<u32, Backend<F::Address>>,
+    node_ports: BTreeSet<u16>,
+    serving: BTreeSet<F::Address>,
+    settings: Settings,
+}
+
+fn address<F: Ip>(host: u16) -> F::Address {
+    let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, host);
+    let [a, b] = host.to_be_bytes();
+    F::of(Ipv4Addr::new(10, 0, a, b).into()).or_else(|| F::of(v6.into())).unwrap_or_default()
+}
+
+/// The VIP.
+fn vip<F: Ip>() -> F::Address {
+    address::<F>(9)
+}
+
+/// An address of the node that serves node ports.
+fn node<F: Ip>() -> F::Address {
+    address::<F>(7)
+}
+
+fn key<F: Ip>(address: F::Address, port: u16) -> ServiceKey<F::Address> {
+    ServiceKey { address, port, protocol: TCP, reserved: 0 }
+}
+
+impl<F: Ip> Maps<F> {
+    /// A frontend of a kind, with other backends for each class.
+    fn of(kind: u32) -> Self {
+        let ids = STARTS.into_iter().flat_map(|start| start..start + u32::from(SIZE));
+        let backend = |id: u32| Backend {
+            address: address::<F>(id as u16),
+            port: 8080,
+            generation: 1,
+            service_port: ONE,
+            flags: backend::SERVING,
+        };
+        let at = if kind == frontend::NODE_PORT {
+            key::<F>(F::Address::default(), NODE_PORT)
+        } else {
+            key::<F>(vip::<F>(), PORT)
+        };
+        Self {
+            listing: BTreeMap::from([
+                (vip::<F>(), listing::FRONTEND),
+                (node::<F>(), listing::NODE | listing::NODE_PORTS),
+            ]),
+            services: BTreeMap::from([(at, Service { service_port: ONE, kind })]),
+            port: ServicePort {
+                ranges: STARTS.map(|start| Range::new(start, SIZE).0),
+                ..ServicePort::default()
+            },
+            backends: ids.map(|id| (id, backend(id))).collect(),
+            node_ports: BTreeSet::from([NODE_PORT]),
+            serving: BTreeSet::from([node::<F>()]),
+            settings: Settings {
+                masquerade: masquerade::NEEDED,
+                detect_local: detect_local::DEVICE,
+                ..Settings::default()
+            },
+        }
+    }
+
+    /// What a call of a socket becomes.
+    fn call(&self, address: F::Address, port: u16, is_host: bool) -> Told {
+        let told = choose::<F, _>(&key::<F>(address, port), 0x1_0000_0007, is_host, self);
+        match told {
+            Choice::Untouched => Told::Untouched,
+            Choice::Refuse { service_port } => {
+                assert_eq!(service_port, ONE);
+                Told::Refused
+            }
+            Choice::Backend { id, backend } => {
+                assert_eq!(Some(&backend), self.backends.get(&id), "the backend of the id");
+                let class = STARTS.iter().position(|start| (*start..*start + u32::from(SIZE)).contains(&id));
+                Told::Class(class.expect("a backend of a class"))
+            }
+        }
+    }
+
+    fn of_host(&self) -> Told {
+        self.call(vip::<F>(), PORT, true)
+    }
+
+    fn of_pod(&self) -> Told {
+        self.call(vip::<F>(), PORT, false)
+    }
+}
+
+/// What a call becomes: a backend of a class is that class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Untouched,
+    Refused,
+    Class(usize),
+}
+
+const INTERNAL: Told = Told::Class(Class::Internal as usize);
+const INSIDE: Told = Told::Class(Class::ExternalInside as usize);
+const OUTSIDE: Told = Told::Class(Class::ExternalOutside as usize);
+
+impl<F: Ip> Tables<F> for Maps<F> {
+    fn listing(&self, address: &F::Address) -> u8 {
+        self.listing.get(address).copied().unwrap_or_default()
+    }
+    fn flow(&self, _: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+        None
+    }
+    fn embryonic(&self, _: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+        None
+    }
+    fn service(&self, key: &ServiceKey<F::Address>) -> Option<&Service> {
+        self.services.get(key)
+    }
+    fn port(&self, service_port: u32) -> Option<&ServicePort> {
+        (service_port == ONE).then_some(&self.port)
+    }
+    fn range(&self, service_port: u32, class: Class) -> Option<Range> {
+        Tables::<F>::port(self, service_port).map(|port| Range(port.ranges[class as usize]))
+    }
+    fn slot(&self, slot: u32) -> Option<u32> {
+        Some(slot)
+    }
+    fn backend(&self, id: u32) -> Option<&Backend<F::Address>> {
+        self.backends.get(&id)
+    }
+    fn affinity(&self, _: &AffinityKey<F::Address>) -> Option<&Affinity> {
+        None
+    }
+    fn in_source_ranges(&self, _: u32, _: &F::Address) -> bool {
+        true
+    }
+    fn is_node_port(&self, port: u16) -> bool {
+        self.node_ports.contains(&port)
+    }
+    fn serves_node_ports(&self, address: &F::Address) -> bool {
+        self.serving.contains(address)
+    }
+    fn origins(&self, _: &OriginKey<F::Address>) -> Option<&Origins<F::Address>> {
+        None
+    }
+    fn marks(&self) -> u32 {
+        0
+    }
+    fn settings(&self) -> Option<&Settings> {
+        Some(&self.settings)
+    }
+    fn networks(&self) -> Option<&Networks<F::Address>> {
+        None
+    }
+    fn device(&self, _: u32) -> Option<&Device> {
+        None
+    }
+    fn here(&self) -> Option<&Device> {
+        None
+    }
+    fn routes(&self) -> Option<Routes> {
+        None
+    }
+    fn now(&self) -> Ticks {
+        0
+    }
+}
+
+const KINDS: [u32; 3] = [frontend::CLUSTER_IP, frontend::LOAD_BALANCER, frontend::EXTERNAL_IP];
+
+/// Runs a check for both families.
+macro_rules! both {
+    ($check:ident) => {{
+        $check::<V4>();
+        $check::<V6>();
+    }};
+}
+
+#[test]
+fn a_call_gets_a_backend_of_its_class() {
+    fn check<F: Ip>() {
+        for (kind, told) in KINDS.into_iter().zip([INTERNAL, INSIDE, INSIDE]) {
+            let maps = Maps::<F>::of(kind);
+            assert_eq!((maps.of_host(), maps.of_pod()), (told, told), "kind {kind}");
+        }
+    }
+    both!(check);
+}
+
+#[test]
+fn one_socket_stays_with_one_backend_and_sockets_spread() {
+    fn check<F: Ip>() {
+        let maps = Maps::<F>::of(frontend::CLUSTER_IP);
+        let choose = |cookie| match choose::<F, _>(&key::<F>(vip::<F>(), PORT), cookie, true, &maps) {
+            Choice::Backend { id, .. } => id,
+            Choice::Untouched | Choice::Refuse { .. } => 0,
+        };
+        let ids: Vec<u32> = (0..1000).map(choose).collect();
+        assert_eq!(ids, (0..1000).map(choose).collect::<Vec<u32>>());
+        assert_eq!(
+            ids.iter().collect::<BTreeSet<_>>().len(),
+            usize::from(SIZE),
+            "every slot has its sockets"
+        );
+        assert_ne!(choose(7), choose(7 << 32), "both halves of a cookie count");
+    }
+    both!(check);
+}
+
+#[test]
+fn a_call_elsewhere_is_untouched() {
+    fn check<F: Ip>() {
+        let maps = Maps::<F>::of(frontend::CLUSTER_IP);
+        let mut stranger = maps.clone();
+        let _ = stranger.listing.insert(address::<F>(8), listing::FRONTEND | listing::NODE_PORTS);
+        for is_host in [true, false] {
+            assert_eq!(maps.call(vip::<F>(), PORT + 1, is_host), Told::Untouched, "another port");
+            assert_eq!(maps.call(address::<F>(8), PORT, is_host), Told::Untouched, "another address");
+            assert_eq!(stranger.call(address::<F>(8), PORT, is_host), Told::Untouched, "a shared lane");
+            assert_eq!(stranger.call(address::<F>(8), NODE_PORT, is_host), Told::Untouched, "a shared lane");
+        }
+        let datagram = ServiceKey { protocol: UDP, ..key::<F>(vip::<F>(), PORT) };
+        assert_eq!(choose::<F, _>(&datagram, 1, true, &maps), Choice::Untouched, "another protocol");
+        let mut unlisted = maps.clone();
+        unlisted.listing.clear();
+        assert_eq!(unlisted.of_host(), Told::Untouched, "a clear bit is certain");
+    }
+    both!(check);
+}
+
+/// The slot would follow from the socket, affinity follows from the client.
+#[test]
+fn a_call_with_affinity_is_left_to_packets() {
+    fn check<F: Ip>() {
+        for kind in KINDS {
+            let mut maps = Maps::<F>::of(kind);
+            maps.port.affinity_seconds = 1;
+            assert_eq!((maps.of_host(), maps.of_pod()), (Told::Untouched, Told::Untouched), "kind {kind}");
+        }
+    }
+    both!(check);
+}
+
+#[test]
+fn a_call_to_a_load_balancer_with_source_ranges_is_left_to_packets() {
+    fn check<F: Ip>() {
+        for (kind, told) in KINDS.into_iter().zip([INTERNAL, Told::Untouched, INSIDE]) {
+            let mut maps = Maps::<F>::of(kind);
+            maps.port.flags = policy::SOURCE_RANGES;
+            assert_eq!((maps.of_host(), maps.of_pod()), (told, told), "kind {kind}");
+            // Even where the packet would be rejected in the end.
+            maps.port.ranges = [0; 3];
+            let told = if told == Told::Untouched { told } else { Told::Refused };
+            assert_eq!((maps.of_host(), maps.of_pod()), (told, told), "kind {kind} without backends");
+        }
+    }
+    both!(check);
+}
+
+/// A host process has the address that the route to the backend gives it in any case; a pod would be shown as itself.
+#[test]
+fn a_pods_call_is_left_to_packets_where_it_is_masqueraded() {
+    fn check<F: Ip>() {
+        for (mode, pod) in [
+            (masquerade::NEEDED, [INTERNAL, INSIDE, INSIDE]),
+            (masquerade::KUBE_PROXY, [INTERNAL, Told::Untouched, Told::Untouched]),
+            (masquerade::ALL, [Told::Untouched; 3]),
+        ] {
+            for ((kind, pod), host) in KINDS.into_iter().zip(pod).zip([INTERNAL, INSIDE, INSIDE]) {
+                let mut maps = Maps::<F>::of(kind);
+                maps.settings.masquerade = mode;
+                assert_eq!((maps.of_host(), maps.of_pod()), (host, pod), "mode {mode}, kind {kind}");
+            }
+        }
+    }
+    both!(check);
+}
+
+/// Where nothing tells local pods, they are clients outside on the packet path; the socket path says the same.
+#[test]
+fn a_pod_is_outside_where_nothing_tells_local_pods() {
+    fn check<F: Ip>() {
+        for ((kind, host), pod) in
+            KINDS.into_iter().zip([INTERNAL, INSIDE, INSIDE]).zip([INTERNAL, OUTSIDE, OUTSIDE])
+        {
+            let mut maps = Maps::<F>::of(kind);
+            maps.settings.detect_local = detect_local::NONE;
+            assert_eq!((maps.of_host(), maps.of_pod()), (host, pod), "kind {kind}");
+        }
+    }
+    both!(check);
+}
+
+#[test]
+fn node_ports_are_for_processes_of_this_host() {
+    fn check<F: Ip>() {
+        let maps = Maps::<F>::of(frontend::NODE_PORT);
+        assert_eq!(maps.call(node::<F>(), NODE_PORT, true), INSIDE);
+        assert_eq!(maps.call(node::<F>(), NODE_PORT, false), Told::Untouched, "a pod's");
+        assert_eq!(maps.call(node::<F>(), NODE_PORT + 1, true), Told::Untouched, "another port");
+        assert_eq!(maps.call(vip::<F>(), NODE_PORT, true), Told::Untouched, "an address that serves none");
+        let mut lane = maps.clone();
+        let _ = lane.listing.insert(address::<F>(8), listing::NODE_PORTS);
+        assert_eq!(lane.call(address::<F>(8), NODE_PORT, true), Told::Untouched, "a shared lane");
+        let mut unset = maps.clone();
+        unset.node_ports.clear();
+        assert_eq!(unset.call(node::<F>(), NODE_PORT, true), Told::Untouched, "no service has the number");
+        let mut shared = maps.clone();
+        let _ = shared.listing.insert(node::<F>(), 15);
+        let own = Service { service_port: ONE, kind: frontend::CLUSTER_IP };
+        let _ = shared.services.insert(key::<F>(node::<F>(), NODE_PORT), own);
+        assert_eq!(
+            shared.call(node::<F>(), NODE_PORT, true),
+            INTERNAL,
+            "an address's own frontend comes first"
+        );
+        assert_eq!(shared.call(node::<F>(), NODE_PORT, false), INTERNAL, "for pods too");
+        let datagram = ServiceKey { protocol: UDP, ..key::<F>(node::<F>(), NODE_PORT) };
+        assert_eq!(choose::<F, _>(&datagram, 1, true, &maps), Choice::Untouched, "another protocol");
+    }
+    both!(check);
+}
+
+#[test]
+fn a_call_is_refused_only_where_its_packet_would_be_rejected() {
+    fn check<F: Ip>() {
+        for (kind, class) in KINDS.into_iter().zip([0, 1, 1]) {
+            let mut maps = Maps::<F>::of(kind);
+            maps.port.ranges[class] = 0;
+            assert_eq!((maps.of_host(), maps.of_pod()), (Told::Refused, Told::Refused), "kind {kind}");
+            maps.port.ranges[class] = Range::DROP.0;
+            let told = (maps.of_host(), maps.of_pod());
+            assert_eq!(told, (Told::Untouched, Told::Untouched), "dropped without an answer, kind {kind}");
+            let mut others = Maps::<F>::of(kind);
+            others.port.ranges = [Range::DROP.0; 3];
+            others.port.ranges[class] = Range::new(STARTS[class], SIZE).0;
+            let told = Told::Class(class);
+            assert_eq!((others.of_host(), others.of_pod()), (told, told), "only others, kind {kind}");
+        }
+        let mut maps = Maps::<F>::of(frontend::CLUSTER_IP);
+        maps.backends.clear();
+        assert_eq!(maps.of_host(), Told::Refused, "a slot without a backend");
+    }
+    both!(check);
+}
+
+/// A ClusterIP's other ports are the packet path's to reject.
+#[test]
+fn a_call_to_an_undefined_port_is_left_to_packets() {
+    fn check<F: Ip>() {
+        let mut maps = Maps::<F>::of(frontend::CLUSTER_IP);
+        let as_such = ServiceKey { address: vip::<F>(), port: 0, protocol: 0, reserved: 0 };
+        let address = Service { service_port: 0, kind: frontend::ADDRESS };
+        let _ = maps.services.insert(as_such, address);
+        assert_eq!(maps.call(vip::<F>(), PORT + 1, true), Told::Untouched);
+        assert_eq!(maps.call(vip::<F>(), 0, true), Told::Untouched, "the port of the address's own key");
+        assert_eq!(maps.of_host(), INTERNAL);
+    }
+    both!(check);
+}
