@@ -8,7 +8,7 @@ use sluice_common::checksum::Delta;
 use sluice_common::header::{EthernetHeader, Wire};
 use sluice_common::parse::{self, Headers, Kind};
 use sluice_common::path::{Hook, Step, Verdict};
-use sluice_common::rewrite::{Checksum, Edit, segment};
+use sluice_common::rewrite::{Checksum, Edit, can_follow, segment};
 use sluice_common::{Family, Packet, V4, V6};
 
 use super::count;
@@ -162,7 +162,8 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     if decision.verdict != Verdict::Translate
         || decision.step != Step::Done
         || decision.flow.flags & flow::LOCAL == 0
-        || headers.kind != Kind::Transport
+        || !matches!(headers.kind, Kind::Transport | Kind::Fragment)
+        || !can_follow(headers, &decision.flow)
         || is_partial(headers)
     {
         return xdp_action::XDP_PASS;
@@ -179,6 +180,9 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     if F::record() != 0 {
         // tc meets the same obstacle and gives the reason.
         return xdp_action::XDP_PASS;
+    }
+    if decision.datagram {
+        F::note();
     }
     if !segment(&mut frame, headers, &decision.flow) {
         return xdp_action::XDP_DROP;
