@@ -5,7 +5,7 @@
 //! was met, and the agent listens there. When the first fragment has been seen, or after a while,
 //! the agent sends it back to where it was met, by our own device again.
 
-use crate::abi::{Datagram, DatagramPorts, Ticks};
+use crate::abi::{Datagram, DatagramPorts, Ticks, Tuple};
 use crate::family::Family;
 use crate::header::{Wire, protocol};
 use crate::parse::Headers;
@@ -33,14 +33,14 @@ pub fn key<F: Family>(headers: &Headers<F>) -> Datagram<F::Address> {
 /// What the others of a first fragment's datagram need to know; no ports where they are not to be translated either.
 #[inline(always)]
 pub fn told<F: Family>(headers: &Headers<F>, decision: &Decision<F>, now: Ticks) -> DatagramPorts {
-    let (source_port, destination_port) = match decision.verdict {
-        Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route
-            if can_follow(headers, &decision.flow) =>
-        {
-            (headers.tuple.source_port, headers.tuple.destination_port)
-        }
-        _ => (0, 0),
+    let is_rewritten = match decision.verdict {
+        Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => true,
+        Verdict::Pass | Verdict::Reset | Verdict::Unreachable | Verdict::Drop | Verdict::Hold => false,
     };
+    if !is_rewritten || !can_follow(headers, &decision.flow) {
+        return DatagramPorts { source_port: 0, destination_port: 0, seen: now };
+    }
+    let Tuple { source_port, destination_port, .. } = headers.tuple;
     DatagramPorts { source_port, destination_port, seen: now }
 }
 
@@ -56,6 +56,8 @@ pub fn is_transport(protocol: u8) -> bool {
     matches!(protocol, protocol::TCP | protocol::UDP | protocol::SCTP)
 }
 
+/// Bytes of an IP packet that can be held: what goes back through our own device, whose MTU is the usual one.
+pub const HELD_LENGTH_MAX: u32 = 1_500;
 /// Ethertype of a held frame's label: one for local experiments.
 pub const LABEL_ETHERTYPE: u16 = 0x88b5;
 /// Priority of packets on our own device that are held, or go back to where they were met.

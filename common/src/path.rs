@@ -351,7 +351,9 @@ fn later<F: Family, T: Tables<F>>(
     let told = match tables.datagram(&fragment::key(headers)) {
         Some(told) if fragment::is_fresh(told, tables.now()) => told,
         _ => {
-            if matches!(tables.settings(), Some(settings) if settings.own_device != 0) {
+            if headers.length <= fragment::HELD_LENGTH_MAX
+                && matches!(tables.settings(), Some(settings) if settings.own_device != 0)
+            {
                 decision.set(Verdict::Hold, Reason::FragmentHeld);
             } else if to_address {
                 decision.reason = Reason::Fragment;

@@ -435,6 +435,11 @@ impl Frame {
         bytes
     }
 
+    /// What is behind the IP header and its extensions.
+    pub(crate) fn payload_bytes(&self) -> Vec<u8> {
+        self.segment()
+    }
+
     /// The IP packet alone.
     pub(crate) fn packet(&self) -> Vec<u8> {
         let segment = self.segment();
