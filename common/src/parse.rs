@@ -163,14 +163,12 @@ impl Parse for V4 {
         }
         if header.version_ihl >> 4 != 4 || header_length < 20 || length < header_length {
             kind = Kind::Malformed;
+        } else if length > available && !quoted {
+            kind = Kind::Truncated;
         } else if more_offset & 0x1fff != 0 {
             kind = Kind::Fragment;
-        } else if length > available {
-            if quoted {
-                length = available;
-            } else {
-                kind = Kind::Truncated;
-            }
+        } else {
+            length = length.min(available);
         }
         Some(Network {
             source: header.source,

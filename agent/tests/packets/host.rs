@@ -601,7 +601,7 @@ fn xdp<F: Ip>(
         || decision.step != Step::Done
         || decision.flow.flags & flow::LOCAL == 0
         || !matches!(headers.kind, Kind::Transport | Kind::Fragment)
-        || !can_follow(headers, &decision.flow)
+        || decision.datagram && !can_follow(headers, &decision.flow)
         || answer::is_partial(headers)
         || !ours
         || memory.record(&decision).is_err()

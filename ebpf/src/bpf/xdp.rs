@@ -163,7 +163,7 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
         || decision.step != Step::Done
         || decision.flow.flags & flow::LOCAL == 0
         || !matches!(headers.kind, Kind::Transport | Kind::Fragment)
-        || !can_follow(headers, &decision.flow)
+        || decision.datagram && !can_follow(headers, &decision.flow)
         || is_partial(headers)
     {
         return xdp_action::XDP_PASS;

@@ -45,14 +45,14 @@ pub(super) fn add(table: &mut Table) {
 }
 
 /// A datagram in three fragments.
-fn parts(frame: &Frame) -> Vec<Frame> {
+pub(super) fn parts(frame: &Frame) -> Vec<Frame> {
     let parts = frame.fragments(ID, 24);
     assert!(parts.len() >= 2, "there is more than one");
     parts
 }
 
 /// A packet in the middle of a flow that is long enough for fragments.
-fn long(cast: &Cast, source: SocketAddr, destination: SocketAddr) -> Frame {
+pub(super) fn long(cast: &Cast, source: SocketAddr, destination: SocketAddr) -> Frame {
     match cast.protocol {
         TCP => Frame::tcp(source, destination, crate::packets::frame::ACK, &[0x5a; 40]),
         SCTP => Frame::sctp(source, destination, (0, 3), &[0x5a; 40]),
@@ -61,7 +61,13 @@ fn long(cast: &Cast, source: SocketAddr, destination: SocketAddr) -> Frame {
 }
 
 /// The entry of a datagram between two ends: its ports, or none.
-fn told(cast: &Cast, source: SocketAddr, destination: SocketAddr, ports: bool, seen: u32) -> Datagrams {
+pub(super) fn told(
+    cast: &Cast,
+    source: SocketAddr,
+    destination: SocketAddr,
+    ports: bool,
+    seen: u32,
+) -> Datagrams {
     // As it lies in memory, IPv4's in the lower half.
     let id = match cast.version {
         Version::V4 => u32::from((ID as u16).to_be()),
