@@ -29,7 +29,7 @@ use crate::model::{Batch, Desired, FrontendKind, ObjectName};
 use arena::Arena;
 use draft::{Draft, Drafted};
 use ids::{BackendIds, PortIds};
-use listing::{Listing, Why};
+use listing::{Lingering, Listing, Why};
 
 /// How much the maps hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +95,7 @@ pub struct Plan {
     arena: Arena,
     reserve: Arena,
     listing: Listing,
+    lingering_node_ports: Lingering<u16>,
     /// Address of this node -> whether it serves node ports.
     nodes: BTreeMap<IpAddr, bool>,
     /// Service -> its ClusterIPs as such.
@@ -463,15 +464,33 @@ impl Plan {
         }
     }
 
-    /// Sets or clears the bit of a port number, after a frontend with it came or went.
+    /// Sets the bit of a port number after a frontend with it came; after it went, clears it when many others have
+    /// gone after it.
     fn refresh_node_port(&mut self, port: u16, work: &mut Work) {
+        let is_set = self.has_node_port_bit(port);
+        if has_node_port::<V4>(&self.image, port) || has_node_port::<V6>(&self.image, port) {
+            self.lingering_node_ports.forget(&port);
+            if !is_set {
+                self.set_node_port_bit(port, true, work);
+            }
+        } else if is_set
+            && !self.lingering_node_ports.has(&port)
+            && let Some(oldest) = self.lingering_node_ports.add(port)
+        {
+            self.set_node_port_bit(oldest, false, work);
+        }
+    }
+
+    fn has_node_port_bit(&self, port: u16) -> bool {
+        let (word, bit) = node_port_bit(port);
+        self.image.node_ports.get(&word).is_some_and(|bits| bits & bit != 0)
+    }
+
+    fn set_node_port_bit(&mut self, port: u16, is_set: bool, work: &mut Work) {
         let (word, bit) = node_port_bit(port);
         let before = self.image.node_ports.get(&word).copied().unwrap_or(0);
-        let used = has_node_port::<V4>(&self.image, port) || has_node_port::<V6>(&self.image, port);
-        let bits = if used { before | bit } else { before & !bit };
-        if bits != before {
-            work.draft.set_node_ports(&mut self.image, word, bits);
-        }
+        let bits = if is_set { before | bit } else { before & !bit };
+        work.draft.set_node_ports(&mut self.image, word, bits);
     }
 
     /// Writes which frontends lead to an endpoint: the first few, in order. A node port is none of them: it has no

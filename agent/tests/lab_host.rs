@@ -35,7 +35,11 @@ fn connected_udp_of_pod_and_host_reaches_backends_of_every_kind() -> Result<()> 
                 let answers = client.udp_ask_connected(dns, ENOUGH)?;
                 all_answer(&format!("{mode}: {} {dns}", client.name()), &answers, &names, dns)?;
                 let more = counted(&node, "web:dns")? - before;
-                ensure!(more.calls == 0 && are_nearly(more.flows, ENOUGH), "{mode}: {more:?}");
+                ensure!(
+                    more.calls == 0 && are_nearly(more.flows, ENOUGH),
+                    "{mode}: {} {dns}: {more:?}",
+                    client.name()
+                );
             }
             // Everything else reaches them as well.
             reaches(client, cluster_ip(WEB), &names, None).context(mode)?;

@@ -134,6 +134,7 @@ fn the_seeds_load_and_show_in_services() -> Result<()> {
         ("default/exemple", "10.96.77.21", 80, 1),
         ("default/hello", "10.96.77.20", 80, 2),
         ("default/nginx-svc", "10.233.26.39", 80, 2),
+        ("wordpress-ns/wordpress", "*:31895", 80, 2),
         ("wordpress-ns/wordpress", "10.100.200.174", 80, 2),
         ("wordpress-ns/wordpress", "100.64.144.7", 80, 2),
         ("wordpress-ns/wordpress", "192.168.160.115", 80, 2),

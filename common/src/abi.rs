@@ -547,6 +547,10 @@ pub mod networks {
     pub const SERVICES_V4: u32 = 1;
     /// IPv6 Service addresses are known.
     pub const SERVICES_V6: u32 = 2;
+    /// IPv4 pod addresses are known.
+    pub const PODS_V4: u32 = 4;
+    /// IPv6 pod addresses are known.
+    pub const PODS_V6: u32 = 8;
 }
 
 /// Prefixes of a kind and family at most.

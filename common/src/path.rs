@@ -627,7 +627,7 @@ fn keeps_source<F: Family, T: Tables<F>>(
         Source::AsRouted
     } else {
         let Some(settings) = tables.settings() else { return false };
-        policy::source(settings, class, policies, is_local)
+        policy::source::<F>(settings, class, policies, is_local)
     };
     if source == Source::Kept {
         return true;
@@ -875,7 +875,7 @@ fn is_unknown_connection<F: Family, T: Tables<F>>(
     }
     let mut is_next = !is_wrong_guess;
     for origin in &origins.frontends {
-        if origin.port == 0 || tables.translated_at_socket() {
+        if origin.port == 0 || packet.protocol == protocol::TCP && tables.translated_at_socket() {
             break;
         }
         if !is_next {

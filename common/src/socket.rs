@@ -68,7 +68,7 @@ pub fn choose<F: Family, T: Tables<F>>(
         return Choice::Untouched;
     }
     // As the packet path: where nothing tells local pods, they are clients like any other.
-    let is_local = is_host || settings.detect_local != detect_local::NONE;
+    let is_local = is_host || policy::detector::<F>(settings) != detect_local::NONE;
     let class = policy::class(kind, is_local);
     let Some(range) = tables.range(service_port, class) else {
         return Choice::Untouched;

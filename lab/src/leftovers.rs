@@ -71,7 +71,9 @@ pub(crate) fn start_time(pid: u32) -> Option<String> {
 fn owner_lives(lab: &Path) -> bool {
     let started = lab.file_name().and_then(|id| owner_pid(&id.to_string_lossy())).and_then(start_time);
     // A lab that has not written its owner yet is just being made.
-    started.is_some_and(|now| fs::read_to_string(lab.join("owner")).map_or(true, |then| then.trim() == now))
+    started.is_some_and(|now| {
+        fs::read_to_string(lab.join("owner")).map_or(true, |then| then.is_empty() || then.trim() == now)
+    })
 }
 
 /// Ends a lab: its processes, its mounts (namespaces and bpffs), its cgroups, its directory. Every step is tried.

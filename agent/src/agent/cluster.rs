@@ -138,17 +138,15 @@ impl Cluster {
     /// for which there is no room.
     pub(super) fn tell(&self, policy: &Policy, settings: Settings) -> (Told, Vec<IpNet>) {
         let mut surplus = Vec::new();
-        let (pods_v4, pods_v6) = prefixes(&self.pod_networks(policy), &mut surplus);
+        let pods = self.pod_networks(policy);
+        let (pods_v4, pods_v6) = prefixes(&pods, &mut surplus);
         let services = self.service_networks(policy);
-        let known = |v4: bool, bit| {
-            if services.iter().any(|network| network.network().is_ipv4() == v4) { bit } else { 0 }
-        };
         let (services_v4, services_v6) = prefixes(&services, &mut surplus);
         let mut told = Told {
             settings: Settings {
                 masquerade: policy.masquerade.number(),
                 detect_local: policy.detect_local.number(),
-                networks: known(true, abi::networks::SERVICES_V4) | known(false, abi::networks::SERVICES_V6),
+                networks: families(&services, SERVICES) | families(&pods, PODS),
                 ..settings
             },
             v4: Networks { pods: pods_v4, services: services_v4 },
@@ -157,14 +155,24 @@ impl Cluster {
         if let Some(adopted) = self.adopted.as_ref().and_then(|adopted| adopted.told.as_ref()) {
             if policy.detect_local == DetectLocal::NodeCidr && self.node().is_none() {
                 (told.v4.pods, told.v6.pods) = (adopted.v4.pods, adopted.v6.pods);
+                told.settings.networks |= adopted.settings.networks & (PODS[0] | PODS[1]);
             }
             if services.is_empty() {
                 (told.v4.services, told.v6.services) = (adopted.v4.services, adopted.v6.services);
-                told.settings.networks = adopted.settings.networks;
+                told.settings.networks |= adopted.settings.networks & (SERVICES[0] | SERVICES[1]);
             }
         }
         (told, surplus)
     }
+}
+
+/// The bits for IPv4 and IPv6 of a kind of networks.
+const SERVICES: [u32; 2] = [abi::networks::SERVICES_V4, abi::networks::SERVICES_V6];
+const PODS: [u32; 2] = [abi::networks::PODS_V4, abi::networks::PODS_V6];
+
+/// The bits of the families that there are networks of.
+fn families(networks: &[IpNet], [v4, v6]: [u32; 2]) -> u32 {
+    networks.iter().fold(0, |bits, network| bits | if network.network().is_ipv4() { v4 } else { v6 })
 }
 
 /// Networks as the programs compare them; those that find no room go to `surplus`.

@@ -9,7 +9,7 @@ use sluice_common::{Family, V4, V6};
 
 use super::arena::Arena;
 use super::ids::{BackendIds, PortIds};
-use super::listing::{Listing, Why};
+use super::listing::{Lingering, Listing, Why};
 use super::{FamilyPlan, Held, Limbo, Plan, Planned, Planning, Sizes, WHOLE, Work, endpoint, whole};
 use crate::image::{CLASSES, Image, Stack};
 use crate::model::desired::PortKey;
@@ -36,6 +36,7 @@ impl Plan {
             arena: Arena::new(0, boundary),
             reserve: Arena::new(boundary, sizes.slot_blocks),
             listing: Listing::default(),
+            lingering_node_ports: Lingering::default(),
             nodes: BTreeMap::new(),
             addresses: BTreeMap::new(),
             holders: BTreeSet::new(),

@@ -1,4 +1,4 @@
-//! Which lanes of `addresses` are set: how many addresses stand behind each bit.
+//! Which bits of `addresses` and `node_ports` are set: how much stands behind each, and what is gone but stays for a while.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
@@ -8,6 +8,34 @@ use sluice_common::{V4, V6, family};
 
 /// Frontends that are gone whose bit stays, so that their connections drain.
 const LINGERING: usize = 1_024;
+
+/// What is gone, oldest first.
+#[derive(Clone, Debug)]
+pub(super) struct Lingering<T>(VecDeque<T>);
+
+impl<T> Default for Lingering<T> {
+    fn default() -> Self {
+        Self(VecDeque::new())
+    }
+}
+
+impl<T: PartialEq> Lingering<T> {
+    /// Adds one that has just gone; returns the one whose time is over.
+    pub(super) fn add(&mut self, gone: T) -> Option<T> {
+        self.0.push_back(gone);
+        if self.0.len() > LINGERING { self.0.pop_front() } else { None }
+    }
+
+    /// It is back.
+    pub(super) fn forget(&mut self, back: &T) {
+        self.0.retain(|gone| gone != back);
+    }
+
+    /// Whether it is gone, and stays for a while.
+    pub(super) fn has(&self, one: &T) -> bool {
+        self.0.contains(one)
+    }
+}
 
 /// Why an address is listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +54,7 @@ pub(super) enum Why {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Listing {
     counts: BTreeMap<u32, [u32; 4]>,
-    lingering: VecDeque<IpAddr>,
+    lingering: Lingering<IpAddr>,
 }
 
 /// The lane of an address.
@@ -61,11 +89,7 @@ impl Listing {
 
     /// Undoes one [`Self::add`] of a frontend, later: returns what changes now instead.
     pub(super) fn linger(&mut self, address: IpAddr) -> Option<(u32, u8)> {
-        self.lingering.push_back(address);
-        if self.lingering.len() <= LINGERING {
-            return None;
-        }
-        let oldest = self.lingering.pop_front()?;
+        let oldest = self.lingering.add(address)?;
         Some(self.remove(oldest, Why::Frontend))
     }
 
@@ -83,4 +107,23 @@ impl Listing {
 fn bits(counts: [u32; 4]) -> u8 {
     let bit = [listing::FRONTEND, listing::BACKEND, listing::NODE, listing::NODE_PORTS];
     counts.into_iter().zip(bit).filter(|(count, _)| *count > 0).fold(0, |bits, (_, bit)| bits | bit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_gone_stays_until_many_others_have_gone() {
+        let mut lingering = Lingering::default();
+        assert_eq!(lingering.add(7), None);
+        assert!(lingering.has(&7));
+        for other in 100..100 + LINGERING - 1 {
+            assert_eq!(lingering.add(other), None);
+        }
+        assert_eq!(lingering.add(8), Some(7));
+        assert!(!lingering.has(&7) && lingering.has(&8));
+        lingering.forget(&8);
+        assert!(!lingering.has(&8));
+    }
 }

@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Datagram, DatagramPorts, Device, Flow, OriginKey, Range, Service,
     ServiceKey, ServicePort, Settings, Tuple, backend, detect_local, device, device_flags, flow, frontend,
-    listing, masquerade, node_address,
+    listing, masquerade, networks, node_address,
 };
 
 use super::frame::{ACK, DATA, Frame, INIT, Mac, SCTP, SYN, TCP, UDP};
@@ -526,6 +526,15 @@ impl World {
     pub(crate) fn modes(mut self, masquerade: u32, detect_local: u32) -> Self {
         self.settings.masquerade = masquerade;
         self.settings.detect_local = detect_local;
+        self
+    }
+
+    /// With prefixes that local pods have their addresses in.
+    pub(crate) fn pods(mut self, prefixes: Vec<(IpAddr, u8)>) -> Self {
+        for (network, _) in &prefixes {
+            self.settings.networks |= if network.is_ipv4() { networks::PODS_V4 } else { networks::PODS_V6 };
+        }
+        self.pods = prefixes;
         self
     }
 

@@ -15,7 +15,9 @@
 //! *With a way back*: the backend is on this node, and the FIB sends packets to the client out of a device that
 //! programs are attached to. *As routed*: a process of this host has the address that the route to its backend gives it.
 
-use crate::abi::{self, Class, Prefix, Settings, detect_local, device, device_flags, frontend, masquerade};
+use crate::abi::{
+    self, Class, Prefix, Settings, detect_local, device, device_flags, frontend, masquerade, networks,
+};
 use crate::family::Family;
 use crate::tables::Tables;
 
@@ -32,9 +34,20 @@ pub enum Source {
     Masqueraded,
 }
 
+/// How local pods of a family are told: one of [`detect_local`]. Prefixes of the other family alone tell none of this one.
+#[inline(always)]
+pub fn detector<F: Family>(settings: &Settings) -> u32 {
+    let bit = if F::VERSION == 4 { networks::PODS_V4 } else { networks::PODS_V6 };
+    if settings.detect_local == detect_local::ADDRESS && settings.networks & bit == 0 {
+        detect_local::NONE
+    } else {
+        settings.detect_local
+    }
+}
+
 /// Whether a client that is not this host keeps its source.
 #[inline(always)]
-pub fn source(settings: &Settings, class: Class, policies: u32, is_local: bool) -> Source {
+pub fn source<F: Family>(settings: &Settings, class: Class, policies: u32, is_local: bool) -> Source {
     let as_kube_proxy = settings.masquerade != masquerade::NEEDED;
     if class == Class::Internal {
         if settings.masquerade == masquerade::ALL {
@@ -42,8 +55,8 @@ pub fn source(settings: &Settings, class: Class, policies: u32, is_local: bool) 
         } else if is_local {
             Source::Kept
         } else if as_kube_proxy {
-            if settings.detect_local == detect_local::NONE { Source::Kept } else { Source::Masqueraded }
-        } else if settings.detect_local == detect_local::ADDRESS {
+            if detector::<F>(settings) == detect_local::NONE { Source::Kept } else { Source::Masqueraded }
+        } else if detector::<F>(settings) == detect_local::ADDRESS {
             Source::Masqueraded
         } else {
             Source::KeptWithWayBack
@@ -75,7 +88,7 @@ pub fn class(kind: u32, is_local: bool) -> Class {
 #[inline(always)]
 pub fn is_local_pod<F: Family, T: Tables<F>>(client: &F::Address, tables: &T) -> bool {
     let Some(settings) = tables.settings() else { return false };
-    match settings.detect_local {
+    match detector::<F>(settings) {
         detect_local::DEVICE => match tables.here() {
             Some(here) => here.flags & device_flags::LOCAL_PODS != 0,
             None => false,

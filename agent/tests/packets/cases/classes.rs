@@ -192,10 +192,10 @@ fn detectors(table: &mut Table, cast: &Cast) {
         ("by address, a stranger's", cast, EDGE, detect_local::ADDRESS, device_flags::LOCAL_PODS, 2),
         ("not at all, a pod's address and link", &pod, EDGE, detect_local::NONE, device_flags::LOCAL_PODS, 2),
     ] {
-        let mut world = cast.world().kind(ONE, frontend::LOAD_BALANCER).modes(masquerade::NEEDED, detector);
+        let world = cast.world().kind(ONE, frontend::LOAD_BALANCER).modes(masquerade::NEEDED, detector);
+        let mut world = world.pods(vec![cast.prefix(90), cast.prefix(NET_PODS)]);
         let backends = three(cast, &mut world);
         world.devices.get_mut(&ifindex).expect("the device").flags = flags;
-        world.pods = vec![cast.prefix(90), cast.prefix(NET_PODS)];
         let connection = backends[class];
         let first = cast.first(cast.client, cast.frontend).at(mac(ifindex));
         table.add(

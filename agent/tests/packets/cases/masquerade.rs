@@ -1,6 +1,6 @@
 //! Which new flows are masqueraded, and how.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::Reason;
 use sluice_common::abi::{
@@ -14,13 +14,15 @@ use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{Frame, SYN, TCP};
 use crate::packets::world::{
     Cast, Connection, EDGE, NARROW, NARROW_MTU, NET_BACKENDS, NET_CLIENTS, NET_FOREIGN, NET_FRONTENDS,
-    NET_NARROW, NET_OVERLAY, NET_PODS, NET_REMOTE, NET_UNROUTED, ONE, SELECTED, TUNNEL, UPLINK, World, mac,
+    NET_NARROW, NET_OVERLAY, NET_PODS, NET_REMOTE, NET_UNROUTED, ONE, SELECTED, TUNNEL, UPLINK, Version,
+    World, mac,
 };
 
 /// Adds the cases.
 pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
         matrix(table, &cast);
+        other_family(table, &cast);
         shapes(table, &cast);
         ways_back(table, &cast);
         no_address(table, &cast);
@@ -140,9 +142,9 @@ fn matrix(table: &mut Table, cast: &Cast) {
         for ((frontend_name, kind, flags), letters) in FRONTENDS.into_iter().zip(rows) {
             for ((who, net, ifindex, place), letter) in CLIENTS.into_iter().zip(letters.chars()) {
                 let (cast, world) = place.set(&cast.client_in(net));
-                let mut world = world.kind(ONE, kind).modes(mode, detector);
+                let world = world.kind(ONE, kind).modes(mode, detector);
+                let mut world = world.pods(vec![cast.prefix(NET_PODS)]);
                 world.port(ONE).flags = flags;
-                world.pods = vec![cast.prefix(NET_PODS)];
                 let connection = if letter == 'k' { place.kept(&cast) } else { place.masqueraded(&cast) };
                 let name = format!(
                     "{title}: masquerading {mode_name}, local pods by {detector_name}, {frontend_name}, {who}"
@@ -162,6 +164,33 @@ fn matrix(table: &mut Table, cast: &Cast) {
                     "{title}: masquerading {mode_name}, local pods by {detector_name}, {frontend_name}, {who}, this host"
                 );
                 table.add(opens(name, &cast, &world, ifindex, &LOCAL.kept(&cast)));
+            }
+        }
+    }
+}
+
+/// Prefixes of one family tell nothing about clients of the other: there it is as if nobody told local pods.
+fn other_family(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (network, bits) = match cast.version {
+        Version::V4 => (Ipv6Addr::UNSPECIFIED.into(), 0),
+        Version::V6 => (Ipv4Addr::UNSPECIFIED.into(), 0),
+    };
+    for (mode_name, mode, _, detector, rows) in MATRIX {
+        if detector != detect_local::NONE {
+            continue;
+        }
+        for ((frontend_name, kind, flags), letters) in FRONTENDS.into_iter().zip(rows) {
+            for ((who, net, ifindex, place), letter) in CLIENTS.into_iter().zip(letters.chars()) {
+                let (cast, world) = place.set(&cast.client_in(net));
+                let world = world.kind(ONE, kind).modes(mode, detect_local::ADDRESS);
+                let mut world = world.pods(vec![(network, bits)]);
+                world.port(ONE).flags = flags;
+                let connection = if letter == 'k' { place.kept(&cast) } else { place.masqueraded(&cast) };
+                let name = format!(
+                    "{title}: masquerading {mode_name}, local pods by the other family's addresses, {frontend_name}, {who}"
+                );
+                table.add(opens(name, &cast, &world, ifindex, &connection));
             }
         }
     }
