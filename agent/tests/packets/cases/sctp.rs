@@ -123,7 +123,7 @@ fn checksums(table: &mut Table, cast: &Cast) {
     let flow = cast.connection().state(state::ESTABLISHED);
     let world = cast.world().flows(flow.both());
     for length in [0, 1, 3, 255, 256, 257, 1_400] {
-        let data: Vec<u8> = (0..length).map(|at| (at * 7 % 251) as u8).collect();
+        let data: Vec<u8> = (0_u32..length).map(|at| (at * 7 % 251) as u8).collect();
         for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
             let packet = Frame::sctp(cast.client, cast.frontend, (DATA, 3), &data).at(mac(ifindex));
             let name = format!("{title}: {length} bytes of data, {}", program.name());
