@@ -1,7 +1,7 @@
 //! The node agent: wires sources, model, plan and dataplane, and tells how it is.
 
 mod beside;
-mod cluster;
+pub(crate) mod cluster;
 pub mod keeper;
 pub mod ports;
 pub mod status;
@@ -62,7 +62,7 @@ impl SocketPath {
         }
     }
 
-    fn number(self) -> u32 {
+    pub(crate) fn number(self) -> u32 {
         match self {
             Self::All => abi::socket_path::ALL,
             Self::Host => abi::socket_path::HOST,

@@ -2,11 +2,13 @@
 
 mod backends;
 mod cleanup;
+mod explain;
 mod flows;
 mod policy;
 mod services;
 mod status;
 mod table;
+mod validate;
 mod view;
 
 use std::collections::BTreeMap;
@@ -23,8 +25,10 @@ use crate::agent::{self, Options, SocketPath};
 use crate::dataplane::Xdp;
 use crate::devices::pattern::Patterns;
 use crate::source::kubernetes;
+use explain::ExplainArgs;
 use policy::PolicyArgs;
 use table::Format;
+use validate::ValidateArgs;
 
 /// Sluice: a Service load balancer in the kernel, for Kubernetes nodes under any CNI.
 #[derive(Debug, Parser)]
@@ -79,6 +83,16 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// Tell what a packet of a tuple would meet on this node, step by step, and which backend it would get.
+    ///
+    /// By the maps and routes of this node, read only; or by a folder of manifests, without root, kernel or
+    /// cluster. The exit code is 0 for a packet that is forwarded or passed, 3 for one that is rejected, 4 for
+    /// one that is dropped, 1 if there is no answer.
+    Explain(Box<ExplainArgs>),
+    /// Check manifests: report every object that would be refused, or lose an address to another.
+    ///
+    /// The exit code is 0 if none is, else 1.
+    Validate(Box<ValidateArgs>),
     /// Remove every trace from this node: programs, maps, filters, the device sluice0 and its routes, reserved ports.
     ///
     /// Connections through services end with it. Works without an agent; refuses while one runs.
@@ -156,11 +170,20 @@ enum LogFormat {
     Json,
 }
 
+/// A command line that says something impossible.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
 /// Runs a command; a wrong command line ends the process with code 2.
 #[must_use]
 pub fn main() -> ExitCode {
     match Cli::parse().run() {
         Ok(code) => code,
+        Err(error) if error.is::<Usage>() => {
+            eprintln!("error: {error:#}\n\nFor more information, try '--help'.");
+            ExitCode::from(2)
+        }
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -172,7 +195,7 @@ impl Cli {
     fn run(self) -> anyhow::Result<ExitCode> {
         let pin_path = std::path::absolute(&self.pin_path).context("--pin-path")?;
         let state_dir = self.state_dir.unwrap_or_else(|| state_dir(&pin_path));
-        let mut ready = true;
+        let mut code = 0;
         let text = match self.command {
             Command::Agent(args) => {
                 args.start_log();
@@ -181,7 +204,7 @@ impl Cli {
             }
             Command::Status { output } => {
                 let (text, is_ready) = status::run(&pin_path, &state_dir, output.output)?;
-                ready = is_ready;
+                code = u8::from(!is_ready);
                 text
             }
             Command::Services { namespace, output } => {
@@ -193,10 +216,20 @@ impl Cli {
             Command::Flows { service, limit, output } => {
                 flows::run(&pin_path, service.as_deref(), limit, output.output)?
             }
+            Command::Explain(args) => {
+                let (text, verdict) = explain::run(*args, &pin_path, &state_dir)?;
+                code = verdict;
+                text
+            }
+            Command::Validate(args) => {
+                let (text, wrong) = validate::run(*args)?;
+                code = wrong;
+                text
+            }
             Command::Cleanup { force } => runtime()?.block_on(cleanup::run(&pin_path, &state_dir, force))?,
         };
         print(&text)?;
-        Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(ExitCode::from(code))
     }
 }
 

@@ -334,6 +334,11 @@ pub fn decide_into<F: Family, T: Tables<F>>(
             return;
         }
     }
+    // Backends are clients too, and an address stays listed for a while when its Service is gone.
+    if egress && is_stray(headers, tables) {
+        decision.set(Verdict::Drop, Reason::UnassignedAddress);
+        return;
+    }
     if to_backend {
         direct(headers, tables, decision);
     }

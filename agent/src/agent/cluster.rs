@@ -14,7 +14,7 @@ use crate::policy::{DetectLocal, Policy};
 
 /// Our Node and the ServiceCIDRs, by source; of two sources with one object, the first counts.
 #[derive(Clone, Debug)]
-pub(super) struct Cluster {
+pub(crate) struct Cluster {
     name: Arc<str>,
     nodes: BTreeMap<SourceId, NodeSpec>,
     service_cidrs: BTreeMap<(Arc<str>, SourceId), Vec<IpNet>>,
@@ -24,24 +24,24 @@ pub(super) struct Cluster {
 
 /// What an earlier agent has left: it holds until the sources have been heard, however long the API server is away.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Adopted {
+pub(crate) struct Adopted {
     /// What it told the programs, if it did.
-    pub(super) told: Option<Told>,
+    pub(crate) told: Option<Told>,
     /// The node's primary addresses.
-    pub(super) node: Vec<IpAddr>,
+    pub(crate) node: Vec<IpAddr>,
 }
 
 /// What every program is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Told {
-    pub(super) settings: Settings,
-    pub(super) v4: Networks<Ipv4Address>,
-    pub(super) v6: Networks<Ipv6Address>,
+pub(crate) struct Told {
+    pub(crate) settings: Settings,
+    pub(crate) v4: Networks<Ipv4Address>,
+    pub(crate) v6: Networks<Ipv6Address>,
 }
 
 impl Told {
     /// What was told last; [`None`]: nothing, the maps are new.
-    pub(super) fn read(maps: &Maps) -> Result<Option<Self>, Error> {
+    pub(crate) fn read(maps: &Maps) -> Result<Option<Self>, Error> {
         let settings = maps.read_settings()?;
         let (v4, v6) = maps.read_networks()?;
         // Not even the unused prefixes are all zeros.
@@ -50,7 +50,7 @@ impl Told {
     }
 
     /// Tells the programs: networks first, since the settings say that there are any.
-    pub(super) fn write(&self, maps: &Maps) -> Result<(), Error> {
+    pub(crate) fn write(&self, maps: &Maps) -> Result<(), Error> {
         maps.write_networks(&self.v4, &self.v6)?;
         maps.write_settings(&self.settings)
     }
@@ -58,19 +58,19 @@ impl Told {
 
 impl Cluster {
     /// Nothing is known but what an earlier agent has left; the node has this name.
-    pub(super) fn new(name: &str, adopted: Adopted) -> Self {
+    pub(crate) fn new(name: &str, adopted: Adopted) -> Self {
         let adopted = Some(Box::new(adopted));
         Self { name: name.into(), nodes: BTreeMap::new(), service_cidrs: BTreeMap::new(), adopted }
     }
 
     /// Takes in that every source has delivered its first full list: what none of them has is not there.
     /// Returns whether that is news.
-    pub(super) fn complete(&mut self) -> bool {
+    pub(crate) fn complete(&mut self) -> bool {
         self.adopted.take().is_some()
     }
 
     /// Takes in an event; returns whether it concerned node or networks.
-    pub(super) fn hear(&mut self, event: &Event) -> bool {
+    pub(crate) fn hear(&mut self, event: &Event) -> bool {
         match &event.change {
             Change::Node(name, spec) if *name == self.name => {
                 let before = match spec {
@@ -101,7 +101,7 @@ impl Cluster {
     }
 
     /// The addresses that our Node has, those inside the cluster first.
-    pub(super) fn node_addresses(&self) -> Vec<IpAddr> {
+    pub(crate) fn node_addresses(&self) -> Vec<IpAddr> {
         let adopted = || self.adopted.as_ref().map(|adopted| adopted.node.clone());
         self.node().map(|node| node.addresses.clone()).or_else(adopted).unwrap_or_default()
     }
@@ -136,7 +136,7 @@ impl Cluster {
 
     /// What the programs are to be told, given the settings that nothing here changes; and the networks
     /// for which there is no room.
-    pub(super) fn tell(&self, policy: &Policy, settings: Settings) -> (Told, Vec<IpNet>) {
+    pub(crate) fn tell(&self, policy: &Policy, settings: Settings) -> (Told, Vec<IpNet>) {
         let mut surplus = Vec::new();
         let pods = self.pod_networks(policy);
         let (pods_v4, pods_v6) = prefixes(&pods, &mut surplus);

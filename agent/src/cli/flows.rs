@@ -100,7 +100,7 @@ fn words(bits: u8, flags: u8, embryonic: bool) -> Vec<&'static str> {
 }
 
 /// The kernel programs' clock.
-fn monotonic_ticks() -> u32 {
+pub(super) fn monotonic_ticks() -> u32 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the struct is live; this clock always exists.
     let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };

@@ -4,7 +4,9 @@ use std::io;
 use std::mem::offset_of;
 use std::time::Duration;
 
-use sluice_common::abi::{ADDRESS_WORDS, Backend, Range, SLOTS_PER_BLOCK, ServicePort, SourceRange};
+use sluice_common::abi::{
+    ADDRESS_WORDS, Affinity, AffinityKey, Backend, Range, SLOTS_PER_BLOCK, ServicePort, SourceRange,
+};
 use sluice_common::{Family, V4, V6};
 
 use super::bpf::Array;
@@ -21,6 +23,9 @@ pub struct Kernel {
     maps: Maps,
 }
 
+/// A client of a service port, and where it has been.
+pub(crate) type Visit<F> = (AffinityKey<<F as Family>::Address>, Affinity);
+
 /// What is done with a family's maps; the same code for both, over types that are plain data.
 pub(crate) trait KernelStack: Stack {
     /// Carries out a run of steps of this family that one batch can hold, at least one; returns how many.
@@ -30,6 +35,8 @@ pub(crate) trait KernelStack: Stack {
     ) -> Result<usize, Error>;
     /// The flows that the family's maps know.
     fn flows(maps: &Maps) -> Result<Vec<FlowEntry<Self::Address>>, Error>;
+    /// Where clients of service ports with affinity have been.
+    fn affinity(maps: &Maps) -> Result<Vec<Visit<Self>>, Error>;
     /// Everything that the family's maps hold.
     fn read(maps: &Maps) -> Result<FamilyImage<Self>, Error>;
 }
@@ -135,6 +142,11 @@ macro_rules! kernel_stack {
 
             fn flows(maps: &Maps) -> Result<Vec<FlowEntry<Self::Address>>, Error> {
                 flows(&maps.$field.flows, &maps.$field.embryonic)
+            }
+
+            fn affinity(maps: &Maps) -> Result<Vec<Visit<Self>>, Error> {
+                let entries = maps.$field.affinity.entries();
+                entries.map_err(|e| Error::map("read", concat!("affinity_", $suffix), e))
             }
 
             fn read(maps: &Maps) -> Result<FamilyImage<Self>, Error> {

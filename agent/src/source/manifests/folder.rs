@@ -63,7 +63,7 @@ pub(super) fn identity(path: &Path) -> Option<(u64, u64)> {
 }
 
 impl Folder {
-    /// A folder that was never looked at.
+    /// A folder that was never looked at; or one file, which counts whatever its name.
     pub fn new(path: PathBuf) -> Self {
         Self {
             path,
@@ -103,6 +103,10 @@ impl Folder {
     /// The files that count.
     fn list(&self) -> io::Result<BTreeSet<Arc<Path>>> {
         let mut files = BTreeSet::new();
+        if self.path.is_file() {
+            let _ = files.insert(self.path.clone().into());
+            return Ok(files);
+        }
         for entry in fs::read_dir(&self.path)? {
             let path = entry?.path();
             let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));

@@ -1,0 +1,36 @@
+//! Random manifests and packets, reproducible by a number.
+
+pub(crate) mod frame;
+pub(crate) mod scene;
+
+/// A source of chance: SplitMix64, of which one number tells everything that follows.
+pub(crate) struct Dice(u64);
+
+impl Dice {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// One of 0..sides.
+    pub(crate) fn roll(&mut self, sides: u16) -> u16 {
+        (self.next() % u64::from(sides)) as u16
+    }
+
+    /// True once in so many times.
+    pub(crate) fn one_in(&mut self, times: u16) -> bool {
+        self.roll(times) == 0
+    }
+
+    /// One of several, each as likely.
+    pub(crate) fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[usize::from(self.roll(of.len() as u16))]
+    }
+}
