@@ -170,6 +170,10 @@ enum LogFormat {
     Json,
 }
 
+/// What people may do about manifests without objects.
+const NO_OBJECTS: &str = "a Service, EndpointSlice, Endpoints or Node in a *.yaml, *.yml or *.json directly in the \
+                          folder (not in one below) is wanted";
+
 /// A command line that says something impossible.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]

@@ -19,7 +19,7 @@ mod world;
 
 pub use answer::{Affinity, Answer, Candidate, Endpoint, Frontend, Source, Step, Verdict};
 pub use live::Live;
-pub use manifests::{Manifests, Options, Supposed};
+pub use manifests::{ApplyError, Manifests, Options, ReadError, Supposed};
 pub use question::{Client, Question, Way};
 pub use walk::{Error, explain};
 pub use world::{Routing, World};

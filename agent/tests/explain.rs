@@ -432,6 +432,41 @@ fn what_cannot_be_read_ends_with_code_1() {
 }
 
 #[test]
+fn manifests_that_say_nothing_end_with_code_1_and_what_to_do() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = folder.path();
+    fs::create_dir(at.join("empty")).expect("made");
+    fs::create_dir(at.join("shop")).expect("made");
+    fs::write(at.join("shop/all.yaml"), manifests("R", "Cluster", "Cluster")).expect("written");
+    fs::write(at.join("broken.yaml"), "kind: Service\nmetadata: {name: [").expect("written");
+    fs::write(at.join("nothing.yaml"), "# nothing\n").expect("written");
+    let question = "explain tcp 203.0.113.7:4000 198.51.100.1:80 --from external --manifests";
+    for (words, why) in [
+        (format!("{question} empty"), "no object in empty: a Service"),
+        ("validate empty".to_owned(), "no object in empty: a Service"),
+        (format!("{question} shop --node nobody"), "its Nodes are node-a: there is no nobody"),
+        ("validate shop --node nobody".to_owned(), "its Nodes are node-a: there is no nobody"),
+        (format!("{question} shop --what-if broken.yaml"), "broken.yaml document 1: line"),
+        (format!("{question} shop --what-if nothing.yaml"), "there is no object in it"),
+    ] {
+        let output = sluice(at, &words.split(' ').collect::<Vec<_>>());
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{words}: {error}");
+        assert!(error.contains(why), "{words}: {error}");
+        assert_eq!(output.stdout, b"", "{words}");
+    }
+    // What is left of manifests still answers, and says what is missing.
+    fs::rename(at.join("broken.yaml"), at.join("shop/broken.yaml")).expect("renamed");
+    let words = format!("{question} shop -o json");
+    let output = sluice(at, &words.split(' ').collect::<Vec<_>>());
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{error}");
+    assert!(error.contains("warning: without shop/broken.yaml document 1: line"), "{error}");
+    let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON, and nothing else");
+    assert_eq!(answer["service"], "shop/web");
+}
+
+#[test]
 fn what_if_shows_both_answers_and_ends_with_the_codes_of_the_second() {
     let folder = tempfile::tempdir().expect("a folder");
     fs::create_dir(folder.path().join("now")).expect("made");

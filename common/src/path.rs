@@ -378,6 +378,8 @@ fn later<F: Family, T: Tables<F>>(
             decision.flow = *entry;
             decision.set(verdict, reason_along(entry.flags));
         }
+    } else if egress && is_stray(headers, tables) {
+        decision.set(Verdict::Drop, Reason::UnassignedAddress);
     } else if to_address {
         decision.reason = Reason::Fragment;
     }

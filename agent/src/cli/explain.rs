@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::flows::monotonic_ticks;
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
-use super::{Output, Usage, view};
+use super::{NO_OBJECTS, Output, Usage, view};
 use crate::agent::SocketPath;
 use crate::agent::status;
 use crate::explain::{Answer, Client, Endpoint, Live, Manifests, Options, Question, Way, explain};
@@ -129,10 +129,16 @@ fn of_manifests(question: &Question, options: Options, what_if: Option<&Path>) -
     let folder = options.path.clone();
     let mut manifests =
         Manifests::read(options).with_context(|| format!("cannot read {}", folder.display()))?;
+    for report in manifests.unread() {
+        eprintln!("warning: without {}: {}", report.subject, report.note.message);
+    }
+    if manifests.objects() == 0 {
+        bail!("no object in {}: {NO_OBJECTS}", folder.display());
+    }
     let (world, routing) = manifests.world(question);
     let before = explain(question, &world, &routing)?;
     let Some(file) = what_if else { return Ok(Told::One(Box::new(before))) };
-    manifests.apply(file).with_context(|| format!("cannot read --what-if {}", file.display()))?;
+    manifests.apply(file).with_context(|| format!("--what-if {}", file.display()))?;
     let (world, routing) = manifests.world(question);
     let after = explain(question, &world, &routing)?;
     Ok(Told::Two { before: Box::new(before), after: Box::new(after) })
@@ -145,7 +151,8 @@ fn of_maps(
     left: BTreeSet<IpAddr>,
     what_if: Option<&Path>,
 ) -> anyhow::Result<Told> {
-    let kernel = view::open(pin_path)?;
+    let kernel = view::open(pin_path)
+        .context("cannot look at this node's maps; --manifests DIR asks manifests instead")?;
     let live = Live::new().context("cannot ask the kernel for its routes")?;
     let mut world = live.world(&kernel, monotonic_ticks(), left)?;
     let before = explain(question, &world, &live)?;

@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use serde::Serialize;
 
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
-use super::{Output, Usage};
+use super::{NO_OBJECTS, Output, Usage};
 use crate::explain::{Manifests, Options};
 use crate::model::report::{Flaw, Level, Report};
 
@@ -45,10 +45,12 @@ enum Kind {
 
 impl Kind {
     fn of(flaw: Flaw) -> Self {
+        // In a cluster these two are ordinary, and pass; a manifest with one is not served as it is.
+        let is_idle = matches!(flaw, Flaw::NoClusterIp | Flaw::NoServiceLabel);
         match flaw.level() {
-            Level::Notice => Self::Warning,
+            Level::Notice if !is_idle => Self::Warning,
             Level::Problem if flaw == Flaw::ClaimLost => Self::Lost,
-            Level::Problem => Self::Refused,
+            Level::Problem | Level::Notice => Self::Refused,
         }
     }
 
@@ -94,12 +96,15 @@ pub(super) fn run(args: ValidateArgs) -> anyhow::Result<(String, u8)> {
     let options =
         Options { path: path.clone(), node: node.map(Into::into), proxy_name, policy, socket_path: 0 };
     let manifests = Manifests::read(options).with_context(|| format!("cannot read {}", path.display()))?;
+    if manifests.objects() == 0 && manifests.model().reports().iter().next().is_none() {
+        bail!("no object in {}: {NO_OBJECTS}", path.display());
+    }
     let mut rows: Vec<Row> = manifests.model().reports().iter().map(Row::from).collect();
     rows.sort();
     let code = u8::from(rows.iter().any(|row| row.kind != Kind::Warning));
     let text = render(output.output, &rows, |rows| {
         if rows.is_empty() {
-            return "Nothing is wrong.\n".to_owned();
+            return format!("Nothing is wrong with the objects, {} of them.\n", manifests.objects());
         }
         let mut table = Table::new(&["OBJECT", "FIELD", "KIND", "WHY"]);
         for row in rows {

@@ -19,6 +19,7 @@ use super::story::unknown_node;
 use super::world::{Around, NamedDevice, Routing, World};
 use crate::agent::cluster::{Adopted, Cluster};
 use crate::image::{Image, Stack};
+use crate::model::report::{Flaw, Report, Subject};
 use crate::model::{self, Change, Event, Model, ObjectName, SourceId};
 use crate::plan::{Plan, Sizes};
 use crate::policy::{DetectLocal, Policy};
@@ -51,6 +52,8 @@ pub struct Manifests {
     cluster: Cluster,
     model: Model,
     plan: Plan,
+    /// How many objects were read.
+    objects: usize,
 }
 
 impl Manifests {
@@ -58,14 +61,24 @@ impl Manifests {
     ///
     /// # Errors
     ///
-    /// When the folder or file cannot be read. What is wrong with objects is in the model's reports.
-    pub fn read(mut options: Options) -> io::Result<Self> {
+    /// When the folder or file cannot be read, or has Nodes but not the one that is asked for, whose addresses nobody
+    /// tells either. What is wrong with objects is in the model's reports.
+    pub fn read(mut options: Options) -> Result<Self, ReadError> {
         let changes = Folder::new(options.path.clone()).scan()?;
-        if options.node.is_none() {
-            let mut nodes = changes.iter().filter_map(|change| {
-                if let Change::Node(name, Some(_)) = change { Some(name.clone()) } else { None }
-            });
-            options.node = nodes.next().filter(|_| nodes.next().is_none());
+        let nodes: Vec<Arc<str>> = changes
+            .iter()
+            .filter_map(
+                |change| {
+                    if let Change::Node(name, Some(_)) = change { Some(name.clone()) } else { None }
+                },
+            )
+            .collect();
+        match (&options.node, &nodes[..]) {
+            (None, [only]) => options.node = Some(only.clone()),
+            (Some(name), [_, ..]) if !nodes.contains(name) && options.policy.node_addresses.is_empty() => {
+                return Err(ReadError::NoNode(name.clone(), nodes.join(", ")));
+            }
+            (None | Some(_), _) => {}
         }
         let settings = model::Settings {
             node: options.node.clone(),
@@ -77,18 +90,29 @@ impl Manifests {
         };
         let cluster = Cluster::new(options.node.as_deref().unwrap_or_default(), Adopted::default());
         let plan = Plan::new(Sizes::default());
-        let mut manifests = Self { options, cluster, model: Model::new(settings), plan };
+        let mut manifests = Self { options, cluster, model: Model::new(settings), plan, objects: 0 };
         manifests.feed(changes);
         Ok(manifests)
+    }
+
+    /// How many objects were read, good ones and bad ones.
+    #[must_use]
+    pub fn objects(&self) -> usize {
+        self.objects
+    }
+
+    /// What could not be read at all: nobody knows what it would have changed.
+    pub fn unread(&self) -> impl Iterator<Item = &Report> {
+        self.model.reports().iter().filter(|report| is_unread(report.note.flaw))
     }
 
     /// Applies the objects of another folder or file: those that are there already are replaced.
     ///
     /// # Errors
     ///
-    /// When it cannot be read.
-    pub fn apply(&mut self, path: &Path) -> io::Result<()> {
-        let changes = Folder::new(path.to_owned()).scan()?;
+    /// When it, or a part of it, cannot be read, or there is nothing in it.
+    pub fn apply(&mut self, path: &Path) -> Result<(), ApplyError> {
+        let changes = whole(path)?;
         self.feed(changes);
         Ok(())
     }
@@ -96,6 +120,7 @@ impl Manifests {
     fn feed(&mut self, changes: Vec<Change>) {
         // Nothing depends on when it was noticed.
         let now = SystemTime::UNIX_EPOCH;
+        self.objects += changes.iter().filter(|change| is_object(change)).count();
         for change in changes.into_iter().chain([Change::Synced]) {
             let event = Event { source: SourceId::Manifests, change };
             let _ = self.cluster.hear(&event);
@@ -189,12 +214,29 @@ impl Manifests {
     }
 }
 
-/// Why manifests cannot be applied to maps.
+/// Why manifests say nothing about a node.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// They cannot be read.
+    #[error(transparent)]
+    Unreadable(#[from] io::Error),
+    /// There are Nodes, but not that one.
+    #[error("its Nodes are {1}: there is no {0}; name one of them, or give --node-addresses too")]
+    NoNode(Arc<str>, String),
+}
+
+/// Why manifests cannot be applied.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// They cannot be read.
     #[error("cannot read it: {0}")]
     Unreadable(#[from] io::Error),
+    /// A part of them cannot be read, so the answer would be that of other manifests.
+    #[error("{0}: {1}")]
+    Broken(Subject, String),
+    /// There are none.
+    #[error("there is no object in it")]
+    Empty,
     /// What the maps hold of a Service is not enough to change it.
     #[error(
         "{0} is there without {1}: the maps do not hold objects, so give the Service and all of its EndpointSlices, \
@@ -210,7 +252,7 @@ impl World {
     ///
     /// When they cannot be read, or hold only a part of a Service.
     pub fn apply(&mut self, path: &Path, sizes: Sizes, node: &str) -> Result<(), ApplyError> {
-        let changes = Folder::new(path.to_owned()).scan()?;
+        let changes = whole(path)?;
         let (mut services, mut owners) = (BTreeSet::new(), BTreeSet::new());
         for change in &changes {
             if let Change::Service(name, Some(_)) = change {
@@ -251,6 +293,32 @@ impl World {
         self.objects = Objects::of(model);
         Ok(())
     }
+}
+
+/// Whether an object was read, and not what is wrong with one.
+fn is_object(change: &Change) -> bool {
+    match change {
+        Change::Service(..) | Change::Slice(..) | Change::Node(..) | Change::ServiceCidr(..) => true,
+        Change::Notes(..) | Change::Synced => false,
+    }
+}
+
+/// Whether a flaw hides what an object says, or that there is one.
+fn is_unread(flaw: Flaw) -> bool {
+    matches!(flaw, Flaw::BrokenDocument | Flaw::Unreadable | Flaw::Undecodable)
+}
+
+/// The objects of a folder or file, all of which can be read.
+fn whole(path: &Path) -> Result<Vec<Change>, ApplyError> {
+    let changes = Folder::new(path.to_owned()).scan()?;
+    for change in &changes {
+        if let Change::Notes(subject, notes) = change
+            && let Some(note) = notes.iter().find(|note| is_unread(note.flaw))
+        {
+            return Err(ApplyError::Broken(subject.clone(), note.message.clone()));
+        }
+    }
+    if changes.iter().any(is_object) { Ok(changes) } else { Err(ApplyError::Empty) }
 }
 
 /// The node's addresses in the maps, and whether node ports are served there.

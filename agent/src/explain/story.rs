@@ -98,7 +98,9 @@ impl<'w> Story<'w> {
         let Target { owner, kind, .. } = target;
         let at = self.question.destination;
         let protocol = self.question.protocol.word();
-        let text = format!("{at} {protocol} is a {} of port {}", kind_word(*kind), owner.port());
+        let kind_name = kind_word(*kind);
+        let article = if kind_name.starts_with('E') { "an" } else { "a" };
+        let text = format!("{at} {protocol} is {article} {kind_name} of port {}", owner.port());
         let field = self.world.objects.frontend_field(owner, *kind, at.ip());
         let object = Some(owner.object());
         self.steps.push(Step { step: "frontend", text, object, field: Some(field) });

@@ -426,6 +426,7 @@ impl<'w, F: Side> Walk<'w, F> {
 
     /// What becomes of the call that the packet would come of.
     fn call(&self) -> Call {
+        use sluice_common::abi::detect_local;
         use sluice_common::abi::socket_path::{ALL, HOST};
         let is_host = self.question.from == Client::Host;
         let reason = match self.question.protocol {
@@ -445,7 +446,8 @@ impl<'w, F: Side> Walk<'w, F> {
         let asked = tables.asked();
         let Some((service_port, kind)) = self.find(is_host, &seen) else { return Call::Unseen };
         let Some(owner) = self.owner(service_port) else { return Call::Unseen };
-        let class = if kind == frontend::CLUSTER_IP { Class::Internal } else { Class::ExternalInside };
+        let is_local = is_host || self.world.settings.detect_local != detect_local::NONE;
+        let class = policy::class(kind, is_local);
         let target = Target { owner, service_port, kind, class };
         let (verdict, reason) = match choice {
             Choice::Untouched => return Call::Left(self.why_left(&target, &asked)),

@@ -20,7 +20,7 @@ pub enum Subject {
     Document {
         /// The file's path.
         path: String,
-        /// The document's position in the file, from 1.
+        /// The document's position in the file, from 1; 0 is the file as a whole.
         index: usize,
     },
     /// A source as a whole.
@@ -38,6 +38,7 @@ impl fmt::Display for Subject {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Object { kind, name } => write!(formatter, "{kind} {name}"),
+            Self::Document { path, index: 0 } => write!(formatter, "{path}"),
             Self::Document { path, index } => write!(formatter, "{path} document {index}"),
             Self::Source(SourceId::Manifests) => write!(formatter, "the manifests' folder"),
             Self::Source(SourceId::Kubernetes) => write!(formatter, "the API server"),

@@ -67,12 +67,12 @@ pub(crate) struct Scene {
     affine: bool,
 }
 
-/// A port of a Service: its word in slices, protocol, number and node port.
+/// A port of a Service: its word in slices, protocol, number, and its number on nodes.
 struct Port {
     name: String,
     protocol: Protocol,
     number: u16,
-    node_port: u16,
+    on_nodes: u16,
 }
 
 impl Scene {
@@ -108,7 +108,7 @@ impl Scene {
     fn service(&mut self, dice: &mut Dice, ground: &Ground, index: u16) {
         let families: &[bool] = dice.pick(&[&[true][..], &[false], &[true, false], &[false, true]]);
         let kind = dice.pick(&["ClusterIP", "NodePort", "LoadBalancer", "LoadBalancer"]);
-        let ports = self.ports(dice, index);
+        let ports = Self::ports(dice, index);
         let quoted = |ips: &[IpAddr]| {
             let ips: Vec<String> = ips.iter().map(|ip| format!("\"{ip}\"")).collect();
             ips.join(", ")
@@ -167,14 +167,14 @@ impl Scene {
         for port in &ports {
             let name = if port.name.is_empty() { String::new() } else { format!("name: {}, ", port.name) };
             let node_port =
-                if kind == "ClusterIP" { String::new() } else { format!(", nodePort: {}", port.node_port) };
+                if kind == "ClusterIP" { String::new() } else { format!(", nodePort: {}", port.on_nodes) };
             let (protocol, number) = (port.protocol.word(), port.number);
             let _ = writeln!(spec, "  - {{{name}protocol: {protocol}, port: {number}{node_port}}}");
             self.frontends.extend(vips.iter().map(|vip| (port.protocol, SocketAddr::new(*vip, number))));
             for v4 in families {
                 let own = ground.own[usize::from(!v4)];
                 if kind != "ClusterIP" {
-                    self.frontends.push((port.protocol, SocketAddr::new(own, port.node_port)));
+                    self.frontends.push((port.protocol, SocketAddr::new(own, port.on_nodes)));
                 }
             }
         }
@@ -187,13 +187,13 @@ impl Scene {
         ));
         let hints = dice.roll(6);
         for v4 in families {
-            for number in 0..1 + dice.roll(2) {
+            for number in 0..=dice.roll(2) {
                 self.slice(dice, ground, (index, number), *v4, &ports, hints);
             }
         }
     }
 
-    fn ports(&self, dice: &mut Dice, index: u16) -> Vec<Port> {
+    fn ports(dice: &mut Dice, index: u16) -> Vec<Port> {
         let count = 1 + dice.roll(3);
         let mut numbers = BTreeSet::new();
         let mut ports = Vec::new();
@@ -205,8 +205,8 @@ impl Scene {
             }
             let name = if count == 1 && dice.one_in(2) { String::new() } else { format!("p{at}") };
             // Some are claimed by several Services.
-            let node_port = if dice.one_in(10) { 31_999 } else { 30_000 + index * 4 + at };
-            ports.push(Port { name, protocol, number, node_port });
+            let on_nodes = if dice.one_in(10) { 31_999 } else { 30_000 + index * 4 + at };
+            ports.push(Port { name, protocol, number, on_nodes });
         }
         ports
     }
@@ -269,11 +269,6 @@ impl Scene {
             let _ = writeln!(text, "- {{addresses: [\"{ip}\"]{node}{conditions}{hint}}}");
         }
         self.document(&text);
-    }
-
-    /// The addresses of its frontends.
-    pub(crate) fn frontends(&self) -> BTreeSet<IpAddr> {
-        self.frontends.iter().map(|(_, at)| at.ip()).collect()
     }
 
     /// Where a packet may go: mostly to a frontend, sometimes past one.

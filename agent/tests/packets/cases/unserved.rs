@@ -277,18 +277,27 @@ fn unassigned(table: &mut Table, cast: &Cast) {
         UPLINK,
         &cast.first(own, stranger),
     );
-    let mut listed = world.clone();
-    let _ = listed.listing.insert(none.ip(), listing::FRONTEND);
-    pass("an unassigned address in a frontend's lane", &listed, Program::Egress, UPLINK, &first);
     let kind = if cast.version == Version::V4 { (3, 3) } else { (1, 4) };
     let error = Frame::icmp(own.ip(), none.ip(), kind, 0, &cast.next(none, own).packet());
     pass("an error towards an unassigned address", &world, Program::Egress, UPLINK, &error);
-    let reply = cast.next(cast.backend, none);
-    pass("a backend's packet to an unassigned address", &world, Program::Egress, UPLINK, &reply);
 
     let mut unlisted = world.clone();
     let _ = unlisted.devices.remove(&UPLINK);
     pass("an unassigned address at a device that is not known", &unlisted, Program::Egress, UPLINK, &first);
+    // What is listed is looked up first, and dropped all the same when nothing is found.
+    let mut listed = world.clone();
+    let _ = listed.listing.insert(none.ip(), listing::FRONTEND);
+    let reply = cast.next(cast.backend, none);
+    for (what, world, frame) in [
+        ("an unassigned address in a frontend's lane", &listed, &first),
+        ("a backend's packet to an unassigned address", &world, &reply),
+    ] {
+        let frame = frame.clone().at(mac(UPLINK));
+        table.add(
+            Case::new(format!("{title}: {what}"), world, Program::Egress, UPLINK, &frame)
+                .dropped(Reason::UnassignedAddress, 0),
+        );
+    }
     let connection = cast.connection().state(state::ESTABLISHED);
     let reply = cast.next(cast.backend, cast.client);
     table.add(
