@@ -8,6 +8,7 @@
 //! test-threads: 1
 
 mod lab_support;
+#[allow(dead_code, reason = "each test uses its part of what chance makes")]
 mod random;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,9 +21,9 @@ use anyhow::{Context, Result, bail, ensure};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, loaded_programs};
 use lab_support::{Cluster, Plan, addresses_of_node, listed, skip, until, word};
-use random::Dice;
 use random::frame::{self, Seen};
 use random::scene::{self, CLUSTER_CIDRS, Ground, SERVICE_CIDRS, Scene};
+use random::{Dice, number_from};
 use serde_json::Value;
 use sluice::explain::{Answer, Client, Manifests, Options, Question, Source, Verdict, Way, explain};
 use sluice::model::object::Protocol;
@@ -48,7 +49,7 @@ struct Setting {
     policy: Policy,
 }
 
-fn settings() -> Result<[Setting; 3]> {
+fn settings() -> Result<[Setting; 4]> {
     let networks = |text: &str| text.split(',').map(str::parse).collect::<Result<Vec<_>, _>>();
     Ok([
         Setting { args: Vec::new(), policy: Policy::default() },
@@ -58,6 +59,15 @@ fn settings() -> Result<[Setting; 3]> {
                 masquerade: Masquerade::KubeProxy,
                 detect_local: DetectLocal::ClusterCidr,
                 cluster_cidrs: networks(CLUSTER_CIDRS)?,
+                ..Policy::default()
+            },
+        },
+        // Nothing tells local pods of IPv6.
+        Setting {
+            args: vec!["--cluster-cidr", "10.244.0.0/16"],
+            policy: Policy {
+                detect_local: DetectLocal::ClusterCidr,
+                cluster_cidrs: networks("10.244.0.0/16")?,
                 ..Policy::default()
             },
         },
@@ -72,12 +82,6 @@ fn settings() -> Result<[Setting; 3]> {
             },
         },
     ])
-}
-
-fn number_from(variable: &str) -> Result<Option<u64>> {
-    let Some(text) = std::env::var_os(variable) else { return Ok(None) };
-    let number = text.to_str().and_then(|text| text.parse().ok());
-    Ok(Some(number.with_context(|| format!("{variable} is no number"))?))
 }
 
 /// A device that programs are attached to.
@@ -158,7 +162,7 @@ fn run(program: &SchedClassifier, question: &Question, device: &Device, came_by:
     let mut context = vec![0; length];
     context[at..at + 4].copy_from_slice(&device.index.to_ne_bytes());
     context[ingress_at..ingress_at + 4].copy_from_slice(&came_by.to_ne_bytes());
-    let input = frame::build(question, device.mac);
+    let input = frame::build(question, device.mac, 1);
     let mut output = vec![0; FRAME_MAX];
     let options = TestRunOptions {
         data_in: Some(&input),

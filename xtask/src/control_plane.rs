@@ -1,5 +1,5 @@
 //! A real Kubernetes control plane for the api tests: etcd, kube-apiserver and
-//! kube-controller-manager, taken from `PATH` where their version is right and
+//! kube-controller-manager, and kube-proxy to compare with, taken from `PATH` where their version is right and
 //! otherwise built once from their Go modules into the cache.
 //!
 //! `k8s.io/kubernetes` cannot be installed with `go install`, because its
@@ -37,7 +37,7 @@ struct Server {
     version: &'static str,
 }
 
-const SERVERS: [Server; 3] = [
+const SERVERS: [Server; 4] = [
     Server { name: "etcd", package: "go.etcd.io/etcd/server/v3", version: ETCD },
     Server { name: "kube-apiserver", package: "k8s.io/kubernetes/cmd/kube-apiserver", version: KUBERNETES },
     Server {
@@ -45,9 +45,10 @@ const SERVERS: [Server; 3] = [
         package: "k8s.io/kubernetes/cmd/kube-controller-manager",
         version: KUBERNETES,
     },
+    Server { name: "kube-proxy", package: "k8s.io/kubernetes/cmd/kube-proxy", version: KUBERNETES },
 ];
 
-/// Returns the directory with the three programs.
+/// Returns the directory with the programs.
 ///
 /// # Errors
 /// When one has to be built and there is no Go that can, or the build fails.

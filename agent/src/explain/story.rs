@@ -2,11 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use sluice_common::Reason;
 use sluice_common::abi::{
     Affinity, Class, Range, TICK_SHIFT, backend, detect_local, device, flow, frontend, masquerade,
 };
-use sluice_common::path::{Decision, Hook, Verdict as PathVerdict};
+use sluice_common::path::{Decision, Hook, Verdict as PathVerdict, policy};
+use sluice_common::{Reason, V4, V6};
 
 use super::answer::{Source, Step, Verdict};
 use super::question::{Client, Question};
@@ -218,7 +218,12 @@ impl<'w> Story<'w> {
     /// As what the client counts.
     fn client(&mut self, target: &Target) {
         let ip = self.question.source.ip();
-        let detected = match self.world.settings.detect_local {
+        let settings = &self.world.settings;
+        let detector = match self.question.source.ip() {
+            IpAddr::V4(_) => policy::detector::<V4>(settings),
+            IpAddr::V6(_) => policy::detector::<V6>(settings),
+        };
+        let detected = match detector {
             detect_local::DEVICE => "by the device that it comes in by",
             detect_local::ADDRESS => "by its address",
             _ => "nothing tells local pods from others",

@@ -420,7 +420,8 @@ impl<'w, F: Side> Walk<'w, F> {
         let knows_pods =
             pods.iter().any(|prefix| F::words(&prefix.mask) != [0; 4] || F::words(&prefix.network) == [0; 4]);
         settings.masquerade == masquerade::ALL
-            || settings.masquerade == masquerade::KUBE_PROXY && settings.detect_local != detect_local::NONE
+            || settings.masquerade == masquerade::KUBE_PROXY
+                && policy::detector::<F>(settings) != detect_local::NONE
             || knows_pods
     }
 
@@ -446,7 +447,7 @@ impl<'w, F: Side> Walk<'w, F> {
         let asked = tables.asked();
         let Some((service_port, kind)) = self.find(is_host, &seen) else { return Call::Unseen };
         let Some(owner) = self.owner(service_port) else { return Call::Unseen };
-        let is_local = is_host || self.world.settings.detect_local != detect_local::NONE;
+        let is_local = is_host || policy::detector::<F>(&self.world.settings) != detect_local::NONE;
         let class = policy::class(kind, is_local);
         let target = Target { owner, service_port, kind, class };
         let (verdict, reason) = match choice {

@@ -137,7 +137,7 @@ impl ControlPlane {
             "--service-account-issuer=https://kubernetes.default.svc".into(),
             format!("--service-account-key-file={}", file("service-accounts.key")),
             format!("--service-account-signing-key-file={}", file("service-accounts.key")),
-            "--service-cluster-ip-range=10.96.0.0/16,fd00:96::/112".into(),
+            "--service-cluster-ip-range=10.96.0.0/16,fd00:a60::a:0/112".into(),
             // No controller here makes the accounts that pods would need.
             "--disable-admission-plugins=ServiceAccount".into(),
         ];

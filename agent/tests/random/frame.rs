@@ -7,7 +7,6 @@ use sluice::explain::{Endpoint, Question};
 use sluice::model::object::Protocol;
 
 const ETHERNET: usize = 14;
-const PAYLOAD: &[u8] = b"random";
 /// What tc programs answer.
 const NEXT: i32 = -1;
 const DROP: i32 = 2;
@@ -28,20 +27,22 @@ pub(crate) enum Seen {
     },
 }
 
-/// The frame of a question, to a device with this hardware address.
-pub(crate) fn build(question: &Question, mac: [u8; 6]) -> Vec<u8> {
+/// The frame of a question, to a device with this hardware address. The mark, which no translation changes, is the sequence
+/// number or the payload.
+pub(crate) fn build(question: &Question, mac: [u8; 6], mark: u32) -> Vec<u8> {
     let (source, destination) = (question.source, question.destination);
     let tcp = question.protocol == Protocol::Tcp;
     let ports = [source.port(), destination.port()].map(u16::to_be_bytes).concat();
     let mut segment = ports;
     let checksum_at = if tcp {
-        // Sequence number, no acknowledgment, five words of header, SYN, a window, no urgent data.
-        segment.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, 0x02, 0xff, 0xff, 0, 0, 0, 0]);
+        segment.extend(mark.to_be_bytes());
+        // No acknowledgment, five words of header, SYN, a window, no urgent data.
+        segment.extend([0, 0, 0, 0, 0x50, 0x02, 0xff, 0xff, 0, 0, 0, 0]);
         16
     } else {
-        segment.extend((8 + PAYLOAD.len() as u16).to_be_bytes());
-        segment.extend([0, 0]);
-        segment.extend(PAYLOAD);
+        // Its length, no checksum so far.
+        segment.extend([0, 12, 0, 0]);
+        segment.extend(mark.to_be_bytes());
         6
     };
     let addresses = [octets(source.ip()), octets(destination.ip())].concat();
@@ -105,8 +106,33 @@ pub(crate) fn tuple(frame: &[u8]) -> Option<(u8, SocketAddr, SocketAddr, bool)> 
         _ => return None,
     };
     let port = |at: usize| Some(u16::from_be_bytes([*segment.get(at)?, *segment.get(at + 1)?]));
-    let reset = u32::from(protocol) == 6 && segment.get(13)? & 0x04 != 0;
+    let reset = protocol == 6 && segment.get(13).is_some_and(|flags| flags & 0x04 != 0);
     Some((protocol, SocketAddr::new(source, port(0)?), SocketAddr::new(destination, port(2)?), reset))
+}
+
+/// The mark of a frame that [`build`] made, wherever it is seen.
+pub(crate) fn mark(frame: &[u8]) -> Option<u32> {
+    let (protocol, ..) = tuple(frame)?;
+    let segment = frame.get(ETHERNET + if frame.get(12)? == &0x08 { 20 } else { 40 }..)?;
+    let at = if protocol == 6 { 4 } else { 8 };
+    Some(u32::from_be_bytes(segment.get(at..at + 4)?.try_into().ok()?))
+}
+
+/// Whose packet a frame answers with a reset or an ICMP error: protocol and client.
+pub(crate) fn refused(frame: &[u8]) -> Option<(u8, SocketAddr)> {
+    let (protocol, _, destination, reset) = tuple(frame)?;
+    if reset {
+        return Some((protocol, destination));
+    }
+    let v4 = frame.get(12)? == &0x08;
+    let icmp = ETHERNET + if v4 { 20 } else { 40 };
+    if protocol != if v4 { 1 } else { 58 } || !matches!((v4, frame.get(icmp)?), (true, 3) | (false, 1)) {
+        return None;
+    }
+    // The quoted packet, behind the link header that the error itself came with.
+    let quoted = [frame.get(..ETHERNET)?, frame.get(icmp + 8..)?].concat();
+    let (protocol, client, ..) = tuple(&quoted)?;
+    Some((protocol, client))
 }
 
 /// What became of a question's packet.

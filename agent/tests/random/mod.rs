@@ -1,5 +1,7 @@
 //! Random manifests and packets, reproducible by a number.
 
+use anyhow::{Context, Result};
+
 pub(crate) mod frame;
 pub(crate) mod scene;
 
@@ -33,4 +35,11 @@ impl Dice {
     pub(crate) fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[usize::from(self.roll(of.len() as u16))]
     }
+}
+
+/// A number that an environment variable gives.
+pub(crate) fn number_from(variable: &str) -> Result<Option<u64>> {
+    let Some(text) = std::env::var_os(variable) else { return Ok(None) };
+    let number = text.to_str().and_then(|text| text.parse().ok());
+    Ok(Some(number.with_context(|| format!("{variable} is no number"))?))
 }
