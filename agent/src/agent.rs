@@ -24,6 +24,7 @@ use crate::devices::Rules;
 use crate::devices::own::OwnRoutes;
 use crate::devices::pattern::Patterns;
 use crate::devices::watch::{Watched, watch as watch_devices};
+use crate::fragments;
 use crate::model::{self, Event, Model, SourceId};
 use crate::policy::Policy;
 use crate::source::{Pulse, kubernetes, manifests};
@@ -138,6 +139,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         }),
         ..Settings::default()
     };
+    if settings.own_device != 0
+        && let Err(error) = fragments::start(settings.own_device, &pins.maps())
+    {
+        tracing::warn!("fragments that come before their datagram's first one are lost: {error:#}");
+    }
     let told = if loaded.filled { Told::read(loaded.kernel.maps())? } else { None };
     let cluster = Cluster::new(&options.node, Adopted { told, node: earlier });
     let (told, _) = cluster.tell(&options.policy, settings);

@@ -16,6 +16,7 @@ pub mod conntrack;
 pub mod dataplane;
 pub mod devices;
 pub mod explain;
+pub mod fragments;
 pub mod health;
 pub mod image;
 pub mod model;
