@@ -270,7 +270,7 @@ mod tests {
         let expected = Settings {
             masquerade: abi::masquerade::KUBE_PROXY,
             detect_local: abi::detect_local::ADDRESS,
-            networks: abi::networks::SERVICES_V4,
+            networks: abi::networks::SERVICES_V4 | abi::networks::PODS_V4 | abi::networks::PODS_V6,
             ..given
         };
         assert_eq!(told.settings, expected);
@@ -321,7 +321,7 @@ mod tests {
         assert_eq!(shown_pods(told(&cluster, &flags)), [""; 0]);
         assert!(cluster.complete() && !cluster.complete());
         assert_eq!(told(&cluster, &policy).v4.services, nothing.v4.services);
-        assert_eq!(told(&cluster, &policy).settings.networks, 0);
+        assert_eq!(told(&cluster, &policy).settings.networks, abi::networks::PODS_V4);
 
         let mut nobody = Cluster::new("a", left);
         assert!(nobody.complete());
