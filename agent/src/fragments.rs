@@ -3,7 +3,7 @@
 //! The programs send such a fragment out of our own device, behind a label (see [`sluice_common::fragment`]). A socket of this
 //! module listens there; when the first fragment has told its ports, the fragment goes back to
 //! where it was met, by the own device again, and takes the first one's way. One whose first fragment does not
-//! come within [`WAIT`] goes on untouched, as the rest of its datagram then does.
+//! come within `WAIT` goes on untouched, as the rest of its datagram then does.
 //!
 //! Nobody can be told from whom to take less: what finds no room is dropped. While no agent runs
 //! the device drops what comes too early.
