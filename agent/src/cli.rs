@@ -2,6 +2,7 @@
 
 mod backends;
 mod cleanup;
+mod diff;
 mod explain;
 mod flows;
 mod policy;
@@ -25,6 +26,7 @@ use crate::agent::{self, Options, SocketPath};
 use crate::dataplane::Xdp;
 use crate::devices::pattern::Patterns;
 use crate::source::kubernetes;
+use diff::DiffArgs;
 use explain::ExplainArgs;
 use policy::PolicyArgs;
 use table::Format;
@@ -93,6 +95,10 @@ enum Command {
     ///
     /// The exit code is 0 if none is, else 1.
     Validate(Box<ValidateArgs>),
+    /// Compare what the sources want with what the maps hold, entry by entry.
+    ///
+    /// The exit code is 0 if the maps are in step, 1 if they are not, 2 if it cannot be told.
+    Diff(Box<DiffArgs>),
     /// Remove every trace from this node: programs, maps, filters, the device sluice0 and its routes, reserved ports.
     ///
     /// Connections through services end with it. Works without an agent; refuses while one runs.
@@ -179,6 +185,11 @@ const NO_OBJECTS: &str = "a Service, EndpointSlice, Endpoints or Node in a *.yam
 #[error("{0}")]
 struct Usage(String);
 
+/// An error of a command whose code 1 is an answer.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+struct Unknown(anyhow::Error);
+
 /// Runs a command; a wrong command line ends the process with code 2.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -190,7 +201,7 @@ pub fn main() -> ExitCode {
         }
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            if error.is::<Unknown>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }
@@ -228,6 +239,13 @@ impl Cli {
             Command::Validate(args) => {
                 let (text, wrong) = validate::run(*args)?;
                 code = wrong;
+                text
+            }
+            Command::Diff(args) => {
+                let (text, is_in_step) = runtime()?
+                    .block_on(diff::run(*args, &pin_path, &state_dir))
+                    .map_err(|error| if error.is::<Usage>() { error } else { Unknown(error).into() })?;
+                code = u8::from(!is_in_step);
                 text
             }
             Command::Cleanup { force } => runtime()?.block_on(cleanup::run(&pin_path, &state_dir, force))?,

@@ -15,6 +15,7 @@ pub mod cli;
 pub mod conntrack;
 pub mod dataplane;
 pub mod devices;
+pub mod drift;
 pub mod explain;
 pub mod fragments;
 pub mod health;

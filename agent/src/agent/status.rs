@@ -55,6 +55,9 @@ pub struct Status {
     pub version: String,
     /// When the agent started, in seconds since 1970.
     pub started: u64,
+    /// How it was started, for those who are to decide as it does.
+    #[serde(default)]
+    pub invocation: Invocation,
     /// Whether the maps and hooks are as they should be.
     pub ready: bool,
     /// Why it is not ready, for people; empty when it is.
@@ -79,6 +82,26 @@ pub struct Status {
     /// What else fails and is tried again.
     #[serde(default)]
     pub problems: Vec<String>,
+}
+
+/// A command line.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Invocation {
+    /// Its words, without the program's name.
+    pub arguments: Vec<String>,
+    /// What relative paths in it are relative to.
+    pub directory: PathBuf,
+}
+
+impl Invocation {
+    /// This process's own.
+    #[must_use]
+    pub fn own() -> Self {
+        Self {
+            arguments: std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect(),
+            directory: std::env::current_dir().unwrap_or_default(),
+        }
+    }
 }
 
 /// A source of objects.
