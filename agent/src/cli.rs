@@ -6,6 +6,7 @@ mod diff;
 mod explain;
 mod flows;
 mod policy;
+mod preflight;
 mod services;
 mod status;
 mod table;
@@ -29,6 +30,7 @@ use crate::source::kubernetes;
 use diff::DiffArgs;
 use explain::ExplainArgs;
 use policy::PolicyArgs;
+use preflight::PreflightArgs;
 use table::Format;
 use validate::ValidateArgs;
 
@@ -95,6 +97,11 @@ enum Command {
     ///
     /// The exit code is 0 if none is, else 1.
     Validate(Box<ValidateArgs>),
+    /// Tell whether this node can run Sluice, and what it would use.
+    ///
+    /// Every program is loaded, every hook tried on devices and a cgroup that are made for it; nothing stays. The exit
+    /// code is 0 if Sluice can run, 1 if it cannot or too little could be tried (as somebody else than root).
+    Preflight(Box<PreflightArgs>),
     /// Compare what the sources want with what the maps hold, entry by entry.
     ///
     /// The exit code is 0 if the maps are in step, 1 if they are not, 2 if it cannot be told.
@@ -239,6 +246,11 @@ impl Cli {
             Command::Validate(args) => {
                 let (text, wrong) = validate::run(*args)?;
                 code = wrong;
+                text
+            }
+            Command::Preflight(args) => {
+                let (text, can_run) = preflight::run(*args, &pin_path)?;
+                code = u8::from(!can_run);
                 text
             }
             Command::Diff(args) => {

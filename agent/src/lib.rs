@@ -23,4 +23,5 @@ pub mod image;
 pub mod model;
 pub mod plan;
 pub mod policy;
+pub mod preflight;
 pub mod source;

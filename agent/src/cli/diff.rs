@@ -3,6 +3,7 @@
 #![expect(unused_results, reason = "clap's derive drops what it gets for an optional group of flags")]
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -295,29 +296,36 @@ fn text(report: &Report) -> String {
         }
         text = table.text() + "\n";
     }
-    if let Some(writes) = report.repaired_writes {
-        text += &format!("Repaired with {writes} writes. ");
-    }
-    let sources = report.sources.join(" and ");
-    text += &match report.differences.len() {
-        0 => format!("The maps are in step with {sources} ({} objects).\n", report.objects),
-        count => {
-            format!("{count} entries differ from what {sources} ({} objects) ask for.\n", report.objects)
-        }
+    let mut line = |words: std::fmt::Arguments<'_>| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{words}");
     };
-    for unread in &report.unread {
-        text += &format!("Not read: {unread}; what an agent keeps of it shows as extra.\n");
+    if let Some(writes) = report.repaired_writes {
+        line(format_args!("Repaired with {writes} writes."));
     }
-    if !report.differences.is_empty() {
-        text += match (report.agent_alive, report.repaired_writes) {
-            (true, _) => {
-                "An agent runs: restart it, and it writes the difference (`sluice status` shows what keeps it from that).\n"
-            }
-            (false, None) => {
-                "`sluice diff --repair` writes the difference; an agent that starts does, too.\n"
-            }
-            (false, Some(_)) => "What is left an agent has to mend: it attaches programs to devices too.\n",
-        };
+    let (sources, objects) = (report.sources.join(" and "), report.objects);
+    match report.differences.len() {
+        0 => line(format_args!("The maps are in step with {sources} ({objects} objects).")),
+        count => {
+            line(format_args!("{count} entries differ from what {sources} ({objects} objects) ask for."));
+        }
+    }
+    for unread in &report.unread {
+        line(format_args!("Not read: {unread}; what an agent keeps of it shows as extra."));
+    }
+    match (report.in_step, report.agent_alive, report.repaired_writes) {
+        (true, _, _) => {}
+        (false, true, _) => line(format_args!(
+            "An agent runs: restart it, and it writes the difference (`sluice status` shows what may keep it from that)."
+        )),
+        (false, false, None) => {
+            line(format_args!(
+                "`sluice diff --repair` writes the difference; an agent that starts does, too."
+            ));
+        }
+        (false, false, Some(_)) => {
+            line(format_args!("What is left an agent has to mend: it attaches programs to devices, too."));
+        }
     }
     text
 }

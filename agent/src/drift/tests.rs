@@ -139,10 +139,12 @@ fn a_frontend_that_somebody_removed_is_named_with_its_service() {
     assert_eq!(differences(&[WEB, DNS], &repaired), []);
 }
 
+/// Spoils maps in one way.
+type Spoil = fn(&mut State);
+
 #[test]
 fn whatever_is_spoilt_is_shown_and_mended() {
     let good = settled(&[WEB, DNS]);
-    type Spoil = fn(&mut State);
     let table: [(&str, Spoil); 8] = [
         ("names", |state| {
             let _ = state.image.names.pop_first();

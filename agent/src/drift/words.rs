@@ -23,7 +23,7 @@ const NAMED_MAX: usize = 4;
 pub(super) struct Rows<'a> {
     wanted: &'a Image,
     found: &'a Image,
-    rows: Vec<Difference>,
+    differences: Vec<Difference>,
 }
 
 /// An entry in words: its value, and the service port that it belongs to.
@@ -31,11 +31,11 @@ type Entry = (String, Option<u32>);
 
 impl<'a> Rows<'a> {
     pub(super) fn new(wanted: &'a Image, found: &'a Image) -> Self {
-        Self { wanted, found, rows: Vec::new() }
+        Self { wanted, found, differences: Vec::new() }
     }
 
     pub(super) fn done(self) -> Vec<Difference> {
-        self.rows
+        self.differences
     }
 
     /// Adds what differs between two maps; `words` says an entry of an image in words.
@@ -60,7 +60,7 @@ impl<'a> Rows<'a> {
             let old = old.map(|value| words(self.found, &at, value));
             let name = |entry: Option<&Entry>, image: &Image| image.names.get(&entry?.1?).map(name_words);
             let service = name(new.as_ref(), self.wanted).or_else(|| name(old.as_ref(), self.found));
-            self.rows.push(Difference {
+            self.differences.push(Difference {
                 change,
                 map,
                 key: key(&at),
@@ -75,7 +75,7 @@ impl<'a> Rows<'a> {
     pub(super) fn family<F: Stack>(&mut self, names: &FamilyNames) {
         let (new, old) = (F::of(self.wanted), F::of(self.found));
         self.map(names.services, &new.services, &old.services, frontend_words::<F>, |_, _, service| {
-            (service_words(service), Some(service.service_port))
+            (service_words(*service), Some(service.service_port))
         });
         self.map(
             names.backends,
@@ -148,9 +148,9 @@ impl<'a> Rows<'a> {
             }
         };
         self.map("addresses", lanes, &old.lanes, lane_key, |_, _, bits| (listing_words(*bits), None));
-        let bits = |words: &BTreeMap<u32, u64>| -> BTreeMap<u32, ()> {
+        let bits = |words: &BTreeMap<u32, u64>| -> BTreeMap<u32, bool> {
             let ports = words.iter().flat_map(|(word, bits)| {
-                (0..64_u32).filter(move |bit| bits >> bit & 1 != 0).map(move |bit| (word * 64 + bit, ()))
+                (0..64_u32).filter(move |bit| bits >> bit & 1 != 0).map(move |bit| (word * 64 + bit, true))
             });
             ports.collect()
         };
@@ -159,7 +159,7 @@ impl<'a> Rows<'a> {
             &bits(&new.node_ports),
             &bits(&old.node_ports),
             ToString::to_string,
-            |_, _, ()| ("has frontends".to_owned(), None),
+            |_, _, _| ("has frontends".to_owned(), None),
         );
     }
 
@@ -233,7 +233,7 @@ fn endpoint_words<F: Stack>(key: &OriginKey<F::Address>) -> String {
     format!("{} {}", socket::<F>(key.address, key.port), protocol_word(key.protocol))
 }
 
-fn service_words(service: &Service) -> String {
+fn service_words(service: Service) -> String {
     let kind = match service.kind {
         frontend::CLUSTER_IP => "ClusterIP",
         frontend::LOAD_BALANCER => "LoadBalancer",
