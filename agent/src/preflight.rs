@@ -141,6 +141,8 @@ pub struct Options {
     pub pin_path: PathBuf,
     /// The cgroup of the socket path; the root of the cgroup2 mount if not given.
     pub cgroup: Option<PathBuf>,
+    /// Whether there will be a socket path at all.
+    pub socket_path: bool,
     /// Roles of devices that a person has named.
     pub patterns: Patterns,
 }
@@ -160,14 +162,15 @@ pub fn look(options: &Options) -> anyhow::Result<Report> {
     let facts = ask(watch::look())?;
     let rules = Rules { patterns: options.patterns.clone(), ..Rules::default() };
     let survey = survey(&facts, &rules, &Survey::default());
-    let cgroup = options.cgroup.clone().map_or_else(agent::cgroup2_mount, Ok);
-    checks.extend(system::mounts(&options.pin_path, &cgroup));
+    let wanted = options.socket_path.then(|| options.cgroup.clone().map_or_else(agent::cgroup2_mount, Ok));
+    checks.extend(system::mounts(&options.pin_path, wanted.as_ref()));
+    let cgroup = wanted.and_then(Result::ok);
     checks.extend(system::limits());
-    checks.extend(attempts(options, is_able, cgroup.as_deref().ok()));
+    checks.extend(attempts(options, is_able, cgroup.as_deref()));
     checks.extend(devices::checks(&facts, &survey, &devices::ask(&survey)));
     checks.push(system::rp_filter(Path::new("/proc/sys/net/ipv4/conf")));
     checks.push(system::ports(Path::new(agent::ports::SYSCTLS)));
-    let traces = traces::look(&facts, &survey, cgroup.as_deref().ok(), is_able, &ask(traces::xdp())?);
+    let traces = traces::look(&facts, &survey, cgroup.as_deref(), is_able, &ask(traces::xdp())?);
     checks.extend(traces::checks(&traces));
     Ok(Report::new(kernel, checks))
 }

@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::Output;
 use super::table::{Table, render};
+use crate::agent::SocketPath;
 use crate::devices::pattern::Patterns;
 use crate::preflight::{Options, Outcome, Report, Verdict, look};
 
@@ -16,6 +17,9 @@ pub(super) struct PreflightArgs {
     /// As of the agent: the cgroup whose processes' sockets are translated [default: the root of the cgroup2 mount].
     #[arg(long, value_name = "DIR")]
     cgroup: Option<PathBuf>,
+    /// As of the agent: whose connections are translated at the socket; with off, no cgroup is needed.
+    #[arg(long, value_enum, default_value_t, value_name = "WHOSE")]
+    socket_path: SocketPath,
     /// As of the agent: devices that lead to pods.
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     edge: Vec<String>,
@@ -38,17 +42,24 @@ pub(super) fn run(args: PreflightArgs, pin_path: &Path) -> anyhow::Result<(Strin
     let report = look(&Options {
         pin_path: pin_path.to_owned(),
         cgroup: args.cgroup,
+        socket_path: args.socket_path != SocketPath::Off,
         patterns: Patterns::new(&args.edge, &args.uplink, &args.fabric),
     })?;
     Ok((render(args.output.output, &report, text)?, report.can_run == Verdict::Yes))
 }
 
+/// The line of a message that says most: a verifier's ends with figures, before which its reason stands.
+fn reason(what: &str) -> &str {
+    const FIGURES: [&str; 3] = ["verification time ", "stack depth ", "processed "];
+    let is_figure = |line: &&str| FIGURES.iter().any(|begin| line.starts_with(begin));
+    what.lines().rev().find(|line| !is_figure(line)).unwrap_or(what)
+}
+
 fn text(report: &Report) -> String {
     let mut table = Table::new(&["CHECK", "RESULT", "WHAT IS USED, OR WHY NOT"]);
     for check in &report.checks {
-        // A message of several lines, as a verifier's, would break the table.
-        let what = check.what.lines().next_back().unwrap_or_default();
-        table.row([check.name(), check.result.word().to_owned(), what.to_owned()]);
+        let what = reason(&check.what).to_owned();
+        table.row([check.name(), check.result.word().to_owned(), what]);
     }
     let mut text = table.text() + "\n";
     for check in &report.checks {
@@ -71,4 +82,17 @@ fn text(report: &Report) -> String {
         }
     };
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_verifiers_log_the_reason_is_shown() {
+        let log = "cannot load: combined stack size of 4 calls is 544. Too large\nverification time 12 usec\n\
+                   stack depth 0+112\nprocessed 186062 insns (limit 1000000)";
+        assert_eq!(reason(log), "cannot load: combined stack size of 4 calls is 544. Too large");
+        assert_eq!(reason("attaches"), "attaches");
+    }
 }

@@ -10,7 +10,7 @@ use crate::dataplane::How;
 
 /// What to do when a program is refused.
 const REPORT: &str =
-    "please report it with `uname -r`; a kernel of the same series with another patch level may take it";
+    "please report it with `uname -r` and the message; another kernel of the same series may take it";
 
 /// The programs: one row for each that was refused, else the figures of all.
 pub(super) fn programs<E: Display>(
@@ -98,7 +98,7 @@ fn classifiers(tried: &Tried) -> Check {
 fn cgroup(tried: &Tried) -> Check {
     let check = |result, what: String| Check::new("hook", result, what).of("cgroup");
     match &tried.cgroup {
-        None => check(Outcome::Skip, "there is no cgroup2 to try it on".to_owned()),
+        None => check(Outcome::Skip, "there is no cgroup to try it on".to_owned()),
         Some(Err(error)) => {
             check(Outcome::Warn, error.clone()).next("give --cgroup a folder that can be written")
         }

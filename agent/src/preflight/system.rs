@@ -139,7 +139,7 @@ fn judge_privileges(status: &str) -> Check {
 }
 
 /// Where the agent will pin, and the cgroup of the socket path.
-pub(super) fn mounts(pin_path: &Path, cgroup: &anyhow::Result<PathBuf>) -> Vec<Check> {
+pub(super) fn mounts(pin_path: &Path, cgroup: Option<&anyhow::Result<PathBuf>>) -> Vec<Check> {
     let bpffs = if is_bpffs(pin_path) && is_read_only(pin_path) {
         Check::new(
             "bpffs",
@@ -160,12 +160,13 @@ pub(super) fn mounts(pin_path: &Path, cgroup: &anyhow::Result<PathBuf>) -> Vec<C
         )
     };
     let cgroup = match cgroup {
-        Ok(path) if path.join("cgroup.procs").exists() || path.join("cgroup.controllers").exists() => {
+        None => Check::new("cgroup2", Outcome::Skip, "--socket-path off needs none"),
+        Some(Ok(path)) if path.join("cgroup.procs").exists() || path.join("cgroup.controllers").exists() => {
             Check::new("cgroup2", Outcome::Yes, path.display().to_string())
         }
-        Ok(path) => Check::new("cgroup2", Outcome::No, format!("{} is no folder of a cgroup2 mount", path.display()))
+        Some(Ok(path)) => Check::new("cgroup2", Outcome::No, format!("{} is no folder of a cgroup2 mount", path.display()))
             .next("give --cgroup another, or start the agent with --socket-path off"),
-        Err(error) => Check::new("cgroup2", Outcome::No, format!("{error:#}"))
+        Some(Err(error)) => Check::new("cgroup2", Outcome::No, format!("{error:#}"))
             .next("mount it (mount -t cgroup2 none /sys/fs/cgroup/unified), or start the agent with --socket-path off"),
     };
     vec![bpffs, cgroup]
