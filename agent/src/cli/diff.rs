@@ -41,7 +41,7 @@ pub(super) struct DiffArgs {
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
     /// The API server's address, instead of the one configured.
-    #[arg(long, value_name = "URL", env = "SLUICE_API")]
+    #[arg(long, value_name = "URL")]
     api: Option<String>,
     /// Serve Services with this label service.kubernetes.io/service-proxy-name [default: as the agent].
     #[arg(long, value_name = "NAME")]
