@@ -8,11 +8,11 @@ use std::process::Output;
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, Plan, WEB, cluster_ip, flush, number, pinned, reaches, service, skip, until, until_backends,
-    word,
+    Cluster, Plan, WEB, cluster_ip, flush, number, pinned, reaches, service, skip, unless_unsupported, until,
+    until_backends, word,
 };
 use serde_json::Value;
-use sluice_lab::Node;
+use sluice_lab::{Cni, Node, NodeOptions, Overlay};
 
 /// Runs `sluice diff`; its exit code, its JSON (if it printed any), and what it said to standard error.
 fn diff(node: &Node, args: &[&str]) -> Result<(i32, Value, String)> {
@@ -162,4 +162,55 @@ fn what_cannot_be_told_has_a_code_of_its_own() -> Result<()> {
     table(&node, &["--repair"])?;
     until("the maps are in step", || Ok((diff(&node, &[])?.0 == 0).then_some(())))?;
     reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)
+}
+
+#[test]
+fn beside_an_agent_that_has_seen_much_nothing_differs() -> Result<()> {
+    if skip("beside_an_agent") {
+        return Ok(());
+    }
+    unless_unsupported(much_seen())
+}
+
+fn much_seen() -> Result<()> {
+    let options = NodeOptions { cni: Cni::Bridge { bridge_nf: false }, ..NodeOptions::default() };
+    let plan = Plan {
+        overlay: Overlay::Vxlan,
+        node: options,
+        far: 1,
+        args: vec!["--nodeport-addresses", "all", "--cluster-cidr", "10.244.0.0/16", "--socket-path", "host"],
+        ..Plan::default()
+    };
+    let mut cluster = Cluster::new("diff-much", &plan)?;
+    let node = cluster.node().clone();
+    // Services come and go, and so do backends, node ports and pods: what lingers for connections is no difference.
+    for number in 20..24_u8 {
+        let name = format!("extra-{number}");
+        let extra = service(&name, number).backends(&cluster.backends);
+        cluster.manifests.write(&extra)?;
+        until_backends(&node, &name, cluster.backends.len())?;
+        if number % 2 == 0 {
+            cluster.manifests.remove(&extra)?;
+        }
+    }
+    let pod = node.pod("late")?;
+    cluster.serve(&pod)?;
+    cluster.manifests.write(&cluster.web().backends([&cluster.backends[0], &pod]))?;
+    until_backends(&node, "web", 2)?;
+    let in_step = || {
+        until("nothing differs", || {
+            let (code, report, said) = diff(&node, &[])?;
+            if code != 0 {
+                println!("{report} {said}");
+            }
+            Ok((code == 0).then_some(()))
+        })
+    };
+    in_step()?;
+    // The same after an agent that adopted all of it, and with nobody there.
+    cluster.agent().kill9()?;
+    in_step()?;
+    cluster.agent().restart()?;
+    cluster.agent().wait_ready(3 * lab_support::SOON)?;
+    in_step()
 }

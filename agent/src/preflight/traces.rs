@@ -210,13 +210,16 @@ fn legacy_rules() -> io::Result<Vec<u8>> {
     Ok(rules)
 }
 
-/// The id of a process of this name, where others' are visible.
+/// The id of a process of this name in this network namespace, where others' processes are visible.
 fn process(name: &str) -> Option<String> {
+    let namespace = |id: &str| fs::read_link(format!("/proc/{id}/ns/net")).ok();
+    let own = namespace("self");
     let processes = fs::read_dir("/proc").ok()?.flatten();
     let mut ids = processes.filter_map(|entry| entry.file_name().into_string().ok());
     ids.find(|id| {
         id.bytes().all(|byte| byte.is_ascii_digit())
             && fs::read_to_string(format!("/proc/{id}/comm")).is_ok_and(|comm| comm.trim() == name)
+            && namespace(id) == own
     })
 }
 
