@@ -26,6 +26,8 @@ use crate::devices::pattern::Patterns;
 use crate::devices::watch::{Watched, watch as watch_devices};
 use crate::fragments;
 use crate::model::{self, Event, Model, SourceId};
+use crate::monitor::metrics::Metrics;
+use crate::monitor::{self, Monitor, Progress};
 use crate::policy::Policy;
 use crate::source::{Pulse, kubernetes, manifests};
 use beside::Beside;
@@ -98,6 +100,8 @@ pub struct Options {
     pub proxy_name: Option<String>,
     /// Capacities of maps that differ from the object's.
     pub sizes: BTreeMap<String, u32>,
+    /// Where monitoring is answered.
+    pub monitor: monitor::Addresses,
 }
 
 /// Runs the agent until it is told to stop; programs and maps stay.
@@ -168,7 +172,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         external_ips: options.policy.external_ips.clone(),
         leave: BTreeSet::new(),
     });
-    let mut sync = Sync::adopt(loaded.kernel, model, loaded.filled)?;
+    let metrics = Arc::new(Metrics::default());
+    let mut sync = Sync::adopt(loaded.kernel, model, loaded.filled, Arc::clone(&metrics))?;
+    let progress = Arc::new(Progress::default());
+    let monitor =
+        Monitor::new(Arc::clone(&progress), metrics, options.pin_path.clone(), options.state_dir.clone());
 
     let (survey_sender, watched) = watch::channel(Watched::default());
     // Adopted VIPs keep their routes until the sources say otherwise.
@@ -198,7 +206,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         vips: vips_sender,
         rules: rules_sender,
         filled: filled_sender,
-        beside: Beside::start(),
+        beside: Beside::start(monitor, options.monitor, progress),
     };
     // The sender stays here: a source that ends must not end the loop.
     let result = agent.run().await;
@@ -318,7 +326,12 @@ impl Agent {
             if let Some(vips) = self.sync.take_vips() {
                 let _ = self.vips.send_replace(vips);
             }
-            self.beside.follow(&mut self.sync, &self.watched.borrow().survey, &self.rules.borrow().policy);
+            self.beside.follow(
+                &mut self.sync,
+                &self.watched.borrow().survey,
+                &self.rules.borrow().policy,
+                self.cluster.is_leaving(),
+            );
             let filled = self.sync.is_filled();
             let _ = self.filled.send_if_modified(|before| std::mem::replace(before, filled) != filled);
             if self.is_ready() != self.status.ready {
