@@ -8,6 +8,7 @@ pub mod status;
 mod sync;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use sluice_common::abi::{self, Settings};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
+use crate::conntrack::limits::{self, Limits};
 use crate::dataplane::{Pins, Xdp, load};
 use crate::devices::Rules;
 use crate::devices::own::OwnRoutes;
@@ -40,6 +42,8 @@ use sync::Sync;
 const GATHER: Duration = Duration::from_millis(3);
 /// The shortest time between two writings of the status.
 const STATUS_PERIOD: Duration = Duration::from_secs(1);
+/// How often the configuration is looked at.
+const LOOK_PERIOD: Duration = Duration::from_secs(5);
 /// Events that wait between a source and the loop.
 const EVENTS: usize = 16_384;
 
@@ -102,6 +106,36 @@ pub struct Options {
     pub sizes: BTreeMap<String, u32>,
     /// Where monitoring is answered.
     pub monitor: monitor::Addresses,
+    /// What the kernel's connection tracking is to be like.
+    pub conntrack: Limits,
+    /// How willing the kernel is to end this process when memory is short.
+    pub oom_score_adj: Option<i32>,
+    /// When to start anew.
+    pub reload: Reload,
+}
+
+/// What the options come from, and whether it has changed.
+#[derive(Clone)]
+pub struct Reload {
+    /// Whether to look by itself, and not only on SIGHUP.
+    pub follows: bool,
+    /// Whether options made now would be others; an error if none could be made.
+    pub is_changed: Arc<dyn Fn() -> anyhow::Result<bool> + Send + std::marker::Sync>,
+}
+
+impl fmt::Debug for Reload {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Reload").field("follows", &self.follows).finish_non_exhaustive()
+    }
+}
+
+/// Why the agent has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It was told to.
+    Stopped,
+    /// It is to start anew with other options.
+    ToStartAnew,
 }
 
 /// Runs the agent until it is told to stop; programs and maps stay.
@@ -109,7 +143,7 @@ pub struct Options {
 /// # Errors
 ///
 /// When another agent runs, or the kernel refuses maps or programs.
-pub async fn run(options: Options) -> anyhow::Result<()> {
+pub async fn run(options: Options) -> anyhow::Result<Ended> {
     let started = SystemTime::now();
     let state = StateDir::take(&options.state_dir)?;
     let earlier = status::read(&options.state_dir).map(|status| status.policy.primary).unwrap_or_default();
@@ -128,6 +162,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     if let Some(ports) = reserved {
         tracing::info!(ports, "entered ports of masqueraded clients into net.ipv4.ip_local_reserved_ports");
     }
+    set_machine(&options);
     let pins = Pins::new(&options.pin_path);
     let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp))?;
     let own = OwnRoutes::new().await.context("cannot use netlink")?;
@@ -207,11 +242,26 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         rules: rules_sender,
         filled: filled_sender,
         beside: Beside::start(monitor, options.monitor, progress),
+        reload: options.reload,
+        refused: None,
     };
     // The sender stays here: a source that ends must not end the loop.
     let result = agent.run().await;
     drop(events_sender);
     result
+}
+
+/// Sets what lies outside of the programs, as far as it was asked for. Nothing of it keeps the agent from its work.
+fn set_machine(options: &Options) {
+    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
+    for failure in options.conntrack.apply(Path::new(limits::SYSCTLS), cpus) {
+        tracing::warn!("{failure}");
+    }
+    if let Some(score) = options.oom_score_adj
+        && let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string())
+    {
+        tracing::warn!("/proc/self/oom_score_adj cannot be set to {score}: {error}");
+    }
 }
 
 /// Watches devices, again and again if netlink fails.
@@ -278,20 +328,37 @@ struct Agent {
     rules: watch::Sender<Rules>,
     filled: watch::Sender<bool>,
     beside: Beside,
+    reload: Reload,
+    /// Why changed options cannot be used.
+    refused: Option<String>,
 }
 
 impl Agent {
-    async fn run(mut self) -> anyhow::Result<()> {
+    async fn run(mut self) -> anyhow::Result<Ended> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+        let mut hangup = signal(SignalKind::hangup()).context("cannot handle SIGHUP")?;
+        let mut look_due = tokio::time::interval(LOOK_PERIOD);
+        look_due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut status_due = tokio::time::interval(STATUS_PERIOD);
         status_due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut dirty = true;
-        loop {
+        let ended = loop {
             let retry = self.sync.retry_at();
             tokio::select! {
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
+                _ = terminate.recv() => break Ended::Stopped,
+                _ = interrupt.recv() => break Ended::Stopped,
+                _ = hangup.recv() => {
+                    if self.is_outdated() {
+                        break Ended::ToStartAnew;
+                    }
+                    tracing::info!("SIGHUP: nothing has changed that could be taken over");
+                }
+                _ = look_due.tick(), if self.reload.follows => {
+                    if self.is_outdated() {
+                        break Ended::ToStartAnew;
+                    }
+                }
                 Some(event) = self.events.recv() => {
                     let mut concerns_cluster = self.hear(event);
                     tokio::time::sleep(GATHER).await;
@@ -337,11 +404,33 @@ impl Agent {
             if self.is_ready() != self.status.ready {
                 self.tell();
             }
-        }
-        tracing::info!("stopping; programs and maps stay, packets flow on");
+        };
+        let why = match ended {
+            Ended::Stopped => "the agent was stopped",
+            Ended::ToStartAnew => "the agent to start with its new configuration",
+        };
+        tracing::info!("stopping, {why}; programs and maps stay, packets flow on");
         self.status.ready = false;
-        self.status.waiting_for = vec!["the agent was stopped".to_owned()];
-        self.state.write(&self.status).context("cannot write the status")
+        self.status.waiting_for = vec![why.to_owned()];
+        self.state.write(&self.status).context("cannot write the status")?;
+        Ok(ended)
+    }
+
+    /// Whether the agent should start anew: its options have changed, and can be used.
+    fn is_outdated(&mut self) -> bool {
+        let (changed, refused) = match tokio::task::block_in_place(|| (self.reload.is_changed)()) {
+            Ok(changed) => (changed, None),
+            Err(error) => {
+                (false, Some(format!("the configuration has changed and cannot be used: {error:#}")))
+            }
+        };
+        if let Some(refused) = &refused
+            && self.refused.as_ref() != Some(refused)
+        {
+            tracing::warn!("{refused}; the agent goes on with the last one");
+        }
+        self.refused = refused;
+        changed
     }
 
     /// Takes in an event; returns whether it concerned node or networks.
@@ -434,7 +523,7 @@ impl Agent {
         status.reports = self.sync.reports();
         status.last_sync = self.sync.last();
         status.failing = self.sync.failing();
-        status.problems = self.beside.problems();
+        status.problems = self.refused.iter().cloned().chain(self.beside.problems()).collect();
         status.waiting_for.extend(status.failing.clone());
         if let Err(error) = self.state.write(status) {
             tracing::warn!("cannot write the status: {error}");
