@@ -1,6 +1,6 @@
 //! The live maps, joined for people: whose is a service port, where is a frontend, what was counted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;
 
@@ -186,6 +186,14 @@ impl View {
         let port = self.image.ports.get(&service_port).copied().unwrap_or_default();
         let range = port.ranges.map(Range).into_iter().find(|range| range.size() > 0);
         range.and_then(|range| self.image.slots.get(&range.start())).map_or(&[], Vec::as_slice)
+    }
+
+    /// The backends of a service port that get new flows of some class of clients.
+    #[must_use]
+    pub(super) fn selected(&self, service_port: u32) -> BTreeSet<u32> {
+        let port = self.image.ports.get(&service_port).copied().unwrap_or_default();
+        let ranges = port.ranges.map(Range).into_iter().filter(|range| range.size() > 0);
+        ranges.filter_map(|range| self.image.slots.get(&range.start())).flatten().copied().collect()
     }
 }
 

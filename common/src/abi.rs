@@ -539,6 +539,8 @@ pub mod detect_local {
     pub const DEVICE: u32 = 1;
     /// By its address: [`super::Networks::pods`].
     pub const ADDRESS: u32 = 2;
+    /// By the device that it comes in on, and not every pod's is one that counts.
+    pub const SOME_DEVICES: u32 = 3;
 }
 
 /// Bits of [`Settings::networks`].
