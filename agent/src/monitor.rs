@@ -243,3 +243,16 @@ pub(crate) async fn serve(monitor: Arc<Monitor>, addresses: Addresses, told: wat
         listener.close().await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use sluice_common::Reason;
+
+    #[test]
+    fn every_reason_is_a_row_in_the_docs() {
+        let docs = include_str!("../../docs/operate.md");
+        for reason in Reason::ALL {
+            assert!(docs.contains(&format!("`{}`", reason.word())), "{}", reason.word());
+        }
+    }
+}
