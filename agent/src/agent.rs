@@ -24,7 +24,10 @@ use crate::devices::Rules;
 use crate::devices::own::OwnRoutes;
 use crate::devices::pattern::Patterns;
 use crate::devices::watch::{Watched, watch as watch_devices};
+use crate::fragments;
 use crate::model::{self, Event, Model, SourceId};
+use crate::monitor::metrics::Metrics;
+use crate::monitor::{self, Monitor, Progress};
 use crate::policy::Policy;
 use crate::source::{Pulse, kubernetes, manifests};
 use beside::Beside;
@@ -97,6 +100,8 @@ pub struct Options {
     pub proxy_name: Option<String>,
     /// Capacities of maps that differ from the object's.
     pub sizes: BTreeMap<String, u32>,
+    /// Where monitoring is answered.
+    pub monitor: monitor::Addresses,
 }
 
 /// Runs the agent until it is told to stop; programs and maps stay.
@@ -138,6 +143,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         }),
         ..Settings::default()
     };
+    if settings.own_device != 0
+        && let Err(error) = fragments::start(settings.own_device, &pins.maps())
+    {
+        tracing::warn!("fragments that come before their datagram's first one are lost: {error:#}");
+    }
     let told = if loaded.filled { Told::read(loaded.kernel.maps())? } else { None };
     let cluster = Cluster::new(&options.node, Adopted { told, node: earlier });
     let (told, _) = cluster.tell(&options.policy, settings);
@@ -162,7 +172,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         external_ips: options.policy.external_ips.clone(),
         leave: BTreeSet::new(),
     });
-    let mut sync = Sync::adopt(loaded.kernel, model, loaded.filled)?;
+    let metrics = Arc::new(Metrics::default());
+    let mut sync = Sync::adopt(loaded.kernel, model, loaded.filled, Arc::clone(&metrics))?;
+    let progress = Arc::new(Progress::default());
+    let monitor =
+        Monitor::new(Arc::clone(&progress), metrics, options.pin_path.clone(), options.state_dir.clone());
 
     let (survey_sender, watched) = watch::channel(Watched::default());
     // Adopted VIPs keep their routes until the sources say otherwise.
@@ -192,7 +206,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         vips: vips_sender,
         rules: rules_sender,
         filled: filled_sender,
-        beside: Beside::start(),
+        beside: Beside::start(monitor, options.monitor, progress),
     };
     // The sender stays here: a source that ends must not end the loop.
     let result = agent.run().await;
@@ -312,7 +326,12 @@ impl Agent {
             if let Some(vips) = self.sync.take_vips() {
                 let _ = self.vips.send_replace(vips);
             }
-            self.beside.follow(&mut self.sync, &self.watched.borrow().survey, &self.rules.borrow().policy);
+            self.beside.follow(
+                &mut self.sync,
+                &self.watched.borrow().survey,
+                &self.rules.borrow().policy,
+                self.cluster.is_leaving(),
+            );
             let filled = self.sync.is_filled();
             let _ = self.filled.send_if_modified(|before| std::mem::replace(before, filled) != filled);
             if self.is_ready() != self.status.ready {

@@ -4,12 +4,12 @@ mod backends;
 mod cleanup;
 mod explain;
 mod flows;
+mod monitor;
 mod policy;
 mod services;
 mod status;
 mod table;
 mod validate;
-mod view;
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write as _};
@@ -26,6 +26,7 @@ use crate::dataplane::Xdp;
 use crate::devices::pattern::Patterns;
 use crate::source::kubernetes;
 use explain::ExplainArgs;
+use monitor::MonitorArgs;
 use policy::PolicyArgs;
 use table::Format;
 use validate::ValidateArgs;
@@ -156,9 +157,11 @@ struct AgentArgs {
     /// Log more; twice: everything. The variable SLUICE_LOG has filters as `sluice=debug`.
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
-    // Last: its heading would go on over what follows.
+    // Last: their headings would go on over what follows.
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten)]
+    monitor: MonitorArgs,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -307,6 +310,7 @@ impl AgentArgs {
             proxy_name: self.proxy_name,
             manifests: self.manifests,
             sizes,
+            monitor: self.monitor.addresses(),
         })
     }
 }

@@ -7,6 +7,7 @@
 mod bpf;
 mod cleanup;
 pub mod clsact;
+mod datagrams;
 mod error;
 pub mod hooks;
 mod kernel;
@@ -17,6 +18,7 @@ mod pins;
 mod read;
 
 pub use cleanup::cleanup;
+pub use datagrams::{DatagramKey, Datagrams};
 pub use error::Error;
 pub use hooks::{Attached, Hooks, How, Target, Xdp};
 pub use kernel::Kernel;

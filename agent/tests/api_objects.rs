@@ -209,7 +209,7 @@ fn named_ports_that_differ_lead_to_each_pods_own_and_packets_get_there() {
     space.service(
         "web",
         &json!({
-            "clusterIP": "10.96.5.1", "clusterIPs": ["10.96.5.1", "fd00:96::501"], "ipFamilyPolicy": "RequireDualStack",
+            "clusterIP": "10.96.5.1", "clusterIPs": ["10.96.5.1", "fd00:a60::a:501"], "ipFamilyPolicy": "RequireDualStack",
             "ipFamilies": ["IPv4", "IPv6"], "selector": {"app": "web"},
             "ports": [{"name": "http", "port": 80, "targetPort": "web"}],
         }),
@@ -222,9 +222,9 @@ fn named_ports_that_differ_lead_to_each_pods_own_and_packets_get_there() {
     let address =
         |pod: &sluice_lab::Pod, port| (format!("{}:{port}", pod.ipv4()), format!("[{}]:{port}", pod.ipv6()));
     let ((old4, old6), (new4, new6)) = (address(&old, 8080), address(&new, 9090));
-    expect(&node, "traffic", &[("10.96.5.1:80", &[&old4, &new4]), ("[fd00:96::501]:80", &[&old6, &new6])]);
+    expect(&node, "traffic", &[("10.96.5.1:80", &[&old4, &new4]), ("[fd00:a60::a:501]:80", &[&old6, &new6])]);
 
-    for vip in ["10.96.5.1", "[fd00:96::501]"] {
+    for vip in ["10.96.5.1", "[fd00:a60::a:501]"] {
         let url = format!("http://{vip}:80/");
         let from_pod = asker.run("curl", ["-sS", "--globoff", "--max-time", "5", &url]).expect("an answer");
         assert!(from_pod.contains("web-old") || from_pod.contains("web-new"), "{from_pod}");
@@ -238,7 +238,7 @@ fn named_ports_that_differ_lead_to_each_pods_own_and_packets_get_there() {
 
     // A rollout ends the old one.
     space.delete("pods", "web-old");
-    expect(&node, "traffic", &[("10.96.5.1:80", &[&new4]), ("[fd00:96::501]:80", &[&new6])]);
+    expect(&node, "traffic", &[("10.96.5.1:80", &[&new4]), ("[fd00:a60::a:501]:80", &[&new6])]);
     let replies = asker.http_get("http://10.96.5.1:80/", 20).expect("answers");
     assert!(replies.iter().all(|reply| reply.name == "web-new"), "{replies:?}");
 }

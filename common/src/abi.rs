@@ -669,7 +669,11 @@ abi! {
         pub flows: u64,
         /// Calls that the socket path sent to this backend.
         pub calls: u64,
-    } size 48
+        /// Resets from clients: TCP's RST, SCTP's ABORT.
+        pub forward_resets: u64,
+        /// Resets to clients.
+        pub reply_resets: u64,
+    } size 64
 }
 
 /// Set in the keys of `backend_counts` for IPv6 backends.

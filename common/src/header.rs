@@ -49,7 +49,7 @@ wire! {
         source: crate::abi::Ipv6Address, destination: crate::abi::Ipv6Address
     } size 40;
     /// The first bytes of an IPv6 extension header, with a routing header's names; a fragment header
-    /// has offset and flags in the last two.
+    /// has offset and flags in the last two, and four bytes of identification behind them.
     ExtensionHeader { next_header: u8, length: u8, kind: u8, segments_left: u8 } size 4;
     /// TCP without options (RFC 9293).
     TcpHeader {
@@ -58,6 +58,10 @@ wire! {
     } size 20;
     /// UDP (RFC 768).
     UdpHeader { source: u16, destination: u16, length: u16, checksum: u16 } size 8;
+    /// SCTP's common header and the header of the first chunk (RFC 9260). The checksum is a little-endian word.
+    SctpHeader {
+        source: u16, destination: u16, tag: [u16; 2], checksum: u32, chunk: u8, chunk_flags: u8, chunk_length: u16
+    } size 16;
     /// ICMP and ICMPv6: the eight bytes before a quoted packet.
     IcmpHeader { kind: u8, code: u8, checksum: u16, rest: u32 } size 8;
     /// An 802.1Q or 802.1ad tag behind its own ethertype.
@@ -78,12 +82,30 @@ pub mod tcp {
     pub const ACK: u8 = 16;
 }
 
+/// Chunk types of SCTP that say what becomes of a connection.
+pub mod sctp {
+    /// Opens a connection.
+    pub const INIT: u8 = 1;
+    /// Answers an INIT.
+    pub const INIT_ACK: u8 = 2;
+    /// Ends a connection at once.
+    pub const ABORT: u8 = 6;
+    /// Agrees to a connection's end.
+    pub const SHUTDOWN_ACK: u8 = 8;
+    /// Ends a connection.
+    pub const SHUTDOWN_COMPLETE: u8 = 14;
+    /// Bit of an ABORT's chunk flags: its sender knows no such connection.
+    pub const T: u8 = 1;
+}
+
 /// IP protocol numbers.
 pub mod protocol {
     /// Transmission Control Protocol.
     pub const TCP: u8 = 6;
     /// User Datagram Protocol.
     pub const UDP: u8 = 17;
+    /// Stream Control Transmission Protocol.
+    pub const SCTP: u8 = 132;
 }
 
 /// Ethertypes of VLAN tags, host order.

@@ -17,7 +17,9 @@
 pub mod abi;
 pub mod answer;
 pub mod checksum;
+pub mod crc32c;
 pub mod family;
+pub mod fragment;
 pub mod header;
 pub mod maglev;
 pub mod parse;

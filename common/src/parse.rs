@@ -3,7 +3,8 @@
 use crate::abi::Tuple;
 use crate::family::{Family, V4, V6};
 use crate::header::{
-    ExtensionHeader, IcmpHeader, Ipv4Header, Ipv6Header, TcpHeader, UdpHeader, VlanTag, Wire, protocol, vlan,
+    ExtensionHeader, IcmpHeader, Ipv4Header, Ipv6Header, SctpHeader, TcpHeader, UdpHeader, VlanTag, Wire,
+    protocol, sctp, tcp, vlan,
 };
 
 /// Read access to a packet.
@@ -25,11 +26,11 @@ const EXTENSIONS_MAX: u32 = 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// TCP or UDP, complete as far as the transport header.
+    /// TCP, UDP or SCTP, complete as far as the transport header: a whole packet or a datagram's first fragment.
     Transport,
-    /// An ICMP error about a TCP or UDP packet.
+    /// An ICMP error about such a packet.
     IcmpError,
-    /// A fragment, the first one included.
+    /// A fragment behind the first one: it has no ports.
     Fragment,
     /// Ends before its transport header; the addresses are known.
     Truncated,
@@ -37,6 +38,18 @@ pub enum Kind {
     Malformed,
     /// Nothing for us.
     Other,
+}
+
+/// Which part of a datagram a packet is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Fragment {
+    /// All of it.
+    Whole,
+    /// Its first fragment, which must hold the whole transport header (RFC 1858 and 7112: else it counts as truncated).
+    First,
+    /// Another fragment.
+    Later,
 }
 
 /// Where the headers are and what they say. Offsets are in bytes from the packet's start.
@@ -49,8 +62,17 @@ pub struct Headers<F: Family> {
     pub tuple: Tuple<F::Address>,
     /// What the packet is.
     pub kind: Kind,
-    /// TCP flags.
+    /// TCP flags; for SCTP what its first chunk means in terms of them.
     pub tcp_flags: u8,
+    /// Which part of a datagram it is.
+    pub fragment: Fragment,
+    /// For a fragment: the datagram's identification, as it lies in memory.
+    pub datagram: u32,
+    /// For a fragment: the protocol as every fragment of the datagram tells it.
+    ///
+    /// For IPv6 the number of the header behind the fragment header. Where that is one more extension
+    /// header, only the first fragment tells the transport protocol, and this is not the tuple's.
+    pub datagram_protocol: u8,
     /// TTL or hop limit.
     pub ttl: u8,
     /// Offset of the IP header.
@@ -59,7 +81,7 @@ pub struct Headers<F: Family> {
     pub transport: u32,
     /// Length from the IP header to the packet's end as the IP header tells it.
     pub length: u32,
-    /// The transport checksum (of the quoted packet in an ICMP error), as it lies in memory.
+    /// The transport checksum (of the quoted packet in an ICMP error), as it lies in memory; not SCTP's.
     pub checksum: u16,
     /// Whether `checksum` was there to read.
     pub has_checksum: bool,
@@ -88,8 +110,14 @@ pub struct Network<F: Family> {
 
 /// A family whose network header can be read.
 pub trait Parse: Family<Address: Wire> {
-    /// Reads the network header at an offset; `quoted` forgives a packet that was cut off.
-    fn network<P: Packet>(packet: &P, offset: u32, quoted: bool) -> Option<Network<Self>>;
+    /// Reads the network header at an offset, and notes in `headers` which datagram it is a fragment of;
+    /// `quoted` forgives a packet that was cut off and notes nothing.
+    fn network<P: Packet>(
+        packet: &P,
+        offset: u32,
+        quoted: bool,
+        headers: &mut Headers<Self>,
+    ) -> Option<Network<Self>>;
     /// Whether an ICMP message of this type quotes a packet and concerns its sender.
     fn is_error(kind: u8) -> bool;
 }
@@ -113,26 +141,34 @@ pub fn untag<P: Packet>(packet: &P, ethertype: u16, offset: u32) -> Option<(u16,
 
 impl Parse for V4 {
     #[inline(always)]
-    fn network<P: Packet>(packet: &P, offset: u32, quoted: bool) -> Option<Network<Self>> {
+    fn network<P: Packet>(
+        packet: &P,
+        offset: u32,
+        quoted: bool,
+        headers: &mut Headers<Self>,
+    ) -> Option<Network<Self>> {
         let header: Ipv4Header = packet.read(offset)?;
         let header_length = u32::from(header.version_ihl & 15).wrapping_mul(4);
         let available = packet.length().wrapping_sub(offset);
         let mut length = u32::from(u16::from_be(header.total_length));
         let mut kind = Kind::Transport;
+        // More fragments, and the offset.
+        let more_offset = u16::from_be(header.fragment) & 0x3fff;
         if length == 0 && available > 0xffff {
             // A segment larger than the field can say (BIG TCP).
             length = available;
         }
+        if more_offset != 0 && !quoted {
+            headers.part(more_offset == 0x2000, u32::from(header.id), header.protocol);
+        }
         if header.version_ihl >> 4 != 4 || header_length < 20 || length < header_length {
             kind = Kind::Malformed;
-        } else if u16::from_be(header.fragment) & 0x3fff != 0 {
+        } else if length > available && !quoted {
+            kind = Kind::Truncated;
+        } else if more_offset & 0x1fff != 0 {
             kind = Kind::Fragment;
-        } else if length > available {
-            if quoted {
-                length = available;
-            } else {
-                kind = Kind::Truncated;
-            }
+        } else {
+            length = length.min(available);
         }
         Some(Network {
             source: header.source,
@@ -155,7 +191,12 @@ impl Parse for V4 {
 
 impl Parse for V6 {
     #[inline(always)]
-    fn network<P: Packet>(packet: &P, offset: u32, quoted: bool) -> Option<Network<Self>> {
+    fn network<P: Packet>(
+        packet: &P,
+        offset: u32,
+        quoted: bool,
+        headers: &mut Headers<Self>,
+    ) -> Option<Network<Self>> {
         let header: Ipv6Header = packet.read(offset)?;
         let available = packet.length().wrapping_sub(offset);
         let payload = u32::from(u16::from_be(header.payload_length));
@@ -191,15 +232,32 @@ impl Parse for V6 {
                     kind = Kind::Other;
                     break;
                 }
-                let offset_more = u16::from_be_bytes([extension.kind, extension.segments_left]);
-                if next == 44 && offset_more & 0xfff9 != 0 {
+                let mut words = u32::from(extension.length).wrapping_add(1);
+                let mut is_later = false;
+                if next == 44 {
+                    // The byte is reserved here.
+                    words = 1;
+                    // An atomic fragment (RFC 6946) has neither offset nor more fragments.
+                    let offset_more = u16::from_be_bytes([extension.kind, extension.segments_left]) & 0xfff9;
+                    if offset_more != 0 {
+                        is_later = offset_more != 1;
+                        if !quoted {
+                            let Some(id) = packet.read::<u32>(transport.wrapping_add(4)) else {
+                                kind = Kind::Truncated;
+                                break;
+                            };
+                            headers.part(!is_later, id, extension.next_header);
+                        }
+                    }
+                }
+                next = extension.next_header;
+                // The black box and a mask above any sum give the verifier one range after each header, not a new
+                // one: it need not go on from here as often as there are headers.
+                transport = core::hint::black_box(transport.wrapping_add(words.wrapping_mul(8)) & 0xfff);
+                if is_later {
                     kind = Kind::Fragment;
                     break;
                 }
-                next = extension.next_header;
-                // A fragment header has a zero here and eight bytes: one step serves all four.
-                transport =
-                    transport.wrapping_add(u32::from(extension.length).wrapping_add(1).wrapping_mul(8));
                 if transport > OFFSET_MAX {
                     kind = Kind::Malformed;
                     break;
@@ -240,6 +298,9 @@ impl<F: Family> Default for Headers<F> {
             },
             kind: Kind::Other,
             tcp_flags: 0,
+            fragment: Fragment::Whole,
+            datagram: 0,
+            datagram_protocol: 0,
             ttl: 0,
             network: 0,
             transport: 0,
@@ -251,6 +312,16 @@ impl<F: Family> Default for Headers<F> {
             quoted_checksum: 0,
             outer: [F::Address::default(), F::Address::default()],
         }
+    }
+}
+
+impl<F: Family> Headers<F> {
+    /// Notes which part of which datagram the packet is.
+    #[inline(always)]
+    fn part(&mut self, is_first: bool, datagram: u32, protocol: u8) {
+        self.fragment = if is_first { Fragment::First } else { Fragment::Later };
+        self.datagram = datagram;
+        self.datagram_protocol = protocol;
     }
 }
 
@@ -269,7 +340,7 @@ pub fn headers_into<F: Parse, P: Packet>(packet: &P, offset: u32, headers: &mut 
     if offset > OFFSET_MAX {
         return false;
     }
-    let Some(network) = F::network(packet, offset, false) else { return false };
+    let Some(network) = F::network(packet, offset, false, headers) else { return false };
     headers.tuple.source = network.source;
     headers.tuple.destination = network.destination;
     headers.tuple.protocol = network.protocol;
@@ -290,9 +361,11 @@ pub fn headers_into<F: Parse, P: Packet>(packet: &P, offset: u32, headers: &mut 
     }
     let payload = end.wrapping_sub(network.transport);
     if network.protocol == protocol::TCP {
-        tcp(packet, headers, payload);
+        tcp_header(packet, headers, payload);
     } else if network.protocol == protocol::UDP {
-        udp(packet, headers, payload);
+        udp_header(packet, headers, payload);
+    } else if network.protocol == protocol::SCTP {
+        sctp_header(packet, headers, payload);
     } else if network.protocol == F::ICMP {
         icmp(packet, headers, payload);
     } else {
@@ -302,14 +375,18 @@ pub fn headers_into<F: Parse, P: Packet>(packet: &P, offset: u32, headers: &mut 
 }
 
 #[inline(always)]
-fn tcp<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32) {
+fn tcp_header<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32) {
     let (Some(header), true) = (packet.read::<TcpHeader>(headers.transport), payload >= 20) else {
         headers.kind = Kind::Truncated;
         return;
     };
     let header_length = u32::from(header.offset >> 4).wrapping_mul(4);
-    if header_length < 20 || header_length > payload {
+    if header_length < 20 {
         headers.kind = Kind::Malformed;
+    } else if header_length > payload {
+        // In a fragment of this size the rest may be in the next one.
+        let first = headers.fragment == Fragment::First;
+        headers.kind = if first { Kind::Truncated } else { Kind::Malformed };
     }
     headers.tuple.source_port = u16::from_be(header.source);
     headers.tuple.destination_port = u16::from_be(header.destination);
@@ -319,13 +396,14 @@ fn tcp<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32) 
 }
 
 #[inline(always)]
-fn udp<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32) {
+fn udp_header<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32) {
     let (Some(header), true) = (packet.read::<UdpHeader>(headers.transport), payload >= 8) else {
         headers.kind = Kind::Truncated;
         return;
     };
     let length = u32::from(u16::from_be(header.length));
-    if length < 8 || length > payload {
+    // In a first fragment it is the whole datagram's.
+    if length < 8 || length > payload && headers.fragment == Fragment::Whole {
         headers.kind = Kind::Malformed;
     }
     headers.tuple.source_port = u16::from_be(header.source);
@@ -334,6 +412,47 @@ fn udp<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32) 
     headers.has_checksum = true;
 }
 
+#[inline(always)]
+fn sctp_header<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32) {
+    let (Some(header), true) = (packet.read::<SctpHeader>(headers.transport), payload >= 16) else {
+        headers.kind = Kind::Truncated;
+        return;
+    };
+    headers.tuple.source_port = u16::from_be(header.source);
+    headers.tuple.destination_port = u16::from_be(header.destination);
+    headers.tcp_flags = sctp_flags(header.chunk, header.chunk_flags);
+}
+
+/// An SCTP packet in TCP's flags, by its first chunk (RFC 9260 section 3.2): the path has one set of states for both.
+///
+/// | first chunk | flags | |
+/// |---|---|---|
+/// | INIT | SYN | always alone in its packet |
+/// | INIT ACK | SYN, ACK | always alone |
+/// | ABORT | RST, ACK | of a connection that its sender knows |
+/// | ABORT with T | RST | its sender knows no such connection (section 8.4), as with TCP's reset without acknowledgment |
+/// | SHUTDOWN ACK | FIN, ACK | neither side has data under way |
+/// | SHUTDOWN COMPLETE | FIN, ACK | the other side's end |
+/// | any other | ACK | SHUTDOWN too: its receiver may have data to send again |
+///
+/// An ABORT behind another chunk is not seen: the flow's entries end by their age.
+#[inline(always)]
+fn sctp_flags(chunk: u8, flags: u8) -> u8 {
+    match chunk {
+        sctp::INIT => tcp::SYN,
+        sctp::INIT_ACK => tcp::SYN | tcp::ACK,
+        sctp::ABORT if flags & sctp::T != 0 => tcp::RST,
+        sctp::ABORT => tcp::RST | tcp::ACK,
+        sctp::SHUTDOWN_ACK | sctp::SHUTDOWN_COMPLETE => tcp::FIN | tcp::ACK,
+        _ => tcp::ACK,
+    }
+}
+
+/// An ICMP error quotes a packet, or a first fragment: either has the ports.
+///
+/// Of SCTP's checksum nothing is kept: it cannot be brought up to date where the quoted packet was cut off, and nobody
+/// reads it there. Whoever gets the error compares the verification tag (RFC 9260 section 10), which the eight
+/// bytes that are always quoted hold and which no translation changes.
 #[inline(always)]
 fn icmp<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32) {
     headers.kind = Kind::Other;
@@ -345,21 +464,22 @@ fn icmp<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32)
         return;
     }
     let offset = headers.transport.wrapping_add(8);
-    let Some(quoted) = F::network(packet, offset, true) else { return };
+    let Some(quoted) = F::network(packet, offset, true, headers) else { return };
     if quoted.kind != Kind::Transport || quoted.transport > OFFSET_MAX {
         return;
     }
-    let is_udp = quoted.protocol == protocol::UDP;
-    if quoted.protocol != protocol::TCP && !is_udp {
+    if !matches!(quoted.protocol, protocol::TCP | protocol::UDP | protocol::SCTP) {
         return;
     }
     // RFC 792: at least eight bytes of the transport header are quoted; the ports are in the first four.
     let Some(ports) = packet.read::<[u16; 4]>(quoted.transport) else { return };
     let [source_port, destination_port, _, udp_checksum] = ports;
-    if is_udp {
+    if quoted.protocol == protocol::UDP {
         headers.checksum = udp_checksum;
         headers.has_checksum = true;
-    } else if let Some(checksum) = packet.read::<u16>(quoted.transport.wrapping_add(16)) {
+    } else if quoted.protocol == protocol::TCP
+        && let Some(checksum) = packet.read::<u16>(quoted.transport.wrapping_add(16))
+    {
         headers.checksum = checksum;
         headers.has_checksum = true;
     }

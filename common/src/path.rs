@@ -38,10 +38,12 @@ use crate::abi::{
     Class, Flow, RejectBucket, ServiceKey, Tuple, backend, device, flow, frontend, listing, networks, state,
 };
 use crate::family::Family;
+use crate::fragment;
 use crate::header::{protocol, tcp};
 use crate::maglev;
-use crate::parse::{Headers, Kind};
+use crate::parse::{Fragment, Headers, Kind};
 use crate::reason::Reason;
+use crate::rewrite::can_follow;
 use crate::tables::Tables;
 
 use policy::Source;
@@ -102,6 +104,8 @@ pub enum Verdict {
     Unreachable,
     /// Drop it.
     Drop,
+    /// Have it kept until its datagram's first fragment has been seen.
+    Hold,
 }
 
 /// What to record of the flow.
@@ -152,6 +156,8 @@ pub struct Decision<F: Family> {
     pub step: Step,
     /// Whether the client's affinity to the backend is recorded.
     pub affinity: bool,
+    /// Whether the packet is a first fragment, and what it [tells](fragment::told) is noted.
+    pub datagram: bool,
     /// The kind of the frontend, one of [`frontend`]; 0: none was asked for.
     pub kind: u32,
     /// The tuple that `flow` is recorded under; the packet's own but where a lost entry is made again.
@@ -171,6 +177,7 @@ impl<F: Family> Decision<F> {
             record: Record::Nothing,
             step: Step::Done,
             affinity: false,
+            datagram: false,
             kind: 0,
             key: *key,
             flow: Flow {
@@ -254,8 +261,10 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     let egress = hook == Hook::Egress;
     let destination = tables.listing(&key.destination);
     let to_address = destination & listing::FRONTEND != 0;
-    let to_node_port =
-        !egress && destination & listing::NODE_PORTS != 0 && tables.is_node_port(key.destination_port);
+    // Of fragments all are taken for one's until their ports are known: the first is to be noted wherever others ask for it.
+    let to_node_port = !egress
+        && destination & listing::NODE_PORTS != 0
+        && (headers.fragment != Fragment::Whole || tables.is_node_port(key.destination_port));
     let to_frontend = to_address || to_node_port;
     let known = if egress {
         to_frontend || tables.listing(&key.source) & listing::BACKEND != 0
@@ -275,9 +284,22 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     }
     match headers.kind {
         Kind::Transport | Kind::IcmpError => {}
+        Kind::Fragment if known && fragment::is_transport(key.protocol) => {
+            later(egress, to_address, headers, tables, decision);
+            return;
+        }
         Kind::Fragment | Kind::Truncated | Kind::Malformed | Kind::Other => {
             if to_address {
                 decision.reason = unreadable(headers.kind);
+            }
+            return;
+        }
+    }
+    if headers.fragment == Fragment::First && known {
+        decision.datagram = true;
+        if !can_follow(headers, &decision.flow) {
+            if to_address {
+                decision.reason = Reason::Fragment;
             }
             return;
         }
@@ -319,6 +341,47 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     }
     if to_backend {
         direct(headers, tables, decision);
+    }
+}
+
+/// A fragment behind its datagram's first one: goes the first one's way. It has no flags, opens nothing and changes nothing.
+#[inline(always)]
+fn later<F: Family, T: Tables<F>>(
+    egress: bool,
+    to_address: bool,
+    headers: &Headers<F>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) {
+    let told = match tables.datagram(&fragment::key(headers)) {
+        Some(told) if fragment::is_fresh(told, tables.now()) => told,
+        _ => {
+            if headers.length <= fragment::HELD_LENGTH_MAX
+                && matches!(tables.settings(), Some(settings) if settings.own_device != 0)
+            {
+                decision.set(Verdict::Hold, Reason::FragmentHeld);
+            } else if to_address {
+                decision.reason = Reason::Fragment;
+            }
+            return;
+        }
+    };
+    decision.key.source_port = told.source_port;
+    decision.key.destination_port = told.destination_port;
+    let entry = match tables.flow(&decision.key) {
+        Some(entry) => Some(entry),
+        None => tables.embryonic(&decision.key),
+    };
+    if let Some(entry) = entry {
+        let verdict = verdict_along(entry.flags, egress);
+        if verdict != Verdict::Pass {
+            decision.flow = *entry;
+            decision.set(verdict, reason_along(entry.flags));
+        }
+    } else if egress && is_stray(headers, tables) {
+        decision.set(Verdict::Drop, Reason::UnassignedAddress);
+    } else if to_address {
+        decision.reason = Reason::Fragment;
     }
 }
 
@@ -456,15 +519,20 @@ fn along<F: Family, T: Tables<F>>(
     } else {
         Record::Renew
     };
-    let reason = if flags & flow::DIRECT != 0 {
+    decision.set(verdict, reason_along(flags));
+    true
+}
+
+/// Why a packet along an entry is translated.
+#[inline(always)]
+fn reason_along(flags: u8) -> Reason {
+    if flags & flow::DIRECT != 0 {
         Reason::DirectRemapped
-    } else if reply {
+    } else if flags & flow::REPLY != 0 {
         Reason::Reply
     } else {
         Reason::Forward
-    };
-    decision.set(verdict, reason);
-    true
+    }
 }
 
 /// Whether the backend of a flow still takes traffic.
@@ -751,7 +819,7 @@ fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &
 #[inline(always)]
 fn is_bare_reset<F: Family>(headers: &Headers<F>) -> bool {
     headers.kind == Kind::Transport
-        && headers.tuple.protocol == protocol::TCP
+        && headers.tuple.protocol != protocol::UDP
         && headers.tcp_flags & (tcp::RST | tcp::ACK | tcp::SYN) == tcp::RST
 }
 
@@ -814,7 +882,7 @@ fn is_unknown_connection<F: Family, T: Tables<F>>(
     }
     let mut is_next = !is_wrong_guess;
     for origin in &origins.frontends {
-        if origin.port == 0 || tables.translated_at_socket() {
+        if origin.port == 0 || packet.protocol == protocol::TCP && tables.translated_at_socket() {
             break;
         }
         if !is_next {

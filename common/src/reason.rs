@@ -56,7 +56,7 @@ reasons! {
     NoBackendDropped = 9, "no_backend_dropped";
     /// An answer to the client was due but its rate is limited: dropped.
     RejectLimited = 10, "reject_limited";
-    /// A fragment for a service whose datagram's first fragment was not seen: passed untouched.
+    /// A fragment for a service whose datagram cannot be translated, or whose first fragment was not seen: passed untouched.
     Fragment = 11, "fragment";
     /// The packet for a service ends before its transport header: passed untouched.
     Truncated = 12, "truncated";
@@ -90,4 +90,6 @@ reasons! {
     UndefinedPort = 26, "undefined_port";
     /// An address of the cluster's Service ranges that no service has, on its way out of this node: dropped.
     UnassignedAddress = 27, "unassigned_address";
+    /// A fragment came before its datagram's first one: kept by the agent, counted again when it goes on.
+    FragmentHeld = 28, "fragment_held";
 }

@@ -4,18 +4,24 @@ use crate::abi::{Flow, Tuple};
 use crate::checksum::Delta;
 use crate::family::{Family, V4};
 use crate::header::{Wire, protocol};
-use crate::parse::{Headers, Kind, Parse};
+use crate::parse::{Fragment, Headers, Kind, Parse};
 
 /// Write access to a packet. Every call answers whether it succeeded; after a
 /// failure the packet is in an undefined state and must be dropped.
 pub trait Edit {
     /// Stores a value at an offset.
     fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool;
+    /// As [`Edit::store`], where no checksum within the packet makes up for the change: what a device has told the
+    /// kernel about the sum of the whole packet must follow.
+    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool;
     /// Updates the IPv4 header checksum at an offset.
     fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool;
     /// Updates a transport or ICMP checksum at an offset: `addresses` is what changed in the
     /// pseudo-header, `data` what changed in the segment (partial checksums know only the former).
     fn transport_checksum(&mut self, offset: u32, addresses: Delta, data: Delta, kind: Checksum) -> bool;
+    /// Updates SCTP's checksum at an offset, in a packet of `length` bytes from the SCTP header on: `change` is what was
+    /// added (XOR) to its ports, as they lie in memory. See [`crate::crc32c::updated`].
+    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool;
 }
 
 /// The rules by which a transport checksum is updated.
@@ -27,7 +33,7 @@ pub enum Checksum {
     Udp,
 }
 
-/// Offset of the checksum in a transport header.
+/// Offset of the checksum in TCP's or UDP's header.
 #[inline(always)]
 pub fn checksum_offset(protocol: u8) -> u32 {
     if protocol == protocol::UDP { 6 } else { 16 }
@@ -35,6 +41,8 @@ pub fn checksum_offset(protocol: u8) -> u32 {
 
 /// Offset of the checksum in an IPv4 header.
 const NETWORK_CHECKSUM: u32 = 10;
+/// Offset of the checksum in SCTP's header.
+const SCTP_CHECKSUM: u32 = 8;
 
 /// How two addresses became two others.
 #[inline(always)]
@@ -76,7 +84,25 @@ pub fn rewrite<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flo
     if headers.kind == Kind::IcmpError { error(edit, headers, flow) } else { segment(edit, headers, flow) }
 }
 
-/// As [`rewrite`], for a TCP or UDP packet.
+/// Whether every part of the packet's datagram can be rewritten to the flow. It can, but for fragments of three kinds:
+///
+/// - SCTP whose ports change: what that does to the checksum depends on the length of the whole datagram, which the first
+///   fragment does not tell. SCTP divides its messages itself and asks for the path's MTU, so these are rare.
+/// - IPv6 with extension headers behind the fragment header: the other fragments do not tell the transport protocol.
+/// - An ICMP error: its other fragments do not tell which flow it is about. It is short, so these are rarer still.
+#[inline(always)]
+pub fn can_follow<F: Family>(headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
+    let tuple = &headers.tuple;
+    let keeps_ports =
+        tuple.source_port == flow.source_port && tuple.destination_port == flow.destination_port;
+    headers.fragment == Fragment::Whole
+        || headers.datagram_protocol == tuple.protocol && (tuple.protocol != protocol::SCTP || keeps_ports)
+}
+
+/// As [`rewrite`], for a TCP, UDP or SCTP packet or a fragment.
+///
+/// A first fragment's checksum is the whole datagram's and changes as a whole packet's; of a later fragment
+/// the addresses alone are rewritten. False where not even the first fragment [can follow](can_follow).
 #[inline(always)]
 pub fn segment<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
     let tuple = &headers.tuple;
@@ -84,24 +110,64 @@ pub fn segment<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flo
     let old_ports = [tuple.source_port, tuple.destination_port];
     let new_ports = [flow.source_port, flow.destination_port];
     let addresses = addresses_delta::<F>(&old, &new);
-    let ports = ports_delta(old_ports, new_ports);
-    let kind = if tuple.protocol == protocol::UDP { Checksum::Udp } else { Checksum::Plain };
-    let checksum = headers.transport.wrapping_add(checksum_offset(tuple.protocol));
-    // The checksums first: in UDP's case whether there is one is read from the packet.
-    if !edit.transport_checksum(checksum, addresses, ports, kind) {
-        return false;
+    let is_later = headers.fragment == Fragment::Later;
+    // Whether a checksum in this packet makes up for changed ports, and addresses but for IPv4's own.
+    let is_balanced = !is_later && tuple.protocol != protocol::SCTP;
+    if is_balanced {
+        let ports = ports_delta(old_ports, new_ports);
+        let kind = if tuple.protocol == protocol::UDP { Checksum::Udp } else { Checksum::Plain };
+        let checksum = headers.transport.wrapping_add(checksum_offset(tuple.protocol));
+        // The checksums first: in UDP's case whether there is one is read from the packet.
+        if !edit.transport_checksum(checksum, addresses, ports, kind) {
+            return false;
+        }
     }
     if old != new {
-        if F::VERSION == V4::VERSION
-            && !edit.network_checksum(headers.network.wrapping_add(NETWORK_CHECKSUM), addresses)
-        {
-            return false;
-        }
-        if !edit.store(headers.network.wrapping_add(F::SOURCE), new) {
+        let place = headers.network.wrapping_add(F::SOURCE);
+        if F::VERSION == V4::VERSION {
+            let checksum = headers.network.wrapping_add(NETWORK_CHECKSUM);
+            if !edit.network_checksum(checksum, addresses) || !edit.store(place, new) {
+                return false;
+            }
+        } else if is_balanced {
+            if !edit.store(place, new) {
+                return false;
+            }
+        } else if !edit.store_unbalanced(place, new) {
             return false;
         }
     }
-    old_ports == new_ports || edit.store(headers.transport, new_ports.map(u16::to_be))
+    if is_later || old_ports == new_ports {
+        return true;
+    }
+    let ports = new_ports.map(u16::to_be);
+    if is_balanced {
+        edit.store(headers.transport, ports)
+    } else {
+        sctp_checksum(edit, headers, old_ports, new_ports) && edit.store_unbalanced(headers.transport, ports)
+    }
+}
+
+/// Updates an SCTP packet's checksum; false for a fragment.
+#[inline(always)]
+fn sctp_checksum<F: Parse, E: Edit>(
+    edit: &mut E,
+    headers: &Headers<F>,
+    old: [u16; 2],
+    new: [u16; 2],
+) -> bool {
+    if headers.fragment != Fragment::Whole {
+        return false;
+    }
+    let length = headers.length.wrapping_sub(headers.transport.wrapping_sub(headers.network));
+    let change = ports_word(old) ^ ports_word(new);
+    edit.sctp_checksum(headers.transport.wrapping_add(SCTP_CHECKSUM), change, length)
+}
+
+/// Ports (host order) as the word that they lie in memory as.
+#[inline(always)]
+fn ports_word([source, destination]: [u16; 2]) -> u32 {
+    (u32::from(source) << 16 | u32::from(destination)).to_be()
 }
 
 #[inline(always)]

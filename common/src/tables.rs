@@ -1,8 +1,8 @@
 //! The questions that the packet's path may ask of the maps.
 
 use crate::abi::{
-    Affinity, AffinityKey, Backend, Class, Device, Flow, Networks, OriginKey, Origins, Range, Service,
-    ServiceKey, ServicePort, Settings, Ticks, Tuple,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, OriginKey,
+    Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple,
 };
 use crate::family::Family;
 
@@ -16,6 +16,8 @@ pub trait Tables<F: Family> {
     fn flow(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>>;
     /// The entry of a flow that nothing has proven so far.
     fn embryonic(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>>;
+    /// What a datagram's first fragment has told.
+    fn datagram(&self, key: &Datagram<F::Address>) -> Option<&DatagramPorts>;
     /// Where a frontend leads.
     fn service(&self, key: &ServiceKey<F::Address>) -> Option<&Service>;
     /// A service port; its ranges may change while it is read, so ask [`Self::range`] for them.

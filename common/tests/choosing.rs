@@ -10,9 +10,9 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use packets::ip::Ip;
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Class, Device, Flow, Networks, OriginKey, Origins, Range, Service,
-    ServiceKey, ServicePort, Settings, Ticks, Tuple, backend, detect_local, frontend, listing, masquerade,
-    policy,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, OriginKey,
+    Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, backend, detect_local,
+    frontend, listing, masquerade, policy,
 };
 use sluice_common::header::protocol::{TCP, UDP};
 use sluice_common::socket::{Choice, choose};
@@ -142,6 +142,9 @@ impl<F: Ip> Tables<F> for Maps<F> {
         None
     }
     fn embryonic(&self, _: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+        None
+    }
+    fn datagram(&self, _: &Datagram<F::Address>) -> Option<&DatagramPorts> {
         None
     }
     fn service(&self, key: &ServiceKey<F::Address>) -> Option<&Service> {

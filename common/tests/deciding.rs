@@ -11,19 +11,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use packets::bytes::Bytes;
-use packets::frame::{ACK, Frame, RST, SYN};
+use packets::frame::{ACK, Frame, INIT, RST, SYN};
 use packets::ip::Ip;
 use proptest::prelude::*;
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Class, Device, Flow, Ipv4Address, Ipv6Address, Networks, OriginKey,
-    Origins, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, backend,
-    frontend, listing,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Ipv4Address, Ipv6Address,
+    Networks, OriginKey, Origins, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings,
+    Ticks, Tuple, backend, frontend, listing,
 };
 use sluice_common::parse::{Kind, headers, untag};
 use sluice_common::path::{
     Hook, REJECT_BURST_MS, REJECT_COST_MS, Record, Step, Verdict, decide, partner, partner_key, spend,
 };
-use sluice_common::rewrite::rewrite;
+use sluice_common::rewrite::{can_follow, rewrite};
 use sluice_common::tables::Routes;
 use sluice_common::{Reason, Tables, V4, V6};
 
@@ -35,6 +35,7 @@ struct Whim<F: Ip> {
     listing: [u8; 4],
     flow: Option<Flow<F::Address>>,
     embryonic: Option<Flow<F::Address>>,
+    datagram: Option<DatagramPorts>,
     service: Option<Service>,
     port: Option<ServicePort>,
     backend: Option<Backend<F::Address>>,
@@ -59,6 +60,9 @@ impl<F: Ip> Tables<F> for Whim<F> {
     }
     fn embryonic(&self, _: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         self.embryonic.as_ref()
+    }
+    fn datagram(&self, _: &Datagram<F::Address>) -> Option<&DatagramPorts> {
+        self.datagram.as_ref()
     }
     fn service(&self, _: &ServiceKey<F::Address>) -> Option<&Service> {
         self.service.as_ref()
@@ -192,6 +196,9 @@ fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
         }
         origins
     });
+    let datagram = (any::<[u16; 2]>(), 0_u32..20).prop_map(|([source_port, destination_port], age)| {
+        DatagramPorts { source_port, destination_port, seen: NOW - age }
+    });
     let settings = (0_u32..4, 0_u32..5, any::<u32>(), 0_u32..3).prop_map(
         |(masquerade, detect_local, networks, own_device)| Settings {
             masquerade,
@@ -212,6 +219,7 @@ fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
         prop::option::of(backend),
         prop::option::of(affinity),
         prop::option::of(origins),
+        prop::option::of(datagram),
     );
     let node = (
         prop::option::of(settings),
@@ -222,12 +230,13 @@ fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
     );
     (prop::array::uniform4(0_u8..16), flows, objects, node, 0_u32..8, 0_u32..12, any::<[bool; 4]>()).prop_map(
         |(listing, (flow, embryonic), objects, node, marks, passed_over, yes)| {
-            let (service, port, backend, affinity, origins) = objects;
+            let (service, port, backend, affinity, origins, datagram) = objects;
             let (settings, networks, device, here, routes) = node;
             Whim {
                 listing,
                 flow,
                 embryonic,
+                datagram,
                 service,
                 port,
                 backend,
@@ -253,7 +262,7 @@ fn hook() -> impl Strategy<Value = Hook> {
 /// Bytes: any, or a good frame with some bytes changed, cut anywhere.
 fn bytes() -> impl Strategy<Value = Vec<u8>> {
     let changed =
-        (any::<bool>(), 0_u8..4, prop::collection::vec((0_usize..90, any::<u8>()), 0..4), 0_usize..130)
+        (any::<bool>(), 0_u8..7, prop::collection::vec((0_usize..90, any::<u8>()), 0..4), 0_usize..130)
             .prop_map(|(v4, shape, changes, length)| {
                 let end = |host, port| {
                     let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, host);
@@ -266,6 +275,9 @@ fn bytes() -> impl Strategy<Value = Vec<u8>> {
                     0 => Frame::tcp(client, server, SYN, b"data"),
                     1 => Frame::tcp(client, server, RST, b""),
                     2 => Frame::udp(client, server, b"data"),
+                    3 => Frame::sctp(client, server, (INIT, 0), b"data"),
+                    4 => Frame::udp(client, server, &[1; 40]).fragments(7, 24).remove(0),
+                    5 => Frame::udp(client, server, &[1; 40]).fragments(7, 24).remove(1),
                     _ => {
                         let quote = Frame::udp(server, client, b"data").packet();
                         Frame::icmp(client.ip(), server.ip(), if v4 { (3, 3) } else { (1, 4) }, 0, &quote)
@@ -299,7 +311,7 @@ fn anything<F: Ip>(packet: &Bytes, offset: u32, hook: Hook, tables: &Whim<F>) ->
         return Ok(());
     }
     prop_assert!(
-        matches!(headers.kind, Kind::Transport | Kind::IcmpError),
+        matches!(headers.kind, Kind::Transport | Kind::IcmpError | Kind::Fragment),
         "{:?} is not translated",
         headers.kind
     );
@@ -307,6 +319,13 @@ fn anything<F: Ip>(packet: &Bytes, offset: u32, hook: Hook, tables: &Whim<F>) ->
     if headers.kind == Kind::IcmpError {
         prop_assert_eq!(decision.reason, Reason::IcmpError);
         prop_assert_eq!(decision.record, Record::Nothing);
+    }
+    prop_assert_eq!(decision.reason == Reason::FragmentHeld, decision.verdict == Verdict::Hold);
+    if headers.kind == Kind::Fragment {
+        prop_assert_eq!(decision.record, Record::Nothing);
+    }
+    if decision.verdict == Verdict::Hold || !can_follow(&headers, &decision.flow) {
+        return Ok(());
     }
     let mut edited = packet.clone();
     prop_assert!(rewrite(&mut edited, &headers, &decision.flow), "what was read can be written");
@@ -340,6 +359,9 @@ impl Tables<V4> for Few {
     }
     fn embryonic(&self, tuple: &Tuple<Ipv4Address>) -> Option<&Flow<Ipv4Address>> {
         self.embryonic.get(tuple)
+    }
+    fn datagram(&self, _: &Datagram<Ipv4Address>) -> Option<&DatagramPorts> {
+        None
     }
     fn service(&self, key: &ServiceKey<Ipv4Address>) -> Option<&Service> {
         self.services.get(key)

@@ -10,14 +10,14 @@ mod packets {
 use std::net::{IpAddr, SocketAddr};
 
 use packets::bytes::Bytes;
-use packets::frame::{ACK, FIN, Frame, Payload, RST, SYN, Sum, octets};
+use packets::frame::{ACK, DATA, FIN, Frame, Payload, RST, SCTP, SYN, Sum, TCP, UDP, octets};
 use packets::ip::Ip;
 use proptest::prelude::*;
 use sluice_common::abi::Flow;
 use sluice_common::answer::{self, QUOTE};
 use sluice_common::header::TcpHeader;
 use sluice_common::parse::{Headers, Kind, headers};
-use sluice_common::rewrite::{hop, rewrite};
+use sluice_common::rewrite::{can_follow, hop, rewrite};
 use sluice_common::{Packet, V4, V6};
 
 /// Addresses of one family. Few enough bytes that both a checksum's carries and their absence come up.
@@ -92,6 +92,16 @@ fn rewritten_of(
     } else {
         rewritten::<V6>(&frame.bytes(), partial, kind, source, destination)
     }
+}
+
+/// Whether a fragment's datagram can get another tuple, which a rewrite of the fragment agrees with.
+fn follows<F: Ip>(fragment: &Frame, source: SocketAddr, destination: SocketAddr) -> bool {
+    let mut packet = Bytes { bytes: fragment.bytes(), partial: false };
+    let headers = read::<F>(&packet);
+    let flow = flow::<F>(source, destination);
+    let possible = can_follow(&headers, &flow);
+    assert_eq!(rewrite(&mut packet, &headers, &flow), possible);
+    possible
 }
 
 fn sums() -> impl Strategy<Value = Sum> {
@@ -175,6 +185,86 @@ proptest! {
             let actual = rewritten_of(&error(from, seen_as, &quoted), false, Kind::IcmpError, frontend, client);
             prop_assert_eq!(actual, expected.bytes());
         }
+    }
+
+    #[test]
+    fn a_rewritten_sctp_packet_is_the_one_that_its_new_sender_would_have_made(
+        [client, frontend, source, destination] in ends(),
+        data in prop::collection::vec(any::<u8>(), 0..9_000),
+        sum in prop_oneof![3 => Just(Sum::Full), 1 => Just(Sum::Absent)],
+        padding in 0_usize..40,
+    ) {
+        let frame = Frame::sctp(client, frontend, (DATA, 3), &data).bare().sum(sum).padded(padding);
+        let there = frame.clone().from(source).to(destination);
+        let actual = rewritten_of(&frame, false, Kind::Transport, source, destination);
+        prop_assert_eq!(&actual, &there.bytes());
+        let back = rewritten_of(&there, false, Kind::Transport, client, frontend);
+        prop_assert_eq!(back, frame.bytes());
+    }
+
+    #[test]
+    fn a_rewritten_icmp_error_about_sctp_holds_and_keeps_the_quoted_checksum(
+        [client, frontend, seen_as, backend] in ends(),
+        data in data(),
+        cut in 0_usize..60,
+        rest in any::<u32>(),
+    ) {
+        let quoted = Frame::sctp(seen_as, backend, (DATA, 3), &data);
+        let header = if client.is_ipv4() { 20 } else { 40 };
+        let whole = quoted.packet();
+        let quote = whole.len().min(header + 8 + cut);
+        let mut shown = quoted.from(client).to(frontend).packet();
+        shown[header + 8..header + 12].copy_from_slice(&whole[header + 8..header + 12]);
+        let kind = if client.is_ipv4() { (3, 4) } else { (2, 0) };
+        let error = |from: SocketAddr, to: SocketAddr, packet: &[u8]| Frame::icmp(from.ip(), to.ip(), kind, rest, &packet[..quote]).bare();
+        let expected = error(frontend, client, &shown);
+        let actual = rewritten_of(&error(backend, seen_as, &whole), false, Kind::IcmpError, frontend, client);
+        prop_assert_eq!(actual, expected.bytes());
+    }
+
+    #[test]
+    fn rewritten_fragments_are_fragments_of_the_rewritten_datagram(
+        protocol in prop_oneof![Just(TCP), Just(UDP), Just(SCTP)],
+        [client, frontend, source, destination] in ends(),
+        data in prop::collection::vec(any::<u8>(), 40..400),
+        size in 3_usize..20,
+        id in any::<u32>(),
+        order in any::<prop::sample::Index>(),
+    ) {
+        // SCTP's ports stay.
+        let keep = |new: SocketAddr, old: SocketAddr| if protocol == SCTP { SocketAddr::new(new.ip(), old.port()) } else { new };
+        let (source, destination) = (keep(source, client), keep(destination, frontend));
+        let datagram = match protocol {
+            TCP => Frame::tcp(client, frontend, ACK, &data),
+            UDP => Frame::udp(client, frontend, &data),
+            _ => Frame::sctp(client, frontend, (DATA, 3), &data),
+        }
+        .bare();
+        let expected = datagram.clone().from(source).to(destination).fragments(id, size * 8);
+        let mut pairs: Vec<_> = datagram.fragments(id, size * 8).into_iter().zip(expected).enumerate().collect();
+        let middle = order.index(pairs.len());
+        pairs.rotate_left(middle);
+        for (index, (fragment, expected)) in pairs {
+            let kind = if index == 0 { Kind::Transport } else { Kind::Fragment };
+            let actual = rewritten_of(&fragment, false, kind, source, destination);
+            prop_assert_eq!(actual, expected.bytes());
+        }
+    }
+
+    #[test]
+    fn an_sctp_fragment_cannot_get_other_ports(
+        [client, frontend, ..] in ends(),
+        data in prop::collection::vec(any::<u8>(), 40..400),
+        ports in any::<[u16; 2]>(),
+    ) {
+        let first = Frame::sctp(client, frontend, (DATA, 3), &data).bare().fragments(7, 32).swap_remove(0);
+        let [source, destination] = [SocketAddr::new(client.ip(), ports[0]), SocketAddr::new(frontend.ip(), ports[1])];
+        let possible = if client.is_ipv4() {
+            follows::<V4>(&first, source, destination)
+        } else {
+            follows::<V6>(&first, source, destination)
+        };
+        prop_assert_eq!(possible, [source, destination] == [client, frontend]);
     }
 
     #[test]

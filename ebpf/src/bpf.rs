@@ -5,6 +5,7 @@ mod decide;
 mod fib;
 mod maps;
 mod record;
+mod sctp;
 mod skb;
 mod socket;
 mod tables;

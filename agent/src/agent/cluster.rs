@@ -106,6 +106,11 @@ impl Cluster {
         self.node().map(|node| node.addresses.clone()).or_else(adopted).unwrap_or_default()
     }
 
+    /// Whether our Node is about to be deleted.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.node().is_some_and(|node| node.leaving)
+    }
+
     /// The networks of Services' addresses.
     fn service_networks(&self, policy: &Policy) -> Vec<IpNet> {
         if !policy.service_cidrs.is_empty() {
@@ -270,7 +275,7 @@ mod tests {
         let expected = Settings {
             masquerade: abi::masquerade::KUBE_PROXY,
             detect_local: abi::detect_local::ADDRESS,
-            networks: abi::networks::SERVICES_V4,
+            networks: abi::networks::SERVICES_V4 | abi::networks::PODS_V4 | abi::networks::PODS_V6,
             ..given
         };
         assert_eq!(told.settings, expected);
@@ -321,7 +326,7 @@ mod tests {
         assert_eq!(shown_pods(told(&cluster, &flags)), [""; 0]);
         assert!(cluster.complete() && !cluster.complete());
         assert_eq!(told(&cluster, &policy).v4.services, nothing.v4.services);
-        assert_eq!(told(&cluster, &policy).settings.networks, 0);
+        assert_eq!(told(&cluster, &policy).settings.networks, abi::networks::PODS_V4);
 
         let mut nobody = Cluster::new("a", left);
         assert!(nobody.complete());

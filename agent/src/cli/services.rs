@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::table::{Format, Table, bytes, render};
-use super::view::{PortName, View, kind};
+use crate::view::{PortName, View, kind};
 
 /// A service port in one family.
 #[derive(Clone, Debug, Serialize)]

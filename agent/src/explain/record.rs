@@ -3,8 +3,8 @@
 use std::cell::RefCell;
 
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Class, Device, Flow, Networks, OriginKey, Origins, Range, Service,
-    ServiceKey, ServicePort, Settings, Ticks, Tuple,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, OriginKey,
+    Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple,
 };
 use sluice_common::tables::Routes;
 use sluice_common::{Family, Tables};
@@ -81,6 +81,10 @@ impl<F: Family, T: Tables<F>> Tables<F> for Recorder<'_, F, T> {
             self.note(Asked::Flow { found: found.copied(), embryonic: true });
         }
         found
+    }
+
+    fn datagram(&self, key: &Datagram<F::Address>) -> Option<&DatagramPorts> {
+        self.tables.datagram(key)
     }
 
     fn service(&self, key: &ServiceKey<F::Address>) -> Option<&Service> {

@@ -362,7 +362,8 @@ impl<'w> Story<'w> {
             | PathVerdict::Translate
             | PathVerdict::Reset
             | PathVerdict::Unreachable
-            | PathVerdict::Drop => "",
+            | PathVerdict::Drop
+            | PathVerdict::Hold => "",
         };
         self.add("rewrite", parts.join(", ") + fate);
     }

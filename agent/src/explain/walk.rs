@@ -528,7 +528,8 @@ fn shares<F: Stack>(world: &World, range: Range) -> Vec<Candidate> {
 /// What a path's verdict is to those who ask.
 fn verdict(verdict: path::Verdict) -> Verdict {
     match verdict {
-        path::Verdict::Pass => Verdict::Pass,
+        // Only whole packets are asked about: none is held.
+        path::Verdict::Pass | path::Verdict::Hold => Verdict::Pass,
         path::Verdict::Translate | path::Verdict::TurnBack | path::Verdict::HandIn | path::Verdict::Route => {
             Verdict::Forward
         }

@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Class, Device, Flow, Networks, NodeAddress, OriginKey, Origins, Range,
-    Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, device, node_address, socket_path,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, NodeAddress,
+    OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, device,
+    node_address, socket_path,
 };
 use sluice_common::family::lane;
 use sluice_common::path::mark;
@@ -108,6 +109,11 @@ impl<F: Side> Tables<F> for Seen<'_> {
 
     fn embryonic(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         F::around(self.world).embryonic.get(tuple)
+    }
+
+    fn datagram(&self, _: &Datagram<F::Address>) -> Option<&DatagramPorts> {
+        // Only whole packets are asked about.
+        None
     }
 
     fn service(&self, key: &ServiceKey<F::Address>) -> Option<&Service> {

@@ -9,7 +9,7 @@
 
 mod connection;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use kube::{Api, Client, Config};
 use tokio::sync::mpsc;
 
 use super::Pulse;
-use super::decode::{Decoder, HEADLESS_LABEL, Kind, Meta, PROXY_NAME_LABEL, change};
+use super::decode::{Decoder, HEADLESS_LABEL, Kind, Meta, PROXY_NAME_LABEL, TRIGGER_ANNOTATION, change};
 use crate::model::object::ObjectName;
 use crate::model::report::{Flaw, Note, Subject};
 use crate::model::{Change, Event, SourceId};
@@ -244,7 +244,9 @@ impl Backoff for Patience {
 fn trim(event: watcher::Event<DynamicObject>) -> watcher::Event<DynamicObject> {
     event.modify(|object| {
         object.metadata.managed_fields = None;
-        object.metadata.annotations = None;
+        if let Some(annotations) = &mut object.metadata.annotations {
+            annotations.retain(|name, _| name == TRIGGER_ANNOTATION);
+        }
         object.metadata.owner_references = None;
     })
 }
@@ -319,14 +321,16 @@ impl Intake {
 
     fn apply(&mut self, kind: Kind, object: DynamicObject) -> Vec<Change> {
         let name = name(&object);
+        let optional = |texts: BTreeMap<String, String>| {
+            texts.into_iter().map(|(key, value)| (key, Some(value))).collect()
+        };
         let meta = Meta {
             name: object.metadata.name,
             namespace: object.metadata.namespace,
-            labels: object
-                .metadata
-                .labels
-                .map(|labels| labels.into_iter().map(|(key, value)| (key, Some(value))).collect()),
+            labels: object.metadata.labels.map(optional),
+            annotations: object.metadata.annotations.map(optional),
             creation_timestamp: object.metadata.creation_timestamp.map(|time| time.0.to_string()),
+            deletion_timestamp: object.metadata.deletion_timestamp.map(|time| time.0.to_string()),
         };
         let known = self.known(kind);
         let _ = known.names.insert(name.clone());

@@ -23,7 +23,8 @@ struct ServiceRow {
     service: String,
     port: u16,
     protocol: String,
-    vips: Vec<IpAddr>,
+    /// Addresses, and `*:PORT` for a node port.
+    vips: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -36,13 +37,14 @@ struct BackendRow {
     share: f64,
 }
 
-/// What is programmed of one namespace; an error where nothing can be read.
+/// What is programmed of one namespace, but for node ports; an error where nothing can be read.
 pub(crate) fn programmed(node: &Node, namespace: &str) -> Result<Programmed, String> {
     let services: Vec<ServiceRow> = rows(node, &["services", "-o", "json", "-n", namespace])?;
     let backends: Vec<BackendRow> = rows(node, &["backends", "-o", "json"])?;
     let mut all = Programmed::new();
     for service in services {
-        for vip in service.vips {
+        for vip in service.vips.iter().filter(|vip| !vip.starts_with('*')) {
+            let vip: IpAddr = vip.parse().map_err(|error| format!("{vip}: {error}"))?;
             // A service port has an id in each family, and names alone do not tell them apart.
             let own = backends
                 .iter()

@@ -1,10 +1,10 @@
 //! A case: what the maps hold, a packet, and what must come of both.
 
 use sluice_common::Reason;
-use sluice_common::abi::{Affinity, Flow};
+use sluice_common::abi::{Affinity, DatagramPorts, Flow};
 
 use super::frame::Frame;
-use super::world::{Affinities, Exhausted, Flows, World};
+use super::world::{Affinities, Datagrams, Exhausted, Flows, World};
 
 /// A program of the object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +66,7 @@ pub(crate) struct Outcome {
     pub(crate) embryonic: Flows,
     pub(crate) affinity: Affinities,
     pub(crate) exhausted: Exhausted,
+    pub(crate) fragments: Datagrams,
     pub(crate) marks: u32,
 }
 
@@ -107,6 +108,7 @@ impl Case {
                 embryonic: world.embryonic.clone(),
                 affinity: world.affinity.clone(),
                 exhausted: world.exhausted.clone(),
+                fragments: world.fragments.clone(),
                 marks: world.marks,
             },
             partial: false,
@@ -198,6 +200,12 @@ impl Case {
         self
     }
 
+    /// Leaves exactly these datagrams in `fragments`.
+    pub(crate) fn fragments(mut self, fragments: Datagrams) -> Self {
+        self.expected.fragments = fragments;
+        self
+    }
+
     /// Leaves these marks.
     pub(crate) fn marks(mut self, marks: u32) -> Self {
         self.expected.marks = marks;
@@ -224,6 +232,7 @@ impl Case {
                 case.expected.embryonic = case.world.embryonic.clone();
                 case.expected.affinity = case.world.affinity.clone();
                 case.expected.exhausted = case.world.exhausted.clone();
+                case.expected.fragments = case.world.fragments.clone();
                 case.expected.marks = case.world.marks;
                 case
             })
@@ -249,6 +258,11 @@ pub(crate) fn settle(actual: &mut Outcome, expected: &Outcome) {
     }
     for (key, Affinity { seen, .. }) in &mut actual.affinity {
         if let Some(expected) = expected.affinity.get(key) {
+            forgive(seen, expected.seen);
+        }
+    }
+    for (key, DatagramPorts { seen, .. }) in &mut actual.fragments {
+        if let Some(expected) = expected.fragments.get(key) {
             forgive(seen, expected.seen);
         }
     }

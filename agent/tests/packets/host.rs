@@ -4,24 +4,25 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Class, Device, Flow, Networks, Origin, OriginKey, Origins, PREFIXES,
-    Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, device, flow,
-    node_address, state,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, Origin,
+    OriginKey, Origins, PREFIXES, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings,
+    Ticks, Tuple, device, flow, node_address, state,
 };
 use sluice_common::answer::{self, QUOTE};
 use sluice_common::family::lane;
+use sluice_common::fragment::{self, label};
 use sluice_common::header::{TcpHeader, tcp};
 use sluice_common::parse::{self, Headers, Kind};
 use sluice_common::path::policy::is_within;
 use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict, mark, partner, partner_key};
-use sluice_common::rewrite::{Edit, hop, rewrite};
+use sluice_common::rewrite::{Edit, can_follow, hop, rewrite};
 use sluice_common::tables::Routes;
 use sluice_common::{Packet, Reason, Tables, V4, V6};
 
 use super::bytes::Bytes;
 use super::case::{Case, Counted, End, Outcome, Program};
 use super::ip::Ip;
-use super::world::{self, Affinities, Exhausted, Flows, World};
+use super::world::{self, Affinities, Datagrams, Exhausted, Flows, World};
 
 /// The time when a packet is met.
 const NOW: Ticks = 100_000;
@@ -135,6 +136,31 @@ pub(crate) fn exhausted_told<F: Ip>(
     entries.into_iter().map(|(key, tick)| (tuple_told::<F>(&key), now.wrapping_sub(tick))).collect()
 }
 
+/// Datagrams with a family's addresses, and times instead of ages.
+pub(crate) fn datagrams<F: Ip>(world: &World, now: Ticks) -> BTreeMap<Datagram<F::Address>, DatagramPorts> {
+    let convert = |(key, told): (&Datagram<IpAddr>, &DatagramPorts)| {
+        let &Datagram { id, protocol, reserved, .. } = key;
+        let (source, destination) = (F::of(key.source)?, F::of(key.destination)?);
+        let key = Datagram { source, destination, id, protocol, reserved };
+        Some((key, DatagramPorts { seen: now - told.seen, ..*told }))
+    };
+    world.fragments.iter().filter_map(convert).collect()
+}
+
+/// The way back of [`datagrams`].
+pub(crate) fn datagrams_told<F: Ip>(
+    entries: impl IntoIterator<Item = (Datagram<F::Address>, DatagramPorts)>,
+    now: Ticks,
+) -> Datagrams {
+    let convert = |(key, told): (Datagram<F::Address>, DatagramPorts)| {
+        let Datagram { id, protocol, reserved, .. } = key;
+        let (source, destination) = (F::ip(key.source), F::ip(key.destination));
+        let key = Datagram { source, destination, id, protocol, reserved };
+        (key, DatagramPorts { seen: now.wrapping_sub(told.seen), ..told })
+    };
+    entries.into_iter().map(convert).collect()
+}
+
 /// Entries with a family's addresses, and times instead of ages.
 pub(crate) fn entries<F: Ip>(flows: &Flows, now: Ticks) -> BTreeMap<Tuple<F::Address>, Flow<F::Address>> {
     let convert = |key: &Tuple<IpAddr>, entry: &Flow<IpAddr>| {
@@ -211,6 +237,7 @@ struct Memory<F: Ip> {
     origins: BTreeMap<OriginKey<F::Address>, Origins<F::Address>>,
     flows: BTreeMap<Tuple<F::Address>, Flow<F::Address>>,
     embryonic: BTreeMap<Tuple<F::Address>, Flow<F::Address>>,
+    fragments: BTreeMap<Datagram<F::Address>, DatagramPorts>,
     marks: u32,
 }
 
@@ -243,8 +270,16 @@ impl<F: Ip> Memory<F> {
             origins: origins::<F>(world),
             flows: entries::<F>(&world.flows, NOW),
             embryonic: entries::<F>(&world.embryonic, NOW),
+            fragments: datagrams::<F>(world, NOW),
             marks: world.marks,
             world: world.clone(),
+        }
+    }
+
+    /// Notes what a first fragment tells.
+    fn note(&mut self, headers: &Headers<F>, decision: &Decision<F>) {
+        if decision.datagram {
+            let _ = self.fragments.insert(fragment::key(headers), fragment::told(headers, decision, NOW));
         }
     }
 
@@ -388,6 +423,10 @@ impl<F: Ip> Tables<F> for Memory<F> {
         self.embryonic.get(tuple)
     }
 
+    fn datagram(&self, key: &Datagram<F::Address>) -> Option<&DatagramPorts> {
+        self.fragments.get(key)
+    }
+
     fn service(&self, key: &ServiceKey<F::Address>) -> Option<&Service> {
         self.services.get(key)
     }
@@ -492,6 +531,7 @@ fn untouched(case: &Case) -> Outcome {
         embryonic: case.world.embryonic.clone(),
         affinity: case.world.affinity.clone(),
         exhausted: case.world.exhausted.clone(),
+        fragments: case.world.fragments.clone(),
         marks: case.world.marks,
     }
 }
@@ -523,6 +563,7 @@ fn run_family<F: Ip>(case: &Case, mut packet: Bytes, offset: u32) -> Outcome {
         embryonic: told::<F>(memory.embryonic, NOW),
         affinity: affinities_told::<F>(memory.affinity, NOW),
         exhausted: exhausted_told::<F>(memory.exhausted, NOW),
+        fragments: datagrams_told::<F>(memory.fragments, NOW),
         marks: memory.marks,
     }
 }
@@ -559,13 +600,15 @@ fn xdp<F: Ip>(
     if decision.verdict != Verdict::Translate
         || decision.step != Step::Done
         || decision.flow.flags & flow::LOCAL == 0
-        || headers.kind != Kind::Transport
+        || !matches!(headers.kind, Kind::Transport | Kind::Fragment)
+        || decision.datagram && !can_follow(headers, &decision.flow)
         || answer::is_partial(headers)
         || !ours
         || memory.record(&decision).is_err()
     {
         return (End::XdpPass, None);
     }
+    memory.note(headers, &decision);
     if rewrite(packet, headers, &decision.flow) {
         (End::XdpPass, count(&decision, headers.length))
     } else {
@@ -585,6 +628,7 @@ fn tc<F: Ip>(
     let hook = if ingress { Hook::Ingress } else { Hook::Egress };
     let is_done = decision.step == Step::Done;
     if decision.verdict == Verdict::Pass && is_done {
+        memory.note(headers, &decision);
         return (End::Next, count(&decision, headers.length));
     }
     let inside = case.world.devices.get(&case.ifindex).is_some_and(|device| device.role == device::EDGE);
@@ -595,6 +639,7 @@ fn tc<F: Ip>(
         }
     }
     let recorded = if is_done { memory.record(&decision) } else { memory.open(hook, headers, &mut decision) };
+    memory.note(headers, &decision);
     let end = apply(case, packet, headers, &mut decision, recorded);
     (end, count(&decision, headers.length))
 }
@@ -617,6 +662,12 @@ fn apply<F: Ip>(
     match decision.verdict {
         Verdict::Pass => return End::Next,
         Verdict::Drop => return End::Drop,
+        Verdict::Hold => {
+            let flags = u8::from(!ingress) * label::EGRESS + u8::from(!link) * label::BARE;
+            let [a, b, c, d] = case.ifindex.to_be_bytes();
+            let _ = packet.bytes.splice(..0, [2, flags, a, b, c, d, 0, 0, 0, 0, 0, 0, 0x88, 0xb5]);
+            return End::Redirect;
+        }
         Verdict::Reset | Verdict::Unreachable if !answerable => {
             decision.reason = Reason::NoBackendDropped;
             return End::Drop;
@@ -677,7 +728,11 @@ fn apply<F: Ip>(
         decision.reason = Reason::TtlExceeded;
         return End::Drop;
     }
-    assert!(rewrite(packet, headers, &decision.flow), "a frame in memory can be rewritten");
+    if !rewrite(packet, headers, &decision.flow) {
+        assert!(!can_follow(headers, &decision.flow), "a frame in memory can be rewritten");
+        decision.reason = Reason::RewriteFailed;
+        return End::Drop;
+    }
     match decision.verdict {
         Verdict::Translate => {
             let bridge = case.world.devices.get(&case.ifindex).map_or(0, |device| device.bridge);
@@ -704,7 +759,9 @@ fn apply<F: Ip>(
             }
             End::Redirect
         }
-        Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable => End::Redirect,
+        Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable | Verdict::Hold => {
+            End::Redirect
+        }
     }
 }
 

@@ -11,9 +11,9 @@ use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuHashMap, PerCpuValues};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, BackendCounters, COUNTER_V6, Device, Flow, NodeAddress, OriginKey,
-    Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, Service, ServiceKey, ServicePort, Settings,
-    SlotBlock, SourceRange, TICK_SHIFT, Ticks, Tuple,
+    Affinity, AffinityKey, Backend, BackendCounters, COUNTER_V6, Datagram, DatagramPorts, Device, Flow,
+    NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, Service, ServiceKey,
+    ServicePort, Settings, SlotBlock, SourceRange, TICK_SHIFT, Ticks, Tuple,
 };
 use sluice_common::family::lane;
 use sluice_common::{Reason, V4, V6};
@@ -23,8 +23,8 @@ use super::host;
 use super::ip::Ip;
 use super::socket;
 use super::world::{
-    self, Affinities, BACKEND_MAC, BRIDGE, EDGE, Exhausted, FOREIGN, Flows, NARROW, NARROW_MTU, NET_BACKENDS,
-    OWN, ROUTES, TUNNEL, UPLINK, Version, World,
+    self, Affinities, BACKEND_MAC, BRIDGE, Datagrams, EDGE, Exhausted, FOREIGN, Flows, NARROW, NARROW_MTU,
+    NET_BACKENDS, OWN, ROUTES, TUNNEL, UPLINK, Version, World,
 };
 
 /// Age of the oldest entry of any case.
@@ -183,6 +183,7 @@ fn clear_family<F: Ip>(ebpf: &mut Ebpf, world: &World) -> Result<()> {
         clear::<Tuple<F::Address>, Flow<F::Address>>(ebpf, &suffixed::<F>(map))?;
     }
     clear::<Tuple<F::Address>, u32>(ebpf, &suffixed::<F>("exhausted"))?;
+    clear::<Datagram<F::Address>, DatagramPorts>(ebpf, &suffixed::<F>("fragments"))?;
     clear::<AffinityKey<F::Address>, Affinity>(ebpf, &suffixed::<F>("affinity"))?;
     clear::<F::Address, NodeAddress>(ebpf, &suffixed::<F>("node_addresses"))?;
     let mut ranges = source_ranges::<F>(ebpf)?;
@@ -230,6 +231,10 @@ fn fill_family<F: Ip>(ebpf: &mut Ebpf, world: &World, now: Ticks) -> Result<()> 
     for (key, entry) in host::affinities::<F>(world, now) {
         affinity.insert(Raw(key), Raw(entry), 0)?;
     }
+    let mut fragments = hash(ebpf, &suffixed::<F>("fragments"))?;
+    for (key, told) in host::datagrams::<F>(world, now) {
+        fragments.insert(Raw(key), Raw(told), 0)?;
+    }
     let mut exhausted = hash(ebpf, &suffixed::<F>("exhausted"))?;
     for (key, tick) in host::exhausted::<F>(world, now) {
         exhausted.insert(Raw(key), Raw(tick), 0)?;
@@ -275,6 +280,12 @@ fn read_exhausted<F: Ip>(ebpf: &mut Ebpf, now: Ticks) -> Result<Exhausted> {
     let map = hash::<Tuple<F::Address>, Ticks>(ebpf, &suffixed::<F>("exhausted"))?;
     let entries: Vec<(Raw<_>, Raw<_>)> = map.iter().collect::<Result<_, _>>()?;
     Ok(host::exhausted_told::<F>(entries.into_iter().map(|(key, tick)| (key.0, tick.0)), now))
+}
+
+fn read_datagrams<F: Ip>(ebpf: &mut Ebpf, now: Ticks) -> Result<Datagrams> {
+    let map = hash::<Datagram<F::Address>, DatagramPorts>(ebpf, &suffixed::<F>("fragments"))?;
+    let entries: Vec<(Raw<_>, Raw<_>)> = map.iter().collect::<Result<_, _>>()?;
+    Ok(host::datagrams_told::<F>(entries.into_iter().map(|(key, told)| (key.0, told.0)), now))
 }
 
 impl Kernel {
@@ -432,12 +443,14 @@ impl Kernel {
                 embryonic,
                 affinity,
                 exhausted,
+                fragments,
                 marks,
                 ..
             })) if *flows == case.world.flows
                 && *embryonic == case.world.embryonic
                 && *affinity == case.world.affinity
                 && *exhausted == case.world.exhausted
+                && *fragments == case.world.fragments
                 && *marks == case.world.marks =>
             {
                 self.filled = Some((case.world.clone(), since));
@@ -468,9 +481,11 @@ impl Kernel {
         affinity.extend(read_affinities::<V6>(&mut self.ebpf, now)?);
         let mut exhausted = read_exhausted::<V4>(&mut self.ebpf, now)?;
         exhausted.extend(read_exhausted::<V6>(&mut self.ebpf, now)?);
+        let mut fragments = read_datagrams::<V4>(&mut self.ebpf, now)?;
+        fragments.extend(read_datagrams::<V6>(&mut self.ebpf, now)?);
         let Raw(marks) = array::<u32>(&mut self.ebpf, "marks")?.get(&0, 0)?;
         let counted = Some(self.counted()?);
-        Ok(Some(Outcome { end, frame, counted, flows, embryonic, affinity, exhausted, marks }))
+        Ok(Some(Outcome { end, frame, counted, flows, embryonic, affinity, exhausted, fragments, marks }))
     }
 
     fn test_run(&mut self, case: &Case, frame: &mut [u8]) -> Result<Option<TestRunResult>> {

@@ -45,6 +45,10 @@ pub(crate) fn difference(who: &str, actual: &Outcome, expected: &Outcome) -> Str
         line(format!("{who}: exhausted {:?}", actual.exhausted));
         line(format!("    instead of {:?}", expected.exhausted));
     }
+    if actual.fragments != expected.fragments {
+        line(format!("{who}: fragments {:?}", actual.fragments));
+        line(format!("    instead of {:?}", expected.fragments));
+    }
     text
 }
 

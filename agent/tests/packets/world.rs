@@ -8,12 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Device, Flow, OriginKey, Range, Service, ServiceKey, ServicePort,
-    Settings, Tuple, backend, detect_local, device, device_flags, flow, frontend, listing, masquerade,
-    networks, node_address,
+    Affinity, AffinityKey, Backend, Datagram, DatagramPorts, Device, Flow, OriginKey, Range, Service,
+    ServiceKey, ServicePort, Settings, Tuple, backend, detect_local, device, device_flags, flow, frontend,
+    listing, masquerade, networks, node_address,
 };
 
-use super::frame::{ACK, Frame, Mac, SYN, TCP, UDP};
+use super::frame::{ACK, DATA, Frame, INIT, Mac, SCTP, SYN, TCP, UDP};
 
 /// An address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,11 +151,15 @@ pub(crate) struct World {
     pub(crate) rejects: BTreeMap<IpAddr, u32>,
     pub(crate) flows: Flows,
     pub(crate) embryonic: Flows,
+    pub(crate) fragments: Datagrams,
     pub(crate) marks: u32,
 }
 
 /// Flow entries.
 pub(crate) type Flows = BTreeMap<Tuple<IpAddr>, Flow<IpAddr>>;
+
+/// What first fragments have told; [`DatagramPorts::seen`] is an age.
+pub(crate) type Datagrams = BTreeMap<Datagram<IpAddr>, DatagramPorts>;
 
 /// Where clients have been.
 pub(crate) type Affinities = BTreeMap<AffinityKey<IpAddr>, Affinity>;
@@ -313,7 +317,12 @@ impl Cast {
     /// "IPv4 TCP".
     pub(crate) fn title(&self) -> String {
         let version = if self.version == Version::V4 { "IPv4" } else { "IPv6" };
-        format!("{version} {}", if self.protocol == TCP { "TCP" } else { "UDP" })
+        let protocol = match self.protocol {
+            TCP => "TCP",
+            SCTP => "SCTP",
+            _ => "UDP",
+        };
+        format!("{version} {protocol}")
     }
 
     /// With another client.
@@ -349,19 +358,19 @@ impl Cast {
 
     /// The first packet of a flow.
     pub(crate) fn first(&self, source: SocketAddr, destination: SocketAddr) -> Frame {
-        if self.protocol == TCP {
-            Frame::tcp(source, destination, SYN, &[])
-        } else {
-            Frame::udp(source, destination, b"question")
+        match self.protocol {
+            TCP => Frame::tcp(source, destination, SYN, &[]),
+            SCTP => Frame::sctp(source, destination, (INIT, 0), &[0x1a; 16]),
+            _ => Frame::udp(source, destination, b"question"),
         }
     }
 
     /// A packet in the middle of a flow, of odd length.
     pub(crate) fn next(&self, source: SocketAddr, destination: SocketAddr) -> Frame {
-        if self.protocol == TCP {
-            Frame::tcp(source, destination, ACK, b"data!")
-        } else {
-            Frame::udp(source, destination, b"data!")
+        match self.protocol {
+            TCP => Frame::tcp(source, destination, ACK, b"data!"),
+            SCTP => Frame::sctp(source, destination, (DATA, 3), b"numbers and some data"),
+            _ => Frame::udp(source, destination, b"data!"),
         }
     }
 
@@ -490,6 +499,18 @@ impl World {
     /// With entries in `embryonic`.
     pub(crate) fn embryonic(mut self, flows: Flows) -> Self {
         self.embryonic.extend(flows);
+        self
+    }
+
+    /// With entries in `fragments`.
+    pub(crate) fn fragments(mut self, fragments: Datagrams) -> Self {
+        self.fragments.extend(fragments);
+        self
+    }
+
+    /// With an own device.
+    pub(crate) fn own_device(mut self) -> Self {
+        self.settings.own_device = OWN;
         self
     }
 

@@ -2,6 +2,7 @@
 
 use sluice_common::Packet;
 use sluice_common::checksum::Delta;
+use sluice_common::crc32c;
 use sluice_common::header::Wire;
 use sluice_common::rewrite::{Checksum, Edit};
 
@@ -37,6 +38,10 @@ impl Edit for Bytes {
         true
     }
 
+    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        self.store(offset, value)
+    }
+
     fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
         self.read::<u16>(offset).is_some_and(|old| self.store(offset, delta.apply(old)))
     }
@@ -49,5 +54,10 @@ impl Edit for Bytes {
             (false, Checksum::Udp) => addresses.and(data).apply_udp(old),
         };
         self.store(offset, new)
+    }
+
+    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
+        let Some(old) = self.read::<u32>(offset) else { return false };
+        self.store_unbalanced(offset, crc32c::updated(old, change, length))
     }
 }

@@ -1,15 +1,27 @@
-//! Builds frames from what they say. Checksums are sums over the whole segment, taken plainly.
+//! Builds frames from what they say. Checksums are taken over the whole segment, plainly.
 
 use std::net::{IpAddr, SocketAddr};
 
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
+pub(crate) const SCTP: u8 = 132;
 
 pub(crate) const FIN: u8 = 1;
 pub(crate) const SYN: u8 = 2;
 pub(crate) const RST: u8 = 4;
 pub(crate) const PSH: u8 = 8;
 pub(crate) const ACK: u8 = 16;
+
+/// SCTP's chunk types.
+pub(crate) const DATA: u8 = 0;
+pub(crate) const INIT: u8 = 1;
+pub(crate) const INIT_ACK: u8 = 2;
+pub(crate) const ABORT: u8 = 6;
+pub(crate) const SHUTDOWN: u8 = 7;
+pub(crate) const SHUTDOWN_ACK: u8 = 8;
+pub(crate) const COOKIE_ECHO: u8 = 10;
+pub(crate) const COOKIE_ACK: u8 = 11;
+pub(crate) const SHUTDOWN_COMPLETE: u8 = 14;
 
 /// A link-layer address.
 pub(crate) type Mac = [u8; 6];
@@ -21,7 +33,7 @@ pub(crate) enum Sum {
     Full,
     /// Zero.
     Absent,
-    /// The pseudo-header's sum: the device is to do the rest.
+    /// The pseudo-header's sum, zero for SCTP: the device is to do the rest.
     Partial,
 }
 
@@ -49,6 +61,12 @@ pub(crate) enum Payload {
     Udp {
         ports: [u16; 2],
         data: Vec<u8>,
+        sum: Sum,
+    },
+    Sctp {
+        ports: [u16; 2],
+        tag: u32,
+        chunks: Vec<u8>,
         sum: Sum,
     },
     Icmp {
@@ -103,6 +121,18 @@ fn sum(parts: &[&[u8]]) -> u16 {
     sum as u16
 }
 
+/// CRC32c, a bit at a time.
+pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
+    let mut crc = u32::MAX;
+    for byte in bytes {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = if crc & 1 == 0 { crc >> 1 } else { crc >> 1 ^ 0x82f6_3b78 };
+        }
+    }
+    !crc
+}
+
 /// An address's bytes.
 pub(crate) fn octets(address: IpAddr) -> Vec<u8> {
     match address {
@@ -153,6 +183,29 @@ impl Frame {
         Self::new(source.ip(), destination.ip(), Payload::Udp { ports, data: data.to_vec(), sum: Sum::Full })
     }
 
+    /// An SCTP packet with a chunk of a type and flags.
+    pub(crate) fn sctp(source: SocketAddr, destination: SocketAddr, chunk: (u8, u8), data: &[u8]) -> Self {
+        let ports = [source.port(), destination.port()];
+        let tag = if chunk.0 == INIT { 0 } else { 0x5152_5354 };
+        Self::new(
+            source.ip(),
+            destination.ip(),
+            Payload::Sctp { ports, tag, chunks: Vec::new(), sum: Sum::Full },
+        )
+        .chunk(chunk, data)
+    }
+
+    /// The same with one more SCTP chunk, padded to words.
+    pub(crate) fn chunk(mut self, (kind, flags): (u8, u8), data: &[u8]) -> Self {
+        if let Payload::Sctp { chunks, .. } = &mut self.payload {
+            chunks.extend([kind, flags]);
+            chunks.extend((4 + data.len() as u16).to_be_bytes());
+            chunks.extend(data);
+            chunks.resize(chunks.len().next_multiple_of(4), 0);
+        }
+        self
+    }
+
     /// An ICMP message that quotes bytes.
     pub(crate) fn icmp(
         source: IpAddr,
@@ -173,7 +226,7 @@ impl Frame {
     /// The same from another address and port.
     pub(crate) fn from(mut self, end: SocketAddr) -> Self {
         self.source = end.ip();
-        if let Payload::Tcp { ports, .. } | Payload::Udp { ports, .. } = &mut self.payload {
+        if let Some(ports) = self.ports() {
             ports[0] = end.port();
         }
         self
@@ -182,15 +235,54 @@ impl Frame {
     /// The same to another address and port.
     pub(crate) fn to(mut self, end: SocketAddr) -> Self {
         self.destination = end.ip();
-        if let Payload::Tcp { ports, .. } | Payload::Udp { ports, .. } = &mut self.payload {
+        if let Some(ports) = self.ports() {
             ports[1] = end.port();
         }
         self
     }
 
+    fn ports(&mut self) -> Option<&mut [u16; 2]> {
+        match &mut self.payload {
+            Payload::Tcp { ports, .. } | Payload::Udp { ports, .. } | Payload::Sctp { ports, .. } => {
+                Some(ports)
+            }
+            Payload::Icmp { .. } | Payload::Other { .. } => None,
+        }
+    }
+
+    /// The datagram in fragments of `size` bytes, the last one shorter; IPv4's have the lower half of the identification.
+    ///
+    /// IPv6's extension headers so far stand in each fragment.
+    pub(crate) fn fragments(&self, id: u32, size: usize) -> Vec<Self> {
+        assert!(size.is_multiple_of(8), "fragments count in eight bytes");
+        assert!(self.patches.is_empty() && self.padding.is_empty(), "patch the fragments");
+        let segment = self.segment();
+        let protocol = self.protocol();
+        let fragment = |(index, bytes): (usize, &[u8])| {
+            let start = index * size;
+            let more = start + bytes.len() < segment.len();
+            self.part(id, start, more, protocol, bytes)
+        };
+        segment.chunks(size).enumerate().map(fragment).collect()
+    }
+
+    /// A fragment that has these bytes behind its own header, with the addresses of this frame.
+    pub(crate) fn part(&self, id: u32, start: usize, more: bool, protocol: u8, bytes: &[u8]) -> Self {
+        assert!(start.is_multiple_of(8), "offsets count in eight bytes");
+        let payload = Payload::Other { protocol, bytes: bytes.to_vec() };
+        let frame = Self { payload, ..self.clone() };
+        if self.source.is_ipv4() {
+            return Self { id: id as u16, fragment: (start / 8) as u16 | u16::from(more) << 13, ..frame };
+        }
+        let offset = (start as u16 | u16::from(more)).to_be_bytes();
+        frame.extension(44, &[&[0, 0], &offset[..], &id.to_be_bytes()].concat())
+    }
+
     /// The same with another checksum field.
     pub(crate) fn sum(mut self, new: Sum) -> Self {
-        if let Payload::Tcp { sum, .. } | Payload::Udp { sum, .. } = &mut self.payload {
+        if let Payload::Tcp { sum, .. } | Payload::Udp { sum, .. } | Payload::Sctp { sum, .. } =
+            &mut self.payload
+        {
             *sum = new;
         }
         self
@@ -273,6 +365,7 @@ impl Frame {
         match &self.payload {
             Payload::Tcp { .. } => TCP,
             Payload::Udp { .. } => UDP,
+            Payload::Sctp { .. } => SCTP,
             Payload::Icmp { .. } if self.source.is_ipv4() => 1,
             Payload::Icmp { .. } => 58,
             Payload::Other { protocol, .. } => *protocol,
@@ -308,6 +401,17 @@ impl Frame {
                 bytes.extend(data);
                 (bytes, 6, *sum)
             }
+            Payload::Sctp { ports, tag, chunks, sum } => {
+                let mut bytes = [ports[0].to_be_bytes(), ports[1].to_be_bytes()].concat();
+                bytes.extend(tag.to_be_bytes());
+                bytes.extend([0; 4]);
+                bytes.extend(chunks);
+                if *sum == Sum::Full {
+                    let checksum = crc32c(&bytes).to_le_bytes();
+                    bytes[8..12].copy_from_slice(&checksum);
+                }
+                return bytes;
+            }
             Payload::Icmp { kind, code, rest, quote } => {
                 let mut bytes = vec![*kind, *code, 0, 0];
                 bytes.extend(rest);
@@ -329,6 +433,11 @@ impl Frame {
         };
         bytes[at..at + 2].copy_from_slice(&field.to_be_bytes());
         bytes
+    }
+
+    /// What is behind the IP header and its extensions.
+    pub(crate) fn payload_bytes(&self) -> Vec<u8> {
+        self.segment()
     }
 
     /// The IP packet alone.

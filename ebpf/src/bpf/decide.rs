@@ -15,7 +15,7 @@ use aya_ebpf::macros::btf_map;
 use sluice_common::parse::{Headers, Parse};
 use sluice_common::path::{self, Decision, Hook, PORTS};
 use sluice_common::tables::Routes;
-use sluice_common::{Family, V4, V6};
+use sluice_common::{Family, V4, V6, fragment};
 
 use super::maps::Maps;
 use super::record;
@@ -67,6 +67,8 @@ pub(super) trait Decide: Maps + Parse {
     /// Records the flow of the decision in this CPU's scratch; 0, or the number of the reason why
     /// the packet must not go on.
     fn record() -> u32;
+    /// Notes what the first fragment in this CPU's scratch tells.
+    fn note();
 }
 
 #[inline(always)]
@@ -117,7 +119,7 @@ fn try_port<F: Decide>(index: u32) -> i64 {
 }
 
 macro_rules! global {
-    ($family:ident, $decide:ident, $open:ident, $search:ident, $try:ident, $record:ident, $scratch:ident) => {
+    ($family:ident, $decide:ident, $open:ident, $search:ident, $try:ident, $record:ident, $note:ident, $scratch:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $decide(ifindex: u32, hook: u32) -> u32 {
@@ -170,6 +172,18 @@ macro_rules! global {
             }
         }
 
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $note() -> u32 {
+            let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
+            // SAFETY: as above.
+            let Scratch { headers, decision, .. } = unsafe { &*scratch };
+            let told = fragment::told(headers, decision, now());
+            // Where there is no room the others go on untouched.
+            let _ = <$family as Maps>::fragments().insert(&fragment::key(headers), &told, 0);
+            0
+        }
+
         impl Decide for $family {
             #[inline(always)]
             fn scratch() -> Option<*mut Scratch<Self>> {
@@ -195,9 +209,14 @@ macro_rules! global {
             fn record() -> u32 {
                 $record()
             }
+
+            #[inline(always)]
+            fn note() {
+                let _ = $note();
+            }
         }
     };
 }
 
-global!(V4, decide_v4, open_v4, search_v4, try_port_v4, record_v4, scratch_v4);
-global!(V6, decide_v6, open_v6, search_v6, try_port_v6, record_v6, scratch_v6);
+global!(V4, decide_v4, open_v4, search_v4, try_port_v4, record_v4, note_v4, scratch_v4);
+global!(V6, decide_v6, open_v6, search_v6, try_port_v6, record_v6, note_v6, scratch_v6);

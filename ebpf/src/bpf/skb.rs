@@ -1,8 +1,9 @@
 //! Access to an skb.
 
+use core::arch::asm;
 use core::mem::MaybeUninit;
 
-use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::helpers::generated::{
     bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes,
 };
@@ -11,10 +12,24 @@ use sluice_common::checksum::Delta;
 use sluice_common::header::Wire;
 use sluice_common::rewrite::{Checksum, Edit};
 
+use super::sctp::sctp_updated;
+
 /// A change of IPv6 addresses leaves the sum over the whole packet alone, since no header checksum
 /// absorbs it; kernels from 6.16 on must be told.
 const BPF_F_IPV6: u64 = 1 << 7;
 const EINVAL: i64 = -22;
+
+/// An offset into a packet's headers, with a bound that the verifier sees: the parser looks nowhere near it.
+///
+/// A mask in Rust the compiler leaves out where a comparison has bounded the offset before; the verifier, with
+/// the offset in two registers, knows of that comparison only for the one.
+#[inline(always)]
+pub(super) fn bounded(offset: u32) -> usize {
+    let mut bounded = offset as usize;
+    // SAFETY: an instruction on one register.
+    unsafe { asm!("{0} &= 4095", inout(reg) bounded, options(pure, nomem, nostack)) };
+    bounded
+}
 
 /// A packet that the kernel has made an skb of.
 pub(super) struct Skb {
@@ -33,8 +48,7 @@ impl Packet for Skb {
     fn read<T: Wire>(&self, offset: u32) -> Option<T> {
         // SAFETY: the context is valid; the verifier knows the two fields as packet pointers.
         let (start, end) = unsafe { ((*self.skb).data as usize, (*self.skb).data_end as usize) };
-        // The parser looks nowhere near the mask's bound, which lets the verifier follow the sum.
-        let at = start + (offset & 0xfff) as usize;
+        let at = start + bounded(offset);
         if at + size_of::<T>() <= end {
             // SAFETY: within the packet, checked above; the machine reads unaligned words.
             return Some(unsafe { *(at as *const T) });
@@ -50,13 +64,26 @@ impl Packet for Skb {
     }
 }
 
+impl Skb {
+    #[inline(always)]
+    fn store_with<T: Wire>(&mut self, offset: u32, value: T, flags: u32) -> bool {
+        let size = size_of::<T>() as u32;
+        // SAFETY: the helper reads the value and checks the offset.
+        unsafe {
+            bpf_skb_store_bytes(self.skb, offset, (&raw const value).cast(), size, u64::from(flags)) == 0
+        }
+    }
+}
+
 impl Edit for Skb {
     #[inline(always)]
     fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
-        // SAFETY: the helper reads the value and checks the offset.
-        unsafe {
-            bpf_skb_store_bytes(self.skb, offset, (&raw const value).cast(), size_of::<T>() as u32, 0) == 0
-        }
+        self.store_with(offset, value, 0)
+    }
+
+    #[inline(always)]
+    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        self.store_with(offset, value, BPF_F_RECOMPUTE_CSUM)
     }
 
     #[inline(always)]
@@ -88,5 +115,11 @@ impl Edit for Skb {
         // SAFETY: the helper checks the offset.
         data.is_zero()
             || unsafe { bpf_l4_csum_replace(self.skb, offset, 0, u64::from(data.fold32()), flags) == 0 }
+    }
+
+    #[inline(always)]
+    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
+        let Some(old) = self.read::<u32>(offset) else { return false };
+        self.store_unbalanced(offset, sctp_updated(old, change, length))
     }
 }

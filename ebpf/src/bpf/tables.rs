@@ -4,9 +4,9 @@ use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use sluice_common::Tables;
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Class, Device, Flow, Networks, OriginKey, Origins, Range,
-    SLOTS_PER_BLOCK, Service, ServiceKey, ServicePort, Settings, SourceRange, TICK_SHIFT, Ticks, Tuple,
-    device, node_address, socket_path,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, OriginKey,
+    Origins, Range, SLOTS_PER_BLOCK, Service, ServiceKey, ServicePort, Settings, SourceRange, TICK_SHIFT,
+    Ticks, Tuple, device, node_address, socket_path,
 };
 use sluice_common::family::lane;
 use sluice_common::tables::Routes;
@@ -57,6 +57,12 @@ impl<F: Maps> Tables<F> for Kernel {
     fn embryonic(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         // SAFETY: as in `flow`.
         unsafe { F::embryonic().get(tuple) }
+    }
+
+    #[inline(always)]
+    fn datagram(&self, key: &Datagram<F::Address>) -> Option<&DatagramPorts> {
+        // SAFETY: as in `flow`.
+        unsafe { F::fragments().get(key) }
     }
 
     #[inline(always)]

@@ -16,6 +16,7 @@ use aya_ebpf::helpers::generated::{
 };
 use sluice_common::abi::{Device, Flow, RejectKey, device, flow};
 use sluice_common::answer::{self, Answer, QUOTE};
+use sluice_common::fragment::{HELD_PRIORITY, Label, label, met_at};
 use sluice_common::header::{EthernetHeader, TcpHeader, protocol, tcp};
 use sluice_common::parse::{self, Headers, Kind};
 use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict};
@@ -42,6 +43,14 @@ const OPEN_TRIES: u32 = 4;
 /// Runs a tc program on a device whose link header has `LINK` bytes.
 #[inline(always)]
 pub(super) fn run<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
+    // SAFETY: the context is valid while the program runs.
+    if LINK != 0
+        && hook == Hook::Egress
+        && unsafe { (*skb).priority } == HELD_PRIORITY
+        && ifindex(skb) == own_device()
+    {
+        return release(skb);
+    }
     let packet = Skb { skb, ipv6: false };
     // SAFETY: the context is valid while the program runs.
     let ethertype = u16::from_be(unsafe { (*skb).protocol } as u16);
@@ -178,7 +187,10 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     // SAFETY: this CPU's own; the references end before the next call that takes them.
     let Scratch { headers, decision, .. } = unsafe { &*scratch };
     if decision.verdict == Verdict::Pass && decision.step == Step::Done {
-        count::packet(decision, headers.length);
+        if decision.datagram {
+            F::note();
+        }
+        count::packet(decision, headers);
         return NEXT;
     }
     // A frame for somebody else that the device hears: only a bridge port passes such on to the stack.
@@ -192,10 +204,14 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     }
     let number = if decision.step == Step::Done { F::record() } else { open::<F>(skb, hook) };
     let refusal = refusal(number);
+    // SAFETY: as above.
+    if unsafe { (*scratch).decision.datagram } {
+        F::note();
+    }
     // SAFETY: as above; nothing else takes a reference from here on.
     let Scratch { headers, decision, .. } = unsafe { &mut *scratch };
     let action = apply::<F, LINK>(skb, headers, decision, refusal, hook);
-    count::packet(decision, headers.length);
+    count::packet(decision, headers);
     action
 }
 
@@ -290,6 +306,13 @@ fn apply<F: Tc, const LINK: u32>(
     match decision.verdict {
         Verdict::Pass => return NEXT,
         Verdict::Drop => return DROP,
+        Verdict::Hold => {
+            let action = hold::<LINK>(skb, hook);
+            if action == NEXT {
+                decision.reason = Reason::Fragment;
+            }
+            return action;
+        }
         Verdict::Reset => return reset::<F, LINK>(skb, headers, decision, hook),
         Verdict::Unreachable => return unreachable::<F, LINK>(packet, headers, decision, hook),
         Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {}
@@ -355,7 +378,7 @@ fn apply<F: Tc, const LINK: u32>(
             // SAFETY: the helper takes no parameters: it finds the neighbour itself.
             (unsafe { bpf_redirect_neigh(target, core::ptr::null_mut(), 0, 0) }) as i32
         }
-        Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable => NEXT,
+        Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable | Verdict::Hold => NEXT,
     }
 }
 
@@ -447,6 +470,48 @@ fn own_device() -> u32 {
     match maps::settings.get(0) {
         Some(settings) => settings.own_device,
         None => 0,
+    }
+}
+
+/// Has the agent keep a fragment: sends it out of our own device, behind a label. Passes on what cannot be sent there.
+#[inline(never)]
+fn hold<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
+    // SAFETY: the context is valid while the program runs. A tag beside the packet would be lost.
+    if unsafe { (*skb).vlan_present } != 0 {
+        return NEXT;
+    }
+    let flags =
+        if hook == Hook::Egress { label::EGRESS } else { 0 } | if LINK == 0 { label::BARE } else { 0 };
+    let label = Label::new(ifindex(skb), flags);
+    let target = own_device();
+    // SAFETY: the helper makes room or fails.
+    if unsafe { bpf_skb_change_head(skb, size_of::<Label>() as u32, 0) } != 0 {
+        return NEXT;
+    }
+    if !(Skb { skb, ipv6: false }).store(0, label) {
+        return DROP;
+    }
+    // SAFETY: the context is valid while the program runs; the helper has no preconditions.
+    unsafe {
+        (*skb).mark = 0;
+        (*skb).priority = HELD_PRIORITY;
+        bpf_redirect(target, 0) as i32
+    }
+}
+
+/// Sends what the agent has kept to where it was met; what is on its way to the agent goes on.
+#[inline(always)]
+fn release(skb: *mut __sk_buff) -> i32 {
+    // SAFETY: the context is valid while the program runs; the helper has no preconditions.
+    unsafe {
+        let mark = (*skb).mark;
+        if mark == 0 {
+            return NEXT;
+        }
+        let (target, leaves) = met_at(mark);
+        (*skb).mark = 0;
+        (*skb).priority = 0;
+        bpf_redirect(target, if leaves { 0 } else { u64::from(BPF_F_INGRESS) }) as i32
     }
 }
 

@@ -8,13 +8,15 @@ use sluice_common::checksum::Delta;
 use sluice_common::header::{EthernetHeader, Wire};
 use sluice_common::parse::{self, Headers, Kind};
 use sluice_common::path::{Hook, Step, Verdict};
-use sluice_common::rewrite::{Checksum, Edit, segment};
+use sluice_common::rewrite::{Checksum, Edit, can_follow, segment};
 use sluice_common::{Family, Packet, V4, V6};
 
 use super::count;
 use super::decide::{Asked, Decide, Scratch};
 use super::fib::{Fib, ask};
 use super::maps;
+use super::sctp::sctp_updated;
+use super::skb::bounded;
 
 /// A frame as the driver received it.
 struct Frame {
@@ -27,8 +29,7 @@ impl Frame {
     fn at<T>(&self, offset: u32) -> Option<*mut T> {
         // SAFETY: the context is valid while the program runs.
         let (start, end) = unsafe { ((*self.ctx).data as usize, (*self.ctx).data_end as usize) };
-        // The parser looks nowhere near the mask's bound, which lets the verifier follow the sum.
-        let at = start + (offset & 0xfff) as usize;
+        let at = start + bounded(offset);
         (at + size_of::<T>() <= end).then_some(at as *mut T)
     }
 }
@@ -57,6 +58,11 @@ impl Edit for Frame {
     }
 
     #[inline(always)]
+    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        self.store(offset, value)
+    }
+
+    #[inline(always)]
     fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
         let Some(old) = self.read::<u16>(offset) else { return false };
         self.store(offset, delta.apply(old))
@@ -71,6 +77,12 @@ impl Edit for Frame {
             Checksum::Udp => delta.apply_udp(old),
         };
         self.store(offset, new)
+    }
+
+    #[inline(always)]
+    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
+        let Some(old) = self.read::<u32>(offset) else { return false };
+        self.store_unbalanced(offset, sctp_updated(old, change, length))
     }
 }
 
@@ -150,7 +162,8 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     if decision.verdict != Verdict::Translate
         || decision.step != Step::Done
         || decision.flow.flags & flow::LOCAL == 0
-        || headers.kind != Kind::Transport
+        || !matches!(headers.kind, Kind::Transport | Kind::Fragment)
+        || decision.datagram && !can_follow(headers, &decision.flow)
         || is_partial(headers)
     {
         return xdp_action::XDP_PASS;
@@ -168,9 +181,12 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
         // tc meets the same obstacle and gives the reason.
         return xdp_action::XDP_PASS;
     }
+    if decision.datagram {
+        F::note();
+    }
     if !segment(&mut frame, headers, &decision.flow) {
         return xdp_action::XDP_DROP;
     }
-    count::packet(decision, headers.length);
+    count::packet(decision, headers);
     xdp_action::XDP_PASS
 }

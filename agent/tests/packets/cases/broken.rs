@@ -16,7 +16,6 @@ pub(super) fn add(table: &mut Table) {
             Version::V4 => network_v4(table, &cast),
             Version::V6 => network_v6(table, &cast),
         }
-        fragments(table, &cast);
     }
     for cast in Cast::of(TCP) {
         let other =
@@ -24,11 +23,9 @@ pub(super) fn add(table: &mut Table) {
         let version = if cast.version == Version::V4 { "IPv4" } else { "IPv6" };
         let kind = if cast.version == Version::V4 { (8, 0) } else { (128, 0) };
         let echo = Frame::icmp(cast.client.ip(), cast.frontend.ip(), kind, 0x0001_0001, b"ping");
-        for (what, frame) in [
-            ("an echo request to a frontend", echo),
-            ("GRE to a frontend", other(47, &[0; 24])),
-            ("SCTP to a frontend", other(132, &[0; 24])),
-        ] {
+        for (what, frame) in
+            [("an echo request to a frontend", echo), ("GRE to a frontend", other(47, &[0; 24]))]
+        {
             table.add(Case::new(format!("{version}: {what}"), &cast.world(), Program::Ingress, EDGE, &frame));
         }
     }
@@ -127,31 +124,4 @@ fn network_v6(table: &mut Table, cast: &Cast) {
     bad("an extension header beyond any packet", &extended, 41, &[255], Reason::Malformed, length);
     bad("extension headers that lead beyond the packet", &extended, 40, &[60, 20], Reason::Truncated, length);
     bad("a packet that ends within its extension headers", &extended, 4, &[0, 4], Reason::Malformed, 44);
-}
-
-fn fragments(table: &mut Table, cast: &Cast) {
-    for (what, v4, v6) in [
-        ("the first fragment", 0x2000_u16, 0x0001_u16),
-        ("a fragment in the middle", 0x2010, 0x0081),
-        ("the last fragment", 0x0010, 0x0080),
-    ] {
-        let shape = |mut frame: Frame| match cast.version {
-            Version::V4 => {
-                frame.fragment = v4;
-                frame
-            }
-            Version::V6 => frame.extension(44, &[&[0, 0][..], &v6.to_be_bytes(), &[0, 0, 0, 7]].concat()),
-        };
-        let frame = shape(cast.next(cast.client, cast.frontend));
-        pass(table, cast, what, &frame, Reason::Fragment, frame.length());
-        let title = cast.title();
-        let reply = shape(cast.next(cast.backend, cast.client));
-        table.add(Case::new(
-            format!("{title}: {what} of a reply"),
-            &cast.world(),
-            Program::Egress,
-            EDGE,
-            &reply,
-        ));
-    }
 }

@@ -6,6 +6,7 @@ use sluice_common::Reason;
 use sluice_common::abi::{frontend, listing, state};
 
 use super::Table;
+use super::fragments::{long, parts, told};
 use crate::packets::case::{Case, Program};
 use crate::packets::frame::{Frame, TCP, UDP};
 use crate::packets::world::{Cast, EDGE, EMPTY, NARROW, ONE, OTHER, TUNNEL, UPLINK, Version, World, mac};
@@ -173,21 +174,24 @@ fn along(table: &mut Table, cast: &Cast) {
         .becomes(&reply.clone().from(cast.frontend))
         .reply(ONE),
     );
-    let fragment = match cast.version {
-        Version::V4 => {
-            let mut frame = next;
-            frame.fragment = 0x2000;
-            frame
-        }
-        Version::V6 => next.extension(44, &[0, 0, 0, 1, 0, 0, 0, 7]),
-    };
-    table.add(Case::new(
-        format!("{title}: a fragment to a node's address is the host's"),
-        &world,
-        Program::Ingress,
-        UPLINK,
-        &fragment,
-    ));
+    let question = long(cast, cast.client, cast.frontend).at(mac(UPLINK));
+    for (index, fragment) in parts(&question).iter().enumerate() {
+        let translated = parts(&question.clone().to(cast.backend)).swap_remove(index);
+        let entry = told(cast, cast.client, cast.frontend, true, 0);
+        let before = if index == 0 { world.clone() } else { world.clone().fragments(entry.clone()) };
+        table.add(
+            Case::new(
+                format!("{title}: fragment {index} to a node port"),
+                &before,
+                Program::Ingress,
+                UPLINK,
+                fragment,
+            )
+            .becomes(&translated)
+            .forward(ONE)
+            .fragments(entry),
+        );
+    }
 }
 
 /// An address that is a frontend's and the node's.

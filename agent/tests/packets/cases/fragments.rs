@@ -1,0 +1,502 @@
+//! Datagrams in fragments: the others go the first one's way, and wait for it.
+
+use std::net::SocketAddr;
+
+use sluice_common::Reason;
+use sluice_common::abi::{Datagram, DatagramPorts, flow, state};
+use sluice_common::fragment::{DATAGRAM_TICKS, HELD_LENGTH_MAX, label};
+use sluice_common::path::mark;
+
+use super::Table;
+use super::masquerade::{LOCAL, OVERLAY, REMOTE};
+use crate::packets::case::{Case, End, Program};
+use crate::packets::frame::{Frame, SCTP, TCP, UDP};
+use crate::packets::world::{
+    Cast, Connection, Datagrams, EDGE, EMPTY, NARROW, NET_PODS, ONE, TUNNEL, UPLINK, Version, World, mac,
+};
+
+const ID: u32 = 0x0102_0304;
+
+/// Adds the cases.
+pub(super) fn add(table: &mut Table) {
+    for cast in [Cast::all(), Cast::of(SCTP)].concat() {
+        // SCTP's ports cannot change in fragments.
+        let cast = if cast.protocol == SCTP {
+            let mut cast = cast;
+            cast.backend.set_port(cast.frontend.port());
+            cast
+        } else {
+            cast
+        };
+        forward(table, &cast);
+        replies(table, &cast);
+        early(table, &cast);
+        masqueraded(table, &cast);
+        node_ports(table, &cast);
+    }
+    for cast in Cast::of(UDP) {
+        shapes(table, &cast);
+        stale(table, &cast);
+        unserved(table, &cast);
+    }
+    for cast in Cast::of(SCTP) {
+        remapped(table, &cast);
+    }
+}
+
+/// A datagram in three fragments.
+pub(super) fn parts(frame: &Frame) -> Vec<Frame> {
+    let parts = frame.fragments(ID, 24);
+    assert!(parts.len() >= 2, "there is more than one");
+    parts
+}
+
+/// A packet in the middle of a flow that is long enough for fragments.
+pub(super) fn long(cast: &Cast, source: SocketAddr, destination: SocketAddr) -> Frame {
+    match cast.protocol {
+        TCP => Frame::tcp(source, destination, crate::packets::frame::ACK, &[0x5a; 40]),
+        SCTP => Frame::sctp(source, destination, (0, 3), &[0x5a; 40]),
+        _ => Frame::udp(source, destination, &[0x5a; 50]),
+    }
+}
+
+/// The entry of a datagram between two ends: its ports, or none.
+pub(super) fn told(
+    cast: &Cast,
+    source: SocketAddr,
+    destination: SocketAddr,
+    ports: bool,
+    seen: u32,
+) -> Datagrams {
+    // As it lies in memory, IPv4's in the lower half.
+    let id = match cast.version {
+        Version::V4 => u32::from((ID as u16).to_be()),
+        Version::V6 => ID.to_be(),
+    };
+    let key = Datagram {
+        source: source.ip(),
+        destination: destination.ip(),
+        id,
+        protocol: cast.protocol,
+        reserved: [0; 3],
+    };
+    let ports = if ports { (source.port(), destination.port()) } else { (0, 0) };
+    Datagrams::from([(key, DatagramPorts { source_port: ports.0, destination_port: ports.1, seen })])
+}
+
+/// A flow, and a world with it.
+fn established(cast: &Cast) -> (Connection, World) {
+    let connection = cast.connection().state(state::ESTABLISHED);
+    (connection, cast.world().own_device().flows(connection.both()))
+}
+
+fn forward(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (connection, world) = established(cast);
+    for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
+        let question = long(cast, cast.client, cast.frontend).at(mac(ifindex));
+        let (from, to) = (parts(&question), parts(&question.clone().to(cast.backend)));
+        let entry = told(cast, cast.client, cast.frontend, true, 0);
+        table.add(
+            Case::new(
+                format!("{title}: a first fragment, {}", program.name()),
+                &world,
+                program,
+                ifindex,
+                &from[0],
+            )
+            .becomes(&to[0])
+            .forward(ONE)
+            .flows([connection.both()])
+            .fragments(entry.clone()),
+        );
+        // Whatever the flow's state: nothing of it changes.
+        for (what, connection) in [
+            ("a", connection),
+            ("an old", connection.age(60)),
+            ("a closing", connection.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY)),
+        ] {
+            let world = cast.world().own_device().flows(connection.both()).fragments(entry.clone());
+            for (index, (from, to)) in from.iter().zip(&to).enumerate().skip(1) {
+                let name = format!("{title}: fragment {index} of {what} flow, {}", program.name());
+                table.add(Case::new(name, &world, program, ifindex, from).becomes(to).forward(ONE));
+            }
+        }
+        let connection = cast.connection();
+        let world = cast.world().embryonic(connection.both()).fragments(entry.clone());
+        let name = format!("{title}: a fragment of an unproven flow, {}", program.name());
+        table.add(Case::new(name, &world, program, ifindex, &from[1]).becomes(&to[1]).forward(ONE));
+        // Without its flow a fragment opens nothing.
+        let case = Case::new(
+            format!("{title}: a fragment whose flow is gone, {}", program.name()),
+            &cast.world().own_device().fragments(entry),
+            program,
+            ifindex,
+            &from[1],
+        );
+        table.add(if program == Program::Xdp { case } else { case.reason(Reason::Fragment, 0) });
+    }
+    // The first fragment of a flow's first packet.
+    if cast.protocol == UDP {
+        let question = long(cast, cast.client, cast.frontend);
+        let (from, to) = (parts(&question), parts(&question.clone().to(cast.backend)));
+        table.cut(
+            Case::new(
+                format!("{title}: a first fragment opens a flow"),
+                &cast.world(),
+                Program::Ingress,
+                EDGE,
+                &from[0],
+            )
+            .becomes(&to[0])
+            .opens(ONE)
+            .embryonic([cast.connection().both()])
+            .fragments(told(cast, cast.client, cast.frontend, true, 0)),
+        );
+    }
+}
+
+fn replies(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (connection, world) = established(cast);
+    for (program, ifindex) in [(Program::Egress, EDGE), (Program::EgressBare, TUNNEL)] {
+        let mut answer = long(cast, cast.backend, cast.client);
+        if ifindex == TUNNEL {
+            answer = answer.bare();
+        }
+        let (from, to) = (parts(&answer), parts(&answer.clone().from(cast.frontend)));
+        let entry = told(cast, cast.backend, cast.client, true, 0);
+        table.add(
+            Case::new(
+                format!("{title}: a reply's first fragment, {}", program.name()),
+                &world,
+                program,
+                ifindex,
+                &from[0],
+            )
+            .becomes(&to[0])
+            .reply(ONE)
+            .flows([connection.both()])
+            .fragments(entry.clone()),
+        );
+        let world = world.clone().fragments(entry);
+        table.cut(
+            Case::new(
+                format!("{title}: a reply's other fragment, {}", program.name()),
+                &world,
+                program,
+                ifindex,
+                &from[1],
+            )
+            .becomes(&to[1])
+            .reply(ONE),
+        );
+    }
+    // What a backend sends without a flow of ours is noted too, so that its other fragments need not wait.
+    let answer = parts(&long(cast, cast.backend, cast.client));
+    let world = cast.world().own_device();
+    let untouched = told(cast, cast.backend, cast.client, false, 0);
+    table.add(
+        Case::new(
+            format!("{title}: a backend's own first fragment"),
+            &world,
+            Program::Egress,
+            UPLINK,
+            &answer[0],
+        )
+        .fragments(untouched.clone()),
+    );
+    table.add(Case::new(
+        format!("{title}: a backend's own other fragment"),
+        &world.fragments(untouched),
+        Program::Egress,
+        UPLINK,
+        &answer[1],
+    ));
+    // At ingress nobody asks.
+    for (index, fragment) in answer.iter().enumerate() {
+        let name = format!("{title}: fragment {index} of a reply at ingress");
+        table.add(Case::new(name, &cast.world().own_device(), Program::Ingress, EDGE, fragment));
+    }
+}
+
+/// The frame as it goes to the agent.
+fn labelled(fragment: &Frame, flags: u8, ifindex: u32) -> Vec<u8> {
+    let ifindex = ifindex.to_be_bytes();
+    [&[2, flags][..], &ifindex, &[0; 6], &[0x88, 0xb5], &fragment.bytes()].concat()
+}
+
+fn held(name: String, world: &World, program: Program, ifindex: u32, fragment: &Frame) -> Case {
+    let flags = match program {
+        Program::Ingress | Program::Xdp => 0,
+        Program::Egress => label::EGRESS,
+        Program::IngressBare => label::BARE,
+        Program::EgressBare => label::EGRESS | label::BARE,
+    };
+    let mut case = Case::new(name, world, program, ifindex, fragment)
+        .ends(End::Redirect)
+        .reason(Reason::FragmentHeld, 0);
+    case.expected.frame = labelled(fragment, flags, ifindex);
+    case
+}
+
+/// Fragments that come before the first one.
+fn early(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (_, world) = established(cast);
+    let question = parts(&long(cast, cast.client, cast.frontend));
+    let answer = parts(&long(cast, cast.backend, cast.client));
+    for (program, ifindex, fragment) in [
+        (Program::Ingress, EDGE, question[1].clone()),
+        (Program::Ingress, UPLINK, question[1].clone().at(mac(UPLINK))),
+        (Program::IngressBare, TUNNEL, question[1].clone().bare()),
+        (Program::Egress, EDGE, answer[1].clone()),
+        (Program::EgressBare, TUNNEL, answer[1].clone().bare()),
+    ] {
+        let name = format!("{title}: a fragment that comes first waits, {} of {ifindex}", program.name());
+        table.add(held(name, &world, program, ifindex, &fragment));
+    }
+    let received = question[1].clone().at(mac(UPLINK));
+    let name = format!("{title}: a fragment that comes first is left to tc");
+    table.add(Case::new(name, &world, Program::Xdp, UPLINK, &received));
+    let name = format!("{title}: a fragment that comes first, without an own device");
+    table.add(
+        Case::new(name, &cast.world(), Program::Ingress, EDGE, &question[1]).reason(Reason::Fragment, 0),
+    );
+    // Once the agent has given up.
+    let untouched = world.clone().fragments(told(cast, cast.client, cast.frontend, false, 1));
+    let name = format!("{title}: a fragment that has waited in vain");
+    table.add(Case::new(name, &untouched, Program::Ingress, EDGE, &question[1]).reason(Reason::Fragment, 0));
+    let stranger = parts(&long(cast, cast.client, cast.client));
+    for (index, fragment) in stranger.iter().enumerate() {
+        for program in [Program::Ingress, Program::Egress] {
+            let name = format!("{title}: a stranger's fragment {index}, {}", program.name());
+            table.add(Case::new(name, &world, program, EDGE, fragment));
+        }
+    }
+}
+
+fn masqueraded(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (what, place) in [("remote", REMOTE), ("overlay", OVERLAY), ("local", LOCAL)] {
+        let (cast, world) = place.set(&cast.client_in(NET_PODS));
+        let mut connection = place.masqueraded(&cast).state(state::ESTABLISHED);
+        if cast.protocol == SCTP {
+            connection.seen_as.set_port(cast.client.port());
+        }
+        let world = world.own_device().flows(connection.both()).marks(mark::MASQUERADED);
+        let question = long(&cast, cast.client, cast.frontend);
+        let (from, to) =
+            (parts(&question), parts(&question.clone().from(connection.seen_as).to(cast.backend).ttl(60)));
+        let entry = told(&cast, cast.client, cast.frontend, true, 0);
+        table.add(
+            Case::new(
+                format!("{title}: a masqueraded first fragment, {what}"),
+                &world,
+                Program::Ingress,
+                EDGE,
+                &from[0],
+            )
+            .routed(&to[0])
+            .forward(ONE)
+            .fragments(entry.clone()),
+        );
+        table.add(
+            Case::new(
+                format!("{title}: a masqueraded other fragment, {what}"),
+                &world.clone().fragments(entry),
+                Program::Ingress,
+                EDGE,
+                &from[1],
+            )
+            .routed(&to[1])
+            .forward(ONE),
+        );
+        let answer = long(&cast, cast.backend, connection.seen_as);
+        let (program, answer) = if place.device == TUNNEL {
+            (Program::IngressBare, answer.bare())
+        } else {
+            (Program::Ingress, answer.at(mac(place.device)))
+        };
+        let (from, to) = (parts(&answer), parts(&answer.clone().from(cast.frontend).to(cast.client).ttl(60)));
+        let entry = told(&cast, cast.backend, connection.seen_as, true, 0);
+        table.add(
+            Case::new(
+                format!("{title}: the first fragment of a masqueraded reply, {what}"),
+                &world,
+                program,
+                place.device,
+                &from[0],
+            )
+            .routed(&to[0])
+            .reply(ONE)
+            .fragments(entry.clone()),
+        );
+        table.add(
+            Case::new(
+                format!("{title}: another fragment of a masqueraded reply, {what}"),
+                &world.clone().fragments(entry),
+                program,
+                place.device,
+                &from[1],
+            )
+            .routed(&to[1])
+            .reply(ONE),
+        );
+        let name = format!("{title}: a fragment of a masqueraded reply that comes first waits, {what}");
+        table.add(held(name, &world, program, place.device, &from[1]));
+        let name = format!("{title}: a fragment to this node while nobody was masqueraded, {what}");
+        table.add(Case::new(name, &world.marks(0), program, place.device, &from[1]));
+    }
+}
+
+fn node_ports(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let mut world = cast.world().own_device();
+    world.serve_node_ports(cast.node);
+    let node = |port| SocketAddr::new(cast.node, port);
+    let other = parts(&long(cast, cast.client, node(30_000)).at(mac(UPLINK)));
+    // Whether a node port is asked for, only the first fragment tells.
+    let name = format!("{title}: a fragment to the node that comes first waits");
+    table.add(held(name, &world, Program::Ingress, UPLINK, &other[1]));
+    let untouched = told(cast, cast.client, node(0), false, 0);
+    let name = format!("{title}: a first fragment to the node itself");
+    table.add(Case::new(name, &world, Program::Ingress, UPLINK, &other[0]).fragments(untouched.clone()));
+    let name = format!("{title}: another fragment to the node itself");
+    table.add(Case::new(name, &world.fragments(untouched), Program::Ingress, UPLINK, &other[1]));
+}
+
+/// Datagrams of other shapes.
+fn shapes(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (connection, world) = established(cast);
+    let entry = told(cast, cast.client, cast.frontend, true, 0);
+    let question = long(cast, cast.client, cast.frontend);
+    let shaped: Vec<(&str, Frame)> = match cast.version {
+        Version::V4 => vec![("options", question.clone().options(&[1; 8]))],
+        Version::V6 => vec![("hop-by-hop options", question.clone().extension(0, &[0, 0, 1, 4, 0, 0, 0, 0]))],
+    };
+    let tagged = [("a VLAN tag in band", question.clone().tag(0x8100, 0x2064))];
+    for (what, frame) in shaped.into_iter().chain(tagged) {
+        let (from, to) = (parts(&frame), parts(&frame.clone().to(cast.backend)));
+        table.add(
+            Case::new(
+                format!("{title}: a first fragment with {what}"),
+                &world,
+                Program::Ingress,
+                EDGE,
+                &from[0],
+            )
+            .becomes(&to[0])
+            .forward(ONE)
+            .flows([connection.both()])
+            .fragments(entry.clone()),
+        );
+        let world = world.clone().fragments(entry.clone());
+        let name = format!("{title}: another fragment with {what}");
+        table.add(Case::new(name, &world, Program::Ingress, EDGE, &from[1]).becomes(&to[1]).forward(ONE));
+    }
+    // Too long for our own device.
+    let large = Frame::udp(cast.client, cast.frontend, &[0x5a; 4_000]).fragments(ID, 1_600);
+    assert!(large[1].length() > HELD_LENGTH_MAX, "longer than can be held");
+    let name = format!("{title}: a fragment that comes first and is too long to wait");
+    table.add(Case::new(name, &world, Program::Ingress, EDGE, &large[1]).reason(Reason::Fragment, 0));
+    if cast.version == Version::V6 {
+        // Extension headers behind the fragment header: the others do not tell that it is UDP.
+        let options = [&[17, 0, 1, 4, 0, 0, 0, 0][..], &question.payload_bytes()].concat();
+        let first = question.part(ID, 0, true, 60, &options[..24]);
+        let mut untouched = told(cast, cast.client, cast.frontend, false, 0);
+        let (mut key, ports) = untouched.pop_first().expect("one");
+        key.protocol = 60;
+        let untouched = Datagrams::from([(key, ports)]);
+        let name = format!("{title}: a first fragment with extension headers behind the fragment header");
+        table.add(
+            Case::new(name, &world, Program::Ingress, EDGE, &first)
+                .reason(Reason::Fragment, 0)
+                .fragments(untouched),
+        );
+        let other = question.part(ID, 24, false, 60, &options[24..]);
+        let name = format!("{title}: another fragment with extension headers behind the fragment header");
+        table.add(Case::new(name, &world, Program::Ingress, EDGE, &other).reason(Reason::Fragment, 0));
+    }
+}
+
+/// Which datagram a fragment is of.
+fn stale(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (_, world) = established(cast);
+    let question = parts(&long(cast, cast.client, cast.frontend));
+    let entry = |seen| told(cast, cast.client, cast.frontend, true, seen);
+    let with = |entry: Datagrams| world.clone().fragments(entry);
+    let translated = parts(&long(cast, cast.client, cast.frontend).to(cast.backend));
+    let name = format!("{title}: a fragment of a datagram that has long been under way");
+    table.add(
+        Case::new(name, &with(entry(DATAGRAM_TICKS - 1)), Program::Ingress, EDGE, &question[1])
+            .becomes(&translated[1])
+            .forward(ONE),
+    );
+    let name = format!("{title}: a fragment of another datagram with the same identification");
+    table.add(held(name, &with(entry(DATAGRAM_TICKS + 2)), Program::Ingress, EDGE, &question[1]));
+    let other = long(cast, cast.client, cast.frontend).fragments(ID + 1, 24);
+    let name = format!("{title}: a fragment with another identification");
+    table.add(held(name, &with(entry(0)), Program::Ingress, EDGE, &other[1]));
+    let elsewhere = parts(&long(cast, cast.client, cast.other_frontend));
+    let name = format!("{title}: a fragment to another address with the same identification");
+    table.add(held(name, &with(entry(0)), Program::Ingress, EDGE, &elsewhere[1]));
+    // The datagram of a connection whose reply entry is for a hairpin or a direct one goes its own way.
+    let direct = cast.connection().state(state::ESTABLISHED).flags(flow::LOCAL).age(3);
+    let world = cast.world().flows(direct.forward()).fragments(entry(0));
+    let name = format!("{title}: a fragment whose reply's entry is lost makes none");
+    table.add(
+        Case::new(name, &world, Program::Ingress, EDGE, &question[1]).becomes(&translated[1]).forward(ONE),
+    );
+}
+
+/// Fragments to a service without backends.
+fn unserved(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let world = cast.world().own_device();
+    let question = parts(&long(cast, cast.client, cast.empty));
+    let untouched = told(cast, cast.client, cast.empty, false, 0);
+    table.add(
+        Case::new(
+            format!("{title}: a first fragment to a service without backends"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &question[0],
+        )
+        .becomes(&super::reject::unreachable(&question[0]).turned())
+        .ends(End::Redirect)
+        .reason(Reason::NoBackendUnreachable, EMPTY)
+        .fragments(untouched.clone()),
+    );
+    let name = format!("{title}: another fragment to a service without backends is not answered");
+    table.add(
+        Case::new(name, &world.fragments(untouched), Program::Ingress, EDGE, &question[1])
+            .reason(Reason::Fragment, 0),
+    );
+}
+
+/// SCTP whose port changes: not in fragments.
+fn remapped(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (connection, world) = established(cast);
+    let question = parts(&long(cast, cast.client, cast.frontend));
+    let mut case = Case::new(
+        format!("{title}: a first fragment whose port would change"),
+        &world,
+        Program::Ingress,
+        EDGE,
+        &question[0],
+    )
+    .dropped(Reason::RewriteFailed, ONE)
+    .flows([connection.both()])
+    .fragments(told(cast, cast.client, cast.frontend, false, 0));
+    // The addresses are written before it shows.
+    case.expected.frame = question[0].clone().to(cast.backend).bytes();
+    table.add(case);
+    let received = question[0].clone().at(mac(NARROW));
+    let name = format!("{title}: a first fragment whose port would change is left to tc");
+    table.add(Case::new(name, &world, Program::Xdp, NARROW, &received));
+}

@@ -1,0 +1,277 @@
+//! SCTP: as TCP, but for its checksum and for who answers where nobody serves.
+
+use sluice_common::Reason;
+use sluice_common::abi::state;
+use sluice_common::path::mark;
+
+use super::Table;
+use super::masquerade::{LOCAL, REMOTE};
+use super::reject::unreachable;
+use crate::packets::case::{Case, End, Program};
+use crate::packets::frame::{
+    ABORT, COOKIE_ACK, COOKIE_ECHO, DATA, Frame, INIT_ACK, SCTP, SHUTDOWN, SHUTDOWN_ACK, SHUTDOWN_COMPLETE,
+    Sum,
+};
+use crate::packets::world::{Cast, EDGE, EMPTY, NET_PODS, ONE, UPLINK, mac};
+
+/// Flag of an ABORT whose sender knows no such connection.
+const T: u8 = 1;
+
+/// Adds the cases.
+pub(super) fn add(table: &mut Table) {
+    for cast in Cast::of(SCTP) {
+        opening(table, &cast);
+        states(table, &cast);
+        checksums(table, &cast);
+        rejects(table, &cast);
+        masqueraded(table, &cast);
+        errors(table, &cast);
+        recovery(table, &cast);
+    }
+}
+
+fn opening(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let connection = cast.connection();
+    for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
+        let first = cast.first(cast.client, cast.frontend).at(mac(ifindex));
+        table.cut(
+            Case::new(
+                format!("{title}: an INIT opens a flow, {}", program.name()),
+                &cast.world(),
+                program,
+                ifindex,
+                &first,
+            )
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([connection.both()]),
+        );
+    }
+    let world = cast.world().embryonic(connection.both());
+    let answer = Frame::sctp(cast.backend, cast.client, (INIT_ACK, 0), &[0x1b; 32]);
+    table.add(
+        Case::new(format!("{title}: an INIT ACK proves nothing"), &world, Program::Egress, EDGE, &answer)
+            .becomes(&answer.clone().from(cast.frontend))
+            .reply(ONE),
+    );
+    let echo =
+        Frame::sctp(cast.client, cast.frontend, (COOKIE_ECHO, 0), &[0xc; 9]).chunk((DATA, 3), b"with data");
+    table.add(
+        Case::new(format!("{title}: a COOKIE ECHO proves the flow"), &world, Program::Ingress, EDGE, &echo)
+            .becomes(&echo.clone().to(cast.backend))
+            .forward(ONE)
+            .embryonic([])
+            .flows([connection.state(state::ESTABLISHED).both()]),
+    );
+    let again = cast.first(cast.client, cast.frontend);
+    table.add(
+        Case::new(format!("{title}: an INIT again"), &world, Program::Ingress, EDGE, &again)
+            .becomes(&again.clone().to(cast.backend))
+            .forward(ONE),
+    );
+}
+
+/// What chunks do to a flow.
+fn states(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let flow = cast.connection().state(state::ESTABLISHED);
+    let world = cast.world().flows(flow.both());
+    for (what, chunk, forward, reply) in [
+        ("DATA", (DATA, 3), 0, 0),
+        ("a COOKIE ACK", (COOKIE_ACK, 0), 0, 0),
+        ("a SHUTDOWN", (SHUTDOWN, 0), 0, 0),
+        ("a SHUTDOWN ACK", (SHUTDOWN_ACK, 0), state::FIN_FORWARD, state::FIN_REPLY),
+        ("a SHUTDOWN COMPLETE", (SHUTDOWN_COMPLETE, 0), state::FIN_FORWARD, state::FIN_REPLY),
+        ("an ABORT", (ABORT, 0), state::RESET, state::RESET),
+    ] {
+        let packet = Frame::sctp(cast.client, cast.frontend, chunk, b"????");
+        table.add(
+            Case::new(format!("{title}: {what} from the client"), &world, Program::Ingress, EDGE, &packet)
+                .becomes(&packet.clone().to(cast.backend))
+                .forward(ONE)
+                .flows([flow.state(state::ESTABLISHED | forward).both()]),
+        );
+        let packet = Frame::sctp(cast.backend, cast.client, chunk, b"????");
+        table.add(
+            Case::new(format!("{title}: {what} from the backend"), &world, Program::Egress, EDGE, &packet)
+                .becomes(&packet.clone().from(cast.frontend))
+                .reply(ONE)
+                .flows([flow.state(state::ESTABLISHED | reply).both()]),
+        );
+    }
+    // An ended connection's ports may be used anew at once.
+    let ended = flow.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
+    let first = cast.first(cast.client, cast.frontend);
+    table.add(
+        Case::new(
+            format!("{title}: an INIT after the end opens a new flow"),
+            &cast.world().flows(ended.both()),
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .becomes(&first.clone().to(cast.backend))
+        .opens(ONE)
+        .flows([])
+        .embryonic([cast.connection().both()]),
+    );
+}
+
+fn checksums(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let flow = cast.connection().state(state::ESTABLISHED);
+    let world = cast.world().flows(flow.both());
+    for length in [0, 1, 3, 255, 256, 257, 1_400] {
+        let data: Vec<u8> = (0_u32..length).map(|at| (at * 7 % 251) as u8).collect();
+        for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
+            let packet = Frame::sctp(cast.client, cast.frontend, (DATA, 3), &data).at(mac(ifindex));
+            let name = format!("{title}: {length} bytes of data, {}", program.name());
+            table.add(
+                Case::new(name, &world, program, ifindex, &packet)
+                    .becomes(&packet.clone().to(cast.backend))
+                    .forward(ONE),
+            );
+        }
+    }
+    for (what, packet) in [
+        ("without checksum", cast.next(cast.client, cast.frontend).sum(Sum::Absent)),
+        ("with padding", cast.next(cast.client, cast.frontend).padded(6)),
+        ("with a VLAN tag", cast.next(cast.client, cast.frontend).tag(0x8100, 5)),
+    ] {
+        table.add(
+            Case::new(format!("{title}: a packet {what}"), &world, Program::Ingress, EDGE, &packet)
+                .becomes(&packet.clone().to(cast.backend))
+                .forward(ONE),
+        );
+    }
+    let short = Frame::other(cast.client.ip(), cast.frontend.ip(), SCTP, &[0; 15]);
+    let name = format!("{title}: fifteen bytes of a header");
+    table.add(Case::new(name, &world, Program::Ingress, EDGE, &short).reason(Reason::Truncated, 0));
+}
+
+/// Where nobody serves, ICMP tells so, as kube-proxy's REJECT does for all but TCP.
+fn rejects(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (what, packet) in
+        [("an INIT", cast.first(cast.client, cast.empty)), ("DATA", cast.next(cast.client, cast.empty))]
+    {
+        table.add(
+            Case::new(
+                format!("{title}: {what} to a service without backends is answered with unreachable"),
+                &cast.world(),
+                Program::Ingress,
+                EDGE,
+                &packet,
+            )
+            .becomes(&unreachable(&packet).turned())
+            .ends(End::Redirect)
+            .reason(Reason::NoBackendUnreachable, EMPTY),
+        );
+    }
+}
+
+fn masqueraded(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (what, place) in [("remote", REMOTE), ("local", LOCAL)] {
+        let (cast, world) = place.set(&cast.client_in(NET_PODS));
+        let connection = place.masqueraded(&cast).state(state::ESTABLISHED);
+        let world = world.flows(connection.both()).marks(mark::MASQUERADED);
+        let question = cast.next(cast.client, cast.frontend);
+        table.add(
+            Case::new(
+                format!("{title}: a masqueraded packet, {what}"),
+                &world,
+                Program::Ingress,
+                EDGE,
+                &question,
+            )
+            .routed(&question.clone().from(connection.seen_as).to(cast.backend).ttl(60))
+            .forward(ONE),
+        );
+        let answer = cast.next(cast.backend, connection.seen_as).at(mac(place.device));
+        table.add(
+            Case::new(
+                format!("{title}: a masqueraded reply, {what}"),
+                &world,
+                Program::Ingress,
+                place.device,
+                &answer,
+            )
+            .routed(&answer.clone().from(cast.frontend).to(cast.client).ttl(60))
+            .reply(ONE),
+        );
+    }
+}
+
+/// ICMP errors quote as little as eight bytes: ports and tag.
+fn errors(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let flow = cast.connection().state(state::ESTABLISHED);
+    let world = cast.world().flows(flow.both());
+    let kind = if cast.frontend.is_ipv4() { (3, 3) } else { (1, 4) };
+    let network = if cast.frontend.is_ipv4() { 20 } else { 40 };
+    for bytes in [8, 28] {
+        let quote = |frame: &Frame| {
+            let mut quote = frame.packet()[..network + bytes].to_vec();
+            if bytes > 8 {
+                // Nobody reads the checksum of a quote, and none is made.
+                quote[network + 8..network + 12].fill(0x5c);
+            }
+            quote
+        };
+        let sent = cast.next(cast.client, cast.backend);
+        let error = Frame::icmp(cast.backend.ip(), cast.client.ip(), kind, 0, &quote(&sent));
+        let told = Frame::icmp(
+            cast.frontend.ip(),
+            cast.client.ip(),
+            kind,
+            0,
+            &quote(&cast.next(cast.client, cast.frontend)),
+        );
+        table.add(
+            Case::new(
+                format!("{title}: an error that quotes {bytes} bytes"),
+                &world,
+                Program::Egress,
+                EDGE,
+                &error,
+            )
+            .becomes(&told)
+            .reason(Reason::IcmpError, ONE),
+        );
+    }
+}
+
+/// A client that does not know the connection of a reply says so with an ABORT with T, as TCP's does with a bare reset.
+fn recovery(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let flow = cast.connection().state(state::ESTABLISHED);
+    let abort = Frame::sctp(cast.client, cast.backend, (ABORT, T), &[]);
+    table.add(
+        Case::new(
+            format!("{title}: an ABORT with T makes a lost reply entry again"),
+            &cast.world().flows(flow.forward()),
+            Program::Ingress,
+            EDGE,
+            &abort,
+        )
+        .dropped(Reason::ReplyRecovered, ONE)
+        .flows([flow.both()]),
+    );
+    let abort = Frame::sctp(cast.client, cast.backend, (ABORT, 0), &[]);
+    table.add(Case::new(
+        format!("{title}: an ABORT of a direct connection"),
+        &cast.world().flows(flow.forward()),
+        Program::Ingress,
+        EDGE,
+        &abort,
+    ));
+    let lost = cast.next(cast.client, cast.frontend);
+    table.add(
+        Case::new(format!("{title}: data without a flow"), &cast.world(), Program::Ingress, EDGE, &lost)
+            .becomes(&lost.clone().to(cast.backend))
+            .reason(Reason::Recovered, ONE)
+            .flows([flow.both()]),
+    );
+}

@@ -1,0 +1,113 @@
+//! Datagrams in fragments: the first one tells the ports, the others are found by what all of them have in common.
+//!
+//! The adapter notes what the first fragment tells, once it is decided about. The others follow the datagram's flow and
+//! change nothing of it. One that comes before the first is *held*: it is sent out of our own device, labelled with where it
+//! was met, and the agent listens there. When the first fragment has been seen, or after a while,
+//! the agent sends it back to where it was met, by our own device again.
+
+use crate::abi::{Datagram, DatagramPorts, Ticks, Tuple};
+use crate::family::Family;
+use crate::header::{Wire, protocol};
+use crate::parse::Headers;
+use crate::path::{Decision, Verdict};
+use crate::rewrite::can_follow;
+
+/// After so many ticks what a first fragment has told no longer counts: Linux gives a datagram 30 s to be complete, but at
+/// a high rate IPv4's 65 536 identifications come round much earlier.
+pub const DATAGRAM_TICKS: u32 = 14;
+
+/// The datagram that a fragment belongs to; the same for each of its fragments.
+#[inline(always)]
+pub fn key<F: Family>(headers: &Headers<F>) -> Datagram<F::Address> {
+    // Not the tuple's: in an ICMP error that is the quoted packet's.
+    let [source, destination] = headers.outer;
+    Datagram {
+        source,
+        destination,
+        id: headers.datagram,
+        protocol: headers.datagram_protocol,
+        reserved: [0; 3],
+    }
+}
+
+/// What the others of a first fragment's datagram need to know; no ports where they are not to be translated either.
+#[inline(always)]
+pub fn told<F: Family>(headers: &Headers<F>, decision: &Decision<F>, now: Ticks) -> DatagramPorts {
+    let is_rewritten = match decision.verdict {
+        Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => true,
+        Verdict::Pass | Verdict::Reset | Verdict::Unreachable | Verdict::Drop | Verdict::Hold => false,
+    };
+    if !is_rewritten || !can_follow(headers, &decision.flow) {
+        return DatagramPorts { source_port: 0, destination_port: 0, seen: now };
+    }
+    let Tuple { source_port, destination_port, .. } = headers.tuple;
+    DatagramPorts { source_port, destination_port, seen: now }
+}
+
+/// Whether what a first fragment has told is of the datagram that is under way now.
+#[inline(always)]
+pub fn is_fresh(told: &DatagramPorts, now: Ticks) -> bool {
+    now.wrapping_sub(told.seen) <= DATAGRAM_TICKS
+}
+
+/// Whether the protocol is one of those whose ports we translate: fragments of others are none of ours.
+#[inline(always)]
+pub fn is_transport(protocol: u8) -> bool {
+    matches!(protocol, protocol::TCP | protocol::UDP | protocol::SCTP)
+}
+
+/// Bytes of an IP packet that can be held: what goes back through our own device, whose MTU is the usual one.
+pub const HELD_LENGTH_MAX: u32 = 1_500;
+/// Ethertype of a held frame's label: one for local experiments.
+pub const LABEL_ETHERTYPE: u16 = 0x88b5;
+/// Priority of packets on our own device that are held, or go back to where they were met.
+pub const HELD_PRIORITY: u32 = 0x5c1c_e0f7;
+
+/// Bits of [`Label::flags`].
+pub mod label {
+    /// The fragment was met at tc egress.
+    pub const EGRESS: u8 = 1;
+    /// The device has no link header.
+    pub const BARE: u8 = 2;
+}
+
+/// What a held frame begins with: an Ethernet header that tells where the frame behind it was met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Label {
+    /// 2: a local address, to whom it may look like one.
+    pub local: u8,
+    /// Bits of [`label`].
+    pub flags: u8,
+    /// The device, in network order.
+    pub ifindex: [u8; 4],
+    /// Zero.
+    pub source: [u8; 6],
+    /// [`LABEL_ETHERTYPE`] in network order.
+    pub ethertype: [u8; 2],
+}
+
+const _: () = assert!(size_of::<Label>() == 14 && align_of::<Label>() == 1);
+// SAFETY: bytes alone, which fill the struct (asserted above).
+unsafe impl Wire for Label {}
+
+impl Label {
+    /// The label of a packet that was met on a device.
+    #[inline(always)]
+    pub fn new(ifindex: u32, flags: u8) -> Self {
+        let ethertype = LABEL_ETHERTYPE.to_be_bytes();
+        Self { local: 2, flags, ifindex: ifindex.to_be_bytes(), source: [0; 6], ethertype }
+    }
+
+    /// The mark that sends a packet back to where it was met; never zero.
+    #[inline(always)]
+    pub fn mark(&self) -> u32 {
+        u32::from_be_bytes(self.ifindex) << 1 | u32::from(self.flags & label::EGRESS)
+    }
+}
+
+/// The device of a [mark](Label::mark), and whether it is to leave there.
+#[inline(always)]
+pub fn met_at(mark: u32) -> (u32, bool) {
+    (mark >> 1, mark & 1 != 0)
+}

@@ -1,0 +1,10 @@
+//! SCTP's checksum.
+
+use sluice_common::crc32c;
+
+/// As [`crc32c::updated`], by a global function (see `decide`): its steps are verified once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(super) extern "C" fn sctp_updated(checksum: u32, change: u32, length: u32) -> u32 {
+    crc32c::updated(checksum, change, length)
+}
