@@ -28,9 +28,10 @@ mod workloads;
 
 use std::ffi::OsString;
 use std::fmt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +39,7 @@ use crate::packages;
 use crate::toolchain::Choice;
 use crate::workspace::Workspace;
 
+use self::namespace::Namespace;
 use self::state::{Description, State};
 
 /// What to do with the cluster.
@@ -58,13 +60,13 @@ pub(crate) enum Command {
 pub(crate) struct UpOptions {
     /// How many nodes; some 400 MiB of memory each.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=20))]
-    nodes: u8,
+    pub(crate) nodes: u8,
     /// What serves the Services.
     #[arg(long, value_enum, default_value_t)]
-    proxy: Proxy,
+    pub(crate) proxy: Proxy,
     /// How pods are connected to their node.
     #[arg(long, value_enum, default_value_t)]
-    cni: Cni,
+    pub(crate) cni: Cni,
 }
 
 /// Options of `cargo xtask cluster shell`.
@@ -135,6 +137,40 @@ pub(crate) fn run(workspace: &Workspace, choice: Choice, command: &Command) -> R
         Command::Shell(options) => shell::run(options)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether a whole cluster is up.
+pub(crate) fn is_complete() -> Result<bool> {
+    Ok(is_up(&State::open())?.is_some_and(|description| description.is_complete))
+}
+
+/// Brings a cluster up for tests, or repairs the one that is.
+pub(crate) fn ensure_up(workspace: &Workspace, choice: Choice, options: &UpOptions) -> Result<()> {
+    ensure!(
+        packages::is_root(),
+        "a cluster needs root: run `sudo -E env PATH=\"$PATH\" cargo xtask test e2e`"
+    );
+    up::run(workspace, choice, options)
+}
+
+/// Takes the cluster down.
+pub(crate) fn down() -> Result<()> {
+    down::run()
+}
+
+/// Runs a closure where the outside client is. Processes that it starts are there too.
+pub(crate) fn outside<T: Send>(act: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    Namespace::named(&State::open(), network::OUTSIDE_CLIENT).enter(act)
+}
+
+/// The administrator's kubeconfig.
+pub(crate) fn kubeconfig() -> PathBuf {
+    State::open().kubeconfig()
+}
+
+/// A kubectl of the cluster's version.
+pub(crate) fn kubectl() -> PathBuf {
+    State::open().programs().join("kubectl")
 }
 
 /// The cluster that is up since this boot, however far it came.

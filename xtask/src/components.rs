@@ -17,6 +17,8 @@ const ETCD: &str = "3.6.8";
 
 const CONTAINERD: &str = "2.2.9";
 
+const GINKGO: &str = "2.28.1";
+
 /// The cluster's DNS server.
 pub(crate) const COREDNS: &str = "1.14.7";
 
@@ -113,6 +115,23 @@ const TEST_IMAGES: Group = Group {
     may_be_in_path: false,
 };
 
+/// Kubernetes' own tests.
+const E2E: Group = Group {
+    entry: "e2e/v1.36.3",
+    module: &KUBERNETES_MODULE,
+    programs: &[
+        program("ginkgo", "github.com/onsi/ginkgo/v2/ginkgo", GINKGO),
+        Program {
+            name: "e2e.test",
+            package: "k8s.io/kubernetes/test/e2e",
+            version: KUBERNETES,
+            is_test: true,
+        },
+    ],
+    files: &[],
+    may_be_in_path: false,
+};
+
 /// Where the programs of a cluster are.
 pub(crate) struct Components {
     /// etcd, kube-apiserver, kube-controller-manager, kube-proxy.
@@ -149,6 +168,14 @@ pub(crate) fn control_plane(cache: &Cache) -> Result<PathBuf> {
     go::obtain(cache, &CONTROL_PLANE)
 }
 
+/// Kubernetes' own tests, `e2e.test`, and what runs them in parallel, `ginkgo`.
+///
+/// # Errors
+/// As [`cluster`].
+pub(crate) fn e2e(cache: &Cache) -> Result<PathBuf> {
+    go::obtain(cache, &E2E)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -158,6 +185,7 @@ mod tests {
         for (module, name, version) in [
             (&KUBERNETES_MODULE, "k8s.io/kubernetes", KUBERNETES),
             (&KUBERNETES_MODULE, "go.etcd.io/etcd/server/v3", ETCD),
+            (&KUBERNETES_MODULE, "github.com/onsi/ginkgo/v2", GINKGO),
             (&CONTAINERD_MODULE, "github.com/containerd/containerd/v2", CONTAINERD),
             (&COREDNS_MODULE, "github.com/coredns/coredns", COREDNS),
         ] {
@@ -173,7 +201,7 @@ mod tests {
 
     #[test]
     fn entries_and_link_flags_name_the_same_versions() {
-        for group in [&CONTROL_PLANE, &NODE, &TEST_IMAGES] {
+        for group in [&CONTROL_PLANE, &NODE, &TEST_IMAGES, &E2E] {
             assert!(group.entry.ends_with(&format!("/v{KUBERNETES}")), "{}", group.entry);
         }
         assert!(KUBERNETES_MODULE.link_flags.contains(&format!("gitVersion=v{KUBERNETES} ")));
@@ -184,7 +212,7 @@ mod tests {
 
     #[test]
     fn the_modules_list_every_program_as_a_tool() {
-        for group in [&CONTROL_PLANE, &NODE, &CONTAINERD_GROUP, &COREDNS_GROUP, &TEST_IMAGES] {
+        for group in [&CONTROL_PLANE, &NODE, &CONTAINERD_GROUP, &COREDNS_GROUP, &TEST_IMAGES, &E2E] {
             for program in group.programs.iter().filter(|program| !program.is_test) {
                 let listed = group
                     .module
