@@ -14,6 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
 use super::mounts::{Mount, mounts};
+use super::state::State;
 
 const NAME: &str = "sluice-cluster";
 
@@ -73,15 +74,19 @@ pub(super) fn hierarchies() -> Result<Vec<Hierarchy>> {
 }
 
 /// Makes a group below the cluster's in every hierarchy.
-pub(super) fn create(group: &str) -> Result<()> {
-    for hierarchy in hierarchies()? {
+pub(super) fn create(state: &State, group: &str) -> Result<()> {
+    let all = hierarchies()?;
+    for hierarchy in &all {
         let (ours, group) = (hierarchy.ours(), hierarchy.ours().join(group));
         fs::create_dir_all(&group).with_context(|| {
             format!("cannot make the cgroup {}: is the file system mounted read-only?", group.display())
         })?;
-        if hierarchy.is_v2 {
-            delegate(&hierarchy.root);
-            delegate(&ours);
+        if hierarchy.is_v2 && all.len() == 1 {
+            let given = delegate(&hierarchy.root);
+            if !given.is_empty() {
+                state.write(GIVEN, &given.join(" "))?;
+            }
+            let _given = delegate(&ours);
         } else if hierarchy.has("cpuset") {
             // A group without CPUs takes no process.
             for (parent, child) in [(&hierarchy.root, &ours), (&ours, &group)] {
@@ -97,13 +102,34 @@ pub(super) fn create(group: &str) -> Result<()> {
     Ok(())
 }
 
-/// Lets groups below this one of cgroup2 have the controllers that it has itself. One that cannot be had shows later, in what the
-/// kubelet says.
-pub(super) fn delegate(group: &Path) {
-    let controllers = fs::read_to_string(group.join("cgroup.controllers")).unwrap_or_default();
-    for controller in controllers.split_whitespace() {
-        drop(fs::write(group.join("cgroup.subtree_control"), format!("+{controller}")));
+/// Below the state directory: the controllers that the machine's root group gives to others only for the cluster's sake.
+const GIVEN: &str = "controllers";
+
+/// Lets groups below this one of cgroup2 have the controllers that it has itself, and returns those they did not have before. One
+/// that cannot be had shows later, in what the kubelet says.
+pub(super) fn delegate(group: &Path) -> Vec<String> {
+    let words = |file: &str| -> Vec<String> {
+        let text = fs::read_to_string(group.join(file)).unwrap_or_default();
+        text.split_whitespace().map(str::to_owned).collect()
+    };
+    let had = words("cgroup.subtree_control");
+    let give = |controller: &String| {
+        !had.contains(controller)
+            && fs::write(group.join("cgroup.subtree_control"), format!("+{controller}")).is_ok()
+    };
+    words("cgroup.controllers").into_iter().filter(give).collect()
+}
+
+/// Takes back what [`create`] let groups below the root have. Needs the cluster's groups to be gone.
+pub(super) fn take_back(state: &State) -> Result<()> {
+    let given = fs::read_to_string(state.path(GIVEN)).unwrap_or_default();
+    for hierarchy in hierarchies()?.iter().filter(|hierarchy| hierarchy.is_v2) {
+        for controller in given.split_whitespace() {
+            // Others may have come to need it.
+            drop(fs::write(hierarchy.root.join("cgroup.subtree_control"), format!("-{controller}")));
+        }
     }
+    Ok(())
 }
 
 /// Moves this process into a group made by [`create`].

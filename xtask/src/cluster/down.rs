@@ -45,6 +45,7 @@ fn is_anything_there(state: &State) -> Result<bool> {
 /// Ends every process, then removes namespaces, groups and files. What is not there is no error.
 fn tear_down(state: &State) -> Result<()> {
     cgroup::destroy(None)?;
+    cgroup::take_back(state)?;
     for mount in mounts()?.into_iter().rev().filter(|mount| mount.point.starts_with(state.root())) {
         rustix::mount::unmount(&mount.point, UnmountFlags::DETACH)
             .with_context(|| format!("cannot unmount {}", mount.point.display()))?;

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use crate::process::Cmd;
 
@@ -34,13 +34,8 @@ impl Kubectl {
     /// # Errors
     /// When it fails, with what it wrote to standard error.
     pub(super) fn run<S: AsRef<OsStr> + Sync>(&self, args: impl AsRef<[S]>) -> Result<String> {
-        let command = self.command(args.as_ref());
-        let line = command.line();
-        let output = self.namespace.enter(move || Ok(command.into_inner().output()?))?;
-        if !output.status.success() {
-            bail!("`{line}`: {}", String::from_utf8_lossy(&output.stderr).trim());
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        let command = Cmd::new(&self.program).arg("--kubeconfig").arg(&self.kubeconfig).args(args.as_ref());
+        self.namespace.enter(move || command.answer())
     }
 
     /// Runs it, expecting that it fails at times, within five seconds.
@@ -53,9 +48,5 @@ impl Kubectl {
     pub(super) fn apply(&self, flag: &str, path: &Path) -> Result<()> {
         let args: [&OsStr; 4] = ["apply".as_ref(), flag.as_ref(), path.as_os_str(), "--server-side".as_ref()];
         self.run(args).map(drop)
-    }
-
-    fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Cmd {
-        Cmd::new(&self.program).arg("--kubeconfig").arg(&self.kubeconfig).args(args)
     }
 }

@@ -60,7 +60,7 @@ pub(super) fn ensure(
     }
     // What is left of one that was killed.
     cgroup::destroy(Some(&name))?;
-    cgroup::create(&name)?;
+    cgroup::create(state, &name)?;
     let directories = [
         (state.root(), STATE),
         (components.node.as_path(), PROGRAMS),
@@ -103,7 +103,7 @@ pub(super) fn import(
         .arg(&socket)
         .args(["--namespace", "k8s.io", "images", "import"])
         .arg(archive)
-        .probe()
+        .answer()
         .with_context(|| {
             let log = launch::log(state, &format!("{}-containerd", number.name()));
             format!("cannot bring the images to {}; {}", number.name(), launch::last_words(&log))

@@ -138,7 +138,7 @@ fn processes_and_devices(spec: &Spec) -> Result<()> {
         fs::create_dir_all(cgroups.join("init"))
             .context("cannot make the group of the node's own processes")?;
         fs::write(cgroups.join("init/cgroup.procs"), "0").context("cannot enter the node's own group")?;
-        cgroup::delegate(cgroups);
+        let _given = cgroup::delegate(cgroups);
     }
     Ok(())
 }

@@ -32,10 +32,8 @@ pub(super) fn ensure(state: &State, nodes: u8) -> Result<()> {
 }
 
 fn certificates(state: &State, directory: &Path) -> Result<()> {
-    let openssl = |args: &str| {
-        // What openssl says while it works is of no use to anybody.
-        Cmd::new("openssl").dir(directory).args(args.split_whitespace()).probe().map(drop)
-    };
+    let openssl =
+        |args: &str| Cmd::new("openssl").dir(directory).args(args.split_whitespace()).answer().map(drop);
     openssl(&format!("req -x509 {KEY} -days 3650 -subj /CN=sluice-cluster -keyout ca.key -out ca.crt"))?;
     let names = format!(
         "DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc,DNS:kubernetes.default.svc.cluster.local,\

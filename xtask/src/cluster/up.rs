@@ -131,7 +131,7 @@ impl Up<'_> {
             "control plane, and containerd with images on {}",
             count(self.options.nodes)
         ));
-        cgroup::create(CONTROL_PLANE)?;
+        cgroup::create(self.state, CONTROL_PLANE)?;
         control_plane::ensure_api_server(self.state, self.components)?;
         for number in self.numbers() {
             node::ensure(self.state, self.components, self.plugins, self.options.cni, number)

@@ -18,6 +18,7 @@ use clap::Args;
 use crate::cache::Cache;
 use crate::cluster::{self, Cni, Proxy, UpOptions};
 use crate::components;
+use crate::packages;
 use crate::process::Cmd;
 use crate::toolchain::Choice;
 use crate::ui::Step;
@@ -65,6 +66,10 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
         "--record keeps what the real kube-proxy gets: it goes with --proxy kube-proxy alone"
     );
     ensure!(options.proxy != Proxy::None, "--proxy none serves no Service that a spec could ask");
+    ensure!(
+        packages::is_root(),
+        "a cluster needs root: run `sudo -E env PATH=\"$PATH\" cargo xtask test e2e`"
+    );
     let programs = components::e2e(&Cache::open()?)?;
     let up = UpOptions { nodes: options.nodes, proxy: options.proxy, cni: options.cni };
     let was_up = cluster::is_complete()?;
