@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use lab_support::{Cluster, ECHO, HTTP, Plan, SOON, WEB, all_answer, cluster_ip, skip, status, until, url};
+use lab_support::{
+    Cluster, ECHO, HTTP, Plan, SOON, WEB, all_answer, cluster_ip, skip, status, until_within, url,
+};
 use serde_json::Value;
 use sluice_lab::Node;
 
@@ -45,7 +47,8 @@ fn a_configuration_is_followed_without_losing_a_connection() -> Result<()> {
     let mut stream = cluster.client.tool(["tcp-client", "--interval-ms=40", "--to", &to])?;
 
     write(&file, "mode: iptables\nhostnameOverride: n1\nhealthzBindAddress: 127.0.0.1:10301\n")?;
-    until("the agent starts anew", || {
+    // It looks by itself every five seconds, and then verifies its programs.
+    until_within(4 * SOON, "the agent starts anew", || {
         Ok((told(&node, "/last/policy/nodeport_addresses")? == "all,localhost"
             && told(&node, "/ready")? == Value::Bool(true))
         .then_some(()))
@@ -55,7 +58,7 @@ fn a_configuration_is_followed_without_losing_a_connection() -> Result<()> {
 
     // A broken file changes nothing, and is told.
     write(&file, "mode: kernelspace\n")?;
-    let problem = until("the broken file is told", || {
+    let problem = until_within(2 * SOON, "the broken file is told", || {
         let problems = told(&node, "/last/problems")?;
         let texts = problems.as_array().cloned().unwrap_or_default();
         Ok(texts

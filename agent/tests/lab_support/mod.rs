@@ -434,13 +434,22 @@ pub(crate) fn flush(node: &Node, map: &str) -> Result<usize> {
 ///
 /// # Errors
 /// If there is none within [`SOON`], or asking fails.
-pub(crate) fn until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let deadline = Instant::now() + SOON;
+pub(crate) fn until<T>(what: &str, ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    until_within(SOON, what, ask)
+}
+
+/// As [`until`], for at most so long.
+pub(crate) fn until_within<T>(
+    time: Duration,
+    what: &str,
+    mut ask: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let deadline = Instant::now() + time;
     loop {
         if let Some(answer) = ask()? {
             return Ok(answer);
         }
-        ensure!(Instant::now() < deadline, "waited {SOON:?} in vain: {what}");
+        ensure!(Instant::now() < deadline, "waited {time:?} in vain: {what}");
         sleep(Duration::from_millis(20));
     }
 }
