@@ -12,6 +12,7 @@ use api_support::objects::Space;
 use api_support::view::{expect, status};
 use api_support::{Cluster, START, cluster, wait_for};
 use serde_json::{Value, json};
+use sluice_lab::Serve;
 
 /// A flaw has to last for two seconds, and the nodes' tries are spread over eight more.
 const TOLD: Duration = Duration::from_secs(20);
@@ -125,6 +126,29 @@ fn a_policy_that_leaves_no_endpoint_is_worth_knowing() {
     assert_eq!((&event["reason"], &event["type"]), (&json!("NoLocalEndpoint"), &json!("Normal")), "{event}");
     let note = event["note"].as_str().unwrap_or_default();
     assert!(note.starts_with("on node ") && note.contains("internalTrafficPolicy is Local"), "{event}");
+}
+
+#[test]
+fn a_health_check_that_cannot_be_answered_is_told_by_its_node_as_kube_proxy_does() {
+    let Some(cluster) = cluster() else { return };
+    let space = Space::new(&cluster, "health");
+    let node = cluster.node("health");
+    let _taken = node.serve(Serve::Http, 30_999).expect("the port is taken");
+    let _agent = cluster.agent(&node);
+    space.service(
+        "web",
+        &json!({
+            "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 30_999,
+            "clusterIP": "10.96.23.1", "ports": [{"port": 80}],
+        }),
+    );
+    let told = expect_events(&cluster, "health", 1);
+    let event = told.first().expect("one");
+    assert_eq!(event["reason"], "FailedToStartServiceHealthcheck", "{event}");
+    assert_eq!((&event["type"], &event["regarding"]["name"]), (&json!("Warning"), &json!("web")), "{event}");
+    // The other tests' nodes answer it.
+    assert_eq!(event["reportingInstance"], "health", "{event}");
+    assert!(event["note"].as_str().is_some_and(|note| note.contains("30999")), "{event}");
 }
 
 #[test]
