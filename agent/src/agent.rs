@@ -198,7 +198,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     };
 
     let (events_sender, events) = mpsc::channel(EVENTS);
-    let sources = start_sources(&options, &events_sender).await?;
+    let (sources, announcing) = start_sources(&options, &events_sender).await?;
     let model = Model::new(model::Settings {
         node: Some(options.node.as_str().into()),
         proxy_name: options.proxy_name.as_deref().map(Into::into),
@@ -241,7 +241,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         vips: vips_sender,
         rules: rules_sender,
         filled: filled_sender,
-        beside: Beside::start(monitor, options.monitor, progress),
+        beside: Beside::start(monitor, options.monitor, progress, &options.node, announcing),
         reload: options.reload,
         refused: None,
     };
@@ -283,9 +283,13 @@ struct Source {
     pulse: Pulse,
 }
 
-/// Starts the sources that were asked for.
-async fn start_sources(options: &Options, events: &mpsc::Sender<Event>) -> anyhow::Result<Vec<Source>> {
+/// Starts the sources that were asked for. With the API server as one, Events can be written there.
+async fn start_sources(
+    options: &Options,
+    events: &mpsc::Sender<Event>,
+) -> anyhow::Result<(Vec<Source>, Option<kubernetes::Events>)> {
     let mut sources = Vec::new();
+    let mut announcing = None;
     if let Some(folder) = &options.manifests {
         let pulse = Pulse::default();
         let _watching = tokio::spawn(manifests::watch(folder.clone(), events.clone(), pulse.clone()));
@@ -296,6 +300,7 @@ async fn start_sources(options: &Options, events: &mpsc::Sender<Event>) -> anyho
         let client = kubernetes::connect(settings).await.context(
             "cannot reach the API server; give --kubeconfig, or --manifests to work from files alone",
         )?;
+        announcing = Some(kubernetes::Events::new(client.clone(), &options.node));
         let _watching =
             tokio::spawn(kubernetes::watch(client, settings.clone(), events.clone(), pulse.clone()));
         let kubeconfig = settings.kubeconfig.as_ref().map(|path| path.display().to_string());
@@ -306,7 +311,7 @@ async fn start_sources(options: &Options, events: &mpsc::Sender<Event>) -> anyho
             .unwrap_or_else(|| "(configured by the environment)".to_owned());
         sources.push(Source { id: SourceId::Kubernetes, from, pulse });
     }
-    Ok(sources)
+    Ok((sources, announcing))
 }
 
 /// The running agent's parts.
@@ -373,6 +378,7 @@ impl Agent {
                     let survey = &self.watched.borrow_and_update().survey;
                     self.sync.set_node(&survey.addresses, &survey.leave);
                 }
+                Ok(()) = self.beside.changed() => {}
                 Ok(()) = self.kept.changed() => { let _ = self.kept.borrow_and_update(); }
                 () = tokio::time::sleep_until(retry.unwrap_or_else(tokio::time::Instant::now)), if retry.is_some() => {}
                 _ = status_due.tick(), if dirty => {
@@ -381,6 +387,7 @@ impl Agent {
                     }
                     dirty = self.told.is_none();
                     self.sync.log_reports();
+                    self.beside.announce(&self.sync, &self.status.node);
                     self.tell();
                     continue;
                 }

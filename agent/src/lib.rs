@@ -11,6 +11,7 @@
 //! and pure functions.
 
 pub mod agent;
+pub mod announce;
 pub mod cli;
 pub mod conntrack;
 pub mod dataplane;

@@ -1,4 +1,4 @@
-//! What runs beside the maps' loop and follows it: health checks of Services, monitoring, and the kernel's connection tracking.
+//! What runs beside the maps' loop and follows it: health checks of Services, monitoring, Events, and the kernel's connection tracking.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use super::sync::Sync;
+use crate::announce::{self, Announcements};
 use crate::conntrack::{self, UdpFrontends};
 use crate::devices::Survey;
 use crate::health::{self, Addresses, Failures, Inputs};
@@ -13,6 +14,7 @@ use crate::model::HealthCheck;
 use crate::model::object::ObjectName;
 use crate::monitor::{self, Monitor, Progress};
 use crate::policy::Policy;
+use crate::source::kubernetes::Events;
 
 /// The tasks' ends of the channels.
 #[derive(Debug)]
@@ -24,11 +26,19 @@ pub(super) struct Beside {
     failures: watch::Receiver<Failures>,
     cleaned: watch::Receiver<conntrack::Told>,
     unmonitored: watch::Receiver<Vec<String>>,
+    /// Where Events are written; [`None`]: nowhere.
+    announcements: Option<watch::Sender<Arc<Announcements>>>,
 }
 
 impl Beside {
-    /// Starts the tasks; they end with what is returned.
-    pub(super) fn start(monitor: Monitor, at: monitor::Addresses, progress: Arc<Progress>) -> Self {
+    /// Starts the tasks; they end with what is returned. Without a writer there are no Events.
+    pub(super) fn start(
+        monitor: Monitor,
+        at: monitor::Addresses,
+        progress: Arc<Progress>,
+        node: &str,
+        events: Option<Events>,
+    ) -> Self {
         let (checks, checks_of_task) = watch::channel(BTreeMap::new());
         let (addresses, addresses_of_task) = watch::channel(Addresses::Listed([].into()));
         let (frontends, frontends_of_task) = watch::channel(Arc::default());
@@ -44,7 +54,25 @@ impl Beside {
         let _health = tokio::spawn(health::serve(inputs, failures_of_task));
         let _conntrack = tokio::spawn(conntrack::keep_clean(frontends_of_task, cleaned_of_task));
         let _monitoring = tokio::spawn(monitor::serve(Arc::new(monitor), at, unmonitored_of_task));
-        Self { progress, checks, addresses, frontends, failures, cleaned, unmonitored }
+        let announcements = events.map(|events| {
+            let (announcements, announcements_of_task) = watch::channel(Arc::default());
+            let _announcing = tokio::spawn(announce::serve(node.to_owned(), events, announcements_of_task));
+            announcements
+        });
+        Self { progress, checks, addresses, frontends, failures, cleaned, unmonitored, announcements }
+    }
+
+    /// Tells beside objects what is wrong with them.
+    pub(super) fn announce(&self, sync: &Sync, node: &str) {
+        let Some(sender) = &self.announcements else { return };
+        let now = sync.announcements(node, &self.failures.borrow());
+        let _ = sender.send_if_modified(|before| {
+            let modified = **before != now;
+            if modified {
+                *before = Arc::new(now);
+            }
+            modified
+        });
     }
 
     /// Tells the tasks what the maps' loop has come to.
@@ -75,6 +103,11 @@ impl Beside {
         if let Some(frontends) = sync.take_udp_frontends() {
             let _ = self.frontends.send_replace(Arc::new(frontends));
         }
+    }
+
+    /// Waits until health checks fail that did not, or no longer do.
+    pub(super) async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
+        self.failures.changed().await
     }
 
     /// What fails, for people.

@@ -10,8 +10,10 @@ use sluice_common::{V4, V6};
 use tokio::time::Instant;
 
 use super::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
+use crate::announce::{self, Announcements};
 use crate::conntrack::UdpFrontends;
 use crate::dataplane::{Kernel, Maps};
+use crate::health::Failures;
 use crate::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
 use crate::model::object::ObjectName;
 use crate::model::report::Level;
@@ -244,6 +246,11 @@ impl Sync {
             since: unix_seconds(report.since),
         };
         self.model.reports().iter().map(status).collect()
+    }
+
+    /// What is to be told beside objects, health checks that are not answered included.
+    pub(super) fn announcements(&self, node: &str, failures: &Failures) -> Announcements {
+        announce::gather(node, self.model.reports().iter(), failures)
     }
 
     /// Logs reports that have come or gone since the last call, each once.

@@ -65,6 +65,10 @@ impl Kind {
         }
     }
 
+    /// All.
+    pub const ALL: [Self; 5] =
+        [Self::Service, Self::EndpointSlice, Self::Endpoints, Self::Node, Self::ServiceCidr];
+
     /// The word.
     pub fn word(self) -> &'static str {
         match self {

@@ -8,6 +8,7 @@
 //! its last good form; to decode lists strictly would lose all others with it.
 
 mod connection;
+mod events;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -20,6 +21,8 @@ use kube::runtime::utils::Backoff;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Config};
 use tokio::sync::mpsc;
+
+pub use events::Events;
 
 use super::Pulse;
 use super::decode::{Decoder, HEADLESS_LABEL, Kind, Meta, PROXY_NAME_LABEL, TRIGGER_ANNOTATION, change};
@@ -208,19 +211,23 @@ fn objects(
     kind: Kind,
     config: watcher::Config,
 ) -> impl Stream<Item = Watched> + Send + Unpin + use<> {
-    let (group, version) = match kind {
-        Kind::EndpointSlice => ("discovery.k8s.io", "v1"),
-        Kind::ServiceCidr => ("networking.k8s.io", "v1"),
-        Kind::Service | Kind::Endpoints | Kind::Node => ("", "v1"),
-    };
-    let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind.word()));
-    let api: Api<DynamicObject> = Api::all_with(client, &resource);
+    let api: Api<DynamicObject> = Api::all_with(client, &resource(kind));
     let config = config.timeout(WATCH_SECONDS).page_size(PAGE);
     let events = watcher(api, config).map_ok(trim);
     if kind == Kind::ServiceCidr {
         return events.backoff(Patience(PATIENCE.0)).map(move |event| (kind, event)).boxed();
     }
     events.default_backoff().map(move |event| (kind, event)).boxed()
+}
+
+/// A kind, as the API server knows it.
+fn resource(kind: Kind) -> ApiResource {
+    let (group, version) = match kind {
+        Kind::EndpointSlice => ("discovery.k8s.io", "v1"),
+        Kind::ServiceCidr => ("networking.k8s.io", "v1"),
+        Kind::Service | Kind::Endpoints | Kind::Node => ("", "v1"),
+    };
+    ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind.word()))
 }
 
 /// Waits longer and longer. Never reset: a list that begins counts as a success already.
