@@ -8,6 +8,7 @@ pub mod status;
 mod sync;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use sluice_common::abi::{self, Settings};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
+use crate::conntrack::limits::{self, Limits};
 use crate::dataplane::{Pins, Xdp, load};
 use crate::devices::Rules;
 use crate::devices::own::OwnRoutes;
@@ -26,6 +28,8 @@ use crate::devices::pattern::Patterns;
 use crate::devices::watch::{Watched, watch as watch_devices};
 use crate::fragments;
 use crate::model::{self, Event, Model, SourceId};
+use crate::monitor::metrics::Metrics;
+use crate::monitor::{self, Monitor, Progress};
 use crate::policy::Policy;
 use crate::source::{Pulse, kubernetes, manifests};
 use beside::Beside;
@@ -38,6 +42,8 @@ use sync::Sync;
 const GATHER: Duration = Duration::from_millis(3);
 /// The shortest time between two writings of the status.
 const STATUS_PERIOD: Duration = Duration::from_secs(1);
+/// How often the configuration is looked at.
+const LOOK_PERIOD: Duration = Duration::from_secs(5);
 /// Events that wait between a source and the loop.
 const EVENTS: usize = 16_384;
 
@@ -88,6 +94,8 @@ pub struct Options {
     pub policy: Policy,
     /// Whose calls the socket path translates.
     pub socket_path: SocketPath,
+    /// The command line that says all this.
+    pub invocation: Invocation,
     /// How uplinks use XDP.
     pub xdp: Xdp,
     /// A folder of manifests.
@@ -98,6 +106,38 @@ pub struct Options {
     pub proxy_name: Option<String>,
     /// Capacities of maps that differ from the object's.
     pub sizes: BTreeMap<String, u32>,
+    /// Where monitoring is answered.
+    pub monitor: monitor::Addresses,
+    /// What the kernel's connection tracking is to be like.
+    pub conntrack: Limits,
+    /// How willing the kernel is to end this process when memory is short.
+    pub oom_score_adj: Option<i32>,
+    /// When to start anew.
+    pub reload: Reload,
+}
+
+/// What the options come from, and whether it has changed.
+#[derive(Clone)]
+pub struct Reload {
+    /// Whether to look by itself, and not only on SIGHUP.
+    pub follows: bool,
+    /// Whether options made now would be others; an error if none could be made.
+    pub is_changed: Arc<dyn Fn() -> anyhow::Result<bool> + Send + std::marker::Sync>,
+}
+
+impl fmt::Debug for Reload {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Reload").field("follows", &self.follows).finish_non_exhaustive()
+    }
+}
+
+/// Why the agent has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It was told to.
+    Stopped,
+    /// It is to start anew with other options.
+    ToStartAnew,
 }
 
 /// Runs the agent until it is told to stop; programs and maps stay.
@@ -105,7 +145,7 @@ pub struct Options {
 /// # Errors
 ///
 /// When another agent runs, or the kernel refuses maps or programs.
-pub async fn run(options: Options) -> anyhow::Result<()> {
+pub async fn run(options: Options) -> anyhow::Result<Ended> {
     let started = SystemTime::now();
     let state = StateDir::take(&options.state_dir)?;
     let earlier = status::read(&options.state_dir).map(|status| status.policy.primary).unwrap_or_default();
@@ -115,7 +155,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         pid: std::process::id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         started: unix_seconds(started),
-        invocation: Invocation::own(),
+        invocation: options.invocation.clone(),
         waiting_for: vec!["the programs to be loaded".to_owned()],
         ..Status::default()
     };
@@ -125,6 +165,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     if let Some(ports) = reserved {
         tracing::info!(ports, "entered ports of masqueraded clients into net.ipv4.ip_local_reserved_ports");
     }
+    set_machine(&options);
     let pins = Pins::new(&options.pin_path);
     let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp))?;
     let own = OwnRoutes::new().await.context("cannot use netlink")?;
@@ -160,7 +201,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     };
 
     let (events_sender, events) = mpsc::channel(EVENTS);
-    let sources = start_sources(&options, &events_sender).await?;
+    let (sources, announcing) = start_sources(&options, &events_sender).await?;
     let model = Model::new(model::Settings {
         node: Some(options.node.as_str().into()),
         proxy_name: options.proxy_name.as_deref().map(Into::into),
@@ -169,7 +210,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         external_ips: options.policy.external_ips.clone(),
         leave: BTreeSet::new(),
     });
-    let mut sync = Sync::adopt(loaded.kernel, model, loaded.filled)?;
+    let metrics = Arc::new(Metrics::default());
+    let mut sync = Sync::adopt(loaded.kernel, model, loaded.filled, Arc::clone(&metrics))?;
+    let progress = Arc::new(Progress::default());
+    let monitor =
+        Monitor::new(Arc::clone(&progress), metrics, options.pin_path.clone(), options.state_dir.clone());
 
     let (survey_sender, watched) = watch::channel(Watched::default());
     // Adopted VIPs keep their routes until the sources say otherwise.
@@ -199,12 +244,27 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         vips: vips_sender,
         rules: rules_sender,
         filled: filled_sender,
-        beside: Beside::start(),
+        beside: Beside::start(monitor, options.monitor, progress, &options.node, announcing),
+        reload: options.reload,
+        refused: None,
     };
     // The sender stays here: a source that ends must not end the loop.
     let result = agent.run().await;
     drop(events_sender);
     result
+}
+
+/// Sets what lies outside of the programs, as far as it was asked for. Nothing of it keeps the agent from its work.
+fn set_machine(options: &Options) {
+    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
+    for failure in options.conntrack.apply(Path::new(limits::SYSCTLS), cpus) {
+        tracing::warn!("{failure}");
+    }
+    if let Some(score) = options.oom_score_adj
+        && let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string())
+    {
+        tracing::warn!("/proc/self/oom_score_adj cannot be set to {score}: {error}");
+    }
 }
 
 /// Watches devices, again and again if netlink fails.
@@ -226,9 +286,13 @@ struct Source {
     pulse: Pulse,
 }
 
-/// Starts the sources that were asked for.
-async fn start_sources(options: &Options, events: &mpsc::Sender<Event>) -> anyhow::Result<Vec<Source>> {
+/// Starts the sources that were asked for. With the API server as one, Events can be written there.
+async fn start_sources(
+    options: &Options,
+    events: &mpsc::Sender<Event>,
+) -> anyhow::Result<(Vec<Source>, Option<kubernetes::Events>)> {
     let mut sources = Vec::new();
+    let mut announcing = None;
     if let Some(folder) = &options.manifests {
         let pulse = Pulse::default();
         let _watching = tokio::spawn(manifests::watch(folder.clone(), events.clone(), pulse.clone()));
@@ -239,6 +303,7 @@ async fn start_sources(options: &Options, events: &mpsc::Sender<Event>) -> anyho
         let client = kubernetes::connect(settings).await.context(
             "cannot reach the API server; give --kubeconfig, or --manifests to work from files alone",
         )?;
+        announcing = Some(kubernetes::Events::new(client.clone(), &options.node));
         let _watching =
             tokio::spawn(kubernetes::watch(client, settings.clone(), events.clone(), pulse.clone()));
         let kubeconfig = settings.kubeconfig.as_ref().map(|path| path.display().to_string());
@@ -249,7 +314,7 @@ async fn start_sources(options: &Options, events: &mpsc::Sender<Event>) -> anyho
             .unwrap_or_else(|| "(configured by the environment)".to_owned());
         sources.push(Source { id: SourceId::Kubernetes, from, pulse });
     }
-    Ok(sources)
+    Ok((sources, announcing))
 }
 
 /// The running agent's parts.
@@ -271,20 +336,37 @@ struct Agent {
     rules: watch::Sender<Rules>,
     filled: watch::Sender<bool>,
     beside: Beside,
+    reload: Reload,
+    /// Why changed options cannot be used.
+    refused: Option<String>,
 }
 
 impl Agent {
-    async fn run(mut self) -> anyhow::Result<()> {
+    async fn run(mut self) -> anyhow::Result<Ended> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+        let mut hangup = signal(SignalKind::hangup()).context("cannot handle SIGHUP")?;
+        let mut look_due = tokio::time::interval(LOOK_PERIOD);
+        look_due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut status_due = tokio::time::interval(STATUS_PERIOD);
         status_due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut dirty = true;
-        loop {
+        let ended = loop {
             let retry = self.sync.retry_at();
             tokio::select! {
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
+                _ = terminate.recv() => break Ended::Stopped,
+                _ = interrupt.recv() => break Ended::Stopped,
+                _ = hangup.recv() => {
+                    if self.is_outdated() {
+                        break Ended::ToStartAnew;
+                    }
+                    tracing::info!("SIGHUP: nothing has changed that could be taken over");
+                }
+                _ = look_due.tick(), if self.reload.follows => {
+                    if self.is_outdated() {
+                        break Ended::ToStartAnew;
+                    }
+                }
                 Some(event) = self.events.recv() => {
                     let mut concerns_cluster = self.hear(event);
                     tokio::time::sleep(GATHER).await;
@@ -299,6 +381,7 @@ impl Agent {
                     let survey = &self.watched.borrow_and_update().survey;
                     self.sync.set_node(&survey.addresses, &survey.leave);
                 }
+                Ok(()) = self.beside.changed() => {}
                 Ok(()) = self.kept.changed() => { let _ = self.kept.borrow_and_update(); }
                 () = tokio::time::sleep_until(retry.unwrap_or_else(tokio::time::Instant::now)), if retry.is_some() => {}
                 _ = status_due.tick(), if dirty => {
@@ -307,6 +390,7 @@ impl Agent {
                     }
                     dirty = self.told.is_none();
                     self.sync.log_reports();
+                    self.beside.announce(&self.sync, &self.status.node);
                     self.tell();
                     continue;
                 }
@@ -319,17 +403,44 @@ impl Agent {
             if let Some(vips) = self.sync.take_vips() {
                 let _ = self.vips.send_replace(vips);
             }
-            self.beside.follow(&mut self.sync, &self.watched.borrow().survey, &self.rules.borrow().policy);
+            self.beside.follow(
+                &mut self.sync,
+                &self.watched.borrow().survey,
+                &self.rules.borrow().policy,
+                self.cluster.is_leaving(),
+            );
             let filled = self.sync.is_filled();
             let _ = self.filled.send_if_modified(|before| std::mem::replace(before, filled) != filled);
             if self.is_ready() != self.status.ready {
                 self.tell();
             }
-        }
-        tracing::info!("stopping; programs and maps stay, packets flow on");
+        };
+        let why = match ended {
+            Ended::Stopped => "the agent was stopped",
+            Ended::ToStartAnew => "the agent to start with its new configuration",
+        };
+        tracing::info!("stopping, {why}; programs and maps stay, packets flow on");
         self.status.ready = false;
-        self.status.waiting_for = vec!["the agent was stopped".to_owned()];
-        self.state.write(&self.status).context("cannot write the status")
+        self.status.waiting_for = vec![why.to_owned()];
+        self.state.write(&self.status).context("cannot write the status")?;
+        Ok(ended)
+    }
+
+    /// Whether the agent should start anew: its options have changed, and can be used.
+    fn is_outdated(&mut self) -> bool {
+        let (changed, refused) = match tokio::task::block_in_place(|| (self.reload.is_changed)()) {
+            Ok(changed) => (changed, None),
+            Err(error) => {
+                (false, Some(format!("the configuration has changed and cannot be used: {error:#}")))
+            }
+        };
+        if let Some(refused) = &refused
+            && self.refused.as_ref() != Some(refused)
+        {
+            tracing::warn!("{refused}; the agent goes on with the last one");
+        }
+        self.refused = refused;
+        changed
     }
 
     /// Takes in an event; returns whether it concerned node or networks.
@@ -422,7 +533,7 @@ impl Agent {
         status.reports = self.sync.reports();
         status.last_sync = self.sync.last();
         status.failing = self.sync.failing();
-        status.problems = self.beside.problems();
+        status.problems = self.refused.iter().cloned().chain(self.beside.problems()).collect();
         status.waiting_for.extend(status.failing.clone());
         if let Err(error) = self.state.write(status) {
             tracing::warn!("cannot write the status: {error}");

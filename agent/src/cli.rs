@@ -2,33 +2,40 @@
 
 mod backends;
 mod cleanup;
+mod conntrack;
 mod diff;
 mod explain;
 mod flows;
+mod kube_proxy;
+mod monitor;
 mod policy;
 mod preflight;
 mod services;
 mod status;
 mod table;
 mod validate;
-mod view;
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write as _};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::agent::status::{PIN_PATH, state_dir};
-use crate::agent::{self, Options, SocketPath};
+use crate::agent::status::{Invocation, PIN_PATH, state_dir};
+use crate::agent::{self, Ended, Options, Reload, SocketPath};
 use crate::dataplane::Xdp;
 use crate::devices::pattern::Patterns;
 use crate::source::kubernetes;
+use conntrack::ConntrackArgs;
 use diff::DiffArgs;
 use explain::ExplainArgs;
+use kube_proxy::{Expanded, expand};
+use monitor::MonitorArgs;
 use policy::PolicyArgs;
 use preflight::PreflightArgs;
 use table::Format;
@@ -54,6 +61,10 @@ enum Command {
     ///
     /// It keeps the maps in step with Services and EndpointSlices, and the programs on devices and the
     /// cgroup. When it ends, packets flow on by what is pinned; `sluice cleanup` removes that.
+    ///
+    /// kube-proxy's flags and its configuration (--config FILE, a KubeProxyConfiguration) are taken as well: what has no
+    /// meaning here is named in one warning, and a flag counts more than the file. When the file changes, and on
+    /// SIGHUP, the agent starts anew in its own place.
     Agent(Box<AgentArgs>),
     /// Tell how this node is; the exit code is 0 if it is ready, else 1.
     Status {
@@ -166,12 +177,24 @@ struct AgentArgs {
     /// The log's form.
     #[arg(long, value_enum, default_value_t, value_name = "FORM")]
     log_format: LogFormat,
+    /// How willing the kernel is to end the agent when memory is short: -1000 (never) to 1000.
+    #[arg(
+        long,
+        value_name = "NUMBER",
+        allow_negative_numbers = true,
+        value_parser = clap::value_parser!(i32).range(-1000..=1000)
+    )]
+    oom_score_adj: Option<i32>,
     /// Log more; twice: everything. The variable SLUICE_LOG has filters as `sluice=debug`.
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
-    // Last: its heading would go on over what follows.
+    // Last: their headings would go on over what follows.
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten)]
+    monitor: MonitorArgs,
+    #[command(flatten)]
+    conntrack: ConntrackArgs,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -200,7 +223,11 @@ struct Unknown(anyhow::Error);
 /// Runs a command; a wrong command line ends the process with code 2.
 #[must_use]
 pub fn main() -> ExitCode {
-    match Cli::parse().run() {
+    let run = || {
+        let expanded = expand(std::env::args_os().collect())?;
+        Cli::parse_from(&expanded.words).run(expanded)
+    };
+    match run() {
         Ok(code) => code,
         Err(error) if error.is::<Usage>() => {
             eprintln!("error: {error:#}\n\nFor more information, try '--help'.");
@@ -213,15 +240,51 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Whether the agent would run otherwise if it started anew.
+///
+/// # Errors
+///
+/// When it could not.
+fn is_changed(before: &Expanded) -> anyhow::Result<bool> {
+    let now = expand(std::env::args_os().collect())?;
+    if now.words == before.words {
+        return Ok(false);
+    }
+    let Command::Agent(args) = Cli::try_parse_from(&now.words)?.command else {
+        bail!("the command line is the agent's no more")
+    };
+    args.policy.policy().map(|_| true)
+}
+
+/// Puts this program anew into its own place.
+fn start_anew() -> anyhow::Error {
+    let mut words = std::env::args_os();
+    let name = words.next().unwrap_or_default();
+    let mut command = std::process::Command::new("/proc/self/exe");
+    anyhow::Error::from(command.arg0(name).args(words).exec()).context("cannot start anew")
+}
+
 impl Cli {
-    fn run(self) -> anyhow::Result<ExitCode> {
+    fn run(self, expanded: Expanded) -> anyhow::Result<ExitCode> {
         let pin_path = std::path::absolute(&self.pin_path).context("--pin-path")?;
         let state_dir = self.state_dir.unwrap_or_else(|| state_dir(&pin_path));
         let mut code = 0;
         let text = match self.command {
             Command::Agent(args) => {
                 args.start_log();
-                runtime()?.block_on(agent::run(args.options(pin_path, state_dir)?))?;
+                if !expanded.meaningless.is_empty() {
+                    tracing::warn!(
+                        "settings of kube-proxy's that have no meaning here are left out: {}",
+                        expanded.meaningless.join(", ")
+                    );
+                }
+                let invocation = Invocation::here(&expanded.words);
+                let follows = expanded.config.is_some();
+                let reload = Reload { follows, is_changed: Arc::new(move || is_changed(&expanded)) };
+                let options = Options { invocation, ..args.options(pin_path, state_dir, reload)? };
+                if runtime()?.block_on(agent::run(options))? == Ended::ToStartAnew {
+                    return Err(start_anew());
+                }
                 String::new()
             }
             Command::Status { output } => {
@@ -298,7 +361,7 @@ impl AgentArgs {
         }
     }
 
-    fn options(self, pin_path: PathBuf, state_dir: PathBuf) -> anyhow::Result<Options> {
+    fn options(self, pin_path: PathBuf, state_dir: PathBuf, reload: Reload) -> anyhow::Result<Options> {
         if let Some(folder) = &self.manifests
             && !folder.is_dir()
         {
@@ -332,11 +395,16 @@ impl AgentArgs {
             patterns: Patterns::new(&self.edge, &self.uplink, &self.fabric),
             policy,
             socket_path: self.socket_path,
+            invocation: Invocation::default(),
             xdp: self.xdp,
             kubernetes: asked.then_some(kubernetes),
             proxy_name: self.proxy_name,
             manifests: self.manifests,
             sizes,
+            monitor: self.monitor.addresses(),
+            conntrack: self.conntrack.limits(),
+            oom_score_adj: self.oom_score_adj,
+            reload,
         })
     }
 }
@@ -372,7 +440,8 @@ mod tests {
             "cali*,veth?",
         ]);
         let Command::Agent(args) = cli.command else { panic!("another command") };
-        let options = args.options("/p".into(), "/s".into()).expect("good options");
+        let reload = Reload { follows: false, is_changed: Arc::new(|| Ok(false)) };
+        let options = args.options("/p".into(), "/s".into(), reload).expect("good options");
         assert!(options.kubernetes.is_none());
         assert_eq!(options.patterns.role("cali0"), Some(crate::devices::Role::Edge));
     }

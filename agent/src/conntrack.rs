@@ -13,6 +13,7 @@
 //!   directions, as we do for the host's connected sockets. Deleted, its next reply would be a packet that
 //!   nobody asked for, and host firewalls drop those.
 
+pub mod limits;
 mod table;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,11 +1,10 @@
 //! Health checks of Services: what a load balancer in front of the cluster asks at `healthCheckNodePort`.
 //!
-//! One plain HTTP listener a (Service, address); what they answer is in `answer`, how they listen in `listen`.
+//! One plain HTTP listener a (Service, address); what they answer is in `answer`.
 //! Unlike kube-proxy, a Service has listeners in both families even if it is single-stack, and those
 //! addresses that can be listened on are served even if others cannot.
 
 mod answer;
-mod listen;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -15,10 +14,10 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::http::Listener;
 use crate::model::HealthCheck;
 use crate::model::object::ObjectName;
 use answer::Answerer;
-use listen::Listener;
 
 /// Waiting times between tries of what failed: doubled from the first to the last.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
@@ -116,14 +115,15 @@ fn plan(
 /// Answers health checks until the inputs' senders are gone. `told` always holds what fails.
 pub async fn serve(mut inputs: Inputs, told: watch::Sender<Failures>) {
     let answerer = Answerer::new(inputs.checks.clone(), inputs.is_healthy);
-    let mut open: BTreeMap<SocketAddr, Listener> = BTreeMap::new();
+    let mut open: BTreeMap<SocketAddr, (ObjectName, Listener)> = BTreeMap::new();
     let mut wait = RETRY.0;
     loop {
         let addresses = inputs.addresses.borrow_and_update().to_listen_on();
         let (wanted, mut failures) = plan(&inputs.checks.borrow_and_update(), &addresses);
         // All that go before any that come: ports may change hands.
-        let goes = |at: &SocketAddr, listener: &mut Listener| wanted.get(at) != Some(listener.service());
-        for (_, listener) in open.extract_if(.., goes) {
+        let goes =
+            |at: &SocketAddr, (service, _): &mut (ObjectName, Listener)| wanted.get(at) != Some(service);
+        for (_, (_, listener)) in open.extract_if(.., goes) {
             listener.close().await;
         }
         let mut again = false;
@@ -131,10 +131,11 @@ pub async fn serve(mut inputs: Inputs, told: watch::Sender<Failures>) {
             if open.contains_key(at) {
                 continue;
             }
-            match Listener::open(*at, service.clone(), answerer.clone()) {
+            let (answerer, asked) = (answerer.clone(), service.clone());
+            match Listener::open(*at, Arc::new(move |_| answerer.answer(&asked))) {
                 Ok(listener) => {
                     tracing::debug!(%service, %at, "answers health checks");
-                    let _ = open.insert(*at, listener);
+                    let _ = open.insert(*at, (service.clone(), listener));
                 }
                 Err(error) if error.is_no_such_family() && at.ip().is_unspecified() => {}
                 Err(error) => {
@@ -160,7 +161,7 @@ pub async fn serve(mut inputs: Inputs, told: watch::Sender<Failures>) {
             None => (wait * 2).min(RETRY.1),
         };
     }
-    for listener in open.into_values() {
+    for (_, listener) in open.into_values() {
         listener.close().await;
     }
 }

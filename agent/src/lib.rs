@@ -11,6 +11,7 @@
 //! and pure functions.
 
 pub mod agent;
+pub mod announce;
 pub mod cli;
 pub mod conntrack;
 pub mod dataplane;
@@ -19,9 +20,12 @@ pub mod drift;
 pub mod explain;
 pub mod fragments;
 pub mod health;
+mod http;
 pub mod image;
 pub mod model;
+pub mod monitor;
 pub mod plan;
 pub mod policy;
 pub mod preflight;
 pub mod source;
+mod view;

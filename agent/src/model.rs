@@ -490,6 +490,7 @@ mod tests {
             service: Some(name.name.clone()),
             family: Ok(Some(IpFamily::V4)),
             parts: vec![SlicePart { ports: vec![port], endpoints: vec![endpoint] }],
+            triggered: None,
         };
         feed(&mut model, Change::Slice(SliceKind::EndpointSlice, name.clone(), Some(slice)));
         feed(&mut model, Change::Synced);

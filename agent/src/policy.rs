@@ -90,9 +90,8 @@ impl DetectLocal {
     #[must_use]
     pub fn number(&self) -> u32 {
         match self {
-            Self::Device | Self::BridgeInterface(_) | Self::InterfaceNamePrefix(_) => {
-                abi::detect_local::DEVICE
-            }
+            Self::Device => abi::detect_local::DEVICE,
+            Self::BridgeInterface(_) | Self::InterfaceNamePrefix(_) => abi::detect_local::SOME_DEVICES,
             Self::ClusterCidr | Self::NodeCidr => abi::detect_local::ADDRESS,
             Self::None => abi::detect_local::NONE,
         }

@@ -5,12 +5,11 @@
 mod lab_support;
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, DNS, HTTP, Plan, WEB, addresses_of_client, addresses_of_pod, all_answer, cluster_ip, counted,
-    external_ip, reaches, skip, transfers, unless_unsupported, url,
+    Cluster, DNS, HTTP, Plan, SOON, WEB, addresses_of_client, addresses_of_pod, all_answer, cluster_ip,
+    counted, external_ip, reaches, skip, transfers, unless_unsupported, url,
 };
 use sluice_lab::{Cni, DROP_INVALID, NodeOptions};
 
@@ -64,8 +63,8 @@ fn traffic_stays_on_the_bridge(cluster: &Cluster) -> Result<()> {
         .collect::<Result<Vec<_>>>()?;
     let vip: IpAddr = cluster_ip(WEB)[0];
     let _ = cluster.client.udp_ask(SocketAddr::new(vip, DNS), 20)?;
-    std::thread::sleep(Duration::from_millis(50));
-    for capture in captures {
+    for mut capture in captures {
+        let _ = capture.wait_for("ttl", SOON)?;
         let text = capture.finish()?;
         ensure!(text.contains("ttl 64") && !text.contains("ttl 63"), "not bridged: {text}");
     }

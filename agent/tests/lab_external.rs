@@ -4,6 +4,7 @@
 
 mod lab_support;
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
@@ -12,11 +13,14 @@ use lab_support::{
     STREAM_TARGET, WEB, addresses_of_client, addresses_of_node, addresses_of_pod, all_answer, cluster_ip,
     external_ip, reasons, received, replies, skip, transfers, unless_unsupported, until, url,
 };
-use sluice_lab::{Cni, DROP_INVALID, Event, Namespace, NodeOptions, Overlay, Port, Reply, Service};
+use sluice_lab::{Cni, DROP_INVALID, Event, Namespace, NodeOptions, Overlay, Port, Reply, Running, Service};
 
 /// Node ports of [`web`].
 const NODE_HTTP: u16 = 30_080;
 const NODE_DNS: u16 = 30_053;
+/// A further port with a node port.
+const MORE: u16 = 70;
+const NODE_MORE: u16 = 30_070;
 
 /// The service `web` with node ports.
 fn web(cluster: &Cluster) -> Service {
@@ -312,6 +316,118 @@ fn a_port_that_a_cluster_ip_does_not_have_is_refused_at_once() -> Result<()> {
         };
         ensure!(reason.contains("refused"), "{reason}");
     }
+    Ok(())
+}
+
+/// A connection that asks again and again.
+struct Talk {
+    what: String,
+    client: Running,
+}
+
+impl Talk {
+    fn start(client: &Namespace, to: SocketAddr) -> Result<Self> {
+        let what = format!("{} at {to}", client.name());
+        let mut client = client.tool(["tcp-client", "--interval-ms=20", "--to", &to.to_string()])?;
+        let _ = client
+            .wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))
+            .with_context(|| what.clone())?;
+        Ok(Self { what, client })
+    }
+
+    fn answers(client: &Running) -> Vec<Reply> {
+        let events = client.events().into_iter();
+        events.filter_map(|event| if let Event::Reply(reply) = event { Some(reply) } else { None }).collect()
+    }
+
+    /// It is answered some more times, by whom it was answered before.
+    fn goes_on(&mut self, when: &str) -> Result<String> {
+        let what = format!("{}, {when}", self.what);
+        let last = Self::answers(&self.client).len();
+        self.client
+            .wait_until("it goes on", SOON, |this| (Self::answers(this).len() > last + 3).then_some(()))
+            .with_context(|| what.clone())?;
+        let mut shares = Reply::shares(&Self::answers(&self.client));
+        ensure!(shares.len() == 1, "{what}: {shares:?}");
+        Ok(shares.pop_first().map(|(name, _)| name).unwrap_or_default())
+    }
+}
+
+#[test]
+fn established_connections_survive_the_removal_of_their_service() -> Result<()> {
+    if skip("established_connections_survive") {
+        return Ok(());
+    }
+    let node = NodeOptions { nft: Some(DROP_INVALID.to_owned()), ..NodeOptions::default() };
+    let plan = Plan { node, near: 1, far: 1, ..Plan::default() };
+    let mut cluster = Cluster::without_agents("outlive", &plan)?;
+    let with_echo =
+        |cluster: &Cluster| web(cluster).port(Port::tcp("more", MORE, ECHO_TARGET).node_port(NODE_MORE));
+    cluster.manifests.write(&with_echo(&cluster))?;
+    // Another Service with a node port beside it.
+    let other = Service::new("other")
+        .cluster_ip(cluster_ip(20)[0])
+        .port(Port::tcp("http", HTTP, HTTP_TARGET).node_port(NODE_HTTP + 1))
+        .backends(&cluster.backends);
+    cluster.manifests.write(&other)?;
+    cluster.start_agents(&["--socket-path", "off"])?;
+    let mut open = Vec::new();
+    let mut names = BTreeSet::new();
+    for family in 0..2 {
+        let node = SocketAddr::new(addresses_of_node(cluster.node())[family], NODE_MORE);
+        let external = SocketAddr::new(external_ip(WEB)[family], MORE);
+        let inside = SocketAddr::new(cluster_ip(WEB)[family], MORE);
+        // Thirty-two in all: both backends have some.
+        for _ in 0..4 {
+            for (client, to) in [
+                (&*cluster.outside, node),
+                (&*cluster.outside, external),
+                (&*cluster.client, node),
+                (&*cluster.client, inside),
+            ] {
+                open.push(Talk::start(client, to)?);
+            }
+        }
+    }
+    for talk in &mut open {
+        let _ = names.insert(talk.goes_on("at first")?);
+    }
+    ensure!(names.len() == 2, "{names:?}");
+    cluster.manifests.remove(&web(&cluster))?;
+    until("the service goes", || {
+        let rows = lab_support::listed(cluster.node(), &["services"])?;
+        Ok(rows.iter().all(|row| lab_support::word(row, "service") == "other").then_some(()))
+    })?;
+    for talk in &mut open {
+        let _ = talk.goes_on("without its Service")?;
+    }
+    // New ones find nobody, and the other Service is none the worse for it.
+    for family in 0..2 {
+        let to = SocketAddr::new(addresses_of_node(cluster.node())[family], NODE_MORE).to_string();
+        let events = cluster.outside.ask(["tcp-client", "--count=1", "--timeout-ms=300", "--to", &to])?;
+        ensure!(matches!(events.first(), Some(Event::Broken { .. })), "{events:?}");
+    }
+    let address = addresses_of_node(cluster.node())[0];
+    let http = SocketAddr::new(address, NODE_HTTP + 1);
+    let replies = cluster.outside.http_get(&url(address, http.port(), ""), ENOUGH)?;
+    all_answer("the other", &replies, &["near-1", "far-1"], http)?;
+    // Another agent takes over.
+    for agent in &mut cluster.agents {
+        agent.restart()?;
+        agent.wait_ready(3 * SOON)?;
+    }
+    for talk in &mut open {
+        let _ = talk.goes_on("with another agent")?;
+    }
+    // It comes back.
+    cluster.manifests.write(&with_echo(&cluster))?;
+    lab_support::until_backends(cluster.node(), "web", 2)?;
+    for talk in &mut open {
+        let _ = talk.goes_on("with its Service back")?;
+    }
+    let more = SocketAddr::new(address, NODE_MORE).to_string();
+    let events = cluster.outside.ask(["tcp-client", "--count=1", "--interval-ms=0", "--to", &more])?;
+    ensure!(events.iter().any(|event| matches!(event, Event::Reply(_))), "{events:?}");
     Ok(())
 }
 

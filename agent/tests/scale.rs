@@ -46,7 +46,12 @@ fn slice(index: u32, count: u32, node: &Arc<str>) -> Change {
     };
     let port = SlicePort { name: "http".into(), number: Some(8080), protocol: "TCP".into() };
     let part = SlicePart { ports: vec![port], endpoints: (0..count).map(endpoint).collect() };
-    let slice = Slice { service: Some(name(index).name), family: Ok(Some(IpFamily::V4)), parts: vec![part] };
+    let slice = Slice {
+        service: Some(name(index).name),
+        family: Ok(Some(IpFamily::V4)),
+        parts: vec![part],
+        triggered: None,
+    };
     Change::Slice(SliceKind::EndpointSlice, name(index), Some(slice))
 }
 

@@ -227,7 +227,12 @@ fn derive(spec: ServiceSpec, slices: Vec<(Option<i32>, Vec<Endpoint>)>) -> (Desi
     for (index, (port, endpoints)) in slices.into_iter().enumerate() {
         let port = SlicePort { name: "".into(), number: port, protocol: "TCP".into() };
         let part = SlicePart { ports: vec![port], endpoints };
-        let slice = Slice { service: Some("web".into()), family: Ok(Some(IpFamily::V4)), parts: vec![part] };
+        let slice = Slice {
+            service: Some("web".into()),
+            family: Ok(Some(IpFamily::V4)),
+            parts: vec![part],
+            triggered: None,
+        };
         let slice_name = ObjectName::new("default", &format!("web-{index}"));
         changes.push(Change::Slice(SliceKind::EndpointSlice, slice_name, Some(slice)));
     }

@@ -539,6 +539,8 @@ pub mod detect_local {
     pub const DEVICE: u32 = 1;
     /// By its address: [`super::Networks::pods`].
     pub const ADDRESS: u32 = 2;
+    /// By the device that it comes in on, and not every pod's is one that counts.
+    pub const SOME_DEVICES: u32 = 3;
 }
 
 /// Bits of [`Settings::networks`].
@@ -669,7 +671,11 @@ abi! {
         pub flows: u64,
         /// Calls that the socket path sent to this backend.
         pub calls: u64,
-    } size 48
+        /// Resets from clients: TCP's RST, SCTP's ABORT.
+        pub forward_resets: u64,
+        /// Resets to clients.
+        pub reply_resets: u64,
+    } size 64
 }
 
 /// Set in the keys of `backend_counts` for IPv6 backends.

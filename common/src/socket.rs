@@ -14,7 +14,7 @@ use crate::tables::Tables;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice<F: Family> {
     /// The call goes on as it is: the address is no frontend, or the decision needs what only packets tell (the client's
-    /// address) or do (drop without an answer).
+    /// address, the device that they come in by) or do (drop without an answer).
     Untouched,
     /// The service port has no backends.
     Refuse {
@@ -64,7 +64,12 @@ pub fn choose<F: Family, T: Tables<F>>(
         && (settings.masquerade == masquerade::ALL
             || settings.masquerade == masquerade::KUBE_PROXY && !is_cluster_ip);
     let restricted = kind == frontend::LOAD_BALANCER && port.flags & abi::policy::SOURCE_RANGES != 0;
-    if port.affinity_seconds != 0 || restricted || masqueraded {
+    // Whether the pod is one of those inside decides which backends it may reach.
+    let in_question = !is_host
+        && !is_cluster_ip
+        && port.flags & abi::policy::EXTERNAL_LOCAL != 0
+        && !policy::is_known_at_the_socket::<F>(settings);
+    if port.affinity_seconds != 0 || restricted || masqueraded || in_question {
         return Choice::Untouched;
     }
     // As the packet path: where nothing tells local pods, they are clients like any other.

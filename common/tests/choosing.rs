@@ -12,7 +12,7 @@ use packets::ip::Ip;
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, OriginKey,
     Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, backend, detect_local,
-    frontend, listing, masquerade, policy,
+    frontend, listing, masquerade, networks, policy,
 };
 use sluice_common::header::protocol::{TCP, UDP};
 use sluice_common::socket::{Choice, choose};
@@ -320,6 +320,36 @@ fn a_pod_is_outside_where_nothing_tells_local_pods() {
             let mut maps = Maps::<F>::of(kind);
             maps.settings.detect_local = detect_local::NONE;
             assert_eq!((maps.of_host(), maps.of_pod()), (host, pod), "kind {kind}");
+        }
+    }
+    both!(check);
+}
+
+/// With the external policy Local, a pod may reach other backends than a client outside; at the socket neither its address nor
+/// its device is known.
+#[test]
+fn a_pods_call_is_left_to_packets_where_only_they_tell_whether_it_is_local() {
+    fn check<F: Ip>() {
+        for (detector, pod) in [
+            (detect_local::NONE, OUTSIDE),
+            (detect_local::DEVICE, INSIDE),
+            (detect_local::ADDRESS, Told::Untouched),
+            (detect_local::SOME_DEVICES, Told::Untouched),
+        ] {
+            for ((kind, host), pod) in
+                KINDS.into_iter().zip([INTERNAL, INSIDE, INSIDE]).zip([INTERNAL, pod, pod])
+            {
+                let mut maps = Maps::<F>::of(kind);
+                maps.settings.detect_local = detector;
+                maps.settings.networks = networks::PODS_V4 | networks::PODS_V6;
+                maps.port.flags = policy::EXTERNAL_LOCAL;
+                assert_eq!((maps.of_host(), maps.of_pod()), (host, pod), "detector {detector}, kind {kind}");
+                // All clients of an external address may reach the same.
+                maps.port.flags = 0;
+                let pod =
+                    if kind == frontend::CLUSTER_IP || detector == detect_local::NONE { pod } else { INSIDE };
+                assert_eq!(maps.of_pod(), pod, "detector {detector}, kind {kind}, policy Cluster");
+            }
         }
     }
     both!(check);

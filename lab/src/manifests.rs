@@ -73,6 +73,7 @@ pub struct Backend {
     ready: bool,
     serving: bool,
     terminating: bool,
+    hints: Option<String>,
 }
 
 impl Backend {
@@ -86,6 +87,7 @@ impl Backend {
             ready: true,
             serving: true,
             terminating: false,
+            hints: None,
         }
     }
 
@@ -100,6 +102,20 @@ impl Backend {
     #[must_use]
     pub fn terminating(mut self) -> Self {
         (self.ready, self.serving, self.terminating) = (false, true, true);
+        self
+    }
+
+    /// For clients in a zone.
+    #[must_use]
+    pub fn for_zone(mut self, zone: &str) -> Self {
+        self.hints = Some(format!("{{forZones: [{{name: {zone}}}]}}"));
+        self
+    }
+
+    /// For clients on a node; who does not heed hints for nodes finds one for a zone.
+    #[must_use]
+    pub fn for_node(mut self, node: &str, zone: &str) -> Self {
+        self.hints = Some(format!("{{forNodes: [{{name: {node}}}], forZones: [{{name: {zone}}}]}}"));
         self
     }
 }
@@ -303,13 +319,16 @@ impl Service {
         });
         text += "endpoints:";
         let before = text.len();
-        for (Backend { name, node, ready, serving, terminating, .. }, address) in endpoints {
+        for (Backend { name, node, ready, serving, terminating, hints, .. }, address) in endpoints {
             let _ = write!(
                 text,
                 "\n- addresses: [\"{address}\"]\n  nodeName: {node}\n  targetRef: {{kind: Pod, name: {name}, namespace: {}}}\n  \
                  conditions: {{ready: {ready}, serving: {serving}, terminating: {terminating}}}",
                 self.namespace
             );
+            if let Some(hints) = hints {
+                let _ = write!(text, "\n  hints: {hints}");
+            }
         }
         text += if text.len() == before { " []\n" } else { "\n" };
         text

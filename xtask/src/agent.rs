@@ -22,7 +22,7 @@ pub(crate) fn build_dev(workspace: &Workspace) -> Result<PathBuf> {
 
 /// Builds it for use: optimised, and one static file that runs on any
 /// distribution and in an empty image.
-pub(crate) fn build_release(workspace: &Workspace) -> Result<()> {
+pub(crate) fn build_release(workspace: &Workspace) -> Result<PathBuf> {
     let rustc = Cmd::new("rustc").dir(workspace.root()).arg("-vV").stdout()?;
     let host = Rustc::parse(&rustc).context("cannot read `rustc -vV`")?.host;
     let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
@@ -41,7 +41,7 @@ pub(crate) fn build_release(workspace: &Workspace) -> Result<()> {
         bail!("{} is not static: it names a dynamic linker", binary.display());
     }
     println!("{} {}", binary.display(), bytes(content.len() as u64));
-    Ok(())
+    Ok(binary)
 }
 
 fn has_interpreter(binary: &[u8]) -> Result<bool> {

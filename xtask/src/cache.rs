@@ -63,6 +63,14 @@ impl Cache {
     }
 }
 
+impl Cache {
+    /// Holds a lock of that name until the returned file is dropped.
+    pub(crate) fn lock(&self, name: &str) -> Result<File> {
+        fs::create_dir_all(&self.root).with_context(|| format!("cannot create {}", self.root.display()))?;
+        lock(&self.root.join(format!(".{name}.lock")), name)
+    }
+}
+
 fn remove_dir_if_exists(path: &Path) -> Result<()> {
     if path.exists() {
         fs::remove_dir_all(path).with_context(|| format!("cannot remove {}", path.display()))?;
@@ -77,7 +85,7 @@ fn lock(path: &Path, entry: &str) -> Result<File> {
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            eprintln!("{entry}: waiting for another run that is building it");
+            eprintln!("{entry}: waiting for another run that is at it");
             file.lock().with_context(context)?;
         }
         Err(TryLockError::Error(error)) => return Err(error).with_context(context),

@@ -10,9 +10,11 @@ mod agent;
 mod artifacts;
 mod budget;
 mod cache;
-mod control_plane;
+mod cluster;
+mod components;
 mod demo;
 mod ebpf;
+mod go;
 mod lint;
 mod measure;
 mod packages;
@@ -23,6 +25,7 @@ mod ui;
 mod version;
 mod workspace;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -55,8 +58,20 @@ enum Command {
     Test(test::Options),
     /// Build (once) the Kubernetes control plane that the api tests talk to.
     ControlPlane,
+    /// A real Kubernetes in network namespaces of this machine (as root).
+    #[command(subcommand)]
+    Cluster(cluster::Command),
     /// Show Sluice at work in network namespaces of this machine (as root).
     Demo(demo::Options),
+    /// Become a process of a cluster.
+    #[command(hide = true)]
+    ClusterLaunch(cluster::launch::Options),
+    /// Be the first process of a cluster's node.
+    #[command(hide = true)]
+    ClusterNode {
+        /// What the node is told.
+        spec: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -80,15 +95,28 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Build => {
             let toolchain = toolchain::obtain(&Cache::open()?, cli.toolchain)?;
             let _object = ebpf::build(&workspace, &toolchain)?;
-            agent::build_release(&workspace)?;
+            let _binary = agent::build_release(&workspace)?;
         }
         Command::Lint => lint::run(&workspace)?,
         Command::Test(options) => return Ok(test::run(&workspace, cli.toolchain, options)),
         Command::ControlPlane => {
-            let directory = control_plane::obtain(&Cache::open()?)?;
+            let directory = components::control_plane(&Cache::open()?)?;
             println!("{}", directory.display());
         }
+        Command::Cluster(command) => return cluster::run(&workspace, cli.toolchain, command),
+        Command::ClusterLaunch(options) => cluster::launch::become_program(options)?,
+        Command::ClusterNode { spec } => cluster::node_init::run(spec)?,
         Command::Demo(options) => return demo::run(&workspace, cli.toolchain, options),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_contradicts_itself_nowhere() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
 }

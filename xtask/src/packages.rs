@@ -47,6 +47,22 @@ pub(crate) const LAB: &[Tool] = &[
 /// For an agent against a real API server.
 pub(crate) const API: &[Tool] = &[tool("ip", "iproute2"), tool("curl", "curl"), tool("openssl", "openssl")];
 
+/// For a cluster: what its nodes run of the distribution, and what makes its parts.
+pub(crate) const CLUSTER: &[Tool] = &[
+    tool("ip", "iproute2"),
+    tool("nsenter", "util-linux"),
+    tool("unshare", "util-linux"),
+    tool("openssl", "openssl"),
+    tool("runc", "runc"),
+    tool("iptables", "iptables"),
+    tool("nft", "nftables"),
+    tool("conntrack", "conntrack"),
+    tool("mmdebstrap", "mmdebstrap"),
+    tool("tar", "tar"),
+    tool("python3", "python3"),
+    tool("curl", "curl"),
+];
+
 /// The Debian compiler with a core library for BPF.
 pub(crate) const BPF_RUSTC: &[&str] = &["rustc-web", "libstd-rust-web-dev-bpf"];
 

@@ -97,6 +97,20 @@ impl Cmd {
         self.with(|command| command.stderr(Stdio::null())).output()
     }
 
+    /// Runs it silently and returns its standard output; what it wrote to
+    /// standard error becomes part of the error.
+    ///
+    /// # Errors
+    /// As [`stdout`](Self::stdout).
+    pub(crate) fn answer(mut self) -> Result<String> {
+        let line = self.line();
+        let output = self.0.stdin(Stdio::null()).output().with_context(|| format!("cannot run `{line}`"))?;
+        if !output.status.success() {
+            bail!("`{line}`: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+        }
+        String::from_utf8(output.stdout).with_context(|| format!("`{line}` printed no UTF-8"))
+    }
+
     fn output(mut self) -> Result<String> {
         let line = self.line();
         let output = self.0.stdin(Stdio::null()).output().with_context(|| format!("cannot run `{line}`"))?;

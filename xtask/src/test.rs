@@ -13,7 +13,10 @@
 //!
 //! stdout carries the tests' own output and ends with the line
 //! `N passed, N failed` (and `, N skipped` where some were).
+//!
+//! Kubernetes' own tests are no tier: they take long, and are run by name alone ([`e2e`]).
 
+mod e2e;
 mod libtest;
 mod prepare;
 mod run;
@@ -24,7 +27,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, Subcommand};
 
 use crate::artifacts::{self, Artifact};
 use crate::measure;
@@ -39,7 +42,11 @@ use self::tier::Tier;
 
 /// Options of `cargo xtask test`.
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Options {
+    #[command(subcommand)]
+    suite: Option<Suite>,
+
     /// The tiers to run; all of them if none is named.
     #[arg(value_enum)]
     tiers: Vec<Tier>,
@@ -57,6 +64,13 @@ pub(crate) struct Options {
     filter: Vec<String>,
 }
 
+/// Tests that are not ours.
+#[derive(Subcommand)]
+enum Suite {
+    /// Run Kubernetes' own tests against Sluice on a real cluster, beside what the real kube-proxy gets.
+    E2e(e2e::Options),
+}
+
 impl Options {
     fn wants(&self, tier: Tier) -> bool {
         self.tiers.is_empty() || self.tiers.contains(&tier)
@@ -67,7 +81,11 @@ impl Options {
 /// sum, so that the last line is always there.
 pub(crate) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> ExitCode {
     let mut total = Counts::default();
-    if let Err(error) = run_tiers(workspace, choice, options, &mut total) {
+    let ran = match &options.suite {
+        Some(Suite::E2e(options)) => e2e::run(workspace, choice, options).map(|counts| total = counts),
+        None => run_tiers(workspace, choice, options, &mut total),
+    };
+    if let Err(error) = ran {
         eprintln!("error: {error:#}");
         total.failed += 1;
     }

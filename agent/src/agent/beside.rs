@@ -1,67 +1,84 @@
-//! What runs beside the maps' loop and follows it: health checks of Services, and the kernel's connection tracking.
+//! What runs beside the maps' loop and follows it: health checks of Services, monitoring, Events, and the kernel's connection tracking.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
 
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::sync::Sync;
+use crate::announce::{self, Announcements};
 use crate::conntrack::{self, UdpFrontends};
 use crate::devices::Survey;
 use crate::health::{self, Addresses, Failures, Inputs};
 use crate::model::HealthCheck;
 use crate::model::object::ObjectName;
+use crate::monitor::{self, Monitor, Progress};
 use crate::policy::Policy;
-
-/// A change that has been waiting for so long makes the proxy unhealthy: kube-proxy's two sync periods.
-const OVERDUE: Duration = Duration::from_mins(1);
-
-/// Since when the maps have been behind the sources.
-type Behind = Arc<Mutex<Option<Instant>>>;
+use crate::source::kubernetes::Events;
 
 /// The tasks' ends of the channels.
 #[derive(Debug)]
 pub(super) struct Beside {
-    behind: Behind,
+    progress: Arc<Progress>,
     checks: watch::Sender<BTreeMap<ObjectName, HealthCheck>>,
     addresses: watch::Sender<Addresses>,
     frontends: watch::Sender<Arc<UdpFrontends>>,
     failures: watch::Receiver<Failures>,
     cleaned: watch::Receiver<conntrack::Told>,
+    unmonitored: watch::Receiver<Vec<String>>,
+    /// Where Events are written; [`None`]: nowhere.
+    announcements: Option<watch::Sender<Arc<Announcements>>>,
 }
 
 impl Beside {
-    /// Starts the tasks; they end with what is returned.
-    pub(super) fn start() -> Self {
-        let behind = Behind::default();
+    /// Starts the tasks; they end with what is returned. Without a writer there are no Events.
+    pub(super) fn start(
+        monitor: Monitor,
+        at: monitor::Addresses,
+        progress: Arc<Progress>,
+        node: &str,
+        events: Option<Events>,
+    ) -> Self {
         let (checks, checks_of_task) = watch::channel(BTreeMap::new());
         let (addresses, addresses_of_task) = watch::channel(Addresses::Listed([].into()));
         let (frontends, frontends_of_task) = watch::channel(Arc::default());
         let (failures_of_task, failures) = watch::channel(Failures::new());
         let (cleaned_of_task, cleaned) = watch::channel(conntrack::Told::default());
-        let clock = behind.clone();
+        let (unmonitored_of_task, unmonitored) = watch::channel(Vec::new());
+        let asked = Arc::clone(&progress);
         let inputs = Inputs {
             checks: checks_of_task,
             addresses: addresses_of_task,
-            is_healthy: Arc::new(move || {
-                let since = *clock.lock().unwrap_or_else(PoisonError::into_inner);
-                since.is_none_or(|since| since.elapsed() < OVERDUE)
-            }),
+            is_healthy: Arc::new(move || asked.is_healthy()),
         };
         let _health = tokio::spawn(health::serve(inputs, failures_of_task));
         let _conntrack = tokio::spawn(conntrack::keep_clean(frontends_of_task, cleaned_of_task));
-        Self { behind, checks, addresses, frontends, failures, cleaned }
+        let _monitoring = tokio::spawn(monitor::serve(Arc::new(monitor), at, unmonitored_of_task));
+        let announcements = events.map(|events| {
+            let (announcements, announcements_of_task) = watch::channel(Arc::default());
+            let _announcing = tokio::spawn(announce::serve(node.to_owned(), events, announcements_of_task));
+            announcements
+        });
+        Self { progress, checks, addresses, frontends, failures, cleaned, unmonitored, announcements }
+    }
+
+    /// Tells beside objects what is wrong with them.
+    pub(super) fn announce(&self, sync: &Sync, node: &str) {
+        let Some(sender) = &self.announcements else { return };
+        let now = sync.announcements(node, &self.failures.borrow());
+        let _ = sender.send_if_modified(|before| {
+            let modified = **before != now;
+            if modified {
+                *before = Arc::new(now);
+            }
+            modified
+        });
     }
 
     /// Tells the tasks what the maps' loop has come to.
-    pub(super) fn follow(&self, sync: &mut Sync, survey: &Survey, policy: &Policy) {
+    pub(super) fn follow(&self, sync: &mut Sync, survey: &Survey, policy: &Policy, leaving: bool) {
         let settled = sync.is_settled();
-        {
-            let mut behind = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
-            *behind = if settled { None } else { Some(behind.unwrap_or_else(Instant::now)) };
-        }
+        self.progress.tell(settled, leaving);
         if !settled {
             return;
         }
@@ -88,6 +105,11 @@ impl Beside {
         }
     }
 
+    /// Waits until health checks fail that did not, or no longer do.
+    pub(super) async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
+        self.failures.changed().await
+    }
+
     /// What fails, for people.
     pub(super) fn problems(&self) -> Vec<String> {
         let failures = self.failures.borrow();
@@ -96,6 +118,6 @@ impl Beside {
         let conntrack = conntrack.map(|problem| {
             format!("cannot delete stale UDP entries of the kernel's connection tracking: {problem}")
         });
-        health.chain(conntrack).collect()
+        health.chain(conntrack).chain(self.unmonitored.borrow().iter().cloned()).collect()
     }
 }

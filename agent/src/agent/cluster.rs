@@ -106,6 +106,11 @@ impl Cluster {
         self.node().map(|node| node.addresses.clone()).or_else(adopted).unwrap_or_default()
     }
 
+    /// Whether our Node is about to be deleted.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.node().is_some_and(|node| node.leaving)
+    }
+
     /// The networks of Services' addresses.
     fn service_networks(&self, policy: &Policy) -> Vec<IpNet> {
         if !policy.service_cidrs.is_empty() {

@@ -1,5 +1,6 @@
 //! What the agent tells about itself: `status.json` in the state directory, and the lock beside it.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::net::IpAddr;
@@ -87,18 +88,19 @@ pub struct Status {
 /// A command line.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Invocation {
-    /// Its words, without the program's name.
+    /// Its words, from the subcommand on; what was taken from kube-proxy's is brought into ours.
     pub arguments: Vec<String>,
     /// What relative paths in it are relative to.
     pub directory: PathBuf,
 }
 
 impl Invocation {
-    /// This process's own.
+    /// These words, from the subcommand on, given in this process's directory.
     #[must_use]
-    pub fn own() -> Self {
+    pub fn here(words: &[OsString]) -> Self {
+        let subcommand = words.iter().skip_while(|word| *word != "agent");
         Self {
-            arguments: std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect(),
+            arguments: subcommand.map(|word| word.to_string_lossy().into_owned()).collect(),
             directory: std::env::current_dir().unwrap_or_default(),
         }
     }

@@ -10,12 +10,15 @@ use sluice_common::{V4, V6};
 use tokio::time::Instant;
 
 use super::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
+use crate::announce::{self, Announcements};
 use crate::conntrack::UdpFrontends;
 use crate::dataplane::{Kernel, Maps};
+use crate::health::Failures;
 use crate::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
 use crate::model::object::ObjectName;
 use crate::model::report::Level;
 use crate::model::{Event, HealthCheck, Model, SourceId};
+use crate::monitor::metrics::Metrics;
 use crate::plan::Plan;
 
 /// Waiting times between tries of writes that failed: doubled from the first to the last.
@@ -40,11 +43,17 @@ pub(super) struct Sync {
     last: Option<SyncStatus>,
     /// The reports that have been logged.
     logged: BTreeSet<String>,
+    metrics: Arc<Metrics>,
 }
 
 impl Sync {
     /// Takes the maps and what they hold.
-    pub(super) fn adopt(kernel: Kernel, model: Model, filled: bool) -> Result<Self, ReadError> {
+    pub(super) fn adopt(
+        kernel: Kernel,
+        model: Model,
+        filled: bool,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, ReadError> {
         let image = kernel.read()?;
         let vips = Vips::of(&image);
         let sizes = kernel.maps().sizes();
@@ -61,11 +70,13 @@ impl Sync {
             retry_at: None,
             last: None,
             logged: BTreeSet::new(),
+            metrics,
         })
     }
 
     /// Takes in an event; [`Self::run`] acts on it.
     pub(super) fn hear(&mut self, event: Event) {
+        self.metrics.heard(&event.change);
         self.model.apply(event, SystemTime::now());
     }
 
@@ -109,6 +120,9 @@ impl Sync {
         }
         self.filled |=
             self.model.awaited().is_empty() && self.node_addresses.is_some() && self.reconciler.due() == 0;
+        if self.is_settled() {
+            self.metrics.settled();
+        }
     }
 
     fn write(&mut self, writes: usize, begun: Instant) {
@@ -119,6 +133,7 @@ impl Sync {
                 }
                 self.failures = 0;
                 self.retry_at = None;
+                self.metrics.wrote(begun.elapsed());
                 let took_us = begun.elapsed().as_micros() as u64;
                 self.last = Some(SyncStatus { at: unix_seconds(SystemTime::now()), took_us, writes });
             }
@@ -127,6 +142,7 @@ impl Sync {
                 if self.failing.as_ref() != Some(&text) {
                     tracing::warn!("{text}; trying again");
                 }
+                self.metrics.failed();
                 self.failing = Some(text);
                 self.failures += 1;
                 let wait = RETRY.0.saturating_mul(1 << self.failures.min(10)).min(RETRY.1);
@@ -230,6 +246,11 @@ impl Sync {
             since: unix_seconds(report.since),
         };
         self.model.reports().iter().map(status).collect()
+    }
+
+    /// What is to be told beside objects, health checks that are not answered included.
+    pub(super) fn announcements(&self, node: &str, failures: &Failures) -> Announcements {
+        announce::gather(node, self.model.reports().iter(), failures)
     }
 
     /// Logs reports that have come or gone since the last call, each once.

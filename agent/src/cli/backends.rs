@@ -6,7 +6,7 @@ use anyhow::bail;
 use serde::Serialize;
 
 use super::table::{Format, Table, bytes, percent, render};
-use super::view::{PortName, View};
+use crate::view::{PortName, View};
 
 /// A backend.
 #[derive(Clone, Debug, Serialize)]
@@ -26,6 +26,9 @@ struct Row {
     reply_bytes: u64,
     flows: u64,
     calls: u64,
+    /// TCP resets and SCTP aborts from clients, and to them.
+    forward_resets: u64,
+    reply_resets: u64,
 }
 
 /// Prints the backends of one service, or all.
@@ -64,6 +67,8 @@ pub(super) fn run(pin_path: &Path, service: Option<&str>, format: Format) -> any
             reply_bytes: counted.reply_bytes,
             flows: counted.flows,
             calls: counted.calls,
+            forward_resets: counted.forward_resets,
+            reply_resets: counted.reply_resets,
         });
     }
     rows.sort_by(|a, b| (&a.name, &a.backend).cmp(&(&b.name, &b.backend)));
@@ -83,6 +88,7 @@ pub(super) fn run(pin_path: &Path, service: Option<&str>, format: Format) -> any
             "BYTES-OUT",
             "FLOWS",
             "CALLS",
+            "RESETS",
         ]);
         for row in rows {
             table.row([
@@ -100,6 +106,7 @@ pub(super) fn run(pin_path: &Path, service: Option<&str>, format: Format) -> any
                 bytes(row.reply_bytes),
                 row.flows.to_string(),
                 row.calls.to_string(),
+                (row.forward_resets + row.reply_resets).to_string(),
             ]);
         }
         table.text()

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
-use super::{AgentArgs, Cli, Command, NO_OBJECTS, Output, Usage, host_name, view};
+use super::{AgentArgs, Cli, Command, NO_OBJECTS, Output, Usage, host_name};
 use crate::agent::status::{self, StateDir, Status};
 use crate::agent::{self, SocketPath};
 use crate::dataplane::{Access, Kernel, Maps, Pins};
@@ -23,6 +23,7 @@ use crate::drift::{Difference, Inputs, State, Wanted, compare, wanted};
 use crate::image::Dataplane as _;
 use crate::model::Event;
 use crate::source::{kubernetes, manifests};
+use crate::view;
 
 /// While an agent runs, objects and maps change: only what so many looks show in the same way is drift.
 const LOOKS: usize = 3;

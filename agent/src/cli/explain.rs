@@ -12,12 +12,13 @@ use serde::Serialize;
 use super::flows::monotonic_ticks;
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
-use super::{NO_OBJECTS, Output, Usage, view};
+use super::{NO_OBJECTS, Output, Usage};
 use crate::agent::SocketPath;
 use crate::agent::status;
 use crate::explain::{Answer, Client, Endpoint, Live, Manifests, Options, Question, Way, explain};
 use crate::model::object::Protocol;
 use crate::policy::Policy;
+use crate::view;
 
 /// The words after `sluice explain`.
 #[derive(Debug, Args)]

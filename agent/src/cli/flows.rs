@@ -8,9 +8,9 @@ use sluice_common::abi::{TICK_SHIFT, flow, state};
 use sluice_common::{V4, V6};
 
 use super::table::{Format, Table, age, render};
-use super::view::{PortName, View, protocol};
 use crate::dataplane::KernelStack;
 use crate::image::Stack;
+use crate::view::{PortName, View, protocol};
 
 /// A flow, seen from the client.
 #[derive(Clone, Debug, Serialize)]

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::table::{Format, Table, bytes, render};
-use super::view::{PortName, View, kind};
+use crate::view::{PortName, View, kind};
 
 /// A service port in one family.
 #[derive(Clone, Debug, Serialize)]
@@ -16,7 +16,7 @@ struct Row {
     id: u32,
     vips: Vec<String>,
     kinds: Vec<&'static str>,
-    /// Backends that get new flows.
+    /// Backends that get new flows, whosever they are.
     backends: usize,
     slots: usize,
     flows: u64,
@@ -57,7 +57,7 @@ pub(super) fn run(pin_path: &Path, namespace: Option<&str>, format: Format) -> a
             id: *id,
             vips: vips.iter().map(|(vip, _)| vip.clone()).collect(),
             kinds: kinds.into_iter().collect(),
-            backends: slots.iter().collect::<BTreeSet<_>>().len(),
+            backends: view.selected(*id).len(),
             slots: slots.len(),
             flows,
             calls,

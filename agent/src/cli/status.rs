@@ -9,10 +9,10 @@ use serde::Serialize;
 use sluice_common::Reason;
 
 use super::table::{Format, Table, age, percent, render};
-use super::view::{PortName, View};
 use crate::agent::status::{self, Counts, DeviceStatus, Status, unix_seconds};
 use crate::dataplane::Fill;
 use crate::devices::Role;
+use crate::view::{PortName, View};
 
 /// Everything that `sluice status` tells.
 #[derive(Clone, Debug, Serialize)]

@@ -55,6 +55,8 @@ impl Maps {
                 reply_bytes: sum.reply_bytes.wrapping_add(one.reply_bytes),
                 flows: sum.flows.wrapping_add(one.flows),
                 calls: sum.calls.wrapping_add(one.calls),
+                forward_resets: sum.forward_resets.wrapping_add(one.forward_resets),
+                reply_resets: sum.reply_resets.wrapping_add(one.reply_resets),
             })
         };
         Ok(entries.into_iter().map(|(key, values)| (key, sum(values))).collect())

@@ -224,7 +224,7 @@ impl<'w> Story<'w> {
             IpAddr::V6(_) => policy::detector::<V6>(settings),
         };
         let detected = match detector {
-            detect_local::DEVICE => "by the device that it comes in by",
+            detect_local::DEVICE | detect_local::SOME_DEVICES => "by the device that it comes in by",
             detect_local::ADDRESS => "by its address",
             _ => "nothing tells local pods from others",
         };

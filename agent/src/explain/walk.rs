@@ -500,6 +500,11 @@ impl<'w, F: Side> Walk<'w, F> {
             && target.kind == frontend::LOAD_BALANCER
         {
             "source ranges go by the client's address, which only packets tell"
+        } else if target.kind != frontend::CLUSTER_IP
+            && port.flags & sluice_common::abi::policy::EXTERNAL_LOCAL != 0
+            && !policy::is_known_at_the_socket::<F>(&self.world.settings)
+        {
+            "which backends it may reach goes by the client's address or device, which only packets tell"
         } else {
             "its client is masqueraded, which only packets can be"
         }

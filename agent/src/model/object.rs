@@ -6,6 +6,7 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use ipnet::IpNet;
 
@@ -240,6 +241,8 @@ pub struct Slice {
     pub family: Result<Option<IpFamily>, Box<str>>,
     /// The parts, each with its ports: an EndpointSlice has one, an Endpoints object one for each subset.
     pub parts: Vec<SlicePart>,
+    /// When its last change was caused, as its controller has noted.
+    pub triggered: Option<SystemTime>,
 }
 
 /// Endpoints that share their ports.
@@ -290,6 +293,8 @@ pub struct NodeSpec {
     pub zone: Option<Arc<str>>,
     /// Where its pods have their addresses.
     pub pod_cidrs: Vec<IpNet>,
+    /// About to be deleted, by itself or by the cluster's autoscaler.
+    pub leaving: bool,
 }
 
 /// Which kind of object holds endpoints.

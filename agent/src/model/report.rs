@@ -1,4 +1,4 @@
-//! What is wrong with objects, as data: for the log, `sluice status` and metrics.
+//! What is wrong with objects, as data: for the log, `sluice status`, metrics and Events.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -58,7 +58,8 @@ pub enum Level {
 /// Declares what can be wrong: name, word, level and sentence in one place.
 macro_rules! flaws {
     ($($(#[doc = $doc:literal])* $name:ident = $word:literal, $level:ident;)*) => {
-        /// What can be wrong with an object: at once a metric's label and a word in `sluice status`.
+        /// What can be wrong with an object: at once a metric's label, a word in `sluice status` and, as it is
+        /// written here, the reason of Events.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Flaw { $($(#[doc = $doc])* $name,)* }
 
@@ -69,6 +70,11 @@ macro_rules! flaws {
             /// The word for metrics and the CLI.
             pub const fn word(self) -> &'static str {
                 match self { $(Flaw::$name => $word,)* }
+            }
+
+            /// The reason of Events that tell of it.
+            pub const fn reason(self) -> &'static str {
+                match self { $(Flaw::$name => stringify!($name),)* }
             }
 
             /// How bad it is.

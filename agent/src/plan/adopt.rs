@@ -194,6 +194,9 @@ impl Plan {
         for port in node_ports {
             self.refresh_node_port(port, work);
         }
+        for (lane, bits) in &self.image.lanes {
+            self.listing.adopt(*lane, *bits);
+        }
         let lanes: BTreeSet<u32> = self.image.lanes.keys().copied().chain(self.listing.lanes()).collect();
         for lane in lanes {
             let bits = self.listing.bits(lane);

@@ -54,7 +54,8 @@ pub(super) enum Why {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Listing {
     counts: BTreeMap<u32, [u32; 4]>,
-    lingering: Lingering<IpAddr>,
+    /// Lanes of frontends that are gone: as often as it is counted for them.
+    lingering: Lingering<u32>,
 }
 
 /// The lane of an address.
@@ -77,7 +78,10 @@ impl Listing {
 
     /// Undoes one [`Self::add`].
     pub(super) fn remove(&mut self, address: IpAddr, why: Why) -> (u32, u8) {
-        let lane = lane_of(address);
+        self.remove_from(lane_of(address), why)
+    }
+
+    fn remove_from(&mut self, lane: u32, why: Why) -> (u32, u8) {
         let Some(counts) = self.counts.get_mut(&lane) else { return (lane, 0) };
         counts[why as usize] = counts[why as usize].saturating_sub(1);
         let bits = bits(*counts);
@@ -89,8 +93,19 @@ impl Listing {
 
     /// Undoes one [`Self::add`] of a frontend, later: returns what changes now instead.
     pub(super) fn linger(&mut self, address: IpAddr) -> Option<(u32, u8)> {
-        let oldest = self.lingering.add(address)?;
-        Some(self.remove(oldest, Why::Frontend))
+        let oldest = self.lingering.add(lane_of(address))?;
+        Some(self.remove_from(oldest, Why::Frontend))
+    }
+
+    /// Takes over the bits that a lane has in the maps: a frontend's that nobody accounts for is one of those that are
+    /// gone and stay for a while, whosever it was.
+    pub(super) fn adopt(&mut self, lane: u32, found: u8) {
+        if found & !self.bits(lane) & listing::FRONTEND != 0 {
+            self.counts.entry(lane).or_default()[Why::Frontend as usize] += 1;
+            if let Some(oldest) = self.lingering.add(lane) {
+                let _ = self.remove_from(oldest, Why::Frontend);
+            }
+        }
     }
 
     /// The lanes in which an address is listed.
@@ -112,6 +127,34 @@ fn bits(counts: [u32; 4]) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn frontends_that_are_gone_stay_over_a_change_of_agents() {
+        let (gone, here) = (IpAddr::from([10, 96, 0, 1]), IpAddr::from([10, 96, 0, 2]));
+        let mut before = Listing::default();
+        let _ = before.add(gone, Why::Frontend);
+        let _ = before.add(here, Why::Frontend);
+        assert_eq!(before.linger(gone), None);
+        let mut after = Listing::default();
+        let _ = after.add(here, Why::Frontend);
+        for lane in before.lanes() {
+            after.adopt(lane, before.bits(lane));
+        }
+        assert!(before.lanes().eq(after.lanes()) && before.lanes().count() == 2);
+        // A backend's bit that nobody accounts for is not taken over.
+        let (lane, _) = Listing::default().add(IpAddr::from([10, 1, 0, 1]), Why::Backend);
+        after.adopt(lane, listing::BACKEND);
+        assert_eq!(after.bits(lane), 0);
+        // It goes when many others have gone after it.
+        for other in 0..LINGERING {
+            let [a, b] = (other as u16).to_be_bytes();
+            let other = IpAddr::from([10, 97, a, b]);
+            let _ = after.add(other, Why::Frontend);
+            let _ = after.linger(other);
+        }
+        assert_eq!(after.bits(lane_of(gone)), 0);
+        assert_eq!(after.bits(lane_of(here)), listing::FRONTEND);
+    }
 
     #[test]
     fn what_is_gone_stays_until_many_others_have_gone() {

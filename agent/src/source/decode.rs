@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use ipnet::IpNet;
 use k8s_openapi::jiff::Timestamp;
@@ -25,6 +26,10 @@ pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 /// Label with a node's zone.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// Annotation of slices: when what they say changed.
+pub(super) const TRIGGER_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+/// Taint that the cluster's autoscaler gives to a node before it deletes it.
+const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 /// How long a client stays with its endpoint where nothing is said, seconds.
 const AFFINITY_SECONDS: i32 = 10_800;
 /// Where a v1beta1 slice keeps the node's name.
@@ -60,6 +65,10 @@ impl Kind {
         }
     }
 
+    /// All.
+    pub const ALL: [Self; 5] =
+        [Self::Service, Self::EndpointSlice, Self::Endpoints, Self::Node, Self::ServiceCidr];
+
     /// The word.
     pub fn word(self) -> &'static str {
         match self {
@@ -82,13 +91,23 @@ pub struct Meta {
     pub namespace: Option<String>,
     /// Its labels.
     pub labels: Option<BTreeMap<String, Option<String>>>,
+    /// Its annotations.
+    pub annotations: Option<BTreeMap<String, Option<String>>>,
     /// When it was made, RFC 3339.
     pub creation_timestamp: Option<String>,
+    /// When its deletion began, RFC 3339.
+    pub deletion_timestamp: Option<String>,
 }
 
 impl Meta {
     fn label(&self, key: &str) -> Option<&str> {
         self.labels.as_ref()?.get(key).map(|value| value.as_deref().unwrap_or_default())
+    }
+
+    /// When the object's last change was caused.
+    fn triggered(&self) -> Option<SystemTime> {
+        let text = self.annotations.as_ref()?.get(TRIGGER_ANNOTATION)?.as_deref()?;
+        text.parse::<Timestamp>().ok().map(SystemTime::from)
     }
 }
 
@@ -174,6 +193,7 @@ impl Decoder {
             service: meta.label(SERVICE_LABEL).filter(|name| !name.is_empty()).map(|name| self.share(name)),
             family,
             parts: vec![SlicePart { ports, endpoints }],
+            triggered: meta.triggered(),
         }
     }
 
@@ -240,7 +260,12 @@ impl Decoder {
                 SlicePart { ports, endpoints }
             })
             .collect();
-        Slice { service: meta.name.as_deref().map(|name| self.share(name)), family: Ok(None), parts }
+        Slice {
+            service: meta.name.as_deref().map(|name| self.share(name)),
+            family: Ok(None),
+            parts,
+            triggered: meta.triggered(),
+        }
     }
 
     fn node(&mut self, meta: &Meta, node: RawNode) -> NodeSpec {
@@ -262,6 +287,8 @@ impl Decoder {
             addresses: addresses.collect(),
             zone: meta.label(ZONE_LABEL).filter(|zone| !zone.is_empty()).map(|zone| self.share(zone)),
             pod_cidrs: networks(&pod_cidrs),
+            leaving: meta.deletion_timestamp.is_some()
+                || spec.taints.iter().flatten().any(|taint| taint.key.as_deref() == Some(LEAVING_TAINT)),
         }
     }
 }
@@ -489,6 +516,12 @@ struct RawNodeSpec {
     pod_cidr: Option<String>,
     #[serde(rename = "podCIDRs")]
     pod_cidrs: Option<Vec<String>>,
+    taints: Option<Vec<RawTaint>>,
+}
+
+#[derive(Deserialize)]
+struct RawTaint {
+    key: Option<String>,
 }
 
 #[derive(Deserialize)]

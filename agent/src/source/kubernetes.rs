@@ -8,8 +8,9 @@
 //! its last good form; to decode lists strictly would lose all others with it.
 
 mod connection;
+mod events;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -21,8 +22,10 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Config};
 use tokio::sync::mpsc;
 
+pub use events::Events;
+
 use super::Pulse;
-use super::decode::{Decoder, HEADLESS_LABEL, Kind, Meta, PROXY_NAME_LABEL, change};
+use super::decode::{Decoder, HEADLESS_LABEL, Kind, Meta, PROXY_NAME_LABEL, TRIGGER_ANNOTATION, change};
 use crate::model::object::ObjectName;
 use crate::model::report::{Flaw, Note, Subject};
 use crate::model::{Change, Event, SourceId};
@@ -253,19 +256,23 @@ fn objects(
     kind: Kind,
     config: watcher::Config,
 ) -> impl Stream<Item = Watched> + Send + Unpin + use<> {
-    let (group, version) = match kind {
-        Kind::EndpointSlice => ("discovery.k8s.io", "v1"),
-        Kind::ServiceCidr => ("networking.k8s.io", "v1"),
-        Kind::Service | Kind::Endpoints | Kind::Node => ("", "v1"),
-    };
-    let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind.word()));
-    let api: Api<DynamicObject> = Api::all_with(client, &resource);
+    let api: Api<DynamicObject> = Api::all_with(client, &resource(kind));
     let config = config.timeout(WATCH_SECONDS).page_size(PAGE);
     let events = watcher(api, config).map_ok(trim);
     if kind == Kind::ServiceCidr {
         return events.backoff(Patience(PATIENCE.0)).map(move |event| (kind, event)).boxed();
     }
     events.default_backoff().map(move |event| (kind, event)).boxed()
+}
+
+/// A kind, as the API server knows it.
+fn resource(kind: Kind) -> ApiResource {
+    let (group, version) = match kind {
+        Kind::EndpointSlice => ("discovery.k8s.io", "v1"),
+        Kind::ServiceCidr => ("networking.k8s.io", "v1"),
+        Kind::Service | Kind::Endpoints | Kind::Node => ("", "v1"),
+    };
+    ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind.word()))
 }
 
 /// Waits longer and longer. Never reset: a list that begins counts as a success already.
@@ -289,7 +296,9 @@ impl Backoff for Patience {
 fn trim(event: watcher::Event<DynamicObject>) -> watcher::Event<DynamicObject> {
     event.modify(|object| {
         object.metadata.managed_fields = None;
-        object.metadata.annotations = None;
+        if let Some(annotations) = &mut object.metadata.annotations {
+            annotations.retain(|name, _| name == TRIGGER_ANNOTATION);
+        }
         object.metadata.owner_references = None;
     })
 }
@@ -364,14 +373,16 @@ impl Intake {
 
     fn apply(&mut self, kind: Kind, object: DynamicObject) -> Vec<Change> {
         let name = name(&object);
+        let optional = |texts: BTreeMap<String, String>| {
+            texts.into_iter().map(|(key, value)| (key, Some(value))).collect()
+        };
         let meta = Meta {
             name: object.metadata.name,
             namespace: object.metadata.namespace,
-            labels: object
-                .metadata
-                .labels
-                .map(|labels| labels.into_iter().map(|(key, value)| (key, Some(value))).collect()),
+            labels: object.metadata.labels.map(optional),
+            annotations: object.metadata.annotations.map(optional),
             creation_timestamp: object.metadata.creation_timestamp.map(|time| time.0.to_string()),
+            deletion_timestamp: object.metadata.deletion_timestamp.map(|time| time.0.to_string()),
         };
         let known = self.known(kind);
         let _ = known.names.insert(name.clone());

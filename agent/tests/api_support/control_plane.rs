@@ -74,6 +74,7 @@ impl ControlPlane {
         this.processes().etcd = Some(etcd);
         this.start_server(&[])?;
         this.give_rights(AGENT, &["services", "endpointslices", "nodes"])?;
+        this.allow_events(AGENT)?;
         this.add_node(ELSEWHERE)?;
         Ok(this)
     }
@@ -208,18 +209,29 @@ impl ControlPlane {
 
     /// Lets a user see objects of some kinds; with every call instead of what was allowed before.
     pub(crate) fn give_rights(&self, user: &str, kinds: &[&str]) -> Result<()> {
+        let rule = json!({"apiGroups": ["", "discovery.k8s.io"], "resources": kinds, "verbs": ["get", "list", "watch"]});
+        self.bind(user, user, &rule)
+    }
+
+    /// Lets a user write Events.
+    fn allow_events(&self, user: &str) -> Result<()> {
+        let rule = json!({"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]});
+        self.bind(&format!("{user}-events"), user, &rule)
+    }
+
+    fn bind(&self, role_name: &str, user: &str, rule: &Value) -> Result<()> {
         let rbac = "/apis/rbac.authorization.k8s.io/v1";
         let role = json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": user},
-            "rules": [{"apiGroups": ["", "discovery.k8s.io"], "resources": kinds, "verbs": ["get", "list", "watch"]}],
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": role_name},
+            "rules": [rule],
         });
         let binding = json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": user},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": user},
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": role_name},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role_name},
             "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}],
         });
         for (kind, object) in [("clusterroles", role), ("clusterrolebindings", binding)] {
-            let one = format!("{rbac}/{kind}/{user}");
+            let one = format!("{rbac}/{kind}/{role_name}");
             if self.request("GET", &one, None).is_ok() {
                 let _ = self.request("PUT", &one, Some(&object))?;
             } else {

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -250,9 +250,16 @@ pub(crate) fn all_answer(what: &str, replies: &[Reply], names: &[&str], from: So
 /// Lets a namespace take its next ports from a range that it has not used lately: none then meets a flow of an earlier
 /// round in the maps. What happens when ports meet has tests of its own. All lie below those of masqueraded clients: the
 /// next agent would reserve what it finds of these.
-fn take_fresh_ports(client: &Namespace) -> Result<()> {
-    static ROUNDS: AtomicU16 = AtomicU16::new(0);
-    let first = 32_768 + ROUNDS.fetch_add(1, Ordering::Relaxed) % 28 * 1_000;
+pub(crate) fn take_fresh_ports(client: &Namespace) -> Result<()> {
+    // Of each namespace: one that others have used is as fresh as any.
+    static ROUNDS: Mutex<BTreeMap<PathBuf, u16>> = Mutex::new(BTreeMap::new());
+    let round = {
+        let mut rounds = ROUNDS.lock().unwrap_or_else(PoisonError::into_inner);
+        let round = rounds.entry(client.path().to_owned()).or_default();
+        *round += 1;
+        *round - 1
+    };
+    let first = 32_768 + round % 28 * 1_000;
     client.sysctl("net/ipv4/ip_local_port_range", &format!("{first} {}", first + 999))
 }
 
@@ -427,13 +434,22 @@ pub(crate) fn flush(node: &Node, map: &str) -> Result<usize> {
 ///
 /// # Errors
 /// If there is none within [`SOON`], or asking fails.
-pub(crate) fn until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let deadline = Instant::now() + SOON;
+pub(crate) fn until<T>(what: &str, ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    until_within(SOON, what, ask)
+}
+
+/// As [`until`], for at most so long.
+pub(crate) fn until_within<T>(
+    time: Duration,
+    what: &str,
+    mut ask: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let deadline = Instant::now() + time;
     loop {
         if let Some(answer) = ask()? {
             return Ok(answer);
         }
-        ensure!(Instant::now() < deadline, "waited {SOON:?} in vain: {what}");
+        ensure!(Instant::now() < deadline, "waited {time:?} in vain: {what}");
         sleep(Duration::from_millis(20));
     }
 }

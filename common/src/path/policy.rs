@@ -89,7 +89,7 @@ pub fn class(kind: u32, is_local: bool) -> Class {
 pub fn is_local_pod<F: Family, T: Tables<F>>(client: &F::Address, tables: &T) -> bool {
     let Some(settings) = tables.settings() else { return false };
     match detector::<F>(settings) {
-        detect_local::DEVICE => match tables.here() {
+        detect_local::DEVICE | detect_local::SOME_DEVICES => match tables.here() {
             Some(here) => here.flags & device_flags::LOCAL_PODS != 0,
             None => false,
         },
@@ -99,6 +99,12 @@ pub fn is_local_pod<F: Family, T: Tables<F>>(client: &F::Address, tables: &T) ->
         },
         _ => false,
     }
+}
+
+/// Whether a socket's call tells if its client counts as a local pod: what the detector goes by may only show in packets.
+#[inline(always)]
+pub fn is_known_at_the_socket<F: Family>(settings: &Settings) -> bool {
+    matches!(detector::<F>(settings), detect_local::NONE | detect_local::DEVICE)
 }
 
 /// Whether the packet's device is the host's end of a pod's link.

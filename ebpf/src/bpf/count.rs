@@ -3,6 +3,8 @@
 use aya_ebpf::bindings::BPF_NOEXIST;
 use sluice_common::Reason;
 use sluice_common::abi::{BackendCounters, Flow, ReasonCounters, ReasonKey, flow};
+use sluice_common::header::tcp;
+use sluice_common::parse::Headers;
 use sluice_common::path::{Decision, Record};
 
 use super::maps::{self, Maps};
@@ -10,27 +12,31 @@ use super::maps::{self, Maps};
 /// Counts a packet of `bytes` once: per backend where it went along a flow, else per reason. A function of
 /// its own, so that it has a stack frame to itself.
 #[inline(never)]
-pub(super) fn packet<F: Maps>(decision: &Decision<F>, bytes: u32) {
+pub(super) fn packet<F: Maps>(decision: &Decision<F>, headers: &Headers<F>) {
     match decision.reason {
         Reason::Stranger => {}
         Reason::Forward | Reason::Reply => {
             let opened = matches!(decision.record, Record::Open | Record::Establish);
-            along::<F>(&decision.flow, bytes, opened);
+            along::<F>(&decision.flow, headers, opened);
         }
-        reason => why(reason, decision.flow.service_port, bytes),
+        reason => why(reason, decision.flow.service_port, headers.length),
     }
 }
 
 /// A packet along a flow.
 #[inline(always)]
-fn along<F: Maps>(flow: &Flow<F::Address>, bytes: u32, opened: bool) {
+fn along<F: Maps>(flow: &Flow<F::Address>, headers: &Headers<F>, opened: bool) {
+    let bytes = u64::from(headers.length);
+    let resets = u64::from(headers.tcp_flags & tcp::RST != 0);
     backend::<F>(flow.backend, |counters| {
         if flow.flags & flow::REPLY != 0 {
             counters.reply_packets += 1;
-            counters.reply_bytes += u64::from(bytes);
+            counters.reply_bytes += bytes;
+            counters.reply_resets += resets;
         } else {
             counters.forward_packets += 1;
-            counters.forward_bytes += u64::from(bytes);
+            counters.forward_bytes += bytes;
+            counters.forward_resets += resets;
             if opened {
                 counters.flows += 1;
             }
@@ -59,6 +65,8 @@ fn backend<F: Maps>(id: u32, add: impl Fn(&mut BackendCounters)) {
         reply_bytes: 0,
         flows: 0,
         calls: 0,
+        forward_resets: 0,
+        reply_resets: 0,
     };
     add(&mut counters);
     let _ = maps::backend_counts.insert(key, counters, u64::from(BPF_NOEXIST));

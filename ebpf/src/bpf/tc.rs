@@ -190,7 +190,7 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
         if decision.datagram {
             F::note();
         }
-        count::packet(decision, headers.length);
+        count::packet(decision, headers);
         return NEXT;
     }
     // A frame for somebody else that the device hears: only a bridge port passes such on to the stack.
@@ -211,7 +211,7 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     // SAFETY: as above; nothing else takes a reference from here on.
     let Scratch { headers, decision, .. } = unsafe { &mut *scratch };
     let action = apply::<F, LINK>(skb, headers, decision, refusal, hook);
-    count::packet(decision, headers.length);
+    count::packet(decision, headers);
     action
 }
 

@@ -187,6 +187,6 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     if !segment(&mut frame, headers, &decision.flow) {
         return xdp_action::XDP_DROP;
     }
-    count::packet(decision, headers.length);
+    count::packet(decision, headers);
     xdp_action::XDP_PASS
 }

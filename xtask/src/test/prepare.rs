@@ -9,7 +9,7 @@ use crate::artifacts::Artifact;
 use crate::cache::Cache;
 use crate::toolchain::Choice;
 use crate::workspace::{OBJECT_ENV, Workspace};
-use crate::{control_plane, ebpf, packages, toolchain};
+use crate::{components, ebpf, packages, toolchain};
 
 use super::tier::{self, Tier};
 
@@ -80,7 +80,7 @@ pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) ->
     }
     for (tier, readiness) in &mut prepared.tiers {
         if *tier == Tier::Api && matches!(readiness, Readiness::Ready) {
-            let got = Cache::open().and_then(|cache| control_plane::obtain(&cache));
+            let got = Cache::open().and_then(|cache| components::control_plane(&cache));
             *readiness = ready_or_skip(got.map(|directory| prepared.control_plane = Some(directory)));
         }
     }

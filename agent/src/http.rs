@@ -1,12 +1,15 @@
-//! A listener and its connections, all of them bounded: a health check's port is open to everybody who reaches the node.
+//! Plain HTTP/1.1 listeners with bounded connections: their ports are open to everybody who reaches the node.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::{Request, Response};
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -14,9 +17,6 @@ use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
-
-use super::answer::Answerer;
-use crate::model::object::ObjectName;
 
 /// Connections a listener has at once; further ones wait in the backlog. One takes up to 16 KiB of buffers: 1 MiB a listener.
 const CONNECTIONS: usize = 64;
@@ -36,7 +36,7 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(200);
 /// Why nobody listens at an address.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {at}: {cause}{hint}")]
-pub(super) struct Error {
+pub(crate) struct Error {
     at: SocketAddr,
     cause: io::Error,
     hint: &'static str,
@@ -56,33 +56,35 @@ impl Error {
     }
 
     /// Whether this kernel has no sockets of the address's family.
-    pub(super) fn is_no_such_family(&self) -> bool {
+    pub(crate) fn is_no_such_family(&self) -> bool {
         self.cause.raw_os_error() == Some(libc::EAFNOSUPPORT)
     }
 }
 
-/// A listener that answers a Service's health check until it is dropped.
-#[derive(Debug)]
-pub(super) struct Listener {
-    service: ObjectName,
+/// Answers a request; whatever its body says is not read.
+pub(crate) type Handler = Arc<dyn Fn(&Request<Incoming>) -> Response<String> + Send + Sync>;
+
+/// A listener that answers requests until it is dropped.
+pub(crate) struct Listener {
     accepting: JoinHandle<()>,
+}
+
+impl fmt::Debug for Listener {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Listener").finish_non_exhaustive()
+    }
 }
 
 impl Listener {
     /// Listens; requests are answered from now on.
-    pub(super) fn open(at: SocketAddr, service: ObjectName, answerer: Answerer) -> Result<Self, Error> {
+    pub(crate) fn open(at: SocketAddr, handler: Handler) -> Result<Self, Error> {
         let listener = bind(at).map_err(|cause| Error::new(at, cause))?;
-        let accepting = tokio::spawn(accept(listener, service.clone(), answerer));
-        Ok(Self { service, accepting })
-    }
-
-    /// Whose health check it answers.
-    pub(super) fn service(&self) -> &ObjectName {
-        &self.service
+        let accepting = tokio::spawn(accept(listener, at, handler));
+        Ok(Self { accepting })
     }
 
     /// Frees the port before it returns; answers under way are finished.
-    pub(super) async fn close(mut self) {
+    pub(crate) async fn close(mut self) {
         self.accepting.abort();
         let _ = (&mut self.accepting).await;
     }
@@ -108,7 +110,7 @@ fn bind(at: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-async fn accept(listener: TcpListener, service: ObjectName, answerer: Answerer) {
+async fn accept(listener: TcpListener, at: SocketAddr, handler: Handler) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     // Goes with this task: its end is what tells the connections that the listener is closed.
     let (_open, closed) = watch::channel(());
@@ -116,29 +118,24 @@ async fn accept(listener: TcpListener, service: ObjectName, answerer: Answerer) 
     while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let (service, answerer, closed) = (service.clone(), answerer.clone(), closed.clone());
+                let (handler, closed) = (Arc::clone(&handler), closed.clone());
                 let _conversation = tokio::spawn(async move {
-                    converse(stream, &service, &answerer, closed).await;
+                    converse(stream, &handler, closed).await;
                     drop(slot);
                 });
             }
             // One that was reset before it was accepted is nobody's loss.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                tracing::debug!(%service, "cannot accept a connection: {error}; trying again");
+                tracing::debug!(%at, "cannot accept a connection: {error}; trying again");
                 tokio::time::sleep(ACCEPT_AGAIN).await;
             }
         }
     }
 }
 
-async fn converse(
-    stream: TcpStream,
-    service: &ObjectName,
-    answerer: &Answerer,
-    mut closed: watch::Receiver<()>,
-) {
-    let answer = service_fn(async |_request| Ok::<_, Infallible>(answerer.answer(service)));
+async fn converse(stream: TcpStream, handler: &Handler, mut closed: watch::Receiver<()>) {
+    let answer = service_fn(async |request| Ok::<_, Infallible>(handler(&request)));
     let mut connection = pin!(
         http1::Builder::new()
             .timer(TokioTimer::new())

@@ -1,6 +1,6 @@
 //! The live maps, joined for people: whose is a service port, where is a frontend, what was counted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;
 
@@ -17,52 +17,52 @@ use crate::model::object::Protocol;
 
 /// Everything that is pinned, read once.
 #[derive(Debug)]
-pub(super) struct View {
+pub(crate) struct View {
     /// The maps.
-    pub(super) kernel: Kernel,
+    pub(crate) kernel: Kernel,
     /// What they hold.
-    pub(super) image: Image,
+    pub(crate) image: Image,
     /// Backend counters.
-    pub(super) counters: BTreeMap<u32, BackendCounters>,
+    pub(crate) counters: BTreeMap<u32, BackendCounters>,
 }
 
 /// A backend of either family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct BackendView {
+pub(crate) struct BackendView {
     /// Its index in its family's map.
-    pub(super) id: u32,
+    pub(crate) id: u32,
     /// Its endpoint.
-    pub(super) address: SocketAddr,
+    pub(crate) address: SocketAddr,
     /// The service port that it belongs to.
-    pub(super) service_port: u32,
+    pub(crate) service_port: u32,
     /// On this node.
-    pub(super) local: bool,
+    pub(crate) local: bool,
     /// Takes new flows.
-    pub(super) serving: bool,
+    pub(crate) serving: bool,
     /// What was counted.
-    pub(super) counters: BackendCounters,
+    pub(crate) counters: BackendCounters,
 }
 
 /// A Service's port in words.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub(super) struct PortName {
+pub(crate) struct PortName {
     /// The Service's namespace.
-    pub(super) namespace: String,
+    pub(crate) namespace: String,
     /// The Service's name.
-    pub(super) service: String,
+    pub(crate) service: String,
     /// The port's name; empty for an unnamed port.
     #[serde(rename = "port_name")]
-    pub(super) label: String,
+    pub(crate) label: String,
     /// The port's number.
-    pub(super) port: u16,
+    pub(crate) port: u16,
     /// `TCP` or `UDP`.
-    pub(super) protocol: String,
+    pub(crate) protocol: String,
 }
 
 impl PortName {
     /// Whether a person's word means this service: `name` or `namespace/name`, perhaps with `:port`.
     #[must_use]
-    pub(super) fn is(&self, word: &str) -> bool {
+    pub(crate) fn is(&self, word: &str) -> bool {
         let (service, port) =
             word.split_once(':').map_or((word, None), |(service, port)| (service, Some(port)));
         let (namespace, name) =
@@ -93,7 +93,7 @@ fn text(bytes: &[u8]) -> String {
 
 /// A protocol's word, or its number.
 #[must_use]
-pub(super) fn protocol(number: u8) -> String {
+pub(crate) fn protocol(number: u8) -> String {
     Protocol::from_number(number).map_or_else(|| number.to_string(), |protocol| protocol.word().to_owned())
 }
 
@@ -102,7 +102,7 @@ pub(super) fn protocol(number: u8) -> String {
 /// # Errors
 ///
 /// When nothing is pinned there, another layout is, or it may not be opened.
-pub(super) fn open(pin_path: &Path) -> anyhow::Result<Kernel> {
+pub(crate) fn open(pin_path: &Path) -> anyhow::Result<Kernel> {
     let pins = Pins::new(pin_path);
     let folder = pins.maps();
     match folder.try_exists() {
@@ -127,7 +127,7 @@ impl View {
     /// # Errors
     ///
     /// When it cannot be opened or read.
-    pub(super) fn read(pin_path: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn read(pin_path: &Path) -> anyhow::Result<Self> {
         let kernel = open(pin_path)?;
         let image = kernel.read()?;
         let counters = kernel.maps().backend_counters()?;
@@ -136,13 +136,13 @@ impl View {
 
     /// Whose a service port is.
     #[must_use]
-    pub(super) fn name(&self, service_port: u32) -> Option<PortName> {
+    pub(crate) fn name(&self, service_port: u32) -> Option<PortName> {
         self.image.names.get(&service_port).map(PortName::from)
     }
 
     /// Service-port id -> its VIPs and their kinds. A node port stands for itself, at any address.
     #[must_use]
-    pub(super) fn vips(&self) -> BTreeMap<u32, Vec<(String, u32)>> {
+    pub(crate) fn vips(&self) -> BTreeMap<u32, Vec<(String, u32)>> {
         let mut vips: BTreeMap<u32, Vec<(String, u32)>> = BTreeMap::new();
         self.add_vips::<V4>(&mut vips);
         self.add_vips::<V6>(&mut vips);
@@ -162,7 +162,7 @@ impl View {
 
     /// Every backend that has ever served and was not given away.
     #[must_use]
-    pub(super) fn backends(&self) -> Vec<BackendView> {
+    pub(crate) fn backends(&self) -> Vec<BackendView> {
         let mut backends = self.backends_of::<V4>(0);
         backends.extend(self.backends_of::<V6>(COUNTER_V6));
         backends
@@ -182,16 +182,24 @@ impl View {
 
     /// The slots of a service port: those of cluster clients, else of the others.
     #[must_use]
-    pub(super) fn slots(&self, service_port: u32) -> &[u32] {
+    pub(crate) fn slots(&self, service_port: u32) -> &[u32] {
         let port = self.image.ports.get(&service_port).copied().unwrap_or_default();
         let range = port.ranges.map(Range).into_iter().find(|range| range.size() > 0);
         range.and_then(|range| self.image.slots.get(&range.start())).map_or(&[], Vec::as_slice)
+    }
+
+    /// The backends of a service port that get new flows of some class of clients.
+    #[must_use]
+    pub(super) fn selected(&self, service_port: u32) -> BTreeSet<u32> {
+        let port = self.image.ports.get(&service_port).copied().unwrap_or_default();
+        let ranges = port.ranges.map(Range).into_iter().filter(|range| range.size() > 0);
+        ranges.filter_map(|range| self.image.slots.get(&range.start())).flatten().copied().collect()
     }
 }
 
 /// A frontend kind as Kubernetes calls it.
 #[must_use]
-pub(super) fn kind(number: u32) -> &'static str {
+pub(crate) fn kind(number: u32) -> &'static str {
     match number {
         frontend::CLUSTER_IP => "ClusterIP",
         frontend::LOAD_BALANCER => "LoadBalancer",

@@ -1,0 +1,302 @@
+//! What the maps and the status say, as a scraper reads it.
+//!
+//! Everything is read when it is asked for: nothing is counted twice, and nothing costs anything while nobody asks.
+//! How many series there are is bounded: by the Services, by [`BACKENDS_MAX`] for backends, and for the rest by the maps.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Registry;
+use sluice_common::Reason;
+use sluice_common::abi::BackendCounters;
+
+use super::metrics::Metrics;
+use crate::agent::status::{self, Status};
+use crate::view::{BackendView, PortName, View};
+
+/// Backends that have series of their own; the traffic of the others is in their Services' series.
+pub(super) const BACKENDS_MAX: usize = 2_000;
+
+/// A metric's labels.
+type Labels = Vec<(&'static str, String)>;
+/// Labels and value of each series of a metric.
+type Series = Vec<(Labels, u64)>;
+
+/// Reads maps and status when it is asked.
+#[derive(Debug)]
+pub(super) struct Exporter {
+    metrics: Arc<Metrics>,
+    pin_path: PathBuf,
+    state_dir: PathBuf,
+}
+
+impl Exporter {
+    pub(super) fn new(metrics: Arc<Metrics>, pin_path: PathBuf, state_dir: PathBuf) -> Self {
+        Self { metrics, pin_path, state_dir }
+    }
+
+    /// Everything, in the text form of OpenMetrics.
+    pub(super) fn text(&self) -> Result<String, fmt::Error> {
+        let mut text = String::new();
+        encode(&mut text, self.metrics.registry())?;
+        let mut registry = Registry::with_prefix("sluice");
+        registry.register_collector(Box::new(self.read()));
+        // One text has one end.
+        let own = text.strip_suffix("# EOF\n").unwrap_or(&text).len();
+        text.truncate(own);
+        encode(&mut text, &registry)?;
+        Ok(text)
+    }
+
+    fn read(&self) -> Found {
+        let view = View::read(&self.pin_path);
+        if let Err(error) = &view {
+            tracing::debug!("the maps cannot be read for a scraper: {error:#}");
+        }
+        Found { view: view.ok(), status: status::read(&self.state_dir) }
+    }
+}
+
+/// What was found at the moment of the question.
+#[derive(Debug)]
+struct Found {
+    view: Option<View>,
+    status: Option<Status>,
+}
+
+/// Writes metrics one by one.
+struct Writer<'a, 'e> {
+    encoder: &'a mut DescriptorEncoder<'e>,
+}
+
+impl Writer<'_, '_> {
+    fn counters(&mut self, name: &str, help: &str, series: &Series) -> fmt::Result {
+        let mut metric = self.encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (labels, value) in series {
+            ConstCounter::new(*value).encode(metric.encode_family(&labels.as_slice())?)?;
+        }
+        Ok(())
+    }
+
+    fn gauges(&mut self, name: &str, help: &str, series: &Series) -> fmt::Result {
+        let mut metric = self.encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (labels, value) in series {
+            ConstGauge::new(*value).encode(metric.encode_family(&labels.as_slice())?)?;
+        }
+        Ok(())
+    }
+}
+
+fn labels_of(name: &PortName, family: u8) -> Labels {
+    let port = if name.label.is_empty() { name.port.to_string() } else { name.label.clone() };
+    vec![
+        ("namespace", name.namespace.clone()),
+        ("service", name.service.clone()),
+        ("port", port),
+        ("protocol", name.protocol.clone()),
+        ("family", if family == 6 { "IPv6" } else { "IPv4" }.to_owned()),
+    ]
+}
+
+/// A count of traffic.
+enum Count {
+    /// From clients and to them.
+    Both(u64, u64),
+    One(u64),
+}
+
+/// What is counted of traffic: name, help, value.
+type Traffic = (&'static str, &'static str, fn(&BackendCounters) -> Count);
+
+const TRAFFIC: [Traffic; 5] = [
+    ("packets", "Packets along flows; per packet, so without what is translated at the socket", |counted| {
+        Count::Both(counted.forward_packets, counted.reply_packets)
+    }),
+    ("bytes", "Bytes of those packets, IP header included", |counted| {
+        Count::Both(counted.forward_bytes, counted.reply_bytes)
+    }),
+    ("resets", "Resets along flows (TCP's RST, SCTP's ABORT)", |counted| {
+        Count::Both(counted.forward_resets, counted.reply_resets)
+    }),
+    ("flows", "Flows that were opened, per packet", |counted| Count::One(counted.flows)),
+    (
+        "socket_calls",
+        "Calls of sockets that were translated: connections of TCP, datagrams of UDP",
+        |counted| Count::One(counted.calls),
+    ),
+];
+
+fn add(sum: &mut BackendCounters, more: &BackendCounters) {
+    sum.forward_packets += more.forward_packets;
+    sum.forward_bytes += more.forward_bytes;
+    sum.reply_packets += more.reply_packets;
+    sum.reply_bytes += more.reply_bytes;
+    sum.flows += more.flows;
+    sum.calls += more.calls;
+    sum.forward_resets += more.forward_resets;
+    sum.reply_resets += more.reply_resets;
+}
+
+fn series(all: &[(Labels, BackendCounters)], (_, _, count): &Traffic) -> Series {
+    let with = |labels: &Labels, direction: &str| {
+        [labels.clone(), vec![("direction", direction.to_owned())]].concat()
+    };
+    let mut series = Series::new();
+    for (labels, counted) in all {
+        match count(counted) {
+            Count::Both(forward, reply) => {
+                series.extend([(with(labels, "forward"), forward), (with(labels, "reply"), reply)]);
+            }
+            Count::One(value) => series.push((labels.clone(), value)),
+        }
+    }
+    series
+}
+
+fn traffic(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
+    let backends = view.backends();
+    let mut sums: BTreeMap<u32, BackendCounters> =
+        view.image.names.keys().map(|id| (*id, BackendCounters::default())).collect();
+    for backend in &backends {
+        if let Some(sum) = sums.get_mut(&backend.service_port) {
+            add(sum, &backend.counters);
+        }
+    }
+    let family = |id: &u32| view.image.names.get(id).map_or(0, |name| name.family);
+    let services: Vec<(Labels, BackendCounters)> =
+        sums.iter().filter_map(|(id, sum)| Some((labels_of(&view.name(*id)?, family(id)), *sum))).collect();
+    let of_backend = |backend: &BackendView| {
+        let mut labels = labels_of(&view.name(backend.service_port)?, family(&backend.service_port));
+        labels.push(("backend", backend.address.to_string()));
+        Some((labels, backend.counters))
+    };
+    // Those that are told are the same from one scrape to the next.
+    let told: Vec<(Labels, BackendCounters)> =
+        backends.iter().filter(|backend| backend.serving).filter_map(of_backend).take(BACKENDS_MAX).collect();
+    let left = backends.iter().filter(|backend| backend.serving).count() - told.len();
+    for metric in &TRAFFIC {
+        let (name, help, _) = metric;
+        writer.counters(&format!("service_{name}"), help, &series(&services, metric))?;
+        writer.counters(&format!("backend_{name}"), help, &series(&told, metric))?;
+    }
+    writer.gauges(
+        "backends_left_out",
+        "Backends that are counted and have no series of their own",
+        &vec![(Vec::new(), left as u64)],
+    )
+}
+
+fn reasons(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
+    let Ok(counted) = view.kernel.maps().reason_counters() else { return Ok(()) };
+    let mut packets = Series::new();
+    for (key, counters) in counted {
+        let Some(reason) = Reason::from_number(key.reason) else { continue };
+        let name = view.name(key.service_port);
+        let (namespace, service) = name.map_or_else(Default::default, |name| (name.namespace, name.service));
+        let labels =
+            vec![("reason", reason.word().to_owned()), ("namespace", namespace), ("service", service)];
+        // A Service's ports are one series.
+        match packets.iter_mut().find(|(known, _)| *known == labels) {
+            Some((_, sum)) => *sum += counters.packets,
+            None => packets.push((labels, counters.packets)),
+        }
+    }
+    writer.counters(
+        "packets_by_reason",
+        "Packets that did not simply follow a flow, and calls that were refused, by reason",
+        &packets,
+    )
+}
+
+fn maps(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
+    let Ok(fill) = view.kernel.maps().fill(&view.image) else { return Ok(()) };
+    let of = |value: fn(&crate::dataplane::Fill) -> u64| -> Series {
+        fill.iter().map(|fill| (vec![("map", fill.map.to_owned())], value(fill))).collect()
+    };
+    writer.gauges("map_entries", "Entries of a map", &of(|fill| fill.entries))?;
+    writer.gauges("map_capacity", "Entries that a map has room for", &of(|fill| fill.max))
+}
+
+fn node(status: &Status, writer: &mut Writer<'_, '_>) -> fmt::Result {
+    let one = |labels: Labels, value: bool| (labels, u64::from(value));
+    writer.gauges(
+        "build_info",
+        "The agent's version",
+        &vec![one(vec![("version", status.version.clone())], true)],
+    )?;
+    writer.gauges(
+        "start_time_seconds",
+        "When the agent started, since 1970",
+        &vec![(Vec::new(), status.started)],
+    )?;
+    writer.gauges(
+        "ready",
+        "Whether maps and hooks are as they should be",
+        &vec![one(Vec::new(), status.ready)],
+    )?;
+    let mut hooks: BTreeMap<Labels, u64> = BTreeMap::new();
+    let mut failing = Series::new();
+    for device in &status.devices {
+        let labels = vec![("device", device.name.clone()), ("role", device.role.word().to_owned())];
+        for hook in &device.hooks {
+            *hooks.entry([labels.clone(), vec![("hook", hook.word().to_owned())]].concat()).or_default() += 1;
+        }
+        failing.push(one(labels, device.problem.is_some()));
+    }
+    writer.gauges("device_hooks", "Hooks of a device with our programs", &hooks.into_iter().collect())?;
+    writer.gauges(
+        "device_failing",
+        "Whether something could not be attached to a device, and is tried again",
+        &failing,
+    )?;
+    let sources = |value: fn(&status::SourceStatus) -> u64| -> Series {
+        status.sources.iter().map(|source| (vec![("source", source.name.clone())], value(source))).collect()
+    };
+    writer.gauges(
+        "source_synced",
+        "Whether a source's first full list has come",
+        &sources(|source| u64::from(source.synced)),
+    )?;
+    writer.gauges(
+        "source_failing",
+        "Whether a source cannot be heard at the moment",
+        &sources(|source| u64::from(source.problem.is_some())),
+    )?;
+    writer.gauges(
+        "source_last_heard_timestamp_seconds",
+        "When a source was last heard, since 1970",
+        &sources(|source| source.heard.unwrap_or_default()),
+    )?;
+    let mut flaws: BTreeMap<Labels, u64> = BTreeMap::new();
+    for report in &status.reports {
+        let labels = vec![("flaw", report.flaw.clone()), ("level", report.level.clone())];
+        *flaws.entry(labels).or_default() += 1;
+    }
+    writer.gauges(
+        "object_flaws",
+        "Objects, or fields of them, that are not served as they stand (sluice status names them)",
+        &flaws.into_iter().collect(),
+    )
+}
+
+impl Collector for Found {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let writer = &mut Writer { encoder: &mut encoder };
+        let readable = vec![(Vec::new(), u64::from(self.view.is_some()))];
+        writer.gauges("maps_readable", "Whether the maps could be read for this scrape", &readable)?;
+        if let Some(view) = &self.view {
+            traffic(view, writer)?;
+            reasons(view, writer)?;
+            maps(view, writer)?;
+        }
+        self.status.as_ref().map_or(Ok(()), |status| node(status, writer))
+    }
+}

@@ -1,0 +1,202 @@
+//! The images that a cluster's pods are made of: our own builds and Debian packages, under the names that Kubernetes and its
+//! tests ask for.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::cache::Cache;
+use crate::components::{COREDNS, Components, KUBERNETES};
+use crate::process::{Cmd, newest_line};
+use crate::ui::Step;
+use crate::workspace::Workspace;
+
+use super::image::{self, Entry, Image, Layer};
+
+/// Changes with everything below that changes the images and is no version of a component.
+const RECIPE: u32 = 3;
+
+/// What the images for tests find in their file system.
+const PACKAGES: &str = "ca-certificates,curl,netcat-openbsd,iproute2,bind9-dnsutils,iperf,iputils-ping,procps,wget,conntrack,\
+                        iptables,nftables,busybox-static";
+
+/// What every sandbox is; the name that this containerd is configured with.
+pub(super) const PAUSE: &str = "registry.k8s.io/pause:3.10.2";
+
+const PAUSE_SOURCE: &str = include_str!("../../pause.rs");
+
+/// The archive with the images of every cluster.
+pub(super) fn obtain(cache: &Cache, components: &Components) -> Result<PathBuf> {
+    let directory = cache.ensure(
+        &format!("images/v{KUBERNETES}-coredns-{COREDNS}-{RECIPE}"),
+        |directory| directory.join("images.tar").is_file(),
+        |directory| {
+            let step = Step::start_long("images for pods");
+            let root = directory.join("root.tar");
+            file_system(&step, &root)?;
+            let pause = directory.join("pause");
+            build_pause(directory, &pause)?;
+            step.note("writing the archive");
+            let scratch = directory.join("making");
+            fs::create_dir(&scratch)?;
+            image::write(&images(components, &root, &pause), &scratch, &directory.join("images.tar"))
+                .context("cannot write the images' archive")?;
+            fs::remove_dir_all(&scratch)?;
+            fs::remove_file(&root)?;
+            step.done("made");
+            Ok(())
+        },
+    )?;
+    Ok(directory.join("images.tar"))
+}
+
+/// A small Debian.
+fn file_system(step: &Step, archive: &Path) -> Result<()> {
+    let without = ["doc", "man", "locale", "info", "zoneinfo"];
+    Cmd::new("mmdebstrap")
+        // Containers have a /dev of their own.
+        .args(["--variant=minbase", "--skip=output/dev", &format!("--include={PACKAGES}")])
+        .args(without.map(|name| format!("--dpkgopt=path-exclude=/usr/share/{name}/*")))
+        .arg(suite())
+        .arg(archive)
+        .run_behind(step, newest_line)
+        .context("cannot make a Debian file system for the pods' images: are Debian's packages within reach?")
+}
+
+/// The release of Debian to take packages of: this machine's own if it is one, since its mirrors are known to work.
+fn suite() -> String {
+    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let field = |name: &str| release.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    match (field("ID"), field("VERSION_CODENAME")) {
+        (Some("debian"), Some(name)) => name.to_owned(),
+        _ => "stable".to_owned(),
+    }
+}
+
+fn build_pause(directory: &Path, file: &Path) -> Result<()> {
+    let source = directory.join("pause.rs");
+    fs::write(&source, PAUSE_SOURCE)?;
+    Cmd::new("rustc")
+        .args(["--edition=2024", "-Copt-level=s", "-Cpanic=abort", "-Cstrip=symbols"])
+        .args(["-Ctarget-feature=+crt-static", "-o"])
+        .args([file, &source])
+        .run()
+        .context("cannot build the program of the pods' sandboxes")
+}
+
+fn images(components: &Components, root: &Path, pause: &Path) -> Vec<Image> {
+    let debian = || Layer::Archive(root.to_owned());
+    let test_image = |name: &str| components.test_images.join(name);
+    let coredns = || Layer::Files(vec![Entry::File("coredns", components.coredns.join("coredns"))]);
+    // Some tests run a DNS server from it.
+    let agnhost = || {
+        Layer::Files(vec![
+            Entry::File("agnhost", test_image("agnhost")),
+            Entry::Link("agnhost-2", "agnhost"),
+            Entry::File("localhost.crt", test_image("localhost.crt")),
+            Entry::File("localhost.key", test_image("localhost.key")),
+            // GNU's wget tries twenty times, that of the original images once.
+            Entry::Text("etc/wgetrc", "tries = 1\n"),
+            Entry::Directory("uploads"),
+        ])
+    };
+    let of_tests = |name: &str| format!("registry.k8s.io/e2e-test-images/{name}");
+    let image =
+        |names: Vec<String>, layers, entrypoint, command| Image { names, layers, entrypoint, command };
+    vec![
+        image(
+            vec![PAUSE.to_owned(), "registry.k8s.io/pause:3.10".to_owned()],
+            vec![Layer::Files(vec![Entry::File("pause", pause.to_owned())])],
+            vec!["/pause"],
+            vec![],
+        ),
+        image(
+            // The short name is for people.
+            vec![
+                of_tests("agnhost:2.63.0"),
+                of_tests("agnhost:2.55"),
+                "docker.io/library/agnhost:2".to_owned(),
+            ],
+            vec![debian(), coredns(), agnhost()],
+            vec!["/agnhost"],
+            vec!["pause"],
+        ),
+        image(
+            vec![of_tests("nginx:1.15-4"), of_tests("nginx:1.27-0")],
+            vec![debian(), coredns(), agnhost()],
+            vec!["/agnhost"],
+            vec!["test-webserver"],
+        ),
+        image(
+            vec![of_tests("busybox:1.37.0-1"), "docker.io/library/debian:local".to_owned()],
+            vec![debian()],
+            vec![],
+            vec!["sh"],
+        ),
+        image(
+            vec![
+                of_tests("glibc-dns-testing:2.0.0"),
+                "registry.k8s.io/build-image/distroless-iptables:v0.9.6".to_owned(),
+            ],
+            vec![debian()],
+            vec![],
+            vec!["sleep", "infinity"],
+        ),
+        image(
+            vec![of_tests("regression-issue-74839:1.4")],
+            vec![
+                debian(),
+                Layer::Files(vec![Entry::File(
+                    "regression-issue-74839",
+                    test_image("regression-issue-74839"),
+                )]),
+            ],
+            vec!["/regression-issue-74839"],
+            vec![],
+        ),
+        image(
+            vec![format!("registry.k8s.io/kube-proxy:v{KUBERNETES}")],
+            vec![
+                debian(),
+                Layer::Files(vec![Entry::File(
+                    "usr/local/bin/kube-proxy",
+                    components.control_plane.join("kube-proxy"),
+                )]),
+            ],
+            vec!["/usr/local/bin/kube-proxy"],
+            vec![],
+        ),
+        image(
+            vec![format!("registry.k8s.io/coredns/coredns:v{COREDNS}")],
+            vec![coredns()],
+            vec!["/coredns"],
+            vec![],
+        ),
+    ]
+}
+
+/// An image with a name, alone in its archive.
+pub(super) struct Own {
+    pub(super) archive: PathBuf,
+    /// Changes with the content.
+    pub(super) tag: String,
+}
+
+/// The name in `deploy/base`.
+pub(super) const SLUICE: &str = "localhost/sluice";
+
+/// Writes our own image as `deploy/README.md` says, into a directory.
+pub(super) fn sluice(workspace: &Workspace, binary: &Path, directory: &Path) -> Result<Own> {
+    let tag = image::digest(binary)?.chars().take(12).collect::<String>();
+    fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    let archive = directory.join("sluice.tar");
+    let _output = Cmd::new("python3")
+        .arg(workspace.root().join("deploy/image.py"))
+        .arg(binary)
+        .args(["--tag", &format!("{SLUICE}:{tag}"), "--output"])
+        .arg(&archive)
+        .stdout()
+        .context("cannot make the image of Sluice")?;
+    Ok(Own { archive, tag })
+}

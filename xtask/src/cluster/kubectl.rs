@@ -1,0 +1,52 @@
+//! kubectl, called as the cluster's administrator from where the outside client is.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::process::Cmd;
+
+use super::namespace::Namespace;
+use super::network::OUTSIDE_CLIENT;
+use super::state::State;
+
+/// kubectl of one cluster.
+#[derive(Clone)]
+pub(super) struct Kubectl {
+    program: PathBuf,
+    kubeconfig: PathBuf,
+    namespace: Namespace,
+}
+
+impl Kubectl {
+    /// Through the link that `up` made to the program.
+    pub(super) fn new(state: &State) -> Self {
+        Self {
+            program: state.programs().join("kubectl"),
+            kubeconfig: state.kubeconfig(),
+            namespace: Namespace::named(state, OUTSIDE_CLIENT),
+        }
+    }
+
+    /// Runs it and returns its standard output.
+    ///
+    /// # Errors
+    /// When it fails, with what it wrote to standard error.
+    pub(super) fn run<S: AsRef<OsStr> + Sync>(&self, args: impl AsRef<[S]>) -> Result<String> {
+        let command = Cmd::new(&self.program).arg("--kubeconfig").arg(&self.kubeconfig).args(args.as_ref());
+        self.namespace.enter(move || command.answer())
+    }
+
+    /// Runs it, expecting that it fails at times, within five seconds.
+    pub(super) fn ask<const N: usize>(&self, args: [&str; N]) -> Result<String> {
+        let args: Vec<_> = args.into_iter().chain(["--request-timeout=5s"]).collect();
+        self.run(&args)
+    }
+
+    /// Applies manifests from a file or, by `-k`, a directory.
+    pub(super) fn apply(&self, flag: &str, path: &Path) -> Result<()> {
+        let args: [&OsStr; 4] = ["apply".as_ref(), flag.as_ref(), path.as_os_str(), "--server-side".as_ref()];
+        self.run(args).map(drop)
+    }
+}
