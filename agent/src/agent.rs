@@ -35,7 +35,7 @@ use crate::source::{Pulse, kubernetes, manifests};
 use beside::Beside;
 use cluster::{Adopted, Cluster, Told};
 use keeper::{Inputs, Keeper, Kept, route_vips};
-use status::{PolicyStatus, SourceStatus, StateDir, Status, unix_seconds};
+use status::{Invocation, PolicyStatus, SourceStatus, StateDir, Status, unix_seconds};
 use sync::Sync;
 
 /// How long further changes are gathered before the plan hears of them.
@@ -94,6 +94,8 @@ pub struct Options {
     pub policy: Policy,
     /// Whose calls the socket path translates.
     pub socket_path: SocketPath,
+    /// The command line that says all this.
+    pub invocation: Invocation,
     /// How uplinks use XDP.
     pub xdp: Xdp,
     /// A folder of manifests.
@@ -153,6 +155,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         pid: std::process::id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         started: unix_seconds(started),
+        invocation: options.invocation.clone(),
         waiting_for: vec!["the programs to be loaded".to_owned()],
         ..Status::default()
     };
@@ -560,7 +563,7 @@ fn source_name(id: SourceId) -> &'static str {
 }
 
 /// The cookie of this process's network namespace.
-fn netns_cookie() -> io::Result<u64> {
+pub(crate) fn netns_cookie() -> io::Result<u64> {
     const SO_NETNS_COOKIE: libc::c_int = 71;
     let socket =
         std::net::UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| std::net::UdpSocket::bind(("0.0.0.0", 0)))?;
@@ -580,7 +583,7 @@ fn netns_cookie() -> io::Result<u64> {
 }
 
 /// Where the unified cgroup hierarchy is mounted.
-fn cgroup2_mount() -> anyhow::Result<PathBuf> {
+pub(crate) fn cgroup2_mount() -> anyhow::Result<PathBuf> {
     let mounts =
         std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     find_cgroup2(&mounts).context("no line of /proc/self/mountinfo has the type cgroup2")

@@ -3,11 +3,13 @@
 mod backends;
 mod cleanup;
 mod conntrack;
+mod diff;
 mod explain;
 mod flows;
 mod kube_proxy;
 mod monitor;
 mod policy;
+mod preflight;
 mod services;
 mod status;
 mod table;
@@ -24,16 +26,18 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::agent::status::{PIN_PATH, state_dir};
+use crate::agent::status::{Invocation, PIN_PATH, state_dir};
 use crate::agent::{self, Ended, Options, Reload, SocketPath};
 use crate::dataplane::Xdp;
 use crate::devices::pattern::Patterns;
 use crate::source::kubernetes;
 use conntrack::ConntrackArgs;
+use diff::DiffArgs;
 use explain::ExplainArgs;
 use kube_proxy::{Expanded, expand};
 use monitor::MonitorArgs;
 use policy::PolicyArgs;
+use preflight::PreflightArgs;
 use table::Format;
 use validate::ValidateArgs;
 
@@ -104,6 +108,15 @@ enum Command {
     ///
     /// The exit code is 0 if none is, else 1.
     Validate(Box<ValidateArgs>),
+    /// Tell whether this node can run Sluice, and what it would use.
+    ///
+    /// Every program is loaded, every hook tried on devices and a cgroup that are made for it; nothing stays. The exit
+    /// code is 0 if Sluice can run, 1 if it cannot or too little could be tried (as somebody else than root).
+    Preflight(Box<PreflightArgs>),
+    /// Compare what the sources want with what the maps hold, entry by entry.
+    ///
+    /// The exit code is 0 if the maps are in step, 1 if they are not, 2 if it cannot be told.
+    Diff(Box<DiffArgs>),
     /// Remove every trace from this node: programs, maps, filters, the device sluice0 and its routes, reserved ports.
     ///
     /// Connections through services end with it. Works without an agent; refuses while one runs.
@@ -202,6 +215,11 @@ const NO_OBJECTS: &str = "a Service, EndpointSlice, Endpoints or Node in a *.yam
 #[error("{0}")]
 struct Usage(String);
 
+/// An error of a command whose code 1 is an answer.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+struct Unknown(anyhow::Error);
+
 /// Runs a command; a wrong command line ends the process with code 2.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -217,7 +235,7 @@ pub fn main() -> ExitCode {
         }
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            if error.is::<Unknown>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }
@@ -260,9 +278,10 @@ impl Cli {
                         expanded.meaningless.join(", ")
                     );
                 }
+                let invocation = Invocation::here(&expanded.words);
                 let follows = expanded.config.is_some();
                 let reload = Reload { follows, is_changed: Arc::new(move || is_changed(&expanded)) };
-                let options = args.options(pin_path, state_dir, reload)?;
+                let options = Options { invocation, ..args.options(pin_path, state_dir, reload)? };
                 if runtime()?.block_on(agent::run(options))? == Ended::ToStartAnew {
                     return Err(start_anew());
                 }
@@ -290,6 +309,18 @@ impl Cli {
             Command::Validate(args) => {
                 let (text, wrong) = validate::run(*args)?;
                 code = wrong;
+                text
+            }
+            Command::Preflight(args) => {
+                let (text, can_run) = preflight::run(*args, &pin_path)?;
+                code = u8::from(!can_run);
+                text
+            }
+            Command::Diff(args) => {
+                let (text, is_in_step) = runtime()?
+                    .block_on(diff::run(*args, &pin_path, &state_dir))
+                    .map_err(|error| if error.is::<Usage>() { error } else { Unknown(error).into() })?;
+                code = u8::from(!is_in_step);
                 text
             }
             Command::Cleanup { force } => runtime()?.block_on(cleanup::run(&pin_path, &state_dir, force))?,
@@ -364,6 +395,7 @@ impl AgentArgs {
             patterns: Patterns::new(&self.edge, &self.uplink, &self.fabric),
             policy,
             socket_path: self.socket_path,
+            invocation: Invocation::default(),
             xdp: self.xdp,
             kubernetes: asked.then_some(kubernetes),
             proxy_name: self.proxy_name,

@@ -16,6 +16,7 @@ mod maps;
 mod object;
 mod pins;
 mod read;
+pub(crate) mod trial;
 
 pub use cleanup::cleanup;
 pub use datagrams::{DatagramKey, Datagrams};
@@ -26,5 +27,6 @@ pub(crate) use kernel::KernelStack;
 pub use load::{Loaded, load};
 pub use maps::{Access, FamilyMaps, Maps};
 pub use object::{Spec, difference};
+pub(crate) use pins::is_bpffs;
 pub use pins::{Found, Pins, is_kept};
 pub use read::{Fill, FlowEntry};

@@ -173,8 +173,8 @@ fn said(change: &Change) -> Option<&[Note]> {
     Some(notes)
 }
 
-/// A source that watches the server: its events and its health.
-async fn watching(address: String, service_cidrs: bool) -> (mpsc::Receiver<Event>, Pulse) {
+/// A client of the server.
+async fn connect(address: String, service_cidrs: bool) -> (kube::Client, Settings) {
     let directory = tempfile::tempdir().expect("a directory");
     let kubeconfig = directory.path().join("config");
     let text = "apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: \"http://192.0.2.1:1\"}}]\n\
@@ -182,7 +182,12 @@ async fn watching(address: String, service_cidrs: bool) -> (mpsc::Receiver<Event
     fs::write(&kubeconfig, text).expect("written");
     let settings =
         Settings { kubeconfig: Some(kubeconfig), api: Some(address), service_cidrs, ..Settings::default() };
-    let client = kubernetes::connect(&settings).await.expect("a client");
+    (kubernetes::connect(&settings).await.expect("a client"), settings)
+}
+
+/// A source that watches the server: its events and its health.
+async fn watching(address: String, service_cidrs: bool) -> (mpsc::Receiver<Event>, Pulse) {
+    let (client, settings) = connect(address, service_cidrs).await;
     let (sink, events) = mpsc::channel(64);
     let pulse = Pulse::default();
     drop(tokio::spawn(kubernetes::watch(client, settings, sink, pulse.clone())));
@@ -273,4 +278,35 @@ async fn a_server_that_goes_away_and_forgets_takes_nothing_with_it() {
         skip_to(&mut events, |change| said(change).filter(|notes| notes.is_empty()).map(drop)).await;
     }
     assert!(pulse.health().failure.is_none());
+}
+
+#[tokio::test]
+async fn listed_once_is_all_that_a_watch_would_deliver_first() {
+    let (server, address) = Server::start().await;
+    let (client, settings) = connect(address, true).await;
+    let names = |events: &[Event]| {
+        let name = |event: &Event| {
+            if let Change::Service(name, Some(_)) = &event.change {
+                Some(name.name.to_string())
+            } else if let Change::ServiceCidr(name, Some(_)) = &event.change {
+                Some(format!("networks of {name}"))
+            } else {
+                None
+            }
+        };
+        events.iter().filter_map(name).collect::<BTreeSet<String>>()
+    };
+    // The server does not know ServiceCIDRs.
+    let events = kubernetes::list(client.clone(), &settings).await.expect("listed");
+    assert_eq!(names(&events), ["a".to_owned(), "b".to_owned()].into());
+    assert!(events.iter().any(|event| event.change == Change::Synced), "{events:?}");
+
+    server.world().service_cidrs = Some(vec!["10.96.0.0/12"]);
+    let events = kubernetes::list(client.clone(), &settings).await.expect("listed");
+    assert!(names(&events).contains("networks of kubernetes"), "{events:?}");
+
+    server.world().down = true;
+    let _ = server.events.send(None);
+    let error = kubernetes::list(client, &settings).await.expect_err("nobody answers").to_string();
+    assert!(error.starts_with("listing ") && error.contains("at the API server failed"), "{error}");
 }

@@ -1,7 +1,7 @@
 //! The agent under test: `sluice agent` as a process of a node.
 
 use std::path::PathBuf;
-use std::process::Output;
+use std::process::{Command, Output};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -78,11 +78,19 @@ impl Node {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// As [`Node::sluice`], whatever the exit status.
-    pub fn sluice_output(&self, args: &[&str]) -> Result<Output> {
+    /// A subcommand of `sluice` on the node, `--pin-path` added, not started yet.
+    ///
+    /// # Errors
+    /// If the binary is not found.
+    pub fn sluice_command(&self, args: &[&str]) -> Result<Command> {
         let mut command = self.command(sluice_path()?);
         let _ = command.args(args).arg("--pin-path").arg(self.pin_path());
-        command
+        Ok(command)
+    }
+
+    /// As [`Node::sluice`], whatever the exit status.
+    pub fn sluice_output(&self, args: &[&str]) -> Result<Output> {
+        self.sluice_command(args)?
             .output()
             .with_context(|| format!("cannot run `sluice {}` on the node {}", args.join(" "), self.name()))
     }

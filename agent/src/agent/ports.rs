@@ -86,25 +86,50 @@ pub enum PortsError {
     },
 }
 
+/// What is to be reserved.
+#[derive(Debug)]
+struct Missing {
+    /// Ports that are ours and the kernel's, and not reserved.
+    missing: Ports,
+    /// All that shall be reserved then.
+    wanted: Ports,
+}
+
+impl Missing {
+    /// Reads the settings; [`None`]: nothing is to be reserved.
+    fn read(sysctls: &Path) -> Result<Option<Self>, PortsError> {
+        let range = read(&sysctls.join(RANGE), range)?;
+        let reserved = read(&sysctls.join(RESERVED), list)?;
+        let missing: Ports = overlap(&range).difference(&reserved).copied().collect();
+        if missing.is_empty() {
+            return Ok(None);
+        }
+        let wanted: Ports = reserved.union(&missing).copied().collect();
+        let left = range.difference(&wanted).count();
+        if left < LEFT_MIN {
+            return Err(PortsError::Narrow { range: text(&range), left });
+        }
+        Ok(Some(Self { missing, wanted }))
+    }
+}
+
+/// What [`reserve`] would reserve, for people.
+///
+/// # Errors
+///
+/// When a setting cannot be read, or hardly a port would be left to the node's own sockets.
+pub fn look(sysctls: &Path) -> Result<Option<String>, PortsError> {
+    Ok(Missing::read(sysctls)?.map(|missing| text(&missing.missing)))
+}
+
 /// Reserves what is necessary, and records it; returns the ports that were not reserved before, for people.
 ///
 /// # Errors
 ///
 /// When the ports cannot be kept apart: then masqueraded clients would meet connections of the node's own.
 pub fn reserve(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsError> {
-    let (range_path, reserved_path) = (sysctls.join(RANGE), sysctls.join(RESERVED));
-    let range = read(&range_path, range)?;
-    let reserved = read(&reserved_path, list)?;
-    let both = overlap(&range);
-    let missing: Ports = both.difference(&reserved).copied().collect();
-    if missing.is_empty() {
-        return Ok(None);
-    }
-    let wanted: Ports = reserved.union(&missing).copied().collect();
-    let left = range.difference(&wanted).count();
-    if left < LEFT_MIN {
-        return Err(PortsError::Narrow { range: text(&range), left });
-    }
+    let reserved_path = sysctls.join(RESERVED);
+    let Some(Missing { missing, wanted }) = Missing::read(sysctls)? else { return Ok(None) };
     let before = recorded(record)?.unwrap_or_default();
     let ours: Ports = before.union(&missing).copied().collect();
     // First: what is entered and not recorded would stay for ever.

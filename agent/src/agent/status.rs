@@ -1,5 +1,6 @@
 //! What the agent tells about itself: `status.json` in the state directory, and the lock beside it.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::net::IpAddr;
@@ -55,6 +56,9 @@ pub struct Status {
     pub version: String,
     /// When the agent started, in seconds since 1970.
     pub started: u64,
+    /// How it was started, for those who are to decide as it does.
+    #[serde(default)]
+    pub invocation: Invocation,
     /// Whether the maps and hooks are as they should be.
     pub ready: bool,
     /// Why it is not ready, for people; empty when it is.
@@ -79,6 +83,27 @@ pub struct Status {
     /// What else fails and is tried again.
     #[serde(default)]
     pub problems: Vec<String>,
+}
+
+/// A command line.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Invocation {
+    /// Its words, from the subcommand on; what was taken from kube-proxy's is brought into ours.
+    pub arguments: Vec<String>,
+    /// What relative paths in it are relative to.
+    pub directory: PathBuf,
+}
+
+impl Invocation {
+    /// These words, from the subcommand on, given in this process's directory.
+    #[must_use]
+    pub fn here(words: &[OsString]) -> Self {
+        let subcommand = words.iter().skip_while(|word| *word != "agent");
+        Self {
+            arguments: subcommand.map(|word| word.to_string_lossy().into_owned()).collect(),
+            directory: std::env::current_dir().unwrap_or_default(),
+        }
+    }
 }
 
 /// A source of objects.

@@ -52,8 +52,8 @@ const RTM_NEWTFILTER: u16 = 44;
 const RTM_DELTFILTER: u16 = 45;
 const RTM_GETTFILTER: u16 = 46;
 const F_REQUEST: u16 = 1;
-const F_ACK: u16 = 4;
-const F_DUMP: u16 = 0x300;
+pub(crate) const F_ACK: u16 = 4;
+pub(crate) const F_DUMP: u16 = 0x300;
 const F_EXCL: u16 = 0x200;
 const F_CREATE: u16 = 0x400;
 const TC_H_CLSACT: u32 = 0xffff_fff1;
@@ -89,11 +89,22 @@ impl Filter {
     }
 }
 
-struct Message(Vec<u8>);
+/// A message to the kernel in the making.
+pub(crate) struct Message(Vec<u8>);
 
 impl Message {
     /// Header and `struct tcmsg`.
     fn new(kind: u16, flags: u16, device: u32, handle: u32, parent: u32, info: u32) -> Self {
+        // Family and padding.
+        let mut message = Self::plain(kind, flags, &[0; 4]);
+        for word in [device, handle, parent, info] {
+            message.0.extend(word.to_ne_bytes());
+        }
+        message
+    }
+
+    /// Header, and what follows it in every message of this kind.
+    pub(crate) fn plain(kind: u16, flags: u16, fixed: &[u8]) -> Self {
         let mut message = Self(Vec::with_capacity(128));
         message.0.extend([0; 4]);
         message.0.extend(kind.to_ne_bytes());
@@ -101,15 +112,11 @@ impl Message {
         // Sequence and port.
         message.0.extend(1_u32.to_ne_bytes());
         message.0.extend([0; 4]);
-        // Family and padding.
-        message.0.extend([0; 4]);
-        for word in [device, handle, parent, info] {
-            message.0.extend(word.to_ne_bytes());
-        }
+        message.0.extend(fixed);
         message
     }
 
-    fn attribute(&mut self, kind: u16, value: &[u8]) {
+    pub(crate) fn attribute(&mut self, kind: u16, value: &[u8]) {
         self.0.extend((value.len() as u16 + 4).to_ne_bytes());
         self.0.extend(kind.to_ne_bytes());
         self.0.extend(value);
@@ -123,11 +130,19 @@ impl Message {
     }
 }
 
-/// Sends one message; calls `each` with the payload of every answer until the kernel is done.
-fn talk(message: Message, mut each: impl FnMut(&[u8])) -> io::Result<()> {
+/// Sends one message about routing; calls `each` with the payload of every answer until the kernel is done.
+fn talk(message: Message, each: impl FnMut(&[u8])) -> io::Result<()> {
+    talk_to(libc::NETLINK_ROUTE, message, each)
+}
+
+/// Sends one message to a part of the kernel; calls `each` with the payload of every answer until the kernel is done.
+pub(crate) fn talk_to(
+    protocol: libc::c_int,
+    message: Message,
+    mut each: impl FnMut(&[u8]),
+) -> io::Result<()> {
     // SAFETY: no pointers.
-    let fd =
-        unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_ROUTE) };
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -170,12 +185,12 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
     bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
 }
 
-fn half(bytes: &[u8], at: usize) -> Option<u16> {
+pub(crate) fn half(bytes: &[u8], at: usize) -> Option<u16> {
     bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
 }
 
 /// The value of an attribute in a run of attributes.
-fn find(mut bytes: &[u8], wanted: u16) -> Option<&[u8]> {
+pub(crate) fn find(mut bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     loop {
         let length = half(bytes, 0)? as usize;
         let value = bytes.get(4..length)?;
@@ -186,7 +201,7 @@ fn find(mut bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     }
 }
 
-fn text(bytes: Option<&[u8]>) -> String {
+pub(crate) fn text(bytes: Option<&[u8]>) -> String {
     let bytes = bytes.unwrap_or_default();
     String::from_utf8_lossy(bytes.strip_suffix(&[0]).unwrap_or(bytes)).into_owned()
 }

@@ -21,16 +21,16 @@ use super::error::Error;
 use super::load::Programs;
 use super::pins::Pins;
 
-const TCX_INGRESS: u32 = 46;
-const TCX_EGRESS: u32 = 47;
-const XDP: u32 = 37;
+pub(super) const TCX_INGRESS: u32 = 46;
+pub(super) const TCX_EGRESS: u32 = 47;
+pub(super) const XDP: u32 = 37;
 
 /// How XDP is attached, the name of its pin, and the link's flags.
-const XDP_MODES: [(How, &str, u32); 2] =
+pub(super) const XDP_MODES: [(How, &str, u32); 2] =
     [(How::XdpNative, "xdp", 1 << 2), (How::XdpGeneric, "xdp_generic", 1 << 1)];
 
 /// The cgroup programs with their attach types.
-const CGROUP: [(&str, u32); 9] = [
+pub(super) const CGROUP: [(&str, u32); 9] = [
     ("connect4", 10),
     ("connect6", 11),
     ("sendmsg4", 14),
@@ -370,6 +370,6 @@ fn device_pin(device: u32, hook: &str) -> String {
 }
 
 /// Whether the first refusal of a TCX link means that the kernel has none.
-fn lacks_tcx(error: &io::Error) -> bool {
+pub(super) fn lacks_tcx(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS))
 }

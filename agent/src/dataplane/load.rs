@@ -90,7 +90,8 @@ pub fn load(pins: &Pins, sizes: &BTreeMap<String, u32>, xdp: Xdp) -> Result<Load
     Ok(Loaded { kernel, hooks, filled })
 }
 
-fn load_object<'a>(
+/// Loads the object's maps; those that are named are pinned in the folder.
+pub(super) fn load_object<'a>(
     object: &[u8],
     folder: &Path,
     maps: impl Iterator<Item = &'a String>,
@@ -110,7 +111,7 @@ fn load_object<'a>(
     })
 }
 
-fn verify(name: &str, program: &mut Program) -> Result<(), Error> {
+pub(super) fn verify(name: &str, program: &mut Program) -> Result<(), Error> {
     let result = if let Program::SchedClassifier(program) = program {
         program.load()
     } else if let Program::Xdp(program) = program {
@@ -160,7 +161,7 @@ fn migrate(old: &Path, kernel: &mut Kernel, differing: &BTreeMap<String, String>
 }
 
 /// Kernels before 5.11 count maps against this limit; on later ones it does nothing.
-fn lift_memlock() {
+pub(super) fn lift_memlock() {
     let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: the struct is live. A refusal shows itself when a map is made.
     let _ = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };

@@ -273,7 +273,7 @@ impl Pins {
 }
 
 /// Whether a path, or the nearest folder above it that exists, lies in a BPF file system.
-fn is_bpffs(path: &Path) -> bool {
+pub(crate) fn is_bpffs(path: &Path) -> bool {
     let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     let Ok(path) = CString::new(existing.as_os_str().as_bytes()) else { return false };
     // SAFETY: zero is a value of every field.

@@ -117,6 +117,18 @@ pub async fn watch(mut rules: watch::Receiver<Rules>, sender: watch::Sender<Watc
     Ok(())
 }
 
+/// Asks netlink once what there is in the current network namespace.
+///
+/// # Errors
+///
+/// When netlink cannot be used.
+pub async fn look() -> io::Result<Facts> {
+    let (connection, handle, _messages) = new_connection()?;
+    let _requests = tokio::spawn(connection);
+    let default_routes = ask_default_routes(&handle).await.map_err(io::Error::other)?;
+    ask(&handle, default_routes).await.map_err(io::Error::other)
+}
+
 /// Whether our own device is there.
 fn has_own(survey: &Survey) -> bool {
     survey.devices.values().any(|device| device.role == Role::Own)

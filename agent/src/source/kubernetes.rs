@@ -113,26 +113,71 @@ pub async fn connect(settings: &Settings) -> Result<Client, ConnectError> {
     connection::client(config).map_err(|cause| ConnectError::Client { address, cause: Box::new(cause) })
 }
 
-/// Watches the API server until nobody listens any more.
-pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>, pulse: Pulse) {
+/// What is asked for.
+fn kinds(settings: &Settings) -> Vec<(Kind, watcher::Config)> {
     let labels = match &settings.proxy_name {
         Some(name) => format!("{PROXY_NAME_LABEL}={name},!{HEADLESS_LABEL}"),
         None => format!("!{PROXY_NAME_LABEL},!{HEADLESS_LABEL}"),
     };
-    // A watch that goes on after a failure may have nothing to tell: that it goes on has to be heard too.
-    let (heard, mut answers) = mpsc::unbounded_channel();
-    let objects = |kind, config| objects(connection::telling(&client, kind, heard.clone()), kind, config);
-    let mut streams = vec![
-        objects(Kind::Service, watcher::Config::default().labels(&labels)),
-        objects(Kind::EndpointSlice, watcher::Config::default().labels(&labels)),
+    let mut kinds = vec![
+        (Kind::Service, watcher::Config::default().labels(&labels)),
+        (Kind::EndpointSlice, watcher::Config::default().labels(&labels)),
     ];
     if settings.service_cidrs {
-        streams.push(objects(Kind::ServiceCidr, watcher::Config::default()));
+        kinds.push((Kind::ServiceCidr, watcher::Config::default()));
     }
     if let Some(node) = &settings.node {
         let own = watcher::Config::default().fields(&format!("metadata.name={node}"));
-        streams.push(objects(Kind::Node, own));
+        kinds.push((Kind::Node, own));
     }
+    kinds
+}
+
+/// The API server could not be asked.
+#[derive(Debug, thiserror::Error)]
+#[error("listing {kind} at the API server failed: {cause}")]
+pub struct ListError {
+    /// The kind of objects.
+    kind: &'static str,
+    /// Why.
+    cause: String,
+}
+
+/// Lists everything once: what a watch would deliver before anything changes.
+///
+/// # Errors
+///
+/// When a list fails. ServiceCIDRs may: not every server has them.
+pub async fn list(client: Client, settings: &Settings) -> Result<Vec<Event>, ListError> {
+    let kinds = kinds(settings);
+    let mut missing: Vec<Kind> = kinds.iter().map(|(kind, _)| *kind).collect();
+    let streams = kinds.into_iter().map(|(kind, config)| objects(client.clone(), kind, config));
+    let mut stream = futures::stream::select_all(streams);
+    let mut intake = Intake::default();
+    let mut changes = Vec::new();
+    while !missing.is_empty() {
+        let Some((kind, event)) = stream.next().await else { break };
+        let is_last = match event {
+            Ok(event) => {
+                let is_last = matches!(event, watcher::Event::InitDone);
+                changes.append(&mut intake.take(kind, event));
+                is_last
+            }
+            Err(_) if kind == Kind::ServiceCidr => true,
+            Err(error) => return Err(ListError { kind: kind.word(), cause: chain(&error) }),
+        };
+        missing.retain(|other| !(is_last && *other == kind));
+    }
+    Ok(changes.into_iter().map(|change| Event { source: SourceId::Kubernetes, change }).collect())
+}
+
+/// Watches the API server until nobody listens any more.
+pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>, pulse: Pulse) {
+    // A watch that goes on after a failure may have nothing to tell: that it goes on has to be heard too.
+    let (heard, mut answers) = mpsc::unbounded_channel();
+    let streams = kinds(&settings)
+        .into_iter()
+        .map(|(kind, config)| objects(connection::telling(&client, kind, heard.clone()), kind, config));
     let mut stream = futures::stream::select_all(streams);
     let mut intake = Intake::default();
     let mut missed = false;

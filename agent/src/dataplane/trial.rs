@@ -1,0 +1,156 @@
+//! Tries what the kernel takes, and leaves nothing: programs are loaded and not pinned, hooks are held by descriptors
+//! alone, so that all of it ends with the process, however that ends.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use aya::Ebpf;
+use aya::programs::Program;
+
+use super::clsact::{self, Direction};
+use super::error::Error;
+use super::hooks::{self, How};
+use super::{bpf, load, object};
+
+/// The object, loaded without a pin.
+#[derive(Debug)]
+pub(crate) struct Trial {
+    ebpf: Ebpf,
+    programs: BTreeMap<String, Result<Option<u32>, Error>>,
+}
+
+impl Trial {
+    /// Loads the built-in object's maps and every program that the verifier lets through.
+    ///
+    /// # Errors
+    ///
+    /// When the maps are refused.
+    pub(crate) fn load() -> Result<Self, Error> {
+        let object = object::bytes()?;
+        load::lift_memlock();
+        let mut ebpf = load::load_object(object, Path::new(""), std::iter::empty(), &BTreeMap::default())?;
+        let mut programs = BTreeMap::new();
+        for (name, program) in ebpf.programs_mut() {
+            let result = load::verify(name, program).map(|()| instructions(program));
+            let _ = programs.insert(name.to_owned(), result);
+        }
+        Ok(Self { ebpf, programs })
+    }
+
+    /// Program -> how many instructions the verifier went through, where the kernel tells; or why it was refused.
+    pub(crate) fn programs(&self) -> &BTreeMap<String, Result<Option<u32>, Error>> {
+        &self.programs
+    }
+
+    /// Bytes of this process's maps, as the kernel counts them.
+    pub(crate) fn map_bytes() -> u64 {
+        let entries = fs::read_dir("/proc/self/fdinfo").into_iter().flatten().flatten();
+        let texts = entries.filter_map(|entry| fs::read_to_string(entry.path()).ok());
+        let maps = texts.filter(|text| text.contains("map_type:"));
+        maps.filter_map(|text| {
+            let line = text.lines().find_map(|line| line.strip_prefix("memlock:"))?;
+            line.trim().parse::<u64>().ok()
+        })
+        .sum()
+    }
+
+    fn fd(&self, name: &str) -> io::Result<BorrowedFd<'_>> {
+        let missing = || io::Error::new(io::ErrorKind::NotFound, format!("the program {name} is not loaded"));
+        let program = self.ebpf.program(name).ok_or_else(missing)?;
+        program.fd().map(AsFd::as_fd).map_err(|_| missing())
+    }
+
+    /// Attaches a classifier by a TCX link, as long as the descriptor lives.
+    pub(crate) fn tcx(&self, device: u32, direction: Direction, header: &str) -> io::Result<OwnedFd> {
+        let (attach_type, place) = match direction {
+            Direction::Ingress => (hooks::TCX_INGRESS, bpf::BEFORE),
+            Direction::Egress => (hooks::TCX_EGRESS, bpf::AFTER),
+        };
+        bpf::link_create(self.fd(&classifier(direction, header))?, device, attach_type, place)
+    }
+
+    /// Attaches a classifier by a clsact filter, which belongs to the device.
+    pub(crate) fn clsact(&self, device: u32, direction: Direction, header: &str) -> io::Result<()> {
+        let name = classifier(direction, header);
+        clsact::attach(self.fd(&name)?, &name, device, direction)
+    }
+
+    /// Attaches XDP, as long as the descriptor lives.
+    pub(crate) fn xdp(&self, device: u32, how: How) -> io::Result<OwnedFd> {
+        let flags =
+            hooks::XDP_MODES.iter().find(|(mode, _, _)| *mode == how).map_or(0, |(_, _, flags)| *flags);
+        bpf::link_create(self.fd("xdp_uplink")?, device, hooks::XDP, flags)
+    }
+
+    /// Attaches every socket program to a cgroup, one after the other.
+    pub(crate) fn cgroup(&self, cgroup: &File) -> BTreeMap<&'static str, io::Result<()>> {
+        let attach = |(name, attach_type)| {
+            let program = self.fd(name)?;
+            bpf::link_create(program, cgroup.as_raw_fd().cast_unsigned(), attach_type, 0).map(drop)
+        };
+        hooks::CGROUP.into_iter().map(|(name, attach_type)| (name, attach((name, attach_type)))).collect()
+    }
+
+    /// Pins a program and removes the pin: whether a BPF file system takes pins.
+    pub(crate) fn pin(&self, path: &Path) -> io::Result<()> {
+        let program = self.programs.iter().find(|(_, result)| result.is_ok());
+        let name = program.map_or("(any)", |(name, _)| name);
+        bpf::object_pin(self.fd(name)?, path)?;
+        fs::remove_file(path)
+    }
+}
+
+fn classifier(direction: Direction, header: &str) -> String {
+    format!("tc_{}_{header}", direction.word())
+}
+
+fn instructions(program: &Program) -> Option<u32> {
+    let info = if let Program::SchedClassifier(program) = program {
+        program.info()
+    } else if let Program::Xdp(program) = program {
+        program.info()
+    } else if let Program::CgroupSockAddr(program) = program {
+        program.info()
+    } else if let Program::CgroupSock(program) = program {
+        program.info()
+    } else {
+        return None;
+    };
+    info.ok()?.verified_instruction_count()
+}
+
+/// Whether a refused TCX link means that the kernel has none.
+pub(crate) fn lacks_tcx(error: &io::Error) -> bool {
+    hooks::lacks_tcx(error)
+}
+
+/// The names of the programs at the TCX hooks of a device.
+pub(crate) fn at_device(device: u32) -> Vec<String> {
+    names([hooks::TCX_INGRESS, hooks::TCX_EGRESS].map(|attach_type| bpf::query(device, attach_type)))
+}
+
+/// The names of the programs at those of a cgroup's hooks that we use.
+pub(crate) fn at_cgroup(cgroup: &File) -> Vec<String> {
+    let target = cgroup.as_raw_fd().cast_unsigned();
+    names(hooks::CGROUP.map(|(_, attach_type)| bpf::query(target, attach_type)))
+}
+
+/// A hook that cannot be asked has nothing to tell.
+fn names<const N: usize>(asked: [io::Result<Vec<u32>>; N]) -> Vec<String> {
+    asked.into_iter().flatten().flatten().map(program_name).collect()
+}
+
+/// The name of a loaded program, or its id.
+pub(crate) fn program_name(id: u32) -> String {
+    bpf::program_name(id).ok().filter(|name| !name.is_empty()).unwrap_or_else(|| format!("id {id}"))
+}
+
+/// Whether a program of this name may be one of ours: the kernel keeps fifteen characters.
+pub(crate) fn is_ours(name: &str) -> bool {
+    const OTHERS: [&str; 5] =
+        ["tc_ingress_l2", "tc_ingress_l3", "tc_egress_l2", "tc_egress_l3", "xdp_uplink"];
+    OTHERS.contains(&name) || hooks::CGROUP.iter().any(|(ours, _)| *ours == name)
+}
