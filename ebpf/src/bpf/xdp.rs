@@ -2,7 +2,7 @@
 //! node, and leaves everything else unmodified to tc.
 
 use aya_ebpf::bindings::{xdp_action, xdp_md};
-use sluice_common::abi::flow;
+use sluice_common::abi::{Flow, flow};
 use sluice_common::answer::is_partial;
 use sluice_common::checksum::Delta;
 use sluice_common::header::{EthernetHeader, Wire};
@@ -138,7 +138,6 @@ read!(V6, xdp_read_v6);
 
 #[inline(never)]
 fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
-    let mut frame = Frame { ctx };
     let Some(scratch) = F::scratch() else { return xdp_action::XDP_PASS };
     if F::read(ctx, offset) == 0 {
         return xdp_action::XDP_PASS;
@@ -168,7 +167,7 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     {
         return xdp_action::XDP_PASS;
     }
-    let Some(link) = frame.read::<EthernetHeader>(0) else {
+    let Some(link) = (Frame { ctx }).read::<EthernetHeader>(0) else {
         return xdp_action::XDP_PASS;
     };
     // SAFETY: entries are plain data, readable under RCU.
@@ -184,9 +183,15 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     if decision.datagram {
         F::note();
     }
-    if !segment(&mut frame, headers, &decision.flow) {
+    if !translate(ctx, headers, &decision.flow) {
         return xdp_action::XDP_DROP;
     }
     count::packet(decision, headers);
     xdp_action::XDP_PASS
+}
+
+/// Rewrites the packet. A function of its own, so that it has a stack frame to itself.
+#[inline(never)]
+fn translate<F: Read>(ctx: *mut xdp_md, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
+    segment(&mut Frame { ctx }, headers, flow)
 }
