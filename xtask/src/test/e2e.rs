@@ -7,7 +7,7 @@ mod report;
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::thread::sleep;
 use std::time::Duration;
@@ -79,6 +79,11 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
         cluster::down()?;
     }
     let results = results?;
+    ensure!(
+        !results.is_empty(),
+        "no spec ran to its end: see {}, or whether --focus and --skip leave any",
+        log(workspace).display()
+    );
     let list = workspace.root().join("xtask/e2e/kube-proxy.txt");
     let mut known = Results::read(&list)?;
     if options.record {
@@ -96,7 +101,7 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
 fn specs(workspace: &Workspace, programs: &Path, options: &Options) -> Result<Results> {
     let directory = workspace.root().join("target/e2e");
     fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
-    let (log, json) = (directory.join("log.txt"), directory.join("report.json"));
+    let (log, json) = (log(workspace), directory.join("report.json"));
     drop(fs::remove_file(&json));
     let output = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
     let command = Cmd::new(programs.join("ginkgo"))
@@ -128,6 +133,11 @@ fn specs(workspace: &Workspace, programs: &Path, options: &Options) -> Result<Re
     })?;
     Results::of_ginkgo(&json)
         .with_context(|| format!("ginkgo left no report; what it said is in {}", log.display()))
+}
+
+/// What ginkgo says goes there.
+fn log(workspace: &Workspace) -> PathBuf {
+    workspace.root().join("target/e2e/log.txt")
 }
 
 /// How many specs have ended: one line each begins with a bullet.

@@ -114,6 +114,10 @@ impl Results {
         self.0.extend(others.0.iter().map(|(name, spec)| (name.clone(), spec.clone())));
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(super) fn count(&self, outcome: Outcome) -> u64 {
         self.0.values().map(|spec| u64::from(spec.outcome == outcome)).sum()
     }
