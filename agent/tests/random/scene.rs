@@ -97,6 +97,8 @@ impl Scene {
             "apiVersion: v1\nkind: Service\nmetadata: {{name: end-{round}, namespace: random}}\n\
              spec: {{clusterIP: {end}, ports: [{{port: 1}}]}}\n"
         ));
+        // Other Services than those of the last scene: a client's affinity to one of those says nothing.
+        scene.text = scene.text.replace("namespace: random", &format!("namespace: random-{round}"));
         scene
     }
 
