@@ -45,7 +45,7 @@ use sluice_lab::{Lab, Node, NodeOptions, PacketSocket, RpFilter, Running};
 /// The name of the node.
 const NAME: &str = "kp";
 /// Sets of objects.
-const ROUNDS: u64 = 3;
+const ROUNDS: u64 = 2;
 /// Questions of a round that are asked twice, and those that are asked often.
 const TWICE: usize = 400;
 const OFTEN: usize = 12;

@@ -3,7 +3,7 @@
 //!
 //! Per packet the verdict, the backend, and whether the client's address is kept must be equal; a call's backend must be
 //! one of the candidates. A seed is printed; `SLUICE_RANDOM_SEED` sets it, and `SLUICE_RANDOM_ROUNDS` how many
-//! sets of manifests there are (default: 12), of 250 packets and 60 calls each.
+//! sets of manifests there are (default: 8), of 250 packets and 60 calls each.
 //!
 //! test-threads: 1
 
@@ -539,7 +539,7 @@ fn what_is_told_of_random_manifests_is_what_happens() -> Result<()> {
     let clock =
         || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.subsec_nanos());
     let seed = number_from("SLUICE_RANDOM_SEED")?.unwrap_or_else(|| u64::from(clock()));
-    let rounds = u32::try_from(number_from("SLUICE_RANDOM_ROUNDS")?.unwrap_or(12))?;
+    let rounds = u32::try_from(number_from("SLUICE_RANDOM_ROUNDS")?.unwrap_or(8))?;
     println!("SLUICE_RANDOM_SEED={seed} SLUICE_RANDOM_ROUNDS={rounds}");
     let settings = settings()?;
     let mut cluster = Cluster::without_agents("random", &Plan { near: 0, far: 1, ..Plan::default() })?;
