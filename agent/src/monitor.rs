@@ -54,6 +54,12 @@ struct State {
     leaving: bool,
 }
 
+impl State {
+    fn is_healthy(&self) -> bool {
+        self.behind.is_none_or(|since| since.elapsed() < OVERDUE)
+    }
+}
+
 impl Default for Progress {
     fn default() -> Self {
         Self(Mutex::new(State { behind: None, updated: SystemTime::now(), leaving: false }))
@@ -78,7 +84,7 @@ impl Progress {
 
     /// Whether the proxy does its work.
     pub(crate) fn is_healthy(&self) -> bool {
-        self.state().behind.is_none_or(|since| since.elapsed() < OVERDUE)
+        self.state().is_healthy()
     }
 }
 
@@ -129,7 +135,7 @@ impl Monitor {
 
     fn health(&self, node_counts: bool) -> Response<String> {
         let state = self.progress.state();
-        let healthy = self.progress.is_healthy();
+        let healthy = state.is_healthy();
         let well = healthy && !(node_counts && state.leaving);
         let now = time(SystemTime::now());
         // As kube-proxy: recent as long as all is well.

@@ -678,6 +678,24 @@ abi! {
     } size 64
 }
 
+impl BackendCounters {
+    /// Adds what was counted elsewhere: on another CPU, or of another backend.
+    pub fn add(&mut self, more: &Self) {
+        for (sum, more) in [
+            (&mut self.forward_packets, more.forward_packets),
+            (&mut self.forward_bytes, more.forward_bytes),
+            (&mut self.reply_packets, more.reply_packets),
+            (&mut self.reply_bytes, more.reply_bytes),
+            (&mut self.flows, more.flows),
+            (&mut self.calls, more.calls),
+            (&mut self.forward_resets, more.forward_resets),
+            (&mut self.reply_resets, more.reply_resets),
+        ] {
+            *sum = sum.wrapping_add(more);
+        }
+    }
+}
+
 /// Set in the keys of `backend_counts` for IPv6 backends.
 pub const COUNTER_V6: u32 = 1 << 31;
 

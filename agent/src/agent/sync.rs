@@ -133,8 +133,9 @@ impl Sync {
                 }
                 self.failures = 0;
                 self.retry_at = None;
-                self.metrics.wrote(begun.elapsed());
-                let took_us = begun.elapsed().as_micros() as u64;
+                let took = begun.elapsed();
+                self.metrics.wrote(took);
+                let took_us = took.as_micros() as u64;
                 self.last = Some(SyncStatus { at: unix_seconds(SystemTime::now()), took_us, writes });
             }
             Err(error) => {

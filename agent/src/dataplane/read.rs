@@ -48,16 +48,11 @@ impl Maps {
     pub fn backend_counters(&self) -> Result<BTreeMap<u32, BackendCounters>, Error> {
         let entries = read("backend_counts", self.backend_counts.entries_all())?;
         let sum = |values: Vec<BackendCounters>| {
-            values.into_iter().fold(BackendCounters::default(), |sum, one| BackendCounters {
-                forward_packets: sum.forward_packets.wrapping_add(one.forward_packets),
-                forward_bytes: sum.forward_bytes.wrapping_add(one.forward_bytes),
-                reply_packets: sum.reply_packets.wrapping_add(one.reply_packets),
-                reply_bytes: sum.reply_bytes.wrapping_add(one.reply_bytes),
-                flows: sum.flows.wrapping_add(one.flows),
-                calls: sum.calls.wrapping_add(one.calls),
-                forward_resets: sum.forward_resets.wrapping_add(one.forward_resets),
-                reply_resets: sum.reply_resets.wrapping_add(one.reply_resets),
-            })
+            let mut sum = BackendCounters::default();
+            for one in &values {
+                sum.add(one);
+            }
+            sum
         };
         Ok(entries.into_iter().map(|(key, values)| (key, sum(values))).collect())
     }

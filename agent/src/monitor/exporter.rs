@@ -134,17 +134,6 @@ const TRAFFIC: [Traffic; 5] = [
     ),
 ];
 
-fn add(sum: &mut BackendCounters, more: &BackendCounters) {
-    sum.forward_packets += more.forward_packets;
-    sum.forward_bytes += more.forward_bytes;
-    sum.reply_packets += more.reply_packets;
-    sum.reply_bytes += more.reply_bytes;
-    sum.flows += more.flows;
-    sum.calls += more.calls;
-    sum.forward_resets += more.forward_resets;
-    sum.reply_resets += more.reply_resets;
-}
-
 fn series(all: &[(Labels, BackendCounters)], (_, _, count): &Traffic) -> Series {
     let with = |labels: &Labels, direction: &str| {
         [labels.clone(), vec![("direction", direction.to_owned())]].concat()
@@ -167,7 +156,7 @@ fn traffic(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
         view.image.names.keys().map(|id| (*id, BackendCounters::default())).collect();
     for backend in &backends {
         if let Some(sum) = sums.get_mut(&backend.service_port) {
-            add(sum, &backend.counters);
+            sum.add(&backend.counters);
         }
     }
     let family = |id: &u32| view.image.names.get(id).map_or(0, |name| name.family);
@@ -196,23 +185,20 @@ fn traffic(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
 
 fn reasons(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
     let Ok(counted) = view.kernel.maps().reason_counters() else { return Ok(()) };
-    let mut packets = Series::new();
+    // A Service's ports are one series.
+    let mut packets: BTreeMap<Labels, u64> = BTreeMap::new();
     for (key, counters) in counted {
         let Some(reason) = Reason::from_number(key.reason) else { continue };
         let name = view.name(key.service_port);
         let (namespace, service) = name.map_or_else(Default::default, |name| (name.namespace, name.service));
         let labels =
             vec![("reason", reason.word().to_owned()), ("namespace", namespace), ("service", service)];
-        // A Service's ports are one series.
-        match packets.iter_mut().find(|(known, _)| *known == labels) {
-            Some((_, sum)) => *sum += counters.packets,
-            None => packets.push((labels, counters.packets)),
-        }
+        *packets.entry(labels).or_default() += counters.packets;
     }
     writer.counters(
         "packets_by_reason",
         "Packets that did not simply follow a flow, and calls that were refused, by reason",
-        &packets,
+        &packets.into_iter().collect(),
     )
 }
 
