@@ -732,18 +732,25 @@ pub fn searched_for<F: Family>(found: Option<u16>, decision: &mut Decision<F>) {
     }
 }
 
-/// Source ports that are given to clients: outside the usual ephemeral range, so that they meet no port
-/// that a client or this host picks itself. 1024-29999 and 61000-65535.
-pub const PORTS: u32 = LOW + (65_535 - 61_000 + 1);
-const LOW: u32 = 29_999 - 1_024 + 1;
+/// Source ports that are given to clients, first and last of each range: outside the usual ephemeral range, so that
+/// they meet no port that a client or this host picks itself.
+pub const PORT_RANGES: [(u16, u16); 2] = [(1_024, 29_999), (61_000, 65_535)];
+/// How many ports they are.
+pub const PORTS: u32 = LOW + ports_in(PORT_RANGES[1]);
+const LOW: u32 = ports_in(PORT_RANGES[0]);
+
+const fn ports_in((first, last): (u16, u16)) -> u32 {
+    (last as u32).saturating_sub(first as u32).saturating_add(1)
+}
 
 /// The port of an index below [`PORTS`].
 #[inline(always)]
 fn port_at(index: u32) -> u16 {
+    let [low, high] = PORT_RANGES;
     if index < LOW {
-        index.wrapping_add(1_024) as u16
+        low.0.wrapping_add(index as u16)
     } else {
-        index.wrapping_sub(LOW).wrapping_add(61_000) as u16
+        high.0.wrapping_add(index.wrapping_sub(LOW) as u16)
     }
 }
 

@@ -10,8 +10,8 @@ use std::io::{self, Read as _};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
-/// The ports of masqueraded clients.
-pub const MASQUERADE: [RangeInclusive<u16>; 2] = [1_024..=29_999, 61_000..=65_535];
+use sluice_common::path::PORT_RANGES;
+
 /// Where the kernel's settings for IPv4 lie; these two count for IPv6 as well.
 pub const SYSCTLS: &str = "/proc/sys/net/ipv4";
 /// The range that the kernel chooses ports from.
@@ -24,6 +24,11 @@ const LEFT_MIN: usize = 1_024;
 const LIST_MAX: usize = 1 << 18;
 
 type Ports = BTreeSet<u16>;
+
+/// The ports of masqueraded clients.
+fn masquerade() -> impl Iterator<Item = RangeInclusive<u16>> {
+    PORT_RANGES.into_iter().map(|(first, last)| first..=last)
+}
 
 /// The ports cannot be kept apart.
 #[derive(Debug, thiserror::Error)]
@@ -231,11 +236,11 @@ fn text(ports: &Ports) -> String {
 
 /// The ports among these that masqueraded clients get.
 fn overlap(ports: &Ports) -> Ports {
-    ports.iter().copied().filter(|port| MASQUERADE.iter().any(|range| range.contains(port))).collect()
+    ports.iter().copied().filter(|port| masquerade().any(|range| range.contains(port))).collect()
 }
 
 fn masquerade_text() -> String {
-    text(&MASQUERADE.into_iter().flatten().collect())
+    text(&masquerade().flatten().collect())
 }
 
 #[cfg(test)]

@@ -43,7 +43,7 @@ const TRANSLATED: [&str; 12] = [
 ];
 
 /// Flags of kube-proxy's that have no meaning here.
-const MEANINGLESS: [&str; 29] = [
+const MEANINGLESS: [&str; 28] = [
     "bind-address-hard-fail",
     "config-sync-period",
     "feature-gates",
@@ -68,7 +68,6 @@ const MEANINGLESS: [&str; 29] = [
     "log-text-split-stream",
     "log_backtrace_at",
     "log_dir",
-    "nodeport-addresses-hard-fail",
     "one-output",
     "profiling",
     "show-hidden-metrics-for-version",
