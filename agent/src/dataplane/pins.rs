@@ -286,8 +286,11 @@ pub(crate) fn is_bpffs(path: &Path) -> bool {
 fn mount_bpffs(target: &Path) -> Result<(), Error> {
     let path = CString::new(target.as_os_str().as_bytes())
         .map_err(|error| Error::pin("mount a BPF file system at", target, error.into()))?;
+    // The kernel's default would let everybody make folders in it.
+    let options = c"mode=0700";
     // SAFETY: every string ends with a zero and outlives the call.
-    let result = unsafe { libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, std::ptr::null()) };
+    let result =
+        unsafe { libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, options.as_ptr().cast()) };
     if result == 0 {
         tracing::info!(path = %target.display(), "mounted a BPF file system");
         return Ok(());
