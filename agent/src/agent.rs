@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -110,6 +110,8 @@ pub struct Options {
     pub monitor: monitor::Addresses,
     /// What the kernel's connection tracking is to be like.
     pub conntrack: Limits,
+    /// Where the settings of the kernel are written: `/proc/sys`, or the node's at another place.
+    pub proc_sys: PathBuf,
     /// How willing the kernel is to end this process when memory is short.
     pub oom_score_adj: Option<i32>,
     /// When to start anew.
@@ -161,7 +163,8 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     };
     // Before anybody takes the last agent's word for this one's.
     state.write(&status).context("cannot write the status")?;
-    let reserved = ports::reserve(Path::new(ports::SYSCTLS), &status::reserved_ports(&options.state_dir))?;
+    let sysctls = options.proc_sys.join(ports::SYSCTLS);
+    let reserved = ports::reserve(&sysctls, &status::reserved_ports(&options.state_dir))?;
     if let Some(ports) = reserved {
         tracing::info!(ports, "entered ports of masqueraded clients into net.ipv4.ip_local_reserved_ports");
     }
@@ -173,7 +176,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         host_netns: netns_cookie()
             .context("cannot ask for the network namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)")?,
         socket_path: options.socket_path.number(),
-        own_device: own.prepare().await.unwrap_or_else(|error| {
+        own_device: own.prepare(&options.proc_sys).await.unwrap_or_else(|error| {
             tracing::warn!(
                 "without our own device, what is too big for the way to a backend is dropped: {error}"
             );
@@ -257,7 +260,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
 /// Sets what lies outside of the programs, as far as it was asked for. Nothing of it keeps the agent from its work.
 fn set_machine(options: &Options) {
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
-    for failure in options.conntrack.apply(Path::new(limits::SYSCTLS), cpus) {
+    for failure in options.conntrack.apply(&options.proc_sys.join(limits::SYSCTLS), cpus) {
         tracing::warn!("{failure}");
     }
     if let Some(score) = options.oom_score_adj

@@ -51,6 +51,10 @@ pub struct Cli {
     /// Where the agent's lock and status.json lie [default: /run/sluice, or a folder in it for another --pin-path].
     #[arg(long, global = true, value_name = "DIR", env = "SLUICE_STATE_DIR")]
     state_dir: Option<PathBuf>,
+    /// Where settings of the kernel are written: a container that is not privileged sees its own /proc/sys read-only, and can
+    /// be given the node's at another place.
+    #[arg(long, global = true, value_name = "DIR", env = "SLUICE_PROC_SYS", default_value = "/proc/sys")]
+    proc_sys: PathBuf,
     #[command(subcommand)]
     command: Command,
 }
@@ -206,6 +210,13 @@ enum LogFormat {
     Json,
 }
 
+/// Where an agent finds what is its own, and the kernel's settings.
+struct Places {
+    pin_path: PathBuf,
+    state_dir: PathBuf,
+    proc_sys: PathBuf,
+}
+
 /// What people may do about manifests without objects.
 const NO_OBJECTS: &str = "a Service, EndpointSlice, Endpoints or Node in a *.yaml, *.yml or *.json directly in the \
                           folder (not in one below) is wanted";
@@ -281,7 +292,9 @@ impl Cli {
                 let invocation = Invocation::here(&expanded.words);
                 let follows = expanded.config.is_some();
                 let reload = Reload { follows, is_changed: Arc::new(move || is_changed(&expanded)) };
-                let options = Options { invocation, ..args.options(pin_path, state_dir, reload)? };
+                let options =
+                    args.options(Places { pin_path, state_dir, proc_sys: self.proc_sys }, reload)?;
+                let options = Options { invocation, ..options };
                 if runtime()?.block_on(agent::run(options))? == Ended::ToStartAnew {
                     return Err(start_anew());
                 }
@@ -312,7 +325,7 @@ impl Cli {
                 text
             }
             Command::Preflight(args) => {
-                let (text, can_run) = preflight::run(*args, &pin_path)?;
+                let (text, can_run) = preflight::run(*args, &pin_path, self.proc_sys)?;
                 code = u8::from(!can_run);
                 text
             }
@@ -323,7 +336,9 @@ impl Cli {
                 code = u8::from(!is_in_step);
                 text
             }
-            Command::Cleanup { force } => runtime()?.block_on(cleanup::run(&pin_path, &state_dir, force))?,
+            Command::Cleanup { force } => {
+                runtime()?.block_on(cleanup::run(&pin_path, &state_dir, &self.proc_sys, force))?
+            }
         };
         print(&text)?;
         Ok(ExitCode::from(code))
@@ -361,7 +376,7 @@ impl AgentArgs {
         }
     }
 
-    fn options(self, pin_path: PathBuf, state_dir: PathBuf, reload: Reload) -> anyhow::Result<Options> {
+    fn options(self, places: Places, reload: Reload) -> anyhow::Result<Options> {
         if let Some(folder) = &self.manifests
             && !folder.is_dir()
         {
@@ -385,12 +400,14 @@ impl AgentArgs {
             api: self.api,
             node: Some(node.clone()),
             proxy_name: self.proxy_name.clone(),
-            service_cidrs: policy.service_cidrs.is_empty(),
+            // Beside another proxy, most addresses in them are that one's.
+            service_cidrs: policy.service_cidrs.is_empty() && self.proxy_name.is_none(),
         };
         Ok(Options {
             node,
-            pin_path,
-            state_dir,
+            pin_path: places.pin_path,
+            state_dir: places.state_dir,
+            proc_sys: places.proc_sys,
             cgroup: self.cgroup,
             patterns: Patterns::new(&self.edge, &self.uplink, &self.fabric),
             policy,
@@ -441,8 +458,26 @@ mod tests {
         ]);
         let Command::Agent(args) = cli.command else { panic!("another command") };
         let reload = Reload { follows: false, is_changed: Arc::new(|| Ok(false)) };
-        let options = args.options("/p".into(), "/s".into(), reload).expect("good options");
+        let places = Places { pin_path: "/p".into(), state_dir: "/s".into(), proc_sys: "/proc/sys".into() };
+        let options = args.options(places, reload).expect("good options");
         assert!(options.kubernetes.is_none());
         assert_eq!(options.patterns.role("cali0"), Some(crate::devices::Role::Edge));
+    }
+
+    #[test]
+    fn beside_another_proxy_addresses_of_no_service_are_that_ones() {
+        let wants_networks = |more: &[&str]| {
+            let words = ["sluice", "agent", "--kubeconfig", "/k", "--node-name", "a"];
+            let cli = Cli::parse_from(words.iter().chain(more));
+            let Command::Agent(args) = cli.command else { panic!("another command") };
+            let reload = Reload { follows: false, is_changed: Arc::new(|| Ok(false)) };
+            let places =
+                Places { pin_path: "/p".into(), state_dir: "/s".into(), proc_sys: "/proc/sys".into() };
+            let options = args.options(places, reload).expect("good options");
+            options.kubernetes.expect("the API server is asked").service_cidrs
+        };
+        assert!(wants_networks(&[]));
+        assert!(!wants_networks(&["--proxy-name", "sluice"]));
+        assert!(!wants_networks(&["--service-cidr", "10.96.0.0/16"]));
     }
 }

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::agent;
+use crate::dataplane::is_bpffs;
 use crate::dataplane::trial::Trial;
 use crate::devices::pattern::Patterns;
 use crate::devices::watch;
@@ -118,7 +119,7 @@ impl Report {
         let can_run = if has(|check| check.result == Outcome::No && check.check != PRIVILEGES) {
             Verdict::No
         } else if has(|check| {
-            check.check == PRIVILEGES && check.result != Outcome::Yes
+            check.check == PRIVILEGES && check.result == Outcome::No
                 || TRIED.contains(&check.check) && check.subject.is_none() && check.result == Outcome::Skip
         }) {
             Verdict::Unknown
@@ -139,6 +140,8 @@ const PRIVILEGES: &str = "privileges";
 pub struct Options {
     /// Where maps and links will be pinned.
     pub pin_path: PathBuf,
+    /// Where settings of the kernel will be written.
+    pub proc_sys: PathBuf,
     /// The cgroup of the socket path; the root of the cgroup2 mount if not given.
     pub cgroup: Option<PathBuf>,
     /// Whether there will be a socket path at all.
@@ -155,8 +158,9 @@ pub struct Options {
 pub fn look(options: &Options) -> anyhow::Result<Report> {
     let kernel = system::release();
     let mut checks = system::kernel(&kernel);
-    let privileges = system::privileges();
-    let is_able = privileges.result == Outcome::Yes;
+    let capabilities = system::capabilities();
+    let privileges = system::privileges(capabilities);
+    let is_able = privileges.result != Outcome::No;
     checks.push(privileges);
 
     let facts = ask(watch::look())?;
@@ -166,17 +170,20 @@ pub fn look(options: &Options) -> anyhow::Result<Report> {
     checks.extend(system::mounts(&options.pin_path, wanted.as_ref()));
     let cgroup = wanted.and_then(Result::ok);
     checks.extend(system::limits());
-    checks.extend(attempts(options, is_able, cgroup.as_deref()));
+    let apart = system::may_go_apart(capabilities);
+    checks.extend(attempts(options, is_able, apart, cgroup.as_deref()));
     checks.extend(devices::checks(&facts, &survey, &devices::ask(&survey)));
     checks.push(system::rp_filter(Path::new("/proc/sys/net/ipv4/conf")));
-    checks.push(system::ports(Path::new(agent::ports::SYSCTLS)));
-    let traces = traces::look(&facts, &survey, cgroup.as_deref(), is_able, &ask(traces::xdp())?);
+    checks.push(system::ports(&options.proc_sys.join(agent::ports::SYSCTLS)));
+    checks.push(system::settings(&options.proc_sys.join(agent::ports::SYSCTLS)));
+    let traces =
+        traces::look(&facts, &survey, cgroup.as_deref(), &options.pin_path, is_able, &ask(traces::xdp())?);
     checks.extend(traces::checks(&traces));
     Ok(Report::new(kernel, checks))
 }
 
 /// Loads the programs and tries the hooks.
-fn attempts(options: &Options, is_able: bool, cgroup: Option<&Path>) -> Vec<Check> {
+fn attempts(options: &Options, is_able: bool, apart: bool, cgroup: Option<&Path>) -> Vec<Check> {
     if !is_able {
         let skipped = |check| Check::new(check, Outcome::Skip, "needs root: it is tried, not guessed");
         return ["programs", "hook", "pins"].map(skipped).to_vec();
@@ -184,8 +191,11 @@ fn attempts(options: &Options, is_able: bool, cgroup: Option<&Path>) -> Vec<Chec
     match Trial::load() {
         Ok(trial) => {
             let mut checks = hooks::programs(trial.programs(), Trial::map_bytes());
-            let tried = scratch::attempt(&trial, cgroup, &options.pin_path);
-            checks.extend(hooks::checks(&tried));
+            if apart {
+                checks.extend(hooks::checks(&scratch::attempt(&trial, cgroup, &options.pin_path)));
+            } else {
+                checks.extend(hooks::untried(is_bpffs(&options.pin_path)));
+            }
             checks
         }
         Err(error) => vec![
@@ -210,6 +220,17 @@ mod tests {
     fn verdict(checks: &[(&'static str, Outcome)]) -> Verdict {
         let checks = checks.iter().map(|(check, result)| Check::new(check, *result, "")).collect();
         Report::new(String::new(), checks).can_run
+    }
+
+    #[test]
+    fn without_namespaces_to_try_hooks_in_sluice_can_run_if_it_has_a_place_for_pins() {
+        let verdict = |is_bpffs| {
+            let mut checks = vec![Check::new(PRIVILEGES, Outcome::Yes, "")];
+            checks.extend(hooks::untried(is_bpffs));
+            Report::new(String::new(), checks).can_run
+        };
+        assert_eq!(verdict(true), Verdict::Yes);
+        assert_eq!(verdict(false), Verdict::No);
     }
 
     #[test]

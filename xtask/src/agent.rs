@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use object::elf;
-use object::read::elf::{ElfFile64, ProgramHeader};
+use object::read::elf::{ElfFile64, FileHeader, ProgramHeader};
 
 use crate::artifacts;
 use crate::process::Cmd;
@@ -37,15 +37,25 @@ pub(crate) fn build_release(workspace: &Workspace) -> Result<PathBuf> {
     )
     .context("cannot build the agent")?;
     let content = fs::read(&binary).with_context(|| format!("cannot read {}", binary.display()))?;
-    if has_interpreter(&content)? {
-        bail!("{} is not static: it names a dynamic linker", binary.display());
-    }
+    let _machine =
+        static_architecture(&content).with_context(|| format!("{} cannot be used", binary.display()))?;
     println!("{} {}", binary.display(), bytes(content.len() as u64));
     Ok(binary)
 }
 
-fn has_interpreter(binary: &[u8]) -> Result<bool> {
-    let file = ElfFile64::<object::Endianness>::parse(binary).context("the binary is no 64-bit ELF file")?;
+/// The machine that a static binary is for, by Rust's name of it.
+///
+/// # Errors
+/// When it is no binary, or wants a dynamic linker.
+pub(crate) fn static_architecture(binary: &[u8]) -> Result<&'static str> {
+    let file = ElfFile64::<object::Endianness>::parse(binary).context("it is no 64-bit ELF file")?;
     let endian = file.endian();
-    Ok(file.elf_program_headers().iter().any(|header| header.p_type(endian) == elf::PT_INTERP))
+    if file.elf_program_headers().iter().any(|header| header.p_type(endian) == elf::PT_INTERP) {
+        bail!("it is not static: it names a dynamic linker; `cargo xtask build` makes a static one");
+    }
+    match file.elf_header().e_machine(endian) {
+        elf::EM_X86_64 => Ok("x86_64"),
+        elf::EM_AARCH64 => Ok("aarch64"),
+        other => bail!("its machine ({other}) is neither x86_64 nor aarch64"),
+    }
 }

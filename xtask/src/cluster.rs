@@ -67,6 +67,9 @@ pub(crate) struct UpOptions {
     /// How pods are connected to their node.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) cni: Cni,
+    /// How Sluice is deployed: a folder of deploy/overlays. With beside-kube-proxy there is a kube-proxy too.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) overlay: Overlay,
 }
 
 /// Options of `cargo xtask cluster shell`.
@@ -91,6 +94,36 @@ pub(crate) enum Proxy {
     KubeProxy,
     /// Nothing: no Service answers.
     None,
+}
+
+/// The folders of `deploy/overlays`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub(crate) enum Overlay {
+    /// One privileged container a node.
+    #[default]
+    Privileged,
+    /// No privileged container.
+    LeastCapabilities,
+    /// For labelled Services alone.
+    BesideKubeProxy,
+    /// With the pods' networks of both families.
+    DualStack,
+}
+
+impl Overlay {
+    /// All of them.
+    pub(crate) const ALL: [Self; 4] =
+        [Self::Privileged, Self::LeastCapabilities, Self::DualStack, Self::BesideKubeProxy];
+
+    /// The folder's name.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Privileged => "privileged",
+            Self::LeastCapabilities => "least-capabilities",
+            Self::BesideKubeProxy => "beside-kube-proxy",
+            Self::DualStack => "dual-stack",
+        }
+    }
 }
 
 /// How pods are connected to their node.
@@ -167,6 +200,11 @@ pub(crate) fn kubeconfig() -> PathBuf {
 /// A kubectl of the cluster's version.
 pub(crate) fn kubectl() -> PathBuf {
     State::open().programs().join("kubectl")
+}
+
+/// Runs a program in all namespaces of a node (n1, ...) and returns what it prints.
+pub(crate) fn on_node(name: &str, line: &[&str]) -> Result<String> {
+    shell::answer(&State::open(), name, line)
 }
 
 /// The cluster that is up since this boot, however far it came.

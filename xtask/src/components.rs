@@ -19,6 +19,9 @@ const CONTAINERD: &str = "2.2.9";
 
 const GINKGO: &str = "2.28.1";
 
+/// What installs charts.
+const HELM: &str = "4.3.1";
+
 /// The cluster's DNS server.
 pub(crate) const COREDNS: &str = "1.14.7";
 
@@ -41,6 +44,13 @@ const COREDNS_MODULE: Module = Module {
     go_mod: include_str!("../go/coredns/go.mod"),
     go_sum: include_str!("../go/coredns/go.sum"),
     link_flags: "",
+    tags: "",
+};
+
+const HELM_MODULE: Module = Module {
+    go_mod: include_str!("../go/helm/go.mod"),
+    go_sum: include_str!("../go/helm/go.sum"),
+    link_flags: "-X helm.sh/helm/v4/internal/version.version=v4.3.1",
     tags: "",
 };
 
@@ -69,8 +79,25 @@ const NODE: Group = Group {
     programs: &[
         program("kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler", KUBERNETES),
         program("kubelet", "k8s.io/kubernetes/cmd/kubelet", KUBERNETES),
-        program("kubectl", "k8s.io/kubernetes/cmd/kubectl", KUBERNETES),
     ],
+    files: &[],
+    may_be_in_path: false,
+};
+
+/// What people talk to a cluster with; it brings kustomize along.
+const KUBECTL: Group = Group {
+    entry: "kubectl/v1.36.3",
+    module: &KUBERNETES_MODULE,
+    programs: &[program("kubectl", "k8s.io/kubernetes/cmd/kubectl", KUBERNETES)],
+    files: &[],
+    may_be_in_path: false,
+};
+
+/// What renders the chart.
+const HELM_GROUP: Group = Group {
+    entry: "helm/v4.3.1",
+    module: &HELM_MODULE,
+    programs: &[program("helm", "helm.sh/helm/v4/cmd/helm", HELM)],
     files: &[],
     may_be_in_path: false,
 };
@@ -136,8 +163,10 @@ const E2E: Group = Group {
 pub(crate) struct Components {
     /// etcd, kube-apiserver, kube-controller-manager, kube-proxy.
     pub(crate) control_plane: PathBuf,
-    /// kubelet, kubectl, kube-scheduler.
+    /// kubelet, kube-scheduler.
     pub(crate) node: PathBuf,
+    /// kubectl.
+    pub(crate) kubectl: PathBuf,
     /// containerd, its shim for runc, ctr.
     pub(crate) containerd: PathBuf,
     /// coredns.
@@ -154,6 +183,7 @@ pub(crate) fn cluster(cache: &Cache) -> Result<Components> {
     Ok(Components {
         control_plane: control_plane(cache)?,
         node: go::obtain(cache, &NODE)?,
+        kubectl: kubectl(cache)?,
         containerd: go::obtain(cache, &CONTAINERD_GROUP)?,
         coredns: go::obtain(cache, &COREDNS_GROUP)?,
         test_images: go::obtain(cache, &TEST_IMAGES)?,
@@ -166,6 +196,22 @@ pub(crate) fn cluster(cache: &Cache) -> Result<Components> {
 /// As [`cluster`].
 pub(crate) fn control_plane(cache: &Cache) -> Result<PathBuf> {
     go::obtain(cache, &CONTROL_PLANE)
+}
+
+/// kubectl, in its directory.
+///
+/// # Errors
+/// As [`cluster`].
+pub(crate) fn kubectl(cache: &Cache) -> Result<PathBuf> {
+    go::obtain(cache, &KUBECTL)
+}
+
+/// Helm, in its directory.
+///
+/// # Errors
+/// As [`cluster`].
+pub(crate) fn helm(cache: &Cache) -> Result<PathBuf> {
+    go::obtain(cache, &HELM_GROUP)
 }
 
 /// Kubernetes' own tests, `e2e.test`, and what runs them in parallel, `ginkgo`.
@@ -188,6 +234,7 @@ mod tests {
             (&KUBERNETES_MODULE, "github.com/onsi/ginkgo/v2", GINKGO),
             (&CONTAINERD_MODULE, "github.com/containerd/containerd/v2", CONTAINERD),
             (&COREDNS_MODULE, "github.com/coredns/coredns", COREDNS),
+            (&HELM_MODULE, "helm.sh/helm/v4", HELM),
         ] {
             assert!(
                 module.go_mod.lines().any(|line| {
@@ -201,18 +248,29 @@ mod tests {
 
     #[test]
     fn entries_and_link_flags_name_the_same_versions() {
-        for group in [&CONTROL_PLANE, &NODE, &TEST_IMAGES, &E2E] {
+        for group in [&CONTROL_PLANE, &NODE, &KUBECTL, &TEST_IMAGES, &E2E] {
             assert!(group.entry.ends_with(&format!("/v{KUBERNETES}")), "{}", group.entry);
         }
         assert!(KUBERNETES_MODULE.link_flags.contains(&format!("gitVersion=v{KUBERNETES} ")));
         assert!(CONTAINERD_MODULE.link_flags.ends_with(&format!("=v{CONTAINERD}")));
         assert!(CONTAINERD_GROUP.entry.ends_with(&format!("/v{CONTAINERD}")));
         assert!(COREDNS_GROUP.entry.ends_with(&format!("/v{COREDNS}")));
+        assert!(HELM_GROUP.entry.ends_with(&format!("/v{HELM}")));
+        assert!(HELM_MODULE.link_flags.ends_with(&format!("=v{HELM}")));
     }
 
     #[test]
     fn the_modules_list_every_program_as_a_tool() {
-        for group in [&CONTROL_PLANE, &NODE, &CONTAINERD_GROUP, &COREDNS_GROUP, &TEST_IMAGES, &E2E] {
+        for group in [
+            &CONTROL_PLANE,
+            &NODE,
+            &KUBECTL,
+            &HELM_GROUP,
+            &CONTAINERD_GROUP,
+            &COREDNS_GROUP,
+            &TEST_IMAGES,
+            &E2E,
+        ] {
             for program in group.programs.iter().filter(|program| !program.is_test) {
                 let listed = group
                     .module

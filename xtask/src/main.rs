@@ -15,8 +15,10 @@ mod components;
 mod demo;
 mod ebpf;
 mod go;
+mod image;
 mod lint;
 mod measure;
+mod oci;
 mod packages;
 mod process;
 mod test;
@@ -52,6 +54,8 @@ enum Command {
     BuildEbpf,
     /// Build the release binary `sluice` as one static file, eBPF included.
     Build,
+    /// Write the image of that binary, with its bill of materials; needs no container engine.
+    Image(image::Options),
     /// Check formatting, clippy and rustdoc, with warnings as errors.
     Lint,
     /// Run the tests; the last line on stdout is `N passed, N failed`.
@@ -96,6 +100,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let toolchain = toolchain::obtain(&Cache::open()?, cli.toolchain)?;
             let _object = ebpf::build(&workspace, &toolchain)?;
             let _binary = agent::build_release(&workspace)?;
+        }
+        Command::Image(options) => {
+            let toolchain = toolchain::obtain(&Cache::open()?, cli.toolchain)?;
+            let _object = ebpf::build(&workspace, &toolchain)?;
+            image::run(&workspace, options)?;
         }
         Command::Lint => lint::run(&workspace)?,
         Command::Test(options) => return Ok(test::run(&workspace, cli.toolchain, options)),

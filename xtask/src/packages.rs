@@ -58,8 +58,6 @@ pub(crate) const CLUSTER: &[Tool] = &[
     tool("nft", "nftables"),
     tool("conntrack", "conntrack"),
     tool("mmdebstrap", "mmdebstrap"),
-    tool("tar", "tar"),
-    tool("python3", "python3"),
     tool("curl", "curl"),
 ];
 

@@ -13,6 +13,12 @@ use crate::ui::Step;
 /// A command line under construction; every method takes and returns it.
 pub(crate) struct Cmd(Command);
 
+impl From<Command> for Cmd {
+    fn from(command: Command) -> Self {
+        Self(command)
+    }
+}
+
 impl Cmd {
     pub(crate) fn new(program: impl AsRef<OsStr>) -> Self {
         Self(Command::new(program))

@@ -14,10 +14,12 @@
 //! stdout carries the tests' own output and ends with the line
 //! `N passed, N failed` (and `, N skipped` where some were).
 //!
-//! Kubernetes' own tests are no tier: they take long, and are run by name alone ([`e2e`]).
+//! Kubernetes' own tests ([`e2e`]) and those of `deploy/` on a cluster ([`overlays`]) are no tiers: they take long, and are run by name
+//! alone.
 
 mod e2e;
 mod libtest;
+mod overlays;
 mod prepare;
 mod run;
 mod tier;
@@ -69,6 +71,8 @@ pub(crate) struct Options {
 enum Suite {
     /// Run Kubernetes' own tests against Sluice on a real cluster, beside what the real kube-proxy gets.
     E2e(e2e::Options),
+    /// Bring up a cluster for every way to deploy Sluice, and ask Services of every kind from everywhere.
+    Overlays(overlays::Options),
 }
 
 impl Options {
@@ -83,6 +87,9 @@ pub(crate) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> E
     let mut total = Counts::default();
     let ran = match &options.suite {
         Some(Suite::E2e(options)) => e2e::run(workspace, choice, options).map(|counts| total = counts),
+        Some(Suite::Overlays(options)) => {
+            overlays::run(workspace, choice, options).map(|counts| total = counts)
+        }
         None => run_tiers(workspace, choice, options, &mut total),
     };
     if let Err(error) = ran {

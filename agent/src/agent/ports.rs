@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 
 use sluice_common::path::PORT_RANGES;
 
-/// Where the kernel's settings for IPv4 lie; these two count for IPv6 as well.
-pub const SYSCTLS: &str = "/proc/sys/net/ipv4";
+/// Where below `/proc/sys` the settings for IPv4 lie; these two count for IPv6 as well.
+pub const SYSCTLS: &str = "net/ipv4";
 /// The range that the kernel chooses ports from.
 const RANGE: &str = "ip_local_port_range";
 /// Ports that it leaves out.

@@ -14,7 +14,12 @@ use crate::devices::own::OwnRoutes;
 /// # Errors
 ///
 /// When an agent is alive and `force` is not given, or the kernel refuses.
-pub(super) async fn run(pin_path: &Path, state_dir: &Path, force: bool) -> anyhow::Result<String> {
+pub(super) async fn run(
+    pin_path: &Path,
+    state_dir: &Path,
+    proc_sys: &Path,
+    force: bool,
+) -> anyhow::Result<String> {
     if status::is_alive(state_dir) && !force {
         let pid =
             status::read(state_dir).map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
@@ -28,7 +33,7 @@ pub(super) async fn run(pin_path: &Path, state_dir: &Path, force: bool) -> anyho
     if own.remove().await.with_context(|| format!("cannot remove the device {OWN}"))? {
         done.push(format!("removed the device {OWN} and its routes"));
     }
-    let released = ports::release(Path::new(ports::SYSCTLS), &status::reserved_ports(state_dir))?;
+    let released = ports::release(&proc_sys.join(ports::SYSCTLS), &status::reserved_ports(state_dir))?;
     done.extend(released.map(|ports| format!("took ports {ports} out of net.ipv4.ip_local_reserved_ports")));
     status::remove(state_dir).with_context(|| format!("cannot remove {}", state_dir.display()))?;
     if done.is_empty() {

@@ -242,7 +242,7 @@ impl DiffArgs {
             api: agent.api,
             node: Some(node.clone()),
             proxy_name: proxy_name.clone(),
-            service_cidrs: policy.service_cidrs.is_empty(),
+            service_cidrs: policy.service_cidrs.is_empty() && proxy_name.is_none(),
         };
         let inputs = Inputs {
             node: node.as_str().into(),

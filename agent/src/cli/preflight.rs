@@ -38,9 +38,10 @@ pub(super) struct PreflightArgs {
 /// # Errors
 ///
 /// When not even the devices can be listed.
-pub(super) fn run(args: PreflightArgs, pin_path: &Path) -> anyhow::Result<(String, bool)> {
+pub(super) fn run(args: PreflightArgs, pin_path: &Path, proc_sys: PathBuf) -> anyhow::Result<(String, bool)> {
     let report = look(&Options {
         pin_path: pin_path.to_owned(),
+        proc_sys,
         cgroup: args.cgroup,
         socket_path: args.socket_path != SocketPath::Off,
         patterns: Patterns::new(&args.edge, &args.uplink, &args.fabric),

@@ -7,8 +7,8 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-/// Where the kernel has these settings.
-pub const SYSCTLS: &str = "/proc/sys/net/netfilter";
+/// Where below `/proc/sys` the kernel has these settings.
+pub const SYSCTLS: &str = "net/netfilter";
 
 /// What is to be set; what is [`None`] stays as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -74,7 +74,7 @@ pub enum Error {
 pub(crate) fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => {
-            "; run as root, or with CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_ADMIN (bpffs)"
+            "; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (and CAP_SYS_ADMIN where a BPF file system has to be mounted)"
         }
         Some(libc::ENOMEM) => "; the node is short of memory for maps, see --flows-max",
         Some(libc::E2BIG) => "; the map is full",

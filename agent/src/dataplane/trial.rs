@@ -1,7 +1,7 @@
 //! Tries what the kernel takes, and leaves nothing: programs are loaded and not pinned, hooks are held by descriptors
 //! alone, so that all of it ends with the process, however that ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -13,6 +13,7 @@ use aya::programs::Program;
 use super::clsact::{self, Direction};
 use super::error::Error;
 use super::hooks::{self, How};
+use super::pins::Pins;
 use super::{bpf, load, object};
 
 /// The object, loaded without a pin.
@@ -143,9 +144,23 @@ fn names<const N: usize>(asked: [io::Result<Vec<u32>>; N]) -> Vec<String> {
     asked.into_iter().flatten().flatten().map(program_name).collect()
 }
 
-/// The name of a loaded program, or its id.
+/// The name of a loaded program, or its id: who has no CAP_SYS_ADMIN is told of programs by their ids alone.
 pub(crate) fn program_name(id: u32) -> String {
-    bpf::program_name(id).ok().filter(|name| !name.is_empty()).unwrap_or_else(|| format!("id {id}"))
+    bpf::program_name(id).ok().filter(|name| !name.is_empty()).unwrap_or_else(|| by_id(id))
+}
+
+fn by_id(id: u32) -> String {
+    format!("id {id}")
+}
+
+/// What [`program_name`] calls the programs of our pinned links where it knows their ids alone.
+pub(crate) fn pinned(pins: &Pins) -> BTreeSet<String> {
+    let links = fs::read_dir(pins.links()).into_iter().flatten().flatten();
+    let programs = links.filter_map(|link| {
+        let link = bpf::object_get(&link.path()).ok()?;
+        Some(by_id(bpf::link_info(link.as_fd()).ok()?.program))
+    });
+    programs.collect()
 }
 
 /// Whether a program of this name may be one of ours: the kernel keeps fifteen characters.

@@ -11,6 +11,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 
 use futures::TryStreamExt;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope};
@@ -138,12 +139,13 @@ impl OwnRoutes {
     /// # Errors
     ///
     /// When the kernel refuses the device or the setting.
-    pub async fn prepare(&self) -> io::Result<u32> {
+    pub async fn prepare(&self, proc_sys: &Path) -> io::Result<u32> {
         let device = self.create().await?;
         for (setting, value) in [("accept_local", "1"), ("rp_filter", "0")] {
-            let path = format!("/proc/sys/net/ipv4/conf/{OWN}/{setting}");
-            std::fs::write(&path, value)
-                .map_err(|error| io::Error::new(error.kind(), format!("cannot set {path}: {error}")))?;
+            let path = proc_sys.join("net/ipv4/conf").join(OWN).join(setting);
+            std::fs::write(&path, value).map_err(|error| {
+                io::Error::new(error.kind(), format!("cannot set {}: {error}", path.display()))
+            })?;
         }
         Ok(device)
     }

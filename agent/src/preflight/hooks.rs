@@ -69,6 +69,21 @@ pub(super) fn checks(tried: &Tried) -> Vec<Check> {
     checks
 }
 
+/// Without the right to make namespaces nobody can be kept from seeing a try.
+pub(super) fn untried(is_bpffs: bool) -> Vec<Check> {
+    const NEXT: &str = "run `sluice preflight` once with that capability to have everything tried; the agent needs it only where it has to \
+                        mount a BPF file system";
+    let hook =
+        "attached to nothing: hooks are tried in namespaces, which take CAP_SYS_ADMIN; the agent will tell";
+    let pins = if is_bpffs {
+        Check::new("pins", Outcome::Skip, "not tried: the pin path lies in a BPF file system")
+    } else {
+        Check::new("pins", Outcome::No, "the pin path lies in no BPF file system, and to mount one takes CAP_SYS_ADMIN")
+            .next("mount one on the node (mount -t bpf bpf /sys/fs/bpf), which systemd does by itself; in a pod: a hostPath volume")
+    };
+    vec![Check::new("hook", Outcome::Warn, hook).next(NEXT), pins]
+}
+
 /// The first failure among some tries.
 fn failure(tries: &BTreeMap<impl Display, io::Result<()>>) -> Option<String> {
     tries.iter().find_map(|(name, result)| Some(format!("{name}: {}", result.as_ref().err()?)))

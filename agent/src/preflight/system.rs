@@ -15,9 +15,12 @@ use crate::dataplane::is_bpffs;
 const TESTED: (u32, u32) = (6, 1);
 /// The oldest kernel that tells a network namespace's cookie, without which host and pods are not told apart.
 const NEEDED: (u32, u32) = (5, 14);
-/// Capabilities that the agent needs, with their numbers.
-const CAPABILITIES: [(&str, u32); 4] =
-    [("CAP_NET_ADMIN", 12), ("CAP_SYS_ADMIN", 21), ("CAP_PERFMON", 38), ("CAP_BPF", 39)];
+/// Capabilities without which nothing works, with their numbers.
+const NEEDED_CAPABILITIES: [(&str, u32); 3] = [("CAP_NET_ADMIN", 12), ("CAP_PERFMON", 38), ("CAP_BPF", 39)];
+/// For the socket that fragments wait behind.
+const NET_RAW: u32 = 13;
+/// For namespaces and mounts; who has it needs neither CAP_BPF nor CAP_PERFMON.
+const SYS_ADMIN: u32 = 21;
 /// Parts of the kernel, with what needs them; told only from its configuration, since root tries them.
 const PARTS: [&str; 7] = [
     "CONFIG_BPF_SYSCALL",
@@ -114,28 +117,68 @@ fn jit(setting: &str) -> Check {
     }
 }
 
-/// What this process may do.
-pub(super) fn privileges() -> Check {
-    judge_privileges(&fs::read_to_string("/proc/self/status").unwrap_or_default())
+/// What this process may do, as the kernel's bits; [`None`]: not told.
+pub(super) fn capabilities() -> Option<u64> {
+    effective(&fs::read_to_string("/proc/self/status").unwrap_or_default())
 }
 
-fn judge_privileges(status: &str) -> Check {
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let Some(bits) = line.and_then(|line| u64::from_str_radix(line.trim(), 16).ok()) else {
+fn effective(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}
+
+fn has(bits: u64, number: u32) -> bool {
+    bits >> number & 1 == 1
+}
+
+/// Whether namespaces can be made to try things where nobody sees them.
+pub(super) fn may_go_apart(bits: Option<u64>) -> bool {
+    bits.is_some_and(|bits| has(bits, SYS_ADMIN))
+}
+
+/// Whether that is enough.
+pub(super) fn privileges(bits: Option<u64>) -> Check {
+    const NEXT: &str = "run it as root; in a pod: securityContext.privileged: true, or these capabilities";
+    let Some(bits) = bits else {
         return Check::new(PRIVILEGES, Outcome::No, "/proc/self/status tells no capabilities")
             .next("run it as root");
     };
-    let lacking: Vec<&str> = CAPABILITIES
-        .into_iter()
-        .filter(|(_, number)| bits >> number & 1 == 0)
-        .map(|(name, _)| name)
-        .collect();
-    if lacking.is_empty() {
-        Check::new(PRIVILEGES, Outcome::Yes, CAPABILITIES.map(|(name, _)| name).join(", "))
-    } else {
-        Check::new(PRIVILEGES, Outcome::No, format!("this process lacks {}", lacking.join(", ")))
-            .next("run it as root; in a pod: securityContext.privileged: true")
+    let (held, lacking): (Vec<_>, Vec<_>) =
+        NEEDED_CAPABILITIES.into_iter().partition(|(_, number)| has(bits, *number));
+    let names = |capabilities: &[(&str, u32)]| -> String {
+        capabilities.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+    };
+    if !lacking.is_empty() {
+        return Check::new(PRIVILEGES, Outcome::No, format!("this process lacks {}", names(&lacking)))
+            .next(NEXT);
     }
+    if !has(bits, NET_RAW) {
+        let what = format!(
+            "{}; without CAP_NET_RAW fragments that come before their datagram's first one are lost",
+            names(&held)
+        );
+        return Check::new(PRIVILEGES, Outcome::Warn, what).next("add CAP_NET_RAW");
+    }
+    let more = if has(bits, SYS_ADMIN) { ", CAP_SYS_ADMIN" } else { "" };
+    Check::new(PRIVILEGES, Outcome::Yes, format!("{}, CAP_NET_RAW{more}", names(&held)))
+}
+
+/// Whether settings of the kernel can be written; those of our own device have to be.
+pub(super) fn settings(folder: &Path) -> Check {
+    if !folder.exists() {
+        return Check::new("settings", Outcome::Warn, format!("there is no {}", folder.display()))
+            .next("give --proc-sys the node's /proc/sys");
+    }
+    if is_read_only(folder) {
+        let what = format!(
+            "{} is mounted read-only: without our own device's settings, what is too big for the way to a backend is dropped, \
+             and neither reserved ports nor limits of connection tracking can be set",
+            folder.display()
+        );
+        return Check::new("settings", Outcome::Warn, what)
+            .next("mount the node's /proc/sys/net read-write elsewhere, and give --proc-sys that place");
+    }
+    Check::new("settings", Outcome::Yes, format!("{} can be written", folder.display()))
 }
 
 /// Where the agent will pin, and the cgroup of the socket path.
@@ -286,14 +329,22 @@ mod tests {
 
     #[test]
     fn capabilities_that_are_missing_are_named() {
-        let root = judge_privileges("Name:\tx\nCapEff:\t000001ffffffffff\n");
+        let judge = |status: &str| privileges(effective(status));
+        let root = judge("Name:\tx\nCapEff:\t000001ffffffffff\n");
         assert_eq!(root.result, Outcome::Yes, "{root:?}");
+        assert!(may_go_apart(effective("CapEff:\t000001ffffffffff\n")));
         // Those of an unprivileged container.
-        let nobody = judge_privileges("CapEff:\t00000000a80425fb\n");
+        let nobody = judge("CapEff:\t00000000a80425fb\n");
         assert_eq!(nobody.result, Outcome::No);
-        assert_eq!(nobody.what, "this process lacks CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF");
+        assert_eq!(nobody.what, "this process lacks CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF");
         assert!(nobody.next.is_some());
-        assert_eq!(judge_privileges("").result, Outcome::No);
+        // The least, and one less.
+        let least = "CapEff:\t000000c000003000\n";
+        assert_eq!(judge(least).result, Outcome::Yes);
+        assert!(!may_go_apart(effective(least)));
+        assert_eq!(judge("CapEff:\t000000c000001000\n").result, Outcome::Warn);
+        assert_eq!(judge("CapEff:\t0000008000003000\n").what, "this process lacks CAP_PERFMON");
+        assert_eq!(judge("").result, Outcome::No);
     }
 
     #[test]

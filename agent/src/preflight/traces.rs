@@ -11,8 +11,9 @@ use rtnetlink::new_connection;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkXdp};
 
 use super::{Check, Outcome};
+use crate::dataplane::Pins;
 use crate::dataplane::clsact::{self, Direction, F_DUMP, Message, find, talk_to, text};
-use crate::dataplane::trial::{at_cgroup, at_device, is_ours, program_name};
+use crate::dataplane::trial::{at_cgroup, at_device, is_ours, pinned, program_name};
 use crate::devices::{Facts, Survey};
 
 /// Beginnings of chains' names that tell whose they are.
@@ -62,6 +63,7 @@ pub(super) fn look(
     facts: &Facts,
     survey: &Survey,
     cgroup: Option<&Path>,
+    pin_path: &Path,
     is_able: bool,
     xdp: &BTreeMap<u32, u32>,
 ) -> Traces {
@@ -91,6 +93,7 @@ pub(super) fn look(
         return traces;
     }
     rules(&mut traces);
+    let pinned = pinned(&Pins::new(pin_path));
     for device in survey.devices.values() {
         let mut names = at_device(device.index);
         for direction in [Direction::Ingress, Direction::Egress] {
@@ -101,19 +104,19 @@ pub(super) fn look(
             names.extend(others.map(|filter| if filter.name.is_empty() { filter.kind } else { filter.name }));
         }
         names.extend(xdp.get(&device.index).map(|id| program_name(*id)));
-        traces.sort(&device.name, names);
+        traces.sort(&device.name, names, &pinned);
     }
     if let Some(Ok(folder)) = cgroup.map(File::open) {
-        traces.sort("cgroup", at_cgroup(&folder));
+        traces.sort("cgroup", at_cgroup(&folder), &pinned);
     }
     traces
 }
 
 impl Traces {
     /// Tells our programs from those of others.
-    fn sort(&mut self, place: &str, names: Vec<String>) {
+    fn sort(&mut self, place: &str, names: Vec<String>, pinned: &BTreeSet<String>) {
         for name in names {
-            if is_ours(&name) {
+            if is_ours(&name) || pinned.contains(&name) {
                 let _ = self.ours.insert(place.to_owned());
             } else {
                 let _ = self.programs.entry(place.to_owned()).or_default().insert(name);

@@ -52,7 +52,8 @@ pub struct Settings {
     pub node: Option<String>,
     /// Serve objects with this proxy name, instead of those without one.
     pub proxy_name: Option<String>,
-    /// Whether ServiceCIDRs are wanted, where the server has them (Kubernetes 1.33) and lets us see them.
+    /// Whether ServiceCIDRs are wanted, where the server has them (Kubernetes 1.33) and lets us see them: not where they are given,
+    /// and not beside another proxy, whose Services have their addresses in them too.
     pub service_cidrs: bool,
 }
 

@@ -8,14 +8,16 @@ use anyhow::{Context, Result};
 
 use crate::cache::Cache;
 use crate::components::{COREDNS, Components, KUBERNETES};
+use crate::image as own;
+use crate::oci::{self, Entry};
 use crate::process::{Cmd, newest_line};
 use crate::ui::Step;
 use crate::workspace::Workspace;
 
-use super::image::{self, Entry, Image, Layer};
+use super::image::{self, Image, Layer};
 
 /// Changes with everything below that changes the images and is no version of a component.
-const RECIPE: u32 = 3;
+const RECIPE: u32 = 4;
 
 /// What the images for tests find in their file system.
 const PACKAGES: &str = "ca-certificates,curl,netcat-openbsd,iproute2,bind9-dnsutils,iperf,iputils-ping,procps,wget,conntrack,\
@@ -88,17 +90,17 @@ fn build_pause(directory: &Path, file: &Path) -> Result<()> {
 fn images(components: &Components, root: &Path, pause: &Path) -> Vec<Image> {
     let debian = || Layer::Archive(root.to_owned());
     let test_image = |name: &str| components.test_images.join(name);
-    let coredns = || Layer::Files(vec![Entry::File("coredns", components.coredns.join("coredns"))]);
+    let coredns = || Layer::Files(vec![Entry::File("coredns".into(), components.coredns.join("coredns"))]);
     // Some tests run a DNS server from it.
     let agnhost = || {
         Layer::Files(vec![
-            Entry::File("agnhost", test_image("agnhost")),
-            Entry::Link("agnhost-2", "agnhost"),
-            Entry::File("localhost.crt", test_image("localhost.crt")),
-            Entry::File("localhost.key", test_image("localhost.key")),
+            Entry::File("agnhost".into(), test_image("agnhost")),
+            Entry::Link("agnhost-2".into(), "agnhost".into()),
+            Entry::File("localhost.crt".into(), test_image("localhost.crt")),
+            Entry::File("localhost.key".into(), test_image("localhost.key")),
             // GNU's wget tries twenty times, that of the original images once.
-            Entry::Text("etc/wgetrc", "tries = 1\n"),
-            Entry::Directory("uploads"),
+            Entry::Text("etc/wgetrc".into(), "tries = 1\n".into()),
+            Entry::Directory("uploads".into()),
         ])
     };
     let of_tests = |name: &str| format!("registry.k8s.io/e2e-test-images/{name}");
@@ -107,7 +109,7 @@ fn images(components: &Components, root: &Path, pause: &Path) -> Vec<Image> {
     vec![
         image(
             vec![PAUSE.to_owned(), "registry.k8s.io/pause:3.10".to_owned()],
-            vec![Layer::Files(vec![Entry::File("pause", pause.to_owned())])],
+            vec![Layer::Files(vec![Entry::File("pause".into(), pause.to_owned())])],
             vec!["/pause"],
             vec![],
         ),
@@ -148,7 +150,7 @@ fn images(components: &Components, root: &Path, pause: &Path) -> Vec<Image> {
             vec![
                 debian(),
                 Layer::Files(vec![Entry::File(
-                    "regression-issue-74839",
+                    "regression-issue-74839".into(),
                     test_image("regression-issue-74839"),
                 )]),
             ],
@@ -160,7 +162,7 @@ fn images(components: &Components, root: &Path, pause: &Path) -> Vec<Image> {
             vec![
                 debian(),
                 Layer::Files(vec![Entry::File(
-                    "usr/local/bin/kube-proxy",
+                    "usr/local/bin/kube-proxy".into(),
                     components.control_plane.join("kube-proxy"),
                 )]),
             ],
@@ -183,20 +185,10 @@ pub(super) struct Own {
     pub(super) tag: String,
 }
 
-/// The name in `deploy/base`.
-pub(super) const SLUICE: &str = "localhost/sluice";
-
-/// Writes our own image as `deploy/README.md` says, into a directory.
+/// Writes our own image into a directory.
 pub(super) fn sluice(workspace: &Workspace, binary: &Path, directory: &Path) -> Result<Own> {
-    let tag = image::digest(binary)?.chars().take(12).collect::<String>();
-    fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
-    let archive = directory.join("sluice.tar");
-    let _output = Cmd::new("python3")
-        .arg(workspace.root().join("deploy/image.py"))
-        .arg(binary)
-        .args(["--tag", &format!("{SLUICE}:{tag}"), "--output"])
-        .arg(&archive)
-        .stdout()
+    let tag = oci::digest(binary)?.chars().take(12).collect::<String>();
+    let written = own::write(workspace, binary, &format!("{}:{tag}", own::NAME), directory)
         .context("cannot make the image of Sluice")?;
-    Ok(Own { archive, tag })
+    Ok(Own { archive: written.archive, tag })
 }

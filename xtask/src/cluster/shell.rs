@@ -6,6 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::process::Cmd;
+
 use super::addresses::NodeNumber;
 use super::launch::Process;
 use super::namespace::Namespace;
@@ -62,12 +64,25 @@ fn outside(state: &State, line: &[OsString]) -> Result<std::io::Error> {
         .exec())
 }
 
+/// Runs a program on a node and returns its standard output.
+pub(super) fn answer(state: &State, node: &str, line: &[&str]) -> Result<String> {
+    let number = NodeNumber::all(u8::MAX).find(|number| number.name() == node);
+    let number = number.with_context(|| format!("no node is called {node}"))?;
+    Cmd::from(enter(state, number)?).args(line).answer()
+}
+
 fn on_node(state: &State, number: NodeNumber, line: &[OsString]) -> Result<std::io::Error> {
+    Ok(enter(state, number)?.args(line).exec())
+}
+
+/// What a program and its arguments are added to.
+fn enter(state: &State, number: NodeNumber) -> Result<Command> {
     let name = number.name();
     let Some(init) = Process::recorded(state, &node::init_name(number)).filter(Process::lives) else {
         bail!("the node {name} does not run: start it again with `cargo xtask cluster up`");
     };
-    Ok(Command::new("nsenter")
+    let mut command = Command::new("nsenter");
+    let _ = command
         .args([
             "--target",
             &init.pid.to_string(),
@@ -83,7 +98,6 @@ fn on_node(state: &State, number: NodeNumber, line: &[OsString]) -> Result<std::
             "env",
             &format!("PATH={}", node_init::path()),
             &format!("KUBECONFIG=/run/{}/kubeconfig", node::STATE),
-        ])
-        .args(line)
-        .exec())
+        ]);
+    Ok(command)
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Cni, Proxy};
+use super::{Cni, Overlay, Proxy};
 
 /// One cluster a machine: its addresses, cgroup and directory are fixed.
 const ROOT: &str = "/var/lib/sluice-cluster";
@@ -17,6 +17,8 @@ pub(super) struct Description {
     pub(super) nodes: u8,
     pub(super) cni: Cni,
     pub(super) proxy: Proxy,
+    #[serde(default)]
+    pub(super) overlay: Overlay,
     /// The boot that it was made in: nothing but files outlives it.
     pub(super) boot: String,
     /// Whether `up` got to its end once.

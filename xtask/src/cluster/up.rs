@@ -21,7 +21,7 @@ use super::kubectl::Kubectl;
 use super::launch;
 use super::network::CONTROL_PLANE;
 use super::state::{Description, State, boot_id};
-use super::{Proxy, UpOptions, cgroup, control_plane, down, images, network, node, pki, workloads};
+use super::{Overlay, Proxy, UpOptions, cgroup, control_plane, down, images, network, node, pki, workloads};
 
 /// Where distributions put the CNI's own plugins.
 const CNI_PLUGINS: [&str; 4] = ["/usr/lib/cni", "/opt/cni/bin", "/usr/libexec/cni", "/usr/lib/cni/bin"];
@@ -34,6 +34,7 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &UpOptions) ->
         nodes: options.nodes,
         cni: options.cni,
         proxy: options.proxy,
+        overlay: options.overlay,
         boot: boot_id(),
         is_complete: false,
     };
@@ -98,6 +99,15 @@ fn check(state: &State, wanted: &Description) -> Result<bool> {
         bail!(
             "the cluster that is up has --proxy {}, and its nodes keep traces of that: take it down first, with `cargo xtask cluster down`",
             found.proxy
+        );
+    }
+    let beside = |description: &Description| {
+        description.proxy == Proxy::Sluice && description.overlay == Overlay::BesideKubeProxy
+    };
+    if beside(&found) != beside(wanted) && found.proxy != Proxy::None {
+        bail!(
+            "the cluster that is up has --overlay {}, and with or without a kube-proxy beside it is another cluster: take it down first, with `cargo xtask cluster down`",
+            found.overlay.name()
         );
     }
     Ok(true)
@@ -198,11 +208,23 @@ impl Up<'_> {
                 Some((step, "ds/kube-proxy"))
             }
             Proxy::Sluice => {
+                if self.options.overlay == Overlay::BesideKubeProxy {
+                    let step = Step::start("kube-proxy");
+                    workloads::apply_kube_proxy(self.state, &kubectl)?;
+                    workloads::wait(&kubectl, "ds/kube-proxy")?;
+                    step.done("ready");
+                }
                 let step = Step::start("sluice");
                 let binary = sluice.context("no binary of Sluice was built")?;
                 let own = images::sluice(self.workspace, binary, &self.state.path("sluice"))?;
                 self.import(&own.archive, &format!("sluice-{}", own.tag))?;
-                workloads::apply_sluice(self.workspace, self.state, &kubectl, &own.tag)?;
+                workloads::apply_sluice(
+                    self.workspace,
+                    self.state,
+                    &kubectl,
+                    self.options.overlay,
+                    &own.tag,
+                )?;
                 Some((step, "ds/sluice"))
             }
         };
@@ -244,7 +266,7 @@ impl Up<'_> {
         let directory = self.state.programs();
         fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
         for (programs, name) in [
-            (&self.components.node, "kubectl"),
+            (&self.components.kubectl, "kubectl"),
             (&self.components.containerd, "ctr"),
             (&self.components.test_images, "agnhost"),
         ] {

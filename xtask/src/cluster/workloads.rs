@@ -6,10 +6,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use crate::components::{COREDNS, KUBERNETES};
+use crate::image::NAME;
 use crate::workspace::Workspace;
 
+use super::Overlay;
 use super::addresses::{API_PORT, API_SERVER, CLUSTER_CIDRS, DNS_SERVICE};
-use super::images::SLUICE;
 use super::kubectl::Kubectl;
 use super::state::State;
 
@@ -37,22 +38,29 @@ pub(super) fn apply_kube_proxy(state: &State, kubectl: &Kubectl) -> Result<()> {
     apply(state, kubectl, "kube-proxy.yaml", KUBE_PROXY_MANIFEST, &values)
 }
 
-/// Applies our own `deploy/base`, with what `deploy/example` says differs from cluster to cluster.
-pub(super) fn apply_sluice(workspace: &Workspace, state: &State, kubectl: &Kubectl, tag: &str) -> Result<()> {
-    let base = workspace.root().join("deploy/base");
-    for entry in fs::read_dir(&base).with_context(|| format!("cannot read {}", base.display()))? {
-        let entry = entry?;
-        let content = fs::read_to_string(entry.path())
-            .with_context(|| format!("cannot read {}", entry.path().display()))?;
-        state.write(Path::new("sluice/base").join(entry.file_name()), &content)?;
+/// Applies an overlay of `deploy/`, with what `deploy/example` says differs from cluster to cluster.
+pub(super) fn apply_sluice(
+    workspace: &Workspace,
+    state: &State,
+    kubectl: &Kubectl,
+    overlay: Overlay,
+    tag: &str,
+) -> Result<()> {
+    let own = state.path("sluice/deploy");
+    if own.exists() {
+        fs::remove_dir_all(&own).with_context(|| format!("cannot remove {}", own.display()))?;
     }
+    for folder in ["base", "components", "overlays"] {
+        copy(&workspace.root().join("deploy").join(folder), &own.join(folder))?;
+    }
+    let overlay = overlay.name();
     let kustomization = format!(
         "apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
 namespace: kube-system
-resources: [base]
+resources: [deploy/overlays/{overlay}]
 images:
-  - {{name: {SLUICE}, newTag: \"{tag}\"}}
+  - {{name: {NAME}, newTag: \"{tag}\"}}
 patches:
   - patch: |
       apiVersion: apps/v1
@@ -70,6 +78,22 @@ patches:
     );
     state.write("sluice/kustomization.yaml", &kustomization)?;
     kubectl.apply("-k", &state.path("sluice"))
+}
+
+/// Copies a folder and all below it.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let context = || format!("cannot copy {} to {}", from.display(), to.display());
+    fs::create_dir_all(to).with_context(context)?;
+    for entry in fs::read_dir(from).with_context(context)? {
+        let entry = entry?;
+        let place = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy(&entry.path(), &place)?;
+        } else {
+            let _bytes = fs::copy(entry.path(), place).with_context(context)?;
+        }
+    }
+    Ok(())
 }
 
 /// Waits until all pods of a workload of `kube-system` (`ds/sluice`) are of the newest template and ready.

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use crate::cache::Cache;
-use crate::cluster::{self, Cni, Proxy, UpOptions};
+use crate::cluster::{self, Cni, Overlay, Proxy, UpOptions};
 use crate::components;
 use crate::packages;
 use crate::process::Cmd;
@@ -71,7 +71,12 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
         "a cluster needs root: run `sudo -E env PATH=\"$PATH\" cargo xtask test e2e`"
     );
     let programs = components::e2e(&Cache::open()?)?;
-    let up = UpOptions { nodes: options.nodes, proxy: options.proxy, cni: options.cni };
+    let up = UpOptions {
+        nodes: options.nodes,
+        proxy: options.proxy,
+        cni: options.cni,
+        overlay: Overlay::default(),
+    };
     let was_up = cluster::is_complete()?;
     cluster::ensure_up(workspace, choice, &up)?;
     let results = specs(workspace, &programs, options);

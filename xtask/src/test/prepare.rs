@@ -21,11 +21,14 @@ pub(super) enum Readiness {
 }
 
 /// Everything that was got ready.
+#[derive(Default)]
 pub(super) struct Prepared {
     tiers: Vec<(Tier, Readiness)>,
     object: Option<PathBuf>,
     sluice: Option<PathBuf>,
     control_plane: Option<PathBuf>,
+    kubectl: Option<PathBuf>,
+    helm: Option<PathBuf>,
 }
 
 impl Prepared {
@@ -44,11 +47,12 @@ impl Prepared {
     /// The variables by which a tier's tests find what was built for them.
     pub(super) fn environment(&self, tier: Tier) -> impl Iterator<Item = (&'static str, OsString)> {
         let built = match tier {
-            Tier::Unit => [None, None, None],
-            Tier::Kernel | Tier::Lab => [self.object.as_ref(), self.sluice.as_ref(), None],
-            Tier::Api => [self.object.as_ref(), self.sluice.as_ref(), self.control_plane.as_ref()],
+            Tier::Unit => [None; 5],
+            Tier::Kernel | Tier::Lab => [self.object.as_ref(), self.sluice.as_ref(), None, None, None],
+            Tier::Api => [&self.object, &self.sluice, &self.control_plane, &self.kubectl, &self.helm]
+                .map(Option::as_ref),
         };
-        [OBJECT_ENV, "SLUICE_BIN", "SLUICE_CONTROL_PLANE"]
+        [OBJECT_ENV, "SLUICE_BIN", "SLUICE_CONTROL_PLANE", "SLUICE_KUBECTL", "SLUICE_HELM"]
             .into_iter()
             .zip(built)
             .filter_map(|(name, path)| Some((name, path?.into())))
@@ -58,7 +62,7 @@ impl Prepared {
 /// Gets everything ready that the wanted tiers need. What a machine lacks
 /// makes a tier skip; what does not compile is an error.
 pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) -> Result<Prepared> {
-    let mut prepared = Prepared { tiers: Vec::new(), object: None, sluice: None, control_plane: None };
+    let mut prepared = Prepared::default();
     for tier in wanted.iter().copied().filter(|tier| *tier != Tier::Unit) {
         let readiness = if !tier::has_tests(workspace, &[tier])? {
             Readiness::Skip("it has no tests".to_owned())
@@ -80,8 +84,13 @@ pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) ->
     }
     for (tier, readiness) in &mut prepared.tiers {
         if *tier == Tier::Api && matches!(readiness, Readiness::Ready) {
-            let got = Cache::open().and_then(|cache| components::control_plane(&cache));
-            *readiness = ready_or_skip(got.map(|directory| prepared.control_plane = Some(directory)));
+            let got = Cache::open().and_then(|cache| {
+                prepared.control_plane = Some(components::control_plane(&cache)?);
+                prepared.kubectl = Some(components::kubectl(&cache)?.join("kubectl"));
+                prepared.helm = Some(components::helm(&cache)?.join("helm"));
+                Ok(())
+            });
+            *readiness = ready_or_skip(got);
         }
     }
     Ok(prepared)
