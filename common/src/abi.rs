@@ -598,8 +598,8 @@ abi! {
         pub seen: u32,
         /// The backend's generation then.
         pub generation: u16,
-        /// Zero.
-        pub reserved: u16,
+        /// How often the client came back after its affinity had run out; it wraps around.
+        pub round: u16,
     } size 12
 }
 

@@ -327,7 +327,8 @@ impl<F: Ip> Memory<F> {
                 if decision.affinity {
                     let Flow { service_port, backend, seen, generation, .. } = decision.flow;
                     let client = AffinityKey { service_port, client: key.source };
-                    let _ = self.affinity.insert(client, Affinity { backend, seen, generation, reserved: 0 });
+                    let to = Affinity { backend, seen, generation, round: decision.round };
+                    let _ = self.affinity.insert(client, to);
                 }
             }
             Record::Promote => {
