@@ -1,7 +1,7 @@
 //! The `sluice` binary.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use object::elf;
@@ -36,12 +36,18 @@ pub(crate) fn build_release(workspace: &Workspace) -> Result<PathBuf> {
             .args(["--target", &host]),
     )
     .context("cannot build the agent")?;
-    let content = fs::read(&binary).with_context(|| format!("cannot read {}", binary.display()))?;
-    if has_interpreter(&content)? {
+    if !is_static(&binary)? {
         bail!("{} is not static: it names a dynamic linker", binary.display());
     }
-    println!("{} {}", binary.display(), bytes(content.len() as u64));
+    let size = fs::metadata(&binary).with_context(|| format!("cannot read {}", binary.display()))?.len();
+    println!("{} {}", binary.display(), bytes(size));
     Ok(binary)
+}
+
+/// Whether a binary runs without any other file.
+pub(crate) fn is_static(binary: &Path) -> Result<bool> {
+    let content = fs::read(binary).with_context(|| format!("cannot read {}", binary.display()))?;
+    Ok(!has_interpreter(&content)?)
 }
 
 fn has_interpreter(binary: &[u8]) -> Result<bool> {

@@ -7,6 +7,7 @@
 
 mod addresses;
 mod cgroup;
+pub(crate) mod cloud;
 mod control_plane;
 mod down;
 mod image;
@@ -67,6 +68,9 @@ pub(crate) struct UpOptions {
     /// How pods are connected to their node.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) cni: Cni,
+    /// This binary of Sluice, instead of a release built from this tree.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) agent: Option<PathBuf>,
 }
 
 /// Options of `cargo xtask cluster shell`.

@@ -3,6 +3,7 @@
 //! The archive is a layout (image-layout.md of the OCI image specification) of uncompressed layers, so that importing it is copying it.
 //! A layer that several images have is stored once.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -34,7 +35,7 @@ pub(super) enum Layer {
 /// Something in a layer, by its path without a leading slash.
 #[derive(Clone)]
 pub(super) enum Entry {
-    File(&'static str, PathBuf),
+    File(Cow<'static, str>, PathBuf),
     Text(&'static str, &'static str),
     Link(&'static str, &'static str),
     Directory(&'static str),
@@ -131,8 +132,10 @@ impl Layout {
         }
         fs::create_dir_all(&self.scratch)?;
         for entry in entries {
-            let (Entry::File(name, _) | Entry::Text(name, _) | Entry::Link(name, _) | Entry::Directory(name)) =
-                entry;
+            let name = match entry {
+                Entry::File(name, _) => name,
+                Entry::Text(name, _) | Entry::Link(name, _) | Entry::Directory(name) => *name,
+            };
             let path = self.scratch.join(name);
             if let Some(parent) = path.parent() {
                 fs::create_dir_all(parent)?;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::agent;
 use crate::cache::Cache;
 use crate::components::{COREDNS, Components, KUBERNETES};
 use crate::process::{Cmd, newest_line};
@@ -88,14 +89,14 @@ fn build_pause(directory: &Path, file: &Path) -> Result<()> {
 fn images(components: &Components, root: &Path, pause: &Path) -> Vec<Image> {
     let debian = || Layer::Archive(root.to_owned());
     let test_image = |name: &str| components.test_images.join(name);
-    let coredns = || Layer::Files(vec![Entry::File("coredns", components.coredns.join("coredns"))]);
+    let coredns = || Layer::Files(vec![Entry::File("coredns".into(), components.coredns.join("coredns"))]);
     // Some tests run a DNS server from it.
     let agnhost = || {
         Layer::Files(vec![
-            Entry::File("agnhost", test_image("agnhost")),
+            Entry::File("agnhost".into(), test_image("agnhost")),
             Entry::Link("agnhost-2", "agnhost"),
-            Entry::File("localhost.crt", test_image("localhost.crt")),
-            Entry::File("localhost.key", test_image("localhost.key")),
+            Entry::File("localhost.crt".into(), test_image("localhost.crt")),
+            Entry::File("localhost.key".into(), test_image("localhost.key")),
             // GNU's wget tries twenty times, that of the original images once.
             Entry::Text("etc/wgetrc", "tries = 1\n"),
             Entry::Directory("uploads"),
@@ -107,7 +108,7 @@ fn images(components: &Components, root: &Path, pause: &Path) -> Vec<Image> {
     vec![
         image(
             vec![PAUSE.to_owned(), "registry.k8s.io/pause:3.10".to_owned()],
-            vec![Layer::Files(vec![Entry::File("pause", pause.to_owned())])],
+            vec![Layer::Files(vec![Entry::File("pause".into(), pause.to_owned())])],
             vec!["/pause"],
             vec![],
         ),
@@ -148,7 +149,7 @@ fn images(components: &Components, root: &Path, pause: &Path) -> Vec<Image> {
             vec![
                 debian(),
                 Layer::Files(vec![Entry::File(
-                    "regression-issue-74839",
+                    "regression-issue-74839".into(),
                     test_image("regression-issue-74839"),
                 )]),
             ],
@@ -160,7 +161,7 @@ fn images(components: &Components, root: &Path, pause: &Path) -> Vec<Image> {
             vec![
                 debian(),
                 Layer::Files(vec![Entry::File(
-                    "usr/local/bin/kube-proxy",
+                    "usr/local/bin/kube-proxy".into(),
                     components.control_plane.join("kube-proxy"),
                 )]),
             ],
@@ -186,17 +187,64 @@ pub(super) struct Own {
 /// The name in `deploy/base`.
 pub(super) const SLUICE: &str = "localhost/sluice";
 
-/// Writes our own image as `deploy/README.md` says, into a directory.
+/// Writes our own image into a directory: as `deploy/README.md` says, or, of a binary that is not static, with the libraries that it
+/// needs.
 pub(super) fn sluice(workspace: &Workspace, binary: &Path, directory: &Path) -> Result<Own> {
     let tag = image::digest(binary)?.chars().take(12).collect::<String>();
     fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
     let archive = directory.join("sluice.tar");
-    let _output = Cmd::new("python3")
-        .arg(workspace.root().join("deploy/image.py"))
-        .arg(binary)
-        .args(["--tag", &format!("{SLUICE}:{tag}"), "--output"])
-        .arg(&archive)
-        .stdout()
-        .context("cannot make the image of Sluice")?;
+    let name = format!("{SLUICE}:{tag}");
+    if agent::is_static(binary)? {
+        let _output = Cmd::new("python3")
+            .arg(workspace.root().join("deploy/image.py"))
+            .arg(binary)
+            .args(["--tag", &name, "--output"])
+            .arg(&archive)
+            .stdout()
+            .context("cannot make the image of Sluice")?;
+    } else {
+        dynamic(binary, name, &directory.join("making"), &archive)
+            .with_context(|| format!("cannot make an image of {}", binary.display()))?;
+    }
     Ok(Own { archive, tag })
+}
+
+fn dynamic(binary: &Path, name: String, scratch: &Path, archive: &Path) -> Result<()> {
+    fs::create_dir_all(scratch)?;
+    let stripped = scratch.join("sluice");
+    Cmd::new("strip").args(["--strip-debug", "-o"]).args([&stripped, binary]).run()?;
+    let libraries = Cmd::new("ldd").arg(binary).answer()?;
+    let mut entries = vec![Entry::File("usr/local/bin/sluice".into(), stripped)];
+    for library in libraries_of(&libraries) {
+        let place = library.trim_start_matches('/').to_owned();
+        entries.push(Entry::File(place.into(), PathBuf::from(library)));
+    }
+    let image = Image {
+        names: vec![name],
+        layers: vec![Layer::Files(entries)],
+        entrypoint: vec!["/usr/local/bin/sluice"],
+        command: vec!["agent"],
+    };
+    let making = scratch.join("archive");
+    fs::create_dir_all(&making)?;
+    image::write(&[image], &making, archive)?;
+    fs::remove_dir_all(scratch)?;
+    Ok(())
+}
+
+/// The files that ldd names: of `libc.so.6 => /lib/libc.so.6 (0x7f00)` and `/lib64/ld-linux.so.2 (0x7f00)`, the paths.
+fn libraries_of(ldd: &str) -> impl Iterator<Item = &str> {
+    ldd.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_binary_needs_its_libraries_and_what_loads_them() {
+        let told =
+            "\tlinux-vdso.so.1 (0x7f1)\n\tlibc.so.6 => /lib/libc.so.6 (0x7f2)\n\t/lib64/ld.so.2 (0x7f3)\n";
+        assert_eq!(libraries_of(told).collect::<Vec<_>>(), ["/lib/libc.so.6", "/lib64/ld.so.2"]);
+    }
 }
