@@ -3,6 +3,8 @@
 mod count;
 mod decide;
 mod fib;
+#[cfg(feature = "both-layouts")]
+mod layouts;
 mod maps;
 mod record;
 mod sctp;

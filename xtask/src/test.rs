@@ -19,6 +19,7 @@
 mod e2e;
 mod libtest;
 mod prepare;
+mod rollout;
 mod run;
 mod tier;
 
@@ -69,6 +70,8 @@ pub(crate) struct Options {
 enum Suite {
     /// Run Kubernetes' own tests against Sluice on a real cluster, beside what the real kube-proxy gets.
     E2e(e2e::Options),
+    /// Update Sluice's DaemonSet on a real cluster under load: no connection may be lost or refused.
+    Rollout(rollout::Options),
 }
 
 impl Options {
@@ -83,6 +86,9 @@ pub(crate) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> E
     let mut total = Counts::default();
     let ran = match &options.suite {
         Some(Suite::E2e(options)) => e2e::run(workspace, choice, options).map(|counts| total = counts),
+        Some(Suite::Rollout(options)) => {
+            rollout::run(workspace, choice, options).map(|counts| total = counts)
+        }
         None => run_tiers(workspace, choice, options, &mut total),
     };
     if let Err(error) = ran {
@@ -145,11 +151,14 @@ fn weigh(workspace: &Workspace, tier: Tier, prepared: &Prepared) -> Counts {
     let mut counts = Counts::default();
     if let (Tier::Kernel, Some(object)) = (tier, prepared.object()) {
         println!("\n== {tier}: verifier");
-        match measure::report(workspace, object) {
-            Ok(()) => counts.passed += 1,
-            Err(error) => {
-                eprintln!("error: {error:#}");
-                counts.failed += 1;
+        let rounds = prepared.next_object().map(|object| measure::report_rounds(workspace, object));
+        for result in [Some(measure::report(workspace, object)), rounds].into_iter().flatten() {
+            match result {
+                Ok(()) => counts.passed += 1,
+                Err(error) => {
+                    eprintln!("error: {error:#}");
+                    counts.failed += 1;
+                }
             }
         }
     }

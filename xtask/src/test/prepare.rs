@@ -9,7 +9,7 @@ use crate::artifacts::Artifact;
 use crate::cache::Cache;
 use crate::toolchain::Choice;
 use crate::workspace::{OBJECT_ENV, Workspace};
-use crate::{components, ebpf, packages, toolchain};
+use crate::{agent, components, ebpf, packages, toolchain};
 
 use super::tier::{self, Tier};
 
@@ -25,6 +25,8 @@ pub(super) struct Prepared {
     tiers: Vec<(Tier, Readiness)>,
     object: Option<PathBuf>,
     sluice: Option<PathBuf>,
+    next_object: Option<PathBuf>,
+    next_sluice: Option<PathBuf>,
     control_plane: Option<PathBuf>,
 }
 
@@ -41,14 +43,21 @@ impl Prepared {
         self.object.as_deref()
     }
 
+    /// The eBPF object of the layout that tests upgrade to.
+    pub(super) fn next_object(&self) -> Option<&Path> {
+        self.next_object.as_deref()
+    }
+
     /// The variables by which a tier's tests find what was built for them.
     pub(super) fn environment(&self, tier: Tier) -> impl Iterator<Item = (&'static str, OsString)> {
         let built = match tier {
-            Tier::Unit => [None, None, None],
-            Tier::Kernel | Tier::Lab => [self.object.as_ref(), self.sluice.as_ref(), None],
-            Tier::Api => [self.object.as_ref(), self.sluice.as_ref(), self.control_plane.as_ref()],
+            Tier::Unit => [None, None, None, None],
+            Tier::Kernel | Tier::Lab => {
+                [self.object.as_ref(), self.sluice.as_ref(), self.next_sluice.as_ref(), None]
+            }
+            Tier::Api => [self.object.as_ref(), self.sluice.as_ref(), None, self.control_plane.as_ref()],
         };
-        [OBJECT_ENV, "SLUICE_BIN", "SLUICE_CONTROL_PLANE"]
+        [OBJECT_ENV, "SLUICE_BIN", "SLUICE_NEXT_BIN", "SLUICE_CONTROL_PLANE"]
             .into_iter()
             .zip(built)
             .filter_map(|(name, path)| Some((name, path?.into())))
@@ -58,7 +67,14 @@ impl Prepared {
 /// Gets everything ready that the wanted tiers need. What a machine lacks
 /// makes a tier skip; what does not compile is an error.
 pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) -> Result<Prepared> {
-    let mut prepared = Prepared { tiers: Vec::new(), object: None, sluice: None, control_plane: None };
+    let mut prepared = Prepared {
+        tiers: Vec::new(),
+        object: None,
+        sluice: None,
+        next_object: None,
+        next_sluice: None,
+        control_plane: None,
+    };
     for tier in wanted.iter().copied().filter(|tier| *tier != Tier::Unit) {
         let readiness = if !tier::has_tests(workspace, &[tier])? {
             Readiness::Skip("it has no tests".to_owned())
@@ -74,6 +90,12 @@ pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) ->
         match Cache::open().and_then(|cache| toolchain::obtain(&cache, choice)) {
             Ok(toolchain) => {
                 prepared.object = Some(ebpf::build(workspace, &toolchain)?);
+                if prepared.is_ready(Tier::Kernel) || prepared.is_ready(Tier::Lab) {
+                    prepared.next_object = Some(ebpf::build_next(workspace, &toolchain)?);
+                }
+                if prepared.is_ready(Tier::Lab) {
+                    prepared.next_sluice = Some(agent::build_next(workspace)?);
+                }
             }
             Err(error) => prepared.skip_ready(&format!("{error:#}")),
         }
@@ -93,6 +115,10 @@ impl Prepared {
     pub(super) fn take_sluice(&mut self, artifacts: &[Artifact]) {
         self.sluice =
             artifacts.iter().filter(|artifact| artifact.is_agents()).find_map(Artifact::binary).cloned();
+    }
+
+    fn is_ready(&self, wanted: Tier) -> bool {
+        self.tiers.iter().any(|(tier, readiness)| *tier == wanted && matches!(readiness, Readiness::Ready))
     }
 
     fn has_ready(&self) -> bool {
