@@ -21,7 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::conntrack::limits::{self, Limits};
-use crate::dataplane::{Pins, Xdp, load};
+use crate::dataplane::{Layout, Pins, Xdp, load};
 use crate::devices::Rules;
 use crate::devices::own::OwnRoutes;
 use crate::devices::pattern::Patterns;
@@ -98,6 +98,8 @@ pub struct Options {
     pub invocation: Invocation,
     /// How uplinks use XDP.
     pub xdp: Xdp,
+    /// In which layout the maps are written.
+    pub layout: Layout,
     /// A folder of manifests.
     pub manifests: Option<PathBuf>,
     /// The API server, if it is to be asked.
@@ -162,7 +164,10 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         ..Status::default()
     };
     // Before anybody takes the last agent's word for this one's.
-    state.write(&status).context("cannot write the status")?;
+    let written = state.write(&status);
+    if let Err(error) = &written {
+        tracing::warn!("{error}");
+    }
     let sysctls = options.proc_sys.join(ports::SYSCTLS);
     let reserved = ports::reserve(&sysctls, &status::reserved_ports(&options.state_dir))?;
     if let Some(ports) = reserved {
@@ -170,7 +175,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     }
     set_machine(&options);
     let pins = Pins::new(&options.pin_path);
-    let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp))?;
+    let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp, options.layout))?;
     let own = OwnRoutes::new().await.context("cannot use netlink")?;
     let settings = Settings {
         host_netns: netns_cookie()
@@ -250,6 +255,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         beside: Beside::start(monitor, options.monitor, progress, &options.node, announcing),
         reload: options.reload,
         refused: None,
+        unwritten: written.is_err(),
     };
     // The sender stays here: a source that ends must not end the loop.
     let result = agent.run().await;
@@ -342,6 +348,8 @@ struct Agent {
     reload: Reload,
     /// Why changed options cannot be used.
     refused: Option<String>,
+    /// Whether the last status could not be written.
+    unwritten: bool,
 }
 
 impl Agent {
@@ -391,10 +399,10 @@ impl Agent {
                     if self.told.is_none() {
                         self.follow_cluster();
                     }
-                    dirty = self.told.is_none();
                     self.sync.log_reports();
                     self.beside.announce(&self.sync, &self.status.node);
                     self.tell();
+                    dirty = self.told.is_none() || self.unwritten;
                     continue;
                 }
             }
@@ -425,7 +433,7 @@ impl Agent {
         tracing::info!("stopping, {why}; programs and maps stay, packets flow on");
         self.status.ready = false;
         self.status.waiting_for = vec![why.to_owned()];
-        self.state.write(&self.status).context("cannot write the status")?;
+        self.write_status();
         Ok(ended)
     }
 
@@ -538,9 +546,18 @@ impl Agent {
         status.failing = self.sync.failing();
         status.problems = self.refused.iter().cloned().chain(self.beside.problems()).collect();
         status.waiting_for.extend(status.failing.clone());
-        if let Err(error) = self.state.write(status) {
-            tracing::warn!("cannot write the status: {error}");
+        self.write_status();
+    }
+
+    /// A status that cannot be written keeps nobody from anything else; it is told once.
+    fn write_status(&mut self) {
+        let result = self.state.write(&self.status);
+        match &result {
+            Err(error) if !self.unwritten => tracing::warn!("{error}"),
+            Ok(()) if self.unwritten => tracing::info!("the status can be written again"),
+            Ok(()) | Err(_) => {}
         }
+        self.unwritten = result.is_err();
     }
 }
 

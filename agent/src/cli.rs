@@ -30,7 +30,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::agent::status::{Invocation, PIN_PATH, state_dir};
 use crate::agent::{self, Ended, Options, Reload, SocketPath};
-use crate::dataplane::Xdp;
+use crate::dataplane::{Layout, Xdp};
 use crate::devices::pattern::Patterns;
 use crate::source::kubernetes;
 use conntrack::ConntrackArgs;
@@ -191,6 +191,9 @@ struct AgentArgs {
     /// Flows that are remembered, per family; two entries each [default: 131072].
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=16_777_216))]
     flows_max: Option<u32>,
+    /// In which layout of the maps flows are written: `previous` lets the version before take over without losing one.
+    #[arg(long, value_enum, default_value_t, value_name = "LAYOUT")]
+    layout: Layout,
     /// The log's form.
     #[arg(long, value_enum, default_value_t, value_name = "FORM")]
     log_format: LogFormat,
@@ -432,6 +435,7 @@ impl AgentArgs {
             socket_path: self.socket_path,
             invocation: Invocation::default(),
             xdp: self.xdp,
+            layout: self.layout,
             kubernetes: asked.then_some(kubernetes),
             proxy_name: self.proxy_name,
             manifests: self.manifests,

@@ -3,7 +3,7 @@
 #[allow(dead_code, reason = "each file of the tier uses its own part")]
 mod api_support;
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use api_support::control_plane::AGENT;
@@ -11,7 +11,7 @@ use api_support::line::Line;
 use api_support::objects::Space;
 use api_support::view::{expect, expect_problem, problem, programmed};
 use api_support::{START, cluster, wait_for};
-use sluice_lab::{Router, Serve};
+use sluice_lab::{LoadClients, LoadSize, Namespace, Router, Serve};
 
 /// How soon the agent tries again at the latest after an outage of some seconds.
 const NOTICED: Duration = Duration::from_secs(20);
@@ -115,6 +115,62 @@ fn a_watch_older_than_what_the_server_remembers_starts_over() {
     // And the watches after the new lists work.
     space.delete("services", "new-0");
     expect(&node, "compacted", &[("10.96.2.1:80", two)]);
+    cluster.plane.stop_server().expect("stopped");
+    cluster.plane.start_server(&[]).expect("the server is back");
+}
+
+#[test]
+fn under_load_the_server_is_away_and_returns_with_changes_and_no_memory() {
+    let Some(cluster) = cluster() else { return };
+    let space = Space::new(&cluster, "load");
+    let node = cluster.node("load");
+    let pods = ["web-1", "web-2", "web-3"].map(|name| node.pod(name).expect("a pod"));
+    let _servers = pods.each_ref().map(|pod| pod.serve(Serve::TcpEcho, 8080).expect("a server"));
+    let asker = node.pod("asker").expect("a pod");
+    let addresses = pods.each_ref().map(|pod| pod.ipv4().to_string());
+    let backend = |index: usize| format!("{}:8080", addresses[index]);
+    let echo = |vip: &str| SocketAddr::new(vip.parse().expect("an address"), 80);
+    space.bare_service("web", "10.96.5.1");
+    space.slice("web-a", "web", 8080, &[&addresses[0], &addresses[1]]);
+    space.bare_service("kept", "10.96.5.2");
+    space.slice("kept-a", "kept", 8080, &[&addresses[0]]);
+    for number in 0..24 {
+        space.bare_service(&format!("other-{number}"), &format!("10.96.6.{number}"));
+    }
+    let without_cache = "--watch-cache-sizes=services#0,endpointslices.discovery.k8s.io#0";
+    cluster.plane.stop_server().expect("stopped");
+    cluster.plane.start_server(&[without_cache]).expect("the server is back");
+    let mut agent = cluster.start_agent(&node, AGENT, &["--socket-path=host"]);
+    agent.wait_ready(START).expect("ready");
+    let size = LoadSize::of_this_run();
+    let vips = vec![echo("10.96.5.1"), echo("10.96.5.2")];
+    let places: [(&Namespace, _); 2] = [(&asker, vips.clone()), (&node, vips)];
+    let mut load = LoadClients::start(&places, size).expect("a load");
+
+    cluster.plane.kill_server().expect("killed");
+    expect_problem(&node, true, NOTICED);
+    std::thread::sleep(Duration::from_secs(size.seconds));
+    let _ = load.unharmed("while the server was away").expect("unharmed");
+
+    // It returns, changes at once, and has forgotten everything from before: every watch starts over with a list.
+    agent.process().signal(libc::SIGSTOP).expect("frozen");
+    cluster.plane.start_server(&[without_cache]).expect("the server is back");
+    space.delete("endpointslices", "web-a");
+    space.slice("web-b", "web", 8080, &[&addresses[1], &addresses[2]]);
+    for number in 12..24 {
+        space.delete("services", &format!("other-{number}"));
+    }
+    cluster.plane.compact().expect("etcd forgets");
+    agent.process().signal(libc::SIGCONT).expect("thawed");
+    let others: Vec<String> = (0..12).map(|number| format!("10.96.6.{number}:80")).collect();
+    let (second, third, first) = (backend(1), backend(2), backend(0));
+    let (web, kept) = ([second.as_str(), third.as_str()], [first.as_str()]);
+    let mut wanted: Vec<(&str, &[&str])> = vec![("10.96.5.1:80", &web), ("10.96.5.2:80", &kept)];
+    wanted.extend(others.iter().map(|vip| (vip.as_str(), &[] as &[&str])));
+    expect(&node, "load", &wanted);
+    println!("{:?}", load.unharmed("when the server was back").expect("unharmed"));
+    assert!(agent.log().contains("starts over"), "no watch was too old: {}", agent.log());
+    expect_problem(&node, false, NOTICED);
     cluster.plane.stop_server().expect("stopped");
     cluster.plane.start_server(&[]).expect("the server is back");
 }

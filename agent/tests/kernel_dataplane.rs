@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use sluice::dataplane::{Access, Kernel, Loaded, Maps, Pins, Xdp, load};
+use sluice::dataplane::{Access, Kernel, Layout, Loaded, Maps, Pins, Xdp, load};
 use sluice::image::{Dataplane, FamilyWrite, Image, PERMITTED, SourceKey, Write, diff};
 use sluice_common::abi::{
     Backend, Class, Name, NodeAddress, Origin, Origins, Range, Service, ServiceKey, backend, frontend,
@@ -33,7 +33,7 @@ impl Bpffs {
     fn load(&self, sizes: &[(&str, u32)]) -> Option<Loaded> {
         let mut all = BTreeMap::from([("flows_v4".to_owned(), 1024), ("flows_v6".to_owned(), 1024)]);
         all.extend(sizes.iter().map(|(map, size)| ((*map).to_owned(), *size)));
-        match load(&Pins::new(&self.0), &all, Xdp::Off) {
+        match load(&Pins::new(&self.0), &all, Xdp::Off, Layout::Current) {
             Ok(loaded) => Some(loaded),
             Err(sluice::dataplane::Error::NoObject) => {
                 println!("skipped: built without the BPF object");

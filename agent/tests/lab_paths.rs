@@ -166,6 +166,7 @@ fn unreachable(client: &Namespace, to: SocketAddr) -> Result<()> {
         | Event::Connected { .. }
         | Event::Reply(_)
         | Event::Broken { .. }
+        | Event::Load(_)
         | Event::Done { .. } => None,
     });
     match lost {

@@ -57,7 +57,7 @@ impl Outcome {
                         Self::Silence(reason.clone())
                     });
                 }
-                Event::Listening { .. } | Event::Connected { .. } | Event::Done { .. } => {}
+                Event::Listening { .. } | Event::Connected { .. } | Event::Load(_) | Event::Done { .. } => {}
             }
         }
         bail!("nothing became of a request: {events:?}")

@@ -8,8 +8,8 @@
 
 /// Version of everything in this file; part of the pin path.
 ///
-/// Maps of another version are never reused.
-pub const LAYOUT: u32 = 2;
+/// Maps of another version are never reused as they are: [`previous`] tells what becomes of those of the version before.
+pub const LAYOUT: u32 = 2 + cfg!(feature = "next-layout") as u32;
 
 /// Entries of [`ServiceKey`] -> [`Service`], per family: 16 Ki x ~64 B = 1 MiB when full.
 pub const SERVICES_MAX: u32 = 65_536;
@@ -94,6 +94,16 @@ macro_rules! abi {
     };
 }
 
+#[cfg(feature = "next-layout")]
+mod next;
+pub mod previous;
+mod tables;
+
+#[cfg(feature = "next-layout")]
+pub use next::{Affinity, Flow};
+#[cfg(not(feature = "next-layout"))]
+pub use tables::{Affinity, Flow};
+
 /// An IPv4 address in wire order. Aligned so that the kernel reads it as one word.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C, align(4))]
@@ -151,35 +161,6 @@ impl<A: Copy> Tuple<A> {
             reserved: [0; 3],
         }
     }
-}
-
-abi! {
-    /// What is done to the packets of one direction of a flow; the value of `flows` and `embryonic`.
-    ///
-    /// The entry of the other direction is at `to` reversed and leads to this entry's
-    /// key reversed: either can be made from the other.
-    pub struct Flow<A> {
-        /// Source address after translation.
-        pub source: A,
-        /// Destination address after translation.
-        pub destination: A,
-        /// Source port after translation, host order.
-        pub source_port: u16,
-        /// Destination port after translation, host order.
-        pub destination_port: u16,
-        /// Index into `backends` of the flow's family; 0: none (a direct connection that was remapped).
-        pub backend: u32,
-        /// Index into `ports`; 0: none.
-        pub service_port: u32,
-        /// When the flow was last renewed, in [`Ticks`].
-        pub seen: u32,
-        /// The backend's generation when the flow chose it.
-        pub generation: u16,
-        /// Bits of [`state`].
-        pub state: u8,
-        /// Bits of [`flow`].
-        pub flags: u8,
-    } sizes 28, 52
 }
 
 /// Time since boot in units of 2^30 ns (1.07 s): a shift instead of a division on the hot path.
@@ -590,21 +571,6 @@ abi! {
         /// The client's address.
         pub client: A,
     } sizes 8, 20
-}
-
-abi! {
-    /// Where a client has been; the value of `affinity_v4` and `affinity_v6`.
-    #[derive(Default)]
-    pub struct Affinity {
-        /// Index into `backends`.
-        pub backend: u32,
-        /// When the client opened its last flow, in [`Ticks`].
-        pub seen: u32,
-        /// The backend's generation then.
-        pub generation: u16,
-        /// How often the client came back after its affinity had run out; it wraps around.
-        pub round: u16,
-    } size 12
 }
 
 abi! {

@@ -5,6 +5,8 @@ mod count;
 mod decide;
 mod events;
 mod fib;
+#[cfg(feature = "both-layouts")]
+mod layouts;
 mod maps;
 mod record;
 mod sctp;

@@ -18,6 +18,12 @@ pub struct AgentOptions {
     pub kubeconfig: Option<PathBuf>,
     /// Further arguments of `sluice agent`.
     pub args: Vec<String>,
+    /// Another program than the `sluice` under test: an older or newer one.
+    pub program: Option<PathBuf>,
+    /// What it calls the node; the node's name if not given.
+    pub node_name: Option<String>,
+    /// Further variables of its environment.
+    pub environment: Vec<(String, String)>,
 }
 
 /// An agent of a node. Dropping this kills it with SIGKILL, which leaves its programs and maps in the kernel until the lab ends.
@@ -83,7 +89,8 @@ impl Node {
     /// # Errors
     /// If the binary is not found.
     pub fn sluice_command(&self, args: &[&str]) -> Result<Command> {
-        let mut command = self.command(sluice_path()?);
+        let program = self.program().clone();
+        let mut command = self.command(program.map_or_else(sluice_path, Ok)?);
         let _ = command.args(args).arg("--pin-path").arg(self.pin_path());
         Ok(command)
     }
@@ -97,11 +104,14 @@ impl Node {
 }
 
 fn start(node: &Node, options: &AgentOptions) -> Result<Running> {
-    let mut command = node.command(sluice_path()?);
+    node.program().clone_from(&options.program);
+    let program = options.program.clone().map_or_else(sluice_path, Ok)?;
+    let mut command = node.command(program);
     let _ = command
+        .envs(options.environment.iter().cloned())
         .arg("agent")
         .arg("--node-name")
-        .arg(node.name())
+        .arg(options.node_name.as_deref().unwrap_or(node.name()))
         .arg("--pin-path")
         .arg(node.pin_path())
         .arg("--cgroup")
@@ -149,6 +159,11 @@ impl AgentProcess {
             }
             sleep(Duration::from_millis(20));
         }
+    }
+
+    /// What it is started with the next time.
+    pub fn options(&mut self) -> &mut AgentOptions {
+        &mut self.options
     }
 
     /// The agent's process.

@@ -33,6 +33,62 @@ impl Reply {
     }
 }
 
+/// What became of a load so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Load {
+    /// Connections that stay and are open now.
+    pub held: u64,
+    /// Requests over them that were answered.
+    pub answered: u64,
+    /// New connections tried.
+    pub tried: u64,
+    /// New connections that were answered.
+    pub opened: u64,
+    /// Connections that were refused.
+    pub refused: u64,
+    /// Connections that were reset, or that the server ended.
+    pub reset: u64,
+    /// Connections or requests without an answer in time.
+    pub lost: u64,
+    /// Answers that were not to the request, or of another server.
+    pub wrong: u64,
+    /// Other failures, those of the client's own machine among them.
+    pub other: u64,
+    /// What was answered after more than 0.9 seconds: TCP had to send a packet again.
+    pub slow: u64,
+    /// The slowest answer, in milliseconds.
+    pub worst_ms: u64,
+    /// The first failures in words.
+    pub told: Vec<String>,
+}
+
+impl Load {
+    /// How much failed.
+    pub fn failures(&self) -> u64 {
+        self.refused + self.reset + self.lost + self.wrong + self.other
+    }
+
+    /// Adds what became of another part of the load.
+    pub fn add(&mut self, more: Self) {
+        for (sum, more) in [
+            (&mut self.held, more.held),
+            (&mut self.answered, more.answered),
+            (&mut self.tried, more.tried),
+            (&mut self.opened, more.opened),
+            (&mut self.refused, more.refused),
+            (&mut self.reset, more.reset),
+            (&mut self.lost, more.lost),
+            (&mut self.wrong, more.wrong),
+            (&mut self.other, more.other),
+            (&mut self.slow, more.slow),
+        ] {
+            *sum += more;
+        }
+        self.worst_ms = self.worst_ms.max(more.worst_ms);
+        self.told.extend(more.told);
+    }
+}
+
 /// One line of a server's or client's output.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
@@ -51,6 +107,8 @@ pub enum Event {
     },
     /// A client has an answer.
     Reply(Reply),
+    /// What became of a load so far.
+    Load(Load),
     /// A request got no answer; the client goes on.
     Lost {
         /// The request's number.

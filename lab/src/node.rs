@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 
@@ -80,6 +80,8 @@ struct Inner {
     mtu: u32,
     next_pod: AtomicU8,
     relay: Mutex<Option<Running>>,
+    /// The `sluice` that its last agent was started from, where that is not the one under test.
+    program: Mutex<Option<PathBuf>>,
 }
 
 impl Node {
@@ -135,6 +137,7 @@ impl Node {
             mtu,
             next_pod: AtomicU8::new(10),
             relay: Mutex::new(None),
+            program: Mutex::new(None),
         };
         let this = Self { inner: Arc::new(inner) };
         let uplink = this.uplink();
@@ -208,6 +211,10 @@ impl Node {
     /// The node's own bpffs, where its agent pins.
     pub fn bpffs(&self) -> PathBuf {
         self.state_directory().join("bpf")
+    }
+
+    pub(crate) fn program(&self) -> MutexGuard<'_, Option<PathBuf>> {
+        self.inner.program.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A directory for files of the node, removed with the lab.

@@ -148,7 +148,7 @@ impl Namespace {
                         self.name()
                     )
                 }
-                Event::Listening { .. } | Event::Connected { .. } | Event::Done { .. } => {}
+                Event::Listening { .. } | Event::Connected { .. } | Event::Load(_) | Event::Done { .. } => {}
             }
         }
         Ok(replies)

@@ -11,13 +11,30 @@ use crate::artifacts;
 use crate::process::Cmd;
 use crate::ui::bytes;
 use crate::version::Rustc;
-use crate::workspace::Workspace;
+use crate::workspace::{OBJECT_ENV, Workspace};
 
 /// Builds it for tests and the demo. What packets meet is the eBPF object,
 /// which is optimised in any case, so the profile that is quick to build does.
 pub(crate) fn build_dev(workspace: &Workspace) -> Result<PathBuf> {
     artifacts::build_binary(workspace.cargo().args(["build", "--package", "sluice", "--bin", "sluice"]))
         .context("cannot build the agent")
+}
+
+/// Builds the agent of the layout that tests upgrade to, beside the one under test, whose dependencies it shares.
+pub(crate) fn build_next(workspace: &Workspace) -> Result<PathBuf> {
+    let built = artifacts::build_binary(workspace.cargo().env(OBJECT_ENV, workspace.next_object()).args([
+        "build",
+        "--workspace",
+        "--bin",
+        "sluice",
+        "--features",
+        "sluice/next-layout",
+    ]))
+    .context("cannot build the agent of the next layout")?;
+    // Cargo puts the agent under test in its place.
+    let next = built.with_file_name("sluice-next");
+    let _ = fs::copy(&built, &next).with_context(|| format!("cannot write {}", next.display()))?;
+    Ok(next)
 }
 
 /// Builds it for use: optimised, and one static file that runs on any

@@ -19,18 +19,33 @@ const RUSTFLAGS: &str = "-C debuginfo=2 -C link-arg=--btf";
 /// content changes, so that the agent that embeds it is not built again.
 pub(crate) fn build(workspace: &Workspace, toolchain: &Toolchain) -> Result<PathBuf> {
     eprintln!("eBPF object: {toolchain}");
+    build_as(workspace, toolchain, &[], workspace.object())
+}
+
+/// Builds the object of the layout that tests upgrade to, which knows the current one as its previous.
+pub(crate) fn build_next(workspace: &Workspace, toolchain: &Toolchain) -> Result<PathBuf> {
+    eprintln!("eBPF object of the next layout: {toolchain}");
+    build_as(workspace, toolchain, &["--features", "next-layout"], workspace.next_object())
+}
+
+fn build_as(
+    workspace: &Workspace,
+    toolchain: &Toolchain,
+    features: &[&str],
+    object: PathBuf,
+) -> Result<PathBuf> {
     let linked = artifacts::build_binary(
         toolchain
             .cargo_build(workspace)
             .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_RUSTFLAGS", RUSTFLAGS)
             .args(["--package", "sluice-ebpf", "--profile", "bpf"])
+            .args(features)
             .args(["--target", "bpfel-unknown-none", "--target-dir"])
             .arg(workspace.bpf_target_dir()),
     )
     .context("cannot build the eBPF object")?;
     let unstripped = fs::read(&linked).with_context(|| format!("cannot read {}", linked.display()))?;
     let stripped = strip(&unstripped).with_context(|| format!("cannot strip {}", linked.display()))?;
-    let object = workspace.object();
     if fs::read(&object).ok().as_deref() != Some(&stripped) {
         replace(&object, &stripped)?;
     }

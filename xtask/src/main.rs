@@ -98,6 +98,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let toolchain = toolchain::obtain(&Cache::open()?, cli.toolchain)?;
             let object = ebpf::build(&workspace, &toolchain)?;
             measure::report(&workspace, &object)?;
+            let next = ebpf::build_next(&workspace, &toolchain)?;
+            measure::report_rounds(&workspace, &next)?;
         }
         Command::Build => {
             let toolchain = toolchain::obtain(&Cache::open()?, cli.toolchain)?;

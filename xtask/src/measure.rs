@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use aya::programs::{Program, ProgramError};
 use aya::{Btf, Ebpf, EbpfLoader};
+use sluice_common::abi::previous::{self, Round};
 
 use crate::budget::Budget;
 use crate::packages;
@@ -30,12 +31,28 @@ struct Weight {
 /// # Errors
 /// When a program does not load or is over its budget.
 pub(crate) fn report(workspace: &Workspace, object: &Path) -> Result<()> {
+    report_round(workspace, object, None)
+}
+
+/// The same for every round in which programs read two layouts, of an object that has them.
+///
+/// # Errors
+/// As [`report`].
+pub(crate) fn report_rounds(workspace: &Workspace, object: &Path) -> Result<()> {
+    for round in [Round::Settled, Round::WritesPrevious, Round::WritesCurrent] {
+        println!("next layout, {round:?}:");
+        report_round(workspace, object, Some(round))?;
+    }
+    Ok(())
+}
+
+fn report_round(workspace: &Workspace, object: &Path, round: Option<Round>) -> Result<()> {
     if !packages::is_root() {
         eprintln!("programs: not weighed, which takes root");
         return Ok(());
     }
     let budget = Budget::read(workspace)?;
-    let mut ebpf = match load_maps(object) {
+    let mut ebpf = match load_maps(object, round) {
         Ok(ebpf) => ebpf,
         Err(error) if is_forbidden(&error) => {
             eprintln!("programs: not weighed, the kernel refuses bpf() here: {error:#}");
@@ -64,8 +81,13 @@ pub(crate) fn report(workspace: &Workspace, object: &Path) -> Result<()> {
     Ok(())
 }
 
-fn load_maps(object: &Path) -> Result<Ebpf> {
-    EbpfLoader::new()
+fn load_maps(object: &Path, round: Option<Round>) -> Result<Ebpf> {
+    let round = round.map(|round| round as u32);
+    let mut loader = EbpfLoader::new();
+    if let Some(round) = &round {
+        let _ = loader.override_global(previous::ROUND, round, true);
+    }
+    loader
         // No map of ours asks to be pinned by name. Should one do so, this
         // makes it an error instead of a file in the system's bpffs.
         .default_map_pin_directory("/dev/null")

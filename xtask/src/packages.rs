@@ -42,6 +42,7 @@ pub(crate) const LAB: &[Tool] = &[
     tool("dig", "bind9-dnsutils"),
     tool("iperf3", "iperf3"),
     tool("nginx", "nginx"),
+    tool("faketime", "faketime"),
 ];
 
 /// For an agent against a real API server.

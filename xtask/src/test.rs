@@ -21,6 +21,7 @@ mod e2e;
 mod libtest;
 mod overlays;
 mod prepare;
+mod rollout;
 mod run;
 mod tier;
 
@@ -74,6 +75,8 @@ enum Suite {
     E2e(e2e::Options),
     /// Bring up a cluster for every way to deploy Sluice, and ask Services of every kind from everywhere.
     Overlays(overlays::Options),
+    /// Update Sluice's DaemonSet on a real cluster under load: no connection may be lost or refused.
+    Rollout(rollout::Options),
 }
 
 impl Options {
@@ -90,6 +93,9 @@ pub(crate) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> E
         Some(Suite::E2e(options)) => e2e::run(workspace, choice, options).map(|counts| total = counts),
         Some(Suite::Overlays(options)) => {
             overlays::run(workspace, choice, options).map(|counts| total = counts)
+        }
+        Some(Suite::Rollout(options)) => {
+            rollout::run(workspace, choice, options).map(|counts| total = counts)
         }
         None => run_tiers(workspace, choice, options, &mut total),
     };
@@ -159,11 +165,14 @@ fn weigh(workspace: &Workspace, tier: Tier, prepared: &Prepared) -> Counts {
     let mut counts = Counts::default();
     if let (Tier::Kernel, Some(object)) = (tier, prepared.object()) {
         println!("\n== {tier}: verifier");
-        match measure::report(workspace, object) {
-            Ok(()) => counts.passed += 1,
-            Err(error) => {
-                eprintln!("error: {error:#}");
-                counts.failed += 1;
+        let rounds = prepared.next_object().map(|object| measure::report_rounds(workspace, object));
+        for result in [Some(measure::report(workspace, object)), rounds].into_iter().flatten() {
+            match result {
+                Ok(()) => counts.passed += 1,
+                Err(error) => {
+                    eprintln!("error: {error:#}");
+                    counts.failed += 1;
+                }
             }
         }
     }

@@ -44,6 +44,11 @@ impl Workspace {
         self.bpf_target_dir().join("sluice.o")
     }
 
+    /// The finished eBPF object of the layout that tests upgrade to.
+    pub(crate) fn next_object(&self) -> PathBuf {
+        self.bpf_target_dir().join("sluice-next.o")
+    }
+
     /// Cargo for the host, in the workspace's root, with the eBPF object for
     /// the agent to embed if it has been built.
     pub(crate) fn cargo(&self) -> Cmd {

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sluice_common::abi;
+use sluice_common::abi::{self, previous::Round};
 use tokio::sync::watch;
 
 use super::status::{DeviceStatus, SocketPathStatus};
@@ -108,6 +108,7 @@ pub struct Keeper {
 struct KeptDevice {
     device: Device,
     attached: Attached,
+    round: Round,
 }
 
 impl Keeper {
@@ -184,8 +185,17 @@ impl Keeper {
         let failed = self.devices.values().any(|kept| !kept.attached.errors.is_empty());
         let mut complete = self.surveyed && problem.is_none() && !failed && self.cgroup_attached;
         if complete && !self.committed {
-            match self.hooks.commit() {
-                Ok(()) => self.committed = true,
+            match self
+                .hooks
+                .next_round()
+                .and_then(|more| if more { Ok(true) } else { self.hooks.commit().map(|()| false) })
+            {
+                Ok(true) => {
+                    // At once: a round lasts as long as its slowest device.
+                    self.cgroup_attached = false;
+                    return self.pass(watched);
+                }
+                Ok(false) => self.committed = true,
                 Err(error) => {
                     complete = false;
                     problem = Some(error.to_string());
@@ -212,7 +222,9 @@ impl Keeper {
             let before = self.devices.get(&device.index);
             let told = before.is_some_and(|before| before.device.entry == device.entry);
             let healthy = before.is_some_and(|before| {
-                before.attached.errors.is_empty() && link(&before.device) == link(device)
+                before.attached.errors.is_empty()
+                    && link(&before.device) == link(device)
+                    && before.round == self.hooks.round()
             });
             // The programs read the entry from their first packet on.
             if !(told && healthy) {
@@ -234,7 +246,10 @@ impl Keeper {
                     "attached"
                 );
             }
-            let _ = self.devices.insert(device.index, KeptDevice { device: device.clone(), attached });
+            let _ = self.devices.insert(
+                device.index,
+                KeptDevice { device: device.clone(), attached, round: self.hooks.round() },
+            );
         }
         Ok(())
     }
@@ -261,7 +276,7 @@ fn target(device: &Device) -> Target {
 }
 
 fn status(kept: &KeptDevice) -> DeviceStatus {
-    let KeptDevice { device, attached } = kept;
+    let KeptDevice { device, attached, .. } = kept;
     DeviceStatus {
         index: device.index,
         name: device.name.clone(),

@@ -243,19 +243,34 @@ impl StateDir {
         Ok(Self { path: path.to_owned(), _lock: lock })
     }
 
-    /// Writes the status for readers to find: all of it or nothing.
+    /// Writes the status for readers to find: all of it or nothing. One that cannot be written is none: what an agent said
+    /// long ago would be taken for what is so now.
     ///
     /// # Errors
     ///
     /// When the file cannot be written.
     pub fn write(&self, status: &Status) -> io::Result<()> {
         let (new, path) = (self.path.join("status.json.new"), self.path.join("status.json"));
-        // Somebody may have cleaned up /run below a running agent.
-        fs::create_dir_all(&self.path)?;
-        let mut file = File::create(&new)?;
-        file.write_all(serde_json::to_string_pretty(status)?.as_bytes())?;
-        file.write_all(b"\n")?;
-        fs::rename(new, path)
+        let write = || {
+            // Somebody may have cleaned up /run below a running agent.
+            fs::create_dir_all(&self.path)?;
+            let mut file = File::create(&new)?;
+            file.write_all(serde_json::to_string_pretty(status)?.as_bytes())?;
+            file.write_all(b"\n")?;
+            fs::rename(&new, &path)
+        };
+        let Err(_) = write() else { return Ok(()) };
+        // On a full disk there may be room for one of the two.
+        let _ = fs::remove_file(&new);
+        let _ = fs::remove_file(&path);
+        write().map_err(|error| {
+            let _ = fs::remove_file(&new);
+            let why = format!(
+                "cannot write the status to {}, so `sluice status` knows nothing of this agent: {error}; make room, or give another --state-dir",
+                path.display()
+            );
+            io::Error::new(error.kind(), why)
+        })
     }
 }
 

@@ -396,14 +396,30 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) }.map(drop)
     }
 
-    /// Removes one element; one that is not there is no error.
-    pub(crate) fn remove(&self, key: &K) -> io::Result<()> {
+    /// Writes one element unless its key is there; returns whether it was written.
+    pub(crate) fn insert_new(&self, key: &K, value: &V) -> io::Result<bool> {
+        const NOEXIST: u64 = 1;
+        let mut attr = ElementAttr { flags: NOEXIST, ..self.element(key, std::ptr::from_ref(value) as u64) };
+        // SAFETY: key and value are live and of the map's sizes (compared in `new`).
+        match unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) } {
+            Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
+            result => Ok(result.is_ok()),
+        }
+    }
+
+    /// Removes one element; returns whether it was there.
+    pub(crate) fn take(&self, key: &K) -> io::Result<bool> {
         let mut attr = self.element(key, 0);
         // SAFETY: the key is live and of the map's size (compared in `new`).
         match unsafe { bpf(MAP_DELETE_ELEM, &mut attr) } {
             Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
-            Ok(_) | Err(_) => Ok(()),
+            result => Ok(result.is_ok()),
         }
+    }
+
+    /// Removes one element; one that is not there is no error.
+    pub(crate) fn remove(&self, key: &K) -> io::Result<()> {
+        self.take(key).map(drop)
     }
 
     fn batch(&self, command: libc::c_long, attr: &mut BatchAttr) -> io::Result<()> {

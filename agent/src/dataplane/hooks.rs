@@ -14,10 +14,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sluice_common::abi::Device;
+use sluice_common::abi::previous::Round;
 
 use super::bpf::{self, Table};
 use super::clsact::{self, Direction};
 use super::error::Error;
+use super::layouts::Rounds;
 use super::load::Programs;
 use super::pins::Pins;
 
@@ -115,6 +117,7 @@ pub struct Attached {
 #[derive(Debug)]
 pub struct Hooks {
     programs: Programs,
+    rounds: Rounds,
     devices: Table<u32, Device>,
     pins: Pins,
     xdp: Xdp,
@@ -125,8 +128,32 @@ pub struct Hooks {
 impl Hooks {
     /// Takes the loaded programs; nothing is attached yet.
     #[must_use]
-    pub(super) fn new(programs: Programs, devices: Table<u32, Device>, pins: Pins, xdp: Xdp) -> Self {
-        Self { programs, devices, pins, xdp, tcx: None }
+    pub(super) fn new(
+        programs: Programs,
+        rounds: Rounds,
+        devices: Table<u32, Device>,
+        pins: Pins,
+        xdp: Xdp,
+    ) -> Self {
+        Self { programs, rounds, devices, pins, xdp, tcx: None }
+    }
+
+    /// Which round of a change of layout the programs are of: one that was attached in another has to be attached again.
+    #[must_use]
+    pub fn round(&self) -> Round {
+        self.rounds.round()
+    }
+
+    /// To be called when every device and the cgroup have the programs of this round: true when there are others to be
+    /// attached.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses them; those of this round go on.
+    pub fn next_round(&mut self) -> Result<bool, Error> {
+        let Some(programs) = self.rounds.next()? else { return Ok(false) };
+        self.programs = programs;
+        Ok(true)
     }
 
     /// Attaches the programs to a device, or puts them in the place of an earlier agent's.
@@ -321,7 +348,7 @@ impl Hooks {
     ///
     /// When the BPF file system refuses.
     pub fn commit(&self) -> Result<(), Error> {
-        self.pins.commit()
+        self.rounds.commit()
     }
 
     /// Puts a program in the place of the one that a pinned link holds, if that link still leads

@@ -12,7 +12,7 @@ use sluice_common::{Family, V4, V6};
 use super::bpf::Array;
 use super::error::Error;
 use super::maps::{Maps, TrieKey};
-use super::read::{FlowEntry, flows};
+use super::read::{FlowEntry, flows, previous_flows};
 use crate::image::{
     ApplyError, Dataplane, FamilyImage, FamilyWrite, Image, PERMITTED, ReadError, SourceKey, Stack, Write,
 };
@@ -141,7 +141,13 @@ macro_rules! kernel_stack {
             }
 
             fn flows(maps: &Maps) -> Result<Vec<FlowEntry<Self::Address>>, Error> {
-                flows(&maps.$field.flows, &maps.$field.embryonic)
+                let maps = &maps.$field;
+                let mut found = flows(&maps.flows, &maps.embryonic)?;
+                if let Some([flows, embryonic]) = &maps.previous {
+                    found.extend(previous_flows(flows, false)?);
+                    found.extend(previous_flows(embryonic, true)?);
+                }
+                Ok(found)
             }
 
             fn affinity(maps: &Maps) -> Result<Vec<Visit<Self>>, Error> {

@@ -2,16 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader};
+use sluice_common::abi::previous::{self, Round};
 
 use super::error::{Error, hint};
 use super::hooks::{Hooks, Xdp};
 use super::kernel::Kernel;
+use super::layouts::{Layout, Rounds, old_name};
 use super::maps::{self, Access, Maps};
-use super::object;
+use super::object::{self, Spec};
 use super::pins::{Found, Pins, is_kept};
 use crate::image::{Dataplane, Image, diff};
 
@@ -34,6 +36,50 @@ impl Programs {
     }
 }
 
+/// Loads programs whose maps are pinned.
+#[derive(Debug)]
+pub(super) struct Loader {
+    object: &'static [u8],
+    pub(super) folder: PathBuf,
+    specs: BTreeMap<String, Spec>,
+    sizes: BTreeMap<String, u32>,
+}
+
+impl Loader {
+    /// The maps of this layout.
+    pub(super) fn specs(&self) -> &BTreeMap<String, Spec> {
+        &self.specs
+    }
+
+    /// Where the maps are pinned.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Loads every program, with the maps of the previous layout from the folder `before`.
+    ///
+    /// # Errors
+    ///
+    /// When a map or a program is refused: nothing is attached so far.
+    pub(super) fn programs(&self, round: Round, before: Option<&Path>) -> Result<Programs, Error> {
+        let mut pins: BTreeMap<String, PathBuf> =
+            self.specs.keys().map(|name| (name.clone(), self.folder.join(name))).collect();
+        if let Some(before) = before {
+            pins.extend(previous::CHANGED.iter().map(|name| (old_name(name), before.join(name))));
+        }
+        let mut sizes = self.sizes.clone();
+        if before.is_some() {
+            let same = self.sizes.iter().filter(|(name, _)| previous::CHANGED.contains(&name.as_str()));
+            sizes.extend(same.map(|(name, size)| (old_name(name), *size)));
+        }
+        let mut ebpf = load_object(self.object, &pins, &sizes, round)?;
+        for (name, program) in ebpf.programs_mut() {
+            verify(name, program)?;
+        }
+        Ok(Programs { ebpf })
+    }
+}
+
 /// What loading gives.
 #[derive(Debug)]
 pub struct Loaded {
@@ -52,12 +98,14 @@ pub struct Loaded {
 /// # Errors
 ///
 /// When the object, the BPF file system, a map or a program is refused.
-pub fn load(pins: &Pins, sizes: &BTreeMap<String, u32>, xdp: Xdp) -> Result<Loaded, Error> {
+pub fn load(pins: &Pins, sizes: &BTreeMap<String, u32>, xdp: Xdp, layout: Layout) -> Result<Loaded, Error> {
     let object = object::bytes()?;
     let specs = object::specs(object, sizes)?;
     lift_memlock();
     pins.prepare()?;
-    let found = pins.compare(&specs)?;
+    let loader = Loader { object, folder: pins.maps(), specs, sizes: sizes.clone() };
+    let mut rounds = Rounds::begin(loader, pins, layout, &object::previous_specs(object)?)?;
+    let found = pins.compare(rounds.loader().specs())?;
     let folder = match &found {
         Found::Nothing | Found::Fitting => {
             let folder = pins.maps();
@@ -72,13 +120,11 @@ pub fn load(pins: &Pins, sizes: &BTreeMap<String, u32>, xdp: Xdp) -> Result<Load
                     "a pinned map does not fit this version and is replaced"
                 );
             }
-            pins.stage(&specs, maps)?
+            pins.stage(rounds.loader().specs(), maps)?
         }
     };
-    let mut ebpf = load_object(object, &folder, specs.keys(), sizes)?;
-    for (name, program) in ebpf.programs_mut() {
-        verify(name, program)?;
-    }
+    rounds.loader_mut().folder.clone_from(&folder);
+    let programs = rounds.programs()?;
     let mut kernel = Kernel::new(Maps::open(&folder, Access::Write)?);
     let filled = match found {
         Found::Nothing => false,
@@ -86,20 +132,30 @@ pub fn load(pins: &Pins, sizes: &BTreeMap<String, u32>, xdp: Xdp) -> Result<Load
         Found::Differing(maps) => migrate(&pins.maps(), &mut kernel, &maps),
     };
     let devices = maps::table(&folder, "devices")?;
-    let hooks = Hooks::new(Programs { ebpf }, devices, pins.clone(), xdp);
+    let hooks = Hooks::new(programs, rounds, devices, pins.clone(), xdp);
     Ok(Loaded { kernel, hooks, filled })
 }
 
-/// Loads the object's maps; those that are named are pinned in the folder.
-pub(super) fn load_object<'a>(
+/// Loads the object's maps; those that are named are pinned there.
+pub(super) fn load_object(
     object: &[u8],
-    folder: &Path,
-    maps: impl Iterator<Item = &'a String>,
+    pins: &BTreeMap<String, PathBuf>,
     sizes: &BTreeMap<String, u32>,
+    round: Round,
 ) -> Result<Ebpf, Error> {
     let mut loader = EbpfLoader::new();
-    for map in maps {
-        let _ = loader.map_pin_path(map, folder.join(map));
+    let number = round as u32;
+    if previous::LAYOUT.is_some() {
+        let _ = loader.override_global(previous::ROUND, &number, true);
+    }
+    for (map, path) in pins {
+        let _ = loader.map_pin_path(map, path);
+    }
+    // Nobody asks them in this round; the object has them all the same.
+    let idle: Vec<String> =
+        previous::CHANGED.iter().map(|map| old_name(map)).filter(|map| !pins.contains_key(map)).collect();
+    for map in &idle {
+        let _ = loader.map_max_entries(map, 1);
     }
     for (map, size) in sizes {
         let _ = loader.map_max_entries(map, *size);

@@ -7,12 +7,13 @@ use std::path::Path;
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, BackendCounters, Device, Flow, Ipv4Address, Ipv6Address, Name, Networks,
     NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, Service, ServiceKey,
-    ServicePort, Settings, SlotBlock, SocketCounters, SocketKey, SocketPeer, SourceRange, Tuple,
+    ServicePort, Settings, SlotBlock, SocketCounters, SocketKey, SocketPeer, SourceRange, Tuple, previous,
 };
 use sluice_common::{Family, V4, V6};
 
 use super::bpf::{self, Array, Table};
 use super::error::Error;
+use super::layouts;
 
 /// A key of a source-range trie as bpf(2) takes it.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +41,9 @@ pub enum Access {
     Read,
 }
 
+/// Flows as the previous layout has them.
+pub(crate) type PreviousTable<A> = Table<Tuple<A>, previous::Flow<A>>;
+
 /// The maps of one family.
 #[derive(Debug)]
 pub struct FamilyMaps<F: Family> {
@@ -53,6 +57,8 @@ pub struct FamilyMaps<F: Family> {
     pub(crate) source_ranges: Table<TrieKey<F::Address>, u32>,
     pub(crate) node_addresses: Table<F::Address, NodeAddress>,
     pub(crate) networks: Table<u32, Networks<F::Address>>,
+    /// `flows` and `embryonic` in the previous layout, while it is in use.
+    pub(crate) previous: Option<[PreviousTable<F::Address>; 2]>,
 }
 
 /// Every map that is pinned in one folder.
@@ -102,6 +108,11 @@ macro_rules! family {
                 source_ranges: table(folder, concat!("source_ranges_", $suffix))?,
                 node_addresses: table(folder, concat!("node_addresses_", $suffix))?,
                 networks: table(folder, concat!("networks_", $suffix))?,
+                previous: layouts::beside(folder).and_then(|before| {
+                    let tables = [concat!("flows_", $suffix), concat!("embryonic_", $suffix)];
+                    let [flows, embryonic] = tables.map(|name| table(&before, name).ok());
+                    Some([flows?, embryonic?])
+                }),
             })
         }
     };

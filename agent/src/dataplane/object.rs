@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use sluice_common::abi::previous;
+
 use super::bpf::MapInfo;
 use super::error::Error;
 
@@ -80,7 +82,27 @@ pub(super) fn specs(object: &[u8], sizes: &BTreeMap<String, u32>) -> Result<BTre
         (name.clone(), spec)
     });
     // Global data has maps of its own (".rodata"), which belong to one load and are not pinned.
-    Ok(specs.filter(|(name, _)| !name.starts_with('.')).collect())
+    Ok(specs.filter(|(name, _)| !name.starts_with('.') && !name.starts_with(previous::PREFIX)).collect())
+}
+
+/// Every map that the object has in the previous layout too, by the name that it has in that one.
+///
+/// # Errors
+///
+/// When the object cannot be read.
+pub(super) fn previous_specs(object: &[u8]) -> Result<BTreeMap<String, Spec>, Error> {
+    let object = aya_obj::Object::parse(object).map_err(|error| Error::Object(error.to_string()))?;
+    let specs = object.maps.iter().filter_map(|(name, map)| {
+        let spec = Spec {
+            kind: map.map_type(),
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            max_entries: map.max_entries(),
+            flags: map.map_flags(),
+        };
+        Some((name.strip_prefix(previous::PREFIX)?.to_owned(), spec))
+    });
+    Ok(specs.collect())
 }
 
 #[cfg(test)]

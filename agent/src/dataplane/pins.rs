@@ -6,6 +6,9 @@
 //! <pin path>/v<LAYOUT>/links/<link>     what keeps the programs attached without an agent
 //! ```
 //!
+//! Beside them, while a change of layout is under way, `v<the previous LAYOUT>/maps`, which the previous version made or is
+//! to take over; most of its maps are the same as this one's, pinned twice.
+//!
 //! Names have no dots: the BPF file system reserves them.
 
 use std::collections::BTreeMap;
@@ -16,7 +19,7 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use sluice_common::abi::LAYOUT;
+use sluice_common::abi::{LAYOUT, previous};
 
 use super::bpf;
 use super::error::Error;
@@ -83,6 +86,15 @@ fn remove_folder(path: &Path) -> io::Result<()> {
         }
     }
     fs::remove_dir(path)
+}
+
+fn pin_again(from: &Path, to: &Path) -> Result<(), Error> {
+    let fd = match bpf::object_get(from) {
+        Ok(fd) => fd,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(cause) => return Err(Error::pin("open the pinned map", from, cause)),
+    };
+    bpf::object_pin(fd.as_fd(), to).map_err(|cause| Error::pin("pin", to, cause))
 }
 
 fn create(path: &Path) -> Result<(), Error> {
@@ -163,6 +175,111 @@ impl Pins {
         self.settle().map_err(|cause| Error::pin("tidy up", self.version(), cause))
     }
 
+    fn previous(&self) -> Option<PathBuf> {
+        previous::LAYOUT.map(|layout| self.root.join(format!("v{layout}")))
+    }
+
+    /// The maps of the previous layout, where some are in use.
+    pub(super) fn previous_maps(&self) -> Option<PathBuf> {
+        self.previous().map(|folder| folder.join("maps")).filter(|folder| folder.exists())
+    }
+
+    /// Maps of the previous layout that are to be given to the previous version.
+    pub(super) fn previous_maps_new(&self) -> Option<PathBuf> {
+        self.previous().map(|folder| folder.join("maps_new")).filter(|folder| folder.exists())
+    }
+
+    /// Takes those maps of the previous layout that this one has unchanged; false where there are none, or some do not fit
+    /// this version: then it starts with maps of its own.
+    ///
+    /// # Errors
+    ///
+    /// When a pin cannot be opened or made.
+    pub(super) fn share_previous(
+        &self,
+        specs: &BTreeMap<String, Spec>,
+        old: &BTreeMap<String, Spec>,
+    ) -> Result<bool, Error> {
+        let Some(from) = self.previous_maps() else { return Ok(false) };
+        let to = self.maps();
+        let info = |path: &Path| -> Result<Option<bpf::MapInfo>, Error> {
+            match bpf::object_get(path).and_then(|fd| bpf::map_info(fd.as_fd())) {
+                Ok(info) => Ok(Some(info)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                Err(cause) => Err(Error::pin("inspect the pinned map", path, cause)),
+            }
+        };
+        let mut shared = Vec::new();
+        for (name, spec) in specs {
+            let Some(found) = info(&from.join(name))? else { continue };
+            let own = info(&to.join(name))?;
+            let id = found.id;
+            let misfit = if previous::CHANGED.contains(&name.as_str()) {
+                let wanted = old.get(name).map(|wanted| Spec { max_entries: found.max_entries, ..*wanted });
+                wanted.map_or(Some("it is unknown".to_owned()), |wanted| difference(&wanted, &found.into()))
+            } else if own.as_ref().is_some_and(|own| own.id != id) {
+                Some("another one has taken its place".to_owned())
+            } else {
+                shared.extend(own.is_none().then_some(name));
+                difference(spec, &found.into())
+            };
+            if let Some(misfit) = misfit {
+                tracing::warn!(
+                    map = name,
+                    misfit,
+                    "a map of the previous layout does not fit: its flows are not taken over"
+                );
+                return Ok(false);
+            }
+        }
+        create(&to)?;
+        for name in shared {
+            pin_again(&from.join(name), &to.join(name))?;
+        }
+        Ok(true)
+    }
+
+    /// Makes an empty folder for maps of the previous layout.
+    ///
+    /// # Errors
+    ///
+    /// When the BPF file system refuses.
+    pub(super) fn prepare_previous(&self) -> Result<(), Error> {
+        let Some(folder) = self.previous().map(|folder| folder.join("maps_new")) else { return Ok(()) };
+        remove_folder(&folder).map_err(|cause| Error::pin("remove", &folder, cause))?;
+        create(&folder)
+    }
+
+    /// Adds the maps that both layouts share, and puts the folder where the previous version looks for it.
+    ///
+    /// # Errors
+    ///
+    /// When the BPF file system refuses; calling again is safe.
+    pub(super) fn offer_previous(&self, specs: &BTreeMap<String, Spec>) -> Result<(), Error> {
+        let Some(new) = self.previous_maps_new() else { return Ok(()) };
+        let from = self.maps();
+        for name in specs.keys().filter(|name| !previous::CHANGED.contains(&name.as_str())) {
+            if !new.join(name).exists() {
+                pin_again(&from.join(name), &new.join(name))?;
+            }
+        }
+        let place = new.with_file_name("maps");
+        fs::rename(&new, &place).map_err(|cause| Error::pin("rename", &new, cause))
+    }
+
+    /// Puts the maps of the previous layout out of use.
+    ///
+    /// # Errors
+    ///
+    /// When the BPF file system refuses.
+    pub(super) fn retire_previous(&self) -> Result<(), Error> {
+        let Some(maps) = self.previous_maps() else { return Ok(()) };
+        let retired = maps.with_file_name("maps_old");
+        remove_folder(&retired)
+            .and_then(|()| fs::rename(&maps, &retired))
+            .map_err(|cause| Error::pin("rename", &maps, cause))
+    }
+
     /// Completes or undoes what an agent that was killed in the middle has left.
     fn settle(&self) -> io::Result<()> {
         let (maps, new, old) = (self.maps(), self.maps_new(), self.version().join("maps_old"));
@@ -212,24 +329,18 @@ impl Pins {
         let (from, to) = (self.maps(), self.maps_new());
         create(&to)?;
         for name in specs.keys().filter(|name| is_kept(name, differing)) {
-            let fd = match bpf::object_get(&from.join(name)) {
-                Ok(fd) => fd,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(cause) => return Err(Error::pin("open the pinned map", from.join(name), cause)),
-            };
-            bpf::object_pin(fd.as_fd(), &to.join(name))
-                .map_err(|cause| Error::pin("pin", to.join(name), cause))?;
+            pin_again(&from.join(name), &to.join(name))?;
         }
         Ok(to)
     }
 
-    /// Puts the new maps, if any, in the place of the old ones and removes other layouts:
-    /// to be called when every program uses the new maps.
+    /// Puts the new maps, if any, in the place of the old ones and removes other layouts, but for the previous one if it is
+    /// to stay: to be called when every program uses the new maps.
     ///
     /// # Errors
     ///
     /// When the BPF file system refuses; calling again is safe.
-    pub fn commit(&self) -> Result<(), Error> {
+    pub fn commit(&self, with_previous: bool) -> Result<(), Error> {
         let (maps, new, old) = (self.maps(), self.maps_new(), self.version().join("maps_old"));
         let swap = || -> io::Result<()> {
             if new.exists() {
@@ -239,7 +350,8 @@ impl Pins {
             remove_folder(&old)
         };
         swap().map_err(|cause| Error::pin("replace", &maps, cause))?;
-        for folder in self.other_layouts() {
+        let kept = self.previous().filter(|_| with_previous);
+        for folder in self.other_layouts().into_iter().filter(|folder| Some(folder) != kept.as_ref()) {
             remove_folder(&folder).map_err(|cause| Error::pin("remove", &folder, cause))?;
         }
         Ok(())
@@ -317,6 +429,14 @@ mod tests {
         assert!(!is_kept("ports", &differing));
         assert!(!is_kept("names", &differing));
         assert!(is_kept("flows_v4", &differing));
+    }
+
+    #[test]
+    fn a_layout_changes_only_what_can_be_moved() {
+        // What the plan writes would need a way to read the image of the previous layout: sources may be away for long.
+        assert!(previous::CHANGED.iter().all(|map| previous::MOVED.contains(map)));
+        assert!(previous::LAYOUT.is_none_or(|layout| layout < LAYOUT));
+        assert!(PLANNED.iter().all(|map| !previous::MOVED.contains(map)));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use sluice_common::abi::previous::{self, Moved};
 use sluice_common::abi::{
     self, BackendCounters, Flow, Ipv4Address, Ipv6Address, Networks, ReasonCounters, ReasonKey,
     SLOTS_PER_BLOCK, Settings, SocketCounters, Tuple,
@@ -228,6 +229,20 @@ where
         .chain(embryonic)
         .map(|((tuple, flow), embryonic)| FlowEntry { tuple, flow, embryonic })
         .collect())
+}
+
+/// The same of a table in the previous layout.
+pub(super) fn previous_flows<A: Copy>(
+    table: &Table<Tuple<A>, previous::Flow<A>>,
+    embryonic: bool,
+) -> Result<Vec<FlowEntry<A>>, Error>
+where
+    Tuple<A>: aya::Pod,
+    previous::Flow<A>: aya::Pod,
+    Flow<A>: Moved<Before = previous::Flow<A>>,
+{
+    let entries = read("the previous layout's flows", table.entries())?.into_iter();
+    Ok(entries.map(|(tuple, flow)| FlowEntry { tuple, flow: Flow::after(&flow), embryonic }).collect())
 }
 
 fn counted<K: aya::Pod, V: aya::Pod>(map: &'static str, table: &Table<K, V>) -> Result<Fill, Error> {

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use aya::Ebpf;
 use aya::programs::Program;
+use sluice_common::abi::previous::Round;
 
 use super::clsact::{self, Direction};
 use super::error::Error;
@@ -32,7 +33,7 @@ impl Trial {
     pub(crate) fn load() -> Result<Self, Error> {
         let object = object::bytes()?;
         load::lift_memlock();
-        let mut ebpf = load::load_object(object, Path::new(""), std::iter::empty(), &BTreeMap::default())?;
+        let mut ebpf = load::load_object(object, &BTreeMap::new(), &BTreeMap::new(), Round::Settled)?;
         let mut programs = BTreeMap::new();
         for (name, program) in ebpf.programs_mut() {
             let result = load::verify(name, program).map(|()| instructions(program));

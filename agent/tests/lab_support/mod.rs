@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use sluice_lab::{
-    AgentOptions, AgentProcess, Backend, Client, Event, Lab, Manifests, Namespace, Node, NodeOptions,
-    Overlay, Pod, Port, Reply, Running, Serve, Service, Unsupported,
+    AgentOptions, AgentProcess, Backend, Client, Event, Lab, LoadClients, LoadSize, Manifests, Namespace,
+    Node, NodeOptions, Overlay, Pod, Port, Reply, Running, Serve, Service, Unsupported,
 };
 
 /// Ports of the service `web`: HTTP, UDP echo, TCP echo, stream.
@@ -154,7 +154,7 @@ impl Cluster {
             let options = AgentOptions {
                 manifests: Some(self.manifests.directory().to_owned()),
                 args: args.iter().map(|arg| (*arg).to_owned()).collect(),
-                kubeconfig: None,
+                ..AgentOptions::default()
             };
             self.agents.push(node.agent(options)?);
         }
@@ -201,6 +201,26 @@ impl Cluster {
     pub(crate) fn agent(&mut self) -> &mut AgentProcess {
         &mut self.agents[0]
     }
+}
+
+/// A cluster under load: from a pod and from outside packet by packet, from the host by its sockets' calls.
+pub(crate) fn under_load(name: &str, plan: &Plan, size: LoadSize) -> Result<(Cluster, LoadClients)> {
+    let mut plan = plan.clone();
+    plan.args.push("--socket-path=host");
+    let cluster = Cluster::new(name, &plan)?;
+    let load = load_of(&cluster, size)?;
+    Ok((cluster, load))
+}
+
+/// A load on a cluster's service `web`, by both families.
+pub(crate) fn load_of(cluster: &Cluster, size: LoadSize) -> Result<LoadClients> {
+    let echo = |vips: Pair| vips.map(|vip| SocketAddr::new(vip, ECHO)).to_vec();
+    let places: [(&Namespace, _); 3] = [
+        (&cluster.client, echo(cluster_ip(WEB))),
+        (cluster.node(), echo(cluster_ip(WEB))),
+        (&cluster.outside, echo(external_ip(WEB))),
+    ];
+    LoadClients::start(&places, size)
 }
 
 /// Routes an outside address to a node.
@@ -319,6 +339,7 @@ pub(crate) fn received(events: &[Event]) -> Option<u64> {
         Event::Listening { .. }
         | Event::Connected { .. }
         | Event::Reply(_)
+        | Event::Load(_)
         | Event::Lost { .. }
         | Event::Broken { .. } => None,
     })
@@ -331,7 +352,7 @@ pub(crate) fn replies(events: Vec<Event>) -> Result<Vec<Reply>> {
         match event {
             Event::Reply(reply) => replies.push(reply),
             Event::Lost { .. } | Event::Broken { .. } => bail!("{event:?}"),
-            Event::Listening { .. } | Event::Connected { .. } | Event::Done { .. } => {}
+            Event::Listening { .. } | Event::Connected { .. } | Event::Load(_) | Event::Done { .. } => {}
         }
     }
     Ok(replies)

@@ -17,6 +17,8 @@ use sluice_common::abi::{
 use sluice_common::{Family, V4, V6};
 
 const MMAP: usize = BPF_F_MMAPABLE as usize;
+/// Entries of each affinity map.
+pub(super) const AFFINITIES: usize = AFFINITY_MAX as usize;
 const LAZY: usize = BPF_F_NO_PREALLOC as usize;
 
 type Services<A> = HashMap<ServiceKey<A>, Service, { SERVICES_MAX as usize }, LAZY>;
@@ -24,12 +26,25 @@ type Backends<A> = Array<Backend<A>, { BACKENDS_MAX as usize }, MMAP>;
 type Flows<A> = LruHashMap<Tuple<A>, Flow<A>, { FLOWS_MAX as usize }>;
 type Embryonic<A> = LruHashMap<Tuple<A>, Flow<A>, { EMBRYONIC_MAX as usize }>;
 type OriginTable<A> = HashMap<OriginKey<A>, Origins<A>, { ORIGINS_MAX as usize }, LAZY>;
-type Affinities<A> = LruHashMap<AffinityKey<A>, Affinity, { AFFINITY_MAX as usize }>;
+type Affinities<A> = LruHashMap<AffinityKey<A>, Affinity, AFFINITIES>;
 type SourceRanges<A> = LpmTrie<SourceRange<A>, u32, { SOURCE_RANGES_MAX as usize }>;
 type NodeAddresses<A> = HashMap<A, NodeAddress, { NODE_ADDRESSES_MAX as usize }, LAZY>;
 type Datagrams<A> = LruHashMap<Datagram<A>, DatagramPorts, { FRAGMENTS_MAX as usize }>;
 type Exhausted<A> = LruHashMap<Tuple<A>, u32, { EXHAUSTED_MAX as usize }>;
 type Sockets<A> = LruHashMap<SocketKey<A>, SocketPeer<A>, { SOCKETS_MAX as usize }>;
+
+#[cfg(not(feature = "both-layouts"))]
+type FlowTable<F> = &'static Flows<<F as Family>::Address>;
+#[cfg(not(feature = "both-layouts"))]
+type EmbryonicTable<F> = &'static Embryonic<<F as Family>::Address>;
+#[cfg(not(feature = "both-layouts"))]
+type AffinityTable<F> = &'static Affinities<<F as Family>::Address>;
+#[cfg(feature = "both-layouts")]
+type FlowTable<F> = super::layouts::FlowTable<F, 0>;
+#[cfg(feature = "both-layouts")]
+type EmbryonicTable<F> = super::layouts::FlowTable<F, 1>;
+#[cfg(feature = "both-layouts")]
+type AffinityTable<F> = super::layouts::AffinityTable<<F as Family>::Address>;
 
 #[btf_map]
 pub(super) static settings: Array<Settings, 1> = Array::new();
@@ -73,13 +88,13 @@ static backends_v4: Backends<Ipv4Address> = Array::new();
 #[btf_map]
 static backends_v6: Backends<Ipv6Address> = Array::new();
 #[btf_map]
-static flows_v4: Flows<Ipv4Address> = LruHashMap::new();
+pub(super) static flows_v4: Flows<Ipv4Address> = LruHashMap::new();
 #[btf_map]
-static flows_v6: Flows<Ipv6Address> = LruHashMap::new();
+pub(super) static flows_v6: Flows<Ipv6Address> = LruHashMap::new();
 #[btf_map]
-static embryonic_v4: Embryonic<Ipv4Address> = LruHashMap::new();
+pub(super) static embryonic_v4: Embryonic<Ipv4Address> = LruHashMap::new();
 #[btf_map]
-static embryonic_v6: Embryonic<Ipv6Address> = LruHashMap::new();
+pub(super) static embryonic_v6: Embryonic<Ipv6Address> = LruHashMap::new();
 #[btf_map]
 static origins_v4: OriginTable<Ipv4Address> = HashMap::new();
 #[btf_map]
@@ -113,18 +128,58 @@ static exhausted_v4: Exhausted<Ipv4Address> = LruHashMap::new();
 #[btf_map]
 static exhausted_v6: Exhausted<Ipv6Address> = LruHashMap::new();
 
+/// The tables of the previous layout, and where their values are brought into the other form.
+#[cfg(feature = "both-layouts")]
+pub(super) mod old {
+    use sluice_common::abi::previous;
+
+    use super::super::layouts::Slots;
+    use super::*;
+
+    type Flows<A> = LruHashMap<Tuple<A>, previous::Flow<A>, { FLOWS_MAX as usize }>;
+    type Embryonic<A> = LruHashMap<Tuple<A>, previous::Flow<A>, { EMBRYONIC_MAX as usize }>;
+    type Affinities<A> = LruHashMap<AffinityKey<A>, previous::Affinity, AFFINITIES>;
+
+    #[btf_map]
+    pub(in super::super) static old_flows_v4: Flows<Ipv4Address> = LruHashMap::new();
+    #[btf_map]
+    pub(in super::super) static old_flows_v6: Flows<Ipv6Address> = LruHashMap::new();
+    #[btf_map]
+    pub(in super::super) static old_embryonic_v4: Embryonic<Ipv4Address> = LruHashMap::new();
+    #[btf_map]
+    pub(in super::super) static old_embryonic_v6: Embryonic<Ipv6Address> = LruHashMap::new();
+    #[btf_map]
+    pub(in super::super) static old_affinity_v4: Affinities<Ipv4Address> = LruHashMap::new();
+    #[btf_map]
+    pub(in super::super) static old_affinity_v6: Affinities<Ipv6Address> = LruHashMap::new();
+    #[btf_map]
+    pub(in super::super) static moving_flows_v4: Slots<Tuple<Ipv4Address>, Flow<Ipv4Address>> = Slots::new();
+    #[btf_map]
+    pub(in super::super) static moving_flows_v6: Slots<Tuple<Ipv6Address>, Flow<Ipv6Address>> = Slots::new();
+    #[btf_map]
+    pub(in super::super) static moving_affinity_v4: Slots<AffinityKey<Ipv4Address>, Affinity> = Slots::new();
+    #[btf_map]
+    pub(in super::super) static moving_affinity_v6: Slots<AffinityKey<Ipv6Address>, Affinity> = Slots::new();
+}
+
+#[cfg(not(feature = "both-layouts"))]
+pub(super) use sluice_common::Family as Flowing;
+
+#[cfg(feature = "both-layouts")]
+pub(super) use super::layouts::Moving as Flowing;
+
 /// A family's maps.
-pub(super) trait Maps: Family {
+pub(super) trait Maps: Flowing {
     /// Where [`crate::bpf::maps::backend_counts`] has this family's ids.
     const COUNTER: u32;
     fn services() -> &'static Services<Self::Address>;
     fn backends() -> &'static Backends<Self::Address>;
-    fn flows() -> &'static Flows<Self::Address>;
-    fn embryonic() -> &'static Embryonic<Self::Address>;
+    fn flows() -> FlowTable<Self>;
+    fn embryonic() -> EmbryonicTable<Self>;
     fn origins() -> &'static OriginTable<Self::Address>;
     fn sockets() -> &'static Sockets<Self::Address>;
     fn networks() -> &'static Array<Networks<Self::Address>, 1>;
-    fn affinity() -> &'static Affinities<Self::Address>;
+    fn affinity() -> AffinityTable<Self>;
     fn source_ranges() -> &'static SourceRanges<Self::Address>;
     fn node_addresses() -> &'static NodeAddresses<Self::Address>;
     fn fragments() -> &'static Datagrams<Self::Address>;
@@ -132,7 +187,7 @@ pub(super) trait Maps: Family {
 }
 
 macro_rules! maps {
-    ($family:ident, $counter:expr, $services:ident, $backends:ident, $flows:ident, $embryonic:ident, $origins:ident, $sockets:ident, $networks:ident, $affinity:ident, $source_ranges:ident, $node_addresses:ident, $fragments:ident, $exhausted:ident) => {
+    ($family:ident, $counter:expr, $services:ident, $backends:ident, $flows:ident, $embryonic:ident, $origins:ident, $sockets:ident, $networks:ident, $affinity:ident, $source_ranges:ident, $node_addresses:ident, $fragments:ident, $exhausted:ident, $old_affinity:ident, $moving_affinity:ident) => {
         impl Maps for $family {
             const COUNTER: u32 = $counter;
             #[inline(always)]
@@ -144,12 +199,18 @@ macro_rules! maps {
                 &$backends
             }
             #[inline(always)]
-            fn flows() -> &'static Flows<Self::Address> {
-                &$flows
+            fn flows() -> FlowTable<Self> {
+                #[cfg(not(feature = "both-layouts"))]
+                return &$flows;
+                #[cfg(feature = "both-layouts")]
+                super::layouts::FlowTable(core::marker::PhantomData)
             }
             #[inline(always)]
-            fn embryonic() -> &'static Embryonic<Self::Address> {
-                &$embryonic
+            fn embryonic() -> EmbryonicTable<Self> {
+                #[cfg(not(feature = "both-layouts"))]
+                return &$embryonic;
+                #[cfg(feature = "both-layouts")]
+                super::layouts::FlowTable(core::marker::PhantomData)
             }
             #[inline(always)]
             fn origins() -> &'static OriginTable<Self::Address> {
@@ -164,8 +225,15 @@ macro_rules! maps {
                 &$networks
             }
             #[inline(always)]
-            fn affinity() -> &'static Affinities<Self::Address> {
-                &$affinity
+            fn affinity() -> AffinityTable<Self> {
+                #[cfg(not(feature = "both-layouts"))]
+                return &$affinity;
+                #[cfg(feature = "both-layouts")]
+                super::layouts::AffinityTable {
+                    now: &$affinity,
+                    before: &old::$old_affinity,
+                    slots: &old::$moving_affinity,
+                }
             }
             #[inline(always)]
             fn source_ranges() -> &'static SourceRanges<Self::Address> {
@@ -201,7 +269,9 @@ maps!(
     source_ranges_v4,
     node_addresses_v4,
     fragments_v4,
-    exhausted_v4
+    exhausted_v4,
+    old_affinity_v4,
+    moving_affinity_v4
 );
 maps!(
     V6,
@@ -217,5 +287,7 @@ maps!(
     source_ranges_v6,
     node_addresses_v6,
     fragments_v6,
-    exhausted_v6
+    exhausted_v6,
+    old_affinity_v6,
+    moving_affinity_v6
 );

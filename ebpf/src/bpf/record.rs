@@ -60,7 +60,7 @@ fn open<F: Maps>(decision: &Decision<F>, partner: &Partner<F>, proven: bool) -> 
     // SAFETY: entries are plain data, readable under RCU.
     if let Some(old) = unsafe { F::flows().get(key) } {
         if !leads_to(old, flow) {
-            let _ = F::flows().remove(partner_key::<F>(old, key.protocol));
+            let _ = F::flows().remove(&partner_key::<F>(old, key.protocol));
         }
         let _ = F::flows().remove(key);
     }
@@ -74,7 +74,7 @@ fn open<F: Maps>(decision: &Decision<F>, partner: &Partner<F>, proven: bool) -> 
             return Err(Reason::ClashRace);
         }
         // Without its replies the other direction is of no use: the client gets a new flow instead.
-        let _ = F::flows().remove(partner_key::<F>(old, key.protocol));
+        let _ = F::flows().remove(&partner_key::<F>(old, key.protocol));
         let _ = F::flows().remove(&partner.key);
     }
     match insert::<F>(proven, &partner.key, &partner.flow, NOEXIST) {
@@ -109,14 +109,9 @@ fn open<F: Maps>(decision: &Decision<F>, partner: &Partner<F>, proven: bool) -> 
     }
     if decision.affinity {
         let client = AffinityKey { service_port: flow.service_port, client: key.source };
-        let to = Affinity {
-            backend: flow.backend,
-            seen: flow.seen,
-            generation: flow.generation,
-            round: decision.round,
-        };
+        let to = Affinity::new(flow.backend, flow.seen, flow.generation, decision.round);
         // A client that finds no room goes by its slot.
-        let _ = F::affinity().insert(&client, to, ANY);
+        let _ = F::affinity().insert(&client, &to, ANY);
     }
     Ok(())
 }
@@ -150,14 +145,19 @@ fn renew<F: Maps>(decision: &Decision<F>, partner: &Partner<F>, proven: bool) {
 /// Writes time and state of an entry in place; false where it is missing.
 #[inline(always)]
 fn refresh<F: Maps>(key: &Tuple<F::Address>, flow: &Flow<F::Address>, proven: bool) -> bool {
-    let entry = if proven { F::flows().get_ptr_mut(key) } else { F::embryonic().get_ptr_mut(key) };
-    let Some(entry) = entry else { return false };
-    // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up to date.
-    unsafe {
-        (*entry).seen = flow.seen;
-        (*entry).state |= flow.state;
+    #[cfg(feature = "both-layouts")]
+    return if proven { F::flows().renew(key, flow) } else { F::embryonic().renew(key, flow) };
+    #[cfg(not(feature = "both-layouts"))]
+    {
+        let entry = if proven { F::flows().get_ptr_mut(key) } else { F::embryonic().get_ptr_mut(key) };
+        let Some(entry) = entry else { return false };
+        // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up to date.
+        unsafe {
+            (*entry).seen = flow.seen;
+            (*entry).state |= flow.state;
+        }
+        true
     }
-    true
 }
 
 /// Notes that something has happened at least once.

@@ -118,18 +118,7 @@ enum Outcome<A> {
 /// A call as a packet that it has not sent so far: without a source.
 #[inline(always)]
 fn asked<F: Maps>(key: &ServiceKey<F::Address>) -> Flow<F::Address> {
-    Flow {
-        source: F::Address::default(),
-        destination: key.address,
-        source_port: 0,
-        destination_port: key.port,
-        backend: 0,
-        service_port: 0,
-        seen: 0,
-        generation: 0,
-        state: 0,
-        flags: 0,
-    }
+    Flow { destination: key.address, destination_port: key.port, ..Flow::default() }
 }
 
 /// Chooses a backend and notes whom the socket asked for, so that it can be told so later.

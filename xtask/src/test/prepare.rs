@@ -9,7 +9,7 @@ use crate::artifacts::Artifact;
 use crate::cache::Cache;
 use crate::toolchain::Choice;
 use crate::workspace::{OBJECT_ENV, Workspace};
-use crate::{components, ebpf, packages, toolchain};
+use crate::{agent, components, ebpf, packages, toolchain};
 
 use super::tier::{self, Tier};
 
@@ -26,6 +26,8 @@ pub(super) struct Prepared {
     tiers: Vec<(Tier, Readiness)>,
     object: Option<PathBuf>,
     sluice: Option<PathBuf>,
+    next_object: Option<PathBuf>,
+    next_sluice: Option<PathBuf>,
     control_plane: Option<PathBuf>,
     kubectl: Option<PathBuf>,
     helm: Option<PathBuf>,
@@ -49,15 +51,28 @@ impl Prepared {
         self.sluice.as_deref()
     }
 
+    /// The eBPF object of the layout that tests upgrade to.
+    pub(super) fn next_object(&self) -> Option<&Path> {
+        self.next_object.as_deref()
+    }
+
     /// The variables by which a tier's tests find what was built for them.
     pub(super) fn environment(&self, tier: Tier) -> impl Iterator<Item = (&'static str, OsString)> {
         let built = match tier {
-            Tier::Unit => [None; 5],
-            Tier::Kernel | Tier::Lab => [self.object.as_ref(), self.sluice.as_ref(), None, None, None],
-            Tier::Api => [&self.object, &self.sluice, &self.control_plane, &self.kubectl, &self.helm]
-                .map(Option::as_ref),
+            Tier::Unit => [None; 6],
+            Tier::Kernel | Tier::Lab => {
+                [self.object.as_ref(), self.sluice.as_ref(), self.next_sluice.as_ref(), None, None, None]
+            }
+            Tier::Api => [
+                self.object.as_ref(),
+                self.sluice.as_ref(),
+                None,
+                self.control_plane.as_ref(),
+                self.kubectl.as_ref(),
+                self.helm.as_ref(),
+            ],
         };
-        [OBJECT_ENV, "SLUICE_BIN", "SLUICE_CONTROL_PLANE", "SLUICE_KUBECTL", "SLUICE_HELM"]
+        [OBJECT_ENV, "SLUICE_BIN", "SLUICE_NEXT_BIN", "SLUICE_CONTROL_PLANE", "SLUICE_KUBECTL", "SLUICE_HELM"]
             .into_iter()
             .zip(built)
             .filter_map(|(name, path)| Some((name, path?.into())))
@@ -83,6 +98,12 @@ pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) ->
         match Cache::open().and_then(|cache| toolchain::obtain(&cache, choice)) {
             Ok(toolchain) => {
                 prepared.object = Some(ebpf::build(workspace, &toolchain)?);
+                if prepared.is_ready(Tier::Kernel) || prepared.is_ready(Tier::Lab) {
+                    prepared.next_object = Some(ebpf::build_next(workspace, &toolchain)?);
+                }
+                if prepared.is_ready(Tier::Lab) {
+                    prepared.next_sluice = Some(agent::build_next(workspace)?);
+                }
             }
             Err(error) => prepared.skip_ready(&format!("{error:#}")),
         }
@@ -107,6 +128,10 @@ impl Prepared {
     pub(super) fn take_sluice(&mut self, artifacts: &[Artifact]) {
         self.sluice =
             artifacts.iter().filter(|artifact| artifact.is_agents()).find_map(Artifact::binary).cloned();
+    }
+
+    fn is_ready(&self, wanted: Tier) -> bool {
+        self.tiers.iter().any(|(tier, readiness)| *tier == wanted && matches!(readiness, Readiness::Ready))
     }
 
     fn has_ready(&self) -> bool {

@@ -222,6 +222,7 @@ fn survive(talks: &mut [Talk]) -> Result<()> {
                 Event::Listening { .. }
                 | Event::Connected { .. }
                 | Event::Lost { .. }
+                | Event::Load(_)
                 | Event::Done { .. } => {}
             }
         }

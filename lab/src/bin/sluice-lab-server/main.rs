@@ -2,6 +2,7 @@
 
 mod clients;
 mod http;
+mod load;
 mod many;
 mod relay;
 mod servers;
@@ -47,6 +48,8 @@ enum Mode {
     TcpClient(clients::TcpAsking),
     /// Read what a `stream` sends, and see that no line is missing.
     StreamClient(clients::Streaming),
+    /// Hold connections to `tcp-echo` servers and open new ones at a rate, and count what becomes of them.
+    LoadClient(load::Loading),
     /// Carry the packets of a tun device to other nodes over UDP.
     Relay(relay::Relaying),
 }
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
         Mode::UdpClient(asking) => clients::udp(&asking),
         Mode::TcpClient(asking) => clients::tcp(&asking),
         Mode::StreamClient(streaming) => clients::stream(&streaming),
+        Mode::LoadClient(loading) => load::run(&loading),
         Mode::Relay(relaying) => relay::relay(&relaying).map(|()| true),
     };
     match done {

@@ -1,13 +1,15 @@
 //! The servers but HTTP.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use sluice_lab::Event;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _};
 
+use crate::load::more_descriptors;
 use crate::socket::{plain, report};
 
 /// Takes connections for ever, a thread each.
@@ -32,15 +34,35 @@ pub(crate) fn accept(
     }
 }
 
+/// All connections in one thread: thousands stay open while hundreds a second come and go.
 pub(crate) fn tcp_echo(address: SocketAddr, name: &str) -> Result<()> {
-    accept(address, name, |stream, name, client| {
-        let mut writer = stream.try_clone()?;
-        writer.write_all(format!("{name} {client}\n").as_bytes())?;
-        for line in BufReader::new(stream).lines() {
-            writer.write_all(format!("{name} {client} {}\n", line?).as_bytes())?;
+    more_descriptors()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let listener = tokio::net::TcpListener::bind(address)
+            .await
+            .with_context(|| format!("cannot listen on {address}"))?;
+        report(&Event::Listening { address: listener.local_addr()? });
+        loop {
+            // A client that left between its handshake and here is no reason to end.
+            let Ok((stream, client)) = listener.accept().await else { continue };
+            let who = format!("{name} {}", plain(client));
+            // How a conversation ends is the client's to tell.
+            drop(tokio::spawn(async move { echo(stream, &who).await }));
         }
-        Ok(())
     })
+}
+
+async fn echo(stream: tokio::net::TcpStream, who: &str) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut stream = tokio::io::BufReader::new(stream);
+    stream.get_mut().write_all(format!("{who}\n").as_bytes()).await?;
+    let mut line = String::new();
+    while stream.read_line(&mut line).await? > 0 {
+        stream.get_mut().write_all(format!("{who} {}\n", line.trim_end()).as_bytes()).await?;
+        line.clear();
+    }
+    Ok(())
 }
 
 pub(crate) fn stream(address: SocketAddr, name: &str, interval_ms: u64) -> Result<()> {

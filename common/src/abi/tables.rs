@@ -1,0 +1,56 @@
+//! The values of the tables that outlive an upgrade by being moved, since no source can tell what they hold.
+
+use super::{Ipv4Address, Ipv6Address};
+
+abi! {
+    /// What is done to the packets of one direction of a flow; the value of `flows` and `embryonic`.
+    ///
+    /// The entry of the other direction is at `to` reversed and leads to this entry's
+    /// key reversed: either can be made from the other.
+    pub struct Flow<A> {
+        /// Source address after translation.
+        pub source: A,
+        /// Destination address after translation.
+        pub destination: A,
+        /// Source port after translation, host order.
+        pub source_port: u16,
+        /// Destination port after translation, host order.
+        pub destination_port: u16,
+        /// Index into `backends` of the flow's family; 0: none (a direct connection that was remapped).
+        pub backend: u32,
+        /// Index into `ports`; 0: none.
+        pub service_port: u32,
+        /// When the flow was last renewed, in [`Ticks`](super::Ticks).
+        pub seen: u32,
+        /// The backend's generation when the flow chose it.
+        pub generation: u16,
+        /// Bits of [`state`](super::state).
+        pub state: u8,
+        /// Bits of [`flow`](super::flow).
+        pub flags: u8,
+    } sizes 28, 52
+}
+
+abi! {
+    /// Where a client has been; the value of `affinity_v4` and `affinity_v6`.
+    #[derive(Default)]
+    pub struct Affinity {
+        /// Index into `backends`.
+        pub backend: u32,
+        /// When the client opened its last flow, in [`Ticks`](super::Ticks).
+        pub seen: u32,
+        /// The backend's generation then.
+        pub generation: u16,
+        /// How often the client came back after its affinity had run out; it wraps around.
+        pub round: u16,
+    } size 12
+}
+
+impl Affinity {
+    /// A client's stay with a backend.
+    #[must_use]
+    #[inline(always)]
+    pub const fn new(backend: u32, seen: u32, generation: u16, round: u16) -> Self {
+        Self { backend, seen, generation, round }
+    }
+}

@@ -1,0 +1,384 @@
+//! Tables whose layout changes: both layouts are read, one is written (see [`previous`]).
+//!
+//! Which one is a constant that is set when the programs are loaded: the verifier leaves out what does not apply, so that
+//! settled programs have nothing of all this. What the others do is in global functions, checked once and by themselves,
+//! with key and value in a map: the path has too many lookups to follow two tables through each.
+
+use core::marker::PhantomData;
+
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::btf_maps::{LruHashMap, PerCpuArray};
+use sluice_common::abi::previous::{Moved, Round};
+use sluice_common::abi::{Affinity, AffinityKey, EMBRYONIC_MAX, FLOWS_MAX, Flow, Tuple, previous};
+use sluice_common::{Family, V4, V6};
+
+use super::maps::{AFFINITIES, old};
+
+const NOEXIST: u64 = BPF_NOEXIST as u64;
+const ANY: u64 = BPF_ANY as u64;
+const EEXIST: i32 = -17;
+
+/// A [`Round`], set by the loader under the name [`previous::ROUND`].
+#[allow(non_upper_case_globals, reason = "a symbol that the loader looks for")]
+#[unsafe(no_mangle)]
+static round: u32 = Round::Settled as u32;
+
+#[inline(always)]
+fn is(wanted: Round) -> bool {
+    // SAFETY: a static. Volatile, since the loader writes another value.
+    let found = unsafe { (&raw const round).read_volatile() };
+    found == wanted as u32
+}
+
+/// What is asked of a table, and its answer in both forms.
+#[repr(C)]
+pub(super) struct Slot<K, V: Moved> {
+    key: K,
+    now: V,
+    before: V::Before,
+}
+
+/// Slots: of `flows` (and affinity), of `embryonic`.
+pub(super) type Slots<K, V> = PerCpuArray<Slot<K, V>, 2>;
+
+/// A table in both layouts.
+struct Both<K: 'static, V: Moved + 'static, const N: usize> {
+    now: &'static LruHashMap<K, V, N>,
+    before: &'static LruHashMap<K, V::Before, N>,
+}
+
+impl<K: 'static, V: Moved + 'static, const N: usize> Both<K, V, N> {
+    /// Puts the value of the slot's key there, from whichever layout has it; where both have, from the one that is written.
+    #[inline(always)]
+    fn find(&self, slot: &mut Slot<K, V>) -> bool {
+        // SAFETY: entries are plain data, readable under RCU.
+        let (now, before) = unsafe { (self.now.get(&slot.key), self.before.get(&slot.key)) };
+        match (now, before) {
+            (Some(now), None) => slot.now = *now,
+            (Some(now), Some(_)) if is(Round::WritesCurrent) => slot.now = *now,
+            (_, Some(before)) => slot.now = V::after(before),
+            (None, None) => return false,
+        }
+        true
+    }
+
+    /// Writes the slot's value in the layout of this round, and takes it out of the other.
+    #[inline(always)]
+    fn put(&self, slot: &mut Slot<K, V>, flags: u64) -> Result<(), i32> {
+        let writes_current = is(Round::WritesCurrent);
+        let elsewhere = if writes_current {
+            self.before.get_ptr(&slot.key).is_some()
+        } else {
+            self.now.get_ptr(&slot.key).is_some()
+        };
+        if elsewhere && flags == NOEXIST {
+            return Err(EEXIST);
+        }
+        if writes_current {
+            self.now.insert(&slot.key, &slot.now, flags)?;
+            let _ = self.before.remove(&slot.key);
+        } else {
+            slot.before = slot.now.before();
+            self.before.insert(&slot.key, &slot.before, flags)?;
+            let _ = self.now.remove(&slot.key);
+        }
+        Ok(())
+    }
+
+    /// Removes the slot's key from both.
+    #[inline(always)]
+    fn take(&self, slot: &Slot<K, V>) {
+        let _ = self.before.remove(&slot.key);
+        let _ = self.now.remove(&slot.key);
+    }
+}
+
+impl<A: Copy + 'static, const N: usize> Both<Tuple<A>, Flow<A>, N> {
+    /// Writes time and state of the slot's entry in place; false where it is missing.
+    #[inline(always)]
+    fn renew(&self, slot: &Slot<Tuple<A>, Flow<A>>) -> bool {
+        let mut found = false;
+        // SAFETY: entries are there under RCU. A concurrent writer may win: both bring it up to date.
+        unsafe {
+            if let Some(entry) = self.now.get_ptr_mut(&slot.key) {
+                (*entry).seen = slot.now.seen;
+                (*entry).state |= slot.now.state;
+                found = true;
+            }
+            if let Some(entry) = self.before.get_ptr_mut(&slot.key) {
+                let entry: *mut previous::Flow<A> = entry;
+                (*entry).seen = slot.now.seen;
+                (*entry).state |= slot.now.state;
+                found = true;
+            }
+        }
+        found
+    }
+}
+
+type FlowSlot<F> = Slot<Tuple<<F as Family>::Address>, Flow<<F as Family>::Address>>;
+type Now<F, const N: usize> = LruHashMap<Tuple<<F as Family>::Address>, Flow<<F as Family>::Address>, N>;
+
+/// A family whose flows are in both layouts.
+pub(super) trait Moving: Family {
+    fn now_flows() -> &'static Now<Self, { FLOWS_MAX as usize }>;
+    fn now_embryonic() -> &'static Now<Self, { EMBRYONIC_MAX as usize }>;
+    fn slot(index: u32) -> Option<*mut FlowSlot<Self>>;
+    fn find(index: u32) -> u32;
+    fn put(index: u32, is_new: u32) -> i32;
+    fn take(index: u32);
+    fn renew(index: u32) -> u32;
+}
+
+macro_rules! moving {
+    ($family:ident, $find:ident, $put:ident, $take:ident, $renew:ident, $flows:ident, $embryonic:ident, $old_flows:ident, $old_embryonic:ident, $slots:ident) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $find(index: u32) -> u32 {
+            let Some(slot) = old::$slots.get_ptr_mut(index) else { return 0 };
+            // SAFETY: this CPU's own; callers hold no reference to it.
+            let slot = unsafe { &mut *slot };
+            u32::from(if index == 0 {
+                Both { now: &super::maps::$flows, before: &old::$old_flows }.find(slot)
+            } else {
+                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }.find(slot)
+            })
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $put(index: u32, is_new: u32) -> i32 {
+            let Some(slot) = old::$slots.get_ptr_mut(index) else { return EEXIST };
+            // SAFETY: as above.
+            let slot = unsafe { &mut *slot };
+            let flags = if is_new != 0 { NOEXIST } else { ANY };
+            let result = if index == 0 {
+                Both { now: &super::maps::$flows, before: &old::$old_flows }.put(slot, flags)
+            } else {
+                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }.put(slot, flags)
+            };
+            match result {
+                Ok(()) => 0,
+                Err(error) => error,
+            }
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $take(index: u32) -> u32 {
+            let Some(slot) = old::$slots.get_ptr_mut(index) else { return 0 };
+            // SAFETY: as above.
+            let slot = unsafe { &*slot };
+            if index == 0 {
+                Both { now: &super::maps::$flows, before: &old::$old_flows }.take(slot);
+            } else {
+                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }.take(slot);
+            }
+            0
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $renew(index: u32) -> u32 {
+            let Some(slot) = old::$slots.get_ptr_mut(index) else { return 0 };
+            // SAFETY: as above.
+            let slot = unsafe { &*slot };
+            u32::from(if index == 0 {
+                Both { now: &super::maps::$flows, before: &old::$old_flows }.renew(slot)
+            } else {
+                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }.renew(slot)
+            })
+        }
+
+        impl Moving for $family {
+            #[inline(always)]
+            fn now_flows() -> &'static Now<Self, { FLOWS_MAX as usize }> {
+                &super::maps::$flows
+            }
+            #[inline(always)]
+            fn now_embryonic() -> &'static Now<Self, { EMBRYONIC_MAX as usize }> {
+                &super::maps::$embryonic
+            }
+            #[inline(always)]
+            fn slot(index: u32) -> Option<*mut FlowSlot<Self>> {
+                old::$slots.get_ptr_mut(index)
+            }
+            #[inline(always)]
+            fn find(index: u32) -> u32 {
+                $find(index)
+            }
+            #[inline(always)]
+            fn put(index: u32, is_new: u32) -> i32 {
+                $put(index, is_new)
+            }
+            #[inline(always)]
+            fn take(index: u32) {
+                let _ = $take(index);
+            }
+            #[inline(always)]
+            fn renew(index: u32) -> u32 {
+                $renew(index)
+            }
+        }
+    };
+}
+
+moving!(
+    V4,
+    find_v4,
+    put_v4,
+    take_v4,
+    renew_v4,
+    flows_v4,
+    embryonic_v4,
+    old_flows_v4,
+    old_embryonic_v4,
+    moving_flows_v4
+);
+moving!(
+    V6,
+    find_v6,
+    put_v6,
+    take_v6,
+    renew_v6,
+    flows_v6,
+    embryonic_v6,
+    old_flows_v6,
+    old_embryonic_v6,
+    moving_flows_v6
+);
+
+/// `flows` (0) or `embryonic` (1) of a family. What it answers with counts until it is asked again.
+pub(super) struct FlowTable<F, const INDEX: u32>(pub(super) PhantomData<F>);
+
+impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
+    #[inline(always)]
+    fn asked(key: &Tuple<F::Address>) -> Option<*mut FlowSlot<F>> {
+        let slot = F::slot(INDEX)?;
+        // SAFETY: this CPU's own, and nobody's answer any more.
+        unsafe { (*slot).key = *key };
+        Some(slot)
+    }
+
+    /// The entry of a key.
+    ///
+    /// # Safety
+    ///
+    /// The entry may change or be another's meanwhile.
+    #[inline(always)]
+    pub(super) unsafe fn get(&self, key: &Tuple<F::Address>) -> Option<&'static Flow<F::Address>> {
+        if is(Round::Settled) {
+            // SAFETY: the caller's.
+            return unsafe { if INDEX == 0 { F::now_flows().get(key) } else { F::now_embryonic().get(key) } };
+        }
+        let slot = Self::asked(key)?;
+        // SAFETY: this CPU's own.
+        if F::find(INDEX) != 0 { Some(unsafe { &(*slot).now }) } else { None }
+    }
+
+    /// Writes an entry.
+    #[inline(always)]
+    pub(super) fn insert(
+        &self,
+        key: &Tuple<F::Address>,
+        flow: &Flow<F::Address>,
+        flags: u64,
+    ) -> Result<(), i32> {
+        if is(Round::Settled) {
+            return if INDEX == 0 {
+                F::now_flows().insert(key, flow, flags)
+            } else {
+                F::now_embryonic().insert(key, flow, flags)
+            };
+        }
+        let Some(slot) = Self::asked(key) else { return Err(EEXIST) };
+        // SAFETY: this CPU's own.
+        unsafe { (*slot).now = *flow };
+        match F::put(INDEX, u32::from(flags == NOEXIST)) {
+            0 => Ok(()),
+            error => Err(error),
+        }
+    }
+
+    /// Removes an entry.
+    #[inline(always)]
+    pub(super) fn remove(&self, key: &Tuple<F::Address>) -> Result<(), i32> {
+        if is(Round::Settled) {
+            return if INDEX == 0 { F::now_flows().remove(key) } else { F::now_embryonic().remove(key) };
+        }
+        if Self::asked(key).is_some() {
+            F::take(INDEX);
+        }
+        Ok(())
+    }
+
+    /// Writes time and state of an entry in place; false where it is missing.
+    #[inline(always)]
+    pub(super) fn renew(&self, key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> bool {
+        if is(Round::Settled) {
+            let entry = if INDEX == 0 {
+                F::now_flows().get_ptr_mut(key)
+            } else {
+                F::now_embryonic().get_ptr_mut(key)
+            };
+            let Some(entry) = entry else { return false };
+            // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up to date.
+            unsafe {
+                (*entry).seen = flow.seen;
+                (*entry).state |= flow.state;
+            }
+            return true;
+        }
+        let Some(slot) = Self::asked(key) else { return false };
+        // SAFETY: this CPU's own.
+        unsafe {
+            (*slot).now.seen = flow.seen;
+            (*slot).now.state = flow.state;
+        }
+        F::renew(INDEX) != 0
+    }
+}
+
+/// Affinity of a family.
+pub(super) struct AffinityTable<A: Copy + 'static> {
+    pub(super) now: &'static LruHashMap<AffinityKey<A>, Affinity, AFFINITIES>,
+    pub(super) before: &'static LruHashMap<AffinityKey<A>, previous::Affinity, AFFINITIES>,
+    pub(super) slots: &'static Slots<AffinityKey<A>, Affinity>,
+}
+
+impl<A: Copy + 'static> AffinityTable<A> {
+    /// The entry of a key.
+    ///
+    /// # Safety
+    ///
+    /// The entry may change or be another's meanwhile.
+    #[inline(always)]
+    pub(super) unsafe fn get(&self, key: &AffinityKey<A>) -> Option<&'static Affinity> {
+        if is(Round::Settled) {
+            // SAFETY: the caller's.
+            return unsafe { self.now.get(key) };
+        }
+        let slot = self.slots.get_ptr_mut(0)?;
+        // SAFETY: this CPU's own.
+        unsafe {
+            (*slot).key = *key;
+            let table = Both { now: self.now, before: self.before };
+            if table.find(&mut *slot) { Some(&(*slot).now) } else { None }
+        }
+    }
+
+    /// Writes an entry.
+    #[inline(always)]
+    pub(super) fn insert(&self, key: &AffinityKey<A>, value: &Affinity, flags: u64) -> Result<(), i32> {
+        if is(Round::Settled) {
+            return self.now.insert(key, value, flags);
+        }
+        let Some(slot) = self.slots.get_ptr_mut(0) else { return Err(EEXIST) };
+        // SAFETY: this CPU's own.
+        unsafe {
+            (*slot).key = *key;
+            (*slot).now = *value;
+            Both { now: self.now, before: self.before }.put(&mut *slot, flags)
+        }
+    }
+}
