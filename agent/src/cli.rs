@@ -13,6 +13,8 @@ mod preflight;
 mod services;
 mod status;
 mod table;
+mod top;
+mod trace;
 mod validate;
 
 use std::collections::BTreeMap;
@@ -39,6 +41,8 @@ use monitor::MonitorArgs;
 use policy::PolicyArgs;
 use preflight::PreflightArgs;
 use table::Format;
+use top::TopArgs;
+use trace::TraceArgs;
 use validate::ValidateArgs;
 
 /// Sluice: a Service load balancer in the kernel, for Kubernetes nodes under any CNI.
@@ -102,6 +106,15 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// Show services by rate, the backends of one, and drops by reason, live.
+    ///
+    /// Where the output is no terminal, or with --once: one table, and an end.
+    Top(TopArgs),
+    /// Tell, while it runs, of flows that open and close, of calls that are translated, and of packets that are dropped, rejected or
+    /// counted by another reason.
+    ///
+    /// Packets of established flows are not told, and nothing costs anything while nobody listens. One process can listen at a time.
+    Trace(TraceArgs),
     /// Tell what a packet of a tuple would meet on this node, step by step, and which backend it would get.
     ///
     /// By the maps and routes of this node, read only; or by a folder of manifests, without root, kernel or
@@ -313,6 +326,11 @@ impl Cli {
             }
             Command::Flows { service, limit, output } => {
                 flows::run(&pin_path, service.as_deref(), limit, output.output)?
+            }
+            Command::Top(args) => top::run(&args, &pin_path)?,
+            Command::Trace(args) => {
+                runtime()?.block_on(trace::run(args, &pin_path))?;
+                String::new()
             }
             Command::Explain(args) => {
                 let (text, verdict) = explain::run(*args, &pin_path, &state_dir)?;

@@ -28,4 +28,6 @@ pub mod plan;
 pub mod policy;
 pub mod preflight;
 pub mod source;
+mod top;
+mod trace;
 mod view;

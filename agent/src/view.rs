@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use serde::Serialize;
 use sluice_common::abi::{
-    Backend, BackendCounters, COUNTER_V6, Name, Range, Service, ServiceKey, backend, frontend,
+    Backend, BackendCounters, COUNTER_V6, Name, Range, Service, ServiceKey, SocketCounters, backend, frontend,
 };
 use sluice_common::{V4, V6};
 
@@ -24,6 +24,8 @@ pub(crate) struct View {
     pub(crate) image: Image,
     /// Backend counters.
     pub(crate) counters: BTreeMap<u32, BackendCounters>,
+    /// What was counted of connections that were translated at the socket.
+    pub(crate) sockets: BTreeMap<u32, SocketCounters>,
 }
 
 /// A backend of either family.
@@ -41,6 +43,8 @@ pub(crate) struct BackendView {
     pub(crate) serving: bool,
     /// What was counted.
     pub(crate) counters: BackendCounters,
+    /// What was counted of connections that were translated at the socket.
+    pub(crate) sockets: SocketCounters,
 }
 
 /// A Service's port in words.
@@ -131,7 +135,8 @@ impl View {
         let kernel = open(pin_path)?;
         let image = kernel.read()?;
         let counters = kernel.maps().backend_counters()?;
-        Ok(Self { kernel, image, counters })
+        let sockets = kernel.maps().socket_counters()?;
+        Ok(Self { kernel, image, counters, sockets })
     }
 
     /// Whose a service port is.
@@ -176,6 +181,7 @@ impl View {
             local: found.flags & backend::LOCAL != 0,
             serving: found.flags & backend::SERVING != 0,
             counters: self.counters.get(&(id | bit)).copied().unwrap_or_default(),
+            sockets: self.sockets.get(&(id | bit)).copied().unwrap_or_default(),
         };
         F::of(&self.image).backends.iter().map(view).collect()
     }

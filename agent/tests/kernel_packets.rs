@@ -24,9 +24,13 @@ mod packets {
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use packets::case::{Case, Outcome, settle};
+use packets::case::{Case, Outcome, Program, settle};
+use packets::frame::TCP;
 use packets::kernel::Kernel;
+use packets::world::{Cast, Connection, EDGE, ONE};
 use packets::{cases, host, kernel, show};
+use sluice_common::abi::{Event, Listening, Range, state};
+use sluice_common::event::Kind;
 
 /// How a case failed; empty when it did not.
 fn judge(case: &Case, who: &str, mut actual: Outcome) -> String {
@@ -108,4 +112,112 @@ fn a_search_walks_over_every_port_there_is() {
     let cases = cases::large();
     on_the_host(&cases);
     in_the_kernel(Kernel::load_large, &cases);
+}
+
+/// Cases of which something is told, and what.
+fn told() -> Vec<(Case, Vec<Event>)> {
+    let all = cases::all().into_iter().filter(|case| !case.partial);
+    all.filter_map(|case| {
+        let events = host::run(&case).events.unwrap_or_default();
+        (!events.is_empty()).then_some((case, events))
+    })
+    .collect()
+}
+
+#[test]
+fn every_kind_of_event_but_a_call_is_in_the_table() {
+    let told = told();
+    for kind in [Kind::Opened, Kind::Proven, Kind::Closing, Kind::Counted] {
+        let count = told.iter().filter(|(_, events)| events[0].kind == kind as u8).count();
+        assert!(count > 0, "nothing is {}", kind.word());
+        println!("{}: {count} cases", kind.word());
+    }
+    assert!(told.iter().all(|(_, events)| events.len() == 1), "a packet is told once");
+}
+
+#[test]
+fn nothing_is_told_unless_somebody_listens_for_it() {
+    if let Some(obstacle) = kernel::obstacle() {
+        println!("skipped: {obstacle}");
+        return;
+    }
+    let mut kernel = Kernel::load().unwrap_or_else(|error| panic!("{error:?}"));
+    let on = Listening { until_ns: u64::MAX, ..Listening::default() };
+    let mut tried = [0; 2];
+    for (case, expected) in told().into_iter().step_by(7) {
+        for (sieve, is_told) in [
+            (Listening::default(), false),
+            // One who was killed a long time ago.
+            (Listening { until_ns: 1, ..on }, false),
+            (Listening { kinds: 1 << Kind::Counted as u32, ..on }, expected[0].kind == Kind::Counted as u8),
+            (Listening { port: 9, ..on }, false),
+            (on, true),
+        ] {
+            kernel.listen(&sieve).expect("the sieve is written");
+            let outcome = kernel.run(&case).expect("the kernel runs it");
+            let Some(events) = outcome.and_then(|outcome| outcome.events) else { continue };
+            let wanted = if is_told { expected.clone() } else { Vec::new() };
+            assert_eq!(events, wanted, "{}: {sieve:?}", case.name);
+            tried[usize::from(is_told)] += 1;
+        }
+    }
+    println!("told {}, not told {}", tried[1], tried[0]);
+    assert!(tried[0] > 100 && tried[1] > 50, "{tried:?}");
+}
+
+/// The shortest of several times, taken in turns: what disturbs one disturbs the others.
+fn shortest(kernel: &mut Kernel, case: &Case, sieves: &[Listening]) -> Vec<u32> {
+    let mut shortest = vec![u32::MAX; sieves.len()];
+    for _ in 0..15 {
+        for (shortest, sieve) in shortest.iter_mut().zip(sieves) {
+            kernel.listen(sieve).expect("the sieve is written");
+            let time = kernel.time(case, 100_000).expect("the kernel runs it");
+            *shortest = time.min(*shortest);
+        }
+    }
+    shortest
+}
+
+#[test]
+fn who_listens_costs_established_flows_nothing() {
+    if let Some(obstacle) = kernel::obstacle() {
+        println!("skipped: {obstacle}");
+        return;
+    }
+    let mut kernel = Kernel::load().unwrap_or_else(|error| panic!("{error:?}"));
+    let on = Listening { until_ns: u64::MAX, ..Listening::default() };
+    // Nobody, one who was killed, one who asks for something else, one who asks for everything (and does not read: the ring is full).
+    let sieves = [Listening::default(), Listening { until_ns: 1, ..on }, Listening { port: 9, ..on }, on];
+    for cast in Cast::of(TCP) {
+        // A flow to where the packet goes anyway: it is the same packet each time.
+        let same = Connection { backend: cast.frontend, ..cast.connection() }.state(state::ESTABLISHED);
+        let packet = cast.next(cast.client, cast.frontend);
+        let world = cast.world().flows(same.forward());
+        let established = Case::new("an established flow", &world, Program::Ingress, EDGE, &packet);
+        let mut none = cast.world();
+        none.port(ONE).ranges = [Range::DROP; 3];
+        let first = cast.first(cast.client, cast.frontend);
+        let dropped = Case::new("a drop that is counted", &none, Program::Ingress, EDGE, &first);
+        for (case, world) in [(established, world), (dropped, none)] {
+            kernel.prepare(&world).expect("the maps are filled");
+            let times = shortest(&mut kernel, &case, &sieves);
+            let told = kernel.events().expect("the ring is read").len();
+            let ratio = |index: usize| f64::from(times[index]) / f64::from(times[0]);
+            println!(
+                "{}, {}: nobody {} ns; ratio of a killed listener {:.2}, of one for something else {:.2}, of one for everything {:.2}",
+                cast.title(),
+                case.name,
+                times[0],
+                ratio(1),
+                ratio(2),
+                ratio(3)
+            );
+            println!("    {told} events were in the ring");
+            assert_eq!(told > 0, case.name != "an established flow", "{}", case.name);
+            if case.name == "an established flow" {
+                // No instruction differs; the rest is the machine's noise.
+                assert!((1..4).all(|index| ratio(index) < 1.15), "{times:?}");
+            }
+        }
+    }
 }

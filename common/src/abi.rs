@@ -37,6 +37,10 @@ pub const ORIGINS_MAX: u32 = BACKENDS_MAX;
 pub const BACKEND_COUNTERS_MAX: u32 = 131_072;
 /// Entries of `reason_counts`, filled on first use.
 pub const REASON_COUNTERS_MAX: u32 = 65_536;
+/// Entries of `socket_counts`, filled on first use.
+pub const SOCKET_COUNTERS_MAX: u32 = BACKEND_COUNTERS_MAX;
+/// Bytes of the ring `events`: some 3 800 events that nobody has read so far.
+pub const EVENTS_BYTES: u32 = 524_288;
 /// Entries of `names`, filled as service ports come.
 pub const NAMES_MAX: u32 = PORTS_MAX;
 /// Entries of `rejects`, the rate limiter's buckets.
@@ -598,8 +602,8 @@ abi! {
         pub seen: u32,
         /// The backend's generation then.
         pub generation: u16,
-        /// Zero.
-        pub reserved: u16,
+        /// How often the client came back after its affinity had run out; it wraps around.
+        pub round: u16,
     } size 12
 }
 
@@ -696,7 +700,170 @@ impl BackendCounters {
     }
 }
 
-/// Set in the keys of `backend_counts` for IPv6 backends.
+abi! {
+    /// Connections of sockets that were translated at connect(), by backend; the per-CPU value of `socket_counts`, with
+    /// the keys of `backend_counts`.
+    ///
+    /// The kernel's own figures for a connection (those of `TCP_INFO`: SYN and FIN count as a byte each), added when it closes, and
+    /// every few seconds while what it sends is acknowledged.
+    #[derive(Default)]
+    pub struct SocketCounters {
+        /// Connections that were established.
+        pub connections: u64,
+        /// Those of them that have ended.
+        pub closed: u64,
+        /// Connections that never came about: refused, or without an answer.
+        pub failed: u64,
+        /// Connections that ended without both sides' FIN: by a reset, or because nobody answered any more.
+        pub resets: u64,
+        /// Bytes that clients sent, as far as acknowledged.
+        pub sent_bytes: u64,
+        /// Bytes that clients received.
+        pub received_bytes: u64,
+        /// Segments from clients.
+        pub sent_segments: u64,
+        /// Segments to clients.
+        pub received_segments: u64,
+        /// Segments from clients that were sent again; part of `sent_segments`.
+        pub retransmitted_segments: u64,
+        /// Sum of the smoothed round-trip times that ended connections had at last, microseconds.
+        pub rtt_us: u64,
+        /// How many of those were summed.
+        pub rtt_count: u64,
+    } size 88
+}
+
+impl SocketCounters {
+    /// Adds what was counted elsewhere: on another CPU, or of another backend.
+    pub fn add(&mut self, more: &Self) {
+        for (sum, more) in [
+            (&mut self.connections, more.connections),
+            (&mut self.closed, more.closed),
+            (&mut self.failed, more.failed),
+            (&mut self.resets, more.resets),
+            (&mut self.sent_bytes, more.sent_bytes),
+            (&mut self.received_bytes, more.received_bytes),
+            (&mut self.sent_segments, more.sent_segments),
+            (&mut self.received_segments, more.received_segments),
+            (&mut self.retransmitted_segments, more.retransmitted_segments),
+            (&mut self.rtt_us, more.rtt_us),
+            (&mut self.rtt_count, more.rtt_count),
+        ] {
+            *sum = sum.wrapping_add(more);
+        }
+    }
+}
+
+abi! {
+    /// A translated connection as far as it is counted; kept with its socket in `connections`.
+    #[derive(Default)]
+    pub struct Connection {
+        /// Bytes sent that are counted.
+        pub sent_bytes: u64,
+        /// Bytes received that are counted.
+        pub received_bytes: u64,
+        /// Segments sent that are counted.
+        pub sent_segments: u32,
+        /// Segments received that are counted.
+        pub received_segments: u32,
+        /// Segments sent again that are counted.
+        pub retransmitted_segments: u32,
+        /// The backend, as a key of `socket_counts`.
+        pub backend: u32,
+        /// When it was counted last, in [`Ticks`].
+        pub seen: u32,
+        /// Zero.
+        pub reserved: u32,
+    } size 40
+}
+
+abi! {
+    /// Something that happened to a flow, a packet or a call; an element of the ring `events`.
+    ///
+    /// IPv4 addresses are IPv4-mapped IPv6 ones; ports are in host order.
+    #[derive(Default)]
+    pub struct Event {
+        /// Nanoseconds since boot.
+        pub time_ns: u64,
+        /// Source address as the packet came; zero for a call.
+        pub source: [u8; 16],
+        /// Destination address as the packet came, or as the process asked for it.
+        pub destination: [u8; 16],
+        /// Source address after translation.
+        pub new_source: [u8; 16],
+        /// Destination address after translation.
+        pub new_destination: [u8; 16],
+        /// Source port as the packet came.
+        pub source_port: u16,
+        /// Destination port as the packet came.
+        pub destination_port: u16,
+        /// Source port after translation.
+        pub new_source_port: u16,
+        /// Destination port after translation.
+        pub new_destination_port: u16,
+        /// Index into `ports`; 0: none.
+        pub service_port: u32,
+        /// Index into `backends` of the event's family; 0: none.
+        pub backend: u32,
+        /// The device; 0 for a call.
+        pub ifindex: u32,
+        /// The process; 0 for a packet.
+        pub process: u32,
+        /// Length of the packet from its IP header on; 0 for a call.
+        pub length: u32,
+        /// One of [`crate::event::Kind`].
+        pub kind: u8,
+        /// One of [`crate::event::At`].
+        pub at: u8,
+        /// A [`crate::Reason`].
+        pub reason: u8,
+        /// One of [`crate::event::Fate`].
+        pub fate: u8,
+        /// 4 or 6.
+        pub family: u8,
+        /// IP protocol number.
+        pub protocol: u8,
+        /// TCP flags; for SCTP what its first chunk means in terms of them.
+        pub tcp_flags: u8,
+        /// Bits of [`flow`].
+        pub flags: u8,
+        /// The process's name, ended by a zero.
+        pub command: [u8; 16],
+        /// Zero.
+        pub reserved: u32,
+    } size 128
+}
+
+abi! {
+    /// Whether somebody listens to events, and to which; the one element of `listening`.
+    ///
+    /// The listener renews it, so that its end, whatever ends it, is the end of listening. A zero sieve lets everything through.
+    #[derive(Default)]
+    pub struct Listening {
+        /// When it ends, nanoseconds since boot; 0: nobody listens.
+        pub until_ns: u64,
+        /// A bit for every reason, `1 << number`; 0: any.
+        pub reasons: u64,
+        /// Any of these service ports.
+        pub service_ports: [u32; 4],
+        /// One of the four addresses.
+        pub address: [u8; 16],
+        /// A bit for every [`crate::event::Kind`], `1 << number`; 0: any.
+        pub kinds: u32,
+        /// A bit for every [`crate::event::At`], `1 << number`; 0: any.
+        pub places: u32,
+        /// One of the four ports, host order.
+        pub port: u16,
+        /// IP protocol number.
+        pub protocol: u8,
+        /// A bit for every [`crate::event::Fate`], `1 << number`; 0: any.
+        pub fates: u8,
+        /// Zero.
+        pub reserved: u32,
+    } size 64
+}
+
+/// Set in the keys of `backend_counts` and `socket_counts` for IPv6 backends.
 pub const COUNTER_V6: u32 = 1 << 31;
 
 abi! {

@@ -18,6 +18,7 @@ pub mod abi;
 pub mod answer;
 pub mod checksum;
 pub mod crc32c;
+pub mod event;
 pub mod family;
 pub mod fragment;
 pub mod header;

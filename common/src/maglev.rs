@@ -35,6 +35,12 @@ pub fn hash<F: Family>(tuple: &Tuple<F::Address>) -> u32 {
     mix(hash ^ F::hash(&tuple.destination).rotate_left(8) ^ u32::from(tuple.protocol))
 }
 
+/// A client's hash in a round of its affinity. The steps are a golden section of the circle: any few rounds are spread all over it.
+#[inline(always)]
+pub fn in_round(hash: u32, round: u16) -> u32 {
+    hash.wrapping_add(u32::from(round).wrapping_mul(0x9e37_79b9))
+}
+
 /// Maps 32 uniform bits to `0..size` by multiplication, without a division.
 #[inline(always)]
 pub fn scale(hash: u32, size: u32) -> u32 {

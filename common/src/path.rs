@@ -156,6 +156,8 @@ pub struct Decision<F: Family> {
     pub step: Step,
     /// Whether the client's affinity to the backend is recorded.
     pub affinity: bool,
+    /// The client's [round](crate::abi::Affinity::round), where its affinity is recorded.
+    pub round: u16,
     /// Whether the packet is a first fragment, and what it [tells](fragment::told) is noted.
     pub datagram: bool,
     /// The kind of the frontend, one of [`frontend`]; 0: none was asked for.
@@ -177,6 +179,7 @@ impl<F: Family> Decision<F> {
             record: Record::Nothing,
             step: Step::Done,
             affinity: false,
+            round: 0,
             datagram: false,
             kind: 0,
             key: *key,
@@ -573,8 +576,15 @@ fn open<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables: &T,
         return;
     }
     decision.affinity = port.affinity_seconds != 0;
-    let Some((id, backend)) = select::backend(key, service_port, port.affinity_seconds, class, range, tables)
-    else {
+    let Some((id, backend)) = select::backend(
+        headers,
+        service_port,
+        port.affinity_seconds,
+        class,
+        range,
+        &mut decision.round,
+        tables,
+    ) else {
         reject(headers, Reason::NoBackendReset, Reason::NoBackendUnreachable, decision);
         return;
     };

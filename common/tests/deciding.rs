@@ -183,12 +183,8 @@ fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
         (any::<u8>(), any::<u16>(), any::<u16>(), 0_u32..8).prop_map(|(host, port, generation, flags)| {
             Backend { address: address::<F>(host), port, generation, service_port: 1, flags }
         });
-    let affinity = (any::<[u32; 2]>(), any::<u16>()).prop_map(|([backend, seen], generation)| Affinity {
-        backend,
-        seen,
-        generation,
-        reserved: 0,
-    });
+    let affinity = (any::<[u32; 2]>(), any::<[u16; 2]>())
+        .prop_map(|([backend, seen], [generation, round])| Affinity { backend, seen, generation, round });
     let origins = prop::collection::vec((any::<u8>(), 0_u16..3), 4).prop_map(|ends| {
         let mut origins = Origins::default();
         for (origin, (host, port)) in origins.frontends.iter_mut().zip(ends) {

@@ -1,7 +1,9 @@
 //! Entry points, one a hook.
 
+mod connections;
 mod count;
 mod decide;
+mod events;
 mod fib;
 mod maps;
 mod record;
@@ -12,8 +14,8 @@ mod tables;
 mod tc;
 mod xdp;
 
-use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, classifier, xdp};
-use aya_ebpf::programs::{SockAddrContext, SockContext, TcContext, XdpContext};
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, classifier, sock_ops, xdp};
+use aya_ebpf::programs::{SockAddrContext, SockContext, SockOpsContext, TcContext, XdpContext};
 use sluice_common::path::Hook;
 
 /// What enters the node, or leaves a pod, on a device with an Ethernet header.
@@ -98,4 +100,10 @@ pub(crate) fn getpeername6(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock(sock_release)]
 pub(crate) fn sock_release(ctx: SockContext) -> i32 {
     socket::release(ctx.sock)
+}
+
+/// A TCP connection begins, changes its state, or has what it sent acknowledged.
+#[sock_ops]
+pub(crate) fn connection(ctx: SockOpsContext) -> u32 {
+    connections::run(ctx.ops)
 }

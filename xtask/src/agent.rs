@@ -1,7 +1,7 @@
 //! The `sluice` binary.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use object::elf;
@@ -43,12 +43,27 @@ pub(crate) fn build_release(workspace: &Workspace) -> Result<PathBuf> {
     Ok(binary)
 }
 
+/// Whether a binary runs without any other file.
+pub(crate) fn is_static(binary: &Path) -> Result<bool> {
+    let content = fs::read(binary).with_context(|| format!("cannot read {}", binary.display()))?;
+    Ok(!has_interpreter(&parse(&content)?))
+}
+
+fn parse(binary: &[u8]) -> Result<ElfFile64<'_>> {
+    ElfFile64::parse(binary).context("it is no 64-bit ELF file")
+}
+
+fn has_interpreter(file: &ElfFile64<'_>) -> bool {
+    let endian = file.endian();
+    file.elf_program_headers().iter().any(|header| header.p_type(endian) == elf::PT_INTERP)
+}
+
 /// The machine that a static binary is for, by Rust's name of it.
 ///
 /// # Errors
 /// When it is no binary, or wants a dynamic linker.
 pub(crate) fn static_architecture(binary: &[u8]) -> Result<&'static str> {
-    let file = ElfFile64::<object::Endianness>::parse(binary).context("it is no 64-bit ELF file")?;
+    let file = parse(binary)?;
     let endian = file.endian();
     if file.elf_program_headers().iter().any(|header| header.p_type(endian) == elf::PT_INTERP) {
         bail!("it is not static: it names a dynamic linker; `cargo xtask build` makes a static one");

@@ -7,6 +7,7 @@
 
 mod addresses;
 mod cgroup;
+pub(crate) mod cloud;
 mod control_plane;
 mod down;
 mod image;
@@ -70,6 +71,9 @@ pub(crate) struct UpOptions {
     /// How Sluice is deployed: a folder of deploy/overlays. With beside-kube-proxy there is a kube-proxy too.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) overlay: Overlay,
+    /// This binary of Sluice, instead of a release built from this tree.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) agent: Option<PathBuf>,
 }
 
 /// Options of `cargo xtask cluster shell`.

@@ -70,6 +70,9 @@ enum Command {
     /// Become a process of a cluster.
     #[command(hide = true)]
     ClusterLaunch(cluster::launch::Options),
+    /// Be what a cloud is to a cluster.
+    #[command(hide = true)]
+    ClusterCloud,
     /// Be the first process of a cluster's node.
     #[command(hide = true)]
     ClusterNode {
@@ -114,6 +117,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Cluster(command) => return cluster::run(&workspace, cli.toolchain, command),
         Command::ClusterLaunch(options) => cluster::launch::become_program(options)?,
+        Command::ClusterCloud => cluster::cloud::run()?,
         Command::ClusterNode { spec } => cluster::node_init::run(spec)?,
         Command::Demo(options) => return demo::run(&workspace, cli.toolchain, options),
     }

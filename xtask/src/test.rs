@@ -1,4 +1,4 @@
-//! `cargo xtask test`: four tiers, one sum.
+//! `cargo xtask test`: four tiers and a choice of Kubernetes' own tests, one sum.
 //!
 //! | tier   | what                                                     | needs         |
 //! |--------|----------------------------------------------------------|---------------|
@@ -14,8 +14,8 @@
 //! stdout carries the tests' own output and ends with the line
 //! `N passed, N failed` (and `, N skipped` where some were).
 //!
-//! Kubernetes' own tests ([`e2e`]) and those of `deploy/` on a cluster ([`overlays`]) are no tiers: they take long, and are run by name
-//! alone.
+//! Kubernetes' own tests ([`e2e`]) are no tier, since none of their binaries is built from here: a choice of them is run where all
+//! tiers are, the rest takes long and is run by name alone. So are the tests of `deploy/` on a cluster ([`overlays`]).
 
 mod e2e;
 mod libtest;
@@ -25,6 +25,7 @@ mod run;
 mod tier;
 
 use std::env;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -128,6 +129,12 @@ fn run_tiers(workspace: &Workspace, choice: Choice, options: &Options, total: &m
         summary.push(format!("{tier}: {counts} ({})", seconds(started.elapsed())));
         total.add(counts);
     }
+    if options.tiers.is_empty() && options.filter.is_empty() {
+        let started = Instant::now();
+        let counts = run_brief(workspace, choice, &prepared, options)?;
+        summary.push(format!("e2e: {counts} ({})", seconds(started.elapsed())));
+        total.add(counts);
+    }
     for line in summary {
         eprintln!("{line}");
     }
@@ -187,6 +194,25 @@ fn run_tier(
         counts.add(run::run("documentation", command, &limit)?);
     }
     Ok(counts)
+}
+
+/// Those of Kubernetes' own tests that tell most, with the agent that the other tests have.
+fn run_brief(
+    workspace: &Workspace,
+    choice: Choice,
+    prepared: &Prepared,
+    options: &Options,
+) -> Result<Counts> {
+    match prepare::e2e() {
+        Readiness::Ready => {
+            println!("\n== e2e: Kubernetes' own tests");
+            e2e::run(workspace, choice, &e2e::Options::brief(prepared.sluice().map(Path::to_owned)))
+        }
+        Readiness::Skip(reason) => {
+            eprintln!("e2e: skipped: {reason}");
+            Ok(skip(&[], options))
+        }
+    }
 }
 
 /// Counts what a skipped tier would have run.

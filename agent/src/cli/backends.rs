@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::bail;
 use serde::Serialize;
+use sluice_common::abi::SocketCounters;
 
 use super::table::{Format, Table, bytes, percent, render};
 use crate::view::{PortName, View};
@@ -29,6 +30,41 @@ struct Row {
     /// TCP resets and SCTP aborts from clients, and to them.
     forward_resets: u64,
     reply_resets: u64,
+    /// Of connections that were translated at the socket, by the kernel's own figures.
+    sockets: Sockets,
+}
+
+/// What the socket path counts per connection.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Sockets {
+    connections: u64,
+    closed: u64,
+    failed: u64,
+    resets: u64,
+    sent_bytes: u64,
+    received_bytes: u64,
+    sent_segments: u64,
+    received_segments: u64,
+    retransmitted_segments: u64,
+    /// The mean of the round-trip times that ended connections had at last, microseconds.
+    rtt_us: u64,
+}
+
+impl From<SocketCounters> for Sockets {
+    fn from(counted: SocketCounters) -> Self {
+        Self {
+            connections: counted.connections,
+            closed: counted.closed,
+            failed: counted.failed,
+            resets: counted.resets,
+            sent_bytes: counted.sent_bytes,
+            received_bytes: counted.received_bytes,
+            sent_segments: counted.sent_segments,
+            received_segments: counted.received_segments,
+            retransmitted_segments: counted.retransmitted_segments,
+            rtt_us: counted.rtt_us.checked_div(counted.rtt_count).unwrap_or_default(),
+        }
+    }
 }
 
 /// Prints the backends of one service, or all.
@@ -69,6 +105,7 @@ pub(super) fn run(pin_path: &Path, service: Option<&str>, format: Format) -> any
             calls: counted.calls,
             forward_resets: counted.forward_resets,
             reply_resets: counted.reply_resets,
+            sockets: backend.sockets.into(),
         });
     }
     rows.sort_by(|a, b| (&a.name, &a.backend).cmp(&(&b.name, &b.backend)));
@@ -88,6 +125,9 @@ pub(super) fn run(pin_path: &Path, service: Option<&str>, format: Format) -> any
             "BYTES-OUT",
             "FLOWS",
             "CALLS",
+            "CONNECTED",
+            "SENT",
+            "RECEIVED",
             "RESETS",
         ]);
         for row in rows {
@@ -106,7 +146,10 @@ pub(super) fn run(pin_path: &Path, service: Option<&str>, format: Format) -> any
                 bytes(row.reply_bytes),
                 row.flows.to_string(),
                 row.calls.to_string(),
-                (row.forward_resets + row.reply_resets).to_string(),
+                (row.sockets.connections - row.sockets.closed.min(row.sockets.connections)).to_string(),
+                bytes(row.sockets.sent_bytes),
+                bytes(row.sockets.received_bytes),
+                (row.forward_resets + row.reply_resets + row.sockets.resets).to_string(),
             ]);
         }
         table.text()

@@ -40,7 +40,7 @@ pub(super) struct ConntrackArgs {
 }
 
 /// A time as Go writes it.
-fn time(text: &str) -> Result<Duration, String> {
+pub(super) fn time(text: &str) -> Result<Duration, String> {
     if text == "0" {
         return Ok(Duration::ZERO);
     }

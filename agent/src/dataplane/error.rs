@@ -32,6 +32,14 @@ pub enum Error {
         /// The pin path.
         path: PathBuf,
     },
+    /// Somebody listens already.
+    #[error(
+        "another `sluice trace` listens to what is pinned under {path}, and the ring of events has one reader; end it, or wait (a killed one is gone at once)"
+    )]
+    Listened {
+        /// The folder of the maps.
+        path: PathBuf,
+    },
     /// A file of the BPF file system could not be used.
     #[error("cannot {action} {path}: {cause}{hint}")]
     Pin {

@@ -30,7 +30,7 @@ pub(super) const XDP_MODES: [(How, &str, u32); 2] =
     [(How::XdpNative, "xdp", 1 << 2), (How::XdpGeneric, "xdp_generic", 1 << 1)];
 
 /// The cgroup programs with their attach types.
-pub(super) const CGROUP: [(&str, u32); 9] = [
+pub(super) const CGROUP: [(&str, u32); 10] = [
     ("connect4", 10),
     ("connect6", 11),
     ("sendmsg4", 14),
@@ -40,6 +40,8 @@ pub(super) const CGROUP: [(&str, u32); 9] = [
     ("getpeername4", 29),
     ("getpeername6", 30),
     ("sock_release", 34),
+    // Only counts, so that it comes last: a kernel that refuses it has the others.
+    ("connection", 3),
 ];
 
 /// Whether and how XDP is used on uplinks.

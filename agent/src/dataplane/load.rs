@@ -120,6 +120,8 @@ pub(super) fn verify(name: &str, program: &mut Program) -> Result<(), Error> {
         program.load()
     } else if let Program::CgroupSock(program) = program {
         program.load()
+    } else if let Program::SockOps(program) = program {
+        program.load()
     } else {
         tracing::warn!(program = name, "the object has a program of a kind that this agent does not know");
         return Ok(());

@@ -7,7 +7,7 @@ use std::path::Path;
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, BackendCounters, Device, Flow, Ipv4Address, Ipv6Address, Name, Networks,
     NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, Service, ServiceKey,
-    ServicePort, Settings, SlotBlock, SocketKey, SocketPeer, SourceRange, Tuple,
+    ServicePort, Settings, SlotBlock, SocketCounters, SocketKey, SocketPeer, SourceRange, Tuple,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -69,6 +69,7 @@ pub struct Maps {
     pub(crate) names: Table<u32, Name>,
     pub(crate) backend_counts: Table<u32, BackendCounters>,
     pub(crate) reason_counts: Table<ReasonKey, ReasonCounters>,
+    pub(crate) socket_counts: Table<u32, SocketCounters>,
     pub(crate) rejects: Table<RejectKey, RejectBucket>,
 }
 
@@ -128,6 +129,7 @@ impl Maps {
             names: table(folder, "names")?,
             backend_counts: table(folder, "backend_counts")?,
             reason_counts: table(folder, "reason_counts")?,
+            socket_counts: table(folder, "socket_counts")?,
             rejects: table(folder, "rejects")?,
         })
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use sluice_common::abi::{
     self, BackendCounters, Flow, Ipv4Address, Ipv6Address, Networks, ReasonCounters, ReasonKey,
-    SLOTS_PER_BLOCK, Settings, Tuple,
+    SLOTS_PER_BLOCK, Settings, SocketCounters, Tuple,
 };
 
 use super::bpf::Table;
@@ -55,6 +55,32 @@ impl Maps {
             sum
         };
         Ok(entries.into_iter().map(|(key, values)| (key, sum(values))).collect())
+    }
+
+    /// Key of `socket_counts` -> the sum over all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn socket_counters(&self) -> Result<BTreeMap<u32, SocketCounters>, Error> {
+        let entries = read("socket_counts", self.socket_counts.entries_all())?;
+        let sum = |values: Vec<SocketCounters>| {
+            let mut sum = SocketCounters::default();
+            for one in &values {
+                sum.add(one);
+            }
+            sum
+        };
+        Ok(entries.into_iter().map(|(key, values)| (key, sum(values))).collect())
+    }
+
+    /// Service-port id -> whose it is.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn service_port_names(&self) -> Result<BTreeMap<u32, abi::Name>, Error> {
+        Ok(read("names", self.names.entries())?.into_iter().collect())
     }
 
     /// Reason and service port -> the sum over all CPUs.
@@ -181,6 +207,7 @@ impl Maps {
             counted("devices", &self.devices)?,
             counted("backend_counts", &self.backend_counts)?,
             counted("reason_counts", &self.reason_counts)?,
+            counted("socket_counts", &self.socket_counts)?,
             counted("rejects", &self.rejects)?,
         ])
     }

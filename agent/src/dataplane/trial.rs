@@ -117,6 +117,8 @@ fn instructions(program: &Program) -> Option<u32> {
         program.info()
     } else if let Program::CgroupSock(program) = program {
         program.info()
+    } else if let Program::SockOps(program) = program {
+        program.info()
     } else {
         return None;
     };

@@ -297,6 +297,10 @@ impl<'w> Story<'w> {
                 let age = self.seconds_since(entry.seen);
                 format!("ClientIP, {seconds} s: {ip} was here {age} s ago, and stays with its backend")
             }
+            Some(entry) if self.seconds_since(entry.seen) >= u64::from(seconds) => {
+                let age = self.seconds_since(entry.seen);
+                format!("ClientIP, {seconds} s: {ip} was last here {age} s ago, and is led on as if new")
+            }
             Some(_) => format!("ClientIP, {seconds} s: what is known of {ip} no longer counts"),
             None => format!("ClientIP, {seconds} s: {ip} was not here before"),
         };

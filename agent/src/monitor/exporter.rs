@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
@@ -16,7 +17,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use sluice_common::Reason;
-use sluice_common::abi::BackendCounters;
+use sluice_common::abi::{BackendCounters, SocketCounters};
 
 use super::metrics::Metrics;
 use crate::agent::status::{self, Status};
@@ -86,6 +87,16 @@ impl Writer<'_, '_> {
         Ok(())
     }
 
+    /// The sums of round-trip times.
+    fn seconds(&mut self, name: &str, help: &str, all: &[(Labels, Sums)]) -> fmt::Result {
+        let mut metric = self.encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (labels, counted) in all {
+            let seconds = Duration::from_micros(counted.sockets.rtt_us).as_secs_f64();
+            ConstCounter::new(seconds).encode(metric.encode_family(&labels.as_slice())?)?;
+        }
+        Ok(())
+    }
+
     fn gauges(&mut self, name: &str, help: &str, series: &Series) -> fmt::Result {
         let mut metric = self.encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for (labels, value) in series {
@@ -113,28 +124,75 @@ enum Count {
     One(u64),
 }
 
-/// What is counted of traffic: name, help, value.
-type Traffic = (&'static str, &'static str, fn(&BackendCounters) -> Count);
+/// What was counted of a backend, or of all of a service's.
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    /// Per packet, and the calls.
+    packets: BackendCounters,
+    /// Per connection that was translated at the socket.
+    sockets: SocketCounters,
+}
 
-const TRAFFIC: [Traffic; 5] = [
-    ("packets", "Packets along flows; per packet, so without what is translated at the socket", |counted| {
-        Count::Both(counted.forward_packets, counted.reply_packets)
+/// What is counted of traffic: name, help, value.
+type Traffic = (&'static str, &'static str, fn(&Sums) -> Count);
+
+/// What the sum of round-trip times is.
+const RTT: &str = "Sum of the smoothed round-trip times that ended connections had at last (of those translated at the socket); \
+                   per close";
+
+const TRAFFIC: [Traffic; 13] = [
+    ("packets", "Packets along flows; per packet, so without what is translated at the socket", |sums| {
+        Count::Both(sums.packets.forward_packets, sums.packets.reply_packets)
     }),
-    ("bytes", "Bytes of those packets, IP header included", |counted| {
-        Count::Both(counted.forward_bytes, counted.reply_bytes)
+    ("bytes", "Bytes of those packets, IP header included", |sums| {
+        Count::Both(sums.packets.forward_bytes, sums.packets.reply_bytes)
     }),
-    ("resets", "Resets along flows (TCP's RST, SCTP's ABORT)", |counted| {
-        Count::Both(counted.forward_resets, counted.reply_resets)
+    ("resets", "Resets along flows (TCP's RST, SCTP's ABORT); per packet", |sums| {
+        Count::Both(sums.packets.forward_resets, sums.packets.reply_resets)
     }),
-    ("flows", "Flows that were opened, per packet", |counted| Count::One(counted.flows)),
+    ("flows", "Flows that were opened, per packet", |sums| Count::One(sums.packets.flows)),
     (
         "socket_calls",
-        "Calls of sockets that were translated: connections of TCP, datagrams of UDP",
-        |counted| Count::One(counted.calls),
+        "Calls of sockets that were translated: connections of TCP, datagrams of UDP; per call",
+        |sums| Count::One(sums.packets.calls),
     ),
+    (
+        "socket_connections",
+        "TCP connections translated at the socket that were established; per connection",
+        |sums| Count::One(sums.sockets.connections),
+    ),
+    ("socket_connections_closed", "Those of them that have ended; per close", |sums| {
+        Count::One(sums.sockets.closed)
+    }),
+    (
+        "socket_connections_failed",
+        "TCP connections translated at the socket that were refused or got no answer; per connect",
+        |sums| Count::One(sums.sockets.failed),
+    ),
+    (
+        "socket_resets",
+        "TCP connections translated at the socket that ended without both sides' FIN: reset, or nobody answered; per close",
+        |sums| Count::One(sums.sockets.resets),
+    ),
+    (
+        "socket_bytes",
+        "Payload of TCP connections translated at the socket; per close, and every few seconds of a connection that sends",
+        |sums| Count::Both(sums.sockets.sent_bytes, sums.sockets.received_bytes),
+    ),
+    ("socket_segments", "TCP segments of those connections; told when their bytes are", |sums| {
+        Count::Both(sums.sockets.sent_segments, sums.sockets.received_segments)
+    }),
+    (
+        "socket_retransmitted_segments",
+        "Those of their segments from clients that were sent again; told when their bytes are",
+        |sums| Count::One(sums.sockets.retransmitted_segments),
+    ),
+    ("socket_rtt_samples", "Connections whose round-trip time is in the sum; per close", |sums| {
+        Count::One(sums.sockets.rtt_count)
+    }),
 ];
 
-fn series(all: &[(Labels, BackendCounters)], (_, _, count): &Traffic) -> Series {
+fn series(all: &[(Labels, Sums)], (_, _, count): &Traffic) -> Series {
     let with = |labels: &Labels, direction: &str| {
         [labels.clone(), vec![("direction", direction.to_owned())]].concat()
     };
@@ -152,23 +210,23 @@ fn series(all: &[(Labels, BackendCounters)], (_, _, count): &Traffic) -> Series 
 
 fn traffic(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
     let backends = view.backends();
-    let mut sums: BTreeMap<u32, BackendCounters> =
-        view.image.names.keys().map(|id| (*id, BackendCounters::default())).collect();
+    let mut sums: BTreeMap<u32, Sums> = view.image.names.keys().map(|id| (*id, Sums::default())).collect();
     for backend in &backends {
         if let Some(sum) = sums.get_mut(&backend.service_port) {
-            sum.add(&backend.counters);
+            sum.packets.add(&backend.counters);
+            sum.sockets.add(&backend.sockets);
         }
     }
     let family = |id: &u32| view.image.names.get(id).map_or(0, |name| name.family);
-    let services: Vec<(Labels, BackendCounters)> =
+    let services: Vec<(Labels, Sums)> =
         sums.iter().filter_map(|(id, sum)| Some((labels_of(&view.name(*id)?, family(id)), *sum))).collect();
     let of_backend = |backend: &BackendView| {
         let mut labels = labels_of(&view.name(backend.service_port)?, family(&backend.service_port));
         labels.push(("backend", backend.address.to_string()));
-        Some((labels, backend.counters))
+        Some((labels, Sums { packets: backend.counters, sockets: backend.sockets }))
     };
     // Those that are told are the same from one scrape to the next.
-    let told: Vec<(Labels, BackendCounters)> =
+    let told: Vec<(Labels, Sums)> =
         backends.iter().filter(|backend| backend.serving).filter_map(of_backend).take(BACKENDS_MAX).collect();
     let left = backends.iter().filter(|backend| backend.serving).count() - told.len();
     for metric in &TRAFFIC {
@@ -176,6 +234,8 @@ fn traffic(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
         writer.counters(&format!("service_{name}"), help, &series(&services, metric))?;
         writer.counters(&format!("backend_{name}"), help, &series(&told, metric))?;
     }
+    writer.seconds("service_socket_rtt_seconds", RTT, &services)?;
+    writer.seconds("backend_socket_rtt_seconds", RTT, &told)?;
     writer.gauges(
         "backends_left_out",
         "Backends that are counted and have no series of their own",

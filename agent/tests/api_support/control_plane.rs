@@ -141,6 +141,8 @@ impl ControlPlane {
             format!("--service-account-key-file={}", file("service-accounts.key")),
             format!("--service-account-signing-key-file={}", file("service-accounts.key")),
             "--service-cluster-ip-range=10.96.0.0/16,fd00:a60::a:0/112".into(),
+            // As every cluster that a Service proxy of any kind can be deployed on.
+            "--allow-privileged".into(),
             // No controller here makes the accounts that pods would need.
             "--disable-admission-plugins=ServiceAccount".into(),
         ];

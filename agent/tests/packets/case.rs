@@ -1,7 +1,7 @@
 //! A case: what the maps hold, a packet, and what must come of both.
 
 use sluice_common::Reason;
-use sluice_common::abi::{Affinity, DatagramPorts, Flow};
+use sluice_common::abi::{Affinity, DatagramPorts, Event, Flow};
 
 use super::frame::Frame;
 use super::world::{Affinities, Datagrams, Exhausted, Flows, World};
@@ -62,6 +62,8 @@ pub(crate) struct Outcome {
     pub(crate) frame: Vec<u8>,
     /// One element at most. `None` in an expectation: the two ways must agree, on whatever it is.
     pub(crate) counted: Option<Vec<Counted>>,
+    /// What was told to those who listen, without the time. `None`, in every expectation: the two ways must agree.
+    pub(crate) events: Option<Vec<Event>>,
     pub(crate) flows: Flows,
     pub(crate) embryonic: Flows,
     pub(crate) affinity: Affinities,
@@ -104,6 +106,7 @@ impl Case {
                 end,
                 frame: frame.bytes(),
                 counted: Some(Vec::new()),
+                events: None,
                 flows: world.flows.clone(),
                 embryonic: world.embryonic.clone(),
                 affinity: world.affinity.clone(),

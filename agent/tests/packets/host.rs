@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, Origin,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Event, Flow, Networks, Origin,
     OriginKey, Origins, PREFIXES, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings,
     Ticks, Tuple, device, flow, node_address, state,
 };
 use sluice_common::answer::{self, QUOTE};
+use sluice_common::event::{self, At};
 use sluice_common::family::lane;
 use sluice_common::fragment::{self, label};
 use sluice_common::header::{TcpHeader, tcp};
@@ -327,7 +328,8 @@ impl<F: Ip> Memory<F> {
                 if decision.affinity {
                     let Flow { service_port, backend, seen, generation, .. } = decision.flow;
                     let client = AffinityKey { service_port, client: key.source };
-                    let _ = self.affinity.insert(client, Affinity { backend, seen, generation, reserved: 0 });
+                    let to = Affinity { backend, seen, generation, round: decision.round };
+                    let _ = self.affinity.insert(client, to);
                 }
             }
             Record::Promote => {
@@ -527,6 +529,7 @@ fn untouched(case: &Case) -> Outcome {
         end: if case.program == Program::Xdp { End::XdpPass } else { End::Next },
         frame: case.input.clone(),
         counted: Some(Vec::new()),
+        events: Some(Vec::new()),
         flows: case.world.flows.clone(),
         embryonic: case.world.embryonic.clone(),
         affinity: case.world.affinity.clone(),
@@ -543,8 +546,8 @@ fn run_family<F: Ip>(case: &Case, mut packet: Bytes, offset: u32) -> Outcome {
         Program::Xdp => Hook::Xdp,
     };
     let mut memory = Memory::<F>::new(&case.world, case.ifindex);
-    let (end, counted) = match parse::headers::<F, _>(&packet, offset) {
-        None => (if hook == Hook::Xdp { End::XdpPass } else { End::Next }, None),
+    let (end, (counted, told_of)) = match parse::headers::<F, _>(&packet, offset) {
+        None => (if hook == Hook::Xdp { End::XdpPass } else { End::Next }, NOTHING),
         Some(headers) => {
             let mut decision = Decision::pass(&headers.tuple);
             path::decide_into(hook, &headers, &memory, &mut decision);
@@ -559,6 +562,7 @@ fn run_family<F: Ip>(case: &Case, mut packet: Bytes, offset: u32) -> Outcome {
         end,
         frame: packet.bytes,
         counted: Some(counted.into_iter().collect()),
+        events: Some(told_of.into_iter().collect()),
         flows: told::<F>(memory.flows, NOW),
         embryonic: told::<F>(memory.embryonic, NOW),
         affinity: affinities_told::<F>(memory.affinity, NOW),
@@ -566,6 +570,26 @@ fn run_family<F: Ip>(case: &Case, mut packet: Bytes, offset: u32) -> Outcome {
         fragments: datagrams_told::<F>(memory.fragments, NOW),
         marks: memory.marks,
     }
+}
+
+/// How a packet was counted, and what was told of it.
+type Noted = (Option<Counted>, Option<Event>);
+const NOTHING: Noted = (None, None);
+
+fn noted<F: Ip>(
+    case: &Case,
+    hook: Hook,
+    headers: &Headers<F>,
+    decision: &Decision<F>,
+    dropped: bool,
+) -> Noted {
+    let told = event::kind(decision, headers).map(|kind| {
+        let mut event =
+            Event { kind: kind as u8, at: At::from(hook) as u8, ifindex: case.ifindex, ..Event::default() };
+        event::packet(&mut event, headers, decision, event::fate(decision.verdict, dropped));
+        event
+    });
+    (count(decision, headers.length), told)
 }
 
 fn count<F: Ip>(decision: &Decision<F>, bytes: u32) -> Option<Counted> {
@@ -591,7 +615,7 @@ fn xdp<F: Ip>(
     headers: &Headers<F>,
     mut decision: Decision<F>,
     memory: &mut Memory<F>,
-) -> (End, Option<Counted>) {
+) -> (End, Noted) {
     if decision.step != Step::Done {
         memory.try_open(Hook::Xdp, headers, &mut decision);
     }
@@ -606,13 +630,13 @@ fn xdp<F: Ip>(
         || !ours
         || memory.record(&decision).is_err()
     {
-        return (End::XdpPass, None);
+        return (End::XdpPass, NOTHING);
     }
     memory.note(headers, &decision);
     if rewrite(packet, headers, &decision.flow) {
-        (End::XdpPass, count(&decision, headers.length))
+        (End::XdpPass, noted(case, Hook::Xdp, headers, &decision, false))
     } else {
-        (End::XdpDrop, None)
+        (End::XdpDrop, NOTHING)
     }
 }
 
@@ -622,26 +646,26 @@ fn tc<F: Ip>(
     headers: &Headers<F>,
     mut decision: Decision<F>,
     memory: &mut Memory<F>,
-) -> (End, Option<Counted>) {
+) -> (End, Noted) {
     let ingress = matches!(case.program, Program::Ingress | Program::IngressBare);
     let link = matches!(case.program, Program::Ingress | Program::Egress);
     let hook = if ingress { Hook::Ingress } else { Hook::Egress };
     let is_done = decision.step == Step::Done;
     if decision.verdict == Verdict::Pass && is_done {
         memory.note(headers, &decision);
-        return (End::Next, count(&decision, headers.length));
+        return (End::Next, noted(case, hook, headers, &decision, false));
     }
     let inside = case.world.devices.get(&case.ifindex).is_some_and(|device| device.role == device::EDGE);
     if ingress && link && !inside {
-        let [first, ..] = packet.bytes[..] else { return (End::Next, None) };
+        let [first, ..] = packet.bytes[..] else { return (End::Next, NOTHING) };
         if first & 1 == 0 && !packet.bytes.starts_with(&world::mac(case.ifindex)) {
-            return (End::Next, None);
+            return (End::Next, NOTHING);
         }
     }
     let recorded = if is_done { memory.record(&decision) } else { memory.open(hook, headers, &mut decision) };
     memory.note(headers, &decision);
     let end = apply(case, packet, headers, &mut decision, recorded);
-    (end, count(&decision, headers.length))
+    (end, noted(case, hook, headers, &decision, end == End::Drop))
 }
 
 /// Applies a decision; leaves in it the reason why the packet was dropped after all.

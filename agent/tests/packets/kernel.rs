@@ -7,13 +7,13 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::maps::lpm_trie::Key;
-use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuHashMap, PerCpuValues};
+use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuHashMap, PerCpuValues, RingBuf};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, BackendCounters, COUNTER_V6, Datagram, DatagramPorts, Device, Flow,
-    NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, Service, ServiceKey,
-    ServicePort, Settings, SlotBlock, SourceRange, TICK_SHIFT, Ticks, Tuple,
+    Affinity, AffinityKey, Backend, BackendCounters, COUNTER_V6, Datagram, DatagramPorts, Device, Event,
+    Flow, Listening, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey,
+    Service, ServiceKey, ServicePort, Settings, SlotBlock, SourceRange, TICK_SHIFT, Ticks, Tuple,
 };
 use sluice_common::family::lane;
 use sluice_common::{Reason, V4, V6};
@@ -41,6 +41,7 @@ const SKB: (usize, usize) = (192, 40);
 /// The loaded object.
 pub(crate) struct Kernel {
     ebpf: Ebpf,
+    ring: RingBuf<MapData>,
     /// What the maps hold, and since when.
     filled: Option<(World, Ticks)>,
     /// What keeps sockets of this host open.
@@ -336,7 +337,10 @@ impl Kernel {
             tc(&mut ebpf, program)?.load().with_context(|| format!("cannot load {}", program.name()))?;
         }
         xdp(&mut ebpf)?.load().context("cannot load the XDP program")?;
-        Ok(Self { ebpf, filled: None, sockets: Vec::new() })
+        let ring = RingBuf::try_from(ebpf.take_map("events").context("the object has no map events")?)?;
+        let mut kernel = Self { ebpf, ring, filled: None, sockets: Vec::new() };
+        kernel.listen(&Listening { until_ns: u64::MAX, ..Listening::default() })?;
+        Ok(kernel)
     }
 
     fn fill(&mut self, world: &World, now: Ticks) -> Result<()> {
@@ -485,10 +489,26 @@ impl Kernel {
         fragments.extend(read_datagrams::<V6>(&mut self.ebpf, now)?);
         let Raw(marks) = array::<u32>(&mut self.ebpf, "marks")?.get(&0, 0)?;
         let counted = Some(self.counted()?);
-        Ok(Some(Outcome { end, frame, counted, flows, embryonic, affinity, exhausted, fragments, marks }))
+        let events = Some(self.events()?);
+        Ok(Some(Outcome {
+            end,
+            frame,
+            counted,
+            events,
+            flows,
+            embryonic,
+            affinity,
+            exhausted,
+            fragments,
+            marks,
+        }))
     }
 
     fn test_run(&mut self, case: &Case, frame: &mut [u8]) -> Result<Option<TestRunResult>> {
+        self.repeated(case, frame, 1)
+    }
+
+    fn repeated(&mut self, case: &Case, frame: &mut [u8], repeat: u32) -> Result<Option<TestRunResult>> {
         let context = if case.program == Program::Xdp {
             // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
             [0, case.input.len() as u32, 0, case.ifindex, 0, 0].map(u32::to_ne_bytes).concat()
@@ -502,6 +522,7 @@ impl Kernel {
             data_in: Some(&case.input),
             data_out: Some(frame),
             ctx_in: Some(&context),
+            repeat,
             ..TestRunOptions::default()
         };
         let result = if case.program == Program::Xdp {
@@ -514,6 +535,42 @@ impl Kernel {
             Err(_) if case.input.len() < shortest(&case.input) => Ok(None),
             Err(error) => Err(error).context("the kernel refuses to run the program"),
         }
+    }
+
+    /// Has the programs tell what fits a sieve.
+    pub(crate) fn listen(&mut self, sieve: &Listening) -> Result<()> {
+        Ok(array(&mut self.ebpf, "listening")?.set(0, Raw::<Listening>(*sieve), 0)?)
+    }
+
+    /// Takes every event out of the ring; without the time, which nobody foresees.
+    pub(crate) fn events(&mut self) -> Result<Vec<Event>> {
+        let mut all = Vec::new();
+        while let Some(item) = self.ring.next() {
+            ensure!(item.len() == size_of::<Event>(), "an event of {} bytes", item.len());
+            // SAFETY: as many bytes as an event has, and any bytes are one.
+            let event = unsafe { item.as_ptr().cast::<Event>().read_unaligned() };
+            ensure!(event.time_ns != 0, "an event without a time: {event:?}");
+            all.push(Event { time_ns: 0, ..event });
+        }
+        Ok(all)
+    }
+
+    /// Runs a case so many times over its own packet; the mean time of one, nanoseconds.
+    pub(crate) fn time(&mut self, case: &Case, repeat: u32) -> Result<u32> {
+        let mut frame = vec![0; FRAME_MAX];
+        Ok(self.repeated(case, &mut frame, repeat)?.context("the frame is too short")?.duration.as_nanos()
+            as u32)
+    }
+
+    /// Fills the maps for [`Self::time`].
+    pub(crate) fn prepare(&mut self, world: &World) -> Result<()> {
+        if let Some((world, _)) = self.filled.take() {
+            self.clear(&world)?;
+        }
+        let now = now();
+        self.fill(world, now)?;
+        self.filled = Some((world.clone(), now));
+        Ok(())
     }
 
     /// How packets were counted since the last call.

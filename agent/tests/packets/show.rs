@@ -20,6 +20,10 @@ pub(crate) fn difference(who: &str, actual: &Outcome, expected: &Outcome) -> Str
     if expected.counted.is_some() && actual.counted != expected.counted {
         line(format!("{who}: counted {:?} instead of {:?}", actual.counted, expected.counted));
     }
+    if expected.events.is_some() && actual.events != expected.events {
+        line(format!("{who}: told {:?}", actual.events));
+        line(format!("    instead of {:?}", expected.events));
+    }
     if actual.marks != expected.marks {
         line(format!("{who}: marks {:#x} instead of {:#x}", actual.marks, expected.marks));
     }

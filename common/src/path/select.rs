@@ -4,7 +4,9 @@ use crate::abi::{
     AffinityKey, Backend, Class, Range, ServiceKey, TICK_SHIFT, Tuple, backend as flags, frontend,
 };
 use crate::family::Family;
+use crate::header::{protocol, tcp};
 use crate::maglev;
+use crate::parse::Headers;
 use crate::tables::Tables;
 
 /// The service port that a packet asks for and the kind of the frontend: its address's own, else a node port.
@@ -38,26 +40,34 @@ pub(super) fn is_cluster_ip<F: Family, T: Tables<F>>(tuple: &Tuple<F::Address>, 
     matches!(tables.service(&key), Some(service) if service.kind == frontend::ADDRESS)
 }
 
-/// The backend of a new flow: where the client's affinity leads, else a slot's.
+/// The backend of a flow: where the client's affinity leads, else a slot's.
 ///
-/// With affinity the slot follows from the client's address alone, so that it holds even when its entry is lost.
+/// With affinity the slot follows from the client's address, so that it holds even when the entry is lost and on every node, and
+/// from its `round`, which is told: whoever comes back too late is as new, and shall not meet the same backend for ever. A
+/// flow that only goes on was opened in time.
 #[inline(always)]
 pub(super) fn backend<'t, F: Family, T: Tables<F>>(
-    tuple: &Tuple<F::Address>,
+    headers: &Headers<F>,
     service_port: u32,
     affinity_seconds: u32,
     class: Class,
     range: Range,
+    round: &mut u16,
     tables: &'t T,
 ) -> Option<(u32, &'t Backend<F::Address>)> {
+    let tuple = &headers.tuple;
     if affinity_seconds == 0 {
         return by_tuple(tuple, range, tables);
     }
     let key = AffinityKey { service_port, client: tuple.source };
     if let Some(entry) = tables.affinity(&key) {
+        *round = entry.round;
         let idle_ns = u64::from(tables.now().wrapping_sub(entry.seen)) << TICK_SHIFT;
-        if idle_ns < u64::from(affinity_seconds).wrapping_mul(1_000_000_000)
-            && let Some(backend) = tables.backend(entry.backend)
+        if idle_ns >= u64::from(affinity_seconds).wrapping_mul(1_000_000_000)
+            && (tuple.protocol == protocol::UDP || headers.tcp_flags & tcp::SYN != 0)
+        {
+            *round = entry.round.wrapping_add(1);
+        } else if let Some(backend) = tables.backend(entry.backend)
             && backend.generation == entry.generation
             && backend.service_port == service_port
             && backend.flags & flags::SELECTED << class as u32 != 0
@@ -65,7 +75,7 @@ pub(super) fn backend<'t, F: Family, T: Tables<F>>(
             return Some((entry.backend, backend));
         }
     }
-    let slot = maglev::scale(F::hash(&tuple.source), range.size());
+    let slot = maglev::scale(maglev::in_round(F::hash(&tuple.source), *round), range.size());
     in_slot(slot, range, tables)
 }
 

@@ -4,10 +4,11 @@ use std::net::IpAddr;
 
 use sluice_common::abi::{Ipv4Address, Ipv6Address};
 use sluice_common::answer::Answer;
+use sluice_common::event::Wide;
 use sluice_common::{V4, V6};
 
 /// A family whose addresses come from and go to the standard library's.
-pub(crate) trait Ip: Answer {
+pub(crate) trait Ip: Answer + Wide {
     /// The family's own, if it is of this family.
     fn of(address: IpAddr) -> Option<Self::Address>;
     /// The standard library's.

@@ -1,8 +1,10 @@
 {{/* The words after the program's name. */}}
 {{- define "sluice.args" -}}
 - agent
-{{- with .Values.kubeProxyConfiguration }}
+{{- if .Values.kubeProxyConfiguration }}
 - --config=/etc/sluice/config.yaml
+{{- else }}
+- --conntrack-tcp-timeout-close-wait=1h
 {{- end }}
 {{- with .Values.serviceProxyName }}
 - --proxy-name={{ . }}

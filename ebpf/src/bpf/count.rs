@@ -5,14 +5,21 @@ use sluice_common::Reason;
 use sluice_common::abi::{BackendCounters, Flow, ReasonCounters, ReasonKey, flow};
 use sluice_common::header::tcp;
 use sluice_common::parse::Headers;
-use sluice_common::path::{Decision, Record};
+use sluice_common::path::{Decision, Hook, Record};
 
+use super::events::{self, Tell};
 use super::maps::{self, Maps};
 
-/// Counts a packet of `bytes` once: per backend where it went along a flow, else per reason. A function of
+/// Counts a packet once: per backend where it went along a flow, else per reason; and tells those who listen. A function of
 /// its own, so that it has a stack frame to itself.
 #[inline(never)]
-pub(super) fn packet<F: Maps>(decision: &Decision<F>, headers: &Headers<F>) {
+pub(super) fn packet<F: Tell>(
+    decision: &Decision<F>,
+    headers: &Headers<F>,
+    ifindex: u32,
+    hook: Hook,
+    dropped: bool,
+) {
     match decision.reason {
         Reason::Stranger => {}
         Reason::Forward | Reason::Reply => {
@@ -21,6 +28,7 @@ pub(super) fn packet<F: Maps>(decision: &Decision<F>, headers: &Headers<F>) {
         }
         reason => why(reason, decision.flow.service_port, headers.length),
     }
+    events::packet(decision, headers, ifindex, hook, dropped);
 }
 
 /// A packet along a flow.

@@ -72,7 +72,7 @@ pub(super) trait Decide: Maps + Parse {
 }
 
 #[inline(always)]
-fn hook_number(hook: Hook) -> u32 {
+pub(super) fn hook_number(hook: Hook) -> u32 {
     match hook {
         Hook::Ingress => 0,
         Hook::Egress => 1,
@@ -81,7 +81,7 @@ fn hook_number(hook: Hook) -> u32 {
 }
 
 #[inline(always)]
-fn hook_of(number: u32) -> Hook {
+pub(super) fn hook_of(number: u32) -> Hook {
     match number {
         0 => Hook::Ingress,
         1 => Hook::Egress,

@@ -109,8 +109,12 @@ fn open<F: Maps>(decision: &Decision<F>, partner: &Partner<F>, proven: bool) -> 
     }
     if decision.affinity {
         let client = AffinityKey { service_port: flow.service_port, client: key.source };
-        let to =
-            Affinity { backend: flow.backend, seen: flow.seen, generation: flow.generation, reserved: 0 };
+        let to = Affinity {
+            backend: flow.backend,
+            seen: flow.seen,
+            generation: flow.generation,
+            round: decision.round,
+        };
         // A client that finds no room goes by its slot.
         let _ = F::affinity().insert(&client, to, ANY);
     }

@@ -2,12 +2,14 @@
 
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
-use sluice_common::abi::{Ipv4Address, Ipv6Address, ServiceKey, SocketKey, SocketPeer, socket_path};
+use sluice_common::abi::{Flow, Ipv4Address, Ipv6Address, ServiceKey, SocketKey, SocketPeer, socket_path};
+use sluice_common::event::{At, Fate, Wide};
 use sluice_common::header::protocol::{TCP, UDP};
 use sluice_common::socket::{Choice, choose};
 use sluice_common::{Reason, V4, V6};
 
 use super::count;
+use super::events;
 use super::maps::{self, Maps};
 use super::tables::Kernel;
 
@@ -52,7 +54,7 @@ fn words_v6(ctx: *mut bpf_sock_addr) -> [u32; 4] {
 }
 
 #[inline(always)]
-fn address_v6(words: [u32; 4]) -> Ipv6Address {
+pub(super) fn address_v6(words: [u32; 4]) -> Ipv6Address {
     // SAFETY: same size, and any bytes are a value.
     Ipv6Address { octets: unsafe { core::mem::transmute::<[u32; 4], [u8; 16]>(words) } }
 }
@@ -71,7 +73,7 @@ fn set_words_v6(ctx: *mut bpf_sock_addr, words: [u32; 4]) {
 
 /// The IPv4 address in an IPv4-mapped IPv6 address (RFC 4291, 2.5.5.2).
 #[inline(always)]
-fn mapped(words: [u32; 4]) -> Option<Ipv4Address> {
+pub(super) fn mapped(words: [u32; 4]) -> Option<Ipv4Address> {
     let [a, b, c, d] = words;
     (a == 0 && b == 0 && c == 0xffff_u32.to_be()).then_some(Ipv4Address { octets: d.to_ne_bytes() })
 }
@@ -113,9 +115,30 @@ enum Outcome<A> {
     To(A, u16),
 }
 
+/// A call as a packet that it has not sent so far: without a source.
+#[inline(always)]
+fn asked<F: Maps>(key: &ServiceKey<F::Address>) -> Flow<F::Address> {
+    Flow {
+        source: F::Address::default(),
+        destination: key.address,
+        source_port: 0,
+        destination_port: key.port,
+        backend: 0,
+        service_port: 0,
+        seen: 0,
+        generation: 0,
+        state: 0,
+        flags: 0,
+    }
+}
+
 /// Chooses a backend and notes whom the socket asked for, so that it can be told so later.
 #[inline(always)]
-fn translate<F: Maps>(ctx: *mut bpf_sock_addr, address: F::Address, protocol: u8) -> Outcome<F::Address> {
+fn translate<F: Maps + Wide>(
+    ctx: *mut bpf_sock_addr,
+    address: F::Address,
+    protocol: u8,
+) -> Outcome<F::Address> {
     let port = port(ctx);
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
@@ -125,6 +148,15 @@ fn translate<F: Maps>(ctx: *mut bpf_sock_addr, address: F::Address, protocol: u8
         Choice::Refuse { service_port } => {
             if protocol == TCP {
                 count::why(Reason::SocketRefused, service_port, 0);
+                let refused = Flow { service_port, ..asked::<F>(&key) };
+                events::call::<F>(
+                    At::Connect,
+                    Reason::SocketRefused,
+                    Fate::Rejected,
+                    TCP,
+                    &refused,
+                    &refused,
+                );
                 Outcome::Refused
             } else {
                 // The packet path answers with ICMP.
@@ -132,6 +164,7 @@ fn translate<F: Maps>(ctx: *mut bpf_sock_addr, address: F::Address, protocol: u8
             }
         }
         Choice::Backend { id, backend } => {
+            let asked = asked::<F>(&key);
             let key = SocketKey {
                 cookie: [cookie as u32, (cookie >> 32) as u32],
                 address: backend.address,
@@ -146,6 +179,22 @@ fn translate<F: Maps>(ctx: *mut bpf_sock_addr, address: F::Address, protocol: u8
                 return Outcome::Untouched;
             }
             count::call::<F>(id);
+            // A datagram that goes where the one before it went is nothing new.
+            if !known {
+                let (at, reason) = if protocol == TCP {
+                    (At::Connect, Reason::SocketConnect)
+                } else {
+                    (At::Send, Reason::SocketSend)
+                };
+                let to = Flow {
+                    destination: backend.address,
+                    destination_port: backend.port,
+                    backend: id,
+                    service_port: backend.service_port,
+                    ..asked
+                };
+                events::call::<F>(at, reason, Fate::Forwarded, protocol, &asked, &to);
+            }
             Outcome::To(backend.address, backend.port)
         }
     }

@@ -25,6 +25,7 @@ use sluice_common::{Family, Packet, Reason, V4, V6};
 
 use super::count;
 use super::decide::{Asked, Decide, Scratch};
+use super::events::Tell;
 use super::fib::{Fib, ask, neighbour, route};
 use super::maps;
 use super::skb::Skb;
@@ -65,7 +66,7 @@ pub(super) fn run<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
 }
 
 /// A family as the tc adapter needs it.
-trait Tc: Fib + Answer {
+trait Tc: Fib + Answer + Tell {
     /// Reads the packet into this CPU's scratch, by a global function (see `decide`); 0 when it is too short.
     fn read(skb: *mut __sk_buff, offset: u32) -> u32;
     /// The client's key in the rate limiter.
@@ -190,7 +191,7 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
         if decision.datagram {
             F::note();
         }
-        count::packet(decision, headers);
+        count::packet(decision, headers, ifindex(skb), hook, false);
         return NEXT;
     }
     // A frame for somebody else that the device hears: only a bridge port passes such on to the stack.
@@ -211,7 +212,7 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     // SAFETY: as above; nothing else takes a reference from here on.
     let Scratch { headers, decision, .. } = unsafe { &mut *scratch };
     let action = apply::<F, LINK>(skb, headers, decision, refusal, hook);
-    count::packet(decision, headers);
+    count::packet(decision, headers, ifindex(skb), hook, action == DROP);
     action
 }
 

@@ -13,6 +13,7 @@ use sluice_common::{Family, Packet, V4, V6};
 
 use super::count;
 use super::decide::{Asked, Decide, Scratch};
+use super::events::Tell;
 use super::fib::{Fib, ask};
 use super::maps;
 use super::sctp::sctp_updated;
@@ -105,7 +106,7 @@ pub(super) fn run(ctx: *mut xdp_md) -> u32 {
 
 /// A family whose frames are read by a global function: it has a stack frame to itself, and the compiler may not
 /// take the context apart on the way to it.
-trait Read: Decide + Fib {
+trait Read: Tell + Fib {
     /// Reads the frame into this CPU's scratch; 0 when it is too short.
     fn read(ctx: *mut xdp_md, offset: u32) -> u32;
 }
@@ -186,7 +187,7 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     if !translate(ctx, headers, &decision.flow) {
         return xdp_action::XDP_DROP;
     }
-    count::packet(decision, headers);
+    count::packet(decision, headers, ifindex, Hook::Xdp, false);
     xdp_action::XDP_PASS
 }
 

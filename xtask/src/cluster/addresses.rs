@@ -15,6 +15,18 @@ pub(super) const OUTSIDE_IPV6: &str = "fd30::2";
 pub(super) const OUTSIDE_GATEWAY: &str = "10.30.0.1";
 pub(super) const OUTSIDE_GATEWAY_IPV6: &str = "fd30::1";
 
+/// What load balancers have, and one of each family by its last digits.
+pub(super) const LOAD_BALANCERS: &str = "10.20.0.0/24";
+pub(super) const LOAD_BALANCERS_IPV6: &str = "fd20::/112";
+
+pub(super) fn load_balancer_ipv4(number: u8) -> [u8; 4] {
+    [10, 20, 0, number]
+}
+
+pub(super) fn load_balancer_ipv6(number: u8) -> [u16; 8] {
+    [0xfd20, 0, 0, 0, 0, 0, 0, number.into()]
+}
+
 /// All pods of the cluster.
 pub(super) const CLUSTER_CIDRS: &str = "10.244.0.0/16,fd00:10:244::/48";
 

@@ -9,13 +9,16 @@ use crate::components::Components;
 use crate::process::Cmd;
 
 use super::addresses::{API_PORT, API_SERVER, SERVICE_CIDRS};
+use super::cloud;
 use super::kubectl::Kubectl;
 use super::launch::{self, Process};
 use super::network::CONTROL_PLANE;
 use super::state::State;
 
 /// The names its processes are started under, in that order.
-pub(super) const NAMES: [&str; 4] = ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"];
+pub(super) const NAMES: [&str; 5] =
+    ["etcd", API_SERVER_NAME, "kube-controller-manager", "kube-scheduler", cloud::NAME];
+pub(super) const API_SERVER_NAME: &str = "kube-apiserver";
 
 /// Starts etcd and the API server, if they do not run.
 pub(super) fn ensure_api_server(state: &State, components: &Components) -> Result<()> {
@@ -51,11 +54,11 @@ pub(super) fn ensure_api_server(state: &State, components: &Components) -> Resul
     .args(["--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction"])
     .args(["--kubelet-preferred-address-types", "InternalIP"])
     .args(["--service-cluster-ip-range", SERVICE_CIDRS]);
-    let _is_new = launch::ensure(state, "kube-apiserver", CONTROL_PLANE, CONTROL_PLANE, api_server)?;
+    let _is_new = launch::ensure(state, API_SERVER_NAME, CONTROL_PLANE, CONTROL_PLANE, api_server)?;
     Ok(())
 }
 
-/// Starts controller manager and scheduler, if they do not run. They give up where no API server answers.
+/// Starts controller manager, scheduler and cloud, if they do not run. The first two give up where no API server answers.
 pub(super) fn ensure_controllers(state: &State, components: &Components) -> Result<()> {
     let pki = |name: &str| state.path("pki").join(name);
     let controllers = client(state, Cmd::new(components.control_plane.join("kube-controller-manager")))
@@ -78,7 +81,7 @@ pub(super) fn ensure_controllers(state: &State, components: &Components) -> Resu
 
     let scheduler = client(state, Cmd::new(components.node.join("kube-scheduler")));
     let _is_new = launch::ensure(state, "kube-scheduler", CONTROL_PLANE, CONTROL_PLANE, scheduler)?;
-    Ok(())
+    cloud::ensure(state)
 }
 
 /// What those have in common that talk to the API server.
@@ -93,9 +96,9 @@ fn client(state: &State, command: Cmd) -> Cmd {
 pub(super) fn wait_api_server(state: &State, kubectl: &Kubectl) -> Result<()> {
     let deadline = Instant::now() + Duration::from_mins(1);
     while kubectl.ask(["get", "--raw", "/readyz"]).is_err() {
-        check(state, &["etcd", "kube-apiserver"])?;
+        check(state, &["etcd", API_SERVER_NAME])?;
         if Instant::now() > deadline {
-            let log = launch::log(state, "kube-apiserver");
+            let log = launch::log(state, API_SERVER_NAME);
             bail!("the API server was not ready after a minute; {}", launch::last_words(&log));
         }
         sleep(Duration::from_millis(100));

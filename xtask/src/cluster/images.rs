@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::agent;
 use crate::cache::Cache;
 use crate::components::{COREDNS, Components, KUBERNETES};
 use crate::image as own;
@@ -185,10 +186,56 @@ pub(super) struct Own {
     pub(super) tag: String,
 }
 
-/// Writes our own image into a directory.
+/// Writes our own image into a directory: that of `cargo xtask image`, or, of a binary that is not static, one with the libraries that
+/// it needs.
 pub(super) fn sluice(workspace: &Workspace, binary: &Path, directory: &Path) -> Result<Own> {
     let tag = oci::digest(binary)?.chars().take(12).collect::<String>();
-    let written = own::write(workspace, binary, &format!("{}:{tag}", own::NAME), directory)
-        .context("cannot make the image of Sluice")?;
-    Ok(Own { archive: written.archive, tag })
+    let name = format!("{}:{tag}", own::NAME);
+    let archive = if agent::is_static(binary)? {
+        let written = own::write(workspace, binary, &name, directory);
+        written.context("cannot make the image of Sluice")?.archive
+    } else {
+        dynamic(binary, name, directory)
+            .with_context(|| format!("cannot make an image of {}", binary.display()))?
+    };
+    Ok(Own { archive, tag })
+}
+
+fn dynamic(binary: &Path, name: String, directory: &Path) -> Result<PathBuf> {
+    let scratch = directory.join("making");
+    fs::create_dir_all(&scratch)?;
+    let stripped = scratch.join("sluice");
+    Cmd::new("strip").args(["--strip-debug", "-o"]).args([&stripped, binary]).run()?;
+    let libraries = Cmd::new("ldd").arg(binary).answer()?;
+    let mut entries = vec![Entry::File("usr/local/bin/sluice".into(), stripped)];
+    for library in libraries_of(&libraries) {
+        entries.push(Entry::File(library.trim_start_matches('/').to_owned(), PathBuf::from(library)));
+    }
+    let image = Image {
+        names: vec![name],
+        layers: vec![Layer::Files(entries)],
+        entrypoint: vec!["/usr/local/bin/sluice"],
+        command: vec!["agent"],
+    };
+    let archive = directory.join("sluice.tar");
+    image::write(&[image], &scratch, &archive)?;
+    fs::remove_dir_all(&scratch)?;
+    Ok(archive)
+}
+
+/// The files that ldd names: of `libc.so.6 => /lib/libc.so.6 (0x7f00)` and `/lib64/ld-linux.so.2 (0x7f00)`, the paths.
+fn libraries_of(ldd: &str) -> impl Iterator<Item = &str> {
+    ldd.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_binary_needs_its_libraries_and_what_loads_them() {
+        let told =
+            "\tlinux-vdso.so.1 (0x7f1)\n\tlibc.so.6 => /lib/libc.so.6 (0x7f2)\n\t/lib64/ld.so.2 (0x7f3)\n";
+        assert_eq!(libraries_of(told).collect::<Vec<_>>(), ["/lib/libc.so.6", "/lib64/ld.so.2"]);
+    }
 }

@@ -1,7 +1,9 @@
 //! kubectl, called as the cluster's administrator from where the outside client is.
 
 use std::ffi::OsStr;
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use anyhow::Result;
 
@@ -29,13 +31,33 @@ impl Kubectl {
         }
     }
 
+    fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Cmd {
+        Cmd::new(&self.program).arg("--kubeconfig").arg(&self.kubeconfig).args(args)
+    }
+
     /// Runs it and returns its standard output.
     ///
     /// # Errors
     /// When it fails, with what it wrote to standard error.
     pub(super) fn run<S: AsRef<OsStr> + Sync>(&self, args: impl AsRef<[S]>) -> Result<String> {
-        let command = Cmd::new(&self.program).arg("--kubeconfig").arg(&self.kubeconfig).args(args.as_ref());
+        let command = self.command(args.as_ref());
         self.namespace.enter(move || command.answer())
+    }
+
+    /// Runs it and tells its standard output line by line, until it ends or `tell` says false.
+    pub(super) fn follow(&self, args: &[&str], mut tell: impl FnMut(&str) -> bool + Send) -> Result<()> {
+        let mut command = self.command(args).into_inner();
+        self.namespace.enter(move || {
+            let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+            let lines = child.stdout.take().into_iter().flat_map(|output| BufReader::new(output).lines());
+            for line in lines {
+                if !tell(&line?) {
+                    child.kill()?;
+                }
+            }
+            let _status = child.wait()?;
+            Ok(())
+        })
     }
 
     /// Runs it, expecting that it fails at times, within five seconds.

@@ -8,9 +8,12 @@ use std::fs::{self, File};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
 use crate::process::Cmd;
@@ -48,6 +51,17 @@ impl Process {
 
     pub(super) fn lives(&self) -> bool {
         start_time(self.pid).as_ref() == Some(&self.started)
+    }
+
+    /// Kills it and waits until it is gone.
+    pub(super) fn kill(&self) {
+        while self.lives() {
+            if let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) {
+                // One that has just gone needs no killing.
+                let _ = kill_process(pid, Signal::KILL);
+            }
+            sleep(Duration::from_millis(5));
+        }
     }
 
     /// The one that was started under that name, if it was.
@@ -92,7 +106,8 @@ pub(super) fn ensure(state: &State, name: &str, namespace: &str, group: &str, co
     let output =
         File::options().append(true).open(&log).with_context(|| format!("cannot open {}", log.display()))?;
     let command = command.into_inner();
-    let child = Command::new(std::env::current_exe().context("cannot tell which program this is")?)
+    // Whatever has become of its file: the cloud starts processes as long as the cluster lives.
+    let child = Command::new("/proc/self/exe")
         .args(["cluster-launch", "--namespace", namespace, "--group", group, "--"])
         .arg(command.get_program())
         .args(command.get_args())

@@ -46,6 +46,7 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &UpOptions) ->
     let components = components::cluster(&cache)?;
     let archive = images::obtain(&cache, &components)?;
     let sluice = match options.proxy {
+        Proxy::Sluice if options.agent.is_some() => options.agent.clone(),
         Proxy::Sluice => {
             let toolchain = toolchain::obtain(&cache, choice)?;
             let _object = ebpf::build(workspace, &toolchain)?;

@@ -27,14 +27,44 @@ use crate::workspace::Workspace;
 use self::report::{Outcome, Results};
 use super::libtest::Counts;
 
-/// What a cluster of this kind cannot do, whatever its Service proxy: no cloud, no Internet, alpha features off; and what breaks nodes.
-const SKIP: &str = r"\[Disruptive\]|\[Alpha\]|\[Feature:|NetworkPolicy|Netpol|Loadbalancing|Forward PTR lookup|Service endpoints latency";
+/// All that is about Services, DNS and the network between pods.
+const FOCUS: &str = r"\[sig-network\]";
+
+/// What no Service proxy could pass here. `docs/e2e.md` says why.
+const SKIP: &str = r"\[Alpha\]|\[Feature:(Networking-|SCTPConnectivity|Ingress\]|KubeProxy|PerformanceDNS|OffByDefault)|NetworkPolicy|Netpol|Loadbalancing|Forward PTR lookup";
+
+/// Those that tell most in the least time, each by a part of its name.
+const BRIEF: &[&str] = &[
+    "should serve multiport endpoints from pods",
+    "should be rejected when no endpoints exist",
+    "should allow pods to hairpin back to themselves",
+    "should preserve source pod IP for traffic thru service cluster IP",
+    "should be able to create a functioning NodePort service",
+    "should be able to switch session affinity for NodePort service",
+    "should be able to switch session affinity for service with type clusterIP",
+    "should be possible to connect to a service via ExternalIP",
+    "should support externalTrafficPolicy=Local for type=NodePort",
+    "should respect internalTrafficPolicy=Local Pod to Pod",
+    "should fallback to local terminating endpoints when there are no ready endpoints with externalTrafficPolicy=Local",
+    "should fail health check node port if there are only terminating endpoints",
+    "LoadBalancers ExternalTrafficPolicy: Local .* should work (for type=LoadBalancer|from pods)",
+    "should be able to switch session affinity for LoadBalancer service with Cluster",
+    "should support a Service with multiple (endpoint IPs|ports) specified in multiple EndpointSlices",
+    "should be able to preserve UDP traffic when server pod cycles for a (ClusterIP|NodePort) service$",
+    "should be able to preserve UDP traffic when initial unready endpoints get ready",
+    "IPv6DualStack.* should be able to handle large requests: udp",
+    "IPv6DualStack.* should function for client IP based session affinity: http",
+    "should route traffic to an endpoint in the same zone when using PreferSameZone",
+    "should provide DNS for services",
+    "should check kube-proxy urls",
+    "should work after restarting kube-proxy",
+];
 
 /// Options of `cargo xtask test e2e`.
 #[derive(Args)]
 pub(super) struct Options {
     /// Which specs, by a regular expression over their full names.
-    #[arg(long, default_value = r"\[sig-network\].*\[Conformance\]")]
+    #[arg(long, default_value = FOCUS)]
     focus: String,
     /// Which of those not.
     #[arg(long, default_value = SKIP)]
@@ -45,18 +75,50 @@ pub(super) struct Options {
     /// How pods are connected to their node.
     #[arg(long, value_enum, default_value_t)]
     cni: Cni,
-    /// How many nodes the cluster has.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=20))]
-    nodes: u8,
-    /// How many specs run at once.
-    #[arg(long, default_value_t = 4)]
+    /// This binary of Sluice, instead of a release built from this tree.
+    #[arg(long, value_name = "FILE")]
+    agent: Option<PathBuf>,
+    /// How many nodes the cluster has: 6, since some specs want two in each of three zones, or 3 with `--brief`.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(2..=20))]
+    nodes: Option<u8>,
+    /// How many specs run at once; those that are disruptive run alone, after all others.
+    #[arg(long, default_value_t = 5)]
     procs: u8,
+    /// Only the specs that `cargo xtask test` runs.
+    #[arg(long, conflicts_with_all = ["focus", "skip", "record"])]
+    brief: bool,
     /// Leave the cluster up afterwards.
     #[arg(long)]
     keep: bool,
     /// Keep the results as those to compare with.
     #[arg(long)]
     record: bool,
+}
+
+impl Options {
+    /// As `--brief`, with a binary of Sluice that is there already.
+    pub(super) fn brief(agent: Option<PathBuf>) -> Self {
+        Self {
+            focus: FOCUS.to_owned(),
+            skip: SKIP.to_owned(),
+            proxy: Proxy::default(),
+            cni: Cni::default(),
+            agent,
+            nodes: None,
+            procs: 5,
+            brief: true,
+            keep: false,
+            record: false,
+        }
+    }
+
+    fn focus(&self) -> String {
+        if self.brief { format!(r"\[sig-network\].*({})", BRIEF.join("|")) } else { self.focus.clone() }
+    }
+
+    fn nodes(&self) -> u8 {
+        self.nodes.unwrap_or(if self.brief { 3 } else { 6 })
+    }
 }
 
 /// Runs the specs and prints those that did not pass, or did not end as with kube-proxy.
@@ -72,10 +134,11 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
     );
     let programs = components::e2e(&Cache::open()?)?;
     let up = UpOptions {
-        nodes: options.nodes,
+        nodes: options.nodes(),
         proxy: options.proxy,
         cni: options.cni,
         overlay: Overlay::default(),
+        agent: options.agent.clone(),
     };
     let was_up = cluster::is_complete()?;
     cluster::ensure_up(workspace, choice, &up)?;
@@ -87,7 +150,7 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
     ensure!(
         !results.is_empty(),
         "no spec ran to its end: see {}, or whether --focus and --skip leave any",
-        log(workspace).display()
+        directory(workspace).display()
     );
     let list = workspace.root().join("xtask/e2e/kube-proxy.txt");
     let mut known = Results::read(&list)?;
@@ -103,24 +166,67 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
     })
 }
 
+/// Which specs run in one call of ginkgo.
+enum Pass {
+    Together,
+    Alone,
+}
+
+impl Pass {
+    /// Of its log and its report.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Together => "together",
+            Self::Alone => "alone",
+        }
+    }
+
+    /// Of the specs' labels.
+    fn filter(&self) -> &'static str {
+        match self {
+            Self::Together => "!Disruptive",
+            Self::Alone => "Disruptive",
+        }
+    }
+
+    fn procs(&self, options: &Options) -> u8 {
+        match self {
+            Self::Together => options.procs,
+            Self::Alone => 1,
+        }
+    }
+}
+
 fn specs(workspace: &Workspace, programs: &Path, options: &Options) -> Result<Results> {
-    let directory = workspace.root().join("target/e2e");
+    let mut results = Results::default();
+    for pass in [Pass::Together, Pass::Alone] {
+        results.update(&run_pass(workspace, programs, options, &pass)?);
+    }
+    Ok(results)
+}
+
+fn run_pass(workspace: &Workspace, programs: &Path, options: &Options, pass: &Pass) -> Result<Results> {
+    let directory = directory(workspace);
     fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
-    let (log, json) = (log(workspace), directory.join("report.json"));
+    let log = directory.join(format!("{}.log", pass.name()));
+    let report = format!("{}.json", pass.name());
+    let json = directory.join(&report);
     drop(fs::remove_file(&json));
     let output = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
+    let procs = pass.procs(options);
     let command = Cmd::new(programs.join("ginkgo"))
-        .args(["run", "-v", "--no-color", "--timeout=3h", "--json-report=report.json", "--keep-going"])
-        .args([&format!("--procs={}", options.procs), &format!("--output-dir={}", directory.display())])
-        .args([&format!("--focus={}", options.focus), &format!("--skip={}", options.skip)])
+        .args(["run", "-v", "--no-color", "--timeout=3h", "--keep-going"])
+        .args([&format!("--procs={procs}"), &format!("--output-dir={}", directory.display())])
+        .args([&format!("--json-report={report}"), &format!("--label-filter={}", pass.filter())])
+        .args([&format!("--focus={}", options.focus()), &format!("--skip={}", options.skip)])
         .arg(programs.join("e2e.test"))
         .args(["--", "--provider=skeleton", "--dns-domain=cluster.local", "--allowed-not-ready-nodes=0"])
         .args(["--disable-log-dump=true", "--dump-logs-on-failure=false"])
-        .arg(format!("--num-nodes={}", options.nodes))
+        .arg(format!("--num-nodes={}", options.nodes()))
         .arg(format!("--kubeconfig={}", cluster::kubeconfig().display()))
         .arg(format!("--kubectl-path={}", cluster::kubectl().display()));
     cluster::outside(|| {
-        let step = Step::start_long(format!("Kubernetes' tests, {} at once", options.procs));
+        let step = Step::start_long(format!("Kubernetes' tests, {procs} at once"));
         let mut child = command
             .into_inner()
             .stdin(Stdio::null())
@@ -140,9 +246,9 @@ fn specs(workspace: &Workspace, programs: &Path, options: &Options) -> Result<Re
         .with_context(|| format!("ginkgo left no report; what it said is in {}", log.display()))
 }
 
-/// What ginkgo says goes there.
-fn log(workspace: &Workspace) -> PathBuf {
-    workspace.root().join("target/e2e/log.txt")
+/// Where ginkgo's logs and reports go.
+fn directory(workspace: &Workspace) -> PathBuf {
+    workspace.root().join("target/e2e")
 }
 
 /// How many specs have ended: one line each begins with a bullet.

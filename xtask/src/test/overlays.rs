@@ -55,7 +55,13 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
     let mut counts = Counts::default();
     for (index, overlay) in wanted.iter().enumerate() {
         println!("\n== overlays: {}", overlay.name());
-        let up = UpOptions { nodes: options.nodes, proxy: Proxy::Sluice, cni: Cni::Ptp, overlay: *overlay };
+        let up = UpOptions {
+            nodes: options.nodes,
+            proxy: Proxy::Sluice,
+            cni: Cni::Ptp,
+            overlay: *overlay,
+            agent: None,
+        };
         match cluster::ensure_up(workspace, choice, &up) {
             Ok(()) => Trial { overlay: *overlay, nodes: options.nodes }.all(&mut counts),
             Err(error) => {

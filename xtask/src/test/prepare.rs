@@ -44,6 +44,11 @@ impl Prepared {
         self.object.as_deref()
     }
 
+    /// The agent's binary, once the tests are built.
+    pub(super) fn sluice(&self) -> Option<&Path> {
+        self.sluice.as_deref()
+    }
+
     /// The variables by which a tier's tests find what was built for them.
     pub(super) fn environment(&self, tier: Tier) -> impl Iterator<Item = (&'static str, OsString)> {
         let built = match tier {
@@ -128,6 +133,15 @@ impl Prepared {
             }
         }
     }
+}
+
+/// Whether Kubernetes' own tests can run: builds what they need.
+pub(super) fn e2e() -> Readiness {
+    if !packages::is_root() {
+        return Readiness::Skip("it needs root".to_owned());
+    }
+    let build = |cache: Cache| components::cluster(&cache).and_then(|_| components::e2e(&cache));
+    ready_or_skip(Cache::open().and_then(build).map(drop))
 }
 
 fn ready_or_skip(result: Result<()>) -> Readiness {

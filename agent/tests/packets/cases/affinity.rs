@@ -20,6 +20,7 @@ pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
         first(table, &cast);
         entries(table, &cast);
+        rounds(table, &cast);
         recorded(table, &cast);
         unrecorded(table, &cast);
     }
@@ -37,13 +38,13 @@ fn world(cast: &Cast) -> World {
     world
 }
 
-/// Whether the client's slot, from its address alone, is among the first thirty.
-fn is_low(cast: &Cast) -> bool {
-    fn slot<F: Ip>(cast: &Cast) -> u32 {
-        maglev::scale(F::hash(&F::of(cast.client.ip()).unwrap_or_default()), 61)
+/// Whether the client's slot, from its address and round alone, is among the first thirty.
+fn is_low(cast: &Cast, round: u16) -> bool {
+    fn hash<F: Ip>(cast: &Cast) -> u32 {
+        F::hash(&F::of(cast.client.ip()).unwrap_or_default())
     }
-    let slot = if cast.client.is_ipv4() { slot::<V4>(cast) } else { slot::<V6>(cast) };
-    slot < 30
+    let hash = if cast.client.is_ipv4() { hash::<V4>(cast) } else { hash::<V6>(cast) };
+    maglev::scale(maglev::in_round(hash, round), 61) < 30
 }
 
 fn to(cast: &Cast, id: u32) -> Connection {
@@ -53,14 +54,27 @@ fn to(cast: &Cast, id: u32) -> Connection {
 
 /// Where the client's address leads, and where it does not.
 fn own_and_other(cast: &Cast) -> [Connection; 2] {
-    let (own, other) = if is_low(cast) { (ONE, SPARE) } else { (SPARE, ONE) };
+    let (own, other) = if is_low(cast, 0) { (ONE, SPARE) } else { (SPARE, ONE) };
     [to(cast, own), to(cast, other)]
 }
 
-/// The entry of a client.
+/// Where the client's address leads in a round.
+fn in_round(cast: &Cast, round: u16) -> Connection {
+    to(cast, if is_low(cast, round) { ONE } else { SPARE })
+}
+
+/// The entry of a client in its first round.
 fn been(cast: &Cast, service_port: u32, backend: u32, age: u32) -> Affinities {
     let key = AffinityKey { service_port, client: cast.client.ip() };
-    Affinities::from([(key, Affinity { backend, seen: age, generation: GENERATION, reserved: 0 })])
+    Affinities::from([(key, Affinity { backend, seen: age, generation: GENERATION, round: 0 })])
+}
+
+/// The same, in another round.
+fn round(mut entries: Affinities, round: u16) -> Affinities {
+    for entry in entries.values_mut() {
+        entry.round = round;
+    }
+    entries
 }
 
 fn opens(cast: &Cast, name: String, world: &World, program: Program, connection: &Connection) -> Case {
@@ -104,7 +118,6 @@ fn entries(table: &mut Table, cast: &Cast) {
     let with = |affinity: Affinities| World { affinity, ..world(cast) };
     case("the entry is followed", &with(been(cast, ONE, other.id, 0)), &other);
     case("an entry that is about to expire is followed", &with(been(cast, ONE, other.id, 92)), &other);
-    case("an expired entry is not", &with(been(cast, ONE, other.id, 94)), &own);
     let mut old = been(cast, ONE, other.id, 1);
     for entry in old.values_mut() {
         entry.generation -= 1;
@@ -143,6 +156,51 @@ fn entries(table: &mut Table, cast: &Cast) {
                 .opens(connection.id)
                 .embryonic([connection.both()])
                 .affinity(been(cast, ONE, connection.id, 0)),
+        );
+    }
+}
+
+/// Who comes back too late goes on to the next round, and whoever did not open a new flow stays.
+fn rounds(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let with = |affinity: Affinities| World { affinity, ..world(cast) };
+    for (before, age) in [(0, 94), (1, 94), (2, 5000), (7, 94), (u16::MAX, 94)] {
+        let after = before.wrapping_add(1);
+        let connection = in_round(cast, after);
+        for id in [ONE, SPARE] {
+            for program in [Program::Ingress, Program::Xdp] {
+                let name = format!(
+                    "{title}: affinity, an entry of round {before} for backend {id} is {age} ticks old, {}",
+                    program.name()
+                );
+                let world = with(round(been(cast, ONE, id, age), before));
+                let affinity = round(been(cast, ONE, connection.id, 0), after);
+                table.add(opens(cast, name, &world, program, &connection).affinity(affinity));
+            }
+        }
+    }
+    for (before, id) in [(3, ONE), (3, SPARE)] {
+        let connection = to(cast, id);
+        let entry = |age| round(been(cast, ONE, id, age), before);
+        let name = format!("{title}: affinity, a client in time stays in its round, at backend {id}");
+        let world = with(entry(92));
+        table.add(opens(cast, name, &world, Program::Ingress, &connection).affinity(entry(0)));
+    }
+    let gone = round(been(cast, ONE, 4000, 1), 5);
+    let connection = in_round(cast, 5);
+    let name = format!("{title}: affinity, a client in time whose backend is gone stays in its round");
+    let after = round(been(cast, ONE, connection.id, 0), 5);
+    table.add(opens(cast, name, &with(gone), Program::Ingress, &connection).affinity(after));
+    if cast.protocol == TCP {
+        let data = Frame::tcp(cast.client, cast.frontend, ACK, b"data");
+        let [_, other] = own_and_other(cast);
+        let name = format!("{title}: affinity leads a connection whose entries were lost after it ran out");
+        table.add(
+            Case::new(name, &with(been(cast, ONE, other.id, 500)), Program::Ingress, EDGE, &data)
+                .becomes(&data.clone().to(other.backend))
+                .reason(Reason::Recovered, ONE)
+                .flows([other.state(state::ESTABLISHED).both()])
+                .affinity(been(cast, ONE, other.id, 0)),
         );
     }
 }

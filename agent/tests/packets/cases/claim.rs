@@ -194,7 +194,7 @@ fn walks(table: &mut Table, cast: &Cast) {
         ONE,
     ));
     let key = AffinityKey { service_port: ONE, client: cast.client.ip() };
-    let to = Affinity { backend: ONE, seen: 0, generation: GENERATION, reserved: 0 };
+    let to = Affinity { backend: ONE, seen: 0, generation: GENERATION, round: 0 };
     now.exhausted.clear();
     let name = format!("{title}: affinity is the client's own, not that of the address it is shown as");
     table.add(opens(name, &cast, &now, UPLINK, &begins).affinity(Affinities::from([(key, to)])));

@@ -1,0 +1,230 @@
+//! What is told to those who listen (`sluice trace`): only what happens seldom.
+//!
+//! A packet along an established flow is never an event, and does not ask whether anybody listens. The
+//! listener's sieve ([`Listening`]) is applied by the programs, so that what nobody asked for does not fill the ring.
+
+use crate::abi::{Event, Flow, Listening, Tuple};
+use crate::family::{Family, V4, V6};
+use crate::header::tcp;
+use crate::parse::Headers;
+use crate::path::{Decision, Hook, Record, Verdict};
+use crate::reason::Reason;
+
+/// Declares what an event's byte may be: number and word in one place.
+macro_rules! bytes {
+    ($(#[$meta:meta])* $name:ident { $($(#[$vmeta:meta])* $variant:ident = $number:literal, $word:literal;)* }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[repr(u8)]
+        pub enum $name { $($(#[$vmeta])* $variant = $number,)* }
+
+        impl $name {
+            /// Every one, in order of its number.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+
+            /// The word for people.
+            pub const fn word(self) -> &'static str {
+                match self { $(Self::$variant => $word,)* }
+            }
+
+            /// The one of a number found in an event.
+            pub const fn from_number(number: u8) -> Option<Self> {
+                match number { $($number => Some(Self::$variant),)* _ => None }
+            }
+        }
+    };
+}
+
+bytes! {
+    /// What happened.
+    Kind {
+        /// A flow's first packet, or one that made a lost entry again.
+        Opened = 1, "opened";
+        /// The flow is proven: the client's second TCP packet, or a UDP reply.
+        Proven = 2, "proven";
+        /// The first FIN of either side, or a RST.
+        Closing = 3, "closing";
+        /// A packet that was counted by its reason.
+        Counted = 4, "counted";
+        /// A socket's call.
+        Call = 5, "call";
+    }
+}
+
+bytes! {
+    /// Where it happened.
+    At {
+        /// tc ingress.
+        Ingress = 0, "ingress";
+        /// tc egress.
+        Egress = 1, "egress";
+        /// XDP.
+        Xdp = 2, "xdp";
+        /// connect() of a process.
+        Connect = 3, "connect";
+        /// sendto() or sendmsg() of a process.
+        Send = 4, "send";
+    }
+}
+
+impl From<Hook> for At {
+    #[inline(always)]
+    fn from(hook: Hook) -> Self {
+        match hook {
+            Hook::Ingress => Self::Ingress,
+            Hook::Egress => Self::Egress,
+            Hook::Xdp => Self::Xdp,
+        }
+    }
+}
+
+bytes! {
+    /// What became of it.
+    Fate {
+        /// Left as it was.
+        Passed = 0, "passed";
+        /// Translated.
+        Forwarded = 1, "forwarded";
+        /// Answered that there is nobody.
+        Rejected = 2, "rejected";
+        /// Dropped.
+        Dropped = 3, "dropped";
+        /// Kept by the agent until the datagram's first fragment has been seen.
+        Held = 4, "held";
+    }
+}
+
+/// What a verdict came to, given whether the adapter dropped the packet.
+#[inline(always)]
+pub fn fate(verdict: Verdict, dropped: bool) -> Fate {
+    if dropped {
+        return Fate::Dropped;
+    }
+    match verdict {
+        Verdict::Pass => Fate::Passed,
+        Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => Fate::Forwarded,
+        Verdict::Reset | Verdict::Unreachable => Fate::Rejected,
+        Verdict::Drop => Fate::Dropped,
+        Verdict::Hold => Fate::Held,
+    }
+}
+
+/// What a packet's decision is to those who listen; nothing for one along an established flow.
+#[inline(always)]
+pub fn kind<F: Family>(decision: &Decision<F>, headers: &Headers<F>) -> Option<Kind> {
+    if decision.reason == Reason::Stranger {
+        return None;
+    }
+    if !matches!(decision.reason, Reason::Forward | Reason::Reply) {
+        return Some(Kind::Counted);
+    }
+    match decision.record {
+        Record::Nothing => None,
+        Record::Open | Record::Establish => Some(Kind::Opened),
+        Record::Promote => Some(Kind::Proven),
+        // Its state or its time is brought up to date.
+        Record::Renew | Record::RenewEmbryonic => {
+            (headers.tcp_flags & (tcp::FIN | tcp::RST) != 0).then_some(Kind::Closing)
+        }
+    }
+}
+
+/// A family whose addresses an event can hold.
+pub trait Wide: Family {
+    /// The address as 16 bytes.
+    fn wide(address: &Self::Address) -> [u8; 16];
+}
+
+impl Wide for V4 {
+    #[inline(always)]
+    fn wide(address: &Self::Address) -> [u8; 16] {
+        let [a, b, c, d] = address.octets;
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+    }
+}
+
+impl Wide for V6 {
+    #[inline(always)]
+    fn wide(address: &Self::Address) -> [u8; 16] {
+        address.octets
+    }
+}
+
+/// Writes the two tuples of an event, before and after translation.
+#[inline(always)]
+pub fn tuples<F: Wide>(event: &mut Event, before: &Tuple<F::Address>, after: &Flow<F::Address>) {
+    event.family = F::VERSION;
+    event.protocol = before.protocol;
+    event.source = F::wide(&before.source);
+    event.destination = F::wide(&before.destination);
+    event.source_port = before.source_port;
+    event.destination_port = before.destination_port;
+    event.new_source = F::wide(&after.source);
+    event.new_destination = F::wide(&after.destination);
+    event.new_source_port = after.source_port;
+    event.new_destination_port = after.destination_port;
+    event.service_port = after.service_port;
+    event.backend = after.backend;
+    event.flags = after.flags;
+}
+
+/// Writes what a packet's decision says into an event.
+#[inline(always)]
+pub fn packet<F: Wide>(event: &mut Event, headers: &Headers<F>, decision: &Decision<F>, fate: Fate) {
+    tuples::<F>(event, &headers.tuple, &decision.flow);
+    event.reason = decision.reason as u8;
+    event.fate = fate as u8;
+    event.length = headers.length;
+    event.tcp_flags = headers.tcp_flags;
+}
+
+impl Listening {
+    /// Whether somebody listens at a time.
+    #[inline(always)]
+    pub fn is_on(&self, now_ns: u64) -> bool {
+        self.until_ns > now_ns
+    }
+
+    /// Whether an event is one that was asked for.
+    #[inline(always)]
+    pub fn takes(&self, event: &Event) -> bool {
+        if self.kinds != 0 && self.kinds & 1_u32.wrapping_shl(event.kind.into()) == 0
+            || self.places != 0 && self.places & 1_u32.wrapping_shl(event.at.into()) == 0
+            || self.reasons != 0 && self.reasons & 1_u64.wrapping_shl(event.reason.into()) == 0
+            || self.fates != 0 && self.fates & 1_u8.wrapping_shl(event.fate.into()) == 0
+            || self.protocol != 0 && self.protocol != event.protocol
+        {
+            return false;
+        }
+        let [a, b, c, d] = self.service_ports;
+        let wanted = event.service_port;
+        if a != 0 && a != wanted && b != wanted && c != wanted && d != wanted {
+            return false;
+        }
+        let port = self.port;
+        if port != 0
+            && port != event.source_port
+            && port != event.destination_port
+            && port != event.new_source_port
+            && port != event.new_destination_port
+        {
+            return false;
+        }
+        let address = words(&self.address);
+        address == [0, 0]
+            || address == words(&event.destination)
+            || address == words(&event.source)
+            || address == words(&event.new_destination)
+            || address == words(&event.new_source)
+    }
+}
+
+/// An address as two words, for comparison.
+#[inline(always)]
+fn words(address: &[u8; 16]) -> [u64; 2] {
+    // SAFETY: same size, and any bytes are a value of either type.
+    unsafe { core::mem::transmute::<[u8; 16], [u64; 2]>(*address) }
+}
+
+// Every reason has its bit in a sieve, and its byte in an event.
+const _: () = assert!(Reason::ALL.len() <= 64);
