@@ -135,8 +135,6 @@ impl ControlPlane {
             format!("--cert-dir={}", file("certificates")),
             format!("--token-auth-file={}", file("tokens.csv")),
             "--authorization-mode=RBAC".into(),
-            // As on a cluster: a DaemonSet may ask for it.
-            "--allow-privileged=true".into(),
             "--service-account-issuer=https://kubernetes.default.svc".into(),
             format!("--service-account-key-file={}", file("service-accounts.key")),
             format!("--service-account-signing-key-file={}", file("service-accounts.key")),

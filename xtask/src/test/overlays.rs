@@ -36,6 +36,9 @@ pub(super) struct Options {
     /// How many nodes a cluster has.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(2..=20))]
     nodes: u8,
+    /// This binary of Sluice, instead of a release built from this tree.
+    #[arg(long, value_name = "FILE")]
+    agent: Option<PathBuf>,
     /// Leave the last cluster up.
     #[arg(long)]
     keep: bool,
@@ -60,7 +63,7 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
             proxy: Proxy::Sluice,
             cni: Cni::Ptp,
             overlay: *overlay,
-            agent: None,
+            agent: options.agent.clone(),
         };
         match cluster::ensure_up(workspace, choice, &up) {
             Ok(()) => Trial { overlay: *overlay, nodes: options.nodes }.all(&mut counts),
