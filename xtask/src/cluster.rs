@@ -1,7 +1,8 @@
 //! `cargo xtask cluster`: a real Kubernetes on this machine, in network namespaces.
 //!
 //! etcd, API server, controller manager and scheduler run in one namespace; a node is a namespace with a kubelet, a containerd and real
-//! pods in namespaces of their own ([`network`] draws it). Nothing of it touches the namespace that it is started from.
+//! pods in namespaces of their own ([`network`] draws it). What a cloud would add, a process does ([`cloud`]). Nothing of it touches
+//! the namespace that it is started from.
 //!
 //! Everything a cluster owns is below one directory ([`state`]) and one cgroup ([`cgroup`]), by which `down` finds it.
 

@@ -137,7 +137,10 @@ fn run_tiers(workspace: &Workspace, choice: Choice, options: &Options, total: &m
     }
     if options.tiers.is_empty() && options.filter.is_empty() {
         let started = Instant::now();
-        let counts = run_brief(workspace, choice, &prepared, options)?;
+        let counts = run_brief(workspace, choice, &prepared, options).unwrap_or_else(|error| {
+            eprintln!("error: {error:#}");
+            Counts { failed: 1, ..Counts::default() }
+        });
         summary.push(format!("e2e: {counts} ({})", seconds(started.elapsed())));
         total.add(counts);
     }

@@ -116,6 +116,11 @@ impl Options {
         if self.brief { format!(r"\[sig-network\].*({})", BRIEF.join("|")) } else { self.focus.clone() }
     }
 
+    /// After that a run that hangs is ended.
+    fn timeout(&self) -> &'static str {
+        if self.brief { "--timeout=10m" } else { "--timeout=3h" }
+    }
+
     fn nodes(&self) -> u8 {
         self.nodes.unwrap_or(if self.brief { 3 } else { 6 })
     }
@@ -215,7 +220,7 @@ fn run_pass(workspace: &Workspace, programs: &Path, options: &Options, pass: &Pa
     let output = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
     let procs = pass.procs(options);
     let command = Cmd::new(programs.join("ginkgo"))
-        .args(["run", "-v", "--no-color", "--timeout=3h", "--keep-going"])
+        .args(["run", "-v", "--no-color", "--keep-going", options.timeout()])
         .args([&format!("--procs={procs}"), &format!("--output-dir={}", directory.display())])
         .args([&format!("--json-report={report}"), &format!("--label-filter={}", pass.filter())])
         .args([&format!("--focus={}", options.focus()), &format!("--skip={}", options.skip)])
