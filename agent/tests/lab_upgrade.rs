@@ -3,7 +3,7 @@
 //!
 //! The other version is `sluice` with another layout of the maps (feature `next-layout`), in `SLUICE_NEXT_BIN`.
 //!
-//! test-threads: 2
+//! test-threads: 3
 
 mod lab_support;
 
@@ -86,6 +86,10 @@ fn up_and_down(name: &str, next: &PathBuf, filters: bool) -> Result<()> {
     };
     let before = ids(&node)?;
 
+    if !filters {
+        replace(&mut cluster, None, &[])?;
+        unharmed(&mut load, "after a rolling update")?;
+    }
     replace(&mut cluster, Some(next), &[])?;
     unharmed(&mut load, "after the upgrade")?;
     ensure!(layouts(&node)? == ["v3"], "{:?}", layouts(&node)?);
@@ -158,7 +162,7 @@ fn an_upgrade_that_is_killed_again_and_again_breaks_nothing() -> Result<()> {
     let (mut cluster, mut load) = under_load("layouts-kill", &Plan::default(), LoadSize::of_this_run())?;
     let node = cluster.node().clone();
     // At other moments each time, until one has got through.
-    for (round, tenths) in [4, 9, 14, 19].into_iter().enumerate() {
+    for (round, tenths) in [4, 10, 16].into_iter().enumerate() {
         cluster.agent().kill9()?;
         cluster.agent().options().program = Some(next.clone());
         cluster.agent().restart()?;
