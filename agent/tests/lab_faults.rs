@@ -2,7 +2,7 @@
 //! and from outside. None may break, none may be refused. `SLUICE_LAB_FULL=1` takes the full sizes: two thousand
 //! connections, five hundred new ones a second, a minute of each fault.
 //!
-//! test-threads: 3
+//! test-threads: 2
 
 mod lab_support;
 
