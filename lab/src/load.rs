@@ -29,7 +29,7 @@ impl LoadSize {
         if std::env::var_os("SLUICE_LAB_FULL").is_some_and(|value| value == "1") {
             Self { held: 2000, rate: 500, seconds: 60 }
         } else {
-            Self { held: 400, rate: 100, seconds: 6 }
+            Self { held: 400, rate: 100, seconds: 5 }
         }
     }
 }

@@ -72,8 +72,10 @@ impl Cluster {
 
     /// Starts an agent that speaks to the API server as `user`.
     pub(crate) fn start_agent(&self, node: &Node, user: &str, args: &[&str]) -> AgentProcess {
-        let mut all = vec!["--flows-max".to_owned(), "1024".to_owned()];
-        all.extend(args.iter().map(|arg| (*arg).to_owned()));
+        let mut all: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
+        if !all.iter().any(|arg| arg.starts_with("--flows-max")) {
+            all.push("--flows-max=1024".to_owned());
+        }
         let options = AgentOptions {
             kubeconfig: Some(self.plane.kubeconfig(user)),
             args: all,
