@@ -26,6 +26,7 @@ pub(super) struct Prepared {
     object: Option<PathBuf>,
     sluice: Option<PathBuf>,
     control_plane: Option<PathBuf>,
+    prometheus: Option<PathBuf>,
 }
 
 impl Prepared {
@@ -44,11 +45,12 @@ impl Prepared {
     /// The variables by which a tier's tests find what was built for them.
     pub(super) fn environment(&self, tier: Tier) -> impl Iterator<Item = (&'static str, OsString)> {
         let built = match tier {
-            Tier::Unit => [None, None, None],
-            Tier::Kernel | Tier::Lab => [self.object.as_ref(), self.sluice.as_ref(), None],
-            Tier::Api => [self.object.as_ref(), self.sluice.as_ref(), self.control_plane.as_ref()],
+            Tier::Unit => [None, None, None, None],
+            Tier::Kernel => [self.object.as_ref(), self.sluice.as_ref(), None, None],
+            Tier::Lab => [self.object.as_ref(), self.sluice.as_ref(), None, self.prometheus.as_ref()],
+            Tier::Api => [self.object.as_ref(), self.sluice.as_ref(), self.control_plane.as_ref(), None],
         };
-        [OBJECT_ENV, "SLUICE_BIN", "SLUICE_CONTROL_PLANE"]
+        [OBJECT_ENV, "SLUICE_BIN", "SLUICE_CONTROL_PLANE", "SLUICE_PROMETHEUS"]
             .into_iter()
             .zip(built)
             .filter_map(|(name, path)| Some((name, path?.into())))
@@ -58,7 +60,8 @@ impl Prepared {
 /// Gets everything ready that the wanted tiers need. What a machine lacks
 /// makes a tier skip; what does not compile is an error.
 pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) -> Result<Prepared> {
-    let mut prepared = Prepared { tiers: Vec::new(), object: None, sluice: None, control_plane: None };
+    let mut prepared =
+        Prepared { tiers: Vec::new(), object: None, sluice: None, control_plane: None, prometheus: None };
     for tier in wanted.iter().copied().filter(|tier| *tier != Tier::Unit) {
         let readiness = if !tier::has_tests(workspace, &[tier])? {
             Readiness::Skip("it has no tests".to_owned())
@@ -79,6 +82,13 @@ pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) ->
         }
     }
     for (tier, readiness) in &mut prepared.tiers {
+        if *tier == Tier::Lab && matches!(readiness, Readiness::Ready) {
+            match Cache::open().and_then(|cache| components::prometheus(&cache)) {
+                Ok(directory) => prepared.prometheus = Some(directory),
+                // Only the tests of what is for it need it, and say that it is not there.
+                Err(error) => eprintln!("no Prometheus: {error:#}"),
+            }
+        }
         if *tier == Tier::Api && matches!(readiness, Readiness::Ready) {
             let got = Cache::open().and_then(|cache| components::control_plane(&cache));
             *readiness = ready_or_skip(got.map(|directory| prepared.control_plane = Some(directory)));
