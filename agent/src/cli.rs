@@ -18,7 +18,7 @@ mod trace;
 mod validate;
 
 use std::collections::BTreeMap;
-use std::io::{IsTerminal, Write as _};
+use std::io::Write as _;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -26,12 +26,12 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
 
 use crate::agent::status::{Invocation, PIN_PATH, state_dir};
 use crate::agent::{self, Ended, Options, Reload, SocketPath};
 use crate::dataplane::{Layout, Xdp};
 use crate::devices::pattern::Patterns;
+use crate::log::{self, LogFormat};
 use crate::source::kubernetes;
 use conntrack::ConntrackArgs;
 use diff::DiffArgs;
@@ -205,7 +205,7 @@ struct AgentArgs {
         value_parser = clap::value_parser!(i32).range(-1000..=1000)
     )]
     oom_score_adj: Option<i32>,
-    /// Log more; twice: everything. The variable SLUICE_LOG has filters as `sluice=debug`.
+    /// Log more; twice: everything. The variable SLUICE_LOG has filters as `sluice=debug`. Changed while it runs: docs/operate.md.
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
     // Last: their headings would go on over what follows.
@@ -215,15 +215,6 @@ struct AgentArgs {
     monitor: MonitorArgs,
     #[command(flatten)]
     conntrack: ConntrackArgs,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-enum LogFormat {
-    /// Lines for people.
-    #[default]
-    Text,
-    /// One JSON object a line.
-    Json,
 }
 
 /// Where an agent finds what is its own, and the kernel's settings.
@@ -298,7 +289,7 @@ impl Cli {
         let mut code = 0;
         let text = match self.command {
             Command::Agent(args) => {
-                args.start_log();
+                log::start(args.verbose, args.log_format);
                 if !expanded.meaningless.is_empty() {
                     tracing::warn!(
                         "settings of kube-proxy's that have no meaning here are left out: {}",
@@ -383,20 +374,6 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 impl AgentArgs {
-    fn start_log(&self) {
-        let level = match self.verbose {
-            0 => "info",
-            1 => "info,sluice=debug",
-            _ => "debug,sluice=trace",
-        };
-        let filter = EnvFilter::try_from_env("SLUICE_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-        match self.log_format {
-            LogFormat::Text => log.with_target(false).with_ansi(std::io::stderr().is_terminal()).init(),
-            LogFormat::Json => log.json().flatten_event(true).init(),
-        }
-    }
-
     fn options(self, places: Places, reload: Reload) -> anyhow::Result<Options> {
         if let Some(folder) = &self.manifests
             && !folder.is_dir()

@@ -8,7 +8,8 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{Request, Response};
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -30,6 +31,9 @@ const AGE: Duration = Duration::from_mins(1);
 const LAST_ANSWER: Duration = Duration::from_secs(5);
 /// The largest header of a request, and the buffer for it, bytes.
 const HEADER_MAX: usize = 8 * 1024;
+/// The largest body that is read, bytes, and how long it may take to come.
+const BODY_MAX: usize = 1024;
+const BODY: Duration = Duration::from_secs(5);
 /// How long to wait when no connection can be accepted (descriptors or memory are short).
 const ACCEPT_AGAIN: Duration = Duration::from_millis(200);
 
@@ -61,8 +65,8 @@ impl Error {
     }
 }
 
-/// Answers a request; whatever its body says is not read.
-pub(crate) type Handler = Arc<dyn Fn(&Request<Incoming>) -> Response<String> + Send + Sync>;
+/// Answers a request. Its body is read where it is PUT, and is text; the address of who asks is among its extensions.
+pub(crate) type Handler = Arc<dyn Fn(&Request<String>) -> Response<String> + Send + Sync>;
 
 /// A listener that answers requests until it is dropped.
 pub(crate) struct Listener {
@@ -117,10 +121,10 @@ async fn accept(listener: TcpListener, at: SocketAddr, handler: Handler) {
     // Nobody closes the semaphore.
     while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, peer)) => {
                 let (handler, closed) = (Arc::clone(&handler), closed.clone());
                 let _conversation = tokio::spawn(async move {
-                    converse(stream, &handler, closed).await;
+                    converse(stream, peer, &handler, closed).await;
                     drop(slot);
                 });
             }
@@ -134,8 +138,32 @@ async fn accept(listener: TcpListener, at: SocketAddr, handler: Handler) {
     }
 }
 
-async fn converse(stream: TcpStream, handler: &Handler, mut closed: watch::Receiver<()>) {
-    let answer = service_fn(async |request| Ok::<_, Infallible>(handler(&request)));
+/// A request with its body, as far as that is read; else the status to refuse it with.
+async fn whole(request: Request<Incoming>, peer: SocketAddr) -> Result<Request<String>, StatusCode> {
+    let (mut parts, body) = request.into_parts();
+    let _ = parts.extensions.insert(peer);
+    if parts.method != Method::PUT {
+        return Ok(Request::from_parts(parts, String::new()));
+    }
+    let body = tokio::time::timeout(BODY, Limited::new(body, BODY_MAX).collect())
+        .await
+        .map_err(|_| StatusCode::REQUEST_TIMEOUT)?
+        .map_err(|_| StatusCode::PAYLOAD_TOO_LARGE)?;
+    let text = String::from_utf8(body.to_bytes().into()).map_err(|_| StatusCode::BAD_REQUEST)?;
+    Ok(Request::from_parts(parts, text))
+}
+
+async fn converse(stream: TcpStream, peer: SocketAddr, handler: &Handler, mut closed: watch::Receiver<()>) {
+    let answer = service_fn(async |request| {
+        Ok::<_, Infallible>(match whole(request, peer).await {
+            Ok(request) => handler(&request),
+            Err(status) => {
+                let mut refused = Response::new(String::new());
+                *refused.status_mut() = status;
+                refused
+            }
+        })
+    });
     let mut connection = pin!(
         http1::Builder::new()
             .timer(TokioTimer::new())

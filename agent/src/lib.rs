@@ -22,6 +22,7 @@ pub mod fragments;
 pub mod health;
 mod http;
 pub mod image;
+mod log;
 pub mod model;
 pub mod monitor;
 pub mod plan;

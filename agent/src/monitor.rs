@@ -7,6 +7,7 @@
 //! | `--metrics-bind-address` | `/metrics` | see [`metrics`] |
 //! | | `/proxyMode` | `sluice` |
 //! | | `/healthz` | `ok` as long as the process answers |
+//! | | `/debug/flags/v` | PUT by a process of this node: how much is logged from now on |
 
 mod exporter;
 pub mod metrics;
@@ -18,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use http::header::{ALLOW, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
-use http::{Method, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -177,12 +178,48 @@ impl Monitor {
     /// Answers the metrics' port.
     fn metrics_handler(self: &Arc<Self>) -> Handler {
         let this = Arc::clone(self);
-        handler(move |path| match path {
+        let read = handler(move |path| match path {
             "/metrics" => Some(this.metrics()),
             "/proxyMode" => Some(response(StatusCode::OK, "text/plain; charset=utf-8", "sluice".to_owned())),
             "/healthz" => Some(response(StatusCode::OK, "text/plain; charset=utf-8", "ok".to_owned())),
             _ => None,
-        })
+        });
+        Arc::new(
+            move |request| {
+                if request.uri().path() == "/debug/flags/v" { verbosity(request) } else { read(request) }
+            },
+        )
+    }
+}
+
+/// Changes how much is logged, as Kubernetes' components do it: `PUT` with a number.
+fn verbosity(request: &Request<String>) -> Response<String> {
+    let text = |status, body: String| response(status, "text/plain; charset=utf-8", body);
+    let peer = request.extensions().get::<SocketAddr>();
+    if !peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback()) {
+        return text(
+            StatusCode::FORBIDDEN,
+            "only for processes of this node, by a loopback address\n".to_owned(),
+        );
+    }
+    if request.method() != Method::PUT {
+        let mut refused = text(StatusCode::METHOD_NOT_ALLOWED, "PUT a number: 0, 1 or more\n".to_owned());
+        let _ = refused.headers_mut().insert(ALLOW, HeaderValue::from_static("PUT"));
+        return refused;
+    }
+    let word = request.body().trim();
+    let Ok(number) = word.parse::<u8>() else {
+        return text(
+            StatusCode::BAD_REQUEST,
+            format!("a number is wanted, 0, 1 or more, and not {word:?}\n"),
+        );
+    };
+    match crate::log::set(number) {
+        Ok(()) => {
+            tracing::info!("logs with verbosity {number} from now on");
+            text(StatusCode::OK, format!("successfully set the verbosity to {number}\n"))
+        }
+        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
     }
 }
 

@@ -7,7 +7,7 @@ mod lab_support;
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use lab_support::{Cluster, HTTP, Plan, WEB, cluster_ip, skip, status, until, word};
+use lab_support::{Cluster, HTTP, Plan, WEB, cluster_ip, service, skip, status, until, until_backends, word};
 use serde_json::Value;
 use sluice_lab::{Namespace, Node};
 
@@ -92,12 +92,18 @@ fn health_mode_and_metrics_are_answered_as_kube_proxy_does() -> Result<()> {
         let labels = [&service[..], more].concat();
         sum(&after, metric, &labels) - sum(&before, metric, &labels)
     };
+    let calls = grown("sluice_service_socket_calls_total", &["port=\"http\""]);
+    ensure!(grown("sluice_service_socket_connections_total", &["port=\"http\""]).eq(&calls), "{calls} calls");
     for (metric, more, least) in [
         ("sluice_service_packets_total", &["direction=\"forward\"", "port=\"dns\""][..], 20.0),
         ("sluice_service_packets_total", &["direction=\"reply\"", "port=\"dns\""], 20.0),
         ("sluice_service_bytes_total", &["direction=\"forward\"", "port=\"dns\""], 20.0 * 28.0),
         ("sluice_service_flows_total", &["port=\"dns\""], 10.0),
         ("sluice_service_socket_calls_total", &["port=\"http\""], 20.0),
+        ("sluice_service_socket_bytes_total", &["port=\"http\"", "direction=\"forward\""], 20.0 * 40.0),
+        ("sluice_service_socket_bytes_total", &["port=\"http\"", "direction=\"reply\""], 20.0 * 40.0),
+        ("sluice_service_socket_segments_total", &["port=\"http\"", "direction=\"reply\""], 40.0),
+        ("sluice_backend_socket_bytes_total", &["direction=\"forward\""], 20.0 * 40.0),
         ("sluice_backend_packets_total", &["direction=\"forward\""], 20.0),
     ] {
         let grown = grown(metric, more);
@@ -130,6 +136,57 @@ fn health_mode_and_metrics_are_answered_as_kube_proxy_does() -> Result<()> {
     ] {
         ensure!(sum(&after, metric, &[]) > 0.0, "{metric} is not counted");
     }
+    Ok(())
+}
+
+/// As Kubernetes' components are told: by PUT, and by processes of the node alone.
+#[test]
+fn the_log_says_more_while_it_is_asked_to() -> Result<()> {
+    if skip("the_log_says_more") {
+        return Ok(());
+    }
+    let plan = Plan {
+        near: 1,
+        args: vec!["--log-format", "json", "--metrics-bind-address", "0.0.0.0"],
+        ..Plan::default()
+    };
+    let mut cluster = Cluster::new("verbosity", &plan)?;
+    let node = cluster.node().clone();
+    let put = |place: &Namespace, at: &str, body: &str| {
+        let url = format!("http://{at}:10249/debug/flags/v");
+        place.run("curl", ["-sS", "-m", "5", "-w", "%{http_code}", "-XPUT", "-d", body, &url])
+    };
+    // Something to tell: a change of the manifests.
+    let debug = |cluster: &mut Cluster, name: &str, number: u8| -> Result<usize> {
+        cluster.manifests.write(&service(name, number))?;
+        until_backends(&node, name, 0)?;
+        // The line comes a moment after the maps.
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        let log = cluster.agent().log();
+        ensure!(log.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "no JSON: {log}");
+        Ok(log.matches("\"level\":\"DEBUG\"").count() + log.matches("\"level\":\"TRACE\"").count())
+    };
+    ensure!(debug(&mut cluster, "one", 51)? == 0, "it says more than it should");
+    let said = put(&node, "127.0.0.1", "2")?;
+    ensure!(said == "successfully set the verbosity to 2\n200", "{said}");
+    let more = debug(&mut cluster, "two", 52)?;
+    ensure!(more > 0, "no more is said");
+    ensure!(put(&node, "127.0.0.1", "0")?.ends_with("200"), "it cannot be undone");
+    let settled = debug(&mut cluster, "three", 53)?;
+    ensure!(debug(&mut cluster, "four", 54)? == settled && settled >= more, "it says as much as before");
+    // Nobody else, nothing else.
+    let (own, much) = (node.ipv4().to_string(), "9".repeat(5000));
+    for (place, at, body, code) in [
+        (&*cluster.outside, own.as_str(), "2", "403"),
+        (&*node, own.as_str(), "2", "403"),
+        (&*node, "127.0.0.1", "much", "400"),
+        (&*node, "127.0.0.1", much.as_str(), "413"),
+    ] {
+        let said = put(place, at, body)?;
+        ensure!(said.ends_with(code), "{at}, {code}: {said}");
+    }
+    let (code, _) = get(&node, "http://127.0.0.1:10249/debug/flags/v")?;
+    ensure!(code.starts_with("405"), "{code}");
     Ok(())
 }
 

@@ -2,12 +2,15 @@
 //!
 //! A version here is also in the `go.mod` of its module (a test compares them); what is below it is in `go.sum`.
 
+use std::fs;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
 use crate::cache::Cache;
 use crate::go::{self, Group, Module, Program};
+use crate::process::{Cmd, newest_line};
+use crate::ui::Step;
 
 /// The release of Kubernetes.
 pub(crate) const KUBERNETES: &str = "1.36.3";
@@ -24,6 +27,9 @@ const HELM: &str = "4.3.1";
 
 /// The cluster's DNS server.
 pub(crate) const COREDNS: &str = "1.14.7";
+
+/// The Prometheus whose promtool judges `deploy/prometheus`: that of Debian 12.
+const PROMETHEUS: &str = "2.42.0";
 
 const KUBERNETES_MODULE: Module = Module {
     go_mod: include_str!("../go/kubernetes/go.mod"),
@@ -214,6 +220,44 @@ pub(crate) fn helm(cache: &Cache) -> Result<PathBuf> {
     go::obtain(cache, &HELM_GROUP)
 }
 
+/// Prometheus and promtool in one directory: Debian's package, unpacked and not installed, since installing it starts a server.
+///
+/// # Errors
+/// When there is no apt, or the package cannot be had.
+pub(crate) fn prometheus(cache: &Cache) -> Result<PathBuf> {
+    let place = cache.ensure(
+        &format!("prometheus/debian-{PROMETHEUS}"),
+        |place| ["prometheus", "promtool"].iter().all(|program| place.join("usr/bin").join(program).is_file()),
+        |place| {
+            let step = Step::start_long("prometheus: Debian's package");
+            Cmd::new("apt-get").args(["download", "--quiet", "prometheus"]).dir(place).run_behind(&step, newest_line)?;
+            let package = fs::read_dir(place)?
+                .flatten()
+                .map(|entry| entry.path())
+                .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+                .context("apt-get has downloaded no package")?;
+            Cmd::new("dpkg").arg("--extract").arg(&package).arg(place).run()?;
+            let version = Cmd::new("dpkg").arg("--field").arg(&package).arg("Version").stdout()?;
+            ensure!(
+                is_of(version.trim(), PROMETHEUS),
+                "Debian's prometheus is {}, the rules were tested with {PROMETHEUS}: change the version in xtask/src/components.rs",
+                version.trim()
+            );
+            fs::remove_file(&package)?;
+            step.done("unpacked");
+            Ok(())
+        },
+    )?;
+    Ok(place.join("usr/bin"))
+}
+
+/// Whether a Debian version is one of an upstream release.
+fn is_of(version: &str, release: &str) -> bool {
+    version
+        .strip_prefix(release)
+        .is_some_and(|rest| !rest.starts_with(|next: char| next.is_ascii_digit() || next == '.'))
+}
+
 /// Kubernetes' own tests, `e2e.test`, and what runs them in parallel, `ginkgo`.
 ///
 /// # Errors
@@ -244,6 +288,12 @@ mod tests {
                 "{name} {version}"
             );
         }
+    }
+
+    #[test]
+    fn a_package_is_of_its_upstream_release() {
+        assert!(is_of("2.42.0+ds-5+deb12u1", "2.42.0") && is_of("2.42.0", "2.42.0"));
+        assert!(!is_of("2.42.01", "2.42.0") && !is_of("2.42.0.1", "2.42.0") && !is_of("2.53.3", "2.42.0"));
     }
 
     #[test]

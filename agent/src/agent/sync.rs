@@ -136,6 +136,7 @@ impl Sync {
                 let took = begun.elapsed();
                 self.metrics.wrote(took);
                 let took_us = took.as_micros() as u64;
+                tracing::debug!(writes, took_us, "the maps are in step");
                 self.last = Some(SyncStatus { at: unix_seconds(SystemTime::now()), took_us, writes });
             }
             Err(error) => {

@@ -26,6 +26,7 @@ use super::pins::Pins;
 pub(super) const TCX_INGRESS: u32 = 46;
 pub(super) const TCX_EGRESS: u32 = 47;
 pub(super) const XDP: u32 = 37;
+pub(super) const SOCK_OPS: u32 = 3;
 
 /// How XDP is attached, the name of its pin, and the link's flags.
 pub(super) const XDP_MODES: [(How, &str, u32); 2] =
@@ -43,7 +44,7 @@ pub(super) const CGROUP: [(&str, u32); 10] = [
     ("getpeername6", 30),
     ("sock_release", 34),
     // Only counts, so that it comes last: a kernel that refuses it has the others.
-    ("connection", 3),
+    ("connection", SOCK_OPS),
 ];
 
 /// Whether and how XDP is used on uplinks.

@@ -136,14 +136,15 @@ pub(crate) fn at_device(device: u32) -> Vec<String> {
     names([hooks::TCX_INGRESS, hooks::TCX_EGRESS].map(|attach_type| bpf::query(device, attach_type)))
 }
 
-/// The names of the programs at those of a cgroup's hooks that we use.
+/// The names of the programs at those of a cgroup's hooks that we use and that can change a call.
 pub(crate) fn at_cgroup(cgroup: &File) -> Vec<String> {
     let target = cgroup.as_raw_fd().cast_unsigned();
-    names(hooks::CGROUP.map(|(_, attach_type)| bpf::query(target, attach_type)))
+    let changing = hooks::CGROUP.into_iter().filter(|(_, attach_type)| *attach_type != hooks::SOCK_OPS);
+    names(changing.map(|(_, attach_type)| bpf::query(target, attach_type)))
 }
 
 /// A hook that cannot be asked has nothing to tell.
-fn names<const N: usize>(asked: [io::Result<Vec<u32>>; N]) -> Vec<String> {
+fn names(asked: impl IntoIterator<Item = io::Result<Vec<u32>>>) -> Vec<String> {
     asked.into_iter().flatten().flatten().map(program_name).collect()
 }
 

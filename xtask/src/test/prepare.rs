@@ -31,6 +31,7 @@ pub(super) struct Prepared {
     control_plane: Option<PathBuf>,
     kubectl: Option<PathBuf>,
     helm: Option<PathBuf>,
+    prometheus: Option<PathBuf>,
 }
 
 impl Prepared {
@@ -59,23 +60,23 @@ impl Prepared {
     /// The variables by which a tier's tests find what was built for them.
     pub(super) fn environment(&self, tier: Tier) -> impl Iterator<Item = (&'static str, OsString)> {
         let built = match tier {
-            Tier::Unit => [None; 6],
-            Tier::Kernel | Tier::Lab => {
-                [self.object.as_ref(), self.sluice.as_ref(), self.next_sluice.as_ref(), None, None, None]
-            }
-            Tier::Api => [
-                self.object.as_ref(),
-                self.sluice.as_ref(),
-                None,
-                self.control_plane.as_ref(),
-                self.kubectl.as_ref(),
-                self.helm.as_ref(),
+            Tier::Unit => vec![],
+            Tier::Kernel => vec![(OBJECT_ENV, &self.object), ("SLUICE_BIN", &self.sluice)],
+            Tier::Lab => vec![
+                (OBJECT_ENV, &self.object),
+                ("SLUICE_BIN", &self.sluice),
+                ("SLUICE_NEXT_BIN", &self.next_sluice),
+                ("SLUICE_PROMETHEUS", &self.prometheus),
+            ],
+            Tier::Api => vec![
+                (OBJECT_ENV, &self.object),
+                ("SLUICE_BIN", &self.sluice),
+                ("SLUICE_CONTROL_PLANE", &self.control_plane),
+                ("SLUICE_KUBECTL", &self.kubectl),
+                ("SLUICE_HELM", &self.helm),
             ],
         };
-        [OBJECT_ENV, "SLUICE_BIN", "SLUICE_NEXT_BIN", "SLUICE_CONTROL_PLANE", "SLUICE_KUBECTL", "SLUICE_HELM"]
-            .into_iter()
-            .zip(built)
-            .filter_map(|(name, path)| Some((name, path?.into())))
+        built.into_iter().filter_map(|(name, path)| Some((name, path.as_ref()?.into())))
     }
 }
 
@@ -109,6 +110,13 @@ pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) ->
         }
     }
     for (tier, readiness) in &mut prepared.tiers {
+        if *tier == Tier::Lab && matches!(readiness, Readiness::Ready) {
+            match Cache::open().and_then(|cache| components::prometheus(&cache)) {
+                Ok(directory) => prepared.prometheus = Some(directory),
+                // Only the tests of what is for it need it, and say that it is not there.
+                Err(error) => eprintln!("no Prometheus: {error:#}"),
+            }
+        }
         if *tier == Tier::Api && matches!(readiness, Readiness::Ready) {
             let got = Cache::open().and_then(|cache| {
                 prepared.control_plane = Some(components::control_plane(&cache)?);
