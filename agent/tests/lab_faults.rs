@@ -98,7 +98,7 @@ fn a_flow_table_that_is_full_breaks_nothing() -> Result<()> {
     // Of each family a third of the connections that stay are met packet by packet and take two entries: what is left is
     // soon full of connections that have ended.
     let size = LoadSize::of_this_run();
-    let entries = size.held.max(size.rate * u32::try_from(size.seconds)? / 4);
+    let entries = (size.held * 5 / 4).max(size.rate * u32::try_from(size.seconds)? / 4);
     let flows_max = format!("--flows-max={}", entries / 2);
     let plan = Plan { args: vec![Box::leak(flows_max.into_boxed_str())], ..Plan::default() };
     let (cluster, mut load) = under_load("full-table", &plan, size)?;
