@@ -23,6 +23,7 @@ pub use datagrams::{DatagramKey, Datagrams};
 pub use error::Error;
 pub use hooks::{Attached, Hooks, How, Target, Xdp};
 pub use kernel::Kernel;
+pub(crate) use kernel::Visit;
 pub(crate) use kernel::KernelStack;
 pub use load::{Loaded, load};
 pub use maps::{Access, FamilyMaps, Maps};

@@ -28,4 +28,5 @@ pub mod plan;
 pub mod policy;
 pub mod preflight;
 pub mod source;
+pub mod takeover;
 mod view;

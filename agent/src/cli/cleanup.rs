@@ -8,6 +8,7 @@ use crate::agent::{ports, status};
 use crate::dataplane::{Pins, cleanup};
 use crate::devices::OWN;
 use crate::devices::own::OwnRoutes;
+use crate::takeover::rules::{self, HOLDING};
 
 /// Removes every trace; says what was removed.
 ///
@@ -23,13 +24,7 @@ pub(super) async fn run(pin_path: &Path, state_dir: &Path, force: bool) -> anyho
             pin_path.display()
         );
     }
-    let mut done = cleanup(&Pins::new(pin_path))?;
-    let own = OwnRoutes::new().await.context("cannot use netlink")?;
-    if own.remove().await.with_context(|| format!("cannot remove the device {OWN}"))? {
-        done.push(format!("removed the device {OWN} and its routes"));
-    }
-    let released = ports::release(Path::new(ports::SYSCTLS), &status::reserved_ports(state_dir))?;
-    done.extend(released.map(|ports| format!("took ports {ports} out of net.ipv4.ip_local_reserved_ports")));
+    let mut done = remove(pin_path, state_dir).await?;
     status::remove(state_dir).with_context(|| format!("cannot remove {}", state_dir.display()))?;
     if done.is_empty() {
         done.push(format!(
@@ -38,4 +33,23 @@ pub(super) async fn run(pin_path: &Path, state_dir: &Path, force: bool) -> anyho
         ));
     }
     Ok(done.join("\n") + "\n")
+}
+
+/// Removes what is in the kernel; returns what was done, for people.
+///
+/// # Errors
+///
+/// When the kernel refuses.
+pub(super) async fn remove(pin_path: &Path, state_dir: &Path) -> anyhow::Result<Vec<String>> {
+    let mut done = cleanup(&Pins::new(pin_path))?;
+    let own = OwnRoutes::new().await.context("cannot use netlink")?;
+    if own.remove().await.with_context(|| format!("cannot remove the device {OWN}"))? {
+        done.push(format!("removed the device {OWN} and its routes"));
+    }
+    let released = ports::release(Path::new(ports::SYSCTLS), &status::reserved_ports(state_dir))?;
+    done.extend(released.map(|ports| format!("took ports {ports} out of net.ipv4.ip_local_reserved_ports")));
+    if rules::let_go().context("cannot remove the nftables table of a takeover")? {
+        done.push(format!("removed the nftables table {HOLDING}"));
+    }
+    Ok(done)
 }

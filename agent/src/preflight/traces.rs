@@ -169,7 +169,7 @@ fn rules(traces: &mut Traces) {
 }
 
 /// The bytes of legacy iptables' IPv4 nat table, chains' names among them.
-fn legacy_rules() -> io::Result<Vec<u8>> {
+pub(crate) fn legacy_rules() -> io::Result<Vec<u8>> {
     use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
     const GET_INFO: libc::c_int = 64;
     const GET_ENTRIES: libc::c_int = 65;
@@ -211,7 +211,7 @@ fn legacy_rules() -> io::Result<Vec<u8>> {
 }
 
 /// The id of a process of this name in this network namespace, where others' processes are visible.
-fn process(name: &str) -> Option<String> {
+pub(crate) fn process(name: &str) -> Option<String> {
     let namespace = |id: &str| fs::read_link(format!("/proc/{id}/ns/net")).ok();
     let own = namespace("self");
     let processes = fs::read_dir("/proc").ok()?.flatten();
