@@ -470,7 +470,11 @@ impl Agent {
             Ended::ToStartAnew => "the agent to start with its new configuration",
             Ended::Released => "the node was released",
         };
-        let stays = if ended == Ended::Released { "everything goes" } else { "programs and maps stay, packets flow on" };
+        let stays = if ended == Ended::Released {
+            "everything goes"
+        } else {
+            "programs and maps stay, packets flow on"
+        };
         tracing::info!("stopping, {why}; {stays}");
         self.status.ready = false;
         self.status.takeover = self.takeover.told.borrow().status.clone();
@@ -601,7 +605,13 @@ impl Agent {
         status.reports = self.sync.reports();
         status.last_sync = self.sync.last();
         status.failing = self.sync.failing();
-        status.problems = self.refused.iter().chain(&status.takeover.problem).cloned().chain(self.beside.problems()).collect();
+        status.problems = self
+            .refused
+            .iter()
+            .chain(&status.takeover.problem)
+            .cloned()
+            .chain(self.beside.problems())
+            .collect();
         status.waiting_for.extend(status.failing.clone());
         if let Err(error) = self.state.write(status) {
             tracing::warn!("cannot write the status: {error}");

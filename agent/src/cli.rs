@@ -302,7 +302,9 @@ impl Cli {
                 let reload = Reload { follows, is_changed: Arc::new(move || is_changed(&expanded)) };
                 let options = Options { invocation, ..args.options(pin_path, state_dir, reload)? };
                 let (pin_path, state_dir) = (options.pin_path.clone(), options.state_dir.clone());
-                if wish::read(&state_dir) == Some(Wish::Released) && !crate::agent::status::is_alive(&state_dir) {
+                if wish::read(&state_dir) == Some(Wish::Released)
+                    && !crate::agent::status::is_alive(&state_dir)
+                {
                     // The last agent may have been killed before it had removed everything.
                     let _ = runtime()?.block_on(cleanup::remove(&pin_path, &state_dir))?;
                 }

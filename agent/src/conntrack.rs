@@ -52,6 +52,8 @@ pub struct Translated {
     pub seen_as: End,
     /// Whether it has ended, as far as conntrack knows.
     pub closing: bool,
+    /// Seconds until conntrack forgets it, if it stays idle.
+    pub left: u32,
 }
 
 /// Lists what netfilter translates in the current network namespace, a family's; it blocks. False: the table has changed
@@ -65,6 +67,25 @@ pub fn translated(family: IpFamily, each: impl FnMut(Translated)) -> io::Result<
         return Ok(true);
     }
     table::translated(family, each)
+}
+
+/// Deletes entries of a family by what their clients send.
+///
+/// # Errors
+///
+/// When the kernel keeps one.
+pub fn forget(family: IpFamily, connections: &[Translated]) -> io::Result<()> {
+    table::forget(family, connections)
+}
+
+/// Enters connections that pass beneath conntrack, so that netfilter gives none of their source ports to others; they go after
+/// this time. Of each, the backend and the address that it sees count.
+///
+/// # Errors
+///
+/// When the kernel refuses.
+pub fn keep_clear(connections: &[Translated], time: Duration) -> io::Result<()> {
+    table::insert(connections, time)
 }
 
 /// What this node serves by UDP. Endpoints *serve* if they answer, whatever policy, topology or

@@ -29,11 +29,12 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, bail};
 use sluice_common::abi::{Flow, ServiceKey, Tuple, flow, imported, phase, state};
 use sluice_common::header::protocol;
+use sluice_common::path::partner_key;
 use sluice_common::{V4, V6};
 use tokio::sync::watch;
 
 use crate::agent::status::{TakeoverStatus, unix_seconds};
-use crate::conntrack::{End, Translated, translated};
+use crate::conntrack::{self, End, Translated, translated};
 use crate::dataplane::{Access, Kernel, KernelStack, Maps};
 use crate::fragments::ticks as now;
 use crate::image::{Dataplane, Stack};
@@ -46,9 +47,12 @@ use wish::Wish;
 pub(crate) const RELEASED: &str = "released";
 /// How often the thread looks whether something is wanted.
 const LOOK: Duration = Duration::from_millis(250);
-/// The shortest time between two listings; one is followed by so many times as long without.
+/// The shortest time between two listings; one is followed by so many times as long as it took without.
 const PERIOD: Duration = Duration::from_secs(2);
 const REST: u32 = 20;
+/// A flow of datagrams that conntrack would forget before the next listing, and so long after, is netfilter's no more: its next
+/// datagram would find neither an entry nor a rule.
+const MARGIN: Duration = Duration::from_secs(3);
 /// How long packets that met a program in the last phase may be on their way to netfilter.
 const GRACE: Duration = Duration::from_millis(100);
 /// Listings until one is whole: the kernel interrupts those during which the table is resized.
@@ -119,6 +123,7 @@ pub(crate) fn start(word: u32, maps: PathBuf, state_dir: PathBuf) -> anyhow::Res
         v6: BTreeMap::new(),
         known: false,
         is_idle: word == phase::SERVE,
+        interval: PERIOD,
         seen_running: None,
     };
     let _thread = std::thread::Builder::new()
@@ -177,6 +182,8 @@ struct Walker {
     known: bool,
     /// Whether nothing is left to do until somebody wants something.
     is_idle: bool,
+    /// The time from one listing to the next.
+    interval: Duration,
     /// When kube-proxy was last seen to run.
     seen_running: Option<Instant>,
 }
@@ -184,7 +191,6 @@ struct Walker {
 impl Walker {
     fn run(mut self) {
         while !self.told.is_closed() {
-            let started = Instant::now();
             match self.step() {
                 Ok(true) => return,
                 Ok(false) => self.tell(|status| status.problem = None),
@@ -200,8 +206,7 @@ impl Walker {
                     self.tell(|status| status.problem = Some(text));
                 }
             }
-            let rest = if self.is_idle { LOOK } else { PERIOD.max(started.elapsed() * REST) };
-            self.rest(rest);
+            self.rest(if self.is_idle { LOOK } else { self.interval });
         }
     }
 
@@ -301,8 +306,10 @@ impl Walker {
         std::thread::sleep(GRACE);
         let listed = self.list(Which::All)?;
         let more = self.import_affinity()?;
-        self.enter(phase::SERVE | listed.bits())?;
         self.report(listed, None);
+        // Whoever hears that the node is ready hears this too.
+        self.tell(|status| "serving".clone_into(&mut status.phase));
+        self.enter(phase::SERVE | listed.bits())?;
         tracing::info!(
             connections = listed.connections,
             datagram_flows = listed.datagram_flows,
@@ -331,8 +338,11 @@ impl Walker {
             self.known = true;
         }
         let mut listed = Listed::default();
-        self.v4 = list::<V4>(maps, IpFamily::V4, &self.v4, which, &mut listed)?;
-        self.v6 = list::<V6>(maps, IpFamily::V6, &self.v6, which, &mut listed)?;
+        let started = Instant::now();
+        let how = (which, self.interval + MARGIN);
+        self.v4 = list::<V4>(maps, IpFamily::V4, &self.v4, how, &mut listed)?;
+        self.v6 = list::<V6>(maps, IpFamily::V6, &self.v6, how, &mut listed)?;
+        self.interval = PERIOD.max(started.elapsed() * REST);
         listed.entries = self.v4.len() + self.v6.len();
         Ok(listed)
     }
@@ -401,12 +411,25 @@ impl Walker {
         Ok(())
     }
 
+    /// Enters flows of ours that netfilter does not see into conntrack: it is to serve new connections beside them, and picks
+    /// source ports by itself.
+    fn keep_clear(&self, deadline: u64) -> anyhow::Result<()> {
+        let Some(maps) = &self.maps else { bail!("the maps are not open") };
+        let _ = live::<V4>(maps)? + live::<V6>(maps)?;
+        let all = [clear::<V4>(maps)?, clear::<V6>(maps)?].concat();
+        conntrack::keep_clear(&all, deadline_in(deadline)).context("cannot enter our flows into conntrack")
+    }
+
     /// Serves what is known and waits for its end; true when the agent is to go.
     fn drain(&mut self, deadline: u64) -> anyhow::Result<bool> {
         self.is_idle = false;
         let bits = self.phase() & !phase::MASK;
-        self.enter(phase::PASSIVE | bits)?;
         self.tell(|status| "draining".clone_into(&mut status.phase));
+        self.open()?;
+        // Twice: what is opened meanwhile is entered then.
+        self.keep_clear(deadline)?;
+        self.enter(phase::PASSIVE | bits)?;
+        self.keep_clear(deadline)?;
         let wish = Wish::Release { deadline };
         // Somebody may think better of it.
         while wish::read(&self.state_dir) == Some(wish) {
@@ -414,10 +437,9 @@ impl Walker {
                 bail!("the agent ends while it waits for the last flow");
             }
             let listed = if bits == 0 { Listed::default() } else { self.list(Which::KnownAndOurs)? };
-            self.open()?;
             let Some(maps) = &self.maps else { bail!("the maps are not open") };
             let flows = live::<V4>(maps)? + live::<V6>(maps)?;
-            let left = deadline.saturating_sub(unix_seconds(SystemTime::now()));
+            let left = deadline_in(deadline).as_secs();
             self.report(listed, None);
             self.tell(|status| {
                 status.flows = Some(flows);
@@ -427,7 +449,8 @@ impl Walker {
                 if flows != 0 {
                     tracing::warn!(flows, "the time for a release is over: flows that live are cut");
                 }
-                wish::write(&self.state_dir, Wish::Released).context("cannot note that the node is released")?;
+                wish::write(&self.state_dir, Wish::Released)
+                    .context("cannot note that the node is released")?;
                 self.tell(|status| {
                     RELEASED.clone_into(&mut status.phase);
                     status.waiting_for = None;
@@ -442,7 +465,8 @@ impl Walker {
 }
 
 /// What a person has to do about rules that stand.
-const STOP: &str = "kube-proxy to be stopped, so that its rules can go (`sluice takeover --finish` tells that it is)";
+const STOP: &str =
+    "kube-proxy to be stopped, so that its rules can go (`sluice takeover --finish` tells that it is)";
 const LEGACY: &str = "kube-proxy's chains in legacy iptables to be removed: stop it and run `kube-proxy --cleanup`, since netlink does not reach them";
 
 /// Whether this process is in the machine's first PID namespace.
@@ -471,24 +495,29 @@ fn list<F: KernelStack>(
     maps: &Maps,
     family: IpFamily,
     before: &Imported<F>,
-    which: Which,
+    (which, margin): (Which, Duration),
     listed: &mut Listed,
 ) -> anyhow::Result<Imported<F>> {
     let frontends = F::frontends(maps)?;
     let mut after = Imported::<F>::new();
     let mut counts = Listed::default();
+    let mut idle = Vec::new();
     for attempt in 1.. {
         after.clear();
+        idle.clear();
         counts = Listed::default();
         let whole = translated(family, |found| {
             let Some([original, reply]) = tuples::<F>(&found) else { return };
-            let is_taken_up = which == Which::All
-                || before.contains_key(&original)
-                || is_ours::<F>(&frontends, &original);
+            let is_taken_up =
+                which == Which::All || before.contains_key(&original) || is_ours::<F>(&frontends, &original);
             if !is_taken_up {
                 return;
             }
             if found.protocol == protocol::UDP {
+                if u64::from(found.left) <= margin.as_secs() {
+                    idle.push(found);
+                    return;
+                }
                 counts.datagram_flows += 1;
             } else if !found.closing {
                 counts.connections += 1;
@@ -511,6 +540,10 @@ fn list<F: KernelStack>(
         .collect();
     let remove: Vec<_> = before.keys().filter(|key| !after.contains_key(key)).copied().collect();
     F::import(maps, &insert, &remove).context("there is no room for all of netfilter's connections")?;
+    if which == Which::KnownAndOurs {
+        // The next datagram is ours, which conntrack would take for a part of the old flow.
+        conntrack::forget(family, &idle).context("cannot delete idle entries of conntrack")?;
+    }
     listed.connections += counts.connections;
     listed.datagram_flows += counts.datagram_flows;
     Ok(after)
@@ -527,21 +560,55 @@ fn is_ours<F: Stack>(frontends: &BTreeSet<ServiceKey<F::Address>>, packet: &Tupl
     frontends.contains(&at(packet.destination)) || frontends.contains(&at(F::Address::default()))
 }
 
-/// How many flows of a family are under way.
-fn live<F: KernelStack>(maps: &Maps) -> anyhow::Result<u64> {
-    let (flows, now) = (F::flows(maps)?, now());
-    let lives = flows.iter().filter(|entry| {
-        is_live(entry.tuple.protocol, &entry.flow, entry.embryonic, now.wrapping_sub(entry.flow.seen))
-    });
-    Ok(lives.count() as u64)
+fn deadline_in(deadline: u64) -> Duration {
+    Duration::from_secs(deadline.saturating_sub(unix_seconds(SystemTime::now())))
 }
 
-/// Whether a flow that was idle for so many ticks may still have packets; of its two entries, the client's counts.
+/// How many flows of a family are under way. The others are forgotten: their entries would catch packets of netfilter's
+/// connections that happen to get the same source port.
+fn live<F: KernelStack>(maps: &Maps) -> anyhow::Result<u64> {
+    let (flows, now) = (F::flows(maps)?, now());
+    let mut count = 0;
+    let mut dead = Vec::new();
+    for entry in flows.iter().filter(|entry| entry.flow.flags & flow::REPLY == 0) {
+        let idle = now.wrapping_sub(entry.flow.seen);
+        if is_live(entry.tuple.protocol, &entry.flow, entry.embryonic, idle) {
+            count += 1;
+        } else {
+            dead.extend([entry.tuple, partner_key::<F>(&entry.flow, entry.tuple.protocol)]);
+        }
+    }
+    F::forget(maps, &dead)?;
+    Ok(count)
+}
+
+/// The connections to backends that appear as this node's and that netfilter does not see.
+fn clear<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translated>> {
+    let flows = F::flows(maps)?;
+    let unseen = flows.iter().filter(|entry| {
+        entry.flow.flags & flow::REPLY == 0 && entry.flow.flags & (flow::HOST | flow::MASQUERADED) != 0
+    });
+    Ok(unseen
+        .map(|entry| {
+            let seen_as = (F::ip(entry.flow.source), entry.flow.source_port);
+            let backend = (F::ip(entry.flow.destination), entry.flow.destination_port);
+            let protocol = entry.tuple.protocol;
+            Translated {
+                protocol,
+                client: seen_as,
+                frontend: backend,
+                backend,
+                seen_as,
+                closing: false,
+                left: 0,
+            }
+        })
+        .collect())
+}
+
+/// Whether a flow that was idle for so many ticks may still have packets.
 fn is_live<A: Copy>(protocol_number: u8, entry: &Flow<A>, embryonic: bool, idle: u32) -> bool {
     const BOTH: u8 = state::FIN_FORWARD | state::FIN_REPLY;
-    if entry.flags & flow::REPLY != 0 {
-        return false;
-    }
     if protocol_number == protocol::UDP {
         idle <= UDP_IDLE_TICKS
     } else if entry.state & state::RESET != 0 || entry.state & BOTH == BOTH {
@@ -605,18 +672,17 @@ mod tests {
     #[test]
     fn flows_are_waited_for_while_they_may_have_packets() {
         use protocol::{TCP, UDP};
-        let entry = |state, flags| Flow::<Ipv4Address> { state, flags, ..Flow::default() };
+        let entry = |state| Flow::<Ipv4Address> { state, ..Flow::default() };
         for (what, protocol, entry, embryonic, idle, lives) in [
-            ("an idle connection", TCP, entry(state::ESTABLISHED, 0), false, 100_000, true),
-            ("its other entry", TCP, entry(state::ESTABLISHED, flow::REPLY), false, 0, false),
-            ("half closed", TCP, entry(state::FIN_FORWARD, 0), false, 5_000, true),
-            ("just closed", TCP, entry(state::FIN_FORWARD | state::FIN_REPLY, 0), false, 3, true),
-            ("closed", TCP, entry(state::FIN_FORWARD | state::FIN_REPLY, 0), false, 4, false),
-            ("reset", TCP, entry(state::RESET, 0), false, 4, false),
-            ("a SYN", TCP, entry(0, 0), true, 30, true),
-            ("a SYN long ago", TCP, entry(0, 0), true, 31, false),
-            ("datagrams", UDP, entry(state::ESTABLISHED, 0), false, 19, true),
-            ("datagrams before", UDP, entry(state::ESTABLISHED, 0), false, 20, false),
+            ("an idle connection", TCP, entry(state::ESTABLISHED), false, 100_000, true),
+            ("half closed", TCP, entry(state::FIN_FORWARD), false, 5_000, true),
+            ("just closed", TCP, entry(state::FIN_FORWARD | state::FIN_REPLY), false, 3, true),
+            ("closed", TCP, entry(state::FIN_FORWARD | state::FIN_REPLY), false, 4, false),
+            ("reset", TCP, entry(state::RESET), false, 4, false),
+            ("a SYN", TCP, entry(0), true, 30, true),
+            ("a SYN long ago", TCP, entry(0), true, 31, false),
+            ("datagrams", UDP, entry(state::ESTABLISHED), false, 19, true),
+            ("datagrams before", UDP, entry(state::ESTABLISHED), false, 20, false),
         ] {
             assert_eq!(is_live(protocol, &entry, embryonic, idle), lives, "{what}");
         }
@@ -635,6 +701,7 @@ mod tests {
             backend: end("10.244.1.10:8080"),
             seen_as: end("192.0.2.10:61234"),
             closing: false,
+            left: 30,
         };
         let [original, reply] = tuples::<V4>(&found).expect("IPv4");
         let ip = |address: Ipv4Address| IpAddr::from(address.octets);

@@ -30,7 +30,7 @@ use api_support::control_plane::{ADMIN, AGENT};
 use api_support::objects::Space;
 use api_support::{Cluster, START, cluster, wait_for};
 use serde_json::{Value, json};
-use sluice_lab::{AgentProcess, Client, Namespace, Node, NodeOptions, Pod, Running, Serve};
+use sluice_lab::{AgentOptions, AgentProcess, Client, Namespace, Node, NodeOptions, Pod, Running, Serve};
 
 /// Connections that are held: of the pod by ClusterIPs, of the node itself, of clients outside by the node port, half of the last
 /// and of the first by IPv6.
@@ -41,8 +41,6 @@ const OUTSIDE: usize = 800;
 const CLIENTS: u8 = 24;
 const ECHO_TARGET: u16 = 7000;
 const DNS_TARGET: u16 = 5353;
-const NODE_PORT: u16 = 30_080;
-const STICKY_NODE_PORT: u16 = 30_081;
 /// How long an answer may take on a busy machine.
 const ANSWER: Duration = Duration::from_secs(15);
 const STEP: Duration = Duration::from_secs(30);
@@ -59,6 +57,14 @@ impl Mode {
         match self {
             Self::Nftables => "nftables",
             Self::Iptables => "iptables",
+        }
+    }
+
+    /// Node ports of the echo, of its datagrams, and of the Service with affinity. Both tests ask one API server for them.
+    fn node_ports(self) -> [u16; 3] {
+        match self {
+            Self::Nftables => [30_080, 30_081, 30_082],
+            Self::Iptables => [30_180, 30_181, 30_182],
         }
     }
 }
@@ -92,7 +98,11 @@ impl Held {
         let mut answer = String::new();
         let _ = self.reader.read_line(&mut answer).context("no answer")?;
         let said = answer.split(' ').next().unwrap_or_default();
-        ensure!(said == self.endpoint && answer.trim_end().ends_with(line), "{answer:?}, not {line} of {}", self.endpoint);
+        ensure!(
+            said == self.endpoint && answer.trim_end().ends_with(line),
+            "{answer:?}, not {line} of {}",
+            self.endpoint
+        );
         Ok(())
     }
 }
@@ -126,6 +136,21 @@ fn connect(from: &Namespace, source: Option<IpAddr>, to: SocketAddr) -> Result<H
     })?;
     let stream = stream.with_context(|| format!("{} cannot connect to {to}", from.name()))?;
     Held::new(stream).with_context(|| format!("{} at {to}", from.name()))
+}
+
+/// Does something as a process of a cgroup: its sockets stay that cgroup's.
+fn in_cgroup(cgroup: &Path, act: impl FnOnce() -> Result<()>) -> Result<()> {
+    let own = std::fs::read_to_string("/proc/self/cgroup")?;
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/")).context("no cgroup2")?;
+    let root = cgroup.ancestors().filter(|path| path.join("cgroup.controllers").exists()).last();
+    let home = root.context("no cgroup2 mount")?.join(own);
+    let enter = |cgroup: &Path| {
+        std::fs::write(cgroup.join("cgroup.procs"), "0").with_context(|| cgroup.display().to_string())
+    };
+    enter(cgroup)?;
+    let result = act();
+    enter(&home)?;
+    result
 }
 
 /// Everything of a test.
@@ -167,6 +192,7 @@ impl Bench {
             servers.push(pod.serve(Serve::UdpEcho, DNS_TARGET)?);
             endpoints.push(pod);
         }
+        let [echo_port, dns_port, sticky_port] = mode.node_ports();
         let space = Space::new(&cluster, &format!("moving-{}", mode.word()));
         let dual = |spec: Value| {
             let mut spec = spec;
@@ -176,14 +202,14 @@ impl Bench {
         space.service(
             "echo",
             &dual(json!({"type": "NodePort", "ports": [
-                {"name": "echo", "port": 7, "targetPort": ECHO_TARGET, "nodePort": NODE_PORT},
-                {"name": "dns", "protocol": "UDP", "port": 53, "targetPort": DNS_TARGET, "nodePort": NODE_PORT},
+                {"name": "echo", "port": 7, "targetPort": ECHO_TARGET, "nodePort": echo_port},
+                {"name": "dns", "protocol": "UDP", "port": 53, "targetPort": DNS_TARGET, "nodePort": dns_port},
             ]})),
         );
         space.service(
             "sticky",
             &dual(json!({"type": "NodePort", "sessionAffinity": "ClientIP", "ports": [
-                {"name": "echo", "port": 7, "targetPort": ECHO_TARGET, "nodePort": STICKY_NODE_PORT},
+                {"name": "echo", "port": 7, "targetPort": ECHO_TARGET, "nodePort": sticky_port},
             ]})),
         );
         for service in ["echo", "sticky"] {
@@ -212,8 +238,7 @@ impl Bench {
         let vips = |service: &str| -> Result<Vec<IpAddr>> {
             let found = cluster.plane.request("GET", &space.path("services", service), None)?;
             let ips = found.pointer("/spec/clusterIPs").and_then(Value::as_array).context("no ClusterIPs")?;
-            let mut ips: Vec<IpAddr> =
-                ips.iter().filter_map(|ip| ip.as_str()?.parse().ok()).collect();
+            let mut ips: Vec<IpAddr> = ips.iter().filter_map(|ip| ip.as_str()?.parse().ok()).collect();
             ips.sort_by_key(IpAddr::is_ipv6);
             Ok(ips)
         };
@@ -257,12 +282,13 @@ impl Bench {
             "metricsBindAddress": "127.0.0.1:10249", "healthzBindAddress": "127.0.0.1:10256",
         });
         std::fs::write(&file, config.to_string())?;
-        let kube_proxy =
-            self.node.spawn(Path::new(&programs).join("kube-proxy"), [format!("--config={}", file.display())])?;
+        let kube_proxy = self
+            .node
+            .spawn(Path::new(&programs).join("kube-proxy"), [format!("--config={}", file.display())])?;
         self.kube_proxy = Some(kube_proxy);
         // What has ended is to be forgotten within the test.
         for (name, seconds) in
-            [("tcp_timeout_time_wait", "3"), ("udp_timeout", "3"), ("udp_timeout_stream", "4"), ("tcp_timeout_last_ack", "3")]
+            [("tcp_timeout_time_wait", "8"), ("udp_timeout", "10"), ("udp_timeout_stream", "12")]
         {
             self.node.sysctl(&format!("net/netfilter/nf_conntrack_{name}"), seconds)?;
         }
@@ -271,12 +297,13 @@ impl Bench {
 
     /// Waits until somebody serves everything.
     fn until_served(&self) {
+        let [echo_port, _, sticky_port] = self.mode.node_ports();
         let ways = [
             (&*self.pod, SocketAddr::new(self.vips[0], 7)),
             (&*self.pod, SocketAddr::new(self.vips[1], 7)),
-            (&*self.outside, SocketAddr::new(self.node.ipv4().into(), NODE_PORT)),
-            (&*self.outside, SocketAddr::new(self.node.ipv6().into(), NODE_PORT)),
-            (&*self.outside, SocketAddr::new(self.node.ipv4().into(), STICKY_NODE_PORT)),
+            (&*self.outside, SocketAddr::new(self.node.ipv4().into(), echo_port)),
+            (&*self.outside, SocketAddr::new(self.node.ipv6().into(), echo_port)),
+            (&*self.outside, SocketAddr::new(self.node.ipv4().into(), sticky_port)),
         ];
         for (from, to) in ways {
             wait_for(&format!("{to} to be served"), STEP, || {
@@ -293,15 +320,19 @@ impl Bench {
     fn open(&self) -> Result<Vec<Held>> {
         let started = Instant::now();
         let mut all = Vec::new();
+        let [echo_port, ..] = self.mode.node_ports();
         let node: [IpAddr; 2] = [self.node.ipv4().into(), self.node.ipv6().into()];
         for index in 0..POD {
             all.push(connect(&self.pod, None, SocketAddr::new(self.vips[index % 2], 7))?);
         }
-        for _ in 0..HOST {
-            all.push(connect(&self.node, None, SocketAddr::new(self.vips[0], 7))?);
-        }
+        in_cgroup(self.node.cgroup(), || {
+            for _ in 0..HOST {
+                all.push(connect(&self.node, None, SocketAddr::new(self.vips[0], 7))?);
+            }
+            Ok(())
+        })?;
         for index in 0..OUTSIDE {
-            all.push(connect(&self.outside, None, SocketAddr::new(node[index % 2], NODE_PORT))?);
+            all.push(connect(&self.outside, None, SocketAddr::new(node[index % 2], echo_port))?);
         }
         println!("{}: {} connections after {:.1?}", self.mode.word(), all.len(), started.elapsed());
         Ok(all)
@@ -309,7 +340,7 @@ impl Bench {
 
     /// Which endpoint each client of the Service with affinity gets, by ClusterIP and node port.
     fn visits(&self) -> Result<BTreeMap<String, String>> {
-        let at = SocketAddr::new(self.node.ipv4().into(), STICKY_NODE_PORT);
+        let at = SocketAddr::new(self.node.ipv4().into(), self.mode.node_ports()[2]);
         let mut visits = BTreeMap::new();
         for number in 0..CLIENTS {
             let source = self.client(number);
@@ -385,7 +416,8 @@ impl Traffic {
             }
             for (index, one) in held.iter_mut().enumerate() {
                 let line = format!("{round}-{index}");
-                if !broken.contains(&index) && !self.note(&format!("connection {index}"), one.receive(&line)) {
+                if !broken.contains(&index) && !self.note(&format!("connection {index}"), one.receive(&line))
+                {
                     let _ = broken.insert(index);
                 }
             }
@@ -468,14 +500,18 @@ fn with_traffic(
     let traffic = Traffic::default();
     let (pod, host, outside) = (bench.pod.clone(), bench.node.clone(), bench.outside.clone());
     let [v4, v6] = bench.vips;
-    let node_port = SocketAddr::new(bench.node.ipv4().into(), NODE_PORT);
+    let [echo_port, dns_port, _] = bench.mode.node_ports();
+    let node_port = |port| SocketAddr::new(bench.node.ipv4().into(), port);
+    let (echo, dns) = (node_port(echo_port), node_port(dns_port));
+    // As a process of the node: the calls of new connections meet the hooks of its cgroup.
+    let act = |bench: &mut Bench, traffic: &Traffic| in_cgroup(host.cgroup(), || act(bench, traffic));
     let result = std::thread::scope(|scope| {
         let _ = scope.spawn(|| traffic.hold(held));
         let _ = scope.spawn(|| traffic.open(&pod, SocketAddr::new(v4, 7)));
-        let _ = scope.spawn(|| traffic.open(&outside, node_port));
+        let _ = scope.spawn(|| traffic.open(&outside, echo));
         let _ = scope.spawn(|| traffic.open(&host, SocketAddr::new(v4, 7)));
         let _ = scope.spawn(|| traffic.ask(&pod, SocketAddr::new(v6, 53)));
-        let _ = scope.spawn(|| traffic.ask(&outside, node_port));
+        let _ = scope.spawn(|| traffic.ask(&outside, dns));
         let result = act(bench, &traffic);
         traffic.stop.store(true, Ordering::Relaxed);
         result
@@ -509,11 +545,12 @@ fn move_in(bench: &mut Bench) -> Result<()> {
     with_traffic(bench, &mut held, |bench, traffic| {
         traffic.more_rounds("kube-proxy serves", 5)?;
         let started = Instant::now();
-        let mut agent = bench.cluster.start_agent(
-            &bench.node,
-            AGENT,
-            &["--takeover", "--nodeport-addresses", "primary", "--flows-max", "65536"],
-        );
+        let args = ["--takeover", "--nodeport-addresses", "primary", "--flows-max", "65536"];
+        let mut agent = bench.node.agent(AgentOptions {
+            kubeconfig: Some(bench.cluster.plane.kubeconfig(AGENT)),
+            args: args.map(str::to_owned).into(),
+            ..AgentOptions::default()
+        })?;
         agent.wait_ready(START)?;
         println!("{}: serving {:.1?} after the agent's start", bench.mode.word(), started.elapsed());
         bench.agent = Some(agent);
@@ -532,16 +569,23 @@ fn move_in(bench: &mut Bench) -> Result<()> {
         let _ = bench.kube_proxy.take().context("no kube-proxy")?.stop()?;
         traffic.more_rounds("kube-proxy is gone", 3)?;
         let output = bench.node.sluice_output(&["takeover", "--finish", "--wait", "3s"])?;
-        ensure!(output.status.code() == Some(1), "it is not done: {}", String::from_utf8_lossy(&output.stdout));
+        ensure!(
+            output.status.code() == Some(1),
+            "it is not done: {}",
+            String::from_utf8_lossy(&output.stdout)
+        );
         let tables = bench.tables()?;
         ensure!(
-            tables.contains("table inet sluice-takeover") && !tables.iter().any(|table| table.ends_with("kube-proxy")),
+            tables.contains("table inet sluice-takeover")
+                && !tables.iter().any(|table| table.ends_with("kube-proxy")),
             "{tables:?}"
         );
         if bench.mode == Mode::Iptables {
             let rules = bench.node.run("iptables-save", [""; 0])?;
-            let left: Vec<&str> =
-                rules.lines().filter(|line| line.contains("KUBE-") && !line.contains("KUBE-FORWARD")).collect();
+            let left: Vec<&str> = rules
+                .lines()
+                .filter(|line| line.contains("KUBE-") && !line.contains("KUBE-FORWARD"))
+                .collect();
             ensure!(left.is_empty(), "{left:#?}");
         }
         traffic.more_rounds("kube-proxy's rules are gone", 10)?;
@@ -571,6 +615,7 @@ fn move_in(bench: &mut Bench) -> Result<()> {
 fn move_out(bench: &mut Bench) -> Result<()> {
     let refused = bench.node.sluice_output(&["release"])?;
     ensure!(!refused.status.success(), "nobody would serve");
+    let [echo_port, ..] = bench.mode.node_ports();
     let mut held = bench.open()?;
     with_traffic(bench, &mut held, |bench, traffic| {
         traffic.more_rounds("Sluice serves", 3)?;
@@ -582,7 +627,7 @@ fn move_out(bench: &mut Bench) -> Result<()> {
                 Mode::Iptables => bench.node.run("ip6tables-save", [""; 0]),
             };
             let rules = rules.map_err(|error| format!("{error:#}"))?;
-            if rules.contains(&NODE_PORT.to_string()) { Ok(()) } else { Err(rules) }
+            if rules.contains(&echo_port.to_string()) { Ok(()) } else { Err(rules) }
         });
         let output = bench.node.sluice_output(&["release", "--timeout", "2m", "--no-wait"])?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -368,8 +368,8 @@ fn left_to_netfilter<F: Family, T: Tables<F>>(
     if now == phase::SERVE || was_ours {
         return None;
     }
-    let opens = headers.tuple.protocol != protocol::UDP
-        && headers.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
+    let opens =
+        headers.tuple.protocol != protocol::UDP && headers.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
     if now & phase::IMPORTED != 0
         && let Some(bits) = tables.imported(&headers.tuple)
         && !(opens && bits & imported::CLOSING != 0)

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use netlink_packet_netfilter::conntrack::{
     ConntrackAttribute, ConntrackMessage, ConntrackMessageType, IPTuple, ProtoInfo, ProtoInfoTCP, ProtoTuple,
@@ -12,8 +13,8 @@ use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
 };
 use rtnetlink::packet_core::{
-    DefaultNla, Emitable, ErrorMessage, NLA_F_NESTED, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
-    NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
+    DefaultNla, Emitable, ErrorMessage, NLA_F_NESTED, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR,
+    NLM_F_EXCL, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
 };
 use rtnetlink::sys::protocols::NETLINK_NETFILTER;
 use rtnetlink::sys::{Socket, SocketAddr};
@@ -290,20 +291,16 @@ impl Ends {
 
     /// Protocol, source and destination, where there are ports.
     fn known(&self) -> Option<(u8, End, End)> {
-        Some((
-            self.protocol?,
-            (self.source.0?, self.source.1?),
-            (self.destination.0?, self.destination.1?),
-        ))
+        Some((self.protocol?, (self.source.0?, self.source.1?), (self.destination.0?, self.destination.1?)))
     }
 }
 
-/// `TCP_CONNTRACK_FIN_WAIT` to `TCP_CONNTRACK_CLOSE`: the states of a connection that ends.
-const TCP_CLOSING: std::ops::RangeInclusive<u8> = 4..=8;
+/// `TCP_CONNTRACK_LAST_ACK` to `TCP_CONNTRACK_CLOSE`: both sides have ended the connection, or one has reset it.
+const TCP_CLOSING: std::ops::RangeInclusive<u8> = 6..=8;
 
 /// What an entry says about a connection whose destination is translated; [`None`] if that of this one is not.
 fn translation(attributes: &[ConntrackAttribute]) -> Option<Translated> {
-    let (mut original, mut reply, mut is_translated, mut closing) = (None, None, false, false);
+    let (mut original, mut reply, mut is_translated, mut closing, mut left) = (None, None, false, false, 0);
     for attribute in attributes {
         if let ConntrackAttribute::CtaTupleOrig(tuple) = attribute {
             original = Ends::of(tuple).known();
@@ -311,18 +308,20 @@ fn translation(attributes: &[ConntrackAttribute]) -> Option<Translated> {
             reply = Ends::of(tuple).known();
         } else if let ConntrackAttribute::CtaStatus(status) = attribute {
             is_translated = status.contains(Status::DstNat);
+        } else if let ConntrackAttribute::CtaTimeout(seconds) = attribute {
+            left = *seconds;
         } else if let ConntrackAttribute::CtaProtoInfo(infos) = attribute {
             closing = infos.iter().any(|info| {
                 let ProtoInfo::TCP(parts) = info else { return false };
-                parts.iter().any(
-                    |part| matches!(part, ProtoInfoTCP::State(state) if TCP_CLOSING.contains(state)),
-                )
+                parts
+                    .iter()
+                    .any(|part| matches!(part, ProtoInfoTCP::State(state) if TCP_CLOSING.contains(state)))
             });
         }
     }
     let (protocol, client, frontend) = original?;
     let (_, backend, seen_as) = reply?;
-    is_translated.then_some(Translated { protocol, client, frontend, backend, seen_as, closing })
+    is_translated.then_some(Translated { protocol, client, frontend, backend, seen_as, closing, left })
 }
 
 /// An entry of attributes; [`None`] if it is not UDP's, or incomplete.
@@ -345,7 +344,78 @@ fn entry(attributes: Vec<ConntrackAttribute>) -> Option<Entry> {
     }
     let destination = (original.destination.0?, original.destination.1?);
     let reply_source = (reply.source.0?, reply.source.1?);
-    (original.protocol == Some(u8::from(Protocol::Udp))).then_some(Entry { flow: Flow { destination, reply_source, answered }, key })
+    (original.protocol == Some(u8::from(Protocol::Udp)))
+        .then_some(Entry { flow: Flow { destination, reply_source, answered }, key })
+}
+
+/// Makes entries of connections as they are between this node and the backend. Those that are there stay as they are.
+pub(super) fn insert(connections: &[Translated], time: Duration) -> io::Result<()> {
+    if connections.is_empty() {
+        return Ok(());
+    }
+    let Some(socket) = without_conntrack(connect())? else { return Ok(()) };
+    let mut answer = Vec::with_capacity(ANSWER);
+    for connection in connections {
+        let family = IpFamily::of(connection.backend.0);
+        let request = ConntrackMessage::New(entered(connection, time));
+        let request = message(NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, family, request);
+        let _ = socket.send(&bytes(&request), 0)?;
+        receive(&socket, &mut answer)?;
+        match read(&answer, drop).end {
+            Some(Err(error)) if error.raw_os_error() != Some(libc::EEXIST) => return Err(error),
+            Some(_) => {}
+            None => return Err(io::Error::other("the kernel did not say whether it made an entry")),
+        }
+    }
+    Ok(())
+}
+
+/// Deletes entries by their original tuples.
+pub(super) fn forget(family: IpFamily, connections: &[Translated]) -> io::Result<()> {
+    if connections.is_empty() {
+        return Ok(());
+    }
+    let Some(socket) = without_conntrack(connect())? else { return Ok(()) };
+    for one in connections {
+        let key = ConntrackAttribute::CtaTupleOrig(tuple(one.protocol, one.client, one.frontend));
+        let _ = delete(&socket, family, vec![key])?;
+    }
+    Ok(())
+}
+
+/// A direction of a connection.
+fn tuple(number: u8, source: End, destination: End) -> Vec<Tuple> {
+    let protocol = match i32::from(number) {
+        libc::IPPROTO_TCP => Protocol::Tcp,
+        libc::IPPROTO_UDP => Protocol::Udp,
+        _ => Protocol::Sctp,
+    };
+    let addresses = vec![IPTuple::SourceAddress(source.0), IPTuple::DestinationAddress(destination.0)];
+    let ports = vec![
+        ProtoTuple::Protocol(protocol),
+        ProtoTuple::SourcePort(source.1),
+        ProtoTuple::DestinationPort(destination.1),
+    ];
+    vec![Tuple::Ip(addresses), Tuple::Proto(ports)]
+}
+
+/// The attributes of an entry for a connection that is under way.
+fn entered(connection: &Translated, time: Duration) -> Vec<ConntrackAttribute> {
+    const TCP_ESTABLISHED: u8 = 3;
+    let protocol = connection.protocol;
+    let (node, backend) = (connection.seen_as, connection.backend);
+    let seconds = u32::try_from(time.as_secs()).unwrap_or(u32::MAX).max(1);
+    let mut attributes = vec![
+        ConntrackAttribute::CtaTupleOrig(tuple(protocol, node, backend)),
+        ConntrackAttribute::CtaTupleReply(tuple(protocol, backend, node)),
+        ConntrackAttribute::CtaTimeout(seconds),
+        ConntrackAttribute::CtaStatus(Status::SeenReply | Status::Assured | Status::Confirmed),
+    ];
+    if i32::from(protocol) == libc::IPPROTO_TCP {
+        let state = ProtoInfo::TCP(vec![ProtoInfoTCP::State(TCP_ESTABLISHED)]);
+        attributes.push(ConntrackAttribute::CtaProtoInfo(vec![state]));
+    }
+    attributes
 }
 
 /// Deletes an entry; returns whether it was still there.

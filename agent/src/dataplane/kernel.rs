@@ -49,6 +49,8 @@ pub(crate) trait KernelStack: Stack {
         insert: &[(Tuple<Self::Address>, u32)],
         remove: &[Tuple<Self::Address>],
     ) -> Result<(), Error>;
+    /// Takes entries out of the flows, proven or not.
+    fn forget(maps: &Maps, keys: &[Tuple<Self::Address>]) -> Result<(), Error>;
     /// Adds clients to those of service ports with affinity.
     fn add_affinity(maps: &Maps, visits: &[Visit<Self>]) -> Result<(), Error>;
     /// Everything that the family's maps hold.
@@ -183,6 +185,13 @@ macro_rules! kernel_stack {
                 map.insert_many(insert)
                     .and_then(|()| map.remove_many(remove))
                     .map_err(|e| Error::map("write", concat!("imported_", $suffix), e))
+            }
+
+            fn forget(maps: &Maps, keys: &[Tuple<Self::Address>]) -> Result<(), Error> {
+                let removed = maps.$field.flows.remove_many(keys);
+                removed
+                    .and_then(|()| maps.$field.embryonic.remove_many(keys))
+                    .map_err(|e| Error::map("write", concat!("flows_", $suffix), e))
             }
 
             fn add_affinity(maps: &Maps, visits: &[Visit<Self>]) -> Result<(), Error> {

@@ -87,7 +87,12 @@ pub(super) struct Element {
 }
 
 /// Asks for a listing. A kernel without nf_tables has nothing to list.
-fn dump(kind: u16, header: [u8; 4], names: &[(u16, &str)], mut each: impl FnMut(u8, &[u8])) -> io::Result<()> {
+fn dump(
+    kind: u16,
+    header: [u8; 4],
+    names: &[(u16, &str)],
+    mut each: impl FnMut(u8, &[u8]),
+) -> io::Result<()> {
     let mut message = Message::plain(SUBSYSTEM << 8 | kind, F_DUMP, &header);
     for (attribute, name) in names {
         message.attribute(*attribute, &zero_ended(name));

@@ -194,9 +194,9 @@ fn going<'c>(its: &[&'c Chain], jumps: &[Jump], all: bool) -> Vec<&'c Chain> {
     const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
     let is_its = |name: &str| its.iter().any(|chain| chain.name == name);
     let is_used = |name: &str| {
-        jumps.iter().any(|jump| {
-            jump.to == name && !is_its(&jump.chain) && !BUILT_IN.contains(&jump.chain.as_str())
-        })
+        jumps
+            .iter()
+            .any(|jump| jump.to == name && !is_its(&jump.chain) && !BUILT_IN.contains(&jump.chain.as_str()))
     };
     let masquerades = MASQUERADE.iter().any(|name| is_used(name));
     its.iter()

@@ -8,11 +8,11 @@ use aya_ebpf::macros::btf_map;
 use sluice_common::abi::{
     ADDRESS_WORDS, AFFINITY_MAX, Affinity, AffinityKey, BACKEND_COUNTERS_MAX, BACKENDS_MAX, Backend,
     BackendCounters, DEVICES_MAX, Datagram, DatagramPorts, Device, EMBRYONIC_MAX, EXHAUSTED_MAX, FLOWS_MAX,
-    FRAGMENTS_MAX, Flow, IMPORTED_MAX, Ipv4Address, Ipv6Address, NAMES_MAX, NODE_ADDRESSES_MAX, NODE_PORT_WORDS, Name,
-    Networks, NodeAddress, ORIGINS_MAX, OriginKey, Origins, PORTS_MAX, REASON_COUNTERS_MAX, REJECTS_MAX,
-    ReasonCounters, ReasonKey, RejectBucket, RejectKey, SERVICES_MAX, SLOT_BLOCKS_MAX, SOCKETS_MAX,
-    SOURCE_RANGES_MAX, Service, ServiceKey, ServicePort, Settings, SlotBlock, SocketKey, SocketPeer,
-    SourceRange, Tuple,
+    FRAGMENTS_MAX, Flow, IMPORTED_MAX, Ipv4Address, Ipv6Address, NAMES_MAX, NODE_ADDRESSES_MAX,
+    NODE_PORT_WORDS, Name, Networks, NodeAddress, ORIGINS_MAX, OriginKey, Origins, PORTS_MAX,
+    REASON_COUNTERS_MAX, REJECTS_MAX, ReasonCounters, ReasonKey, RejectBucket, RejectKey, SERVICES_MAX,
+    SLOT_BLOCKS_MAX, SOCKETS_MAX, SOURCE_RANGES_MAX, Service, ServiceKey, ServicePort, Settings, SlotBlock,
+    SocketKey, SocketPeer, SourceRange, Tuple,
 };
 use sluice_common::{Family, V4, V6};
 

@@ -53,7 +53,9 @@ fn passive(table: &mut Table, cast: &Cast) {
     let Cast { client, frontend, backend, empty, .. } = *cast;
     let world = at(cast.world(), phase::PASSIVE, &[]);
     for (where_, program, ifindex) in PLACES {
-        for (what, frame) in [("opens", cast.first(client, frontend)), ("goes on", cast.next(client, frontend))] {
+        for (what, frame) in
+            [("opens", cast.first(client, frontend)), ("goes on", cast.next(client, frontend))]
+        {
             let name = format!("{title}: passive, a client {what} by {where_}");
             let frame = frame.at(mac(ifindex));
             table.add(left(name, &world, (program, ifindex), &frame, Reason::NotTaken, ONE));
@@ -191,9 +193,7 @@ fn imports(table: &mut Table, cast: &Cast) {
     let world = at(world, phase::SERVE, &[(backend, node, protocol, 0)]);
     let reply = cast.next(backend, node);
     let name = format!("{title}: a reply that netfilter expects at a node port's number");
-    table.add(
-        Case::new(name, &world, Program::Ingress, UPLINK, &reply).reason(Reason::NetfilterFlow, ONE),
-    );
+    table.add(Case::new(name, &world, Program::Ingress, UPLINK, &reply).reason(Reason::NetfilterFlow, ONE));
 }
 
 fn unspecified(cast: &Cast) -> std::net::IpAddr {
@@ -240,10 +240,8 @@ fn resets(table: &mut Table, cast: &Cast) {
                 .flows([connection.both()]),
         );
     }
-    let both = [
-        (cast.client, cast.frontend, TCP, 0),
-        (cast.client, cast.other_frontend, TCP, imported::CLOSING),
-    ];
+    let both =
+        [(cast.client, cast.frontend, TCP, 0), (cast.client, cast.other_frontend, TCP, imported::CLOSING)];
     let world = at(cast.world(), phase::SERVE, &both);
     let name = format!("{title}: no guess for a connection of netfilter's");
     table.add(Case::new(name, &world, Program::Ingress, EDGE, &reset));
@@ -267,8 +265,7 @@ fn strays(table: &mut Table) {
         let from = SocketAddr::new(address(cast.version, NET_CLIENTS, 9), 40_000);
         let mut world = cast.world();
         world.service_nets = vec![cast.prefix(97)];
-        world.settings.networks |=
-            if to.is_ipv4() { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
+        world.settings.networks |= if to.is_ipv4() { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
         let packet = Frame::tcp(from, to, SYN, &[]);
         for now in [phase::IMPORT, phase::PASSIVE] {
             let world = at(world.clone(), now, &[]);
@@ -277,7 +274,9 @@ fn strays(table: &mut Table) {
         }
         let name = format!("{}: an unassigned address, with netfilter's connections", cast.title());
         let world = at(world, phase::SERVE, &[(from, to, UDP, 0)]).marks(mark::DIRECT);
-        debug_assert!(!world.listing.contains_key(&to.ip()) || world.listing[&to.ip()] & listing::FRONTEND == 0);
+        debug_assert!(
+            !world.listing.contains_key(&to.ip()) || world.listing[&to.ip()] & listing::FRONTEND == 0
+        );
         table.add(
             Case::new(name, &world, Program::Egress, UPLINK, &packet).dropped(Reason::UnassignedAddress, 0),
         );
