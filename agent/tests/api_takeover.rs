@@ -356,6 +356,17 @@ impl Bench {
         Ok(self.node.run("nft", ["list", "tables"])?.lines().map(str::to_owned).collect())
     }
 
+    /// What kube-proxy has in iptables. It makes a chain of the kubelet's as well, which stays.
+    fn left_in_iptables(&self) -> Result<Vec<String>> {
+        let mut left = Vec::new();
+        for command in ["iptables-save", "ip6tables-save"] {
+            let rules = self.node.run(command, [""; 0])?;
+            let its = rules.lines().filter(|line| line.contains("KUBE-") && !line.contains("KUBE-FIREWALL"));
+            left.extend(its.map(str::to_owned));
+        }
+        Ok(left)
+    }
+
     /// How far the takeover is.
     fn takeover(&self) -> Result<Value> {
         let output = self.node.sluice_output(&["status", "-o", "json"])?;
@@ -580,14 +591,8 @@ fn move_in(bench: &mut Bench) -> Result<()> {
                 && !tables.iter().any(|table| table.ends_with("kube-proxy")),
             "{tables:?}"
         );
-        if bench.mode == Mode::Iptables {
-            let rules = bench.node.run("iptables-save", [""; 0])?;
-            let left: Vec<&str> = rules
-                .lines()
-                .filter(|line| line.contains("KUBE-") && !line.contains("KUBE-FORWARD"))
-                .collect();
-            ensure!(left.is_empty(), "{left:#?}");
-        }
+        let left = bench.left_in_iptables()?;
+        ensure!(left.iter().all(|line| line.contains("KUBE-FORWARD")), "{left:#?}");
         traffic.more_rounds("kube-proxy's rules are gone", 10)?;
         let told = bench.takeover()?;
         ensure!(number(&told, "connections") >= count && told.get("holding") == Some(&true.into()), "{told}");
@@ -603,10 +608,8 @@ fn move_in(bench: &mut Bench) -> Result<()> {
     );
     let tables = bench.tables()?;
     ensure!(!tables.iter().any(|table| table.contains("sluice")), "{tables:?}");
-    if bench.mode == Mode::Iptables {
-        let rules = bench.node.run("iptables-save", [""; 0])?;
-        ensure!(!rules.contains("KUBE-"), "{rules}");
-    }
+    let left = bench.left_in_iptables()?;
+    ensure!(left.is_empty(), "{left:#?}");
     bench.until_served();
     Ok(())
 }
