@@ -275,7 +275,7 @@ async fn stay_released(state: &StateDir, mut status: Status, options: &Options) 
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     status.waiting_for = vec!["`sluice takeover`: the node is released".to_owned()];
-    status.takeover.phase = takeover::RELEASED.to_owned();
+    takeover::RELEASED.clone_into(&mut status.takeover.phase);
     tracing::info!("the node is released: nothing is attached until `sluice takeover` is called");
     loop {
         state.write(&status).context("cannot write the status")?;

@@ -32,8 +32,8 @@ use crate::agent::{self, Ended, Options, Reload, SocketPath};
 use crate::dataplane::Xdp;
 use crate::devices::pattern::Patterns;
 use crate::source::kubernetes;
-use crate::takeover::served_in_iptables_mode;
 use crate::takeover::wish::{self, Wish};
+use crate::takeover::{served_in_iptables_mode, serves_by_ipvs};
 use conntrack::ConntrackArgs;
 use diff::DiffArgs;
 use explain::ExplainArgs;
@@ -422,6 +422,11 @@ impl AgentArgs {
             sizes.extend(["flows_v4", "flows_v6"].map(|map| (map.to_owned(), flows.saturating_mul(2))));
         }
         let asked = self.manifests.is_none() || self.kubeconfig.is_some() || self.api.is_some();
+        if self.takeover && serves_by_ipvs() {
+            bail!(
+                "kube-proxy balances by IPVS here, whose connections cannot be taken over: drain the node, stop kube-proxy, run `kube-proxy --cleanup`, and start without --takeover"
+            );
+        }
         if self.takeover && self.policy.leaves_node_ports_open() && served_in_iptables_mode()? {
             bail!(
                 "kube-proxy serves node ports at all addresses of this node, as its iptables mode does; Sluice would serve them at the primary ones alone. Say which it should be: --nodeport-addresses all, or --nodeport-addresses primary"

@@ -8,7 +8,7 @@
 //! 2. *Importing.* What opens a TCP connection is ours from now on. What is mid-stream, and UDP, passes: it may be a connection
 //!    that was opened after its piece of the listing. So the connections are listed once more.
 //! 3. *Serving.* Everything is ours but what is in `imported`, which is listed again and again until its last connection has
-//!    ended. kube-proxy's rules go when it runs no more; connections that live by them are held by a table of our own (see [`rules`]).
+//!    ended. kube-proxy's rules go when it runs no more; connections that live by them are held by a table of our own (see `rules`).
 //!
 //! # Out
 //!
@@ -39,7 +39,7 @@ use crate::dataplane::{Access, Kernel, KernelStack, Maps};
 use crate::fragments::ticks as now;
 use crate::image::{Dataplane, Stack};
 use crate::model::object::IpFamily;
-use crate::preflight::traces::process;
+use crate::preflight::{self, traces::process};
 use rules::Found;
 use wish::Wish;
 
@@ -57,6 +57,8 @@ const MARGIN: Duration = Duration::from_secs(3);
 const GRACE: Duration = Duration::from_millis(100);
 /// Listings until one is whole: the kernel interrupts those during which the table is resized.
 const LISTINGS: u32 = 10;
+/// How long conntrack keeps an idle connection that was entered, as it does by itself.
+const TRACKED: Duration = Duration::from_hours(120);
 /// How long kube-proxy must be away to be taken for stopped, and not for one that starts anew.
 const AWAY: Duration = Duration::from_secs(10);
 /// A UDP flow that was idle for so many ticks is not waited for. Its entry may be nine ticks older than its last packet.
@@ -124,6 +126,7 @@ pub(crate) fn start(word: u32, maps: PathBuf, state_dir: PathBuf) -> anyhow::Res
         known: false,
         is_idle: word == phase::SERVE,
         interval: PERIOD,
+        is_prepared: false,
         seen_running: None,
     };
     let _thread = std::thread::Builder::new()
@@ -182,6 +185,8 @@ struct Walker {
     known: bool,
     /// Whether nothing is left to do until somebody wants something.
     is_idle: bool,
+    /// Whether our own table waits for kube-proxy.
+    is_prepared: bool,
     /// The time from one listing to the next.
     interval: Duration,
     /// When kube-proxy was last seen to run.
@@ -219,9 +224,16 @@ impl Walker {
         }
         if now != phase::SERVE {
             self.take_over()?;
+            if self.phase() & phase::MASK != phase::SERVE {
+                return Ok(false);
+            }
         }
         if wish == Some(Wish::Takeover) {
+            (self.is_prepared, self.is_idle) = (false, false);
             wish::done(&self.state_dir, Wish::Takeover).context("cannot remove the wish that is done")?;
+        }
+        if wish == Some(Wish::Prepare) {
+            self.prepare()?;
         }
         if !self.is_idle || wish == Some(Wish::Finish) {
             self.keep(wish)?;
@@ -293,7 +305,12 @@ impl Walker {
         }
         let started = Instant::now();
         self.open()?;
-        rules::hold().context("cannot make the nftables table that holds netfilter's connections")?;
+        // Legacy iptables has chains of type nat for as long as the machine runs.
+        if let Err(error) = rules::hold()
+            && !rules::find().context("cannot list netfilter's rules")?.is_legacy()
+        {
+            return Err(error).context("cannot make the nftables table that holds netfilter's connections");
+        }
         let listed = self.list(Which::All)?;
         self.enter(phase::PASSIVE | listed.bits())?;
         let clients = self.import_affinity()?;
@@ -358,8 +375,8 @@ impl Walker {
         });
     }
 
-    /// Whether kube-proxy is known to run no more: told so, or because nobody of this name is there, which only those see who
-    /// have the processes of the whole machine in view.
+    /// Whether kube-proxy is known to run no more: told so, or because its process was seen and is there no more; processes of
+    /// the whole machine are in view of some agents alone.
     fn is_gone(&mut self, wish: Option<Wish>) -> bool {
         if wish == Some(Wish::Finish) {
             return true;
@@ -370,7 +387,12 @@ impl Walker {
         if process(rules::PROCESS).is_some() {
             self.seen_running = Some(Instant::now());
         }
-        self.seen_running.get_or_insert_with(Instant::now).elapsed() >= AWAY
+        // One that was never seen may be part of another process: whoever stops that has to say so.
+        let is_gone = self.seen_running.is_some_and(|seen| seen.elapsed() >= AWAY);
+        if is_gone {
+            self.seen_running = None;
+        }
+        is_gone
     }
 
     /// Lets go what has ended: netfilter's connections, then kube-proxy's rules, at last the table that holds them.
@@ -395,6 +417,8 @@ impl Walker {
             waiting = Some(LEGACY.to_owned());
         } else if found.balances() {
             waiting = Some(STOP.to_owned());
+        } else if self.is_prepared {
+            waiting = Some("kube-proxy to be started, and for `sluice release`".to_owned());
         } else if listed.lives() {
             waiting = Some("netfilter's last connections to end".to_owned());
         } else {
@@ -409,6 +433,18 @@ impl Walker {
         self.report(listed, Some(&found));
         self.tell(|status| status.waiting_for = waiting);
         Ok(())
+    }
+
+    /// Lets conntrack know the connections of this host's own sockets before kube-proxy has it translate new ones: those that
+    /// it has not tracked so far would be new to it.
+    fn prepare(&mut self) -> anyhow::Result<()> {
+        self.open()?;
+        let Some(maps) = &self.maps else { bail!("the maps are not open") };
+        rules::hold().context("cannot make the nftables table that has connections tracked")?;
+        let all = [of_host::<V4>(maps)?, of_host::<V6>(maps)?].concat();
+        conntrack::keep_clear(&all, TRACKED).context("cannot enter our flows into conntrack")?;
+        (self.is_prepared, self.is_idle) = (true, false);
+        wish::done(&self.state_dir, Wish::Prepare).context("cannot remove the wish that is done")
     }
 
     /// Enters flows of ours that netfilter does not see into conntrack: it is to serve new connections beside them, and picks
@@ -582,6 +618,28 @@ fn live<F: KernelStack>(maps: &Maps) -> anyhow::Result<u64> {
     Ok(count)
 }
 
+/// The connections of this host's own sockets that are translated behind conntrack, as it sees them.
+fn of_host<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translated>> {
+    let flows = F::flows(maps)?;
+    let its = flows.iter().filter(|entry| entry.flow.flags & (flow::REPLY | flow::HOST) == flow::HOST);
+    Ok(its
+        .map(|entry| {
+            let client = (F::ip(entry.tuple.source), entry.tuple.source_port);
+            let frontend = (F::ip(entry.tuple.destination), entry.tuple.destination_port);
+            let protocol = entry.tuple.protocol;
+            Translated {
+                protocol,
+                client,
+                frontend,
+                backend: frontend,
+                seen_as: client,
+                closing: false,
+                left: 0,
+            }
+        })
+        .collect())
+}
+
 /// The connections to backends that appear as this node's and that netfilter does not see.
 fn clear<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translated>> {
     let flows = F::flows(maps)?;
@@ -635,6 +693,11 @@ pub(crate) fn served_by() -> anyhow::Result<Option<String>> {
 /// When the kernel refuses a listing.
 pub(crate) fn served_in_iptables_mode() -> anyhow::Result<bool> {
     Ok(rules::find().context("cannot list netfilter's rules")?.is_iptables())
+}
+
+/// Whether this network namespace has services of IPVS.
+pub(crate) fn serves_by_ipvs() -> bool {
+    preflight::traces::ipvs_services() != 0
 }
 
 /// Whether a process of kube-proxy's is seen in this network namespace: its id.

@@ -36,6 +36,7 @@ use sluice_lab::{AgentOptions, AgentProcess, Client, Namespace, Node, NodeOption
 /// and of the first by IPv6.
 const POD: usize = 900;
 const HOST: usize = 300;
+const UNSEEN: usize = 150;
 const OUTSIDE: usize = 800;
 /// Addresses of clients outside, which a Service with affinity tells apart.
 const CLIENTS: u8 = 24;
@@ -325,8 +326,12 @@ impl Bench {
         for index in 0..POD {
             all.push(connect(&self.pod, None, SocketAddr::new(self.vips[index % 2], 7))?);
         }
+        // Some as processes outside of the agent's cgroup: no hook sees their calls, and their packets are translated.
+        for _ in 0..UNSEEN {
+            all.push(connect(&self.node, None, SocketAddr::new(self.vips[0], 7))?);
+        }
         in_cgroup(self.node.cgroup(), || {
-            for _ in 0..HOST {
+            for _ in UNSEEN..HOST {
                 all.push(connect(&self.node, None, SocketAddr::new(self.vips[0], 7))?);
             }
             Ok(())
@@ -622,6 +627,9 @@ fn move_out(bench: &mut Bench) -> Result<()> {
     let mut held = bench.open()?;
     with_traffic(bench, &mut held, |bench, traffic| {
         traffic.more_rounds("Sluice serves", 3)?;
+        let output = bench.node.sluice_output(&["release", "--prepare"])?;
+        ensure!(output.status.success(), "prepared: {}", String::from_utf8_lossy(&output.stderr));
+        traffic.more_rounds("connections are tracked", 2)?;
         bench.start_kube_proxy()?;
         wait_for("kube-proxy's rules", STEP, || {
             // Their last part: an endpoint of the Service that was made last.

@@ -33,6 +33,10 @@ pub(super) struct ReleaseArgs {
     /// How long flows are waited for, as 90s, 10m or 2h; those that live longer are cut.
     #[arg(long, value_name = "TIME", value_parser = time, default_value = "1h")]
     timeout: Duration,
+    /// Not yet: get ready for kube-proxy to be started. Where nothing else tracks connections, it would take those of this
+    /// host's own processes for new ones as soon as it comes.
+    #[arg(long, conflicts_with_all = ["force", "no_wait"])]
+    prepare: bool,
     /// Even if kube-proxy has no rules here: nobody serves new connections then.
     #[arg(long)]
     force: bool,
@@ -73,23 +77,17 @@ impl Progress {
 
 /// How far it is, in a line.
 pub(super) fn words(now: &TakeoverStatus) -> String {
-    let mut text = now.phase.clone();
+    let mut words = vec![now.phase.clone()];
     if now.connections + now.datagram_flows != 0 {
-        text += &format!(
-            "; netfilter goes on with {} connections and {} flows of datagrams",
+        words.push(format!(
+            "netfilter goes on with {} connections and {} flows of datagrams",
             now.connections, now.datagram_flows
-        );
+        ));
     }
-    if let Some(rules) = &now.kube_proxy {
-        text += &format!("; of kube-proxy there is {rules}");
-    }
-    if let Some(what) = &now.waiting_for {
-        text += &format!("; waits for {what}");
-    }
-    if let Some(problem) = &now.problem {
-        text += &format!("; {problem}, trying again");
-    }
-    text
+    words.extend(now.kube_proxy.as_ref().map(|rules| format!("of kube-proxy there is {rules}")));
+    words.extend(now.waiting_for.as_ref().map(|what| format!("waits for {what}")));
+    words.extend(now.problem.as_ref().map(|problem| format!("{problem}, trying again")));
+    words.join("; ")
 }
 
 /// The running agent's word.
@@ -158,11 +156,11 @@ pub(super) fn take_over(args: &TakeoverArgs, state_dir: &Path) -> anyhow::Result
         return wait(state_dir, args.wait, |now| is_taken() && now.kube_proxy.is_none() && !now.holding)
             .map(answer);
     }
-    let is_released = matches!(wish::read(state_dir), Some(Wish::Release { .. } | Wish::Released));
-    if is_released && !args.wait.is_zero() {
+    // An agent that serves has nothing to take over; it only stops to be ready for kube-proxy.
+    if !args.wait.is_zero() {
         wish::write(state_dir, Wish::Takeover).context("cannot tell the agent")?;
     }
-    let is_taken = || wish::read(state_dir).is_none_or(|wish| wish == Wish::Finish);
+    let is_taken = || wish::read(state_dir).is_none_or(|wish| wish == Wish::Finish || wish == Wish::Prepare);
     wait(state_dir, args.wait, |now| is_taken() && now.phase == "serving").map(answer)
 }
 
@@ -172,7 +170,13 @@ pub(super) fn take_over(args: &TakeoverArgs, state_dir: &Path) -> anyhow::Result
 ///
 /// When no agent runs, or nobody would serve new connections.
 pub(super) fn release(args: &ReleaseArgs, state_dir: &Path) -> anyhow::Result<(String, u8)> {
-    let _ = ask(state_dir)?;
+    let now = ask(state_dir)?;
+    if args.prepare {
+        ensure!(now.phase == "serving", "the agent is not serving but {}", now.phase);
+        wish::write(state_dir, Wish::Prepare).context("cannot tell the agent")?;
+        let is_taken = || wish::read(state_dir) != Some(Wish::Prepare);
+        return wait(state_dir, Duration::from_secs(30), |now| is_taken() && now.holding).map(answer);
+    }
     if served_by()?.is_none() && !args.force {
         bail!(
             "kube-proxy has no rules in this network namespace, so nobody would serve new connections: start it, wait until it has synced, and call this again; or give --force"

@@ -28,6 +28,9 @@ pub struct Kernel {
 /// A client of a service port, and where it has been.
 pub(crate) type Visit<F> = (AffinityKey<<F as Family>::Address>, Affinity);
 
+/// Packets that are netfilter's to translate, with bits of [`sluice_common::abi::imported`].
+pub(crate) type ImportedEntries<F> = Vec<(Tuple<<F as Family>::Address>, u32)>;
+
 /// What is done with a family's maps; the same code for both, over types that are plain data.
 pub(crate) trait KernelStack: Stack {
     /// Carries out a run of steps of this family that one batch can hold, at least one; returns how many.
@@ -42,7 +45,7 @@ pub(crate) trait KernelStack: Stack {
     /// The family's frontends.
     fn frontends(maps: &Maps) -> Result<BTreeSet<ServiceKey<Self::Address>>, Error>;
     /// The packets that are netfilter's to translate.
-    fn imported(maps: &Maps) -> Result<Vec<(Tuple<Self::Address>, u32)>, Error>;
+    fn imported(maps: &Maps) -> Result<ImportedEntries<Self>, Error>;
     /// Adds packets to those that are netfilter's, and takes others away.
     fn import(
         maps: &Maps,
@@ -171,7 +174,7 @@ macro_rules! kernel_stack {
                 Ok(entries.into_iter().map(|(key, _)| key).collect())
             }
 
-            fn imported(maps: &Maps) -> Result<Vec<(Tuple<Self::Address>, u32)>, Error> {
+            fn imported(maps: &Maps) -> Result<ImportedEntries<Self>, Error> {
                 let entries = maps.$field.imported.entries();
                 entries.map_err(|e| Error::map("read", concat!("imported_", $suffix), e))
             }

@@ -160,12 +160,17 @@ fn rules(traces: &mut Traces) {
             let _ = meshes.insert("Istio's legacy iptables chains".to_owned());
         }
     }
-    let servers = fs::read_to_string("/proc/net/ip_vs").unwrap_or_default();
-    let is_server = |line: &&str| ["TCP ", "UDP ", "SCTP"].iter().any(|protocol| line.starts_with(protocol));
-    let count = servers.lines().filter(is_server).count();
+    let count = ipvs_services();
     if count != 0 {
         let _ = kube_proxy.insert(format!("{count} services of IPVS"));
     }
+}
+
+/// How many services IPVS has in this network namespace.
+pub(crate) fn ipvs_services() -> usize {
+    let servers = fs::read_to_string("/proc/net/ip_vs").unwrap_or_default();
+    let is_server = |line: &&str| ["TCP ", "UDP ", "SCTP"].iter().any(|protocol| line.starts_with(protocol));
+    servers.lines().filter(is_server).count()
 }
 
 /// The bytes of legacy iptables' IPv4 nat table, chains' names among them.
@@ -271,7 +276,7 @@ pub(super) fn checks(traces: &Traces) -> Vec<Check> {
 fn kube_proxy(traces: &Traces) -> Check {
     if !traces.kube_proxy.is_empty() {
         return Check::new("kube-proxy", Outcome::Warn, format!("{}: Sluice translates before it", joined(&traces.kube_proxy)))
-            .next("start Sluice on a drained node, since connections that kube-proxy has translated end; then remove kube-proxy and run `kube-proxy --cleanup`");
+            .next("start the agent with --takeover, so that connections that kube-proxy has translated go on; then stop kube-proxy and call `sluice takeover --finish`");
     }
     if traces.is_listed {
         Check::new("kube-proxy", Outcome::Yes, "no trace of it")

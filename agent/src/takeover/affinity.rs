@@ -106,7 +106,7 @@ fn seen(age: Age, affinity_seconds: u32, now: Ticks) -> Ticks {
         // Nobody can tell: such a client may stay for up to twice its time, once.
         Age::Stamp(_) => 0,
     };
-    now.wrapping_sub((idle_ms * 1_000_000 >> TICK_SHIFT) as Ticks)
+    now.wrapping_sub(((idle_ms * 1_000_000) >> TICK_SHIFT) as Ticks)
 }
 
 /// The visits that a family's maps are to have. Of two endpoints that know a client, the one that it asked last counts.

@@ -205,7 +205,7 @@ impl Nest {
         self
     }
 
-    fn nest(self, kind: u16, inside: Self) -> Self {
+    fn nest(self, kind: u16, inside: &Self) -> Self {
         self.with(kind | NESTED, &inside.0)
     }
 
@@ -240,7 +240,7 @@ impl Batch {
     /// Makes an empty chain of type nat at a hook, where it is not.
     pub(super) fn make_nat_chain(&mut self, table: &Table, name: &str, hook: u32, priority: i32) {
         let at = Nest::default().with(1, &hook.to_be_bytes()).with(2, &priority.to_be_bytes());
-        let chain = Nest::default().name(1, &table.name).name(3, name).nest(4, at).name(7, "nat");
+        let chain = Nest::default().name(1, &table.name).name(3, name).nest(4, &at).name(7, "nat");
         self.change(3, F_CREATE, table, &chain);
     }
 
@@ -249,9 +249,9 @@ impl Batch {
         const STATE: u32 = 0;
         const REGISTER: u32 = 1;
         let ct = Nest::default().with(1, &REGISTER.to_be_bytes()).with(2, &STATE.to_be_bytes());
-        let expression = Nest::default().name(1, "ct").nest(2, ct);
+        let expression = Nest::default().name(1, "ct").nest(2, &ct);
         let rule = Nest::default().name(1, &table.name).name(2, chain);
-        let rule = rule.nest(4, Nest::default().nest(ELEMENT, expression));
+        let rule = rule.nest(4, &Nest::default().nest(ELEMENT, &expression));
         self.change(6, F_CREATE, table, &rule);
     }
 

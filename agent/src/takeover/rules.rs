@@ -165,7 +165,9 @@ pub(crate) fn let_go() -> io::Result<bool> {
 /// When the kernel refuses; tables before that are clean then.
 pub(crate) fn remove(found: &Found, all: bool) -> io::Result<()> {
     let mut batch = Batch::default();
-    found.tables.iter().for_each(|table| batch.delete_table(table));
+    for table in &found.tables {
+        batch.delete_table(table);
+    }
     if !found.tables.is_empty() {
         batch.commit()?;
     }
@@ -181,9 +183,15 @@ pub(crate) fn remove(found: &Found, all: bool) -> io::Result<()> {
         if going.is_empty() {
             continue;
         }
-        to_delete.into_iter().for_each(|jump| batch.delete_rule(jump));
-        going.iter().for_each(|chain| batch.flush(chain));
-        going.iter().for_each(|chain| batch.delete_chain(chain));
+        for jump in to_delete {
+            batch.delete_rule(jump);
+        }
+        for chain in &going {
+            batch.flush(chain);
+        }
+        for chain in &going {
+            batch.delete_chain(chain);
+        }
         batch.commit()?;
     }
     Ok(())

@@ -15,6 +15,8 @@ pub enum Wish {
     Takeover,
     /// To remove kube-proxy's rules: it does not run any more.
     Finish,
+    /// To be ready for a kube-proxy that is about to start.
+    Prepare,
     /// To leave new flows to netfilter, and to go when the last known one has ended.
     Release {
         /// When to go in any case, in seconds since 1970.
@@ -75,7 +77,9 @@ mod tests {
     fn a_wish_stays_until_it_is_done() {
         let folder = tempfile::tempdir().expect("a folder");
         assert_eq!(read(folder.path()), None);
-        for wish in [Wish::Takeover, Wish::Finish, Wish::Release { deadline: 7 }, Wish::Released] {
+        for wish in
+            [Wish::Takeover, Wish::Finish, Wish::Prepare, Wish::Release { deadline: 7 }, Wish::Released]
+        {
             write(folder.path(), wish).expect("written");
             assert_eq!(read(folder.path()), Some(wish));
         }
