@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
-use sluice_common::abi::{self, Settings};
+use sluice_common::abi::{self, Settings, phase};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -32,6 +32,8 @@ use crate::monitor::metrics::Metrics;
 use crate::monitor::{self, Monitor, Progress};
 use crate::policy::Policy;
 use crate::source::{Pulse, kubernetes, manifests};
+use crate::takeover::wish::{self, Wish};
+use crate::takeover::{self, Takeover};
 use beside::Beside;
 use cluster::{Adopted, Cluster, Told};
 use keeper::{Inputs, Keeper, Kept, route_vips};
@@ -116,6 +118,8 @@ pub struct Options {
     pub proc_sys: PathBuf,
     /// How willing the kernel is to end this process when memory is short.
     pub oom_score_adj: Option<i32>,
+    /// Whether to begin by taking over what netfilter serves.
+    pub takeover: bool,
     /// When to start anew.
     pub reload: Reload,
 }
@@ -142,6 +146,8 @@ pub enum Ended {
     Stopped,
     /// It is to start anew with other options.
     ToStartAnew,
+    /// The node is released: what is pinned is to be removed, and an agent that starts anew waits to be told to take over.
+    Released,
 }
 
 /// Runs the agent until it is told to stop; programs and maps stay.
@@ -163,6 +169,9 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         waiting_for: vec!["the programs to be loaded".to_owned()],
         ..Status::default()
     };
+    if wish::read(&options.state_dir) == Some(Wish::Released) {
+        return stay_released(&state, status, &options).await;
+    }
     // Before anybody takes the last agent's word for this one's.
     let written = state.write(&status);
     if let Err(error) = &written {
@@ -177,7 +186,13 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     let pins = Pins::new(&options.pin_path);
     let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp, options.layout))?;
     let own = OwnRoutes::new().await.context("cannot use netlink")?;
+    let told = if loaded.filled { Told::read(loaded.kernel.maps())? } else { None };
     let settings = Settings {
+        phase: takeover::beginning(
+            told.map(|told| told.settings.phase),
+            options.takeover,
+            wish::read(&options.state_dir),
+        ),
         host_netns: netns_cookie()
             .context("cannot ask for the network namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)")?,
         socket_path: options.socket_path.number(),
@@ -194,7 +209,6 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     {
         tracing::warn!("fragments that come before their datagram's first one are lost: {error:#}");
     }
-    let told = if loaded.filled { Told::read(loaded.kernel.maps())? } else { None };
     let cluster = Cluster::new(&options.node, Adopted { told, node: earlier });
     let (told, _) = cluster.tell(&options.policy, settings);
     told.write(loaded.kernel.maps())?;
@@ -208,6 +222,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         }),
     };
 
+    let takeover = takeover::start(settings.phase, pins.maps(), options.state_dir.clone())?;
     let (events_sender, events) = mpsc::channel(EVENTS);
     let (sources, announcing) = start_sources(&options, &events_sender).await?;
     let model = Model::new(model::Settings {
@@ -253,6 +268,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         rules: rules_sender,
         filled: filled_sender,
         beside: Beside::start(monitor, options.monitor, progress, &options.node, announcing),
+        takeover,
         reload: options.reload,
         refused: None,
         unwritten: written.is_err(),
@@ -261,6 +277,26 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     let result = agent.run().await;
     drop(events_sender);
     result
+}
+
+/// Serves nothing until somebody wants the node to be taken over again.
+async fn stay_released(state: &StateDir, mut status: Status, options: &Options) -> anyhow::Result<Ended> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    status.waiting_for = vec!["`sluice takeover`: the node is released".to_owned()];
+    takeover::RELEASED.clone_into(&mut status.takeover.phase);
+    tracing::info!("the node is released: nothing is attached until `sluice takeover` is called");
+    loop {
+        state.write(&status).context("cannot write the status")?;
+        tokio::select! {
+            _ = terminate.recv() => return Ok(Ended::Stopped),
+            _ = interrupt.recv() => return Ok(Ended::Stopped),
+            () = tokio::time::sleep(STATUS_PERIOD) => {}
+        }
+        if wish::read(&options.state_dir) != Some(Wish::Released) {
+            return Ok(Ended::ToStartAnew);
+        }
+    }
 }
 
 /// Sets what lies outside of the programs, as far as it was asked for. Nothing of it keeps the agent from its work.
@@ -334,7 +370,7 @@ struct Agent {
     sources: Vec<Source>,
     sync: Sync,
     cluster: Cluster,
-    /// What is told to the programs and never changes.
+    /// What is told to the programs; only the phase changes.
     settings: Settings,
     /// What the programs were told last; [`None`]: it could not be written.
     told: Option<Told>,
@@ -345,6 +381,7 @@ struct Agent {
     rules: watch::Sender<Rules>,
     filled: watch::Sender<bool>,
     beside: Beside,
+    takeover: Takeover,
     reload: Reload,
     /// Why changed options cannot be used.
     refused: Option<String>,
@@ -393,6 +430,14 @@ impl Agent {
                     self.sync.set_node(&survey.addresses, &survey.leave);
                 }
                 Ok(()) = self.beside.changed() => {}
+                Ok(()) = self.takeover.told.changed() => {
+                    let told = self.takeover.told.borrow_and_update().clone();
+                    self.settings.phase = told.phase;
+                    self.follow_cluster();
+                    if told.released {
+                        break Ended::Released;
+                    }
+                }
                 Ok(()) = self.kept.changed() => { let _ = self.kept.borrow_and_update(); }
                 () = tokio::time::sleep_until(retry.unwrap_or_else(tokio::time::Instant::now)), if retry.is_some() => {}
                 _ = status_due.tick(), if dirty => {
@@ -420,6 +465,11 @@ impl Agent {
                 &self.rules.borrow().policy,
                 self.cluster.is_leaving(),
             );
+            let is_attached = self.is_attached();
+            let _ = self
+                .takeover
+                .ready
+                .send_if_modified(|before| std::mem::replace(before, is_attached) != is_attached);
             let filled = self.sync.is_filled();
             let _ = self.filled.send_if_modified(|before| std::mem::replace(before, filled) != filled);
             if self.is_ready() != self.status.ready {
@@ -429,9 +479,16 @@ impl Agent {
         let why = match ended {
             Ended::Stopped => "the agent was stopped",
             Ended::ToStartAnew => "the agent to start with its new configuration",
+            Ended::Released => "the node was released",
         };
-        tracing::info!("stopping, {why}; programs and maps stay, packets flow on");
+        let stays = if ended == Ended::Released {
+            "everything goes"
+        } else {
+            "programs and maps stay, packets flow on"
+        };
+        tracing::info!("stopping, {why}; {stays}");
         self.status.ready = false;
+        self.status.takeover = self.takeover.told.borrow().status.clone();
         self.status.waiting_for = vec![why.to_owned()];
         self.write_status();
         Ok(ended)
@@ -468,6 +525,7 @@ impl Agent {
         let _ = self.rules.send_if_modified(|rules| std::mem::replace(&mut rules.node, node.clone()) != node);
         let (told, surplus) = self.cluster.tell(&policy, self.settings);
         if self.told == Some(told) {
+            let _ = self.takeover.written.send_replace(told.settings.phase);
             return;
         }
         if !surplus.is_empty() {
@@ -478,7 +536,10 @@ impl Agent {
             );
         }
         self.told = match told.write(self.sync.maps()) {
-            Ok(()) => Some(told),
+            Ok(()) => {
+                let _ = self.takeover.written.send_replace(told.settings.phase);
+                Some(told)
+            }
             Err(error) => {
                 tracing::warn!("the programs were not told of a change: {error}; trying again");
                 None
@@ -487,6 +548,11 @@ impl Agent {
     }
 
     fn is_ready(&self) -> bool {
+        self.is_attached() && self.settings.phase & phase::MASK == phase::SERVE
+    }
+
+    /// Whether the maps hold what the sources say, and the programs are where they belong.
+    fn is_attached(&self) -> bool {
         self.sync.is_settled() && self.kept.borrow().complete && self.told.is_some()
     }
 
@@ -522,6 +588,8 @@ impl Agent {
         }
         let awaited = self.sync.awaited();
         let policy = self.policy_status();
+        let takeover = self.takeover.told.borrow().status.clone();
+        let phase = self.settings.phase & phase::MASK;
         let status = &mut self.status;
         status.policy = policy;
         status.ready = ready;
@@ -537,6 +605,10 @@ impl Agent {
         if self.told.is_none() {
             status.waiting_for.push("the programs to be told the cluster's networks".to_owned());
         }
+        if phase != phase::SERVE {
+            status.waiting_for.push(format!("a takeover or release, which is {}", takeover.phase));
+        }
+        status.takeover = takeover;
         status.sources = self.sources.iter().map(Source::status).collect();
         status.counts = self.sync.counts();
         status.devices = kept.devices;
@@ -544,7 +616,13 @@ impl Agent {
         status.reports = self.sync.reports();
         status.last_sync = self.sync.last();
         status.failing = self.sync.failing();
-        status.problems = self.refused.iter().cloned().chain(self.beside.problems()).collect();
+        status.problems = self
+            .refused
+            .iter()
+            .chain(&status.takeover.problem)
+            .cloned()
+            .chain(self.beside.problems())
+            .collect();
         status.waiting_for.extend(status.failing.clone());
         self.write_status();
     }

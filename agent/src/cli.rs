@@ -13,6 +13,7 @@ mod preflight;
 mod services;
 mod status;
 mod table;
+mod takeover;
 mod top;
 mod trace;
 mod validate;
@@ -33,6 +34,8 @@ use crate::dataplane::{Layout, Xdp};
 use crate::devices::pattern::Patterns;
 use crate::log::{self, LogFormat};
 use crate::source::kubernetes;
+use crate::takeover::wish::{self, Wish};
+use crate::takeover::{served_in_iptables_mode, serves_by_ipvs};
 use conntrack::ConntrackArgs;
 use diff::DiffArgs;
 use explain::ExplainArgs;
@@ -41,6 +44,7 @@ use monitor::MonitorArgs;
 use policy::PolicyArgs;
 use preflight::PreflightArgs;
 use table::Format;
+use takeover::{ReleaseArgs, TakeoverArgs};
 use top::TopArgs;
 use trace::TraceArgs;
 use validate::ValidateArgs;
@@ -134,6 +138,17 @@ enum Command {
     ///
     /// The exit code is 0 if the maps are in step, 1 if they are not, 2 if it cannot be told.
     Diff(Box<DiffArgs>),
+    /// Tell how far the takeover from kube-proxy is, and bring it about.
+    ///
+    /// `sluice agent --takeover` takes over when it starts. This waits until it serves, takes a node back that was
+    /// released or is being released, and with --finish has kube-proxy's rules removed. The exit code is 0 when that is done,
+    /// 1 if it is not in time.
+    Takeover(TakeoverArgs),
+    /// Hand this node back to kube-proxy: known flows are served to their end, new ones are left to it.
+    ///
+    /// When the last flow has ended, or at the timeout, the agent removes every trace and waits for `sluice takeover`.
+    /// The exit code is 0 when the node is released, else 1.
+    Release(ReleaseArgs),
     /// Remove every trace from this node: programs, maps, filters, the device sluice0 and its routes, reserved ports.
     ///
     /// Connections through services end with it. Works without an agent; refuses while one runs.
@@ -194,6 +209,10 @@ struct AgentArgs {
     /// In which layout of the maps flows are written: `previous` lets the version before take over without losing one.
     #[arg(long, value_enum, default_value_t, value_name = "LAYOUT")]
     layout: Layout,
+    /// Begin beside a kube-proxy that runs: its connections go on, new ones are served here. An agent that starts with
+    /// what another one has left serves on; see `sluice takeover`.
+    #[arg(long)]
+    takeover: bool,
     /// The log's form.
     #[arg(long, value_enum, default_value_t, value_name = "FORM")]
     log_format: LogFormat,
@@ -302,7 +321,22 @@ impl Cli {
                 let options =
                     args.options(Places { pin_path, state_dir, proc_sys: self.proc_sys }, reload)?;
                 let options = Options { invocation, ..options };
-                if runtime()?.block_on(agent::run(options))? == Ended::ToStartAnew {
+                let (pin_path, state_dir) = (options.pin_path.clone(), options.state_dir.clone());
+                let proc_sys = options.proc_sys.clone();
+                if wish::read(&state_dir) == Some(Wish::Released)
+                    && !crate::agent::status::is_alive(&state_dir)
+                {
+                    // The last agent may have been killed before it had removed everything.
+                    let _ = runtime()?.block_on(cleanup::remove(&pin_path, &state_dir, &proc_sys))?;
+                }
+                // The runtime, and with it whatever holds programs, goes before the next line.
+                let ended = runtime()?.block_on(agent::run(options))?;
+                if ended == Ended::Released {
+                    for done in runtime()?.block_on(cleanup::remove(&pin_path, &state_dir, &proc_sys))? {
+                        tracing::info!("{done}");
+                    }
+                }
+                if ended != Ended::Stopped {
                     return Err(start_anew());
                 }
                 String::new()
@@ -346,6 +380,16 @@ impl Cli {
                     .block_on(diff::run(*args, &pin_path, &state_dir))
                     .map_err(|error| if error.is::<Usage>() { error } else { Unknown(error).into() })?;
                 code = u8::from(!is_in_step);
+                text
+            }
+            Command::Takeover(args) => {
+                let (text, is_missing) = takeover::take_over(&args, &state_dir)?;
+                code = is_missing;
+                text
+            }
+            Command::Release(args) => {
+                let (text, is_missing) = takeover::release(&args, &state_dir)?;
+                code = is_missing;
                 text
             }
             Command::Cleanup { force } => {
@@ -392,6 +436,16 @@ impl AgentArgs {
             sizes.extend(["flows_v4", "flows_v6"].map(|map| (map.to_owned(), flows.saturating_mul(2))));
         }
         let asked = self.manifests.is_none() || self.kubeconfig.is_some() || self.api.is_some();
+        if self.takeover && serves_by_ipvs() {
+            bail!(
+                "kube-proxy balances by IPVS here, whose connections cannot be taken over: drain the node, stop kube-proxy, run `kube-proxy --cleanup`, and start without --takeover"
+            );
+        }
+        if self.takeover && self.policy.leaves_node_ports_open() && served_in_iptables_mode()? {
+            bail!(
+                "kube-proxy serves node ports at all addresses of this node, as its iptables mode does; Sluice would serve them at the primary ones alone. Say which it should be: --nodeport-addresses all, or --nodeport-addresses primary"
+            );
+        }
         let policy = self.policy.policy()?;
         let kubernetes = kubernetes::Settings {
             kubeconfig: self.kubeconfig,
@@ -420,6 +474,7 @@ impl AgentArgs {
             monitor: self.monitor.addresses(),
             conntrack: self.conntrack.limits(),
             oom_score_adj: self.oom_score_adj,
+            takeover: self.takeover,
             reload,
         })
     }

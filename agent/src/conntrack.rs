@@ -34,6 +34,60 @@ const REST: u32 = 20;
 /// Waiting times between tries of what failed: doubled from the first to the last.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(1));
 
+/// Address and port.
+pub type End = (IpAddr, u16);
+
+/// A connection, or flow of datagrams, whose destination netfilter translates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Translated {
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Who asks.
+    pub client: End,
+    /// What the client asks for.
+    pub frontend: End,
+    /// Who answers.
+    pub backend: End,
+    /// The client as the backend sees it.
+    pub seen_as: End,
+    /// Whether it has ended, as far as conntrack knows.
+    pub closing: bool,
+    /// Seconds until conntrack forgets it, if it stays idle.
+    pub left: u32,
+}
+
+/// Lists what netfilter translates in the current network namespace, a family's; it blocks. False: the table has changed
+/// meanwhile so that some may be missing.
+///
+/// # Errors
+///
+/// When the kernel refuses the listing.
+pub fn translated(family: IpFamily, each: impl FnMut(Translated)) -> io::Result<bool> {
+    if !table::is_used() {
+        return Ok(true);
+    }
+    table::translated(family, each)
+}
+
+/// Deletes entries of a family by what their clients send.
+///
+/// # Errors
+///
+/// When the kernel keeps one.
+pub fn forget(family: IpFamily, connections: &[Translated]) -> io::Result<()> {
+    table::forget(family, connections)
+}
+
+/// Enters connections that pass beneath conntrack, so that netfilter gives none of their source ports to others; they go after
+/// this time. Of each, the backend and the address that it sees count.
+///
+/// # Errors
+///
+/// When the kernel refuses.
+pub fn keep_clear(connections: &[Translated], time: Duration) -> io::Result<()> {
+    table::insert(connections, time)
+}
+
 /// What this node serves by UDP. Endpoints *serve* if they answer, whatever policy, topology or
 /// termination say: these are about new flows. A frontend without any has an empty set.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -27,6 +27,7 @@ pub(crate) use events::{Events, now_ns};
 pub use hooks::{Attached, Hooks, How, Target, Xdp};
 pub use kernel::Kernel;
 pub(crate) use kernel::KernelStack;
+pub(crate) use kernel::Visit;
 pub use layouts::Layout;
 pub use load::{Loaded, load};
 pub use maps::{Access, FamilyMaps, Maps};

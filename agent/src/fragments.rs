@@ -102,7 +102,7 @@ impl Keeper {
 }
 
 /// The time as the programs have it.
-fn ticks() -> Ticks {
+pub(crate) fn ticks() -> Ticks {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the struct is live.
     let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };

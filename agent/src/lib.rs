@@ -29,6 +29,7 @@ pub mod plan;
 pub mod policy;
 pub mod preflight;
 pub mod source;
+pub mod takeover;
 mod top;
 mod trace;
 mod view;

@@ -11,7 +11,7 @@ mod devices;
 mod hooks;
 mod scratch;
 mod system;
-mod traces;
+pub(crate) mod traces;
 
 use std::path::{Path, PathBuf};
 

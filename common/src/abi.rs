@@ -54,6 +54,8 @@ pub const SOURCE_RANGES_MAX: u32 = 65_536;
 pub const FRAGMENTS_MAX: u32 = 8_192;
 /// Entries of each map of node addresses.
 pub const NODE_ADDRESSES_MAX: u32 = 4_096;
+/// Entries of each map of netfilter's flows, filled at a takeover; two a connection. 1 Mi x ~64 B = 64 MiB when full (IPv4).
+pub const IMPORTED_MAX: u32 = 1_048_576;
 /// Elements of `node_ports`: a bit for every port number, 64 an element.
 pub const NODE_PORT_WORDS: u32 = 1_024;
 /// Entries of `exhausted`.
@@ -500,9 +502,32 @@ abi! {
         pub networks: u32,
         /// Ifindex of our own device; 0: there is none.
         pub own_device: u32,
-        /// Zero.
-        pub reserved: u32,
+        /// One of [`phase`]'s first three, and its further bits.
+        pub phase: u32,
     } size 32
+}
+
+/// Values and bits of [`Settings::phase`]: which packets without a flow entry are ours. Zero where nothing is left to netfilter.
+pub mod phase {
+    /// All of them.
+    pub const SERVE: u32 = 0;
+    /// Those that open a connection. What is mid-stream, and UDP, may be a flow that netfilter translates.
+    pub const IMPORT: u32 = 1;
+    /// None: flows that are known are served, everything else passes untouched.
+    pub const PASSIVE: u32 = 2;
+    /// The bits of the three above.
+    pub const MASK: u32 = 3;
+    /// Some flows are netfilter's: `imported` has them.
+    pub const IMPORTED: u32 = 4;
+    /// Some of these are UDP's.
+    pub const IMPORTED_UDP: u32 = 8;
+}
+
+/// Bits of the values of `imported_v4` and `imported_v6`, keyed by [`Tuple`]: packets that netfilter translates, both
+/// directions as they come in.
+pub mod imported {
+    /// The connection has ended as far as netfilter knows: who opens one from the same port begins anew.
+    pub const CLOSING: u32 = 1;
 }
 
 /// Values of [`Settings::masquerade`].

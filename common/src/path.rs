@@ -35,7 +35,8 @@ pub mod policy;
 mod select;
 
 use crate::abi::{
-    Class, Flow, RejectBucket, ServiceKey, Tuple, backend, device, flow, frontend, listing, networks, state,
+    Class, Flow, RejectBucket, ServiceKey, Tuple, backend, device, flow, frontend, imported, listing,
+    networks, phase, state,
 };
 use crate::family::Family;
 use crate::fragment;
@@ -310,10 +311,13 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     if is_bare_reset(headers) && is_unknown_connection(headers, to_backend, tables, decision) {
         return;
     }
+    let mut was_ours = false;
     if known || tables.marks() & mark::DIRECT != 0 {
         let counts = if let Some(entry) = tables.flow(key) {
+            was_ours = true;
             along(egress, headers, entry, false, tables, decision)
         } else if let Some(entry) = tables.embryonic(key) {
+            was_ours = true;
             along(egress, headers, entry, true, tables, decision)
         } else {
             false
@@ -326,14 +330,19 @@ pub fn decide_into<F: Family, T: Tables<F>>(
         return;
     }
     if to_frontend {
-        if let Some((service_port, kind)) = find(key, to_node_port, tables) {
-            decision.flow.service_port = service_port;
-            decision.kind = kind;
-            decision.step = Step::Select;
-            return;
-        }
-        if to_address && select::is_cluster_ip(key, tables) {
-            reject(headers, Reason::UndefinedPort, Reason::UndefinedPort, decision);
+        let found = find(key, to_node_port, tables);
+        if found.is_some() || to_address && select::is_cluster_ip(key, tables) {
+            if let Some((service_port, _)) = found {
+                decision.flow.service_port = service_port;
+            }
+            if let Some(reason) = left_to_netfilter(was_ours, headers, tables) {
+                decision.reason = reason;
+            } else if let Some((_, kind)) = found {
+                decision.kind = kind;
+                decision.step = Step::Select;
+            } else {
+                reject(headers, Reason::UndefinedPort, Reason::UndefinedPort, decision);
+            }
             return;
         }
     }
@@ -344,6 +353,36 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     }
     if to_backend {
         direct(headers, tables, decision);
+    }
+}
+
+/// Why a packet to a frontend that no entry is for is left to netfilter; [`None`]: it is not. A tuple that was ours (its flow has
+/// ended, or its backend is gone) stays ours: the entry would meet the next packet.
+#[inline(always)]
+fn left_to_netfilter<F: Family, T: Tables<F>>(
+    was_ours: bool,
+    headers: &Headers<F>,
+    tables: &T,
+) -> Option<Reason> {
+    let now = match tables.settings() {
+        Some(settings) => settings.phase,
+        None => return None,
+    };
+    if now == phase::SERVE || was_ours {
+        return None;
+    }
+    let opens =
+        headers.tuple.protocol != protocol::UDP && headers.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
+    if now & phase::IMPORTED != 0
+        && let Some(bits) = tables.imported(&headers.tuple)
+        && !(opens && bits & imported::CLOSING != 0)
+    {
+        return Some(Reason::NetfilterFlow);
+    }
+    match now & phase::MASK {
+        phase::SERVE => None,
+        phase::IMPORT if opens => None,
+        _ => Some(Reason::NotTaken),
     }
 }
 
@@ -393,7 +432,10 @@ fn later<F: Family, T: Tables<F>>(
 fn is_stray<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T) -> bool {
     let bit = if F::VERSION == 4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
     let Some(settings) = tables.settings() else { return false };
-    if settings.networks & bit == 0 || headers.kind == Kind::IcmpError {
+    if settings.networks & bit == 0
+        || settings.phase & phase::MASK != phase::SERVE
+        || headers.kind == Kind::IcmpError
+    {
         return false;
     }
     // Never at an edge: another proxy of this node may serve it.
@@ -770,6 +812,11 @@ pub fn is_free<F: Family, T: Tables<F>>(tables: &T, decision: &Decision<F>, sour
     let key = &decision.key;
     let mut reply = partner_key::<F>(&decision.flow, key.protocol);
     reply.destination_port = source_port;
+    if matches!(tables.settings(), Some(settings) if settings.phase & phase::IMPORTED != 0)
+        && tables.imported(&reply).is_some()
+    {
+        return false;
+    }
     let entry = match tables.flow(&reply) {
         Some(entry) => entry,
         None => match tables.embryonic(&reply) {
@@ -930,6 +977,13 @@ pub fn leads_to<A: Copy + Eq>(one: &Flow<A>, other: &Flow<A>) -> bool {
 /// Makes the entries of a connection again if the slot of the decision's key leads to where the flow goes.
 #[inline(always)]
 fn guess<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) -> bool {
+    // Only what is known for certain is made again beside netfilter, whose connections look just the same.
+    match tables.settings() {
+        Some(settings) if settings.phase == phase::SERVE => {}
+        Some(settings)
+            if settings.phase & phase::MASK == phase::SERVE && tables.imported(&decision.key).is_none() => {}
+        _ => return false,
+    }
     let frontend = ServiceKey {
         address: decision.key.destination,
         port: decision.key.destination_port,

@@ -92,4 +92,8 @@ reasons! {
     UnassignedAddress = 27, "unassigned_address";
     /// A fragment came before its datagram's first one: kept by the agent, counted again when it goes on.
     FragmentHeld = 28, "fragment_held";
+    /// Of a connection that netfilter has translated since before a takeover: passed untouched.
+    NetfilterFlow = 29, "netfilter_flow";
+    /// A takeover or release leaves what is not a known flow to netfilter: passed untouched.
+    NotTaken = 30, "not_taken";
 }

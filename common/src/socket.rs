@@ -4,8 +4,9 @@
 //! chosen by the socket's cookie: one socket stays with one backend as long as the service
 //! port's table does.
 
-use crate::abi::{self, ServiceKey, Tuple, detect_local, frontend, listing, masquerade};
+use crate::abi::{self, ServiceKey, Tuple, detect_local, frontend, listing, masquerade, phase};
 use crate::family::{Family, mix};
+use crate::header::protocol;
 use crate::maglev;
 use crate::path::{find, policy};
 use crate::tables::Tables;
@@ -59,6 +60,9 @@ pub fn choose<F: Family, T: Tables<F>>(
     let (Some(port), Some(settings)) = (tables.port(service_port), tables.settings()) else {
         return Choice::Untouched;
     };
+    if settings.phase != phase::SERVE && is_left_to_netfilter(settings.phase, key.protocol) {
+        return Choice::Untouched;
+    }
     let is_cluster_ip = kind == frontend::CLUSTER_IP;
     let masqueraded = !is_host
         && (settings.masquerade == masquerade::ALL
@@ -87,5 +91,16 @@ pub fn choose<F: Family, T: Tables<F>>(
     match tables.slot(slot).and_then(|id| tables.backend(id).map(|backend| (id, backend))) {
         Some((id, backend)) => Choice::Backend { id, backend: *backend },
         None => Choice::Refuse { service_port },
+    }
+}
+
+/// Whether a takeover or release leaves calls of this protocol to packets. A connect() always opens something new; a datagram
+/// may be one of a flow that netfilter translates, which its packet tells.
+#[inline(always)]
+pub fn is_left_to_netfilter(now: u32, protocol: u8) -> bool {
+    match now & phase::MASK {
+        phase::SERVE => protocol == protocol::UDP && now & phase::IMPORTED_UDP != 0,
+        phase::IMPORT => protocol == protocol::UDP,
+        _ => true,
     }
 }

@@ -16,6 +16,9 @@ pub trait Tables<F: Family> {
     fn flow(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>>;
     /// The entry of a flow that nothing has proven so far.
     fn embryonic(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>>;
+    /// The bits of [`crate::abi::imported`] if a packet of this tuple is netfilter's to translate; asked only while
+    /// [`crate::abi::phase::IMPORTED`] is set.
+    fn imported(&self, tuple: &Tuple<F::Address>) -> Option<u32>;
     /// What a datagram's first fragment has told.
     fn datagram(&self, key: &Datagram<F::Address>) -> Option<&DatagramPorts>;
     /// Where a frontend leads.

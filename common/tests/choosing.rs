@@ -144,6 +144,9 @@ impl<F: Ip> Tables<F> for Maps<F> {
     fn embryonic(&self, _: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         None
     }
+    fn imported(&self, _: &Tuple<F::Address>) -> Option<u32> {
+        None
+    }
     fn datagram(&self, _: &Datagram<F::Address>) -> Option<&DatagramPorts> {
         None
     }

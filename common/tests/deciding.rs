@@ -48,6 +48,7 @@ struct Whim<F: Ip> {
     routes: Option<Routes>,
     marks: u32,
     passed_over: u32,
+    imported: Option<u32>,
     yes: [bool; 4],
 }
 
@@ -60,6 +61,9 @@ impl<F: Ip> Tables<F> for Whim<F> {
     }
     fn embryonic(&self, _: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         self.embryonic.as_ref()
+    }
+    fn imported(&self, _: &Tuple<F::Address>) -> Option<u32> {
+        self.imported
     }
     fn datagram(&self, _: &Datagram<F::Address>) -> Option<&DatagramPorts> {
         self.datagram.as_ref()
@@ -195,12 +199,13 @@ fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
     let datagram = (any::<[u16; 2]>(), 0_u32..20).prop_map(|([source_port, destination_port], age)| {
         DatagramPorts { source_port, destination_port, seen: NOW - age }
     });
-    let settings = (0_u32..4, 0_u32..5, any::<u32>(), 0_u32..3).prop_map(
-        |(masquerade, detect_local, networks, own_device)| Settings {
+    let settings = (0_u32..4, 0_u32..5, any::<u32>(), 0_u32..3, 0_u32..16).prop_map(
+        |(masquerade, detect_local, networks, own_device, phase)| Settings {
             masquerade,
             detect_local,
             networks,
             own_device,
+            phase,
             ..Settings::default()
         },
     );
@@ -224,8 +229,9 @@ fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
         prop::option::of(device()),
         prop::option::of(routes),
     );
-    (prop::array::uniform4(0_u8..16), flows, objects, node, 0_u32..8, 0_u32..12, any::<[bool; 4]>()).prop_map(
-        |(listing, (flow, embryonic), objects, node, marks, passed_over, yes)| {
+    let numbers = (0_u32..8, 0_u32..12, prop::option::of(0_u32..2));
+    (prop::array::uniform4(0_u8..16), flows, objects, node, numbers, any::<[bool; 4]>()).prop_map(
+        |(listing, (flow, embryonic), objects, node, (marks, passed_over, imported), yes)| {
             let (service, port, backend, affinity, origins, datagram) = objects;
             let (settings, networks, device, here, routes) = node;
             Whim {
@@ -245,6 +251,7 @@ fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
                 routes,
                 marks,
                 passed_over,
+                imported,
                 yes,
             }
         },
@@ -355,6 +362,9 @@ impl Tables<V4> for Few {
     }
     fn embryonic(&self, tuple: &Tuple<Ipv4Address>) -> Option<&Flow<Ipv4Address>> {
         self.embryonic.get(tuple)
+    }
+    fn imported(&self, _: &Tuple<Ipv4Address>) -> Option<u32> {
+        None
     }
     fn datagram(&self, _: &Datagram<Ipv4Address>) -> Option<&DatagramPorts> {
         None

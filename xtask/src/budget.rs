@@ -14,6 +14,8 @@ use crate::workspace::Workspace;
 #[serde(deny_unknown_fields)]
 pub(crate) struct Budget {
     default: u32,
+    /// The default of objects that read two layouts of the maps.
+    both_layouts: u32,
     #[serde(default)]
     programs: BTreeMap<String, u32>,
 }
@@ -24,6 +26,11 @@ impl Budget {
         let path = workspace.root().join("ebpf/budget.toml");
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         toml::from_str(&text).with_context(|| format!("cannot parse {}", path.display()))
+    }
+
+    /// The same for an object that reads two layouts.
+    pub(crate) fn of_both_layouts(self) -> Self {
+        Self { default: self.both_layouts, ..self }
     }
 
     /// The limit of one program.
@@ -43,11 +50,13 @@ mod tests {
 
     #[test]
     fn a_program_has_its_own_limit_or_the_default() -> Result<()> {
-        let budget: Budget = toml::from_str("default = 10\n[programs]\nsluice_xdp = 20\n")?;
+        let budget: Budget = toml::from_str("default = 10\nboth_layouts = 15\n[programs]\nsluice_xdp = 20\n")?;
         assert_eq!(budget.of("sluice_xdp"), 20);
         assert_eq!(budget.of("sluice_tc"), 10);
         assert_eq!(budget.unknown(|name| name == "sluice_tc"), ["sluice_xdp"]);
-        assert!(toml::from_str::<Budget>("defualt = 10").is_err());
+        let both = budget.of_both_layouts();
+        assert_eq!((both.of("sluice_xdp"), both.of("sluice_tc")), (20, 15));
+        assert!(toml::from_str::<Budget>("defualt = 10\nboth_layouts = 15").is_err());
         Ok(())
     }
 }

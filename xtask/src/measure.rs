@@ -52,6 +52,7 @@ fn report_round(workspace: &Workspace, object: &Path, round: Option<Round>) -> R
         return Ok(());
     }
     let budget = Budget::read(workspace)?;
+    let budget = if round.is_some() { budget.of_both_layouts() } else { budget };
     let mut ebpf = match load_maps(object, round) {
         Ok(ebpf) => ebpf,
         Err(error) if is_forbidden(&error) => {

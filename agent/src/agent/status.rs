@@ -74,6 +74,9 @@ pub struct Status {
     /// What was decided about traffic, and which addresses that means.
     #[serde(default)]
     pub policy: PolicyStatus,
+    /// How far a takeover or release is.
+    #[serde(default)]
+    pub takeover: TakeoverStatus,
     /// What is wrong with objects.
     pub reports: Vec<ReportStatus>,
     /// The last change of the maps.
@@ -83,6 +86,27 @@ pub struct Status {
     /// What else fails and is tried again.
     #[serde(default)]
     pub problems: Vec<String>,
+}
+
+/// A takeover from kube-proxy, or the way back.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakeoverStatus {
+    /// `serving`, `passive`, `importing`, `draining` or `released`.
+    pub phase: String,
+    /// What the next step waits for; [`None`]: there is none, or nothing is waited for.
+    pub waiting_for: Option<String>,
+    /// TCP and SCTP connections that netfilter goes on to translate.
+    pub connections: u64,
+    /// Flows of datagrams that it does.
+    pub datagram_flows: u64,
+    /// While draining: flows of ours that are under way.
+    pub flows: Option<u64>,
+    /// kube-proxy's rules that are there, when they were last looked for.
+    pub kube_proxy: Option<String>,
+    /// Whether our own table holds netfilter's connections.
+    pub holding: bool,
+    /// What fails and is tried again.
+    pub problem: Option<String>,
 }
 
 /// A command line.
@@ -305,7 +329,7 @@ pub fn read(path: &Path) -> Option<Status> {
 ///
 /// When a file cannot be removed.
 pub fn remove(path: &Path) -> io::Result<()> {
-    for file in ["status.json", "status.json.new", "lock"] {
+    for file in ["status.json", "status.json.new", "wish.json", "wish.json.new", "lock"] {
         match fs::remove_file(path.join(file)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}

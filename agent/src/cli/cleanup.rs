@@ -8,6 +8,7 @@ use crate::agent::{ports, status};
 use crate::dataplane::{Pins, cleanup};
 use crate::devices::OWN;
 use crate::devices::own::OwnRoutes;
+use crate::takeover::rules::{self, HOLDING};
 
 /// Removes every trace; says what was removed.
 ///
@@ -28,13 +29,7 @@ pub(super) async fn run(
             pin_path.display()
         );
     }
-    let mut done = cleanup(&Pins::new(pin_path))?;
-    let own = OwnRoutes::new().await.context("cannot use netlink")?;
-    if own.remove().await.with_context(|| format!("cannot remove the device {OWN}"))? {
-        done.push(format!("removed the device {OWN} and its routes"));
-    }
-    let released = ports::release(&proc_sys.join(ports::SYSCTLS), &status::reserved_ports(state_dir))?;
-    done.extend(released.map(|ports| format!("took ports {ports} out of net.ipv4.ip_local_reserved_ports")));
+    let mut done = remove(pin_path, state_dir, proc_sys).await?;
     status::remove(state_dir).with_context(|| format!("cannot remove {}", state_dir.display()))?;
     if done.is_empty() {
         done.push(format!(
@@ -43,4 +38,27 @@ pub(super) async fn run(
         ));
     }
     Ok(done.join("\n") + "\n")
+}
+
+/// Removes what is in the kernel; returns what was done, for people.
+///
+/// # Errors
+///
+/// When the kernel refuses.
+pub(super) async fn remove(
+    pin_path: &Path,
+    state_dir: &Path,
+    proc_sys: &Path,
+) -> anyhow::Result<Vec<String>> {
+    let mut done = cleanup(&Pins::new(pin_path))?;
+    let own = OwnRoutes::new().await.context("cannot use netlink")?;
+    if own.remove().await.with_context(|| format!("cannot remove the device {OWN}"))? {
+        done.push(format!("removed the device {OWN} and its routes"));
+    }
+    let released = ports::release(&proc_sys.join(ports::SYSCTLS), &status::reserved_ports(state_dir))?;
+    done.extend(released.map(|ports| format!("took ports {ports} out of net.ipv4.ip_local_reserved_ports")));
+    if rules::let_go().context("cannot remove the nftables table of a takeover")? {
+        done.push(format!("removed the nftables table {HOLDING}"));
+    }
+    Ok(done)
 }

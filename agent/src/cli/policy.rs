@@ -67,6 +67,11 @@ fn address(text: &str) -> Result<IpAddr, String> {
 }
 
 impl PolicyArgs {
+    /// Whether nothing says where node ports are served.
+    pub(super) fn leaves_node_ports_open(&self) -> bool {
+        self.nodeport_addresses.is_empty()
+    }
+
     /// What the flags mean.
     ///
     /// # Errors

@@ -5,13 +5,16 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use anyhow::bail;
 use serde::Serialize;
 use sluice_common::Reason;
 
 use super::table::{Format, Table, age, percent, render};
-use crate::agent::status::{self, Counts, DeviceStatus, Status, unix_seconds};
+use super::takeover::words;
+use crate::agent::status::{self, Counts, DeviceStatus, Status, TakeoverStatus, unix_seconds};
 use crate::dataplane::Fill;
 use crate::devices::Role;
+use crate::takeover::RELEASED;
 use crate::view::{PortName, View};
 
 /// Everything that `sluice status` tells.
@@ -55,8 +58,11 @@ struct ReasonView {
 ///
 /// When nothing is pinned, or the maps cannot be read.
 pub(super) fn run(pin_path: &Path, state_dir: &Path, format: Format) -> anyhow::Result<(String, bool)> {
-    let view = View::read(pin_path)?;
     let last = status::read(state_dir);
+    if last.as_ref().is_some_and(|status| status.takeover.phase == RELEASED) {
+        bail!("this node is released: nothing of Sluice is attached until `sluice takeover`");
+    }
+    let view = View::read(pin_path)?;
     let alive = status::is_alive(state_dir);
     let now = unix_seconds(SystemTime::now());
     let running = last.as_ref().filter(|_| alive);
@@ -176,6 +182,10 @@ fn text(overview: &Overview, now: u64) -> String {
             line("Left alone", words(&policy.left_alone));
         }
     }
+    let takeover = last.map(|status| &status.takeover);
+    if let Some(takeover) = takeover.filter(|takeover| **takeover != serving()) {
+        line("Takeover", words(takeover));
+    }
     if let Some(sync) = last.and_then(|status| status.last_sync) {
         let (ago, took) = (age(now.saturating_sub(sync.at)), Duration::from_micros(sync.took_us));
         line("Last sync", format!("{ago} ago, {} writes in {took:.1?}", sync.writes));
@@ -230,6 +240,11 @@ fn text(overview: &Overview, now: u64) -> String {
     }
     section(&mut text, "Problems", &problems, reports.is_empty());
     text
+}
+
+/// What is told where there is nothing to take over or to release.
+fn serving() -> TakeoverStatus {
+    TakeoverStatus { phase: "serving".to_owned(), ..TakeoverStatus::default() }
 }
 
 fn section(text: &mut String, title: &str, table: &Table, empty: bool) {

@@ -3,21 +3,23 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use netlink_packet_netfilter::conntrack::{
-    ConntrackAttribute, ConntrackMessage, ConntrackMessageType, IPTuple, ProtoTuple, Protocol, Status, Tuple,
+    ConntrackAttribute, ConntrackMessage, ConntrackMessageType, IPTuple, ProtoInfo, ProtoInfoTCP, ProtoTuple,
+    Protocol, Status, Tuple,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
 };
 use rtnetlink::packet_core::{
-    DefaultNla, Emitable, ErrorMessage, NLA_F_NESTED, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
-    NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
+    DefaultNla, Emitable, ErrorMessage, NLA_F_NESTED, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR,
+    NLM_F_EXCL, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
 };
 use rtnetlink::sys::protocols::NETLINK_NETFILTER;
 use rtnetlink::sys::{Socket, SocketAddr};
 
-use super::{Cleaned, Flow};
+use super::{Cleaned, End, Flow, Translated};
 use crate::model::object::IpFamily;
 
 /// How many entries this network namespace has; it is there as soon as the kernel has conntrack.
@@ -64,13 +66,11 @@ pub(super) fn sweep(family: IpFamily, is_stale: impl Fn(&Flow) -> bool) -> io::R
     else {
         return Ok(cleaned);
     };
-    let _ = listing.send(&bytes(&listing_of(family)), 0)?;
-    let mut piece = Vec::with_capacity(PIECE);
     let mut stale = Vec::new();
     let mut kept = None;
-    loop {
-        receive(&listing, &mut piece)?;
-        let read = read(&piece, |entry| {
+    cleaned.interrupted = list(&listing, &listing_of(family), |piece| {
+        let said = read(piece, |attributes| {
+            let Some(entry) = entry(attributes) else { return };
             cleaned.seen += 1;
             if is_stale(&entry.flow) {
                 stale.push(entry.key);
@@ -82,21 +82,48 @@ pub(super) fn sweep(family: IpFamily, is_stale: impl Fn(&Flow) -> bool) -> io::R
                 Err(error) => kept = Some(error),
             }
         }
-        cleaned.interrupted |= read.interrupted;
-        match read.end {
-            None => {}
-            Some(Ok(())) => break,
-            Some(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {
-                cleaned.interrupted = true;
-                break;
+        said
+    })?;
+    kept.map_or(Ok(cleaned), Err)
+}
+
+/// Calls `each` with every entry of a family whose destination is translated. False: some may be missing.
+pub(super) fn translated(family: IpFamily, mut each: impl FnMut(Translated)) -> io::Result<bool> {
+    let Some(listing) = without_conntrack(connect())? else { return Ok(true) };
+    let request = message(NLM_F_DUMP, family, ConntrackMessage::Get(Vec::new()));
+    let interrupted = list(&listing, &request, |piece| {
+        read(piece, |attributes| {
+            if let Some(found) = translation(&attributes) {
+                each(found);
             }
+        })
+    })?;
+    Ok(!interrupted)
+}
+
+/// Asks for a listing and deals with it piece by piece; returns whether entries may be missing.
+fn list(
+    socket: &Socket,
+    request: &NetlinkMessage<NetfilterMessage>,
+    mut deal: impl FnMut(&[u8]) -> Said,
+) -> io::Result<bool> {
+    let _ = socket.send(&bytes(request), 0)?;
+    let mut piece = Vec::with_capacity(PIECE);
+    let mut interrupted = false;
+    loop {
+        receive(socket, &mut piece)?;
+        let said = deal(&piece);
+        interrupted |= said.interrupted;
+        match said.end {
+            None => {}
+            Some(Ok(())) => return Ok(interrupted),
+            Some(Err(error)) if error.kind() == io::ErrorKind::Interrupted => return Ok(true),
             Some(Err(error)) => {
                 let _: Option<()> = without_conntrack(Err(error))?;
-                break;
+                return Ok(interrupted);
             }
         }
     }
-    kept.map_or(Ok(cleaned), Err)
 }
 
 /// Turns errors of a kernel that has no ctnetlink into [`None`].
@@ -191,7 +218,7 @@ struct Said {
 }
 
 /// Reads a piece of a listing.
-fn read(mut piece: &[u8], mut each: impl FnMut(Entry)) -> Said {
+fn read(mut piece: &[u8], mut each: impl FnMut(Vec<ConntrackAttribute>)) -> Said {
     let mut said = Said::default();
     while said.end.is_none()
         && let Ok(one) = NetlinkBuffer::new_checked(&piece)
@@ -200,10 +227,8 @@ fn read(mut piece: &[u8], mut each: impl FnMut(Entry)) -> Said {
         said.interrupted |= is_interrupted;
         match NetlinkMessage::<NetfilterMessage>::deserialize(piece).map(|message| message.payload) {
             Ok(NetlinkPayload::InnerMessage(message)) => {
-                if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) = message.inner
-                    && let Some(entry) = entry(attributes)
-                {
-                    each(entry);
+                if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) = message.inner {
+                    each(attributes);
                 }
             }
             Ok(NetlinkPayload::Done(done)) if done.code < 0 => said.end = Some(Err(error(done.code))),
@@ -232,7 +257,7 @@ fn error(code: i32) -> io::Error {
 /// One direction of an entry, as far as it is needed.
 #[derive(Debug, Default)]
 struct Ends {
-    is_udp: bool,
+    protocol: Option<u8>,
     source: (Option<IpAddr>, Option<u16>),
     destination: (Option<IpAddr>, Option<u16>),
 }
@@ -255,14 +280,48 @@ impl Ends {
                         ends.source.1 = Some(*port);
                     } else if let ProtoTuple::DestinationPort(port) = port {
                         ends.destination.1 = Some(*port);
-                    } else {
-                        ends.is_udp |= *port == ProtoTuple::Protocol(Protocol::Udp);
+                    } else if let ProtoTuple::Protocol(protocol) = port {
+                        ends.protocol = Some(u8::from(*protocol));
                     }
                 }
             }
         }
         ends
     }
+
+    /// Protocol, source and destination, where there are ports.
+    fn known(&self) -> Option<(u8, End, End)> {
+        Some((self.protocol?, (self.source.0?, self.source.1?), (self.destination.0?, self.destination.1?)))
+    }
+}
+
+/// `TCP_CONNTRACK_LAST_ACK` to `TCP_CONNTRACK_CLOSE`: both sides have ended the connection, or one has reset it.
+const TCP_CLOSING: std::ops::RangeInclusive<u8> = 6..=8;
+
+/// What an entry says about a connection whose destination is translated; [`None`] if that of this one is not.
+fn translation(attributes: &[ConntrackAttribute]) -> Option<Translated> {
+    let (mut original, mut reply, mut is_translated, mut closing, mut left) = (None, None, false, false, 0);
+    for attribute in attributes {
+        if let ConntrackAttribute::CtaTupleOrig(tuple) = attribute {
+            original = Ends::of(tuple).known();
+        } else if let ConntrackAttribute::CtaTupleReply(tuple) = attribute {
+            reply = Ends::of(tuple).known();
+        } else if let ConntrackAttribute::CtaStatus(status) = attribute {
+            is_translated = status.contains(Status::DstNat);
+        } else if let ConntrackAttribute::CtaTimeout(seconds) = attribute {
+            left = *seconds;
+        } else if let ConntrackAttribute::CtaProtoInfo(infos) = attribute {
+            closing = infos.iter().any(|info| {
+                let ProtoInfo::TCP(parts) = info else { return false };
+                parts
+                    .iter()
+                    .any(|part| matches!(part, ProtoInfoTCP::State(state) if TCP_CLOSING.contains(state)))
+            });
+        }
+    }
+    let (protocol, client, frontend) = original?;
+    let (_, backend, seen_as) = reply?;
+    is_translated.then_some(Translated { protocol, client, frontend, backend, seen_as, closing, left })
 }
 
 /// An entry of attributes; [`None`] if it is not UDP's, or incomplete.
@@ -285,7 +344,78 @@ fn entry(attributes: Vec<ConntrackAttribute>) -> Option<Entry> {
     }
     let destination = (original.destination.0?, original.destination.1?);
     let reply_source = (reply.source.0?, reply.source.1?);
-    original.is_udp.then_some(Entry { flow: Flow { destination, reply_source, answered }, key })
+    (original.protocol == Some(u8::from(Protocol::Udp)))
+        .then_some(Entry { flow: Flow { destination, reply_source, answered }, key })
+}
+
+/// Makes entries of connections as they are between this node and the backend. Those that are there stay as they are.
+pub(super) fn insert(connections: &[Translated], time: Duration) -> io::Result<()> {
+    if connections.is_empty() {
+        return Ok(());
+    }
+    let Some(socket) = without_conntrack(connect())? else { return Ok(()) };
+    let mut answer = Vec::with_capacity(ANSWER);
+    for connection in connections {
+        let family = IpFamily::of(connection.backend.0);
+        let request = ConntrackMessage::New(entered(connection, time));
+        let request = message(NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, family, request);
+        let _ = socket.send(&bytes(&request), 0)?;
+        receive(&socket, &mut answer)?;
+        match read(&answer, drop).end {
+            Some(Err(error)) if error.raw_os_error() != Some(libc::EEXIST) => return Err(error),
+            Some(_) => {}
+            None => return Err(io::Error::other("the kernel did not say whether it made an entry")),
+        }
+    }
+    Ok(())
+}
+
+/// Deletes entries by their original tuples.
+pub(super) fn forget(family: IpFamily, connections: &[Translated]) -> io::Result<()> {
+    if connections.is_empty() {
+        return Ok(());
+    }
+    let Some(socket) = without_conntrack(connect())? else { return Ok(()) };
+    for one in connections {
+        let key = ConntrackAttribute::CtaTupleOrig(tuple(one.protocol, one.client, one.frontend));
+        let _ = delete(&socket, family, vec![key])?;
+    }
+    Ok(())
+}
+
+/// A direction of a connection.
+fn tuple(number: u8, source: End, destination: End) -> Vec<Tuple> {
+    let protocol = match i32::from(number) {
+        libc::IPPROTO_TCP => Protocol::Tcp,
+        libc::IPPROTO_UDP => Protocol::Udp,
+        _ => Protocol::Sctp,
+    };
+    let addresses = vec![IPTuple::SourceAddress(source.0), IPTuple::DestinationAddress(destination.0)];
+    let ports = vec![
+        ProtoTuple::Protocol(protocol),
+        ProtoTuple::SourcePort(source.1),
+        ProtoTuple::DestinationPort(destination.1),
+    ];
+    vec![Tuple::Ip(addresses), Tuple::Proto(ports)]
+}
+
+/// The attributes of an entry for a connection that is under way.
+fn entered(connection: &Translated, time: Duration) -> Vec<ConntrackAttribute> {
+    const TCP_ESTABLISHED: u8 = 3;
+    let protocol = connection.protocol;
+    let (node, backend) = (connection.seen_as, connection.backend);
+    let seconds = u32::try_from(time.as_secs()).unwrap_or(u32::MAX).max(1);
+    let mut attributes = vec![
+        ConntrackAttribute::CtaTupleOrig(tuple(protocol, node, backend)),
+        ConntrackAttribute::CtaTupleReply(tuple(protocol, backend, node)),
+        ConntrackAttribute::CtaTimeout(seconds),
+        ConntrackAttribute::CtaStatus(Status::SeenReply | Status::Assured | Status::Confirmed),
+    ];
+    if i32::from(protocol) == libc::IPPROTO_TCP {
+        let state = ProtoInfo::TCP(vec![ProtoInfoTCP::State(TCP_ESTABLISHED)]);
+        attributes.push(ConntrackAttribute::CtaProtoInfo(vec![state]));
+    }
+    attributes
 }
 
 /// Deletes an entry; returns whether it was still there.
@@ -331,7 +461,7 @@ mod tests {
 
     fn entries(piece: &[u8]) -> (Vec<Entry>, Said) {
         let mut entries = Vec::new();
-        let said = read(piece, |entry| entries.push(entry));
+        let said = read(piece, |attributes| entries.extend(entry(attributes)));
         (entries, said)
     }
 

@@ -123,7 +123,7 @@ impl Message {
         self.0.resize(self.0.len().next_multiple_of(4), 0);
     }
 
-    fn finish(mut self) -> Vec<u8> {
+    pub(crate) fn finish(mut self) -> Vec<u8> {
         let length = (self.0.len() as u32).to_ne_bytes();
         self.0.splice(..4, length).for_each(drop);
         self.0
@@ -189,16 +189,19 @@ pub(crate) fn half(bytes: &[u8], at: usize) -> Option<u16> {
     bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
 }
 
-/// The value of an attribute in a run of attributes.
-pub(crate) fn find(mut bytes: &[u8], wanted: u16) -> Option<&[u8]> {
-    loop {
+/// Kind and value of every attribute in a run of attributes.
+pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
         let length = half(bytes, 0)? as usize;
-        let value = bytes.get(4..length)?;
-        if half(bytes, 2)? & !NESTED == wanted {
-            return Some(value);
-        }
-        bytes = bytes.get(length.next_multiple_of(4)..)?;
-    }
+        let (kind, value) = (half(bytes, 2)? & !NESTED, bytes.get(4..length)?);
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
+/// The value of an attribute in a run of attributes.
+pub(crate) fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
+    attributes(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
 }
 
 pub(crate) fn text(bytes: Option<&[u8]>) -> String {

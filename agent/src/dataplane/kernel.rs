@@ -1,11 +1,13 @@
 //! Carries an image's writes out on the kernel's maps, and reads the image back from them.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::mem::offset_of;
 use std::time::Duration;
 
 use sluice_common::abi::{
-    ADDRESS_WORDS, Affinity, AffinityKey, Backend, Range, SLOTS_PER_BLOCK, ServicePort, SourceRange,
+    ADDRESS_WORDS, Affinity, AffinityKey, Backend, Range, SLOTS_PER_BLOCK, ServiceKey, ServicePort,
+    SourceRange, Tuple,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -26,6 +28,9 @@ pub struct Kernel {
 /// A client of a service port, and where it has been.
 pub(crate) type Visit<F> = (AffinityKey<<F as Family>::Address>, Affinity);
 
+/// Packets that are netfilter's to translate, with bits of [`sluice_common::abi::imported`].
+pub(crate) type ImportedEntries<F> = Vec<(Tuple<<F as Family>::Address>, u32)>;
+
 /// What is done with a family's maps; the same code for both, over types that are plain data.
 pub(crate) trait KernelStack: Stack {
     /// Carries out a run of steps of this family that one batch can hold, at least one; returns how many.
@@ -37,6 +42,20 @@ pub(crate) trait KernelStack: Stack {
     fn flows(maps: &Maps) -> Result<Vec<FlowEntry<Self::Address>>, Error>;
     /// Where clients of service ports with affinity have been.
     fn affinity(maps: &Maps) -> Result<Vec<Visit<Self>>, Error>;
+    /// The family's frontends.
+    fn frontends(maps: &Maps) -> Result<BTreeSet<ServiceKey<Self::Address>>, Error>;
+    /// The packets that are netfilter's to translate.
+    fn imported(maps: &Maps) -> Result<ImportedEntries<Self>, Error>;
+    /// Adds packets to those that are netfilter's, and takes others away.
+    fn import(
+        maps: &Maps,
+        insert: &[(Tuple<Self::Address>, u32)],
+        remove: &[Tuple<Self::Address>],
+    ) -> Result<(), Error>;
+    /// Takes entries out of the flows, proven or not.
+    fn forget(maps: &Maps, keys: &[Tuple<Self::Address>]) -> Result<(), Error>;
+    /// Adds clients to those of service ports with affinity.
+    fn add_affinity(maps: &Maps, visits: &[Visit<Self>]) -> Result<(), Error>;
     /// Everything that the family's maps hold.
     fn read(maps: &Maps) -> Result<FamilyImage<Self>, Error>;
 }
@@ -153,6 +172,40 @@ macro_rules! kernel_stack {
             fn affinity(maps: &Maps) -> Result<Vec<Visit<Self>>, Error> {
                 let entries = maps.$field.affinity.entries();
                 entries.map_err(|e| Error::map("read", concat!("affinity_", $suffix), e))
+            }
+
+            fn frontends(maps: &Maps) -> Result<BTreeSet<ServiceKey<Self::Address>>, Error> {
+                let entries = maps.$field.services.entries();
+                let entries = entries.map_err(|e| Error::map("read", concat!("services_", $suffix), e))?;
+                Ok(entries.into_iter().map(|(key, _)| key).collect())
+            }
+
+            fn imported(maps: &Maps) -> Result<ImportedEntries<Self>, Error> {
+                let entries = maps.$field.imported.entries();
+                entries.map_err(|e| Error::map("read", concat!("imported_", $suffix), e))
+            }
+
+            fn import(
+                maps: &Maps,
+                insert: &[(Tuple<Self::Address>, u32)],
+                remove: &[Tuple<Self::Address>],
+            ) -> Result<(), Error> {
+                let map = &maps.$field.imported;
+                map.insert_many(insert)
+                    .and_then(|()| map.remove_many(remove))
+                    .map_err(|e| Error::map("write", concat!("imported_", $suffix), e))
+            }
+
+            fn forget(maps: &Maps, keys: &[Tuple<Self::Address>]) -> Result<(), Error> {
+                let removed = maps.$field.flows.remove_many(keys);
+                removed
+                    .and_then(|()| maps.$field.embryonic.remove_many(keys))
+                    .map_err(|e| Error::map("write", concat!("flows_", $suffix), e))
+            }
+
+            fn add_affinity(maps: &Maps, visits: &[Visit<Self>]) -> Result<(), Error> {
+                let added = maps.$field.affinity.insert_many(visits);
+                added.map_err(|e| Error::map("write", concat!("affinity_", $suffix), e))
             }
 
             fn read(maps: &Maps) -> Result<FamilyImage<Self>, Error> {

@@ -57,6 +57,7 @@ pub struct FamilyMaps<F: Family> {
     pub(crate) source_ranges: Table<TrieKey<F::Address>, u32>,
     pub(crate) node_addresses: Table<F::Address, NodeAddress>,
     pub(crate) networks: Table<u32, Networks<F::Address>>,
+    pub(crate) imported: Table<Tuple<F::Address>, u32>,
     /// `flows` and `embryonic` in the previous layout, while it is in use.
     pub(crate) previous: Option<[PreviousTable<F::Address>; 2]>,
 }
@@ -108,6 +109,7 @@ macro_rules! family {
                 source_ranges: table(folder, concat!("source_ranges_", $suffix))?,
                 node_addresses: table(folder, concat!("node_addresses_", $suffix))?,
                 networks: table(folder, concat!("networks_", $suffix))?,
+                imported: table(folder, concat!("imported_", $suffix))?,
                 previous: layouts::beside(folder).and_then(|before| {
                     let tables = [concat!("flows_", $suffix), concat!("embryonic_", $suffix)];
                     let [flows, embryonic] = tables.map(|name| table(&before, name).ok());
@@ -150,6 +152,8 @@ impl Maps {
     pub(crate) fn copy_memory_to(&self, other: &Self) -> io::Result<()> {
         copy(&self.v4.flows, &other.v4.flows)?;
         copy(&self.v6.flows, &other.v6.flows)?;
+        copy(&self.v4.imported, &other.v4.imported)?;
+        copy(&self.v6.imported, &other.v6.imported)?;
         copy(&self.v4.affinity, &other.v4.affinity)?;
         copy(&self.v6.affinity, &other.v6.affinity)?;
         copy(&self.v4.sockets, &other.v4.sockets)?;

@@ -93,6 +93,7 @@ fn around<F: KernelStack>(maps: &Maps, networks: Networks<F::Address>) -> Result
         flows: BTreeMap::new(),
         embryonic: BTreeMap::new(),
         affinity: F::affinity(maps)?.into_iter().collect(),
+        imported: F::imported(maps)?.into_iter().collect(),
     };
     for entry in F::flows(maps)? {
         let map = if entry.embryonic { &mut around.embryonic } else { &mut around.flows };

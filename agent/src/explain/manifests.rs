@@ -334,7 +334,13 @@ fn first_of_each_family(addresses: &[IpAddr]) -> BTreeSet<IpAddr> {
 }
 
 fn around<F: Stack>(networks: abi::Networks<F::Address>) -> Around<F> {
-    Around { networks, flows: BTreeMap::new(), embryonic: BTreeMap::new(), affinity: BTreeMap::new() }
+    Around {
+        networks,
+        flows: BTreeMap::new(),
+        embryonic: BTreeMap::new(),
+        affinity: BTreeMap::new(),
+        imported: BTreeMap::new(),
+    }
 }
 
 /// The addresses of backends on this node.

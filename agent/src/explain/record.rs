@@ -83,6 +83,10 @@ impl<F: Family, T: Tables<F>> Tables<F> for Recorder<'_, F, T> {
         found
     }
 
+    fn imported(&self, tuple: &Tuple<F::Address>) -> Option<u32> {
+        self.tables.imported(tuple)
+    }
+
     fn datagram(&self, key: &Datagram<F::Address>) -> Option<&DatagramPorts> {
         self.tables.datagram(key)
     }

@@ -6,7 +6,7 @@ use sluice_common::abi::{Class, Range, ServiceKey, Tuple, device, flow, frontend
 use sluice_common::header::{protocol, tcp};
 use sluice_common::parse::{Headers, Kind};
 use sluice_common::path::{self, Decision, Hook, Step as Next, policy};
-use sluice_common::socket::{Choice, choose};
+use sluice_common::socket::{Choice, choose, is_left_to_netfilter};
 use sluice_common::tables::Routes;
 use sluice_common::{Reason, Tables, V4, V6};
 
@@ -492,7 +492,9 @@ impl<'w, F: Side> Walk<'w, F> {
     fn why_left(&self, target: &Target, asked: &[Asked<F>]) -> &'static str {
         let port = self.world.image.ports.get(&target.service_port).copied().unwrap_or_default();
         let drops = |asked: &Asked<F>| matches!(asked, Asked::Range { found, .. } if found.drops());
-        if asked.iter().any(drops) {
+        if is_left_to_netfilter(self.world.settings.phase, self.question.protocol.number()) {
+            "a takeover or release leaves such calls to packets"
+        } else if asked.iter().any(drops) {
             "clients are dropped without an answer, which only packets can be"
         } else if port.affinity_seconds != 0 {
             "session affinity goes by the client's address, which only packets tell"

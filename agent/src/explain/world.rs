@@ -70,6 +70,8 @@ pub struct Around<F: Family> {
     pub embryonic: BTreeMap<Tuple<F::Address>, Flow<F::Address>>,
     /// Where clients have been.
     pub affinity: BTreeMap<AffinityKey<F::Address>, Affinity>,
+    /// Packets that are netfilter's to translate.
+    pub imported: BTreeMap<Tuple<F::Address>, u32>,
 }
 
 /// A family that the world has tables of.
@@ -109,6 +111,10 @@ impl<F: Side> Tables<F> for Seen<'_> {
 
     fn embryonic(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         F::around(self.world).embryonic.get(tuple)
+    }
+
+    fn imported(&self, tuple: &Tuple<F::Address>) -> Option<u32> {
+        F::around(self.world).imported.get(tuple).copied()
     }
 
     fn datagram(&self, _: &Datagram<F::Address>) -> Option<&DatagramPorts> {

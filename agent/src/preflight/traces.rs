@@ -163,16 +163,21 @@ fn rules(traces: &mut Traces) {
             let _ = meshes.insert("Istio's legacy iptables chains".to_owned());
         }
     }
-    let servers = fs::read_to_string("/proc/net/ip_vs").unwrap_or_default();
-    let is_server = |line: &&str| ["TCP ", "UDP ", "SCTP"].iter().any(|protocol| line.starts_with(protocol));
-    let count = servers.lines().filter(is_server).count();
+    let count = ipvs_services();
     if count != 0 {
         let _ = kube_proxy.insert(format!("{count} services of IPVS"));
     }
 }
 
+/// How many services IPVS has in this network namespace.
+pub(crate) fn ipvs_services() -> usize {
+    let servers = fs::read_to_string("/proc/net/ip_vs").unwrap_or_default();
+    let is_server = |line: &&str| ["TCP ", "UDP ", "SCTP"].iter().any(|protocol| line.starts_with(protocol));
+    servers.lines().filter(is_server).count()
+}
+
 /// The bytes of legacy iptables' IPv4 nat table, chains' names among them.
-fn legacy_rules() -> io::Result<Vec<u8>> {
+pub(crate) fn legacy_rules() -> io::Result<Vec<u8>> {
     use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
     const GET_INFO: libc::c_int = 64;
     const GET_ENTRIES: libc::c_int = 65;
@@ -214,7 +219,7 @@ fn legacy_rules() -> io::Result<Vec<u8>> {
 }
 
 /// The id of a process of this name in this network namespace, where others' processes are visible.
-fn process(name: &str) -> Option<String> {
+pub(crate) fn process(name: &str) -> Option<String> {
     let namespace = |id: &str| fs::read_link(format!("/proc/{id}/ns/net")).ok();
     let own = namespace("self");
     let processes = fs::read_dir("/proc").ok()?.flatten();
@@ -274,7 +279,7 @@ pub(super) fn checks(traces: &Traces) -> Vec<Check> {
 fn kube_proxy(traces: &Traces) -> Check {
     if !traces.kube_proxy.is_empty() {
         return Check::new("kube-proxy", Outcome::Warn, format!("{}: Sluice translates before it", joined(&traces.kube_proxy)))
-            .next("start Sluice on a drained node, since connections that kube-proxy has translated end; then remove kube-proxy and run `kube-proxy --cleanup`");
+            .next("start the agent with --takeover, so that connections that kube-proxy has translated go on; then stop kube-proxy and call `sluice takeover --finish`");
     }
     if traces.is_listed {
         Check::new("kube-proxy", Outcome::Yes, "no trace of it")

@@ -18,6 +18,7 @@ mod reject;
 mod sctp;
 mod shapes;
 mod source_ranges;
+mod takeover;
 mod unserved;
 mod xdp;
 
@@ -50,6 +51,7 @@ impl Table {
 fn table() -> Table {
     let mut table = Table::default();
     plain::add(&mut table);
+    takeover::add(&mut table);
     recovery::add(&mut table);
     shapes::add(&mut table);
     broken::add(&mut table);

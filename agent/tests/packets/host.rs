@@ -137,6 +137,11 @@ pub(crate) fn exhausted_told<F: Ip>(
     entries.into_iter().map(|(key, tick)| (tuple_told::<F>(&key), now.wrapping_sub(tick))).collect()
 }
 
+/// Netfilter's packets with a family's addresses.
+pub(crate) fn imported<F: Ip>(world: &World) -> BTreeMap<Tuple<F::Address>, u32> {
+    world.imported.iter().filter_map(|(key, bits)| Some((tuple::<F>(key)?, *bits))).collect()
+}
+
 /// Datagrams with a family's addresses, and times instead of ages.
 pub(crate) fn datagrams<F: Ip>(world: &World, now: Ticks) -> BTreeMap<Datagram<F::Address>, DatagramPorts> {
     let convert = |(key, told): (&Datagram<IpAddr>, &DatagramPorts)| {
@@ -239,6 +244,7 @@ struct Memory<F: Ip> {
     flows: BTreeMap<Tuple<F::Address>, Flow<F::Address>>,
     embryonic: BTreeMap<Tuple<F::Address>, Flow<F::Address>>,
     fragments: BTreeMap<Datagram<F::Address>, DatagramPorts>,
+    imported: BTreeMap<Tuple<F::Address>, u32>,
     marks: u32,
 }
 
@@ -272,6 +278,7 @@ impl<F: Ip> Memory<F> {
             flows: entries::<F>(&world.flows, NOW),
             embryonic: entries::<F>(&world.embryonic, NOW),
             fragments: datagrams::<F>(world, NOW),
+            imported: imported::<F>(world),
             marks: world.marks,
             world: world.clone(),
         }
@@ -423,6 +430,10 @@ impl<F: Ip> Tables<F> for Memory<F> {
 
     fn embryonic(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         self.embryonic.get(tuple)
+    }
+
+    fn imported(&self, tuple: &Tuple<F::Address>) -> Option<u32> {
+        self.imported.get(tuple).copied()
     }
 
     fn datagram(&self, key: &Datagram<F::Address>) -> Option<&DatagramPorts> {

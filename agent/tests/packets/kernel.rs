@@ -183,7 +183,9 @@ fn clear_family<F: Ip>(ebpf: &mut Ebpf, world: &World) -> Result<()> {
     for map in ["flows", "embryonic"] {
         clear::<Tuple<F::Address>, Flow<F::Address>>(ebpf, &suffixed::<F>(map))?;
     }
-    clear::<Tuple<F::Address>, u32>(ebpf, &suffixed::<F>("exhausted"))?;
+    for map in ["exhausted", "imported"] {
+        clear::<Tuple<F::Address>, u32>(ebpf, &suffixed::<F>(map))?;
+    }
     clear::<Datagram<F::Address>, DatagramPorts>(ebpf, &suffixed::<F>("fragments"))?;
     clear::<AffinityKey<F::Address>, Affinity>(ebpf, &suffixed::<F>("affinity"))?;
     clear::<F::Address, NodeAddress>(ebpf, &suffixed::<F>("node_addresses"))?;
@@ -235,6 +237,10 @@ fn fill_family<F: Ip>(ebpf: &mut Ebpf, world: &World, now: Ticks) -> Result<()> 
     let mut fragments = hash(ebpf, &suffixed::<F>("fragments"))?;
     for (key, told) in host::datagrams::<F>(world, now) {
         fragments.insert(Raw(key), Raw(told), 0)?;
+    }
+    let mut imported = hash(ebpf, &suffixed::<F>("imported"))?;
+    for (key, bits) in host::imported::<F>(world) {
+        imported.insert(Raw(key), Raw(bits), 0)?;
     }
     let mut exhausted = hash(ebpf, &suffixed::<F>("exhausted"))?;
     for (key, tick) in host::exhausted::<F>(world, now) {

@@ -152,6 +152,8 @@ pub(crate) struct World {
     pub(crate) flows: Flows,
     pub(crate) embryonic: Flows,
     pub(crate) fragments: Datagrams,
+    /// Packets that are netfilter's to translate, with bits of [`sluice_common::abi::imported`].
+    pub(crate) imported: BTreeMap<Tuple<IpAddr>, u32>,
     pub(crate) marks: u32,
 }
 

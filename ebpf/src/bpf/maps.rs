@@ -8,11 +8,11 @@ use aya_ebpf::macros::btf_map;
 use sluice_common::abi::{
     ADDRESS_WORDS, AFFINITY_MAX, Affinity, AffinityKey, BACKEND_COUNTERS_MAX, BACKENDS_MAX, Backend,
     BackendCounters, DEVICES_MAX, Datagram, DatagramPorts, Device, EMBRYONIC_MAX, EXHAUSTED_MAX, FLOWS_MAX,
-    FRAGMENTS_MAX, Flow, Ipv4Address, Ipv6Address, NAMES_MAX, NODE_ADDRESSES_MAX, NODE_PORT_WORDS, Name,
-    Networks, NodeAddress, ORIGINS_MAX, OriginKey, Origins, PORTS_MAX, REASON_COUNTERS_MAX, REJECTS_MAX,
-    ReasonCounters, ReasonKey, RejectBucket, RejectKey, SERVICES_MAX, SLOT_BLOCKS_MAX, SOCKETS_MAX,
-    SOURCE_RANGES_MAX, Service, ServiceKey, ServicePort, Settings, SlotBlock, SocketKey, SocketPeer,
-    SourceRange, Tuple,
+    FRAGMENTS_MAX, Flow, IMPORTED_MAX, Ipv4Address, Ipv6Address, NAMES_MAX, NODE_ADDRESSES_MAX,
+    NODE_PORT_WORDS, Name, Networks, NodeAddress, ORIGINS_MAX, OriginKey, Origins, PORTS_MAX,
+    REASON_COUNTERS_MAX, REJECTS_MAX, ReasonCounters, ReasonKey, RejectBucket, RejectKey, SERVICES_MAX,
+    SLOT_BLOCKS_MAX, SOCKETS_MAX, SOURCE_RANGES_MAX, Service, ServiceKey, ServicePort, Settings, SlotBlock,
+    SocketKey, SocketPeer, SourceRange, Tuple,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -30,6 +30,7 @@ type Affinities<A> = LruHashMap<AffinityKey<A>, Affinity, AFFINITIES>;
 type SourceRanges<A> = LpmTrie<SourceRange<A>, u32, { SOURCE_RANGES_MAX as usize }>;
 type NodeAddresses<A> = HashMap<A, NodeAddress, { NODE_ADDRESSES_MAX as usize }, LAZY>;
 type Datagrams<A> = LruHashMap<Datagram<A>, DatagramPorts, { FRAGMENTS_MAX as usize }>;
+type Imported<A> = HashMap<Tuple<A>, u32, { IMPORTED_MAX as usize }, LAZY>;
 type Exhausted<A> = LruHashMap<Tuple<A>, u32, { EXHAUSTED_MAX as usize }>;
 type Sockets<A> = LruHashMap<SocketKey<A>, SocketPeer<A>, { SOCKETS_MAX as usize }>;
 
@@ -127,6 +128,10 @@ static fragments_v6: Datagrams<Ipv6Address> = LruHashMap::new();
 static exhausted_v4: Exhausted<Ipv4Address> = LruHashMap::new();
 #[btf_map]
 static exhausted_v6: Exhausted<Ipv6Address> = LruHashMap::new();
+#[btf_map]
+static imported_v4: Imported<Ipv4Address> = HashMap::new();
+#[btf_map]
+static imported_v6: Imported<Ipv6Address> = HashMap::new();
 
 /// The tables of the previous layout, and where their values are brought into the other form.
 #[cfg(feature = "both-layouts")]
@@ -184,10 +189,11 @@ pub(super) trait Maps: Flowing {
     fn node_addresses() -> &'static NodeAddresses<Self::Address>;
     fn fragments() -> &'static Datagrams<Self::Address>;
     fn exhausted() -> &'static Exhausted<Self::Address>;
+    fn imported() -> &'static Imported<Self::Address>;
 }
 
 macro_rules! maps {
-    ($family:ident, $counter:expr, $services:ident, $backends:ident, $flows:ident, $embryonic:ident, $origins:ident, $sockets:ident, $networks:ident, $affinity:ident, $source_ranges:ident, $node_addresses:ident, $fragments:ident, $exhausted:ident, $old_affinity:ident, $moving_affinity:ident) => {
+    ($family:ident, $counter:expr, $services:ident, $backends:ident, $flows:ident, $embryonic:ident, $origins:ident, $sockets:ident, $networks:ident, $affinity:ident, $source_ranges:ident, $node_addresses:ident, $fragments:ident, $exhausted:ident, $imported:ident, $old_affinity:ident, $moving_affinity:ident) => {
         impl Maps for $family {
             const COUNTER: u32 = $counter;
             #[inline(always)]
@@ -251,6 +257,10 @@ macro_rules! maps {
             fn exhausted() -> &'static Exhausted<Self::Address> {
                 &$exhausted
             }
+            #[inline(always)]
+            fn imported() -> &'static Imported<Self::Address> {
+                &$imported
+            }
         }
     };
 }
@@ -270,6 +280,7 @@ maps!(
     node_addresses_v4,
     fragments_v4,
     exhausted_v4,
+    imported_v4,
     old_affinity_v4,
     moving_affinity_v4
 );
@@ -288,6 +299,7 @@ maps!(
     node_addresses_v6,
     fragments_v6,
     exhausted_v6,
+    imported_v6,
     old_affinity_v6,
     moving_affinity_v6
 );

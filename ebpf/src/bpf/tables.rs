@@ -60,6 +60,12 @@ impl<F: Maps> Tables<F> for Kernel {
     }
 
     #[inline(always)]
+    fn imported(&self, tuple: &Tuple<F::Address>) -> Option<u32> {
+        // SAFETY: as in `flow`.
+        unsafe { F::imported().get(tuple) }.copied()
+    }
+
+    #[inline(always)]
     fn datagram(&self, key: &Datagram<F::Address>) -> Option<&DatagramPorts> {
         // SAFETY: as in `flow`.
         unsafe { F::fragments().get(key) }

@@ -1,0 +1,284 @@
+//! What is left to netfilter while a takeover or release is under way.
+
+use std::net::SocketAddr;
+
+use sluice_common::Reason;
+use sluice_common::abi::{frontend, imported, listing, networks, phase, state};
+use sluice_common::path::mark;
+
+use super::Table;
+use super::masquerade::{REMOTE, opens};
+use crate::packets::case::{Case, Program};
+use crate::packets::frame::{FIN, Frame, RST, SCTP, SYN, TCP, UDP};
+use crate::packets::world::{
+    Cast, Connection, EDGE, EMPTY, NET_CLIENTS, ONE, UPLINK, World, address, mac, tuple,
+};
+
+/// Where packets come in.
+const PLACES: [(&str, Program, u32); 3] =
+    [("edge", Program::Ingress, EDGE), ("uplink", Program::Ingress, UPLINK), ("XDP", Program::Xdp, UPLINK)];
+
+/// Adds the cases.
+pub(super) fn add(table: &mut Table) {
+    let casts = [Cast::all(), Cast::of(SCTP)].concat();
+    for cast in &casts {
+        passive(table, cast);
+        import(table, cast);
+        imports(table, cast);
+        ports(table, cast);
+    }
+    for cast in Cast::of(TCP) {
+        resets(table, &cast);
+    }
+    strays(table);
+}
+
+/// In a phase, with netfilter's packets.
+fn at(mut world: World, now: u32, packets: &[(SocketAddr, SocketAddr, u8, u32)]) -> World {
+    world.settings.phase = now | if packets.is_empty() { 0 } else { phase::IMPORTED };
+    for (source, destination, protocol, bits) in packets {
+        let _ = world.imported.insert(tuple(*source, *destination, *protocol), *bits);
+    }
+    world
+}
+
+/// Is left alone; XDP leaves the counting to tc.
+fn left(name: String, world: &World, place: (Program, u32), frame: &Frame, why: Reason, port: u32) -> Case {
+    let case = Case::new(name, world, place.0, place.1, frame);
+    if place.0 == Program::Xdp { case } else { case.reason(why, port) }
+}
+
+fn passive(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let Cast { client, frontend, backend, empty, .. } = *cast;
+    let world = at(cast.world(), phase::PASSIVE, &[]);
+    for (where_, program, ifindex) in PLACES {
+        for (what, frame) in
+            [("opens", cast.first(client, frontend)), ("goes on", cast.next(client, frontend))]
+        {
+            let name = format!("{title}: passive, a client {what} by {where_}");
+            let frame = frame.at(mac(ifindex));
+            table.add(left(name, &world, (program, ifindex), &frame, Reason::NotTaken, ONE));
+        }
+        let name = format!("{title}: passive, nobody is refused by {where_}");
+        let first = cast.first(client, empty).at(mac(ifindex));
+        table.add(left(name, &world, (program, ifindex), &first, Reason::NotTaken, EMPTY));
+    }
+    let name = format!("{title}: passive, the host's own socket opens");
+    let first = cast.first(client, frontend);
+    table.add(Case::new(name, &world, Program::Egress, UPLINK, &first).reason(Reason::NotTaken, ONE));
+    let name = format!("{title}: passive, an undefined port");
+    let mut whole = world.clone();
+    whole.add_frontend(cast, 0, SocketAddr::new(frontend.ip(), 0), frontend::ADDRESS);
+    let keys: Vec<_> = whole.services.iter().filter(|(_, found)| found.kind == frontend::ADDRESS).collect();
+    let mut key = *keys[0].0;
+    let service = *keys[0].1;
+    let _ = whole.services.remove(&key);
+    key.protocol = 0;
+    let _ = whole.services.insert(key, service);
+    let other = cast.first(client, SocketAddr::new(frontend.ip(), 4444));
+    table.add(Case::new(name, &whole, Program::Ingress, EDGE, &other).reason(Reason::NotTaken, 0));
+    // What is ours goes on.
+    let connection = cast.connection().state(state::ESTABLISHED);
+    let mine = world.clone().flows(connection.both());
+    let next = cast.next(client, frontend);
+    table.add(
+        Case::new(format!("{title}: passive, a known flow is served"), &mine, Program::Ingress, EDGE, &next)
+            .becomes(&next.clone().to(backend))
+            .forward(ONE),
+    );
+    let reply = cast.next(backend, client);
+    table.add(
+        Case::new(
+            format!("{title}: passive, a known flow's reply is served"),
+            &mine,
+            Program::Egress,
+            EDGE,
+            &reply,
+        )
+        .becomes(&reply.clone().from(frontend))
+        .reply(ONE),
+    );
+    if cast.protocol == UDP {
+        return;
+    }
+    let ended = connection.state(state::ESTABLISHED | state::RESET);
+    let first = cast.first(client, frontend);
+    let name = format!("{title}: passive, a tuple that was ours stays ours");
+    table.add(
+        Case::new(name, &world.flows(ended.both()), Program::Ingress, EDGE, &first)
+            .becomes(&first.clone().to(backend))
+            .opens(ONE)
+            .flows([])
+            .embryonic([cast.connection().both()]),
+    );
+}
+
+fn import(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let Cast { client, frontend, backend, .. } = *cast;
+    let world = at(cast.world(), phase::IMPORT, &[]);
+    for (where_, program, ifindex) in PLACES {
+        let name = format!("{title}: import, the middle of a connection by {where_}");
+        let next = cast.next(client, frontend).at(mac(ifindex));
+        table.add(left(name, &world, (program, ifindex), &next, Reason::NotTaken, ONE));
+        let first = cast.first(client, frontend).at(mac(ifindex));
+        let name = format!("{title}: import, a client opens by {where_}");
+        if cast.protocol == UDP {
+            table.add(left(name, &world, (program, ifindex), &first, Reason::NotTaken, ONE));
+        } else if cast.protocol == TCP || program != Program::Xdp {
+            table.add(
+                Case::new(name, &world, program, ifindex, &first)
+                    .becomes(&first.clone().to(backend))
+                    .opens(ONE)
+                    .embryonic([cast.connection().both()]),
+            );
+        }
+    }
+}
+
+/// Netfilter's connections, once everything else is ours.
+fn imports(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let Cast { client, frontend, backend, protocol, .. } = *cast;
+    let (first, next) = (cast.first(client, frontend), cast.next(client, frontend));
+    for now in [phase::SERVE, phase::IMPORT, phase::PASSIVE] {
+        let world = at(cast.world(), now, &[(client, frontend, protocol, 0)]);
+        for (where_, program, ifindex) in PLACES {
+            for (what, frame) in [("once more", &first), ("goes on", &next)] {
+                let name = format!("{title}: netfilter's connection, {what} by {where_}, phase {now}");
+                let frame = frame.clone().at(mac(ifindex));
+                table.add(left(name, &world, (program, ifindex), &frame, Reason::NetfilterFlow, ONE));
+            }
+        }
+    }
+    let ended = at(cast.world(), phase::SERVE, &[(client, frontend, protocol, imported::CLOSING)]);
+    let name = format!("{title}: netfilter's connection that has ended");
+    table.add(Case::new(name, &ended, Program::Ingress, EDGE, &next).reason(Reason::NetfilterFlow, ONE));
+    if protocol != UDP {
+        let name = format!("{title}: a new connection from the port of one of netfilter's that has ended");
+        table.add(
+            Case::new(name, &ended, Program::Ingress, EDGE, &first)
+                .becomes(&first.clone().to(backend))
+                .opens(ONE)
+                .embryonic([cast.connection().both()]),
+        );
+    }
+    let other = SocketAddr::new(client.ip(), client.port() + 1);
+    let world = at(cast.world(), phase::SERVE, &[(other, frontend, protocol, 0)]);
+    let name = format!("{title}: another connection than netfilter's");
+    table.add(
+        Case::new(name, &world, Program::Ingress, EDGE, &first)
+            .becomes(&first.clone().to(backend))
+            .opens(ONE)
+            .embryonic([cast.connection().both()]),
+    );
+    let mut unasked = world;
+    unasked.settings.phase = phase::SERVE;
+    let _ = unasked.imported.insert(tuple(client, frontend, protocol), 0);
+    let name = format!("{title}: netfilter's connections are not asked for where there are none");
+    table.add(
+        Case::new(name, &unasked, Program::Ingress, EDGE, &first)
+            .becomes(&first.clone().to(backend))
+            .opens(ONE)
+            .embryonic([cast.connection().both()]),
+    );
+    // The answer to a client that netfilter shows as the node, to a port that is a node port's number as well.
+    let mut world = cast.world();
+    let node = SocketAddr::new(cast.node_on(UPLINK), 30_080);
+    world.serve_node_ports(node.ip());
+    world.add_frontend(cast, ONE, SocketAddr::new(unspecified(cast), node.port()), frontend::NODE_PORT);
+    let _ = world.listing.remove(&unspecified(cast));
+    let _ = world.node_ports.insert(node.port());
+    let world = at(world, phase::SERVE, &[(backend, node, protocol, 0)]);
+    let reply = cast.next(backend, node);
+    let name = format!("{title}: a reply that netfilter expects at a node port's number");
+    table.add(Case::new(name, &world, Program::Ingress, UPLINK, &reply).reason(Reason::NetfilterFlow, ONE));
+}
+
+fn unspecified(cast: &Cast) -> std::net::IpAddr {
+    if cast.client.is_ipv4() {
+        std::net::Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        std::net::Ipv6Addr::UNSPECIFIED.into()
+    }
+}
+
+/// Source ports that netfilter's connections have towards the backend.
+fn ports(table: &mut Table, cast: &Cast) {
+    if cast.protocol == SCTP {
+        // Where a port would change the first chunk's checksum has to be known whole: sctp's own cases.
+        return;
+    }
+    let title = cast.title();
+    let (cast, world) = REMOTE.set(cast);
+    let own = REMOTE.masqueraded(&cast);
+    for bits in [0, imported::CLOSING] {
+        let taken = at(world.clone(), phase::SERVE, &[(own.backend, own.seen_as, cast.protocol, bits)]);
+        let name = format!("{title}: a masqueraded client's port is netfilter's, bits {bits}");
+        table.add(opens(name, &cast, &taken, UPLINK, &REMOTE.masqueraded_at(&cast, 2)));
+    }
+    let elsewhere = at(world, phase::SERVE, &[(cast.other_backend, own.seen_as, cast.protocol, 0)]);
+    let name = format!("{title}: a masqueraded client's port is netfilter's towards another backend alone");
+    table.add(opens(name, &cast, &elsewhere, UPLINK, &own));
+}
+
+/// A client's reset of what it does not know, which tells that a reply's entry is lost: where it is proven.
+fn resets(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let reset = Frame::tcp(cast.client, cast.backend, RST, &[]);
+    let connection = cast.connection().state(state::ESTABLISHED);
+    for now in [phase::IMPORT, phase::PASSIVE] {
+        let world = at(cast.world(), now, &[]);
+        let name = format!("{title}: no guess in phase {now}");
+        table.add(Case::new(name, &world, Program::Ingress, EDGE, &reset));
+        let name = format!("{title}: a forward entry is proof in phase {now}");
+        let known = world.flows(connection.age(5).forward());
+        table.add(
+            Case::new(name, &known, Program::Ingress, EDGE, &reset)
+                .dropped(Reason::ReplyRecovered, ONE)
+                .flows([connection.both()]),
+        );
+    }
+    let both =
+        [(cast.client, cast.frontend, TCP, 0), (cast.client, cast.other_frontend, TCP, imported::CLOSING)];
+    let world = at(cast.world(), phase::SERVE, &both);
+    let name = format!("{title}: no guess for a connection of netfilter's");
+    table.add(Case::new(name, &world, Program::Ingress, EDGE, &reset));
+    let name = format!("{title}: a guess beside connections of netfilter's");
+    let world = at(cast.world(), phase::SERVE, &both[..1]);
+    let guessed = Connection { frontend: cast.other_frontend, ..cast.other_connection() };
+    table.add(
+        Case::new(name, &world, Program::Ingress, EDGE, &reset)
+            .dropped(Reason::ReplyRecovered, guessed.service_port)
+            .flows([guessed.both()]),
+    );
+    let fin = Frame::tcp(cast.client, cast.frontend, FIN, &[]);
+    let name = format!("{title}: netfilter's connection ends");
+    table.add(Case::new(name, &world, Program::Ingress, EDGE, &fin).reason(Reason::NetfilterFlow, ONE));
+}
+
+/// Addresses that no Service has are somebody else's to drop until everything is ours.
+fn strays(table: &mut Table) {
+    for cast in Cast::of(TCP) {
+        let to = SocketAddr::new(address(cast.version, 97, 9), 80);
+        let from = SocketAddr::new(address(cast.version, NET_CLIENTS, 9), 40_000);
+        let mut world = cast.world();
+        world.service_nets = vec![cast.prefix(97)];
+        world.settings.networks |= if to.is_ipv4() { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
+        let packet = Frame::tcp(from, to, SYN, &[]);
+        for now in [phase::IMPORT, phase::PASSIVE] {
+            let world = at(world.clone(), now, &[]);
+            let name = format!("{}: an unassigned address in phase {now}", cast.title());
+            table.add(Case::new(name, &world, Program::Egress, UPLINK, &packet));
+        }
+        let name = format!("{}: an unassigned address, with netfilter's connections", cast.title());
+        let world = at(world, phase::SERVE, &[(from, to, UDP, 0)]).marks(mark::DIRECT);
+        debug_assert!(
+            !world.listing.contains_key(&to.ip()) || world.listing[&to.ip()] & listing::FRONTEND == 0
+        );
+        table.add(
+            Case::new(name, &world, Program::Egress, UPLINK, &packet).dropped(Reason::UnassignedAddress, 0),
+        );
+    }
+}
