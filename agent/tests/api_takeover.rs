@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::sleep;
@@ -145,13 +145,26 @@ fn in_cgroup(cgroup: &Path, act: impl FnOnce() -> Result<()>) -> Result<()> {
     let own = own.lines().find_map(|line| line.strip_prefix("0::/")).context("no cgroup2")?;
     let root = cgroup.ancestors().filter(|path| path.join("cgroup.controllers").exists()).last();
     let home = root.context("no cgroup2 mount")?.join(own);
-    let enter = |cgroup: &Path| {
-        std::fs::write(cgroup.join("cgroup.procs"), "0").with_context(|| cgroup.display().to_string())
-    };
     enter(cgroup)?;
-    let result = act();
-    enter(&home)?;
-    result
+    // Also when a test fails by a panic: with the lab all processes of its cgroups are killed.
+    let _back = Back(home);
+    act()
+}
+
+/// Makes this process one of a cgroup.
+fn enter(cgroup: &Path) -> Result<()> {
+    std::fs::write(cgroup.join("cgroup.procs"), "0").with_context(|| cgroup.display().to_string())
+}
+
+/// Makes this process one of its own cgroup again.
+struct Back(PathBuf);
+
+impl Drop for Back {
+    fn drop(&mut self) {
+        if let Err(error) = enter(&self.0) {
+            eprintln!("{error:#}");
+        }
+    }
 }
 
 /// Everything of a test.

@@ -45,8 +45,14 @@ pub(crate) const LAB: &[Tool] = &[
     tool("faketime", "faketime"),
 ];
 
-/// For an agent against a real API server.
-pub(crate) const API: &[Tool] = &[tool("ip", "iproute2"), tool("curl", "curl"), tool("openssl", "openssl")];
+/// For an agent against a real API server, and beside a real kube-proxy in both of its modes.
+pub(crate) const API: &[Tool] = &[
+    tool("ip", "iproute2"),
+    tool("curl", "curl"),
+    tool("openssl", "openssl"),
+    tool("nft", "nftables"),
+    tool("iptables", "iptables"),
+];
 
 /// For a cluster: what its nodes run of the distribution, and what makes its parts.
 pub(crate) const CLUSTER: &[Tool] = &[
