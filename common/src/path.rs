@@ -686,7 +686,7 @@ fn keeps_source<F: Family, T: Tables<F>>(
         Source::AsRouted
     } else {
         let Some(settings) = tables.settings() else { return false };
-        policy::source::<F>(settings, class, policies, is_local)
+        policy::source::<F>(settings, class, policies, is_local, policy::is_edge::<F, T>(tables))
     };
     if source == Source::Kept {
         return true;

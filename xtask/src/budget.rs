@@ -50,7 +50,8 @@ mod tests {
 
     #[test]
     fn a_program_has_its_own_limit_or_the_default() -> Result<()> {
-        let budget: Budget = toml::from_str("default = 10\nboth_layouts = 15\n[programs]\nsluice_xdp = 20\n")?;
+        let budget: Budget =
+            toml::from_str("default = 10\nboth_layouts = 15\n[programs]\nsluice_xdp = 20\n")?;
         assert_eq!(budget.of("sluice_xdp"), 20);
         assert_eq!(budget.of("sluice_tc"), 10);
         assert_eq!(budget.unknown(|name| name == "sluice_tc"), ["sluice_xdp"]);

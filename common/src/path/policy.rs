@@ -5,15 +5,15 @@
 //!
 //! | frontend | client | [`masquerade::NEEDED`] | [`masquerade::KUBE_PROXY`] |
 //! |---|---|---|---|
-//! | ClusterIP | local pod | kept | kept (`ALL`: masqueraded) |
+//! | ClusterIP | local pod | kept, another node's with a way back | kept (`ALL`: masqueraded) |
 //! | ClusterIP | host process | as routed | as routed |
 //! | ClusterIP | anybody else | with cluster CIDRs: masqueraded, else kept with a way back | masqueraded; kept without a detector |
-//! | external, `Cluster` | local pod | kept | masqueraded |
+//! | external, `Cluster` | local pod | kept, another node's with a way back | masqueraded |
 //! | external, `Cluster` | anybody else | kept with a way back | masqueraded |
 //! | external, `Local` | all | kept | kept |
 //!
 //! *With a way back*: the backend is on this node, and the FIB sends packets to the client out of a device that
-//! programs are attached to. *As routed*: a process of this host has the address that the route to its backend gives it.
+//! programs are attached to. *Another node's*: a detector that goes by addresses takes all of the cluster's pods for local ones. *As routed*: a process of this host has the address that the route to its backend gives it.
 
 use crate::abi::{
     self, Class, Prefix, Settings, detect_local, device, device_flags, frontend, masquerade, networks,
@@ -45,13 +45,22 @@ pub fn detector<F: Family>(settings: &Settings) -> u32 {
     }
 }
 
-/// Whether a client that is not this host keeps its source.
+/// Whether a client that is not this host keeps its source. `is_local`: it counts as a local pod; `is_here`: it comes by a pod's device.
 #[inline(always)]
-pub fn source<F: Family>(settings: &Settings, class: Class, policies: u32, is_local: bool) -> Source {
+pub fn source<F: Family>(
+    settings: &Settings,
+    class: Class,
+    policies: u32,
+    is_local: bool,
+    is_here: bool,
+) -> Source {
     let as_kube_proxy = settings.masquerade != masquerade::NEEDED;
+    let is_elsewhere = is_local && !is_here && detector::<F>(settings) == detect_local::ADDRESS;
     if class == Class::Internal {
         if settings.masquerade == masquerade::ALL {
             Source::Masqueraded
+        } else if is_elsewhere && !as_kube_proxy {
+            Source::KeptWithWayBack
         } else if is_local {
             Source::Kept
         } else if as_kube_proxy {
@@ -65,7 +74,7 @@ pub fn source<F: Family>(settings: &Settings, class: Class, policies: u32, is_lo
         Source::Kept
     } else if as_kube_proxy {
         Source::Masqueraded
-    } else if is_local {
+    } else if is_local && !is_elsewhere {
         Source::Kept
     } else {
         Source::KeptWithWayBack

@@ -107,27 +107,35 @@ pub(super) fn opens(name: String, cast: &Cast, world: &World, ifindex: u32, conn
 }
 
 /// For each mode and detector: who is masqueraded (m) and who is kept (k), at a ClusterIP, at an
-/// external address of policy `Cluster`, and of policy `Local`. The five letters stand for a pod with a local and
-/// with a remote backend, a client outside with a local and with a remote backend, and
-/// a client outside without a way back with a local backend.
+/// external address of policy `Cluster`, and of policy `Local`. The seven letters stand for a pod with a local and
+/// with a remote backend, a client outside with a local and with a remote backend,
+/// a client outside without a way back with a local backend, and another node's pod with a local and with a remote backend.
 const MATRIX: [(&str, u32, &str, u32, [&str; 3]); 9] = [
-    ("needed", masquerade::NEEDED, "device", detect_local::DEVICE, ["kkkmm", "kkkmm", "kkkkk"]),
-    ("needed", masquerade::NEEDED, "address", detect_local::ADDRESS, ["kkmmm", "kkkmm", "kkkkk"]),
-    ("needed", masquerade::NEEDED, "none", detect_local::NONE, ["kmkmm", "kmkmm", "kkkkk"]),
-    ("kube-proxy", masquerade::KUBE_PROXY, "device", detect_local::DEVICE, ["kkmmm", "mmmmm", "kkkkk"]),
-    ("kube-proxy", masquerade::KUBE_PROXY, "address", detect_local::ADDRESS, ["kkmmm", "mmmmm", "kkkkk"]),
-    ("kube-proxy", masquerade::KUBE_PROXY, "none", detect_local::NONE, ["kkkkk", "mmmmm", "kkkkk"]),
-    ("all", masquerade::ALL, "device", detect_local::DEVICE, ["mmmmm", "mmmmm", "kkkkk"]),
-    ("all", masquerade::ALL, "address", detect_local::ADDRESS, ["mmmmm", "mmmmm", "kkkkk"]),
-    ("all", masquerade::ALL, "none", detect_local::NONE, ["mmmmm", "mmmmm", "kkkkk"]),
+    ("needed", masquerade::NEEDED, "device", detect_local::DEVICE, ["kkkmmkm", "kkkmmkm", "kkkkkkk"]),
+    ("needed", masquerade::NEEDED, "address", detect_local::ADDRESS, ["kkmmmkm", "kkkmmkm", "kkkkkkk"]),
+    ("needed", masquerade::NEEDED, "none", detect_local::NONE, ["kmkmmkm", "kmkmmkm", "kkkkkkk"]),
+    ("kube-proxy", masquerade::KUBE_PROXY, "device", detect_local::DEVICE, ["kkmmmmm", "mmmmmmm", "kkkkkkk"]),
+    (
+        "kube-proxy",
+        masquerade::KUBE_PROXY,
+        "address",
+        detect_local::ADDRESS,
+        ["kkmmmkk", "mmmmmmm", "kkkkkkk"],
+    ),
+    ("kube-proxy", masquerade::KUBE_PROXY, "none", detect_local::NONE, ["kkkkkkk", "mmmmmmm", "kkkkkkk"]),
+    ("all", masquerade::ALL, "device", detect_local::DEVICE, ["mmmmmmm", "mmmmmmm", "kkkkkkk"]),
+    ("all", masquerade::ALL, "address", detect_local::ADDRESS, ["mmmmmmm", "mmmmmmm", "kkkkkkk"]),
+    ("all", masquerade::ALL, "none", detect_local::NONE, ["mmmmmmm", "mmmmmmm", "kkkkkkk"]),
 ];
 
-const CLIENTS: [(&str, u8, u32, Place); 5] = [
+const CLIENTS: [(&str, u8, u32, Place); 7] = [
     ("a pod, a local backend", NET_PODS, EDGE, LOCAL),
     ("a pod, a remote backend", NET_PODS, EDGE, REMOTE),
     ("a client outside, a local backend", NET_CLIENTS, UPLINK, LOCAL),
     ("a client outside, a remote backend", NET_CLIENTS, UPLINK, OVERLAY),
     ("a client without a way back, a local backend", NET_FOREIGN, UPLINK, LOCAL),
+    ("another node's pod, a local backend", NET_PODS, UPLINK, LOCAL),
+    ("another node's pod, a remote backend", NET_PODS, UPLINK, OVERLAY),
 ];
 
 const FRONTENDS: [(&str, u32, u32); 3] = [
