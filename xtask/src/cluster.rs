@@ -111,7 +111,7 @@ pub(crate) enum Overlay {
     LeastCapabilities,
     /// For labelled Services alone.
     BesideKubeProxy,
-    /// With the pods' networks of both families.
+    /// With metrics on both loopbacks.
     DualStack,
 }
 
