@@ -287,7 +287,9 @@ async fn stay_released(state: &StateDir, mut status: Status, options: &Options) 
     takeover::RELEASED.clone_into(&mut status.takeover.phase);
     tracing::info!("the node is released: nothing is attached until `sluice takeover` is called");
     loop {
-        state.write(&status).context("cannot write the status")?;
+        if let Err(error) = state.write(&status) {
+            tracing::warn!("{error}");
+        }
         tokio::select! {
             _ = terminate.recv() => return Ok(Ended::Stopped),
             _ = interrupt.recv() => return Ok(Ended::Stopped),

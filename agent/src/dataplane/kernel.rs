@@ -197,9 +197,11 @@ macro_rules! kernel_stack {
             }
 
             fn forget(maps: &Maps, keys: &[Tuple<Self::Address>]) -> Result<(), Error> {
-                let removed = maps.$field.flows.remove_many(keys);
+                let maps = &maps.$field;
+                let removed = maps.flows.remove_many(keys).and_then(|()| maps.embryonic.remove_many(keys));
+                let before = maps.previous.iter().flatten();
                 removed
-                    .and_then(|()| maps.$field.embryonic.remove_many(keys))
+                    .and_then(|()| before.map(|table| table.remove_many(keys)).collect())
                     .map_err(|e| Error::map("write", concat!("flows_", $suffix), e))
             }
 

@@ -129,7 +129,10 @@ pub fn load(pins: &Pins, sizes: &BTreeMap<String, u32>, xdp: Xdp, layout: Layout
     let filled = match found {
         Found::Nothing => false,
         Found::Fitting => true,
-        Found::Differing(maps) => migrate(&pins.maps(), &mut kernel, &maps),
+        Found::Differing(maps) => {
+            pins.complete_old(rounds.loader().specs())?;
+            migrate(&pins.maps(), &mut kernel, &maps)
+        }
     };
     let devices = maps::table(&folder, "devices")?;
     let hooks = Hooks::new(programs, rounds, devices, pins.clone(), xdp);
@@ -198,7 +201,10 @@ pub(super) fn verify(name: &str, program: &mut Program) -> Result<(), Error> {
 /// Fills new maps from those they replace. False when the old ones cannot be read: then the
 /// sources have to be heard before the programs may use the new ones.
 fn migrate(old: &Path, kernel: &mut Kernel, differing: &BTreeMap<String, String>) -> bool {
-    if is_kept("ports", differing) && is_kept("flows_v4", differing) && is_kept("flows_v6", differing) {
+    if ["ports", "flows_v4", "flows_v6", "imported_v4", "imported_v6"]
+        .iter()
+        .all(|map| is_kept(map, differing))
+    {
         return true;
     }
     let migrated = Maps::open(old, Access::Read).map_err(|error| error.to_string()).and_then(|maps| {

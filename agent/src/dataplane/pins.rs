@@ -47,6 +47,10 @@ const PLANNED: [&str; 15] = [
     "node_ports",
 ];
 
+/// Maps that hold nothing beyond one packet. A packet is decided about by one program, so programs of two layouts need not
+/// share them.
+const SCRATCH: [&str; 3] = ["scratch_v4", "scratch_v6", "event_scratch"];
+
 /// The folders under a pin path.
 #[derive(Clone, Debug)]
 pub struct Pins {
@@ -210,7 +214,7 @@ impl Pins {
             }
         };
         let mut shared = Vec::new();
-        for (name, spec) in specs {
+        for (name, spec) in specs.iter().filter(|(name, _)| !SCRATCH.contains(&name.as_str())) {
             let Some(found) = info(&from.join(name))? else { continue };
             let own = info(&to.join(name))?;
             let id = found.id;
@@ -258,7 +262,8 @@ impl Pins {
     pub(super) fn offer_previous(&self, specs: &BTreeMap<String, Spec>) -> Result<(), Error> {
         let Some(new) = self.previous_maps_new() else { return Ok(()) };
         let from = self.maps();
-        for name in specs.keys().filter(|name| !previous::CHANGED.contains(&name.as_str())) {
+        let is_shared = |name: &str| !previous::CHANGED.contains(&name) && !SCRATCH.contains(&name);
+        for name in specs.keys().filter(|name| is_shared(name)) {
             if !new.join(name).exists() {
                 pin_again(&from.join(name), &new.join(name))?;
             }
@@ -332,6 +337,19 @@ impl Pins {
             pin_again(&from.join(name), &to.join(name))?;
         }
         Ok(to)
+    }
+
+    /// Pins new maps that the old ones lack beside those too, so that all of them can be opened: the version before may have had fewer.
+    ///
+    /// # Errors
+    ///
+    /// When a pin cannot be made.
+    pub(super) fn complete_old(&self, specs: &BTreeMap<String, Spec>) -> Result<(), Error> {
+        let (old, new) = (self.maps(), self.maps_new());
+        for name in specs.keys().filter(|name| !old.join(name).exists()) {
+            pin_again(&new.join(name), &old.join(name))?;
+        }
+        Ok(())
     }
 
     /// Puts the new maps, if any, in the place of the old ones and removes other layouts, but for the previous one if it is

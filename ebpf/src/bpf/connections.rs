@@ -159,8 +159,8 @@ fn begin(ops: *mut bpf_sock_ops) {
         reserved: 0,
     };
     let Some(connection) = kept(ops, Some(&mut fresh)) else { return };
-    // A socket may connect again after a try that failed.
-    connection.backend = backend;
+    // A socket may connect again, after a try that failed too: the kernel counts anew then.
+    *connection = fresh;
     // What others at this hook want to hear goes on.
     let flags = flags | BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG;
     // SAFETY: the context is valid while the program runs.
@@ -233,12 +233,6 @@ fn changed(ops: *mut bpf_sock_ops) {
         add(&mut counters.rtt_us, u64::from(rtt));
         add(&mut counters.rtt_count, 1);
     }
-    // The kernel starts to count anew where a socket connects again.
-    connection.sent_bytes = 0;
-    connection.received_bytes = 0;
-    connection.sent_segments = 0;
-    connection.received_segments = 0;
-    connection.retransmitted_segments = 0;
 }
 
 /// Whether a connection that was in this state ends by both sides' FIN: it passes on to a time-wait socket, or has got
