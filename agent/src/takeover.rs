@@ -110,6 +110,23 @@ pub(crate) fn beginning(adopted: Option<u32>, flag: bool, wish: Option<Wish>) ->
 ///
 /// When there can be no thread.
 pub(crate) fn start(word: u32, maps: PathBuf, state_dir: PathBuf) -> anyhow::Result<Takeover> {
+    // A kernel that cannot be asked for tables has none of ours.
+    let holding = rules::find().is_ok_and(|found| found.holding);
+    if !holding {
+        // Of what a preparation had done, nothing is left by the machine's restart.
+        wish::replace(&state_dir, Wish::Prepared, Wish::Prepare)
+            .context("cannot note that the node is not prepared")?;
+    }
+    let (takeover, walker) = begin(word, holding, maps, state_dir);
+    let _thread = std::thread::Builder::new()
+        .name("takeover".to_owned())
+        .spawn(move || walker.run())
+        .context("cannot start a thread")?;
+    Ok(takeover)
+}
+
+/// Both ends of the channels, where the last agent has left, with our own table there or not.
+fn begin(word: u32, holding: bool, maps: PathBuf, state_dir: PathBuf) -> (Takeover, Walker) {
     let first = Told { phase: word, status: TakeoverStatus::default(), released: false };
     let (told_sender, told) = watch::channel(first);
     let (written, written_of_thread) = watch::channel(word);
@@ -121,19 +138,17 @@ pub(crate) fn start(word: u32, maps: PathBuf, state_dir: PathBuf) -> anyhow::Res
         folder: maps,
         state_dir,
         maps: None,
+        is_settled: false,
         v4: BTreeMap::new(),
         v6: BTreeMap::new(),
         known: false,
-        is_idle: word == phase::SERVE,
+        // Our own table tells that kube-proxy's rules are still to go. They alone do not: they may be there to stay, for an
+        // agent that serves beside it.
+        is_idle: word == phase::SERVE && !holding,
         interval: PERIOD,
-        is_prepared: false,
         seen_running: None,
     };
-    let _thread = std::thread::Builder::new()
-        .name("takeover".to_owned())
-        .spawn(move || walker.run())
-        .context("cannot start a thread")?;
-    Ok(Takeover { told, written, ready })
+    (Takeover { told, written, ready }, walker)
 }
 
 /// What is netfilter's, as the maps have it.
@@ -179,14 +194,14 @@ struct Walker {
     folder: PathBuf,
     state_dir: PathBuf,
     maps: Option<Maps>,
+    /// Whether those are the ones that the agent stays with: before it is ready, others may take their place.
+    is_settled: bool,
     v4: Imported<V4>,
     v6: Imported<V6>,
     /// Whether the two above are what the maps have.
     known: bool,
     /// Whether nothing is left to do until somebody wants something.
     is_idle: bool,
-    /// Whether our own table waits for kube-proxy.
-    is_prepared: bool,
     /// The time from one listing to the next.
     interval: Duration,
     /// When kube-proxy was last seen to run.
@@ -217,7 +232,7 @@ impl Walker {
 
     /// Does what is due; true when the agent is released.
     fn step(&mut self) -> anyhow::Result<bool> {
-        let wish = wish::read(&self.state_dir);
+        let mut wish = wish::read(&self.state_dir);
         let now = self.phase() & phase::MASK;
         if let Some(Wish::Release { deadline }) = wish {
             return self.drain(deadline);
@@ -229,11 +244,12 @@ impl Walker {
             }
         }
         if wish == Some(Wish::Takeover) {
-            (self.is_prepared, self.is_idle) = (false, false);
+            self.is_idle = false;
             wish::done(&self.state_dir, Wish::Takeover).context("cannot remove the wish that is done")?;
         }
         if wish == Some(Wish::Prepare) {
             self.prepare()?;
+            wish = Some(Wish::Prepared);
         }
         if !self.is_idle || wish == Some(Wish::Finish) {
             self.keep(wish)?;
@@ -279,8 +295,12 @@ impl Walker {
     }
 
     fn open(&mut self) -> anyhow::Result<()> {
-        if self.maps.is_none() {
+        if !self.is_settled {
+            // Asked before: what is opened while the agent becomes ready may be what it has just left.
+            let is_ready = *self.ready.borrow();
+            self.known = false;
             self.maps = Some(Maps::open(&self.folder, Access::Read)?);
+            self.is_settled = is_ready;
         }
         Ok(())
     }
@@ -305,12 +325,7 @@ impl Walker {
         }
         let started = Instant::now();
         self.open()?;
-        // Legacy iptables has chains of type nat for as long as the machine runs.
-        if let Err(error) = rules::hold()
-            && !rules::find().context("cannot list netfilter's rules")?.is_legacy()
-        {
-            return Err(error).context("cannot make the nftables table that holds netfilter's connections");
-        }
+        hold()?;
         let listed = self.list(Which::All)?;
         self.enter(phase::PASSIVE | listed.bits())?;
         let clients = self.import_affinity()?;
@@ -347,6 +362,13 @@ impl Walker {
 
     /// Lists netfilter's connections and brings the maps in step with them.
     fn list(&mut self, which: Which) -> anyhow::Result<Listed> {
+        let listed = self.list_both(which);
+        // A part may have been written: it would stay for ever if nobody read it.
+        self.known &= listed.is_ok();
+        listed
+    }
+
+    fn list_both(&mut self, which: Which) -> anyhow::Result<Listed> {
         self.open()?;
         let Some(maps) = &self.maps else { bail!("the maps are not open") };
         if !self.known {
@@ -397,12 +419,14 @@ impl Walker {
 
     /// Lets go what has ended: netfilter's connections, then kube-proxy's rules, at last the table that holds them.
     fn keep(&mut self, wish: Option<Wish>) -> anyhow::Result<()> {
+        // What is begun here is seen through, by whomever it was asked for.
+        self.is_idle = false;
         let which = if wish == Some(Wish::Finish) { Which::All } else { Which::KnownAndOurs };
         let listed = self.list(which)?;
         self.enter(phase::SERVE | listed.bits())?;
         let mut found = rules::find().context("cannot list netfilter's rules")?;
         if found.balances() && self.is_gone(wish) {
-            rules::hold().context("cannot make the nftables table that holds netfilter's connections")?;
+            hold()?;
             rules::remove(&found, false).context("cannot remove kube-proxy's rules")?;
             if let Some(words) = found.words() {
                 tracing::info!("removed {words}; what lives by them is held");
@@ -417,7 +441,7 @@ impl Walker {
             waiting = Some(LEGACY.to_owned());
         } else if found.balances() {
             waiting = Some(STOP.to_owned());
-        } else if self.is_prepared {
+        } else if wish == Some(Wish::Prepared) {
             waiting = Some("kube-proxy to be started, and for `sluice release`".to_owned());
         } else if listed.lives() {
             waiting = Some("netfilter's last connections to end".to_owned());
@@ -440,16 +464,19 @@ impl Walker {
     fn prepare(&mut self) -> anyhow::Result<()> {
         self.open()?;
         let Some(maps) = &self.maps else { bail!("the maps are not open") };
-        rules::hold().context("cannot make the nftables table that has connections tracked")?;
+        hold()?;
         let all = [of_host::<V4>(maps)?, of_host::<V6>(maps)?].concat();
         conntrack::keep_clear(&all, TRACKED).context("cannot enter our flows into conntrack")?;
-        (self.is_prepared, self.is_idle) = (true, false);
-        wish::done(&self.state_dir, Wish::Prepare).context("cannot remove the wish that is done")
+        wish::replace(&self.state_dir, Wish::Prepare, Wish::Prepared)
+            .context("cannot note that the node is prepared")?;
+        self.is_idle = false;
+        Ok(())
     }
 
     /// Enters flows of ours that netfilter does not see into conntrack: it is to serve new connections beside them, and picks
     /// source ports by itself.
-    fn keep_clear(&self, deadline: u64) -> anyhow::Result<()> {
+    fn keep_clear(&mut self, deadline: u64) -> anyhow::Result<()> {
+        self.open()?;
         let Some(maps) = &self.maps else { bail!("the maps are not open") };
         let _ = live::<V4>(maps)? + live::<V6>(maps)?;
         let all = [clear::<V4>(maps)?, clear::<V6>(maps)?].concat();
@@ -461,7 +488,6 @@ impl Walker {
         self.is_idle = false;
         let bits = self.phase() & !phase::MASK;
         self.tell(|status| "draining".clone_into(&mut status.phase));
-        self.open()?;
         // Twice: what is opened meanwhile is entered then.
         self.keep_clear(deadline)?;
         self.enter(phase::PASSIVE | bits)?;
@@ -472,6 +498,7 @@ impl Walker {
             if self.told.is_closed() {
                 bail!("the agent ends while it waits for the last flow");
             }
+            self.open()?;
             let listed = if bits == 0 { Listed::default() } else { self.list(Which::KnownAndOurs)? };
             let Some(maps) = &self.maps else { bail!("the maps are not open") };
             let flows = live::<V4>(maps)? + live::<V6>(maps)?;
@@ -504,6 +531,17 @@ impl Walker {
 const STOP: &str =
     "kube-proxy to be stopped, so that its rules can go (`sluice takeover --finish` tells that it is)";
 const LEGACY: &str = "kube-proxy's chains in legacy iptables to be removed: stop it and run `kube-proxy --cleanup`, since netlink does not reach them";
+
+/// Makes our own table. Where the kernel refuses it, legacy iptables will do: it has chains of type nat for as long as the machine
+/// runs.
+fn hold() -> anyhow::Result<()> {
+    match rules::hold() {
+        Err(error) if !rules::find().context("cannot list netfilter's rules")?.is_legacy() => {
+            Err(error).context("cannot make the nftables table that holds netfilter's connections")
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
 
 /// Whether this process is in the machine's first PID namespace.
 fn sees_all_processes() -> bool {
@@ -730,6 +768,31 @@ mod tests {
         ] {
             assert_eq!(beginning(adopted, flag, wish), expected, "{what}");
         }
+    }
+
+    #[test]
+    fn what_is_unfinished_is_gone_on_with() {
+        use phase::{IMPORTED, PASSIVE, SERVE};
+        let folder = tempfile::tempdir().expect("a folder");
+        let is_idle = |word, holding| {
+            let (_, walker) = begin(word, holding, folder.path().join("maps"), folder.path().to_owned());
+            walker.is_idle
+        };
+        assert!(is_idle(SERVE, false), "nothing is left to do");
+        assert!(!is_idle(SERVE, true), "kube-proxy's rules are still to go, or it is awaited");
+        assert!(!is_idle(SERVE | IMPORTED, false), "connections of netfilter's are left");
+        assert!(!is_idle(PASSIVE, false), "interrupted");
+    }
+
+    #[test]
+    fn what_a_failed_listing_has_written_is_read_anew() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let state = folder.path().to_owned();
+        let (_takeover, mut walker) = begin(phase::SERVE, true, folder.path().join("none"), state);
+        // No maps are there to be opened.
+        (walker.known, walker.is_settled) = (true, true);
+        assert!(walker.list(Which::All).is_err());
+        assert!(!walker.known);
     }
 
     #[test]

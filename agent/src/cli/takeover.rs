@@ -160,7 +160,9 @@ pub(super) fn take_over(args: &TakeoverArgs, state_dir: &Path) -> anyhow::Result
     if !args.wait.is_zero() {
         wish::write(state_dir, Wish::Takeover).context("cannot tell the agent")?;
     }
-    let is_taken = || wish::read(state_dir).is_none_or(|wish| wish == Wish::Finish || wish == Wish::Prepare);
+    let is_taken = || {
+        wish::read(state_dir).is_none_or(|wish| matches!(wish, Wish::Finish | Wish::Prepare | Wish::Prepared))
+    };
     wait(state_dir, args.wait, |now| is_taken() && now.phase == "serving").map(answer)
 }
 
@@ -174,8 +176,10 @@ pub(super) fn release(args: &ReleaseArgs, state_dir: &Path) -> anyhow::Result<(S
     if args.prepare {
         ensure!(now.phase == "serving", "the agent is not serving but {}", now.phase);
         wish::write(state_dir, Wish::Prepare).context("cannot tell the agent")?;
-        let is_taken = || wish::read(state_dir) != Some(Wish::Prepare);
-        return wait(state_dir, Duration::from_secs(30), |now| is_taken() && now.holding).map(answer);
+        let is_taken = || wish::read(state_dir) == Some(Wish::Prepared);
+        // Our own table is not always needed for it, but then something else is waited for.
+        let is_told = |now: &TakeoverStatus| now.holding || now.waiting_for.is_some();
+        return wait(state_dir, Duration::from_secs(30), |now| is_taken() && is_told(now)).map(answer);
     }
     if served_by()?.is_none() && !args.force {
         bail!(

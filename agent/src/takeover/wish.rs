@@ -17,6 +17,8 @@ pub enum Wish {
     Finish,
     /// To be ready for a kube-proxy that is about to start.
     Prepare,
+    /// To stay so, until something else is wanted.
+    Prepared,
     /// To leave new flows to netfilter, and to go when the last known one has ended.
     Release {
         /// When to go in any case, in seconds since 1970.
@@ -48,6 +50,15 @@ pub fn write(state_dir: &Path, wish: Wish) -> io::Result<()> {
     fs::rename(new, path(state_dir))
 }
 
+/// Leaves a wish in a state directory in place of another, if that is still there.
+///
+/// # Errors
+///
+/// When the file cannot be written.
+pub fn replace(state_dir: &Path, old: Wish, new: Wish) -> io::Result<()> {
+    if read(state_dir) == Some(old) { write(state_dir, new) } else { Ok(()) }
+}
+
 /// Removes the wish, if it is still this one.
 ///
 /// # Errors
@@ -77,9 +88,8 @@ mod tests {
     fn a_wish_stays_until_it_is_done() {
         let folder = tempfile::tempdir().expect("a folder");
         assert_eq!(read(folder.path()), None);
-        for wish in
-            [Wish::Takeover, Wish::Finish, Wish::Prepare, Wish::Release { deadline: 7 }, Wish::Released]
-        {
+        let release = Wish::Release { deadline: 7 };
+        for wish in [Wish::Takeover, Wish::Finish, Wish::Prepare, Wish::Prepared, release, Wish::Released] {
             write(folder.path(), wish).expect("written");
             assert_eq!(read(folder.path()), Some(wish));
         }
@@ -88,5 +98,18 @@ mod tests {
         done(folder.path(), Wish::Released).expect("removed");
         assert_eq!(read(folder.path()), None);
         clear(folder.path()).expect("nothing to remove");
+    }
+
+    #[test]
+    fn what_is_wanted_by_now_is_not_replaced() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let prepared = || replace(folder.path(), Wish::Prepare, Wish::Prepared).expect("replaced or left");
+        prepared();
+        assert_eq!(read(folder.path()), None);
+        for (wish, then) in [(Wish::Prepare, Wish::Prepared), (Wish::Takeover, Wish::Takeover)] {
+            write(folder.path(), wish).expect("written");
+            prepared();
+            assert_eq!(read(folder.path()), Some(then));
+        }
     }
 }
