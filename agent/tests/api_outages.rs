@@ -126,7 +126,7 @@ fn under_load_the_server_is_away_and_returns_with_changes_and_no_memory() {
     let node = cluster.node("load");
     let pods = ["web-1", "web-2", "web-3"].map(|name| node.pod(name).expect("a pod"));
     let _servers = pods.each_ref().map(|pod| pod.serve(Serve::TcpEcho, 8080).expect("a server"));
-    let asker = node.pod("asker").expect("a pod");
+    let asker = node.pod("load-asker").expect("a pod");
     let addresses = pods.each_ref().map(|pod| pod.ipv4().to_string());
     let backend = |index: usize| format!("{}:8080", addresses[index]);
     let echo = |vip: &str| SocketAddr::new(vip.parse().expect("an address"), 80);
