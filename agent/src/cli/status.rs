@@ -58,12 +58,13 @@ struct ReasonView {
 ///
 /// When nothing is pinned, or the maps cannot be read.
 pub(super) fn run(pin_path: &Path, state_dir: &Path, format: Format) -> anyhow::Result<(String, bool)> {
+    // Asked first: an agent that starts replaces the last one's word at once, which is not to be taken for its own.
+    let alive = status::is_alive(state_dir);
     let last = status::read(state_dir);
     if last.as_ref().is_some_and(|status| status.takeover.phase == RELEASED) {
         bail!("this node is released: nothing of Sluice is attached until `sluice takeover`");
     }
     let view = View::read(pin_path)?;
-    let alive = status::is_alive(state_dir);
     let now = unix_seconds(SystemTime::now());
     let running = last.as_ref().filter(|_| alive);
     let overview = Overview {
