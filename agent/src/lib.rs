@@ -32,4 +32,5 @@ pub mod source;
 pub mod takeover;
 mod top;
 mod trace;
+mod units;
 mod view;

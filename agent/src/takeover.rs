@@ -424,14 +424,14 @@ impl Walker {
         let which = if wish == Some(Wish::Finish) { Which::All } else { Which::KnownAndOurs };
         let listed = self.list(which)?;
         self.enter(phase::SERVE | listed.bits())?;
-        let mut found = rules::find().context("cannot list netfilter's rules")?;
+        let mut found = listed_rules()?;
         if found.balances() && self.is_gone(wish) {
             hold()?;
             rules::remove(&found, false).context("cannot remove kube-proxy's rules")?;
             if let Some(words) = found.words() {
                 tracing::info!("removed {words}; what lives by them is held");
             }
-            found = rules::find().context("cannot list netfilter's rules")?;
+            found = listed_rules()?;
         }
         if wish == Some(Wish::Finish) {
             wish::done(&self.state_dir, Wish::Finish).context("cannot remove the wish that is done")?;
@@ -450,7 +450,7 @@ impl Walker {
             if rules::let_go().context("cannot remove the table that held netfilter's connections")? {
                 tracing::info!("netfilter's last connection has ended: the takeover is done");
             }
-            found = rules::find().context("cannot list netfilter's rules")?;
+            found = listed_rules()?;
             // What has just ended may send a last packet, which is left alone for as long as conntrack knows it.
             self.is_idle = listed.entries == 0;
         }
@@ -532,11 +532,16 @@ const STOP: &str =
     "kube-proxy to be stopped, so that its rules can go (`sluice takeover --finish` tells that it is)";
 const LEGACY: &str = "kube-proxy's chains in legacy iptables to be removed: stop it and run `kube-proxy --cleanup`, since netlink does not reach them";
 
+/// The rules of netfilter that a move is about.
+fn listed_rules() -> anyhow::Result<Found> {
+    rules::find().context("cannot list netfilter's rules")
+}
+
 /// Makes our own table. Where the kernel refuses it, legacy iptables will do: it has chains of type nat for as long as the machine
 /// runs.
 fn hold() -> anyhow::Result<()> {
     match rules::hold() {
-        Err(error) if !rules::find().context("cannot list netfilter's rules")?.is_legacy() => {
+        Err(error) if !listed_rules()?.is_legacy() => {
             Err(error).context("cannot make the nftables table that holds netfilter's connections")
         }
         Ok(()) | Err(_) => Ok(()),
@@ -720,7 +725,7 @@ fn is_live<A: Copy>(protocol_number: u8, entry: &Flow<A>, embryonic: bool, idle:
 ///
 /// When the kernel refuses a listing.
 pub(crate) fn served_by() -> anyhow::Result<Option<String>> {
-    let found = rules::find().context("cannot list netfilter's rules")?;
+    let found = listed_rules()?;
     Ok(if found.balances() { found.words() } else { None })
 }
 
@@ -730,7 +735,7 @@ pub(crate) fn served_by() -> anyhow::Result<Option<String>> {
 ///
 /// When the kernel refuses a listing.
 pub(crate) fn served_in_iptables_mode() -> anyhow::Result<bool> {
-    Ok(rules::find().context("cannot list netfilter's rules")?.is_iptables())
+    Ok(listed_rules()?.is_iptables())
 }
 
 /// Whether this network namespace has services of IPVS.

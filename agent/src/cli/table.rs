@@ -6,6 +6,8 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
+use crate::units::binary;
+
 /// The form of the output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Format {
@@ -81,15 +83,7 @@ pub(super) fn render<T: Serialize>(
 /// A number of bytes with three or four digits: `1023`, `1.5Ki`, `12Mi`.
 #[must_use]
 pub(super) fn bytes(number: u64) -> String {
-    let mut unit = "";
-    let mut scaled = number as f64;
-    for next in ["Ki", "Mi", "Gi", "Ti", "Pi"] {
-        if scaled < 1024.0 {
-            break;
-        }
-        scaled /= 1024.0;
-        unit = next;
-    }
+    let (scaled, unit) = binary(number as f64);
     if unit.is_empty() || scaled >= 10.0 {
         format!("{scaled:.0}{unit}")
     } else {

@@ -10,6 +10,7 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Row, Table, TableState};
 
 use super::{Change, Rates, Service};
+use crate::units::binary;
 
 /// What services are sorted by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -275,15 +276,7 @@ pub(crate) fn number(rate: f64) -> String {
 
 /// A rate of bytes with few digits.
 pub(crate) fn bytes(rate: f64) -> String {
-    let mut unit = "";
-    let mut scaled = rate;
-    for next in ["Ki", "Mi", "Gi", "Ti"] {
-        if scaled < 1024.0 {
-            break;
-        }
-        scaled /= 1024.0;
-        unit = next;
-    }
+    let (scaled, unit) = binary(rate);
     if unit.is_empty() || scaled >= 99.95 {
         format!("{scaled:.0}{unit}")
     } else {
