@@ -298,23 +298,40 @@ impl StateDir {
     }
 }
 
+/// A write lock on all of a file. It belongs to the open file and not to the process, and who only asks about it takes nothing:
+/// a reader never keeps an agent from starting.
+fn whole_file() -> libc::flock {
+    libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    }
+}
+
 /// Takes an exclusive lock unless somebody else has it.
 fn try_lock(file: &File) -> io::Result<bool> {
-    // SAFETY: the descriptor is open.
-    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+    let wanted = whole_file();
+    // SAFETY: the descriptor is open, the struct is live.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const wanted) } == 0 {
         return Ok(true);
     }
     let error = io::Error::last_os_error();
-    if error.raw_os_error() == Some(libc::EWOULDBLOCK) { Ok(false) } else { Err(error) }
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => Ok(false),
+        _ => Err(error),
+    }
 }
 
 /// Whether an agent holds the lock of a state directory.
 #[must_use]
 pub fn is_alive(path: &Path) -> bool {
-    OpenOptions::new()
-        .write(true)
-        .open(path.join("lock"))
-        .is_ok_and(|file| matches!(try_lock(&file), Ok(false)))
+    let Ok(file) = File::open(path.join("lock")) else { return false };
+    let mut held = whole_file();
+    // SAFETY: the descriptor is open, the struct is live and writable.
+    let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut held) };
+    asked == 0 && held.l_type != libc::F_UNLCK as i16
 }
 
 /// The last status in a state directory, of an agent alive or not.
@@ -360,5 +377,24 @@ mod tests {
         assert_eq!(standard, Path::new("/run/sluice"));
         assert!(a != b && a != standard);
         assert!(a.starts_with(standard));
+    }
+
+    #[test]
+    fn who_asks_for_the_agent_never_keeps_it_from_starting() {
+        let path = std::env::temp_dir().join(format!("sluice-state-{}", std::process::id()));
+        drop(StateDir::take(&path).expect("nobody else"));
+        assert!(!is_alive(&path), "nobody holds it");
+        std::thread::scope(|scope| {
+            let asking = scope.spawn(|| (0..20_000).filter(|_| is_alive(&path)).count());
+            while !asking.is_finished() {
+                drop(StateDir::take(&path).expect("only askers are about"));
+            }
+        });
+        let held = StateDir::take(&path).expect("nobody else");
+        assert!(is_alive(&path));
+        assert!(StateDir::take(&path).is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy));
+        drop(held);
+        assert!(!is_alive(&path));
+        remove(&path).expect("removable");
     }
 }
