@@ -234,7 +234,7 @@ pub struct SyncStatus {
 pub struct StateDir {
     path: PathBuf,
     /// Held as long as the agent lives: the kernel lets it go with the process.
-    _lock: File,
+    lock: File,
 }
 
 impl StateDir {
@@ -254,7 +254,7 @@ impl StateDir {
         let lock_path = path.join("lock");
         let lock =
             OpenOptions::new().create(true).truncate(false).write(true).open(lock_path).map_err(context)?;
-        if !try_lock(&lock).map_err(context)? {
+        if !try_lock(&lock, LIVES).map_err(context)? {
             let pid = read(path).map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
             return Err(io::Error::new(
                 io::ErrorKind::ResourceBusy,
@@ -264,7 +264,7 @@ impl StateDir {
                 ),
             ));
         }
-        Ok(Self { path: path.to_owned(), _lock: lock })
+        Ok(Self { path: path.to_owned(), lock })
     }
 
     /// Writes the status for readers to find: all of it or nothing. One that cannot be written is none: what an agent said
@@ -274,6 +274,13 @@ impl StateDir {
     ///
     /// When the file cannot be written.
     pub fn write(&self, status: &Status) -> io::Result<()> {
+        let written = self.replace(status);
+        // Whatever was there is not any more.
+        let _ = try_lock(&self.lock, SPEAKS)?;
+        written
+    }
+
+    fn replace(&self, status: &Status) -> io::Result<()> {
         let (new, path) = (self.path.join("status.json.new"), self.path.join("status.json"));
         let write = || {
             // Somebody may have cleaned up /run below a running agent.
@@ -298,21 +305,26 @@ impl StateDir {
     }
 }
 
-/// A write lock on all of a file. It belongs to the open file and not to the process, and who only asks about it takes nothing:
-/// a reader never keeps an agent from starting.
-fn whole_file() -> libc::flock {
+/// The byte of the lock file that an agent holds as long as it lives.
+const LIVES: i64 = 0;
+/// The byte that it holds when no status but its own is in the directory.
+const SPEAKS: i64 = 1;
+
+/// A write lock on a byte. It belongs to the open file and not to the process, and who only asks about it takes nothing: a
+/// reader never keeps an agent from starting.
+fn byte(at: i64) -> libc::flock {
     libc::flock {
         l_type: libc::F_WRLCK as i16,
         l_whence: libc::SEEK_SET as i16,
-        l_start: 0,
-        l_len: 0,
+        l_start: at,
+        l_len: 1,
         l_pid: 0,
     }
 }
 
 /// Takes an exclusive lock unless somebody else has it.
-fn try_lock(file: &File) -> io::Result<bool> {
-    let wanted = whole_file();
+fn try_lock(file: &File, at: i64) -> io::Result<bool> {
+    let wanted = byte(at);
     // SAFETY: the descriptor is open, the struct is live.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const wanted) } == 0 {
         return Ok(true);
@@ -324,14 +336,25 @@ fn try_lock(file: &File) -> io::Result<bool> {
     }
 }
 
-/// Whether an agent holds the lock of a state directory.
-#[must_use]
-pub fn is_alive(path: &Path) -> bool {
+fn is_locked(path: &Path, at: i64) -> bool {
     let Ok(file) = File::open(path.join("lock")) else { return false };
-    let mut held = whole_file();
+    let mut held = byte(at);
     // SAFETY: the descriptor is open, the struct is live and writable.
     let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut held) };
     asked == 0 && held.l_type != libc::F_UNLCK as i16
+}
+
+/// Whether an agent holds a state directory.
+#[must_use]
+pub fn is_alive(path: &Path) -> bool {
+    is_locked(path, LIVES)
+}
+
+/// The status of the agent that lives; [`None`] when there is none, or it has just started and the last one's is still there.
+#[must_use]
+pub fn of_living(path: &Path) -> Option<Status> {
+    // Asked first: what is read then is this agent's, or a later one's.
+    is_locked(path, SPEAKS).then(|| read(path)).flatten()
 }
 
 /// The last status in a state directory, of an agent alive or not.
@@ -391,10 +414,16 @@ mod tests {
             }
         });
         let held = StateDir::take(&path).expect("nobody else");
-        assert!(is_alive(&path));
+        assert!(is_alive(&path) && of_living(&path).is_none(), "it has said nothing so far");
+        held.write(&Status { ready: true, ..Status::default() }).expect("written");
+        assert!(of_living(&path).is_some_and(|status| status.ready));
         assert!(StateDir::take(&path).is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy));
         drop(held);
-        assert!(!is_alive(&path));
+        assert!(!is_alive(&path) && of_living(&path).is_none());
+        let next = StateDir::take(&path).expect("nobody else");
+        assert!(read(&path).is_some_and(|status| status.ready), "the last one's word");
+        assert!(is_alive(&path) && of_living(&path).is_none(), "it is not the next one's");
+        drop(next);
         remove(&path).expect("removable");
     }
 }

@@ -58,23 +58,21 @@ struct ReasonView {
 ///
 /// When nothing is pinned, or the maps cannot be read.
 pub(super) fn run(pin_path: &Path, state_dir: &Path, format: Format) -> anyhow::Result<(String, bool)> {
-    // Asked first: an agent that starts replaces the last one's word at once, which is not to be taken for its own.
-    let alive = status::is_alive(state_dir);
-    let last = status::read(state_dir);
+    let (alive, running) = (status::is_alive(state_dir), status::of_living(state_dir));
+    let last = running.clone().or_else(|| status::read(state_dir));
     if last.as_ref().is_some_and(|status| status.takeover.phase == RELEASED) {
         bail!("this node is released: nothing of Sluice is attached until `sluice takeover`");
     }
     let view = View::read(pin_path)?;
     let now = unix_seconds(SystemTime::now());
-    let running = last.as_ref().filter(|_| alive);
     let overview = Overview {
-        ready: running.is_some_and(|status| status.ready),
+        ready: running.as_ref().is_some_and(|status| status.ready),
         pin_path: pin_path.to_owned(),
         agent: AgentView {
             alive,
-            pid: running.map(|status| status.pid),
-            version: running.map(|status| status.version.clone()),
-            uptime_seconds: running.map(|status| now.saturating_sub(status.started)),
+            pid: running.as_ref().map(|status| status.pid),
+            version: running.as_ref().map(|status| status.version.clone()),
+            uptime_seconds: running.as_ref().map(|status| now.saturating_sub(status.started)),
         },
         counts: Counts {
             frontends: view.image.v4.services.len() + view.image.v6.services.len(),

@@ -97,7 +97,7 @@ fn ask(state_dir: &Path) -> anyhow::Result<TakeoverStatus> {
         "no agent runs here ({}): start `sluice agent --takeover`, or give its --pin-path or --state-dir",
         state_dir.display()
     );
-    status::read(state_dir)
+    status::of_living(state_dir)
         .map(|status| status.takeover)
         .with_context(|| format!("the agent has not told anything yet in {}", state_dir.display()))
 }
