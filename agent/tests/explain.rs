@@ -11,6 +11,9 @@ use std::process::{Command, Output};
 use std::time::Instant;
 
 use serde_json::Value;
+use sluice::explain::{Client, Manifests, Options, Question, Verdict, Way, explain};
+use sluice::model::object::Protocol;
+use sluice_common::abi::{Ipv4Address, Tuple, phase};
 
 /// Runs the binary in a folder.
 fn sluice(folder: &Path, words: &[&str]) -> Output {
@@ -551,4 +554,51 @@ endpoints: [{{addresses: [10.244.1.{number}]}}, {{addresses: [10.244.2.{number}]
     let (code, answer) = ask(folder.path(), "tcp 10.244.1.99:4000 10.96.1.7:80 --from pod --manifests .");
     println!("a thousand objects: {:?}", began.elapsed());
     assert_eq!((code, &answer["service"]), (0, &Value::from("default/s256")));
+}
+
+/// What a person sees while a node is moved in or out: whose the packets are, and why.
+#[test]
+fn what_is_left_to_netfilter_is_told_with_its_reason() {
+    let folder = tempfile::tempdir().expect("a folder");
+    fs::write(folder.path().join("a.yaml"), manifests("RL", "Cluster", "Cluster")).expect("written");
+    let options =
+        Options { path: folder.path().to_owned(), node: Some("node-a".into()), ..Options::default() };
+    let manifests = Manifests::read(options).expect("read");
+    let question = Question {
+        protocol: Protocol::Tcp,
+        source: "10.244.1.9:40000".parse().expect("an end"),
+        destination: "10.96.0.10:80".parse().expect("an end"),
+        from: Client::Pod,
+        way: Some(Way::Edge),
+        device: None,
+    };
+    let (mut world, routing) = manifests.world(&question);
+    let mut told = |phase: u32, known: bool| {
+        world.settings.phase = phase;
+        world.v4.imported.clear();
+        if known {
+            let tuple = Tuple {
+                source: Ipv4Address { octets: [10, 244, 1, 9] },
+                destination: Ipv4Address { octets: [10, 96, 0, 10] },
+                source_port: 40_000,
+                destination_port: 80,
+                protocol: 6,
+                reserved: [0; 3],
+            };
+            let _ = world.v4.imported.insert(tuple, 0);
+        }
+        let answer = explain(&question, &world, &routing).expect("it is met");
+        let why = answer.steps.iter().find(|step| step.step == "takeover").map(|step| step.text.clone());
+        (answer.verdict, answer.reason, why.unwrap_or_default())
+    };
+    let (verdict, reason, why) = told(phase::SERVE | phase::IMPORTED, true);
+    assert_eq!((verdict, reason), (Verdict::Pass, "netfilter_flow"));
+    assert!(why.contains("before Sluice took over"), "{why}");
+    let (verdict, _, why) = told(phase::SERVE | phase::IMPORTED, false);
+    assert_eq!((verdict, why.as_str()), (Verdict::Forward, ""));
+    let (verdict, reason, why) = told(phase::PASSIVE, false);
+    assert_eq!((verdict, reason), (Verdict::Pass, "not_taken"));
+    assert!(why.contains("release"), "{why}");
+    let (verdict, _, why) = told(phase::IMPORT, false);
+    assert_eq!(verdict, Verdict::Forward, "an opening packet is ours: {why}");
 }

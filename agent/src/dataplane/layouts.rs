@@ -180,8 +180,8 @@ impl Rounds {
 fn move_map<K, V>(before: &Path, now: &Path, map: &str, up: bool) -> Result<usize, Error>
 where
     K: aya::Pod,
-    V: aya::Pod + Moved,
-    V::Before: aya::Pod,
+    V: aya::Pod + Moved + PartialEq,
+    V::Before: aya::Pod + PartialEq,
 {
     let before: Table<K, V::Before> = maps::table(before, map)?;
     let now: Table<K, V> = maps::table(now, map)?;
@@ -190,7 +190,7 @@ where
 }
 
 /// Moves entries while programs read both tables, write `to`, and remove from both.
-fn move_all<K: aya::Pod, A: aya::Pod, B: aya::Pod>(
+fn move_all<K: aya::Pod, A: aya::Pod, B: aya::Pod + PartialEq>(
     from: &Table<K, A>,
     to: &Table<K, B>,
     convert: impl Fn(&A) -> B,
@@ -201,10 +201,11 @@ fn move_all<K: aya::Pod, A: aya::Pod, B: aya::Pod>(
     }
     for (key, _) in from.entries()? {
         let Some(value) = from.get(&key)? else { continue };
+        let value = convert(&value);
         // What a program has written there meanwhile is newer.
-        let is_new = to.insert_new(&key, &convert(&value))?;
-        if !from.take(&key)? && is_new {
-            // A program has removed the entry, from both.
+        let is_new = to.insert_new(&key, &value)?;
+        if !from.take(&key)? && is_new && to.get(&key)?.is_some_and(|now| now == value) {
+            // A program has removed the entry, from both, and written no other since.
             to.remove(&key)?;
         }
         moved += 1;

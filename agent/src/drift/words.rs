@@ -396,10 +396,22 @@ fn settings_words(settings: &Settings) -> String {
         abi::detect_local::NONE => "none",
         abi::detect_local::DEVICE => "by device",
         abi::detect_local::ADDRESS => "by address",
+        abi::detect_local::SOME_DEVICES => "by device, not every one",
         _ => "?",
     };
+    let phase = match settings.phase & abi::phase::MASK {
+        abi::phase::SERVE => "serving",
+        abi::phase::IMPORT => "importing",
+        abi::phase::PASSIVE => "passive",
+        _ => "?",
+    };
+    let with = match settings.phase & (abi::phase::IMPORTED | abi::phase::IMPORTED_UDP) {
+        0 => "",
+        abi::phase::IMPORTED => " beside netfilter's connections",
+        _ => " beside netfilter's connections and datagrams",
+    };
     format!(
-        "socket path {socket_path}, masquerade {masquerade}, local pods {local}, networks {:#x}",
+        "{phase}{with}, socket path {socket_path}, masquerade {masquerade}, local pods {local}, networks {:#x}",
         settings.networks
     )
 }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use sluice_common::abi::{
-    Affinity, Class, Range, TICK_SHIFT, backend, detect_local, device, flow, frontend, masquerade,
+    Affinity, Class, Range, TICK_SHIFT, backend, detect_local, device, flow, frontend, masquerade, phase,
 };
 use sluice_common::path::{Decision, Hook, Verdict as PathVerdict, policy};
 use sluice_common::{Reason, V4, V6};
@@ -173,6 +173,26 @@ impl<'w> Story<'w> {
             let ip = self.question.destination.ip();
             self.add("frontend", format!("{ip} is in the cluster's Service networks, and no Service has it"));
         }
+    }
+
+    /// Why the packet is netfilter's, if it is.
+    pub(super) fn leaves<F: Side>(&mut self, decision: &Decision<F>) {
+        let text = match (decision.reason, self.world.settings.phase & phase::MASK) {
+            (Reason::NetfilterFlow, _) => {
+                "netfilter's connection tracking has translated this connection before Sluice took over, and \
+                 goes on with it"
+            }
+            (Reason::NotTaken, phase::IMPORT) => {
+                "a takeover is under way: until netfilter's connections are listed once more, datagrams and \
+                 what is mid-stream are left to it"
+            }
+            (Reason::NotTaken, _) => {
+                "a takeover has not got so far, or a release is under way: what is no flow of Sluice's is left \
+                 to netfilter"
+            }
+            _ => return,
+        };
+        self.add("takeover", text);
     }
 
     /// What a socket's choice asked, and was told.

@@ -236,6 +236,7 @@ impl<'w, F: Side> Walk<'w, F> {
         let target = self.target(*hook, *ifindex, decision);
         story.meets(meeting, self.routing);
         story.asks(asked, target.as_ref(), decision);
+        story.leaves(decision);
         let verdict = verdict(decision.verdict);
         let reply = decision.flow.flags & flow::REPLY != 0 && verdict == Verdict::Forward;
         let forward = verdict == Verdict::Forward && decision.reason != Reason::DirectRemapped;
