@@ -182,8 +182,11 @@ impl Listed {
 enum Which {
     /// All that are translated: whoever has translated them, they are not ours.
     All,
-    /// Those that are known, and those to our frontends: opened by packets that the maps have left to netfilter.
+    /// Those that are known, and those to our frontends: opened by packets that the maps have left to netfilter. Idle flows of
+    /// datagrams are forgotten.
     KnownAndOurs,
+    /// Those that are known: while all that is new is netfilter's.
+    Known,
 }
 
 struct Walker {
@@ -499,7 +502,7 @@ impl Walker {
                 bail!("the agent ends while it waits for the last flow");
             }
             self.open()?;
-            let listed = if bits == 0 { Listed::default() } else { self.list(Which::KnownAndOurs)? };
+            let listed = if bits == 0 { Listed::default() } else { self.list(Which::Known)? };
             let Some(maps) = &self.maps else { bail!("the maps are not open") };
             let flows = live::<V4>(maps)? + live::<V6>(maps)?;
             let left = deadline_in(deadline).as_secs();
@@ -587,14 +590,21 @@ fn list<F: KernelStack>(
         counts = Listed::default();
         let whole = translated(family, |found| {
             let Some([original, reply]) = tuples::<F>(&found) else { return };
-            let is_taken_up =
-                which == Which::All || before.contains_key(&original) || is_ours::<F>(&frontends, &original);
+            let is_taken_up = match which {
+                Which::All => true,
+                Which::KnownAndOurs => before.contains_key(&original) || is_ours::<F>(&frontends, &original),
+                Which::Known => before.contains_key(&original),
+            };
             if !is_taken_up {
                 return;
             }
             if found.protocol == protocol::UDP {
                 if u64::from(found.left) <= margin.as_secs() {
-                    idle.push(found);
+                    // A datagram that is on its way as netfilter's needs the entry for its answer: what the maps have is taken
+                    // out of them first, and forgotten next time.
+                    if !before.contains_key(&original) {
+                        idle.push(found);
+                    }
                     return;
                 }
                 counts.datagram_flows += 1;
@@ -663,8 +673,12 @@ fn live<F: KernelStack>(maps: &Maps) -> anyhow::Result<u64> {
 
 /// The connections of this host's own sockets that are translated behind conntrack, as it sees them.
 fn of_host<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translated>> {
-    let flows = F::flows(maps)?;
-    let its = flows.iter().filter(|entry| entry.flow.flags & (flow::REPLY | flow::HOST) == flow::HOST);
+    let (flows, now) = (F::flows(maps)?, now());
+    // One that has ended would be kept for a connection that a process may open from the same port.
+    let its = flows.iter().filter(|entry| {
+        entry.flow.flags & (flow::REPLY | flow::HOST) == flow::HOST
+            && is_live(entry.tuple.protocol, &entry.flow, entry.embryonic, now.wrapping_sub(entry.flow.seen))
+    });
     Ok(its
         .map(|entry| {
             let client = (F::ip(entry.tuple.source), entry.tuple.source_port);

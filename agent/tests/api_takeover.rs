@@ -45,8 +45,6 @@ const DNS_TARGET: u16 = 5353;
 /// How long an answer may take on a busy machine.
 const ANSWER: Duration = Duration::from_secs(15);
 const STEP: Duration = Duration::from_secs(30);
-/// New connections and questions, of some thousand, that may hang until they are tried again.
-const HUNG_MAX: u64 = 3;
 
 /// How kube-proxy works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -419,8 +417,6 @@ struct Traffic {
     opened: AtomicU64,
     answered: AtomicU64,
     wrong: Mutex<Vec<String>>,
-    /// New connections and questions that were tried again.
-    hung: AtomicU64,
 }
 
 impl Traffic {
@@ -434,14 +430,6 @@ impl Traffic {
             return false;
         }
         true
-    }
-
-    /// Whether something new that went unanswered may be tried again, from another port: few times, see docs/takeover.md.
-    fn again(&self, what: &str, error: &anyhow::Error) -> Result<()> {
-        let before = self.hung.fetch_add(1, Ordering::Relaxed);
-        println!("{what}: {error:#}; tried again");
-        ensure!(before < HUNG_MAX, "{what}: {error:#}, after {before} others");
-        Ok(())
     }
 
     /// Asks on every connection, and reads every answer.
@@ -470,15 +458,11 @@ impl Traffic {
     /// Opens a new connection, asks, and closes it, again and again.
     fn open(&self, from: &Namespace, to: SocketAddr) {
         while self.goes_on() {
-            let open = || {
-                connect(from, None, to).and_then(|mut one| {
-                    one.send("once")?;
-                    one.receive("once")
-                })
-            };
-            let what = format!("a new connection of {}", from.name());
-            let result = open().or_else(|error| self.again(&what, &error).and_then(|()| open()));
-            if self.note(&what, result) {
+            let result = connect(from, None, to).and_then(|mut one| {
+                one.send("once")?;
+                one.receive("once")
+            });
+            if self.note(&format!("a new connection of {}", from.name()), result) {
                 let _ = self.opened.fetch_add(1, Ordering::Relaxed);
             }
             sleep(Duration::from_millis(10));
@@ -509,10 +493,8 @@ impl Traffic {
             }
             let question = format!("question-{number}");
             let first = self.note(&format!("UDP of {}", from.name()), ask(&kept, &question));
-            let fresh = || socket().and_then(|fresh| ask(&fresh, &question));
-            let what = format!("new UDP of {}", from.name());
-            let fresh = fresh().or_else(|error| self.again(&what, &error).and_then(|()| fresh()));
-            if first && self.note(&what, fresh) {
+            let fresh = socket().and_then(|fresh| ask(&fresh, &question));
+            if first && self.note(&format!("new UDP of {}", from.name()), fresh) {
                 let _ = self.answered.fetch_add(1, Ordering::Relaxed);
             }
             sleep(Duration::from_millis(10));

@@ -5,14 +5,17 @@
 mod lab_support;
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::io::{BufRead as _, BufReader};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, DNS, ENOUGH, Plan, SOON, WEB, all_answer, cluster_ip, counted, external_ip, listed, on_host,
-    reaches, replies, service, skip, status, take_fresh_ports, until, until_backends, word,
+    Cluster, DNS, ECHO, ECHO_TARGET, ENOUGH, Plan, SOON, WEB, all_answer, cluster_ip, counted, external_ip,
+    listed, on_host, reaches, replies, service, skip, status, take_fresh_ports, until, until_backends, word,
 };
-use sluice_lab::{Backend, Cni, DROP_INVALID, Event, Namespace, NodeOptions, Reply, Running};
+use sluice_lab::{Backend, Cni, DROP_INVALID, Event, Namespace, NodeOptions, Pod, Reply, Running};
+use tokio::net::TcpSocket;
+use tokio::time::timeout;
 
 #[test]
 fn connected_udp_of_pod_and_host_reaches_backends_of_every_kind() -> Result<()> {
@@ -168,6 +171,50 @@ fn a_service_of_the_host_network_of_another_node_is_reached() -> Result<()> {
     cluster.start_agents(&["--socket-path", "off"])?;
     for client in [&*cluster.client, &*node] {
         reaches(client, cluster_ip(20), &["n2"], None)?;
+    }
+    Ok(())
+}
+
+/// A connection of this host by which it was greeted, from a port that others may use as well: which port it is.
+fn greeted(node: &Namespace, from: u16, to: SocketAddr) -> Result<(TcpStream, u16)> {
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let stream = node.enter(|| {
+        runtime.block_on(async {
+            let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+            socket.set_reuseaddr(true)?;
+            socket.bind(SocketAddr::new(any, from))?;
+            timeout(SOON, socket.connect(to)).await??.into_std()
+        })
+    })?;
+    let stream = stream.with_context(|| format!("from port {from} to {to}"))?;
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(SOON))?;
+    let mut greeting = String::new();
+    let _ = BufReader::new(&stream).read_line(&mut greeting).with_context(|| format!("{to}"))?;
+    ensure!(!greeting.is_empty(), "{to} says nothing");
+    let port = stream.local_addr()?.port();
+    Ok((stream, port))
+}
+
+#[test]
+fn two_connections_of_the_host_from_one_port_reach_one_backend() -> Result<()> {
+    if skip("two_connections_of_the_host_from_one_port") {
+        return Ok(());
+    }
+    let cluster = Cluster::new("one-port", &Plan { near: 1, ..Plan::default() })?;
+    let node = cluster.node();
+    let pod: &Pod = cluster.backends.first().context("a backend")?;
+    let addresses: [IpAddr; 2] = [pod.ipv4().into(), pod.ipv6().into()];
+    for (vip, address) in cluster_ip(WEB).into_iter().zip(addresses) {
+        let (service, direct) = (SocketAddr::new(vip, ECHO), SocketAddr::new(address, ECHO_TARGET));
+        // No hook sees these calls: what goes by the Service is translated packet by packet.
+        let (first, port) = greeted(node, 0, service)?;
+        let (second, _) = greeted(node, port, direct).context("direct, beside the translated one")?;
+        drop(first);
+        let (third, port) = greeted(node, 0, direct)?;
+        let (fourth, _) = greeted(node, port, service).context("translated, beside the direct one")?;
+        drop([second, third, fourth]);
     }
     Ok(())
 }

@@ -721,12 +721,19 @@ fn keeps_source<F: Family, T: Tables<F>>(
     true
 }
 
-/// Finds a source port with which the new flow's reply tuple is free: the packet's own first, but for a masqueraded client, whose
-/// port follows from its tuple.
+/// Whether the client's address becomes one that this host's own sockets have: their direct connections to the same backend know
+/// nothing of the flow, so it takes a port that the host picks for none.
+#[inline(always)]
+pub fn is_beside_sockets(flags: u8) -> bool {
+    flags & (flow::MASQUERADED | flow::HOST) != 0 && flags & flow::HAIRPIN == 0
+}
+
+/// Finds a source port with which the new flow's reply tuple is free: the packet's own first, but for a client that gets or has this
+/// host's address, whose port follows from its tuple.
 #[inline(always)]
 fn claim<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     let hash = maglev::hash::<F>(&decision.key);
-    let keeps = decision.flow.flags & (flow::MASQUERADED | flow::HOST) != flow::MASQUERADED;
+    let keeps = !is_beside_sockets(decision.flow.flags);
     let first = tables.passed_over().wrapping_add(u32::from(!keeps));
     for attempt in first..first.wrapping_add(REMAP_TRIES) {
         decision.flow.source_port = if attempt == 0 {

@@ -388,11 +388,11 @@ impl<F: Ip> Memory<F> {
         }
     }
 
-    /// Whether a socket of this host holds the tuple that a masqueraded client is to have.
+    /// Whether a socket of this host holds the tuple that a client with this host's address is to have.
     fn is_held(&self, decision: &Decision<F>) -> bool {
         let flow = &decision.flow;
         matches!(decision.record, Record::Open | Record::Establish)
-            && flow.flags & flow::MASQUERADED != 0
+            && path::is_beside_sockets(flow.flags)
             && self.world.held.contains(&tuple_told::<F>(&partner_key::<F>(flow, decision.key.protocol)))
     }
 

@@ -255,14 +255,14 @@ fn open<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> u32 {
     number
 }
 
-/// Whether a socket of this host speaks to the backend from the tuple that a masqueraded client is to have.
+/// Whether a socket of this host speaks to the backend from the tuple that a client with this host's address is to have.
 #[inline(never)]
 fn is_held<F: Tc>(skb: *mut __sk_buff) -> bool {
     let Some(scratch) = F::scratch() else { return false };
     // SAFETY: this CPU's own; nothing else takes a reference here.
     let decision = unsafe { &(*scratch).decision };
     let is_new = matches!(decision.record, Record::Open | Record::Establish);
-    if !is_new || decision.flow.flags & flow::MASQUERADED == 0 {
+    if !is_new || !path::is_beside_sockets(decision.flow.flags) {
         return false;
     }
     let flow = &decision.flow;

@@ -8,6 +8,7 @@ use sluice_common::path::mark;
 use sluice_common::{Reason, V4, V6};
 
 use super::Table;
+use super::clash::of_host;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{ACK, Frame, TCP};
 use crate::packets::ip::Ip;
@@ -281,11 +282,11 @@ fn recorded(table: &mut Table, cast: &Cast) {
 
     let host = cast.client(SocketAddr::new(cast.node, 40_001));
     let [own, _] = own_and_other(&host);
-    let own = Connection { flags: flow::HOST | flow::LOCAL, ..own };
+    let own = of_host(&host, own);
     let first = host.first(host.client, host.frontend);
     table.add(
         Case::new(format!("{title}: affinity of this host"), &world(&host), Program::Egress, UPLINK, &first)
-            .becomes(&first.clone().to(own.backend))
+            .becomes(&first.clone().from(own.seen_as).to(own.backend))
             .ends(End::Redirect)
             .opens(own.id)
             .embryonic([own.both()])

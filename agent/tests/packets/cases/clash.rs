@@ -49,6 +49,18 @@ pub(super) fn tried(cast: &Cast, destination: SocketAddr, attempt: u32) -> Socke
     SocketAddr::new(cast.client.ip(), port)
 }
 
+/// The flow of a packet of this host's own, as another client's would be.
+pub(super) fn of_host(cast: &Cast, connection: Connection) -> Connection {
+    of_host_at(cast, connection, 1)
+}
+
+/// The same, with the port of a try: never the socket's own, which other sockets of this host may have as well.
+pub(super) fn of_host_at(cast: &Cast, connection: Connection, attempt: u32) -> Connection {
+    let host = cast.client(SocketAddr::new(cast.node, 40_001));
+    let seen_as = tried(&host, connection.frontend, attempt);
+    Connection { client: host.client, seen_as, flags: flow::HOST | flow::LOCAL, ..connection }
+}
+
 fn two_frontends(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let one = cast.connection();

@@ -3,10 +3,11 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::Reason;
-use sluice_common::abi::{Range, detect_local, device_flags, flow, frontend, masquerade};
+use sluice_common::abi::{Range, detect_local, device_flags, frontend, masquerade};
 use sluice_common::path::mark;
 
 use super::Table;
+use super::clash::of_host;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{RST, TCP};
 use crate::packets::world::{
@@ -104,10 +105,8 @@ fn sets(table: &mut Table, cast: &Cast) {
             continue;
         }
         let class = usize::from(kind != frontend::CLUSTER_IP);
-        let client = SocketAddr::new(cast.node, 40_001);
-        let connection =
-            Connection { client, seen_as: client, flags: flow::HOST | flow::LOCAL, ..backends[class] };
-        let first = cast.first(client, cast.frontend);
+        let connection = of_host(&cast, backends[class]);
+        let first = cast.first(connection.client, cast.frontend);
         table.add(
             Case::new(
                 format!("{title}: three sets, {what} has class {class} for this host"),
@@ -116,7 +115,7 @@ fn sets(table: &mut Table, cast: &Cast) {
                 UPLINK,
                 &first,
             )
-            .becomes(&first.clone().to(connection.backend))
+            .becomes(&first.clone().from(connection.seen_as).to(connection.backend))
             .ends(End::Redirect)
             .opens(connection.id)
             .embryonic([connection.both()])

@@ -7,10 +7,12 @@ use sluice_common::abi::{backend, flow, state};
 use sluice_common::path::mark;
 
 use super::Table;
+use super::clash::{of_host, of_host_at};
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{ACK, Frame, SYN, TCP};
 use crate::packets::world::{
     Cast, Connection, NARROW_MTU, NET_NARROW, NET_UNROUTED, ONE, OWN, TUNNEL, UPLINK, World, address, mac,
+    tuple,
 };
 
 /// Adds the cases.
@@ -23,8 +25,7 @@ pub(super) fn add(table: &mut Table) {
 }
 
 fn connection(cast: &Cast) -> Connection {
-    let client = SocketAddr::new(cast.node, 40_001);
-    Connection { client, seen_as: client, flags: flow::HOST | flow::LOCAL, ..cast.connection() }
+    of_host(cast, cast.connection())
 }
 
 /// The backend moved to another address.
@@ -50,12 +51,31 @@ fn question(table: &mut Table, cast: &Cast) {
                 ifindex,
                 &frame,
             )
-            .routed(&frame.clone().to(cast.backend))
+            .routed(&frame.clone().from(connection.seen_as).to(cast.backend))
             .opens(ONE)
             .embryonic([connection.both()])
             .marks(mark::HOST),
         );
     }
+    // A direct connection of another socket to the same backend.
+    let mut world = cast.world();
+    let _ = world.held.insert(tuple(cast.backend, connection.seen_as, cast.protocol));
+    let second = of_host_at(cast, cast.connection(), 2);
+    table.add(
+        Case::new(
+            format!(
+                "{title}: a socket of this host speaks to the backend from the port of the host's own packet"
+            ),
+            &world,
+            Program::Egress,
+            UPLINK,
+            &first,
+        )
+        .routed(&first.clone().from(second.seen_as).to(cast.backend))
+        .opens(ONE)
+        .embryonic([second.both()])
+        .marks(mark::HOST),
+    );
     let (world, at) = moved(cast, NET_UNROUTED);
     let unrouted = Connection { backend: at, ..connection };
     table.add(
@@ -88,7 +108,7 @@ fn question(table: &mut Table, cast: &Cast) {
             UPLINK,
             &frame,
         )
-        .becomes(&frame.clone().to(at))
+        .becomes(&frame.clone().from(narrow.seen_as).to(at))
         .ends(End::Redirect)
         .opens(ONE)
         .embryonic([narrow.both()])
@@ -133,15 +153,15 @@ fn answer(table: &mut Table, cast: &Cast) {
     let connection = connection(cast);
     let world = cast.world().embryonic(connection.both()).marks(mark::HOST);
     let frame = match cast.protocol {
-        TCP => Frame::tcp(cast.backend, connection.client, SYN | ACK, &[]),
-        _ => Frame::udp(cast.backend, connection.client, b"answer"),
+        TCP => Frame::tcp(cast.backend, connection.seen_as, SYN | ACK, &[]),
+        _ => Frame::udp(cast.backend, connection.seen_as, b"answer"),
     };
     let proven = |case: Case| match cast.protocol {
         TCP => case.reply(ONE),
         _ => case.reply(ONE).flows([connection.state(state::ESTABLISHED).both()]).embryonic([]),
     };
     let received = frame.clone().at(mac(UPLINK));
-    let translated = received.clone().from(cast.frontend);
+    let translated = received.clone().from(cast.frontend).to(connection.client);
     table.add(proven(
         Case::new(
             format!("{title}: a reply to this host is handed in where its route leaves"),
@@ -175,7 +195,7 @@ fn answer(table: &mut Table, cast: &Cast) {
             OWN,
             &received,
         )
-        .becomes(&received.clone().from(cast.frontend)),
+        .becomes(&received.clone().from(cast.frontend).to(connection.client)),
     ));
     let received = frame.at(mac(UPLINK));
     let never = cast.world().embryonic(connection.both());

@@ -9,7 +9,7 @@ use sluice_common::abi::{
 use sluice_common::path::mark;
 
 use super::Table;
-use super::clash::tried;
+use super::clash::{of_host, tried};
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{Frame, SYN, TCP};
 use crate::packets::world::{
@@ -407,10 +407,9 @@ fn limits(table: &mut Table, cast: &Cast) {
 fn host(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let own = cast.client(SocketAddr::new(cast.node, 40_001));
-    let kept = |place: Place, cast: &Cast| place.kept(cast).flags(place.flow | flow::HOST);
+    let kept = |place: Place, cast: &Cast| of_host(cast, place.kept(cast)).flags(place.flow | flow::HOST);
     let masqueraded = |place: Place, cast: &Cast| {
-        let seen_as = SocketAddr::new(cast.node_on(place.device), cast.client.port());
-        kept(place, cast).seen_as(seen_as).flags(place.flow | flow::HOST | flow::MASQUERADED)
+        place.masqueraded(cast).flags(place.flow | flow::HOST | flow::MASQUERADED)
     };
     let case = |name: String, cast: &Cast, world: &World, connection: &Connection| {
         let first = cast.first(cast.client, cast.frontend);
@@ -450,7 +449,7 @@ fn host(table: &mut Table, cast: &Cast) {
     let taken = masqueraded(OVERLAY, &overlay);
     // Somebody else's flow that is shown as the same tuple.
     let blocker = Connection { client: cast.client, ..taken };
-    let moved = OVERLAY.masqueraded(&overlay).flags(flow::HOST | flow::MASQUERADED);
+    let moved = OVERLAY.masqueraded_at(&overlay, 2).flags(flow::HOST | flow::MASQUERADED);
     let name = format!("{title}: this host, its port is taken at the other device's address");
     table.add(case(name, &overlay, &world.embryonic(blocker.both()), &moved));
 }

@@ -3,14 +3,13 @@
 use std::net::{IpAddr, SocketAddr};
 
 use sluice_common::Reason;
-use sluice_common::abi::{Range, flow, frontend, policy};
+use sluice_common::abi::{Range, frontend, policy};
 use sluice_common::path::mark;
 
 use super::Table;
+use super::clash::of_host;
 use crate::packets::case::{Case, End, Program};
-use crate::packets::world::{
-    Cast, Connection, EDGE, NET_NODE, NET_REMOTE, ONE, OTHER, UPLINK, World, address, mac,
-};
+use crate::packets::world::{Cast, EDGE, NET_NODE, NET_REMOTE, ONE, OTHER, UPLINK, World, address, mac};
 
 /// Adds the cases.
 pub(super) fn add(table: &mut Table) {
@@ -137,8 +136,7 @@ fn host(table: &mut Table, cast: &Cast) {
         )
         .dropped(Reason::SourceRange, ONE),
     );
-    let connection =
-        Connection { client, seen_as: client, flags: flow::HOST | flow::LOCAL, ..cast.connection() };
+    let connection = of_host(cast, cast.connection());
     table.add(
         Case::new(
             format!("{title}: this host is in the source ranges"),
@@ -147,7 +145,7 @@ fn host(table: &mut Table, cast: &Cast) {
             UPLINK,
             &first,
         )
-        .becomes(&first.clone().to(cast.backend))
+        .becomes(&first.clone().from(connection.seen_as).to(cast.backend))
         .ends(End::Redirect)
         .opens(ONE)
         .embryonic([connection.both()])
