@@ -29,11 +29,11 @@ mod up;
 mod workloads;
 
 use std::ffi::OsString;
-use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::{fmt, fs};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -205,6 +205,15 @@ pub(crate) fn kubeconfig() -> PathBuf {
 /// A kubectl of the cluster's version.
 pub(crate) fn kubectl() -> PathBuf {
     State::open().programs().join("kubectl")
+}
+
+/// Gives all nodes a file, until the cluster goes; returns where they see it.
+pub(crate) fn give_nodes(file: &Path) -> Result<PathBuf> {
+    let name = file.file_name().with_context(|| format!("{} is no file", file.display()))?;
+    let copy = State::open().path(name);
+    let _ = fs::copy(file, &copy)
+        .with_context(|| format!("cannot copy {} to {}", file.display(), copy.display()))?;
+    Ok(Path::new("/run").join(node::STATE).join(name))
 }
 
 /// Runs a program in all namespaces of a node (n1, ...) and returns what it prints.

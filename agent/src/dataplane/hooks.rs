@@ -253,6 +253,7 @@ impl Hooks {
     fn attach_tc(&mut self, target: &Target, direction: Direction) -> Result<How, Error> {
         let header = if target.ethernet { "l2" } else { "l3" };
         let name = format!("tc_{}_{header}", direction.word());
+        self.programs.need(&name)?;
         let program = self.programs.fd(&name)?;
         let pin = device_pin(target.index, direction.word());
         let failed = |cause| Error::attach(&name, &target.name, cause);
@@ -284,7 +285,7 @@ impl Hooks {
         Ok(How::Clsact)
     }
 
-    fn attach_xdp(&self, target: &Target) -> Result<Option<How>, Error> {
+    fn attach_xdp(&mut self, target: &Target) -> Result<Option<How>, Error> {
         const PROGRAM: &str = "xdp_uplink";
         let how = match self.xdp {
             Xdp::Off => None,
@@ -301,6 +302,7 @@ impl Hooks {
         let Some((how, hook, flags)) = XDP_MODES.iter().find(|(mode, _, _)| Some(*mode) == how) else {
             return Ok(None);
         };
+        self.programs.need(PROGRAM)?;
         let program = self.programs.fd(PROGRAM)?;
         let pin = device_pin(target.index, hook);
         if self.adopt(&pin, u64::from(target.index), program)?.is_none() {

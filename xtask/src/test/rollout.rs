@@ -76,7 +76,8 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
             agent: None,
         },
     )?;
-    let result = Rollout { program, directory, share: Share::of(options) }.run();
+    let in_nodes = cluster::give_nodes(&program)?;
+    let result = Rollout { program, in_nodes, directory, share: Share::of(options) }.run();
     let _ = kubectl(&["delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait=false"]);
     if !was_up && !options.keep {
         cluster::down()?;
@@ -101,6 +102,8 @@ impl Share {
 
 struct Rollout {
     program: PathBuf,
+    /// The same, where nodes see it.
+    in_nodes: PathBuf,
     directory: PathBuf,
     share: Share,
 }
@@ -191,7 +194,7 @@ impl Rollout {
                             "env": [{"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}],
                             "volumeMounts": [{"name": "load", "mountPath": PROGRAM, "readOnly": true}],
                         }],
-                        "volumes": [{"name": "load", "hostPath": {"path": self.program, "type": "File"}}],
+                        "volumes": [{"name": "load", "hostPath": {"path": self.in_nodes, "type": "File"}}],
                     },
                 },
             },
