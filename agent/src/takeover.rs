@@ -18,6 +18,7 @@
 //! A thread does all this beside the agent's loop: listings block. It asks the loop to tell the programs each phase, and waits for that.
 
 mod affinity;
+mod flows;
 mod nft;
 pub(crate) mod rules;
 pub mod wish;
@@ -27,9 +28,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, bail};
-use sluice_common::abi::{Flow, ServiceKey, Tuple, flow, imported, phase, state};
+use sluice_common::abi::{ServiceKey, Tuple, imported, phase};
 use sluice_common::header::protocol;
-use sluice_common::path::partner_key;
 use sluice_common::{V4, V6};
 use tokio::sync::watch;
 
@@ -61,12 +61,6 @@ const LISTINGS: u32 = 10;
 const TRACKED: Duration = Duration::from_hours(120);
 /// How long kube-proxy must be away to be taken for stopped, and not for one that starts anew.
 const AWAY: Duration = Duration::from_secs(10);
-/// A UDP flow that was idle for so many ticks is not waited for. Its entry may be nine ticks older than its last packet.
-const UDP_IDLE_TICKS: u32 = 19;
-/// Nor is a connection whose client has not answered for so many ticks, or that both sides have ended.
-const UNANSWERED_TICKS: u32 = 30;
-const ENDED_TICKS: u32 = 3;
-
 /// What the thread tells the agent's loop.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Told {
@@ -468,7 +462,7 @@ impl Walker {
         self.open()?;
         let Some(maps) = &self.maps else { bail!("the maps are not open") };
         hold()?;
-        let all = [of_host::<V4>(maps)?, of_host::<V6>(maps)?].concat();
+        let all = [flows::of_host::<V4>(maps)?, flows::of_host::<V6>(maps)?].concat();
         conntrack::keep_clear(&all, TRACKED).context("cannot enter our flows into conntrack")?;
         wish::replace(&self.state_dir, Wish::Prepare, Wish::Prepared)
             .context("cannot note that the node is prepared")?;
@@ -481,8 +475,8 @@ impl Walker {
     fn keep_clear(&mut self, deadline: u64) -> anyhow::Result<()> {
         self.open()?;
         let Some(maps) = &self.maps else { bail!("the maps are not open") };
-        let _ = live::<V4>(maps)? + live::<V6>(maps)?;
-        let all = [clear::<V4>(maps)?, clear::<V6>(maps)?].concat();
+        let _ = flows::live::<V4>(maps)? + flows::live::<V6>(maps)?;
+        let all = [flows::clear::<V4>(maps)?, flows::clear::<V6>(maps)?].concat();
         conntrack::keep_clear(&all, deadline_in(deadline)).context("cannot enter our flows into conntrack")
     }
 
@@ -504,7 +498,7 @@ impl Walker {
             self.open()?;
             let listed = if bits == 0 { Listed::default() } else { self.list(Which::Known)? };
             let Some(maps) = &self.maps else { bail!("the maps are not open") };
-            let flows = live::<V4>(maps)? + live::<V6>(maps)?;
+            let flows = flows::live::<V4>(maps)? + flows::live::<V6>(maps)?;
             let left = deadline_in(deadline).as_secs();
             self.report(listed, None);
             self.tell(|status| {
@@ -653,86 +647,6 @@ fn deadline_in(deadline: u64) -> Duration {
     Duration::from_secs(deadline.saturating_sub(unix_seconds(SystemTime::now())))
 }
 
-/// How many flows of a family are under way. The others are forgotten: their entries would catch packets of netfilter's
-/// connections that happen to get the same source port.
-fn live<F: KernelStack>(maps: &Maps) -> anyhow::Result<u64> {
-    let (flows, now) = (F::flows(maps)?, now());
-    let mut count = 0;
-    let mut dead = Vec::new();
-    for entry in flows.iter().filter(|entry| entry.flow.flags & flow::REPLY == 0) {
-        let idle = now.wrapping_sub(entry.flow.seen);
-        if is_live(entry.tuple.protocol, &entry.flow, entry.embryonic, idle) {
-            count += 1;
-        } else {
-            dead.extend([entry.tuple, partner_key::<F>(&entry.flow, entry.tuple.protocol)]);
-        }
-    }
-    F::forget(maps, &dead)?;
-    Ok(count)
-}
-
-/// The connections of this host's own sockets that are translated behind conntrack, as it sees them.
-fn of_host<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translated>> {
-    let (flows, now) = (F::flows(maps)?, now());
-    // One that has ended would be kept for a connection that a process may open from the same port.
-    let its = flows.iter().filter(|entry| {
-        entry.flow.flags & (flow::REPLY | flow::HOST) == flow::HOST
-            && is_live(entry.tuple.protocol, &entry.flow, entry.embryonic, now.wrapping_sub(entry.flow.seen))
-    });
-    Ok(its
-        .map(|entry| {
-            let client = (F::ip(entry.tuple.source), entry.tuple.source_port);
-            let frontend = (F::ip(entry.tuple.destination), entry.tuple.destination_port);
-            let protocol = entry.tuple.protocol;
-            Translated {
-                protocol,
-                client,
-                frontend,
-                backend: frontend,
-                seen_as: client,
-                closing: false,
-                left: 0,
-            }
-        })
-        .collect())
-}
-
-/// The connections to backends that appear as this node's and that netfilter does not see.
-fn clear<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translated>> {
-    let flows = F::flows(maps)?;
-    let unseen = flows.iter().filter(|entry| {
-        entry.flow.flags & flow::REPLY == 0 && entry.flow.flags & (flow::HOST | flow::MASQUERADED) != 0
-    });
-    Ok(unseen
-        .map(|entry| {
-            let seen_as = (F::ip(entry.flow.source), entry.flow.source_port);
-            let backend = (F::ip(entry.flow.destination), entry.flow.destination_port);
-            let protocol = entry.tuple.protocol;
-            Translated {
-                protocol,
-                client: seen_as,
-                frontend: backend,
-                backend,
-                seen_as,
-                closing: false,
-                left: 0,
-            }
-        })
-        .collect())
-}
-
-/// Whether a flow that was idle for so many ticks may still have packets.
-fn is_live<A: Copy>(protocol_number: u8, entry: &Flow<A>, embryonic: bool, idle: u32) -> bool {
-    const BOTH: u8 = state::FIN_FORWARD | state::FIN_REPLY;
-    if protocol_number == protocol::UDP {
-        idle <= UDP_IDLE_TICKS
-    } else if entry.state & state::RESET != 0 || entry.state & BOTH == BOTH {
-        idle <= ENDED_TICKS
-    } else {
-        !embryonic || idle <= UNANSWERED_TICKS
-    }
-}
-
 /// Whether kube-proxy has rules here that would serve: for those who are to be released to it. [`None`]: it has none.
 ///
 /// # Errors
@@ -812,25 +726,6 @@ mod tests {
         (walker.known, walker.is_settled) = (true, true);
         assert!(walker.list(Which::All).is_err());
         assert!(!walker.known);
-    }
-
-    #[test]
-    fn flows_are_waited_for_while_they_may_have_packets() {
-        use protocol::{TCP, UDP};
-        let entry = |state| Flow::<Ipv4Address> { state, ..Flow::default() };
-        for (what, protocol, entry, embryonic, idle, lives) in [
-            ("an idle connection", TCP, entry(state::ESTABLISHED), false, 100_000, true),
-            ("half closed", TCP, entry(state::FIN_FORWARD), false, 5_000, true),
-            ("just closed", TCP, entry(state::FIN_FORWARD | state::FIN_REPLY), false, 3, true),
-            ("closed", TCP, entry(state::FIN_FORWARD | state::FIN_REPLY), false, 4, false),
-            ("reset", TCP, entry(state::RESET), false, 4, false),
-            ("a SYN", TCP, entry(0), true, 30, true),
-            ("a SYN long ago", TCP, entry(0), true, 31, false),
-            ("datagrams", UDP, entry(state::ESTABLISHED), false, 19, true),
-            ("datagrams before", UDP, entry(state::ESTABLISHED), false, 20, false),
-        ] {
-            assert_eq!(is_live(protocol, &entry, embryonic, idle), lives, "{what}");
-        }
     }
 
     #[test]
