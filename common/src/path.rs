@@ -825,6 +825,8 @@ pub fn is_free<F: Family, T: Tables<F>>(tables: &T, decision: &Decision<F>, sour
         return false;
     }
     let entry = match tables.flow(&reply) {
+        // A guess gives way to what the client itself says in the middle of a connection.
+        Some(entry) if entry.state == 0 && decision.record == Record::Establish => return true,
         Some(entry) => entry,
         None => match tables.embryonic(&reply) {
             Some(entry) => entry,

@@ -129,6 +129,13 @@ fn guesses(table: &mut Table, cast: &Cast) {
             .forward(ONE)
             .flows([guess.state(state::ESTABLISHED).both()]),
     );
+    // Its port is the connection's all the same: with another one the backend would not know it.
+    table.add(
+        case("the client goes on at another frontend", &cast.world().flows(other.both()), &data)
+            .becomes(&data.clone().to(cast.backend))
+            .reason(Reason::Recovered, ONE)
+            .flows([guess.state(state::ESTABLISHED).both()]),
+    );
     let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
     table.add(
         case("the client resets: the next frontend is tried", &cast.world().flows(guess.both()), &reset)
