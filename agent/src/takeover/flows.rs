@@ -4,7 +4,7 @@ use sluice_common::abi::{Flow, flow, state};
 use sluice_common::header::protocol;
 use sluice_common::path::partner_key;
 
-use crate::conntrack::Translated;
+use crate::conntrack::{End, Translated};
 use crate::dataplane::{KernelStack, Maps};
 use crate::fragments::ticks as now;
 
@@ -44,16 +44,7 @@ pub(super) fn of_host<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Transla
         .map(|entry| {
             let client = (F::ip(entry.tuple.source), entry.tuple.source_port);
             let frontend = (F::ip(entry.tuple.destination), entry.tuple.destination_port);
-            let protocol = entry.tuple.protocol;
-            Translated {
-                protocol,
-                client,
-                frontend,
-                backend: frontend,
-                seen_as: client,
-                closing: false,
-                left: 0,
-            }
+            untranslated(entry.tuple.protocol, client, frontend)
         })
         .collect())
 }
@@ -68,18 +59,22 @@ pub(super) fn clear<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translate
         .map(|entry| {
             let seen_as = (F::ip(entry.flow.source), entry.flow.source_port);
             let backend = (F::ip(entry.flow.destination), entry.flow.destination_port);
-            let protocol = entry.tuple.protocol;
-            Translated {
-                protocol,
-                client: seen_as,
-                frontend: backend,
-                backend,
-                seen_as,
-                closing: false,
-                left: 0,
-            }
+            untranslated(entry.tuple.protocol, seen_as, backend)
         })
         .collect())
+}
+
+/// A connection of which conntrack sees both ends as they are.
+fn untranslated(protocol: u8, source: End, destination: End) -> Translated {
+    Translated {
+        protocol,
+        client: source,
+        frontend: destination,
+        backend: destination,
+        seen_as: source,
+        closing: false,
+        left: 0,
+    }
 }
 
 /// Whether a flow that was idle for so many ticks may still have packets.
