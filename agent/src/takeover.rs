@@ -560,7 +560,8 @@ fn tuples<F: Stack>(found: &Translated) -> Option<[Tuple<F::Address>; 2]> {
             source_port: source.1,
             destination_port: destination.1,
             protocol: found.protocol,
-            reserved: [0; 3],
+            side: 0,
+            reserved: [0; 2],
         })
     };
     Some([tuple(found.client, found.frontend)?, tuple(found.backend, found.seen_as)?])

@@ -583,7 +583,8 @@ fn what_is_left_to_netfilter_is_told_with_its_reason() {
                 source_port: 40_000,
                 destination_port: 80,
                 protocol: 6,
-                reserved: [0; 3],
+                side: 0,
+                reserved: [0; 2],
             };
             let _ = world.v4.imported.insert(tuple, 0);
         }

@@ -144,8 +144,10 @@ abi! {
         pub destination_port: u16,
         /// IP protocol number: 6 (TCP) or 17 (UDP).
         pub protocol: u8,
+        /// One of [`side`].
+        pub side: u8,
         /// Zero.
-        pub reserved: [u8; 3],
+        pub reserved: [u8; 2],
     } sizes 16, 40
 }
 
@@ -160,9 +162,19 @@ impl<A: Copy> Tuple<A> {
             source_port: self.destination_port,
             destination_port: self.source_port,
             protocol: self.protocol,
-            reserved: [0; 3],
+            side: self.side,
+            reserved: [0; 2],
         }
     }
+}
+
+/// Values of [`Tuple::side`]: at which side of the stack a packet of the tuple is translated, where that may be both.
+pub mod side {
+    /// Any but the other one.
+    pub const NEAR: u8 = 0;
+    /// At the egress of the device that leads to the backend, where the client's source changes: the same tuple may come in
+    /// as well, from a client that speaks to the backend directly.
+    pub const FAR: u8 = 1;
 }
 
 /// Time since boot in units of 2^30 ns (1.07 s): a shift instead of a division on the hot path.
@@ -197,9 +209,15 @@ pub mod flow {
     pub const DIRECT: u8 = 8;
     /// The backend is on this node.
     pub const LOCAL: u8 = 16;
-    /// The client is shown as an address of this node: its packets and their replies bypass the stack, which would
-    /// drop them as martians.
+    /// The client is shown to the backend as an address of this node. With [`HOST`] the entry itself says as which one; else
+    /// the entries with [`SOURCE`] do.
     pub const MASQUERADED: u8 = 32;
+    /// The entry translates the client's side: its source at the egress of the device that leads to the backend, and
+    /// back at that device's ingress. In between, the stack sees client and backend.
+    pub const SOURCE: u8 = 64;
+    /// The route back to the client leaves by another device than the client came in by: the reply is sent on as the
+    /// routes from the frontend's address say.
+    pub const AWAY: u8 = 128;
 }
 
 abi! {

@@ -294,7 +294,8 @@ impl<F: Family> Default for Headers<F> {
                 source_port: 0,
                 destination_port: 0,
                 protocol: 0,
-                reserved: [0; 3],
+                side: 0,
+                reserved: [0; 2],
             },
             kind: Kind::Other,
             tcp_flags: 0,
@@ -489,7 +490,8 @@ fn icmp<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32)
         source_port: u16::from_be(destination_port),
         destination_port: u16::from_be(source_port),
         protocol: quoted.protocol,
-        reserved: [0; 3],
+        side: 0,
+        reserved: [0; 2],
     };
     headers.kind = Kind::IcmpError;
     headers.quoted_network = offset;

@@ -16,14 +16,25 @@
 //!               backend → VIP                                  (nothing to do)
 //! ```
 //!
-//! Four kinds of packets bypass the stack, which would drop them as martians: those of a client that
+//! A client that is *masqueraded*, shown to the backend as an address of this node, is translated
+//! twice, by two pairs of entries that know nothing of each other's addresses. The second pair
+//! changes the client's side, outside of what the stack sees:
+//!
+//! ```text
+//!   client ──► ingress ──► routing, netfilter, CNI ──► egress ──► backend
+//!           VIP → backend                        client → node
+//!   client ◄── egress  ◄── routing, netfilter, CNI ◄── ingress ◄── backend
+//!           backend → VIP                        node → client
+//! ```
+//!
+//! The egress learns from the reply entry of the first pair that the source is to change.
+//!
+//! Three kinds of packets bypass the stack, which would drop them as martians: those of a client that
 //! is its own backend (*hairpin*: turned back where they came from, with the VIP as the
 //! other side's address, so that its answers come here again), answers to services
-//! without backends, what this host's own sockets send to a VIP untranslated
+//! without backends, and what this host's own sockets send to a VIP untranslated
 //! (translated where its route leaves, sent on by the FIB; its replies are translated
-//! at ingress and handed in on the device that the route to the VIP names), and those of
-//! clients that are *masqueraded*, shown to the backend as an address of this node: both
-//! ways are translated at ingress and sent on by the FIB.
+//! at ingress and handed in on the device that the route to the VIP names).
 //!
 //! # In which steps
 //!
@@ -36,7 +47,7 @@ mod select;
 
 use crate::abi::{
     Class, Flow, RejectBucket, ServiceKey, Tuple, backend, device, flow, frontend, imported, listing,
-    networks, phase, state,
+    networks, phase, side, state,
 };
 use crate::family::Family;
 use crate::fragment;
@@ -204,13 +215,15 @@ impl<F: Family> Decision<F> {
 /// The tuple of packets that answer a translated one: the partner entry's key.
 #[inline(always)]
 pub fn partner_key<F: Family>(flow: &Flow<F::Address>, protocol: u8) -> Tuple<F::Address> {
+    let leaves = flow.flags & (flow::SOURCE | flow::REPLY) == flow::SOURCE | flow::REPLY;
     Tuple {
         source: flow.destination,
         destination: flow.source,
         source_port: flow.destination_port,
         destination_port: flow.source_port,
         protocol,
-        reserved: [0; 3],
+        side: if leaves { side::FAR } else { side::NEAR },
+        reserved: [0; 2],
     }
 }
 
@@ -270,14 +283,19 @@ pub fn decide_into<F: Family, T: Tables<F>>(
         && destination & listing::NODE_PORTS != 0
         && (headers.fragment != Fragment::Whole || tables.is_node_port(key.destination_port));
     let to_frontend = to_address || to_node_port;
+    let source = if to_frontend { 0 } else { tables.listing(&key.source) };
+    // Where packets of masqueraded clients leave, and such as must not meet them.
+    let leaves = egress
+        && (destination & listing::BACKEND != 0 && tables.marks() & mark::MASQUERADED != 0
+            || source & listing::NODE_PORTS != 0 && asks_from_node_port(headers, tables));
     let known = if egress {
-        to_frontend || tables.listing(&key.source) & listing::BACKEND != 0
+        to_frontend || leaves || source & listing::BACKEND != 0
     } else {
         // A reply to a masqueraded client, or to this host's own translated packets, comes from a backend to an address of the node.
         to_frontend
-            || (destination & listing::NODE != 0
-                && tables.marks() & (mark::HOST | mark::MASQUERADED) != 0
-                && tables.listing(&key.source) & listing::BACKEND != 0)
+            || (source & listing::BACKEND != 0
+                && destination & listing::NODE != 0
+                && tables.marks() & (mark::HOST | mark::MASQUERADED) != 0)
     };
     let to_backend = !egress && destination & listing::BACKEND != 0;
     if !known && !to_backend {
@@ -289,7 +307,7 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     match headers.kind {
         Kind::Transport | Kind::IcmpError => {}
         Kind::Fragment if known && fragment::is_transport(key.protocol) => {
-            later(egress, to_address, headers, tables, decision);
+            later(egress, leaves, to_address, headers, tables, decision);
             return;
         }
         Kind::Fragment | Kind::Truncated | Kind::Malformed | Kind::Other => {
@@ -308,10 +326,24 @@ pub fn decide_into<F: Family, T: Tables<F>>(
             return;
         }
     }
-    if is_bare_reset(headers) && is_unknown_connection(headers, to_backend, tables, decision) {
+    if !egress && is_bare_reset(headers) && is_unknown_connection(headers, to_backend, tables, decision) {
         return;
     }
     let mut was_ours = false;
+    if leaves {
+        decision.key.side = side::FAR;
+        let counts = if let Some(entry) = tables.flow(&decision.key) {
+            along(egress, headers, entry, false, tables, decision)
+        } else if let Some(entry) = tables.embryonic(&decision.key) {
+            along(egress, headers, entry, true, tables, decision)
+        } else {
+            false
+        };
+        if counts {
+            return;
+        }
+        decision.key.side = side::NEAR;
+    }
     if known || tables.marks() & mark::DIRECT != 0 {
         let counts = if let Some(entry) = tables.flow(key) {
             was_ours = true;
@@ -332,6 +364,10 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     if to_frontend {
         let found = find(key, to_node_port, tables);
         if found.is_some() || to_address && select::is_cluster_ip(key, tables) {
+            if destination & listing::NODE != 0 && !opens(headers) {
+                // At an address of the node itself: a connection of the stack's own, or one that netfilter knows.
+                return;
+            }
             if let Some((service_port, _)) = found {
                 decision.flow.service_port = service_port;
             }
@@ -346,6 +382,9 @@ pub fn decide_into<F: Family, T: Tables<F>>(
             return;
         }
     }
+    if leaves && leaves_as_node(headers, tables, decision) {
+        return;
+    }
     // Backends are clients too, and an address stays listed for a while when its Service is gone.
     if egress && is_stray(headers, tables) {
         decision.set(Verdict::Drop, Reason::UnassignedAddress);
@@ -354,6 +393,60 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     if to_backend {
         direct(headers, tables, decision);
     }
+}
+
+/// Whether a packet opens a flow. At an address of the node, whose stack and netfilter have connections of their own there,
+/// nothing else is taken for a client's.
+#[inline(always)]
+fn opens<F: Family>(headers: &Headers<F>) -> bool {
+    headers.tuple.protocol == protocol::UDP || headers.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
+}
+
+/// Whether a datagram leaves from a port that is a node port: its answer would look like a client's question.
+#[inline(always)]
+fn asks_from_node_port<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T) -> bool {
+    headers.tuple.protocol == protocol::UDP && tables.is_node_port(headers.tuple.source_port)
+}
+
+/// A packet without an entry that leaves for a backend: decides whether its source is to change, or is to be kept from it.
+///
+/// A client of a [masqueraded](crate::abi::flow::MASQUERADED) flow is shown as an address of the node. What leaves with
+/// such an address already is this host's own or netfilter's: an entry that changes nothing keeps its tuple from our
+/// clients, and its answer from being taken for a client's; where one of our clients has the tuple, its port changes.
+#[inline(always)]
+fn leaves_as_node<F: Family, T: Tables<F>>(
+    headers: &Headers<F>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
+    let key = &headers.tuple;
+    let reply = key.reversed();
+    if let Some(first) = entry_of(&reply, tables) {
+        if first.flags & (flow::REPLY | flow::MASQUERADED | flow::HOST | flow::HAIRPIN)
+            == flow::REPLY | flow::MASQUERADED
+        {
+            decision.flow.flags = flow::SOURCE | first.flags & flow::LOCAL;
+            decision.flow.backend = first.backend;
+            decision.flow.service_port = first.service_port;
+            decision.flow.generation = first.generation;
+            decision.key.side = side::FAR;
+            decision.step = Step::Select;
+            return true;
+        }
+        // Of a flow of this host's own, translated before; or a clash in the middle of a connection, whose port cannot change.
+        if first.flags & flow::HOST != 0 || !opens(headers) {
+            return false;
+        }
+    }
+    if tables.listing(&key.source) & listing::NODE == 0
+        || !is_given(key.source_port) && !asks_from_node_port(headers, tables)
+    {
+        return false;
+    }
+    decision.flow.flags = flow::SOURCE | flow::DIRECT;
+    decision.key.side = side::FAR;
+    decision.step = Step::Select;
+    true
 }
 
 /// Why a packet to a frontend that no entry is for is left to netfilter; [`None`]: it is not. A tuple that was ours (its flow has
@@ -390,6 +483,7 @@ fn left_to_netfilter<F: Family, T: Tables<F>>(
 #[inline(always)]
 fn later<F: Family, T: Tables<F>>(
     egress: bool,
+    leaves: bool,
     to_address: bool,
     headers: &Headers<F>,
     tables: &T,
@@ -410,10 +504,15 @@ fn later<F: Family, T: Tables<F>>(
     };
     decision.key.source_port = told.source_port;
     decision.key.destination_port = told.destination_port;
-    let entry = match tables.flow(&decision.key) {
-        Some(entry) => Some(entry),
-        None => tables.embryonic(&decision.key),
-    };
+    let mut entry = None;
+    if leaves {
+        decision.key.side = side::FAR;
+        entry = entry_of(&decision.key, tables);
+        decision.key.side = side::NEAR;
+    }
+    if entry.is_none() {
+        entry = entry_of(&decision.key, tables);
+    }
     if let Some(entry) = entry {
         let verdict = verdict_along(entry.flags, egress);
         if verdict != Verdict::Pass {
@@ -424,6 +523,18 @@ fn later<F: Family, T: Tables<F>>(
         decision.set(Verdict::Drop, Reason::UnassignedAddress);
     } else if to_address {
         decision.reason = Reason::Fragment;
+    }
+}
+
+/// The entry of a tuple, proven or not.
+#[inline(always)]
+fn entry_of<'t, F: Family, T: Tables<F>>(
+    tuple: &Tuple<F::Address>,
+    tables: &'t T,
+) -> Option<&'t Flow<F::Address>> {
+    match tables.flow(tuple) {
+        Some(entry) => Some(entry),
+        None => tables.embryonic(tuple),
     }
 }
 
@@ -479,21 +590,23 @@ fn unreadable(kind: Kind) -> Reason {
 fn verdict_along(flags: u8, egress: bool) -> Verdict {
     let reply = flags & flow::REPLY != 0;
     let host = flags & flow::HOST != 0;
-    let masqueraded = flags & flow::MASQUERADED != 0;
     if flags & flow::HAIRPIN != 0 {
         match (host, egress) {
             (true, true) => Verdict::HandIn,
             (false, false) => Verdict::TurnBack,
             (true, false) | (false, true) => Verdict::Pass,
         }
+    } else if flags & flow::SOURCE != 0 {
+        // The client's side: turned round.
+        if reply == egress { Verdict::Pass } else { Verdict::Translate }
     } else if reply {
-        match (host, masqueraded, egress) {
-            (true, _, false) => Verdict::HandIn,
-            (false, true, false) => Verdict::Route,
-            (false, false, true) => Verdict::Translate,
-            (true, _, true) | (false, true, true) | (false, false, false) => Verdict::Pass,
+        match (host, egress) {
+            (true, false) => Verdict::HandIn,
+            (false, true) if flags & flow::AWAY != 0 => Verdict::Route,
+            (false, true) => Verdict::Translate,
+            (true, true) | (false, false) => Verdict::Pass,
         }
-    } else if egress || masqueraded {
+    } else if egress {
         Verdict::Route
     } else {
         Verdict::Translate
@@ -518,12 +631,15 @@ fn along<F: Family, T: Tables<F>>(
     }
     if headers.kind == Kind::IcmpError {
         decision.flow = *entry;
-        decision.set(verdict, Reason::IcmpError);
+        decision.set(verdict, if flags & flow::SOURCE == 0 { Reason::IcmpError } else { Reason::Stranger });
         return true;
     }
     let mut state = entry.state;
     let promote = if headers.tuple.protocol == protocol::UDP {
-        if !reply && !serves(entry, tables) {
+        if !reply && !serves(entry, tables)
+            || flags & (flow::SOURCE | flow::DIRECT) == flow::SOURCE | flow::DIRECT
+                && tables.now().wrapping_sub(entry.seen) > UDP_IDLE_TICKS
+        {
             return false;
         }
         embryonic && reply
@@ -568,10 +684,12 @@ fn along<F: Family, T: Tables<F>>(
     true
 }
 
-/// Why a packet along an entry is translated.
+/// Why a packet along an entry is translated. What happens on the client's side is counted on the backend's.
 #[inline(always)]
 fn reason_along(flags: u8) -> Reason {
-    if flags & flow::DIRECT != 0 {
+    if flags & flow::SOURCE != 0 {
+        Reason::Stranger
+    } else if flags & flow::DIRECT != 0 {
         Reason::DirectRemapped
     } else if flags & flow::REPLY != 0 {
         Reason::Reply
@@ -583,7 +701,7 @@ fn reason_along(flags: u8) -> Reason {
 /// Whether the backend of a flow still takes traffic.
 #[inline(always)]
 fn serves<F: Family, T: Tables<F>>(flow: &Flow<F::Address>, tables: &T) -> bool {
-    if flow.flags & flow::DIRECT != 0 {
+    if flow.flags & (flow::DIRECT | flow::SOURCE) != 0 {
         return true;
     }
     match tables.backend(flow.backend) {
@@ -595,6 +713,10 @@ fn serves<F: Family, T: Tables<F>>(flow: &Flow<F::Address>, tables: &T) -> bool 
 /// The first packet of a flow, or one whose entry was lost.
 #[inline(always)]
 fn open<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) {
+    if decision.flow.flags & flow::SOURCE != 0 {
+        open_source(tables, decision);
+        return;
+    }
     let key = &headers.tuple;
     let service_port = decision.flow.service_port;
     decision.step = Step::Done;
@@ -646,11 +768,11 @@ fn open<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables: &T,
     } else if !keeps_source(egress, is_local, class, port.flags, backend.flags, tables, decision) {
         return;
     }
-    let verdict = match (hairpin, egress, decision.flow.flags & flow::MASQUERADED != 0) {
-        (true, true, _) => Verdict::HandIn,
-        (true, false, _) => Verdict::TurnBack,
-        (false, true, _) | (false, false, true) => Verdict::Route,
-        (false, false, false) => Verdict::Translate,
+    let verdict = match (hairpin, egress) {
+        (true, true) => Verdict::HandIn,
+        (true, false) => Verdict::TurnBack,
+        (false, true) => Verdict::Route,
+        (false, false) => Verdict::Translate,
     };
     let tcp_flags = headers.tcp_flags;
     if key.protocol != protocol::UDP && tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
@@ -667,6 +789,27 @@ fn open<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables: &T,
     decision.step = Step::Claim;
 }
 
+/// Opens the client's side of a flow, where the packet leaves for the backend: an address of the node, and a port.
+#[inline(always)]
+fn open_source<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
+    decision.step = Step::Done;
+    if decision.flow.flags & flow::DIRECT == 0 {
+        let address = match tables.here() {
+            Some(here) => F::masquerade(here),
+            None => F::Address::default(),
+        };
+        if address == F::Address::default() {
+            decision.set(Verdict::Drop, Reason::NoRoute);
+            return;
+        }
+        decision.flow.source = address;
+    }
+    decision.flow.seen = tables.now();
+    decision.set(Verdict::Translate, Reason::Stranger);
+    decision.record = Record::Open;
+    decision.step = Step::Claim;
+}
+
 /// Decides whether the client keeps its source, and masquerades it if not. False: the decision waits, or the packet is dropped.
 #[inline(always)]
 fn keeps_source<F: Family, T: Tables<F>>(
@@ -678,46 +821,72 @@ fn keeps_source<F: Family, T: Tables<F>>(
     tables: &T,
     decision: &mut Decision<F>,
 ) -> bool {
-    if backend_flags & backend::HOST != 0 {
-        // Delivered on this node, to an address of the node itself: there is no other way back.
-        return true;
+    if egress {
+        return keeps_source_of_host(backend_flags, tables, decision);
     }
-    let source = if egress {
-        Source::AsRouted
+    let Some(settings) = tables.settings() else { return false };
+    let is_here = policy::is_edge::<F, T>(tables);
+    let source = if backend_flags & backend::HOST != 0 {
+        // Delivered on this node, to an address of the node itself: there is no other way back.
+        Source::Kept
     } else {
-        let Some(settings) = tables.settings() else { return false };
-        policy::source::<F>(settings, class, policies, is_local, policy::is_edge::<F, T>(tables))
+        policy::source::<F>(settings, class, policies, is_local, is_here)
     };
-    if source == Source::Kept {
+    if source == Source::Kept && (is_here || class == Class::Internal) {
         return true;
     }
     let Some(routes) = tables.routes() else {
         decision.step = Step::AskRoutes;
         return false;
     };
-    if source == Source::KeptWithWayBack
-        && backend_flags & backend::LOCAL != 0
-        && tables.device(routes.to_client).is_some()
-    {
+    if !is_here && backend_flags & backend::HOST == 0 {
+        // Its replies are translated where they leave.
+        let way_back = tables.device(routes.to_client).is_some();
+        if way_back && class != Class::Internal && routes.to_client != tables.ifindex() {
+            decision.flow.flags |= flow::AWAY;
+        }
+    }
+    match source {
+        Source::Kept => true,
+        Source::KeptWithWayBack
+            if backend_flags & backend::LOCAL != 0 && tables.device(routes.to_client).is_some() =>
+        {
+            true
+        }
+        Source::KeptWithWayBack | Source::Masqueraded => {
+            if backend_flags & backend::LOCAL == 0 && tables.device(routes.to_backend).is_none() {
+                decision.set(Verdict::Drop, Reason::NoRoute);
+                return false;
+            }
+            decision.flow.flags |= flow::MASQUERADED;
+            true
+        }
+    }
+}
+
+/// As [`keeps_source`], for a process of this host: it has the address that the route to its backend gives it.
+#[inline(always)]
+fn keeps_source_of_host<F: Family, T: Tables<F>>(
+    backend_flags: u32,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
+    if backend_flags & (backend::HOST | backend::LOCAL) != 0 {
         return true;
     }
+    let Some(routes) = tables.routes() else {
+        decision.step = Step::AskRoutes;
+        return false;
+    };
     let address = match tables.device(routes.to_backend) {
         Some(device) => F::masquerade(device),
         None => F::Address::default(),
     };
-    if address == F::Address::default() {
-        if egress {
-            // Not by a device of ours: as the host itself would send it.
-            return true;
-        }
-        decision.set(Verdict::Drop, Reason::NoRoute);
-        return false;
+    // Not by a device of ours: as the host itself would send it.
+    if address != F::Address::default() && address != decision.flow.source {
+        decision.flow.source = address;
+        decision.flow.flags |= flow::MASQUERADED;
     }
-    if egress && (address == decision.flow.source || backend_flags & backend::LOCAL != 0) {
-        return true;
-    }
-    decision.flow.source = address;
-    decision.flow.flags |= flow::MASQUERADED;
     true
 }
 
@@ -725,7 +894,7 @@ fn keeps_source<F: Family, T: Tables<F>>(
 /// nothing of the flow, so it takes a port that the host picks for none.
 #[inline(always)]
 pub fn is_beside_sockets(flags: u8) -> bool {
-    flags & (flow::MASQUERADED | flow::HOST) != 0 && flags & flow::HAIRPIN == 0
+    flags & (flow::SOURCE | flow::HOST) != 0 && flags & (flow::HAIRPIN | flow::DIRECT) == 0
 }
 
 /// Finds a source port with which the new flow's reply tuple is free: the packet's own first, but for a client that gets or has this
@@ -813,6 +982,13 @@ fn port_at(index: u32) -> u16 {
     }
 }
 
+/// Whether a port is one of [`PORT_RANGES`].
+#[inline(always)]
+fn is_given(port: u16) -> bool {
+    let [low, high] = PORT_RANGES;
+    port >= low.0 && port <= low.1 || port >= high.0
+}
+
 /// Whether the reply tuple of a new flow is free for it when it has this source port.
 #[inline(always)]
 pub fn is_free<F: Family, T: Tables<F>>(tables: &T, decision: &Decision<F>, source_port: u16) -> bool {
@@ -875,9 +1051,7 @@ fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &
     // One that has ended clashes too: its entry still translates what the backend sends to this tuple. Where it
     // no longer keeps the tuple from others, the direct connection's own entry, which changes nothing, replaces it.
     let Some(entry) = tables.flow(&key.reversed()) else { return };
-    if entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::DIRECT | flow::MASQUERADED)
-        != flow::REPLY
-    {
+    if entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::DIRECT | flow::SOURCE) != flow::REPLY {
         return;
     }
     decision.flow.seen = tables.now();

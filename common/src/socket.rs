@@ -52,7 +52,8 @@ pub fn choose<F: Family, T: Tables<F>>(
         source_port: 0,
         destination_port: key.port,
         protocol: key.protocol,
-        reserved: [0; 3],
+        side: 0,
+        reserved: [0; 2],
     };
     let Some((service_port, kind)) = find(&tuple, to_node_port, tables) else {
         return Choice::Untouched;

@@ -51,6 +51,8 @@ pub trait Tables<F: Family> {
     fn device(&self, ifindex: u32) -> Option<&Device>;
     /// The device that the packet is met on.
     fn here(&self) -> Option<&Device>;
+    /// The index of that device; 0: none.
+    fn ifindex(&self) -> u32;
     /// Where packets to the backend and to the client of [`crate::path::Decision::flow`] leave; `None`: nobody has
     /// asked the FIB so far, and the decision waits for that.
     fn routes(&self) -> Option<Routes>;

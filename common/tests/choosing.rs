@@ -195,6 +195,9 @@ impl<F: Ip> Tables<F> for Maps<F> {
     fn here(&self) -> Option<&Device> {
         None
     }
+    fn ifindex(&self) -> u32 {
+        0
+    }
     fn routes(&self) -> Option<Routes> {
         None
     }

@@ -113,6 +113,9 @@ impl<F: Ip> Tables<F> for Whim<F> {
     fn here(&self) -> Option<&Device> {
         self.here.as_ref()
     }
+    fn ifindex(&self) -> u32 {
+        2
+    }
     fn routes(&self) -> Option<Routes> {
         self.routes
     }
@@ -413,6 +416,9 @@ impl Tables<V4> for Few {
     }
     fn here(&self) -> Option<&Device> {
         None
+    }
+    fn ifindex(&self) -> u32 {
+        2
     }
     fn routes(&self) -> Option<Routes> {
         Some(Routes::default())

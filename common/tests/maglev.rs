@@ -106,7 +106,8 @@ fn clients_spread_evenly_over_slots() {
                 source_port: port,
                 destination_port: 80,
                 protocol: 6,
-                reserved: [0; 3],
+                side: 0,
+                reserved: [0; 2],
             };
             counts[maglev::slot::<V4>(&tuple, 61) as usize] += 1;
         }

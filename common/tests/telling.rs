@@ -18,7 +18,8 @@ fn headers(tcp_flags: u8) -> Headers<V4> {
         source_port: 40_000,
         destination_port: 80,
         protocol: 6,
-        reserved: [0; 3],
+        side: 0,
+        reserved: [0; 2],
     };
     Headers { tuple, tcp_flags, length: 60, ..Headers::default() }
 }

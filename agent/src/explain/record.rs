@@ -164,6 +164,10 @@ impl<F: Family, T: Tables<F>> Tables<F> for Recorder<'_, F, T> {
         self.tables.here()
     }
 
+    fn ifindex(&self) -> u32 {
+        self.tables.ifindex()
+    }
+
     fn routes(&self) -> Option<Routes> {
         let routes = self.routes?;
         self.note(Asked::Routes(routes));

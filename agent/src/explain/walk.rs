@@ -92,7 +92,8 @@ impl<'w, F: Side> Walk<'w, F> {
             source_port: question.source.port(),
             destination_port: question.destination.port(),
             protocol: question.protocol.number(),
-            reserved: [0; 3],
+            side: 0,
+            reserved: [0; 2],
         };
         Self { question, world, routing, tuple }
     }

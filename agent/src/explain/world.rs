@@ -190,6 +190,10 @@ impl<F: Side> Tables<F> for Seen<'_> {
         <Self as Tables<F>>::device(self, self.ifindex)
     }
 
+    fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
     fn routes(&self) -> Option<Routes> {
         None
     }

@@ -62,7 +62,8 @@ pub(crate) fn tuple<F: Ip>(tuple: &Tuple<IpAddr>) -> Option<Tuple<F::Address>> {
         source_port: tuple.source_port,
         destination_port: tuple.destination_port,
         protocol: tuple.protocol,
-        reserved: [0; 3],
+        side: tuple.side,
+        reserved: [0; 2],
     })
 }
 
@@ -74,6 +75,7 @@ fn tuple_told<F: Ip>(tuple: &Tuple<F::Address>) -> Tuple<IpAddr> {
         source_port: tuple.source_port,
         destination_port: tuple.destination_port,
         protocol: tuple.protocol,
+        side: tuple.side,
         reserved: tuple.reserved,
     }
 }
@@ -503,6 +505,10 @@ impl<F: Ip> Tables<F> for Memory<F> {
         self.world.devices.get(&self.ifindex)
     }
 
+    fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
     fn routes(&self) -> Option<Routes> {
         self.routes
     }
@@ -771,7 +777,7 @@ fn apply<F: Ip>(
     match decision.verdict {
         Verdict::Translate => {
             let bridge = case.world.devices.get(&case.ifindex).map_or(0, |device| device.bridge);
-            let forward = decision.flow.flags & flow::REPLY == 0;
+            let forward = decision.flow.flags & (flow::REPLY | flow::MASQUERADED) == 0;
             if ingress && link && bridge == world::BRIDGE && forward && world::bridge_knows(destination) {
                 packet.bytes[..6].copy_from_slice(&world::BACKEND_MAC);
             }

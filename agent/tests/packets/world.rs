@@ -176,7 +176,8 @@ pub(crate) fn tuple(source: SocketAddr, destination: SocketAddr, protocol: u8) -
         source_port: source.port(),
         destination_port: destination.port(),
         protocol,
-        reserved: [0; 3],
+        side: 0,
+        reserved: [0; 2],
     }
 }
 

@@ -28,8 +28,6 @@ pub enum Source {
     Kept,
     /// It does if its replies come by this node and leave by a device of ours.
     KeptWithWayBack,
-    /// It gets the address of the device that its packets leave by, if that is another one.
-    AsRouted,
     /// It is shown as an address of this node.
     Masqueraded,
 }

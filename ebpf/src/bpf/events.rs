@@ -121,7 +121,8 @@ pub(super) fn call<F: Wide>(
         source_port: before.source_port,
         destination_port: before.destination_port,
         protocol,
-        reserved: [0; 3],
+        side: 0,
+        reserved: [0; 2],
     };
     event::tuples::<F>(&mut event, &before, after);
     event.kind = Kind::Call as u8;

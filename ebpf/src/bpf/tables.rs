@@ -175,6 +175,11 @@ impl<F: Maps> Tables<F> for Kernel {
     }
 
     #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
+    #[inline(always)]
     fn routes(&self) -> Option<Routes> {
         if self.asked.has_routes != 0 { Some(self.asked.routes) } else { None }
     }

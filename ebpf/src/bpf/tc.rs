@@ -361,7 +361,11 @@ fn apply<F: Tc, const LINK: u32>(
     }
     match decision.verdict {
         Verdict::Translate => {
-            if LINK != 0 && hook == Hook::Ingress && decision.flow.flags & flow::REPLY == 0 {
+            // A masqueraded client's packet is routed, so that its source changes where it leaves.
+            if LINK != 0
+                && hook == Hook::Ingress
+                && decision.flow.flags & (flow::REPLY | flow::MASQUERADED) == 0
+            {
                 stay_on_bridge::<F>(skb, &decision.flow.source, &decision.flow.destination);
             }
             NEXT

@@ -32,7 +32,8 @@ fn port_of_try<F: Ip>(cast: &Cast, destination: SocketAddr, attempt: u32) -> u16
         source_port: cast.client.port(),
         destination_port: destination.port(),
         protocol: cast.protocol,
-        reserved: [0; 3],
+        side: 0,
+        reserved: [0; 2],
     };
     let hash = maglev::hash::<F>(&tuple).wrapping_add(attempt.wrapping_mul(0x9e37_79b9));
     let pick = (u64::from(hash) * (28_976 + 4_536)) >> 32;
