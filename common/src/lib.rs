@@ -26,6 +26,7 @@ pub mod maglev;
 pub mod parse;
 pub mod path;
 pub mod reason;
+pub mod record;
 pub mod rewrite;
 pub mod socket;
 pub mod tables;

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Event, Flow, Networks, Origin,
     OriginKey, Origins, PREFIXES, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings,
-    Ticks, Tuple, device, flow, node_address, state,
+    Ticks, Tuple, device, flow, node_address,
 };
 use sluice_common::answer::{self, QUOTE};
 use sluice_common::event::{self, At};
@@ -15,7 +15,8 @@ use sluice_common::fragment::{self, label};
 use sluice_common::header::{TcpHeader, tcp};
 use sluice_common::parse::{self, Headers, Kind};
 use sluice_common::path::policy::is_within;
-use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict, mark, partner, partner_key};
+use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict, partner_key};
+use sluice_common::record::{FlowTable, Place, Refused, record};
 use sluice_common::rewrite::{Edit, can_follow, hop, rewrite};
 use sluice_common::tables::Routes;
 use sluice_common::{Packet, Reason, Tables, V4, V6};
@@ -109,7 +110,7 @@ pub(crate) fn networks<F: Ip>(world: &World) -> Networks<F::Address> {
 pub(crate) fn affinities<F: Ip>(world: &World, now: Ticks) -> BTreeMap<AffinityKey<F::Address>, Affinity> {
     let convert = |(key, entry): (&AffinityKey<IpAddr>, &Affinity)| {
         let key = AffinityKey { service_port: key.service_port, client: F::of(key.client)? };
-        Some((key, Affinity { seen: now - entry.seen, ..*entry }))
+        Some((key, Affinity { seen: now.wrapping_sub(entry.seen), ..*entry }))
     };
     world.affinity.iter().filter_map(convert).collect()
 }
@@ -128,7 +129,7 @@ pub(crate) fn affinities_told<F: Ip>(
 
 /// Searches in vain with a family's addresses, and times instead of ages.
 pub(crate) fn exhausted<F: Ip>(world: &World, now: Ticks) -> BTreeMap<Tuple<F::Address>, Ticks> {
-    world.exhausted.iter().filter_map(|(key, age)| Some((tuple::<F>(key)?, now - age))).collect()
+    world.exhausted.iter().filter_map(|(key, age)| Some((tuple::<F>(key)?, now.wrapping_sub(*age)))).collect()
 }
 
 /// The way back of [`exhausted`].
@@ -150,7 +151,7 @@ pub(crate) fn datagrams<F: Ip>(world: &World, now: Ticks) -> BTreeMap<Datagram<F
         let &Datagram { id, protocol, reserved, .. } = key;
         let (source, destination) = (F::of(key.source)?, F::of(key.destination)?);
         let key = Datagram { source, destination, id, protocol, reserved };
-        Some((key, DatagramPorts { seen: now - told.seen, ..*told }))
+        Some((key, DatagramPorts { seen: now.wrapping_sub(told.seen), ..*told }))
     };
     world.fragments.iter().filter_map(convert).collect()
 }
@@ -191,7 +192,7 @@ pub(crate) fn entries<F: Ip>(flows: &Flows, now: Ticks) -> BTreeMap<Tuple<F::Add
             destination_port,
             backend,
             service_port,
-            seen: now - seen,
+            seen: now.wrapping_sub(seen),
             generation,
             state,
             flags,
@@ -293,69 +294,56 @@ impl<F: Ip> Memory<F> {
         }
     }
 
-    /// Inserts as a decision wants it; the reason why the packet must not go on.
-    fn record(&mut self, decision: &Decision<F>) -> Result<(), Reason> {
-        let key = decision.key;
-        let other = (partner_key::<F>(&decision.flow, key.protocol), partner::<F>(&key, &decision.flow));
-        let proven = matches!(decision.record, Record::Establish | Record::Renew);
-        match decision.record {
-            Record::Nothing => {}
-            Record::Open | Record::Establish => {
-                if let Some(old) = self.flows.remove(&key)
-                    && partner_key::<F>(&old, key.protocol) != other.0
-                {
-                    let _ = self.flows.remove(&partner_key::<F>(&old, key.protocol));
-                }
-                let ours = |there: &Flow<F::Address>| partner_key::<F>(there, key.protocol) == key;
-                for (map, proven_map) in [(&mut self.flows, true), (&mut self.embryonic, false)] {
-                    if !proven_map && proven {
-                        continue;
-                    }
-                    if let Some(there) = map.get(&other.0) {
-                        let guess = proven_map && there.state & state::ESTABLISHED == 0;
-                        if there.seen + 1 >= decision.flow.seen && !guess && !ours(there) {
-                            return Err(Reason::ClashRace);
-                        }
-                        if proven_map {
-                            let forward = partner_key::<F>(there, key.protocol);
-                            let _ = map.remove(&forward);
-                        }
-                        let _ = map.remove(&other.0);
-                    }
-                }
-                let map = if proven { &mut self.flows } else { &mut self.embryonic };
-                map.extend([other, (key, decision.flow)]);
-                if decision.flow.flags & flow::DIRECT != 0 {
-                    self.marks |= mark::DIRECT;
-                }
-                if decision.flow.flags & flow::HOST != 0 {
-                    self.marks |= mark::HOST;
-                }
-                if decision.flow.flags & flow::MASQUERADED != 0 {
-                    self.marks |= mark::MASQUERADED;
-                }
-                if decision.affinity {
-                    let Flow { service_port, backend, seen, generation, .. } = decision.flow;
-                    let client = AffinityKey { service_port, client: key.source };
-                    let to = Affinity { backend, seen, generation, round: decision.round };
-                    let _ = self.affinity.insert(client, to);
-                }
-            }
-            Record::Promote => {
-                self.flows.extend([other, (key, decision.flow)]);
-                let _ = self.embryonic.remove(&other.0);
-                let _ = self.embryonic.remove(&key);
-            }
-            Record::Renew | Record::RenewEmbryonic => {
-                let map = if proven { &mut self.flows } else { &mut self.embryonic };
-                for (key, flow) in [(key, decision.flow), other] {
-                    let entry = map.entry(key).or_insert(flow);
-                    entry.seen = decision.flow.seen;
-                    entry.state |= decision.flow.state;
-                }
-            }
+    fn table(&mut self, place: Place) -> &mut BTreeMap<Tuple<F::Address>, Flow<F::Address>> {
+        match place {
+            Place::Flows => &mut self.flows,
+            Place::Embryonic => &mut self.embryonic,
         }
+    }
+}
+
+/// Tables without a bound.
+impl<F: Ip> FlowTable<F> for Memory<F> {
+    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<Flow<F::Address>> {
+        match place {
+            Place::Flows => self.flows.get(key),
+            Place::Embryonic => self.embryonic.get(key),
+        }
+        .copied()
+    }
+
+    fn insert(
+        &mut self,
+        place: Place,
+        key: &Tuple<F::Address>,
+        flow: &Flow<F::Address>,
+        only_new: bool,
+    ) -> Result<(), Refused> {
+        let table = self.table(place);
+        if only_new && table.contains_key(key) {
+            return Err(Refused::Exists);
+        }
+        let _ = table.insert(*key, *flow);
         Ok(())
+    }
+
+    fn remove(&mut self, place: Place, key: &Tuple<F::Address>) {
+        let _ = self.table(place).remove(key);
+    }
+
+    fn refresh(&mut self, place: Place, key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> bool {
+        let Some(entry) = self.table(place).get_mut(key) else { return false };
+        entry.seen = flow.seen;
+        entry.state |= flow.state;
+        true
+    }
+
+    fn remember(&mut self, client: &AffinityKey<F::Address>, to: &Affinity) {
+        let _ = self.affinity.insert(*client, *to);
+    }
+
+    fn set_marks(&mut self, bits: u32) {
+        self.marks |= bits;
     }
 }
 
@@ -412,7 +400,7 @@ impl<F: Ip> Memory<F> {
                 self.passed_over += 1;
                 continue;
             }
-            result = self.record(decision);
+            result = record(decision, self);
             if result != Err(Reason::ClashRace) {
                 break;
             }
@@ -645,7 +633,7 @@ fn xdp<F: Ip>(
         || decision.datagram && !can_follow(headers, &decision.flow)
         || answer::is_partial(headers)
         || !ours
-        || memory.record(&decision).is_err()
+        || record(&decision, memory).is_err()
     {
         return (End::XdpPass, NOTHING);
     }
@@ -679,7 +667,8 @@ fn tc<F: Ip>(
             return (End::Next, NOTHING);
         }
     }
-    let recorded = if is_done { memory.record(&decision) } else { memory.open(hook, headers, &mut decision) };
+    let recorded =
+        if is_done { record(&decision, memory) } else { memory.open(hook, headers, &mut decision) };
     memory.note(headers, &decision);
     let end = apply(case, packet, headers, &mut decision, recorded);
     (end, noted(case, hook, headers, &decision, end == End::Drop))

@@ -1,9 +1,10 @@
-//! Writes what a decision records of its flow.
+//! Lends [`record`] the maps.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use sluice_common::abi::{Affinity, AffinityKey, Flow, Tuple, flow, state};
-use sluice_common::path::{Decision, Record, leads_to, mark, partner, partner_key};
-use sluice_common::{Family, Reason};
+use sluice_common::Reason;
+use sluice_common::abi::{Affinity, AffinityKey, Flow, Tuple};
+use sluice_common::path::Decision;
+use sluice_common::record::{FlowTable, Place, Refused, record};
 
 use super::maps::{self, Maps};
 
@@ -12,159 +13,93 @@ const NOEXIST: u64 = BPF_NOEXIST as u64;
 /// What inserting an entry that is there answers.
 const EEXIST: i32 = -17;
 
-/// Records a decision's flow.
+/// Records a decision's flow in the maps.
 ///
 /// # Errors
 ///
-/// The reason why the packet must not go on: its answers would not find back.
+/// As [`record`].
 #[inline(always)]
-pub(super) fn record<F: Maps>(decision: &Decision<F>) -> Result<(), Reason> {
-    if decision.record == Record::Nothing {
-        return Ok(());
-    }
-    let partner = Partner {
-        key: partner_key::<F>(&decision.flow, decision.key.protocol),
-        flow: partner::<F>(&decision.key, &decision.flow),
-    };
-    match decision.record {
-        Record::Open | Record::Establish => open(decision, &partner, decision.record == Record::Establish),
-        Record::Promote => promote(decision, &partner),
-        Record::Nothing | Record::Renew | Record::RenewEmbryonic => {
-            renew(decision, &partner, decision.record == Record::Renew);
-            Ok(())
-        }
-    }
+pub(super) fn in_maps<F: Maps>(decision: &Decision<F>) -> Result<(), Reason> {
+    record(decision, &mut Flows)
 }
 
-/// The other direction's entry.
-struct Partner<F: Family> {
-    key: Tuple<F::Address>,
-    flow: Flow<F::Address>,
-}
+/// The maps that hold flows.
+struct Flows;
 
-#[inline(always)]
-fn insert<F: Maps>(
-    proven: bool,
-    key: &Tuple<F::Address>,
-    flow: &Flow<F::Address>,
-    flags: u64,
-) -> Result<(), i32> {
-    if proven { F::flows().insert(key, flow, flags) } else { F::embryonic().insert(key, flow, flags) }
-}
-
-/// Makes both entries of a flow: the partner first, and only where its tuple is free.
-#[inline(always)]
-fn open<F: Maps>(decision: &Decision<F>, partner: &Partner<F>, proven: bool) -> Result<(), Reason> {
-    let (key, flow) = (&decision.key, &decision.flow);
-    // What an earlier flow of the same client port has left behind.
-    // SAFETY: entries are plain data, readable under RCU.
-    if let Some(old) = unsafe { F::flows().get(key) } {
-        if !leads_to(old, flow) {
-            let _ = F::flows().remove(&partner_key::<F>(old, key.protocol));
-        }
-        let _ = F::flows().remove(key);
-    }
-    // The path found the tuple free, or held by an entry that no longer counts: that one goes.
-    // SAFETY: as above.
-    if let Some(old) = unsafe { F::flows().get(&partner.key) } {
-        if old.seen.wrapping_add(1) >= flow.seen
-            && old.state & state::ESTABLISHED != 0
-            && !leads_to(old, &partner.flow)
-        {
-            return Err(Reason::ClashRace);
-        }
-        // Without its replies the other direction is of no use: the client gets a new flow instead.
-        let _ = F::flows().remove(&partner_key::<F>(old, key.protocol));
-        let _ = F::flows().remove(&partner.key);
-    }
-    match insert::<F>(proven, &partner.key, &partner.flow, NOEXIST) {
-        Ok(()) => {}
-        Err(EEXIST) => {
-            // SAFETY: as above.
-            let there = if proven {
-                unsafe { F::flows().get(&partner.key) }
-            } else {
-                unsafe { F::embryonic().get(&partner.key) }
-            };
-            let Some(there) = there else { return Err(Reason::ClashRace) };
-            // Ours from an earlier try of the same client, or a dead one: overwritten. A fresh one of
-            // another flow came between the path's look and now.
-            if there.seen.wrapping_add(1) >= flow.seen && !leads_to(there, &partner.flow) {
-                return Err(Reason::ClashRace);
-            }
-            if insert::<F>(proven, &partner.key, &partner.flow, ANY).is_err() {
-                return Err(Reason::FlowsFull);
-            }
-        }
-        Err(_) => return Err(Reason::FlowsFull),
-    }
-    if insert::<F>(proven, key, flow, ANY).is_err() {
-        return Err(Reason::FlowsFull);
-    }
-    let bits = if flow.flags & flow::DIRECT != 0 { mark::DIRECT } else { 0 }
-        | if flow.flags & flow::HOST != 0 { mark::HOST } else { 0 }
-        | if flow.flags & flow::MASQUERADED != 0 { mark::MASQUERADED } else { 0 };
-    if bits != 0 {
-        set_marks(bits);
-    }
-    if decision.affinity {
-        let client = AffinityKey { service_port: flow.service_port, client: key.source };
-        let to = Affinity::new(flow.backend, flow.seen, flow.generation, decision.round);
-        // A client that finds no room goes by its slot.
-        let _ = F::affinity().insert(&client, &to, ANY);
-    }
-    Ok(())
-}
-
-/// Moves both entries of a proven flow from `embryonic` to `flows`.
-#[inline(always)]
-fn promote<F: Maps>(decision: &Decision<F>, partner: &Partner<F>) -> Result<(), Reason> {
-    let (key, flow) = (&decision.key, &decision.flow);
-    if F::flows().insert(&partner.key, &partner.flow, ANY).is_err()
-        || F::flows().insert(key, flow, ANY).is_err()
-    {
-        return Err(Reason::FlowsFull);
-    }
-    let _ = F::embryonic().remove(&partner.key);
-    let _ = F::embryonic().remove(key);
-    Ok(())
-}
-
-/// Brings time and state of both entries up to date; one that is missing is made again.
-#[inline(always)]
-fn renew<F: Maps>(decision: &Decision<F>, partner: &Partner<F>, proven: bool) {
-    let (key, flow) = (&decision.key, &decision.flow);
-    if !refresh::<F>(key, flow, proven) {
-        let _ = insert::<F>(proven, key, flow, NOEXIST);
-    }
-    if !refresh::<F>(&partner.key, flow, proven) {
-        let _ = insert::<F>(proven, &partner.key, &partner.flow, NOEXIST);
-    }
-}
-
-/// Writes time and state of an entry in place; false where it is missing.
-#[inline(always)]
-fn refresh<F: Maps>(key: &Tuple<F::Address>, flow: &Flow<F::Address>, proven: bool) -> bool {
-    #[cfg(feature = "both-layouts")]
-    return if proven { F::flows().renew(key, flow) } else { F::embryonic().renew(key, flow) };
-    #[cfg(not(feature = "both-layouts"))]
-    {
-        let entry = if proven { F::flows().get_ptr_mut(key) } else { F::embryonic().get_ptr_mut(key) };
-        let Some(entry) = entry else { return false };
-        // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up to date.
+impl<F: Maps> FlowTable<F> for Flows {
+    #[inline(always)]
+    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<Flow<F::Address>> {
+        // SAFETY: entries are plain data, readable under RCU.
         unsafe {
-            (*entry).seen = flow.seen;
-            (*entry).state |= flow.state;
+            match place {
+                Place::Flows => F::flows().get(key),
+                Place::Embryonic => F::embryonic().get(key),
+            }
         }
-        true
+        .copied()
     }
-}
 
-/// Notes that something has happened at least once.
-#[inline(always)]
-fn set_marks(bits: u32) {
-    if let Some(marks) = maps::marks.get_ptr_mut(0) {
-        // SAFETY: the element is there. Bits are only ever added, and each is added again on its next occasion.
-        unsafe { *marks |= bits };
+    #[inline(always)]
+    fn insert(
+        &mut self,
+        place: Place,
+        key: &Tuple<F::Address>,
+        flow: &Flow<F::Address>,
+        only_new: bool,
+    ) -> Result<(), Refused> {
+        let flags = if only_new { NOEXIST } else { ANY };
+        let result = match place {
+            Place::Flows => F::flows().insert(key, flow, flags),
+            Place::Embryonic => F::embryonic().insert(key, flow, flags),
+        };
+        match result {
+            Ok(()) => Ok(()),
+            Err(EEXIST) => Err(Refused::Exists),
+            Err(_) => Err(Refused::Full),
+        }
+    }
+
+    #[inline(always)]
+    fn remove(&mut self, place: Place, key: &Tuple<F::Address>) {
+        let _ = match place {
+            Place::Flows => F::flows().remove(key),
+            Place::Embryonic => F::embryonic().remove(key),
+        };
+    }
+
+    #[inline(always)]
+    fn refresh(&mut self, place: Place, key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> bool {
+        #[cfg(feature = "both-layouts")]
+        return match place {
+            Place::Flows => F::flows().renew(key, flow),
+            Place::Embryonic => F::embryonic().renew(key, flow),
+        };
+        #[cfg(not(feature = "both-layouts"))]
+        {
+            let entry = match place {
+                Place::Flows => F::flows().get_ptr_mut(key),
+                Place::Embryonic => F::embryonic().get_ptr_mut(key),
+            };
+            let Some(entry) = entry else { return false };
+            // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up to date.
+            unsafe {
+                (*entry).seen = flow.seen;
+                (*entry).state |= flow.state;
+            }
+            true
+        }
+    }
+
+    #[inline(always)]
+    fn remember(&mut self, client: &AffinityKey<F::Address>, to: &Affinity) {
+        let _ = F::affinity().insert(client, to, ANY);
+    }
+
+    #[inline(always)]
+    fn set_marks(&mut self, bits: u32) {
+        if let Some(marks) = maps::marks.get_ptr_mut(0) {
+            // SAFETY: the element is there. Bits are only ever added, and each is added again on its next occasion.
+            unsafe { *marks |= bits };
+        }
     }
 }
