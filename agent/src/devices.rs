@@ -228,7 +228,11 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
     };
     let own = facts.addresses.get(&link.index).map_or(&[][..], Vec::as_slice);
     let known: Vec<IpAddr> = rules.policy.node_addresses.iter().chain(&rules.node).copied().collect();
-    let masquerade = addresses::masquerade(own, &known).or(*primary);
+    // A bridge's port has no address: what leaves by it leaves by the bridge.
+    let of_bridge = bridge.and_then(|bridge| facts.addresses.get(&bridge.index));
+    let of_bridge = of_bridge.map_or(&[][..], Vec::as_slice);
+    let masquerade =
+        addresses::masquerade(own, &known).or(addresses::masquerade(of_bridge, &known)).or(*primary);
     Some(abi::Device {
         role: role.number(),
         bridge: bridge.map_or(0, |bridge| bridge.index),

@@ -329,34 +329,23 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     if !egress && is_bare_reset(headers) && is_unknown_connection(headers, to_backend, tables, decision) {
         return;
     }
-    let mut was_ours = false;
+    let mut found = None;
     if leaves {
         decision.key.side = side::FAR;
-        let counts = if let Some(entry) = tables.flow(&decision.key) {
-            along(egress, headers, entry, false, tables, decision)
-        } else if let Some(entry) = tables.embryonic(&decision.key) {
-            along(egress, headers, entry, true, tables, decision)
-        } else {
-            false
-        };
-        if counts {
+        found = entry_of(&decision.key, tables);
+        if found.is_none() {
+            decision.key.side = side::NEAR;
+        }
+    }
+    if found.is_none() && (known || tables.marks() & mark::DIRECT != 0) {
+        found = entry_of(key, tables);
+    }
+    let was_ours = found.is_some();
+    if let Some((entry, embryonic)) = found {
+        if along(egress, headers, entry, embryonic, tables, decision) {
             return;
         }
         decision.key.side = side::NEAR;
-    }
-    if known || tables.marks() & mark::DIRECT != 0 {
-        let counts = if let Some(entry) = tables.flow(key) {
-            was_ours = true;
-            along(egress, headers, entry, false, tables, decision)
-        } else if let Some(entry) = tables.embryonic(key) {
-            was_ours = true;
-            along(egress, headers, entry, true, tables, decision)
-        } else {
-            false
-        };
-        if counts {
-            return;
-        }
     }
     if headers.kind == Kind::IcmpError {
         return;
@@ -421,7 +410,7 @@ fn leaves_as_node<F: Family, T: Tables<F>>(
 ) -> bool {
     let key = &headers.tuple;
     let reply = key.reversed();
-    if let Some(first) = entry_of(&reply, tables) {
+    if let Some((first, _)) = entry_of(&reply, tables) {
         if first.flags & (flow::REPLY | flow::MASQUERADED | flow::HOST | flow::HAIRPIN)
             == flow::REPLY | flow::MASQUERADED
         {
@@ -504,16 +493,16 @@ fn later<F: Family, T: Tables<F>>(
     };
     decision.key.source_port = told.source_port;
     decision.key.destination_port = told.destination_port;
-    let mut entry = None;
+    let mut found = None;
     if leaves {
         decision.key.side = side::FAR;
-        entry = entry_of(&decision.key, tables);
+        found = entry_of(&decision.key, tables);
         decision.key.side = side::NEAR;
     }
-    if entry.is_none() {
-        entry = entry_of(&decision.key, tables);
+    if found.is_none() {
+        found = entry_of(&decision.key, tables);
     }
-    if let Some(entry) = entry {
+    if let Some((entry, _)) = found {
         let verdict = verdict_along(entry.flags, egress);
         if verdict != Verdict::Pass {
             decision.flow = *entry;
@@ -526,15 +515,15 @@ fn later<F: Family, T: Tables<F>>(
     }
 }
 
-/// The entry of a tuple, proven or not.
+/// The entry of a tuple, and whether nothing has proven its flow so far.
 #[inline(always)]
 fn entry_of<'t, F: Family, T: Tables<F>>(
     tuple: &Tuple<F::Address>,
     tables: &'t T,
-) -> Option<&'t Flow<F::Address>> {
+) -> Option<(&'t Flow<F::Address>, bool)> {
     match tables.flow(tuple) {
-        Some(entry) => Some(entry),
-        None => tables.embryonic(tuple),
+        Some(entry) => Some((entry, false)),
+        None => tables.embryonic(tuple).map(|entry| (entry, true)),
     }
 }
 
@@ -814,7 +803,7 @@ fn open_source<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) 
 #[inline(always)]
 fn keeps_source<F: Family, T: Tables<F>>(
     egress: bool,
-    is_local: bool,
+    is_local_pod: bool,
     class: Class,
     policies: u32,
     backend_flags: u32,
@@ -830,7 +819,7 @@ fn keeps_source<F: Family, T: Tables<F>>(
         // Delivered on this node, to an address of the node itself: there is no other way back.
         Source::Kept
     } else {
-        policy::source::<F>(settings, class, policies, is_local, is_here)
+        policy::source::<F>(settings, class, policies, is_local_pod, is_here)
     };
     if source == Source::Kept && (is_here || class == Class::Internal) {
         return true;
@@ -839,29 +828,26 @@ fn keeps_source<F: Family, T: Tables<F>>(
         decision.step = Step::AskRoutes;
         return false;
     };
-    if !is_here && backend_flags & backend::HOST == 0 {
-        // Its replies are translated where they leave.
-        let way_back = tables.device(routes.to_client).is_some();
-        if way_back && class != Class::Internal && routes.to_client != tables.ifindex() {
-            decision.flow.flags |= flow::AWAY;
-        }
+    // Its replies are translated where they leave.
+    let has_way_back = is_here || tables.device(routes.to_client).is_some();
+    if has_way_back && class != Class::Internal && !is_here && routes.to_client != tables.ifindex() {
+        decision.flow.flags |= flow::AWAY;
     }
-    match source {
-        Source::Kept => true,
-        Source::KeptWithWayBack
-            if backend_flags & backend::LOCAL != 0 && tables.device(routes.to_client).is_some() =>
-        {
-            true
-        }
-        Source::KeptWithWayBack | Source::Masqueraded => {
-            if backend_flags & backend::LOCAL == 0 && tables.device(routes.to_backend).is_none() {
-                decision.set(Verdict::Drop, Reason::NoRoute);
-                return false;
-            }
-            decision.flow.flags |= flow::MASQUERADED;
-            true
-        }
+    let is_local = backend_flags & backend::LOCAL != 0;
+    if source == Source::Kept || source == Source::KeptWithWayBack && is_local && has_way_back {
+        return true;
     }
+    let has_address = match tables.device(routes.to_backend) {
+        Some(device) => F::masquerade(device) != F::Address::default(),
+        // A bridge, which the backend is a port of.
+        None => is_local,
+    };
+    if !has_way_back || !has_address {
+        decision.set(Verdict::Drop, Reason::NoRoute);
+        return false;
+    }
+    decision.flow.flags |= flow::MASQUERADED;
+    true
 }
 
 /// As [`keeps_source`], for a process of this host: it has the address that the route to its backend gives it.

@@ -138,7 +138,7 @@ fn open<F: Family, T: FlowTable<F>>(
     if tables.insert(place, key, flow, false).is_err() {
         return Err(Reason::FlowsFull);
     }
-    let bits = if flow.flags & flow::DIRECT != 0 { mark::DIRECT } else { 0 }
+    let bits = if flow.flags & (flow::DIRECT | flow::SOURCE) == flow::DIRECT { mark::DIRECT } else { 0 }
         | if flow.flags & flow::HOST != 0 { mark::HOST } else { 0 }
         | if flow.flags & flow::MASQUERADED != 0 { mark::MASQUERADED } else { 0 };
     if bits != 0 {

@@ -29,6 +29,7 @@ use super::events::Tell;
 use super::fib::{Fib, ask, neighbour, route};
 use super::maps;
 use super::skb::Skb;
+use super::xdp::XDP_DONE;
 
 /// The next program decides.
 const NEXT: i32 = -1;
@@ -52,6 +53,9 @@ pub(super) fn run<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
     {
         return release(skb);
     }
+    if is_done(skb, hook) {
+        return NEXT;
+    }
     let packet = Skb { skb, ipv6: false };
     // SAFETY: the context is valid while the program runs.
     let ethertype = u16::from_be(unsafe { (*skb).protocol } as u16);
@@ -63,6 +67,37 @@ pub(super) fn run<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
         V6::ETHERTYPE => packet_of::<V6, LINK>(skb, offset, hook),
         _ => NEXT,
     }
+}
+
+/// What a packet carries that was translated at ingress, and what one that was at egress: another device's program may meet
+/// it once more at the same side (a VLAN device's on its parent), where its tuple looks like a client's that speaks to the
+/// backend directly. The IP layer, and a bridge, clear it on the way from one side to the other.
+const DONE: [u32; 2] = [0x5c1c_e001, 0x5c1c_e002];
+
+/// Whether a program has translated the packet before, at this side of the stack.
+#[inline(always)]
+fn is_done(skb: *mut __sk_buff, hook: Hook) -> bool {
+    // SAFETY: the context is valid while the program runs.
+    unsafe {
+        if hook == Hook::Egress {
+            let [_, done] = DONE;
+            return (*skb).cb[0] == done;
+        }
+        let [done, _] = DONE;
+        if (*skb).cb[0] == done {
+            return true;
+        }
+        let (mark, end) = ((*skb).data_meta as usize, (*skb).data as usize);
+        mark + size_of::<u32>() <= end && *(mark as *const u32) == XDP_DONE
+    }
+}
+
+/// Notes that the packet is translated at this side of the stack.
+#[inline(always)]
+fn set_done(skb: *mut __sk_buff, hook: Hook) {
+    let [ingress, egress] = DONE;
+    // SAFETY: the context is valid while the program runs.
+    unsafe { (*skb).cb[0] = if hook == Hook::Egress { egress } else { ingress } };
 }
 
 /// A family as the tc adapter needs it.
@@ -361,6 +396,7 @@ fn apply<F: Tc, const LINK: u32>(
     }
     match decision.verdict {
         Verdict::Translate => {
+            set_done(skb, hook);
             // A masqueraded client's packet is routed, so that its source changes where it leaves.
             if LINK != 0
                 && hook == Hook::Ingress

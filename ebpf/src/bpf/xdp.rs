@@ -2,6 +2,7 @@
 //! node, and leaves everything else unmodified to tc.
 
 use aya_ebpf::bindings::{xdp_action, xdp_md};
+use aya_ebpf::helpers::generated::bpf_xdp_adjust_meta;
 use sluice_common::abi::{Flow, flow};
 use sluice_common::answer::is_partial;
 use sluice_common::checksum::Delta;
@@ -18,6 +19,9 @@ use super::fib::{Fib, ask};
 use super::maps;
 use super::sctp::sctp_updated;
 use super::skb::bounded;
+
+/// Stands before a frame that XDP has translated, so that tc leaves it alone.
+pub(super) const XDP_DONE: u32 = 0x5c1c_e003;
 
 /// A frame as the driver received it.
 struct Frame {
@@ -177,8 +181,9 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
         // A frame for somebody else.
         _ => return xdp_action::XDP_PASS,
     }
-    if F::record() != 0 {
+    if !mark_done(ctx) || F::record() != 0 {
         // tc meets the same obstacle and gives the reason.
+        unmark(ctx);
         return xdp_action::XDP_PASS;
     }
     if decision.datagram {
@@ -189,6 +194,30 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     }
     count::packet(decision, headers, ifindex, Hook::Xdp, false);
     xdp_action::XDP_PASS
+}
+
+/// Puts [`XDP_DONE`] before the frame; false where the driver has no room for it.
+#[inline(always)]
+fn mark_done(ctx: *mut xdp_md) -> bool {
+    // SAFETY: the helper makes room or fails; the word is written within it.
+    unsafe {
+        if bpf_xdp_adjust_meta(ctx, -(size_of::<u32>() as i32)) != 0 {
+            return false;
+        }
+        let (mark, end) = ((*ctx).data_meta as usize, (*ctx).data as usize);
+        if mark + size_of::<u32>() > end {
+            return false;
+        }
+        *(mark as *mut u32) = XDP_DONE;
+    }
+    true
+}
+
+/// Takes away what [`mark_done`] has put there.
+#[inline(always)]
+fn unmark(ctx: *mut xdp_md) {
+    // SAFETY: the helper has no preconditions; it fails where there is nothing.
+    let _ = unsafe { bpf_xdp_adjust_meta(ctx, size_of::<u32>() as i32) };
 }
 
 /// Rewrites the packet. A function of its own, so that it has a stack frame to itself.
