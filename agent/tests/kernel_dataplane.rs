@@ -1,6 +1,6 @@
 //! The dataplane on the real kernel: loads the built-in object under a BPF file system of its own.
 //!
-//! Needs root and a binary with the BPF object; without either it says so and passes.
+//! Needs root and a binary with the BPF object; without either it fails, unless `SLUICE_TEST_SKIP=1` says to skip it.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -13,6 +13,7 @@ use sluice_common::abi::{
     Backend, Class, Name, NodeAddress, Origin, Origins, Range, Service, ServiceKey, backend, frontend,
     node_address, policy,
 };
+use sluice_lab::skipped;
 
 /// A BPF file system that goes with the test.
 struct Bpffs(PathBuf);
@@ -20,8 +21,7 @@ struct Bpffs(PathBuf);
 impl Bpffs {
     fn new(name: &str) -> Option<Self> {
         // SAFETY: no arguments.
-        if unsafe { libc::geteuid() } != 0 {
-            println!("skipped: not root");
+        if unsafe { libc::geteuid() } != 0 && skipped("a BPF file system needs root") {
             return None;
         }
         let path = std::env::temp_dir().join(format!("sluice-{name}-{}", std::process::id()));
@@ -35,8 +35,9 @@ impl Bpffs {
         all.extend(sizes.iter().map(|(map, size)| ((*map).to_owned(), *size)));
         match load(&Pins::new(&self.0), &all, Xdp::Off, Layout::Current) {
             Ok(loaded) => Some(loaded),
-            Err(sluice::dataplane::Error::NoObject) => {
-                println!("skipped: built without the BPF object");
+            Err(sluice::dataplane::Error::NoObject)
+                if skipped("the agent was built without the BPF object: `cargo xtask build`") =>
+            {
                 None
             }
             Err(error) => panic!("{error}"),
@@ -201,7 +202,7 @@ fn a_dump_has_named_fields() {
     loaded.kernel.apply(&diff(&Image::default(), &image())).expect("writable maps");
     let map = Pins::new(&bpffs.0).maps().join("services_v4");
     let Ok(output) = Command::new("bpftool").args(["map", "dump", "pinned"]).arg(&map).output() else {
-        println!("skipped: no bpftool");
+        assert!(skipped("no bpftool: install Debian's package bpftool"));
         return;
     };
     let text = String::from_utf8_lossy(&output.stdout);

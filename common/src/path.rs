@@ -1143,6 +1143,12 @@ pub fn leads_to<A: Copy + Eq>(one: &Flow<A>, other: &Flow<A>) -> bool {
         && one.destination_port == other.destination_port
 }
 
+/// Whether an entry was used as lately as a flow, or within the tick before. Ticks wrap, and another CPU's may be ahead.
+#[inline(always)]
+pub fn is_as_fresh<A: Copy>(entry: &Flow<A>, flow: &Flow<A>) -> bool {
+    flow.seen.wrapping_sub(entry.seen).cast_signed() <= 1
+}
+
 /// Makes the entries of a connection again if the slot of the decision's key leads to where the flow goes.
 #[inline(always)]
 fn guess<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) -> bool {

@@ -4,7 +4,7 @@
 
 use crate::abi::{Affinity, AffinityKey, Flow, Tuple, flow, state};
 use crate::family::Family;
-use crate::path::{Decision, Record, leads_to, mark, partner, partner_key};
+use crate::path::{Decision, Record, is_as_fresh, leads_to, mark, partner, partner_key};
 use crate::reason::Reason;
 
 /// One of the two tables that hold flows.
@@ -110,10 +110,7 @@ fn open<F: Family, T: FlowTable<F>>(
     }
     // The path found the tuple free, or held by an entry that no longer counts: that one goes.
     if let Some(old) = tables.get(Place::Flows, &partner.key) {
-        if old.seen.wrapping_add(1) >= flow.seen
-            && old.state & state::ESTABLISHED != 0
-            && !leads_to(&old, &partner.flow)
-        {
+        if is_as_fresh(&old, flow) && old.state & state::ESTABLISHED != 0 && !leads_to(&old, &partner.flow) {
             return Err(Reason::ClashRace);
         }
         // Without its replies the other direction is of no use: the client gets a new flow instead.
@@ -126,7 +123,7 @@ fn open<F: Family, T: FlowTable<F>>(
             let Some(there) = tables.get(place, &partner.key) else { return Err(Reason::ClashRace) };
             // Ours from an earlier try of the same client, or a dead one: overwritten. A fresh one of
             // another flow came between the path's look and now.
-            if there.seen.wrapping_add(1) >= flow.seen && !leads_to(&there, &partner.flow) {
+            if is_as_fresh(&there, flow) && !leads_to(&there, &partner.flow) {
                 return Err(Reason::ClashRace);
             }
             if tables.insert(place, &partner.key, &partner.flow, false).is_err() {

@@ -1,5 +1,6 @@
 //! Entry points, one a hook.
 
+mod clock;
 mod connections;
 mod count;
 mod decide;

@@ -46,6 +46,7 @@ mod packets;
 mod router;
 mod running;
 mod serve;
+mod skip;
 mod xdp;
 
 pub use agent::{AgentOptions, AgentProcess};
@@ -61,6 +62,7 @@ pub use packets::{Capture, PacketSocket};
 pub use router::{Client, Router};
 pub use running::Running;
 pub use serve::{Serve, tool_path};
+pub use skip::skipped;
 
 /// This kernel or machine lacks something a lab was asked for: a reason to skip a test, found by `error.downcast_ref::<Unsupported>()`.
 #[derive(Debug, thiserror::Error)]

@@ -8,18 +8,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use sluice_lab::{
     Cni, DROP_INVALID, Event, Lab, Namespace, NodeOptions, Overlay, RpFilter, Serve, Unsupported, is_root,
-    remove_kept, sweep,
+    remove_kept, skipped, sweep,
 };
 
 const TOOL: &str = env!("CARGO_BIN_EXE_sluice-lab-server");
 
-/// Says so and is true where the test cannot run.
+/// Says so and is true where the test cannot run and is to be skipped.
 fn skip(test: &str) -> bool {
-    let skip = !is_root();
-    if skip {
-        println!("{test} skipped: network namespaces need root");
-    }
-    skip
+    !is_root() && skipped(&format!("{test}: network namespaces need root"))
 }
 
 fn url(ip: impl Into<IpAddr>, port: u16, path: &str) -> String {

@@ -14,6 +14,9 @@
 //! stdout carries the tests' own output and ends with the line
 //! `N passed, N failed` (and `, N skipped` where some were).
 //!
+//! A tier that this machine cannot run is not started. Run by plain `cargo test`, its tests fail where they cannot
+//! run, unless `SLUICE_TEST_SKIP=1` says to skip them.
+//!
 //! Kubernetes' own tests ([`e2e`]) are no tier, since none of their binaries is built from here: a choice of them is run where all
 //! tiers are, the rest takes long and is run by name alone. So are the tests of `deploy/` on a cluster ([`overlays`]).
 

@@ -52,13 +52,9 @@ pub(crate) fn external_ip(number: u8) -> Pair {
 /// The first addresses: those of the service `web`.
 pub(crate) const WEB: u8 = 10;
 
-/// Says why and is true where lab tests cannot run.
+/// Says why and is true where lab tests cannot run and are to be skipped.
 pub(crate) fn skip(test: &str) -> bool {
-    let skip = !sluice_lab::is_root();
-    if skip {
-        println!("{test} skipped: network namespaces need root");
-    }
-    skip
+    !sluice_lab::is_root() && sluice_lab::skipped(&format!("{test}: network namespaces need root"))
 }
 
 /// Ends a test quietly where the kernel lacks what its lab needs; other errors go on.

@@ -26,8 +26,8 @@ use super::case::{Case, Counted, End, Outcome, Program};
 use super::ip::Ip;
 use super::world::{self, Affinities, Datagrams, Exhausted, Flows, World};
 
-/// The time when a packet is met.
-const NOW: Ticks = 100_000;
+/// The time when a packet is met, where a case does not care.
+pub(crate) const NOW: Ticks = 100_000;
 const PAIR: usize = 12;
 /// How often the adapter has the path decide about a new flow.
 const OPEN_TRIES: u32 = 4;
@@ -232,6 +232,7 @@ pub(crate) fn told<F: Ip>(
 /// The maps of one family.
 struct Memory<F: Ip> {
     world: World,
+    now: Ticks,
     ifindex: u32,
     ports: BTreeMap<u32, ServicePort>,
     networks: Networks<F::Address>,
@@ -252,7 +253,7 @@ struct Memory<F: Ip> {
 }
 
 impl<F: Ip> Memory<F> {
-    fn new(world: &World, ifindex: u32) -> Self {
+    fn new(world: &World, ifindex: u32, now: Ticks) -> Self {
         let mut lanes: BTreeMap<(u32, u32), u8> = BTreeMap::new();
         for (address, bits) in &world.listing {
             if let Some(address) = F::of(*address) {
@@ -267,20 +268,21 @@ impl<F: Ip> Memory<F> {
         let backends =
             world.backends.iter().filter_map(|(id, found)| Some((*id, backend::<F>(found)?))).collect();
         Self {
+            now,
             ifindex,
             ports: world.ports.iter().map(|(id, port)| (*id, port.told())).collect(),
             networks: networks::<F>(world),
-            affinity: affinities::<F>(world, NOW),
-            exhausted: exhausted::<F>(world, NOW),
+            affinity: affinities::<F>(world, now),
+            exhausted: exhausted::<F>(world, now),
             routes: None,
             passed_over: 0,
             lanes,
             services,
             backends,
             origins: origins::<F>(world),
-            flows: entries::<F>(&world.flows, NOW),
-            embryonic: entries::<F>(&world.embryonic, NOW),
-            fragments: datagrams::<F>(world, NOW),
+            flows: entries::<F>(&world.flows, now),
+            embryonic: entries::<F>(&world.embryonic, now),
+            fragments: datagrams::<F>(world, now),
             imported: imported::<F>(world),
             marks: world.marks,
             world: world.clone(),
@@ -290,7 +292,8 @@ impl<F: Ip> Memory<F> {
     /// Notes what a first fragment tells.
     fn note(&mut self, headers: &Headers<F>, decision: &Decision<F>) {
         if decision.datagram {
-            let _ = self.fragments.insert(fragment::key(headers), fragment::told(headers, decision, NOW));
+            let _ =
+                self.fragments.insert(fragment::key(headers), fragment::told(headers, decision, self.now));
         }
     }
 
@@ -368,13 +371,13 @@ impl<F: Ip> Memory<F> {
     fn search(&mut self, decision: &mut Decision<F>) {
         let mut key = partner_key::<F>(&decision.flow, decision.key.protocol);
         key.destination_port = 0;
-        if self.exhausted.get(&key) == Some(&NOW) {
+        if self.exhausted.get(&key) == Some(&self.now) {
             path::searched_for(None, decision);
             return;
         }
         path::search(self, decision);
         if decision.reason == Reason::PortsExhausted {
-            let _ = self.exhausted.insert(key, NOW);
+            let _ = self.exhausted.insert(key, self.now);
         }
     }
 
@@ -506,12 +509,17 @@ impl<F: Ip> Tables<F> for Memory<F> {
     }
 
     fn now(&self) -> Ticks {
-        NOW
+        self.now
     }
 }
 
 /// Runs a case on the host.
 pub(crate) fn run(case: &Case) -> Outcome {
+    run_at(case, NOW)
+}
+
+/// Runs a case on the host at some time.
+pub(crate) fn run_at(case: &Case, now: Ticks) -> Outcome {
     let link = if matches!(case.program, Program::IngressBare | Program::EgressBare) { 0 } else { 14 };
     let packet = Bytes { bytes: case.input.clone(), partial: case.partial };
     // A bare packet's ethertype lies outside of it.
@@ -522,8 +530,8 @@ pub(crate) fn run(case: &Case) -> Outcome {
         _ => packet.read::<u16>(PAIR as u32).map(u16::from_be),
     };
     match ethertype.and_then(|ethertype| parse::untag(&packet, ethertype, link)) {
-        Some((0x0800, offset)) => run_family::<V4>(case, packet, offset),
-        Some((0x86dd, offset)) => run_family::<V6>(case, packet, offset),
+        Some((0x0800, offset)) => run_family::<V4>(case, packet, offset, now),
+        Some((0x86dd, offset)) => run_family::<V6>(case, packet, offset, now),
         _ => untouched(case),
     }
 }
@@ -544,13 +552,13 @@ fn untouched(case: &Case) -> Outcome {
     }
 }
 
-fn run_family<F: Ip>(case: &Case, mut packet: Bytes, offset: u32) -> Outcome {
+fn run_family<F: Ip>(case: &Case, mut packet: Bytes, offset: u32, now: Ticks) -> Outcome {
     let hook = match case.program {
         Program::Ingress | Program::IngressBare => Hook::Ingress,
         Program::Egress | Program::EgressBare => Hook::Egress,
         Program::Xdp => Hook::Xdp,
     };
-    let mut memory = Memory::<F>::new(&case.world, case.ifindex);
+    let mut memory = Memory::<F>::new(&case.world, case.ifindex, now);
     let (end, (counted, told_of)) = match parse::headers::<F, _>(&packet, offset) {
         None => (if hook == Hook::Xdp { End::XdpPass } else { End::Next }, NOTHING),
         Some(headers) => {
@@ -568,11 +576,11 @@ fn run_family<F: Ip>(case: &Case, mut packet: Bytes, offset: u32) -> Outcome {
         frame: packet.bytes,
         counted: Some(counted.into_iter().collect()),
         events: Some(told_of.into_iter().collect()),
-        flows: told::<F>(memory.flows, NOW),
-        embryonic: told::<F>(memory.embryonic, NOW),
-        affinity: affinities_told::<F>(memory.affinity, NOW),
-        exhausted: exhausted_told::<F>(memory.exhausted, NOW),
-        fragments: datagrams_told::<F>(memory.fragments, NOW),
+        flows: told::<F>(memory.flows, now),
+        embryonic: told::<F>(memory.embryonic, now),
+        affinity: affinities_told::<F>(memory.affinity, now),
+        exhausted: exhausted_told::<F>(memory.exhausted, now),
+        fragments: datagrams_told::<F>(memory.fragments, now),
         marks: memory.marks,
     }
 }

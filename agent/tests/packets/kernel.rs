@@ -17,6 +17,7 @@ use sluice_common::abi::{
 };
 use sluice_common::family::lane;
 use sluice_common::{Reason, V4, V6};
+use sluice_lab::skipped;
 
 use super::case::{Case, Counted, End, Outcome, Program};
 use super::host;
@@ -27,8 +28,6 @@ use super::world::{
     NET_BACKENDS, OWN, ROUTES, TUNNEL, UPLINK, Version, World,
 };
 
-/// Age of the oldest entry of any case.
-const OLDEST: Ticks = 250;
 /// Elements of the hash maps and arrays: far more than most cases fill.
 const SMALL: u32 = 4096;
 /// Entries for the flows of cases that take every port there is: an LRU map evicts before it is full.
@@ -42,20 +41,24 @@ const SKB: (usize, usize) = (192, 40);
 pub(crate) struct Kernel {
     ebpf: Ebpf,
     ring: RingBuf<MapData>,
+    clock: Clock,
     /// What the maps hold, and since when.
     filled: Option<(World, Ticks)>,
     /// What keeps sockets of this host open.
     sockets: Vec<OwnedFd>,
 }
 
-/// Why the kernel's way cannot be gone here.
-pub(crate) fn obstacle() -> Option<String> {
+/// Whether the kernel's way is left out, as [`skipped`] says; fails where it cannot be gone and nobody said so.
+pub(crate) fn is_skipped() -> bool {
     // SAFETY: no arguments.
-    if unsafe { libc::geteuid() } != 0 {
-        return Some("not root".to_owned());
-    }
-    let object = object();
-    (!object.exists()).then(|| format!("no BPF object at {}", object.display()))
+    let obstacle = if unsafe { libc::geteuid() } != 0 {
+        Some("loading BPF programs needs root".to_owned())
+    } else {
+        let object = object();
+        (!object.exists())
+            .then(|| format!("no BPF object at {}: build it with `cargo xtask build-ebpf`", object.display()))
+    };
+    obstacle.is_some_and(|obstacle| skipped(&obstacle))
 }
 
 fn object() -> PathBuf {
@@ -106,16 +109,30 @@ fn network() -> Result<()> {
     Ok(())
 }
 
-/// Nanoseconds since boot, as the programs read them.
-fn now_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the struct is live.
-    let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
-    time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
+/// The time as the programs read it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Clock {
+    /// What is added to the time since boot.
+    offset_ns: u64,
 }
 
-fn now() -> Ticks {
-    (now_ns() >> TICK_SHIFT) as Ticks
+impl Clock {
+    /// A clock that stands at a tick now.
+    fn at(tick: Ticks) -> Self {
+        Self { offset_ns: (u64::from(tick) << TICK_SHIFT).wrapping_sub(Self::default().now_ns()) }
+    }
+
+    fn now_ns(self) -> u64 {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the struct is live.
+        let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
+        let since_boot = time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned();
+        since_boot.wrapping_add(self.offset_ns)
+    }
+
+    fn now(self) -> Ticks {
+        (self.now_ns() >> TICK_SHIFT) as Ticks
+    }
 }
 
 /// A map's key or value.
@@ -298,18 +315,24 @@ fn read_datagrams<F: Ip>(ebpf: &mut Ebpf, now: Ticks) -> Result<Datagrams> {
 impl Kernel {
     /// Loads the object into a new network namespace, which this thread enters.
     pub(crate) fn load() -> Result<Self> {
-        Self::load_sized(SMALL)
+        Self::load_sized(SMALL, Clock::default())
+    }
+
+    /// As [`Kernel::load`], with the programs' clock at a tick.
+    pub(crate) fn load_at(tick: Ticks) -> Result<Self> {
+        Self::load_sized(SMALL, Clock::at(tick))
     }
 
     /// As [`Kernel::load`], for cases with more flows than others have.
     pub(crate) fn load_large() -> Result<Self> {
-        Self::load_sized(LARGE)
+        Self::load_sized(LARGE, Clock::default())
     }
 
-    fn load_sized(flows: u32) -> Result<Self> {
+    fn load_sized(flows: u32, clock: Clock) -> Result<Self> {
         network()?;
         let bytes = std::fs::read(object())?;
         let mut loader = EbpfLoader::new();
+        let _ = loader.override_global("clock_offset_ns", &clock.offset_ns, true);
         for map in [
             "services_v4",
             "services_v6",
@@ -344,7 +367,7 @@ impl Kernel {
         }
         xdp(&mut ebpf)?.load().context("cannot load the XDP program")?;
         let ring = RingBuf::try_from(ebpf.take_map("events").context("the object has no map events")?)?;
-        let mut kernel = Self { ebpf, ring, filled: None, sockets: Vec::new() };
+        let mut kernel = Self { ebpf, ring, clock, filled: None, sockets: Vec::new() };
         kernel.listen(&Listening { until_ns: u64::MAX, ..Listening::default() })?;
         Ok(kernel)
     }
@@ -379,7 +402,8 @@ impl Kernel {
                 IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
                 IpAddr::V6(address) => address.octets(),
             };
-            let bucket = RejectBucket { refilled_ms: (now_ns() / 1_000_000) as u32, credit_ms: *credit_ms };
+            let bucket =
+                RejectBucket { refilled_ms: (self.clock.now_ns() / 1_000_000) as u32, credit_ms: *credit_ms };
             rejects.insert(Raw(RejectKey { address }), Raw(bucket), 0)?;
         }
         array(ebpf, "marks")?.set(0, Raw(world.marks), 0)?;
@@ -418,21 +442,17 @@ impl Kernel {
     /// Runs a case. [`None`]: the kernel refuses to run a program on such a frame.
     pub(crate) fn run(&mut self, case: &Case) -> Result<Option<Outcome>> {
         loop {
-            let tick = now();
+            let tick = self.clock.now();
             let outcome = self.run_once(case)?;
             // A search in vain counts within its tick alone.
-            if case.world.exhausted.is_empty() || tick == now() {
+            if case.world.exhausted.is_empty() || tick == self.clock.now() {
                 return Ok(outcome);
             }
         }
     }
 
     fn run_once(&mut self, case: &Case) -> Result<Option<Outcome>> {
-        let now = now();
-        ensure!(
-            now > OLDEST,
-            "the machine has been up for less than {OLDEST} ticks: entries that old cannot be made"
-        );
+        let now = self.clock.now();
         let since = match self.filled.take() {
             Some((world, since)) if world == case.world && since == now && world.rejects.is_empty() => since,
             other => {
@@ -573,7 +593,7 @@ impl Kernel {
         if let Some((world, _)) = self.filled.take() {
             self.clear(&world)?;
         }
-        let now = now();
+        let now = self.clock.now();
         self.fill(world, now)?;
         self.filled = Some((world.clone(), now));
         Ok(())

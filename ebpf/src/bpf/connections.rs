@@ -19,9 +19,9 @@ use sluice_common::abi::{Connection, Ipv4Address, SOCKET_COUNTERS_MAX, SocketCou
 use sluice_common::header::protocol::TCP;
 use sluice_common::{V4, V6};
 
+use super::clock::now;
 use super::maps::Maps;
 use super::socket::{address_v6, mapped};
-use super::tables::now;
 
 /// The other programs at this hook decide too.
 const PROCEED: u32 = 1;

@@ -17,9 +17,10 @@ use sluice_common::path::{self, Decision, Hook, PORTS};
 use sluice_common::tables::Routes;
 use sluice_common::{Family, V4, V6, fragment};
 
+use super::clock::now;
 use super::maps::Maps;
 use super::record;
-use super::tables::{Kernel, now};
+use super::tables::Kernel;
 
 /// What is known and decided of a packet, in a map: the stack has no room for it, and kernel 6.1 takes no
 /// map key from a global function's argument. Programs that use it run with softirqs off, so that none

@@ -5,7 +5,7 @@
 
 use aya_ebpf::btf_maps::{Array, PerCpuArray, RingBuf};
 use aya_ebpf::helpers::bpf_get_current_comm;
-use aya_ebpf::helpers::generated::{bpf_get_current_pid_tgid, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
+use aya_ebpf::helpers::generated::{bpf_get_current_pid_tgid, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use sluice_common::abi::{EVENTS_BYTES, Event, Flow, Listening, Tuple};
 use sluice_common::event::{self, At, Fate, Kind, Wide};
@@ -13,6 +13,7 @@ use sluice_common::parse::Headers;
 use sluice_common::path::{Decision, Hook};
 use sluice_common::{Reason, V4, V6};
 
+use super::clock::now_ns;
 use super::decide::{Decide, Scratch, hook_number, hook_of};
 
 #[btf_map]
@@ -30,8 +31,7 @@ static event_scratch: PerCpuArray<Event, 1> = PerCpuArray::new();
 #[inline(always)]
 fn listener() -> Option<&'static Listening> {
     let sieve = listening.get(0)?;
-    // SAFETY: the helper has no preconditions.
-    (sieve.until_ns != 0 && sieve.is_on(unsafe { bpf_ktime_get_coarse_ns() })).then_some(sieve)
+    (sieve.until_ns != 0 && sieve.is_on(now_ns())).then_some(sieve)
 }
 
 /// Puts an event into the ring, if it was asked for.

@@ -1,16 +1,16 @@
 //! The path's questions, answered by the maps.
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use sluice_common::Tables;
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, OriginKey,
-    Origins, Range, SLOTS_PER_BLOCK, Service, ServiceKey, ServicePort, Settings, SourceRange, TICK_SHIFT,
-    Ticks, Tuple, device, node_address, socket_path,
+    Origins, Range, SLOTS_PER_BLOCK, Service, ServiceKey, ServicePort, Settings, SourceRange, Ticks, Tuple,
+    device, node_address, socket_path,
 };
 use sluice_common::family::lane;
 use sluice_common::tables::Routes;
 
+use super::clock;
 use super::decide::Asked;
 use super::maps::{self, Maps};
 
@@ -28,13 +28,6 @@ impl Kernel {
     pub(super) fn of(ifindex: u32) -> Self {
         Self { ifindex, asked: Asked::NOTHING }
     }
-}
-
-/// The time in ticks.
-#[inline(always)]
-pub(super) fn now() -> Ticks {
-    // SAFETY: the helper has no preconditions.
-    (unsafe { bpf_ktime_get_coarse_ns() } >> TICK_SHIFT) as Ticks
 }
 
 impl<F: Maps> Tables<F> for Kernel {
@@ -201,6 +194,6 @@ impl<F: Maps> Tables<F> for Kernel {
 
     #[inline(always)]
     fn now(&self) -> Ticks {
-        now()
+        clock::now()
     }
 }

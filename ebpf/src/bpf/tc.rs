@@ -10,9 +10,8 @@ use aya_ebpf::bindings::{
     bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_check_mtu, bpf_csum_diff, bpf_ktime_get_coarse_ns, bpf_redirect, bpf_redirect_neigh,
-    bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes,
-    bpf_skb_store_bytes, bpf_skc_lookup_tcp,
+    bpf_check_mtu, bpf_csum_diff, bpf_redirect, bpf_redirect_neigh, bpf_sk_lookup_udp, bpf_sk_release,
+    bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes, bpf_skc_lookup_tcp,
 };
 use sluice_common::abi::{Device, Flow, RejectKey, device, flow};
 use sluice_common::answer::{self, Answer, QUOTE};
@@ -23,6 +22,7 @@ use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict};
 use sluice_common::rewrite::{Edit, hop, rewrite};
 use sluice_common::{Family, Packet, Reason, V4, V6};
 
+use super::clock::now_ns;
 use super::count;
 use super::decide::{Asked, Decide, Scratch};
 use super::events::Tell;
@@ -652,8 +652,7 @@ fn unreachable<F: Tc, const LINK: u32>(
 /// Takes one ICMP error from a client's bucket.
 #[inline(always)]
 fn may_answer(key: &RejectKey) -> bool {
-    // SAFETY: the helper has no preconditions.
-    let now_ms = (unsafe { bpf_ktime_get_coarse_ns() } / 1_000_000) as u32;
+    let now_ms = (now_ns() / 1_000_000) as u32;
     // SAFETY: entries are plain data, readable under RCU.
     let bucket = unsafe { maps::rejects.get(key) }.copied();
     let (bucket, allowed) = path::spend(bucket, now_ms);
