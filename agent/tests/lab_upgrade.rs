@@ -76,9 +76,9 @@ fn up_and_down(name: &str, next: &PathBuf, filters: bool) -> Result<()> {
     };
     ensure!(hooks(&node)? == filters, "{}", status(&node)?);
     let mut load = load_of(&cluster, size)?;
-    ensure!(layouts(&node)? == ["v2"], "{:?}", layouts(&node)?);
+    ensure!(layouts(&node)? == ["v3"], "{:?}", layouts(&node)?);
     // Connections that say nothing meanwhile are not made anew by what they send: their entries have to be moved.
-    let idle = entries(&node, "v2", "flows_v4")?;
+    let idle = entries(&node, "v3", "flows_v4")?;
     let ids = |node: &Node| -> Result<Vec<u64>> {
         Ok(listed(node, &["backends"])?.iter().map(|row| number(row, "id")).collect())
     };
@@ -90,8 +90,8 @@ fn up_and_down(name: &str, next: &PathBuf, filters: bool) -> Result<()> {
     }
     replace(&mut cluster, Some(next), &[])?;
     unharmed(&mut load, "after the upgrade")?;
-    ensure!(layouts(&node)? == ["v3"], "{:?}", layouts(&node)?);
-    let moved = entries(&node, "v3", "flows_v4")?;
+    ensure!(layouts(&node)? == ["v4"], "{:?}", layouts(&node)?);
+    let moved = entries(&node, "v4", "flows_v4")?;
     ensure!(moved >= idle, "{moved} entries, there were {idle}");
     ensure!(ids(&node)? == before, "ids have changed");
     let log = cluster.agent().log();
@@ -106,9 +106,9 @@ fn up_and_down(name: &str, next: &PathBuf, filters: bool) -> Result<()> {
     // The way back: the newer version writes the older one's layout first.
     replace(&mut cluster, Some(next), &["--layout=previous"])?;
     unharmed(&mut load, "when the old layout was written again")?;
-    ensure!(layouts(&node)? == ["v2", "v3"], "{:?}", layouts(&node)?);
-    ensure!(entries(&node, "v2", "flows_v4")? >= idle, "entries were left behind");
-    until("everything to be moved", || Ok((entries(&node, "v3", "flows_v4")? == 0).then_some(())))?;
+    ensure!(layouts(&node)? == ["v3", "v4"], "{:?}", layouts(&node)?);
+    ensure!(entries(&node, "v3", "flows_v4")? >= idle, "entries were left behind");
+    until("everything to be moved", || Ok((entries(&node, "v4", "flows_v4")? == 0).then_some(())))?;
     let flows: Value = listed(&node, &["flows", "--limit", "5000"])?.into();
     ensure!(flows.as_array().is_some_and(|rows| rows.len() >= idle / 2), "{flows}");
 
@@ -120,7 +120,7 @@ fn up_and_down(name: &str, next: &PathBuf, filters: bool) -> Result<()> {
 
     replace(&mut cluster, None, &[])?;
     unharmed(&mut load, "after the rollback")?;
-    ensure!(layouts(&node)? == ["v2"], "{:?}", layouts(&node)?);
+    ensure!(layouts(&node)? == ["v3"], "{:?}", layouts(&node)?);
     ensure!(ids(&node)? == before, "ids have changed");
     cluster.manifests.write(&cluster.web().backends(&cluster.backends[..1]))?;
     until_backends(&node, "web", 1)?;
@@ -169,13 +169,13 @@ fn an_upgrade_that_is_killed_again_and_again_breaks_nothing() -> Result<()> {
     }
     cluster.agent().wait_ready(6 * SOON)?;
     unharmed(&mut load, "when the upgrade was killed again and again")?;
-    ensure!(layouts(&node)? == ["v3"], "{:?}", layouts(&node)?);
+    ensure!(layouts(&node)? == ["v4"], "{:?}", layouts(&node)?);
     // Without preparation an older version starts with maps of its own; what is open is found again by what clients send.
     cluster.agent().options().program = None;
     cluster.agent().restart()?;
     cluster.agent().wait_ready(6 * SOON)?;
     println!("rolled back unprepared: {:?}", load.unharmed("after an unprepared rollback")?);
-    ensure!(layouts(&node)? == ["v2"], "{:?}", layouts(&node)?);
+    ensure!(layouts(&node)? == ["v3"], "{:?}", layouts(&node)?);
     Ok(())
 }
 
@@ -197,12 +197,12 @@ fn an_agent_that_cannot_start_leaves_the_one_before_serving() -> Result<()> {
         ensure!(log.contains(expected), "{what}: {log}");
         println!("{what}: {}", log.lines().last().unwrap_or_default());
         let _ = load.unharmed(what)?;
-        ensure!(layouts(&node)?.contains(&"v2".to_owned()), "{what}: {:?}", layouts(&node)?);
+        ensure!(layouts(&node)?.contains(&"v3".to_owned()), "{what}: {:?}", layouts(&node)?);
     }
     // And the one before comes back as if nothing had been.
     replace(&mut cluster, None, &[])?;
     println!("{:?}", load.unharmed("when the one before was back")?);
-    ensure!(layouts(&node)? == ["v2"], "{:?}", layouts(&node)?);
+    ensure!(layouts(&node)? == ["v3"], "{:?}", layouts(&node)?);
     Ok(())
 }
 

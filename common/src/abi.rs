@@ -9,7 +9,7 @@
 /// Version of everything in this file; part of the pin path.
 ///
 /// Maps of another version are never reused as they are: [`previous`] tells what becomes of those of the version before.
-pub const LAYOUT: u32 = 2 + cfg!(feature = "next-layout") as u32;
+pub const LAYOUT: u32 = 3 + cfg!(feature = "next-layout") as u32;
 
 /// Entries of [`ServiceKey`] -> [`Service`], per family: 16 Ki x ~64 B = 1 MiB when full.
 pub const SERVICES_MAX: u32 = 65_536;
@@ -21,7 +21,7 @@ pub const SLOT_BLOCKS_MAX: u32 = 524_288;
 pub const SLOTS_PER_BLOCK: u32 = 16;
 /// Elements of `backends_v4` (16 B each) and `backends_v6` (24 B each): 4 and 6 MiB.
 pub const BACKENDS_MAX: u32 = 262_144;
-/// Entries of each `flows` map: 256 Ki x ~110 B = 28 MiB (IPv4), ~45 MiB (IPv6).
+/// Entries of each `flows` map: 256 Ki x ~115 B = 29 MiB (IPv4), ~46 MiB (IPv6).
 pub const FLOWS_MAX: u32 = 262_144;
 /// Entries of each `embryonic` map.
 pub const EMBRYONIC_MAX: u32 = 32_768;

@@ -136,11 +136,11 @@ fn address<F: Ip>(host: u8) -> F::Address {
 }
 
 fn any_flow<F: Ip>() -> impl Strategy<Value = Flow<F::Address>> {
-    (any::<[u8; 2]>(), any::<[u16; 2]>(), any::<[u32; 2]>(), any::<u16>(), any::<[u8; 2]>()).prop_map(
+    (any::<[u8; 2]>(), any::<[u16; 2]>(), any::<[u32; 3]>(), any::<u16>(), any::<[u8; 2]>()).prop_map(
         |(
             [source, destination],
             [source_port, destination_port],
-            [backend, seen],
+            [backend, seen, replied],
             generation,
             [state, flags],
         )| Flow {
@@ -151,6 +151,7 @@ fn any_flow<F: Ip>() -> impl Strategy<Value = Flow<F::Address>> {
             backend,
             service_port: 1,
             seen,
+            replied,
             generation,
             state,
             flags,

@@ -180,6 +180,7 @@ pub(crate) fn entries<F: Ip>(flows: &Flows, now: Ticks) -> BTreeMap<Tuple<F::Add
             backend,
             service_port,
             seen,
+            replied,
             generation,
             state,
             flags,
@@ -193,6 +194,7 @@ pub(crate) fn entries<F: Ip>(flows: &Flows, now: Ticks) -> BTreeMap<Tuple<F::Add
             backend,
             service_port,
             seen: now.wrapping_sub(seen),
+            replied,
             generation,
             state,
             flags,
@@ -210,7 +212,16 @@ pub(crate) fn told<F: Ip>(
     let convert = |(key, entry): (Tuple<F::Address>, Flow<F::Address>)| {
         let key = tuple_told::<F>(&key);
         let Flow {
-            source_port, destination_port, backend, service_port, seen, generation, state, flags, ..
+            source_port,
+            destination_port,
+            backend,
+            service_port,
+            seen,
+            replied,
+            generation,
+            state,
+            flags,
+            ..
         } = entry;
         let flow = Flow {
             source: F::ip(entry.source),
@@ -220,6 +231,7 @@ pub(crate) fn told<F: Ip>(
             backend,
             service_port,
             seen: now.wrapping_sub(seen),
+            replied,
             generation,
             state,
             flags,

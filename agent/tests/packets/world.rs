@@ -208,6 +208,7 @@ impl Connection {
             backend: self.id,
             service_port: self.service_port,
             seen: self.age,
+            replied: 0,
             generation: self.generation,
             state: self.state,
             flags: self.flags | flags,

@@ -12,6 +12,8 @@ abi! {
         pub backend: u32,
         /// Index into `ports`; 0: none.
         pub service_port: u32,
+        /// As [`previous::Flow::replied`].
+        pub replied: u32,
         /// What makes the value larger.
         pub reserved: u32,
         /// Destination address after translation.
@@ -28,7 +30,7 @@ abi! {
         pub flags: u8,
         /// Bits of [`state`](super::state).
         pub state: u8,
-    } sizes 32, 56
+    } sizes 36, 60
 }
 
 abi! {
@@ -54,7 +56,7 @@ impl<A: Copy> Moved for Flow<A> {
     #[inline(always)]
     fn before(&self) -> Self::Before {
         let Self { source, destination, source_port, destination_port, backend, service_port, .. } = *self;
-        let Self { seen, generation, state, flags, .. } = *self;
+        let Self { seen, replied, generation, state, flags, .. } = *self;
         previous::Flow {
             source,
             destination,
@@ -63,6 +65,7 @@ impl<A: Copy> Moved for Flow<A> {
             backend,
             service_port,
             seen,
+            replied,
             generation,
             state,
             flags,
@@ -72,11 +75,12 @@ impl<A: Copy> Moved for Flow<A> {
     #[inline(always)]
     fn after(before: &Self::Before) -> Self {
         let previous::Flow { source, destination, source_port, destination_port, backend, .. } = *before;
-        let previous::Flow { service_port, seen, generation, state, flags, .. } = *before;
+        let previous::Flow { service_port, seen, replied, generation, state, flags, .. } = *before;
         Self {
             seen,
             backend,
             service_port,
+            replied,
             reserved: 0,
             destination,
             source,

@@ -11,7 +11,7 @@
 pub use super::tables::{Affinity, Flow};
 
 /// The version before [`LAYOUT`](super::LAYOUT); [`None`]: it cannot be upgraded from without losing flows.
-pub const LAYOUT: Option<u32> = if cfg!(feature = "next-layout") { Some(2) } else { None };
+pub const LAYOUT: Option<u32> = if cfg!(feature = "next-layout") { Some(3) } else { None };
 
 /// The maps that differ from that version's. All others are used on as they are.
 pub const CHANGED: &[&str] = if cfg!(feature = "next-layout") { &MOVED } else { &[] };

@@ -22,13 +22,15 @@ abi! {
         pub service_port: u32,
         /// When the flow was last renewed, in [`Ticks`](super::Ticks).
         pub seen: u32,
+        /// When the endpoint was last heard, as far as renewals tell, in [`Ticks`](super::Ticks); 0: not yet.
+        pub replied: u32,
         /// The backend's generation when the flow chose it.
         pub generation: u16,
         /// Bits of [`state`](super::state).
         pub state: u8,
         /// Bits of [`flow`](super::flow).
         pub flags: u8,
-    } sizes 28, 52
+    } sizes 32, 56
 }
 
 abi! {
