@@ -1,14 +1,15 @@
 //! `sluice flows`: the translated connections that the maps know.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 
 use serde::Serialize;
-use sluice_common::abi::{TICK_SHIFT, flow, state};
+use sluice_common::abi::{TICK_SHIFT, Tuple, flow, side, state};
 use sluice_common::{V4, V6};
 
 use super::table::{Format, Table, age, render};
-use crate::dataplane::KernelStack;
+use crate::dataplane::{FlowEntry, KernelStack};
 use crate::image::Stack;
 use crate::view::{PortName, View, protocol};
 
@@ -18,6 +19,8 @@ struct Row {
     protocol: String,
     client: String,
     vip: String,
+    /// What the backend sees of a masqueraded client.
+    seen_as: Option<String>,
     backend: String,
     service: Option<PortName>,
     state: Vec<&'static str>,
@@ -44,12 +47,14 @@ pub(super) fn run(
     rows.sort_by(|a, b| (a.idle_seconds, &a.client, &a.vip).cmp(&(b.idle_seconds, &b.client, &b.vip)));
     rows.truncate(limit.unwrap_or(usize::MAX));
     render(format, &rows, |rows| {
-        let mut table = Table::new(&["PROTO", "CLIENT", "VIP", "BACKEND", "SERVICE", "STATE", "IDLE"]);
+        let mut table =
+            Table::new(&["PROTO", "CLIENT", "VIP", "SEEN AS", "BACKEND", "SERVICE", "STATE", "IDLE"]);
         for row in rows {
             table.row([
                 row.protocol.clone(),
                 row.client.clone(),
                 row.vip.clone(),
+                row.seen_as.clone().unwrap_or_default(),
                 row.backend.clone(),
                 row.service
                     .as_ref()
@@ -65,13 +70,41 @@ pub(super) fn run(
 
 fn rows<F: KernelStack>(view: &View, now: u32) -> anyhow::Result<Vec<Row>> {
     let entries = F::flows(view.kernel.maps())?;
+    // What masqueraded clients are shown as stands in entries of their own.
+    let is_side =
+        |entry: &&FlowEntry<F::Address>| entry.flow.flags & (flow::REPLY | flow::SOURCE) == flow::SOURCE;
+    let sides: BTreeMap<Tuple<F::Address>, String> = entries
+        .iter()
+        .filter(is_side)
+        .map(|entry| (entry.tuple, endpoint::<F>(entry.flow.source, entry.flow.source_port)))
+        .collect();
+    let seen_as = |entry: &FlowEntry<F::Address>| {
+        let flow = &entry.flow;
+        if flow.flags & flow::MASQUERADED == 0 {
+            return None;
+        }
+        if flow.flags & flow::HOST != 0 {
+            return Some(endpoint::<F>(flow.source, flow.source_port));
+        }
+        let key = Tuple {
+            source: flow.source,
+            destination: flow.destination,
+            source_port: flow.source_port,
+            destination_port: flow.destination_port,
+            side: side::FAR,
+            ..entry.tuple
+        };
+        sides.get(&key).cloned()
+    };
     // A direct connection has no VIP; a reply's entry says the same as its partner's.
-    let forward = entries.into_iter().filter(|entry| entry.flow.flags & (flow::REPLY | flow::DIRECT) == 0);
+    let forward =
+        entries.iter().filter(|entry| entry.flow.flags & (flow::REPLY | flow::DIRECT | flow::SOURCE) == 0);
     Ok(forward
         .map(|entry| Row {
             protocol: protocol(entry.tuple.protocol),
             client: endpoint::<F>(entry.tuple.source, entry.tuple.source_port),
             vip: endpoint::<F>(entry.tuple.destination, entry.tuple.destination_port),
+            seen_as: seen_as(entry),
             backend: endpoint::<F>(entry.flow.destination, entry.flow.destination_port),
             service: view.name(entry.flow.service_port),
             state: words(entry.flow.state, entry.flow.flags, entry.embryonic),

@@ -380,7 +380,7 @@ impl<'w> Story<'w> {
         }
         let fate = match decision.verdict {
             PathVerdict::TurnBack => "; it goes back where it came from",
-            PathVerdict::Route => "; it is sent on as the routes say, past the stack",
+            PathVerdict::Route => "; it is sent on as the routes say",
             PathVerdict::HandIn => "; it is handed to this host",
             PathVerdict::Pass
             | PathVerdict::Translate
@@ -390,6 +390,21 @@ impl<'w> Story<'w> {
             | PathVerdict::Hold => "",
         };
         self.add("rewrite", parts.join(", ") + fate);
+    }
+
+    /// What a masqueraded client is shown as where its packet leaves.
+    pub(super) fn leaves_as(&mut self, device: Option<&str>, client: SocketAddr, seen_as: SocketAddr) {
+        let place =
+            device.map_or_else(|| "where it leaves".to_owned(), |name| format!("where it leaves by {name}"));
+        let seen_as = if is_unknown(seen_as.ip()) || seen_as.ip() == client.ip() {
+            "an address of the node".to_owned()
+        } else {
+            seen_as.to_string()
+        };
+        self.add(
+            "rewrite",
+            format!("{place}, behind routing and netfilter, source {client} becomes {seen_as}"),
+        );
     }
 
     /// Whether the backend sees the client's address, and why.

@@ -1,8 +1,8 @@
 //! Follows the packet: from hook to hook, as the adapters in the kernel do.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
-use sluice_common::abi::{Class, Range, ServiceKey, Tuple, device, flow, frontend, listing};
+use sluice_common::abi::{Class, Range, ServiceKey, Tuple, device, flow, frontend, listing, side};
 use sluice_common::header::{protocol, tcp};
 use sluice_common::parse::{Headers, Kind};
 use sluice_common::path::{self, Decision, Hook, Step as Next, policy};
@@ -252,6 +252,10 @@ impl<'w, F: Side> Walk<'w, F> {
         let source = forward.then(|| self.source(target.as_ref(), decision.flow.flags, backend));
         if let Some(source) = source {
             story.rewrites(decision);
+            if !reply && decision.flow.flags & (flow::MASQUERADED | flow::HOST) == flow::MASQUERADED {
+                let (device, seen_as) = self.client_side(decision, asked);
+                story.leaves_as(device.as_deref(), self.question.source, seen_as);
+            }
             story.source(source, decision, asked, target.as_ref());
         }
         let candidates = if forward && !reply { self.candidates(target.as_ref()) } else { Vec::new() };
@@ -269,6 +273,40 @@ impl<'w, F: Side> Walk<'w, F> {
             steps: story.steps(),
             socket: None,
         }
+    }
+
+    /// What a masqueraded client is shown as where its packets leave for the backend, and the device.
+    fn client_side(&self, decision: &Decision<F>, asked: &[Asked<F>]) -> (Option<String>, SocketAddr) {
+        let flow = &decision.flow;
+        let key = Tuple {
+            source: flow.source,
+            destination: flow.destination,
+            source_port: flow.source_port,
+            destination_port: flow.destination_port,
+            protocol: self.tuple.protocol,
+            side: side::FAR,
+            reserved: [0; 2],
+        };
+        let routes = asked.iter().find_map(|asked| match asked {
+            Asked::Routes(routes) => Some(routes.to_backend),
+            _ => None,
+        });
+        let seen = Seen { world: self.world, ifindex: routes.unwrap_or(0) };
+        let known = Tables::<F>::flow(&seen, &key).or_else(|| Tables::<F>::embryonic(&seen, &key));
+        let seen_as = if let Some(entry) = known {
+            (entry.source, entry.source_port)
+        } else {
+            let mut decision = Decision::pass(&key);
+            decision.flow.flags = flow::SOURCE;
+            decision.step = Next::Select;
+            path::open_into(Hook::Egress, &self.headers(), &seen, &mut decision);
+            if decision.step == Next::Search {
+                path::search(&seen, &mut decision);
+            }
+            (decision.flow.source, decision.flow.source_port)
+        };
+        let device = routes.and_then(|ifindex| self.world.devices.get(&ifindex));
+        (device.map(|device| device.name.clone()), SocketAddr::from((F::ip(seen_as.0), seen_as.1)))
     }
 
     /// The answer about a packet that nobody translates.

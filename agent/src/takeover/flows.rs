@@ -23,7 +23,7 @@ pub(super) fn live<F: KernelStack>(maps: &Maps) -> anyhow::Result<u64> {
     for entry in flows.iter().filter(|entry| entry.flow.flags & flow::REPLY == 0) {
         let idle = now.wrapping_sub(entry.flow.seen);
         if is_live(entry.tuple.protocol, &entry.flow, entry.embryonic, idle) {
-            count += 1;
+            count += u64::from(entry.flow.flags & flow::SOURCE == 0);
         } else {
             dead.extend([entry.tuple, partner_key::<F>(&entry.flow, entry.tuple.protocol)]);
         }
@@ -49,11 +49,14 @@ pub(super) fn of_host<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Transla
         .collect())
 }
 
-/// The connections to backends that appear as this node's and that netfilter does not see.
+/// The connections to backends that appear as this node's and that netfilter does not see as such.
 pub(super) fn clear<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translated>> {
     let flows = F::flows(maps)?;
     let unseen = flows.iter().filter(|entry| {
-        entry.flow.flags & flow::REPLY == 0 && entry.flow.flags & (flow::HOST | flow::MASQUERADED) != 0
+        let (seen, flow) = (&entry.tuple, &entry.flow);
+        let changes = (flow.source, flow.source_port) != (seen.source, seen.source_port);
+        flow.flags & flow::REPLY == 0
+            && (flow.flags & flow::HOST != 0 || flow.flags & flow::SOURCE != 0 && changes)
     });
     Ok(unseen
         .map(|entry| {
