@@ -7,6 +7,7 @@
 
 pub mod claims;
 pub mod desired;
+mod endpoints;
 pub mod object;
 pub mod policy;
 pub mod report;
@@ -17,9 +18,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::policy::ExternalIps;
-use claims::{Claims, Frontend};
-use desired::{Claimed, Context, PortKey};
+use claims::{Changed, Claims, Frontend};
+use desired::{Claimed, Context, Joined, PortKey};
 pub use desired::{Desired, DesiredBackend, DesiredPort, FrontendKind, HealthCheck, UdpPort};
+use endpoints::Endpoints;
 use object::{Address, Endpoint, IpFamily, NodeSpec, Protocol, ServiceSpec, Slice, SliceKind};
 pub use object::{Change, Event, ObjectName, SourceId};
 use report::{Author, Flaw, Note, Notebook, Report, Reports, Subject};
@@ -81,12 +83,14 @@ pub struct Model {
     /// To which Service a slice belongs: its label may change.
     owners: BTreeMap<SliceKey, ObjectName>,
     nodes: BTreeMap<SourceId, NodeSpec>,
-    interfaces: BTreeSet<IpAddr>,
+    /// The addresses of the node's own devices, and whether node ports are served there.
+    interfaces: BTreeMap<IpAddr, bool>,
     node_addresses: BTreeSet<IpAddr>,
     primary: BTreeSet<IpAddr>,
     zone: Option<Arc<str>>,
     left: BTreeSet<IpAddr>,
     claims: Claims,
+    endpoints: Endpoints,
     health_checks: BTreeMap<ObjectName, HealthCheck>,
     udp_ports: BTreeMap<PortKey, UdpPort>,
     awaited: BTreeSet<SourceId>,
@@ -107,11 +111,12 @@ impl Model {
             slices: BTreeMap::new(),
             owners: BTreeMap::new(),
             nodes: BTreeMap::new(),
-            interfaces: BTreeSet::new(),
+            interfaces: BTreeMap::new(),
             node_addresses: BTreeSet::new(),
             zone: None,
             left: BTreeSet::new(),
             claims: Claims::default(),
+            endpoints: Endpoints::default(),
             health_checks: BTreeMap::new(),
             udp_ports: BTreeMap::new(),
             begun: false,
@@ -148,10 +153,34 @@ impl Model {
         }
     }
 
-    /// Says which addresses the node's own devices have.
-    pub fn set_interfaces(&mut self, addresses: BTreeSet<IpAddr>) {
+    /// Says which addresses the node's own devices have, and for each whether node ports are served there.
+    pub fn set_interfaces(&mut self, addresses: BTreeMap<IpAddr, bool>) {
+        let serving = |addresses: &BTreeMap<IpAddr, bool>| -> BTreeSet<IpAddr> {
+            addresses.iter().filter(|(_, serves)| **serves).map(|(address, _)| *address).collect()
+        };
+        let (before, after) = (serving(&self.interfaces), serving(&addresses));
+        let changed = before.symmetric_difference(&after).copied().collect();
         self.interfaces = addresses;
+        // An endpoint there may be a node port now, or none any more.
+        self.mark_endpoints(&changed, false);
         self.refresh_node();
+    }
+
+    /// Marks the Services with an endpoint at one of some addresses, or one that has hints for zones.
+    fn mark_endpoints(&mut self, addresses: &BTreeSet<IpAddr>, hinted: bool) {
+        if addresses.is_empty() && !hinted {
+            return;
+        }
+        let concerned = |endpoint: &Endpoint| {
+            hinted && !endpoint.zones.is_empty()
+                || matches!(&endpoint.address, Address::Valid(address) if addresses.contains(address))
+        };
+        for (service, slices) in &self.slices {
+            let mut parts = slices.values().flat_map(|slice| &slice.parts);
+            if parts.any(|part| part.endpoints.iter().any(concerned)) {
+                let _ = self.dirty.insert(service.clone());
+            }
+        }
     }
 
     /// Says which VIPs something else on this node serves, besides those of the settings.
@@ -183,7 +212,11 @@ impl Model {
         let mut affected = BTreeSet::new();
         for name in &changed {
             let (created, frontends) = self.claims_of(name);
-            affected.extend(self.claims.set(name, created, frontends));
+            let Changed { services, frontends } = self.claims.set(name, created, frontends);
+            affected.extend(services);
+            for frontend in frontends {
+                affected.extend(self.leading_to(frontend));
+            }
         }
         affected.extend(changed);
         let services = affected
@@ -194,6 +227,19 @@ impl Model {
             })
             .collect();
         Some(Batch { complete, services })
+    }
+
+    /// The Services with an endpoint that is a frontend.
+    fn leading_to(&self, (vip, number, protocol): Frontend) -> BTreeSet<ObjectName> {
+        if !vip.is_unspecified() {
+            return self.endpoints.users((vip, number, protocol)).cloned().collect();
+        }
+        let serving = self.interfaces.iter().filter(|(_, serves)| **serves).map(|(address, _)| *address);
+        serving
+            .filter(|address| IpFamily::of(*address) == IpFamily::of(vip))
+            .flat_map(|address| self.endpoints.users((address, number, protocol)))
+            .cloned()
+            .collect()
     }
 
     /// The sources whose first full list is still missing.
@@ -318,24 +364,13 @@ impl Model {
             .nodes
             .values()
             .flat_map(|node| node.addresses.iter().copied())
-            .chain(self.interfaces.iter().copied())
+            .chain(self.interfaces.keys().copied())
             .collect();
 
         let moved = zone != self.zone;
         let changed: BTreeSet<IpAddr> =
             self.node_addresses.symmetric_difference(&addresses).copied().collect();
-        if moved || !changed.is_empty() {
-            let here = |endpoint: &Endpoint| {
-                moved && !endpoint.zones.is_empty()
-                    || matches!(&endpoint.address, Address::Valid(address) if changed.contains(address))
-            };
-            for (service, slices) in &self.slices {
-                let mut parts = slices.values().flat_map(|slice| &slice.parts);
-                if parts.any(|part| part.endpoints.iter().any(here)) {
-                    let _ = self.dirty.insert(service.clone());
-                }
-            }
-        }
+        self.mark_endpoints(&changed, moved);
         if primary != self.primary {
             // Whether a node that holds a VIP may send from it depends on the node's address.
             let restricts = |spec: &ServiceSpec| !spec.source_ranges.is_empty();
@@ -354,6 +389,8 @@ impl Model {
             node_addresses: &self.node_addresses,
             primary: &self.primary,
             zone: self.zone.as_deref(),
+            claims: &self.claims,
+            interfaces: &self.interfaces,
         }
     }
 
@@ -378,12 +415,13 @@ impl Model {
         };
         let health_port = health_port.filter(|_| !ports.is_empty());
         self.arbitrate(name, &mut ports, &mut notes);
-        let ready_here = match self.slices.get(name) {
+        let Joined { ready_here, endpoints } = match self.slices.get(name) {
             Some(slices) if !ports.is_empty() => {
-                desired::join(&mut ports, slices, &self.context(), &mut notes)
+                desired::join(name, &mut ports, slices, &self.context(), &mut notes)
             }
-            Some(_) | None => BTreeMap::new(),
+            Some(_) | None => Joined::default(),
         };
+        self.endpoints.set(name, &endpoints);
         let local = ready_here.values().map(BTreeSet::len).max().unwrap_or(0);
         let _ = match health_port {
             Some(port) => self.health_checks.insert(name.clone(), HealthCheck { port, local }),
@@ -391,7 +429,8 @@ impl Model {
         };
         self.note_udp_ports(name, &ports);
         self.report(Author::Service(name.clone()), notes.finish(), now);
-        Desired { ports, addresses }
+        let created = self.service(name).and_then(|spec| spec.created);
+        Desired { created, ports, addresses }
     }
 
     /// Remembers a Service's UDP ports.

@@ -7,6 +7,9 @@
 //! service port that is already served takes it from the reserve, then a smaller table, at last it
 //! overwrites its own range (and has no backends for a moment). A new service port gets a smaller
 //! table or is refused. Whoever got less than due is tried again when something becomes free.
+//!
+//! Fairness. What a Service has it keeps. What is free goes to the older Services first, to the ClusterIPs of all of
+//! them before any other frontend, and to no namespace that holds far more than what would be left (see [`shares`]).
 
 mod adopt;
 mod arena;
@@ -14,14 +17,16 @@ mod draft;
 mod ids;
 mod listing;
 mod port;
+mod shares;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use sluice_common::abi::{self, NodeAddress, OriginKey, Range, Service, ServiceKey, frontend, node_address};
 use sluice_common::{Family, V4, V6, maglev};
 
-use crate::image::{Image, Stack, Write, node_port_bit};
+use crate::image::{Image, SourceKey, Stack, Write, node_port_bit};
 use crate::model::desired::PortKey;
 use crate::model::object::{IpFamily, Protocol};
 use crate::model::report::{Flaw, Note};
@@ -30,6 +35,7 @@ use arena::Arena;
 use draft::{Draft, Drafted};
 use ids::{BackendIds, PortIds};
 use listing::{Lingering, Listing, Why};
+use shares::{Shares, grant};
 
 /// How much the maps hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +96,10 @@ pub struct Plan {
     ids: BTreeMap<PortKey, u32>,
     planned: BTreeMap<u32, Planned>,
     port_ids: PortIds,
+    /// Service ports of each namespace.
+    port_shares: Shares,
+    /// Blocks of slots of each namespace.
+    slot_shares: Shares,
     v4: FamilyPlan<V4>,
     v6: FamilyPlan<V6>,
     arena: Arena,
@@ -102,7 +112,7 @@ pub struct Plan {
     addresses: BTreeMap<ObjectName, BTreeSet<IpAddr>>,
     /// The same the other way round: several Services may claim one.
     holders: BTreeSet<(IpAddr, ObjectName)>,
-    waiting: BTreeMap<ObjectName, Desired>,
+    waiting: BTreeMap<ObjectName, Waiting>,
     limbo: Limbo,
     /// Adopted from maps and not swept so far: service ports that belong to nobody.
     strays: Option<Vec<u32>>,
@@ -125,12 +135,58 @@ struct Held {
     selected: [bool; 3],
 }
 
+/// A Service that got less than it wants.
+#[derive(Clone, Debug)]
+struct Waiting {
+    desired: Desired,
+    /// What there was too little of: bits of [`lack`].
+    lacks: u32,
+}
+
+/// What there may be too little of. Bits of IPv6 are those of IPv4 shifted by [`lack::IPV6`].
+mod lack {
+    pub(super) const PORTS: u32 = 1 << 0;
+    pub(super) const SLOTS: u32 = 1 << 1;
+    pub(super) const CLUSTER_IPS: u32 = 1 << 2;
+    pub(super) const FRONTENDS: u32 = 1 << 3;
+    pub(super) const BACKENDS: u32 = 1 << 4;
+    pub(super) const SOURCES: u32 = 1 << 5;
+    pub(super) const IPV6: u32 = 8;
+
+    /// A bit for a family.
+    pub(super) fn of<F: sluice_common::Family>(bit: u32) -> u32 {
+        if F::VERSION == 6 { bit << IPV6 } else { bit }
+    }
+}
+
+/// The first of its frontends that leads to an endpoint, the endpoint, and the service port.
+type User<A> = (OriginKey<A>, (A, u16), u32);
+
 /// What is counted per family.
 #[derive(Clone, Debug)]
 struct FamilyPlan<F: Family> {
     ids: BackendIds<F::Address>,
-    /// Endpoint and the service ports that it is a backend of.
-    users: BTreeSet<(OriginKey<F::Address>, u32)>,
+    /// Endpoint, with the least frontend of each service port that it is a backend of, and the service port. Those without
+    /// a frontend that a reply could show are left out.
+    users: BTreeSet<User<F::Address>>,
+    /// Frontends of each namespace, without its ClusterIPs as such.
+    frontends: Shares,
+    /// Backends of each namespace.
+    backends: Shares,
+    /// Source ranges of each namespace.
+    sources: Shares,
+}
+
+impl<F: Family> FamilyPlan<F> {
+    fn new(ids: BackendIds<F::Address>) -> Self {
+        Self {
+            ids,
+            users: BTreeSet::new(),
+            frontends: Shares::default(),
+            backends: Shares::default(),
+            sources: Shares::default(),
+        }
+    }
 }
 
 /// The part of a plan that belongs to a family.
@@ -174,6 +230,8 @@ struct Work {
     update: Update,
     /// Something became free.
     freed: bool,
+    /// What there was too little of for the Service that is being planned: bits of [`lack`].
+    lacks: u32,
 }
 
 impl Plan {
@@ -210,24 +268,63 @@ impl Plan {
                 .chain(self.addresses.keys())
                 .cloned()
                 .collect();
-            for gone in known.iter().filter(|name| !batch.services.contains_key(name)) {
-                self.plan_service(gone, &Desired::default(), &mut work);
-            }
+            let nothing = Desired::default();
+            let gone = known.iter().filter(|name| !batch.services.contains_key(name));
+            self.plan_services(&gone.map(|name| (name, &nothing)).collect::<Vec<_>>(), &mut work);
         }
-        for (name, desired) in &batch.services {
-            self.plan_service(name, desired, &mut work);
-        }
+        let mut services: Vec<(&ObjectName, &Desired)> = batch.services.iter().collect();
+        // Those that go make room for the others.
+        services.sort_by_key(|(name, desired)| (!desired.ports.is_empty(), rank(name, desired)));
+        self.plan_services(&services, &mut work);
         self.flush(&mut work);
         if work.freed {
-            let again: Vec<ObjectName> = self.waiting.keys().take(RETRIED_AT_ONCE).cloned().collect();
-            for name in again {
-                if let Some(desired) = self.waiting.remove(&name) {
-                    self.plan_service(&name, &desired, &mut work);
-                }
-            }
+            let again = self.take_waiting();
+            let again: Vec<(&ObjectName, &Desired)> =
+                again.iter().map(|(name, waiting)| (name, &waiting.desired)).collect();
+            self.plan_services(&again, &mut work);
             self.flush(&mut work);
         }
         work.update
+    }
+
+    /// Takes the oldest of the Services that wait for something of which their namespace would get some now.
+    fn take_waiting(&mut self) -> Vec<(ObjectName, Waiting)> {
+        let mut names: Vec<&ObjectName> = self
+            .waiting
+            .iter()
+            .filter(|(name, waiting)| self.grants_any(&name.namespace, waiting.lacks))
+            .map(|(name, _)| name)
+            .collect();
+        names.sort_by_key(|name| self.waiting.get(*name).map(|waiting| rank(name, &waiting.desired)));
+        let names: Vec<ObjectName> = names.into_iter().take(RETRIED_AT_ONCE).cloned().collect();
+        names.into_iter().filter_map(|name| self.waiting.remove_entry(&name)).collect()
+    }
+
+    /// Whether a namespace would get more of something that there was too little of.
+    fn grants_any(&self, namespace: &str, lacks: u32) -> bool {
+        lacks & lack::PORTS != 0 && grant(self.port_shares.held(namespace), self.port_ids.free(), 1) > 0
+            || lacks & lack::SLOTS != 0 && grant(self.slot_shares.held(namespace), self.arena.free(), 1) > 0
+            || self.grants_any_of::<V4>(&self.v4, namespace, lacks)
+            || self.grants_any_of::<V6>(&self.v6, namespace, lacks >> lack::IPV6)
+    }
+
+    fn grants_any_of<F: Planning>(&self, plan: &FamilyPlan<F>, namespace: &str, lacks: u32) -> bool {
+        let frontends = plan.frontends.held(namespace);
+        let sources = self.free_sources::<F>();
+        lacks & lack::CLUSTER_IPS != 0 && grant(frontends, self.free_frontends::<F>(true), 1) > 0
+            || lacks & lack::FRONTENDS != 0 && grant(frontends, self.free_frontends::<F>(false), 1) > 0
+            || lacks & lack::BACKENDS != 0 && grant(plan.backends.held(namespace), plan.ids.free(), 1) > 0
+            || lacks & lack::SOURCES != 0 && grant(plan.sources.held(namespace), sources, 1) > 0
+    }
+
+    /// How many frontends are free: a sixteenth of all is for ClusterIPs alone.
+    fn free_frontends<F: Planning>(&self, cluster_ip: bool) -> u32 {
+        let kept = if cluster_ip { 0 } else { self.sizes.services / 16 };
+        self.sizes.services.saturating_sub(kept).saturating_sub(F::of(&self.image).services.len() as u32)
+    }
+
+    fn free_sources<F: Planning>(&self) -> u32 {
+        self.sizes.source_ranges.saturating_sub(F::of(&self.image).source_ranges.len() as u32)
     }
 
     /// Plans the node's own addresses: for each, whether node ports are served there.
@@ -277,9 +374,35 @@ impl Plan {
         }
     }
 
-    fn plan_service(&mut self, name: &ObjectName, desired: &Desired, work: &mut Work) {
-        let _ = self.waiting.remove(name);
-        let mut notes = Vec::new();
+    /// Plans Services, in this order: first what all of them need to be served at their ClusterIPs, then the rest.
+    fn plan_services(&mut self, services: &[(&ObjectName, &Desired)], work: &mut Work) {
+        let mut found: Vec<(Vec<Note>, u32)> = Vec::with_capacity(services.len());
+        for (name, desired) in services {
+            let _ = self.waiting.remove(*name);
+            let mut notes = Vec::new();
+            work.lacks = 0;
+            self.plan_ports(name, desired, work, &mut notes);
+            found.push((notes, work.lacks));
+            self.flush_if_large(work);
+        }
+        for ((name, desired), (mut notes, lacks)) in services.iter().zip(found) {
+            work.lacks = lacks;
+            self.plan_frontends(desired, work, &mut notes);
+            // Where a port found no room, its clients must not be told that there is none.
+            let wanted = desired.addresses.iter().filter(|vip| self.is_whole(desired, IpFamily::of(**vip)));
+            let wanted = wanted.copied().collect();
+            self.plan_addresses(name, &wanted, work, &mut notes);
+            if !notes.is_empty() {
+                let waiting = Waiting { desired: (*desired).clone(), lacks: work.lacks };
+                let _ = self.waiting.insert((*name).clone(), waiting);
+            }
+            let _ = work.update.notes.insert((*name).clone(), notes);
+            self.flush_if_large(work);
+        }
+    }
+
+    /// Plans a Service's ports, with their ClusterIPs and those of their other frontends that they have.
+    fn plan_ports(&mut self, name: &ObjectName, desired: &Desired, work: &mut Work, notes: &mut Vec<Note>) {
         for key in self.keys_of(name) {
             if !desired.ports.contains_key(&key) {
                 match key.family {
@@ -290,28 +413,35 @@ impl Plan {
         }
         for (key, port) in &desired.ports {
             match key.family {
-                IpFamily::V4 => self.plan_port::<V4>(key, port, work, &mut notes),
-                IpFamily::V6 => self.plan_port::<V6>(key, port, work, &mut notes),
+                IpFamily::V4 => self.plan_port::<V4>(key, port, work, notes),
+                IpFamily::V6 => self.plan_port::<V6>(key, port, work, notes),
             }
         }
-        // Where a port found no room, its clients must not be told that there is none.
-        let wanted = desired.addresses.iter().filter(|vip| self.is_whole(desired, IpFamily::of(**vip)));
-        let wanted = wanted.copied().collect();
-        self.plan_addresses(name, &wanted, work, &mut notes);
-        if !notes.is_empty() {
-            let _ = self.waiting.insert(name.clone(), desired.clone());
+    }
+
+    /// Plans the frontends that a Service's ports still lack.
+    fn plan_frontends(&mut self, desired: &Desired, work: &mut Work, notes: &mut Vec<Note>) {
+        for (key, port) in &desired.ports {
+            let Some(id) = self.ids.get(key).copied() else { continue };
+            match key.family {
+                IpFamily::V4 => self.plan_port_frontends::<V4>(id, port, Which::All, work, notes),
+                IpFamily::V6 => self.plan_port_frontends::<V6>(id, port, Which::All, work, notes),
+            }
         }
-        let _ = work.update.notes.insert(name.clone(), notes);
+    }
+
+    fn flush_if_large(&mut self, work: &mut Work) {
         if work.draft.inserted >= INSERTED_AT_ONCE || work.draft.touched >= TOUCHED_AT_ONCE {
             self.flush(work);
         }
     }
 
-    /// Whether every frontend of a Service in a family is planned.
+    /// Whether every ClusterIP of a Service's ports in a family is planned.
     fn is_whole(&self, desired: &Desired, family: IpFamily) -> bool {
         desired.ports.iter().filter(|(key, _)| key.family == family).all(|(key, port)| {
             let planned = self.ids.get(key).and_then(|id| self.planned.get(id));
-            planned.is_some_and(|planned| planned.frontends.len() == port.frontends.len())
+            let mut cluster_ips = port.frontends.iter().filter(|(_, kind)| **kind == FrontendKind::ClusterIp);
+            planned.is_some_and(|planned| cluster_ips.all(|(at, _)| planned.frontends.contains_key(at)))
         })
     }
 
@@ -337,8 +467,8 @@ impl Plan {
         let mut held = BTreeSet::new();
         for address in wanted {
             let served = match IpFamily::of(*address) {
-                IpFamily::V4 => self.add_address::<V4>(*address, work),
-                IpFamily::V6 => self.add_address::<V6>(*address, work),
+                IpFamily::V4 => self.add_address::<V4>(name, *address, work),
+                IpFamily::V6 => self.add_address::<V6>(name, *address, work),
             };
             if served {
                 let _ = self.holders.insert((*address, name.clone()));
@@ -353,23 +483,24 @@ impl Plan {
         }
     }
 
-    fn add_address<F: Planning>(&mut self, address: IpAddr, work: &mut Work) -> bool {
+    fn add_address<F: Planning>(&mut self, name: &ObjectName, address: IpAddr, work: &mut Work) -> bool {
         let Some(key) = F::address(address).map(whole::<F>) else { return false };
-        let services = &F::of(&self.image).services;
-        if services.contains_key(&key) {
+        if F::of(&self.image).services.contains_key(&key) {
             return true;
         }
-        if services.len() as u32 >= self.sizes.services {
+        let held = F::of_plan(self).frontends.held(&name.namespace);
+        if grant(held, self.free_frontends::<F>(true), 1) == 0 {
+            work.lacks |= lack::of::<F>(lack::CLUSTER_IPS);
             return false;
         }
-        work.draft.set_service::<F>(&mut self.image, key, Some(WHOLE));
+        self.set_frontend::<F>(key, Some(WHOLE), work);
         self.list(address, Why::Frontend, work);
         true
     }
 
     fn remove_address<F: Planning>(&mut self, address: IpAddr, work: &mut Work) {
         let Some(key) = F::address(address).map(whole::<F>) else { return };
-        work.draft.set_service::<F>(&mut self.image, key, None);
+        self.set_frontend::<F>(key, None, work);
         work.freed = true;
         self.unlist_later(address, work);
     }
@@ -423,27 +554,49 @@ impl Plan {
         }
     }
 
-    /// Finds room for a table of a wished size: for an update, also in the reserve; at need a smaller one.
-    fn find_room(&mut self, size: u32, update: bool, work: &mut Work) -> Option<Range> {
+    /// Finds room for a table of a wished size: for an update, also in the reserve; at need, and where a namespace has
+    /// its share, a smaller one.
+    ///
+    /// `own` is how many blocks an update has that it gives back in the end; [`None`] for a new service port.
+    fn find_room(&mut self, size: u32, own: Option<u32>, namespace: &str, work: &mut Work) -> Option<Range> {
         let mut flushed = false;
+        let back = own.unwrap_or(0);
         let mut size = size;
         while size != 0 {
             let blocks = size.div_ceil(abi::SLOTS_PER_BLOCK);
-            let mut start = self.arena.take(blocks);
+            let mut start = self.take_blocks(blocks, back, namespace);
             if start.is_none() && !flushed {
                 self.flush(work);
                 flushed = true;
-                start = self.arena.take(blocks);
+                start = self.take_blocks(blocks, back, namespace);
             }
-            if start.is_none() && update {
-                start = self.reserve.take(blocks);
+            let smaller = maglev::smaller(size);
+            // However much its namespace has, an update gets the least.
+            let free = self.arena.free() + self.reserve.free() + back;
+            let granted = smaller == 0 || self.grants_blocks(blocks, free, back, namespace);
+            if start.is_none() && own.is_some() && granted {
+                start = self.arena.take(blocks).or_else(|| self.reserve.take(blocks));
             }
             if let Some(start) = start {
                 return Some(Range::new(start * abi::SLOTS_PER_BLOCK, size as u16));
             }
-            size = maglev::smaller(size);
+            work.lacks |= lack::SLOTS;
+            size = smaller;
         }
         None
+    }
+
+    fn take_blocks(&mut self, blocks: u32, back: u32, namespace: &str) -> Option<u32> {
+        if self.grants_blocks(blocks, self.arena.free() + back, back, namespace) {
+            self.arena.take(blocks)
+        } else {
+            None
+        }
+    }
+
+    /// Whether a namespace that gives some blocks back gets others, while so many are as good as free.
+    fn grants_blocks(&self, blocks: u32, free: u32, back: u32, namespace: &str) -> bool {
+        grant(self.slot_shares.held(namespace).saturating_sub(back), free, blocks) == blocks
     }
 
     /// Lists or unlists an address.
@@ -495,17 +648,19 @@ impl Plan {
 
     /// Writes which frontends lead to an endpoint: the first few, in order. A node port is none of them: it has no
     /// address of its own that a reply could show.
+    ///
+    /// However many service ports share the endpoint, only the first few are looked at.
     fn refresh_origins<F: Planning>(&mut self, endpoint: OriginKey<F::Address>, work: &mut Work) {
-        let users: Vec<u32> =
-            F::of_plan(self).users.range((endpoint, 0)..=(endpoint, u32::MAX)).map(|(_, id)| *id).collect();
-        let frontends: BTreeSet<(F::Address, u16)> = users
-            .iter()
-            .filter_map(|id| self.planned.get(id))
-            .flat_map(|planned| &planned.frontends)
-            .filter(|(_, kind)| **kind != FrontendKind::NodePort)
-            .filter_map(|((vip, port), _)| Some((F::address(*vip)?, *port)))
-            .collect();
         let mut origins = abi::Origins::default();
+        let wanted = origins.frontends.len();
+        let mut frontends: BTreeSet<(F::Address, u16)> = BTreeSet::new();
+        let first = (endpoint, (F::Address::default(), 0), 0);
+        let users = F::of_plan(self).users.range(first..).take_while(|(other, ..)| *other == endpoint);
+        let users: Vec<User<F::Address>> = users.take(wanted).copied().collect();
+        for (_, _, id) in users {
+            let planned = self.planned.get(&id);
+            frontends.extend(planned.into_iter().flat_map(visible::<F>).take(wanted));
+        }
         for (origin, (address, port)) in origins.frontends.iter_mut().zip(&frontends) {
             *origin = abi::Origin { address: *address, port: *port, reserved: 0 };
         }
@@ -514,6 +669,62 @@ impl Plan {
             work.draft.set_origins::<F>(&mut self.image, endpoint, origins);
         }
     }
+
+    /// Sets or removes a frontend.
+    fn set_frontend<F: Planning>(
+        &mut self,
+        key: ServiceKey<F::Address>,
+        service: Option<Service>,
+        work: &mut Work,
+    ) {
+        let before = F::of(&self.image).services.get(&key).copied();
+        for (service, counts) in [(before, (1, 0)), (service, (0, 1))] {
+            if let Some(namespace) = service.and_then(|service| self.namespace(service.service_port)) {
+                F::of_plan(self).frontends.change(&namespace, counts.0, counts.1);
+            }
+        }
+        work.draft.set_service::<F>(&mut self.image, key, service);
+    }
+
+    /// Lets a source in, or no longer.
+    fn set_source<F: Planning>(&mut self, key: SourceKey<F::Address>, permitted: bool, work: &mut Work) {
+        let before = F::of(&self.image).source_ranges.contains_key(&key);
+        if let Some(namespace) = self.namespace(key.service_port) {
+            F::of_plan(self).sources.change(&namespace, before.into(), permitted.into());
+        }
+        work.draft.set_source::<F>(&mut self.image, key, permitted);
+    }
+
+    /// The namespace of a service port.
+    fn namespace(&self, id: u32) -> Option<Arc<str>> {
+        self.planned.get(&id).map(|planned| planned.key.service.namespace.clone())
+    }
+}
+
+/// The frontends of a service port that a reply may show, in order.
+fn visible<F: Stack>(planned: &Planned) -> impl Iterator<Item = (F::Address, u16)> {
+    let frontends = planned.frontends.iter().filter(|(_, kind)| **kind != FrontendKind::NodePort);
+    frontends.filter_map(|((vip, port), _)| Some((F::address(*vip)?, *port)))
+}
+
+/// How old a Service is, for comparison: the first of all is served first, as arbitration has it.
+fn rank<'a>(name: &'a ObjectName, desired: &Desired) -> (bool, Option<i64>, &'a ObjectName) {
+    (desired.created.is_none(), desired.created, name)
+}
+
+/// Which frontends of a service port are planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Which {
+    /// ClusterIPs, and those of the others that take no more room.
+    ClusterIps,
+    /// All.
+    All,
+}
+
+/// How many blocks some ranges take.
+fn blocks(ranges: &[u64; 3]) -> u32 {
+    let distinct: BTreeSet<u64> = ranges.iter().copied().collect();
+    distinct.into_iter().map(|range| Range(range).size().div_ceil(abi::SLOTS_PER_BLOCK)).sum()
 }
 
 /// The key of an endpoint in `origins`.

@@ -109,3 +109,51 @@ fn a_quarter_of_a_million_endpoints() {
     println!("adopted in {:?}, {} MiB", start.elapsed(), resident_mib());
     assert!(worst < Duration::from_millis(50));
 }
+
+/// 53 Services with 100 ports each, all over the same 50 pods: 265 000 backends, more than there are.
+#[test]
+#[ignore = "wants an optimised build"]
+fn the_same_endpoints_behind_thousands_of_service_ports() {
+    let mut model = Model::new(Settings { sources: [SourceId::Kubernetes].into(), ..Settings::default() });
+    let mut plan = Plan::new(Sizes::default());
+    let node: Arc<str> = "node".into();
+    for index in 0..53 {
+        let port = |number: i32| PortSpec {
+            name: format!("p{number}").into(),
+            number: 1_000 + number,
+            protocol: "TCP".into(),
+            node_port: 0,
+        };
+        let spec = ServiceSpec {
+            cluster_ips: vec![ip(0x0a60_0000, index)],
+            ports: (0..100).map(port).collect(),
+            ..ServiceSpec::default()
+        };
+        let Change::Slice(kind, name, Some(mut slice)) = slice(0, ENDPOINTS, &node) else { continue };
+        let slice_port = |number: i32| SlicePort {
+            name: format!("p{number}").into(),
+            number: Some(8_080),
+            protocol: "TCP".into(),
+        };
+        slice.parts[0].ports = (0..100).map(slice_port).collect();
+        slice.service = Some(self::name(index).name);
+        let slice_name = ObjectName { name: self::name(index).name, ..name };
+        for change in
+            [Change::Service(self::name(index), Some(spec)), Change::Slice(kind, slice_name, Some(slice))]
+        {
+            model.apply(Event { source: SourceId::Kubernetes, change }, SystemTime::UNIX_EPOCH);
+        }
+    }
+    let synced = Event { source: SourceId::Kubernetes, change: Change::Synced };
+    model.apply(synced, SystemTime::UNIX_EPOCH);
+    let start = Instant::now();
+    let batch = model.take(SystemTime::UNIX_EPOCH).expect("a batch");
+    println!("derived in {:?}", start.elapsed());
+    let start = Instant::now();
+    let update = plan.update(&batch);
+    let backends = plan.image().v4.backends.len();
+    println!("planned in {:?}: {} writes, {backends} backends", start.elapsed(), update.writes.len());
+    let start = Instant::now();
+    let _ = Plan::adopt(Sizes::default(), plan.image().clone()).update(&batch);
+    println!("adopted in {:?}", start.elapsed());
+}

@@ -59,7 +59,7 @@ struct Engine {
 impl Engine {
     fn new(settings: &Settings, interfaces: &BTreeMap<IpAddr, bool>) -> Self {
         let mut model = Model::new(settings.clone());
-        model.set_interfaces(interfaces.keys().copied().collect());
+        model.set_interfaces(interfaces.clone());
         let mut plan = Plan::new(Sizes::default());
         let mut maps = Memory::default();
         maps.apply(&plan.set_node_addresses(interfaces.clone())).expect("memory takes all");

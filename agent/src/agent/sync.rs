@@ -86,7 +86,7 @@ impl Sync {
         if self.node_addresses.as_ref() == Some(addresses) {
             return;
         }
-        self.model.set_interfaces(addresses.keys().copied().collect());
+        self.model.set_interfaces(addresses.clone());
         let writes = self.plan.set_node_addresses(addresses.clone());
         self.push(writes);
         self.udp_changed = true;

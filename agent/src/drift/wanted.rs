@@ -74,7 +74,7 @@ pub fn wanted(inputs: &Inputs, events: Vec<Event>, facts: &Facts, found: &State,
         Rules { patterns: inputs.patterns.clone(), policy: policy.clone(), node: cluster.node_addresses() };
     let survey = survey(facts, &rules, &before(&found.devices));
     model.set_left(survey.leave.clone());
-    model.set_interfaces(survey.addresses.keys().copied().collect());
+    model.set_interfaces(survey.addresses.clone());
     let mut plan = Plan::adopt(sizes, found.image.clone());
     let mut writes = plan.set_node_addresses(survey.addresses.clone());
     if let Some(batch) = model.take(now) {

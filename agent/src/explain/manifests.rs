@@ -128,13 +128,15 @@ impl Manifests {
         }
         let _ = self.cluster.complete();
         let addresses = self.addresses();
-        self.model.set_interfaces(addresses.iter().copied().collect());
         let primary = first_of_each_family(&addresses);
         let serves =
             |address: &IpAddr| self.options.policy.node_ports.includes(*address, primary.contains(address));
         let loopback = [IpAddr::from([127, 0, 0, 1]), IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1])];
-        let local = addresses.iter().map(|address| (*address, serves(address)));
+        let local: BTreeMap<IpAddr, bool> =
+            addresses.iter().map(|address| (*address, serves(address))).collect();
+        self.model.set_interfaces(local.clone());
         let local = local
+            .into_iter()
             .chain(loopback.into_iter().filter(|address| serves(address)).map(|address| (address, true)));
         let _ = self.plan.set_node_addresses(local.collect());
         if let Some(batch) = self.model.take(now) {
@@ -278,7 +280,7 @@ impl World {
         };
         let now = SystemTime::UNIX_EPOCH;
         let mut model = Model::new(settings);
-        model.set_interfaces(nodes.keys().copied().collect());
+        model.set_interfaces(nodes.clone());
         for change in changes.into_iter().chain([Change::Synced]) {
             model.apply(Event { source: SourceId::Manifests, change }, now);
         }

@@ -11,6 +11,15 @@ pub type Frontend = (IpAddr, u16, Protocol);
 /// A claim; the least of them wins. An unknown age counts as newest.
 type Claim = (bool, Option<i64>, ObjectName);
 
+/// What follows from a Service's new claims.
+#[derive(Debug)]
+pub(super) struct Changed {
+    /// The Services that win or lose a frontend, or contest another one.
+    pub(super) services: BTreeSet<ObjectName>,
+    /// The frontends that came, went, or belong to another Service now.
+    pub(super) frontends: Vec<Frontend>,
+}
+
 /// All claims of all Services.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Claims {
@@ -19,15 +28,16 @@ pub(super) struct Claims {
 }
 
 impl Claims {
-    /// Replaces a Service's claims, and returns the Services for which something changed by it.
+    /// Replaces a Service's claims, and returns what that changes.
     pub(super) fn set(
         &mut self,
         name: &ObjectName,
         created: Option<i64>,
         frontends: BTreeSet<Frontend>,
-    ) -> BTreeSet<ObjectName> {
+    ) -> Changed {
         let (old_created, old) = self.services.remove(name).unwrap_or_default();
         let mut affected = BTreeSet::new();
+        let mut changed = Vec::new();
         let unchanged = old_created == created;
         for frontend in old.union(&frontends) {
             let (had, has) = (old.contains(frontend), frontends.contains(frontend));
@@ -46,6 +56,7 @@ impl Claims {
             if before == after {
                 affected.extend(after);
             } else {
+                changed.push(*frontend);
                 affected.extend(before);
                 affected.extend(claimants.iter().map(|(_, _, name)| name.clone()));
             }
@@ -56,7 +67,7 @@ impl Claims {
         if !frontends.is_empty() {
             let _ = self.services.insert(name.clone(), (created, frontends));
         }
-        affected
+        Changed { services: affected, frontends: changed }
     }
 
     /// The Service that gets a frontend.
@@ -89,9 +100,10 @@ mod tests {
         let mut claims = Claims::default();
         let _ = claims.set(&ageless, None, frontend());
         let _ = claims.set(&young, Some(2), frontend());
-        let affected = claims.set(&old, Some(1), frontend());
-        assert_eq!(affected, [young.clone(), old.clone(), ageless.clone()].into());
+        let Changed { services, frontends } = claims.set(&old, Some(1), frontend());
+        assert_eq!(services, [young.clone(), old.clone(), ageless.clone()].into());
         let frontend = *frontend().first().expect("one");
+        assert_eq!(frontends, [frontend]);
         assert_eq!(claims.winner(&frontend), Some(&old));
         assert_eq!(claims.losers(&frontend).collect::<Vec<_>>(), [&young, &ageless]);
         let _ = claims.set(&old, Some(1), BTreeSet::new());

@@ -1,12 +1,12 @@
 //! What a Service wants of the load balancer, derived from it and its endpoints.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::claims::Frontend;
+use super::claims::{Claims, Frontend};
 use super::object::{
     Address, Endpoint, IpFamily, ObjectName, PortSpec, Protocol, ServiceSpec, Slice, SliceKind, SlicePart,
 };
@@ -44,6 +44,8 @@ impl PortKey {
 /// Everything a Service wants: nothing, if it is gone or not to be served.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
+    /// When it was made, seconds since 1970; [`None`]: unknown, counts as newest.
+    pub created: Option<i64>,
     /// Its ports, each with at least one frontend.
     pub ports: BTreeMap<PortKey, DesiredPort>,
     /// Its ClusterIPs: who asks one for a port that no service port is for is rejected.
@@ -133,6 +135,22 @@ pub(super) struct Context<'a> {
     pub(super) primary: &'a BTreeSet<IpAddr>,
     /// The zone of this node.
     pub(super) zone: Option<&'a str>,
+    /// Who has which frontend.
+    pub(super) claims: &'a Claims,
+    /// The addresses of this node's devices, and whether node ports are served there.
+    pub(super) interfaces: &'a BTreeMap<IpAddr, bool>,
+}
+
+impl Context<'_> {
+    /// Returns the Service that an endpoint is a frontend of: a packet for the endpoint would be translated again.
+    fn frontend_of(&self, endpoint: &Frontend) -> Option<&ObjectName> {
+        let (address, number, protocol) = *endpoint;
+        self.claims.winner(endpoint).or_else(|| {
+            let serves_node_ports = self.interfaces.get(&address).copied().unwrap_or(false);
+            let node_port = (IpFamily::of(address).unspecified(), number, protocol);
+            if serves_node_ports { self.claims.winner(&node_port) } else { None }
+        })
+    }
 }
 
 /// What a Service claims, before it is known what it gets.
@@ -488,18 +506,24 @@ struct Candidate<'a> {
     host: bool,
 }
 
-/// Fills in the backends of a Service's ports from its slices. Returns, for each family, the addresses
-/// of ready endpoints on this node.
+/// What a Service's slices tell.
+#[derive(Default)]
+pub(super) struct Joined {
+    /// For each family, the addresses of ready endpoints on this node.
+    pub(super) ready_here: BTreeMap<IpFamily, BTreeSet<IpAddr>>,
+    /// The endpoints of its ports, those that are left out for being frontends too.
+    pub(super) endpoints: BTreeSet<Frontend>,
+}
+
+/// Fills in the backends of a Service's ports from its slices.
 pub(super) fn join(
+    service: &ObjectName,
     ports: &mut BTreeMap<PortKey, DesiredPort>,
     slices: &BTreeMap<SliceKey, Slice>,
     context: &Context<'_>,
     notes: &mut Notebook,
-) -> BTreeMap<IpFamily, BTreeSet<IpAddr>> {
-    let loops: BTreeSet<Frontend> = ports
-        .iter()
-        .flat_map(|(key, port)| port.frontends.keys().map(|(vip, number)| (*vip, *number, key.protocol)))
-        .collect();
+) -> Joined {
+    let mut joined = Joined::default();
     let mirrored =
         slices.iter().any(|(key, slice)| key.kind == SliceKind::EndpointSlice && slice.family.is_ok());
     let mut candidates: BTreeMap<PortKey, BTreeMap<(IpAddr, u16), Candidate<'_>>> = BTreeMap::new();
@@ -540,11 +564,11 @@ pub(super) fn join(
                         if IpFamily::of(*address) != key.family {
                             continue;
                         }
-                        if loops.contains(&(*address, number, protocol)) {
+                        let endpoint = (*address, number, protocol);
+                        let _ = joined.endpoints.insert(endpoint);
+                        if let Some(other) = context.frontend_of(&endpoint) {
                             notes.add(&subject, Flaw::Loop, || {
-                                let what =
-                                    format!("{address}:{number} is a frontend of its own Service: left out");
-                                ("endpoints".into(), what)
+                                ("endpoints".into(), in_circles(&endpoint, other, service))
                             });
                             continue;
                         }
@@ -558,16 +582,23 @@ pub(super) fn join(
             }
         }
     }
-    let mut ready_here: BTreeMap<IpFamily, BTreeSet<IpAddr>> = BTreeMap::new();
     for (key, candidates) in candidates {
         let ready =
             candidates.iter().filter(|(_, candidate)| candidate.member.local && candidate.member.ready);
-        ready_here.entry(key.family).or_default().extend(ready.map(|((address, _), _)| *address));
+        joined.ready_here.entry(key.family).or_default().extend(ready.map(|((address, _), _)| *address));
         if let Some(port) = ports.get_mut(&key) {
             choose(&key, port, &candidates, context, notes);
         }
     }
-    ready_here
+    joined
+}
+
+/// Says that an endpoint is a frontend of a Service.
+fn in_circles(endpoint: &Frontend, of: &ObjectName, service: &ObjectName) -> String {
+    let (address, number, protocol) = endpoint;
+    let at = SocketAddr::new(*address, *number);
+    let whose = if of == service { "its own Service".to_owned() } else { format!("Service {of}") };
+    format!("{at} {} is a frontend of {whose}: left out", protocol.word())
 }
 
 /// The endpoints of a slice that can be backends.

@@ -120,7 +120,7 @@ flaws! {
     DuplicatePort = "duplicate_port", Problem;
     /// The protocol is not served.
     UnsupportedProtocol = "unsupported_protocol", Problem;
-    /// The endpoint is a frontend of its own Service.
+    /// The endpoint is a frontend of a Service, its own or another: packets would go round in circles.
     Loop = "loop", Problem;
     /// No label says to which Service the slice belongs.
     NoServiceLabel = "no_service_label", Notice;

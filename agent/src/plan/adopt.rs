@@ -10,7 +10,10 @@ use sluice_common::{Family, V4, V6};
 use super::arena::Arena;
 use super::ids::{BackendIds, PortIds};
 use super::listing::{Lingering, Listing, Why};
-use super::{FamilyPlan, Held, Limbo, Plan, Planned, Planning, Sizes, WHOLE, Work, endpoint, whole};
+use super::shares::Shares;
+use super::{
+    FamilyPlan, Held, Limbo, Plan, Planned, Planning, Sizes, WHOLE, Work, blocks, endpoint, visible, whole,
+};
 use crate::image::{CLASSES, Image, Stack};
 use crate::model::desired::PortKey;
 use crate::model::object::{IpFamily, Protocol};
@@ -31,8 +34,10 @@ impl Plan {
             ids: BTreeMap::new(),
             planned: BTreeMap::new(),
             port_ids: PortIds::new(sizes.ports, image.names.keys().copied()),
-            v4: FamilyPlan { ids: backend_ids::<V4>(&image, sizes), users: BTreeSet::new() },
-            v6: FamilyPlan { ids: backend_ids::<V6>(&image, sizes), users: BTreeSet::new() },
+            port_shares: Shares::default(),
+            slot_shares: Shares::default(),
+            v4: FamilyPlan::new(backend_ids::<V4>(&image, sizes)),
+            v6: FamilyPlan::new(backend_ids::<V6>(&image, sizes)),
             arena: Arena::new(0, boundary),
             reserve: Arena::new(boundary, sizes.slot_blocks),
             listing: Listing::default(),
@@ -53,6 +58,8 @@ impl Plan {
             match key {
                 Some(key) if plan.is_sound(id, key.family) && plan.claim_ranges(&ranges, &mut taken) => {
                     let _ = plan.ids.insert(key.clone(), id);
+                    plan.port_shares.change(&key.service.namespace, 0, 1);
+                    plan.slot_shares.change(&key.service.namespace, 0, blocks(&ranges.map(|range| range.0)));
                     let planned = Planned {
                         key,
                         frontends: BTreeMap::new(),
@@ -127,7 +134,6 @@ impl Plan {
                 let slots = self.image.slots.get(&range.start()).filter(|_| range.size() != 0);
                 slots.map(|slots| slots.iter().copied().collect::<BTreeSet<u32>>()).unwrap_or_default()
             });
-            let Some(key) = self.port(id).cloned() else { continue };
             for (backend_id, backend) in backends {
                 let held = Held {
                     id: backend_id,
@@ -144,14 +150,15 @@ impl Plan {
                     let spare = if in_use { backend_id } else { twin.id };
                     F::of_plan(self).ids.retire(spare, None);
                 }
-                let endpoint = endpoint::<F>(backend.address, backend.port, &key);
-                let _ = F::of_plan(self).users.insert((endpoint, id));
             }
         }
         for (key, service) in F::of(&self.image).services.clone() {
             let vip = F::ip(key.address);
             if !vip.is_unspecified() {
                 let _ = self.listing.add(vip, Why::Frontend);
+            }
+            if let Some(namespace) = self.namespace(service.service_port) {
+                F::of_plan(self).frontends.change(&namespace, 0, 1);
             }
             if let Some(planned) = self.planned.get_mut(&service.service_port)
                 && let Some(kind) = kind(service.kind)
@@ -161,6 +168,26 @@ impl Plan {
                 let _ = planned.frontends.insert((vip, key.port), kind);
             }
         }
+        for key in F::of(&self.image).source_ranges.keys().copied().collect::<Vec<_>>() {
+            if let Some(namespace) = self.namespace(key.service_port) {
+                F::of_plan(self).sources.change(&namespace, 0, 1);
+            }
+        }
+        let mut users = BTreeSet::new();
+        let mut backends = Shares::default();
+        for (id, planned) in &self.planned {
+            if planned.key.family.version() != F::VERSION {
+                continue;
+            }
+            backends.change(&planned.key.service.namespace, 0, planned.backends.len() as u32);
+            let Some(first) = visible::<F>(planned).next() else { continue };
+            for (address, port) in planned.backends.keys() {
+                let Some(address) = F::address(*address) else { continue };
+                let _ = users.insert((endpoint::<F>(address, *port, &planned.key), first, *id));
+            }
+        }
+        F::of_plan(self).users = users;
+        F::of_plan(self).backends = backends;
     }
 
     /// Removes what was adopted and belongs to nobody, given all that Services want.
@@ -216,18 +243,20 @@ impl Plan {
             });
             let whole = addresses.contains(&vip) && key == whole::<F>(key.address) && service == WHOLE;
             if !ours && !whole {
-                work.draft.set_service::<F>(&mut self.image, key, None);
+                self.set_frontend::<F>(key, None, work);
                 if !vip.is_unspecified() {
                     self.unlist(vip, Why::Frontend, work);
                 }
             }
         }
         let sources: Vec<_> = F::of(&self.image).source_ranges.keys().copied().collect();
-        for key in sources.into_iter().filter(|key| !self.planned.contains_key(&key.service_port)) {
-            work.draft.set_source::<F>(&mut self.image, key, false);
+        for key in sources {
+            if !self.planned.contains_key(&key.service_port) {
+                self.set_source::<F>(key, false, work);
+            }
         }
         let mut stale: BTreeSet<_> = F::of(&self.image).origins.keys().copied().collect();
-        stale.extend(F::of_plan(self).users.iter().map(|(endpoint, _)| *endpoint));
+        stale.extend(F::of_plan(self).users.iter().map(|(endpoint, ..)| *endpoint));
         for endpoint in stale {
             self.refresh_origins::<F>(endpoint, work);
         }

@@ -9,6 +9,8 @@ pub(super) struct Arena {
     by_start: BTreeMap<u32, u32>,
     /// The same, ordered by number of blocks.
     by_length: BTreeSet<(u32, u32)>,
+    /// How many blocks are free.
+    free: u32,
 }
 
 impl Arena {
@@ -68,12 +70,19 @@ impl Arena {
         self.insert(start, blocks);
     }
 
+    /// How many blocks are free.
+    pub(super) fn free(&self) -> u32 {
+        self.free
+    }
+
     fn insert(&mut self, start: u32, length: u32) {
+        self.free += length;
         let _ = self.by_start.insert(start, length);
         let _ = self.by_length.insert((length, start));
     }
 
     fn remove(&mut self, start: u32, length: u32) {
+        self.free -= length;
         let _ = self.by_start.remove(&start);
         let _ = self.by_length.remove(&(length, start));
     }
@@ -95,7 +104,9 @@ mod tests {
         arena.give(10, 4);
         arena.give(a, 10);
         arena.give(c, 20);
+        assert_eq!(arena.free(), 100);
         assert_eq!(arena.take(100), Some(0));
+        assert_eq!(arena.free(), 0);
         assert_eq!(arena.take(1), None);
     }
 

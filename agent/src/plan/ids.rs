@@ -30,6 +30,11 @@ impl PortIds {
         self.free.pop_front()
     }
 
+    /// How many are free.
+    pub(super) fn free(&self) -> u32 {
+        self.end.saturating_sub(self.next) + self.free.len() as u32
+    }
+
     /// Gives an id back.
     pub(super) fn give(&mut self, id: u32) {
         self.free.push_back(id);
@@ -66,6 +71,11 @@ impl<A: Copy + Ord> BackendIds<A> {
     pub(super) fn revive(&mut self, owner: Owner<A>) -> Option<u32> {
         let clock = self.owners.remove(&owner)?;
         self.retired.remove(&clock).map(|(id, _)| id)
+    }
+
+    /// How many are free.
+    pub(super) fn free(&self) -> u32 {
+        self.end.saturating_sub(self.next) + self.retired.len() as u32
     }
 
     /// Takes an id for a new endpoint.

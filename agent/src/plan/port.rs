@@ -8,8 +8,10 @@ use sluice_common::abi::{
 };
 use sluice_common::maglev::{self, Turn};
 
+use super::ids::BackendIds;
 use super::listing::Why;
-use super::{Held, Plan, Planned, Planning, Work, endpoint};
+use super::shares::grant;
+use super::{Held, Plan, Planned, Planning, Which, Work, blocks, endpoint, lack, visible};
 use crate::image::{CLASSES, SourceKey};
 use crate::model::desired::PortKey;
 use crate::model::report::{Flaw, Note};
@@ -32,7 +34,8 @@ impl Plan {
         notes: &mut Vec<Note>,
     ) {
         let known = self.ids.get(key).copied();
-        let Some(id) = known.or_else(|| self.port_id(work)) else {
+        let Some(id) = known.or_else(|| self.port_id(&key.service.namespace, work)) else {
+            work.lacks |= lack::PORTS;
             notes.push(Note::new(Flaw::NoRoom, key.field(), "no service port is free: it is not served"));
             return;
         };
@@ -52,21 +55,63 @@ impl Plan {
             verified: true,
         });
         planned.verified = true;
+        let old_first = visible::<F>(planned).next();
         let old = std::mem::replace(&mut planned.backends, held);
-        let _ = self.ids.insert(key.clone(), id);
+        let counts = (old.len() as u32, planned.backends.len() as u32);
+        F::of_plan(self).backends.change(&key.service.namespace, counts.0, counts.1);
+        if self.ids.insert(key.clone(), id).is_none() {
+            self.port_shares.change(&key.service.namespace, 0, 1);
+        }
 
         self.write_name(id, key, desired.number, work);
         self.write_policies::<F>(id, key, desired, work, notes);
-        let mut stale = self.write_backends::<F>(id, key, &old, &given, desired, work);
+        let stale = self.write_backends::<F>(id, &old, &given, desired, work);
         self.write_tables(id, tables, work);
-        if self.write_frontends::<F>(id, desired, work, notes) {
+        self.move_users::<F>(id, key, &stale, old_first, work);
+        // What does not fit now is told when all that may be planned before it has been.
+        self.plan_port_frontends::<F>(id, desired, Which::ClusterIps, work, &mut Vec::new());
+    }
+
+    /// Plans the frontends of a service port that is planned.
+    pub(super) fn plan_port_frontends<F: Planning>(
+        &mut self,
+        id: u32,
+        desired: &DesiredPort,
+        which: Which,
+        work: &mut Work,
+        notes: &mut Vec<Note>,
+    ) {
+        let Some(planned) = self.planned.get(&id) else { return };
+        let (key, old_first) = (planned.key.clone(), visible::<F>(planned).next());
+        if self.write_frontends::<F>(id, desired, which, work, notes) {
             let all = self.planned.get(&id).into_iter().flat_map(|planned| planned.backends.keys().copied());
-            stale.extend(all);
+            let all = all.collect();
+            self.move_users::<F>(id, &key, &all, old_first, work);
         }
-        for (address, port) in stale {
-            if let Some(address) = F::address(address) {
-                self.refresh_origins::<F>(endpoint::<F>(address, port, key), work);
+    }
+
+    /// Brings up to date which frontends lead to endpoints of a service port.
+    fn move_users<F: Planning>(
+        &mut self,
+        id: u32,
+        key: &PortKey,
+        endpoints: &BTreeSet<(IpAddr, u16)>,
+        old_first: Option<(F::Address, u16)>,
+        work: &mut Work,
+    ) {
+        let first = self.planned.get(&id).and_then(|planned| visible::<F>(planned).next());
+        for at in endpoints {
+            let Some(address) = F::address(at.0) else { continue };
+            let endpoint = endpoint::<F>(address, at.1, key);
+            let held = self.planned.get(&id).is_some_and(|planned| planned.backends.contains_key(at));
+            let users = &mut F::of_plan(self).users;
+            if let Some(old_first) = old_first {
+                let _ = users.remove(&(endpoint, old_first, id));
             }
+            if let Some(first) = first.filter(|_| held) {
+                let _ = users.insert((endpoint, first, id));
+            }
+            self.refresh_origins::<F>(endpoint, work);
         }
     }
 
@@ -74,33 +119,31 @@ impl Plan {
     pub(super) fn remove_port<F: Planning>(&mut self, key: &PortKey, work: &mut Work) {
         let Some(id) = self.ids.remove(key) else { return };
         let nothing = DesiredPort::default();
+        let mut notes = Vec::new();
+        self.plan_port_frontends::<F>(id, &nothing, Which::All, work, &mut notes);
         let old = self
             .planned
             .get_mut(&id)
             .map(|planned| std::mem::take(&mut planned.backends))
             .unwrap_or_default();
-        let mut notes = Vec::new();
-        let _ = self.write_frontends::<F>(id, &nothing, work, &mut notes);
+        F::of_plan(self).backends.change(&key.service.namespace, old.len() as u32, 0);
+        self.port_shares.change(&key.service.namespace, 1, 0);
         self.write_policies::<F>(id, key, &nothing, work, &mut notes);
-        let stale = self.write_backends::<F>(id, key, &old, &BTreeSet::new(), &nothing, work);
+        let _ = self.write_backends::<F>(id, &old, &BTreeSet::new(), &nothing, work);
         self.write_tables(id, Tables { ranges: [Range(0); 3], fresh: Vec::new() }, work);
         work.draft.set_port(&mut self.image, id, None);
         work.draft.set_name(&mut self.image, id, None);
         let _ = self.planned.remove(&id);
         F::of_plan(self).ids.disown(id, F::Address::default());
         self.limbo.ports.push(id);
-        for (address, port) in stale {
-            if let Some(address) = F::address(address) {
-                self.refresh_origins::<F>(endpoint::<F>(address, port, key), work);
-            }
-        }
     }
 
-    fn port_id(&mut self, work: &mut Work) -> Option<u32> {
-        self.port_ids.take().or_else(|| {
+    fn port_id(&mut self, namespace: &str, work: &mut Work) -> Option<u32> {
+        let held = self.port_shares.held(namespace);
+        if grant(held, self.port_ids.free(), 1) == 0 {
             self.flush(work);
-            self.port_ids.take()
-        })
+        }
+        if grant(held, self.port_ids.free(), 1) == 0 { None } else { self.port_ids.take() }
     }
 
     /// Finds an id for each backend: the one it has, the one it had, or one that is given to it now.
@@ -116,6 +159,15 @@ impl Plan {
         let mut held = BTreeMap::new();
         let mut given = BTreeSet::new();
         let mut missing = 0_u32;
+        let mut flushed = false;
+        let old = self.planned.get(&service_port).map(|planned| &planned.backends);
+        let leaving = old.map_or(0, |old| old.keys().filter(|at| !desired.backends.contains_key(at)).count());
+        let leaving = leaving as u32;
+        // Those that leave are as good as free.
+        let mut mine = F::of_plan(self).backends.held(&key.service.namespace).saturating_sub(leaving);
+        let granted = |ids: &BackendIds<F::Address>, mine: u32| {
+            ids.free() > 0 && grant(mine, ids.free() + leaving, 1) > 0
+        };
         for (at, want) in &desired.backends {
             let Some(address) = F::address(at.0) else { continue };
             let known = self
@@ -123,13 +175,21 @@ impl Plan {
                 .get(&service_port)
                 .and_then(|planned| planned.backends.get(at))
                 .map(|held| held.id);
-            let mut id = known.or_else(|| F::of_plan(self).ids.revive((service_port, address, at.1)));
+            let mut id = known;
             if id.is_none() {
-                id = F::of_plan(self).ids.take().or_else(|| {
+                if !flushed && !granted(&F::of_plan(self).ids, mine) {
                     self.flush(work);
-                    F::of_plan(self).ids.take()
-                });
-                given.extend(id);
+                    flushed = true;
+                }
+                let ids = &mut F::of_plan(self).ids;
+                if granted(ids, mine) {
+                    mine += 1;
+                    id = ids.revive((service_port, address, at.1));
+                    if id.is_none() {
+                        id = ids.take();
+                        given.extend(id);
+                    }
+                }
             }
             match id {
                 Some(id) => {
@@ -139,6 +199,7 @@ impl Plan {
             }
         }
         if missing > 0 {
+            work.lacks |= lack::of::<F>(lack::BACKENDS);
             let what = format!("no backend id is free for {missing} endpoints: they get no traffic");
             notes.push(Note::new(Flaw::NoRoom, key.field(), what));
         }
@@ -172,6 +233,7 @@ impl Plan {
             range.size() != 0 && !known.iter().any(|(ids, old)| old == range && wanted.contains(ids))
         });
 
+        let back = update.then(|| blocks(&old_ranges.map(|range| range.0)));
         let empty = desired.drops.map(|drops| if drops { Range::DROP } else { Range(0) });
         let mut tables = Tables { ranges: empty, fresh: Vec::new() };
         for (class, ids) in wanted.into_iter().enumerate() {
@@ -197,7 +259,7 @@ impl Plan {
                     continue;
                 }
             }
-            let found = self.find_room(wish, update, work);
+            let found = self.find_room(wish, back, &key.service.namespace, work);
             let range = match (found, same) {
                 // One of the right content but too small goes on if there is nothing larger.
                 (Some(range), Some(same)) if range.size() <= same.size() => {
@@ -282,25 +344,36 @@ impl Plan {
             })
             .collect();
         for key in known.difference(&wanted) {
-            work.draft.set_source::<F>(&mut self.image, *key, false);
+            self.set_source::<F>(*key, false, work);
             work.freed = true;
         }
-        let mut missing = 0_u32;
-        for key in wanted.difference(&known) {
-            if F::of(&self.image).source_ranges.len() as u32 >= self.sizes.source_ranges {
-                missing += 1;
-            } else {
-                work.draft.set_source::<F>(&mut self.image, *key, true);
+        let new: Vec<SourceKey<F::Address>> = wanted.difference(&known).copied().collect();
+        let held = F::of_plan(self).sources.held(&key.service.namespace);
+        let granted = grant(held, self.free_sources::<F>(), new.len() as u32) as usize;
+        let missing = new.len() - granted;
+        // Without all of its ranges nobody begins to be served: their clients would be dropped, and not know why.
+        let is_served = missing == 0 || known.intersection(&wanted).next().is_some();
+        if is_served {
+            for key in new.into_iter().take(granted) {
+                self.set_source::<F>(key, true, work);
             }
         }
         if missing > 0 {
-            let what = format!("no room for {missing} of its source ranges: clients there are dropped");
+            work.lacks |= lack::of::<F>(lack::SOURCES);
+            let what = if is_served {
+                format!("no room for {missing} of its source ranges: clients there are dropped")
+            } else {
+                format!(
+                    "no room for its {} source ranges: its load balancer's addresses are not served",
+                    wanted.len()
+                )
+            };
             notes.push(Note::new(Flaw::NoRoom, key.field(), what));
         }
         let policies = desired.policies;
         let flag = |set: bool, flag: u32| if set { flag } else { 0 };
         let flags = flag(policies.external_local && policies.external, policy::EXTERNAL_LOCAL)
-            | flag(desired.sources.is_some(), policy::SOURCE_RANGES);
+            | flag(desired.sources.is_some() && is_served, policy::SOURCE_RANGES);
         let port = self.image.ports.get(&id).copied().unwrap_or_default();
         let new = ServicePort { affinity_seconds: desired.affinity_seconds, flags, ..port };
         if new != port {
@@ -312,7 +385,6 @@ impl Plan {
     fn write_backends<F: Planning>(
         &mut self,
         id: u32,
-        key: &PortKey,
         old: &BTreeMap<(IpAddr, u16), Held>,
         given: &BTreeSet<u32>,
         desired: &DesiredPort,
@@ -340,17 +412,17 @@ impl Plan {
                 }
             }
             if !old.contains_key(at) {
-                let _ = F::of_plan(self).users.insert((endpoint::<F>(address, at.1, key), id));
                 let _ = changed.insert(*at);
             }
         }
         for (at, left) in old {
-            let Some(address) = F::address(at.0).filter(|_| !held.contains_key(at)) else { continue };
+            if held.contains_key(at) {
+                continue;
+            }
             if let Some(backend) = F::of(&self.image).backends.get(&left.id).copied() {
                 work.draft.set_backend::<F>(&mut self.image, left.id, Backend { flags: 0, ..backend });
             }
             F::leaving(&mut self.limbo).push(left.id);
-            let _ = F::of_plan(self).users.remove(&(endpoint::<F>(address, at.1, key), id));
             let _ = changed.insert(*at);
         }
         changed
@@ -380,6 +452,9 @@ impl Plan {
             work.draft.set_slots(&mut self.image, range.start(), Some(backends));
         }
         let ranges = tables.ranges.map(|range| range.0);
+        if let Some(namespace) = self.namespace(id) {
+            self.slot_shares.change(&namespace, blocks(&port.ranges), blocks(&ranges));
+        }
         if port.ranges != ranges {
             work.draft.set_port(&mut self.image, id, Some(ServicePort { ranges, ..port }));
         }
@@ -390,26 +465,42 @@ impl Plan {
         &mut self,
         id: u32,
         desired: &DesiredPort,
+        which: Which,
         work: &mut Work,
         notes: &mut Vec<Note>,
     ) -> bool {
         let Some(planned) = self.planned.get(&id) else { return false };
         let (old, protocol, field) = (planned.frontends.clone(), planned.key.protocol, planned.key.field());
-        if old == desired.frontends {
-            return false;
-        }
+        let namespace = planned.key.service.namespace.clone();
         let key = |address: F::Address, port: u16| ServiceKey {
             address,
             port,
             protocol: protocol.number(),
             reserved: 0,
         };
-        for (vip, port) in old.keys().filter(|at| !desired.frontends.contains_key(at)) {
+        let flags = self.image.ports.get(&id).map_or(0, |port| port.flags);
+        let balanced = desired.sources.is_none() || flags & policy::SOURCE_RANGES != 0;
+        let services = &F::of(&self.image).services;
+        let wanted: BTreeMap<(IpAddr, u16), FrontendKind> = desired
+            .frontends
+            .iter()
+            .filter(|(_, kind)| balanced || **kind != FrontendKind::LoadBalancer)
+            .filter(|(at, kind)| {
+                let is_there =
+                    || F::address(at.0).is_some_and(|address| services.contains_key(&key(address, at.1)));
+                which == Which::All || **kind == FrontendKind::ClusterIp || is_there()
+            })
+            .map(|(at, kind)| (*at, *kind))
+            .collect();
+        if old == wanted {
+            return false;
+        }
+        for (vip, port) in old.keys().filter(|at| !wanted.contains_key(at)) {
             let Some(address) = F::address(*vip) else { continue };
             let key = key(address, *port);
             // Another Service may have it by now.
             if F::of(&self.image).services.get(&key).is_some_and(|service| service.service_port == id) {
-                work.draft.set_service::<F>(&mut self.image, key, None);
+                self.set_frontend::<F>(key, None, work);
                 work.freed = true;
                 if vip.is_unspecified() {
                     self.refresh_node_port(*port, work);
@@ -419,19 +510,24 @@ impl Plan {
             }
         }
         let mut served = BTreeMap::new();
-        for ((vip, port), kind) in &desired.frontends {
+        for ((vip, port), kind) in &wanted {
             let Some(address) = F::address(*vip) else { continue };
             let key = key(address, *port);
             let service = Service { service_port: id, kind: kind_number(*kind) };
-            let services = &F::of(&self.image).services;
-            let before = services.get(&key).copied();
-            if before.is_none() && services.len() as u32 >= self.sizes.services {
-                let what = format!("no frontend is free: {vip}:{port} is not served");
-                notes.push(Note::new(Flaw::NoRoom, field.clone(), what));
-                continue;
+            let before = F::of(&self.image).services.get(&key).copied();
+            let is_cluster_ip = *kind == FrontendKind::ClusterIp;
+            if before.is_none() {
+                let held = F::of_plan(self).frontends.held(&namespace);
+                if grant(held, self.free_frontends::<F>(is_cluster_ip), 1) == 0 {
+                    let bit = if is_cluster_ip { lack::CLUSTER_IPS } else { lack::FRONTENDS };
+                    work.lacks |= lack::of::<F>(bit);
+                    let what = format!("no frontend is free: {vip}:{port} is not served");
+                    notes.push(Note::new(Flaw::NoRoom, field.clone(), what));
+                    continue;
+                }
             }
             if before != Some(service) {
-                work.draft.set_service::<F>(&mut self.image, key, Some(service));
+                self.set_frontend::<F>(key, Some(service), work);
             }
             if vip.is_unspecified() {
                 self.refresh_node_port(*port, work);
