@@ -23,14 +23,16 @@ mod packets {
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
+use std::net::SocketAddr;
 
 use packets::case::{Case, Outcome, Program, settle};
-use packets::frame::TCP;
+use packets::frame::{TCP, UDP};
 use packets::kernel::Kernel;
-use packets::world::{Cast, Connection, EDGE, ONE};
+use packets::world::{Cast, Connection, EDGE, MARK, NET_CLIENTS, NET_MARKED, ONE, UPLINK, address, mac};
 use packets::{cases, host, kernel, show};
 use sluice_common::abi::{Event, Listening, Range, Ticks, state};
 use sluice_common::event::Kind;
+use sluice_common::path::DEVICE_REJECT_BURST_MS;
 
 /// How a case failed; empty when it did not.
 fn judge(case: &Case, who: &str, mut actual: Outcome) -> String {
@@ -131,6 +133,56 @@ fn a_search_walks_over_every_port_there_is() {
     let cases = cases::large();
     on_the_host(&cases, host::NOW);
     in_the_kernel(Kernel::load_large, &cases);
+}
+
+/// As `icmp_msgs_per_sec` and `icmp_msgs_burst` have it: whatever sources a flood has, the node does not answer more.
+#[test]
+fn icmp_errors_have_a_limit_for_all_clients_of_a_device() {
+    if kernel::is_skipped() {
+        return;
+    }
+    let mut kernel = Kernel::load().unwrap_or_else(|error| panic!("{error:?}"));
+    for cast in Cast::of(UDP) {
+        let of = |ifindex: u32| -> Vec<Case> {
+            let client = |host| SocketAddr::new(address(cast.version, NET_CLIENTS, host), 40_001);
+            let question = |host| cast.first(client(host), cast.empty).at(mac(ifindex));
+            let case = |host| Case::new("", &cast.world(), Program::Ingress, ifindex, &question(host));
+            (1..=250).map(case).collect()
+        };
+        kernel.prepare(&cast.world()).expect("the maps are filled");
+        let (answered, time) = kernel.redirected(&of(EDGE)).expect("the kernel runs them");
+        let most = DEVICE_REJECT_BURST_MS + time.as_millis() as u32 + 2;
+        println!("{}: {answered} of 250 answered in {time:?}, at most {most}", cast.title());
+        assert!(
+            answered >= DEVICE_REJECT_BURST_MS && answered <= most.min(249),
+            "{answered} of 250 in {time:?}"
+        );
+        let (answered, _) = kernel.redirected(&of(UPLINK)[..1]).expect("the kernel runs it");
+        assert_eq!(answered, 1, "another device's clients are not concerned");
+    }
+}
+
+/// Rules by mark count for what goes around the stack, from Linux 6.10 on.
+#[test]
+fn a_mark_counts_for_the_route_of_the_hosts_own_packets() {
+    if kernel::is_skipped() {
+        return;
+    }
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("readable");
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    let counts = (numbers.next(), numbers.next()) >= (Some(6), Some(10));
+    let mut kernel = Kernel::load().unwrap_or_else(|error| panic!("{error:?}"));
+    for cast in Cast::all() {
+        let (world, _) = cases::moved(&cast, NET_MARKED);
+        let first = cast.first(SocketAddr::new(cast.node, 40_001), cast.frontend);
+        let case = Case::new("", &world, Program::Egress, UPLINK, &first);
+        for (mark, is_routed) in [(0, false), (MARK, counts), (MARK + 1, false)] {
+            kernel.mark = mark;
+            kernel.prepare(&world).expect("the maps are filled");
+            let (redirected, _) = kernel.redirected(&[case.clone()]).expect("the kernel runs it");
+            assert_eq!(redirected == 1, is_routed, "{}, mark {mark:#x}", cast.title());
+        }
+    }
 }
 
 /// Cases of which something is told, and what.

@@ -31,9 +31,35 @@ pub trait Answer: Parse {
     const PORT_UNREACHABLE: (u8, u8);
     /// ICMP type and code of "packet too big".
     const TOO_BIG: (u8, u8);
+    /// ICMP type and code of "time exceeded in transit".
+    const TIME_EXCEEDED: (u8, u8);
 }
 
 type F0<F> = <F as Family>::Address;
+
+/// What an ICMP error says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Trouble {
+    /// Nobody serves the port.
+    PortUnreachable,
+    /// The packet is larger than the path takes.
+    TooBig,
+    /// The TTL or hop limit has run out.
+    TimeExceeded,
+}
+
+impl Trouble {
+    /// ICMP type and code in a family.
+    #[inline(always)]
+    pub fn code<F: Answer>(self) -> (u8, u8) {
+        match self {
+            Self::PortUnreachable => F::PORT_UNREACHABLE,
+            Self::TooBig => F::TOO_BIG,
+            Self::TimeExceeded => F::TIME_EXCEEDED,
+        }
+    }
+}
 
 /// TTL and hop limit of what we send ourselves.
 const TTL: u8 = 64;
@@ -42,6 +68,7 @@ impl Answer for V4 {
     type Network = Ipv4Header;
     const PORT_UNREACHABLE: (u8, u8) = (3, 3);
     const TOO_BIG: (u8, u8) = (3, 4);
+    const TIME_EXCEEDED: (u8, u8) = (11, 0);
 
     #[inline(always)]
     fn header(source: F0<V4>, destination: F0<V4>, protocol: u8, length: u16) -> Ipv4Header {
@@ -77,6 +104,7 @@ impl Answer for V6 {
     type Network = Ipv6Header;
     const PORT_UNREACHABLE: (u8, u8) = (1, 4);
     const TOO_BIG: (u8, u8) = (2, 0);
+    const TIME_EXCEEDED: (u8, u8) = (3, 0);
 
     #[inline(always)]
     fn header(source: F0<V6>, destination: F0<V6>, protocol: u8, length: u16) -> Ipv6Header {

@@ -46,8 +46,8 @@ pub mod policy;
 mod select;
 
 use crate::abi::{
-    Class, Flow, RejectBucket, ServiceKey, Tuple, backend, device, flow, frontend, imported, listing,
-    networks, phase, side, state,
+    Class, Flow, RejectBucket, RejectKey, ServiceKey, Tuple, backend, device, flow, frontend, imported,
+    listing, networks, phase, side, state,
 };
 use crate::family::Family;
 use crate::fragment;
@@ -73,6 +73,11 @@ pub const REMAP_TRIES: u32 = 8;
 pub const REJECT_COST_MS: u32 = 1_000;
 /// ...after a burst of six.
 pub const REJECT_BURST_MS: u32 = 6_000;
+
+/// ICMP errors by one device: a thousand a second, as `net.ipv4.icmp_msgs_per_sec` has it...
+pub const DEVICE_REJECT_COST_MS: u32 = 1;
+/// ...after a burst of fifty, as `net.ipv4.icmp_msgs_burst`.
+pub const DEVICE_REJECT_BURST_MS: u32 = 50;
 
 /// Bits of [`Tables::marks`]: what has happened at least once, so that the path need not look for it before.
 pub mod mark {
@@ -1190,14 +1195,36 @@ fn guess<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) -> boo
 /// Takes the cost of one ICMP error from a client's bucket; false when there is not enough credit.
 #[inline(always)]
 pub fn spend(bucket: Option<RejectBucket>, now_ms: u32) -> (RejectBucket, bool) {
+    spend_of(bucket, now_ms, REJECT_COST_MS, REJECT_BURST_MS)
+}
+
+/// As [`spend`], from the bucket of the device by which the error leaves: each has its own, so that a flood by one, from
+/// whatever forged sources, takes nothing from the clients of another.
+#[inline(always)]
+pub fn spend_by_device(bucket: Option<RejectBucket>, now_ms: u32) -> (RejectBucket, bool) {
+    spend_of(bucket, now_ms, DEVICE_REJECT_COST_MS, DEVICE_REJECT_BURST_MS)
+}
+
+#[inline(always)]
+fn spend_of(bucket: Option<RejectBucket>, now_ms: u32, cost_ms: u32, burst_ms: u32) -> (RejectBucket, bool) {
     let credit = match bucket {
         Some(bucket) => {
-            let refill = now_ms.wrapping_sub(bucket.refilled_ms).min(REJECT_BURST_MS);
-            bucket.credit_ms.wrapping_add(refill).min(REJECT_BURST_MS)
+            let refill = now_ms.wrapping_sub(bucket.refilled_ms).min(burst_ms);
+            bucket.credit_ms.wrapping_add(refill).min(burst_ms)
         }
-        None => REJECT_BURST_MS,
+        None => burst_ms,
     };
-    let allowed = credit >= REJECT_COST_MS;
-    let credit_ms = if allowed { credit.wrapping_sub(REJECT_COST_MS) } else { credit };
+    let allowed = credit >= cost_ms;
+    let credit_ms = if allowed { credit.wrapping_sub(cost_ms) } else { credit };
     (RejectBucket { refilled_ms: now_ms, credit_ms }, allowed)
+}
+
+/// The key of a device's bucket among the clients': no source address, which is never multicast, looks like it.
+#[inline(always)]
+pub fn device_reject_key(ifindex: u32) -> RejectKey {
+    let [a, b, c, d] = ifindex.to_be_bytes();
+    let ones = 0xff;
+    RejectKey {
+        address: [ones, ones, ones, ones, ones, ones, ones, ones, ones, ones, ones, ones, a, b, c, d],
+    }
 }

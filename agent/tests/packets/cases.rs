@@ -22,6 +22,8 @@ mod takeover;
 mod unserved;
 mod xdp;
 
+pub(crate) use host::moved;
+
 use super::case::Case;
 
 /// Cases as they are collected.

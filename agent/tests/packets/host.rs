@@ -8,7 +8,7 @@ use sluice_common::abi::{
     OriginKey, Origins, PREFIXES, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings,
     Ticks, Tuple, device, flow, node_address,
 };
-use sluice_common::answer::{self, QUOTE};
+use sluice_common::answer::{self, QUOTE, Trouble};
 use sluice_common::event::{self, At};
 use sluice_common::family::lane;
 use sluice_common::fragment::{self, label};
@@ -681,9 +681,11 @@ fn tc<F: Ip>(
         return (End::Next, noted(case, hook, headers, &decision, false));
     }
     let inside = case.world.devices.get(&case.ifindex).is_some_and(|device| device.role == device::EDGE);
+    if ingress && link && packet.bytes.first().is_some_and(|first| first & 1 != 0) {
+        return (End::Next, NOTHING);
+    }
     if ingress && link && !inside {
-        let [first, ..] = packet.bytes[..] else { return (End::Next, NOTHING) };
-        if first & 1 == 0 && !packet.bytes.starts_with(&world::mac(case.ifindex)) {
+        if !packet.bytes.starts_with(&world::mac(case.ifindex)) {
             return (End::Next, NOTHING);
         }
     }
@@ -734,13 +736,11 @@ fn apply<F: Ip>(
             return send_answer(case, packet, link, ingress);
         }
         Verdict::Unreachable => {
-            let bucket = case.world.rejects.get(&source);
-            let bucket = bucket.map(|credit| RejectBucket { refilled_ms: 5_000, credit_ms: *credit });
-            if !path::spend(bucket, 5_000).1 {
+            if !may_answer(case, source) {
                 decision.reason = Reason::RejectLimited;
                 return End::Drop;
             }
-            error(packet, headers, 0);
+            error(packet, headers, Trouble::PortUnreachable, 0);
             return send_answer(case, packet, link, ingress);
         }
         Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {}
@@ -767,7 +767,7 @@ fn apply<F: Ip>(
                 if is_error || !forbids {
                     return End::Drop;
                 }
-                error(packet, headers, mtu);
+                error(packet, headers, Trouble::TooBig, mtu);
                 return send_answer(case, packet, link, ingress);
             }
         }
@@ -776,7 +776,11 @@ fn apply<F: Ip>(
         || decision.verdict == Verdict::Route && ingress && fragments == 0;
     if bypasses && !hop(packet, headers) {
         decision.reason = Reason::TtlExceeded;
-        return End::Drop;
+        if headers.kind != Kind::Transport || !answerable || !may_answer(case, source) {
+            return End::Drop;
+        }
+        error(packet, headers, Trouble::TimeExceeded, 0);
+        return send_answer(case, packet, link, ingress);
     }
     if !rewrite(packet, headers, &decision.flow) {
         assert!(!can_follow(headers, &decision.flow), "a frame in memory can be rewritten");
@@ -844,9 +848,20 @@ fn send_answer(case: &Case, packet: &mut Bytes, link: bool, ingress: bool) -> En
     End::Redirect
 }
 
+/// Whether client and device have credit for one more ICMP error.
+fn may_answer(case: &Case, client: IpAddr) -> bool {
+    const NOW_MS: u32 = 5_000;
+    let bucket = |address: IpAddr| {
+        let credit_ms = *case.world.rejects.get(&address)?;
+        Some(RejectBucket { refilled_ms: NOW_MS, credit_ms })
+    };
+    path::spend(bucket(client), NOW_MS).1
+        && path::spend_by_device(bucket(world::rejects_of(case.ifindex)), NOW_MS).1
+}
+
 /// Writes an ICMP error over the packet.
-fn error<F: Ip>(packet: &mut Bytes, headers: &Headers<F>, mtu: u32) {
-    let kind = if mtu == 0 { F::PORT_UNREACHABLE } else { F::TOO_BIG };
+fn error<F: Ip>(packet: &mut Bytes, headers: &Headers<F>, trouble: Trouble, mtu: u32) {
+    let kind = trouble.code::<F>();
     let start = headers.network as usize;
     let length = (headers.length.min(QUOTE) & !3) as usize;
     let quote = packet.bytes[start..start + length].to_vec();

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::maps::lpm_trie::Key;
@@ -24,8 +25,8 @@ use super::host;
 use super::ip::Ip;
 use super::socket;
 use super::world::{
-    self, Affinities, BACKEND_MAC, BRIDGE, Datagrams, EDGE, Exhausted, FOREIGN, Flows, NARROW, NARROW_MTU,
-    NET_BACKENDS, OWN, ROUTES, TUNNEL, UPLINK, Version, World,
+    self, Affinities, BACKEND_MAC, BRIDGE, Datagrams, EDGE, Exhausted, FOREIGN, Flows, MARK, NARROW,
+    NARROW_MTU, NET_BACKENDS, NET_MARKED, NET_SHORT, OWN, ROUTES, TUNNEL, UPLINK, Version, World,
 };
 
 /// Elements of the hash maps and arrays: far more than most cases fill.
@@ -36,12 +37,16 @@ const LARGE: u32 = 131_072;
 const FRAME_MAX: usize = 4096;
 /// Bytes of `struct __sk_buff`, and where its `ifindex` is.
 const SKB: (usize, usize) = (192, 40);
+/// Where its `mark` is.
+const SKB_MARK: usize = 8;
 
 /// The loaded object.
 pub(crate) struct Kernel {
     ebpf: Ebpf,
     ring: RingBuf<MapData>,
     clock: Clock,
+    /// The mark of packets.
+    pub(crate) mark: u32,
     /// What the maps hold, and since when.
     filled: Option<(World, Ticks)>,
     /// What keeps sockets of this host open.
@@ -96,8 +101,13 @@ fn network() -> Result<()> {
     for version in [Version::V4, Version::V6] {
         let (flag, bits) = if version == Version::V4 { ("-4", 24) } else { ("-6", 64) };
         for (net, ifindex) in ROUTES {
-            ip(&format!("{flag} route add {}/{bits} dev d{ifindex}", world::address(version, net, 0)))?;
+            // The FIB tells programs of one that is locked alone.
+            let mtu = if net == NET_SHORT { format!(" mtu lock {NARROW_MTU}") } else { String::new() };
+            ip(&format!("{flag} route add {}/{bits} dev d{ifindex}{mtu}", world::address(version, net, 0)))?;
         }
+        let marked = world::address(version, NET_MARKED, 0);
+        ip(&format!("{flag} rule add fwmark {MARK} lookup {MARK}"))?;
+        ip(&format!("{flag} route add {marked}/{bits} dev d{UPLINK} table {MARK}"))?;
         for ifindex in [EDGE, UPLINK, TUNNEL, NARROW] {
             let nodad = if version == Version::V4 { "" } else { "nodad" };
             ip(&format!("{flag} addr add {} dev d{ifindex} {nodad}", world::node(version, ifindex)))?;
@@ -367,7 +377,7 @@ impl Kernel {
         }
         xdp(&mut ebpf)?.load().context("cannot load the XDP program")?;
         let ring = RingBuf::try_from(ebpf.take_map("events").context("the object has no map events")?)?;
-        let mut kernel = Self { ebpf, ring, clock, filled: None, sockets: Vec::new() };
+        let mut kernel = Self { ebpf, ring, clock, mark: 0, filled: None, sockets: Vec::new() };
         kernel.listen(&Listening { until_ns: u64::MAX, ..Listening::default() })?;
         Ok(kernel)
     }
@@ -542,6 +552,7 @@ impl Kernel {
             let (length, ifindex) = SKB;
             let mut context = vec![0; length];
             context[ifindex..ifindex + 4].copy_from_slice(&case.ifindex.to_ne_bytes());
+            context[SKB_MARK..SKB_MARK + 4].copy_from_slice(&self.mark.to_ne_bytes());
             context
         };
         let options = TestRunOptions {
@@ -586,6 +597,17 @@ impl Kernel {
         let mut frame = vec![0; FRAME_MAX];
         Ok(self.repeated(case, &mut frame, repeat)?.context("the frame is too short")?.duration.as_nanos()
             as u32)
+    }
+
+    /// How many of some packets are redirected, answered among them, and how long all took. What one leaves the next one finds.
+    pub(crate) fn redirected(&mut self, cases: &[Case]) -> Result<(u32, Duration)> {
+        let (mut count, mut frame) = (0, vec![0; FRAME_MAX]);
+        let started = Instant::now();
+        for case in cases {
+            let result = self.test_run(case, &mut frame)?.context("the frame is too short")?;
+            count += u32::from(result.return_value == 7);
+        }
+        Ok((count, started.elapsed()))
     }
 
     /// Fills the maps for [`Self::time`].

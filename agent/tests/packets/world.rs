@@ -13,6 +13,8 @@ use sluice_common::abi::{
     listing, masquerade, networks, node_address,
 };
 
+use sluice_common::path::device_reject_key;
+
 use super::frame::{ACK, DATA, Frame, INIT, Mac, SCTP, SYN, TCP, UDP};
 
 /// An address family.
@@ -55,7 +57,7 @@ pub(crate) fn address(version: Version, net: u8, host: u8) -> IpAddr {
 }
 
 /// The nets of [`address`] and where their routes lead.
-pub(crate) const ROUTES: [(u8, u32); 8] = [
+pub(crate) const ROUTES: [(u8, u32); 9] = [
     (NET_CLIENTS, UPLINK),
     (NET_BACKENDS, BRIDGE),
     (NET_NARROW, NARROW),
@@ -63,6 +65,7 @@ pub(crate) const ROUTES: [(u8, u32); 8] = [
     (NET_PODS, EDGE),
     (NET_REMOTE, UPLINK),
     (NET_OVERLAY, TUNNEL),
+    (NET_SHORT, UPLINK),
     (NET_FRONTENDS, OWN),
 ];
 /// This node's addresses: delivered here.
@@ -79,6 +82,11 @@ pub(crate) const NET_PODS: u8 = 6;
 pub(crate) const NET_REMOTE: u8 = 7;
 /// Pods of other nodes, by the overlay.
 pub(crate) const NET_OVERLAY: u8 = 8;
+/// By a route whose MTU is less than its device's: [`NARROW_MTU`].
+pub(crate) const NET_SHORT: u8 = 9;
+/// Routed for packets with [`MARK`] alone.
+pub(crate) const NET_MARKED: u8 = 10;
+pub(crate) const MARK: u32 = 0x77;
 pub(crate) const NET_FRONTENDS: u8 = 96;
 
 /// The device that a route names, and its MTU.
@@ -88,7 +96,12 @@ pub(crate) fn route(destination: IpAddr) -> Option<(u32, u32)> {
         IpAddr::V6(address) => address.octets()[7],
     };
     let (_, ifindex) = ROUTES.iter().find(|(routed, _)| *routed == net)?;
-    Some((*ifindex, if *ifindex == NARROW { NARROW_MTU } else { 1500 }))
+    Some((*ifindex, if *ifindex == NARROW || net == NET_SHORT { NARROW_MTU } else { 1500 }))
+}
+
+/// The address in [`World::rejects`] that stands for all clients of a device.
+pub(crate) fn rejects_of(ifindex: u32) -> IpAddr {
+    Ipv6Addr::from(device_reject_key(ifindex).address).into()
 }
 
 /// The node's address on a device: the one that clients are shown as behind it.

@@ -11,12 +11,16 @@ use super::decide::{Decide, Scratch};
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 /// The device that output routing starts from: a lookup as if sent by this host, without binding it to a device.
-const LOOPBACK: u32 = 1;
+pub(super) const LOOPBACK: u32 = 1;
 const SUCCESS: i64 = 0;
 const NO_NEIGHBOUR: i64 = 7;
 const FRAG_NEEDED: i64 = 8;
 /// `BPF_FIB_LOOKUP_OUTPUT`.
 const OUTPUT: u32 = 2;
+/// `BPF_FIB_LOOKUP_MARK`, of Linux 6.10: rules that name a packet's mark count.
+const MARK: u32 = 32;
+/// What a kernel answers that does not know a flag.
+const EINVAL: i64 = -22;
 
 /// A family whose routes can be asked for.
 pub(super) trait Fib: Decide {
@@ -66,13 +70,81 @@ fn question() -> Question {
     unsafe { core::mem::zeroed() }
 }
 
-/// The device by which packets of this host to a destination leave; `None` where there is none, or where that is this host.
+/// What a packet has besides its addresses that routing asks for.
+#[derive(Clone, Copy)]
+pub(super) struct Way {
+    /// Where it comes from: a device, or [`LOOPBACK`] for this host itself.
+    pub(super) ifindex: u32,
+    pub(super) mark: u32,
+    /// Its length with the IP header, or that of a segment of it; 0: whether it fits does not matter.
+    pub(super) length: u32,
+}
+
+/// Where a packet goes.
+#[derive(Clone, Copy)]
+pub(super) enum Target {
+    /// Out of a device.
+    Device(u32),
+    /// Nowhere: it is larger than the route takes, or what was learned of the path.
+    TooBig(u32),
+    /// Nowhere, or to this host itself.
+    None,
+}
+
+/// Where packets to a destination leave.
+#[inline(always)]
+pub(super) fn route<F: Fib>(
+    ctx: *mut c_void,
+    source: &F::Address,
+    destination: &F::Address,
+    way: Way,
+) -> Target {
+    let answer = ask_route::<F>(
+        ctx,
+        source,
+        destination,
+        way.ifindex,
+        u64::from(way.length) << 32 | u64::from(way.mark),
+    );
+    match (answer as u32, (answer >> 32) as u32) {
+        (0, 0) => Target::None,
+        (0, mtu) => Target::TooBig(mtu),
+        (ifindex, _) => Target::Device(ifindex),
+    }
+}
+
+/// As [`route`], with a [`Way`] of which length and mark are in one word: the device; in the upper half the MTU where
+/// the packet exceeds it; else 0.
 #[inline(never)]
-pub(super) fn route<F: Fib>(ctx: *mut c_void, source: &F::Address, destination: &F::Address) -> Option<u32> {
+fn ask_route<F: Fib>(
+    ctx: *mut c_void,
+    source: &F::Address,
+    destination: &F::Address,
+    ifindex: u32,
+    length_mark: u64,
+) -> u64 {
+    let (length, mark) = ((length_mark >> 32) as u32, length_mark as u32);
     let mut question = question();
-    let status = lookup::<F>(ctx, &mut question, source, destination, LOOPBACK, 0);
-    // Without a neighbour so far, or for a packet beyond its MTU, the device is known all the same.
-    matches!(status, SUCCESS | NO_NEIGHBOUR | FRAG_NEEDED).then_some(question.ifindex)
+    let mut flags = 0;
+    if mark != 0 {
+        // The mark has the place of the answer's link-layer addresses.
+        let [a, b, c, d] = mark.to_ne_bytes();
+        question.smac = [a, b, c, d, 0, 0];
+        flags = MARK;
+    }
+    question.__bindgen_anon_1.tot_len = length.min(0xffff) as u16;
+    let mut status = lookup::<F>(ctx, &mut question, source, destination, ifindex, flags);
+    if status == EINVAL {
+        status = lookup::<F>(ctx, &mut question, source, destination, ifindex, 0);
+    }
+    match status {
+        // With a length the route's MTU counts and the device is not told, without one it is.
+        // SAFETY: an integer, whichever of the union was written.
+        FRAG_NEEDED if length != 0 => u64::from(unsafe { question.__bindgen_anon_1.mtu_result }) << 32,
+        // Without a neighbour so far the device is known all the same.
+        SUCCESS | NO_NEIGHBOUR | FRAG_NEEDED => u64::from(question.ifindex),
+        _ => 0,
+    }
 }
 
 /// The link-layer address of a neighbour on a device; `None` where it is not known, or not behind this device.
@@ -88,14 +160,33 @@ pub(super) fn neighbour<F: Fib>(
     (status == SUCCESS && question.ifindex == ifindex).then_some(question.dmac)
 }
 
+/// The device by which packets leave that came from another; 0: none.
+#[inline(always)]
+fn device<F: Fib>(
+    ctx: *mut c_void,
+    source: &F::Address,
+    destination: &F::Address,
+    ifindex: u32,
+    mark: u32,
+) -> u32 {
+    match route::<F>(ctx, source, destination, Way { ifindex, mark, length: 0 }) {
+        Target::Device(device) => device,
+        Target::TooBig(_) | Target::None => 0,
+    }
+}
+
 /// Asks where packets of the flow that is decided about would leave, and notes the answers for the path.
 #[inline(never)]
-pub(super) fn ask<F: Fib>(ctx: *mut c_void) {
+pub(super) fn ask<F: Fib>(ctx: *mut c_void, from: u32, mark: u32) {
     let Some(scratch) = F::scratch() else { return };
     // SAFETY: this CPU's own; nothing else takes a reference here.
     let Scratch { decision, asked, .. } = unsafe { &mut *scratch };
     let flow = &decision.flow;
-    asked.routes.to_backend = route::<F>(ctx, &flow.source, &flow.destination).unwrap_or(0);
-    asked.routes.to_client = route::<F>(ctx, &flow.destination, &flow.source).unwrap_or(0);
+    asked.routes.to_backend = device::<F>(ctx, &flow.source, &flow.destination, from, mark);
+    if asked.routes.to_backend == 0 && from != LOOPBACK {
+        // A device that may not forward answers nothing.
+        asked.routes.to_backend = device::<F>(ctx, &flow.source, &flow.destination, LOOPBACK, mark);
+    }
+    asked.routes.to_client = device::<F>(ctx, &flow.destination, &flow.source, LOOPBACK, mark);
     asked.has_routes = 1;
 }

@@ -11,10 +11,11 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::generated::{
     bpf_check_mtu, bpf_csum_diff, bpf_redirect, bpf_redirect_neigh, bpf_sk_lookup_udp, bpf_sk_release,
-    bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes, bpf_skc_lookup_tcp,
+    bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes, bpf_skb_vlan_pop,
+    bpf_skc_lookup_tcp,
 };
 use sluice_common::abi::{Device, Flow, RejectKey, device, flow};
-use sluice_common::answer::{self, Answer, QUOTE};
+use sluice_common::answer::{self, Answer, QUOTE, Trouble};
 use sluice_common::fragment::{HELD_PRIORITY, Label, label, met_at};
 use sluice_common::header::{EthernetHeader, TcpHeader, protocol, tcp};
 use sluice_common::parse::{self, Headers, Kind};
@@ -26,7 +27,7 @@ use super::clock::now_ns;
 use super::count;
 use super::decide::{Asked, Decide, Scratch};
 use super::events::Tell;
-use super::fib::{Fib, ask, neighbour, route};
+use super::fib::{Fib, LOOPBACK, Target, Way, ask, neighbour, route};
 use super::maps;
 use super::skb::Skb;
 use super::xdp::XDP_DONE;
@@ -34,6 +35,8 @@ use super::xdp::XDP_DONE;
 /// The next program decides.
 const NEXT: i32 = -1;
 const DROP: i32 = TC_ACT_SHOT;
+const PACKET_BROADCAST: u32 = 1;
+const PACKET_MULTICAST: u32 = 2;
 const PACKET_OTHERHOST: u32 = 3;
 const TCP_ESTABLISHED: u32 = 1;
 const TCP_LISTEN: u32 = 10;
@@ -229,13 +232,7 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
         count::packet(decision, headers, ifindex(skb), hook, false);
         return NEXT;
     }
-    // A frame for somebody else that the device hears: only a bridge port passes such on to the stack.
-    // SAFETY: the context is valid while the program runs.
-    if LINK != 0
-        && hook == Hook::Ingress
-        && unsafe { (*skb).pkt_type } == PACKET_OTHERHOST
-        && !matches!(device(ifindex(skb)), Some(device) if device.role == device::EDGE)
-    {
+    if LINK != 0 && hook == Hook::Ingress && is_for_others(skb) {
         return NEXT;
     }
     let number = if decision.step == Step::Done { F::record() } else { open::<F>(skb, hook) };
@@ -249,6 +246,21 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     let action = apply::<F, LINK>(skb, headers, decision, refusal, hook);
     count::packet(decision, headers, ifindex(skb), hook, action == DROP);
     action
+}
+
+/// Whether a frame is not for this host to route: the stack would not either.
+#[inline(always)]
+fn is_for_others(skb: *mut __sk_buff) -> bool {
+    // SAFETY: the context is valid while the program runs.
+    let (kind, is_tagged) = unsafe { ((*skb).pkt_type, (*skb).vlan_present != 0) };
+    let is_edge = || matches!(device(ifindex(skb)), Some(device) if device.role == device::EDGE);
+    match kind {
+        PACKET_BROADCAST | PACKET_MULTICAST => true,
+        // One for somebody else that the device hears: only a bridge port passes such on to the stack.
+        PACKET_OTHERHOST => is_tagged || !is_edge(),
+        // A pod's frame in a VLAN is none that the stack takes from this device.
+        _ => is_tagged && is_edge(),
+    }
 }
 
 /// Takes the decision about a flow's first packet to its end and records the flow; 0, or the number of the
@@ -270,7 +282,7 @@ fn open<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> u32 {
         F::open(ifindex(skb), hook);
         // SAFETY: as above.
         if unsafe { (*scratch).decision.step } == Step::AskRoutes {
-            ask::<F>(skb.cast());
+            ask::<F>(skb.cast(), comes_from(skb, hook), mark(skb));
             F::open(ifindex(skb), hook);
         }
         // SAFETY: as above.
@@ -363,14 +375,19 @@ fn apply<F: Tc, const LINK: u32>(
     // Our own device, where the packet is to enter the stack to be fragmented.
     let mut fragments = 0;
     if decision.verdict == Verdict::Route {
-        target = match route::<F>(skb.cast(), &decision.flow.source, &decision.flow.destination) {
-            Some(target) => target,
-            None => {
+        let way = Way { ifindex: LOOPBACK, mark: mark(skb), length: segment_length(packet, headers) };
+        let exceeded = match route::<F>(skb.cast(), &decision.flow.source, &decision.flow.destination, way) {
+            Target::Device(device) => {
+                target = device;
+                exceeded_mtu(skb, target, LINK)
+            }
+            Target::TooBig(mtu) => Some(mtu),
+            Target::None => {
                 decision.reason = Reason::NoRoute;
                 return DROP;
             }
         };
-        if let Some(mtu) = exceeded_mtu(skb, target, LINK) {
+        if let Some(mtu) = exceeded {
             // An error is never answered with another (RFC 1122, 3.2.2; RFC 4443, 2.4).
             let is_error = headers.kind == Kind::IcmpError;
             let is_answered = !is_error && F::forbids_fragments(packet, headers.network);
@@ -379,7 +396,11 @@ fn apply<F: Tc, const LINK: u32>(
             }
             if fragments == 0 {
                 decision.reason = Reason::TooBig;
-                return if is_answered { icmp::<F, LINK>(skb, headers, mtu, hook) } else { DROP };
+                return if is_answered {
+                    icmp::<F, LINK>(skb, headers, Trouble::TooBig, mtu, hook)
+                } else {
+                    DROP
+                };
             }
         }
     }
@@ -388,7 +409,7 @@ fn apply<F: Tc, const LINK: u32>(
         || decision.verdict == Verdict::Route && forwards && fragments == 0;
     if bypasses && !hop(packet, headers) {
         decision.reason = Reason::TtlExceeded;
-        return DROP;
+        return time_exceeded::<F, LINK>(skb, headers, hook);
     }
     if !translate(skb, headers, &decision.flow) {
         decision.reason = Reason::RewriteFailed;
@@ -412,6 +433,7 @@ fn apply<F: Tc, const LINK: u32>(
         }
         Verdict::Route if fragments != 0 => hand_to::<F, LINK>(packet, fragments),
         Verdict::Route => {
+            take_tags_off(skb);
             // The helper takes away a link header, and drops what has none.
             if LINK == 0 && !add_link_header::<F>(packet, [0; 6]) {
                 return DROP;
@@ -435,6 +457,54 @@ fn refusal(number: u32) -> Option<Reason> {
     match Reason::from_number(number) {
         Some(Reason::Stranger) | None => None,
         Some(reason) => Some(reason),
+    }
+}
+
+/// The packet's mark.
+#[inline(always)]
+fn mark(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: the context is valid while the program runs.
+    unsafe { (*skb).mark }
+}
+
+/// The device from which routing sees a packet come: the bridge, where this one is its port.
+#[inline(always)]
+fn comes_from(skb: *mut __sk_buff, hook: Hook) -> u32 {
+    let here = ifindex(skb);
+    match device(here) {
+        _ if hook == Hook::Egress => LOOPBACK,
+        Some(device) if device.bridge != 0 => device.bridge,
+        _ => here,
+    }
+}
+
+/// The length of a packet with its IP header, or that of a segment where the device will cut it.
+#[inline(always)]
+fn segment_length<F: Tc>(packet: &Skb, headers: &Headers<F>) -> u32 {
+    // SAFETY: the context is valid while the program runs.
+    let size = unsafe { (*packet.skb).gso_size };
+    if size == 0 {
+        return headers.length;
+    }
+    let transport = match packet.read::<TcpHeader>(headers.transport) {
+        Some(segment) if headers.tuple.protocol == protocol::TCP => u32::from(segment.offset >> 4) * 4,
+        _ => 8,
+    };
+    headers.transport.wrapping_sub(headers.network).wrapping_add(transport).wrapping_add(size)
+}
+
+/// Takes VLAN tags off a packet that goes on by another device: they belong to the one that it came in by.
+#[inline(always)]
+fn take_tags_off(skb: *mut __sk_buff) {
+    for _ in 0..2 {
+        // SAFETY: the context is valid while the program runs; the helper takes the tag beside the packet, and puts the
+        // next one there.
+        unsafe {
+            if (*skb).vlan_present == 0 {
+                return;
+            }
+            let _ = bpf_skb_vlan_pop(skb);
+        }
     }
 }
 
@@ -493,10 +563,10 @@ fn hand_in<F: Tc, const LINK: u32>(
     let target = if hook == Hook::Egress {
         here
     } else {
-        let named = route::<F>(packet.skb.cast(), local, remote);
-        match named {
-            Some(target) => target,
-            None => here,
+        let way = Way { ifindex: LOOPBACK, mark: 0, length: 0 };
+        match route::<F>(packet.skb.cast(), local, remote, way) {
+            Target::Device(target) => target,
+            Target::TooBig(_) | Target::None => here,
         }
     };
     if target == here && hook != Hook::Egress {
@@ -560,6 +630,9 @@ fn release(skb: *mut __sk_buff) -> i32 {
 #[inline(always)]
 fn hand_to<F: Tc, const LINK: u32>(packet: &mut Skb, target: u32) -> i32 {
     let Some(to) = device(target) else { return DROP };
+    if target != ifindex(packet.skb) {
+        take_tags_off(packet.skb);
+    }
     let has_header = if to.link_header == 0 {
         true
     } else if LINK == 0 {
@@ -642,29 +715,55 @@ fn unreachable<F: Tc, const LINK: u32>(
         decision.reason = Reason::NoBackendDropped;
         return DROP;
     }
-    if !may_answer(&F::reject_key(&headers.tuple.source)) {
+    if !may_answer(&F::reject_key(&headers.tuple.source), ifindex(packet.skb)) {
         decision.reason = Reason::RejectLimited;
         return DROP;
     }
-    icmp::<F, LINK>(packet.skb, headers, 0, hook)
+    icmp::<F, LINK>(packet.skb, headers, Trouble::PortUnreachable, 0, hook)
 }
 
-/// Takes one ICMP error from a client's bucket.
-#[inline(always)]
-fn may_answer(key: &RejectKey) -> bool {
+/// Answers a packet whose TTL or hop limit has run out, if it may be answered.
+#[inline(never)]
+fn time_exceeded<F: Tc, const LINK: u32>(skb: *mut __sk_buff, headers: &Headers<F>, hook: Hook) -> i32 {
+    // Neither an error nor a later fragment is answered (RFC 1122, 3.2.2).
+    if headers.kind != Kind::Transport
+        || !F::is_answerable(&headers.tuple.source)
+        || !may_answer(&F::reject_key(&headers.tuple.source), ifindex(skb))
+    {
+        return DROP;
+    }
+    icmp::<F, LINK>(skb, headers, Trouble::TimeExceeded, 0, hook)
+}
+
+/// Takes one ICMP error from the buckets of a client and of the device by which it leaves; from neither if one is empty.
+#[inline(never)]
+fn may_answer(key: &RejectKey, ifindex: u32) -> bool {
     let now_ms = (now_ns() / 1_000_000) as u32;
     // SAFETY: entries are plain data, readable under RCU.
-    let bucket = unsafe { maps::rejects.get(key) }.copied();
-    let (bucket, allowed) = path::spend(bucket, now_ms);
-    let _ = maps::rejects.insert(key, bucket, 0);
-    allowed
+    let (client, may_client) = path::spend(unsafe { maps::rejects.get(key) }.copied(), now_ms);
+    let device_key = path::device_reject_key(ifindex);
+    // SAFETY: as above.
+    let bucket = unsafe { maps::rejects.get(&device_key) }.copied();
+    let (device, may_device) = path::spend_by_device(bucket, now_ms);
+    if !may_client || !may_device {
+        return false;
+    }
+    let _ = maps::rejects.insert(key, client, 0);
+    let _ = maps::rejects.insert(&device_key, device, 0);
+    true
 }
 
-/// Turns the packet into an ICMP error about it, "too big" where an MTU is given, and sends it to where the packet came from.
+/// Turns the packet into an ICMP error about it, and sends it to where the packet came from. The MTU is that of "too big", else 0.
 #[inline(never)]
-fn icmp<F: Tc, const LINK: u32>(skb: *mut __sk_buff, headers: &Headers<F>, mtu: u32, hook: Hook) -> i32 {
+fn icmp<F: Tc, const LINK: u32>(
+    skb: *mut __sk_buff,
+    headers: &Headers<F>,
+    trouble: Trouble,
+    mtu: u32,
+    hook: Hook,
+) -> i32 {
     let packet = &mut Skb { skb, ipv6: F::VERSION == 6 };
-    let kind = if mtu == 0 { F::PORT_UNREACHABLE } else { F::TOO_BIG };
+    let kind = trouble.code::<F>();
     // Written before it is read, as far as it is read.
     let mut quote = MaybeUninit::<[u32; QUOTE as usize / 4]>::uninit();
     // Whole words, so that the sum can be taken; never less than the headers. Behind the black box the

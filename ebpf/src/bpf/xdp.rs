@@ -157,7 +157,7 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
         F::open(ifindex, Hook::Xdp);
         // SAFETY: as above.
         if unsafe { (*scratch).decision.step } == Step::AskRoutes {
-            ask::<F>(ctx.cast());
+            ask::<F>(ctx.cast(), ifindex, 0);
             F::open(ifindex, Hook::Xdp);
         }
     }

@@ -6,6 +6,7 @@ use sluice_common::Reason;
 use sluice_common::abi::{flow, state};
 
 use super::Table;
+use super::reject::time_exceeded;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{ACK, Frame, SYN, TCP};
 use crate::packets::world::{Cast, Connection, EDGE, ONE, TUNNEL};
@@ -50,6 +51,21 @@ pub(super) fn add(table: &mut Table) {
             Case::new(
                 format!("{title}: the same with a TTL of one"),
                 &cast.world(),
+                Program::Ingress,
+                EDGE,
+                &first.clone().ttl(1),
+            )
+            .becomes(&time_exceeded(&first.clone().ttl(1)).turned())
+            .ends(End::Redirect)
+            .reason(Reason::TtlExceeded, ONE)
+            .embryonic([connection.both()]),
+        );
+        let mut limited = cast.world();
+        let _ = limited.rejects.insert(client.ip(), 100);
+        table.add(
+            Case::new(
+                format!("{title}: the same of a client that had too many answers"),
+                &limited,
                 Program::Ingress,
                 EDGE,
                 &first.clone().ttl(1),

@@ -11,8 +11,8 @@ use super::clash::{of_host, of_host_at};
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{ACK, Frame, SYN, TCP};
 use crate::packets::world::{
-    Cast, Connection, NARROW_MTU, NET_NARROW, NET_UNROUTED, ONE, OWN, TUNNEL, UPLINK, World, address, mac,
-    tuple,
+    Cast, Connection, NARROW_MTU, NET_NARROW, NET_SHORT, NET_UNROUTED, ONE, OWN, TUNNEL, UPLINK, World,
+    address, mac, tuple,
 };
 
 /// Adds the cases.
@@ -29,7 +29,7 @@ fn connection(cast: &Cast) -> Connection {
 }
 
 /// The backend moved to another address.
-fn moved(cast: &Cast, net: u8) -> (World, SocketAddr) {
+pub(crate) fn moved(cast: &Cast, net: u8) -> (World, SocketAddr) {
     let mut world = cast.world();
     let at = SocketAddr::new(address(cast.version, net, 3), cast.backend.port());
     world.add_backend(cast, ONE, ONE, at);
@@ -90,7 +90,15 @@ fn question(table: &mut Table, cast: &Cast) {
         .embryonic([unrouted.both()])
         .marks(mark::HOST),
     );
-    let (world, at) = moved(cast, NET_NARROW);
+    for (what, net) in [("the device's", NET_NARROW), ("the route's", NET_SHORT)] {
+        sizes(table, cast, connection, what, net);
+    }
+}
+
+/// Packets that just fit an MTU, and such that do not.
+fn sizes(table: &mut Table, cast: &Cast, connection: Connection, what: &str, net: u8) {
+    let title = cast.title();
+    let (world, at) = moved(cast, net);
     let narrow = Connection { backend: at, ..connection };
     let fits = NARROW_MTU as usize
         - if cast.client.is_ipv4() { 20 } else { 40 }
@@ -102,7 +110,7 @@ fn question(table: &mut Table, cast: &Cast) {
     let frame = sized(fits);
     table.add(
         Case::new(
-            format!("{title}: the host's own packet just fits the MTU"),
+            format!("{title}: the host's own packet just fits {what} MTU"),
             &world,
             Program::Egress,
             UPLINK,
@@ -119,7 +127,7 @@ fn question(table: &mut Table, cast: &Cast) {
     let answer = super::reject::error(&frame, kind, NARROW_MTU).at(mac(UPLINK));
     table.add(
         Case::new(
-            format!("{title}: the host's own packet is one byte too big"),
+            format!("{title}: the host's own packet is one byte too big for {what} MTU"),
             &world,
             Program::Egress,
             UPLINK,
@@ -135,7 +143,7 @@ fn question(table: &mut Table, cast: &Cast) {
         frame.fragment = 0;
         table.add(
             Case::new(
-                format!("{title}: the same where it may be fragmented"),
+                format!("{title}: the same where it may be fragmented, {what} MTU"),
                 &world,
                 Program::Egress,
                 UPLINK,

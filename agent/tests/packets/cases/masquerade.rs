@@ -344,7 +344,7 @@ fn limits(table: &mut Table, cast: &Cast) {
             let translated = packet.clone().from(connection.seen_as).to(remote.backend).ttl(ttl - 1);
             case.becomes(&translated).ends(End::Redirect).opens(ONE)
         } else {
-            case.dropped(Reason::TtlExceeded, ONE)
+            case.refused(&super::reject::time_exceeded(&packet), Reason::TtlExceeded, ONE)
         });
     }
     let (narrow, world) = BEHIND_NARROW.set(cast);

@@ -197,10 +197,11 @@ fn limits(table: &mut Table, cast: &Cast) {
         let frame = frame.at(mac(UPLINK));
         for ttl in [0, 1] {
             let name = format!("{title}: a masqueraded flow's {what} with a TTL of {ttl}");
-            table.add(
-                Case::new(name, &world, Program::Ingress, UPLINK, &frame.clone().ttl(ttl))
-                    .dropped(Reason::TtlExceeded, ONE),
-            );
+            table.add(Case::new(name, &world, Program::Ingress, UPLINK, &frame.clone().ttl(ttl)).refused(
+                &super::reject::time_exceeded(&frame.clone().ttl(ttl)),
+                Reason::TtlExceeded,
+                ONE,
+            ));
         }
         let name = format!("{title}: a masqueraded flow's {what} with a TTL of 2");
         let case = Case::new(name, &world, Program::Ingress, UPLINK, &frame.ttl(2))

@@ -19,6 +19,7 @@ pub(super) fn add(table: &mut Table) {
     }
     for cast in Cast::all() {
         unanswered(table, &cast);
+        broadcast(table, &cast);
         places(table, &cast);
     }
 }
@@ -59,6 +60,10 @@ pub(super) fn error(packet: &Frame, kind: (u8, u8), rest: u32) -> Frame {
 
 pub(super) fn unreachable(packet: &Frame) -> Frame {
     error(packet, if packet.source.is_ipv4() { (3, 3) } else { (1, 4) }, 0)
+}
+
+pub(super) fn time_exceeded(packet: &Frame) -> Frame {
+    error(packet, if packet.source.is_ipv4() { (11, 0) } else { (3, 0) }, 0)
 }
 
 fn answered(table: &mut Table, name: String, world: &World, frame: &Frame, answer: &Frame, reason: Reason) {
@@ -173,6 +178,19 @@ fn unanswered(table: &mut Table, cast: &Cast) {
         let name = format!("{}: the {what} source is not answered", cast.title());
         let case = Case::new(name, &cast.world(), Program::Ingress, EDGE, &frame);
         table.add(case.dropped(Reason::NoBackendDropped, EMPTY));
+    }
+}
+
+/// What came to many hosts is left alone, as the stack routes none of it: neither answered nor translated.
+fn broadcast(table: &mut Table, cast: &Cast) {
+    for (what, link) in [("broadcast", [0xff; 6]), ("multicast", [1, 0, 0x5e, 0, 0, 1])] {
+        for (to, frontend) in [("a service without backends", cast.empty), ("a service", cast.frontend)] {
+            for ifindex in [EDGE, UPLINK] {
+                let frame = cast.first(cast.client, frontend).at(link);
+                let name = format!("{}: a {what} frame to {to} on d{ifindex}", cast.title());
+                table.add(Case::new(name, &cast.world(), Program::Ingress, ifindex, &frame));
+            }
+        }
     }
 }
 
