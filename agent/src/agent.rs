@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -36,7 +36,7 @@ use crate::takeover::wish::{self, Wish};
 use crate::takeover::{self, Takeover};
 use beside::Beside;
 use cluster::{Adopted, Cluster, Told};
-use keeper::{Inputs, Keeper, Kept, route_vips};
+use keeper::{Inputs, Keeper, Kept, OwnDevice, route_vips};
 use status::{Invocation, PolicyStatus, SourceStatus, StateDir, Status, unix_seconds};
 use sync::Sync;
 
@@ -158,6 +158,9 @@ pub enum Ended {
 pub async fn run(options: Options) -> anyhow::Result<Ended> {
     let started = SystemTime::now();
     let state = StateDir::take(&options.state_dir)?;
+    let pins = Pins::new(&options.pin_path);
+    // Before anything of the node is changed.
+    pins.check()?;
     let earlier = status::read(&options.state_dir).map(|status| status.policy.primary).unwrap_or_default();
     let status = Status {
         policy: PolicyStatus { primary: earlier.clone(), ..PolicyStatus::default() },
@@ -183,7 +186,6 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         tracing::info!(ports, "entered ports of masqueraded clients into net.ipv4.ip_local_reserved_ports");
     }
     set_machine(&options);
-    let pins = Pins::new(&options.pin_path);
     let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp, options.layout))?;
     let own = OwnRoutes::new().await.context("cannot use netlink")?;
     let told = if loaded.filled { Told::read(loaded.kernel.maps())? } else { None };
@@ -204,11 +206,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         }),
         ..Settings::default()
     };
-    if settings.own_device != 0
-        && let Err(error) = fragments::start(settings.own_device, &pins.maps())
-    {
-        tracing::warn!("fragments that come before their datagram's first one are lost: {error:#}");
-    }
+    hold_fragments(settings.own_device, &pins.maps());
     let cluster = Cluster::new(&options.node, Adopted { told, node: earlier });
     let (told, _) = cluster.tell(&options.policy, settings);
     told.write(loaded.kernel.maps())?;
@@ -248,7 +246,9 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     let rules = Rules { patterns: options.patterns, policy: options.policy, node: cluster.node_addresses() };
     let (rules_sender, rules) = watch::channel(rules);
     let _devices = tokio::spawn(keep_watching(rules, survey_sender));
-    let _routes = tokio::spawn(route_vips(own, vips, watched.clone(), routing_sender));
+    let (own_device_sender, own_device) = watch::channel(settings.own_device);
+    let own_device_kept = OwnDevice { index: own_device_sender, proc_sys: options.proc_sys };
+    let _routes = tokio::spawn(route_vips(own, own_device_kept, vips, watched.clone(), routing_sender));
     let keeper = Keeper::new(loaded.hooks, options.socket_path.word(), cgroup);
     let inputs = Inputs { watched: watched.clone(), routing, filled };
     let _keeper = tokio::spawn(keeper.run(inputs, kept_sender));
@@ -261,6 +261,8 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         cluster,
         settings,
         told: Some(told),
+        own_device,
+        maps: pins.maps(),
         watched,
         kept,
         events,
@@ -303,6 +305,9 @@ async fn stay_released(state: &StateDir, mut status: Status, options: &Options) 
 
 /// Sets what lies outside of the programs, as far as it was asked for. Nothing of it keeps the agent from its work.
 fn set_machine(options: &Options) {
+    if let Err(error) = raise_descriptors() {
+        tracing::warn!("the bound of open files (RLIMIT_NOFILE) cannot be raised to its hard limit: {error}");
+    }
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
     for failure in options.conntrack.apply(&options.proc_sys.join(limits::SYSCTLS), cpus) {
         tracing::warn!("{failure}");
@@ -314,6 +319,20 @@ fn set_machine(options: &Options) {
     }
 }
 
+/// Lets this process have as many descriptors as its hard limit says. systemd's soft limit is 1024, for
+/// the sake of programs with `select`; connections, links of many pods' devices and watches may need more.
+fn raise_descriptors() -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the struct is live.
+    let raised = unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 && {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) == 0
+        }
+    };
+    if raised { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Watches devices, again and again if netlink fails.
 async fn keep_watching(rules: watch::Receiver<Rules>, sender: watch::Sender<Watched>) {
     while !sender.is_closed() {
@@ -321,6 +340,15 @@ async fn keep_watching(rules: watch::Receiver<Rules>, sender: watch::Sender<Watc
             tracing::warn!("cannot watch devices: {error}; trying again");
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
+    }
+}
+
+/// Keeps fragments that come too early, by our own device; where that is 0 there is none.
+fn hold_fragments(own_device: u32, maps: &Path) {
+    if own_device != 0
+        && let Err(error) = fragments::start(own_device, maps)
+    {
+        tracing::warn!("fragments that come before their datagram's first one are lost: {error:#}");
     }
 }
 
@@ -372,10 +400,14 @@ struct Agent {
     sources: Vec<Source>,
     sync: Sync,
     cluster: Cluster,
-    /// What is told to the programs; only the phase changes.
+    /// What is told to the programs; only the phase and our own device change.
     settings: Settings,
     /// What the programs were told last; [`None`]: it could not be written.
     told: Option<Told>,
+    /// Our own device's ifindex, which changes when somebody removes the device.
+    own_device: watch::Receiver<u32>,
+    /// Where the maps are pinned.
+    maps: PathBuf,
     watched: watch::Receiver<Watched>,
     kept: watch::Receiver<Kept>,
     events: mpsc::Receiver<Event>,
@@ -439,6 +471,11 @@ impl Agent {
                     if told.released {
                         break Ended::Released;
                     }
+                }
+                Ok(()) = self.own_device.changed() => {
+                    self.settings.own_device = *self.own_device.borrow_and_update();
+                    self.follow_cluster();
+                    hold_fragments(self.settings.own_device, &self.maps);
                 }
                 Ok(()) = self.kept.changed() => { let _ = self.kept.borrow_and_update(); }
                 () = tokio::time::sleep_until(retry.unwrap_or_else(tokio::time::Instant::now)), if retry.is_some() => {}
@@ -549,8 +586,13 @@ impl Agent {
         };
     }
 
+    /// Whether this node serves all that the sources ask of it. What was refused for room counts, so that a
+    /// rollout stops at the first node that cannot hold the cluster; health checks go on to be answered
+    /// (`Progress`), since all else is served.
     fn is_ready(&self) -> bool {
-        self.is_attached() && self.settings.phase & phase::MASK == phase::SERVE
+        self.is_attached()
+            && self.settings.phase & phase::MASK == phase::SERVE
+            && self.sync.refused_for_room() == 0
     }
 
     /// Whether the maps hold what the sources say, and the programs are where they belong.
@@ -592,6 +634,7 @@ impl Agent {
         let policy = self.policy_status();
         let takeover = self.takeover.told.borrow().status.clone();
         let phase = self.settings.phase & phase::MASK;
+        let refused = self.sync.refused_for_room();
         let status = &mut self.status;
         status.policy = policy;
         status.ready = ready;
@@ -609,6 +652,11 @@ impl Agent {
         }
         if phase != phase::SERVE {
             status.waiting_for.push(format!("a takeover or release, which is {}", takeover.phase));
+        }
+        if refused > 0 {
+            status.waiting_for.push(format!(
+                "room in the maps: {refused} objects are not served in full (no_room in the list of problems says what of them)"
+            ));
         }
         status.takeover = takeover;
         status.sources = self.sources.iter().map(Source::status).collect();

@@ -28,9 +28,9 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 
-use crate::agent::status::{Invocation, PIN_PATH, state_dir};
+use crate::agent::status::{Invocation, PIN_PATH, check as check_state_dir, state_dir};
 use crate::agent::{self, Ended, Options, Reload, SocketPath};
-use crate::dataplane::{Layout, Xdp};
+use crate::dataplane::{Layout, Pins, Xdp};
 use crate::devices::pattern::Patterns;
 use crate::log::{self, LogFormat};
 use crate::source::kubernetes;
@@ -301,11 +301,39 @@ fn start_anew() -> anyhow::Error {
     anyhow::Error::from(command.arg0(name).args(words).exec()).context("cannot start anew")
 }
 
+impl Command {
+    /// Whether it uses what is pinned on this node, or the agent's state.
+    fn concerns_this_node(&self) -> bool {
+        match self {
+            Self::Validate(_) | Self::Preflight(_) => false,
+            Self::Explain(args) => !args.is_of_manifests(),
+            Self::Agent(_)
+            | Self::Status { .. }
+            | Self::Services { .. }
+            | Self::Backends { .. }
+            | Self::Flows { .. }
+            | Self::Top(_)
+            | Self::Trace(_)
+            | Self::Diff(_)
+            | Self::Takeover(_)
+            | Self::Release(_)
+            | Self::Cleanup { .. } => true,
+        }
+    }
+}
+
 impl Cli {
     fn run(self, expanded: Expanded) -> anyhow::Result<ExitCode> {
         let pin_path = std::path::absolute(&self.pin_path).context("--pin-path")?;
         let state_dir = self.state_dir.unwrap_or_else(|| state_dir(&pin_path));
         let mut code = 0;
+        if self.command.concerns_this_node() {
+            let checked = check_state_dir(&state_dir)
+                .map_err(anyhow::Error::from)
+                .and_then(|()| Ok(Pins::new(&pin_path).check()?));
+            let is_diff = matches!(self.command, Command::Diff(_));
+            checked.map_err(|error| if is_diff { Unknown(error).into() } else { error })?;
+        }
         let text = match self.command {
             Command::Agent(args) => {
                 log::start(args.verbose, args.log_format);

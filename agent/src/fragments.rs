@@ -31,7 +31,7 @@ const LOOK: Duration = Duration::from_millis(2);
 /// Frames taken in between two looks: a flood costs no more than this.
 const BURST: usize = 256;
 
-/// Keeps fragments in a thread of its own, as long as the process lives.
+/// Keeps fragments in a thread of its own, as long as the process and the device live.
 ///
 /// # Errors
 ///
@@ -59,6 +59,10 @@ impl Keeper {
             let result = self.step();
             match result {
                 Ok(()) => failing = false,
+                Err(_) if self.socket.is_device_gone() => {
+                    tracing::debug!("our own device is gone, and with it the fragments that waited");
+                    return;
+                }
                 Err(error) => {
                     if !failing {
                         tracing::warn!("cannot keep fragments that come before their first one: {error:#}");

@@ -12,9 +12,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
+use futures::future::ready;
 use tokio::sync::watch;
 
-use crate::http::Listener;
+use crate::http::{Listener, Room};
 use crate::model::HealthCheck;
 use crate::model::object::ObjectName;
 use answer::Answerer;
@@ -56,6 +58,8 @@ pub struct Inputs {
     pub addresses: watch::Receiver<Addresses>,
     /// Whether the proxy does its work.
     pub is_healthy: IsHealthy,
+    /// Room for those who ask.
+    pub(crate) room: Room,
 }
 
 /// Why a Service's health check is not answered everywhere: the load balancer may hold the node for dead.
@@ -132,7 +136,8 @@ pub async fn serve(mut inputs: Inputs, told: watch::Sender<Failures>) {
                 continue;
             }
             let (answerer, asked) = (answerer.clone(), service.clone());
-            match Listener::open(*at, Arc::new(move |_| answerer.answer(&asked))) {
+            let handler = Arc::new(move |_| ready(answerer.answer(&asked)).boxed());
+            match Listener::open(*at, handler, inputs.room.clone()) {
                 Ok(listener) => {
                     tracing::debug!(%service, %at, "answers health checks");
                     let _ = open.insert(*at, (service.clone(), listener));

@@ -1,5 +1,7 @@
 //! Plain HTTP/1.1 listeners with bounded connections: their ports are open to everybody who reaches the node.
 
+mod room;
+
 use std::convert::Infallible;
 use std::fmt;
 use std::io;
@@ -8,21 +10,24 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Limited};
-use hyper::body::Incoming;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::{Bytes, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// Connections a listener has at once; further ones wait in the backlog. One takes up to 16 KiB of buffers: 1 MiB a listener.
-const CONNECTIONS: usize = 64;
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 128;
+use room::Answering;
+pub(crate) use room::Room;
+
+/// Connections that wait to be accepted, which takes microseconds: a burst, where nobody else is to wait for a
+/// retransmission. The kernel takes `net.core.somaxconn` if that is less.
+const BACKLOG: i32 = 1_024;
 /// How long a request's header may take to come, the time between requests included.
 const HEADER: Duration = Duration::from_secs(5);
 /// How long a connection is kept for further requests: nobody holds one for good.
@@ -34,8 +39,8 @@ const HEADER_MAX: usize = 8 * 1024;
 /// The largest body that is read, bytes, and how long it may take to come.
 const BODY_MAX: usize = 1024;
 const BODY: Duration = Duration::from_secs(5);
-/// How long to wait when no connection can be accepted (descriptors or memory are short).
-const ACCEPT_AGAIN: Duration = Duration::from_millis(200);
+/// How long to wait when no connection can be accepted (descriptors or memory are short): until what is closed then is gone.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(10);
 
 /// Why nobody listens at an address.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +71,8 @@ impl Error {
 }
 
 /// Answers a request. Its body is read where it is PUT, and is text; the address of who asks is among its extensions.
-pub(crate) type Handler = Arc<dyn Fn(&Request<String>) -> Response<String> + Send + Sync>;
+/// An answer's body may be shared between those who get the same.
+pub(crate) type Handler = Arc<dyn Fn(Request<String>) -> BoxFuture<'static, Response<Bytes>> + Send + Sync>;
 
 /// A listener that answers requests until it is dropped.
 pub(crate) struct Listener {
@@ -80,10 +86,10 @@ impl fmt::Debug for Listener {
 }
 
 impl Listener {
-    /// Listens; requests are answered from now on.
-    pub(crate) fn open(at: SocketAddr, handler: Handler) -> Result<Self, Error> {
+    /// Listens; requests are answered from now on, as many connections at once as the room takes.
+    pub(crate) fn open(at: SocketAddr, handler: Handler, room: Room) -> Result<Self, Error> {
         let listener = bind(at).map_err(|cause| Error::new(at, cause))?;
-        let accepting = tokio::spawn(accept(listener, at, handler));
+        let accepting = tokio::spawn(accept(listener, at, handler, room));
         Ok(Self { accepting })
     }
 
@@ -114,24 +120,24 @@ fn bind(at: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-async fn accept(listener: TcpListener, at: SocketAddr, handler: Handler) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+async fn accept(listener: TcpListener, at: SocketAddr, handler: Handler, room: Room) {
     // Goes with this task: its end is what tells the connections that the listener is closed.
     let (_open, closed) = watch::channel(());
-    // Nobody closes the semaphore.
-    while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
-        match listener.accept().await {
-            Ok((stream, peer)) => {
+    loop {
+        let accepted = listener.accept().await.and_then(|(stream, peer)| {
+            let local = stream.local_addr()?;
+            Ok((stream, peer, local))
+        });
+        match accepted {
+            Ok((stream, peer, local)) => {
                 let (handler, closed) = (Arc::clone(&handler), closed.clone());
-                let _conversation = tokio::spawn(async move {
-                    converse(stream, peer, &handler, closed).await;
-                    drop(slot);
-                });
+                room.hold(peer, local, |answering| converse(stream, peer, handler, answering, closed));
             }
             // One that was reset before it was accepted is nobody's loss.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                tracing::debug!(%at, "cannot accept a connection: {error}; trying again");
+                tracing::debug!(%at, "cannot accept a connection: {error}; closing another one, trying again");
+                room.close_one();
                 tokio::time::sleep(ACCEPT_AGAIN).await;
             }
         }
@@ -153,12 +159,23 @@ async fn whole(request: Request<Incoming>, peer: SocketAddr) -> Result<Request<S
     Ok(Request::from_parts(parts, text))
 }
 
-async fn converse(stream: TcpStream, peer: SocketAddr, handler: &Handler, mut closed: watch::Receiver<()>) {
+async fn converse(
+    stream: TcpStream,
+    peer: SocketAddr,
+    handler: Handler,
+    answering: Answering,
+    mut closed: watch::Receiver<()>,
+) {
     let answer = service_fn(async |request| {
         Ok::<_, Infallible>(match whole(request, peer).await {
-            Ok(request) => handler(&request),
+            Ok(request) => {
+                answering.set(true);
+                let answer = handler(request).await;
+                answering.set(false);
+                answer.map(Full::new)
+            }
             Err(status) => {
-                let mut refused = Response::new(String::new());
+                let mut refused = Response::new(Full::default());
                 *refused.status_mut() = status;
                 refused
             }

@@ -18,6 +18,7 @@ pub mod dataplane;
 pub mod devices;
 pub mod drift;
 pub mod explain;
+mod folder;
 pub mod fragments;
 pub mod health;
 mod http;

@@ -18,13 +18,16 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use futures::FutureExt;
+use futures::future::ready;
 use http::header::{ALLOW, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use http::{Method, Request, Response, StatusCode};
+use hyper::body::Bytes;
 use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::http::{Handler, Listener};
+use crate::http::{Handler, Listener, Room};
 use metrics::Metrics;
 
 /// A change that has been waiting for so long makes the proxy unhealthy: kube-proxy's two sync periods.
@@ -134,7 +137,7 @@ impl Monitor {
         Self { progress, metrics, exporter }
     }
 
-    fn health(&self, node_counts: bool) -> Response<String> {
+    fn health(&self, node_counts: bool) -> Response<Bytes> {
         let state = self.progress.state();
         let healthy = state.is_healthy();
         let well = healthy && !(node_counts && state.leaving);
@@ -156,8 +159,8 @@ impl Monitor {
         response(status, "application/json", body)
     }
 
-    fn metrics(&self) -> Response<String> {
-        match tokio::task::block_in_place(|| self.exporter.text()) {
+    async fn metrics(&self) -> Response<Bytes> {
+        match self.exporter.text().await {
             Ok(text) => {
                 response(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", text)
             }
@@ -168,32 +171,38 @@ impl Monitor {
     /// Answers the health checks' port.
     fn healthz_handler(self: &Arc<Self>) -> Handler {
         let this = Arc::clone(self);
-        handler(move |path| match path {
+        let read = handler(move |path| match path {
             "/healthz" => Some(this.health(true)),
             "/livez" => Some(this.health(false)),
             _ => None,
-        })
+        });
+        Arc::new(move |request| ready(read(&request)).boxed())
     }
 
     /// Answers the metrics' port.
     fn metrics_handler(self: &Arc<Self>) -> Handler {
         let this = Arc::clone(self);
         let read = handler(move |path| match path {
-            "/metrics" => Some(this.metrics()),
             "/proxyMode" => Some(response(StatusCode::OK, "text/plain; charset=utf-8", "sluice".to_owned())),
             "/healthz" => Some(response(StatusCode::OK, "text/plain; charset=utf-8", "ok".to_owned())),
             _ => None,
         });
-        Arc::new(
-            move |request| {
-                if request.uri().path() == "/debug/flags/v" { verbosity(request) } else { read(request) }
-            },
-        )
+        Arc::new(move |request| {
+            let (this, read) = (Arc::clone(&this), Arc::clone(&read));
+            async move {
+                match request.uri().path() {
+                    "/metrics" if is_read(&request) => this.metrics().await,
+                    "/debug/flags/v" => verbosity(&request),
+                    _ => read(&request),
+                }
+            }
+            .boxed()
+        })
     }
 }
 
 /// Changes how much is logged, as Kubernetes' components do it: `PUT` with a number.
-fn verbosity(request: &Request<String>) -> Response<String> {
+fn verbosity(request: &Request<String>) -> Response<Bytes> {
     let text = |status, body: String| response(status, "text/plain; charset=utf-8", body);
     let peer = request.extensions().get::<SocketAddr>();
     if !peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback()) {
@@ -223,8 +232,8 @@ fn verbosity(request: &Request<String>) -> Response<String> {
     }
 }
 
-fn response(status: StatusCode, kind: &'static str, body: String) -> Response<String> {
-    let mut response = Response::new(body);
+fn response(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Response<Bytes> {
+    let mut response = Response::new(body.into());
     *response.status_mut() = status;
     let headers = response.headers_mut();
     let _ = headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
@@ -232,10 +241,16 @@ fn response(status: StatusCode, kind: &'static str, body: String) -> Response<St
     response
 }
 
-/// Answers what is only read, by its path.
-fn handler(answer: impl Fn(&str) -> Option<Response<String>> + Send + Sync + 'static) -> Handler {
-    Arc::new(move |request| {
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+fn is_read(request: &Request<String>) -> bool {
+    matches!(*request.method(), Method::GET | Method::HEAD)
+}
+
+/// Answers at once what is only read, by its path.
+fn handler(
+    answer: impl Fn(&str) -> Option<Response<Bytes>> + Send + Sync,
+) -> Arc<impl Fn(&Request<String>) -> Response<Bytes> + Send + Sync> {
+    Arc::new(move |request: &Request<String>| {
+        if !is_read(request) {
             let mut refused = response(StatusCode::METHOD_NOT_ALLOWED, "text/plain", String::new());
             let _ = refused.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
             return refused;
@@ -246,7 +261,12 @@ fn handler(answer: impl Fn(&str) -> Option<Response<String>> + Send + Sync + 'st
 }
 
 /// Answers for as long as the task lives. `told` always holds where nobody can listen, and why; it is tried again.
-pub(crate) async fn serve(monitor: Arc<Monitor>, addresses: Addresses, told: watch::Sender<Vec<String>>) {
+pub(crate) async fn serve(
+    monitor: Arc<Monitor>,
+    addresses: Addresses,
+    room: Room,
+    told: watch::Sender<Vec<String>>,
+) {
     let healthz = addresses.healthz.into_iter().map(|at| (at, monitor.healthz_handler()));
     let mut closed: Vec<_> =
         healthz.chain(addresses.metrics.into_iter().map(|at| (at, monitor.metrics_handler()))).collect();
@@ -254,7 +274,7 @@ pub(crate) async fn serve(monitor: Arc<Monitor>, addresses: Addresses, told: wat
     let mut wait = RETRY.0;
     loop {
         let mut problems = Vec::new();
-        closed.retain(|(at, handler)| match Listener::open(*at, Arc::clone(handler)) {
+        closed.retain(|(at, handler)| match Listener::open(*at, Arc::clone(handler), room.clone()) {
             Ok(listener) => {
                 tracing::debug!(%at, "answers monitoring");
                 open.push(listener);

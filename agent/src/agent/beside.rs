@@ -10,6 +10,7 @@ use crate::announce::{self, Announcements};
 use crate::conntrack::{self, UdpFrontends};
 use crate::devices::Survey;
 use crate::health::{self, Addresses, Failures, Inputs};
+use crate::http::Room;
 use crate::model::HealthCheck;
 use crate::model::object::ObjectName;
 use crate::monitor::{self, Monitor, Progress};
@@ -46,14 +47,16 @@ impl Beside {
         let (cleaned_of_task, cleaned) = watch::channel(conntrack::Told::default());
         let (unmonitored_of_task, unmonitored) = watch::channel(Vec::new());
         let asked = Arc::clone(&progress);
+        let room = Room::default();
         let inputs = Inputs {
             checks: checks_of_task,
             addresses: addresses_of_task,
             is_healthy: Arc::new(move || asked.is_healthy()),
+            room: room.clone(),
         };
         let _health = tokio::spawn(health::serve(inputs, failures_of_task));
         let _conntrack = tokio::spawn(conntrack::keep_clean(frontends_of_task, cleaned_of_task));
-        let _monitoring = tokio::spawn(monitor::serve(Arc::new(monitor), at, unmonitored_of_task));
+        let _monitoring = tokio::spawn(monitor::serve(Arc::new(monitor), at, room, unmonitored_of_task));
         let announcements = events.map(|events| {
             let (announcements, announcements_of_task) = watch::channel(Arc::default());
             let _announcing = tokio::spawn(announce::serve(node.to_owned(), events, announcements_of_task));

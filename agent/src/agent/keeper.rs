@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use super::status::{DeviceStatus, SocketPathStatus};
 use crate::dataplane::{Attached, Error, Hooks, Target};
 use crate::devices::own::OwnRoutes;
 use crate::devices::watch::Watched;
-use crate::devices::{Device, Survey};
+use crate::devices::{Device, OWN, Role, Survey};
 
 /// Waiting times between tries of what failed: doubled from the first to the last.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
@@ -25,11 +26,44 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_
 /// The shortest time between two looks at where all VIPs are routed: pods that come and go change routes all the time.
 const ROUTES_PERIOD: Duration = Duration::from_secs(2);
 
-/// Keeps a route for every VIP that no other route leads to, until the inputs end; they stay then.
+/// Our own device, as the programs are to know it.
+#[derive(Debug)]
+pub struct OwnDevice {
+    /// Its ifindex; 0: there never was one, and the programs do without.
+    pub index: watch::Sender<u32>,
+    /// `/proc/sys`, or the node's at another place.
+    pub proc_sys: PathBuf,
+}
+
+impl OwnDevice {
+    /// Makes the device again if somebody has removed it; whether that was so.
+    async fn keep(&self, own: &OwnRoutes, survey: &Survey) -> io::Result<bool> {
+        let before = *self.index.borrow();
+        let is_there = survey.devices.get(&before).is_some_and(|device| device.role == Role::Own);
+        if before == 0 || is_there || *survey == Survey::default() {
+            return Ok(false);
+        }
+        // What the survey has not seen so far is found, and not made twice.
+        let index = own.prepare(&self.proc_sys).await.map_err(|error| {
+            io::Error::new(
+                error.kind(),
+                format!("our own device {OWN} is gone and cannot be made again, so held fragments and what is too big are dropped: {error}"),
+            )
+        })?;
+        if index != before {
+            tracing::warn!(device = OWN, "somebody has removed our own device: it was made again");
+            let _ = self.index.send_replace(index);
+        }
+        Ok(index != before)
+    }
+}
+
+/// Keeps our own device, and a route for every VIP that no other route leads to, until the inputs end; they stay then.
 ///
 /// It runs beside the keeper: asking about thousands of VIPs must not delay a device.
 pub async fn route_vips(
     mut own: OwnRoutes,
+    device: OwnDevice,
     mut vips: watch::Receiver<Arc<BTreeSet<IpAddr>>>,
     mut watched: watch::Receiver<Watched>,
     told: watch::Sender<Option<String>>,
@@ -39,17 +73,18 @@ pub async fn route_vips(
     let mut looked = tokio::time::Instant::now();
     loop {
         let now = vips.borrow_and_update().clone();
-        let routes = watched.borrow_and_update().routes;
+        let Watched { survey, routes, .. } = watched.borrow_and_update().clone();
+        let made = device.keep(&own, &survey).await;
         let mut result = Ok(());
-        if routes != seen && looked.elapsed() >= ROUTES_PERIOD {
+        if matches!(made, Ok(true)) || routes != seen && looked.elapsed() >= ROUTES_PERIOD {
             result = own.routes_changed().await;
             (seen, looked) = (routes, tokio::time::Instant::now());
         }
         if result.is_ok() {
             result = own.keep(&now).await;
         }
-        let problem = result.err();
-        let problem = problem.map(|error| format!("cannot route VIPs that no other route leads to: {error}"));
+        let unrouted = |error| format!("cannot route VIPs that no other route leads to: {error}");
+        let problem = made.err().map(|error| error.to_string()).or(result.err().map(unrouted));
         let failed = problem.is_some();
         let _ = told.send_if_modified(|told| std::mem::replace(told, problem.clone()) != problem);
         wait = if failed { (wait * 2).min(RETRY.1) } else { RETRY.0 };
@@ -270,7 +305,7 @@ fn target(device: &Device) -> Target {
         index: device.index,
         name: device.name.clone(),
         ethernet: device.entry.link_header != 0,
-        uplink: device.role == crate::devices::Role::Uplink,
+        uplink: device.role == Role::Uplink,
         veth: device.veth,
     }
 }

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dataplane::How;
 use crate::devices::Role;
+use crate::folder;
 
 /// The pin path when none is given.
 pub const PIN_PATH: &str = "/sys/fs/bpf/sluice";
@@ -242,7 +243,7 @@ impl StateDir {
     ///
     /// # Errors
     ///
-    /// When another agent holds it, or the directory cannot be made.
+    /// When another agent holds it, somebody other than root may change it, or it cannot be made.
     pub fn take(path: &Path) -> io::Result<Self> {
         let context = |error: io::Error| {
             io::Error::new(
@@ -250,7 +251,7 @@ impl StateDir {
                 format!("cannot use the state directory {}: {error}", path.display()),
             )
         };
-        fs::create_dir_all(path).map_err(context)?;
+        folder::make(path, folder::READABLE).and_then(|()| folder::check_files(path)).map_err(context)?;
         let lock_path = path.join("lock");
         let lock =
             OpenOptions::new().create(true).truncate(false).write(true).open(lock_path).map_err(context)?;
@@ -284,7 +285,7 @@ impl StateDir {
         let (new, path) = (self.path.join("status.json.new"), self.path.join("status.json"));
         let write = || {
             // Somebody may have cleaned up /run below a running agent.
-            fs::create_dir_all(&self.path)?;
+            folder::make(&self.path, folder::READABLE)?;
             let mut file = File::create(&new)?;
             file.write_all(serde_json::to_string_pretty(status)?.as_bytes())?;
             file.write_all(b"\n")?;
@@ -303,6 +304,17 @@ impl StateDir {
             io::Error::new(error.kind(), why)
         })
     }
+}
+
+/// Checks that nobody but root may change a state directory, if there is one.
+///
+/// # Errors
+///
+/// When somebody else may; the error holds the command that mends it.
+pub fn check(path: &Path) -> io::Result<()> {
+    folder::check(path).and_then(|()| folder::check_files(path)).map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot use the state directory {}: {error}", path.display()))
+    })
 }
 
 /// The byte of the lock file that an agent holds as long as it lives.

@@ -16,7 +16,7 @@ use crate::dataplane::{Kernel, Maps};
 use crate::health::Failures;
 use crate::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
 use crate::model::object::ObjectName;
-use crate::model::report::Level;
+use crate::model::report::{Flaw, Level};
 use crate::model::{Event, HealthCheck, Model, SourceId};
 use crate::monitor::metrics::Metrics;
 use crate::plan::Plan;
@@ -248,6 +248,12 @@ impl Sync {
             since: unix_seconds(report.since),
         };
         self.model.reports().iter().map(status).collect()
+    }
+
+    /// How many objects were refused something because a map has no room for it.
+    pub(super) fn refused_for_room(&self) -> usize {
+        let refused = self.model.reports().iter().filter(|report| report.note.flaw == Flaw::NoRoom);
+        refused.map(|report| &report.subject).collect::<BTreeSet<_>>().len()
     }
 
     /// What is to be told beside objects, health checks that are not answered included.

@@ -76,6 +76,13 @@ fn endpoint(text: &str) -> Result<SocketAddr, String> {
     Ok(SocketAddr::new(endpoint.ip().to_canonical(), endpoint.port()))
 }
 
+impl ExplainArgs {
+    /// Whether manifests are asked, and nothing of this node.
+    pub(super) fn is_of_manifests(&self) -> bool {
+        self.manifests.is_some()
+    }
+}
+
 /// An answer, or two.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]

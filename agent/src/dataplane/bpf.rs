@@ -481,9 +481,48 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
 
     /// Every element, each with all its copies. Elements that come or go meanwhile may be missed.
     pub(crate) fn entries_all(&self) -> io::Result<Vec<(K, Vec<V>)>> {
-        match self.read_batches() {
-            Err(error) if lacks_batches(&error) => self.walk(),
-            result => result,
+        let mut entries = Vec::new();
+        let result = self.read_batches(|keys, values, count| {
+            let found = if self.copies == 1 {
+                // A batch packs plain values without padding, as userspace arrays are.
+                // SAFETY: the kernel wrote `count` values of this size; any bytes are a value.
+                (0..count)
+                    .map(|i| vec![unsafe { values.as_ptr().cast::<V>().add(i).read_unaligned() }])
+                    .collect()
+            } else {
+                self.split(values, count)
+            };
+            entries.extend(found.into_iter().enumerate().map(|(i, values)| {
+                // SAFETY: the kernel wrote `count` keys of this size; any bytes are a key.
+                (unsafe { keys.as_ptr().cast::<K>().add(i).read_unaligned() }, values)
+            }));
+        });
+        match result {
+            Err(error) if lacks_batches(&error) => {
+                self.walk(|key| {
+                    if let Some(values) = self.get_all(key)? {
+                        entries.push((*key, values));
+                    }
+                    Ok(())
+                })?;
+                Ok(entries)
+            }
+            result => result.map(|()| entries),
+        }
+    }
+
+    /// How many elements there are, at the cost of one batch's memory.
+    pub(crate) fn count(&self) -> io::Result<u64> {
+        let mut all = 0_u64;
+        match self.read_batches(|_, _, count| all += count as u64) {
+            Err(error) if lacks_batches(&error) => {
+                self.walk(|_| {
+                    all += 1;
+                    Ok(())
+                })?;
+                Ok(all)
+            }
+            result => result.map(|()| all),
         }
     }
 
@@ -493,16 +532,16 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         Ok(all.into_iter().filter_map(|(key, values)| Some((key, *values.first()?))).collect())
     }
 
-    fn read_batches(&self) -> io::Result<Vec<(K, Vec<V>)>> {
-        let mut entries = Vec::new();
+    /// Reads all elements batch by batch: keys and values as the kernel packs them, and how many these are.
+    fn read_batches(&self, mut take: impl FnMut(&[u64], &[u64], usize)) -> io::Result<()> {
         let mut room = BATCH;
         // The position is opaque: four bytes for hashes, one key for the rest.
         let mut position = vec![0_u64; size_of::<K>().div_ceil(8).max(1)];
         let mut started = false;
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
         loop {
-            let mut keys = vec![0_u64; (room * size_of::<K>()).div_ceil(8)];
-            let mut values = vec![0_u64; room * self.copies * Self::stride() / 8];
-            let packed = self.copies == 1;
+            keys.resize((room * size_of::<K>()).div_ceil(8), 0_u64);
+            values.resize(room * self.copies * Self::stride() / 8, 0_u64);
             let mut attr = BatchAttr {
                 in_batch: if started { position.as_ptr() as u64 } else { 0 },
                 out_batch: position.as_mut_ptr() as u64,
@@ -522,31 +561,18 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
                     room *= 2;
                     continue;
                 }
-                Err(_) => return result.map(|()| entries),
+                Err(_) => return result,
             };
-            let count = attr.count as usize;
-            let found = if packed {
-                // A batch packs plain values without padding, as userspace arrays are.
-                // SAFETY: the kernel wrote `count` values of this size; any bytes are a value.
-                (0..count)
-                    .map(|i| vec![unsafe { values.as_ptr().cast::<V>().add(i).read_unaligned() }])
-                    .collect()
-            } else {
-                self.split(&values, count)
-            };
-            entries.extend(found.into_iter().enumerate().map(|(i, values)| {
-                // SAFETY: the kernel wrote `count` keys of this size; any bytes are a key.
-                (unsafe { keys.as_ptr().cast::<K>().add(i).read_unaligned() }, values)
-            }));
+            take(&keys, &values, attr.count as usize);
             if last {
-                return Ok(entries);
+                return Ok(());
             }
             started = true;
         }
     }
 
-    fn walk(&self) -> io::Result<Vec<(K, Vec<V>)>> {
-        let mut entries = Vec::new();
+    /// Visits every key, one by one.
+    fn walk(&self, mut take: impl FnMut(&K) -> io::Result<()>) -> io::Result<()> {
         let mut key: Option<K> = None;
         // A key that is removed meanwhile starts the walk anew: the bound ends it.
         for _ in 0..u64::from(self.info.max_entries) * 2 {
@@ -566,12 +592,10 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
             }
             // SAFETY: the kernel has written the key.
             let found = unsafe { next.assume_init() };
-            if let Some(values) = self.get_all(&found)? {
-                entries.push((found, values));
-            }
+            take(&found)?;
             key = Some(found);
         }
-        Ok(entries)
+        Ok(())
     }
 }
 

@@ -17,6 +17,7 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use sluice_common::abi::{LAYOUT, previous};
@@ -24,6 +25,7 @@ use sluice_common::abi::{LAYOUT, previous};
 use super::bpf;
 use super::error::Error;
 use super::object::{Spec, difference};
+use crate::folder;
 
 /// Type of the BPF file system in `statfs`.
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
@@ -102,7 +104,8 @@ fn pin_again(from: &Path, to: &Path) -> Result<(), Error> {
 }
 
 fn create(path: &Path) -> Result<(), Error> {
-    fs::create_dir_all(path).map_err(|cause| Error::pin("create", path, cause))
+    let created = fs::DirBuilder::new().recursive(true).mode(folder::CLOSED).create(path);
+    created.map_err(|cause| Error::pin("create", path, cause))
 }
 
 impl Pins {
@@ -161,12 +164,27 @@ impl Pins {
         folders
     }
 
-    /// Makes sure that the pin path is a folder of a BPF file system, mounting one where there is none.
+    /// Checks that nobody but root may change what is pinned.
     ///
     /// # Errors
     ///
-    /// When no BPF file system is there and none can be mounted.
+    /// When somebody else may; the error holds the command that mends it.
+    pub fn check(&self) -> Result<(), Error> {
+        let ours = self.other_layouts().into_iter().chain([self.version()]);
+        let below =
+            |folder: PathBuf| folder::check(&folder).and_then(|()| folder::check_below(&self.root, &folder));
+        let checked = folder::check(&self.root).and_then(|()| ours.into_iter().try_for_each(below));
+        checked.map_err(|cause| Error::Pin { action: "use", path: self.root.clone(), cause, hint: "" })
+    }
+
+    /// Makes sure that the pin path is a folder of a BPF file system that nobody but root may change, mounting one where
+    /// there is none.
+    ///
+    /// # Errors
+    ///
+    /// When no BPF file system is there and none can be mounted, or others may change the folder.
     pub fn prepare(&self) -> Result<(), Error> {
+        self.check()?;
         if !is_bpffs(&self.root) {
             let standard = Path::new("/sys/fs/bpf");
             let target = if self.root.starts_with(standard) { standard } else { &self.root };
@@ -175,6 +193,14 @@ impl Pins {
             }
             mount_bpffs(target)?;
         }
+        // The file system's own folder may be everybody's to make folders in.
+        folder::make(&self.root, folder::CLOSED).map_err(|cause| Error::Pin {
+            action: "use",
+            path: self.root.clone(),
+            cause,
+            hint: "",
+        })?;
+        self.check()?;
         create(&self.links())?;
         self.settle().map_err(|cause| Error::pin("tidy up", self.version(), cause))
     }

@@ -246,6 +246,6 @@ where
 }
 
 fn counted<K: aya::Pod, V: aya::Pod>(map: &'static str, table: &Table<K, V>) -> Result<Fill, Error> {
-    let entries = read(map, table.entries_all())?.len() as u64;
+    let entries = read(map, table.count())?;
     Ok(Fill { map, entries, max: u64::from(table.max_entries()) })
 }

@@ -86,6 +86,14 @@ impl Socket {
         Ok(outcome(result)?.and_then(|length| self.buffer.get(..length)))
     }
 
+    /// Whether the device does not exist any more: another one of its name is not this one.
+    pub(super) fn is_device_gone(&self) -> bool {
+        let mut name = [0; libc::IF_NAMESIZE];
+        // SAFETY: the buffer is live and has room for any name.
+        let found = unsafe { libc::if_indextoname(self.device.cast_unsigned(), name.as_mut_ptr()) };
+        found.is_null()
+    }
+
     /// Sends a frame back to where it was met.
     pub(super) fn send(&self, frame: &Frame) -> io::Result<()> {
         self.set(libc::SO_MARK, frame.mark)?;

@@ -5,6 +5,7 @@ use std::fmt;
 
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use http::{Response, StatusCode};
+use hyper::body::Bytes;
 use serde::Serialize;
 use serde_json::ser::{PrettyFormatter, Serializer};
 use tokio::sync::watch;
@@ -53,14 +54,14 @@ impl Answerer {
     }
 
     /// The answer of a Service's health check; a Service that is gone has no endpoints.
-    pub(super) fn answer(&self, service: &ObjectName) -> Response<String> {
+    pub(super) fn answer(&self, service: &ObjectName) -> Response<Bytes> {
         let local = self.checks.borrow().get(service).map_or(0, |check| check.local);
         answer(service, local, (self.is_healthy)())
     }
 }
 
-fn answer(service: &ObjectName, local: usize, healthy: bool) -> Response<String> {
-    let mut response = Response::new(body(service, local, healthy));
+fn answer(service: &ObjectName, local: usize, healthy: bool) -> Response<Bytes> {
+    let mut response = Response::new(body(service, local, healthy).into());
     if local == 0 || !healthy {
         *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
     }

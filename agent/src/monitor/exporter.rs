@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hyper::body::Bytes;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
@@ -18,6 +19,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use sluice_common::Reason;
 use sluice_common::abi::{BackendCounters, SocketCounters};
+use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use super::metrics::Metrics;
 use crate::agent::status::{self, Status};
@@ -25,6 +28,9 @@ use crate::view::{BackendView, PortName, View};
 
 /// Backends that have series of their own; the traffic of the others is in their Services' series.
 pub(super) const BACKENDS_MAX: usize = 2_000;
+
+/// How long a text is good at most.
+const FRESH: Duration = Duration::from_secs(1);
 
 /// A metric's labels.
 type Labels = Vec<(&'static str, String)>;
@@ -37,15 +43,20 @@ pub(super) struct Exporter {
     metrics: Arc<Metrics>,
     pin_path: PathBuf,
     state_dir: PathBuf,
+    shared: Shared,
 }
 
 impl Exporter {
     pub(super) fn new(metrics: Arc<Metrics>, pin_path: PathBuf, state_dir: PathBuf) -> Self {
-        Self { metrics, pin_path, state_dir }
+        Self { metrics, pin_path, state_dir, shared: Shared::default() }
     }
 
     /// Everything, in the text form of OpenMetrics.
-    pub(super) fn text(&self) -> Result<String, fmt::Error> {
+    pub(super) async fn text(&self) -> Result<Bytes, fmt::Error> {
+        self.shared.get(|| tokio::task::block_in_place(|| self.write())).await
+    }
+
+    fn write(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
         encode(&mut text, self.metrics.registry())?;
         let mut registry = Registry::with_prefix("sluice");
@@ -63,6 +74,36 @@ impl Exporter {
             tracing::debug!("the maps cannot be read for a scraper: {error:#}");
         }
         Found { view: view.ok(), status: status::read(&self.state_dir) }
+    }
+}
+
+/// The last text, for all who ask while it is made and shortly after.
+///
+/// Reading the maps takes memory and time, so there is one reader at a time, however many ask. A text is good
+/// for as long as it took to make, [`FRESH`] at most: who asks again and again takes half of one CPU, and
+/// on a small node everybody gets a text of this very moment.
+#[derive(Debug, Default)]
+struct Shared(Arc<Mutex<Option<(Instant, Bytes)>>>);
+
+impl Shared {
+    async fn get(&self, make: impl FnOnce() -> Result<String, fmt::Error>) -> Result<Bytes, fmt::Error> {
+        let mut last = self.0.lock().await;
+        if let Some((until, text)) = &*last
+            && Instant::now() < *until
+        {
+            return Ok(text.clone());
+        }
+        let started = Instant::now();
+        let text = Bytes::from(make()?);
+        let until = Instant::now() + started.elapsed().min(FRESH);
+        *last = Some((until, text.clone()));
+        // Megabytes on a large node, and needed by nobody until the next scrape.
+        let kept = Arc::clone(&self.0);
+        let _forgetting = tokio::spawn(async move {
+            tokio::time::sleep_until(until).await;
+            let _ = kept.lock().await.take_if(|(end, _)| *end <= until);
+        });
+        Ok(text)
     }
 }
 
@@ -344,5 +385,44 @@ impl Collector for Found {
             maps(view, writer)?;
         }
         self.status.as_ref().map_or(Ok(()), |status| node(status, writer))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn who_asks_while_the_maps_are_read_shares_the_answer() {
+        let shared = Arc::new(Shared::default());
+        let [asked, reading, read] = [(); 3].map(|()| Arc::new(AtomicUsize::new(0)));
+        let all = (0..64).map(|_| {
+            let [asked, reading, read] = [&asked, &reading, &read].map(Arc::clone);
+            let shared = Arc::clone(&shared);
+            tokio::spawn(async move {
+                let _ = asked.fetch_add(1, Ordering::SeqCst);
+                let make = || {
+                    assert_eq!(reading.fetch_add(1, Ordering::SeqCst), 0, "two read at once");
+                    // Until everybody has asked, and long enough to be worth sharing.
+                    while asked.load(Ordering::SeqCst) < 64 {
+                        std::thread::yield_now();
+                    }
+                    std::thread::sleep(Duration::from_millis(200));
+                    let _ = (reading.fetch_sub(1, Ordering::SeqCst), read.fetch_add(1, Ordering::SeqCst));
+                    Ok("text".to_owned())
+                };
+                shared.get(|| tokio::task::block_in_place(make)).await
+            })
+        });
+        for answer in futures::future::join_all(all.collect::<Vec<_>>()).await {
+            assert_eq!(answer.expect("no panic"), Ok(Bytes::from("text")));
+        }
+        assert_eq!(read.load(Ordering::SeqCst), 1, "one reads for all");
+        // Later ones are told what is so then, and what nobody needs is kept by nobody.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert!(shared.0.lock().await.is_none());
+        assert_eq!(shared.get(|| Ok("later".to_owned())).await, Ok(Bytes::from("later")));
     }
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::{Check, Outcome, PRIVILEGES};
 use crate::agent;
 use crate::agent::ports;
-use crate::dataplane::is_bpffs;
+use crate::dataplane::{Pins, is_bpffs};
 
 /// The oldest kernel that the tests run on.
 const TESTED: (u32, u32) = (6, 1);
@@ -183,7 +183,9 @@ pub(super) fn settings(folder: &Path) -> Check {
 
 /// Where the agent will pin, and the cgroup of the socket path.
 pub(super) fn mounts(pin_path: &Path, cgroup: Option<&anyhow::Result<PathBuf>>) -> Vec<Check> {
-    let bpffs = if is_bpffs(pin_path) && is_read_only(pin_path) {
+    let bpffs = if let Err(error) = Pins::new(pin_path).check() {
+        Check::new("bpffs", Outcome::No, error.to_string()).next("run that, or give another --pin-path")
+    } else if is_bpffs(pin_path) && is_read_only(pin_path) {
         Check::new(
             "bpffs",
             Outcome::No,

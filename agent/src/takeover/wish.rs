@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::folder;
+
 /// What is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "wish")]
@@ -44,7 +46,7 @@ pub fn read(state_dir: &Path) -> Option<Wish> {
 ///
 /// When the file cannot be written.
 pub fn write(state_dir: &Path, wish: Wish) -> io::Result<()> {
-    fs::create_dir_all(state_dir)?;
+    folder::make(state_dir, folder::READABLE)?;
     let new = state_dir.join("wish.json.new");
     fs::write(&new, serde_json::to_vec(&wish)?)?;
     fs::rename(new, path(state_dir))
