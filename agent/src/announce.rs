@@ -130,9 +130,18 @@ pub fn gather<'a>(
     all
 }
 
-/// Whether a flaw is worth an Event: all that is wrong, and of the rest what drops packets.
+/// Whether a flaw is worth an Event: all that is wrong, and of the rest what drops packets, lets in whom it should not,
+/// or sends packets where nobody may want them.
 fn is_told(flaw: Flaw) -> bool {
-    flaw.level() == Level::Problem || flaw == Flaw::NoLocalEndpoint
+    flaw.level() == Level::Problem
+        || matches!(
+            flaw,
+            Flaw::NoLocalEndpoint
+                | Flaw::OpenToAll
+                | Flaw::StaleMirror
+                | Flaw::SurplusAddresses
+                | Flaw::ShadowsHealthCheck
+        )
 }
 
 /// Whether a flaw is the object's together with the node that met it: the first to tell says which it is.

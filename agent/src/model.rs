@@ -92,6 +92,7 @@ pub struct Model {
     claims: Claims,
     endpoints: Endpoints,
     health_checks: BTreeMap<ObjectName, HealthCheck>,
+    health_ports: HealthPorts,
     udp_ports: BTreeMap<PortKey, UdpPort>,
     awaited: BTreeSet<SourceId>,
     begun: bool,
@@ -118,6 +119,7 @@ impl Model {
             claims: Claims::default(),
             endpoints: Endpoints::default(),
             health_checks: BTreeMap::new(),
+            health_ports: HealthPorts::default(),
             udp_ports: BTreeMap::new(),
             begun: false,
             dirty: BTreeSet::new(),
@@ -211,11 +213,17 @@ impl Model {
         let changed = std::mem::take(&mut self.dirty);
         let mut affected = BTreeSet::new();
         for name in &changed {
-            let (created, frontends) = self.claims_of(name);
+            let (created, frontends, health_port) = self.claims_of(name);
+            for port in self.health_ports.set(name, health_port) {
+                affected.extend(self.node_port_owners(port).cloned());
+            }
             let Changed { services, frontends } = self.claims.set(name, created, frontends);
             affected.extend(services);
             for frontend in frontends {
                 affected.extend(self.leading_to(frontend));
+                if frontend.0.is_unspecified() && frontend.2 == Protocol::Tcp {
+                    affected.extend(self.health_ports.services(frontend.1).cloned());
+                }
             }
         }
         affected.extend(changed);
@@ -227,6 +235,12 @@ impl Model {
             })
             .collect();
         Some(Batch { complete, services })
+    }
+
+    /// The Services that have a TCP node port.
+    fn node_port_owners(&self, port: u16) -> impl Iterator<Item = &ObjectName> {
+        let owner = move |family: IpFamily| self.claims.winner(&(family.unspecified(), port, Protocol::Tcp));
+        IpFamily::ALL.into_iter().filter_map(owner)
     }
 
     /// The Services with an endpoint that is a frontend.
@@ -308,6 +322,10 @@ impl Model {
     }
 
     fn set_slice(&mut self, key: SliceKey, slice: Option<Slice>, now: SystemTime) {
+        // As the API server's selectors decide in a watch, whatever the source.
+        let slice = slice.filter(|Slice { labels, .. }| {
+            labels.proxy_name == self.settings.proxy_name && !labels.headless && !labels.skip_mirror
+        });
         let owner = slice
             .as_ref()
             .and_then(|slice| slice.service.clone())
@@ -320,6 +338,15 @@ impl Model {
                     key.subject(),
                     Note::new(Flaw::NoServiceLabel, "metadata.labels[kubernetes.io/service-name]", what),
                 ));
+            }
+            if slice.surplus > 0 {
+                let what = match slice.surplus {
+                    1 => "an endpoint has several addresses: only its first one is used".to_owned(),
+                    count => format!(
+                        "{count} endpoints have several addresses: only the first one of each is used"
+                    ),
+                };
+                notes.push((key.subject(), Note::new(Flaw::SurplusAddresses, "endpoints", what)));
             }
             if let Err(word) = &slice.family {
                 let what = format!("{word} addresses are not served: the slice is left out");
@@ -394,11 +421,12 @@ impl Model {
         }
     }
 
-    fn claims_of(&self, name: &ObjectName) -> (Option<i64>, BTreeSet<Frontend>) {
-        let Some(spec) = self.service(name) else { return (None, BTreeSet::new()) };
+    /// What a Service claims: since when, which frontends, and which health check port.
+    fn claims_of(&self, name: &ObjectName) -> (Option<i64>, BTreeSet<Frontend>, Option<u16>) {
+        let Some(spec) = self.service(name) else { return (None, BTreeSet::new(), None) };
         let claimed = desired::claimed(name, spec, &self.context(), &mut Notebook::default());
         let frontends = claimed.ports.iter().flat_map(|(key, port)| frontends(key, port)).collect();
-        (spec.created, frontends)
+        (spec.created, frontends, claimed.health_port.filter(|_| !claimed.ports.is_empty()))
     }
 
     /// What a Service wants, and what is wrong with it.
@@ -415,6 +443,7 @@ impl Model {
         };
         let health_port = health_port.filter(|_| !ports.is_empty());
         self.arbitrate(name, &mut ports, &mut notes);
+        self.note_health_ports(name, health_port, &ports, &mut notes);
         let Joined { ready_here, endpoints } = match self.slices.get(name) {
             Some(slices) if !ports.is_empty() => {
                 desired::join(name, &mut ports, slices, &self.context(), &mut notes)
@@ -447,6 +476,39 @@ impl Model {
                 endpoints: port.backends.keys().copied().collect(),
             };
             let _ = self.udp_ports.insert(key.clone(), udp_port);
+        }
+    }
+
+    /// Tells where a health check port is a node port: packets for it never reach who answers health checks.
+    fn note_health_ports(
+        &self,
+        name: &ObjectName,
+        health_port: Option<u16>,
+        ports: &BTreeMap<PortKey, DesiredPort>,
+        notes: &mut Notebook,
+    ) {
+        let subject = Subject::object("Service", name);
+        if let Some(port) = health_port
+            && let Some(owner) = self.node_port_owners(port).next()
+        {
+            notes.add(&subject, Flaw::HealthCheckShadowed, || {
+                let what = format!(
+                    "{port} is a node port of Service {owner}: load balancers that ask there are not answered"
+                );
+                ("spec.healthCheckNodePort".into(), what)
+            });
+        }
+        for (key, port) in ports.iter().filter(|(key, _)| key.protocol == Protocol::Tcp) {
+            for (_, number) in port.frontends.keys().filter(|(vip, _)| vip.is_unspecified()) {
+                for other in self.health_ports.services(*number) {
+                    notes.add(&subject, Flaw::ShadowsHealthCheck, || {
+                        let what = format!(
+                            "node port {number} is the healthCheckNodePort of Service {other}: its load balancer is not answered there"
+                        );
+                        (key.field(), what)
+                    });
+                }
+            }
         }
     }
 
@@ -484,6 +546,43 @@ impl Model {
 
     fn report(&mut self, author: Author, notes: Vec<(Subject, Note)>, now: SystemTime) {
         self.fresh.extend(self.reports.set(author, notes, now));
+    }
+}
+
+/// Which Services want which port for health checks.
+#[derive(Clone, Debug, Default)]
+struct HealthPorts {
+    services: BTreeMap<u16, BTreeSet<ObjectName>>,
+    ports: BTreeMap<ObjectName, u16>,
+}
+
+impl HealthPorts {
+    /// Replaces a Service's port. Returns the ports that it has now or had before, if they differ.
+    fn set(&mut self, service: &ObjectName, port: Option<u16>) -> Vec<u16> {
+        let before = self.ports.remove(service);
+        if let Some(port) = port {
+            let _ = self.ports.insert(service.clone(), port);
+        }
+        if before == port {
+            return Vec::new();
+        }
+        if let Some(before) = before
+            && let Some(services) = self.services.get_mut(&before)
+        {
+            let _ = services.remove(service);
+            if services.is_empty() {
+                let _ = self.services.remove(&before);
+            }
+        }
+        if let Some(port) = port {
+            let _ = self.services.entry(port).or_default().insert(service.clone());
+        }
+        before.into_iter().chain(port).collect()
+    }
+
+    /// The Services that want a port.
+    fn services(&self, port: u16) -> impl Iterator<Item = &ObjectName> {
+        self.services.get(&port).into_iter().flatten()
     }
 }
 
@@ -528,7 +627,9 @@ mod tests {
         let slice = Slice {
             service: Some(name.name.clone()),
             family: Ok(Some(IpFamily::V4)),
+            labels: object::SliceLabels::default(),
             parts: vec![SlicePart { ports: vec![port], endpoints: vec![endpoint] }],
+            surplus: 0,
             triggered: None,
         };
         feed(&mut model, Change::Slice(SliceKind::EndpointSlice, name.clone(), Some(slice)));

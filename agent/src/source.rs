@@ -2,6 +2,7 @@
 
 pub mod decode;
 pub mod kubernetes;
+mod lists;
 pub mod manifests;
 mod yaml;
 

@@ -9,7 +9,8 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use sluice::image::Image;
 use sluice::model::object::{
-    Address, Endpoint, IpFamily, PortSpec, Protocol, ServiceSpec, Slice, SliceKind, SlicePart, SlicePort,
+    Address, Endpoint, IpFamily, PortSpec, Protocol, ServiceSpec, Slice, SliceKind, SliceLabels, SlicePart,
+    SlicePort,
 };
 use sluice::model::report::Flaw;
 use sluice::model::{Change, Desired, Event, Model, ObjectName, Settings, SourceId};
@@ -135,7 +136,9 @@ impl Wish {
         let slice = Slice {
             service: Some(self.name.name.clone()),
             family: Ok(Some(IpFamily::V4)),
+            labels: SliceLabels::default(),
             parts: vec![part],
+            surplus: 0,
             triggered: None,
         };
         vec![
@@ -412,7 +415,9 @@ fn knot_changes(index: u8, knot: &Knot) -> Vec<Change> {
     let slice = Slice {
         service: Some(name.name.clone()),
         family: Ok(Some(IpFamily::V4)),
+        labels: SliceLabels::default(),
         parts: vec![part],
+        surplus: 0,
         triggered: None,
     };
     vec![

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use sluice::image::{Dataplane, Memory};
 use sluice::model::object::{
-    Address, Endpoint, IpFamily, PortSpec, ServiceSpec, Slice, SliceKind, SlicePart, SlicePort,
+    Address, Endpoint, IpFamily, PortSpec, ServiceSpec, Slice, SliceKind, SliceLabels, SlicePart, SlicePort,
 };
 use sluice::model::{Change, Event, Model, ObjectName, Settings, SourceId};
 use sluice::plan::{Plan, Sizes};
@@ -49,7 +49,9 @@ fn slice(index: u32, count: u32, node: &Arc<str>) -> Change {
     let slice = Slice {
         service: Some(name(index).name),
         family: Ok(Some(IpFamily::V4)),
+        labels: SliceLabels::default(),
         parts: vec![part],
+        surplus: 0,
         triggered: None,
     };
     Change::Slice(SliceKind::EndpointSlice, name(index), Some(slice))

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use sluice::model::object::{
-    Address, Endpoint, IpFamily, NodeSpec, PortSpec, ServiceSpec, Slice, SliceKind, SlicePart, SlicePort,
+    Address, Endpoint, IpFamily, NodeSpec, PortSpec, ServiceSpec, Slice, SliceKind, SliceLabels, SlicePart,
+    SlicePort,
 };
 use sluice::model::policy::{Member, Place, Policies, categorize};
 use sluice::model::{Change, DesiredPort, Event, Model, ObjectName, Settings, SourceId};
@@ -230,7 +231,9 @@ fn derive(spec: ServiceSpec, slices: Vec<(Option<i32>, Vec<Endpoint>)>) -> (Desi
         let slice = Slice {
             service: Some("web".into()),
             family: Ok(Some(IpFamily::V4)),
+            labels: SliceLabels::default(),
             parts: vec![part],
+            surplus: 0,
             triggered: None,
         };
         let slice_name = ObjectName::new("default", &format!("web-{index}"));

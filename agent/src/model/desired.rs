@@ -8,7 +8,8 @@ use ipnet::IpNet;
 
 use super::claims::{Claims, Frontend};
 use super::object::{
-    Address, Endpoint, IpFamily, ObjectName, PortSpec, Protocol, ServiceSpec, Slice, SliceKind, SlicePart,
+    Address, Endpoint, IpFamily, Maker, ObjectName, PortSpec, Protocol, ServiceSpec, Slice, SliceKind,
+    SlicePart,
 };
 use super::policy::{Choice, Member, Place, Policies, categorize};
 use super::report::{Flaw, Notebook, Subject};
@@ -194,6 +195,15 @@ pub(super) fn claimed(
     let ports = ports(spec, &subject, notes);
     for (family, vips) in vips {
         let sources = permitted(&source_ranges, family, &vips, context);
+        if sources.is_none() && !spec.source_ranges.is_empty() {
+            for (vip, _) in vips.iter().filter(|(_, kind)| **kind == FrontendKind::LoadBalancer) {
+                notes.add(&subject, Flaw::OpenToAll, || {
+                    let what =
+                        format!("none is a range of {} addresses: everybody may use {vip}", family.word());
+                    ("spec.loadBalancerSourceRanges".into(), what)
+                });
+            }
+        }
         for ServedPort { protocol, name: port, number, node_port } in &ports {
             let mut frontends: BTreeMap<(IpAddr, u16), FrontendKind> =
                 vips.iter().map(|(vip, kind)| ((*vip, *number), *kind)).collect();
@@ -527,12 +537,21 @@ pub(super) fn join(
     let mirrored =
         slices.iter().any(|(key, slice)| key.kind == SliceKind::EndpointSlice && slice.family.is_ok());
     let mut candidates: BTreeMap<PortKey, BTreeMap<(IpAddr, u16), Candidate<'_>>> = BTreeMap::new();
+    let selected = slices.values().any(|slice| slice.labels.maker == Maker::Selector);
     for (slice_key, slice) in slices {
         let Ok(family) = slice.family else { continue };
         if mirrored && slice_key.kind == SliceKind::Endpoints {
             continue;
         }
         let subject = slice_key.subject();
+        let is_stale = selected && slice.labels.maker == Maker::Mirror;
+        if is_stale && slice.parts.iter().any(|part| !part.endpoints.is_empty()) {
+            notes.add(&subject, Flaw::StaleMirror, || {
+                let what = "it mirrors an Endpoints object, beside slices that the Service's selector makes: \
+                            its endpoints are used too, though nobody may keep them up to date";
+                ("metadata.labels[endpointslice.kubernetes.io/managed-by]".into(), what.into())
+            });
+        }
         for part in &slice.parts {
             let endpoints = endpoints(part, family, &subject, context, notes);
             for (index, port) in part.ports.iter().enumerate() {

@@ -203,7 +203,7 @@ pub struct ServiceSpec {
     /// The ports.
     pub ports: Vec<PortSpec>,
     /// Addresses that a cloud or its like sends to every node, those already left out
-    /// whose traffic really goes elsewhere (host names, `ipMode: Proxy`).
+    /// whose traffic really goes elsewhere (host names, an `ipMode` other than `VIP`).
     pub ingress: Vec<Address>,
     /// Addresses that a person sends to the nodes.
     pub external_ips: Vec<Address>,
@@ -239,10 +239,39 @@ pub struct Slice {
     pub service: Option<Arc<str>>,
     /// Which addresses it holds; [`Err`] with the word for those that are not served.
     pub family: Result<Option<IpFamily>, Box<str>>,
+    /// What its labels say besides.
+    pub labels: SliceLabels,
     /// The parts, each with its ports: an EndpointSlice has one, an Endpoints object one for each subset.
     pub parts: Vec<SlicePart>,
+    /// How many of its endpoints have several addresses, of which the first counts.
+    pub surplus: usize,
     /// When its last change was caused, as its controller has noted.
     pub triggered: Option<SystemTime>,
+}
+
+/// What the labels of a slice say about whose it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SliceLabels {
+    /// `service.kubernetes.io/service-proxy-name`: who shall use it, if not everybody's proxy.
+    pub proxy_name: Option<Box<str>>,
+    /// `service.kubernetes.io/headless`: its Service has no virtual address.
+    pub headless: bool,
+    /// `endpointslice.kubernetes.io/skip-mirror` of an Endpoints object: it has no effect.
+    pub skip_mirror: bool,
+    /// Who made it.
+    pub maker: Maker,
+}
+
+/// Who made a slice, by the label `endpointslice.kubernetes.io/managed-by`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Maker {
+    /// Kubernetes, from the pods that its Service's selector finds.
+    Selector,
+    /// Kubernetes, from an Endpoints object.
+    Mirror,
+    /// Anybody else.
+    #[default]
+    Other,
 }
 
 /// Endpoints that share their ports.

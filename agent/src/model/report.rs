@@ -122,6 +122,16 @@ flaws! {
     UnsupportedProtocol = "unsupported_protocol", Problem;
     /// The endpoint is a frontend of a Service, its own or another: packets would go round in circles.
     Loop = "loop", Problem;
+    /// None of the Service's source ranges is of a frontend's family: everybody may use that one.
+    OpenToAll = "open_to_all", Notice;
+    /// The slice mirrors an Endpoints object of the past: its Service has slices from its selector.
+    StaleMirror = "stale_mirror", Notice;
+    /// Endpoints have several addresses: the first one counts.
+    SurplusAddresses = "surplus_addresses", Notice;
+    /// The health check port is a node port of a Service, which gets what load balancers ask.
+    HealthCheckShadowed = "health_check_shadowed", Problem;
+    /// A node port is the health check port of a Service, which does not get what load balancers ask.
+    ShadowsHealthCheck = "shadows_health_check", Notice;
     /// No label says to which Service the slice belongs.
     NoServiceLabel = "no_service_label", Notice;
     /// An older Service has the same frontend.

@@ -13,8 +13,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::model::object::{
-    Address, Change, Endpoint, IpFamily, NodeSpec, ObjectName, PortSpec, ServiceSpec, Slice, SliceKind,
-    SlicePart, SlicePort,
+    Address, Change, Endpoint, IpFamily, Maker, NodeSpec, ObjectName, PortSpec, ServiceSpec, Slice,
+    SliceKind, SliceLabels, SlicePart, SlicePort,
 };
 use crate::policy::cidr;
 
@@ -24,6 +24,14 @@ pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 /// Label that names a slice's Service.
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
+/// Label that names who keeps a slice.
+const MANAGED_BY_LABEL: &str = "endpointslice.kubernetes.io/managed-by";
+/// Who makes slices from the pods of a selector.
+const SELECTOR_CONTROLLER: &str = "endpointslice-controller.k8s.io";
+/// Who makes slices from Endpoints objects.
+const MIRROR_CONTROLLER: &str = "endpointslicemirroring-controller.k8s.io";
+/// Label of Endpoints objects that become no slices.
+const SKIP_MIRROR_LABEL: &str = "endpointslice.kubernetes.io/skip-mirror";
 /// Label with a node's zone.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// Annotation of slices: when what they say changed.
@@ -102,6 +110,20 @@ pub struct Meta {
 impl Meta {
     fn label(&self, key: &str) -> Option<&str> {
         self.labels.as_ref()?.get(key).map(|value| value.as_deref().unwrap_or_default())
+    }
+
+    /// What the labels of an object with endpoints say about whose it is.
+    fn slice_labels(&self) -> SliceLabels {
+        SliceLabels {
+            proxy_name: self.label(PROXY_NAME_LABEL).map(Into::into),
+            headless: self.label(HEADLESS_LABEL).is_some(),
+            skip_mirror: false,
+            maker: match self.label(MANAGED_BY_LABEL) {
+                Some(SELECTOR_CONTROLLER) => Maker::Selector,
+                Some(MIRROR_CONTROLLER) => Maker::Mirror,
+                Some(_) | None => Maker::Other,
+            },
+        }
     }
 
     /// When the object's last change was caused.
@@ -187,12 +209,16 @@ impl Decoder {
             None => Err("untyped".into()),
         };
         let ports = slice.ports.unwrap_or_default().into_iter().map(|port| self.port(&port)).collect();
-        let endpoints =
-            slice.endpoints.unwrap_or_default().into_iter().map(|raw| self.endpoint(raw)).collect();
+        let endpoints = slice.endpoints.unwrap_or_default();
+        let several = |raw: &&RawEndpoint| raw.addresses.as_ref().is_some_and(|all| all.len() > 1);
+        let surplus = endpoints.iter().filter(several).count();
+        let endpoints = endpoints.into_iter().map(|raw| self.endpoint(raw)).collect();
         Slice {
             service: meta.label(SERVICE_LABEL).filter(|name| !name.is_empty()).map(|name| self.share(name)),
             family,
+            labels: meta.slice_labels(),
             parts: vec![SlicePart { ports, endpoints }],
+            surplus,
             triggered: meta.triggered(),
         }
     }
@@ -263,7 +289,12 @@ impl Decoder {
         Slice {
             service: meta.name.as_deref().map(|name| self.share(name)),
             family: Ok(None),
+            labels: SliceLabels {
+                skip_mirror: meta.label(SKIP_MIRROR_LABEL) == Some("true"),
+                ..meta.slice_labels()
+            },
             parts,
+            surplus: 0,
             triggered: meta.triggered(),
         }
     }
@@ -315,7 +346,7 @@ fn service(meta: &Meta, service: RawService) -> ServiceSpec {
         ingress: ingress
             .unwrap_or_default()
             .into_iter()
-            .filter(|ingress| !matches!(ingress.ip_mode.as_deref(), Some("Proxy")))
+            .filter(|ingress| matches!(ingress.ip_mode.as_deref(), None | Some("VIP")))
             .filter_map(|ingress| ingress.ip.filter(|ip| !ip.is_empty()))
             .map(|text| address(Some(&text)))
             .collect(),

@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use super::lists;
+
 /// A document, or why it is none.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Document {
@@ -29,14 +31,16 @@ pub(super) fn json(text: &str) -> Vec<Document> {
     }
 }
 
-/// Reads the documents of a YAML file.
-pub(super) fn yaml(text: &str) -> Vec<Document> {
+/// Reads the documents of a YAML file. Of an item of a list that is not `wanted`, by its kind and API version, perhaps
+/// only these two are kept.
+pub(super) fn yaml(text: &str, wanted: fn(&str, &str) -> bool) -> Vec<Document> {
     let mut documents = Vec::new();
     for (line, chunk) in chunks(text.trim_start_matches('\u{feff}')) {
         if is_empty(chunk) {
             continue;
         }
-        let content = parse(chunk).map_err(|(within, why)| (line + within.max(1) - 1, why));
+        let content = lists::parse(chunk, wanted, |text| parse(text).ok()).map_or_else(|| parse(chunk), Ok);
+        let content = content.map_err(|(within, why)| (line + within.max(1) - 1, why));
         documents.push(Document { index: documents.len() + 1, line, content });
     }
     documents
@@ -108,7 +112,7 @@ mod tests {
     #[test]
     fn a_broken_document_hides_no_other_and_tells_its_line() {
         let text = "# first\na: 1\n---\nb: [1\n--- # third\nc: 3\n---\n\n# nothing\n";
-        let documents = yaml(text);
+        let documents = yaml(text, |_, _| true);
         assert_eq!(documents.len(), 3);
         assert_eq!(documents[0].content, Ok(serde_json::json!({"a": 1})));
         let (line, _) = documents[1].content.clone().expect_err("a bracket is open");
@@ -124,12 +128,12 @@ mod tests {
             "a": "2024-08-20T15:47:51Z", "b": null, "c": null, "d": "true", "e": true, "f": "10.0.0.1", "g": 80, "h": "80",
             "i": ["10.0.0.1", "::1"],
         });
-        assert_eq!(yaml(text)[0].content, Ok(expected));
+        assert_eq!(yaml(text, |_, _| true)[0].content, Ok(expected));
     }
 
     #[test]
     fn json_may_be_indented_by_tabs_and_follow_json() {
-        assert_eq!(yaml("{\n\t\"a\": 1\n}\n")[0].content, Ok(serde_json::json!({"a": 1})));
+        assert_eq!(yaml("{\n\t\"a\": 1\n}\n", |_, _| true)[0].content, Ok(serde_json::json!({"a": 1})));
         let documents = json("{\"a\": 1}\n{\"b\": 2}\n{");
         assert_eq!(documents.len(), 3);
         assert_eq!(documents[1].content, Ok(serde_json::json!({"b": 2})));

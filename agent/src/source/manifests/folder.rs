@@ -238,7 +238,7 @@ impl Folder {
             }
         };
         let documents =
-            if path.extension().is_some_and(|end| end == "json") { json(text) } else { yaml(text) };
+            if path.extension().is_some_and(|end| end == "json") { json(text) } else { yaml(text, is_read) };
         for Document { index, line, content } in documents {
             match content {
                 Ok(value) => self.object(
@@ -273,13 +273,34 @@ impl Folder {
         if let Some(item_kind) = kind.strip_suffix("List") {
             let items =
                 value.get_mut("items").and_then(Value::as_array_mut).map(std::mem::take).unwrap_or_default();
+            // A dump of a cluster has thousands of these.
+            let mut others: BTreeMap<String, usize> = BTreeMap::new();
             for (number, item) in items.into_iter().enumerate() {
                 let implied = Some((item_kind, version.as_str())).filter(|_| !item_kind.is_empty());
+                let word = |key: &str, implied: Option<&str>| {
+                    let own = item.get(key).and_then(Value::as_str);
+                    own.or(implied).filter(|word| !word.is_empty()).map(str::to_owned)
+                };
+                if let Some(kind) = word("kind", implied.map(|(kind, _)| kind))
+                    && let Some(version) = word("apiVersion", implied.map(|(_, version)| version))
+                    && !is_read(&kind, &version)
+                {
+                    *others.entry(format!("{version} {kind}")).or_default() += 1;
+                    continue;
+                }
                 let field = format!("{}items[{number}]", place.prefix());
                 if place.depth > 0 {
                     let inner = Place { field, depth: place.depth - 1, ..*place };
                     self.object(item, implied, &inner, reading);
                 }
+            }
+            if !others.is_empty() {
+                let others: Vec<String> =
+                    others.into_iter().map(|(kind, count)| format!("{kind} ({count})")).collect();
+                let what =
+                    format!("line {}: left out, as of no meaning here: {}", place.line, others.join(", "));
+                let note = Note::new(Flaw::UnknownKind, format!("{}items", place.prefix()), what);
+                reading.notes.push((place.index, note));
             }
             return;
         }
@@ -336,6 +357,11 @@ impl Folder {
             }
         }
     }
+}
+
+/// Whether an object has a meaning here, or may hold some that have.
+fn is_read(kind: &str, version: &str) -> bool {
+    kind.ends_with("List") || Kind::from_words(kind, version).is_some()
 }
 
 /// Where an object stands.
