@@ -5,6 +5,8 @@
 mod lab_support;
 mod stack_support;
 
+use std::fmt::Write as _;
+
 use anyhow::{Context, Result};
 use lab_support::{Pair, addresses_of_client, addresses_of_pod, skip, unless_unsupported};
 use sluice_lab::{Cni, NodeOptions, Overlay};
@@ -153,8 +155,9 @@ fn a_policy_of_the_node_ends_what_it_names_whoever_is_masqueraded() -> Result<()
 fn strict_chain(pairs: &[(String, Pair, Pair)]) -> String {
     let (mut counters, mut rules) = (String::new(), String::new());
     for (name, client, endpoint) in pairs {
-        counters += &format!("counter {name}4 {{ }}\ncounter {name}6 {{ }}\n");
-        rules += &format!(
+        let _ = writeln!(counters, "counter {name}4 {{ }}\ncounter {name}6 {{ }}");
+        let _ = write!(
+            rules,
             "ip saddr {} ip daddr {} ct state new counter name {name}4 accept\n\
              ip6 saddr {} ip6 daddr {} ct state new counter name {name}6 accept\n",
             client[0], endpoint[0], client[1], endpoint[1]
@@ -188,25 +191,34 @@ fn only_real_addresses_pass(stack: &mut Stack, proxy: Proxy, mode: &Mode, cni: C
             pairs.push((format!("{}_{}_", client.name(), target.name), of_client, target.addresses));
         }
     }
-    replace_table(&stack.node, "strict", &strict_chain(&pairs))?;
     stack.serve_by(proxy, &args, mode.cluster_ips)?;
-    let mut questions = stack.questions(&[Way::Tcp, Way::Udp, Way::Http], mode.cluster_ips);
     let is_bridged = cni == (Cni::Bridge { bridge_nf: false });
-    if is_bridged && proxy == Proxy::Netfilter && mode.cluster_ips != ClusterIps::All {
-        questions.retain(|question| !stays_on_the_bridge(question));
-    }
-    let what = format!("{proxy:?} {args:?} {cni:?}");
-    let mut wrong: Vec<String> =
-        ask_all(&questions)?.into_iter().map(|found| format!("{what}: {found}")).collect();
-    for (name, packets) in counters(&stack.node, "strict")? {
-        let is_right = match &*name {
-            "invalid" | "stranger" => packets == 0,
-            // Between two ports of one bridge the chain may see nothing.
-            name if name.starts_with("pod_near_") => packets > 0 || is_bridged,
-            _ => packets > 0,
-        };
-        if !is_right {
-            wrong.push(format!("{what}: the chain counted {packets} packets as {name}"));
+    let mut wrong = Vec::new();
+    for frontend in ["node port", "ClusterIP"] {
+        let what = format!("{proxy:?} {args:?} {cni:?}, {frontend}");
+        let mut questions = stack.questions(&[Way::Tcp, Way::Udp, Way::Http, Way::Large], mode.cluster_ips);
+        questions.retain(|question| (question.to.port() >= 30_000) == (frontend == "node port"));
+        if is_bridged && proxy == Proxy::Netfilter && mode.cluster_ips != ClusterIps::All {
+            questions.retain(|question| !stays_on_the_bridge(question));
+        }
+        // Its counters begin anew.
+        replace_table(&stack.node, "strict", &strict_chain(&pairs))?;
+        wrong.extend(ask_all(&questions)?.into_iter().map(|found| format!("{what}: {found}")));
+        for (name, packets) in counters(&stack.node, "strict")? {
+            let is_asked = questions.iter().any(|question| {
+                let family = if question.to.is_ipv4() { 4 } else { 6 };
+                name == format!("{}_{}_{family}", question.client.name(), question.name)
+            });
+            let is_right = match &*name {
+                "invalid" | "stranger" => packets == 0,
+                "established" => packets > 0,
+                // Between two ports of one bridge the chain may see nothing.
+                name if name.starts_with("pod_near_") && is_bridged => true,
+                _ => (packets > 0) == is_asked,
+            };
+            if !is_right {
+                wrong.push(format!("{what}: the chain counted {packets} packets as {name}"));
+            }
         }
     }
     Ok(wrong)
@@ -249,6 +261,23 @@ fn the_stack_sees_client_and_endpoint_on_a_bridge_with_netfilter() -> Result<()>
     }
     let bridge = Cni::Bridge { bridge_nf: true };
     unless_unsupported(the_stack_sees_client_and_endpoint("sees-bridge-nf", Overlay::None, bridge))
+}
+
+#[test]
+fn the_stack_sees_client_and_endpoint_over_vxlan() -> Result<()> {
+    if skip("the_stack_sees_client_and_endpoint_over_vxlan") {
+        return Ok(());
+    }
+    let bridge = Cni::Bridge { bridge_nf: true };
+    unless_unsupported(the_stack_sees_client_and_endpoint("sees-vxlan", Overlay::Vxlan, bridge))
+}
+
+#[test]
+fn the_stack_sees_client_and_endpoint_over_a_tunnel_without_link_headers() -> Result<()> {
+    if skip("the_stack_sees_client_and_endpoint_over_a_tunnel") {
+        return Ok(());
+    }
+    unless_unsupported(the_stack_sees_client_and_endpoint("sees-tun", Overlay::Tun, Cni::Routed))
 }
 
 /// A further choice of flags: no client is known to be a pod of this node.

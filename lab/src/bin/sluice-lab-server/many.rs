@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use sluice_lab::Event;
 
+use crate::load::more_descriptors;
 use crate::socket::{connect, ms_since, plain, report};
 
 /// Connections that the kernel keeps for a server that does not accept them, as far as `net.core.somaxconn` allows.
@@ -48,6 +49,7 @@ pub(crate) fn hold(address: SocketAddr) -> Result<()> {
 }
 
 pub(crate) fn open(opening: &Opening) -> Result<bool> {
+    more_descriptors()?;
     let start = Instant::now();
     let mut open = Vec::new();
     let (mut sent, mut failed) = (0, 0);

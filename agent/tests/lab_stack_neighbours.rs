@@ -1,0 +1,203 @@
+//! Conversations beside each other: of a pod with itself, with an endpoint directly and through its Service, and with a
+//! node whose address is not on the device of the default route.
+//!
+//! test-threads: 2
+
+mod lab_support;
+mod stack_support;
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result, ensure};
+use lab_support::{
+    ECHO, ECHO_TARGET, Pair, addresses_of_client, addresses_of_pod, cluster_ip, skip, status,
+    take_fresh_ports,
+};
+use sluice_lab::{Cni, LoadClients, LoadSize, Namespace, NodeOptions, Overlay, RpFilter};
+use stack_support::{
+    ClusterIps, MODES, NEAR, Proxy, Question, Stack, Target, Way, ask_all, none_wrong, replies,
+};
+
+/// Connections that stay: to an endpoint directly, and as many through its Service, of both families together.
+const HELD: u32 = 1_000;
+/// As few ports as make the two meet often.
+const FEW_PORTS: &str = "32768 34767";
+
+#[test]
+fn a_pod_reaches_itself_by_a_node_port_before_anybody_was_masqueraded() -> Result<()> {
+    if skip("a_pod_reaches_itself_by_a_node_port") {
+        return Ok(());
+    }
+    let mut wrong = Vec::new();
+    for (name, cni) in [("self-routed", Cni::Routed), ("self-bridge", Cni::Bridge { bridge_nf: false })] {
+        // The first packet of a family and a protocol that is masqueraded is this one.
+        for way in [Way::Tcp, Way::Udp] {
+            let options = NodeOptions { cni, ..NodeOptions::default() };
+            let mut stack = Stack::new(name, Overlay::None, &options)?;
+            for (proxy, args) in
+                [(Proxy::Netfilter, &[][..]), (Proxy::Sluice, &[]), (Proxy::Sluice, &["--socket-path=off"])]
+            {
+                stack.serve_by(proxy, args, ClusterIps::Kept)?;
+                take_fresh_ports(&stack.near)?;
+                let target = &stack.targets[NEAR];
+                for family in 0..2 {
+                    let to = target.by_node_port(stack.addresses, way, family);
+                    let found = ask_all(&[Question::new(&stack.near, way, to, "near")])?;
+                    wrong.extend(
+                        found.into_iter().map(|found| format!("{name}: {proxy:?} {args:?}: {found}")),
+                    );
+                }
+                ensure!(proxy == Proxy::Sluice || wrong.is_empty(), "control: {wrong:?}");
+            }
+        }
+    }
+    none_wrong("a pod and itself", &wrong)
+}
+
+/// One port asks several addresses, one after the other: each answers for itself.
+fn asks_in_turn(client: &Namespace, port: u16, all: &[SocketAddr], name: &str) -> Result<Vec<String>> {
+    let mut wrong = Vec::new();
+    for to in all {
+        let (source, text) = (format!("--source-port={port}"), to.to_string());
+        let asked = client.ask(["udp-client", "--count=2", "--timeout-ms=1000", &source, "--to", &text])?;
+        let answers = replies(&asked);
+        if answers.len() != 2 || answers.iter().any(|reply| reply.from != *to || reply.name != name) {
+            wrong.push(format!("{} from port {port} at {to}, of {all:?}: {asked:?}", client.name()));
+        }
+    }
+    Ok(wrong)
+}
+
+#[test]
+fn one_port_asks_a_frontend_and_the_endpoint_itself() -> Result<()> {
+    if skip("one_port_asks_a_frontend_and_the_endpoint") {
+        return Ok(());
+    }
+    let mut stack = Stack::new("in-turn", Overlay::None, &NodeOptions::default())?;
+    for (proxy, modes) in [(Proxy::Netfilter, &MODES[..1]), (Proxy::Sluice, &MODES[..])] {
+        let mut wrong = Vec::new();
+        for (round, mode) in modes.iter().enumerate() {
+            let args: Vec<&str> = mode.args.iter().copied().chain(["--socket-path=off"]).collect();
+            stack.serve_by(proxy, &args, mode.cluster_ips)?;
+            let mut port = 20_000 + 1_000 * u16::from(proxy == Proxy::Sluice) + 100 * u16::try_from(round)?;
+            for target in &stack.targets {
+                for family in 0..2 {
+                    let direct = SocketAddr::new(target.addresses[family], lab_support::DNS_TARGET);
+                    let by_node_port = target.by_node_port(stack.addresses, Way::Udp, family);
+                    let by_cluster_ip = target.by_cluster_ip(Way::Udp, family);
+                    for (client, frontend) in [
+                        (&*stack.outside, by_node_port),
+                        (&*stack.pod, by_node_port),
+                        (&*stack.pod, by_cluster_ip),
+                    ] {
+                        for all in [[frontend, direct], [direct, frontend]] {
+                            port += 1;
+                            wrong.extend(asks_in_turn(client, port, &all, target.name)?);
+                        }
+                    }
+                }
+            }
+        }
+        none_wrong(&format!("a frontend and its endpoint in turn, {proxy:?}"), &wrong)?;
+    }
+    Ok(())
+}
+
+/// A pod's connections to an endpoint and to its Service, all at once.
+fn direct_connections_live(stack: &mut Stack, proxy: Proxy) -> Result<Vec<String>> {
+    stack.serve_by(proxy, &["--socket-path=off"], ClusterIps::Kept)?;
+    stack.pod.sysctl("net/ipv4/ip_local_port_range", FEW_PORTS)?;
+    let size = LoadSize { held: HELD, rate: 0, seconds: 0 };
+    let directly = addresses_of_pod(&stack.near).map(|address| SocketAddr::new(address, ECHO_TARGET));
+    let by_service = cluster_ip(stack.targets[NEAR].number).map(|address| SocketAddr::new(address, ECHO));
+    let mut wrong = Vec::new();
+    for order in [[directly, by_service], [by_service, directly]] {
+        let mut loads: Vec<LoadClients> = Vec::new();
+        for addresses in order {
+            match LoadClients::start(&[(&*stack.pod, addresses.to_vec())], size) {
+                Ok(load) => loads.push(load),
+                Err(error) => wrong.push(format!("{addresses:?} after {} others: {error:#}", loads.len())),
+            }
+        }
+        for load in &mut loads {
+            if let Err(error) = load.unharmed("beside the others") {
+                wrong.push(format!("{order:?}: {error:#}"));
+            }
+        }
+    }
+    Ok(wrong)
+}
+
+#[test]
+fn connections_to_a_service_cost_no_direct_connection() -> Result<()> {
+    if skip("connections_to_a_service_cost_no_direct_connection") {
+        return Ok(());
+    }
+    let mut stack = Stack::new("beside", Overlay::None, &NodeOptions::default())?;
+    for proxy in [Proxy::Netfilter, Proxy::Sluice] {
+        let wrong = direct_connections_live(&mut stack, proxy)?;
+        none_wrong(&format!("{HELD} direct connections beside a Service's, {proxy:?}"), &wrong)?;
+    }
+    Ok(())
+}
+
+/// A second device, which carries the Node's address; the default route is by the first one.
+const NODE_ADDRESSES: [&str; 2] = ["192.0.3.11", "2001:db8:0:3::11"];
+const GATEWAYS: [&str; 2] = ["192.0.3.1", "2001:db8:0:3::1"];
+
+fn add_device_with_the_node_address(stack: &Stack) -> Result<Pair> {
+    let ([own4, own6], [gateway4, gateway6]) = (NODE_ADDRESSES, GATEWAYS);
+    let client = addresses_of_client(&stack.outside);
+    let _ = stack.lab.router().ip(&format!(
+        "link add to-eth1 type veth peer name eth1 netns {}\nlink set to-eth1 up\n\
+         addr add {gateway4}/24 dev to-eth1\naddr add {gateway6}/64 dev to-eth1 nodad",
+        stack.node.path().display()
+    ))?;
+    let _ = stack.node.ip(&format!(
+        "link set eth1 up\naddr add {own4}/24 dev eth1\naddr add {own6}/64 dev eth1 nodad\n\
+         route add {}/32 via {gateway4} dev eth1\nroute add {}/128 via {gateway6} dev eth1",
+        client[0], client[1]
+    ))?;
+    let object = format!(
+        "apiVersion: v1\nkind: Node\nmetadata: {{name: {}}}\nstatus: {{addresses: [\
+         {{type: InternalIP, address: \"{own4}\"}}, {{type: InternalIP, address: \"{own6}\"}}]}}\n",
+        stack.node.name()
+    );
+    stack.manifests.write_text("node.yaml", &object)?;
+    Ok([own4.parse()?, own6.parse()?])
+}
+
+#[test]
+fn node_ports_are_served_where_the_node_address_is_not_on_the_default_routes_device() -> Result<()> {
+    if skip("node_ports_are_served_where_the_node_address") {
+        return Ok(());
+    }
+    let options = NodeOptions { rp_filter: RpFilter::Loose, ..NodeOptions::default() };
+    let mut stack = Stack::new("nested", Overlay::None, &options)?;
+    stack.addresses = add_device_with_the_node_address(&stack)?;
+    let far: Vec<Target> = stack.targets.clone();
+    for proxy in [Proxy::Netfilter, Proxy::Sluice] {
+        stack.serve_by(proxy, &[], ClusterIps::Kept)?;
+        let mut questions = Vec::new();
+        for target in &far {
+            for family in 0..2 {
+                for way in [Way::Tcp, Way::Udp, Way::Http] {
+                    let to = target.by_node_port(stack.addresses, way, family);
+                    questions.push(Question::new(&stack.outside, way, to, target.name));
+                    questions.push(Question::new(&stack.pod, way, to, target.name));
+                }
+            }
+        }
+        let mut wrong = ask_all(&questions)?;
+        if proxy == Proxy::Sluice {
+            let status = status(&stack.node)?;
+            let devices = status.get("devices").and_then(|all| all.as_array()).context("no devices")?;
+            let role = devices.iter().find(|device| lab_support::word(device, "name") == "eth1");
+            if role.is_none_or(|device| lab_support::word(device, "role") != "uplink") {
+                wrong.push(format!("eth1 is no uplink: {role:?}"));
+            }
+        }
+        none_wrong(&format!("the node's address on a device of its own, {proxy:?}"), &wrong)?;
+    }
+    Ok(())
+}
