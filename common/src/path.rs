@@ -345,7 +345,7 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     if found.is_none() && (known || tables.marks() & mark::DIRECT != 0) {
         found = entry_of(key, tables);
     }
-    let was_ours = found.is_some();
+    let was_ours = matches!(found, Some((entry, _)) if entry.flags & flow::SOURCE == 0);
     if let Some((entry, embryonic)) = found {
         if along(egress, headers, entry, embryonic, tables, decision) {
             return;

@@ -144,11 +144,6 @@ impl Case {
         self.ends(End::Drop).reason(reason, service_port)
     }
 
-    /// Is refused: this answer goes back to where the packet came from.
-    pub(crate) fn refused(self, answer: &Frame, reason: Reason, service_port: u32) -> Self {
-        self.becomes(&answer.clone().turned()).ends(End::Redirect).reason(reason, service_port)
-    }
-
     /// Is counted by a reason.
     pub(crate) fn reason(mut self, reason: Reason, service_port: u32) -> Self {
         self.expected.counted = Some(vec![Counted::Reason { reason, service_port, bytes: self.length }]);

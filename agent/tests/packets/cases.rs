@@ -1,6 +1,7 @@
 //! The table.
 
 mod affinity;
+mod as_node;
 mod broken;
 mod claim;
 mod clash;
@@ -73,6 +74,7 @@ fn table() -> Table {
     masquerade::add(&mut table);
     masqueraded::add(&mut table);
     claim::add(&mut table);
+    as_node::add(&mut table);
     table
 }
 

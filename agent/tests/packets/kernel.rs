@@ -40,6 +40,9 @@ const SKB: (usize, usize) = (192, 40);
 /// Where its `mark` is.
 const SKB_MARK: usize = 8;
 
+/// What XDP puts before a frame that it has translated: tc leaves such a frame alone.
+const XDP_DONE: [u8; 4] = 0x5c1c_e003_u32.to_ne_bytes();
+
 /// The loaded object.
 pub(crate) struct Kernel {
     ebpf: Ebpf,
@@ -504,6 +507,13 @@ impl Kernel {
         let mut frame = vec![0; FRAME_MAX];
         let Some(result) = self.test_run(case, &mut frame)? else { return Ok(None) };
         frame.truncate(result.data_size_out as usize);
+        if case.program == Program::Xdp {
+            let is_marked = frame.starts_with(&XDP_DONE);
+            if is_marked {
+                let _ = frame.drain(..XDP_DONE.len());
+            }
+            ensure!(is_marked == (frame != case.input), "XDP marks what it has translated, and nothing else");
+        }
         let end = match (case.program, result.return_value.cast_signed()) {
             (Program::Xdp, 1) => End::XdpDrop,
             (Program::Xdp, 2) => End::XdpPass,

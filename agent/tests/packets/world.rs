@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Datagram, DatagramPorts, Device, Flow, OriginKey, Range, Service,
     ServiceKey, ServicePort, Settings, Tuple, backend, detect_local, device, device_flags, flow, frontend,
-    listing, masquerade, networks, node_address,
+    listing, masquerade, networks, node_address, side,
 };
 
 use sluice_common::path::device_reject_key;
@@ -230,7 +230,8 @@ impl Connection {
 
     /// What is done to the client's packets.
     pub(crate) fn forward(&self) -> Flows {
-        let key = tuple(self.client, self.frontend, self.protocol);
+        let mut key = tuple(self.client, self.frontend, self.protocol);
+        key.side = if self.flags & flow::SOURCE == 0 { side::NEAR } else { side::FAR };
         Flows::from([(key, self.flow(self.seen_as, self.backend, 0))])
     }
 

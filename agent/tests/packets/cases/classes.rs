@@ -8,6 +8,7 @@ use sluice_common::path::mark;
 
 use super::Table;
 use super::clash::of_host;
+use super::masquerade::as_met;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{RST, TCP};
 use crate::packets::world::{
@@ -85,7 +86,7 @@ fn sets(table: &mut Table, cast: &Cast) {
         let backends = three(&cast, &mut world);
         for (who, program, ifindex, class) in PLACES {
             let class = if kind == frontend::CLUSTER_IP { 0 } else { class };
-            let connection = backends[class];
+            let connection = as_met(&cast, &world, ifindex, &backends[class]);
             let first = cast.first(cast.client, cast.frontend);
             let first = if program == Program::IngressBare { first.bare() } else { first.at(mac(ifindex)) };
             table.add(
@@ -155,14 +156,15 @@ fn drops(table: &mut Table, cast: &Cast) {
                 )
                 .becomes(&first.clone().to(cast.backend))
                 .opens(ONE)
-                .embryonic([cast.connection().both()]),
+                .embryonic([as_met(&cast, &others, ifindex, &cast.connection()).both()]),
             );
             if cast.protocol == TCP && program == Program::Ingress {
                 let reset = frame(crate::packets::frame::Frame::tcp(cast.client, cast.frontend, RST, &[]));
                 let name = format!("{title}: {what} without local backends drops a reset of {who}");
-                table.add(
-                    Case::new(name, &world, program, ifindex, &reset).dropped(Reason::NoLocalBackend, ONE),
-                );
+                let case = Case::new(name, &world, program, ifindex, &reset);
+                // At an address of the node it may be of a connection of the stack's own.
+                let at_node = kind == frontend::NODE_PORT;
+                table.add(if at_node { case } else { case.dropped(Reason::NoLocalBackend, ONE) });
             }
         }
         if kind != frontend::NODE_PORT {
@@ -204,7 +206,7 @@ fn detectors(table: &mut Table, cast: &Cast) {
         let mut world = world.pods(vec![cast.prefix(90), cast.prefix(NET_PODS)]);
         let backends = three(cast, &mut world);
         world.devices.get_mut(&ifindex).expect("the device").flags = flags;
-        let connection = backends[class];
+        let connection = as_met(cast, &world, ifindex, &backends[class]);
         let first = cast.first(cast.client, cast.frontend).at(mac(ifindex));
         table.add(
             Case::new(

@@ -9,6 +9,7 @@ use sluice_common::path::mark;
 
 use super::Table;
 use super::masquerade::{LOCAL, OVERLAY, REMOTE};
+use super::masqueraded::on;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{Frame, SCTP, TCP, UDP};
 use crate::packets::world::{
@@ -280,73 +281,75 @@ fn masqueraded(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     for (what, place) in [("remote", REMOTE), ("overlay", OVERLAY), ("local", LOCAL)] {
         let (cast, world) = place.set(&cast.client_in(NET_PODS));
-        let mut connection = place.masqueraded(&cast).state(state::ESTABLISHED);
+        let near = place.masqueraded(&cast).state(state::ESTABLISHED);
+        let mut far = place.source(&cast).state(state::ESTABLISHED);
         if cast.protocol == SCTP {
-            connection.seen_as.set_port(cast.client.port());
+            far.seen_as.set_port(cast.client.port());
         }
-        let world = world.own_device().flows(connection.both()).marks(mark::MASQUERADED);
+        let node = far.seen_as;
+        let world = world.own_device().flows(near.both()).flows(far.both()).marks(mark::MASQUERADED);
+        let (leaving, sent) = place.out(long(&cast, cast.client, cast.backend));
+        let (coming, answer) = on(place.device, long(&cast, cast.backend, node));
         let question = long(&cast, cast.client, cast.frontend);
-        let (from, to) =
-            (parts(&question), parts(&question.clone().from(connection.seen_as).to(cast.backend).ttl(60)));
-        let entry = told(&cast, cast.client, cast.frontend, true, 0);
-        table.add(
-            Case::new(
-                format!("{title}: a masqueraded first fragment, {what}"),
-                &world,
+        let returned = long(&cast, cast.backend, cast.client);
+        for (which, program, ifindex, ends, frame, becomes, counts) in [
+            (
+                "a masqueraded packet that comes in",
                 Program::Ingress,
                 EDGE,
-                &from[0],
-            )
-            .routed(&to[0])
-            .forward(ONE)
-            .fragments(entry.clone()),
-        );
-        table.add(
-            Case::new(
-                format!("{title}: a masqueraded other fragment, {what}"),
-                &world.clone().fragments(entry),
-                Program::Ingress,
+                (cast.client, cast.frontend),
+                question.clone(),
+                question.to(cast.backend),
+                Some(false),
+            ),
+            (
+                "a masqueraded packet that leaves",
+                leaving,
+                place.device,
+                (cast.client, cast.backend),
+                sent.clone(),
+                sent.from(node),
+                None,
+            ),
+            (
+                "a masqueraded reply that comes in",
+                coming,
+                place.device,
+                (cast.backend, node),
+                answer.clone(),
+                answer.to(cast.client),
+                None,
+            ),
+            (
+                "a masqueraded reply that leaves",
+                Program::Egress,
                 EDGE,
-                &from[1],
-            )
-            .routed(&to[1])
-            .forward(ONE),
-        );
-        let answer = long(&cast, cast.backend, connection.seen_as);
-        let (program, answer) = if place.device == TUNNEL {
-            (Program::IngressBare, answer.bare())
-        } else {
-            (Program::Ingress, answer.at(mac(place.device)))
-        };
-        let (from, to) = (parts(&answer), parts(&answer.clone().from(cast.frontend).to(cast.client).ttl(60)));
-        let entry = told(&cast, cast.backend, connection.seen_as, true, 0);
-        table.add(
-            Case::new(
-                format!("{title}: the first fragment of a masqueraded reply, {what}"),
-                &world,
-                program,
-                place.device,
-                &from[0],
-            )
-            .routed(&to[0])
-            .reply(ONE)
-            .fragments(entry.clone()),
-        );
-        table.add(
-            Case::new(
-                format!("{title}: another fragment of a masqueraded reply, {what}"),
-                &world.clone().fragments(entry),
-                program,
-                place.device,
-                &from[1],
-            )
-            .routed(&to[1])
-            .reply(ONE),
-        );
-        let name = format!("{title}: a fragment of a masqueraded reply that comes first waits, {what}");
-        table.add(held(name, &world, program, place.device, &from[1]));
-        let name = format!("{title}: a fragment to this node while nobody was masqueraded, {what}");
-        table.add(Case::new(name, &world.marks(0), program, place.device, &from[1]));
+                (cast.backend, cast.client),
+                returned.clone(),
+                returned.from(cast.frontend),
+                Some(true),
+            ),
+        ] {
+            let (from, to) = (parts(&frame), parts(&becomes));
+            let entry = told(&cast, ends.0, ends.1, true, 0);
+            for (index, before) in [(0, world.clone()), (1, world.clone().fragments(entry.clone()))] {
+                let name = format!("{title}: fragment {index} of {which}, {what}");
+                let case = Case::new(name, &before, program, ifindex, &from[index])
+                    .becomes(&to[index])
+                    .fragments(entry.clone());
+                table.add(match counts {
+                    None => case,
+                    Some(false) => case.forward(ONE),
+                    Some(true) => case.reply(ONE),
+                });
+            }
+            let name = format!("{title}: a later fragment that comes first waits, {which}, {what}");
+            table.add(held(name, &world, program, ifindex, &from[1]));
+            if counts.is_none() {
+                let name = format!("{title}: while nobody was masqueraded, a fragment of {which}, {what}");
+                table.add(Case::new(name, &world.clone().marks(0), program, ifindex, &from[1]));
+            }
+        }
     }
 }
 

@@ -4,7 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::Reason;
 use sluice_common::abi::{
-    Ipv4Address, Ipv6Address, backend, detect_local, device_flags, flow, frontend, masquerade, policy,
+    Ipv4Address, Ipv6Address, ServiceKey, backend, detect_local, device_flags, flow, frontend, masquerade,
+    policy,
 };
 use sluice_common::path::mark;
 
@@ -13,9 +14,9 @@ use super::clash::{of_host, tried};
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{Frame, SYN, TCP};
 use crate::packets::world::{
-    Cast, Connection, EDGE, NARROW, NARROW_MTU, NET_BACKENDS, NET_CLIENTS, NET_FOREIGN, NET_FRONTENDS,
-    NET_NARROW, NET_OVERLAY, NET_PODS, NET_REMOTE, NET_UNROUTED, ONE, SELECTED, TUNNEL, UPLINK, Version,
-    World, mac,
+    Cast, Connection, EDGE, NARROW, NET_BACKENDS, NET_CLIENTS, NET_FOREIGN, NET_FRONTENDS, NET_NARROW,
+    NET_OVERLAY, NET_PODS, NET_REMOTE, NET_UNROUTED, ONE, SELECTED, TUNNEL, UPLINK, Version, World, mac,
+    route,
 };
 
 /// Adds the cases.
@@ -57,6 +58,11 @@ pub(super) const OVERLAY: Place = Place { net: NET_OVERLAY, device: TUNNEL, ..RE
 pub(super) const BEHIND_NARROW: Place = Place { net: NET_NARROW, device: NARROW, ..REMOTE };
 
 impl Place {
+    /// Flags of the backend there.
+    pub(super) fn backend_flags(self) -> u32 {
+        self.backend
+    }
+
     /// The cast with its backend there, and the maps.
     pub(super) fn set(self, cast: &Cast) -> (Cast, World) {
         let cast = cast.backend_in(self.net);
@@ -69,16 +75,36 @@ impl Place {
         cast.connection().flags(self.flow)
     }
 
-    /// The client's masqueraded flow, with the port of a try.
-    pub(super) fn masqueraded_at(self, cast: &Cast, attempt: u32) -> Connection {
-        let port = tried(cast, cast.frontend, attempt).port();
-        let seen_as = SocketAddr::new(cast.node_on(self.device), port);
-        cast.connection().flags(self.flow | flow::MASQUERADED).seen_as(seen_as)
+    /// The client's masqueraded flow: its source is kept until it leaves.
+    pub(super) fn masqueraded(self, cast: &Cast) -> Connection {
+        cast.connection().flags(self.flow | flow::MASQUERADED)
     }
 
-    /// The client's masqueraded flow.
-    pub(super) fn masqueraded(self, cast: &Cast) -> Connection {
-        self.masqueraded_at(cast, 1)
+    /// What becomes of its source where it leaves, with the port of a try.
+    pub(super) fn source_at(self, cast: &Cast, attempt: u32) -> Connection {
+        let port = tried(cast, cast.backend, attempt).port();
+        let seen_as = SocketAddr::new(cast.node_on(self.device), port);
+        let near = cast.connection().flags(self.flow | flow::SOURCE);
+        Connection { frontend: cast.backend, seen_as, ..near }
+    }
+
+    /// What becomes of its source where it leaves.
+    pub(super) fn source(self, cast: &Cast) -> Connection {
+        self.source_at(cast, 1)
+    }
+
+    /// The program at the egress of the backend's device, and a frame there.
+    pub(super) fn out(self, frame: Frame) -> (Program, Frame) {
+        if self.device == TUNNEL {
+            (Program::EgressBare, frame.bare())
+        } else {
+            (Program::Egress, frame.at([2, 0, 0, 0, 7, 7]))
+        }
+    }
+
+    /// The maps once the client's packet has come in.
+    pub(super) fn met(self, cast: &Cast, world: &World) -> World {
+        world.clone().embryonic(self.masqueraded(cast).both()).marks(mark::MASQUERADED)
     }
 }
 
@@ -92,24 +118,50 @@ fn first(cast: &Cast, ifindex: u32) -> (Program, Frame) {
     }
 }
 
-/// The case of a new flow, whether its client is masqueraded or keeps its source.
+/// The flow as it is recorded where its client comes in by a device: whether its replies leave by another one.
+pub(super) fn as_met(cast: &Cast, world: &World, ifindex: u32, connection: &Connection) -> Connection {
+    let key = ServiceKey {
+        address: cast.frontend.ip(),
+        port: cast.frontend.port(),
+        protocol: cast.protocol,
+        reserved: 0,
+    };
+    let inside = world.services.get(&key).is_some_and(|service| service.kind == frontend::CLUSTER_IP);
+    let back = route(cast.client.ip()).map_or(0, |(ifindex, _)| ifindex);
+    let is_away = !inside && ifindex != EDGE && back != ifindex && world.devices.contains_key(&back);
+    connection.flags(connection.flags | if is_away { flow::AWAY } else { 0 })
+}
+
+/// The case of a new flow where it comes in, whether its client is masqueraded or keeps its source.
 pub(super) fn opens(name: String, cast: &Cast, world: &World, ifindex: u32, connection: &Connection) -> Case {
     let (program, first) = first(cast, ifindex);
-    let case = Case::new(name, world, program, ifindex, &first)
+    let connection = as_met(cast, world, ifindex, connection);
+    Case::new(name, world, program, ifindex, &first)
         .opens(ONE)
-        .embryonic([world.embryonic.clone(), connection.both()]);
-    let translated = first.from(connection.seen_as).to(connection.backend);
-    if connection.flags & flow::MASQUERADED == 0 {
-        case.becomes(&translated)
-    } else {
-        case.routed(&translated.ttl(60)).marks(mark::MASQUERADED)
-    }
+        .embryonic([world.embryonic.clone(), connection.both()])
+        .becomes(&first.from(connection.seen_as).to(connection.backend))
+        .marks(world.marks | if connection.flags & flow::MASQUERADED == 0 { 0 } else { mark::MASQUERADED })
+}
+
+/// The case of a masqueraded client's first packet where it leaves.
+pub(super) fn leaves(name: String, cast: &Cast, world: &World, place: Place, source: &Connection) -> Case {
+    let (program, first) = place.out(cast.first(cast.client, cast.backend));
+    Case::new(name, world, program, place.device, &first)
+        .embryonic([world.embryonic.clone(), source.both()])
+        .becomes(&first.from(source.seen_as))
+}
+
+/// A client that has no way back.
+fn refused(name: String, cast: &Cast, world: &World, ifindex: u32) -> Case {
+    let (program, first) = first(cast, ifindex);
+    Case::new(name, world, program, ifindex, &first).dropped(Reason::NoRoute, ONE)
 }
 
 /// For each mode and detector: who is masqueraded (m) and who is kept (k), at a ClusterIP, at an
 /// external address of policy `Cluster`, and of policy `Local`. The seven letters stand for a pod with a local and
 /// with a remote backend, a client outside with a local and with a remote backend,
 /// a client outside without a way back with a local backend, and another node's pod with a local and with a remote backend.
+/// Who is to be masqueraded (m) without a way back is refused.
 const MATRIX: [(&str, u32, &str, u32, [&str; 3]); 9] = [
     ("needed", masquerade::NEEDED, "device", detect_local::DEVICE, ["kkkmmkm", "kkkmmkm", "kkkkkkk"]),
     ("needed", masquerade::NEEDED, "address", detect_local::ADDRESS, ["kkmmmkm", "kkkmmkm", "kkkkkkk"]),
@@ -153,11 +205,14 @@ fn matrix(table: &mut Table, cast: &Cast) {
                 let world = world.kind(ONE, kind).modes(mode, detector);
                 let mut world = world.pods(vec![cast.prefix(NET_PODS)]);
                 world.port(ONE).flags = flags;
-                let connection = if letter == 'k' { place.kept(&cast) } else { place.masqueraded(&cast) };
                 let name = format!(
                     "{title}: masquerading {mode_name}, local pods by {detector_name}, {frontend_name}, {who}"
                 );
-                table.add(opens(name, &cast, &world, ifindex, &connection));
+                table.add(match letter {
+                    'k' => opens(name, &cast, &world, ifindex, &place.kept(&cast)),
+                    _ if net == NET_FOREIGN => refused(name, &cast, &world, ifindex),
+                    _ => opens(name, &cast, &world, ifindex, &place.masqueraded(&cast)),
+                });
             }
             // A backend at an address of the node itself answers by this node alone.
             for (who, net, ifindex) in [("a pod", NET_PODS, EDGE), ("a client outside", NET_FOREIGN, UPLINK)]
@@ -194,11 +249,14 @@ fn other_family(table: &mut Table, cast: &Cast) {
                 let world = world.kind(ONE, kind).modes(mode, detect_local::ADDRESS);
                 let mut world = world.pods(vec![(network, bits)]);
                 world.port(ONE).flags = flags;
-                let connection = if letter == 'k' { place.kept(&cast) } else { place.masqueraded(&cast) };
                 let name = format!(
                     "{title}: masquerading {mode_name}, local pods by the other family's addresses, {frontend_name}, {who}"
                 );
-                table.add(opens(name, &cast, &world, ifindex, &connection));
+                table.add(match letter {
+                    'k' => opens(name, &cast, &world, ifindex, &place.kept(&cast)),
+                    _ if net == NET_FOREIGN => refused(name, &cast, &world, ifindex),
+                    _ => opens(name, &cast, &world, ifindex, &place.masqueraded(&cast)),
+                });
             }
         }
     }
@@ -220,6 +278,10 @@ fn shapes(table: &mut Table, cast: &Cast) {
                     format!("{title}: {what}, met on {by}, a backend behind {where_to} is masqueraded to");
                 table.add(opens(name, &cast, &world, ifindex, &place.masqueraded(&cast)));
             }
+            let (cast, world) = place.set(cast);
+            let name = format!("{title}: {what}, its masqueraded client's packet leaves by {where_to}");
+            let world = place.met(&cast, &world.kind(ONE, kind));
+            table.add(leaves(name, &cast, &world, place, &place.source(&cast)));
         }
     }
     let node_port = cast.frontend(SocketAddr::new(cast.node, 30_080));
@@ -246,10 +308,18 @@ fn shapes(table: &mut Table, cast: &Cast) {
     ] {
         let case =
             Case::new(format!("{title}: a masqueraded packet {what}"), &world, program, UPLINK, &frame)
-                .routed(&frame.clone().from(connection.seen_as).to(cast.backend).ttl(60))
+                .becomes(&frame.clone().to(cast.backend))
                 .opens(ONE)
                 .embryonic([connection.both()])
                 .marks(mark::MASQUERADED);
+        table.cut_padded(case, frame.padding.len());
+        let met = REMOTE.met(&cast, &world);
+        let source = REMOTE.source(&cast);
+        let frame = frame.to(cast.backend);
+        let name = format!("{title}: a masqueraded packet {what} leaves");
+        let case = Case::new(name, &met, Program::Egress, UPLINK, &frame)
+            .becomes(&frame.clone().from(source.seen_as))
+            .embryonic([connection.both(), source.both()]);
         table.cut_padded(case, frame.padding.len());
     }
     let name = format!("{title}: a frame for another host is not masqueraded");
@@ -272,12 +342,16 @@ fn ways_back(table: &mut Table, cast: &Cast) {
         ("by no device at all", NET_UNROUTED, false),
     ] {
         let (cast, world) = LOCAL.set(&cast.client_in(net));
-        let connection = if kept { LOCAL.kept(&cast) } else { LOCAL.masqueraded(&cast) };
         for (frontend_name, kind) in
             [("a ClusterIP", frontend::CLUSTER_IP), ("an external IP", frontend::EXTERNAL_IP)]
         {
             let name = format!("{title}: {frontend_name}, the client outside is reached {what}");
-            table.add(opens(name, &cast, &world.clone().kind(ONE, kind), UPLINK, &connection));
+            let world = world.clone().kind(ONE, kind);
+            table.add(if kept {
+                opens(name, &cast, &world, UPLINK, &LOCAL.kept(&cast))
+            } else {
+                refused(name, &cast, &world, UPLINK)
+            });
         }
     }
     // A link without local pods: its clients are as those outside.
@@ -328,79 +402,40 @@ fn no_address(table: &mut Table, cast: &Cast) {
     table.add(opens(name, &pod, &world, EDGE, &REMOTE.kept(&pod)));
 }
 
-/// TTL and MTU, since a masqueraded packet bypasses the stack.
+/// TTL and MTU are the stack's business, which the packet passes between both translations.
 fn limits(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (remote, world) = REMOTE.set(cast);
     let (program, packet) = first(&remote, UPLINK);
-    for (ttl, alive) in [(0, false), (1, false), (2, true), (255, true)] {
-        let connection = REMOTE.masqueraded(&remote);
+    for ttl in [0, 1, 255] {
         let packet = packet.clone().ttl(ttl);
         let name = format!("{title}: a masqueraded packet with a TTL of {ttl}");
         let case = Case::new(name, &world, program, UPLINK, &packet)
-            .embryonic([connection.both()])
+            .becomes(&packet.clone().to(remote.backend))
+            .opens(ONE)
+            .embryonic([REMOTE.masqueraded(&remote).both()])
             .marks(mark::MASQUERADED);
-        table.add(if alive {
-            let translated = packet.clone().from(connection.seen_as).to(remote.backend).ttl(ttl - 1);
-            case.becomes(&translated).ends(End::Redirect).opens(ONE)
-        } else {
-            case.refused(&super::reject::time_exceeded(&packet), Reason::TtlExceeded, ONE)
-        });
+        table.add(case);
     }
     let (narrow, world) = BEHIND_NARROW.set(cast);
-    let connection = BEHIND_NARROW.masqueraded(&narrow);
-    let fits = NARROW_MTU as usize
-        - if cast.client.is_ipv4() { 20 } else { 40 }
-        - if cast.protocol == TCP { 20 } else { 8 };
-    let sized = |bytes: usize| match cast.protocol {
-        TCP => Frame::tcp(narrow.client, narrow.frontend, SYN, &vec![0xab; bytes]),
-        _ => Frame::udp(narrow.client, narrow.frontend, &vec![0xab; bytes]),
+    let frame = match cast.protocol {
+        TCP => Frame::tcp(narrow.client, narrow.frontend, SYN, &[0xab; 1400]),
+        _ => Frame::udp(narrow.client, narrow.frontend, &[0xab; 1400]),
     };
-    let case = |name: &str, frame: &Frame| {
-        Case::new(format!("{title}: {name}"), &world, Program::Ingress, UPLINK, frame)
-            .embryonic([connection.both()])
-            .marks(mark::MASQUERADED)
-    };
-    let frame = sized(fits).at(mac(UPLINK));
+    let frame = frame.at(mac(UPLINK));
     table.add(
-        case("a masqueraded packet just fits the MTU", &frame)
-            .routed(&frame.clone().from(connection.seen_as).to(narrow.backend).ttl(60))
-            .opens(ONE),
+        Case::new(
+            format!("{title}: a masqueraded packet that is larger than the next MTU"),
+            &world,
+            Program::Ingress,
+            UPLINK,
+            &frame,
+        )
+        .becomes(&frame.clone().to(narrow.backend))
+        .opens(ONE)
+        .embryonic([BEHIND_NARROW.masqueraded(&narrow).both()])
+        .marks(mark::MASQUERADED),
     );
-    let mut frame = sized(fits + 1).at(mac(UPLINK));
-    let kind = if cast.client.is_ipv4() { (3, 4) } else { (2, 0) };
-    let answer = super::reject::error(&frame, kind, NARROW_MTU).turned();
-    table.add(
-        case("a masqueraded packet is one byte too big", &frame)
-            .becomes(&answer)
-            .ends(End::Redirect)
-            .reason(Reason::TooBig, ONE),
-    );
-    if cast.client.is_ipv4() {
-        frame.fragment = 0;
-        table.add(
-            case("a masqueraded packet is one byte too big and may be fragmented", &frame)
-                .dropped(Reason::TooBig, ONE),
-        );
-        let mut world = world.clone();
-        world.settings.own_device = EDGE;
-        // The stack takes the hop.
-        let translated = frame.clone().from(connection.seen_as).to(narrow.backend).at(mac(EDGE));
-        table.add(
-            Case::new(
-                format!("{title}: a masqueraded packet is one byte too big and is fragmented by the stack"),
-                &world,
-                Program::Ingress,
-                UPLINK,
-                &frame,
-            )
-            .becomes(&translated)
-            .ends(End::Redirect)
-            .opens(ONE)
-            .embryonic([connection.both()])
-            .marks(mark::MASQUERADED),
-        );
-    }
 }
 
 /// This host's own packets get the address that the route to the backend gives them.
@@ -408,9 +443,11 @@ fn host(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let own = cast.client(SocketAddr::new(cast.node, 40_001));
     let kept = |place: Place, cast: &Cast| of_host(cast, place.kept(cast)).flags(place.flow | flow::HOST);
-    let masqueraded = |place: Place, cast: &Cast| {
-        place.masqueraded(cast).flags(place.flow | flow::HOST | flow::MASQUERADED)
+    let masqueraded_at = |place: Place, cast: &Cast, attempt| {
+        let seen_as = SocketAddr::new(cast.node_on(place.device), tried(cast, cast.frontend, attempt).port());
+        cast.connection().flags(place.flow | flow::HOST | flow::MASQUERADED).seen_as(seen_as)
     };
+    let masqueraded = |place, cast: &Cast| masqueraded_at(place, cast, 1);
     let case = |name: String, cast: &Cast, world: &World, connection: &Connection| {
         let first = cast.first(cast.client, cast.frontend);
         let marks = if connection.flags & flow::MASQUERADED == 0 { 0 } else { mark::MASQUERADED };
@@ -449,12 +486,12 @@ fn host(table: &mut Table, cast: &Cast) {
     let taken = masqueraded(OVERLAY, &overlay);
     // Somebody else's flow that is shown as the same tuple.
     let blocker = Connection { client: cast.client, ..taken };
-    let moved = OVERLAY.masqueraded_at(&overlay, 2).flags(flow::HOST | flow::MASQUERADED);
+    let moved = masqueraded_at(OVERLAY, &overlay, 2);
     let name = format!("{title}: this host, its port is taken at the other device's address");
     table.add(case(name, &overlay, &world.embryonic(blocker.both()), &moved));
 }
 
-/// What is masqueraded bypasses the stack, which XDP does not do.
+/// What goes to a backend on this node XDP can finish.
 fn left_by_xdp(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     for (what, net, place) in [
@@ -467,6 +504,22 @@ fn left_by_xdp(table: &mut Table, cast: &Cast) {
         let name = format!("{title}: XDP leaves a packet to be masqueraded to tc, {what}");
         table.add(Case::new(name, &world, Program::Xdp, UPLINK, &first));
     }
+    let (local, world) = LOCAL.set(cast);
+    let world = world.modes(masquerade::ALL, detect_local::DEVICE);
+    let first = local.first(local.client, local.frontend).at(mac(UPLINK));
+    table.add(
+        Case::new(
+            format!("{title}: XDP opens a masqueraded flow to a local backend"),
+            &world,
+            Program::Xdp,
+            UPLINK,
+            &first,
+        )
+        .becomes(&first.clone().to(local.backend))
+        .opens(ONE)
+        .embryonic([LOCAL.masqueraded(&local).both()])
+        .marks(mark::MASQUERADED),
+    );
     for (what, kind, flags) in [
         ("a ClusterIP", frontend::CLUSTER_IP, 0),
         ("an external IP", frontend::EXTERNAL_IP, 0),

@@ -1,18 +1,19 @@
-//! Packets along masqueraded flows: both ways are translated at ingress and routed.
+//! Packets along masqueraded flows: each way is translated twice, the frontend's side on the client's device and
+//! the client's side on the backend's.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use sluice_common::Reason;
-use sluice_common::abi::{flow, state};
+use sluice_common::abi::{flow, frontend, state};
 use sluice_common::path::mark;
 
 use super::Table;
-use super::masquerade::{BEHIND_NARROW, LOCAL, OVERLAY, Place, REMOTE};
+use super::masquerade::{LOCAL, OVERLAY, Place, REMOTE, leaves};
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{ACK, FIN, Frame, RST, SYN, TCP, UDP};
 use crate::packets::world::{
-    Cast, Connection, EDGE, NARROW_MTU, NET_CLIENTS, NET_FOREIGN, NET_NARROW, NET_PODS, NET_UNROUTED, ONE,
-    OWN, TUNNEL, UPLINK, Version, World, mac,
+    BRIDGE, Cast, Connection, EDGE, Flows, NARROW, NARROW_MTU, NET_BACKENDS, NET_CLIENTS, NET_NARROW,
+    NET_PODS, NET_UNROUTED, ONE, OWN, TUNNEL, UPLINK, Version, World, mac,
 };
 
 /// Adds the cases.
@@ -20,8 +21,11 @@ pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
         first_reply(table, &cast);
         both_ways(table, &cast);
+        lost(table, &cast);
         elsewhere(table, &cast);
-        limits(table, &cast);
+        beside(table, &cast);
+        away(table, &cast);
+        stack(table, &cast);
         errors(table, &cast);
         host(table, &cast);
     }
@@ -30,8 +34,8 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// A frame as it is met on a device.
-fn on(ifindex: u32, frame: Frame) -> (Program, Frame) {
+/// A frame that comes in on a device.
+pub(super) fn on(ifindex: u32, frame: Frame) -> (Program, Frame) {
     if ifindex == TUNNEL {
         (Program::IngressBare, frame.bare())
     } else {
@@ -40,42 +44,123 @@ fn on(ifindex: u32, frame: Frame) -> (Program, Frame) {
 }
 
 /// A client, where it comes in, and where its backend is.
-const PAIRS: [(&str, u8, u32, Place); 5] = [
+pub(super) const PAIRS: [(&str, u8, u32, Place); 5] = [
     ("outside to a remote backend", NET_CLIENTS, UPLINK, REMOTE),
     ("outside to a backend behind the overlay", NET_CLIENTS, UPLINK, OVERLAY),
+    ("outside to a local backend", NET_CLIENTS, UPLINK, LOCAL),
     ("a pod to a remote backend", NET_PODS, EDGE, REMOTE),
-    ("without a way back to a local backend", NET_FOREIGN, UPLINK, LOCAL),
     ("a pod to a local backend", NET_PODS, EDGE, LOCAL),
 ];
 
+/// Where a packet of a masqueraded flow is met.
+struct Meeting {
+    what: &'static str,
+    program: Program,
+    ifindex: u32,
+    frame: Frame,
+    becomes: Frame,
+    /// Whether the frontend's side is translated, which is counted.
+    near: bool,
+    reply: bool,
+}
+
+impl Meeting {
+    fn case(&self, name: &str, world: &World) -> Case {
+        let case = Case::new(name, world, self.program, self.ifindex, &self.frame).becomes(&self.becomes);
+        match (self.near, self.reply) {
+            (false, _) => case,
+            (true, false) => case.forward(ONE),
+            (true, true) => case.reply(ONE),
+        }
+    }
+}
+
+/// The four places where a packet and its reply are translated.
+fn meetings(
+    cast: &Cast,
+    ifindex: u32,
+    place: Place,
+    make: impl Fn(SocketAddr, SocketAddr, bool) -> Frame,
+) -> [Meeting; 4] {
+    let node = place.source(cast).seen_as;
+    let (client, frontend, backend) = (cast.client, cast.frontend, cast.backend);
+    let (program, question) = on(ifindex, make(client, frontend, false));
+    let (leaving, sent) = place.out(make(client, backend, false));
+    let (coming, answer) = on(place.device, make(backend, node, true));
+    let returned = make(backend, client, true);
+    [
+        Meeting {
+            what: "a packet comes in",
+            program,
+            ifindex,
+            becomes: question.clone().to(backend),
+            frame: question,
+            near: true,
+            reply: false,
+        },
+        Meeting {
+            what: "a packet leaves",
+            program: leaving,
+            ifindex: place.device,
+            becomes: sent.clone().from(node),
+            frame: sent,
+            near: false,
+            reply: false,
+        },
+        Meeting {
+            what: "a reply comes in",
+            program: coming,
+            ifindex: place.device,
+            becomes: answer.clone().to(client),
+            frame: answer,
+            near: false,
+            reply: true,
+        },
+        Meeting {
+            what: "a reply leaves",
+            program: Program::Egress,
+            ifindex,
+            becomes: returned.clone().from(frontend),
+            frame: returned,
+            near: true,
+            reply: true,
+        },
+    ]
+}
+
+/// Both flows.
+fn flows_of(one: &Connection, other: &Connection) -> Flows {
+    let mut flows = one.both();
+    flows.extend(other.both());
+    flows
+}
+
 fn first_reply(table: &mut Table, cast: &Cast) {
     let title = cast.title();
-    for (what, net, _, place) in PAIRS {
+    for (what, net, ifindex, place) in PAIRS {
         let (cast, world) = place.set(&cast.client_in(net));
-        let connection = place.masqueraded(&cast);
-        let answer = match cast.protocol {
-            TCP => Frame::tcp(cast.backend, connection.seen_as, SYN | ACK, &[]),
-            _ => Frame::udp(cast.backend, connection.seen_as, b"answer"),
+        let (near, far) = (place.masqueraded(&cast), place.source(&cast));
+        let make = |from, to, reply| match (cast.protocol, reply) {
+            (TCP, true) => Frame::tcp(from, to, SYN | ACK, &[]),
+            (TCP, false) => Frame::tcp(from, to, SYN, &[]),
+            _ => Frame::udp(from, to, b"answer"),
         };
-        let (program, answer) = on(place.device, answer);
-        let world = world.embryonic(connection.both()).marks(mark::MASQUERADED);
-        let case = Case::new(
-            format!("{title}: the first reply of a masqueraded flow, {what}"),
-            &world,
-            program,
-            place.device,
-            &answer,
-        )
-        .routed(&answer.clone().from(cast.frontend).to(cast.client).ttl(60))
-        .reply(ONE);
-        table.add(match cast.protocol {
-            UDP => case.flows([connection.state(state::ESTABLISHED).both()]).embryonic([]),
-            _ => case,
-        });
-        // Without a mark nobody looks.
-        let unmarked = world.marks(0);
-        let name = format!("{title}: nobody was ever masqueraded, {what}");
-        table.add(Case::new(name, &unmarked, program, place.device, &answer));
+        let world = world.embryonic(flows_of(&near, &far)).marks(mark::MASQUERADED);
+        for meeting in meetings(&cast, ifindex, place, make) {
+            let name = format!("{title}: first packets of a masqueraded flow, {}, {what}", meeting.what);
+            let case = meeting.case(&name, &world);
+            let (own, other) = if meeting.near { (near, far) } else { (far, near) };
+            table.add(match (cast.protocol, meeting.reply) {
+                (UDP, true) => case.flows([own.state(state::ESTABLISHED).both()]).embryonic([other.both()]),
+                _ => case,
+            });
+            // Without a mark nobody looks.
+            if !meeting.near {
+                let name = format!("{title}: nobody was ever masqueraded, {}, {what}", meeting.what);
+                let unmarked = world.clone().marks(0);
+                table.add(Case::new(name, &unmarked, meeting.program, meeting.ifindex, &meeting.frame));
+            }
+        }
     }
 }
 
@@ -83,91 +168,103 @@ fn both_ways(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     for (what, net, ifindex, place) in PAIRS {
         let (cast, world) = place.set(&cast.client_in(net));
-        let connection = place.masqueraded(&cast).state(state::ESTABLISHED);
+        let near = place.masqueraded(&cast).state(state::ESTABLISHED);
+        let far = place.source(&cast).state(state::ESTABLISHED);
         for (age_name, age) in [("young", 5), ("old", 30)] {
-            let after = if age == 5 { connection.age(5) } else { connection };
-            let world = world.clone().flows(connection.age(age).both()).marks(mark::MASQUERADED);
+            let world = world.clone().flows(flows_of(&near.age(age), &far.age(age))).marks(mark::MASQUERADED);
             let cut = age == 30 && what == PAIRS[1].0;
-            let mut add = |case| if cut { table.cut(case) } else { table.add(case) };
-            let (program, question) = on(ifindex, cast.next(cast.client, cast.frontend));
-            add(Case::new(
-                format!("{title}: a packet of a {age_name} masqueraded flow, {what}"),
-                &world,
-                program,
-                ifindex,
-                &question,
-            )
-            .routed(&question.clone().from(connection.seen_as).to(cast.backend).ttl(60))
-            .forward(ONE)
-            .flows([after.both()]));
-            let (program, answer) = on(place.device, cast.next(cast.backend, connection.seen_as));
-            add(Case::new(
-                format!("{title}: a reply of a {age_name} masqueraded flow, {what}"),
-                &world,
-                program,
-                place.device,
-                &answer,
-            )
-            .routed(&answer.clone().from(cast.frontend).to(cast.client).ttl(60))
-            .reply(ONE)
-            .flows([after.both()]));
+            for meeting in meetings(&cast, ifindex, place, |from, to, _| cast.next(from, to)) {
+                let name = format!("{title}: along a {age_name} masqueraded flow, {}, {what}", meeting.what);
+                let (own, other) = if meeting.near { (near, far) } else { (far, near) };
+                let own = if age == 5 { own.age(5) } else { own };
+                let case = meeting.case(&name, &world).flows([flows_of(&own, &other.age(age))]);
+                if cut { table.cut(case) } else { table.add(case) }
+            }
         }
     }
-    let (cast, world) = REMOTE.set(cast);
-    let connection = REMOTE.masqueraded(&cast).state(state::ESTABLISHED);
-    let world = world.marks(mark::MASQUERADED);
-    let reply = cast.next(cast.backend, connection.seen_as).at(mac(UPLINK));
-    table.add(
-        Case::new(
-            format!(
-                "{title}: a reply makes a masqueraded question's lost entry again when it renews its own"
-            ),
-            &world.clone().flows(connection.age(30).reply()),
-            Program::Ingress,
-            UPLINK,
-            &reply,
-        )
-        .routed(&reply.clone().from(cast.frontend).to(cast.client).ttl(60))
-        .reply(ONE)
-        .flows([connection.both()]),
-    );
-    table.add(Case::new(
-        format!("{title}: a reply to an address of this node that no flow is for"),
-        &world,
-        Program::Ingress,
-        UPLINK,
-        &reply,
-    ));
+}
+
+/// Entries that are lost are made again by the other way's packets, and by those that are theirs.
+fn lost(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (what, net, ifindex, place) in PAIRS {
+        let (cast, world) = place.set(&cast.client_in(net));
+        let near = place.masqueraded(&cast).state(state::ESTABLISHED);
+        let far = place.source(&cast).state(state::ESTABLISHED);
+        let world = world.marks(mark::MASQUERADED);
+        for meeting in meetings(&cast, ifindex, place, |from, to, _| cast.next(from, to)) {
+            let own = if meeting.near { near } else { far };
+            let half = if meeting.reply { own.age(30).reply() } else { own.age(30).forward() };
+            let other = if meeting.near { far } else { near };
+            let world = world.clone().flows(other.both());
+            let name = format!("{title}: the other way's lost entry is made again, {}, {what}", meeting.what);
+            table.add(meeting.case(&name, &world.clone().flows(half)).flows([flows_of(&own, &other)]));
+            if !meeting.near && meeting.reply {
+                let name =
+                    format!("{title}: a reply to this node that no entry is for, {}, {what}", meeting.what);
+                table.add(Case::new(name, &world, meeting.program, meeting.ifindex, &meeting.frame));
+            }
+        }
+        // The port follows from the tuple: the backend sees the same client again.
+        let known = world.flows(near.both());
+        let (program, frame) = place.out(cast.next(cast.client, cast.backend));
+        let name = format!("{title}: a client's source in the middle of a flow that is known, {what}");
+        table.add(
+            Case::new(name, &known, program, place.device, &frame)
+                .becomes(&frame.clone().from(far.seen_as))
+                .embryonic([far.state(0).both()]),
+        );
+    }
 }
 
 /// Where packets of a masqueraded flow are none of our business.
 fn elsewhere(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (cast, world) = REMOTE.set(cast);
-    let connection = REMOTE.masqueraded(&cast).state(state::ESTABLISHED);
-    let world = world.flows(connection.both()).marks(mark::MASQUERADED);
-    let question = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
-    let answer = cast.next(cast.backend, connection.seen_as).at(mac(UPLINK));
+    let near = REMOTE.masqueraded(&cast).state(state::ESTABLISHED);
+    let far = REMOTE.source(&cast).state(state::ESTABLISHED);
+    let world = world.flows(flows_of(&near, &far)).marks(mark::MASQUERADED);
+    let answer = cast.next(cast.backend, far.seen_as).at(mac(UPLINK));
     let mut pass = |what: &str, program, ifindex, frame: &Frame| {
         let frame = frame.clone().at(mac(ifindex));
         table.add(Case::new(format!("{title}: {what}"), &world, program, ifindex, &frame));
     };
+    // A datagram from there would be somebody else's, whose port changes: the programs leave alone what they have translated.
+    if cast.protocol == TCP {
+        pass(
+            "a masqueraded packet has left for its backend and is met once more",
+            Program::Egress,
+            EDGE,
+            &cast.next(far.seen_as, cast.backend),
+        );
+    }
     pass(
-        "a masqueraded packet leaves for its backend",
+        "a reply has left for its masqueraded client and is met once more",
         Program::Egress,
+        EDGE,
+        &cast.next(cast.frontend, cast.client),
+    );
+    pass("a reply to a masqueraded client as the node, seen at an egress", Program::Egress, EDGE, &answer);
+    pass(
+        "a reply to a masqueraded client, translated, seen at an ingress",
+        Program::Ingress,
         UPLINK,
-        &question.clone().from(connection.seen_as).to(cast.backend),
+        &cast.next(cast.backend, cast.client),
     );
     pass(
-        "a reply leaves for its masqueraded client",
-        Program::Egress,
+        "a client's packet to the backend beside its masqueraded flow comes in",
+        Program::Ingress,
         UPLINK,
-        &answer.clone().from(cast.frontend).to(cast.client),
+        &cast.next(cast.client, cast.backend),
     );
-    pass("a masqueraded flow's reply seen at an egress", Program::Egress, EDGE, &answer);
-    pass("XDP leaves a packet of a masqueraded flow", Program::Xdp, UPLINK, &question);
     pass("XDP leaves a reply of a masqueraded flow", Program::Xdp, UPLINK, &answer);
-    let mut other = connection.seen_as;
+    pass(
+        "XDP leaves a packet of a masqueraded flow to a remote backend",
+        Program::Xdp,
+        UPLINK,
+        &cast.next(cast.client, cast.frontend),
+    );
+    let mut other = far.seen_as;
     other.set_port(other.port() ^ 1);
     pass(
         "a backend's packet to another port of the node",
@@ -175,125 +272,205 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
         UPLINK,
         &cast.next(cast.backend, other),
     );
-}
 
-fn limits(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
-    let (remote, world) = REMOTE.set(cast);
-    let connection = REMOTE.masqueraded(&remote).state(state::ESTABLISHED);
-    let world = world.flows(connection.both()).marks(mark::MASQUERADED);
-    for (what, frame, translated) in [
-        (
-            "packet",
-            remote.next(remote.client, remote.frontend),
-            remote.next(connection.seen_as, remote.backend),
-        ),
-        (
-            "reply",
-            remote.next(remote.backend, connection.seen_as),
-            remote.next(remote.frontend, remote.client),
-        ),
-    ] {
-        let frame = frame.at(mac(UPLINK));
-        for ttl in [0, 1] {
-            let name = format!("{title}: a masqueraded flow's {what} with a TTL of {ttl}");
-            table.add(Case::new(name, &world, Program::Ingress, UPLINK, &frame.clone().ttl(ttl)).refused(
-                &super::reject::time_exceeded(&frame.clone().ttl(ttl)),
-                Reason::TtlExceeded,
-                ONE,
-            ));
-        }
-        let name = format!("{title}: a masqueraded flow's {what} with a TTL of 2");
-        let case = Case::new(name, &world, Program::Ingress, UPLINK, &frame.ttl(2))
-            .becomes(&translated.at(mac(UPLINK)).ttl(1))
-            .ends(End::Redirect);
-        table.add(if what == "reply" { case.reply(ONE) } else { case.forward(ONE) });
-    }
-    too_big(table, cast);
-
-    let (gone, world) = REMOTE.set(&cast.client_in(NET_UNROUTED));
-    let connection = REMOTE.masqueraded(&gone).state(state::ESTABLISHED);
-    let world = world.flows(connection.both()).marks(mark::MASQUERADED);
-    let reply = gone.next(gone.backend, connection.seen_as).at(mac(UPLINK));
+    let (local, world) = LOCAL.set(&cast);
+    let near = LOCAL.masqueraded(&local).state(state::ESTABLISHED);
+    let far = LOCAL.source(&local).state(state::ESTABLISHED);
+    let world = world.flows(flows_of(&near, &far)).marks(mark::MASQUERADED);
+    let next = local.next(local.client, local.frontend).at(mac(UPLINK));
     table.add(
         Case::new(
-            format!("{title}: a reply to a masqueraded client that no route leads to any more"),
+            format!("{title}: XDP takes a packet of a masqueraded flow to a local backend"),
             &world,
-            Program::Ingress,
+            Program::Xdp,
             UPLINK,
-            &reply,
+            &next,
         )
-        .dropped(Reason::NoRoute, ONE),
+        .becomes(&next.clone().to(local.backend))
+        .forward(ONE),
+    );
+    // An answer of a local backend comes in by no uplink, and XDP finishes what it can.
+    let answer = local.next(local.backend, far.seen_as).at(mac(UPLINK));
+    table.add(
+        Case::new(
+            format!("{title}: XDP takes a reply of a local backend to a masqueraded client"),
+            &world,
+            Program::Xdp,
+            UPLINK,
+            &answer,
+        )
+        .becomes(&answer.clone().to(local.client)),
     );
 }
 
-/// Larger than the next device's MTU, either way.
-fn too_big(table: &mut Table, cast: &Cast) {
+/// A bridge's port, a device without an address, and a client that speaks to the backend directly as well.
+fn beside(table: &mut Table, cast: &Cast) {
     let title = cast.title();
-    let kind = if cast.version == Version::V4 { (3, 4) } else { (2, 0) };
-    let data = [0xab; 1300];
-    for (what, cast, place) in
-        [("packet", *cast, BEHIND_NARROW), ("reply", cast.client_in(NET_NARROW), REMOTE)]
-    {
-        let (cast, world) = place.set(&cast);
-        let connection = place.masqueraded(&cast).state(state::ESTABLISHED);
-        let world = world.flows(connection.both()).marks(mark::MASQUERADED);
-        let (from, to) =
-            if what == "packet" { (cast.client, cast.frontend) } else { (cast.backend, connection.seen_as) };
-        let frame = match cast.protocol {
-            TCP => Frame::tcp(from, to, ACK, &data),
-            _ => Frame::udp(from, to, &data),
-        };
-        let mut frame = frame.at(mac(UPLINK));
-        let answer = super::reject::error(&frame, kind, NARROW_MTU).turned();
-        table.add(
-            Case::new(
-                format!("{title}: a masqueraded flow's {what} that is too big is answered to its sender"),
-                &world,
-                Program::Ingress,
-                UPLINK,
-                &frame,
-            )
-            .becomes(&answer)
-            .ends(End::Redirect)
-            .reason(Reason::TooBig, ONE),
-        );
-        if cast.version == Version::V4 {
-            frame.fragment = 0;
-            table.add(
-                Case::new(
-                    format!("{title}: a masqueraded flow's {what} that is too big and may be fragmented"),
-                    &world,
-                    Program::Ingress,
-                    UPLINK,
-                    &frame,
-                )
-                .dropped(Reason::TooBig, ONE),
-            );
+    // Both are ports of one bridge: what keeps its source is bridged, what is masqueraded is routed.
+    let pod = cast.client_in(NET_PODS);
+    let bridged = pod.backend_in(NET_BACKENDS);
+    for (what, all) in [("masqueraded", true), ("with its own source", false)] {
+        let mut world = bridged.world().backend_flags(ONE, LOCAL.backend_flags());
+        if all {
+            world.settings.masquerade = sluice_common::abi::masquerade::ALL;
         }
-        // An error is never answered with another (RFC 1122, 3.2.2; RFC 4443, 2.4).
-        let quoted = if what == "packet" {
-            Frame::udp(cast.frontend, cast.client, &data)
+        world.devices.get_mut(&EDGE).expect("the edge").bridge = BRIDGE;
+        let first = bridged.first(bridged.client, bridged.frontend);
+        let becomes = first.clone().to(bridged.backend);
+        let case = Case::new(
+            format!("{title}: a bridge's port, a pod {what}"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .opens(ONE);
+        table.add(if all {
+            case.becomes(&becomes).embryonic([LOCAL.masqueraded(&bridged).both()]).marks(mark::MASQUERADED)
         } else {
-            Frame::udp(connection.seen_as, cast.backend, &data)
+            case.becomes(&becomes.at(crate::packets::world::BACKEND_MAC))
+                .embryonic([LOCAL.kept(&bridged).both()])
+        });
+        if all {
+            let met = LOCAL.met(&bridged, &world);
+            let name = format!("{title}: a masqueraded pod's packet leaves by a bridge's port");
+            table.add(leaves(name, &bridged, &met, LOCAL, &LOCAL.source(&bridged)));
+        }
+    }
+
+    for place in [REMOTE, LOCAL] {
+        let (cast, world) = place.set(cast);
+        let mut world = place.met(&cast, &world);
+        let device = world.devices.get_mut(&place.device).expect("the backend's device");
+        (device.masquerade_v4, device.masquerade_v6) = Default::default();
+        let (program, frame) = place.out(cast.first(cast.client, cast.backend));
+        let name = format!("{title}: no address to masquerade with on device {}", place.device);
+        table.add(Case::new(name, &world, program, place.device, &frame).dropped(Reason::NoRoute, ONE));
+    }
+
+    // A direct connection of the same client port: the masqueraded flow's reply tuple is taken.
+    let (local, world) = LOCAL.set(&cast.client_in(NET_PODS));
+    let near = LOCAL.masqueraded(&local).state(state::ESTABLISHED);
+    let far = LOCAL.source(&local).state(state::ESTABLISHED);
+    let world = world.flows(flows_of(&near, &far)).marks(mark::MASQUERADED);
+    let first = local.first(local.client, local.backend);
+    let seen_as = super::clash::tried(&local, local.backend, 1);
+    let direct = Connection {
+        frontend: local.backend,
+        seen_as,
+        id: 0,
+        generation: 0,
+        service_port: 0,
+        flags: flow::DIRECT,
+        ..local.connection()
+    };
+    table.add(
+        Case::new(
+            format!("{title}: a direct connection beside a masqueraded flow gets another port"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .becomes(&first.clone().from(seen_as))
+        .reason(Reason::DirectRemapped, 0)
+        .embryonic([direct.both()])
+        .marks(mark::DIRECT | mark::MASQUERADED),
+    );
+    // Having its own port, it is no masqueraded client's where it leaves.
+    let both = world.embryonic(direct.both()).marks(mark::DIRECT | mark::MASQUERADED);
+    let sent = local.first(seen_as, local.backend);
+    table.add(Case::new(
+        format!("{title}: a direct connection beside a masqueraded flow leaves with its source"),
+        &both,
+        Program::Egress,
+        EDGE,
+        &sent,
+    ));
+}
+
+/// The route back to the client leaves by another device than the client came in by.
+fn away(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (what, place, flags) in
+        [("masqueraded", REMOTE, flow::MASQUERADED), ("with its own source", LOCAL, flow::LOCAL)]
+    {
+        let (cast, world) = place.set(cast);
+        let near = cast.connection().state(state::ESTABLISHED).flags(flags);
+        let world = world.kind(ONE, frontend::EXTERNAL_IP).marks(mark::MASQUERADED);
+        let reply = cast.next(cast.backend, cast.client);
+        let becomes = reply.clone().from(cast.frontend);
+        let case = |name: &str, world: &World| {
+            Case::new(format!("{title}: {name}, {what}"), world, Program::Egress, UPLINK, &reply).reply(ONE)
         };
-        let quoted = match cast.protocol {
-            TCP if what == "packet" => Frame::tcp(cast.frontend, cast.client, ACK, &data),
-            TCP => Frame::tcp(connection.seen_as, cast.backend, ACK, &data),
-            _ => quoted,
-        };
-        let unreachable = if cast.version == Version::V4 { (3, 3) } else { (1, 4) };
-        let error = Frame::icmp(from.ip(), to.ip(), unreachable, 0, &quoted.packet()).at(mac(UPLINK));
+        let away = near.flags(flags | flow::AWAY);
+        table.add(
+            case("a reply that leaves by another device is routed", &world.clone().flows(away.both()))
+                .routed(&becomes),
+        );
+        table.add(
+            case("a reply that leaves by its client's device is not", &world.clone().flows(near.both()))
+                .becomes(&becomes),
+        );
+        let next = cast.next(cast.client, cast.frontend).bare();
         table.add(
             Case::new(
-                format!("{title}: a too big error on the way of a masqueraded flow's {what} is dropped"),
-                &world,
-                Program::Ingress,
-                UPLINK,
-                &error,
+                format!("{title}: a packet of a flow whose replies leave by another device, {what}"),
+                &world.clone().flows(away.both()),
+                Program::IngressBare,
+                TUNNEL,
+                &next,
             )
-            .dropped(Reason::TooBig, ONE),
+            .becomes(&next.clone().to(cast.backend))
+            .forward(ONE),
         );
+
+        // Sent on by us: as the stack would.
+        let gone = cast.client_in(NET_UNROUTED);
+        let connection = gone.connection().state(state::ESTABLISHED).flags(flags | flow::AWAY);
+        let name = format!("{title}: a reply that is to be routed and that no route leads to, {what}");
+        table.add(
+            Case::new(
+                name,
+                &world.clone().flows(connection.both()),
+                Program::Egress,
+                UPLINK,
+                &gone.next(gone.backend, gone.client),
+            )
+            .dropped(Reason::NoRoute, ONE),
+        );
+        let narrow = cast.client_in(NET_NARROW);
+        let connection = narrow.connection().state(state::ESTABLISHED).flags(flags | flow::AWAY);
+        let frame = match cast.protocol {
+            TCP => Frame::tcp(narrow.backend, narrow.client, ACK, &[0xab; 1300]),
+            _ => Frame::udp(narrow.backend, narrow.client, &[0xab; 1300]),
+        };
+        let kind = if cast.version == Version::V4 { (3, 4) } else { (2, 0) };
+        let answer = super::reject::error(&frame, kind, NARROW_MTU).at(mac(UPLINK));
+        let name = format!("{title}: a reply that is to be routed and is too big, {what}");
+        table.add(
+            Case::new(name, &world.flows(connection.both()), Program::Egress, UPLINK, &frame)
+                .becomes(&answer)
+                .ends(End::Redirect)
+                .reason(Reason::TooBig, ONE),
+        );
+    }
+}
+
+/// TTL, MTU and routes are the stack's business, which each packet passes between both translations.
+fn stack(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (cast, world) = REMOTE.set(&cast.client_in(NET_UNROUTED));
+    let near = REMOTE.masqueraded(&cast).state(state::ESTABLISHED);
+    let far = REMOTE.source(&cast).state(state::ESTABLISHED);
+    let world = world.flows(flows_of(&near, &far)).marks(mark::MASQUERADED);
+    let large = |from, to, _| match cast.protocol {
+        TCP => Frame::tcp(from, to, ACK, &[0xab; 1400]).ttl(1),
+        _ => Frame::udp(from, to, &[0xab; 1400]).ttl(1),
+    };
+    for meeting in meetings(&cast, NARROW, REMOTE, large) {
+        let name = format!("{title}: what only the stack may refuse, {}", meeting.what);
+        table.add(meeting.case(&name, &world));
     }
 }
 
@@ -306,87 +483,92 @@ fn errors(table: &mut Table, cast: &Cast) {
     };
     for (pair, net, ifindex, place) in PAIRS {
         let (cast, world) = place.set(&cast.client_in(net));
-        let connection = place.masqueraded(&cast).state(state::ESTABLISHED);
-        let world = world.flows(connection.both()).marks(mark::MASQUERADED);
-        let node = connection.seen_as.ip();
+        let near = place.masqueraded(&cast).state(state::ESTABLISHED);
+        let far = place.source(&cast).state(state::ESTABLISHED);
+        let world = world.flows(flows_of(&near, &far)).marks(mark::MASQUERADED);
+        let (client, frontend, backend, node) = (cast.client, cast.frontend, cast.backend, far.seen_as);
         for (what, kind, rest) in kinds {
-            let mut add = |who: &str, ifindex, error: Frame, becomes: Frame, cut: bool| {
-                let (program, error) = on(ifindex, error);
-                let becomes = on(ifindex, becomes.ttl(60)).1;
+            let error = |from: IpAddr, to: SocketAddr, quoted: Frame| {
+                Frame::icmp(from, to.ip(), kind, rest, &quoted.packet())
+            };
+            let mut add = |who: &str, near: bool, program, ifindex, (is, becomes), cut| {
                 let case = Case::new(
                     format!("{title}: {what} from {who}, masqueraded {pair}"),
                     &world,
                     program,
                     ifindex,
-                    &error,
+                    &is,
                 )
-                .routed(&becomes)
-                .reason(Reason::IcmpError, ONE);
+                .becomes(&becomes);
+                let case = if near { case.reason(Reason::IcmpError, ONE) } else { case };
                 if cut { table.cut(case) } else { table.add(case) }
             };
-            let question = cast.next(connection.seen_as, cast.backend);
-            let shown = cast.next(cast.client, cast.frontend);
-            for (who, from, seen) in [
-                ("the backend about a packet", cast.backend.ip(), cast.frontend.ip()),
-                ("a router about a packet to the backend", cast.router, cast.router),
-            ] {
-                let error = Frame::icmp(from, node, kind, rest, &question.packet());
-                let becomes = Frame::icmp(seen, cast.client.ip(), kind, rest, &shown.packet());
-                add(who, place.device, error, becomes, from == cast.router && pair == PAIRS[1].0);
+            for (who, from, seen) in
+                [("the backend", backend.ip(), frontend.ip()), ("a router", cast.router, cast.router)]
+            {
+                let cut = from == cast.router && pair == PAIRS[1].0;
+                let sent = error(from, node, cast.next(node, backend));
+                let between = error(from, client, cast.next(client, backend));
+                let shown = error(seen, client, cast.next(client, frontend));
+                let (program, sent) = on(place.device, sent);
+                let becomes = on(place.device, between.clone()).1;
+                let name = format!("{who} about a packet comes in");
+                add(&name, false, program, place.device, (sent, becomes), cut);
+                let name = format!("{who} about a packet leaves");
+                add(&name, true, Program::Egress, ifindex, (between, shown), cut);
             }
-            let reply = cast.next(cast.frontend, cast.client);
-            let shown = cast.next(cast.backend, connection.seen_as);
-            for (who, from, seen) in [
-                ("the client about a reply", cast.client.ip(), node),
-                ("a router about a reply to the client", cast.router, cast.router),
-            ] {
-                let error = Frame::icmp(from, cast.frontend.ip(), kind, rest, &reply.packet());
-                let becomes = Frame::icmp(seen, cast.backend.ip(), kind, rest, &shown.packet());
-                add(who, ifindex, error, becomes, from == cast.router && pair == PAIRS[1].0);
+            for (who, from, seen) in
+                [("the client", client.ip(), node.ip()), ("a router", cast.router, cast.router)]
+            {
+                let cut = from == cast.router && pair == PAIRS[1].0;
+                let sent = error(from, frontend, cast.next(frontend, client));
+                let between = error(from, backend, cast.next(backend, client));
+                let shown = error(seen, backend, cast.next(backend, node));
+                let (program, sent) = on(ifindex, sent);
+                let becomes = on(ifindex, between.clone()).1;
+                let name = format!("{who} about a reply comes in");
+                add(&name, true, program, ifindex, (sent, becomes), cut);
+                let (program, between) = place.out(between);
+                let becomes = place.out(shown).1;
+                let name = format!("{who} about a reply leaves");
+                add(&name, false, program, place.device, (between, becomes), cut);
             }
         }
     }
     let (cast, world) = REMOTE.set(cast);
-    let connection = REMOTE.masqueraded(&cast).state(state::ESTABLISHED);
+    let near = REMOTE.masqueraded(&cast);
+    let far = REMOTE.source(&cast);
     let (_, kind, rest) = kinds[0];
-    let node = connection.seen_as.ip();
-    let question = cast.next(connection.seen_as, cast.backend);
-    let error = Frame::icmp(cast.router, node, kind, rest, &question.packet()).at(mac(UPLINK));
-    let flows = world.clone().flows(connection.both()).marks(mark::MASQUERADED);
-    let mut pass = |what: &str, world: &World, program, error: &Frame| {
-        table.add(Case::new(format!("{title}: {what}"), world, program, UPLINK, error));
-    };
-    pass(
-        "an error about a packet that this node itself sent",
-        &world.clone().marks(mark::MASQUERADED),
+    let node = far.seen_as;
+    let question = cast.next(node, cast.backend);
+    let error = Frame::icmp(cast.router, node.ip(), kind, rest, &question.packet()).at(mac(UPLINK));
+    let known = world.clone().embryonic(flows_of(&near, &far)).marks(mark::MASQUERADED);
+    table.add(Case::new(
+        format!("{title}: an error about a packet that this node itself sent"),
+        &world.marks(mark::MASQUERADED),
         Program::Ingress,
+        UPLINK,
         &error,
-    );
-    pass("XDP leaves an error about a masqueraded packet", &flows, Program::Xdp, &error);
+    ));
+    table.add(Case::new(
+        format!("{title}: XDP leaves an error about a masqueraded packet"),
+        &known,
+        Program::Xdp,
+        UPLINK,
+        &error,
+    ));
+    let error = error.ttl(1);
+    let becomes = cast.next(cast.client, cast.backend);
+    let becomes = Frame::icmp(cast.router, cast.client.ip(), kind, rest, &becomes.packet());
     table.add(
         Case::new(
-            format!("{title}: an error about a masqueraded packet with a TTL of 1"),
-            &flows,
-            Program::Ingress,
-            UPLINK,
-            &error.ttl(1),
-        )
-        .dropped(Reason::TtlExceeded, ONE),
-    );
-    let unproven = REMOTE.masqueraded(&cast);
-    let error = Frame::icmp(cast.backend.ip(), node, kind, rest, &question.packet()).at(mac(UPLINK));
-    let shown = cast.next(cast.client, cast.frontend);
-    let becomes = Frame::icmp(cast.frontend.ip(), cast.client.ip(), kind, rest, &shown.packet());
-    table.add(
-        Case::new(
-            format!("{title}: an error about the first packet of a masqueraded flow"),
-            &world.embryonic(unproven.both()).marks(mark::MASQUERADED),
+            format!("{title}: an error about the first packet of a masqueraded flow, with a TTL of 1"),
+            &known,
             Program::Ingress,
             UPLINK,
             &error,
         )
-        .routed(&becomes.at(mac(UPLINK)).ttl(60))
-        .reason(Reason::IcmpError, ONE),
+        .becomes(&becomes.at(mac(UPLINK)).ttl(1)),
     );
 }
 
@@ -446,78 +628,55 @@ fn host(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// TCP's states are followed as elsewhere.
+/// TCP's states are followed by both pairs of entries.
 fn states(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (cast, world) = REMOTE.set(cast);
-    let connection = REMOTE.masqueraded(&cast);
+    let (near, far) = (REMOTE.masqueraded(&cast), REMOTE.source(&cast));
     let world = world.marks(mark::MASQUERADED);
-    let at = mac(UPLINK);
-    let ack = Frame::tcp(cast.client, cast.frontend, ACK, &[]).at(at);
-    table.add(
-        Case::new(
-            format!("{title}: a masqueraded client's second packet proves the flow"),
-            &world.clone().embryonic(connection.both()),
-            Program::Ingress,
-            UPLINK,
-            &ack,
-        )
-        .routed(&ack.clone().from(connection.seen_as).to(cast.backend).ttl(60))
-        .forward(ONE)
-        .flows([connection.state(state::ESTABLISHED).both()])
-        .embryonic([]),
-    );
-    let proven = connection.state(state::ESTABLISHED);
-    let world = world.flows(proven.both());
+    let young = world.clone().embryonic(flows_of(&near, &far));
+    for meeting in meetings(&cast, UPLINK, REMOTE, |from, to, _| Frame::tcp(from, to, ACK, &[])) {
+        let name = format!("{title}: the second packet of a masqueraded flow, {}", meeting.what);
+        let case = meeting.case(&name, &young);
+        let (own, other) = if meeting.near { (near, far) } else { (far, near) };
+        table.add(if meeting.reply {
+            case
+        } else {
+            case.flows([own.state(state::ESTABLISHED).both()]).embryonic([other.both()])
+        });
+    }
+    let (near, far) = (near.state(state::ESTABLISHED), far.state(state::ESTABLISHED));
+    let proven = world.clone().flows(flows_of(&near, &far));
     for (what, flags, forward, reply) in [
         ("FIN", FIN | ACK, state::FIN_FORWARD, state::FIN_REPLY),
         ("RST", RST | ACK, state::RESET, state::RESET),
     ] {
-        let frame = Frame::tcp(cast.client, cast.frontend, flags, &[]).at(at);
-        table.add(
-            Case::new(
-                format!("{title}: a masqueraded client's {what}"),
-                &world,
-                Program::Ingress,
-                UPLINK,
-                &frame,
-            )
-            .routed(&frame.clone().from(connection.seen_as).to(cast.backend).ttl(60))
-            .forward(ONE)
-            .flows([proven.state(state::ESTABLISHED | forward).both()]),
-        );
-        let frame = Frame::tcp(cast.backend, connection.seen_as, flags, &[]).at(at);
-        table.add(
-            Case::new(
-                format!("{title}: a backend's {what} to a masqueraded client"),
-                &world,
-                Program::Ingress,
-                UPLINK,
-                &frame,
-            )
-            .routed(&frame.clone().from(cast.frontend).to(cast.client).ttl(60))
-            .reply(ONE)
-            .flows([proven.state(state::ESTABLISHED | reply).both()]),
-        );
+        for meeting in meetings(&cast, UPLINK, REMOTE, |from, to, _| Frame::tcp(from, to, flags, &[])) {
+            let name = format!("{title}: a {what} of a masqueraded flow, {}", meeting.what);
+            let (own, other) = if meeting.near { (near, far) } else { (far, near) };
+            let own = own.state(state::ESTABLISHED | if meeting.reply { reply } else { forward });
+            table.add(meeting.case(&name, &proven).flows([flows_of(&own, &other)]));
+        }
     }
-    // Both entries lost: the port follows from the tuple, so that the backend sees the same client again.
     let (_, lost) = REMOTE.set(&cast);
-    let data = cast.next(cast.client, cast.frontend).at(at);
+    let lost =
+        lost.modes(sluice_common::abi::masquerade::KUBE_PROXY, sluice_common::abi::detect_local::DEVICE);
+    let data = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
     table.add(
         Case::new(
-            format!("{title}: a masqueraded connection whose entries were lost has its port again"),
+            format!("{title}: a masqueraded connection whose entries were all lost"),
             &lost,
             Program::Ingress,
             UPLINK,
             &data,
         )
-        .routed(&data.clone().from(connection.seen_as).to(cast.backend).ttl(60))
+        .becomes(&data.clone().to(cast.backend))
         .reason(Reason::Recovered, ONE)
-        .flows([proven.both()])
+        .flows([near.both()])
         .marks(mark::MASQUERADED),
     );
     let stray: IpAddr = cast.node_on(UPLINK);
-    let reset = Frame::tcp(std::net::SocketAddr::new(stray, 40_001), cast.backend, RST, &[]).at(at);
+    let reset = Frame::tcp(SocketAddr::new(stray, 40_001), cast.backend, RST, &[]).at(mac(UPLINK));
     table.add(Case::new(
         format!("{title}: a bare reset from this node's own address shows no lost entry"),
         &lost,
@@ -525,10 +684,10 @@ fn states(table: &mut Table, cast: &Cast) {
         UPLINK,
         &reset,
     ));
-    let direct = Frame::tcp(connection.seen_as, cast.backend, SYN, &[]).at(at);
+    let direct = Frame::tcp(far.seen_as, cast.backend, SYN, &[]).at(mac(UPLINK));
     table.add(Case::new(
-        format!("{title}: a masqueraded flow's tuple is no direct connection's to remap"),
-        &lost.flows(proven.both()).marks(mark::MASQUERADED),
+        format!("{title}: a masqueraded client's source as the node is no direct connection's to remap"),
+        &proven,
         Program::Ingress,
         UPLINK,
         &direct,

@@ -7,6 +7,7 @@ use sluice_common::abi::{frontend, listing, state};
 
 use super::Table;
 use super::fragments::{long, parts, told};
+use super::masquerade::as_met;
 use crate::packets::case::{Case, Program};
 use crate::packets::frame::{Frame, TCP, UDP};
 use crate::packets::world::{Cast, EDGE, EMPTY, NARROW, ONE, OTHER, TUNNEL, UPLINK, Version, World, mac};
@@ -35,7 +36,7 @@ fn wildcard(cast: &Cast) -> SocketAddr {
 }
 
 /// The service port has a node port, served at the uplink's address alone.
-fn world(cast: &Cast, service_port: u32) -> World {
+pub(super) fn world(cast: &Cast, service_port: u32) -> World {
     // The node's own address is no frontend.
     let mut world = Cast::new(cast.version, cast.protocol).world();
     world.add_frontend(cast, service_port, wildcard(cast), frontend::NODE_PORT);
@@ -60,7 +61,7 @@ fn opening(table: &mut Table, cast: &Cast) {
         let case = Case::new(format!("{title}: a node port, {who}"), &world, program, ifindex, &first)
             .becomes(&first.clone().to(cast.backend))
             .opens(ONE)
-            .embryonic([connection.both()]);
+            .embryonic([as_met(cast, &world, ifindex, &connection).both()]);
         if who == "a client outside" { table.cut(case) } else { table.add(case) }
     }
     let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));

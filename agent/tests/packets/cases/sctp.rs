@@ -5,7 +5,7 @@ use sluice_common::abi::state;
 use sluice_common::path::mark;
 
 use super::Table;
-use super::masquerade::{LOCAL, REMOTE};
+use super::masquerade::{LOCAL, REMOTE, leaves};
 use super::reject::unreachable;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{
@@ -175,32 +175,29 @@ fn masqueraded(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     for (what, place) in [("remote", REMOTE), ("local", LOCAL)] {
         let (cast, world) = place.set(&cast.client_in(NET_PODS));
-        let connection = place.masqueraded(&cast).state(state::ESTABLISHED);
-        let world = world.flows(connection.both()).marks(mark::MASQUERADED);
+        let near = place.masqueraded(&cast).state(state::ESTABLISHED);
+        let far = place.source(&cast).state(state::ESTABLISHED);
+        let name = format!("{title}: a masqueraded INIT leaves, {what}");
+        table.add(leaves(name, &cast, &place.met(&cast, &world), place, &place.source(&cast)));
+        let world = world.flows(near.both()).flows(far.both()).marks(mark::MASQUERADED);
+        let add = |name: &str, program, ifindex, frame: Frame, becomes: Frame| {
+            let case = Case::new(format!("{title}: {name}, {what}"), &world, program, ifindex, &frame);
+            case.becomes(&becomes)
+        };
         let question = cast.next(cast.client, cast.frontend);
-        table.add(
-            Case::new(
-                format!("{title}: a masqueraded packet, {what}"),
-                &world,
-                Program::Ingress,
-                EDGE,
-                &question,
-            )
-            .routed(&question.clone().from(connection.seen_as).to(cast.backend).ttl(60))
-            .forward(ONE),
-        );
-        let answer = cast.next(cast.backend, connection.seen_as).at(mac(place.device));
-        table.add(
-            Case::new(
-                format!("{title}: a masqueraded reply, {what}"),
-                &world,
-                Program::Ingress,
-                place.device,
-                &answer,
-            )
-            .routed(&answer.clone().from(cast.frontend).to(cast.client).ttl(60))
-            .reply(ONE),
-        );
+        let becomes = question.clone().to(cast.backend);
+        let case = add("a masqueraded packet comes in", Program::Ingress, EDGE, question, becomes);
+        table.add(case.forward(ONE));
+        let sent = cast.next(cast.client, cast.backend);
+        let becomes = sent.clone().from(far.seen_as);
+        table.add(add("a masqueraded packet leaves", Program::Egress, place.device, sent, becomes));
+        let answer = cast.next(cast.backend, far.seen_as).at(mac(place.device));
+        let becomes = answer.clone().to(cast.client);
+        table.add(add("a masqueraded reply comes in", Program::Ingress, place.device, answer, becomes));
+        let answer = cast.next(cast.backend, cast.client);
+        let becomes = answer.clone().from(cast.frontend);
+        let case = add("a masqueraded reply leaves", Program::Egress, EDGE, answer, becomes);
+        table.add(case.reply(ONE));
     }
 }
 

@@ -7,7 +7,7 @@ use sluice_common::abi::{frontend, imported, listing, networks, phase, state};
 use sluice_common::path::mark;
 
 use super::Table;
-use super::masquerade::{REMOTE, opens};
+use super::masquerade::{REMOTE, leaves};
 use crate::packets::case::{Case, Program};
 use crate::packets::frame::{FIN, Frame, RST, SCTP, SYN, TCP, UDP};
 use crate::packets::world::{
@@ -34,7 +34,7 @@ pub(super) fn add(table: &mut Table) {
 }
 
 /// In a phase, with netfilter's packets.
-fn at(mut world: World, now: u32, packets: &[(SocketAddr, SocketAddr, u8, u32)]) -> World {
+pub(super) fn at(mut world: World, now: u32, packets: &[(SocketAddr, SocketAddr, u8, u32)]) -> World {
     world.settings.phase = now | if packets.is_empty() { 0 } else { phase::IMPORTED };
     for (source, destination, protocol, bits) in packets {
         let _ = world.imported.insert(tuple(*source, *destination, *protocol), *bits);
@@ -191,9 +191,13 @@ fn imports(table: &mut Table, cast: &Cast) {
     let _ = world.listing.remove(&unspecified(cast));
     let _ = world.node_ports.insert(node.port());
     let world = at(world, phase::SERVE, &[(backend, node, protocol, 0)]);
-    let reply = cast.next(backend, node);
-    let name = format!("{title}: a reply that netfilter expects at a node port's number");
-    table.add(Case::new(name, &world, Program::Ingress, UPLINK, &reply).reason(Reason::NetfilterFlow, ONE));
+    // What opens might be a client's, and is asked about; at an address of the node nothing else is taken for one's.
+    for (what, reply) in [("opens", cast.first(backend, node)), ("goes on", cast.next(backend, node))] {
+        let name = format!("{title}: what netfilter expects at a node port's number {what}");
+        let case = Case::new(name, &world, Program::Ingress, UPLINK, &reply);
+        let asked = what == "opens" || cast.protocol == UDP;
+        table.add(if asked { case.reason(Reason::NetfilterFlow, ONE) } else { case });
+    }
 }
 
 fn unspecified(cast: &Cast) -> std::net::IpAddr {
@@ -212,15 +216,16 @@ fn ports(table: &mut Table, cast: &Cast) {
     }
     let title = cast.title();
     let (cast, world) = REMOTE.set(cast);
-    let own = REMOTE.masqueraded(&cast);
+    let world = REMOTE.met(&cast, &world);
+    let own = REMOTE.source(&cast);
     for bits in [0, imported::CLOSING] {
         let taken = at(world.clone(), phase::SERVE, &[(own.backend, own.seen_as, cast.protocol, bits)]);
         let name = format!("{title}: a masqueraded client's port is netfilter's, bits {bits}");
-        table.add(opens(name, &cast, &taken, UPLINK, &REMOTE.masqueraded_at(&cast, 2)));
+        table.add(leaves(name, &cast, &taken, REMOTE, &REMOTE.source_at(&cast, 2)));
     }
     let elsewhere = at(world, phase::SERVE, &[(cast.other_backend, own.seen_as, cast.protocol, 0)]);
     let name = format!("{title}: a masqueraded client's port is netfilter's towards another backend alone");
-    table.add(opens(name, &cast, &elsewhere, UPLINK, &own));
+    table.add(leaves(name, &cast, &elsewhere, REMOTE, &own));
 }
 
 /// A client's reset of what it does not know, which tells that a reply's entry is lost: where it is proven.

@@ -1,0 +1,357 @@
+//! What leaves with an address of this node, and what comes back to it: this host's own traffic and netfilter's, beside
+//! that of masqueraded clients.
+
+use std::net::SocketAddr;
+
+use sluice_common::Reason;
+use sluice_common::abi::{flow, frontend, imported, listing, phase, state};
+use sluice_common::path::{UDP_IDLE_TICKS, mark};
+
+use super::Table;
+use super::clash::tried;
+use super::masquerade::{LOCAL, OVERLAY, REMOTE, leaves};
+use super::masqueraded::on;
+use super::takeover::at;
+use crate::packets::case::{Case, Program};
+use crate::packets::frame::{ACK, FIN, Frame, RST, SCTP, SYN, TCP, UDP};
+use crate::packets::world::{Cast, Connection, EDGE, NARROW, ONE, UPLINK, World, mac};
+
+/// Adds the cases.
+pub(super) fn add(table: &mut Table) {
+    for cast in [Cast::all(), Cast::of(SCTP)].concat() {
+        noted(table, &cast);
+        clashes(table, &cast);
+        own_address(table, &cast);
+    }
+    for cast in Cast::of(UDP) {
+        idle(table, &cast);
+        from_node_port(table, &cast);
+    }
+}
+
+/// Where the node's own packet has its port as it is, or another one.
+fn noted_as(cast: &Cast, own: SocketAddr, seen_as: SocketAddr) -> Connection {
+    Connection {
+        client: own,
+        frontend: cast.backend,
+        seen_as,
+        id: 0,
+        generation: 0,
+        service_port: 0,
+        flags: flow::SOURCE | flow::DIRECT,
+        ..cast.connection()
+    }
+}
+
+/// What opens a flow from the backend's side, and what answers.
+fn answer(cast: &Cast, to: SocketAddr) -> Frame {
+    match cast.protocol {
+        TCP => Frame::tcp(cast.backend, to, SYN | ACK, &[]),
+        _ => cast.next(cast.backend, to),
+    }
+}
+
+/// Ports that our clients are given are kept from them where this host or netfilter uses one.
+fn noted(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (where_to, place) in [("remote", REMOTE), ("overlay", OVERLAY), ("local", LOCAL)] {
+        let (cast, world) = place.set(cast);
+        let world = world.marks(mark::MASQUERADED);
+        let node = |port| SocketAddr::new(cast.node_on(place.device), port);
+        for port in [1_024, 29_999, 61_000, 65_535] {
+            for (what, frame) in [
+                ("opens", cast.first(node(port), cast.backend)),
+                ("goes on", cast.next(node(port), cast.backend)),
+            ] {
+                let own = noted_as(&cast, node(port), node(port));
+                let (program, frame) = place.out(frame);
+                let name = format!("{title}: this node's own port {port} {what}, {where_to}");
+                table.add(Case::new(name, &world, program, place.device, &frame).embryonic([own.both()]));
+            }
+        }
+        let mut pass = |what: &str, world: &World, source, destination| {
+            let (program, frame) = place.out(cast.first(source, destination));
+            let name = format!("{title}: {what}, {where_to}");
+            table.add(Case::new(name, world, program, place.device, &frame));
+        };
+        for port in [1, 1_023, 30_000, 60_999] {
+            pass(&format!("a port that no client is given, {port}"), &world, node(port), cast.backend);
+        }
+        let unmarked = world.clone().marks(0);
+        pass("this node's own port while nobody was masqueraded", &unmarked, node(5_000), cast.backend);
+        let mut stranger = cast.backend;
+        stranger.set_ip(cast.router);
+        pass("this node's own port to one that is no backend", &world, node(5_000), stranger);
+        pass("a client that keeps its source", &world, cast.client, cast.backend);
+
+        let own = noted_as(&cast, node(5_000), node(5_000));
+        let world = world.embryonic(own.both());
+        let (program, back) = on(place.device, answer(&cast, own.client));
+        let name = format!("{title}: the answer to this node's own port, {where_to}");
+        let case = Case::new(name, &world, program, place.device, &back);
+        table.add(match cast.protocol {
+            UDP => case.flows([own.state(state::ESTABLISHED).both()]).embryonic([]),
+            _ => case,
+        });
+        let kind = if cast.client.is_ipv4() { (3, 3) } else { (1, 4) };
+        let quoted = cast.next(own.client, cast.backend);
+        let error = Frame::icmp(cast.backend.ip(), own.client.ip(), kind, 0, &quoted.packet());
+        let (program, error) = on(place.device, error);
+        let name = format!("{title}: an error about a packet from this node's own port, {where_to}");
+        table.add(Case::new(name, &world, program, place.device, &error));
+        // Its tuple is no client's.
+        let source = place.source(&cast);
+        let taken = noted_as(&cast, source.seen_as, source.seen_as).state(state::ESTABLISHED);
+        let world = place.met(&cast, &world.embryonic([].into())).flows(taken.both());
+        let name = format!("{title}: a masqueraded client's port is this node's own, {where_to}");
+        table.add(leaves(name, &cast, &world, place, &place.source_at(&cast, 2)));
+    }
+}
+
+/// The node's own tuple is that of one of our clients.
+fn clashes(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (where_to, place) in [("remote", REMOTE), ("overlay", OVERLAY), ("local", LOCAL)] {
+        let (cast, world) = place.set(cast);
+        let near = place.masqueraded(&cast).state(state::ESTABLISHED);
+        let far = place.source(&cast).state(state::ESTABLISHED);
+        let world = world.flows(near.both()).flows(far.both()).marks(mark::MASQUERADED);
+        let node = far.seen_as;
+        let port = tried(&cast.client(node), cast.backend, 1).port();
+        let own = noted_as(&cast, node, SocketAddr::new(node.ip(), port));
+        for (what, frame) in
+            [("opens", cast.first(node, cast.backend)), ("goes on", cast.next(node, cast.backend))]
+        {
+            let name = format!("{title}: this node's own packet from a client's port {what}, {where_to}");
+            let (program, frame) = place.out(frame);
+            let case = Case::new(name, &world, program, place.device, &frame);
+            table.add(if what == "opens" || cast.protocol == UDP {
+                case.becomes(&frame.clone().from(own.seen_as)).embryonic([own.both()])
+            } else {
+                case
+            });
+        }
+        let proven = own.state(state::ESTABLISHED);
+        let known = world.clone().flows(proven.both());
+        let (program, next) = place.out(cast.next(node, cast.backend));
+        let name = format!("{title}: this node's own packet goes on from another port, {where_to}");
+        table.add(
+            Case::new(name, &known, program, place.device, &next).becomes(&next.clone().from(own.seen_as)),
+        );
+        let (program, back) = on(place.device, cast.next(cast.backend, own.seen_as));
+        let name = format!("{title}: the answer to another port finds this node's own, {where_to}");
+        table.add(Case::new(name, &known, program, place.device, &back).becomes(&back.clone().to(node)));
+        let (program, back) = on(place.device, cast.next(cast.backend, node));
+        let name = format!("{title}: the answer to the client's port is still its own, {where_to}");
+        table.add(
+            Case::new(name, &known, program, place.device, &back).becomes(&back.clone().to(cast.client)),
+        );
+
+        // A packet of this host's own, translated where it was sent, and met once more.
+        let host = SocketAddr::new(cast.node, 40_001);
+        let sent = Connection { client: host, seen_as: node, flags: flow::HOST, ..near };
+        let (_, world) = place.set(&cast);
+        let world = world.flows(sent.both()).marks(mark::HOST | mark::MASQUERADED);
+        for (what, frame) in
+            [("opens", cast.first(node, cast.backend)), ("goes on", cast.next(node, cast.backend))]
+        {
+            let name = format!("{title}: this host's translated packet is met once more, {what}, {where_to}");
+            let (program, frame) = place.out(frame);
+            table.add(Case::new(name, &world, program, place.device, &frame));
+        }
+    }
+}
+
+/// What was idle no longer keeps its tuple.
+fn idle(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (cast, world) = REMOTE.set(cast);
+    let world = world.marks(mark::MASQUERADED);
+    let node = SocketAddr::new(cast.node_on(UPLINK), 5_000);
+    let own = noted_as(&cast, node, node).state(state::ESTABLISHED);
+    for (what, age) in [("a while", UDP_IDLE_TICKS - 2), ("long", UDP_IDLE_TICKS + 2)] {
+        let world = world.clone().flows(own.age(age).both());
+        let (program, frame) = REMOTE.out(cast.next(node, cast.backend));
+        let case = Case::new(
+            format!("{title}: this node's own port was idle for {what}, a packet leaves"),
+            &world,
+            program,
+            UPLINK,
+            &frame,
+        );
+        table.add(if age < UDP_IDLE_TICKS {
+            case.flows([own.both()])
+        } else {
+            case.flows([]).embryonic([own.state(0).both()])
+        });
+        let (program, frame) = on(UPLINK, cast.next(cast.backend, node));
+        let case = Case::new(
+            format!("{title}: this node's own port was idle for {what}, a packet comes in"),
+            &world,
+            program,
+            UPLINK,
+            &frame,
+        );
+        table.add(if age < UDP_IDLE_TICKS { case.flows([own.both()]) } else { case });
+    }
+}
+
+/// A node port.
+const PORT: u16 = 30_080;
+
+/// A name server outside that this node asks from a node port's number.
+fn from_node_port(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let node = SocketAddr::new(cast.node, PORT);
+    let served = cast.frontend(node);
+    let world = super::node_ports::world(&served, ONE);
+    let peer = cast.client;
+    let server = Cast { backend: peer, ..served };
+    let own = noted_as(&server, node, node);
+    let question = cast.first(node, peer);
+    let case = |what: &str, world: &World, program, frame: &Frame| {
+        Case::new(format!("{title}: {what}"), world, program, UPLINK, frame)
+    };
+    table.cut(
+        case("a question leaves from a node port's number", &world, Program::Egress, &question)
+            .embryonic([own.both()]),
+    );
+    let reply = cast.next(peer, node).at(mac(UPLINK));
+    for (what, age) in [("is left alone", 0), ("is left alone after a while", UDP_IDLE_TICKS - 2)] {
+        let young = world.clone().embryonic(own.age(age).both());
+        table.add(
+            case(&format!("the answer to a node port's number {what}"), &young, Program::Ingress, &reply)
+                .flows([own.state(state::ESTABLISHED).both()])
+                .embryonic([]),
+        );
+        let name = format!("XDP leaves the answer to a node port's number that {what}");
+        table.add(case(&name, &young, Program::Xdp, &reply));
+    }
+    let old = own.state(state::ESTABLISHED).age(UDP_IDLE_TICKS + 2);
+    let opened = served.connection();
+    for program in [Program::Ingress, Program::Xdp] {
+        let name = format!("nothing was asked from a node port's number for long, {}", program.name());
+        table.add(
+            case(&name, &world.clone().flows(old.both()), program, &reply)
+                .becomes(&reply.clone().to(served.backend))
+                .opens(ONE)
+                .flows([])
+                .embryonic([opened.both()]),
+        );
+    }
+    // Nor is it ours while netfilter serves.
+    let passive = at(world.clone().flows(old.both()), phase::PASSIVE, &[]);
+    table.add(
+        case(
+            "nothing was asked from a node port's number for long, passive",
+            &passive,
+            Program::Ingress,
+            &reply,
+        )
+        .reason(Reason::NotTaken, ONE),
+    );
+    let other = cast.first(SocketAddr::new(cast.node_on(NARROW), PORT), peer);
+    table.add(case(
+        "a question leaves from a node port's number, of an address without node ports",
+        &world,
+        Program::Egress,
+        &other,
+    ));
+    let other = cast.first(SocketAddr::new(cast.node, PORT + 1), peer);
+    table.add(case("a question leaves from a port next to a node port", &world, Program::Egress, &other));
+    let tcp = Frame::tcp(node, peer, SYN, &[]);
+    table.add(case("a connection leaves from a node port's number", &world, Program::Egress, &tcp));
+    let fragments = super::fragments::parts(&super::fragments::long(cast, node, peer));
+    let told = super::fragments::told(cast, node, peer, true, 0);
+    table.add(
+        case("a first fragment leaves from a node port's number", &world, Program::Egress, &fragments[0])
+            .embryonic([own.both()])
+            .fragments(told),
+    );
+    let answers = super::fragments::parts(&super::fragments::long(cast, peer, node).at(mac(UPLINK)));
+    let told = super::fragments::told(cast, peer, node, true, 0);
+    let proven = own.state(state::ESTABLISHED);
+    let known = world.flows(proven.both());
+    table.add(
+        case("a first fragment answers a node port's number", &known, Program::Ingress, &answers[0])
+            .fragments(told.clone()),
+    );
+    let known = known.fragments(told);
+    table.add(case("a later fragment answers a node port's number", &known, Program::Ingress, &answers[1]));
+}
+
+/// At an address of the node itself nothing is taken for a client's but what opens.
+fn own_address(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let node = SocketAddr::new(cast.node, PORT);
+    let node_port = cast.frontend(node);
+    let mut held = cast.world().kind(ONE, frontend::EXTERNAL_IP);
+    *held.listing.entry(cast.frontend.ip()).or_default() |= listing::NODE;
+    for (where_to, cast, world) in [
+        ("a node port", node_port, super::node_ports::world(&node_port, ONE)),
+        ("a frontend that a device holds", *cast, held),
+    ] {
+        let first = cast.first(cast.client, cast.frontend);
+        let mut others: Vec<(String, Frame)> = match cast.protocol {
+            TCP => {
+                [("SYN and ACK", SYN | ACK), ("ACK", ACK), ("FIN", FIN | ACK), ("RST", RST), ("no flag", 0)]
+                    .map(|(what, flags)| (what.into(), Frame::tcp(cast.client, cast.frontend, flags, &[])))
+                    .into()
+            }
+            SCTP => vec![("data".into(), cast.next(cast.client, cast.frontend))],
+            _ => Vec::new(),
+        };
+        let connection = cast.connection();
+        for (program, ifindex) in
+            [(Program::Ingress, UPLINK), (Program::Ingress, EDGE), (Program::Xdp, UPLINK)]
+        {
+            let by = format!("{}, device {ifindex}", program.name());
+            for (what, frame) in &mut others {
+                let frame = frame.clone().at(mac(ifindex));
+                let name = format!("{title}: {what} to {where_to} that nothing is known of, {by}");
+                table.add(Case::new(name, &world, program, ifindex, &frame));
+                let passive = at(world.clone(), phase::PASSIVE, &[]);
+                let name = format!("{title}: {what} to {where_to} that nothing is known of, passive, {by}");
+                table.add(Case::new(name, &passive, program, ifindex, &frame));
+            }
+            let first = first.clone().at(mac(ifindex));
+            let taken = |name: String, world: &World| {
+                Case::new(name, world, program, ifindex, &first)
+                    .becomes(&first.clone().to(cast.backend))
+                    .opens(ONE)
+                    .embryonic([connection.both()])
+            };
+            let left = |name: String, world: &World, reason| {
+                let case = Case::new(name, world, program, ifindex, &first);
+                if program == Program::Xdp { case } else { case.reason(reason, ONE) }
+            };
+            table.add(taken(format!("{title}: what opens at {where_to}, {by}"), &world));
+            let name = format!("{title}: what opens at {where_to}, passive, {by}");
+            table.add(left(name, &at(world.clone(), phase::PASSIVE, &[]), Reason::NotTaken));
+            let name = format!("{title}: what opens at {where_to} while connections are imported, {by}");
+            let import = at(world.clone(), phase::IMPORT, &[]);
+            table.add(match cast.protocol {
+                UDP => left(name, &import, Reason::NotTaken),
+                _ => taken(name, &import),
+            });
+            for bits in [0, imported::CLOSING] {
+                let name = format!("{title}: what opens at {where_to} was netfilter's, bits {bits}, {by}");
+                let known =
+                    at(world.clone(), phase::SERVE, &[(cast.client, cast.frontend, cast.protocol, bits)]);
+                table.add(if bits == 0 || cast.protocol == UDP {
+                    left(name, &known, Reason::NetfilterFlow)
+                } else {
+                    taken(name, &known)
+                });
+            }
+            let next = cast.next(cast.client, cast.frontend).at(mac(ifindex));
+            let proven = connection.state(state::ESTABLISHED);
+            let name = format!("{title}: a known flow goes on at {where_to}, {by}");
+            table.add(
+                Case::new(name, &world.clone().flows(proven.both()), program, ifindex, &next)
+                    .becomes(&next.clone().to(cast.backend))
+                    .forward(ONE),
+            );
+        }
+    }
+}
