@@ -180,8 +180,11 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     if let Err(error) = &written {
         tracing::warn!("{error}");
     }
-    let sysctls = options.proc_sys.join(ports::SYSCTLS);
-    let reserved = ports::reserve(&sysctls, &status::reserved_ports(&options.state_dir))?;
+    let reserved_ports = ReservedPorts {
+        sysctls: options.proc_sys.join(ports::SYSCTLS),
+        record: status::reserved_ports(&options.state_dir),
+    };
+    let reserved = ports::reserve(&reserved_ports.sysctls, &reserved_ports.record)?;
     if let Some(ports) = reserved {
         tracing::info!(ports, "entered ports of masqueraded clients into net.ipv4.ip_local_reserved_ports");
     }
@@ -272,6 +275,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         beside: Beside::start(monitor, options.monitor, progress, &options.node, announcing),
         takeover,
         reload: options.reload,
+        reserved_ports,
         refused: None,
         unwritten: written.is_err(),
     };
@@ -392,6 +396,33 @@ async fn start_sources(
     Ok((sources, announcing))
 }
 
+/// Where ports are kept from the node's own sockets.
+#[derive(Debug)]
+struct ReservedPorts {
+    sysctls: PathBuf,
+    record: PathBuf,
+}
+
+impl ReservedPorts {
+    /// Keeps node ports from the node's own sockets, whose answers would meet clients' questions.
+    fn follow(&self, node_ports: &BTreeSet<u16>) {
+        match ports::follow_node_ports(&self.sysctls, &self.record, node_ports) {
+            Ok((added, given_back)) => {
+                if !added.is_empty() {
+                    tracing::info!(ports = added, "entered node ports into net.ipv4.ip_local_reserved_ports");
+                }
+                if !given_back.is_empty() {
+                    tracing::info!(
+                        ports = given_back,
+                        "took node ports out of net.ipv4.ip_local_reserved_ports"
+                    );
+                }
+            }
+            Err(error) => tracing::warn!("{error}"),
+        }
+    }
+}
+
 /// The running agent's parts.
 #[derive(Debug)]
 struct Agent {
@@ -417,6 +448,7 @@ struct Agent {
     beside: Beside,
     takeover: Takeover,
     reload: Reload,
+    reserved_ports: ReservedPorts,
     /// Why changed options cannot be used.
     refused: Option<String>,
     /// Whether the last status could not be written.
@@ -497,6 +529,9 @@ impl Agent {
             }
             if let Some(vips) = self.sync.take_vips() {
                 let _ = self.vips.send_replace(vips);
+            }
+            if let Some(node_ports) = self.sync.take_node_ports() {
+                self.reserved_ports.follow(&node_ports);
             }
             self.beside.follow(
                 &mut self.sync,

@@ -12,6 +12,7 @@
 //! them before any other frontend, and to no namespace that holds far more than what would be left (see [`shares`]).
 
 mod adopt;
+pub use adopt::node_ports_of_bits;
 mod arena;
 mod draft;
 mod ids;

@@ -1,6 +1,6 @@
-//! The ports of masqueraded clients, kept apart from those that the kernel gives to the node's own sockets.
+//! The ports of masqueraded clients and of Services' node ports, kept apart from those that the kernel gives to the node's own sockets.
 //!
-//! Both share the node's address. What of `ip_local_port_range` is also ours is entered into
+//! They share the node's address. What of `ip_local_port_range` is also ours is entered into
 //! `ip_local_reserved_ports`, which the kernel leaves out when it chooses a port; a process that asks for a port by number
 //! still gets it. What was entered is recorded, so that exactly this can be taken out again.
 
@@ -53,9 +53,23 @@ pub enum PortsError {
         /// How many ports are left.
         left: usize,
     },
+    /// With the node ports hardly a port would be left to the node's own sockets.
+    #[error(
+        "{count} node ports are in net.ipv4.ip_local_port_range ({range}) and are not reserved, since that would leave {left} \
+         ports to the node's own sockets; narrow the range to where no node ports are, for example: \
+         sysctl -w net.ipv4.ip_local_port_range=\"32768 60999\""
+    )]
+    NodePorts {
+        /// How many of them.
+        count: usize,
+        /// The range.
+        range: String,
+        /// How many ports would be left.
+        left: usize,
+    },
     /// A setting cannot be written.
     #[error(
-        "ports {ports} are in net.ipv4.ip_local_port_range and those of masqueraded clients as well; they cannot be \
+        "ports {ports} are in net.ipv4.ip_local_port_range and those of masqueraded clients or node ports as well; they cannot be \
          entered into {path}: {cause}; do it yourself (sysctl -w net.ipv4.ip_local_reserved_ports={wanted}), or narrow \
          the range, for example: sysctl -w net.ipv4.ip_local_port_range=\"32768 60999\""
     )]
@@ -150,6 +164,54 @@ pub fn reserve(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsErr
         wanted: text(&wanted),
     })?;
     Ok(Some(text(&missing)))
+}
+
+/// Reserves these node ports as far as the kernel may give them to a socket, and gives back those of others that were reserved
+/// before; returns what was added and what was given back, for people.
+///
+/// # Errors
+///
+/// When a setting or the record cannot be used, or hardly a port would be left to the node's own sockets.
+pub fn follow_node_ports(
+    sysctls: &Path,
+    record: &Path,
+    node_ports: &BTreeSet<u16>,
+) -> Result<(String, String), PortsError> {
+    let path = sysctls.join(RESERVED);
+    let range = read(&sysctls.join(RANGE), range)?;
+    let reserved = read(&path, list)?;
+    let before = recorded(record)?.unwrap_or_default();
+    let needed: Ports = overlap(&range).into_iter().chain(node_ports.intersection(&range).copied()).collect();
+    let added: Ports = needed.difference(&reserved).copied().collect();
+    let given_back: Ports =
+        before.intersection(&reserved).filter(|port| !needed.contains(port)).copied().collect();
+    if added.is_empty() && given_back.is_empty() {
+        return Ok((String::new(), String::new()));
+    }
+    let wanted: Ports = reserved.union(&added).filter(|port| !given_back.contains(port)).copied().collect();
+    let left = range.difference(&wanted).count();
+    if left < LEFT_MIN && !added.is_empty() {
+        let count = node_ports.intersection(&range).count();
+        return Err(PortsError::NodePorts { count, range: text(&range), left });
+    }
+    let write = |ports: &Ports| {
+        fs::write(record, text(ports) + "\n").map_err(|cause| PortsError::Record {
+            action: "write",
+            path: record.to_owned(),
+            cause,
+        })
+    };
+    let ours: Ports = before.union(&added).copied().collect();
+    // First, and what is given back last: what is entered and not recorded would stay for ever.
+    write(&ours)?;
+    fs::write(&path, text(&wanted) + "\n").map_err(|cause| PortsError::Reserve {
+        ports: text(&added),
+        path,
+        cause,
+        wanted: text(&wanted),
+    })?;
+    write(&ours.difference(&given_back).copied().collect())?;
+    Ok((text(&added), text(&given_back)))
 }
 
 /// Takes out what was entered; returns the ports, for people.
@@ -320,6 +382,26 @@ mod tests {
             assert_eq!(node.reserved(), before);
             assert_eq!(node.release(), None);
         }
+    }
+
+    #[test]
+    fn node_ports_that_the_kernel_may_choose_are_reserved_and_given_back() {
+        let node = Node::new("30000\t60999", "31000");
+        let follow = |ports: &[u16]| {
+            follow_node_ports(node.0.path(), &node.record(), &ports.iter().copied().collect())
+                .map_err(|error| error.to_string())
+        };
+        let told = |added: &str, given_back: &str| Ok((added.to_owned(), given_back.to_owned()));
+        assert_eq!(follow(&[8080]), told("", ""));
+        assert_eq!(follow(&[30_080, 30_081, 31_000, 8080]), told("30080-30081", ""));
+        assert_eq!(node.reserved(), "30080-30081,31000");
+        assert_eq!(follow(&[30_081, 30_090]), told("30090", "30080"));
+        assert_eq!(node.reserved(), "30081,30090,31000");
+        let all: Vec<u16> = (30_000..=60_900).collect();
+        assert!(follow(&all).is_err_and(|error| error.contains("30901 node ports")), "too few are left");
+        assert_eq!(node.reserved(), "30081,30090,31000");
+        assert_eq!(node.release().as_deref(), Some("30081,30090"));
+        assert_eq!(node.reserved(), "31000");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::model::object::ObjectName;
 use crate::model::report::{Flaw, Level};
 use crate::model::{Event, HealthCheck, Model, SourceId};
 use crate::monitor::metrics::Metrics;
-use crate::plan::Plan;
+use crate::plan::{Plan, node_ports_of_bits};
 
 /// Waiting times between tries of writes that failed: doubled from the first to the last.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
@@ -37,6 +37,8 @@ pub(super) struct Sync {
     /// Whether the maps hold an image.
     filled: bool,
     udp_changed: bool,
+    /// The image's node ports when they were last taken.
+    node_ports: Option<BTreeMap<u32, u64>>,
     failures: u32,
     failing: Option<String>,
     retry_at: Option<Instant>,
@@ -65,6 +67,7 @@ impl Sync {
             vips,
             filled,
             udp_changed: false,
+            node_ports: None,
             failures: 0,
             failing: None,
             retry_at: None,
@@ -221,6 +224,16 @@ impl Sync {
             }
         }
         found
+    }
+
+    /// The numbers of all node ports, if they have changed since the last call.
+    pub(super) fn take_node_ports(&mut self) -> Option<BTreeSet<u16>> {
+        let words = &self.plan.image().node_ports;
+        if self.node_ports.as_ref() == Some(words) {
+            return None;
+        }
+        self.node_ports = Some(words.clone());
+        Some(node_ports_of_bits(words).collect())
     }
 
     /// How much the maps are to hold.

@@ -334,7 +334,7 @@ fn node_ports<F: Stack>(image: &Image) -> impl Iterator<Item = u16> {
 }
 
 /// The port numbers whose bits are set.
-fn node_ports_of_bits(words: &BTreeMap<u32, u64>) -> impl Iterator<Item = u16> {
+pub fn node_ports_of_bits(words: &BTreeMap<u32, u64>) -> impl Iterator<Item = u16> {
     words.iter().flat_map(|(word, bits)| {
         (0..64)
             .filter(move |bit| bits >> bit & 1 != 0)
