@@ -29,8 +29,8 @@ use crate::view::{BackendView, PortName, View};
 /// Backends that have series of their own; the traffic of the others is in their Services' series.
 pub(super) const BACKENDS_MAX: usize = 2_000;
 
-/// How long a text is good at most.
-const FRESH: Duration = Duration::from_secs(1);
+/// The longest time between two readings of the maps.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// A metric's labels.
 type Labels = Vec<(&'static str, String)>;
@@ -77,31 +77,43 @@ impl Exporter {
     }
 }
 
-/// The last text, for all who ask while it is made and shortly after.
+/// The last text, for all who have asked while it was made.
 ///
-/// Reading the maps takes memory and time, so there is one reader at a time, however many ask. A text is good
-/// for as long as it took to make, [`FRESH`] at most: who asks again and again takes half of one CPU, and
-/// on a small node everybody gets a text of this very moment.
+/// Reading the maps takes memory and time, so there is one reader at a time, however many ask. The next one begins
+/// after as long as the last one took, [`PAUSE`] at most: who asks again and again takes half of one CPU. A text is never
+/// older than the question that it answers, but for the time that it takes to make one.
 #[derive(Debug, Default)]
-struct Shared(Arc<Mutex<Option<(Instant, Bytes)>>>);
+struct Shared(Arc<Mutex<Option<Last>>>);
+
+/// A text, and when it was made.
+#[derive(Debug)]
+struct Last {
+    text: Bytes,
+    made: Instant,
+    /// Before this there is no other one.
+    next: Instant,
+}
 
 impl Shared {
     async fn get(&self, make: impl FnOnce() -> Result<String, fmt::Error>) -> Result<Bytes, fmt::Error> {
+        let asked = Instant::now();
         let mut last = self.0.lock().await;
-        if let Some((until, text)) = &*last
-            && Instant::now() < *until
-        {
-            return Ok(text.clone());
+        if let Some(last) = &*last {
+            if asked <= last.made {
+                return Ok(last.text.clone());
+            }
+            tokio::time::sleep_until(last.next).await;
         }
         let started = Instant::now();
         let text = Bytes::from(make()?);
-        let until = Instant::now() + started.elapsed().min(FRESH);
-        *last = Some((until, text.clone()));
-        // Megabytes on a large node, and needed by nobody until the next scrape.
+        let made = Instant::now();
+        let next = made + started.elapsed().min(PAUSE);
+        *last = Some(Last { text: text.clone(), made, next });
+        // Megabytes on a large node, and needed by nobody any more.
         let kept = Arc::clone(&self.0);
         let _forgetting = tokio::spawn(async move {
-            tokio::time::sleep_until(until).await;
-            let _ = kept.lock().await.take_if(|(end, _)| *end <= until);
+            tokio::time::sleep_until(next).await;
+            let _ = kept.lock().await.take_if(|last| last.next <= next);
         });
         Ok(text)
     }
@@ -421,8 +433,8 @@ mod tests {
         }
         assert_eq!(read.load(Ordering::SeqCst), 1, "one reads for all");
         // Later ones are told what is so then, and what nobody needs is kept by nobody.
+        assert_eq!(shared.get(|| Ok("later".to_owned())).await, Ok(Bytes::from("later")));
         tokio::time::sleep(Duration::from_secs(2)).await;
         assert!(shared.0.lock().await.is_none());
-        assert_eq!(shared.get(|| Ok("later".to_owned())).await, Ok(Bytes::from("later")));
     }
 }
