@@ -9,7 +9,7 @@
 //! table or is refused. Whoever got less than due is tried again when something becomes free.
 //!
 //! Fairness. What a Service has it keeps. What is free goes to the older Services first, to the ClusterIPs of all of
-//! them before any other frontend, and to no namespace that holds far more than what would be left (see [`shares`]).
+//! them before any other frontend, and to no namespace that holds far more than what would be left (`shares.rs`).
 
 mod adopt;
 pub use adopt::node_ports_of_bits;
@@ -77,7 +77,7 @@ impl Default for Sizes {
 const INSERTED_AT_ONCE: u32 = 2_048;
 /// Backends that one draft touches, about: it holds all it touches twice.
 const TOUCHED_AT_ONCE: u32 = 8_192;
-/// Service ports that got less than due and are tried again after one update.
+/// Services that got less than they want and are tried again together, after an update that freed something.
 const RETRIED_AT_ONCE: usize = 16;
 
 /// What an update leads to.
@@ -279,13 +279,21 @@ impl Plan {
         self.plan_services(&services, &mut work);
         self.flush(&mut work);
         if work.freed {
-            let again = self.take_waiting();
-            let again: Vec<(&ObjectName, &Desired)> =
-                again.iter().map(|(name, waiting)| (name, &waiting.desired)).collect();
-            self.plan_services(&again, &mut work);
-            self.flush(&mut work);
+            while self.retry(&mut work) {}
         }
         work.update
+    }
+
+    /// Tries some Services again that got less than they want. Returns whether there were any, and all got it: then there
+    /// may be room for more of them.
+    fn retry(&mut self, work: &mut Work) -> bool {
+        let again = self.take_waiting();
+        let left = self.waiting.len();
+        let services: Vec<(&ObjectName, &Desired)> =
+            again.iter().map(|(name, waiting)| (name, &waiting.desired)).collect();
+        self.plan_services(&services, work);
+        self.flush(work);
+        !again.is_empty() && self.waiting.len() == left
     }
 
     /// Takes the oldest of the Services that wait for something of which their namespace would get some now.
