@@ -22,10 +22,10 @@ use tokio::sync::{mpsc, watch};
 
 use crate::conntrack::limits::{self, Limits};
 use crate::dataplane::{Layout, Pins, Xdp, load};
-use crate::devices::Rules;
 use crate::devices::own::OwnRoutes;
 use crate::devices::pattern::Patterns;
 use crate::devices::watch::{Watched, watch as watch_devices};
+use crate::devices::{Rules, loopback};
 use crate::fragments;
 use crate::model::{self, Event, Model, SourceId};
 use crate::monitor::metrics::Metrics;
@@ -187,6 +187,15 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     let reserved = ports::reserve(&reserved_ports.sysctls, &reserved_ports.record)?;
     if let Some(ports) = reserved {
         tracing::info!(ports, "entered ports of masqueraded clients into net.ipv4.ip_local_reserved_ports");
+    }
+    match loopback::prepare(&options.proc_sys, &status::loopback(&options.state_dir)) {
+        Ok(changed) if changed.is_empty() => {}
+        Ok(changed) => tracing::info!(settings = changed.join(","), "turned on settings of the device lo"),
+        Err(error) => tracing::warn!(
+            "processes of this host get no answers from Services at the node's own addresses, where their calls are not \
+             translated at the socket: {error}; do it yourself: sysctl -w net.ipv4.conf.lo.accept_local=1 \
+             net.ipv4.conf.lo.route_localnet=1"
+        ),
     }
     set_machine(&options);
     let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp, options.layout))?;

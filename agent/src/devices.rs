@@ -4,6 +4,7 @@
 //! keeps asking, [`own`] keeps routes for VIPs that no other route leads to.
 
 pub mod addresses;
+pub mod loopback;
 pub mod own;
 pub mod pattern;
 pub mod watch;
@@ -21,8 +22,8 @@ use pattern::Patterns;
 /// Name of our own device.
 pub const OWN: &str = "sluice0";
 
-/// `ARPHRD_ETHER`.
-const ETHERNET: u16 = 1;
+/// `ARPHRD_ETHER`, and `ARPHRD_LOOPBACK`, whose packets have an Ethernet header of zeros.
+const ETHERNET: [u16; 2] = [1, 772];
 /// `ARPHRD_PPP`, `ARPHRD_RAWIP`, `ARPHRD_TUNNEL`, `ARPHRD_TUNNEL6`, `ARPHRD_SIT`, `ARPHRD_IPGRE`,
 /// `ARPHRD_IP6GRE`, `ARPHRD_NONE`: packets begin with the IP header.
 const WITHOUT_HEADER: [u16; 8] = [512, 519, 768, 769, 776, 778, 823, 0xfffe];
@@ -60,6 +61,8 @@ pub enum Role {
     Fabric,
     /// Our own device.
     Own,
+    /// Carries what processes of the host send to the node's own addresses.
+    Loopback,
 }
 
 impl Role {
@@ -71,13 +74,16 @@ impl Role {
             Self::Uplink => abi::device::UPLINK,
             Self::Fabric => abi::device::FABRIC,
             Self::Own => abi::device::OWN,
+            Self::Loopback => abi::device::LOOPBACK,
         }
     }
 
     /// The role of a number in the `devices` map.
     #[must_use]
     pub fn from_number(number: u32) -> Option<Self> {
-        [Self::Edge, Self::Uplink, Self::Fabric, Self::Own].into_iter().find(|role| role.number() == number)
+        [Self::Edge, Self::Uplink, Self::Fabric, Self::Own, Self::Loopback]
+            .into_iter()
+            .find(|role| role.number() == number)
     }
 
     /// The word for people.
@@ -88,6 +94,7 @@ impl Role {
             Self::Uplink => "uplink",
             Self::Fabric => "fabric",
             Self::Own => "own",
+            Self::Loopback => "loopback",
         }
     }
 }
@@ -212,7 +219,7 @@ pub fn survey(facts: &Facts, rules: &Rules, before: &Survey) -> Survey {
 /// The device's entry in the map; [`None`] where we cannot tell where the IP header is.
 fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFamily) -> Option<abi::Device> {
     let link_header = match link.layer {
-        ETHERNET => 14,
+        layer if ETHERNET.contains(&layer) => 14,
         layer if WITHOUT_HEADER.contains(&layer) => 0,
         _ => return None,
     };
@@ -247,7 +254,7 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
 
 fn role(link: &Link, facts: &Facts, patterns: &Patterns, was_uplink: bool) -> Option<Role> {
     if link.loopback {
-        return None;
+        return Some(Role::Loopback);
     }
     if link.name == OWN && ["dummy", "ifb"].contains(&link.kind.as_str()) {
         return Some(Role::Own);
@@ -261,7 +268,8 @@ fn role(link: &Link, facts: &Facts, patterns: &Patterns, was_uplink: bool) -> Op
     let addresses = facts.addresses.get(&link.index);
     let addressed =
         addresses.is_some_and(|addresses| addresses.iter().any(|found| is_global(&found.address)));
-    let tunnel = FABRIC.contains(&link.kind.as_str()) || link.kind == "tun" && link.layer != ETHERNET;
+    let tunnel =
+        FABRIC.contains(&link.kind.as_str()) || link.kind == "tun" && !ETHERNET.contains(&link.layer);
     if tunnel {
         // The kernel makes a fallback device for some kinds, down until somebody uses it.
         return link.up.then_some(Role::Fabric);
@@ -297,7 +305,7 @@ mod tests {
             index,
             name: name.to_owned(),
             kind: kind.to_owned(),
-            layer: ETHERNET,
+            layer: 1,
             up: true,
             mtu: 1500,
             ..Link::default()
@@ -439,11 +447,12 @@ mod tests {
     }
 
     #[test]
-    fn loopback_is_never_attached_but_its_global_addresses_are_the_nodes() {
+    fn the_loopback_device_carries_what_the_host_sends_to_itself_and_its_global_addresses_are_the_nodes() {
         let lo = Link { loopback: true, layer: 772, ..link(1, "lo", "") };
         let facts = with_address(with_address(facts([lo]), 1, "127.0.0.1"), 1, "192.0.2.9");
         let survey = survey(&facts, &Rules::default(), &Survey::default());
-        assert!(survey.devices.is_empty());
+        let roles: Vec<Role> = survey.devices.values().map(|device| device.role).collect();
+        assert_eq!(roles, [Role::Loopback]);
         assert_eq!(survey.addresses, BTreeMap::from([(ip("192.0.2.9"), true)]), "it is the primary one, too");
     }
 

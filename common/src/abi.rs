@@ -25,8 +25,9 @@ pub const BACKENDS_MAX: u32 = 262_144;
 pub const FLOWS_MAX: u32 = 262_144;
 /// Entries of each `embryonic` map.
 pub const EMBRYONIC_MAX: u32 = 32_768;
-/// Entries of each socket reverse table.
-pub const SOCKETS_MAX: u32 = 65_536;
+/// Frontends that one UDP socket may ask at a time: kept with the socket, 192 B (IPv4) or 384 B (IPv6) beside what the kernel
+/// needs to keep anything with a socket.
+pub const PEERS_MAX: usize = 8;
 /// Elements of `addresses`: 128 Ki words = 1 MiB, sixteen four-bit lanes a word.
 pub const ADDRESS_WORDS: u32 = 131_072;
 /// Entries of `devices`.
@@ -412,6 +413,8 @@ pub mod device {
     pub const FABRIC: u32 = 3;
     /// Our own device for VIPs that no route leads to.
     pub const OWN: u32 = 4;
+    /// Carries what this host sends to its own addresses.
+    pub const LOOPBACK: u32 = 5;
 }
 
 abi! {
@@ -475,33 +478,34 @@ abi! {
 }
 
 abi! {
-    /// The backend that a socket speaks to; the key of `sockets_v4` and `sockets_v6`.
-    pub struct SocketKey<A> {
-        /// The kernel's cookie of the socket, low word first.
-        pub cookie: [u32; 2],
+    /// A frontend that a socket asked for, and the backend that it speaks to instead; with a TCP socket the value of
+    /// `peer_v4` and `peer_v6`.
+    pub struct Peer<A> {
+        /// The VIP.
+        pub frontend: A,
         /// The backend's address.
-        pub address: A,
+        pub backend: A,
+        /// The VIP's port, host order.
+        pub frontend_port: u16,
         /// The backend's port, host order.
-        pub port: u16,
-        /// IP protocol number.
-        pub protocol: u8,
+        pub backend_port: u16,
+        /// Index into `backends`; 0: unused.
+        pub id: u32,
+        /// The backend's generation.
+        pub generation: u16,
         /// Zero.
-        pub reserved: u8,
-    } sizes 16, 28
+        pub reserved: u16,
+        /// The newest of a socket's peers has the highest number.
+        pub asked: u32,
+    } sizes 24, 48
 }
 
 abi! {
-    /// The frontend that the socket asked for; the value of `sockets_v4` and `sockets_v6`.
-    pub struct SocketPeer<A> {
-        /// The VIP.
-        pub address: A,
-        /// Port, host order.
-        pub port: u16,
-        /// Zero.
-        pub reserved: u16,
-        /// The backend that was chosen.
-        pub backend: u32,
-    } sizes 12, 24
+    /// The frontends that a UDP socket asked for last; the value of `peers_v4` and `peers_v6`.
+    pub struct Peers<A> {
+        /// In no order; the one that was asked longest ago gives way.
+        pub peers: [Peer<A>; PEERS_MAX],
+    } sizes 192, 384
 }
 
 abi! {

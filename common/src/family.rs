@@ -28,6 +28,10 @@ pub trait Family: Copy + Debug + Eq + 'static {
     fn words(address: &Self::Address) -> [u32; 4];
     /// The address that clients are shown as to backends behind a device; zero: none.
     fn masquerade(device: &Device) -> Self::Address;
+    /// Whether an address is a loopback one: no other host may speak to it, or be spoken to from it.
+    fn is_loopback(address: &Self::Address) -> bool;
+    /// Whether an address belongs to one link alone. IPv4's link-local ones do not: the kernel serves them on all devices.
+    fn is_of_link(address: &Self::Address) -> bool;
 }
 
 /// IPv4.
@@ -68,6 +72,17 @@ impl Family for V4 {
     fn masquerade(device: &Device) -> Ipv4Address {
         device.masquerade_v4
     }
+
+    #[inline(always)]
+    fn is_loopback(address: &Ipv4Address) -> bool {
+        let [first, ..] = address.octets;
+        first == 127
+    }
+
+    #[inline(always)]
+    fn is_of_link(_: &Ipv4Address) -> bool {
+        false
+    }
 }
 
 impl Family for V6 {
@@ -96,6 +111,18 @@ impl Family for V6 {
     #[inline(always)]
     fn masquerade(device: &Device) -> Ipv6Address {
         device.masquerade_v6
+    }
+
+    #[inline(always)]
+    fn is_loopback(address: &Ipv6Address) -> bool {
+        let [a, b, c, d] = Self::words(address);
+        a | b | c == 0 && d == 1_u32.to_be()
+    }
+
+    #[inline(always)]
+    fn is_of_link(address: &Ipv6Address) -> bool {
+        let [first, second, ..] = address.octets;
+        first == 0xfe && second & 0xc0 == 0x80
     }
 }
 

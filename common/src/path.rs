@@ -284,9 +284,9 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     let destination = tables.listing(&key.destination);
     let to_address = destination & listing::FRONTEND != 0;
     // Of fragments all are taken for one's until their ports are known: the first is to be noted wherever others ask for it.
-    let to_node_port = !egress
-        && destination & listing::NODE_PORTS != 0
-        && (headers.fragment != Fragment::Whole || tables.is_node_port(key.destination_port));
+    let to_node_port = destination & listing::NODE_PORTS != 0
+        && (headers.fragment != Fragment::Whole || tables.is_node_port(key.destination_port))
+        && policy::may_ask_for_node_ports::<F, T>(egress, &key.destination, tables);
     let to_frontend = to_address || to_node_port;
     let source = if to_frontend { 0 } else { tables.listing(&key.source) };
     // Where packets of masqueraded clients leave, and such as must not meet them.
@@ -757,8 +757,13 @@ fn open<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables: &T,
         | if hairpin { flow::HAIRPIN } else { 0 }
         | if backend.flags & backend::LOCAL != 0 { flow::LOCAL } else { 0 };
     if hairpin {
-        // Its client is shown to itself as the VIP, so that its answers come back here.
-        decision.flow.source = key.destination;
+        // Its client is shown to itself as the VIP, so that its answers come back here. A VIP of this host's own would be
+        // answered from itself by a socket that names no source: there client and server have the backend's address.
+        decision.flow.source = if egress && policy::is_loopback_device::<F, T>(tables) {
+            backend.address
+        } else {
+            key.destination
+        };
     } else if !keeps_source(egress, is_local, class, port.flags, backend.flags, tables, decision) {
         return;
     }
@@ -862,19 +867,31 @@ fn keeps_source_of_host<F: Family, T: Tables<F>>(
     tables: &T,
     decision: &mut Decision<F>,
 ) -> bool {
-    if backend_flags & (backend::HOST | backend::LOCAL) != 0 {
+    // Nobody else may see a loopback address: such a client is shown as the node, wherever its backend is.
+    let is_loopback = F::is_loopback(&decision.flow.source);
+    if backend_flags & backend::HOST != 0 || backend_flags & backend::LOCAL != 0 && !is_loopback {
         return true;
     }
     let Some(routes) = tables.routes() else {
         decision.step = Step::AskRoutes;
         return false;
     };
-    let address = match tables.device(routes.to_backend) {
+    let leaves_by = match tables.device(routes.to_backend) {
+        None if is_loopback => tables.here(),
+        device => device,
+    };
+    let address = match leaves_by {
         Some(device) => F::masquerade(device),
         None => F::Address::default(),
     };
-    // Not by a device of ours: as the host itself would send it.
-    if address != F::Address::default() && address != decision.flow.source {
+    if address == F::Address::default() {
+        if is_loopback {
+            decision.set(Verdict::Drop, Reason::NoRoute);
+        }
+        // Else not by a device of ours: as the host itself would send it.
+        return !is_loopback;
+    }
+    if address != decision.flow.source {
         decision.flow.source = address;
         decision.flow.flags |= flow::MASQUERADED;
     }
@@ -884,8 +901,10 @@ fn keeps_source_of_host<F: Family, T: Tables<F>>(
 /// Whether the client's address becomes one that this host's own sockets have: their direct connections to the same backend know
 /// nothing of the flow, so it takes a port that the host picks for none.
 #[inline(always)]
-pub fn is_beside_sockets(flags: u8) -> bool {
-    flags & (flow::SOURCE | flow::HOST) != 0 && flags & (flow::HAIRPIN | flow::DIRECT) == 0
+pub fn is_beside_sockets<A: Copy + Eq>(flow: &Flow<A>) -> bool {
+    let flags = flow.flags;
+    flags & (flow::HAIRPIN | flow::DIRECT) == 0 && flags & (flow::SOURCE | flow::HOST) != 0
+        || flow.source == flow.destination
 }
 
 /// Finds a source port with which the new flow's reply tuple is free: the packet's own first, but for a client that gets or has this
@@ -893,7 +912,7 @@ pub fn is_beside_sockets(flags: u8) -> bool {
 #[inline(always)]
 fn claim<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     let hash = maglev::hash::<F>(&decision.key);
-    let keeps = !is_beside_sockets(decision.flow.flags);
+    let keeps = !is_beside_sockets(&decision.flow);
     let first = tables.passed_over().wrapping_add(u32::from(!keeps));
     for attempt in first..first.wrapping_add(REMAP_TRIES) {
         decision.flow.source_port = if attempt == 0 {

@@ -1,8 +1,8 @@
 //! What a socket's call to an address becomes.
 //!
 //! A call is translated once and costs nothing per packet afterwards. The slot is
-//! chosen by the socket's cookie: one socket stays with one backend as long as the service
-//! port's table does.
+//! chosen by the socket's cookie. A socket that sends again stays with its backend as long as
+//! that one serves, whatever becomes of the service port's table.
 
 use crate::abi::{self, ServiceKey, Tuple, detect_local, frontend, listing, masquerade, phase};
 use crate::family::{Family, mix};
@@ -33,12 +33,16 @@ pub enum Choice<F: Family> {
 
 /// Chooses the backend for a call of the socket with this cookie to this address.
 ///
+/// `kept` tells the backend, and its generation, that the socket was given for this address before; it is asked only if there
+/// is a choice.
+///
 /// Node ports are for processes of this host alone: a pod's call may mean another address of the same number.
 #[inline(always)]
 pub fn choose<F: Family, T: Tables<F>>(
     key: &ServiceKey<F::Address>,
     cookie: u64,
     is_host: bool,
+    kept: impl FnOnce() -> Option<(u32, u16)>,
     tables: &T,
 ) -> Choice<F> {
     let listed = tables.listing(&key.address);
@@ -85,6 +89,14 @@ pub fn choose<F: Family, T: Tables<F>>(
     };
     if range.size() == 0 {
         return if range.drops() { Choice::Untouched } else { Choice::Refuse { service_port } };
+    }
+    if let Some((id, generation)) = kept()
+        && let Some(backend) = tables.backend(id)
+        && backend.generation == generation
+        && backend.service_port == service_port
+        && backend.flags & abi::backend::SERVING != 0
+    {
+        return Choice::Backend { id, backend: *backend };
     }
     let hash = mix(mix(cookie as u32) ^ (cookie >> 32) as u32 ^ u32::from(key.port));
     let hash = mix(hash ^ F::hash(&key.address));

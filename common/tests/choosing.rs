@@ -98,7 +98,7 @@ impl<F: Ip> Maps<F> {
 
     /// What a call of a socket becomes.
     fn call(&self, address: F::Address, port: u16, is_host: bool) -> Told {
-        let told = choose::<F, _>(&key::<F>(address, port), 0x1_0000_0007, is_host, self);
+        let told = choose::<F, _>(&key::<F>(address, port), 0x1_0000_0007, is_host, || None, self);
         match told {
             Choice::Untouched => Told::Untouched,
             Choice::Refuse { service_port } => {
@@ -231,7 +231,8 @@ fn a_call_gets_a_backend_of_its_class() {
 fn one_socket_stays_with_one_backend_and_sockets_spread() {
     fn check<F: Ip>() {
         let maps = Maps::<F>::of(frontend::CLUSTER_IP);
-        let choose = |cookie| match choose::<F, _>(&key::<F>(vip::<F>(), PORT), cookie, true, &maps) {
+        let choose = |cookie| match choose::<F, _>(&key::<F>(vip::<F>(), PORT), cookie, true, || None, &maps)
+        {
             Choice::Backend { id, .. } => id,
             Choice::Untouched | Choice::Refuse { .. } => 0,
         };
@@ -243,6 +244,36 @@ fn one_socket_stays_with_one_backend_and_sockets_spread() {
             "every slot has its sockets"
         );
         assert_ne!(choose(7), choose(7 << 32), "both halves of a cookie count");
+    }
+    both!(check);
+}
+
+#[test]
+fn a_socket_stays_with_its_backend_while_that_one_serves() {
+    fn check<F: Ip>() {
+        let mut maps = Maps::<F>::of(frontend::CLUSTER_IP);
+        let choose = |maps: &Maps<F>, kept| match choose::<F, _>(
+            &key::<F>(vip::<F>(), PORT),
+            7,
+            true,
+            || kept,
+            maps,
+        ) {
+            Choice::Backend { id, .. } => id,
+            Choice::Untouched | Choice::Refuse { .. } => 0,
+        };
+        let first = choose(&maps, None);
+        let (&other, backend) = maps.backends.iter().find(|(id, _)| **id != first).expect("another backend");
+        let generation = backend.generation;
+        assert_eq!(choose(&maps, Some((other, generation))), other, "whatever the slot says");
+        assert_eq!(choose(&maps, Some((other, generation + 1))), first, "the id has another owner");
+        let backend = maps.backends.get_mut(&other).expect("there");
+        backend.service_port += 1;
+        assert_eq!(choose(&maps, Some((other, generation))), first, "another service port's");
+        let backend = maps.backends.get_mut(&other).expect("there");
+        backend.service_port -= 1;
+        backend.flags &= !backend::SERVING;
+        assert_eq!(choose(&maps, Some((other, generation))), first, "it serves no more");
     }
     both!(check);
 }
@@ -260,7 +291,7 @@ fn a_call_elsewhere_is_untouched() {
             assert_eq!(stranger.call(address::<F>(8), NODE_PORT, is_host), Told::Untouched, "a shared lane");
         }
         let datagram = ServiceKey { protocol: UDP, ..key::<F>(vip::<F>(), PORT) };
-        assert_eq!(choose::<F, _>(&datagram, 1, true, &maps), Choice::Untouched, "another protocol");
+        assert_eq!(choose::<F, _>(&datagram, 1, true, || None, &maps), Choice::Untouched, "another protocol");
         let mut unlisted = maps.clone();
         unlisted.listing.clear();
         assert_eq!(unlisted.of_host(), Told::Untouched, "a clear bit is certain");
@@ -386,7 +417,7 @@ fn node_ports_are_for_processes_of_this_host() {
         );
         assert_eq!(shared.call(node::<F>(), NODE_PORT, false), INTERNAL, "for pods too");
         let datagram = ServiceKey { protocol: UDP, ..key::<F>(node::<F>(), NODE_PORT) };
-        assert_eq!(choose::<F, _>(&datagram, 1, true, &maps), Choice::Untouched, "another protocol");
+        assert_eq!(choose::<F, _>(&datagram, 1, true, || None, &maps), Choice::Untouched, "another protocol");
     }
     both!(check);
 }

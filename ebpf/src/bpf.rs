@@ -17,8 +17,8 @@ mod tables;
 mod tc;
 mod xdp;
 
-use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, classifier, sock_ops, xdp};
-use aya_ebpf::programs::{SockAddrContext, SockContext, SockOpsContext, TcContext, XdpContext};
+use aya_ebpf::macros::{cgroup_sock_addr, classifier, sock_ops, xdp};
+use aya_ebpf::programs::{SockAddrContext, SockOpsContext, TcContext, XdpContext};
 use sluice_common::path::Hook;
 
 /// What enters the node, or leaves a pod, on a device with an Ethernet header.
@@ -97,12 +97,6 @@ pub(crate) fn getpeername4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub(crate) fn getpeername6(ctx: SockAddrContext) -> i32 {
     socket::getpeername6(ctx.sock_addr)
-}
-
-/// A socket ends: what was kept of a translated connection is forgotten.
-#[cgroup_sock(sock_release)]
-pub(crate) fn sock_release(ctx: SockContext) -> i32 {
-    socket::release(ctx.sock)
 }
 
 /// A TCP connection begins, changes its state, or has what it sent acknowledged.

@@ -305,7 +305,7 @@ fn target(device: &Device) -> Target {
         index: device.index,
         name: device.name.clone(),
         ethernet: device.entry.link_header != 0,
-        uplink: device.role == Role::Uplink,
+        role: device.role,
         veth: device.veth,
     }
 }

@@ -40,6 +40,12 @@ pub fn reserved_ports(path: &Path) -> PathBuf {
     path.join("reserved-ports")
 }
 
+/// The record of the loopback device's settings in a state directory (see [`crate::devices::loopback`]).
+#[must_use]
+pub fn loopback(path: &Path) -> PathBuf {
+    path.join("loopback")
+}
+
 /// A time as seconds since 1970.
 #[must_use]
 pub fn unix_seconds(time: SystemTime) -> u64 {

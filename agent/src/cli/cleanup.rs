@@ -6,8 +6,8 @@ use anyhow::{Context, bail};
 
 use crate::agent::{ports, status};
 use crate::dataplane::{Pins, cleanup};
-use crate::devices::OWN;
 use crate::devices::own::OwnRoutes;
+use crate::devices::{OWN, loopback};
 use crate::takeover::rules::{self, HOLDING};
 
 /// Removes every trace; says what was removed.
@@ -57,6 +57,10 @@ pub(super) async fn remove(
     }
     let released = ports::release(&proc_sys.join(ports::SYSCTLS), &status::reserved_ports(state_dir))?;
     done.extend(released.map(|ports| format!("took ports {ports} out of net.ipv4.ip_local_reserved_ports")));
+    let turned_off = loopback::release(proc_sys, &status::loopback(state_dir))?;
+    if !turned_off.is_empty() {
+        done.push(format!("turned off {} of the device lo again", turned_off.join(" and ")));
+    }
     if rules::let_go().context("cannot remove the nftables table of a takeover")? {
         done.push(format!("removed the nftables table {HOLDING}"));
     }

@@ -22,6 +22,7 @@ use super::error::Error;
 use super::layouts::Rounds;
 use super::load::Programs;
 use super::pins::Pins;
+use crate::devices::Role;
 
 pub(super) const TCX_INGRESS: u32 = 46;
 pub(super) const TCX_EGRESS: u32 = 47;
@@ -33,7 +34,7 @@ pub(super) const XDP_MODES: [(How, &str, u32); 2] =
     [(How::XdpNative, "xdp", 1 << 2), (How::XdpGeneric, "xdp_generic", 1 << 1)];
 
 /// The cgroup programs with their attach types.
-pub(super) const CGROUP: [(&str, u32); 10] = [
+pub(super) const CGROUP: [(&str, u32); 9] = [
     ("connect4", 10),
     ("connect6", 11),
     ("sendmsg4", 14),
@@ -42,10 +43,12 @@ pub(super) const CGROUP: [(&str, u32); 10] = [
     ("recvmsg6", 20),
     ("getpeername4", 29),
     ("getpeername6", 30),
-    ("sock_release", 34),
     // Only counts, so that it comes last: a kernel that refuses it has the others.
     ("connection", SOCK_OPS),
 ];
+
+/// Programs that earlier agents attached to the cgroup, and that nothing needs any more.
+const CGROUP_BEFORE: [&str; 1] = ["sock_release"];
 
 /// Whether and how XDP is used on uplinks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -97,10 +100,20 @@ pub struct Target {
     pub name: String,
     /// Whether its packets begin with an Ethernet header.
     pub ethernet: bool,
-    /// Whether XDP may be tried: it is an uplink.
-    pub uplink: bool,
+    /// What it is: XDP is tried on uplinks alone.
+    pub role: Role,
     /// Whether it is a veth.
     pub veth: bool,
+}
+
+impl Target {
+    /// The directions that a tc program is attached for, egress last. What comes in by the loopback device has left by it.
+    fn directions(&self) -> &'static [Direction] {
+        match self.role {
+            Role::Loopback => &[Direction::Egress],
+            Role::Edge | Role::Uplink | Role::Fabric | Role::Own => &[Direction::Ingress, Direction::Egress],
+        }
+    }
 }
 
 /// What became of a device.
@@ -160,8 +173,8 @@ impl Hooks {
     /// Attaches the programs to a device, or puts them in the place of an earlier agent's.
     pub fn attach(&mut self, target: &Target) -> Attached {
         let mut attached = Attached::default();
-        for direction in [Direction::Ingress, Direction::Egress] {
-            match self.attach_tc(target, direction) {
+        for direction in target.directions() {
+            match self.attach_tc(target, *direction) {
                 Ok(how) => attached.hooks.push(how),
                 Err(error) if error.is_vanished() => return Attached::default(),
                 Err(error) => attached.errors.push(error),
@@ -194,8 +207,8 @@ impl Hooks {
     /// After somebody's filters have changed: where one sits at an egress where TCX would come before it, moves behind it.
     pub fn recheck(&mut self, target: &Target, attached: &mut Attached) {
         let behind = |filters: Vec<clsact::Filter>| filters.iter().any(|filter| !filter.is_ours());
-        // Ingress is first in the list, egress second (see `attach`).
-        let Some(how) = attached.hooks.get_mut(1).filter(|how| **how == How::Tcx) else { return };
+        let egress = target.directions().len() - 1;
+        let Some(how) = attached.hooks.get_mut(egress).filter(|how| **how == How::Tcx) else { return };
         if !clsact::filters(target.index, Direction::Egress).is_ok_and(behind) {
             return;
         }
@@ -294,7 +307,7 @@ impl Hooks {
             Xdp::Generic => Some(How::XdpGeneric),
         };
         // XDP has no form for devices without a link header.
-        let how = how.filter(|_| target.uplink && target.ethernet);
+        let how = how.filter(|_| target.role == Role::Uplink && target.ethernet);
         // A link keeps its mode: another one asks for a new link.
         for (_, hook, _) in XDP_MODES.iter().filter(|(mode, _, _)| Some(*mode) != how) {
             self.unpin(&device_pin(target.index, hook))?;
@@ -333,7 +346,7 @@ impl Hooks {
                 self.pin(&link, &pin)?;
             }
         }
-        Ok(())
+        CGROUP_BEFORE.iter().try_for_each(|name| self.unpin(&format!("cgroup_{name}")))
     }
 
     /// Detaches the socket path's programs.
@@ -342,7 +355,8 @@ impl Hooks {
     ///
     /// When the BPF file system refuses.
     pub fn detach_cgroup(&self) -> Result<(), Error> {
-        CGROUP.iter().try_for_each(|(name, _)| self.unpin(&format!("cgroup_{name}")))
+        let names = CGROUP.iter().map(|(name, _)| name).chain(&CGROUP_BEFORE);
+        names.into_iter().try_for_each(|name| self.unpin(&format!("cgroup_{name}")))
     }
 
     /// To be called when every device and the cgroup have the new programs: old maps and pins go.

@@ -7,7 +7,7 @@ use std::path::Path;
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, BackendCounters, Device, Flow, Ipv4Address, Ipv6Address, Name, Networks,
     NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, Service, ServiceKey,
-    ServicePort, Settings, SlotBlock, SocketCounters, SocketKey, SocketPeer, SourceRange, Tuple, previous,
+    ServicePort, Settings, SlotBlock, SocketCounters, SourceRange, Tuple, previous,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -52,7 +52,6 @@ pub struct FamilyMaps<F: Family> {
     pub(crate) origins: Table<OriginKey<F::Address>, Origins<F::Address>>,
     pub(crate) flows: Table<Tuple<F::Address>, Flow<F::Address>>,
     pub(crate) embryonic: Table<Tuple<F::Address>, Flow<F::Address>>,
-    pub(crate) sockets: Table<SocketKey<F::Address>, SocketPeer<F::Address>>,
     pub(crate) affinity: Table<AffinityKey<F::Address>, Affinity>,
     pub(crate) source_ranges: Table<TrieKey<F::Address>, u32>,
     pub(crate) node_addresses: Table<F::Address, NodeAddress>,
@@ -104,7 +103,6 @@ macro_rules! family {
                 origins: table(folder, concat!("origins_", $suffix))?,
                 flows: table(folder, concat!("flows_", $suffix))?,
                 embryonic: table(folder, concat!("embryonic_", $suffix))?,
-                sockets: table(folder, concat!("sockets_", $suffix))?,
                 affinity: table(folder, concat!("affinity_", $suffix))?,
                 source_ranges: table(folder, concat!("source_ranges_", $suffix))?,
                 node_addresses: table(folder, concat!("node_addresses_", $suffix))?,
@@ -155,9 +153,7 @@ impl Maps {
         copy(&self.v4.imported, &other.v4.imported)?;
         copy(&self.v6.imported, &other.v6.imported)?;
         copy(&self.v4.affinity, &other.v4.affinity)?;
-        copy(&self.v6.affinity, &other.v6.affinity)?;
-        copy(&self.v4.sockets, &other.v4.sockets)?;
-        copy(&self.v6.sockets, &other.v6.sockets)
+        copy(&self.v6.affinity, &other.v6.affinity)
     }
 }
 

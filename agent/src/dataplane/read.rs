@@ -203,8 +203,6 @@ impl Maps {
             counted("flows_v6", &self.v6.flows)?,
             counted("embryonic_v4", &self.v4.embryonic)?,
             counted("embryonic_v6", &self.v6.embryonic)?,
-            counted("sockets_v4", &self.v4.sockets)?,
-            counted("sockets_v6", &self.v6.sockets)?,
             counted("devices", &self.devices)?,
             counted("backend_counts", &self.backend_counts)?,
             counted("reason_counts", &self.reason_counts)?,

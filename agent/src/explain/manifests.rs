@@ -16,6 +16,7 @@ use sluice_common::{V4, V6};
 use super::objects::Objects;
 use super::question::{Client, Question, Way};
 use super::story::unknown_node;
+use super::walk::LOOPBACK;
 use super::world::{Around, NamedDevice, Routing, World};
 use crate::agent::cluster::{Adopted, Cluster};
 use crate::image::{Image, Stack};
@@ -26,9 +27,9 @@ use crate::policy::{DetectLocal, Policy};
 use crate::source::manifests::Folder;
 
 /// Ifindex of the supposed edge.
-const EDGE: u32 = 1;
+const EDGE: u32 = 2;
 /// Ifindex of the supposed uplink.
-const UPLINK: u32 = 2;
+const UPLINK: u32 = 3;
 
 /// How the agent of the supposed node is started.
 #[derive(Clone, Debug, Default)]
@@ -191,6 +192,7 @@ impl Manifests {
             entry: entry(device::EDGE, if local_pods { device_flags::LOCAL_PODS } else { 0 }),
         };
         let uplink = NamedDevice { name: name(met_on == UPLINK), entry: entry(device::UPLINK, 0) };
+        let loopback = NamedDevice { name: "lo".to_owned(), entry: entry(device::LOOPBACK, 0) };
         let settings = abi::Settings { socket_path: self.options.socket_path, ..abi::Settings::default() };
         // Networks for which there is no room are the agent's to complain about.
         let (told, _) = self.cluster.tell(policy, settings);
@@ -205,7 +207,7 @@ impl Manifests {
             v6: around::<V6>(told.v6),
             image,
             settings: told.settings,
-            devices: BTreeMap::from([(EDGE, edge), (UPLINK, uplink)]),
+            devices: BTreeMap::from([(LOOPBACK, loopback), (EDGE, edge), (UPLINK, uplink)]),
             now: 0,
             left: policy.leave.clone(),
             objects: Objects::of(self.model.clone()),

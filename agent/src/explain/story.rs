@@ -65,6 +65,7 @@ impl<'w> Story<'w> {
             Some(device::EDGE) => "the host's end of a pod's link",
             Some(device::UPLINK) => "an uplink",
             Some(device::FABRIC) => "an overlay device",
+            Some(device::LOOPBACK) => "the loopback device",
             _ => "Sluice's own device",
         };
         let name = device.map_or("", |device| device.name.as_str());

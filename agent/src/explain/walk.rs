@@ -19,6 +19,9 @@ use super::world::{Routing, Seen, Side, World};
 use crate::image::Stack;
 use crate::model::object::Protocol;
 
+/// The ifindex of every network namespace's loopback device.
+pub(super) const LOOPBACK: u32 = 1;
+
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -108,10 +111,6 @@ impl<'w, F: Side> Walk<'w, F> {
                 return Ok(*answer);
             }
         }
-        let host = self.question.from == Client::Host;
-        if host && self.routing.is_local(self.question.destination.ip()) {
-            return Ok(self.within_host(call));
-        }
         let mut answer = match self.place()? {
             Some((hook, ifindex)) => self.packet(hook, ifindex),
             None => self.unmet("the route to it leaves by no device that programs are attached to"),
@@ -145,6 +144,7 @@ impl<'w, F: Side> Walk<'w, F> {
             Some(Way::Socket) | None => None,
         };
         let by_route = match self.question.from {
+            Client::Host if self.routing.is_local(self.question.destination.ip()) => Some(LOOPBACK),
             Client::Host => self.routing.leaves_by(self.question.destination.ip()),
             Client::Pod | Client::External => self.routing.comes_in_by(self.question, &self.world.devices),
         };
@@ -334,30 +334,6 @@ impl<'w, F: Side> Walk<'w, F> {
         Self::pass(story)
     }
 
-    /// A process of the host that speaks to the host itself: only its call can be translated.
-    fn within_host(&self, call: Call) -> Answer {
-        let why =
-            "it is an address of this node: packets do not leave the node, only calls can be translated";
-        match call {
-            Call::Taken(answer) => {
-                let mut answer = *answer;
-                let mut story = Story::new(self.question, self.world);
-                story.unmet(why);
-                answer.steps = [story.steps(), answer.steps].concat();
-                if let [only] = answer.candidates[..] {
-                    answer.backend = Some(Endpoint { address: only.address, port: only.port });
-                }
-                answer
-            }
-            Call::Left(left) => {
-                let mut answer = self.unmet(why);
-                answer.steps.insert(1, Story::left(left));
-                answer
-            }
-            Call::Unseen => self.unmet(why),
-        }
-    }
-
     /// What the packet asked for.
     fn target(&self, hook: Hook, ifindex: u32, decision: &Decision<F>) -> Option<Target> {
         let seen = Seen { world: self.world, ifindex };
@@ -371,7 +347,8 @@ impl<'w, F: Side> Walk<'w, F> {
             let class = policy::class(kind, is_local);
             return Some(Target { owner: self.owner(service_port)?, service_port, kind, class });
         }
-        let found = self.find(!egress, &seen);
+        let found =
+            self.find(policy::may_ask_for_node_ports::<F, _>(egress, &self.tuple.destination, &seen), &seen);
         if let Some((service_port, kind)) = found {
             let class = policy::class(kind, is_local);
             return Some(Target { owner: self.owner(service_port)?, service_port, kind, class });
@@ -483,7 +460,7 @@ impl<'w, F: Side> Walk<'w, F> {
         let tables = Recorder::new(&seen, self.tuple);
         let key = self.key(self.tuple.destination, self.tuple.destination_port);
         // Any cookie does: only whether there is a backend counts, not which.
-        let choice = choose::<F, _>(&key, 0, is_host, &tables);
+        let choice = choose::<F, _>(&key, 0, is_host, || None, &tables);
         let asked = tables.asked();
         let Some((service_port, kind)) = self.find(is_host, &seen) else { return Call::Unseen };
         let Some(owner) = self.owner(service_port) else { return Call::Unseen };

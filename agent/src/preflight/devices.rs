@@ -177,7 +177,7 @@ fn devices(survey: &Survey, role: Role) -> Check {
         (Role::Edge, true) => {
             check(Outcome::Yes, "none so far: they come with pods, and are attached within milliseconds".to_owned())
         }
-        (Role::Fabric | Role::Own, true) => check(Outcome::Skip, "none".to_owned()),
+        (Role::Fabric | Role::Own | Role::Loopback, true) => check(Outcome::Skip, "none".to_owned()),
     }
 }
 

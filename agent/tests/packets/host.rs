@@ -397,7 +397,7 @@ impl<F: Ip> Memory<F> {
     fn is_held(&self, decision: &Decision<F>) -> bool {
         let flow = &decision.flow;
         matches!(decision.record, Record::Open | Record::Establish)
-            && path::is_beside_sockets(flow.flags)
+            && path::is_beside_sockets(flow)
             && self.world.held.contains(&tuple_told::<F>(&partner_key::<F>(flow, decision.key.protocol)))
     }
 
@@ -798,8 +798,13 @@ fn apply<F: Ip>(
         }
         Verdict::TurnBack => turn_back(packet, link),
         Verdict::HandIn => {
-            let named = world::route(F::ip(decision.flow.source)).filter(|_| ingress);
-            let target = named.map_or(case.ifindex, |(ifindex, _)| ifindex);
+            let (from, to) = (F::ip(decision.flow.source), F::ip(decision.flow.destination));
+            let named = world::route(from).filter(|_| ingress);
+            let target = if ingress && (from == to || case.world.node_addresses.contains_key(&from)) {
+                world::LOOPBACK
+            } else {
+                named.map_or(case.ifindex, |(ifindex, _)| ifindex)
+            };
             if ingress && target == case.ifindex {
                 return End::Next;
             }

@@ -355,8 +355,6 @@ impl Kernel {
             "flows_v6",
             "origins_v4",
             "origins_v6",
-            "sockets_v4",
-            "sockets_v6",
             "affinity_v4",
             "affinity_v6",
             "source_ranges_v4",

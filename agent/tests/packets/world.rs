@@ -24,6 +24,8 @@ pub(crate) enum Version {
     V6,
 }
 
+/// Ifindex of the loopback device.
+pub(crate) const LOOPBACK: u32 = 1;
 /// Ifindex of a pod's link.
 pub(crate) const EDGE: u32 = 11;
 /// Ifindex of the device towards the world.
@@ -444,6 +446,7 @@ impl Cast {
             (TUNNEL, device::FABRIC),
             (OWN, device::OWN),
             (NARROW, device::UPLINK),
+            (LOOPBACK, device::LOOPBACK),
         ] {
             let link_header = if ifindex == TUNNEL { 0 } else { 14 };
             let mtu = if ifindex == NARROW { NARROW_MTU } else { 1500 };
@@ -453,6 +456,7 @@ impl Cast {
             }
             if role != device::OWN {
                 let node = node(self.version, ifindex);
+                let node = if role == device::LOOPBACK { self.node } else { node };
                 match node {
                     IpAddr::V4(node) => device.masquerade_v4 = node.into(),
                     IpAddr::V6(node) => device.masquerade_v6 = node.into(),

@@ -123,6 +123,28 @@ pub fn is_edge<F: Family, T: Tables<F>>(tables: &T) -> bool {
     }
 }
 
+/// Whether node ports at an address are there for packets of the device that this one is met on.
+///
+/// What this host sends to its own addresses leaves by the loopback device, and is met there alone. Loopback addresses are
+/// served to nobody else, whatever a frame says (the stack would drop it as martian); a pod's link is no other link.
+#[inline(always)]
+pub fn may_ask_for_node_ports<F: Family, T: Tables<F>>(
+    egress: bool,
+    address: &F::Address,
+    tables: &T,
+) -> bool {
+    if egress {
+        return is_loopback_device::<F, T>(tables);
+    }
+    !(F::is_loopback(address) || F::is_of_link(address) && is_edge::<F, T>(tables))
+}
+
+/// Whether the packet's device carries what this host sends to its own addresses.
+#[inline(always)]
+pub fn is_loopback_device<F: Family, T: Tables<F>>(tables: &T) -> bool {
+    matches!(tables.here(), Some(here) if here.role == device::LOOPBACK)
+}
+
 /// Whether one of the prefixes holds an address.
 #[inline(always)]
 pub fn is_within<F: Family>(prefixes: &[Prefix<F::Address>; abi::PREFIXES], address: &F::Address) -> bool {

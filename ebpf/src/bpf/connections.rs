@@ -13,10 +13,9 @@ use aya_ebpf::bindings::{
     BPF_TCP_SYN_SENT, BPF_TCP_TIME_WAIT, bpf_sock_ops,
 };
 use aya_ebpf::btf_maps::{PerCpuHashMap, SkStorage};
-use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sk_storage_get, bpf_sock_ops_cb_flags_set};
+use aya_ebpf::helpers::generated::{bpf_sk_storage_get, bpf_sock_ops_cb_flags_set};
 use aya_ebpf::macros::btf_map;
-use sluice_common::abi::{Connection, Ipv4Address, SOCKET_COUNTERS_MAX, SocketCounters, SocketKey};
-use sluice_common::header::protocol::TCP;
+use sluice_common::abi::{Connection, Ipv4Address, Peer, SOCKET_COUNTERS_MAX, SocketCounters};
 use sluice_common::{V4, V6};
 
 use super::clock::now;
@@ -107,11 +106,18 @@ pub(super) fn run(ops: *mut bpf_sock_ops) -> u32 {
 
 /// The backend that connect() was translated to, as a key of `socket_counts`.
 #[inline(always)]
-fn backend<F: Maps>(cookie: u64, address: F::Address, port: u16) -> Option<u32> {
-    let cookie = [cookie as u32, (cookie >> 32) as u32];
-    let key = SocketKey { cookie, address, port, protocol: TCP, reserved: 0 };
-    // SAFETY: entries are plain data, readable under RCU.
-    unsafe { F::sockets().get(&key) }.map(|peer| peer.backend | F::COUNTER)
+fn backend<F: Maps>(ops: *mut bpf_sock_ops, address: F::Address, port: u16) -> Option<u32> {
+    // SAFETY: the context is valid while the program runs.
+    let socket = unsafe { (*ops).__bindgen_anon_2.sk };
+    if socket.is_null() {
+        return None;
+    }
+    let map = core::ptr::from_ref(F::peer()).cast_mut();
+    // SAFETY: map and socket are what the helper takes; the value lives as long as the program runs.
+    let peer = unsafe {
+        bpf_sk_storage_get(map.cast(), socket.cast(), null_mut(), 0).cast::<Peer<F::Address>>().as_ref()
+    }?;
+    (peer.backend == address && peer.backend_port == port).then_some(peer.id | F::COUNTER)
 }
 
 /// A connection begins: one that was translated is followed from here on.
@@ -132,12 +138,10 @@ fn begin(ops: *mut bpf_sock_ops) {
             (*ops).bpf_sock_ops_cb_flags,
         )
     };
-    // SAFETY: as above.
-    let cookie = unsafe { bpf_get_socket_cookie(ops.cast()) };
     let v4 = if family == AF_INET { Some(Ipv4Address { octets: ip4.to_ne_bytes() }) } else { mapped(words) };
     let backend = match v4 {
-        Some(address) => backend::<V4>(cookie, address, port),
-        None => backend::<V6>(cookie, address_v6(words), port),
+        Some(address) => backend::<V4>(ops, address, port),
+        None => backend::<V6>(ops, address_v6(words), port),
     };
     let Some(backend) = backend else {
         // The socket's earlier try was translated, this one is not.

@@ -10,7 +10,8 @@ use super::decide::{Decide, Scratch};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
-/// The device that output routing starts from: a lookup as if sent by this host, without binding it to a device.
+/// The loopback device of every network namespace. Output routing starts from it: a lookup as if sent by this host, without
+/// binding it to a device.
 pub(super) const LOOPBACK: u32 = 1;
 const SUCCESS: i64 = 0;
 const NO_NEIGHBOUR: i64 = 7;

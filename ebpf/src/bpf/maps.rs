@@ -3,16 +3,16 @@
 #![allow(non_upper_case_globals, reason = "a map's name is what `bpftool map` shows")]
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap, SkStorage};
 use aya_ebpf::macros::btf_map;
 use sluice_common::abi::{
     ADDRESS_WORDS, AFFINITY_MAX, Affinity, AffinityKey, BACKEND_COUNTERS_MAX, BACKENDS_MAX, Backend,
     BackendCounters, DEVICES_MAX, Datagram, DatagramPorts, Device, EMBRYONIC_MAX, EXHAUSTED_MAX, FLOWS_MAX,
     FRAGMENTS_MAX, Flow, IMPORTED_MAX, Ipv4Address, Ipv6Address, NAMES_MAX, NODE_ADDRESSES_MAX,
-    NODE_PORT_WORDS, Name, Networks, NodeAddress, ORIGINS_MAX, OriginKey, Origins, PORTS_MAX,
+    NODE_PORT_WORDS, Name, Networks, NodeAddress, ORIGINS_MAX, OriginKey, Origins, PORTS_MAX, Peer, Peers,
     REASON_COUNTERS_MAX, REJECTS_MAX, ReasonCounters, ReasonKey, RejectBucket, RejectKey, SERVICES_MAX,
-    SLOT_BLOCKS_MAX, SOCKETS_MAX, SOURCE_RANGES_MAX, Service, ServiceKey, ServicePort, Settings, SlotBlock,
-    SocketKey, SocketPeer, SourceRange, Tuple,
+    SLOT_BLOCKS_MAX, SOURCE_RANGES_MAX, Service, ServiceKey, ServicePort, Settings, SlotBlock, SourceRange,
+    Tuple,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -32,7 +32,6 @@ type NodeAddresses<A> = HashMap<A, NodeAddress, { NODE_ADDRESSES_MAX as usize },
 type Datagrams<A> = LruHashMap<Datagram<A>, DatagramPorts, { FRAGMENTS_MAX as usize }>;
 type Imported<A> = HashMap<Tuple<A>, u32, { IMPORTED_MAX as usize }, LAZY>;
 type Exhausted<A> = LruHashMap<Tuple<A>, u32, { EXHAUSTED_MAX as usize }>;
-type Sockets<A> = LruHashMap<SocketKey<A>, SocketPeer<A>, { SOCKETS_MAX as usize }>;
 
 #[cfg(not(feature = "both-layouts"))]
 type FlowTable<F> = &'static Flows<<F as Family>::Address>;
@@ -101,9 +100,13 @@ static origins_v4: OriginTable<Ipv4Address> = HashMap::new();
 #[btf_map]
 static origins_v6: OriginTable<Ipv6Address> = HashMap::new();
 #[btf_map]
-static sockets_v4: Sockets<Ipv4Address> = LruHashMap::new();
+static peer_v4: SkStorage<Peer<Ipv4Address>> = SkStorage::new();
 #[btf_map]
-static sockets_v6: Sockets<Ipv6Address> = LruHashMap::new();
+static peer_v6: SkStorage<Peer<Ipv6Address>> = SkStorage::new();
+#[btf_map]
+static peers_v4: SkStorage<Peers<Ipv4Address>> = SkStorage::new();
+#[btf_map]
+static peers_v6: SkStorage<Peers<Ipv6Address>> = SkStorage::new();
 #[btf_map]
 static networks_v4: Array<Networks<Ipv4Address>, 1> = Array::new();
 #[btf_map]
@@ -182,7 +185,8 @@ pub(super) trait Maps: Flowing {
     fn flows() -> FlowTable<Self>;
     fn embryonic() -> EmbryonicTable<Self>;
     fn origins() -> &'static OriginTable<Self::Address>;
-    fn sockets() -> &'static Sockets<Self::Address>;
+    fn peer() -> &'static SkStorage<Peer<Self::Address>>;
+    fn peers() -> &'static SkStorage<Peers<Self::Address>>;
     fn networks() -> &'static Array<Networks<Self::Address>, 1>;
     fn affinity() -> AffinityTable<Self>;
     fn source_ranges() -> &'static SourceRanges<Self::Address>;
@@ -193,7 +197,7 @@ pub(super) trait Maps: Flowing {
 }
 
 macro_rules! maps {
-    ($family:ident, $counter:expr, $services:ident, $backends:ident, $flows:ident, $embryonic:ident, $origins:ident, $sockets:ident, $networks:ident, $affinity:ident, $source_ranges:ident, $node_addresses:ident, $fragments:ident, $exhausted:ident, $imported:ident, $old_affinity:ident, $moving_affinity:ident) => {
+    ($family:ident, $counter:expr, $services:ident, $backends:ident, $flows:ident, $embryonic:ident, $origins:ident, $peer:ident, $peers:ident, $networks:ident, $affinity:ident, $source_ranges:ident, $node_addresses:ident, $fragments:ident, $exhausted:ident, $imported:ident, $old_affinity:ident, $moving_affinity:ident) => {
         impl Maps for $family {
             const COUNTER: u32 = $counter;
             #[inline(always)]
@@ -223,8 +227,12 @@ macro_rules! maps {
                 &$origins
             }
             #[inline(always)]
-            fn sockets() -> &'static Sockets<Self::Address> {
-                &$sockets
+            fn peer() -> &'static SkStorage<Peer<Self::Address>> {
+                &$peer
+            }
+            #[inline(always)]
+            fn peers() -> &'static SkStorage<Peers<Self::Address>> {
+                &$peers
             }
             #[inline(always)]
             fn networks() -> &'static Array<Networks<Self::Address>, 1> {
@@ -273,7 +281,8 @@ maps!(
     flows_v4,
     embryonic_v4,
     origins_v4,
-    sockets_v4,
+    peer_v4,
+    peers_v4,
     networks_v4,
     affinity_v4,
     source_ranges_v4,
@@ -292,7 +301,8 @@ maps!(
     flows_v6,
     embryonic_v6,
     origins_v6,
-    sockets_v6,
+    peer_v6,
+    peers_v6,
     networks_v6,
     affinity_v6,
     source_ranges_v6,

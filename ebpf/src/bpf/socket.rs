@@ -1,8 +1,13 @@
 //! The socket path: translates a call once instead of every packet.
 
-use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
-use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
-use sluice_common::abi::{Flow, Ipv4Address, Ipv6Address, ServiceKey, SocketKey, SocketPeer, socket_path};
+use core::ptr::null_mut;
+
+use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock_addr};
+use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::helpers::generated::{
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval, bpf_sk_storage_get,
+};
+use sluice_common::abi::{Flow, Ipv4Address, Ipv6Address, Peer, ServiceKey, socket_path};
 use sluice_common::event::{At, Fate, Wide};
 use sluice_common::header::protocol::{TCP, UDP};
 use sluice_common::socket::{Choice, choose};
@@ -121,6 +126,72 @@ fn asked<F: Maps>(key: &ServiceKey<F::Address>) -> Flow<F::Address> {
     Flow { destination: key.address, destination_port: key.port, ..Flow::default() }
 }
 
+/// What is kept with a call's socket in a map; with `BPF_SK_STORAGE_GET_F_CREATE` it is made, all zeros, if need be.
+#[inline(always)]
+fn storage<T>(map: &'static SkStorage<T>, ctx: *mut bpf_sock_addr, flags: u32) -> Option<&'static mut T> {
+    // SAFETY: the context is valid while the program runs.
+    let socket = unsafe { (*ctx).__bindgen_anon_1.sk };
+    if socket.is_null() {
+        return None;
+    }
+    let map = core::ptr::from_ref(map).cast_mut();
+    // SAFETY: map and socket are what the helper takes; the value lives as long as the program runs.
+    unsafe {
+        bpf_sk_storage_get(map.cast(), socket.cast(), null_mut(), u64::from(flags)).cast::<T>().as_mut()
+    }
+}
+
+/// The backend, and its generation, that a UDP socket was given for a frontend last.
+#[inline(always)]
+fn kept<F: Maps>(ctx: *mut bpf_sock_addr, address: &F::Address, port: u16) -> Option<(u32, u16)> {
+    let mut found = None;
+    let mut asked = 0;
+    for peer in &storage(F::peers(), ctx, 0)?.peers {
+        if peer.frontend == *address && peer.frontend_port == port && peer.asked > asked {
+            asked = peer.asked;
+            found = Some((peer.id, peer.generation));
+        }
+    }
+    found
+}
+
+/// Keeps a peer with the socket, whose end is its end; whether it was there. [`None`]: there is no memory for it.
+///
+/// Threads that send by one socket at once may write the same place: then answers of one of the two show the backend's address
+/// until the next send.
+#[inline(always)]
+fn note<F: Maps>(ctx: *mut bpf_sock_addr, peer: Peer<F::Address>, protocol: u8) -> Option<bool> {
+    if protocol == TCP {
+        *storage(F::peer(), ctx, BPF_SK_STORAGE_GET_F_CREATE)? = peer;
+        return Some(false);
+    }
+    let peers = &mut storage(F::peers(), ctx, BPF_SK_STORAGE_GET_F_CREATE)?.peers;
+    let (mut newest, mut oldest, mut there) = (0, u32::MAX, 0);
+    for known in peers.iter() {
+        newest = newest.max(known.asked);
+        oldest = oldest.min(known.asked);
+        let same = known.id == peer.id
+            && known.generation == peer.generation
+            && known.frontend == peer.frontend
+            && known.frontend_port == peer.frontend_port;
+        if same {
+            there = known.asked;
+        }
+    }
+    if there != 0 && there == newest {
+        return Some(true);
+    }
+    // One that is there becomes the newest; else the oldest gives way. Nobody else has its number.
+    let replaced = if there != 0 { there } else { oldest };
+    for known in peers.iter_mut() {
+        if known.asked == replaced {
+            *known = Peer { asked: newest.wrapping_add(1), ..peer };
+            break;
+        }
+    }
+    Some(there != 0)
+}
+
 /// Chooses a backend and notes whom the socket asked for, so that it can be told so later.
 #[inline(always)]
 fn translate<F: Maps + Wide>(
@@ -132,7 +203,8 @@ fn translate<F: Maps + Wide>(
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     let key = ServiceKey { address, port, protocol, reserved: 0 };
-    match choose::<F, _>(&key, cookie, is_host(ctx), &Kernel::of(0)) {
+    let kept = || if protocol == TCP { None } else { kept::<F>(ctx, &address, port) };
+    match choose::<F, _>(&key, cookie, is_host(ctx), kept, &Kernel::of(0)) {
         Choice::Untouched => Outcome::Untouched,
         Choice::Refuse { service_port } => {
             if protocol == TCP {
@@ -154,19 +226,17 @@ fn translate<F: Maps + Wide>(
         }
         Choice::Backend { id, backend } => {
             let asked = asked::<F>(&key);
-            let key = SocketKey {
-                cookie: [cookie as u32, (cookie >> 32) as u32],
-                address: backend.address,
-                port: backend.port,
-                protocol,
+            let peer = Peer {
+                frontend: address,
+                backend: backend.address,
+                frontend_port: port,
+                backend_port: backend.port,
+                id,
+                generation: backend.generation,
                 reserved: 0,
+                asked: 0,
             };
-            let peer = SocketPeer { address, port, reserved: 0, backend: id };
-            // SAFETY: entries are plain data, readable under RCU.
-            let known = matches!(unsafe { F::sockets().get(&key) }, Some(there) if *there == peer);
-            if !known && F::sockets().insert(&key, peer, 0).is_err() {
-                return Outcome::Untouched;
-            }
+            let Some(known) = note::<F>(ctx, peer, protocol) else { return Outcome::Untouched };
             count::call::<F>(id);
             // A datagram that goes where the one before it went is nothing new.
             if !known {
@@ -196,17 +266,22 @@ fn asked_for<F: Maps>(
     address: F::Address,
     protocol: u8,
 ) -> Option<(F::Address, u16)> {
-    // SAFETY: the context is valid while the program runs.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
-    let key = SocketKey {
-        cookie: [cookie as u32, (cookie >> 32) as u32],
-        address,
-        port: port(ctx),
-        protocol,
-        reserved: 0,
-    };
-    // SAFETY: entries are plain data, readable under RCU.
-    unsafe { F::sockets().get(&key) }.map(|peer| (peer.address, peer.port))
+    let port = port(ctx);
+    if protocol == TCP {
+        let peer = storage(F::peer(), ctx, 0)?;
+        return (peer.backend == address && peer.backend_port == port)
+            .then_some((peer.frontend, peer.frontend_port));
+    }
+    // Several frontends may lead to one backend: the one that was asked last is meant.
+    let mut found = None;
+    let mut asked = 0;
+    for peer in &storage(F::peers(), ctx, 0)?.peers {
+        if peer.backend == address && peer.backend_port == port && peer.asked > asked {
+            asked = peer.asked;
+            found = Some((peer.frontend, peer.frontend_port));
+        }
+    }
+    found
 }
 
 #[inline(always)]
@@ -355,33 +430,4 @@ pub(super) fn getpeername4(ctx: *mut bpf_sock_addr) -> i32 {
 
 pub(super) fn getpeername6(ctx: *mut bpf_sock_addr) -> i32 {
     show_v6(ctx, TCP)
-}
-
-/// Forgets what was kept for a TCP socket. Entries of UDP sockets, which may be many a socket, age out.
-#[inline(always)]
-pub(super) fn release(socket: *mut bpf_sock) -> i32 {
-    // SAFETY: the context is valid while the program runs.
-    let (kind, ip4, port) = unsafe { ((*socket).type_, (*socket).dst_ip4, (*socket).dst_port) };
-    if kind != SOCK_STREAM || port == 0 {
-        return PROCEED;
-    }
-    // SAFETY: as above.
-    let cookie = unsafe { bpf_get_socket_cookie(socket.cast()) };
-    let cookie = [cookie as u32, (cookie >> 32) as u32];
-    let port = u16::from_be(port as u16);
-    let address = Ipv4Address { octets: ip4.to_ne_bytes() };
-    let key = SocketKey { cookie, address, port, protocol: TCP, reserved: 0 };
-    let _ = <V4 as Maps>::sockets().remove(key);
-    // SAFETY: as above. One load a word: the context may not be read otherwise.
-    let words = unsafe {
-        [
-            (&raw const (*socket).dst_ip6[0]).read_volatile(),
-            (&raw const (*socket).dst_ip6[1]).read_volatile(),
-            (&raw const (*socket).dst_ip6[2]).read_volatile(),
-            (&raw const (*socket).dst_ip6[3]).read_volatile(),
-        ]
-    };
-    let key = SocketKey { cookie, address: address_v6(words), port, protocol: TCP, reserved: 0 };
-    let _ = <V6 as Maps>::sockets().remove(key);
-    PROCEED
 }

@@ -309,7 +309,7 @@ fn is_held<F: Tc>(skb: *mut __sk_buff) -> bool {
     // SAFETY: this CPU's own; nothing else takes a reference here.
     let decision = unsafe { &(*scratch).decision };
     let is_new = matches!(decision.record, Record::Open | Record::Establish);
-    if !is_new || !path::is_beside_sockets(decision.flow.flags) {
+    if !is_new || !path::is_beside_sockets(&decision.flow) {
         return false;
     }
     let flow = &decision.flow;
@@ -562,6 +562,9 @@ fn hand_in<F: Tc, const LINK: u32>(
     let here = ifindex(packet.skb);
     let target = if hook == Hook::Egress {
         here
+    } else if local == remote || is_own::<F>(remote) {
+        // The frontend is an address of this host's own: no other device takes one as a source.
+        LOOPBACK
     } else {
         let way = Way { ifindex: LOOPBACK, mark: 0, length: 0 };
         match route::<F>(packet.skb.cast(), local, remote, way) {
@@ -573,6 +576,13 @@ fn hand_in<F: Tc, const LINK: u32>(
         return NEXT;
     }
     hand_to::<F, LINK>(packet, target)
+}
+
+/// Whether an address is one of this node's own.
+#[inline(always)]
+fn is_own<F: Tc>(address: &F::Address) -> bool {
+    // SAFETY: entries are plain data, readable under RCU.
+    unsafe { F::node_addresses().get(address) }.is_some()
 }
 
 /// Our own device, which takes packets whose source is an address of this node.

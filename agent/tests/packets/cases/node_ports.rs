@@ -3,14 +3,18 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::Reason;
-use sluice_common::abi::{frontend, listing, state};
+use sluice_common::abi::{backend, flow, frontend, listing, state};
+use sluice_common::path::mark;
 
 use super::Table;
+use super::clash::of_host;
 use super::fragments::{long, parts, told};
 use super::masquerade::as_met;
-use crate::packets::case::{Case, Program};
-use crate::packets::frame::{Frame, TCP, UDP};
-use crate::packets::world::{Cast, EDGE, EMPTY, NARROW, ONE, OTHER, TUNNEL, UPLINK, Version, World, mac};
+use crate::packets::case::{Case, End, Program};
+use crate::packets::frame::{ACK, Frame, SYN, TCP, UDP};
+use crate::packets::world::{
+    Cast, Connection, EDGE, EMPTY, LOOPBACK, NARROW, ONE, OTHER, TUNNEL, UPLINK, Version, World, mac,
+};
 
 /// A node port.
 const PORT: u16 = 30_080;
@@ -23,6 +27,8 @@ pub(super) fn add(table: &mut Table) {
         elsewhere(table, &served);
         along(table, &served);
         shared(table, &served);
+        to_itself(table, &served);
+        within(table, &served);
     }
 }
 
@@ -83,9 +89,133 @@ fn opening(table: &mut Table, cast: &Cast) {
             &first,
         )
         .becomes(&answer(&first).turned())
-        .ends(crate::packets::case::End::Redirect)
+        .ends(End::Redirect)
         .reason(reason, EMPTY),
     );
+}
+
+/// A process of this host that asks its own node: met as it leaves by the loopback device, and answered there.
+fn to_itself(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let world = world(cast, ONE);
+    let connection = of_host(cast, cast.connection());
+    let first = cast.first(connection.client, cast.frontend).at(mac(LOOPBACK));
+    table.add(
+        Case::new(
+            format!("{title}: a node port, a process of this host"),
+            &world,
+            Program::Egress,
+            LOOPBACK,
+            &first,
+        )
+        .routed(&first.clone().from(connection.seen_as).to(cast.backend))
+        .opens(ONE)
+        .embryonic([connection.both()])
+        .marks(mark::HOST),
+    );
+    table.add(Case::new(
+        format!("{title}: what leaves by another device is no question to this node"),
+        &world,
+        Program::Egress,
+        UPLINK,
+        &first,
+    ));
+    let other = first.clone().to(SocketAddr::new(cast.node, PORT + 1));
+    table.add(Case::new(
+        format!("{title}: a process of this host, another port of the node"),
+        &world,
+        Program::Egress,
+        LOOPBACK,
+        &other,
+    ));
+    let known = world.clone().embryonic(connection.both()).marks(mark::HOST);
+    let reply = match cast.protocol {
+        TCP => Frame::tcp(cast.backend, connection.seen_as, SYN | ACK, &[]),
+        _ => Frame::udp(cast.backend, connection.seen_as, b"answer"),
+    };
+    let reply = reply.at(mac(EDGE));
+    let case = Case::new(
+        format!(
+            "{title}: the answer of a node port to a process of this host is handed in by the loopback device"
+        ),
+        &known,
+        Program::Ingress,
+        EDGE,
+        &reply,
+    )
+    .becomes(&reply.clone().from(cast.frontend).to(connection.client).at(mac(LOOPBACK)))
+    .ends(End::Redirect)
+    .reply(ONE);
+    table.add(match cast.protocol {
+        TCP => case,
+        _ => case.flows([connection.state(state::ESTABLISHED).both()]).embryonic([]),
+    });
+    // This host is its own backend: client and server have one address, and a port that no socket has.
+    let at = SocketAddr::new(cast.node, cast.backend.port());
+    let mut world = world;
+    world.add_backend(cast, ONE, ONE, at);
+    let world = world.backend_flags(ONE, backend::SERVING | backend::LOCAL | backend::HOST);
+    let flags = flow::HOST | flow::LOCAL | flow::HAIRPIN;
+    let connection = Connection { backend: at, flags, ..connection };
+    table.add(
+        Case::new(
+            format!("{title}: a node port of a server on this host, a process of this host"),
+            &world,
+            Program::Egress,
+            LOOPBACK,
+            &first,
+        )
+        .becomes(&first.clone().from(connection.seen_as).to(at))
+        .ends(End::Redirect)
+        .opens(ONE)
+        .embryonic([connection.both()])
+        .marks(mark::HOST),
+    );
+}
+
+/// Loopback addresses are there for processes of this host alone, and those of one link for that link.
+fn within(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (loopback, of_link): (IpAddr, Option<IpAddr>) = match cast.version {
+        Version::V4 => (Ipv4Addr::LOCALHOST.into(), None),
+        Version::V6 => (Ipv6Addr::LOCALHOST.into(), Some(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1).into())),
+    };
+    let mut world = world(cast, ONE);
+    world.serve_node_ports(loopback);
+    for (who, client, ifindex) in [("a neighbour", cast.client, UPLINK), ("a pod", cast.client, EDGE)] {
+        for program in [Program::Ingress, Program::Xdp] {
+            let first = cast.first(client, SocketAddr::new(loopback, PORT)).at(mac(ifindex));
+            let name = format!("{title}: a loopback address is not served to {who}, {}", program.name());
+            table.add(Case::new(name, &world, program, ifindex, &first));
+        }
+    }
+    // The client's own address is a loopback one too: it is shown as the node.
+    let asked = cast.frontend(SocketAddr::new(loopback, PORT)).client(SocketAddr::new(loopback, 40_001));
+    let mut connection = of_host(cast, asked.connection());
+    let shown = super::clash::tried(&asked, asked.frontend, 1);
+    connection.client = asked.client;
+    connection.seen_as = SocketAddr::new(cast.node, shown.port());
+    connection.flags |= flow::MASQUERADED;
+    let first = asked.first(asked.client, asked.frontend).at(mac(LOOPBACK));
+    table.add(
+        Case::new(
+            format!("{title}: a loopback address, a process of this host"),
+            &world,
+            Program::Egress,
+            LOOPBACK,
+            &first,
+        )
+        .routed(&first.clone().from(connection.seen_as).to(cast.backend))
+        .opens(ONE)
+        .embryonic([connection.both()])
+        .marks(mark::HOST | mark::MASQUERADED),
+    );
+    if let Some(of_link) = of_link {
+        world.serve_node_ports(of_link);
+        let first = cast.first(cast.client, SocketAddr::new(of_link, PORT)).at(mac(EDGE));
+        let name = format!("{title}: an address of another link is not served to a pod");
+        table.add(Case::new(name, &world, Program::Ingress, EDGE, &first));
+    }
 }
 
 /// Where there is no node port after all.

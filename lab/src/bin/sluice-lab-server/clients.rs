@@ -114,6 +114,27 @@ fn ask_by(
 }
 
 #[derive(Args)]
+pub(crate) struct Flooding {
+    /// Where to send.
+    #[arg(long)]
+    to: SocketAddr,
+    /// How many datagrams, each from a new socket.
+    #[arg(long)]
+    count: u64,
+}
+
+pub(crate) fn flood(flooding: &Flooding) -> Result<bool> {
+    let start = Instant::now();
+    let mut bytes = 0;
+    for _ in 0..flooding.count {
+        let sent = udp_socket(flooding.to, 0)?.send_to(b"0", flooding.to);
+        bytes += sent.with_context(|| format!("cannot send to {}", flooding.to))? as u64;
+    }
+    report(&Event::Done { sent: flooding.count, received: 0, bytes, elapsed_ms: ms_since(start) });
+    Ok(true)
+}
+
+#[derive(Args)]
 pub(crate) struct TcpAsking {
     /// Whom to ask.
     #[arg(long)]

@@ -44,6 +44,8 @@ enum Mode {
     HttpClient(http::Asking),
     /// Ask a `udp-echo`.
     UdpClient(clients::UdpAsking),
+    /// Send one datagram from each of many new sockets, and wait for nothing.
+    UdpFlood(clients::Flooding),
     /// Keep a connection to a `tcp-echo` and ask over it.
     TcpClient(clients::TcpAsking),
     /// Read what a `stream` sends, and see that no line is missing.
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
         Mode::ManyClient(opening) => many::open(&opening),
         Mode::HttpClient(asking) => http::ask(&asking),
         Mode::UdpClient(asking) => clients::udp(&asking),
+        Mode::UdpFlood(flooding) => clients::flood(&flooding),
         Mode::TcpClient(asking) => clients::tcp(&asking),
         Mode::StreamClient(streaming) => clients::stream(&streaming),
         Mode::LoadClient(loading) => load::run(&loading),
