@@ -5,8 +5,9 @@
 //! where it was met, by the own device again, and takes the first one's way. One whose first fragment does not
 //! come within `WAIT` goes on untouched, as the rest of its datagram then does.
 //!
-//! Nobody can be told from whom to take less: what finds no room is dropped. While no agent runs
-//! the device drops what comes too early.
+//! Room is shared among devices, and among the sources behind each (see the module `waiting`). What finds none goes on untouched at
+//! once, as do all that come early while no agent runs: the programs hold fragments only as long as this module says, every
+//! `ATTEND`, that it keeps them.
 
 mod frame;
 mod socket;
@@ -28,6 +29,8 @@ use waiting::{Kept, Waiting};
 const WAIT: Duration = Duration::from_millis(500);
 /// How often waiting fragments are asked for.
 const LOOK: Duration = Duration::from_millis(2);
+/// How often the programs are told that somebody keeps fragments.
+const ATTEND: Duration = Duration::from_secs(1);
 /// Frames taken in between two looks: a flood costs no more than this.
 const BURST: usize = 256;
 
@@ -39,7 +42,8 @@ const BURST: usize = 256;
 pub fn start(own_device: u32, maps: &Path) -> anyhow::Result<()> {
     let socket = Socket::open(own_device).context("cannot listen on our own device")?;
     let datagrams = Datagrams::open(maps)?;
-    let keeper = Keeper { socket, datagrams, waiting: Waiting::default() };
+    datagrams.attend(ticks())?;
+    let keeper = Keeper { socket, datagrams, waiting: Waiting::default(), attended: Instant::now() };
     let _thread = thread::Builder::new().name("fragments".to_owned()).spawn(move || keeper.run())?;
     Ok(())
 }
@@ -50,6 +54,8 @@ struct Keeper {
     socket: Socket,
     datagrams: Datagrams,
     waiting: Waiting,
+    /// When the programs were last told.
+    attended: Instant,
 }
 
 impl Keeper {
@@ -76,12 +82,16 @@ impl Keeper {
 
     /// Waits for fragments, or for the time to look again; takes in those, and sends on whose time has come.
     fn step(&mut self) -> anyhow::Result<()> {
-        let patience = if self.waiting.is_empty() { None } else { Some(LOOK) };
-        if self.socket.wait(patience)? {
+        if self.attended.elapsed() >= ATTEND {
+            self.datagrams.attend(ticks())?;
+            self.attended = Instant::now();
+        }
+        let mut crowded = Vec::new();
+        if self.socket.wait(if self.waiting.is_empty() { ATTEND } else { LOOK })? {
             for _ in 0..BURST {
                 let Some(labelled) = self.socket.receive()? else { break };
                 if let Some(frame) = frame::read(labelled) {
-                    self.waiting.take_in(Kept { frame, since: Instant::now() });
+                    crowded.extend(self.waiting.take_in(Kept { frame, since: Instant::now() }));
                 }
             }
             // Whatever has come was not told a moment ago.
@@ -95,11 +105,11 @@ impl Keeper {
         for kept in self.waiting.take_told(|key| self.datagrams.is_told(key, now).unwrap_or(false)) {
             self.socket.send(&kept.frame).unwrap_or_else(|error| note(error.into()));
         }
-        if let Some(late) = Instant::now().checked_sub(WAIT) {
-            for kept in self.waiting.take_older(late) {
-                let result = self.datagrams.give_up(&kept.frame.key, now).map_err(anyhow::Error::from);
-                result.and_then(|()| Ok(self.socket.send(&kept.frame)?)).unwrap_or_else(&mut note);
-            }
+        let late =
+            Instant::now().checked_sub(WAIT).map(|late| self.waiting.take_older(late)).unwrap_or_default();
+        for kept in crowded.into_iter().chain(late) {
+            let result = self.datagrams.give_up(&kept.frame.key, now).map_err(anyhow::Error::from);
+            result.and_then(|()| Ok(self.socket.send(&kept.frame)?)).unwrap_or_else(&mut note);
         }
         first_error.map_or(Ok(()), Err)
     }

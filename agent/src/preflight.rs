@@ -8,6 +8,7 @@
 //! Looking ([`look`]) and judging are apart: each check is a function of what was found.
 
 mod devices;
+mod early;
 mod hooks;
 mod scratch;
 mod system;
@@ -179,6 +180,8 @@ pub fn look(options: &Options) -> anyhow::Result<Report> {
     let traces =
         traces::look(&facts, &survey, cgroup.as_deref(), &options.pin_path, is_able, &ask(traces::xdp())?);
     checks.extend(traces::checks(&traces));
+    let frontends = early::Frontends::read(&options.pin_path);
+    checks.push(early::check(is_able.then(|| early::look(&frontends)).as_ref(), &frontends));
     Ok(Report::new(kernel, checks))
 }
 

@@ -179,7 +179,7 @@ fn a_mark_counts_for_the_route_of_the_hosts_own_packets() {
         for (mark, is_routed) in [(0, false), (MARK, counts), (MARK + 1, false)] {
             kernel.mark = mark;
             kernel.prepare(&world).expect("the maps are filled");
-            let (redirected, _) = kernel.redirected(&[case.clone()]).expect("the kernel runs it");
+            let (redirected, _) = kernel.redirected(std::slice::from_ref(&case)).expect("the kernel runs it");
             assert_eq!(redirected == 1, is_routed, "{}, mark {mark:#x}", cast.title());
         }
     }

@@ -8,15 +8,16 @@ mod frame;
 mod lab_support;
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::Instant;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use frame::{Frame, INIT, INIT_ACK, Mac, SCTP, crc32c, octets};
 use lab_support::{
-    Cluster, DNS, DNS_TARGET, Pair, Plan, SOON, WEB, addresses_of_pod, cluster_ip, external_ip, reasons,
-    replies, service, skip,
+    Cluster, DNS, DNS_TARGET, Pair, Plan, SOON, WEB, addresses_of_node, addresses_of_pod, cluster_ip,
+    external_ip, reasons, replies, service, skip,
 };
-use sluice_lab::{DROP_INVALID, Namespace, Node, Pod, Port, Protocol, Reply};
+use sluice_lab::{DROP_INVALID, Namespace, Node, Pod, Port, Protocol, Reply, Serve};
 
 /// Client and server ports of the raw packets.
 const CLIENT_PORT: u16 = 20_123;
@@ -218,6 +219,48 @@ fn sctp_keeps_its_checksum() -> Result<()> {
                     && frame.get(at..at + 2) == Some(kind)
             })
             .with_context(|| format!("{none}: no answer"))?;
+    }
+    Ok(())
+}
+
+/// At an address of the node a fragment may be anybody's: an overlay's outer packet, a host process's question.
+#[test]
+fn fragments_for_a_process_of_the_node_need_no_agent() -> Result<()> {
+    const PORT: u16 = 4_789;
+    if skip("fragments_for_a_process") {
+        return Ok(());
+    }
+    let mut cluster = Cluster::new("nobodys", &Plan { near: 1, ..Plan::default() })?;
+    let _server = cluster.node().serve_as(Serve::UdpEcho, PORT, "host")?;
+    let wire = cluster.client.packet_socket("eth0")?;
+    let held = |cluster: &Cluster| -> Result<u64> {
+        Ok(reasons(cluster.node())?.get("fragment_held").copied().unwrap_or(0))
+    };
+    for (round, is_alive) in [(0, true), (1, false)] {
+        if !is_alive {
+            cluster.agents[0].kill9()?;
+            // No longer than the programs believe that it keeps fragments.
+            sleep(Duration::from_secs(6));
+        }
+        let before = held(&cluster)?;
+        let clients = addresses_of_pod(&cluster.client);
+        for (client, node) in clients.into_iter().zip(addresses_of_node(cluster.node())) {
+            for try_number in 0..10 {
+                let client = SocketAddr::new(client, CLIENT_PORT + try_number);
+                let question = Frame::udp(client, SocketAddr::new(node, PORT), &[b'x'; 2_000])
+                    .at(gateway(&cluster.client)?);
+                let id = 1_000 + 100 * round + u32::from(try_number);
+                for fragment in question.fragments(id, 1_024).iter().rev() {
+                    wire.send(&fragment.bytes())?;
+                }
+                let _ = wire
+                    .receive(SOON, |frame| from(frame, node) && offset(frame) == Some(0))
+                    .with_context(|| format!("{client} > {node}: no answer, agent alive: {is_alive}"))?;
+            }
+        }
+        let held = held(&cluster)? - before;
+        println!("agent alive: {is_alive}, {held} fragments were held");
+        ensure!((held >= 20) == is_alive, "agent alive: {is_alive}, {held} fragments were held");
     }
     Ok(())
 }

@@ -209,6 +209,80 @@ fn a_running_agent_is_not_disturbed() -> Result<()> {
     ensure!(ours.0 == "yes" && ours.1.contains("eth0") && ours.1.contains("cgroup"), "{ours:?}");
     ensure!(check(&rows, "foreign-ebpf")?.1.contains("nobody else"), "{:?}", check(&rows, "foreign-ebpf")?);
     ensure!(traces(&node)? == before, "something is left");
+    early_rules(&node)?;
     ensure!(status(&node)?.get("ready") == Some(&Value::Bool(true)), "not ready any more");
     reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)
+}
+
+/// Rules that name a frontend where netfilter sees the endpoint already.
+fn early_rules(node: &Node) -> Result<()> {
+    let (_, rows) = preflight(node)?;
+    let found = check(&rows, "early-rules")?;
+    ensure!(found.0 == "yes" && found.1.contains("a Service's address"), "{found:?}");
+    let frontend = cluster_ip(WEB);
+    node.nft(&format!(
+        "table inet fw {{
+           chain pre {{
+             type filter hook prerouting priority raw; policy accept;
+             tcp dport 22 accept
+             ip saddr 192.0.2.0/24 udp dport 0-65535 accept
+             jump more
+           }}
+           chain more {{
+             udp dport 30000-30010 accept
+           }}
+           chain mangled {{
+             type filter hook prerouting priority mangle; policy accept;
+             ip daddr {v4} meta mark set 7
+             ip6 daddr {v6}/112 meta mark set 7
+             tcp dport {{ 443, 30443 }} accept
+           }}
+           chain forward {{
+             type filter hook forward priority filter; policy accept;
+             tcp dport 30081 drop
+             ct original ip daddr {v4} drop
+           }}
+           chain unused {{
+             tcp dport 30083 drop
+           }}
+         }}
+         table ip others {{
+           chain pre {{
+             type nat hook prerouting priority dstnat; policy accept;
+             tcp dport 31000 dnat to 192.0.2.200
+           }}
+         }}",
+        v4 = frontend[0],
+        v6 = frontend[1],
+    ))?;
+    let (code, rows) = preflight(node)?;
+    let found = check(&rows, "early-rules")?;
+    ensure!(code == 0 && found.0 == "warn", "{found:?}");
+    println!("{}", found.1);
+    let named = [
+        "inet fw more",
+        "ports 30000-30010",
+        "inet fw mangled",
+        &format!("address {}", frontend[0]),
+        "port 30443",
+    ];
+    for words in named {
+        ensure!(found.1.contains(words), "{words} is not in {found:?}");
+    }
+    // Five of six are named.
+    ensure!(found.1.contains("and 1 more"), "{found:?}");
+    for words in ["port 22", "0-65535", "30081", "30083"] {
+        ensure!(!found.1.contains(words), "{words} is in {found:?}");
+    }
+    node.nft("delete table inet fw")?;
+    let (_, rows) = preflight(node)?;
+    let found = check(&rows, "early-rules")?;
+    ensure!(
+        found.0 == "warn" && found.1.contains("ip others pre") && found.1.contains("port 31000"),
+        "{found:?}"
+    );
+    node.nft("delete table ip others")?;
+    let (_, rows) = preflight(node)?;
+    ensure!(check(&rows, "early-rules")?.0 == "yes", "{rows:?}");
+    Ok(())
 }

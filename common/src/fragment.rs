@@ -3,7 +3,8 @@
 //! The adapter notes what the first fragment tells, once it is decided about. The others follow the datagram's flow and
 //! change nothing of it. One that comes before the first is *held*: it is sent out of our own device, labelled with where it
 //! was met, and the agent listens there. When the first fragment has been seen, or after a while,
-//! the agent sends it back to where it was met, by our own device again.
+//! the agent sends it back to where it was met, by our own device again. Where no agent runs, none is held: at an address of
+//! the node it may be anybody's, an overlay's outer packet for one, which must not depend on us.
 
 use crate::abi::{Datagram, DatagramPorts, Ticks, Tuple};
 use crate::family::Family;
@@ -48,6 +49,21 @@ pub fn told<F: Family>(headers: &Headers<F>, decision: &Decision<F>, now: Ticks)
 #[inline(always)]
 pub fn is_fresh(told: &DatagramPorts, now: Ticks) -> bool {
     now.wrapping_sub(told.seen) <= DATAGRAM_TICKS
+}
+
+/// The agent says this often that it keeps fragments: after so many ticks without it none is sent to it.
+pub const KEEPER_TICKS: u32 = 4;
+
+/// The key under which the agent says that it keeps fragments: no datagram has it, since none of its protocols is 0.
+#[inline(always)]
+pub fn keeper<A: Copy + Default>() -> Datagram<A> {
+    Datagram { source: A::default(), destination: A::default(), id: 0, protocol: 0, reserved: [0; 3] }
+}
+
+/// Whether somebody keeps fragments, by what was last said under [`keeper`].
+#[inline(always)]
+pub fn is_kept(said: Option<&DatagramPorts>, now: Ticks) -> bool {
+    matches!(said, Some(said) if now.wrapping_sub(said.seen) <= KEEPER_TICKS)
 }
 
 /// Whether the protocol is one of those whose ports we translate: fragments of others are none of ours.

@@ -487,6 +487,7 @@ fn later<F: Family, T: Tables<F>>(
         Some(told) if fragment::is_fresh(told, tables.now()) => told,
         _ => {
             if headers.length <= fragment::HELD_LENGTH_MAX
+                && fragment::is_kept(tables.datagram(&fragment::keeper()), tables.now())
                 && matches!(tables.settings(), Some(settings) if settings.own_device != 0)
             {
                 decision.set(Verdict::Hold, Reason::FragmentHeld);

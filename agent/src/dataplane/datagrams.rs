@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use sluice_common::abi::{Datagram, DatagramPorts, Ipv4Address, Ipv6Address, Ticks};
-use sluice_common::fragment::is_fresh;
+use sluice_common::fragment::{is_fresh, keeper};
 
 use super::bpf::Table;
 use super::error::Error;
@@ -50,6 +50,19 @@ impl Datagrams {
     /// When the map cannot be read.
     pub fn is_told(&self, key: &DatagramKey, now: Ticks) -> Result<bool, Error> {
         Ok(self.get(key)?.is_some_and(|told| is_fresh(&told, now)))
+    }
+
+    /// Has the programs send fragments that come early to this process, for the next seconds.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn attend(&self, now: Ticks) -> Result<(), Error> {
+        let said = DatagramPorts { seen: now, ..DatagramPorts::default() };
+        self.v4
+            .insert(&keeper(), &said)
+            .and_then(|()| self.v6.insert(&keeper(), &said))
+            .map_err(|cause| Error::map("write", "fragments", cause))
     }
 
     /// Lets the datagram's fragments go on untouched, unless its first one has come meanwhile.

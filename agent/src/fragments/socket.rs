@@ -70,9 +70,9 @@ impl Socket {
     }
 
     /// Waits until there is something to receive; false after so long.
-    pub(super) fn wait(&self, patience: Option<Duration>) -> io::Result<bool> {
+    pub(super) fn wait(&self, patience: Duration) -> io::Result<bool> {
         let mut ready = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        let patience = patience.map_or(-1, |patience| patience.as_millis() as libc::c_int);
+        let patience = patience.as_millis() as libc::c_int;
         // SAFETY: one live struct.
         let count = unsafe { libc::poll(&raw mut ready, 1, patience) };
         Ok(outcome(count as isize)?.is_some_and(|count| count > 0))

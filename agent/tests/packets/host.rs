@@ -592,9 +592,14 @@ fn run_family<F: Ip>(case: &Case, mut packet: Bytes, offset: u32, now: Ticks) ->
         embryonic: told::<F>(memory.embryonic, now),
         affinity: affinities_told::<F>(memory.affinity, now),
         exhausted: exhausted_told::<F>(memory.exhausted, now),
-        fragments: datagrams_told::<F>(memory.fragments, now),
+        fragments: said(case).chain(datagrams_told::<F>(memory.fragments, now)).collect(),
         marks: memory.marks,
     }
+}
+
+/// What the agent says of itself in both families' maps of datagrams.
+fn said(case: &Case) -> impl Iterator<Item = (Datagram<IpAddr>, DatagramPorts)> {
+    case.world.fragments.iter().filter(|(key, _)| key.protocol == 0).map(|(key, told)| (*key, *told))
 }
 
 /// How a packet was counted, and what was told of it.
@@ -684,10 +689,8 @@ fn tc<F: Ip>(
     if ingress && link && packet.bytes.first().is_some_and(|first| first & 1 != 0) {
         return (End::Next, NOTHING);
     }
-    if ingress && link && !inside {
-        if !packet.bytes.starts_with(&world::mac(case.ifindex)) {
-            return (End::Next, NOTHING);
-        }
+    if ingress && link && !inside && !packet.bytes.starts_with(&world::mac(case.ifindex)) {
+        return (End::Next, NOTHING);
     }
     let recorded =
         if is_done { record(&decision, memory) } else { memory.open(hook, headers, &mut decision) };

@@ -9,8 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Datagram, DatagramPorts, Device, Flow, OriginKey, Range, Service,
-    ServiceKey, ServicePort, Settings, Tuple, backend, detect_local, device, device_flags, flow, frontend,
-    listing, masquerade, networks, node_address, side,
+    ServiceKey, ServicePort, Settings, Ticks, Tuple, backend, detect_local, device, device_flags, flow,
+    frontend, listing, masquerade, networks, node_address, side,
 };
 
 use sluice_common::path::device_reject_key;
@@ -530,9 +530,18 @@ impl World {
         self
     }
 
-    /// With an own device.
+    /// With an own device, and an agent that keeps fragments.
     pub(crate) fn own_device(mut self) -> Self {
         self.settings.own_device = OWN;
+        self.said_to_keep_fragments(0)
+    }
+
+    /// With an agent that has said so long ago that it keeps fragments.
+    pub(crate) fn said_to_keep_fragments(mut self, age: Ticks) -> Self {
+        for nobody in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
+            let key = Datagram { source: nobody, destination: nobody, id: 0, protocol: 0, reserved: [0; 3] };
+            let _ = self.fragments.insert(key, DatagramPorts { seen: age, ..DatagramPorts::default() });
+        }
         self
     }
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use sluice_common::Reason;
 use sluice_common::abi::{Datagram, DatagramPorts, flow, state};
-use sluice_common::fragment::{DATAGRAM_TICKS, HELD_LENGTH_MAX, label};
+use sluice_common::fragment::{DATAGRAM_TICKS, HELD_LENGTH_MAX, KEEPER_TICKS, label};
 use sluice_common::path::mark;
 
 use super::Table;
@@ -264,6 +264,18 @@ fn early(table: &mut Table, cast: &Cast) {
     table.add(
         Case::new(name, &cast.world(), Program::Ingress, EDGE, &question[1]).reason(Reason::Fragment, 0),
     );
+    // An agent that is dead keeps none: they may be anybody's.
+    for (age, is_kept) in [(KEEPER_TICKS - 1, true), (KEEPER_TICKS + 2, false)] {
+        let world = world.clone().said_to_keep_fragments(age);
+        let name = format!(
+            "{title}: a fragment that comes first, {age} ticks after the agent said that it keeps such"
+        );
+        table.add(if is_kept {
+            held(name, &world, Program::Ingress, EDGE, &question[1])
+        } else {
+            Case::new(name, &world, Program::Ingress, EDGE, &question[1]).reason(Reason::Fragment, 0)
+        });
+    }
     // Once the agent has given up.
     let untouched = world.clone().fragments(told(cast, cast.client, cast.frontend, false, 1));
     let name = format!("{title}: a fragment that has waited in vain");
