@@ -93,7 +93,8 @@ pub(crate) enum Way {
     Udp,
     /// A few hundred kilobytes from the endpoint.
     Http,
-    /// Datagrams of 8 KB, and an answer that is as large: the first ones may tell a client of IPv6 how large its parts may be.
+    /// Datagrams of 8 KB, and an answer that is as large. The first ones may be lost where they tell a client of IPv6 the
+    /// MTU of its way.
     Large,
 }
 
@@ -212,7 +213,7 @@ pub(crate) struct Stack {
     pub(crate) lab: Lab,
 }
 
-/// What a node's own rules are to see of a conversation: who is a client and who an endpoint.
+/// The first targets of a [`Stack`]: on the node, and on the other one.
 pub(crate) const NEAR: usize = 0;
 pub(crate) const FAR: usize = 1;
 
