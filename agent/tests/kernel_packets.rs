@@ -108,6 +108,38 @@ fn the_kernel_does_what_the_table_says_and_the_host_does() {
     in_the_kernel(Kernel::load, &cases::with_prefixes());
 }
 
+/// The programs of several devices may meet a packet at the same side of the stack: the first one translates it.
+#[test]
+fn what_is_translated_is_left_alone_by_the_next_program() {
+    if kernel::is_skipped() {
+        return;
+    }
+    let mut kernel = Kernel::load().unwrap_or_else(|error| panic!("{error:?}"));
+    let cases: Vec<Case> = cases::all()
+        .into_iter()
+        .filter(|case| case.name.contains("along a young masqueraded flow, a"))
+        .filter(|case| case.input != case.expected.frame)
+        .collect();
+    assert!(cases.len() >= 80, "there are such cases");
+    let [ingress, egress] = kernel::TC_DONE;
+    let mut failures = Vec::new();
+    for case in cases {
+        let is_egress = matches!(case.program, Program::Egress | Program::EgressBare);
+        let (own, other) = if is_egress { (egress, ingress) } else { (ingress, egress) };
+        let mut untouched = case.clone();
+        untouched.expected.frame.clone_from(&case.input);
+        untouched.expected.counted = Some(Vec::new());
+        untouched.expected.flows.clone_from(&case.world.flows);
+        for (who, case, word) in [("at the same side", &untouched, own), ("at the other side", &case, other)]
+        {
+            let outcome = kernel.run_carrying(case, word).expect("a test run").expect("a whole packet");
+            failures.push(judge(case, who, outcome));
+        }
+    }
+    failures.retain(|failure| !failure.is_empty());
+    report(&failures, failures.len());
+}
+
 /// Entries of most cases were used before the clock was zero, or will be when it is zero again.
 #[test]
 fn a_machine_that_has_just_booted_does_the_same() {

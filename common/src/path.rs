@@ -345,7 +345,7 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     if found.is_none() && (known || tables.marks() & mark::DIRECT != 0) {
         found = entry_of(key, tables);
     }
-    let was_ours = matches!(found, Some((entry, _)) if entry.flags & flow::SOURCE == 0);
+    let was_ours = found.is_some();
     if let Some((entry, embryonic)) = found {
         if along(egress, headers, entry, embryonic, tables, decision) {
             return;
@@ -443,6 +443,12 @@ fn leaves_as_node<F: Family, T: Tables<F>>(
     true
 }
 
+/// Whether the entry of a tuple only [notes](leaves_as_node) that something other than a client of ours has it.
+#[inline(always)]
+fn is_noted<F: Family, T: Tables<F>>(tuple: &Tuple<F::Address>, tables: &T) -> bool {
+    matches!(entry_of(tuple, tables), Some((entry, _)) if entry.flags & flow::SOURCE != 0)
+}
+
 /// Why a packet to a frontend that no entry is for is left to netfilter; [`None`]: it is not. A tuple that was ours (its flow has
 /// ended, or its backend is gone) stays ours: the entry would meet the next packet.
 #[inline(always)]
@@ -455,7 +461,7 @@ fn left_to_netfilter<F: Family, T: Tables<F>>(
         Some(settings) => settings.phase,
         None => return None,
     };
-    if now == phase::SERVE || was_ours {
+    if now == phase::SERVE || was_ours && !is_noted(&headers.tuple, tables) {
         return None;
     }
     let opens =

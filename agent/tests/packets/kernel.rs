@@ -39,6 +39,10 @@ const FRAME_MAX: usize = 4096;
 const SKB: (usize, usize) = (192, 40);
 /// Where its `mark` is.
 const SKB_MARK: usize = 8;
+/// Where its `cb` is.
+const CARRIED: usize = 48;
+/// What an skb carries that tc has translated at ingress, and at egress.
+pub(crate) const TC_DONE: [u32; 2] = [0x5c1c_e001, 0x5c1c_e002];
 
 /// What XDP puts before a frame that it has translated: tc leaves such a frame alone.
 const XDP_DONE: [u8; 4] = 0x5c1c_e003_u32.to_ne_bytes();
@@ -54,6 +58,8 @@ pub(crate) struct Kernel {
     filled: Option<(World, Ticks)>,
     /// What keeps sockets of this host open.
     sockets: Vec<OwnedFd>,
+    /// The first word of what tc's packets carry along.
+    carried: u32,
 }
 
 /// Whether the kernel's way is left out, as [`skipped`] says; fails where it cannot be gone and nobody said so.
@@ -378,7 +384,7 @@ impl Kernel {
         }
         xdp(&mut ebpf)?.load().context("cannot load the XDP program")?;
         let ring = RingBuf::try_from(ebpf.take_map("events").context("the object has no map events")?)?;
-        let mut kernel = Self { ebpf, ring, clock, mark: 0, filled: None, sockets: Vec::new() };
+        let mut kernel = Self { ebpf, ring, clock, mark: 0, carried: 0, filled: None, sockets: Vec::new() };
         kernel.listen(&Listening { until_ns: u64::MAX, ..Listening::default() })?;
         Ok(kernel)
     }
@@ -460,6 +466,14 @@ impl Kernel {
                 return Ok(outcome);
             }
         }
+    }
+
+    /// As [`Self::run`], for an skb that carries this word.
+    pub(crate) fn run_carrying(&mut self, case: &Case, word: u32) -> Result<Option<Outcome>> {
+        self.carried = word;
+        let outcome = self.run(case);
+        self.carried = 0;
+        outcome
     }
 
     fn run_once(&mut self, case: &Case) -> Result<Option<Outcome>> {
@@ -561,6 +575,7 @@ impl Kernel {
             let mut context = vec![0; length];
             context[ifindex..ifindex + 4].copy_from_slice(&case.ifindex.to_ne_bytes());
             context[SKB_MARK..SKB_MARK + 4].copy_from_slice(&self.mark.to_ne_bytes());
+            context[CARRIED..CARRIED + 4].copy_from_slice(&self.carried.to_ne_bytes());
             context
         };
         let options = TestRunOptions {

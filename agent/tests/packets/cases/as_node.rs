@@ -240,16 +240,15 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
         );
     }
     // Nor is it ours while netfilter serves.
-    let passive = at(world.clone().flows(old.both()), phase::PASSIVE, &[]);
-    table.add(
-        case(
-            "nothing was asked from a node port's number for long, passive",
-            &passive,
-            Program::Ingress,
-            &reply,
-        )
-        .reason(Reason::NotTaken, ONE),
-    );
+    let unanswered = own.age(UDP_IDLE_TICKS + 2);
+    for (what, before) in [
+        ("answered", world.clone().flows(old.both())),
+        ("not answered", world.clone().embryonic(unanswered.both())),
+    ] {
+        let name = format!("nothing was asked from a node port's number for long, passive, {what}");
+        let passive = at(before, phase::PASSIVE, &[]);
+        table.add(case(&name, &passive, Program::Ingress, &reply).reason(Reason::NotTaken, ONE));
+    }
     let other = cast.first(SocketAddr::new(cast.node_on(NARROW), PORT), peer);
     table.add(case(
         "a question leaves from a node port's number, of an address without node ports",
