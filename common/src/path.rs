@@ -179,6 +179,8 @@ pub struct Decision<F: Family> {
     pub datagram: bool,
     /// The kind of the frontend, one of [`frontend`]; 0: none was asked for.
     pub kind: u32,
+    /// What the packet's addresses are, bits of `met`.
+    met: u32,
     /// The tuple that `flow` is recorded under; the packet's own but where a lost entry is made again.
     pub key: Tuple<F::Address>,
     /// The translation; its addresses and ports are the packet's after the rewrite.
@@ -199,6 +201,7 @@ impl<F: Family> Decision<F> {
             round: 0,
             datagram: false,
             kind: 0,
+            met: 0,
             key: *key,
             flow: Flow {
                 source: key.source,
@@ -281,28 +284,14 @@ pub fn decide_into<F: Family, T: Tables<F>>(
         return;
     }
     let egress = hook == Hook::Egress;
-    let destination = tables.listing(&key.destination);
-    let to_address = destination & listing::FRONTEND != 0;
-    // Of fragments all are taken for one's until their ports are known: the first is to be noted wherever others ask for it.
-    let to_node_port = destination & listing::NODE_PORTS != 0
-        && (headers.fragment != Fragment::Whole || tables.is_node_port(key.destination_port))
-        && policy::may_ask_for_node_ports::<F, T>(egress, &key.destination, tables);
-    let to_frontend = to_address || to_node_port;
-    let source = if to_frontend { 0 } else { tables.listing(&key.source) };
-    // Where packets of masqueraded clients leave, and such as must not meet them.
-    let leaves = egress
-        && (destination & listing::BACKEND != 0 && tables.marks() & mark::MASQUERADED != 0
-            || source & listing::NODE_PORTS != 0 && asks_from_node_port(headers, tables));
-    let known = if egress {
-        to_frontend || leaves || source & listing::BACKEND != 0
-    } else {
-        // A reply to a masqueraded client, or to this host's own translated packets, comes from a backend to an address of the node.
-        to_frontend
-            || (source & listing::BACKEND != 0
-                && destination & listing::NODE != 0
-                && tables.marks() & (mark::HOST | mark::MASQUERADED) != 0)
-    };
-    let to_backend = !egress && destination & listing::BACKEND != 0;
+    decision.met = classify(egress, headers, tables);
+    // Read back from memory, behind the black box, the bits are any to the verifier: it goes on once, not for each way to them.
+    let met = core::hint::black_box(&*decision).met;
+    let to_address = met & met::TO_ADDRESS != 0;
+    let to_frontend = met & met::TO_FRONTEND != 0;
+    let leaves = met & met::LEAVES != 0;
+    let known = met & met::KNOWN != 0;
+    let to_backend = met & met::TO_BACKEND != 0;
     if !known && !to_backend {
         if egress && is_stray(headers, tables) {
             decision.set(Verdict::Drop, Reason::UnassignedAddress);
@@ -356,9 +345,9 @@ pub fn decide_into<F: Family, T: Tables<F>>(
         return;
     }
     if to_frontend {
-        let found = find(key, to_node_port, tables);
+        let found = find(key, met & met::TO_NODE_PORT != 0, tables);
         if found.is_some() || to_address && select::is_cluster_ip(key, tables) {
-            if destination & listing::NODE != 0 && !opens(headers) {
+            if met & met::TO_NODE != 0 && !opens(headers) {
                 // At an address of the node itself: a connection of the stack's own, or one that netfilter knows.
                 return;
             }
@@ -387,6 +376,58 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     if to_backend {
         direct(headers, tables, decision);
     }
+}
+
+/// Bits of [`Decision::met`].
+mod met {
+    /// To an address of a frontend.
+    pub(super) const TO_ADDRESS: u32 = 1;
+    /// To a node port, as far as its number tells.
+    pub(super) const TO_NODE_PORT: u32 = 2;
+    /// Either of both.
+    pub(super) const TO_FRONTEND: u32 = 4;
+    /// To a backend's address, at ingress.
+    pub(super) const TO_BACKEND: u32 = 8;
+    /// To an address of this node.
+    pub(super) const TO_NODE: u32 = 16;
+    /// It leaves where packets of masqueraded clients leave, or must not meet them.
+    pub(super) const LEAVES: u32 = 32;
+    /// It may have an entry.
+    pub(super) const KNOWN: u32 = 64;
+}
+
+/// What a packet's addresses are, as far as their listing and the port numbers tell.
+#[inline(always)]
+fn classify<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables: &T) -> u32 {
+    let key = &headers.tuple;
+    let destination = tables.listing(&key.destination);
+    let to_address = destination & listing::FRONTEND != 0;
+    // Of fragments all are taken for one's until their ports are known: the first is to be noted wherever others ask for it.
+    let to_node_port = destination & listing::NODE_PORTS != 0
+        && (headers.fragment != Fragment::Whole || tables.is_node_port(key.destination_port))
+        && policy::may_ask_for_node_ports::<F, T>(egress, &key.destination, tables);
+    let to_frontend = to_address || to_node_port;
+    let source = if to_frontend { 0 } else { tables.listing(&key.source) };
+    let leaves = egress
+        && (destination & listing::BACKEND != 0 && tables.marks() & mark::MASQUERADED != 0
+            || source & listing::NODE_PORTS != 0 && asks_from_node_port(headers, tables));
+    let known = if egress {
+        to_frontend || leaves || source & listing::BACKEND != 0
+    } else {
+        // A reply to a masqueraded client, or to this host's own translated packets, comes from a backend to an address of the node.
+        to_frontend
+            || (source & listing::BACKEND != 0
+                && destination & listing::NODE != 0
+                && tables.marks() & (mark::HOST | mark::MASQUERADED) != 0)
+    };
+    let bit = |is: bool, bit: u32| if is { bit } else { 0 };
+    bit(to_address, met::TO_ADDRESS)
+        | bit(to_node_port, met::TO_NODE_PORT)
+        | bit(to_frontend, met::TO_FRONTEND)
+        | bit(!egress && destination & listing::BACKEND != 0, met::TO_BACKEND)
+        | bit(destination & listing::NODE != 0, met::TO_NODE)
+        | bit(leaves, met::LEAVES)
+        | bit(known, met::KNOWN)
 }
 
 /// Whether a packet opens a flow. At an address of the node, whose stack and netfilter have connections of their own there,
