@@ -11,6 +11,7 @@ mod monitor;
 mod policy;
 mod preflight;
 mod services;
+mod sizes;
 mod status;
 mod table;
 mod takeover;
@@ -203,8 +204,9 @@ struct AgentArgs {
     /// Overlay and tunnel devices; see --edge.
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     fabric: Vec<String>,
-    /// Flows that are remembered, per family; two entries each [default: 131072].
-    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=16_777_216))]
+    /// Flows that are remembered, per family; two entries each [default: 32768 a CPU, at least 131072, within 1/256 of the
+    /// memory].
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=i64::from(FLOWS_LIMIT)))]
     flows_max: Option<u32>,
     /// In which layout of the maps flows are written: `previous` lets the version before take over without losing one.
     #[arg(long, value_enum, default_value_t, value_name = "LAYOUT")]
@@ -445,6 +447,9 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .context("cannot start threads")
 }
 
+/// The largest `--flows-max`.
+const FLOWS_LIMIT: u32 = 16_777_216;
+
 impl AgentArgs {
     fn options(self, places: Places, reload: Reload) -> anyhow::Result<Options> {
         if let Some(folder) = &self.manifests
@@ -460,7 +465,8 @@ impl AgentArgs {
             None => host_name()?,
         };
         let mut sizes = BTreeMap::new();
-        if let Some(flows) = self.flows_max {
+        let flows = self.flows_max.unwrap_or_else(sizes::flows);
+        if flows != sizes::FLOWS_MIN {
             sizes.extend(["flows_v4", "flows_v6"].map(|map| (map.to_owned(), flows.saturating_mul(2))));
         }
         let asked = self.manifests.is_none() || self.kubeconfig.is_some() || self.api.is_some();

@@ -21,10 +21,14 @@ pub const SLOT_BLOCKS_MAX: u32 = 524_288;
 pub const SLOTS_PER_BLOCK: u32 = 16;
 /// Elements of `backends_v4` (16 B each) and `backends_v6` (24 B each): 4 and 6 MiB.
 pub const BACKENDS_MAX: u32 = 262_144;
-/// Entries of each `flows` map: 256 Ki x ~115 B = 29 MiB (IPv4), ~46 MiB (IPv6).
+/// Entries of each `flows` map: 256 Ki x ~110 B = 28 MiB (IPv4), ~45 MiB (IPv6).
 pub const FLOWS_MAX: u32 = 262_144;
-/// Entries of each `embryonic` map.
+/// Entries of each `embryonic` map: 32 Ki x ~110 B = 3.5 MiB (IPv4), ~6 MiB (IPv6).
+///
+/// Fewer than the source ports that are given to clients ([`crate::path::PORTS`]): packets that nobody answers cannot use
+/// those up, however many they are, and even where their forward entries are evicted first.
 pub const EMBRYONIC_MAX: u32 = 32_768;
+const _: () = assert!(EMBRYONIC_MAX < crate::path::PORTS);
 /// Frontends that one UDP socket may ask at a time: kept with the socket, 192 B (IPv4) or 384 B (IPv6) beside what the kernel
 /// needs to keep anything with a socket.
 pub const PEERS_MAX: usize = 8;
@@ -186,16 +190,31 @@ pub const TICK_SHIFT: u32 = 30;
 
 /// Bits of [`Flow::state`]. Both directions' entries carry the same bits.
 pub mod state {
-    /// The client's second packet (TCP) or a reply (UDP) has been seen.
+    /// The endpoint has proven the flow: by a segment that is neither SYN nor RST (it knows the connection), by a datagram.
     pub const ESTABLISHED: u8 = 1;
     /// The client has sent a FIN.
     pub const FIN_FORWARD: u8 = 2;
     /// The backend has sent a FIN.
     pub const FIN_REPLY: u8 = 4;
+    /// The client has sent a RST, and the endpoint nothing since. Anybody can forge it (RFC 5961).
+    pub const RESET_FORWARD: u8 = 8;
+    /// The endpoint has sent a RST.
+    pub const RESET_REPLY: u8 = 16;
+    /// What a client's slot says of a connection whose entries were lost; no packet has confirmed it.
+    pub const GUESS: u8 = 32;
+    /// The endpoint's packet has confirmed a guess; that the client knows the connection is still to be seen.
+    pub const MATCHED: u8 = 64;
     /// Either side has sent a RST.
-    pub const RESET: u8 = 8;
-    /// A SYN that meets one of these starts a new flow.
+    pub const RESET: u8 = RESET_FORWARD | RESET_REPLY;
+    /// Somebody has sent a FIN or a RST.
     pub const CLOSING: u8 = FIN_FORWARD | FIN_REPLY | RESET;
+
+    /// Whether the endpoint has ended the flow, or agreed to its end: a client's FIN or RST alone may be forged.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_ended(state: u8) -> bool {
+        state & RESET_REPLY != 0 || state & FIN_REPLY != 0 && state & (FIN_FORWARD | RESET_FORWARD) != 0
+    }
 }
 
 /// Bits of [`Flow::flags`].

@@ -122,6 +122,7 @@ pub fn kind<F: Family>(decision: &Decision<F>, headers: &Headers<F>) -> Option<K
         Record::Nothing => None,
         Record::Open | Record::Establish => Some(Kind::Opened),
         Record::Promote => Some(Kind::Proven),
+        Record::Demote => Some(Kind::Closing),
         // Its state or its time is brought up to date.
         Record::Renew | Record::RenewEmbryonic => {
             (headers.tcp_flags & (tcp::FIN | tcp::RST) != 0).then_some(Kind::Closing)

@@ -75,6 +75,10 @@ pub struct Headers<F: Family> {
     pub datagram_protocol: u8,
     /// TTL or hop limit.
     pub ttl: u8,
+    /// TCP's sequence number; SCTP's verification tag.
+    pub sequence: u32,
+    /// TCP's acknowledgment number; SCTP's verification tag, which an ABORT for an unknown connection reflects.
+    pub acknowledgment: u32,
     /// Offset of the IP header.
     pub network: u32,
     /// Offset of the transport or ICMP header.
@@ -303,6 +307,8 @@ impl<F: Family> Default for Headers<F> {
             datagram: 0,
             datagram_protocol: 0,
             ttl: 0,
+            sequence: 0,
+            acknowledgment: 0,
             network: 0,
             transport: 0,
             length: 0,
@@ -392,8 +398,16 @@ fn tcp_header<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload
     headers.tuple.source_port = u16::from_be(header.source);
     headers.tuple.destination_port = u16::from_be(header.destination);
     headers.tcp_flags = header.flags;
+    headers.sequence = word(header.sequence);
+    headers.acknowledgment = word(header.acknowledgment);
     headers.checksum = header.checksum;
     headers.has_checksum = true;
+}
+
+/// A number of four bytes that is aligned to two.
+#[inline(always)]
+fn word([high, low]: [u16; 2]) -> u32 {
+    u32::from(u16::from_be(high)) << 16 | u32::from(u16::from_be(low))
 }
 
 #[inline(always)]
@@ -422,6 +436,8 @@ fn sctp_header<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payloa
     headers.tuple.source_port = u16::from_be(header.source);
     headers.tuple.destination_port = u16::from_be(header.destination);
     headers.tcp_flags = sctp_flags(header.chunk, header.chunk_flags);
+    headers.sequence = word(header.tag);
+    headers.acknowledgment = headers.sequence;
 }
 
 /// An SCTP packet in TCP's flags, by its first chunk (RFC 9260 section 3.2): the path has one set of states for both.

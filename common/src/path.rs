@@ -63,8 +63,18 @@ pub use select::find;
 
 /// A used flow renews its partner after this many ticks.
 pub const RENEW_TICKS: u32 = 9;
-/// A closing flow keeps its reply tuple from others for this many ticks (TIME_WAIT is 60 s).
+/// A flow that has ended keeps its reply tuple from others for this many ticks (TIME_WAIT is 60 s).
 pub const CLOSING_TICKS: u32 = 56;
+/// One that only one side has closed does so for this many idle ticks (two minutes, as conntrack's).
+pub const HALF_CLOSED_TICKS: u32 = 112;
+/// One that no packet of the endpoint has proven: for half a minute.
+pub const UNPROVEN_TICKS: u32 = 28;
+/// A live one: for a day.
+pub const IDLE_TICKS: u32 = 80_467;
+/// A client that opens anew leaves an endpoint that no longer serves and was not heard for this many ticks.
+pub const SILENT_TICKS: u32 = 28;
+/// A UDP flow is more than a question and its answers when it still goes on after this many ticks.
+pub const STREAM_TICKS: u32 = 2;
 /// A UDP flow that was idle for this many ticks no longer keeps its reply tuple from others.
 pub const UDP_IDLE_TICKS: u32 = 168;
 /// Source ports tried for a flow that must be remapped.
@@ -133,10 +143,12 @@ pub enum Record {
     Nothing,
     /// A new flow, in `embryonic`: the partner if its tuple is free, then this entry.
     Open,
-    /// A flow found again in the middle of a connection, in `flows`: as `Open`.
+    /// A flow found again in the middle of a connection: as `Open`, but in `flows` where the other half of it still is.
     Establish,
     /// The flow is proven: both entries move from `embryonic` to `flows`.
     Promote,
+    /// The flow has ended: both entries move from `flows` to `embryonic`.
+    Demote,
     /// The time and state of both entries in `flows`; a missing one is made again.
     Renew,
     /// As `Renew`, in `embryonic`.
@@ -171,16 +183,18 @@ pub struct Decision<F: Family> {
     pub record: Record,
     /// What is still needed.
     pub step: Step,
-    /// Whether the client's affinity to the backend is recorded.
+    /// Whether the client's affinity to the backend is recorded: the endpoint has answered.
     pub affinity: bool,
+    /// Whether bits of the flow's state are taken back, not only added.
+    pub takes_back: bool,
     /// The client's [round](crate::abi::Affinity::round), where its affinity is recorded.
     pub round: u16,
     /// Whether the packet is a first fragment, and what it [tells](fragment::told) is noted.
     pub datagram: bool,
     /// The kind of the frontend, one of [`frontend`]; 0: none was asked for.
     pub kind: u32,
-    /// What the packet's addresses are, bits of `met`.
-    met: u32,
+    /// What the packet's addresses are: bits of [`met`].
+    pub met: u32,
     /// The tuple that `flow` is recorded under; the packet's own but where a lost entry is made again.
     pub key: Tuple<F::Address>,
     /// The translation; its addresses and ports are the packet's after the rewrite.
@@ -198,6 +212,7 @@ impl<F: Family> Decision<F> {
             record: Record::Nothing,
             step: Step::Done,
             affinity: false,
+            takes_back: false,
             round: 0,
             datagram: false,
             kind: 0,
@@ -250,7 +265,7 @@ pub fn partner<F: Family>(key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> F
 
 /// Whether an entry leads to this tuple turned round: then it is the partner of the tuple's own entry.
 #[inline(always)]
-fn leads_back<F: Family>(entry: &Flow<F::Address>, key: &Tuple<F::Address>) -> bool {
+pub fn leads_back<F: Family>(entry: &Flow<F::Address>, key: &Tuple<F::Address>) -> bool {
     entry.source == key.destination
         && entry.destination == key.source
         && entry.source_port == key.destination_port
@@ -379,21 +394,21 @@ pub fn decide_into<F: Family, T: Tables<F>>(
 }
 
 /// Bits of [`Decision::met`].
-mod met {
+pub mod met {
     /// To an address of a frontend.
-    pub(super) const TO_ADDRESS: u32 = 1;
+    pub const TO_ADDRESS: u32 = 1;
     /// To a node port, as far as its number tells.
-    pub(super) const TO_NODE_PORT: u32 = 2;
+    pub const TO_NODE_PORT: u32 = 2;
     /// Either of both.
-    pub(super) const TO_FRONTEND: u32 = 4;
+    pub const TO_FRONTEND: u32 = 4;
     /// To a backend's address, at ingress.
-    pub(super) const TO_BACKEND: u32 = 8;
+    pub const TO_BACKEND: u32 = 8;
     /// To an address of this node.
-    pub(super) const TO_NODE: u32 = 16;
+    pub const TO_NODE: u32 = 16;
     /// It leaves where packets of masqueraded clients leave, or must not meet them.
-    pub(super) const LEAVES: u32 = 32;
+    pub const LEAVES: u32 = 32;
     /// It may have an entry.
-    pub(super) const KNOWN: u32 = 64;
+    pub const KNOWN: u32 = 64;
 }
 
 /// What a packet's addresses are, as far as their listing and the port numbers tell.
@@ -676,54 +691,107 @@ fn along<F: Family, T: Tables<F>>(
         decision.set(verdict, if flags & flow::SOURCE == 0 { Reason::IcmpError } else { Reason::Stranger });
         return true;
     }
-    let mut state = entry.state;
-    let promote = if headers.tuple.protocol == protocol::UDP {
+    let now = tables.now();
+    let is_udp = headers.tuple.protocol == protocol::UDP;
+    let state = if is_udp {
         if !reply && !serves(entry, tables)
             || flags & (flow::SOURCE | flow::DIRECT) == flow::SOURCE | flow::DIRECT
-                && tables.now().wrapping_sub(entry.seen) > UDP_IDLE_TICKS
+                && now.wrapping_sub(entry.seen) > UDP_IDLE_TICKS
         {
             return false;
         }
-        embryonic && reply
+        if reply { entry.state | state::ESTABLISHED } else { entry.state }
+    } else if reply {
+        if entry.state & (state::GUESS | state::MATCHED) == state::GUESS
+            && (headers.tcp_flags & tcp::ACK == 0 || headers.acknowledgment != entry.replied)
+        {
+            // A connection that knows nothing of the guess.
+            return true;
+        }
+        said_by_endpoint(entry.state, headers.tcp_flags)
     } else {
-        let tcp_flags = headers.tcp_flags;
-        if !reply
-            && tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
-            && (state & state::CLOSING != 0 || embryonic && !serves(entry, tables))
+        if entry.state & (state::GUESS | state::MATCHED) == state::GUESS
+            || is_opening(headers.tcp_flags)
+                && (state::has_ended(entry.state)
+                    || (embryonic || now.wrapping_sub(entry.replied) >= SILENT_TICKS)
+                        && !serves(entry, tables))
         {
             return false;
         }
-        if tcp_flags & tcp::FIN != 0 {
-            state |= if reply { state::FIN_REPLY } else { state::FIN_FORWARD };
-        }
-        if tcp_flags & tcp::RST != 0 {
-            state |= state::RESET;
-        }
-        if !reply && tcp_flags & tcp::RST == 0 && !embryonic {
-            // Now a guess is certain.
-            state |= state::ESTABLISHED;
-        }
-        embryonic && !reply && tcp_flags & (tcp::SYN | tcp::RST | tcp::ACK) == tcp::ACK
+        said_by_client(entry.state, headers.tcp_flags)
     };
-    if promote {
-        state |= state::ESTABLISHED;
-    }
-    let now = tables.now();
-    let renew = state != entry.state || now.wrapping_sub(entry.seen) >= RENEW_TICKS;
+    let proves = if is_udp {
+        entry.state & state::ESTABLISHED != 0 && now.wrapping_sub(entry.seen) >= STREAM_TICKS
+    } else {
+        state & (state::ESTABLISHED | state::GUESS) == state::ESTABLISHED && !state::has_ended(state)
+    };
     decision.flow = *entry;
     decision.flow.state = state;
     decision.flow.seen = now;
-    decision.record = if promote {
+    decision.takes_back = entry.state & !state != 0;
+    let renewed = if reply && !embryonic { entry.replied } else { entry.seen };
+    if state & state::GUESS == 0 {
+        if reply {
+            decision.flow.replied = now;
+        } else if entry.state & state::GUESS != 0 {
+            // It was a number to be acknowledged.
+            decision.flow.replied = 0;
+        }
+    }
+    decision.record = if embryonic && proves {
         Record::Promote
-    } else if !renew {
+    } else if !embryonic && state::has_ended(state) {
+        Record::Demote
+    } else if state == entry.state && now.wrapping_sub(renewed) < RENEW_TICKS {
         Record::Nothing
     } else if embryonic {
         Record::RenewEmbryonic
     } else {
         Record::Renew
     };
+    if reply && state & !entry.state & state::ESTABLISHED != 0 {
+        select::proven(decision, tables);
+    }
     decision.set(verdict, reason_along(flags));
     true
+}
+
+/// Whether a segment opens a connection.
+#[inline(always)]
+fn is_opening(tcp_flags: u8) -> bool {
+    tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
+}
+
+/// The state of a flow after a segment of its endpoint.
+#[inline(always)]
+fn said_by_endpoint(before: u8, tcp_flags: u8) -> u8 {
+    if tcp_flags & tcp::RST != 0 {
+        return before | state::RESET_REPLY;
+    }
+    if before & state::GUESS != 0 {
+        return before | state::MATCHED;
+    }
+    if tcp_flags & tcp::SYN != 0 && !state::has_ended(before) {
+        // It has accepted a new connection of the same client.
+        return before & !state::CLOSING;
+    }
+    let fin = if tcp_flags & tcp::FIN != 0 { state::FIN_REPLY } else { 0 };
+    if state::has_ended(before) {
+        return before | fin;
+    }
+    // It goes on: the client's reset was none.
+    before & !state::RESET_FORWARD | state::ESTABLISHED | fin
+}
+
+/// The state of a flow after a segment of its client, which anybody can forge.
+#[inline(always)]
+fn said_by_client(before: u8, tcp_flags: u8) -> u8 {
+    if tcp_flags & tcp::RST != 0 {
+        return before | state::RESET_FORWARD;
+    }
+    let fin = if tcp_flags & tcp::FIN != 0 { state::FIN_FORWARD } else { 0 };
+    // The client knows the connection: a guess that the endpoint has confirmed was right.
+    before & !(state::GUESS | state::MATCHED) | fin
 }
 
 /// Why a packet along an entry is translated. What happens on the client's side is counted on the backend's.
@@ -781,7 +849,6 @@ fn open<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables: &T,
         }
         return;
     }
-    decision.affinity = port.affinity_seconds != 0;
     let Some((id, backend)) = select::backend(
         headers,
         service_port,
@@ -825,7 +892,6 @@ fn open<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables: &T,
     if key.protocol != protocol::UDP && tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
         decision.set(verdict, Reason::Recovered);
         if tcp_flags & tcp::RST == 0 {
-            decision.flow.state = state::ESTABLISHED;
             decision.record = Record::Establish;
         }
         // Else it is the last packet there will be: nothing to record, but its port is as it was.
@@ -1014,7 +1080,6 @@ pub fn searched_for<F: Family>(found: Option<u16>, decision: &mut Decision<F>) {
         };
         decision.set(verdict, Reason::PortsExhausted);
         decision.record = Record::Nothing;
-        decision.affinity = false;
     }
 }
 
@@ -1058,30 +1123,47 @@ pub fn is_free<F: Family, T: Tables<F>>(tables: &T, decision: &Decision<F>, sour
     {
         return false;
     }
-    let entry = match tables.flow(&reply) {
-        // A guess gives way to what the client itself says in the middle of a connection.
-        Some(entry) if entry.state == 0 && decision.record == Record::Establish => return true,
-        Some(entry) => entry,
+    let (entry, embryonic) = match tables.flow(&reply) {
+        Some(entry) => (entry, false),
         None => match tables.embryonic(&reply) {
-            Some(entry) => entry,
+            Some(entry) => (entry, true),
             None => return true,
         },
     };
-    if leads_back::<F>(entry, key) {
-        return true;
+    leads_back::<F>(entry, key) || gives_way(entry, embryonic, key.protocol, decision.record, tables.now())
+}
+
+/// Whether an entry no longer keeps its tuple from a flow that is recorded like this.
+#[inline(always)]
+pub fn gives_way<A: Copy>(
+    entry: &Flow<A>,
+    embryonic: bool,
+    protocol_number: u8,
+    record: Record,
+    now: u32,
+) -> bool {
+    let idle = now.wrapping_sub(entry.seen);
+    if protocol_number == protocol::UDP {
+        return idle > UDP_IDLE_TICKS;
     }
-    let idle = tables.now().wrapping_sub(entry.seen);
-    if key.protocol == protocol::UDP {
-        idle > UDP_IDLE_TICKS
+    let unproven = embryonic && entry.state & state::ESTABLISHED == 0;
+    if unproven {
+        // Refused by the endpoint, or a guess: that gives way to what a client itself says in the middle of a connection.
+        entry.state & state::RESET_REPLY != 0
+            || entry.state & state::GUESS != 0 && record == Record::Establish
+            || idle > UNPROVEN_TICKS
+    } else if embryonic {
+        idle > CLOSING_TICKS
+    } else if entry.state & state::CLOSING != 0 {
+        idle > HALF_CLOSED_TICKS
     } else {
-        entry.state & state::CLOSING != 0 && idle > CLOSING_TICKS
+        idle > IDLE_TICKS
     }
 }
 
 /// A packet that is to be answered: a reset for TCP, else ICMP port unreachable.
 #[inline(always)]
 fn reject<F: Family>(headers: &Headers<F>, reset: Reason, unreachable: Reason, decision: &mut Decision<F>) {
-    decision.affinity = false;
     if headers.tuple.protocol != protocol::TCP {
         decision.set(Verdict::Unreachable, unreachable);
     } else if headers.tcp_flags & tcp::RST == 0 {
@@ -1135,9 +1217,10 @@ fn is_bare_reset<F: Family>(headers: &Headers<F>) -> bool {
 /// endpoint, and either the forward entry still leads here or this client's slot does. In that
 /// case the reset is dropped and the entries are made again; the backend sends the segment once
 /// more. What a slot says is a guess: several frontends may lead to the endpoint, or the
-/// connection may be a direct one after all. Its entry is not `ESTABLISHED` until the client sends
-/// along it; when the client resets that too, the next frontend is tried, and after the last
-/// the reset goes on to the backend. Where the client's connections are translated at the
+/// connection may be a direct one after all, and the reset forged. So a guess translates nothing
+/// but what the reset answers: the endpoint's segment whose acknowledgment number is the reset's
+/// sequence number (RFC 9293, 3.10.7.1). When the client resets that too, the next frontend is
+/// tried, and after the last the reset goes on to the backend. Where the client's connections are translated at the
 /// socket, all of them are direct on the wire, and there is no guessing.
 #[inline(always)]
 fn is_unknown_connection<F: Family, T: Tables<F>>(
@@ -1148,15 +1231,18 @@ fn is_unknown_connection<F: Family, T: Tables<F>>(
 ) -> bool {
     let packet = &headers.tuple;
     // In both cases `decision.flow` is what the backend sees of the packet.
-    let is_wrong_guess = match tables.flow(packet) {
-        Some(entry) if entry.state & state::ESTABLISHED == 0 && entry.flags & flow::REPLY == 0 => {
+    if tables.flow(packet).is_some() {
+        return false;
+    }
+    let is_wrong_guess = match tables.embryonic(packet) {
+        Some(entry) if entry.state & state::MATCHED != 0 && entry.flags & flow::REPLY == 0 => {
             decision.flow = *entry;
             true
         }
         Some(_) => return false,
         None => false,
     };
-    if !is_wrong_guess && (!to_backend || tables.embryonic(packet).is_some()) {
+    if !is_wrong_guess && !to_backend {
         return false;
     }
     let endpoint = ServiceKey {
@@ -1175,7 +1261,6 @@ fn is_unknown_connection<F: Family, T: Tables<F>>(
         decision.key.destination_port = origin.port;
         if let Some(entry) = tables.flow(&decision.key)
             && entry.state & state::CLOSING == 0
-            && (entry.state & state::ESTABLISHED != 0 || !is_wrong_guess)
             && leads_to(entry, &decision.flow)
         {
             decision.flow = *entry;
@@ -1196,7 +1281,10 @@ fn is_unknown_connection<F: Family, T: Tables<F>>(
         }
         decision.key.destination = origin.address;
         decision.key.destination_port = origin.port;
-        if tables.flow(&decision.key).is_none() && guess(tables, decision) {
+        if tables.flow(&decision.key).is_none()
+            && tables.embryonic(&decision.key).is_none()
+            && guess(headers.sequence, tables, decision)
+        {
             decision.set(Verdict::Drop, Reason::ReplyRecovered);
             decision.record = Record::Establish;
             return true;
@@ -1223,7 +1311,7 @@ pub fn is_as_fresh<A: Copy>(entry: &Flow<A>, flow: &Flow<A>) -> bool {
 
 /// Makes the entries of a connection again if the slot of the decision's key leads to where the flow goes.
 #[inline(always)]
-fn guess<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) -> bool {
+fn guess<F: Family, T: Tables<F>>(sequence: u32, tables: &T, decision: &mut Decision<F>) -> bool {
     // Only what is known for certain is made again beside netfilter, whose connections look just the same.
     match tables.settings() {
         Some(settings) if settings.phase == phase::SERVE => {}
@@ -1254,7 +1342,8 @@ fn guess<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) -> boo
     decision.flow.service_port = service_port;
     decision.flow.generation = backend.generation;
     decision.flow.seen = tables.now();
-    decision.flow.state = 0;
+    decision.flow.replied = sequence;
+    decision.flow.state = state::GUESS;
     decision.flow.flags = if backend.flags & backend::LOCAL != 0 { flow::LOCAL } else { 0 };
     true
 }

@@ -2,9 +2,11 @@
 //!
 //! The same code in the kernel and on the host, over the tables that a [`FlowTable`] lends it.
 
-use crate::abi::{Affinity, AffinityKey, Flow, Tuple, flow, state};
+use crate::abi::{Affinity, AffinityKey, Flow, Tuple, flow};
 use crate::family::Family;
-use crate::path::{Decision, Record, is_as_fresh, leads_to, mark, partner, partner_key};
+use crate::path::{
+    Decision, Record, gives_way, is_as_fresh, leads_back, leads_to, mark, partner, partner_key,
+};
 use crate::reason::Reason;
 
 /// One of the two tables that hold flows.
@@ -25,10 +27,31 @@ pub enum Refused {
     Full,
 }
 
+/// What a renewal brings up to date besides the time.
+#[derive(Clone, Copy, Debug)]
+pub struct Renewal {
+    /// When the endpoint was heard: the packet is a reply.
+    pub is_heard: bool,
+    /// The state as it is now; else bits are added to what others have written meanwhile.
+    pub takes_back: bool,
+}
+
+impl Renewal {
+    /// Brings an entry up to date.
+    #[inline(always)]
+    pub fn apply<A: Copy>(self, entry: &mut Flow<A>, to: &Flow<A>) {
+        entry.seen = to.seen;
+        if self.is_heard || self.takes_back {
+            entry.replied = to.replied;
+        }
+        entry.state = if self.takes_back { to.state } else { entry.state | to.state };
+    }
+}
+
 /// Write access to the tables that hold flows, and to what is recorded with one.
 pub trait FlowTable<F: Family> {
     /// The entry of a key.
-    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<Flow<F::Address>>;
+    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>>;
 
     /// Inserts an entry; `only_new`: not over another.
     ///
@@ -46,8 +69,14 @@ pub trait FlowTable<F: Family> {
     /// Removes an entry, if there is one.
     fn remove(&mut self, place: Place, key: &Tuple<F::Address>);
 
-    /// Brings time and state of an entry up to date in place; false where it is missing.
-    fn refresh(&mut self, place: Place, key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> bool;
+    /// Brings time and state of an entry up to date in place, if it leads where `to` does; false where there is none at all.
+    fn refresh(
+        &mut self,
+        place: Place,
+        key: &Tuple<F::Address>,
+        to: &Flow<F::Address>,
+        renewal: Renewal,
+    ) -> bool;
 
     /// Notes where a client has been. One that finds no room goes by its slot.
     fn remember(&mut self, client: &AffinityKey<F::Address>, to: &Affinity);
@@ -62,28 +91,30 @@ pub trait FlowTable<F: Family> {
 ///
 /// The reason why the packet must not go on: its answers would not find back.
 #[inline(always)]
-pub fn record<F: Family, T: FlowTable<F>>(decision: &Decision<F>, tables: &mut T) -> Result<(), Reason> {
+pub fn record<F: Family, T: FlowTable<F>>(decision: &mut Decision<F>, tables: &mut T) -> Result<(), Reason> {
     if decision.record == Record::Nothing {
         return Ok(());
     }
-    let partner = Partner {
+    let mut partner = Partner {
         key: partner_key::<F>(&decision.flow, decision.key.protocol),
         flow: partner::<F>(&decision.key, &decision.flow),
     };
     match decision.record {
-        Record::Open => open(decision, &partner, Place::Embryonic, tables),
-        Record::Establish => open(decision, &partner, Place::Flows, tables),
-        Record::Promote => promote(decision, &partner, tables),
-        Record::Renew => {
-            renew(decision, &partner, Place::Flows, tables);
-            Ok(())
-        }
-        Record::RenewEmbryonic => {
-            renew(decision, &partner, Place::Embryonic, tables);
-            Ok(())
-        }
-        Record::Nothing => Ok(()),
+        Record::Nothing => {}
+        Record::Open | Record::Establish => open(decision, &mut partner, tables)?,
+        Record::Promote => promote(decision, &partner, tables)?,
+        Record::Demote => demote(decision, &partner, tables)?,
+        Record::Renew => renew(decision, &partner, Place::Flows, tables),
+        Record::RenewEmbryonic => renew(decision, &partner, Place::Embryonic, tables),
     }
+    if decision.affinity {
+        let flow = &decision.flow;
+        let client = if flow.flags & flow::REPLY != 0 { flow.destination } else { decision.key.source };
+        let client = AffinityKey { service_port: flow.service_port, client };
+        let to = Affinity::new(flow.backend, flow.seen, flow.generation, decision.round);
+        tables.remember(&client, &to);
+    }
+    Ok(())
 }
 
 /// The other direction's entry.
@@ -95,41 +126,55 @@ struct Partner<F: Family> {
 /// Makes both entries of a flow: the partner first, and only where its tuple is free.
 #[inline(always)]
 fn open<F: Family, T: FlowTable<F>>(
-    decision: &Decision<F>,
-    partner: &Partner<F>,
-    place: Place,
+    decision: &mut Decision<F>,
+    partner: &mut Partner<F>,
     tables: &mut T,
 ) -> Result<(), Reason> {
-    let (key, flow) = (&decision.key, &decision.flow);
+    let (key, flow) = (&decision.key, &mut decision.flow);
+    let recovers = decision.record == Record::Establish;
+    let mut proof = None;
     // What an earlier flow of the same client port has left behind.
-    if let Some(old) = tables.get(Place::Flows, key) {
-        if !leads_to(&old, flow) {
-            tables.remove(Place::Flows, &partner_key::<F>(&old, key.protocol));
+    for place in [Place::Flows, Place::Embryonic] {
+        let Some(old) = tables.get(place, key) else { continue };
+        if !leads_to(old, flow) {
+            let other = partner_key::<F>(old, key.protocol);
+            forget(place, key, &other, tables);
+        } else if recovers && place == Place::Flows {
+            proof = Some((old.state, old.replied));
         }
-        tables.remove(Place::Flows, key);
+        if place == Place::Flows {
+            tables.remove(place, key);
+        }
     }
     // The path found the tuple free, or held by an entry that no longer counts: that one goes.
-    if let Some(old) = tables.get(Place::Flows, &partner.key) {
-        if is_as_fresh(&old, flow) && old.state & state::ESTABLISHED != 0 && !leads_to(&old, &partner.flow) {
+    for place in [Place::Flows, Place::Embryonic] {
+        let Some(old) = tables.get(place, &partner.key) else { continue };
+        if leads_to(old, &partner.flow) {
+            if recovers && place == Place::Flows {
+                proof = Some((old.state, old.replied));
+            }
+        } else if is_as_fresh(old, flow)
+            && !gives_way(old, place == Place::Embryonic, key.protocol, decision.record, flow.seen)
+        {
+            // One of another flow came between the path's look and now.
             return Err(Reason::ClashRace);
+        } else {
+            // Without its replies the other direction is of no use: the client gets a new flow instead.
+            let other = partner_key::<F>(old, key.protocol);
+            forget(place, &partner.key, &other, tables);
         }
-        // Without its replies the other direction is of no use: the client gets a new flow instead.
-        tables.remove(Place::Flows, &partner_key::<F>(&old, key.protocol));
-        tables.remove(Place::Flows, &partner.key);
+        tables.remove(place, &partner.key);
+    }
+    let mut place = Place::Embryonic;
+    if let Some((state, replied)) = proof {
+        // Half of a proven flow is proof of it.
+        place = Place::Flows;
+        (flow.state, flow.replied) = (state, replied);
+        (partner.flow.state, partner.flow.replied) = (state, replied);
     }
     match tables.insert(place, &partner.key, &partner.flow, true) {
         Ok(()) => {}
-        Err(Refused::Exists) => {
-            let Some(there) = tables.get(place, &partner.key) else { return Err(Reason::ClashRace) };
-            // Ours from an earlier try of the same client, or a dead one: overwritten. A fresh one of
-            // another flow came between the path's look and now.
-            if is_as_fresh(&there, flow) && !leads_to(&there, &partner.flow) {
-                return Err(Reason::ClashRace);
-            }
-            if tables.insert(place, &partner.key, &partner.flow, false).is_err() {
-                return Err(Reason::FlowsFull);
-            }
-        }
+        Err(Refused::Exists) => return Err(Reason::ClashRace),
         Err(Refused::Full) => return Err(Reason::FlowsFull),
     }
     if tables.insert(place, key, flow, false).is_err() {
@@ -141,12 +186,20 @@ fn open<F: Family, T: FlowTable<F>>(
     if bits != 0 {
         tables.set_marks(bits);
     }
-    if decision.affinity {
-        let client = AffinityKey { service_port: flow.service_port, client: key.source };
-        let to = Affinity::new(flow.backend, flow.seen, flow.generation, decision.round);
-        tables.remember(&client, &to);
-    }
     Ok(())
+}
+
+/// Removes the other direction of an entry that goes, unless its tuple is another flow's by now.
+#[inline(always)]
+fn forget<F: Family, T: FlowTable<F>>(
+    place: Place,
+    key: &Tuple<F::Address>,
+    other: &Tuple<F::Address>,
+    tables: &mut T,
+) {
+    if matches!(tables.get(place, other), Some(there) if leads_back::<F>(there, key)) {
+        tables.remove(place, other);
+    }
 }
 
 /// Moves both entries of a proven flow from `embryonic` to `flows`.
@@ -156,14 +209,55 @@ fn promote<F: Family, T: FlowTable<F>>(
     partner: &Partner<F>,
     tables: &mut T,
 ) -> Result<(), Reason> {
-    let (key, flow) = (&decision.key, &decision.flow);
-    if tables.insert(Place::Flows, &partner.key, &partner.flow, false).is_err()
-        || tables.insert(Place::Flows, key, flow, false).is_err()
+    if !put(Place::Flows, &partner.key, &partner.flow, tables)?
+        || !put(Place::Flows, &decision.key, &decision.flow, tables)?
     {
-        return Err(Reason::FlowsFull);
+        // Another flow has been proven for the tuple: this one is left to its age.
+        return Ok(());
     }
     tables.remove(Place::Embryonic, &partner.key);
-    tables.remove(Place::Embryonic, key);
+    tables.remove(Place::Embryonic, &decision.key);
+    Ok(())
+}
+
+/// Writes an entry where there is none, or one that leads the same way; false: another flow's is there.
+#[inline(always)]
+fn put<F: Family, T: FlowTable<F>>(
+    place: Place,
+    key: &Tuple<F::Address>,
+    flow: &Flow<F::Address>,
+    tables: &mut T,
+) -> Result<bool, Reason> {
+    if let Some(there) = tables.get(place, key)
+        && !leads_to(there, flow)
+    {
+        return Ok(false);
+    }
+    match tables.insert(place, key, flow, false) {
+        Ok(()) => Ok(true),
+        Err(_) => Err(Reason::FlowsFull),
+    }
+}
+
+/// Moves both entries of a flow that has ended from `flows` to `embryonic`.
+#[inline(always)]
+fn demote<F: Family, T: FlowTable<F>>(
+    decision: &Decision<F>,
+    partner: &Partner<F>,
+    tables: &mut T,
+) -> Result<(), Reason> {
+    if tables.insert(Place::Embryonic, &decision.key, &decision.flow, false).is_err() {
+        return Err(Reason::FlowsFull);
+    }
+    tables.remove(Place::Flows, &decision.key);
+    // The other direction's tuple may be another flow's by now.
+    if let Some(there) = tables.get(Place::Flows, &partner.key) {
+        if !leads_to(there, &partner.flow) {
+            return Ok(());
+        }
+        tables.remove(Place::Flows, &partner.key);
+    }
+    let _ = put(Place::Embryonic, &partner.key, &partner.flow, tables)?;
     Ok(())
 }
 
@@ -175,11 +269,11 @@ fn renew<F: Family, T: FlowTable<F>>(
     place: Place,
     tables: &mut T,
 ) {
-    let (key, flow) = (&decision.key, &decision.flow);
-    if !tables.refresh(place, key, flow) {
-        let _ = tables.insert(place, key, flow, true);
-    }
-    if !tables.refresh(place, &partner.key, flow) {
-        let _ = tables.insert(place, &partner.key, &partner.flow, true);
+    let renewal =
+        Renewal { is_heard: decision.flow.flags & flow::REPLY != 0, takes_back: decision.takes_back };
+    for (key, flow) in [(&decision.key, &decision.flow), (&partner.key, &partner.flow)] {
+        if !tables.refresh(place, key, flow, renewal) {
+            let _ = tables.insert(place, key, flow, true);
+        }
     }
 }

@@ -21,8 +21,10 @@ use sluice_common::abi::{
 };
 use sluice_common::parse::{Kind, headers, untag};
 use sluice_common::path::{
-    Hook, REJECT_BURST_MS, REJECT_COST_MS, Record, Step, Verdict, decide, partner, partner_key, spend,
+    Hook, REJECT_BURST_MS, REJECT_COST_MS, Record, Step, Verdict, decide, leads_to, partner, partner_key,
+    spend,
 };
+use sluice_common::record::{FlowTable, Place, Refused, Renewal, record};
 use sluice_common::rewrite::{can_follow, rewrite};
 use sluice_common::tables::Routes;
 use sluice_common::{Reason, Tables, V4, V6};
@@ -355,6 +357,61 @@ struct Few {
 
 type Entries = BTreeMap<Tuple<Ipv4Address>, Flow<Ipv4Address>>;
 
+impl Few {
+    fn table(&mut self, place: Place) -> &mut Entries {
+        match place {
+            Place::Flows => &mut self.flows,
+            Place::Embryonic => &mut self.embryonic,
+        }
+    }
+}
+
+impl FlowTable<V4> for Few {
+    fn get(&self, place: Place, key: &Tuple<Ipv4Address>) -> Option<&Flow<Ipv4Address>> {
+        match place {
+            Place::Flows => self.flows.get(key),
+            Place::Embryonic => self.embryonic.get(key),
+        }
+    }
+
+    fn insert(
+        &mut self,
+        place: Place,
+        key: &Tuple<Ipv4Address>,
+        flow: &Flow<Ipv4Address>,
+        only_new: bool,
+    ) -> Result<(), Refused> {
+        let table = self.table(place);
+        if only_new && table.contains_key(key) {
+            return Err(Refused::Exists);
+        }
+        let _ = table.insert(*key, *flow);
+        Ok(())
+    }
+
+    fn remove(&mut self, place: Place, key: &Tuple<Ipv4Address>) {
+        let _ = self.table(place).remove(key);
+    }
+
+    fn refresh(
+        &mut self,
+        place: Place,
+        key: &Tuple<Ipv4Address>,
+        to: &Flow<Ipv4Address>,
+        renewal: Renewal,
+    ) -> bool {
+        let Some(entry) = self.table(place).get_mut(key) else { return false };
+        if leads_to(entry, to) {
+            renewal.apply(entry, to);
+        }
+        true
+    }
+
+    fn remember(&mut self, _: &AffinityKey<Ipv4Address>, _: &Affinity) {}
+
+    fn set_marks(&mut self, _: u32) {}
+}
+
 impl Tables<V4> for Few {
     fn listing(&self, address: &Ipv4Address) -> u8 {
         match address.octets[2] {
@@ -514,26 +571,17 @@ proptest! {
             };
             let packet = Bytes { bytes: frame.bare().bytes(), partial: false };
             let headers = headers::<V4, _>(&packet, 0).expect("a whole packet");
-            let decision = decide(Hook::Ingress, &headers, &tables);
+            let mut decision = decide(Hook::Ingress, &headers, &tables);
             let protocol = decision.key.protocol;
-            let (key, other) = (partner_key::<V4>(&decision.flow, protocol), partner::<V4>(&decision.key, &decision.flow));
-            match decision.record {
-                Record::Open | Record::Establish => {
-                    for map in [&tables.flows, &tables.embryonic] {
-                        if let Some(there) = map.get(&key) {
-                            prop_assert_eq!(partner_key::<V4>(there, protocol), decision.key, "the tuple of another flow");
-                        }
+            let key = partner_key::<V4>(&decision.flow, protocol);
+            if matches!(decision.record, Record::Open | Record::Establish) {
+                for map in [&tables.flows, &tables.embryonic] {
+                    if let Some(there) = map.get(&key) {
+                        prop_assert_eq!(partner_key::<V4>(there, protocol), decision.key, "the tuple of another flow");
                     }
-                    let map = if decision.record == Record::Open { &mut tables.embryonic } else { &mut tables.flows };
-                    map.extend([(decision.key, decision.flow), (key, other)]);
                 }
-                Record::Promote => {
-                    let _ = tables.embryonic.remove(&key);
-                    let _ = tables.embryonic.remove(&decision.key);
-                    tables.flows.extend([(decision.key, decision.flow), (key, other)]);
-                }
-                Record::Nothing | Record::Renew | Record::RenewEmbryonic => {}
             }
+            prop_assert_eq!(record(&mut decision, &mut tables), Ok(()));
             // Each entry has its partner, so each flow has a reply tuple of its own.
             let all: BTreeSet<_> = tables.flows.iter().chain(&tables.embryonic).collect();
             for (key, flow) in all {

@@ -123,7 +123,9 @@ fn words(bits: u8, flags: u8, embryonic: bool) -> Vec<&'static str> {
     let named = [
         (bits, state::FIN_FORWARD, "client-fin"),
         (bits, state::FIN_REPLY, "backend-fin"),
-        (bits, state::RESET, "reset"),
+        (bits, state::RESET_FORWARD, "client-reset"),
+        (bits, state::RESET_REPLY, "backend-reset"),
+        (bits, state::GUESS, "guess"),
         (flags, flow::HOST, "host"),
         (flags, flow::HAIRPIN, "hairpin"),
         (flags, flow::LOCAL, "local"),

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use sluice_common::abi::{
     Affinity, Class, Range, TICK_SHIFT, backend, detect_local, device, flow, frontend, masquerade, phase,
+    state,
 };
 use sluice_common::path::{Decision, Hook, Verdict as PathVerdict, policy};
 use sluice_common::{Reason, V4, V6};
@@ -120,9 +121,15 @@ impl<'w> Story<'w> {
                 Asked::Flow { found: Some(entry), embryonic } => {
                     let followed = decision.verdict != PathVerdict::Pass && decision.kind == 0;
                     let age = self.seconds_since(entry.seen);
-                    let proven = if *embryonic { "an unproven flow" } else { "a flow" };
+                    let what = if state::has_ended(entry.state) {
+                        "a flow that has ended"
+                    } else if *embryonic {
+                        "an unproven flow"
+                    } else {
+                        "a flow"
+                    };
                     let fate = if followed { "followed" } else { "not followed: a new one is begun" };
-                    let text = format!("{proven} of this tuple is known, last renewed {age} s ago: {fate}");
+                    let text = format!("{what} of this tuple is known, last renewed {age} s ago: {fate}");
                     self.add("flow", text);
                     if let (true, Some(target)) = (followed && !named, target) {
                         self.followed(target, entry.flags & flow::REPLY != 0, decision);

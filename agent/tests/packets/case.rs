@@ -1,10 +1,10 @@
 //! A case: what the maps hold, a packet, and what must come of both.
 
 use sluice_common::Reason;
-use sluice_common::abi::{Affinity, DatagramPorts, Event, Flow};
+use sluice_common::abi::{Affinity, DatagramPorts, Event, Flow, state};
 
 use super::frame::Frame;
-use super::world::{Affinities, Datagrams, Exhausted, Flows, World};
+use super::world::{Affinities, Datagrams, Exhausted, Flows, UNSAID, World};
 
 /// A program of the object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -249,9 +249,14 @@ pub(crate) fn settle(actual: &mut Outcome, expected: &Outcome) {
     for (actual, expected) in
         [(&mut actual.flows, &expected.flows), (&mut actual.embryonic, &expected.embryonic)]
     {
-        for (key, Flow { seen, .. }) in actual {
+        for (key, Flow { seen, replied, .. }) in actual {
             if let Some(expected) = expected.get(key) {
                 forgive(seen, expected.seen);
+                if expected.replied == UNSAID {
+                    *replied = UNSAID;
+                } else if expected.state & state::GUESS == 0 {
+                    forgive(replied, expected.replied);
+                }
             }
         }
     }

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Event, Flow, Networks, Origin,
     OriginKey, Origins, PREFIXES, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings,
-    Ticks, Tuple, device, flow, node_address,
+    Ticks, Tuple, device, flow, node_address, state,
 };
 use sluice_common::answer::{self, QUOTE, Trouble};
 use sluice_common::event::{self, At};
@@ -16,7 +16,7 @@ use sluice_common::header::{TcpHeader, tcp};
 use sluice_common::parse::{self, Headers, Kind};
 use sluice_common::path::policy::is_within;
 use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict, partner_key};
-use sluice_common::record::{FlowTable, Place, Refused, record};
+use sluice_common::record::{FlowTable, Place, Refused, Renewal, record};
 use sluice_common::rewrite::{Edit, can_follow, hop, rewrite};
 use sluice_common::tables::Routes;
 use sluice_common::{Packet, Reason, Tables, V4, V6};
@@ -194,7 +194,12 @@ pub(crate) fn entries<F: Ip>(flows: &Flows, now: Ticks) -> BTreeMap<Tuple<F::Add
             backend,
             service_port,
             seen: now.wrapping_sub(seen),
-            replied,
+            replied: match replied {
+                _ if state & state::GUESS != 0 => replied,
+                world::UNSAID if state & state::ESTABLISHED == 0 => 0,
+                world::UNSAID => now.wrapping_sub(seen),
+                age => now.wrapping_sub(age),
+            },
             generation,
             state,
             flags,
@@ -231,7 +236,11 @@ pub(crate) fn told<F: Ip>(
             backend,
             service_port,
             seen: now.wrapping_sub(seen),
-            replied,
+            replied: match replied {
+                _ if state & state::GUESS != 0 => replied,
+                0 => world::UNSAID,
+                tick => now.wrapping_sub(tick),
+            },
             generation,
             state,
             flags,
@@ -319,12 +328,11 @@ impl<F: Ip> Memory<F> {
 
 /// Tables without a bound.
 impl<F: Ip> FlowTable<F> for Memory<F> {
-    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<Flow<F::Address>> {
+    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         match place {
             Place::Flows => self.flows.get(key),
             Place::Embryonic => self.embryonic.get(key),
         }
-        .copied()
     }
 
     fn insert(
@@ -346,10 +354,17 @@ impl<F: Ip> FlowTable<F> for Memory<F> {
         let _ = self.table(place).remove(key);
     }
 
-    fn refresh(&mut self, place: Place, key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> bool {
+    fn refresh(
+        &mut self,
+        place: Place,
+        key: &Tuple<F::Address>,
+        to: &Flow<F::Address>,
+        renewal: Renewal,
+    ) -> bool {
         let Some(entry) = self.table(place).get_mut(key) else { return false };
-        entry.seen = flow.seen;
-        entry.state |= flow.state;
+        if path::leads_to(entry, to) {
+            renewal.apply(entry, to);
+        }
         true
     }
 
@@ -658,7 +673,7 @@ fn xdp<F: Ip>(
         || decision.datagram && !can_follow(headers, &decision.flow)
         || answer::is_partial(headers)
         || !ours
-        || record(&decision, memory).is_err()
+        || record(&mut decision, memory).is_err()
     {
         return (End::XdpPass, NOTHING);
     }
@@ -693,7 +708,7 @@ fn tc<F: Ip>(
         return (End::Next, NOTHING);
     }
     let recorded =
-        if is_done { record(&decision, memory) } else { memory.open(hook, headers, &mut decision) };
+        if is_done { record(&mut decision, memory) } else { memory.open(hook, headers, &mut decision) };
     memory.note(headers, &decision);
     let end = apply(case, packet, headers, &mut decision, recorded);
     (end, noted(case, hook, headers, &decision, end == End::Drop))

@@ -136,7 +136,7 @@ impl Port {
     }
 }
 
-/// The maps' content, and what this host's sockets hold; [`Flow::seen`] and [`Affinity::seen`] are ages in ticks.
+/// The maps' content, and what this host's sockets hold; [`Flow::seen`], [`Flow::replied`] and [`Affinity::seen`] are ages in ticks.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct World {
     pub(crate) settings: Settings,
@@ -171,6 +171,9 @@ pub(crate) struct World {
     pub(crate) imported: BTreeMap<Tuple<IpAddr>, u32>,
     pub(crate) marks: u32,
 }
+
+/// The endpoint was heard when the entry was renewed, and is not asked about in what comes of a packet.
+pub(crate) const UNSAID: u32 = u32::MAX;
 
 /// Flow entries.
 pub(crate) type Flows = BTreeMap<Tuple<IpAddr>, Flow<IpAddr>>;
@@ -211,6 +214,8 @@ pub(crate) struct Connection {
     pub(crate) state: u8,
     pub(crate) flags: u8,
     pub(crate) age: u32,
+    /// How many ticks ago the endpoint was heard, or [`UNSAID`]; in a guess what it must acknowledge.
+    pub(crate) heard: u32,
 }
 
 impl Connection {
@@ -223,7 +228,7 @@ impl Connection {
             backend: self.id,
             service_port: self.service_port,
             seen: self.age,
-            replied: 0,
+            replied: self.heard,
             generation: self.generation,
             state: self.state,
             flags: self.flags | flags,
@@ -260,6 +265,10 @@ impl Connection {
 
     pub(crate) fn age(self, age: u32) -> Self {
         Self { age, ..self }
+    }
+
+    pub(crate) fn heard(self, heard: u32) -> Self {
+        Self { heard, ..self }
     }
 
     pub(crate) fn seen_as(self, seen_as: SocketAddr) -> Self {
@@ -408,6 +417,7 @@ impl Cast {
             state: 0,
             flags: flow::LOCAL,
             age: 0,
+            heard: UNSAID,
         }
     }
 

@@ -22,7 +22,8 @@ abi! {
         pub service_port: u32,
         /// When the flow was last renewed, in [`Ticks`](super::Ticks).
         pub seen: u32,
-        /// When the endpoint was last heard, as far as renewals tell, in [`Ticks`](super::Ticks); 0: not yet.
+        /// When the endpoint was last heard, as far as renewals tell, in [`Ticks`](super::Ticks); 0: not yet. In a
+        /// [guess](super::state::GUESS) what the endpoint must acknowledge.
         pub replied: u32,
         /// The backend's generation when the flow chose it.
         pub generation: u16,

@@ -1,12 +1,14 @@
 //! Which service port a packet asks for, and which of its backends it gets.
 
 use crate::abi::{
-    AffinityKey, Backend, Class, Range, ServiceKey, TICK_SHIFT, Tuple, backend as flags, frontend,
+    Affinity, AffinityKey, Backend, Class, Range, ServiceKey, TICK_SHIFT, Ticks, Tuple, backend as flags,
+    frontend,
 };
 use crate::family::Family;
 use crate::header::{protocol, tcp};
 use crate::maglev;
 use crate::parse::Headers;
+use crate::path::Decision;
 use crate::tables::Tables;
 
 /// The service port that a packet asks for and the kind of the frontend: its address's own, else a node port.
@@ -62,8 +64,7 @@ pub(super) fn backend<'t, F: Family, T: Tables<F>>(
     let key = AffinityKey { service_port, client: tuple.source };
     if let Some(entry) = tables.affinity(&key) {
         *round = entry.round;
-        let idle_ns = u64::from(tables.now().wrapping_sub(entry.seen)) << TICK_SHIFT;
-        if idle_ns >= u64::from(affinity_seconds).wrapping_mul(1_000_000_000)
+        if has_run_out(entry, affinity_seconds, tables.now())
             && (tuple.protocol == protocol::UDP || headers.tcp_flags & tcp::SYN != 0)
         {
             *round = entry.round.wrapping_add(1);
@@ -77,6 +78,28 @@ pub(super) fn backend<'t, F: Family, T: Tables<F>>(
     }
     let slot = maglev::scale(maglev::in_round(F::hash(&tuple.source), *round), range.size());
     in_slot(slot, range, tables)
+}
+
+/// Has the client's affinity recorded, where the service port has any: the endpoint has answered for the first time.
+#[inline(always)]
+pub(super) fn proven<F: Family, T: Tables<F>>(decision: &mut Decision<F>, tables: &T) {
+    let Some(port) = tables.port(decision.flow.service_port) else { return };
+    if port.affinity_seconds == 0 {
+        return;
+    }
+    decision.affinity = true;
+    let key = AffinityKey { service_port: decision.flow.service_port, client: decision.flow.destination };
+    if let Some(entry) = tables.affinity(&key) {
+        let is_over = has_run_out(entry, port.affinity_seconds, tables.now());
+        decision.round = if is_over { entry.round.wrapping_add(1) } else { entry.round };
+    }
+}
+
+/// Whether a client has stayed away for too long.
+#[inline(always)]
+fn has_run_out(entry: &Affinity, affinity_seconds: u32, now: Ticks) -> bool {
+    let idle_ns = u64::from(now.wrapping_sub(entry.seen)) << TICK_SHIFT;
+    idle_ns >= u64::from(affinity_seconds).wrapping_mul(1_000_000_000)
 }
 
 /// The backend that a tuple's slot leads to.

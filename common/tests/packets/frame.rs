@@ -177,6 +177,14 @@ impl Frame {
         Self::new(source.ip(), destination.ip(), payload)
     }
 
+    /// The same segment with another acknowledgment number.
+    pub(crate) fn acknowledging(mut self, number: u32) -> Self {
+        if let Payload::Tcp { acknowledgment, .. } = &mut self.payload {
+            *acknowledgment = number;
+        }
+        self
+    }
+
     /// A UDP datagram.
     pub(crate) fn udp(source: SocketAddr, destination: SocketAddr, data: &[u8]) -> Self {
         let ports = [source.port(), destination.port()];

@@ -167,7 +167,7 @@ macro_rules! global {
         extern "C" fn $record() -> u32 {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
             // SAFETY: as above.
-            match record::in_maps(unsafe { &(*scratch).decision }) {
+            match record::in_maps(unsafe { &mut (*scratch).decision }) {
                 Ok(()) => 0,
                 Err(reason) => reason as u32,
             }

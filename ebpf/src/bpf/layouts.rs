@@ -10,6 +10,8 @@ use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::btf_maps::{LruHashMap, PerCpuArray};
 use sluice_common::abi::previous::{Moved, Round};
 use sluice_common::abi::{Affinity, AffinityKey, EMBRYONIC_MAX, FLOWS_MAX, Flow, Tuple, previous};
+use sluice_common::path::leads_to;
+use sluice_common::record::Renewal;
 use sluice_common::{Family, V4, V6};
 
 use super::maps::{AFFINITIES, old};
@@ -17,6 +19,10 @@ use super::maps::{AFFINITIES, old};
 const NOEXIST: u64 = BPF_NOEXIST as u64;
 const ANY: u64 = BPF_ANY as u64;
 const EEXIST: i32 = -17;
+
+/// Bits of a [`Renewal`].
+const HEARD: u32 = 1;
+const TAKES_BACK: u32 = 2;
 
 /// A [`Round`], set by the loader under the name [`previous::ROUND`].
 #[allow(non_upper_case_globals, reason = "a symbol that the loader looks for")]
@@ -93,22 +99,28 @@ impl<K: 'static, V: Moved + 'static, const N: usize> Both<K, V, N> {
     }
 }
 
-impl<A: Copy + 'static, const N: usize> Both<Tuple<A>, Flow<A>, N> {
-    /// Writes time and state of the slot's entry in place; false where it is missing.
+impl<A: Copy + Eq + 'static, const N: usize> Both<Tuple<A>, Flow<A>, N>
+where
+    Flow<A>: Moved<Before = previous::Flow<A>>,
+{
+    /// Brings the slot's entry up to date in place, where it leads the same way; false where it is missing.
     #[inline(always)]
-    fn renew(&self, slot: &Slot<Tuple<A>, Flow<A>>) -> bool {
+    fn renew(&self, slot: &Slot<Tuple<A>, Flow<A>>, renewal: Renewal) -> bool {
         let mut found = false;
         // SAFETY: entries are there under RCU. A concurrent writer may win: both bring it up to date.
         unsafe {
             if let Some(entry) = self.now.get_ptr_mut(&slot.key) {
-                (*entry).seen = slot.now.seen;
-                (*entry).state |= slot.now.state;
+                if leads_to(&*entry, &slot.now) {
+                    renewal.apply(&mut *entry, &slot.now);
+                }
                 found = true;
             }
             if let Some(entry) = self.before.get_ptr_mut(&slot.key) {
-                let entry: *mut previous::Flow<A> = entry;
-                (*entry).seen = slot.now.seen;
-                (*entry).state |= slot.now.state;
+                let mut after = Flow::after(&*entry);
+                if leads_to(&after, &slot.now) {
+                    renewal.apply(&mut after, &slot.now);
+                    *entry = after.before();
+                }
                 found = true;
             }
         }
@@ -127,7 +139,7 @@ pub(super) trait Moving: Family {
     fn find(index: u32) -> u32;
     fn put(index: u32, is_new: u32) -> i32;
     fn take(index: u32);
-    fn renew(index: u32) -> u32;
+    fn renew(index: u32, renewal: u32) -> u32;
 }
 
 macro_rules! moving {
@@ -179,14 +191,15 @@ macro_rules! moving {
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $renew(index: u32) -> u32 {
+        extern "C" fn $renew(index: u32, renewal: u32) -> u32 {
+            let renewal = Renewal { is_heard: renewal & HEARD != 0, takes_back: renewal & TAKES_BACK != 0 };
             let Some(slot) = old::$slots.get_ptr_mut(index) else { return 0 };
             // SAFETY: as above.
             let slot = unsafe { &*slot };
             u32::from(if index == 0 {
-                Both { now: &super::maps::$flows, before: &old::$old_flows }.renew(slot)
+                Both { now: &super::maps::$flows, before: &old::$old_flows }.renew(slot, renewal)
             } else {
-                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }.renew(slot)
+                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }.renew(slot, renewal)
             })
         }
 
@@ -216,8 +229,8 @@ macro_rules! moving {
                 let _ = $take(index);
             }
             #[inline(always)]
-            fn renew(index: u32) -> u32 {
-                $renew(index)
+            fn renew(index: u32, renewal: u32) -> u32 {
+                $renew(index, renewal)
             }
         }
     };
@@ -312,9 +325,9 @@ impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
         Ok(())
     }
 
-    /// Writes time and state of an entry in place; false where it is missing.
+    /// Brings an entry up to date in place, where it leads the same way; false where it is missing.
     #[inline(always)]
-    pub(super) fn renew(&self, key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> bool {
+    pub(super) fn renew(&self, key: &Tuple<F::Address>, to: &Flow<F::Address>, renewal: Renewal) -> bool {
         if is(Round::Settled) {
             let entry = if INDEX == 0 {
                 F::now_flows().get_ptr_mut(key)
@@ -323,19 +336,17 @@ impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
             };
             let Some(entry) = entry else { return false };
             // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up to date.
-            unsafe {
-                (*entry).seen = flow.seen;
-                (*entry).state |= flow.state;
+            let entry = unsafe { &mut *entry };
+            if leads_to(entry, to) {
+                renewal.apply(entry, to);
             }
             return true;
         }
         let Some(slot) = Self::asked(key) else { return false };
         // SAFETY: this CPU's own.
-        unsafe {
-            (*slot).now.seen = flow.seen;
-            (*slot).now.state = flow.state;
-        }
-        F::renew(INDEX) != 0
+        unsafe { (*slot).now = *to };
+        let heard = if renewal.is_heard { HEARD } else { 0 };
+        F::renew(INDEX, heard | if renewal.takes_back { TAKES_BACK } else { 0 }) != 0
     }
 }
 

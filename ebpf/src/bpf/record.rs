@@ -4,7 +4,9 @@ use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use sluice_common::Reason;
 use sluice_common::abi::{Affinity, AffinityKey, Flow, Tuple};
 use sluice_common::path::Decision;
-use sluice_common::record::{FlowTable, Place, Refused, record};
+#[cfg(not(feature = "both-layouts"))]
+use sluice_common::path::leads_to;
+use sluice_common::record::{FlowTable, Place, Refused, Renewal, record};
 
 use super::maps::{self, Maps};
 
@@ -19,7 +21,7 @@ const EEXIST: i32 = -17;
 ///
 /// As [`record`].
 #[inline(always)]
-pub(super) fn in_maps<F: Maps>(decision: &Decision<F>) -> Result<(), Reason> {
+pub(super) fn in_maps<F: Maps>(decision: &mut Decision<F>) -> Result<(), Reason> {
     record(decision, &mut Flows)
 }
 
@@ -28,7 +30,7 @@ struct Flows;
 
 impl<F: Maps> FlowTable<F> for Flows {
     #[inline(always)]
-    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<Flow<F::Address>> {
+    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         // SAFETY: entries are plain data, readable under RCU.
         unsafe {
             match place {
@@ -36,7 +38,6 @@ impl<F: Maps> FlowTable<F> for Flows {
                 Place::Embryonic => F::embryonic().get(key),
             }
         }
-        .copied()
     }
 
     #[inline(always)]
@@ -68,11 +69,17 @@ impl<F: Maps> FlowTable<F> for Flows {
     }
 
     #[inline(always)]
-    fn refresh(&mut self, place: Place, key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> bool {
+    fn refresh(
+        &mut self,
+        place: Place,
+        key: &Tuple<F::Address>,
+        to: &Flow<F::Address>,
+        renewal: Renewal,
+    ) -> bool {
         #[cfg(feature = "both-layouts")]
         return match place {
-            Place::Flows => F::flows().renew(key, flow),
-            Place::Embryonic => F::embryonic().renew(key, flow),
+            Place::Flows => F::flows().renew(key, to, renewal),
+            Place::Embryonic => F::embryonic().renew(key, to, renewal),
         };
         #[cfg(not(feature = "both-layouts"))]
         {
@@ -82,9 +89,9 @@ impl<F: Maps> FlowTable<F> for Flows {
             };
             let Some(entry) = entry else { return false };
             // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up to date.
-            unsafe {
-                (*entry).seen = flow.seen;
-                (*entry).state |= flow.state;
+            let entry = unsafe { &mut *entry };
+            if leads_to(entry, to) {
+                renewal.apply(entry, to);
             }
             true
         }

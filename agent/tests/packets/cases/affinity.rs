@@ -10,7 +10,7 @@ use sluice_common::{Reason, V4, V6};
 use super::Table;
 use super::clash::of_host;
 use crate::packets::case::{Case, End, Program};
-use crate::packets::frame::{ACK, Frame, TCP};
+use crate::packets::frame::{ACK, Frame, RST, SYN, TCP};
 use crate::packets::ip::Ip;
 use crate::packets::world::{
     Affinities, Cast, Connection, EDGE, GENERATION, ONE, OTHER, SELECTED, SPARE, UPLINK, World, mac,
@@ -85,7 +85,6 @@ fn opens(cast: &Cast, name: String, world: &World, program: Program, connection:
         .becomes(&first.clone().to(connection.backend))
         .opens(connection.id)
         .embryonic([connection.both()])
-        .affinity(been(cast, ONE, connection.id, 0))
 }
 
 /// Without an entry the client's address alone leads to the backend.
@@ -136,11 +135,9 @@ fn entries(table: &mut Table, cast: &Cast) {
     case("an entry of another service port's backend", &with(been(cast, ONE, OTHER, 1)), &own);
     case("an entry of no backend", &with(been(cast, ONE, 4000, 1)), &own);
 
-    let mut elsewhere = been(cast, OTHER, OTHER, 5);
-    let world = with(elsewhere.clone());
-    elsewhere.extend(been(cast, ONE, own.id, 0));
+    let world = with(been(cast, OTHER, OTHER, 5));
     let name = format!("{title}: affinity, an entry for another service port");
-    table.add(opens(cast, name, &world, Program::Ingress, &own).affinity(elsewhere));
+    table.add(opens(cast, name, &world, Program::Ingress, &own));
 
     for (what, bit, connection) in [
         ("is in", backend::SELECTED << 2, &other),
@@ -155,8 +152,7 @@ fn entries(table: &mut Table, cast: &Cast) {
             Case::new(name, &world, Program::Ingress, UPLINK, &first)
                 .becomes(&first.clone().to(connection.backend))
                 .opens(connection.id)
-                .embryonic([connection.both()])
-                .affinity(been(cast, ONE, connection.id, 0)),
+                .embryonic([connection.both()]),
         );
     }
 }
@@ -175,8 +171,7 @@ fn rounds(table: &mut Table, cast: &Cast) {
                     program.name()
                 );
                 let world = with(round(been(cast, ONE, id, age), before));
-                let affinity = round(been(cast, ONE, connection.id, 0), after);
-                table.add(opens(cast, name, &world, program, &connection).affinity(affinity));
+                table.add(opens(cast, name, &world, program, &connection));
             }
         }
     }
@@ -185,13 +180,12 @@ fn rounds(table: &mut Table, cast: &Cast) {
         let entry = |age| round(been(cast, ONE, id, age), before);
         let name = format!("{title}: affinity, a client in time stays in its round, at backend {id}");
         let world = with(entry(92));
-        table.add(opens(cast, name, &world, Program::Ingress, &connection).affinity(entry(0)));
+        table.add(opens(cast, name, &world, Program::Ingress, &connection));
     }
     let gone = round(been(cast, ONE, 4000, 1), 5);
     let connection = in_round(cast, 5);
     let name = format!("{title}: affinity, a client in time whose backend is gone stays in its round");
-    let after = round(been(cast, ONE, connection.id, 0), 5);
-    table.add(opens(cast, name, &with(gone), Program::Ingress, &connection).affinity(after));
+    table.add(opens(cast, name, &with(gone), Program::Ingress, &connection));
     if cast.protocol == TCP {
         let data = Frame::tcp(cast.client, cast.frontend, ACK, b"data");
         let [_, other] = own_and_other(cast);
@@ -200,8 +194,7 @@ fn rounds(table: &mut Table, cast: &Cast) {
             Case::new(name, &with(been(cast, ONE, other.id, 500)), Program::Ingress, EDGE, &data)
                 .becomes(&data.clone().to(other.backend))
                 .reason(Reason::Recovered, ONE)
-                .flows([other.state(state::ESTABLISHED).both()])
-                .affinity(been(cast, ONE, other.id, 0)),
+                .embryonic([other.both()]),
         );
     }
 }
@@ -211,8 +204,44 @@ fn recorded(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let [own, other] = own_and_other(cast);
     let with = |affinity: Affinities| World { affinity, ..world(cast) };
-    let name = format!("{title}: affinity, a new flow refreshes the entry");
+    let name = format!("{title}: affinity, a new flow alone refreshes no entry");
     table.add(opens(cast, name, &with(been(cast, ONE, other.id, 50)), Program::Ingress, &other));
+    // The endpoint has answered: a datagram, or a segment of a connection that it knows.
+    let answer = cast.next(other.backend, cast.client);
+    let after = other.state(state::ESTABLISHED);
+    for (what, before, now) in [
+        ("a new client's", Affinities::new(), been(cast, ONE, other.id, 0)),
+        ("a client's that comes back in time", round(been(cast, ONE, own.id, 92), 3), {
+            round(been(cast, ONE, other.id, 0), 3)
+        }),
+        ("a client's that comes back late", round(been(cast, ONE, own.id, 94), 3), {
+            round(been(cast, ONE, other.id, 0), 4)
+        }),
+    ] {
+        let name = format!("{title}: affinity, {what} first answer is recorded");
+        let world = with(before).embryonic(other.both());
+        let case = Case::new(name, &world, Program::Egress, EDGE, &answer)
+            .becomes(&answer.clone().from(cast.frontend))
+            .reply(other.id)
+            .affinity(now);
+        table.add(match cast.protocol {
+            TCP => case.flows([after.both()]).embryonic([]),
+            _ => case.embryonic([after.both()]),
+        });
+    }
+    if cast.protocol == TCP {
+        for (what, flags, state) in [("accepts", SYN | ACK, 0), ("refuses", RST | ACK, state::RESET_REPLY)] {
+            let frame = Frame::tcp(other.backend, cast.client, flags, &[]);
+            let name = format!("{title}: affinity, a backend that {what} proves nothing");
+            let world = with(Affinities::new()).embryonic(other.both());
+            table.add(
+                Case::new(name, &world, Program::Egress, EDGE, &frame)
+                    .becomes(&frame.clone().from(cast.frontend))
+                    .reply(other.id)
+                    .embryonic([other.state(state).both()]),
+            );
+        }
+    }
 
     let connection = own.state(state::ESTABLISHED);
     let flows = with(been(cast, ONE, own.id, 50)).flows(connection.age(30).both());
@@ -276,8 +305,7 @@ fn recorded(table: &mut Table, cast: &Cast) {
         .becomes(&first.clone().from(mirror).to(cast.backend).ttl(60).turned())
         .ends(End::Redirect)
         .opens(ONE)
-        .embryonic([hairpin.both()])
-        .affinity(been(&itself, ONE, ONE, 0)),
+        .embryonic([hairpin.both()]),
     );
 
     let host = cast.client(SocketAddr::new(cast.node, 40_001));
@@ -290,12 +318,10 @@ fn recorded(table: &mut Table, cast: &Cast) {
             .ends(End::Redirect)
             .opens(own.id)
             .embryonic([own.both()])
-            .affinity(been(&host, ONE, own.id, 0))
             .marks(mark::HOST),
     );
     if cast.protocol == TCP {
         let data = Frame::tcp(cast.client, cast.frontend, ACK, b"data");
-        let established = other.state(state::ESTABLISHED);
         table.add(
             Case::new(
                 format!("{title}: affinity leads a connection whose entries were lost"),
@@ -306,8 +332,7 @@ fn recorded(table: &mut Table, cast: &Cast) {
             )
             .becomes(&data.clone().to(other.backend))
             .reason(Reason::Recovered, ONE)
-            .flows([established.both()])
-            .affinity(been(cast, ONE, other.id, 0)),
+            .embryonic([other.both()]),
         );
     }
 }

@@ -8,7 +8,7 @@ use sluice_common::path::{REMAP_TRIES, mark};
 
 use super::Table;
 use super::clash::tried;
-use super::masquerade::{LOCAL, OVERLAY, Place, REMOTE, leaves, opens};
+use super::masquerade::{LOCAL, OVERLAY, Place, REMOTE, leaves};
 use super::unserved::answer;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{Frame, TCP, UDP};
@@ -104,7 +104,7 @@ fn dead(table: &mut Table, cast: &Cast) {
     let (cast, world) = met(REMOTE, cast);
     let own = REMOTE.source(&cast);
     let ended = match cast.protocol {
-        TCP => blocker(&cast, &own).state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY).age(70),
+        TCP => blocker(&cast, &own).state(state::ESTABLISHED | state::FIN_FORWARD).age(113),
         _ => blocker(&cast, &own).state(state::ESTABLISHED).age(200),
     };
     let name = format!("{title}: a masqueraded client's port was that of a flow that is dead");
@@ -219,11 +219,19 @@ fn walks(table: &mut Table, cast: &Cast) {
     plain.port(ONE).affinity_seconds = 100;
     let key = AffinityKey { service_port: ONE, client: cast.client.ip() };
     let to = Affinity { backend: ONE, seen: 0, generation: GENERATION, round: 0 };
+    let near = REMOTE.masqueraded(&cast);
+    let answered = near.state(state::ESTABLISHED);
+    let answer = cast.next(cast.backend, cast.client);
     let name = format!("{title}: a masqueraded client is remembered by its own address");
-    table.add(
-        opens(name, &cast, &plain, UPLINK, &REMOTE.masqueraded(&cast))
-            .affinity(Affinities::from([(key, to)])),
-    );
+    let waiting = plain.clone().embryonic(near.both()).marks(mark::MASQUERADED);
+    let case = Case::new(name, &waiting, Program::Egress, UPLINK, &answer)
+        .becomes(&answer.clone().from(cast.frontend))
+        .reply(ONE)
+        .affinity(Affinities::from([(key, to)]));
+    table.add(match cast.protocol {
+        TCP => case.embryonic([]).flows([answered.both()]),
+        _ => case.embryonic([answered.both()]),
+    });
 }
 
 /// Every port that clients are given, in the walk's order.

@@ -140,9 +140,11 @@ fn taken_over(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let first = cast.first(cast.client, cast.other_frontend);
     let one = cast.connection().state(state::ESTABLISHED);
-    let closed = cast.connection().state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
     let (free, kept) = match cast.protocol {
-        TCP => (closed.age(70), vec![("closed a while ago", closed.age(40)), ("idle", one.age(250))]),
+        TCP => {
+            let half = one.state(state::ESTABLISHED | state::FIN_FORWARD);
+            (half.age(113), vec![("half closed a while ago", half.age(111)), ("idle", one.age(250))])
+        }
         _ => (one.age(200), vec![("quiet", one.age(150))]),
     };
     table.add(
@@ -159,6 +161,39 @@ fn taken_over(table: &mut Table, cast: &Cast) {
         .embryonic([cast.other_connection().both()]),
     );
     let seen_as = tried(cast, cast.other_frontend, 1);
+    if cast.protocol == TCP {
+        let new = cast.connection();
+        let ended = one.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
+        for (what, old, gives_way) in [
+            ("ended a minute ago", ended.age(57), true),
+            ("ended of late", ended.age(55), false),
+            ("nobody answers", new.age(29), true),
+            ("nobody answers so far", new.age(27), false),
+            ("the backend refused", new.state(state::RESET_REPLY), true),
+            ("the client gave up", new.state(state::RESET_FORWARD), false),
+        ] {
+            let own = cast.other_connection();
+            let own = if gives_way { own } else { own.seen_as(seen_as) };
+            let name = format!("{title}: the reply tuple of a flow that waits aside, {what}");
+            let case = Case::new(name, &cast.world().embryonic(old.both()), Program::Ingress, EDGE, &first)
+                .becomes(&first.clone().from(own.seen_as).to(cast.backend))
+                .opens(OTHER);
+            table.add(if gives_way {
+                case.embryonic([own.both()])
+            } else {
+                case.embryonic([old.both(), own.both()])
+            });
+        }
+        let day = one.age(80_468);
+        let name = format!("{title}: the reply tuple of a flow that was idle for a day is taken over");
+        table.add(
+            Case::new(name, &cast.world().flows(day.both()), Program::Ingress, EDGE, &first)
+                .becomes(&first.clone().to(cast.backend))
+                .opens(OTHER)
+                .flows([])
+                .embryonic([cast.other_connection().both()]),
+        );
+    }
     for (what, old) in kept {
         table.add(
             Case::new(
@@ -250,8 +285,7 @@ fn direct(table: &mut Table, cast: &Cast) {
     )
     .becomes(&answer.clone().to(cast.client))
     .reason(Reason::DirectRemapped, 0);
-    let both = || [live.both(), proven.both()];
-    table.add(if cast.protocol == UDP { case.flows(both()).embryonic([]) } else { case });
+    table.add(if cast.protocol == UDP { case.embryonic([proven.both()]) } else { case });
     let next = cast.next(cast.client, cast.backend);
     let case = Case::new(
         format!("{title}: the next packet of a direct connection keeps its port"),
@@ -262,11 +296,11 @@ fn direct(table: &mut Table, cast: &Cast) {
     )
     .becomes(&next.clone().from(seen_as))
     .reason(Reason::DirectRemapped, 0);
-    table.add(if cast.protocol == TCP { case.flows(both()).embryonic([]) } else { case });
+    table.add(case);
 
     // The entries of a flow that has ended translate what the backend sends to its tuple as long as they are there.
     let (ended, own) = match cast.protocol {
-        TCP => (live.state(state::ESTABLISHED | state::RESET), direct),
+        TCP => (live.state(state::ESTABLISHED | state::RESET_FORWARD), direct),
         _ => (live.age(200), Connection { seen_as: cast.client, ..direct }),
     };
     let case = Case::new(
@@ -283,7 +317,7 @@ fn direct(table: &mut Table, cast: &Cast) {
     table.add(if cast.protocol == UDP { case.flows([]) } else { case });
 
     if cast.protocol == TCP {
-        let old = live.state(state::ESTABLISHED | state::RESET).age(70);
+        let old = live.state(state::ESTABLISHED | state::RESET_FORWARD).age(113);
         let own = Connection { seen_as: cast.client, ..direct };
         table.add(
             Case::new(

@@ -90,7 +90,7 @@ pub(super) fn add(table: &mut Table) {
         .reply(ONE);
         table.add(match cast.protocol {
             TCP => case,
-            _ => case.flows([connection.state(state::ESTABLISHED).both()]).embryonic([]),
+            _ => case.embryonic([connection.state(state::ESTABLISHED).both()]),
         });
         let proven = cast.world().flows(connection.state(state::ESTABLISHED).both());
         let question = cast.next(client, cast.frontend);

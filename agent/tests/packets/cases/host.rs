@@ -166,7 +166,7 @@ fn answer(table: &mut Table, cast: &Cast) {
     };
     let proven = |case: Case| match cast.protocol {
         TCP => case.reply(ONE),
-        _ => case.reply(ONE).flows([connection.state(state::ESTABLISHED).both()]).embryonic([]),
+        _ => case.reply(ONE).embryonic([connection.state(state::ESTABLISHED).both()]),
     };
     let received = frame.clone().at(mac(UPLINK));
     let translated = received.clone().from(cast.frontend).to(connection.client);

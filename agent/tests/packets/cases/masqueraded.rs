@@ -151,7 +151,7 @@ fn first_reply(table: &mut Table, cast: &Cast) {
             let case = meeting.case(&name, &world);
             let (own, other) = if meeting.near { (near, far) } else { (far, near) };
             table.add(match (cast.protocol, meeting.reply) {
-                (UDP, true) => case.flows([own.state(state::ESTABLISHED).both()]).embryonic([other.both()]),
+                (UDP, true) => case.embryonic([own.state(state::ESTABLISHED).both(), other.both()]),
                 _ => case,
             });
             // Without a mark nobody looks.
@@ -639,23 +639,29 @@ fn states(table: &mut Table, cast: &Cast) {
         let name = format!("{title}: the second packet of a masqueraded flow, {}", meeting.what);
         let case = meeting.case(&name, &young);
         let (own, other) = if meeting.near { (near, far) } else { (far, near) };
+        // The endpoint's proves it, on the side where it is met.
         table.add(if meeting.reply {
-            case
-        } else {
             case.flows([own.state(state::ESTABLISHED).both()]).embryonic([other.both()])
+        } else {
+            case
         });
     }
     let (near, far) = (near.state(state::ESTABLISHED), far.state(state::ESTABLISHED));
     let proven = world.clone().flows(flows_of(&near, &far));
     for (what, flags, forward, reply) in [
         ("FIN", FIN | ACK, state::FIN_FORWARD, state::FIN_REPLY),
-        ("RST", RST | ACK, state::RESET, state::RESET),
+        ("RST", RST | ACK, state::RESET_FORWARD, state::RESET_REPLY),
     ] {
         for meeting in meetings(&cast, UPLINK, REMOTE, |from, to, _| Frame::tcp(from, to, flags, &[])) {
             let name = format!("{title}: a {what} of a masqueraded flow, {}", meeting.what);
             let (own, other) = if meeting.near { (near, far) } else { (far, near) };
             let own = own.state(state::ESTABLISHED | if meeting.reply { reply } else { forward });
-            table.add(meeting.case(&name, &proven).flows([flows_of(&own, &other)]));
+            let case = meeting.case(&name, &proven);
+            table.add(if meeting.reply && flags & RST != 0 {
+                case.flows([other.both()]).embryonic([own.both()])
+            } else {
+                case.flows([flows_of(&own, &other)])
+            });
         }
     }
     let (_, lost) = REMOTE.set(&cast);
@@ -672,7 +678,7 @@ fn states(table: &mut Table, cast: &Cast) {
         )
         .becomes(&data.clone().to(cast.backend))
         .reason(Reason::Recovered, ONE)
-        .flows([near.both()])
+        .embryonic([near.both()])
         .marks(mark::MASQUERADED),
     );
     let stray: IpAddr = cast.node_on(UPLINK);

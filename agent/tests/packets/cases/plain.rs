@@ -33,6 +33,7 @@ pub(super) fn add(table: &mut Table) {
                 .becomes(&question.clone().to(cast.backend))
                 .forward(ONE),
         );
+        stream(table, &cast);
         let old = spare(&cast).state(state::ESTABLISHED);
         for (why, world) in [
             ("was removed", cast.world().backend_flags(SPARE, backend::LOCAL).flows(old.both())),
@@ -50,6 +51,26 @@ pub(super) fn add(table: &mut Table) {
                     .flows([])
                     .embryonic([connection.both()]),
             );
+        }
+    }
+}
+
+/// A question and its answers stay where they displace none but their like; what goes on is a stream.
+fn stream(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let answered = cast.connection().state(state::ESTABLISHED);
+    let question = cast.next(cast.client, cast.frontend);
+    let answer = cast.next(cast.backend, cast.client);
+    for (what, age) in [("a second later", 1), ("after a while", 3)] {
+        let world = cast.world().embryonic(answered.age(age).both());
+        for (who, program, frame, changed) in [
+            ("question", Program::Ingress, &question, question.clone().to(cast.backend)),
+            ("answer", Program::Egress, &answer, answer.clone().from(cast.frontend)),
+        ] {
+            let name = format!("{title}: another {who} of an answered flow, {what}");
+            let case = Case::new(name, &world, program, EDGE, frame).becomes(&changed);
+            let case = if program == Program::Ingress { case.forward(ONE) } else { case.reply(ONE) };
+            table.add(if age < 2 { case } else { case.flows([answered.both()]).embryonic([]) });
         }
     }
 }
@@ -93,8 +114,8 @@ fn opening(table: &mut Table, cast: &Cast) {
         .reply(ONE);
     table.add(match cast.protocol {
         TCP => case,
-        // Proves the flow.
-        _ => case.flows([connection.state(state::ESTABLISHED).both()]).embryonic([]),
+        // Answered; whether more than a question is still to be seen.
+        _ => case.embryonic([connection.state(state::ESTABLISHED).both()]),
     });
 }
 
@@ -277,20 +298,57 @@ fn promotion(table: &mut Table, cast: &Cast) {
     let world = cast.world().embryonic(connection.both());
     for (what, flags, data) in [("acknowledgment", ACK, &b""[..]), ("data", ACK, b"GET /")] {
         let frame = Frame::tcp(cast.client, cast.frontend, flags, data);
+        let name = format!("{title}: the client's second packet, {what}, proves nothing");
         table.add(
-            Case::new(
-                format!("{title}: the client's second packet, {what}, proves the flow"),
-                &world,
-                Program::Ingress,
-                EDGE,
-                &frame,
-            )
-            .becomes(&frame.clone().to(cast.backend))
-            .forward(ONE)
-            .flows([connection.state(state::ESTABLISHED).both()])
-            .embryonic([]),
+            Case::new(name, &world, Program::Ingress, EDGE, &frame)
+                .becomes(&frame.clone().to(cast.backend))
+                .forward(ONE),
+        );
+        let frame = Frame::tcp(cast.backend, cast.client, flags, data);
+        let name = format!("{title}: the backend's second packet, {what}, proves the flow");
+        table.add(
+            Case::new(name, &world, Program::Egress, EDGE, &frame)
+                .becomes(&frame.clone().from(cast.frontend))
+                .reply(ONE)
+                .flows([connection.state(state::ESTABLISHED).heard(0).both()])
+                .embryonic([]),
         );
     }
+    let ended = connection.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
+    let frame = Frame::tcp(cast.backend, cast.client, ACK, &[]);
+    table.add(
+        Case::new(
+            format!("{title}: the last packets of a flow that has ended do not bring it back"),
+            &cast.world().embryonic(ended.age(1).both()),
+            Program::Egress,
+            EDGE,
+            &frame,
+        )
+        .becomes(&frame.clone().from(cast.frontend))
+        .reply(ONE),
+    );
+    let elsewhere = spare(cast).state(state::ESTABLISHED).age(3);
+    let name = format!("{title}: a flow is not proven over another one's entry");
+    table.add(
+        Case::new(name, &world.clone().flows(elsewhere.forward()), Program::Egress, EDGE, &frame)
+            .becomes(&frame.clone().from(cast.frontend))
+            .reply(ONE),
+    );
+    let old = connection.state(state::ESTABLISHED).age(30);
+    let elsewhere = elsewhere.age(30);
+    let name = format!("{title}: a reply renews no entry of another flow");
+    table.add(
+        Case::new(
+            name,
+            &cast.world().flows(old.reply()).flows(elsewhere.forward()),
+            Program::Egress,
+            EDGE,
+            &frame,
+        )
+        .becomes(&frame.clone().from(cast.frontend))
+        .reply(ONE)
+        .flows([old.age(0).reply(), elsewhere.forward()]),
+    );
     let frame = Frame::tcp(cast.client, cast.frontend, RST | ACK, &[]);
     table.add(
         Case::new(
@@ -302,14 +360,14 @@ fn promotion(table: &mut Table, cast: &Cast) {
         )
         .becomes(&frame.clone().to(cast.backend))
         .forward(ONE)
-        .embryonic([connection.state(state::RESET).both()]),
+        .embryonic([connection.state(state::RESET_FORWARD).both()]),
     );
     let frame = Frame::tcp(cast.backend, cast.client, RST | ACK, &[]);
     table.add(
         Case::new(format!("{title}: the backend refuses"), &world, Program::Egress, EDGE, &frame)
             .becomes(&frame.clone().from(cast.frontend))
             .reply(ONE)
-            .embryonic([connection.state(state::RESET).both()]),
+            .embryonic([connection.state(state::RESET_REPLY).both()]),
     );
     let old = spare(cast).state(state::ESTABLISHED);
     let world = cast.world().backend_flags(SPARE, backend::LOCAL).flows(old.both());
@@ -333,8 +391,8 @@ fn closing(table: &mut Table, cast: &Cast) {
     let world = cast.world().flows(connection.both());
     for (what, flags, forward, reply) in [
         ("FIN", FIN | ACK, state::FIN_FORWARD, state::FIN_REPLY),
-        ("RST", RST, state::RESET, state::RESET),
-        ("RST|ACK", RST | ACK, state::RESET, state::RESET),
+        ("RST", RST, state::RESET_FORWARD, state::RESET_REPLY),
+        ("RST|ACK", RST | ACK, state::RESET_FORWARD, state::RESET_REPLY),
     ] {
         let frame = Frame::tcp(cast.client, cast.frontend, flags, &[]);
         table.add(
@@ -344,13 +402,42 @@ fn closing(table: &mut Table, cast: &Cast) {
                 .flows([connection.state(state::ESTABLISHED | forward).both()]),
         );
         let frame = Frame::tcp(cast.backend, cast.client, flags, &[]);
-        table.add(
-            Case::new(format!("{title}: the backend's {what}"), &world, Program::Egress, EDGE, &frame)
-                .becomes(&frame.clone().from(cast.frontend))
-                .reply(ONE)
-                .flows([connection.state(state::ESTABLISHED | reply).both()]),
-        );
+        let after = connection.state(state::ESTABLISHED | reply).both();
+        let case = Case::new(format!("{title}: the backend's {what}"), &world, Program::Egress, EDGE, &frame)
+            .becomes(&frame.clone().from(cast.frontend))
+            .reply(ONE);
+        table.add(if flags & RST == 0 { case.flows([after]) } else { case.flows([]).embryonic([after]) });
     }
+    let fin = Frame::tcp(cast.backend, cast.client, FIN | ACK, &[]);
+    let half = connection.state(state::ESTABLISHED | state::FIN_FORWARD);
+    let both = connection.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
+    table.add(
+        Case::new(
+            format!("{title}: a flow that both sides have closed makes room"),
+            &cast.world().flows(half.both()),
+            Program::Egress,
+            EDGE,
+            &fin,
+        )
+        .becomes(&fin.clone().from(cast.frontend))
+        .reply(ONE)
+        .flows([])
+        .embryonic([both.both()]),
+    );
+    let doubted = connection.state(state::ESTABLISHED | state::RESET_FORWARD);
+    let data = cast.next(cast.backend, cast.client);
+    table.add(
+        Case::new(
+            format!("{title}: the client's RST was none, the backend goes on"),
+            &cast.world().flows(doubted.both()),
+            Program::Egress,
+            EDGE,
+            &data,
+        )
+        .becomes(&data.clone().from(cast.frontend))
+        .reply(ONE)
+        .flows([connection.both()]),
+    );
     let half = connection.state(state::ESTABLISHED | state::FIN_FORWARD);
     let frame = cast.next(cast.backend, cast.client);
     table.add(
@@ -372,24 +459,87 @@ fn reopening(table: &mut Table, cast: &Cast) {
     let syn = cast.first(cast.client, cast.frontend);
     let to_backend = syn.clone().to(cast.backend);
     for (what, bits) in [
-        ("closing", state::FIN_FORWARD),
         ("closed", state::FIN_FORWARD | state::FIN_REPLY),
-        ("reset", state::RESET),
+        ("reset by the backend", state::RESET_REPLY),
+        ("closed by the backend and reset by the client", state::FIN_REPLY | state::RESET_FORWARD),
     ] {
         let old = connection.state(state::ESTABLISHED | bits).age(3);
+        for (place, world) in
+            [("", cast.world().flows(old.both())), (", long demoted", cast.world().embryonic(old.both()))]
+        {
+            let name = format!("{title}: a SYN never reuses a flow {what}{place}");
+            table.add(
+                Case::new(name, &world, Program::Ingress, EDGE, &syn)
+                    .becomes(&to_backend)
+                    .opens(ONE)
+                    .flows([])
+                    .embryonic([connection.both()]),
+            );
+        }
+    }
+    // What the client alone has said may be forged, and so may the SYN.
+    for (what, bits) in [("a FIN", state::FIN_FORWARD), ("a RST", state::RESET_FORWARD), ("nothing", 0)] {
+        let old = spare(cast).state(state::ESTABLISHED | bits).age(3);
+        for (served, world) in
+            [("serves", cast.world()), ("drains", cast.world().backend_flags(SPARE, backend::LOCAL))]
+        {
+            let name =
+                format!("{title}: a SYN after {what} of the client is the backend's to answer, it {served}");
+            table.add(
+                Case::new(name, &world.flows(old.both()), Program::Ingress, EDGE, &syn)
+                    .becomes(&syn.clone().to(cast.other_backend))
+                    .forward(SPARE),
+            );
+        }
+    }
+    let doubted = connection.state(state::ESTABLISHED | state::RESET_FORWARD | state::FIN_FORWARD);
+    let answer = Frame::tcp(cast.backend, cast.client, SYN | ACK, &[]);
+    table.add(
+        Case::new(
+            format!("{title}: a backend accepts a client that has reset, from the same port"),
+            &cast.world().flows(doubted.both()),
+            Program::Egress,
+            EDGE,
+            &answer,
+        )
+        .becomes(&answer.clone().from(cast.frontend))
+        .reply(ONE)
+        .flows([connection.state(state::ESTABLISHED).both()]),
+    );
+    for (what, heard, leaves) in [("silent for long", 30, true), ("heard of late", 20, false)] {
+        let old = spare(cast).state(state::ESTABLISHED).age(3).heard(heard);
+        let gone = cast.world().backend_flags(SPARE, backend::LOCAL).flows(old.both());
+        let name = format!("{title}: a SYN of a flow whose backend was removed and is {what}");
+        let case = Case::new(name, &gone, Program::Ingress, EDGE, &syn);
+        table.add(if leaves {
+            case.becomes(&to_backend).opens(ONE).flows([]).embryonic([connection.both()])
+        } else {
+            case.becomes(&syn.clone().to(cast.other_backend)).forward(SPARE)
+        });
+        let name = format!("{title}: a SYN of a flow whose backend serves and is {what}");
         table.add(
-            Case::new(
-                format!("{title}: a SYN never reuses a {what} flow"),
-                &cast.world().flows(old.both()),
-                Program::Ingress,
-                EDGE,
-                &syn,
-            )
-            .becomes(&to_backend)
-            .opens(ONE)
-            .flows([])
-            .embryonic([connection.both()]),
+            Case::new(name, &cast.world().flows(old.both()), Program::Ingress, EDGE, &syn)
+                .becomes(&syn.clone().to(cast.other_backend))
+                .forward(SPARE),
         );
+    }
+    for (who, program, heard, after) in
+        [("client", Program::Ingress, 30, 30), ("backend", Program::Egress, 30, 0)]
+    {
+        let old = connection.state(state::ESTABLISHED).age(30).heard(heard);
+        let frame = if program == Program::Ingress {
+            cast.next(cast.client, cast.frontend)
+        } else {
+            cast.next(cast.backend, cast.client)
+        };
+        let name = format!("{title}: a packet of the {who} tells when the backend was heard");
+        let case = Case::new(name, &cast.world().flows(old.both()), program, EDGE, &frame)
+            .flows([old.age(0).heard(after).both()]);
+        table.add(if program == Program::Ingress {
+            case.becomes(&frame.clone().to(cast.backend)).forward(ONE)
+        } else {
+            case.becomes(&frame.clone().from(cast.frontend)).reply(ONE)
+        });
     }
     let old = spare(cast).state(state::ESTABLISHED | state::FIN_REPLY | state::FIN_FORWARD).age(3);
     table.add(
@@ -416,7 +566,7 @@ fn reopening(table: &mut Table, cast: &Cast) {
         )
         .becomes(&to_backend)
         .opens(ONE)
-        .embryonic([connection.both(), tried.reply()]),
+        .embryonic([connection.both()]),
     );
     let live = connection.state(state::ESTABLISHED);
     table.add(

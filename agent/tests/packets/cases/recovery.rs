@@ -8,6 +8,9 @@ use crate::packets::case::{Case, Program};
 use crate::packets::frame::{ACK, Frame, RST, TCP};
 use crate::packets::world::{Cast, Connection, EDGE, ONE, OTHER, SPARE, UPLINK, World, mac};
 
+/// What [`Frame::tcp`] has for a sequence number.
+const SEQUENCE: u32 = 0x0102_fffe;
+
 /// Adds the cases.
 pub(super) fn add(table: &mut Table) {
     for cast in Cast::of(TCP) {
@@ -22,23 +25,21 @@ fn forward(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let connection = cast.connection().state(state::ESTABLISHED);
     let data = cast.next(cast.client, cast.frontend);
-    for (what, world) in [
-        ("forward entry", cast.world().flows(connection.age(5).reply())),
-        ("forward entry and an idle reply entry", cast.world().flows(connection.age(250).reply())),
-        ("both entries", cast.world()),
+    for (what, world, proven) in [
+        ("forward entry", cast.world().flows(connection.age(5).reply()), true),
+        ("forward entry and an idle reply entry", cast.world().flows(connection.age(250).reply()), true),
+        ("both entries", cast.world(), false),
     ] {
-        table.add(
-            Case::new(
-                format!("{title}: {what} lost, in the middle of a connection"),
-                &world,
-                Program::Ingress,
-                EDGE,
-                &data,
-            )
+        let name = format!("{title}: {what} lost, in the middle of a connection");
+        let case = Case::new(name, &world, Program::Ingress, EDGE, &data)
             .becomes(&data.clone().to(cast.backend))
-            .reason(Reason::Recovered, ONE)
-            .flows([connection.both()]),
-        );
+            .reason(Reason::Recovered, ONE);
+        // Half of a proven flow is proof; what anybody may have forged is not.
+        table.add(if proven {
+            case.flows([connection.both()])
+        } else {
+            case.embryonic([connection.state(0).both()])
+        });
     }
     let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
     table.add(
@@ -84,7 +85,7 @@ fn reply(table: &mut Table, cast: &Cast) {
                 &reset.clone().at(mac(ifindex)),
             )
             .dropped(Reason::ReplyRecovered, service_port)
-            .flows([guess.state(0).both()]),
+            .embryonic([guess.state(state::GUESS).heard(SEQUENCE).both()]),
         );
     }
     table.add(Case::new(
@@ -118,46 +119,83 @@ fn reply(table: &mut Table, cast: &Cast) {
 /// Both entries were lost, and the client's slot of a frontend told what they might have been.
 fn guesses(table: &mut Table, cast: &Cast) {
     let title = cast.title();
+    let guessed = |connection: Connection| connection.state(state::GUESS).heard(SEQUENCE);
+    let matched = |connection: Connection| connection.state(state::GUESS | state::MATCHED).heard(SEQUENCE);
     let (guess, other) = (cast.connection(), cast.other_connection());
     let case = |what: &str, world: &World, frame: &Frame| {
         Case::new(format!("{title}: a guess, and {what}"), world, Program::Ingress, EDGE, frame)
     };
+    let reply = |what: &str, world: &World, frame: &Frame| {
+        Case::new(format!("{title}: a guess, and {what}"), world, Program::Egress, EDGE, frame)
+    };
+    let world = cast.world().embryonic(guessed(guess).both());
+    // Of the connection that the reset was an answer in, and of any other.
+    let segment = cast.next(cast.backend, cast.client);
+    let answered = segment.clone().acknowledging(SEQUENCE);
+    table.add(
+        reply("the backend sends what was reset once more", &world, &answered)
+            .becomes(&answered.clone().from(cast.frontend))
+            .reply(ONE)
+            .embryonic([matched(guess).both()]),
+    );
+    table.add(reply("the backend acknowledges something else", &world, &segment));
+    let bare = Frame::tcp(cast.backend, cast.client, RST, &[]).acknowledging(SEQUENCE);
+    table.add(reply("the backend resets without an acknowledgment", &world, &bare));
     let data = cast.next(cast.client, cast.frontend);
     table.add(
-        case("the client goes on", &cast.world().flows(guess.both()), &data)
+        case("the client goes on before the backend", &world, &data)
+            .becomes(&data.clone().to(cast.backend))
+            .reason(Reason::Recovered, ONE)
+            .embryonic([guess.both()]),
+    );
+    table.add(
+        case("the client goes on", &cast.world().embryonic(matched(guess).both()), &data)
             .becomes(&data.clone().to(cast.backend))
             .forward(ONE)
-            .flows([guess.state(state::ESTABLISHED).both()]),
+            .embryonic([guess.both()]),
     );
     // Its port is the connection's all the same: with another one the backend would not know it.
     table.add(
-        case("the client goes on at another frontend", &cast.world().flows(other.both()), &data)
+        case("the client goes on at another frontend", &cast.world().embryonic(matched(other).both()), &data)
             .becomes(&data.clone().to(cast.backend))
             .reason(Reason::Recovered, ONE)
-            .flows([guess.state(state::ESTABLISHED).both()]),
+            .embryonic([guess.both()]),
     );
     let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
     table.add(
-        case("the client resets: the next frontend is tried", &cast.world().flows(guess.both()), &reset)
-            .dropped(Reason::ReplyRecovered, OTHER)
-            .flows([other.both()]),
+        case(
+            "the client resets: the next frontend is tried",
+            &cast.world().embryonic(matched(guess).both()),
+            &reset,
+        )
+        .dropped(Reason::ReplyRecovered, OTHER)
+        .embryonic([guessed(other).both()]),
+    );
+    table.add(
+        case("a reset, though the client has heard nothing", &world, &reset)
+            .becomes(&reset.clone().to(cast.backend))
+            .reason(Reason::Recovered, ONE),
     );
     let proof = other.state(state::ESTABLISHED);
     table.add(
         case(
             "the client resets: another frontend's forward entry tells",
-            &cast.world().flows(guess.both()).flows(proof.age(5).forward()),
+            &cast.world().embryonic(matched(guess).both()).flows(proof.age(5).forward()),
             &reset,
         )
         .dropped(Reason::ReplyRecovered, OTHER)
-        .flows([proof.both()]),
+        .flows([proof.both()])
+        .embryonic([]),
     );
     let reset = Frame::tcp(cast.client, cast.other_frontend, RST, &[]);
     table.add(
-        case("the client resets the last one", &cast.world().flows(other.both()), &reset)
+        case("the client resets the last one", &cast.world().embryonic(matched(other).both()), &reset)
             .becomes(&reset.clone().to(cast.backend))
             .forward(OTHER)
-            .flows([other.state(state::RESET).both()]),
+            .embryonic([other
+                .state(state::GUESS | state::MATCHED | state::RESET_FORWARD)
+                .heard(SEQUENCE)
+                .both()]),
     );
     let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
     let certain = guess.state(state::ESTABLISHED);
@@ -165,7 +203,7 @@ fn guesses(table: &mut Table, cast: &Cast) {
         case("the client resets what has become certain", &cast.world().flows(certain.both()), &reset)
             .becomes(&reset.clone().to(cast.backend))
             .forward(ONE)
-            .flows([certain.state(state::ESTABLISHED | state::RESET).both()]),
+            .flows([certain.state(state::ESTABLISHED | state::RESET_FORWARD).both()]),
     );
 }
 
@@ -188,7 +226,7 @@ fn not_ours(table: &mut Table, cast: &Cast) {
         &one_origin(cast).flows(elsewhere.forward()),
         &reset,
     );
-    let closed = connection.state(state::ESTABLISHED | state::RESET);
+    let closed = connection.state(state::ESTABLISHED | state::RESET_FORWARD);
     pass("a reset, and the frontend's flow is closing", &one_origin(cast).flows(closed.forward()), &reset);
     let mut moved = one_origin(cast);
     moved.fill(ONE, &[SPARE]);

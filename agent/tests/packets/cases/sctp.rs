@@ -58,9 +58,15 @@ fn opening(table: &mut Table, cast: &Cast) {
     let echo =
         Frame::sctp(cast.client, cast.frontend, (COOKIE_ECHO, 0), &[0xc; 9]).chunk((DATA, 3), b"with data");
     table.add(
-        Case::new(format!("{title}: a COOKIE ECHO proves the flow"), &world, Program::Ingress, EDGE, &echo)
+        Case::new(format!("{title}: a COOKIE ECHO proves nothing"), &world, Program::Ingress, EDGE, &echo)
             .becomes(&echo.clone().to(cast.backend))
-            .forward(ONE)
+            .forward(ONE),
+    );
+    let taken = Frame::sctp(cast.backend, cast.client, (COOKIE_ACK, 0), &[]).chunk((DATA, 3), b"with data");
+    table.add(
+        Case::new(format!("{title}: a COOKIE ACK proves the flow"), &world, Program::Egress, EDGE, &taken)
+            .becomes(&taken.clone().from(cast.frontend))
+            .reply(ONE)
             .embryonic([])
             .flows([connection.state(state::ESTABLISHED).both()]),
     );
@@ -83,7 +89,7 @@ fn states(table: &mut Table, cast: &Cast) {
         ("a SHUTDOWN", (SHUTDOWN, 0), 0, 0),
         ("a SHUTDOWN ACK", (SHUTDOWN_ACK, 0), state::FIN_FORWARD, state::FIN_REPLY),
         ("a SHUTDOWN COMPLETE", (SHUTDOWN_COMPLETE, 0), state::FIN_FORWARD, state::FIN_REPLY),
-        ("an ABORT", (ABORT, 0), state::RESET, state::RESET),
+        ("an ABORT", (ABORT, 0), state::RESET_FORWARD, state::RESET_REPLY),
     ] {
         let packet = Frame::sctp(cast.client, cast.frontend, chunk, b"????");
         table.add(
@@ -93,12 +99,13 @@ fn states(table: &mut Table, cast: &Cast) {
                 .flows([flow.state(state::ESTABLISHED | forward).both()]),
         );
         let packet = Frame::sctp(cast.backend, cast.client, chunk, b"????");
-        table.add(
+        let after = flow.state(state::ESTABLISHED | reply).both();
+        let case =
             Case::new(format!("{title}: {what} from the backend"), &world, Program::Egress, EDGE, &packet)
                 .becomes(&packet.clone().from(cast.frontend))
-                .reply(ONE)
-                .flows([flow.state(state::ESTABLISHED | reply).both()]),
-        );
+                .reply(ONE);
+        let has_ended = reply == state::RESET_REPLY;
+        table.add(if has_ended { case.flows([]).embryonic([after]) } else { case.flows([after]) });
     }
     // An ended connection's ports may be used anew at once.
     let ended = flow.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
@@ -256,6 +263,39 @@ fn recovery(table: &mut Table, cast: &Cast) {
         .dropped(Reason::ReplyRecovered, ONE)
         .flows([flow.both()]),
     );
+    // An ABORT with T reflects the tag of what it answers: the guess is for packets with this tag.
+    let guess = flow.state(state::GUESS).heard(0x5152_5354);
+    table.add(
+        Case::new(
+            format!("{title}: an ABORT with T, both entries lost, the client's slot tells"),
+            &cast.world(),
+            Program::Ingress,
+            EDGE,
+            &abort,
+        )
+        .dropped(Reason::ReplyRecovered, ONE)
+        .embryonic([guess.both()]),
+    );
+    let answer = cast.next(cast.backend, cast.client);
+    table.add(
+        Case::new(
+            format!("{title}: a guess, and the backend sends with the tag that was reflected"),
+            &cast.world().embryonic(guess.both()),
+            Program::Egress,
+            EDGE,
+            &answer,
+        )
+        .becomes(&answer.clone().from(cast.frontend))
+        .reply(ONE)
+        .embryonic([guess.state(state::GUESS | state::MATCHED).both()]),
+    );
+    table.add(Case::new(
+        format!("{title}: a guess, and the backend sends with another tag"),
+        &cast.world().embryonic(guess.heard(7).both()),
+        Program::Egress,
+        EDGE,
+        &answer,
+    ));
     let abort = Frame::sctp(cast.client, cast.backend, (ABORT, 0), &[]);
     table.add(Case::new(
         format!("{title}: an ABORT of a direct connection"),
@@ -269,6 +309,6 @@ fn recovery(table: &mut Table, cast: &Cast) {
         Case::new(format!("{title}: data without a flow"), &cast.world(), Program::Ingress, EDGE, &lost)
             .becomes(&lost.clone().to(cast.backend))
             .reason(Reason::Recovered, ONE)
-            .flows([flow.both()]),
+            .embryonic([flow.state(0).both()]),
     );
 }

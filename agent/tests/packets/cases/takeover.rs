@@ -102,7 +102,7 @@ fn passive(table: &mut Table, cast: &Cast) {
     if cast.protocol == UDP {
         return;
     }
-    let ended = connection.state(state::ESTABLISHED | state::RESET);
+    let ended = connection.state(state::ESTABLISHED | state::RESET_REPLY);
     let first = cast.first(client, frontend);
     let name = format!("{title}: passive, a tuple that was ours stays ours");
     table.add(
@@ -256,7 +256,7 @@ fn resets(table: &mut Table, cast: &Cast) {
     table.add(
         Case::new(name, &world, Program::Ingress, EDGE, &reset)
             .dropped(Reason::ReplyRecovered, guessed.service_port)
-            .flows([guessed.both()]),
+            .embryonic([guessed.state(state::GUESS).heard(0x0102_fffe).both()]),
     );
     let fin = Frame::tcp(cast.client, cast.frontend, FIN, &[]);
     let name = format!("{title}: netfilter's connection ends");

@@ -57,16 +57,14 @@ fn taken(table: &mut Table, cast: &Cast) {
     if cast.protocol == TCP {
         table.add(
             Case::new(
-                format!("{title}: XDP proves a flow"),
+                format!("{title}: XDP takes a client's second packet"),
                 &cast.world().embryonic(connection.both()),
                 Program::Xdp,
                 UPLINK,
                 &next,
             )
             .becomes(&translated)
-            .forward(ONE)
-            .flows([proven.both()])
-            .embryonic([]),
+            .forward(ONE),
         );
         table.add(
             Case::new(
@@ -78,7 +76,7 @@ fn taken(table: &mut Table, cast: &Cast) {
             )
             .becomes(&translated)
             .reason(Reason::Recovered, ONE)
-            .flows([proven.both()]),
+            .embryonic([connection.both()]),
         );
     }
 }
