@@ -203,7 +203,14 @@ fn only_real_addresses_pass(stack: &mut Stack, proxy: Proxy, mode: &Mode, cni: C
         }
         // Its counters begin anew.
         replace_table(&stack.node, "strict", &strict_chain(&pairs))?;
-        wrong.extend(ask_all(&questions)?.into_iter().map(|found| format!("{what}: {found}")));
+        // Few packets first, then many: these may displace others where a process carries an overlay's packets.
+        let is_small = |question: &Question<'_>| matches!(question.way, Way::Tcp | Way::Udp);
+        questions.sort_by_key(|question| !is_small(question));
+        let small = questions.iter().take_while(|question| is_small(question)).count();
+        let (few, many) = questions.split_at(small);
+        for questions in [few, many] {
+            wrong.extend(ask_all(questions)?.into_iter().map(|found| format!("{what}: {found}")));
+        }
         for (name, packets) in counters(&stack.node, "strict")? {
             let is_asked = questions.iter().any(|question| {
                 let family = if question.to.is_ipv4() { 4 } else { 6 };
