@@ -4,9 +4,7 @@
 
 use crate::abi::{Affinity, AffinityKey, Flow, Tuple, flow};
 use crate::family::Family;
-use crate::path::{
-    Decision, Record, gives_way, is_as_fresh, leads_back, leads_to, mark, partner, partner_key,
-};
+use crate::path::{self, Decision, Record, gives_way, is_as_fresh, leads_back, leads_to, mark, partner_key};
 use crate::reason::Reason;
 
 /// One of the two tables that hold flows.
@@ -85,27 +83,29 @@ pub trait FlowTable<F: Family> {
     fn set_marks(&mut self, bits: u32);
 }
 
-/// Records a decision's flow.
+/// Records a decision's flow. `partner` is room for the entry of the other direction: the kernel's stack has none.
 ///
 /// # Errors
 ///
 /// The reason why the packet must not go on: its answers would not find back.
 #[inline(always)]
-pub fn record<F: Family, T: FlowTable<F>>(decision: &mut Decision<F>, tables: &mut T) -> Result<(), Reason> {
+pub fn record<F: Family, T: FlowTable<F>>(
+    decision: &mut Decision<F>,
+    partner: &mut Partner<F>,
+    tables: &mut T,
+) -> Result<(), Reason> {
     if decision.record == Record::Nothing {
         return Ok(());
     }
-    let mut partner = Partner {
-        key: partner_key::<F>(&decision.flow, decision.key.protocol),
-        flow: partner::<F>(&decision.key, &decision.flow),
-    };
+    partner.key = partner_key::<F>(&decision.flow, decision.key.protocol);
+    partner.flow = path::partner::<F>(&decision.key, &decision.flow);
     match decision.record {
         Record::Nothing => {}
-        Record::Open | Record::Establish => open(decision, &mut partner, tables)?,
-        Record::Promote => promote(decision, &partner, tables)?,
-        Record::Demote => demote(decision, &partner, tables)?,
-        Record::Renew => renew(decision, &partner, Place::Flows, tables),
-        Record::RenewEmbryonic => renew(decision, &partner, Place::Embryonic, tables),
+        Record::Open | Record::Establish => open(decision, partner, tables)?,
+        Record::Promote => promote(decision, partner, tables)?,
+        Record::Demote => demote(decision, partner, tables)?,
+        Record::Renew => renew(decision, partner, Place::Flows, tables),
+        Record::RenewEmbryonic => renew(decision, partner, Place::Embryonic, tables),
     }
     if decision.affinity {
         let flow = &decision.flow;
@@ -117,10 +117,20 @@ pub fn record<F: Family, T: FlowTable<F>>(decision: &mut Decision<F>, tables: &m
     Ok(())
 }
 
-/// The other direction's entry.
-struct Partner<F: Family> {
+/// The entry of the other direction.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Partner<F: Family> {
     key: Tuple<F::Address>,
     flow: Flow<F::Address>,
+    /// The key of the other direction of an entry that goes.
+    stale: Tuple<F::Address>,
+}
+
+impl<F: Family> Default for Partner<F> {
+    fn default() -> Self {
+        Self { key: Tuple::default(), flow: Flow::default(), stale: Tuple::default() }
+    }
 }
 
 /// Makes both entries of a flow: the partner first, and only where its tuple is free.
@@ -137,8 +147,8 @@ fn open<F: Family, T: FlowTable<F>>(
     for place in [Place::Flows, Place::Embryonic] {
         let Some(old) = tables.get(place, key) else { continue };
         if !leads_to(old, flow) {
-            let other = partner_key::<F>(old, key.protocol);
-            forget(place, key, &other, tables);
+            partner.stale = partner_key::<F>(old, key.protocol);
+            forget(place, key, &partner.stale, tables);
         } else if recovers && place == Place::Flows {
             proof = Some((old.state, old.replied));
         }
@@ -160,8 +170,8 @@ fn open<F: Family, T: FlowTable<F>>(
             return Err(Reason::ClashRace);
         } else {
             // Without its replies the other direction is of no use: the client gets a new flow instead.
-            let other = partner_key::<F>(old, key.protocol);
-            forget(place, &partner.key, &other, tables);
+            partner.stale = partner_key::<F>(old, key.protocol);
+            forget(place, &partner.key, &partner.stale, tables);
         }
         tables.remove(place, &partner.key);
     }

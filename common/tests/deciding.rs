@@ -24,7 +24,7 @@ use sluice_common::path::{
     Hook, REJECT_BURST_MS, REJECT_COST_MS, Record, Step, Verdict, decide, leads_to, partner, partner_key,
     spend,
 };
-use sluice_common::record::{FlowTable, Place, Refused, Renewal, record};
+use sluice_common::record::{FlowTable, Partner, Place, Refused, Renewal, record};
 use sluice_common::rewrite::{can_follow, rewrite};
 use sluice_common::tables::Routes;
 use sluice_common::{Reason, Tables, V4, V6};
@@ -581,7 +581,7 @@ proptest! {
                     }
                 }
             }
-            prop_assert_eq!(record(&mut decision, &mut tables), Ok(()));
+            prop_assert_eq!(record(&mut decision, &mut Partner::default(), &mut tables), Ok(()));
             // Each entry has its partner, so each flow has a reply tuple of its own.
             let all: BTreeSet<_> = tables.flows.iter().chain(&tables.embryonic).collect();
             for (key, flow) in all {

@@ -16,7 +16,7 @@ use sluice_common::header::{TcpHeader, tcp};
 use sluice_common::parse::{self, Headers, Kind};
 use sluice_common::path::policy::is_within;
 use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict, partner_key};
-use sluice_common::record::{FlowTable, Place, Refused, Renewal, record};
+use sluice_common::record::{FlowTable, Partner, Place, Refused, Renewal, record};
 use sluice_common::rewrite::{Edit, can_follow, hop, rewrite};
 use sluice_common::tables::Routes;
 use sluice_common::{Packet, Reason, Tables, V4, V6};
@@ -430,7 +430,7 @@ impl<F: Ip> Memory<F> {
                 self.passed_over += 1;
                 continue;
             }
-            result = record(decision, self);
+            result = record(decision, &mut Partner::default(), self);
             if result != Err(Reason::ClashRace) {
                 break;
             }
@@ -673,7 +673,7 @@ fn xdp<F: Ip>(
         || decision.datagram && !can_follow(headers, &decision.flow)
         || answer::is_partial(headers)
         || !ours
-        || record(&mut decision, memory).is_err()
+        || record(&mut decision, &mut Partner::default(), memory).is_err()
     {
         return (End::XdpPass, NOTHING);
     }
@@ -707,8 +707,11 @@ fn tc<F: Ip>(
     if ingress && link && !inside && !packet.bytes.starts_with(&world::mac(case.ifindex)) {
         return (End::Next, NOTHING);
     }
-    let recorded =
-        if is_done { record(&mut decision, memory) } else { memory.open(hook, headers, &mut decision) };
+    let recorded = if is_done {
+        record(&mut decision, &mut Partner::default(), memory)
+    } else {
+        memory.open(hook, headers, &mut decision)
+    };
     memory.note(headers, &decision);
     let end = apply(case, packet, headers, &mut decision, recorded);
     (end, noted(case, hook, headers, &decision, end == End::Drop))

@@ -14,6 +14,7 @@ use aya_ebpf::helpers::generated::bpf_loop;
 use aya_ebpf::macros::btf_map;
 use sluice_common::parse::{Headers, Parse};
 use sluice_common::path::{self, Decision, Hook, PORTS};
+use sluice_common::record::Partner;
 use sluice_common::tables::Routes;
 use sluice_common::{Family, V4, V6, fragment};
 
@@ -30,6 +31,8 @@ pub(super) struct Scratch<F: Family> {
     pub(super) headers: Headers<F>,
     pub(super) decision: Decision<F>,
     pub(super) asked: Asked,
+    /// Room for what is recorded.
+    partner: Partner<F>,
 }
 
 /// What the adapter found out for the path.
@@ -137,7 +140,7 @@ macro_rules! global {
         extern "C" fn $open(ifindex: u32, hook: u32) -> u32 {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
             // SAFETY: as above.
-            let Scratch { headers, decision, asked } = unsafe { &mut *scratch };
+            let Scratch { headers, decision, asked, .. } = unsafe { &mut *scratch };
             path::open_into(hook_of(hook), headers, &Kernel { ifindex, asked: *asked }, decision);
             0
         }
@@ -167,7 +170,8 @@ macro_rules! global {
         extern "C" fn $record() -> u32 {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
             // SAFETY: as above.
-            match record::in_maps(unsafe { &mut (*scratch).decision }) {
+            let Scratch { decision, partner, .. } = unsafe { &mut *scratch };
+            match record::in_maps(decision, partner) {
                 Ok(()) => 0,
                 Err(reason) => reason as u32,
             }

@@ -6,7 +6,7 @@ use sluice_common::abi::{Affinity, AffinityKey, Flow, Tuple};
 use sluice_common::path::Decision;
 #[cfg(not(feature = "both-layouts"))]
 use sluice_common::path::leads_to;
-use sluice_common::record::{FlowTable, Place, Refused, Renewal, record};
+use sluice_common::record::{FlowTable, Partner, Place, Refused, Renewal, record};
 
 use super::maps::{self, Maps};
 
@@ -21,8 +21,8 @@ const EEXIST: i32 = -17;
 ///
 /// As [`record`].
 #[inline(always)]
-pub(super) fn in_maps<F: Maps>(decision: &mut Decision<F>) -> Result<(), Reason> {
-    record(decision, &mut Flows)
+pub(super) fn in_maps<F: Maps>(decision: &mut Decision<F>, partner: &mut Partner<F>) -> Result<(), Reason> {
+    record(decision, partner, &mut Flows)
 }
 
 /// The maps that hold flows.

@@ -90,7 +90,8 @@ fn noted(table: &mut Table, cast: &Cast) {
         let name = format!("{title}: the answer to this node's own port, {where_to}");
         let case = Case::new(name, &world, program, place.device, &back);
         table.add(match cast.protocol {
-            UDP => case.flows([own.state(state::ESTABLISHED).both()]).embryonic([]),
+            UDP => case.embryonic([own.state(state::ESTABLISHED).both()]),
+            SCTP => case.flows([own.state(state::ESTABLISHED).both()]).embryonic([]),
             _ => case,
         });
         let kind = if cast.client.is_ipv4() { (3, 3) } else { (1, 4) };
@@ -221,8 +222,7 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
         let young = world.clone().embryonic(own.age(age).both());
         table.add(
             case(&format!("the answer to a node port's number {what}"), &young, Program::Ingress, &reply)
-                .flows([own.state(state::ESTABLISHED).both()])
-                .embryonic([]),
+                .embryonic([own.state(state::ESTABLISHED).both()]),
         );
         let name = format!("XDP leaves the answer to a node port's number that {what}");
         table.add(case(&name, &young, Program::Xdp, &reply));

@@ -678,7 +678,7 @@ fn states(table: &mut Table, cast: &Cast) {
         )
         .becomes(&data.clone().to(cast.backend))
         .reason(Reason::Recovered, ONE)
-        .embryonic([near.both()])
+        .embryonic([near.state(0).both()])
         .marks(mark::MASQUERADED),
     );
     let stray: IpAddr = cast.node_on(UPLINK);

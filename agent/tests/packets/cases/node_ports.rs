@@ -148,7 +148,7 @@ fn to_itself(table: &mut Table, cast: &Cast) {
     .reply(ONE);
     table.add(match cast.protocol {
         TCP => case,
-        _ => case.flows([connection.state(state::ESTABLISHED).both()]).embryonic([]),
+        _ => case.embryonic([connection.state(state::ESTABLISHED).both()]),
     });
     // This host is its own backend: client and server have one address, and a port that no socket has.
     let at = SocketAddr::new(cast.node, cast.backend.port());
