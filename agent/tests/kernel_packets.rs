@@ -132,8 +132,9 @@ fn what_is_translated_is_left_alone_by_the_next_program() {
         untouched.expected.flows.clone_from(&case.world.flows);
         for (who, case, word) in [("at the same side", &untouched, own), ("at the other side", &case, other)]
         {
-            let outcome = kernel.run_carrying(case, word).expect("a test run").expect("a whole packet");
-            failures.push(judge(case, who, outcome));
+            // The kernel runs no program on what is too short.
+            let outcome = kernel.run_carrying(case, word).expect("a test run");
+            failures.extend(outcome.map(|outcome| judge(case, who, outcome)));
         }
     }
     failures.retain(|failure| !failure.is_empty());

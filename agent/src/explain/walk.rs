@@ -289,7 +289,14 @@ impl<'w, F: Side> Walk<'w, F> {
         };
         let routes = asked.iter().find_map(|asked| match asked {
             Asked::Routes(routes) => Some(routes.to_backend),
-            _ => None,
+            Asked::Flow { .. }
+            | Asked::Service { .. }
+            | Asked::Range { .. }
+            | Asked::Slot { .. }
+            | Asked::Backend { .. }
+            | Asked::Affinity { .. }
+            | Asked::SourceRanges { .. }
+            | Asked::NodeAddress { .. } => None,
         });
         let seen = Seen { world: self.world, ifindex: routes.unwrap_or(0) };
         let known = Tables::<F>::flow(&seen, &key).or_else(|| Tables::<F>::embryonic(&seen, &key));

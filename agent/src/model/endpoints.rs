@@ -69,7 +69,7 @@ mod tests {
         endpoints.set(&a, &[at(80), at(81)].into());
         endpoints.set(&b, &[at(81), at(82)].into());
         let users = |endpoints: &Endpoints, port| endpoints.users(at(port)).cloned().collect::<Vec<_>>();
-        assert_eq!(users(&endpoints, 80), [a.clone()]);
+        assert_eq!(users(&endpoints, 80), std::slice::from_ref(&a));
         assert_eq!(users(&endpoints, 81), [a.clone(), b.clone()]);
         endpoints.set(&a, &[at(82)].into());
         assert_eq!([users(&endpoints, 80), users(&endpoints, 81)], [vec![], vec![b.clone()]]);

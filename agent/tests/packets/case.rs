@@ -252,8 +252,11 @@ pub(crate) fn settle(actual: &mut Outcome, expected: &Outcome) {
         for (key, Flow { seen, replied, .. }) in actual {
             if let Some(expected) = expected.get(key) {
                 forgive(seen, expected.seen);
-                if expected.replied == UNSAID {
-                    *replied = UNSAID;
+                // At tick zero it looks as if an unproven flow's endpoint was never heard.
+                if expected.replied == UNSAID
+                    || *replied == UNSAID && expected.state & state::ESTABLISHED == 0
+                {
+                    *replied = expected.replied;
                 } else if expected.state & state::GUESS == 0 {
                     forgive(replied, expected.replied);
                 }

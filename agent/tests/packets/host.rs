@@ -238,7 +238,8 @@ pub(crate) fn told<F: Ip>(
             seen: now.wrapping_sub(seen),
             replied: match replied {
                 _ if state & state::GUESS != 0 => replied,
-                0 => world::UNSAID,
+                // The endpoint of a proven flow was heard, at whatever tick.
+                0 if state & state::ESTABLISHED == 0 => world::UNSAID,
                 tick => now.wrapping_sub(tick),
             },
             generation,
