@@ -248,7 +248,8 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
         mtu: link.mtu,
         masquerade_v4: masquerade.v4.map(Into::into).unwrap_or_default(),
         masquerade_v6: masquerade.v6.map(Into::into).unwrap_or_default(),
-        flags: if local_pods { abi::device_flags::LOCAL_PODS } else { 0 },
+        flags: if local_pods { abi::device_flags::LOCAL_PODS } else { 0 }
+            | if link.kind == "bridge" { abi::device_flags::BRIDGE } else { 0 },
     })
 }
 

@@ -146,8 +146,14 @@ impl SmallDisk {
         ensure!(refused == 0, "cannot mount a small tmpfs: {}", std::io::Error::last_os_error());
         let this = Self { at: at.clone(), state: state.clone(), filler: None };
         fs::create_dir_all(at.join("state"))?;
-        fs::create_dir_all(state.parent().context("a folder")?)?;
-        std::os::unix::fs::symlink(at.join("state"), state)?;
+        fs::create_dir_all(&state)?;
+        let source = std::ffi::CString::new(at.join("state").as_os_str().as_bytes())?;
+        let target = std::ffi::CString::new(state.as_os_str().as_bytes())?;
+        // SAFETY: as above.
+        let refused = unsafe {
+            libc::mount(source.as_ptr(), target.as_ptr(), c"".as_ptr(), libc::MS_BIND, std::ptr::null())
+        };
+        ensure!(refused == 0, "cannot lay the state directory there: {}", std::io::Error::last_os_error());
         Ok(this)
     }
 
@@ -171,13 +177,13 @@ impl SmallDisk {
 impl Drop for SmallDisk {
     fn drop(&mut self) {
         self.filler = None;
-        let _ = fs::remove_file(&self.state);
-        for path in [self.at.join("sluice"), self.at.clone()] {
+        for path in [self.state.clone(), self.at.join("sluice"), self.at.clone()] {
             if let Ok(path) = std::ffi::CString::new(path.as_os_str().as_bytes()) {
                 // SAFETY: the string ends with a zero. What is not mounted is refused.
                 let _ = unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
             }
         }
+        let _ = fs::remove_dir(&self.state);
     }
 }
 

@@ -190,7 +190,8 @@ pub const TICK_SHIFT: u32 = 30;
 
 /// Bits of [`Flow::state`]. Both directions' entries carry the same bits.
 pub mod state {
-    /// The endpoint has proven the flow: by a segment that is neither SYN nor RST (it knows the connection), by a datagram.
+    /// The endpoint has proven the flow: by a segment that is neither SYN nor RST (it knows the connection), by a datagram; or the
+    /// client has acknowledged what the endpoint answered.
     pub const ESTABLISHED: u8 = 1;
     /// The client has sent a FIN.
     pub const FIN_FORWARD: u8 = 2;
@@ -204,6 +205,9 @@ pub mod state {
     pub const GUESS: u8 = 32;
     /// The endpoint's packet has confirmed a guess; that the client knows the connection is still to be seen.
     pub const MATCHED: u8 = 64;
+    /// The endpoint has answered the SYN of an unproven flow: [`Flow::replied`](super::Flow::replied) is the number that its client
+    /// acknowledges then, which nobody else knows.
+    pub const ANSWERED: u8 = 128;
     /// Either side has sent a RST.
     pub const RESET: u8 = RESET_FORWARD | RESET_REPLY;
     /// Somebody has sent a FIN or a RST.
@@ -420,6 +424,8 @@ abi! {
 pub mod device_flags {
     /// Packets that come in here are those of local pods (where [`super::Settings::detect_local`] is by device).
     pub const LOCAL_PODS: u32 = 1;
+    /// The device is a bridge: the programs of its ports may have translated a packet before.
+    pub const BRIDGE: u32 = 2;
 }
 
 /// Values of [`Device::role`].

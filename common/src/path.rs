@@ -46,8 +46,8 @@ pub mod policy;
 mod select;
 
 use crate::abi::{
-    Class, Flow, RejectBucket, RejectKey, ServiceKey, Tuple, backend, device, flow, frontend, imported,
-    listing, networks, phase, side, state,
+    Class, Flow, RejectBucket, RejectKey, ServiceKey, Tuple, backend, device, device_flags, flow, frontend,
+    imported, listing, networks, phase, side, state,
 };
 use crate::family::Family;
 use crate::fragment;
@@ -708,7 +708,7 @@ fn along<F: Family, T: Tables<F>>(
             // A connection that knows nothing of the guess.
             return true;
         }
-        said_by_endpoint(entry.state, headers.tcp_flags)
+        said_by_endpoint(entry.state, headers)
     } else {
         if entry.state & (state::GUESS | state::MATCHED) == state::GUESS
             || is_opening(headers.tcp_flags)
@@ -718,7 +718,7 @@ fn along<F: Family, T: Tables<F>>(
         {
             return false;
         }
-        said_by_client(entry.state, headers.tcp_flags)
+        said_by_client(entry, headers)
     };
     let proves = if is_udp {
         entry.state & state::ESTABLISHED != 0 && now.wrapping_sub(entry.seen) >= STREAM_TICKS
@@ -730,26 +730,31 @@ fn along<F: Family, T: Tables<F>>(
     decision.flow.seen = now;
     decision.takes_back = entry.state & !state != 0;
     let renewed = if reply && !embryonic { entry.replied } else { entry.seen };
-    if state & state::GUESS == 0 {
-        if reply {
+    if state & state::ANSWERED != 0 {
+        if reply && headers.tcp_flags & tcp::SYN != 0 {
+            decision.flow.replied = headers.sequence.wrapping_add(1);
+        }
+    } else if state & state::GUESS == 0 {
+        if reply || entry.state & state::ANSWERED != 0 {
             decision.flow.replied = now;
         } else if entry.state & state::GUESS != 0 {
             // It was a number to be acknowledged.
             decision.flow.replied = 0;
         }
     }
+    let is_numbered_anew = state & state::ANSWERED != 0 && decision.flow.replied != entry.replied;
     decision.record = if embryonic && proves {
         Record::Promote
     } else if !embryonic && state::has_ended(state) {
         Record::Demote
-    } else if state == entry.state && now.wrapping_sub(renewed) < RENEW_TICKS {
+    } else if state == entry.state && now.wrapping_sub(renewed) < RENEW_TICKS && !is_numbered_anew {
         Record::Nothing
     } else if embryonic {
         Record::RenewEmbryonic
     } else {
         Record::Renew
     };
-    if reply && state & !entry.state & state::ESTABLISHED != 0 {
+    if state & !entry.state & state::ESTABLISHED != 0 && flags & flow::SOURCE == 0 {
         select::proven(decision, tables);
     }
     decision.set(verdict, reason_along(flags));
@@ -764,7 +769,8 @@ fn is_opening(tcp_flags: u8) -> bool {
 
 /// The state of a flow after a segment of its endpoint.
 #[inline(always)]
-fn said_by_endpoint(before: u8, tcp_flags: u8) -> u8 {
+fn said_by_endpoint<F: Family>(before: u8, headers: &Headers<F>) -> u8 {
+    let tcp_flags = headers.tcp_flags;
     if tcp_flags & tcp::RST != 0 {
         return before | state::RESET_REPLY;
     }
@@ -772,24 +778,33 @@ fn said_by_endpoint(before: u8, tcp_flags: u8) -> u8 {
         return before | state::MATCHED;
     }
     if tcp_flags & tcp::SYN != 0 && !state::has_ended(before) {
-        // It has accepted a new connection of the same client.
-        return before & !state::CLOSING;
+        // It has accepted a new connection of the same client, who will acknowledge that.
+        let is_numbered = headers.tuple.protocol == protocol::TCP && before & state::ESTABLISHED == 0;
+        return before & !state::CLOSING | if is_numbered { state::ANSWERED } else { 0 };
     }
     let fin = if tcp_flags & tcp::FIN != 0 { state::FIN_REPLY } else { 0 };
     if state::has_ended(before) {
         return before | fin;
     }
     // It goes on: the client's reset was none.
-    before & !state::RESET_FORWARD | state::ESTABLISHED | fin
+    before & !(state::RESET_FORWARD | state::ANSWERED) | state::ESTABLISHED | fin
 }
 
 /// The state of a flow after a segment of its client, which anybody can forge.
 #[inline(always)]
-fn said_by_client(before: u8, tcp_flags: u8) -> u8 {
+fn said_by_client<F: Family>(entry: &Flow<F::Address>, headers: &Headers<F>) -> u8 {
+    let (before, tcp_flags) = (entry.state, headers.tcp_flags);
     if tcp_flags & tcp::RST != 0 {
         return before | state::RESET_FORWARD;
     }
     let fin = if tcp_flags & tcp::FIN != 0 { state::FIN_FORWARD } else { 0 };
+    if before & state::ANSWERED != 0
+        && tcp_flags & (tcp::SYN | tcp::ACK) == tcp::ACK
+        && headers.acknowledgment == entry.replied
+    {
+        // It has seen what the endpoint answered: proof, even if neither ever says more.
+        return before & !state::ANSWERED | state::ESTABLISHED | fin;
+    }
     // The client knows the connection: a guess that the endpoint has confirmed was right.
     before & !(state::GUESS | state::MATCHED) | fin
 }
@@ -1178,19 +1193,13 @@ fn reject<F: Family>(headers: &Headers<F>, reset: Reason, unreachable: Reason, d
 #[inline(always)]
 fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) {
     let key = &headers.tuple;
-    let opens = if key.protocol == protocol::UDP {
-        // On other devices a packet may be met twice (a VLAN device on its parent): its own flow is no clash.
-        policy::is_edge::<F, T>(tables)
-    } else {
-        headers.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
-    };
-    if !opens {
+    // A bridge's ports may have translated it before: there it is no direct packet.
+    if !opens(headers) || matches!(tables.here(), Some(here) if here.flags & device_flags::BRIDGE != 0) {
         return;
     }
-    // Only a proven flow clashes: an unproven one may be this very packet's, met before by another program.
-    // One that has ended clashes too: its entry still translates what the backend sends to this tuple. Where it
+    // A flow that has ended clashes too: its entry still translates what the backend sends to this tuple. Where it
     // no longer keeps the tuple from others, the direct connection's own entry, which changes nothing, replaces it.
-    let Some(entry) = tables.flow(&key.reversed()) else { return };
+    let Some((entry, _)) = entry_of(&key.reversed(), tables) else { return };
     if entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::DIRECT | flow::SOURCE) != flow::REPLY {
         return;
     }

@@ -257,7 +257,7 @@ pub(crate) fn settle(actual: &mut Outcome, expected: &Outcome) {
                     || *replied == UNSAID && expected.state & state::ESTABLISHED == 0
                 {
                     *replied = expected.replied;
-                } else if expected.state & state::GUESS == 0 {
+                } else if expected.state & (state::GUESS | state::ANSWERED) == 0 {
                     forgive(replied, expected.replied);
                 }
             }

@@ -195,7 +195,7 @@ pub(crate) fn entries<F: Ip>(flows: &Flows, now: Ticks) -> BTreeMap<Tuple<F::Add
             service_port,
             seen: now.wrapping_sub(seen),
             replied: match replied {
-                _ if state & state::GUESS != 0 => replied,
+                _ if state & (state::GUESS | state::ANSWERED) != 0 => replied,
                 world::UNSAID if state & state::ESTABLISHED == 0 => 0,
                 world::UNSAID => now.wrapping_sub(seen),
                 age => now.wrapping_sub(age),
@@ -237,7 +237,7 @@ pub(crate) fn told<F: Ip>(
             service_port,
             seen: now.wrapping_sub(seen),
             replied: match replied {
-                _ if state & state::GUESS != 0 => replied,
+                _ if state & (state::GUESS | state::ANSWERED) != 0 => replied,
                 // The endpoint of a proven flow was heard, at whatever tick.
                 0 if state & state::ESTABLISHED == 0 => world::UNSAID,
                 tick => now.wrapping_sub(tick),

@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Datagram, DatagramPorts, Device, Flow, OriginKey, Range, Service,
     ServiceKey, ServicePort, Settings, Ticks, Tuple, backend, detect_local, device, device_flags, flow,
-    frontend, listing, masquerade, networks, node_address, side,
+    frontend, listing, masquerade, networks, node_address, side, state,
 };
 
 use sluice_common::path::device_reject_key;
@@ -265,6 +265,11 @@ impl Connection {
 
     pub(crate) fn age(self, age: u32) -> Self {
         Self { age, ..self }
+    }
+
+    /// The endpoint has answered the SYN with a segment of [`Frame::tcp`]'s.
+    pub(crate) fn answered(self) -> Self {
+        self.state(state::ANSWERED).heard(super::frame::SEQUENCE + 1)
     }
 
     pub(crate) fn heard(self, heard: u32) -> Self {

@@ -2,7 +2,7 @@
 
 use crate::abi::{
     Affinity, AffinityKey, Backend, Class, Range, ServiceKey, TICK_SHIFT, Ticks, Tuple, backend as flags,
-    frontend,
+    flow, frontend,
 };
 use crate::family::Family;
 use crate::header::{protocol, tcp};
@@ -88,7 +88,9 @@ pub(super) fn proven<F: Family, T: Tables<F>>(decision: &mut Decision<F>, tables
         return;
     }
     decision.affinity = true;
-    let key = AffinityKey { service_port: decision.flow.service_port, client: decision.flow.destination };
+    let is_reply = decision.flow.flags & flow::REPLY != 0;
+    let client = if is_reply { decision.flow.destination } else { decision.key.source };
+    let key = AffinityKey { service_port: decision.flow.service_port, client };
     if let Some(entry) = tables.affinity(&key) {
         let is_over = has_run_out(entry, port.affinity_seconds, tables.now());
         decision.round = if is_over { entry.round.wrapping_add(1) } else { entry.round };

@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+/// The sequence number of segments.
+pub(crate) const SEQUENCE: u32 = 0x0102_fffe;
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
 pub(crate) const SCTP: u8 = 132;
@@ -167,7 +169,7 @@ impl Frame {
     pub(crate) fn tcp(source: SocketAddr, destination: SocketAddr, flags: u8, data: &[u8]) -> Self {
         let payload = Payload::Tcp {
             ports: [source.port(), destination.port()],
-            sequence: 0x0102_fffe,
+            sequence: SEQUENCE,
             acknowledgment: if flags & ACK == 0 { 0 } else { 0x7172_7374 },
             flags,
             window: 0xfa00,

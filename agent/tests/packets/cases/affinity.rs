@@ -230,7 +230,10 @@ fn recorded(table: &mut Table, cast: &Cast) {
         });
     }
     if cast.protocol == TCP {
-        for (what, flags, state) in [("accepts", SYN | ACK, 0), ("refuses", RST | ACK, state::RESET_REPLY)] {
+        for (what, flags, after) in [
+            ("accepts", SYN | ACK, other.answered()),
+            ("refuses", RST | ACK, other.state(state::RESET_REPLY)),
+        ] {
             let frame = Frame::tcp(other.backend, cast.client, flags, &[]);
             let name = format!("{title}: affinity, a backend that {what} proves nothing");
             let world = with(Affinities::new()).embryonic(other.both());
@@ -238,7 +241,7 @@ fn recorded(table: &mut Table, cast: &Cast) {
                 Case::new(name, &world, Program::Egress, EDGE, &frame)
                     .becomes(&frame.clone().from(cast.frontend))
                     .reply(other.id)
-                    .embryonic([other.state(state).both()]),
+                    .embryonic([after.both()]),
             );
         }
     }

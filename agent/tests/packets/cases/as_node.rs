@@ -92,7 +92,7 @@ fn noted(table: &mut Table, cast: &Cast) {
         table.add(match cast.protocol {
             UDP => case.embryonic([own.state(state::ESTABLISHED).both()]),
             SCTP => case.flows([own.state(state::ESTABLISHED).both()]).embryonic([]),
-            _ => case,
+            _ => case.embryonic([own.answered().both()]),
         });
         let kind = if cast.client.is_ipv4() { (3, 3) } else { (1, 4) };
         let quoted = cast.next(own.client, cast.backend);

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use sluice_common::Reason;
-use sluice_common::abi::{Tuple, flow, state};
+use sluice_common::abi::{Tuple, device_flags, flow, state};
 use sluice_common::maglev;
 use sluice_common::path::{REMAP_TRIES, mark};
 use sluice_common::{V4, V6};
@@ -285,7 +285,10 @@ fn direct(table: &mut Table, cast: &Cast) {
     )
     .becomes(&answer.clone().to(cast.client))
     .reason(Reason::DirectRemapped, 0);
-    table.add(if cast.protocol == UDP { case.embryonic([proven.both()]) } else { case });
+    table.add(match cast.protocol {
+        UDP => case.embryonic([proven.both()]),
+        _ => case.embryonic([direct.answered().both()]),
+    });
     let next = cast.next(cast.client, cast.backend);
     let case = Case::new(
         format!("{title}: the next packet of a direct connection keeps its port"),
@@ -334,6 +337,37 @@ fn direct(table: &mut Table, cast: &Cast) {
         );
     }
 
+    let young = cast.connection();
+    table.add(
+        Case::new(
+            format!("{title}: a direct connection beside an unproven flow gets another port"),
+            &cast.world().embryonic(young.both()),
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .becomes(&first.clone().from(seen_as))
+        .reason(Reason::DirectRemapped, 0)
+        .embryonic([young.both(), direct.both()])
+        .marks(mark::DIRECT),
+    );
+    let outside = first.clone().at(mac(UPLINK));
+    table.add(
+        Case::new(
+            format!(
+                "{title}: a direct connection from outside whose tuple is a live flow's gets another port"
+            ),
+            &cast.world().flows(live.both()),
+            Program::Ingress,
+            UPLINK,
+            &outside,
+        )
+        .becomes(&outside.clone().from(seen_as))
+        .reason(Reason::DirectRemapped, 0)
+        .embryonic([direct.both()])
+        .marks(mark::DIRECT),
+    );
+
     let mut pass = |what: &str, world: World, ifindex, frame: Frame| {
         table.add(Case::new(
             format!("{title}: {what}"),
@@ -343,20 +377,10 @@ fn direct(table: &mut Table, cast: &Cast) {
             &frame.at(mac(ifindex)),
         ));
     };
-    pass(
-        "a direct connection beside an unproven flow",
-        cast.world().embryonic(cast.connection().both()),
-        EDGE,
-        first.clone(),
-    );
-    if cast.protocol == UDP {
-        pass(
-            "a direct datagram from outside is never changed",
-            cast.world().flows(live.both()),
-            UPLINK,
-            first,
-        );
-    } else {
+    let mut bridge = cast.world().flows(live.both());
+    bridge.devices.get_mut(&UPLINK).expect("the uplink").flags |= device_flags::BRIDGE;
+    pass("a bridge's own program meets what a port's has translated", bridge, UPLINK, first);
+    if cast.protocol != UDP {
         pass("a segment in the middle of a direct connection", cast.world().flows(live.both()), EDGE, next);
     }
 }

@@ -89,7 +89,7 @@ pub(super) fn add(table: &mut Table) {
         .ends(End::Redirect)
         .reply(ONE);
         table.add(match cast.protocol {
-            TCP => case,
+            TCP => case.embryonic([connection.answered().both()]),
             _ => case.embryonic([connection.state(state::ESTABLISHED).both()]),
         });
         let proven = cast.world().flows(connection.state(state::ESTABLISHED).both());

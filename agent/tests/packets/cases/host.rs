@@ -165,7 +165,7 @@ fn answer(table: &mut Table, cast: &Cast) {
         _ => Frame::udp(cast.backend, connection.seen_as, b"answer"),
     };
     let proven = |case: Case| match cast.protocol {
-        TCP => case.reply(ONE),
+        TCP => case.reply(ONE).embryonic([connection.answered().both()]),
         _ => case.reply(ONE).embryonic([connection.state(state::ESTABLISHED).both()]),
     };
     let received = frame.clone().at(mac(UPLINK));

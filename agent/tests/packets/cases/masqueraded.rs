@@ -152,6 +152,7 @@ fn first_reply(table: &mut Table, cast: &Cast) {
             let (own, other) = if meeting.near { (near, far) } else { (far, near) };
             table.add(match (cast.protocol, meeting.reply) {
                 (UDP, true) => case.embryonic([own.state(state::ESTABLISHED).both(), other.both()]),
+                (TCP, true) => case.embryonic([own.answered().both(), other.both()]),
                 _ => case,
             });
             // Without a mark nobody looks.
@@ -251,12 +252,14 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
         UPLINK,
         &cast.next(cast.backend, cast.client),
     );
-    pass(
-        "a client's packet to the backend beside its masqueraded flow comes in",
-        Program::Ingress,
-        UPLINK,
-        &cast.next(cast.client, cast.backend),
-    );
+    if cast.protocol != UDP {
+        pass(
+            "a client's packet to the backend beside its masqueraded flow comes in",
+            Program::Ingress,
+            UPLINK,
+            &cast.next(cast.client, cast.backend),
+        );
+    }
     pass("XDP leaves a reply of a masqueraded flow", Program::Xdp, UPLINK, &answer);
     pass(
         "XDP leaves a packet of a masqueraded flow to a remote backend",

@@ -147,7 +147,7 @@ fn to_itself(table: &mut Table, cast: &Cast) {
     .ends(End::Redirect)
     .reply(ONE);
     table.add(match cast.protocol {
-        TCP => case,
+        TCP => case.embryonic([connection.answered().both()]),
         _ => case.embryonic([connection.state(state::ESTABLISHED).both()]),
     });
     // This host is its own backend: client and server have one address, and a port that no socket has.

@@ -4,7 +4,7 @@ use sluice_common::abi::{Range, backend, frontend, listing, state};
 
 use super::Table;
 use crate::packets::case::{Case, Program};
-use crate::packets::frame::{ACK, FIN, Frame, RST, SYN, TCP, UDP};
+use crate::packets::frame::{ACK, FIN, Frame, RST, SEQUENCE, SYN, TCP, UDP};
 use crate::packets::world::{
     BRIDGE, Cast, Connection, EDGE, GENERATION, NET_CLIENTS, ONE, SPARE, UPLINK, address, mac,
 };
@@ -18,6 +18,7 @@ pub(super) fn add(table: &mut Table) {
         selection(table, &cast);
     }
     for cast in Cast::of(TCP) {
+        acknowledging(table, &cast);
         promotion(table, &cast);
         closing(table, &cast);
         reopening(table, &cast);
@@ -113,10 +114,53 @@ fn opening(table: &mut Table, cast: &Cast) {
         .becomes(&answer.clone().from(frontend))
         .reply(ONE);
     table.add(match cast.protocol {
-        TCP => case,
+        TCP => case.embryonic([connection.answered().both()]),
         // Answered; whether more than a question is still to be seen.
         _ => case.embryonic([connection.state(state::ESTABLISHED).both()]),
     });
+}
+
+/// What a client acknowledges shows whether it has seen the endpoint's answer.
+fn acknowledging(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let Cast { client, frontend, backend, .. } = *cast;
+    let connection = cast.connection();
+    let answer = Frame::tcp(backend, client, SYN | ACK, &[]);
+    let answered = connection.answered();
+    let world = cast.world().embryonic(answered.both());
+    let accepts = Frame::tcp(client, frontend, ACK, &[]).acknowledging(SEQUENCE + 1);
+    for (what, frame) in [
+        ("acknowledges it", accepts.clone()),
+        ("acknowledges it with data", cast.next(client, frontend).acknowledging(SEQUENCE + 1)),
+    ] {
+        let name = format!("{title}: a client that {what} proves the flow");
+        table.add(
+            Case::new(name, &world, Program::Ingress, EDGE, &frame)
+                .becomes(&frame.clone().to(backend))
+                .forward(ONE)
+                .flows([connection.state(state::ESTABLISHED).both()])
+                .embryonic([]),
+        );
+    }
+    for (what, frame) in [
+        ("another number", accepts.clone().acknowledging(SEQUENCE)),
+        ("its number in a SYN", Frame::tcp(client, frontend, SYN | ACK, &[]).acknowledging(SEQUENCE + 1)),
+    ] {
+        let name = format!("{title}: a client that acknowledges {what} proves nothing");
+        table.add(
+            Case::new(name, &world, Program::Ingress, EDGE, &frame)
+                .becomes(&frame.clone().to(backend))
+                .forward(ONE),
+        );
+    }
+    let old = connection.answered().heard(7);
+    let name = format!("{title}: another first reply has another number");
+    table.add(
+        Case::new(name, &cast.world().embryonic(old.both()), Program::Egress, EDGE, &answer)
+            .becomes(&answer.clone().from(frontend))
+            .reply(ONE)
+            .embryonic([answered.both()]),
+    );
 }
 
 fn established(table: &mut Table, cast: &Cast) {

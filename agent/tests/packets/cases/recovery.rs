@@ -5,11 +5,10 @@ use sluice_common::abi::{frontend, state};
 
 use super::Table;
 use crate::packets::case::{Case, Program};
-use crate::packets::frame::{ACK, Frame, RST, TCP};
+use crate::packets::frame::{ACK, Frame, RST, SEQUENCE, TCP};
 use crate::packets::world::{Cast, Connection, EDGE, ONE, OTHER, SPARE, UPLINK, World, mac};
 
 /// What [`Frame::tcp`] has for a sequence number.
-const SEQUENCE: u32 = 0x0102_fffe;
 
 /// Adds the cases.
 pub(super) fn add(table: &mut Table) {
