@@ -452,10 +452,13 @@ fn opens<F: Family>(headers: &Headers<F>) -> bool {
     headers.tuple.protocol == protocol::UDP || headers.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
 }
 
-/// Whether a datagram leaves from a port that is a node port: its answer would look like a client's question.
+/// Whether a datagram leaves from a port that is a node port: its answer would look like a client's question. Beside netfilter's
+/// node ports it is an answer itself.
 #[inline(always)]
 fn asks_from_node_port<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T) -> bool {
-    headers.tuple.protocol == protocol::UDP && tables.is_node_port(headers.tuple.source_port)
+    headers.tuple.protocol == protocol::UDP
+        && tables.is_node_port(headers.tuple.source_port)
+        && matches!(tables.settings(), Some(settings) if settings.phase == phase::SERVE)
 }
 
 /// A packet without an entry that leaves for a backend: decides whether its source is to change, or is to be kept from it.

@@ -217,6 +217,13 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
         case("a question leaves from a node port's number", &world, Program::Egress, &question)
             .embryonic([own.both()]),
     );
+    // Beside netfilter's node ports it is an answer, and its client goes on asking.
+    for phase in [phase::PASSIVE, phase::IMPORT, phase::SERVE | phase::IMPORTED] {
+        let mut beside = world.clone();
+        beside.settings.phase = phase;
+        let what = format!("an answer of netfilter's leaves from a node port's number, phase {phase}");
+        table.add(case(&what, &beside, Program::Egress, &question));
+    }
     let reply = cast.next(peer, node).at(mac(UPLINK));
     for (what, age) in [("is left alone", 0), ("is left alone after a while", UDP_IDLE_TICKS - 2)] {
         let young = world.clone().embryonic(own.age(age).both());
