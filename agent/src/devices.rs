@@ -197,8 +197,14 @@ pub struct Survey {
 /// edge while its default route is away.
 #[must_use]
 pub fn survey(facts: &Facts, rules: &Rules, before: &Survey) -> Survey {
+    // A veth carries the node's traffic, not a pod's, where it has an address that the node is known by.
     let was_uplink = |index| before.devices.get(&index).is_some_and(|device| device.role == Role::Uplink);
-    let role = |link: &Link| role(link, facts, &rules.patterns, was_uplink(link.index));
+    let is_known = |address: &LinkAddress| {
+        rules.node.contains(&address.address) || rules.policy.node_addresses.contains(&address.address)
+    };
+    let is_nodes =
+        |index| was_uplink(index) || facts.addresses.get(&index).is_some_and(|all| all.iter().any(is_known));
+    let role = |link: &Link| role(link, facts, &rules.patterns, is_nodes(link.index));
     let roles: BTreeMap<u32, Role> =
         facts.links.values().filter_map(|link| Some((link.index, role(link)?))).collect();
     let primary = addresses::primary(facts, &roles, rules);
@@ -253,7 +259,7 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
     })
 }
 
-fn role(link: &Link, facts: &Facts, patterns: &Patterns, was_uplink: bool) -> Option<Role> {
+fn role(link: &Link, facts: &Facts, patterns: &Patterns, is_nodes: bool) -> Option<Role> {
     if link.loopback {
         return Some(Role::Loopback);
     }
@@ -276,7 +282,7 @@ fn role(link: &Link, facts: &Facts, patterns: &Patterns, was_uplink: bool) -> Op
         return link.up.then_some(Role::Fabric);
     }
     if PAIRS.contains(&link.kind.as_str()) {
-        return match (addressed && (routed || was_uplink), link.peer_elsewhere || bridged) {
+        return match (addressed && (routed || is_nodes), link.peer_elsewhere || bridged) {
             (true, _) => Some(Role::Uplink),
             (false, true) => Some(Role::Edge),
             (false, false) => None,
@@ -374,6 +380,18 @@ mod tests {
         let veth = Link { peer_elsewhere: true, ..link(2, "veth0", "veth") };
         let facts = with_default_route(with_address(facts([veth]), 2, "192.0.2.1"), 2);
         assert_eq!(role_of(&facts, "veth0"), Some(Role::Uplink));
+    }
+
+    #[test]
+    fn a_veth_with_an_address_that_the_node_is_known_by_is_an_uplink_without_a_default_route() {
+        let veth = Link { peer_elsewhere: true, ..link(2, "eth1", "veth") };
+        let facts = with_address(facts([veth]), 2, "192.0.2.1");
+        let rules = Rules { node: vec![ip("192.0.2.1")], ..Rules::default() };
+        let role = |rules: &Rules| {
+            survey(&facts, rules, &Survey::default()).devices.get(&2).map(|device| device.role)
+        };
+        assert_eq!(role(&rules), Some(Role::Uplink));
+        assert_eq!(role(&Rules::default()), Some(Role::Edge));
     }
 
     #[test]
@@ -496,7 +514,8 @@ mod tests {
         let expected = [
             ("eth0", "192.0.2.1"),
             ("flannel.1", "10.244.1.0"),
-            ("veth0", "192.0.2.1"),
+            // A port of cni0.
+            ("veth0", "10.244.1.1"),
             ("cali0", "192.0.2.1"),
             (OWN, "192.0.2.1"),
         ];

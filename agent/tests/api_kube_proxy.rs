@@ -345,14 +345,20 @@ fn policy() -> Result<Policy> {
 }
 
 /// Whether both have decided alike.
-fn agree(question: &Question, answer: &Answer, fate: Fate, ground: &Ground) -> bool {
+fn agree(question: &Question, answer: &Answer, fate: Fate, ground: &Ground, scene: &Scene) -> bool {
     let to_own = |address: IpAddr| ground.own.contains(&address);
     match (answer.verdict, fate) {
         (Verdict::Drop, Fate::Lost) | (Verdict::Reject, Fate::Rejected) => true,
         // Nobody listens on the node itself, which says so.
         (Verdict::Pass, Fate::Rejected) => to_own(question.destination.ip()),
         (Verdict::Forward, Fate::Rejected) => {
-            answer.candidates.iter().any(|candidate| candidate.share > 0.0 && to_own(candidate.address))
+            // One that is a frontend of some Service as well is left out, which kube-proxy does not.
+            let is_left_out = |port| {
+                ground.own.iter().any(|own| scene.is_frontend(question.protocol, SocketAddr::new(*own, port)))
+            };
+            answer.candidates.iter().any(|candidate| {
+                candidate.share > 0.0 && (to_own(candidate.address) || is_left_out(candidate.port))
+            })
         }
         (Verdict::Pass, Fate::Arrived { at, .. }) => at == question.destination,
         (Verdict::Forward, Fate::Arrived { at, kept }) => {
@@ -432,7 +438,7 @@ impl Round<'_> {
             tally.asked += 2;
             *tally.verdicts.entry(answer.reason).or_default() += 1;
             for fate in [fate, other] {
-                if !agree(question, &answer, *fate, self.ground) {
+                if !agree(question, &answer, *fate, self.ground, &self.scene) {
                     tally.wrong.push(format!("{question:?}: {fate:?}, {}", serde_json::to_string(&answer)?));
                 }
             }

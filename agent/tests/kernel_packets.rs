@@ -184,7 +184,8 @@ fn icmp_errors_have_a_limit_for_all_clients_of_a_device() {
         };
         kernel.prepare(&cast.world()).expect("the maps are filled");
         let (answered, time) = kernel.redirected(&of(EDGE)).expect("the kernel runs them");
-        let most = DEVICE_REJECT_BURST_MS + time.as_millis() as u32 + 2;
+        // The programs' clock moves by the kernel's tick: 10 ms at most.
+        let most = DEVICE_REJECT_BURST_MS + time.as_millis() as u32 + 11;
         println!("{}: {answered} of 250 answered in {time:?}, at most {most}", cast.title());
         assert!(
             answered >= DEVICE_REJECT_BURST_MS && answered <= most.min(249),

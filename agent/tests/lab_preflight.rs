@@ -79,12 +79,12 @@ fn a_node_is_ready_and_nothing_is_left_behind() -> Result<()> {
     let (code, rows) = preflight(&node)?;
     ensure!(code == 0, "{rows:?}");
     let programs = rows.keys().filter(|name| name.starts_with("program ")).count();
-    ensure!(programs == 15, "{programs} programs");
+    ensure!(programs == 14, "{programs} programs");
     for (name, expected, words) in [
         ("privileges", "yes", "CAP_BPF"),
         ("program tc_ingress_l2", "yes", "instructions verified"),
         ("hook xdp native (veth)", "yes", "attaches"),
-        ("hook cgroup", "yes", "10 programs"),
+        ("hook cgroup", "yes", "9 programs"),
         ("pins", "yes", "takes them"),
         ("bpffs", "yes", "lies in one"),
         ("devices uplink", "yes", "eth0"),

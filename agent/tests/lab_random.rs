@@ -142,37 +142,43 @@ impl Hooks {
     /// Sends a packet's first frame through the programs that it would meet.
     fn run(&self, programs: &Programs, question: &Question, routed: bool) -> Result<Seen> {
         let (edge, uplink) = (&self.edge, &self.uplink);
-        let first = match question.from {
-            Client::Pod => run(&programs.edge, question, edge, 0)?,
-            Client::External => run(&programs.ingress, question, uplink, 0)?,
-            Client::Host => return run(&programs.egress, question, uplink, 0),
+        let (program, came) = match question.from {
+            Client::Pod => (&programs.edge, edge),
+            Client::External => (&programs.ingress, uplink),
+            Client::Host => {
+                let question_frame = frame::build(question, uplink.mac, 1);
+                let (action, frame) = run(&programs.egress, &question_frame, uplink, 0)?;
+                return frame::seen(question, action, &frame);
+            }
         };
-        let came = if question.from == Client::Pod { edge } else { uplink };
-        if first == Seen::Pass && routed {
-            run(&programs.egress, question, uplink, came.index)
-        } else {
-            Ok(first)
+        let (action, frame) = run(program, &frame::build(question, came.mac, 1), came, 0)?;
+        let first = frame::seen(question, action, &frame)?;
+        let is_left = first == Seen::Pass && routed;
+        // A masqueraded client's source changes where its packet leaves.
+        if !is_left && !matches!(first, Seen::Forward { kept: true, .. }) {
+            return Ok(first);
         }
+        let (action, frame) = run(&programs.egress, &frame, uplink, came.index)?;
+        frame::seen(question, action, &frame)
     }
 }
 
 /// Runs a program on a packet that leaves or comes in by a device.
-fn run(program: &SchedClassifier, question: &Question, device: &Device, came_by: u32) -> Result<Seen> {
+fn run(program: &SchedClassifier, input: &[u8], device: &Device, came_by: u32) -> Result<(i32, Vec<u8>)> {
     let (length, ingress_at, at) = SKB;
     let mut context = vec![0; length];
     context[at..at + 4].copy_from_slice(&device.index.to_ne_bytes());
     context[ingress_at..ingress_at + 4].copy_from_slice(&came_by.to_ne_bytes());
-    let input = frame::build(question, device.mac, 1);
     let mut output = vec![0; FRAME_MAX];
     let options = TestRunOptions {
-        data_in: Some(&input),
+        data_in: Some(input),
         data_out: Some(&mut output),
         ctx_in: Some(&context),
         ..TestRunOptions::default()
     };
     let result = program.test_run(options).context("the kernel refuses to run the program")?;
     output.truncate(result.data_size_out as usize);
-    frame::seen(question, result.return_value.cast_signed(), &output)
+    Ok((result.return_value.cast_signed(), output))
 }
 
 /// What an answer says that a packet would show.

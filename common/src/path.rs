@@ -93,7 +93,7 @@ pub const DEVICE_REJECT_BURST_MS: u32 = 50;
 pub mod mark {
     /// A direct connection was remapped.
     pub const DIRECT: u32 = 1;
-    /// A packet of this host's own was translated at egress.
+    /// Answers to a packet may come to an address of this host: its own was translated at egress, or a pod asked itself.
     pub const HOST: u32 = 2;
     /// A client was masqueraded.
     pub const MASQUERADED: u32 = 4;
@@ -424,7 +424,8 @@ fn classify<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables:
     let to_frontend = to_address || to_node_port;
     let source = if to_frontend { 0 } else { tables.listing(&key.source) };
     let leaves = egress
-        && (destination & listing::BACKEND != 0 && tables.marks() & mark::MASQUERADED != 0
+        && (destination & (listing::BACKEND | listing::NODE) == listing::BACKEND
+            && tables.marks() & mark::MASQUERADED != 0
             || source & listing::NODE_PORTS != 0 && asks_from_node_port(headers, tables));
     let known = if egress {
         to_frontend || leaves || source & listing::BACKEND != 0
@@ -486,8 +487,10 @@ fn leaves_as_node<F: Family, T: Tables<F>>(
             decision.step = Step::Select;
             return true;
         }
-        // Of a flow of this host's own, translated before; or a clash in the middle of a connection, whose port cannot change.
-        if first.flags & flow::HOST != 0 || !opens(headers) {
+        // Of a flow of this host's own, or a reply, translated before; or a clash in the middle of a connection, whose port
+        // cannot change.
+        if first.flags & flow::HOST != 0 || first.flags & (flow::REPLY | flow::SOURCE) == 0 || !opens(headers)
+        {
             return false;
         }
     }
@@ -1035,8 +1038,9 @@ fn keeps_source_of_host<F: Family, T: Tables<F>>(
 #[inline(always)]
 pub fn is_beside_sockets<A: Copy + Eq>(flow: &Flow<A>) -> bool {
     let flags = flow.flags;
-    flags & (flow::HAIRPIN | flow::DIRECT) == 0 && flags & (flow::SOURCE | flow::HOST) != 0
-        || flow.source == flow.destination
+    flags & flow::DIRECT == 0
+        && (flags & flow::HAIRPIN == 0 && flags & (flow::SOURCE | flow::HOST) != 0
+            || flow.source == flow.destination)
 }
 
 /// Finds a source port with which the new flow's reply tuple is free: the packet's own first, but for a client that gets or has this

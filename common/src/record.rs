@@ -191,7 +191,8 @@ fn open<F: Family, T: FlowTable<F>>(
         return Err(Reason::FlowsFull);
     }
     let bits = if flow.flags & (flow::DIRECT | flow::SOURCE) == flow::DIRECT { mark::DIRECT } else { 0 }
-        | if flow.flags & flow::HOST != 0 { mark::HOST } else { 0 }
+        // A pod's own node port may lead to itself: its answer comes to an address of the node, too.
+        | if flow.flags & (flow::HOST | flow::HAIRPIN) != 0 { mark::HOST } else { 0 }
         | if flow.flags & flow::MASQUERADED != 0 { mark::MASQUERADED } else { 0 };
     if bits != 0 {
         tables.set_marks(bits);

@@ -238,7 +238,7 @@ impl<'w, F: Side> Walk<'w, F> {
         story.meets(meeting, self.routing);
         story.asks(asked, target.as_ref(), decision);
         story.leaves(decision);
-        let verdict = verdict(decision.verdict);
+        let verdict = if is_note(decision) { Verdict::Pass } else { verdict(decision.verdict) };
         let reply = decision.flow.flags & flow::REPLY != 0 && verdict == Verdict::Forward;
         let forward = verdict == Verdict::Forward && decision.reason != Reason::DirectRemapped;
         let backend = forward.then(|| {
@@ -554,6 +554,12 @@ fn shares<F: Stack>(world: &World, range: Range) -> Vec<Candidate> {
         .into_iter()
         .map(|(at, count)| Candidate { address: at.address, port: at.port, share: share(count) })
         .collect()
+}
+
+/// Whether the packet goes on as it is: it leaves with an address of the node, and is only kept from meeting clients.
+fn is_note<F: Side>(decision: &Decision<F>) -> bool {
+    const NOTE: u8 = flow::SOURCE | flow::DIRECT;
+    decision.reason == Reason::Stranger && decision.flow.flags & NOTE == NOTE
 }
 
 /// What a path's verdict is to those who ask.

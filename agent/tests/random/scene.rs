@@ -311,6 +311,11 @@ impl Scene {
         self.affine
     }
 
+    /// Whether an endpoint there is left out: it is a frontend of some Service.
+    pub(crate) fn is_frontend(&self, protocol: Protocol, at: SocketAddr) -> bool {
+        self.frontends.contains(&(protocol, at))
+    }
+
     /// A packet by its tuple; [`None`] where such a client sends none.
     pub(crate) fn question(&self, dice: &mut Dice, ground: &Ground) -> Option<Question> {
         let (protocol, destination) = self.destination(dice, ground);

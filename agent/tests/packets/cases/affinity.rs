@@ -308,7 +308,8 @@ fn recorded(table: &mut Table, cast: &Cast) {
         .becomes(&first.clone().from(mirror).to(cast.backend).ttl(60).turned())
         .ends(End::Redirect)
         .opens(ONE)
-        .embryonic([hairpin.both()]),
+        .embryonic([hairpin.both()])
+        .marks(mark::HOST),
     );
 
     let host = cast.client(SocketAddr::new(cast.node, 40_001));

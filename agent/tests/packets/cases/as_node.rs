@@ -224,6 +224,10 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
         let what = format!("an answer of netfilter's leaves from a node port's number, phase {phase}");
         table.add(case(&what, &beside, Program::Egress, &question));
     }
+    let answered = served.connection().state(state::ESTABLISHED);
+    let name = "a reply of a node port's, translated where the route from its endpoint leads, leaves by another device";
+    let beside = world.clone().flows(answered.both());
+    table.add(case(name, &beside, Program::Egress, &cast.next(node, served.client)));
     let reply = cast.next(peer, node).at(mac(UPLINK));
     for (what, age) in [("is left alone", 0), ("is left alone after a while", UDP_IDLE_TICKS - 2)] {
         let young = world.clone().embryonic(own.age(age).both());

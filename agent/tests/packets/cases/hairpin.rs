@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use sluice_common::Reason;
 use sluice_common::abi::{flow, state};
+use sluice_common::path::mark;
 
 use super::Table;
 use super::reject::time_exceeded;
@@ -32,7 +33,8 @@ pub(super) fn add(table: &mut Table) {
             .becomes(&turned)
             .ends(End::Redirect)
             .opens(ONE)
-            .embryonic([connection.both()]),
+            .embryonic([connection.both()])
+            .marks(mark::HOST),
         );
         table.add(
             Case::new(
@@ -45,7 +47,8 @@ pub(super) fn add(table: &mut Table) {
             .becomes(&turned.bare())
             .ends(End::Redirect)
             .opens(ONE)
-            .embryonic([connection.both()]),
+            .embryonic([connection.both()])
+            .marks(mark::HOST),
         );
         table.add(
             Case::new(
@@ -58,7 +61,8 @@ pub(super) fn add(table: &mut Table) {
             .becomes(&time_exceeded(&first.clone().ttl(1)).turned())
             .ends(End::Redirect)
             .reason(Reason::TtlExceeded, ONE)
-            .embryonic([connection.both()]),
+            .embryonic([connection.both()])
+            .marks(mark::HOST),
         );
         let mut limited = cast.world();
         let _ = limited.rejects.insert(client.ip(), 100);
@@ -71,7 +75,8 @@ pub(super) fn add(table: &mut Table) {
                 &first.clone().ttl(1),
             )
             .dropped(Reason::TtlExceeded, ONE)
-            .embryonic([connection.both()]),
+            .embryonic([connection.both()])
+            .marks(mark::HOST),
         );
         let world = cast.world().embryonic(connection.both());
         let answer = match cast.protocol {

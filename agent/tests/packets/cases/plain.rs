@@ -62,7 +62,8 @@ fn stream(table: &mut Table, cast: &Cast) {
     let answered = cast.connection().state(state::ESTABLISHED);
     let question = cast.next(cast.client, cast.frontend);
     let answer = cast.next(cast.backend, cast.client);
-    for (what, age) in [("a second later", 1), ("after a while", 3)] {
+    // A tick may pass between filling the maps and the packet.
+    for (what, age) in [("at once", 0), ("after a while", 3)] {
         let world = cast.world().embryonic(answered.age(age).both());
         for (who, program, frame, changed) in [
             ("question", Program::Ingress, &question, question.clone().to(cast.backend)),

@@ -8,8 +8,6 @@ use crate::packets::case::{Case, Program};
 use crate::packets::frame::{ACK, Frame, RST, SEQUENCE, TCP};
 use crate::packets::world::{Cast, Connection, EDGE, ONE, OTHER, SPARE, UPLINK, World, mac};
 
-/// What [`Frame::tcp`] has for a sequence number.
-
 /// Adds the cases.
 pub(super) fn add(table: &mut Table) {
     for cast in Cast::of(TCP) {
