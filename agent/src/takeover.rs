@@ -19,7 +19,7 @@
 
 mod affinity;
 mod flows;
-mod nft;
+pub(crate) mod nft;
 pub(crate) mod rules;
 pub mod wish;
 

@@ -450,7 +450,7 @@ fn classify<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables:
 /// nothing else is taken for a client's.
 #[inline(always)]
 fn opens<F: Family>(headers: &Headers<F>) -> bool {
-    headers.tuple.protocol == protocol::UDP || headers.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
+    headers.tuple.protocol == protocol::UDP || is_opening(headers.tcp_flags)
 }
 
 /// Whether a datagram leaves from a port that is a node port: its answer would look like a client's question. Beside netfilter's
@@ -526,8 +526,7 @@ fn left_to_netfilter<F: Family, T: Tables<F>>(
     if now == phase::SERVE || was_ours && !is_noted(&headers.tuple, tables) {
         return None;
     }
-    let opens =
-        headers.tuple.protocol != protocol::UDP && headers.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
+    let opens = headers.tuple.protocol != protocol::UDP && is_opening(headers.tcp_flags);
     if now & phase::IMPORTED != 0
         && let Some(bits) = tables.imported(&headers.tuple)
         && !(opens && bits & imported::CLOSING != 0)

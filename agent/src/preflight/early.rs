@@ -12,7 +12,8 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 
 use super::{Check, Outcome};
-use crate::dataplane::clsact::{F_DUMP, Message, attributes, find, talk_to, text};
+use crate::dataplane::clsact::{attributes, find, text};
+use crate::takeover::nft::dump;
 use crate::view::View;
 
 /// The usual `--service-node-port-range`.
@@ -295,33 +296,6 @@ fn word(family: u8) -> &'static str {
     }
 }
 
-/// Asks nf_tables for a listing; a kernel without it has nothing to list.
-fn dump(kind: u16, family: u8, names: &[(u16, &str)], mut each: impl FnMut(u8, &[u8])) -> io::Result<()> {
-    // NFNL_SUBSYS_NFTABLES.
-    const SUBSYSTEM: u16 = 10;
-    let mut message = Message::plain(SUBSYSTEM << 8 | kind, F_DUMP, &[family, 0, 0, 0]);
-    for (attribute, name) in names {
-        let zero_ended: Vec<u8> = name.bytes().chain([0]).collect();
-        message.attribute(*attribute, &zero_ended);
-    }
-    let listed = talk_to(libc::NETLINK_NETFILTER, message, |payload| {
-        if let (Some(family), Some(rest)) = (payload.first(), payload.get(4..)) {
-            each(*family, rest);
-        }
-    });
-    match listed {
-        Err(error)
-            if matches!(
-                error.raw_os_error(),
-                Some(libc::EINVAL | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT | libc::ENOENT)
-            ) =>
-        {
-            Ok(())
-        }
-        result => result,
-    }
-}
-
 /// Whether a base chain sees packets before they are routed.
 fn is_early(family: u8, hook: &[u8]) -> bool {
     let number = find(hook, 1).and_then(|number| number.try_into().ok()).map(u32::from_be_bytes);
@@ -338,7 +312,7 @@ fn is_early(family: u8, hook: &[u8]) -> bool {
 pub(super) fn look(frontends: &Frontends) -> io::Result<Vec<String>> {
     let mut early: BTreeMap<(u8, String), BTreeSet<String>> = BTreeMap::new();
     // NFT_MSG_GETCHAIN; table, name, hook.
-    dump(4, 0, &[], |family, chain| {
+    dump(4, [0, 0, 0, 0], &[], |family, chain| {
         if [INET, IPV4, IPV6, NETDEV].contains(&family) {
             let found = early.entry((family, text(find(chain, 1)))).or_default();
             found.extend(find(chain, 4).filter(|hook| is_early(family, hook)).map(|_| text(find(chain, 3))));
@@ -352,7 +326,7 @@ pub(super) fn look(frontends: &Frontends) -> io::Result<Vec<String>> {
         }
         let mut messages = Vec::new();
         // NFT_MSG_GETRULE; not every kernel leaves out the rules of other tables.
-        dump(7, family, &[(1, &table)], |_, message| {
+        dump(7, [family, 0, 0, 0], &[(1, &table)], |_, message| {
             if text(find(message, 1)) == table {
                 messages.push(message.to_vec());
             }
@@ -393,7 +367,7 @@ pub(super) fn look(frontends: &Frontends) -> io::Result<Vec<String>> {
 fn elements(family: u8, table: &str, set: &str) -> Vec<Vec<u8>> {
     let mut keys = Vec::new();
     // NFT_MSG_GETSETELEM. A set that is gone meanwhile has none.
-    let _ = dump(13, family, &[(1, table), (2, set)], |_, list| {
+    let _ = dump(13, [family, 0, 0, 0], &[(1, table), (2, set)], |_, list| {
         for (_, element) in find(list, 3).into_iter().flat_map(attributes) {
             keys.extend(find(element, 1).and_then(|key| find(key, 1)).map(<[u8]>::to_vec));
         }

@@ -87,7 +87,7 @@ pub(super) struct Element {
 }
 
 /// Asks for a listing. A kernel without nf_tables has nothing to list.
-fn dump(
+pub(crate) fn dump(
     kind: u16,
     header: [u8; 4],
     names: &[(u16, &str)],
