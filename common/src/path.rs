@@ -304,8 +304,8 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     let met = core::hint::black_box(&*decision).met;
     let to_address = met & met::TO_ADDRESS != 0;
     let to_frontend = met & met::TO_FRONTEND != 0;
-    let leaves = met & met::LEAVES != 0;
-    let known = met & met::KNOWN != 0;
+    let mut leaves = met & met::LEAVES != 0;
+    let mut known = met & met::KNOWN != 0;
     let to_backend = met & met::TO_BACKEND != 0;
     if !known && !to_backend {
         if egress && is_stray(headers, tables) {
@@ -340,10 +340,22 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     }
     let mut found = None;
     if leaves {
-        decision.key.side = side::FAR;
-        found = entry_of(&decision.key, tables);
-        if found.is_none() {
-            decision.key.side = side::NEAR;
+        let from_node = met & met::FROM_NODE != 0;
+        let before = translated_before(key, tables);
+        if before == flow::REPLY && !from_node {
+            return;
+        }
+        if before == 0 && !from_node {
+            // Of a client that speaks to the endpoint directly, if it is no endpoint's reply itself.
+            leaves = false;
+            known = met & met::FROM_BACKEND != 0;
+        }
+        if before & flow::MASQUERADED != 0 || from_node {
+            decision.key.side = side::FAR;
+            found = entry_of(&decision.key, tables);
+            if found.is_none() {
+                decision.key.side = side::NEAR;
+            }
         }
     }
     if found.is_none() && (known || tables.marks() & mark::DIRECT != 0) {
@@ -409,6 +421,10 @@ pub mod met {
     pub const LEAVES: u32 = 32;
     /// It may have an entry.
     pub const KNOWN: u32 = 64;
+    /// From an address of this node, or to a frontend from anywhere.
+    pub const FROM_NODE: u32 = 128;
+    /// From a backend's address, and not to a frontend.
+    pub const FROM_BACKEND: u32 = 256;
 }
 
 /// What a packet's addresses are, as far as their listing and the port numbers tell.
@@ -444,6 +460,21 @@ fn classify<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables:
         | bit(destination & listing::NODE != 0, met::TO_NODE)
         | bit(leaves, met::LEAVES)
         | bit(known, met::KNOWN)
+        | bit(to_frontend || source & listing::NODE != 0, met::FROM_NODE)
+        | bit(source & listing::BACKEND != 0, met::FROM_BACKEND)
+}
+
+/// What the entry of the replies tells about a packet that leaves towards an endpoint: its flags that say how the packet was
+/// translated as it came in; 0: it was not. It is asked first, since most clients keep their address, and then
+/// nothing else is to be asked.
+#[inline(always)]
+fn translated_before<F: Family, T: Tables<F>>(key: &Tuple<F::Address>, tables: &T) -> u8 {
+    match entry_of(&key.reversed(), tables) {
+        Some((first, _)) => {
+            first.flags & (flow::REPLY | flow::MASQUERADED | flow::HOST | flow::HAIRPIN | flow::SOURCE)
+        }
+        None => 0,
+    }
 }
 
 /// Whether a packet opens a flow. At an address of the node, whose stack and netfilter have connections of their own there,
