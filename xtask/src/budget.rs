@@ -16,6 +16,7 @@ pub(crate) struct Budget {
     default: u32,
     /// The default of objects that read two layouts of the maps.
     both_layouts: u32,
+    stack: u32,
     #[serde(default)]
     programs: BTreeMap<String, u32>,
 }
@@ -38,6 +39,11 @@ impl Budget {
         self.programs.get(program).copied().unwrap_or(self.default)
     }
 
+    /// The limit of every program's stack, in bytes.
+    pub(crate) fn stack(&self) -> u32 {
+        self.stack
+    }
+
     /// Programs that have a limit of their own but do not exist.
     pub(crate) fn unknown(&self, mut exists: impl FnMut(&str) -> bool) -> Vec<&str> {
         self.programs.keys().map(String::as_str).filter(|name| !exists(name)).collect()
@@ -51,13 +57,13 @@ mod tests {
     #[test]
     fn a_program_has_its_own_limit_or_the_default() -> Result<()> {
         let budget: Budget =
-            toml::from_str("default = 10\nboth_layouts = 15\n[programs]\nsluice_xdp = 20\n")?;
+            toml::from_str("default = 10\nboth_layouts = 15\nstack = 512\n[programs]\nsluice_xdp = 20\n")?;
         assert_eq!(budget.of("sluice_xdp"), 20);
         assert_eq!(budget.of("sluice_tc"), 10);
         assert_eq!(budget.unknown(|name| name == "sluice_tc"), ["sluice_xdp"]);
         let both = budget.of_both_layouts();
         assert_eq!((both.of("sluice_xdp"), both.of("sluice_tc")), (20, 15));
-        assert!(toml::from_str::<Budget>("defualt = 10\nboth_layouts = 15").is_err());
+        assert!(toml::from_str::<Budget>("defualt = 10\nboth_layouts = 15\nstack = 512").is_err());
         Ok(())
     }
 }

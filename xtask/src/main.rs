@@ -21,6 +21,7 @@ mod measure;
 mod oci;
 mod packages;
 mod process;
+mod stack;
 mod test;
 mod toolchain;
 mod ui;

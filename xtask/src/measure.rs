@@ -12,6 +12,7 @@ use sluice_common::abi::previous::{self, Round};
 
 use crate::budget::Budget;
 use crate::packages;
+use crate::stack;
 use crate::workspace::Workspace;
 
 /// How much of a verifier log to print: the reason stands at its end.
@@ -24,6 +25,8 @@ struct Weight {
     instructions: u32,
     /// Instructions the verifier went through, every path counted.
     verified: u32,
+    /// Bytes of the deepest stack, as kernel 6.1 counts them.
+    stack: u32,
 }
 
 /// Prints a table of all programs, as root and where the kernel lets us.
@@ -61,10 +64,13 @@ fn report_round(workspace: &Workspace, object: &Path, round: Option<Round>) -> R
         }
         Err(error) => return Err(error),
     };
+    let content = fs::read(object).with_context(|| format!("cannot read {}", object.display()))?;
+    let depths = stack::depths(&content).with_context(|| format!("cannot read {}", object.display()))?;
     let mut weights = Vec::new();
     let mut complaints = Vec::new();
     for (name, program) in ebpf.programs_mut() {
-        match weigh(name, program) {
+        let depth = depths.get(name).with_context(|| format!("the object has no function {name}"))?;
+        match weigh(name, program, depth.bytes) {
             Ok(weight) => weights.push(weight),
             Err(error) => complaints.push(refusal(workspace, name, &error)?),
         }
@@ -76,6 +82,11 @@ fn report_round(workspace: &Workspace, object: &Path, round: Option<Round>) -> R
     }
     let over = weights.iter().filter(|weight| weight.verified > budget.of(&weight.name));
     complaints.extend(over.map(|weight| format!("{} is over its budget in ebpf/budget.toml", weight.name)));
+    let deep = weights.iter().filter(|weight| weight.stack > budget.stack());
+    complaints.extend(deep.map(|weight| {
+        let way = depths.get(&weight.name).map(ToString::to_string).unwrap_or_default();
+        format!("{}'s stack is over its budget in ebpf/budget.toml: {way}", weight.name)
+    }));
     if !complaints.is_empty() {
         bail!("{}", complaints.join("\n"));
     }
@@ -103,7 +114,7 @@ fn is_forbidden(error: &anyhow::Error) -> bool {
         .any(|error| matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported))
 }
 
-fn weigh(name: &str, program: &mut Program) -> Result<Weight, ProgramError> {
+fn weigh(name: &str, program: &mut Program, stack: u32) -> Result<Weight, ProgramError> {
     let kind = format!("{:?}", program.prog_type());
     load(program)?;
     let info = program.info()?;
@@ -112,6 +123,7 @@ fn weigh(name: &str, program: &mut Program) -> Result<Weight, ProgramError> {
         kind,
         instructions: info.size_translated().unwrap_or(0) / 8,
         verified: info.verified_instruction_count().unwrap_or(0),
+        stack,
     })
 }
 
@@ -168,18 +180,19 @@ fn print(weights: &[Weight], budget: &Budget) {
     let name_width = width("program", weights.iter().map(|weight| weight.name.len()));
     let kind_width = width("type", weights.iter().map(|weight| weight.kind.len()));
     println!(
-        "{:name_width$}  {:kind_width$}  {:>12}  {:>9}  {:>9}",
-        "program", "type", "instructions", "verified", "budget"
+        "{:name_width$}  {:kind_width$}  {:>12}  {:>9}  {:>9}  {:>5}",
+        "program", "type", "instructions", "verified", "budget", "stack"
     );
     for weight in weights {
         let limit = budget.of(&weight.name);
         println!(
-            "{:name_width$}  {:kind_width$}  {:>12}  {:>9}  {limit:>9}{}",
+            "{:name_width$}  {:kind_width$}  {:>12}  {:>9}  {limit:>9}  {:>5}{}",
             weight.name,
             weight.kind,
             weight.instructions,
             weight.verified,
-            if weight.verified > limit { "  OVER" } else { "" }
+            weight.stack,
+            if weight.verified > limit || weight.stack > budget.stack() { "  OVER" } else { "" }
         );
     }
 }

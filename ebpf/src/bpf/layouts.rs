@@ -5,6 +5,7 @@
 //! with key and value in a map: the path has too many lookups to follow two tables through each.
 
 use core::marker::PhantomData;
+use core::ptr;
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::btf_maps::{LruHashMap, PerCpuArray};
@@ -59,12 +60,18 @@ impl<K: 'static, V: Moved + 'static, const N: usize> Both<K, V, N> {
     fn find(&self, slot: &mut Slot<K, V>) -> bool {
         // SAFETY: entries are plain data, readable under RCU.
         let (now, before) = unsafe { (self.now.get(&slot.key), self.before.get(&slot.key)) };
-        match (now, before) {
-            (Some(now), None) => slot.now = *now,
-            (Some(now), Some(_)) if is(Round::WritesCurrent) => slot.now = *now,
-            (_, Some(before)) => slot.now = V::after(before),
+        let now = match (now, before) {
+            (Some(now), None) => now,
+            (Some(now), Some(_)) if is(Round::WritesCurrent) => now,
+            (_, Some(before)) => {
+                slot.now = V::after(before);
+                return true;
+            }
             (None, None) => return false,
-        }
+        };
+        // SAFETY: an entry lies in another map than the slot. An assignment would call `memmove`, whose stack frame 6.1
+        // has no room for.
+        unsafe { ptr::copy_nonoverlapping(now, &raw mut slot.now, 1) };
         true
     }
 
