@@ -16,6 +16,7 @@
 
 pub mod abi;
 pub mod answer;
+pub mod bench;
 pub mod checksum;
 pub mod crc32c;
 pub mod event;

@@ -19,18 +19,25 @@ const RUSTFLAGS: &str = "-C debuginfo=2 -C link-arg=--btf";
 /// content changes, so that the agent that embeds it is not built again.
 pub(crate) fn build(workspace: &Workspace, toolchain: &Toolchain) -> Result<PathBuf> {
     eprintln!("eBPF object: {toolchain}");
-    build_as(workspace, toolchain, &[], workspace.object())
+    build_as(workspace, toolchain, "sluice-bpf", &[], workspace.object())
 }
 
 /// Builds the object of the layout that tests upgrade to, which knows the current one as its previous.
 pub(crate) fn build_next(workspace: &Workspace, toolchain: &Toolchain) -> Result<PathBuf> {
     eprintln!("eBPF object of the next layout: {toolchain}");
-    build_as(workspace, toolchain, &["--features", "next-layout"], workspace.next_object())
+    build_as(workspace, toolchain, "sluice-bpf", &["--features", "next-layout"], workspace.next_object())
+}
+
+/// Builds the object with which the benchmark runs the programs.
+pub(crate) fn build_bench(workspace: &Workspace, toolchain: &Toolchain) -> Result<PathBuf> {
+    eprintln!("eBPF object of the benchmark: {toolchain}");
+    build_as(workspace, toolchain, "sluice-bench-bpf", &[], workspace.bench_object())
 }
 
 fn build_as(
     workspace: &Workspace,
     toolchain: &Toolchain,
+    binary: &str,
     features: &[&str],
     object: PathBuf,
 ) -> Result<PathBuf> {
@@ -38,7 +45,7 @@ fn build_as(
         toolchain
             .cargo_build(workspace)
             .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_RUSTFLAGS", RUSTFLAGS)
-            .args(["--package", "sluice-ebpf", "--profile", "bpf"])
+            .args(["--package", "sluice-ebpf", "--bin", binary, "--profile", "bpf"])
             .args(features)
             .args(["--target", "bpfel-unknown-none", "--target-dir"])
             .arg(workspace.bpf_target_dir()),

@@ -8,6 +8,7 @@
 
 mod agent;
 mod artifacts;
+mod bench;
 mod budget;
 mod cache;
 mod cluster;
@@ -68,6 +69,9 @@ enum Command {
     Cluster(cluster::Command),
     /// Show Sluice at work in network namespaces of this machine (as root).
     Demo(demo::Options),
+    /// Measure, and print ratios (as root).
+    #[command(subcommand)]
+    Bench(bench::Command),
     /// Become a process of a cluster.
     #[command(hide = true)]
     ClusterLaunch(cluster::launch::Options),
@@ -123,6 +127,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::ClusterCloud => cluster::cloud::run()?,
         Command::ClusterNode { spec } => cluster::node_init::run(spec)?,
         Command::Demo(options) => return demo::run(&workspace, cli.toolchain, options),
+        Command::Bench(command) => return bench::run(&workspace, cli.toolchain, command),
     }
     Ok(ExitCode::SUCCESS)
 }

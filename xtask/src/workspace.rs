@@ -49,6 +49,11 @@ impl Workspace {
         self.bpf_target_dir().join("sluice-next.o")
     }
 
+    /// The finished eBPF object of the benchmark.
+    pub(crate) fn bench_object(&self) -> PathBuf {
+        self.bpf_target_dir().join("sluice-bench.o")
+    }
+
     /// Cargo for the host, in the workspace's root, with the eBPF object for
     /// the agent to embed if it has been built.
     pub(crate) fn cargo(&self) -> Cmd {
