@@ -2,6 +2,7 @@
 
 mod beside;
 pub(crate) mod cluster;
+mod ipsec;
 pub mod keeper;
 pub mod ports;
 pub mod status;
@@ -16,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
-use sluice_common::abi::{self, Settings, phase};
+use sluice_common::abi::{self, Settings, networks, phase};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -30,7 +31,7 @@ use crate::fragments;
 use crate::model::{self, Event, Model, SourceId};
 use crate::monitor::metrics::Metrics;
 use crate::monitor::{self, Monitor, Progress};
-use crate::policy::Policy;
+use crate::policy::{Accelerate, Policy};
 use crate::source::{Pulse, kubernetes, manifests};
 use crate::takeover::wish::{self, Wish};
 use crate::takeover::{self, Takeover};
@@ -46,6 +47,8 @@ const GATHER: Duration = Duration::from_millis(3);
 const STATUS_PERIOD: Duration = Duration::from_secs(1);
 /// How often the configuration is looked at.
 const LOOK_PERIOD: Duration = Duration::from_secs(5);
+/// How often policies of IPsec are looked for, where packets go around the stack.
+const IPSEC_PERIOD: Duration = Duration::from_secs(1);
 /// Events that wait between a source and the loop.
 const EVENTS: usize = 16_384;
 
@@ -216,6 +219,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
             );
             0
         }),
+        networks: ipsec::bit(options.policy.accelerate),
         ..Settings::default()
     };
     hold_fragments(settings.own_device, &pins.maps());
@@ -440,7 +444,8 @@ struct Agent {
     sources: Vec<Source>,
     sync: Sync,
     cluster: Cluster,
-    /// What is told to the programs; only the phase and our own device change.
+    /// What is told to the programs; only the phase, our own device and whether there is IPsec
+    /// change.
     settings: Settings,
     /// What the programs were told last; [`None`]: it could not be written.
     told: Option<Told>,
@@ -473,6 +478,9 @@ impl Agent {
         look_due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut status_due = tokio::time::interval(STATUS_PERIOD);
         status_due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut ipsec_due = tokio::time::interval(IPSEC_PERIOD);
+        ipsec_due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let accelerate = self.rules.borrow().policy.accelerate;
         let mut dirty = true;
         let ended = loop {
             let retry = self.sync.retry_at();
@@ -484,6 +492,14 @@ impl Agent {
                         break Ended::ToStartAnew;
                     }
                     tracing::info!("SIGHUP: nothing has changed that could be taken over");
+                }
+                _ = ipsec_due.tick(), if accelerate == Accelerate::On => {
+                    let bit = ipsec::bit(accelerate);
+                    if self.settings.networks == bit {
+                        continue;
+                    }
+                    self.settings.networks = bit;
+                    self.follow_cluster();
                 }
                 _ = look_due.tick(), if self.reload.follows => {
                     if self.is_outdated() {
@@ -664,6 +680,13 @@ impl Agent {
                 .collect(),
             primary: survey.primary.iter().collect(),
             left_alone: survey.leave.iter().copied().collect(),
+            accelerate: if policy.accelerate == Accelerate::On
+                && self.settings.networks & networks::IPSEC != 0
+            {
+                "on, but nothing goes around the stack while this node has policies of IPsec".to_owned()
+            } else {
+                policy.accelerate.word().to_owned()
+            },
         }
     }
 

@@ -230,6 +230,8 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
         _ => return None,
     };
     let bridge = facts.links.get(&link.master).filter(|master| master.kind == "bridge");
+    let is_switched = link.master != 0
+        && !facts.links.get(&link.master).is_some_and(|master| ["bridge", "vrf"].contains(&&*master.kind));
     let local_pods = match &rules.policy.detect_local {
         DetectLocal::BridgeInterface(name) => {
             link.name == *name || bridge.is_some_and(|bridge| bridge.name == *name)
@@ -255,7 +257,11 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
         masquerade_v4: masquerade.v4.map(Into::into).unwrap_or_default(),
         masquerade_v6: masquerade.v6.map(Into::into).unwrap_or_default(),
         flags: if local_pods { abi::device_flags::LOCAL_PODS } else { 0 }
-            | if link.kind == "bridge" { abi::device_flags::BRIDGE } else { 0 },
+            | if link.kind == "bridge" { abi::device_flags::BRIDGE } else { 0 }
+            | if is_switched { abi::device_flags::SWITCHED } else { 0 }
+            | bridge.map_or(0, |bridge| {
+                abi::device_flags::bridge_mac(bridge.mac) << abi::device_flags::BRIDGE_MAC_SHIFT
+            }),
     })
 }
 
@@ -409,6 +415,19 @@ mod tests {
     #[test]
     fn a_veth_pair_of_one_namespace_is_nothing() {
         assert_eq!(roles(&facts([link(2, "a", "veth"), link(3, "b", "veth")])), []);
+    }
+
+    #[test]
+    fn a_port_of_a_bond_or_a_switch_is_known_as_one_and_a_bridges_knows_its_address() {
+        let flags = |kind: &str| {
+            let master = Link { mac: [2, 0, 0, 0xa, 0xb, 0xc], ..link(2, "m0", kind) };
+            let port = Link { peer_elsewhere: true, master: 2, ..link(3, "veth0", "veth") };
+            let survey = survey(&facts([master, port]), &Rules::default(), &Survey::default());
+            survey.devices.get(&3).map(|device| device.entry.flags & !abi::device_flags::LOCAL_PODS)
+        };
+        assert_eq!(flags("bridge"), Some(0x0a_0b_0c << abi::device_flags::BRIDGE_MAC_SHIFT));
+        assert_eq!(flags("vrf"), Some(0));
+        assert_eq!(flags("openvswitch"), Some(abi::device_flags::SWITCHED));
     }
 
     #[test]

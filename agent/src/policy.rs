@@ -30,6 +30,29 @@ pub struct Policy {
     pub external_ips: ExternalIps,
     /// Addresses that are left to whoever has them on a device of this node.
     pub leave: BTreeSet<IpAddr>,
+    /// Whether what the stack would only forward goes around it.
+    pub accelerate: Accelerate,
+}
+
+/// Whether packets of Services go around the stack where it would only forward them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Accelerate {
+    /// They do not: the stack and its rules see every packet.
+    #[default]
+    Off,
+    /// They do.
+    On,
+}
+
+impl Accelerate {
+    /// The word of the flag.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::On => "on",
+        }
+    }
 }
 
 /// Whose source is replaced by the node's.

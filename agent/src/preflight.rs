@@ -7,6 +7,7 @@
 //!
 //! Looking ([`look`]) and judging are apart: each check is a function of what was found.
 
+mod around;
 mod devices;
 mod early;
 mod hooks;
@@ -24,6 +25,8 @@ use crate::dataplane::trial::Trial;
 use crate::devices::pattern::Patterns;
 use crate::devices::watch;
 use crate::devices::{Rules, Survey, survey};
+use crate::policy::Accelerate;
+use around::Skipped;
 
 /// What a check came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -149,6 +152,8 @@ pub struct Options {
     pub socket_path: bool,
     /// Roles of devices that a person has named.
     pub patterns: Patterns,
+    /// Whether packets will go around the stack.
+    pub accelerate: Accelerate,
 }
 
 /// Looks at everything and tries everything. The caller has no other thread.
@@ -181,7 +186,16 @@ pub fn look(options: &Options) -> anyhow::Result<Report> {
         traces::look(&facts, &survey, cgroup.as_deref(), &options.pin_path, is_able, &ask(traces::xdp())?);
     checks.extend(traces::checks(&traces));
     let frontends = early::Frontends::read(&options.pin_path);
-    checks.push(early::check(is_able.then(|| early::look(&frontends)).as_ref(), &frontends));
+    let rulesets = is_able.then(early::read);
+    checks.push(early::check(rulesets.as_ref(), &frontends));
+    let skipped = rulesets.as_ref().map(|read| {
+        let of = |rulesets: &Vec<_>| Skipped::new(rulesets, around::legacy(), traces.at_ingress.clone());
+        read.as_ref().map(of)
+    });
+    checks.push(around::check(
+        options.accelerate,
+        skipped.as_ref().map(|read| read.as_ref().map_err(|error| *error)),
+    ));
     Ok(Report::new(kernel, checks))
 }
 

@@ -25,12 +25,12 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::net::SocketAddr;
 
-use packets::case::{Case, Outcome, Program, settle};
+use packets::case::{Case, End, Outcome, Program, settle};
 use packets::frame::{TCP, UDP};
 use packets::kernel::Kernel;
 use packets::world::{Cast, Connection, EDGE, MARK, NET_CLIENTS, NET_MARKED, ONE, UPLINK, address, mac};
 use packets::{cases, host, kernel, show};
-use sluice_common::abi::{Event, Listening, Range, Ticks, state};
+use sluice_common::abi::{Event, Listening, Range, Ticks, networks, state};
 use sluice_common::event::Kind;
 use sluice_common::path::DEVICE_REJECT_BURST_MS;
 
@@ -117,7 +117,7 @@ fn what_is_translated_is_left_alone_by_the_next_program() {
     let mut kernel = Kernel::load().unwrap_or_else(|error| panic!("{error:?}"));
     let cases: Vec<Case> = cases::all()
         .into_iter()
-        .filter(|case| case.name.contains("along a young masqueraded flow, a"))
+        .filter(|case| case.name.contains("along a young masqueraded flow, a") && !is_accelerated(case))
         .filter(|case| case.input != case.expected.frame)
         .collect();
     assert!(cases.len() >= 80, "there are such cases");
@@ -139,6 +139,43 @@ fn what_is_translated_is_left_alone_by_the_next_program() {
     }
     failures.retain(|failure| !failure.is_empty());
     report(&failures, failures.len());
+}
+
+fn is_accelerated(case: &Case) -> bool {
+    case.world.settings.networks & networks::ACCELERATE != 0
+}
+
+/// What XDP, or another device's program, has translated is sent around the stack as it is.
+#[test]
+fn what_is_translated_goes_around_the_stack_by_the_next_program() {
+    if kernel::is_skipped() {
+        return;
+    }
+    let mut kernel = Kernel::load().unwrap_or_else(|error| panic!("{error:?}"));
+    let all = cases::all();
+    let is_around = |case: &&Case| {
+        is_accelerated(case)
+            && case.name.contains("along a young masqueraded flow, a")
+            && case.program == Program::Ingress
+            && case.expected.end == End::Redirect
+    };
+    let (mut failures, mut tried) = (Vec::new(), 0);
+    for case in all.iter().filter(is_around) {
+        let name = case.name.trim_end_matches(", accelerated");
+        let before = all.iter().find(|before| before.name == name).expect("the case without acceleration");
+        let mut case = case.clone();
+        case.input.clone_from(&before.expected.frame);
+        case.expected.counted = Some(Vec::new());
+        case.expected.flows.clone_from(&case.world.flows);
+        case.expected.embryonic.clone_from(&case.world.embryonic);
+        let [ingress, _] = kernel::TC_DONE;
+        let outcome = kernel.run_carrying(&case, ingress).expect("a test run").expect("a whole packet");
+        failures.push(judge(&case, "kernel", outcome));
+        tried += 1;
+    }
+    assert!(tried >= 20, "{tried} such cases");
+    failures.retain(|failure| !failure.is_empty());
+    report(&failures, tried);
 }
 
 /// Entries of most cases were used before the clock was zero, or will be when it is zero again.

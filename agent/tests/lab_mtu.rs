@@ -10,13 +10,21 @@ use anyhow::{Context, Result, ensure};
 use lab_support::{Cluster, DNS, Plan, SOON, WEB, external_ip, reasons, received, skip, transfers};
 use sluice_lab::Event;
 
+/// A cluster whose packets pass the stack, or go around it where it would only forward them.
+fn cluster(name: &str, accelerate: &'static str) -> Result<Cluster> {
+    let args = vec!["--socket-path", "off", "--accelerate", accelerate];
+    Cluster::new(&format!("{name}-{accelerate}"), &Plan { near: 1, args, ..Plan::default() })
+}
+
 #[test]
 fn a_client_behind_a_narrow_link_gets_large_answers() -> Result<()> {
     if skip("a_client_behind_a_narrow_link") {
         return Ok(());
     }
-    let cluster =
-        Cluster::new("narrow", &Plan { near: 1, args: vec!["--socket-path", "off"], ..Plan::default() })?;
+    ["off", "on"].into_iter().try_for_each(|accelerate| large_answers(&cluster("narrow", accelerate)?))
+}
+
+fn large_answers(cluster: &Cluster) -> Result<()> {
     cluster.outside.narrow_link(1300)?;
     for vip in external_ip(WEB) {
         let before = reasons(cluster.node())?.get("icmp_error").copied().unwrap_or_default();
@@ -41,8 +49,10 @@ fn what_is_too_big_is_answered_with_the_addresses_that_each_side_knows() -> Resu
     if skip("what_is_too_big_is_answered") {
         return Ok(());
     }
-    let cluster =
-        Cluster::new("too-big", &Plan { near: 1, args: vec!["--socket-path", "off"], ..Plan::default() })?;
+    ["off", "on"].into_iter().try_for_each(|accelerate| too_big_is_answered(&cluster("too-big", accelerate)?))
+}
+
+fn too_big_is_answered(cluster: &Cluster) -> Result<()> {
     // On the way to the backend: its link is narrower than the client's, and the node has to say so.
     let backend = &cluster.backends[0];
     let _ = cluster.node().ip(&format!("link set {} mtu 1400", backend.host_device()))?;

@@ -426,6 +426,19 @@ pub mod device_flags {
     pub const LOCAL_PODS: u32 = 1;
     /// The device is a bridge: the programs of its ports may have translated a packet before.
     pub const BRIDGE: u32 = 2;
+    /// The device is a port of something that takes its frames before the stack does, and is
+    /// neither a bridge nor a VRF: a bond, or a switch in software.
+    pub const SWITCHED: u32 = 4;
+    /// From this bit on: the last three bytes of the link-layer address that frames have which are
+    /// for the bridge that the device is a port of.
+    pub const BRIDGE_MAC_SHIFT: u32 = 8;
+
+    /// The bits of a bridge's link-layer address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn bridge_mac([_, _, _, a, b, c]: [u8; 6]) -> u32 {
+        (a as u32) << 16 | (b as u32) << 8 | c as u32
+    }
 }
 
 /// Values of [`Device::role`].
@@ -545,7 +558,7 @@ abi! {
         pub masquerade: u32,
         /// One of [`detect_local`].
         pub detect_local: u32,
-        /// Bits of [`networks`]: which prefixes there are at all.
+        /// Bits of [`networks`]: which prefixes there are at all, and its further bits.
         pub networks: u32,
         /// Ifindex of our own device; 0: there is none.
         pub own_device: u32,
@@ -610,6 +623,11 @@ pub mod networks {
     pub const PODS_V4: u32 = 4;
     /// IPv6 pod addresses are known.
     pub const PODS_V6: u32 = 8;
+    /// None of the prefixes: what the stack would only forward goes around it.
+    pub const ACCELERATE: u32 = 16;
+    /// Nothing does meanwhile: the node has policies of IPsec, which a packet that goes around
+    /// would not meet.
+    pub const IPSEC: u32 = 32;
 }
 
 /// Prefixes of a kind and family at most.

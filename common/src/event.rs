@@ -102,7 +102,9 @@ pub fn fate(verdict: Verdict, dropped: bool) -> Fate {
     }
     match verdict {
         Verdict::Pass => Fate::Passed,
-        Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => Fate::Forwarded,
+        Verdict::Translate | Verdict::Around | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {
+            Fate::Forwarded
+        }
         Verdict::Reset | Verdict::Unreachable => Fate::Rejected,
         Verdict::Drop => Fate::Dropped,
         Verdict::Hold => Fate::Held,

@@ -35,7 +35,7 @@ pub fn key<F: Family>(headers: &Headers<F>) -> Datagram<F::Address> {
 #[inline(always)]
 pub fn told<F: Family>(headers: &Headers<F>, decision: &Decision<F>, now: Ticks) -> DatagramPorts {
     let is_rewritten = match decision.verdict {
-        Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => true,
+        Verdict::Translate | Verdict::Around | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => true,
         Verdict::Pass | Verdict::Reset | Verdict::Unreachable | Verdict::Drop | Verdict::Hold => false,
     };
     if !is_rewritten || !can_follow(headers, &decision.flow) {

@@ -125,6 +125,9 @@ pub enum Verdict {
     HandIn,
     /// Rewrite it and send it where the FIB says.
     Route,
+    /// Rewrite it and send it where the FIB says if the stack would only forward it; else as
+    /// [`Verdict::Translate`].
+    Around,
     /// Answer with a TCP reset.
     Reset,
     /// Answer with ICMP port unreachable.
@@ -228,6 +231,14 @@ impl<F: Family> Decision<F> {
         }
     }
 
+    /// Whether the packet goes around the stack as it is: an endpoint's, which is translated where
+    /// it leaves.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_answer(&self) -> bool {
+        self.verdict == Verdict::Around && self.reason == Reason::Stranger && self.flow.flags == 0
+    }
+
     #[inline(always)]
     fn set(&mut self, verdict: Verdict, reason: Reason) {
         self.verdict = verdict;
@@ -294,12 +305,41 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     tables: &T,
     decision: &mut Decision<F>,
 ) {
-    let key = &headers.tuple;
-    if headers.kind == Kind::Other {
-        return;
+    if headers.kind != Kind::Other {
+        decide_known(hook, headers, tables, decision);
+        accelerate(decision);
     }
+}
+
+/// Sends what is translated at ingress around the stack, where a person has asked for that.
+#[inline(always)]
+fn accelerate<F: Family>(decision: &mut Decision<F>) {
+    if decision.met & met::ACCELERATED != 0
+        && decision.verdict == Verdict::Translate
+        && decision.flow.flags & flow::DIRECT == 0
+    {
+        decision.verdict = Verdict::Around;
+    }
+}
+
+/// Whether an entry is that of an endpoint's packet which passes ingress as it is, and is
+/// translated where it leaves.
+#[inline(always)]
+fn is_answer(flags: u8) -> bool {
+    flags & (flow::REPLY | flow::HOST | flow::HAIRPIN | flow::DIRECT | flow::SOURCE) == flow::REPLY
+}
+
+/// What is known of a packet without a new flow.
+#[inline(always)]
+fn decide_known<F: Family, T: Tables<F>>(
+    hook: Hook,
+    headers: &Headers<F>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) {
+    let key = &headers.tuple;
     let egress = hook == Hook::Egress;
-    decision.met = classify(egress, headers, tables);
+    decision.met = classify(hook, headers, tables);
     // Read back from memory, behind the black box, the bits are any to the verifier: it goes on once, not for each way to them.
     let met = core::hint::black_box(&*decision).met;
     let to_address = met & met::TO_ADDRESS != 0;
@@ -425,11 +465,14 @@ pub mod met {
     pub const FROM_NODE: u32 = 128;
     /// From a backend's address, and not to a frontend.
     pub const FROM_BACKEND: u32 = 256;
+    /// It goes around the stack, if it is a client's or an endpoint's.
+    pub const ACCELERATED: u32 = 512;
 }
 
 /// What a packet's addresses are, as far as their listing and the port numbers tell.
 #[inline(always)]
-fn classify<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables: &T) -> u32 {
+fn classify<F: Family, T: Tables<F>>(hook: Hook, headers: &Headers<F>, tables: &T) -> u32 {
+    let egress = hook == Hook::Egress;
     let key = &headers.tuple;
     let destination = tables.listing(&key.destination);
     let to_address = destination & listing::FRONTEND != 0;
@@ -443,9 +486,14 @@ fn classify<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables:
         && (destination & (listing::BACKEND | listing::NODE) == listing::BACKEND
             && tables.marks() & mark::MASQUERADED != 0
             || source & listing::NODE_PORTS != 0 && asks_from_node_port(headers, tables));
+    // An endpoint's packet too, which else is met where it leaves alone.
+    let accelerated = hook == Hook::Ingress
+        && (to_frontend || source & listing::BACKEND != 0)
+        && matches!(tables.settings(), Some(settings) if settings.networks & networks::ACCELERATE != 0);
     let known = if egress {
         to_frontend || leaves || source & listing::BACKEND != 0
     } else {
+        accelerated ||
         // A reply to a masqueraded client, or to this host's own translated packets, comes from a backend to an address of the node.
         to_frontend
             || (source & listing::BACKEND != 0
@@ -462,6 +510,7 @@ fn classify<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables:
         | bit(known, met::KNOWN)
         | bit(to_frontend || source & listing::NODE != 0, met::FROM_NODE)
         | bit(source & listing::BACKEND != 0, met::FROM_BACKEND)
+        | bit(accelerated, met::ACCELERATED)
 }
 
 /// What the entry of the replies tells about a packet that leaves towards an endpoint: its flags that say how the packet was
@@ -611,6 +660,8 @@ fn later<F: Family, T: Tables<F>>(
         if verdict != Verdict::Pass {
             decision.flow = *entry;
             decision.set(verdict, reason_along(entry.flags));
+        } else if decision.met & met::ACCELERATED != 0 && is_answer(entry.flags) {
+            decision.verdict = Verdict::Around;
         }
     } else if egress && is_stray(headers, tables) {
         decision.set(Verdict::Drop, Reason::UnassignedAddress);
@@ -665,6 +716,7 @@ pub fn open_into<F: Family, T: Tables<F>>(
     if decision.step == Step::Claim {
         claim(tables, decision);
     }
+    accelerate(decision);
 }
 
 /// Why a packet for a service is passed untouched.
@@ -720,6 +772,9 @@ fn along<F: Family, T: Tables<F>>(
     let reply = flags & flow::REPLY != 0;
     let verdict = verdict_along(flags, egress);
     if verdict == Verdict::Pass {
+        if decision.met & met::ACCELERATED != 0 && is_answer(flags) {
+            decision.verdict = Verdict::Around;
+        }
         return true;
     }
     if headers.kind == Kind::IcmpError {

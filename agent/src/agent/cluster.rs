@@ -10,7 +10,7 @@ use sluice_common::abi::{self, Ipv4Address, Ipv6Address, Networks, PREFIXES, Pre
 use crate::dataplane::{Error, Maps};
 use crate::model::object::NodeSpec;
 use crate::model::{Change, Event, SourceId};
-use crate::policy::{DetectLocal, Policy};
+use crate::policy::{Accelerate, DetectLocal, Policy};
 
 /// Our Node and the ServiceCIDRs, by source; of two sources with one object, the first counts.
 #[derive(Clone, Debug)]
@@ -151,7 +151,9 @@ impl Cluster {
             settings: Settings {
                 masquerade: policy.masquerade.number(),
                 detect_local: policy.detect_local.number(),
-                networks: families(&services, SERVICES) | families(&pods, PODS),
+                networks: families(&services, SERVICES)
+                    | families(&pods, PODS)
+                    | accelerated(policy.accelerate, settings.networks),
                 ..settings
             },
             v4: Networks { pods: pods_v4, services: services_v4 },
@@ -174,6 +176,15 @@ impl Cluster {
 /// The bits for IPv4 and IPv6 of a kind of networks.
 const SERVICES: [u32; 2] = [abi::networks::SERVICES_V4, abi::networks::SERVICES_V6];
 const PODS: [u32; 2] = [abi::networks::PODS_V4, abi::networks::PODS_V6];
+
+/// The bits that say whether packets go around the stack, given those so far.
+fn accelerated(accelerate: Accelerate, bits: u32) -> u32 {
+    match (accelerate, bits & abi::networks::IPSEC) {
+        (Accelerate::Off, _) => 0,
+        (Accelerate::On, 0) => abi::networks::ACCELERATE,
+        (Accelerate::On, ipsec) => ipsec,
+    }
+}
 
 /// The bits of the families that there are networks of.
 fn families(networks: &[IpNet], [v4, v6]: [u32; 2]) -> u32 {
@@ -219,6 +230,21 @@ fn prefix_v6(network: Option<Ipv6Net>) -> Prefix<Ipv6Address> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_is_accelerated_unless_asked_for_nor_beside_ipsec() {
+        const IPSEC: u32 = abi::networks::IPSEC;
+        const ACCELERATE: u32 = abi::networks::ACCELERATE;
+        for (accelerate, before, bits) in [
+            (Accelerate::Off, 0, 0),
+            (Accelerate::Off, IPSEC | ACCELERATE, 0),
+            (Accelerate::On, 0, ACCELERATE),
+            (Accelerate::On, ACCELERATE, ACCELERATE),
+            (Accelerate::On, IPSEC, IPSEC),
+        ] {
+            assert_eq!(accelerated(accelerate, before), bits, "{accelerate:?}, {before}");
+        }
+    }
     use crate::policy::{Masquerade, cidr};
 
     fn nets(texts: &[&str]) -> Vec<IpNet> {

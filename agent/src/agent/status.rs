@@ -206,6 +206,9 @@ pub struct PolicyStatus {
     pub primary: Vec<IpAddr>,
     /// Addresses that are left to whoever has them on a device.
     pub left_alone: Vec<IpAddr>,
+    /// `off`, `on`, or `on` and why packets do not go around the stack all the same.
+    #[serde(default)]
+    pub accelerate: String,
 }
 
 /// Something wrong with an object.

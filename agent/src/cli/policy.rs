@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use sluice_common::abi::PREFIXES;
 
 use crate::policy::{
-    DetectLocal, ExternalIp, ExternalIps, Masquerade, NodePortAddresses, NodePorts, Policy, cidr,
+    Accelerate, DetectLocal, ExternalIp, ExternalIps, Masquerade, NodePortAddresses, NodePorts, Policy, cidr,
 };
 
 /// The flags.
@@ -45,6 +45,14 @@ pub(super) struct PolicyArgs {
     /// of NodeLocal DNSCache always are.
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = address)]
     leave_address: Vec<IpAddr>,
+    /// Whether packets of Services' flows that the stack would only forward (from one device to
+    /// another, both ways, for local and remote endpoints) are sent on by the routing tables at tc
+    /// ingress, around netfilter: no rule in PREROUTING, FORWARD or POSTROUTING and no connection
+    /// tracking sees them. TTL, MTU, marks, VRFs and egress programs count as ever, and what is
+    /// more than forwarding is left to the stack. `sluice preflight --accelerate on` names the
+    /// rules.
+    #[arg(long, value_enum, default_value_t, value_name = "WHETHER")]
+    accelerate: Accelerate,
 }
 
 /// A detection that was asked for, or [`None`]: the one that fits the other flags.
@@ -102,6 +110,7 @@ impl PolicyArgs {
             node_addresses: self.node_addresses,
             external_ips,
             leave: self.leave_address.into_iter().collect(),
+            accelerate: self.accelerate,
         })
     }
 }
@@ -172,7 +181,8 @@ mod tests {
     fn every_flag_reaches_the_policy() {
         let line = "--cluster-cidr 10.244.1.0/16,fd01::/48 --cluster-cidr 10.244.0.0/16 --service-cidr 10.96.0.0/12 \
                     --masquerade all --nodeport-addresses primary,10.0.0.0/8 --node-addresses 192.0.2.1,2001:db8::1 \
-                    --external-ips 203.0.113.0/24 --leave-address 10.96.0.10,::ffff:10.96.0.11";
+                    --external-ips 203.0.113.0/24 --leave-address 10.96.0.10,::ffff:10.96.0.11 \
+                    --accelerate on";
         let cidrs = |texts: &[&str]| texts.iter().map(|text| cidr(text).expect("a CIDR")).collect::<Vec<_>>();
         let addresses = |texts: &[&str]| texts.iter().map(|text| text.parse().expect("an address")).collect();
         let expected = Policy {
@@ -187,6 +197,7 @@ mod tests {
             node_addresses: addresses(&["192.0.2.1", "2001:db8::1"]),
             external_ips: ExternalIps::Within(cidrs(&["203.0.113.0/24"])),
             leave: addresses(&["10.96.0.10", "10.96.0.11"]).into_iter().collect(),
+            accelerate: Accelerate::On,
         };
         assert_eq!(parse(line), Ok(expected));
     }

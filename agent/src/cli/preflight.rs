@@ -9,6 +9,7 @@ use super::Output;
 use super::table::{Table, render};
 use crate::agent::SocketPath;
 use crate::devices::pattern::Patterns;
+use crate::policy::Accelerate;
 use crate::preflight::{Options, Outcome, Report, Verdict, look};
 
 /// The words after `sluice preflight`.
@@ -29,6 +30,10 @@ pub(super) struct PreflightArgs {
     /// As of the agent: overlay and tunnel devices.
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     fabric: Vec<String>,
+    /// As of the agent: whether packets of Services go around the stack; then what stops them in a
+    /// FORWARD chain is warned of.
+    #[arg(long, value_enum, default_value_t, value_name = "WHETHER")]
+    accelerate: Accelerate,
     #[command(flatten)]
     output: Output,
 }
@@ -45,6 +50,7 @@ pub(super) fn run(args: PreflightArgs, pin_path: &Path, proc_sys: PathBuf) -> an
         cgroup: args.cgroup,
         socket_path: args.socket_path != SocketPath::Off,
         patterns: Patterns::new(&args.edge, &args.uplink, &args.fabric),
+        accelerate: args.accelerate,
     })?;
     Ok((render(args.output.output, &report, text)?, report.can_run == Verdict::Yes))
 }

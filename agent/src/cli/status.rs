@@ -180,6 +180,9 @@ fn text(overview: &Overview, now: u64) -> String {
         if !policy.left_alone.is_empty() {
             line("Left alone", words(&policy.left_alone));
         }
+        if !policy.accelerate.is_empty() {
+            line("Accelerate", policy.accelerate.clone());
+        }
     }
     let takeover = last.map(|status| &status.takeover);
     if let Some(takeover) = takeover.filter(|takeover| **takeover != serving()) {

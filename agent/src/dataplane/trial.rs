@@ -136,6 +136,11 @@ pub(crate) fn at_device(device: u32) -> Vec<String> {
     names([hooks::TCX_INGRESS, hooks::TCX_EGRESS].map(|attach_type| bpf::query(device, attach_type)))
 }
 
+/// The names of the programs at a device's ingress alone.
+pub(crate) fn at_ingress(device: u32) -> Vec<String> {
+    names([bpf::query(device, hooks::TCX_INGRESS)])
+}
+
 /// The names of the programs at those of a cgroup's hooks that we use and that can change a call.
 pub(crate) fn at_cgroup(cgroup: &File) -> Vec<String> {
     let target = cgroup.as_raw_fd().cast_unsigned();

@@ -365,6 +365,19 @@ impl<'w> Story<'w> {
         self.steps.push(Step { step: "backend", text, object, field: field.flatten() });
     }
 
+    /// The packet goes around the stack, if a device leads on.
+    pub(super) fn goes_around(&mut self, leaves_by: Option<u32>) {
+        let name = leaves_by.and_then(|ifindex| self.world.devices.get(&ifindex)).map(|device| &device.name);
+        let text = match (leaves_by, name) {
+            (None, _) => "the stack takes it, although --accelerate is on: no device leads on".to_owned(),
+            (Some(_), Some(name)) => format!("it goes on by {name}, around netfilter: --accelerate is on"),
+            (Some(_), None) => {
+                "it goes on as the routes say, around netfilter: --accelerate is on".to_owned()
+            }
+        };
+        self.add("around", text);
+    }
+
     /// How addresses and ports change.
     pub(super) fn rewrites<F: Side>(&mut self, decision: &Decision<F>) {
         let before = (self.question.source, self.question.destination);
@@ -392,6 +405,7 @@ impl<'w> Story<'w> {
             PathVerdict::HandIn => "; it is handed to this host",
             PathVerdict::Pass
             | PathVerdict::Translate
+            | PathVerdict::Around
             | PathVerdict::Reset
             | PathVerdict::Unreachable
             | PathVerdict::Drop

@@ -208,7 +208,7 @@ impl<'w, F: Side> Walk<'w, F> {
     /// Follows a packet that a hook meets.
     fn packet(&self, hook: Hook, ifindex: u32) -> Answer {
         let first = self.meet(hook, ifindex);
-        let goes_on = verdict(first.decision.verdict) == Verdict::Pass
+        let goes_on = (verdict(first.decision.verdict) == Verdict::Pass || first.decision.is_answer())
             && first.decision.reason == Reason::Stranger
             && hook != Hook::Egress
             && !self.routing.is_local(self.question.destination.ip());
@@ -217,6 +217,9 @@ impl<'w, F: Side> Walk<'w, F> {
         if goes_on {
             story.meets(&meeting, self.routing);
             let target = self.routing.leaves_by(self.question.destination.ip());
+            if meeting.decision.is_answer() {
+                story.goes_around(target);
+            }
             let carries = |ifindex: &u32| {
                 self.world
                     .devices
@@ -252,6 +255,9 @@ impl<'w, F: Side> Walk<'w, F> {
         let source = forward.then(|| self.source(target.as_ref(), decision.flow.flags, backend));
         if let Some(source) = source {
             story.rewrites(decision);
+            if decision.verdict == path::Verdict::Around {
+                story.goes_around(self.routing.leaves_by(F::ip(decision.flow.destination)));
+            }
             if !reply && decision.flow.flags & (flow::MASQUERADED | flow::HOST) == flow::MASQUERADED {
                 let (device, seen_as) = self.client_side(decision, asked);
                 story.leaves_as(device.as_deref(), self.question.source, seen_as);
@@ -567,9 +573,11 @@ fn verdict(verdict: path::Verdict) -> Verdict {
     match verdict {
         // Only whole packets are asked about: none is held.
         path::Verdict::Pass | path::Verdict::Hold => Verdict::Pass,
-        path::Verdict::Translate | path::Verdict::TurnBack | path::Verdict::HandIn | path::Verdict::Route => {
-            Verdict::Forward
-        }
+        path::Verdict::Translate
+        | path::Verdict::Around
+        | path::Verdict::TurnBack
+        | path::Verdict::HandIn
+        | path::Verdict::Route => Verdict::Forward,
         path::Verdict::Reset | path::Verdict::Unreachable => Verdict::Reject,
         path::Verdict::Drop => Verdict::Drop,
     }

@@ -22,10 +22,11 @@ const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
 const NAMED_MAX: usize = 5;
 
 /// `NFPROTO_*`.
-const INET: u8 = 1;
-const IPV4: u8 = 2;
-const NETDEV: u8 = 5;
-const IPV6: u8 = 10;
+pub(super) const INET: u8 = 1;
+pub(super) const IPV4: u8 = 2;
+pub(super) const NETDEV: u8 = 5;
+pub(super) const BRIDGE: u8 = 7;
+pub(super) const IPV6: u8 = 10;
 
 /// What is served on this node as far as it is known.
 #[derive(Clone, Debug, Default)]
@@ -67,7 +68,7 @@ impl Frontends {
 
 /// A network's address and how many bits of it count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Prefix {
+pub(super) struct Prefix {
     address: IpAddr,
     length: u8,
 }
@@ -90,7 +91,7 @@ impl Prefix {
 
 /// What of a packet a rule compares.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Named {
+pub(super) enum Named {
     Ports(RangeInclusive<u16>),
     Address(Prefix),
 }
@@ -116,13 +117,15 @@ struct Field {
 
 /// A rule and what it compares the destination with.
 #[derive(Clone, Debug, Default)]
-struct Rule {
-    chain: String,
-    handle: u64,
-    jumps: Vec<String>,
-    named: Vec<Named>,
+pub(super) struct Rule {
+    pub(super) chain: String,
+    pub(super) handle: u64,
+    pub(super) jumps: Vec<String>,
+    pub(super) named: Vec<Named>,
     /// As `named`, of what connection tracking says.
-    original: Vec<Named>,
+    pub(super) original: Vec<Named>,
+    /// What it does at last: a verdict, or what an expression or a target of iptables' is called.
+    pub(super) action: String,
 }
 
 /// Elements of the sets of one table by name.
@@ -184,7 +187,22 @@ fn rule(message: &[u8], sets: &mut dyn FnMut(&str) -> Vec<Vec<u8>>) -> Option<Ru
                 let target =
                     find(data, 2).and_then(|data| find(data, 2)).and_then(|verdict| find(verdict, 2));
                 rule.jumps.extend(target.map(|target| text(Some(target))));
+                let verdict =
+                    find(data, 2).and_then(|data| find(data, 2)).and_then(|verdict| find(verdict, 1));
+                let verdict = verdict.and_then(|code| code.try_into().ok()).map(i32::from_be_bytes);
+                rule.action = match (verdict, rule.jumps.last()) {
+                    // NF_DROP, NF_ACCEPT, NFT_RETURN, NFT_JUMP, NFT_GOTO.
+                    (Some(0), _) => "drop".to_owned(),
+                    (Some(1), _) => "accept".to_owned(),
+                    (Some(-5), _) => "return".to_owned(),
+                    (Some(-3 | -4), Some(chain)) => format!("jump {chain}"),
+                    _ => std::mem::take(&mut rule.action),
+                };
                 load(&mut registers, number(1), None);
+            }
+            "target" => rule.action = text(find(data, 1)),
+            "reject" | "masq" | "nat" | "redir" | "tproxy" | "notrack" | "queue" | "flow_offload" => {
+                rule.action = name;
             }
             // Of whatever else loads a register, the first attribute names it.
             _ => load(&mut registers, number(1), None),
@@ -292,35 +310,76 @@ fn word(family: u8) -> &'static str {
         INET => "inet",
         IPV4 => "ip",
         IPV6 => "ip6",
+        BRIDGE => "bridge",
         _ => "netdev",
     }
 }
 
-/// Whether a base chain sees packets before they are routed.
-fn is_early(family: u8, hook: &[u8]) -> bool {
-    let number = find(hook, 1).and_then(|number| number.try_into().ok()).map(u32::from_be_bytes);
-    match family {
-        // NF_INET_PRE_ROUTING, NF_INET_INGRESS.
-        INET => matches!(number, Some(0 | 5)),
-        // PREROUTING; a device's ingress, which is behind our programs too.
-        IPV4 | IPV6 | NETDEV => number == Some(0),
-        _ => false,
+/// A chain that a hook leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Base {
+    pub(super) name: String,
+    /// The hook's number, in its family.
+    pub(super) hook: u32,
+    pub(super) priority: i32,
+    /// Whether what no rule decides about is dropped.
+    pub(super) drops: bool,
+}
+
+/// A table of nf_tables, with what of it tells where packets go.
+#[derive(Clone, Debug)]
+pub(super) struct Ruleset {
+    pub(super) family: u8,
+    pub(super) table: String,
+    pub(super) bases: Vec<Base>,
+    pub(super) rules: Vec<Rule>,
+}
+
+impl Ruleset {
+    /// `inet filter`.
+    pub(super) fn name(&self) -> String {
+        format!("{} {}", word(self.family), self.table)
+    }
+
+    /// The chains that some lead to, themselves among them.
+    pub(super) fn reached(&self, mut chains: BTreeSet<String>) -> BTreeSet<String> {
+        while let Some(next) = self
+            .rules
+            .iter()
+            .filter(|rule| chains.contains(&rule.chain))
+            .flat_map(|rule| &rule.jumps)
+            .find(|target| !chains.contains(*target))
+        {
+            let _ = chains.insert(next.clone());
+        }
+        chains
     }
 }
 
-/// The rules that name a frontend where they cannot apply.
-pub(super) fn look(frontends: &Frontends) -> io::Result<Vec<String>> {
-    let mut early: BTreeMap<(u8, String), BTreeSet<String>> = BTreeMap::new();
-    // NFT_MSG_GETCHAIN; table, name, hook.
+/// Every table whose chains see packets that come in or are forwarded, kube-proxy's own left out:
+/// another check tells of it.
+pub(super) fn read() -> io::Result<Vec<Ruleset>> {
+    let mut tables: BTreeMap<(u8, String), Vec<Base>> = BTreeMap::new();
+    // NFT_MSG_GETCHAIN; table, name, hook, policy.
     dump(4, [0, 0, 0, 0], &[], |family, chain| {
-        if [INET, IPV4, IPV6, NETDEV].contains(&family) {
-            let found = early.entry((family, text(find(chain, 1)))).or_default();
-            found.extend(find(chain, 4).filter(|hook| is_early(family, hook)).map(|_| text(find(chain, 3))));
+        if ![INET, IPV4, NETDEV, BRIDGE, IPV6].contains(&family) {
+            return;
+        }
+        let found = tables.entry((family, text(find(chain, 1)))).or_default();
+        let word =
+            |bytes: Option<&[u8]>| bytes.and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes);
+        let Some(hook) = find(chain, 4) else { return };
+        if let Some(number) = word(find(hook, 1)) {
+            found.push(Base {
+                name: text(find(chain, 3)),
+                hook: number,
+                priority: word(find(hook, 2)).unwrap_or_default().cast_signed(),
+                drops: word(find(chain, 5)) == Some(0),
+            });
         }
     })?;
-    let mut lines = Vec::new();
-    for ((family, table), mut chains) in early {
-        // Kube-proxy's own: another check tells of it.
+    let mut rulesets = Vec::new();
+    for ((family, table), bases) in tables {
         if table == "kube-proxy" {
             continue;
         }
@@ -335,32 +394,41 @@ pub(super) fn look(frontends: &Frontends) -> io::Result<Vec<String>> {
         let mut sets = |name: &str| {
             known.entry(name.to_owned()).or_insert_with(|| elements(family, &table, name)).clone()
         };
-        let rules: Vec<Rule> = messages.iter().filter_map(|message| rule(message, &mut sets)).collect();
-        while let Some(next) = rules
-            .iter()
-            .filter(|rule| chains.contains(&rule.chain))
-            .flat_map(|rule| &rule.jumps)
-            .find(|target| !chains.contains(*target))
-        {
-            let _ = chains.insert(next.clone());
-        }
-        for rule in rules.iter().filter(|rule| !rule.chain.starts_with("KUBE-")) {
+        let rules = messages.iter().filter_map(|message| rule(message, &mut sets)).collect();
+        rulesets.push(Ruleset { family, table, bases, rules });
+    }
+    Ok(rulesets)
+}
+
+/// Whether a base chain sees packets before they are routed.
+fn is_early(family: u8, base: &Base) -> bool {
+    match family {
+        // NF_INET_PRE_ROUTING, NF_INET_INGRESS.
+        INET => matches!(base.hook, 0 | 5),
+        // PREROUTING; a device's ingress, which is behind our programs too.
+        IPV4 | IPV6 | NETDEV => base.hook == 0,
+        _ => false,
+    }
+}
+
+/// The rules that name a frontend where they cannot apply.
+fn look(rulesets: &[Ruleset], frontends: &Frontends) -> Vec<String> {
+    let mut lines = Vec::new();
+    for ruleset in rulesets.iter().filter(|ruleset| ruleset.family != BRIDGE) {
+        let early = ruleset.bases.iter().filter(|base| is_early(ruleset.family, base));
+        let chains = ruleset.reached(early.map(|base| base.name.clone()).collect());
+        for rule in ruleset.rules.iter().filter(|rule| !rule.chain.starts_with("KUBE-")) {
             let named = if chains.contains(&rule.chain) { &rule.named[..] } else { &[] };
             let found = named.iter().chain(&rule.original).find(|named| match named {
                 Named::Ports(ports) => frontends.has_port(ports),
                 Named::Address(prefix) => frontends.has_address(prefix),
             });
             if let Some(named) = found {
-                lines.push(format!(
-                    "{} {table} {} handle {} ({named})",
-                    word(family),
-                    rule.chain,
-                    rule.handle
-                ));
+                lines.push(format!("{} {} handle {} ({named})", ruleset.name(), rule.chain, rule.handle));
             }
         }
     }
-    Ok(lines)
+    lines
 }
 
 /// The keys of a set; of an interval the ends.
@@ -376,14 +444,14 @@ fn elements(family: u8, table: &str, set: &str) -> Vec<Vec<u8>> {
 }
 
 /// What follows from them.
-pub(super) fn check(found: Option<&io::Result<Vec<String>>>, frontends: &Frontends) -> Check {
+pub(super) fn check(found: Option<&io::Result<Vec<Ruleset>>>, frontends: &Frontends) -> Check {
     const NAME: &str = "early-rules";
     let lines = match found {
         None => return Check::new(NAME, Outcome::Skip, "rules can be listed by root only"),
         Some(Err(error)) => {
             return Check::new(NAME, Outcome::Skip, format!("netfilter's rules cannot be listed: {error}"));
         }
-        Some(Ok(lines)) => lines,
+        Some(Ok(rulesets)) => look(rulesets, frontends),
     };
     if lines.is_empty() {
         let known = if frontends.is_known {

@@ -13,7 +13,7 @@ use rtnetlink::packet_route::link::{LinkAttribute, LinkXdp};
 use super::{Check, Outcome};
 use crate::dataplane::Pins;
 use crate::dataplane::clsact::{self, Direction, F_DUMP, Message, find, talk_to, text};
-use crate::dataplane::trial::{at_cgroup, at_device, is_ours, pinned, program_name};
+use crate::dataplane::trial::{at_cgroup, at_device, at_ingress, is_ours, pinned, program_name};
 use crate::devices::{Facts, Survey};
 
 /// Beginnings of chains' names that tell whose they are.
@@ -31,6 +31,8 @@ pub(super) struct Traces {
     pub(super) meshes: BTreeSet<String>,
     /// Device or cgroup -> the programs there, ours left out.
     pub(super) programs: BTreeMap<String, BTreeSet<String>>,
+    /// As `programs`, at the ingress of devices by tc alone.
+    pub(super) at_ingress: BTreeMap<String, BTreeSet<String>>,
     /// Where programs of ours are attached.
     pub(super) ours: BTreeSet<String>,
     /// Of Cilium, besides its programs.
@@ -96,15 +98,25 @@ pub(super) fn look(
     let pinned = pinned(&Pins::new(pin_path));
     for device in survey.devices.values() {
         let mut names = at_device(device.index);
+        let mut behind = at_ingress(device.index);
         for direction in [Direction::Ingress, Direction::Egress] {
             let filters = clsact::filters(device.index, direction).unwrap_or_default();
             let ours = filters.iter().any(clsact::Filter::is_ours);
             names.extend(ours.then(|| "tc_ingress_l2".to_owned()));
             let others = filters.into_iter().filter(|filter| !filter.is_ours());
-            names.extend(others.map(|filter| if filter.name.is_empty() { filter.kind } else { filter.name }));
+            let others = others.map(|filter| if filter.name.is_empty() { filter.kind } else { filter.name });
+            let others: Vec<String> = others.collect();
+            if direction == Direction::Ingress {
+                behind.extend(others.clone());
+            }
+            names.extend(others);
         }
         names.extend(xdp.get(&device.index).map(|id| program_name(*id)));
         traces.sort(&device.name, names, &pinned);
+        behind.retain(|name| !is_ours(name) && !pinned.contains(name));
+        if !behind.is_empty() {
+            let _ = traces.at_ingress.insert(device.name.clone(), behind.into_iter().collect());
+        }
     }
     if let Some(Ok(folder)) = cgroup.map(File::open) {
         traces.sort("cgroup", at_cgroup(&folder), &pinned);

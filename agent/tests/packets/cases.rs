@@ -1,5 +1,6 @@
 //! The table.
 
+mod accelerated;
 mod affinity;
 mod as_node;
 mod broken;
@@ -75,6 +76,7 @@ fn table() -> Table {
     masqueraded::add(&mut table);
     claim::add(&mut table);
     as_node::add(&mut table);
+    accelerated::add(&mut table);
     table
 }
 

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Event, Flow, Networks, Origin,
     OriginKey, Origins, PREFIXES, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings,
-    Ticks, Tuple, device, flow, node_address, state,
+    Ticks, Tuple, device, device_flags, flow, node_address, state,
 };
 use sluice_common::answer::{self, QUOTE, Trouble};
 use sluice_common::event::{self, At};
@@ -765,7 +765,7 @@ fn apply<F: Ip>(
             error(packet, headers, Trouble::PortUnreachable, 0);
             return send_answer(case, packet, link, ingress);
         }
-        Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {}
+        Verdict::Translate | Verdict::Around | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {}
     }
     if let Err(reason) = recorded {
         decision.reason = reason;
@@ -804,13 +804,23 @@ fn apply<F: Ip>(
         error(packet, headers, Trouble::TimeExceeded, 0);
         return send_answer(case, packet, link, ingress);
     }
-    if !rewrite(packet, headers, &decision.flow) {
+    let is_answer = decision.is_answer();
+    if !is_answer && !rewrite(packet, headers, &decision.flow) {
         assert!(!can_follow(headers, &decision.flow), "a frame in memory can be rewritten");
         decision.reason = Reason::RewriteFailed;
         return End::Drop;
     }
+    if decision.verdict == Verdict::Around {
+        if goes_around(case, packet, headers, destination, link) {
+            assert!(hop(packet, headers), "its TTL is more than one");
+            return sent_on::<F>(packet, link);
+        }
+        if is_answer {
+            return End::Next;
+        }
+    }
     match decision.verdict {
-        Verdict::Translate => {
+        Verdict::Translate | Verdict::Around => {
             let bridge = case.world.devices.get(&case.ifindex).map_or(0, |device| device.bridge);
             let forward = decision.flow.flags & (flow::REPLY | flow::MASQUERADED) == 0;
             if ingress && link && bridge == world::BRIDGE && forward && world::bridge_knows(destination) {
@@ -833,17 +843,47 @@ fn apply<F: Ip>(
             hand_in(case, packet, link, target, F::ETHERTYPE)
         }
         Verdict::Route if fragments != 0 => hand_in(case, packet, link, fragments, F::ETHERTYPE),
-        Verdict::Route => {
-            if !link {
-                let header = [&[0; 12][..], &F::ETHERTYPE.to_be_bytes()[..]].concat();
-                let _ = packet.bytes.splice(..0, header);
-            }
-            End::Redirect
-        }
+        Verdict::Route => sent_on::<F>(packet, link),
         Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable | Verdict::Hold => {
             End::Redirect
         }
     }
+}
+
+/// Sent where the FIB says.
+fn sent_on<F: Ip>(packet: &mut Bytes, link: bool) -> End {
+    if !link {
+        let header = [&[0; 12][..], &F::ETHERTYPE.to_be_bytes()[..]].concat();
+        let _ = packet.bytes.splice(..0, header);
+    }
+    End::Redirect
+}
+
+/// Whether the stack would do no more with a packet than forward it.
+fn goes_around<F: Ip>(
+    case: &Case,
+    packet: &Bytes,
+    headers: &Headers<F>,
+    destination: IpAddr,
+    link: bool,
+) -> bool {
+    let Some(here) = case.world.devices.get(&case.ifindex) else { return false };
+    let of_bridge =
+        || packet.bytes[3..6] == (here.flags >> device_flags::BRIDGE_MAC_SHIFT).to_be_bytes()[1..];
+    let is_addressed = !link
+        || if here.bridge == 0 { packet.bytes.starts_with(&world::mac(case.ifindex)) } else { of_bridge() };
+    let network = headers.network as usize;
+    let has_options = match F::VERSION {
+        4 => packet.bytes[network] != 0x45,
+        _ => packet.bytes[network + 6] == 0,
+    };
+    let route = world::route(destination).filter(|(target, _)| here.bridge == 0 || *target != here.bridge);
+    is_addressed
+        && here.flags & device_flags::SWITCHED == 0
+        && network == if link { PAIR + 2 } else { 0 }
+        && headers.ttl > 1
+        && !has_options
+        && route.is_some_and(|(_, mtu)| headers.length <= mtu)
 }
 
 fn hand_in(case: &Case, packet: &mut Bytes, link: bool, target: u32, ethertype: u16) -> End {

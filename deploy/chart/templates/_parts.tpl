@@ -33,6 +33,9 @@
 {{- with .Values.xdp }}
 - --xdp={{ . }}
 {{- end }}
+{{- with .Values.accelerate }}
+- --accelerate={{ . }}
+{{- end }}
 {{- with .Values.logFormat }}
 - --log-format={{ . }}
 {{- end }}

@@ -2,7 +2,7 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::bindings::bpf_fib_lookup as Question;
+use aya_ebpf::bindings::{bpf_fib_lookup as Question, bpf_redir_neigh as NextHop};
 use aya_ebpf::helpers::generated::bpf_fib_lookup;
 use sluice_common::{Family, V4, V6};
 
@@ -146,6 +146,92 @@ fn ask_route<F: Fib>(
         SUCCESS | NO_NEIGHBOUR | FRAG_NEEDED => u64::from(question.ifindex),
         _ => 0,
     }
+}
+
+/// What of a packet routing asks for, where it is forwarded.
+#[derive(Clone, Copy)]
+pub(super) struct Forwarded<A> {
+    pub(super) source: A,
+    pub(super) destination: A,
+    /// Host order; zero where there are none.
+    pub(super) ports: [u16; 2],
+    pub(super) protocol: u8,
+    /// TOS, or the traffic class and flow label as they lie in memory.
+    pub(super) class: u32,
+    pub(super) way: Way,
+}
+
+/// Where the stack would forward a packet: the device, and the next hop on it; its family is 0
+/// where the device's own routes lead to the same one. [`None`]: it would not, or would do more
+/// than that.
+#[inline(always)]
+pub(super) fn forward<F: Fib>(
+    ctx: *mut c_void,
+    packet: &Forwarded<F::Address>,
+    next: &mut NextHop,
+) -> Option<u32> {
+    let mut question = question();
+    let status = ask_forward::<F>(ctx, &mut question, packet, packet.way.ifindex, 0);
+    if status != SUCCESS && status != NO_NEIGHBOUR {
+        return None;
+    }
+    let target = question.ifindex;
+    *next = next_hop(&question);
+    if status == NO_NEIGHBOUR {
+        // The kernel tells the sender of a neighbour that does not answer only where it has looked
+        // for the route itself.
+        let status = ask_forward::<F>(ctx, &mut question, packet, target, OUTPUT);
+        let found = next_hop(&question);
+        if (status == SUCCESS || status == NO_NEIGHBOUR)
+            && question.ifindex == target
+            && is_same(&found, next)
+        {
+            next.nh_family = 0;
+        }
+    }
+    Some(target)
+}
+
+#[inline(always)]
+fn ask_forward<F: Fib>(
+    ctx: *mut c_void,
+    question: &mut Question,
+    packet: &Forwarded<F::Address>,
+    ifindex: u32,
+    flags: u32,
+) -> i64 {
+    let [source, destination] = packet.ports;
+    question.l4_protocol = packet.protocol;
+    question.sport = source.to_be();
+    question.dport = destination.to_be();
+    question.__bindgen_anon_1.tot_len = packet.way.length.min(0xffff) as u16;
+    question.__bindgen_anon_2.flowinfo = packet.class;
+    let mark = packet.way.mark;
+    let [a, b, c, d] = mark.to_ne_bytes();
+    question.smac = [a, b, c, d, 0, 0];
+    // A kernel that does not know marks here refuses: then the packet is not ours to send.
+    let flags = if mark == 0 { flags } else { flags | MARK };
+    lookup::<F>(ctx, question, &packet.source, &packet.destination, ifindex, flags)
+}
+
+#[inline(always)]
+fn next_hop(question: &Question) -> NextHop {
+    // SAFETY: plain integers: zero is a value.
+    let mut next: NextHop = unsafe { core::mem::zeroed() };
+    next.nh_family = u32::from(question.family);
+    // SAFETY: integers, whichever of the union was written; those of IPv4 are the first of IPv6's.
+    next.__bindgen_anon_1.ipv6_nh = unsafe { question.__bindgen_anon_4.ipv6_dst };
+    next
+}
+
+#[inline(always)]
+fn is_same(one: &NextHop, other: &NextHop) -> bool {
+    // SAFETY: as in `next_hop`.
+    let (one_words, other_words) = unsafe { (one.__bindgen_anon_1.ipv6_nh, other.__bindgen_anon_1.ipv6_nh) };
+    let ([one_first, ..], [other_first, ..]) = (one_words, other_words);
+    one.nh_family == other.nh_family
+        && one_first == other_first
+        && (one.nh_family == u32::from(AF_INET) || one_words == other_words)
 }
 
 /// The link-layer address of a neighbour on a device; `None` where it is not known, or not behind this device.

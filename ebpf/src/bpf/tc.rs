@@ -6,15 +6,15 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_check_mtu_flags::BPF_MTU_CHK_SEGS, bpf_sock_tuple,
-    bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
+    __sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_check_mtu_flags::BPF_MTU_CHK_SEGS, bpf_redir_neigh,
+    bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
 };
 use aya_ebpf::helpers::generated::{
     bpf_check_mtu, bpf_csum_diff, bpf_redirect, bpf_redirect_neigh, bpf_sk_lookup_udp, bpf_sk_release,
     bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes, bpf_skb_vlan_pop,
     bpf_skc_lookup_tcp,
 };
-use sluice_common::abi::{Device, Flow, RejectKey, device, flow};
+use sluice_common::abi::{Device, Flow, RejectKey, device, device_flags, flow, networks};
 use sluice_common::answer::{self, Answer, QUOTE, Trouble};
 use sluice_common::fragment::{HELD_PRIORITY, Label, label, met_at};
 use sluice_common::header::{EthernetHeader, TcpHeader, protocol, tcp};
@@ -27,7 +27,7 @@ use super::clock::now_ns;
 use super::count;
 use super::decide::{Asked, Decide, Scratch};
 use super::events::Tell;
-use super::fib::{Fib, LOOPBACK, Target, Way, ask, neighbour, route};
+use super::fib::{Fib, Forwarded, LOOPBACK, Target, Way, ask, forward, neighbour, route};
 use super::maps;
 use super::skb::Skb;
 use super::xdp::XDP_DONE;
@@ -35,6 +35,7 @@ use super::xdp::XDP_DONE;
 /// The next program decides.
 const NEXT: i32 = -1;
 const DROP: i32 = TC_ACT_SHOT;
+const PACKET_HOST: u32 = 0;
 const PACKET_BROADCAST: u32 = 1;
 const PACKET_MULTICAST: u32 = 2;
 const PACKET_OTHERHOST: u32 = 3;
@@ -56,7 +57,8 @@ pub(super) fn run<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
     {
         return release(skb);
     }
-    if is_done(skb, hook) {
+    let is_done = is_done(skb, hook);
+    if is_done && (hook == Hook::Egress || !is_accelerated()) {
         return NEXT;
     }
     let packet = Skb { skb, ipv6: false };
@@ -66,6 +68,8 @@ pub(super) fn run<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
         return NEXT;
     };
     match ethertype {
+        V4::ETHERTYPE if is_done => translated::<V4, LINK>(skb, offset),
+        V6::ETHERTYPE if is_done => translated::<V6, LINK>(skb, offset),
         V4::ETHERTYPE => packet_of::<V4, LINK>(skb, offset, hook),
         V6::ETHERTYPE => packet_of::<V6, LINK>(skb, offset, hook),
         _ => NEXT,
@@ -216,6 +220,19 @@ fn device(ifindex: u32) -> Option<&'static Device> {
     unsafe { maps::devices.get(ifindex) }
 }
 
+/// Sends what XDP, or another device's program, has translated around the stack.
+#[inline(never)]
+fn translated<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32) -> i32 {
+    let Some(scratch) = F::scratch() else { return NEXT };
+    if F::read(skb, offset) == 0 {
+        return NEXT;
+    }
+    // SAFETY: this CPU's own; nothing else takes a reference from here on.
+    let Scratch { headers, decision, .. } = unsafe { &mut *scratch };
+    *decision = Decision::pass(&headers.tuple);
+    around::<F, LINK>(skb, headers, &decision.flow)
+}
+
 #[inline(never)]
 fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hook) -> i32 {
     let Some(scratch) = F::scratch() else { return NEXT };
@@ -363,7 +380,7 @@ fn apply<F: Tc, const LINK: u32>(
         }
         Verdict::Reset => return reset::<F, LINK>(skb, headers, decision, hook),
         Verdict::Unreachable => return unreachable::<F, LINK>(packet, headers, decision, hook),
-        Verdict::Translate | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {}
+        Verdict::Translate | Verdict::Around | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {}
     }
     if let Some(reason) = refusal {
         decision.reason = reason;
@@ -411,12 +428,20 @@ fn apply<F: Tc, const LINK: u32>(
         decision.reason = Reason::TtlExceeded;
         return time_exceeded::<F, LINK>(skb, headers, hook);
     }
-    if !translate(skb, headers, &decision.flow) {
+    // An endpoint's packet is translated where it leaves.
+    let is_answer = decision.is_answer();
+    if !is_answer && !translate(skb, headers, &decision.flow) {
         decision.reason = Reason::RewriteFailed;
         return DROP;
     }
+    if decision.verdict == Verdict::Around {
+        let action = around::<F, LINK>(skb, headers, &decision.flow);
+        if action != NEXT || is_answer {
+            return action;
+        }
+    }
     match decision.verdict {
-        Verdict::Translate => {
+        Verdict::Translate | Verdict::Around => {
             set_done(skb, hook);
             // A masqueraded client's packet is routed, so that its source changes where it leaves.
             if LINK != 0
@@ -491,6 +516,87 @@ fn segment_length<F: Tc>(packet: &Skb, headers: &Headers<F>) -> u32 {
         _ => 8,
     };
     headers.transport.wrapping_sub(headers.network).wrapping_add(transport).wrapping_add(size)
+}
+
+/// Whether what the stack would only forward goes around it.
+#[inline(always)]
+fn is_accelerated() -> bool {
+    matches!(maps::settings.get(0), Some(settings) if settings.networks & networks::ACCELERATE != 0)
+}
+
+/// Sends a packet that has been translated where the FIB says, if the stack would do no more than
+/// forward it; [`NEXT`]: the stack takes it, with all that it does for what it cannot forward.
+///
+/// The device's egress programs see it, ours among them, which translates what is to be translated
+/// there.
+#[inline(never)]
+fn around<F: Tc, const LINK: u32>(skb: *mut __sk_buff, headers: &Headers<F>, flow: &Flow<F::Address>) -> i32 {
+    let packet = &mut Skb { skb, ipv6: F::VERSION == 6 };
+    let (is_error, [outer, _]) = (headers.kind == Kind::IcmpError, headers.outer);
+    let Some(first) = packet.read::<u32>(headers.network).map(u32::from_be) else { return NEXT };
+    if headers.network != LINK
+        || headers.ttl <= 1
+        || !is_routed::<LINK>(packet)
+        || has_options::<F>(packet, headers.network, first)
+    {
+        return NEXT;
+    }
+    let from = comes_from(skb, Hook::Ingress);
+    let way = Way { ifindex: from, mark: mark(skb), length: segment_length(packet, headers) };
+    let forwarded = Forwarded {
+        source: if is_error && outer != headers.tuple.source { outer } else { flow.source },
+        destination: flow.destination,
+        ports: if is_error { [0; 2] } else { [flow.source_port, flow.destination_port] },
+        protocol: if is_error { F::ICMP } else { headers.tuple.protocol },
+        class: if F::VERSION == 4 { first >> 16 & 0xff } else { (first & 0x0fff_ffff).to_be() },
+        way,
+    };
+    // SAFETY: plain integers: zero is a value.
+    let mut next: bpf_redir_neigh = unsafe { core::mem::zeroed() };
+    let Some(target) = forward::<F>(skb.cast(), &forwarded, &mut next) else { return NEXT };
+    // From one port of a bridge to another, or too big.
+    if target == from && from != ifindex(skb) || exceeded_mtu(skb, target, LINK).is_some() {
+        return NEXT;
+    }
+    if !hop(packet, headers) || LINK == 0 && !add_link_header::<F>(packet, [0; 6]) {
+        return DROP;
+    }
+    // SAFETY: the helper reads the next hop within its size, or finds the route itself.
+    let action = unsafe {
+        if next.nh_family == 0 {
+            bpf_redirect_neigh(target, core::ptr::null_mut(), 0, 0)
+        } else {
+            bpf_redirect_neigh(target, &raw mut next, size_of::<bpf_redir_neigh>() as i32, 0)
+        }
+    };
+    action as i32
+}
+
+/// Whether the stack would route a frame from this device, or from the bridge that it is a port of.
+#[inline(always)]
+fn is_routed<const LINK: u32>(packet: &Skb) -> bool {
+    let Some(here) = device(ifindex(packet.skb)) else { return false };
+    // SAFETY: the context is valid while the program runs.
+    let (kind, is_tagged) = unsafe { ((*packet.skb).pkt_type, (*packet.skb).vlan_present != 0) };
+    // A tag says that another device is to have it first.
+    if is_tagged || here.flags & device_flags::SWITCHED != 0 {
+        return false;
+    }
+    if here.bridge == 0 || LINK == 0 {
+        return LINK == 0 || kind == PACKET_HOST;
+    }
+    let Some(frame) = packet.read::<EthernetHeader>(0) else { return false };
+    device_flags::bridge_mac(frame.destination) == here.flags >> device_flags::BRIDGE_MAC_SHIFT
+}
+
+/// Whether a packet has options that routers look at, given its first word.
+#[inline(always)]
+fn has_options<F: Tc>(packet: &Skb, network: u32, first: u32) -> bool {
+    if F::VERSION == 4 {
+        return first >> 24 != 0x45;
+    }
+    // Hop-by-hop options come first.
+    !matches!(packet.read::<[u8; 1]>(network + 6), Some([next]) if next != 0)
 }
 
 /// Takes VLAN tags off a packet that goes on by another device: they belong to the one that it came in by.
