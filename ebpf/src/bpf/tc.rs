@@ -35,6 +35,8 @@ use super::xdp::XDP_DONE;
 /// The next program decides.
 const NEXT: i32 = -1;
 const DROP: i32 = TC_ACT_SHOT;
+/// The bits of a VLAN tag that name the VLAN.
+const VLAN: u32 = 0xfff;
 const PACKET_HOST: u32 = 0;
 const PACKET_BROADCAST: u32 = 1;
 const PACKET_MULTICAST: u32 = 2;
@@ -249,7 +251,7 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
         count::packet(decision, headers, ifindex(skb), hook, false);
         return NEXT;
     }
-    if LINK != 0 && hook == Hook::Ingress && is_for_others(skb) {
+    if LINK != 0 && hook == Hook::Ingress && is_for_others(skb) != 0 {
         return NEXT;
     }
     let number = if decision.step == Step::Done { F::record() } else { open::<F>(skb, hook) };
@@ -265,19 +267,23 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     action
 }
 
-/// Whether a frame is not for this host to route: the stack would not either.
-#[inline(always)]
-fn is_for_others(skb: *mut __sk_buff) -> bool {
+/// Whether a frame is not for this host to route: the stack would not either. A global function, so that the verifier
+/// goes on once behind it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn is_for_others(skb: *mut __sk_buff) -> u32 {
     // SAFETY: the context is valid while the program runs.
-    let (kind, is_tagged) = unsafe { ((*skb).pkt_type, (*skb).vlan_present != 0) };
+    let (kind, has_tag, tag) = unsafe { ((*skb).pkt_type, (*skb).vlan_present != 0, (*skb).vlan_tci) };
+    // One of priority alone names no VLAN: the stack takes it off, and the frame for its own.
+    let is_tagged = has_tag && tag & VLAN != 0;
     let is_edge = || matches!(device(ifindex(skb)), Some(device) if device.role == device::EDGE);
-    match kind {
+    u32::from(match kind {
         PACKET_BROADCAST | PACKET_MULTICAST => true,
         // One for somebody else that the device hears: only a bridge port passes such on to the stack.
         PACKET_OTHERHOST => is_tagged || !is_edge(),
         // A pod's frame in a VLAN is none that the stack takes from this device.
         _ => is_tagged && is_edge(),
-    }
+    })
 }
 
 /// Takes the decision about a flow's first packet to its end and records the flow; 0, or the number of the

@@ -1,0 +1,307 @@
+//! What goes around the stack does what the stack would: the path's MTU, the hop limit, VLAN tags.
+//! The control are the rules that kube-proxy would have.
+//!
+//! test-threads: 2
+
+#[allow(dead_code, reason = "each test uses its part of what packets are made of")]
+#[path = "../../common/tests/packets/frame.rs"]
+mod frame;
+mod lab_support;
+mod stack_support;
+
+use std::cell::Cell;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use frame::{Frame, Mac, SYN, octets};
+use lab_support::{DNS, ECHO, Pair, SOON, addresses_of_pod, cluster_ip, skip, take_fresh_ports};
+use sluice_lab::{Namespace, NodeOptions, Overlay, PacketSocket, Pod};
+use socket2::SockRef;
+use stack_support::{ClusterIps, FAR, NEAR, Proxy, Stack, none_wrong, replies};
+
+/// The MTU of the path, which the device's is above.
+const NARROW: usize = 1_400;
+const ARGS: &[&str] = &["--socket-path", "off"];
+
+/// The length of the IP packet in a frame, if it goes to an address.
+fn length_to(frame: &[u8], to: IpAddr) -> Option<usize> {
+    let (ethertype, at) = if to.is_ipv4() { ([8, 0], 30) } else { ([0x86, 0xdd], 38) };
+    let to = octets(to);
+    let is_right = frame.get(12..14) == Some(&ethertype) && frame.get(at..at + to.len()) == Some(&to);
+    is_right.then_some(frame.len() - 14)
+}
+
+/// The largest packet to an address that has come, and how many there were.
+fn largest(wire: &PacketSocket, to: IpAddr) -> (usize, usize) {
+    let (largest, count) = (Cell::new(0), Cell::new(0));
+    let _ = wire.receive(Duration::from_millis(300), |frame| {
+        if let Some(length) = length_to(frame, to) {
+            largest.set(largest.get().max(length));
+            count.set(count.get() + 1);
+        }
+        false
+    });
+    (largest.get(), count.get())
+}
+
+/// Sends one line of many segments, and waits for what is said about it.
+fn says_much(client: &Namespace, to: SocketAddr) -> Result<()> {
+    let stream = client.enter(|| TcpStream::connect_timeout(&to, SOON))?;
+    let mut stream = stream.with_context(|| format!("cannot connect to {to}"))?;
+    stream.set_read_timeout(Some(SOON))?;
+    let mut answers = BufReader::new(stream.try_clone()?);
+    let mut greeting = String::new();
+    let _ = answers.read_line(&mut greeting)?;
+    stream.write_all(&vec![b'x'; 20_000])?;
+    stream.write_all(b"\n")?;
+    let mut answer = String::new();
+    let _ = answers.read_line(&mut answer).with_context(|| format!("{to} says nothing to a long line"))?;
+    ensure!(!answer.is_empty(), "{to} has closed");
+    Ok(())
+}
+
+/// The host's own packets to an endpoint on another node, by a path that is narrower than its first
+/// device.
+fn none_is_too_large(
+    stack: &Stack,
+    proxy: Proxy,
+    what: &str,
+    [answers, told]: [bool; 2],
+) -> Result<Vec<String>> {
+    let mut wrong = Vec::new();
+    let node = &*stack.node;
+    take_fresh_ports(node)?;
+    for (vip, endpoint) in cluster_ip(stack.targets[FAR].number).into_iter().zip(addresses_of_pod(&stack.far))
+    {
+        let wire = stack.other.packet_socket("eth0")?;
+        let to = SocketAddr::new(vip, DNS).to_string();
+        let args = ["--connected", "--count=4", "--size=1450", "--timeout-ms=500", "--to", &to];
+        let events = node.ask(["udp-client"].iter().chain(&args))?;
+        if answers && replies(&events).is_empty() {
+            wrong.push(format!("{proxy:?}, {what}: {to} answers nothing large: {events:?}"));
+        }
+        let long = says_much(node, SocketAddr::new(vip, ECHO));
+        wrong.extend(long.err().map(|error| format!("{proxy:?}, {what}: {error:#}")));
+        let (largest, count) = largest(&wire, endpoint);
+        if largest > NARROW || count == 0 {
+            wrong.push(format!("{proxy:?}, {what}: {count} packets to {endpoint}, up to {largest} bytes"));
+        }
+        let family = if vip.is_ipv4() { "-4" } else { "-6" };
+        let route = node.run("ip", [family, "route", "get", &vip.to_string()])?;
+        if told && !route.contains(&format!("mtu {NARROW}")) {
+            wrong.push(format!("{proxy:?}, {what}: the host has not learned the MTU: {route}"));
+        }
+    }
+    Ok(wrong)
+}
+
+#[test]
+fn the_paths_mtu_counts_for_the_hosts_own_packets() -> Result<()> {
+    if skip("the_paths_mtu_counts") {
+        return Ok(());
+    }
+    let mut stack = Stack::new("path-mtu", Overlay::None, &NodeOptions::default())?;
+    for feature in ["tso", "gso"] {
+        // Segments as on a wire.
+        stack.node.offload("eth0", feature, false)?;
+    }
+    let far = addresses_of_pod(&stack.far);
+    let gateways: Pair = [stack.other.ipv4().into(), stack.other.ipv6().into()];
+    for proxy in [Proxy::Netfilter, Proxy::Sluice] {
+        stack.serve_by(proxy, ARGS, ClusterIps::Kept)?;
+        let node = stack.node.clone();
+        let flush = || -> Result<()> {
+            for (family, address) in ["-4", "-6"].into_iter().zip(far) {
+                let _ = node.run("ip", [family, "route", "flush", "cache"])?;
+                // What was learned is forgotten only when somebody asks for it.
+                let _ = node.run("ip", [family, "route", "get", &address.to_string()])?;
+            }
+            Ok(())
+        };
+        flush()?;
+        let each = |verb: &str, mtu: &str| -> Result<()> {
+            for (address, gateway) in far.into_iter().zip(gateways) {
+                let length = if address.is_ipv4() { 32 } else { 128 };
+                let _ = node.ip(&format!("route {verb} {address}/{length} via {gateway} dev eth0 {mtu}"))?;
+            }
+            Ok(())
+        };
+        // The control of what is measured: without a narrow path large packets do leave.
+        each("add", "")?;
+        let wire = stack.other.packet_socket("eth0")?;
+        let to = SocketAddr::new(cluster_ip(stack.targets[FAR].number)[0], DNS).to_string();
+        let events = node.ask(["udp-client", "--connected", "--size=1450", "--to", &to])?;
+        let (found, _) = largest(&wire, far[0]);
+        ensure!(found > NARROW, "{proxy:?}: no packet was larger than {found} bytes: {events:?}");
+        // netfilter's fragments go out without a word where the sender does not insist.
+        let told = proxy == Proxy::Sluice;
+        // The kernel tells programs of no other than a locked one.
+        each("replace", &format!("mtu lock {NARROW}"))?;
+        let mut wrong = none_is_too_large(&stack, proxy, "the route's MTU", [true, told])?;
+        each("del", "")?;
+        flush()?;
+        // The same learned: a link behind the other node is narrower.
+        let device = stack.far.host_device();
+        let _ = stack.other.ip(&format!("link set {device} mtu {NARROW}"))?;
+        for address in far {
+            let to = SocketAddr::new(address, lab_support::DNS_TARGET).to_string();
+            let _ = node.ask(["udp-client", "--size=1450", "--timeout-ms=300", "--to", &to])?;
+            let family = if address.is_ipv4() { "-4" } else { "-6" };
+            let route = node.run("ip", [family, "route", "get", &address.to_string()])?;
+            ensure!(route.contains(&format!("mtu {NARROW}")), "nothing was learned: {route}");
+        }
+        // As large answers do not fit either.
+        wrong.extend(none_is_too_large(&stack, proxy, "a learned MTU", [false, told])?);
+        let _ = stack.other.ip(&format!("link set {device} mtu 1500"))?;
+        none_wrong("the path's MTU", &wrong)?;
+    }
+    Ok(())
+}
+
+/// Whether a frame holds "time exceeded" about a packet to an address.
+fn is_time_exceeded(frame: &[u8], to: IpAddr) -> bool {
+    let (kind, at) = if to.is_ipv4() { (34, 58) } else { (54, 86) };
+    let (protocol, number) = if to.is_ipv4() { (frame.get(23), 1) } else { (frame.get(20), 58) };
+    let expected: [u8; 2] = if to.is_ipv4() { [11, 0] } else { [3, 0] };
+    let to = octets(to);
+    protocol == Some(&number)
+        && frame.get(kind..kind + 2) == Some(&expected)
+        && frame.get(at..at + to.len()) == Some(&to)
+}
+
+/// Sends one datagram with a hop limit.
+fn send_with_hops(client: &Namespace, to: SocketAddr, hops: u32) -> Result<()> {
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = client.enter(|| UdpSocket::bind(SocketAddr::new(any, 0)))??;
+    if to.is_ipv4() {
+        socket.set_ttl(hops)?;
+    } else {
+        SockRef::from(&socket).set_unicast_hops_v6(hops)?;
+    }
+    let _ = socket.send_to(b"hops", to)?;
+    Ok(())
+}
+
+#[test]
+fn a_hop_limit_that_runs_out_is_told() -> Result<()> {
+    if skip("a_hop_limit_that_runs_out") {
+        return Ok(());
+    }
+    let mut stack = Stack::new("hop-limit", Overlay::None, &NodeOptions::default())?;
+    for proxy in [Proxy::Netfilter, Proxy::Sluice] {
+        stack.serve_by(proxy, ARGS, ClusterIps::Kept)?;
+        let mut wrong = Vec::new();
+        // To itself around the stack, to others through it.
+        let ways: [(&Pod, usize); 3] = [(&stack.near, NEAR), (&stack.pod, NEAR), (&stack.pod, FAR)];
+        for (client, target) in ways {
+            for family in 0..2 {
+                let target = &stack.targets[target];
+                let way = stack_support::Way::Udp;
+                let vip = target.by_cluster_ip(way, family);
+                let port = target.by_node_port(stack.addresses, way, family);
+                for to in [vip, port] {
+                    take_fresh_ports(client)?;
+                    let wire = client.packet_socket("eth0")?;
+                    let told =
+                        || wire.receive(Duration::from_millis(700), |frame| is_time_exceeded(frame, to.ip()));
+                    send_with_hops(client, to, 1)?;
+                    let who = client.name();
+                    if told().is_err() {
+                        wrong
+                            .push(format!("{proxy:?}: {who} hears nothing of a packet to {to} with one hop"));
+                    }
+                    let answered = client.udp_ask(to, 1);
+                    wrong.extend(answered.err().map(|error| format!("{proxy:?}: {who} to {to}: {error:#}")));
+                }
+            }
+        }
+        none_wrong("hop limits", &wrong)?;
+    }
+    Ok(())
+}
+
+/// The link-layer address of a device.
+fn mac(namespace: &Namespace, device: &str) -> Result<Mac> {
+    let text = namespace.run("ip", ["-o", "link", "show", "dev", device])?;
+    let word = text.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next());
+    let bytes: Vec<u8> = word
+        .with_context(|| text.clone())?
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16))
+        .collect::<Result<_, _>>()
+        .with_context(|| text.clone())?;
+    bytes.try_into().map_err(|_| anyhow::anyhow!("{text}"))
+}
+
+/// The ports of the TCP segment or datagram in a frame without options.
+fn ports(frame: &[u8]) -> Option<[u16; 2]> {
+    let at = match frame.get(12..14)? {
+        [8, 0] => 34,
+        [0x86, 0xdd] => 54,
+        _ => return None,
+    };
+    let word = |at: usize| Some(u16::from_be_bytes(frame.get(at..at + 2)?.try_into().ok()?));
+    Some([word(at)?, word(at + 2)?])
+}
+
+/// Whether the segment in a frame without options opens the other direction.
+fn is_syn_ack(frame: &[u8]) -> bool {
+    let at = if frame.get(12) == Some(&8) { 47 } else { 67 };
+    frame.get(at).is_some_and(|flags| flags & 0x3f == 0x12)
+}
+
+#[test]
+fn a_pods_frame_in_a_vlan_reaches_nobody() -> Result<()> {
+    if skip("a_pods_frame_in_a_vlan") {
+        return Ok(());
+    }
+    let mut stack = Stack::new("pod-vlan", Overlay::None, &NodeOptions::default())?;
+    let mut port = 20_000;
+    for proxy in [Proxy::Netfilter, Proxy::Sluice] {
+        stack.serve_by(proxy, ARGS, ClusterIps::Kept)?;
+        let mut wrong = Vec::new();
+        // Whoever could be meant: the endpoints, and the network behind the node.
+        let others = [
+            stack.near.packet_socket("eth0")?,
+            stack.far.packet_socket("eth0")?,
+            stack.lab.router().packet_socket(stack.node.uplink_peer())?,
+        ];
+        let ways: [(&Pod, usize); 3] = [(&stack.near, NEAR), (&stack.pod, NEAR), (&stack.pod, FAR)];
+        for (client, target) in ways {
+            let wire = client.packet_socket("eth0")?;
+            let (node, itself) = (mac(&stack.node, client.host_device())?, mac(client, "eth0")?);
+            for (family, own) in addresses_of_pod(client).into_iter().enumerate() {
+                let target = &stack.targets[target];
+                let way = stack_support::Way::Tcp;
+                let vip = target.by_cluster_ip(way, family);
+                let node_port = target.by_node_port(stack.addresses, way, family);
+                // No tag and one of priority alone are no VLAN.
+                for (tag, is_taken) in [(None, true), (Some(0x6000), true), (Some(100), false)] {
+                    for to in [vip, node_port] {
+                        port += 1;
+                        let frame = Frame::tcp(SocketAddr::new(own, port), to, SYN, &[]);
+                        let frame = frame.at(itself).turned().at(node);
+                        let frame = tag.map_or(frame.clone(), |tag| frame.tag(0x8100, tag));
+                        wire.send(&frame.bytes())?;
+                        let what = format!("{proxy:?}: {} to {to}, tag {tag:?}", client.name());
+                        let patience = Duration::from_millis(if is_taken { 1_000 } else { 200 });
+                        let is_answer =
+                            |frame: &[u8]| ports(frame) == Some([to.port(), port]) && is_syn_ack(frame);
+                        let is_answered = wire.receive(patience, is_answer).is_ok();
+                        let is_seen = others.iter().any(|other| {
+                            let is_ours = |frame: &[u8]| ports(frame).is_some_and(|[from, _]| from == port);
+                            !is_taken && other.receive(Duration::from_millis(20), is_ours).is_ok()
+                        });
+                        if is_answered != is_taken || is_seen {
+                            wrong.push(format!("{what}: answered {is_answered}, seen by others {is_seen}"));
+                        }
+                    }
+                }
+            }
+        }
+        none_wrong("frames with VLAN tags", &wrong)?;
+    }
+    Ok(())
+}
