@@ -11,7 +11,6 @@ mod sync;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -23,7 +22,8 @@ use tokio::sync::{mpsc, watch};
 
 use crate::conntrack::limits::{self, Limits};
 use crate::dataplane::{Layout, Pins, Xdp, load};
-use crate::devices::own::OwnRoutes;
+use crate::devices::addresses::stray_problem;
+use crate::devices::own::{OwnRoutes, Routable};
 use crate::devices::pattern::Patterns;
 use crate::devices::watch::{Watched, watch as watch_devices};
 use crate::devices::{Rules, loopback};
@@ -202,7 +202,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     }
     set_machine(&options);
     let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp, options.layout))?;
-    let own = OwnRoutes::new().await.context("cannot use netlink")?;
+    let own = OwnRoutes::new().context("cannot use netlink")?;
     let told = if loaded.filled { Told::read(loaded.kernel.maps())? } else { None };
     let settings = Settings {
         phase: takeover::beginning(
@@ -255,7 +255,8 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
 
     let (survey_sender, watched) = watch::channel(Watched::default());
     // Adopted VIPs keep their routes until the sources say otherwise.
-    let (vips_sender, vips) = watch::channel(sync.take_vips().unwrap_or_default());
+    let routable = Routable { vips: sync.take_vips().unwrap_or_default(), networks: told.service_networks() };
+    let (routable_sender, routable) = watch::channel(routable);
     let (filled_sender, filled) = watch::channel(loaded.filled);
     let (kept_sender, kept) = watch::channel(Kept::default());
     let (routing_sender, routing) = watch::channel(None);
@@ -264,7 +265,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     let _devices = tokio::spawn(keep_watching(rules, survey_sender));
     let (own_device_sender, own_device) = watch::channel(settings.own_device);
     let own_device_kept = OwnDevice { index: own_device_sender, proc_sys: options.proc_sys };
-    let _routes = tokio::spawn(route_vips(own, own_device_kept, vips, watched.clone(), routing_sender));
+    let _routes = tokio::spawn(route_vips(own, own_device_kept, routable, watched.clone(), routing_sender));
     let keeper = Keeper::new(loaded.hooks, options.socket_path.word(), cgroup);
     let inputs = Inputs { watched: watched.clone(), routing, filled };
     let _keeper = tokio::spawn(keeper.run(inputs, kept_sender));
@@ -282,7 +283,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         watched,
         kept,
         events,
-        vips: vips_sender,
+        routable: routable_sender,
         rules: rules_sender,
         filled: filled_sender,
         beside: Beside::start(monitor, options.monitor, progress, &options.node, announcing),
@@ -291,6 +292,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         reserved_ports,
         refused: None,
         unwritten: written.is_err(),
+        strays: BTreeSet::new(),
     };
     // The sender stays here: a source that ends must not end the loop.
     let result = agent.run().await;
@@ -456,7 +458,7 @@ struct Agent {
     watched: watch::Receiver<Watched>,
     kept: watch::Receiver<Kept>,
     events: mpsc::Receiver<Event>,
-    vips: watch::Sender<Arc<BTreeSet<IpAddr>>>,
+    routable: watch::Sender<Routable>,
     rules: watch::Sender<Rules>,
     filled: watch::Sender<bool>,
     beside: Beside,
@@ -467,6 +469,8 @@ struct Agent {
     refused: Option<String>,
     /// Whether the last status could not be written.
     unwritten: bool,
+    /// What was last told of the node's addresses.
+    strays: BTreeSet<String>,
 }
 
 impl Agent {
@@ -553,7 +557,7 @@ impl Agent {
                 self.follow_cluster();
             }
             if let Some(vips) = self.sync.take_vips() {
-                let _ = self.vips.send_replace(vips);
+                self.routable.send_modify(|routable| routable.vips = vips);
             }
             if let Some(node_ports) = self.sync.take_node_ports() {
                 self.reserved_ports.follow(&node_ports);
@@ -637,6 +641,12 @@ impl Agent {
         self.told = match told.write(self.sync.maps()) {
             Ok(()) => {
                 let _ = self.takeover.written.send_replace(told.settings.phase);
+                let networks = told.service_networks();
+                let _ = self.routable.send_if_modified(|routable| {
+                    let modified = routable.networks != networks;
+                    routable.networks = networks;
+                    modified
+                });
                 Some(told)
             }
             Err(error) => {
@@ -687,6 +697,7 @@ impl Agent {
             } else {
                 policy.accelerate.word().to_owned()
             },
+            strays: survey.strays.keys().copied().collect(),
         }
     }
 
@@ -702,6 +713,7 @@ impl Agent {
         let takeover = self.takeover.told.borrow().status.clone();
         let phase = self.settings.phase & phase::MASK;
         let refused = self.sync.refused_for_room();
+        let strays = self.strays();
         let status = &mut self.status;
         status.policy = policy;
         status.ready = ready;
@@ -738,10 +750,31 @@ impl Agent {
             .iter()
             .chain(&status.takeover.problem)
             .cloned()
+            .chain(strays)
             .chain(self.beside.problems())
             .collect();
         status.waiting_for.extend(status.failing.clone());
         self.write_status();
+    }
+
+    /// The node's addresses that no uplink has, for people; each is logged when it appears.
+    fn strays(&mut self) -> Vec<String> {
+        let found: BTreeSet<String> = self
+            .watched
+            .borrow()
+            .survey
+            .strays
+            .iter()
+            .map(|(address, device)| stray_problem(*address, device.as_ref()))
+            .collect();
+        for problem in found.difference(&self.strays) {
+            tracing::warn!("{problem}");
+        }
+        for problem in self.strays.difference(&found) {
+            tracing::info!("no longer: {problem}");
+        }
+        self.strays.clone_from(&found);
+        found.into_iter().collect()
     }
 
     /// A status that cannot be written keeps nobody from anything else; it is told once.

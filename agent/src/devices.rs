@@ -1,7 +1,7 @@
 //! Which network devices matter, and what each of them is.
 //!
 //! [`survey`] is a pure function of what netlink tells (links, addresses, default routes) and of [`Rules`]. [`watch`]
-//! keeps asking, [`own`] keeps routes for VIPs that no other route leads to.
+//! keeps asking, [`own`] keeps routes for VIPs.
 
 pub mod addresses;
 pub mod loopback;
@@ -48,6 +48,9 @@ const FABRIC: [&str; 16] = [
 ];
 /// Kinds whose devices come in pairs, one end in each namespace.
 const PAIRS: [&str; 2] = ["veth", "netkit"];
+
+/// Kinds whose devices drop what they are to send.
+const DEAD_ENDS: [&str; 3] = ["dummy", "ifb", "nlmon"];
 
 /// What a device is to us; the numbers are those of [`abi::device`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -189,6 +192,10 @@ pub struct Survey {
     pub primary: PerFamily,
     /// Addresses that are left to whoever has them on a device of this node.
     pub leave: BTreeSet<IpAddr>,
+    /// Devices without programs that drop whatever they are to send.
+    pub dead_ends: BTreeSet<u32>,
+    /// The addresses that the node is known by and no uplink has (see [`addresses::strays`]).
+    pub strays: BTreeMap<IpAddr, Option<(String, Option<Role>)>>,
 }
 
 /// Finds every device's role, and what the node's addresses are for.
@@ -219,6 +226,13 @@ pub fn survey(facts: &Facts, rules: &Rules, before: &Survey) -> Survey {
         addresses: addresses::local(facts, &roles, &rules.policy, &primary, &leave),
         primary,
         leave,
+        strays: addresses::strays(facts, &roles, rules),
+        dead_ends: facts
+            .links
+            .values()
+            .filter(|link| DEAD_ENDS.contains(&link.kind.as_str()) && !roles.contains_key(&link.index))
+            .map(|link| link.index)
+            .collect(),
     }
 }
 

@@ -119,6 +119,7 @@ fn health_mode_and_metrics_are_answered_as_kube_proxy_does() -> Result<()> {
         ("sluice_backends_left_out", &[], 0.0),
         ("sluice_source_synced", &["source=\"manifests\""], 1.0),
         ("sluice_device_failing", &[], 0.0),
+        ("sluice_node_addresses_astray", &[], 0.0),
         ("kubeproxy_sync_proxy_rules_service_changes_pending", &[], 0.0),
     ] {
         ensure!(sum(&after, metric, labels).eq(&value), "{metric}: {}", sum(&after, metric, labels));

@@ -449,7 +449,7 @@ pub mod device {
     pub const UPLINK: u32 = 2;
     /// An overlay or tunnel device.
     pub const FABRIC: u32 = 3;
-    /// Our own device for VIPs that no route leads to.
+    /// Our own device, by which ClusterIPs are routed.
     pub const OWN: u32 = 4;
     /// Carries what this host sends to its own addresses.
     pub const LOOPBACK: u32 = 5;

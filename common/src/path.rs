@@ -695,7 +695,7 @@ fn is_stray<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T) -> bool {
     }
     // Never at an edge: another proxy of this node may serve it.
     let Some(here) = tables.here() else { return false };
-    if here.role != device::UPLINK && here.role != device::FABRIC {
+    if here.role != device::UPLINK && here.role != device::FABRIC && here.role != device::OWN {
         return false;
     }
     let Some(networks) = tables.networks() else { return false };

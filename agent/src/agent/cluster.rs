@@ -49,6 +49,19 @@ impl Told {
         Ok(written.then_some(Self { settings, v4, v6 }))
     }
 
+    /// The networks of Services' addresses.
+    pub(super) fn service_networks(&self) -> Vec<IpNet> {
+        let v4 = self.v4.services.iter().filter(|prefix| **prefix != prefix_v4(None)).filter_map(|prefix| {
+            let (network, mask) = (prefix.network.octets, prefix.mask.octets);
+            IpNet::with_netmask(IpAddr::from(network), IpAddr::from(mask)).ok()
+        });
+        let v6 = self.v6.services.iter().filter(|prefix| **prefix != prefix_v6(None)).filter_map(|prefix| {
+            let (network, mask) = (prefix.network.octets, prefix.mask.octets);
+            IpNet::with_netmask(IpAddr::from(network), IpAddr::from(mask)).ok()
+        });
+        v4.chain(v6).collect()
+    }
+
     /// Tells the programs: networks first, since the settings say that there are any.
     pub(crate) fn write(&self, maps: &Maps) -> Result<(), Error> {
         maps.write_networks(&self.v4, &self.v6)?;

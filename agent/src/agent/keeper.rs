@@ -6,9 +6,7 @@
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::io;
-use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use sluice_common::abi::{self, previous::Round};
@@ -16,15 +14,21 @@ use tokio::sync::watch;
 
 use super::status::{DeviceStatus, SocketPathStatus};
 use crate::dataplane::{Attached, Error, Hooks, Target};
-use crate::devices::own::OwnRoutes;
+use crate::devices::own::{OwnRoutes, Place, Routable};
 use crate::devices::watch::Watched;
 use crate::devices::{Device, OWN, Role, Survey};
 
 /// Waiting times between tries of what failed: doubled from the first to the last.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
-/// The shortest time between two looks at where all VIPs are routed: pods that come and go change routes all the time.
+/// The shortest time between two looks at all routes: pods that come and go change them all the
+/// time.
 const ROUTES_PERIOD: Duration = Duration::from_secs(2);
+/// How often all routes are looked at without a word about them: the kernel drops those of a device
+/// that goes down, or of an address that goes, in silence.
+const ROUTES_RESYNC: Duration = Duration::from_secs(30);
+/// The time between two looks at the neighbours that packets to external VIPs wait for.
+const NEIGHBOURS_PERIOD: Duration = Duration::from_secs(3);
 
 /// Our own device, as the programs are to know it.
 #[derive(Debug)]
@@ -58,41 +62,52 @@ impl OwnDevice {
     }
 }
 
-/// Keeps our own device, and a route for every VIP that no other route leads to, until the inputs end; they stay then.
+/// Keeps our own device, and the routes of VIPs by it, until the inputs end; they stay then.
 ///
-/// It runs beside the keeper: asking about thousands of VIPs must not delay a device.
+/// It runs beside the keeper: looking at many routes must not delay a device.
 pub async fn route_vips(
     mut own: OwnRoutes,
     device: OwnDevice,
-    mut vips: watch::Receiver<Arc<BTreeSet<IpAddr>>>,
+    mut routable: watch::Receiver<Routable>,
     mut watched: watch::Receiver<Watched>,
     told: watch::Sender<Option<String>>,
 ) {
     let mut wait = RETRY.0;
     let mut seen = 0;
+    let mut place = Place::default();
     let mut looked = tokio::time::Instant::now();
+    let mut neighbours_due = looked + NEIGHBOURS_PERIOD;
     loop {
-        let now = vips.borrow_and_update().clone();
+        let now = routable.borrow_and_update().clone();
         let Watched { survey, routes, .. } = watched.borrow_and_update().clone();
         let made = device.keep(&own, &survey).await;
-        let mut result = Ok(());
-        if matches!(made, Ok(true)) || routes != seen && looked.elapsed() >= ROUTES_PERIOD {
-            result = own.routes_changed().await;
+        let before = std::mem::replace(&mut place, Place::of(&survey));
+        let due = if routes == seen { ROUTES_RESYNC } else { ROUTES_PERIOD };
+        if matches!(made, Ok(true)) || place != before || looked.elapsed() >= due {
+            own.routes_changed();
             (seen, looked) = (routes, tokio::time::Instant::now());
         }
-        if result.is_ok() {
-            result = own.keep(&now).await;
+        let mut result = Ok(());
+        if neighbours_due <= tokio::time::Instant::now() {
+            result = own.look_at_neighbours().await;
+            neighbours_due = tokio::time::Instant::now() + NEIGHBOURS_PERIOD;
         }
-        let unrouted = |error| format!("cannot route VIPs that no other route leads to: {error}");
+        // Before the first survey the node has no address that a route could name.
+        if result.is_ok() && survey != Survey::default() {
+            result = own.keep(&now, &place).await;
+        }
+        let unrouted = |error| format!("cannot keep the routes of VIPs by {OWN}: {error}");
         let problem = made.err().map(|error| error.to_string()).or(result.err().map(unrouted));
         let failed = problem.is_some();
         let _ = told.send_if_modified(|told| std::mem::replace(told, problem.clone()) != problem);
         wait = if failed { (wait * 2).min(RETRY.1) } else { RETRY.0 };
         let pause = if failed { wait } else { ROUTES_PERIOD.saturating_sub(looked.elapsed()) };
         let ended = tokio::select! {
-            changed = vips.changed() => changed.is_err(),
+            changed = routable.changed() => changed.is_err(),
             changed = watched.changed(), if routes == seen => changed.is_err(),
             () = tokio::time::sleep(pause), if failed || routes != seen => false,
+            () = tokio::time::sleep_until(looked + ROUTES_RESYNC) => false,
+            () = tokio::time::sleep_until(neighbours_due), if !now.vips.external.is_empty() => false,
         };
         if ended {
             return;

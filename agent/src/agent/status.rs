@@ -209,6 +209,9 @@ pub struct PolicyStatus {
     /// `off`, `on`, or `on` and why packets do not go around the stack all the same.
     #[serde(default)]
     pub accelerate: String,
+    /// The node's addresses that no uplink has.
+    #[serde(default)]
+    pub strays: Vec<IpAddr>,
 }
 
 /// Something wrong with an object.

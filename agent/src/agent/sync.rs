@@ -13,6 +13,7 @@ use super::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
 use crate::announce::{self, Announcements};
 use crate::conntrack::UdpFrontends;
 use crate::dataplane::{Kernel, Maps};
+use crate::devices::own::Vips as RoutedVips;
 use crate::health::Failures;
 use crate::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
 use crate::model::object::ObjectName;
@@ -179,8 +180,8 @@ impl Sync {
     }
 
     /// The VIPs, if they have changed since the last call.
-    pub(super) fn take_vips(&mut self) -> Option<Arc<BTreeSet<IpAddr>>> {
-        std::mem::take(&mut self.vips.changed).then(|| Arc::new(self.vips.uses.keys().copied().collect()))
+    pub(super) fn take_vips(&mut self) -> Option<Arc<RoutedVips>> {
+        std::mem::take(&mut self.vips.changed).then(|| Arc::new(self.vips.routed()))
     }
 
     /// Whether the maps hold an image, so that programs may use them.
@@ -316,18 +317,26 @@ fn serving<F: Stack>(image: &Image) -> usize {
     F::of(image).backends.values().filter(|found| found.flags & backend::SERVING != 0).count()
 }
 
-/// Every VIP with the number of its frontends, followed write by write: work proportional to what changes.
+/// Every VIP with its frontends, followed write by write: work proportional to what changes.
 #[derive(Debug, Default)]
 struct Vips {
-    uses: BTreeMap<IpAddr, usize>,
+    uses: BTreeMap<IpAddr, Uses>,
     changed: bool,
+}
+
+/// The frontends of a VIP.
+#[derive(Debug, Default)]
+struct Uses {
+    count: usize,
+    /// Whether it is, or was, a ClusterIP.
+    is_cluster_ip: bool,
 }
 
 impl Vips {
     fn of(image: &Image) -> Self {
         let mut vips = Self { changed: true, ..Self::default() };
-        image.v4.services.keys().for_each(|key| vips.add(V4::ip(key.address)));
-        image.v6.services.keys().for_each(|key| vips.add(V6::ip(key.address)));
+        image.v4.services.iter().for_each(|(key, service)| vips.add(V4::ip(key.address), service.kind));
+        image.v6.services.iter().for_each(|(key, service)| vips.add(V6::ip(key.address), service.kind));
         vips
     }
 
@@ -340,27 +349,39 @@ impl Vips {
     }
 
     fn follow_family<F: Stack>(&mut self, write: &FamilyWrite<F>) {
-        if let FamilyWrite::ServiceInsert { key, .. } = write {
-            self.add(F::ip(key.address));
+        if let FamilyWrite::ServiceInsert { key, service } = write {
+            self.add(F::ip(key.address), service.kind);
         } else if let FamilyWrite::ServiceRemove { key } = write {
             self.remove(F::ip(key.address));
         }
     }
 
-    fn add(&mut self, vip: IpAddr) {
+    /// The VIPs by what routes are made for.
+    fn routed(&self) -> RoutedVips {
+        let mut routed = RoutedVips::default();
+        for (vip, uses) in &self.uses {
+            let of_kind = if uses.is_cluster_ip { &mut routed.cluster } else { &mut routed.external };
+            let _ = of_kind.insert(*vip);
+        }
+        routed
+    }
+
+    fn add(&mut self, vip: IpAddr, kind: u32) {
         // A node port's: nothing leads there.
         if vip.is_unspecified() {
             return;
         }
         let uses = self.uses.entry(vip).or_default();
-        *uses += 1;
-        self.changed |= *uses == 1;
+        uses.count += 1;
+        let is_cluster_ip = uses.is_cluster_ip || [frontend::CLUSTER_IP, frontend::ADDRESS].contains(&kind);
+        self.changed |= uses.count == 1 || uses.is_cluster_ip != is_cluster_ip;
+        uses.is_cluster_ip = is_cluster_ip;
     }
 
     fn remove(&mut self, vip: IpAddr) {
         if let Some(uses) = self.uses.get_mut(&vip) {
-            *uses -= 1;
-            if *uses == 0 {
+            uses.count -= 1;
+            if uses.count == 0 {
                 let _ = self.uses.remove(&vip);
                 self.changed = true;
             }
@@ -377,6 +398,20 @@ mod tests {
     fn key(port: u16) -> ServiceKey<sluice_common::abi::Ipv4Address> {
         let address = std::net::Ipv4Addr::new(10, 96, 0, 1).into();
         ServiceKey { address, port, protocol: 6, reserved: 0 }
+    }
+
+    #[test]
+    fn a_vip_with_a_cluster_ips_frontend_is_a_cluster_ip() {
+        let mut vips = Vips::default();
+        let insert = |vips: &mut Vips, port, kind| {
+            let service = Service { service_port: 1, kind };
+            vips.follow(&Write::V4(FamilyWrite::ServiceInsert { key: key(port), service }));
+            let RoutedVips { cluster, external } = vips.routed();
+            (cluster.len(), external.len(), std::mem::take(&mut vips.changed))
+        };
+        assert_eq!(insert(&mut vips, 80, frontend::EXTERNAL_IP), (0, 1, true));
+        assert_eq!(insert(&mut vips, 443, frontend::LOAD_BALANCER), (0, 1, false));
+        assert_eq!(insert(&mut vips, 53, frontend::CLUSTER_IP), (1, 0, true));
     }
 
     #[test]

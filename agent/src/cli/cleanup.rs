@@ -51,7 +51,7 @@ pub(super) async fn remove(
     proc_sys: &Path,
 ) -> anyhow::Result<Vec<String>> {
     let mut done = cleanup(&Pins::new(pin_path))?;
-    let own = OwnRoutes::new().await.context("cannot use netlink")?;
+    let own = OwnRoutes::new().context("cannot use netlink")?;
     if own.remove().await.with_context(|| format!("cannot remove the device {OWN}"))? {
         done.push(format!("removed the device {OWN} and its routes"));
     }

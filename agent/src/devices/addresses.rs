@@ -158,6 +158,64 @@ pub fn left_alone(facts: &Facts, policy: &Policy) -> BTreeSet<IpAddr> {
     left
 }
 
+/// The addresses that the node is known by and no uplink has -> the device that has it, with its
+/// role; [`None`]: no device of this node does.
+///
+/// One of the loopback device or of a dummy is found by every uplink, and one of a fabric by that.
+/// One that no device has is no news beside one of its family that an uplink has: a cloud
+/// translates it.
+#[must_use]
+pub fn strays(
+    facts: &Facts,
+    roles: &BTreeMap<u32, Role>,
+    rules: &Rules,
+) -> BTreeMap<IpAddr, Option<(String, Option<Role>)>> {
+    let holder = |address: IpAddr| {
+        let all = facts.addresses.iter();
+        let mut with = all.filter(|(_, found)| found.iter().any(|found| found.address == address));
+        with.find_map(|(index, _)| facts.links.get(index))
+    };
+    let is_found = |link: &super::Link| {
+        let role = roles.get(&link.index);
+        let is_of_all = link.loopback || super::DEAD_ENDS.contains(&link.kind.as_str());
+        matches!(role, Some(Role::Uplink | Role::Fabric)) || role != Some(&Role::Edge) && is_of_all
+    };
+    let known: BTreeSet<IpAddr> = rules.policy.node_addresses.iter().chain(&rules.node).copied().collect();
+    let has_family = |family_of: IpAddr| {
+        let mut of_family = known.iter().filter(|address| address.is_ipv4() == family_of.is_ipv4());
+        of_family.any(|address| holder(*address).is_some())
+    };
+    known
+        .iter()
+        .filter_map(|address| match holder(*address) {
+            Some(link) if is_found(link) => None,
+            Some(link) => Some((*address, Some((link.name.clone(), roles.get(&link.index).copied())))),
+            None if has_family(*address) => None,
+            None => Some((*address, None)),
+        })
+        .collect()
+}
+
+/// What it means that no uplink has an address of the node, and what to do.
+#[must_use]
+pub fn stray_problem(address: IpAddr, device: Option<&(String, Option<Role>)>) -> String {
+    match device {
+        None => format!(
+            "no device has the node's address {address}: node ports are not served there; correct the Node object's \
+             addresses, or name others by --node-addresses"
+        ),
+        Some((name, Some(role))) => format!(
+            "the device {name} has the node's address {address} and the role {}: node ports are not served to what comes by \
+             it; name it by --uplink {name}",
+            role.word()
+        ),
+        Some((name, None)) => format!(
+            "the device {name} has the node's address {address}, and no program is attached to it: clients that come by it \
+             find no Service; name it by --uplink {name}, or the device that carries its packets"
+        ),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -333,6 +391,37 @@ mod tests {
         let found = local(&facts, &roles, &rules.policy, &first, &BTreeSet::new());
         assert_eq!(found.get(&ip("203.0.113.7")), Some(&true));
         assert_eq!(found.get(&ip("192.0.2.1")), Some(&false));
+    }
+
+    #[test]
+    fn a_node_address_that_no_uplink_has_is_astray() {
+        let (mut facts, roles) = node();
+        add(&mut facts, 6, "ib0", &["192.0.2.6/24"]);
+        add(&mut facts, 7, "dummy0", &["192.0.2.7/32"]);
+        if let Some(link) = facts.links.get_mut(&7) {
+            link.kind = "dummy".to_owned();
+        }
+        // Addresses of the Node object -> those that are astray, with their devices.
+        let table = [
+            ("", ""),
+            ("10.0.0.1 192.0.2.1 fd00::1 198.51.100.1 192.0.2.7", ""),
+            ("10.244.1.1", "10.244.1.1 on veth0"),
+            ("10.0.0.1 192.0.2.6", "192.0.2.6 on ib0"),
+            // A cloud translates it.
+            ("10.0.0.1 203.0.113.7", ""),
+            ("203.0.113.7 fd00::1", "203.0.113.7 on none"),
+        ];
+        for (object, expected) in table {
+            let rules =
+                Rules { node: ips(&object.split_whitespace().collect::<Vec<_>>()), ..Rules::default() };
+            let found: Vec<String> = strays(&facts, &roles, &rules)
+                .into_iter()
+                .map(|(address, device)| {
+                    format!("{address} on {}", device.map_or("none".to_owned(), |(name, _)| name))
+                })
+                .collect();
+            assert_eq!(found.join(","), expected, "{object}");
+        }
     }
 
     #[test]

@@ -356,6 +356,11 @@ fn node(status: &Status, writer: &mut Writer<'_, '_>) -> fmt::Result {
         "Whether something could not be attached to a device, and is tried again",
         &failing,
     )?;
+    writer.gauges(
+        "node_addresses_astray",
+        "Addresses of the Node that no uplink has",
+        &vec![(Vec::new(), status.policy.strays.len() as u64)],
+    )?;
     let sources = |value: fn(&status::SourceStatus) -> u64| -> Series {
         status.sources.iter().map(|source| (vec![("source", source.name.clone())], value(source))).collect()
     };

@@ -223,6 +223,16 @@ fn unassigned(table: &mut Table, cast: &Cast) {
         let first = cast.first(client, none);
         table.add(
             Case::new(
+                format!("{title}: an address that no Service has leaves by our own device, from {who}"),
+                &world,
+                Program::Egress,
+                OWN,
+                &first.clone().at(mac(OWN)),
+            )
+            .dropped(Reason::UnassignedAddress, 0),
+        );
+        table.add(
+            Case::new(
                 format!("{title}: an address that no Service has leaves by an uplink, from {who}"),
                 &world,
                 Program::Egress,
@@ -262,7 +272,6 @@ fn unassigned(table: &mut Table, cast: &Cast) {
     };
     let first = cast.first(cast.client, none);
     pass("an address that no Service has leaves by a pod's link", &world, Program::Egress, EDGE, &first);
-    pass("an address that no Service has leaves by our own device", &world, Program::Egress, OWN, &first);
     pass("an address that no Service has comes from a pod", &world, Program::Ingress, EDGE, &first);
     pass("an address that no Service has comes from outside", &world, Program::Ingress, UPLINK, &first);
     pass("an address that no Service has comes from outside, by XDP", &world, Program::Xdp, UPLINK, &first);
