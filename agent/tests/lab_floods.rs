@@ -3,91 +3,20 @@
 //! test-threads: 1
 
 mod lab_support;
+mod raw_support;
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use lab_support::{
-    Cluster, DNS, ECHO, ECHO_TARGET, Plan, SOON, WEB, external_ip, number, reasons, skip, status,
+    Cluster, DNS, ECHO, ECHO_TARGET, Plan, SOON, WEB, external_ip, flush, number, reasons, skip, status,
     until_backends, word,
 };
-use sluice_lab::{Namespace, Node};
-
-const FIN: u8 = 1;
-const SYN: u8 = 2;
-const RST: u8 = 4;
-const ACK: u8 = 16;
-
-/// A frame of IPv4 without options, TCP or UDP.
-#[derive(Clone, Copy)]
-struct Frame {
-    link: [[u8; 6]; 2],
-    source: (Ipv4Addr, u16),
-    destination: (Ipv4Addr, u16),
-    /// TCP's flags; UDP without.
-    flags: Option<u8>,
-    sequence: u32,
-    acknowledgment: u32,
-}
-
-fn folded(bytes: &[u8], mut sum: u32) -> u16 {
-    for pair in bytes.chunks(2) {
-        sum += u32::from(pair[0]) << 8 | u32::from(pair.get(1).copied().unwrap_or_default());
-    }
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !(sum as u16)
-}
-
-impl Frame {
-    fn bytes(&self) -> Vec<u8> {
-        let [to, from] = self.link;
-        let protocol: u8 = if self.flags.is_some() { 6 } else { 17 };
-        let mut transport = [self.source.1.to_be_bytes(), self.destination.1.to_be_bytes()].concat();
-        let at = if let Some(flags) = self.flags {
-            transport.extend(self.sequence.to_be_bytes());
-            transport.extend(self.acknowledgment.to_be_bytes());
-            transport.extend([0x50, flags, 0xfa, 0, 0, 0, 0, 0]);
-            16
-        } else {
-            transport.extend([0, 16, 0, 0]);
-            transport.extend(b"question");
-            6
-        };
-        let addresses = [self.source.0.octets(), self.destination.0.octets()].concat();
-        let length = transport.len() as u16;
-        let pseudo = [&addresses[..], &[0, protocol], &length.to_be_bytes(), &transport].concat();
-        transport[at..at + 2].copy_from_slice(&folded(&pseudo, 0).to_be_bytes());
-        let mut network = vec![0x45, 0];
-        network.extend((20 + length).to_be_bytes());
-        network.extend([0, 0, 0x40, 0, 60, protocol, 0, 0]);
-        network.extend(addresses);
-        let sum = folded(&network, 0).to_be_bytes();
-        network[10..12].copy_from_slice(&sum);
-        [&to[..], &from, &[8, 0], &network, &transport].concat()
-    }
-}
-
-/// The link-layer address of a device.
-fn mac(namespace: &Namespace, device: &str) -> Result<[u8; 6]> {
-    let text = namespace.run("ip", ["link", "show", "dev", device])?;
-    let address =
-        text.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).context("no address")?;
-    let octets: Vec<u8> =
-        address.split(':').map(|octet| u8::from_str_radix(octet, 16)).collect::<Result<_, _>>()?;
-    octets.try_into().ok().context("six octets")
-}
-
-fn v4(address: IpAddr) -> Result<Ipv4Addr> {
-    match address {
-        IpAddr::V4(address) => Ok(address),
-        IpAddr::V6(address) => bail!("{address} is no IPv4 address"),
-    }
-}
+use raw_support::{ACK, FIN, Frame, RST, SYN, to_node, to_uplink};
+use sluice_lab::Node;
 
 /// Runs this thread on one CPU.
 fn pin(cpu: usize) {
@@ -107,11 +36,10 @@ struct Flood<'a> {
 }
 
 impl<'a> Flood<'a> {
-    fn new(cluster: &'a Cluster, port: u16) -> Result<Self> {
-        let node = cluster.node();
-        let link = [mac(node, node.uplink())?, mac(cluster.lab.router(), node.uplink_peer())?];
-        let destination = (v4(external_ip(WEB)[0])?, port);
-        let source = (Ipv4Addr::new(198, 18, 0, 1), 1);
+    fn new(cluster: &'a Cluster, family: usize, port: u16) -> Result<Self> {
+        let link = to_uplink(cluster.node(), cluster.lab.router())?;
+        let destination = SocketAddr::new(external_ip(WEB)[family], port);
+        let source = client_of_flood(family, 0);
         let frame = Frame { link, source, destination, flags: None, sequence: 1, acknowledgment: 1 };
         Ok(Self { cluster, frame })
     }
@@ -128,8 +56,8 @@ impl<'a> Flood<'a> {
                         let node = self.cluster.node();
                         let socket = self.cluster.lab.router().packet_socket(node.uplink_peer())?;
                         for client in (cpu as u32..clients).step_by(cpus) {
-                            let address = Ipv4Addr::from(0xc612_0000 + client / 30_000);
-                            let source = (address, 1_024 + (client % 30_000) as u16);
+                            let family = usize::from(self.frame.destination.is_ipv6());
+                            let source = client_of_flood(family, client);
                             for flags in flags {
                                 let frame = Frame { source, flags: *flags, ..self.frame };
                                 let _ = socket.send(&frame.bytes());
@@ -144,6 +72,16 @@ impl<'a> Flood<'a> {
         println!("{clients} clients, {flags:?}: {:.1?}", started.elapsed());
         Ok(())
     }
+}
+
+/// One of the clients that a flood comes from.
+fn client_of_flood(family: usize, client: u32) -> SocketAddr {
+    let (host, port) = (client / 30_000, 1_024 + (client % 30_000) as u16);
+    let address: IpAddr = match family {
+        0 => Ipv4Addr::from(0xc612_0000 + host).into(),
+        _ => Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, host as u16).into(),
+    };
+    SocketAddr::new(address, port)
 }
 
 /// A connection to an echo server that has been used.
@@ -173,10 +111,21 @@ fn entries(node: &Node, map: &str) -> Result<u64> {
     Ok(number(maps.iter().find(|found| word(found, "map") == map).context("no such map")?, "entries"))
 }
 
-/// Connections that are to live.
+/// Connections of a family that are to live.
 const IDLE: usize = 1_000;
-/// Connections that come and go meanwhile, few enough for a machine of two CPUs.
-const SHORT: usize = 10_000;
+/// Connections of both families together that come and go meanwhile.
+const SHORT: usize = 50_000;
+
+/// Opens and ends connections, from several threads.
+fn come_and_go(to: SocketAddr, count: usize) -> Result<()> {
+    const THREADS: usize = 4;
+    std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..THREADS)
+            .map(|_| scope.spawn(|| (0..count / THREADS).try_for_each(|_| connected(to).map(drop))))
+            .collect();
+        clients.into_iter().try_for_each(|client| client.join().expect("a client"))
+    })
+}
 
 #[test]
 fn idle_connections_to_a_draining_endpoint_live_through_floods() -> Result<()> {
@@ -189,39 +138,55 @@ fn idle_connections_to_a_draining_endpoint_live_through_floods() -> Result<()> {
     cluster.start_agents(&["--socket-path=off"])?;
     let node = cluster.node().clone();
     until_backends(&node, "web", 1)?;
-    let to = SocketAddr::new(external_ip(WEB)[0], ECHO);
-    let open = || (0..IDLE).map(|_| connected(to)).collect::<Result<Vec<_>>>();
-    let mut idle = cluster.outside.enter(open)??;
+    let to = external_ip(WEB).map(|address| SocketAddr::new(address, ECHO));
+    let open =
+        |to| cluster.outside.enter(move || (0..IDLE).map(|_| connected(to)).collect::<Result<Vec<_>>>())?;
+    let mut idle = [open(to[0])?, open(to[1])?];
     // From here on nothing selects their endpoint: an entry that is lost is lost for good.
     cluster.manifests.write(&web.backends(&cluster.backends[1..]))?;
     std::thread::sleep(Duration::from_secs(1));
-    let mut fresh = cluster.outside.enter(|| connected(to))??;
+    let open = |to| cluster.outside.enter(move || connected(to))?;
+    let mut fresh = [open(to[0])?, open(to[1])?];
 
-    let flood = Flood::new(&cluster, ECHO)?;
-    let before = reasons(&node)?.get("recovered").copied().unwrap_or_default();
-    flood.send(400_000, &[Some(ACK)])?;
-    let recovered = reasons(&node)?.get("recovered").copied().unwrap_or_default() - before;
-    ensure!(recovered > 300_000, "the flood did not get here: {recovered}");
-    flood.send(400_000, &[Some(SYN), Some(ACK)])?;
-    flood.send(400_000, &[Some(ACK), Some(FIN | ACK)])?;
-    Flood::new(&cluster, DNS)?.send(200_000, &[None, None])?;
-    let short = || -> Result<()> {
-        for _ in 0..SHORT {
-            drop(connected(to)?);
-        }
-        Ok(())
-    };
+    let recovered = || -> Result<u64> { Ok(reasons(&node)?.get("recovered").copied().unwrap_or_default()) };
+    for family in 0..2 {
+        let flood = Flood::new(&cluster, family, ECHO)?;
+        let before = recovered()?;
+        flood.send(400_000, &[Some(ACK)])?;
+        let recovered = recovered()? - before;
+        ensure!(recovered > 300_000, "the flood did not get here: {recovered}");
+        flood.send(400_000, &[Some(SYN), Some(ACK)])?;
+        flood.send(200_000, &[Some(ACK), Some(FIN | ACK)])?;
+        Flood::new(&cluster, family, DNS)?.send(200_000, &[None, None])?;
+    }
     let started = Instant::now();
-    cluster.outside.enter(short)??;
+    for to in to {
+        cluster.outside.enter(move || come_and_go(to, SHORT / 2))??;
+    }
     println!("{SHORT} short connections: {:.1?}", started.elapsed());
-    let (flows, embryonic) = (entries(&node, "flows_v4")?, entries(&node, "embryonic_v4")?);
-    println!("flows_v4 {flows}, embryonic_v4 {embryonic}");
-    ensure!(flows < 3 * IDLE as u64, "{flows} entries are kept for packets that nobody answered");
-    ensure!(embryonic > 10_000, "{embryonic}: where did the floods go?");
+    for version in ["v4", "v6"] {
+        let flows = entries(&node, &format!("flows_{version}"))?;
+        let embryonic = entries(&node, &format!("embryonic_{version}"))?;
+        println!("flows_{version} {flows}, embryonic_{version} {embryonic}");
+        ensure!(flows < 3 * IDLE as u64, "{flows} entries are kept for packets that nobody answered");
+        ensure!(embryonic > 10_000, "{embryonic}: where did the floods go?");
+    }
 
-    echoes(&mut fresh)?;
-    let lost = idle.iter_mut().filter_map(|stream| echoes(stream).err()).count();
-    ensure!(lost == 0, "{lost} of {IDLE} idle connections are lost");
+    for (family, (idle, fresh)) in idle.iter_mut().zip(&mut fresh).enumerate() {
+        echoes(fresh)?;
+        let half = IDLE / 2;
+        let lost = idle[..half].iter_mut().filter_map(|stream| echoes(stream).err()).count();
+        ensure!(lost == 0, "{lost} of {half} idle connections are lost, family {family}");
+        // The control: each of them lived by its entry alone.
+        let version = ["v4", "v6"][family];
+        let _ = flush(&node, &format!("flows_{version}"))?;
+        let lost = idle[half..].iter_mut().filter_map(|stream| echoes(stream).err()).count();
+        ensure!(
+            lost == IDLE - half,
+            "only {lost} of {} are lost without entries, family {family}",
+            IDLE - half
+        );
+    }
     Ok(())
 }
 
@@ -240,7 +205,7 @@ fn one_client_cannot_use_up_the_ports_of_an_endpoint() -> Result<()> {
     let to = SocketAddr::new(external_ip(WEB)[0], ECHO);
     let open = || connected(to).map(drop);
     cluster.outside.enter(open)??;
-    let flood = Flood::new(&cluster, ECHO)?;
+    let flood = Flood::new(&cluster, 0, ECHO)?;
     for flags in [&[Some(ACK)][..], &[Some(SYN), Some(ACK)]] {
         flood.send(90_000, flags)?;
         for round in 0..20 {
@@ -338,12 +303,12 @@ fn forged_segments_of_any_sequence_number_break_no_connection() -> Result<()> {
     cluster.manifests.write(&web.backends(&cluster.backends[1..]))?;
     std::thread::sleep(Duration::from_secs(1));
 
-    let flood = Flood::new(&cluster, ECHO)?;
+    let flood = Flood::new(&cluster, 0, ECHO)?;
     let socket = cluster.lab.router().packet_socket(cluster.node().uplink_peer())?;
-    let SocketAddr::V4(local) = through.local_addr()? else { bail!("no IPv4 address") };
+    let local = through.local_addr()?;
     let forge = |flags: u8, round: u32| -> Result<()> {
         let frame = Frame {
-            source: (*local.ip(), local.port()),
+            source: local,
             flags: Some(flags),
             sequence: round.wrapping_mul(0x9e37_79b9),
             acknowledgment: round,
@@ -364,23 +329,12 @@ fn forged_segments_of_any_sequence_number_break_no_connection() -> Result<()> {
         echoes(&mut through).context("a connection by a frontend, between forged segments")?;
     }
 
-    let SocketAddr::V4(local) = direct.local_addr()? else { bail!("no IPv4 address") };
-    let link = [[0x02, 0xff, 0xff, 0xff, 0xff, 0xff], mac(&cluster.client, "eth0")?];
-    let gateway = cluster.client.run("ip", ["neigh", "show", "dev", "eth0"])?;
-    let gateway = gateway.split_whitespace().skip_while(|word| *word != "lladdr").nth(1).map(str::to_owned);
-    let to = match gateway {
-        Some(text) => {
-            let octets: Vec<u8> =
-                text.split(':').map(|octet| u8::from_str_radix(octet, 16)).collect::<Result<_, _>>()?;
-            octets.try_into().ok().context("six octets")?
-        }
-        None => link[0],
-    };
+    let local = direct.local_addr()?;
     let socket = cluster.client.packet_socket("eth0")?;
     let reset = Frame {
-        link: [to, link[1]],
-        source: (*local.ip(), local.port()),
-        destination: (cluster.backends[0].ipv4(), ECHO_TARGET),
+        link: to_node(&cluster.client, cluster.node())?,
+        source: local,
+        destination: endpoint,
         flags: Some(RST),
         sequence: 1,
         acknowledgment: 0,

@@ -190,8 +190,13 @@ pub struct Decision<F: Family> {
     pub affinity: bool,
     /// Whether bits of the flow's state are taken back, not only added.
     pub takes_back: bool,
+    /// Whether the packet's word is taken for what becomes of a flow: then its source has to belong to the device that it came
+    /// in by ([`policy::is_foreign`]).
+    pub asks_source: bool,
     /// The client's [round](crate::abi::Affinity::round), where its affinity is recorded.
     pub round: u16,
+    /// Whether its source does not belong there: [`disown`].
+    pub is_foreign: bool,
     /// Whether the packet is a first fragment, and what it [tells](fragment::told) is noted.
     pub datagram: bool,
     /// The kind of the frontend, one of [`frontend`]; 0: none was asked for.
@@ -216,6 +221,8 @@ impl<F: Family> Decision<F> {
             step: Step::Done,
             affinity: false,
             takes_back: false,
+            asks_source: false,
+            is_foreign: false,
             round: 0,
             datagram: false,
             kind: 0,
@@ -412,20 +419,19 @@ fn decide_known<F: Family, T: Tables<F>>(
         return;
     }
     if to_frontend {
-        let found = find(key, met & met::TO_NODE_PORT != 0, tables);
-        if found.is_some() || to_address && select::is_cluster_ip(key, tables) {
-            if met & met::TO_NODE != 0 && !opens(headers) {
-                // At an address of the node itself: a connection of the stack's own, or one that netfilter knows.
+        let (service_port, kind) = find(key, met & met::TO_NODE_PORT != 0, tables).unwrap_or_default();
+        if kind != 0 || to_address && select::is_cluster_ip(key, tables) {
+            if met & met::TO_NODE != 0 && !opens(headers) && tables.is_node_address(&key.destination) {
+                // A connection of the stack's own, or one that netfilter knows.
                 return;
             }
-            if let Some((service_port, _)) = found {
-                decision.flow.service_port = service_port;
-            }
+            decision.flow.service_port = service_port;
             if let Some(reason) = left_to_netfilter(was_ours, headers, tables) {
                 decision.reason = reason;
-            } else if let Some((_, kind)) = found {
+            } else if kind != 0 {
                 decision.kind = kind;
                 decision.step = Step::Select;
+                decision.asks_source = true;
             } else {
                 reject(headers, Reason::UndefinedPort, Reason::UndefinedPort, decision);
             }
@@ -483,8 +489,9 @@ fn classify<F: Family, T: Tables<F>>(hook: Hook, headers: &Headers<F>, tables: &
     let to_frontend = to_address || to_node_port;
     let source = if to_frontend { 0 } else { tables.listing(&key.source) };
     let leaves = egress
-        && (destination & (listing::BACKEND | listing::NODE) == listing::BACKEND
+        && (destination & listing::BACKEND != 0
             && tables.marks() & mark::MASQUERADED != 0
+            && (destination & listing::NODE == 0 || !tables.is_node_address(&key.destination))
             || source & listing::NODE_PORTS != 0 && asks_from_node_port(headers, tables));
     // An endpoint's packet too, which else is met where it leaves alone.
     let accelerated = hook == Hook::Ingress
@@ -576,6 +583,7 @@ fn leaves_as_node<F: Family, T: Tables<F>>(
     }
     if tables.listing(&key.source) & listing::NODE == 0
         || !is_given(key.source_port) && !asks_from_node_port(headers, tables)
+        || !tables.is_node_address(&key.source)
     {
         return false;
     }
@@ -719,6 +727,38 @@ pub fn open_into<F: Family, T: Tables<F>>(
     accelerate(decision);
 }
 
+/// Takes back what a packet of a foreign source must not do, where a decision [asks for the source](Decision::asks_source): it
+/// goes along what there is, and changes nothing. What opens a flow opens one beside those of whoever has its address.
+#[inline(always)]
+pub fn disown<F: Family, T: Tables<F>>(
+    hook: Hook,
+    headers: &Headers<F>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) {
+    decision.is_foreign = true;
+    if decision.step == Step::Select {
+        // One that its owner would leave for another backend.
+        if let Some((entry, _)) = entry_of(&headers.tuple, tables) {
+            decision.flow = *entry;
+            decision.set(verdict_along(entry.flags, hook == Hook::Egress), reason_along(entry.flags));
+            decision.step = Step::Done;
+        }
+        return;
+    }
+    if matches!(decision.reason, Reason::ReplyRecovered | Reason::DirectRemapped)
+        && decision.record != Record::Nothing
+    {
+        // To the backend's own address, as without us.
+        decision.key = headers.tuple;
+        decision.flow = Decision::<F>::pass(&headers.tuple).flow;
+        decision.set(Verdict::Pass, Reason::Stranger);
+        decision.step = Step::Done;
+    }
+    decision.record = Record::Nothing;
+    decision.affinity = false;
+}
+
 /// Why a packet for a service is passed untouched.
 #[inline(always)]
 fn unreadable(kind: Kind) -> Reason {
@@ -848,6 +888,10 @@ fn along<F: Family, T: Tables<F>>(
     if state & !entry.state & state::ESTABLISHED != 0 && flags & flow::SOURCE == 0 {
         select::proven(decision, tables);
     }
+    // Who knows the endpoint's number needs no other proof of who it is.
+    let is_known = !reply && state & !entry.state & state::ESTABLISHED != 0;
+    decision.asks_source =
+        !is_known && (state != entry.state || is_numbered_anew || decision.record == Record::Promote);
     decision.set(verdict, reason_along(flags));
     true
 }
@@ -997,10 +1041,10 @@ fn open<F: Family, T: Tables<F>>(egress: bool, headers: &Headers<F>, tables: &T,
     let tcp_flags = headers.tcp_flags;
     if key.protocol != protocol::UDP && tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
         decision.set(verdict, Reason::Recovered);
-        if tcp_flags & tcp::RST == 0 {
+        if tcp_flags & tcp::RST == 0 && !decision.is_foreign {
             decision.record = Record::Establish;
         }
-        // Else it is the last packet there will be: nothing to record, but its port is as it was.
+        // Else it is the last packet there will be, or not its client's: nothing to record, but its port is as it was.
     } else {
         decision.set(verdict, Reason::Forward);
         decision.record = Record::Open;
@@ -1133,7 +1177,9 @@ pub fn is_beside_sockets<A: Copy + Eq>(flow: &Flow<A>) -> bool {
 #[inline(always)]
 fn claim<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     let hash = maglev::hash::<F>(&decision.key);
-    let keeps = !is_beside_sockets(&decision.flow);
+    // Whoever has the address that a foreign source takes may have a direct connection from the port.
+    let takes_another = decision.is_foreign && decision.record == Record::Open;
+    let keeps = !is_beside_sockets(&decision.flow) && !takes_another;
     let first = tables.passed_over().wrapping_add(u32::from(!keeps));
     for attempt in first..first.wrapping_add(REMAP_TRIES) {
         decision.flow.source_port = if attempt == 0 {
@@ -1300,6 +1346,7 @@ fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &
     decision.set(Verdict::Translate, Reason::DirectRemapped);
     decision.record = Record::Open;
     decision.step = Step::Claim;
+    decision.asks_source = true;
 }
 
 /// Whether a packet is what a client sends when a segment arrives for a connection that it does not know: a reset
@@ -1368,6 +1415,7 @@ fn is_unknown_connection<F: Family, T: Tables<F>>(
             decision.flow.seen = tables.now();
             decision.set(Verdict::Drop, Reason::ReplyRecovered);
             decision.record = Record::Establish;
+            decision.asks_source = true;
             return true;
         }
     }
@@ -1388,6 +1436,7 @@ fn is_unknown_connection<F: Family, T: Tables<F>>(
         {
             decision.set(Verdict::Drop, Reason::ReplyRecovered);
             decision.record = Record::Establish;
+            decision.asks_source = true;
             return true;
         }
     }

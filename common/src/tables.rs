@@ -37,6 +37,8 @@ pub trait Tables<F: Family> {
     fn in_source_ranges(&self, service_port: u32, address: &F::Address) -> bool;
     /// Whether some service has this node port, of whatever protocol.
     fn is_node_port(&self, port: u16) -> bool;
+    /// Whether an address is one of this node's own, whatever the lane says that it shares with others.
+    fn is_node_address(&self, address: &F::Address) -> bool;
     /// Whether node ports are served at an address.
     fn serves_node_ports(&self, address: &F::Address) -> bool;
     /// The frontends that lead to an endpoint.

@@ -174,6 +174,9 @@ impl<F: Ip> Tables<F> for Maps<F> {
     fn is_node_port(&self, port: u16) -> bool {
         self.node_ports.contains(&port)
     }
+    fn is_node_address(&self, address: &F::Address) -> bool {
+        self.serving.contains(address)
+    }
     fn serves_node_ports(&self, address: &F::Address) -> bool {
         self.serving.contains(address)
     }

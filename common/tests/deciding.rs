@@ -51,7 +51,7 @@ struct Whim<F: Ip> {
     marks: u32,
     passed_over: u32,
     imported: Option<u32>,
-    yes: [bool; 4],
+    yes: [bool; 5],
 }
 
 impl<F: Ip> Tables<F> for Whim<F> {
@@ -93,6 +93,9 @@ impl<F: Ip> Tables<F> for Whim<F> {
     }
     fn is_node_port(&self, _: u16) -> bool {
         self.yes[1]
+    }
+    fn is_node_address(&self, _: &F::Address) -> bool {
+        self.yes[4]
     }
     fn serves_node_ports(&self, _: &F::Address) -> bool {
         self.yes[2]
@@ -457,6 +460,9 @@ impl Tables<V4> for Few {
         false
     }
     fn is_node_port(&self, _: u16) -> bool {
+        false
+    }
+    fn is_node_address(&self, _: &Ipv4Address) -> bool {
         false
     }
     fn serves_node_ports(&self, _: &Ipv4Address) -> bool {

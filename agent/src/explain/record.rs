@@ -134,6 +134,10 @@ impl<F: Family, T: Tables<F>> Tables<F> for Recorder<'_, F, T> {
         self.tables.is_node_port(port)
     }
 
+    fn is_node_address(&self, address: &F::Address) -> bool {
+        self.tables.is_node_address(address)
+    }
+
     fn serves_node_ports(&self, address: &F::Address) -> bool {
         let serves = self.tables.serves_node_ports(address);
         self.note(Asked::NodeAddress { serves });

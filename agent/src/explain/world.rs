@@ -160,6 +160,10 @@ impl<F: Side> Tables<F> for Seen<'_> {
         self.world.image.node_ports.get(&word).is_some_and(|bits| bits & bit != 0)
     }
 
+    fn is_node_address(&self, address: &F::Address) -> bool {
+        F::of(&self.world.image).node_addresses.contains_key(address)
+    }
+
     fn serves_node_ports(&self, address: &F::Address) -> bool {
         let node: Option<&NodeAddress> = F::of(&self.world.image).node_addresses.get(address);
         node.is_some_and(|node| node.flags & node_address::NODE_PORTS != 0)

@@ -79,6 +79,8 @@ pub(crate) struct Case {
     pub(crate) world: World,
     pub(crate) program: Program,
     pub(crate) ifindex: u32,
+    /// At an egress, the device that the packet came in by; 0: this host has sent it.
+    pub(crate) came_by: u32,
     pub(crate) input: Vec<u8>,
     pub(crate) expected: Outcome,
     /// The checksum is left to the device: a test run cannot make such an skb, so this is for the host alone.
@@ -101,6 +103,7 @@ impl Case {
             world: world.clone(),
             program,
             ifindex,
+            came_by: 0,
             input: frame.bytes(),
             expected: Outcome {
                 end,
@@ -117,6 +120,12 @@ impl Case {
             partial: false,
             length: frame.length(),
         }
+    }
+
+    /// Has come in by a device, and leaves by another one.
+    pub(crate) fn came_by(mut self, ifindex: u32) -> Self {
+        self.came_by = ifindex;
+        self
     }
 
     /// Becomes this frame.

@@ -7,6 +7,7 @@ mod broken;
 mod claim;
 mod clash;
 mod classes;
+mod forged;
 mod fragments;
 mod hairpin;
 mod host;
@@ -77,6 +78,7 @@ fn table() -> Table {
     claim::add(&mut table);
     as_node::add(&mut table);
     accelerated::add(&mut table);
+    forged::add(&mut table);
     table
 }
 

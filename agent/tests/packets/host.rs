@@ -14,7 +14,7 @@ use sluice_common::family::lane;
 use sluice_common::fragment::{self, label};
 use sluice_common::header::{TcpHeader, tcp};
 use sluice_common::parse::{self, Headers, Kind};
-use sluice_common::path::policy::is_within;
+use sluice_common::path::policy::{is_foreign, is_within};
 use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict, partner_key};
 use sluice_common::record::{FlowTable, Partner, Place, Refused, Renewal, record};
 use sluice_common::rewrite::{Edit, can_follow, hop, rewrite};
@@ -386,6 +386,19 @@ impl<F: Ip> Memory<F> {
         self.routes = Some(Routes { to_backend: device(flow.destination), to_client: device(flow.source) });
     }
 
+    /// Asks whether the packet's source belongs to the device that it came in by, where the decision depends on it.
+    fn is_foreign(&self, case: &Case, headers: &Headers<F>, decision: &Decision<F>) -> bool {
+        let source = &headers.tuple.source;
+        let egress = matches!(case.program, Program::Egress | Program::EgressBare);
+        let from = if egress { case.came_by } else { case.ifindex };
+        let destination = F::ip(headers.tuple.destination);
+        let bridge = self.world.devices.get(&from).map_or(0, |device| device.bridge);
+        let as_from = if bridge == 0 { from } else { bridge };
+        let route =
+            |as_it_came: bool| world::route_back(destination, F::ip(*source), as_it_came.then_some(as_from));
+        decision.asks_source && is_foreign(egress, source, from, self, route)
+    }
+
     /// Decides as far as two looks at the tables lead.
     fn try_open(&mut self, hook: Hook, headers: &Headers<F>, decision: &mut Decision<F>) {
         path::open_into(hook, headers, self, decision);
@@ -501,6 +514,10 @@ impl<F: Ip> Tables<F> for Memory<F> {
 
     fn is_node_port(&self, port: u16) -> bool {
         self.world.node_ports.contains(&port)
+    }
+
+    fn is_node_address(&self, address: &F::Address) -> bool {
+        self.world.node_addresses.contains_key(&F::ip(*address))
     }
 
     fn serves_node_ports(&self, address: &F::Address) -> bool {
@@ -662,6 +679,9 @@ fn xdp<F: Ip>(
     mut decision: Decision<F>,
     memory: &mut Memory<F>,
 ) -> (End, Noted) {
+    if memory.is_foreign(case, headers, &decision) {
+        return (End::XdpPass, NOTHING);
+    }
     if decision.step != Step::Done {
         memory.try_open(Hook::Xdp, headers, &mut decision);
     }
@@ -708,7 +728,10 @@ fn tc<F: Ip>(
     if ingress && link && !inside && !packet.bytes.starts_with(&world::mac(case.ifindex)) {
         return (End::Next, NOTHING);
     }
-    let recorded = if is_done {
+    if memory.is_foreign(case, headers, &decision) {
+        path::disown(hook, headers, memory, &mut decision);
+    }
+    let recorded = if decision.step == Step::Done {
         record(&mut decision, &mut Partner::default(), memory)
     } else {
         memory.open(hook, headers, &mut decision)

@@ -26,9 +26,12 @@ use super::ip::Ip;
 use super::socket;
 use super::world::{
     self, Affinities, BACKEND_MAC, BRIDGE, Datagrams, EDGE, Exhausted, FOREIGN, Flows, MARK, NARROW,
-    NARROW_MTU, NET_BACKENDS, NET_MARKED, NET_SHORT, OWN, ROUTES, TUNNEL, UPLINK, Version, World,
+    NARROW_MTU, NET_BACKENDS, NET_CLIENTS, NET_FORGED, NET_FRONTENDS, NET_MARKED, NET_NODE, NET_SHORT, OWN,
+    ROUTES, TUNNEL, UPLINK, Version, World,
 };
 
+/// The table with routes to clients behind [`EDGE`].
+const CLIENTS: u32 = 100;
 /// Elements of the hash maps and arrays: far more than most cases fill.
 const SMALL: u32 = 4096;
 /// Entries for the flows of cases that take every port there is: an LRU map evicts before it is full.
@@ -37,6 +40,8 @@ const LARGE: u32 = 131_072;
 const FRAME_MAX: usize = 4096;
 /// Bytes of `struct __sk_buff`, and where its `ifindex` is.
 const SKB: (usize, usize) = (192, 40);
+/// Where its `ingress_ifindex` is.
+const SKB_CAME_BY: usize = 36;
 /// Where its `mark` is.
 const SKB_MARK: usize = 8;
 /// Where its `cb` is.
@@ -116,6 +121,17 @@ fn network() -> Result<()> {
         }
         let marked = world::address(version, NET_MARKED, 0);
         ip(&format!("{flag} rule add fwmark {MARK} lookup {MARK}"))?;
+        // What comes by a pod's device is the pod's, as far as a case does not say otherwise.
+        for net in [NET_FRONTENDS, NET_NODE] {
+            let to = world::address(version, net, 0);
+            ip(&format!("{flag} rule add from {to}/{bits} iif d{EDGE} lookup {EDGE}"))?;
+        }
+        ip(&format!("{flag} rule add from all iif d{EDGE} lookup {CLIENTS}"))?;
+        let clients = world::address(version, NET_CLIENTS, 0);
+        ip(&format!("{flag} route add {clients}/{bits} dev d{EDGE} table {CLIENTS}"))?;
+        let forged = world::address(version, NET_FORGED, 0);
+        ip(&format!("{flag} route add default dev d{EDGE} table {EDGE}"))?;
+        ip(&format!("{flag} route add {forged}/{bits} dev d{UPLINK} table {EDGE}"))?;
         ip(&format!("{flag} route add {marked}/{bits} dev d{UPLINK} table {MARK}"))?;
         for ifindex in [EDGE, UPLINK, TUNNEL, NARROW] {
             let nodad = if version == Version::V4 { "" } else { "nodad" };
@@ -574,6 +590,7 @@ impl Kernel {
             let (length, ifindex) = SKB;
             let mut context = vec![0; length];
             context[ifindex..ifindex + 4].copy_from_slice(&case.ifindex.to_ne_bytes());
+            context[SKB_CAME_BY..SKB_CAME_BY + 4].copy_from_slice(&case.came_by.to_ne_bytes());
             context[SKB_MARK..SKB_MARK + 4].copy_from_slice(&self.mark.to_ne_bytes());
             context[CARRIED..CARRIED + 4].copy_from_slice(&self.carried.to_ne_bytes());
             context

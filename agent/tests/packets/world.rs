@@ -59,7 +59,7 @@ pub(crate) fn address(version: Version, net: u8, host: u8) -> IpAddr {
 }
 
 /// The nets of [`address`] and where their routes lead.
-pub(crate) const ROUTES: [(u8, u32); 9] = [
+pub(crate) const ROUTES: [(u8, u32); 10] = [
     (NET_CLIENTS, UPLINK),
     (NET_BACKENDS, BRIDGE),
     (NET_NARROW, NARROW),
@@ -68,6 +68,7 @@ pub(crate) const ROUTES: [(u8, u32); 9] = [
     (NET_REMOTE, UPLINK),
     (NET_OVERLAY, TUNNEL),
     (NET_SHORT, UPLINK),
+    (NET_FORGED, UPLINK),
     (NET_FRONTENDS, OWN),
 ];
 /// This node's addresses: delivered here.
@@ -89,16 +90,37 @@ pub(crate) const NET_SHORT: u8 = 9;
 /// Routed for packets with [`MARK`] alone.
 pub(crate) const NET_MARKED: u8 = 10;
 pub(crate) const MARK: u32 = 0x77;
+/// Behind the uplink, also for what comes by a pod's device.
+pub(crate) const NET_FORGED: u8 = 11;
 pub(crate) const NET_FRONTENDS: u8 = 96;
+
+/// The net of an [`address`].
+fn net(address: IpAddr) -> u8 {
+    match address {
+        IpAddr::V4(address) => address.octets()[2],
+        IpAddr::V6(address) => address.octets()[7],
+    }
+}
 
 /// The device that a route names, and its MTU.
 pub(crate) fn route(destination: IpAddr) -> Option<(u32, u32)> {
-    let net = match destination {
-        IpAddr::V4(address) => address.octets()[2],
-        IpAddr::V6(address) => address.octets()[7],
-    };
+    let net = net(destination);
     let (_, ifindex) = ROUTES.iter().find(|(routed, _)| *routed == net)?;
     Some((*ifindex, if *ifindex == NARROW || net == NET_SHORT { NARROW_MTU } else { 1500 }))
+}
+
+/// The device that the route from a destination back to its packet's source names, 0: none; the second time, as what came by a
+/// device would go.
+pub(crate) fn route_back(destination: IpAddr, source: IpAddr, came_by: Option<u32>) -> u32 {
+    let is_pods = match net(source) {
+        NET_FORGED => false,
+        NET_CLIENTS => true,
+        _ => matches!(net(destination), NET_FRONTENDS | NET_NODE),
+    };
+    match came_by {
+        Some(EDGE) if is_pods => EDGE,
+        _ => route(source).map_or(0, |(ifindex, _)| ifindex),
+    }
 }
 
 /// The address in [`World::rejects`] that stands for all clients of a device.

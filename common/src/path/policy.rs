@@ -161,3 +161,48 @@ pub fn is_within<F: Family>(prefixes: &[Prefix<F::Address>; abi::PREFIXES], addr
     }
     false
 }
+
+/// Whether a packet's source does not belong to the device that it came in by: somebody else may have forged it.
+///
+/// `from`: that device, 0 for this host itself. `route` answers which device the route to the source names (0: none), first as
+/// this host would send there, then as what came in by `from` would go.
+///
+/// At a pod's device the answer is that of a strict reverse path filter. By an uplink or a fabric device packets may come in although the way
+/// back is another one; but no pod of this node sends by those, nor does the node itself.
+#[inline(always)]
+pub fn is_foreign<F: Family, T: Tables<F>>(
+    egress: bool,
+    source: &F::Address,
+    from: u32,
+    tables: &T,
+    mut route: impl FnMut(bool) -> u32,
+) -> bool {
+    if from == 0 || F::is_of_link(source) {
+        return false;
+    }
+    if tables.is_node_address(source) {
+        // On its way out netfilter may have masqueraded it.
+        return !egress;
+    }
+    let named = route(false);
+    let (role, bridge) = match tables.device(from) {
+        Some(device) => (device.role, device.bridge),
+        None => (0, 0),
+    };
+    if named == from || bridge != 0 && named == bridge {
+        return false;
+    }
+    match role {
+        device::EDGE => {
+            let named = route(true);
+            named != from && (bridge == 0 || named != bridge)
+        }
+        device::UPLINK | device::FABRIC => {
+            let is_way_out = |there: &abi::Device| matches!(there.role, device::UPLINK | device::FABRIC);
+            named != 0 && !tables.device(named).is_some_and(is_way_out)
+        }
+        // What this host sends itself.
+        device::OWN | device::LOOPBACK => false,
+        _ => named != 0,
+    }
+}

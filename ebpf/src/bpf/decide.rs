@@ -64,6 +64,8 @@ pub(super) trait Decide: Maps + Parse {
     fn scratch() -> Option<*mut Scratch<Self>>;
     /// Decides about the packet in this CPU's scratch, met on a device.
     fn decide(ifindex: u32, hook: Hook);
+    /// Takes back what the packet must not do, since its source does not belong where it came in by.
+    fn disown(hook: Hook);
     /// Goes on with a decision that is not done.
     fn open(ifindex: u32, hook: Hook);
     /// Searches a source port for the decision.
@@ -123,7 +125,7 @@ fn try_port<F: Decide>(index: u32) -> i64 {
 }
 
 macro_rules! global {
-    ($family:ident, $decide:ident, $open:ident, $search:ident, $try:ident, $record:ident, $note:ident, $scratch:ident) => {
+    ($family:ident, $decide:ident, $disown:ident, $open:ident, $search:ident, $try:ident, $record:ident, $note:ident, $scratch:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $decide(ifindex: u32, hook: u32) -> u32 {
@@ -132,6 +134,16 @@ macro_rules! global {
             let Scratch { headers, decision, .. } = unsafe { &mut *scratch };
             *decision = Decision::pass(&headers.tuple);
             path::decide_into(hook_of(hook), headers, &Kernel::of(ifindex), decision);
+            0
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $disown(hook: u32) -> u32 {
+            let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
+            // SAFETY: as above.
+            let Scratch { headers, decision, .. } = unsafe { &mut *scratch };
+            path::disown(hook_of(hook), headers, &Kernel::of(0), decision);
             0
         }
 
@@ -201,6 +213,11 @@ macro_rules! global {
             }
 
             #[inline(always)]
+            fn disown(hook: Hook) {
+                let _ = $disown(hook_number(hook));
+            }
+
+            #[inline(always)]
             fn open(ifindex: u32, hook: Hook) {
                 let _ = $open(ifindex, hook_number(hook));
             }
@@ -223,5 +240,5 @@ macro_rules! global {
     };
 }
 
-global!(V4, decide_v4, open_v4, search_v4, try_port_v4, record_v4, note_v4, scratch_v4);
-global!(V6, decide_v6, open_v6, search_v6, try_port_v6, record_v6, note_v6, scratch_v6);
+global!(V4, decide_v4, disown_v4, open_v4, search_v4, try_port_v4, record_v4, note_v4, scratch_v4);
+global!(V6, decide_v6, disown_v6, open_v6, search_v6, try_port_v6, record_v6, note_v6, scratch_v6);

@@ -4,9 +4,11 @@ use core::ffi::c_void;
 
 use aya_ebpf::bindings::{bpf_fib_lookup as Question, bpf_redir_neigh as NextHop};
 use aya_ebpf::helpers::generated::bpf_fib_lookup;
-use sluice_common::{Family, V4, V6};
+use sluice_common::path::policy;
+use sluice_common::{Family, Tables, V4, V6};
 
 use super::decide::{Decide, Scratch};
+use super::tables::Kernel;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -276,4 +278,25 @@ pub(super) fn ask<F: Fib>(ctx: *mut c_void, from: u32, mark: u32) {
     }
     asked.routes.to_client = device::<F>(ctx, &flow.destination, &flow.source, LOOPBACK, mark);
     asked.has_routes = 1;
+}
+
+/// Whether the source of the packet in this CPU's scratch does not belong to the device that it came in by; 0: this host's own.
+#[inline(always)]
+pub(super) fn source_is_foreign<F: Fib>(ctx: *mut c_void, from: u32, mark: u32, egress: bool) -> bool {
+    let Some(scratch) = F::scratch() else { return false };
+    // SAFETY: this CPU's own; nothing else takes a reference here.
+    let tuple = unsafe { &(*scratch).headers.tuple };
+    let tables = &Kernel::of(from);
+    policy::is_foreign::<F, _>(egress, &tuple.source, from, tables, |as_it_came| {
+        let bridge = match <Kernel as Tables<F>>::here(tables) {
+            Some(device) if as_it_came => device.bridge,
+            _ => 0,
+        };
+        let (ifindex, mark) = match (as_it_came, bridge) {
+            (false, _) => (LOOPBACK, 0),
+            (true, 0) => (from, mark),
+            (true, bridge) => (bridge, mark),
+        };
+        device::<F>(ctx, &tuple.destination, &tuple.source, ifindex, mark)
+    })
 }

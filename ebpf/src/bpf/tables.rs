@@ -138,6 +138,12 @@ impl<F: Maps> Tables<F> for Kernel {
     }
 
     #[inline(always)]
+    fn is_node_address(&self, address: &F::Address) -> bool {
+        // SAFETY: as in `flow`.
+        unsafe { F::node_addresses().get(address) }.is_some()
+    }
+
+    #[inline(always)]
     fn serves_node_ports(&self, address: &F::Address) -> bool {
         // SAFETY: as in `flow`.
         match unsafe { F::node_addresses().get(address) } {

@@ -27,7 +27,7 @@ use super::clock::now_ns;
 use super::count;
 use super::decide::{Asked, Decide, Scratch};
 use super::events::Tell;
-use super::fib::{Fib, Forwarded, LOOPBACK, Target, Way, ask, forward, neighbour, route};
+use super::fib::{Fib, Forwarded, LOOPBACK, Target, Way, ask, forward, neighbour, route, source_is_foreign};
 use super::maps;
 use super::skb::Skb;
 use super::xdp::XDP_DONE;
@@ -113,6 +113,8 @@ fn set_done(skb: *mut __sk_buff, hook: Hook) {
 trait Tc: Fib + Answer + Tell {
     /// Reads the packet into this CPU's scratch, by a global function (see `decide`); 0 when it is too short.
     fn read(skb: *mut __sk_buff, offset: u32) -> u32;
+    /// Asks, by a global function, whether the source of the packet in this CPU's scratch does not belong to the device that it came in by.
+    fn source(skb: *mut __sk_buff, from: u32, mark: u32, egress: u32) -> u32;
     /// The client's key in the rate limiter.
     fn reject_key(address: &Self::Address) -> RejectKey;
     /// Fills in the tuple of a packet that answers a flow; its size in bytes.
@@ -124,7 +126,13 @@ trait Tc: Fib + Answer + Tell {
 }
 
 macro_rules! read {
-    ($family:ident, $read:ident) => {
+    ($family:ident, $read:ident, $source:ident) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $source(skb: *mut __sk_buff, from: u32, mark: u32, egress: u32) -> u32 {
+            u32::from(source_is_foreign::<$family>(skb.cast(), from, mark, egress != 0))
+        }
+
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $read(skb: *mut __sk_buff, offset: u32) -> u32 {
@@ -140,13 +148,18 @@ macro_rules! read {
     };
 }
 
-read!(V4, tc_read_v4);
-read!(V6, tc_read_v6);
+read!(V4, tc_read_v4, tc_source_v4);
+read!(V6, tc_read_v6, tc_source_v6);
 
 impl Tc for V4 {
     #[inline(always)]
     fn read(skb: *mut __sk_buff, offset: u32) -> u32 {
         tc_read_v4(skb, offset)
+    }
+
+    #[inline(always)]
+    fn source(skb: *mut __sk_buff, from: u32, mark: u32, egress: u32) -> u32 {
+        tc_source_v4(skb, from, mark, egress)
     }
 
     #[inline(always)]
@@ -182,6 +195,11 @@ impl Tc for V6 {
     #[inline(always)]
     fn read(skb: *mut __sk_buff, offset: u32) -> u32 {
         tc_read_v6(skb, offset)
+    }
+
+    #[inline(always)]
+    fn source(skb: *mut __sk_buff, from: u32, mark: u32, egress: u32) -> u32 {
+        tc_source_v6(skb, from, mark, egress)
     }
 
     #[inline(always)]
@@ -254,7 +272,12 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     if LINK != 0 && hook == Hook::Ingress && is_for_others(skb) != 0 {
         return NEXT;
     }
-    let number = if decision.step == Step::Done { F::record() } else { open::<F>(skb, hook) };
+    if decision.asks_source && is_foreign::<F>(skb, hook) {
+        F::disown(hook);
+    }
+    // SAFETY: as above.
+    let is_done = unsafe { (*scratch).decision.step } == Step::Done;
+    let number = if is_done { F::record() } else { open::<F>(skb, hook) };
     let refusal = refusal(number);
     // SAFETY: as above.
     if unsafe { (*scratch).decision.datagram } {
@@ -507,6 +530,17 @@ fn comes_from(skb: *mut __sk_buff, hook: Hook) -> u32 {
         Some(device) if device.bridge != 0 => device.bridge,
         _ => here,
     }
+}
+
+/// Whether the packet's source does not belong to the device that it came in by.
+#[inline(always)]
+fn is_foreign<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> bool {
+    // Both are read, one at a time: the verifier takes no address of a field that is computed.
+    // SAFETY: the context is valid while the program runs.
+    let came_by = core::hint::black_box(unsafe { (*skb).ingress_ifindex });
+    let here = core::hint::black_box(ifindex(skb));
+    let egress = hook == Hook::Egress;
+    F::source(skb, if egress { came_by } else { here }, mark(skb), u32::from(egress)) != 0
 }
 
 /// The length of a packet with its IP header, or that of a segment where the device will cut it.

@@ -15,7 +15,7 @@ use sluice_common::{Family, Packet, V4, V6};
 use super::count;
 use super::decide::{Asked, Decide, Scratch};
 use super::events::Tell;
-use super::fib::{Fib, ask};
+use super::fib::{Fib, ask, source_is_foreign};
 use super::maps;
 use super::sctp::sctp_updated;
 use super::skb::bounded;
@@ -113,10 +113,18 @@ pub(super) fn run(ctx: *mut xdp_md) -> u32 {
 trait Read: Tell + Fib {
     /// Reads the frame into this CPU's scratch; 0 when it is too short.
     fn read(ctx: *mut xdp_md, offset: u32) -> u32;
+    /// Asks whether the source of the frame in this CPU's scratch does not belong to the device that it came in by.
+    fn source(ctx: *mut xdp_md, from: u32) -> u32;
 }
 
 macro_rules! read {
-    ($family:ident, $read:ident) => {
+    ($family:ident, $read:ident, $source:ident) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $source(ctx: *mut xdp_md, from: u32) -> u32 {
+            u32::from(source_is_foreign::<$family>(ctx.cast(), from, 0, false))
+        }
+
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $read(ctx: *mut xdp_md, offset: u32) -> u32 {
@@ -134,12 +142,17 @@ macro_rules! read {
             fn read(ctx: *mut xdp_md, offset: u32) -> u32 {
                 $read(ctx, offset)
             }
+
+            #[inline(always)]
+            fn source(ctx: *mut xdp_md, from: u32) -> u32 {
+                $source(ctx, from)
+            }
         }
     };
 }
 
-read!(V4, xdp_read_v4);
-read!(V6, xdp_read_v6);
+read!(V4, xdp_read_v4, xdp_source_v4);
+read!(V6, xdp_read_v6, xdp_source_v6);
 
 #[inline(never)]
 fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
@@ -150,6 +163,11 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     // SAFETY: the context is valid while the program runs.
     let ifindex = unsafe { (*ctx).ingress_ifindex };
     F::decide(ifindex, Hook::Xdp);
+    // SAFETY: this CPU's own; no reference is kept.
+    if unsafe { (*scratch).decision.asks_source } && F::source(ctx, ifindex) != 0 {
+        // tc finds the same, and what follows from it.
+        return xdp_action::XDP_PASS;
+    }
     // SAFETY: this CPU's own; no reference is kept.
     if unsafe { (*scratch).decision.step } != Step::Done {
         // SAFETY: as above.

@@ -297,6 +297,7 @@ fn own_address(table: &mut Table, cast: &Cast) {
     let node_port = cast.frontend(node);
     let mut held = cast.world().kind(ONE, frontend::EXTERNAL_IP);
     *held.listing.entry(cast.frontend.ip()).or_default() |= listing::NODE;
+    let _ = held.node_addresses.insert(cast.frontend.ip(), 0);
     for (where_to, cast, world) in [
         ("a node port", node_port, super::node_ports::world(&node_port, ONE)),
         ("a frontend that a device holds", *cast, held),

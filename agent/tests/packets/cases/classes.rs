@@ -12,7 +12,7 @@ use super::masquerade::as_met;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{RST, TCP};
 use crate::packets::world::{
-    Cast, Connection, EDGE, NET_PODS, ONE, SPARE, TUNNEL, UPLINK, Version, World, address, mac,
+    Cast, Connection, EDGE, NET_PODS, NET_REMOTE, ONE, SPARE, TUNNEL, UPLINK, Version, World, address, mac,
 };
 
 /// Adds the cases.
@@ -183,11 +183,11 @@ fn drops(table: &mut Table, cast: &Cast) {
 /// How a client is known to be a local pod.
 fn detectors(table: &mut Table, cast: &Cast) {
     let title = cast.title();
-    let pod = cast.client_in(NET_PODS);
+    let (pod, far) = (cast.client_in(NET_PODS), cast.client_in(NET_REMOTE));
     for (what, cast, ifindex, detector, flags, class) in [
         ("by device, a pod's link", cast, EDGE, detect_local::DEVICE, device_flags::LOCAL_PODS, 1),
         ("by device, a link that is no pod's", &pod, EDGE, detect_local::DEVICE, 0, 2),
-        ("by device, a pod's address on the uplink", &pod, UPLINK, detect_local::DEVICE, 0, 2),
+        ("by device, a pod's address on the uplink", &far, UPLINK, detect_local::DEVICE, 0, 2),
         (
             "by some devices, a pod's link",
             cast,
@@ -198,12 +198,12 @@ fn detectors(table: &mut Table, cast: &Cast) {
         ),
         ("by some devices, a link that is none of them", &pod, EDGE, detect_local::SOME_DEVICES, 0, 2),
         ("by address, a pod's", &pod, EDGE, detect_local::ADDRESS, 0, 1),
-        ("by address, a pod's address on the uplink", &pod, UPLINK, detect_local::ADDRESS, 0, 1),
+        ("by address, a pod's address on the uplink", &far, UPLINK, detect_local::ADDRESS, 0, 1),
         ("by address, a stranger's", cast, EDGE, detect_local::ADDRESS, device_flags::LOCAL_PODS, 2),
         ("not at all, a pod's address and link", &pod, EDGE, detect_local::NONE, device_flags::LOCAL_PODS, 2),
     ] {
         let world = cast.world().kind(ONE, frontend::LOAD_BALANCER).modes(masquerade::NEEDED, detector);
-        let mut world = world.pods(vec![cast.prefix(90), cast.prefix(NET_PODS)]);
+        let mut world = world.pods(vec![cast.prefix(90), cast.prefix(NET_PODS), cast.prefix(NET_REMOTE)]);
         let backends = three(cast, &mut world);
         world.devices.get_mut(&ifindex).expect("the device").flags = flags;
         let connection = as_met(cast, &world, ifindex, &backends[class]);

@@ -10,7 +10,7 @@ use super::Table;
 use super::reject::time_exceeded;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{ACK, Frame, SYN, TCP};
-use crate::packets::world::{Cast, Connection, EDGE, ONE, TUNNEL};
+use crate::packets::world::{Cast, Connection, EDGE, NET_OVERLAY, ONE, TUNNEL};
 
 /// Adds the cases.
 pub(super) fn add(table: &mut Table) {
@@ -36,18 +36,20 @@ pub(super) fn add(table: &mut Table) {
             .embryonic([connection.both()])
             .marks(mark::HOST),
         );
+        let bare = cast.backend_in(NET_OVERLAY);
+        let of_bare = SocketAddr::new(bare.backend.ip(), client.port());
         table.add(
             Case::new(
                 format!("{title}: the same without a link header"),
-                &cast.world(),
+                &bare.world(),
                 Program::IngressBare,
                 TUNNEL,
-                &first.clone().bare(),
+                &first.clone().from(of_bare).bare(),
             )
-            .becomes(&turned.bare())
+            .becomes(&turned.to(bare.backend).bare())
             .ends(End::Redirect)
             .opens(ONE)
-            .embryonic([connection.both()])
+            .embryonic([Connection { client: of_bare, backend: bare.backend, ..connection }.both()])
             .marks(mark::HOST),
         );
         table.add(

@@ -11,8 +11,8 @@ use super::clash::{of_host, of_host_at};
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{ACK, Frame, SYN, TCP};
 use crate::packets::world::{
-    Cast, Connection, NARROW_MTU, NET_NARROW, NET_SHORT, NET_UNROUTED, ONE, OWN, TUNNEL, UPLINK, World,
-    address, mac, tuple,
+    Cast, Connection, NARROW_MTU, NET_NARROW, NET_REMOTE, NET_SHORT, NET_UNROUTED, ONE, OWN, TUNNEL, UPLINK,
+    World, address, mac, tuple,
 };
 
 /// Adds the cases.
@@ -158,6 +158,7 @@ fn sizes(table: &mut Table, cast: &Cast, connection: Connection, what: &str, net
 
 fn answer(table: &mut Table, cast: &Cast) {
     let title = cast.title();
+    let cast = &cast.backend_in(NET_REMOTE);
     let connection = connection(cast);
     let world = cast.world().embryonic(connection.both()).marks(mark::HOST);
     let frame = match cast.protocol {

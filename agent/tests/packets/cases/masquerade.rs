@@ -185,9 +185,9 @@ const CLIENTS: [(&str, u8, u32, Place); 7] = [
     ("a pod, a remote backend", NET_PODS, EDGE, REMOTE),
     ("a client outside, a local backend", NET_CLIENTS, UPLINK, LOCAL),
     ("a client outside, a remote backend", NET_CLIENTS, UPLINK, OVERLAY),
-    ("a client without a way back, a local backend", NET_FOREIGN, UPLINK, LOCAL),
-    ("another node's pod, a local backend", NET_PODS, UPLINK, LOCAL),
-    ("another node's pod, a remote backend", NET_PODS, UPLINK, OVERLAY),
+    ("a client without a way back, a local backend", NET_UNROUTED, UPLINK, LOCAL),
+    ("another node's pod, a local backend", NET_REMOTE, UPLINK, LOCAL),
+    ("another node's pod, a remote backend", NET_REMOTE, UPLINK, OVERLAY),
 ];
 
 const FRONTENDS: [(&str, u32, u32); 3] = [
@@ -203,19 +203,19 @@ fn matrix(table: &mut Table, cast: &Cast) {
             for ((who, net, ifindex, place), letter) in CLIENTS.into_iter().zip(letters.chars()) {
                 let (cast, world) = place.set(&cast.client_in(net));
                 let world = world.kind(ONE, kind).modes(mode, detector);
-                let mut world = world.pods(vec![cast.prefix(NET_PODS)]);
+                let mut world = world.pods(vec![cast.prefix(NET_PODS), cast.prefix(NET_REMOTE)]);
                 world.port(ONE).flags = flags;
                 let name = format!(
                     "{title}: masquerading {mode_name}, local pods by {detector_name}, {frontend_name}, {who}"
                 );
                 table.add(match letter {
                     'k' => opens(name, &cast, &world, ifindex, &place.kept(&cast)),
-                    _ if net == NET_FOREIGN => refused(name, &cast, &world, ifindex),
+                    _ if net == NET_UNROUTED => refused(name, &cast, &world, ifindex),
                     _ => opens(name, &cast, &world, ifindex, &place.masqueraded(&cast)),
                 });
             }
             // A backend at an address of the node itself answers by this node alone.
-            for (who, net, ifindex) in [("a pod", NET_PODS, EDGE), ("a client outside", NET_FOREIGN, UPLINK)]
+            for (who, net, ifindex) in [("a pod", NET_PODS, EDGE), ("a client outside", NET_UNROUTED, UPLINK)]
             {
                 let cast = Cast { backend: SocketAddr::new(cast.node, cast.backend.port()), ..*cast };
                 let cast = cast.client_in(net);
@@ -254,7 +254,7 @@ fn other_family(table: &mut Table, cast: &Cast) {
                 );
                 table.add(match letter {
                     'k' => opens(name, &cast, &world, ifindex, &place.kept(&cast)),
-                    _ if net == NET_FOREIGN => refused(name, &cast, &world, ifindex),
+                    _ if net == NET_UNROUTED => refused(name, &cast, &world, ifindex),
                     _ => opens(name, &cast, &world, ifindex, &place.masqueraded(&cast)),
                 });
             }
@@ -347,8 +347,13 @@ fn ways_back(table: &mut Table, cast: &Cast) {
         {
             let name = format!("{title}: {frontend_name}, the client outside is reached {what}");
             let world = world.clone().kind(ONE, kind);
-            table.add(if kept {
-                opens(name, &cast, &world, UPLINK, &LOCAL.kept(&cast))
+            let connection = LOCAL.kept(&cast);
+            table.add(if net == NET_PODS {
+                // Whoever has a pod's link does not come by the uplink: somebody else, whose port is another one.
+                let seen_as = tried(&cast, cast.frontend, 1);
+                opens(name, &cast, &world, UPLINK, &connection.seen_as(seen_as))
+            } else if kept {
+                opens(name, &cast, &world, UPLINK, &connection)
             } else {
                 refused(name, &cast, &world, UPLINK)
             });

@@ -129,7 +129,7 @@ fn meetings(
 }
 
 /// Both flows.
-fn flows_of(one: &Connection, other: &Connection) -> Flows {
+pub(super) fn flows_of(one: &Connection, other: &Connection) -> Flows {
     let mut flows = one.both();
     flows.extend(other.both());
     flows

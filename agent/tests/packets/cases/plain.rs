@@ -6,7 +6,7 @@ use super::Table;
 use crate::packets::case::{Case, Program};
 use crate::packets::frame::{ACK, FIN, Frame, RST, SEQUENCE, SYN, TCP, UDP};
 use crate::packets::world::{
-    BRIDGE, Cast, Connection, EDGE, GENERATION, NET_CLIENTS, ONE, SPARE, UPLINK, address, mac,
+    BRIDGE, Cast, Connection, EDGE, GENERATION, NET_BACKENDS, NET_CLIENTS, ONE, SPARE, UPLINK, address, mac,
 };
 
 /// Adds the cases.
@@ -264,6 +264,9 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
             .opens(ONE)
             .embryonic([cast.connection().both()]),
     );
+    // A port's pods are routed to by the bridge.
+    let cast = &cast.client_in(NET_BACKENDS);
+    let first = cast.first(cast.client, frontend);
     let mut bridged = cast.world();
     bridged.devices.get_mut(&EDGE).expect("the edge").bridge = BRIDGE;
     let name = format!("{title}: a backend on the client's bridge gets the frame from the bridge");

@@ -1,0 +1,301 @@
+//! Packets with somebody else's source, on a node that filters no source: they break what they break without us.
+//!
+//! test-threads: 2
+
+mod lab_support;
+mod raw_support;
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab_support::{
+    Cluster, DNS, DNS_TARGET, ECHO, ECHO_TARGET, Plan, SOON, WEB, addresses_of_client, addresses_of_pod,
+    cluster_ip, external_ip, listed, skip, until_backends,
+};
+use raw_support::{ACK, FIN, Frame, Mac, RST, SYN, segment, to_node, to_uplink};
+use sluice_lab::{Namespace, NodeOptions, PacketSocket, Pod, RpFilter};
+
+/// A connection to an echo server, and the numbers that its endpoint expects.
+struct Conversation {
+    what: String,
+    stream: TcpStream,
+    local: SocketAddr,
+    /// Sees what the client receives.
+    wire: PacketSocket,
+    /// Whom the client speaks to.
+    to: SocketAddr,
+    sequence: u32,
+    acknowledgment: u32,
+}
+
+impl Conversation {
+    fn open(client: &Namespace, what: &str, to: SocketAddr) -> Result<Self> {
+        let wire = client.packet_socket("eth0")?;
+        let stream = client
+            .enter(|| TcpStream::connect_timeout(&to, SOON))?
+            .with_context(|| format!("{what}: {to}"))?;
+        stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+        stream.set_nodelay(true)?;
+        let local = stream.local_addr()?;
+        let what = format!("{what}, {to}");
+        let mut this = Self { what, stream, local, wire, to, sequence: 0, acknowledgment: 0 };
+        this.goes_on("at first")?;
+        Ok(this)
+    }
+
+    /// Asks once more, and learns the numbers.
+    fn goes_on(&mut self, after: &str) -> Result<()> {
+        self.echoes().with_context(|| format!("{} after {after}", self.what))?;
+        // The answer to what was asked acknowledges it.
+        let last = self.wire.receive(SOON, |frame| {
+            segment(frame).is_some_and(|segment| {
+                segment.source == self.to && segment.destination == self.local && segment.length > 0
+            })
+        })?;
+        let mut last = segment(&last).context("a segment")?;
+        while let Ok(frame) = self.wire.receive(Duration::from_millis(1), |frame| {
+            segment(frame).is_some_and(|segment| {
+                segment.source == self.to && segment.destination == self.local && segment.length > 0
+            })
+        }) {
+            last = segment(&frame).context("a segment")?;
+        }
+        self.sequence = last.acknowledgment;
+        self.acknowledgment = last.sequence.wrapping_add(last.length);
+        Ok(())
+    }
+
+    fn echoes(&mut self) -> Result<()> {
+        self.stream.write_all(b"still\n")?;
+        let mut answer = Vec::new();
+        while !answer.ends_with(b" still\n") {
+            let mut bytes = [0; 256];
+            let count = self.stream.read(&mut bytes)?;
+            ensure!(count != 0, "it has ended");
+            answer.extend(&bytes[..count]);
+        }
+        Ok(())
+    }
+}
+
+/// Somebody who sends with others' addresses.
+struct Forger {
+    who: &'static str,
+    socket: PacketSocket,
+    link: [Mac; 2],
+}
+
+impl Forger {
+    fn pod(cluster: &Cluster, pod: &Pod) -> Result<Self> {
+        let link = to_node(pod, cluster.node())?;
+        Ok(Self { who: "a pod", socket: pod.packet_socket("eth0")?, link })
+    }
+
+    fn outside(cluster: &Cluster) -> Result<Self> {
+        let (node, router) = (cluster.node(), cluster.lab.router());
+        let link = to_uplink(node, router)?;
+        Ok(Self { who: "somebody outside", socket: router.packet_socket(node.uplink_peer())?, link })
+    }
+
+    fn send(
+        &self,
+        source: SocketAddr,
+        destination: SocketAddr,
+        flags: Option<u8>,
+        numbers: [u32; 2],
+    ) -> Result<()> {
+        let [sequence, acknowledgment] = numbers;
+        let frame = Frame { link: self.link, source, destination, flags, sequence, acknowledgment };
+        self.socket.send(&frame.bytes())
+    }
+
+    /// Segments of a connection's client, to any address, that no endpoint takes for the client's: of any number, and of
+    /// numbers that are near.
+    fn attack(&self, victim: &Conversation, to: SocketAddr) -> Result<()> {
+        for round in 1..4_u32 {
+            let far = [round.wrapping_mul(0x9e37_79b9), round.wrapping_mul(0x85eb_ca6b)];
+            for flags in [RST, RST | ACK, FIN | ACK, SYN | ACK, SYN, ACK, SYN | ACK] {
+                self.send(victim.local, to, Some(flags), far)?;
+            }
+            let near = [victim.sequence.wrapping_add(100 + round), victim.acknowledgment];
+            for flags in [RST, RST | ACK, SYN, ACK, SYN | ACK] {
+                self.send(victim.local, to, Some(flags), near)?;
+            }
+            // And of its endpoint.
+            let numbers = [victim.acknowledgment.wrapping_add(100_000_000), victim.sequence];
+            for flags in [RST, RST | ACK, FIN | ACK] {
+                self.send(to, victim.local, Some(flags), numbers)?;
+            }
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        Ok(())
+    }
+}
+
+/// A pod, its endpoint, and those who forge.
+struct Stage {
+    cluster: Cluster,
+    forgers: Vec<Forger>,
+}
+
+impl Stage {
+    /// Without agents so far.
+    fn new(name: &str) -> Result<Self> {
+        let node = NodeOptions { rp_filter: RpFilter::Off, ..NodeOptions::default() };
+        let cluster = Cluster::without_agents(name, &Plan { near: 2, node, ..Plan::default() })?;
+        cluster.manifests.write(&lab_support::service("web", WEB).backends(&cluster.backends[..1]))?;
+        let forger = cluster.node().pod("forger")?;
+        let forgers = vec![Forger::pod(&cluster, &forger)?, Forger::outside(&cluster)?];
+        Ok(Self { cluster, forgers })
+    }
+
+    fn endpoint(&self, family: usize, port: u16) -> SocketAddr {
+        SocketAddr::new(addresses_of_pod(&self.cluster.backends[0])[family], port)
+    }
+
+    /// The state that forged packets have left.
+    fn marked(&self, local: IpAddr) -> Result<Vec<String>> {
+        let flows = listed(self.cluster.node(), &["flows"])?;
+        let text = flows.iter().map(ToString::to_string);
+        Ok(text
+            .filter(|flow| {
+                flow.contains(&local.to_string()) && (flow.contains("reset") || flow.contains("-fin"))
+            })
+            .collect())
+    }
+}
+
+/// Forges against connections to an endpoint, one after the other; each has to go on.
+fn forge(
+    stage: &Stage,
+    victims: &mut [Conversation],
+    others: &[SocketAddr],
+    endpoint: SocketAddr,
+) -> Result<()> {
+    for victim in victims {
+        for forger in &stage.forgers {
+            for to in others.iter().chain([&victim.to.clone(), &endpoint]) {
+                forger.attack(victim, *to)?;
+                victim.goes_on(&format!("segments to {to} that {} forged", forger.who))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A reset of the right number ends a connection, whoever sends it: what is forged gets there.
+fn ends_by_the_right_number(stage: &Stage, victim: &mut Conversation, to: SocketAddr) -> Result<()> {
+    let [forger, _] = &stage.forgers[..] else { unreachable!("two forgers") };
+    let numbers = [victim.sequence, victim.acknowledgment];
+    forger.send(victim.local, to, Some(RST), numbers)?;
+    std::thread::sleep(Duration::from_millis(100));
+    ensure!(victim.echoes().is_err(), "{} goes on after a reset of its own number", victim.what);
+    Ok(())
+}
+
+#[test]
+fn forged_segments_break_what_they_break_without_us() -> Result<()> {
+    if skip("forged_segments_break_what_they_break") {
+        return Ok(());
+    }
+    let mut stage = Stage::new("forgers")?;
+    for family in 0..2 {
+        let endpoint = stage.endpoint(family, ECHO_TARGET);
+        let client = stage.cluster.client.clone();
+        let mut direct = [Conversation::open(&client, "control", endpoint)?];
+        forge(&stage, &mut direct, &[], endpoint)?;
+        ends_by_the_right_number(&stage, &mut direct[0], endpoint)?;
+    }
+    stage.cluster.start_agents(&["--socket-path=off"])?;
+    until_backends(stage.cluster.node(), "web", 1)?;
+    for family in 0..2 {
+        let endpoint = stage.endpoint(family, ECHO_TARGET);
+        let vips = [cluster_ip(WEB)[family], external_ip(WEB)[family]].map(|vip| SocketAddr::new(vip, ECHO));
+        let client = stage.cluster.client.clone();
+        let mut victims = vec![
+            Conversation::open(&client, "a direct connection", endpoint)?,
+            Conversation::open(&client, "a connection by the ClusterIP", vips[0])?,
+            Conversation::open(&client, "a connection by the balancer's address", vips[1])?,
+        ];
+        // From here on no slot leads to their endpoint: what is lost is lost.
+        stage
+            .cluster
+            .manifests
+            .write(&lab_support::service("web", WEB).backends(&stage.cluster.backends[1..]))?;
+        until_backends(stage.cluster.node(), "web", 1)?;
+        forge(&stage, &mut victims, &vips, endpoint)?;
+        let marked = stage.marked(addresses_of_pod(&client)[family])?;
+        ensure!(marked.is_empty(), "forged segments have changed {marked:#?}");
+        for victim in &mut victims {
+            let to = victim.to;
+            ends_by_the_right_number(&stage, victim, to)?;
+        }
+        stage
+            .cluster
+            .manifests
+            .write(&lab_support::service("web", WEB).backends(&stage.cluster.backends[..1]))?;
+        until_backends(stage.cluster.node(), "web", 1)?;
+    }
+    Ok(())
+}
+
+/// A connected UDP socket asks once; its kernel takes an answer from nobody else.
+fn asks(socket: &UdpSocket, what: &str) -> Result<()> {
+    let _ = socket.send(b"still")?;
+    let mut bytes = [0; 256];
+    let count = socket.recv(&mut bytes).with_context(|| format!("{what}: no answer"))?;
+    ensure!(bytes[..count].ends_with(b" still"), "{what}: {:?}", String::from_utf8_lossy(&bytes[..count]));
+    Ok(())
+}
+
+#[test]
+fn forged_datagrams_turn_nobodys_answers() -> Result<()> {
+    if skip("forged_datagrams_turn_nobodys_answers") {
+        return Ok(());
+    }
+    let mut stage = Stage::new("datagrams")?;
+    stage.cluster.start_agents(&["--socket-path=off"])?;
+    until_backends(stage.cluster.node(), "web", 1)?;
+    for family in 0..2 {
+        let endpoint = stage.endpoint(family, DNS_TARGET);
+        let vips = [cluster_ip(WEB)[family], external_ip(WEB)[family]].map(|vip| SocketAddr::new(vip, DNS));
+        for (what, to) in
+            [("directly", endpoint), ("by the ClusterIP", vips[0]), ("by the balancer's address", vips[1])]
+        {
+            let socket = stage.cluster.client.enter(|| -> Result<UdpSocket> {
+                let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+                let socket = UdpSocket::bind((any, 0))?;
+                socket.connect(to)?;
+                socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+                Ok(socket)
+            })??;
+            asks(&socket, what)?;
+            let local = socket.local_addr()?;
+            for forger in &stage.forgers {
+                for vip in vips {
+                    for _ in 0..3 {
+                        forger.send(local, vip, None, [0; 2])?;
+                    }
+                    std::thread::sleep(Duration::from_millis(50));
+                    // What was forged is answered as well: to the one whose address it has, who asked something else.
+                    socket.set_nonblocking(true)?;
+                    while socket.recv(&mut [0; 256]).is_ok() {}
+                    socket.set_nonblocking(false)?;
+                    asks(
+                        &socket,
+                        &format!("{what}, {to}, after datagrams to {vip} that {} forged", forger.who),
+                    )?;
+                }
+            }
+        }
+        // By its own device a packet is its pod's, and by the uplink it is somebody's outside.
+        let outside = addresses_of_client(&stage.cluster.outside)[family];
+        let socket = stage.cluster.outside.enter(|| UdpSocket::bind((outside, 0)))??;
+        socket.connect(vips[1])?;
+        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+        asks(&socket, "outside")?;
+    }
+    Ok(())
+}
