@@ -1,22 +1,22 @@
 //! What packets that nobody has answered cost others: nothing.
 //!
-//! test-threads: 1
+//! test-threads: 2
 
 mod lab_support;
 mod raw_support;
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use lab_support::{
-    Cluster, DNS, ECHO, ECHO_TARGET, Plan, SOON, WEB, external_ip, flush, number, reasons, skip, status,
-    until_backends, word,
+    Cluster, DNS, ECHO, ECHO_TARGET, Plan, SOON, WEB, addresses_of_client, addresses_of_node, external_ip,
+    flush, number, reasons, skip, status, until_backends, word,
 };
 use raw_support::{ACK, FIN, Frame, RST, SYN, to_node, to_uplink};
-use sluice_lab::Node;
+use sluice_lab::{Node, Port};
 
 /// Runs this thread on one CPU.
 fn pin(cpu: usize) {
@@ -156,7 +156,7 @@ fn idle_connections_to_a_draining_endpoint_live_through_floods() -> Result<()> {
         let recovered = recovered()? - before;
         ensure!(recovered > 300_000, "the flood did not get here: {recovered}");
         flood.send(400_000, &[Some(SYN), Some(ACK)])?;
-        flood.send(200_000, &[Some(ACK), Some(FIN | ACK)])?;
+        flood.send(100_000, &[Some(ACK), Some(FIN | ACK)])?;
         Flood::new(&cluster, family, DNS)?.send(200_000, &[None, None])?;
     }
     let started = Instant::now();
@@ -185,6 +185,78 @@ fn idle_connections_to_a_draining_endpoint_live_through_floods() -> Result<()> {
             lost == IDLE - half,
             "only {lost} of {} are lost without entries, family {family}",
             IDLE - half
+        );
+    }
+    Ok(())
+}
+
+/// Of each family: idle connections by a node port, and those that come and go in the same table.
+const BY_NODE_PORT: usize = 14;
+const FINISHED: usize = 4_000;
+/// What the table holds: flows of two entries.
+const FEW_FLOWS: &str = "--flows-max=1024";
+const NODE_ECHO: u16 = 30_007;
+const NODE_SILENT: u16 = 30_070;
+const SILENT_TARGET: u16 = 7_070;
+
+/// A port whose server the test is itself: it says something when it likes.
+struct Held {
+    client: TcpStream,
+    server: TcpStream,
+}
+
+impl Held {
+    fn open(cluster: &Cluster, listener: &TcpListener, to: SocketAddr) -> Result<Self> {
+        let client = cluster.outside.enter(|| TcpStream::connect_timeout(&to, SOON))??;
+        client.set_read_timeout(Some(Duration::from_secs(1)))?;
+        let (server, from) = listener.accept()?;
+        let source = addresses_of_client(&cluster.outside)[usize::from(to.is_ipv6())];
+        ensure!(from.ip().to_canonical() == source, "the server sees {from} instead of {source}");
+        let mut this = Self { client, server };
+        this.server_speaks()?;
+        Ok(this)
+    }
+
+    fn server_speaks(&mut self) -> Result<()> {
+        self.server.write_all(b"news\n")?;
+        self.client.read_exact(&mut [0; 5])?;
+        Ok(())
+    }
+}
+
+#[test]
+fn idle_connections_by_a_node_port_live_beside_finished_ones() -> Result<()> {
+    if skip("idle_connections_by_a_node_port") {
+        return Ok(());
+    }
+    let mut cluster = Cluster::without_agents("finished", &Plan { near: 1, ..Plan::default() })?;
+    let web = lab_support::service("web", WEB)
+        .port(Port::tcp("node-echo", 17, ECHO_TARGET).node_port(NODE_ECHO))
+        .port(Port::tcp("silent", 70, SILENT_TARGET).node_port(NODE_SILENT))
+        .spec("externalTrafficPolicy: Local")
+        .backends(&cluster.backends);
+    cluster.manifests.write(&web)?;
+    cluster.start_agents(&["--socket-path=off", FEW_FLOWS])?;
+    let node = cluster.node().clone();
+    until_backends(&node, "web", 1)?;
+    let any = IpAddr::from([0_u16; 8]);
+    let listener = cluster.backends[0].enter(|| TcpListener::bind((any, SILENT_TARGET)))??;
+    for (family, address) in addresses_of_node(&node).into_iter().enumerate() {
+        let silent = SocketAddr::new(address, NODE_SILENT);
+        let mut held =
+            (0..BY_NODE_PORT).map(|_| Held::open(&cluster, &listener, silent)).collect::<Result<Vec<_>>>()?;
+        let to = SocketAddr::new(address, NODE_ECHO);
+        cluster.outside.enter(move || come_and_go(to, FINISHED))??;
+        let (some, others) = held.split_at_mut(BY_NODE_PORT - 2);
+        let lost: Vec<_> = some.iter_mut().filter_map(|held| held.server_speaks().err()).collect();
+        ensure!(lost.is_empty(), "{} of {} are lost, family {family}: {lost:?}", lost.len(), some.len());
+        // The control: a node port's flow whose entries are lost is reset.
+        let _ = flush(&node, ["flows_v4", "flows_v6"][family])?;
+        let lost = others.iter_mut().filter_map(|held| held.server_speaks().err()).count();
+        ensure!(
+            lost == others.len(),
+            "only {lost} of {} are lost without entries, family {family}",
+            others.len()
         );
     }
     Ok(())
