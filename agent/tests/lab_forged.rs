@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, DNS, DNS_TARGET, ECHO, ECHO_TARGET, Plan, SOON, WEB, addresses_of_client, addresses_of_pod,
-    cluster_ip, external_ip, listed, skip, until_backends, word,
+    Cluster, ECHO, ECHO_TARGET, Plan, SOON, WEB, addresses_of_pod, cluster_ip, external_ip, listed, skip,
+    until_backends, word,
 };
 use raw_support::{ACK, FIN, Frame, Mac, RST, SYN, segment, to_node, to_uplink};
 use serde_json::Value;
-use sluice_lab::{Namespace, NodeOptions, PacketSocket, Pod, RpFilter};
+use sluice_lab::{Namespace, NodeOptions, PacketSocket, Pod, Port, RpFilter};
 
 /// A connection to an echo server, and the numbers that its endpoint expects.
 struct Conversation {
@@ -243,13 +243,37 @@ fn forged_segments_break_what_they_break_without_us() -> Result<()> {
     Ok(())
 }
 
-/// A connected UDP socket asks once; its kernel takes an answer from nobody else.
-fn asks(socket: &UdpSocket, what: &str) -> Result<()> {
-    let _ = socket.send(b"still")?;
-    let mut bytes = [0; 256];
-    let count = socket.recv(&mut bytes).with_context(|| format!("{what}: no answer"))?;
-    ensure!(bytes[..count].ends_with(b" still"), "{what}: {:?}", String::from_utf8_lossy(&bytes[..count]));
-    Ok(())
+/// A port whose server the test is itself: it says something when it likes.
+const NEWS: u16 = 90;
+const NEWS_TARGET: u16 = 9_090;
+
+/// A connected UDP socket, and its server: the kernel takes answers from nobody else.
+struct Subscription {
+    what: String,
+    client: UdpSocket,
+    /// The client as the server sees it.
+    peer: SocketAddr,
+}
+
+impl Subscription {
+    fn open(client: &Namespace, server: &UdpSocket, to: SocketAddr) -> Result<Self> {
+        let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+        let client = client.enter(|| UdpSocket::bind((any, 0)))??;
+        client.connect(to)?;
+        client.set_read_timeout(Some(Duration::from_secs(1)))?;
+        let _ = client.send(b"subscribe")?;
+        let (_, peer) = server.recv_from(&mut [0; 256])?;
+        Ok(Self { what: format!("what {to} tells"), client, peer })
+    }
+
+    /// What the server tells unasked gets to the client.
+    fn goes_on(&self, server: &UdpSocket, after: &str) -> Result<()> {
+        let _ = server.send_to(b"news", self.peer)?;
+        let mut bytes = [0; 256];
+        let count = self.client.recv(&mut bytes).with_context(|| format!("{} after {after}", self.what))?;
+        ensure!(&bytes[..count] == b"news", "{}: {:?}", self.what, &bytes[..count]);
+        Ok(())
+    }
 }
 
 #[test]
@@ -258,46 +282,35 @@ fn forged_datagrams_turn_nobodys_answers() -> Result<()> {
         return Ok(());
     }
     let mut stage = Stage::new("datagrams")?;
+    let web = lab_support::service("web", WEB).port(Port::udp("news", NEWS, NEWS_TARGET));
+    stage.cluster.manifests.write(&web.backends(&stage.cluster.backends[..1]))?;
     stage.cluster.start_agents(&["--socket-path=off"])?;
     until_backends(stage.cluster.node(), "web", 1)?;
+    let any = IpAddr::from([0_u16; 8]);
+    let server = stage.cluster.backends[0].enter(|| UdpSocket::bind((any, NEWS_TARGET)))??;
+    server.set_read_timeout(Some(Duration::from_millis(100)))?;
     for family in 0..2 {
-        let endpoint = stage.endpoint(family, DNS_TARGET);
-        let vips = [cluster_ip(WEB)[family], external_ip(WEB)[family]].map(|vip| SocketAddr::new(vip, DNS));
-        for (what, to) in
-            [("directly", endpoint), ("by the ClusterIP", vips[0]), ("by the balancer's address", vips[1])]
-        {
-            let socket = stage.cluster.client.enter(|| -> Result<UdpSocket> {
-                let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
-                let socket = UdpSocket::bind((any, 0))?;
-                socket.connect(to)?;
-                socket.set_read_timeout(Some(Duration::from_secs(2)))?;
-                Ok(socket)
-            })??;
-            asks(&socket, what)?;
-            let local = socket.local_addr()?;
+        let endpoint = stage.endpoint(family, NEWS_TARGET);
+        let vips = [cluster_ip(WEB)[family], external_ip(WEB)[family]].map(|vip| SocketAddr::new(vip, NEWS));
+        for to in [endpoint, vips[0], vips[1]] {
+            let subscription = Subscription::open(&stage.cluster.client, &server, to)?;
+            subscription.goes_on(&server, "nothing")?;
             for forger in &stage.forgers {
                 for vip in vips {
                     for _ in 0..3 {
-                        forger.send(local, vip, None, [0; 2])?;
+                        forger.send(subscription.client.local_addr()?, vip, None, [0; 2])?;
                     }
-                    std::thread::sleep(Duration::from_millis(50));
-                    // What was forged is answered as well: to the one whose address it has, who asked something else.
-                    socket.set_nonblocking(true)?;
-                    while socket.recv(&mut [0; 256]).is_ok() {}
-                    socket.set_nonblocking(false)?;
-                    asks(
-                        &socket,
-                        &format!("{what}, {to}, after datagrams to {vip} that {} forged", forger.who),
-                    )?;
+                    // What was forged got there.
+                    let mut count = 0;
+                    while server.recv_from(&mut [0; 256]).is_ok() {
+                        count += 1;
+                    }
+                    ensure!(count == 3, "{count} of 3 datagrams to {vip} that {} forged", forger.who);
+                    subscription
+                        .goes_on(&server, &format!("datagrams to {vip} that {} forged", forger.who))?;
                 }
             }
         }
-        // By its own device a packet is its pod's, and by the uplink it is somebody's outside.
-        let outside = addresses_of_client(&stage.cluster.outside)[family];
-        let socket = stage.cluster.outside.enter(|| UdpSocket::bind((outside, 0)))??;
-        socket.connect(vips[1])?;
-        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
-        asks(&socket, "outside")?;
     }
     Ok(())
 }

@@ -239,7 +239,7 @@ fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
         prop::option::of(routes),
     );
     let numbers = (0_u32..8, 0_u32..12, prop::option::of(0_u32..2));
-    (prop::array::uniform4(0_u8..16), flows, objects, node, numbers, any::<[bool; 4]>()).prop_map(
+    (prop::array::uniform4(0_u8..16), flows, objects, node, numbers, any::<[bool; 5]>()).prop_map(
         |(listing, (flow, embryonic), objects, node, (marks, passed_over, imported), yes)| {
             let (service, port, backend, affinity, origins, datagram) = objects;
             let (settings, networks, device, here, routes) = node;
