@@ -55,9 +55,11 @@ const EVENTS: usize = 16_384;
 /// Whose calls the socket path translates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum SocketPath {
-    /// Those of host processes and pods.
+    /// Those of host processes, and of pods once a packet of theirs was met on its way to the Service.
     #[default]
     All,
+    /// Those of every process of the machine, from the first on, nested clusters and meshes included.
+    Machine,
     /// Those of processes in the host's network namespace.
     Host,
     /// None: every packet is translated at a device.
@@ -68,6 +70,7 @@ impl SocketPath {
     fn word(self) -> &'static str {
         match self {
             Self::All => "all",
+            Self::Machine => "machine",
             Self::Host => "host",
             Self::Off => "off",
         }
@@ -76,6 +79,7 @@ impl SocketPath {
     pub(crate) fn number(self) -> u32 {
         match self {
             Self::All => abi::socket_path::ALL,
+            Self::Machine => abi::socket_path::MACHINE,
             Self::Host => abi::socket_path::HOST,
             Self::Off => abi::socket_path::OFF,
         }
@@ -228,7 +232,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     told.write(loaded.kernel.maps())?;
     let cgroup = match options.socket_path {
         SocketPath::Off => None,
-        SocketPath::All | SocketPath::Host => Some(match &options.cgroup {
+        SocketPath::All | SocketPath::Machine | SocketPath::Host => Some(match &options.cgroup {
             Some(cgroup) => cgroup.clone(),
             None => {
                 cgroup2_mount().context("cannot find a cgroup2 mount; give --cgroup, or --socket-path off")?

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::agent;
+use crate::agent::{self, SocketPath};
 use crate::dataplane::is_bpffs;
 use crate::dataplane::trial::Trial;
 use crate::devices::pattern::Patterns;
@@ -148,8 +148,8 @@ pub struct Options {
     pub proc_sys: PathBuf,
     /// The cgroup of the socket path; the root of the cgroup2 mount if not given.
     pub cgroup: Option<PathBuf>,
-    /// Whether there will be a socket path at all.
-    pub socket_path: bool,
+    /// Whose calls the socket path will translate.
+    pub socket_path: SocketPath,
     /// Roles of devices that a person has named.
     pub patterns: Patterns,
     /// Whether packets will go around the stack.
@@ -172,7 +172,8 @@ pub fn look(options: &Options) -> anyhow::Result<Report> {
     let facts = ask(watch::look())?;
     let rules = Rules { patterns: options.patterns.clone(), ..Rules::default() };
     let survey = survey(&facts, &rules, &Survey::default());
-    let wanted = options.socket_path.then(|| options.cgroup.clone().map_or_else(agent::cgroup2_mount, Ok));
+    let wanted = (options.socket_path != SocketPath::Off)
+        .then(|| options.cgroup.clone().map_or_else(agent::cgroup2_mount, Ok));
     checks.extend(system::mounts(&options.pin_path, wanted.as_ref()));
     let cgroup = wanted.and_then(Result::ok);
     checks.extend(system::limits());
@@ -184,7 +185,7 @@ pub fn look(options: &Options) -> anyhow::Result<Report> {
     checks.push(system::settings(&options.proc_sys.join(agent::ports::SYSCTLS)));
     let traces =
         traces::look(&facts, &survey, cgroup.as_deref(), &options.pin_path, is_able, &ask(traces::xdp())?);
-    checks.extend(traces::checks(&traces));
+    checks.extend(traces::checks(&traces, options.socket_path));
     let frontends = early::Frontends::read(&options.pin_path);
     let rulesets = is_able.then(early::read);
     checks.push(early::check(rulesets.as_ref(), &frontends));

@@ -118,8 +118,10 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
         return Ok(());
     }
     let Some(programs) = prometheus("every_question") else { return Ok(()) };
-    let cluster =
-        Cluster::new("dashboard", &Plan { near: 3, args: vec!["--socket-path", "all"], ..Plan::default() })?;
+    let cluster = Cluster::new(
+        "dashboard",
+        &Plan { near: 3, args: vec!["--socket-path", "machine"], ..Plan::default() },
+    )?;
     let node = cluster.node();
     cluster.manifests.write(&service("empty", 40))?;
     until_backends(node, "empty", 0)?;

@@ -83,9 +83,9 @@ fn health_mode_and_metrics_are_answered_as_kube_proxy_does() -> Result<()> {
 
     let before = metrics(node)?;
     let [vip, _] = cluster_ip(WEB);
-    // Per packet: by connected UDP; at the socket: by TCP.
+    // Per packet: by connected UDP, and the first connection; at the socket: by TCP.
     ensure!(cluster.client.udp_ask_connected((vip, 53).into(), 20)?.len() == 20);
-    ensure!(cluster.client.http_get(&format!("http://{vip}:{HTTP}/"), 20)?.len() == 20);
+    ensure!(cluster.client.http_get(&format!("http://{vip}:{HTTP}/"), 21)?.len() == 21);
     let after = metrics(node)?;
     let service = ["namespace=\"default\"", "service=\"web\"", "family=\"IPv4\""];
     let grown = |metric: &str, more: &[&str]| {

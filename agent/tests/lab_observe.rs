@@ -59,7 +59,7 @@ fn connections_translated_at_the_socket_are_counted_as_curl_and_iperf3_count_the
     program.load()?;
     let cgroup = std::fs::File::open(cluster.node().cgroup_root())?;
     let _ = program.attach(&cgroup, CgroupAttachMode::Single)?;
-    cluster.start_agents(&["--socket-path", "all"])?;
+    cluster.start_agents(&["--socket-path", "machine"])?;
     let node = cluster.node();
     for vip in cluster_ip(WEB) {
         let before = |field: &str| sockets(node, "web:http", field);
@@ -186,7 +186,7 @@ fn trace_tells_of_flows_calls_and_refusals_while_somebody_listens() -> Result<()
         return Ok(());
     }
     let cluster =
-        Cluster::new("trace", &Plan { near: 2, args: vec!["--socket-path", "all"], ..Plan::default() })?;
+        Cluster::new("trace", &Plan { near: 2, args: vec!["--socket-path", "machine"], ..Plan::default() })?;
     let node = cluster.node();
     cluster.manifests.write(&service("empty", 40))?;
     until_backends(node, "empty", 0)?;
@@ -293,7 +293,7 @@ fn top_shows_rates_once_and_live() -> Result<()> {
         return Ok(());
     }
     let cluster =
-        Cluster::new("top", &Plan { near: 2, args: vec!["--socket-path", "all"], ..Plan::default() })?;
+        Cluster::new("top", &Plan { near: 2, args: vec!["--socket-path", "machine"], ..Plan::default() })?;
     let node = cluster.node();
     cluster.manifests.write(&service("empty", 40))?;
     until_backends(node, "empty", 0)?;

@@ -40,14 +40,22 @@ fn every_client_reaches_every_backend_by_the_socket_path_and_by_the_tc_path() ->
     let (names, each) = (cluster.names().join(" "), u64::from(ENOUGH));
     println!("backends: {names}");
     // The socket path: TCP and unconnected UDP are calls and no packets, connected UDP is packets.
-    reaches(&cluster.client, cluster_ip(WEB), &cluster.names(), Some(addresses_of_pod(&cluster.client)))?;
-    let http = counted(cluster.node(), "web:http")?;
-    ensure!(http == Counted { calls: 2 * each, ..Counted::default() }, "pod, TCP: {http:?}");
-    let dns = counted(cluster.node(), "web:dns")?;
-    ensure!(dns.calls == 2 * each && are_nearly(dns.flows, 2 * ENOUGH), "pod, UDP: {dns:?}");
     reaches(cluster.node(), cluster_ip(WEB), &cluster.names(), None)?;
-    let http = counted(cluster.node(), "web:http")? - http;
+    let http = counted(cluster.node(), "web:http")?;
     ensure!(http == Counted { calls: 2 * each, ..Counted::default() }, "host, TCP: {http:?}");
+    // A pod has to be known first: its first call to each address and port is none at the socket.
+    let known = |cluster: &Cluster| {
+        let (http, dns) = (counted(cluster.node(), "web:http")?, counted(cluster.node(), "web:dns")?);
+        reaches(&cluster.client, cluster_ip(WEB), &cluster.names(), Some(addresses_of_pod(&cluster.client)))?;
+        let counted = |service| counted(cluster.node(), service);
+        Ok::<_, anyhow::Error>((counted("web:http")? - http, counted("web:dns")? - dns))
+    };
+    let (http, dns) = known(&cluster)?;
+    ensure!((http.calls, http.flows) == (2 * each - 2, 2), "unknown pod, TCP: {http:?}");
+    ensure!(dns.calls == 2 * each - 2 && are_nearly(dns.flows, 2 * ENOUGH + 2), "unknown pod, UDP: {dns:?}");
+    let (http, dns) = known(&cluster)?;
+    ensure!((http.calls, http.flows) == (2 * each, 0), "pod, TCP: {http:?}");
+    ensure!(dns.calls == 2 * each && are_nearly(dns.flows, 2 * ENOUGH), "pod, UDP: {dns:?}");
     everyone_reaches_every_backend(&cluster)?;
 
     // The tc path: no calls, a flow each.
@@ -68,6 +76,14 @@ fn every_client_reaches_every_backend_by_the_socket_path_and_by_the_tc_path() ->
     let _ = cluster.node().http_get(&url(cluster_ip(WEB)[0], HTTP, ""), 7)?;
     let after = counted(cluster.node(), "web:http")? - before;
     ensure!(after.calls == 7 && after.flows == 5, "with --socket-path host: {after:?}");
+
+    // Everybody's, from the first on.
+    cluster.change_agents(&["--socket-path", "machine"])?;
+    let fresh = cluster.node().pod("fresh")?;
+    let before = counted(cluster.node(), "web:http")?;
+    let _ = fresh.http_get(&url(cluster_ip(WEB)[0], HTTP, ""), 5)?;
+    let after = counted(cluster.node(), "web:http")? - before;
+    ensure!(after.calls == 5 && after.flows == 0, "with --socket-path machine: {after:?}");
     Ok(())
 }
 
@@ -186,7 +202,7 @@ fn a_service_without_backends_refuses_at_once() -> Result<()> {
         lab_support::route_to(&cluster.lab, address, cluster.node())?;
     }
     cluster.start_agents(&["--socket-path", "all"])?;
-    for mode in ["all", "off"] {
+    for mode in ["all", "machine", "off"] {
         cluster.change_agents(&["--socket-path", mode])?;
         let before = lab_support::reasons(cluster.node())?;
         for client in [&*cluster.client, &**cluster.node()] {
@@ -209,7 +225,12 @@ fn a_service_without_backends_refuses_at_once() -> Result<()> {
         let more = |reason: &str| {
             after.get(reason).copied().unwrap_or_default() - before.get(reason).copied().unwrap_or_default()
         };
-        let (calls, resets) = if mode == "all" { (4, 2) } else { (0, 6) };
+        // Nothing that is refused makes a pod known.
+        let (calls, resets) = match mode {
+            "all" => (2, 4),
+            "machine" => (4, 2),
+            _ => (0, 6),
+        };
         ensure!(
             more("socket_refused") == calls && more("no_backend_reset") == resets,
             "{mode}: {before:?}, then {after:?}"

@@ -51,6 +51,9 @@ pub const NAMES_MAX: u32 = PORTS_MAX;
 /// Entries of `rejects`, the rate limiter's buckets.
 pub const REJECTS_MAX: u32 = 4_096;
 
+/// Entries of `callers`: frontends that pods have called, 16 Ki x ~96 B = 1.5 MiB.
+pub const CALLERS_MAX: u32 = 16_384;
+
 /// Entries of each affinity map: 64 Ki x ~70 B = 4.5 MiB (IPv4).
 pub const AFFINITY_MAX: u32 = 65_536;
 /// Entries of each source-range trie, filled as services come.
@@ -709,8 +712,33 @@ pub mod socket_path {
     pub const OFF: u32 = 0;
     /// Only calls of processes in the host's network namespace.
     pub const HOST: u32 = 1;
-    /// Calls of host processes and pods.
+    /// Calls of host processes, and those of pods to frontends that `callers` has for them.
     pub const ALL: u32 = 2;
+    /// Calls of every process.
+    pub const MACHINE: u32 = 3;
+}
+
+abi! {
+    /// A pod, told by its network namespace, and a frontend that a packet of it was met on the way
+    /// to: at an edge, straight from the socket that sent it; the key of `callers`. The value is
+    /// when that was seen last, in [`Ticks`].
+    ///
+    /// What a namespace keeps to itself (an address of its own, a rule of its own netfilter) never
+    /// gets there, nor does what a namespace behind a pod sends: whoever forwards a packet parts it
+    /// from its socket.
+    #[derive(Default)]
+    pub struct CallerKey {
+        /// Cookie of the namespace.
+        pub netns: u64,
+        /// The VIP; IPv4 as `::ffff:a.b.c.d`.
+        pub address: [u8; 16],
+        /// The VIP's port, host order.
+        pub port: u16,
+        /// IP protocol number.
+        pub protocol: u8,
+        /// Zero.
+        pub reserved: [u8; 5],
+    } size 32
 }
 
 abi! {

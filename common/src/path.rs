@@ -1369,7 +1369,8 @@ fn is_bare_reset<F: Family>(headers: &Headers<F>) -> bool {
 /// but what the reset answers: the endpoint's segment whose acknowledgment number is the reset's
 /// sequence number (RFC 9293, 3.10.7.1). When the client resets that too, the next frontend is
 /// tried, and after the last the reset goes on to the backend. Where the client's connections are translated at the
-/// socket, all of them are direct on the wire, and there is no guessing.
+/// socket as a rule, a reset is most likely about one that is direct on the wire, and there is no
+/// guessing.
 #[inline(always)]
 fn is_unknown_connection<F: Family, T: Tables<F>>(
     headers: &Headers<F>,

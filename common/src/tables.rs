@@ -62,7 +62,8 @@ pub trait Tables<F: Family> {
     fn passed_over(&self) -> u32 {
         0
     }
-    /// Whether the connections of the packet's sender are translated at the socket, so that they are direct on the wire.
+    /// Whether connections of the packet's sender are translated at the socket as a rule, so that
+    /// they are direct on the wire.
     fn translated_at_socket(&self) -> bool {
         false
     }

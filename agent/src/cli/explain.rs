@@ -220,7 +220,9 @@ fn one(text: &mut String, answer: &Answer) {
         let _ = write!(text, "\n{}", table.text());
     }
     if let Some(call) = &answer.socket {
-        text.push_str("\nBut where the client calls connect() or sendmsg(), no such packet is sent:\n");
+        text.push_str(
+            "\nBut where the client's connect() or sendmsg() is translated, no such packet is sent:\n",
+        );
         one(text, call);
     }
 }

@@ -48,7 +48,7 @@ pub(super) fn run(args: PreflightArgs, pin_path: &Path, proc_sys: PathBuf) -> an
         pin_path: pin_path.to_owned(),
         proc_sys,
         cgroup: args.cgroup,
-        socket_path: args.socket_path != SocketPath::Off,
+        socket_path: args.socket_path,
         patterns: Patterns::new(&args.edge, &args.uplink, &args.fabric),
         accelerate: args.accelerate,
     })?;

@@ -5,9 +5,9 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, BackendCounters, Device, Flow, Ipv4Address, Ipv6Address, Name, Networks,
-    NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, Service, ServiceKey,
-    ServicePort, Settings, SlotBlock, SocketCounters, SourceRange, Tuple, previous,
+    Affinity, AffinityKey, Backend, BackendCounters, CallerKey, Device, Flow, Ipv4Address, Ipv6Address, Name,
+    Networks, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, Service,
+    ServiceKey, ServicePort, Settings, SlotBlock, SocketCounters, SourceRange, Tuple, previous,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -77,6 +77,7 @@ pub struct Maps {
     pub(crate) reason_counts: Table<ReasonKey, ReasonCounters>,
     pub(crate) socket_counts: Table<u32, SocketCounters>,
     pub(crate) rejects: Table<RejectKey, RejectBucket>,
+    pub(crate) callers: Table<CallerKey, u32>,
 }
 
 fn open(folder: &Path, name: &str) -> Result<std::os::fd::OwnedFd, Error> {
@@ -142,6 +143,7 @@ impl Maps {
             reason_counts: table(folder, "reason_counts")?,
             socket_counts: table(folder, "socket_counts")?,
             rejects: table(folder, "rejects")?,
+            callers: table(folder, "callers")?,
         })
     }
 

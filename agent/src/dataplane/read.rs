@@ -208,6 +208,7 @@ impl Maps {
             counted("reason_counts", &self.reason_counts)?,
             counted("socket_counts", &self.socket_counts)?,
             counted("rejects", &self.rejects)?,
+            counted("callers", &self.callers)?,
         ])
     }
 }

@@ -384,6 +384,7 @@ fn settings_words(settings: &Settings) -> String {
         abi::socket_path::OFF => "off",
         abi::socket_path::HOST => "host",
         abi::socket_path::ALL => "all",
+        abi::socket_path::MACHINE => "machine",
         _ => "?",
     };
     let masquerade = match settings.masquerade {

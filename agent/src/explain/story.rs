@@ -96,6 +96,15 @@ impl<'w> Story<'w> {
         self.frontend(target);
     }
 
+    /// A pod's call is taken only where the pod has been met.
+    pub(super) fn is_learned(&mut self) {
+        self.add(
+            "socket",
+            "taken once a packet of the pod was met on its way to this frontend; calls before that are \
+             left to packets",
+        );
+    }
+
     fn frontend(&mut self, target: &Target) {
         let Target { owner, kind, .. } = target;
         let at = self.question.destination;

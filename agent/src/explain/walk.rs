@@ -458,7 +458,7 @@ impl<'w, F: Side> Walk<'w, F> {
     /// What becomes of the call that the packet would come of.
     fn call(&self) -> Call {
         use sluice_common::abi::detect_local;
-        use sluice_common::abi::socket_path::{ALL, HOST};
+        use sluice_common::abi::socket_path::{ALL, HOST, MACHINE};
         let is_host = self.question.from == Client::Host;
         let reason = match self.question.protocol {
             Protocol::Tcp => Reason::SocketConnect,
@@ -466,7 +466,9 @@ impl<'w, F: Side> Walk<'w, F> {
             Protocol::Sctp => return Call::Unseen,
         };
         let mode = self.world.settings.socket_path;
-        if self.question.from == Client::External || !(mode == ALL || mode == HOST && is_host) {
+        if self.question.from == Client::External
+            || !(matches!(mode, ALL | MACHINE) || mode == HOST && is_host)
+        {
             return Call::Unseen;
         }
         let seen = Seen { world: self.world, ifindex: 0 };
@@ -490,6 +492,9 @@ impl<'w, F: Side> Walk<'w, F> {
         };
         let mut story = Story::new(self.question, self.world);
         story.calls(&target);
+        if !is_host && mode == ALL {
+            story.is_learned();
+        }
         story.chooses(&asked, &target);
         let mut answer = Answer {
             verdict,

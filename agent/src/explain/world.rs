@@ -203,7 +203,7 @@ impl<F: Side> Tables<F> for Seen<'_> {
     }
 
     fn translated_at_socket(&self) -> bool {
-        self.world.settings.socket_path == socket_path::ALL
+        matches!(self.world.settings.socket_path, socket_path::ALL | socket_path::MACHINE)
             && <Self as Tables<F>>::here(self).is_some_and(|here| here.role == device::EDGE)
     }
 

@@ -175,7 +175,9 @@ fn devices(survey: &Survey, role: Role) -> Check {
                 .next("give the agent --uplink DEVICE, if clients outside are to reach node ports and load balancers' addresses")
         }
         (Role::Edge, true) => {
-            check(Outcome::Yes, "none so far: they come with pods, and are attached within milliseconds".to_owned())
+            let what = "none so far: they come with pods, and are attached within milliseconds. Pods \
+                        without one (macvlan, ipvlan, SR-IOV) are served with --socket-path machine alone";
+            check(Outcome::Yes, what.to_owned())
         }
         (Role::Fabric | Role::Own | Role::Loopback, true) => check(Outcome::Skip, "none".to_owned()),
     }

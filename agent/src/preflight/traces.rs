@@ -11,6 +11,7 @@ use rtnetlink::new_connection;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkXdp};
 
 use super::{Check, Outcome};
+use crate::agent::SocketPath;
 use crate::dataplane::Pins;
 use crate::dataplane::clsact::{self, Direction, F_DUMP, Message, find, talk_to, text};
 use crate::dataplane::trial::{at_cgroup, at_device, at_ingress, is_ours, pinned, program_name};
@@ -263,8 +264,8 @@ fn joined(found: &BTreeSet<String>) -> String {
 }
 
 /// What follows from them.
-pub(super) fn checks(traces: &Traces) -> Vec<Check> {
-    let mut checks = vec![kube_proxy(traces), meshes(traces)];
+pub(super) fn checks(traces: &Traces, socket_path: SocketPath) -> Vec<Check> {
+    let mut checks = vec![kube_proxy(traces), meshes(traces, socket_path)];
     checks.extend(programs(traces));
     checks.push(if traces.node_local_dns.is_empty() {
         Check::new("node-local-dns", Outcome::Skip, "there is no device nodelocaldns")
@@ -300,10 +301,21 @@ fn kube_proxy(traces: &Traces) -> Check {
     }
 }
 
-fn meshes(traces: &Traces) -> Check {
+fn meshes(traces: &Traces, socket_path: SocketPath) -> Check {
     if !traces.meshes.is_empty() {
-        return Check::new("service-mesh", Outcome::Warn, format!("{}: a proxy beside a pod would see backends where it wants to see Services", joined(&traces.meshes)))
-            .next("start the agent with --socket-path host: pods' connections are then translated per packet, behind the mesh");
+        let found = joined(&traces.meshes);
+        if socket_path == SocketPath::Machine {
+            let what =
+                format!("{found}: a proxy beside a pod would see backends where it wants to see Services");
+            return Check::new("service-mesh", Outcome::Warn, what).next(
+                "start the agent without --socket-path machine: what a pod's proxy takes is then left to it",
+            );
+        }
+        return Check::new(
+            "service-mesh",
+            Outcome::Yes,
+            format!("{found}: what a pod's proxy takes is left to it"),
+        );
     }
     if traces.is_listed {
         Check::new(
@@ -370,7 +382,11 @@ mod tests {
     use super::*;
 
     fn outcome(traces: &Traces, check: &str) -> Vec<Outcome> {
-        checks(traces).iter().filter(|found| found.check == check).map(|found| found.result).collect()
+        checks(traces, SocketPath::Machine)
+            .iter()
+            .filter(|found| found.check == check)
+            .map(|found| found.result)
+            .collect()
     }
 
     fn set(words: &[&str]) -> BTreeSet<String> {
@@ -380,7 +396,11 @@ mod tests {
     #[test]
     fn a_clean_node_has_no_trace_of_anybody() {
         let traces = Traces { is_listed: true, ..Traces::default() };
-        assert!(checks(&traces).iter().all(|check| matches!(check.result, Outcome::Yes | Outcome::Skip)));
+        assert!(
+            checks(&traces, SocketPath::Machine)
+                .iter()
+                .all(|check| matches!(check.result, Outcome::Yes | Outcome::Skip))
+        );
         let blind = Traces::default();
         assert_eq!(outcome(&blind, "kube-proxy"), [Outcome::Skip]);
         assert_eq!(outcome(&blind, "foreign-ebpf"), [Outcome::Skip]);
@@ -404,7 +424,15 @@ mod tests {
             assert_eq!(outcome(&traces, check), [Outcome::Warn], "{check}");
         }
         assert_eq!(outcome(&traces, "foreign-ebpf"), [Outcome::Warn, Outcome::Yes]);
-        assert!(checks(&traces).iter().all(|check| check.result != Outcome::Warn || check.next.is_some()));
+        let beside_a_mesh = checks(&traces, SocketPath::All);
+        assert!(
+            beside_a_mesh.iter().any(|check| check.check == "service-mesh" && check.result == Outcome::Yes)
+        );
+        assert!(
+            checks(&traces, SocketPath::Machine)
+                .iter()
+                .all(|check| check.result != Outcome::Warn || check.next.is_some())
+        );
     }
 
     #[test]

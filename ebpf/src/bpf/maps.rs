@@ -7,12 +7,12 @@ use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap, SkS
 use aya_ebpf::macros::btf_map;
 use sluice_common::abi::{
     ADDRESS_WORDS, AFFINITY_MAX, Affinity, AffinityKey, BACKEND_COUNTERS_MAX, BACKENDS_MAX, Backend,
-    BackendCounters, DEVICES_MAX, Datagram, DatagramPorts, Device, EMBRYONIC_MAX, EXHAUSTED_MAX, FLOWS_MAX,
-    FRAGMENTS_MAX, Flow, IMPORTED_MAX, Ipv4Address, Ipv6Address, NAMES_MAX, NODE_ADDRESSES_MAX,
-    NODE_PORT_WORDS, Name, Networks, NodeAddress, ORIGINS_MAX, OriginKey, Origins, PORTS_MAX, Peer, Peers,
-    REASON_COUNTERS_MAX, REJECTS_MAX, ReasonCounters, ReasonKey, RejectBucket, RejectKey, SERVICES_MAX,
-    SLOT_BLOCKS_MAX, SOURCE_RANGES_MAX, Service, ServiceKey, ServicePort, Settings, SlotBlock, SourceRange,
-    Tuple,
+    BackendCounters, CALLERS_MAX, CallerKey, DEVICES_MAX, Datagram, DatagramPorts, Device, EMBRYONIC_MAX,
+    EXHAUSTED_MAX, FLOWS_MAX, FRAGMENTS_MAX, Flow, IMPORTED_MAX, Ipv4Address, Ipv6Address, NAMES_MAX,
+    NODE_ADDRESSES_MAX, NODE_PORT_WORDS, Name, Networks, NodeAddress, ORIGINS_MAX, OriginKey, Origins,
+    PORTS_MAX, Peer, Peers, REASON_COUNTERS_MAX, REJECTS_MAX, ReasonCounters, ReasonKey, RejectBucket,
+    RejectKey, SERVICES_MAX, SLOT_BLOCKS_MAX, SOURCE_RANGES_MAX, Service, ServiceKey, ServicePort, Settings,
+    SlotBlock, SourceRange, Tuple,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -78,6 +78,12 @@ pub(super) static reason_counts: PerCpuHashMap<
     { REASON_COUNTERS_MAX as usize },
     LAZY,
 > = PerCpuHashMap::new();
+
+#[btf_map]
+pub(super) static callers: LruHashMap<CallerKey, u32, { CALLERS_MAX as usize }> = LruHashMap::new();
+/// With a socket whose calls are left to packets: the cookie of its network namespace.
+#[btf_map]
+pub(super) static left_to_packets: SkStorage<u64> = SkStorage::new();
 
 #[btf_map]
 static services_v4: Services<Ipv4Address> = HashMap::new();

@@ -7,7 +7,7 @@ use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::generated::{
     bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval, bpf_sk_storage_get,
 };
-use sluice_common::abi::{Flow, Ipv4Address, Ipv6Address, Peer, ServiceKey, socket_path};
+use sluice_common::abi::{CallerKey, Flow, Ipv4Address, Ipv6Address, Peer, ServiceKey, socket_path};
 use sluice_common::event::{At, Fate, Wide};
 use sluice_common::header::protocol::{TCP, UDP};
 use sluice_common::socket::{Choice, choose};
@@ -83,12 +83,12 @@ pub(super) fn mapped(words: [u32; 4]) -> Option<Ipv4Address> {
     (a == 0 && b == 0 && c == 0xffff_u32.to_be()).then_some(Ipv4Address { octets: d.to_ne_bytes() })
 }
 
-/// Whether calls of this socket's network namespace are translated.
+/// Whether calls of this socket's network namespace may be translated.
 #[inline(always)]
 fn is_served(ctx: *mut bpf_sock_addr) -> bool {
     let Some(settings) = maps::settings.get(0) else { return false };
     match settings.socket_path {
-        socket_path::ALL => true,
+        socket_path::ALL | socket_path::MACHINE => true,
         socket_path::HOST => is_host(ctx),
         _ => false,
     }
@@ -100,6 +100,44 @@ fn is_host(ctx: *mut bpf_sock_addr) -> bool {
     let Some(settings) = maps::settings.get(0) else { return false };
     // SAFETY: the context is valid while the program runs.
     (unsafe { bpf_get_netns_cookie(ctx.cast()) }) == settings.host_netns
+}
+
+/// Whether a call to a frontend is translated here. A pod's is only if a packet of its namespace
+/// was met on the way to the frontend before: until then nothing tells whether the call would leave
+/// the namespace at all.
+///
+/// A UDP socket decides once: what began packet by packet goes on like that, and what began here
+/// goes on here, since the two ways choose different backends.
+#[inline(always)]
+fn is_taken<F: Maps + Wide>(ctx: *mut bpf_sock_addr, key: &ServiceKey<F::Address>) -> bool {
+    let Some(settings) = maps::settings.get(0) else { return false };
+    // SAFETY: the context is valid while the program runs.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
+    if settings.socket_path == socket_path::MACHINE || netns == settings.host_netns {
+        return true;
+    }
+    if key.protocol == UDP {
+        if kept::<F>(ctx, &key.address, key.port).is_some() {
+            return true;
+        }
+        if storage(&maps::left_to_packets, ctx, 0).is_some() {
+            return false;
+        }
+    }
+    let caller = CallerKey {
+        netns,
+        address: F::wide(&key.address),
+        port: key.port,
+        protocol: key.protocol,
+        reserved: [0; 5],
+    };
+    if maps::callers.get_ptr(&caller).is_some() {
+        return true;
+    }
+    if let Some(left) = storage(&maps::left_to_packets, ctx, BPF_SK_STORAGE_GET_F_CREATE) {
+        *left = netns;
+    }
+    false
 }
 
 /// Whether the socket was bound to a port before the call. Then the port is what the process wants seen, and two
@@ -206,6 +244,7 @@ fn translate<F: Maps + Wide>(
     let kept = || if protocol == TCP { None } else { kept::<F>(ctx, &address, port) };
     match choose::<F, _>(&key, cookie, is_host(ctx), kept, &Kernel::of(0)) {
         Choice::Untouched => Outcome::Untouched,
+        _ if !is_taken::<F>(ctx, &key) => Outcome::Untouched,
         Choice::Refuse { service_port } => {
             if protocol == TCP {
                 count::why(Reason::SocketRefused, service_port, 0);

@@ -191,7 +191,7 @@ impl<F: Maps> Tables<F> for Kernel {
     #[inline(always)]
     fn translated_at_socket(&self) -> bool {
         match maps::settings.get(0) {
-            Some(settings) if settings.socket_path == socket_path::ALL => {
+            Some(settings) if matches!(settings.socket_path, socket_path::ALL | socket_path::MACHINE) => {
                 matches!(<Self as Tables<F>>::here(self), Some(here) if here.role == device::EDGE)
             }
             _ => false,

@@ -10,12 +10,13 @@ use aya_ebpf::bindings::{
     bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_check_mtu, bpf_csum_diff, bpf_redirect, bpf_redirect_neigh, bpf_sk_lookup_udp, bpf_sk_release,
-    bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes, bpf_skb_vlan_pop,
-    bpf_skc_lookup_tcp,
+    bpf_check_mtu, bpf_csum_diff, bpf_redirect, bpf_redirect_neigh, bpf_sk_fullsock, bpf_sk_lookup_udp,
+    bpf_sk_release, bpf_sk_storage_get, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes,
+    bpf_skb_store_bytes, bpf_skb_vlan_pop, bpf_skc_lookup_tcp,
 };
-use sluice_common::abi::{Device, Flow, RejectKey, device, device_flags, flow, networks};
+use sluice_common::abi::{CallerKey, Device, Flow, RejectKey, device, device_flags, flow, networks};
 use sluice_common::answer::{self, Answer, QUOTE, Trouble};
+use sluice_common::event::Wide;
 use sluice_common::fragment::{HELD_PRIORITY, Label, label, met_at};
 use sluice_common::header::{EthernetHeader, TcpHeader, protocol, tcp};
 use sluice_common::parse::{self, Headers, Kind};
@@ -23,7 +24,7 @@ use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict};
 use sluice_common::rewrite::{Edit, hop, rewrite};
 use sluice_common::{Family, Packet, Reason, V4, V6};
 
-use super::clock::now_ns;
+use super::clock::{now, now_ns};
 use super::count;
 use super::decide::{Asked, Decide, Scratch};
 use super::events::Tell;
@@ -110,7 +111,7 @@ fn set_done(skb: *mut __sk_buff, hook: Hook) {
 }
 
 /// A family as the tc adapter needs it.
-trait Tc: Fib + Answer + Tell {
+trait Tc: Fib + Answer + Tell + Wide {
     /// Reads the packet into this CPU's scratch, by a global function (see `decide`); 0 when it is too short.
     fn read(skb: *mut __sk_buff, offset: u32) -> u32;
     /// Asks, by a global function, whether the source of the packet in this CPU's scratch does not belong to the device that it came in by.
@@ -277,7 +278,14 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     }
     // SAFETY: as above.
     let is_done = unsafe { (*scratch).decision.step } == Step::Done;
-    let number = if is_done { F::record() } else { open::<F>(skb, hook) };
+    let number = if is_done {
+        F::record()
+    } else {
+        if hook == Hook::Ingress {
+            learn_caller::<F>(skb);
+        }
+        open::<F>(skb, hook)
+    };
     let refusal = refusal(number);
     // SAFETY: as above.
     if unsafe { (*scratch).decision.datagram } {
@@ -307,6 +315,41 @@ extern "C" fn is_for_others(skb: *mut __sk_buff) -> u32 {
         // A pod's frame in a VLAN is none that the stack takes from this device.
         _ => is_tagged && is_edge(),
     })
+}
+
+/// Notes whose packet is met on the way to a frontend, where it comes straight from a pod's socket
+/// whose call was left to packets. The kernel parts a packet from its socket where somebody forwards
+/// it, not on its way through a veth.
+#[inline(never)]
+fn learn_caller<F: Tc>(skb: *mut __sk_buff) {
+    // SAFETY: the context is valid while the program runs.
+    let socket = unsafe { (*skb).__bindgen_anon_2.sk };
+    if socket.is_null() {
+        return;
+    }
+    // SAFETY: the socket is not null; the packet holds it.
+    let socket = unsafe { bpf_sk_fullsock(socket) };
+    if socket.is_null() {
+        return;
+    }
+    let map = (&raw const maps::left_to_packets).cast_mut();
+    // SAFETY: map and socket are what the helper takes; the value lives as long as the program runs.
+    let netns = unsafe {
+        bpf_sk_storage_get(map.cast(), socket.cast(), core::ptr::null_mut(), 0).cast::<u64>().as_ref()
+    };
+    let is_edge = matches!(device(ifindex(skb)), Some(device) if device.role == device::EDGE);
+    let (Some(netns), true, Some(scratch)) = (netns, is_edge, F::scratch()) else { return };
+    // SAFETY: this CPU's own; nothing else takes a reference here.
+    let tuple = unsafe { &(*scratch).headers.tuple };
+    let caller = CallerKey {
+        netns: *netns,
+        address: F::wide(&tuple.destination),
+        port: tuple.destination_port,
+        protocol: tuple.protocol,
+        reserved: [0; 5],
+    };
+    // Where there is no room its calls are left to packets once more.
+    let _ = maps::callers.insert(&caller, now(), 0);
 }
 
 /// Takes the decision about a flow's first packet to its end and records the flow; 0, or the number of the

@@ -76,6 +76,29 @@ impl Pod {
         &self.host_device
     }
 
+    /// Makes a namespace behind the pod, as a container engine in it does: it is routed through the
+    /// pod, which masquerades it with its own address. Its cgroup lies in the pod's. A pod has one at
+    /// most.
+    pub fn nested(&self, name: &str) -> Result<Namespace> {
+        let cgroup = format!("{}/pod-{}/{name}", self.node.name(), self.name());
+        let nested = Namespace::create(&self.shared, name, &cgroup, false)?;
+        self.sysctls(&[("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")])?;
+        let peer = nested.path().display();
+        let _ = self.ip(&format!(
+            "link add nested type veth peer name eth0 netns {peer}\nlink set nested up\n\
+             addr add 172.30.0.1/24 dev nested\naddr add fd00:30::1/64 dev nested nodad"
+        ))?;
+        let _ = nested.ip(
+            "link set eth0 up\naddr add 172.30.0.2/24 dev eth0\naddr add fd00:30::2/64 dev eth0 nodad\n\
+             route add default via 172.30.0.1\nroute add default via fd00:30::1",
+        )?;
+        self.nft(
+            "table inet nested { chain post { type nat hook postrouting priority srcnat; \
+             oifname eth0 masquerade; }; }\n",
+        )?;
+        Ok(nested)
+    }
+
     /// Ends the pod as a kubelet would: kills its processes, takes its device away, then its namespace.
     pub fn remove(self) -> Result<()> {
         cgroup::destroy(self.namespace.cgroup())?;
