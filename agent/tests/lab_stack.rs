@@ -142,7 +142,7 @@ fn a_policy_of_the_node_ends_what_it_names_whoever_is_masqueraded() -> Result<()
     none_wrong("control", &wrong)?;
     for mode in &MODES[..4] {
         // A call that was translated leaves nothing to the packet path: once is enough.
-        let socket_paths = if mode.args.is_empty() { &["all", "off"][..] } else { &["off"] };
+        let socket_paths = if mode.args.is_empty() { &["machine", "off"][..] } else { &["off"] };
         for socket_path in socket_paths.iter().map(|word| format!("--socket-path={word}")) {
             let args: Vec<&str> = mode.args.iter().copied().chain([&*socket_path]).collect();
             wrong.extend(policies_decide(&mut stack, Proxy::Sluice, mode, &args)?);
