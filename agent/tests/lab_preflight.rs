@@ -24,7 +24,12 @@ fn args(node: &Node, more: &[&str]) -> Vec<String> {
 
 /// Name of a check -> its row; and the exit code.
 fn preflight(node: &Node) -> Result<(i32, BTreeMap<String, Value>)> {
-    let args = args(node, &["-o", "json"]);
+    preflight_with(node, &[])
+}
+
+/// The same with arguments of the agent's.
+fn preflight_with(node: &Node, more: &[&str]) -> Result<(i32, BTreeMap<String, Value>)> {
+    let args = args(node, &[&["-o", "json"], more].concat());
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let Output { status, stdout, stderr } = node.sluice_output(&args)?;
     let report: Value = serde_json::from_slice(&stdout)
@@ -163,13 +168,17 @@ fn others() -> Result<()> {
     ensure!(code == 0, "warnings do not make it impossible: {rows:?}");
     for (name, expected, words) in [
         ("kube-proxy", "warn", "the device kube-ipvs0, the nftables table kube-proxy"),
-        ("service-mesh", "warn", "ISTIO_POSTRT"),
+        ("service-mesh", "yes", "ISTIO_POSTRT"),
         ("mtu", "warn", "do not fit the 1480 of eth0"),
         ("node-local-dns", "yes", "10.96.0.10"),
     ] {
         let found = check(&rows, name)?;
         ensure!(found.0 == expected && found.1.contains(words), "{name}: {found:?}");
     }
+
+    let (_, rows) = preflight_with(&node, &["--socket-path=machine"])?;
+    let found = check(&rows, "service-mesh")?;
+    ensure!(found.0 == "warn" && found.1.contains("ISTIO_POSTRT"), "{found:?}");
 
     // What makes it impossible has an exit code.
     node.sysctl("net/ipv4/ip_local_port_range", "10000 29999")?;
