@@ -254,3 +254,38 @@ fn an_unconnected_socket_keeps_its_way_when_its_pod_gets_known_or_forgotten() ->
     );
     cluster.agent().stop()
 }
+
+/// Leaves a pod one port to connect from.
+fn one_port(pod: &Namespace, port: u16) -> Result<()> {
+    pod.sysctl("net/ipv4/ip_local_port_range", &format!("{port} {port}"))
+}
+
+#[test]
+fn a_first_call_disturbs_no_connection_that_was_made_at_the_socket() -> Result<()> {
+    if skip("a_first_call_disturbs_no_connection") {
+        return Ok(());
+    }
+    let cluster = Cluster::new("beside", &Plan { near: 1, ..Plan::default() })?;
+    until_backends(cluster.node(), "web", 1)?;
+    let (node, pod) = (cluster.node(), &cluster.client);
+    for family in 0..2 {
+        let known = SocketAddr::new(cluster_ip(WEB)[family], ECHO);
+        let unknown = SocketAddr::new(external_ip(WEB)[family], ECHO);
+        let _ = flush(node, "callers")?;
+        let _ = peer(pod, known)?;
+        // From one port to one endpoint, each by a frontend of its own.
+        one_port(pod, [45_000, 46_000][family])?;
+        let before = met(&cluster, "web:echo")?;
+        let to = known.to_string();
+        let mut held = pod.tool(["tcp-client", "--interval-ms=20", "--timeout-ms=2000", "--to", &to])?;
+        let _ = held.wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
+        ensure!(met(&cluster, "web:echo")?.0 == before.0 + 1, "{known} is not called at the socket");
+        let from = peer(pod, unknown)?;
+        ensure!(from == Some(unknown), "{unknown} answers as {from:?}");
+        let last = answered(&held).len();
+        held.wait_until("it goes on", SOON, |this| (answered(this).len() > last + 8).then_some(()))
+            .with_context(|| format!("{known}, then {unknown}"))?;
+        pod.sysctl("net/ipv4/ip_local_port_range", "32768 60999")?;
+    }
+    Ok(())
+}

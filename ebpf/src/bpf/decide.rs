@@ -42,15 +42,17 @@ pub(super) struct Asked {
     /// Counts if `has_routes` is not zero.
     pub(super) routes: Routes,
     pub(super) has_routes: u32,
-    /// Source ports that sockets of this host hold.
+    /// Source ports that are not to be tried: sockets hold them, or may.
     pub(super) passed_over: u32,
     /// The port that a search found; 0: none.
     found: u32,
 }
 
 impl Asked {
-    pub(super) const NOTHING: Self =
-        Self { routes: Routes { to_backend: 0, to_client: 0 }, has_routes: 0, passed_over: 0, found: 0 };
+    /// Nothing, but that so many source ports are not to be tried.
+    pub(super) const fn passing_over(passed_over: u32) -> Self {
+        Self { routes: Routes { to_backend: 0, to_client: 0 }, has_routes: 0, passed_over, found: 0 }
+    }
 }
 
 #[btf_map]

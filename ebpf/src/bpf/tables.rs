@@ -26,7 +26,7 @@ impl Kernel {
     /// The maps, seen from a device, before anything was asked.
     #[inline(always)]
     pub(super) fn of(ifindex: u32) -> Self {
-        Self { ifindex, asked: Asked::NOTHING }
+        Self { ifindex, asked: Asked::passing_over(0) }
     }
 }
 

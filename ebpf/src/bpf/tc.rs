@@ -281,10 +281,8 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     let number = if is_done {
         F::record()
     } else {
-        if hook == Hook::Ingress {
-            learn_caller::<F>(skb);
-        }
-        open::<F>(skb, hook)
+        let takes_another = if hook == Hook::Ingress { learn_caller::<F>(skb) } else { 0 };
+        open::<F>(skb, hook, takes_another)
     };
     let refusal = refusal(number);
     // SAFETY: as above.
@@ -320,17 +318,22 @@ extern "C" fn is_for_others(skb: *mut __sk_buff) -> u32 {
 /// Notes whose packet is met on the way to a frontend, where it comes straight from a pod's socket
 /// whose call was left to packets. The kernel parts a packet from its socket where somebody forwards
 /// it, not on its way through a veth.
+///
+/// 1 where the flow is to have another port than the socket's, else 0: the pod's calls at the socket
+/// are direct connections, and one of them may be from the same port to the same endpoint. Ports
+/// that a process has bound are given to no other connection: such a call has no mark, and keeps
+/// its port.
 #[inline(never)]
-fn learn_caller<F: Tc>(skb: *mut __sk_buff) {
+fn learn_caller<F: Tc>(skb: *mut __sk_buff) -> u32 {
     // SAFETY: the context is valid while the program runs.
     let socket = unsafe { (*skb).__bindgen_anon_2.sk };
     if socket.is_null() {
-        return;
+        return 0;
     }
     // SAFETY: the socket is not null; the packet holds it.
     let socket = unsafe { bpf_sk_fullsock(socket) };
     if socket.is_null() {
-        return;
+        return 0;
     }
     let map = (&raw const maps::left_to_packets).cast_mut();
     // SAFETY: map and socket are what the helper takes; the value lives as long as the program runs.
@@ -338,7 +341,7 @@ fn learn_caller<F: Tc>(skb: *mut __sk_buff) {
         bpf_sk_storage_get(map.cast(), socket.cast(), core::ptr::null_mut(), 0).cast::<u64>().as_ref()
     };
     let is_edge = matches!(device(ifindex(skb)), Some(device) if device.role == device::EDGE);
-    let (Some(netns), true, Some(scratch)) = (netns, is_edge, F::scratch()) else { return };
+    let (Some(netns), true, Some(scratch)) = (netns, is_edge, F::scratch()) else { return 0 };
     // SAFETY: this CPU's own; nothing else takes a reference here.
     let tuple = unsafe { &(*scratch).headers.tuple };
     let caller = CallerKey {
@@ -350,20 +353,21 @@ fn learn_caller<F: Tc>(skb: *mut __sk_buff) {
     };
     // Where there is no room its calls are left to packets once more.
     let _ = maps::callers.insert(&caller, now(), 0);
+    u32::from(caller.protocol == protocol::TCP)
 }
 
 /// Takes the decision about a flow's first packet to its end and records the flow; 0, or the number of the
 /// reason why the packet must not go on.
 ///
 /// Another CPU may take the tuple between the path's look and the record, or a socket of this host hold it:
-/// the path looks again.
+/// the path looks again. `passed_over`: how many ports are not to be tried.
 #[inline(never)]
-fn open<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> u32 {
+fn open<F: Tc>(skb: *mut __sk_buff, hook: Hook, passed_over: u32) -> u32 {
     let Some(scratch) = F::scratch() else { return 0 };
     // SAFETY: this CPU's own; no reference is kept.
     let step = unsafe { (*scratch).decision.step };
     // SAFETY: as above.
-    unsafe { (*scratch).asked = Asked::NOTHING };
+    unsafe { (*scratch).asked = Asked::passing_over(passed_over) };
     let mut number = Reason::PortsExhausted as u32;
     for _ in 0..OPEN_TRIES {
         // SAFETY: as above.

@@ -171,7 +171,7 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     // SAFETY: this CPU's own; no reference is kept.
     if unsafe { (*scratch).decision.step } != Step::Done {
         // SAFETY: as above.
-        unsafe { (*scratch).asked = Asked::NOTHING };
+        unsafe { (*scratch).asked = Asked::passing_over(0) };
         F::open(ifindex, Hook::Xdp);
         // SAFETY: as above.
         if unsafe { (*scratch).decision.step } == Step::AskRoutes {
