@@ -55,7 +55,7 @@ const EVENTS: usize = 16_384;
 /// Whose calls the socket path translates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum SocketPath {
-    /// Those of host processes, and of pods once a packet of theirs was met on its way to the Service.
+    /// Those of host processes, and of pods if a packet of theirs was met on its way to the Service within the last minute.
     #[default]
     All,
     /// Those of every process of the machine, from the first on, nested clusters and meshes included.

@@ -10,8 +10,8 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, Counted, DNS, ECHO, HTTP, Plan, SOON, WEB, cluster_ip, counted, external_ip, flush, replies,
-    service, skip, until_backends, url,
+    Cluster, Counted, DNS, ECHO, HTTP, Plan, SOON, WEB, age, cluster_ip, counted, external_ip, flush,
+    replies, service, skip, until_backends, url,
 };
 use sluice_lab::{Cni, Event, Namespace, NodeOptions, Running, Serve};
 
@@ -288,4 +288,28 @@ fn a_first_call_disturbs_no_connection_that_was_made_at_the_socket() -> Result<(
         pod.sysctl("net/ipv4/ip_local_port_range", "32768 60999")?;
     }
     Ok(())
+}
+
+#[test]
+fn a_frontend_that_a_pod_begins_to_keep_to_itself_gets_its_own() -> Result<()> {
+    if skip("a_frontend_that_a_pod_begins_to_keep") {
+        return Ok(());
+    }
+    let cluster = Cluster::new("begins", &Plan { near: 1, ..Plan::default() })?;
+    until_backends(cluster.node(), "web", 1)?;
+    let pod = &cluster.client;
+    let _servers = serve(pod, [1080, 1053])?;
+    for how in ["nobody is known", "the pod is known"] {
+        answered_by(pod, WEB, "near-1", how)?;
+    }
+    redirect(pod, WEB, "output", [1080, 1053])?;
+    // The control: what was met not long before counts.
+    let names = answer(pod, WEB)?;
+    ensure!(names.contains("near-1"), "{names:?}");
+    let _ = age(cluster.node(), "callers")?;
+    for how in ["what was met is long ago", "nothing has been met since"] {
+        answered_by(pod, WEB, "client", how)?;
+    }
+    pod.nft("delete table inet own")?;
+    answered_by(pod, WEB, "near-1", "the pod's rules are gone")
 }

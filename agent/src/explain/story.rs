@@ -100,8 +100,8 @@ impl<'w> Story<'w> {
     pub(super) fn is_learned(&mut self) {
         self.add(
             "socket",
-            "taken once a packet of the pod was met on its way to this frontend; calls before that are \
-             left to packets",
+            "taken if a packet of the pod was met on its way to this frontend within the last minute, \
+             else left to packets",
         );
     }
 

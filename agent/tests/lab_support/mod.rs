@@ -434,13 +434,23 @@ pub(crate) fn pinned(node: &Node, map: &str) -> Result<PathBuf> {
 
 /// Deletes every entry of a map, and tells how many there were.
 pub(crate) fn flush(node: &Node, map: &str) -> Result<usize> {
+    change(node, map, "delete", &[])
+}
+
+/// Makes every entry of a map whose values are times as old as the machine, and tells how many
+/// there were.
+pub(crate) fn age(node: &Node, map: &str) -> Result<usize> {
+    change(node, map, "update", &["value", "0", "0", "0", "0"])
+}
+
+fn change(node: &Node, map: &str, how: &str, value: &[&str]) -> Result<usize> {
     let path = pinned(node, map)?.display().to_string();
     let dump = node.run("bpftool", ["-j", "map", "dump", "pinned", &path])?;
     let entries: Vec<Value> = serde_json::from_str(&dump).with_context(|| dump.clone())?;
     for entry in &entries {
         let key = entry.get("key").and_then(Value::as_array).context("an entry without a key")?;
-        let mut args = vec!["map", "delete", "pinned", &path, "key"];
-        args.extend(key.iter().filter_map(Value::as_str));
+        let mut args = vec!["map", how, "pinned", &path, "key"];
+        args.extend(key.iter().filter_map(Value::as_str).chain(value.iter().copied()));
         // Another may have been quicker.
         let _ = node.output("bpftool", args)?;
     }

@@ -7,12 +7,15 @@ use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::generated::{
     bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval, bpf_sk_storage_get,
 };
-use sluice_common::abi::{CallerKey, Flow, Ipv4Address, Ipv6Address, Peer, ServiceKey, socket_path};
+use sluice_common::abi::{
+    CALLER_TICKS, CallerKey, Flow, Ipv4Address, Ipv6Address, Peer, ServiceKey, socket_path,
+};
 use sluice_common::event::{At, Fate, Wide};
 use sluice_common::header::protocol::{TCP, UDP};
 use sluice_common::socket::{Choice, choose};
 use sluice_common::{Reason, V4, V6};
 
+use super::clock::now;
 use super::count;
 use super::events;
 use super::maps::{self, Maps};
@@ -103,8 +106,8 @@ fn is_host(ctx: *mut bpf_sock_addr) -> bool {
 }
 
 /// Whether a call to a frontend is translated here. A pod's is only if a packet of its namespace
-/// was met on the way to the frontend before: until then nothing tells whether the call would leave
-/// the namespace at all.
+/// was met on the way to the frontend not long before: else nothing tells whether the call would
+/// leave the namespace at all.
 ///
 /// A UDP socket decides once: what began packet by packet goes on like that, and what began here
 /// goes on here, since the two ways choose different backends.
@@ -131,7 +134,9 @@ fn is_taken<F: Maps + Wide>(ctx: *mut bpf_sock_addr, key: &ServiceKey<F::Address
         protocol: key.protocol,
         reserved: [0; 5],
     };
-    if maps::callers.get_ptr(&caller).is_some() {
+    // SAFETY: entries are plain data, readable under RCU.
+    let met = unsafe { maps::callers.get(&caller) };
+    if met.is_some_and(|met| now().wrapping_sub(*met) < CALLER_TICKS) {
         return true;
     }
     if let Some(left) = storage(&maps::left_to_packets, ctx, BPF_SK_STORAGE_GET_F_CREATE) {
