@@ -791,10 +791,13 @@ fn verdict_along(flags: u8, egress: bool) -> Verdict {
             (false, true) => Verdict::Translate,
             (true, true) | (false, false) => Verdict::Pass,
         }
-    } else if egress {
-        Verdict::Route
-    } else {
+    } else if !egress {
         Verdict::Translate
+    } else if flags & flow::DIRECT != 0 {
+        // It counts where the client's packet comes in: what leaves with its tuple is the other flow's.
+        Verdict::Pass
+    } else {
+        Verdict::Route
     }
 }
 

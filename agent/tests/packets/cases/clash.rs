@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use sluice_common::Reason;
-use sluice_common::abi::{Tuple, device_flags, flow, state};
+use sluice_common::abi::{Tuple, device_flags, flow, listing, state};
 use sluice_common::maglev;
 use sluice_common::path::{REMAP_TRIES, mark};
 use sluice_common::{V4, V6};
@@ -300,6 +300,25 @@ fn direct(table: &mut Table, cast: &Cast) {
     .becomes(&next.clone().from(seen_as))
     .reason(Reason::DirectRemapped, 0);
     table.add(case);
+
+    // What a client that is an endpoint itself says to the frontend leaves with the tuple that its
+    // direct connection came in with.
+    for marks in [mark::DIRECT, mark::DIRECT | mark::MASQUERADED] {
+        let mut world = world.clone().marks(marks);
+        *world.listing.entry(cast.client.ip()).or_default() |= listing::BACKEND;
+        for (what, frame) in [("the first", &first), ("another", &next)] {
+            table.add(Case::new(
+                format!(
+                    "{title}: {what} packet of an endpoint to a frontend, which has a direct \
+                     connection from the same port, marks {marks}"
+                ),
+                &world,
+                Program::Egress,
+                EDGE,
+                frame,
+            ));
+        }
+    }
 
     // The entries of a flow that has ended translate what the backend sends to its tuple as long as they are there.
     let (ended, own) = match cast.protocol {
