@@ -36,6 +36,7 @@ pub(crate) fn relay(relaying: &Relaying) -> Result<()> {
         open_tun(&relaying.tun).with_context(|| format!("cannot open the tun device {}", relaying.tun))?;
     let socket =
         UdpSocket::bind(relaying.bind).with_context(|| format!("cannot bind to {}", relaying.bind))?;
+    hold_bursts(&socket)?;
     let (mut tun_in, socket_in) = (tun.try_clone()?, socket.try_clone()?);
     report(&Event::Listening { address: socket.local_addr()? });
     let _ = thread::spawn(move || {
@@ -56,6 +57,24 @@ pub(crate) fn relay(relaying: &Relaying) -> Result<()> {
             let _ = socket.send_to(packet, peer);
         }
     }
+}
+
+/// Gives a socket room for more packets than TCP sends at once while this process waits for a CPU:
+/// what a tun device loses is nothing that a test is about.
+fn hold_bursts(socket: &UdpSocket) -> Result<()> {
+    let bytes: libc::c_int = 16 << 20;
+    // SAFETY: the option takes an integer, which lives until the call returns.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVBUFFORCE,
+            (&raw const bytes).cast(),
+            size_of_val(&bytes) as libc::socklen_t,
+        )
+    };
+    ensure!(result == 0, "cannot set SO_RCVBUFFORCE: {}", io::Error::last_os_error());
+    Ok(())
 }
 
 /// The `<n>` of the destination: `10.244.<n>.x` or, written alike, `fd00:10:244:<n>::`.
