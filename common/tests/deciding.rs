@@ -318,6 +318,11 @@ fn anything<F: Ip>(packet: &Bytes, offset: u32, hook: Hook, tables: &Whim<F>) ->
         prop_assert_eq!(decision.record, Record::Nothing);
         return Ok(());
     }
+    if decision.is_answer() {
+        // It goes around the stack as it is, and is translated where it leaves.
+        prop_assert_eq!((hook, decision.record), (Hook::Ingress, Record::Nothing));
+        return Ok(());
+    }
     if decision.reason == Reason::UnassignedAddress {
         prop_assert_eq!((decision.verdict, decision.record), (Verdict::Drop, Record::Nothing));
         return Ok(());
