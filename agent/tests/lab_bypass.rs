@@ -190,6 +190,9 @@ fn a_hop_limit_that_runs_out_is_told() -> Result<()> {
         return Ok(());
     }
     let mut stack = Stack::new("hop-limit", Overlay::None, &NodeOptions::default())?;
+    // The kernel's own limit is six in a row to one host, and one a second.
+    stack.node.sysctl("net/ipv4/icmp_ratelimit", "0")?;
+    stack.node.sysctl("net/ipv6/icmp/ratelimit", "0")?;
     for proxy in [Proxy::Netfilter, Proxy::Sluice] {
         stack.serve_by(proxy, ARGS, ClusterIps::Kept)?;
         let mut wrong = Vec::new();
