@@ -15,7 +15,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use frame::{Frame, Mac, SYN, octets};
+use frame::{Frame, SYN, octets};
 use lab_support::{DNS, ECHO, Pair, SOON, addresses_of_pod, cluster_ip, skip, take_fresh_ports};
 use sluice_lab::{Namespace, NodeOptions, Overlay, PacketSocket, Pod};
 use socket2::SockRef;
@@ -225,19 +225,6 @@ fn a_hop_limit_that_runs_out_is_told() -> Result<()> {
     Ok(())
 }
 
-/// The link-layer address of a device.
-fn mac(namespace: &Namespace, device: &str) -> Result<Mac> {
-    let text = namespace.run("ip", ["-o", "link", "show", "dev", device])?;
-    let word = text.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next());
-    let bytes: Vec<u8> = word
-        .with_context(|| text.clone())?
-        .split(':')
-        .map(|byte| u8::from_str_radix(byte, 16))
-        .collect::<Result<_, _>>()
-        .with_context(|| text.clone())?;
-    bytes.try_into().map_err(|_| anyhow::anyhow!("{text}"))
-}
-
 /// The ports of the TCP segment or datagram in a frame without options.
 fn ports(frame: &[u8]) -> Option<[u16; 2]> {
     let at = match frame.get(12..14)? {
@@ -274,7 +261,8 @@ fn a_pods_frame_in_a_vlan_reaches_nobody() -> Result<()> {
         let ways: [(&Pod, usize); 3] = [(&stack.near, NEAR), (&stack.pod, NEAR), (&stack.pod, FAR)];
         for (client, target) in ways {
             let wire = client.packet_socket("eth0")?;
-            let (node, itself) = (mac(&stack.node, client.host_device())?, mac(client, "eth0")?);
+            let (node, itself) =
+                (stack.node.link_address(client.host_device())?, client.link_address("eth0")?);
             for (family, own) in addresses_of_pod(client).into_iter().enumerate() {
                 let target = &stack.targets[target];
                 let way = stack_support::Way::Tcp;

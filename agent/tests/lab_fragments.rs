@@ -17,7 +17,7 @@ use lab_support::{
     Cluster, DNS, DNS_TARGET, Pair, Plan, SOON, WEB, addresses_of_node, addresses_of_pod, cluster_ip,
     external_ip, reasons, replies, service, skip,
 };
-use sluice_lab::{DROP_INVALID, Namespace, Node, Pod, Port, Protocol, Reply, Serve};
+use sluice_lab::{DROP_INVALID, Namespace, Pod, Port, Protocol, Reply, Serve};
 
 /// Client and server ports of the raw packets.
 const CLIENT_PORT: u16 = 20_123;
@@ -60,21 +60,9 @@ fn large_datagrams_go_both_ways() -> Result<()> {
     Ok(())
 }
 
-/// The link-layer address of a device.
-fn mac(node: &Node, device: &str) -> Result<Mac> {
-    let text = node.run("ip", ["-o", "link", "show", "dev", device])?;
-    let word = text.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next());
-    let bytes: Vec<u8> = word
-        .with_context(|| text.clone())?
-        .split(':')
-        .map(|byte| u8::from_str_radix(byte, 16))
-        .collect::<Result<_, _>>()?;
-    bytes.try_into().map_err(|_| anyhow::anyhow!("{text}"))
-}
-
 /// The link-layer address that a pod sends to.
 fn gateway(pod: &Pod) -> Result<Mac> {
-    mac(pod.node(), pod.host_device())
+    pod.node().link_address(pod.host_device())
 }
 
 /// Where the IP header's source and the bytes behind the headers are: `None` for other families.

@@ -159,19 +159,6 @@ fn a_process_of_the_host_is_answered_at_its_own_nodes_addresses() -> Result<()> 
     Ok(())
 }
 
-/// The link-layer address of a device.
-fn mac(namespace: &Namespace, device: &str) -> Result<Mac> {
-    let text = namespace.run("ip", ["-o", "link", "show", "dev", device])?;
-    let word = text.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next());
-    let bytes: Vec<u8> = word
-        .with_context(|| text.clone())?
-        .split(':')
-        .map(|byte| u8::from_str_radix(byte, 16))
-        .collect::<Result<_, _>>()
-        .with_context(|| text.clone())?;
-    bytes.try_into().map_err(|_| anyhow::anyhow!("{text}"))
-}
-
 /// Whether a frame is an IP packet from an address.
 fn is_from(frame: &[u8], source: IpAddr) -> bool {
     let (ethertype, at) = if source.is_ipv4() { ([8, 0], 26) } else { ([0x86, 0xdd], 22) };
@@ -208,8 +195,8 @@ fn a_loopback_address_is_served_to_processes_of_the_host_alone() -> Result<()> {
     let neighbour = cluster.lab.router().packet_socket(node.uplink_peer())?;
     let pod = cluster.client.packet_socket("eth0")?;
     let wires = [
-        ("a neighbour", &neighbour, mac(&node, "eth0")?, addresses_of_client(&cluster.outside)),
-        ("a pod", &pod, mac(&node, cluster.client.host_device())?, addresses_of_pod(&cluster.client)),
+        ("a neighbour", &neighbour, node.link_address("eth0")?, addresses_of_client(&cluster.outside)),
+        ("a pod", &pod, node.link_address(cluster.client.host_device())?, addresses_of_pod(&cluster.client)),
     ];
     for (round, mode) in ["off", "all"].into_iter().enumerate() {
         let args = ["--socket-path", mode, "--nodeport-addresses", "primary,localhost"];

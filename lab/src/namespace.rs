@@ -184,6 +184,22 @@ impl Namespace {
         self.fed("ip", &["-batch", "-"], lines)
     }
 
+    /// The link-layer address of a device, six octets.
+    ///
+    /// # Errors
+    /// If there is no such device, or it has no such address.
+    pub fn link_address(&self, device: &str) -> Result<[u8; 6]> {
+        let text = self.run("ip", ["-o", "link", "show", "dev", device])?;
+        let word = text.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next());
+        let octets: Vec<u8> = word
+            .with_context(|| text.clone())?
+            .split(':')
+            .map(|octet| u8::from_str_radix(octet, 16))
+            .collect::<Result<_, _>>()
+            .with_context(|| text.clone())?;
+        octets.try_into().map_err(|_| anyhow!("{text}"))
+    }
+
     /// Loads nftables rules here.
     pub fn nft(&self, ruleset: &str) -> Result<()> {
         self.fed("nft", &["-f", "-"], ruleset).map(drop)

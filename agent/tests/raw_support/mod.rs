@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use sluice_lab::{Namespace, Node, Pod};
 
 pub(crate) const FIN: u8 = 1;
@@ -127,34 +127,12 @@ pub(crate) fn segment(frame: &[u8]) -> Option<Segment> {
     })
 }
 
-fn octets_of(text: &str) -> Result<Mac> {
-    let octets: Vec<u8> =
-        text.split(':').map(|octet| u8::from_str_radix(octet, 16)).collect::<Result<_, _>>()?;
-    octets.try_into().ok().context("six octets")
-}
-
-/// The link-layer address of a device.
-pub(crate) fn mac(namespace: &Namespace, device: &str) -> Result<Mac> {
-    let text = namespace.run("ip", ["link", "show", "dev", device])?;
-    let address =
-        text.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).context("no address")?;
-    octets_of(address)
-}
-
 /// From a pod to its node, by the pod's `eth0`.
 pub(crate) fn to_node(pod: &Pod, node: &Node) -> Result<[Mac; 2]> {
-    let text = pod.run("ip", ["-o", "link", "show", "dev", "eth0"])?;
-    let (_, peer) = text.split_once("eth0@if").context("eth0 is no end of a pair")?;
-    let index = peer.split(':').next().context("no index")?;
-    let links = node.run("ip", ["-o", "link"])?;
-    let Some(link) = links.lines().find(|line| line.starts_with(&format!("{index}: "))) else {
-        bail!("no device {index} in {links}")
-    };
-    let address = link.split_whitespace().skip_while(|word| *word != "link/ether").nth(1);
-    Ok([octets_of(address.context("no address")?)?, mac(pod, "eth0")?])
+    Ok([node.link_address(pod.host_device())?, pod.link_address("eth0")?])
 }
 
 /// From outside to a node, by its uplink.
 pub(crate) fn to_uplink(node: &Node, router: &Namespace) -> Result<[Mac; 2]> {
-    Ok([mac(node, node.uplink())?, mac(router, node.uplink_peer())?])
+    Ok([node.link_address(node.uplink())?, router.link_address(node.uplink_peer())?])
 }
