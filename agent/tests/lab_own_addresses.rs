@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use frame::{Frame, Mac, SYN, octets};
 use lab_support::{
     Cluster, DNS, DNS_TARGET, ECHO, ECHO_TARGET, Pair, Plan, SOON, addresses_of_client, addresses_of_node,
-    addresses_of_pod, cluster_ip, external_ip, replies, skip, until_backends,
+    addresses_of_pod, asks_by, cluster_ip, external_ip, skip, until_backends,
 };
 use sluice_lab::{Backend, Namespace, Node, PacketSocket, Port, Service};
 
@@ -52,21 +52,7 @@ const WAYS: [(&str, &[&str]); 8] = [
 
 /// A process of the host is answered however its socket is; who answered at each of the ports (TCP, UDP).
 fn asks(client: &Namespace, address: IpAddr, ports: [u16; 2]) -> Result<[BTreeSet<String>; 2]> {
-    let mut names = [BTreeSet::new(), BTreeSet::new()];
-    for (way, args) in WAYS {
-        let protocol = usize::from(args[0] != "tcp-client");
-        let to = SocketAddr::new(address, ports[protocol]);
-        let told = to.to_string();
-        let more = ["--count=3", "--interval-ms=0", "--timeout-ms=1000", "--to", &told];
-        let events = client.ask(args.iter().chain(&more))?;
-        let replies = replies(events).with_context(|| format!("{way} to {to}"))?;
-        ensure!(replies.len() == 3, "{way} to {to}: {replies:?}");
-        for reply in replies {
-            ensure!(reply.from == to, "{way} to {to}: an answer as from {}", reply.from);
-            let _ = names[protocol].insert(reply.name);
-        }
-    }
-    Ok(names)
+    asks_by(client, &WAYS, 3, address, ports)
 }
 
 /// A cluster whose node holds the balancer's addresses, as keepalived would have it, with a service of each kind.

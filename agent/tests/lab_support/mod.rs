@@ -489,3 +489,30 @@ pub(crate) fn until_backends(node: &Node, service: &str, count: usize) -> Result
         Ok((own.peek().is_some() && own.all(|row| number(row, "backends") == count as u64)).then_some(()))
     })
 }
+
+/// A client is answered however its socket is: `count` times by each of the ways, a name and the
+/// arguments of a client; who answered at each of the ports (TCP, UDP).
+pub(crate) fn asks_by(
+    client: &Namespace,
+    ways: &[(&str, &[&str])],
+    count: usize,
+    address: IpAddr,
+    ports: [u16; 2],
+) -> Result<[BTreeSet<String>; 2]> {
+    let mut names = [BTreeSet::new(), BTreeSet::new()];
+    let count_arg = format!("--count={count}");
+    for (way, args) in ways {
+        let protocol = usize::from(args[0] != "tcp-client");
+        let to = SocketAddr::new(address, ports[protocol]);
+        let told = to.to_string();
+        let more = [&*count_arg, "--interval-ms=0", "--timeout-ms=1000", "--to", &told];
+        let events = client.ask(args.iter().chain(&more)).with_context(|| format!("{way} to {to}"))?;
+        let replies = replies(events).with_context(|| format!("{way} to {to}"))?;
+        ensure!(replies.len() == count, "{way} to {to}: {replies:?}");
+        for reply in replies {
+            ensure!(reply.from == to, "{way} to {to}: an answer as from {}", reply.from);
+            let _ = names[protocol].insert(reply.name);
+        }
+    }
+    Ok(names)
+}
