@@ -117,14 +117,23 @@ pub struct Link {
     pub up: bool,
     /// Whether it is the loopback device.
     pub loopback: bool,
-    /// Whether its other end is in another network namespace.
-    pub peer_elsewhere: bool,
+    /// The network namespace of its other end, where that is another one.
+    pub peer: Option<Peer>,
     /// The bridge, bond or VRF that it belongs to; 0: none.
     pub master: u32,
     /// Its link-layer address.
     pub mac: [u8; 6],
     /// Its MTU, bytes.
     pub mtu: u32,
+}
+
+/// The network namespace of a link's other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// By its id in this one.
+    Known(u32),
+    /// The kernel gives it no id.
+    Unknown,
 }
 
 /// An address of a link as netlink shows it.
@@ -246,6 +255,7 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
     let bridge = facts.links.get(&link.master).filter(|master| master.kind == "bridge");
     let is_switched = link.master != 0
         && !facts.links.get(&link.master).is_some_and(|master| ["bridge", "vrf"].contains(&&*master.kind));
+    let is_pair = PAIRS.contains(&link.kind.as_str());
     let local_pods = match &rules.policy.detect_local {
         DetectLocal::BridgeInterface(name) => {
             link.name == *name || bridge.is_some_and(|bridge| bridge.name == *name)
@@ -254,6 +264,10 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
         DetectLocal::Device | DetectLocal::ClusterCidr | DetectLocal::NodeCidr | DetectLocal::None => {
             role == Role::Edge
         }
+    };
+    let (netns, hides_sockets) = match link.peer {
+        Some(Peer::Known(id)) if is_pair => (id.saturating_add(1), false),
+        peer => (0, link.kind == "tun" || is_pair && peer.is_some()),
     };
     let own = facts.addresses.get(&link.index).map_or(&[][..], Vec::as_slice);
     let known: Vec<IpAddr> = rules.policy.node_addresses.iter().chain(&rules.node).copied().collect();
@@ -273,9 +287,11 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
         flags: if local_pods { abi::device_flags::LOCAL_PODS } else { 0 }
             | if link.kind == "bridge" { abi::device_flags::BRIDGE } else { 0 }
             | if is_switched { abi::device_flags::SWITCHED } else { 0 }
+            | if hides_sockets { abi::device_flags::HIDES_SOCKETS } else { 0 }
             | bridge.map_or(0, |bridge| {
                 abi::device_flags::bridge_mac(bridge.mac) << abi::device_flags::BRIDGE_MAC_SHIFT
             }),
+        netns,
     })
 }
 
@@ -302,7 +318,7 @@ fn role(link: &Link, facts: &Facts, patterns: &Patterns, is_nodes: bool) -> Opti
         return link.up.then_some(Role::Fabric);
     }
     if PAIRS.contains(&link.kind.as_str()) {
-        return match (addressed && (routed || is_nodes), link.peer_elsewhere || bridged) {
+        return match (addressed && (routed || is_nodes), link.peer.is_some() || bridged) {
             (true, _) => Some(Role::Uplink),
             (false, true) => Some(Role::Edge),
             (false, false) => None,
@@ -388,7 +404,7 @@ mod tests {
 
     #[test]
     fn a_veth_to_another_namespace_is_an_edge_even_with_an_address() {
-        let veth = Link { peer_elsewhere: true, ..link(2, "veth0", "veth") };
+        let veth = Link { peer: Some(Peer::Known(0)), ..link(2, "veth0", "veth") };
         let facts = with_address(facts([veth]), 2, "10.1.0.1");
         assert_eq!(role_of(&facts, "veth0"), Some(Role::Edge));
         let survey = survey(&facts, &Rules::default(), &Survey::default());
@@ -397,14 +413,14 @@ mod tests {
 
     #[test]
     fn a_veth_with_address_and_default_route_is_an_uplink() {
-        let veth = Link { peer_elsewhere: true, ..link(2, "veth0", "veth") };
+        let veth = Link { peer: Some(Peer::Known(0)), ..link(2, "veth0", "veth") };
         let facts = with_default_route(with_address(facts([veth]), 2, "192.0.2.1"), 2);
         assert_eq!(role_of(&facts, "veth0"), Some(Role::Uplink));
     }
 
     #[test]
     fn a_veth_with_an_address_that_the_node_is_known_by_is_an_uplink_without_a_default_route() {
-        let veth = Link { peer_elsewhere: true, ..link(2, "eth1", "veth") };
+        let veth = Link { peer: Some(Peer::Known(0)), ..link(2, "eth1", "veth") };
         let facts = with_address(facts([veth]), 2, "192.0.2.1");
         let rules = Rules { node: vec![ip("192.0.2.1")], ..Rules::default() };
         let role = |rules: &Rules| {
@@ -416,7 +432,7 @@ mod tests {
 
     #[test]
     fn a_veth_stays_the_uplink_while_its_default_route_is_away() {
-        let veth = Link { peer_elsewhere: true, ..link(2, "veth0", "veth") };
+        let veth = Link { peer: Some(Peer::Known(0)), ..link(2, "veth0", "veth") };
         let mut facts = with_default_route(with_address(facts([veth]), 2, "192.0.2.1"), 2);
         let before = survey(&facts, &Rules::default(), &Survey::default());
         facts.default_routes.clear();
@@ -435,7 +451,7 @@ mod tests {
     fn a_port_of_a_bond_or_a_switch_is_known_as_one_and_a_bridges_knows_its_address() {
         let flags = |kind: &str| {
             let master = Link { mac: [2, 0, 0, 0xa, 0xb, 0xc], ..link(2, "m0", kind) };
-            let port = Link { peer_elsewhere: true, master: 2, ..link(3, "veth0", "veth") };
+            let port = Link { peer: Some(Peer::Known(0)), master: 2, ..link(3, "veth0", "veth") };
             let survey = survey(&facts([master, port]), &Rules::default(), &Survey::default());
             survey.devices.get(&3).map(|device| device.entry.flags & !abi::device_flags::LOCAL_PODS)
         };
@@ -445,8 +461,24 @@ mod tests {
     }
 
     #[test]
+    fn a_pods_device_tells_where_the_sockets_behind_it_are() {
+        let sockets = |peer, kind: &str| {
+            let port = Link { peer, master: 2, ..link(3, "port0", kind) };
+            let survey =
+                survey(&facts([link(2, "br0", "bridge"), port]), &Rules::default(), &Survey::default());
+            let entry = survey.devices.get(&3).map(|device| device.entry);
+            entry.map(|entry| (entry.netns, entry.flags & abi::device_flags::HIDES_SOCKETS != 0))
+        };
+        assert_eq!(sockets(Some(Peer::Known(0)), "veth"), Some((1, false)));
+        assert_eq!(sockets(Some(Peer::Known(6)), "netkit"), Some((7, false)));
+        assert_eq!(sockets(Some(Peer::Unknown), "veth"), Some((0, true)));
+        assert_eq!(sockets(None, "veth"), Some((0, false)));
+        assert_eq!(sockets(None, "tun"), Some((0, true)));
+    }
+
+    #[test]
     fn a_bridge_of_pods_is_not_attached_but_its_ports_are() {
-        let port = Link { peer_elsewhere: true, master: 2, ..link(3, "veth0", "veth") };
+        let port = Link { peer: Some(Peer::Known(0)), master: 2, ..link(3, "veth0", "veth") };
         let facts = with_address(facts([link(2, "cni0", "bridge"), port]), 2, "10.1.0.1");
         assert_eq!(roles(&facts), [("veth0".to_owned(), Role::Edge)]);
         let survey = survey(&facts, &Rules::default(), &Survey::default());
@@ -456,7 +488,7 @@ mod tests {
     #[test]
     fn a_bridge_that_carries_the_nodes_address_is_the_uplink_instead_of_its_ports() {
         let outside = Link { master: 2, ..link(3, "eth0", "") };
-        let pod = Link { peer_elsewhere: true, master: 2, ..link(4, "veth0", "veth") };
+        let pod = Link { peer: Some(Peer::Known(0)), master: 2, ..link(4, "veth0", "veth") };
         let tap = Link { master: 2, ..link(5, "tap0", "tun") };
         let facts = with_address(facts([link(2, "br0", "bridge"), outside, pod, tap]), 2, "192.0.2.1");
         assert_eq!(role_of(&facts, "br0"), Some(Role::Uplink));
@@ -516,8 +548,8 @@ mod tests {
 
     /// A node with an uplink, an overlay, a bridge of pods with a port, and a routed pod.
     fn node() -> Facts {
-        let port = Link { peer_elsewhere: true, master: 4, ..link(5, "veth0", "veth") };
-        let routed = Link { peer_elsewhere: true, ..link(6, "cali0", "veth") };
+        let port = Link { peer: Some(Peer::Known(0)), master: 4, ..link(5, "veth0", "veth") };
+        let routed = Link { peer: Some(Peer::Known(0)), ..link(6, "cali0", "veth") };
         let links = [
             link(2, "eth0", ""),
             link(3, "flannel.1", "vxlan"),

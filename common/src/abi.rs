@@ -423,7 +423,10 @@ abi! {
         pub masquerade_v6: Ipv6Address,
         /// Bits of [`device_flags`].
         pub flags: u32,
-    } size 44
+        /// The network namespace of the device's other end, as its id in the node's own, plus one;
+        /// 0: none.
+        pub netns: u32,
+    } size 48
 }
 
 /// Bits of [`Device::flags`].
@@ -435,6 +438,9 @@ pub mod device_flags {
     /// The device is a port of something that takes its frames before the stack does, and is
     /// neither a bridge nor a VRF: a bond, or a switch in software.
     pub const SWITCHED: u32 = 4;
+    /// What sends by the device has a network stack of its own, whose sockets cannot be looked up:
+    /// a virtual machine.
+    pub const HIDES_SOCKETS: u32 = 8;
     /// From this bit on: the last three bytes of the link-layer address that frames have which are
     /// for the bridge that the device is a port of.
     pub const BRIDGE_MAC_SHIFT: u32 = 8;

@@ -1338,10 +1338,10 @@ fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &
     if !opens(headers) || matches!(tables.here(), Some(here) if here.flags & device_flags::BRIDGE != 0) {
         return;
     }
-    // A flow that has ended clashes too: its entry still translates what the backend sends to this tuple. Where it
+    // Another direct connection may have been given this one's port. A flow that has ended clashes too: its entry still translates what the backend sends to this tuple. Where it
     // no longer keeps the tuple from others, the direct connection's own entry, which changes nothing, replaces it.
     let Some((entry, _)) = entry_of(&key.reversed(), tables) else { return };
-    if entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::DIRECT | flow::SOURCE) != flow::REPLY {
+    if entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::SOURCE) != flow::REPLY {
         return;
     }
     decision.flow.seen = tables.now();

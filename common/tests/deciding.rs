@@ -165,16 +165,19 @@ fn any_flow<F: Ip>() -> impl Strategy<Value = Flow<F::Address>> {
 }
 
 fn device() -> impl Strategy<Value = Device> {
-    (0_u32..6, 0_u32..3, any::<[u8; 4]>(), any::<u32>()).prop_map(|(role, bridge, octets, flags)| Device {
-        role,
-        bridge,
-        mac: [2, 0, 0, 0, 0, octets[0]],
-        link_header: if octets[1] < 128 { 14 } else { 0 },
-        mtu: 1280 + u32::from(octets[2]),
-        masquerade_v4: Ipv4Address { octets: [10, 0, 0, octets[3]] },
-        masquerade_v6: Ipv6Address { octets: [octets[3]; 16] },
-        flags,
-    })
+    (0_u32..6, 0_u32..3, any::<[u8; 4]>(), any::<[u32; 2]>()).prop_map(
+        |(role, bridge, octets, [flags, netns])| Device {
+            role,
+            bridge,
+            mac: [2, 0, 0, 0, 0, octets[0]],
+            link_header: if octets[1] < 128 { 14 } else { 0 },
+            mtu: 1280 + u32::from(octets[2]),
+            masquerade_v4: Ipv4Address { octets: [10, 0, 0, octets[3]] },
+            masquerade_v6: Ipv6Address { octets: [octets[3]; 16] },
+            flags,
+            netns,
+        },
+    )
 }
 
 fn networks<F: Ip>() -> impl Strategy<Value = Networks<F::Address>> {

@@ -311,6 +311,7 @@ fn link(device: &Device) -> abi::Device {
         masquerade_v4: abi::Ipv4Address::default(),
         masquerade_v6: abi::Ipv6Address::default(),
         flags: 0,
+        netns: 0,
         ..device.entry
     }
 }

@@ -80,11 +80,11 @@ fn rows<F: KernelStack>(view: &View, now: u32) -> anyhow::Result<Vec<Row>> {
         .collect();
     let seen_as = |entry: &FlowEntry<F::Address>| {
         let flow = &entry.flow;
-        if flow.flags & flow::MASQUERADED == 0 {
-            return None;
-        }
-        if flow.flags & flow::HOST != 0 {
-            return Some(endpoint::<F>(flow.source, flow.source_port));
+        let own = (flow.source, flow.source_port);
+        if flow.flags & flow::MASQUERADED == 0 || flow.flags & flow::HOST != 0 {
+            // Its port alone may have been changed.
+            let is_changed = own != (entry.tuple.source, entry.tuple.source_port);
+            return is_changed.then(|| endpoint::<F>(own.0, own.1));
         }
         let key = Tuple {
             source: flow.source,

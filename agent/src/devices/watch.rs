@@ -19,7 +19,7 @@ use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteType};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection};
 use tokio::sync::watch;
 
-use super::{Facts, Link, LinkAddress, Role, Rules, Survey, survey};
+use super::{Facts, Link, LinkAddress, Peer, Role, Rules, Survey, survey};
 
 /// How long further events are gathered before netlink is asked.
 const GATHER: Duration = Duration::from_millis(2);
@@ -185,7 +185,10 @@ fn link(message: LinkMessage) -> Link {
             LinkAttribute::IfName(name) => link.name = name,
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
             LinkAttribute::Controller(master) => link.master = master,
-            LinkAttribute::LinkNetNsId(_) => link.peer_elsewhere = true,
+            LinkAttribute::LinkNetNsId(id) => {
+                // Negative where the kernel has none to give.
+                link.peer = Some(u32::try_from(id).map_or(Peer::Unknown, Peer::Known));
+            }
             LinkAttribute::Address(address) => link.mac = address.try_into().unwrap_or_default(),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {

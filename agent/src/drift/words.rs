@@ -463,6 +463,9 @@ fn device_words(device: &abi::Device) -> String {
     if device.flags & abi::device_flags::LOCAL_PODS != 0 {
         words.push_str(", local pods");
     }
+    if let Some(netns) = device.netns.checked_sub(1) {
+        let _ = write!(words, ", sockets of network namespace {netns}");
+    }
     let mac = device.mac.map(|byte| format!("{byte:02x}")).join(":");
     let _ = write!(words, ", {mac}");
     words

@@ -303,7 +303,7 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
-    use crate::devices::{LinkAddress, Rules, survey};
+    use crate::devices::{LinkAddress, Peer, Rules, survey};
 
     fn link(index: u32, name: &str, kind: &str, mtu: u32) -> Link {
         Link {
@@ -349,8 +349,8 @@ mod tests {
 
     #[test]
     fn the_shape_of_a_cni_is_told_by_its_veths() {
-        let bridged = Link { master: 3, peer_elsewhere: true, ..link(4, "veth1", "veth", 1500) };
-        let routed = Link { peer_elsewhere: true, ..link(5, "cali1", "veth", 1500) };
+        let bridged = Link { master: 3, peer: Some(Peer::Known(0)), ..link(4, "veth1", "veth", 1500) };
+        let routed = Link { peer: Some(Peer::Known(0)), ..link(5, "cali1", "veth", 1500) };
         let (facts, survey) = node([link(3, "cni0", "bridge", 1500), bridged]);
         assert_eq!(shape(&facts, &survey).what, "1 pods on the bridge cni0");
         let (facts, survey) = node([routed]);

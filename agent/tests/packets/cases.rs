@@ -20,6 +20,7 @@ mod recovery;
 mod reject;
 mod sctp;
 mod shapes;
+mod sockets;
 mod source_ranges;
 mod takeover;
 mod unserved;
@@ -79,6 +80,7 @@ fn table() -> Table {
     as_node::add(&mut table);
     accelerated::add(&mut table);
     forged::add(&mut table);
+    sockets::add(&mut table);
     table
 }
 

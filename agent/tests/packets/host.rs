@@ -14,7 +14,7 @@ use sluice_common::family::lane;
 use sluice_common::fragment::{self, label};
 use sluice_common::header::{TcpHeader, tcp};
 use sluice_common::parse::{self, Headers, Kind};
-use sluice_common::path::policy::{is_foreign, is_within};
+use sluice_common::path::policy::{self, is_foreign, is_within};
 use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict, partner_key};
 use sluice_common::record::{FlowTable, Partner, Place, Refused, Renewal, record};
 use sluice_common::rewrite::{Edit, can_follow, hop, rewrite};
@@ -24,7 +24,7 @@ use sluice_common::{Packet, Reason, Tables, V4, V6};
 use super::bytes::Bytes;
 use super::case::{Case, Counted, End, Outcome, Program};
 use super::ip::Ip;
-use super::world::{self, Affinities, Datagrams, Exhausted, Flows, World};
+use super::world::{self, Affinities, Datagrams, Exhausted, Flows, OWN_NETNS, World};
 
 /// The time when a packet is met, where a case does not care.
 pub(crate) const NOW: Ticks = 100_000;
@@ -422,25 +422,33 @@ impl<F: Ip> Memory<F> {
         }
     }
 
-    /// Whether a socket of this host holds the tuple that a client with this host's address is to have.
-    fn is_held(&self, decision: &Decision<F>) -> bool {
+    /// Whether a socket of this host, or of the pod whose packet it is, holds the tuple that the flow is to have.
+    fn is_held(&self, hook: Hook, decision: &Decision<F>) -> bool {
         let flow = &decision.flow;
+        let sees_sockets = path::is_beside_sockets(flow)
+            || hook == Hook::Ingress && self.here().and_then(policy::netns_of_sockets) == Some(OWN_NETNS);
         matches!(decision.record, Record::Open | Record::Establish)
-            && path::is_beside_sockets(flow)
+            && sees_sockets
             && self.world.held.contains(&tuple_told::<F>(&partner_key::<F>(flow, decision.key.protocol)))
+    }
+
+    /// Whether the flow may have the port of a socket that nobody can look up. The kernel gives a packet that it only tests a socket.
+    fn hides_sockets(&self, decision: &Decision<F>, has_socket: bool) -> bool {
+        self.here().is_some_and(|here| policy::hides_sockets(here, decision.key.protocol, has_socket))
     }
 
     /// Decides to the end and records; the reason why the packet must not go on.
     fn open(&mut self, hook: Hook, headers: &Headers<F>, decision: &mut Decision<F>) -> Result<(), Reason> {
         let step = decision.step;
         let mut result = Err(Reason::PortsExhausted);
+        self.passed_over = u32::from(hook == Hook::Ingress && self.hides_sockets(decision, true));
         for _ in 0..OPEN_TRIES {
             decision.step = step;
             self.try_open(hook, headers, decision);
             if decision.step == Step::Search {
                 self.search(decision);
             }
-            if self.is_held(decision) {
+            if self.is_held(hook, decision) {
                 self.passed_over += 1;
                 continue;
             }
@@ -683,6 +691,7 @@ fn xdp<F: Ip>(
         return (End::XdpPass, NOTHING);
     }
     if decision.step != Step::Done {
+        memory.passed_over = u32::from(memory.hides_sockets(&decision, false));
         memory.try_open(Hook::Xdp, headers, &mut decision);
     }
     let ours =

@@ -1,7 +1,8 @@
 //! The kernel's way: the object's programs by `BPF_PROG_TEST_RUN`, in a network namespace of this thread.
 
+use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -11,6 +12,10 @@ use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuHashMap, PerCpuValues, RingBuf};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
+use futures::StreamExt;
+use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::nsid::{NsidAttribute, NsidMessage};
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, BackendCounters, COUNTER_V6, Datagram, DatagramPorts, Device, Event,
     Flow, Listening, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey,
@@ -27,7 +32,7 @@ use super::socket;
 use super::world::{
     self, Affinities, BACKEND_MAC, BRIDGE, Datagrams, EDGE, Exhausted, FOREIGN, Flows, MARK, NARROW,
     NARROW_MTU, NET_BACKENDS, NET_CLIENTS, NET_FORGED, NET_FRONTENDS, NET_MARKED, NET_NODE, NET_SHORT, OWN,
-    ROUTES, TUNNEL, UPLINK, Version, World,
+    OWN_NETNS, ROUTES, TUNNEL, UPLINK, Version, World,
 };
 
 /// The table with routes to clients behind [`EDGE`].
@@ -92,6 +97,30 @@ fn ip(words: &str) -> Result<()> {
     Ok(())
 }
 
+/// Has the network namespace know itself as [`OWN_NETNS`].
+fn give_own_netns_an_id() -> Result<()> {
+    let netns = File::open("/proc/thread-self/ns/net").context("cannot open the network namespace")?;
+    let mut message = NsidMessage::default();
+    message.attributes = vec![
+        NsidAttribute::Id(OWN_NETNS.cast_signed()),
+        NsidAttribute::Fd(netns.as_raw_fd().cast_unsigned()),
+    ];
+    let mut message = NetlinkMessage::from(RouteNetlinkMessage::NewNsId(message));
+    message.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let (connection, mut handle, _) = rtnetlink::new_connection()?;
+        let _requests = tokio::spawn(connection);
+        let mut answers = handle.request(message)?;
+        while let Some(answer) = answers.next().await {
+            if let NetlinkPayload::Error(refused) = answer.payload {
+                bail!("cannot give the network namespace an id: {refused}");
+            }
+        }
+        Ok(())
+    })
+}
+
 fn network() -> Result<()> {
     // SAFETY: no memory is passed.
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
@@ -102,6 +131,7 @@ fn network() -> Result<()> {
             .with_context(|| format!("cannot set {family}"))?;
     }
     ip("link set lo up")?;
+    give_own_netns_an_id()?;
     for ifindex in [EDGE, UPLINK, TUNNEL, OWN, NARROW, BRIDGE, FOREIGN] {
         let mac = world::mac(ifindex).map(|byte| format!("{byte:02x}")).join(":");
         let mtu = if ifindex == NARROW { NARROW_MTU } else { 1500 };

@@ -1,4 +1,4 @@
-//! Sockets of this host that stand in the way of masqueraded clients.
+//! Sockets that hold what a flow would have.
 
 use std::io::Error;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -9,21 +9,25 @@ use anyhow::{Context, Result};
 
 use super::frame::UDP;
 
-/// A socket that is connected, or is about to be: nobody answers.
+/// A socket that is connected, or is about to be: nobody answers. Its address may be anybody's.
 pub(crate) fn connected(protocol: u8, at: SocketAddr, to: SocketAddr) -> Result<OwnedFd> {
-    if protocol == UDP {
-        let socket = UdpSocket::bind(at).with_context(|| format!("cannot bind to {at}"))?;
-        socket.connect(to).with_context(|| format!("cannot connect to {to}"))?;
-        return Ok(socket.into());
-    }
-    let family = if at.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let (family, level, transparent) = match at {
+        SocketAddr::V4(_) => (libc::AF_INET, libc::IPPROTO_IP, libc::IP_TRANSPARENT),
+        SocketAddr::V6(_) => (libc::AF_INET6, libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT),
+    };
+    let kind = if protocol == UDP { libc::SOCK_DGRAM } else { libc::SOCK_STREAM };
     // SAFETY: no memory is passed.
-    let fd = unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, 0) };
+    let fd = unsafe { libc::socket(family, kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, 0) };
     if fd < 0 {
         return Err(Error::last_os_error()).context("cannot make a socket");
     }
     // SAFETY: the descriptor is ours.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let (on, length) = (1, size_of::<libc::c_int>() as libc::socklen_t);
+    // SAFETY: the option is a live integer of this length.
+    if unsafe { libc::setsockopt(fd, level, transparent, from_ref::<libc::c_int>(&on).cast(), length) } != 0 {
+        return Err(Error::last_os_error()).context("cannot make a socket transparent");
+    }
     call(at, |address, length| {
         // SAFETY: the address is live and has this length.
         unsafe { libc::bind(socket.as_raw_fd(), address, length) }

@@ -58,6 +58,9 @@ pub(crate) fn address(version: Version, net: u8, host: u8) -> IpAddr {
     }
 }
 
+/// The id of the network namespace in which the kernel runs the table, in itself.
+pub(crate) const OWN_NETNS: u32 = 7;
+
 /// The nets of [`address`] and where their routes lead.
 pub(crate) const ROUTES: [(u8, u32); 10] = [
     (NET_CLIENTS, UPLINK),
@@ -180,7 +183,7 @@ pub(crate) struct World {
     pub(crate) affinity: Affinities,
     /// For which reply tuples, without a port, a search was in vain how many ticks ago.
     pub(crate) exhausted: Exhausted,
-    /// Connected sockets of this host: the tuples of what they receive.
+    /// Connected sockets of this host, and of a pod whose device names [`OWN_NETNS`]: the tuples of what they receive.
     pub(crate) held: BTreeSet<Tuple<IpAddr>>,
     /// Sockets of this host that listen, or receive from everybody: protocol and address.
     pub(crate) listeners: BTreeSet<(u8, SocketAddr)>,

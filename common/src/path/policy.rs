@@ -19,6 +19,7 @@ use crate::abi::{
     self, Class, Prefix, Settings, detect_local, device, device_flags, frontend, masquerade, networks,
 };
 use crate::family::Family;
+use crate::header::protocol;
 use crate::tables::Tables;
 
 /// Whether a client keeps its source.
@@ -121,6 +122,26 @@ pub fn is_edge<F: Family, T: Tables<F>>(tables: &T) -> bool {
         Some(here) => here.role == device::EDGE,
         None => false,
     }
+}
+
+/// Whether a flow that a packet opens here may have the port of a socket that nobody can look up.
+///
+/// A pod's kernel gives one port to two connections whose peers differ, as a frontend and its
+/// endpoint do, and no entry tells of a connection to the endpoint itself. The pod's sockets are
+/// looked up by its namespace; `has_socket` tells whether the packet comes straight from one of
+/// them, and not from a stack of the pod's own (gVisor), a virtual machine or a namespace behind
+/// it. UDP keeps its ports: a process's sockets share none without asking for that.
+#[inline(always)]
+pub fn hides_sockets(here: &abi::Device, protocol_number: u8, has_socket: bool) -> bool {
+    here.role == device::EDGE
+        && protocol_number != protocol::UDP
+        && (here.flags & device_flags::HIDES_SOCKETS != 0 || here.netns != 0 && !has_socket)
+}
+
+/// The id of the network namespace whose sockets send by the device, where it is a pod's.
+#[inline(always)]
+pub fn netns_of_sockets(here: &abi::Device) -> Option<u32> {
+    if here.role == device::EDGE { here.netns.checked_sub(1) } else { None }
 }
 
 /// Whether node ports at an address are there for packets of the device that this one is met on.

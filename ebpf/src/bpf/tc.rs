@@ -6,7 +6,7 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_check_mtu_flags::BPF_MTU_CHK_SEGS, bpf_redir_neigh,
+    __sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_check_mtu_flags::BPF_MTU_CHK_SEGS, bpf_redir_neigh, bpf_sock,
     bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
 };
 use aya_ebpf::helpers::generated::{
@@ -14,13 +14,13 @@ use aya_ebpf::helpers::generated::{
     bpf_sk_release, bpf_sk_storage_get, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes,
     bpf_skb_store_bytes, bpf_skb_vlan_pop, bpf_skc_lookup_tcp,
 };
-use sluice_common::abi::{CallerKey, Device, Flow, RejectKey, device, device_flags, flow, networks};
+use sluice_common::abi::{CallerKey, Device, Flow, RejectKey, Tuple, device, device_flags, flow, networks};
 use sluice_common::answer::{self, Answer, QUOTE, Trouble};
 use sluice_common::event::Wide;
 use sluice_common::fragment::{HELD_PRIORITY, Label, label, met_at};
 use sluice_common::header::{EthernetHeader, TcpHeader, protocol, tcp};
 use sluice_common::parse::{self, Headers, Kind};
-use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict};
+use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict, policy};
 use sluice_common::rewrite::{Edit, hop, rewrite};
 use sluice_common::{Family, Packet, Reason, V4, V6};
 
@@ -42,6 +42,8 @@ const PACKET_HOST: u32 = 0;
 const PACKET_BROADCAST: u32 = 1;
 const PACKET_MULTICAST: u32 = 2;
 const PACKET_OTHERHOST: u32 = 3;
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
 const TCP_ESTABLISHED: u32 = 1;
 const TCP_LISTEN: u32 = 10;
 /// `BPF_F_CURRENT_NETNS`.
@@ -281,8 +283,8 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     let number = if is_done {
         F::record()
     } else {
-        let takes_another = if hook == Hook::Ingress { learn_caller::<F>(skb) } else { 0 };
-        open::<F>(skb, hook, takes_another)
+        let takes_another = hook == Hook::Ingress && comes_from_hidden_socket::<F>(skb);
+        open::<F>(skb, hook, u32::from(takes_another))
     };
     let refusal = refusal(number);
     // SAFETY: as above.
@@ -319,31 +321,37 @@ extern "C" fn is_for_others(skb: *mut __sk_buff) -> u32 {
 /// whose call was left to packets. The kernel parts a packet from its socket where somebody forwards
 /// it, not on its way through a veth.
 ///
-/// 1 where the flow is to have another port than the socket's, else 0: the pod's calls at the socket
-/// are direct connections, and one of them may be from the same port to the same endpoint. Ports
-/// that a process has bound are given to no other connection: such a call has no mark, and keeps
-/// its port.
+/// Whether the flow may have the port of a socket that [`is_held`] cannot find.
 #[inline(never)]
-fn learn_caller<F: Tc>(skb: *mut __sk_buff) -> u32 {
-    // SAFETY: the context is valid while the program runs.
+fn comes_from_hidden_socket<F: Tc>(skb: *mut __sk_buff) -> bool {
+    let Some(here) = device(ifindex(skb)) else { return false };
+    let Some(scratch) = F::scratch() else { return false };
+    // SAFETY: this CPU's own; nothing else takes a reference here.
+    let tuple = unsafe { &(*scratch).headers.tuple };
+    // SAFETY: the context is valid while the program runs; the packet holds the socket.
     let socket = unsafe { (*skb).__bindgen_anon_2.sk };
-    if socket.is_null() {
-        return 0;
+    // SAFETY: as above.
+    let has_socket = !socket.is_null() && matches!(unsafe { (*socket).family }, AF_INET | AF_INET6);
+    if has_socket && here.role == device::EDGE {
+        learn_caller::<F>(socket, tuple);
     }
+    policy::hides_sockets(here, tuple.protocol, has_socket)
+}
+
+/// Notes which frontend a socket's packet is met on the way to, where its call was left to packets.
+#[inline(always)]
+fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) {
     // SAFETY: the socket is not null; the packet holds it.
     let socket = unsafe { bpf_sk_fullsock(socket) };
     if socket.is_null() {
-        return 0;
+        return;
     }
     let map = (&raw const maps::left_to_packets).cast_mut();
     // SAFETY: map and socket are what the helper takes; the value lives as long as the program runs.
     let netns = unsafe {
         bpf_sk_storage_get(map.cast(), socket.cast(), core::ptr::null_mut(), 0).cast::<u64>().as_ref()
     };
-    let is_edge = matches!(device(ifindex(skb)), Some(device) if device.role == device::EDGE);
-    let (Some(netns), true, Some(scratch)) = (netns, is_edge, F::scratch()) else { return 0 };
-    // SAFETY: this CPU's own; nothing else takes a reference here.
-    let tuple = unsafe { &(*scratch).headers.tuple };
+    let Some(netns) = netns else { return };
     let caller = CallerKey {
         netns: *netns,
         address: F::wide(&tuple.destination),
@@ -353,13 +361,13 @@ fn learn_caller<F: Tc>(skb: *mut __sk_buff) -> u32 {
     };
     // Where there is no room its calls are left to packets once more.
     let _ = maps::callers.insert(&caller, now(), 0);
-    u32::from(caller.protocol == protocol::TCP)
 }
 
 /// Takes the decision about a flow's first packet to its end and records the flow; 0, or the number of the
 /// reason why the packet must not go on.
 ///
-/// Another CPU may take the tuple between the path's look and the record, or a socket of this host hold it:
+/// Another CPU may take the tuple between the path's look and the record, or a socket of this host
+/// or of the pod hold it:
 /// the path looks again. `passed_over`: how many ports are not to be tried.
 #[inline(never)]
 fn open<F: Tc>(skb: *mut __sk_buff, hook: Hook, passed_over: u32) -> u32 {
@@ -382,7 +390,7 @@ fn open<F: Tc>(skb: *mut __sk_buff, hook: Hook, passed_over: u32) -> u32 {
         if unsafe { (*scratch).decision.step } == Step::Search {
             F::search();
         }
-        if is_held::<F>(skb) {
+        if is_held::<F>(skb, hook) {
             // SAFETY: as above.
             unsafe { (*scratch).asked.passed_over += 1 };
             continue;
@@ -395,16 +403,25 @@ fn open<F: Tc>(skb: *mut __sk_buff, hook: Hook, passed_over: u32) -> u32 {
     number
 }
 
-/// Whether a socket of this host speaks to the backend from the tuple that a client with this host's address is to have.
+/// Whether a socket speaks to the backend from the tuple that the flow is to have: one of this host
+/// where the client is to have this host's address, else one of the pod whose packet it is.
 #[inline(never)]
-fn is_held<F: Tc>(skb: *mut __sk_buff) -> bool {
+fn is_held<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> bool {
     let Some(scratch) = F::scratch() else { return false };
     // SAFETY: this CPU's own; nothing else takes a reference here.
     let decision = unsafe { &(*scratch).decision };
     let is_new = matches!(decision.record, Record::Open | Record::Establish);
-    if !is_new || !path::is_beside_sockets(&decision.flow) {
+    if !is_new {
         return false;
     }
+    let netns = if path::is_beside_sockets(&decision.flow) {
+        CURRENT_NETNS
+    } else {
+        match device(ifindex(skb)).and_then(policy::netns_of_sockets) {
+            Some(netns) if hook == Hook::Ingress => u64::from(netns),
+            _ => return false,
+        }
+    };
     let flow = &decision.flow;
     // SAFETY: plain integers: zero is a value.
     let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
@@ -413,7 +430,7 @@ fn is_held<F: Tc>(skb: *mut __sk_buff) -> bool {
     // SAFETY: the helpers read `size` bytes of the tuple; what they find is released.
     unsafe {
         if decision.key.protocol == protocol::TCP {
-            let socket = bpf_skc_lookup_tcp(skb.cast(), &raw mut tuple, size, CURRENT_NETNS, 0);
+            let socket = bpf_skc_lookup_tcp(skb.cast(), &raw mut tuple, size, netns, 0);
             if socket.is_null() {
                 return false;
             }
@@ -422,7 +439,7 @@ fn is_held<F: Tc>(skb: *mut __sk_buff) -> bool {
             return held;
         }
         if decision.key.protocol == protocol::UDP {
-            let socket = bpf_sk_lookup_udp(skb.cast(), &raw mut tuple, size, CURRENT_NETNS, 0);
+            let socket = bpf_sk_lookup_udp(skb.cast(), &raw mut tuple, size, netns, 0);
             if socket.is_null() {
                 return false;
             }

@@ -8,7 +8,7 @@ use sluice_common::answer::is_partial;
 use sluice_common::checksum::Delta;
 use sluice_common::header::{EthernetHeader, Wire};
 use sluice_common::parse::{self, Headers, Kind};
-use sluice_common::path::{Hook, Step, Verdict};
+use sluice_common::path::{Hook, Step, Verdict, policy};
 use sluice_common::rewrite::{Checksum, Edit, can_follow, segment};
 use sluice_common::{Family, Packet, V4, V6};
 
@@ -170,8 +170,13 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     }
     // SAFETY: this CPU's own; no reference is kept.
     if unsafe { (*scratch).decision.step } != Step::Done {
+        // SAFETY: as above; entries are plain data, readable under RCU.
+        let hides_sockets = unsafe {
+            let protocol = (*scratch).headers.tuple.protocol;
+            maps::devices.get(ifindex).is_some_and(|here| policy::hides_sockets(here, protocol, false))
+        };
         // SAFETY: as above.
-        unsafe { (*scratch).asked = Asked::passing_over(0) };
+        unsafe { (*scratch).asked = Asked::passing_over(u32::from(hides_sockets)) };
         F::open(ifindex, Hook::Xdp);
         // SAFETY: as above.
         if unsafe { (*scratch).decision.step } == Step::AskRoutes {

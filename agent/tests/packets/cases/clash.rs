@@ -269,6 +269,23 @@ fn direct(table: &mut Table, cast: &Cast) {
         .embryonic([direct.both()])
         .marks(mark::DIRECT),
     );
+    let given = Connection {
+        client: SocketAddr::new(cast.client.ip(), cast.client.port() + 1),
+        seen_as: cast.client,
+        ..direct
+    };
+    table.add(
+        Case::new(
+            format!("{title}: a direct connection whose port was given to another one gets another port"),
+            &cast.world().flows(given.state(state::ESTABLISHED).both()).marks(mark::DIRECT),
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .becomes(&first.clone().from(seen_as))
+        .reason(Reason::DirectRemapped, 0)
+        .embryonic([direct.both()]),
+    );
     let marked = |world: World| world.marks(mark::DIRECT);
     let world = marked(cast.world().flows(live.both()).embryonic(direct.both()));
     let answer = match cast.protocol {
