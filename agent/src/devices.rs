@@ -121,6 +121,9 @@ pub struct Link {
     pub peer: Option<Peer>,
     /// The bridge, bond or VRF that it belongs to; 0: none.
     pub master: u32,
+    /// The device that it is stacked on, or its other end where that is in this network namespace;
+    /// 0: none.
+    pub lower: u32,
     /// Its link-layer address.
     pub mac: [u8; 6],
     /// Its MTU, bytes.
@@ -265,6 +268,7 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
             role == Role::Edge
         }
     };
+    let has_gateway_above = bridge.is_some_and(|bridge| has_gateway_above(bridge, facts));
     let (netns, hides_sockets) = match link.peer {
         Some(Peer::Known(id)) if is_pair => (id.saturating_add(1), false),
         peer => (0, link.kind == "tun" || is_pair && peer.is_some()),
@@ -288,10 +292,25 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
             | if link.kind == "bridge" { abi::device_flags::BRIDGE } else { 0 }
             | if is_switched { abi::device_flags::SWITCHED } else { 0 }
             | if hides_sockets { abi::device_flags::HIDES_SOCKETS } else { 0 }
+            | if has_gateway_above { abi::device_flags::GATEWAY_ABOVE } else { 0 }
             | bridge.map_or(0, |bridge| {
                 abi::device_flags::bridge_mac(bridge.mac) << abi::device_flags::BRIDGE_MAC_SHIFT
             }),
         netns,
+    })
+}
+
+/// Whether addresses are on a device above a bridge: one of its VLANs, or the end of a veth whose
+/// other end is a port.
+fn has_gateway_above(bridge: &Link, facts: &Facts) -> bool {
+    facts.links.values().any(|link| {
+        let is_above = if PAIRS.contains(&link.kind.as_str()) {
+            link.peer.is_none()
+                && facts.links.get(&link.lower).is_some_and(|other| other.master == bridge.index)
+        } else {
+            link.lower == bridge.index
+        };
+        is_above && facts.addresses.get(&link.index).is_some_and(|addresses| !addresses.is_empty())
     })
 }
 
@@ -318,7 +337,8 @@ fn role(link: &Link, facts: &Facts, patterns: &Patterns, is_nodes: bool) -> Opti
         return link.up.then_some(Role::Fabric);
     }
     if PAIRS.contains(&link.kind.as_str()) {
-        return match (addressed && (routed || is_nodes), link.peer.is_some() || bridged) {
+        // One whose other end is here, too, leads to no pod, a bridge's port or not.
+        return match (addressed && (routed || is_nodes), link.peer.is_some()) {
             (true, _) => Some(Role::Uplink),
             (false, true) => Some(Role::Edge),
             (false, false) => None,
@@ -472,8 +492,28 @@ mod tests {
         assert_eq!(sockets(Some(Peer::Known(0)), "veth"), Some((1, false)));
         assert_eq!(sockets(Some(Peer::Known(6)), "netkit"), Some((7, false)));
         assert_eq!(sockets(Some(Peer::Unknown), "veth"), Some((0, true)));
-        assert_eq!(sockets(None, "veth"), Some((0, false)));
+        assert_eq!(sockets(None, "veth"), None, "both ends are here");
         assert_eq!(sockets(None, "tun"), Some((0, true)));
+    }
+
+    #[test]
+    fn a_gateway_above_a_bridge_is_known() {
+        let is_above = |above: Link, address: bool| {
+            let port = Link { peer: Some(Peer::Known(0)), master: 2, ..link(3, "veth0", "veth") };
+            let end = Link { master: 2, lower: 5, ..link(4, "gw1", "veth") };
+            let facts = facts([link(2, "br0", "bridge"), port, end, above]);
+            let facts = if address { with_address(facts, 5, "10.1.0.1") } else { facts };
+            let survey = survey(&facts, &Rules::default(), &Survey::default());
+            let entry = survey.devices.get(&3).map(|device| device.entry);
+            entry.is_some_and(|entry| entry.flags & abi::device_flags::GATEWAY_ABOVE != 0)
+        };
+        let veth = Link { lower: 4, ..link(5, "gw0", "veth") };
+        let vlan = Link { lower: 2, ..link(5, "br0.7", "vlan") };
+        assert!(is_above(veth.clone(), true), "a veth");
+        assert!(is_above(vlan.clone(), true), "a VLAN");
+        assert!(!is_above(veth.clone(), false) && !is_above(vlan, false), "without an address");
+        assert!(!is_above(Link { peer: Some(Peer::Known(4)), ..veth }, true), "an id of another namespace");
+        assert!(!is_above(link(5, "eth0", ""), true), "a device of its own");
     }
 
     #[test]

@@ -9,14 +9,14 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use lab_support::{
     Cluster, ECHO, ECHO_TARGET, Plan, SOON, WEB, addresses_of_pod, cluster_ip, external_ip, listed, skip,
     until_backends, word,
 };
 use raw_support::{ACK, FIN, Frame, Mac, RST, SYN, segment, to_node, to_uplink};
 use serde_json::Value;
-use sluice_lab::{Namespace, NodeOptions, PacketSocket, Pod, Port, RpFilter};
+use sluice_lab::{Cni, Namespace, NodeOptions, PacketSocket, Pod, Port, RpFilter};
 
 /// A connection to an echo server, and the numbers that its endpoint expects.
 struct Conversation {
@@ -311,6 +311,56 @@ fn forged_datagrams_turn_nobodys_answers() -> Result<()> {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+/// Moves the bridge's addresses to one end of a veth whose other end becomes a port of the bridge.
+fn move_gateway_above(node: &Namespace) -> Result<()> {
+    let shown = node.run("ip", ["-o", "addr", "show", "dev", "cni0", "scope", "global"])?;
+    let addresses: Vec<&str> = shown.lines().filter_map(|line| line.split_whitespace().nth(3)).collect();
+    ensure!(addresses.len() == 2, "cni0 has no address of each family: {shown}");
+    let mac = node.link_address("cni0")?.map(|byte| format!("{byte:02x}")).join(":");
+    let moved = addresses.iter().map(|address| {
+        let nodad = if address.contains(':') { " nodad" } else { "" };
+        format!("addr del {address} dev cni0\naddr add {address} dev gw0{nodad}\n")
+    });
+    let commands = format!(
+        "link set cni0 address 02:00:00:00:77:77\nlink add gw0 type veth peer name gw1\n\
+         link set gw1 master cni0 up\nlink set gw0 address {mac} up\n{}",
+        moved.collect::<String>()
+    );
+    // The bridge would answer for addresses of another device too.
+    node.sysctl("net/ipv4/conf/cni0/arp_ignore", "1")?;
+    let _ = node.ip(&commands)?;
+    node.sysctl("net/ipv6/conf/gw0/forwarding", "1")
+}
+
+#[test]
+fn pods_are_no_forgers_where_their_gateway_is_above_the_bridge() -> Result<()> {
+    if skip("pods_are_no_forgers_where_their_gateway_is_above") {
+        return Ok(());
+    }
+    let node = NodeOptions {
+        cni: Cni::Bridge { bridge_nf: false },
+        rp_filter: RpFilter::Off,
+        ..NodeOptions::default()
+    };
+    let mut cluster = Cluster::without_agents("above", &Plan { near: 1, node, ..Plan::default() })?;
+    move_gateway_above(cluster.node())?;
+    cluster.start_agents(&["--socket-path=off"])?;
+    until_backends(cluster.node(), "web", 1)?;
+    for family in 0..2 {
+        let to = SocketAddr::new(cluster_ip(WEB)[family], ECHO);
+        let mut held = Conversation::open(&cluster.client, "a pod's connection", to)?;
+        held.goes_on("a moment")?;
+        let flows = listed(cluster.node(), &["flows"])?;
+        let local = held.local.to_string();
+        let found: Vec<&Value> = flows.iter().filter(|flow| word(flow, "client") == local).collect();
+        let [flow] = found[..] else { bail!("{local} has {} flows: {flows:?}", found.len()) };
+        ensure!(flow["seen_as"].is_null(), "{local} is seen as another: {flow}");
+        let state = flow["state"].to_string();
+        ensure!(state.contains("established"), "{local} is taken for a forger: {flow}");
     }
     Ok(())
 }

@@ -441,6 +441,9 @@ pub mod device_flags {
     /// What sends by the device has a network stack of its own, whose sockets cannot be looked up:
     /// a virtual machine.
     pub const HIDES_SOCKETS: u32 = 8;
+    /// The device is a port of a bridge whose pods' gateway is on another device above it: a VLAN's,
+    /// or one end of a veth whose other end is a port too.
+    pub const GATEWAY_ABOVE: u32 = 16;
     /// From this bit on: the last three bytes of the link-layer address that frames have which are
     /// for the bridge that the device is a port of.
     pub const BRIDGE_MAC_SHIFT: u32 = 8;

@@ -185,6 +185,7 @@ fn link(message: LinkMessage) -> Link {
             LinkAttribute::IfName(name) => link.name = name,
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
             LinkAttribute::Controller(master) => link.master = master,
+            LinkAttribute::Link(lower) => link.lower = lower,
             LinkAttribute::LinkNetNsId(id) => {
                 // Negative where the kernel has none to give.
                 link.peer = Some(u32::try_from(id).map_or(Peer::Unknown, Peer::Known));

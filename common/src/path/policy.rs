@@ -188,7 +188,8 @@ pub fn is_within<F: Family>(prefixes: &[Prefix<F::Address>; abi::PREFIXES], addr
 /// `from`: that device, 0 for this host itself. `route` answers which device the route to the source names (0: none), first as
 /// this host would send there, then as what came in by `from` would go.
 ///
-/// At a pod's device the answer is that of a strict reverse path filter. By an uplink or a fabric device packets may come in although the way
+/// At a pod's device the answer is that of a strict reverse path filter, but that the bridge's pods
+/// may be reached by a device above it, of which nothing is known. By an uplink or a fabric device packets may come in although the way
 /// back is another one; but no pod of this node sends by those, nor does the node itself.
 #[inline(always)]
 pub fn is_foreign<F: Family, T: Tables<F>>(
@@ -206,9 +207,9 @@ pub fn is_foreign<F: Family, T: Tables<F>>(
         return !egress;
     }
     let named = route(false);
-    let (role, bridge) = match tables.device(from) {
-        Some(device) => (device.role, device.bridge),
-        None => (0, 0),
+    let (role, bridge, flags) = match tables.device(from) {
+        Some(device) => (device.role, device.bridge, device.flags),
+        None => (0, 0, 0),
     };
     if named == from || bridge != 0 && named == bridge {
         return false;
@@ -216,7 +217,8 @@ pub fn is_foreign<F: Family, T: Tables<F>>(
     match role {
         device::EDGE => {
             let named = route(true);
-            named != from && (bridge == 0 || named != bridge)
+            let is_above = flags & device_flags::GATEWAY_ABOVE != 0 && named != 0;
+            named != from && (bridge == 0 || named != bridge) && !(is_above && tables.device(named).is_none())
         }
         device::UPLINK | device::FABRIC => {
             let is_way_out = |there: &abi::Device| matches!(there.role, device::UPLINK | device::FABRIC);

@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use sluice_common::abi::{ADDRESS_WORDS, flow, listing, state};
+use sluice_common::abi::{ADDRESS_WORDS, device_flags, flow, listing, state};
 use sluice_common::family::lane;
 use sluice_common::path::{STREAM_TICKS, mark};
 use sluice_common::{Reason, V4, V6};
@@ -16,8 +16,8 @@ use crate::packets::case::{Case, Program};
 use crate::packets::frame::{ACK, FIN, Frame, RST, SEQUENCE, SYN, TCP, UDP};
 use crate::packets::ip::Ip;
 use crate::packets::world::{
-    BRIDGE, Cast, Connection, EDGE, FOREIGN, NET_BACKENDS, NET_CLIENTS, NET_FORGED, NET_OVERLAY, NET_PODS,
-    NET_REMOTE, ONE, UPLINK, World, mac,
+    BRIDGE, Cast, Connection, EDGE, FOREIGN, NET_BACKENDS, NET_CLIENTS, NET_FOREIGN, NET_FORGED, NET_OVERLAY,
+    NET_PODS, NET_REMOTE, ONE, UPLINK, World, mac,
 };
 
 /// Adds the cases.
@@ -29,6 +29,7 @@ pub(super) fn add(table: &mut Table) {
             to_backend(table, &cast, who, program, ifindex);
         }
         rightful(table, &cast);
+        gateways(table, &cast);
         replies(table, &cast);
         sources(table, &cast);
         lanes(table, &cast);
@@ -194,6 +195,31 @@ fn rightful(table: &mut Table, cast: &Cast) {
                 );
             }
         }
+    }
+}
+
+/// Pods of a bridge whose gateway is on a device above it.
+fn gateways(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    for (what, net, flags, keeps) in [
+        ("by a device above the bridge", NET_FOREIGN, device_flags::GATEWAY_ABOVE, true),
+        ("by a device that is not above the bridge", NET_FOREIGN, 0, false),
+        ("by the uplink", NET_FORGED, device_flags::GATEWAY_ABOVE, false),
+    ] {
+        let cast = cast.client_in(net).backend_in(NET_PODS);
+        let mut world = cast.world();
+        let edge = world.devices.entry(EDGE).or_default();
+        edge.bridge = BRIDGE;
+        edge.flags |= flags;
+        let first = cast.first(cast.client, cast.frontend).at(mac(EDGE));
+        let seen_as = if keeps { cast.client } else { tried(&cast, cast.frontend, 1) };
+        let name = format!("{title}: a pod of a bridge whose way back is {what}");
+        table.add(
+            Case::new(name, &world, Program::Ingress, EDGE, &first)
+                .becomes(&first.clone().from(seen_as).to(cast.backend))
+                .opens(ONE)
+                .embryonic([cast.connection().seen_as(seen_as).both()]),
+        );
     }
 }
 
