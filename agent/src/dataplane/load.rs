@@ -182,8 +182,45 @@ pub(super) fn load_object(
     })
 }
 
+/// How often a program is handed in whose verification a signal interrupts, as libbpf does.
+const VERIFY_TRIES: u32 = 5;
+
 pub(super) fn verify(name: &str, program: &mut Program) -> Result<(), Error> {
-    let result = if let Program::SchedClassifier(program) = program {
+    let is_interrupted = |result: &Result<(), ProgramError>| {
+        let error = result.as_ref().err().and_then(|error| os_error(error));
+        error.is_some_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
+    };
+    let mut tries = 1;
+    let result = loop {
+        let Some(result) = hand_in(program) else {
+            tracing::warn!(
+                program = name,
+                "the object has a program of a kind that this agent does not know"
+            );
+            return Ok(());
+        };
+        if tries == VERIFY_TRIES || !is_interrupted(&result) {
+            break result;
+        }
+        tries += 1;
+    };
+    match result {
+        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
+        Err(error) => Err(Error::Load {
+            what: format!("program {name}"),
+            hint: match os_error(&error).and_then(|error| error.raw_os_error()) {
+                Some(libc::EPERM) => hint(&std::io::Error::from_raw_os_error(libc::EPERM)),
+                Some(libc::EAGAIN) => "; signals have interrupted its verification each time: try again",
+                _ => "; the verifier of this kernel refuses the program: please report it, with `uname -r`",
+            },
+            cause: tail(&chain(&error)),
+        }),
+    }
+}
+
+/// Hands in a program of a kind that we have; [`None`]: it is none.
+fn hand_in(program: &mut Program) -> Option<Result<(), ProgramError>> {
+    Some(if let Program::SchedClassifier(program) = program {
         program.load()
     } else if let Program::Xdp(program) = program {
         program.load()
@@ -194,20 +231,8 @@ pub(super) fn verify(name: &str, program: &mut Program) -> Result<(), Error> {
     } else if let Program::SockOps(program) = program {
         program.load()
     } else {
-        tracing::warn!(program = name, "the object has a program of a kind that this agent does not know");
-        return Ok(());
-    };
-    match result {
-        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
-        Err(error) => Err(Error::Load {
-            what: format!("program {name}"),
-            hint: match os_error(&error).and_then(|error| error.raw_os_error()) {
-                Some(libc::EPERM) => hint(&std::io::Error::from_raw_os_error(libc::EPERM)),
-                _ => "; the verifier of this kernel refuses the program: please report it, with `uname -r`",
-            },
-            cause: tail(&chain(&error)),
-        }),
-    }
+        return None;
+    })
 }
 
 /// Fills new maps from those they replace. False when the old ones cannot be read: then the

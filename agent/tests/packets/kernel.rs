@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuHashMap, PerCpuValues, RingBuf};
-use aya::programs::{SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
+use aya::programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
 use futures::StreamExt;
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
@@ -95,6 +95,20 @@ fn ip(words: &str) -> Result<()> {
     let output = Command::new("ip").args(words.split_whitespace()).output().context("cannot run `ip`")?;
     ensure!(output.status.success(), "`ip {words}`: {}", String::from_utf8_lossy(&output.stderr).trim());
     Ok(())
+}
+
+/// Hands a program in again where a signal has interrupted its verification.
+fn verify(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
+    let mut result = load();
+    for _ in 0..4 {
+        match &result {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.raw_os_error() == Some(libc::EAGAIN) => {}
+            _ => break,
+        }
+        result = load();
+    }
+    result
 }
 
 /// Has the network namespace know itself as [`OWN_NETNS`].
@@ -426,9 +440,11 @@ impl Kernel {
         }
         let mut ebpf = loader.load(&bytes).context("cannot load the object")?;
         for program in [Program::Ingress, Program::Egress, Program::IngressBare, Program::EgressBare] {
-            tc(&mut ebpf, program)?.load().with_context(|| format!("cannot load {}", program.name()))?;
+            let loaded = tc(&mut ebpf, program)?;
+            verify(|| loaded.load()).with_context(|| format!("cannot load {}", program.name()))?;
         }
-        xdp(&mut ebpf)?.load().context("cannot load the XDP program")?;
+        let loaded = xdp(&mut ebpf)?;
+        verify(|| loaded.load()).context("cannot load the XDP program")?;
         let ring = RingBuf::try_from(ebpf.take_map("events").context("the object has no map events")?)?;
         let mut kernel = Self { ebpf, ring, clock, mark: 0, carried: 0, filled: None, sockets: Vec::new() };
         kernel.listen(&Listening { until_ns: u64::MAX, ..Listening::default() })?;
