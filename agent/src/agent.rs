@@ -21,7 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::conntrack::limits::{self, Limits};
-use crate::dataplane::{Layout, Pins, Xdp, load};
+use crate::dataplane::{Layout, Pins, RouteMtus, Xdp, load};
 use crate::devices::addresses::stray_problem;
 use crate::devices::own::{OwnRoutes, Routable};
 use crate::devices::pattern::Patterns;
@@ -240,6 +240,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         }),
     };
 
+    let mtus = RouteMtus::open(&pins.maps())?;
     let takeover = takeover::start(settings.phase, pins.maps(), options.state_dir.clone())?;
     let (events_sender, events) = mpsc::channel(EVENTS);
     let (sources, announcing) = start_sources(&options, &events_sender).await?;
@@ -269,7 +270,8 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     let _devices = tokio::spawn(keep_watching(rules, survey_sender));
     let (own_device_sender, own_device) = watch::channel(settings.own_device);
     let own_device_kept = OwnDevice { index: own_device_sender, proc_sys: options.proc_sys };
-    let _routes = tokio::spawn(route_vips(own, own_device_kept, routable, watched.clone(), routing_sender));
+    let _routes =
+        tokio::spawn(route_vips(own, own_device_kept, mtus, routable, watched.clone(), routing_sender));
     let keeper = Keeper::new(loaded.hooks, options.socket_path.word(), cgroup);
     let inputs = Inputs { watched: watched.clone(), routing, filled };
     let _keeper = tokio::spawn(keeper.run(inputs, kept_sender));

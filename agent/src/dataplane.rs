@@ -18,6 +18,7 @@ mod maps;
 mod object;
 mod pins;
 mod read;
+mod route_mtus;
 pub(crate) mod trial;
 
 pub use cleanup::cleanup;
@@ -35,3 +36,4 @@ pub use object::{Spec, difference};
 pub(crate) use pins::is_bpffs;
 pub use pins::{Found, Pins, is_kept};
 pub use read::{Fill, FlowEntry};
+pub use route_mtus::RouteMtus;

@@ -16,13 +16,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use frame::{Frame, SYN, octets};
-use lab_support::{DNS, ECHO, Pair, SOON, addresses_of_pod, cluster_ip, skip, take_fresh_ports};
+use ipnet::IpNet;
+use lab_support::{DNS, ECHO, Pair, SOON, addresses_of_pod, cluster_ip, skip, take_fresh_ports, until};
 use sluice_lab::{Namespace, NodeOptions, Overlay, PacketSocket, Pod};
 use socket2::SockRef;
 use stack_support::{ClusterIps, FAR, NEAR, Proxy, Stack, none_wrong, replies};
 
-/// The MTU of the path, which the device's is above.
+/// The MTU of the path, which the device's is above, and one below.
 const NARROW: usize = 1_400;
+const NARROWER: usize = 1_300;
 const ARGS: &[&str] = &["--socket-path", "off"];
 
 /// The length of the IP packet in a frame, if it goes to an address.
@@ -62,12 +64,48 @@ fn says_much(client: &Namespace, to: SocketAddr) -> Result<()> {
     Ok(())
 }
 
+/// Has the host forget the MTUs that it has learned of paths to the far endpoint and its Service.
+fn forget_learned(stack: &Stack) -> Result<()> {
+    let vips = cluster_ip(stack.targets[FAR].number).into_iter();
+    for (vip, endpoint) in vips.zip(addresses_of_pod(&stack.far)) {
+        let family = if vip.is_ipv4() { "-4" } else { "-6" };
+        let _ = stack.node.run("ip", [family, "route", "flush", "cache"])?;
+        // It is forgotten only when somebody asks for it.
+        for address in [vip, endpoint] {
+            let _ = stack.node.run("ip", [family, "route", "get", &address.to_string()])?;
+        }
+    }
+    Ok(())
+}
+
+/// Waits until the host's own large packets reach the other node in the sizes that they are to have.
+fn until_packets_leave(stack: &Stack, is_right: impl Fn(usize) -> bool) -> Result<()> {
+    for (vip, endpoint) in cluster_ip(stack.targets[FAR].number).into_iter().zip(addresses_of_pod(&stack.far))
+    {
+        let wire = stack.other.packet_socket("eth0")?;
+        let to = SocketAddr::new(vip, DNS).to_string();
+        let mut size = 0;
+        let asked = until("large packets to the endpoint have the size that the way takes", || {
+            forget_learned(stack)?;
+            // The first is lost where the sender has to learn the size.
+            let args = ["--connected", "--count=2", "--size=1450", "--timeout-ms=200", "--to", &to];
+            let _ = stack.node.ask(["udp-client"].iter().chain(&args))?;
+            let (found, _) = largest(&wire, endpoint);
+            size = found;
+            Ok(is_right(found).then_some(()))
+        });
+        asked.with_context(|| format!("to {to}: the largest packet had {size} bytes"))?;
+    }
+    forget_learned(stack)
+}
+
 /// The host's own packets to an endpoint on another node, by a path that is narrower than its first
 /// device.
 fn none_is_too_large(
     stack: &Stack,
     proxy: Proxy,
     what: &str,
+    mtu: usize,
     [answers, told]: [bool; 2],
 ) -> Result<Vec<String>> {
     let mut wrong = Vec::new();
@@ -85,12 +123,12 @@ fn none_is_too_large(
         let long = says_much(node, SocketAddr::new(vip, ECHO));
         wrong.extend(long.err().map(|error| format!("{proxy:?}, {what}: {error:#}")));
         let (largest, count) = largest(&wire, endpoint);
-        if largest > NARROW || count == 0 {
+        if largest > mtu || count == 0 {
             wrong.push(format!("{proxy:?}, {what}: {count} packets to {endpoint}, up to {largest} bytes"));
         }
         let family = if vip.is_ipv4() { "-4" } else { "-6" };
         let route = node.run("ip", [family, "route", "get", &vip.to_string()])?;
-        if told && !route.contains(&format!("mtu {NARROW}")) {
+        if told && !route.contains(&format!("mtu {mtu}")) {
             wrong.push(format!("{proxy:?}, {what}: the host has not learned the MTU: {route}"));
         }
     }
@@ -112,36 +150,37 @@ fn the_paths_mtu_counts_for_the_hosts_own_packets() -> Result<()> {
     for proxy in [Proxy::Netfilter, Proxy::Sluice] {
         stack.serve_by(proxy, ARGS, ClusterIps::Kept)?;
         let node = stack.node.clone();
-        let flush = || -> Result<()> {
-            for (family, address) in ["-4", "-6"].into_iter().zip(far) {
-                let _ = node.run("ip", [family, "route", "flush", "cache"])?;
-                // What was learned is forgotten only when somebody asks for it.
-                let _ = node.run("ip", [family, "route", "get", &address.to_string()])?;
-            }
-            Ok(())
-        };
-        flush()?;
-        let each = |verb: &str, mtu: &str| -> Result<()> {
+        // Routes to the networks of 2^`bits` addresses that the endpoint's are in.
+        let route = |verb: &str, bits: u8, mtu: &str| -> Result<()> {
             for (address, gateway) in far.into_iter().zip(gateways) {
-                let length = if address.is_ipv4() { 32 } else { 128 };
-                let _ = node.ip(&format!("route {verb} {address}/{length} via {gateway} dev eth0 {mtu}"))?;
+                let length = if address.is_ipv4() { 32 } else { 128 } - bits;
+                let network = IpNet::new(address, length)?.trunc();
+                let _ = node.ip(&format!("route {verb} {network} via {gateway} dev eth0 {mtu}"))?;
             }
             Ok(())
         };
         // The control of what is measured: without a narrow path large packets do leave.
-        each("add", "")?;
-        let wire = stack.other.packet_socket("eth0")?;
-        let to = SocketAddr::new(cluster_ip(stack.targets[FAR].number)[0], DNS).to_string();
-        let events = node.ask(["udp-client", "--connected", "--size=1450", "--to", &to])?;
-        let (found, _) = largest(&wire, far[0]);
-        ensure!(found > NARROW, "{proxy:?}: no packet was larger than {found} bytes: {events:?}");
+        route("add", 0, "")?;
+        until_packets_leave(&stack, |size| size > NARROW)?;
         // netfilter's fragments go out without a word where the sender does not insist.
         let told = proxy == Proxy::Sluice;
-        // The kernel tells programs of no other than a locked one.
-        each("replace", &format!("mtu lock {NARROW}"))?;
-        let mut wrong = none_is_too_large(&stack, proxy, "the route's MTU", [true, told])?;
-        each("del", "")?;
-        flush()?;
+        let mut wrong = Vec::new();
+        // The agent tells programs of one that is not locked, and of each change.
+        for (lock, mtu) in [("", NARROW), ("", NARROWER), ("lock ", NARROW)] {
+            route("replace", 0, &format!("mtu {lock}{mtu}"))?;
+            until_packets_leave(&stack, |size| size > 0 && size <= mtu)?;
+            let what = format!("the route's MTU ({lock}{mtu})");
+            wrong.extend(none_is_too_large(&stack, proxy, &what, mtu, [true, told])?);
+        }
+        // A route without one that lies within one with one.
+        route("add", 1, &format!("mtu {NARROWER}"))?;
+        route("replace", 0, "")?;
+        until_packets_leave(&stack, |size| size > NARROW)?;
+        // The network's counts as soon as it is alone, and no longer than it is there.
+        route("del", 0, "")?;
+        until_packets_leave(&stack, |size| size > 0 && size <= NARROWER)?;
+        route("del", 1, "")?;
+        until_packets_leave(&stack, |size| size > NARROW)?;
         // The same learned: a link behind the other node is narrower.
         let device = stack.far.host_device();
         let _ = stack.other.ip(&format!("link set {device} mtu {NARROW}"))?;
@@ -153,8 +192,10 @@ fn the_paths_mtu_counts_for_the_hosts_own_packets() -> Result<()> {
             ensure!(route.contains(&format!("mtu {NARROW}")), "nothing was learned: {route}");
         }
         // As large answers do not fit either.
-        wrong.extend(none_is_too_large(&stack, proxy, "a learned MTU", [false, told])?);
+        wrong.extend(none_is_too_large(&stack, proxy, "a learned MTU", NARROW, [false, told])?);
         let _ = stack.other.ip(&format!("link set {device} mtu 1500"))?;
+        // While the routes are there that it was learned of: below others nothing removes it.
+        forget_learned(&stack)?;
         none_wrong("the path's MTU", &wrong)?;
     }
     Ok(())

@@ -92,6 +92,27 @@ fn a_narrow_way_to_the_endpoint_is_told(client: &Namespace, to: SocketAddr) -> R
     Ok(replies(&events).is_empty().then(|| format!("{to}: what fits is not answered: {events:?}")))
 }
 
+/// A client outside learns the MTU of the route to an endpoint on another node, locked or not.
+fn a_routes_mtu_is_told(stack: &Stack, flush: &dyn Fn(&Stack) -> Result<()>) -> Result<Vec<String>> {
+    let mut wrong = Vec::new();
+    let gateways: Pair = [stack.other.ipv4().into(), stack.other.ipv6().into()];
+    let ways = addresses_of_pod(&stack.far).into_iter().zip(gateways).enumerate();
+    for (family, (endpoint, gateway)) in ways {
+        let route = format!("{endpoint}/{} via {gateway}", if endpoint.is_ipv4() { 32 } else { 128 });
+        for lock in ["", "lock "] {
+            flush(stack)?;
+            let mtu = NARROW_AT_THE_ENDPOINT;
+            let _ = stack.node.ip(&format!("route add {route} dev eth0 mtu {lock}{mtu}"))?;
+            let dns = stack.targets[FAR].by_node_port(stack.addresses, Way::Udp, family);
+            take_fresh_ports(&stack.outside)?;
+            let told = a_narrow_way_to_the_endpoint_is_told(&stack.outside, dns)?;
+            wrong.extend(told.map(|found| format!("the route's MTU ({lock}{mtu}): {found}")));
+            let _ = stack.node.ip(&format!("route del {route} dev eth0"))?;
+        }
+    }
+    Ok(wrong)
+}
+
 fn errors_go_both_ways(
     stack: &mut Stack,
     closed: &[Target; 2],
@@ -150,6 +171,7 @@ fn errors_go_both_ways(
     for (_, pod) in &ends {
         let _ = pod.node().ip(&format!("link set {} mtu {}", pod.host_device(), 1_500))?;
     }
+    wrong.extend(a_routes_mtu_is_told(stack, &flush)?);
     flush(stack)?;
     Ok(wrong.into_iter().map(|found| format!("{what}: {found}")).collect())
 }

@@ -67,6 +67,8 @@ pub const FRAGMENTS_MAX: u32 = 8_192;
 pub const NODE_ADDRESSES_MAX: u32 = 4_096;
 /// Entries of each map of netfilter's flows, filled at a takeover; two a connection. 1 Mi x ~64 B = 64 MiB when full (IPv4).
 pub const IMPORTED_MAX: u32 = 1_048_576;
+/// Entries of each map of routes' MTUs, allocated as they come: 16 Ki x ~64 B = 1 MiB when full.
+pub const ROUTE_MTUS_MAX: u32 = 16_384;
 /// Elements of `node_ports`: a bit for every port number, 64 an element.
 pub const NODE_PORT_WORDS: u32 = 1_024;
 /// Entries of `exhausted`.
@@ -676,6 +678,17 @@ abi! {
         /// The client's address.
         pub client: A,
     } sizes 8, 20
+}
+
+abi! {
+    /// The MTU that a route of the main table carries; the value of `route_mtus_v4` and
+    /// `route_mtus_v6`, tries keyed by network. The kernel tells programs that of a locked one alone.
+    pub struct RouteMtu {
+        /// The device that the route leads to; 0: several.
+        pub device: u32,
+        /// 0: none. The route lies within one that carries an MTU.
+        pub mtu: u32,
+    } size 8
 }
 
 abi! {

@@ -13,7 +13,7 @@ use sluice_common::abi::{self, previous::Round};
 use tokio::sync::watch;
 
 use super::status::{DeviceStatus, SocketPathStatus};
-use crate::dataplane::{Attached, Error, Hooks, Target};
+use crate::dataplane::{Attached, Error, Hooks, RouteMtus, Target};
 use crate::devices::own::{OwnRoutes, Place, Routable};
 use crate::devices::watch::Watched;
 use crate::devices::{Device, OWN, Role, Survey};
@@ -62,12 +62,14 @@ impl OwnDevice {
     }
 }
 
-/// Keeps our own device, and the routes of VIPs by it, until the inputs end; they stay then.
+/// Keeps our own device, the routes of VIPs by it, and what programs are told of other routes' MTUs,
+/// until the inputs end; all of it stays then.
 ///
 /// It runs beside the keeper: looking at many routes must not delay a device.
 pub async fn route_vips(
     mut own: OwnRoutes,
     device: OwnDevice,
+    mut mtus: RouteMtus,
     mut routable: watch::Receiver<Routable>,
     mut watched: watch::Receiver<Watched>,
     told: watch::Sender<Option<String>>,
@@ -97,7 +99,11 @@ pub async fn route_vips(
             result = own.keep(&now, &place).await;
         }
         let unrouted = |error| format!("cannot keep the routes of VIPs by {OWN}: {error}");
-        let problem = made.err().map(|error| error.to_string()).or(result.err().map(unrouted));
+        let mut problem = made.err().map(|error| error.to_string()).or(result.err().map(unrouted));
+        if let Some(found) = own.mtus() {
+            let untold = |error| format!("cannot tell programs the MTUs of routes: {error}");
+            problem = problem.or(mtus.write(found).err().map(untold));
+        }
         let failed = problem.is_some();
         let _ = told.send_if_modified(|told| std::mem::replace(told, problem.clone()) != problem);
         wait = if failed { (wait * 2).min(RETRY.1) } else { RETRY.0 };

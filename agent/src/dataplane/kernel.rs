@@ -252,16 +252,16 @@ kernel_stack!(V6, v6, "v6");
 /// The bits of a trie's key that are the service port's: a service port shares no range with another.
 const PORT_BITS: u32 = u32::BITS;
 
-fn trie_key<A: Copy>(key: &SourceKey<A>) -> TrieKey<A> {
-    let range = SourceRange { service_port: key.service_port.to_be_bytes(), address: key.network };
-    TrieKey { length: PORT_BITS + u32::from(key.length), range }
+fn trie_key<A: Copy>(key: &SourceKey<A>) -> TrieKey<SourceRange<A>> {
+    let data = SourceRange { service_port: key.service_port.to_be_bytes(), address: key.network };
+    TrieKey { length: PORT_BITS + u32::from(key.length), data }
 }
 
-fn source_key<A: Copy>(key: &TrieKey<A>) -> SourceKey<A> {
+fn source_key<A: Copy>(key: &TrieKey<SourceRange<A>>) -> SourceKey<A> {
     SourceKey {
-        service_port: u32::from_be_bytes(key.range.service_port),
+        service_port: u32::from_be_bytes(key.data.service_port),
         length: u8::try_from(key.length.saturating_sub(PORT_BITS)).unwrap_or(u8::MAX),
-        network: key.range.address,
+        network: key.data.address,
     }
 }
 

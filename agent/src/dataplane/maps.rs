@@ -6,8 +6,8 @@ use std::path::Path;
 
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, BackendCounters, CallerKey, Device, Flow, Ipv4Address, Ipv6Address, Name,
-    Networks, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, Service,
-    ServiceKey, ServicePort, Settings, SlotBlock, SocketCounters, SourceRange, Tuple, previous,
+    Networks, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, RouteMtu,
+    Service, ServiceKey, ServicePort, Settings, SlotBlock, SocketCounters, SourceRange, Tuple, previous,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -15,22 +15,27 @@ use super::bpf::{self, Array, Table};
 use super::error::Error;
 use super::layouts;
 
-/// A key of a source-range trie as bpf(2) takes it.
-#[derive(Clone, Copy, Debug)]
+/// A key of a trie as bpf(2) takes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(C)]
-pub(crate) struct TrieKey<A: Copy> {
-    /// How many bits of the range count.
+pub(crate) struct TrieKey<D> {
+    /// How many bits of the data count.
     pub(crate) length: u32,
-    /// The range.
-    pub(crate) range: SourceRange<A>,
+    /// What is looked for.
+    pub(crate) data: D,
 }
 
-const _: () = assert!(size_of::<TrieKey<Ipv4Address>>() == 4 + size_of::<SourceRange<Ipv4Address>>());
-const _: () = assert!(size_of::<TrieKey<Ipv6Address>>() == 4 + size_of::<SourceRange<Ipv6Address>>());
-// SAFETY: plain integers without padding (asserted above): any bytes are a value.
-unsafe impl aya::Pod for TrieKey<Ipv4Address> {}
-// SAFETY: as above.
-unsafe impl aya::Pod for TrieKey<Ipv6Address> {}
+macro_rules! trie_keys {
+    ($($data:ty),*) => {
+        $(
+            const _: () = assert!(size_of::<TrieKey<$data>>() == 4 + size_of::<$data>());
+            // SAFETY: plain integers without padding (asserted above): any bytes are a value.
+            unsafe impl aya::Pod for TrieKey<$data> {}
+        )*
+    };
+}
+
+trie_keys!(SourceRange<Ipv4Address>, SourceRange<Ipv6Address>, Ipv4Address, Ipv6Address);
 
 /// Whether the mappings may be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,10 +58,11 @@ pub struct FamilyMaps<F: Family> {
     pub(crate) flows: Table<Tuple<F::Address>, Flow<F::Address>>,
     pub(crate) embryonic: Table<Tuple<F::Address>, Flow<F::Address>>,
     pub(crate) affinity: Table<AffinityKey<F::Address>, Affinity>,
-    pub(crate) source_ranges: Table<TrieKey<F::Address>, u32>,
+    pub(crate) source_ranges: Table<TrieKey<SourceRange<F::Address>>, u32>,
     pub(crate) node_addresses: Table<F::Address, NodeAddress>,
     pub(crate) networks: Table<u32, Networks<F::Address>>,
     pub(crate) imported: Table<Tuple<F::Address>, u32>,
+    pub(crate) route_mtus: Table<TrieKey<F::Address>, RouteMtu>,
     /// `flows` and `embryonic` in the previous layout, while it is in use.
     pub(crate) previous: Option<[PreviousTable<F::Address>; 2]>,
 }
@@ -109,6 +115,7 @@ macro_rules! family {
                 node_addresses: table(folder, concat!("node_addresses_", $suffix))?,
                 networks: table(folder, concat!("networks_", $suffix))?,
                 imported: table(folder, concat!("imported_", $suffix))?,
+                route_mtus: table(folder, concat!("route_mtus_", $suffix))?,
                 previous: layouts::beside(folder).and_then(|before| {
                     let tables = [concat!("flows_", $suffix), concat!("embryonic_", $suffix)];
                     let [flows, embryonic] = tables.map(|name| table(&before, name).ok());

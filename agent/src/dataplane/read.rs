@@ -209,6 +209,8 @@ impl Maps {
             counted("socket_counts", &self.socket_counts)?,
             counted("rejects", &self.rejects)?,
             counted("callers", &self.callers)?,
+            counted("route_mtus_v4", &self.v4.route_mtus)?,
+            counted("route_mtus_v6", &self.v6.route_mtus)?,
         ])
     }
 }

@@ -10,9 +10,13 @@
 //!
 //! It is also where packets of masqueraded clients enter the stack that are too big for the way to the
 //! backend and may be fragmented, which no program can do: it alone accepts the node's own addresses as sources.
+//!
+//! The listing of routes that all this needs also yields the MTUs that they carry (the module
+//! `mtus`).
 
 #![expect(clippy::wildcard_enum_match_arm, reason = "netlink has far more attributes than we read")]
 
+mod mtus;
 mod wanted;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,10 +31,12 @@ use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourState,
 };
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
-    RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
+    RouteScope, RouteType, RouteVia,
 };
 use rtnetlink::{Handle, LinkDummy, LinkIfb, LinkUnspec, RouteMessageBuilder, new_connection};
+
+use sluice_common::abi::RouteMtu;
 
 use super::addresses::PerFamily;
 use super::watch::route_to;
@@ -99,6 +105,8 @@ pub struct OwnRoutes {
     others: Others,
     /// The VIPs that [`Self::others`] is about; [`None`]: routes have changed since.
     known: Option<Routable>,
+    /// The MTUs that routes carry, as programs must be told.
+    mtus: BTreeMap<IpNet, RouteMtu>,
     /// Networks that somebody else has the same route to, or another table than the main one.
     elsewhere: BTreeSet<IpNet>,
     /// Neighbours that were being asked for when last looked at.
@@ -146,6 +154,7 @@ impl OwnRoutes {
             routed: BTreeMap::new(),
             others: Others::default(),
             known: None,
+            mtus: BTreeMap::new(),
             elsewhere: BTreeSet::new(),
             unanswered: BTreeSet::new(),
         })
@@ -162,10 +171,18 @@ impl OwnRoutes {
         self.known = None;
     }
 
+    /// The MTUs that routes of the main table carry, as programs must be told; [`None`] where
+    /// routes have changed since the last look at them.
+    #[must_use]
+    pub fn mtus(&self) -> Option<&BTreeMap<IpNet, RouteMtu>> {
+        self.known.as_ref().map(|_| &self.mtus)
+    }
+
     /// Looks at all routes, what an earlier agent has left among them.
     async fn look(&mut self, routable: &Routable, place: &Place) -> Result<(), rtnetlink::Error> {
         let device = self.device().await;
         let mut others = Others::new(place.dead_ends.clone(), std::mem::take(&mut self.others.silent));
+        let mut mtus = mtus::Routes::default();
         self.routed.clear();
         self.elsewhere.clear();
         let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
@@ -178,7 +195,12 @@ impl OwnRoutes {
                 let hops = &found.hops;
                 if found.is_marked && device.is_some_and(|own| hops.iter().any(|hop| hop.device == own)) {
                     let _ = self.routed.insert(found.to, found.how);
-                } else if route.header.kind == RouteType::Local {
+                    continue;
+                }
+                if let Some((to, route)) = found.mtu(&route) {
+                    mtus.add(to, found.metric, route);
+                }
+                if route.header.kind == RouteType::Local {
                     let is_primary = place.primary.iter().any(|primary| found.to.contains(&primary));
                     if is_primary || routable.vips.touch(&found.to) {
                         others.add_local(found.to);
@@ -190,6 +212,7 @@ impl OwnRoutes {
             }
         }
         self.others = others;
+        self.mtus = mtus.told();
         self.known = Some(routable.clone());
         Ok(())
     }
@@ -380,8 +403,12 @@ struct Found {
 }
 
 impl Found {
-    /// Reads what we need of a route.
+    /// Reads what we need of a route. What the kernel has learned of a path, which it lists too, is
+    /// none.
     fn read(route: &RouteMessage, is_ipv4: bool) -> Option<Self> {
+        if route.header.flags.contains(RouteFlags::Cloned) {
+            return None;
+        }
         let RouteHeader { destination_prefix_length: length, protocol, .. } = route.header;
         let unspecified: IpAddr =
             if is_ipv4 { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
@@ -422,6 +449,19 @@ impl Found {
         found.hops.extend(device.map(|device| Hop { device, gateway: gateway(&route.attributes) }));
         Some(found)
     }
+
+    /// What it says of MTUs, if it is a route of the main table for packets of any class.
+    fn mtu(&self, route: &RouteMessage) -> Option<(IpNet, RouteMtu)> {
+        let RouteHeader { tos, kind, .. } = route.header;
+        if self.table != MAIN || kind != RouteType::Unicast || tos != 0 {
+            return None;
+        }
+        let device = match &*self.hops {
+            [hop] => hop.device,
+            _ => 0,
+        };
+        Some((self.to, RouteMtu { device, mtu: self.how.mtu.unwrap_or_default() }))
+    }
 }
 
 /// The gateway that a route's attributes name.
@@ -439,5 +479,20 @@ fn address(address: &RouteAddress) -> Option<IpAddr> {
         RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
         RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_learned_of_a_path_is_no_route() {
+        let vip = IpAddr::from([198, 51, 100, 1]);
+        let mut route = host_route(vip).output_interface(2).build();
+        let found = Found::read(&route, true).map(|found| (found.to, found.hops.len()));
+        assert_eq!(found, Some((vip.into(), 1)));
+        route.header.flags |= RouteFlags::Cloned;
+        assert!(Found::read(&route, true).is_none());
     }
 }

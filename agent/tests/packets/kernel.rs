@@ -19,7 +19,7 @@ use rtnetlink::packet_route::nsid::{NsidAttribute, NsidMessage};
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, BackendCounters, COUNTER_V6, Datagram, DatagramPorts, Device, Event,
     Flow, Listening, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey,
-    Service, ServiceKey, ServicePort, Settings, SlotBlock, SourceRange, TICK_SHIFT, Ticks, Tuple,
+    RouteMtu, Service, ServiceKey, ServicePort, Settings, SlotBlock, SourceRange, TICK_SHIFT, Ticks, Tuple,
 };
 use sluice_common::family::lane;
 use sluice_common::{Reason, V4, V6};
@@ -159,8 +159,7 @@ fn network() -> Result<()> {
     for version in [Version::V4, Version::V6] {
         let (flag, bits) = if version == Version::V4 { ("-4", 24) } else { ("-6", 64) };
         for (net, ifindex) in ROUTES {
-            // The FIB tells programs of one that is locked alone.
-            let mtu = if net == NET_SHORT { format!(" mtu lock {NARROW_MTU}") } else { String::new() };
+            let mtu = if net == NET_SHORT { format!(" mtu {NARROW_MTU}") } else { String::new() };
             ip(&format!("{flag} route add {}/{bits} dev d{ifindex}{mtu}", world::address(version, net, 0)))?;
         }
         let marked = world::address(version, NET_MARKED, 0);
@@ -267,6 +266,19 @@ fn source_ranges<F: Ip>(ebpf: &mut Ebpf) -> Result<Ranges<'_, F::Address>> {
     let name = suffixed::<F>("source_ranges");
     let map = ebpf.map_mut(&name).with_context(|| format!("the object has no map {name}"))?;
     LpmTrie::try_from(map).with_context(|| format!("map {name}"))
+}
+
+/// Tells what the kernel's answers leave out: the MTU of the route that has one, and of one by a
+/// device that nothing leaves by.
+fn route_mtus<F: Ip>(ebpf: &mut Ebpf, version: Version, bits: u32) -> Result<()> {
+    let name = suffixed::<F>("route_mtus");
+    let map = ebpf.map_mut(&name).with_context(|| format!("the object has no map {name}"))?;
+    let mut map: LpmTrie<&mut MapData, Raw<F::Address>, Raw<RouteMtu>> = LpmTrie::try_from(map)?;
+    let (_, device) = ROUTES.into_iter().find(|(net, _)| *net == NET_SHORT).context("a short route")?;
+    let network = F::of(world::address(version, NET_SHORT, 0)).context("of the family")?;
+    map.insert(&Key::new(bits, Raw(network)), Raw(RouteMtu { device, mtu: NARROW_MTU }), 0)?;
+    map.insert(&Key::new(0, Raw(network)), Raw(RouteMtu { device: u32::MAX, mtu: 68 }), 0)?;
+    Ok(())
 }
 
 fn suffixed<F: Ip>(map: &str) -> String {
@@ -486,6 +498,8 @@ impl Kernel {
             rejects.insert(Raw(RejectKey { address }), Raw(bucket), 0)?;
         }
         array(ebpf, "marks")?.set(0, Raw(world.marks), 0)?;
+        route_mtus::<V4>(ebpf, Version::V4, 24)?;
+        route_mtus::<V6>(ebpf, Version::V6, 64)?;
         for held in &world.held {
             let at = SocketAddr::new(held.destination, held.destination_port);
             let to = SocketAddr::new(held.source, held.source_port);

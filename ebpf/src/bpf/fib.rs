@@ -3,11 +3,14 @@
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::{bpf_fib_lookup as Question, bpf_redir_neigh as NextHop};
+use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated::bpf_fib_lookup;
+use sluice_common::abi::{Ipv4Address, Ipv6Address, RouteMtu};
 use sluice_common::path::policy;
 use sluice_common::{Family, Tables, V4, V6};
 
 use super::decide::{Decide, Scratch};
+use super::maps;
 use super::tables::Kernel;
 
 const AF_INET: u8 = 2;
@@ -29,6 +32,34 @@ const EINVAL: i64 = -22;
 pub(super) trait Fib: Decide {
     /// Fills in family and addresses of a question.
     fn fill(question: &mut Question, source: &Self::Address, destination: &Self::Address);
+    /// The MTU that the route by a device to a destination carries, which the kernel leaves out of
+    /// its answers unless it is locked; 0: none.
+    fn route_mtu(destination: &Self::Address, device: u32) -> u32;
+}
+
+/// As [`Fib::route_mtu`]. A global function, so that the verifier knows one result of it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn route_mtu_v4(destination: u32, device: u32) -> u32 {
+    let data = Ipv4Address { octets: destination.to_ne_bytes() };
+    mtu_by(device, maps::route_mtus_v4.get(&Key::new(32, data)))
+}
+
+/// As [`route_mtu_v4`], with the halves of a destination.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn route_mtu_v6(first: u64, last: u64, device: u32) -> u32 {
+    let words = u128::from(last) << 64 | u128::from(first);
+    let data = Ipv6Address { octets: words.to_le_bytes() };
+    mtu_by(device, maps::route_mtus_v6.get(&Key::new(128, data)))
+}
+
+#[inline(always)]
+fn mtu_by(device: u32, route: Option<&RouteMtu>) -> u32 {
+    match route {
+        Some(route) if route.device == 0 || route.device == device => route.mtu,
+        _ => 0,
+    }
 }
 
 impl Fib for V4 {
@@ -40,6 +71,12 @@ impl Fib for V4 {
         question.__bindgen_anon_3.ipv4_src = source;
         question.__bindgen_anon_4.ipv4_dst = destination;
     }
+
+    #[inline(always)]
+    fn route_mtu(destination: &Self::Address, device: u32) -> u32 {
+        let [destination, ..] = V4::words(destination);
+        route_mtu_v4(destination, device)
+    }
 }
 
 impl Fib for V6 {
@@ -48,6 +85,12 @@ impl Fib for V6 {
         question.family = AF_INET6;
         question.__bindgen_anon_3.ipv6_src = V6::words(source);
         question.__bindgen_anon_4.ipv6_dst = V6::words(destination);
+    }
+
+    #[inline(always)]
+    fn route_mtu(destination: &Self::Address, device: u32) -> u32 {
+        let [a, b, c, d] = V6::words(destination).map(u64::from);
+        route_mtu_v6(b << 32 | a, d << 32 | c, device)
     }
 }
 

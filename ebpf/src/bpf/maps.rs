@@ -10,9 +10,9 @@ use sluice_common::abi::{
     BackendCounters, CALLERS_MAX, CallerKey, DEVICES_MAX, Datagram, DatagramPorts, Device, EMBRYONIC_MAX,
     EXHAUSTED_MAX, FLOWS_MAX, FRAGMENTS_MAX, Flow, IMPORTED_MAX, Ipv4Address, Ipv6Address, NAMES_MAX,
     NODE_ADDRESSES_MAX, NODE_PORT_WORDS, Name, Networks, NodeAddress, ORIGINS_MAX, OriginKey, Origins,
-    PORTS_MAX, Peer, Peers, REASON_COUNTERS_MAX, REJECTS_MAX, ReasonCounters, ReasonKey, RejectBucket,
-    RejectKey, SERVICES_MAX, SLOT_BLOCKS_MAX, SOURCE_RANGES_MAX, Service, ServiceKey, ServicePort, Settings,
-    SlotBlock, SourceRange, Tuple,
+    PORTS_MAX, Peer, Peers, REASON_COUNTERS_MAX, REJECTS_MAX, ROUTE_MTUS_MAX, ReasonCounters, ReasonKey,
+    RejectBucket, RejectKey, RouteMtu, SERVICES_MAX, SLOT_BLOCKS_MAX, SOURCE_RANGES_MAX, Service, ServiceKey,
+    ServicePort, Settings, SlotBlock, SourceRange, Tuple,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -28,6 +28,7 @@ type Embryonic<A> = LruHashMap<Tuple<A>, Flow<A>, { EMBRYONIC_MAX as usize }>;
 type OriginTable<A> = HashMap<OriginKey<A>, Origins<A>, { ORIGINS_MAX as usize }, LAZY>;
 type Affinities<A> = LruHashMap<AffinityKey<A>, Affinity, AFFINITIES>;
 type SourceRanges<A> = LpmTrie<SourceRange<A>, u32, { SOURCE_RANGES_MAX as usize }>;
+type RouteMtus<A> = LpmTrie<A, RouteMtu, { ROUTE_MTUS_MAX as usize }>;
 type NodeAddresses<A> = HashMap<A, NodeAddress, { NODE_ADDRESSES_MAX as usize }, LAZY>;
 type Datagrams<A> = LruHashMap<Datagram<A>, DatagramPorts, { FRAGMENTS_MAX as usize }>;
 type Imported<A> = HashMap<Tuple<A>, u32, { IMPORTED_MAX as usize }, LAZY>;
@@ -84,6 +85,11 @@ pub(super) static callers: LruHashMap<CallerKey, u32, { CALLERS_MAX as usize }> 
 /// With a socket whose calls are left to packets: the cookie of its network namespace.
 #[btf_map]
 pub(super) static left_to_packets: SkStorage<u64> = SkStorage::new();
+
+#[btf_map]
+pub(super) static route_mtus_v4: RouteMtus<Ipv4Address> = LpmTrie::new();
+#[btf_map]
+pub(super) static route_mtus_v6: RouteMtus<Ipv6Address> = LpmTrie::new();
 
 #[btf_map]
 static services_v4: Services<Ipv4Address> = HashMap::new();

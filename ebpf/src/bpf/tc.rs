@@ -489,7 +489,7 @@ fn apply<F: Tc, const LINK: u32>(
         let exceeded = match route::<F>(skb.cast(), &decision.flow.source, &decision.flow.destination, way) {
             Target::Device(device) => {
                 target = device;
-                exceeded_mtu(skb, target, LINK)
+                exceeded_mtu::<F>(skb, &decision.flow.destination, target, way.length, LINK)
             }
             Target::TooBig(mtu) => Some(mtu),
             Target::None => {
@@ -659,7 +659,9 @@ fn around<F: Tc, const LINK: u32>(skb: *mut __sk_buff, headers: &Headers<F>, flo
     let mut next: bpf_redir_neigh = unsafe { core::mem::zeroed() };
     let Some(target) = forward::<F>(skb.cast(), &forwarded, &mut next) else { return NEXT };
     // From one port of a bridge to another, or too big.
-    if target == from && from != ifindex(skb) || exceeded_mtu(skb, target, LINK).is_some() {
+    if target == from && from != ifindex(skb)
+        || exceeded_mtu::<F>(skb, &flow.destination, target, way.length, LINK).is_some()
+    {
         return NEXT;
     }
     if !hop(packet, headers) || LINK == 0 && !add_link_header::<F>(packet, [0; 6]) {
@@ -718,9 +720,19 @@ fn take_tags_off(skb: *mut __sk_buff) {
     }
 }
 
-/// The MTU of a device when the packet, or a segment of it, is larger.
+/// The MTU of a device, or of the route by it, when the packet, or a segment of it, is larger.
 #[inline(always)]
-fn exceeded_mtu(skb: *mut __sk_buff, target: u32, link: u32) -> Option<u32> {
+fn exceeded_mtu<F: Tc>(
+    skb: *mut __sk_buff,
+    destination: &F::Address,
+    target: u32,
+    length: u32,
+    link: u32,
+) -> Option<u32> {
+    let of_route = F::route_mtu(destination, target);
+    if of_route != 0 && length > of_route {
+        return Some(of_route);
+    }
     // The helper compares with the target's link header included: ours may have another length.
     let difference = match device(target) {
         Some(device) => i32::from(device.link_header) - link as i32,

@@ -1,0 +1,90 @@
+//! Tells programs the MTUs that routes carry.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use ipnet::IpNet;
+use sluice_common::abi::{Ipv4Address, Ipv6Address, RouteMtu};
+
+use super::bpf::Table;
+use super::error::Error;
+use super::maps::{TrieKey, table};
+
+/// The maps `route_mtus_v4` and `route_mtus_v6`.
+#[derive(Debug)]
+pub struct RouteMtus {
+    v4: Trie<Ipv4Address>,
+    v6: Trie<Ipv6Address>,
+}
+
+/// The map of one family, and what it holds.
+#[derive(Debug)]
+struct Trie<A> {
+    name: &'static str,
+    table: Table<TrieKey<A>, RouteMtu>,
+    held: BTreeMap<TrieKey<A>, RouteMtu>,
+}
+
+impl<A: Copy + Ord> Trie<A>
+where
+    TrieKey<A>: aya::Pod,
+{
+    fn open(folder: &Path, name: &'static str) -> Result<Self, Error> {
+        let table: Table<TrieKey<A>, RouteMtu> = table(folder, name)?;
+        let held = table.entries().map_err(|cause| Error::map("read", name, cause))?;
+        Ok(Self { name, table, held: held.into_iter().collect() })
+    }
+
+    fn write(&mut self, wanted: &BTreeMap<TrieKey<A>, RouteMtu>) -> Result<(), Error> {
+        let failed = |cause| Error::map("write", self.name, cause);
+        let gone: Vec<_> = self.held.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
+        for key in gone {
+            self.table.remove(&key).map_err(failed)?;
+            let _ = self.held.remove(&key);
+        }
+        // Keys sort by length. The longest come first and go last, so that no part of a network
+        // meets an MTU that is not its own.
+        for (key, route) in wanted.iter().rev() {
+            if self.held.get(key) != Some(route) {
+                self.table.insert(key, route).map_err(failed)?;
+                let _ = self.held.insert(*key, *route);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl RouteMtus {
+    /// Opens the maps pinned in a folder, with what an earlier agent has left in them.
+    ///
+    /// # Errors
+    ///
+    /// When one is missing, has another layout, or cannot be read.
+    pub fn open(folder: &Path) -> Result<Self, Error> {
+        Ok(Self { v4: Trie::open(folder, "route_mtus_v4")?, v6: Trie::open(folder, "route_mtus_v6")? })
+    }
+
+    /// Makes the maps hold these routes and no others.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written, for instance for lack of room; calling again goes on.
+    pub fn write(&mut self, routes: &BTreeMap<IpNet, RouteMtu>) -> Result<(), Error> {
+        let (mut v4, mut v6) = (BTreeMap::new(), BTreeMap::new());
+        for (network, route) in routes {
+            let length = u32::from(network.prefix_len());
+            let _ = match network {
+                IpNet::V4(network) => {
+                    let data = Ipv4Address { octets: network.network().octets() };
+                    v4.insert(TrieKey { length, data }, *route)
+                }
+                IpNet::V6(network) => {
+                    let data = Ipv6Address { octets: network.network().octets() };
+                    v6.insert(TrieKey { length, data }, *route)
+                }
+            };
+        }
+        self.v4.write(&v4)?;
+        self.v6.write(&v6)
+    }
+}
