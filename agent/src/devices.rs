@@ -117,7 +117,7 @@ pub struct Link {
     pub up: bool,
     /// Whether it is the loopback device.
     pub loopback: bool,
-    /// The network namespace of its other end, where that is another one.
+    /// The network namespace of its other end, or of the device below it, where that is another one.
     pub peer: Option<Peer>,
     /// The bridge, bond or VRF that it belongs to; 0: none.
     pub master: u32,
@@ -270,8 +270,9 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
     };
     let has_gateway_above = bridge.is_some_and(|bridge| has_gateway_above(bridge, facts));
     let (netns, hides_sockets) = match link.peer {
+        _ if role != Role::Edge => (0, false),
         Some(Peer::Known(id)) if is_pair => (id.saturating_add(1), false),
-        peer => (0, link.kind == "tun" || is_pair && peer.is_some()),
+        _ => (0, true),
     };
     let own = facts.addresses.get(&link.index).map_or(&[][..], Vec::as_slice);
     let known: Vec<IpAddr> = rules.policy.node_addresses.iter().chain(&rules.node).copied().collect();
@@ -300,17 +301,17 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
     })
 }
 
-/// Whether addresses are on a device above a bridge: one of its VLANs, or the end of a veth whose
-/// other end is a port.
+/// Whether a bridge's gateway may be above it: at the end of a veth whose other end is a port.
 fn has_gateway_above(bridge: &Link, facts: &Facts) -> bool {
+    let is_port = |index| facts.links.get(index).is_some_and(|port| port.master == bridge.index);
     facts.links.values().any(|link| {
-        let is_above = if PAIRS.contains(&link.kind.as_str()) {
-            link.peer.is_none()
-                && facts.links.get(&link.lower).is_some_and(|other| other.master == bridge.index)
-        } else {
-            link.lower == bridge.index
-        };
-        is_above && facts.addresses.get(&link.index).is_some_and(|addresses| !addresses.is_empty())
+        PAIRS.contains(&link.kind.as_str())
+            && link.peer.is_none()
+            && is_port(&link.lower)
+            && facts
+                .addresses
+                .get(&link.index)
+                .is_some_and(|found| found.iter().any(|found| is_global(&found.address)))
     })
 }
 
@@ -498,22 +499,22 @@ mod tests {
 
     #[test]
     fn a_gateway_above_a_bridge_is_known() {
-        let is_above = |above: Link, address: bool| {
+        let is_above = |above: Link, address: &str| {
             let port = Link { peer: Some(Peer::Known(0)), master: 2, ..link(3, "veth0", "veth") };
             let end = Link { master: 2, lower: 5, ..link(4, "gw1", "veth") };
-            let facts = facts([link(2, "br0", "bridge"), port, end, above]);
-            let facts = if address { with_address(facts, 5, "10.1.0.1") } else { facts };
+            let facts = with_address(facts([link(2, "br0", "bridge"), port, end, above]), 5, address);
             let survey = survey(&facts, &Rules::default(), &Survey::default());
             let entry = survey.devices.get(&3).map(|device| device.entry);
             entry.is_some_and(|entry| entry.flags & abi::device_flags::GATEWAY_ABOVE != 0)
         };
         let veth = Link { lower: 4, ..link(5, "gw0", "veth") };
-        let vlan = Link { lower: 2, ..link(5, "br0.7", "vlan") };
-        assert!(is_above(veth.clone(), true), "a veth");
-        assert!(is_above(vlan.clone(), true), "a VLAN");
-        assert!(!is_above(veth.clone(), false) && !is_above(vlan, false), "without an address");
-        assert!(!is_above(Link { peer: Some(Peer::Known(4)), ..veth }, true), "an id of another namespace");
-        assert!(!is_above(link(5, "eth0", ""), true), "a device of its own");
+        assert!(is_above(veth.clone(), "10.1.0.1"), "a veth");
+        assert!(!is_above(veth.clone(), "fe80::1"), "an address of the link alone");
+        assert!(
+            !is_above(Link { peer: Some(Peer::Known(4)), ..veth }, "10.1.0.1"),
+            "an id of another namespace"
+        );
+        assert!(!is_above(link(5, "eth0", ""), "10.1.0.1"), "a device of its own");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context, Result, ensure};
 use lab_support::{
     Cluster, DNS, HTTP, Plan, WEB, addresses_of_client, addresses_of_pod, cluster_ip, external_ip, reaches,
-    replies, skip, status, word,
+    replies, skip, status, until, word,
 };
 use serde_json::Value;
 use sluice_lab::Node;
@@ -116,4 +116,41 @@ fn a_look_leaves_no_trace_and_what_if_changes_nothing() -> Result<()> {
     let count = |flows: &str| serde_json::from_str::<Vec<Value>>(flows).map(|flows| flows.len());
     ensure!(count(&before.1)? == count(&after.1)?, "{before:?} {after:?}");
     Ok(())
+}
+
+#[test]
+fn a_virtual_machines_port_is_told_to_change() -> Result<()> {
+    if skip("a_virtual_machines_port") {
+        return Ok(());
+    }
+    let cluster = Cluster::new("explain-vm", &Plan { near: 1, ..Plan::default() })?;
+    let node = cluster.node();
+    let _ = node.ip(
+        "link add vms type bridge\nlink set vms up\ntuntap add tap0 mode tap\nlink set tap0 master vms up",
+    )?;
+    until("tap0 is an edge", || {
+        let is_it = |device: &Value| word(device, "name") == "tap0" && word(device, "role") == "edge";
+        let devices = status(node)?["devices"].as_array().cloned().unwrap_or_default();
+        Ok(devices.iter().any(is_it).then_some(()))
+    })?;
+    let pods = addresses_of_pod(&cluster.client);
+    for (pod, vip) in pods.iter().zip(cluster_ip(WEB)) {
+        let source = SocketAddr::new(*pod, 40_001);
+        for (protocol, port, changes) in [("tcp", HTTP, true), ("udp", DNS, false)] {
+            let asked = format!("{protocol} {source} {}", SocketAddr::new(vip, port));
+            let new = format!("source {source} becomes {}", before_port(*pod));
+            for (device, changes) in [(" --device tap0", changes), ("", false)] {
+                let words = format!("{asked} --from pod{device}");
+                let (code, told) = ask(node, &words)?;
+                let says = told["steps"].to_string().contains(&new);
+                ensure!(code == 0 && says == changes, "{words}: {told}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// An address as it stands before a port.
+fn before_port(address: IpAddr) -> String {
+    if address.is_ipv4() { format!("{address}:") } else { format!("[{address}]:") }
 }

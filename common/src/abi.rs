@@ -440,11 +440,10 @@ pub mod device_flags {
     /// The device is a port of something that takes its frames before the stack does, and is
     /// neither a bridge nor a VRF: a bond, or a switch in software.
     pub const SWITCHED: u32 = 4;
-    /// What sends by the device has a network stack of its own, whose sockets cannot be looked up:
-    /// a virtual machine.
+    /// Nobody knows the sockets of what sends by the device: a virtual machine's.
     pub const HIDES_SOCKETS: u32 = 8;
-    /// The device is a port of a bridge whose pods' gateway is on another device above it: a VLAN's,
-    /// or one end of a veth whose other end is a port too.
+    /// The device is a port of a bridge whose pods' gateway is above it: one end of a veth whose
+    /// other end is a port too.
     pub const GATEWAY_ABOVE: u32 = 16;
     /// From this bit on: the last three bytes of the link-layer address that frames have which are
     /// for the bridge that the device is a port of.

@@ -408,8 +408,8 @@ fn decide_known<F: Family, T: Tables<F>>(
     if found.is_none() && (known || tables.marks() & mark::DIRECT != 0) {
         found = entry_of(key, tables);
     }
-    let was_ours = found.is_some();
     if let Some((entry, embryonic)) = found {
+        decision.met |= met::HAD_ENTRY;
         if along(egress, headers, entry, embryonic, tables, decision) {
             return;
         }
@@ -426,7 +426,7 @@ fn decide_known<F: Family, T: Tables<F>>(
                 return;
             }
             decision.flow.service_port = service_port;
-            if let Some(reason) = left_to_netfilter(was_ours, headers, tables) {
+            if let Some(reason) = left_to_netfilter(decision.met & met::HAD_ENTRY != 0, headers, tables) {
                 decision.reason = reason;
             } else if kind != 0 {
                 decision.kind = kind;
@@ -473,6 +473,8 @@ pub mod met {
     pub const FROM_BACKEND: u32 = 256;
     /// It goes around the stack, if it is a client's or an endpoint's.
     pub const ACCELERATED: u32 = 512;
+    /// Its own tuple had an entry.
+    pub const HAD_ENTRY: u32 = 1024;
 }
 
 /// What a packet's addresses are, as far as their listing and the port numbers tell.
@@ -1175,6 +1177,12 @@ pub fn is_beside_sockets<A: Copy + Eq>(flow: &Flow<A>) -> bool {
             || flow.source == flow.destination)
 }
 
+/// Whether a direct connection keeps its port: the socket that has it is its own.
+#[inline(always)]
+pub fn keeps_direct<F: Family>(decision: &Decision<F>) -> bool {
+    decision.flow.flags & flow::DIRECT != 0 && decision.flow.source_port == decision.key.source_port
+}
+
 /// Finds a source port with which the new flow's reply tuple is free: the packet's own first, but for a client that gets or has this
 /// host's address, whose port follows from its tuple.
 #[inline(always)]
@@ -1338,10 +1346,17 @@ fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &
     if !opens(headers) || matches!(tables.here(), Some(here) if here.flags & device_flags::BRIDGE != 0) {
         return;
     }
-    // Another direct connection may have been given this one's port. A flow that has ended clashes too: its entry still translates what the backend sends to this tuple. Where it
+    // A flow that has ended clashes too: its entry still translates what the backend sends to this tuple. Where it
     // no longer keeps the tuple from others, the direct connection's own entry, which changes nothing, replaces it.
-    let Some((entry, _)) = entry_of(&key.reversed(), tables) else { return };
-    if entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::SOURCE) != flow::REPLY {
+    // So does another direct connection that was given this one's port.
+    let clashes = match entry_of(&key.reversed(), tables) {
+        Some((entry, _)) => {
+            entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::SOURCE) == flow::REPLY
+        }
+        // What is left of an earlier connection must not translate this one.
+        None => decision.met & met::HAD_ENTRY != 0,
+    };
+    if !clashes {
         return;
     }
     decision.flow.seen = tables.now();

@@ -39,13 +39,15 @@ pub(super) struct Recorder<'t, F: Family, T> {
     tuple: Tuple<F::Address>,
     /// What the FIB says; asked for when the path does.
     pub(super) routes: Option<Routes>,
+    /// How many ports are not to be tried.
+    pub(super) passed_over: u32,
     asked: RefCell<Vec<Asked<F>>>,
 }
 
 impl<'t, F: Family, T> Recorder<'t, F, T> {
     /// Nothing was asked so far.
     pub(super) fn new(tables: &'t T, tuple: Tuple<F::Address>) -> Self {
-        Self { tables, tuple, routes: None, asked: RefCell::new(Vec::new()) }
+        Self { tables, tuple, routes: None, passed_over: 0, asked: RefCell::new(Vec::new()) }
     }
 
     /// Everything that was asked, in order.
@@ -179,7 +181,7 @@ impl<F: Family, T: Tables<F>> Tables<F> for Recorder<'_, F, T> {
     }
 
     fn passed_over(&self) -> u32 {
-        self.tables.passed_over()
+        self.passed_over
     }
 
     fn translated_at_socket(&self) -> bool {

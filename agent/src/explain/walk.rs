@@ -186,6 +186,10 @@ impl<'w, F: Side> Walk<'w, F> {
         let seen = Seen { world: self.world, ifindex };
         let headers = self.headers();
         let mut tables = Recorder::new(&seen, self.tuple);
+        let here = Tables::<F>::here(&seen);
+        // A packet that somebody asks about comes from a socket of its namespace, where it has one.
+        let hides = here.is_some_and(|here| policy::hides_sockets(here, self.tuple.protocol, true));
+        tables.passed_over = u32::from(hook != Hook::Egress && hides);
         let mut decision = Decision::pass(&self.tuple);
         path::decide_into(hook, &headers, &tables, &mut decision);
         if decision.step != Next::Done {

@@ -426,7 +426,10 @@ impl<F: Ip> Memory<F> {
     fn is_held(&self, hook: Hook, decision: &Decision<F>) -> bool {
         let flow = &decision.flow;
         let sees_sockets = path::is_beside_sockets(flow)
-            || hook == Hook::Ingress && self.here().and_then(policy::netns_of_sockets) == Some(OWN_NETNS);
+            || self.passed_over < OPEN_TRIES - 1
+                && !path::keeps_direct(decision)
+                && hook == Hook::Ingress
+                && self.here().and_then(policy::netns_of_sockets) == Some(OWN_NETNS);
         matches!(decision.record, Record::Open | Record::Establish)
             && sees_sockets
             && self.world.held.contains(&tuple_told::<F>(&partner_key::<F>(flow, decision.key.protocol)))
@@ -434,7 +437,8 @@ impl<F: Ip> Memory<F> {
 
     /// Whether the flow may have the port of a socket that nobody can look up. The kernel gives a packet that it only tests a socket.
     fn hides_sockets(&self, decision: &Decision<F>, has_socket: bool) -> bool {
-        self.here().is_some_and(|here| policy::hides_sockets(here, decision.key.protocol, has_socket))
+        decision.flow.flags & flow::DIRECT == 0
+            && self.here().is_some_and(|here| policy::hides_sockets(here, decision.key.protocol, has_socket))
     }
 
     /// Decides to the end and records; the reason why the packet must not go on.

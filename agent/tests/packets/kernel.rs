@@ -512,7 +512,11 @@ impl Kernel {
     }
 
     fn clear(&mut self, world: &World) -> Result<()> {
-        self.sockets.clear();
+        for socket in self.sockets.drain(..) {
+            // Where a process that was just forked holds it too, it would be found as long.
+            // SAFETY: the descriptor is live.
+            let _ = unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
+        }
         let ebpf = &mut self.ebpf;
         clear_family::<V4>(ebpf, world)?;
         clear_family::<V6>(ebpf, world)?;

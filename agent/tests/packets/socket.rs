@@ -4,6 +4,7 @@ use std::io::Error;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::from_ref;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -28,11 +29,22 @@ pub(crate) fn connected(protocol: u8, at: SocketAddr, to: SocketAddr) -> Result<
     if unsafe { libc::setsockopt(fd, level, transparent, from_ref::<libc::c_int>(&on).cast(), length) } != 0 {
         return Err(Error::last_os_error()).context("cannot make a socket transparent");
     }
-    call(at, |address, length| {
-        // SAFETY: the address is live and has this length.
-        unsafe { libc::bind(socket.as_raw_fd(), address, length) }
-    })
-    .with_context(|| format!("cannot bind to {at}"))?;
+    let bind = || {
+        call(at, |address, length| {
+            // SAFETY: the address is live and has this length.
+            unsafe { libc::bind(socket.as_raw_fd(), address, length) }
+        })
+    };
+    // A process that another test has just forked holds the sockets of the case before, until it runs a program.
+    let mut bound = bind();
+    for _ in 0..100 {
+        if bound.as_ref().err().and_then(Error::raw_os_error) != Some(libc::EADDRINUSE) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+        bound = bind();
+    }
+    bound.with_context(|| format!("cannot bind to {at}"))?;
     let connecting = call(to, |address, length| {
         // SAFETY: as above.
         unsafe { libc::connect(socket.as_raw_fd(), address, length) }

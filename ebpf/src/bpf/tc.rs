@@ -327,31 +327,32 @@ fn comes_from_hidden_socket<F: Tc>(skb: *mut __sk_buff) -> bool {
     let Some(here) = device(ifindex(skb)) else { return false };
     let Some(scratch) = F::scratch() else { return false };
     // SAFETY: this CPU's own; nothing else takes a reference here.
-    let tuple = unsafe { &(*scratch).headers.tuple };
+    let (tuple, flags) = unsafe { (&(*scratch).headers.tuple, (*scratch).decision.flow.flags) };
     // SAFETY: the context is valid while the program runs; the packet holds the socket.
     let socket = unsafe { (*skb).__bindgen_anon_2.sk };
     // SAFETY: as above.
     let has_socket = !socket.is_null() && matches!(unsafe { (*socket).family }, AF_INET | AF_INET6);
-    if has_socket && here.role == device::EDGE {
-        learn_caller::<F>(socket, tuple);
-    }
-    policy::hides_sockets(here, tuple.protocol, has_socket)
+    let is_caller = has_socket && here.role == device::EDGE && learn_caller::<F>(socket, tuple);
+    // The calls that follow are direct connections, and meet nothing of this flow's at another port.
+    let hides = is_caller && tuple.protocol == protocol::TCP
+        || policy::hides_sockets(here, tuple.protocol, has_socket);
+    hides && flags & flow::DIRECT == 0
 }
 
-/// Notes which frontend a socket's packet is met on the way to, where its call was left to packets.
+/// Notes which frontend a socket's packet is met on the way to, where its call was left to packets; whether it was.
 #[inline(always)]
-fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) {
+fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) -> bool {
     // SAFETY: the socket is not null; the packet holds it.
     let socket = unsafe { bpf_sk_fullsock(socket) };
     if socket.is_null() {
-        return;
+        return false;
     }
     let map = (&raw const maps::left_to_packets).cast_mut();
     // SAFETY: map and socket are what the helper takes; the value lives as long as the program runs.
     let netns = unsafe {
         bpf_sk_storage_get(map.cast(), socket.cast(), core::ptr::null_mut(), 0).cast::<u64>().as_ref()
     };
-    let Some(netns) = netns else { return };
+    let Some(netns) = netns else { return false };
     let caller = CallerKey {
         netns: *netns,
         address: F::wide(&tuple.destination),
@@ -361,6 +362,7 @@ fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) {
     };
     // Where there is no room its calls are left to packets once more.
     let _ = maps::callers.insert(&caller, now(), 0);
+    true
 }
 
 /// Takes the decision about a flow's first packet to its end and records the flow; 0, or the number of the
@@ -404,12 +406,13 @@ fn open<F: Tc>(skb: *mut __sk_buff, hook: Hook, passed_over: u32) -> u32 {
 }
 
 /// Whether a socket speaks to the backend from the tuple that the flow is to have: one of this host
-/// where the client is to have this host's address, else one of the pod whose packet it is.
+/// where the client is to have this host's address, else one of the pod whose packet it is. A pod
+/// that has taken all ports that were tried gets the last one all the same.
 #[inline(never)]
 fn is_held<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> bool {
     let Some(scratch) = F::scratch() else { return false };
     // SAFETY: this CPU's own; nothing else takes a reference here.
-    let decision = unsafe { &(*scratch).decision };
+    let Scratch { decision, asked, .. } = unsafe { &*scratch };
     let is_new = matches!(decision.record, Record::Open | Record::Establish);
     if !is_new {
         return false;
@@ -417,6 +420,9 @@ fn is_held<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> bool {
     let netns = if path::is_beside_sockets(&decision.flow) {
         CURRENT_NETNS
     } else {
+        if asked.passed_over >= OPEN_TRIES - 1 || path::keeps_direct(decision) {
+            return false;
+        }
         match device(ifindex(skb)).and_then(policy::netns_of_sockets) {
             Some(netns) if hook == Hook::Ingress => u64::from(netns),
             _ => return false,

@@ -12,7 +12,7 @@ use super::Table;
 use crate::packets::case::{Case, Program};
 use crate::packets::frame::{ACK, Frame, SYN, TCP, UDP};
 use crate::packets::ip::Ip;
-use crate::packets::world::{Cast, Connection, EDGE, ONE, OTHER, UPLINK, World, mac};
+use crate::packets::world::{Cast, Connection, EDGE, ONE, OTHER, OWN_NETNS, UPLINK, World, mac, tuple};
 
 /// Adds the cases.
 pub(super) fn add(table: &mut Table) {
@@ -286,6 +286,35 @@ fn direct(table: &mut Table, cast: &Cast) {
         .reason(Reason::DirectRemapped, 0)
         .embryonic([direct.both()]),
     );
+    // Its own socket is no other's, and what an earlier connection left does not translate it.
+    let mut world = cast.world().flows(live.age(250).state(state::ESTABLISHED).both());
+    if cast.protocol == TCP {
+        let ended = live.age(57).state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
+        world = cast.world().embryonic(ended.both());
+    }
+    world.devices.entry(EDGE).or_default().netns = OWN_NETNS + 1;
+    let _ = world.held.insert(tuple(cast.backend, cast.client, cast.protocol));
+    let own = Connection { seen_as: cast.client, ..direct };
+    let name = format!("{title}: a direct connection takes the tuple of a dead flow, which its socket has");
+    table.add(
+        Case::new(name, &world, Program::Ingress, EDGE, &first)
+            .becomes(&first)
+            .reason(Reason::DirectRemapped, 0)
+            .flows([])
+            .embryonic([own.both()])
+            .marks(mark::DIRECT),
+    );
+    if cast.protocol == TCP {
+        let ended = direct.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY).age(3);
+        let world = cast.world().embryonic(ended.both()).marks(mark::DIRECT);
+        let name = format!("{title}: a direct connection whose tuple was remapped before, beside nothing");
+        table.add(
+            Case::new(name, &world, Program::Ingress, EDGE, &first)
+                .becomes(&first)
+                .reason(Reason::DirectRemapped, 0)
+                .embryonic([own.both()]),
+        );
+    }
     let marked = |world: World| world.marks(mark::DIRECT);
     let world = marked(cast.world().flows(live.both()).embryonic(direct.both()));
     let answer = match cast.protocol {
