@@ -4,7 +4,8 @@
 //! order, so that a plain `bpftool map dump` shows `80` and not `20480`. Every
 //! struct is free of padding (the sum of its fields' sizes is compared with its own
 //! at compile time) and its size is asserted beneath it, since a changed size is a changed layout:
-//! raise [`LAYOUT`] with it.
+//! raise [`LAYOUT`] with it where the map's entries outlive an upgrade. A map that the agent fills is
+//! made anew where it differs.
 
 /// Version of everything in this file; part of the pin path.
 ///

@@ -58,7 +58,7 @@ pub trait Tables<F: Family> {
     /// Where packets to the backend and to the client of [`crate::path::Decision::flow`] leave; `None`: nobody has
     /// asked the FIB so far, and the decision waits for that.
     fn routes(&self) -> Option<Routes>;
-    /// How many source ports to pass over: those that a socket of this host was found to hold.
+    /// How many source ports to pass over: those that a socket was found to hold, or may hold unseen.
     fn passed_over(&self) -> u32 {
         0
     }

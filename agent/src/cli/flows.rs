@@ -19,7 +19,7 @@ struct Row {
     protocol: String,
     client: String,
     vip: String,
-    /// What the backend sees of a masqueraded client.
+    /// What the backend sees of the client, if it is not the client's own address and port.
     seen_as: Option<String>,
     backend: String,
     service: Option<PortName>,

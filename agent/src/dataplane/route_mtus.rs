@@ -84,7 +84,8 @@ impl RouteMtus {
                 }
             };
         }
-        self.v4.write(&v4)?;
-        self.v6.write(&v6)
+        let written = self.v4.write(&v4);
+        self.v6.write(&v6)?;
+        written
     }
 }

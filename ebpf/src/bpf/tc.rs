@@ -317,11 +317,11 @@ extern "C" fn is_for_others(skb: *mut __sk_buff) -> u32 {
     })
 }
 
-/// Notes whose packet is met on the way to a frontend, where it comes straight from a pod's socket
-/// whose call was left to packets. The kernel parts a packet from its socket where somebody forwards
-/// it, not on its way through a veth.
+/// Whether the flow may have the port of a socket that [`is_held`] cannot find. Where the packet
+/// comes straight from a pod's socket whose call was left to packets, it also notes the caller.
 ///
-/// Whether the flow may have the port of a socket that [`is_held`] cannot find.
+/// The kernel parts a packet from its socket where somebody forwards it, not on its way through a
+/// veth.
 #[inline(never)]
 fn comes_from_hidden_socket<F: Tc>(skb: *mut __sk_buff) -> bool {
     let Some(here) = device(ifindex(skb)) else { return false };
@@ -339,7 +339,7 @@ fn comes_from_hidden_socket<F: Tc>(skb: *mut __sk_buff) -> bool {
     hides && flags & flow::DIRECT == 0
 }
 
-/// Notes which frontend a socket's packet is met on the way to, where its call was left to packets; whether it was.
+/// Notes which frontend a socket's packet is met on the way to; whether its call was left to packets.
 #[inline(always)]
 fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) -> bool {
     // SAFETY: the socket is not null; the packet holds it.
@@ -369,8 +369,7 @@ fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) -> bool
 /// reason why the packet must not go on.
 ///
 /// Another CPU may take the tuple between the path's look and the record, or a socket of this host
-/// or of the pod hold it:
-/// the path looks again. `passed_over`: how many ports are not to be tried.
+/// or of the pod hold it: the path looks again. `passed_over`: how many ports are not to be tried.
 #[inline(never)]
 fn open<F: Tc>(skb: *mut __sk_buff, hook: Hook, passed_over: u32) -> u32 {
     let Some(scratch) = F::scratch() else { return 0 };
