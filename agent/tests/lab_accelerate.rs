@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result, ensure};
 use lab_support::{SOON, addresses_of_pod, listed, skip, status, unless_unsupported, until, word};
 use serde_json::Value;
-use sluice_lab::{Cni, Event, NodeOptions, Overlay, Reply, Running};
+use sluice_lab::{Cni, Event, NodeOptions, Overlay, Running};
 use stack_support::{
     ClusterIps, FAR, MODES, NEAR, Proxy, Question, Stack, Way, ask_all, counters, none_wrong, replace_table,
 };
@@ -217,18 +217,10 @@ impl Held {
         Ok(Self(open))
     }
 
-    fn answered(client: &Running) -> Vec<Reply> {
-        let events = client.events().into_iter();
-        events.filter_map(|event| if let Event::Reply(reply) = event { Some(reply) } else { None }).collect()
-    }
-
     /// All go on, and nothing was lost.
     fn go_on(&mut self, when: &str) -> Result<()> {
         for client in &mut self.0 {
-            let last = Self::answered(client).len();
-            client
-                .wait_until("it goes on", SOON, |this| (Self::answered(this).len() > last + 3).then_some(()))
-                .with_context(|| format!("it ended {when}"))?;
+            client.goes_on(3, SOON).with_context(|| format!("it ended {when}"))?;
             let events = client.events();
             let lost = events.iter().find(|event| matches!(event, Event::Lost { .. } | Event::Broken { .. }));
             ensure!(lost.is_none(), "{when}: {lost:?}");
@@ -270,7 +262,7 @@ fn a_device_that_goes_takes_its_own_flows_alone() -> Result<()> {
         stack.outside.tool(["tcp-client", "--interval-ms=10", "--timeout-ms=1000", "--to", &to])?;
     let _ = near.wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
     let mut far = Held::open(&stack)?;
-    far.0.retain(|client| Held::answered(client).iter().all(|reply| reply.name == "far"));
+    far.0.retain(|client| client.replies().iter().all(|reply| reply.name == "far"));
     ensure!(far.0.len() == 8, "each client asks the far endpoint by both protocols and families");
     let _ = stack.node.ip(&format!("link del {}", stack.near.host_device()))?;
     let _ = near

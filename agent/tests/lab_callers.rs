@@ -190,17 +190,11 @@ fn a_pods_second_call_to_a_service_is_translated_at_the_socket() -> Result<()> {
     Ok(())
 }
 
-/// Who has answered a client so far.
-fn answered(client: &Running) -> Vec<String> {
-    let name = |event| if let Event::Reply(reply) = event { Some(reply.name) } else { None };
-    client.events().into_iter().filter_map(name).collect()
-}
-
 /// A socket that asks on and on, and has been answered.
 fn asking(client: &Namespace, to: SocketAddr) -> Result<Running> {
     let to = to.to_string();
     let mut client = client.tool(["udp-client", "--count=3000", "--interval-ms=20", "--to", &to])?;
-    client.wait_until("it is answered", SOON, |this| (!answered(this).is_empty()).then_some(()))?;
+    client.wait_until("it is answered", SOON, |this| (!this.replies().is_empty()).then_some(()))?;
     Ok(client)
 }
 
@@ -224,13 +218,7 @@ fn an_unconnected_socket_keeps_its_way_when_its_pod_gets_known_or_forgotten() ->
         later.push(asking(&cluster.client, vip)?);
     }
     let _ = flush(&node, "callers")?;
-    let more = |clients: &mut [Running]| {
-        clients.iter_mut().try_for_each(|client| {
-            let before = answered(client).len();
-            client
-                .wait_until("it is answered", SOON, |this| (answered(this).len() > before + 8).then_some(()))
-        })
-    };
+    let more = |clients: &mut [Running]| clients.iter_mut().try_for_each(|client| client.goes_on(8, SOON));
     for _ in 0..2 {
         more(&mut first)?;
         more(&mut later)?;
@@ -240,7 +228,7 @@ fn an_unconnected_socket_keeps_its_way_when_its_pod_gets_known_or_forgotten() ->
     }
     for (clients, what) in [(&first, "packet by packet"), (&later, "at the socket")] {
         for client in clients {
-            let names: BTreeSet<String> = answered(client).into_iter().collect();
+            let names: BTreeSet<String> = client.replies().into_iter().map(|reply| reply.name).collect();
             ensure!(names.len() == 1, "one socket that began {what} was answered by {names:?}");
         }
     }
@@ -282,9 +270,7 @@ fn a_first_call_disturbs_no_connection_that_was_made_at_the_socket() -> Result<(
         ensure!(met(&cluster, "web:echo")?.0 == before.0 + 1, "{known} is not called at the socket");
         let from = peer(pod, unknown)?;
         ensure!(from == Some(unknown), "{unknown} answers as {from:?}");
-        let last = answered(&held).len();
-        held.wait_until("it goes on", SOON, |this| (answered(this).len() > last + 8).then_some(()))
-            .with_context(|| format!("{known}, then {unknown}"))?;
+        held.goes_on(8, SOON).with_context(|| format!("{known}, then {unknown}"))?;
         pod.sysctl("net/ipv4/ip_local_port_range", "32768 60999")?;
     }
     Ok(())

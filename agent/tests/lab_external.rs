@@ -335,19 +335,11 @@ impl Talk {
         Ok(Self { what, client })
     }
 
-    fn answers(client: &Running) -> Vec<Reply> {
-        let events = client.events().into_iter();
-        events.filter_map(|event| if let Event::Reply(reply) = event { Some(reply) } else { None }).collect()
-    }
-
     /// It is answered some more times, by whom it was answered before.
     fn goes_on(&mut self, when: &str) -> Result<String> {
         let what = format!("{}, {when}", self.what);
-        let last = Self::answers(&self.client).len();
-        self.client
-            .wait_until("it goes on", SOON, |this| (Self::answers(this).len() > last + 3).then_some(()))
-            .with_context(|| what.clone())?;
-        let mut shares = Reply::shares(&Self::answers(&self.client));
+        self.client.goes_on(3, SOON).with_context(|| what.clone())?;
+        let mut shares = Reply::shares(&self.client.replies());
         ensure!(shares.len() == 1, "{what}: {shares:?}");
         Ok(shares.pop_first().map(|(name, _)| name).unwrap_or_default())
     }

@@ -189,7 +189,8 @@ fn sctp_keeps_its_checksum() -> Result<()> {
         let init = Frame::sctp(client, frontend, (INIT, 0), &[0x1a; 16]).at(gateway(&cluster.client)?);
         wire.send(&init.bytes())?;
         let met = back.receive(SOON, |frame| from(frame, client.ip()) && sctp(frame).is_some())?;
-        // Nobody can look up the sockets of a client that sends frames itself: it gets a port that is no kernel's.
+        // Nobody can look up the sockets of a client that sends frames itself: it gets a port that
+        // is no kernel's.
         let Some(([port, SCTP_TARGET], true)) = sctp(&met) else { bail!("{vip}: {met:02x?}") };
         ensure!(port != CLIENT_PORT, "{vip}: {met:02x?}");
         let seen_as = SocketAddr::new(client.ip(), port);

@@ -13,7 +13,7 @@ use lab_support::{
     Cluster, DNS, ECHO, ECHO_TARGET, ENOUGH, Plan, SOON, WEB, all_answer, cluster_ip, counted, external_ip,
     listed, on_host, reaches, replies, service, skip, status, take_fresh_ports, until, until_backends, word,
 };
-use sluice_lab::{Backend, Cni, DROP_INVALID, Event, Namespace, NodeOptions, Pod, Reply, Running};
+use sluice_lab::{Backend, Cni, DROP_INVALID, Event, Namespace, NodeOptions, Pod, Running};
 use tokio::net::TcpSocket;
 use tokio::time::timeout;
 
@@ -108,11 +108,6 @@ fn asking(client: &Namespace, vip: IpAddr) -> Result<Running> {
     ])
 }
 
-fn answers(client: &Running) -> Vec<Reply> {
-    let events = client.events().into_iter();
-    events.filter_map(|event| if let Event::Reply(reply) = event { Some(reply) } else { None }).collect()
-}
-
 #[test]
 fn connected_udp_leaves_a_removed_backend_at_once() -> Result<()> {
     if skip("connected_udp_leaves_a_removed_backend") {
@@ -133,7 +128,7 @@ fn connected_udp_leaves_a_removed_backend_at_once() -> Result<()> {
         let mut chosen = BTreeSet::new();
         for client in &mut open {
             let _ = client.wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
-            chosen.extend(answers(client).last().map(|reply| reply.name.clone()));
+            chosen.extend(client.replies().last().map(|reply| reply.name.clone()));
         }
         // All that were chosen go; if these are all, all but one.
         let mut staying: Vec<_> =
@@ -145,8 +140,8 @@ fn connected_udp_leaves_a_removed_backend_at_once() -> Result<()> {
         cluster.manifests.write(&cluster.web().backends(staying.iter().copied()))?;
         until_backends(&node, "web", names.len())?;
         for client in &mut open {
-            let last = answers(client).len();
-            client.wait_until("it goes on", SOON, |this| (answers(this).len() > last + 5).then_some(()))?;
+            let last = client.replies().len();
+            client.goes_on(5, SOON)?;
             let all = replies(client.events()).context("a request was lost")?;
             // The one under way at the change may have been answered just before.
             let late: Vec<_> = all.iter().skip(last + 1).map(|reply| reply.name.as_str()).collect();
@@ -270,21 +265,15 @@ fn a_connected_socket_older_than_the_service_is_served_once_there_are_backends()
                 client
                     .wait_until("it is refused", SOON, |this| (count(this, true) > before).then_some(()))
                     .with_context(|| format!("{mode}, {round}"))?;
-                ensure!(round != "first" || answers(client).is_empty(), "{:?}", client.events());
+                ensure!(round != "first" || client.replies().is_empty(), "{:?}", client.events());
             }
             cluster.manifests.write(&cluster.web())?;
             until_backends(&node, "web", 2)?;
             for client in &mut open {
-                let before = answers(client).len();
-                client
-                    .wait_until("it is served", SOON, |this| (answers(this).len() > before + 3).then_some(()))
-                    .with_context(|| format!("{mode}, {round}"))?;
+                client.goes_on(3, SOON).with_context(|| format!("{mode}, {round}"))?;
                 // From then on nothing is lost.
                 let lost_until_now = count(client, false);
-                let before = answers(client).len();
-                client.wait_until("it goes on", SOON, |this| {
-                    (answers(this).len() > before + 5).then_some(())
-                })?;
+                client.goes_on(5, SOON)?;
                 ensure!(count(client, false) == lost_until_now, "{mode}, {round}: {:?}", lost(client).last());
             }
         }

@@ -360,7 +360,7 @@ fn one_client_port_reaches_one_backend_by_two_vips() -> Result<()> {
                 client
                     .wait_until("it goes on", SOON, |this| (this.events().len() > last + 5).then_some(()))
                     .with_context(|| format!("{mode}: {target}"))?;
-                let answers: Vec<Reply> = client.events().into_iter().filter_map(reply_of).collect();
+                let answers: Vec<Reply> = client.replies();
                 ensure!(
                     answers.iter().all(|reply| reply.name == "near-1" && reply.from.to_string() == *target),
                     "{answers:?}"
@@ -396,10 +396,6 @@ fn one_client_port_reaches_one_backend_by_two_vips() -> Result<()> {
     let flows = lab_support::listed(cluster.node(), &["flows"])?;
     ensure!(!flows.is_empty() && flows.iter().all(|flow| number(flow, "idle_seconds") < 600));
     Ok(())
-}
-
-fn reply_of(event: Event) -> Option<Reply> {
-    if let Event::Reply(reply) = event { Some(reply) } else { None }
 }
 
 /// A client port speaks through a VIP, and then to the backend's own address.

@@ -14,11 +14,6 @@ use lab_support::{
 };
 use sluice_lab::{Event, Namespace, Node, Reply, Running};
 
-fn answered(client: &Running) -> Vec<Reply> {
-    let events = client.events().into_iter();
-    events.filter_map(|event| if let Event::Reply(reply) = event { Some(reply) } else { None }).collect()
-}
-
 /// Long-lived connections from everywhere, by both paths and families.
 struct Connections(Vec<Running>);
 
@@ -47,18 +42,15 @@ impl Connections {
     /// All go on, each with the backend it has had.
     fn live(&mut self, when: &str) -> Result<()> {
         for client in &mut self.0 {
-            let last = answered(client).len();
-            let goes_on =
-                client.wait_until("it goes on", SOON, |this| (answered(this).len() > last + 2).then_some(()));
-            goes_on.with_context(|| format!("a connection broke {when}"))?;
-            let shares = Reply::shares(&answered(client));
+            client.goes_on(2, SOON).with_context(|| format!("a connection broke {when}"))?;
+            let shares = Reply::shares(&client.replies());
             ensure!(shares.len() == 1, "a connection {when}: {shares:?}");
         }
         Ok(())
     }
 
     fn names(&self) -> BTreeSet<String> {
-        self.0.iter().filter_map(|client| answered(client).pop()).map(|reply| reply.name).collect()
+        self.0.iter().filter_map(|client| client.replies().pop()).map(|reply| reply.name).collect()
     }
 }
 
@@ -99,10 +91,7 @@ impl Traffic {
     /// Every request so far was answered, and there were some since the last time.
     fn unharmed(&mut self, when: &str) -> Result<()> {
         for client in &mut self.0 {
-            let last = answered(client).len();
-            let goes_on =
-                client.wait_until("it goes on", SOON, |this| (answered(this).len() > last + 2).then_some(()));
-            goes_on.with_context(|| format!("requests ended {when}"))?;
+            client.goes_on(2, SOON).with_context(|| format!("requests ended {when}"))?;
             let lost: Vec<_> =
                 client.events().into_iter().filter(|event| matches!(event, Event::Lost { .. })).collect();
             ensure!(lost.is_empty(), "lost {when}: {lost:?}");
@@ -111,7 +100,7 @@ impl Traffic {
     }
 
     fn count(&self) -> usize {
-        self.0.iter().map(|client| answered(client).len()).sum()
+        self.0.iter().map(|client| client.replies().len()).sum()
     }
 }
 

@@ -52,12 +52,6 @@ fn a_pod_with_many_sockets_pushes_out_nobody_elses_answers() -> Result<()> {
     Ok(())
 }
 
-/// Who has answered a client so far.
-fn answered(client: &Running) -> Vec<String> {
-    let name = |event| if let Event::Reply(reply) = event { Some(reply.name) } else { None };
-    client.events().into_iter().filter_map(name).collect()
-}
-
 #[test]
 fn an_unconnected_socket_stays_with_its_endpoint_while_that_one_serves() -> Result<()> {
     if skip("an_unconnected_socket_stays") {
@@ -78,13 +72,7 @@ fn an_unconnected_socket_stays_with_its_endpoint_while_that_one_serves() -> Resu
         let client = if number % 4 < 2 { &*cluster.client } else { &**cluster.node() };
         clients.push(client.tool(["udp-client", "--count=3000", "--interval-ms=20", "--to", &to])?);
     }
-    let more = |clients: &mut [Running]| {
-        clients.iter_mut().try_for_each(|client| {
-            let before = answered(client).len();
-            client
-                .wait_until("it is answered", SOON, |this| (answered(this).len() > before + 4).then_some(()))
-        })
-    };
+    let more = |clients: &mut [Running]| clients.iter_mut().try_for_each(|client| client.goes_on(4, SOON));
     more(&mut clients)?;
     // Others come, and go again.
     for count in [5, 3, 4, 3] {
@@ -93,7 +81,7 @@ fn an_unconnected_socket_stays_with_its_endpoint_while_that_one_serves() -> Resu
     }
     let mut chosen = BTreeSet::new();
     for client in &clients {
-        let names: BTreeSet<String> = answered(client).into_iter().collect();
+        let names: BTreeSet<String> = client.replies().into_iter().map(|reply| reply.name).collect();
         ensure!(names.len() == 1, "one socket was answered by {names:?}");
         chosen.extend(names);
     }
@@ -102,7 +90,7 @@ fn an_unconnected_socket_stays_with_its_endpoint_while_that_one_serves() -> Resu
     web(1)?;
     for client in &mut clients {
         client.wait_until("the first endpoint answers", SOON, |this| {
-            answered(this).last().is_some_and(|name| name == "near-1").then_some(())
+            this.replies().last().is_some_and(|reply| reply.name == "near-1").then_some(())
         })?;
     }
     Ok(())

@@ -13,14 +13,15 @@ use lab_support::{
     ECHO, ECHO_TARGET, Pair, SOON, addresses_of_client, addresses_of_pod, cluster_ip, skip, status,
     take_fresh_ports,
 };
-use sluice_lab::{Cni, Event, LoadClients, LoadSize, Namespace, NodeOptions, Overlay, RpFilter, Running};
+use sluice_lab::{Cni, Event, LoadClients, LoadSize, Namespace, NodeOptions, Overlay, RpFilter};
 use stack_support::{
     ClusterIps, MODES, NEAR, Proxy, Question, Stack, Target, Way, ask_all, none_wrong, replies,
 };
 
 /// Connections that stay: to an endpoint directly, and as many through its Service, of both families together.
 const HELD: u32 = 1_000;
-/// As few ports as make the two meet at each. Every round has its own: who closes a connection keeps its port for a minute.
+/// As few ports as make the two meet at each. Every round has its own: who closes a connection
+/// keeps its port for a minute.
 const FEW_PORTS: u16 = 1_000;
 
 #[test]
@@ -170,7 +171,7 @@ fn connections_to_a_service_cost_no_direct_connection() -> Result<()> {
     none_wrong(&format!("{HELD} direct connections beside a Service's, Sluice"), &wrong)
 }
 
-/// Connections of one kind of client from one port: to an endpoint, then to a frontend of it. What happens to either.
+/// Connects from one port to an endpoint, and while that goes on to a frontend of it: what is wrong.
 fn two_from_one_port(
     client: &Namespace,
     endpoint: SocketAddr,
@@ -188,11 +189,7 @@ fn two_from_one_port(
     if answers.len() != 3 {
         wrong.push(format!("{what}: {endpoint}, then {frontend}: {asked:?}"));
     }
-    let count =
-        |held: &Running| held.events().iter().filter(|event| matches!(event, Event::Reply(_))).count();
-    let before = count(&held);
-    let goes_on = held.wait_until("it goes on", SOON, |this| (count(this) > before + 8).then_some(()));
-    if let Err(error) = goes_on {
+    if let Err(error) = held.goes_on(8, SOON) {
         wrong.push(format!("{what}: {endpoint} held, then {frontend}: {error:#}"));
     }
     Ok(wrong)

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::event::Event;
+use crate::event::{Event, Reply};
 use crate::lab::Shared;
 
 const POLL: Duration = Duration::from_millis(5);
@@ -64,6 +64,21 @@ impl Running {
     /// The events a `sluice-lab-server` has reported so far. A line that is none, or not whole yet, is left out.
     pub fn events(&self) -> Vec<Event> {
         self.stdout().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
+    /// The replies that a client of `sluice-lab-server` has had so far.
+    pub fn replies(&self) -> Vec<Reply> {
+        let reply = |event| if let Event::Reply(reply) = event { Some(reply) } else { None };
+        self.events().into_iter().filter_map(reply).collect()
+    }
+
+    /// Waits until a client has had more than so many further replies.
+    ///
+    /// # Errors
+    /// If they do not come in time, or the process ends without them.
+    pub fn goes_on(&mut self, more_than: usize, timeout: Duration) -> Result<()> {
+        let last = self.replies().len();
+        self.wait_until("it goes on", timeout, |this| (this.replies().len() > last + more_than).then_some(()))
     }
 
     /// Waits for an event, among those already reported too.

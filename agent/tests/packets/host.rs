@@ -422,7 +422,8 @@ impl<F: Ip> Memory<F> {
         }
     }
 
-    /// Whether a socket of this host, or of the pod whose packet it is, holds the tuple that the flow is to have.
+    /// Whether a socket of this host, or of the pod whose packet it is, holds the tuple that the flow
+    /// is to have.
     fn is_held(&self, hook: Hook, decision: &Decision<F>) -> bool {
         let flow = &decision.flow;
         let sees_sockets = path::is_beside_sockets(flow)
@@ -435,7 +436,8 @@ impl<F: Ip> Memory<F> {
             && self.world.held.contains(&tuple_told::<F>(&partner_key::<F>(flow, decision.key.protocol)))
     }
 
-    /// Whether the flow may have the port of a socket that nobody can look up. The kernel gives a packet that it only tests a socket.
+    /// Whether the flow may have the port of a socket that nobody can look up. The kernel gives a
+    /// packet that it only tests a socket.
     fn hides_sockets(&self, decision: &Decision<F>, has_socket: bool) -> bool {
         decision.flow.flags & flow::DIRECT == 0
             && self.here().is_some_and(|here| policy::hides_sockets(here, decision.key.protocol, has_socket))

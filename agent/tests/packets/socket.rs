@@ -35,7 +35,8 @@ pub(crate) fn connected(protocol: u8, at: SocketAddr, to: SocketAddr) -> Result<
             unsafe { libc::bind(socket.as_raw_fd(), address, length) }
         })
     };
-    // A process that another test has just forked holds the sockets of the case before, until it runs a program.
+    // A process that another test has just forked holds the sockets of the case before, until it
+    // runs a program.
     let mut bound = bind();
     for _ in 0..100 {
         if bound.as_ref().err().and_then(Error::raw_os_error) != Some(libc::EADDRINUSE) {

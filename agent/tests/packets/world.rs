@@ -183,7 +183,8 @@ pub(crate) struct World {
     pub(crate) affinity: Affinities,
     /// For which reply tuples, without a port, a search was in vain how many ticks ago.
     pub(crate) exhausted: Exhausted,
-    /// Connected sockets of this host, and of a pod whose device names [`OWN_NETNS`]: the tuples of what they receive.
+    /// Connected sockets of this host, and of a pod whose device names [`OWN_NETNS`]: the tuples of
+    /// what they receive.
     pub(crate) held: BTreeSet<Tuple<IpAddr>>,
     /// Sockets of this host that listen, or receive from everybody: protocol and address.
     pub(crate) listeners: BTreeSet<(u8, SocketAddr)>,

@@ -189,8 +189,9 @@ pub fn is_within<F: Family>(prefixes: &[Prefix<F::Address>; abi::PREFIXES], addr
 /// this host would send there, then as what came in by `from` would go.
 ///
 /// At a pod's device the answer is that of a strict reverse path filter, but that the bridge's pods
-/// may be reached by a device above it, of which nothing is known. By an uplink or a fabric device packets may come in although the way
-/// back is another one; but no pod of this node sends by those, nor does the node itself.
+/// may be reached by a device above it, of which nothing is known. By an uplink or a fabric device
+/// packets may come in although the way back is another one; but no pod of this node sends by those,
+/// nor does the node itself.
 #[inline(always)]
 pub fn is_foreign<F: Family, T: Tables<F>>(
     egress: bool,
