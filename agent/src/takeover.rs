@@ -460,6 +460,8 @@ impl Walker {
     /// it has not tracked so far would be new to it.
     fn prepare(&mut self) -> anyhow::Result<()> {
         self.open()?;
+        self.forget_ended::<V4>(IpFamily::V4)?;
+        self.forget_ended::<V6>(IpFamily::V6)?;
         let Some(maps) = &self.maps else { bail!("the maps are not open") };
         hold()?;
         let all = [flows::of_host::<V4>(maps)?, flows::of_host::<V6>(maps)?].concat();
@@ -468,6 +470,29 @@ impl Walker {
             .context("cannot note that the node is prepared")?;
         self.is_idle = false;
         Ok(())
+    }
+
+    /// Has conntrack forget the connections to our frontends that it has translated and that have ended. A process of this host
+    /// may have opened another to the same backend from the source port of one while nothing tracked it; conntrack would
+    /// give the next packet another port.
+    fn forget_ended<F: KernelStack>(&self, family: IpFamily) -> anyhow::Result<()> {
+        let Some(maps) = &self.maps else { bail!("the maps are not open") };
+        let frontends = F::frontends(maps)?;
+        let mut ended = Vec::new();
+        for _ in 0..LISTINGS {
+            let whole = translated(family, |found| {
+                let is_its =
+                    tuples::<F>(&found).is_some_and(|[original, _]| is_ours::<F>(&frontends, &original));
+                if found.closing && is_its {
+                    ended.push(found);
+                }
+            })
+            .context("cannot list netfilter's connections")?;
+            if whole {
+                break;
+            }
+        }
+        conntrack::forget(family, &ended).context("cannot delete ended connections of conntrack")
     }
 
     /// Enters flows of ours that netfilter does not see into conntrack: it is to serve new connections beside them, and picks

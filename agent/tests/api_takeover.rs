@@ -76,6 +76,10 @@ struct Held {
     reader: BufReader<TcpStream>,
     /// Who has greeted.
     endpoint: String,
+    /// The client as the endpoint sees it.
+    seen_as: SocketAddr,
+    /// From where to where, as the client sees it.
+    ends: String,
 }
 
 impl Held {
@@ -86,9 +90,10 @@ impl Held {
         let mut reader = BufReader::new(stream.try_clone()?);
         let mut greeting = String::new();
         let _ = reader.read_line(&mut greeting)?;
-        let endpoint = greeting.split(' ').next().unwrap_or_default().to_owned();
-        ensure!(!endpoint.is_empty(), "no greeting");
-        Ok(Self { writer: stream, reader, endpoint })
+        let (endpoint, seen_as) = greeting.trim_end().split_once(' ').context("no greeting")?;
+        let (endpoint, seen_as) = (endpoint.to_owned(), seen_as.parse()?);
+        let ends = format!("{} to {}", stream.local_addr()?, stream.peer_addr()?);
+        Ok(Self { writer: stream, reader, endpoint, seen_as, ends })
     }
 
     fn send(&mut self, line: &str) -> Result<()> {
@@ -108,8 +113,8 @@ impl Held {
     }
 }
 
-/// Opens a connection of a namespace, from an address of its own if one is given.
-fn connect(from: &Namespace, source: Option<IpAddr>, to: SocketAddr) -> Result<Held> {
+/// Opens a connection of a namespace, from an address of its own if one is given; port 0 is any.
+fn connect(from: &Namespace, source: Option<SocketAddr>, to: SocketAddr) -> Result<Held> {
     let stream = from.enter(|| -> Result<TcpStream> {
         let Some(source) = source else { return Ok(TcpStream::connect_timeout(&to, ANSWER)?) };
         // SAFETY: no pointers.
@@ -131,7 +136,7 @@ fn connect(from: &Namespace, source: Option<IpAddr>, to: SocketAddr) -> Result<H
             ensure!(result == 0, std::io::Error::last_os_error());
             Ok(())
         };
-        call(SocketAddr::new(source, 0), libc::bind)?;
+        call(source, libc::bind)?;
         call(to, libc::connect)?;
         Ok(TcpStream::from(fd))
     })?;
@@ -177,6 +182,8 @@ struct Bench {
     /// ClusterIPs of the echo, IPv4 first.
     vips: [IpAddr; 2],
     sticky: IpAddr,
+    /// Where the endpoints answer by IPv4, by name.
+    endpoints: BTreeMap<String, SocketAddr>,
     kube_proxy: Option<Running>,
     agent: Option<AgentProcess>,
     _servers: Vec<Running>,
@@ -264,6 +271,10 @@ impl Bench {
             pod,
             outside,
             vips: [v4, v6],
+            endpoints: endpoints
+                .iter()
+                .map(|pod| (pod.name().to_owned(), SocketAddr::new(pod.ipv4().into(), ECHO_TARGET)))
+                .collect(),
             sticky: *vips("sticky")?.first().context("no ClusterIP")?,
             kube_proxy: None,
             agent: None,
@@ -300,10 +311,8 @@ impl Bench {
             .node
             .spawn(Path::new(&programs).join("kube-proxy"), [format!("--config={}", file.display())])?;
         self.kube_proxy = Some(kube_proxy);
-        // What has ended is to be forgotten within the test.
-        for (name, seconds) in
-            [("tcp_timeout_time_wait", "8"), ("udp_timeout", "10"), ("udp_timeout_stream", "12")]
-        {
+        // Datagrams are to be forgotten within the test. Connections that have ended are remembered, as anywhere.
+        for (name, seconds) in [("udp_timeout", "10"), ("udp_timeout_stream", "12")] {
             self.node.sysctl(&format!("net/netfilter/nf_conntrack_{name}"), seconds)?;
         }
         Ok(())
@@ -362,7 +371,8 @@ impl Bench {
         let mut visits = BTreeMap::new();
         for number in 0..CLIENTS {
             let source = self.client(number);
-            let _ = visits.insert(source.to_string(), connect(&self.outside, Some(source), at)?.endpoint);
+            let one = connect(&self.outside, Some(SocketAddr::new(source, 0)), at)?;
+            let _ = visits.insert(source.to_string(), one.endpoint);
         }
         let pod = connect(&self.pod, None, SocketAddr::new(self.sticky, 7))?;
         let _ = visits.insert("pod".to_owned(), pod.endpoint);
@@ -445,8 +455,8 @@ impl Traffic {
             }
             for (index, one) in held.iter_mut().enumerate() {
                 let line = format!("{round}-{index}");
-                if !broken.contains(&index) && !self.note(&format!("connection {index}"), one.receive(&line))
-                {
+                let what = format!("connection {index}, {}", one.ends);
+                if !broken.contains(&index) && !self.note(&what, one.receive(&line)) {
                     let _ = broken.insert(index);
                 }
             }
@@ -566,11 +576,16 @@ fn word<'v>(value: &'v Value, field: &str) -> &'v str {
 }
 
 /// kube-proxy to Sluice: the agent comes, kube-proxy goes, its rules go, the last connection goes.
-fn move_in(bench: &mut Bench) -> Result<()> {
+///
+/// Returns as whom one of its connections was seen, and by which endpoint: conntrack has not forgotten it.
+fn move_in(bench: &mut Bench) -> Result<(SocketAddr, SocketAddr)> {
     let visits = bench.visits()?;
     ensure!(visits.values().collect::<BTreeSet<_>>().len() > 1, "no spread: {visits:?}");
     let mut held = bench.open()?;
     let count = held.len() as u64;
+    let last = held.iter().rfind(|one| one.seen_as.is_ipv4()).context("no connection")?;
+    let ended = (last.seen_as, *bench.endpoints.get(&last.endpoint).context("no such endpoint")?);
+    ensure!(ended.0.ip() == IpAddr::from(bench.node.ipv4()), "{} is not masqueraded", last.ends);
     with_traffic(bench, &mut held, |bench, traffic| {
         traffic.more_rounds("kube-proxy serves", 5)?;
         let started = Instant::now();
@@ -630,15 +645,18 @@ fn move_in(bench: &mut Bench) -> Result<()> {
     let left = bench.left_in_iptables()?;
     ensure!(left.is_empty(), "{left:#?}");
     bench.until_served();
-    Ok(())
+    Ok(ended)
 }
 
 /// Sluice to kube-proxy: kube-proxy comes, Sluice serves what it knows until the last has ended, and goes.
-fn move_out(bench: &mut Bench) -> Result<()> {
+///
+/// The host opens a connection from the source port of one that netfilter has translated and that has `ended`.
+fn move_out(bench: &mut Bench, ended: (SocketAddr, SocketAddr)) -> Result<()> {
     let refused = bench.node.sluice_output(&["release"])?;
     ensure!(!refused.status.success(), "nobody would serve");
     let [echo_port, ..] = bench.mode.node_ports();
     let mut held = bench.open()?;
+    held.push(connect(&bench.node, Some(ended.0), ended.1)?);
     with_traffic(bench, &mut held, |bench, traffic| {
         traffic.more_rounds("Sluice serves", 3)?;
         let output = bench.node.sluice_output(&["release", "--prepare"])?;
@@ -704,9 +722,9 @@ fn there_and_back(mode: Mode) -> Result<()> {
     let Some(mut bench) = Bench::new(mode)? else { return Ok(()) };
     bench.until_served();
     let started = Instant::now();
-    let result = move_in(&mut bench).and_then(|()| {
+    let result = move_in(&mut bench).and_then(|ended| {
         println!("{}: moved in within {:.1?}", mode.word(), started.elapsed());
-        move_out(&mut bench)
+        move_out(&mut bench, ended)
     });
     println!("{}: {:.1?} in all", mode.word(), started.elapsed());
     if let (Err(_), Some(agent)) = (&result, &bench.agent) {
