@@ -69,14 +69,14 @@ impl Bench {
         let client = lab.client("client")?;
         let elsewhere = lab.node("elsewhere", &options)?;
         let far = elsewhere.pod("far")?;
-        let far_server = far.serve(Serve::Http, TARGET)?;
+        let far_server = far.serve(Serve::TcpEcho, TARGET)?;
         let mut subjects = Vec::new();
         let mut programs: Vec<(&str, Option<PathBuf>)> = vec![("this", None)];
         programs.extend(against.map(|path| ("other", Some(path.clone()))));
         for (name, program) in programs {
             let node = lab.node(name, &options)?;
             let near = node.pod(&format!("{name}-pod"))?;
-            let server = near.serve(Serve::Http, TARGET)?;
+            let server = near.serve(Serve::TcpEcho, TARGET)?;
             let manifests = lab.manifests(name)?;
             for (service, address, node_port, endpoint, cluster) in
                 [("near", NEAR, NODE_PORTS[0], &near, 1), ("far", FAR, NODE_PORTS[1], &far, 2)]
