@@ -274,24 +274,22 @@ impl Keeper {
         if !self.surveyed {
             self.hooks.clean_stale(&survey.devices.keys().copied().collect())?;
         }
+        // The programs ask for the entries of all devices from their first packet on.
         for device in survey.devices.values() {
-            let before = self.devices.get(&device.index);
-            let told = before.is_some_and(|before| before.device.entry == device.entry);
-            let healthy = before.is_some_and(|before| {
-                before.attached.errors.is_empty()
-                    && link(&before.device) == link(device)
-                    && before.round == self.hooks.round()
-            });
-            // The programs read the entry from their first packet on.
-            if !(told && healthy) {
+            let told =
+                self.devices.get(&device.index).is_some_and(|before| before.device.entry == device.entry);
+            if !(told && self.is_attached(device)) {
                 self.hooks.tell_device(device.index, &device.entry)?;
             }
-            if healthy {
+        }
+        for device in survey.devices.values() {
+            if self.is_attached(device) {
                 if let Some(kept) = self.devices.get_mut(&device.index) {
                     kept.device = device.clone();
                 }
                 continue;
             }
+            let before = self.devices.get(&device.index);
             let attached = self.hooks.attach(&target(device));
             if before.is_none_or(|before| before.device.role != device.role) {
                 let hooks: Vec<&str> = attached.hooks.iter().map(|how| how.word()).collect();
@@ -308,6 +306,15 @@ impl Keeper {
             );
         }
         Ok(())
+    }
+
+    /// Whether a device has all of its programs, those of the present round.
+    fn is_attached(&self, device: &Device) -> bool {
+        self.devices.get(&device.index).is_some_and(|kept| {
+            kept.attached.errors.is_empty()
+                && link(&kept.device) == link(device)
+                && kept.round == self.hooks.round()
+        })
     }
 }
 

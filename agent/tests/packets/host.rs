@@ -438,16 +438,16 @@ impl<F: Ip> Memory<F> {
 
     /// Whether the flow may have the port of a socket that nobody can look up. The kernel gives a
     /// packet that it only tests a socket.
-    fn hides_sockets(&self, decision: &Decision<F>, has_socket: bool) -> bool {
+    fn hides_sockets(&self, decision: &Decision<F>) -> bool {
         decision.flow.flags & flow::DIRECT == 0
-            && self.here().is_some_and(|here| policy::hides_sockets(here, decision.key.protocol, has_socket))
+            && self.here().is_some_and(|here| policy::hides_sockets(here, decision.key.protocol, true))
     }
 
     /// Decides to the end and records; the reason why the packet must not go on.
     fn open(&mut self, hook: Hook, headers: &Headers<F>, decision: &mut Decision<F>) -> Result<(), Reason> {
         let step = decision.step;
         let mut result = Err(Reason::PortsExhausted);
-        self.passed_over = u32::from(hook == Hook::Ingress && self.hides_sockets(decision, true));
+        self.passed_over = u32::from(hook == Hook::Ingress && self.hides_sockets(decision));
         for _ in 0..OPEN_TRIES {
             decision.step = step;
             self.try_open(hook, headers, decision);
@@ -697,7 +697,7 @@ fn xdp<F: Ip>(
         return (End::XdpPass, NOTHING);
     }
     if decision.step != Step::Done {
-        memory.passed_over = u32::from(memory.hides_sockets(&decision, false));
+        memory.passed_over = 0;
         memory.try_open(Hook::Xdp, headers, &mut decision);
     }
     let ours =

@@ -170,13 +170,8 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     }
     // SAFETY: this CPU's own; no reference is kept.
     if unsafe { (*scratch).decision.step } != Step::Done {
-        // SAFETY: as above; entries are plain data, readable under RCU.
-        let hides_sockets = unsafe {
-            let protocol = (*scratch).headers.tuple.protocol;
-            maps::devices.get(ifindex).is_some_and(|here| policy::hides_sockets(here, protocol, false))
-        };
         // SAFETY: as above.
-        unsafe { (*scratch).asked = Asked::passing_over(u32::from(hides_sockets)) };
+        unsafe { (*scratch).asked = Asked::passing_over(0) };
         F::open(ifindex, Hook::Xdp);
         // SAFETY: as above.
         if unsafe { (*scratch).decision.step } == Step::AskRoutes {

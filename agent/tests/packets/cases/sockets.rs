@@ -39,19 +39,18 @@ fn ports(table: &mut Table, cast: &Cast) {
         world.held.extend(attempts.iter().map(|attempt| socket(cast, *attempt)));
         world
     };
-    for (what, world, program, attempt) in [
-        ("whose sockets are elsewhere", known.clone(), Program::Ingress, 0),
-        ("whose socket speaks to the endpoint", holding(&[0]), Program::Ingress, 1),
-        ("whose sockets speak to the endpoint", holding(&[0, 1, 2]), Program::Ingress, 3),
-        ("with a stack of its own", hidden.clone(), Program::Ingress, changes),
-        ("whose packets XDP meets, without their sockets", known.clone(), Program::Xdp, changes),
-        ("behind nobody knows what", cast.world(), Program::Ingress, 0),
+    for (what, world, attempt) in [
+        ("whose sockets are elsewhere", known.clone(), 0),
+        ("whose socket speaks to the endpoint", holding(&[0]), 1),
+        ("whose sockets speak to the endpoint", holding(&[0, 1, 2]), 3),
+        ("with a stack of its own", hidden.clone(), changes),
+        ("behind nobody knows what", cast.world(), 0),
     ] {
         let own = cast.connection();
         let seen_as = if attempt == 0 { own.seen_as } else { tried(cast, cast.frontend, attempt) };
         let first = cast.first(cast.client, cast.frontend).at(mac(EDGE));
         table.add(
-            Case::new(format!("{title}: a pod {what} opens a flow"), &world, program, EDGE, &first)
+            Case::new(format!("{title}: a pod {what} opens a flow"), &world, Program::Ingress, EDGE, &first)
                 .becomes(&first.clone().from(seen_as).to(cast.backend))
                 .opens(ONE)
                 .embryonic([own.seen_as(seen_as).both()]),
