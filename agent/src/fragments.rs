@@ -1,6 +1,6 @@
 //! Keeps fragments that came before their datagram's first one, until that one has been seen.
 //!
-//! The programs send such a fragment out of our own device, behind a label (see [`sluice_common::fragment`]). A socket of this
+//! The programs send such a fragment out of our own device, behind a label (see [`sluice_common::path::fragment`]). A socket of this
 //! module listens there; when the first fragment has told its ports, the fragment goes back to
 //! where it was met, by the own device again, and takes the first one's way. One whose first fragment does not
 //! come within `WAIT` goes on untouched, as the rest of its datagram then does.

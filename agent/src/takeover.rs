@@ -29,7 +29,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, bail};
 use sluice_common::abi::{ServiceKey, Tuple, imported, phase};
-use sluice_common::header::protocol;
+use sluice_common::packet::header::protocol;
 use sluice_common::{V4, V6};
 use tokio::sync::watch;
 

@@ -9,7 +9,7 @@ use serde::Serialize;
 use sluice_common::Reason;
 use sluice_common::abi::{Event, Listening, flow};
 use sluice_common::event::{At, Fate, Kind};
-use sluice_common::header::tcp;
+use sluice_common::packet::header::tcp;
 
 use crate::view::{PortName, protocol};
 

@@ -31,8 +31,8 @@ use packets::kernel::Kernel;
 use packets::world::{Cast, Connection, EDGE, MARK, NET_CLIENTS, NET_MARKED, ONE, UPLINK, address, mac};
 use packets::{cases, host, kernel, show};
 use sluice_common::abi::{Event, Listening, Range, Ticks, networks, state};
+use sluice_common::engine::limit::DEVICE_REJECT_BURST_MS;
 use sluice_common::event::Kind;
-use sluice_common::path::DEVICE_REJECT_BURST_MS;
 
 /// How a case failed; empty when it did not.
 fn judge(case: &Case, who: &str, mut actual: Outcome) -> String {

@@ -1012,7 +1012,7 @@ abi! {
     pub struct RejectBucket {
         /// Milliseconds since boot of the last refill.
         pub refilled_ms: u32,
-        /// Milliseconds of credit; one ICMP error costs [`crate::path::REJECT_COST_MS`].
+        /// Milliseconds of credit; one ICMP error costs [`crate::engine::limit::REJECT_COST_MS`].
         pub credit_ms: u32,
     } size 8
 }

@@ -5,8 +5,8 @@
 
 use crate::abi::{Event, Flow, Listening, Tuple};
 use crate::family::{Family, V4, V6};
-use crate::header::tcp;
-use crate::parse::Headers;
+use crate::packet::header::tcp;
+use crate::packet::parse::Headers;
 use crate::path::{Decision, Hook, Record, Verdict};
 use crate::reason::Reason;
 

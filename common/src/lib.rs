@@ -15,24 +15,17 @@
 #![warn(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 pub mod abi;
-pub mod answer;
 pub mod bench;
-pub mod checksum;
-pub mod crc32c;
+pub mod engine;
 pub mod event;
 pub mod family;
-pub mod fragment;
-pub mod header;
 pub mod maglev;
-pub mod parse;
+pub mod packet;
 pub mod path;
 pub mod reason;
-pub mod record;
-pub mod rewrite;
-pub mod socket;
 pub mod tables;
 
 pub use family::{Family, V4, V6};
-pub use parse::Packet;
+pub use packet::parse::Packet;
 pub use reason::Reason;
 pub use tables::Tables;

@@ -14,8 +14,8 @@ use sluice_common::abi::{
     Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, backend, detect_local,
     frontend, listing, masquerade, networks, policy,
 };
-use sluice_common::header::protocol::{TCP, UDP};
-use sluice_common::socket::{Choice, choose};
+use sluice_common::packet::header::protocol::{TCP, UDP};
+use sluice_common::path::socket::{Choice, choose};
 use sluice_common::tables::Routes;
 use sluice_common::{Tables, V4, V6};
 

@@ -19,13 +19,11 @@ use sluice_common::abi::{
     Networks, OriginKey, Origins, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings,
     Ticks, Tuple, backend, flow, frontend, listing,
 };
-use sluice_common::parse::{Kind, headers, untag};
-use sluice_common::path::{
-    Hook, REJECT_BURST_MS, REJECT_COST_MS, Record, Step, Verdict, decide, leads_to, partner, partner_key,
-    spend,
-};
-use sluice_common::record::{FlowTable, Partner, Place, Refused, Renewal, record};
-use sluice_common::rewrite::{can_follow, rewrite};
+use sluice_common::engine::limit::{REJECT_BURST_MS, REJECT_COST_MS, take_token};
+use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
+use sluice_common::packet::parse::{Kind, headers, untag};
+use sluice_common::packet::rewrite::{can_follow, rewrite};
+use sluice_common::path::{Hook, Record, Step, Verdict, decide, leads_to, partner, partner_key};
 use sluice_common::tables::Routes;
 use sluice_common::{Reason, Tables, V4, V6};
 
@@ -614,7 +612,7 @@ proptest! {
         let (mut bucket, mut now, mut sent) = (None, start, 0_u32);
         for step in steps {
             now = now.wrapping_add(step);
-            let (next, allowed) = spend(bucket, now);
+            let (next, allowed) = take_token(bucket, now);
             bucket = Some(next);
             sent += u32::from(allowed);
             prop_assert!(next.credit_ms <= REJECT_BURST_MS);
@@ -625,7 +623,8 @@ proptest! {
 
 #[test]
 fn a_client_that_waited_has_its_whole_burst_again() {
-    let (bucket, allowed) = spend(Some(RejectBucket { refilled_ms: u32::MAX - 10, credit_ms: 0 }), 60_000);
+    let (bucket, allowed) =
+        take_token(Some(RejectBucket { refilled_ms: u32::MAX - 10, credit_ms: 0 }), 60_000);
     assert!(allowed, "time goes on where the clock wraps");
     assert_eq!(bucket.credit_ms, REJECT_BURST_MS - REJECT_COST_MS);
 }

@@ -16,9 +16,9 @@ use packets::frame::{
 };
 use packets::ip::Ip;
 use sluice_common::abi::{Datagram, Flow, Tuple};
-use sluice_common::fragment;
-use sluice_common::parse::{Fragment, Headers, Kind, headers};
-use sluice_common::rewrite::can_follow;
+use sluice_common::packet::parse::{Fragment, Headers, Kind, headers};
+use sluice_common::packet::rewrite::can_follow;
+use sluice_common::path::fragment;
 use sluice_common::{V4, V6};
 
 const ID: u32 = 0x1122_3344;

@@ -14,10 +14,10 @@ use packets::frame::{ACK, DATA, FIN, Frame, Payload, RST, SCTP, SYN, Sum, TCP, U
 use packets::ip::Ip;
 use proptest::prelude::*;
 use sluice_common::abi::Flow;
-use sluice_common::answer::{self, QUOTE};
-use sluice_common::header::TcpHeader;
-use sluice_common::parse::{Headers, Kind, headers};
-use sluice_common::rewrite::{can_follow, hop, rewrite};
+use sluice_common::packet::answer::{self, QUOTE};
+use sluice_common::packet::header::TcpHeader;
+use sluice_common::packet::parse::{Headers, Kind, headers};
+use sluice_common::packet::rewrite::{can_follow, decrement_ttl, rewrite};
 use sluice_common::{Packet, V4, V6};
 
 /// Addresses of one family. Few enough bytes that both a checksum's carries and their absence come up.
@@ -273,10 +273,10 @@ proptest! {
         let mut packet = Bytes { bytes: frame.bytes(), partial: false };
         let done = if client.is_ipv4() {
             let headers = read::<V4>(&packet);
-            hop(&mut packet, &headers)
+            decrement_ttl(&mut packet, &headers)
         } else {
             let headers = read::<V6>(&packet);
-            hop(&mut packet, &headers)
+            decrement_ttl(&mut packet, &headers)
         };
         prop_assert_eq!(done, ttl > 1);
         let left = if done { frame.ttl(ttl.saturating_sub(1)) } else { frame };
@@ -310,14 +310,14 @@ fn answers<F: Ip>(packet: &Bytes, tcp: bool, mtu: u32) -> Result<(), TestCaseErr
     prop_assume!(!answer::is_partial(&headers));
     let write = |header: F::Network, rest: Vec<u8>| {
         let mut bytes = Bytes { bytes: vec![0; F::HEADER as usize], partial: false };
-        assert!(sluice_common::rewrite::Edit::store(&mut bytes, 0, header));
+        assert!(sluice_common::packet::rewrite::Edit::store(&mut bytes, 0, header));
         [bytes.bytes, rest].concat()
     };
     if tcp {
         let segment: TcpHeader = packet.read(headers.transport).expect("a whole header");
         let (network, reset) = answer::reset(&headers, &segment, 7);
         let mut bytes = Bytes { bytes: vec![0; 20], partial: false };
-        assert!(sluice_common::rewrite::Edit::store(&mut bytes, 0, reset));
+        assert!(sluice_common::packet::rewrite::Edit::store(&mut bytes, 0, reset));
         prop_assert!(holds(&write(network, bytes.bytes)));
     }
     let quote = headers.length.min(QUOTE) & !3;
@@ -326,7 +326,7 @@ fn answers<F: Ip>(packet: &Bytes, tcp: bool, mtu: u32) -> Result<(), TestCaseErr
     let kind = if mtu == 0 { F::PORT_UNREACHABLE } else { F::TOO_BIG };
     let (network, icmp) = answer::error(&headers, kind, mtu, quote, sum);
     let mut bytes = Bytes { bytes: vec![0; 8], partial: false };
-    assert!(sluice_common::rewrite::Edit::store(&mut bytes, 0, icmp));
+    assert!(sluice_common::packet::rewrite::Edit::store(&mut bytes, 0, icmp));
     prop_assert!(holds(&write(network, [&bytes.bytes, quoted].concat())));
     prop_assert_eq!(octets(F::ip(headers.tuple.source)).len(), if F::VERSION == 4 { 4 } else { 16 });
     Ok(())

@@ -2,8 +2,8 @@
 
 use sluice_common::abi::{Event, Flow, Ipv4Address, Listening, Tuple};
 use sluice_common::event::{At, Fate, Kind, fate, kind, packet};
-use sluice_common::header::tcp;
-use sluice_common::parse::Headers;
+use sluice_common::packet::header::tcp;
+use sluice_common::packet::parse::Headers;
 use sluice_common::path::{Decision, Record, Verdict};
 use sluice_common::{Reason, V4};
 

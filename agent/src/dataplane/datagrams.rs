@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use sluice_common::abi::{Datagram, DatagramPorts, Ipv4Address, Ipv6Address, Ticks};
-use sluice_common::fragment::{is_fresh, keeper};
+use sluice_common::path::fragment::{is_fresh, keeper};
 
 use super::bpf::Table;
 use super::error::Error;

@@ -86,7 +86,7 @@ impl<'w> Story<'w> {
     /// The call is met.
     pub(super) fn calls(&mut self, target: &Target) {
         let call = match (self.question.protocol.number(), self.question.from) {
-            (sluice_common::header::protocol::TCP, _) => {
+            (sluice_common::packet::header::protocol::TCP, _) => {
                 "connect() from a socket that is not bound to a port"
             }
             _ => "sendmsg() from a socket that is not connected",

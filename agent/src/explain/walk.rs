@@ -3,10 +3,10 @@
 use std::net::{IpAddr, SocketAddr};
 
 use sluice_common::abi::{Class, Range, ServiceKey, Tuple, device, flow, frontend, listing, side};
-use sluice_common::header::{protocol, tcp};
-use sluice_common::parse::{Headers, Kind};
+use sluice_common::packet::header::{protocol, tcp};
+use sluice_common::packet::parse::{Headers, Kind};
+use sluice_common::path::socket::{Choice, choose, is_left_to_netfilter};
 use sluice_common::path::{self, Decision, Hook, Step as Next, policy};
-use sluice_common::socket::{Choice, choose, is_left_to_netfilter};
 use sluice_common::tables::Routes;
 use sluice_common::{Reason, Tables, V4, V6};
 

@@ -1,8 +1,8 @@
 //! A held frame: its label, the frame behind it, and the datagram that it is a fragment of.
 
-use sluice_common::fragment::{self, LABEL_ETHERTYPE, Label, label};
-use sluice_common::header::Wire;
-use sluice_common::parse::{self, Kind, Parse};
+use sluice_common::packet::header::Wire;
+use sluice_common::packet::parse::{self, Kind, Parse};
+use sluice_common::path::fragment::{self, LABEL_ETHERTYPE, Label, label};
 use sluice_common::{Packet, V4, V6};
 
 use crate::dataplane::DatagramKey;

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
-use sluice_common::fragment::HELD_PRIORITY;
+use sluice_common::path::fragment::HELD_PRIORITY;
 
 use super::frame::Frame;
 use super::outcome;

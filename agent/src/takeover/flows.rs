@@ -1,7 +1,7 @@
 //! Flows of ours, as a release and what comes before it need them: which still have packets, and what conntrack should know.
 
 use sluice_common::abi::{Flow, flow, state};
-use sluice_common::header::protocol;
+use sluice_common::packet::header::protocol;
 use sluice_common::path::partner_key;
 
 use crate::conntrack::{End, Translated};

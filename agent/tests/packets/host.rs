@@ -8,16 +8,17 @@ use sluice_common::abi::{
     OriginKey, Origins, PREFIXES, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings,
     Ticks, Tuple, device, device_flags, flow, node_address, state,
 };
-use sluice_common::answer::{self, QUOTE, Trouble};
+use sluice_common::engine::limit;
+use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
 use sluice_common::event::{self, At};
 use sluice_common::family::lane;
-use sluice_common::fragment::{self, label};
-use sluice_common::header::{TcpHeader, tcp};
-use sluice_common::parse::{self, Headers, Kind};
+use sluice_common::packet::answer::{self, QUOTE, Trouble};
+use sluice_common::packet::header::{TcpHeader, tcp};
+use sluice_common::packet::parse::{self, Headers, Kind};
+use sluice_common::packet::rewrite::{Edit, can_follow, decrement_ttl, rewrite};
+use sluice_common::path::fragment::{self, label};
 use sluice_common::path::policy::{self, is_foreign, is_within};
 use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict, partner_key};
-use sluice_common::record::{FlowTable, Partner, Place, Refused, Renewal, record};
-use sluice_common::rewrite::{Edit, can_follow, hop, rewrite};
 use sluice_common::tables::Routes;
 use sluice_common::{Packet, Reason, Tables, V4, V6};
 
@@ -413,7 +414,7 @@ impl<F: Ip> Memory<F> {
         let mut key = partner_key::<F>(&decision.flow, decision.key.protocol);
         key.destination_port = 0;
         if self.exhausted.get(&key) == Some(&self.now) {
-            path::searched_for(None, decision);
+            path::finish_search(None, decision);
             return;
         }
         path::search(self, decision);
@@ -426,7 +427,7 @@ impl<F: Ip> Memory<F> {
     /// is to have.
     fn is_held(&self, hook: Hook, decision: &Decision<F>) -> bool {
         let flow = &decision.flow;
-        let sees_sockets = path::is_beside_sockets(flow)
+        let sees_sockets = path::uses_host_address(flow)
             || self.passed_over < OPEN_TRIES - 1
                 && !path::keeps_direct(decision)
                 && hook == Hook::Ingress
@@ -834,7 +835,7 @@ fn apply<F: Ip>(
     }
     let bypasses = decision.verdict == Verdict::TurnBack
         || decision.verdict == Verdict::Route && ingress && fragments == 0;
-    if bypasses && !hop(packet, headers) {
+    if bypasses && !decrement_ttl(packet, headers) {
         decision.reason = Reason::TtlExceeded;
         if headers.kind != Kind::Transport || !answerable || !may_answer(case, source) {
             return End::Drop;
@@ -850,7 +851,7 @@ fn apply<F: Ip>(
     }
     if decision.verdict == Verdict::Around {
         if goes_around(case, packet, headers, destination, link) {
-            assert!(hop(packet, headers), "its TTL is more than one");
+            assert!(decrement_ttl(packet, headers), "its TTL is more than one");
             return sent_on::<F>(packet, link);
         }
         if is_answer {
@@ -960,8 +961,8 @@ fn may_answer(case: &Case, client: IpAddr) -> bool {
         let credit_ms = *case.world.rejects.get(&address)?;
         Some(RejectBucket { refilled_ms: NOW_MS, credit_ms })
     };
-    path::spend(bucket(client), NOW_MS).1
-        && path::spend_by_device(bucket(world::rejects_of(case.ifindex)), NOW_MS).1
+    limit::take_token(bucket(client), NOW_MS).1
+        && limit::take_device_token(bucket(world::rejects_of(case.ifindex)), NOW_MS).1
 }
 
 /// Writes an ICMP error over the packet.

@@ -13,7 +13,7 @@ use sluice_common::abi::{
     frontend, listing, masquerade, networks, node_address, side, state,
 };
 
-use sluice_common::path::device_reject_key;
+use sluice_common::engine::limit::device_reject_key;
 
 use super::frame::{ACK, DATA, Frame, INIT, Mac, SCTP, SYN, TCP, UDP};
 

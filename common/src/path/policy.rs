@@ -19,7 +19,7 @@ use crate::abi::{
     self, Class, Prefix, Settings, detect_local, device, device_flags, frontend, masquerade, networks,
 };
 use crate::family::Family;
-use crate::header::protocol;
+use crate::packet::header::protocol;
 use crate::tables::Tables;
 
 /// Whether a client keeps its source.

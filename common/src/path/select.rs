@@ -5,9 +5,9 @@ use crate::abi::{
     flow, frontend,
 };
 use crate::family::Family;
-use crate::header::{protocol, tcp};
 use crate::maglev;
-use crate::parse::Headers;
+use crate::packet::header::{protocol, tcp};
+use crate::packet::parse::Headers;
 use crate::path::Decision;
 use crate::tables::Tables;
 

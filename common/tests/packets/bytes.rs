@@ -1,10 +1,10 @@
 //! A packet in memory, for the path to read and rewrite.
 
 use sluice_common::Packet;
-use sluice_common::checksum::Delta;
-use sluice_common::crc32c;
-use sluice_common::header::Wire;
-use sluice_common::rewrite::{Checksum, Edit};
+use sluice_common::packet::checksum::Delta;
+use sluice_common::packet::crc32c;
+use sluice_common::packet::header::Wire;
+use sluice_common::packet::rewrite::{Checksum, Edit};
 
 /// A frame in memory.
 #[derive(Clone, Debug)]

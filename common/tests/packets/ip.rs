@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use sluice_common::abi::{Ipv4Address, Ipv6Address};
-use sluice_common::answer::Answer;
 use sluice_common::event::Wide;
+use sluice_common::packet::answer::Answer;
 use sluice_common::{V4, V6};
 
 /// A family whose addresses come from and go to the standard library's.

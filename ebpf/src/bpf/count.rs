@@ -3,8 +3,8 @@
 use aya_ebpf::bindings::BPF_NOEXIST;
 use sluice_common::Reason;
 use sluice_common::abi::{BackendCounters, Flow, ReasonCounters, ReasonKey, flow};
-use sluice_common::header::tcp;
-use sluice_common::parse::Headers;
+use sluice_common::packet::header::tcp;
+use sluice_common::packet::parse::Headers;
 use sluice_common::path::{Decision, Hook, Record};
 
 use super::events::{self, Tell};

@@ -12,11 +12,11 @@ use core::ptr::null_mut;
 use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::helpers::generated::bpf_loop;
 use aya_ebpf::macros::btf_map;
-use sluice_common::parse::{Headers, Parse};
-use sluice_common::path::{self, Decision, Hook, PORTS};
-use sluice_common::record::Partner;
+use sluice_common::engine::record::Partner;
+use sluice_common::packet::parse::{Headers, Parse};
+use sluice_common::path::{self, Decision, Hook, PORTS, fragment};
 use sluice_common::tables::Routes;
-use sluice_common::{Family, V4, V6, fragment};
+use sluice_common::{Family, V4, V6};
 
 use super::clock::now;
 use super::maps::Maps;
@@ -108,7 +108,7 @@ fn search<F: Decide>(decision: &mut Decision<F>, found: impl FnOnce() -> u32) {
     if port == 0 && !in_vain {
         let _ = F::exhausted().insert(&key, now(), 0);
     }
-    path::searched_for((port != 0).then_some(port as u16), decision);
+    path::finish_search((port != 0).then_some(port as u16), decision);
 }
 
 /// One step of the walk; 1 ends it.
@@ -117,7 +117,7 @@ fn try_port<F: Decide>(index: u32) -> i64 {
     let Some(scratch) = F::scratch() else { return 1 };
     // SAFETY: this CPU's own; the search waits for the loop to end.
     let decision = unsafe { &(*scratch).decision };
-    let port = path::searched(path::search_start(decision), index);
+    let port = path::port_of_step(path::search_start(decision), index);
     if !path::is_free(&Kernel::of(0), decision, port) {
         return 0;
     }

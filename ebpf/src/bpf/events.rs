@@ -9,7 +9,7 @@ use aya_ebpf::helpers::generated::{bpf_get_current_pid_tgid, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use sluice_common::abi::{EVENTS_BYTES, Event, Flow, Listening, Tuple};
 use sluice_common::event::{self, At, Fate, Kind, Wide};
-use sluice_common::parse::Headers;
+use sluice_common::packet::parse::Headers;
 use sluice_common::path::{Decision, Hook};
 use sluice_common::{Reason, V4, V6};
 

@@ -11,8 +11,8 @@ use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::btf_maps::{LruHashMap, PerCpuArray};
 use sluice_common::abi::previous::{Moved, Round};
 use sluice_common::abi::{Affinity, AffinityKey, EMBRYONIC_MAX, FLOWS_MAX, Flow, Tuple, previous};
+use sluice_common::engine::record::Renewal;
 use sluice_common::path::leads_to;
-use sluice_common::record::Renewal;
 use sluice_common::{Family, V4, V6};
 
 use super::maps::{AFFINITIES, old};

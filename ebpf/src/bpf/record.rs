@@ -3,10 +3,10 @@
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use sluice_common::Reason;
 use sluice_common::abi::{Affinity, AffinityKey, Flow, Tuple};
+use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
 use sluice_common::path::Decision;
 #[cfg(not(feature = "both-layouts"))]
 use sluice_common::path::leads_to;
-use sluice_common::record::{FlowTable, Partner, Place, Refused, Renewal, record};
 
 use super::maps::{self, Maps};
 

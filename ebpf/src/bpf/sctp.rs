@@ -1,6 +1,6 @@
 //! SCTP's checksum.
 
-use sluice_common::crc32c;
+use sluice_common::packet::crc32c;
 
 /// As [`crc32c::updated`], by a global function (see `decide`): its steps are verified once.
 #[unsafe(no_mangle)]

@@ -8,9 +8,9 @@ use aya_ebpf::helpers::generated::{
     bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes,
 };
 use sluice_common::Packet;
-use sluice_common::checksum::Delta;
-use sluice_common::header::Wire;
-use sluice_common::rewrite::{Checksum, Edit};
+use sluice_common::packet::checksum::Delta;
+use sluice_common::packet::header::Wire;
+use sluice_common::packet::rewrite::{Checksum, Edit};
 
 use super::sctp::sctp_updated;
 

@@ -11,8 +11,8 @@ use sluice_common::abi::{
     CALLER_TICKS, CallerKey, Flow, Ipv4Address, Ipv6Address, Peer, ServiceKey, socket_path,
 };
 use sluice_common::event::{At, Fate, Wide};
-use sluice_common::header::protocol::{TCP, UDP};
-use sluice_common::socket::{Choice, choose};
+use sluice_common::packet::header::protocol::{TCP, UDP};
+use sluice_common::path::socket::{Choice, choose};
 use sluice_common::{Reason, V4, V6};
 
 use super::clock::now;

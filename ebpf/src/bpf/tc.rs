@@ -15,13 +15,14 @@ use aya_ebpf::helpers::generated::{
     bpf_skb_store_bytes, bpf_skb_vlan_pop, bpf_skc_lookup_tcp,
 };
 use sluice_common::abi::{CallerKey, Device, Flow, RejectKey, Tuple, device, device_flags, flow, networks};
-use sluice_common::answer::{self, Answer, QUOTE, Trouble};
+use sluice_common::engine::limit;
 use sluice_common::event::Wide;
-use sluice_common::fragment::{HELD_PRIORITY, Label, label, met_at};
-use sluice_common::header::{EthernetHeader, TcpHeader, protocol, tcp};
-use sluice_common::parse::{self, Headers, Kind};
+use sluice_common::packet::answer::{self, Answer, QUOTE, Trouble};
+use sluice_common::packet::header::{EthernetHeader, TcpHeader, protocol, tcp};
+use sluice_common::packet::parse::{self, Headers, Kind};
+use sluice_common::packet::rewrite::{Edit, decrement_ttl, rewrite};
+use sluice_common::path::fragment::{HELD_PRIORITY, Label, label, met_at};
 use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict, policy};
-use sluice_common::rewrite::{Edit, hop, rewrite};
 use sluice_common::{Family, Packet, Reason, V4, V6};
 
 use super::clock::{now, now_ns};
@@ -416,7 +417,7 @@ fn is_held<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> bool {
     if !is_new {
         return false;
     }
-    let netns = if path::is_beside_sockets(&decision.flow) {
+    let netns = if path::uses_host_address(&decision.flow) {
         CURRENT_NETNS
     } else {
         if asked.passed_over >= OPEN_TRIES - 1 || path::keeps_direct(decision) {
@@ -522,7 +523,7 @@ fn apply<F: Tc, const LINK: u32>(
     // A bypass does what the stack would; the stack itself does it where it fragments.
     let bypasses = decision.verdict == Verdict::TurnBack
         || decision.verdict == Verdict::Route && forwards && fragments == 0;
-    if bypasses && !hop(packet, headers) {
+    if bypasses && !decrement_ttl(packet, headers) {
         decision.reason = Reason::TtlExceeded;
         return time_exceeded::<F, LINK>(skb, headers, hook);
     }
@@ -669,7 +670,7 @@ fn around<F: Tc, const LINK: u32>(skb: *mut __sk_buff, headers: &Headers<F>, flo
     {
         return NEXT;
     }
-    if !hop(packet, headers) || LINK == 0 && !add_link_header::<F>(packet, [0; 6]) {
+    if !decrement_ttl(packet, headers) || LINK == 0 && !add_link_header::<F>(packet, [0; 6]) {
         return DROP;
     }
     // SAFETY: the helper reads the next hop within its size, or finds the route itself.
@@ -977,11 +978,11 @@ fn time_exceeded<F: Tc, const LINK: u32>(skb: *mut __sk_buff, headers: &Headers<
 fn may_answer(key: &RejectKey, ifindex: u32) -> bool {
     let now_ms = (now_ns() / 1_000_000) as u32;
     // SAFETY: entries are plain data, readable under RCU.
-    let (client, may_client) = path::spend(unsafe { maps::rejects.get(key) }.copied(), now_ms);
-    let device_key = path::device_reject_key(ifindex);
+    let (client, may_client) = limit::take_token(unsafe { maps::rejects.get(key) }.copied(), now_ms);
+    let device_key = limit::device_reject_key(ifindex);
     // SAFETY: as above.
     let bucket = unsafe { maps::rejects.get(&device_key) }.copied();
-    let (device, may_device) = path::spend_by_device(bucket, now_ms);
+    let (device, may_device) = limit::take_device_token(bucket, now_ms);
     if !may_client || !may_device {
         return false;
     }

@@ -4,12 +4,12 @@
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::generated::bpf_xdp_adjust_meta;
 use sluice_common::abi::{Flow, flow};
-use sluice_common::answer::is_partial;
-use sluice_common::checksum::Delta;
-use sluice_common::header::{EthernetHeader, Wire};
-use sluice_common::parse::{self, Headers, Kind};
+use sluice_common::packet::answer::is_partial;
+use sluice_common::packet::checksum::Delta;
+use sluice_common::packet::header::{EthernetHeader, Wire};
+use sluice_common::packet::parse::{self, Headers, Kind};
+use sluice_common::packet::rewrite::{Checksum, Edit, can_follow, segment};
 use sluice_common::path::{Hook, Step, Verdict, policy};
-use sluice_common::rewrite::{Checksum, Edit, can_follow, segment};
 use sluice_common::{Family, Packet, V4, V6};
 
 use super::count;

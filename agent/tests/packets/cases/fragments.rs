@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use sluice_common::Reason;
 use sluice_common::abi::{Datagram, DatagramPorts, flow, state};
-use sluice_common::fragment::{DATAGRAM_TICKS, HELD_LENGTH_MAX, KEEPER_TICKS, label};
+use sluice_common::path::fragment::{DATAGRAM_TICKS, HELD_LENGTH_MAX, KEEPER_TICKS, label};
 use sluice_common::path::mark;
 
 use super::Table;

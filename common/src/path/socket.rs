@@ -6,8 +6,8 @@
 
 use crate::abi::{self, ServiceKey, Tuple, detect_local, frontend, listing, masquerade, phase};
 use crate::family::{Family, mix};
-use crate::header::protocol;
 use crate::maglev;
+use crate::packet::header::protocol;
 use crate::path::{find, policy};
 use crate::tables::Tables;
 

@@ -6,12 +6,18 @@
 //! the agent sends it back to where it was met, by our own device again. Where no agent runs, none is held: at an address of
 //! the node it may be anybody's, an overlay's outer packet for one, which must not depend on us.
 
-use crate::abi::{Datagram, DatagramPorts, Ticks, Tuple};
+use crate::abi::{Datagram, DatagramPorts, Ticks, Tuple, side};
 use crate::family::Family;
-use crate::header::{Wire, protocol};
-use crate::parse::Headers;
-use crate::path::{Decision, Verdict};
-use crate::rewrite::can_follow;
+use crate::packet::header::{Wire, protocol};
+use crate::packet::parse::Headers;
+use crate::packet::rewrite::can_follow;
+use crate::reason::Reason;
+use crate::tables::Tables;
+
+use super::entry::entry_of;
+use super::known::{is_answer, reason_along, verdict_along};
+use super::met::is_unassigned;
+use super::{Decision, Verdict, met};
 
 /// After so many ticks what a first fragment has told no longer counts: Linux gives a datagram 30 s to be complete, but at
 /// a high rate IPv4's 65 536 identifications come round much earlier.
@@ -126,4 +132,54 @@ impl Label {
 #[inline(always)]
 pub fn met_at(mark: u32) -> (u32, bool) {
     (mark >> 1, mark & 1 != 0)
+}
+
+/// A fragment behind its datagram's first one: goes the first one's way. It has no flags, opens nothing and changes nothing.
+#[inline(always)]
+pub(super) fn follow_first<F: Family, T: Tables<F>>(
+    egress: bool,
+    leaves: bool,
+    to_address: bool,
+    headers: &Headers<F>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) {
+    let told = match tables.datagram(&key(headers)) {
+        Some(told) if is_fresh(told, tables.now()) => told,
+        _ => {
+            if headers.length <= HELD_LENGTH_MAX
+                && is_kept(tables.datagram(&keeper()), tables.now())
+                && matches!(tables.settings(), Some(settings) if settings.own_device != 0)
+            {
+                decision.set(Verdict::Hold, Reason::FragmentHeld);
+            } else if to_address {
+                decision.reason = Reason::Fragment;
+            }
+            return;
+        }
+    };
+    decision.key.source_port = told.source_port;
+    decision.key.destination_port = told.destination_port;
+    let mut found = None;
+    if leaves {
+        decision.key.side = side::FAR;
+        found = entry_of(&decision.key, tables);
+        decision.key.side = side::NEAR;
+    }
+    if found.is_none() {
+        found = entry_of(&decision.key, tables);
+    }
+    if let Some((entry, _)) = found {
+        let verdict = verdict_along(entry.flags, egress);
+        if verdict != Verdict::Pass {
+            decision.flow = *entry;
+            decision.set(verdict, reason_along(entry.flags));
+        } else if decision.met & met::ACCELERATED != 0 && is_answer(entry.flags) {
+            decision.verdict = Verdict::Around;
+        }
+    } else if egress && is_unassigned(headers, tables) {
+        decision.set(Verdict::Drop, Reason::UnassignedAddress);
+    } else if to_address {
+        decision.reason = Reason::Fragment;
+    }
 }

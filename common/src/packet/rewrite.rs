@@ -1,10 +1,10 @@
 //! Turns a packet of one tuple into a packet of another, checksums included.
 
 use crate::abi::{Flow, Tuple};
-use crate::checksum::Delta;
 use crate::family::{Family, V4};
-use crate::header::{Wire, protocol};
-use crate::parse::{Fragment, Headers, Kind, Parse};
+use crate::packet::checksum::Delta;
+use crate::packet::header::{Wire, protocol};
+use crate::packet::parse::{Fragment, Headers, Kind, Parse};
 
 /// Write access to a packet. Every call answers whether it succeeded; after a
 /// failure the packet is in an undefined state and must be dropped.
@@ -20,7 +20,7 @@ pub trait Edit {
     /// pseudo-header, `data` what changed in the segment (partial checksums know only the former).
     fn transport_checksum(&mut self, offset: u32, addresses: Delta, data: Delta, kind: Checksum) -> bool;
     /// Updates SCTP's checksum at an offset, in a packet of `length` bytes from the SCTP header on: `change` is what was
-    /// added (XOR) to its ports, as they lie in memory. See [`crate::crc32c::updated`].
+    /// added (XOR) to its ports, as they lie in memory. See [`crate::packet::crc32c::updated`].
     fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool;
 }
 
@@ -227,7 +227,7 @@ fn error<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flow<F::A
 
 /// Counts the TTL or hop limit down by one. False when it must not: it would reach zero, or the edit failed.
 #[inline(always)]
-pub fn hop<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>) -> bool {
+pub fn decrement_ttl<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>) -> bool {
     if headers.ttl <= 1 {
         return false;
     }

@@ -3,7 +3,7 @@
 //! # Checksums of an answer
 //!
 //! The answer is written over the packet it answers, so it inherits how the kernel sees that
-//! packet's checksum. Where it is partial (see [`crate::checksum`]) the device will later sum
+//! packet's checksum. Where it is partial (see [`crate::packet::checksum`]) the device will later sum
 //! from the old transport header on and store the complement at the old field. A reset keeps
 //! TCP's field, so it gets the pseudo-header's sum alone, as any partial segment. An ICMP error
 //! in a UDP packet's place has its *unused* field there (bytes 6 and 7). With `S` the sum of
@@ -12,10 +12,10 @@
 //! complement of its pseudo-header's sum `P`: `Y = P`.
 
 use crate::abi::Tuple;
-use crate::checksum::{fold16, pseudo_header, sum_words};
 use crate::family::{Family, V4, V6};
-use crate::header::{IcmpHeader, Ipv4Header, Ipv6Header, TcpHeader, Wire, protocol, tcp};
-use crate::parse::{Headers, Parse};
+use crate::packet::checksum::{fold16, pseudo_header, sum_words};
+use crate::packet::header::{IcmpHeader, Ipv4Header, Ipv6Header, TcpHeader, Wire, protocol, tcp};
+use crate::packet::parse::{Headers, Parse};
 
 /// Bytes of the offending packet that an ICMP error quotes at most: its IP header with some options or
 /// extensions, and eight bytes of transport header or more.

@@ -2,7 +2,7 @@
 
 use crate::abi::Tuple;
 use crate::family::{Family, V4, V6};
-use crate::header::{
+use crate::packet::header::{
     ExtensionHeader, IcmpHeader, Ipv4Header, Ipv6Header, SctpHeader, TcpHeader, UdpHeader, VlanTag, Wire,
     protocol, sctp, tcp, vlan,
 };

@@ -1,0 +1,54 @@
+//! How many ICMP errors are sent, as the kernel's own limits have it.
+
+use crate::abi::{RejectBucket, RejectKey};
+
+/// One ICMP error a second to one client, as `net.ipv4.icmp_ratelimit` has it...
+pub const REJECT_COST_MS: u32 = 1_000;
+/// ...after a burst of six.
+pub const REJECT_BURST_MS: u32 = 6_000;
+/// ICMP errors by one device: a thousand a second, as `net.ipv4.icmp_msgs_per_sec` has it...
+pub const DEVICE_REJECT_COST_MS: u32 = 1;
+/// ...after a burst of fifty, as `net.ipv4.icmp_msgs_burst`.
+pub const DEVICE_REJECT_BURST_MS: u32 = 50;
+
+/// Takes the cost of one ICMP error from a client's bucket; false when there is not enough credit.
+#[inline(always)]
+pub fn take_token(bucket: Option<RejectBucket>, now_ms: u32) -> (RejectBucket, bool) {
+    take(bucket, now_ms, REJECT_COST_MS, REJECT_BURST_MS)
+}
+
+/// As [`take_token`], from the bucket of the device by which the error leaves: each has its own, so that a flood by one, from
+/// whatever forged sources, takes nothing from the clients of another.
+#[inline(always)]
+pub fn take_device_token(bucket: Option<RejectBucket>, now_ms: u32) -> (RejectBucket, bool) {
+    take(bucket, now_ms, DEVICE_REJECT_COST_MS, DEVICE_REJECT_BURST_MS)
+}
+
+#[inline(always)]
+pub(super) fn take(
+    bucket: Option<RejectBucket>,
+    now_ms: u32,
+    cost_ms: u32,
+    burst_ms: u32,
+) -> (RejectBucket, bool) {
+    let credit = match bucket {
+        Some(bucket) => {
+            let refill = now_ms.wrapping_sub(bucket.refilled_ms).min(burst_ms);
+            bucket.credit_ms.wrapping_add(refill).min(burst_ms)
+        }
+        None => burst_ms,
+    };
+    let allowed = credit >= cost_ms;
+    let credit_ms = if allowed { credit.wrapping_sub(cost_ms) } else { credit };
+    (RejectBucket { refilled_ms: now_ms, credit_ms }, allowed)
+}
+
+/// The key of a device's bucket among the clients': no source address, which is never multicast, looks like it.
+#[inline(always)]
+pub fn device_reject_key(ifindex: u32) -> RejectKey {
+    let [a, b, c, d] = ifindex.to_be_bytes();
+    let ones = 0xff;
+    RejectKey {
+        address: [ones, ones, ones, ones, ones, ones, ones, ones, ones, ones, ones, ones, a, b, c, d],
+    }
+}

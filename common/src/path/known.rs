@@ -1,0 +1,234 @@
+//! A packet that has a flow entry.
+
+use crate::abi::{Flow, Tuple, backend, flow, state};
+use crate::family::Family;
+use crate::packet::header::{protocol, tcp};
+use crate::packet::parse::{Headers, Kind};
+use crate::reason::Reason;
+use crate::tables::Tables;
+
+use super::entry::{RENEW_TICKS, UDP_IDLE_TICKS, entry_of};
+use super::open::is_opening;
+use super::{Decision, Record, Verdict, met, select};
+
+/// A client that opens anew leaves an endpoint that no longer serves and was not heard for this many ticks.
+pub const SILENT_TICKS: u32 = 28;
+/// A UDP flow is more than a question and its answers when it still goes on after this many ticks.
+pub const STREAM_TICKS: u32 = 2;
+
+/// Whether an entry is that of an endpoint's packet which passes ingress as it is, and is
+/// translated where it leaves.
+#[inline(always)]
+pub(super) fn is_answer(flags: u8) -> bool {
+    flags & (flow::REPLY | flow::HOST | flow::HAIRPIN | flow::DIRECT | flow::SOURCE) == flow::REPLY
+}
+
+/// What the entry of the replies tells about a packet that leaves towards an endpoint: its flags that say how the packet was
+/// translated as it came in; 0: it was not. It is asked first, since most clients keep their address, and then
+/// nothing else is to be asked.
+#[inline(always)]
+pub(super) fn flags_of_reply<F: Family, T: Tables<F>>(key: &Tuple<F::Address>, tables: &T) -> u8 {
+    match entry_of(&key.reversed(), tables) {
+        Some((first, _)) => {
+            first.flags & (flow::REPLY | flow::MASQUERADED | flow::HOST | flow::HAIRPIN | flow::SOURCE)
+        }
+        None => 0,
+    }
+}
+
+/// What an entry means at a hook: it counts where its direction is translated, elsewhere the packet passes as it is.
+#[inline(always)]
+pub(super) fn verdict_along(flags: u8, egress: bool) -> Verdict {
+    let reply = flags & flow::REPLY != 0;
+    let host = flags & flow::HOST != 0;
+    if flags & flow::HAIRPIN != 0 {
+        match (host, egress) {
+            (true, true) => Verdict::HandIn,
+            (false, false) => Verdict::TurnBack,
+            (true, false) | (false, true) => Verdict::Pass,
+        }
+    } else if flags & flow::SOURCE != 0 {
+        // The client's side: turned round.
+        if reply == egress { Verdict::Pass } else { Verdict::Translate }
+    } else if reply {
+        match (host, egress) {
+            (true, false) => Verdict::HandIn,
+            (false, true) if flags & flow::AWAY != 0 => Verdict::Route,
+            (false, true) => Verdict::Translate,
+            (true, true) | (false, false) => Verdict::Pass,
+        }
+    } else if !egress {
+        Verdict::Translate
+    } else if flags & flow::DIRECT != 0 {
+        // It counts where the client's packet comes in: what leaves with its tuple is the other flow's.
+        Verdict::Pass
+    } else {
+        Verdict::Route
+    }
+}
+
+/// A packet that has a flow entry. False: the entry no longer counts, a backend is to be selected anew.
+#[inline(always)]
+pub(super) fn follow_entry<F: Family, T: Tables<F>>(
+    egress: bool,
+    headers: &Headers<F>,
+    entry: &Flow<F::Address>,
+    embryonic: bool,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
+    let flags = entry.flags;
+    let reply = flags & flow::REPLY != 0;
+    let verdict = verdict_along(flags, egress);
+    if verdict == Verdict::Pass {
+        if decision.met & met::ACCELERATED != 0 && is_answer(flags) {
+            decision.verdict = Verdict::Around;
+        }
+        return true;
+    }
+    if headers.kind == Kind::IcmpError {
+        decision.flow = *entry;
+        decision.set(verdict, if flags & flow::SOURCE == 0 { Reason::IcmpError } else { Reason::Stranger });
+        return true;
+    }
+    let now = tables.now();
+    let is_udp = headers.tuple.protocol == protocol::UDP;
+    let state = if is_udp {
+        if !reply && !serves(entry, tables)
+            || flags & (flow::SOURCE | flow::DIRECT) == flow::SOURCE | flow::DIRECT
+                && now.wrapping_sub(entry.seen) > UDP_IDLE_TICKS
+        {
+            return false;
+        }
+        if reply { entry.state | state::ESTABLISHED } else { entry.state }
+    } else if reply {
+        if entry.state & (state::GUESS | state::MATCHED) == state::GUESS
+            && (headers.tcp_flags & tcp::ACK == 0 || headers.acknowledgment != entry.replied)
+        {
+            // A connection that knows nothing of the guess.
+            return true;
+        }
+        said_by_endpoint(entry.state, headers)
+    } else {
+        if entry.state & (state::GUESS | state::MATCHED) == state::GUESS
+            || is_opening(headers.tcp_flags)
+                && (state::has_ended(entry.state)
+                    || (embryonic || now.wrapping_sub(entry.replied) >= SILENT_TICKS)
+                        && !serves(entry, tables))
+        {
+            return false;
+        }
+        said_by_client(entry, headers)
+    };
+    let proves = if is_udp {
+        entry.state & state::ESTABLISHED != 0 && now.wrapping_sub(entry.seen) >= STREAM_TICKS
+    } else {
+        state & (state::ESTABLISHED | state::GUESS) == state::ESTABLISHED && !state::has_ended(state)
+    };
+    decision.flow = *entry;
+    decision.flow.state = state;
+    decision.flow.seen = now;
+    decision.takes_back = entry.state & !state != 0;
+    let renewed = if reply && !embryonic { entry.replied } else { entry.seen };
+    if state & state::ANSWERED != 0 {
+        if reply && headers.tcp_flags & tcp::SYN != 0 {
+            decision.flow.replied = headers.sequence.wrapping_add(1);
+        }
+    } else if state & state::GUESS == 0 {
+        if reply || entry.state & state::ANSWERED != 0 {
+            decision.flow.replied = now;
+        } else if entry.state & state::GUESS != 0 {
+            // It was a number to be acknowledged.
+            decision.flow.replied = 0;
+        }
+    }
+    let is_numbered_anew = state & state::ANSWERED != 0 && decision.flow.replied != entry.replied;
+    decision.record = if embryonic && proves {
+        Record::Promote
+    } else if !embryonic && state::has_ended(state) {
+        Record::Demote
+    } else if state == entry.state && now.wrapping_sub(renewed) < RENEW_TICKS && !is_numbered_anew {
+        Record::Nothing
+    } else if embryonic {
+        Record::RenewEmbryonic
+    } else {
+        Record::Renew
+    };
+    if state & !entry.state & state::ESTABLISHED != 0 && flags & flow::SOURCE == 0 {
+        select::proven(decision, tables);
+    }
+    // Who knows the endpoint's number needs no other proof of who it is.
+    let is_known = !reply && state & !entry.state & state::ESTABLISHED != 0;
+    decision.asks_source =
+        !is_known && (state != entry.state || is_numbered_anew || decision.record == Record::Promote);
+    decision.set(verdict, reason_along(flags));
+    true
+}
+
+/// The state of a flow after a segment of its endpoint.
+#[inline(always)]
+fn said_by_endpoint<F: Family>(before: u8, headers: &Headers<F>) -> u8 {
+    let tcp_flags = headers.tcp_flags;
+    if tcp_flags & tcp::RST != 0 {
+        return before | state::RESET_REPLY;
+    }
+    if before & state::GUESS != 0 {
+        return before | state::MATCHED;
+    }
+    if tcp_flags & tcp::SYN != 0 && !state::has_ended(before) {
+        // It has accepted a new connection of the same client, who will acknowledge that.
+        let is_numbered = headers.tuple.protocol == protocol::TCP && before & state::ESTABLISHED == 0;
+        return before & !state::CLOSING | if is_numbered { state::ANSWERED } else { 0 };
+    }
+    let fin = if tcp_flags & tcp::FIN != 0 { state::FIN_REPLY } else { 0 };
+    if state::has_ended(before) {
+        return before | fin;
+    }
+    // It goes on: the client's reset was none.
+    before & !(state::RESET_FORWARD | state::ANSWERED) | state::ESTABLISHED | fin
+}
+
+/// The state of a flow after a segment of its client, which anybody can forge.
+#[inline(always)]
+fn said_by_client<F: Family>(entry: &Flow<F::Address>, headers: &Headers<F>) -> u8 {
+    let (before, tcp_flags) = (entry.state, headers.tcp_flags);
+    if tcp_flags & tcp::RST != 0 {
+        return before | state::RESET_FORWARD;
+    }
+    let fin = if tcp_flags & tcp::FIN != 0 { state::FIN_FORWARD } else { 0 };
+    if before & state::ANSWERED != 0
+        && tcp_flags & (tcp::SYN | tcp::ACK) == tcp::ACK
+        && headers.acknowledgment == entry.replied
+    {
+        // It has seen what the endpoint answered: proof, even if neither ever says more.
+        return before & !state::ANSWERED | state::ESTABLISHED | fin;
+    }
+    // The client knows the connection: a guess that the endpoint has confirmed was right.
+    before & !(state::GUESS | state::MATCHED) | fin
+}
+
+/// Why a packet along an entry is translated. What happens on the client's side is counted on the backend's.
+#[inline(always)]
+pub(super) fn reason_along(flags: u8) -> Reason {
+    if flags & flow::SOURCE != 0 {
+        Reason::Stranger
+    } else if flags & flow::DIRECT != 0 {
+        Reason::DirectRemapped
+    } else if flags & flow::REPLY != 0 {
+        Reason::Reply
+    } else {
+        Reason::Forward
+    }
+}
+
+/// Whether the backend of a flow still takes traffic.
+#[inline(always)]
+pub(super) fn serves<F: Family, T: Tables<F>>(flow: &Flow<F::Address>, tables: &T) -> bool {
+    if flow.flags & (flow::DIRECT | flow::SOURCE) != 0 {
+        return true;
+    }
+    match tables.backend(flow.backend) {
+        Some(backend) => backend.generation == flow.generation && backend.flags & backend::SERVING != 0,
+        None => false,
+    }
+}

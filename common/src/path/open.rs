@@ -1,0 +1,340 @@
+//! A packet that opens a flow: its backend, and as whom the backend sees its client.
+
+use crate::abi::{Class, backend, device_flags, flow, frontend, listing, phase, side};
+use crate::family::Family;
+use crate::packet::header::{protocol, tcp};
+use crate::packet::parse::Headers;
+use crate::reason::Reason;
+use crate::tables::Tables;
+
+use super::entry::entry_of;
+use super::policy::{self, Source};
+use super::ports::{allocate, is_given};
+use super::{Decision, Hook, Record, Step, Verdict, accelerate, met, select};
+
+/// Whether a packet opens a flow. At an address of the node, whose stack and netfilter have connections of their own there,
+/// nothing else is taken for a client's.
+#[inline(always)]
+pub(super) fn opens<F: Family>(headers: &Headers<F>) -> bool {
+    headers.tuple.protocol == protocol::UDP || is_opening(headers.tcp_flags)
+}
+
+/// Whether a datagram leaves from a port that is a node port: its answer would look like a client's question. Beside netfilter's
+/// node ports it is an answer itself.
+#[inline(always)]
+pub(super) fn asks_from_node_port<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T) -> bool {
+    headers.tuple.protocol == protocol::UDP
+        && tables.is_node_port(headers.tuple.source_port)
+        && matches!(tables.settings(), Some(settings) if settings.phase == phase::SERVE)
+}
+
+/// A packet without an entry that leaves for a backend: decides whether its source is to change, or is to be kept from it.
+///
+/// A client of a [masqueraded](crate::abi::flow::MASQUERADED) flow is shown as an address of the node. What leaves with
+/// such an address already is this host's own or netfilter's: an entry that changes nothing keeps its tuple from our
+/// clients, and its answer from being taken for a client's; where one of our clients has the tuple, its port changes.
+#[inline(always)]
+pub(super) fn leaves_as_node<F: Family, T: Tables<F>>(
+    headers: &Headers<F>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
+    let key = &headers.tuple;
+    let reply = key.reversed();
+    if let Some((first, _)) = entry_of(&reply, tables) {
+        if first.flags & (flow::REPLY | flow::MASQUERADED | flow::HOST | flow::HAIRPIN)
+            == flow::REPLY | flow::MASQUERADED
+        {
+            decision.flow.flags = flow::SOURCE | first.flags & flow::LOCAL;
+            decision.flow.backend = first.backend;
+            decision.flow.service_port = first.service_port;
+            decision.flow.generation = first.generation;
+            decision.key.side = side::FAR;
+            decision.step = Step::Select;
+            return true;
+        }
+        // Of a flow of this host's own, or a reply, translated before; or a clash in the middle of a connection, whose port
+        // cannot change.
+        if first.flags & flow::HOST != 0 || first.flags & (flow::REPLY | flow::SOURCE) == 0 || !opens(headers)
+        {
+            return false;
+        }
+    }
+    if tables.listing(&key.source) & listing::NODE == 0
+        || !is_given(key.source_port) && !asks_from_node_port(headers, tables)
+        || !tables.is_node_address(&key.source)
+    {
+        return false;
+    }
+    decision.flow.flags = flow::SOURCE | flow::DIRECT;
+    decision.key.side = side::FAR;
+    decision.step = Step::Select;
+    true
+}
+
+/// The second step, for the first packet of a flow: a backend, the client's source, a source port.
+#[inline(always)]
+pub fn open_into<F: Family, T: Tables<F>>(
+    hook: Hook,
+    headers: &Headers<F>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) {
+    if decision.step != Step::Claim {
+        open(hook == Hook::Egress, headers, tables, decision);
+    }
+    if decision.step == Step::Claim {
+        allocate(tables, decision);
+    }
+    accelerate(decision);
+}
+
+/// Whether a segment opens a connection.
+#[inline(always)]
+pub(super) fn is_opening(tcp_flags: u8) -> bool {
+    tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
+}
+
+/// The first packet of a flow, or one whose entry was lost.
+#[inline(always)]
+pub(super) fn open<F: Family, T: Tables<F>>(
+    egress: bool,
+    headers: &Headers<F>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) {
+    if decision.flow.flags & flow::SOURCE != 0 {
+        open_source(tables, decision);
+        return;
+    }
+    let key = &headers.tuple;
+    let service_port = decision.flow.service_port;
+    decision.step = Step::Done;
+    let Some(port) = tables.port(service_port) else { return };
+    let is_local = egress || policy::is_local_pod(&key.source, tables);
+    let class = policy::class(decision.kind, is_local);
+    if decision.kind == frontend::LOAD_BALANCER
+        && port.flags & crate::abi::policy::SOURCE_RANGES != 0
+        && !tables.in_source_ranges(service_port, &key.source)
+    {
+        decision.set(Verdict::Drop, Reason::SourceRange);
+        return;
+    }
+    let Some(range) = tables.range(service_port, class) else { return };
+    if range.size() == 0 {
+        if range.drops() {
+            decision.set(Verdict::Drop, Reason::NoLocalBackend);
+        } else {
+            reject(headers, Reason::NoBackendReset, Reason::NoBackendUnreachable, decision);
+        }
+        return;
+    }
+    let Some((id, backend)) = select::backend(
+        headers,
+        service_port,
+        port.affinity_seconds,
+        class,
+        range,
+        &mut decision.round,
+        tables,
+    ) else {
+        reject(headers, Reason::NoBackendReset, Reason::NoBackendUnreachable, decision);
+        return;
+    };
+    let hairpin = backend.address == key.source || egress && backend.flags & backend::HOST != 0;
+    decision.flow.source = key.source;
+    decision.flow.destination = backend.address;
+    decision.flow.destination_port = backend.port;
+    decision.flow.backend = id;
+    decision.flow.generation = backend.generation;
+    decision.flow.seen = tables.now();
+    decision.flow.flags = if egress { flow::HOST } else { 0 }
+        | if hairpin { flow::HAIRPIN } else { 0 }
+        | if backend.flags & backend::LOCAL != 0 { flow::LOCAL } else { 0 };
+    if hairpin {
+        // Its client is shown to itself as the VIP, so that its answers come back here. A VIP of this host's own would be
+        // answered from itself by a socket that names no source: there client and server have the backend's address.
+        decision.flow.source = if egress && policy::is_loopback_device::<F, T>(tables) {
+            backend.address
+        } else {
+            key.destination
+        };
+    } else if !keeps_source(egress, is_local, class, port.flags, backend.flags, tables, decision) {
+        return;
+    }
+    let verdict = match (hairpin, egress) {
+        (true, true) => Verdict::HandIn,
+        (true, false) => Verdict::TurnBack,
+        (false, true) => Verdict::Route,
+        (false, false) => Verdict::Translate,
+    };
+    let tcp_flags = headers.tcp_flags;
+    if key.protocol != protocol::UDP && tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
+        decision.set(verdict, Reason::Recovered);
+        if tcp_flags & tcp::RST == 0 && !decision.is_foreign {
+            decision.record = Record::Establish;
+        }
+        // Else it is the last packet there will be, or not its client's: nothing to record, but its port is as it was.
+    } else {
+        decision.set(verdict, Reason::Forward);
+        decision.record = Record::Open;
+    }
+    decision.step = Step::Claim;
+}
+
+/// Opens the client's side of a flow, where the packet leaves for the backend: an address of the node, and a port.
+#[inline(always)]
+fn open_source<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
+    decision.step = Step::Done;
+    if decision.flow.flags & flow::DIRECT == 0 {
+        let address = match tables.here() {
+            Some(here) => F::masquerade(here),
+            None => F::Address::default(),
+        };
+        if address == F::Address::default() {
+            decision.set(Verdict::Drop, Reason::NoRoute);
+            return;
+        }
+        decision.flow.source = address;
+    }
+    decision.flow.seen = tables.now();
+    decision.set(Verdict::Translate, Reason::Stranger);
+    decision.record = Record::Open;
+    decision.step = Step::Claim;
+}
+
+/// Decides whether the client keeps its source, and masquerades it if not. False: the decision waits, or the packet is dropped.
+#[inline(always)]
+fn keeps_source<F: Family, T: Tables<F>>(
+    egress: bool,
+    is_local_pod: bool,
+    class: Class,
+    policies: u32,
+    backend_flags: u32,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
+    if egress {
+        return keeps_source_of_host(backend_flags, tables, decision);
+    }
+    let Some(settings) = tables.settings() else { return false };
+    let is_here = policy::is_edge::<F, T>(tables);
+    let source = if backend_flags & backend::HOST != 0 {
+        // Delivered on this node, to an address of the node itself: there is no other way back.
+        Source::Kept
+    } else {
+        policy::source::<F>(settings, class, policies, is_local_pod, is_here)
+    };
+    if source == Source::Kept && (is_here || class == Class::Internal) {
+        return true;
+    }
+    let Some(routes) = tables.routes() else {
+        decision.step = Step::AskRoutes;
+        return false;
+    };
+    // Its replies are translated where they leave.
+    let has_way_back = is_here || tables.device(routes.to_client).is_some();
+    if has_way_back && class != Class::Internal && !is_here && routes.to_client != tables.ifindex() {
+        decision.flow.flags |= flow::AWAY;
+    }
+    let is_local = backend_flags & backend::LOCAL != 0;
+    if source == Source::Kept || source == Source::KeptWithWayBack && is_local && has_way_back {
+        return true;
+    }
+    let has_address = match tables.device(routes.to_backend) {
+        Some(device) => F::masquerade(device) != F::Address::default(),
+        // A bridge, which the backend is a port of.
+        None => is_local,
+    };
+    if !has_way_back || !has_address {
+        decision.set(Verdict::Drop, Reason::NoRoute);
+        return false;
+    }
+    decision.flow.flags |= flow::MASQUERADED;
+    true
+}
+
+/// As [`keeps_source`], for a process of this host: it has the address that the route to its backend gives it.
+#[inline(always)]
+fn keeps_source_of_host<F: Family, T: Tables<F>>(
+    backend_flags: u32,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
+    // Nobody else may see a loopback address: such a client is shown as the node, wherever its backend is.
+    let is_loopback = F::is_loopback(&decision.flow.source);
+    if backend_flags & backend::HOST != 0 || backend_flags & backend::LOCAL != 0 && !is_loopback {
+        return true;
+    }
+    let Some(routes) = tables.routes() else {
+        decision.step = Step::AskRoutes;
+        return false;
+    };
+    let leaves_by = match tables.device(routes.to_backend) {
+        None if is_loopback => tables.here(),
+        device => device,
+    };
+    let address = match leaves_by {
+        Some(device) => F::masquerade(device),
+        None => F::Address::default(),
+    };
+    if address == F::Address::default() {
+        if is_loopback {
+            decision.set(Verdict::Drop, Reason::NoRoute);
+        }
+        // Else not by a device of ours: as the host itself would send it.
+        return !is_loopback;
+    }
+    if address != decision.flow.source {
+        decision.flow.source = address;
+        decision.flow.flags |= flow::MASQUERADED;
+    }
+    true
+}
+
+/// A packet that is to be answered: a reset for TCP, else ICMP port unreachable.
+#[inline(always)]
+pub(super) fn reject<F: Family>(
+    headers: &Headers<F>,
+    reset: Reason,
+    unreachable: Reason,
+    decision: &mut Decision<F>,
+) {
+    if headers.tuple.protocol != protocol::TCP {
+        decision.set(Verdict::Unreachable, unreachable);
+    } else if headers.tcp_flags & tcp::RST == 0 {
+        decision.set(Verdict::Reset, reset);
+    } else {
+        // A reset is never answered (RFC 9293, 3.10.7.1).
+        decision.set(Verdict::Drop, Reason::NoBackendDropped);
+    }
+}
+
+/// A packet that goes to a backend's own address.
+#[inline(always)]
+pub(super) fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) {
+    let key = &headers.tuple;
+    // A bridge's ports may have translated it before: there it is no direct packet.
+    if !opens(headers) || matches!(tables.here(), Some(here) if here.flags & device_flags::BRIDGE != 0) {
+        return;
+    }
+    // A flow that has ended clashes too: its entry still translates what the backend sends to this tuple. Where it
+    // no longer keeps the tuple from others, the direct connection's own entry, which changes nothing, replaces it.
+    // So does another direct connection that was given this one's port.
+    let clashes = match entry_of(&key.reversed(), tables) {
+        Some((entry, _)) => {
+            entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::SOURCE) == flow::REPLY
+        }
+        // What is left of an earlier connection must not translate this one.
+        None => decision.met & met::HAD_ENTRY != 0,
+    };
+    if !clashes {
+        return;
+    }
+    decision.flow.seen = tables.now();
+    decision.flow.flags = flow::DIRECT;
+    decision.set(Verdict::Translate, Reason::DirectRemapped);
+    decision.record = Record::Open;
+    decision.step = Step::Claim;
+    decision.asks_source = true;
+}

@@ -1,0 +1,146 @@
+//! Entries that were lost, found again by what the client's reset tells.
+
+use crate::abi::{ServiceKey, backend, flow, frontend, phase, state};
+use crate::family::Family;
+use crate::packet::header::{protocol, tcp};
+use crate::packet::parse::{Headers, Kind};
+use crate::reason::Reason;
+use crate::tables::Tables;
+
+use super::entry::leads_to;
+use super::{Decision, Record, Verdict, policy, select};
+
+/// Whether a packet is what a client sends when a segment arrives for a connection that it does not know: a reset
+/// without acknowledgment.
+#[inline(always)]
+pub(super) fn is_bare_reset<F: Family>(headers: &Headers<F>) -> bool {
+    headers.kind == Kind::Transport
+        && headers.tuple.protocol != protocol::UDP
+        && headers.tcp_flags & (tcp::RST | tcp::ACK | tcp::SYN) == tcp::RST
+}
+
+/// A bare reset: true when it only shows that a reply's entry was lost, and a new one is to be tried.
+///
+/// To a backend's own address it is sent by a client that does not know the connection, or by
+/// one that got a reply untranslated because its entry was lost: then a frontend leads to this
+/// endpoint, and either the forward entry still leads here or this client's slot does. In that
+/// case the reset is dropped and the entries are made again; the backend sends the segment once
+/// more. What a slot says is a guess: several frontends may lead to the endpoint, or the
+/// connection may be a direct one after all, and the reset forged. So a guess translates nothing
+/// but what the reset answers: the endpoint's segment whose acknowledgment number is the reset's
+/// sequence number (RFC 9293, 3.10.7.1). When the client resets that too, the next frontend is
+/// tried, and after the last the reset goes on to the backend. Where the client's connections are translated at the
+/// socket as a rule, a reset is most likely about one that is direct on the wire, and there is no
+/// guessing.
+#[inline(always)]
+pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
+    headers: &Headers<F>,
+    to_backend: bool,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
+    let packet = &headers.tuple;
+    // In both cases `decision.flow` is what the backend sees of the packet.
+    if tables.flow(packet).is_some() {
+        return false;
+    }
+    let is_wrong_guess = match tables.embryonic(packet) {
+        Some(entry) if entry.state & state::MATCHED != 0 && entry.flags & flow::REPLY == 0 => {
+            decision.flow = *entry;
+            true
+        }
+        Some(_) => return false,
+        None => false,
+    };
+    if !is_wrong_guess && !to_backend {
+        return false;
+    }
+    let endpoint = ServiceKey {
+        address: decision.flow.destination,
+        port: decision.flow.destination_port,
+        protocol: packet.protocol,
+        reserved: 0,
+    };
+    let Some(origins) = tables.origins(&endpoint) else { return false };
+    // An established entry is proof, a slot is a guess: all entries are asked before any slot.
+    for origin in &origins.frontends {
+        if origin.port == 0 {
+            break;
+        }
+        decision.key.destination = origin.address;
+        decision.key.destination_port = origin.port;
+        if let Some(entry) = tables.flow(&decision.key)
+            && entry.state & state::CLOSING == 0
+            && leads_to(entry, &decision.flow)
+        {
+            decision.flow = *entry;
+            decision.flow.seen = tables.now();
+            decision.set(Verdict::Drop, Reason::ReplyRecovered);
+            decision.record = Record::Establish;
+            decision.asks_source = true;
+            return true;
+        }
+    }
+    let mut is_next = !is_wrong_guess;
+    for origin in &origins.frontends {
+        if origin.port == 0 || packet.protocol == protocol::TCP && tables.translated_at_socket() {
+            break;
+        }
+        if !is_next {
+            is_next = origin.address == packet.destination && origin.port == packet.destination_port;
+            continue;
+        }
+        decision.key.destination = origin.address;
+        decision.key.destination_port = origin.port;
+        if tables.flow(&decision.key).is_none()
+            && tables.embryonic(&decision.key).is_none()
+            && guess(headers.sequence, tables, decision)
+        {
+            decision.set(Verdict::Drop, Reason::ReplyRecovered);
+            decision.record = Record::Establish;
+            decision.asks_source = true;
+            return true;
+        }
+    }
+    decision.key = *packet;
+    false
+}
+
+/// Makes the entries of a connection again if the slot of the decision's key leads to where the flow goes.
+#[inline(always)]
+pub(super) fn guess<F: Family, T: Tables<F>>(sequence: u32, tables: &T, decision: &mut Decision<F>) -> bool {
+    // Only what is known for certain is made again beside netfilter, whose connections look just the same.
+    match tables.settings() {
+        Some(settings) if settings.phase == phase::SERVE => {}
+        Some(settings)
+            if settings.phase & phase::MASK == phase::SERVE && tables.imported(&decision.key).is_none() => {}
+        _ => return false,
+    }
+    let frontend = ServiceKey {
+        address: decision.key.destination,
+        port: decision.key.destination_port,
+        protocol: decision.key.protocol,
+        reserved: 0,
+    };
+    let Some(service) = tables.service(&frontend) else { return false };
+    let is_local = policy::is_local_pod(&decision.key.source, tables);
+    if service.kind == frontend::CLUSTER_IP && !is_local {
+        // Where the guess is wrong, a client out there may have no way back to this address.
+        return false;
+    }
+    let service_port = service.service_port;
+    let class = policy::class(service.kind, is_local);
+    let Some(range) = tables.range(service_port, class) else { return false };
+    let Some((id, backend)) = select::by_tuple(&decision.key, range, tables) else { return false };
+    if backend.address != decision.flow.destination || backend.port != decision.flow.destination_port {
+        return false;
+    }
+    decision.flow.backend = id;
+    decision.flow.service_port = service_port;
+    decision.flow.generation = backend.generation;
+    decision.flow.seen = tables.now();
+    decision.flow.replied = sequence;
+    decision.flow.state = state::GUESS;
+    decision.flow.flags = if backend.flags & backend::LOCAL != 0 { flow::LOCAL } else { 0 };
+    true
+}
