@@ -11,6 +11,7 @@ mod answer;
 mod live;
 mod manifests;
 mod objects;
+mod opening;
 mod question;
 mod record;
 mod story;

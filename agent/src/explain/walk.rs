@@ -3,15 +3,16 @@
 use std::net::{IpAddr, SocketAddr};
 
 use sluice_common::abi::{Class, Range, ServiceKey, Tuple, device, flow, frontend, listing, side};
+use sluice_common::engine;
 use sluice_common::packet::header::{protocol, tcp};
 use sluice_common::packet::parse::{Headers, Kind};
 use sluice_common::path::socket::{Choice, choose, is_left_to_netfilter};
 use sluice_common::path::{self, Decision, Hook, Step as Next, policy};
-use sluice_common::tables::Routes;
 use sluice_common::{Reason, Tables, V4, V6};
 
 use super::answer::{Affinity, Answer, Candidate, Endpoint, Frontend, Source, Verdict};
 use super::objects::Owner;
+use super::opening::Opening;
 use super::question::{Client, Question, Way};
 use super::record::{Asked, Recorder};
 use super::story::{Story, kind_word};
@@ -193,18 +194,14 @@ impl<'w, F: Side> Walk<'w, F> {
         let mut decision = Decision::pass(&self.tuple);
         path::decide_into(hook, &headers, &tables, &mut decision);
         if decision.step != Next::Done {
-            path::open_into(hook, &headers, &tables, &mut decision);
-        }
-        if decision.step == Next::AskRoutes {
-            let leaves_by = |address| self.routing.leaves_by(F::ip(address)).unwrap_or(0);
-            tables.routes = Some(Routes {
-                to_backend: leaves_by(decision.flow.destination),
-                to_client: leaves_by(decision.flow.source),
-            });
-            path::open_into(hook, &headers, &tables, &mut decision);
-        }
-        if decision.step == Next::Search {
-            path::search(&tables, &mut decision);
+            let mut opening = Opening {
+                routing: self.routing,
+                hook,
+                headers: &headers,
+                tables: &mut tables,
+                decision: &mut decision,
+            };
+            let _ = engine::open::open(&mut opening);
         }
         Meeting { hook, ifindex, decision, asked: tables.asked() }
     }

@@ -8,8 +8,11 @@ use sluice_common::abi::{
     OriginKey, Origins, PREFIXES, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings,
     Ticks, Tuple, device, device_flags, flow, node_address, state,
 };
-use sluice_common::engine::limit;
+use sluice_common::engine::count::{Along, Count};
+use sluice_common::engine::open::{Refusal, Sockets, Steps, sockets};
 use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
+use sluice_common::engine::xdp::may_translate;
+use sluice_common::engine::{self, limit};
 use sluice_common::event::{self, At};
 use sluice_common::family::lane;
 use sluice_common::packet::answer::{self, QUOTE, Trouble};
@@ -18,7 +21,7 @@ use sluice_common::packet::parse::{self, Headers, Kind};
 use sluice_common::packet::rewrite::{Edit, can_follow, decrement_ttl, rewrite};
 use sluice_common::path::fragment::{self, label};
 use sluice_common::path::policy::{self, is_foreign, is_within};
-use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict, partner_key};
+use sluice_common::path::{self, Decision, Hook, Step, Verdict, partner_key};
 use sluice_common::tables::Routes;
 use sluice_common::{Packet, Reason, Tables, V4, V6};
 
@@ -30,8 +33,6 @@ use super::world::{self, Affinities, Datagrams, Exhausted, Flows, OWN_NETNS, Wor
 /// The time when a packet is met, where a case does not care.
 pub(crate) const NOW: Ticks = 100_000;
 const PAIR: usize = 12;
-/// How often the adapter has the path decide about a new flow.
-const OPEN_TRIES: u32 = 4;
 
 /// A key with a family's addresses.
 pub(crate) fn service_key<F: Ip>(key: &ServiceKey<IpAddr>) -> Option<ServiceKey<F::Address>> {
@@ -400,15 +401,6 @@ impl<F: Ip> Memory<F> {
         decision.asks_source && is_foreign(egress, source, from, self, route)
     }
 
-    /// Decides as far as two looks at the tables lead.
-    fn try_open(&mut self, hook: Hook, headers: &Headers<F>, decision: &mut Decision<F>) {
-        path::open_into(hook, headers, self, decision);
-        if decision.step == Step::AskRoutes {
-            self.ask(&decision.flow);
-            path::open_into(hook, headers, self, decision);
-        }
-    }
-
     /// Walks all source ports, but for a tuple for which that was in vain within this tick.
     fn search(&mut self, decision: &mut Decision<F>) {
         let mut key = partner_key::<F>(&decision.flow, decision.key.protocol);
@@ -423,48 +415,60 @@ impl<F: Ip> Memory<F> {
         }
     }
 
-    /// Whether a socket of this host, or of the pod whose packet it is, holds the tuple that the flow
-    /// is to have.
-    fn is_held(&self, hook: Hook, decision: &Decision<F>) -> bool {
-        let flow = &decision.flow;
-        let sees_sockets = path::uses_host_address(flow)
-            || self.passed_over < OPEN_TRIES - 1
-                && !path::keeps_direct(decision)
-                && hook == Hook::Ingress
-                && self.here().and_then(policy::netns_of_sockets) == Some(OWN_NETNS);
-        matches!(decision.record, Record::Open | Record::Establish)
-            && sees_sockets
-            && self.world.held.contains(&tuple_told::<F>(&partner_key::<F>(flow, decision.key.protocol)))
-    }
-
     /// Whether the flow may have the port of a socket that nobody can look up. The kernel gives a
     /// packet that it only tests a socket.
     fn hides_sockets(&self, decision: &Decision<F>) -> bool {
         decision.flow.flags & flow::DIRECT == 0
             && self.here().is_some_and(|here| policy::hides_sockets(here, decision.key.protocol, true))
     }
+}
 
-    /// Decides to the end and records; the reason why the packet must not go on.
-    fn open(&mut self, hook: Hook, headers: &Headers<F>, decision: &mut Decision<F>) -> Result<(), Reason> {
-        let step = decision.step;
-        let mut result = Err(Reason::PortsExhausted);
-        self.passed_over = u32::from(hook == Hook::Ingress && self.hides_sockets(decision));
-        for _ in 0..OPEN_TRIES {
-            decision.step = step;
-            self.try_open(hook, headers, decision);
-            if decision.step == Step::Search {
-                self.search(decision);
-            }
-            if self.is_held(hook, decision) {
-                self.passed_over += 1;
-                continue;
-            }
-            result = record(decision, &mut Partner::default(), self);
-            if result != Err(Reason::ClashRace) {
-                break;
-            }
-        }
-        result
+/// The steps of opening a flow.
+struct Opening<'m, F: Ip> {
+    memory: &'m mut Memory<F>,
+    hook: Hook,
+    headers: &'m Headers<F>,
+    decision: &'m mut Decision<F>,
+}
+
+impl<F: Ip> Steps for Opening<'_, F> {
+    fn step(&self) -> Step {
+        self.decision.step
+    }
+
+    fn set_step(&mut self, step: Step) {
+        self.decision.step = step;
+    }
+
+    fn open(&mut self) {
+        path::open_into(self.hook, self.headers, self.memory, self.decision);
+    }
+
+    fn ask_routes(&mut self) {
+        self.memory.ask(&self.decision.flow);
+    }
+
+    fn search(&mut self) {
+        self.memory.search(self.decision);
+    }
+
+    fn is_held(&mut self) -> bool {
+        let memory = &*self.memory;
+        let sees_sockets = match sockets(self.hook, self.decision, memory.passed_over, memory.here()) {
+            Some(Sockets::Host) => true,
+            Some(Sockets::Of(netns)) => netns == OWN_NETNS,
+            None => false,
+        };
+        let reply = partner_key::<F>(&self.decision.flow, self.decision.key.protocol);
+        sees_sockets && memory.world.held.contains(&tuple_told::<F>(&reply))
+    }
+
+    fn pass_over_one(&mut self) {
+        self.memory.passed_over += 1;
+    }
+
+    fn record(&mut self) -> Refusal {
+        Refusal::of(record(self.decision, &mut Partner::default(), self.memory))
     }
 }
 
@@ -671,20 +675,14 @@ fn noted<F: Ip>(
 }
 
 fn count<F: Ip>(decision: &Decision<F>, bytes: u32) -> Option<Counted> {
-    let flow = &decision.flow;
-    let reason = decision.reason;
-    if reason == Reason::Stranger {
-        return None;
+    match Count::of(decision) {
+        Count::Nowhere => None,
+        Count::Backend { id: backend, along: Along::Forward { opens } } => {
+            Some(Counted::Forward { backend, bytes, opened: opens })
+        }
+        Count::Backend { id: backend, along: Along::Reply } => Some(Counted::Reply { backend, bytes }),
+        Count::Reason { reason, service_port } => Some(Counted::Reason { reason, service_port, bytes }),
     }
-    if !matches!(reason, Reason::Forward | Reason::Reply) {
-        return Some(Counted::Reason { reason, service_port: flow.service_port, bytes });
-    }
-    Some(if flow.flags & flow::REPLY != 0 {
-        Counted::Reply { backend: flow.backend, bytes }
-    } else {
-        let opened = matches!(decision.record, Record::Open | Record::Establish);
-        Counted::Forward { backend: flow.backend, bytes, opened }
-    })
 }
 
 fn xdp<F: Ip>(
@@ -699,16 +697,11 @@ fn xdp<F: Ip>(
     }
     if decision.step != Step::Done {
         memory.passed_over = 0;
-        memory.try_open(Hook::Xdp, headers, &mut decision);
+        engine::open::decide(&mut Opening { memory, hook: Hook::Xdp, headers, decision: &mut decision });
     }
     let ours =
         case.world.devices.get(&case.ifindex).is_some_and(|device| packet.bytes.starts_with(&device.mac));
-    if decision.verdict != Verdict::Translate
-        || decision.step != Step::Done
-        || decision.flow.flags & flow::LOCAL == 0
-        || !matches!(headers.kind, Kind::Transport | Kind::Fragment)
-        || decision.datagram && !can_follow(headers, &decision.flow)
-        || answer::is_partial(headers)
+    if !may_translate(headers, &decision)
         || !ours
         || record(&mut decision, &mut Partner::default(), memory).is_err()
     {
@@ -747,13 +740,14 @@ fn tc<F: Ip>(
     if memory.is_foreign(case, headers, &decision) {
         path::disown(hook, headers, memory, &mut decision);
     }
-    let recorded = if decision.step == Step::Done {
-        record(&mut decision, &mut Partner::default(), memory)
+    let refusal = if decision.step == Step::Done {
+        Refusal::of(record(&mut decision, &mut Partner::default(), memory))
     } else {
-        memory.open(hook, headers, &mut decision)
+        memory.passed_over = u32::from(hook == Hook::Ingress && memory.hides_sockets(&decision));
+        engine::open::open(&mut Opening { memory, hook, headers, decision: &mut decision })
     };
     memory.note(headers, &decision);
-    let end = apply(case, packet, headers, &mut decision, recorded);
+    let end = apply(case, packet, headers, &mut decision, refusal);
     (end, noted(case, hook, headers, &decision, end == End::Drop))
 }
 
@@ -763,7 +757,7 @@ fn apply<F: Ip>(
     packet: &mut Bytes,
     headers: &Headers<F>,
     decision: &mut Decision<F>,
-    recorded: Result<(), Reason>,
+    refusal: Refusal,
 ) -> End {
     let ingress = matches!(case.program, Program::Ingress | Program::IngressBare);
     let link = matches!(case.program, Program::Ingress | Program::Egress);
@@ -806,7 +800,7 @@ fn apply<F: Ip>(
         }
         Verdict::Translate | Verdict::Around | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {}
     }
-    if let Err(reason) = recorded {
+    if let Some(reason) = refusal.reason() {
         decision.reason = reason;
         return End::Drop;
     }

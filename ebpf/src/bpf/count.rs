@@ -2,10 +2,10 @@
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use sluice_common::Reason;
-use sluice_common::abi::{BackendCounters, Flow, ReasonCounters, ReasonKey, flow};
-use sluice_common::packet::header::tcp;
+use sluice_common::abi::{BackendCounters, ReasonCounters, ReasonKey};
+use sluice_common::engine::count::Count;
 use sluice_common::packet::parse::Headers;
-use sluice_common::path::{Decision, Hook, Record};
+use sluice_common::path::{Decision, Hook};
 
 use super::events::{self, Tell};
 use super::maps::{self, Maps};
@@ -20,36 +20,12 @@ pub(super) fn packet<F: Tell>(
     hook: Hook,
     dropped: bool,
 ) {
-    match decision.reason {
-        Reason::Stranger => {}
-        Reason::Forward | Reason::Reply => {
-            let opened = matches!(decision.record, Record::Open | Record::Establish);
-            along::<F>(&decision.flow, headers, opened);
-        }
-        reason => why(reason, decision.flow.service_port, headers.length),
+    match Count::of(decision) {
+        Count::Nowhere => {}
+        Count::Backend { id, along } => backend::<F>(id, |counters| along.add(headers, counters)),
+        Count::Reason { reason, service_port } => why(reason, service_port, headers.length),
     }
     events::packet(decision, headers, ifindex, hook, dropped);
-}
-
-/// A packet along a flow.
-#[inline(always)]
-fn along<F: Maps>(flow: &Flow<F::Address>, headers: &Headers<F>, opened: bool) {
-    let bytes = u64::from(headers.length);
-    let resets = u64::from(headers.tcp_flags & tcp::RST != 0);
-    backend::<F>(flow.backend, |counters| {
-        if flow.flags & flow::REPLY != 0 {
-            counters.reply_packets += 1;
-            counters.reply_bytes += bytes;
-            counters.reply_resets += resets;
-        } else {
-            counters.forward_packets += 1;
-            counters.forward_bytes += bytes;
-            counters.forward_resets += resets;
-            if opened {
-                counters.flows += 1;
-            }
-        }
-    });
 }
 
 /// A call that the socket path sent to a backend.

@@ -15,14 +15,15 @@ use aya_ebpf::helpers::generated::{
     bpf_skb_store_bytes, bpf_skb_vlan_pop, bpf_skc_lookup_tcp,
 };
 use sluice_common::abi::{CallerKey, Device, Flow, RejectKey, Tuple, device, device_flags, flow, networks};
-use sluice_common::engine::limit;
+use sluice_common::engine::open::{Refusal, Sockets, Steps, sockets};
+use sluice_common::engine::{self, limit};
 use sluice_common::event::Wide;
 use sluice_common::packet::answer::{self, Answer, QUOTE, Trouble};
 use sluice_common::packet::header::{EthernetHeader, TcpHeader, protocol, tcp};
 use sluice_common::packet::parse::{self, Headers, Kind};
 use sluice_common::packet::rewrite::{Edit, decrement_ttl, rewrite};
 use sluice_common::path::fragment::{HELD_PRIORITY, Label, label, met_at};
-use sluice_common::path::{self, Decision, Hook, Record, Step, Verdict, policy};
+use sluice_common::path::{Decision, Hook, Step, Verdict, policy};
 use sluice_common::{Family, Packet, Reason, V4, V6};
 
 use super::clock::{now, now_ns};
@@ -49,8 +50,6 @@ const TCP_ESTABLISHED: u32 = 1;
 const TCP_LISTEN: u32 = 10;
 /// `BPF_F_CURRENT_NETNS`.
 const CURRENT_NETNS: u64 = u64::MAX;
-/// How often a flow's first packet is decided about when its tuple is taken meanwhile.
-const OPEN_TRIES: u32 = 4;
 
 /// Runs a tc program on a device whose link header has `LINK` bytes.
 #[inline(always)]
@@ -287,7 +286,7 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
         let takes_another = hook == Hook::Ingress && comes_from_hidden_socket::<F>(skb);
         open::<F>(skb, hook, u32::from(takes_another))
     };
-    let refusal = refusal(number);
+    let refusal = Refusal::from_number(number).reason();
     // SAFETY: as above.
     if unsafe { (*scratch).decision.datagram } {
         F::note();
@@ -366,67 +365,78 @@ fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) -> bool
     true
 }
 
-/// Takes the decision about a flow's first packet to its end and records the flow; 0, or the number of the
-/// reason why the packet must not go on.
-///
-/// Another CPU may take the tuple between the path's look and the record, or a socket of this host
-/// or of the pod hold it: the path looks again. `passed_over`: how many ports are not to be tried.
+/// Opens a flow; `passed_over`: how many source ports are not to be tried.
 #[inline(never)]
 fn open<F: Tc>(skb: *mut __sk_buff, hook: Hook, passed_over: u32) -> u32 {
     let Some(scratch) = F::scratch() else { return 0 };
     // SAFETY: this CPU's own; no reference is kept.
-    let step = unsafe { (*scratch).decision.step };
-    // SAFETY: as above.
     unsafe { (*scratch).asked = Asked::passing_over(passed_over) };
-    let mut number = Reason::PortsExhausted as u32;
-    for _ in 0..OPEN_TRIES {
-        // SAFETY: as above.
-        unsafe { (*scratch).decision.step = step };
-        F::open(ifindex(skb), hook);
-        // SAFETY: as above.
-        if unsafe { (*scratch).decision.step } == Step::AskRoutes {
-            ask::<F>(skb.cast(), comes_from(skb, hook), mark(skb));
-            F::open(ifindex(skb), hook);
-        }
-        // SAFETY: as above.
-        if unsafe { (*scratch).decision.step } == Step::Search {
-            F::search();
-        }
-        if is_held::<F>(skb, hook) {
-            // SAFETY: as above.
-            unsafe { (*scratch).asked.passed_over += 1 };
-            continue;
-        }
-        number = F::record();
-        if number != Reason::ClashRace as u32 {
-            break;
-        }
-    }
-    number
+    engine::open::open(&mut Opening::<F> { skb, hook, scratch }).number()
 }
 
-/// Whether a socket speaks to the backend from the tuple that the flow is to have: one of this host
-/// where the client is to have this host's address, else one of the pod whose packet it is. A pod
-/// that has taken all ports that were tried gets the last one all the same.
+/// The steps of opening a flow, about the packet in this CPU's scratch.
+struct Opening<F: Tc> {
+    skb: *mut __sk_buff,
+    hook: Hook,
+    /// This CPU's own. No reference to it outlives a method, so that the global functions may take theirs.
+    scratch: *mut Scratch<F>,
+}
+
+impl<F: Tc> Steps for Opening<F> {
+    #[inline(always)]
+    fn step(&self) -> Step {
+        // SAFETY: no reference is kept.
+        unsafe { (*self.scratch).decision.step }
+    }
+
+    #[inline(always)]
+    fn set_step(&mut self, step: Step) {
+        // SAFETY: as above.
+        unsafe { (*self.scratch).decision.step = step };
+    }
+
+    #[inline(always)]
+    fn open(&mut self) {
+        F::open(ifindex(self.skb), self.hook);
+    }
+
+    #[inline(always)]
+    fn ask_routes(&mut self) {
+        ask::<F>(self.skb.cast(), comes_from(self.skb, self.hook), mark(self.skb));
+    }
+
+    #[inline(always)]
+    fn search(&mut self) {
+        F::search();
+    }
+
+    #[inline(always)]
+    fn is_held(&mut self) -> bool {
+        is_held::<F>(self.skb, self.hook)
+    }
+
+    #[inline(always)]
+    fn pass_over_one(&mut self) {
+        // SAFETY: as above.
+        unsafe { (*self.scratch).asked.passed_over += 1 };
+    }
+
+    #[inline(always)]
+    fn record(&mut self) -> Refusal {
+        Refusal::from_number(F::record())
+    }
+}
+
+/// Whether a socket speaks to the backend from the tuple that the flow is to have.
 #[inline(never)]
 fn is_held<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> bool {
     let Some(scratch) = F::scratch() else { return false };
     // SAFETY: this CPU's own; nothing else takes a reference here.
     let Scratch { decision, asked, .. } = unsafe { &*scratch };
-    let is_new = matches!(decision.record, Record::Open | Record::Establish);
-    if !is_new {
-        return false;
-    }
-    let netns = if path::uses_host_address(&decision.flow) {
-        CURRENT_NETNS
-    } else {
-        if asked.passed_over >= OPEN_TRIES - 1 || path::keeps_direct(decision) {
-            return false;
-        }
-        match device(ifindex(skb)).and_then(policy::netns_of_sockets) {
-            Some(netns) if hook == Hook::Ingress => u64::from(netns),
-            _ => return false,
-        }
+    let netns = match sockets(hook, decision, asked.passed_over, device(ifindex(skb))) {
+        Some(Sockets::Host) => CURRENT_NETNS,
+        Some(Sockets::Of(netns)) => u64::from(netns),
+        None => return false,
     };
     let flow = &decision.flow;
     // SAFETY: plain integers: zero is a value.
@@ -573,15 +583,6 @@ fn apply<F: Tc, const LINK: u32>(
 #[inline(never)]
 fn translate<F: Tc>(skb: *mut __sk_buff, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
     rewrite(&mut Skb { skb, ipv6: F::VERSION == 6 }, headers, flow)
-}
-
-/// The reason that recording answered with.
-#[inline(always)]
-fn refusal(number: u32) -> Option<Reason> {
-    match Reason::from_number(number) {
-        Some(Reason::Stranger) | None => None,
-        Some(reason) => Some(reason),
-    }
 }
 
 /// The packet's mark.

@@ -3,13 +3,13 @@
 
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::generated::bpf_xdp_adjust_meta;
-use sluice_common::abi::{Flow, flow};
-use sluice_common::packet::answer::is_partial;
+use sluice_common::abi::Flow;
+use sluice_common::engine::xdp::may_translate;
 use sluice_common::packet::checksum::Delta;
 use sluice_common::packet::header::{EthernetHeader, Wire};
-use sluice_common::packet::parse::{self, Headers, Kind};
-use sluice_common::packet::rewrite::{Checksum, Edit, can_follow, segment};
-use sluice_common::path::{Hook, Step, Verdict, policy};
+use sluice_common::packet::parse::{self, Headers};
+use sluice_common::packet::rewrite::{Checksum, Edit, segment};
+use sluice_common::path::{Hook, Step};
 use sluice_common::{Family, Packet, V4, V6};
 
 use super::count;
@@ -181,13 +181,7 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
     }
     // SAFETY: this CPU's own, and `record` only reads what these references only read.
     let Scratch { headers, decision, .. } = unsafe { &*scratch };
-    if decision.verdict != Verdict::Translate
-        || decision.step != Step::Done
-        || decision.flow.flags & flow::LOCAL == 0
-        || !matches!(headers.kind, Kind::Transport | Kind::Fragment)
-        || decision.datagram && !can_follow(headers, &decision.flow)
-        || is_partial(headers)
-    {
+    if !may_translate(headers, decision) {
         return xdp_action::XDP_PASS;
     }
     let Some(link) = (Frame { ctx }).read::<EthernetHeader>(0) else {

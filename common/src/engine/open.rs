@@ -1,0 +1,142 @@
+//! Opens a flow: the path decides until the tuple that it chose is free, and the flow is recorded.
+
+use crate::abi;
+use crate::family::Family;
+use crate::path::{Decision, Hook, Record, Step, keeps_direct, policy, uses_host_address};
+use crate::reason::Reason;
+
+/// How often a flow's first packet is decided about when its tuple is taken meanwhile.
+pub const OPEN_TRIES: u32 = 4;
+
+/// Why a packet must not go on after all, as the number of a [`Reason`]: a global function of the
+/// kernel's returns no more than that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal(u32);
+
+impl Refusal {
+    /// The packet goes on.
+    pub const NONE: Self = Self(0);
+
+    /// What a record came to.
+    #[inline(always)]
+    #[must_use]
+    pub fn of(result: Result<(), Reason>) -> Self {
+        match result {
+            Ok(()) => Self::NONE,
+            Err(reason) => Self(reason as u32),
+        }
+    }
+
+    /// What a global function returned.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_number(number: u32) -> Self {
+        Self(number)
+    }
+
+    /// What a global function returns.
+    #[inline(always)]
+    #[must_use]
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+
+    /// The reason, if the packet must not go on.
+    #[inline(always)]
+    #[must_use]
+    pub fn reason(self) -> Option<Reason> {
+        match Reason::from_number(self.0) {
+            Some(Reason::Stranger) | None => None,
+            Some(reason) => Some(reason),
+        }
+    }
+}
+
+/// The steps of opening a flow, taken about one packet and its [`Decision`].
+pub trait Steps {
+    /// Returns what the decision still needs.
+    fn step(&self) -> Step;
+    /// Sets what the decision still needs.
+    fn set_step(&mut self, step: Step);
+    /// Takes [`open_into`](crate::path::open_into).
+    fn open(&mut self);
+    /// Asks the FIB where packets to both ends of the flow leave.
+    fn ask_routes(&mut self);
+    /// Takes [`search`](crate::path::search), unless it was in vain a moment ago.
+    fn search(&mut self);
+    /// Returns whether a socket speaks to the backend from the tuple that the flow is to have
+    /// ([`sockets`]).
+    fn is_held(&mut self) -> bool;
+    /// Has the next try pass over one source port more.
+    fn pass_over_one(&mut self);
+    /// Takes [`record`](super::record::record).
+    fn record(&mut self) -> Refusal;
+}
+
+/// Decides about a flow's first packet as far as that needs nothing but the tables and the FIB.
+#[inline(always)]
+pub fn decide<S: Steps>(steps: &mut S) {
+    steps.open();
+    if steps.step() == Step::AskRoutes {
+        steps.ask_routes();
+        steps.open();
+    }
+}
+
+/// Decides about a flow's first packet to the end, and records the flow.
+///
+/// Another CPU may take the tuple between the path's look and the record, or a socket hold it: the
+/// path looks again.
+#[inline(always)]
+pub fn open<S: Steps>(steps: &mut S) -> Refusal {
+    let step = steps.step();
+    let mut refusal = Refusal::of(Err(Reason::PortsExhausted));
+    for _ in 0..OPEN_TRIES {
+        steps.set_step(step);
+        decide(steps);
+        if steps.step() == Step::Search {
+            steps.search();
+        }
+        if steps.is_held() {
+            steps.pass_over_one();
+            continue;
+        }
+        refusal = steps.record();
+        if refusal.number() != Reason::ClashRace as u32 {
+            break;
+        }
+    }
+    refusal
+}
+
+/// Whose sockets may speak to the backend from the tuple of a new flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sockets {
+    /// Those of this host.
+    Host,
+    /// Those of the network namespace with this id, as this host knows it: a pod's.
+    Of(u32),
+}
+
+/// Returns whose sockets are to be looked up before a flow is recorded: this host's where the client
+/// is to have its address, else those of the pod whose packet it is, if somebody can.
+///
+/// A pod that has taken all ports that were tried gets the last one all the same.
+#[inline(always)]
+pub fn sockets<F: Family>(
+    hook: Hook,
+    decision: &Decision<F>,
+    passed_over: u32,
+    here: Option<&abi::Device>,
+) -> Option<Sockets> {
+    if !matches!(decision.record, Record::Open | Record::Establish) {
+        return None;
+    }
+    if uses_host_address(&decision.flow) {
+        return Some(Sockets::Host);
+    }
+    if hook != Hook::Ingress || passed_over >= OPEN_TRIES - 1 || keeps_direct(decision) {
+        return None;
+    }
+    here.and_then(policy::netns_of_sockets).map(Sockets::Of)
+}
