@@ -315,7 +315,7 @@ fn answers<F: Ip>(packet: &Bytes, tcp: bool, mtu: u32) -> Result<(), TestCaseErr
     };
     if tcp {
         let segment: TcpHeader = packet.read(headers.transport).expect("a whole header");
-        let (network, reset) = answer::reset(&headers, &segment, 7);
+        let (network, reset) = answer::reset(&headers, &segment);
         let mut bytes = Bytes { bytes: vec![0; 20], partial: false };
         assert!(sluice_common::packet::rewrite::Edit::store(&mut bytes, 0, reset));
         prop_assert!(holds(&write(network, bytes.bytes)));

@@ -2,6 +2,9 @@
 //! tail-calls the program under test, and programs that do nothing, which give the driver's own cost.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![allow(clippy::inline_always, reason = "the verifier follows values only through inlined code")]
+#![allow(clippy::needless_pass_by_value, reason = "aya's macros hand an entry point its context by value")]
+#![allow(clippy::cast_possible_wrap, reason = "helpers take sizes in types of their own")]
 
 /// There is nothing to run on the host.
 #[cfg(not(target_arch = "bpf"))]
@@ -86,14 +89,14 @@ mod driver {
         // SAFETY: the context is valid while the program runs; nothing is carried over from the last run.
         unsafe { (*ctx.skb.skb).cb[0] = 0 };
         // SAFETY: the slot holds a tc program.
-        let _ = unsafe { tc_target.tail_call(&ctx, 0) };
+        unsafe { tc_target.tail_call(&ctx, 0) };
         2
     }
 
     #[xdp]
     fn drive_xdp(ctx: XdpContext) -> u32 {
         // What the last run put before the frame is taken away.
-        let before = ctx.data() - ctx.metadata();
+        let before = ctx.data().wrapping_sub(ctx.metadata());
         if before != 0 {
             // SAFETY: the context is valid while the program runs.
             let _ = unsafe { bpf_xdp_adjust_meta(ctx.as_ptr().cast(), before as i32) };
@@ -102,7 +105,7 @@ mod driver {
             return XDP_ABORTED;
         }
         // SAFETY: the slot holds an XDP program.
-        let _ = unsafe { xdp_target.tail_call(&ctx, 0) };
+        unsafe { xdp_target.tail_call(&ctx, 0) };
         XDP_ABORTED
     }
 

@@ -4,6 +4,18 @@
 //! any other target than BPF this is an empty program, so that the whole workspace can be checked at once.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
+#![allow(
+    clippy::inline_always,
+    reason = "the verifier follows values only through inlined code: what a program calls is part of it"
+)]
+#![allow(clippy::needless_borrows_for_generic_args, reason = "a key given by value is copied to the stack")]
+#![allow(clippy::needless_pass_by_value, reason = "aya's macros hand an entry point its context by value")]
+#![allow(
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "helpers take sizes and return sums in types of their own"
+)]
+#![warn(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 #[cfg(target_arch = "bpf")]
 mod bpf;

@@ -8,6 +8,7 @@ use object::build::elf::{Builder, SectionData};
 use object::elf::SHT_STRTAB;
 
 use crate::artifacts;
+use crate::process::Cmd;
 use crate::toolchain::Toolchain;
 use crate::ui::bytes;
 use crate::workspace::Workspace;
@@ -32,6 +33,18 @@ pub(crate) fn build_next(workspace: &Workspace, toolchain: &Toolchain) -> Result
 pub(crate) fn build_bench(workspace: &Workspace, toolchain: &Toolchain) -> Result<PathBuf> {
     eprintln!("eBPF object of the benchmark: {toolchain}");
     build_as(workspace, toolchain, "sluice-bench-bpf", &[], workspace.bench_object())
+}
+
+/// `cargo clippy` for every program that is built for the BPF target.
+///
+/// # Errors
+/// When there is no clippy for the toolchain's compiler.
+pub(crate) fn clippy(workspace: &Workspace, toolchain: &Toolchain, features: &str) -> Result<Cmd> {
+    Ok(toolchain
+        .cargo_clippy(workspace)?
+        .args(["--package", "sluice-ebpf", "--bins", "--profile", "bpf", "--features", features])
+        .args(["--target", "bpfel-unknown-none", "--target-dir"])
+        .arg(workspace.bpf_target_dir()))
 }
 
 fn build_as(

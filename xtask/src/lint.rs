@@ -4,23 +4,29 @@ use std::io::{self, IsTerminal};
 
 use anyhow::{Context, Result};
 
-use crate::process::newest_line;
+use crate::ebpf;
+use crate::process::{Cmd, newest_line};
+use crate::toolchain::Toolchain;
 use crate::ui::Step;
 use crate::workspace::Workspace;
 
 /// Runs all checks and stops at the first that fails.
-pub(crate) fn run(workspace: &Workspace) -> Result<()> {
-    step(workspace, "fmt", &["fmt", "--all", "--check"])?;
-    step(workspace, "clippy", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
-    step(workspace, "rustdoc", &["doc", "--workspace", "--no-deps", "--document-private-items"])
+pub(crate) fn run(workspace: &Workspace, toolchain: &Toolchain) -> Result<()> {
+    let cargo = |args: &[&str]| workspace.cargo().args(args);
+    step("fmt", cargo(&["fmt", "--all", "--check"]))?;
+    step("clippy", cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    // For the host they compile to nothing.
+    for (name, features) in [("kernel programs", ""), ("kernel programs of the next layout", "next-layout")] {
+        let command = ebpf::clippy(workspace, toolchain, features)?.args(["--", "-D", "warnings"]);
+        step(&format!("clippy, {name}"), command)?;
+    }
+    step("rustdoc", cargo(&["doc", "--workspace", "--no-deps", "--document-private-items"]))
 }
 
-fn step(workspace: &Workspace, name: &str, args: &[&str]) -> Result<()> {
+fn step(name: &str, command: Cmd) -> Result<()> {
     let step = Step::start(format!("lint: {name}"));
     let color = if io::stderr().is_terminal() { "always" } else { "never" };
-    workspace
-        .cargo()
-        .args(args)
+    command
         .env("CARGO_TERM_COLOR", color)
         .env("RUSTDOCFLAGS", "-D warnings")
         .run_behind(&step, newest_line)

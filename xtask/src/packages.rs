@@ -21,6 +21,9 @@ const fn tool(command: &'static str, package: &'static str) -> Tool {
     Tool { command, package }
 }
 
+/// The linter that reads what the compiler of [`BPF_RUSTC`] wrote.
+pub(crate) const BPF_CLIPPY: &str = "rust-web-clippy";
+
 /// For running single programs by `BPF_PROG_TEST_RUN`.
 pub(crate) const KERNEL: &[Tool] =
     &[tool("ip", "iproute2"), tool("bpftool", "bpftool"), tool("ethtool", "ethtool")];

@@ -91,22 +91,57 @@ pub(crate) struct Toolchain {
 impl Toolchain {
     /// `cargo build` for the BPF target, up to the package and profile.
     pub(crate) fn cargo_build(&self, workspace: &Workspace) -> Cmd {
-        // A plain `cargo` here is rustup's proxy, or the only one there is.
-        let clean = |command: Cmd| {
-            command
-                .without_env(HANDED_DOWN)
-                .dir(workspace.root())
-                .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", &self.linker)
-        };
         match &self.compiler {
-            Compiler::System { rustc, .. } => clean(workspace.cargo())
-                .env("RUSTC", rustc)
-                // aya-ebpf uses inline assembly, which is unstable for BPF.
-                .env("RUSTC_BOOTSTRAP", "1")
-                .arg("build"),
-            Compiler::Nightly { .. } => {
-                clean(Cmd::new("rustup")).args(["run", "nightly", "cargo", "build", "-Z", "build-std=core"])
+            // A plain `cargo` here is rustup's proxy, or the only one there is.
+            Compiler::System { rustc, .. } => {
+                self.clean(workspace, workspace.cargo(), Some(rustc)).arg("build")
             }
+            Compiler::Nightly { .. } => self.clean(workspace, Cmd::new("rustup"), None).args([
+                "run",
+                "nightly",
+                "cargo",
+                "build",
+                "-Z",
+                "build-std=core",
+            ]),
+        }
+    }
+
+    /// `cargo clippy` for the BPF target, up to the package and profile. Clippy reads what its own compiler wrote, so it
+    /// comes with that compiler; Debian's is installed where it is missing.
+    ///
+    /// # Errors
+    /// Says what to install when it is missing and this is not root.
+    pub(crate) fn cargo_clippy(&self, workspace: &Workspace) -> Result<Cmd> {
+        match &self.compiler {
+            Compiler::System { rustc, .. } => {
+                let clippy = rustc.with_file_name("cargo-clippy");
+                if !clippy.exists() {
+                    packages::install(&[packages::BPF_CLIPPY])
+                        .with_context(|| format!("no clippy beside {}", rustc.display()))?;
+                }
+                Ok(self.clean(workspace, Cmd::new(clippy), Some(rustc)).arg("clippy"))
+            }
+            Compiler::Nightly { .. } => Ok(self.clean(workspace, Cmd::new("rustup"), None).args([
+                "run",
+                "nightly",
+                "cargo",
+                "clippy",
+                "-Z",
+                "build-std=core",
+            ])),
+        }
+    }
+
+    fn clean(&self, workspace: &Workspace, command: Cmd, rustc: Option<&PathBuf>) -> Cmd {
+        let command = command
+            .without_env(HANDED_DOWN)
+            .dir(workspace.root())
+            .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", &self.linker);
+        match rustc {
+            // aya-ebpf uses inline assembly, which is unstable for BPF.
+            Some(rustc) => command.env("RUSTC", rustc).env("RUSTC_BOOTSTRAP", "1"),
+            None => command,
         }
     }
 }

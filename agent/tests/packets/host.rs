@@ -16,7 +16,7 @@ use sluice_common::engine::{self, limit};
 use sluice_common::event::{self, At};
 use sluice_common::family::lane;
 use sluice_common::packet::answer::{self, QUOTE, Trouble};
-use sluice_common::packet::header::{TcpHeader, tcp};
+use sluice_common::packet::header::TcpHeader;
 use sluice_common::packet::parse::{self, Headers, Kind};
 use sluice_common::packet::rewrite::{Edit, can_follow, decrement_ttl, rewrite};
 use sluice_common::path::fragment::{self, label};
@@ -781,9 +781,7 @@ fn apply<F: Ip>(
         }
         Verdict::Reset => {
             let Some(segment) = packet.read::<TcpHeader>(headers.transport) else { return End::Drop };
-            let header = headers.transport - headers.network + u32::from(segment.offset >> 4) * 4;
-            let counted = u32::from(segment.flags & tcp::SYN != 0) + u32::from(segment.flags & tcp::FIN != 0);
-            let (network, reset) = answer::reset(headers, &segment, headers.length - header + counted);
+            let (network, reset) = answer::reset(headers, &segment);
             packet.bytes.resize((headers.network + F::HEADER + 20) as usize, 0);
             assert!(
                 packet.store(headers.network, network) && packet.store(headers.network + F::HEADER, reset)

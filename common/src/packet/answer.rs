@@ -135,11 +135,23 @@ pub fn is_partial<F: Family>(headers: &Headers<F>) -> bool {
     headers.has_checksum && headers.checksum == fold16(pseudo::<F>(source, destination, *protocol, length))
 }
 
-/// The reset that answers a TCP segment (RFC 9293, 3.10.7.1).
-///
-/// `payload` is the segment's length in sequence space: its data, and one each for SYN and FIN.
+/// A segment's length in sequence space: its data, and one each for SYN and FIN.
 #[inline(always)]
-pub fn reset<F: Answer>(headers: &Headers<F>, segment: &TcpHeader, payload: u32) -> (F::Network, TcpHeader) {
+fn sequence_length<F: Answer>(headers: &Headers<F>, segment: &TcpHeader) -> u32 {
+    let before_data = headers
+        .transport
+        .wrapping_sub(headers.network)
+        .wrapping_add(u32::from(segment.offset >> 4).wrapping_mul(4));
+    headers
+        .length
+        .wrapping_sub(before_data)
+        .wrapping_add(u32::from(segment.flags & tcp::SYN != 0))
+        .wrapping_add(u32::from(segment.flags & tcp::FIN != 0))
+}
+
+/// The reset that answers a TCP segment (RFC 9293, 3.10.7.1).
+#[inline(always)]
+pub fn reset<F: Answer>(headers: &Headers<F>, segment: &TcpHeader) -> (F::Network, TcpHeader) {
     let to = headers.tuple.reversed();
     let mut header = TcpHeader {
         source: to.source_port.to_be(),
@@ -157,7 +169,7 @@ pub fn reset<F: Answer>(headers: &Headers<F>, segment: &TcpHeader, payload: u32)
     } else {
         let [high, low] = segment.sequence;
         let sequence = u32::from(u16::from_be(high)) << 16 | u32::from(u16::from_be(low));
-        let acknowledgment = sequence.wrapping_add(payload);
+        let acknowledgment = sequence.wrapping_add(sequence_length(headers, segment));
         header.flags = tcp::RST | tcp::ACK;
         header.acknowledgment = [((acknowledgment >> 16) as u16).to_be(), (acknowledgment as u16).to_be()];
     }

@@ -45,8 +45,8 @@ static socket_counts: PerCpuHashMap<
 fn add(counter: &mut u64, more: u64) {
     // SAFETY: one atomic addition to a live, aligned word.
     unsafe {
-        asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) core::ptr::from_mut(counter), in(reg) more, options(nostack))
-    };
+        asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) core::ptr::from_mut(counter), in(reg) more, options(nostack));
+    }
 }
 
 /// The counters of a backend, made on first use. A counter that cannot be made changes nothing else.

@@ -31,7 +31,7 @@ pub(super) fn packet<F: Tell>(
 /// A call that the socket path sent to a backend.
 #[inline(always)]
 pub(super) fn call<F: Maps>(backend_id: u32) {
-    backend::<F>(backend_id, |counters| counters.calls += 1);
+    backend::<F>(backend_id, |counters| counters.calls = counters.calls.wrapping_add(1));
 }
 
 #[inline(always)]
@@ -63,8 +63,8 @@ pub(super) fn why(reason: Reason, service_port: u32, bytes: u32) {
     if let Some(counters) = maps::reason_counts.get_ptr_mut(key) {
         // SAFETY: as in `backend`.
         let counters = unsafe { &mut *counters };
-        counters.packets += 1;
-        counters.bytes += u64::from(bytes);
+        counters.packets = counters.packets.wrapping_add(1);
+        counters.bytes = counters.bytes.wrapping_add(u64::from(bytes));
         return;
     }
     let counters = ReasonCounters { packets: 1, bytes: u64::from(bytes) };

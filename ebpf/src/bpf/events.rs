@@ -46,7 +46,7 @@ fn tell(sieve: &Listening, event: &mut Event) {
         && let Some(lost) = events_lost.get_ptr_mut(0)
     {
         // SAFETY: this CPU's own. A call that is interrupted here may lose the count of one more.
-        unsafe { *lost += 1 };
+        unsafe { *lost = (*lost).wrapping_add(1) };
     }
 }
 

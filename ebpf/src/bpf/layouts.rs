@@ -271,6 +271,7 @@ moving!(
 /// `flows` (0) or `embryonic` (1) of a family. What it answers with counts until it is asked again.
 pub(super) struct FlowTable<F, const INDEX: u32>(pub(super) PhantomData<F>);
 
+#[allow(clippy::unused_self, reason = "it stands where a map does")]
 impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
     #[inline(always)]
     fn asked(key: &Tuple<F::Address>) -> Option<*mut FlowSlot<F>> {

@@ -154,7 +154,10 @@ pub(super) mod old {
     use sluice_common::abi::previous;
 
     use super::super::layouts::Slots;
-    use super::*;
+    use super::{
+        AFFINITIES, Affinity, AffinityKey, EMBRYONIC_MAX, FLOWS_MAX, Flow, Ipv4Address, Ipv6Address,
+        LruHashMap, Tuple, btf_map,
+    };
 
     type Flows<A> = LruHashMap<Tuple<A>, previous::Flow<A>, { FLOWS_MAX as usize }>;
     type Embryonic<A> = LruHashMap<Tuple<A>, previous::Flow<A>, { EMBRYONIC_MAX as usize }>;

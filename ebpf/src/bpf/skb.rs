@@ -48,8 +48,8 @@ impl Packet for Skb {
     fn read<T: Wire>(&self, offset: u32) -> Option<T> {
         // SAFETY: the context is valid; the verifier knows the two fields as packet pointers.
         let (start, end) = unsafe { ((*self.skb).data as usize, (*self.skb).data_end as usize) };
-        let at = start + bounded(offset);
-        if at + size_of::<T>() <= end {
+        let at = start.wrapping_add(bounded(offset));
+        if at.wrapping_add(size_of::<T>()) <= end {
             // SAFETY: within the packet, checked above; the machine reads unaligned words.
             return Some(unsafe { *(at as *const T) });
         }

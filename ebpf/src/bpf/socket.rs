@@ -171,6 +171,7 @@ fn asked<F: Maps>(key: &ServiceKey<F::Address>) -> Flow<F::Address> {
 
 /// What is kept with a call's socket in a map; with `BPF_SK_STORAGE_GET_F_CREATE` it is made, all zeros, if need be.
 #[inline(always)]
+#[allow(clippy::mut_from_ref, reason = "the value is the socket's, not the map's")]
 fn storage<T>(map: &'static SkStorage<T>, ctx: *mut bpf_sock_addr, flags: u32) -> Option<&'static mut T> {
     // SAFETY: the context is valid while the program runs.
     let socket = unsafe { (*ctx).__bindgen_anon_1.sk };

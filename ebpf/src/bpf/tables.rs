@@ -125,7 +125,7 @@ impl<F: Maps> Tables<F> for Kernel {
     #[inline(always)]
     fn in_source_ranges(&self, service_port: u32, address: &F::Address) -> bool {
         let data = SourceRange { service_port: service_port.to_be_bytes(), address: *address };
-        let bits = 8 * size_of::<SourceRange<F::Address>>() as u32;
+        let bits = const { 8 * size_of::<SourceRange<F::Address>>() as u32 };
         F::source_ranges().get(&Key::new(bits, data)).is_some()
     }
 

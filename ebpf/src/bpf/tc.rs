@@ -19,7 +19,7 @@ use sluice_common::engine::open::{Refusal, Sockets, Steps, sockets};
 use sluice_common::engine::{self, limit};
 use sluice_common::event::Wide;
 use sluice_common::packet::answer::{self, Answer, QUOTE, Trouble};
-use sluice_common::packet::header::{EthernetHeader, TcpHeader, protocol, tcp};
+use sluice_common::packet::header::{EthernetHeader, TcpHeader, protocol};
 use sluice_common::packet::parse::{self, Headers, Kind};
 use sluice_common::packet::rewrite::{Edit, decrement_ttl, rewrite};
 use sluice_common::path::fragment::{HELD_PRIORITY, Label, label, met_at};
@@ -55,11 +55,8 @@ const CURRENT_NETNS: u64 = u64::MAX;
 #[inline(always)]
 pub(super) fn run<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
     // SAFETY: the context is valid while the program runs.
-    if LINK != 0
-        && hook == Hook::Egress
-        && unsafe { (*skb).priority } == HELD_PRIORITY
-        && ifindex(skb) == own_device()
-    {
+    let priority = || unsafe { (*skb).priority };
+    if LINK != 0 && hook == Hook::Egress && priority() == HELD_PRIORITY && ifindex(skb) == own_device() {
         return release(skb);
     }
     let is_done = is_done(skb, hook);
@@ -100,7 +97,7 @@ fn is_done(skb: *mut __sk_buff, hook: Hook) -> bool {
             return true;
         }
         let (mark, end) = ((*skb).data_meta as usize, (*skb).data as usize);
-        mark + size_of::<u32>() <= end && *(mark as *const u32) == XDP_DONE
+        mark.wrapping_add(size_of::<u32>()) <= end && *(mark as *const u32) == XDP_DONE
     }
 }
 
@@ -183,7 +180,7 @@ impl Tc for V4 {
 
     #[inline(always)]
     fn forbids_fragments(packet: &Skb, offset: u32) -> bool {
-        matches!(packet.read::<u16>(offset + 6), Some(field) if u16::from_be(field) & 0x4000 != 0)
+        matches!(packet.read::<u16>(offset.wrapping_add(6)), Some(field) if u16::from_be(field) & 0x4000 != 0)
     }
 
     #[inline(always)]
@@ -418,7 +415,8 @@ impl<F: Tc> Steps for Opening<F> {
     #[inline(always)]
     fn pass_over_one(&mut self) {
         // SAFETY: as above.
-        unsafe { (*self.scratch).asked.passed_over += 1 };
+        let passed_over = unsafe { &mut (*self.scratch).asked.passed_over };
+        *passed_over = passed_over.wrapping_add(1);
     }
 
     #[inline(always)]
@@ -709,7 +707,7 @@ fn has_options<F: Tc>(packet: &Skb, network: u32, first: u32) -> bool {
         return first >> 24 != 0x45;
     }
     // Hop-by-hop options come first.
-    !matches!(packet.read::<[u8; 1]>(network + 6), Some([next]) if next != 0)
+    !matches!(packet.read::<[u8; 1]>(network.wrapping_add(6)), Some([next]) if next != 0)
 }
 
 /// Takes VLAN tags off a packet that goes on by another device: they belong to the one that it came in by.
@@ -742,7 +740,7 @@ fn exceeded_mtu<F: Tc>(
     }
     // The helper compares with the target's link header included: ours may have another length.
     let difference = match device(target) {
-        Some(device) => i32::from(device.link_header) - link as i32,
+        Some(device) => i32::from(device.link_header).wrapping_sub(link as i32),
         None => 0,
     };
     let mut mtu = 0_u32;
@@ -927,14 +925,13 @@ fn reset<F: Tc, const LINK: u32>(
         decision.reason = Reason::NoBackendDropped;
         return DROP;
     }
-    let header = headers.transport - headers.network + (u32::from(segment.offset >> 4) * 4);
-    let counted = u32::from(segment.flags & tcp::SYN != 0) + u32::from(segment.flags & tcp::FIN != 0);
-    let answer = answer::reset(headers, &segment, headers.length - header + counted);
-    let length = headers.network + F::HEADER + 20;
+    let answer = answer::reset(headers, &segment);
+    let at = headers.network.wrapping_add(F::HEADER);
+    let length = at.wrapping_add(20);
     // SAFETY: the helper cuts or fails.
     if unsafe { bpf_skb_change_tail(packet.skb, length, 0) } != 0
         || !packet.store(headers.network, answer.0)
-        || !packet.store(headers.network + F::HEADER, answer.1)
+        || !packet.store(at, answer.1)
     {
         decision.reason = Reason::RewriteFailed;
         return DROP;
@@ -1008,7 +1005,7 @@ fn icmp<F: Tc, const LINK: u32>(
     // Whole words, so that the sum can be taken; never less than the headers. Behind the black box the
     // compiler cannot fold the bounds into the arithmetic, where the verifier would not find them.
     let length = core::hint::black_box(headers.length.min(QUOTE) & 0x7c);
-    if length < F::HEADER + 8 || length > QUOTE {
+    if length < const { F::HEADER + 8 } || length > QUOTE {
         return DROP;
     }
     // SAFETY: the helpers write and then read `length` bytes of the array, which holds as many.
@@ -1019,13 +1016,14 @@ fn icmp<F: Tc, const LINK: u32>(
         bpf_csum_diff(core::ptr::null_mut(), 0, quote.as_mut_ptr().cast(), length, 0)
     };
     let answer = answer::error(headers, kind, mtu, length, u64::from(sum as u32));
-    let at = headers.network + F::HEADER;
+    let at = headers.network.wrapping_add(F::HEADER);
+    let quoted_at = at.wrapping_add(8);
     // SAFETY: the helpers check offsets and lengths; `length` bytes of the array are read.
     let failed = unsafe {
-        bpf_skb_change_tail(packet.skb, at + 8 + length, 0) != 0
+        bpf_skb_change_tail(packet.skb, quoted_at.wrapping_add(length), 0) != 0
             || !packet.store(headers.network, answer.0)
             || !packet.store(at, answer.1)
-            || bpf_skb_store_bytes(packet.skb, at + 8, quote.as_ptr().cast(), length, 0) != 0
+            || bpf_skb_store_bytes(packet.skb, quoted_at, quote.as_ptr().cast(), length, 0) != 0
     };
     if failed {
         return DROP;

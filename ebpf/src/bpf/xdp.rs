@@ -34,8 +34,8 @@ impl Frame {
     fn at<T>(&self, offset: u32) -> Option<*mut T> {
         // SAFETY: the context is valid while the program runs.
         let (start, end) = unsafe { ((*self.ctx).data as usize, (*self.ctx).data_end as usize) };
-        let at = start + bounded(offset);
-        (at + size_of::<T>() <= end).then_some(at as *mut T)
+        let at = start.wrapping_add(bounded(offset));
+        (at.wrapping_add(size_of::<T>()) <= end).then_some(at as *mut T)
     }
 }
 
@@ -43,7 +43,7 @@ impl Packet for Frame {
     #[inline(always)]
     fn length(&self) -> u32 {
         // SAFETY: the context is valid while the program runs.
-        unsafe { (*self.ctx).data_end - (*self.ctx).data }
+        unsafe { (*self.ctx).data_end.wrapping_sub((*self.ctx).data) }
     }
 
     #[inline(always)]
@@ -213,11 +213,11 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
 fn mark_done(ctx: *mut xdp_md) -> bool {
     // SAFETY: the helper makes room or fails; the word is written within it.
     unsafe {
-        if bpf_xdp_adjust_meta(ctx, -(size_of::<u32>() as i32)) != 0 {
+        if bpf_xdp_adjust_meta(ctx, (size_of::<u32>() as i32).wrapping_neg()) != 0 {
             return false;
         }
         let (mark, end) = ((*ctx).data_meta as usize, (*ctx).data as usize);
-        if mark + size_of::<u32>() > end {
+        if mark.wrapping_add(size_of::<u32>()) > end {
             return false;
         }
         *(mark as *mut u32) = XDP_DONE;
