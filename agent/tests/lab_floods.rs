@@ -418,3 +418,44 @@ fn forged_segments_of_any_sequence_number_break_no_connection() -> Result<()> {
     }
     Ok(())
 }
+
+/// Longer than an endpoint may be silent before a client that opens anew leaves it.
+const LONG_SILENCE: Duration = Duration::from_secs(34);
+
+#[test]
+fn a_forged_syn_that_breaks_a_long_silence_cuts_no_connection() -> Result<()> {
+    if skip("a_forged_syn_that_breaks_a_long_silence") {
+        return Ok(());
+    }
+    let mut cluster = Cluster::without_agents("silence", &Plan { near: 2, ..Plan::default() })?;
+    let web = lab_support::service("web", WEB);
+    cluster.manifests.write(&web.clone().backends(&cluster.backends[..1]))?;
+    cluster.start_agents(&["--socket-path=host"])?;
+    until_backends(cluster.node(), "web", 1)?;
+    let to = SocketAddr::new(external_ip(WEB)[0], ECHO);
+    let mut held = Vec::new();
+    for flags in [&[SYN][..], &[RST, SYN], &[SYN, SYN]] {
+        held.push((flags, cluster.outside.enter(|| connected(to))??));
+    }
+    // Their endpoint drains from now on.
+    cluster.manifests.write(&web.backends(&cluster.backends[1..]))?;
+    std::thread::sleep(LONG_SILENCE);
+    let flood = Flood::new(&cluster, 0, ECHO)?;
+    let socket = cluster.lab.router().packet_socket(cluster.node().uplink_peer())?;
+    for (all, mut stream) in held {
+        let source = stream.local_addr()?;
+        for flags in all {
+            let frame = Frame {
+                source,
+                flags: Some(*flags),
+                sequence: 0x9e37_79b9,
+                acknowledgment: 0,
+                ..flood.frame
+            };
+            socket.send(&frame.bytes())?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        echoes(&mut stream).with_context(|| format!("a silent connection after forged {all:?}"))?;
+    }
+    Ok(())
+}

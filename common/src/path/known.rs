@@ -1,6 +1,6 @@
 //! A packet that has a flow entry.
 
-use crate::abi::{Flow, Tuple, backend, flow, state};
+use crate::abi::{Flow, Ticks, Tuple, backend, flow, state};
 use crate::family::Family;
 use crate::packet::header::{protocol, tcp};
 use crate::packet::parse::{Headers, Kind};
@@ -11,8 +11,11 @@ use super::entry::{RENEW_TICKS, UDP_IDLE_TICKS, entry_of};
 use super::open::is_opening;
 use super::{Decision, Record, Verdict, met, select};
 
-/// A client that opens anew leaves an endpoint that no longer serves and was not heard for this many ticks.
+/// A client that opens anew leaves an endpoint that no longer serves and was not heard for this many ticks...
 pub const SILENT_TICKS: u32 = 28;
+/// ...if the client went on for this many without it: a SYN that breaks a common silence may be forged, and a live endpoint
+/// answers it.
+pub const VAIN_TICKS: u32 = 12;
 /// A UDP flow is more than a question and its answers when it still goes on after this many ticks.
 pub const STREAM_TICKS: u32 = 2;
 
@@ -113,8 +116,7 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
         if entry.state & (state::GUESS | state::MATCHED) == state::GUESS
             || is_opening(headers.tcp_flags)
                 && (state::has_ended(entry.state)
-                    || (embryonic || now.wrapping_sub(entry.replied) >= SILENT_TICKS)
-                        && !serves(entry, tables))
+                    || (embryonic || has_gone_silent(entry, now)) && !serves(entry, tables))
         {
             return false;
         }
@@ -165,6 +167,15 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
     true
 }
 
+/// Whether the endpoint of a flow has not been heard for long, and the client has tried since. To a reset it says nothing.
+#[inline(always)]
+fn has_gone_silent<A: Copy>(entry: &Flow<A>, now: Ticks) -> bool {
+    entry.state & state::RESET_FORWARD == 0
+        && now.wrapping_sub(entry.replied) >= SILENT_TICKS
+        // Another CPU's tick may be behind.
+        && entry.seen.wrapping_sub(entry.replied).cast_signed() >= VAIN_TICKS.cast_signed()
+}
+
 /// The state of a flow after a segment of its endpoint.
 #[inline(always)]
 fn said_by_endpoint<F: Family>(before: u8, headers: &Headers<F>) -> u8 {
@@ -181,11 +192,11 @@ fn said_by_endpoint<F: Family>(before: u8, headers: &Headers<F>) -> u8 {
         return before & !state::CLOSING | if is_numbered { state::ANSWERED } else { 0 };
     }
     let fin = if tcp_flags & tcp::FIN != 0 { state::FIN_REPLY } else { 0 };
-    if state::has_ended(before) {
+    if tcp_flags & tcp::SYN != 0 || state::has_ended(before & !state::RESET_REPLY) {
         return before | fin;
     }
-    // It goes on: the client's reset was none.
-    before & !(state::RESET_FORWARD | state::ANSWERED) | state::ESTABLISHED | fin
+    // It goes on: a reset, the client's or one in the endpoint's name, was none.
+    before & !(state::RESET | state::ANSWERED) | state::ESTABLISHED | fin
 }
 
 /// The state of a flow after a segment of its client, which anybody can forge.
@@ -203,8 +214,10 @@ fn said_by_client<F: Family>(entry: &Flow<F::Address>, headers: &Headers<F>) -> 
         // It has seen what the endpoint answered: proof, even if neither ever says more.
         return before & !state::ANSWERED | state::ESTABLISHED | fin;
     }
+    // Who opens anew after a reset waits for an answer: the endpoint's silence counts from then on.
+    let reset = if is_opening(tcp_flags) { state::RESET_FORWARD } else { 0 };
     // The client knows the connection: a guess that the endpoint has confirmed was right.
-    before & !(state::GUESS | state::MATCHED) | fin
+    before & !(state::GUESS | state::MATCHED | reset) | fin
 }
 
 /// Why a packet along an entry is translated. What happens on the client's side is counted on the backend's.

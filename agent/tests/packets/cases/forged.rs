@@ -80,7 +80,7 @@ fn along(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u
         ("a live flow", cast.world().flows(live.both())),
         ("a flow that nothing has proven", cast.world().embryonic(connection.age(1).both())),
         ("a flow whose endpoint no longer serves", {
-            let world = cast.world().flows(live.age(200).heard(200).both());
+            let world = cast.world().flows(live.age(20).heard(200).both());
             world.backend_flags(ONE, sluice_common::abi::backend::LOCAL)
         }),
     ];

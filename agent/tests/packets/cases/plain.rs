@@ -1,6 +1,7 @@
 //! Packets along a flow, from the first to the last.
 
 use sluice_common::abi::{Range, backend, frontend, listing, state};
+use sluice_common::path::RENEW_TICKS;
 
 use super::Table;
 use crate::packets::case::{Case, Program};
@@ -486,6 +487,20 @@ fn closing(table: &mut Table, cast: &Cast) {
         .reply(ONE)
         .flows([connection.both()]),
     );
+    let doubted = connection.state(state::ESTABLISHED | state::RESET_REPLY);
+    table.add(
+        Case::new(
+            format!("{title}: a RST in the backend's name was none, the backend goes on"),
+            &cast.world().embryonic(doubted.both()),
+            Program::Egress,
+            EDGE,
+            &data,
+        )
+        .becomes(&data.clone().from(cast.frontend))
+        .reply(ONE)
+        .flows([connection.both()])
+        .embryonic([]),
+    );
     let half = connection.state(state::ESTABLISHED | state::FIN_FORWARD);
     let frame = cast.next(cast.backend, cast.client);
     table.add(
@@ -533,11 +548,11 @@ fn reopening(table: &mut Table, cast: &Cast) {
         {
             let name =
                 format!("{title}: a SYN after {what} of the client is the backend's to answer, it {served}");
-            table.add(
-                Case::new(name, &world.flows(old.both()), Program::Ingress, EDGE, &syn)
-                    .becomes(&syn.clone().to(cast.other_backend))
-                    .forward(SPARE),
-            );
+            let case = Case::new(name, &world.flows(old.both()), Program::Ingress, EDGE, &syn)
+                .becomes(&syn.clone().to(cast.other_backend))
+                .forward(SPARE);
+            let waits = old.age(0).state(state::ESTABLISHED);
+            table.add(if bits == state::RESET_FORWARD { case.flows([waits.both()]) } else { case });
         }
     }
     let doubted = connection.state(state::ESTABLISHED | state::RESET_FORWARD | state::FIN_FORWARD);
@@ -554,22 +569,26 @@ fn reopening(table: &mut Table, cast: &Cast) {
         .reply(ONE)
         .flows([connection.state(state::ESTABLISHED).both()]),
     );
-    for (what, heard, leaves) in [("silent for long", 30, true), ("heard of late", 20, false)] {
-        let old = spare(cast).state(state::ESTABLISHED).age(3).heard(heard);
+    for (what, age, heard, leaves) in [
+        ("silent for long", 3, 30, true),
+        ("heard of late", 3, 20, false),
+        ("silent as its client was", 25, 34, false),
+    ] {
+        let old = spare(cast).state(state::ESTABLISHED).age(age).heard(heard);
         let gone = cast.world().backend_flags(SPARE, backend::LOCAL).flows(old.both());
         let name = format!("{title}: a SYN of a flow whose backend was removed and is {what}");
         let case = Case::new(name, &gone, Program::Ingress, EDGE, &syn);
+        let stays = |case: Case| {
+            let seen = if age > RENEW_TICKS { 0 } else { age };
+            case.becomes(&syn.clone().to(cast.other_backend)).forward(SPARE).flows([old.age(seen).both()])
+        };
         table.add(if leaves {
             case.becomes(&to_backend).opens(ONE).flows([]).embryonic([connection.both()])
         } else {
-            case.becomes(&syn.clone().to(cast.other_backend)).forward(SPARE)
+            stays(case)
         });
         let name = format!("{title}: a SYN of a flow whose backend serves and is {what}");
-        table.add(
-            Case::new(name, &cast.world().flows(old.both()), Program::Ingress, EDGE, &syn)
-                .becomes(&syn.clone().to(cast.other_backend))
-                .forward(SPARE),
-        );
+        table.add(stays(Case::new(name, &cast.world().flows(old.both()), Program::Ingress, EDGE, &syn)));
     }
     for (who, program, heard, after) in
         [("client", Program::Ingress, 30, 30), ("backend", Program::Egress, 30, 0)]
