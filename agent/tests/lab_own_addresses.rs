@@ -55,6 +55,27 @@ fn asks(client: &Namespace, address: IpAddr, ports: [u16; 2]) -> Result<[BTreeSe
     asks_by(client, &WAYS, 3, address, ports)
 }
 
+/// How a socket asks that is bound to an address of the host, but for the address.
+const FROM_AN_ADDRESS: [(&str, &[&str]); 4] = [
+    ("TCP from", &["tcp-client", "--source"]),
+    ("UDP from", &["udp-client", "--source"]),
+    ("UDP from a port of its own at", &["udp-client", "--source-port=45253", "--source"]),
+    ("connected UDP from", &["udp-client", "--connected", "--source"]),
+];
+
+/// As [`asks`], by sockets that are bound to an address of the host.
+fn asks_from(
+    client: &Namespace,
+    source: IpAddr,
+    to: IpAddr,
+    ports: [u16; 2],
+) -> Result<[BTreeSet<String>; 2]> {
+    let source = source.to_string();
+    let args = FROM_AN_ADDRESS.map(|(way, args)| (way, [args, &[&*source]].concat()));
+    let ways = args.each_ref().map(|(way, args)| (*way, &args[..]));
+    asks_by(client, &ways, 3, to, ports).with_context(|| format!("from {source}"))
+}
+
 /// A cluster whose node holds the balancer's addresses, as keepalived would have it, with a service of each kind.
 fn cluster(name: &str) -> Result<Cluster> {
     let mut cluster = Cluster::without_agents(name, &Plan { near: 1, far: 1, ..Plan::default() })?;
@@ -115,6 +136,13 @@ fn a_process_of_the_host_is_answered_at_its_own_nodes_addresses() -> Result<()> 
                 );
                 let answered = asks(&node, address, HOST).with_context(what)?;
                 ensure!(are(&answered, "n1"), "{}: {answered:?}", what());
+            }
+        }
+        for (address, own) in loopback.into_iter().zip(addresses_of_node(&node)) {
+            for (source, to) in [(address, address), (own, own), (address, own)] {
+                let what = || format!("--socket-path {mode}: {to}");
+                let answered = asks_from(&node, source, to, PLAIN).with_context(what)?;
+                ensure!(are_pods(&answered), "{} from {source}: {answered:?}", what());
             }
         }
         for (number, expected) in NUMBERS.into_iter().zip([None, None, Some("n1")]) {

@@ -156,6 +156,17 @@ fn is_bound(ctx: *mut bpf_sock_addr) -> bool {
     }
 }
 
+/// Whether the socket was bound to an address before the call. The route to a backend may not take it as a source (a loopback
+/// address, a bridge's): where the packets leave it is changed.
+#[inline(always)]
+fn has_address(ctx: *mut bpf_sock_addr) -> bool {
+    // SAFETY: the context is valid; a socket is readable where it is not null. One of IPv6 has a placeholder there.
+    unsafe {
+        let socket = (*ctx).__bindgen_anon_1.sk;
+        !socket.is_null() && (*socket).src_ip4 != 0
+    }
+}
+
 /// What becomes of a call to an address.
 enum Outcome<A> {
     Untouched,
@@ -248,7 +259,11 @@ fn translate<F: Maps + Wide>(
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     let key = ServiceKey { address, port, protocol, reserved: 0 };
     let kept = || if protocol == TCP { None } else { kept::<F>(ctx, &address, port) };
-    match choose::<F, _>(&key, cookie, is_host(ctx), kept, &Kernel::of(0)) {
+    let is_host = is_host(ctx);
+    if is_host && has_address(ctx) {
+        return Outcome::Untouched;
+    }
+    match choose::<F, _>(&key, cookie, is_host, kept, &Kernel::of(0)) {
         Choice::Untouched => Outcome::Untouched,
         _ if !is_taken::<F>(ctx, &key) => Outcome::Untouched,
         Choice::Refuse { service_port } => {

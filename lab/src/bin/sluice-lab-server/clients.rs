@@ -1,7 +1,7 @@
 //! The clients but HTTP.
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use sluice_lab::Event;
 
-use crate::socket::{connect, mapped, ms_since, parse_reply, plain, report, udp as udp_socket};
+use crate::socket::{any, connect, mapped, ms_since, parse_reply, plain, report, udp as udp_socket};
 
 #[derive(Args)]
 pub(crate) struct UdpAsking {
@@ -31,6 +31,9 @@ pub(crate) struct UdpAsking {
     /// How long to wait for an answer.
     #[arg(long, default_value_t = 1000)]
     timeout_ms: u64,
+    /// Send from this address.
+    #[arg(long)]
+    source: Option<IpAddr>,
     /// Send from this port; 0 for any.
     #[arg(long, default_value_t = 0)]
     source_port: u16,
@@ -42,11 +45,16 @@ pub(crate) struct UdpAsking {
     size: usize,
 }
 
+/// What a socket that speaks to a destination is bound to.
+fn source(to: SocketAddr, ip: Option<IpAddr>, port: u16) -> SocketAddr {
+    SocketAddr::new(ip.unwrap_or_else(|| any(to).ip()), port)
+}
+
 pub(crate) fn udp(asking: &UdpAsking) -> Result<bool> {
     let to = if asking.mapped { mapped(asking.to) } else { asking.to };
     let start = Instant::now();
     let open = |first: bool| -> Result<_> {
-        let socket = udp_socket(to, asking.source_port)?;
+        let socket = udp_socket(source(to, asking.source, asking.source_port))?;
         if asking.connected {
             socket.connect(to).with_context(|| format!("cannot connect to {to}"))?;
             if first {
@@ -127,7 +135,7 @@ pub(crate) fn flood(flooding: &Flooding) -> Result<bool> {
     let start = Instant::now();
     let mut bytes = 0;
     for _ in 0..flooding.count {
-        let sent = udp_socket(flooding.to, 0)?.send_to(b"0", flooding.to);
+        let sent = udp_socket(any(flooding.to))?.send_to(b"0", flooding.to);
         bytes += sent.with_context(|| format!("cannot send to {}", flooding.to))? as u64;
     }
     report(&Event::Done { sent: flooding.count, received: 0, bytes, elapsed_ms: ms_since(start) });
@@ -148,6 +156,9 @@ pub(crate) struct TcpAsking {
     /// How long to wait for an answer before the connection counts as broken.
     #[arg(long, default_value_t = 3000)]
     timeout_ms: u64,
+    /// Connect from this address.
+    #[arg(long)]
+    source: Option<IpAddr>,
     /// Connect from this port; 0 for any.
     #[arg(long, default_value_t = 0)]
     source_port: u16,
@@ -159,7 +170,11 @@ pub(crate) struct TcpAsking {
 pub(crate) fn tcp(asking: &TcpAsking) -> Result<bool> {
     let to = if asking.mapped { mapped(asking.to) } else { asking.to };
     let start = Instant::now();
-    let mut writer = match connect(to, asking.source_port, Duration::from_millis(asking.timeout_ms)) {
+    let mut writer = match connect(
+        to,
+        source(to, asking.source, asking.source_port),
+        Duration::from_millis(asking.timeout_ms),
+    ) {
         Ok(stream) => stream,
         Err(error) => {
             report(&Event::Broken { seq: 0, reason: format!("{error:#}"), at_ms: ms_since(start) });
@@ -220,7 +235,7 @@ pub(crate) fn stream(streaming: &Streaming) -> Result<bool> {
         report(&Event::Broken { seq, reason, at_ms: ms_since(start) });
         Ok(false)
     };
-    let stream = match connect(streaming.to, 0, Duration::from_millis(streaming.timeout_ms)) {
+    let stream = match connect(streaming.to, any(streaming.to), Duration::from_millis(streaming.timeout_ms)) {
         Ok(stream) => stream,
         Err(error) => return broken(0, format!("{error:#}")),
     };

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use sluice_lab::{Event, Reply};
 
-use crate::socket::{connect, ms_since, plain, report};
+use crate::socket::{any, connect, ms_since, plain, report};
 
 pub(crate) fn serve(address: SocketAddr, name: &str) -> Result<()> {
     crate::servers::accept(address, name, |stream, name, client| {
@@ -118,7 +118,7 @@ fn ask_once(
 ) -> Result<Answer> {
     let mut stream = match open {
         Some(stream) => stream,
-        None => BufReader::new(connect(to, 0, Duration::from_millis(asking.timeout_ms))?),
+        None => BufReader::new(connect(to, any(to), Duration::from_millis(asking.timeout_ms))?),
     };
     let from = plain(stream.get_ref().peer_addr()?);
     let connection = if asking.keep_alive { "keep-alive" } else { "close" };

@@ -11,7 +11,7 @@ use clap::Args;
 use sluice_lab::Event;
 
 use crate::load::more_descriptors;
-use crate::socket::{connect, ms_since, plain, report};
+use crate::socket::{any, connect, ms_since, plain, report};
 
 /// Connections that the kernel keeps for a server that does not accept them, as far as `net.core.somaxconn` allows.
 const BACKLOG: libc::c_int = 65_535;
@@ -54,7 +54,7 @@ pub(crate) fn open(opening: &Opening) -> Result<bool> {
     let mut open = Vec::new();
     let (mut sent, mut failed) = (0, 0);
     while sent < opening.count && failed < opening.failures {
-        match connect(opening.to, 0, Duration::from_millis(opening.timeout_ms)) {
+        match connect(opening.to, any(opening.to), Duration::from_millis(opening.timeout_ms)) {
             Ok(stream) => {
                 if open.is_empty() {
                     let (local, peer) = (plain(stream.local_addr()?), plain(stream.peer_addr()?));

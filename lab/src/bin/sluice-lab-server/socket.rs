@@ -46,14 +46,20 @@ pub(crate) fn parse_reply(
     Some((Reply { seq, name, seen, from, at_ms: ms_since(start), took_us }, words.next().unwrap_or_default()))
 }
 
-/// A UDP socket of the destination's family, on the given port or any.
-pub(crate) fn udp(to: SocketAddr, source_port: u16) -> Result<UdpSocket> {
-    Ok(UdpSocket::from(bound(libc::SOCK_DGRAM, to, source_port)?))
+/// Any address and port of a destination's family.
+pub(crate) fn any(to: SocketAddr) -> SocketAddr {
+    let ip: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() };
+    SocketAddr::new(ip, 0)
 }
 
-/// A TCP connection from the given port or any.
-pub(crate) fn connect(to: SocketAddr, source_port: u16, timeout: Duration) -> Result<TcpStream> {
-    let socket = bound(libc::SOCK_STREAM, to, source_port)?;
+/// A UDP socket with the given address and port, or any.
+pub(crate) fn udp(source: SocketAddr) -> Result<UdpSocket> {
+    Ok(UdpSocket::from(bound(libc::SOCK_DGRAM, source)?))
+}
+
+/// A TCP connection from the given address and port, or any.
+pub(crate) fn connect(to: SocketAddr, source: SocketAddr, timeout: Duration) -> Result<TcpStream> {
+    let socket = bound(libc::SOCK_STREAM, source)?;
     let stream = TcpStream::from(socket);
     // The write timeout bounds connect(2) too.
     stream.set_write_timeout(Some(timeout))?;
@@ -67,10 +73,9 @@ pub(crate) fn connect(to: SocketAddr, source_port: u16, timeout: Duration) -> Re
     Ok(stream)
 }
 
-fn bound(kind: libc::c_int, to: SocketAddr, source_port: u16) -> Result<OwnedFd> {
-    let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() };
-    let (address, length) = raw(SocketAddr::new(any, source_port));
+fn bound(kind: libc::c_int, source: SocketAddr) -> Result<OwnedFd> {
+    let family = if source.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let (address, length) = raw(source);
     let on: libc::c_int = 1;
     // SAFETY: plain numbers and structures on this stack with their sizes; the descriptor is new.
     unsafe {
@@ -79,18 +84,16 @@ fn bound(kind: libc::c_int, to: SocketAddr, source_port: u16) -> Result<OwnedFd>
             return Err(io::Error::last_os_error()).context("cannot make a socket");
         }
         let owned = OwnedFd::from_raw_fd(socket);
-        if source_port != 0 {
-            // Lets one port speak to several destinations, one socket each.
-            let failed =
-                libc::setsockopt(socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, (&raw const on).cast(), 4)
-                    != 0
-                    || libc::bind(socket, (&raw const address).cast(), length) != 0;
-            if failed {
-                return Err(io::Error::last_os_error())
-                    .with_context(|| format!("cannot bind to port {source_port}"));
-            }
-        } else if kind == libc::SOCK_DGRAM && libc::bind(socket, (&raw const address).cast(), length) != 0 {
-            return Err(io::Error::last_os_error()).context("cannot bind to any port");
+        let set = |level, option| libc::setsockopt(socket, level, option, (&raw const on).cast(), 4) == 0;
+        // Lets one port speak to several destinations, one socket each; without one, connect(2) picks it.
+        let is_set = if source.port() != 0 {
+            set(libc::SOL_SOCKET, libc::SO_REUSEADDR)
+        } else {
+            kind == libc::SOCK_DGRAM || set(libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT)
+        };
+        let is_any = source.port() == 0 && source.ip().is_unspecified() && kind == libc::SOCK_STREAM;
+        if !is_set || !is_any && libc::bind(socket, (&raw const address).cast(), length) != 0 {
+            return Err(io::Error::last_os_error()).with_context(|| format!("cannot bind to {source}"));
         }
         Ok(owned)
     }
