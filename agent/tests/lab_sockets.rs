@@ -95,3 +95,33 @@ fn an_unconnected_socket_stays_with_its_endpoint_while_that_one_serves() -> Resu
     }
     Ok(())
 }
+
+#[test]
+fn one_socket_asks_a_frontend_and_the_endpoint_itself() -> Result<()> {
+    if skip("one_socket_asks_a_frontend_and_the_endpoint") {
+        return Ok(());
+    }
+    let cluster = Cluster::new("itself", &Plan { near: 1, ..Plan::default() })?;
+    let node = cluster.node();
+    until_backends(node, "web", 1)?;
+    let endpoint = lab_support::addresses_of_pod(&cluster.backends[0]);
+    let frontends = cluster_ip(WEB).map(|vip| SocketAddr::new(vip, DNS));
+    let all = frontends.into_iter().zip(endpoint.map(|ip| SocketAddr::new(ip, lab_support::DNS_TARGET)));
+    for (frontend, endpoint) in all {
+        for client in [&*cluster.client, &**node] {
+            // A pod's calls are translated at the socket from the second one on.
+            let _ = client.udp_ask(frontend, 2)?;
+            for (to, beside) in [(frontend, endpoint), (endpoint, frontend)] {
+                let (told, beside_told) = (to.to_string(), beside.to_string());
+                let before = lab_support::counted(node, "web:dns")?.calls;
+                let asked =
+                    client.ask(["udp-client", "--count=6", "--to", &told, "--beside", &beside_told])?;
+                let from: Vec<SocketAddr> = replies(asked)?.iter().map(|reply| reply.from).collect();
+                ensure!(from == [to, beside, to, beside, to, beside], "{}: {from:?}", client.name());
+                let calls = lab_support::counted(node, "web:dns")?.calls - before;
+                ensure!(calls == 3, "{}: {calls} calls at the socket", client.name());
+            }
+        }
+    }
+    Ok(())
+}

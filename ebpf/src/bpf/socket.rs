@@ -247,6 +247,25 @@ fn note<F: Maps>(ctx: *mut bpf_sock_addr, peer: Peer<F::Address>, protocol: u8) 
     Some(there != 0)
 }
 
+/// Notes that a UDP socket asks a backend itself which it has asked by a frontend before: the answers are that one's own.
+#[inline(always)]
+fn note_direct<F: Maps>(ctx: *mut bpf_sock_addr, address: F::Address, port: u16) {
+    let Some(kept) = storage(F::peers(), ctx, 0) else { return };
+    if kept.peers.iter().any(|peer| peer.backend == address && peer.backend_port == port) {
+        let direct = Peer {
+            frontend: address,
+            backend: address,
+            frontend_port: port,
+            backend_port: port,
+            id: 0,
+            generation: 0,
+            reserved: 0,
+            asked: 0,
+        };
+        let _ = note::<F>(ctx, direct, UDP);
+    }
+}
+
 /// Chooses a backend and notes whom the socket asked for, so that it can be told so later.
 #[inline(always)]
 fn translate<F: Maps + Wide>(
@@ -264,7 +283,12 @@ fn translate<F: Maps + Wide>(
         return Outcome::Untouched;
     }
     match choose::<F, _>(&key, cookie, is_host, kept, &Kernel::of(0)) {
-        Choice::Untouched => Outcome::Untouched,
+        Choice::Untouched => {
+            if protocol == UDP {
+                note_direct::<F>(ctx, address, port);
+            }
+            Outcome::Untouched
+        }
         _ if !is_taken::<F>(ctx, &key) => Outcome::Untouched,
         Choice::Refuse { service_port } => {
             if protocol == TCP {

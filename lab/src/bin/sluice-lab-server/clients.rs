@@ -16,6 +16,9 @@ pub(crate) struct UdpAsking {
     /// Whom to ask.
     #[arg(long)]
     to: SocketAddr,
+    /// Ask this one too, every other time.
+    #[arg(long)]
+    beside: Option<SocketAddr>,
     /// How many requests.
     #[arg(long, default_value_t = 1)]
     count: u64,
@@ -74,6 +77,7 @@ pub(crate) fn udp(asking: &UdpAsking) -> Result<bool> {
         }
         let asked = Instant::now();
         let request = format!("{seq} {}", "x".repeat(asking.size.saturating_sub(seq.to_string().len() + 1)));
+        let to = asking.beside.filter(|_| seq % 2 == 1).unwrap_or(to);
         match ask_by(&socket, asking, to, request.as_bytes(), seq, start) {
             Ok((reply, length)) => {
                 report(&Event::Reply(reply));
