@@ -1,4 +1,5 @@
-//! What every pod's sandbox runs: it holds the namespaces until it is told to end. One static program, alone in its image.
+//! What every pod's sandbox runs: it holds the namespaces until it is told to end. One static
+//! program, alone in its image.
 
 unsafe extern "C" {
     fn pause() -> i32;
@@ -15,8 +16,9 @@ extern "C" fn end(_signal: i32) {
 }
 
 fn main() {
-    // SAFETY: all three take plain numbers, and a handler that lives as long as the program. As process 1 it gets only signals that it
-    // handles; ignoring SIGCHLD makes the kernel bury the orphans that pods with one process namespace leave to it.
+    // SAFETY: all three take plain numbers, and a handler that lives as long as the program. As
+    // process 1 it gets only signals that it handles; ignoring SIGCHLD makes the kernel bury the
+    // orphans that pods with one process namespace leave to it.
     unsafe {
         let _ = signal(SIGCHLD, SIG_IGN);
         let _ = signal(SIGINT, end as *const () as usize);

@@ -55,10 +55,12 @@ const EVENTS: usize = 16_384;
 /// Whose calls the socket path translates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum SocketPath {
-    /// Those of host processes, and of pods if a packet of theirs was met on its way to the Service within the last minute.
+    /// Those of host processes, and of pods if a packet of theirs was met on its way to the Service
+    /// within the last minute.
     #[default]
     All,
-    /// Those of every process of the machine, from the first on, nested clusters and meshes included.
+    /// Those of every process of the machine, from the first on, nested clusters and meshes
+    /// included.
     Machine,
     /// Those of processes in the host's network namespace.
     Host,
@@ -153,7 +155,8 @@ pub enum Ended {
     Stopped,
     /// It is to start anew with other options.
     ToStartAnew,
-    /// The node is released: what is pinned is to be removed, and an agent that starts anew waits to be told to take over.
+    /// The node is released: what is pinned is to be removed, and an agent that starts anew waits
+    /// to be told to take over.
     Released,
 }
 
@@ -168,7 +171,8 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     let pins = Pins::new(&options.pin_path);
     // Before anything of the node is changed.
     pins.check()?;
-    let earlier = status::read(&options.state_dir).map(|status| status.policy.primary).unwrap_or_default();
+    let earlier =
+        status::read(&options.state_dir).map(|status| status.policy.primary).unwrap_or_default();
     let status = Status {
         policy: PolicyStatus { primary: earlier.clone(), ..PolicyStatus::default() },
         node: options.node.clone(),
@@ -193,11 +197,16 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     };
     let reserved = ports::reserve(&reserved_ports.sysctls, &reserved_ports.record)?;
     if let Some(ports) = reserved {
-        tracing::info!(ports, "entered ports of masqueraded clients into net.ipv4.ip_local_reserved_ports");
+        tracing::info!(
+            ports,
+            "entered ports of masqueraded clients into net.ipv4.ip_local_reserved_ports"
+        );
     }
     match loopback::prepare(&options.proc_sys, &status::loopback(&options.state_dir)) {
         Ok(changed) if changed.is_empty() => {}
-        Ok(changed) => tracing::info!(settings = changed.join(","), "turned on settings of the device lo"),
+        Ok(changed) => {
+            tracing::info!(settings = changed.join(","), "turned on settings of the device lo");
+        }
         Err(error) => tracing::warn!(
             "processes of this host get no answers from Services at the node's own addresses, where their calls are not \
              translated at the socket: {error}; do it yourself: sysctl -w net.ipv4.conf.lo.accept_local=1 \
@@ -205,7 +214,8 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         ),
     }
     set_machine(&options);
-    let loaded = tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp, options.layout))?;
+    let loaded =
+        tokio::task::block_in_place(|| load(&pins, &options.sizes, options.xdp, options.layout))?;
     let own = OwnRoutes::new().context("cannot use netlink")?;
     let told = if loaded.filled { Told::read(loaded.kernel.maps())? } else { None };
     let settings = Settings {
@@ -234,9 +244,8 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         SocketPath::Off => None,
         SocketPath::All | SocketPath::Machine | SocketPath::Host => Some(match &options.cgroup {
             Some(cgroup) => cgroup.clone(),
-            None => {
-                cgroup2_mount().context("cannot find a cgroup2 mount; give --cgroup, or --socket-path off")?
-            }
+            None => cgroup2_mount()
+                .context("cannot find a cgroup2 mount; give --cgroup, or --socket-path off")?,
         }),
     };
 
@@ -255,23 +264,38 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     let metrics = Arc::new(Metrics::default());
     let mut sync = Sync::adopt(loaded.kernel, model, loaded.filled, Arc::clone(&metrics))?;
     let progress = Arc::new(Progress::default());
-    let monitor =
-        Monitor::new(Arc::clone(&progress), metrics, options.pin_path.clone(), options.state_dir.clone());
+    let monitor = Monitor::new(
+        Arc::clone(&progress),
+        metrics,
+        options.pin_path.clone(),
+        options.state_dir.clone(),
+    );
 
     let (survey_sender, watched) = watch::channel(Watched::default());
     // Adopted VIPs keep their routes until the sources say otherwise.
-    let routable = Routable { vips: sync.take_vips().unwrap_or_default(), networks: told.service_networks() };
+    let routable =
+        Routable { vips: sync.take_vips().unwrap_or_default(), networks: told.service_networks() };
     let (routable_sender, routable) = watch::channel(routable);
     let (filled_sender, filled) = watch::channel(loaded.filled);
     let (kept_sender, kept) = watch::channel(Kept::default());
     let (routing_sender, routing) = watch::channel(None);
-    let rules = Rules { patterns: options.patterns, policy: options.policy, node: cluster.node_addresses() };
+    let rules = Rules {
+        patterns: options.patterns,
+        policy: options.policy,
+        node: cluster.node_addresses(),
+    };
     let (rules_sender, rules) = watch::channel(rules);
     let _devices = tokio::spawn(keep_watching(rules, survey_sender));
     let (own_device_sender, own_device) = watch::channel(settings.own_device);
     let own_device_kept = OwnDevice { index: own_device_sender, proc_sys: options.proc_sys };
-    let _routes =
-        tokio::spawn(route_vips(own, own_device_kept, mtus, routable, watched.clone(), routing_sender));
+    let _routes = tokio::spawn(route_vips(
+        own,
+        own_device_kept,
+        mtus,
+        routable,
+        watched.clone(),
+        routing_sender,
+    ));
     let keeper = Keeper::new(loaded.hooks, options.socket_path.word(), cgroup);
     let inputs = Inputs { watched: watched.clone(), routing, filled };
     let _keeper = tokio::spawn(keeper.run(inputs, kept_sender));
@@ -307,7 +331,11 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
 }
 
 /// Serves nothing until somebody wants the node to be taken over again.
-async fn stay_released(state: &StateDir, mut status: Status, options: &Options) -> anyhow::Result<Ended> {
+async fn stay_released(
+    state: &StateDir,
+    mut status: Status,
+    options: &Options,
+) -> anyhow::Result<Ended> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     status.waiting_for = vec!["`sluice takeover`: the node is released".to_owned()];
@@ -328,10 +356,13 @@ async fn stay_released(state: &StateDir, mut status: Status, options: &Options) 
     }
 }
 
-/// Sets what lies outside of the programs, as far as it was asked for. Nothing of it keeps the agent from its work.
+/// Sets what lies outside of the programs, as far as it was asked for. Nothing of it keeps the
+/// agent from its work.
 fn set_machine(options: &Options) {
     if let Err(error) = raise_descriptors() {
-        tracing::warn!("the bound of open files (RLIMIT_NOFILE) cannot be raised to its hard limit: {error}");
+        tracing::warn!(
+            "the bound of open files (RLIMIT_NOFILE) cannot be raised to its hard limit: {error}"
+        );
     }
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
     for failure in options.conntrack.apply(&options.proc_sys.join(limits::SYSCTLS), cpus) {
@@ -344,8 +375,9 @@ fn set_machine(options: &Options) {
     }
 }
 
-/// Lets this process have as many descriptors as its hard limit says. systemd's soft limit is 1024, for
-/// the sake of programs with `select`; connections, links of many pods' devices and watches may need more.
+/// Lets this process have as many descriptors as its hard limit says. systemd's soft limit is 1024,
+/// for the sake of programs with `select`; connections, links of many pods' devices and watches may
+/// need more.
 fn raise_descriptors() -> io::Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the struct is live.
@@ -395,7 +427,8 @@ async fn start_sources(
     let mut announcing = None;
     if let Some(folder) = &options.manifests {
         let pulse = Pulse::default();
-        let _watching = tokio::spawn(manifests::watch(folder.clone(), events.clone(), pulse.clone()));
+        let _watching =
+            tokio::spawn(manifests::watch(folder.clone(), events.clone(), pulse.clone()));
         sources.push(Source { id: SourceId::Manifests, from: folder.display().to_string(), pulse });
     }
     if let Some(settings) = &options.kubernetes {
@@ -404,8 +437,12 @@ async fn start_sources(
             "cannot reach the API server; give --kubeconfig, or --manifests to work from files alone",
         )?;
         announcing = Some(kubernetes::Events::new(client.clone(), &options.node));
-        let _watching =
-            tokio::spawn(kubernetes::watch(client, settings.clone(), events.clone(), pulse.clone()));
+        let _watching = tokio::spawn(kubernetes::watch(
+            client,
+            settings.clone(),
+            events.clone(),
+            pulse.clone(),
+        ));
         let kubeconfig = settings.kubeconfig.as_ref().map(|path| path.display().to_string());
         let from = settings
             .api
@@ -430,7 +467,10 @@ impl ReservedPorts {
         match ports::follow_node_ports(&self.sysctls, &self.record, node_ports) {
             Ok((added, given_back)) => {
                 if !added.is_empty() {
-                    tracing::info!(ports = added, "entered node ports into net.ipv4.ip_local_reserved_ports");
+                    tracing::info!(
+                        ports = added,
+                        "entered node ports into net.ipv4.ip_local_reserved_ports"
+                    );
                 }
                 if !given_back.is_empty() {
                     tracing::info!(
@@ -580,7 +620,8 @@ impl Agent {
                 .ready
                 .send_if_modified(|before| std::mem::replace(before, is_attached) != is_attached);
             let filled = self.sync.is_filled();
-            let _ = self.filled.send_if_modified(|before| std::mem::replace(before, filled) != filled);
+            let _ =
+                self.filled.send_if_modified(|before| std::mem::replace(before, filled) != filled);
             if self.is_ready() != self.status.ready {
                 self.tell();
             }
@@ -607,9 +648,10 @@ impl Agent {
     fn is_outdated(&mut self) -> bool {
         let (changed, refused) = match tokio::task::block_in_place(|| (self.reload.is_changed)()) {
             Ok(changed) => (changed, None),
-            Err(error) => {
-                (false, Some(format!("the configuration has changed and cannot be used: {error:#}")))
-            }
+            Err(error) => (
+                false,
+                Some(format!("the configuration has changed and cannot be used: {error:#}")),
+            ),
         };
         if let Some(refused) = &refused
             && self.refused.as_ref() != Some(refused)
@@ -631,7 +673,9 @@ impl Agent {
     fn follow_cluster(&mut self) {
         let node = self.cluster.node_addresses();
         let policy = self.rules.borrow().policy.clone();
-        let _ = self.rules.send_if_modified(|rules| std::mem::replace(&mut rules.node, node.clone()) != node);
+        let _ = self
+            .rules
+            .send_if_modified(|rules| std::mem::replace(&mut rules.node, node.clone()) != node);
         let (told, surplus) = self.cluster.tell(&policy, self.settings);
         if self.told == Some(told) {
             let _ = self.takeover.written.send_replace(told.settings.phase);
@@ -662,9 +706,9 @@ impl Agent {
         };
     }
 
-    /// Whether this node serves all that the sources ask of it. What was refused for room counts, so that a
-    /// rollout stops at the first node that cannot hold the cluster; health checks go on to be answered
-    /// (`Progress`), since all else is served.
+    /// Whether this node serves all that the sources ask of it. What was refused for room counts,
+    /// so that a rollout stops at the first node that cannot hold the cluster; health checks go on
+    /// to be answered (`Progress`), since all else is served.
     fn is_ready(&self) -> bool {
         self.is_attached()
             && self.settings.phase & phase::MASK == phase::SERVE
@@ -699,7 +743,8 @@ impl Agent {
             accelerate: if policy.accelerate == Accelerate::On
                 && self.settings.networks & networks::IPSEC != 0
             {
-                "on, but nothing goes around the stack while this node has policies of IPsec".to_owned()
+                "on, but nothing goes around the stack while this node has policies of IPsec"
+                    .to_owned()
             } else {
                 policy.accelerate.word().to_owned()
             },
@@ -723,13 +768,16 @@ impl Agent {
         let status = &mut self.status;
         status.policy = policy;
         status.ready = ready;
-        status.waiting_for =
-            awaited.iter().map(|id| format!("the first full list of {}", source_name(*id))).collect();
+        status.waiting_for = awaited
+            .iter()
+            .map(|id| format!("the first full list of {}", source_name(*id)))
+            .collect();
         if !kept.complete {
             let problems = kept.devices.iter().filter_map(|device| device.problem.clone());
             let all: Vec<String> =
                 problems.chain(kept.sockets.problem.clone()).chain(kept.problem.clone()).collect();
-            let waiting = if all.is_empty() { vec!["the programs to be attached".to_owned()] } else { all };
+            let waiting =
+                if all.is_empty() { vec!["the programs to be attached".to_owned()] } else { all };
             status.waiting_for.extend(waiting);
         }
         if self.told.is_none() {
@@ -819,8 +867,8 @@ fn source_name(id: SourceId) -> &'static str {
 /// The cookie of this process's network namespace.
 pub(crate) fn netns_cookie() -> io::Result<u64> {
     const SO_NETNS_COOKIE: libc::c_int = 71;
-    let socket =
-        std::net::UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| std::net::UdpSocket::bind(("0.0.0.0", 0)))?;
+    let socket = std::net::UdpSocket::bind(("127.0.0.1", 0))
+        .or_else(|_| std::net::UdpSocket::bind(("0.0.0.0", 0)))?;
     let mut cookie = 0_u64;
     let mut length = size_of::<u64>() as libc::socklen_t;
     // SAFETY: value and length are live, the length is the value's.
@@ -838,8 +886,8 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
 
 /// Where the unified cgroup hierarchy is mounted.
 pub(crate) fn cgroup2_mount() -> anyhow::Result<PathBuf> {
-    let mounts =
-        std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")
+        .context("cannot read /proc/self/mountinfo")?;
     find_cgroup2(&mounts).context("no line of /proc/self/mountinfo has the type cgroup2")
 }
 
@@ -850,7 +898,8 @@ fn find_cgroup2(mounts: &str) -> Option<PathBuf> {
         let (root, path) = (fields.next()?, fields.next()?);
         kind.starts_with("cgroup2 ").then_some((root, path))
     });
-    // In a container the host's tree, mounted from outside, has a root above the container's own (`/..`).
+    // In a container the host's tree, mounted from outside, has a root above the container's own
+    // (`/..`).
     let outermost =
         cgroup2.rev().max_by_key(|(root, _)| root.split('/').filter(|part| *part == "..").count());
     outermost.map(|(_, path)| PathBuf::from(path))

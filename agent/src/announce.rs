@@ -1,11 +1,13 @@
 //! What is wrong with objects, told beside them: Kubernetes Events, as plain data.
 //!
-//! Every node sees the same objects and so finds the same flaws in them. None is elected to tell: an Event's name
-//! is made of what it says ([`Announcement::event_name`]), so the node that comes first writes it, and to the others the API
-//! server answers that it exists. What concerns one node alone has the node in its name.
+//! Every node sees the same objects and so finds the same flaws in them. None is elected to tell:
+//! an Event's name is made of what it says ([`Announcement::event_name`]), so the node that comes
+//! first writes it, and to the others the API server answers that it exists. What concerns one node
+//! alone has the node in its name.
 //!
-//! The API server forgets Events (after an hour, unless it is set otherwise), so what still holds is written again after
-//! a little more than that. A bucket of tries bounds all of it. It is a task of its own: nothing else waits for an answer.
+//! The API server forgets Events (after an hour, unless it is set otherwise), so what still holds
+//! is written again after a little more than that. A bucket of tries bounds all of it. It is a task
+//! of its own: nothing else waits for an answer.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,7 +32,8 @@ const NOTICE_AGAIN: Duration = Duration::from_hours(24);
 const AGAIN_SPREAD: Duration = Duration::from_mins(10);
 /// When what could not be written is tried again.
 const RETRY: Duration = Duration::from_mins(15);
-/// Tries that may follow each other at once; then one in [`REFILL`]. A try is a list of one object and a create.
+/// Tries that may follow each other at once; then one in [`REFILL`]. A try is a list of one object
+/// and a create.
 const BURST: u32 = 20;
 /// How long one try more takes.
 const REFILL: Duration = Duration::from_secs(30);
@@ -81,7 +84,8 @@ impl Announcement {
 /// All that is to be told now.
 pub type Announcements = BTreeMap<Finding, String>;
 
-/// Gathers what is to be told: problems of objects, policies that leave no endpoint, and health checks that are not answered.
+/// Gathers what is to be told: problems of objects, policies that leave no endpoint, and health
+/// checks that are not answered.
 pub fn gather<'a>(
     node: &str,
     reports: impl Iterator<Item = &'a Report>,
@@ -99,11 +103,9 @@ pub fn gather<'a>(
         notes.dedup();
         let texts: Vec<String> = notes
             .iter()
-            .map(
-                |(field, message)| {
-                    if field.is_empty() { (*message).to_owned() } else { format!("{field}: {message}") }
-                },
-            )
+            .map(|(field, message)| {
+                if field.is_empty() { (*message).to_owned() } else { format!("{field}: {message}") }
+            })
             .collect();
         let place = if is_nodes_view(flaw) { format!("on node {node}: ") } else { String::new() };
         let finding = Finding {
@@ -114,7 +116,8 @@ pub fn gather<'a>(
             fields: notes.iter().map(|(field, _)| (*field).to_owned()).collect(),
             is_of_node: false,
         };
-        let _ = all.insert(finding, cut(&format!("{place}{}", texts.join("; ")), NOTE_MAX).to_owned());
+        let _ =
+            all.insert(finding, cut(&format!("{place}{}", texts.join("; ")), NOTE_MAX).to_owned());
     }
     for (service, failure) in failures {
         let finding = Finding {
@@ -125,13 +128,14 @@ pub fn gather<'a>(
             fields: Vec::new(),
             is_of_node: true,
         };
-        let _ = all.insert(finding, cut(&format!("on node {node}: {failure}"), NOTE_MAX).to_owned());
+        let _ =
+            all.insert(finding, cut(&format!("on node {node}: {failure}"), NOTE_MAX).to_owned());
     }
     all
 }
 
-/// Whether a flaw is worth an Event: all that is wrong, and of the rest what drops packets, lets in whom it should not,
-/// or sends packets where nobody may want them.
+/// Whether a flaw is worth an Event: all that is wrong, and of the rest what drops packets, lets in
+/// whom it should not, or sends packets where nobody may want them.
 fn is_told(flaw: Flaw) -> bool {
     flaw.level() == Level::Problem
         || matches!(
@@ -144,7 +148,8 @@ fn is_told(flaw: Flaw) -> bool {
         )
 }
 
-/// Whether a flaw is the object's together with the node that met it: the first to tell says which it is.
+/// Whether a flaw is the object's together with the node that met it: the first to tell says which
+/// it is.
 fn is_nodes_view(flaw: Flaw) -> bool {
     matches!(flaw, Flaw::NoLocalEndpoint | Flaw::NoRoom | Flaw::TooManyEndpoints)
 }
@@ -199,7 +204,8 @@ struct Known {
     tried: bool,
 }
 
-/// Decides what is told when. Holds what there is, and of what is gone that which was tried and would not be due again.
+/// Decides what is told when. Holds what there is, and of what is gone that which was tried and
+/// would not be due again.
 #[derive(Debug)]
 struct Teller {
     node: String,
@@ -217,14 +223,18 @@ impl Teller {
     /// A part of a time, of this node's own for each finding.
     fn share(&self, finding: &Finding, of: Duration) -> Duration {
         let Finding { kind, name, reason, .. } = finding;
-        let hash = fingerprint([&*self.node, kind, &name.namespace, &name.name, reason].into_iter());
+        let hash =
+            fingerprint([&*self.node, kind, &name.namespace, &name.name, reason].into_iter());
         of.mul_f64(f64::from((hash >> 32) as u32) / f64::from(u32::MAX))
     }
 
     /// What is to be told, or when to ask again.
     fn next(&mut self, now: Instant, present: &Announcements) -> Next {
-        // Tried ones stay known until they would be due again: what comes and goes is not told each time.
-        self.known.retain(|finding, known| present.contains_key(finding) || (known.tried && known.due > now));
+        // Tried ones stay known until they would be due again: what comes and goes is not told each
+        // time.
+        self.known.retain(|finding, known| {
+            present.contains_key(finding) || (known.tried && known.due > now)
+        });
         for finding in present.keys() {
             if !self.known.contains_key(finding) {
                 let due = now + SETTLE + self.share(finding, SPREAD);
@@ -263,8 +273,13 @@ impl Teller {
     }
 }
 
-/// Tells what there is to tell until the sender is gone. What cannot be written is dropped; the log has it once, at debug.
-pub async fn serve(node: String, writer: impl Write, mut present: watch::Receiver<Arc<Announcements>>) {
+/// Tells what there is to tell until the sender is gone. What cannot be written is dropped; the log
+/// has it once, at debug.
+pub async fn serve(
+    node: String,
+    writer: impl Write,
+    mut present: watch::Receiver<Arc<Announcements>>,
+) {
     let mut teller = Teller::new(&node, Instant::now());
     let mut logged = false;
     loop {
@@ -275,11 +290,15 @@ pub async fn serve(node: String, writer: impl Write, mut present: watch::Receive
                 let announcement = Announcement { finding, note };
                 let outcome = tokio::time::timeout(TIMEOUT, writer.write(&announcement))
                     .await
-                    .unwrap_or_else(|_| Outcome::Failed(format!("no answer in {} s", TIMEOUT.as_secs())));
+                    .unwrap_or_else(|_| {
+                        Outcome::Failed(format!("no answer in {} s", TIMEOUT.as_secs()))
+                    });
                 if let Outcome::Failed(why) = &outcome
                     && !std::mem::replace(&mut logged, true)
                 {
-                    tracing::debug!("an Event could not be written: {why}; `sluice status` tells the same");
+                    tracing::debug!(
+                        "an Event could not be written: {why}; `sluice status` tells the same"
+                    );
                 }
                 teller.tried(Instant::now(), &announcement.finding, &outcome);
                 Some(Instant::now())

@@ -57,12 +57,19 @@ pub struct Cli {
     /// Where maps and links are pinned; each agent has a path of its own.
     #[arg(long, global = true, value_name = "DIR", env = "SLUICE_PIN_PATH", default_value = PIN_PATH)]
     pin_path: PathBuf,
-    /// Where the agent's lock and status.json lie [default: /run/sluice, or a folder in it for another --pin-path].
+    /// Where the agent's lock and status.json lie [default: /run/sluice, or a folder in it for
+    /// another --pin-path].
     #[arg(long, global = true, value_name = "DIR", env = "SLUICE_STATE_DIR")]
     state_dir: Option<PathBuf>,
-    /// Where settings of the kernel are written: a container that is not privileged sees its own /proc/sys read-only, and can
-    /// be given the node's at another place.
-    #[arg(long, global = true, value_name = "DIR", env = "SLUICE_PROC_SYS", default_value = "/proc/sys")]
+    /// Where settings of the kernel are written: a container that is not privileged sees its own
+    /// /proc/sys read-only, and can be given the node's at another place.
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        env = "SLUICE_PROC_SYS",
+        default_value = "/proc/sys"
+    )]
     proc_sys: PathBuf,
     #[command(subcommand)]
     command: Command,
@@ -72,12 +79,12 @@ pub struct Cli {
 enum Command {
     /// Run the node agent.
     ///
-    /// It keeps the maps in step with Services and EndpointSlices, and the programs on devices and the
-    /// cgroup. When it ends, packets flow on by what is pinned; `sluice cleanup` removes that.
+    /// It keeps the maps in step with Services and EndpointSlices, and the programs on devices and
+    /// the cgroup. When it ends, packets flow on by what is pinned; `sluice cleanup` removes that.
     ///
-    /// kube-proxy's flags and its configuration (--config FILE, a KubeProxyConfiguration) are taken as well: what has no
-    /// meaning here is named in one warning, and a flag counts more than the file. When the file changes, and on
-    /// SIGHUP, the agent starts anew in its own place.
+    /// kube-proxy's flags and its configuration (--config FILE, a KubeProxyConfiguration) are taken
+    /// as well: what has no meaning here is named in one warning, and a flag counts more than the
+    /// file. When the file changes, and on SIGHUP, the agent starts anew in its own place.
     Agent(Box<AgentArgs>),
     /// Tell how this node is; the exit code is 0 if it is ready, else 1.
     Status {
@@ -115,16 +122,18 @@ enum Command {
     ///
     /// Where the output is no terminal, or with --once: one table, and an end.
     Top(TopArgs),
-    /// Tell, while it runs, of flows that open and close, of calls that are translated, and of packets that are dropped, rejected or
-    /// counted by another reason.
+    /// Tell, while it runs, of flows that open and close, of calls that are translated, and of
+    /// packets that are dropped, rejected or counted by another reason.
     ///
-    /// Packets of established flows are not told, and nothing costs anything while nobody listens. One process can listen at a time.
+    /// Packets of established flows are not told, and nothing costs anything while nobody listens.
+    /// One process can listen at a time.
     Trace(TraceArgs),
-    /// Tell what a packet of a tuple would meet on this node, step by step, and which backend it would get.
+    /// Tell what a packet of a tuple would meet on this node, step by step, and which backend it
+    /// would get.
     ///
-    /// By the maps and routes of this node, read only; or by a folder of manifests, without root, kernel or
-    /// cluster. The exit code is 0 for a packet that is forwarded or passed, 3 for one that is rejected, 4 for
-    /// one that is dropped, 1 if there is no answer.
+    /// By the maps and routes of this node, read only; or by a folder of manifests, without root,
+    /// kernel or cluster. The exit code is 0 for a packet that is forwarded or passed, 3 for one
+    /// that is rejected, 4 for one that is dropped, 1 if there is no answer.
     Explain(Box<ExplainArgs>),
     /// Check manifests: report every object that would be refused, or lose an address to another.
     ///
@@ -132,8 +141,9 @@ enum Command {
     Validate(Box<ValidateArgs>),
     /// Tell whether this node can run Sluice, and what it would use.
     ///
-    /// Every program is loaded, every hook tried on devices and a cgroup that are made for it; nothing stays. The exit
-    /// code is 0 if Sluice can run, 1 if it cannot or too little could be tried (as somebody else than root).
+    /// Every program is loaded, every hook tried on devices and a cgroup that are made for it;
+    /// nothing stays. The exit code is 0 if Sluice can run, 1 if it cannot or too little could be
+    /// tried (as somebody else than root).
     Preflight(Box<PreflightArgs>),
     /// Compare what the sources want with what the maps hold, entry by entry.
     ///
@@ -141,16 +151,18 @@ enum Command {
     Diff(Box<DiffArgs>),
     /// Tell how far the takeover from kube-proxy is, and bring it about.
     ///
-    /// `sluice agent --takeover` takes over when it starts. This waits until it serves, takes a node back that was
-    /// released or is being released, and with --finish has kube-proxy's rules removed. The exit code is 0 when that is done,
-    /// 1 if it is not in time.
+    /// `sluice agent --takeover` takes over when it starts. This waits until it serves, takes a
+    /// node back that was released or is being released, and with --finish has kube-proxy's rules
+    /// removed. The exit code is 0 when that is done, 1 if it is not in time.
     Takeover(TakeoverArgs),
-    /// Hand this node back to kube-proxy: known flows are served to their end, new ones are left to it.
+    /// Hand this node back to kube-proxy: known flows are served to their end, new ones are left to
+    /// it.
     ///
-    /// When the last flow has ended, or at the timeout, the agent removes every trace and waits for `sluice takeover`.
-    /// The exit code is 0 when the node is released, else 1.
+    /// When the last flow has ended, or at the timeout, the agent removes every trace and waits for
+    /// `sluice takeover`. The exit code is 0 when the node is released, else 1.
     Release(ReleaseArgs),
-    /// Remove every trace from this node: programs, maps, filters, the device sluice0 and its routes, reserved ports.
+    /// Remove every trace from this node: programs, maps, filters, the device sluice0 and its
+    /// routes, reserved ports.
     ///
     /// Connections through services end with it. Works without an agent; refuses while one runs.
     Cleanup {
@@ -169,18 +181,20 @@ struct Output {
 
 #[derive(Debug, Args)]
 struct AgentArgs {
-    /// Read Services, EndpointSlices, Endpoints and Nodes from the YAML files of a folder, and follow
-    /// changes; without --kubeconfig or --api, the API server is not asked then.
+    /// Read Services, EndpointSlices, Endpoints and Nodes from the YAML files of a folder, and
+    /// follow changes; without --kubeconfig or --api, the API server is not asked then.
     #[arg(long, value_name = "DIR")]
     manifests: Option<PathBuf>,
-    /// How to reach the API server [default: $KUBECONFIG, ~/.kube/config or the pod's service account].
+    /// How to reach the API server [default: $KUBECONFIG, ~/.kube/config or the pod's service
+    /// account].
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
     /// The API server's address, instead of the one configured: the Service "kubernetes" works only
     /// once somebody balances it.
     #[arg(long, value_name = "URL", env = "SLUICE_API")]
     api: Option<String>,
-    /// Serve Services with this label service.kubernetes.io/service-proxy-name, instead of those without.
+    /// Serve Services with this label service.kubernetes.io/service-proxy-name, instead of those
+    /// without.
     #[arg(long, value_name = "NAME")]
     proxy_name: Option<String>,
     /// This node's name, as in nodeName of endpoints [default: the host's name].
@@ -195,7 +209,8 @@ struct AgentArgs {
     /// Whether uplinks use XDP.
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     xdp: Xdp,
-    /// Devices that lead to pods, as patterns with * and ?; goes before what is detected. May be repeated.
+    /// Devices that lead to pods, as patterns with * and ?; goes before what is detected. May be
+    /// repeated.
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     edge: Vec<String>,
     /// Devices that carry the node's address; see --edge.
@@ -204,15 +219,16 @@ struct AgentArgs {
     /// Overlay and tunnel devices; see --edge.
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     fabric: Vec<String>,
-    /// Flows that are remembered, per family; two entries each [default: 32768 a CPU, at least 131072, within 1/256 of the
-    /// memory].
+    /// Flows that are remembered, per family; two entries each [default: 32768 a CPU, at least
+    /// 131072, within 1/256 of the memory].
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(64..=i64::from(FLOWS_LIMIT)))]
     flows_max: Option<u32>,
-    /// In which layout of the maps flows are written: `previous` lets the version before take over without losing one.
+    /// In which layout of the maps flows are written: `previous` lets the version before take over
+    /// without losing one.
     #[arg(long, value_enum, default_value_t, value_name = "LAYOUT")]
     layout: Layout,
-    /// Begin beside a kube-proxy that runs: its connections go on, new ones are served here. An agent that starts with
-    /// what another one has left serves on; see `sluice takeover`.
+    /// Begin beside a kube-proxy that runs: its connections go on, new ones are served here. An
+    /// agent that starts with what another one has left serves on; see `sluice takeover`.
     #[arg(long)]
     takeover: bool,
     /// The log's form.
@@ -226,7 +242,8 @@ struct AgentArgs {
         value_parser = clap::value_parser!(i32).range(-1000..=1000)
     )]
     oom_score_adj: Option<i32>,
-    /// Log more; twice: everything. The variable SLUICE_LOG has filters as `sluice=debug`. Changed while it runs: docs/operate.md.
+    /// Log more; twice: everything. The variable SLUICE_LOG has filters as `sluice=debug`. Changed
+    /// while it runs: docs/operate.md.
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
     // Last: their headings would go on over what follows.
@@ -347,7 +364,8 @@ impl Cli {
                 }
                 let invocation = Invocation::here(&expanded.words);
                 let follows = expanded.config.is_some();
-                let reload = Reload { follows, is_changed: Arc::new(move || is_changed(&expanded)) };
+                let reload =
+                    Reload { follows, is_changed: Arc::new(move || is_changed(&expanded)) };
                 let options =
                     args.options(Places { pin_path, state_dir, proc_sys: self.proc_sys }, reload)?;
                 let options = Options { invocation, ..options };
@@ -357,12 +375,15 @@ impl Cli {
                     && !crate::agent::status::is_alive(&state_dir)
                 {
                     // The last agent may have been killed before it had removed everything.
-                    let _ = runtime()?.block_on(cleanup::remove(&pin_path, &state_dir, &proc_sys))?;
+                    let _ =
+                        runtime()?.block_on(cleanup::remove(&pin_path, &state_dir, &proc_sys))?;
                 }
                 // The runtime, and with it whatever holds programs, goes before the next line.
                 let ended = runtime()?.block_on(agent::run(options))?;
                 if ended == Ended::Released {
-                    for done in runtime()?.block_on(cleanup::remove(&pin_path, &state_dir, &proc_sys))? {
+                    for done in
+                        runtime()?.block_on(cleanup::remove(&pin_path, &state_dir, &proc_sys))?
+                    {
                         tracing::info!("{done}");
                     }
                 }
@@ -406,9 +427,10 @@ impl Cli {
                 text
             }
             Command::Diff(args) => {
-                let (text, is_in_step) = runtime()?
-                    .block_on(diff::run(*args, &pin_path, &state_dir))
-                    .map_err(|error| if error.is::<Usage>() { error } else { Unknown(error).into() })?;
+                let (text, is_in_step) =
+                    runtime()?.block_on(diff::run(*args, &pin_path, &state_dir)).map_err(
+                        |error| if error.is::<Usage>() { error } else { Unknown(error).into() },
+                    )?;
                 code = u8::from(!is_in_step);
                 text
             }
@@ -434,7 +456,9 @@ impl Cli {
 /// Prints; a reader that has gone (`| head`) is no error.
 fn print(text: &str) -> anyhow::Result<()> {
     match std::io::stdout().lock().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("cannot print"),
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot print")
+        }
         Ok(()) | Err(_) => Ok(()),
     }
 }
@@ -467,7 +491,9 @@ impl AgentArgs {
         let mut sizes = BTreeMap::new();
         let flows = self.flows_max.unwrap_or_else(sizes::flows);
         if flows != sizes::FLOWS_MIN {
-            sizes.extend(["flows_v4", "flows_v6"].map(|map| (map.to_owned(), flows.saturating_mul(2))));
+            sizes.extend(
+                ["flows_v4", "flows_v6"].map(|map| (map.to_owned(), flows.saturating_mul(2))),
+            );
         }
         let asked = self.manifests.is_none() || self.kubeconfig.is_some() || self.api.is_some();
         if self.takeover && serves_by_ipvs() {
@@ -517,7 +543,8 @@ impl AgentArgs {
 /// The host's name, as the kernel has it.
 fn host_name() -> anyhow::Result<String> {
     let path = Path::new("/proc/sys/kernel/hostname");
-    let name = std::fs::read_to_string(path).context("cannot read the host's name; give --node-name")?;
+    let name =
+        std::fs::read_to_string(path).context("cannot read the host's name; give --node-name")?;
     Ok(name.trim().to_owned())
 }
 
@@ -546,7 +573,8 @@ mod tests {
         ]);
         let Command::Agent(args) = cli.command else { panic!("another command") };
         let reload = Reload { follows: false, is_changed: Arc::new(|| Ok(false)) };
-        let places = Places { pin_path: "/p".into(), state_dir: "/s".into(), proc_sys: "/proc/sys".into() };
+        let places =
+            Places { pin_path: "/p".into(), state_dir: "/s".into(), proc_sys: "/proc/sys".into() };
         let options = args.options(places, reload).expect("good options");
         assert!(options.kubernetes.is_none());
         assert_eq!(options.patterns.role("cali0"), Some(crate::devices::Role::Edge));
@@ -559,8 +587,11 @@ mod tests {
             let cli = Cli::parse_from(words.iter().chain(more));
             let Command::Agent(args) = cli.command else { panic!("another command") };
             let reload = Reload { follows: false, is_changed: Arc::new(|| Ok(false)) };
-            let places =
-                Places { pin_path: "/p".into(), state_dir: "/s".into(), proc_sys: "/proc/sys".into() };
+            let places = Places {
+                pin_path: "/p".into(),
+                state_dir: "/s".into(),
+                proc_sys: "/proc/sys".into(),
+            };
             let options = args.options(places, reload).expect("good options");
             options.kubernetes.expect("the API server is asked").service_cidrs
         };

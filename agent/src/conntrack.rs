@@ -1,17 +1,18 @@
 //! Deletes stale UDP entries of netfilter's connection tracking.
 //!
-//! Our own flows are translated before conntrack sees them: it knows them by real addresses. But a proxy that was there
-//! before decided once for each flow and wrote it into an entry, which lives for as long as the client sends, even
-//! when the endpoint is long dead; and where nobody served a VIP yet, an entry says that it is not to be translated.
-//! So entries towards our frontends that lead to no serving endpoint are deleted: at the start, and when UDP
-//! frontends or endpoints change. TCP and SCTP notice by themselves, and drain.
+//! Our own flows are translated before conntrack sees them: it knows them by real addresses. But a
+//! proxy that was there before decided once for each flow and wrote it into an entry, which lives
+//! for as long as the client sends, even when the endpoint is long dead; and where nobody served a
+//! VIP yet, an entry says that it is not to be translated. So entries towards our frontends that
+//! lead to no serving endpoint are deleted: at the start, and when UDP frontends or endpoints
+//! change. TCP and SCTP notice by themselves, and drain.
 //!
 //! Two differences from kube-proxy:
-//! - A node port counts only at this node's addresses. kube-proxy looks at the port alone, and so cuts flows to the
-//!   same number on any other host.
-//! - An entry that translates nothing, and whose replies come, is left alone: somebody beneath conntrack translates both
-//!   directions, as we do for the host's connected sockets. Deleted, its next reply would be a packet that
-//!   nobody asked for, and host firewalls drop those.
+//! - A node port counts only at this node's addresses. kube-proxy looks at the port alone, and so
+//!   cuts flows to the same number on any other host.
+//! - An entry that translates nothing, and whose replies come, is left alone: somebody beneath
+//!   conntrack translates both directions, as we do for the host's connected sockets. Deleted, its
+//!   next reply would be a packet that nobody asked for, and host firewalls drop those.
 
 pub mod limits;
 mod table;
@@ -29,7 +30,8 @@ use crate::model::object::IpFamily;
 
 /// The shortest time between two looks at the table.
 const PERIOD: Duration = Duration::from_secs(1);
-/// A look is followed by so many times as long without one: a large table takes no more than a twentieth of one CPU.
+/// A look is followed by so many times as long without one: a large table takes no more than a
+/// twentieth of one CPU.
 const REST: u32 = 20;
 /// Waiting times between tries of what failed: doubled from the first to the last.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(1));
@@ -56,8 +58,8 @@ pub struct Translated {
     pub left: u32,
 }
 
-/// Lists what netfilter translates in the current network namespace, a family's; it blocks. False: the table has changed
-/// meanwhile so that some may be missing.
+/// Lists what netfilter translates in the current network namespace, a family's; it blocks. False:
+/// the table has changed meanwhile so that some may be missing.
 ///
 /// # Errors
 ///
@@ -78,8 +80,9 @@ pub fn forget(family: IpFamily, connections: &[Translated]) -> io::Result<()> {
     table::forget(family, connections)
 }
 
-/// Enters connections that pass beneath conntrack, so that netfilter gives none of their source ports to others; they go after
-/// this time. Of each, the backend and the address that it sees count.
+/// Enters connections that pass beneath conntrack, so that netfilter gives none of their source
+/// ports to others; they go after this time. Of each, the backend and the address that it sees
+/// count.
 ///
 /// # Errors
 ///
@@ -105,7 +108,8 @@ pub struct UdpFrontends {
 struct Flow {
     /// Where the client sends to.
     destination: (IpAddr, u16),
-    /// Where replies come from: the endpoint, or the destination itself where nothing is translated.
+    /// Where replies come from: the endpoint, or the destination itself where nothing is
+    /// translated.
     reply_source: (IpAddr, u16),
     /// Whether a reply has come.
     answered: bool,
@@ -114,14 +118,17 @@ struct Flow {
 impl UdpFrontends {
     /// The endpoints that serve a destination; [`None`] if it is none of ours.
     fn serving(&self, (address, port): (IpAddr, u16)) -> Option<&BTreeSet<(IpAddr, u16)>> {
-        let node_port = || self.node_ports.get(&port).filter(|_| self.node_addresses.contains(&address));
+        let node_port =
+            || self.node_ports.get(&port).filter(|_| self.node_addresses.contains(&address));
         self.vips.get(&(address, port)).or_else(node_port)
     }
 
     fn is_stale(&self, flow: &Flow) -> bool {
         let is_translated_beneath = flow.answered && flow.reply_source == flow.destination;
         !is_translated_beneath
-            && self.serving(flow.destination).is_some_and(|serving| !serving.contains(&flow.reply_source))
+            && self
+                .serving(flow.destination)
+                .is_some_and(|serving| !serving.contains(&flow.reply_source))
     }
 
     /// Whether an entry of a family can be stale at all.
@@ -156,11 +163,13 @@ pub struct Cleaned {
 }
 
 /// Deletes the stale entries of a family in the current network namespace; it blocks. Where the
-/// kernel or the namespace tracks nothing there is nothing to do: no kernel module is loaded for it.
+/// kernel or the namespace tracks nothing there is nothing to do: no kernel module is loaded for
+/// it.
 ///
 /// # Errors
 ///
-/// When the kernel refuses the listing (without `CAP_NET_ADMIN`) or keeps an entry; all others are gone then.
+/// When the kernel refuses the listing (without `CAP_NET_ADMIN`) or keeps an entry; all others are
+/// gone then.
 pub fn clean(frontends: &UdpFrontends, family: IpFamily) -> io::Result<Cleaned> {
     if !frontends.concerns(family) || !table::is_used() {
         return Ok(Cleaned::default());
@@ -179,9 +188,12 @@ pub struct Told {
     pub problem: Option<String>,
 }
 
-/// Deletes stale entries at the start and whenever `frontends` change, until their sender is gone. They should be sent when the
-/// maps hold them: entries that are made meanwhile would be as stale.
-pub async fn keep_clean(mut frontends: watch::Receiver<Arc<UdpFrontends>>, told: watch::Sender<Told>) {
+/// Deletes stale entries at the start and whenever `frontends` change, until their sender is gone.
+/// They should be sent when the maps hold them: entries that are made meanwhile would be as stale.
+pub async fn keep_clean(
+    mut frontends: watch::Receiver<Arc<UdpFrontends>>,
+    told: watch::Sender<Told>,
+) {
     let mut before = Arc::<UdpFrontends>::default();
     let mut wait = RETRY.0;
     loop {
@@ -189,11 +201,12 @@ pub async fn keep_clean(mut frontends: watch::Receiver<Arc<UdpFrontends>>, told:
         if now != before {
             let all = now.and_gone(&before);
             let started = Instant::now();
-            let cleaned =
-                tokio::task::spawn_blocking(move || IpFamily::ALL.map(|family| clean(&all, family)));
-            let results = cleaned
-                .await
-                .unwrap_or_else(|panic| IpFamily::ALL.map(|_| Err(io::Error::other(panic.to_string()))));
+            let cleaned = tokio::task::spawn_blocking(move || {
+                IpFamily::ALL.map(|family| clean(&all, family))
+            });
+            let results = cleaned.await.unwrap_or_else(|panic| {
+                IpFamily::ALL.map(|_| Err(io::Error::other(panic.to_string())))
+            });
             let failed = results.iter().any(Result::is_err);
             tell(&told, results, started.elapsed());
             if failed {
@@ -213,7 +226,8 @@ pub async fn keep_clean(mut frontends: watch::Receiver<Arc<UdpFrontends>>, told:
 fn tell(told: &watch::Sender<Told>, results: [io::Result<Cleaned>; 2], took: Duration) {
     let mut problems = Vec::new();
     told.send_modify(|told| {
-        for ((family, result), deleted) in IpFamily::ALL.iter().zip(results).zip(&mut told.deleted) {
+        for ((family, result), deleted) in IpFamily::ALL.iter().zip(results).zip(&mut told.deleted)
+        {
             match result {
                 Ok(cleaned) => {
                     *deleted += cleaned.deleted;
@@ -230,9 +244,12 @@ fn tell(told: &watch::Sender<Told>, results: [io::Result<Cleaned>; 2], took: Dur
             }
         }
         told.took = took;
-        let problem = (!problems.is_empty())
-            .then(|| format!("cannot delete stale UDP entries of conntrack: {}", problems.join(", ")));
-        if let Some(problem) = problem.as_ref().filter(|problem| told.problem.as_ref() != Some(*problem)) {
+        let problem = (!problems.is_empty()).then(|| {
+            format!("cannot delete stale UDP entries of conntrack: {}", problems.join(", "))
+        });
+        if let Some(problem) =
+            problem.as_ref().filter(|problem| told.problem.as_ref() != Some(*problem))
+        {
             tracing::warn!("{problem}; trying again");
         }
         told.problem = problem;
@@ -259,7 +276,10 @@ mod tests {
                 (end("10.96.0.11:53"), ends(&[])),
                 (end("[fd00:96::10]:53"), ends(&["[fd00:244::10]:5353"])),
             ]),
-            node_ports: BTreeMap::from([(30_053, ends(&["10.244.1.10:5353", "[fd00:244::10]:5353"]))]),
+            node_ports: BTreeMap::from([(
+                30_053,
+                ends(&["10.244.1.10:5353", "[fd00:244::10]:5353"]),
+            )]),
             node_addresses: BTreeSet::from(["192.0.2.11".parse().expect("an address")]),
         }
     }
@@ -280,11 +300,18 @@ mod tests {
             ("a node port, serving", "192.0.2.11:30053", "10.244.1.10:5353", true, false),
             ("a node port, gone", "192.0.2.11:30053", "10.244.9.9:5353", true, true),
             ("another node's node port", "192.0.2.12:30053", "10.244.9.9:5353", true, false),
-            ("the same port of a host outside", "198.51.100.1:30053", "198.51.100.1:30053", false, false),
+            (
+                "the same port of a host outside",
+                "198.51.100.1:30053",
+                "198.51.100.1:30053",
+                false,
+                false,
+            ),
             ("no port of ours at the node", "192.0.2.11:514", "192.0.2.11:514", false, false),
         ];
         for (what, destination, reply_source, answered, stale) in cases {
-            let flow = Flow { destination: end(destination), reply_source: end(reply_source), answered };
+            let flow =
+                Flow { destination: end(destination), reply_source: end(reply_source), answered };
             assert_eq!(frontends().is_stale(&flow), stale, "{what}: {flow:?}");
         }
     }
@@ -292,7 +319,10 @@ mod tests {
     #[test]
     fn frontends_that_go_leave_nobody_who_serves() {
         let all = UdpFrontends::default().and_gone(&frontends());
-        assert!(all.vips.keys().eq(frontends().vips.keys()) && all.vips.values().all(BTreeSet::is_empty));
+        assert!(
+            all.vips.keys().eq(frontends().vips.keys())
+                && all.vips.values().all(BTreeSet::is_empty)
+        );
         assert_eq!(all.node_ports, BTreeMap::from([(30_053, ends(&[]))]));
         assert_eq!(frontends().and_gone(&frontends()), frontends());
     }

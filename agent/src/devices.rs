@@ -1,7 +1,7 @@
 //! Which network devices matter, and what each of them is.
 //!
-//! [`survey`] is a pure function of what netlink tells (links, addresses, default routes) and of [`Rules`]. [`watch`]
-//! keeps asking, [`own`] keeps routes for VIPs.
+//! [`survey`] is a pure function of what netlink tells (links, addresses, default routes) and of
+//! [`Rules`]. [`watch`] keeps asking, [`own`] keeps routes for VIPs.
 
 pub mod addresses;
 pub mod loopback;
@@ -117,7 +117,8 @@ pub struct Link {
     pub up: bool,
     /// Whether it is the loopback device.
     pub loopback: bool,
-    /// The network namespace of its other end, or of the device below it, where that is another one.
+    /// The network namespace of its other end, or of the device below it, where that is another
+    /// one.
     pub peer: Option<Peer>,
     /// The bridge, bond or VRF that it belongs to; 0: none.
     pub master: u32,
@@ -216,13 +217,17 @@ pub struct Survey {
 /// edge while its default route is away.
 #[must_use]
 pub fn survey(facts: &Facts, rules: &Rules, before: &Survey) -> Survey {
-    // A veth carries the node's traffic, not a pod's, where it has an address that the node is known by.
-    let was_uplink = |index| before.devices.get(&index).is_some_and(|device| device.role == Role::Uplink);
+    // A veth carries the node's traffic, not a pod's, where it has an address that the node is
+    // known by.
+    let was_uplink =
+        |index| before.devices.get(&index).is_some_and(|device| device.role == Role::Uplink);
     let is_known = |address: &LinkAddress| {
-        rules.node.contains(&address.address) || rules.policy.node_addresses.contains(&address.address)
+        rules.node.contains(&address.address)
+            || rules.policy.node_addresses.contains(&address.address)
     };
-    let is_nodes =
-        |index| was_uplink(index) || facts.addresses.get(&index).is_some_and(|all| all.iter().any(is_known));
+    let is_nodes = |index| {
+        was_uplink(index) || facts.addresses.get(&index).is_some_and(|all| all.iter().any(is_known))
+    };
     let role = |link: &Link| role(link, facts, &rules.patterns, is_nodes(link.index));
     let roles: BTreeMap<u32, Role> =
         facts.links.values().filter_map(|link| Some((link.index, role(link)?))).collect();
@@ -231,10 +236,21 @@ pub fn survey(facts: &Facts, rules: &Rules, before: &Survey) -> Survey {
     let device = |link: &Link| {
         let role = *roles.get(&link.index)?;
         let entry = entry(link, role, facts, rules, &primary)?;
-        Some(Device { index: link.index, name: link.name.clone(), role, entry, veth: link.kind == "veth" })
+        Some(Device {
+            index: link.index,
+            name: link.name.clone(),
+            role,
+            entry,
+            veth: link.kind == "veth",
+        })
     };
     Survey {
-        devices: facts.links.values().filter_map(device).map(|device| (device.index, device)).collect(),
+        devices: facts
+            .links
+            .values()
+            .filter_map(device)
+            .map(|device| (device.index, device))
+            .collect(),
         addresses: addresses::local(facts, &roles, &rules.policy, &primary, &leave),
         primary,
         leave,
@@ -242,14 +258,22 @@ pub fn survey(facts: &Facts, rules: &Rules, before: &Survey) -> Survey {
         dead_ends: facts
             .links
             .values()
-            .filter(|link| DEAD_ENDS.contains(&link.kind.as_str()) && !roles.contains_key(&link.index))
+            .filter(|link| {
+                DEAD_ENDS.contains(&link.kind.as_str()) && !roles.contains_key(&link.index)
+            })
             .map(|link| link.index)
             .collect(),
     }
 }
 
 /// The device's entry in the map; [`None`] where we cannot tell where the IP header is.
-fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFamily) -> Option<abi::Device> {
+fn entry(
+    link: &Link,
+    role: Role,
+    facts: &Facts,
+    rules: &Rules,
+    primary: &PerFamily,
+) -> Option<abi::Device> {
     let link_header = match link.layer {
         layer if ETHERNET.contains(&layer) => 14,
         layer if WITHOUT_HEADER.contains(&layer) => 0,
@@ -257,16 +281,20 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
     };
     let bridge = facts.links.get(&link.master).filter(|master| master.kind == "bridge");
     let is_switched = link.master != 0
-        && !facts.links.get(&link.master).is_some_and(|master| ["bridge", "vrf"].contains(&&*master.kind));
+        && !facts
+            .links
+            .get(&link.master)
+            .is_some_and(|master| ["bridge", "vrf"].contains(&&*master.kind));
     let is_pair = PAIRS.contains(&link.kind.as_str());
     let local_pods = match &rules.policy.detect_local {
         DetectLocal::BridgeInterface(name) => {
             link.name == *name || bridge.is_some_and(|bridge| bridge.name == *name)
         }
         DetectLocal::InterfaceNamePrefix(prefix) => link.name.starts_with(prefix),
-        DetectLocal::Device | DetectLocal::ClusterCidr | DetectLocal::NodeCidr | DetectLocal::None => {
-            role == Role::Edge
-        }
+        DetectLocal::Device
+        | DetectLocal::ClusterCidr
+        | DetectLocal::NodeCidr
+        | DetectLocal::None => role == Role::Edge,
     };
     let has_gateway_above = bridge.is_some_and(|bridge| has_gateway_above(bridge, facts));
     let (netns, hides_sockets) = match link.peer {
@@ -275,12 +303,14 @@ fn entry(link: &Link, role: Role, facts: &Facts, rules: &Rules, primary: &PerFam
         _ => (0, true),
     };
     let own = facts.addresses.get(&link.index).map_or(&[][..], Vec::as_slice);
-    let known: Vec<IpAddr> = rules.policy.node_addresses.iter().chain(&rules.node).copied().collect();
+    let known: Vec<IpAddr> =
+        rules.policy.node_addresses.iter().chain(&rules.node).copied().collect();
     // A bridge's port has no address: what leaves by it leaves by the bridge.
     let of_bridge = bridge.and_then(|bridge| facts.addresses.get(&bridge.index));
     let of_bridge = of_bridge.map_or(&[][..], Vec::as_slice);
-    let masquerade =
-        addresses::masquerade(own, &known).or(addresses::masquerade(of_bridge, &known)).or(*primary);
+    let masquerade = addresses::masquerade(own, &known)
+        .or(addresses::masquerade(of_bridge, &known))
+        .or(*primary);
     Some(abi::Device {
         role: role.number(),
         bridge: bridge.map_or(0, |bridge| bridge.index),
@@ -331,8 +361,8 @@ fn role(link: &Link, facts: &Facts, patterns: &Patterns, is_nodes: bool) -> Opti
     let addresses = facts.addresses.get(&link.index);
     let addressed =
         addresses.is_some_and(|addresses| addresses.iter().any(|found| is_global(&found.address)));
-    let tunnel =
-        FABRIC.contains(&link.kind.as_str()) || link.kind == "tun" && !ETHERNET.contains(&link.layer);
+    let tunnel = FABRIC.contains(&link.kind.as_str())
+        || link.kind == "tun" && !ETHERNET.contains(&link.layer);
     if tunnel {
         // The kernel makes a fallback device for some kinds, down until somebody uses it.
         return link.up.then_some(Role::Fabric);
@@ -352,7 +382,9 @@ fn role(link: &Link, facts: &Facts, patterns: &Patterns, is_nodes: bool) -> Opti
         "dummy" | "ifb" | "vrf" | "nlmon" => None,
         "bridge" => {
             let has_outside_port = facts.links.values().any(|port| {
-                port.master == link.index && !PAIRS.contains(&port.kind.as_str()) && port.kind != "tun"
+                port.master == link.index
+                    && !PAIRS.contains(&port.kind.as_str())
+                    && port.kind != "tun"
             });
             (routed || addressed && has_outside_port).then_some(Role::Uplink)
         }
@@ -377,7 +409,10 @@ mod tests {
     }
 
     fn facts(links: impl IntoIterator<Item = Link>) -> Facts {
-        Facts { links: links.into_iter().map(|link| (link.index, link)).collect(), ..Facts::default() }
+        Facts {
+            links: links.into_iter().map(|link| (link.index, link)).collect(),
+            ..Facts::default()
+        }
     }
 
     fn ip(text: &str) -> IpAddr {
@@ -485,8 +520,11 @@ mod tests {
     fn a_pods_device_tells_where_the_sockets_behind_it_are() {
         let sockets = |peer, kind: &str| {
             let port = Link { peer, master: 2, ..link(3, "port0", kind) };
-            let survey =
-                survey(&facts([link(2, "br0", "bridge"), port]), &Rules::default(), &Survey::default());
+            let survey = survey(
+                &facts([link(2, "br0", "bridge"), port]),
+                &Rules::default(),
+                &Survey::default(),
+            );
             let entry = survey.devices.get(&3).map(|device| device.entry);
             entry.map(|entry| (entry.netns, entry.flags & abi::device_flags::HIDES_SOCKETS != 0))
         };
@@ -502,7 +540,8 @@ mod tests {
         let is_above = |above: Link, address: &str| {
             let port = Link { peer: Some(Peer::Known(0)), master: 2, ..link(3, "veth0", "veth") };
             let end = Link { master: 2, lower: 5, ..link(4, "gw1", "veth") };
-            let facts = with_address(facts([link(2, "br0", "bridge"), port, end, above]), 5, address);
+            let facts =
+                with_address(facts([link(2, "br0", "bridge"), port, end, above]), 5, address);
             let survey = survey(&facts, &Rules::default(), &Survey::default());
             let entry = survey.devices.get(&3).map(|device| device.entry);
             entry.is_some_and(|entry| entry.flags & abi::device_flags::GATEWAY_ABOVE != 0)
@@ -531,7 +570,8 @@ mod tests {
         let outside = Link { master: 2, ..link(3, "eth0", "") };
         let pod = Link { peer: Some(Peer::Known(0)), master: 2, ..link(4, "veth0", "veth") };
         let tap = Link { master: 2, ..link(5, "tap0", "tun") };
-        let facts = with_address(facts([link(2, "br0", "bridge"), outside, pod, tap]), 2, "192.0.2.1");
+        let facts =
+            with_address(facts([link(2, "br0", "bridge"), outside, pod, tap]), 2, "192.0.2.1");
         assert_eq!(role_of(&facts, "br0"), Some(Role::Uplink));
         assert_eq!(role_of(&facts, "eth0"), None);
         assert_eq!(role_of(&facts, "veth0"), Some(Role::Edge));
@@ -544,7 +584,11 @@ mod tests {
         let wireguard = Link { layer: 0xfffe, ..link(3, "wg0", "wireguard") };
         let fallback = Link { layer: 768, up: false, ..link(4, "tunl0", "ipip") };
         let tun = Link { layer: 0xfffe, ..link(5, "tun0", "tun") };
-        let survey = survey(&facts([vxlan, wireguard, fallback, tun]), &Rules::default(), &Survey::default());
+        let survey = survey(
+            &facts([vxlan, wireguard, fallback, tun]),
+            &Rules::default(),
+            &Survey::default(),
+        );
         let headers: Vec<_> = survey
             .devices
             .values()
@@ -556,8 +600,10 @@ mod tests {
     #[test]
     fn members_of_a_bond_are_left_to_the_bond() {
         let member = Link { master: 2, ..link(3, "eth0", "") };
-        let facts =
-            with_default_route(with_address(facts([link(2, "bond0", "bond"), member]), 2, "192.0.2.1"), 2);
+        let facts = with_default_route(
+            with_address(facts([link(2, "bond0", "bond"), member]), 2, "192.0.2.1"),
+            2,
+        );
         assert_eq!(roles(&facts), [("bond0".to_owned(), Role::Uplink)]);
     }
 
@@ -572,13 +618,18 @@ mod tests {
     }
 
     #[test]
-    fn the_loopback_device_carries_what_the_host_sends_to_itself_and_its_global_addresses_are_the_nodes() {
+    fn the_loopback_device_carries_what_the_host_sends_to_itself_and_its_global_addresses_are_the_nodes()
+     {
         let lo = Link { loopback: true, layer: 772, ..link(1, "lo", "") };
         let facts = with_address(with_address(facts([lo]), 1, "127.0.0.1"), 1, "192.0.2.9");
         let survey = survey(&facts, &Rules::default(), &Survey::default());
         let roles: Vec<Role> = survey.devices.values().map(|device| device.role).collect();
         assert_eq!(roles, [Role::Loopback]);
-        assert_eq!(survey.addresses, BTreeMap::from([(ip("192.0.2.9"), true)]), "it is the primary one, too");
+        assert_eq!(
+            survey.addresses,
+            BTreeMap::from([(ip("192.0.2.9"), true)]),
+            "it is the primary one, too"
+        );
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! What the sources want against what the maps hold, entry by entry: `sluice diff`.
 //!
-//! [`Wanted`] is what an agent that starts now would make of the maps: it adopts their ids, so that the same objects
-//! give the same entries, and only real differences remain. [`compare`] names them. Both are pure; who reads the
-//! sources, the devices and the maps is the command (`cli::diff`).
+//! [`Wanted`] is what an agent that starts now would make of the maps: it adopts their ids, so that
+//! the same objects give the same entries, and only real differences remain. [`compare`] names
+//! them. Both are pure; who reads the sources, the devices and the maps is the command
+//! (`cli::diff`).
 //!
-//! Three things are no difference. A bit of `addresses` or `node_ports` may outlive its frontend, since connections
-//! to it drain; what the path itself remembers (flows, affinity, counters) nobody wants; and the network namespace's
-//! cookie and our own device in `settings` are facts of the node that the agent alone knows.
+//! Three things are no difference. A bit of `addresses` or `node_ports` may outlive its frontend,
+//! since connections to it drain; what the path itself remembers (flows, affinity, counters) nobody
+//! wants; and the network namespace's cookie and our own device in `settings` are facts of the node
+//! that the agent alone knows.
 
 mod wanted;
 mod words;

@@ -1,9 +1,10 @@
 //! Folders that only root may change: the pin path and the state directory.
 //!
-//! Whoever may rename or replace what lies in them decides what the next agent adopts, what `sluice cleanup` removes and
-//! which file root writes to. A BPF file system that was mounted without options lets everybody make folders
-//! (mode 1777), so somebody may have been there first. What is not root's alone is refused with the command that mends it; that is
-//! not done unasked, since somebody should see what was left there.
+//! Whoever may rename or replace what lies in them decides what the next agent adopts, what
+//! `sluice cleanup` removes and which file root writes to. A BPF file system that was mounted
+//! without options lets everybody make folders (mode 1777), so somebody may have been there first.
+//! What is not root's alone is refused with the command that mends it; that is not done unasked,
+//! since somebody should see what was left there.
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -56,7 +57,9 @@ fn look(used: &Path, at: &Path, role: As) -> io::Result<()> {
     let (what, mend) = if !is_trusted(found.uid()) {
         let mend = match role {
             As::Above => format!("chown -h root:root {shown}"),
-            As::Folder | As::Below => format!("chown -hR root:root {shown} && chmod -R go-w {shown}"),
+            As::Folder | As::Below => {
+                format!("chown -hR root:root {shown} && chmod -R go-w {shown}")
+            }
         };
         (format!("belongs to the user {}", found.uid()), mend)
     } else if found.is_symlink() {
@@ -76,14 +79,16 @@ fn look(used: &Path, at: &Path, role: As) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::PermissionDenied, refused))
 }
 
-/// Checks that only root may change an existing folder and the way to it; one that is not there is safe.
+/// Checks that only root may change an existing folder and the way to it; one that is not there is
+/// safe.
 ///
 /// # Errors
 ///
 /// When somebody else may: an [`Unsafe`].
 pub(crate) fn check(folder: &Path) -> io::Result<()> {
     let folder = std::path::absolute(folder)?;
-    let result = check_way(&folder, &folder).and_then(|()| check_way(&folder, &fs::canonicalize(&folder)?));
+    let result =
+        check_way(&folder, &folder).and_then(|()| check_way(&folder, &fs::canonicalize(&folder)?));
     unless_out_of_reach(result)
 }
 
@@ -131,17 +136,20 @@ pub(crate) fn check_files(folder: &Path) -> io::Result<()> {
     unless_out_of_reach(walk())
 }
 
-/// What is not there cannot be unsafe, and what this user may not look at is not used by him either.
+/// What is not there cannot be unsafe, and what this user may not look at is not used by him
+/// either.
 fn unless_out_of_reach(result: io::Result<()>) -> io::Result<()> {
     result.or_else(|error| {
-        let is_ours = error.get_ref().is_some_and(<dyn std::error::Error + Send + Sync>::is::<Unsafe>);
+        let is_ours =
+            error.get_ref().is_some_and(<dyn std::error::Error + Send + Sync>::is::<Unsafe>);
         let is_out_of_reach =
             matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied);
         if is_out_of_reach && !is_ours { Ok(()) } else { Err(error) }
     })
 }
 
-/// Makes sure that a folder is there which only root may change: makes it with this mode, or checks the one that is there.
+/// Makes sure that a folder is there which only root may change: makes it with this mode, or checks
+/// the one that is there.
 ///
 /// # Errors
 ///
@@ -171,7 +179,8 @@ mod tests {
     /// The command that is told.
     fn told(result: io::Result<()>) -> Option<String> {
         let error = result.err()?;
-        let refused = error.get_ref().and_then(|inner| inner.downcast_ref::<Unsafe>()).expect("an Unsafe");
+        let refused =
+            error.get_ref().and_then(|inner| inner.downcast_ref::<Unsafe>()).expect("an Unsafe");
         Some(refused.mend.clone())
     }
 
@@ -194,11 +203,18 @@ mod tests {
         make(&folder, CLOSED).expect("made");
         for mode in [0o720, 0o702, 0o1777] {
             chmod(&folder, mode);
-            assert_eq!(told(check(&folder)), Some(format!("chmod go-w {}", folder.display())), "{mode:o}");
+            assert_eq!(
+                told(check(&folder)),
+                Some(format!("chmod go-w {}", folder.display())),
+                "{mode:o}"
+            );
         }
         chmod(&folder, CLOSED);
         chmod(above.path(), 0o777);
-        assert_eq!(told(make(&folder, CLOSED)), Some(format!("chmod go-w {}", above.path().display())));
+        assert_eq!(
+            told(make(&folder, CLOSED)),
+            Some(format!("chmod go-w {}", above.path().display()))
+        );
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! Keeps fragments that came before their datagram's first one, until that one has been seen.
 //!
-//! The programs send such a fragment out of our own device, behind a label (see [`sluice_common::path::fragment`]). A socket of this
-//! module listens there; when the first fragment has told its ports, the fragment goes back to
-//! where it was met, by the own device again, and takes the first one's way. One whose first fragment does not
-//! come within `WAIT` goes on untouched, as the rest of its datagram then does.
+//! The programs send such a fragment out of our own device, behind a label (see
+//! [`sluice_common::path::fragment`]). A socket of this module listens there; when the first
+//! fragment has told its ports, the fragment goes back to where it was met, by the own device
+//! again, and takes the first one's way. One whose first fragment does not come within `WAIT` goes
+//! on untouched, as the rest of its datagram then does.
 //!
-//! Room is shared among devices, and among the sources behind each (see the module `waiting`). What finds none goes on untouched at
-//! once, as do all that come early while no agent runs: the programs hold fragments only as long as this module says, every
-//! `ATTEND`, that it keeps them.
+//! Room is shared among devices, and among the sources behind each (see the module `waiting`). What
+//! finds none goes on untouched at once, as do all that come early while no agent runs: the
+//! programs hold fragments only as long as this module says, every `ATTEND`, that it keeps them.
 
 mod frame;
 mod socket;
@@ -43,8 +44,10 @@ pub fn start(own_device: u32, maps: &Path) -> anyhow::Result<()> {
     let socket = Socket::open(own_device).context("cannot listen on our own device")?;
     let datagrams = Datagrams::open(maps)?;
     datagrams.attend(ticks())?;
-    let keeper = Keeper { socket, datagrams, waiting: Waiting::default(), attended: Instant::now() };
-    let _thread = thread::Builder::new().name("fragments".to_owned()).spawn(move || keeper.run())?;
+    let keeper =
+        Keeper { socket, datagrams, waiting: Waiting::default(), attended: Instant::now() };
+    let _thread =
+        thread::Builder::new().name("fragments".to_owned()).spawn(move || keeper.run())?;
     Ok(())
 }
 
@@ -66,12 +69,16 @@ impl Keeper {
             match result {
                 Ok(()) => failing = false,
                 Err(_) if self.socket.is_device_gone() => {
-                    tracing::debug!("our own device is gone, and with it the fragments that waited");
+                    tracing::debug!(
+                        "our own device is gone, and with it the fragments that waited"
+                    );
                     return;
                 }
                 Err(error) => {
                     if !failing {
-                        tracing::warn!("cannot keep fragments that come before their first one: {error:#}");
+                        tracing::warn!(
+                            "cannot keep fragments that come before their first one: {error:#}"
+                        );
                     }
                     failing = true;
                     thread::sleep(Duration::from_secs(1));
@@ -80,7 +87,8 @@ impl Keeper {
         }
     }
 
-    /// Waits for fragments, or for the time to look again; takes in those, and sends on whose time has come.
+    /// Waits for fragments, or for the time to look again; takes in those, and sends on whose time
+    /// has come.
     fn step(&mut self) -> anyhow::Result<()> {
         if self.attended.elapsed() >= ATTEND {
             self.datagrams.attend(ticks())?;
@@ -102,11 +110,14 @@ impl Keeper {
         let mut note = |error: anyhow::Error| {
             let _ = first_error.get_or_insert(error);
         };
-        for kept in self.waiting.take_told(|key| self.datagrams.is_told(key, now).unwrap_or(false)) {
+        for kept in self.waiting.take_told(|key| self.datagrams.is_told(key, now).unwrap_or(false))
+        {
             self.socket.send(&kept.frame).unwrap_or_else(|error| note(error.into()));
         }
-        let late =
-            Instant::now().checked_sub(WAIT).map(|late| self.waiting.take_older(late)).unwrap_or_default();
+        let late = Instant::now()
+            .checked_sub(WAIT)
+            .map(|late| self.waiting.take_older(late))
+            .unwrap_or_default();
         for kept in crowded.into_iter().chain(late) {
             let result = self.datagrams.give_up(&kept.frame.key, now).map_err(anyhow::Error::from);
             result.and_then(|()| Ok(self.socket.send(&kept.frame)?)).unwrap_or_else(&mut note);

@@ -1,7 +1,8 @@
-//! Health checks of Services: what a load balancer in front of the cluster asks at `healthCheckNodePort`.
+//! Health checks of Services: what a load balancer in front of the cluster asks at
+//! `healthCheckNodePort`.
 //!
-//! One plain HTTP listener a (Service, address); what they answer is in `answer`.
-//! Unlike kube-proxy, a Service has listeners in both families even if it is single-stack, and those
+//! One plain HTTP listener a (Service, address); what they answer is in `answer`. Unlike
+//! kube-proxy, a Service has listeners in both families even if it is single-stack, and those
 //! addresses that can be listened on are served even if others cannot.
 
 mod answer;
@@ -29,8 +30,8 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_
 pub enum Addresses {
     /// At every address of the node, by one listener a family.
     All,
-    /// At these addresses of the node, by a listener each. Link-local ones of IPv6 are left out: they mean nothing
-    /// without a device.
+    /// At these addresses of the node, by a listener each. Link-local ones of IPv6 are left out:
+    /// they mean nothing without a device.
     Listed(BTreeSet<IpAddr>),
 }
 
@@ -62,7 +63,8 @@ pub struct Inputs {
     pub(crate) room: Room,
 }
 
-/// Why a Service's health check is not answered everywhere: the load balancer may hold the node for dead.
+/// Why a Service's health check is not answered everywhere: the load balancer may hold the node for
+/// dead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     /// Its port.
@@ -105,8 +107,9 @@ fn plan(
     for (service, check) in checks.iter().filter(|(_, check)| check.port != 0) {
         let owner = owners.entry(check.port).or_insert(service);
         if *owner != service {
-            let cause =
-                format!("the Service {owner} has the same healthCheckNodePort: give one of them another");
+            let cause = format!(
+                "the Service {owner} has the same healthCheckNodePort: give one of them another"
+            );
             fail(&mut failures, service, check.port, cause);
         }
     }
@@ -125,8 +128,9 @@ pub async fn serve(mut inputs: Inputs, told: watch::Sender<Failures>) {
         let addresses = inputs.addresses.borrow_and_update().to_listen_on();
         let (wanted, mut failures) = plan(&inputs.checks.borrow_and_update(), &addresses);
         // All that go before any that come: ports may change hands.
-        let goes =
-            |at: &SocketAddr, (service, _): &mut (ObjectName, Listener)| wanted.get(at) != Some(service);
+        let goes = |at: &SocketAddr, (service, _): &mut (ObjectName, Listener)| {
+            wanted.get(at) != Some(service)
+        };
         for (_, (_, listener)) in open.extract_if(.., goes) {
             listener.close().await;
         }
@@ -173,11 +177,15 @@ pub async fn serve(mut inputs: Inputs, told: watch::Sender<Failures>) {
 
 /// Logs what has come and gone, each once.
 fn log(before: &Failures, now: &Failures) {
-    for (service, failure) in now.iter().filter(|(service, failure)| before.get(*service) != Some(*failure)) {
+    for (service, failure) in
+        now.iter().filter(|(service, failure)| before.get(*service) != Some(*failure))
+    {
         tracing::warn!("Service {service}: {failure}; trying again");
     }
     for service in before.keys().filter(|service| !now.contains_key(*service)) {
-        tracing::info!("no longer: Service {service}: its healthCheckNodePort is not answered everywhere");
+        tracing::info!(
+            "no longer: Service {service}: its healthCheckNodePort is not answered everywhere"
+        );
     }
 }
 

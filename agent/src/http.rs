@@ -1,4 +1,5 @@
-//! Plain HTTP/1.1 listeners with bounded connections: their ports are open to everybody who reaches the node.
+//! Plain HTTP/1.1 listeners with bounded connections: their ports are open to everybody who reaches
+//! the node.
 
 mod room;
 
@@ -25,8 +26,8 @@ use tokio::task::JoinHandle;
 use room::Answering;
 pub(crate) use room::Room;
 
-/// Connections that wait to be accepted, which takes microseconds: a burst, where nobody else is to wait for a
-/// retransmission. The kernel takes `net.core.somaxconn` if that is less.
+/// Connections that wait to be accepted, which takes microseconds: a burst, where nobody else is to
+/// wait for a retransmission. The kernel takes `net.core.somaxconn` if that is less.
 const BACKLOG: i32 = 1_024;
 /// How long a request's header may take to come, the time between requests included.
 const HEADER: Duration = Duration::from_secs(5);
@@ -39,7 +40,8 @@ const HEADER_MAX: usize = 8 * 1024;
 /// The largest body that is read, bytes, and how long it may take to come.
 const BODY_MAX: usize = 1024;
 const BODY: Duration = Duration::from_secs(5);
-/// How long to wait when no connection can be accepted (descriptors or memory are short): until what is closed then is gone.
+/// How long to wait when no connection can be accepted (descriptors or memory are short): until
+/// what is closed then is gone.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(10);
 
 /// Why nobody listens at an address.
@@ -55,7 +57,9 @@ impl Error {
     fn new(at: SocketAddr, cause: io::Error) -> Self {
         let hint = match cause.raw_os_error() {
             Some(libc::EADDRINUSE) => " (find who has it with `ss -ltnp`)",
-            Some(libc::EADDRNOTAVAIL) => " (the address is not, or not yet, on a device of this node)",
+            Some(libc::EADDRNOTAVAIL) => {
+                " (the address is not, or not yet, on a device of this node)"
+            }
             Some(libc::EACCES) => {
                 " (ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE)"
             }
@@ -70,9 +74,10 @@ impl Error {
     }
 }
 
-/// Answers a request. Its body is read where it is PUT, and is text; the address of who asks is among its extensions.
-/// An answer's body may be shared between those who get the same.
-pub(crate) type Handler = Arc<dyn Fn(Request<String>) -> BoxFuture<'static, Response<Bytes>> + Send + Sync>;
+/// Answers a request. Its body is read where it is PUT, and is text; the address of who asks is
+/// among its extensions. An answer's body may be shared between those who get the same.
+pub(crate) type Handler =
+    Arc<dyn Fn(Request<String>) -> BoxFuture<'static, Response<Bytes>> + Send + Sync>;
 
 /// A listener that answers requests until it is dropped.
 pub(crate) struct Listener {
@@ -131,7 +136,9 @@ async fn accept(listener: TcpListener, at: SocketAddr, handler: Handler, room: R
         match accepted {
             Ok((stream, peer, local)) => {
                 let (handler, closed) = (Arc::clone(&handler), closed.clone());
-                room.hold(peer, local, |answering| converse(stream, peer, handler, answering, closed));
+                room.hold(peer, local, |answering| {
+                    converse(stream, peer, handler, answering, closed)
+                });
             }
             // One that was reset before it was accepted is nobody's loss.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -145,7 +152,10 @@ async fn accept(listener: TcpListener, at: SocketAddr, handler: Handler, room: R
 }
 
 /// A request with its body, as far as that is read; else the status to refuse it with.
-async fn whole(request: Request<Incoming>, peer: SocketAddr) -> Result<Request<String>, StatusCode> {
+async fn whole(
+    request: Request<Incoming>,
+    peer: SocketAddr,
+) -> Result<Request<String>, StatusCode> {
     let (mut parts, body) = request.into_parts();
     let _ = parts.extensions.insert(peer);
     if parts.method != Method::PUT {

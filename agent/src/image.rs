@@ -22,8 +22,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use sluice_common::abi::{
-    Backend, Class, Ipv4Address, Ipv6Address, Name, NodeAddress, OriginKey, Origins, Range, Service,
-    ServiceKey, ServicePort,
+    Backend, Class, Ipv4Address, Ipv6Address, Name, NodeAddress, OriginKey, Origins, Range,
+    Service, ServiceKey, ServicePort,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -41,19 +41,22 @@ pub struct Image {
     pub v4: FamilyImage<V4>,
     /// The IPv6 maps.
     pub v6: FamilyImage<V6>,
-    /// Service-port id -> its ranges, affinity and policies; the map `ports`. Has the keys of `names`.
+    /// Service-port id -> its ranges, affinity and policies; the map `ports`. Has the keys of
+    /// `names`.
     pub ports: BTreeMap<u32, ServicePort>,
     /// Service-port id -> whose it is; the map `names`.
     pub names: BTreeMap<u32, Name>,
     /// First slot of a range -> the backend id in each of its slots; the map `slots`.
     ///
-    /// Ranges begin at multiples of [`sluice_common::abi::SLOTS_PER_BLOCK`], so no two share a block.
+    /// Ranges begin at multiples of [`sluice_common::abi::SLOTS_PER_BLOCK`], so no two share a
+    /// block.
     pub slots: BTreeMap<u32, Vec<u32>>,
     /// Lane -> bits of [`sluice_common::abi::listing`], none of them zero; the map `addresses`.
     ///
     /// A lane may belong to several addresses: its bits are those of all of them.
     pub lanes: BTreeMap<u32, u8>,
-    /// Word -> a bit for each port number that a node port has, none of the words zero; the map `node_ports`.
+    /// Word -> a bit for each port number that a node port has, none of the words zero; the map
+    /// `node_ports`.
     pub node_ports: BTreeMap<u32, u64>,
 }
 
@@ -116,7 +119,8 @@ pub enum Write {
     },
     /// Set a lane of `addresses` to exactly these bits; zero clears it.
     Listing {
-        /// The lane (see [`sluice_common::family::lane`]): bits `4 * (lane % 16)` of word `lane / 16`.
+        /// The lane (see [`sluice_common::family::lane`]): bits `4 * (lane % 16)` of word
+        /// `lane / 16`.
         lane: u32,
         /// The new bits.
         bits: u8,
@@ -318,8 +322,8 @@ pub trait Dataplane {
 
     /// What the maps hold now.
     ///
-    /// Ranges of slots are found through the service ports that refer to them, service ports through
-    /// `names`, backends by a generation other than zero.
+    /// Ranges of slots are found through the service ports that refer to them, service ports
+    /// through `names`, backends by a generation other than zero.
     ///
     /// # Errors
     ///

@@ -31,11 +31,14 @@ fn filter(verbosity: u8) -> &'static str {
 
 /// Starts the log. The variable `SLUICE_LOG` goes before the verbosity.
 pub(crate) fn start(verbosity: u8, format: LogFormat) {
-    let chosen = EnvFilter::try_from_env("SLUICE_LOG").unwrap_or_else(|_| EnvFilter::new(filter(verbosity)));
+    let chosen =
+        EnvFilter::try_from_env("SLUICE_LOG").unwrap_or_else(|_| EnvFilter::new(filter(verbosity)));
     let (chosen, handle) = reload::Layer::new(chosen);
     let lines = fmt::layer().with_writer(std::io::stderr);
     let lines = match format {
-        LogFormat::Text => lines.with_target(false).with_ansi(std::io::stderr().is_terminal()).boxed(),
+        LogFormat::Text => {
+            lines.with_target(false).with_ansi(std::io::stderr().is_terminal()).boxed()
+        }
         LogFormat::Json => lines.json().flatten_event(true).boxed(),
     };
     // A process starts one log: whoever has started another before keeps it.

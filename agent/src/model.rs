@@ -31,7 +31,8 @@ use report::{Author, Flaw, Note, Notebook, Report, Reports, Subject};
 pub struct Settings {
     /// The node's name, as in `nodeName` of endpoints.
     pub node: Option<Arc<str>>,
-    /// Serve Services with this label `service.kubernetes.io/service-proxy-name`, instead of those without.
+    /// Serve Services with this label `service.kubernetes.io/service-proxy-name`, instead of those
+    /// without.
     pub proxy_name: Option<Box<str>>,
     /// The sources that must deliver their first full list.
     pub sources: BTreeSet<SourceId>,
@@ -133,7 +134,9 @@ impl Model {
         let Event { source, change } = event;
         match change {
             Change::Service(name, spec) => self.set_service(source, name, spec),
-            Change::Slice(kind, name, slice) => self.set_slice(SliceKey { source, kind, name }, slice, now),
+            Change::Slice(kind, name, slice) => {
+                self.set_slice(SliceKey { source, kind, name }, slice, now);
+            }
             Change::Node(name, spec) => {
                 if self.settings.node.as_ref() == Some(&name) {
                     let _ = match spec {
@@ -155,7 +158,8 @@ impl Model {
         }
     }
 
-    /// Says which addresses the node's own devices have, and for each whether node ports are served there.
+    /// Says which addresses the node's own devices have, and for each whether node ports are served
+    /// there.
     pub fn set_interfaces(&mut self, addresses: BTreeMap<IpAddr, bool>) {
         let serving = |addresses: &BTreeMap<IpAddr, bool>| -> BTreeSet<IpAddr> {
             addresses.iter().filter(|(_, serves)| **serves).map(|(address, _)| *address).collect()
@@ -168,7 +172,8 @@ impl Model {
         self.refresh_node();
     }
 
-    /// Marks the Services with an endpoint at one of some addresses, or one that has hints for zones.
+    /// Marks the Services with an endpoint at one of some addresses, or one that has hints for
+    /// zones.
     fn mark_endpoints(&mut self, addresses: &BTreeSet<IpAddr>, hinted: bool) {
         if addresses.is_empty() && !hinted {
             return;
@@ -192,10 +197,9 @@ impl Model {
             return;
         }
         let concerned = |spec: &ServiceSpec| {
-            [&spec.cluster_ips, &spec.ingress, &spec.external_ips]
-                .into_iter()
-                .flatten()
-                .any(|address| matches!(address, Address::Valid(address) if changed.contains(address)))
+            [&spec.cluster_ips, &spec.ingress, &spec.external_ips].into_iter().flatten().any(
+                |address| matches!(address, Address::Valid(address) if changed.contains(address)),
+            )
         };
         let services = self.services.iter().filter(|(_, specs)| specs.values().any(concerned));
         self.dirty.extend(services.map(|(name, _)| name.clone()));
@@ -239,7 +243,9 @@ impl Model {
 
     /// The Services that have a TCP node port.
     fn node_port_owners(&self, port: u16) -> impl Iterator<Item = &ObjectName> {
-        let owner = move |family: IpFamily| self.claims.winner(&(family.unspecified(), port, Protocol::Tcp));
+        let owner = move |family: IpFamily| {
+            self.claims.winner(&(family.unspecified(), port, Protocol::Tcp))
+        };
         IpFamily::ALL.into_iter().filter_map(owner)
     }
 
@@ -248,7 +254,8 @@ impl Model {
         if !vip.is_unspecified() {
             return self.endpoints.users((vip, number, protocol)).cloned().collect();
         }
-        let serving = self.interfaces.iter().filter(|(_, serves)| **serves).map(|(address, _)| *address);
+        let serving =
+            self.interfaces.iter().filter(|(_, serves)| **serves).map(|(address, _)| *address);
         serving
             .filter(|address| IpFamily::of(*address) == IpFamily::of(vip))
             .flat_map(|address| self.endpoints.users((address, number, protocol)))
@@ -278,7 +285,8 @@ impl Model {
         self.report(Author::Plan(service.clone()), notes, now);
     }
 
-    /// The Services that load balancers ask this node about, of those that [`Self::take`] has derived.
+    /// The Services that load balancers ask this node about, of those that [`Self::take`] has
+    /// derived.
     pub fn health_checks(&self) -> &BTreeMap<ObjectName, HealthCheck> {
         &self.health_checks
     }
@@ -336,7 +344,11 @@ impl Model {
                 let what = "no label names its Service: left out";
                 notes.push((
                     key.subject(),
-                    Note::new(Flaw::NoServiceLabel, "metadata.labels[kubernetes.io/service-name]", what),
+                    Note::new(
+                        Flaw::NoServiceLabel,
+                        "metadata.labels[kubernetes.io/service-name]",
+                        what,
+                    ),
                 ));
             }
             if slice.surplus > 0 {
@@ -350,7 +362,10 @@ impl Model {
             }
             if let Err(word) = &slice.family {
                 let what = format!("{word} addresses are not served: the slice is left out");
-                notes.push((key.subject(), Note::new(Flaw::UnsupportedAddressType, "addressType", what)));
+                notes.push((
+                    key.subject(),
+                    Note::new(Flaw::UnsupportedAddressType, "addressType", what),
+                ));
             }
         }
         self.report(Author::Slice(key.clone()), notes, now);
@@ -434,7 +449,10 @@ impl Model {
         let mut notes = Notebook::default();
         if self.services.get(name).is_some_and(|specs| specs.len() > 1) {
             notes.add(&Subject::object("Service", name), Flaw::DuplicateObject, || {
-                (String::new(), "manifests and the API server both have it: the manifest counts".into())
+                (
+                    String::new(),
+                    "manifests and the API server both have it: the manifest counts".into(),
+                )
             });
         }
         let Claimed { mut ports, addresses, health_port } = match self.service(name) {
@@ -479,7 +497,8 @@ impl Model {
         }
     }
 
-    /// Tells where a health check port is a node port: packets for it never reach who answers health checks.
+    /// Tells where a health check port is a node port: packets for it never reach who answers
+    /// health checks.
     fn note_health_ports(
         &self,
         name: &ObjectName,
@@ -513,14 +532,23 @@ impl Model {
     }
 
     /// Takes away the frontends that an older Service has.
-    fn arbitrate(&self, name: &ObjectName, ports: &mut BTreeMap<PortKey, DesiredPort>, notes: &mut Notebook) {
+    fn arbitrate(
+        &self,
+        name: &ObjectName,
+        ports: &mut BTreeMap<PortKey, DesiredPort>,
+        notes: &mut Notebook,
+    ) {
         let subject = Subject::object("Service", name);
         for (key, port) in &mut *ports {
             for frontend in frontends(key, port).collect::<Vec<_>>() {
                 let (address, number, protocol) = frontend;
                 let what = || {
                     if address.is_unspecified() {
-                        return format!("node port {number} {} {}", protocol.word(), key.family.word());
+                        return format!(
+                            "node port {number} {} {}",
+                            protocol.word(),
+                            key.family.word()
+                        );
                     }
                     format!("{} {}", std::net::SocketAddr::from((address, number)), protocol.word())
                 };
@@ -607,7 +635,12 @@ mod tests {
         let mut model =
             Model::new(Settings { sources: [SourceId::Kubernetes].into(), ..Settings::default() });
         let name = ObjectName::new("kube-system", "kube-dns");
-        let port = PortSpec { number: 53, protocol: "UDP".into(), node_port: 30_053, ..PortSpec::default() };
+        let port = PortSpec {
+            number: 53,
+            protocol: "UDP".into(),
+            node_port: 30_053,
+            ..PortSpec::default()
+        };
         let spec = ServiceSpec {
             cluster_ips: vec![Address::Valid(DNS)],
             ports: vec![port],

@@ -30,7 +30,8 @@ use tokio::time::Instant;
 use crate::http::{Handler, Listener, Room};
 use metrics::Metrics;
 
-/// A change that has been waiting for so long makes the proxy unhealthy: kube-proxy's two sync periods.
+/// A change that has been waiting for so long makes the proxy unhealthy: kube-proxy's two sync
+/// periods.
 const OVERDUE: Duration = Duration::from_mins(1);
 /// Waiting times between tries to listen: doubled from the first to the last.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
@@ -161,10 +162,14 @@ impl Monitor {
 
     async fn metrics(&self) -> Response<Bytes> {
         match self.exporter.text().await {
-            Ok(text) => {
-                response(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", text)
+            Ok(text) => response(
+                StatusCode::OK,
+                "application/openmetrics-text; version=1.0.0; charset=utf-8",
+                text,
+            ),
+            Err(error) => {
+                response(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("{error}\n"))
             }
-            Err(error) => response(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("{error}\n")),
         }
     }
 
@@ -183,8 +188,12 @@ impl Monitor {
     fn metrics_handler(self: &Arc<Self>) -> Handler {
         let this = Arc::clone(self);
         let read = handler(move |path| match path {
-            "/proxyMode" => Some(response(StatusCode::OK, "text/plain; charset=utf-8", "sluice".to_owned())),
-            "/healthz" => Some(response(StatusCode::OK, "text/plain; charset=utf-8", "ok".to_owned())),
+            "/proxyMode" => {
+                Some(response(StatusCode::OK, "text/plain; charset=utf-8", "sluice".to_owned()))
+            }
+            "/healthz" => {
+                Some(response(StatusCode::OK, "text/plain; charset=utf-8", "ok".to_owned()))
+            }
             _ => None,
         });
         Arc::new(move |request| {
@@ -212,7 +221,8 @@ fn verbosity(request: &Request<String>) -> Response<Bytes> {
         );
     }
     if request.method() != Method::PUT {
-        let mut refused = text(StatusCode::METHOD_NOT_ALLOWED, "PUT a number: 0, 1 or more\n".to_owned());
+        let mut refused =
+            text(StatusCode::METHOD_NOT_ALLOWED, "PUT a number: 0, 1 or more\n".to_owned());
         let _ = refused.headers_mut().insert(ALLOW, HeaderValue::from_static("PUT"));
         return refused;
     }
@@ -255,12 +265,14 @@ fn handler(
             let _ = refused.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
             return refused;
         }
-        answer(request.uri().path())
-            .unwrap_or_else(|| response(StatusCode::NOT_FOUND, "text/plain", "not found\n".to_owned()))
+        answer(request.uri().path()).unwrap_or_else(|| {
+            response(StatusCode::NOT_FOUND, "text/plain", "not found\n".to_owned())
+        })
     })
 }
 
-/// Answers for as long as the task lives. `told` always holds where nobody can listen, and why; it is tried again.
+/// Answers for as long as the task lives. `told` always holds where nobody can listen, and why; it
+/// is tried again.
 pub(crate) async fn serve(
     monitor: Arc<Monitor>,
     addresses: Addresses,
@@ -268,22 +280,25 @@ pub(crate) async fn serve(
     told: watch::Sender<Vec<String>>,
 ) {
     let healthz = addresses.healthz.into_iter().map(|at| (at, monitor.healthz_handler()));
-    let mut closed: Vec<_> =
-        healthz.chain(addresses.metrics.into_iter().map(|at| (at, monitor.metrics_handler()))).collect();
+    let mut closed: Vec<_> = healthz
+        .chain(addresses.metrics.into_iter().map(|at| (at, monitor.metrics_handler())))
+        .collect();
     let mut open = Vec::new();
     let mut wait = RETRY.0;
     loop {
         let mut problems = Vec::new();
-        closed.retain(|(at, handler)| match Listener::open(*at, Arc::clone(handler), room.clone()) {
-            Ok(listener) => {
-                tracing::debug!(%at, "answers monitoring");
-                open.push(listener);
-                false
-            }
-            Err(error) if error.is_no_such_family() => false,
-            Err(error) => {
-                problems.push(format!("monitoring is not answered: {error}"));
-                true
+        closed.retain(|(at, handler)| {
+            match Listener::open(*at, Arc::clone(handler), room.clone()) {
+                Ok(listener) => {
+                    tracing::debug!(%at, "answers monitoring");
+                    open.push(listener);
+                    false
+                }
+                Err(error) if error.is_no_such_family() => false,
+                Err(error) => {
+                    problems.push(format!("monitoring is not answered: {error}"));
+                    true
+                }
             }
         });
         let _ = told.send_if_modified(|before| {

@@ -1,15 +1,17 @@
-//! From what Services want to the content of the maps: pure, and in work proportional to what changed.
+//! From what Services want to the content of the maps: pure, and in work proportional to what
+//! changed.
 //!
-//! The plan gives out ids and ranges of slots and knows who has them. What an update frees is given away
-//! only behind the update's own writes, hence behind the grace that ends them.
+//! The plan gives out ids and ranges of slots and knows who has them. What an update frees is given
+//! away only behind the update's own writes, hence behind the grace that ends them.
 //!
 //! Room. A range is as large as [`maglev::size`] says. If no gap is large enough, an update of a
 //! service port that is already served takes it from the reserve, then a smaller table, at last it
 //! overwrites its own range (and has no backends for a moment). A new service port gets a smaller
 //! table or is refused. Whoever got less than due is tried again when something becomes free.
 //!
-//! Fairness. What a Service has it keeps. What is free goes to the older Services first, to the ClusterIPs of all of
-//! them before any other frontend, and to no namespace that holds far more than what would be left (`shares.rs`).
+//! Fairness. What a Service has it keeps. What is free goes to the older Services first, to the
+//! ClusterIPs of all of them before any other frontend, and to no namespace that holds far more
+//! than what would be left (`shares.rs`).
 
 mod adopt;
 pub use adopt::node_ports_of_bits;
@@ -24,7 +26,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use sluice_common::abi::{self, NodeAddress, OriginKey, Range, Service, ServiceKey, frontend, node_address};
+use sluice_common::abi::{
+    self, NodeAddress, OriginKey, Range, Service, ServiceKey, frontend, node_address,
+};
 use sluice_common::{Family, V4, V6, maglev};
 
 use crate::image::{Image, SourceKey, Stack, Write, node_port_bit};
@@ -58,8 +62,9 @@ pub struct Sizes {
 }
 
 impl Default for Sizes {
-    /// The sizes of the ABI, with a reserve of one largest range. One in 16 frontends, source ranges and addresses is
-    /// left for those that a large update removes only after it has inserted the new ones.
+    /// The sizes of the ABI, with a reserve of one largest range. One in 16 frontends, source
+    /// ranges and addresses is left for those that a large update removes only after it has
+    /// inserted the new ones.
     fn default() -> Self {
         Self {
             ports: abi::PORTS_MAX,
@@ -77,7 +82,8 @@ impl Default for Sizes {
 const INSERTED_AT_ONCE: u32 = 2_048;
 /// Backends that one draft touches, about: it holds all it touches twice.
 const TOUCHED_AT_ONCE: u32 = 8_192;
-/// Services that got less than they want and are tried again together, after an update that freed something.
+/// Services that got less than they want and are tried again together, after an update that freed
+/// something.
 const RETRIED_AT_ONCE: usize = 16;
 
 /// What an update leads to.
@@ -167,8 +173,8 @@ type User<A> = (OriginKey<A>, (A, u16), u32);
 #[derive(Clone, Debug)]
 struct FamilyPlan<F: Family> {
     ids: BackendIds<F::Address>,
-    /// Endpoint, with the least frontend of each service port that it is a backend of, and the service port. Those without
-    /// a frontend that a reply could show are left out.
+    /// Endpoint, with the least frontend of each service port that it is a backend of, and the
+    /// service port. Those without a frontend that a reply could show are left out.
     users: BTreeSet<User<F::Address>>,
     /// Frontends of each namespace, without its ClusterIPs as such.
     frontends: Shares,
@@ -284,8 +290,8 @@ impl Plan {
         work.update
     }
 
-    /// Tries some Services again that got less than they want. Returns whether there were any, and all got it: then there
-    /// may be room for more of them.
+    /// Tries some Services again that got less than they want. Returns whether there were any, and
+    /// all got it: then there may be room for more of them.
     fn retry(&mut self, work: &mut Work) -> bool {
         let again = self.take_waiting();
         let left = self.waiting.len();
@@ -296,7 +302,8 @@ impl Plan {
         !again.is_empty() && self.waiting.len() == left
     }
 
-    /// Takes the oldest of the Services that wait for something of which their namespace would get some now.
+    /// Takes the oldest of the Services that wait for something of which their namespace would get
+    /// some now.
     fn take_waiting(&mut self) -> Vec<(ObjectName, Waiting)> {
         let mut names: Vec<&ObjectName> = self
             .waiting
@@ -304,32 +311,46 @@ impl Plan {
             .filter(|(name, waiting)| self.grants_any(&name.namespace, waiting.lacks))
             .map(|(name, _)| name)
             .collect();
-        names.sort_by_key(|name| self.waiting.get(*name).map(|waiting| rank(name, &waiting.desired)));
+        names.sort_by_key(|name| {
+            self.waiting.get(*name).map(|waiting| rank(name, &waiting.desired))
+        });
         let names: Vec<ObjectName> = names.into_iter().take(RETRIED_AT_ONCE).cloned().collect();
         names.into_iter().filter_map(|name| self.waiting.remove_entry(&name)).collect()
     }
 
     /// Whether a namespace would get more of something that there was too little of.
     fn grants_any(&self, namespace: &str, lacks: u32) -> bool {
-        lacks & lack::PORTS != 0 && grant(self.port_shares.held(namespace), self.port_ids.free(), 1) > 0
-            || lacks & lack::SLOTS != 0 && grant(self.slot_shares.held(namespace), self.arena.free(), 1) > 0
+        lacks & lack::PORTS != 0
+            && grant(self.port_shares.held(namespace), self.port_ids.free(), 1) > 0
+            || lacks & lack::SLOTS != 0
+                && grant(self.slot_shares.held(namespace), self.arena.free(), 1) > 0
             || self.grants_any_of::<V4>(&self.v4, namespace, lacks)
             || self.grants_any_of::<V6>(&self.v6, namespace, lacks >> lack::IPV6)
     }
 
-    fn grants_any_of<F: Planning>(&self, plan: &FamilyPlan<F>, namespace: &str, lacks: u32) -> bool {
+    fn grants_any_of<F: Planning>(
+        &self,
+        plan: &FamilyPlan<F>,
+        namespace: &str,
+        lacks: u32,
+    ) -> bool {
         let frontends = plan.frontends.held(namespace);
         let sources = self.free_sources::<F>();
         lacks & lack::CLUSTER_IPS != 0 && grant(frontends, self.free_frontends::<F>(true), 1) > 0
-            || lacks & lack::FRONTENDS != 0 && grant(frontends, self.free_frontends::<F>(false), 1) > 0
-            || lacks & lack::BACKENDS != 0 && grant(plan.backends.held(namespace), plan.ids.free(), 1) > 0
+            || lacks & lack::FRONTENDS != 0
+                && grant(frontends, self.free_frontends::<F>(false), 1) > 0
+            || lacks & lack::BACKENDS != 0
+                && grant(plan.backends.held(namespace), plan.ids.free(), 1) > 0
             || lacks & lack::SOURCES != 0 && grant(plan.sources.held(namespace), sources, 1) > 0
     }
 
     /// How many frontends are free: a sixteenth of all is for ClusterIPs alone.
     fn free_frontends<F: Planning>(&self, cluster_ip: bool) -> u32 {
         let kept = if cluster_ip { 0 } else { self.sizes.services / 16 };
-        self.sizes.services.saturating_sub(kept).saturating_sub(F::of(&self.image).services.len() as u32)
+        self.sizes
+            .services
+            .saturating_sub(kept)
+            .saturating_sub(F::of(&self.image).services.len() as u32)
     }
 
     fn free_sources<F: Planning>(&self) -> u32 {
@@ -343,7 +364,10 @@ impl Plan {
         let mut work = Work::default();
         let old = std::mem::replace(&mut self.nodes, addresses);
         let reasons = |nodes: &BTreeMap<IpAddr, bool>| -> BTreeSet<(IpAddr, bool)> {
-            nodes.iter().flat_map(|(address, serves)| [(*address, false), (*address, *serves)]).collect()
+            nodes
+                .iter()
+                .flat_map(|(address, serves)| [(*address, false), (*address, *serves)])
+                .collect()
         };
         let (before, after) = (reasons(&old), reasons(&self.nodes));
         let why = |node_ports: bool| if node_ports { Why::NodePorts } else { Why::Node };
@@ -383,7 +407,8 @@ impl Plan {
         }
     }
 
-    /// Plans Services, in this order: first what all of them need to be served at their ClusterIPs, then the rest.
+    /// Plans Services, in this order: first what all of them need to be served at their ClusterIPs,
+    /// then the rest.
     fn plan_services(&mut self, services: &[(&ObjectName, &Desired)], work: &mut Work) {
         let mut found: Vec<(Vec<Note>, u32)> = Vec::with_capacity(services.len());
         for (name, desired) in services {
@@ -398,7 +423,8 @@ impl Plan {
             work.lacks = lacks;
             self.plan_frontends(desired, work, &mut notes);
             // Where a port found no room, its clients must not be told that there is none.
-            let wanted = desired.addresses.iter().filter(|vip| self.is_whole(desired, IpFamily::of(**vip)));
+            let wanted =
+                desired.addresses.iter().filter(|vip| self.is_whole(desired, IpFamily::of(**vip)));
             let wanted = wanted.copied().collect();
             self.plan_addresses(name, &wanted, work, &mut notes);
             if !notes.is_empty() {
@@ -410,8 +436,15 @@ impl Plan {
         }
     }
 
-    /// Plans a Service's ports, with their ClusterIPs and those of their other frontends that they have.
-    fn plan_ports(&mut self, name: &ObjectName, desired: &Desired, work: &mut Work, notes: &mut Vec<Note>) {
+    /// Plans a Service's ports, with their ClusterIPs and those of their other frontends that they
+    /// have.
+    fn plan_ports(
+        &mut self,
+        name: &ObjectName,
+        desired: &Desired,
+        work: &mut Work,
+        notes: &mut Vec<Note>,
+    ) {
         for key in self.keys_of(name) {
             if !desired.ports.contains_key(&key) {
                 match key.family {
@@ -449,8 +482,11 @@ impl Plan {
     fn is_whole(&self, desired: &Desired, family: IpFamily) -> bool {
         desired.ports.iter().filter(|(key, _)| key.family == family).all(|(key, port)| {
             let planned = self.ids.get(key).and_then(|id| self.planned.get(id));
-            let mut cluster_ips = port.frontends.iter().filter(|(_, kind)| **kind == FrontendKind::ClusterIp);
-            planned.is_some_and(|planned| cluster_ips.all(|(at, _)| planned.frontends.contains_key(at)))
+            let mut cluster_ips =
+                port.frontends.iter().filter(|(_, kind)| **kind == FrontendKind::ClusterIp);
+            planned.is_some_and(|planned| {
+                cluster_ips.all(|(at, _)| planned.frontends.contains_key(at))
+            })
         })
     }
 
@@ -483,7 +519,8 @@ impl Plan {
                 let _ = self.holders.insert((*address, name.clone()));
                 let _ = held.insert(*address);
             } else {
-                let what = format!("no frontend is free: {address} does not reject what no port is for");
+                let what =
+                    format!("no frontend is free: {address} does not reject what no port is for");
                 notes.push(Note::new(Flaw::NoRoom, "spec.clusterIPs", what));
             }
         }
@@ -492,7 +529,12 @@ impl Plan {
         }
     }
 
-    fn add_address<F: Planning>(&mut self, name: &ObjectName, address: IpAddr, work: &mut Work) -> bool {
+    fn add_address<F: Planning>(
+        &mut self,
+        name: &ObjectName,
+        address: IpAddr,
+        work: &mut Work,
+    ) -> bool {
         let Some(key) = F::address(address).map(whole::<F>) else { return false };
         if F::of(&self.image).services.contains_key(&key) {
             return true;
@@ -563,11 +605,18 @@ impl Plan {
         }
     }
 
-    /// Finds room for a table of a wished size: for an update, also in the reserve; at need, and where a namespace has
-    /// its share, a smaller one.
+    /// Finds room for a table of a wished size: for an update, also in the reserve; at need, and
+    /// where a namespace has its share, a smaller one.
     ///
-    /// `own` is how many blocks an update has that it gives back in the end; [`None`] for a new service port.
-    fn find_room(&mut self, size: u32, own: Option<u32>, namespace: &str, work: &mut Work) -> Option<Range> {
+    /// `own` is how many blocks an update has that it gives back in the end; [`None`] for a new
+    /// service port.
+    fn find_room(
+        &mut self,
+        size: u32,
+        own: Option<u32>,
+        namespace: &str,
+        work: &mut Work,
+    ) -> Option<Range> {
         let mut flushed = false;
         let back = own.unwrap_or(0);
         let mut size = size;
@@ -603,7 +652,8 @@ impl Plan {
         }
     }
 
-    /// Whether a namespace that gives some blocks back gets others, while so many are as good as free.
+    /// Whether a namespace that gives some blocks back gets others, while so many are as good as
+    /// free.
     fn grants_blocks(&self, blocks: u32, free: u32, back: u32, namespace: &str) -> bool {
         grant(self.slot_shares.held(namespace).saturating_sub(back), free, blocks) == blocks
     }
@@ -626,8 +676,8 @@ impl Plan {
         }
     }
 
-    /// Sets the bit of a port number after a frontend with it came; after it went, clears it when many others have
-    /// gone after it.
+    /// Sets the bit of a port number after a frontend with it came; after it went, clears it when
+    /// many others have gone after it.
     fn refresh_node_port(&mut self, port: u16, work: &mut Work) {
         let is_set = self.has_node_port_bit(port);
         if has_node_port::<V4>(&self.image, port) || has_node_port::<V6>(&self.image, port) {
@@ -655,8 +705,8 @@ impl Plan {
         work.draft.set_node_ports(&mut self.image, word, bits);
     }
 
-    /// Writes which frontends lead to an endpoint: the first few, in order. A node port is none of them: it has no
-    /// address of its own that a reply could show.
+    /// Writes which frontends lead to an endpoint: the first few, in order. A node port is none of
+    /// them: it has no address of its own that a reply could show.
     ///
     /// However many service ports share the endpoint, only the first few are looked at.
     fn refresh_origins<F: Planning>(&mut self, endpoint: OriginKey<F::Address>, work: &mut Work) {
@@ -664,7 +714,8 @@ impl Plan {
         let wanted = origins.frontends.len();
         let mut frontends: BTreeSet<(F::Address, u16)> = BTreeSet::new();
         let first = (endpoint, (F::Address::default(), 0), 0);
-        let users = F::of_plan(self).users.range(first..).take_while(|(other, ..)| *other == endpoint);
+        let users =
+            F::of_plan(self).users.range(first..).take_while(|(other, ..)| *other == endpoint);
         let users: Vec<User<F::Address>> = users.take(wanted).copied().collect();
         for (_, _, id) in users {
             let planned = self.planned.get(&id);
@@ -688,7 +739,9 @@ impl Plan {
     ) {
         let before = F::of(&self.image).services.get(&key).copied();
         for (service, counts) in [(before, (1, 0)), (service, (0, 1))] {
-            if let Some(namespace) = service.and_then(|service| self.namespace(service.service_port)) {
+            if let Some(namespace) =
+                service.and_then(|service| self.namespace(service.service_port))
+            {
                 F::of_plan(self).frontends.change(&namespace, counts.0, counts.1);
             }
         }
@@ -696,7 +749,12 @@ impl Plan {
     }
 
     /// Lets a source in, or no longer.
-    fn set_source<F: Planning>(&mut self, key: SourceKey<F::Address>, permitted: bool, work: &mut Work) {
+    fn set_source<F: Planning>(
+        &mut self,
+        key: SourceKey<F::Address>,
+        permitted: bool,
+        work: &mut Work,
+    ) {
         let before = F::of(&self.image).source_ranges.contains_key(&key);
         if let Some(namespace) = self.namespace(key.service_port) {
             F::of_plan(self).sources.change(&namespace, before.into(), permitted.into());
@@ -754,6 +812,11 @@ fn has_node_port<F: Stack>(image: &Image, port: u16) -> bool {
     let services = &F::of(image).services;
     Protocol::ALL.into_iter().any(|protocol| {
         let address = F::Address::default();
-        services.contains_key(&ServiceKey { address, port, protocol: protocol.number(), reserved: 0 })
+        services.contains_key(&ServiceKey {
+            address,
+            port,
+            protocol: protocol.number(),
+            reserved: 0,
+        })
     })
 }

@@ -1,5 +1,5 @@
-//! What a person decides about a node's traffic: whose source is masqueraded, who is a local pod, where node
-//! ports are served.
+//! What a person decides about a node's traffic: whose source is masqueraded, who is a local pod,
+//! where node ports are served.
 //!
 //! Plain data, free of how it was given: the flags (`cli::policy`) make it, and so do tests.
 
@@ -20,7 +20,8 @@ pub struct Policy {
     pub detect_local: DetectLocal,
     /// Where the cluster's pods have their addresses; at most [`abi::PREFIXES`] a family.
     pub cluster_cidrs: Vec<IpNet>,
-    /// Where Services have their addresses, if a person says so; at most [`abi::PREFIXES`] a family.
+    /// Where Services have their addresses, if a person says so; at most [`abi::PREFIXES`] a
+    /// family.
     pub service_cidrs: Vec<IpNet>,
     /// At which of the node's addresses node ports are served.
     pub node_ports: NodePorts,
@@ -61,8 +62,8 @@ pub enum Masquerade {
     /// Clients whose replies would not find back here otherwise.
     #[default]
     Needed,
-    /// As kube-proxy: clients of external addresses (but with externalTrafficPolicy: Local), and clients of
-    /// ClusterIPs that are no local pods.
+    /// As kube-proxy: clients of external addresses (but with externalTrafficPolicy: Local), and
+    /// clients of ClusterIPs that are no local pods.
     KubeProxy,
     /// As kube-proxy with --masquerade-all: all clients of ClusterIPs too.
     All,
@@ -114,7 +115,9 @@ impl DetectLocal {
     pub fn number(&self) -> u32 {
         match self {
             Self::Device => abi::detect_local::DEVICE,
-            Self::BridgeInterface(_) | Self::InterfaceNamePrefix(_) => abi::detect_local::SOME_DEVICES,
+            Self::BridgeInterface(_) | Self::InterfaceNamePrefix(_) => {
+                abi::detect_local::SOME_DEVICES
+            }
             Self::ClusterCidr | Self::NodeCidr => abi::detect_local::ADDRESS,
             Self::None => abi::detect_local::NONE,
         }
@@ -128,7 +131,9 @@ impl fmt::Display for DetectLocal {
             Self::ClusterCidr => write!(formatter, "cluster-cidr"),
             Self::NodeCidr => write!(formatter, "node-cidr"),
             Self::BridgeInterface(name) => write!(formatter, "bridge-interface={name}"),
-            Self::InterfaceNamePrefix(prefix) => write!(formatter, "interface-name-prefix={prefix}"),
+            Self::InterfaceNamePrefix(prefix) => {
+                write!(formatter, "interface-name-prefix={prefix}")
+            }
             Self::None => write!(formatter, "none"),
         }
     }
@@ -152,24 +157,27 @@ impl FromStr for DetectLocal {
                 "cluster-cidr" => Ok(Self::ClusterCidr),
                 "node-cidr" => Ok(Self::NodeCidr),
                 "none" => Ok(Self::None),
-                "bridge-interface" | "interface-name-prefix" => Err(format!("give a device: {text}=cni0")),
+                "bridge-interface" | "interface-name-prefix" => {
+                    Err(format!("give a device: {text}=cni0"))
+                }
                 _ => Err(DETECT_LOCAL_WORDS.to_owned()),
             },
             Some(("bridge-interface", name)) => device(name).map(Self::BridgeInterface),
-            Some(("interface-name-prefix", prefix)) => device(prefix).map(Self::InterfaceNamePrefix),
+            Some(("interface-name-prefix", prefix)) => {
+                device(prefix).map(Self::InterfaceNamePrefix)
+            }
             Some(_) => Err(DETECT_LOCAL_WORDS.to_owned()),
         }
     }
 }
 
 /// What a person may say.
-const DETECT_LOCAL_WORDS: &str =
-    "say auto, device, cluster-cidr, node-cidr, bridge-interface=NAME, interface-name-prefix=PREFIX or none";
+const DETECT_LOCAL_WORDS: &str = "say auto, device, cluster-cidr, node-cidr, bridge-interface=NAME, interface-name-prefix=PREFIX or none";
 
 /// At which of the node's addresses node ports are served, as it was asked for.
 ///
-/// A family that no element concerns gets all addresses, even where the other has elements, and a zero CIDR
-/// makes the list one of all addresses: both are kube-proxy's rules.
+/// A family that no element concerns gets all addresses, even where the other has elements, and a
+/// zero CIDR makes the list one of all addresses: both are kube-proxy's rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodePorts(Vec<NodePortAddresses>);
 
@@ -352,7 +360,9 @@ impl ExternalIps {
 /// When it is none.
 pub fn cidr(text: &str) -> Result<IpNet, String> {
     let network = text.trim().parse::<IpNet>();
-    network.map(|network| network.trunc()).map_err(|_| "not a CIDR such as 10.0.0.0/8 or fd00::/8".to_owned())
+    network
+        .map(|network| network.trunc())
+        .map_err(|_| "not a CIDR such as 10.0.0.0/8 or fd00::/8".to_owned())
 }
 
 #[cfg(test)]
@@ -366,7 +376,8 @@ mod tests {
 
     #[test]
     fn node_ports_are_served_where_the_list_says() {
-        const LOCAL: [&str; 6] = ["127.0.0.1", "::1", "192.0.2.1", "10.0.0.1", "2001:db8::1", "fd00::1"];
+        const LOCAL: [&str; 6] =
+            ["127.0.0.1", "::1", "192.0.2.1", "10.0.0.1", "2001:db8::1", "fd00::1"];
         const PRIMARY: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
         // The list -> the addresses of LOCAL that serve.
         let table: [(&str, &[&str]); 14] = [
@@ -389,7 +400,8 @@ mod tests {
         ];
         for (list, expected) in table {
             let includes = |address: &&str| {
-                node_ports(list).includes(address.parse().expect("an address"), PRIMARY.contains(address))
+                node_ports(list)
+                    .includes(address.parse().expect("an address"), PRIMARY.contains(address))
             };
             let found: Vec<&str> = LOCAL.into_iter().filter(includes).collect();
             assert_eq!(found, expected, "{list}");
@@ -406,7 +418,10 @@ mod tests {
             "interface-name-prefix=cali",
             "none",
         ] {
-            assert_eq!(text.parse::<DetectLocal>().map(|detect| detect.to_string()), Ok(text.to_owned()));
+            assert_eq!(
+                text.parse::<DetectLocal>().map(|detect| detect.to_string()),
+                Ok(text.to_owned())
+            );
         }
         for (text, why) in [
             ("devices", "say auto"),
@@ -422,8 +437,14 @@ mod tests {
 
     #[test]
     fn a_cidr_may_have_host_bits_but_must_be_one() {
-        assert_eq!(cidr("10.1.2.3/8").map(|network| network.to_string()), Ok("10.0.0.0/8".to_owned()));
-        assert_eq!(cidr(" fd00::1/8 ").map(|network| network.to_string()), Ok("fd00::/8".to_owned()));
+        assert_eq!(
+            cidr("10.1.2.3/8").map(|network| network.to_string()),
+            Ok("10.0.0.0/8".to_owned())
+        );
+        assert_eq!(
+            cidr(" fd00::1/8 ").map(|network| network.to_string()),
+            Ok("fd00::/8".to_owned())
+        );
         for text in ["", "10.0.0.0", "10.0.0.0/33", "10.0.0/8", "fd00::/129", "a/8"] {
             assert!(cidr(text).is_err(), "{text}");
         }
@@ -432,7 +453,8 @@ mod tests {
     #[test]
     fn external_ips_are_all_none_or_within_networks() {
         let parse = |text: &str| {
-            let elements = text.split(',').map(str::parse).collect::<Result<Vec<ExternalIp>, _>>()?;
+            let elements =
+                text.split(',').map(str::parse).collect::<Result<Vec<ExternalIp>, _>>()?;
             ExternalIps::new(&elements)
         };
         let address = IpAddr::from([192, 0, 2, 1]);

@@ -1,9 +1,9 @@
 //! Whether this node can run Sluice, and what it will use: `sluice preflight`.
 //!
-//! What can be tried is tried: every program is loaded (and not pinned), every hook is attached to a veth in a
-//! network namespace without a name and to a cgroup of its own. All of it ends with the process; only the cgroup, an empty
-//! folder, outlives a SIGKILL, and the next run removes it. Devices of the node are asked, never attached to: native
-//! XDP resets some links.
+//! What can be tried is tried: every program is loaded (and not pinned), every hook is attached to
+//! a veth in a network namespace without a name and to a cgroup of its own. All of it ends with the
+//! process; only the cgroup, an empty folder, outlives a SIGKILL, and the next run removes it.
+//! Devices of the node are asked, never attached to: native XDP resets some links.
 //!
 //! Looking ([`look`]) and judging are apart: each check is a function of what was found.
 
@@ -124,7 +124,9 @@ impl Report {
             Verdict::No
         } else if has(|check| {
             check.check == PRIVILEGES && check.result == Outcome::No
-                || TRIED.contains(&check.check) && check.subject.is_none() && check.result == Outcome::Skip
+                || TRIED.contains(&check.check)
+                    && check.subject.is_none()
+                    && check.result == Outcome::Skip
         }) {
             Verdict::Unknown
         } else {
@@ -183,14 +185,21 @@ pub fn look(options: &Options) -> anyhow::Result<Report> {
     checks.push(system::rp_filter(Path::new("/proc/sys/net/ipv4/conf")));
     checks.push(system::ports(&options.proc_sys.join(agent::ports::SYSCTLS)));
     checks.push(system::settings(&options.proc_sys.join(agent::ports::SYSCTLS)));
-    let traces =
-        traces::look(&facts, &survey, cgroup.as_deref(), &options.pin_path, is_able, &ask(traces::xdp())?);
+    let traces = traces::look(
+        &facts,
+        &survey,
+        cgroup.as_deref(),
+        &options.pin_path,
+        is_able,
+        &ask(traces::xdp())?,
+    );
     checks.extend(traces::checks(&traces, options.socket_path));
     let frontends = early::Frontends::read(&options.pin_path);
     let rulesets = is_able.then(early::read);
     checks.push(early::check(rulesets.as_ref(), &frontends));
     let skipped = rulesets.as_ref().map(|read| {
-        let of = |rulesets: &Vec<_>| Skipped::new(rulesets, around::legacy(), traces.at_ingress.clone());
+        let of =
+            |rulesets: &Vec<_>| Skipped::new(rulesets, around::legacy(), traces.at_ingress.clone());
         read.as_ref().map(of)
     });
     checks.push(around::check(
@@ -203,7 +212,8 @@ pub fn look(options: &Options) -> anyhow::Result<Report> {
 /// Loads the programs and tries the hooks.
 fn attempts(options: &Options, is_able: bool, apart: bool, cgroup: Option<&Path>) -> Vec<Check> {
     if !is_able {
-        let skipped = |check| Check::new(check, Outcome::Skip, "needs root: it is tried, not guessed");
+        let skipped =
+            |check| Check::new(check, Outcome::Skip, "needs root: it is tried, not guessed");
         return ["programs", "hook", "pins"].map(skipped).to_vec();
     }
     match Trial::load() {
@@ -224,7 +234,9 @@ fn attempts(options: &Options, is_able: bool, apart: bool, cgroup: Option<&Path>
 }
 
 /// Runs a question to netlink without another thread.
-fn ask<T, E: Into<anyhow::Error>>(question: impl Future<Output = Result<T, E>>) -> anyhow::Result<T> {
+fn ask<T, E: Into<anyhow::Error>>(
+    question: impl Future<Output = Result<T, E>>,
+) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime
         .block_on(question)

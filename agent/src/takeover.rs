@@ -2,20 +2,24 @@
 //!
 //! # In
 //!
-//! 1. *Passive.* The programs are attached and leave everything to netfilter. Its connections are listed, and each that is
-//!    translated goes into `imported`: both tuples as packets come in. Clients of Services with affinity are noted where
-//!    kube-proxy has sent them.
-//! 2. *Importing.* What opens a TCP connection is ours from now on. What is mid-stream, and UDP, passes: it may be a connection
-//!    that was opened after its piece of the listing. So the connections are listed once more.
-//! 3. *Serving.* Everything is ours but what is in `imported`, which is listed again and again until its last connection has
-//!    ended. kube-proxy's rules go when it runs no more; connections that live by them are held by a table of our own (see `rules`).
+//! 1. *Passive.* The programs are attached and leave everything to netfilter. Its connections are
+//!    listed, and each that is translated goes into `imported`: both tuples as packets come in.
+//!    Clients of Services with affinity are noted where kube-proxy has sent them.
+//! 2. *Importing.* What opens a TCP connection is ours from now on. What is mid-stream, and UDP,
+//!    passes: it may be a connection that was opened after its piece of the listing. So the
+//!    connections are listed once more.
+//! 3. *Serving.* Everything is ours but what is in `imported`, which is listed again and again
+//!    until its last connection has ended. kube-proxy's rules go when it runs no more; connections
+//!    that live by them are held by a table of our own (see `rules`).
 //!
 //! # Out
 //!
-//! *Draining* is passive with flows of ours: they are served, everything else passes to netfilter. When the last has
-//! ended, or at the deadline, the agent ends and removes every trace; it is *released*, and stays so until it is told to take over.
+//! *Draining* is passive with flows of ours: they are served, everything else passes to netfilter.
+//! When the last has ended, or at the deadline, the agent ends and removes every trace; it is
+//! *released*, and stays so until it is told to take over.
 //!
-//! A thread does all this beside the agent's loop: listings block. It asks the loop to tell the programs each phase, and waits for that.
+//! A thread does all this beside the agent's loop: listings block. It asks the loop to tell the
+//! programs each phase, and waits for that.
 
 mod affinity;
 mod flows;
@@ -47,11 +51,12 @@ use wish::Wish;
 pub(crate) const RELEASED: &str = "released";
 /// How often the thread looks whether something is wanted.
 const LOOK: Duration = Duration::from_millis(250);
-/// The shortest time between two listings; one is followed by so many times as long as it took without.
+/// The shortest time between two listings; one is followed by so many times as long as it took
+/// without.
 const PERIOD: Duration = Duration::from_secs(2);
 const REST: u32 = 20;
-/// A flow of datagrams that conntrack would forget before the next listing, and so long after, is netfilter's no more: its next
-/// datagram would find neither an entry nor a rule.
+/// A flow of datagrams that conntrack would forget before the next listing, and so long after, is
+/// netfilter's no more: its next datagram would find neither an entry nor a rule.
 const MARGIN: Duration = Duration::from_secs(3);
 /// How long packets that met a program in the last phase may be on their way to netfilter.
 const GRACE: Duration = Duration::from_millis(100);
@@ -85,7 +90,8 @@ pub(crate) struct Takeover {
 
 /// What an agent begins with, by what it finds and was told.
 ///
-/// A takeover that was interrupted is begun again: only an agent that serves everything has nothing to take over.
+/// A takeover that was interrupted is begun again: only an agent that serves everything has nothing
+/// to take over.
 #[must_use]
 pub(crate) fn beginning(adopted: Option<u32>, flag: bool, wish: Option<Wish>) -> u32 {
     match (adopted, wish) {
@@ -136,8 +142,8 @@ fn begin(word: u32, holding: bool, maps: PathBuf, state_dir: PathBuf) -> (Takeov
         v4: BTreeMap::new(),
         v6: BTreeMap::new(),
         known: false,
-        // Our own table tells that kube-proxy's rules are still to go. They alone do not: they may be there to stay, for an
-        // agent that serves beside it.
+        // Our own table tells that kube-proxy's rules are still to go. They alone do not: they may
+        // be there to stay, for an agent that serves beside it.
         is_idle: word == phase::SERVE && !holding,
         interval: PERIOD,
         seen_running: None,
@@ -176,8 +182,8 @@ impl Listed {
 enum Which {
     /// All that are translated: whoever has translated them, they are not ours.
     All,
-    /// Those that are known, and those to our frontends: opened by packets that the maps have left to netfilter. Idle flows of
-    /// datagrams are forgotten.
+    /// Those that are known, and those to our frontends: opened by packets that the maps have left
+    /// to netfilter. Idle flows of datagrams are forgotten.
     KnownAndOurs,
     /// Those that are known: while all that is new is netfilter's.
     Known,
@@ -191,7 +197,8 @@ struct Walker {
     folder: PathBuf,
     state_dir: PathBuf,
     maps: Option<Maps>,
-    /// Whether those are the ones that the agent stays with: before it is ready, others may take their place.
+    /// Whether those are the ones that the agent stays with: before it is ready, others may take
+    /// their place.
     is_settled: bool,
     v4: Imported<V4>,
     v6: Imported<V6>,
@@ -242,7 +249,8 @@ impl Walker {
         }
         if wish == Some(Wish::Takeover) {
             self.is_idle = false;
-            wish::done(&self.state_dir, Wish::Takeover).context("cannot remove the wish that is done")?;
+            wish::done(&self.state_dir, Wish::Takeover)
+                .context("cannot remove the wish that is done")?;
         }
         if wish == Some(Wish::Prepare) {
             self.prepare()?;
@@ -258,7 +266,10 @@ impl Walker {
     /// Sleeps, unless somebody wants something.
     fn rest(&self, rest: Duration) {
         let (until, before) = (Instant::now() + rest, wish::read(&self.state_dir));
-        while Instant::now() < until && !self.told.is_closed() && wish::read(&self.state_dir) == before {
+        while Instant::now() < until
+            && !self.told.is_closed()
+            && wish::read(&self.state_dir) == before
+        {
             std::thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
         }
     }
@@ -293,7 +304,8 @@ impl Walker {
 
     fn open(&mut self) -> anyhow::Result<()> {
         if !self.is_settled {
-            // Asked before: what is opened while the agent becomes ready may be what it has just left.
+            // Asked before: what is opened while the agent becomes ready may be what it has just
+            // left.
             let is_ready = *self.ready.borrow();
             self.known = false;
             self.maps = Some(Maps::open(&self.folder, Access::Read)?);
@@ -394,8 +406,8 @@ impl Walker {
         });
     }
 
-    /// Whether kube-proxy is known to run no more: told so, or because its process was seen and is there no more; processes of
-    /// the whole machine are in view of some agents alone.
+    /// Whether kube-proxy is known to run no more: told so, or because its process was seen and is
+    /// there no more; processes of the whole machine are in view of some agents alone.
     fn is_gone(&mut self, wish: Option<Wish>) -> bool {
         if wish == Some(Wish::Finish) {
             return true;
@@ -414,7 +426,8 @@ impl Walker {
         is_gone
     }
 
-    /// Lets go what has ended: netfilter's connections, then kube-proxy's rules, at last the table that holds them.
+    /// Lets go what has ended: netfilter's connections, then kube-proxy's rules, at last the table
+    /// that holds them.
     fn keep(&mut self, wish: Option<Wish>) -> anyhow::Result<()> {
         // What is begun here is seen through, by whomever it was asked for.
         self.is_idle = false;
@@ -431,7 +444,8 @@ impl Walker {
             found = listed_rules()?;
         }
         if wish == Some(Wish::Finish) {
-            wish::done(&self.state_dir, Wish::Finish).context("cannot remove the wish that is done")?;
+            wish::done(&self.state_dir, Wish::Finish)
+                .context("cannot remove the wish that is done")?;
         }
         let mut waiting = None;
         if found.is_legacy() {
@@ -444,11 +458,14 @@ impl Walker {
             waiting = Some("netfilter's last connections to end".to_owned());
         } else {
             rules::remove(&found, true).context("cannot remove kube-proxy's last rules")?;
-            if rules::let_go().context("cannot remove the table that held netfilter's connections")? {
+            if rules::let_go()
+                .context("cannot remove the table that held netfilter's connections")?
+            {
                 tracing::info!("netfilter's last connection has ended: the takeover is done");
             }
             found = listed_rules()?;
-            // What has just ended may send a last packet, which is left alone for as long as conntrack knows it.
+            // What has just ended may send a last packet, which is left alone for as long as
+            // conntrack knows it.
             self.is_idle = listed.entries == 0;
         }
         self.report(listed, Some(&found));
@@ -456,8 +473,8 @@ impl Walker {
         Ok(())
     }
 
-    /// Lets conntrack know the connections of this host's own sockets before kube-proxy has it translate new ones: those that
-    /// it has not tracked so far would be new to it.
+    /// Lets conntrack know the connections of this host's own sockets before kube-proxy has it
+    /// translate new ones: those that it has not tracked so far would be new to it.
     fn prepare(&mut self) -> anyhow::Result<()> {
         self.open()?;
         self.forget_ended::<V4>(IpFamily::V4)?;
@@ -472,17 +489,17 @@ impl Walker {
         Ok(())
     }
 
-    /// Has conntrack forget the connections to our frontends that it has translated and that have ended. A process of this host
-    /// may have opened another to the same backend from the source port of one while nothing tracked it; conntrack would
-    /// give the next packet another port.
+    /// Has conntrack forget the connections to our frontends that it has translated and that have
+    /// ended. A process of this host may have opened another to the same backend from the source
+    /// port of one while nothing tracked it; conntrack would give the next packet another port.
     fn forget_ended<F: KernelStack>(&self, family: IpFamily) -> anyhow::Result<()> {
         let Some(maps) = &self.maps else { bail!("the maps are not open") };
         let frontends = F::frontends(maps)?;
         let mut ended = Vec::new();
         for _ in 0..LISTINGS {
             let whole = translated(family, |found| {
-                let is_its =
-                    tuples::<F>(&found).is_some_and(|[original, _]| is_ours::<F>(&frontends, &original));
+                let is_its = tuples::<F>(&found)
+                    .is_some_and(|[original, _]| is_ours::<F>(&frontends, &original));
                 if found.closing && is_its {
                     ended.push(found);
                 }
@@ -495,14 +512,15 @@ impl Walker {
         conntrack::forget(family, &ended).context("cannot delete ended connections of conntrack")
     }
 
-    /// Enters flows of ours that netfilter does not see into conntrack: it is to serve new connections beside them, and picks
-    /// source ports by itself.
+    /// Enters flows of ours that netfilter does not see into conntrack: it is to serve new
+    /// connections beside them, and picks source ports by itself.
     fn keep_clear(&mut self, deadline: u64) -> anyhow::Result<()> {
         self.open()?;
         let Some(maps) = &self.maps else { bail!("the maps are not open") };
         let _ = flows::live::<V4>(maps)? + flows::live::<V6>(maps)?;
         let all = [flows::clear::<V4>(maps)?, flows::clear::<V6>(maps)?].concat();
-        conntrack::keep_clear(&all, deadline_in(deadline)).context("cannot enter our flows into conntrack")
+        conntrack::keep_clear(&all, deadline_in(deadline))
+            .context("cannot enter our flows into conntrack")
     }
 
     /// Serves what is known and waits for its end; true when the agent is to go.
@@ -532,7 +550,10 @@ impl Walker {
             });
             if flows == 0 || left == 0 {
                 if flows != 0 {
-                    tracing::warn!(flows, "the time for a release is over: flows that live are cut");
+                    tracing::warn!(
+                        flows,
+                        "the time for a release is over: flows that live are cut"
+                    );
                 }
                 wish::write(&self.state_dir, Wish::Released)
                     .context("cannot note that the node is released")?;
@@ -550,8 +571,7 @@ impl Walker {
 }
 
 /// What a person has to do about rules that stand.
-const STOP: &str =
-    "kube-proxy to be stopped, so that its rules can go (`sluice takeover --finish` tells that it is)";
+const STOP: &str = "kube-proxy to be stopped, so that its rules can go (`sluice takeover --finish` tells that it is)";
 const LEGACY: &str = "kube-proxy's chains in legacy iptables to be removed: stop it and run `kube-proxy --cleanup`, since netlink does not reach them";
 
 /// The rules of netfilter that a move is about.
@@ -559,8 +579,8 @@ fn listed_rules() -> anyhow::Result<Found> {
     rules::find().context("cannot list netfilter's rules")
 }
 
-/// Makes our own table. Where the kernel refuses it, legacy iptables will do: it has chains of type nat for as long as the machine
-/// runs.
+/// Makes our own table. Where the kernel refuses it, legacy iptables will do: it has chains of type
+/// nat for as long as the machine runs.
 fn hold() -> anyhow::Result<()> {
     match rules::hold() {
         Err(error) if !listed_rules()?.is_legacy() => {
@@ -612,7 +632,9 @@ fn list<F: KernelStack>(
             let Some([original, reply]) = tuples::<F>(&found) else { return };
             let is_taken_up = match which {
                 Which::All => true,
-                Which::KnownAndOurs => before.contains_key(&original) || is_ours::<F>(&frontends, &original),
+                Which::KnownAndOurs => {
+                    before.contains_key(&original) || is_ours::<F>(&frontends, &original)
+                }
                 Which::Known => before.contains_key(&original),
             };
             if !is_taken_up {
@@ -620,8 +642,8 @@ fn list<F: KernelStack>(
             }
             if found.protocol == protocol::UDP {
                 if u64::from(found.left) <= margin.as_secs() {
-                    // A datagram that is on its way as netfilter's needs the entry for its answer: what the maps have is taken
-                    // out of them first, and forgotten next time.
+                    // A datagram that is on its way as netfilter's needs the entry for its answer:
+                    // what the maps have is taken out of them first, and forgotten next time.
                     if !before.contains_key(&original) {
                         idle.push(found);
                     }
@@ -639,7 +661,9 @@ fn list<F: KernelStack>(
             break;
         }
         if attempt >= LISTINGS {
-            bail!("the listing of netfilter's connections was interrupted {LISTINGS} times in a row");
+            bail!(
+                "the listing of netfilter's connections was interrupted {LISTINGS} times in a row"
+            );
         }
     }
     let insert: Vec<_> = after
@@ -648,7 +672,8 @@ fn list<F: KernelStack>(
         .map(|(key, bits)| (*key, *bits))
         .collect();
     let remove: Vec<_> = before.keys().filter(|key| !after.contains_key(key)).copied().collect();
-    F::import(maps, &insert, &remove).context("there is no room for all of netfilter's connections")?;
+    F::import(maps, &insert, &remove)
+        .context("there is no room for all of netfilter's connections")?;
     if which == Which::KnownAndOurs {
         // The next datagram is ours, which conntrack would take for a part of the old flow.
         conntrack::forget(family, &idle).context("cannot delete idle entries of conntrack")?;
@@ -659,7 +684,10 @@ fn list<F: KernelStack>(
 }
 
 /// Whether a packet's destination is a frontend of ours; node ports count at every address.
-fn is_ours<F: Stack>(frontends: &BTreeSet<ServiceKey<F::Address>>, packet: &Tuple<F::Address>) -> bool {
+fn is_ours<F: Stack>(
+    frontends: &BTreeSet<ServiceKey<F::Address>>,
+    packet: &Tuple<F::Address>,
+) -> bool {
     let at = |address| ServiceKey {
         address,
         port: packet.destination_port,
@@ -673,7 +701,8 @@ fn deadline_in(deadline: u64) -> Duration {
     Duration::from_secs(deadline.saturating_sub(unix_seconds(SystemTime::now())))
 }
 
-/// Whether kube-proxy has rules here that would serve: for those who are to be released to it. [`None`]: it has none.
+/// Whether kube-proxy has rules here that would serve: for those who are to be released to it.
+/// [`None`]: it has none.
 ///
 /// # Errors
 ///
@@ -734,7 +763,8 @@ mod tests {
         use phase::{IMPORTED, PASSIVE, SERVE};
         let folder = tempfile::tempdir().expect("a folder");
         let is_idle = |word, holding| {
-            let (_, walker) = begin(word, holding, folder.path().join("maps"), folder.path().to_owned());
+            let (_, walker) =
+                begin(word, holding, folder.path().join("maps"), folder.path().to_owned());
             walker.is_idle
         };
         assert!(is_idle(SERVE, false), "nothing is left to do");
@@ -771,12 +801,16 @@ mod tests {
         };
         let [original, reply] = tuples::<V4>(&found).expect("IPv4");
         let ip = |address: Ipv4Address| IpAddr::from(address.octets);
-        assert_eq!((ip(original.source), ip(original.destination)), (found.client.0, found.frontend.0));
+        assert_eq!(
+            (ip(original.source), ip(original.destination)),
+            (found.client.0, found.frontend.0)
+        );
         assert_eq!((original.source_port, original.destination_port), (40_000, 30_080));
         assert_eq!((ip(reply.source), ip(reply.destination)), (found.backend.0, found.seen_as.0));
         assert_eq!((reply.source_port, reply.destination_port), (8080, 61_234));
         assert!(tuples::<V6>(&found).is_none());
-        let key = |address, port| ServiceKey { address, port, protocol: protocol::TCP, reserved: 0 };
+        let key =
+            |address, port| ServiceKey { address, port, protocol: protocol::TCP, reserved: 0 };
         let ours = BTreeSet::from([key(Ipv4Address::default(), 30_080)]);
         assert!(is_ours::<V4>(&ours, &original) && !is_ours::<V4>(&ours, &reply));
     }

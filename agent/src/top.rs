@@ -12,7 +12,8 @@ use crate::view::{BackendView, PortName, View};
 /// What was counted of a service port or backend, both ways together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Totals {
-    /// Packets along flows, segments of connections translated at the socket, and datagrams sent there.
+    /// Packets along flows, segments of connections translated at the socket, and datagrams sent
+    /// there.
     pub(crate) packets: u64,
     /// Bytes of flows with their IP headers; payload at the socket.
     pub(crate) bytes: u64,
@@ -32,7 +33,10 @@ impl Totals {
                 + sockets.sent_segments
                 + sockets.received_segments
                 + datagrams,
-            bytes: packets.forward_bytes + packets.reply_bytes + sockets.sent_bytes + sockets.received_bytes,
+            bytes: packets.forward_bytes
+                + packets.reply_bytes
+                + sockets.sent_bytes
+                + sockets.received_bytes,
             connections: packets.flows + sockets.connections,
             resets: packets.forward_resets + packets.reply_resets + sockets.resets,
         }
@@ -93,14 +97,19 @@ impl Sample {
             let name = view.image.names.get(&id)?;
             Some((PortName::from(name), name.family))
         };
-        let mut services: BTreeMap<Service, Totals> =
-            view.image.names.keys().filter_map(|id| Some((service(*id)?, Totals::default()))).collect();
+        let mut services: BTreeMap<Service, Totals> = view
+            .image
+            .names
+            .keys()
+            .filter_map(|id| Some((service(*id)?, Totals::default())))
+            .collect();
         let mut backends = BTreeMap::new();
         for backend in view.backends() {
             let Some(service) = service(backend.service_port) else { continue };
             let totals = Totals::of(&backend, service.0.protocol == "TCP");
             services.entry(service.clone()).or_default().add(totals);
-            let _ = backends.insert((service, backend.address.to_string()), (totals, backend.serving));
+            let _ =
+                backends.insert((service, backend.address.to_string()), (totals, backend.serving));
         }
         let mut causes = BTreeMap::new();
         for (key, counters) in view.kernel.maps().reason_counters()? {
@@ -133,7 +142,11 @@ impl Change {
         for ((service, address), (totals, serving)) in &after.backends {
             let old = before.backends.get(&(service.clone(), address.clone())).map(|old| old.0);
             let rates = Rates::between(old.unwrap_or_default(), *totals, seconds);
-            change.backends.entry(service.clone()).or_default().push((address.clone(), rates, *serving));
+            change.backends.entry(service.clone()).or_default().push((
+                address.clone(),
+                rates,
+                *serving,
+            ));
         }
         for (cause, count) in &after.causes {
             let old = before.causes.get(cause).copied().unwrap_or_default();
@@ -169,14 +182,21 @@ pub(crate) mod tests {
     pub(crate) fn sample(at: Instant, times: u64) -> Sample {
         Sample {
             at: at + Duration::from_secs(2) * times as u32,
-            services: [(service("web"), totals(200 * times)), (service("mail"), totals(20 * times))].into(),
+            services: [
+                (service("web"), totals(200 * times)),
+                (service("mail"), totals(20 * times)),
+            ]
+            .into(),
             backends: [
                 ((service("web"), "10.0.0.1:80".to_owned()), (totals(150 * times), true)),
                 ((service("web"), "10.0.0.2:80".to_owned()), (totals(50 * times), false)),
             ]
             .into(),
-            causes: [(("no_backend_reset", Some(("shop".to_owned(), "gone".to_owned()))), 7 + 4 * times)]
-                .into(),
+            causes: [(
+                ("no_backend_reset", Some(("shop".to_owned(), "gone".to_owned()))),
+                7 + 4 * times,
+            )]
+            .into(),
         }
     }
 
@@ -184,8 +204,15 @@ pub(crate) mod tests {
     fn rates_are_what_was_added_in_a_second() {
         let at = Instant::now();
         let change = Change::between(&sample(at, 1), &sample(at, 2));
-        let web = change.services.iter().find(|(found, _)| *found == service("web")).map(|(_, rates)| *rates);
-        assert_eq!(web, Some(Rates { packets: 100.0, bytes: 10_000.0, connections: 10.0, resets: 0.0 }));
+        let web = change
+            .services
+            .iter()
+            .find(|(found, _)| *found == service("web"))
+            .map(|(_, rates)| *rates);
+        assert_eq!(
+            web,
+            Some(Rates { packets: 100.0, bytes: 10_000.0, connections: 10.0, resets: 0.0 })
+        );
         assert_eq!(change.backends[&service("web")].len(), 2);
         let (_, count, rate) = change.causes[0].clone();
         assert_eq!((count, rate), (15, 2.0));

@@ -1,4 +1,5 @@
-//! What the programs tell of flows, packets and calls, in words: what is asked for, and what an event says.
+//! What the programs tell of flows, packets and calls, in words: what is asked for, and what an
+//! event says.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -140,8 +141,11 @@ impl Told {
         (now_ns, now): (u64, SystemTime),
         device: impl Fn(u32) -> String,
     ) -> Self {
-        let at = now.checked_sub(Duration::from_nanos(now_ns.saturating_sub(event.time_ns))).unwrap_or(now);
-        let end = |address: [u8; 16], port: u16| SocketAddr::from((narrow(address, event.family), port));
+        let at = now
+            .checked_sub(Duration::from_nanos(now_ns.saturating_sub(event.time_ns)))
+            .unwrap_or(now);
+        let end =
+            |address: [u8; 16], port: u16| SocketAddr::from((narrow(address, event.family), port));
         let is_call = event.kind == Kind::Call as u8;
         let backend = if event.flags & flow::REPLY != 0 {
             end(event.source, event.source_port)
@@ -149,7 +153,9 @@ impl Told {
             end(event.new_destination, event.new_destination_port)
         };
         Self {
-            time: jiff::Timestamp::try_from(at).map(|time| format!("{time:.6}")).unwrap_or_default(),
+            time: jiff::Timestamp::try_from(at)
+                .map(|time| format!("{time:.6}"))
+                .unwrap_or_default(),
             fate: Fate::from_number(event.fate).map_or("?", Fate::word),
             kind: Kind::from_number(event.kind).map_or("?", Kind::word),
             hook: At::from_number(event.at).map_or("?", At::word),
@@ -164,7 +170,8 @@ impl Told {
             device: (!is_call).then(|| device(event.ifindex)),
             process: is_call.then_some(event.process),
             command: is_call.then(|| {
-                let end = event.command.iter().position(|byte| *byte == 0).unwrap_or(event.command.len());
+                let end =
+                    event.command.iter().position(|byte| *byte == 0).unwrap_or(event.command.len());
                 String::from_utf8_lossy(event.command.get(..end).unwrap_or_default()).into_owned()
             }),
             length: (!is_call).then_some(event.length),
@@ -192,7 +199,11 @@ impl Told {
         let who = match (self.source, &self.command) {
             (Some(source), _) => source.to_string(),
             (None, command) => {
-                format!("{}[{}]", command.as_deref().unwrap_or("?"), self.process.unwrap_or_default())
+                format!(
+                    "{}[{}]",
+                    command.as_deref().unwrap_or("?"),
+                    self.process.unwrap_or_default()
+                )
             }
         };
         let (source, destination) =
@@ -205,7 +216,8 @@ impl Told {
             (true, true) => format!("{new_source} > {}", self.new_destination),
         };
         let service = self.service.as_ref().map(|name| {
-            let port = if name.label.is_empty() { name.port.to_string() } else { name.label.clone() };
+            let port =
+                if name.label.is_empty() { name.port.to_string() } else { name.label.clone() };
             format!("{}/{}:{port}", name.namespace, name.service)
         });
         [
@@ -321,7 +333,13 @@ mod tests {
     fn a_call_is_told_with_its_process_instead_of_a_source() {
         let mut command = [0; 16];
         command[..4].copy_from_slice(b"curl");
-        let event = Event { kind: Kind::Call as u8, at: At::Connect as u8, process: 77, command, ..event() };
+        let event = Event {
+            kind: Kind::Call as u8,
+            at: At::Connect as u8,
+            process: 77,
+            command,
+            ..event()
+        };
         let told = told(&event);
         assert_eq!(told.cells()[5], "curl[77]");
         assert_eq!((told.source, told.device), (None, None));

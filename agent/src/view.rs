@@ -1,4 +1,5 @@
-//! The live maps, joined for people: whose is a service port, where is a frontend, what was counted.
+//! The live maps, joined for people: whose is a service port, where is a frontend, what was
+//! counted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -7,7 +8,8 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use serde::Serialize;
 use sluice_common::abi::{
-    Backend, BackendCounters, COUNTER_V6, Name, Range, Service, ServiceKey, SocketCounters, backend, frontend,
+    Backend, BackendCounters, COUNTER_V6, Name, Range, Service, ServiceKey, SocketCounters,
+    backend, frontend,
 };
 use sluice_common::{V4, V6};
 
@@ -64,7 +66,8 @@ pub(crate) struct PortName {
 }
 
 impl PortName {
-    /// Whether a person's word means this service: `name` or `namespace/name`, perhaps with `:port`.
+    /// Whether a person's word means this service: `name` or `namespace/name`, perhaps with
+    /// `:port`.
     #[must_use]
     pub(crate) fn is(&self, word: &str) -> bool {
         let (service, port) =
@@ -98,7 +101,8 @@ fn text(bytes: &[u8]) -> String {
 /// A protocol's word, or its number.
 #[must_use]
 pub(crate) fn protocol(number: u8) -> String {
-    Protocol::from_number(number).map_or_else(|| number.to_string(), |protocol| protocol.word().to_owned())
+    Protocol::from_number(number)
+        .map_or_else(|| number.to_string(), |protocol| protocol.word().to_owned())
 }
 
 /// Opens the maps pinned under a path, to look at them.
@@ -119,7 +123,8 @@ pub(crate) fn open(pin_path: &Path) -> anyhow::Result<Kernel> {
         }
         Ok(false) => return Err(Error::NothingPinned { path: pin_path.to_owned() }.into()),
         Err(error) => {
-            return Err(error).with_context(|| format!("cannot look into {}; run as root", folder.display()));
+            return Err(error)
+                .with_context(|| format!("cannot look into {}; run as root", folder.display()));
         }
     }
     Ok(Kernel::new(Maps::open(&folder, Access::Read)?))
@@ -155,7 +160,8 @@ impl View {
     }
 
     fn add_vips<F: Stack>(&self, vips: &mut BTreeMap<u32, Vec<(String, u32)>>) {
-        for (ServiceKey { address, port, .. }, Service { service_port, kind }) in &F::of(&self.image).services
+        for (ServiceKey { address, port, .. }, Service { service_port, kind }) in
+            &F::of(&self.image).services
         {
             let vip = match *kind {
                 frontend::NODE_PORT => format!("*:{port}"),

@@ -39,7 +39,9 @@ fn deploy() -> PathBuf {
 fn overlays() -> BTreeMap<String, PathBuf> {
     let entries = std::fs::read_dir(deploy().join("overlays")).expect("overlays");
     let paths = entries.map(|entry| entry.expect("an overlay").path());
-    paths.map(|path| (path.file_name().expect("a name").to_string_lossy().into_owned(), path)).collect()
+    paths
+        .map(|path| (path.file_name().expect("a name").to_string_lossy().into_owned(), path))
+        .collect()
 }
 
 /// What a program prints, or what it says when it fails.
@@ -63,7 +65,10 @@ impl Tools {
             .arg(deploy().join("chart"))
             .args(files.iter().flat_map(|file| [Path::new("--values"), file]))
             .args(values.iter().flat_map(|value| ["--set", value]))
-            .envs(["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"].map(|name| (name, home.path())));
+            .envs(
+                ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"]
+                    .map(|name| (name, home.path())),
+            );
         run(&mut command)
     }
 }
@@ -86,7 +91,9 @@ fn in_order(value: &mut Value) {
         Value::Array(elements) => {
             elements.iter_mut().for_each(in_order);
             let key = |element: &Value| {
-                ["mountPath", "name"].iter().find_map(|key| Some(element.get(key)?.as_str()?.to_owned()))
+                ["mountPath", "name"]
+                    .iter()
+                    .find_map(|key| Some(element.get(key)?.as_str()?.to_owned()))
             };
             if elements.iter().all(|element| key(element).is_some()) {
                 elements.sort_by_key(key);
@@ -103,7 +110,9 @@ fn daemon_set(text: &str) -> Value {
 
 /// The first container's arguments.
 fn args(daemon_set: &Value) -> Vec<String> {
-    let args = daemon_set["spec"]["template"]["spec"]["containers"][0]["args"].as_array().expect("arguments");
+    let args = daemon_set["spec"]["template"]["spec"]["containers"][0]["args"]
+        .as_array()
+        .expect("arguments");
     args.iter().map(|arg| arg.as_str().expect("a word").to_owned()).collect()
 }
 
@@ -145,7 +154,10 @@ fn nothing_but_the_privileged_overlay_asks_for_privileges_in_the_least_one() {
             assert_eq!(container["securityContext"], least, "{}", container["name"]);
             let mounts = container["volumeMounts"].as_array().expect("mounts");
             // Kubernetes allows them to nothing less than privileged containers.
-            assert!(mounts.iter().all(|mount| mount["mountPropagation"] != "Bidirectional"), "{mounts:?}");
+            assert!(
+                mounts.iter().all(|mount| mount["mountPropagation"] != "Bidirectional"),
+                "{mounts:?}"
+            );
         }
     }
     assert_eq!(pod["hostPID"], Value::Null);
@@ -181,19 +193,23 @@ fn a_real_api_server_takes_every_object_and_the_account_may_do_what_it_must_alon
         tools.template(&[], &["apiServer.host=192.0.2.1", "kubeProxyConfiguration.mode=nftables"]);
     rendered.push(("chart with a configuration".to_owned(), configured.expect("rendered")));
     for (name, text) in rendered {
-        let said = apply(&text, &["--dry-run=server"]).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let said =
+            apply(&text, &["--dry-run=server"]).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(said.lines().count(), objects(&text).len(), "{name}: {said}");
     }
     // The server has read them, and not only looked at their kinds.
     let base = tools.kustomize(&deploy().join("overlays/privileged"));
-    let wrong = apply(&base.replace("hostNetwork: true", "hostNetworks: true"), &["--dry-run=server"]);
+    let wrong =
+        apply(&base.replace("hostNetwork: true", "hostNetworks: true"), &["--dry-run=server"]);
     assert!(wrong.as_ref().is_err_and(|said| said.contains("hostNetworks")), "{wrong:?}");
 
     let _applied = apply(&base, &[]).expect("applied");
     let may = |verb: &str, kind: &str| {
-        kubectl(&["auth", "can-i", verb, kind, "--all-namespaces", &format!("--as={ACCOUNT}")]).is_ok()
+        kubectl(&["auth", "can-i", verb, kind, "--all-namespaces", &format!("--as={ACCOUNT}")])
+            .is_ok()
     };
-    let watched = ["services", "nodes", "endpointslices.discovery.k8s.io", "servicecidrs.networking.k8s.io"];
+    let watched =
+        ["services", "nodes", "endpointslices.discovery.k8s.io", "servicecidrs.networking.k8s.io"];
     for kind in watched {
         for verb in ["list", "watch"] {
             assert!(may(verb, kind), "{verb} {kind}");
@@ -203,7 +219,8 @@ fn a_real_api_server_takes_every_object_and_the_account_may_do_what_it_must_alon
         }
     }
     assert!(may("create", "events.events.k8s.io"));
-    let forbidden = ["secrets", "configmaps", "pods", "endpoints", "serviceaccounts", "events.events.k8s.io"];
+    let forbidden =
+        ["secrets", "configmaps", "pods", "endpoints", "serviceaccounts", "events.events.k8s.io"];
     for kind in forbidden {
         for verb in ["get", "list", "watch", "update", "patch", "delete"] {
             assert!(!may(verb, kind), "{verb} {kind}");
@@ -317,7 +334,8 @@ fn every_value_becomes_a_flag_that_the_agent_takes() {
     assert_eq!(pod["imagePullSecrets"], json!([{"name": "pull"}]));
     assert_eq!(pod["initContainers"], Value::Null);
     let env = container["env"].as_array().expect("variables");
-    let variable = |name: &str| env.iter().find(|one| one["name"] == name).map(|one| one["value"].clone());
+    let variable =
+        |name: &str| env.iter().find(|one| one["name"] == name).map(|one| one["value"].clone());
     assert_eq!(variable("KUBERNETES_SERVICE_HOST"), Some("192.0.2.1".into()));
     assert_eq!(variable("KUBERNETES_SERVICE_PORT"), Some("7443".into()));
     assert_eq!(variable("SLUICE_LOG"), Some("debug".into()));
@@ -334,7 +352,9 @@ fn every_value_becomes_a_flag_that_the_agent_takes() {
         })
     );
     let mounts = container["volumeMounts"].as_array().expect("mounts");
-    assert!(mounts.iter().any(|mount| mount["name"] == "config" && mount["mountPath"] == "/etc/sluice"));
+    assert!(
+        mounts.iter().any(|mount| mount["name"] == "config" && mount["mountPath"] == "/etc/sluice")
+    );
 
     // The agent reads all of it, and gets as far as a folder that is not there.
     let file = folder.path().join("config.yaml");

@@ -44,7 +44,8 @@ fn expect_all_well(nodes: &[&sluice_lab::Node], namespace: &str) {
             let status = status(node);
             let reports = status.pointer("/last/reports").and_then(Value::as_array);
             let own = reports.iter().copied().flatten().filter(|report| {
-                report["level"] == "problem" && report.to_string().contains(&format!("{namespace}/"))
+                report["level"] == "problem"
+                    && report.to_string().contains(&format!("{namespace}/"))
             });
             let own: Vec<String> = own.map(ToString::to_string).collect();
             if own.is_empty() { Ok(()) } else { Err(own.join("\n")) }
@@ -60,8 +61,7 @@ fn what_is_wrong_is_told_once_by_all_nodes_together_until_it_is_mended() {
     let _agents = nodes.each_ref().map(|node| cluster.agent(node));
 
     // Two claim one address; they may be of the same second, so that the name decides.
-    let claiming =
-        |vip: &str| json!({"clusterIP": vip, "externalIPs": ["203.0.113.20"], "ports": [{"port": 80}]});
+    let claiming = |vip: &str| json!({"clusterIP": vip, "externalIPs": ["203.0.113.20"], "ports": [{"port": 80}]});
     space.service("a-first", &claiming("10.96.20.1"));
     space.service("b-second", &claiming("10.96.20.2"));
     // A slice that leads its Service to itself.
@@ -70,10 +70,13 @@ fn what_is_wrong_is_told_once_by_all_nodes_together_until_it_is_mended() {
 
     let told = expect_events(&cluster, "told", 2);
     let find = |reason: &str| {
-        told.iter().find(|event| event["reason"] == reason).unwrap_or_else(|| panic!("{reason} in {told:?}"))
+        told.iter()
+            .find(|event| event["reason"] == reason)
+            .unwrap_or_else(|| panic!("{reason} in {told:?}"))
     };
     let lost = find("ClaimLost");
-    let service = cluster.plane.request("GET", &space.path("services", "b-second"), None).expect("a Service");
+    let service =
+        cluster.plane.request("GET", &space.path("services", "b-second"), None).expect("a Service");
     assert_eq!(lost["regarding"]["uid"], service["metadata"]["uid"], "{lost}");
     assert_eq!(lost["regarding"]["kind"], "Service", "{lost}");
     assert_eq!(lost["regarding"]["name"], "b-second", "{lost}");
@@ -123,9 +126,16 @@ fn a_policy_that_leaves_no_endpoint_is_worth_knowing() {
     space.slice("web-1", "web", 8080, &["10.244.99.1"]);
     let told = expect_events(&cluster, "policy", 1);
     let event = told.first().expect("one");
-    assert_eq!((&event["reason"], &event["type"]), (&json!("NoLocalEndpoint"), &json!("Normal")), "{event}");
+    assert_eq!(
+        (&event["reason"], &event["type"]),
+        (&json!("NoLocalEndpoint"), &json!("Normal")),
+        "{event}"
+    );
     let note = event["note"].as_str().unwrap_or_default();
-    assert!(note.starts_with("on node ") && note.contains("internalTrafficPolicy is Local"), "{event}");
+    assert!(
+        note.starts_with("on node ") && note.contains("internalTrafficPolicy is Local"),
+        "{event}"
+    );
 }
 
 #[test]
@@ -145,7 +155,11 @@ fn a_health_check_that_cannot_be_answered_is_told_by_its_node_as_kube_proxy_does
     let told = expect_events(&cluster, "health", 1);
     let event = told.first().expect("one");
     assert_eq!(event["reason"], "FailedToStartServiceHealthcheck", "{event}");
-    assert_eq!((&event["type"], &event["regarding"]["name"]), (&json!("Warning"), &json!("web")), "{event}");
+    assert_eq!(
+        (&event["type"], &event["regarding"]["name"]),
+        (&json!("Warning"), &json!("web")),
+        "{event}"
+    );
     // The other tests' nodes answer it.
     assert_eq!(event["reportingInstance"], "health", "{event}");
     assert!(event["note"].as_str().is_some_and(|note| note.contains("30999")), "{event}");

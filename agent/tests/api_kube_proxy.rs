@@ -1,4 +1,5 @@
-//! What the real kube-proxy does to packets, in its nftables mode, against what `sluice explain` says of the same objects.
+//! What the real kube-proxy does to packets, in its nftables mode, against what `sluice explain`
+//! says of the same objects.
 //!
 //! ```text
 //!     clients: pods ----- kpods  +------+  kout ----- clients: outside; whatever nobody translates
@@ -6,12 +7,14 @@
 //!     endpoints --------- kends  +------+  eth0 ----- router: the API server
 //! ```
 //!
-//! Behind the first three is one namespace that sends the first packets of random clients, and sees what becomes of them. Per
-//! packet the verdict and whether the client's address is kept must be equal, the endpoint must be one of the candidates,
-//! and a client that a Service has affinity for must meet the same one again. Of a question that is asked many
-//! times, each candidate must be met. `docs/kube-proxy.md` lists what differs on purpose.
+//! Behind the first three is one namespace that sends the first packets of random clients, and sees
+//! what becomes of them. Per packet the verdict and whether the client's address is kept must be
+//! equal, the endpoint must be one of the candidates, and a client that a Service has affinity for
+//! must meet the same one again. Of a question that is asked many times, each candidate must be
+//! met. `docs/kube-proxy.md` lists what differs on purpose.
 //!
-//! A seed is printed; `SLUICE_RANDOM_SEED` sets it, and `SLUICE_RANDOM_ROUNDS` how many sets of objects there are.
+//! A seed is printed; `SLUICE_RANDOM_SEED` sets it, and `SLUICE_RANDOM_ROUNDS` how many sets of
+//! objects there are.
 //!
 //! test-threads: 1
 
@@ -59,7 +62,10 @@ const SYNC: Duration = Duration::from_secs(30);
 /// The links between node and world: the node's device, what is routed to it.
 const LINKS: [(&str, &[&str]); 3] = [
     ("kpods", &["10.244.1.128/25", "fd00:af4:100::a:80/121"]),
-    ("kends", &["10.244.1.64/26", "10.244.2.64/26", "fd00:af4:100::a:40/122", "fd00:af4:200::a:40/122"]),
+    (
+        "kends",
+        &["10.244.1.64/26", "10.244.2.64/26", "fd00:af4:100::a:40/122", "fd00:af4:200::a:40/122"],
+    ),
     (
         "kout",
         &[
@@ -82,7 +88,8 @@ const LINKS: [(&str, &[&str]); 3] = [
 enum Fate {
     Lost,
     Rejected,
-    /// Somebody who has this address and port gets it, and sees the client's address or another one.
+    /// Somebody who has this address and port gets it, and sees the client's address or another
+    /// one.
     Arrived {
         at: SocketAddr,
         kept: bool,
@@ -99,7 +106,8 @@ struct Field {
 
 impl Field {
     fn new(lab: &Lab) -> Result<Self> {
-        let node = lab.node(NAME, &NodeOptions { rp_filter: RpFilter::Off, ..NodeOptions::default() })?;
+        let node =
+            lab.node(NAME, &NodeOptions { rp_filter: RpFilter::Off, ..NodeOptions::default() })?;
         let world = lab.client("world")?;
         let mut macs = Vec::new();
         for (index, (device, routes)) in (1_u8..).zip(LINKS) {
@@ -129,15 +137,20 @@ impl Field {
         node.sysctl("net/ipv6/icmp/ratelimit", "0")?;
         node.sysctl("net/ipv4/icmp_msgs_per_sec", "1000000")?;
         node.sysctl("net/ipv4/icmp_msgs_burst", "100000")?;
-        let sockets = LINKS.iter().map(|(device, _)| world.packet_socket(device)).collect::<Result<_>>()?;
+        let sockets =
+            LINKS.iter().map(|(device, _)| world.packet_socket(device)).collect::<Result<_>>()?;
         Ok(Self { node, sockets, macs, next: 1 })
     }
 
     /// Asks all questions, and tells what became of each.
     fn ask(&mut self, questions: &[Question]) -> Result<Vec<Fate>> {
         let first = self.next;
-        let mut fates =
-            Fates { first, questions, found: vec![None; questions.len()], clients: BTreeMap::new() };
+        let mut fates = Fates {
+            first,
+            questions,
+            found: vec![None; questions.len()],
+            clients: BTreeMap::new(),
+        };
         for (index, question) in questions.iter().enumerate() {
             let _ = fates.clients.insert((question.protocol.number(), question.source), index);
         }
@@ -216,16 +229,19 @@ impl Fates<'_> {
             return;
         }
         let Some((protocol, source, at, _)) = frame::tuple(frame) else { return };
-        let index =
-            frame::mark(frame).and_then(|mark| mark.checked_sub(self.first)).map(|index| index as usize);
-        let Some((index, question)) = index.and_then(|index| Some((index, self.questions.get(index)?)))
+        let index = frame::mark(frame)
+            .and_then(|mark| mark.checked_sub(self.first))
+            .map(|index| index as usize);
+        let Some((index, question)) =
+            index.and_then(|index| Some((index, self.questions.get(index)?)))
         else {
             return;
         };
         // What the world sent itself is heard as well.
         let is_own = frame.get(..5).is_some_and(|mac| mac == [2, 0, 0, 0, 1]);
         if question.protocol.number() == protocol && !is_own {
-            self.found[index] = Some(Fate::Arrived { at, kept: source.ip() == question.source.ip() });
+            self.found[index] =
+                Some(Fate::Arrived { at, kept: source.ip() == question.source.ip() });
         }
     }
 }
@@ -247,19 +263,22 @@ fn start_kube_proxy(cluster: &Cluster, node: &Node, programs: &Path) -> Result<R
 
 /// Puts the objects of a scene into the API server; those that it refuses are told.
 fn put(space: &Space, cluster: &Cluster, scene: &Scene) -> Result<usize> {
-    let objects: Vec<Value> = serde_saphyr::from_multiple(&scene.text).context("the manifests are YAML")?;
+    let objects: Vec<Value> =
+        serde_saphyr::from_multiple(&scene.text).context("the manifests are YAML")?;
     let mut refused = 0;
     let mut taken = BTreeSet::new();
     for mut object in objects {
         let kind = object.pointer("/kind").and_then(Value::as_str).unwrap_or_default().to_owned();
-        let name = object.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let name =
+            object.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default().to_owned();
         if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
             let _ = metadata.remove("namespace");
         }
         match kind.as_str() {
             "Service" => {
                 adapt(&mut object, &mut taken);
-                if let Err(error) = cluster.plane.request("POST", &space.path("services", ""), Some(&object))
+                if let Err(error) =
+                    cluster.plane.request("POST", &space.path("services", ""), Some(&object))
                 {
                     println!("{name} is refused: {}", error.root_cause());
                     refused += 1;
@@ -277,15 +296,16 @@ fn put(space: &Space, cluster: &Cluster, scene: &Scene) -> Result<usize> {
     Ok(refused)
 }
 
-/// Makes of a Service one that the API server takes, and that claims no address of another one: which of two gets it is
-/// chance with kube-proxy.
+/// Makes of a Service one that the API server takes, and that claims no address of another one:
+/// which of two gets it is chance with kube-proxy.
 fn adapt(service: &mut Value, taken: &mut BTreeSet<(String, String)>) {
     let text = |value: Option<&Value>| value.map(ToString::to_string).unwrap_or_default();
     let Some(spec) = service.get_mut("spec").and_then(Value::as_object_mut) else { return };
     if spec.get("clusterIPs").and_then(Value::as_array).is_some_and(|ips| ips.len() == 2) {
         let _ = spec.insert("ipFamilyPolicy".into(), "RequireDualStack".into());
     }
-    if spec.get("type").is_none_or(|kind| kind == "ClusterIP") && !spec.contains_key("externalIPs") {
+    if spec.get("type").is_none_or(|kind| kind == "ClusterIP") && !spec.contains_key("externalIPs")
+    {
         let _ = spec.remove("externalTrafficPolicy");
     }
     let ports: Vec<String> = spec
@@ -352,9 +372,13 @@ fn agree(question: &Question, answer: &Answer, fate: Fate, ground: &Ground, scen
         // Nobody listens on the node itself, which says so.
         (Verdict::Pass, Fate::Rejected) => to_own(question.destination.ip()),
         (Verdict::Forward, Fate::Rejected) => {
-            // One that is a frontend of some Service as well is left out, which kube-proxy does not.
+            // One that is a frontend of some Service as well is left out, which kube-proxy does
+            // not.
             let is_left_out = |port| {
-                ground.own.iter().any(|own| scene.is_frontend(question.protocol, SocketAddr::new(*own, port)))
+                ground
+                    .own
+                    .iter()
+                    .any(|own| scene.is_frontend(question.protocol, SocketAddr::new(*own, port)))
             };
             answer.candidates.iter().any(|candidate| {
                 candidate.share > 0.0 && (to_own(candidate.address) || is_left_out(candidate.port))
@@ -366,11 +390,12 @@ fn agree(question: &Question, answer: &Answer, fate: Fate, ground: &Ground, scen
                 .candidates
                 .iter()
                 .any(|one| one.share > 0.0 && (one.address, one.port) == (at.ip(), at.port()));
-            // A process of the host has the address of its route in any case. Whether others keep theirs depends on the
-            // endpoint too where that is the node or the client itself.
+            // A process of the host has the address of its route in any case. Whether others keep
+            // theirs depends on the endpoint too where that is the node or the client itself.
             let client = question.source.ip();
             let ours = answer.backend.map(|backend| backend.address);
-            let is_like = at.ip() != client && ours.is_some_and(|ours| ours != client && !to_own(ours));
+            let is_like =
+                at.ip() != client && ours.is_some_and(|ours| ours != client && !to_own(ours));
             let is_comparable = question.from != Client::Host && (is_like || ours == Some(at.ip()));
             is_candidate && (!is_comparable || kept == (answer.source == Some(Source::Kept)))
         }
@@ -439,11 +464,16 @@ impl Round<'_> {
             *tally.verdicts.entry(answer.reason).or_default() += 1;
             for fate in [fate, other] {
                 if !agree(question, &answer, *fate, self.ground, &self.scene) {
-                    tally.wrong.push(format!("{question:?}: {fate:?}, {}", serde_json::to_string(&answer)?));
+                    tally.wrong.push(format!(
+                        "{question:?}: {fate:?}, {}",
+                        serde_json::to_string(&answer)?
+                    ));
                 }
             }
             if answer.verdict == Verdict::Forward && answer.affinity.is_some() && fate != other {
-                tally.wrong.push(format!("{question:?}: {fate:?}, then {other:?} in spite of affinity"));
+                tally
+                    .wrong
+                    .push(format!("{question:?}: {fate:?}, then {other:?} in spite of affinity"));
             }
         }
         Ok(())
@@ -466,13 +496,15 @@ impl Round<'_> {
             tally.covered += 1;
             for candidate in answer.candidates.iter().filter(|one| one.share > 0.0) {
                 let at = SocketAddr::new(candidate.address, candidate.port);
-                let is_met =
-                    fates.iter().any(|fate| matches!(fate, Fate::Arrived { at: there, .. } if *there == at))
-                        || self.ground.own.contains(&at.ip()) && fates.contains(&Fate::Rejected);
+                let is_met = fates
+                    .iter()
+                    .any(|fate| matches!(fate, Fate::Arrived { at: there, .. } if *there == at))
+                    || self.ground.own.contains(&at.ip()) && fates.contains(&Fate::Rejected);
                 if !is_met {
-                    tally
-                        .wrong
-                        .push(format!("{question:?} never meets {at}: {}", serde_json::to_string(&answer)?));
+                    tally.wrong.push(format!(
+                        "{question:?} never meets {at}: {}",
+                        serde_json::to_string(&answer)?
+                    ));
                 }
             }
         }
@@ -483,7 +515,10 @@ impl Round<'_> {
 /// Waits until kube-proxy has everything that was there before this Service.
 fn until_synced(space: &Space, field: &mut Field, round: u32) {
     let (name, port) = (format!("synced-{round}"), 2_000 + round as u16);
-    space.service(&name, &json!({"clusterIP": "10.96.0.251", "ports": [{"port": 1, "protocol": "UDP"}]}));
+    space.service(
+        &name,
+        &json!({"clusterIP": "10.96.0.251", "ports": [{"port": 1, "protocol": "UDP"}]}),
+    );
     let mut slice = json!({
         "metadata": {"name": name, "labels": {"kubernetes.io/service-name": name}},
         "addressType": "IPv4", "endpoints": [{"addresses": ["10.244.1.64"]}],
@@ -527,7 +562,8 @@ fn kube_proxy_decides_as_explain_says() -> Result<()> {
         other: [IpAddr::from([198, 51, 100, 254]), "fd00:c633:6400::a:fe".parse()?],
     };
     cluster.plane.add_node(NAME)?;
-    let addresses = json!([{"type": "InternalIP", "address": v4}, {"type": "InternalIP", "address": v6}]);
+    let addresses =
+        json!([{"type": "InternalIP", "address": v4}, {"type": "InternalIP", "address": v6}]);
     let node = format!("/api/v1/nodes/{NAME}");
     let _ = cluster.plane.request(
         "PATCH",
@@ -557,7 +593,8 @@ fn kube_proxy_decides_as_explain_says() -> Result<()> {
             policy: policy()?,
             socket_path: socket_path::OFF,
         })?;
-        let mut this = Round { ground: &ground, field: &mut field, scene, manifests, used: &mut used };
+        let mut this =
+            Round { ground: &ground, field: &mut field, scene, manifests, used: &mut used };
         this.twice(&mut dice, &mut tally)?;
         this.often(&mut dice, &mut tally)?;
         // All that is in it goes.

@@ -1,4 +1,5 @@
-//! Objects of a real API server, and slices made by the real controllers, reach the maps; packets follow.
+//! Objects of a real API server, and slices made by the real controllers, reach the maps; packets
+//! follow.
 //!
 //! test-threads: 3
 
@@ -27,7 +28,8 @@ fn nothing_is_programmed_before_all_lists_are_in() {
     let node = cluster.node("first");
 
     // It may see one kind and not the other.
-    let (services, all) = (["services"].as_slice(), ["services", "endpointslices", "nodes"].as_slice());
+    let (services, all) =
+        (["services"].as_slice(), ["services", "endpointslices", "nodes"].as_slice());
     cluster.plane.give_rights(NEWCOMER, services).expect("rights");
     let mut agent = cluster.start_agent(&node, NEWCOMER, &[]);
     wait_for("the refusal in the status", START, || {
@@ -44,7 +46,8 @@ fn nothing_is_programmed_before_all_lists_are_in() {
     assert_eq!(before.pointer("/last/sources/0/synced"), Some(&json!(false)), "{before}");
     assert_eq!(programmed(&node, "first"), Ok([].into()));
     cluster.plane.give_rights(NEWCOMER, all).expect("rights");
-    let whole: &[(&str, &[&str])] = &[("10.96.1.1:80", &["10.244.99.1:8080"]), ("10.96.1.2:80", &[])];
+    let whole: &[(&str, &[&str])] =
+        &[("10.96.1.1:80", &["10.244.99.1:8080"]), ("10.96.1.2:80", &[])];
     expect(&node, "first", whole);
     agent.wait_ready(START).expect("ready");
 
@@ -111,7 +114,8 @@ fn backends_follow_the_pods() {
     let _agent = cluster.agent(&node);
     let backends = |wanted: &[&str]| expect(&node, "pods", &[("10.96.3.1:80", wanted)]);
     space.service("web", &selecting("web", "10.96.3.1"));
-    let pod = |name, ip| space.pod(&Pod { name, node: ELSEWHERE, ips: &[ip], app: "web", port: 8080 });
+    let pod =
+        |name, ip| space.pod(&Pod { name, node: ELSEWHERE, ips: &[ip], app: "web", port: 8080 });
 
     pod("a", "10.244.99.1");
     pod("b", "10.244.99.2");
@@ -160,7 +164,8 @@ fn pods_of_many_slices_are_all_served() {
     let space = Space::new(&cluster, "slices");
     let node = cluster.node("slices");
     space.service("web", &selecting("web", "10.96.4.1"));
-    let ips: Vec<String> = (1..=2 * SLICE_ENDPOINTS + 1).map(|host| format!("10.244.99.{host}")).collect();
+    let ips: Vec<String> =
+        (1..=2 * SLICE_ENDPOINTS + 1).map(|host| format!("10.244.99.{host}")).collect();
     for (index, ip) in ips.iter().enumerate() {
         space.ready_pod(&Pod {
             name: &format!("p{index}"),
@@ -202,8 +207,8 @@ fn named_ports_that_differ_lead_to_each_pods_own_and_packets_get_there() {
         node.pod("web-new").expect("a pod"),
         node.pod("asker").expect("a pod"),
     );
-    let _servers =
-        [old.serve(Serve::Http, 8080), new.serve(Serve::Http, 9090)].map(|server| server.expect("a server"));
+    let _servers = [old.serve(Serve::Http, 8080), new.serve(Serve::Http, 9090)]
+        .map(|server| server.expect("a server"));
     let _agent = cluster.agent(&node);
 
     space.service(
@@ -219,20 +224,30 @@ fn named_ports_that_differ_lead_to_each_pods_own_and_packets_get_there() {
         let ips = [ipv4.as_str(), &ipv6];
         space.ready_pod(&Pod { name: pod.name(), node: node.name(), ips: &ips, app: "web", port });
     }
-    let address =
-        |pod: &sluice_lab::Pod, port| (format!("{}:{port}", pod.ipv4()), format!("[{}]:{port}", pod.ipv6()));
+    let address = |pod: &sluice_lab::Pod, port| {
+        (format!("{}:{port}", pod.ipv4()), format!("[{}]:{port}", pod.ipv6()))
+    };
     let ((old4, old6), (new4, new6)) = (address(&old, 8080), address(&new, 9090));
-    expect(&node, "traffic", &[("10.96.5.1:80", &[&old4, &new4]), ("[fd00:a60::a:501]:80", &[&old6, &new6])]);
+    expect(
+        &node,
+        "traffic",
+        &[("10.96.5.1:80", &[&old4, &new4]), ("[fd00:a60::a:501]:80", &[&old6, &new6])],
+    );
 
     for vip in ["10.96.5.1", "[fd00:a60::a:501]"] {
         let url = format!("http://{vip}:80/");
-        let from_pod = asker.run("curl", ["-sS", "--globoff", "--max-time", "5", &url]).expect("an answer");
+        let from_pod =
+            asker.run("curl", ["-sS", "--globoff", "--max-time", "5", &url]).expect("an answer");
         assert!(from_pod.contains("web-old") || from_pod.contains("web-new"), "{from_pod}");
-        let from_host = node.run("curl", ["-sS", "--globoff", "--max-time", "5", &url]).expect("an answer");
+        let from_host =
+            node.run("curl", ["-sS", "--globoff", "--max-time", "5", &url]).expect("an answer");
         assert!(from_host.contains("web-old") || from_host.contains("web-new"), "{from_host}");
         let replies = asker.http_get(&url, 40).expect("forty answers");
         for name in ["web-old", "web-new"] {
-            assert!(replies.iter().any(|reply| reply.name == name), "{name} has its share: {replies:?}");
+            assert!(
+                replies.iter().any(|reply| reply.name == name),
+                "{name} has its share: {replies:?}"
+            );
         }
     }
 
@@ -304,7 +319,13 @@ fn objects_of_other_proxies_and_headless_ones_are_left_alone() {
         &json!({"clusterIP": "None", "selector": {"app": "web"}, "ports": [{"port": 80}]}),
     );
     space.service("web", &selecting("web", "10.96.7.1"));
-    space.ready_pod(&Pod { name: "a", node: ELSEWHERE, ips: &["10.244.99.1"], app: "web", port: 8080 });
+    space.ready_pod(&Pod {
+        name: "a",
+        node: ELSEWHERE,
+        ips: &["10.244.99.1"],
+        app: "web",
+        port: 8080,
+    });
     expect(&node, "labels", web);
     let slices = cluster.plane.wait_for_object(&space.path("endpointslices", ""), |slices| {
         slices["items"].as_array().is_some_and(|items| items.len() == 2)

@@ -1,4 +1,5 @@
-//! An API server that goes away, forgets, or cannot be reached: packets flow on, and nothing is missed.
+//! An API server that goes away, forgets, or cannot be reached: packets flow on, and nothing is
+//! missed.
 
 #[allow(dead_code, reason = "each file of the tier uses its own part")]
 mod api_support;
@@ -67,7 +68,11 @@ fn packets_flow_while_the_server_is_away_and_then_nothing_was_missed() {
     space.bare_service("new", "10.96.1.3");
     space.slice("new-a", "new", 8080, &["10.244.99.3"]);
     agent.process().signal(libc::SIGCONT).expect("thawed");
-    expect(&node, "away", &[("10.96.1.1:80", &[&backend]), ("10.96.1.3:80", &["10.244.99.3:8080"])]);
+    expect(
+        &node,
+        "away",
+        &[("10.96.1.1:80", &[&backend]), ("10.96.1.3:80", &["10.244.99.3:8080"])],
+    );
     ask();
     expect_problem(&node, false, NOTICED);
 }
@@ -109,7 +114,10 @@ fn a_watch_older_than_what_the_server_remembers_starts_over() {
     // These are etcd's words; the server's cache has others.
     let too_old = "starts over: The resourceVersion for the provided watch is too old";
     for kind in ["Service", "EndpointSlice"] {
-        assert!(log.contains(&format!("watching {kind} {too_old}")), "no watch of {kind} was too old: {log}");
+        assert!(
+            log.contains(&format!("watching {kind} {too_old}")),
+            "no watch of {kind} was too old: {log}"
+        );
     }
     expect_problem(&node, false, NOTICED);
     // And the watches after the new lists work.
@@ -152,7 +160,8 @@ fn under_load_the_server_is_away_and_returns_with_changes_and_no_memory() {
     std::thread::sleep(Duration::from_secs(size.seconds));
     let _ = load.unharmed("while the server was away").expect("unharmed");
 
-    // It returns, changes at once, and has forgotten everything from before: every watch starts over with a list.
+    // It returns, changes at once, and has forgotten everything from before: every watch starts
+    // over with a list.
     agent.process().signal(libc::SIGSTOP).expect("frozen");
     cluster.plane.start_server(&[without_cache]).expect("the server is back");
     space.delete("endpointslices", "web-a");
@@ -193,11 +202,9 @@ fn a_slow_line_that_breaks_within_lists_and_watches_loses_nothing() {
     line.set_rate(100_000);
     line.set_span(30_000);
     let mut agent = cluster.start_agent(&node, AGENT, &["--api", &cluster.plane.url(line.port())]);
-    wait_for(
-        "several attempts",
-        START,
-        || if line.made() >= 6 { Ok(()) } else { Err(line.made().to_string()) },
-    );
+    wait_for("several attempts", START, || {
+        if line.made() >= 6 { Ok(()) } else { Err(line.made().to_string()) }
+    });
     assert_eq!(programmed(&node, "line"), Ok([].into()), "no list is complete");
     line.set_span(0);
     agent.wait_ready(Duration::from_secs(40)).expect("ready");
@@ -220,7 +227,11 @@ fn a_slow_line_that_breaks_within_lists_and_watches_loses_nothing() {
         space.delete("services", &format!("s{number}"));
     }
     line.cut();
-    space.edit("endpointslices", "s1-a", &serde_json::json!({"endpoints": [{"addresses": ["10.244.99.2"]}]}));
+    space.edit(
+        "endpointslices",
+        "s1-a",
+        &serde_json::json!({"endpoints": [{"addresses": ["10.244.99.2"]}]}),
+    );
     let _ = wanted.drain(..40);
     wanted.push(("10.96.3.1:80", &["10.244.99.2:8080"]));
     expect(&node, "line", &wanted);

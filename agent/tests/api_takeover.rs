@@ -6,9 +6,9 @@
 //!     the node's own -----+------+
 //! ```
 //!
-//! Nobody but kube-proxy has chains of type nat on the node, so that its rules cannot simply go. All connections ask for something
-//! and read the answer, again and again, while kube-proxy serves, the agent takes over, kube-proxy and its rules go, and
-//! everything goes back.
+//! Nobody but kube-proxy has chains of type nat on the node, so that its rules cannot simply go.
+//! All connections ask for something and read the answer, again and again, while kube-proxy serves,
+//! the agent takes over, kube-proxy and its rules go, and everything goes back.
 //!
 //! test-threads: 1
 
@@ -30,10 +30,12 @@ use api_support::control_plane::{ADMIN, AGENT};
 use api_support::objects::Space;
 use api_support::{Cluster, START, cluster, wait_for};
 use serde_json::{Value, json};
-use sluice_lab::{AgentOptions, AgentProcess, Client, Namespace, Node, NodeOptions, Pod, Running, Serve};
+use sluice_lab::{
+    AgentOptions, AgentProcess, Client, Namespace, Node, NodeOptions, Pod, Running, Serve,
+};
 
-/// Connections that are held: of the pod by ClusterIPs, of the node itself, of clients outside by the node port, half of the last
-/// and of the first by IPv6.
+/// Connections that are held: of the pod by ClusterIPs, of the node itself, of clients outside by
+/// the node port, half of the last and of the first by IPv6.
 const POD: usize = 900;
 const HOST: usize = 300;
 const UNSEEN: usize = 150;
@@ -61,7 +63,8 @@ impl Mode {
         }
     }
 
-    /// Node ports of the echo, of its datagrams, and of the Service with affinity. Both tests ask one API server for them.
+    /// Node ports of the echo, of its datagrams, and of the Service with affinity. Both tests ask
+    /// one API server for them.
     fn node_ports(self) -> [u16; 3] {
         match self {
             Self::Nftables => [30_080, 30_081, 30_082],
@@ -122,20 +125,22 @@ fn connect(from: &Namespace, source: Option<SocketAddr>, to: SocketAddr) -> Resu
         ensure!(fd >= 0, std::io::Error::last_os_error());
         // SAFETY: the descriptor is fresh and ours.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let call = |end: SocketAddr, call: unsafe extern "C" fn(i32, *const libc::sockaddr, u32) -> i32| {
-            let SocketAddr::V4(end) = end else { bail!("an IPv6 source") };
-            let address = libc::sockaddr_in {
-                sin_family: libc::AF_INET as u16,
-                sin_port: end.port().to_be(),
-                sin_addr: libc::in_addr { s_addr: u32::from(*end.ip()).to_be() },
-                sin_zero: [0; 8],
+        let call =
+            |end: SocketAddr,
+             call: unsafe extern "C" fn(i32, *const libc::sockaddr, u32) -> i32| {
+                let SocketAddr::V4(end) = end else { bail!("an IPv6 source") };
+                let address = libc::sockaddr_in {
+                    sin_family: libc::AF_INET as u16,
+                    sin_port: end.port().to_be(),
+                    sin_addr: libc::in_addr { s_addr: u32::from(*end.ip()).to_be() },
+                    sin_zero: [0; 8],
+                };
+                let length = size_of::<libc::sockaddr_in>() as u32;
+                // SAFETY: the address is live and of the length given.
+                let result = unsafe { call(fd.as_raw_fd(), (&raw const address).cast(), length) };
+                ensure!(result == 0, std::io::Error::last_os_error());
+                Ok(())
             };
-            let length = size_of::<libc::sockaddr_in>() as u32;
-            // SAFETY: the address is live and of the length given.
-            let result = unsafe { call(fd.as_raw_fd(), (&raw const address).cast(), length) };
-            ensure!(result == 0, std::io::Error::last_os_error());
-            Ok(())
-        };
         call(source, libc::bind)?;
         call(to, libc::connect)?;
         Ok(TcpStream::from(fd))
@@ -258,8 +263,12 @@ impl Bench {
         }
         let vips = |service: &str| -> Result<Vec<IpAddr>> {
             let found = cluster.plane.request("GET", &space.path("services", service), None)?;
-            let ips = found.pointer("/spec/clusterIPs").and_then(Value::as_array).context("no ClusterIPs")?;
-            let mut ips: Vec<IpAddr> = ips.iter().filter_map(|ip| ip.as_str()?.parse().ok()).collect();
+            let ips = found
+                .pointer("/spec/clusterIPs")
+                .and_then(Value::as_array)
+                .context("no ClusterIPs")?;
+            let mut ips: Vec<IpAddr> =
+                ips.iter().filter_map(|ip| ip.as_str()?.parse().ok()).collect();
             ips.sort_by_key(IpAddr::is_ipv6);
             Ok(ips)
         };
@@ -307,11 +316,13 @@ impl Bench {
             "metricsBindAddress": "127.0.0.1:10249", "healthzBindAddress": "127.0.0.1:10256",
         });
         std::fs::write(&file, config.to_string())?;
-        let kube_proxy = self
-            .node
-            .spawn(Path::new(&programs).join("kube-proxy"), [format!("--config={}", file.display())])?;
+        let kube_proxy = self.node.spawn(
+            Path::new(&programs).join("kube-proxy"),
+            [format!("--config={}", file.display())],
+        )?;
         self.kube_proxy = Some(kube_proxy);
-        // Datagrams are to be forgotten within the test. Connections that have ended are remembered, as anywhere.
+        // Datagrams are to be forgotten within the test. Connections that have ended are
+        // remembered, as anywhere.
         for (name, seconds) in [("udp_timeout", "10"), ("udp_timeout_stream", "12")] {
             self.node.sysctl(&format!("net/netfilter/nf_conntrack_{name}"), seconds)?;
         }
@@ -330,7 +341,8 @@ impl Bench {
         ];
         for (from, to) in ways {
             wait_for(&format!("{to} to be served"), STEP, || {
-                let connected = from.enter(|| TcpStream::connect_timeout(&to, Duration::from_millis(300)));
+                let connected =
+                    from.enter(|| TcpStream::connect_timeout(&to, Duration::from_millis(300)));
                 match connected {
                     Ok(Ok(_)) => Ok(()),
                     other => Err(format!("{other:?}")),
@@ -348,7 +360,8 @@ impl Bench {
         for index in 0..POD {
             all.push(connect(&self.pod, None, SocketAddr::new(self.vips[index % 2], 7))?);
         }
-        // Some as processes outside of the agent's cgroup: no hook sees their calls, and their packets are translated.
+        // Some as processes outside of the agent's cgroup: no hook sees their calls, and their
+        // packets are translated.
         for _ in 0..UNSEEN {
             all.push(connect(&self.node, None, SocketAddr::new(self.vips[0], 7))?);
         }
@@ -389,7 +402,9 @@ impl Bench {
         let mut left = Vec::new();
         for command in ["iptables-save", "ip6tables-save"] {
             let rules = self.node.run(command, [""; 0])?;
-            let its = rules.lines().filter(|line| line.contains("KUBE-") && !line.contains("KUBE-FIREWALL"));
+            let its = rules
+                .lines()
+                .filter(|line| line.contains("KUBE-") && !line.contains("KUBE-FIREWALL"));
             left.extend(its.map(str::to_owned));
         }
         Ok(left)
@@ -407,14 +422,17 @@ impl Bench {
     fn counted(&self, reason: &str) -> Result<u64> {
         let output = self.node.sluice_output(&["status", "-o", "json"])?;
         let status: Value = serde_json::from_slice(&output.stdout)?;
-        let rows = status.pointer("/reasons").and_then(Value::as_array).cloned().unwrap_or_default();
-        let row = rows.iter().find(|row| row.pointer("/reason").and_then(Value::as_str) == Some(reason));
+        let rows =
+            status.pointer("/reasons").and_then(Value::as_array).cloned().unwrap_or_default();
+        let row =
+            rows.iter().find(|row| row.pointer("/reason").and_then(Value::as_str) == Some(reason));
         Ok(row.and_then(|row| row.pointer("/packets")?.as_u64()).unwrap_or_default())
     }
 
     /// Flows that Sluice has opened.
     fn flows(&self) -> Result<u64> {
-        let rows: Vec<Value> = serde_json::from_str(&self.node.sluice(&["backends", "-o", "json"])?)?;
+        let rows: Vec<Value> =
+            serde_json::from_str(&self.node.sluice(&["backends", "-o", "json"])?)?;
         Ok(rows.iter().filter_map(|row| row.pointer("/flows")?.as_u64()).sum())
     }
 }
@@ -449,7 +467,9 @@ impl Traffic {
             let round = self.rounds.load(Ordering::Relaxed);
             for (index, one) in held.iter_mut().enumerate() {
                 let line = format!("{round}-{index}");
-                if !broken.contains(&index) && !self.note(&format!("connection {index}"), one.send(&line)) {
+                if !broken.contains(&index)
+                    && !self.note(&format!("connection {index}"), one.send(&line))
+                {
                     let _ = broken.insert(index);
                 }
             }
@@ -511,7 +531,8 @@ impl Traffic {
         }
     }
 
-    /// Waits until every connection has asked and been answered so often more, and nothing has gone wrong.
+    /// Waits until every connection has asked and been answered so often more, and nothing has gone
+    /// wrong.
     fn more_rounds(&self, what: &str, count: u64) -> Result<()> {
         let (from, started) = (self.rounds.load(Ordering::Relaxed), Instant::now());
         while self.rounds.load(Ordering::Relaxed) < from + count {
@@ -543,7 +564,8 @@ fn with_traffic(
     let node_port = |port| SocketAddr::new(bench.node.ipv4().into(), port);
     let (echo, dns) = (node_port(echo_port), node_port(dns_port));
     // As a process of the node: the calls of new connections meet the hooks of its cgroup.
-    let act = |bench: &mut Bench, traffic: &Traffic| in_cgroup(host.cgroup(), || act(bench, traffic));
+    let act =
+        |bench: &mut Bench, traffic: &Traffic| in_cgroup(host.cgroup(), || act(bench, traffic));
     let result = std::thread::scope(|scope| {
         let _ = scope.spawn(|| traffic.hold(held));
         let _ = scope.spawn(|| traffic.open(&pod, SocketAddr::new(v4, 7)));
@@ -577,7 +599,8 @@ fn word<'v>(value: &'v Value, field: &str) -> &'v str {
 
 /// kube-proxy to Sluice: the agent comes, kube-proxy goes, its rules go, the last connection goes.
 ///
-/// Returns as whom one of its connections was seen, and by which endpoint: conntrack has not forgotten it.
+/// Returns as whom one of its connections was seen, and by which endpoint: conntrack has not
+/// forgotten it.
 fn move_in(bench: &mut Bench) -> Result<(SocketAddr, SocketAddr)> {
     let visits = bench.visits()?;
     ensure!(visits.values().collect::<BTreeSet<_>>().len() > 1, "no spread: {visits:?}");
@@ -596,10 +619,17 @@ fn move_in(bench: &mut Bench) -> Result<(SocketAddr, SocketAddr)> {
             ..AgentOptions::default()
         })?;
         agent.wait_ready(START)?;
-        println!("{}: serving {:.1?} after the agent's start", bench.mode.word(), started.elapsed());
+        println!(
+            "{}: serving {:.1?} after the agent's start",
+            bench.mode.word(),
+            started.elapsed()
+        );
         bench.agent = Some(agent);
         let told = bench.takeover()?;
-        ensure!(word(&told, "phase") == "serving" && number(&told, "connections") >= count, "{told}");
+        ensure!(
+            word(&told, "phase") == "serving" && number(&told, "connections") >= count,
+            "{told}"
+        );
         traffic.more_rounds("both stand", 5)?;
         let before = bench.flows()?;
         traffic.more_rounds("new flows are ours", 5)?;
@@ -629,7 +659,10 @@ fn move_in(bench: &mut Bench) -> Result<(SocketAddr, SocketAddr)> {
         ensure!(tables.contains("table inet sluice-takeover"), "{tables:?}");
         traffic.more_rounds("kube-proxy's rules are gone", 10)?;
         let told = bench.takeover()?;
-        ensure!(number(&told, "connections") >= count && told.get("holding") == Some(&true.into()), "{told}");
+        ensure!(
+            number(&told, "connections") >= count && told.get("holding") == Some(&true.into()),
+            "{told}"
+        );
         Ok(())
     })?;
     drop(held);
@@ -648,9 +681,11 @@ fn move_in(bench: &mut Bench) -> Result<(SocketAddr, SocketAddr)> {
     Ok(ended)
 }
 
-/// Sluice to kube-proxy: kube-proxy comes, Sluice serves what it knows until the last has ended, and goes.
+/// Sluice to kube-proxy: kube-proxy comes, Sluice serves what it knows until the last has ended,
+/// and goes.
 ///
-/// The host opens a connection from the source port of one that netfilter has translated and that has `ended`.
+/// The host opens a connection from the source port of one that netfilter has translated and that
+/// has `ended`.
 fn move_out(bench: &mut Bench, ended: (SocketAddr, SocketAddr)) -> Result<()> {
     let refused = bench.node.sluice_output(&["release"])?;
     ensure!(!refused.status.success(), "nobody would serve");

@@ -1,7 +1,9 @@
-//! `sluice explain` and `sluice validate` as people run them: the real binary, manifests, exit codes.
+//! `sluice explain` and `sluice validate` as people run them: the real binary, manifests, exit
+//! codes.
 //!
-//! The table is kube-proxy's: which endpoints each kind of client may reach, in both ways to masquerade. What people
-//! read is compared with files in `explain/`; `SLUICE_BLESS=1 cargo test` rewrites them.
+//! The table is kube-proxy's: which endpoints each kind of client may reach, in both ways to
+//! masquerade. What people read is compared with files in `explain/`; `SLUICE_BLESS=1 cargo test`
+//! rewrites them.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -28,11 +30,13 @@ fn sluice(folder: &Path, words: &[&str]) -> Output {
 
 /// Asks with these words; the exit code and the answer.
 fn ask(folder: &Path, words: &str) -> (i32, Value) {
-    let words: Vec<&str> = ["explain"].into_iter().chain(words.split(' ')).chain(["-o", "json"]).collect();
+    let words: Vec<&str> =
+        ["explain"].into_iter().chain(words.split(' ')).chain(["-o", "json"]).collect();
     let output = sluice(folder, &words);
     let code = output.status.code().expect("it ends by itself");
-    let answer = serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|error| panic!("{words:?}: {error}: {}", String::from_utf8_lossy(&output.stderr)));
+    let answer = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
+        panic!("{words:?}: {error}: {}", String::from_utf8_lossy(&output.stderr))
+    });
     (code, answer)
 }
 
@@ -55,12 +59,14 @@ fn line((code, answer): &(i32, Value)) -> String {
     let candidates = answer["candidates"].as_array().expect("a list");
     let shares: f64 = candidates.iter().filter_map(|candidate| candidate["share"].as_f64()).sum();
     assert!((shares - 1.0).abs() < 1e-9, "{answer}");
-    let addresses: Vec<String> = candidates.iter().map(|candidate| word(&candidate["address"])).collect();
+    let addresses: Vec<String> =
+        candidates.iter().map(|candidate| word(&candidate["address"])).collect();
     assert!(addresses.contains(&word(&answer["backend"]["address"])), "{answer}");
     format!("{verdict} {} {}", addresses.join(" "), word(&answer["source"]))
 }
 
-/// Endpoints in words, each `STATE` with `L` (local), `z` (hinted for our zone) or `y` (for another).
+/// Endpoints in words, each `STATE` with `L` (local), `z` (hinted for our zone) or `y` (for
+/// another).
 fn manifests(endpoints: &str, internal: &str, external: &str) -> String {
     let mut text = format!(
         "apiVersion: v1
@@ -86,8 +92,11 @@ status: {{loadBalancer: {{ingress: [{{ip: 198.51.100.1}}]}}}}
         let number = index + 1;
         let (net, node) = if has('L') { (1, "node-a") } else { (2, "node-b") };
         // A state that begins with a number belongs to the endpoint of that number.
-        let host =
-            endpoint.chars().next().and_then(|first| first.to_digit(10)).map_or(number, |of| of as usize);
+        let host = endpoint
+            .chars()
+            .next()
+            .and_then(|first| first.to_digit(10))
+            .map_or(number, |of| of as usize);
         let (ready, serving, terminating) = (has('R'), has('R') || has('T'), has('T'));
         let hints = match (has('z'), has('y')) {
             (true, _) => ", hints: {forZones: [{name: z}]}",
@@ -115,7 +124,8 @@ endpoints:
     text
 }
 
-/// Endpoints and policies -> what meets a local pod at the ClusterIP, and a client outside at external addresses.
+/// Endpoints and policies -> what meets a local pod at the ClusterIP, and a client outside at
+/// external addresses.
 struct Vector {
     number: u32,
     endpoints: &'static str,
@@ -160,7 +170,8 @@ fn kube_proxys_vectors_hold_in_both_modes() {
     let mut failures = String::new();
     for vector in VECTORS {
         let Vector { number, endpoints, internal, external, cluster_ip, outside } = vector;
-        fs::write(folder.path().join("all.yaml"), manifests(endpoints, internal, external)).expect("written");
+        fs::write(folder.path().join("all.yaml"), manifests(endpoints, internal, external))
+            .expect("written");
         for mode in ["", KUBE_PROXY] {
             let question = |words: &str| {
                 let flags = if mode.is_empty() { String::new() } else { format!(" {mode}") };
@@ -172,14 +183,19 @@ fn kube_proxys_vectors_hold_in_both_modes() {
                 let expected = if expected.contains(' ') && !expected.starts_with("10.") {
                     expected.to_owned()
                 } else {
-                    // Without being told otherwise, we keep the source where the backend is on this node.
-                    let local =
-                        answer.1["backend"]["address"].as_str().is_some_and(|at| at.starts_with("10.244.1."));
+                    // Without being told otherwise, we keep the source where the backend is on this
+                    // node.
+                    let local = answer.1["backend"]["address"]
+                        .as_str()
+                        .is_some_and(|at| at.starts_with("10.244.1."));
                     let source = if source == "by backend" && local { "kept" } else { source };
                     format!("forward {expected} {}", source.replace("by backend", "masqueraded"))
                 };
                 if found != expected {
-                    let _ = writeln!(failures, "{number} {mode} {words}: {found} instead of {expected}");
+                    let _ = writeln!(
+                        failures,
+                        "{number} {mode} {words}: {found} instead of {expected}"
+                    );
                 }
             };
             expect("tcp 10.244.1.99:4000 10.96.0.10:80 --from pod", cluster_ip, "kept");
@@ -217,7 +233,8 @@ fn a_local_pod_and_the_host_are_not_bound_by_the_external_policy() {
 #[test]
 fn a_client_that_is_its_own_backend_is_masqueraded() {
     let folder = tempfile::tempdir().expect("a folder");
-    fs::write(folder.path().join("all.yaml"), manifests("RL", "Cluster", "Cluster")).expect("written");
+    fs::write(folder.path().join("all.yaml"), manifests("RL", "Cluster", "Cluster"))
+        .expect("written");
     for mode in ["", KUBE_PROXY] {
         for (client, address) in [
             ("10.244.1.1:4000", "10.96.0.10:80 --from pod"),
@@ -225,7 +242,11 @@ fn a_client_that_is_its_own_backend_is_masqueraded() {
         ] {
             let flags = if mode.is_empty() { String::new() } else { format!(" {mode}") };
             let words = format!("tcp {client} {address} --manifests . --node node-a{flags}");
-            assert_eq!(line(&ask(folder.path(), &words)), "forward 10.244.1.1 masqueraded", "{words}");
+            assert_eq!(
+                line(&ask(folder.path(), &words)),
+                "forward 10.244.1.1 masqueraded",
+                "{words}"
+            );
         }
     }
 }
@@ -233,7 +254,8 @@ fn a_client_that_is_its_own_backend_is_masqueraded() {
 #[test]
 fn a_process_of_the_host_is_masqueraded_at_a_cluster_ip_as_kube_proxy_would() {
     let folder = tempfile::tempdir().expect("a folder");
-    fs::write(folder.path().join("all.yaml"), manifests("R", "Cluster", "Cluster")).expect("written");
+    fs::write(folder.path().join("all.yaml"), manifests("R", "Cluster", "Cluster"))
+        .expect("written");
     for (flags, source) in [
         ("", "kept"),
         (" --cluster-cidr 10.244.0.0/16", "masqueraded"),
@@ -252,7 +274,8 @@ fn a_process_of_the_host_is_masqueraded_at_a_cluster_ip_as_kube_proxy_would() {
 #[test]
 fn an_unassigned_service_address_is_dropped_on_its_way_out() {
     let folder = tempfile::tempdir().expect("a folder");
-    fs::write(folder.path().join("all.yaml"), manifests("R", "Cluster", "Cluster")).expect("written");
+    fs::write(folder.path().join("all.yaml"), manifests("R", "Cluster", "Cluster"))
+        .expect("written");
     for from in ["pod", "host", "external"] {
         let words = format!("tcp 203.0.113.7:4000 10.96.0.77:80 --from {from} --manifests .");
         assert_eq!(line(&ask(folder.path(), &words)), "pass stranger", "{words}");
@@ -260,9 +283,11 @@ fn an_unassigned_service_address_is_dropped_on_its_way_out() {
         assert_eq!(line(&ask(folder.path(), &words)), "drop unassigned_address", "{words}");
     }
     // A client that is some Service's backend is none the less dropped.
-    let words = "tcp 10.244.2.1:4000 10.96.0.77:80 --from pod --manifests . --service-cidr 10.96.0.0/16";
+    let words =
+        "tcp 10.244.2.1:4000 10.96.0.77:80 --from pod --manifests . --service-cidr 10.96.0.0/16";
     assert_eq!(line(&ask(folder.path(), words)), "drop unassigned_address");
-    let undefined = ask(folder.path(), "udp 10.244.1.99:4000 10.96.0.10:81 --from pod --manifests .");
+    let undefined =
+        ask(folder.path(), "udp 10.244.1.99:4000 10.96.0.10:81 --from pod --manifests .");
     assert_eq!(line(&undefined), "reject undefined_port");
     assert_eq!(undefined.1["service"], "shop/web");
     assert_eq!(undefined.1["port"], Value::Null);
@@ -286,13 +311,17 @@ fn source_ranges_and_affinity_show() {
     let node_port = ask("tcp 203.0.114.7:4000 192.0.2.10:30080 --from external");
     assert_eq!(line(&node_port), "forward 10.244.2.1 masqueraded");
     let pod = ask("tcp 10.244.1.9:4000 10.96.0.10:80 --from pod");
-    let steps: Vec<&str> =
-        pod.1["steps"].as_array().into_iter().flatten().filter_map(|step| step["step"].as_str()).collect();
+    let steps: Vec<&str> = pod.1["steps"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|step| step["step"].as_str())
+        .collect();
     assert_eq!(
         steps,
         [
-            "packet", "socket", "frontend", "client", "policy", "affinity", "slot", "backend", "rewrite",
-            "source", "verdict"
+            "packet", "socket", "frontend", "client", "policy", "affinity", "slot", "backend",
+            "rewrite", "source", "verdict"
         ]
     );
     assert_eq!(pod.1.get("socket"), None, "affinity goes by the client's address");
@@ -301,10 +330,12 @@ fn source_ranges_and_affinity_show() {
 #[test]
 fn every_field_of_the_contract_is_there() {
     let folder = tempfile::tempdir().expect("a folder");
-    fs::write(folder.path().join("all.yaml"), manifests("R RL", "Cluster", "Cluster")).expect("written");
+    fs::write(folder.path().join("all.yaml"), manifests("R RL", "Cluster", "Cluster"))
+        .expect("written");
     let (_, answer) =
         ask(folder.path(), "tcp 203.0.113.7:4000 192.0.2.10:30080 --from external --manifests .");
-    let keys: BTreeSet<&str> = answer.as_object().expect("an object").keys().map(String::as_str).collect();
+    let keys: BTreeSet<&str> =
+        answer.as_object().expect("an object").keys().map(String::as_str).collect();
     let expected = [
         "affinity",
         "backend",
@@ -318,10 +349,12 @@ fn every_field_of_the_contract_is_there() {
         "verdict",
     ];
     assert_eq!(keys, expected.into());
-    let frontend =
-        serde_json::json!({"kind": "NodePort", "address": "192.0.2.10", "port": 30080, "protocol": "TCP"});
+    let frontend = serde_json::json!({"kind": "NodePort", "address": "192.0.2.10", "port": 30080, "protocol": "TCP"});
     assert_eq!(answer["frontend"], frontend);
-    assert_eq!((&answer["service"], &answer["port"]), (&Value::from("shop/web"), &Value::from("http")));
+    assert_eq!(
+        (&answer["service"], &answer["port"]),
+        (&Value::from("shop/web"), &Value::from("http"))
+    );
     assert_eq!(answer["candidates"].as_array().map(Vec::len), Some(2));
     let (_, stranger) =
         ask(folder.path(), "tcp 203.0.113.7:4000 192.0.2.99:80 --from external --manifests .");
@@ -333,12 +366,14 @@ fn every_field_of_the_contract_is_there() {
 #[test]
 fn a_tuple_finds_the_same_backend_wherever_it_is_asked() {
     let folder = tempfile::tempdir().expect("a folder");
-    fs::write(folder.path().join("all.yaml"), manifests("R R R R R", "Cluster", "Cluster")).expect("written");
+    fs::write(folder.path().join("all.yaml"), manifests("R R R R R", "Cluster", "Cluster"))
+        .expect("written");
     let mut backends = BTreeSet::new();
     for port in 4000..4010 {
         let words = format!("tcp 203.0.113.7:{port} 198.51.100.1:80 --from external --manifests .");
         let [one, other] = ["node-a", "node-c"].map(|node| {
-            let answer = ask(folder.path(), &format!("{words} --node {node} --node-addresses 192.0.2.10")).1;
+            let answer =
+                ask(folder.path(), &format!("{words} --node {node} --node-addresses 192.0.2.10")).1;
             answer["backend"]["address"].as_str().expect("an address").to_owned()
         });
         assert_eq!(one, other, "{words}");
@@ -369,9 +404,18 @@ fn every_seed_is_explained_and_valid() {
         );
         let (code, answer) = ask(&seeds, &words);
         assert_eq!(code, 0, "{words}: {answer}");
-        assert_eq!(answer["candidates"].as_array().map(Vec::len), Some(candidates), "{words}: {answer}");
+        assert_eq!(
+            answer["candidates"].as_array().map(Vec::len),
+            Some(candidates),
+            "{words}: {answer}"
+        );
         let output = sluice(&seeds, &["validate", seed]);
-        assert_eq!(output.status.code(), Some(0), "{seed}: {}", String::from_utf8_lossy(&output.stdout));
+        assert_eq!(
+            output.status.code(),
+            Some(0),
+            "{seed}: {}",
+            String::from_utf8_lossy(&output.stdout)
+        );
     }
 }
 
@@ -383,10 +427,12 @@ fn ipv6_is_asked_in_brackets() {
         .replace("addressType: IPv4", "addressType: IPv6")
         .replace("10.244.2.1", "fd00:244::1");
     fs::write(folder.path().join("all.yaml"), text).expect("written");
-    let answer = ask(folder.path(), "TCP [fd00:244::99]:4000 [fd00:96::10]:80 --from pod --manifests .");
+    let answer =
+        ask(folder.path(), "TCP [fd00:244::99]:4000 [fd00:96::10]:80 --from pod --manifests .");
     assert_eq!(line(&answer), "forward fd00:244::1 kept");
     // Nobody has told the node's IPv6 address: one is supposed.
-    let words = "tcp [2001:db8::7]:4000 [fd00:96::10]:80 --from external --manifests . --masquerade all";
+    let words =
+        "tcp [2001:db8::7]:4000 [fd00:96::10]:80 --from external --manifests . --masquerade all";
     assert_eq!(line(&ask(folder.path(), words)), "forward fd00:244::1 masqueraded");
 }
 
@@ -473,9 +519,12 @@ fn manifests_that_say_nothing_end_with_code_1_and_what_to_do() {
 fn what_if_shows_both_answers_and_ends_with_the_codes_of_the_second() {
     let folder = tempfile::tempdir().expect("a folder");
     fs::create_dir(folder.path().join("now")).expect("made");
-    fs::write(folder.path().join("now/all.yaml"), manifests("R", "Cluster", "Cluster")).expect("written");
-    fs::write(folder.path().join("then.yaml"), manifests("R", "Cluster", "Local")).expect("written");
-    let words = "tcp 203.0.113.7:4000 198.51.100.1:80 --from external --manifests now --what-if then.yaml";
+    fs::write(folder.path().join("now/all.yaml"), manifests("R", "Cluster", "Cluster"))
+        .expect("written");
+    fs::write(folder.path().join("then.yaml"), manifests("R", "Cluster", "Local"))
+        .expect("written");
+    let words =
+        "tcp 203.0.113.7:4000 198.51.100.1:80 --from external --manifests now --what-if then.yaml";
     let (code, both) = ask(folder.path(), words);
     assert_eq!(code, 4);
     assert_eq!(line(&(0, both["before"].clone())), "forward 10.244.2.1 masqueraded");
@@ -487,7 +536,12 @@ fn compare(name: &str, words: &[&str], code: i32) {
     let folder = tests().join("explain");
     let output = sluice(&folder, words);
     let text = String::from_utf8_lossy(&output.stdout);
-    assert_eq!(output.status.code(), Some(code), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(
+        output.status.code(),
+        Some(code),
+        "{words:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let path = folder.join(name);
     if std::env::var_os("SLUICE_BLESS").is_some() {
         fs::write(&path, &*text).expect("written");
@@ -505,7 +559,11 @@ fn people_read_one_answer_of_each_kind() {
         ("reject.txt", 3, "udp 10.244.1.99:4000 10.96.0.11:53 --from pod"),
         ("drop.txt", 4, "tcp 203.0.114.7:4000 198.51.100.1:80 --from external"),
         ("pass.txt", 0, "tcp 10.244.1.99:4000 203.0.113.7:443 --from pod"),
-        ("what-if.txt", 4, "tcp 203.0.113.7:4000 192.0.2.10:30080 --from external --what-if moved.yaml"),
+        (
+            "what-if.txt",
+            4,
+            "tcp 203.0.113.7:4000 192.0.2.10:30080 --from external --what-if moved.yaml",
+        ),
     ] {
         let words = format!("explain {words} --manifests shop --node node-a");
         compare(name, &words.split(' ').collect::<Vec<_>>(), code);
@@ -518,7 +576,10 @@ fn validation_reports_what_is_refused_and_what_is_lost() {
     let output = sluice(&tests().join("explain"), &["validate", "shop", "-o", "json"]);
     let rows: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     assert_eq!(output.status.code(), Some(0), "{rows}");
-    assert!(rows.as_array().is_some_and(|rows| rows.iter().all(|row| row["kind"] == "warning")), "{rows}");
+    assert!(
+        rows.as_array().is_some_and(|rows| rows.iter().all(|row| row["kind"] == "warning")),
+        "{rows}"
+    );
 }
 
 #[test]
@@ -551,7 +612,8 @@ endpoints: [{{addresses: [10.244.1.{number}]}}, {{addresses: [10.244.2.{number}]
         fs::write(folder.path().join(format!("{file}.yaml")), text).expect("written");
     }
     let began = Instant::now();
-    let (code, answer) = ask(folder.path(), "tcp 10.244.1.99:4000 10.96.1.7:80 --from pod --manifests .");
+    let (code, answer) =
+        ask(folder.path(), "tcp 10.244.1.99:4000 10.96.1.7:80 --from pod --manifests .");
     println!("a thousand objects: {:?}", began.elapsed());
     assert_eq!((code, &answer["service"]), (0, &Value::from("default/s256")));
 }
@@ -560,9 +622,13 @@ endpoints: [{{addresses: [10.244.1.{number}]}}, {{addresses: [10.244.2.{number}]
 #[test]
 fn what_is_left_to_netfilter_is_told_with_its_reason() {
     let folder = tempfile::tempdir().expect("a folder");
-    fs::write(folder.path().join("a.yaml"), manifests("RL", "Cluster", "Cluster")).expect("written");
-    let options =
-        Options { path: folder.path().to_owned(), node: Some("node-a".into()), ..Options::default() };
+    fs::write(folder.path().join("a.yaml"), manifests("RL", "Cluster", "Cluster"))
+        .expect("written");
+    let options = Options {
+        path: folder.path().to_owned(),
+        node: Some("node-a".into()),
+        ..Options::default()
+    };
     let manifests = Manifests::read(options).expect("read");
     let question = Question {
         protocol: Protocol::Tcp,
@@ -589,7 +655,8 @@ fn what_is_left_to_netfilter_is_told_with_its_reason() {
             let _ = world.v4.imported.insert(tuple, 0);
         }
         let answer = explain(&question, &world, &routing).expect("it is met");
-        let why = answer.steps.iter().find(|step| step.step == "takeover").map(|step| step.text.clone());
+        let why =
+            answer.steps.iter().find(|step| step.step == "takeover").map(|step| step.text.clone());
         (answer.verdict, answer.reason, why.unwrap_or_default())
     };
     let (verdict, reason, why) = told(phase::SERVE | phase::IMPORTED, true);

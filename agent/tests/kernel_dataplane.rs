@@ -1,6 +1,7 @@
 //! The dataplane on the real kernel: loads the built-in object under a BPF file system of its own.
 //!
-//! Needs root and a binary with the BPF object; without either it fails, unless `SLUICE_TEST_SKIP=1` says to skip it.
+//! Needs root and a binary with the BPF object; without either it fails, unless
+//! `SLUICE_TEST_SKIP=1` says to skip it.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -10,8 +11,8 @@ use std::process::Command;
 use sluice::dataplane::{Access, Kernel, Layout, Loaded, Maps, Pins, Xdp, load};
 use sluice::image::{Dataplane, FamilyWrite, Image, PERMITTED, SourceKey, Write, diff};
 use sluice_common::abi::{
-    Backend, Class, Name, NodeAddress, Origin, Origins, Range, Service, ServiceKey, backend, frontend,
-    node_address, policy,
+    Backend, Class, Name, NodeAddress, Origin, Origins, Range, Service, ServiceKey, backend,
+    frontend, node_address, policy,
 };
 use sluice_lab::skipped;
 
@@ -31,7 +32,8 @@ impl Bpffs {
 
     /// Loads with small maps, and those sizes changed that are given.
     fn load(&self, sizes: &[(&str, u32)]) -> Option<Loaded> {
-        let mut all = BTreeMap::from([("flows_v4".to_owned(), 1024), ("flows_v6".to_owned(), 1024)]);
+        let mut all =
+            BTreeMap::from([("flows_v4".to_owned(), 1024), ("flows_v6".to_owned(), 1024)]);
         all.extend(sizes.iter().map(|(map, size)| ((*map).to_owned(), *size)));
         match load(&Pins::new(&self.0), &all, Xdp::Off, Layout::Current) {
             Ok(loaded) => Some(loaded),
@@ -68,7 +70,8 @@ fn image() -> Image {
     let _ = image.v4.services.insert(key, Service { service_port: 1, kind: frontend::CLUSTER_IP });
     for id in 1..=2_u8 {
         let flags = backend::SERVING | if id == 1 { backend::LOCAL } else { 0 };
-        let backend = Backend { address: address(id), port: 8080, generation: 1, service_port: 1, flags };
+        let backend =
+            Backend { address: address(id), port: 8080, generation: 1, service_port: 1, flags };
         let _ = image.v4.backends.insert(u32::from(id), backend);
         let mut origins = Origins::default();
         origins.frontends[0] = Origin { address: address(9), port: 80, reserved: 0 };
@@ -121,7 +124,8 @@ fn an_image_is_written_read_back_adopted_and_cleared() {
     assert!(adopted.filled, "maps of this layout are adopted");
     assert_eq!(adopted.kernel.read().expect("readable maps"), wanted);
 
-    let read_only = Maps::open(&Pins::new(&bpffs.0).maps(), Access::Read).expect("maps for readers");
+    let read_only =
+        Maps::open(&Pins::new(&bpffs.0).maps(), Access::Read).expect("maps for readers");
     assert_eq!(Kernel::new(read_only).read().expect("readable maps"), wanted);
 
     adopted.kernel.apply(&diff(&wanted, &Image::default())).expect("writable maps");
@@ -139,7 +143,10 @@ fn maps_of_another_size_are_replaced_with_their_content() {
         let loaded = bpffs.load(&sizes).expect("other sizes");
         assert!(loaded.filled, "{sizes:?}");
         assert_eq!(loaded.kernel.read().expect("readable maps"), wanted, "{sizes:?}");
-        assert!(Pins::new(&bpffs.0).maps_new().exists(), "the old maps stay until the programs are switched");
+        assert!(
+            Pins::new(&bpffs.0).maps_new().exists(),
+            "the old maps stay until the programs are switched"
+        );
         loaded.hooks.commit().expect("commit");
         assert!(!Pins::new(&bpffs.0).maps_new().exists());
         let again = bpffs.load(&sizes).expect("the same sizes again");
@@ -153,7 +160,8 @@ fn pins_of_another_layout_stay_until_the_programs_are_switched() {
     let Some(loaded) = bpffs.load(&[]) else { return };
     drop(loaded);
     let pins = Pins::new(&bpffs.0);
-    let (own, other) = (pins.maps().parent().map(Path::to_owned).expect("a parent"), bpffs.0.join("v9999"));
+    let (own, other) =
+        (pins.maps().parent().map(Path::to_owned).expect("a parent"), bpffs.0.join("v9999"));
     std::fs::rename(&own, &other).expect("a rename");
     let loaded = bpffs.load(&[]).expect("the own layout");
     assert!(!loaded.filled, "maps of another layout are not adopted");
@@ -183,7 +191,8 @@ fn many_writes_go_in_batches() {
     for number in 0..10_000_u32 {
         let address = Ipv4Addr::from_bits(0x0a00_0000 + number).into();
         let key = ServiceKey { address, port: 80, protocol: 6, reserved: 0 };
-        let _ = wanted.v4.services.insert(key, Service { service_port: 1, kind: frontend::CLUSTER_IP });
+        let _ =
+            wanted.v4.services.insert(key, Service { service_port: 1, kind: frontend::CLUSTER_IP });
         let _ = wanted.v4.backends.insert(
             number + 1,
             Backend { address, port: 1, generation: 1, service_port: 1, flags: backend::SERVING },
@@ -201,7 +210,8 @@ fn a_dump_has_named_fields() {
     let Some(mut loaded) = bpffs.load(&[]) else { return };
     loaded.kernel.apply(&diff(&Image::default(), &image())).expect("writable maps");
     let map = Pins::new(&bpffs.0).maps().join("services_v4");
-    let Ok(output) = Command::new("bpftool").args(["map", "dump", "pinned"]).arg(&map).output() else {
+    let Ok(output) = Command::new("bpftool").args(["map", "dump", "pinned"]).arg(&map).output()
+    else {
         assert!(skipped("no bpftool: install Debian's package bpftool"));
         return;
     };

@@ -1,9 +1,11 @@
 //! One table of packets, run twice: through the packet's path on the host, over plain maps, and
-//! through the kernel's programs by `BPF_PROG_TEST_RUN`, over real ones. Both must do what the table says.
+//! through the kernel's programs by `BPF_PROG_TEST_RUN`, over real ones. Both must do what the
+//! table says.
 //!
-//! The kernel's way needs root and the BPF object (`SLUICE_BPF_OBJECT`, else `target/bpf/sluice.o`);
-//! without either they fail, unless `SLUICE_TEST_SKIP=1` says to skip them. What a test run cannot show: where a redirect leads, and
-//! skbs that are not linear, larger than a page, or leave a checksum to the device.
+//! The kernel's way needs root and the BPF object (`SLUICE_BPF_OBJECT`, else
+//! `target/bpf/sluice.o`); without either they fail, unless `SLUICE_TEST_SKIP=1` says to skip them.
+//! What a test run cannot show: where a redirect leads, and skbs that are not linear, larger than a
+//! page, or leave a checksum to the device.
 
 mod packets {
     #[path = "../../../common/tests/packets/bytes.rs"]
@@ -28,7 +30,9 @@ use std::net::SocketAddr;
 use packets::case::{Case, End, Outcome, Program, settle};
 use packets::frame::{TCP, UDP};
 use packets::kernel::Kernel;
-use packets::world::{Cast, Connection, EDGE, MARK, NET_CLIENTS, NET_MARKED, ONE, UPLINK, address, mac};
+use packets::world::{
+    Cast, Connection, EDGE, MARK, NET_CLIENTS, NET_MARKED, ONE, UPLINK, address, mac,
+};
 use packets::{cases, host, kernel, show};
 use sluice_common::abi::{Event, Listening, Range, Ticks, networks, state};
 use sluice_common::engine::limit::DEVICE_REJECT_BURST_MS;
@@ -108,7 +112,8 @@ fn the_kernel_does_what_the_table_says_and_the_host_does() {
     in_the_kernel(Kernel::load, &cases::with_prefixes());
 }
 
-/// The programs of several devices may meet a packet at the same side of the stack: the first one translates it.
+/// The programs of several devices may meet a packet at the same side of the stack: the first one
+/// translates it.
 #[test]
 fn what_is_translated_is_left_alone_by_the_next_program() {
     if kernel::is_skipped() {
@@ -117,7 +122,9 @@ fn what_is_translated_is_left_alone_by_the_next_program() {
     let mut kernel = Kernel::load().unwrap_or_else(|error| panic!("{error:?}"));
     let cases: Vec<Case> = cases::all()
         .into_iter()
-        .filter(|case| case.name.contains("along a young masqueraded flow, a") && !is_accelerated(case))
+        .filter(|case| {
+            case.name.contains("along a young masqueraded flow, a") && !is_accelerated(case)
+        })
         .filter(|case| case.input != case.expected.frame)
         .collect();
     assert!(cases.len() >= 80, "there are such cases");
@@ -130,7 +137,8 @@ fn what_is_translated_is_left_alone_by_the_next_program() {
         untouched.expected.frame.clone_from(&case.input);
         untouched.expected.counted = Some(Vec::new());
         untouched.expected.flows.clone_from(&case.world.flows);
-        for (who, case, word) in [("at the same side", &untouched, own), ("at the other side", &case, other)]
+        for (who, case, word) in
+            [("at the same side", &untouched, own), ("at the other side", &case, other)]
         {
             // The kernel runs no program on what is too short.
             let outcome = kernel.run_carrying(case, word).expect("a test run");
@@ -162,14 +170,16 @@ fn what_is_translated_goes_around_the_stack_by_the_next_program() {
     let (mut failures, mut tried) = (Vec::new(), 0);
     for case in all.iter().filter(is_around) {
         let name = case.name.trim_end_matches(", accelerated");
-        let before = all.iter().find(|before| before.name == name).expect("the case without acceleration");
+        let before =
+            all.iter().find(|before| before.name == name).expect("the case without acceleration");
         let mut case = case.clone();
         case.input.clone_from(&before.expected.frame);
         case.expected.counted = Some(Vec::new());
         case.expected.flows.clone_from(&case.world.flows);
         case.expected.embryonic.clone_from(&case.world.embryonic);
         let [ingress, _] = kernel::TC_DONE;
-        let outcome = kernel.run_carrying(&case, ingress).expect("a test run").expect("a whole packet");
+        let outcome =
+            kernel.run_carrying(&case, ingress).expect("a test run").expect("a whole packet");
         failures.push(judge(&case, "kernel", outcome));
         tried += 1;
     }
@@ -205,7 +215,8 @@ fn a_search_walks_over_every_port_there_is() {
     in_the_kernel(Kernel::load_large, &cases);
 }
 
-/// As `icmp_msgs_per_sec` and `icmp_msgs_burst` have it: whatever sources a flood has, the node does not answer more.
+/// As `icmp_msgs_per_sec` and `icmp_msgs_burst` have it: whatever sources a flood has, the node
+/// does not answer more.
 #[test]
 fn icmp_errors_have_a_limit_for_all_clients_of_a_device() {
     if kernel::is_skipped() {
@@ -216,7 +227,8 @@ fn icmp_errors_have_a_limit_for_all_clients_of_a_device() {
         let of = |ifindex: u32| -> Vec<Case> {
             let client = |host| SocketAddr::new(address(cast.version, NET_CLIENTS, host), 40_001);
             let question = |host| cast.first(client(host), cast.empty).at(mac(ifindex));
-            let case = |host| Case::new("", &cast.world(), Program::Ingress, ifindex, &question(host));
+            let case =
+                |host| Case::new("", &cast.world(), Program::Ingress, ifindex, &question(host));
             (1..=250).map(case).collect()
         };
         kernel.prepare(&cast.world()).expect("the maps are filled");
@@ -250,7 +262,8 @@ fn a_mark_counts_for_the_route_of_the_hosts_own_packets() {
         for (mark, is_routed) in [(0, false), (MARK, counts), (MARK + 1, false)] {
             kernel.mark = mark;
             kernel.prepare(&world).expect("the maps are filled");
-            let (redirected, _) = kernel.redirected(std::slice::from_ref(&case)).expect("the kernel runs it");
+            let (redirected, _) =
+                kernel.redirected(std::slice::from_ref(&case)).expect("the kernel runs it");
             assert_eq!(redirected == 1, is_routed, "{}, mark {mark:#x}", cast.title());
         }
     }
@@ -290,7 +303,10 @@ fn nothing_is_told_unless_somebody_listens_for_it() {
             (Listening::default(), false),
             // One who was killed a long time ago.
             (Listening { until_ns: 1, ..on }, false),
-            (Listening { kinds: 1 << Kind::Counted as u32, ..on }, expected[0].kind == Kind::Counted as u8),
+            (
+                Listening { kinds: 1 << Kind::Counted as u32, ..on },
+                expected[0].kind == Kind::Counted as u8,
+            ),
             (Listening { port: 9, ..on }, false),
             (on, true),
         ] {
@@ -326,11 +342,14 @@ fn an_established_flow_is_told_to_nobody_whoever_listens() {
     }
     let mut kernel = Kernel::load().unwrap_or_else(|error| panic!("{error:?}"));
     let on = Listening { until_ns: u64::MAX, ..Listening::default() };
-    // Nobody, one who was killed, one who asks for something else, one who asks for everything (and does not read: the ring is full).
-    let sieves = [Listening::default(), Listening { until_ns: 1, ..on }, Listening { port: 9, ..on }, on];
+    // Nobody, one who was killed, one who asks for something else, one who asks for everything (and
+    // does not read: the ring is full).
+    let sieves =
+        [Listening::default(), Listening { until_ns: 1, ..on }, Listening { port: 9, ..on }, on];
     for cast in Cast::of(TCP) {
         // A flow to where the packet goes anyway: it is the same packet each time.
-        let same = Connection { backend: cast.frontend, ..cast.connection() }.state(state::ESTABLISHED);
+        let same =
+            Connection { backend: cast.frontend, ..cast.connection() }.state(state::ESTABLISHED);
         let packet = cast.next(cast.client, cast.frontend);
         let world = cast.world().flows(same.forward());
         let established = Case::new("an established flow", &world, Program::Ingress, EDGE, &packet);

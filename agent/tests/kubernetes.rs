@@ -77,7 +77,8 @@ impl Server {
                     return;
                 }
             }
-            let target = String::from_utf8_lossy(&buffer).split(' ').nth(1).unwrap_or_default().to_owned();
+            let target =
+                String::from_utf8_lossy(&buffer).split(' ').nth(1).unwrap_or_default().to_owned();
             buffer.clear();
             self.world().requests.push(target.clone());
             let services = target.starts_with("/api/v1/services");
@@ -154,7 +155,10 @@ async fn next(events: &mut mpsc::Receiver<Event>) -> Change {
 }
 
 /// Skips to the first change of a kind.
-async fn skip_to<T>(events: &mut mpsc::Receiver<Event>, wanted: impl Fn(&Change) -> Option<T>) -> T {
+async fn skip_to<T>(
+    events: &mut mpsc::Receiver<Event>,
+    wanted: impl Fn(&Change) -> Option<T>,
+) -> T {
     loop {
         if let Some(found) = wanted(&next(events).await) {
             return found;
@@ -180,8 +184,12 @@ async fn connect(address: String, service_cidrs: bool) -> (kube::Client, Setting
     let text = "apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: \"http://192.0.2.1:1\"}}]\n\
                 contexts: [{name: c, context: {cluster: c, user: u}}]\ncurrent-context: c\nusers: [{name: u, user: {}}]\n";
     fs::write(&kubeconfig, text).expect("written");
-    let settings =
-        Settings { kubeconfig: Some(kubeconfig), api: Some(address), service_cidrs, ..Settings::default() };
+    let settings = Settings {
+        kubeconfig: Some(kubeconfig),
+        api: Some(address),
+        service_cidrs,
+        ..Settings::default()
+    };
     (kubernetes::connect(&settings).await.expect("a client"), settings)
 }
 
@@ -205,7 +213,10 @@ async fn service_cidrs_are_told_where_there_are_any_and_nobody_waits_for_them() 
     while !server.world().requests.iter().any(|target| target.contains("servicecidrs")) {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    assert!(!changes.iter().any(|change| said(change).is_some_and(|notes| !notes.is_empty())), "{changes:?}");
+    assert!(
+        !changes.iter().any(|change| said(change).is_some_and(|notes| !notes.is_empty())),
+        "{changes:?}"
+    );
     assert!(pulse.health().failure.is_none());
 
     server.world().service_cidrs = Some(vec!["10.96.0.0/12"]);
@@ -235,11 +246,13 @@ async fn a_server_that_goes_away_and_forgets_takes_nothing_with_it() {
     }
     assert_eq!(listed, ["a".to_owned(), "b".to_owned()].into());
     assert!(pulse.health().synced);
-    let selector =
-        "labelSelector=%21service.kubernetes.io%2Fservice-proxy-name%2C%21service.kubernetes.io%2Fheadless";
+    let selector = "labelSelector=%21service.kubernetes.io%2Fservice-proxy-name%2C%21service.kubernetes.io%2Fheadless";
     let lists = server.world().requests.clone();
     assert!(
-        lists.iter().filter(|target| !target.contains("watch=")).all(|target| target.contains(selector)),
+        lists
+            .iter()
+            .filter(|target| !target.contains("watch="))
+            .all(|target| target.contains(selector)),
         "{lists:?}"
     );
 
@@ -254,7 +267,9 @@ async fn a_server_that_goes_away_and_forgets_takes_nothing_with_it() {
     }
     let _ = server.world().services.insert("c");
     let _ = server.events.send(Some(json!({"type": "ADDED", "object": service("c")})));
-    assert!(matches!(next(&mut events).await, Change::Service(name, Some(_)) if &*name.name == "c"));
+    assert!(
+        matches!(next(&mut events).await, Change::Service(name, Some(_)) if &*name.name == "c")
+    );
 
     // The server goes away; nothing is taken away, but it is said.
     server.world().down = true;
@@ -275,7 +290,8 @@ async fn a_server_that_goes_away_and_forgets_takes_nothing_with_it() {
     }
     assert_eq!(skip_to(&mut events, gone).await, "a");
     if pulse.health().failure.is_some() {
-        skip_to(&mut events, |change| said(change).filter(|notes| notes.is_empty()).map(drop)).await;
+        skip_to(&mut events, |change| said(change).filter(|notes| notes.is_empty()).map(drop))
+            .await;
     }
     assert!(pulse.health().failure.is_none());
 }

@@ -13,7 +13,8 @@ use lab_support::{SOON, addresses_of_pod, listed, skip, status, unless_unsupport
 use serde_json::Value;
 use sluice_lab::{Cni, Event, NodeOptions, Overlay, Running};
 use stack_support::{
-    ClusterIps, FAR, MODES, NEAR, Proxy, Question, Stack, Way, ask_all, counters, none_wrong, replace_table,
+    ClusterIps, FAR, MODES, NEAR, Proxy, Question, Stack, Way, ask_all, counters, none_wrong,
+    replace_table,
 };
 
 const OFF: &str = "--accelerate=off";
@@ -33,7 +34,9 @@ fn count_forwarded(stack: &Stack, more: &str) -> Result<()> {
     replace_table(
         &stack.node,
         "rules",
-        &format!("counter seen {{ }}\nchain forward {{ type filter hook forward priority filter; {rules} }}"),
+        &format!(
+            "counter seen {{ }}\nchain forward {{ type filter hook forward priority filter; {rules} }}"
+        ),
     )
 }
 
@@ -46,7 +49,8 @@ fn seen(stack: &Stack) -> Result<u64> {
 fn reach(stack: &mut Stack, ways: &[Way]) -> Result<()> {
     for mode in [&MODES[0], &MODES[2], &MODES[4]] {
         for accelerate in [OFF, ON, OFF] {
-            let args: Vec<&str> = mode.args.iter().copied().chain([PER_PACKET, accelerate]).collect();
+            let args: Vec<&str> =
+                mode.args.iter().copied().chain([PER_PACKET, accelerate]).collect();
             stack.serve_by(Proxy::Sluice, &args, mode.cluster_ips)?;
             count_forwarded(stack, "")?;
             let what = format!("{} {accelerate}", mode.name);
@@ -114,9 +118,15 @@ fn a_rule_that_drops_stops_only_what_passes_the_stack() -> Result<()> {
         let report = preflight(&stack, accelerate)?;
         let told = report.get("what").map(ToString::to_string).unwrap_or_default();
         ensure!(told.contains("inet rules forward (forward, priority 0, 4 rules"), "{report}");
-        ensure!(word(&report, "result") == if accelerate == ON { "warn" } else { "yes" }, "{report}");
+        ensure!(
+            word(&report, "result") == if accelerate == ON { "warn" } else { "yes" },
+            "{report}"
+        );
         let next = word(&report, "next");
-        ensure!(next.contains("inet rules forward: forward handle") == (accelerate == ON), "{report}");
+        ensure!(
+            next.contains("inet rules forward: forward handle") == (accelerate == ON),
+            "{report}"
+        );
     }
     Ok(())
 }
@@ -205,14 +215,26 @@ impl Held {
             for (client, _) in stack.clients() {
                 for family in 0..2 {
                     let to = |way| target.by_node_port(stack.addresses, way, family).to_string();
-                    open.push(client.tool(["tcp-client", "--interval-ms=15", "--to", &to(Way::Tcp)])?);
-                    let udp = ["udp-client", "--count=1000000", "--interval-ms=15", "--to", &to(Way::Udp)];
+                    open.push(client.tool([
+                        "tcp-client",
+                        "--interval-ms=15",
+                        "--to",
+                        &to(Way::Tcp),
+                    ])?);
+                    let udp = [
+                        "udp-client",
+                        "--count=1000000",
+                        "--interval-ms=15",
+                        "--to",
+                        &to(Way::Udp),
+                    ];
                     open.push(client.tool(udp)?);
                 }
             }
         }
         for client in &mut open {
-            let _ = client.wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
+            let _ = client
+                .wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
         }
         Ok(Self(open))
     }
@@ -222,7 +244,9 @@ impl Held {
         for client in &mut self.0 {
             client.goes_on(3, SOON).with_context(|| format!("it ended {when}"))?;
             let events = client.events();
-            let lost = events.iter().find(|event| matches!(event, Event::Lost { .. } | Event::Broken { .. }));
+            let lost = events
+                .iter()
+                .find(|event| matches!(event, Event::Lost { .. } | Event::Broken { .. }));
             ensure!(lost.is_none(), "{when}: {lost:?}");
         }
         Ok(())
@@ -265,8 +289,9 @@ fn a_device_that_goes_takes_its_own_flows_alone() -> Result<()> {
     far.0.retain(|client| client.replies().iter().all(|reply| reply.name == "far"));
     ensure!(far.0.len() == 8, "each client asks the far endpoint by both protocols and families");
     let _ = stack.node.ip(&format!("link del {}", stack.near.host_device()))?;
-    let _ = near
-        .wait_event("it is lost", SOON, |event| matches!(event, Event::Lost { .. } | Event::Broken { .. }))?;
+    let _ = near.wait_event("it is lost", SOON, |event| {
+        matches!(event, Event::Lost { .. } | Event::Broken { .. })
+    })?;
     far.go_on("when another endpoint's device went")?;
     let questions: Vec<Question<'_>> = stack
         .questions(&[Way::Tcp, Way::Udp], ClusterIps::Kept)
@@ -291,7 +316,8 @@ fn who_asks_for_an_endpoint_that_nobody_finds_is_told_so() -> Result<()> {
         let _ = stack.node.ip(&format!("neigh flush dev {device} nud all"))?;
         let wire = stack.outside.packet_socket("eth0")?;
         let to = stack.targets[NEAR].by_node_port(stack.addresses, Way::Udp, 0).to_string();
-        let mut client = stack.outside.tool(["udp-client", "--count=1", "--timeout-ms=300", "--to", &to])?;
+        let mut client =
+            stack.outside.tool(["udp-client", "--count=1", "--timeout-ms=300", "--to", &to])?;
         let frame = wire.receive(SOON, |frame| {
             frame.get(12..14) == Some(&[8, 0])
                 && frame.get(23) == Some(&1)
@@ -322,7 +348,9 @@ fn policies_of_ipsec_keep_packets_on_the_stack() -> Result<()> {
             _ => "link".to_owned(),
         };
         let _ = stack.node.ip(&change)?;
-        until("the status tells it", || Ok((told(&stack)?.contains("IPsec") == is_there).then_some(())))?;
+        until("the status tells it", || {
+            Ok((told(&stack)?.contains("IPsec") == is_there).then_some(()))
+        })?;
         count_forwarded(&stack, "")?;
         stack.fresh_ports()?;
         let questions = stack.questions(&[Way::Tcp, Way::Udp], ClusterIps::Kept);

@@ -1,4 +1,5 @@
-//! Pods on a bridge, with and without netfilter on it, each with a rule that drops what conntrack calls invalid.
+//! Pods on a bridge, with and without netfilter on it, each with a rule that drops what conntrack
+//! calls invalid.
 //!
 //! test-threads: 2
 
@@ -8,15 +9,16 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, DNS, HTTP, Plan, SOON, WEB, addresses_of_client, addresses_of_pod, all_answer, cluster_ip,
-    counted, external_ip, reaches, skip, transfers, unless_unsupported, url,
+    Cluster, DNS, HTTP, Plan, SOON, WEB, addresses_of_client, addresses_of_pod, all_answer,
+    cluster_ip, counted, external_ip, reaches, skip, transfers, unless_unsupported, url,
 };
 use sluice_lab::{Cni, DROP_INVALID, NodeOptions};
 
 /// Packets that the rule has dropped.
 fn dropped(cluster: &Cluster) -> Result<u64> {
     let rules = cluster.node().run("nft", ["list", "ruleset"])?;
-    let packets = rules.split("invalid counter packets ").nth(1).and_then(|rest| rest.split(' ').next());
+    let packets =
+        rules.split("invalid counter packets ").nth(1).and_then(|rest| rest.split(' ').next());
     packets.and_then(|word| word.parse().ok()).with_context(|| format!("no counter in {rules}"))
 }
 
@@ -33,7 +35,12 @@ fn a_bridge_carries_services(name: &str, bridge_nf: bool) -> Result<()> {
     let pod = addresses_of_pod(&cluster.client);
     reaches(&cluster.client, cluster_ip(WEB), &names, Some(pod))?;
     reaches(cluster.node(), cluster_ip(WEB), &names, None)?;
-    reaches(&cluster.outside, external_ip(WEB), &names, Some(addresses_of_client(&cluster.outside)))?;
+    reaches(
+        &cluster.outside,
+        external_ip(WEB),
+        &names,
+        Some(addresses_of_client(&cluster.outside)),
+    )?;
     for family in 0..2 {
         transfers(&cluster.client, cluster_ip(WEB)[family], 3_000_000)?;
         transfers(cluster.node(), cluster_ip(WEB)[family], 3_000_000)?;

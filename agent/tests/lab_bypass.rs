@@ -17,7 +17,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use frame::{Frame, SYN, octets};
 use ipnet::IpNet;
-use lab_support::{DNS, ECHO, Pair, SOON, addresses_of_pod, cluster_ip, skip, take_fresh_ports, until};
+use lab_support::{
+    DNS, ECHO, Pair, SOON, addresses_of_pod, cluster_ip, skip, take_fresh_ports, until,
+};
 use sluice_lab::{Namespace, NodeOptions, Overlay, PacketSocket, Pod};
 use socket2::SockRef;
 use stack_support::{ClusterIps, FAR, NEAR, Proxy, Stack, none_wrong, replies};
@@ -31,7 +33,8 @@ const ARGS: &[&str] = &["--socket-path", "off"];
 fn length_to(frame: &[u8], to: IpAddr) -> Option<usize> {
     let (ethertype, at) = if to.is_ipv4() { ([8, 0], 30) } else { ([0x86, 0xdd], 38) };
     let to = octets(to);
-    let is_right = frame.get(12..14) == Some(&ethertype) && frame.get(at..at + to.len()) == Some(&to);
+    let is_right =
+        frame.get(12..14) == Some(&ethertype) && frame.get(at..at + to.len()) == Some(&to);
     is_right.then_some(frame.len() - 14)
 }
 
@@ -59,7 +62,9 @@ fn says_much(client: &Namespace, to: SocketAddr) -> Result<()> {
     stream.write_all(&vec![b'x'; 20_000])?;
     stream.write_all(b"\n")?;
     let mut answer = String::new();
-    let _ = answers.read_line(&mut answer).with_context(|| format!("{to} says nothing to a long line"))?;
+    let _ = answers
+        .read_line(&mut answer)
+        .with_context(|| format!("{to} says nothing to a long line"))?;
     ensure!(!answer.is_empty(), "{to} has closed");
     Ok(())
 }
@@ -78,9 +83,11 @@ fn forget_learned(stack: &Stack) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the host's own large packets reach the other node in the sizes that they are to have.
+/// Waits until the host's own large packets reach the other node in the sizes that they are to
+/// have.
 fn until_packets_leave(stack: &Stack, is_right: impl Fn(usize) -> bool) -> Result<()> {
-    for (vip, endpoint) in cluster_ip(stack.targets[FAR].number).into_iter().zip(addresses_of_pod(&stack.far))
+    for (vip, endpoint) in
+        cluster_ip(stack.targets[FAR].number).into_iter().zip(addresses_of_pod(&stack.far))
     {
         let wire = stack.other.packet_socket("eth0")?;
         let to = SocketAddr::new(vip, DNS).to_string();
@@ -111,7 +118,8 @@ fn none_is_too_large(
     let mut wrong = Vec::new();
     let node = &*stack.node;
     take_fresh_ports(node)?;
-    for (vip, endpoint) in cluster_ip(stack.targets[FAR].number).into_iter().zip(addresses_of_pod(&stack.far))
+    for (vip, endpoint) in
+        cluster_ip(stack.targets[FAR].number).into_iter().zip(addresses_of_pod(&stack.far))
     {
         let wire = stack.other.packet_socket("eth0")?;
         let to = SocketAddr::new(vip, DNS).to_string();
@@ -124,7 +132,9 @@ fn none_is_too_large(
         wrong.extend(long.err().map(|error| format!("{proxy:?}, {what}: {error:#}")));
         let (largest, count) = largest(&wire, endpoint);
         if largest > mtu || count == 0 {
-            wrong.push(format!("{proxy:?}, {what}: {count} packets to {endpoint}, up to {largest} bytes"));
+            wrong.push(format!(
+                "{proxy:?}, {what}: {count} packets to {endpoint}, up to {largest} bytes"
+            ));
         }
         let family = if vip.is_ipv4() { "-4" } else { "-6" };
         let route = node.run("ip", [family, "route", "get", &vip.to_string()])?;
@@ -214,7 +224,8 @@ fn is_time_exceeded(frame: &[u8], to: IpAddr) -> bool {
 
 /// Sends one datagram with a hop limit.
 fn send_with_hops(client: &Namespace, to: SocketAddr, hops: u32) -> Result<()> {
-    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr =
+        if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = client.enter(|| UdpSocket::bind(SocketAddr::new(any, 0)))??;
     if to.is_ipv4() {
         socket.set_ttl(hops)?;
@@ -248,16 +259,22 @@ fn a_hop_limit_that_runs_out_is_told() -> Result<()> {
                 for to in [vip, port] {
                     take_fresh_ports(client)?;
                     let wire = client.packet_socket("eth0")?;
-                    let told =
-                        || wire.receive(Duration::from_millis(700), |frame| is_time_exceeded(frame, to.ip()));
+                    let told = || {
+                        wire.receive(Duration::from_millis(700), |frame| {
+                            is_time_exceeded(frame, to.ip())
+                        })
+                    };
                     send_with_hops(client, to, 1)?;
                     let who = client.name();
                     if told().is_err() {
-                        wrong
-                            .push(format!("{proxy:?}: {who} hears nothing of a packet to {to} with one hop"));
+                        wrong.push(format!(
+                            "{proxy:?}: {who} hears nothing of a packet to {to} with one hop"
+                        ));
                     }
                     let answered = client.udp_ask(to, 1);
-                    wrong.extend(answered.err().map(|error| format!("{proxy:?}: {who} to {to}: {error:#}")));
+                    wrong.extend(
+                        answered.err().map(|error| format!("{proxy:?}: {who} to {to}: {error:#}")),
+                    );
                 }
             }
         }
@@ -319,15 +336,19 @@ fn a_pods_frame_in_a_vlan_reaches_nobody() -> Result<()> {
                         wire.send(&frame.bytes())?;
                         let what = format!("{proxy:?}: {} to {to}, tag {tag:?}", client.name());
                         let patience = Duration::from_millis(if is_taken { 1_000 } else { 200 });
-                        let is_answer =
-                            |frame: &[u8]| ports(frame) == Some([to.port(), port]) && is_syn_ack(frame);
+                        let is_answer = |frame: &[u8]| {
+                            ports(frame) == Some([to.port(), port]) && is_syn_ack(frame)
+                        };
                         let is_answered = wire.receive(patience, is_answer).is_ok();
                         let is_seen = others.iter().any(|other| {
-                            let is_ours = |frame: &[u8]| ports(frame).is_some_and(|[from, _]| from == port);
+                            let is_ours =
+                                |frame: &[u8]| ports(frame).is_some_and(|[from, _]| from == port);
                             !is_taken && other.receive(Duration::from_millis(20), is_ours).is_ok()
                         });
                         if is_answered != is_taken || is_seen {
-                            wrong.push(format!("{what}: answered {is_answered}, seen by others {is_seen}"));
+                            wrong.push(format!(
+                                "{what}: answered {is_answered}, seen by others {is_seen}"
+                            ));
                         }
                     }
                 }

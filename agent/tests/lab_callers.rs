@@ -10,8 +10,8 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, Counted, DNS, ECHO, HTTP, Plan, SOON, WEB, age, cluster_ip, counted, external_ip, flush,
-    replies, service, skip, until_backends, url,
+    Cluster, Counted, DNS, ECHO, HTTP, Plan, SOON, WEB, age, cluster_ip, counted, external_ip,
+    flush, replies, service, skip, until_backends, url,
 };
 use sluice_lab::{Cni, Event, Namespace, NodeOptions, Running, Serve};
 
@@ -34,7 +34,11 @@ fn answer(client: &Namespace, number: u8) -> Result<BTreeSet<String>> {
 
 fn answered_by(client: &Namespace, number: u8, name: &str, how: &str) -> Result<()> {
     let names = answer(client, number)?;
-    ensure!(names.iter().eq([name]), "{how}: {} was answered by {names:?}, not {name}", client.name());
+    ensure!(
+        names.iter().eq([name]),
+        "{how}: {} was answered by {names:?}, not {name}",
+        client.name()
+    );
     Ok(())
 }
 
@@ -48,7 +52,9 @@ fn redirect(namespace: &Namespace, number: u8, chain: &str, ports: [u16; 2]) -> 
     let [v4, v6] = cluster_ip(number);
     let [http, dns] = ports;
     let to_own = [format!("ip daddr {v4}"), format!("ip6 daddr {v6}")].map(|to| {
-        format!("{to} tcp dport {HTTP} redirect to :{http}; {to} udp dport {DNS} redirect to :{dns}; ")
+        format!(
+            "{to} tcp dport {HTTP} redirect to :{http}; {to} udp dport {DNS} redirect to :{dns}; "
+        )
     });
     let rules = to_own.concat();
     namespace.nft(&format!(
@@ -140,9 +146,9 @@ fn what_a_pod_keeps_to_itself_stays_there() -> Result<()> {
 /// The peer that a TCP client sees.
 fn peer(client: &Namespace, to: SocketAddr) -> Result<Option<SocketAddr>> {
     let events = client.ask(["tcp-client", "--count=1", "--to", &to.to_string()])?;
-    let peer = events
-        .iter()
-        .find_map(|event| if let Event::Connected { peer, .. } = event { Some(*peer) } else { None });
+    let peer = events.iter().find_map(|event| {
+        if let Event::Connected { peer, .. } = event { Some(*peer) } else { None }
+    });
     let _ = replies(events)?;
     Ok(peer)
 }
@@ -193,7 +199,8 @@ fn a_pods_second_call_to_a_service_is_translated_at_the_socket() -> Result<()> {
 /// A socket that asks on and on, and has been answered.
 fn asking(client: &Namespace, to: SocketAddr) -> Result<Running> {
     let to = to.to_string();
-    let mut client = client.tool(["udp-client", "--count=3000", "--interval-ms=20", "--to", &to])?;
+    let mut client =
+        client.tool(["udp-client", "--count=3000", "--interval-ms=20", "--to", &to])?;
     client.wait_until("it is answered", SOON, |this| (!this.replies().is_empty()).then_some(()))?;
     Ok(client)
 }
@@ -218,7 +225,8 @@ fn an_unconnected_socket_keeps_its_way_when_its_pod_gets_known_or_forgotten() ->
         later.push(asking(&cluster.client, vip)?);
     }
     let _ = flush(&node, "callers")?;
-    let more = |clients: &mut [Running]| clients.iter_mut().try_for_each(|client| client.goes_on(8, SOON));
+    let more =
+        |clients: &mut [Running]| clients.iter_mut().try_for_each(|client| client.goes_on(8, SOON));
     for _ in 0..2 {
         more(&mut first)?;
         more(&mut later)?;
@@ -228,7 +236,8 @@ fn an_unconnected_socket_keeps_its_way_when_its_pod_gets_known_or_forgotten() ->
     }
     for (clients, what) in [(&first, "packet by packet"), (&later, "at the socket")] {
         for client in clients {
-            let names: BTreeSet<String> = client.replies().into_iter().map(|reply| reply.name).collect();
+            let names: BTreeSet<String> =
+                client.replies().into_iter().map(|reply| reply.name).collect();
             ensure!(names.len() == 1, "one socket that began {what} was answered by {names:?}");
         }
     }
@@ -265,9 +274,14 @@ fn a_first_call_disturbs_no_connection_that_was_made_at_the_socket() -> Result<(
         one_port(pod, [45_000, 46_000][family])?;
         let before = met(&cluster, "web:echo")?;
         let to = known.to_string();
-        let mut held = pod.tool(["tcp-client", "--interval-ms=20", "--timeout-ms=2000", "--to", &to])?;
-        let _ = held.wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
-        ensure!(met(&cluster, "web:echo")?.0 == before.0 + 1, "{known} is not called at the socket");
+        let mut held =
+            pod.tool(["tcp-client", "--interval-ms=20", "--timeout-ms=2000", "--to", &to])?;
+        let _ =
+            held.wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
+        ensure!(
+            met(&cluster, "web:echo")?.0 == before.0 + 1,
+            "{known} is not called at the socket"
+        );
         let from = peer(pod, unknown)?;
         ensure!(from == Some(unknown), "{unknown} answers as {from:?}");
         held.goes_on(8, SOON).with_context(|| format!("{known}, then {unknown}"))?;

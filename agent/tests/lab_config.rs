@@ -1,4 +1,5 @@
-//! kube-proxy's configuration file is read, followed while it changes, and kept away from when it is broken.
+//! kube-proxy's configuration file is read, followed while it changes, and kept away from when it
+//! is broken.
 
 mod lab_support;
 
@@ -38,7 +39,9 @@ fn a_configuration_is_followed_without_losing_a_connection() -> Result<()> {
     cluster.start_agents(&["--config", &config])?;
     let log = cluster.agents[0].log();
     ensure!(log.contains("no meaning here are left out: ipvs.scheduler"), "{log}");
-    ensure!(node.run("curl", ["-sS", "http://127.0.0.1:10300/livez"])?.contains("\"healthy\":true"));
+    ensure!(
+        node.run("curl", ["-sS", "http://127.0.0.1:10300/livez"])?.contains("\"healthy\":true")
+    );
     ensure!(told(&node, "/last/policy/nodeport_addresses")? == "primary");
     let pid = told(&node, "/agent/pid")?;
     // A connection that stays, all the time.
@@ -54,7 +57,9 @@ fn a_configuration_is_followed_without_losing_a_connection() -> Result<()> {
         .then_some(()))
     })?;
     ensure!(told(&node, "/agent/pid")? == pid, "the process is another one");
-    ensure!(node.run("curl", ["-sS", "http://127.0.0.1:10301/livez"])?.contains("\"healthy\":true"));
+    ensure!(
+        node.run("curl", ["-sS", "http://127.0.0.1:10301/livez"])?.contains("\"healthy\":true")
+    );
 
     // A broken file changes nothing, and is told.
     write(&file, "mode: kernelspace\n")?;
@@ -70,7 +75,12 @@ fn a_configuration_is_followed_without_losing_a_connection() -> Result<()> {
     ensure!(problem.contains("iptables, ipvs or nftables is wanted"), "{problem}");
     ensure!(told(&node, "/ready")? == Value::Bool(true));
     let http = SocketAddr::new(vip, HTTP);
-    all_answer("with a broken file", &cluster.client.http_get(&url(vip, HTTP, ""), 5)?, &["near-1"], http)?;
+    all_answer(
+        "with a broken file",
+        &cluster.client.http_get(&url(vip, HTTP, ""), 5)?,
+        &["near-1"],
+        http,
+    )?;
     let before = stream.events().len();
     stream
         .wait_until("it goes on", SOON, |this| (this.events().len() > before + 2).then_some(()))

@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    DNS, DNS_TARGET, ECHO_TARGET, Pair, SOON, addresses_of_client, addresses_of_node, addresses_of_pod,
-    cluster_ip, skip, until,
+    DNS, DNS_TARGET, ECHO_TARGET, Pair, SOON, addresses_of_client, addresses_of_node,
+    addresses_of_pod, cluster_ip, skip, until,
 };
 use sluice::conntrack::{Cleaned, Told, UdpFrontends, clean, keep_clean};
 use sluice::model::object::IpFamily;
@@ -18,8 +18,8 @@ use sluice_lab::{Lab, Namespace, Node, NodeOptions, Running, Serve};
 use tokio::sync::watch;
 
 const NODE_PORT: u16 = 30_053;
-/// VIPs whose entries lead to an endpoint that serves, to one that no longer does, to nobody, and to nobody in a zone
-/// of its own.
+/// VIPs whose entries lead to an endpoint that serves, to one that no longer does, to nobody, and
+/// to nobody in a zone of its own.
 const SERVED: u8 = 10;
 const MOVED: u8 = 11;
 const UNSERVED: u8 = 12;
@@ -36,7 +36,8 @@ fn entries(node: &Namespace, family: IpFamily) -> Result<BTreeSet<Entry>> {
 }
 
 fn entry(line: &str) -> Option<Entry> {
-    let field = |name: &str| line.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    let field =
+        |name: &str| line.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
     let destination = SocketAddr::new(field("dst")?.parse().ok()?, field("dport")?.parse().ok()?);
     let zone = field("zone").map_or(Some(0), |zone| zone.parse().ok())?;
     Some((line.split(' ').next()?.to_owned(), destination, zone))
@@ -64,7 +65,8 @@ fn ask(from: &Namespace, to: SocketAddr, is_answered: bool) -> Result<()> {
 /// What another proxy would have in nftables.
 fn rules(moved: Pair, served: Pair) -> String {
     let of_family = |index: usize, word: &str| {
-        let [in_zone, at_served, at_moved] = [ZONED, SERVED, MOVED].map(|number| cluster_ip(number)[index]);
+        let [in_zone, at_served, at_moved] =
+            [ZONED, SERVED, MOVED].map(|number| cluster_ip(number)[index]);
         let (to_served, to_moved) =
             (SocketAddr::new(served[index], DNS_TARGET), SocketAddr::new(moved[index], DNS_TARGET));
         let to_moved_tcp = SocketAddr::new(moved[index], ECHO_TARGET);
@@ -106,7 +108,8 @@ impl Bench {
     fn new(name: &str) -> Result<Self> {
         let lab = Lab::new(name)?;
         let node = lab.node("n1", &NodeOptions::default())?;
-        let (client, served, moved) = (node.pod("client")?, node.pod("served")?, node.pod("moved")?);
+        let (client, served, moved) =
+            (node.pod("client")?, node.pod("served")?, node.pod("moved")?);
         let outside = lab.client("outside")?;
         let (mut servers, mut connections) = (Vec::new(), Vec::new());
         for pod in [&served, &moved] {
@@ -114,7 +117,8 @@ impl Bench {
             servers.push(pod.serve(Serve::TcpEcho, ECHO_TARGET)?);
         }
         node.nft(&rules(addresses_of_pod(&moved), addresses_of_pod(&served)))?;
-        let (mut stays, mut goes) = ([BTreeSet::new(), BTreeSet::new()], [BTreeSet::new(), BTreeSet::new()]);
+        let (mut stays, mut goes) =
+            ([BTreeSet::new(), BTreeSet::new()], [BTreeSet::new(), BTreeSet::new()]);
         let mut frontends = UdpFrontends::default();
         for index in 0..2 {
             let vip = |number| cluster_ip(number)[index];
@@ -152,8 +156,15 @@ impl Bench {
             connections.push(client.enter(|| TcpStream::connect_timeout(&tcp, SOON))??);
             let _ = stays[index].insert(("tcp".to_owned(), tcp, 0));
         }
-        let bench =
-            Self { node, frontends, stays, goes, _connections: connections, _servers: servers, _lab: lab };
+        let bench = Self {
+            node,
+            frontends,
+            stays,
+            goes,
+            _connections: connections,
+            _servers: servers,
+            _lab: lab,
+        };
         for (index, family) in IpFamily::ALL.into_iter().enumerate() {
             let listed = entries(&bench.node, family)?;
             let expected = bench.stays[index].union(&bench.goes[index]).cloned().collect();
@@ -217,7 +228,8 @@ fn conntrack_is_cleaned_at_the_start_and_when_frontends_change_or_go() -> Result
         // The agent's tasks all run in one network namespace; here that is the node's.
         let cleaner = scope.spawn(|| {
             bench.node.enter(|| -> Result<()> {
-                let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+                let runtime =
+                    tokio::runtime::Builder::new_current_thread().enable_time().build()?;
                 runtime.block_on(keep_clean(frontends, told_sender));
                 Ok(())
             })?
@@ -236,7 +248,10 @@ fn conntrack_is_cleaned_at_the_start_and_when_frontends_change_or_go() -> Result
                 let listed = entries(&bench.node, IpFamily::V4)?;
                 Ok((!listed.contains(&udp(gone, DNS))).then_some(()))
             })?;
-            ensure!(entries(&bench.node, IpFamily::V6)?.is_superset(&bench.stays[1]), "too much has gone");
+            ensure!(
+                entries(&bench.node, IpFamily::V6)?.is_superset(&bench.stays[1]),
+                "too much has gone"
+            );
             Ok(())
         })();
         drop(sender);

@@ -1,5 +1,5 @@
-//! What is deployed beside the metrics: alert rules and dashboard, judged by the real promtool and asked of a real
-//! Prometheus that scrapes an agent (`SLUICE_PROMETHEUS`: the directory with both).
+//! What is deployed beside the metrics: alert rules and dashboard, judged by the real promtool and
+//! asked of a real Prometheus that scrapes an agent (`SLUICE_PROMETHEUS`: the directory with both).
 //!
 //! test-threads: 1
 
@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, DNS, HTTP, Plan, WEB, cluster_ip, external_ip, route_to, service, skip, until, until_backends,
-    until_within, url,
+    Cluster, DNS, HTTP, Plan, WEB, cluster_ip, external_ip, route_to, service, skip, until,
+    until_backends, until_within, url,
 };
 use serde_json::Value;
 use sluice_lab::{Namespace, Node};
@@ -47,14 +47,21 @@ fn promtool_takes_the_alert_rules_and_each_fires_when_it_should() -> Result<()> 
         let said = [output.stdout, output.stderr].concat();
         let said = String::from_utf8_lossy(&said);
         println!("{said}");
-        ensure!(output.status.success() && said.contains("SUCCESS"), "promtool {arguments:?}: {said}");
+        ensure!(
+            output.status.success() && said.contains("SUCCESS"),
+            "promtool {arguments:?}: {said}"
+        );
     }
     // Every alert has a test in which it fires.
     let (rules, tests) = (read("prometheus/alerts.yaml")?, read("prometheus/alerts_test.yaml")?);
-    let alerts: Vec<&str> = rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
+    let alerts: Vec<&str> =
+        rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
     ensure!(alerts.len() > 10, "{alerts:?}");
     for alert in alerts {
-        ensure!(tests.contains(&format!("alertname: {alert}\n        exp_alerts:\n")), "{alert} never fires");
+        ensure!(
+            tests.contains(&format!("alertname: {alert}\n        exp_alerts:\n")),
+            "{alert} never fires"
+        );
     }
     Ok(())
 }
@@ -68,9 +75,12 @@ fn questions() -> Result<Vec<(String, String)>> {
         for target in panel["targets"].as_array().into_iter().flatten() {
             let mut expression =
                 target["expr"].as_str().context("a target without an expression")?.to_owned();
-            for (variable, value) in
-                [("$instance", ".*"), ("$namespace", ".*"), ("$service", ".*"), ("$__rate_interval", "10s")]
-            {
+            for (variable, value) in [
+                ("$instance", ".*"),
+                ("$namespace", ".*"),
+                ("$service", ".*"),
+                ("$__rate_interval", "10s"),
+            ] {
                 expression = expression.replace(variable, value);
             }
             ensure!(!expression.contains('$'), "{title}: an unknown variable: {expression}");
@@ -135,7 +145,8 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
     let named = metrics(&(dashboard + &alerts));
     ensure!(named.len() > 30, "{named:?}");
     for name in &named {
-        let family = name.strip_suffix("_total").or_else(|| name.strip_suffix("_bucket")).unwrap_or(name);
+        let family =
+            name.strip_suffix("_total").or_else(|| name.strip_suffix("_bucket")).unwrap_or(name);
         ensure!(there.contains(family), "{name} is not in /metrics");
     }
 
@@ -192,8 +203,11 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
     // The rules are evaluated without an error, and none fires but what the traffic asks for.
     let groups = until("the rules' evaluation", || {
         let rules = ask(node, "rules", &[])?;
-        let all =
-            rules.pointer("/data/groups/0/rules").and_then(Value::as_array).cloned().unwrap_or_default();
+        let all = rules
+            .pointer("/data/groups/0/rules")
+            .and_then(Value::as_array)
+            .cloned()
+            .unwrap_or_default();
         Ok((!all.is_empty() && all.iter().all(|rule| rule["health"] == "ok")).then_some(all))
     })?;
     let firing: Vec<&str> = groups

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, HTTP, Plan, WEB, addresses_of_pod, all_answer, cluster_ip, reaches, skip, status, until,
-    until_backends, url, word,
+    Cluster, HTTP, Plan, WEB, addresses_of_pod, all_answer, cluster_ip, reaches, skip, status,
+    until, until_backends, url, word,
 };
 use sluice_lab::{Cni, Node, NodeOptions};
 
@@ -18,7 +18,8 @@ use sluice_lab::{Cni, Node, NodeOptions};
 fn devices(node: &Node) -> Result<Vec<(String, String)>> {
     let status = status(node)?;
     let all = status.get("devices").and_then(|all| all.as_array()).cloned().unwrap_or_default();
-    let hooks = |one: &serde_json::Value| one.get("hooks").map(ToString::to_string).unwrap_or_default();
+    let hooks =
+        |one: &serde_json::Value| one.get("hooks").map(ToString::to_string).unwrap_or_default();
     Ok(all.iter().map(|one| (word(one, "name").to_owned(), hooks(one))).collect())
 }
 
@@ -82,8 +83,10 @@ fn a_pod_that_goes_leaves_nothing_behind() -> Result<()> {
     if skip("a_pod_that_goes") {
         return Ok(());
     }
-    let mut cluster =
-        Cluster::new("gone", &Plan { near: 2, args: vec!["--socket-path", "off"], ..Plan::default() })?;
+    let mut cluster = Cluster::new(
+        "gone",
+        &Plan { near: 2, args: vec!["--socket-path", "off"], ..Plan::default() },
+    )?;
     let node = cluster.node().clone();
     let going = cluster.backends.pop().context("a backend")?;
     let device = going.host_device().to_owned();
@@ -91,9 +94,12 @@ fn a_pod_that_goes_leaves_nothing_behind() -> Result<()> {
     // sysfs shows the namespace that it was mounted in: ask ip instead.
     let index = match index {
         Ok(index) if !index.trim().is_empty() => index,
-        Ok(_) | Err(_) => {
-            node.run("ip", ["-o", "link", "show", &device])?.split(':').next().unwrap_or_default().to_owned()
-        }
+        Ok(_) | Err(_) => node
+            .run("ip", ["-o", "link", "show", &device])?
+            .split(':')
+            .next()
+            .unwrap_or_default()
+            .to_owned(),
     };
     let pins = || -> Result<String> { node.run("find", [node.pin_path().display().to_string()]) };
     let own = format!("dev{}_", index.trim());

@@ -8,13 +8,14 @@ use std::process::Output;
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, Plan, WEB, cluster_ip, flush, number, pinned, reaches, service, skip, unless_unsupported, until,
-    until_backends, word,
+    Cluster, Plan, WEB, cluster_ip, flush, number, pinned, reaches, service, skip,
+    unless_unsupported, until, until_backends, word,
 };
 use serde_json::Value;
 use sluice_lab::{Cni, Node, NodeOptions, Overlay};
 
-/// Runs `sluice diff`; its exit code, its JSON (if it printed any), and what it said to standard error.
+/// Runs `sluice diff`; its exit code, its JSON (if it printed any), and what it said to standard
+/// error.
 fn diff(node: &Node, args: &[&str]) -> Result<(i32, Value, String)> {
     let args: Vec<&str> = ["diff", "-o", "json"].iter().chain(args).copied().collect();
     let Output { status, stdout, stderr } = node.sluice_output(&args)?;
@@ -29,12 +30,19 @@ fn rows(report: &Value) -> Vec<Value> {
 
 /// The change and map of every row.
 fn changes(report: &Value) -> Vec<(String, String)> {
-    rows(report).iter().map(|row| (word(row, "change").to_owned(), word(row, "map").to_owned())).collect()
+    rows(report)
+        .iter()
+        .map(|row| (word(row, "change").to_owned(), word(row, "map").to_owned()))
+        .collect()
 }
 
 fn table(node: &Node, args: &[&str]) -> Result<()> {
     let args: Vec<&str> = ["diff"].iter().chain(args).copied().collect();
-    println!("$ sluice {}\n{}", args.join(" "), String::from_utf8_lossy(&node.sluice_output(&args)?.stdout));
+    println!(
+        "$ sluice {}\n{}",
+        args.join(" "),
+        String::from_utf8_lossy(&node.sluice_output(&args)?.stdout)
+    );
     Ok(())
 }
 
@@ -95,10 +103,16 @@ fn a_drift_is_shown_and_repaired() -> Result<()> {
     table(&node, &[])?;
     let (code, report, said) = diff(&node, &[])?;
     let all = changes(&report);
-    for (change, map) in
-        [("missing", "services_v4"), ("missing", "names"), ("different", "backends_v6"), ("extra", "slots")]
-    {
-        ensure!(all.contains(&(change.to_owned(), map.to_owned())), "{change} {map}: {code} {report} {said}");
+    for (change, map) in [
+        ("missing", "services_v4"),
+        ("missing", "names"),
+        ("different", "backends_v6"),
+        ("extra", "slots"),
+    ] {
+        ensure!(
+            all.contains(&(change.to_owned(), map.to_owned())),
+            "{change} {map}: {code} {report} {said}"
+        );
     }
     let (code, report, said) = diff(&node, &["--repair"])?;
     ensure!(code == 0 && number(&report, "repaired_writes") > 10, "{code} {report} {said}");
@@ -178,12 +192,20 @@ fn much_seen() -> Result<()> {
         overlay: Overlay::Vxlan,
         node: options,
         far: 1,
-        args: vec!["--nodeport-addresses", "all", "--cluster-cidr", "10.244.0.0/16", "--socket-path", "host"],
+        args: vec![
+            "--nodeport-addresses",
+            "all",
+            "--cluster-cidr",
+            "10.244.0.0/16",
+            "--socket-path",
+            "host",
+        ],
         ..Plan::default()
     };
     let mut cluster = Cluster::new("diff-much", &plan)?;
     let node = cluster.node().clone();
-    // Services come and go, and so do backends, node ports and pods: what lingers for connections is no difference.
+    // Services come and go, and so do backends, node ports and pods: what lingers for connections
+    // is no difference.
     for number in 20..24_u8 {
         let name = format!("extra-{number}");
         let extra = service(&name, number).backends(&cluster.backends);

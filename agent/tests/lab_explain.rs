@@ -8,15 +8,16 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, DNS, HTTP, Plan, WEB, addresses_of_client, addresses_of_pod, cluster_ip, external_ip, reaches,
-    replies, skip, status, until, word,
+    Cluster, DNS, HTTP, Plan, WEB, addresses_of_client, addresses_of_pod, cluster_ip, external_ip,
+    reaches, replies, skip, status, until, word,
 };
 use serde_json::Value;
 use sluice_lab::Node;
 
 /// Asks the node; the exit code and the answer.
 fn ask(node: &Node, words: &str) -> Result<(i32, Value)> {
-    let words: Vec<&str> = ["explain"].into_iter().chain(words.split(' ')).chain(["-o", "json"]).collect();
+    let words: Vec<&str> =
+        ["explain"].into_iter().chain(words.split(' ')).chain(["-o", "json"]).collect();
     let output = node.sluice_output(&words)?;
     let answer = serde_json::from_slice(&output.stdout)
         .with_context(|| format!("{words:?}: {}", String::from_utf8_lossy(&output.stderr)))?;
@@ -41,7 +42,8 @@ fn the_backend_that_is_told_is_the_one_that_answers() -> Result<()> {
         .chain(outside.iter().zip(&clients).map(|(vip, client)| (vip, client, "external")))
     {
         for port in 4001..4005 {
-            let (source, destination) = (SocketAddr::new(*client, port), SocketAddr::new(*vip, DNS));
+            let (source, destination) =
+                (SocketAddr::new(*client, port), SocketAddr::new(*vip, DNS));
             let words = format!("udp {source} {destination} --from {from}");
             let (code, told) = ask(node, &words)?;
             ensure!(code == 0 && word(&told, "verdict") == "forward", "{words}: {told}");
@@ -51,8 +53,11 @@ fn the_backend_that_is_told_is_the_one_that_answers() -> Result<()> {
 
             let (to, port) = (destination.to_string(), port.to_string());
             let asked = ["udp-client", "--count=1", "--to", &to, "--source-port", &port];
-            let events =
-                if from == "pod" { cluster.client.ask(asked)? } else { cluster.outside.ask(asked)? };
+            let events = if from == "pod" {
+                cluster.client.ask(asked)?
+            } else {
+                cluster.outside.ask(asked)?
+            };
             let answers = replies(events)?;
             let reply = answers.first().context("an answer")?;
             ensure!(reply.name == name, "{words}: {} answered instead of {name}", reply.name);
@@ -109,7 +114,10 @@ fn a_look_leaves_no_trace_and_what_if_changes_nothing() -> Result<()> {
     let words: Vec<&str> = ["explain"].into_iter().chain(asked.split(' ')).collect();
     let output = node.sluice_output(&words)?;
     let error = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.code() == Some(1) && error.contains("without its EndpointSlices"), "{error}");
+    ensure!(
+        output.status.code() == Some(1) && error.contains("without its EndpointSlices"),
+        "{error}"
+    );
 
     let after = (status(node)?["reasons"].clone(), node.sluice(&["flows", "-o", "json"])?);
     ensure!(before.0 == after.0, "{before:?} {after:?}");
@@ -129,7 +137,8 @@ fn a_virtual_machines_port_is_told_to_change() -> Result<()> {
         "link add vms type bridge\nlink set vms up\ntuntap add tap0 mode tap\nlink set tap0 master vms up",
     )?;
     until("tap0 is an edge", || {
-        let is_it = |device: &Value| word(device, "name") == "tap0" && word(device, "role") == "edge";
+        let is_it =
+            |device: &Value| word(device, "name") == "tap0" && word(device, "role") == "edge";
         let devices = status(node)?["devices"].as_array().cloned().unwrap_or_default();
         Ok(devices.iter().any(is_it).then_some(()))
     })?;

@@ -1,4 +1,5 @@
-//! Clients from outside: node ports, load balancers and external addresses, on this node's backends and on another's.
+//! Clients from outside: node ports, load balancers and external addresses, on this node's backends
+//! and on another's.
 //!
 //! test-threads: 2
 
@@ -9,11 +10,14 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, DNS, DNS_TARGET, ECHO, ECHO_TARGET, ENOUGH, HTTP, HTTP_TARGET, Pair, Plan, SOON, STREAM,
-    STREAM_TARGET, WEB, addresses_of_client, addresses_of_node, addresses_of_pod, all_answer, cluster_ip,
-    external_ip, reasons, received, replies, skip, transfers, unless_unsupported, until, url,
+    Cluster, DNS, DNS_TARGET, ECHO, ECHO_TARGET, ENOUGH, HTTP, HTTP_TARGET, Pair, Plan, SOON,
+    STREAM, STREAM_TARGET, WEB, addresses_of_client, addresses_of_node, addresses_of_pod,
+    all_answer, cluster_ip, external_ip, reasons, received, replies, skip, transfers,
+    unless_unsupported, until, url,
 };
-use sluice_lab::{Cni, DROP_INVALID, Event, Namespace, NodeOptions, Overlay, Port, Reply, Running, Service};
+use sluice_lab::{
+    Cni, DROP_INVALID, Event, Namespace, NodeOptions, Overlay, Port, Reply, Running, Service,
+};
 
 /// Node ports of [`web`].
 const NODE_HTTP: u16 = 30_080;
@@ -55,7 +59,8 @@ fn by_all_ways(
     ways.into_iter().map(|(what, replies)| Ok((what.clone(), replies.context(what)?))).collect()
 }
 
-/// A client reaches all backends at an address; those whose names begin with `near` see it as `near`, others as one of `far`.
+/// A client reaches all backends at an address; those whose names begin with `near` see it as
+/// `near`, others as one of `far`.
 fn sees(
     client: &Namespace,
     address: IpAddr,
@@ -69,7 +74,8 @@ fn sees(
         all_answer(&what, &replies, names, SocketAddr::new(address, port))?;
         for reply in &replies {
             let seen = reply.seen.ip();
-            let right = if reply.name.starts_with("near") { seen == near } else { far.contains(&seen) };
+            let right =
+                if reply.name.starts_with("near") { seen == near } else { far.contains(&seen) };
             ensure!(right, "{what}: {} saw {seen}, expected {near} or {far:?}", reply.name);
         }
     }
@@ -104,7 +110,12 @@ fn clients_outside_reach_both_nodes(name: &str, overlay: Overlay, cni: Cni) -> R
         sees(&cluster.client, vip, [HTTP, DNS], &names, pod, &[pod])?;
         // The host's own sockets.
         let http = SocketAddr::new(address, NODE_HTTP);
-        all_answer("host", &cluster.node().http_get(&url(address, NODE_HTTP, ""), ENOUGH)?, &names, http)?;
+        all_answer(
+            "host",
+            &cluster.node().http_get(&url(address, NODE_HTTP, ""), ENOUGH)?,
+            &names,
+            http,
+        )?;
     }
     Ok(())
 }
@@ -173,11 +184,15 @@ fn a_local_policy_serves_local_backends_alone_and_keeps_the_source() -> Result<(
     cluster.start_agents(&[])?;
     let client = addresses_of_client(&cluster.outside);
     for (family, client) in client.into_iter().enumerate() {
-        for (address, name) in node_ports_of(&cluster, family).into_iter().zip(["near-1", "far-1"]) {
+        for (address, name) in node_ports_of(&cluster, family).into_iter().zip(["near-1", "far-1"])
+        {
             for (what, replies) in by_all_ways(&cluster.outside, address, NODE_HTTP, NODE_DNS)? {
                 let port = if what.contains("UDP") { NODE_DNS } else { NODE_HTTP };
                 all_answer(&what, &replies, &[name], SocketAddr::new(address, port))?;
-                ensure!(replies.iter().all(|reply| reply.seen.ip() == client), "{what}: {replies:?}");
+                ensure!(
+                    replies.iter().all(|reply| reply.seen.ip() == client),
+                    "{what}: {replies:?}"
+                );
             }
         }
         // A pod takes the short circuit to all.
@@ -189,7 +204,9 @@ fn a_local_policy_serves_local_backends_alone_and_keeps_the_source() -> Result<(
     }
     // Nobody local is left: dropped, not rejected.
     let far = cluster.backends[1].clone();
-    cluster.manifests.write(&web(&cluster).spec("externalTrafficPolicy: Local").backends([&far]))?;
+    cluster
+        .manifests
+        .write(&web(&cluster).spec("externalTrafficPolicy: Local").backends([&far]))?;
     lab_support::until_backends(cluster.node(), "web", 1)?;
     let dropped = |cluster: &Cluster| -> Result<u64> {
         Ok(reasons(cluster.node())?.get("no_local_backend").copied().unwrap_or_default())
@@ -197,8 +214,11 @@ fn a_local_policy_serves_local_backends_alone_and_keeps_the_source() -> Result<(
     let before = dropped(&cluster)?;
     for family in 0..2 {
         let to = SocketAddr::new(addresses_of_node(cluster.node())[family], NODE_HTTP).to_string();
-        let events = cluster.outside.ask(["tcp-client", "--count=1", "--timeout-ms=300", "--to", &to])?;
-        let Some(Event::Broken { reason, .. }) = events.first() else { anyhow::bail!("{events:?}") };
+        let events =
+            cluster.outside.ask(["tcp-client", "--count=1", "--timeout-ms=300", "--to", &to])?;
+        let Some(Event::Broken { reason, .. }) = events.first() else {
+            anyhow::bail!("{events:?}")
+        };
         ensure!(!reason.contains("refused"), "{reason}");
     }
     ensure!(dropped(&cluster)? > before, "nothing was dropped for its policy");
@@ -228,11 +248,18 @@ fn only_sources_in_range_reach_a_load_balancer() -> Result<()> {
         let vip = external_ip(WEB)[family];
         let to = SocketAddr::new(vip, DNS).to_string();
         until("the ranges are in force", || {
-            let events = cluster.outside.ask(["udp-client", "--count=1", "--timeout-ms=200", "--to", &to])?;
+            let events = cluster.outside.ask([
+                "udp-client",
+                "--count=1",
+                "--timeout-ms=200",
+                "--to",
+                &to,
+            ])?;
             Ok(events.iter().any(|event| matches!(event, Event::Lost { .. })).then_some(()))
         })?;
         // Pods are no exception; node ports and ClusterIPs are none of the ranges' business.
-        let lost = cluster.client.ask(["udp-client", "--count=1", "--timeout-ms=200", "--to", &to])?;
+        let lost =
+            cluster.client.ask(["udp-client", "--count=1", "--timeout-ms=200", "--to", &to])?;
         ensure!(lost.iter().any(|event| matches!(event, Event::Lost { .. })), "{lost:?}");
         let address = addresses_of_node(cluster.node())[family];
         sees(&cluster.outside, address, [NODE_HTTP, NODE_DNS], &near, client, &[])?;
@@ -328,7 +355,8 @@ struct Talk {
 impl Talk {
     fn start(client: &Namespace, to: SocketAddr) -> Result<Self> {
         let what = format!("{} at {to}", client.name());
-        let mut client = client.tool(["tcp-client", "--interval-ms=20", "--to", &to.to_string()])?;
+        let mut client =
+            client.tool(["tcp-client", "--interval-ms=20", "--to", &to.to_string()])?;
         let _ = client
             .wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))
             .with_context(|| what.clone())?;
@@ -353,8 +381,9 @@ fn established_connections_survive_the_removal_of_their_service() -> Result<()> 
     let node = NodeOptions { nft: Some(DROP_INVALID.to_owned()), ..NodeOptions::default() };
     let plan = Plan { node, near: 1, far: 1, ..Plan::default() };
     let mut cluster = Cluster::without_agents("outlive", &plan)?;
-    let with_echo =
-        |cluster: &Cluster| web(cluster).port(Port::tcp("more", MORE, ECHO_TARGET).node_port(NODE_MORE));
+    let with_echo = |cluster: &Cluster| {
+        web(cluster).port(Port::tcp("more", MORE, ECHO_TARGET).node_port(NODE_MORE))
+    };
     cluster.manifests.write(&with_echo(&cluster))?;
     // Another Service with a node port beside it.
     let other = Service::new("other")
@@ -396,7 +425,8 @@ fn established_connections_survive_the_removal_of_their_service() -> Result<()> 
     // New ones find nobody, and the other Service is none the worse for it.
     for family in 0..2 {
         let to = SocketAddr::new(addresses_of_node(cluster.node())[family], NODE_MORE).to_string();
-        let events = cluster.outside.ask(["tcp-client", "--count=1", "--timeout-ms=300", "--to", &to])?;
+        let events =
+            cluster.outside.ask(["tcp-client", "--count=1", "--timeout-ms=300", "--to", &to])?;
         ensure!(matches!(events.first(), Some(Event::Broken { .. })), "{events:?}");
     }
     let address = addresses_of_node(cluster.node())[0];
@@ -418,7 +448,8 @@ fn established_connections_survive_the_removal_of_their_service() -> Result<()> 
         let _ = talk.goes_on("with its Service back")?;
     }
     let more = SocketAddr::new(address, NODE_MORE).to_string();
-    let events = cluster.outside.ask(["tcp-client", "--count=1", "--interval-ms=0", "--to", &more])?;
+    let events =
+        cluster.outside.ask(["tcp-client", "--count=1", "--interval-ms=0", "--to", &more])?;
     ensure!(events.iter().any(|event| matches!(event, Event::Reply(_))), "{events:?}");
     Ok(())
 }
@@ -438,7 +469,8 @@ fn too_big_for_the_overlay() -> Result<()> {
     for vip in external_ip(WEB) {
         transfers(&cluster.outside, vip, 3_000_000)?;
         let to = SocketAddr::new(vip, DNS).to_string();
-        // Forbids fragmentation, as Linux does for what fits its device: told the smaller MTU, and smaller the next time.
+        // Forbids fragmentation, as Linux does for what fits its device: told the smaller MTU, and
+        // smaller the next time.
         let asked = cluster.outside.ask([
             "udp-client",
             "--connected",
@@ -489,17 +521,21 @@ fn thirty_thousand_connections_of_outside_to_one_backend_of_another_node() -> Re
     let mut clients = Vec::new();
     // A process may have 20 000 descriptors at most.
     for _ in 0..2 {
-        let mut client =
-            cluster.outside.tool(["many-client", "--count=18000", "--hold-ms=60000", "--to", &to])?;
-        let done =
-            client.wait_event("all are open", 9 * SOON, |event| matches!(event, Event::Done { .. }))?;
+        let mut client = cluster.outside.tool([
+            "many-client",
+            "--count=18000",
+            "--hold-ms=60000",
+            "--to",
+            &to,
+        ])?;
+        let done = client
+            .wait_event("all are open", 9 * SOON, |event| matches!(event, Event::Done { .. }))?;
         let Event::Done { received, elapsed_ms, .. } = done else { anyhow::bail!("{done:?}") };
         println!("{received} connections in {elapsed_ms} ms");
         opened += received;
-        refused = client
-            .events()
-            .into_iter()
-            .find_map(|event| if let Event::Lost { reason, .. } = event { Some(reason) } else { None });
+        refused = client.events().into_iter().find_map(|event| {
+            if let Event::Lost { reason, .. } = event { Some(reason) } else { None }
+        });
         clients.push(client);
     }
     ensure!(opened > 30_000, "{opened}: {refused:?}");
@@ -508,7 +544,12 @@ fn thirty_thousand_connections_of_outside_to_one_backend_of_another_node() -> Re
     ensure!(reasons(cluster.node())?.get("ports_exhausted").is_some_and(|count| *count > 0));
     // Other backends and services are none the worse for it.
     let http = SocketAddr::new(external_ip(WEB)[0], HTTP);
-    all_answer("others", &cluster.outside.http_get(&url(http.ip(), HTTP, ""), 20)?, &["far-1"], http)?;
+    all_answer(
+        "others",
+        &cluster.outside.http_get(&url(http.ip(), HTTP, ""), 20)?,
+        &["far-1"],
+        http,
+    )?;
     for mut client in clients {
         client.signal(libc::SIGKILL)?;
         let _ = client.wait(SOON)?;

@@ -1,6 +1,7 @@
-//! What goes wrong on a node, under load: connections that stay open and new ones all the time, from a pod, from the host
-//! and from outside. None may break, none may be refused. `SLUICE_LAB_FULL=1` takes the full sizes: two thousand
-//! connections, five hundred new ones a second, a minute of each fault.
+//! What goes wrong on a node, under load: connections that stay open and new ones all the time,
+//! from a pod, from the host and from outside. None may break, none may be refused.
+//! `SLUICE_LAB_FULL=1` takes the full sizes: two thousand connections, five hundred new ones a
+//! second, a minute of each fault.
 //!
 //! test-threads: 2
 
@@ -14,8 +15,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use lab_support::{
-    Cluster, Plan, SOON, WEB, external_ip, load_of, number, reasons, skip, status, under_load, until,
-    until_backends, until_within, word,
+    Cluster, Plan, SOON, WEB, external_ip, load_of, number, reasons, skip, status, under_load,
+    until, until_backends, until_within, word,
 };
 use serde_json::Value;
 use sluice_lab::{LoadSize, Node, again_and_again};
@@ -49,7 +50,10 @@ fn an_agent_that_is_killed_every_second_breaks_nothing() -> Result<()> {
     let node = cluster.node().clone();
     cluster.manifests.write(&cluster.web().backends(&cluster.backends[..1]))?;
     until_backends(&node, "web", 1)?;
-    println!("killed {times} times: {:?}", load.unharmed("when the agent was killed every second")?);
+    println!(
+        "killed {times} times: {:?}",
+        load.unharmed("when the agent was killed every second")?
+    );
     Ok(())
 }
 
@@ -58,18 +62,21 @@ fn a_device_that_flaps_and_devices_that_come_and_go_break_nothing() -> Result<()
     if skip("a_device_that_flaps") {
         return Ok(());
     }
-    let (mut cluster, mut load) = under_load("flapping", &Plan::default(), LoadSize::of_this_run())?;
+    let (mut cluster, mut load) =
+        under_load("flapping", &Plan::default(), LoadSize::of_this_run())?;
     let (node, router) = (cluster.node().clone(), cluster.lab.router().clone());
     let mut pods = Vec::new();
     let mut round = 0;
     let times = again_and_again(SECOND, lasting(), || {
-        // What is under way is lost with the wire, and TCP sends it again after seconds: not into the next loss.
+        // What is under way is lost with the wire, and TCP sends it again after seconds: not into
+        // the next loss.
         let is_uplinks_turn = round % 5 == 0;
         round += 1;
         if is_uplinks_turn {
             let _ = router.ip(&format!("link set {} down", node.uplink_peer()))?;
         }
-        let _ = node.ip("link add flap0 type veth peer name flap1\nlink set flap0 up\nlink set flap1 up")?;
+        let _ = node
+            .ip("link add flap0 type veth peer name flap1\nlink set flap0 up\nlink set flap1 up")?;
         std::thread::sleep(Duration::from_millis(200));
         if is_uplinks_turn {
             let _ = router.ip(&format!("link set {} up", node.uplink_peer()))?;
@@ -82,9 +89,11 @@ fn a_device_that_flaps_and_devices_that_come_and_go_break_nothing() -> Result<()
     })?;
     cluster.agent().wait_ready(SOON)?;
     println!("{times} times: {:?}", load.unharmed("when devices flapped")?);
-    let devices = status(&node)?.get("devices").and_then(Value::as_array).cloned().unwrap_or_default();
+    let devices =
+        status(&node)?.get("devices").and_then(Value::as_array).cloned().unwrap_or_default();
     ensure!(
-        devices.iter().any(|device| word(device, "name") == node.uplink()) && devices.len() >= 3 + pods.len(),
+        devices.iter().any(|device| word(device, "name") == node.uplink())
+            && devices.len() >= 3 + pods.len(),
         "{devices:?}"
     );
     Ok(())
@@ -95,8 +104,9 @@ fn more_connections_end_than_the_flow_table_holds_and_nothing_breaks() -> Result
     if skip("more_connections_end_than_the_flow_table_holds") {
         return Ok(());
     }
-    // Of each family a third of the connections that stay are met packet by packet and take two entries: what is left
-    // would soon be full of connections that have ended, if those had a place there.
+    // Of each family a third of the connections that stay are met packet by packet and take two
+    // entries: what is left would soon be full of connections that have ended, if those had a place
+    // there.
     let size = LoadSize::of_this_run();
     let entries = (size.held * 5 / 4).max(size.rate * u32::try_from(size.seconds)? / 4);
     let flows_max = format!("--flows-max={}", entries / 2);
@@ -105,13 +115,20 @@ fn more_connections_end_than_the_flow_table_holds_and_nothing_breaks() -> Result
     std::thread::sleep(lasting());
     let node = cluster.node().clone();
     let found = reasons(&node)?;
-    println!("{entries} entries a family: {:?}; {found:?}", load.unharmed("when the flow tables were full")?);
+    println!(
+        "{entries} entries a family: {:?}; {found:?}",
+        load.unharmed("when the flow tables were full")?
+    );
     for reason in ["flows_full", "ports_exhausted"] {
         ensure!(!found.contains_key(reason), "{found:?}");
     }
     let maps = status(&node)?.get("maps").and_then(Value::as_array).cloned().unwrap_or_default();
-    let flows = maps.iter().find(|map| word(map, "map") == "flows_v4").context("no map flows_v4")?;
-    ensure!(number(flows, "entries") * 4 < u64::from(entries) * 3, "what has ended takes room: {flows}");
+    let flows =
+        maps.iter().find(|map| word(map, "map") == "flows_v4").context("no map flows_v4")?;
+    ensure!(
+        number(flows, "entries") * 4 < u64::from(entries) * 3,
+        "what has ended takes room: {flows}"
+    );
     // Two of three new connections, half of them of each family, two entries each.
     ensure!(
         load.now().opened * 2 / 3 > u64::from(entries - size.held * 2 / 3),
@@ -120,7 +137,8 @@ fn more_connections_end_than_the_flow_table_holds_and_nothing_breaks() -> Result
     Ok(())
 }
 
-/// A small file system that lies over a node's folder of pins and holds its agent's state directory too.
+/// A small file system that lies over a node's folder of pins and holds its agent's state directory
+/// too.
 struct SmallDisk {
     at: PathBuf,
     /// Where the agent looks for its state directory.
@@ -151,9 +169,19 @@ impl SmallDisk {
         let target = std::ffi::CString::new(state.as_os_str().as_bytes())?;
         // SAFETY: as above.
         let refused = unsafe {
-            libc::mount(source.as_ptr(), target.as_ptr(), c"".as_ptr(), libc::MS_BIND, std::ptr::null())
+            libc::mount(
+                source.as_ptr(),
+                target.as_ptr(),
+                c"".as_ptr(),
+                libc::MS_BIND,
+                std::ptr::null(),
+            )
         };
-        ensure!(refused == 0, "cannot lay the state directory there: {}", std::io::Error::last_os_error());
+        ensure!(
+            refused == 0,
+            "cannot lay the state directory there: {}",
+            std::io::Error::last_os_error()
+        );
         Ok(this)
     }
 
@@ -259,7 +287,8 @@ fn a_clock_that_jumps_breaks_nothing() -> Result<()> {
     cluster.agent().wait_ready(3 * SOON)?;
     let mut load = load_of(&cluster, LoadSize::of_this_run())?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
-    // Ten years ahead, then two years behind, and right again: in one step each, under a running agent.
+    // Ten years ahead, then two years behind, and right again: in one step each, under a running
+    // agent.
     for (jumps, year, count) in [("+10y", 10, 1), ("-2y", -2, 2), ("+0", 0, 1)] {
         jump(jumps)?;
         cluster.manifests.write(&cluster.web().backends(&cluster.backends[..count]))?;
@@ -267,8 +296,10 @@ fn a_clock_that_jumps_breaks_nothing() -> Result<()> {
         let _ = load.unharmed(&format!("when the clock jumped by {jumps}"))?;
         // The agent has really seen another time.
         let seen = until("the status to tell of the change", || {
-            let at = last(&node)?.get("last_sync").map(|sync| number(sync, "at")).unwrap_or_default();
-            let years = (at.cast_signed() - now.cast_signed() + HALF_A_YEAR).div_euclid(2 * HALF_A_YEAR);
+            let at =
+                last(&node)?.get("last_sync").map(|sync| number(sync, "at")).unwrap_or_default();
+            let years =
+                (at.cast_signed() - now.cast_signed() + HALF_A_YEAR).div_euclid(2 * HALF_A_YEAR);
             Ok((years == year).then_some(()))
         });
         seen.context(jumps)?;
@@ -299,7 +330,8 @@ fn a_node_that_is_renamed_and_then_has_another_address_breaks_nothing() -> Resul
     let _ = node.ip(&format!("addr add {new}/24 dev {uplink}"))?;
     let _ = router.ip(&format!("route replace {}/32 via {new}", external_ip(WEB)[0]))?;
     let gateway = "192.0.2.1";
-    let _ = node.ip(&format!("addr del {old}/24 dev {uplink}\nroute replace default via {gateway}"))?;
+    let _ =
+        node.ip(&format!("addr del {old}/24 dev {uplink}\nroute replace default via {gateway}"))?;
     let serving = until_within(SOON, "the new address to be the node's", || {
         let policy = last(&node)?.get("policy").cloned().unwrap_or_default();
         let has = |field: &str, address: &str| {

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use lab_support::{
-    Cluster, DNS, ECHO, ECHO_TARGET, Plan, SOON, WEB, addresses_of_client, addresses_of_node, external_ip,
-    flush, number, reasons, skip, status, until_backends, word,
+    Cluster, DNS, ECHO, ECHO_TARGET, Plan, SOON, WEB, addresses_of_client, addresses_of_node,
+    external_ip, flush, number, reasons, skip, status, until_backends, word,
 };
 use raw_support::{ACK, FIN, Frame, RST, SYN, to_node, to_uplink};
 use sluice_lab::{Node, Port};
@@ -28,8 +28,8 @@ fn pin(cpu: usize) {
     }
 }
 
-/// What comes to a node from outside, from whatever address: sent by the router, from every CPU, since the kernel's LRU lists are
-/// per CPU.
+/// What comes to a node from outside, from whatever address: sent by the router, from every CPU,
+/// since the kernel's LRU lists are per CPU.
 struct Flood<'a> {
     cluster: &'a Cluster,
     frame: Frame,
@@ -40,7 +40,8 @@ impl<'a> Flood<'a> {
         let link = to_uplink(cluster.node(), cluster.lab.router())?;
         let destination = SocketAddr::new(external_ip(WEB)[family], port);
         let source = client_of_flood(family, 0);
-        let frame = Frame { link, source, destination, flags: None, sequence: 1, acknowledgment: 1 };
+        let frame =
+            Frame { link, source, destination, flags: None, sequence: 1, acknowledgment: 1 };
         Ok(Self { cluster, frame })
     }
 
@@ -108,7 +109,10 @@ fn echoes(stream: &mut TcpStream) -> Result<()> {
 fn entries(node: &Node, map: &str) -> Result<u64> {
     let status = status(node)?;
     let maps = status.get("maps").and_then(serde_json::Value::as_array).context("maps")?;
-    Ok(number(maps.iter().find(|found| word(found, "map") == map).context("no such map")?, "entries"))
+    Ok(number(
+        maps.iter().find(|found| word(found, "map") == map).context("no such map")?,
+        "entries",
+    ))
 }
 
 /// Connections of a family that are to live.
@@ -139,8 +143,11 @@ fn idle_connections_to_a_draining_endpoint_live_through_floods() -> Result<()> {
     let node = cluster.node().clone();
     until_backends(&node, "web", 1)?;
     let to = external_ip(WEB).map(|address| SocketAddr::new(address, ECHO));
-    let open =
-        |to| cluster.outside.enter(move || (0..IDLE).map(|_| connected(to)).collect::<Result<Vec<_>>>())?;
+    let open = |to| {
+        cluster
+            .outside
+            .enter(move || (0..IDLE).map(|_| connected(to)).collect::<Result<Vec<_>>>())?
+    };
     let mut idle = [open(to[0])?, open(to[1])?];
     // From here on nothing selects their endpoint: an entry that is lost is lost for good.
     cluster.manifests.write(&web.backends(&cluster.backends[1..]))?;
@@ -148,7 +155,8 @@ fn idle_connections_to_a_draining_endpoint_live_through_floods() -> Result<()> {
     let open = |to| cluster.outside.enter(move || connected(to))?;
     let mut fresh = [open(to[0])?, open(to[1])?];
 
-    let recovered = || -> Result<u64> { Ok(reasons(&node)?.get("recovered").copied().unwrap_or_default()) };
+    let recovered =
+        || -> Result<u64> { Ok(reasons(&node)?.get("recovered").copied().unwrap_or_default()) };
     for family in 0..2 {
         let flood = Flood::new(&cluster, family, ECHO)?;
         let before = recovered()?;
@@ -168,7 +176,10 @@ fn idle_connections_to_a_draining_endpoint_live_through_floods() -> Result<()> {
         let flows = entries(&node, &format!("flows_{version}"))?;
         let embryonic = entries(&node, &format!("embryonic_{version}"))?;
         println!("flows_{version} {flows}, embryonic_{version} {embryonic}");
-        ensure!(flows < 3 * IDLE as u64, "{flows} entries are kept for packets that nobody answered");
+        ensure!(
+            flows < 3 * IDLE as u64,
+            "{flows} entries are kept for packets that nobody answered"
+        );
         ensure!(embryonic > 10_000, "{embryonic}: where did the floods go?");
     }
 
@@ -243,13 +254,19 @@ fn idle_connections_by_a_node_port_live_beside_finished_ones() -> Result<()> {
     let listener = cluster.backends[0].enter(|| TcpListener::bind((any, SILENT_TARGET)))??;
     for (family, address) in addresses_of_node(&node).into_iter().enumerate() {
         let silent = SocketAddr::new(address, NODE_SILENT);
-        let mut held =
-            (0..BY_NODE_PORT).map(|_| Held::open(&cluster, &listener, silent)).collect::<Result<Vec<_>>>()?;
+        let mut held = (0..BY_NODE_PORT)
+            .map(|_| Held::open(&cluster, &listener, silent))
+            .collect::<Result<Vec<_>>>()?;
         let to = SocketAddr::new(address, NODE_ECHO);
         cluster.outside.enter(move || come_and_go(to, FINISHED))??;
         let (some, others) = held.split_at_mut(BY_NODE_PORT - 2);
         let lost: Vec<_> = some.iter_mut().filter_map(|held| held.server_speaks().err()).collect();
-        ensure!(lost.is_empty(), "{} of {} are lost, family {family}: {lost:?}", lost.len(), some.len());
+        ensure!(
+            lost.is_empty(),
+            "{} of {} are lost, family {family}: {lost:?}",
+            lost.len(),
+            some.len()
+        );
         // The control: a node port's flow whose entries are lost is reset.
         let _ = flush(&node, ["flows_v4", "flows_v6"][family])?;
         let lost = others.iter_mut().filter_map(|held| held.server_speaks().err()).count();
@@ -281,7 +298,10 @@ fn one_client_cannot_use_up_the_ports_of_an_endpoint() -> Result<()> {
     for flags in [&[Some(ACK)][..], &[Some(SYN), Some(ACK)]] {
         flood.send(90_000, flags)?;
         for round in 0..20 {
-            cluster.outside.enter(open)?.with_context(|| format!("client {round} after {flags:?}"))?;
+            cluster
+                .outside
+                .enter(open)?
+                .with_context(|| format!("client {round} after {flags:?}"))?;
         }
     }
     let found = reasons(cluster.node())?;
@@ -313,8 +333,18 @@ fn connect_from(port: u16, to: SocketAddr, timeout: Duration) -> Result<TcpStrea
             libc::setsockopt(socket.as_raw_fd(), level, name, value, size as u32)
         };
         let _ = option(libc::SOL_SOCKET, libc::SO_REUSEADDR, (&raw const on).cast(), 4);
-        let _ = option(libc::SOL_SOCKET, libc::SO_SNDTIMEO, (&raw const wait).cast(), size_of_val(&wait));
-        let _ = option(libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), size_of_val(&linger));
+        let _ = option(
+            libc::SOL_SOCKET,
+            libc::SO_SNDTIMEO,
+            (&raw const wait).cast(),
+            size_of_val(&wait),
+        );
+        let _ = option(
+            libc::SOL_SOCKET,
+            libc::SO_LINGER,
+            (&raw const linger).cast(),
+            size_of_val(&linger),
+        );
         for (what, result) in [
             ("bind", libc::bind(raw, (&raw const own).cast(), length)),
             ("connect", libc::connect(raw, (&raw const other).cast(), length)),
@@ -343,7 +373,8 @@ fn a_client_whose_endpoint_died_silently_gets_another_one_from_the_same_port() -
         echoes(&mut stream)
     };
     cluster.outside.enter(|| try_once(SOON))??;
-    // The control: while the endpoint lives, the same port opens again at once, though the reset that ended it was not answered.
+    // The control: while the endpoint lives, the same port opens again at once, though the reset
+    // that ended it was not answered.
     cluster.outside.enter(|| try_once(Duration::from_secs(2)))??;
     let _ = cluster.backends[0].ip("link set eth0 down")?;
     cluster.manifests.write(&web.backends(&cluster.backends[1..]))?;

@@ -14,7 +14,8 @@ use lab_support::{
 };
 use sluice_lab::{Event, Node, Running};
 
-/// A port whose backends send a line every two milliseconds: its client sends nothing but acknowledgments.
+/// A port whose backends send a line every two milliseconds: its client sends nothing but
+/// acknowledgments.
 const SLOW: u16 = 10;
 const SLOW_TARGET: u16 = 9001;
 const TCP: u8 = 6;
@@ -42,7 +43,8 @@ fn entry(
     destination: SocketAddr,
 ) -> Result<Output> {
     let path = pinned(node, if source.is_ipv4() { "flows_v4" } else { "flows_v6" })?;
-    let mut args = vec!["map".to_owned(), verb.to_owned(), "pinned".to_owned(), path.display().to_string()];
+    let mut args =
+        vec!["map".to_owned(), verb.to_owned(), "pinned".to_owned(), path.display().to_string()];
     args.extend(["key".to_owned(), "hex".to_owned()]);
     args.extend(key(protocol, source, destination));
     node.output("bpftool", args)
@@ -75,20 +77,25 @@ impl Reader {
     fn start(cluster: &Cluster, outside: bool, vip: IpAddr) -> Result<Self> {
         let vip = SocketAddr::new(vip, SLOW);
         let args = ["stream-client", "--seconds=600", "--to", &vip.to_string()];
-        let mut client = if outside { cluster.outside.tool(args)? } else { cluster.client.tool(args)? };
-        let connected =
-            client.wait_event("it is connected", SOON, |event| matches!(event, Event::Connected { .. }))?;
+        let mut client =
+            if outside { cluster.outside.tool(args)? } else { cluster.client.tool(args)? };
+        let connected = client.wait_event("it is connected", SOON, |event| {
+            matches!(event, Event::Connected { .. })
+        })?;
         let Event::Connected { local, .. } = connected else { bail!("{connected:?}") };
-        let reply = client.wait_event("its first line", SOON, |event| matches!(event, Event::Reply(_)))?;
+        let reply =
+            client.wait_event("its first line", SOON, |event| matches!(event, Event::Reply(_)))?;
         let Event::Reply(reply) = reply else { bail!("{reply:?}") };
-        let pod = cluster.backends.iter().find(|pod| pod.name() == reply.name).context("a stranger")?;
+        let pod =
+            cluster.backends.iter().find(|pod| pod.name() == reply.name).context("a stranger")?;
         let address: IpAddr = if local.is_ipv4() { pod.ipv4().into() } else { pod.ipv6().into() };
         Ok(Self { client, local, vip, backend: SocketAddr::new(address, SLOW_TARGET) })
     }
 
     /// Deletes the entries, and waits until both are there again.
     fn survives(&mut self, node: &Node, forward: bool, reply: bool) -> Result<()> {
-        let what = format!("{self:?} without its forward entry ({forward}), its reply entry ({reply})");
+        let what =
+            format!("{self:?} without its forward entry ({forward}), its reply entry ({reply})");
         until("both entries", || self.has_both(node)).context(what.clone())?;
         if forward {
             delete(node, TCP, self.local, self.vip).context(what.clone())?;
@@ -143,7 +150,8 @@ fn a_stream_survives_the_loss_of_either_flow_entry_and_of_both() -> Result<()> {
         let after = reasons(&node)?;
         println!("lost forward {forward}, reply {reply}: {before:?}, then {after:?}");
         let more = |reason: &str| {
-            after.get(reason).copied().unwrap_or_default() - before.get(reason).copied().unwrap_or_default()
+            after.get(reason).copied().unwrap_or_default()
+                - before.get(reason).copied().unwrap_or_default()
         };
         let recovered = more("recovered") + more("reply_recovered");
         ensure!(recovered >= readers.len() as u64, "{recovered} packets made flows again");
@@ -162,11 +170,13 @@ fn udp_goes_on_at_once_without_its_entries_and_soon_without_its_reply_entry() ->
     for vip in cluster_ip(WEB) {
         let to = SocketAddr::new(vip, DNS).to_string();
         // The pause is long enough to delete between two requests.
-        let args = ["--connected", "--count=100", "--interval-ms=400", "--timeout-ms=300", "--to", &to];
+        let args =
+            ["--connected", "--count=100", "--interval-ms=400", "--timeout-ms=300", "--to", &to];
         clients.push(cluster.client.tool(["udp-client"].into_iter().chain(args))?);
     }
-    let lost =
-        |client: &Running| client.events().iter().filter(|event| matches!(event, Event::Lost { .. })).count();
+    let lost = |client: &Running| {
+        client.events().iter().filter(|event| matches!(event, Event::Lost { .. })).count()
+    };
     for client in &mut clients {
         let _ = client.wait_event(
             "an answer when it is more than a question",
@@ -179,21 +189,26 @@ fn udp_goes_on_at_once_without_its_entries_and_soon_without_its_reply_entry() ->
     }
     for client in &mut clients {
         let last = client.events().len();
-        client.wait_until("it goes on", SOON, |this| (this.events().len() > last + 2).then_some(()))?;
+        client.wait_until("it goes on", SOON, |this| {
+            (this.events().len() > last + 2).then_some(())
+        })?;
         ensure!(lost(client) == 0, "{:?}", client.events());
     }
-    // The reply entry alone: the forward one makes it again when it is renewed, within eleven seconds.
+    // The reply entry alone: the forward one makes it again when it is renewed, within eleven
+    // seconds.
     for (client, vip) in clients.iter_mut().zip(cluster_ip(WEB)) {
         let events = client.events();
-        let local = events
+        let local = events.iter().find_map(|event| {
+            if let Event::Connected { local, .. } = event { Some(*local) } else { None }
+        });
+        let name = events.iter().rev().find_map(|event| {
+            if let Event::Reply(reply) = event { Some(&reply.name) } else { None }
+        });
+        let pod = cluster
+            .backends
             .iter()
-            .find_map(|event| if let Event::Connected { local, .. } = event { Some(*local) } else { None });
-        let name = events
-            .iter()
-            .rev()
-            .find_map(|event| if let Event::Reply(reply) = event { Some(&reply.name) } else { None });
-        let pod =
-            cluster.backends.iter().find(|pod| Some(&pod.name().to_owned()) == name).context("a backend")?;
+            .find(|pod| Some(&pod.name().to_owned()) == name)
+            .context("a backend")?;
         let address: IpAddr = if vip.is_ipv4() { pod.ipv4().into() } else { pod.ipv6().into() };
         let backend = SocketAddr::new(address, lab_support::DNS_TARGET);
         delete(&node, UDP, backend, local.context("a client")?)?;

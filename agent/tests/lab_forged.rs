@@ -1,4 +1,5 @@
-//! Packets with somebody else's source, on a node that filters no source: they break what they break without us.
+//! Packets with somebody else's source, on a node that filters no source: they break what they
+//! break without us.
 //!
 //! test-threads: 2
 
@@ -11,8 +12,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use lab_support::{
-    Cluster, ECHO, ECHO_TARGET, Plan, SOON, WEB, addresses_of_pod, cluster_ip, external_ip, listed, skip,
-    until_backends, word,
+    Cluster, ECHO, ECHO_TARGET, Plan, SOON, WEB, addresses_of_pod, cluster_ip, external_ip, listed,
+    skip, until_backends, word,
 };
 use raw_support::{ACK, FIN, Frame, Mac, RST, SYN, segment, to_node, to_uplink};
 use serde_json::Value;
@@ -54,8 +55,9 @@ impl Conversation {
         // The answer to what was asked acknowledges it. At first a greeting comes before that.
         let (from, to) = (self.to, self.local);
         let is_answer = |frame: &[u8]| {
-            segment(frame)
-                .is_some_and(|found| found.source == from && found.destination == to && found.length > 0)
+            segment(frame).is_some_and(|found| {
+                found.source == from && found.destination == to && found.length > 0
+            })
         };
         let mut last = self.wire.receive(SOON, is_answer)?;
         while let Ok(later) = self.wire.receive(Duration::from_millis(1), is_answer) {
@@ -96,7 +98,11 @@ impl Forger {
     fn outside(cluster: &Cluster) -> Result<Self> {
         let (node, router) = (cluster.node(), cluster.lab.router());
         let link = to_uplink(node, router)?;
-        Ok(Self { who: "somebody outside", socket: router.packet_socket(node.uplink_peer())?, link })
+        Ok(Self {
+            who: "somebody outside",
+            socket: router.packet_socket(node.uplink_peer())?,
+            link,
+        })
     }
 
     fn send(
@@ -111,8 +117,8 @@ impl Forger {
         self.socket.send(&frame.bytes())
     }
 
-    /// Segments of a connection's client, to any address, that no endpoint takes for the client's: of any number, and of
-    /// numbers that are near.
+    /// Segments of a connection's client, to any address, that no endpoint takes for the client's:
+    /// of any number, and of numbers that are near.
     fn attack(&self, victim: &Conversation, to: SocketAddr) -> Result<()> {
         for round in 1..4_u32 {
             let far = [round.wrapping_mul(0x9e37_79b9), round.wrapping_mul(0x85eb_ca6b)];
@@ -145,7 +151,9 @@ impl Stage {
     fn new(name: &str) -> Result<Self> {
         let node = NodeOptions { rp_filter: RpFilter::Off, ..NodeOptions::default() };
         let cluster = Cluster::without_agents(name, &Plan { near: 2, node, ..Plan::default() })?;
-        cluster.manifests.write(&lab_support::service("web", WEB).backends(&cluster.backends[..1]))?;
+        cluster
+            .manifests
+            .write(&lab_support::service("web", WEB).backends(&cluster.backends[..1]))?;
         let forger = cluster.node().pod("forger")?;
         let forgers = vec![Forger::pod(&cluster, &forger)?, Forger::outside(&cluster)?];
         Ok(Self { cluster, forgers })
@@ -160,9 +168,15 @@ impl Stage {
         let flows = listed(self.cluster.node(), &["flows"])?;
         let is_victims = |flow: &Value| {
             let ends = [word(flow, "client"), word(flow, "vip")];
-            victims.iter().any(|victim| [victim.local, victim.to].map(|end| end.to_string()) == ends)
+            victims
+                .iter()
+                .any(|victim| [victim.local, victim.to].map(|end| end.to_string()) == ends)
         };
-        Ok(flows.iter().filter(|flow| is_victims(flow)).map(|flow| flow["state"].to_string()).collect())
+        Ok(flows
+            .iter()
+            .filter(|flow| is_victims(flow))
+            .map(|flow| flow["state"].to_string())
+            .collect())
     }
 
     /// Has the Service lead to one of its two endpoints alone.
@@ -193,7 +207,11 @@ fn forge(
 }
 
 /// A reset of the right number ends a connection, whoever sends it: what is forged gets there.
-fn ends_by_the_right_number(stage: &Stage, victim: &mut Conversation, to: SocketAddr) -> Result<()> {
+fn ends_by_the_right_number(
+    stage: &Stage,
+    victim: &mut Conversation,
+    to: SocketAddr,
+) -> Result<()> {
     let [forger, _] = &stage.forgers[..] else { unreachable!("two forgers") };
     let numbers = [victim.sequence, victim.acknowledgment];
     forger.send(victim.local, to, Some(RST), numbers)?;
@@ -219,7 +237,8 @@ fn forged_segments_break_what_they_break_without_us() -> Result<()> {
     until_backends(stage.cluster.node(), "web", 1)?;
     for family in 0..2 {
         let endpoint = stage.endpoint(family, ECHO_TARGET);
-        let vips = [cluster_ip(WEB)[family], external_ip(WEB)[family]].map(|vip| SocketAddr::new(vip, ECHO));
+        let vips = [cluster_ip(WEB)[family], external_ip(WEB)[family]]
+            .map(|vip| SocketAddr::new(vip, ECHO));
         let client = stage.cluster.client.clone();
         let mut victims = vec![
             Conversation::open(&client, "a direct connection", endpoint)?,
@@ -270,7 +289,8 @@ impl Subscription {
     fn goes_on(&self, server: &UdpSocket, after: &str) -> Result<()> {
         let _ = server.send_to(b"news", self.peer)?;
         let mut bytes = [0; 256];
-        let count = self.client.recv(&mut bytes).with_context(|| format!("{} after {after}", self.what))?;
+        let count =
+            self.client.recv(&mut bytes).with_context(|| format!("{} after {after}", self.what))?;
         ensure!(&bytes[..count] == b"news", "{}: {:?}", self.what, &bytes[..count]);
         Ok(())
     }
@@ -291,7 +311,8 @@ fn forged_datagrams_turn_nobodys_answers() -> Result<()> {
     server.set_read_timeout(Some(Duration::from_millis(100)))?;
     for family in 0..2 {
         let endpoint = stage.endpoint(family, NEWS_TARGET);
-        let vips = [cluster_ip(WEB)[family], external_ip(WEB)[family]].map(|vip| SocketAddr::new(vip, NEWS));
+        let vips = [cluster_ip(WEB)[family], external_ip(WEB)[family]]
+            .map(|vip| SocketAddr::new(vip, NEWS));
         for to in [endpoint, vips[0], vips[1]] {
             let subscription = Subscription::open(&stage.cluster.client, &server, to)?;
             subscription.goes_on(&server, "nothing")?;
@@ -305,9 +326,15 @@ fn forged_datagrams_turn_nobodys_answers() -> Result<()> {
                     while server.recv_from(&mut [0; 256]).is_ok() {
                         count += 1;
                     }
-                    ensure!(count == 3, "{count} of 3 datagrams to {vip} that {} forged", forger.who);
-                    subscription
-                        .goes_on(&server, &format!("datagrams to {vip} that {} forged", forger.who))?;
+                    ensure!(
+                        count == 3,
+                        "{count} of 3 datagrams to {vip} that {} forged",
+                        forger.who
+                    );
+                    subscription.goes_on(
+                        &server,
+                        &format!("datagrams to {vip} that {} forged", forger.who),
+                    )?;
                 }
             }
         }
@@ -318,7 +345,8 @@ fn forged_datagrams_turn_nobodys_answers() -> Result<()> {
 /// Moves the bridge's addresses to one end of a veth whose other end becomes a port of the bridge.
 fn move_gateway_above(node: &Namespace) -> Result<()> {
     let shown = node.run("ip", ["-o", "addr", "show", "dev", "cni0", "scope", "global"])?;
-    let addresses: Vec<&str> = shown.lines().filter_map(|line| line.split_whitespace().nth(3)).collect();
+    let addresses: Vec<&str> =
+        shown.lines().filter_map(|line| line.split_whitespace().nth(3)).collect();
     ensure!(addresses.len() == 2, "cni0 has no address of each family: {shown}");
     let mac = node.link_address("cni0")?.map(|byte| format!("{byte:02x}")).join(":");
     let moved = addresses.iter().map(|address| {
@@ -356,7 +384,8 @@ fn pods_are_no_forgers_where_their_gateway_is_above_the_bridge() -> Result<()> {
         held.goes_on("a moment")?;
         let flows = listed(cluster.node(), &["flows"])?;
         let local = held.local.to_string();
-        let found: Vec<&Value> = flows.iter().filter(|flow| word(flow, "client") == local).collect();
+        let found: Vec<&Value> =
+            flows.iter().filter(|flow| word(flow, "client") == local).collect();
         let [flow] = found[..] else { bail!("{local} has {} flows: {flows:?}", found.len()) };
         ensure!(flow["seen_as"].is_null(), "{local} is seen as another: {flow}");
         let state = flow["state"].to_string();

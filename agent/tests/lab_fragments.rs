@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use frame::{Frame, INIT, INIT_ACK, Mac, SCTP, crc32c, octets};
 use lab_support::{
-    Cluster, DNS, DNS_TARGET, Pair, Plan, SOON, WEB, addresses_of_node, addresses_of_pod, cluster_ip,
-    external_ip, reasons, replies, service, skip,
+    Cluster, DNS, DNS_TARGET, Pair, Plan, SOON, WEB, addresses_of_node, addresses_of_pod,
+    cluster_ip, external_ip, reasons, replies, service, skip,
 };
 use sluice_lab::{DROP_INVALID, Namespace, Pod, Port, Protocol, Reply, Serve};
 
@@ -31,7 +31,8 @@ fn large_datagrams_go_both_ways() -> Result<()> {
     }
     let plan = Plan { near: 1, far: 1, args: vec!["--socket-path", "off"], ..Plan::default() };
     let cluster = Cluster::new("large", &plan)?;
-    // A pod keeps its source; a client outside is masqueraded towards the far backend; what the node itself sends is translated at egress.
+    // A pod keeps its source; a client outside is masqueraded towards the far backend; what the
+    // node itself sends is translated at egress.
     let clients: [(&Namespace, Pair); 3] = [
         (&cluster.client, cluster_ip(WEB)),
         (&cluster.outside, external_ip(WEB)),
@@ -90,10 +91,13 @@ fn fragments_that_come_first_wait_for_the_first_one() -> Result<()> {
     let cluster = Cluster::new("early", &plan)?;
     let backend = &cluster.backends[0];
     let (wire, back) = (cluster.client.packet_socket("eth0")?, backend.packet_socket("eth0")?);
-    let held = || Ok::<_, anyhow::Error>(reasons(cluster.node())?.get("fragment_held").copied().unwrap_or(0));
+    let held = || {
+        Ok::<_, anyhow::Error>(reasons(cluster.node())?.get("fragment_held").copied().unwrap_or(0))
+    };
     for (round, conntrack) in [(0, false), (1, true)] {
         if conntrack {
-            // With connection tracking the stack puts datagrams together, and takes them apart again.
+            // With connection tracking the stack puts datagrams together, and takes them apart
+            // again.
             cluster.node().nft(DROP_INVALID)?;
         }
         let ends = addresses_of_pod(&cluster.client).into_iter().zip(addresses_of_pod(backend));
@@ -102,7 +106,8 @@ fn fragments_that_come_first_wait_for_the_first_one() -> Result<()> {
             let client = SocketAddr::new(client, CLIENT_PORT);
             let before = held()?;
             let data = [b"7 ".to_vec(), vec![b'x'; 3_000]].concat();
-            let question = Frame::udp(client, SocketAddr::new(vip, DNS), &data).at(gateway(&cluster.client)?);
+            let question =
+                Frame::udp(client, SocketAddr::new(vip, DNS), &data).at(gateway(&cluster.client)?);
             let start = Instant::now();
             for fragment in question.fragments(77 + round, 1_024).iter().rev() {
                 wire.send(&fragment.bytes())?;
@@ -114,16 +119,18 @@ fn fragments_that_come_first_wait_for_the_first_one() -> Result<()> {
             let asked = held()?;
             ensure!(asked >= before + 2, "{what}: {before} fragments were held, then {asked}");
             // The rest of this answer.
-            let _ = wire.receive(SOON, |frame| from(frame, vip) && offset(frame).unwrap_or(0) > 1_400)?;
+            let _ =
+                wire.receive(SOON, |frame| from(frame, vip) && offset(frame).unwrap_or(0) > 1_400)?;
 
             let data = vec![b'y'; 3_000];
-            let answer =
-                Frame::udp(SocketAddr::new(endpoint, DNS_TARGET), client, &data).at(gateway(backend)?);
+            let answer = Frame::udp(SocketAddr::new(endpoint, DNS_TARGET), client, &data)
+                .at(gateway(backend)?);
             let start = Instant::now();
             for fragment in answer.fragments(99 + round, 1_024).iter().rev() {
                 back.send(&fragment.bytes())?;
             }
-            // Connection tracking makes other parts of it: that the last one is there tells that all are.
+            // Connection tracking makes other parts of it: that the last one is there tells that
+            // all are.
             let mut missing = if conntrack { 1 } else { 3 };
             while missing > 0 {
                 let wanted = |frame: &[u8]| {
@@ -138,13 +145,17 @@ fn fragments_that_come_first_wait_for_the_first_one() -> Result<()> {
             let answered = held()?;
             println!("{what}: a question took {took:?}, an answer {:?}", start.elapsed());
             // Connection tracking hands the egress what it has put in order.
-            ensure!(conntrack || answered >= asked + 2, "{what}: {asked} were held, then {answered}");
+            ensure!(
+                conntrack || answered >= asked + 2,
+                "{what}: {asked} were held, then {answered}"
+            );
         }
     }
     // One whose first fragment never comes goes on after a while, untouched.
     let vip = cluster_ip(WEB)[0];
     let client = SocketAddr::new(addresses_of_pod(&cluster.client)[0], CLIENT_PORT);
-    let lonely = Frame::udp(client, SocketAddr::new(vip, DNS), &[b'z'; 3_000]).at(gateway(&cluster.client)?);
+    let lonely =
+        Frame::udp(client, SocketAddr::new(vip, DNS), &[b'z'; 3_000]).at(gateway(&cluster.client)?);
     wire.send(&lonely.fragments(101, 1_024)[1].bytes())?;
     lab_support::until("the lonely fragment goes on", || {
         Ok(reasons(cluster.node())?.contains_key("fragment").then_some(()))
@@ -181,12 +192,15 @@ fn sctp_keeps_its_checksum() -> Result<()> {
     lab_support::until_backends(cluster.node(), "sctp", 1)?;
     let (wire, back) = (cluster.client.packet_socket("eth0")?, backend.packet_socket("eth0")?);
     let ends = addresses_of_pod(&cluster.client).into_iter().zip(addresses_of_pod(backend));
-    for ((vip, none), (client, endpoint)) in cluster_ip(20).into_iter().zip(cluster_ip(21)).zip(ends) {
+    for ((vip, none), (client, endpoint)) in
+        cluster_ip(20).into_iter().zip(cluster_ip(21)).zip(ends)
+    {
         let (client, endpoint) =
             (SocketAddr::new(client, CLIENT_PORT), SocketAddr::new(endpoint, SCTP_TARGET));
         let frontend = SocketAddr::new(vip, SCTP_PORT);
         // The kernels here know no SCTP: both ends are played.
-        let init = Frame::sctp(client, frontend, (INIT, 0), &[0x1a; 16]).at(gateway(&cluster.client)?);
+        let init =
+            Frame::sctp(client, frontend, (INIT, 0), &[0x1a; 16]).at(gateway(&cluster.client)?);
         wire.send(&init.bytes())?;
         let met = back.receive(SOON, |frame| from(frame, client.ip()) && sctp(frame).is_some())?;
         // Nobody can look up the sockets of a client that sends frames itself: it gets a port that
@@ -201,7 +215,8 @@ fn sctp_keeps_its_checksum() -> Result<()> {
         // Where nobody serves, ICMP says so.
         let init = Frame::sctp(client, SocketAddr::new(none, SCTP_PORT), (INIT, 0), &[0x1a; 16]);
         wire.send(&init.at(gateway(&cluster.client)?).bytes())?;
-        let (protocol, kind): (usize, &[u8]) = if none.is_ipv4() { (23, &[3, 3]) } else { (20, &[1, 4]) };
+        let (protocol, kind): (usize, &[u8]) =
+            if none.is_ipv4() { (23, &[3, 3]) } else { (20, &[1, 4]) };
         let at = if none.is_ipv4() { 34 } else { 54 };
         let number = if none.is_ipv4() { 1 } else { 58 };
         let _ = wire
@@ -215,7 +230,8 @@ fn sctp_keeps_its_checksum() -> Result<()> {
     Ok(())
 }
 
-/// At an address of the node a fragment may be anybody's: an overlay's outer packet, a host process's question.
+/// At an address of the node a fragment may be anybody's: an overlay's outer packet, a host
+/// process's question.
 #[test]
 fn fragments_for_a_process_of_the_node_need_no_agent() -> Result<()> {
     const PORT: u16 = 4_789;
@@ -247,7 +263,9 @@ fn fragments_for_a_process_of_the_node_need_no_agent() -> Result<()> {
                 }
                 let _ = wire
                     .receive(SOON, |frame| from(frame, node) && offset(frame) == Some(0))
-                    .with_context(|| format!("{client} > {node}: no answer, agent alive: {is_alive}"))?;
+                    .with_context(|| {
+                    format!("{client} > {node}: no answer, agent alive: {is_alive}")
+                })?;
             }
         }
         let held = held(&cluster)? - before;

@@ -20,8 +20,8 @@ use anyhow::{Context, Result, bail, ensure};
 use aya::maps::{HashMap, Map, MapData};
 use frame::{Frame, Mac, octets};
 use lab_support::{
-    Cluster, DNS, HTTP, Plan, SOON, WEB, addresses_of_node, addresses_of_pod, cluster_ip, external_ip,
-    number, pinned, skip, status, until, until_within, url, word,
+    Cluster, DNS, HTTP, Plan, SOON, WEB, addresses_of_node, addresses_of_pod, cluster_ip,
+    external_ip, number, pinned, skip, status, until, until_within, url, word,
 };
 use serde_json::Value;
 use sluice::agent::status::state_dir;
@@ -55,8 +55,8 @@ struct Flood {
     closed: usize,
 }
 
-/// Keeps so many connections open at each address until it is told to end: half of them silent, half with a request
-/// that never gets whole. Those that are closed are opened again.
+/// Keeps so many connections open at each address until it is told to end: half of them silent,
+/// half with a request that never gets whole. Those that are closed are opened again.
 fn flood(to: &[SocketAddr], each: usize, full: &AtomicBool, end: &AtomicBool) -> Flood {
     let open = |to: &SocketAddr, slow: bool| -> Option<Held> {
         let mut stream = TcpStream::connect_timeout(to, Duration::from_secs(2)).ok()?;
@@ -124,7 +124,8 @@ fn a_client_that_holds_a_thousand_connections_keeps_nobody_waiting() -> Result<(
     let targets = [SocketAddr::new(v4, 10_256), SocketAddr::new(v4, CHECK)];
     let (full, end) = (AtomicBool::new(false), AtomicBool::new(false));
     let flood = scope(|threads| {
-        let flooding = threads.spawn(|| cluster.client.enter(|| flood(&targets, 1_000, &full, &end)));
+        let flooding =
+            threads.spawn(|| cluster.client.enter(|| flood(&targets, 1_000, &full, &end)));
         let asked = (|| {
             until_within(Duration::from_mins(1), "the client has opened all", || {
                 Ok(full.load(Ordering::Relaxed).then_some(()))
@@ -133,13 +134,16 @@ fn a_client_that_holds_a_thousand_connections_keeps_nobody_waiting() -> Result<(
                 ask()?;
                 sleep(Duration::from_millis(500));
             }
-            // Meanwhile it held what it could get: what there is room for, and what waits to be accepted.
-            let filter = format!("dst {} and ( sport = :10256 or sport = :{CHECK} )", cluster.client.ipv4());
+            // Meanwhile it held what it could get: what there is room for, and what waits to be
+            // accepted.
+            let filter =
+                format!("dst {} and ( sport = :10256 or sport = :{CHECK} )", cluster.client.ipv4());
             let all = node.run("ss", ["-Htn", "state", "established", &filter])?;
             Ok::<usize, anyhow::Error>(all.lines().count())
         })();
         end.store(true, Ordering::Relaxed);
-        let flood = flooding.join().map_err(|_| anyhow::anyhow!("the flood ended in a panic"))??;
+        let flood =
+            flooding.join().map_err(|_| anyhow::anyhow!("the flood ended in a panic"))??;
         asked.map(|held| (held, flood))
     });
     let (held, flood) = flood?;
@@ -211,7 +215,8 @@ fn many_scrapes_at_once_take_no_more_memory_than_one() -> Result<()> {
 
 /// The command that an error tells.
 fn told(text: &str) -> Result<&str> {
-    let (_, rest) = text.split_once("then run `").with_context(|| format!("no command in: {text}"))?;
+    let (_, rest) =
+        text.split_once("then run `").with_context(|| format!("no command in: {text}"))?;
     rest.split_once('`').map(|(command, _)| command).context("no end")
 }
 
@@ -227,9 +232,12 @@ fn folders_that_others_may_change_are_refused_with_what_mends_them() -> Result<(
     let mut cluster = Cluster::without_agents("owned", &Plan { near: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
     let (pins, state) = (node.pin_path(), state_dir(&node.pin_path()));
-    let to_nobody = |path: &Path| chown(path, Some(NOBODY), Some(NOBODY)).context("cannot give it away");
-    let options =
-        AgentOptions { manifests: Some(cluster.manifests.directory().to_owned()), ..AgentOptions::default() };
+    let to_nobody =
+        |path: &Path| chown(path, Some(NOBODY), Some(NOBODY)).context("cannot give it away");
+    let options = AgentOptions {
+        manifests: Some(cluster.manifests.directory().to_owned()),
+        ..AgentOptions::default()
+    };
     let refused = |what: &str| -> Result<String> {
         let started = node.agent(options.clone())?.wait_ready(SOON);
         let error = format!("{:#}", started.err().with_context(|| format!("{what}: it starts"))?);
@@ -249,7 +257,10 @@ fn folders_that_others_may_change_are_refused_with_what_mends_them() -> Result<(
     symlink(&victim, &astray)?;
     let command = refused("somebody else's pin path")?;
     let cleanup = node.sluice_output(&["cleanup"])?;
-    ensure!(!cleanup.status.success() && victim.join("file").exists(), "it was cleaned up: {cleanup:?}");
+    ensure!(
+        !cleanup.status.success() && victim.join("file").exists(),
+        "it was cleaned up: {cleanup:?}"
+    );
     obey(&command)?;
     let command = refused("a link in the pin path")?;
     ensure!(command == format!("rm {}", astray.display()), "{command}");
@@ -297,11 +308,15 @@ fn gateway(pod: &Pod) -> Result<Mac> {
 /// Our own device's ifindex, as the system has it and as the programs were told.
 fn own_device(node: &Node) -> Result<(Option<u64>, u64)> {
     let links: Vec<Value> = serde_json::from_str(&node.run("ip", ["-j", "link", "show"])?)?;
-    let own = links.iter().find(|link| word(link, "ifname") == "sluice0").map(|own| number(own, "ifindex"));
+    let own = links
+        .iter()
+        .find(|link| word(link, "ifname") == "sluice0")
+        .map(|own| number(own, "ifindex"));
     let path = pinned(node, "settings")?.display().to_string();
     let dump: Vec<Value> =
         serde_json::from_str(&node.run("bpftool", ["-j", "map", "dump", "pinned", &path])?)?;
-    let value = dump.first().and_then(|entry| entry.pointer("/formatted/value")).context("no settings")?;
+    let value =
+        dump.first().and_then(|entry| entry.pointer("/formatted/value")).context("no settings")?;
     Ok((own, number(value, "own_device")))
 }
 
@@ -326,7 +341,8 @@ fn the_own_device_is_made_again_when_somebody_removes_it() -> Result<()> {
             }
             let (source, at) = (octets(vip), if vip.is_ipv4() { 26 } else { 22 });
             let is_answer = |frame: &[u8]| frame.get(at..at + source.len()) == Some(&*source);
-            let _ = wire.receive(Duration::from_secs(2), is_answer).with_context(|| vip.to_string())?;
+            let _ =
+                wire.receive(Duration::from_secs(2), is_answer).with_context(|| vip.to_string())?;
         }
         Ok(())
     };
@@ -339,10 +355,12 @@ fn the_own_device_is_made_again_when_somebody_removes_it() -> Result<()> {
             let (now, told) = own_device(&node)?;
             Ok((now == Some(told) && now != before).then_some(told))
         })?;
-        let known = |device: &Value| number(device, "index") == now && device.to_string().contains("tcx");
+        let known =
+            |device: &Value| number(device, "index") == now && device.to_string().contains("tcx");
         until("it is attached, and the node ready", || {
             let status = status(&node)?;
-            let devices = status.get("devices").and_then(Value::as_array).cloned().unwrap_or_default();
+            let devices =
+                status.get("devices").and_then(Value::as_array).cloned().unwrap_or_default();
             let is_ready = status.get("ready") == Some(&Value::Bool(true));
             Ok((is_ready && devices.iter().any(known)).then_some(()))
         })?;
@@ -361,8 +379,9 @@ fn the_own_device_is_made_again_when_somebody_removes_it() -> Result<()> {
 fn greedy() -> Vec<Service> {
     let mut all = Vec::new();
     for number in 0..7_u8 {
-        let mut service =
-            Service::new(&format!("greedy-{number}")).namespace("tenant").created("2026-01-01T00:00:00Z");
+        let mut service = Service::new(&format!("greedy-{number}"))
+            .namespace("tenant")
+            .created("2026-01-01T00:00:00Z");
         service = service.cluster_ip(IpAddr::from([10, 96, 1, number + 1]));
         for last in 0..100_u8 {
             service = service.external_ip(IpAddr::from([198, 18, number, last]));
@@ -396,14 +415,20 @@ fn a_node_without_room_is_not_ready_and_stays_alive() -> Result<()> {
     }
     let told = until_within(Duration::from_mins(1), "the node is not ready", || {
         let status = status(node)?;
-        let waiting =
-            status.pointer("/last/waiting_for").and_then(Value::as_array).cloned().unwrap_or_default();
-        let room = waiting.iter().filter_map(Value::as_str).find(|text| text.contains("room in the maps"));
+        let waiting = status
+            .pointer("/last/waiting_for")
+            .and_then(Value::as_array)
+            .cloned()
+            .unwrap_or_default();
+        let room =
+            waiting.iter().filter_map(Value::as_str).find(|text| text.contains("room in the maps"));
         Ok(room.map(str::to_owned).filter(|_| status.get("ready") == Some(&Value::Bool(false))))
     })?;
     println!("{told}");
     ensure!(!node.sluice_output(&["status"])?.status.success(), "the exit code says ready");
-    ensure!(metric("sluice_ready")? == Some(0.0) && metric(refused)?.is_some_and(|count| count > 0.0));
+    ensure!(
+        metric("sluice_ready")? == Some(0.0) && metric(refused)?.is_some_and(|count| count > 0.0)
+    );
     // What has room is served, and nobody is to take the node out for what one tenant asks.
     for path in ["livez", "healthz"] {
         ensure!(code(node, SocketAddr::new(node.ipv4().into(), 10_256), path)? == "200", "{path}");

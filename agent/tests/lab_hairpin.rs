@@ -1,4 +1,5 @@
-//! A client that is its own backend: a pod through its VIP, a process of the host on the host network.
+//! A client that is its own backend: a pod through its VIP, a process of the host on the host
+//! network.
 //!
 //! test-threads: 2
 
@@ -8,19 +9,31 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, DNS, ECHO, HTTP, Pair, Plan, WEB, addresses_of_pod, all_answer, are_nearly, cluster_ip, counted,
-    on_host, reaches, replies, route_to, service, skip, transfers, unless_unsupported, url,
+    Cluster, DNS, ECHO, HTTP, Pair, Plan, WEB, addresses_of_pod, all_answer, are_nearly,
+    cluster_ip, counted, on_host, reaches, replies, route_to, service, skip, transfers,
+    unless_unsupported, url,
 };
 use sluice_lab::{Cni, DROP_INVALID, Namespace, NodeOptions};
 
 /// TCP with data both ways, and UDP.
-fn speaks_with_itself(client: &Namespace, vips: Pair, name: &str, seen: Option<Pair>) -> Result<()> {
+fn speaks_with_itself(
+    client: &Namespace,
+    vips: Pair,
+    name: &str,
+    seen: Option<Pair>,
+) -> Result<()> {
     for (family, vip) in vips.into_iter().enumerate() {
         let seen = seen.map(|seen| seen[family]);
         let echo = SocketAddr::new(vip, ECHO);
         let http = client.http_get(&url(vip, HTTP, ""), 20)?;
         all_answer("HTTP", &http, &[name], SocketAddr::new(vip, HTTP))?;
-        let talk = client.ask(["tcp-client", "--count=40", "--interval-ms=2", "--to", &echo.to_string()])?;
+        let talk = client.ask([
+            "tcp-client",
+            "--count=40",
+            "--interval-ms=2",
+            "--to",
+            &echo.to_string(),
+        ])?;
         let talk = replies(talk)?;
         ensure!(talk.len() == 40, "{echo}: {talk:?}");
         transfers(client, vip, 1_000_000)?;
@@ -31,7 +44,10 @@ fn speaks_with_itself(client: &Namespace, vips: Pair, name: &str, seen: Option<P
         all_answer("connected UDP", &connected, &[name], dns)?;
         if let Some(seen) = seen {
             let mut all = http.iter().chain(&talk).chain(&plain).chain(&connected);
-            ensure!(all.all(|reply| reply.seen.ip() == seen), "seen as others than {seen}: {http:?}");
+            ensure!(
+                all.all(|reply| reply.seen.ip() == seen),
+                "seen as others than {seen}: {http:?}"
+            );
         }
     }
     Ok(())
@@ -43,7 +59,9 @@ fn a_pod_reaches_itself(name: &str, cni: Cni, nft: Option<&str>) -> Result<()> {
     let client = cluster.client.clone();
     cluster.serve(&client)?;
     cluster.manifests.write(&service("own", 20).backends([&client]))?;
-    cluster.manifests.write(&service("both", 21).backends([&client, &cluster.backends[0].clone()]))?;
+    cluster
+        .manifests
+        .write(&service("both", 21).backends([&client, &cluster.backends[0].clone()]))?;
     cluster.start_agents(&["--socket-path", "off"])?;
     // It sees itself as the VIP.
     speaks_with_itself(&client, cluster_ip(20), "client", Some(cluster_ip(20)))
@@ -72,7 +90,8 @@ fn a_bridged_pod_reaches_itself_through_its_vip() -> Result<()> {
     if skip("a_bridged_pod_reaches_itself") {
         return Ok(());
     }
-    let built = a_pod_reaches_itself("hairpin-bridge", Cni::Bridge { bridge_nf: true }, Some(DROP_INVALID));
+    let built =
+        a_pod_reaches_itself("hairpin-bridge", Cni::Bridge { bridge_nf: true }, Some(DROP_INVALID));
     unless_unsupported(built)
 }
 
@@ -81,11 +100,14 @@ fn a_process_of_the_host_network_is_reached_by_its_own_host_and_by_all() -> Resu
     if skip("a_process_of_the_host_network") {
         return Ok(());
     }
-    let mut cluster = Cluster::without_agents("host-network", &Plan { near: 1, ..Plan::default() })?;
+    let mut cluster =
+        Cluster::without_agents("host-network", &Plan { near: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
     cluster.serve(&node)?;
     cluster.manifests.write(&service("onhost", 20).backends([on_host(&node)]))?;
-    cluster.manifests.write(&cluster.web().backends([on_host(&node), (&cluster.backends[0]).into()]))?;
+    cluster
+        .manifests
+        .write(&cluster.web().backends([on_host(&node), (&cluster.backends[0]).into()]))?;
     for address in lab_support::external_ip(20) {
         route_to(&cluster.lab, address, &node)?;
     }

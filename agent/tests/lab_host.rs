@@ -10,8 +10,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, DNS, ECHO, ECHO_TARGET, ENOUGH, Plan, SOON, WEB, all_answer, cluster_ip, counted, external_ip,
-    listed, on_host, reaches, replies, service, skip, status, take_fresh_ports, until, until_backends, word,
+    Cluster, DNS, ECHO, ECHO_TARGET, ENOUGH, Plan, SOON, WEB, all_answer, cluster_ip, counted,
+    external_ip, listed, on_host, reaches, replies, service, skip, status, take_fresh_ports, until,
+    until_backends, word,
 };
 use sluice_lab::{Backend, Cni, DROP_INVALID, Event, Namespace, NodeOptions, Pod, Running};
 use tokio::net::TcpSocket;
@@ -22,10 +23,12 @@ fn connected_udp_of_pod_and_host_reaches_backends_of_every_kind() -> Result<()> 
     if skip("connected_udp_of_pod_and_host") {
         return Ok(());
     }
-    let mut cluster = Cluster::without_agents("kinds", &Plan { near: 1, far: 1, ..Plan::default() })?;
+    let mut cluster =
+        Cluster::without_agents("kinds", &Plan { near: 1, far: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
     cluster.serve(&node)?;
-    let all: Vec<Backend> = cluster.backends.iter().map(Backend::from).chain([on_host(&node)]).collect();
+    let all: Vec<Backend> =
+        cluster.backends.iter().map(Backend::from).chain([on_host(&node)]).collect();
     cluster.manifests.write(&cluster.web().backends(all))?;
     cluster.start_agents(&["--socket-path", "off"])?;
     let names = ["near-1", "far-1", "n1"];
@@ -47,7 +50,10 @@ fn connected_udp_of_pod_and_host_reaches_backends_of_every_kind() -> Result<()> 
                     client.name(),
                     ports.len()
                 );
-                ensure!((more.forward, more.reply) == (u64::from(ENOUGH), u64::from(ENOUGH)), "{more:?}");
+                ensure!(
+                    (more.forward, more.reply) == (u64::from(ENOUGH), u64::from(ENOUGH)),
+                    "{more:?}"
+                );
             }
             // Everything else reaches them as well.
             reaches(client, cluster_ip(WEB), &names, None).context(mode)?;
@@ -79,9 +85,12 @@ fn a_host_without_a_default_route_reaches_services_by_the_own_device() -> Result
         }
         until("the own device is attached", || {
             let status = status(&node)?;
-            let devices = status.get("devices").and_then(|all| all.as_array()).cloned().unwrap_or_default();
+            let devices =
+                status.get("devices").and_then(|all| all.as_array()).cloned().unwrap_or_default();
             let own = devices.iter().find(|one| word(one, "name") == "sluice0");
-            Ok(own.filter(|own| word(own, "role") == "own" && own.to_string().contains("tcx")).map(drop))
+            Ok(own
+                .filter(|own| word(own, "role") == "own" && own.to_string().contains("tcx"))
+                .map(drop))
         })?;
         reaches(&node, cluster_ip(WEB), &["near-1", "far-1"], None).context(mode)?;
         reaches(&cluster.client, cluster_ip(WEB), &["near-1", "far-1"], None).context(mode)?;
@@ -127,7 +136,8 @@ fn connected_udp_leaves_a_removed_backend_at_once() -> Result<()> {
         }
         let mut chosen = BTreeSet::new();
         for client in &mut open {
-            let _ = client.wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
+            let _ = client
+                .wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
             chosen.extend(client.replies().last().map(|reply| reply.name.clone()));
         }
         // All that were chosen go; if these are all, all but one.
@@ -159,7 +169,8 @@ fn a_service_of_the_host_network_of_another_node_is_reached() -> Result<()> {
     if skip("a_service_of_the_host_network_of_another_node") {
         return Ok(());
     }
-    let mut cluster = Cluster::without_agents("other-host", &Plan { near: 0, far: 1, ..Plan::default() })?;
+    let mut cluster =
+        Cluster::without_agents("other-host", &Plan { near: 0, far: 1, ..Plan::default() })?;
     let (node, other) = (cluster.node().clone(), cluster.nodes[1].clone());
     cluster.serve(&other)?;
     cluster.manifests.write(&service("there", 20).backends([on_host(&other)]))?;
@@ -170,9 +181,11 @@ fn a_service_of_the_host_network_of_another_node_is_reached() -> Result<()> {
     Ok(())
 }
 
-/// A connection of this host by which it was greeted, from a port that others may use as well: which port it is.
+/// A connection of this host by which it was greeted, from a port that others may use as well:
+/// which port it is.
 fn greeted(node: &Namespace, from: u16, to: SocketAddr) -> Result<(TcpStream, u16)> {
-    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr =
+        if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let stream = node.enter(|| {
         runtime.block_on(async {
@@ -205,10 +218,12 @@ fn two_connections_of_the_host_from_one_port_reach_one_backend() -> Result<()> {
         let (service, direct) = (SocketAddr::new(vip, ECHO), SocketAddr::new(address, ECHO_TARGET));
         // No hook sees these calls: what goes by the Service is translated packet by packet.
         let (first, port) = greeted(node, 0, service)?;
-        let (second, _) = greeted(node, port, direct).context("direct, beside the translated one")?;
+        let (second, _) =
+            greeted(node, port, direct).context("direct, beside the translated one")?;
         drop(first);
         let (third, port) = greeted(node, 0, direct)?;
-        let (fourth, _) = greeted(node, port, service).context("translated, beside the direct one")?;
+        let (fourth, _) =
+            greeted(node, port, service).context("translated, beside the direct one")?;
         drop([second, third, fourth]);
     }
     Ok(())
@@ -218,7 +233,9 @@ fn two_connections_of_the_host_from_one_port_reach_one_backend() -> Result<()> {
 fn lost(client: &Running) -> Vec<String> {
     let events = client.events().into_iter();
     events
-        .filter_map(|event| if let Event::Lost { reason, .. } = event { Some(reason) } else { None })
+        .filter_map(
+            |event| if let Event::Lost { reason, .. } = event { Some(reason) } else { None },
+        )
         .collect()
 }
 
@@ -245,8 +262,14 @@ fn a_connected_socket_older_than_the_service_is_served_once_there_are_backends()
         ] {
             for vip in vips {
                 let to = SocketAddr::new(vip, DNS).to_string();
-                let args =
-                    ["--connected", "--count=2000", "--interval-ms=20", "--timeout-ms=100", "--to", &to];
+                let args = [
+                    "--connected",
+                    "--count=2000",
+                    "--interval-ms=20",
+                    "--timeout-ms=100",
+                    "--to",
+                    &to,
+                ];
                 open.push(client.tool(["udp-client"].into_iter().chain(args))?);
             }
         }
@@ -255,7 +278,9 @@ fn a_connected_socket_older_than_the_service_is_served_once_there_are_backends()
         };
         // No Service; then one without backends; then with; none again; and again.
         for client in &mut open {
-            client.wait_until("it asks in vain", SOON, |this| (count(this, false) > 2).then_some(()))?;
+            client.wait_until("it asks in vain", SOON, |this| {
+                (count(this, false) > 2).then_some(())
+            })?;
         }
         for round in ["first", "again"] {
             cluster.manifests.write(&cluster.web().backends(Vec::<Backend>::new()))?;
@@ -263,7 +288,9 @@ fn a_connected_socket_older_than_the_service_is_served_once_there_are_backends()
             let before: Vec<usize> = open.iter().map(|client| count(client, true)).collect();
             for (client, before) in open.iter_mut().zip(before) {
                 client
-                    .wait_until("it is refused", SOON, |this| (count(this, true) > before).then_some(()))
+                    .wait_until("it is refused", SOON, |this| {
+                        (count(this, true) > before).then_some(())
+                    })
                     .with_context(|| format!("{mode}, {round}"))?;
                 ensure!(round != "first" || client.replies().is_empty(), "{:?}", client.events());
             }
@@ -274,7 +301,11 @@ fn a_connected_socket_older_than_the_service_is_served_once_there_are_backends()
                 // From then on nothing is lost.
                 let lost_until_now = count(client, false);
                 client.goes_on(5, SOON)?;
-                ensure!(count(client, false) == lost_until_now, "{mode}, {round}: {:?}", lost(client).last());
+                ensure!(
+                    count(client, false) == lost_until_now,
+                    "{mode}, {round}: {:?}",
+                    lost(client).last()
+                );
             }
         }
         for mut client in open {
@@ -282,7 +313,8 @@ fn a_connected_socket_older_than_the_service_is_served_once_there_are_backends()
         }
         cluster.manifests.remove(&cluster.web())?;
         until("the service goes", || {
-            Ok((!listed(&node, &["services"])?.iter().any(|row| word(row, "service") == "web")).then_some(()))
+            Ok((!listed(&node, &["services"])?.iter().any(|row| word(row, "service") == "web"))
+                .then_some(()))
         })?;
     }
     Ok(())

@@ -7,13 +7,16 @@ mod lab_support;
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use lab_support::{Cluster, HTTP, Plan, WEB, cluster_ip, service, skip, status, until, until_backends, word};
+use lab_support::{
+    Cluster, HTTP, Plan, WEB, cluster_ip, service, skip, status, until, until_backends, word,
+};
 use serde_json::Value;
 use sluice_lab::{Namespace, Node};
 
 /// Status and body of an answer.
 fn get(place: &Namespace, url: &str) -> Result<(String, String)> {
-    let text = place.run("curl", ["-gsS", "-m", "5", "-w", "\n%{http_code} %{content_type}", url])?;
+    let text =
+        place.run("curl", ["-gsS", "-m", "5", "-w", "\n%{http_code} %{content_type}", url])?;
     let (body, code) = text.rsplit_once('\n').context("no status")?;
     Ok((code.to_owned(), body.to_owned()))
 }
@@ -41,7 +44,8 @@ fn metrics(node: &Node) -> Result<BTreeMap<String, f64>> {
 /// The sum of the series of a metric whose labels hold all of these.
 fn sum(all: &BTreeMap<String, f64>, metric: &str, labels: &[&str]) -> f64 {
     let is_wanted = |series: &str| {
-        series.split('{').next() == Some(metric) && labels.iter().all(|label| series.contains(label))
+        series.split('{').next() == Some(metric)
+            && labels.iter().all(|label| series.contains(label))
     };
     all.iter().filter(|(series, _)| is_wanted(series)).map(|(_, value)| value).sum()
 }
@@ -93,15 +97,26 @@ fn health_mode_and_metrics_are_answered_as_kube_proxy_does() -> Result<()> {
         sum(&after, metric, &labels) - sum(&before, metric, &labels)
     };
     let calls = grown("sluice_service_socket_calls_total", &["port=\"http\""]);
-    ensure!(grown("sluice_service_socket_connections_total", &["port=\"http\""]).eq(&calls), "{calls} calls");
+    ensure!(
+        grown("sluice_service_socket_connections_total", &["port=\"http\""]).eq(&calls),
+        "{calls} calls"
+    );
     for (metric, more, least) in [
         ("sluice_service_packets_total", &["direction=\"forward\"", "port=\"dns\""][..], 20.0),
         ("sluice_service_packets_total", &["direction=\"reply\"", "port=\"dns\""], 20.0),
         ("sluice_service_bytes_total", &["direction=\"forward\"", "port=\"dns\""], 20.0 * 28.0),
         ("sluice_service_flows_total", &["port=\"dns\""], 10.0),
         ("sluice_service_socket_calls_total", &["port=\"http\""], 20.0),
-        ("sluice_service_socket_bytes_total", &["port=\"http\"", "direction=\"forward\""], 20.0 * 40.0),
-        ("sluice_service_socket_bytes_total", &["port=\"http\"", "direction=\"reply\""], 20.0 * 40.0),
+        (
+            "sluice_service_socket_bytes_total",
+            &["port=\"http\"", "direction=\"forward\""],
+            20.0 * 40.0,
+        ),
+        (
+            "sluice_service_socket_bytes_total",
+            &["port=\"http\"", "direction=\"reply\""],
+            20.0 * 40.0,
+        ),
         ("sluice_service_socket_segments_total", &["port=\"http\"", "direction=\"reply\""], 40.0),
         ("sluice_backend_socket_bytes_total", &["direction=\"forward\""], 20.0 * 40.0),
         ("sluice_backend_packets_total", &["direction=\"forward\""], 20.0),
@@ -110,7 +125,9 @@ fn health_mode_and_metrics_are_answered_as_kube_proxy_does() -> Result<()> {
         ensure!(grown >= least, "{metric} {more:?}: {grown} of {least}");
     }
     ensure!(
-        (grown("sluice_backend_packets_total", &[]) - grown("sluice_service_packets_total", &[])).abs() < 0.5,
+        (grown("sluice_backend_packets_total", &[]) - grown("sluice_service_packets_total", &[]))
+            .abs()
+            < 0.5,
         "the backends' packets are the service's"
     );
     for (metric, labels, value) in [
@@ -122,7 +139,11 @@ fn health_mode_and_metrics_are_answered_as_kube_proxy_does() -> Result<()> {
         ("sluice_node_addresses_astray", &[], 0.0),
         ("kubeproxy_sync_proxy_rules_service_changes_pending", &[], 0.0),
     ] {
-        ensure!(sum(&after, metric, labels).eq(&value), "{metric}: {}", sum(&after, metric, labels));
+        ensure!(
+            sum(&after, metric, labels).eq(&value),
+            "{metric}: {}",
+            sum(&after, metric, labels)
+        );
     }
     for metric in [
         "sluice_map_capacity",
@@ -164,7 +185,10 @@ fn the_log_says_more_while_it_is_asked_to() -> Result<()> {
         // The line comes a moment after the maps.
         std::thread::sleep(std::time::Duration::from_millis(500));
         let log = cluster.agent().log();
-        ensure!(log.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "no JSON: {log}");
+        ensure!(
+            log.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()),
+            "no JSON: {log}"
+        );
         Ok(log.matches("\"level\":\"DEBUG\"").count() + log.matches("\"level\":\"TRACE\"").count())
     };
     ensure!(debug(&mut cluster, "one", 51)? == 0, "it says more than it should");
@@ -174,7 +198,10 @@ fn the_log_says_more_while_it_is_asked_to() -> Result<()> {
     ensure!(more > 0, "no more is said");
     ensure!(put(&node, "127.0.0.1", "0")?.ends_with("200"), "it cannot be undone");
     let settled = debug(&mut cluster, "three", 53)?;
-    ensure!(debug(&mut cluster, "four", 54)? == settled && settled >= more, "it says as much as before");
+    ensure!(
+        debug(&mut cluster, "four", 54)? == settled && settled >= more,
+        "it says as much as before"
+    );
     // Nobody else, nothing else.
     let (own, much) = (node.ipv4().to_string(), "9".repeat(5000));
     for (place, at, body, code) in [
@@ -191,7 +218,8 @@ fn the_log_says_more_while_it_is_asked_to() -> Result<()> {
     Ok(())
 }
 
-/// A node that is about to go says so to load balancers, and stays alive; an address that is taken is no reason to stop.
+/// A node that is about to go says so to load balancers, and stays alive; an address that is taken
+/// is no reason to stop.
 #[test]
 fn a_node_that_leaves_is_not_eligible_and_a_taken_port_is_told() -> Result<()> {
     if skip("a_node_that_leaves") {
@@ -216,11 +244,14 @@ fn a_node_that_leaves_is_not_eligible_and_a_taken_port_is_told() -> Result<()> {
     let _ = until("metrics are answered", || Ok(metrics(&node).ok()))?;
 
     let object = |taints: &str| {
-        format!("apiVersion: v1\nkind: Node\nmetadata: {{name: n1}}\nspec: {{taints: [{taints}]}}\n")
+        format!(
+            "apiVersion: v1\nkind: Node\nmetadata: {{name: n1}}\nspec: {{taints: [{taints}]}}\n"
+        )
     };
-    cluster
-        .manifests
-        .write_text("node.yaml", &object("{key: ToBeDeletedByClusterAutoscaler, effect: NoSchedule}"))?;
+    cluster.manifests.write_text(
+        "node.yaml",
+        &object("{key: ToBeDeletedByClusterAutoscaler, effect: NoSchedule}"),
+    )?;
     let healthz = until("the node is not eligible", || {
         Ok(json(&cluster.outside, &format!("{url}/healthz"), "503").ok())
     })?;

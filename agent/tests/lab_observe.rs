@@ -14,8 +14,8 @@ use anyhow::{Context, Result, bail, ensure};
 use aya::Ebpf;
 use aya::programs::{CgroupAttachMode, SockOps};
 use lab_support::{
-    Cluster, DNS, HTTP, Plan, SOON, WEB, cluster_ip, external_ip, listed, number, route_to, service, skip,
-    status, until, until_backends, until_within, url, word,
+    Cluster, DNS, HTTP, Plan, SOON, WEB, cluster_ip, external_ip, listed, number, route_to,
+    service, skip, status, until, until_backends, until_within, url, word,
 };
 use serde_json::Value;
 use sluice_common::abi::LAYOUT;
@@ -36,12 +36,16 @@ fn sockets(node: &Node, service: &str, field: &str) -> Result<u64> {
     Ok(rows.iter().filter_map(|row| row.get("sockets")).map(|sockets| number(sockets, field)).sum())
 }
 
-/// Has curl fetch so many bytes, and tells bytes received and sent as it counts them, headers included.
+/// Has curl fetch so many bytes, and tells bytes received and sent as it counts them, headers
+/// included.
 fn curl(client: &Namespace, vip: IpAddr, bytes: u64) -> Result<(u64, u64)> {
     let form = "%{size_header} %{size_download} %{size_request}";
-    let text = client
-        .run("curl", ["-gsS", "-o", "/dev/null", "-w", form, &url(vip, HTTP, &format!("bytes/{bytes}"))])?;
-    let figures: Vec<u64> = text.split(' ').map(str::parse).collect::<Result<_, _>>().context(text)?;
+    let text = client.run(
+        "curl",
+        ["-gsS", "-o", "/dev/null", "-w", form, &url(vip, HTTP, &format!("bytes/{bytes}"))],
+    )?;
+    let figures: Vec<u64> =
+        text.split(' ').map(str::parse).collect::<Result<_, _>>().context(text)?;
     let [header, body, request] = figures[..] else { bail!("curl says {figures:?}") };
     ensure!(body == bytes, "{body} of {bytes} bytes came");
     Ok((header + body, request))
@@ -55,7 +59,8 @@ fn connections_translated_at_the_socket_are_counted_as_curl_and_iperf3_count_the
     let mut cluster = Cluster::without_agents("sockets", &Plan::default())?;
     // Somebody else is at the hook before.
     let mut other = Ebpf::load_file(object())?;
-    let program: &mut SockOps = other.program_mut("connection").context("no such program")?.try_into()?;
+    let program: &mut SockOps =
+        other.program_mut("connection").context("no such program")?.try_into()?;
     program.load()?;
     let cgroup = std::fs::File::open(cluster.node().cgroup_root())?;
     let _ = program.attach(&cgroup, CgroupAttachMode::Single)?;
@@ -71,7 +76,8 @@ fn connections_translated_at_the_socket_are_counted_as_curl_and_iperf3_count_the
             received += figures.0;
             sent += figures.1;
         }
-        // Whoever closes first waits for the other's FIN: the end of the last connection is a moment later.
+        // Whoever closes first waits for the other's FIN: the end of the last connection is a
+        // moment later.
         let new = until("the connections' end", || {
             let new = fields.map(before).into_iter().collect::<Result<Vec<u64>>>()?;
             Ok((new[1] - old[1] == 4).then_some(new))
@@ -93,8 +99,10 @@ fn connections_translated_at_the_socket_are_counted_as_curl_and_iperf3_count_the
     let pin = node.pin_path().join(format!("v{LAYOUT}/links/cgroup_connection"));
     ensure!(pin.exists(), "no pin at {}", pin.display());
     // None of it is per packet.
-    let packets: u64 =
-        listed(node, &["backends", "web:http"])?.iter().map(|row| number(row, "forward_packets")).sum();
+    let packets: u64 = listed(node, &["backends", "web:http"])?
+        .iter()
+        .map(|row| number(row, "forward_packets"))
+        .sum();
     ensure!(packets == 0, "{packets} packets");
 
     perf(&cluster)
@@ -105,17 +113,21 @@ fn perf(cluster: &Cluster) -> Result<()> {
     let node = cluster.node();
     let [vip, vip6] = cluster_ip(30);
     let backend = &cluster.backends[0];
-    let perf = Service::new("perf").cluster_ip(vip).cluster_ip(vip6).port(Port::tcp("perf", PERF, PERF));
+    let perf =
+        Service::new("perf").cluster_ip(vip).cluster_ip(vip6).port(Port::tcp("perf", PERF, PERF));
     cluster.manifests.write(&perf.backends([backend]))?;
     until_backends(node, "perf", 1)?;
     let serve = || backend.spawn("iperf3", ["-s", "--forceflush"]);
     let listens = |server: &mut Running| {
-        server.wait_until("iperf3 listens", SOON, |this| this.stdout().contains("listening").then_some(()))
+        server.wait_until("iperf3 listens", SOON, |this| {
+            this.stdout().contains("listening").then_some(())
+        })
     };
     let mut server = serve()?;
     listens(&mut server)?;
-    let arguments =
-        |seconds: &str| ["-c", &vip6.to_string(), "-J", "-t", seconds, "-b", "200M"].map(str::to_owned);
+    let arguments = |seconds: &str| {
+        ["-c", &vip6.to_string(), "-J", "-t", seconds, "-b", "200M"].map(str::to_owned)
+    };
     let mut client = cluster.client.spawn("iperf3", arguments("9"))?;
     // Sampled while it runs.
     let live = until_within(Duration::from_secs(8), "bytes of a live connection", || {
@@ -130,13 +142,21 @@ fn perf(cluster: &Cluster) -> Result<()> {
     let counted = until("both connections' end", || {
         Ok((sockets(node, "perf", "closed")? == 2).then_some(sockets(node, "perf", "sent_bytes")?))
     })?;
-    println!("iperf3 sent {sent} bytes, {received} came, counted {counted}, of them {live} while it ran");
-    // What the server no longer reads at the end is not acknowledged; the other connection carries parameters and results.
-    ensure!((received..sent + 20_000).contains(&counted), "{received} to {sent} bytes, counted {counted}");
+    println!(
+        "iperf3 sent {sent} bytes, {received} came, counted {counted}, of them {live} while it ran"
+    );
+    // What the server no longer reads at the end is not acknowledged; the other connection carries
+    // parameters and results.
+    ensure!(
+        (received..sent + 20_000).contains(&counted),
+        "{received} to {sent} bytes, counted {counted}"
+    );
 
     // The server is killed with data unread: its kernel resets the connection.
     let mut client = cluster.client.spawn("iperf3", arguments("20"))?;
-    until("the next connections", || Ok((sockets(node, "perf", "connections")? == 4).then_some(())))?;
+    until("the next connections", || {
+        Ok((sockets(node, "perf", "connections")? == 4).then_some(()))
+    })?;
     sleep(Duration::from_millis(500));
     let before = sockets(node, "perf", "resets")?;
     let _ = server.kill()?;
@@ -163,9 +183,12 @@ fn trace(node: &Node, args: &[&str]) -> Result<Running> {
 fn lease(node: &Node) -> Result<u64> {
     let path = lab_support::pinned(node, "listening")?.display().to_string();
     let dump: Value = serde_json::from_str(
-        &node.run("bpftool", ["-j", "map", "lookup", "pinned", &path, "key", "0", "0", "0", "0"])?,
+        &node
+            .run("bpftool", ["-j", "map", "lookup", "pinned", &path, "key", "0", "0", "0", "0"])?,
     )?;
-    dump.pointer("/formatted/value/until_ns").and_then(Value::as_u64).with_context(|| dump.to_string())
+    dump.pointer("/formatted/value/until_ns")
+        .and_then(Value::as_u64)
+        .with_context(|| dump.to_string())
 }
 
 /// The events that a listener has told so far.
@@ -176,7 +199,9 @@ fn told(trace: &Running) -> Vec<Value> {
 /// Waits for an event with these words.
 fn wait_told(trace: &mut Running, wanted: &[(&str, &str)]) -> Result<Value> {
     trace.wait_until(&format!("an event {wanted:?}"), SOON, |this| {
-        told(this).into_iter().find(|event| wanted.iter().all(|(field, value)| word(event, field) == *value))
+        told(this)
+            .into_iter()
+            .find(|event| wanted.iter().all(|(field, value)| word(event, field) == *value))
     })
 }
 
@@ -185,8 +210,10 @@ fn trace_tells_of_flows_calls_and_refusals_while_somebody_listens() -> Result<()
     if skip("trace_tells") {
         return Ok(());
     }
-    let cluster =
-        Cluster::new("trace", &Plan { near: 2, args: vec!["--socket-path", "machine"], ..Plan::default() })?;
+    let cluster = Cluster::new(
+        "trace",
+        &Plan { near: 2, args: vec!["--socket-path", "machine"], ..Plan::default() },
+    )?;
     let node = cluster.node();
     cluster.manifests.write(&service("empty", 40))?;
     until_backends(node, "empty", 0)?;
@@ -217,7 +244,9 @@ fn trace_tells_of_flows_calls_and_refusals_while_somebody_listens() -> Result<()
     let _ = wait_told(&mut all, &[("kind", "closing"), ("hook", "egress"), ("reason", "reply")])?;
     // At the socket: TCP and UDP, translated and refused.
     let ask = |address: IpAddr| {
-        cluster.client.output("curl", ["-gsS", "-m", "3", "-o", "/dev/null", &url(address, HTTP, "")])
+        cluster
+            .client
+            .output("curl", ["-gsS", "-m", "3", "-o", "/dev/null", &url(address, HTTP, "")])
     };
     ensure!(ask(cluster_ip(WEB)[1])?.status.success(), "curl is not answered");
     let call = wait_told(
@@ -225,7 +254,10 @@ fn trace_tells_of_flows_calls_and_refusals_while_somebody_listens() -> Result<()
         &[("kind", "call"), ("hook", "connect"), ("reason", "socket_connect"), ("command", "curl")],
     )?;
     ensure!(number(&call, "process") > 1 && call.get("source").is_none(), "{call}");
-    ensure!(word(&call, "destination") == SocketAddr::new(cluster_ip(WEB)[1], HTTP).to_string(), "{call}");
+    ensure!(
+        word(&call, "destination") == SocketAddr::new(cluster_ip(WEB)[1], HTTP).to_string(),
+        "{call}"
+    );
     ensure!(cluster.client.udp_ask((cluster_ip(WEB)[0], DNS).into(), 1)?.len() == 1);
     let _ = wait_told(&mut all, &[("kind", "call"), ("hook", "send"), ("protocol", "UDP")])?;
     ensure!(!ask(cluster_ip(40)[0])?.status.success(), "the empty service answers");
@@ -233,14 +265,20 @@ fn trace_tells_of_flows_calls_and_refusals_while_somebody_listens() -> Result<()
     ensure!(refused.pointer("/service/service") == Some(&"empty".into()), "{refused}");
     // From outside, per packet.
     route_to(&cluster.lab, external_ip(40)[0], node)?;
-    let _ = cluster.outside.output("curl", ["-gsS", "-m", "3", &url(external_ip(40)[0], HTTP, "")])?;
     let _ =
-        wait_told(&mut all, &[("kind", "counted"), ("reason", "no_backend_reset"), ("fate", "rejected")])?;
+        cluster.outside.output("curl", ["-gsS", "-m", "3", &url(external_ip(40)[0], HTTP, "")])?;
+    let _ = wait_told(
+        &mut all,
+        &[("kind", "counted"), ("reason", "no_backend_reset"), ("fate", "rejected")],
+    )?;
 
     // A second listener is refused, and says why; the first goes on.
     let second = node.sluice_output(&["trace", "--count", "1"])?;
     let error = String::from_utf8_lossy(&second.stderr).into_owned();
-    ensure!(!second.status.success() && error.contains("another `sluice trace` listens"), "{error}");
+    ensure!(
+        !second.status.success() && error.contains("another `sluice trace` listens"),
+        "{error}"
+    );
     let count = told(&all).len();
     ensure!(ask(cluster_ip(WEB)[0])?.status.success(), "curl is not answered");
     until("the first goes on", || Ok((told(&all).len() > count).then_some(())))?;
@@ -292,15 +330,21 @@ fn top_shows_rates_once_and_live() -> Result<()> {
     if skip("top_shows") {
         return Ok(());
     }
-    let cluster =
-        Cluster::new("top", &Plan { near: 2, args: vec!["--socket-path", "machine"], ..Plan::default() })?;
+    let cluster = Cluster::new(
+        "top",
+        &Plan { near: 2, args: vec!["--socket-path", "machine"], ..Plan::default() },
+    )?;
     let node = cluster.node();
     cluster.manifests.write(&service("empty", 40))?;
     until_backends(node, "empty", 0)?;
     let traffic = || -> Result<()> {
         ensure!(cluster.client.http_get(&url(cluster_ip(WEB)[0], HTTP, ""), 20)?.len() == 20);
-        ensure!(cluster.client.udp_ask_connected((cluster_ip(WEB)[0], DNS).into(), 20)?.len() == 20);
-        let _ = cluster.client.output("curl", ["-gsS", "-m", "3", &url(cluster_ip(40)[0], HTTP, "")])?;
+        ensure!(
+            cluster.client.udp_ask_connected((cluster_ip(WEB)[0], DNS).into(), 20)?.len() == 20
+        );
+        let _ = cluster
+            .client
+            .output("curl", ["-gsS", "-m", "3", &url(cluster_ip(40)[0], HTTP, "")])?;
         Ok(())
     };
     // No terminal: one table.

@@ -9,8 +9,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, Plan, WEB, cluster_ip, listed, number, reaches, service, skip, status, until, until_backends,
-    word,
+    Cluster, Plan, WEB, cluster_ip, listed, number, reaches, service, skip, status, until,
+    until_backends, word,
 };
 use serde_json::Value;
 use sluice_lab::{Cni, Counter, Node, NodeOptions, Side};
@@ -82,7 +82,9 @@ fn hostile_objects_are_reported_and_stop_nothing() -> Result<()> {
 
     // A service whose file turns bad keeps its last good form, and follows again once it is mended.
     cluster.manifests.write_text("default-web.yaml", "kind: Service\n\tmetadata: [\n")?;
-    until("a report about it", || Ok(status(&node)?.to_string().contains("default-web.yaml").then_some(())))?;
+    until("a report about it", || {
+        Ok(status(&node)?.to_string().contains("default-web.yaml").then_some(()))
+    })?;
     reaches(&cluster.client, cluster_ip(WEB), &cluster.names(), None)?;
     cluster.manifests.write(&cluster.web().backends(&cluster.backends[..1]))?;
     until_backends(&node, "web", 1)?;
@@ -104,9 +106,10 @@ fn the_seeds_load_and_show_in_services() -> Result<()> {
     let mut count = 0;
     for seed in std::fs::read_dir(&seeds).with_context(|| seeds.display().to_string())? {
         let seed = seed?;
-        cluster
-            .manifests
-            .write_text(&seed.file_name().to_string_lossy(), &std::fs::read_to_string(seed.path())?)?;
+        cluster.manifests.write_text(
+            &seed.file_name().to_string_lossy(),
+            &std::fs::read_to_string(seed.path())?,
+        )?;
         count += 1;
     }
     ensure!(count == 5, "{count} seeds");
@@ -139,8 +142,8 @@ fn the_seeds_load_and_show_in_services() -> Result<()> {
         ("wordpress-ns/wordpress", "100.64.144.7", 80, 2),
         ("wordpress-ns/wordpress", "192.168.160.115", 80, 2),
     ];
-    let expected =
-        expected.map(|(name, vip, port, backends)| (name.to_owned(), vip.to_owned(), port, backends));
+    let expected = expected
+        .map(|(name, vip, port, backends)| (name.to_owned(), vip.to_owned(), port, backends));
     ensure!(found == expected.into_iter().collect(), "{found:?}");
     let backends = listed(cluster.node(), &["backends", "hello"])?;
     let addresses: BTreeSet<&str> = backends.iter().map(|row| word(row, "backend")).collect();
@@ -176,7 +179,8 @@ fn cleanup_removes_every_trace() -> Result<()> {
     }
     // On a bridge: the routed pods' gateway answers for what the node has a route to.
     let node = NodeOptions { cni: Cni::Bridge { bridge_nf: false }, ..NodeOptions::default() };
-    let mut cluster = Cluster::without_agents("cleanup", &Plan { node, near: 1, ..Plan::default() })?;
+    let mut cluster =
+        Cluster::without_agents("cleanup", &Plan { node, near: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
     let _ = node.ip("route del default")?;
     let before = (node.run("ip", ["-o", "link"])?, node.run("ip", ["route"])?);
@@ -206,7 +210,8 @@ fn cleanup_removes_every_trace() -> Result<()> {
     let refused = node.sluice_output(&["cleanup"])?;
     ensure!(!refused.status.success(), "cleanup beside a running agent");
     cluster.agent().stop()?;
-    reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None).context("after the agent was stopped")?;
+    reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)
+        .context("after the agent was stopped")?;
     println!("{}", node.sluice(&["cleanup"])?);
 
     for (kind, id) in objects {

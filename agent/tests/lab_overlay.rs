@@ -1,4 +1,5 @@
-//! Backends on another node: over plain routes, VXLAN, and a tunnel whose packets have no link header.
+//! Backends on another node: over plain routes, VXLAN, and a tunnel whose packets have no link
+//! header.
 //!
 //! test-threads: 2
 
@@ -8,8 +9,9 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, DNS, ENOUGH, HTTP, Plan, WEB, addresses_of_client, addresses_of_pod, all_answer, cluster_ip,
-    counted, external_ip, reaches, route_to, service, skip, transfers, unless_unsupported, url,
+    Cluster, DNS, ENOUGH, HTTP, Plan, WEB, addresses_of_client, addresses_of_pod, all_answer,
+    cluster_ip, counted, external_ip, reaches, route_to, service, skip, transfers,
+    unless_unsupported, url,
 };
 use sluice_lab::{Cni, DROP_INVALID, NodeOptions, Overlay};
 
@@ -36,8 +38,13 @@ fn backends_of_another_node_are_reached(name: &str, overlay: Overlay, cni: Cni) 
         for vip in cluster_ip(WEB) {
             transfers(&cluster.client, vip, 3_000_000).context(mode)?;
         }
-        reaches(&cluster.outside, external_ip(20), &["near-1"], Some(addresses_of_client(&cluster.outside)))
-            .context(mode)?;
+        reaches(
+            &cluster.outside,
+            external_ip(20),
+            &["near-1"],
+            Some(addresses_of_client(&cluster.outside)),
+        )
+        .context(mode)?;
         let more = counted(cluster.node(), "web")? - before;
         ensure!((more.calls > 0) == (mode == "all"), "{mode}: {more:?}");
     }

@@ -1,4 +1,5 @@
-//! Processes of the host that speak to their own node: node ports, and balancers' addresses that a device of it holds.
+//! Processes of the host that speak to their own node: node ports, and balancers' addresses that a
+//! device of it holds.
 //!
 //! test-threads: 2
 
@@ -13,8 +14,8 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context, Result, bail, ensure};
 use frame::{Frame, Mac, SYN, octets};
 use lab_support::{
-    Cluster, DNS, DNS_TARGET, ECHO, ECHO_TARGET, Pair, Plan, SOON, addresses_of_client, addresses_of_node,
-    addresses_of_pod, asks_by, cluster_ip, external_ip, skip, until_backends,
+    Cluster, DNS, DNS_TARGET, ECHO, ECHO_TARGET, Pair, Plan, SOON, addresses_of_client,
+    addresses_of_node, addresses_of_pod, asks_by, cluster_ip, external_ip, skip, until_backends,
 };
 use sluice_lab::{Backend, Namespace, Node, PacketSocket, Port, Service};
 
@@ -50,7 +51,8 @@ const WAYS: [(&str, &[&str]); 8] = [
     ("connected UDP by a v6 socket", &["udp-client", "--connected", "--mapped"]),
 ];
 
-/// A process of the host is answered however its socket is; who answered at each of the ports (TCP, UDP).
+/// A process of the host is answered however its socket is; who answered at each of the ports (TCP,
+/// UDP).
 fn asks(client: &Namespace, address: IpAddr, ports: [u16; 2]) -> Result<[BTreeSet<String>; 2]> {
     asks_by(client, &WAYS, 3, address, ports)
 }
@@ -76,26 +78,29 @@ fn asks_from(
     asks_by(client, &ways, 3, to, ports).with_context(|| format!("from {source}"))
 }
 
-/// A cluster whose node holds the balancer's addresses, as keepalived would have it, with a service of each kind.
+/// A cluster whose node holds the balancer's addresses, as keepalived would have it, with a service
+/// of each kind.
 fn cluster(name: &str) -> Result<Cluster> {
     let mut cluster = Cluster::without_agents(name, &Plan { near: 1, far: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
     let _ = node.ip("link set lo up")?;
     for [v4, v6] in NUMBERS.map(external_ip) {
         // Not preferred: else the kernel would take it as the source of what goes elsewhere.
-        let _ =
-            node.ip(&format!("addr add {v4}/32 dev eth0\naddr add {v6}/128 dev eth0 nodad preferred_lft 0"))?;
+        let _ = node.ip(&format!(
+            "addr add {v4}/32 dev eth0\naddr add {v6}/128 dev eth0 nodad preferred_lft 0"
+        ))?;
     }
     cluster.serve(&node)?;
     let [v4, v6] = addresses_of_node(&node);
-    let addresses = format!("[{{type: InternalIP, address: '{v4}'}}, {{type: InternalIP, address: '{v6}'}}]");
+    let addresses =
+        format!("[{{type: InternalIP, address: '{v4}'}}, {{type: InternalIP, address: '{v6}'}}]");
     let object = "apiVersion: v1\nkind: Node\nmetadata: {name: n1}\nstatus:\n  addresses: ";
     cluster.manifests.write_text("node.yaml", &format!("{object}{addresses}\n"))?;
     // The node is in the ranges: by its own address, and so by the one that it holds.
     let ranges = "loadBalancerSourceRanges: [192.0.2.0/24, '2001:db8:0:2::/64']";
-    cluster
-        .manifests
-        .write(&with_node_ports("plain", NUMBERS[0], PLAIN).spec(ranges).backends(&cluster.backends))?;
+    cluster.manifests.write(
+        &with_node_ports("plain", NUMBERS[0], PLAIN).spec(ranges).backends(&cluster.backends),
+    )?;
     let sticky = with_node_ports("sticky", NUMBERS[1], STICKY).spec("sessionAffinity: ClientIP");
     cluster.manifests.write(&sticky.backends(&cluster.backends))?;
     let itself = Backend::new("n1", "n1", addresses_of_node(&node));
@@ -114,7 +119,8 @@ fn a_process_of_the_host_is_answered_at_its_own_nodes_addresses() -> Result<()> 
     let are_pods = |names: &[BTreeSet<String>; 2]| {
         names.iter().flatten().all(|name| ["near-1", "far-1"].contains(&name.as_str()))
     };
-    let are = |names: &[BTreeSet<String>; 2], one: &str| names.iter().flatten().all(|name| name == one);
+    let are =
+        |names: &[BTreeSet<String>; 2], one: &str| names.iter().flatten().all(|name| name == one);
     for (round, mode) in ["off", "host", "all"].into_iter().enumerate() {
         let args = ["--socket-path", mode, "--nodeport-addresses", "primary,localhost"];
         if round == 0 {
@@ -149,7 +155,8 @@ fn a_process_of_the_host_is_answered_at_its_own_nodes_addresses() -> Result<()> 
             for address in external_ip(number) {
                 let what = || format!("--socket-path {mode}: {address}");
                 let answered = asks(&node, address, [ECHO, DNS]).with_context(what)?;
-                let expected = expected.map_or_else(|| are_pods(&answered), |name| are(&answered, name));
+                let expected =
+                    expected.map_or_else(|| are_pods(&answered), |name| are(&answered, name));
                 ensure!(expected, "{}: {answered:?}", what());
             }
         }
@@ -157,7 +164,10 @@ fn a_process_of_the_host_is_answered_at_its_own_nodes_addresses() -> Result<()> 
         for address in addresses_of_node(&node) {
             let to = SocketAddr::new(address, DNS_TARGET);
             let direct = node.udp_ask_connected(to, 3).with_context(|| format!("{mode}: {to}"))?;
-            ensure!(direct.iter().all(|reply| reply.name == "n1" && reply.from == to), "{direct:?}");
+            ensure!(
+                direct.iter().all(|reply| reply.name == "n1" && reply.from == to),
+                "{direct:?}"
+            );
         }
     }
     // A clean end gives the settings back.
@@ -180,7 +190,8 @@ fn is_from(frame: &[u8], source: IpAddr) -> bool {
     frame.get(12..14) == Some(&ethertype) && frame.get(at..at + source.len()) == Some(&source)
 }
 
-/// Opens connections by raw frames at a loopback address and then at one that serves: who answers first.
+/// Opens connections by raw frames at a loopback address and then at one that serves: who answers
+/// first.
 fn first_answer(
     wire: &PacketSocket,
     to: Mac,
@@ -204,13 +215,25 @@ fn a_loopback_address_is_served_to_processes_of_the_host_alone() -> Result<()> {
     let mut cluster = Cluster::without_agents("loopback", &Plan { near: 1, ..Plan::default() })?;
     let node: Node = cluster.node().clone();
     let _ = node.ip("link set lo up")?;
-    cluster.manifests.write(&with_node_ports("plain", NUMBERS[0], PLAIN).backends(&cluster.backends))?;
+    cluster
+        .manifests
+        .write(&with_node_ports("plain", NUMBERS[0], PLAIN).backends(&cluster.backends))?;
     let loopback: Pair = ["127.0.0.1".parse()?, "::1".parse()?];
     let neighbour = cluster.lab.router().packet_socket(node.uplink_peer())?;
     let pod = cluster.client.packet_socket("eth0")?;
     let wires = [
-        ("a neighbour", &neighbour, node.link_address("eth0")?, addresses_of_client(&cluster.outside)),
-        ("a pod", &pod, node.link_address(cluster.client.host_device())?, addresses_of_pod(&cluster.client)),
+        (
+            "a neighbour",
+            &neighbour,
+            node.link_address("eth0")?,
+            addresses_of_client(&cluster.outside),
+        ),
+        (
+            "a pod",
+            &pod,
+            node.link_address(cluster.client.host_device())?,
+            addresses_of_pod(&cluster.client),
+        ),
     ];
     for (round, mode) in ["off", "all"].into_iter().enumerate() {
         let args = ["--socket-path", mode, "--nodeport-addresses", "primary,localhost"];
@@ -219,9 +242,12 @@ fn a_loopback_address_is_served_to_processes_of_the_host_alone() -> Result<()> {
         } else {
             cluster.change_agents(&args)?;
         }
-        for (index, (inside, primary)) in loopback.into_iter().zip(addresses_of_node(&node)).enumerate() {
+        for (index, (inside, primary)) in
+            loopback.into_iter().zip(addresses_of_node(&node)).enumerate()
+        {
             // The control: it is served.
-            let answered = asks(&node, inside, PLAIN).with_context(|| format!("{mode}: {inside}"))?;
+            let answered =
+                asks(&node, inside, PLAIN).with_context(|| format!("{mode}: {inside}"))?;
             ensure!(answered.iter().flatten().all(|name| name == "near-1"), "{mode}: {answered:?}");
             for (who, wire, to, clients) in &wires {
                 let port = 20_000 + 10 * u16::try_from(round)?;

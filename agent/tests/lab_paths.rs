@@ -1,4 +1,5 @@
-//! The socket path and the tc path, each on its own, on a node with routed pods and a strict reverse path filter.
+//! The socket path and the tc path, each on its own, on a node with routed pods and a strict
+//! reverse path filter.
 //!
 //! test-threads: 2
 
@@ -9,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use lab_support::{
-    Cluster, Counted, DNS, ECHO, ENOUGH, HTTP, Plan, SOON, WEB, addresses_of_client, addresses_of_node,
-    addresses_of_pod, all_answer, are_nearly, cluster_ip, counted, external_ip, number, reaches, replies,
-    service, skip, status, until, until_backends, url, word,
+    Cluster, Counted, DNS, ECHO, ENOUGH, HTTP, Plan, SOON, WEB, addresses_of_client,
+    addresses_of_node, addresses_of_pod, all_answer, are_nearly, cluster_ip, counted, external_ip,
+    number, reaches, replies, service, skip, status, until, until_backends, url, word,
 };
 use sluice_lab::{Backend, Counter, Event, Namespace, Place, Reply, Side, Way};
 
@@ -45,14 +46,23 @@ fn every_client_reaches_every_backend_by_the_socket_path_and_by_the_tc_path() ->
     ensure!(http == Counted { calls: 2 * each, ..Counted::default() }, "host, TCP: {http:?}");
     // A pod has to be known first: its first call to each address and port is none at the socket.
     let known = |cluster: &Cluster| {
-        let (http, dns) = (counted(cluster.node(), "web:http")?, counted(cluster.node(), "web:dns")?);
-        reaches(&cluster.client, cluster_ip(WEB), &cluster.names(), Some(addresses_of_pod(&cluster.client)))?;
+        let (http, dns) =
+            (counted(cluster.node(), "web:http")?, counted(cluster.node(), "web:dns")?);
+        reaches(
+            &cluster.client,
+            cluster_ip(WEB),
+            &cluster.names(),
+            Some(addresses_of_pod(&cluster.client)),
+        )?;
         let counted = |service| counted(cluster.node(), service);
         Ok::<_, anyhow::Error>((counted("web:http")? - http, counted("web:dns")? - dns))
     };
     let (http, dns) = known(&cluster)?;
     ensure!((http.calls, http.flows) == (2 * each - 2, 2), "unknown pod, TCP: {http:?}");
-    ensure!(dns.calls == 2 * each - 2 && are_nearly(dns.flows, 2 * ENOUGH + 2), "unknown pod, UDP: {dns:?}");
+    ensure!(
+        dns.calls == 2 * each - 2 && are_nearly(dns.flows, 2 * ENOUGH + 2),
+        "unknown pod, UDP: {dns:?}"
+    );
     let (http, dns) = known(&cluster)?;
     ensure!((http.calls, http.flows) == (2 * each, 0), "pod, TCP: {http:?}");
     ensure!(dns.calls == 2 * each && are_nearly(dns.flows, 2 * ENOUGH), "pod, UDP: {dns:?}");
@@ -61,7 +71,12 @@ fn every_client_reaches_every_backend_by_the_socket_path_and_by_the_tc_path() ->
     // The tc path: no calls, a flow each.
     cluster.change_agents(&["--socket-path", "off"])?;
     let before = counted(cluster.node(), "web")?;
-    reaches(&cluster.client, cluster_ip(WEB), &cluster.names(), Some(addresses_of_pod(&cluster.client)))?;
+    reaches(
+        &cluster.client,
+        cluster_ip(WEB),
+        &cluster.names(),
+        Some(addresses_of_pod(&cluster.client)),
+    )?;
     let after = counted(cluster.node(), "web")? - before;
     ensure!(after.calls == 0 && are_nearly(after.flows, 6 * ENOUGH), "pod: {after:?}");
     ensure!(after.forward > after.flows && after.reply > after.flows, "pod: {after:?}");
@@ -97,7 +112,8 @@ fn mapped_sockets_reach(client: &Namespace, vip: IpAddr, names: &[&str]) -> Resu
     all_answer(&format!("{who}: connect"), &replies(asked)?, names, http)?;
     for more in [&["--new-socket"][..], &["--new-socket", "--connected"], &["--source-port=4444"]] {
         let to = dns.to_string();
-        let args = ["udp-client", "--mapped", &count, "--to", &to].into_iter().chain(more.iter().copied());
+        let args =
+            ["udp-client", "--mapped", &count, "--to", &to].into_iter().chain(more.iter().copied());
         let answers = replies(client.ask(args)?).with_context(|| format!("{who}: UDP {more:?}"))?;
         if more.len() == 1 && more[0].starts_with("--source") {
             ensure!(answers.iter().all(|reply| reply.from == dns), "{who}: {answers:?}");
@@ -105,8 +121,14 @@ fn mapped_sockets_reach(client: &Namespace, vip: IpAddr, names: &[&str]) -> Resu
             all_answer(&format!("{who}: UDP {more:?}"), &answers, names, dns)?;
         }
     }
-    let events =
-        client.ask(["tcp-client", "--mapped", "--count=3", "--interval-ms=0", "--to", &echo.to_string()])?;
+    let events = client.ask([
+        "tcp-client",
+        "--mapped",
+        "--count=3",
+        "--interval-ms=0",
+        "--to",
+        &echo.to_string(),
+    ])?;
     let peer = events.iter().find_map(peer_of);
     ensure!(peer == Some(echo), "{who}: getpeername() says {peer:?}: {events:?}");
     ensure!(replies(events)?.len() == 3);
@@ -126,7 +148,8 @@ fn a_v6_socket_that_speaks_v4_is_served_as_a_v4_socket() -> Result<()> {
     for mode in ["all", "off"] {
         cluster.change_agents(&["--socket-path", mode])?;
         let before = counted(cluster.node(), "web")?;
-        mapped_sockets_reach(&cluster.client, cluster_ip(WEB)[0], &cluster.names()).context(mode)?;
+        mapped_sockets_reach(&cluster.client, cluster_ip(WEB)[0], &cluster.names())
+            .context(mode)?;
         mapped_sockets_reach(cluster.node(), cluster_ip(WEB)[0], &cluster.names()).context(mode)?;
         let after = counted(cluster.node(), "web")? - before;
         ensure!((after.calls > 0) == (mode == "all"), "{mode}: {after:?}");
@@ -218,12 +241,16 @@ fn a_service_without_backends_refuses_at_once() -> Result<()> {
         }
         for vip in external_ip(20) {
             let took = refused(&cluster.outside, SocketAddr::new(vip, HTTP))?;
-            ensure!(took < Duration::from_millis(500), "{mode}: the outside was refused after {took:?}");
+            ensure!(
+                took < Duration::from_millis(500),
+                "{mode}: the outside was refused after {took:?}"
+            );
             unreachable(&cluster.outside, SocketAddr::new(vip, DNS)).context(mode)?;
         }
         let after = lab_support::reasons(cluster.node())?;
         let more = |reason: &str| {
-            after.get(reason).copied().unwrap_or_default() - before.get(reason).copied().unwrap_or_default()
+            after.get(reason).copied().unwrap_or_default()
+                - before.get(reason).copied().unwrap_or_default()
         };
         // Nothing that is refused makes a pod known.
         let (calls, resets) = match mode {
@@ -249,15 +276,20 @@ fn programs_behind_ours_see_every_translated_packet() -> Result<()> {
     if skip("programs_behind_ours") {
         return Ok(());
     }
-    let mut cluster =
-        Cluster::new("chain", &Plan { near: 1, args: vec!["--socket-path", "off"], ..Plan::default() })?;
+    let mut cluster = Cluster::new(
+        "chain",
+        &Plan { near: 1, args: vec!["--socket-path", "off"], ..Plan::default() },
+    )?;
     let IpAddr::V4(vip) = cluster_ip(WEB)[0] else { bail!("no v4 address") };
     let IpAddr::V4(outside_vip) = external_ip(WEB)[0] else { bail!("no v4 address") };
     let backend = cluster.backends[0].ipv4();
     let node = cluster.node().clone();
     let (edge, uplink) = (cluster.client.host_device().to_owned(), node.uplink().to_owned());
-    for (device, vip, client) in [(edge, vip, &*cluster.client), (uplink, outside_vip, &*cluster.outside)] {
-        // Ingress: what comes for the VIP goes on to the backend. Egress: what comes from the backend goes on as from the VIP.
+    for (device, vip, client) in
+        [(edge, vip, &*cluster.client), (uplink, outside_vip, &*cluster.outside)]
+    {
+        // Ingress: what comes for the VIP goes on to the backend. Egress: what comes from the
+        // backend goes on as from the VIP.
         let counters = [
             node.count_packets(&device, (Way::Ingress, Place::Last), (Side::Destination, backend))?,
             node.count_packets(&device, (Way::Egress, Place::Last), (Side::Source, vip))?,
@@ -271,11 +303,15 @@ fn programs_behind_ours_see_every_translated_packet() -> Result<()> {
         let seen: Vec<u64> = counters.iter().map(Counter::packets).collect::<Result<_>>()?;
         println!("{device}: {more:?}, behind us {seen:?}");
         ensure!(more.forward >= 40 && more.reply >= 40, "{device}: {more:?}");
-        ensure!(seen == [more.forward, more.reply, 0, 0], "{device}: {more:?}, but behind us {seen:?}");
+        ensure!(
+            seen == [more.forward, more.reply, 0, 0],
+            "{device}: {more:?}, but behind us {seen:?}"
+        );
     }
     // What is not ours goes on too.
     let stranger = cluster.backends[0].host_device().to_owned();
-    let counter = node.count_packets(&stranger, (Way::Egress, Place::Last), (Side::Destination, backend))?;
+    let counter =
+        node.count_packets(&stranger, (Way::Egress, Place::Last), (Side::Destination, backend))?;
     cluster.client.ping(backend)?;
     ensure!(counter.packets()? >= 1, "a ping did not get past us");
     drop(counter);
@@ -288,15 +324,18 @@ fn a_filter_of_somebody_else_at_an_egress_sees_real_addresses() -> Result<()> {
     if skip("a_filter_of_somebody_else") {
         return Ok(());
     }
-    let cluster =
-        Cluster::new("clsact", &Plan { near: 1, args: vec!["--socket-path", "off"], ..Plan::default() })?;
+    let cluster = Cluster::new(
+        "clsact",
+        &Plan { near: 1, args: vec!["--socket-path", "off"], ..Plan::default() },
+    )?;
     let (node, backend) = (cluster.node().clone(), cluster.backends[0].ipv4());
     let device = cluster.client.host_device().to_owned();
     let hooks = |wanted: &'static str| {
         let (node, device) = (node.clone(), device.clone());
         until(&format!("{device} with {wanted}"), move || {
             let status = status(&node)?;
-            let devices = status.get("devices").and_then(|all| all.as_array()).cloned().unwrap_or_default();
+            let devices =
+                status.get("devices").and_then(|all| all.as_array()).cloned().unwrap_or_default();
             let own = devices.iter().find(|one| word(one, "name") == device);
             Ok(own
                 .and_then(|own| own.get("hooks"))
@@ -312,7 +351,19 @@ fn a_filter_of_somebody_else_at_an_egress_sees_real_addresses() -> Result<()> {
     let pin = pin.display().to_string();
     let _ = node.run(
         "tc",
-        ["filter", "add", "dev", &device, "egress", "pref", "7", "bpf", "da", "object-pinned", &pin],
+        [
+            "filter",
+            "add",
+            "dev",
+            &device,
+            "egress",
+            "pref",
+            "7",
+            "bpf",
+            "da",
+            "object-pinned",
+            &pin,
+        ],
     )?;
     let _ = hooks("clsact")?;
     let before = counter.packets()?;
@@ -340,8 +391,10 @@ fn one_client_port_reaches_one_backend_by_two_vips() -> Result<()> {
         for family in 0..2 {
             let port = format!("--source-port={}", 41_000 + family);
             let to = |number| SocketAddr::new(cluster_ip(number)[family], ECHO).to_string();
-            let direct =
-                SocketAddr::new(addresses_of_pod(&cluster.backends[0])[family], lab_support::ECHO_TARGET);
+            let direct = SocketAddr::new(
+                addresses_of_pod(&cluster.backends[0])[family],
+                lab_support::ECHO_TARGET,
+            );
             let targets = [to(WEB), to(20), direct.to_string()];
             let mut open = Vec::new();
             for target in &targets {
@@ -350,24 +403,29 @@ fn one_client_port_reaches_one_backend_by_two_vips() -> Result<()> {
                 let _ = client
                     .wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))
                     .with_context(|| {
-                    format!("{mode}: from one port to {target}, with {} before", open.len())
-                })?;
+                        format!("{mode}: from one port to {target}, with {} before", open.len())
+                    })?;
                 open.push(client);
             }
             // All go on at once.
             for (client, target) in open.iter_mut().zip(&targets) {
                 let last = client.events().len();
                 client
-                    .wait_until("it goes on", SOON, |this| (this.events().len() > last + 5).then_some(()))
+                    .wait_until("it goes on", SOON, |this| {
+                        (this.events().len() > last + 5).then_some(())
+                    })
                     .with_context(|| format!("{mode}: {target}"))?;
                 let answers: Vec<Reply> = client.replies();
                 ensure!(
-                    answers.iter().all(|reply| reply.name == "near-1" && reply.from.to_string() == *target),
+                    answers
+                        .iter()
+                        .all(|reply| reply.name == "near-1" && reply.from.to_string() == *target),
                     "{answers:?}"
                 );
             }
         }
-        // The same for UDP, which has no connection to lose: each of two sockets gets its own answers.
+        // The same for UDP, which has no connection to lose: each of two sockets gets its own
+        // answers.
         for vip in cluster_ip(WEB) {
             let other = cluster_ip(20)[usize::from(vip.is_ipv6())];
             let ask = |vip: IpAddr| {

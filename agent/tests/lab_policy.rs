@@ -5,7 +5,9 @@
 mod lab_support;
 
 use anyhow::{Context, Result, ensure};
-use lab_support::{Cluster, Plan, WEB, cluster_ip, number, pinned, reaches, skip, status, until, word};
+use lab_support::{
+    Cluster, Plan, WEB, cluster_ip, number, pinned, reaches, skip, status, until, word,
+};
 use serde_json::{Value, json};
 use sluice_lab::Node;
 
@@ -74,7 +76,8 @@ fn flags_and_the_node_object_reach_maps_and_status() -> Result<()> {
     let settings = dump(&node, "settings")?;
     let settings = settings.first().map(|(_, value)| value).context("no settings")?;
     ensure!(
-        ["masquerade", "detect_local", "networks"].map(|field| number(settings, field)) == [1, 2, 1],
+        ["masquerade", "detect_local", "networks"].map(|field| number(settings, field))
+            == [1, 2, 1],
         "{settings}"
     );
     let networks = || -> Result<Value> {
@@ -95,8 +98,12 @@ fn flags_and_the_node_object_reach_maps_and_status() -> Result<()> {
         node.pod_range()
     );
     cluster.manifests.write_text("node.yaml", &object)?;
-    let pods =
-        json!([10, 244, node.pod_range().split('.').nth(2).and_then(|word| word.parse::<u8>().ok()), 0]);
+    let pods = json!([
+        10,
+        244,
+        node.pod_range().split('.').nth(2).and_then(|word| word.parse::<u8>().ok()),
+        0
+    ]);
     until("the node's pod networks in the map", || {
         Ok((octets(&networks()?, "/pods/0/network") == pods).then_some(()))
     })?;
@@ -114,7 +121,8 @@ fn flags_and_the_node_object_reach_maps_and_status() -> Result<()> {
     })?;
     reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)?;
 
-    // An agent that ends leaves what it found to the next; cleanup takes out just the ports that an agent entered.
+    // An agent that ends leaves what it found to the next; cleanup takes out just the ports that an
+    // agent entered.
     cluster.agent().stop()?;
     let last = policy(&node)?;
     ensure!(last.get("primary") == Some(&json!(["198.51.100.9", v6])), "{last}");

@@ -11,7 +11,9 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use lab_support::{Cluster, Plan, WEB, cluster_ip, reaches, skip, status, unless_unsupported, word};
+use lab_support::{
+    Cluster, Plan, WEB, cluster_ip, reaches, skip, status, unless_unsupported, word,
+};
 use serde_json::Value;
 use sluice_lab::{Cni, Lab, Node, NodeOptions, Overlay};
 
@@ -37,7 +39,8 @@ fn preflight_with(node: &Node, more: &[&str]) -> Result<(i32, BTreeMap<String, V
     let code = status.code().context("it was killed")?;
     ensure!((code == 0) == (word(&report, "can_run") == "yes"), "{code} {report}");
     let rows = report.get("checks").and_then(Value::as_array).cloned().unwrap_or_default();
-    let name = |row: &Value| format!("{} {}", word(row, "check"), word(row, "subject")).trim().to_owned();
+    let name =
+        |row: &Value| format!("{} {}", word(row, "check"), word(row, "subject")).trim().to_owned();
     Ok((code, rows.into_iter().map(|row| (name(&row), row)).collect()))
 }
 
@@ -66,7 +69,9 @@ fn traces(node: &Node) -> Result<String> {
 fn left(node: &Node) -> Result<usize> {
     let root = node.cgroup_root();
     let names = std::fs::read_dir(root).with_context(|| root.display().to_string())?.flatten();
-    Ok(names.filter(|entry| entry.file_name().to_string_lossy().starts_with("sluice-preflight")).count())
+    Ok(names
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("sluice-preflight"))
+        .count())
 }
 
 #[test]
@@ -125,7 +130,10 @@ fn a_node_is_ready_and_nothing_is_left_behind() -> Result<()> {
     std::fs::create_dir(&stale).with_context(|| stale.display().to_string())?;
     let (code, _) = preflight(&node)?;
     let after = traces(&node)?;
-    ensure!(code == 0 && before == after, "before:\n{before}\nafter runs that were killed:\n{after}");
+    ensure!(
+        code == 0 && before == after,
+        "before:\n{before}\nafter runs that were killed:\n{after}"
+    );
     Ok(())
 }
 
@@ -194,9 +202,15 @@ fn others() -> Result<()> {
     let words = args(&node, &["-o", "json"]);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let sluice = node.sluice_command(&words)?;
-    let nobody =
-        ["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"];
-    let words = nobody.map(OsStr::new).into_iter().chain([sluice.get_program()]).chain(sluice.get_args());
+    let nobody = [
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "--inh-caps=-all",
+        "--bounding-set=-all",
+    ];
+    let words =
+        nobody.map(OsStr::new).into_iter().chain([sluice.get_program()]).chain(sluice.get_args());
     let output = node.output("setpriv", words)?;
     let report: Value = serde_json::from_slice(&output.stdout)
         .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
@@ -216,7 +230,11 @@ fn a_running_agent_is_not_disturbed() -> Result<()> {
     ensure!(code == 0, "{rows:?}");
     let ours = check(&rows, "sluice")?;
     ensure!(ours.0 == "yes" && ours.1.contains("eth0") && ours.1.contains("cgroup"), "{ours:?}");
-    ensure!(check(&rows, "foreign-ebpf")?.1.contains("nobody else"), "{:?}", check(&rows, "foreign-ebpf")?);
+    ensure!(
+        check(&rows, "foreign-ebpf")?.1.contains("nobody else"),
+        "{:?}",
+        check(&rows, "foreign-ebpf")?
+    );
     ensure!(traces(&node)? == before, "something is left");
     early_rules(&node)?;
     ensure!(status(&node)?.get("ready") == Some(&Value::Bool(true)), "not ready any more");

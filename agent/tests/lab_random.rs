@@ -1,9 +1,10 @@
-//! What `sluice explain` tells of random manifests, against what the programs on a live node do with random packets,
-//! and what its cgroup hooks do with calls.
+//! What `sluice explain` tells of random manifests, against what the programs on a live node do
+//! with random packets, and what its cgroup hooks do with calls.
 //!
-//! Per packet the verdict, the backend, and whether the client's address is kept must be equal; a call's backend must be
-//! one of the candidates. A seed is printed; `SLUICE_RANDOM_SEED` sets it, and `SLUICE_RANDOM_ROUNDS` how many
-//! sets of manifests there are (default: 8), of 250 packets and 60 calls each.
+//! Per packet the verdict, the backend, and whether the client's address is kept must be equal; a
+//! call's backend must be one of the candidates. A seed is printed; `SLUICE_RANDOM_SEED` sets it,
+//! and `SLUICE_RANDOM_ROUNDS` how many sets of manifests there are (default: 8), of 250 packets and
+//! 60 calls each.
 //!
 //! test-threads: 1
 
@@ -25,7 +26,9 @@ use random::frame::{self, Seen};
 use random::scene::{self, CLUSTER_CIDRS, Ground, SERVICE_CIDRS, Scene};
 use random::{Dice, number_from};
 use serde_json::Value;
-use sluice::explain::{Answer, Client, Manifests, Options, Question, Source, Verdict, Way, explain};
+use sluice::explain::{
+    Answer, Client, Manifests, Options, Question, Source, Verdict, Way, explain,
+};
 use sluice::model::object::Protocol;
 use sluice::policy::{DetectLocal, Masquerade, Policy};
 use sluice_common::abi::socket_path;
@@ -92,7 +95,8 @@ struct Device {
 
 impl Device {
     fn new(node: &Node, name: &str) -> Result<Self> {
-        let links: Value = serde_json::from_str(&node.run("ip", ["-j", "link", "show", "dev", name])?)?;
+        let links: Value =
+            serde_json::from_str(&node.run("ip", ["-j", "link", "show", "dev", name])?)?;
         let link = links.get(0).context("a device")?;
         let mut mac = [0; 6];
         for (byte, text) in mac.iter_mut().zip(word(link, "address").split(':')) {
@@ -106,8 +110,10 @@ impl Device {
 fn program(node: &Node, device: &Device, direction: &str) -> Result<SchedClassifier> {
     let link = pinned_link(node, &format!("dev{}_{direction}", device.index))?;
     let id = FdLink::from(PinnedLink::from_pin(link)?).info()?.program_id();
-    let info =
-        loaded_programs().flatten().find(|program| program.id() == id).context("the link's program")?;
+    let info = loaded_programs()
+        .flatten()
+        .find(|program| program.id() == id)
+        .context("the link's program")?;
     Ok(SchedClassifier::from_program_info(info, "tc".into())?)
 }
 
@@ -115,7 +121,9 @@ fn pinned_link(node: &Node, name: &str) -> Result<PathBuf> {
     let pins = node.pin_path();
     let layouts = std::fs::read_dir(&pins).with_context(|| pins.display().to_string())?;
     let mut links = layouts.flatten().map(|layout| layout.path().join("links").join(name));
-    links.find(|path| path.exists()).with_context(|| format!("no link {name} below {}", pins.display()))
+    links
+        .find(|path| path.exists())
+        .with_context(|| format!("no link {name} below {}", pins.display()))
 }
 
 /// The programs that packets meet, as the agent that runs now has attached them.
@@ -164,7 +172,12 @@ impl Hooks {
 }
 
 /// Runs a program on a packet that leaves or comes in by a device.
-fn run(program: &SchedClassifier, input: &[u8], device: &Device, came_by: u32) -> Result<(i32, Vec<u8>)> {
+fn run(
+    program: &SchedClassifier,
+    input: &[u8],
+    device: &Device,
+    came_by: u32,
+) -> Result<(i32, Vec<u8>)> {
     let (length, ingress_at, at) = SKB;
     let mut context = vec![0; length];
     context[at..at + 4].copy_from_slice(&device.index.to_ne_bytes());
@@ -204,7 +217,8 @@ enum Made {
     Over,
 }
 
-/// This process in the cgroup of a namespace: its sockets meet the hooks of a node. It goes home when dropped.
+/// This process in the cgroup of a namespace: its sockets meet the hooks of a node. It goes home
+/// when dropped.
 struct Visit {
     home: PathBuf,
 }
@@ -212,10 +226,12 @@ struct Visit {
 impl Visit {
     fn to(place: &Namespace) -> Result<Self> {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-        let mount = mounts.lines().find(|line| line.contains(" - cgroup2 ")).context("no cgroup2")?;
+        let mount =
+            mounts.lines().find(|line| line.contains(" - cgroup2 ")).context("no cgroup2")?;
         let mount = mount.split(' ').nth(4).context("a mount point")?;
         let groups = std::fs::read_to_string("/proc/self/cgroup")?;
-        let home = groups.lines().find_map(|line| line.strip_prefix("0::/")).context("no cgroup")?;
+        let home =
+            groups.lines().find_map(|line| line.strip_prefix("0::/")).context("no cgroup")?;
         let visit = Self { home: Path::new(mount).join(home) };
         std::fs::write(place.cgroup().join("cgroup.procs"), "0")?;
         Ok(visit)
@@ -248,7 +264,8 @@ fn connect(to: SocketAddr) -> Result<Made> {
     for line in table.lines().skip(1) {
         let mut words = line.split_whitespace().skip(1);
         let local = words.next().and_then(|text| in_table(text, v4)).context("a local address")?;
-        let remote = words.next().and_then(|text| in_table(text, v4)).context("a remote address")?;
+        let remote =
+            words.next().and_then(|text| in_table(text, v4)).context("a remote address")?;
         if local.port() == own.port() && remote.port() != 0 {
             return Ok(Made::To(remote));
         }
@@ -260,8 +277,9 @@ fn connect(to: SocketAddr) -> Result<Made> {
 fn in_table(text: &str, v4: bool) -> Option<SocketAddr> {
     let (address, port) = text.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
-    let word =
-        |at: usize| Some(u32::from_str_radix(address.get(at * 8..at * 8 + 8)?, 16).ok()?.to_ne_bytes());
+    let word = |at: usize| {
+        Some(u32::from_str_radix(address.get(at * 8..at * 8 + 8)?, 16).ok()?.to_ne_bytes())
+    };
     let address: IpAddr = if v4 {
         Ipv4Addr::from(word(0)?).into()
     } else {
@@ -273,17 +291,21 @@ fn in_table(text: &str, v4: bool) -> Option<SocketAddr> {
 
 /// Calls sendmsg() on a socket that is not connected, and tells whom the datagram went to.
 fn send(to: SocketAddr, wire: &PacketSocket) -> Result<Made> {
-    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr =
+        if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0))?;
     let _ = socket.send_to(b"random", to).with_context(|| format!("sendmsg() to {to}"))?;
     let own = socket.local_addr()?.port();
     let is_ours = |frame: &[u8]| {
         frame::tuple(frame).is_some_and(|(protocol, source, to, _)| {
-            protocol == Protocol::Udp.number() && source.port() == own && to.is_ipv4() == any.is_ipv4()
+            protocol == Protocol::Udp.number()
+                && source.port() == own
+                && to.is_ipv4() == any.is_ipv4()
         })
     };
-    let frame =
-        wire.receive(Duration::from_secs(2), is_ours).with_context(|| format!("a datagram to {to}"))?;
+    let frame = wire
+        .receive(Duration::from_secs(2), is_ours)
+        .with_context(|| format!("a datagram to {to}"))?;
     let (_, _, to, _) = frame::tuple(&frame).context("a frame that cannot be read")?;
     Ok(Made::To(to))
 }
@@ -402,7 +424,10 @@ impl Round<'_> {
         let node = self.cluster.node();
         let programs = self.hooks.programs(node)?;
         let found: Vec<Result<Seen>> = node.enter(|| {
-            asked.iter().map(|(question, _, routed)| self.hooks.run(&programs, question, *routed)).collect()
+            asked
+                .iter()
+                .map(|(question, _, routed)| self.hooks.run(&programs, question, *routed))
+                .collect()
         })?;
         // Where a client has been at a service port, by whatever frontend.
         let mut visits = BTreeMap::new();
@@ -419,7 +444,8 @@ impl Round<'_> {
                 }
             }
             let mut told = told(answer)?;
-            // A process of the host has the address of its route already: nothing on the wire tells.
+            // A process of the host has the address of its route already: nothing on the wire
+            // tells.
             if let (Client::Host, Seen::Forward { kept, .. }, Seen::Forward { kept: seen, .. }) =
                 (question.from, &mut told, found)
             {
@@ -427,7 +453,8 @@ impl Round<'_> {
             }
             let visit = (&answer.service, &answer.port, question.source.ip());
             if let (Some(_), Seen::Forward { backend, .. }) = (answer.affinity, found) {
-                // Manifests tell nothing of a visit by a frontend for other clients, with other backends.
+                // Manifests tell nothing of a visit by a frontend for other clients, with other
+                // backends.
                 let is_known = visits.insert(visit, backend) == Some(backend);
                 let is_candidate = answer
                     .candidates
@@ -440,7 +467,9 @@ impl Round<'_> {
             }
             if told != found {
                 let answer = serde_json::to_string(answer)?;
-                tally.wrong.push(format!("{}: {found:?} instead of {told:?}: {answer}", words(question)));
+                tally
+                    .wrong
+                    .push(format!("{}: {found:?} instead of {told:?}: {answer}", words(question)));
             }
         }
         Ok(())
@@ -529,7 +558,9 @@ impl Round<'_> {
                     u32::from(answer.reason.starts_with("socket_"));
                 if !fits(answer, question, made, self.ground) {
                     let answer = serde_json::to_string(answer)?;
-                    tally.wrong.push(format!("{} --path socket: {made:?}: {answer}", words(question)));
+                    tally
+                        .wrong
+                        .push(format!("{} --path socket: {made:?}: {answer}", words(question)));
                 }
             }
         }
@@ -542,13 +573,15 @@ fn what_is_told_of_random_manifests_is_what_happens() -> Result<()> {
     if skip("what_is_told_of_random_manifests") {
         return Ok(());
     }
-    let clock =
-        || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.subsec_nanos());
+    let clock = || {
+        SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.subsec_nanos())
+    };
     let seed = number_from("SLUICE_RANDOM_SEED")?.unwrap_or_else(|| u64::from(clock()));
     let rounds = u32::try_from(number_from("SLUICE_RANDOM_ROUNDS")?.unwrap_or(8))?;
     println!("SLUICE_RANDOM_SEED={seed} SLUICE_RANDOM_ROUNDS={rounds}");
     let settings = settings()?;
-    let mut cluster = Cluster::without_agents("random", &Plan { near: 0, far: 1, ..Plan::default() })?;
+    let mut cluster =
+        Cluster::without_agents("random", &Plan { near: 0, far: 1, ..Plan::default() })?;
     std::fs::remove_dir_all(cluster.manifests.directory())?;
     std::fs::create_dir(cluster.manifests.directory())?;
     let [near, far] = [&cluster.nodes[0], &cluster.nodes[1]].map(addresses_of_node);
@@ -581,7 +614,8 @@ fn what_is_told_of_random_manifests_is_what_happens() -> Result<()> {
         cluster.manifests.write_text("scene.yaml", &scene.text)?;
         if round == 0 || number_of(round - 1) != number_of(round) {
             // The first call of a pod that nobody knows would go packet by packet.
-            let args: Vec<&str> = setting.args.iter().copied().chain(["--socket-path=machine"]).collect();
+            let args: Vec<&str> =
+                setting.args.iter().copied().chain(["--socket-path=machine"]).collect();
             cluster.change_agents(&args)?;
         }
         until("the scene in the maps", || {

@@ -1,4 +1,5 @@
-//! Changes under traffic: backends leave, the agent is killed and comes back, manifests are edited. Nothing breaks.
+//! Changes under traffic: backends leave, the agent is killed and comes back, manifests are edited.
+//! Nothing breaks.
 //!
 //! test-threads: 2
 
@@ -9,8 +10,8 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, DNS, ECHO, ENOUGH, HTTP, Plan, SOON, WEB, all_answer, cluster_ip, external_ip, listed, number,
-    reaches, skip, until, until_backends, url, word,
+    Cluster, DNS, ECHO, ENOUGH, HTTP, Plan, SOON, WEB, all_answer, cluster_ip, external_ip, listed,
+    number, reaches, skip, until, until_backends, url, word,
 };
 use sluice_lab::{Event, Namespace, Node, Reply, Running};
 
@@ -34,7 +35,8 @@ impl Connections {
             }
         }
         for client in &mut open {
-            let _ = client.wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
+            let _ = client
+                .wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
         }
         Ok(Self(open))
     }
@@ -61,9 +63,11 @@ impl Traffic {
     fn start(cluster: &Cluster) -> Result<Self> {
         let mut running = Vec::new();
         let (inside, outside) = (cluster_ip(WEB), external_ip(WEB));
-        for (client, vip) in
-            [(&*cluster.client, inside[0]), (&**cluster.node(), inside[1]), (&*cluster.outside, outside[0])]
-        {
+        for (client, vip) in [
+            (&*cluster.client, inside[0]),
+            (&**cluster.node(), inside[1]),
+            (&*cluster.outside, outside[0]),
+        ] {
             running.push(client.tool([
                 "http-client",
                 "--count=1000000",
@@ -83,7 +87,8 @@ impl Traffic {
             ])?);
         }
         for client in &mut running {
-            let _ = client.wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
+            let _ = client
+                .wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
         }
         Ok(Self(running))
     }
@@ -92,8 +97,11 @@ impl Traffic {
     fn unharmed(&mut self, when: &str) -> Result<()> {
         for client in &mut self.0 {
             client.goes_on(2, SOON).with_context(|| format!("requests ended {when}"))?;
-            let lost: Vec<_> =
-                client.events().into_iter().filter(|event| matches!(event, Event::Lost { .. })).collect();
+            let lost: Vec<_> = client
+                .events()
+                .into_iter()
+                .filter(|event| matches!(event, Event::Lost { .. }))
+                .collect();
             ensure!(lost.is_empty(), "lost {when}: {lost:?}");
         }
         Ok(())
@@ -108,11 +116,20 @@ impl Traffic {
 fn ids(node: &Node) -> Result<BTreeMap<String, u64>> {
     let mut ids = BTreeMap::new();
     for row in listed(node, &["services"])? {
-        let vip = row.get("vips").and_then(|vips| vips.get(0)).map(ToString::to_string).unwrap_or_default();
+        let vip = row
+            .get("vips")
+            .and_then(|vips| vips.get(0))
+            .map(ToString::to_string)
+            .unwrap_or_default();
         let _ = ids.insert(format!("{} {vip}", word(&row, "service")), number(&row, "id"));
     }
     for row in listed(node, &["backends"])? {
-        let what = format!("{} {} {}", word(&row, "service"), word(&row, "port_name"), word(&row, "backend"));
+        let what = format!(
+            "{} {} {}",
+            word(&row, "service"),
+            word(&row, "port_name"),
+            word(&row, "backend")
+        );
         let _ = ids.insert(what, number(&row, "id"));
     }
     ensure!(ids.len() > 10, "{ids:?}");
@@ -134,7 +151,11 @@ fn connections_survive(name: &str, mode: &'static str) -> Result<()> {
     let node = cluster.node().clone();
     // Four from each of six places, so that every backend has some, but once in ten thousand times.
     let mut connections = Connections::open(&cluster, 4)?;
-    ensure!(connections.names().len() == 3, "not every backend has a connection: {:?}", connections.names());
+    ensure!(
+        connections.names().len() == 3,
+        "not every backend has a connection: {:?}",
+        connections.names()
+    );
     let mut traffic = Traffic::start(&cluster)?;
 
     let two = cluster.backends[..2].to_vec();

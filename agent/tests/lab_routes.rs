@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use lab_support::{
-    Cluster, DNS, DNS_TARGET, ECHO, ECHO_TARGET, Pair, Plan, SOON, addresses_of_node, addresses_of_pod,
-    asks_by, cluster_ip, external_ip, on_host, replies, skip, status, until, until_backends,
+    Cluster, DNS, DNS_TARGET, ECHO, ECHO_TARGET, Pair, Plan, SOON, addresses_of_node,
+    addresses_of_pod, asks_by, cluster_ip, external_ip, on_host, replies, skip, status, until,
+    until_backends,
 };
 use sluice_lab::{Cni, Namespace, Node, NodeOptions, Port, Service};
 
@@ -88,7 +89,8 @@ fn node_ports(number: u8) -> [u16; 2] {
 /// Writes the first node's object, with its addresses.
 fn write_node(cluster: &Cluster, addresses: Pair) -> Result<()> {
     let [v4, v6] = addresses;
-    let addresses = format!("[{{type: InternalIP, address: '{v4}'}}, {{type: InternalIP, address: '{v6}'}}]");
+    let addresses =
+        format!("[{{type: InternalIP, address: '{v4}'}}, {{type: InternalIP, address: '{v6}'}}]");
     let object = "apiVersion: v1\nkind: Node\nmetadata: {name: n1}\nstatus:\n  addresses: ";
     cluster.manifests.write_text("node.yaml", &format!("{object}{addresses}\n"))
 }
@@ -97,7 +99,8 @@ fn write_node(cluster: &Cluster, addresses: Pair) -> Result<()> {
 fn cluster(name: &str) -> Result<Cluster> {
     // On a bridge: the routed pods' gateway answers for what the node has a route to.
     let node = NodeOptions { cni: Cni::Bridge { bridge_nf: false }, ..NodeOptions::default() };
-    let mut cluster = Cluster::without_agents(name, &Plan { node, near: 1, far: 1, ..Plan::default() })?;
+    let mut cluster =
+        Cluster::without_agents(name, &Plan { node, near: 1, far: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
     let hole = |kind: &str| node.ip(&format!("link add hole type {kind}"));
     // An ifb drops what it is to send, too; not every kernel has dummies.
@@ -116,7 +119,8 @@ fn cluster(name: &str) -> Result<Cluster> {
 
 /// The routes of our own device.
 fn own_routes(node: &Node, family: &str) -> Result<Vec<String>> {
-    let output = node.output("ip", [family, "-o", "route", "show", "dev", "sluice0", "proto", "83"])?;
+    let output =
+        node.output("ip", [family, "-o", "route", "show", "dev", "sluice0", "proto", "83"])?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     Ok(text.lines().map(|line| line.split(' ').next().unwrap_or_default().to_owned()).collect())
 }
@@ -126,7 +130,9 @@ fn translate_by_netfilter(cluster: &Cluster) -> Result<()> {
     let mut rules = String::new();
     for (number, endpoint) in [(PLAIN, 0), (STICKY, 1)] {
         let endpoints = addresses_of_pod(&cluster.backends[endpoint]);
-        for ((ip, vip), endpoint) in ["ip", "ip6"].into_iter().zip(cluster_ip(number)).zip(endpoints) {
+        for ((ip, vip), endpoint) in
+            ["ip", "ip6"].into_iter().zip(cluster_ip(number)).zip(endpoints)
+        {
             for (protocol, port, target) in [("tcp", ECHO, ECHO_TARGET), ("udp", DNS, DNS_TARGET)] {
                 let to = SocketAddr::new(endpoint, target);
                 writeln!(rules, "{ip} daddr {vip} {protocol} dport {port} dnat {ip} to {to}")?;
@@ -153,7 +159,10 @@ fn a_process_of_the_host_needs_no_good_route_to_a_service() -> Result<()> {
         for [plain, sticky] in [cluster_ip(PLAIN), cluster_ip(STICKY)] {
             for vip in [plain, sticky] {
                 let lost = node.udp_ask_connected(SocketAddr::new(vip, DNS), 1);
-                ensure!(lost.is_err(), "default routes {what}: {vip} answers without a proxy: {lost:?}");
+                ensure!(
+                    lost.is_err(),
+                    "default routes {what}: {vip} answers without a proxy: {lost:?}"
+                );
             }
         }
         translate_by_netfilter(&cluster)?;
@@ -187,9 +196,11 @@ fn a_process_of_the_host_needs_no_good_route_to_a_service() -> Result<()> {
         for (family, network_route) in ["-4", "-6"].into_iter().zip(NETWORKS) {
             until("the routes of ClusterIPs are the wanted ones", || {
                 let routes = own_routes(&node, family)?;
-                let is_right = if network { routes.iter().any(|route| route == network_route) } else { true };
-                let alone =
-                    cluster_ip(PLAIN).iter().any(|vip| routes.iter().any(|to| *to == vip.to_string()));
+                let is_right =
+                    if network { routes.iter().any(|route| route == network_route) } else { true };
+                let alone = cluster_ip(PLAIN)
+                    .iter()
+                    .any(|vip| routes.iter().any(|to| *to == vip.to_string()));
                 Ok((is_right && alone != network).then_some(()))
             })?;
         }
@@ -290,7 +301,8 @@ fn routes_of_vips_respect_those_of_others() -> Result<()> {
     route_default(&node, ["", ""])?;
     for external in external_ip(PLAIN) {
         let family = if external.is_ipv4() { "-4" } else { "-6" };
-        let is_ours = || -> Result<bool> { Ok(own_routes(&node, family)?.contains(&external.to_string())) };
+        let is_ours =
+            || -> Result<bool> { Ok(own_routes(&node, family)?.contains(&external.to_string())) };
         until("the external VIP has a route of ours", || Ok(is_ours()?.then_some(())))?;
         let _ = asks(&node, external, [ECHO, DNS])?;
         let gateway = if external.is_ipv4() { "192.0.2.1" } else { "2001:db8:0:2::1" };
@@ -363,9 +375,10 @@ fn a_node_address_that_no_uplink_has_is_told() -> Result<()> {
     let _ = node.ip("link add br9 type bridge\nlink set br9 up\naddr add 192.0.9.1/24 dev br9")?;
     let _ = node.ip("addr add 2001:db8:0:9::1/64 dev br9 nodad")?;
     let nowhere: Pair = ["203.0.113.99".parse()?, "2001:db8:f::99".parse()?];
-    for (addresses, why) in
-        [(on_bridge, "the device br9 has the node's address"), (nowhere, "no device has the node's address")]
-    {
+    for (addresses, why) in [
+        (on_bridge, "the device br9 has the node's address"),
+        (nowhere, "no device has the node's address"),
+    ] {
         write_node(&cluster, addresses)?;
         for address in addresses {
             let problem = format!("{why} {address}");

@@ -1,4 +1,5 @@
-//! What Services and flags ask for shows on the wire: who answers, who is refused, who hears nothing.
+//! What Services and flags ask for shows on the wire: who answers, who is refused, who hears
+//! nothing.
 //!
 //! test-threads: 4
 
@@ -12,8 +13,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use lab_support::{
     Cluster, DNS, DNS_TARGET, ECHO, ECHO_TARGET, ENOUGH, HTTP, HTTP_TARGET, Pair, Plan, SOON, WEB,
-    addresses_of_client, addresses_of_node, addresses_of_pod, all_answer, cluster_ip, external_ip, reaches,
-    reasons, route_to, skip, status, take_fresh_ports, unless_unsupported, until, until_backends, url,
+    addresses_of_client, addresses_of_node, addresses_of_pod, all_answer, cluster_ip, external_ip,
+    reaches, reasons, route_to, skip, status, take_fresh_ports, unless_unsupported, until,
+    until_backends, url,
 };
 use sluice_lab::{Backend, Cni, Event, Namespace, Node, NodeOptions, Port, Reply, Service};
 
@@ -57,7 +59,10 @@ impl Outcome {
                         Self::Silence(reason.clone())
                     });
                 }
-                Event::Listening { .. } | Event::Connected { .. } | Event::Load(_) | Event::Done { .. } => {}
+                Event::Listening { .. }
+                | Event::Connected { .. }
+                | Event::Load(_)
+                | Event::Done { .. } => {}
             }
         }
         bail!("nothing became of a request: {events:?}")
@@ -100,7 +105,14 @@ fn udp(client: &Namespace, address: IpAddr, port: u16) -> Result<Outcome> {
 /// One datagram of a connected socket.
 fn udp_connected(client: &Namespace, address: IpAddr, port: u16) -> Result<Outcome> {
     let to = SocketAddr::new(address, port).to_string();
-    Outcome::of(&client.ask(["udp-client", "--connected", "--count=1", "--timeout-ms=300", "--to", &to])?)
+    Outcome::of(&client.ask([
+        "udp-client",
+        "--connected",
+        "--count=1",
+        "--timeout-ms=300",
+        "--to",
+        &to,
+    ])?)
 }
 
 /// Exactly these answer at an address, by TCP and by both kinds of UDP.
@@ -115,7 +127,8 @@ fn answer(client: &Namespace, address: IpAddr, ports: [u16; 2], names: &[&str]) 
     all_answer(&what("connected UDP"), &connected, names, dns)
 }
 
-/// The service is served as its manifest says now: with so many backends in all, this being the last change.
+/// The service is served as its manifest says now: with so many backends in all, this being the
+/// last change.
 fn until_served(cluster: &Cluster, service: &Service, backends: usize) -> Result<()> {
     cluster.manifests.write(service)?;
     until_backends(cluster.node(), "web", backends)
@@ -182,9 +195,10 @@ fn node_ports_are_served_at_the_addresses_that_are_asked_for() -> Result<()> {
                     clients.extend([&*cluster.outside, &*cluster.client]);
                 }
                 for client in clients {
-                    for (way, outcome) in
-                        [("TCP", tcp(client, address, NODE_ECHO)?), ("UDP", udp(client, address, NODE_DNS)?)]
-                    {
+                    for (way, outcome) in [
+                        ("TCP", tcp(client, address, NODE_ECHO)?),
+                        ("UDP", udp(client, address, NODE_DNS)?),
+                    ] {
                         ensure!(
                             (outcome.name() == Some("near-1")) == expected,
                             "{flag}: {} by {way} at {address}: {outcome:?}",
@@ -203,7 +217,8 @@ fn external_ips_are_served_where_they_are_allowed_and_it_is_said() -> Result<()>
     if skip("external_ips_are_served") {
         return Ok(());
     }
-    let mut cluster = Cluster::without_agents("ext-ips", &Plan { near: 1, far: 1, ..Plan::default() })?;
+    let mut cluster =
+        Cluster::without_agents("ext-ips", &Plan { near: 1, far: 1, ..Plan::default() })?;
     let (one, two) = (external_ip(30), external_ip(31));
     let [cluster4, cluster6] = cluster_ip(30);
     let mut plain = Service::new("plain")
@@ -233,20 +248,28 @@ fn external_ips_are_served_where_they_are_allowed_and_it_is_said() -> Result<()>
                         answer(client, address, [HTTP, DNS], &["near-1", "far-1"])
                             .context(flag.to_owned())?;
                     } else {
-                        // A datagram from the port of an earlier one is of that flow, which goes on: another port will tell.
+                        // A datagram from the port of an earlier one is of that flow, which goes
+                        // on: another port will tell.
                         let datagram = match udp(client, address, DNS)? {
                             answered if answered.name().is_some() => udp(client, address, DNS)?,
                             refused => refused,
                         };
                         for outcome in [tcp(client, address, HTTP)?, datagram] {
                             let who = client.name();
-                            ensure!(outcome.name().is_none(), "{flag}: {who} at {address}: {outcome:?}");
+                            ensure!(
+                                outcome.name().is_none(),
+                                "{flag}: {who} at {address}: {outcome:?}"
+                            );
                         }
                     }
                 }
             }
         }
-        let told = status(cluster.node())?.pointer("/last/reports").cloned().unwrap_or_default().to_string();
+        let told = status(cluster.node())?
+            .pointer("/last/reports")
+            .cloned()
+            .unwrap_or_default()
+            .to_string();
         ensure!(told.contains("external_ip") || told.contains("externalIPs"), "{flag}: {told}");
     }
     Ok(())
@@ -281,7 +304,11 @@ fn an_internal_local_policy_serves_local_backends_alone() -> Result<()> {
                     udp(client, inside, DNS)?,
                     udp_connected(client, inside, DNS)?,
                 ] {
-                    ensure!(outcome.is_silence(), "{mode}: {} at {inside}: {outcome:?}", client.name());
+                    ensure!(
+                        outcome.is_silence(),
+                        "{mode}: {} at {inside}: {outcome:?}",
+                        client.name()
+                    );
                 }
                 let dropped = count(cluster.node(), "no_local_backend")? - before;
                 ensure!(dropped >= 3, "{mode}: {} at {inside}: {dropped} counted", client.name());
@@ -293,7 +320,11 @@ fn an_internal_local_policy_serves_local_backends_alone() -> Result<()> {
         for client in [&*cluster.client, &**cluster.node()] {
             for vip in cluster_ip(WEB) {
                 for outcome in [tcp(client, vip, ECHO)?, udp_connected(client, vip, DNS)?] {
-                    ensure!(outcome == Outcome::Refused, "{mode}: {} at {vip}: {outcome:?}", client.name());
+                    ensure!(
+                        outcome == Outcome::Refused,
+                        "{mode}: {} at {vip}: {outcome:?}",
+                        client.name()
+                    );
                 }
             }
         }
@@ -317,7 +348,8 @@ fn hints_for_zone_and_node_steer_who_may_reach_all() -> Result<()> {
     if skip("hints_for_zone_and_node") {
         return Ok(());
     }
-    let mut cluster = Cluster::without_agents("hints", &Plan { near: 1, far: 1, ..Plan::default() })?;
+    let mut cluster =
+        Cluster::without_agents("hints", &Plan { near: 1, far: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
     let [near, far] = [0, 1].map(|number| Backend::from(&cluster.backends[number]));
     let both: &[&str] = &["near-1", "far-1"];
@@ -378,7 +410,9 @@ fn hints_for_zone_and_node_steer_who_may_reach_all() -> Result<()> {
     })?;
     // Clients outside of a Service with the external policy Local: hints do not matter to them.
     let backends = [near.for_zone("z1"), far.for_zone("z2")];
-    cluster.manifests.write(&web(&cluster).spec("externalTrafficPolicy: Local").backends(backends))?;
+    cluster
+        .manifests
+        .write(&web(&cluster).spec("externalTrafficPolicy: Local").backends(backends))?;
     for vip in external_ip(WEB) {
         until("the pod's short circuit follows hints", || {
             let dns = SocketAddr::new(vip, DNS);
@@ -403,7 +437,8 @@ fn health(client: &Namespace, at: SocketAddr) -> Result<(u16, String, String)> {
     let status = answer.split(' ').nth(1).and_then(|word| word.parse().ok());
     let weight = answer.lines().find_map(|line| {
         let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("x-load-balancing-endpoint-weight").then(|| value.trim().to_owned())
+        name.eq_ignore_ascii_case("x-load-balancing-endpoint-weight")
+            .then(|| value.trim().to_owned())
     });
     Ok((status.context(answer.clone())?, weight.unwrap_or_default(), answer))
 }
@@ -412,14 +447,16 @@ fn health(client: &Namespace, at: SocketAddr) -> Result<(u16, String, String)> {
 const CHECK: u16 = 32_100;
 
 /// Some backends, who serves inside, who serves outside, what the health check tells.
-type Stage<'a> = (&'static str, &'a [Backend], &'a [&'static str], &'a [&'static str], (u16, &'static str));
+type Stage<'a> =
+    (&'static str, &'a [Backend], &'a [&'static str], &'a [&'static str], (u16, &'static str));
 
 #[test]
 fn backends_that_terminate_stand_in_and_the_health_check_does_not_count_them() -> Result<()> {
     if skip("backends_that_terminate_stand_in") {
         return Ok(());
     }
-    let cluster = Cluster::without_agents("stand-in", &Plan { near: 1, far: 1, ..Plan::default() })?;
+    let cluster =
+        Cluster::without_agents("stand-in", &Plan { near: 1, far: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
     let [near, far] = [0, 1].map(|number| Backend::from(&cluster.backends[number]));
     let local = |backends: &[Backend]| {
@@ -473,8 +510,11 @@ fn backends_that_terminate_stand_in_and_the_health_check_does_not_count_them() -
         })?;
         tells(check).context(what)?;
         for (family, client) in client.into_iter().enumerate() {
-            let (vip, lb, own) =
-                (cluster_ip(WEB)[family], external_ip(WEB)[family], addresses_of_node(&node)[family]);
+            let (vip, lb, own) = (
+                cluster_ip(WEB)[family],
+                external_ip(WEB)[family],
+                addresses_of_node(&node)[family],
+            );
             if !inside.is_empty() {
                 for inner in [&*cluster.client, &*node] {
                     answer(inner, vip, [HTTP, DNS], inside).context(what)?;
@@ -487,7 +527,9 @@ fn backends_that_terminate_stand_in_and_the_health_check_does_not_count_them() -
                 let by_udp = udp_connected(&cluster.outside, address, ports[1])?;
                 for outcome in [by_tcp, by_udp] {
                     let right = match outside.first() {
-                        Some(name) => outcome.name() == Some(name) && outcome.seen() == Some(client),
+                        Some(name) => {
+                            outcome.name() == Some(name) && outcome.seen() == Some(client)
+                        }
                         None if inside.is_empty() => outcome == Outcome::Refused,
                         None => outcome.is_silence(),
                     };
@@ -504,8 +546,9 @@ fn backends_that_terminate_stand_in_and_the_health_check_does_not_count_them() -
     Ok(())
 }
 
-/// A pod asks at a load balancer's address of a Service whose policy is Local and that has backends elsewhere only: served
-/// by the short circuit if it is known for a local pod, else dropped. Tells whether it was served.
+/// A pod asks at a load balancer's address of a Service whose policy is Local and that has backends
+/// elsewhere only: served by the short circuit if it is known for a local pod, else dropped. Tells
+/// whether it was served.
 fn short_circuit(cluster: &Cluster) -> Result<bool> {
     let mut served = BTreeSet::new();
     for family in 0..2 {
@@ -533,7 +576,8 @@ fn a_local_pod_is_known_as_it_is_asked_for() -> Result<()> {
     if skip("a_local_pod_is_known") {
         return Ok(());
     }
-    let mut cluster = Cluster::without_agents("detect", &Plan { near: 0, far: 1, ..Plan::default() })?;
+    let mut cluster =
+        Cluster::without_agents("detect", &Plan { near: 0, far: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
     cluster.manifests.write_text("node.yaml", &node_object(&node, "z1"))?;
     cluster.manifests.write(&web(&cluster).spec("externalTrafficPolicy: Local"))?;
@@ -586,7 +630,8 @@ fn clients_of_a_cluster_ip_are_masqueraded_as_it_is_asked_for() -> Result<()> {
     if skip("clients_of_a_cluster_ip_are_masqueraded") {
         return Ok(());
     }
-    let mut cluster = Cluster::without_agents("masq", &Plan { near: 1, far: 1, ..Plan::default() })?;
+    let mut cluster =
+        Cluster::without_agents("masq", &Plan { near: 1, far: 1, ..Plan::default() })?;
     let node = cluster.node().clone();
     for vip in cluster_ip(WEB) {
         route_to(&cluster.lab, vip, &node)?;
@@ -595,7 +640,8 @@ fn clients_of_a_cluster_ip_are_masqueraded_as_it_is_asked_for() -> Result<()> {
     cluster.start_agents(&[])?;
     let own: BTreeSet<IpAddr> = own_addresses(&node)?.into_iter().collect();
     let cidrs = "--cluster-cidr=10.244.0.0/16,fd00:10:244::/48";
-    // The flags -> whether a pod is masqueraded; a client outside, with a backend here, with a backend elsewhere.
+    // The flags -> whether a pod is masqueraded; a client outside, with a backend here, with a
+    // backend elsewhere.
     let table: [(&[&str], [bool; 3]); 6] = [
         (&["--socket-path=off"], [false, false, true]),
         (&["--socket-path=off", "--masquerade=kube-proxy", cidrs], [false, true, true]),
@@ -614,14 +660,21 @@ fn clients_of_a_cluster_ip_are_masqueraded_as_it_is_asked_for() -> Result<()> {
             for (who, kept, masqueraded) in
                 [(&*cluster.client, of_pod, [pod, pod]), (&*cluster.outside, client, [near, far])]
             {
-                // Without masquerade the way back of a client outside from a backend elsewhere leaves this node out.
+                // Without masquerade the way back of a client outside from a backend elsewhere
+                // leaves this node out.
                 if who.name() == "outside" && !masqueraded[1] {
                     continue;
                 }
                 take_fresh_ports(who)?;
-                let replies =
-                    who.udp_ask(dns, ENOUGH).with_context(|| format!("{args:?}: {} {dns}", who.name()))?;
-                all_answer(&format!("{args:?}: {}", who.name()), &replies, &["near-1", "far-1"], dns)?;
+                let replies = who
+                    .udp_ask(dns, ENOUGH)
+                    .with_context(|| format!("{args:?}: {} {dns}", who.name()))?;
+                all_answer(
+                    &format!("{args:?}: {}", who.name()),
+                    &replies,
+                    &["near-1", "far-1"],
+                    dns,
+                )?;
                 for reply in replies {
                     let masqueraded = masqueraded[usize::from(reply.name.starts_with("far"))];
                     let seen = reply.seen.ip();
@@ -649,7 +702,8 @@ fn a_service_address_that_nobody_has_leaves_by_no_uplink() -> Result<()> {
     let strays = cluster_ip(99);
     let elsewhere = cluster.lab.client("elsewhere")?;
     let _ = elsewhere.ip("link set lo up")?;
-    for (address, via) in strays.into_iter().zip([IpAddr::V4(elsewhere.ipv4()), IpAddr::V6(elsewhere.ipv6())])
+    for (address, via) in
+        strays.into_iter().zip([IpAddr::V4(elsewhere.ipv4()), IpAddr::V6(elsewhere.ipv6())])
     {
         let length = if address.is_ipv4() { 32 } else { 128 };
         let _ = elsewhere.ip(&format!("addr add {address}/{length} dev eth0"))?;
@@ -669,18 +723,24 @@ fn a_service_address_that_nobody_has_leaves_by_no_uplink() -> Result<()> {
                 let outcomes = [tcp(client, vip, ECHO_TARGET)?, udp(client, vip, DNS_TARGET)?];
                 let more = dropped(&cluster)? - before;
                 for outcome in &outcomes {
-                    let right =
-                        if known { outcome.is_silence() } else { outcome.name() == Some("elsewhere") };
+                    let right = if known {
+                        outcome.is_silence()
+                    } else {
+                        outcome.name() == Some("elsewhere")
+                    };
                     ensure!(right, "{args:?}: {} at {vip}: {outcome:?}", client.name());
                 }
-                ensure!(if known { more >= 2 } else { more == 0 }, "{args:?}: {vip}: {more} dropped");
+                ensure!(
+                    if known { more >= 2 } else { more == 0 },
+                    "{args:?}: {vip}: {more} dropped"
+                );
             }
         }
         reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)?;
     }
     // Something on this node serves them, as another proxy would: none of ours.
-    let lines =
-        strays.map(|vip| format!("addr add {vip}/{} dev other", if vip.is_ipv4() { 32 } else { 128 }));
+    let lines = strays
+        .map(|vip| format!("addr add {vip}/{} dev other", if vip.is_ipv4() { 32 } else { 128 }));
     let _ = node.ip(&format!("link add other type bridge\n{}", lines.join("\n")))?;
     cluster.serve(&node)?;
     for vip in strays {
@@ -710,31 +770,37 @@ fn a_vip_that_something_on_the_node_serves_is_left_to_it() -> Result<()> {
         )
     };
     cluster.start_agents(&[])?;
-    for (device, args) in [("nodelocaldns", vec![]), ("mine", vec![format!("--leave-address={v4},{v6}")])] {
+    for (device, args) in
+        [("nodelocaldns", vec![]), ("mine", vec![format!("--leave-address={v4},{v6}")])]
+    {
         for mode in ["--socket-path=all", "--socket-path=off"] {
             let args: Vec<&str> = args.iter().map(String::as_str).chain([mode]).collect();
             cluster.change_agents(&args)?;
-            reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None).context(device.to_owned())?;
+            reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)
+                .context(device.to_owned())?;
             let _ = node.ip(&add(device))?;
             let mut servers = Vec::new();
             for vip in [v4, v6] {
                 for (what, port) in [("udp-echo", DNS), ("http", HTTP)] {
                     let at = format!("--listen={}", SocketAddr::new(vip, port));
                     let mut server = node.tool([what, &at, "--name=cache"])?;
-                    let _ = server
-                        .wait_event("it listens", SOON, |event| matches!(event, Event::Listening { .. }))?;
+                    let _ = server.wait_event("it listens", SOON, |event| {
+                        matches!(event, Event::Listening { .. })
+                    })?;
                     servers.push(server);
                 }
             }
             for vip in [v4, v6] {
                 for client in [&*cluster.client, &*node] {
-                    until(&format!("{device}: {} at {vip} finds the cache", client.name()), || {
-                        Ok((udp(client, vip, DNS)?.name() == Some("cache")).then_some(()))
-                    })?;
+                    until(
+                        &format!("{device}: {} at {vip} finds the cache", client.name()),
+                        || Ok((udp(client, vip, DNS)?.name() == Some("cache")).then_some(())),
+                    )?;
                     answer(client, vip, [HTTP, DNS], &["cache"])?;
                 }
             }
-            reaches(&cluster.client, cluster_ip(20), &["near-1"], None).context(device.to_owned())?;
+            reaches(&cluster.client, cluster_ip(20), &["near-1"], None)
+                .context(device.to_owned())?;
             // The load balancer's addresses of the same Service are served on.
             for address in external_ip(WEB) {
                 answer(&cluster.outside, address, [HTTP, DNS], &["near-1"])?;
@@ -746,9 +812,10 @@ fn a_vip_that_something_on_the_node_serves_is_left_to_it() -> Result<()> {
             let _ = node.ip(&format!("link del {device}"))?;
             for vip in [v4, v6] {
                 for client in [&*cluster.client, &*node] {
-                    until(&format!("{device}: {} at {vip} finds the service", client.name()), || {
-                        Ok((udp(client, vip, DNS)?.name() == Some("near-1")).then_some(()))
-                    })?;
+                    until(
+                        &format!("{device}: {} at {vip} finds the service", client.name()),
+                        || Ok((udp(client, vip, DNS)?.name() == Some("near-1")).then_some(())),
+                    )?;
                     answer(client, vip, [HTTP, DNS], &["near-1"])?;
                 }
             }
@@ -783,9 +850,11 @@ fn affinity_ends_with_its_time() -> Result<()> {
     ];
     let mut waiting = Vec::new();
     for (client, vip) in clients {
-        // The backend that the table has for the client goes: it finds another, which is then its own.
+        // The backend that the table has for the client goes: it finds another, which is then its
+        // own.
         let home = ask(client, vip)?;
-        let rest: Vec<_> = cluster.backends.iter().filter(|pod| pod.name() != home).cloned().collect();
+        let rest: Vec<_> =
+            cluster.backends.iter().filter(|pod| pod.name() != home).cloned().collect();
         until_served(&cluster, &sticky(&cluster).backends(&rest), 2)?;
         let mut asked = Instant::now();
         let other = ask(client, vip)?;

@@ -8,7 +8,9 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
-use lab_support::{Cluster, DNS, Plan, SOON, WEB, cluster_ip, replies, service, skip, until_backends};
+use lab_support::{
+    Cluster, DNS, Plan, SOON, WEB, cluster_ip, replies, service, skip, until_backends,
+};
 use sluice_lab::{Event, Running, Serve};
 
 /// Sockets that one pod makes: more than any map of ours has places for.
@@ -33,7 +35,8 @@ fn a_pod_with_many_sockets_pushes_out_nobody_elses_answers() -> Result<()> {
         // The server answers when the others have asked.
         echo.signal(libc::SIGSTOP)?;
         let told = to.to_string();
-        let mut waiting = cluster.client.tool(["udp-client", "--timeout-ms=60000", "--to", &told])?;
+        let mut waiting =
+            cluster.client.tool(["udp-client", "--timeout-ms=60000", "--to", &told])?;
         let asked = format!("question to {to}");
         lab_support::until(&asked, || {
             let queue = server.run("ss", ["-H", "-u", "-n", "-a", "sport", "=", ":5353"])?;
@@ -42,7 +45,10 @@ fn a_pod_with_many_sockets_pushes_out_nobody_elses_answers() -> Result<()> {
         })?;
         let flood = SocketAddr::new(flooded, DNS).to_string();
         let done = greedy.ask(["udp-flood", &format!("--count={MANY}"), "--to", &flood])?;
-        ensure!(matches!(done[..], [Event::Done { sent, .. }] if sent == u64::from(MANY)), "{done:?}");
+        ensure!(
+            matches!(done[..], [Event::Done { sent, .. }] if sent == u64::from(MANY)),
+            "{done:?}"
+        );
         echo.signal(libc::SIGCONT)?;
         let _ = waiting.wait(2 * SOON).with_context(|| asked.clone())?;
         let answers = replies(waiting.events()).context(asked)?;
@@ -70,9 +76,16 @@ fn an_unconnected_socket_stays_with_its_endpoint_while_that_one_serves() -> Resu
         let vip = cluster_ip(WEB)[number % 2];
         let to = SocketAddr::new(vip, DNS).to_string();
         let client = if number % 4 < 2 { &*cluster.client } else { &**cluster.node() };
-        clients.push(client.tool(["udp-client", "--count=3000", "--interval-ms=20", "--to", &to])?);
+        clients.push(client.tool([
+            "udp-client",
+            "--count=3000",
+            "--interval-ms=20",
+            "--to",
+            &to,
+        ])?);
     }
-    let more = |clients: &mut [Running]| clients.iter_mut().try_for_each(|client| client.goes_on(4, SOON));
+    let more =
+        |clients: &mut [Running]| clients.iter_mut().try_for_each(|client| client.goes_on(4, SOON));
     more(&mut clients)?;
     // Others come, and go again.
     for count in [5, 3, 4, 3] {
@@ -81,7 +94,8 @@ fn an_unconnected_socket_stays_with_its_endpoint_while_that_one_serves() -> Resu
     }
     let mut chosen = BTreeSet::new();
     for client in &clients {
-        let names: BTreeSet<String> = client.replies().into_iter().map(|reply| reply.name).collect();
+        let names: BTreeSet<String> =
+            client.replies().into_iter().map(|reply| reply.name).collect();
         ensure!(names.len() == 1, "one socket was answered by {names:?}");
         chosen.extend(names);
     }
@@ -106,7 +120,8 @@ fn one_socket_asks_a_frontend_and_the_endpoint_itself() -> Result<()> {
     until_backends(node, "web", 1)?;
     let endpoint = lab_support::addresses_of_pod(&cluster.backends[0]);
     let frontends = cluster_ip(WEB).map(|vip| SocketAddr::new(vip, DNS));
-    let all = frontends.into_iter().zip(endpoint.map(|ip| SocketAddr::new(ip, lab_support::DNS_TARGET)));
+    let all =
+        frontends.into_iter().zip(endpoint.map(|ip| SocketAddr::new(ip, lab_support::DNS_TARGET)));
     for (frontend, endpoint) in all {
         for client in [&*cluster.client, &**node] {
             // A pod's calls are translated at the socket from the second one on.
@@ -114,10 +129,21 @@ fn one_socket_asks_a_frontend_and_the_endpoint_itself() -> Result<()> {
             for (to, beside) in [(frontend, endpoint), (endpoint, frontend)] {
                 let (told, beside_told) = (to.to_string(), beside.to_string());
                 let before = lab_support::counted(node, "web:dns")?.calls;
-                let asked =
-                    client.ask(["udp-client", "--count=6", "--to", &told, "--beside", &beside_told])?;
-                let from: Vec<SocketAddr> = replies(asked)?.iter().map(|reply| reply.from).collect();
-                ensure!(from == [to, beside, to, beside, to, beside], "{}: {from:?}", client.name());
+                let asked = client.ask([
+                    "udp-client",
+                    "--count=6",
+                    "--to",
+                    &told,
+                    "--beside",
+                    &beside_told,
+                ])?;
+                let from: Vec<SocketAddr> =
+                    replies(asked)?.iter().map(|reply| reply.from).collect();
+                ensure!(
+                    from == [to, beside, to, beside, to, beside],
+                    "{}: {from:?}",
+                    client.name()
+                );
                 let calls = lab_support::counted(node, "web:dns")?.calls - before;
                 ensure!(calls == 3, "{}: {calls} calls at the socket", client.name());
             }

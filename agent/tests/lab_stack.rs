@@ -1,4 +1,5 @@
-//! The node's own netfilter rules decide about Services' packets as they do with kube-proxy, whoever is masqueraded.
+//! The node's own netfilter rules decide about Services' packets as they do with kube-proxy,
+//! whoever is masqueraded.
 //!
 //! test-threads: 2
 
@@ -11,7 +12,8 @@ use anyhow::{Context, Result};
 use lab_support::{Pair, addresses_of_client, addresses_of_pod, skip, unless_unsupported};
 use sluice_lab::{Cni, NodeOptions, Overlay};
 use stack_support::{
-    ClusterIps, MODES, Mode, Proxy, Question, Stack, Way, ask_all, counters, none_wrong, replace_table,
+    ClusterIps, MODES, Mode, Proxy, Question, Stack, Way, ask_all, counters, none_wrong,
+    replace_table,
 };
 
 /// Whose conversations a policy ends.
@@ -34,7 +36,8 @@ impl Ends {
     }
 }
 
-/// Policies: a name, the hook and priority of a chain, a rule for each family, and whose conversations they end.
+/// Policies: a name, the hook and priority of a chain, a rule for each family, and whose
+/// conversations they end.
 fn policies(stack: &Stack) -> Vec<(&'static str, &'static str, [String; 2], Ends)> {
     let pod = addresses_of_pod(&stack.pod);
     let outside = addresses_of_client(&stack.outside);
@@ -47,8 +50,10 @@ fn policies(stack: &Stack) -> Vec<(&'static str, &'static str, [String; 2], Ends
         format!("{client}/{length}")
     };
     let device = stack.pod.host_device();
-    let by_device =
-        [format!("meta nfproto ipv4 iifname {device}"), format!("meta nfproto ipv6 iifname {device}")];
+    let by_device = [
+        format!("meta nfproto ipv4 iifname {device}"),
+        format!("meta nfproto ipv6 iifname {device}"),
+    ];
     vec![
         (
             "nothing",
@@ -69,7 +74,12 @@ fn policies(stack: &Stack) -> Vec<(&'static str, &'static str, [String; 2], Ends
             Ends::All,
         ),
         ("from the pod's device", forward, by_device, Ends::Pods),
-        ("from the pod", forward, of_family(&|family, ip| format!("{ip} saddr {}", pod[family])), Ends::Pods),
+        (
+            "from the pod",
+            forward,
+            of_family(&|family, ip| format!("{ip} saddr {}", pod[family])),
+            Ends::Pods,
+        ),
         (
             "to the client",
             forward,
@@ -104,7 +114,12 @@ fn policies(stack: &Stack) -> Vec<(&'static str, &'static str, [String; 2], Ends
     ]
 }
 
-fn policies_decide(stack: &mut Stack, proxy: Proxy, mode: &Mode, args: &[&str]) -> Result<Vec<String>> {
+fn policies_decide(
+    stack: &mut Stack,
+    proxy: Proxy,
+    mode: &Mode,
+    args: &[&str],
+) -> Result<Vec<String>> {
     stack.serve_by(proxy, args, mode.cluster_ips)?;
     let mut wrong = Vec::new();
     for (policy, hook, rules, ends) in policies(stack) {
@@ -119,8 +134,11 @@ fn policies_decide(stack: &mut Stack, proxy: Proxy, mode: &Mode, args: &[&str]) 
             question.is_answered = !ends.ends(question.client.name());
         }
         let found = ask_all(&questions)?;
-        wrong.extend(found.into_iter().map(|found| format!("{proxy:?} {args:?}, {policy}: {found}")));
-        let dropped = counters(&stack.node, "rules")?.get("dropped").copied().context("no counter")?;
+        wrong.extend(
+            found.into_iter().map(|found| format!("{proxy:?} {args:?}, {policy}: {found}")),
+        );
+        let dropped =
+            counters(&stack.node, "rules")?.get("dropped").copied().context("no counter")?;
         if (dropped > 0) != (ends != Ends::Nobodys) {
             wrong.push(format!("{proxy:?} {args:?}, {policy}: the rule dropped {dropped} packets"));
         }
@@ -151,7 +169,8 @@ fn a_policy_of_the_node_ends_what_it_names_whoever_is_masqueraded() -> Result<()
     none_wrong("policies", &wrong)
 }
 
-/// The chain of a node that lets nothing through but what is begun by a client with an endpoint, and its answers.
+/// The chain of a node that lets nothing through but what is begun by a client with an endpoint,
+/// and its answers.
 fn strict_chain(pairs: &[(String, Pair, Pair)]) -> String {
     let (mut counters, mut rules) = (String::new(), String::new());
     for (name, client, endpoint) in pairs {
@@ -175,20 +194,30 @@ fn strict_chain(pairs: &[(String, Pair, Pair)]) -> String {
     )
 }
 
-/// Whether client and endpoint are ports of one bridge and the client is not masqueraded. The answers do not meet a
-/// netfilter that does not see the bridge: that is why kube-proxy asks for `bridge-nf-call-iptables`.
+/// Whether client and endpoint are ports of one bridge and the client is not masqueraded. The
+/// answers do not meet a netfilter that does not see the bridge: that is why kube-proxy asks for
+/// `bridge-nf-call-iptables`.
 fn stays_on_the_bridge(question: &Question<'_>) -> bool {
     question.client.name() == "pod" && question.name == "near" && question.to.port() < 30_000
 }
 
 /// Every client at every frontend, under the strict chain.
-fn only_real_addresses_pass(stack: &mut Stack, proxy: Proxy, mode: &Mode, cni: Cni) -> Result<Vec<String>> {
+fn only_real_addresses_pass(
+    stack: &mut Stack,
+    proxy: Proxy,
+    mode: &Mode,
+    cni: Cni,
+) -> Result<Vec<String>> {
     let mut args = mode.args.to_vec();
     args.push("--socket-path=off");
     let mut pairs = Vec::new();
     for (client, of_client) in stack.clients() {
         for target in &stack.targets {
-            pairs.push((format!("{}_{}_", client.name(), target.name), of_client, target.addresses));
+            pairs.push((
+                format!("{}_{}_", client.name(), target.name),
+                of_client,
+                target.addresses,
+            ));
         }
     }
     stack.serve_by(proxy, &args, mode.cluster_ips)?;
@@ -196,14 +225,16 @@ fn only_real_addresses_pass(stack: &mut Stack, proxy: Proxy, mode: &Mode, cni: C
     let mut wrong = Vec::new();
     for frontend in ["node port", "ClusterIP"] {
         let what = format!("{proxy:?} {args:?} {cni:?}, {frontend}");
-        let mut questions = stack.questions(&[Way::Tcp, Way::Udp, Way::Http, Way::Large], mode.cluster_ips);
+        let mut questions =
+            stack.questions(&[Way::Tcp, Way::Udp, Way::Http, Way::Large], mode.cluster_ips);
         questions.retain(|question| (question.to.port() >= 30_000) == (frontend == "node port"));
         if is_bridged && proxy == Proxy::Netfilter && mode.cluster_ips != ClusterIps::All {
             questions.retain(|question| !stays_on_the_bridge(question));
         }
         // Its counters begin anew.
         replace_table(&stack.node, "strict", &strict_chain(&pairs))?;
-        // Few packets first, then many: these may displace others where a process carries an overlay's packets.
+        // Few packets first, then many: these may displace others where a process carries an
+        // overlay's packets.
         let is_small = |question: &Question<'_>| matches!(question.way, Way::Tcp | Way::Udp);
         questions.sort_by_key(|question| !is_small(question));
         let small = questions.iter().take_while(|question| is_small(question)).count();
@@ -258,7 +289,11 @@ fn the_stack_sees_client_and_endpoint_on_a_bridge_without_netfilter() -> Result<
     if skip("the_stack_sees_client_and_endpoint_on_a_bridge_without_netfilter") {
         return Ok(());
     }
-    the_stack_sees_client_and_endpoint("sees-bridge", Overlay::None, Cni::Bridge { bridge_nf: false })
+    the_stack_sees_client_and_endpoint(
+        "sees-bridge",
+        Overlay::None,
+        Cni::Bridge { bridge_nf: false },
+    )
 }
 
 #[test]
@@ -288,11 +323,19 @@ fn the_stack_sees_client_and_endpoint_over_a_tunnel_without_link_headers() -> Re
 }
 
 /// A further choice of flags: no client is known to be a pod of this node.
-const NOBODY_LOCAL: Mode =
-    Mode { name: "--detect-local=none", args: &["--detect-local=none"], cluster_ips: ClusterIps::Kept };
+const NOBODY_LOCAL: Mode = Mode {
+    name: "--detect-local=none",
+    args: &["--detect-local=none"],
+    cluster_ips: ClusterIps::Kept,
+};
 
 /// Every client at every frontend, of a node whose pods are ports of one bridge.
-fn all_are_served(stack: &mut Stack, proxy: Proxy, mode: &Mode, bridge_nf: bool) -> Result<Vec<String>> {
+fn all_are_served(
+    stack: &mut Stack,
+    proxy: Proxy,
+    mode: &Mode,
+    bridge_nf: bool,
+) -> Result<Vec<String>> {
     let mut args = mode.args.to_vec();
     args.push("--socket-path=off");
     stack.serve_by(proxy, &args, mode.cluster_ips)?;

@@ -1,4 +1,5 @@
-//! ICMP errors to and from masqueraded clients, and a client that opens a connection again that it has forgotten.
+//! ICMP errors to and from masqueraded clients, and a client that opens a connection again that it
+//! has forgotten.
 //!
 //! test-threads: 2
 
@@ -9,18 +10,22 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use lab_support::{DNS_TARGET, Pair, SOON, addresses_of_pod, external_ip, route_to, skip, take_fresh_ports};
+use lab_support::{
+    DNS_TARGET, Pair, SOON, addresses_of_pod, external_ip, route_to, skip, take_fresh_ports,
+};
 use sluice_lab::{Event, Namespace, NodeOptions, Overlay, PacketSocket};
 use socket2::{Domain, Protocol, Socket, Type};
 use stack_support::{
-    FAR, MODES, Mode, NEAR, Proxy, Question, Stack, Target, Way, ask_all, none_wrong, replace_table, replies,
+    FAR, MODES, Mode, NEAR, Proxy, Question, Stack, Target, Way, ask_all, none_wrong,
+    replace_table, replies,
 };
 
 /// The MTU of the way to the client, and of that to the endpoint.
 const NARROW: u32 = 1_300;
 const NARROW_AT_THE_ENDPOINT: u32 = 1_400;
 
-/// What an ICMP error in a frame quotes: type and code, whom it went to, and the quoted packet's source and destination.
+/// What an ICMP error in a frame quotes: type and code, whom it went to, and the quoted packet's
+/// source and destination.
 fn quoted(frame: &[u8]) -> Option<([u8; 2], IpAddr, SocketAddr, SocketAddr)> {
     let word = |at: usize| Some(u16::from_be_bytes(frame.get(at..at + 2)?.try_into().ok()?));
     let v4 = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(frame.get(at..at + 4)?).ok()?));
@@ -31,7 +36,12 @@ fn quoted(frame: &[u8]) -> Option<([u8; 2], IpAddr, SocketAddr, SocketAddr)> {
         _ => return None,
     };
     let kind = frame.get(kind..kind + 2)?.try_into().ok()?;
-    Some((kind, destination, SocketAddr::new(source, word(ports)?), SocketAddr::new(to, word(ports + 2)?)))
+    Some((
+        kind,
+        destination,
+        SocketAddr::new(source, word(ports)?),
+        SocketAddr::new(to, word(ports + 2)?),
+    ))
 }
 
 /// Type and code of "port unreachable".
@@ -42,9 +52,11 @@ fn port_unreachable(address: IpAddr) -> [u8; 2] {
 /// One datagram of a connected socket to a frontend whose endpoint does not listen: refused.
 fn a_closed_port_is_told(client: &Namespace, to: SocketAddr) -> Result<Option<String>> {
     let to = to.to_string();
-    let events = client.ask(["udp-client", "--connected", "--count=1", "--timeout-ms=1500", "--to", &to])?;
-    let is_told =
-        events.iter().any(|event| matches!(event, Event::Lost { reason, .. } if reason.contains("refused")));
+    let events =
+        client.ask(["udp-client", "--connected", "--count=1", "--timeout-ms=1500", "--to", &to])?;
+    let is_told = events
+        .iter()
+        .any(|event| matches!(event, Event::Lost { reason, .. } if reason.contains("refused")));
     Ok((!is_told).then(|| format!("{to}: nobody listens, and the client hears {events:?}")))
 }
 
@@ -66,7 +78,8 @@ fn a_closed_client_is_told(
     let text = to.to_string();
     let _ = stack.outside.ask(["udp-client", "--count=1", "--timeout-ms=100", "--to", &text])?;
     stack.outside.nft("delete table inet closed")?;
-    let is_error = |frame: &[u8]| quoted(frame).is_some_and(|(kind, ..)| kind == port_unreachable(endpoint));
+    let is_error =
+        |frame: &[u8]| quoted(frame).is_some_and(|(kind, ..)| kind == port_unreachable(endpoint));
     let Ok(frame) = wire.receive(Duration::from_millis(1_500), is_error) else {
         return Ok(Some(format!(
             "{to}: the client rejects an answer, and the endpoint {endpoint} hears nothing"
@@ -77,28 +90,51 @@ fn a_closed_client_is_told(
     Ok((!is_right).then(|| format!("{to}: the error to {destination} quotes a packet of {source}")))
 }
 
-/// A datagram that is too large for the way behind the node: the client's kernel learns it, and what fits is answered.
-fn a_narrow_way_to_the_endpoint_is_told(client: &Namespace, to: SocketAddr) -> Result<Option<String>> {
+/// A datagram that is too large for the way behind the node: the client's kernel learns it, and
+/// what fits is answered.
+fn a_narrow_way_to_the_endpoint_is_told(
+    client: &Namespace,
+    to: SocketAddr,
+) -> Result<Option<String>> {
     let text = to.to_string();
     // Not answered: as long an answer does not fit either.
-    let _ = client.ask(["udp-client", "--count=1", "--size=1450", "--timeout-ms=400", "--to", &text])?;
+    let _ = client.ask([
+        "udp-client",
+        "--count=1",
+        "--size=1450",
+        "--timeout-ms=400",
+        "--to",
+        &text,
+    ])?;
     let family = if to.is_ipv4() { "-4" } else { "-6" };
     let route = client.run("ip", [family, "route", "get", &to.ip().to_string()])?;
     if !route.contains(&format!("mtu {NARROW_AT_THE_ENDPOINT}")) {
-        return Ok(Some(format!("{to}: the client has not learned how large a packet may be: {route}")));
+        return Ok(Some(format!(
+            "{to}: the client has not learned how large a packet may be: {route}"
+        )));
     }
-    let events =
-        client.ask(["udp-client", "--count=1", "--size=1300", "--timeout-ms=1500", "--to", &text])?;
+    let events = client.ask([
+        "udp-client",
+        "--count=1",
+        "--size=1300",
+        "--timeout-ms=1500",
+        "--to",
+        &text,
+    ])?;
     Ok(replies(&events).is_empty().then(|| format!("{to}: what fits is not answered: {events:?}")))
 }
 
 /// A client outside learns the MTU of the route to an endpoint on another node, locked or not.
-fn a_routes_mtu_is_told(stack: &Stack, flush: &dyn Fn(&Stack) -> Result<()>) -> Result<Vec<String>> {
+fn a_routes_mtu_is_told(
+    stack: &Stack,
+    flush: &dyn Fn(&Stack) -> Result<()>,
+) -> Result<Vec<String>> {
     let mut wrong = Vec::new();
     let gateways: Pair = [stack.other.ipv4().into(), stack.other.ipv6().into()];
     let ways = addresses_of_pod(&stack.far).into_iter().zip(gateways).enumerate();
     for (family, (endpoint, gateway)) in ways {
-        let route = format!("{endpoint}/{} via {gateway}", if endpoint.is_ipv4() { 32 } else { 128 });
+        let route =
+            format!("{endpoint}/{} via {gateway}", if endpoint.is_ipv4() { 32 } else { 128 });
         for lock in ["", "lock "] {
             flush(stack)?;
             let mtu = NARROW_AT_THE_ENDPOINT;
@@ -131,8 +167,8 @@ fn errors_go_both_ways(
         }
         Ok(())
     };
-    let ends =
-        [NEAR, FAR].map(|index| (stack.targets[index].clone(), [&stack.near, &stack.far][index].clone()));
+    let ends = [NEAR, FAR]
+        .map(|index| (stack.targets[index].clone(), [&stack.near, &stack.far][index].clone()));
     for (target, pod) in &ends {
         let wire = pod.packet_socket("eth0")?;
         for (family, endpoint) in addresses_of_pod(pod).into_iter().enumerate() {
@@ -159,7 +195,9 @@ fn errors_go_both_ways(
     // The endpoints' links are: the client has to learn it.
     flush(stack)?;
     for (_, pod) in &ends {
-        let _ = pod.node().ip(&format!("link set {} mtu {NARROW_AT_THE_ENDPOINT}", pod.host_device()))?;
+        let _ = pod
+            .node()
+            .ip(&format!("link set {} mtu {NARROW_AT_THE_ENDPOINT}", pod.host_device()))?;
     }
     for (target, _) in &ends {
         for family in 0..2 {
@@ -192,8 +230,11 @@ fn errors_reach_masqueraded_clients_and_their_endpoints() -> Result<()> {
     for proxy in [Proxy::Netfilter, Proxy::Sluice] {
         let mut wrong = Vec::new();
         // Nobody, clients of far endpoints, all: who is masqueraded.
-        let modes =
-            if proxy == Proxy::Netfilter { vec![&MODES[0]] } else { vec![&MODES[0], &MODES[4], &MODES[2]] };
+        let modes = if proxy == Proxy::Netfilter {
+            vec![&MODES[0]]
+        } else {
+            vec![&MODES[0], &MODES[4], &MODES[2]]
+        };
         for mode in modes {
             wrong.extend(errors_go_both_ways(&mut stack, &closed, proxy, mode)?);
         }
@@ -202,7 +243,8 @@ fn errors_reach_masqueraded_clients_and_their_endpoints() -> Result<()> {
     Ok(())
 }
 
-/// Opens a connection from a port and forgets it, as a machine does that loses its power: nothing is sent.
+/// Opens a connection from a port and forgets it, as a machine does that loses its power: nothing
+/// is sent.
 fn open_and_forget(client: &Namespace, port: u16, to: SocketAddr) -> Result<()> {
     let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() };
     client.enter(|| -> Result<()> {
@@ -233,9 +275,10 @@ fn a_forgotten_connection_is_opened_again(
     for family in 0..2 {
         let vip = external_ip(stack.targets[NEAR].number)[family];
         let by_node_port = stack.targets[NEAR].by_node_port(stack.addresses, Way::Tcp, family);
-        for (port, to) in [(41_000, by_node_port), (41_001, SocketAddr::new(vip, lab_support::ECHO))] {
-            let forgets =
-                "chain out { type filter hook output priority 0; tcp flags & (rst | fin) != 0 drop; }";
+        for (port, to) in
+            [(41_000, by_node_port), (41_001, SocketAddr::new(vip, lab_support::ECHO))]
+        {
+            let forgets = "chain out { type filter hook output priority 0; tcp flags & (rst | fin) != 0 drop; }";
             replace_table(&stack.outside, "forgets", forgets)?;
             open_and_forget(&stack.outside, port, to).with_context(|| format!("{args:?}: {to}"))?;
             stack.outside.nft("delete table inet forgets")?;
@@ -249,8 +292,8 @@ fn a_forgotten_connection_is_opened_again(
                 &text,
             ])?;
             let answers = replies(&asked);
-            let is_right =
-                answers.len() == 2 && answers.iter().all(|reply| reply.name == "near" && reply.from == to);
+            let is_right = answers.len() == 2
+                && answers.iter().all(|reply| reply.name == "near" && reply.from == to);
             if !is_right {
                 wrong.push(format!("{proxy:?} {args:?}: {to} from the same port again: {asked:?}"));
             }
@@ -273,10 +316,11 @@ fn a_client_opens_a_connection_again_that_it_has_forgotten() -> Result<()> {
     for address in external_ip(number) {
         route_to(&stack.lab, address, &stack.node)?;
     }
-    let service = stack.targets[NEAR].service().load_balancer_ip(external4).load_balancer_ip(external6);
+    let service =
+        stack.targets[NEAR].service().load_balancer_ip(external4).load_balancer_ip(external6);
     stack.manifests.write(&service)?;
-    let near =
-        addresses_of_pod(&stack.near).map(|address| SocketAddr::new(address, lab_support::ECHO_TARGET));
+    let near = addresses_of_pod(&stack.near)
+        .map(|address| SocketAddr::new(address, lab_support::ECHO_TARGET));
     replace_table(
         &stack.node,
         "balancer",

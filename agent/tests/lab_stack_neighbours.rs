@@ -1,5 +1,5 @@
-//! Conversations beside each other: of a pod with itself, with an endpoint directly and through its Service, and with a
-//! node whose address is not on the device of the default route.
+//! Conversations beside each other: of a pod with itself, with an endpoint directly and through its
+//! Service, and with a node whose address is not on the device of the default route.
 //!
 //! test-threads: 2
 
@@ -18,7 +18,8 @@ use stack_support::{
     ClusterIps, MODES, NEAR, Proxy, Question, Stack, Target, Way, ask_all, none_wrong, replies,
 };
 
-/// Connections that stay: to an endpoint directly, and as many through its Service, of both families together.
+/// Connections that stay: to an endpoint directly, and as many through its Service, of both
+/// families together.
 const HELD: u32 = 1_000;
 /// As few ports as make the two meet at each. Every round has its own: who closes a connection
 /// keeps its port for a minute.
@@ -30,22 +31,32 @@ fn a_pod_reaches_itself_by_a_node_port_before_anybody_was_masqueraded() -> Resul
         return Ok(());
     }
     let (mut control, mut wrong) = (Vec::new(), Vec::new());
-    for (name, cni) in [("self-routed", Cni::Routed), ("self-bridge", Cni::Bridge { bridge_nf: false })] {
+    for (name, cni) in
+        [("self-routed", Cni::Routed), ("self-bridge", Cni::Bridge { bridge_nf: false })]
+    {
         // The first packet of a family and a protocol that is masqueraded is this one.
         for way in [Way::Tcp, Way::Udp] {
             let options = NodeOptions { cni, ..NodeOptions::default() };
             let mut stack = Stack::new(name, Overlay::None, &options)?;
-            for (proxy, args) in
-                [(Proxy::Netfilter, &[][..]), (Proxy::Sluice, &[]), (Proxy::Sluice, &["--socket-path=off"])]
-            {
+            for (proxy, args) in [
+                (Proxy::Netfilter, &[][..]),
+                (Proxy::Sluice, &[]),
+                (Proxy::Sluice, &["--socket-path=off"]),
+            ] {
                 stack.serve_by(proxy, args, ClusterIps::Kept)?;
                 take_fresh_ports(&stack.near)?;
                 let target = &stack.targets[NEAR];
                 for family in 0..2 {
                     let to = target.by_node_port(stack.addresses, way, family);
                     let found = ask_all(&[Question::new(&stack.near, way, to, "near")])?;
-                    let told = found.into_iter().map(|found| format!("{name}: {proxy:?} {args:?}: {found}"));
-                    if proxy == Proxy::Netfilter { control.extend(told) } else { wrong.extend(told) }
+                    let told = found
+                        .into_iter()
+                        .map(|found| format!("{name}: {proxy:?} {args:?}: {found}"));
+                    if proxy == Proxy::Netfilter {
+                        control.extend(told);
+                    } else {
+                        wrong.extend(told);
+                    }
                 }
             }
         }
@@ -55,14 +66,22 @@ fn a_pod_reaches_itself_by_a_node_port_before_anybody_was_masqueraded() -> Resul
 }
 
 /// One port asks several addresses, one after the other: each answers for itself.
-fn asks_in_turn(client: &Namespace, port: u16, all: &[SocketAddr], name: &str) -> Result<Vec<String>> {
+fn asks_in_turn(
+    client: &Namespace,
+    port: u16,
+    all: &[SocketAddr],
+    name: &str,
+) -> Result<Vec<String>> {
     let mut wrong = Vec::new();
     for to in all {
         let (source, text) = (format!("--source-port={port}"), to.to_string());
-        let asked = client.ask(["udp-client", "--count=2", "--timeout-ms=1000", &source, "--to", &text])?;
+        let asked =
+            client.ask(["udp-client", "--count=2", "--timeout-ms=1000", &source, "--to", &text])?;
         let answers = replies(&asked);
-        if answers.len() != 2 || answers.iter().any(|reply| reply.from != *to || reply.name != name) {
-            wrong.push(format!("{} from port {port} at {to}, of {all:?}: {asked:?}", client.name()));
+        if answers.len() != 2 || answers.iter().any(|reply| reply.from != *to || reply.name != name)
+        {
+            wrong
+                .push(format!("{} from port {port} at {to}, of {all:?}: {asked:?}", client.name()));
         }
     }
     Ok(wrong)
@@ -79,7 +98,8 @@ fn one_port_asks_a_frontend_and_the_endpoint_itself() -> Result<()> {
         for (round, mode) in modes.iter().enumerate() {
             let args: Vec<&str> = mode.args.iter().copied().chain(["--socket-path=off"]).collect();
             stack.serve_by(proxy, &args, mode.cluster_ips)?;
-            let mut port = 20_000 + 1_000 * u16::from(proxy == Proxy::Sluice) + 100 * u16::try_from(round)?;
+            let mut port =
+                20_000 + 1_000 * u16::from(proxy == Proxy::Sluice) + 100 * u16::try_from(round)?;
             for target in &stack.targets {
                 for family in 0..2 {
                     let direct = SocketAddr::new(target.addresses[family], lab_support::DNS_TARGET);
@@ -106,7 +126,8 @@ fn one_port_asks_a_frontend_and_the_endpoint_itself() -> Result<()> {
 /// How many ports of a pod's addresses are the source of more than one connection.
 fn shared_ports(pod: &Namespace) -> Result<usize> {
     let listed = pod.run("ss", ["-H", "-t", "-n"])?;
-    let mut all: Vec<&str> = listed.lines().filter_map(|line| line.split_whitespace().nth(3)).collect();
+    let mut all: Vec<&str> =
+        listed.lines().filter_map(|line| line.split_whitespace().nth(3)).collect();
     all.sort_unstable();
     let connections = all.len();
     all.dedup();
@@ -122,8 +143,10 @@ fn direct_connections_live(
 ) -> Result<Vec<String>> {
     stack.serve_by(proxy, args, ClusterIps::Kept)?;
     let size = LoadSize { held: HELD, rate: 0, seconds: 0 };
-    let directly = addresses_of_pod(&stack.near).map(|address| SocketAddr::new(address, ECHO_TARGET));
-    let by_service = cluster_ip(stack.targets[NEAR].number).map(|address| SocketAddr::new(address, ECHO));
+    let directly =
+        addresses_of_pod(&stack.near).map(|address| SocketAddr::new(address, ECHO_TARGET));
+    let by_service =
+        cluster_ip(stack.targets[NEAR].number).map(|address| SocketAddr::new(address, ECHO));
     let mut wrong = Vec::new();
     for order in [[directly, by_service], [by_service, directly]] {
         let range = format!("{ports} {}", *ports + FEW_PORTS - 1);
@@ -133,7 +156,9 @@ fn direct_connections_live(
         for addresses in order {
             match LoadClients::start(&[(&*stack.pod, addresses.to_vec())], size) {
                 Ok(load) => loads.push(load),
-                Err(error) => wrong.push(format!("{addresses:?} after {} others: {error:#}", loads.len())),
+                Err(error) => {
+                    wrong.push(format!("{addresses:?} after {} others: {error:#}", loads.len()));
+                }
             }
         }
         let shared = shared_ports(&stack.pod)?;
@@ -171,7 +196,8 @@ fn connections_to_a_service_cost_no_direct_connection() -> Result<()> {
     none_wrong(&format!("{HELD} direct connections beside a Service's, Sluice"), &wrong)
 }
 
-/// Connects from one port to an endpoint, and while that goes on to a frontend of it: what is wrong.
+/// Connects from one port to an endpoint, and while that goes on to a frontend of it: what is
+/// wrong.
 fn two_from_one_port(
     client: &Namespace,
     endpoint: SocketAddr,
@@ -180,11 +206,18 @@ fn two_from_one_port(
 ) -> Result<Vec<String>> {
     let to = endpoint.to_string();
     let mut wrong = Vec::new();
-    let mut held = client.tool(["tcp-client", "--interval-ms=20", "--timeout-ms=2000", "--to", &to])?;
+    let mut held =
+        client.tool(["tcp-client", "--interval-ms=20", "--timeout-ms=2000", "--to", &to])?;
     let _ = held.wait_event("it is answered", SOON, |event| matches!(event, Event::Reply(_)))?;
     let to = frontend.to_string();
-    let asked =
-        client.ask(["tcp-client", "--count=3", "--interval-ms=20", "--timeout-ms=2000", "--to", &to])?;
+    let asked = client.ask([
+        "tcp-client",
+        "--count=3",
+        "--interval-ms=20",
+        "--timeout-ms=2000",
+        "--to",
+        &to,
+    ])?;
     let answers = replies(&asked);
     if answers.len() != 3 {
         wrong.push(format!("{what}: {endpoint}, then {frontend}: {asked:?}"));
@@ -256,7 +289,8 @@ fn add_device_with_the_node_address(stack: &Stack) -> Result<Pair> {
 }
 
 #[test]
-fn node_ports_are_served_where_the_node_address_is_not_on_the_default_routes_device() -> Result<()> {
+fn node_ports_are_served_where_the_node_address_is_not_on_the_default_routes_device() -> Result<()>
+{
     if skip("node_ports_are_served_where_the_node_address") {
         return Ok(());
     }
@@ -279,7 +313,8 @@ fn node_ports_are_served_where_the_node_address_is_not_on_the_default_routes_dev
         let mut wrong = ask_all(&questions)?;
         if proxy == Proxy::Sluice {
             let status = status(&stack.node)?;
-            let devices = status.get("devices").and_then(|all| all.as_array()).context("no devices")?;
+            let devices =
+                status.get("devices").and_then(|all| all.as_array()).context("no devices")?;
             let role = devices.iter().find(|device| lab_support::word(device, "name") == "eth1");
             if role.is_none_or(|device| lab_support::word(device, "role") != "uplink") {
                 wrong.push(format!("eth1 is no uplink: {role:?}"));

@@ -13,12 +13,13 @@ use std::time::Duration;
 
 use anyhow::Result;
 use lab_support::{
-    DNS_TARGET, ECHO_TARGET, Pair, addresses_of_client, addresses_of_node, addresses_of_pod, cluster_ip,
-    on_host, skip,
+    DNS_TARGET, ECHO_TARGET, Pair, addresses_of_client, addresses_of_node, addresses_of_pod,
+    cluster_ip, on_host, skip,
 };
 use sluice_lab::{Event, LoadClients, LoadSize, Namespace, NodeOptions, Overlay, Port, Service};
 use stack_support::{
-    ClusterIps, POD_NETWORKS, Proxy, Question, Stack, Target, Way, ask_all, none_wrong, replace_table,
+    ClusterIps, POD_NETWORKS, Proxy, Question, Stack, Target, Way, ask_all, none_wrong,
+    replace_table,
 };
 
 /// Numbers that are node ports, each for TCP and for UDP.
@@ -34,14 +35,15 @@ const OF_THE_HOST: u32 = 40;
 /// The host's, or a client's, own ports.
 const RANGE: &str = "net/ipv4/ip_local_port_range";
 
-/// Masqueraded clients of one endpoint that stay, of both families together, and connections of pods to it, of each. Of
-/// the 28 976 ports that both are taken from two meet some 25 times.
+/// Masqueraded clients of one endpoint that stay, of both families together, and connections of
+/// pods to it, of each. Of the 28 976 ports that both are taken from two meet some 25 times.
 const HELD: u32 = 800;
 const DIRECT: u32 = 1_000;
 /// Ports that Sluice shows masqueraded clients with, as nft writes them.
 const SHARED: &str = "1024-29999";
 
-/// Has netfilter masquerade what pods send to others than pods, as CNIs do, from random ports of a range.
+/// Has netfilter masquerade what pods send to others than pods, as CNIs do, from random ports of a
+/// range.
 fn masquerade_pods(stack: &Stack, ports: &str) -> Result<()> {
     let rules: Vec<String> = ["ip", "ip6"]
         .into_iter()
@@ -56,8 +58,8 @@ fn masquerade_pods(stack: &Stack, ports: &str) -> Result<()> {
     replace_table(&stack.node, "cni", &format!("chain leaves {{ {chain}\n{}\n}}", rules.join("\n")))
 }
 
-/// Opens many connections one after the other, each with time for a second try where the server's queue was full, and
-/// tells what became of those that failed.
+/// Opens many connections one after the other, each with time for a second try where the server's
+/// queue was full, and tells what became of those that failed.
 fn open_many(client: &Namespace, to: SocketAddr, count: u32) -> Result<Vec<String>> {
     let events = client.ask([
         "many-client",
@@ -136,14 +138,16 @@ fn what_leaves_from_node_ports_is_answered(stack: &mut Stack, proxy: Proxy) -> R
     }
     let mut wrong = ask_all(&questions)?;
     for server in addresses_of_client(&stack.outside) {
-        let (echo, dns) = (SocketAddr::new(server, ECHO_TARGET), SocketAddr::new(server, DNS_TARGET));
+        let (echo, dns) =
+            (SocketAddr::new(server, ECHO_TARGET), SocketAddr::new(server, DNS_TARGET));
         wrong.extend(open_many(&stack.pod, echo, CONNECTIONS)?);
         if let Err(error) = stack.pod.udp_ask(dns, QUESTIONS) {
             wrong.push(format!("{error:#}"));
         }
         // Processes of the host: by the number of a node port that they bind to, and by chance.
         for (kind, to) in [("tcp-client", echo), ("udp-client", dns)] {
-            let (to, port) = (format!("--to={to}"), format!("--source-port={}", NODE_PORTS.start + 5));
+            let (to, port) =
+                (format!("--to={to}"), format!("--source-port={}", NODE_PORTS.start + 5));
             let events = stack.node.ask([kind, "--count=2", "--timeout-ms=1000", &to, &port])?;
             if !matches!(events.last(), Some(Event::Done { received: 2, .. })) {
                 wrong.push(format!("the host's {kind} {to} {port}: {events:?}"));
@@ -198,7 +202,8 @@ fn one_endpoint_is_shared(stack: &mut Stack, proxy: Proxy, endpoint: Pair) -> Re
         ])?;
         let done = |event: &Event| matches!(event, Event::Done { .. });
         let _ = client.wait_event("all are open", Duration::from_mins(1), done)?;
-        let failed = client.events().into_iter().filter(|event| matches!(event, Event::Lost { .. }));
+        let failed =
+            client.events().into_iter().filter(|event| matches!(event, Event::Lost { .. }));
         wrong.extend(failed.map(|event| format!("a pod at {to}: {event:?}")));
         direct.push(client);
     }
@@ -230,12 +235,16 @@ fn masqueraded_clients_and_connections_that_netfilter_masquerades_do_not_meet() 
     stack.serve(&other)?;
     let endpoint = addresses_of_node(&other);
     let backend = on_host(&other);
-    stack.targets = vec![Target { name: "n2", number: 25, backend, addresses: endpoint, is_local: false }];
+    stack.targets =
+        vec![Target { name: "n2", number: 25, backend, addresses: endpoint, is_local: false }];
     stack.publish(&stack.targets[0])?;
     masquerade_pods(&stack, SHARED)?;
     for proxy in [Proxy::Netfilter, Proxy::Sluice] {
         let wrong = one_endpoint_is_shared(&mut stack, proxy, endpoint)?;
-        none_wrong(&format!("{HELD} masqueraded clients beside {DIRECT} connections, {proxy:?}"), &wrong)?;
+        none_wrong(
+            &format!("{HELD} masqueraded clients beside {DIRECT} connections, {proxy:?}"),
+            &wrong,
+        )?;
     }
     Ok(())
 }

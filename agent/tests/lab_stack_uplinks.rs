@@ -1,5 +1,5 @@
-//! Two uplinks, with routes by source and by mark as Amazon's VPC CNI has them: what came in by the first one leaves by
-//! it, wherever the endpoint's own packets go.
+//! Two uplinks, with routes by source and by mark as Amazon's VPC CNI has them: what came in by the
+//! first one leaves by it, wherever the endpoint's own packets go.
 
 mod lab_support;
 mod stack_support;
@@ -8,7 +8,8 @@ use anyhow::{Context, Result};
 use lab_support::{Pair, addresses_of_client, addresses_of_pod, skip};
 use sluice_lab::{NodeOptions, Overlay, RpFilter};
 use stack_support::{
-    MODES, Mode, NEAR, Proxy, Question, Stack, Target, Way, ask_all, counters, none_wrong, replace_table,
+    MODES, Mode, NEAR, Proxy, Question, Stack, Target, Way, ask_all, counters, none_wrong,
+    replace_table,
 };
 
 /// The node's addresses on its second uplink, and the router's.
@@ -17,8 +18,8 @@ const SECOND_GATEWAY: [&str; 2] = ["192.0.3.1", "2001:db8:0:3::1"];
 /// What has come in by the first uplink leaves by it.
 const MARK: &str = "0x80";
 
-/// Gives the node a second uplink, by which everything from the endpoint's address leaves, and the network there no
-/// patience with other sources.
+/// Gives the node a second uplink, by which everything from the endpoint's address leaves, and the
+/// network there no patience with other sources.
 fn add_second_uplink(stack: &Stack, endpoint: Pair) -> Result<()> {
     let [own4, own6] = SECOND;
     let [gateway4, gateway6] = SECOND_GATEWAY;
@@ -42,8 +43,9 @@ fn add_second_uplink(stack: &Stack, endpoint: Pair) -> Result<()> {
             let _ = node.run("ip", [family, "rule", "add"].into_iter().chain(rule.split(' ')))?;
         }
     }
-    let _ =
-        router.ip(&format!("route add {endpoint4}/32 via {own4}\nroute add {endpoint6}/128 via {own6}"))?;
+    let _ = router.ip(&format!(
+        "route add {endpoint4}/32 via {own4}\nroute add {endpoint6}/128 via {own6}"
+    ))?;
     replace_table(
         node,
         "cni",
@@ -101,7 +103,9 @@ fn answers_leave_as_questions_came(
         ask_all(&questions)?.into_iter().map(|found| format!("{what}: {found}")).collect();
     let foreign = foreign(stack)? - before;
     if foreign > 0 {
-        wrong.push(format!("{what}: {foreign} packets left by the second uplink with another's address"));
+        wrong.push(format!(
+            "{what}: {foreign} packets left by the second uplink with another's address"
+        ));
     }
     Ok(wrong)
 }

@@ -1,7 +1,8 @@
-//! An agent of another version takes over, forth and back, and one that cannot start leaves the other one's work alone; all
-//! of it under load.
+//! An agent of another version takes over, forth and back, and one that cannot start leaves the
+//! other one's work alone; all of it under load.
 //!
-//! The other version is `sluice` with another layout of the maps (feature `next-layout`), in `SLUICE_NEXT_BIN`.
+//! The other version is `sluice` with another layout of the maps (feature `next-layout`), in
+//! `SLUICE_NEXT_BIN`.
 //!
 //! test-threads: 2
 
@@ -11,7 +12,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use lab_support::{
-    Cluster, Plan, SOON, listed, load_of, number, skip, status, under_load, until, until_backends, word,
+    Cluster, Plan, SOON, listed, load_of, number, skip, status, under_load, until, until_backends,
+    word,
 };
 use serde_json::Value;
 use sluice_lab::{Counter, LoadClients, LoadSize, Node, Side};
@@ -23,7 +25,9 @@ fn next(test: &str) -> Option<PathBuf> {
     }
     let found = std::env::var_os("SLUICE_NEXT_BIN").map(PathBuf::from);
     if found.is_none() {
-        println!("{test} skipped: SLUICE_NEXT_BIN names no agent; `cargo xtask test lab` builds it");
+        println!(
+            "{test} skipped: SLUICE_NEXT_BIN names no agent; `cargo xtask test lab` builds it"
+        );
     }
     found
 }
@@ -69,15 +73,17 @@ fn up_and_down(name: &str, next: &PathBuf, filters: bool) -> Result<()> {
     cluster.start_agents(&["--socket-path=host"])?;
     let node = cluster.node().clone();
     let hooks = |node: &Node| -> Result<bool> {
-        let devices = status(node)?.get("devices").and_then(Value::as_array).cloned().unwrap_or_default();
-        Ok(devices
-            .iter()
-            .any(|device| device.get("hooks").is_some_and(|hooks| hooks.to_string().contains("clsact"))))
+        let devices =
+            status(node)?.get("devices").and_then(Value::as_array).cloned().unwrap_or_default();
+        Ok(devices.iter().any(|device| {
+            device.get("hooks").is_some_and(|hooks| hooks.to_string().contains("clsact"))
+        }))
     };
     ensure!(hooks(&node)? == filters, "{}", status(&node)?);
     let mut load = load_of(&cluster, size)?;
     ensure!(layouts(&node)? == ["v3"], "{:?}", layouts(&node)?);
-    // Connections that say nothing meanwhile are not made anew by what they send: their entries have to be moved.
+    // Connections that say nothing meanwhile are not made anew by what they send: their entries
+    // have to be moved.
     let idle = entries(&node, "v3", "flows_v4")?;
     let ids = |node: &Node| -> Result<Vec<u64>> {
         Ok(listed(node, &["backends"])?.iter().map(|row| number(row, "id")).collect())
@@ -136,7 +142,8 @@ fn foreign_filters(cluster: &Cluster) -> Result<()> {
     let links: Vec<Value> = serde_json::from_str(&node.run("ip", ["-j", "link"])?)?;
     for link in links.iter().map(|link| word(link, "ifname")).filter(|name| *name != "lo") {
         let _ = node.run("tc", ["qdisc", "replace", "dev", link, "clsact"])?;
-        let filter = ["filter", "add", "dev", link, "egress", "bpf", "direct-action", "object-pinned", &pin];
+        let filter =
+            ["filter", "add", "dev", link, "egress", "bpf", "direct-action", "object-pinned", &pin];
         let _ = node.run("tc", filter)?;
     }
     Ok(())
@@ -157,7 +164,8 @@ fn an_upgrade_breaks_nothing_where_programs_are_filters() -> Result<()> {
 #[test]
 fn an_upgrade_that_is_killed_again_and_again_breaks_nothing() -> Result<()> {
     let Some(next) = next("an_upgrade_that_is_killed") else { return Ok(()) };
-    let (mut cluster, mut load) = under_load("layouts-kill", &Plan::default(), LoadSize::of_this_run())?;
+    let (mut cluster, mut load) =
+        under_load("layouts-kill", &Plan::default(), LoadSize::of_this_run())?;
     let node = cluster.node().clone();
     // At other moments each time, until one has got through.
     for (round, tenths) in [4, 10, 16].into_iter().enumerate() {
@@ -170,7 +178,8 @@ fn an_upgrade_that_is_killed_again_and_again_breaks_nothing() -> Result<()> {
     cluster.agent().wait_ready(6 * SOON)?;
     unharmed(&mut load, "when the upgrade was killed again and again")?;
     ensure!(layouts(&node)? == ["v4"], "{:?}", layouts(&node)?);
-    // Without preparation an older version starts with maps of its own; what is open is found again by what clients send.
+    // Without preparation an older version starts with maps of its own; what is open is found again
+    // by what clients send.
     cluster.agent().options().program = None;
     cluster.agent().restart()?;
     cluster.agent().wait_ready(6 * SOON)?;
@@ -182,7 +191,8 @@ fn an_upgrade_that_is_killed_again_and_again_breaks_nothing() -> Result<()> {
 #[test]
 fn an_agent_that_cannot_start_leaves_the_one_before_serving() -> Result<()> {
     let Some(next) = next("an_agent_that_cannot_start") else { return Ok(()) };
-    let (mut cluster, mut load) = under_load("no-start", &Plan::default(), LoadSize::of_this_run())?;
+    let (mut cluster, mut load) =
+        under_load("no-start", &Plan::default(), LoadSize::of_this_run())?;
     let node = cluster.node().clone();
     // Broken in ways that are found one after the other.
     let broken = broken_agents(&cluster, &next)?;
@@ -191,7 +201,8 @@ fn an_agent_that_cannot_start_leaves_the_one_before_serving() -> Result<()> {
         cluster.agent().options().program = Some(program);
         cluster.agent().options().args = args;
         cluster.agent().restart()?;
-        let status = cluster.agent().process().wait(3 * SOON).with_context(|| format!("{what}: it runs"))?;
+        let status =
+            cluster.agent().process().wait(3 * SOON).with_context(|| format!("{what}: it runs"))?;
         let log = cluster.agent().log();
         ensure!(!status.success(), "{what}: {status}");
         ensure!(log.contains(expected), "{what}: {log}");
@@ -236,10 +247,16 @@ fn broken_agents(cluster: &Cluster, next: &PathBuf) -> Result<Vec<Broken>> {
     let cramped = cluster.lab.state().join("cramped");
     std::fs::write(&cramped, format!("#!/bin/sh\nulimit -n 30\nexec {} \"$@\"\n", next.display()))?;
     std::fs::set_permissions(&cramped, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-    let args =
-        |more: &[&str]| ["--socket-path=host"].iter().chain(more).map(|arg| (*arg).to_owned()).collect();
+    let args = |more: &[&str]| {
+        ["--socket-path=host"].iter().chain(more).map(|arg| (*arg).to_owned()).collect()
+    };
     Ok(vec![
-        ("with an object that cannot be read", unreadable, args(&[]), "cannot read the built-in BPF object"),
+        (
+            "with an object that cannot be read",
+            unreadable,
+            args(&[]),
+            "cannot read the built-in BPF object",
+        ),
         (
             "with programs that the verifier refuses",
             refused,
@@ -258,16 +275,20 @@ fn broken_agents(cluster: &Cluster, next: &PathBuf) -> Result<Vec<Broken>> {
 
 /// Where the object begins in an agent's file: an ELF file for BPF (machine 247).
 fn object_at(bytes: &[u8]) -> Result<usize> {
-    let found =
-        bytes.windows(20).position(|window| window.starts_with(b"\x7fELF") && window.ends_with(&[247, 0]));
+    let found = bytes
+        .windows(20)
+        .position(|window| window.starts_with(b"\x7fELF") && window.ends_with(&[247, 0]));
     found.context("no BPF object in the agent")
 }
 
 /// The sections of an ELF file that hold the programs' instructions: start and length.
 fn programs_of(object: &[u8]) -> Result<Vec<(usize, usize)>> {
-    let half = |at: usize| object.get(at..at + 2).and_then(|b| b.try_into().ok()).map(u16::from_le_bytes);
-    let word = |at: usize| object.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes);
-    let long = |at: usize| object.get(at..at + 8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
+    let half =
+        |at: usize| object.get(at..at + 2).and_then(|b| b.try_into().ok()).map(u16::from_le_bytes);
+    let word =
+        |at: usize| object.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes);
+    let long =
+        |at: usize| object.get(at..at + 8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
     let (table, size, count) = (long(0x28), half(0x3a), half(0x3c));
     let (table, size, count) =
         (table.context("a table")? as usize, size.context("a size")?, count.context("a count")?);
@@ -276,7 +297,8 @@ fn programs_of(object: &[u8]) -> Result<Vec<(usize, usize)>> {
         let at = table + index * usize::from(size);
         // Program bits that are executed.
         if word(at + 4) == Some(1) && long(at + 8).is_some_and(|flags| flags & 4 != 0) {
-            let (start, length) = (long(at + 0x18).context("a start")?, long(at + 0x20).context("a length")?);
+            let (start, length) =
+                (long(at + 0x18).context("a start")?, long(at + 0x20).context("a length")?);
             if length > 0 {
                 found.push((start as usize, length as usize));
             }

@@ -1,4 +1,5 @@
-//! XDP on the uplink, with full checksums as from a wire, and with the partial ones of veths, which are left to tc.
+//! XDP on the uplink, with full checksums as from a wire, and with the partial ones of veths, which
+//! are left to tc.
 //!
 //! test-threads: 2
 
@@ -8,8 +9,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, bail, ensure};
 use lab_support::{
-    Cluster, DNS, ENOUGH, HTTP, Plan, WEB, addresses_of_client, all_answer, are_nearly, counted, external_ip,
-    reaches, skip, status, transfers, url, word,
+    Cluster, DNS, ENOUGH, HTTP, Plan, WEB, addresses_of_client, all_answer, are_nearly, counted,
+    external_ip, reaches, skip, status, transfers, url, word,
 };
 use sluice_lab::{Counter, Place, Side, Way};
 
@@ -42,13 +43,18 @@ impl Witness {
         let count = |address| node.count_packets(node.uplink(), at, (Side::Destination, address));
         Ok(Self {
             vip: count(vip)?,
-            backends: cluster.backends.iter().map(|pod| count(pod.ipv4())).collect::<Result<_>>()?,
+            backends: cluster
+                .backends
+                .iter()
+                .map(|pod| count(pod.ipv4()))
+                .collect::<Result<_>>()?,
         })
     }
 
     /// Packets that came to tc untranslated, and translated.
     fn seen(&self) -> Result<(u64, u64)> {
-        let translated: Vec<u64> = self.backends.iter().map(Counter::packets).collect::<Result<_>>()?;
+        let translated: Vec<u64> =
+            self.backends.iter().map(Counter::packets).collect::<Result<_>>()?;
         Ok((self.vip.packets()?, translated.iter().sum()))
     }
 }
@@ -100,6 +106,9 @@ fn xdp_leaves_partial_checksums_to_tc() -> Result<()> {
     println!("at tc {untranslated} untranslated, {translated} translated");
     ensure!(untranslated > 5 * u64::from(ENOUGH), "{untranslated} packets came to tc untranslated");
     // A reset has no offload: its checksum is full. Everything with data is partial.
-    ensure!(translated < untranslated / 20, "XDP translated {translated} of {untranslated} packets");
+    ensure!(
+        translated < untranslated / 20,
+        "XDP translated {translated} of {untranslated} packets"
+    );
     Ok(())
 }

@@ -40,7 +40,9 @@ impl Watch {
     /// Expects a Service to appear or change, or to go.
     async fn expect(&mut self, name: &str, exists: bool) {
         let change = self.next().await;
-        let Change::Service(found, spec) = &change else { panic!("{change:?} instead of Service {name}") };
+        let Change::Service(found, spec) = &change else {
+            panic!("{change:?} instead of Service {name}")
+        };
         assert_eq!((found, spec.is_some()), (&ObjectName::new("default", name), exists));
     }
 

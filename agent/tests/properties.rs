@@ -7,8 +7,8 @@ use ipnet::IpNet;
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use sluice::image::{
-    CLASSES, Dataplane, FamilyImage, FamilyWrite, Faulty, Image, Memory, PERMITTED, Reconciler, SourceKey,
-    Stack, Write, diff, node_port_bit,
+    CLASSES, Dataplane, FamilyImage, FamilyWrite, Faulty, Image, Memory, PERMITTED, Reconciler,
+    SourceKey, Stack, Write, diff, node_port_bit,
 };
 use sluice::model::desired::PortKey;
 use sluice::model::object::{IpFamily, Protocol};
@@ -16,8 +16,8 @@ use sluice::model::policy::Policies;
 use sluice::model::{Batch, Desired, DesiredBackend, DesiredPort, FrontendKind, ObjectName};
 use sluice::plan::{Plan, Sizes};
 use sluice_common::abi::{
-    Backend, NAME_MAX, Name, NodeAddress, Range, Service, ServiceKey, ServicePort, backend, frontend,
-    listing, node_address, policy,
+    Backend, NAME_MAX, Name, NodeAddress, Range, Service, ServiceKey, ServicePort, backend,
+    frontend, listing, node_address, policy,
 };
 use sluice_common::maglev::{self, Turn};
 use sluice_common::{Family, V4, V6, family};
@@ -34,9 +34,14 @@ fn nothing_dangles(image: &Image) -> Result<(), String> {
     let mut ranges: BTreeMap<u32, u32> = BTreeMap::new();
     for (id, port) in &image.ports {
         for range in port.ranges.map(Range).into_iter().filter(|range| range.size() != 0) {
-            let slots = image.slots.get(&range.start()).ok_or(format!("port {id} leads to no slots"))?;
+            let slots =
+                image.slots.get(&range.start()).ok_or(format!("port {id} leads to no slots"))?;
             if slots.len() as u32 != range.size() {
-                return Err(format!("range of port {id} has {} slots, not {}", slots.len(), range.size()));
+                return Err(format!(
+                    "range of port {id} has {} slots, not {}",
+                    slots.len(),
+                    range.size()
+                ));
             }
             if range.start() % 16 != 0 {
                 return Err(format!("range {} begins within a block", range.start()));
@@ -90,7 +95,8 @@ fn family_is_sound<F: Stack>(image: &Image) -> Result<(), String> {
         if service.kind == frontend::ADDRESS {
             continue;
         }
-        let name = image.names.get(&service.service_port).ok_or(format!("{key:?} leads nowhere"))?;
+        let name =
+            image.names.get(&service.service_port).ok_or(format!("{key:?} leads nowhere"))?;
         if name.family != F::VERSION || !image.ports.contains_key(&service.service_port) {
             return Err(format!("{key:?} leads to a port of another family, or none"));
         }
@@ -201,7 +207,9 @@ fn random_image() -> impl Strategy<Value = Image> {
                 std::mem::swap(&mut v6, &mut image.v6.backends);
                 let live = if port.v6 {
                     fill_family::<V6>(&mut image.v6, &mut v6, id, &port, |a| {
-                        IpAddr::V6(Ipv6Addr::from([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a]))
+                        IpAddr::V6(Ipv6Addr::from([
+                            0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a,
+                        ]))
                     })
                 } else {
                     fill_family::<V4>(&mut image.v4, &mut v4, id, &port, |a| {
@@ -212,16 +220,19 @@ fn random_image() -> impl Strategy<Value = Image> {
                 image.v6.backends = v6;
                 let mut ranges = [Range(0); 2];
                 if !live.is_empty() {
-                    for ((range, block), size) in ranges.iter_mut().zip(port.blocks).zip(port.sizes) {
-                        let taken: BTreeSet<u32> =
-                            (0..u32::from(size).div_ceil(16)).map(|more| u32::from(block) + more).collect();
+                    for ((range, block), size) in ranges.iter_mut().zip(port.blocks).zip(port.sizes)
+                    {
+                        let taken: BTreeSet<u32> = (0..u32::from(size).div_ceil(16))
+                            .map(|more| u32::from(block) + more)
+                            .collect();
                         if size == 0 || !blocks.is_disjoint(&taken) {
                             continue;
                         }
                         blocks.extend(taken);
                         let start = u32::from(block) * 16;
                         *range = Range::new(start, u16::from(size));
-                        let slots = (0..usize::from(size)).map(|slot| live[slot % live.len()]).collect();
+                        let slots =
+                            (0..usize::from(size)).map(|slot| live[slot % live.len()]).collect();
                         let _ = image.slots.insert(start, slots);
                     }
                 }
@@ -240,9 +251,19 @@ fn random_image() -> impl Strategy<Value = Image> {
                 let _ = image.ports.insert(id, ServicePort { ranges, affinity_seconds, flags });
                 for (network, length) in port.sources {
                     if port.v6 {
-                        insert_source::<V6>(&mut image.v6, id, address(IpFamily::V6, 7, network), length);
+                        insert_source::<V6>(
+                            &mut image.v6,
+                            id,
+                            address(IpFamily::V6, 7, network),
+                            length,
+                        );
                     } else {
-                        insert_source::<V4>(&mut image.v4, id, address(IpFamily::V4, 7, network), length);
+                        insert_source::<V4>(
+                            &mut image.v4,
+                            id,
+                            address(IpFamily::V4, 7, network),
+                            length,
+                        );
                     }
                 }
             }
@@ -250,8 +271,12 @@ fn random_image() -> impl Strategy<Value = Image> {
                 let node = NodeAddress { flags: u32::from(serves) * node_address::NODE_PORTS };
                 for family in IpFamily::ALL {
                     match address(family, 9, low) {
-                        IpAddr::V4(address) => drop(image.v4.node_addresses.insert(address.into(), node)),
-                        IpAddr::V6(address) => drop(image.v6.node_addresses.insert(address.into(), node)),
+                        IpAddr::V4(address) => {
+                            let _ = image.v4.node_addresses.insert(address.into(), node);
+                        }
+                        IpAddr::V6(address) => {
+                            let _ = image.v6.node_addresses.insert(address.into(), node);
+                        }
                     }
                 }
             }
@@ -279,8 +304,8 @@ fn fill_family<F: Stack>(
         }
         let flags = u32::from(*serving) * backend::SERVING;
         let generation = *generation;
-        let _ =
-            backends.insert(backend_id, Backend { address, port: 80, generation, service_port: id, flags });
+        let _ = backends
+            .insert(backend_id, Backend { address, port: 80, generation, service_port: id, flags });
         if *serving {
             live.push(backend_id);
         }
@@ -298,7 +323,12 @@ fn fill_family<F: Stack>(
     live
 }
 
-fn insert_source<F: Stack>(maps: &mut FamilyImage<F>, service_port: u32, network: IpAddr, length: u8) {
+fn insert_source<F: Stack>(
+    maps: &mut FamilyImage<F>,
+    service_port: u32,
+    network: IpAddr,
+    length: u8,
+) {
     let Some(network) = F::address(network) else { return };
     let _ = maps.source_ranges.insert(SourceKey { service_port, length, network }, PERMITTED);
 }
@@ -327,7 +357,12 @@ fn list_all<F: Stack>(image: &mut Image) {
         .filter(|(_, service)| service.kind != frontend::NODE_PORT)
         .map(|(key, _)| (lane(&key.address), listing::FRONTEND))
         .chain(F::of(image).node_addresses.iter().map(node))
-        .chain(F::of(image).backends.values().map(|backend| (lane(&backend.address), listing::BACKEND)))
+        .chain(
+            F::of(image)
+                .backends
+                .values()
+                .map(|backend| (lane(&backend.address), listing::BACKEND)),
+        )
         .collect();
     for (lane, bits) in bits {
         *image.lanes.entry(lane).or_default() |= bits;
@@ -390,7 +425,11 @@ fn wish() -> impl Strategy<Value = Wish> {
     (
         any::<[bool; 6]>(),
         (80..82_u16, 0..3_u32, prop::collection::btree_set(0..5_u8, 0..3)),
-        btree_map(1..24_u8, (prop::bool::weighted(0.8), prop::bool::weighted(0.7), any::<bool>()), 0..12),
+        btree_map(
+            1..24_u8,
+            (prop::bool::weighted(0.8), prop::bool::weighted(0.7), any::<bool>()),
+            0..12,
+        ),
         prop::bool::weighted(0.9),
     )
         .prop_map(|(switches, (number, affinity_seconds, sources), mut endpoints, alike)| {
@@ -432,7 +471,12 @@ fn desired(index: u8, wish: &Wish) -> Desired {
         if !wanted {
             continue;
         }
-        let key = PortKey { service: service(index), port: "web".into(), protocol: Protocol::Tcp, family };
+        let key = PortKey {
+            service: service(index),
+            port: "web".into(),
+            protocol: Protocol::Tcp,
+            family,
+        };
         let external_local = wish.external_local;
         let mut port = DesiredPort {
             number: wish.number,
@@ -455,17 +499,23 @@ fn desired(index: u8, wish: &Wish) -> Desired {
         }
         if !wish.sources.is_empty() {
             let range = |low: &u8| {
-                IpNet::new(address(family, 203, *low), 31).expect("a length of both families").trunc()
+                IpNet::new(address(family, 203, *low), 31)
+                    .expect("a length of both families")
+                    .trunc()
             };
             port.sources = Some(wish.sources.iter().map(range).collect());
         }
         for (low, (inside, outside, local)) in &wish.endpoints {
-            let want =
-                DesiredBackend { selected: [*inside, *inside, *outside], local: *local, host: low % 7 == 0 };
+            let want = DesiredBackend {
+                selected: [*inside, *inside, *outside],
+                local: *local,
+                host: low % 7 == 0,
+            };
             let _ = port.backends.insert((address(family, 1, *low), 8080), want);
         }
-        port.drops = [0, 1, 2]
-            .map(|class| wish.drops && !port.backends.values().any(|backend| backend.selected[class]));
+        port.drops = [0, 1, 2].map(|class| {
+            wish.drops && !port.backends.values().any(|backend| backend.selected[class])
+        });
         let _ = desired.ports.insert(key, port);
     }
     desired
@@ -524,7 +574,10 @@ fn content(image: &Image) -> BTreeMap<String, Vec<String>> {
 fn batch(complete: bool, wishes: &BTreeMap<u8, Wish>) -> Batch {
     Batch {
         complete,
-        services: wishes.iter().map(|(index, wish)| (service(*index), desired(*index, wish))).collect(),
+        services: wishes
+            .iter()
+            .map(|(index, wish)| (service(*index), desired(*index, wish)))
+            .collect(),
     }
 }
 
@@ -695,11 +748,14 @@ fn a_backend_that_returns_has_its_id_and_generation_and_one_that_leaves_stops_se
     let _ = plan.update(&batch(true, &with(&[1, 2])));
     let before = plan.image().clone();
     let update = plan.update(&batch(false, &with(&[2])));
-    let left: Vec<_> = plan.image().v4.backends.iter().filter(|(_, backend)| backend.flags == 0).collect();
+    let left: Vec<_> =
+        plan.image().v4.backends.iter().filter(|(_, backend)| backend.flags == 0).collect();
     assert_eq!(left.len(), 1);
-    let place = |wanted: &dyn Fn(&Write) -> bool| update.writes.iter().position(wanted).expect("written");
+    let place =
+        |wanted: &dyn Fn(&Write) -> bool| update.writes.iter().position(wanted).expect("written");
     let flip = place(&|write| matches!(write, Write::Range { .. }));
-    let stops = place(&|write| matches!(write, Write::V4(FamilyWrite::BackendFlags { flags: 0, .. })));
+    let stops =
+        place(&|write| matches!(write, Write::V4(FamilyWrite::BackendFlags { flags: 0, .. })));
     let grace = place(&|write| *write == Write::Grace);
     let clear = place(&|write| matches!(write, Write::ClearSlots { .. }));
     assert!(flip < stops && stops < grace && grace < clear);
@@ -744,8 +800,10 @@ fn when_the_arena_is_full_updates_take_the_reserve_and_new_services_wait() {
     let again = plan.update(&batch(false, &[(1, simple(&[2, 5]))].into()));
     assert_eq!(again.notes[&service(1)], []);
     let mut fresh = Plan::new(Sizes::default());
-    let _ =
-        fresh.update(&batch(true, &[(0, simple(&[1, 4])), (1, simple(&[2, 5])), (2, simple(&[3]))].into()));
+    let _ = fresh.update(&batch(
+        true,
+        &[(0, simple(&[1, 4])), (1, simple(&[2, 5])), (2, simple(&[3]))].into(),
+    ));
     assert_eq!(content(plan.image()), content(fresh.image()));
 }
 
@@ -788,18 +846,23 @@ fn clients_keep_their_source_only_while_their_range_is_local() {
 #[test]
 fn sources_that_may_not_use_a_frontend_never_reach_it() {
     let plain: BTreeMap<u8, Wish> = [(0, simple(&[1]))].into();
-    let restricted = [(0, Wish { load_balancer: true, sources: [1, 3].into(), ..simple(&[1]) })].into();
+    let restricted =
+        [(0, Wish { load_balancer: true, sources: [1, 3].into(), ..simple(&[1]) })].into();
     let mut plan = Plan::new(Sizes::default());
     let _ = plan.update(&batch(true, &plain));
     let flags = |write: &Write| matches!(write, Write::Port { .. });
     let comes = plan.update(&batch(false, &restricted)).writes;
-    let lets_in = place(&comes, |write| matches!(write, Write::V4(FamilyWrite::SourceInsert { .. })));
-    let appears = place(&comes, |write| matches!(write, Write::V4(FamilyWrite::ServiceInsert { .. })));
+    let lets_in =
+        place(&comes, |write| matches!(write, Write::V4(FamilyWrite::SourceInsert { .. })));
+    let appears =
+        place(&comes, |write| matches!(write, Write::V4(FamilyWrite::ServiceInsert { .. })));
     assert!(lets_in < place(&comes, flags) && place(&comes, flags) < appears);
     let goes = plan.update(&batch(false, &plain)).writes;
-    let disappears = place(&goes, |write| matches!(write, Write::V4(FamilyWrite::ServiceRemove { .. })));
+    let disappears =
+        place(&goes, |write| matches!(write, Write::V4(FamilyWrite::ServiceRemove { .. })));
     let grace = place(&goes, |write| *write == Write::Grace);
-    let forgets = place(&goes, |write| matches!(write, Write::V4(FamilyWrite::SourceRemove { .. })));
+    let forgets =
+        place(&goes, |write| matches!(write, Write::V4(FamilyWrite::SourceRemove { .. })));
     assert!(disappears < place(&goes, flags) && place(&goes, flags) < grace && grace < forgets);
 }
 
@@ -834,7 +897,8 @@ fn the_work_of_a_change_does_not_grow_with_the_cluster() {
         let _ = plan.update(&batch(true, &all));
         plan.update(&batch(false, &[(0, wish(4))].into())).writes.len()
     };
-    // Endpoints are shared by all Services here, so that the departed one's origins change but do not go.
+    // Endpoints are shared by all Services here, so that the departed one's origins change but do
+    // not go.
     assert!(writes(250) <= writes(2) + 1);
 }
 
@@ -908,7 +972,8 @@ fn on_average_a_departure_moves_a_few_percent() {
     let before = table(&endpoints, size);
     let mut moved = 0;
     for gone in &endpoints {
-        let rest: Vec<(u32, u16)> = endpoints.iter().filter(|endpoint| *endpoint != gone).copied().collect();
+        let rest: Vec<(u32, u16)> =
+            endpoints.iter().filter(|endpoint| *endpoint != gone).copied().collect();
         let after = table(&rest, size);
         moved += before.iter().zip(&after).filter(|(old, new)| old != new && *old != gone).count();
     }
@@ -922,7 +987,9 @@ fn sizes_are_primes_that_grow_in_few_steps() {
     assert_eq!((sizes.first(), sizes.last()), (Some(&maglev::SIZE_MIN), Some(&maglev::SIZE_MAX)));
     for size in &sizes {
         assert!(
-            (2..*size).take_while(|divisor| divisor * divisor <= *size).all(|divisor| size % divisor != 0)
+            (2..*size)
+                .take_while(|divisor| divisor * divisor <= *size)
+                .all(|divisor| size % divisor != 0)
         );
     }
     for backends in 1..4_095 {

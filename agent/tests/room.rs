@@ -1,5 +1,5 @@
-//! Who gets what when there is not enough for all: the older Service first, ClusterIPs before the rest, and no
-//! namespace so much that others are refused.
+//! Who gets what when there is not enough for all: the older Service first, ClusterIPs before the
+//! rest, and no namespace so much that others are refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -9,8 +9,8 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use sluice::image::Image;
 use sluice::model::object::{
-    Address, Endpoint, IpFamily, PortSpec, Protocol, ServiceSpec, Slice, SliceKind, SliceLabels, SlicePart,
-    SlicePort,
+    Address, Endpoint, IpFamily, PortSpec, Protocol, ServiceSpec, Slice, SliceKind, SliceLabels,
+    SlicePart, SlicePort,
 };
 use sluice::model::report::Flaw;
 use sluice::model::{Change, Desired, Event, Model, ObjectName, Settings, SourceId};
@@ -40,7 +40,8 @@ impl Engine {
     fn feed(&mut self, changes: impl IntoIterator<Item = Change>) -> usize {
         let synced = (!std::mem::replace(&mut self.synced, true)).then_some(Change::Synced);
         for change in changes.into_iter().chain(synced) {
-            self.model.apply(Event { source: SourceId::Kubernetes, change }, SystemTime::UNIX_EPOCH);
+            self.model
+                .apply(Event { source: SourceId::Kubernetes, change }, SystemTime::UNIX_EPOCH);
         }
         let Some(batch) = self.model.take(SystemTime::UNIX_EPOCH) else { return 0 };
         let update = self.plan.update(&batch);
@@ -108,7 +109,11 @@ impl Wish {
             kind: if self.ranges > 0 { "LoadBalancer".into() } else { Box::default() },
             cluster_ips: vec![Address::Valid(self.cluster_ip)],
             ports: ports.collect(),
-            ingress: if self.ranges > 0 { vec![Address::Valid(self.balancer())] } else { Vec::new() },
+            ingress: if self.ranges > 0 {
+                vec![Address::Valid(self.balancer())]
+            } else {
+                Vec::new()
+            },
             external_ips: (0..self.external_ips)
                 .map(|low| Address::Valid(IpAddr::from([172, mark, index, low])))
                 .collect(),
@@ -173,7 +178,8 @@ fn sizes() -> Sizes {
     }
 }
 
-/// Somebody's Services that want more of something than there is, and one old Service of another namespace.
+/// Somebody's Services that want more of something than there is, and one old Service of another
+/// namespace.
 fn hog(wish: impl Fn(Wish) -> Wish, count: u8) -> Vec<Wish> {
     (0..count).map(|index| wish(Wish::new("aaa", index, Some(1_700_000_000)))).collect()
 }
@@ -192,13 +198,15 @@ fn dns() -> Wish {
 fn is_served_whole(engine: &Engine, wish: &Wish) {
     assert_eq!(engine.refused(&wish.name.namespace), [] as [String; 0]);
     let vips = [wish.cluster_ip, wish.balancer()];
-    for (vip, port) in vips.into_iter().flat_map(|vip| (0..wish.ports).map(move |port| (vip, 1_000 + port))) {
+    for (vip, port) in
+        vips.into_iter().flat_map(|vip| (0..wish.ports).map(move |port| (vip, 1_000 + port)))
+    {
         assert!(engine.serves(vip, port), "{vip}:{port}");
     }
 }
 
-/// Whatever a namespace wants too much of, another one's Service is served: at a start, when it comes later, though it be
-/// the youngest, when it changes, and by an agent that takes over.
+/// Whatever a namespace wants too much of, another one's Service is served: at a start, when it
+/// comes later, though it be the youngest, when it changes, and by an agent that takes over.
 fn leaves_room(hog: &[Wish], dns: &Wish) {
     let all = || hog.iter().flat_map(Wish::changes);
     let mut fresh = Engine::new(sizes());
@@ -236,7 +244,9 @@ fn a_namespace_that_wants_all_frontends_leaves_others_theirs_and_has_all_its_clu
         let mut engine = Engine::new(sizes());
         let _ = engine.feed(changes.iter().take(5).flat_map(Wish::changes));
         let _ = engine.feed(changes.iter().skip(5).flat_map(Wish::changes));
-        for (wish, port) in hog.iter().flat_map(|wish| (0..wish.ports).map(move |port| (wish, port))) {
+        for (wish, port) in
+            hog.iter().flat_map(|wish| (0..wish.ports).map(move |port| (wish, port)))
+        {
             assert!(engine.serves(wish.cluster_ip, 1_000 + port), "{}", wish.name);
         }
     }
@@ -262,7 +272,8 @@ fn a_namespace_that_wants_all_slots_leaves_others_theirs() {
     // Fewer blocks than the tables of all take.
     let sizes = Sizes { slot_blocks: 600, reserve_blocks: 40, ..Sizes::default() };
     let mut engine = Engine::new(sizes);
-    let _ = engine.feed(hog(|wish| Wish { ports: 10, pods: 20, ..wish }, 8).iter().flat_map(Wish::changes));
+    let _ = engine
+        .feed(hog(|wish| Wish { ports: 10, pods: 20, ..wish }, 8).iter().flat_map(Wish::changes));
     assert!(!engine.refused("aaa").is_empty(), "the test wants too little");
     let _ = engine.feed(dns().changes());
     is_served_whole(&engine, &dns());
@@ -271,7 +282,8 @@ fn a_namespace_that_wants_all_slots_leaves_others_theirs() {
 #[test]
 fn a_namespace_alone_has_nearly_all() {
     let mut engine = Engine::new(sizes());
-    let _ = engine.feed(hog(|wish| Wish { ports: 12, pods: 20, ..wish }, 12).iter().flat_map(Wish::changes));
+    let _ = engine
+        .feed(hog(|wish| Wish { ports: 12, pods: 20, ..wish }, 12).iter().flat_map(Wish::changes));
     let serving = engine.maps.v4.backends.len();
     assert!(serving >= 2_048 * 31 / 32 - 1, "{serving}");
 }
@@ -288,7 +300,8 @@ fn the_older_service_is_served_first_and_what_is_refused_is_served_when_there_is
     ];
     let mut engine = Engine::new(sizes);
     let _ = engine.feed(wishes.iter().flat_map(Wish::changes));
-    let served = |engine: &Engine| wishes.each_ref().map(|wish| engine.serves(wish.cluster_ip, 1_000));
+    let served =
+        |engine: &Engine| wishes.each_ref().map(|wish| engine.serves(wish.cluster_ip, 1_000));
     assert_eq!(served(&engine), [false, false, true, true]);
     let _ = engine.feed(old.gone());
     assert_eq!(served(&engine), [false, true, false, true], "the oldest of those that wait");
@@ -302,7 +315,8 @@ fn what_goes_makes_room_for_as_many_as_fit_at_once() {
     let _ = engine.feed(large.changes());
     let small: Vec<Wish> = (0..60).map(|index| Wish::new("small", index, Some(2))).collect();
     let _ = engine.feed(small.iter().flat_map(Wish::changes));
-    let served = |engine: &Engine| small.iter().filter(|wish| engine.serves(wish.cluster_ip, 1_000)).count();
+    let served =
+        |engine: &Engine| small.iter().filter(|wish| engine.serves(wish.cluster_ip, 1_000)).count();
     let before = served(&engine);
     let _ = engine.feed(large.gone());
     assert!(before < 5 && served(&engine) >= 37, "{before}, then {}", served(&engine));
@@ -340,7 +354,8 @@ fn the_four_least_frontends_answer_for_an_endpoint_of_many_service_ports() {
             let mut changes = wish.changes();
             for change in &mut changes {
                 if let Change::Slice(_, _, Some(slice)) = change {
-                    slice.parts[0].ports = vec![SlicePort { name: "p0".into(), ..slice_port.clone() }];
+                    slice.parts[0].ports =
+                        vec![SlicePort { name: "p0".into(), ..slice_port.clone() }];
                     for (low, endpoint) in (0..).zip(&mut slice.parts[0].endpoints) {
                         endpoint.address = Address::Valid(IpAddr::from([10, 1, 0, low]));
                     }
@@ -355,17 +370,17 @@ fn the_four_least_frontends_answer_for_an_endpoint_of_many_service_ports() {
     let least: Vec<_> = (0..4).map(|index| Wish::new("same", index, None).cluster_ip).collect();
     assert_eq!(engine.maps.v4.origins.len(), 4);
     for origins in engine.maps.v4.origins.values() {
-        let vips =
-            origins.frontends.iter().map(|origin| IpAddr::from(std::net::Ipv4Addr::from(origin.address)));
+        let vips = origins
+            .frontends
+            .iter()
+            .map(|origin| IpAddr::from(std::net::Ipv4Addr::from(origin.address)));
         assert_eq!(vips.collect::<Vec<_>>(), least);
     }
     let first = Wish::new("same", 0, None);
     let _ = engine.feed(first.gone());
-    assert!(
-        engine.maps.v4.origins.values().all(|origins| {
-            IpAddr::from(std::net::Ipv4Addr::from(origins.frontends[0].address)) == least[1]
-        })
-    );
+    assert!(engine.maps.v4.origins.values().all(|origins| {
+        IpAddr::from(std::net::Ipv4Addr::from(origins.frontends[0].address)) == least[1]
+    }));
 }
 
 // --- circles --------------------------------------------------------------------------------
@@ -385,7 +400,13 @@ const NODE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 99));
 fn knot() -> impl Strategy<Value = Knot> {
     let low = || prop::collection::btree_set(0..6_u8, 0..3);
     (prop::option::of(0..3_i64), low(), any::<bool>(), low(), prop::bool::weighted(0.8)).prop_map(
-        |(created, vips, node_port, endpoints, there)| Knot { created, vips, node_port, endpoints, there },
+        |(created, vips, node_port, endpoints, there)| Knot {
+            created,
+            vips,
+            node_port,
+            endpoints,
+            there,
+        },
     )
 }
 
@@ -421,8 +442,10 @@ fn knot_changes(index: u8, knot: &Knot) -> Vec<Change> {
         nodes: Box::default(),
     };
     let slice_port = SlicePort { name: "".into(), number: Some(80), protocol: "TCP".into() };
-    let part =
-        SlicePart { ports: vec![slice_port], endpoints: knot.endpoints.iter().map(endpoint).collect() };
+    let part = SlicePart {
+        ports: vec![slice_port],
+        endpoints: knot.endpoints.iter().map(endpoint).collect(),
+    };
     let slice = Slice {
         service: Some(name.name.clone()),
         family: Ok(Some(IpFamily::V4)),
@@ -451,7 +474,10 @@ fn new_model(node_ports: bool) -> Model {
     let settings = Settings { sources: [SourceId::Kubernetes].into(), ..Settings::default() };
     let mut model = Model::new(settings);
     model.set_interfaces([(NODE, node_ports)].into());
-    model.apply(Event { source: SourceId::Kubernetes, change: Change::Synced }, SystemTime::UNIX_EPOCH);
+    model.apply(
+        Event { source: SourceId::Kubernetes, change: Change::Synced },
+        SystemTime::UNIX_EPOCH,
+    );
     model
 }
 

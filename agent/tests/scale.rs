@@ -8,7 +8,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use sluice::image::{Dataplane, Memory};
 use sluice::model::object::{
-    Address, Endpoint, IpFamily, PortSpec, ServiceSpec, Slice, SliceKind, SliceLabels, SlicePart, SlicePort,
+    Address, Endpoint, IpFamily, PortSpec, ServiceSpec, Slice, SliceKind, SliceLabels, SlicePart,
+    SlicePort,
 };
 use sluice::model::{Change, Event, Model, ObjectName, Settings, SourceId};
 use sluice::plan::{Plan, Sizes};
@@ -60,13 +61,15 @@ fn slice(index: u32, count: u32, node: &Arc<str>) -> Change {
 fn resident_mib() -> usize {
     let status = fs::read_to_string("/proc/self/status").expect("Linux");
     let line = status.lines().find(|line| line.starts_with("VmRSS")).expect("a process has memory");
-    line.split_whitespace().nth(1).and_then(|kib| kib.parse::<usize>().ok()).expect("a number") / 1_024
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse::<usize>().ok()).expect("a number")
+        / 1_024
 }
 
 #[test]
 #[ignore = "wants an optimised build"]
 fn a_quarter_of_a_million_endpoints() {
-    let mut model = Model::new(Settings { sources: [SourceId::Kubernetes].into(), ..Settings::default() });
+    let mut model =
+        Model::new(Settings { sources: [SourceId::Kubernetes].into(), ..Settings::default() });
     let mut plan = Plan::new(Sizes::default());
     let mut maps = Memory::default();
     let node: Arc<str> = "node".into();
@@ -86,7 +89,12 @@ fn a_quarter_of_a_million_endpoints() {
     let start = Instant::now();
     let update = plan.update(&batch);
     drop(batch);
-    println!("planned in {:?}: {} writes, {} MiB", start.elapsed(), update.writes.len(), resident_mib());
+    println!(
+        "planned in {:?}: {} writes, {} MiB",
+        start.elapsed(),
+        update.writes.len(),
+        resident_mib()
+    );
     maps.apply(&update.writes).expect("memory takes all");
     drop(update);
     println!("with the maps' copy {} MiB", resident_mib());
@@ -112,11 +120,13 @@ fn a_quarter_of_a_million_endpoints() {
     assert!(worst < Duration::from_millis(50));
 }
 
-/// 53 Services with 100 ports each, all over the same 50 pods: 265 000 backends, more than there are.
+/// 53 Services with 100 ports each, all over the same 50 pods: 265 000 backends, more than there
+/// are.
 #[test]
 #[ignore = "wants an optimised build"]
 fn the_same_endpoints_behind_thousands_of_service_ports() {
-    let mut model = Model::new(Settings { sources: [SourceId::Kubernetes].into(), ..Settings::default() });
+    let mut model =
+        Model::new(Settings { sources: [SourceId::Kubernetes].into(), ..Settings::default() });
     let mut plan = Plan::new(Sizes::default());
     let node: Arc<str> = "node".into();
     for index in 0..53 {
@@ -131,7 +141,9 @@ fn the_same_endpoints_behind_thousands_of_service_ports() {
             ports: (0..100).map(port).collect(),
             ..ServiceSpec::default()
         };
-        let Change::Slice(kind, name, Some(mut slice)) = slice(0, ENDPOINTS, &node) else { continue };
+        let Change::Slice(kind, name, Some(mut slice)) = slice(0, ENDPOINTS, &node) else {
+            continue;
+        };
         let slice_port = |number: i32| SlicePort {
             name: format!("p{number}").into(),
             number: Some(8_080),
@@ -140,9 +152,10 @@ fn the_same_endpoints_behind_thousands_of_service_ports() {
         slice.parts[0].ports = (0..100).map(slice_port).collect();
         slice.service = Some(self::name(index).name);
         let slice_name = ObjectName { name: self::name(index).name, ..name };
-        for change in
-            [Change::Service(self::name(index), Some(spec)), Change::Slice(kind, slice_name, Some(slice))]
-        {
+        for change in [
+            Change::Service(self::name(index), Some(spec)),
+            Change::Slice(kind, slice_name, Some(slice)),
+        ] {
             model.apply(Event { source: SourceId::Kubernetes, change }, SystemTime::UNIX_EPOCH);
         }
     }
@@ -154,7 +167,11 @@ fn the_same_endpoints_behind_thousands_of_service_ports() {
     let start = Instant::now();
     let update = plan.update(&batch);
     let backends = plan.image().v4.backends.len();
-    println!("planned in {:?}: {} writes, {backends} backends", start.elapsed(), update.writes.len());
+    println!(
+        "planned in {:?}: {} writes, {backends} backends",
+        start.elapsed(),
+        update.writes.len()
+    );
     let start = Instant::now();
     let _ = Plan::adopt(Sizes::default(), plan.image().clone()).update(&batch);
     println!("adopted in {:?}", start.elapsed());

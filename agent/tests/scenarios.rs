@@ -1,11 +1,12 @@
 //! Behaviours as files: manifests in, the maps' content out.
 //!
-//! A scenario is a text in `scenarios/`: remarks, then sections. `-- file NAME --` writes a manifest,
-//! `-- seed NAME --` takes one from `seeds/`, `-- remove NAME --` removes one, `-- options --` holds
-//! `node`, `proxy-name`, `interface`, `node-ports` (an interface's address that serves them), `primary`, `external-ips`
-//! (`off`, or a range that is allowed) and `leave`, and `-- maps --` is what the maps hold and what is reported once
-//! the folder has been read. Ids do not show; for each backend its share of the slots does. Everything runs through
-//! the real folder, model and plan into maps in memory.
+//! A scenario is a text in `scenarios/`: remarks, then sections. `-- file NAME --` writes a
+//! manifest, `-- seed NAME --` takes one from `seeds/`, `-- remove NAME --` removes one,
+//! `-- options --` holds `node`, `proxy-name`, `interface`, `node-ports` (an interface's address
+//! that serves them), `primary`, `external-ips` (`off`, or a range that is allowed) and `leave`,
+//! and `-- maps --` is what the maps hold and what is reported once the folder has been read. Ids
+//! do not show; for each backend its share of the slots does. Everything runs through the real
+//! folder, model and plan into maps in memory.
 //!
 //! Scenarios with one step run again in other orders of arrival, all at once and one by one, and
 //! must come to the same end. `SLUICE_BLESS=1 cargo test` rewrites the expectations.
@@ -89,7 +90,8 @@ impl Engine {
         for (service, check) in self.model.health_checks() {
             let _ = writeln!(text, "{service} at {}: healthy through {}", check.port, check.local);
         }
-        let mut reports: Vec<String> = self.model.reports().iter().map(ToString::to_string).collect();
+        let mut reports: Vec<String> =
+            self.model.reports().iter().map(ToString::to_string).collect();
         reports.sort();
         for report in reports {
             let report = report.replace(&format!("{}/", folder.display()), "");
@@ -113,7 +115,10 @@ fn print_family<F: Stack>(image: &Image, history: bool, text: &mut String) {
             frontend::NODE_PORT => "NodePort",
             frontend::ADDRESS => {
                 assert_eq!((key.port, key.protocol, service.service_port), (0, 0, 0));
-                assert!(listed::<F>(image, &key.address) & listing::FRONTEND != 0, "{vip} is not listed");
+                assert!(
+                    listed::<F>(image, &key.address) & listing::FRONTEND != 0,
+                    "{vip} is not listed"
+                );
                 continue;
             }
             _ => "unknown",
@@ -192,7 +197,8 @@ fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String
         let _ = writeln!(text, "  clients from outside keep their source");
     }
     let sources = F::of(image).source_ranges.keys().filter(|key| key.service_port == id);
-    let sources: Vec<String> = sources.map(|key| format!("{}/{}", F::ip(key.network), key.length)).collect();
+    let sources: Vec<String> =
+        sources.map(|key| format!("{}/{}", F::ip(key.network), key.length)).collect();
     assert_eq!(flags & policy::SOURCE_RANGES != 0, !sources.is_empty());
     if !sources.is_empty() {
         let _ = writeln!(text, "  load balancer only from {}", sources.join(" "));
@@ -216,8 +222,11 @@ fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String
             }
             let _ = writeln!(text, "  {who}{} slots", range.size());
         }
-        let mut backends: Vec<_> =
-            F::of(image).backends.iter().filter(|(_, backend)| backend.service_port == id).collect();
+        let mut backends: Vec<_> = F::of(image)
+            .backends
+            .iter()
+            .filter(|(_, backend)| backend.service_port == id)
+            .collect();
         backends.sort_by_key(|(_, backend)| (backend.address, backend.port));
         if backends.len() > 20 {
             let (least, most) = (slots.values().min(), slots.values().max());
@@ -231,10 +240,17 @@ fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String
         }
         for (backend_id, found) in backends {
             let at = SocketAddr::new(F::ip(found.address), found.port);
-            assert!(listed::<F>(image, &found.address) & listing::BACKEND != 0, "{at} is not listed");
+            assert!(
+                listed::<F>(image, &found.address) & listing::BACKEND != 0,
+                "{at} is not listed"
+            );
             let serving = found.flags & backend::SERVING != 0;
             let share = slots.get(backend_id);
-            assert_eq!(found.flags & (backend::SELECTED << class as u32) != 0, share.is_some(), "{at}");
+            assert_eq!(
+                found.flags & (backend::SELECTED << class as u32) != 0,
+                share.is_some(),
+                "{at}"
+            );
             let elsewhere = found.flags & (backend::SELECTED * 0b111) != 0;
             let state = match (serving, share) {
                 (true, Some(share)) => share.to_string(),
@@ -287,7 +303,9 @@ fn run(path: &Path) -> Result<(), String> {
     let mut settings = Settings { sources: [SourceId::Manifests].into(), ..Settings::default() };
     let mut interfaces = BTreeMap::new();
     let address = |text: &str| text.parse::<IpAddr>().map_err(|error| error.to_string());
-    for line in sections.iter().filter(|(head, _)| head == "options").flat_map(|(_, body)| body.lines()) {
+    for line in
+        sections.iter().filter(|(head, _)| head == "options").flat_map(|(_, body)| body.lines())
+    {
         match line.split_once(' ') {
             Some(("node", name)) => settings.node = Some(name.into()),
             Some(("proxy-name", name)) => settings.proxy_name = Some(name.into()),
@@ -296,7 +314,9 @@ fn run(path: &Path) -> Result<(), String> {
             Some(("primary", text)) => drop(settings.primary.insert(address(text)?)),
             Some(("leave", text)) => drop(settings.leave.insert(address(text)?)),
             Some(("external-ips", "off")) => settings.external_ips = ExternalIps::Off,
-            Some(("external-ips", text)) => settings.external_ips = ExternalIps::Within(vec![cidr(text)?]),
+            Some(("external-ips", text)) => {
+                settings.external_ips = ExternalIps::Within(vec![cidr(text)?]);
+            }
             _ => return Err(format!("unknown option {line:?}")),
         }
     }
@@ -309,8 +329,12 @@ fn run(path: &Path) -> Result<(), String> {
         let _ = writeln!(expected, "-- {head} --\n{}", body.trim_end_matches('\n'));
         let mut kept = body.clone();
         match head.split_once(' ').unwrap_or((head, "")) {
-            ("file", name) => fs::write(folder_path.join(name), body).map_err(|error| error.to_string())?,
-            ("remove", name) => fs::remove_file(folder_path.join(name)).map_err(|error| error.to_string())?,
+            ("file", name) => {
+                fs::write(folder_path.join(name), body).map_err(|error| error.to_string())?;
+            }
+            ("remove", name) => {
+                fs::remove_file(folder_path.join(name)).map_err(|error| error.to_string())?;
+            }
             ("seed", name) => {
                 let _ = fs::copy(tests().join("seeds").join(name), folder_path.join(name))
                     .map_err(|error| error.to_string())?;

@@ -6,14 +6,15 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use sluice::model::object::{
-    Address, Endpoint, IpFamily, NodeSpec, PortSpec, ServiceSpec, Slice, SliceKind, SliceLabels, SlicePart,
-    SlicePort,
+    Address, Endpoint, IpFamily, NodeSpec, PortSpec, ServiceSpec, Slice, SliceKind, SliceLabels,
+    SlicePart, SlicePort,
 };
 use sluice::model::policy::{Member, Place, Policies, categorize};
 use sluice::model::{Change, DesiredPort, Event, Model, ObjectName, Settings, SourceId};
 
-/// A case. Endpoints are R (ready), T (terminates, answers still) or U (not ready), then `L`: on this node; `z`
-/// and `y`: hinted for this node's zone, for another one. Sets of endpoints are their places in that list.
+/// A case. Endpoints are R (ready), T (terminates, answers still) or U (not ready), then `L`: on
+/// this node; `z` and `y`: hinted for this node's zone, for another one. Sets of endpoints are
+/// their places in that list.
 struct Case {
     number: &'static str,
     endpoints: &'static [&'static str],
@@ -24,7 +25,8 @@ struct Case {
     cluster: &'static str,
     local: &'static str,
     reachable: &'static str,
-    /// What becomes of clients of the ClusterIP, of those of an external address inside, and of those outside.
+    /// What becomes of clients of the ClusterIP, of those of an external address inside, and of
+    /// those outside.
     clients: [&'static str; 3],
     /// What the health check counts.
     health: usize,
@@ -185,7 +187,9 @@ impl Case {
     }
 
     fn spec(&self, kind: &str) -> ServiceSpec {
-        let word = |place: usize| if self.policies[place..].starts_with('L') { "Local" } else { "Cluster" };
+        let word = |place: usize| {
+            if self.policies[place..].starts_with('L') { "Local" } else { "Cluster" }
+        };
         ServiceSpec {
             internal_policy: word(0).into(),
             external_policy: word(1).into(),
@@ -214,9 +218,15 @@ fn service(kind: &str, external: bool) -> ServiceSpec {
 }
 
 /// What the model makes of a Service with slices.
-fn derive(spec: ServiceSpec, slices: Vec<(Option<i32>, Vec<Endpoint>)>) -> (DesiredPort, Option<usize>) {
-    let settings =
-        Settings { node: Some("here".into()), sources: [SourceId::Kubernetes].into(), ..Settings::default() };
+fn derive(
+    spec: ServiceSpec,
+    slices: Vec<(Option<i32>, Vec<Endpoint>)>,
+) -> (DesiredPort, Option<usize>) {
+    let settings = Settings {
+        node: Some("here".into()),
+        sources: [SourceId::Kubernetes].into(),
+        ..Settings::default()
+    };
     let mut model = Model::new(settings);
     let name = ObjectName::new("default", "web");
     let node = NodeSpec { zone: Some("ours".into()), ..NodeSpec::default() };
@@ -252,7 +262,9 @@ fn clients(port: &DesiredPort) -> [String; 3] {
     [0, 1, 2].map(|class| {
         let selected = port.backends.iter().filter(|(_, backend)| backend.selected[class]);
         let places: BTreeSet<String> = selected
-            .map(|((address, _), _)| address.to_string().rsplit('.').next().unwrap_or_default().to_owned())
+            .map(|((address, _), _)| {
+                address.to_string().rsplit('.').next().unwrap_or_default().to_owned()
+            })
             .collect();
         match (places.is_empty(), port.drops[class]) {
             (true, true) => "drop".to_owned(),
@@ -313,7 +325,8 @@ fn case_12_the_one_that_lives_beats_the_one_that_terminates_in_either_order() {
         nodes: Box::default(),
     };
     for first in [true, false] {
-        let slices = vec![(Some(8080), vec![endpoint(first)]), (Some(8080), vec![endpoint(!first)])];
+        let slices =
+            vec![(Some(8080), vec![endpoint(first)]), (Some(8080), vec![endpoint(!first)])];
         let (port, _) = derive(service("NodePort", true), slices);
         assert_eq!(clients(&port), ["0", "0", "0"]);
     }

@@ -8,7 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use aya::programs::{ProgramFd, loaded_programs};
 use sluice_lab::{
-    AgentOptions, AgentProcess, Client, Lab, Node, NodeOptions, Pod, Port, RpFilter, Running, Serve, Service,
+    AgentOptions, AgentProcess, Client, Lab, Node, NodeOptions, Pod, Port, RpFilter, Running,
+    Serve, Service,
 };
 
 /// An external address whose endpoint is a pod of the same node.
@@ -96,7 +97,9 @@ impl Bench {
                 program,
                 ..AgentOptions::default()
             })?;
-            agent.wait_ready(Duration::from_secs(30)).with_context(|| format!("the agent `{name}`"))?;
+            agent
+                .wait_ready(Duration::from_secs(30))
+                .with_context(|| format!("the agent `{name}`"))?;
             let programs = ids().difference(&before).copied().collect();
             subjects.push(Subject {
                 name: name.to_owned(),

@@ -18,8 +18,9 @@ const CONNECTIONS: u32 = 2000;
 /// What a connection may take at most.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Opens connections one after the other and resets each when the endpoint has greeted, so that none keeps its port and none
-/// waits in the endpoint's queue, where one too many costs a second; the connections a second.
+/// Opens connections one after the other and resets each when the endpoint has greeted, so that
+/// none keeps its port and none waits in the endpoint's queue, where one too many costs a second;
+/// the connections a second.
 fn connects(address: SocketAddr) -> Result<f64> {
     let started = Instant::now();
     for _ in 0..CONNECTIONS {
@@ -56,8 +57,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
         eprintln!("round {} of {ROUNDS}", round + 1);
     }
-    let rows: Vec<_> =
-        places.iter().zip(samples).map(|(what, samples)| Row::new(*what, Unit::Rate, samples)).collect();
+    let rows: Vec<_> = places
+        .iter()
+        .zip(samples)
+        .map(|(what, samples)| Row::new(*what, Unit::Rate, samples))
+        .collect();
     let names: Vec<_> = bench.subjects.iter().map(|subject| subject.name.as_str()).collect();
     report::print(Unit::Rate, &names, &rows, options.json.as_deref())
 }

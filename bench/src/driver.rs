@@ -52,9 +52,11 @@ pub(crate) struct Driver {
 impl Driver {
     /// Loads what `$SLUICE_BENCH_OBJECT` holds.
     pub(crate) fn load() -> Result<Self> {
-        let path = std::env::var_os("SLUICE_BENCH_OBJECT")
-            .context("SLUICE_BENCH_OBJECT does not say where the driver is: run `cargo xtask bench`")?;
-        let mut ebpf = Ebpf::load_file(&path).with_context(|| format!("cannot load {}", path.display()))?;
+        let path = std::env::var_os("SLUICE_BENCH_OBJECT").context(
+            "SLUICE_BENCH_OBJECT does not say where the driver is: run `cargo xtask bench`",
+        )?;
+        let mut ebpf =
+            Ebpf::load_file(&path).with_context(|| format!("cannot load {}", path.display()))?;
         for name in ["drive_tc", "nothing_tc"] {
             tc(&mut ebpf, name)?.load().with_context(|| format!("cannot load {name}"))?;
         }
@@ -76,13 +78,20 @@ impl Driver {
     /// Chooses the program, and the packets that are made for it.
     pub(crate) fn aim(&mut self, kind: Kind, program: &ProgramFd, packets: &Packets) -> Result<()> {
         let (_, target, _) = kind.of();
-        let map = self.ebpf.map_mut(target).with_context(|| format!("the driver has no map {target}"))?;
-        ProgramArray::try_from(map)?.set(0, program, 0).context("cannot aim the driver at a program")?;
+        let map =
+            self.ebpf.map_mut(target).with_context(|| format!("the driver has no map {target}"))?;
+        ProgramArray::try_from(map)?
+            .set(0, program, 0)
+            .context("cannot aim the driver at a program")?;
         self.packets(&packets.frame, packets.port_at as u32, &packets.ports)
     }
 
     fn packets(&mut self, frame: &[u8], port_at: u32, ports: &[u16]) -> Result<()> {
-        ensure!(frame.len() >= HEADERS, "a frame of {} bytes is too short for the driver", frame.len());
+        ensure!(
+            frame.len() >= HEADERS,
+            "a frame of {} bytes is too short for the driver",
+            frame.len()
+        );
         ensure!(
             !ports.is_empty() && ports.len() <= PORTS as usize,
             "the driver goes through 1 to {PORTS} ports, not {}",
@@ -97,9 +106,13 @@ impl Driver {
         for (index, port) in (0..).zip(ports) {
             table.set(index, port.to_be(), 0)?;
         }
-        let template = Template { headers, port_at, flows: ports.len() as u32, next: 0, reserved: 0 };
-        let mut templates: Array<_, Raw> =
-            self.ebpf.map_mut("template").context("the driver has no map `template`")?.try_into()?;
+        let template =
+            Template { headers, port_at, flows: ports.len() as u32, next: 0, reserved: 0 };
+        let mut templates: Array<_, Raw> = self
+            .ebpf
+            .map_mut("template")
+            .context("the driver has no map `template`")?
+            .try_into()?;
         Ok(templates.set(0, Raw(template), 0)?)
     }
 
@@ -112,7 +125,8 @@ impl Driver {
         repeat: u32,
     ) -> Result<(Duration, Vec<u8>)> {
         let context = match kind {
-            // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+            // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
+            // egress_ifindex.
             Kind::Xdp => [0, frame.len() as u32, 0, ifindex, 0, 0].map(u32::to_ne_bytes).concat(),
             Kind::Tc => {
                 let (length, at) = SKB;
@@ -148,19 +162,24 @@ impl Driver {
         frame: &[u8],
     ) -> Result<Vec<u8>> {
         let (_, target, _) = kind.of();
-        let map = self.ebpf.map_mut(target).with_context(|| format!("the driver has no map {target}"))?;
-        ProgramArray::try_from(map)?.set(0, program, 0).context("cannot aim the driver at a program")?;
+        let map =
+            self.ebpf.map_mut(target).with_context(|| format!("the driver has no map {target}"))?;
+        ProgramArray::try_from(map)?
+            .set(0, program, 0)
+            .context("cannot aim the driver at a program")?;
         self.packets(frame, NOWHERE, &[0])?;
         self.run(kind, ifindex, frame, 1).map(|(_, out)| out)
     }
 }
 
 fn tc<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
-    let program = ebpf.program_mut(name).with_context(|| format!("the driver has no program {name}"))?;
+    let program =
+        ebpf.program_mut(name).with_context(|| format!("the driver has no program {name}"))?;
     Ok(program.try_into()?)
 }
 
 fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
-    let program = ebpf.program_mut(name).with_context(|| format!("the driver has no program {name}"))?;
+    let program =
+        ebpf.program_mut(name).with_context(|| format!("the driver has no program {name}"))?;
     Ok(program.try_into()?)
 }

@@ -17,13 +17,20 @@ pub(crate) enum Segment {
 pub(crate) type End = (Ipv4Addr, u16);
 
 /// A frame for a device, long enough for the driver.
-pub(crate) fn frame(to: [u8; 6], source: End, destination: End, segment: Segment) -> Result<Vec<u8>> {
+pub(crate) fn frame(
+    to: [u8; 6],
+    source: End,
+    destination: End,
+    segment: Segment,
+) -> Result<Vec<u8>> {
     let packet = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 9], to)
         .ipv4(source.0.octets(), destination.0.octets(), 64)
         .tcp(source.1, destination.1, 1000, 65_000);
     let packet = match segment {
         Segment::Syn => packet.syn().options(&[TcpOptionElement::MaximumSegmentSize(1460)])?,
-        Segment::SynAck => packet.syn().ack(1001).options(&[TcpOptionElement::MaximumSegmentSize(1460)])?,
+        Segment::SynAck => {
+            packet.syn().ack(1001).options(&[TcpOptionElement::MaximumSegmentSize(1460)])?
+        }
         Segment::Ack => packet.ack(1001),
     };
     let payload = [0x5c; 64];
@@ -34,7 +41,8 @@ pub(crate) fn frame(to: [u8; 6], source: End, destination: End, segment: Segment
 
 /// Both ends of the segment in a frame.
 pub(crate) fn ends(frame: &[u8]) -> Result<(End, End)> {
-    let packet = etherparse::SlicedPacket::from_ethernet(frame).context("a program made no packet")?;
+    let packet =
+        etherparse::SlicedPacket::from_ethernet(frame).context("a program made no packet")?;
     let (Some(etherparse::NetSlice::Ipv4(ip)), Some(etherparse::TransportSlice::Tcp(tcp))) =
         (packet.net, packet.transport)
     else {
@@ -42,5 +50,8 @@ pub(crate) fn ends(frame: &[u8]) -> Result<(End, End)> {
     };
     let header = ip.header();
     ensure!(!ip.payload().fragmented, "a program made a fragment");
-    Ok(((header.source_addr(), tcp.source_port()), (header.destination_addr(), tcp.destination_port())))
+    Ok((
+        (header.source_addr(), tcp.source_port()),
+        (header.destination_addr(), tcp.destination_port()),
+    ))
 }

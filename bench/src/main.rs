@@ -1,7 +1,8 @@
 //! Sluice's benchmarks. `cargo xtask bench` builds what they need and runs them.
 //!
 //! Everything is measured in network namespaces of a lab, and everything that is compared is
-//! measured in one run, by turns: absolute times of two runs say nothing on a machine that others use.
+//! measured in one run, by turns: absolute times of two runs say nothing on a machine that others
+//! use.
 
 mod agents;
 mod connect;

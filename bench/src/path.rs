@@ -41,7 +41,8 @@ impl Device {
             address: String,
         }
         let text = subject.node.run("ip", ["-json", "link", "show", "dev", name])?;
-        let links: Vec<Link> = serde_json::from_str(&text).context("cannot read what `ip` prints")?;
+        let links: Vec<Link> =
+            serde_json::from_str(&text).context("cannot read what `ip` prints")?;
         let link = links.first().with_context(|| format!("the node has no device {name}"))?;
         let mut mac = [0; 6];
         for (byte, text) in mac.iter_mut().zip(link.address.split(':')) {
@@ -57,7 +58,8 @@ impl Device {
             dev: String,
         }
         let text = subject.node.run("ip", ["-json", "route", "get", &address.to_string()])?;
-        let routes: Vec<Route> = serde_json::from_str(&text).context("cannot read what `ip` prints")?;
+        let routes: Vec<Route> =
+            serde_json::from_str(&text).context("cannot read what `ip` prints")?;
         Self::find(subject, &routes.first().context("there is no route")?.dev)
     }
 }
@@ -73,7 +75,13 @@ struct Hop {
 }
 
 impl Hop {
-    fn new(what: &str, subject: &Subject, program: &str, to: Ipv4Addr, is_reply: bool) -> Result<Self> {
+    fn new(
+        what: &str,
+        subject: &Subject,
+        program: &str,
+        to: Ipv4Addr,
+        is_reply: bool,
+    ) -> Result<Self> {
         Ok(Self {
             what: what.to_owned(),
             kind: Kind::Tc,
@@ -100,7 +108,13 @@ impl Way {
     fn near(subject: &Subject, client: Ipv4Addr) -> Result<Self> {
         let pod = subject.near.ipv4();
         let hops = vec![
-            Hop::new("near: to the frontend, uplink ingress", subject, "tc_ingress_l2", client, false)?,
+            Hop::new(
+                "near: to the frontend, uplink ingress",
+                subject,
+                "tc_ingress_l2",
+                client,
+                false,
+            )?,
             Hop::new("near: to the endpoint, edge egress", subject, "tc_egress_l2", pod, false)?,
             Hop::new("near: the answer, edge ingress", subject, "tc_ingress_l2", pod, true)?,
             Hop::new("near: the answer, uplink egress", subject, "tc_egress_l2", client, true)?,
@@ -111,16 +125,34 @@ impl Way {
     /// To a pod of another node: the client is masqueraded.
     fn far(subject: &Subject, client: Ipv4Addr) -> Result<Self> {
         let hops = vec![
-            Hop::new("far: to the frontend, uplink ingress", subject, "tc_ingress_l2", client, false)?,
-            Hop::new("far: to the endpoint, uplink egress", subject, "tc_egress_l2", subject.far, false)?,
-            Hop::new("far: the answer, uplink ingress", subject, "tc_ingress_l2", subject.far, true)?,
+            Hop::new(
+                "far: to the frontend, uplink ingress",
+                subject,
+                "tc_ingress_l2",
+                client,
+                false,
+            )?,
+            Hop::new(
+                "far: to the endpoint, uplink egress",
+                subject,
+                "tc_egress_l2",
+                subject.far,
+                false,
+            )?,
+            Hop::new(
+                "far: the answer, uplink ingress",
+                subject,
+                "tc_ingress_l2",
+                subject.far,
+                true,
+            )?,
             Hop::new("far: the answer, uplink egress", subject, "tc_egress_l2", client, true)?,
         ];
         Ok(Self { frontend: FAR, client, hops })
     }
 
-    /// Sends a segment of a connection through all hooks of its direction; both ends as each hook sees them, and as they
-    /// are behind the last one.
+    /// Sends a segment of a connection through all hooks of its direction; both ends as each hook
+    /// sees them, and as they are behind the last one.
     fn send(
         &self,
         driver: &mut Driver,
@@ -145,7 +177,10 @@ impl Way {
         ensure!(endpoint.1 == TARGET, "no frontend took the packet: it went on to {endpoint:?}");
         let mut back = self.send(driver, (endpoint, shown), Segment::SynAck, true)?;
         let last = back.pop().context("no hop")?;
-        ensure!(last == (ends.1, ends.0), "the answer came back as {last:?}, the question was {ends:?}");
+        ensure!(
+            last == (ends.1, ends.0),
+            "the answer came back as {last:?}, the question was {ends:?}"
+        );
         let _ = self.send(driver, ends, Segment::Ack, false)?;
         let _ = self.send(driver, (endpoint, shown), Segment::Ack, true)?;
         to.extend(back);
@@ -160,7 +195,8 @@ impl Way {
             .enumerate()
             .map(|(at, hop)| {
                 let (source, destination) = first[at];
-                let port = |flow: &Vec<(End, End)>| if hop.is_reply { flow[at].1.1 } else { flow[at].0.1 };
+                let port =
+                    |flow: &Vec<(End, End)>| if hop.is_reply { flow[at].1.1 } else { flow[at].0.1 };
                 Ok(Packets {
                     frame: frame(hop.device.mac, source, destination, segment)?,
                     port_at: hop.port_at(),
@@ -205,7 +241,8 @@ struct Prepared {
 
 fn prepare(driver: &mut Driver, subject: &Subject, client: Ipv4Addr) -> Result<Prepared> {
     let mut open = |way: Way| -> Result<(Way, Vec<Packets>)> {
-        let flows = (OPEN..OPEN + FLOWS).map(|port| way.open(driver, port)).collect::<Result<Vec<_>>>()?;
+        let flows =
+            (OPEN..OPEN + FLOWS).map(|port| way.open(driver, port)).collect::<Result<Vec<_>>>()?;
         let packets = way.packets(&flows, Segment::Ack)?;
         Ok((way, packets))
     };
@@ -235,7 +272,12 @@ fn prepare(driver: &mut Driver, subject: &Subject, client: Ipv4Addr) -> Result<P
     Ok(Prepared { near, far, others })
 }
 
-fn measure(driver: &mut Driver, prepared: &Prepared, samples: &mut Samples, round: usize) -> Result<()> {
+fn measure(
+    driver: &mut Driver,
+    prepared: &Prepared,
+    samples: &mut Samples,
+    round: usize,
+) -> Result<()> {
     for (hop, packets) in &prepared.others {
         samples.add(&hop.what, time(driver, hop, packets, REPEAT)?);
     }
@@ -248,9 +290,11 @@ fn measure(driver: &mut Driver, prepared: &Prepared, samples: &mut Samples, roun
                 time(driver, hop, packets, REPEAT)?,
             );
         }
-        // A new flow is new once: its packets go through each hook once, and are looked at one by one in between.
+        // A new flow is new once: its packets go through each hook once, and are looked at one by
+        // one in between.
         let ports = OPENED + NEW * round as u16..OPENED + NEW * (round as u16 + 1);
-        let mut seen: Vec<_> = ports.map(|port| ((way.client, port), (way.frontend, PORT))).collect();
+        let mut seen: Vec<_> =
+            ports.map(|port| ((way.client, port), (way.frontend, PORT))).collect();
         for hop in way.hops.iter().filter(|hop| !hop.is_reply) {
             let (source, destination) = *seen.first().context("no flow")?;
             let packets = Packets {
@@ -278,11 +322,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut prepared = Vec::new();
     for subject in &bench.subjects {
         let made = subject.node.enter(|| prepare(&mut driver, subject, client))?;
-        prepared.push(made.with_context(|| format!("cannot open connections by `{}`", subject.name))?);
+        prepared
+            .push(made.with_context(|| format!("cannot open connections by `{}`", subject.name))?);
     }
     let mut samples: Vec<_> = bench.subjects.iter().map(|_| Samples(Vec::new())).collect();
     for round in 0..ROUNDS {
-        for ((subject, prepared), samples) in bench.subjects.iter().zip(&prepared).zip(&mut samples) {
+        for ((subject, prepared), samples) in bench.subjects.iter().zip(&prepared).zip(&mut samples)
+        {
             subject.node.enter(|| measure(&mut driver, prepared, samples, round))??;
         }
         eprintln!("round {} of {ROUNDS}", round + 1);
@@ -297,7 +343,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             row.push(of_one);
         }
     }
-    let rows: Vec<_> = rows.into_iter().map(|(what, samples)| Row::new(what, Unit::Time, samples)).collect();
+    let rows: Vec<_> =
+        rows.into_iter().map(|(what, samples)| Row::new(what, Unit::Time, samples)).collect();
     let names: Vec<_> = bench.subjects.iter().map(|subject| subject.name.as_str()).collect();
     report::print(Unit::Time, &names, &rows, options.json.as_deref())
 }

@@ -86,7 +86,8 @@ pub(crate) fn print(unit: Unit, names: &[&str], rows: &[Row], json: Option<&Path
     }
     println!("{table}");
     if let Some(path) = json {
-        let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+        let file =
+            File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
         serde_json::to_writer_pretty(
             file,
             &serde_json::json!({ "unit": unit, "agents": names, "rows": rows }),

@@ -1,15 +1,15 @@
 //! The maps' keys and values, declared once for kernel and agent.
 //!
-//! Addresses are the bytes as they stand on the wire; ports are numbers in host
-//! order, so that a plain `bpftool map dump` shows `80` and not `20480`. Every
-//! struct is free of padding (the sum of its fields' sizes is compared with its own
-//! at compile time) and its size is asserted beneath it, since a changed size is a changed layout:
-//! raise [`LAYOUT`] with it where the map's entries outlive an upgrade. A map that the agent fills is
-//! made anew where it differs.
+//! Addresses are the bytes as they stand on the wire; ports are numbers in host order, so that a
+//! plain `bpftool map dump` shows `80` and not `20480`. Every struct is free of padding (the sum of
+//! its fields' sizes is compared with its own at compile time) and its size is asserted beneath it,
+//! since a changed size is a changed layout: raise [`LAYOUT`] with it where the map's entries
+//! outlive an upgrade. A map that the agent fills is made anew where it differs.
 
 /// Version of everything in this file; part of the pin path.
 ///
-/// Maps of another version are never reused as they are: [`previous`] tells what becomes of those of the version before.
+/// Maps of another version are never reused as they are: [`previous`] tells what becomes of those
+/// of the version before.
 pub const LAYOUT: u32 = 3 + cfg!(feature = "next-layout") as u32;
 
 /// Entries of [`ServiceKey`] -> [`Service`], per family: 16 Ki x ~64 B = 1 MiB when full.
@@ -26,12 +26,13 @@ pub const BACKENDS_MAX: u32 = 262_144;
 pub const FLOWS_MAX: u32 = 262_144;
 /// Entries of each `embryonic` map: 32 Ki x ~110 B = 3.5 MiB (IPv4), ~6 MiB (IPv6).
 ///
-/// Fewer than the source ports that are given to clients ([`crate::path::PORTS`]): packets that nobody answers cannot use
-/// those up, however many they are, and even where their forward entries are evicted first.
+/// Fewer than the source ports that are given to clients ([`crate::path::PORTS`]): packets that
+/// nobody answers cannot use those up, however many they are, and even where their forward entries
+/// are evicted first.
 pub const EMBRYONIC_MAX: u32 = 32_768;
 const _: () = assert!(EMBRYONIC_MAX < crate::path::PORTS);
-/// Frontends that one UDP socket may ask at a time: kept with the socket, 192 B (IPv4) or 384 B (IPv6) beside what the kernel
-/// needs to keep anything with a socket.
+/// Frontends that one UDP socket may ask at a time: kept with the socket, 192 B (IPv4) or 384 B
+/// (IPv6) beside what the kernel needs to keep anything with a socket.
 pub const PEERS_MAX: usize = 8;
 /// Elements of `addresses`: 128 Ki words = 1 MiB, sixteen four-bit lanes a word.
 pub const ADDRESS_WORDS: u32 = 131_072;
@@ -66,7 +67,8 @@ pub const SOURCE_RANGES_MAX: u32 = 65_536;
 pub const FRAGMENTS_MAX: u32 = 8_192;
 /// Entries of each map of node addresses.
 pub const NODE_ADDRESSES_MAX: u32 = 4_096;
-/// Entries of each map of netfilter's flows, filled at a takeover; two a connection. 1 Mi x ~64 B = 64 MiB when full (IPv4).
+/// Entries of each map of netfilter's flows, filled at a takeover; two a connection. 1 Mi x ~64 B =
+/// 64 MiB when full (IPv4).
 pub const IMPORTED_MAX: u32 = 1_048_576;
 /// Entries of each map of routes' MTUs, allocated as they come: 16 Ki x ~64 B = 1 MiB when full.
 pub const ROUTE_MTUS_MAX: u32 = 16_384;
@@ -182,12 +184,13 @@ impl<A: Copy> Tuple<A> {
     }
 }
 
-/// Values of [`Tuple::side`]: at which side of the stack a packet of the tuple is translated, where that may be both.
+/// Values of [`Tuple::side`]: at which side of the stack a packet of the tuple is translated, where
+/// that may be both.
 pub mod side {
     /// Any but the other one.
     pub const NEAR: u8 = 0;
-    /// At the egress of the device that leads to the backend, where the client's source changes: the same tuple may come in
-    /// as well, from a client that speaks to the backend directly.
+    /// At the egress of the device that leads to the backend, where the client's source changes:
+    /// the same tuple may come in as well, from a client that speaks to the backend directly.
     pub const FAR: u8 = 1;
 }
 
@@ -199,8 +202,8 @@ pub const TICK_SHIFT: u32 = 30;
 
 /// Bits of [`Flow::state`]. Both directions' entries carry the same bits.
 pub mod state {
-    /// The endpoint has proven the flow: by a segment that is neither SYN nor RST (it knows the connection), by a datagram; or the
-    /// client has acknowledged what the endpoint answered.
+    /// The endpoint has proven the flow: by a segment that is neither SYN nor RST (it knows the
+    /// connection), by a datagram; or the client has acknowledged what the endpoint answered.
     pub const ESTABLISHED: u8 = 1;
     /// The client has sent a FIN.
     pub const FIN_FORWARD: u8 = 2;
@@ -210,23 +213,28 @@ pub mod state {
     pub const RESET_FORWARD: u8 = 8;
     /// The endpoint has sent a RST.
     pub const RESET_REPLY: u8 = 16;
-    /// What a client's slot says of a connection whose entries were lost; no packet has confirmed it.
+    /// What a client's slot says of a connection whose entries were lost; no packet has confirmed
+    /// it.
     pub const GUESS: u8 = 32;
-    /// The endpoint's packet has confirmed a guess; that the client knows the connection is still to be seen.
+    /// The endpoint's packet has confirmed a guess; that the client knows the connection is still
+    /// to be seen.
     pub const MATCHED: u8 = 64;
-    /// The endpoint has answered the SYN of an unproven flow: [`Flow::replied`](super::Flow::replied) is the number that its client
-    /// acknowledges then, which nobody else knows.
+    /// The endpoint has answered the SYN of an unproven flow:
+    /// [`Flow::replied`](super::Flow::replied) is the number that its client acknowledges then,
+    /// which nobody else knows.
     pub const ANSWERED: u8 = 128;
     /// Either side has sent a RST.
     pub const RESET: u8 = RESET_FORWARD | RESET_REPLY;
     /// Somebody has sent a FIN or a RST.
     pub const CLOSING: u8 = FIN_FORWARD | FIN_REPLY | RESET;
 
-    /// Whether the endpoint has ended the flow, or agreed to its end: a client's FIN or RST alone may be forged.
+    /// Whether the endpoint has ended the flow, or agreed to its end: a client's FIN or RST alone
+    /// may be forged.
     #[inline(always)]
     #[must_use]
     pub const fn has_ended(state: u8) -> bool {
-        state & RESET_REPLY != 0 || state & FIN_REPLY != 0 && state & (FIN_FORWARD | RESET_FORWARD) != 0
+        state & RESET_REPLY != 0
+            || state & FIN_REPLY != 0 && state & (FIN_FORWARD | RESET_FORWARD) != 0
     }
 }
 
@@ -234,22 +242,25 @@ pub mod state {
 pub mod flow {
     /// The entry translates replies (backend to client); else client to backend.
     pub const REPLY: u8 = 1;
-    /// The client is a socket of this host: replies are handed in where its route to the VIP leaves.
+    /// The client is a socket of this host: replies are handed in where its route to the VIP
+    /// leaves.
     pub const HOST: u8 = 2;
     /// Client and backend are the same address: packets are turned back where they came from.
     pub const HAIRPIN: u8 = 4;
-    /// A direct connection whose tuple equalled a live translated one: only its source port changes.
+    /// A direct connection whose tuple equalled a live translated one: only its source port
+    /// changes.
     pub const DIRECT: u8 = 8;
     /// The backend is on this node.
     pub const LOCAL: u8 = 16;
-    /// The client is shown to the backend as an address of this node. With [`HOST`] the entry itself says as which one; else
-    /// the entries with [`SOURCE`] do.
+    /// The client is shown to the backend as an address of this node. With [`HOST`] the entry
+    /// itself says as which one; else the entries with [`SOURCE`] do.
     pub const MASQUERADED: u8 = 32;
-    /// The entry translates the client's side: its source at the egress of the device that leads to the backend, and
-    /// back at that device's ingress. In between, the stack sees client and backend.
+    /// The entry translates the client's side: its source at the egress of the device that leads to
+    /// the backend, and back at that device's ingress. In between, the stack sees client and
+    /// backend.
     pub const SOURCE: u8 = 64;
-    /// The route back to the client leaves by another device than the client came in by: the reply is sent on as the
-    /// routes from the frontend's address say.
+    /// The route back to the client leaves by another device than the client came in by: the reply
+    /// is sent on as the routes from the frontend's address say.
     pub const AWAY: u8 = 128;
 }
 
@@ -286,9 +297,11 @@ pub mod frontend {
     pub const LOAD_BALANCER: u32 = 2;
     /// An address of `spec.externalIPs`.
     pub const EXTERNAL_IP: u32 = 3;
-    /// A node port. The key's address is the unspecified one: any address of this node that serves node ports.
+    /// A node port. The key's address is the unspecified one: any address of this node that serves
+    /// node ports.
     pub const NODE_PORT: u32 = 4;
-    /// A ClusterIP as such (port and protocol 0 in the key): its ports that no service port is for are rejected.
+    /// A ClusterIP as such (port and protocol 0 in the key): its ports that no service port is for
+    /// are rejected.
     pub const ADDRESS: u32 = 5;
 }
 
@@ -338,7 +351,8 @@ impl Range {
         Self(start as u64 | (size as u64) << 32)
     }
 
-    /// No slots: a client is dropped without an answer, where its policy leaves out backends that there are.
+    /// No slots: a client is dropped without an answer, where its policy leaves out backends that
+    /// there are.
     pub const DROP: Self = Self((verdict::DROP as u64) << 48);
 
     /// The first slot.
@@ -385,7 +399,8 @@ abi! {
         pub address: A,
         /// The endpoint's port, host order.
         pub port: u16,
-        /// Raised each time the id gets a new owner: a flow of another generation has lost its backend.
+        /// Raised each time the id gets a new owner: a flow of another generation has lost its
+        /// backend.
         pub generation: u16,
         /// Index into `ports` of the service port that owns the id.
         pub service_port: u32,
@@ -402,7 +417,8 @@ pub mod backend {
     pub const LOCAL: u32 = 2;
     /// The backend's address is one of this node's own.
     pub const HOST: u32 = 4;
-    /// The backend is in the set of [`super::Class`] `c` (bit `SELECTED << c`): affinity may lead to it.
+    /// The backend is in the set of [`super::Class`] `c` (bit `SELECTED << c`): affinity may lead
+    /// to it.
     pub const SELECTED: u32 = 8;
 }
 
@@ -434,7 +450,8 @@ abi! {
 
 /// Bits of [`Device::flags`].
 pub mod device_flags {
-    /// Packets that come in here are those of local pods (where [`super::Settings::detect_local`] is by device).
+    /// Packets that come in here are those of local pods (where [`super::Settings::detect_local`]
+    /// is by device).
     pub const LOCAL_PODS: u32 = 1;
     /// The device is a bridge: the programs of its ports may have translated a packet before.
     pub const BRIDGE: u32 = 2;
@@ -473,7 +490,8 @@ pub mod device {
 }
 
 abi! {
-    /// An address of this node; the value of `node_addresses_v4` and `node_addresses_v6`, keyed by address.
+    /// An address of this node; the value of `node_addresses_v4` and `node_addresses_v6`, keyed by
+    /// address.
     #[derive(Default)]
     pub struct NodeAddress {
         /// Bits of [`node_address`].
@@ -533,8 +551,8 @@ abi! {
 }
 
 abi! {
-    /// A frontend that a socket asked for, and the backend that it speaks to instead; with a TCP socket the value of
-    /// `peer_v4` and `peer_v6`.
+    /// A frontend that a socket asked for, and the backend that it speaks to instead; with a TCP
+    /// socket the value of `peer_v4` and `peer_v6`.
     pub struct Peer<A> {
         /// The VIP.
         pub frontend: A,
@@ -584,11 +602,13 @@ abi! {
     } size 32
 }
 
-/// Values and bits of [`Settings::phase`]: which packets without a flow entry are ours. Zero where nothing is left to netfilter.
+/// Values and bits of [`Settings::phase`]: which packets without a flow entry are ours. Zero where
+/// nothing is left to netfilter.
 pub mod phase {
     /// All of them.
     pub const SERVE: u32 = 0;
-    /// Those that open a connection. What is mid-stream, and UDP, may be a flow that netfilter translates.
+    /// Those that open a connection. What is mid-stream, and UDP, may be a flow that netfilter
+    /// translates.
     pub const IMPORT: u32 = 1;
     /// None: flows that are known are served, everything else passes untouched.
     pub const PASSIVE: u32 = 2;
@@ -600,10 +620,11 @@ pub mod phase {
     pub const IMPORTED_UDP: u32 = 8;
 }
 
-/// Bits of the values of `imported_v4` and `imported_v6`, keyed by [`Tuple`]: packets that netfilter translates, both
-/// directions as they come in.
+/// Bits of the values of `imported_v4` and `imported_v6`, keyed by [`Tuple`]: packets that
+/// netfilter translates, both directions as they come in.
 pub mod imported {
-    /// The connection has ended as far as netfilter knows: who opens one from the same port begins anew.
+    /// The connection has ended as far as netfilter knows: who opens one from the same port begins
+    /// anew.
     pub const CLOSING: u32 = 1;
 }
 
@@ -611,8 +632,8 @@ pub mod imported {
 pub mod masquerade {
     /// Clients keep their source wherever replies find back.
     pub const NEEDED: u32 = 0;
-    /// As kube-proxy: clients of external addresses (but with `externalTrafficPolicy: Local`), and clients of ClusterIPs
-    /// that are no local pods.
+    /// As kube-proxy: clients of external addresses (but with `externalTrafficPolicy: Local`), and
+    /// clients of ClusterIPs that are no local pods.
     pub const KUBE_PROXY: u32 = 1;
     /// As kube-proxy with `--masquerade-all`: all clients of ClusterIPs too.
     pub const ALL: u32 = 2;
@@ -665,7 +686,8 @@ abi! {
     pub struct Networks<A> {
         /// Where local pods have their addresses (`--cluster-cidr`, or the node's pod CIDRs).
         pub pods: [Prefix<A>; PREFIXES],
-        /// Where Services have their addresses: one that no Service has is dropped on its way out of the node.
+        /// Where Services have their addresses: one that no Service has is dropped on its way out
+        /// of the node.
         pub services: [Prefix<A>; PREFIXES],
     } sizes 64, 256
 }
@@ -682,7 +704,8 @@ abi! {
 
 abi! {
     /// The MTU that a route of the main table carries; the value of `route_mtus_v4` and
-    /// `route_mtus_v6`, tries keyed by network. The kernel tells programs that of a locked one alone.
+    /// `route_mtus_v6`, tries keyed by network. The kernel tells programs that of a locked one
+    /// alone.
     pub struct RouteMtu {
         /// The device that the route leads to; 0: several.
         pub device: u32,
@@ -692,8 +715,8 @@ abi! {
 }
 
 abi! {
-    /// The data of a key of `source_ranges_v4` and `source_ranges_v6` (tries; the prefix length counts
-    /// these bytes' bits, so that of a CIDR plus 32). The value is a `u32`, 1.
+    /// The data of a key of `source_ranges_v4` and `source_ranges_v6` (tries; the prefix length
+    /// counts these bytes' bits, so that of a CIDR plus 32). The value is a `u32`, 1.
     pub struct SourceRange<A> {
         /// Index into `ports`, most significant byte first.
         pub service_port: [u8; 4],
@@ -767,7 +790,8 @@ abi! {
 }
 
 abi! {
-    /// Traffic of one backend, both ways; the per-CPU value of `backend_counts`, keyed by backend id.
+    /// Traffic of one backend, both ways; the per-CPU value of `backend_counts`, keyed by backend
+    /// id.
     ///
     /// IPv6 backends have bit 31 of the key set. Per packet, but `calls`: per call of a socket.
     #[derive(Default)]
@@ -810,11 +834,11 @@ impl BackendCounters {
 }
 
 abi! {
-    /// Connections of sockets that were translated at connect(), by backend; the per-CPU value of `socket_counts`, with
-    /// the keys of `backend_counts`.
+    /// Connections of sockets that were translated at connect(), by backend; the per-CPU value of
+    /// `socket_counts`, with the keys of `backend_counts`.
     ///
-    /// The kernel's own figures for a connection (those of `TCP_INFO`: SYN and FIN count as a byte each), added when it closes, and
-    /// every few seconds while what it sends is acknowledged.
+    /// The kernel's own figures for a connection (those of `TCP_INFO`: SYN and FIN count as a byte
+    /// each), added when it closes, and every few seconds while what it sends is acknowledged.
     #[derive(Default)]
     pub struct SocketCounters {
         /// Connections that were established.
@@ -823,7 +847,8 @@ abi! {
         pub closed: u64,
         /// Connections that never came about: refused, or without an answer.
         pub failed: u64,
-        /// Connections that ended without both sides' FIN: by a reset, or because nobody answered any more.
+        /// Connections that ended without both sides' FIN: by a reset, or because nobody answered
+        /// any more.
         pub resets: u64,
         /// Bytes that clients sent, as far as acknowledged.
         pub sent_bytes: u64,
@@ -946,7 +971,8 @@ abi! {
 abi! {
     /// Whether somebody listens to events, and to which; the one element of `listening`.
     ///
-    /// The listener renews it, so that its end, whatever ends it, is the end of listening. A zero sieve lets everything through.
+    /// The listener renews it, so that its end, whatever ends it, is the end of listening. A zero
+    /// sieve lets everything through.
     #[derive(Default)]
     pub struct Listening {
         /// When it ends, nanoseconds since boot; 0: nobody listens.

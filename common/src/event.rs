@@ -1,7 +1,8 @@
 //! What is told to those who listen (`sluice trace`): only what happens seldom.
 //!
-//! A packet along an established flow is never an event, and does not ask whether anybody listens. The
-//! listener's sieve ([`Listening`]) is applied by the programs, so that what nobody asked for does not fill the ring.
+//! A packet along an established flow is never an event, and does not ask whether anybody listens.
+//! The listener's sieve ([`Listening`]) is applied by the programs, so that what nobody asked for
+//! does not fill the ring.
 
 use crate::abi::{Event, Flow, Listening, Tuple};
 use crate::family::{Family, V4, V6};
@@ -102,9 +103,11 @@ pub fn fate(verdict: Verdict, dropped: bool) -> Fate {
     }
     match verdict {
         Verdict::Pass => Fate::Passed,
-        Verdict::Translate | Verdict::Around | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {
-            Fate::Forwarded
-        }
+        Verdict::Translate
+        | Verdict::Around
+        | Verdict::TurnBack
+        | Verdict::HandIn
+        | Verdict::Route => Fate::Forwarded,
         Verdict::Reset | Verdict::Unreachable => Fate::Rejected,
         Verdict::Drop => Fate::Dropped,
         Verdict::Hold => Fate::Held,
@@ -173,7 +176,12 @@ pub fn tuples<F: Wide>(event: &mut Event, before: &Tuple<F::Address>, after: &Fl
 
 /// Writes what a packet's decision says into an event.
 #[inline(always)]
-pub fn packet<F: Wide>(event: &mut Event, headers: &Headers<F>, decision: &Decision<F>, fate: Fate) {
+pub fn packet<F: Wide>(
+    event: &mut Event,
+    headers: &Headers<F>,
+    decision: &Decision<F>,
+    fate: Fate,
+) {
     tuples::<F>(event, &headers.tuple, &decision.flow);
     event.reason = decision.reason as u8;
     event.fate = fate as u8;

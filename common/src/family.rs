@@ -28,9 +28,11 @@ pub trait Family: Copy + Debug + Eq + 'static {
     fn words(address: &Self::Address) -> [u32; 4];
     /// The address that clients are shown as to backends behind a device; zero: none.
     fn masquerade(device: &Device) -> Self::Address;
-    /// Whether an address is a loopback one: no other host may speak to it, or be spoken to from it.
+    /// Whether an address is a loopback one: no other host may speak to it, or be spoken to from
+    /// it.
     fn is_loopback(address: &Self::Address) -> bool;
-    /// Whether an address belongs to one link alone. IPv4's link-local ones do not: the kernel serves them on all devices.
+    /// Whether an address belongs to one link alone. IPv4's link-local ones do not: the kernel
+    /// serves them on all devices.
     fn is_of_link(address: &Self::Address) -> bool;
 }
 

@@ -1,20 +1,22 @@
 //! Maglev: which slot a tuple falls into, and which backend a slot belongs to.
 //!
 //! Each backend has its own order of preference over the slots, drawn from a hash of its address
-//! and port: it begins at an offset and goes on in strides, and since the number of slots is prime, meets
-//! each slot once. The backends take turns (in order of their hashes), each time
-//! the next free slot of their preference, until no slot is free. Hence:
+//! and port: it begins at an offset and goes on in strides, and since the number of slots is prime,
+//! meets each slot once. The backends take turns (in order of their hashes), each time the next
+//! free slot of their preference, until no slot is free. Hence:
 //!
 //! - Two backends' shares differ by one slot at most.
 //! - A backend that leaves frees its own slots; of the others few move, those
 //!   that it had taken from somebody's earlier preference.
 //! - The table follows from the set alone: every node builds the same.
 //!
-//! Worked example with 5 slots. A begins at 3 with stride 4 and prefers 3 2 1 0 4; B begins at 0 with stride 2:
-//! 0 2 4 1 3; C begins at 3 with stride 1: 3 4 0 1 2. In turn: A takes 3, B 0, C 4 (3 is taken), A 2, B 1
-//! (2 and 4 are taken): `B B A A C`. Without B: A 3, C 4, A 2, C 0, A 1: `C A A A C`; only B's slots moved.
+//! Worked example with 5 slots. A begins at 3 with stride 4 and prefers 3 2 1 0 4; B begins at 0
+//! with stride 2: 0 2 4 1 3; C begins at 3 with stride 1: 3 4 0 1 2. In turn: A takes 3, B 0, C 4
+//! (3 is taken), A 2, B 1 (2 and 4 are taken): `B B A A C`. Without B: A 3, C 4, A 2, C 0, A 1:
+//! `C A A A C`; only B's slots moved.
 //!
-//! Source: Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016, section 3.4.
+//! Source: Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI
+//! 2016, section 3.4.
 
 use crate::abi::Tuple;
 use crate::family::{Family, mix};
@@ -35,7 +37,8 @@ pub fn hash<F: Family>(tuple: &Tuple<F::Address>) -> u32 {
     mix(hash ^ F::hash(&tuple.destination).rotate_left(8) ^ u32::from(tuple.protocol))
 }
 
-/// A client's hash in a round of its affinity. The steps are a golden section of the circle: any few rounds are spread all over it.
+/// A client's hash in a round of its affinity. The steps are a golden section of the circle: any
+/// few rounds are spread all over it.
 #[inline(always)]
 pub fn in_round(hash: u32, round: u16) -> u32 {
     hash.wrapping_add(u32::from(round).wrapping_mul(0x9e37_79b9))
@@ -54,12 +57,13 @@ pub const SIZE_MAX: u32 = 65_521;
 /// Slots of a range for each of its backends, at least.
 pub const SLOTS_PER_BACKEND: u32 = 16;
 
-/// The number of slots for a number of backends: a prime, at least [`SLOTS_PER_BACKEND`] for each backend as far as
-/// [`SIZE_MAX`] allows.
+/// The number of slots for a number of backends: a prime, at least [`SLOTS_PER_BACKEND`] for each
+/// backend as far as [`SIZE_MAX`] allows.
 ///
 /// Sizes are the largest primes below 64, 96, 128, 192, 256, ..., 65 536. With a size of its own
 /// for each number of backends, each change would deal most slots anew, since a tuple's slot and a
-/// backend's preference both depend on the size; and such primes leave no gap between ranges of whole blocks.
+/// backend's preference both depend on the size; and such primes leave no gap between ranges of
+/// whole blocks.
 pub fn size(backends: u32) -> u32 {
     let wanted = backends.saturating_mul(SLOTS_PER_BACKEND);
     let mut bound: u32 = 64;
@@ -124,7 +128,8 @@ pub struct Turn {
 }
 
 impl Turn {
-    /// The turn of a backend whose slots shall hold `id` (not 0). The id has no influence on the table.
+    /// The turn of a backend whose slots shall hold `id` (not 0). The id has no influence on the
+    /// table.
     pub fn new<F: Family>(address: &F::Address, port: u16, id: u32) -> Self {
         let (mut high, mut low) = (mix(u32::from(port)), mix(!u32::from(port)));
         for word in F::words(address) {
@@ -138,8 +143,8 @@ impl Turn {
 
 /// Fills a table with the ids of backends; 0 everywhere if there are none.
 ///
-/// The number of slots must be prime. The order of the turns has no influence. If there are more backends
-/// than slots, those last in order of their hashes get none.
+/// The number of slots must be prime. The order of the turns has no influence. If there are more
+/// backends than slots, those last in order of their hashes get none.
 pub fn fill(turns: &mut [Turn], slots: &mut [u32]) {
     slots.fill(0);
     let size = slots.len() as u32;

@@ -29,12 +29,12 @@
 //!
 //! The egress learns from the reply entry of the first pair that the source is to change.
 //!
-//! Three kinds of packets bypass the stack, which would drop them as martians: those of a client that
-//! is its own backend (*hairpin*: turned back where they came from, with the VIP as the
-//! other side's address, so that its answers come here again), answers to services
-//! without backends, and what this host's own sockets send to a VIP untranslated
-//! (translated where its route leaves, sent on by the FIB; its replies are translated
-//! at ingress and handed in on the device that the route to the VIP names).
+//! Three kinds of packets bypass the stack, which would drop them as martians: those of a client
+//! that is its own backend (*hairpin*: turned back where they came from, with the VIP as the other
+//! side's address, so that its answers come here again), answers to services without backends, and
+//! what this host's own sockets send to a VIP untranslated (translated where its route leaves, sent
+//! on by the FIB; its replies are translated at ingress and handed in on the device that the route
+//! to the VIP names).
 //!
 //! # In which steps
 //!
@@ -63,8 +63,8 @@ use crate::tables::Tables;
 
 use entry::entry_of;
 pub use entry::{
-    CLOSING_TICKS, HALF_CLOSED_TICKS, IDLE_TICKS, RENEW_TICKS, UDP_IDLE_TICKS, UNPROVEN_TICKS, gives_way,
-    is_as_fresh, leads_back, leads_to, partner, partner_key,
+    CLOSING_TICKS, HALF_CLOSED_TICKS, IDLE_TICKS, RENEW_TICKS, UDP_IDLE_TICKS, UNPROVEN_TICKS,
+    gives_way, is_as_fresh, leads_back, leads_to, partner, partner_key,
 };
 pub use known::{SILENT_TICKS, STREAM_TICKS, VAIN_TICKS};
 use known::{flags_of_reply, follow_entry, reason_along, verdict_along};
@@ -79,11 +79,13 @@ pub use ports::{
 use recover::{is_bare_reset, is_unknown_connection};
 pub use select::find;
 
-/// Bits of [`Tables::marks`]: what has happened at least once, so that the path need not look for it before.
+/// Bits of [`Tables::marks`]: what has happened at least once, so that the path need not look for
+/// it before.
 pub mod mark {
     /// A direct connection was remapped.
     pub const DIRECT: u32 = 1;
-    /// Answers to a packet may come to an address of this host: its own was translated at egress, or a pod asked itself.
+    /// Answers to a packet may come to an address of this host: its own was translated at egress,
+    /// or a pod asked itself.
     pub const HOST: u32 = 2;
     /// A client was masqueraded.
     pub const MASQUERADED: u32 = 4;
@@ -136,7 +138,8 @@ pub enum Record {
     Nothing,
     /// A new flow, in `embryonic`: the partner if its tuple is free, then this entry.
     Open,
-    /// A flow found again in the middle of a connection: as `Open`, but in `flows` where the other half of it still is.
+    /// A flow found again in the middle of a connection: as `Open`, but in `flows` where the other
+    /// half of it still is.
     Establish,
     /// The flow is proven: both entries move from `embryonic` to `flows`.
     Promote,
@@ -180,8 +183,8 @@ pub struct Decision<F: Family> {
     pub affinity: bool,
     /// Whether bits of the flow's state are taken back, not only added.
     pub takes_back: bool,
-    /// Whether the packet's word is taken for what becomes of a flow: then its source has to belong to the device that it came
-    /// in by ([`policy::is_foreign`]).
+    /// Whether the packet's word is taken for what becomes of a flow: then its source has to belong
+    /// to the device that it came in by ([`policy::is_foreign`]).
     pub asks_source: bool,
     /// The client's [round](crate::abi::Affinity::round), where its affinity is recorded.
     pub round: u16,
@@ -193,7 +196,8 @@ pub struct Decision<F: Family> {
     pub kind: u32,
     /// What the packet's addresses are: bits of [`met`].
     pub met: u32,
-    /// The tuple that `flow` is recorded under; the packet's own but where a lost entry is made again.
+    /// The tuple that `flow` is recorded under; the packet's own but where a lost entry is made
+    /// again.
     pub key: Tuple<F::Address>,
     /// The translation; its addresses and ports are the packet's after the rewrite.
     pub flow: Flow<F::Address>,
@@ -245,7 +249,11 @@ impl<F: Family> Decision<F> {
 
 /// Decides about a packet, all steps at once.
 #[inline(always)]
-pub fn decide<F: Family, T: Tables<F>>(hook: Hook, headers: &Headers<F>, tables: &T) -> Decision<F> {
+pub fn decide<F: Family, T: Tables<F>>(
+    hook: Hook,
+    headers: &Headers<F>,
+    tables: &T,
+) -> Decision<F> {
     let mut decision = Decision::pass(&headers.tuple);
     decide_into(hook, headers, tables, &mut decision);
     if decision.step != Step::Done {
@@ -293,7 +301,8 @@ fn decide_known<F: Family, T: Tables<F>>(
     let key = &headers.tuple;
     let egress = hook == Hook::Egress;
     decision.met = classify(hook, headers, tables);
-    // Read back from memory, behind the black box, the bits are any to the verifier: it goes on once, not for each way to them.
+    // Read back from memory, behind the black box, the bits are any to the verifier: it goes on
+    // once, not for each way to them.
     let met = core::hint::black_box(&*decision).met;
     let to_address = met & met::TO_ADDRESS != 0;
     let to_frontend = met & met::TO_FRONTEND != 0;
@@ -328,7 +337,10 @@ fn decide_known<F: Family, T: Tables<F>>(
             return;
         }
     }
-    if !egress && is_bare_reset(headers) && is_unknown_connection(headers, to_backend, tables, decision) {
+    if !egress
+        && is_bare_reset(headers)
+        && is_unknown_connection(headers, to_backend, tables, decision)
+    {
         return;
     }
     let mut found = None;
@@ -339,7 +351,8 @@ fn decide_known<F: Family, T: Tables<F>>(
             return;
         }
         if before == 0 && !from_node {
-            // Of a client that speaks to the endpoint directly, if it is no endpoint's reply itself.
+            // Of a client that speaks to the endpoint directly, if it is no endpoint's reply
+            // itself.
             leaves = false;
             known = met & met::FROM_BACKEND != 0;
         }
@@ -365,14 +378,20 @@ fn decide_known<F: Family, T: Tables<F>>(
         return;
     }
     if to_frontend {
-        let (service_port, kind) = find(key, met & met::TO_NODE_PORT != 0, tables).unwrap_or_default();
+        let (service_port, kind) =
+            find(key, met & met::TO_NODE_PORT != 0, tables).unwrap_or_default();
         if kind != 0 || to_address && select::is_cluster_ip(key, tables) {
-            if met & met::TO_NODE != 0 && !opens(headers) && tables.is_node_address(&key.destination) {
+            if met & met::TO_NODE != 0
+                && !opens(headers)
+                && tables.is_node_address(&key.destination)
+            {
                 // A connection of the stack's own, or one that netfilter knows.
                 return;
             }
             decision.flow.service_port = service_port;
-            if let Some(reason) = left_to_netfilter(decision.met & met::HAD_ENTRY != 0, headers, tables) {
+            if let Some(reason) =
+                left_to_netfilter(decision.met & met::HAD_ENTRY != 0, headers, tables)
+            {
                 decision.reason = reason;
             } else if kind != 0 {
                 decision.kind = kind;
@@ -397,8 +416,9 @@ fn decide_known<F: Family, T: Tables<F>>(
     }
 }
 
-/// Takes back what a packet of a foreign source must not do, where a decision [asks for the source](Decision::asks_source): it
-/// goes along what there is, and changes nothing. What opens a flow opens one beside those of whoever has its address.
+/// Takes back what a packet of a foreign source must not do, where a decision [asks for the
+/// source](Decision::asks_source): it goes along what there is, and changes nothing. What opens a
+/// flow opens one beside those of whoever has its address.
 #[inline(always)]
 pub fn disown<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -411,7 +431,8 @@ pub fn disown<F: Family, T: Tables<F>>(
         // One that its owner would leave for another backend.
         if let Some((entry, _)) = entry_of(&headers.tuple, tables) {
             decision.flow = *entry;
-            decision.set(verdict_along(entry.flags, hook == Hook::Egress), reason_along(entry.flags));
+            decision
+                .set(verdict_along(entry.flags, hook == Hook::Egress), reason_along(entry.flags));
             decision.step = Step::Done;
         }
         return;

@@ -42,7 +42,8 @@ reasons! {
     Reply = 2, "reply";
     /// A flow was made again in the middle of a connection: its entry had been lost.
     Recovered = 3, "recovered";
-    /// A client's reset showed that the reply's entry was lost: the reset was dropped, the entry made again.
+    /// A client's reset showed that the reply's entry was lost: the reset was dropped, the entry
+    /// made again.
     ReplyRecovered = 4, "reply_recovered";
     /// An ICMP error about a translated packet was translated.
     IcmpError = 5, "icmp_error";
@@ -56,13 +57,15 @@ reasons! {
     NoBackendDropped = 9, "no_backend_dropped";
     /// An answer to the client was due but its rate is limited: dropped.
     RejectLimited = 10, "reject_limited";
-    /// A fragment for a service whose datagram cannot be translated, or whose first fragment was not seen: passed untouched.
+    /// A fragment for a service whose datagram cannot be translated, or whose first fragment was
+    /// not seen: passed untouched.
     Fragment = 11, "fragment";
     /// The packet for a service ends before its transport header: passed untouched.
     Truncated = 12, "truncated";
     /// A length or offset in a packet for a service contradicts the packet: passed untouched.
     Malformed = 13, "malformed";
-    /// No source port was free for a flow that had to be remapped or masqueraded: the client is refused.
+    /// No source port was free for a flow that had to be remapped or masqueraded: the client is
+    /// refused.
     PortsExhausted = 14, "ports_exhausted";
     /// Another flow took the tuple between question and answer: dropped, the client tries again.
     ClashRace = 15, "clash_race";
@@ -72,7 +75,8 @@ reasons! {
     TtlExceeded = 17, "ttl_exceeded";
     /// A bypass had no route or neighbour to the backend: dropped.
     NoRoute = 18, "no_route";
-    /// A bypass met a smaller MTU: answered with packet too big, or dropped where that may not be sent.
+    /// A bypass met a smaller MTU: answered with packet too big, or dropped where that may not be
+    /// sent.
     TooBig = 19, "too_big";
     /// A rewrite failed half way: dropped.
     RewriteFailed = 20, "rewrite_failed";
@@ -86,11 +90,14 @@ reasons! {
     SourceRange = 24, "source_range";
     /// The traffic policy asks for a backend on this node, and there is none: dropped.
     NoLocalBackend = 25, "no_local_backend";
-    /// A ClusterIP's port that its service does not define: answered with a TCP reset or ICMP port unreachable.
+    /// A ClusterIP's port that its service does not define: answered with a TCP reset or ICMP port
+    /// unreachable.
     UndefinedPort = 26, "undefined_port";
-    /// An address of the cluster's Service ranges that no service has, on its way out of this node: dropped.
+    /// An address of the cluster's Service ranges that no service has, on its way out of this node:
+    /// dropped.
     UnassignedAddress = 27, "unassigned_address";
-    /// A fragment came before its datagram's first one: kept by the agent, counted again when it goes on.
+    /// A fragment came before its datagram's first one: kept by the agent, counted again when it
+    /// goes on.
     FragmentHeld = 28, "fragment_held";
     /// Of a connection that netfilter has translated since before a takeover: passed untouched.
     NetfilterFlow = 29, "netfilter_flow";

@@ -1,8 +1,8 @@
 //! The questions that the packet's path may ask of the maps.
 
 use crate::abi::{
-    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, OriginKey,
-    Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
+    OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple,
 };
 use crate::family::Family;
 
@@ -16,8 +16,8 @@ pub trait Tables<F: Family> {
     fn flow(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>>;
     /// The entry of a flow that nothing has proven so far.
     fn embryonic(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>>;
-    /// The bits of [`crate::abi::imported`] if a packet of this tuple is netfilter's to translate; asked only while
-    /// [`crate::abi::phase::IMPORTED`] is set.
+    /// The bits of [`crate::abi::imported`] if a packet of this tuple is netfilter's to translate;
+    /// asked only while [`crate::abi::phase::IMPORTED`] is set.
     fn imported(&self, tuple: &Tuple<F::Address>) -> Option<u32>;
     /// What a datagram's first fragment has told.
     fn datagram(&self, key: &Datagram<F::Address>) -> Option<&DatagramPorts>;
@@ -37,7 +37,8 @@ pub trait Tables<F: Family> {
     fn in_source_ranges(&self, service_port: u32, address: &F::Address) -> bool;
     /// Whether some service has this node port, of whatever protocol.
     fn is_node_port(&self, port: u16) -> bool;
-    /// Whether an address is one of this node's own, whatever the lane says that it shares with others.
+    /// Whether an address is one of this node's own, whatever the lane says that it shares with
+    /// others.
     fn is_node_address(&self, address: &F::Address) -> bool;
     /// Whether node ports are served at an address.
     fn serves_node_ports(&self, address: &F::Address) -> bool;
@@ -55,10 +56,11 @@ pub trait Tables<F: Family> {
     fn here(&self) -> Option<&Device>;
     /// The index of that device; 0: none.
     fn ifindex(&self) -> u32;
-    /// Where packets to the backend and to the client of [`crate::path::Decision::flow`] leave; `None`: nobody has
-    /// asked the FIB so far, and the decision waits for that.
+    /// Where packets to the backend and to the client of [`crate::path::Decision::flow`] leave;
+    /// `None`: nobody has asked the FIB so far, and the decision waits for that.
     fn routes(&self) -> Option<Routes>;
-    /// How many source ports to pass over: those that a socket was found to hold, or may hold unseen.
+    /// How many source ports to pass over: those that a socket was found to hold, or may hold
+    /// unseen.
     fn passed_over(&self) -> u32 {
         0
     }

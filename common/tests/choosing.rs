@@ -10,9 +10,9 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use packets::ip::Ip;
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, OriginKey,
-    Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, backend, detect_local,
-    frontend, listing, masquerade, networks, policy,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
+    OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, backend,
+    detect_local, frontend, listing, masquerade, networks, policy,
 };
 use sluice_common::packet::header::protocol::{TCP, UDP};
 use sluice_common::path::socket::{Choice, choose};
@@ -107,7 +107,9 @@ impl<F: Ip> Maps<F> {
             }
             Choice::Backend { id, backend } => {
                 assert_eq!(Some(&backend), self.backends.get(&id), "the backend of the id");
-                let class = STARTS.iter().position(|start| (*start..*start + u32::from(SIZE)).contains(&id));
+                let class = STARTS
+                    .iter()
+                    .position(|start| (*start..*start + u32::from(SIZE)).contains(&id));
                 Told::Class(class.expect("a backend of a class"))
             }
         }
@@ -234,8 +236,13 @@ fn a_call_gets_a_backend_of_its_class() {
 fn one_socket_stays_with_one_backend_and_sockets_spread() {
     fn check<F: Ip>() {
         let maps = Maps::<F>::of(frontend::CLUSTER_IP);
-        let choose = |cookie| match choose::<F, _>(&key::<F>(vip::<F>(), PORT), cookie, true, || None, &maps)
-        {
+        let choose = |cookie| match choose::<F, _>(
+            &key::<F>(vip::<F>(), PORT),
+            cookie,
+            true,
+            || None,
+            &maps,
+        ) {
             Choice::Backend { id, .. } => id,
             Choice::Untouched | Choice::Refuse { .. } => 0,
         };
@@ -266,7 +273,8 @@ fn a_socket_stays_with_its_backend_while_that_one_serves() {
             Choice::Untouched | Choice::Refuse { .. } => 0,
         };
         let first = choose(&maps, None);
-        let (&other, backend) = maps.backends.iter().find(|(id, _)| **id != first).expect("another backend");
+        let (&other, backend) =
+            maps.backends.iter().find(|(id, _)| **id != first).expect("another backend");
         let generation = backend.generation;
         assert_eq!(choose(&maps, Some((other, generation))), other, "whatever the slot says");
         assert_eq!(choose(&maps, Some((other, generation + 1))), first, "the id has another owner");
@@ -289,12 +297,28 @@ fn a_call_elsewhere_is_untouched() {
         let _ = stranger.listing.insert(address::<F>(8), listing::FRONTEND | listing::NODE_PORTS);
         for is_host in [true, false] {
             assert_eq!(maps.call(vip::<F>(), PORT + 1, is_host), Told::Untouched, "another port");
-            assert_eq!(maps.call(address::<F>(8), PORT, is_host), Told::Untouched, "another address");
-            assert_eq!(stranger.call(address::<F>(8), PORT, is_host), Told::Untouched, "a shared lane");
-            assert_eq!(stranger.call(address::<F>(8), NODE_PORT, is_host), Told::Untouched, "a shared lane");
+            assert_eq!(
+                maps.call(address::<F>(8), PORT, is_host),
+                Told::Untouched,
+                "another address"
+            );
+            assert_eq!(
+                stranger.call(address::<F>(8), PORT, is_host),
+                Told::Untouched,
+                "a shared lane"
+            );
+            assert_eq!(
+                stranger.call(address::<F>(8), NODE_PORT, is_host),
+                Told::Untouched,
+                "a shared lane"
+            );
         }
         let datagram = ServiceKey { protocol: UDP, ..key::<F>(vip::<F>(), PORT) };
-        assert_eq!(choose::<F, _>(&datagram, 1, true, || None, &maps), Choice::Untouched, "another protocol");
+        assert_eq!(
+            choose::<F, _>(&datagram, 1, true, || None, &maps),
+            Choice::Untouched,
+            "another protocol"
+        );
         let mut unlisted = maps.clone();
         unlisted.listing.clear();
         assert_eq!(unlisted.of_host(), Told::Untouched, "a clear bit is certain");
@@ -309,7 +333,11 @@ fn a_call_with_affinity_is_left_to_packets() {
         for kind in KINDS {
             let mut maps = Maps::<F>::of(kind);
             maps.port.affinity_seconds = 1;
-            assert_eq!((maps.of_host(), maps.of_pod()), (Told::Untouched, Told::Untouched), "kind {kind}");
+            assert_eq!(
+                (maps.of_host(), maps.of_pod()),
+                (Told::Untouched, Told::Untouched),
+                "kind {kind}"
+            );
         }
     }
     both!(check);
@@ -325,13 +353,18 @@ fn a_call_to_a_load_balancer_with_source_ranges_is_left_to_packets() {
             // Even where the packet would be rejected in the end.
             maps.port.ranges = [0; 3];
             let told = if told == Told::Untouched { told } else { Told::Refused };
-            assert_eq!((maps.of_host(), maps.of_pod()), (told, told), "kind {kind} without backends");
+            assert_eq!(
+                (maps.of_host(), maps.of_pod()),
+                (told, told),
+                "kind {kind} without backends"
+            );
         }
     }
     both!(check);
 }
 
-/// A host process has the address that the route to the backend gives it in any case; a pod would be shown as itself.
+/// A host process has the address that the route to the backend gives it in any case; a pod would
+/// be shown as itself.
 #[test]
 fn a_pods_call_is_left_to_packets_where_it_is_masqueraded() {
     fn check<F: Ip>() {
@@ -343,14 +376,19 @@ fn a_pods_call_is_left_to_packets_where_it_is_masqueraded() {
             for ((kind, pod), host) in KINDS.into_iter().zip(pod).zip([INTERNAL, INSIDE, INSIDE]) {
                 let mut maps = Maps::<F>::of(kind);
                 maps.settings.masquerade = mode;
-                assert_eq!((maps.of_host(), maps.of_pod()), (host, pod), "mode {mode}, kind {kind}");
+                assert_eq!(
+                    (maps.of_host(), maps.of_pod()),
+                    (host, pod),
+                    "mode {mode}, kind {kind}"
+                );
             }
         }
     }
     both!(check);
 }
 
-/// Where nothing tells local pods, they are clients outside on the packet path; the socket path says the same.
+/// Where nothing tells local pods, they are clients outside on the packet path; the socket path
+/// says the same.
 #[test]
 fn a_pod_is_outside_where_nothing_tells_local_pods() {
     fn check<F: Ip>() {
@@ -365,8 +403,8 @@ fn a_pod_is_outside_where_nothing_tells_local_pods() {
     both!(check);
 }
 
-/// With the external policy Local, a pod may reach other backends than a client outside; at the socket neither its address nor
-/// its device is known.
+/// With the external policy Local, a pod may reach other backends than a client outside; at the
+/// socket neither its address nor its device is known.
 #[test]
 fn a_pods_call_is_left_to_packets_where_only_they_tell_whether_it_is_local() {
     fn check<F: Ip>() {
@@ -383,11 +421,18 @@ fn a_pods_call_is_left_to_packets_where_only_they_tell_whether_it_is_local() {
                 maps.settings.detect_local = detector;
                 maps.settings.networks = networks::PODS_V4 | networks::PODS_V6;
                 maps.port.flags = policy::EXTERNAL_LOCAL;
-                assert_eq!((maps.of_host(), maps.of_pod()), (host, pod), "detector {detector}, kind {kind}");
+                assert_eq!(
+                    (maps.of_host(), maps.of_pod()),
+                    (host, pod),
+                    "detector {detector}, kind {kind}"
+                );
                 // All clients of an external address may reach the same.
                 maps.port.flags = 0;
-                let pod =
-                    if kind == frontend::CLUSTER_IP || detector == detect_local::NONE { pod } else { INSIDE };
+                let pod = if kind == frontend::CLUSTER_IP || detector == detect_local::NONE {
+                    pod
+                } else {
+                    INSIDE
+                };
                 assert_eq!(maps.of_pod(), pod, "detector {detector}, kind {kind}, policy Cluster");
             }
         }
@@ -402,13 +447,21 @@ fn node_ports_are_for_processes_of_this_host() {
         assert_eq!(maps.call(node::<F>(), NODE_PORT, true), INSIDE);
         assert_eq!(maps.call(node::<F>(), NODE_PORT, false), Told::Untouched, "a pod's");
         assert_eq!(maps.call(node::<F>(), NODE_PORT + 1, true), Told::Untouched, "another port");
-        assert_eq!(maps.call(vip::<F>(), NODE_PORT, true), Told::Untouched, "an address that serves none");
+        assert_eq!(
+            maps.call(vip::<F>(), NODE_PORT, true),
+            Told::Untouched,
+            "an address that serves none"
+        );
         let mut lane = maps.clone();
         let _ = lane.listing.insert(address::<F>(8), listing::NODE_PORTS);
         assert_eq!(lane.call(address::<F>(8), NODE_PORT, true), Told::Untouched, "a shared lane");
         let mut unset = maps.clone();
         unset.node_ports.clear();
-        assert_eq!(unset.call(node::<F>(), NODE_PORT, true), Told::Untouched, "no service has the number");
+        assert_eq!(
+            unset.call(node::<F>(), NODE_PORT, true),
+            Told::Untouched,
+            "no service has the number"
+        );
         let mut shared = maps.clone();
         let _ = shared.listing.insert(node::<F>(), 15);
         let own = Service { service_port: ONE, kind: frontend::CLUSTER_IP };
@@ -420,7 +473,11 @@ fn node_ports_are_for_processes_of_this_host() {
         );
         assert_eq!(shared.call(node::<F>(), NODE_PORT, false), INTERNAL, "for pods too");
         let datagram = ServiceKey { protocol: UDP, ..key::<F>(node::<F>(), NODE_PORT) };
-        assert_eq!(choose::<F, _>(&datagram, 1, true, || None, &maps), Choice::Untouched, "another protocol");
+        assert_eq!(
+            choose::<F, _>(&datagram, 1, true, || None, &maps),
+            Choice::Untouched,
+            "another protocol"
+        );
     }
     both!(check);
 }
@@ -431,15 +488,27 @@ fn a_call_is_refused_only_where_its_packet_would_be_rejected() {
         for (kind, class) in KINDS.into_iter().zip([0, 1, 1]) {
             let mut maps = Maps::<F>::of(kind);
             maps.port.ranges[class] = 0;
-            assert_eq!((maps.of_host(), maps.of_pod()), (Told::Refused, Told::Refused), "kind {kind}");
+            assert_eq!(
+                (maps.of_host(), maps.of_pod()),
+                (Told::Refused, Told::Refused),
+                "kind {kind}"
+            );
             maps.port.ranges[class] = Range::DROP.0;
             let told = (maps.of_host(), maps.of_pod());
-            assert_eq!(told, (Told::Untouched, Told::Untouched), "dropped without an answer, kind {kind}");
+            assert_eq!(
+                told,
+                (Told::Untouched, Told::Untouched),
+                "dropped without an answer, kind {kind}"
+            );
             let mut others = Maps::<F>::of(kind);
             others.port.ranges = [Range::DROP.0; 3];
             others.port.ranges[class] = Range::new(STARTS[class], SIZE).0;
             let told = Told::Class(class);
-            assert_eq!((others.of_host(), others.of_pod()), (told, told), "only others, kind {kind}");
+            assert_eq!(
+                (others.of_host(), others.of_pod()),
+                (told, told),
+                "only others, kind {kind}"
+            );
         }
         let mut maps = Maps::<F>::of(frontend::CLUSTER_IP);
         maps.backends.clear();
@@ -457,7 +526,11 @@ fn a_call_to_an_undefined_port_is_left_to_packets() {
         let address = Service { service_port: 0, kind: frontend::ADDRESS };
         let _ = maps.services.insert(as_such, address);
         assert_eq!(maps.call(vip::<F>(), PORT + 1, true), Told::Untouched);
-        assert_eq!(maps.call(vip::<F>(), 0, true), Told::Untouched, "the port of the address's own key");
+        assert_eq!(
+            maps.call(vip::<F>(), 0, true),
+            Told::Untouched,
+            "the port of the address's own key"
+        );
         assert_eq!(maps.of_host(), INTERNAL);
     }
     both!(check);

@@ -15,9 +15,9 @@ use packets::frame::{ACK, Frame, INIT, RST, SYN};
 use packets::ip::Ip;
 use proptest::prelude::*;
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Ipv4Address, Ipv6Address,
-    Networks, OriginKey, Origins, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings,
-    Ticks, Tuple, backend, flow, frontend, listing,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Ipv4Address,
+    Ipv6Address, Networks, OriginKey, Origins, Prefix, Range, RejectBucket, Service, ServiceKey,
+    ServicePort, Settings, Ticks, Tuple, backend, flow, frontend, listing,
 };
 use sluice_common::engine::limit::{REJECT_BURST_MS, REJECT_COST_MS, take_token};
 use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
@@ -139,27 +139,28 @@ fn address<F: Ip>(host: u8) -> F::Address {
 }
 
 fn any_flow<F: Ip>() -> impl Strategy<Value = Flow<F::Address>> {
-    (any::<[u8; 2]>(), any::<[u16; 2]>(), any::<[u32; 3]>(), any::<u16>(), any::<[u8; 2]>()).prop_map(
-        |(
-            [source, destination],
-            [source_port, destination_port],
-            [backend, seen, replied],
-            generation,
-            [state, flags],
-        )| Flow {
-            source: address::<F>(source),
-            destination: address::<F>(destination),
-            source_port,
-            destination_port,
-            backend,
-            service_port: 1,
-            seen,
-            replied,
-            generation,
-            state,
-            flags,
-        },
-    )
+    (any::<[u8; 2]>(), any::<[u16; 2]>(), any::<[u32; 3]>(), any::<u16>(), any::<[u8; 2]>())
+        .prop_map(
+            |(
+                [source, destination],
+                [source_port, destination_port],
+                [backend, seen, replied],
+                generation,
+                [state, flags],
+            )| Flow {
+                source: address::<F>(source),
+                destination: address::<F>(destination),
+                source_port,
+                destination_port,
+                backend,
+                service_port: 1,
+                seen,
+                replied,
+                generation,
+                state,
+                flags,
+            },
+        )
 }
 
 fn device() -> impl Strategy<Value = Device> {
@@ -190,15 +191,23 @@ fn networks<F: Ip>() -> impl Strategy<Value = Networks<F::Address>> {
 }
 
 fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
-    let service = (any::<u32>(), 0_u32..8).prop_map(|(service_port, kind)| Service { service_port, kind });
-    let port = (prop::array::uniform3(any::<u64>()), any::<u32>(), 0_u32..4)
-        .prop_map(|(ranges, affinity_seconds, flags)| ServicePort { ranges, affinity_seconds, flags });
-    let backend =
-        (any::<u8>(), any::<u16>(), any::<u16>(), 0_u32..8).prop_map(|(host, port, generation, flags)| {
-            Backend { address: address::<F>(host), port, generation, service_port: 1, flags }
-        });
-    let affinity = (any::<[u32; 2]>(), any::<[u16; 2]>())
-        .prop_map(|([backend, seen], [generation, round])| Affinity { backend, seen, generation, round });
+    let service =
+        (any::<u32>(), 0_u32..8).prop_map(|(service_port, kind)| Service { service_port, kind });
+    let port = (prop::array::uniform3(any::<u64>()), any::<u32>(), 0_u32..4).prop_map(
+        |(ranges, affinity_seconds, flags)| ServicePort { ranges, affinity_seconds, flags },
+    );
+    let backend = (any::<u8>(), any::<u16>(), any::<u16>(), 0_u32..8).prop_map(
+        |(host, port, generation, flags)| Backend {
+            address: address::<F>(host),
+            port,
+            generation,
+            service_port: 1,
+            flags,
+        },
+    );
+    let affinity = (any::<[u32; 2]>(), any::<[u16; 2]>()).prop_map(
+        |([backend, seen], [generation, round])| Affinity { backend, seen, generation, round },
+    );
     let origins = prop::collection::vec((any::<u8>(), 0_u16..3), 4).prop_map(|ends| {
         let mut origins = Origins::default();
         for (origin, (host, port)) in origins.frontends.iter_mut().zip(ends) {
@@ -206,9 +215,10 @@ fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
         }
         origins
     });
-    let datagram = (any::<[u16; 2]>(), 0_u32..20).prop_map(|([source_port, destination_port], age)| {
-        DatagramPorts { source_port, destination_port, seen: NOW - age }
-    });
+    let datagram =
+        (any::<[u16; 2]>(), 0_u32..20).prop_map(|([source_port, destination_port], age)| {
+            DatagramPorts { source_port, destination_port, seen: NOW - age }
+        });
     let settings = (0_u32..4, 0_u32..5, any::<u32>(), 0_u32..3, 0_u32..16).prop_map(
         |(masquerade, detect_local, networks, own_device, phase)| Settings {
             masquerade,
@@ -274,45 +284,64 @@ fn hook() -> impl Strategy<Value = Hook> {
 
 /// Bytes: any, or a good frame with some bytes changed, cut anywhere.
 fn bytes() -> impl Strategy<Value = Vec<u8>> {
-    let changed =
-        (any::<bool>(), 0_u8..7, prop::collection::vec((0_usize..90, any::<u8>()), 0..4), 0_usize..130)
-            .prop_map(|(v4, shape, changes, length)| {
-                let end = |host, port| {
-                    let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, host);
-                    let address =
-                        if v4 { IpAddr::from(Ipv4Addr::new(10, 0, 0, host as u8)) } else { v6.into() };
-                    SocketAddr::new(address, port)
-                };
-                let (client, server) = (end(1, 40_000), end(2, 80));
-                let frame = match shape {
-                    0 => Frame::tcp(client, server, SYN, b"data"),
-                    1 => Frame::tcp(client, server, RST, b""),
-                    2 => Frame::udp(client, server, b"data"),
-                    3 => Frame::sctp(client, server, (INIT, 0), b"data"),
-                    4 => Frame::udp(client, server, &[1; 40]).fragments(7, 24).remove(0),
-                    5 => Frame::udp(client, server, &[1; 40]).fragments(7, 24).remove(1),
-                    _ => {
-                        let quote = Frame::udp(server, client, b"data").packet();
-                        Frame::icmp(client.ip(), server.ip(), if v4 { (3, 3) } else { (1, 4) }, 0, &quote)
-                    }
-                };
-                let mut bytes = frame.bytes();
-                for (at, byte) in changes {
-                    if let Some(place) = bytes.get_mut(at) {
-                        *place = byte;
-                    }
+    let changed = (
+        any::<bool>(),
+        0_u8..7,
+        prop::collection::vec((0_usize..90, any::<u8>()), 0..4),
+        0_usize..130,
+    )
+        .prop_map(|(v4, shape, changes, length)| {
+            let end = |host, port| {
+                let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, host);
+                let address =
+                    if v4 { IpAddr::from(Ipv4Addr::new(10, 0, 0, host as u8)) } else { v6.into() };
+                SocketAddr::new(address, port)
+            };
+            let (client, server) = (end(1, 40_000), end(2, 80));
+            let frame = match shape {
+                0 => Frame::tcp(client, server, SYN, b"data"),
+                1 => Frame::tcp(client, server, RST, b""),
+                2 => Frame::udp(client, server, b"data"),
+                3 => Frame::sctp(client, server, (INIT, 0), b"data"),
+                4 => Frame::udp(client, server, &[1; 40]).fragments(7, 24).remove(0),
+                5 => Frame::udp(client, server, &[1; 40]).fragments(7, 24).remove(1),
+                _ => {
+                    let quote = Frame::udp(server, client, b"data").packet();
+                    Frame::icmp(
+                        client.ip(),
+                        server.ip(),
+                        if v4 { (3, 3) } else { (1, 4) },
+                        0,
+                        &quote,
+                    )
                 }
-                bytes.truncate(length);
-                bytes
-            });
+            };
+            let mut bytes = frame.bytes();
+            for (at, byte) in changes {
+                if let Some(place) = bytes.get_mut(at) {
+                    *place = byte;
+                }
+            }
+            bytes.truncate(length);
+            bytes
+        });
     prop_oneof![prop::collection::vec(any::<u8>(), 0..150), changed.clone(), changed]
 }
 
-fn anything<F: Ip>(packet: &Bytes, offset: u32, hook: Hook, tables: &Whim<F>) -> Result<(), TestCaseError> {
+fn anything<F: Ip>(
+    packet: &Bytes,
+    offset: u32,
+    hook: Hook,
+    tables: &Whim<F>,
+) -> Result<(), TestCaseError> {
     let Some(headers) = headers::<F, _>(packet, offset) else { return Ok(()) };
     let decision = decide(hook, &headers, tables);
     if decision.step != Step::Done {
-        prop_assert!(decision.step == Step::AskRoutes && tables.routes.is_none(), "{:?}", decision.step);
+        prop_assert!(
+            decision.step == Step::AskRoutes && tables.routes.is_none(),
+            "{:?}",
+            decision.step
+        );
         return Ok(());
     }
     if decision.verdict == Verdict::Pass {

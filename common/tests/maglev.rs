@@ -11,7 +11,11 @@ fn table(backends: &BTreeSet<(u32, u16)>, size: u32) -> Vec<u32> {
     let mut turns: Vec<Turn> = backends
         .iter()
         .map(|(address, port)| {
-            Turn::new::<V4>(&Ipv4Address { octets: address.to_be_bytes() }, *port, id(*address, *port))
+            Turn::new::<V4>(
+                &Ipv4Address { octets: address.to_be_bytes() },
+                *port,
+                id(*address, *port),
+            )
         })
         .collect();
     let mut slots = vec![0; size as usize];

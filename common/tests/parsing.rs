@@ -11,8 +11,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use packets::bytes::Bytes;
 use packets::frame::{
-    ABORT, ACK, COOKIE_ACK, COOKIE_ECHO, DATA, FIN, Frame, From, INIT, INIT_ACK, RST, SCTP, SHUTDOWN,
-    SHUTDOWN_ACK, SHUTDOWN_COMPLETE, SYN, TCP, UDP,
+    ABORT, ACK, COOKIE_ACK, COOKIE_ECHO, DATA, FIN, Frame, From, INIT, INIT_ACK, RST, SCTP,
+    SHUTDOWN, SHUTDOWN_ACK, SHUTDOWN_COMPLETE, SYN, TCP, UDP,
 };
 use packets::ip::Ip;
 use sluice_common::abi::{Datagram, Flow, Tuple};
@@ -50,7 +50,8 @@ struct Told {
 impl Read {
     fn told(&self) -> Told {
         fn told<F: Ip>(headers: &Headers<F>) -> Told {
-            let Tuple { source, destination, source_port, destination_port, protocol, .. } = headers.tuple;
+            let Tuple { source, destination, source_port, destination_port, protocol, .. } =
+                headers.tuple;
             Told {
                 kind: headers.kind,
                 fragment: headers.fragment,
@@ -187,7 +188,11 @@ fn every_fragment_tells_its_datagram_and_the_first_one_its_ports() {
                     flags: if first && protocol != UDP { ACK } else { 0 },
                 };
                 assert_eq!(read.told(), expected, "fragment {index}");
-                assert_eq!(read.datagram(), (client.ip(), frontend.ip(), id, protocol), "fragment {index}");
+                assert_eq!(
+                    read.datagram(),
+                    (client.ip(), frontend.ip(), id, protocol),
+                    "fragment {index}"
+                );
                 if first {
                     assert!(read.follows(false));
                     assert_eq!(read.follows(true), protocol != SCTP);
@@ -212,7 +217,11 @@ fn a_first_fragment_holds_the_whole_transport_header_or_is_truncated() {
                 let first = datagram.fragments(ID, size).swap_remove(0);
                 assert_eq!(kind(&first), expected, "{size} bytes of protocol {protocol}");
                 let padded = first.padded(30);
-                assert_eq!(kind(&padded), expected, "{size} bytes of protocol {protocol}, and padding");
+                assert_eq!(
+                    kind(&padded),
+                    expected,
+                    "{size} bytes of protocol {protocol}, and padding"
+                );
             }
         }
         // Options that go on in the next fragment, or an offset that is none.
@@ -229,9 +238,13 @@ fn a_first_fragment_holds_the_whole_transport_header_or_is_truncated() {
 fn an_atomic_fragment_is_whole_whatever_its_reserved_byte_says() {
     let [_, [client, frontend]] = ends();
     for reserved in [0, 1, 0xff] {
-        let frame = Frame::udp(client, frontend, b"data").extension(44, &[0, reserved, 0, 0, 1, 2, 3, 4]);
+        let frame =
+            Frame::udp(client, frontend, b"data").extension(44, &[0, reserved, 0, 0, 1, 2, 3, 4]);
         let told = read(&frame).told();
-        assert_eq!((told.kind, told.fragment, told.ports), (Kind::Transport, Fragment::Whole, [40_000, 80]));
+        assert_eq!(
+            (told.kind, told.fragment, told.ports),
+            (Kind::Transport, Fragment::Whole, [40_000, 80])
+        );
     }
 }
 
@@ -248,7 +261,10 @@ fn behind_more_extension_headers_only_the_first_fragment_tells_the_protocol() {
         let first = read(&frame.part(ID, 0, true, 60, head));
         let later = read(&frame.part(ID, 48, false, 60, tail));
         let told = first.told();
-        assert_eq!((told.kind, told.fragment, told.protocol), (Kind::Transport, Fragment::First, UDP));
+        assert_eq!(
+            (told.kind, told.fragment, told.protocol),
+            (Kind::Transport, Fragment::First, UDP)
+        );
         assert_eq!(told.ports, [40_000, 80]);
         assert_eq!((later.told().kind, later.told().protocol), (Kind::Fragment, 60));
         assert_eq!(first.datagram(), (client.ip(), frontend.ip(), ID.to_be(), 60));
@@ -291,7 +307,9 @@ fn an_error_is_read_when_it_quotes_ports() {
 fn a_fragment_that_ends_early_is_none() {
     for [client, frontend] in ends() {
         let fragments = Frame::udp(client, frontend, &[7; 200]).fragments(ID, 88);
-        for (frame, whole) in fragments.iter().zip([Kind::Transport, Kind::Fragment, Kind::Fragment]) {
+        for (frame, whole) in
+            fragments.iter().zip([Kind::Transport, Kind::Fragment, Kind::Fragment])
+        {
             let bytes = frame.packet();
             assert_eq!(kind(frame), whole);
             for length in 0..bytes.len() {

@@ -20,7 +20,8 @@ use sluice_common::packet::parse::{Headers, Kind, headers};
 use sluice_common::packet::rewrite::{can_follow, decrement_ttl, rewrite};
 use sluice_common::{Packet, V4, V6};
 
-/// Addresses of one family. Few enough bytes that both a checksum's carries and their absence come up.
+/// Addresses of one family. Few enough bytes that both a checksum's carries and their absence come
+/// up.
 fn end(v4: bool) -> BoxedStrategy<SocketAddr> {
     let port = prop_oneof![any::<u16>(), Just(0_u16), Just(0xffff)];
     if v4 {
@@ -46,8 +47,11 @@ fn data() -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn segment(tcp: bool, source: SocketAddr, destination: SocketAddr, data: &[u8], sum: Sum) -> Frame {
-    let frame =
-        if tcp { Frame::tcp(source, destination, ACK, data) } else { Frame::udp(source, destination, data) };
+    let frame = if tcp {
+        Frame::tcp(source, destination, ACK, data)
+    } else {
+        Frame::udp(source, destination, data)
+    };
     frame.bare().sum(if tcp && sum == Sum::Absent { Sum::Full } else { sum })
 }
 
@@ -94,7 +98,8 @@ fn rewritten_of(
     }
 }
 
-/// Whether a fragment's datagram can get another tuple, which a rewrite of the fragment agrees with.
+/// Whether a fragment's datagram can get another tuple, which a rewrite of the fragment agrees
+/// with.
 fn follows<F: Ip>(fragment: &Frame, source: SocketAddr, destination: SocketAddr) -> bool {
     let mut packet = Bytes { bytes: fragment.bytes(), partial: false };
     let headers = read::<F>(&packet);
@@ -125,7 +130,8 @@ fn holds(packet: &[u8]) -> bool {
         if v4 { (20, &packet[12..20], packet[9]) } else { (40, &packet[8..40], packet[6]) };
     let segment = &packet[header..];
     let length = (segment.len() as u32).to_be_bytes();
-    let pseudo = if protocol == 1 { Vec::new() } else { [addresses, &[0, protocol], &length].concat() };
+    let pseudo =
+        if protocol == 1 { Vec::new() } else { [addresses, &[0, protocol], &length].concat() };
     (!v4 || folded(&packet[..header]) == 0xffff) && folded(&[&pseudo, segment].concat()) == 0xffff
 }
 
@@ -328,6 +334,9 @@ fn answers<F: Ip>(packet: &Bytes, tcp: bool, mtu: u32) -> Result<(), TestCaseErr
     let mut bytes = Bytes { bytes: vec![0; 8], partial: false };
     assert!(sluice_common::packet::rewrite::Edit::store(&mut bytes, 0, icmp));
     prop_assert!(holds(&write(network, [&bytes.bytes, quoted].concat())));
-    prop_assert_eq!(octets(F::ip(headers.tuple.source)).len(), if F::VERSION == 4 { 4 } else { 16 });
+    prop_assert_eq!(
+        octets(F::ip(headers.tuple.source)).len(),
+        if F::VERSION == 4 { 4 } else { 16 }
+    );
     Ok(())
 }

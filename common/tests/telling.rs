@@ -34,7 +34,13 @@ fn decision(reason: Reason, record: Record) -> Decision<V4> {
         service_port: 7,
         ..Flow::default()
     };
-    Decision { reason, record, verdict: Verdict::Translate, flow, ..Decision::pass(&headers(0).tuple) }
+    Decision {
+        reason,
+        record,
+        verdict: Verdict::Translate,
+        flow,
+        ..Decision::pass(&headers(0).tuple)
+    }
 }
 
 #[test]
@@ -56,7 +62,11 @@ fn a_flow_is_told_when_it_opens_is_proven_and_closes() {
         (Record::Renew, tcp::ACK | tcp::FIN, Kind::Closing),
         (Record::RenewEmbryonic, tcp::RST, Kind::Closing),
     ] {
-        assert_eq!(kind(&decision(Reason::Forward, record), &headers(flags)), Some(told), "{record:?}");
+        assert_eq!(
+            kind(&decision(Reason::Forward, record), &headers(flags)),
+            Some(told),
+            "{record:?}"
+        );
     }
 }
 
@@ -80,7 +90,12 @@ fn a_packet_that_the_adapter_dropped_is_told_as_dropped() {
 
 fn event() -> Event {
     let mut event = Event { kind: Kind::Opened as u8, at: At::Egress as u8, ..Event::default() };
-    packet(&mut event, &headers(tcp::SYN), &decision(Reason::Recovered, Record::Open), Fate::Forwarded);
+    packet(
+        &mut event,
+        &headers(tcp::SYN),
+        &decision(Reason::Recovered, Record::Open),
+        Fate::Forwarded,
+    );
     event
 }
 

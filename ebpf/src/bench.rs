@@ -1,9 +1,13 @@
 //! What the benchmark runs the kernel programs with: a driver that makes each packet anew and
-//! tail-calls the program under test, and programs that do nothing, which give the driver's own cost.
+//! tail-calls the program under test, and programs that do nothing, which give the driver's own
+//! cost.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![allow(clippy::inline_always, reason = "the verifier follows values only through inlined code")]
-#![allow(clippy::needless_pass_by_value, reason = "aya's macros hand an entry point its context by value")]
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "aya's macros hand an entry point its context by value"
+)]
 #![allow(clippy::cast_possible_wrap, reason = "helpers take sizes in types of their own")]
 
 /// There is nothing to run on the host.
@@ -77,7 +81,8 @@ mod driver {
     #[inline(always)]
     fn write<const AT: usize>(data: usize, port: u16) {
         const { assert!(AT + 2 <= HEADERS) };
-        // SAFETY: the caller has asked whether the frame holds all headers; the machine writes unaligned words.
+        // SAFETY: the caller has asked whether the frame holds all headers; the machine writes
+        // unaligned words.
         unsafe { *((data + AT) as *mut u16) = port };
     }
 
@@ -86,7 +91,8 @@ mod driver {
         if make(ctx.data(), ctx.data_end()).is_none() {
             return 2;
         }
-        // SAFETY: the context is valid while the program runs; nothing is carried over from the last run.
+        // SAFETY: the context is valid while the program runs; nothing is carried over from the
+        // last run.
         unsafe { (*ctx.skb.skb).cb[0] = 0 };
         // SAFETY: the slot holds a tc program.
         unsafe { tc_target.tail_call(&ctx, 0) };

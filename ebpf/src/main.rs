@@ -1,15 +1,22 @@
 //! The kernel programs: entry points around [`sluice_common::path`].
 //!
-//! A program wraps its context, lets the path decide, and applies the decision. Compiled for
-//! any other target than BPF this is an empty program, so that the whole workspace can be checked at once.
+//! A program wraps its context, lets the path decide, and applies the decision. Compiled for any
+//! other target than BPF this is an empty program, so that the whole workspace can be checked at
+//! once.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 #![allow(
     clippy::inline_always,
     reason = "the verifier follows values only through inlined code: what a program calls is part of it"
 )]
-#![allow(clippy::needless_borrows_for_generic_args, reason = "a key given by value is copied to the stack")]
-#![allow(clippy::needless_pass_by_value, reason = "aya's macros hand an entry point its context by value")]
+#![allow(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a key given by value is copied to the stack"
+)]
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "aya's macros hand an entry point its context by value"
+)]
 #![allow(
     clippy::cast_possible_wrap,
     clippy::cast_sign_loss,
@@ -30,7 +37,8 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
     loop {}
 }
 
-/// `bpf_fib_lookup` is for GPL-compatible programs only: this crate may be used under the GPL as well.
+/// `bpf_fib_lookup` is for GPL-compatible programs only: this crate may be used under the GPL as
+/// well.
 #[cfg(target_arch = "bpf")]
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]

@@ -26,14 +26,16 @@ pub struct AgentOptions {
     pub environment: Vec<(String, String)>,
 }
 
-/// An agent of a node. Dropping this kills it with SIGKILL, which leaves its programs and maps in the kernel until the lab ends.
+/// An agent of a node. Dropping this kills it with SIGKILL, which leaves its programs and maps in
+/// the kernel until the lab ends.
 pub struct AgentProcess {
     node: Node,
     options: AgentOptions,
     running: Running,
 }
 
-/// Finds the `sluice` binary: `$SLUICE_BIN`, else beside this program or, for a test, one directory above.
+/// Finds the `sluice` binary: `$SLUICE_BIN`, else beside this program or, for a test, one directory
+/// above.
 fn sluice_path() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("SLUICE_BIN") {
         return Ok(path.into());
@@ -46,13 +48,17 @@ fn sluice_path() -> Result<PathBuf> {
         .map(|directory| directory.join("sluice"))
         .find(|path| path.is_file());
     found.with_context(|| {
-        format!("there is no `sluice` near {}: build it, and set SLUICE_BIN to where it is", this.display())
+        format!(
+            "there is no `sluice` near {}: build it, and set SLUICE_BIN to where it is",
+            this.display()
+        )
     })
 }
 
 impl Node {
-    /// Starts `sluice agent` in the node's namespace and its cgroup `host`, pinning below [`Node::pin_path`], attached to
-    /// the node's whole cgroup. It may not be ready yet when this returns: see [`AgentProcess::wait_ready`].
+    /// Starts `sluice agent` in the node's namespace and its cgroup `host`, pinning below
+    /// [`Node::pin_path`], attached to the node's whole cgroup. It may not be ready yet when this
+    /// returns: see [`AgentProcess::wait_ready`].
     ///
     /// # Errors
     /// If the binary is not found (`SLUICE_BIN`) or cannot be started.
@@ -66,7 +72,8 @@ impl Node {
         self.bpffs().join("sluice")
     }
 
-    /// Runs a subcommand of `sluice` on the node, `--pin-path` added, and returns its standard output.
+    /// Runs a subcommand of `sluice` on the node, `--pin-path` added, and returns its standard
+    /// output.
     ///
     /// # Errors
     /// If it cannot be started or fails; the error then holds its standard error.
@@ -97,9 +104,9 @@ impl Node {
 
     /// As [`Node::sluice`], whatever the exit status.
     pub fn sluice_output(&self, args: &[&str]) -> Result<Output> {
-        self.sluice_command(args)?
-            .output()
-            .with_context(|| format!("cannot run `sluice {}` on the node {}", args.join(" "), self.name()))
+        self.sluice_command(args)?.output().with_context(|| {
+            format!("cannot run `sluice {}` on the node {}", args.join(" "), self.name())
+        })
     }
 }
 
@@ -123,7 +130,8 @@ fn start(node: &Node, options: &AgentOptions) -> Result<Running> {
         let _ = command.arg("--kubeconfig").arg(kubeconfig);
     }
     let _ = command.args(&options.args);
-    node.spawn_command(command).with_context(|| format!("cannot start the agent of the node {}", node.name()))
+    node.spawn_command(command)
+        .with_context(|| format!("cannot start the agent of the node {}", node.name()))
 }
 
 impl AgentProcess {
@@ -143,8 +151,11 @@ impl AgentProcess {
                 );
             }
             let answer = node.sluice_output(&["status", "-o", "json"])?;
-            let status: serde_json::Value = serde_json::from_slice(&answer.stdout).unwrap_or_default();
-            if answer.status.success() && status.get("ready") == Some(&serde_json::Value::Bool(true)) {
+            let status: serde_json::Value =
+                serde_json::from_slice(&answer.stdout).unwrap_or_default();
+            if answer.status.success()
+                && status.get("ready") == Some(&serde_json::Value::Bool(true))
+            {
                 return Ok(());
             }
             if Instant::now() > deadline {

@@ -22,13 +22,18 @@ pub(crate) fn mounts() -> Result<Vec<Mount>> {
         .lines()
         .filter_map(|line| {
             let (left, right) = line.split_once(" - ")?;
-            // Spaces in a path are written as \040; the lab's own paths have none, so such a mount is never one of ours.
-            Some(Mount { point: left.split(' ').nth(4)?.into(), kind: right.split(' ').next()?.into() })
+            // Spaces in a path are written as \040; the lab's own paths have none, so such a mount
+            // is never one of ours.
+            Some(Mount {
+                point: left.split(' ').nth(4)?.into(),
+                kind: right.split(' ').next()?.into(),
+            })
         })
         .collect())
 }
 
-/// Where the cgroup v2 hierarchy is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` beside v1.
+/// Where the cgroup v2 hierarchy is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` beside
+/// v1.
 pub(crate) fn root() -> Result<PathBuf> {
     mounts()?
         .into_iter()
@@ -40,12 +45,15 @@ pub(crate) fn root() -> Result<PathBuf> {
 /// Makes a group, and those above it.
 pub(crate) fn create(group: &Path) -> Result<()> {
     fs::create_dir_all(group).with_context(|| {
-        format!("cannot make the cgroup {}: is cgroup2 mounted read-only, or not root?", group.display())
+        format!(
+            "cannot make the cgroup {}: is cgroup2 mounted read-only, or not root?",
+            group.display()
+        )
     })
 }
 
-/// Kills every process in the group and below, then removes the groups. A group that is not there is no error, nor is one
-/// that somebody else is removing too.
+/// Kills every process in the group and below, then removes the groups. A group that is not there
+/// is no error, nor is one that somebody else is removing too.
 pub(crate) fn destroy(group: &Path) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(5);
     while group.exists() {
@@ -79,7 +87,8 @@ fn for_each_below(group: &Path, act: &mut dyn FnMut(&Path)) {
 fn kill_members(group: &Path) {
     let members = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
     for pid in members.lines().filter_map(|line| line.parse().ok()) {
-        // SAFETY: kill(2) takes plain numbers; the process is a member of a cgroup that only the lab fills.
+        // SAFETY: kill(2) takes plain numbers; the process is a member of a cgroup that only the
+        // lab fills.
         let _ = unsafe { libc::kill(pid, libc::SIGKILL) };
     }
 }

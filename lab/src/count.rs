@@ -1,4 +1,5 @@
-//! A program that counts the IPv4 packets of one address at a device's hook and passes them on: a witness of what others see there.
+//! A program that counts the IPv4 packets of one address at a device's hook and passes them on: a
+//! witness of what others see there.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -111,8 +112,10 @@ const fn instruction(code: u8, registers: u8, offset: i16, immediate: i32) -> u6
 impl Counter {
     /// Loads the program for packets of one address, behind an Ethernet header.
     pub fn load(side: Side, address: Ipv4Addr) -> Result<Self> {
-        let create = MapCreate { map_type: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size: 8, max_entries: 1 };
-        let map = descriptor(bpf(BPF_MAP_CREATE, &create).context("cannot make a map (BPF_MAP_CREATE)")?);
+        let create =
+            MapCreate { map_type: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size: 8, max_entries: 1 };
+        let map =
+            descriptor(bpf(BPF_MAP_CREATE, &create).context("cannot make a map (BPF_MAP_CREATE)")?);
         let at = match side {
             Side::Source => 14 + 12,
             Side::Destination => 14 + 16,
@@ -149,8 +152,9 @@ impl Counter {
             kern_version: 0,
             prog_flags: 0,
         };
-        let program =
-            descriptor(bpf(BPF_PROG_LOAD, &load).context("cannot load a counting program (BPF_PROG_LOAD)")?);
+        let program = descriptor(
+            bpf(BPF_PROG_LOAD, &load).context("cannot load a counting program (BPF_PROG_LOAD)")?,
+        );
         Ok(Self { map, program, link: None })
     }
 
@@ -213,7 +217,9 @@ impl Namespace {
                 let link: io::Result<i32> = bpf(BPF_LINK_CREATE, &create);
                 Ok(descriptor(link.context("BPF_LINK_CREATE")?))
             })?
-            .with_context(|| format!("cannot count packets of {device} in the namespace {}", self.name()))?;
+            .with_context(|| {
+                format!("cannot count packets of {device} in the namespace {}", self.name())
+            })?;
         counter.link = Some(link);
         Ok(counter)
     }

@@ -17,9 +17,11 @@ pub enum Overlay {
     /// Plain routes on the segment the nodes share; the router knows the pods' ranges too.
     #[default]
     None,
-    /// A `vxlan0` device on every node, flannel's way: static neighbours, MTU 1450. The router knows no pods.
+    /// A `vxlan0` device on every node, flannel's way: static neighbours, MTU 1450. The router
+    /// knows no pods.
     Vxlan,
-    /// A headerless (`ARPHRD_NONE`) `tun0` on every node, its packets relayed over UDP by a process; MTU 1450. The router knows no pods.
+    /// A headerless (`ARPHRD_NONE`) `tun0` on every node, its packets relayed over UDP by a
+    /// process; MTU 1450. The router knows no pods.
     Tun,
 }
 
@@ -44,7 +46,8 @@ impl Shared {
 
 /// Nodes, pods, a router and clients that live until this is dropped.
 ///
-/// The handles it gives out ([`Node`], [`Pod`](crate::Pod), ...) may outlive it, but what they stand for does not.
+/// The handles it gives out ([`Node`], [`Pod`](crate::Pod), ...) may outlive it, but what they
+/// stand for does not.
 pub struct Lab {
     shared: Arc<Shared>,
     router: Router,
@@ -60,7 +63,8 @@ pub fn is_root() -> bool {
 }
 
 impl Lab {
-    /// An empty lab (a router and nothing else) without an overlay. Removes what dead owners left before.
+    /// An empty lab (a router and nothing else) without an overlay. Removes what dead owners left
+    /// before.
     ///
     /// # Errors
     /// If this is not root, if there is no cgroup v2, or if the kernel refuses a step.
@@ -71,7 +75,10 @@ impl Lab {
     /// As [`Lab::new`], with the given way between nodes.
     pub fn with_overlay(name: &str, overlay: Overlay) -> Result<Self> {
         static LABS: AtomicU32 = AtomicU32::new(0);
-        ensure!(is_root(), "cannot build the lab {name}: network namespaces need root; run it with sudo");
+        ensure!(
+            is_root(),
+            "cannot build the lab {name}: network namespaces need root; run it with sudo"
+        );
         if let Err(error) = sweep() {
             eprintln!("lab: {error:#}; going on");
         }
@@ -83,10 +90,15 @@ impl Lab {
                 break (id, state);
             }
         };
-        fs::create_dir_all(state.join("ns")).with_context(|| format!("cannot make {}", state.display()))?;
+        fs::create_dir_all(state.join("ns"))
+            .with_context(|| format!("cannot make {}", state.display()))?;
         leftovers::register(&id);
-        let shared =
-            Arc::new(Shared { cgroup: cgroup::root()?.join(&id), state, id, next: AtomicU32::new(0) });
+        let shared = Arc::new(Shared {
+            cgroup: cgroup::root()?.join(&id),
+            state,
+            id,
+            next: AtomicU32::new(0),
+        });
         let built = Self::build(name, overlay, &shared);
         if built.is_err() {
             leftovers::tear_down(&shared.id)?;
@@ -101,7 +113,10 @@ impl Lab {
             fs::create_dir_all(state.join(dir))
                 .with_context(|| format!("cannot make {}/{dir}", state.display()))?;
         }
-        fs::write(state.join("owner"), leftovers::start_time(std::process::id()).unwrap_or_default())?;
+        fs::write(
+            state.join("owner"),
+            leftovers::start_time(std::process::id()).unwrap_or_default(),
+        )?;
         fs::write(state.join("name"), name)?;
         cgroup::create(&shared.cgroup)?;
         xdp::mount_bpffs(&state.join("bpf"))?;
@@ -118,12 +133,14 @@ impl Lab {
         Ok(lab)
     }
 
-    /// The lab's id, `slab<pid>-<n>`: the name of its directory below `/run/sluice-lab` and of its cgroup.
+    /// The lab's id, `slab<pid>-<n>`: the name of its directory below `/run/sluice-lab` and of its
+    /// cgroup.
     pub fn id(&self) -> &str {
         &self.shared.id
     }
 
-    /// The lab's directory: `ns/<name>` are its namespaces (`nsenter --net=...`), `log/` what its processes wrote.
+    /// The lab's directory: `ns/<name>` are its namespaces (`nsenter --net=...`), `log/` what its
+    /// processes wrote.
     pub fn state(&self) -> &Path {
         &self.shared.state
     }
@@ -145,10 +162,13 @@ impl Lab {
             bail!("cannot add the node {name}: a lab has addresses for 199 nodes")
         };
         let node = Node::create(&self.shared, &self.router, name, index, self.overlay, options)
-            .with_context(|| format!("cannot build the node {name} of the lab {}", self.shared.id))?;
+            .with_context(|| {
+                format!("cannot build the node {name} of the lab {}", self.shared.id)
+            })?;
         nodes.push(node.clone());
-        Node::join(&nodes, self.overlay)
-            .with_context(|| format!("cannot connect the node {name} to the others ({:?})", self.overlay))?;
+        Node::join(&nodes, self.overlay).with_context(|| {
+            format!("cannot connect the node {name} to the others ({:?})", self.overlay)
+        })?;
         drop(nodes);
         Ok(node)
     }
@@ -159,13 +179,16 @@ impl Lab {
     /// If the name is taken or longer than 11 characters, or if the kernel refuses a step.
     pub fn client(&self, name: &str) -> Result<Client> {
         let index = self.clients.fetch_add(1, Ordering::Relaxed) + 1;
-        let index = u8::try_from(index)
-            .with_context(|| format!("cannot add the client {name}: a lab has addresses for 255"))?;
-        Client::create(&self.shared, &self.router, name, index)
-            .with_context(|| format!("cannot build the client {name} of the lab {}", self.shared.id))
+        let index = u8::try_from(index).with_context(|| {
+            format!("cannot add the client {name}: a lab has addresses for 255")
+        })?;
+        Client::create(&self.shared, &self.router, name, index).with_context(|| {
+            format!("cannot build the client {name} of the lab {}", self.shared.id)
+        })
     }
 
-    /// Leaves the lab up when this is dropped, and its processes running, until [`remove_kept`](crate::remove_kept).
+    /// Leaves the lab up when this is dropped, and its processes running, until
+    /// [`remove_kept`](crate::remove_kept).
     pub fn keep(&self) -> Result<()> {
         fs::write(self.shared.state.join(KEEP), "").context("cannot mark the lab as kept")?;
         leftovers::unregister(&self.shared.id);

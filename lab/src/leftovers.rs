@@ -1,4 +1,5 @@
-//! Taking a lab down by its id alone, which works for one's own lab and for that of a killed process alike.
+//! Taking a lab down by its id alone, which works for one's own lab and for that of a killed
+//! process alike.
 
 use std::fs;
 use std::io;
@@ -29,13 +30,15 @@ pub fn sweep() -> Result<Vec<String>> {
     remove_where(|lab| !lab.join(KEEP).exists() && !owner_lives(lab))
 }
 
-/// Removes the labs that were kept with `SLUICE_LAB_KEEP=1` or [`Lab::keep`](crate::Lab::keep), or just the one with the
-/// given id, and says which.
+/// Removes the labs that were kept with `SLUICE_LAB_KEEP=1` or [`Lab::keep`](crate::Lab::keep), or
+/// just the one with the given id, and says which.
 ///
 /// # Errors
 /// If something of such a lab cannot be removed; the others are tried all the same.
 pub fn remove_kept(id: Option<&str>) -> Result<Vec<String>> {
-    remove_where(|lab| lab.join(KEEP).exists() && !owner_lives(lab) && id.is_none_or(|id| lab.ends_with(id)))
+    remove_where(|lab| {
+        lab.join(KEEP).exists() && !owner_lives(lab) && id.is_none_or(|id| lab.ends_with(id))
+    })
 }
 
 fn remove_where(chosen: impl Fn(&Path) -> bool) -> Result<Vec<String>> {
@@ -69,14 +72,17 @@ pub(crate) fn start_time(pid: u32) -> Option<String> {
 }
 
 fn owner_lives(lab: &Path) -> bool {
-    let started = lab.file_name().and_then(|id| owner_pid(&id.to_string_lossy())).and_then(start_time);
+    let started =
+        lab.file_name().and_then(|id| owner_pid(&id.to_string_lossy())).and_then(start_time);
     // A lab that has not written its owner yet is just being made.
     started.is_some_and(|now| {
-        fs::read_to_string(lab.join("owner")).map_or(true, |then| then.is_empty() || then.trim() == now)
+        fs::read_to_string(lab.join("owner"))
+            .map_or(true, |then| then.is_empty() || then.trim() == now)
     })
 }
 
-/// Ends a lab: its processes, its mounts (namespaces and bpffs), its cgroups, its directory. Every step is tried.
+/// Ends a lab: its processes, its mounts (namespaces and bpffs), its cgroups, its directory. Every
+/// step is tried.
 pub(crate) fn tear_down(id: &str) -> Result<()> {
     let state = Path::new(STATE).join(id);
     let killed = cgroup::root().and_then(|root| cgroup::destroy(&root.join(id)));
@@ -92,14 +98,17 @@ pub(crate) fn tear_down(id: &str) -> Result<()> {
 
 fn unmount_below(state: &Path) -> Result<()> {
     let mut outcome = Ok(());
-    for mount in cgroup::mounts()?.into_iter().rev().filter(|mount| mount.point.starts_with(state)) {
+    for mount in cgroup::mounts()?.into_iter().rev().filter(|mount| mount.point.starts_with(state))
+    {
         let path = c_path(&mount.point)?;
         // SAFETY: `path` is a NUL-terminated string that outlives the call.
         if unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) } != 0 {
             let error = io::Error::last_os_error();
             // Another sweep may have been here first.
-            if error.raw_os_error() != Some(libc::EINVAL) && error.kind() != io::ErrorKind::NotFound {
-                outcome = Err(error).with_context(|| format!("cannot unmount {}", mount.point.display()));
+            if error.raw_os_error() != Some(libc::EINVAL) && error.kind() != io::ErrorKind::NotFound
+            {
+                outcome =
+                    Err(error).with_context(|| format!("cannot unmount {}", mount.point.display()));
             }
         }
     }
@@ -132,11 +141,14 @@ static SIGNAL_PIPE: AtomicI32 = AtomicI32::new(-1);
 
 extern "C" fn on_signal(signal: libc::c_int) {
     let byte = u8::try_from(signal).unwrap_or(0);
-    // SAFETY: write(2) is async-signal-safe, the byte lives on this stack, and the pipe is never closed.
-    let _ = unsafe { libc::write(SIGNAL_PIPE.load(Ordering::Relaxed), (&raw const byte).cast(), 1) };
+    // SAFETY: write(2) is async-signal-safe, the byte lives on this stack, and the pipe is never
+    // closed.
+    let _ =
+        unsafe { libc::write(SIGNAL_PIPE.load(Ordering::Relaxed), (&raw const byte).cast(), 1) };
 }
 
-/// On SIGINT, SIGTERM and SIGHUP takes this process's labs down, then exits as the signal would have made it.
+/// On SIGINT, SIGTERM and SIGHUP takes this process's labs down, then exits as the signal would
+/// have made it.
 fn watch_signals() -> Result<()> {
     let mut ends: [RawFd; 2] = [-1; 2];
     // SAFETY: `ends` has room for the two descriptors.
@@ -157,7 +169,8 @@ fn watch_signals() -> Result<()> {
         std::process::exit(128 + i32::from(byte));
     })?;
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
-        // SAFETY: the handler only writes to a pipe; sigaction's other fields are zero, which is valid.
+        // SAFETY: the handler only writes to a pipe; sigaction's other fields are zero, which is
+        // valid.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_signal as *const () as usize;

@@ -1,8 +1,10 @@
-//! A lab: nodes, pods, overlay links, a router and outside clients out of network namespaces, with real servers in them.
+//! A lab: nodes, pods, overlay links, a router and outside clients out of network namespaces, with
+//! real servers in them.
 //!
-//! The demo, the integration tests and the benches run the agent inside it. Nothing of the lab ever touches the namespace
-//! it is started from: both ends of every link are created inside the lab's own namespaces. It needs root, cgroup v2 (anywhere)
-//! and iproute2; single features need what they name (`tcpdump`, `ethtool`, `nft`, `nginx`).
+//! The demo, the integration tests and the benches run the agent inside it. Nothing of the lab ever
+//! touches the namespace it is started from: both ends of every link are created inside the lab's
+//! own namespaces. It needs root, cgroup v2 (anywhere) and iproute2; single features need what they
+//! name (`tcpdump`, `ethtool`, `nft`, `nginx`).
 //!
 //! ```text
 //!                     outside: client a 198.18.1.10      client b 198.18.2.10
@@ -15,10 +17,11 @@
 //!                  pod 10.244.1.10 ...       pod 10.244.2.10 ...        fd00:10:244:<node>::<same>
 //! ```
 //!
-//! Everything a lab owns has its id, `slab<owner pid>-<n>`, in its path: namespaces, bpffs mounts and logs below
-//! `/run/sluice-lab/<id>`, processes below the cgroup `<cgroup root>/<id>`. [`Lab`]'s drop takes it down (after a panic too),
-//! as do SIGINT and SIGTERM; what a killed owner leaves is taken down by [`sweep`], which every [`Lab::new`] runs.
-//! With `SLUICE_LAB_KEEP=1` a lab stays up, with all its processes, until [`remove_kept`].
+//! Everything a lab owns has its id, `slab<owner pid>-<n>`, in its path: namespaces, bpffs mounts
+//! and logs below `/run/sluice-lab/<id>`, processes below the cgroup `<cgroup root>/<id>`.
+//! [`Lab`]'s drop takes it down (after a panic too), as do SIGINT and SIGTERM; what a killed owner
+//! leaves is taken down by [`sweep`], which every [`Lab::new`] runs. With `SLUICE_LAB_KEEP=1` a lab
+//! stays up, with all its processes, until [`remove_kept`].
 //!
 //! ```no_run
 //! use sluice_lab::{Lab, NodeOptions, Serve};
@@ -64,7 +67,8 @@ pub use running::Running;
 pub use serve::{Serve, tool_path};
 pub use skip::skipped;
 
-/// This kernel or machine lacks something a lab was asked for: a reason to skip a test, found by `error.downcast_ref::<Unsupported>()`.
+/// This kernel or machine lacks something a lab was asked for: a reason to skip a test, found by
+/// `error.downcast_ref::<Unsupported>()`.
 #[derive(Debug, thiserror::Error)]
 #[error("{what} is not available here: {why}")]
 pub struct Unsupported {

@@ -23,8 +23,8 @@ pub struct LoadSize {
 }
 
 impl LoadSize {
-    /// Two thousand connections, five hundred new ones a second and a minute of everything with `SLUICE_LAB_FULL=1`; else
-    /// as much as leaves a test run short.
+    /// Two thousand connections, five hundred new ones a second and a minute of everything with
+    /// `SLUICE_LAB_FULL=1`; else as much as leaves a test run short.
     pub fn of_this_run() -> Self {
         if std::env::var_os("SLUICE_LAB_FULL").is_some_and(|value| value == "1") {
             Self { held: 2000, rate: 500, seconds: 60 }
@@ -40,8 +40,8 @@ pub struct LoadClients {
 }
 
 impl LoadClients {
-    /// Starts a client in each place, which asks the addresses beside it in turns; each has its share of the load.
-    /// Returns when all connections that stay are open.
+    /// Starts a client in each place, which asks the addresses beside it in turns; each has its
+    /// share of the load. Returns when all connections that stay are open.
     ///
     /// # Errors
     /// If some cannot be opened.
@@ -56,7 +56,8 @@ impl LoadClients {
         }
         let mut this = Self { clients };
         let all = u64::from(share(size.held)) * places.len() as u64;
-        let _ = this.wait("all connections are open", |now| now.held == all && now.answered >= all)?;
+        let _ =
+            this.wait("all connections are open", |now| now.held == all && now.answered >= all)?;
         let _ = this.unharmed("at the start")?;
         Ok(this)
     }
@@ -65,17 +66,17 @@ impl LoadClients {
     pub fn now(&self) -> Load {
         let mut sum = Load::default();
         for client in &self.clients {
-            let last = client
-                .events()
-                .into_iter()
-                .rev()
-                .find_map(|event| if let Event::Load(load) = event { Some(load) } else { None });
+            let last =
+                client.events().into_iter().rev().find_map(|event| {
+                    if let Event::Load(load) = event { Some(load) } else { None }
+                });
             sum.add(last.unwrap_or_default());
         }
         sum
     }
 
-    /// Everything asked for so far was answered, nothing failed, and every connection that stays goes on.
+    /// Everything asked for so far was answered, nothing failed, and every connection that stays
+    /// goes on.
     ///
     /// # Errors
     /// If something failed, now or before.
@@ -97,7 +98,11 @@ impl LoadClients {
         let deadline = Instant::now() + PATIENCE;
         loop {
             for client in &mut self.clients {
-                ensure!(client.poll()?.is_none(), "a client ended before {what}: {}", client.stderr());
+                ensure!(
+                    client.poll()?.is_none(),
+                    "a client ended before {what}: {}",
+                    client.stderr()
+                );
             }
             let now = self.now();
             ensure!(now.failures() == 0, "before {what}: {now:?}");

@@ -1,4 +1,5 @@
-//! A directory of Kubernetes objects for the agent's manifest source, written from a few words a service.
+//! A directory of Kubernetes objects for the agent's manifest source, written from a few words a
+//! service.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -56,7 +57,8 @@ impl Port {
         Self::new(Protocol::Udp, name, port, target)
     }
 
-    /// Opens the port on every node too. Makes the service a `NodePort`, if it is no `LoadBalancer`.
+    /// Opens the port on every node too. Makes the service a `NodePort`, if it is no
+    /// `LoadBalancer`.
     #[must_use]
     pub fn node_port(mut self, node_port: u16) -> Self {
         self.on_node = Some(node_port);
@@ -115,7 +117,8 @@ impl Backend {
     /// For clients on a node; who does not heed hints for nodes finds one for a zone.
     #[must_use]
     pub fn for_node(mut self, node: &str, zone: &str) -> Self {
-        self.hints = Some(format!("{{forNodes: [{{name: {node}}}], forZones: [{{name: {zone}}}]}}"));
+        self.hints =
+            Some(format!("{{forNodes: [{{name: {node}}}], forZones: [{{name: {zone}}}]}}"));
         self
     }
 }
@@ -218,7 +221,8 @@ impl Service {
     pub fn to_yaml(&self) -> String {
         let mut text = self.service_yaml();
         let of_family = |ipv6: bool| {
-            let mut vips = self.cluster_ips.iter().chain(&self.load_balancer_ips).chain(&self.external_ips);
+            let mut vips =
+                self.cluster_ips.iter().chain(&self.load_balancer_ips).chain(&self.external_ips);
             vips.any(|ip| ip.is_ipv6() == ipv6)
         };
         for ipv6 in [false, true] {
@@ -254,8 +258,11 @@ impl Service {
         };
         line(&mut text, &format!("spec:\n  type: {kind}"));
         if let Some(first) = self.cluster_ips.first() {
-            let families: Vec<&str> =
-                self.cluster_ips.iter().map(|ip| if ip.is_ipv4() { "IPv4" } else { "IPv6" }).collect();
+            let families: Vec<&str> = self
+                .cluster_ips
+                .iter()
+                .map(|ip| if ip.is_ipv4() { "IPv4" } else { "IPv6" })
+                .collect();
             line(
                 &mut text,
                 &format!(
@@ -273,7 +280,8 @@ impl Service {
         }
         line(&mut text, "  ports:");
         for port in &self.ports {
-            let node_port = port.on_node.map(|port| format!(", nodePort: {port}")).unwrap_or_default();
+            let node_port =
+                port.on_node.map(|port| format!(", nodePort: {port}")).unwrap_or_default();
             let (name, protocol) = (&port.name, port.protocol.word());
             line(
                 &mut text,
@@ -344,7 +352,8 @@ fn list(ips: &[IpAddr]) -> String {
     format!("[{}]", ips.iter().map(|ip| format!("\"{ip}\"")).collect::<Vec<_>>().join(", "))
 }
 
-/// A directory of manifests. Files come, change and go as a whole: written beside it, then renamed into it.
+/// A directory of manifests. Files come, change and go as a whole: written beside it, then renamed
+/// into it.
 #[derive(Clone, Debug)]
 pub struct Manifests {
     directory: PathBuf,
@@ -356,7 +365,8 @@ impl Manifests {
     pub fn new(directory: &Path) -> Result<Self> {
         let beside = directory.with_added_extension("tmp");
         for directory in [directory, &beside] {
-            fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+            fs::create_dir_all(directory)
+                .with_context(|| format!("cannot make {}", directory.display()))?;
         }
         Ok(Self { directory: directory.to_owned(), beside })
     }

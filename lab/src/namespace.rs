@@ -21,7 +21,8 @@ use crate::xdp;
 
 /// A network namespace of the lab, and the cgroup its processes live in.
 ///
-/// [`Node`](crate::Node), [`Pod`](crate::Pod), [`Client`](crate::Client) and [`Router`](crate::Router) dereference to it.
+/// [`Node`](crate::Node), [`Pod`](crate::Pod), [`Client`](crate::Client) and
+/// [`Router`](crate::Router) dereference to it.
 #[derive(Clone)]
 pub struct Namespace {
     pub(crate) shared: Arc<Shared>,
@@ -31,10 +32,20 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// Makes a namespace with `lo` up, duplicate address detection off and forwarding as told. `cgroup` is relative to the lab's.
-    pub(crate) fn create(shared: &Arc<Shared>, name: &str, cgroup: &str, forwarding: bool) -> Result<Self> {
+    /// Makes a namespace with `lo` up, duplicate address detection off and forwarding as told.
+    /// `cgroup` is relative to the lab's.
+    pub(crate) fn create(
+        shared: &Arc<Shared>,
+        name: &str,
+        cgroup: &str,
+        forwarding: bool,
+    ) -> Result<Self> {
         let path = shared.state.join("ns").join(name);
-        ensure!(!path.exists(), "the name {name} is taken in the lab {}: choose another", shared.id);
+        ensure!(
+            !path.exists(),
+            "the name {name} is taken in the lab {}: choose another",
+            shared.id
+        );
         let cgroup = shared.cgroup.join(cgroup);
         crate::cgroup::create(&cgroup)?;
         drop(File::create(&path).with_context(|| format!("cannot make {}", path.display()))?);
@@ -42,8 +53,9 @@ impl Namespace {
         thread::scope(|scope| {
             scope
                 .spawn(|| {
-                    // SAFETY: unshare(2) and mount(2) get constants and NUL-terminated strings that outlive the calls. The new
-                    // namespace is this thread's alone, which ends here; the bind mount keeps it.
+                    // SAFETY: unshare(2) and mount(2) get constants and NUL-terminated strings that
+                    // outlive the calls. The new namespace is this thread's alone, which ends here;
+                    // the bind mount keeps it.
                     let done = unsafe {
                         libc::unshare(libc::CLONE_NEWNET) == 0
                             && libc::mount(
@@ -94,7 +106,8 @@ impl Namespace {
         &self.cgroup
     }
 
-    /// A command that will run in this namespace and cgroup, in a process group of its own. Mounts are those of this process.
+    /// A command that will run in this namespace and cgroup, in a process group of its own. Mounts
+    /// are those of this process.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         let _ = command.process_group(0);
@@ -105,14 +118,16 @@ impl Namespace {
                 // The namespace or the cgroup is gone: the lab is down.
                 return Err(io::ErrorKind::NotFound.into());
             };
-            // SAFETY: both descriptors are owned by this closure; write(2) reads one byte of a constant.
+            // SAFETY: both descriptors are owned by this closure; write(2) reads one byte of a
+            // constant.
             let entered = unsafe {
                 libc::write(procs.as_raw_fd(), c"0".as_ptr().cast(), 1) == 1
                     && libc::setns(net.as_raw_fd(), libc::CLONE_NEWNET) == 0
             };
             if entered { Ok(()) } else { Err(io::Error::last_os_error()) }
         };
-        // SAFETY: between fork and exec the closure only makes two system calls and allocates nothing.
+        // SAFETY: between fork and exec the closure only makes two system calls and allocates
+        // nothing.
         let _ = unsafe { command.pre_exec(enter) };
         command
     }
@@ -131,13 +146,21 @@ impl Namespace {
     ///
     /// # Errors
     /// If it cannot be started or fails; the error then holds its standard error.
-    pub fn run<S: AsRef<OsStr>>(&self, program: &str, args: impl IntoIterator<Item = S>) -> Result<String> {
+    pub fn run<S: AsRef<OsStr>>(
+        &self,
+        program: &str,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<String> {
         let args: Vec<_> = args.into_iter().map(|arg| arg.as_ref().to_owned()).collect();
         let output = self.output(program, &args)?;
-        self.checked(&format!("{program} {}", args.join(OsStr::new(" ")).to_string_lossy()), &output)
+        self.checked(
+            &format!("{program} {}", args.join(OsStr::new(" ")).to_string_lossy()),
+            &output,
+        )
     }
 
-    /// Starts a program here that runs until it ends or the guard is dropped. Its output goes to the lab's `log/`.
+    /// Starts a program here that runs until it ends or the guard is dropped. Its output goes to
+    /// the lab's `log/`.
     pub fn spawn<S: AsRef<OsStr>>(
         &self,
         program: impl AsRef<OsStr>,
@@ -155,8 +178,8 @@ impl Namespace {
 
     /// Runs a closure inside the namespace, on a thread of its own.
     ///
-    /// Sockets it makes belong to the namespace, but to *this process's* cgroup: what a node's cgroup programs do is
-    /// seen only by processes that [`Namespace::command`] starts.
+    /// Sockets it makes belong to the namespace, but to *this process's* cgroup: what a node's
+    /// cgroup programs do is seen only by processes that [`Namespace::command`] starts.
     pub fn enter<T: Send>(&self, act: impl FnOnce() -> T + Send) -> Result<T> {
         let net = File::open(&self.path).with_context(|| {
             format!("cannot open the namespace {}: is its lab still up?", self.path.display())
@@ -170,9 +193,8 @@ impl Namespace {
                 Ok(act())
             });
             match thread.join() {
-                Ok(result) => {
-                    result.with_context(|| format!("cannot enter the namespace {}", self.path.display()))
-                }
+                Ok(result) => result
+                    .with_context(|| format!("cannot enter the namespace {}", self.path.display())),
                 // A failed assertion in the closure fails the test.
                 Err(panic) => std::panic::resume_unwind(panic),
             }
@@ -218,7 +240,10 @@ impl Namespace {
         // A program that ended early tells why below.
         let _ = child.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
         let output = child.wait_with_output().with_context(|| self.cannot_run(program))?;
-        self.checked(&format!("{program} {}` with the input `{}", args.join(" "), input.trim()), &output)
+        self.checked(
+            &format!("{program} {}` with the input `{}", args.join(" "), input.trim()),
+            &output,
+        )
     }
 
     fn cannot_run(&self, program: &str) -> String {
@@ -261,14 +286,14 @@ impl Namespace {
         self.enter(|| Path::new("/proc/sys").join(key).exists())
     }
 
-    /// Turns an offload of a device on or off with `ethtool -K`. With `"tx"` off the packets that XDP sees on the far end of
-    /// a veth carry full checksums.
+    /// Turns an offload of a device on or off with `ethtool -K`. With `"tx"` off the packets that
+    /// XDP sees on the far end of a veth carry full checksums.
     pub fn offload(&self, device: &str, feature: &str, on: bool) -> Result<()> {
         self.run("ethtool", ["-K", device, feature, if on { "on" } else { "off" }]).map(drop)
     }
 
-    /// Attaches a program to a device that passes every packet. XDP_TX and redirects into a veth need one on its far end.
-    /// It stays until the lab ends.
+    /// Attaches a program to a device that passes every packet. XDP_TX and redirects into a veth
+    /// need one on its far end. It stays until the lab ends.
     pub fn xdp_pass(&self, device: &str) -> Result<()> {
         xdp::attach_pass(self, device)
     }

@@ -20,11 +20,14 @@ pub use pod::Pod;
 /// How a node plugs its pods in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cni {
-    /// As Calico and ptp do: a veth `lxc<n>` and a host route for each pod, the gateway 169.254.1.1 by proxy ARP and fe80::1.
+    /// As Calico and ptp do: a veth `lxc<n>` and a host route for each pod, the gateway 169.254.1.1
+    /// by proxy ARP and fe80::1.
     Routed,
-    /// As the bridge plugin and flannel do: `cni0` with the gateway's address, all pods of the node on one segment.
+    /// As the bridge plugin and flannel do: `cni0` with the gateway's address, all pods of the node
+    /// on one segment.
     Bridge {
-        /// Whether bridged packets cross iptables and nftables (`net.bridge.bridge-nf-call-*`), as kube-proxy asks for.
+        /// Whether bridged packets cross iptables and nftables (`net.bridge.bridge-nf-call-*`), as
+        /// kube-proxy asks for.
         bridge_nf: bool,
     },
 }
@@ -40,11 +43,13 @@ pub enum RpFilter {
     Loose,
 }
 
-/// An nftables ruleset for [`NodeOptions::nft`]: what conntrack holds for invalid is dropped while forwarded. It bites when
-/// conntrack sees only one direction of a flow, or other addresses in each.
+/// An nftables ruleset for [`NodeOptions::nft`]: what conntrack holds for invalid is dropped while
+/// forwarded. It bites when conntrack sees only one direction of a flow, or other addresses in
+/// each.
 pub const DROP_INVALID: &str = "table inet lab {\n  chain forward {\n    type filter hook forward priority filter; policy accept;\n    ct state invalid counter drop\n  }\n}\n";
 
-/// What a node is like. The default: routed pods, strict reverse path filter, no rules, an untagged uplink.
+/// What a node is like. The default: routed pods, strict reverse path filter, no rules, an untagged
+/// uplink.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeOptions {
     /// How pods are plugged in.
@@ -63,7 +68,8 @@ impl Default for NodeOptions {
     }
 }
 
-/// A node of the cluster. Commands run in its host namespace and in the cgroup `<node>/host`; cheap to clone.
+/// A node of the cluster. Commands run in its host namespace and in the cgroup `<node>/host`; cheap
+/// to clone.
 #[derive(Clone)]
 pub struct Node {
     inner: Arc<Inner>,
@@ -159,7 +165,8 @@ impl Node {
             this.nft(ruleset)?;
         }
         let bpffs = this.bpffs();
-        std::fs::create_dir_all(&bpffs).with_context(|| format!("cannot make {}", bpffs.display()))?;
+        std::fs::create_dir_all(&bpffs)
+            .with_context(|| format!("cannot make {}", bpffs.display()))?;
         xdp::mount_bpffs(&bpffs)?;
         Ok(this)
     }
@@ -232,14 +239,15 @@ impl Node {
             .with_context(|| format!("cannot build the pod {name} on the node {}", self.name()))
     }
 
-    /// Makes XDP on the node's uplink able to send: attaches a program to the router's end of the veth that passes every
-    /// packet, without which what `XDP_TX` sends into a veth is lost.
+    /// Makes XDP on the node's uplink able to send: attaches a program to the router's end of the
+    /// veth that passes every packet, without which what `XDP_TX` sends into a veth is lost.
     pub fn uplink_peer_xdp_pass(&self) -> Result<()> {
         self.inner.router.xdp_pass(self.uplink_peer())
     }
 
-    /// Gives what comes in by the uplink full checksums, as from a wire: over veths they stay partial from the first
-    /// sender on, until a device without the offload has to finish them. Here that is the router's end.
+    /// Gives what comes in by the uplink full checksums, as from a wire: over veths they stay
+    /// partial from the first sender on, until a device without the offload has to finish them.
+    /// Here that is the router's end.
     pub fn uplink_peer_full_checksums(&self) -> Result<()> {
         self.inner.router.offload(self.uplink_peer(), "tx", false)
     }
@@ -252,7 +260,8 @@ impl Deref for Node {
     }
 }
 
-/// The number that in hexadecimal reads like `number` in decimal, so that a pod's two addresses look alike.
+/// The number that in hexadecimal reads like `number` in decimal, so that a pod's two addresses
+/// look alike.
 fn alike(number: u8) -> u16 {
     let number = u16::from(number);
     number / 100 * 0x100 + number / 10 % 10 * 0x10 + number % 10

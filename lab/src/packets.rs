@@ -17,7 +17,8 @@ pub struct Capture {
 
 impl Capture {
     pub(crate) fn start(namespace: &Namespace, device: &str, filter: &str) -> Result<Self> {
-        // -e: Ethernet headers, -vv: checksums, TTL and options, -l and --immediate-mode: every packet at once.
+        // -e: Ethernet headers, -vv: checksums, TTL and options, -l and --immediate-mode: every
+        // packet at once.
         let mut args = vec!["-n", "-e", "-vv", "-l", "--immediate-mode", "-i", device];
         if !filter.is_empty() {
             args.push(filter);
@@ -69,7 +70,8 @@ impl PacketSocket {
     /// Sends one frame, from its Ethernet header on.
     pub fn send(&self, frame: &[u8]) -> Result<()> {
         // SAFETY: the buffer is as long as told.
-        let sent = unsafe { libc::send(self.socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        let sent =
+            unsafe { libc::send(self.socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
         if sent < 0 {
             return Err(io::Error::last_os_error())
                 .with_context(|| format!("cannot send {} bytes on {}", frame.len(), self.what));
@@ -86,10 +88,12 @@ impl PacketSocket {
         let mut buffer = vec![0u8; 65_536];
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let mut poll = libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            let mut poll =
+                libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             // SAFETY: one pollfd is passed and told.
-            let ready =
-                unsafe { libc::poll(&raw mut poll, 1, i32::try_from(left.as_millis()).unwrap_or(i32::MAX)) };
+            let ready = unsafe {
+                libc::poll(&raw mut poll, 1, i32::try_from(left.as_millis()).unwrap_or(i32::MAX))
+            };
             if ready == 0 {
                 bail!("waited {timeout:?} in vain for a frame on {}", self.what);
             }
@@ -132,8 +136,13 @@ fn open(device: &str) -> Result<OwnedFd> {
         }
         let socket = OwnedFd::from_raw_fd(raw);
         let on: libc::c_int = 1;
-        if libc::setsockopt(raw, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, (&raw const on).cast(), 4)
-            != 0
+        if libc::setsockopt(
+            raw,
+            libc::SOL_PACKET,
+            libc::PACKET_IGNORE_OUTGOING,
+            (&raw const on).cast(),
+            4,
+        ) != 0
         {
             return Err(io::Error::last_os_error().into());
         }
@@ -141,7 +150,8 @@ fn open(device: &str) -> Result<OwnedFd> {
         address.sll_family = u16::try_from(libc::AF_PACKET)?;
         address.sll_protocol = protocol;
         address.sll_ifindex = index.cast_signed();
-        if libc::bind(raw, (&raw const address).cast(), u32::try_from(size_of_val(&address))?) != 0 {
+        if libc::bind(raw, (&raw const address).cast(), u32::try_from(size_of_val(&address))?) != 0
+        {
             return Err(io::Error::last_os_error().into());
         }
         Ok(socket)

@@ -16,7 +16,8 @@ pub(crate) const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 2, 0, 0, 0
 /// The bridge of the router that nodes are plugged into.
 pub(crate) const LAN: &str = "lan0";
 
-/// The router: a bridge `lan0` for the nodes, a link `to-<name>` for each client, forwarding between them.
+/// The router: a bridge `lan0` for the nodes, a link `to-<name>` for each client, forwarding
+/// between them.
 #[derive(Clone)]
 pub struct Router {
     namespace: Namespace,
@@ -37,7 +38,11 @@ impl Router {
     pub fn route(&self, prefix: &str, nodes: &[&Node]) -> Result<()> {
         ensure!(!nodes.is_empty(), "cannot route {prefix} to no node");
         let hops = nodes.iter().map(|node| {
-            let via = if prefix.contains(':') { node.ipv6().to_string() } else { node.ipv4().to_string() };
+            let via = if prefix.contains(':') {
+                node.ipv6().to_string()
+            } else {
+                node.ipv4().to_string()
+            };
             if nodes.len() == 1 { format!("via {via}") } else { format!("nexthop via {via}") }
         });
         self.ip(&format!("route replace {prefix} {}", hops.collect::<Vec<_>>().join(" "))).map(drop)
@@ -62,8 +67,10 @@ pub(crate) fn bridge_netfilter(namespace: &Namespace, on: bool) -> Result<()> {
         if namespace.has_sysctl(key)? {
             namespace.sysctl(key, if on { "1" } else { "0" })?;
         } else if on {
-            let (what, why) =
-                ("netfilter on bridges".into(), format!("there is no sysctl {key}: load br_netfilter"));
+            let (what, why) = (
+                "netfilter on bridges".into(),
+                format!("there is no sysctl {key}: load br_netfilter"),
+            );
             return Err(crate::Unsupported { what, why }.into());
         }
     }
@@ -81,13 +88,20 @@ pub struct Client {
 }
 
 impl Client {
-    pub(crate) fn create(shared: &Arc<Shared>, router: &Router, name: &str, index: u8) -> Result<Self> {
+    pub(crate) fn create(
+        shared: &Arc<Shared>,
+        router: &Router,
+        name: &str,
+        index: u8,
+    ) -> Result<Self> {
         let namespace = Namespace::create(shared, name, &format!("outside-{name}"), false)?;
         let link = link_name(name)?;
         let net = Ipv6Addr::new(0x2001, 0xdb8, 0xc, index.into(), 0, 0, 0, 0x10);
         let (ipv4, ipv6) = (Ipv4Addr::new(198, 18, index, 10), net);
-        let (gateway, gateway6) =
-            (Ipv4Addr::new(198, 18, index, 1), Ipv6Addr::new(0x2001, 0xdb8, 0xc, index.into(), 0, 0, 0, 1));
+        let (gateway, gateway6) = (
+            Ipv4Addr::new(198, 18, index, 1),
+            Ipv6Addr::new(0x2001, 0xdb8, 0xc, index.into(), 0, 0, 0, 1),
+        );
         let peer = namespace.path().display();
         let _ = router.ip(&format!(
             "link add {link} type veth peer name eth0 netns {peer}\nlink set {link} up\n\
@@ -110,8 +124,9 @@ impl Client {
         self.ipv6
     }
 
-    /// Narrows the router's side of the client's link: it answers "packet too big" to what is longer. The client's own
-    /// device stays as it is, so that its TCP announces segments that do not fit.
+    /// Narrows the router's side of the client's link: it answers "packet too big" to what is
+    /// longer. The client's own device stays as it is, so that its TCP announces segments that do
+    /// not fit.
     pub fn narrow_link(&self, mtu: u32) -> Result<()> {
         // The mtu of a veth's end bounds what is sent through it, and not what arrives.
         self.router.ip(&format!("link set {} mtu {mtu}", self.link)).map(drop)

@@ -15,7 +15,8 @@ use crate::lab::Shared;
 
 const POLL: Duration = Duration::from_millis(5);
 
-/// A started process, leader of its own group. Dropping this kills the group, unless the lab is kept.
+/// A started process, leader of its own group. Dropping this kills the group, unless the lab is
+/// kept.
 pub struct Running {
     shared: Arc<Shared>,
     what: String,
@@ -26,10 +27,15 @@ pub struct Running {
 }
 
 impl Running {
-    pub(crate) fn start(shared: &Arc<Shared>, namespace: &str, mut command: Command) -> Result<Self> {
+    pub(crate) fn start(
+        shared: &Arc<Shared>,
+        namespace: &str,
+        mut command: Command,
+    ) -> Result<Self> {
         let program = PathBuf::from(command.get_program());
         let program = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let log = shared.state.join("log").join(format!("{:03}-{namespace}-{program}", shared.number()));
+        let log =
+            shared.state.join("log").join(format!("{:03}-{namespace}-{program}", shared.number()));
         let (stdout, stderr) = (log.with_added_extension("out"), log.with_added_extension("err"));
         let create = |path: &PathBuf| {
             File::create(path).with_context(|| format!("cannot make the log {}", path.display()))
@@ -53,15 +59,20 @@ impl Running {
 
     /// What it has written to its standard output so far.
     pub fn stdout(&self) -> String {
-        fs::read(&self.stdout).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+        fs::read(&self.stdout)
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
     }
 
     /// What it has written to its standard error so far.
     pub fn stderr(&self) -> String {
-        fs::read(&self.stderr).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+        fs::read(&self.stderr)
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
     }
 
-    /// The events a `sluice-lab-server` has reported so far. A line that is none, or not whole yet, is left out.
+    /// The events a `sluice-lab-server` has reported so far. A line that is none, or not whole yet,
+    /// is left out.
     pub fn events(&self) -> Vec<Event> {
         self.stdout().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
@@ -78,7 +89,9 @@ impl Running {
     /// If they do not come in time, or the process ends without them.
     pub fn goes_on(&mut self, more_than: usize, timeout: Duration) -> Result<()> {
         let last = self.replies().len();
-        self.wait_until("it goes on", timeout, |this| (this.replies().len() > last + more_than).then_some(()))
+        self.wait_until("it goes on", timeout, |this| {
+            (this.replies().len() > last + more_than).then_some(())
+        })
     }
 
     /// Waits for an event, among those already reported too.
@@ -115,7 +128,11 @@ impl Running {
                 bail!("{} ended ({status}) before {what}\n{}", self.what, self.last_words());
             }
             if Instant::now() > deadline {
-                bail!("waited {timeout:?} in vain for {what} from {}\n{}", self.what, self.last_words());
+                bail!(
+                    "waited {timeout:?} in vain for {what} from {}\n{}",
+                    self.what,
+                    self.last_words()
+                );
             }
             sleep(POLL);
         }
@@ -124,15 +141,27 @@ impl Running {
     /// The end of what it wrote, for an error message.
     fn last_words(&self) -> String {
         let tail = |text: String| {
-            text.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n  ")
+            text.lines()
+                .rev()
+                .take(12)
+                .collect::<Vec<_>>()
+                .into_iter()
+                .rev()
+                .collect::<Vec<_>>()
+                .join("\n  ")
         };
-        format!("its output ends:\n  {}\nits errors end:\n  {}", tail(self.stdout()), tail(self.stderr()))
+        format!(
+            "its output ends:\n  {}\nits errors end:\n  {}",
+            tail(self.stdout()),
+            tail(self.stderr())
+        )
     }
 
     /// The exit status, if it has ended.
     pub fn poll(&mut self) -> Result<Option<ExitStatus>> {
         if self.ended.is_none() {
-            self.ended = self.child.try_wait().with_context(|| format!("cannot wait for {}", self.what))?;
+            self.ended =
+                self.child.try_wait().with_context(|| format!("cannot wait for {}", self.what))?;
         }
         Ok(self.ended)
     }
@@ -158,7 +187,11 @@ impl Running {
     ///
     /// # Errors
     /// If neither comes in time.
-    pub(crate) fn wait_first(&mut self, timeout: Duration, is_so: impl Fn(&Self) -> bool) -> Result<bool> {
+    pub(crate) fn wait_first(
+        &mut self,
+        timeout: Duration,
+        is_so: impl Fn(&Self) -> bool,
+    ) -> Result<bool> {
         let deadline = Instant::now() + timeout;
         loop {
             if self.poll()?.is_some() {
@@ -210,8 +243,13 @@ impl Running {
 
     #[expect(clippy::unused_self, reason = "called only where the child is known not to be reaped")]
     fn send(&self, target: i32, signal: i32) -> io::Result<()> {
-        // SAFETY: kill(2) takes plain numbers; the caller knows that the id is the child's, which is not reaped.
-        if unsafe { libc::kill(target, signal) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        // SAFETY: kill(2) takes plain numbers; the caller knows that the id is the child's, which
+        // is not reaped.
+        if unsafe { libc::kill(target, signal) } == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 }
 

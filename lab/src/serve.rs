@@ -11,7 +11,8 @@ use crate::{Event, Namespace, Reply, Running};
 
 const TOOL: &str = "sluice-lab-server";
 
-/// What a built-in server does. Each answer holds the server's name and the client's address as the server sees it.
+/// What a built-in server does. Each answer holds the server's name and the client's address as the
+/// server sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Serve {
     /// HTTP/1.1, with keep-alive; `/bytes/<n>` answers n bytes.
@@ -35,7 +36,8 @@ impl Serve {
     }
 }
 
-/// Finds `sluice-lab-server`: `$SLUICE_LAB_SERVER`, else beside this program or, for a test, one directory above.
+/// Finds `sluice-lab-server`: `$SLUICE_LAB_SERVER`, else beside this program or, for a test, one
+/// directory above.
 ///
 /// # Errors
 /// If it has not been built.
@@ -44,8 +46,12 @@ pub fn tool_path() -> Result<PathBuf> {
         return Ok(path.into());
     }
     let this = std::env::current_exe().context("cannot tell where this program is")?;
-    let found =
-        this.ancestors().skip(1).take(2).map(|directory| directory.join(TOOL)).find(|path| path.is_file());
+    let found = this
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|directory| directory.join(TOOL))
+        .find(|path| path.is_file());
     found.with_context(|| {
         format!("there is no {TOOL} near {}: build it with `cargo build -p sluice-lab --bins`, or set SLUICE_LAB_SERVER", this.display())
     })
@@ -53,13 +59,15 @@ pub fn tool_path() -> Result<PathBuf> {
 
 /// Waits until a server says that it listens.
 pub(crate) fn until_listening(mut server: Running) -> Result<Running> {
-    let _ = server
-        .wait_event("it listens", Duration::from_secs(5), |event| matches!(event, Event::Listening { .. }))?;
+    let _ = server.wait_event("it listens", Duration::from_secs(5), |event| {
+        matches!(event, Event::Listening { .. })
+    })?;
     Ok(server)
 }
 
 impl Namespace {
-    /// Starts a built-in server on a port of all addresses of both families. Its name is the namespace's.
+    /// Starts a built-in server on a port of all addresses of both families. Its name is the
+    /// namespace's.
     pub fn serve(&self, what: Serve, port: u16) -> Result<Running> {
         self.serve_as(what, port, self.name())
     }
@@ -73,8 +81,9 @@ impl Namespace {
         ])?)
     }
 
-    /// Starts `sluice-lab-server` with the given arguments: one of its client modes (`udp-client`, `tcp-client`,
-    /// `http-client`, `stream-client`; `--help` tells their options), or a server with special ones.
+    /// Starts `sluice-lab-server` with the given arguments: one of its client modes (`udp-client`,
+    /// `tcp-client`, `http-client`, `stream-client`; `--help` tells their options), or a server
+    /// with special ones.
     pub fn tool<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Running> {
         self.spawn(tool_path()?, args)
     }
@@ -82,15 +91,19 @@ impl Namespace {
     /// Runs a client mode of `sluice-lab-server` to its end, and returns what it reported.
     ///
     /// # Errors
-    /// If it runs for longer than two minutes, or cannot do its work at all. A lost answer or a broken connection is an
-    /// event and no error.
+    /// If it runs for longer than two minutes, or cannot do its work at all. A lost answer or a
+    /// broken connection is an event and no error.
     pub fn ask<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Vec<Event>> {
         let mut client = self.tool(args)?;
         let status = client.wait(Duration::from_mins(2))?;
         let events = client.events();
         // 1: something was lost, and is told in the events.
         if !matches!(status.code(), Some(0 | 1)) || events.is_empty() {
-            bail!("{TOOL} in the namespace {} failed ({status}): {}", self.name(), client.stderr().trim());
+            bail!(
+                "{TOOL} in the namespace {} failed ({status}): {}",
+                self.name(),
+                client.stderr().trim()
+            );
         }
         Ok(events)
     }
@@ -116,7 +129,8 @@ impl Namespace {
         ])
     }
 
-    /// As [`Namespace::udp_ask`], but each socket is connected, so that no call but connect(2) names the destination.
+    /// As [`Namespace::udp_ask`], but each socket is connected, so that no call but connect(2)
+    /// names the destination.
     pub fn udp_ask_connected(&self, to: SocketAddr, count: u32) -> Result<Vec<Reply>> {
         self.replies(&[
             "udp-client".into(),
@@ -130,8 +144,9 @@ impl Namespace {
     fn replies(&self, args: &[String]) -> Result<Vec<Reply>> {
         let mut client = self.tool(args)?;
         // Each request without an answer takes its time: the first one ends the client.
-        let _ =
-            client.wait_first(Duration::from_mins(2), |this| this.stdout().contains(r#"{"event":"lost""#))?;
+        let _ = client.wait_first(Duration::from_mins(2), |this| {
+            this.stdout().contains(r#"{"event":"lost""#)
+        })?;
         let _ = client.kill()?;
         let events = client.events();
         if events.is_empty() {
@@ -148,14 +163,17 @@ impl Namespace {
                         self.name()
                     )
                 }
-                Event::Listening { .. } | Event::Connected { .. } | Event::Load(_) | Event::Done { .. } => {}
+                Event::Listening { .. }
+                | Event::Connected { .. }
+                | Event::Load(_)
+                | Event::Done { .. } => {}
             }
         }
         Ok(replies)
     }
 
-    /// Starts nginx on a port of all addresses of both families. It answers `/` with `<namespace> <client>`, and `/bytes`
-    /// with 64 KiB.
+    /// Starts nginx on a port of all addresses of both families. It answers `/` with
+    /// `<namespace> <client>`, and `/bytes` with 64 KiB.
     pub fn nginx(&self, port: u16) -> Result<Running> {
         let directory = self.shared.state.join(format!("nginx-{}-{port}", self.name()));
         std::fs::create_dir_all(&directory)
@@ -172,10 +190,17 @@ impl Namespace {
         std::fs::write(&path, config)?;
         let mut nginx = self.spawn(
             "nginx",
-            [OsStr::new("-e"), directory.join("error.log").as_os_str(), OsStr::new("-c"), path.as_os_str()],
+            [
+                OsStr::new("-e"),
+                directory.join("error.log").as_os_str(),
+                OsStr::new("-c"),
+                path.as_os_str(),
+            ],
         )?;
         let _ = nginx.wait_until("it listens", Duration::from_secs(5), |_| {
-            self.enter(|| std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()).ok().filter(|up| *up)
+            self.enter(|| std::net::TcpStream::connect(("127.0.0.1", port)).is_ok())
+                .ok()
+                .filter(|up| *up)
         })?;
         Ok(nginx)
     }

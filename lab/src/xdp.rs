@@ -56,7 +56,13 @@ pub(crate) fn mount_bpffs(directory: &Path) -> Result<()> {
     let target = c_path(directory)?;
     // SAFETY: NUL-terminated strings that outlive the call.
     let failed = unsafe {
-        libc::mount(c"bpf".as_ptr(), target.as_ptr(), c"bpf".as_ptr(), 0, c"mode=0700".as_ptr().cast())
+        libc::mount(
+            c"bpf".as_ptr(),
+            target.as_ptr(),
+            c"bpf".as_ptr(),
+            0,
+            c"mode=0700".as_ptr().cast(),
+        )
     } != 0;
     if failed {
         return Err(io::Error::last_os_error()).with_context(|| {
@@ -66,7 +72,8 @@ pub(crate) fn mount_bpffs(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Attaches a program that passes every packet, pinned in the lab's own bpffs so that it lives as long as the lab.
+/// Attaches a program that passes every packet, pinned in the lab's own bpffs so that it lives as
+/// long as the lab.
 pub(crate) fn attach_pass(namespace: &Namespace, device: &str) -> Result<()> {
     let place = namespace.shared.state.join("bpf").join(format!(
         "pass-{}-{}",
@@ -108,7 +115,10 @@ pub(crate) fn attach_pass(namespace: &Namespace, device: &str) -> Result<()> {
             Ok(())
         })?
         .with_context(|| {
-            format!("cannot attach an XDP program to {device} in the namespace {}", namespace.name())
+            format!(
+                "cannot attach an XDP program to {device} in the namespace {}",
+                namespace.name()
+            )
         })
 }
 
@@ -128,7 +138,9 @@ pub(crate) fn descriptor(number: i32) -> OwnedFd {
 }
 
 pub(crate) fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<i32> {
-    // SAFETY: `attr` is a `repr(C)` prefix of `union bpf_attr` of the size told; its pointers are to data that outlives the call.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
+    // SAFETY: `attr` is a `repr(C)` prefix of `union bpf_attr` of the size told; its pointers are
+    // to data that outlives the call.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
     i32::try_from(result).ok().filter(|result| *result >= 0).ok_or_else(io::Error::last_os_error)
 }

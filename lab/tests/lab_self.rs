@@ -1,4 +1,5 @@
-//! The lab without an agent: plain routing, servers, capture, injection, and that nothing is left behind.
+//! The lab without an agent: plain routing, servers, capture, injection, and that nothing is left
+//! behind.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -7,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use sluice_lab::{
-    Cni, DROP_INVALID, Event, Lab, Namespace, NodeOptions, Overlay, RpFilter, Serve, Unsupported, is_root,
-    remove_kept, skipped, sweep,
+    Cni, DROP_INVALID, Event, Lab, Namespace, NodeOptions, Overlay, RpFilter, Serve, Unsupported,
+    is_root, remove_kept, skipped, sweep,
 };
 
 const TOOL: &str = env!("CARGO_BIN_EXE_sluice-lab-server");
@@ -34,8 +35,9 @@ fn all_reach(clients: &[(&Namespace, [IpAddr; 2])], name: &str, server: [IpAddr;
             );
             let udp = client.udp_ask(SocketAddr::new(to, 5353), 3).context(what.clone())?;
             ensure!(
-                udp.iter()
-                    .all(|reply| reply.name == name && reply.seen.ip() == *own && reply.from.ip() == to),
+                udp.iter().all(|reply| reply.name == name
+                    && reply.seen.ip() == *own
+                    && reply.from.ip() == to),
                 "{what}: {udp:?}"
             );
         }
@@ -149,12 +151,18 @@ fn processes_live_in_the_cgroup_of_their_namespace_and_see_the_bpffs() -> Result
     let (node, client) = (lab.node("n1", &NodeOptions::default())?, lab.client("outside")?);
     let pod = node.pod("a")?;
     let id = lab.id();
-    for (namespace, group) in [(&*node, "n1/host"), (&*pod, "n1/pod-a"), (&*client, "outside-outside")] {
+    for (namespace, group) in
+        [(&*node, "n1/host"), (&*pod, "n1/pod-a"), (&*client, "outside-outside")]
+    {
         let groups = namespace.run("cat", ["/proc/self/cgroup"])?;
         ensure!(groups.lines().any(|line| line == format!("0::/{id}/{group}")), "{groups}");
         let inside = namespace.run("readlink", ["/proc/self/ns/net"])?;
         let closure = namespace.enter(|| std::fs::read_link("/proc/thread-self/ns/net"))??;
-        ensure!(inside.trim() == closure.to_string_lossy(), "{inside} is not {}", closure.display());
+        ensure!(
+            inside.trim() == closure.to_string_lossy(),
+            "{inside} is not {}",
+            closure.display()
+        );
         ensure!(
             std::fs::read_link("/proc/self/ns/net")? != closure,
             "the lab is in the test's own namespace"
@@ -216,7 +224,9 @@ fn xdp_pass_and_full_checksums_can_be_set_up_at_the_uplink() -> Result<()> {
     let _ = client.udp_ask_connected((node.ipv4(), 7000).into(), 3)?;
     let text = capture.wait_for("udp sum ok", Duration::from_secs(2))?;
     ensure!(
-        !text.lines().any(|line| line.contains("> 192.0.2.11.7000") && line.contains("bad udp cksum")),
+        !text
+            .lines()
+            .any(|line| line.contains("> 192.0.2.11.7000") && line.contains("bad udp cksum")),
         "{text}"
     );
     Ok(())
@@ -233,11 +243,13 @@ fn a_removed_pod_breaks_its_connections_and_leaves_nothing() -> Result<()> {
     let _echo = server.serve(Serve::TcpEcho, 7)?;
     let to = format!("--to={}", SocketAddr::new(server.ipv6().into(), 7));
     let mut talk = client.tool(["tcp-client", &to, "--interval-ms=20", "--timeout-ms=300"])?;
-    let _ = talk.wait_event("a reply", Duration::from_secs(2), |event| matches!(event, Event::Reply(_)))?;
+    let _ = talk
+        .wait_event("a reply", Duration::from_secs(2), |event| matches!(event, Event::Reply(_)))?;
     let (cgroup, device) = (server.cgroup().to_owned(), server.host_device().to_owned());
     server.remove()?;
-    let _ =
-        talk.wait_event("the break", Duration::from_secs(2), |event| matches!(event, Event::Broken { .. }))?;
+    let _ = talk.wait_event("the break", Duration::from_secs(2), |event| {
+        matches!(event, Event::Broken { .. })
+    })?;
     ensure!(!cgroup.exists() && !node.ip("link show")?.contains(&device), "the pod is still there");
     Ok(())
 }
@@ -267,22 +279,26 @@ fn a_v6_socket_that_speaks_v4_sees_plain_answers_and_streams_are_whole() -> Resu
     let own: SocketAddr = (client.ipv4(), 4000).into();
     ensure!(events.contains(&Event::Connected { local: own, peer: to }), "{events:?}");
     ensure!(
-        events
-            .iter()
-            .any(|event| matches!(event, Event::Reply(reply) if reply.from == to && reply.seen == own)),
+        events.iter().any(
+            |event| matches!(event, Event::Reply(reply) if reply.from == to && reply.seen == own)
+        ),
         "{events:?}"
     );
     let url = url(server.ipv4(), 80, "");
-    let events = client.ask(["http-client", "--url", &url, "--mapped", "--keep-alive", "--count=5"])?;
-    let ports = events
-        .iter()
-        .filter_map(|event| if let Event::Reply(reply) = event { Some(reply.seen.port()) } else { None });
+    let events =
+        client.ask(["http-client", "--url", &url, "--mapped", "--keep-alive", "--count=5"])?;
+    let ports = events.iter().filter_map(|event| {
+        if let Event::Reply(reply) = event { Some(reply.seen.port()) } else { None }
+    });
     let ports: Vec<u16> = ports.collect();
     ensure!(ports.len() == 5 && ports.iter().all(|port| Some(port) == ports.first()), "{ports:?}");
-    let events = client.ask(["stream-client", &format!("--to=[{}]:9", server.ipv6()), "--seconds=1"])?;
+    let events =
+        client.ask(["stream-client", &format!("--to=[{}]:9", server.ipv6()), "--seconds=1"])?;
     println!("{events:?}");
     ensure!(
-        events.iter().any(|event| matches!(event, Event::Done { received, .. } if *received > 1000)),
+        events
+            .iter()
+            .any(|event| matches!(event, Event::Done { received, .. } if *received > 1000)),
         "{events:?}"
     );
     // Nobody listens: lost, and no failure of the client.
@@ -297,7 +313,8 @@ fn nginx_serves_in_a_pod_and_the_router_spreads_a_route() -> Result<()> {
         return Ok(());
     }
     let lab = Lab::new("nginx")?;
-    let (one, two) = (lab.node("n1", &NodeOptions::default())?, lab.node("n2", &NodeOptions::default())?);
+    let (one, two) =
+        (lab.node("n1", &NodeOptions::default())?, lab.node("n2", &NodeOptions::default())?);
     let (client, pod) = (lab.client("outside")?, one.pod("web")?);
     let _nginx = pod.nginx(80)?;
     let page = client.run("curl", ["-sS", "--max-time", "3", &url(pod.ipv6(), 80, "")])?;
@@ -312,8 +329,11 @@ fn nginx_serves_in_a_pod_and_the_router_spreads_a_route() -> Result<()> {
 
 fn left_of(id: &str) -> Result<Vec<String>> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    let mut left: Vec<String> =
-        mounts.lines().filter(|line| line.contains(&format!("/{id}/"))).map(str::to_owned).collect();
+    let mut left: Vec<String> = mounts
+        .lines()
+        .filter(|line| line.contains(&format!("/{id}/")))
+        .map(str::to_owned)
+        .collect();
     for root in ["/run/sluice-lab", "/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
         let path = Path::new(root).join(id);
         if path.exists() {
@@ -350,7 +370,11 @@ fn a_process_with_a_lab() -> Result<()> {
     let node = lab.node("n1", &NodeOptions::default())?;
     let server = node.pod("a")?.serve(Serve::Http, 80)?;
     std::fs::write(std::env::var("LAB_READY")?, format!("{} {}", lab.id(), server.pid()))?;
-    std::thread::sleep(Duration::from_secs(if std::env::var("SLUICE_LAB_KEEP").is_ok() { 0 } else { 60 }));
+    std::thread::sleep(Duration::from_secs(if std::env::var("SLUICE_LAB_KEEP").is_ok() {
+        0
+    } else {
+        60
+    }));
     Ok(())
 }
 
@@ -367,7 +391,11 @@ fn start_doomed(name: &str, keep: bool) -> Result<Doomed> {
         .args(["--ignored", "--exact", "a_process_with_a_lab"])
         .env("LAB_READY", &ready)
         .env("SLUICE_LAB_SERVER", TOOL);
-    let _ = if keep { command.env("SLUICE_LAB_KEEP", "1") } else { command.env_remove("SLUICE_LAB_KEEP") };
+    let _ = if keep {
+        command.env("SLUICE_LAB_KEEP", "1")
+    } else {
+        command.env_remove("SLUICE_LAB_KEEP")
+    };
     let owner = command.stdout(std::process::Stdio::null()).spawn()?;
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
@@ -394,7 +422,10 @@ fn what_a_killed_owner_leaves_is_swept() -> Result<()> {
     let mut doomed = start_doomed("killed", false)?;
     // A sweep spares the labs of the living.
     let _ = sweep()?;
-    ensure!(!left_of(&doomed.id)?.is_empty() && lives(&doomed.server), "swept while its owner lived");
+    ensure!(
+        !left_of(&doomed.id)?.is_empty() && lives(&doomed.server),
+        "swept while its owner lived"
+    );
     doomed.owner.kill()?;
     let _ = doomed.owner.wait()?;
     ensure!(lives(&doomed.server), "the server ended with its owner: nothing to sweep");
@@ -420,7 +451,10 @@ fn an_interrupted_owner_cleans_up_itself() -> Result<()> {
     let _ = Command::new("kill").args(["-INT", &doomed.owner.id().to_string()]).status()?;
     let status = doomed.owner.wait()?;
     let left = left_of(&doomed.id)?;
-    ensure!(status.code() == Some(130) && left.is_empty() && !lives(&doomed.server), "{status}: {left:?}");
+    ensure!(
+        status.code() == Some(130) && left.is_empty() && !lives(&doomed.server),
+        "{status}: {left:?}"
+    );
     Ok(())
 }
 

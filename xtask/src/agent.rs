@@ -16,21 +16,29 @@ use crate::workspace::{OBJECT_ENV, Workspace};
 /// Builds it for tests and the demo. What packets meet is the eBPF object,
 /// which is optimised in any case, so the profile that is quick to build does.
 pub(crate) fn build_dev(workspace: &Workspace) -> Result<PathBuf> {
-    artifacts::build_binary(workspace.cargo().args(["build", "--package", "sluice", "--bin", "sluice"]))
-        .context("cannot build the agent")
-}
-
-/// Builds the agent of the layout that tests upgrade to, beside the one under test, whose dependencies it shares.
-pub(crate) fn build_next(workspace: &Workspace) -> Result<PathBuf> {
-    let built = artifacts::build_binary(workspace.cargo().env(OBJECT_ENV, workspace.next_object()).args([
+    artifacts::build_binary(workspace.cargo().args([
         "build",
-        "--workspace",
+        "--package",
+        "sluice",
         "--bin",
         "sluice",
-        "--features",
-        "sluice/next-layout",
     ]))
-    .context("cannot build the agent of the next layout")?;
+    .context("cannot build the agent")
+}
+
+/// Builds the agent of the layout that tests upgrade to, beside the one under test, whose
+/// dependencies it shares.
+pub(crate) fn build_next(workspace: &Workspace) -> Result<PathBuf> {
+    let built =
+        artifacts::build_binary(workspace.cargo().env(OBJECT_ENV, workspace.next_object()).args([
+            "build",
+            "--workspace",
+            "--bin",
+            "sluice",
+            "--features",
+            "sluice/next-layout",
+        ]))
+        .context("cannot build the agent of the next layout")?;
     // Cargo puts the agent under test in its place.
     let next = built.with_file_name("sluice-next");
     let _ = fs::copy(&built, &next).with_context(|| format!("cannot write {}", next.display()))?;
@@ -54,8 +62,8 @@ pub(crate) fn build_release(workspace: &Workspace) -> Result<PathBuf> {
     )
     .context("cannot build the agent")?;
     let content = fs::read(&binary).with_context(|| format!("cannot read {}", binary.display()))?;
-    let _machine =
-        static_architecture(&content).with_context(|| format!("{} cannot be used", binary.display()))?;
+    let _machine = static_architecture(&content)
+        .with_context(|| format!("{} cannot be used", binary.display()))?;
     println!("{} {}", binary.display(), bytes(content.len() as u64));
     Ok(binary)
 }
@@ -83,7 +91,9 @@ pub(crate) fn static_architecture(binary: &[u8]) -> Result<&'static str> {
     let file = parse(binary)?;
     let endian = file.endian();
     if file.elf_program_headers().iter().any(|header| header.p_type(endian) == elf::PT_INTERP) {
-        bail!("it is not static: it names a dynamic linker; `cargo xtask build` makes a static one");
+        bail!(
+            "it is not static: it names a dynamic linker; `cargo xtask build` makes a static one"
+        );
     }
     match file.elf_header().e_machine(endian) {
         elf::EM_X86_64 => Ok("x86_64"),

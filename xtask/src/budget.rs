@@ -25,7 +25,8 @@ impl Budget {
     /// Reads the workspace's budget.
     pub(crate) fn read(workspace: &Workspace) -> Result<Self> {
         let path = workspace.root().join("ebpf/budget.toml");
-        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         toml::from_str(&text).with_context(|| format!("cannot parse {}", path.display()))
     }
 
@@ -56,8 +57,9 @@ mod tests {
 
     #[test]
     fn a_program_has_its_own_limit_or_the_default() -> Result<()> {
-        let budget: Budget =
-            toml::from_str("default = 10\nboth_layouts = 15\nstack = 512\n[programs]\nsluice_xdp = 20\n")?;
+        let budget: Budget = toml::from_str(
+            "default = 10\nboth_layouts = 15\nstack = 512\n[programs]\nsluice_xdp = 20\n",
+        )?;
         assert_eq!(budget.of("sluice_xdp"), 20);
         assert_eq!(budget.of("sluice_tc"), 10);
         assert_eq!(budget.unknown(|name| name == "sluice_tc"), ["sluice_xdp"]);

@@ -20,9 +20,12 @@ pub(crate) struct Cache {
 impl Cache {
     /// Chooses the place by the environment; creates nothing yet.
     pub(crate) fn open() -> Result<Self> {
-        let root =
-            choose_root(env::var_os("SLUICE_CACHE"), env::var_os("XDG_CACHE_HOME"), env::var_os("HOME"))
-                .context("no place for the cache: set SLUICE_CACHE, XDG_CACHE_HOME or HOME")?;
+        let root = choose_root(
+            env::var_os("SLUICE_CACHE"),
+            env::var_os("XDG_CACHE_HOME"),
+            env::var_os("HOME"),
+        )
+        .context("no place for the cache: set SLUICE_CACHE, XDG_CACHE_HOME or HOME")?;
         let root = std::path::absolute(root).context("the cache's path is not usable")?;
         Ok(Self { root })
     }
@@ -45,8 +48,10 @@ impl Cache {
             return Ok(place);
         }
         let parent = place.parent().context("a cache entry needs a parent")?;
-        let name = place.file_name().context("a cache entry needs a name")?.to_string_lossy().into_owned();
-        fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
+        let name =
+            place.file_name().context("a cache entry needs a name")?.to_string_lossy().into_owned();
+        fs::create_dir_all(parent)
+            .with_context(|| format!("cannot create {}", parent.display()))?;
         let _lock = lock(&parent.join(format!(".{name}.lock")), entry)?;
         // Another run may have finished it while this one waited.
         if is_complete(&place) {
@@ -58,7 +63,8 @@ impl Cache {
         fs::create_dir(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
         build(&partial)?;
         remove_dir_if_exists(&place)?;
-        fs::rename(&partial, &place).with_context(|| format!("cannot put {} in place", place.display()))?;
+        fs::rename(&partial, &place)
+            .with_context(|| format!("cannot put {} in place", place.display()))?;
         Ok(place)
     }
 }
@@ -66,7 +72,8 @@ impl Cache {
 impl Cache {
     /// Holds a lock of that name until the returned file is dropped.
     pub(crate) fn lock(&self, name: &str) -> Result<File> {
-        fs::create_dir_all(&self.root).with_context(|| format!("cannot create {}", self.root.display()))?;
+        fs::create_dir_all(&self.root)
+            .with_context(|| format!("cannot create {}", self.root.display()))?;
         lock(&self.root.join(format!(".{name}.lock")), name)
     }
 }
@@ -81,7 +88,12 @@ fn remove_dir_if_exists(path: &Path) -> Result<()> {
 /// Holds the lock until the returned file is dropped.
 fn lock(path: &Path, entry: &str) -> Result<File> {
     let context = || format!("cannot lock {}", path.display());
-    let file = File::options().create(true).truncate(false).write(true).open(path).with_context(context)?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .with_context(context)?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
@@ -95,7 +107,11 @@ fn lock(path: &Path, entry: &str) -> Result<File> {
 
 /// The XDG base directory rules: a relative `XDG_CACHE_HOME` is ignored, an
 /// empty variable counts as unset.
-fn choose_root(own: Option<OsString>, xdg: Option<OsString>, home: Option<OsString>) -> Option<PathBuf> {
+fn choose_root(
+    own: Option<OsString>,
+    xdg: Option<OsString>,
+    home: Option<OsString>,
+) -> Option<PathBuf> {
     let set = |value: Option<OsString>| value.filter(|value| !value.is_empty()).map(PathBuf::from);
     set(own)
         .or_else(|| set(xdg).filter(|path| path.is_absolute()).map(|path| path.join("sluice")))

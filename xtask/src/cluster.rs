@@ -1,10 +1,12 @@
 //! `cargo xtask cluster`: a real Kubernetes on this machine, in network namespaces.
 //!
-//! etcd, API server, controller manager and scheduler run in one namespace; a node is a namespace with a kubelet, a containerd and real
-//! pods in namespaces of their own ([`network`] draws it). What a cloud would add, a process does ([`cloud`]). Nothing of it touches
-//! the namespace that it is started from.
+//! etcd, API server, controller manager and scheduler run in one namespace; a node is a namespace
+//! with a kubelet, a containerd and real pods in namespaces of their own ([`network`] draws it).
+//! What a cloud would add, a process does ([`cloud`]). Nothing of it touches the namespace that it
+//! is started from.
 //!
-//! Everything a cluster owns is below one directory ([`state`]) and one cgroup ([`cgroup`]), by which `down` finds it.
+//! Everything a cluster owns is below one directory ([`state`]) and one cgroup ([`cgroup`]), by
+//! which `down` finds it.
 
 mod addresses;
 mod cgroup;
@@ -69,7 +71,8 @@ pub(crate) struct UpOptions {
     /// How pods are connected to their node.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) cni: Cni,
-    /// How Sluice is deployed: a folder of deploy/overlays. With beside-kube-proxy there is a kube-proxy too.
+    /// How Sluice is deployed: a folder of deploy/overlays. With beside-kube-proxy there is a
+    /// kube-proxy too.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) overlay: Overlay,
     /// This binary of Sluice, instead of a release built from this tree.

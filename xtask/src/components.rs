@@ -1,6 +1,8 @@
-//! The programs of a Kubernetes cluster, with all their versions: the one place to change for another release.
+//! The programs of a Kubernetes cluster, with all their versions: the one place to change for
+//! another release.
 //!
-//! A version here is also in the `go.mod` of its module (a test compares them); what is below it is in `go.sum`.
+//! A version here is also in the `go.mod` of its module (a test compares them); what is below it is
+//! in `go.sum`.
 
 use std::fs;
 use std::path::PathBuf;
@@ -71,7 +73,11 @@ const CONTROL_PLANE: Group = Group {
     programs: &[
         program("etcd", "go.etcd.io/etcd/server/v3", ETCD),
         program("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver", KUBERNETES),
-        program("kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager", KUBERNETES),
+        program(
+            "kube-controller-manager",
+            "k8s.io/kubernetes/cmd/kube-controller-manager",
+            KUBERNETES,
+        ),
         program("kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy", KUBERNETES),
     ],
     files: &[],
@@ -138,7 +144,11 @@ const TEST_IMAGES: Group = Group {
     module: &KUBERNETES_MODULE,
     programs: &[
         program("agnhost", "k8s.io/kubernetes/test/images/agnhost", KUBERNETES),
-        program("regression-issue-74839", "k8s.io/kubernetes/test/images/regression-issue-74839", KUBERNETES),
+        program(
+            "regression-issue-74839",
+            "k8s.io/kubernetes/test/images/regression-issue-74839",
+            KUBERNETES,
+        ),
     ],
     // The certificate of `agnhost porter`.
     files: &[
@@ -196,7 +206,8 @@ pub(crate) fn cluster(cache: &Cache) -> Result<Components> {
     })
 }
 
-/// The programs of the api tests: etcd, kube-apiserver, kube-controller-manager and kube-proxy in one directory.
+/// The programs of the api tests: etcd, kube-apiserver, kube-controller-manager and kube-proxy in
+/// one directory.
 ///
 /// # Errors
 /// As [`cluster`].
@@ -220,7 +231,8 @@ pub(crate) fn helm(cache: &Cache) -> Result<PathBuf> {
     go::obtain(cache, &HELM_GROUP)
 }
 
-/// Prometheus and promtool in one directory: Debian's package, unpacked and not installed, since installing it starts a server.
+/// Prometheus and promtool in one directory: Debian's package, unpacked and not installed, since
+/// installing it starts a server.
 ///
 /// # Errors
 /// When there is no apt, or the package cannot be had.
@@ -283,7 +295,8 @@ mod tests {
             assert!(
                 module.go_mod.lines().any(|line| {
                     let line = line.trim_start_matches("require").trim();
-                    line == format!("{name} v{version}") || line.starts_with(&format!("{name} v{version} "))
+                    line == format!("{name} v{version}")
+                        || line.starts_with(&format!("{name} v{version} "))
                 }),
                 "{name} {version}"
             );
@@ -293,7 +306,11 @@ mod tests {
     #[test]
     fn a_package_is_of_its_upstream_release() {
         assert!(is_of("2.42.0+ds-5+deb12u1", "2.42.0") && is_of("2.42.0", "2.42.0"));
-        assert!(!is_of("2.42.01", "2.42.0") && !is_of("2.42.0.1", "2.42.0") && !is_of("2.53.3", "2.42.0"));
+        assert!(
+            !is_of("2.42.01", "2.42.0")
+                && !is_of("2.42.0.1", "2.42.0")
+                && !is_of("2.53.3", "2.42.0")
+        );
     }
 
     #[test]

@@ -32,11 +32,12 @@ pub(crate) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
     packages::ensure_tools(packages::LAB)?;
     let sluice = agent::build_dev(workspace)?;
     // Both of its programs: the demo starts the other as its servers and clients.
-    let demo = artifacts::build(workspace.cargo().args(["build", "--package", "sluice-lab", "--bins"]))?
-        .iter()
-        .filter(|artifact| artifact.target.name == "sluice-lab-demo")
-        .find_map(|artifact| artifact.binary().cloned())
-        .context("cannot build the demo: cargo built no sluice-lab-demo")?;
+    let demo =
+        artifacts::build(workspace.cargo().args(["build", "--package", "sluice-lab", "--bins"]))?
+            .iter()
+            .filter(|artifact| artifact.target.name == "sluice-lab-demo")
+            .find_map(|artifact| artifact.binary().cloned())
+            .context("cannot build the demo: cargo built no sluice-lab-demo")?;
     Cmd::new(demo)
         .args(options.keep.then_some("--keep"))
         .env("SLUICE_BIN", sluice)

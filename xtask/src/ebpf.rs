@@ -23,10 +23,17 @@ pub(crate) fn build(workspace: &Workspace, toolchain: &Toolchain) -> Result<Path
     build_as(workspace, toolchain, "sluice-bpf", &[], workspace.object())
 }
 
-/// Builds the object of the layout that tests upgrade to, which knows the current one as its previous.
+/// Builds the object of the layout that tests upgrade to, which knows the current one as its
+/// previous.
 pub(crate) fn build_next(workspace: &Workspace, toolchain: &Toolchain) -> Result<PathBuf> {
     eprintln!("eBPF object of the next layout: {toolchain}");
-    build_as(workspace, toolchain, "sluice-bpf", &["--features", "next-layout"], workspace.next_object())
+    build_as(
+        workspace,
+        toolchain,
+        "sluice-bpf",
+        &["--features", "next-layout"],
+        workspace.next_object(),
+    )
 }
 
 /// Builds the object with which the benchmark runs the programs.
@@ -64,8 +71,10 @@ fn build_as(
             .arg(workspace.bpf_target_dir()),
     )
     .context("cannot build the eBPF object")?;
-    let unstripped = fs::read(&linked).with_context(|| format!("cannot read {}", linked.display()))?;
-    let stripped = strip(&unstripped).with_context(|| format!("cannot strip {}", linked.display()))?;
+    let unstripped =
+        fs::read(&linked).with_context(|| format!("cannot read {}", linked.display()))?;
+    let stripped =
+        strip(&unstripped).with_context(|| format!("cannot strip {}", linked.display()))?;
     if fs::read(&object).ok().as_deref() != Some(&stripped) {
         replace(&object, &stripped)?;
     }
@@ -91,8 +100,9 @@ fn strip(object: &[u8]) -> Result<Vec<u8>> {
     let mut elf = Builder::read(object)?;
     for section in &mut elf.sections {
         let name = section.name.as_slice();
-        section.delete =
-            [&b".debug_"[..], b".rel.debug_", b".llvm_addrsig"].iter().any(|prefix| name.starts_with(prefix));
+        section.delete = [&b".debug_"[..], b".rel.debug_", b".llvm_addrsig"]
+            .iter()
+            .any(|prefix| name.starts_with(prefix));
     }
     elf.delete_orphans();
     // LLVM writes one string table for sections and symbols, the builder two.

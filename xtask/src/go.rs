@@ -1,8 +1,9 @@
 //! Programs from Go modules, built once into the cache.
 //!
-//! `go install` takes no list of its own for a program's dependencies, and refuses `k8s.io/kubernetes` altogether, because its
-//! go.mod replaces its own staging modules by folders. So each group of programs has a module of ours (`xtask/go/`) that requires it,
-//! and pins everything below it.
+//! `go install` takes no list of its own for a program's dependencies, and refuses
+//! `k8s.io/kubernetes` altogether, because its go.mod replaces its own staging modules by folders.
+//! So each group of programs has a module of ours (`xtask/go/`) that requires it, and pins
+//! everything below it.
 
 use std::cell::Cell;
 use std::fs;
@@ -102,7 +103,8 @@ fn go(sources: &Path) -> Cmd {
 }
 
 fn module_directory(sources: &Path, module: &str) -> Result<PathBuf> {
-    let directory = go(sources).args(["list", "-mod=mod", "-m", "-f", "{{.Dir}}", module]).stdout()?;
+    let directory =
+        go(sources).args(["list", "-mod=mod", "-m", "-f", "{{.Dir}}", module]).stdout()?;
     Ok(PathBuf::from(directory.trim()))
 }
 
@@ -138,7 +140,8 @@ fn build(module: &Module, program: &Program, sources: &Path, file: &Path) -> Res
     let verb = if program.is_test { "go test -c" } else { "go build" };
     let step = Step::start_long(format!("{} {}: {verb}", program.name, program.version));
     let packages = Cell::new(0_u32);
-    let command = if program.is_test { go(sources).args(["test", "-c"]) } else { go(sources).arg("build") };
+    let command =
+        if program.is_test { go(sources).args(["test", "-c"]) } else { go(sources).arg("build") };
     command
         .args(["-mod=mod", "-trimpath", "-v", "-tags", module.tags])
         .args(["-ldflags", &format!("-s -w {}", module.link_flags), "-o"])

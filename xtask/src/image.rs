@@ -1,12 +1,15 @@
-//! `cargo xtask image`: the static binary on an empty base, as an OCI layout and as an archive, with its bill of materials.
+//! `cargo xtask image`: the static binary on an empty base, as an OCI layout and as an archive,
+//! with its bill of materials.
 //!
 //! ```text
 //! <output>/layout/          the image, and an artifact that refers to it: the bill of materials
-//! <output>/sluice.tar       the image alone, for `ctr images import`, `docker load`, `podman load`, `skopeo copy oci-archive:`
+//! <output>/sluice.tar       the image alone, for `ctr images import`, `docker load`,
+//!                           `podman load` and `skopeo copy oci-archive:`
 //! <output>/sluice.cdx.json  the bill of materials
 //! ```
 //!
-//! The archive has the image alone, because engines that read one take it for a choice to be made if there is more.
+//! The archive has the image alone, because engines that read one take it for a choice to be made
+//! if there is more.
 
 mod sbom;
 
@@ -17,8 +20,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use oci_spec::image::{
-    ANNOTATION_DESCRIPTION, ANNOTATION_LICENSES, ANNOTATION_REVISION, ANNOTATION_TITLE, ANNOTATION_VERSION,
-    Config, ConfigBuilder,
+    ANNOTATION_DESCRIPTION, ANNOTATION_LICENSES, ANNOTATION_REVISION, ANNOTATION_TITLE,
+    ANNOTATION_VERSION, Config, ConfigBuilder,
 };
 
 use crate::agent;
@@ -27,7 +30,8 @@ use crate::process::Cmd;
 use crate::ui::bytes;
 use crate::workspace::Workspace;
 
-/// The image's name without a tag, as `deploy/base` has it: no registry on the Internet can answer for it.
+/// The image's name without a tag, as `deploy/base` has it: no registry on the Internet can answer
+/// for it.
 pub(crate) const NAME: &str = "localhost/sluice";
 
 /// Where the binary is in the image.
@@ -58,7 +62,8 @@ pub(crate) struct Written {
 /// Builds the binary and writes its image.
 pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let binary = agent::build_release(workspace)?;
-    let name = options.name.clone().unwrap_or_else(|| format!("{NAME}:{}", env!("CARGO_PKG_VERSION")));
+    let name =
+        options.name.clone().unwrap_or_else(|| format!("{NAME}:{}", env!("CARGO_PKG_VERSION")));
     let output = options.output.clone().unwrap_or_else(|| workspace.root().join("target/image"));
     let written = write(workspace, &binary, &name, &output)?;
     let size = fs::metadata(&written.archive).map(|metadata| metadata.len()).unwrap_or_default();
@@ -73,7 +78,12 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
 ///
 /// # Errors
 /// When the binary is none that runs on an empty base, or the tree's packages cannot be listed.
-pub(crate) fn write(workspace: &Workspace, binary: &Path, name: &str, output: &Path) -> Result<Written> {
+pub(crate) fn write(
+    workspace: &Workspace,
+    binary: &Path,
+    name: &str,
+    output: &Path,
+) -> Result<Written> {
     let content = fs::read(binary).with_context(|| format!("cannot read {}", binary.display()))?;
     let machine = agent::static_architecture(&content)
         .with_context(|| format!("{} cannot be in an image", binary.display()))?;
@@ -99,8 +109,8 @@ pub(crate) fn write(workspace: &Workspace, binary: &Path, name: &str, output: &P
     Ok(Written { archive, digest: image.digest().to_string() })
 }
 
-/// Root, since programs and devices want capabilities that nobody else gets from a container's runtime; there is nothing else
-/// in the image that root could use.
+/// Root, since programs and devices want capabilities that nobody else gets from a container's
+/// runtime; there is nothing else in the image that root could use.
 fn config(labels: &BTreeMap<String, String>) -> Result<Config> {
     let config = ConfigBuilder::default()
         .user("0:0")
@@ -144,7 +154,8 @@ fn revision(workspace: &Workspace) -> Option<String> {
 /// A name has a tag: what is imported without one cannot be told from the next.
 fn full_name(text: &str) -> Result<String> {
     let last = text.rsplit('/').next().unwrap_or(text);
-    let tagged = last.split_once(':').is_some_and(|(name, tag)| !name.is_empty() && !tag.is_empty());
+    let tagged =
+        last.split_once(':').is_some_and(|(name, tag)| !name.is_empty() && !tag.is_empty());
     ensure!(tagged, "the name needs a tag, as in {NAME}:{}", env!("CARGO_PKG_VERSION"));
     ensure!(
         text.contains('/'),

@@ -1,5 +1,7 @@
 //! `cargo xtask lint`: one line per step, warnings are errors.
 
+mod columns;
+
 use std::io::{self, IsTerminal};
 
 use anyhow::{Context, Result};
@@ -14,9 +16,12 @@ use crate::workspace::Workspace;
 pub(crate) fn run(workspace: &Workspace, toolchain: &Toolchain) -> Result<()> {
     let cargo = |args: &[&str]| workspace.cargo().args(args);
     step("fmt", cargo(&["fmt", "--all", "--check"]))?;
+    columns::check(workspace).context("lint: columns")?;
     step("clippy", cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     // For the host they compile to nothing.
-    for (name, features) in [("kernel programs", ""), ("kernel programs of the next layout", "next-layout")] {
+    for (name, features) in
+        [("kernel programs", ""), ("kernel programs of the next layout", "next-layout")]
+    {
         let command = ebpf::clippy(workspace, toolchain, features)?.args(["--", "-D", "warnings"]);
         step(&format!("clippy, {name}"), command)?;
     }

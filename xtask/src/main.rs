@@ -116,7 +116,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let _object = ebpf::build(&workspace, &toolchain)?;
             image::run(&workspace, options)?;
         }
-        Command::Lint => lint::run(&workspace, &toolchain::obtain(&Cache::open()?, cli.toolchain)?)?,
+        Command::Lint => {
+            lint::run(&workspace, &toolchain::obtain(&Cache::open()?, cli.toolchain)?)?;
+        }
         Command::Test(options) => return Ok(test::run(&workspace, cli.toolchain, options)),
         Command::ControlPlane => {
             let directory = components::control_plane(&Cache::open()?)?;

@@ -65,11 +65,13 @@ fn report_round(workspace: &Workspace, object: &Path, round: Option<Round>) -> R
         Err(error) => return Err(error),
     };
     let content = fs::read(object).with_context(|| format!("cannot read {}", object.display()))?;
-    let depths = stack::depths(&content).with_context(|| format!("cannot read {}", object.display()))?;
+    let depths =
+        stack::depths(&content).with_context(|| format!("cannot read {}", object.display()))?;
     let mut weights = Vec::new();
     let mut complaints = Vec::new();
     for (name, program) in ebpf.programs_mut() {
-        let depth = depths.get(name).with_context(|| format!("the object has no function {name}"))?;
+        let depth =
+            depths.get(name).with_context(|| format!("the object has no function {name}"))?;
         match weigh(name, program, depth.bytes) {
             Ok(weight) => weights.push(weight),
             Err(error) => complaints.push(refusal(workspace, name, &error)?),
@@ -81,7 +83,9 @@ fn report_round(workspace: &Workspace, object: &Path, round: Option<Round>) -> R
         eprintln!("warning: ebpf/budget.toml has a limit for {name}, which is no program");
     }
     let over = weights.iter().filter(|weight| weight.verified > budget.of(&weight.name));
-    complaints.extend(over.map(|weight| format!("{} is over its budget in ebpf/budget.toml", weight.name)));
+    complaints.extend(
+        over.map(|weight| format!("{} is over its budget in ebpf/budget.toml", weight.name)),
+    );
     let deep = weights.iter().filter(|weight| weight.stack > budget.stack());
     complaints.extend(deep.map(|weight| {
         let way = depths.get(&weight.name).map(ToString::to_string).unwrap_or_default();
@@ -108,10 +112,9 @@ fn load_maps(object: &Path, round: Option<Round>) -> Result<Ebpf> {
 }
 
 fn is_forbidden(error: &anyhow::Error) -> bool {
-    error
-        .chain()
-        .filter_map(|cause| cause.downcast_ref::<io::Error>())
-        .any(|error| matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported))
+    error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|error| {
+        matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported)
+    })
 }
 
 fn weigh(name: &str, program: &mut Program, stack: u32) -> Result<Weight, ProgramError> {
@@ -173,7 +176,11 @@ fn refusal(workspace: &Workspace, name: &str, error: &ProgramError) -> Result<St
     let lines: Vec<_> = log.lines().collect();
     let end = lines.get(lines.len().saturating_sub(LOG_LINES)..).unwrap_or_default();
     let cause = error.source().map(ToString::to_string).unwrap_or_default();
-    Ok(format!("{}\n{name} does not load: {cause} (all of the log is in {})", end.join("\n"), path.display()))
+    Ok(format!(
+        "{}\n{name} does not load: {cause} (all of the log is in {})",
+        end.join("\n"),
+        path.display()
+    ))
 }
 
 fn print(weights: &[Weight], budget: &Budget) {

@@ -1,6 +1,8 @@
-//! OCI image layouts (image-layout.md of the OCI image specification), written without a container engine.
+//! OCI image layouts (image-layout.md of the OCI image specification), written without a container
+//! engine.
 //!
-//! The same content gives the same bytes: archives have no times and no owners, and JSON has its keys in order.
+//! The same content gives the same bytes: archives have no times and no owners, and JSON has its
+//! keys in order.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write as _;
@@ -11,8 +13,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use flate2::{Compression, GzBuilder};
 use oci_spec::image::{
-    ANNOTATION_REF_NAME, ANNOTATION_TITLE, Arch, Config, Descriptor, Digest, ImageConfigurationBuilder,
-    ImageIndexBuilder, ImageManifestBuilder, MediaType, OciLayoutBuilder, Os, PlatformBuilder, RootFsBuilder,
+    ANNOTATION_REF_NAME, ANNOTATION_TITLE, Arch, Config, Descriptor, Digest,
+    ImageConfigurationBuilder, ImageIndexBuilder, ImageManifestBuilder, MediaType,
+    OciLayoutBuilder, Os, PlatformBuilder, RootFsBuilder,
 };
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
@@ -34,7 +37,10 @@ pub(crate) enum Entry {
 
 impl Entry {
     fn name(&self) -> &str {
-        let (Self::File(name, _) | Self::Text(name, _) | Self::Link(name, _) | Self::Directory(name)) = self;
+        let (Self::File(name, _)
+        | Self::Text(name, _)
+        | Self::Link(name, _)
+        | Self::Directory(name)) = self;
         name
     }
 }
@@ -120,11 +126,13 @@ impl Layout {
             .config(self.json(MediaType::ImageConfig, &config)?)
             .layers(layers.iter().map(|layer| layer.descriptor.clone()).collect::<Vec<_>>());
         if !annotations.is_empty() {
-            manifest = manifest.annotations(annotations.clone().into_iter().collect::<HashMap<_, _>>());
+            manifest =
+                manifest.annotations(annotations.clone().into_iter().collect::<HashMap<_, _>>());
         }
         let mut descriptor = self.json(MediaType::ImageManifest, &manifest.build()?)?;
         let plain = descriptor.clone();
-        let platform = PlatformBuilder::default().architecture(architecture).os(Os::Linux).build()?;
+        let platform =
+            PlatformBuilder::default().architecture(architecture).os(Os::Linux).build()?;
         let _set = descriptor.set_platform(Some(platform));
         for name in names {
             let mut named = descriptor.clone();
@@ -146,7 +154,8 @@ impl Layout {
     ) -> Result<()> {
         let kind = MediaType::Other(media_type.to_owned());
         let mut layer = self.bytes(kind.clone(), document)?;
-        let _set = layer.set_annotations(Some([(ANNOTATION_TITLE.to_owned(), file_name.to_owned())].into()));
+        let _set = layer
+            .set_annotations(Some([(ANNOTATION_TITLE.to_owned(), file_name.to_owned())].into()));
         let manifest = ImageManifestBuilder::default()
             .schema_version(2_u32)
             .media_type(MediaType::ImageManifest)
@@ -171,7 +180,8 @@ impl Layout {
         let layout = OciLayoutBuilder::default().image_layout_version("1.0.0").build()?;
         for (name, content) in [("index.json", sorted(&index)?), ("oci-layout", sorted(&layout)?)] {
             let path = self.root.join(name);
-            fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))?;
+            fs::write(&path, content)
+                .with_context(|| format!("cannot write {}", path.display()))?;
         }
         Ok(())
     }
@@ -185,7 +195,11 @@ impl Layout {
     }
 
     /// Writes a blob and moves it to its place by its digest.
-    fn blob(&self, kind: MediaType, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<Descriptor> {
+    fn blob(
+        &self,
+        kind: MediaType,
+        write: impl FnOnce(&mut dyn Write) -> Result<()>,
+    ) -> Result<Descriptor> {
         let blobs = self.root.join("blobs/sha256");
         let partial = blobs.join(".partial");
         let context = || format!("cannot write {}", partial.display());
@@ -221,7 +235,8 @@ pub(crate) fn archive(layout: &Path, archive: &Path) -> Result<()> {
 pub(crate) fn digest(file: &Path) -> Result<String> {
     let reading = || format!("cannot read {}", file.display());
     let mut sink = Hashing::new(io::sink());
-    let _bytes = io::copy(&mut File::open(file).with_context(reading)?, &mut sink).with_context(reading)?;
+    let _bytes =
+        io::copy(&mut File::open(file).with_context(reading)?, &mut sink).with_context(reading)?;
     let (digest, _, _) = sink.finish();
     Ok(digest.trim_start_matches("sha256:").to_owned())
 }
@@ -382,7 +397,10 @@ mod tests {
         let directory = tempfile::tempdir()?;
         let file = directory.path().join("empty");
         fs::write(&file, "")?;
-        assert_eq!(digest(&file)?, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+        assert_eq!(
+            digest(&file)?,
+            "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+        );
         Ok(())
     }
 }

@@ -110,16 +110,22 @@ impl Cmd {
     /// As [`stdout`](Self::stdout).
     pub(crate) fn answer(mut self) -> Result<String> {
         let line = self.line();
-        let output = self.0.stdin(Stdio::null()).output().with_context(|| format!("cannot run `{line}`"))?;
+        let output =
+            self.0.stdin(Stdio::null()).output().with_context(|| format!("cannot run `{line}`"))?;
         if !output.status.success() {
-            bail!("`{line}`: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+            bail!(
+                "`{line}`: {}: {}",
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
         }
         String::from_utf8(output.stdout).with_context(|| format!("`{line}` printed no UTF-8"))
     }
 
     fn output(mut self) -> Result<String> {
         let line = self.line();
-        let output = self.0.stdin(Stdio::null()).output().with_context(|| format!("cannot run `{line}`"))?;
+        let output =
+            self.0.stdin(Stdio::null()).output().with_context(|| format!("cannot run `{line}`"))?;
         if !output.status.success() {
             bail!("`{line}`: {}", output.status);
         }
@@ -131,15 +137,20 @@ impl Cmd {
     ///
     /// # Errors
     /// When it cannot be started or does not exit with 0.
-    pub(crate) fn run_behind(self, step: &Step, mut note: impl FnMut(&str) -> Option<String>) -> Result<()> {
+    pub(crate) fn run_behind(
+        self,
+        step: &Step,
+        mut note: impl FnMut(&str) -> Option<String>,
+    ) -> Result<()> {
         let line = self.line();
         let (mut output, writer) = io::pipe().context("cannot make a pipe")?;
         let mut child = {
             let errors = writer.try_clone().context("cannot copy a pipe")?;
             // The command holds the pipe's write ends: gone at the end of this
             // block, so that the reader below sees the end of the output.
-            let mut command =
-                self.with(|command| command.stdin(Stdio::null()).stdout(writer).stderr(errors)).into_inner();
+            let mut command = self
+                .with(|command| command.stdin(Stdio::null()).stdout(writer).stderr(errors))
+                .into_inner();
             command.spawn().with_context(|| format!("cannot run `{line}`"))?
         };
         let mut captured = Vec::new();
@@ -180,8 +191,9 @@ pub(crate) fn find_program(name: &str) -> Option<std::path::PathBuf> {
 pub(crate) fn programs(name: &str) -> impl Iterator<Item = std::path::PathBuf> + use<> {
     let name = name.to_owned();
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let directories: Vec<_> =
-        std::env::split_paths(&path).chain(["/usr/sbin", "/sbin", "/usr/bin"].map(Into::into)).collect();
+    let directories: Vec<_> = std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin", "/usr/bin"].map(Into::into))
+        .collect();
     directories
         .into_iter()
         .map(move |directory| directory.join(&name))

@@ -50,7 +50,8 @@ impl fmt::Display for Depth {
 /// The deepest stack of each program of an object.
 pub(crate) fn depths(object: &[u8]) -> Result<BTreeMap<String, Depth>> {
     let functions = read(object)?;
-    let called: Vec<_> = functions.values().flat_map(|function| function.calls.iter().copied()).collect();
+    let called: Vec<_> =
+        functions.values().flat_map(|function| function.calls.iter().copied()).collect();
     functions
         .iter()
         .filter(|(place, _)| !called.contains(place))
@@ -61,7 +62,8 @@ pub(crate) fn depths(object: &[u8]) -> Result<BTreeMap<String, Depth>> {
 /// The stack of a function and of the deepest that it calls.
 fn depth(functions: &BTreeMap<Place, Function>, place: Place, level: u32) -> Result<Depth> {
     ensure!(level < 8, "functions call one another more than eight deep, which no kernel takes");
-    let function = functions.get(&place).with_context(|| format!("there is no function at {place:?}"))?;
+    let function =
+        functions.get(&place).with_context(|| format!("there is no function at {place:?}"))?;
     let mut deepest = Depth::default();
     for callee in &function.calls {
         let below = depth(functions, *callee, level + 1)?;
@@ -131,9 +133,10 @@ fn follow(
         2 | 3 if target == FRAME => -i32::from(offset),
         _ => 0,
     };
-    // A place's address is the frame's end and a negative number that is added to a copy of it. Any other
-    // subtraction of so little is taken for one too: rather too deep than not deep enough.
-    let below = if code == 0x07 && (-512..0).contains(&immediate) { below.max(-immediate) } else { below };
+    // A place's address is the frame's end and a negative number that is added to a copy of it. Any
+    // other subtraction of so little is taken for one too: rather too deep than not deep enough.
+    let below =
+        if code == 0x07 && (-512..0).contains(&immediate) { below.max(-immediate) } else { below };
     function.frame = function.frame.max(u32::try_from(below).unwrap_or(0));
     // Calls of functions, not of helpers.
     if code == 0x85 && source == 1 {
@@ -176,8 +179,11 @@ mod tests {
 
     #[test]
     fn frames_are_rounded_up_and_added_along_the_deepest_way() -> Result<()> {
-        let function =
-            |frame, calls: &[Place]| Function { frame, calls: calls.to_vec(), ..Function::default() };
+        let function = |frame, calls: &[Place]| Function {
+            frame,
+            calls: calls.to_vec(),
+            ..Function::default()
+        };
         let functions = BTreeMap::from([
             ((0, 0), function(33, &[(0, 1), (0, 2)])),
             ((0, 1), function(200, &[])),

@@ -14,11 +14,12 @@
 //! stdout carries the tests' own output and ends with the line
 //! `N passed, N failed` (and `, N skipped` where some were).
 //!
-//! A tier that this machine cannot run is not started. Run by plain `cargo test`, its tests fail where they cannot
-//! run, unless `SLUICE_TEST_SKIP=1` says to skip them.
+//! A tier that this machine cannot run is not started. Run by plain `cargo test`, its tests fail
+//! where they cannot run, unless `SLUICE_TEST_SKIP=1` says to skip them.
 //!
-//! Kubernetes' own tests ([`e2e`]) are no tier, since none of their binaries is built from here: a choice of them is run where all
-//! tiers are, the rest takes long and is run by name alone. So are the tests of `deploy/` on a cluster ([`overlays`]).
+//! Kubernetes' own tests ([`e2e`]) are no tier, since none of their binaries is built from here: a
+//! choice of them is run where all tiers are, the rest takes long and is run by name alone. So are
+//! the tests of `deploy/` on a cluster ([`overlays`]).
 
 mod e2e;
 mod libtest;
@@ -74,11 +75,14 @@ pub(crate) struct Options {
 /// Tests that are not ours.
 #[derive(Subcommand)]
 enum Suite {
-    /// Run Kubernetes' own tests against Sluice on a real cluster, beside what the real kube-proxy gets.
+    /// Run Kubernetes' own tests against Sluice on a real cluster, beside what the real kube-proxy
+    /// gets.
     E2e(e2e::Options),
-    /// Bring up a cluster for every way to deploy Sluice, and ask Services of every kind from everywhere.
+    /// Bring up a cluster for every way to deploy Sluice, and ask Services of every kind from
+    /// everywhere.
     Overlays(overlays::Options),
-    /// Update Sluice's DaemonSet on a real cluster under load: no connection may be lost or refused.
+    /// Update Sluice's DaemonSet on a real cluster under load: no connection may be lost or
+    /// refused.
     Rollout(rollout::Options),
 }
 
@@ -93,7 +97,9 @@ impl Options {
 pub(crate) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> ExitCode {
     let mut total = Counts::default();
     let ran = match &options.suite {
-        Some(Suite::E2e(options)) => e2e::run(workspace, choice, options).map(|counts| total = counts),
+        Some(Suite::E2e(options)) => {
+            e2e::run(workspace, choice, options).map(|counts| total = counts)
+        }
         Some(Suite::Overlays(options)) => {
             overlays::run(workspace, choice, options).map(|counts| total = counts)
         }
@@ -110,7 +116,12 @@ pub(crate) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> E
     if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn run_tiers(workspace: &Workspace, choice: Choice, options: &Options, total: &mut Counts) -> Result<()> {
+fn run_tiers(
+    workspace: &Workspace,
+    choice: Choice,
+    options: &Options,
+    total: &mut Counts,
+) -> Result<()> {
     let wanted: Vec<_> = Tier::ALL.into_iter().filter(|tier| options.wants(*tier)).collect();
     let mut prepared = prepare::prepare(workspace, choice, &wanted)?;
     let artifacts = build(workspace, &wanted)?;
@@ -159,7 +170,10 @@ fn build(workspace: &Workspace, wanted: &[Tier]) -> Result<Vec<Artifact>> {
     if !is_all && !tier::has_tests(workspace, wanted)? {
         return Ok(Vec::new());
     }
-    let only = wanted.iter().filter(|_| !is_all).flat_map(|tier| ["--test".to_owned(), format!("{tier}*")]);
+    let only = wanted
+        .iter()
+        .filter(|_| !is_all)
+        .flat_map(|tier| ["--test".to_owned(), format!("{tier}*")]);
     // Always the whole workspace: with fewer packages cargo would choose other
     // features for their dependencies and build those again.
     let cargo = workspace.cargo().args(["test", "--no-run", "--workspace"]).args(only);
@@ -204,8 +218,10 @@ fn run_tier(
         counts.add(run::run(binary.name(), command, &limit)?);
     }
     if tier == Tier::Unit {
-        let command =
-            workspace.cargo().args(["test", "--workspace", "--doc", "--quiet", "--"]).args(&options.filter);
+        let command = workspace
+            .cargo()
+            .args(["test", "--workspace", "--doc", "--quiet", "--"])
+            .args(&options.filter);
         counts.add(run::run("documentation", command, &limit)?);
     }
     Ok(counts)

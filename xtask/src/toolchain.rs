@@ -107,8 +107,8 @@ impl Toolchain {
         }
     }
 
-    /// `cargo clippy` for the BPF target, up to the package and profile. Clippy reads what its own compiler wrote, so it
-    /// comes with that compiler; Debian's is installed where it is missing.
+    /// `cargo clippy` for the BPF target, up to the package and profile. Clippy reads what its own
+    /// compiler wrote, so it comes with that compiler; Debian's is installed where it is missing.
     ///
     /// # Errors
     /// Says what to install when it is missing and this is not root.
@@ -148,7 +148,12 @@ impl Toolchain {
 
 impl fmt::Display for Toolchain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, bpf-linker {LINKER_VERSION} with LLVM {}", self.compiler, self.compiler.llvm_major())
+        write!(
+            f,
+            "{}, bpf-linker {LINKER_VERSION} with LLVM {}",
+            self.compiler,
+            self.compiler.llvm_major()
+        )
     }
 }
 
@@ -188,8 +193,9 @@ fn install_compiler(choice: Choice) -> Result<Compiler> {
     packages::install(&packages).with_context(|| {
         format!("no compiler for the eBPF programs; rustup's nightly would do as well: {NIGHTLY}")
     })?;
-    find_system()
-        .context("the packages are installed, but no rustc on this system has a core library for BPF")
+    find_system().context(
+        "the packages are installed, but no rustc on this system has a core library for BPF",
+    )
 }
 
 fn is_usable(version: &Rustc) -> bool {
@@ -275,19 +281,23 @@ fn llvm_prefix(major: u32) -> Option<PathBuf> {
 
 fn obtain_linker(cache: &Cache, llvm_major: u32) -> Result<PathBuf> {
     if let Some(package) = missing_llvm(cache, llvm_major) {
-        packages::install(&[package.as_str()])
-            .with_context(|| format!("bpf-linker needs the development files of LLVM {llvm_major}"))?;
+        packages::install(&[package.as_str()]).with_context(|| {
+            format!("bpf-linker needs the development files of LLVM {llvm_major}")
+        })?;
     }
     let directory = cache.ensure(&linker_entry(llvm_major), linker_works, |directory| {
-        let prefix = llvm_prefix(llvm_major)
-            .with_context(|| format!("no LLVM {llvm_major} with its development files on this system"))?;
+        let prefix = llvm_prefix(llvm_major).with_context(|| {
+            format!("no LLVM {llvm_major} with its development files on this system")
+        })?;
         build_linker(directory, llvm_major, &prefix)
     })?;
     Ok(linker_in(&directory))
 }
 
 fn build_linker(directory: &Path, llvm_major: u32, llvm_prefix: &Path) -> Result<()> {
-    let step = Step::start_long(format!("bpf-linker {LINKER_VERSION} for LLVM {llvm_major}: cargo install"));
+    let step = Step::start_long(format!(
+        "bpf-linker {LINKER_VERSION} for LLVM {llvm_major}: cargo install"
+    ));
     let build = directory.join("build");
     Cmd::new("cargo")
         .without_env(HANDED_DOWN)

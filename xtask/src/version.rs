@@ -15,7 +15,10 @@ impl Rustc {
     /// Reads the output of `rustc -vV`.
     pub(crate) fn parse(output: &str) -> Option<Self> {
         let field = |name: &str| {
-            output.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": ")).map(str::trim)
+            output
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+                .map(str::trim)
         };
         Some(Self {
             release: field("release")?.to_owned(),

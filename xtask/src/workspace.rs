@@ -24,7 +24,8 @@ impl Workspace {
     pub(crate) fn find() -> Result<Self> {
         let manifest_dir = env::var_os("CARGO_MANIFEST_DIR")
             .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
-        let root = manifest_dir.parent().context("xtask's manifest has no parent directory")?.to_owned();
+        let root =
+            manifest_dir.parent().context("xtask's manifest has no parent directory")?.to_owned();
         Ok(Self { root })
     }
 
@@ -71,8 +72,9 @@ fn set_by_cargo_run() -> Vec<OsString> {
     env::vars_os()
         .map(|(name, _)| name)
         .filter(|name| {
-            name.to_str()
-                .is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_"))
+            name.to_str().is_some_and(|name| {
+                name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
+            })
         })
         .collect()
 }

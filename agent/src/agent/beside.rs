@@ -1,4 +1,5 @@
-//! What runs beside the maps' loop and follows it: health checks of Services, monitoring, Events, and the kernel's connection tracking.
+//! What runs beside the maps' loop and follows it: health checks of Services, monitoring, Events,
+//! and the kernel's connection tracking.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -56,13 +57,24 @@ impl Beside {
         };
         let _health = tokio::spawn(health::serve(inputs, failures_of_task));
         let _conntrack = tokio::spawn(conntrack::keep_clean(frontends_of_task, cleaned_of_task));
-        let _monitoring = tokio::spawn(monitor::serve(Arc::new(monitor), at, room, unmonitored_of_task));
+        let _monitoring =
+            tokio::spawn(monitor::serve(Arc::new(monitor), at, room, unmonitored_of_task));
         let announcements = events.map(|events| {
             let (announcements, announcements_of_task) = watch::channel(Arc::default());
-            let _announcing = tokio::spawn(announce::serve(node.to_owned(), events, announcements_of_task));
+            let _announcing =
+                tokio::spawn(announce::serve(node.to_owned(), events, announcements_of_task));
             announcements
         });
-        Self { progress, checks, addresses, frontends, failures, cleaned, unmonitored, announcements }
+        Self {
+            progress,
+            checks,
+            addresses,
+            frontends,
+            failures,
+            cleaned,
+            unmonitored,
+            announcements,
+        }
     }
 
     /// Tells beside objects what is wrong with them.
@@ -116,10 +128,13 @@ impl Beside {
     /// What fails, for people.
     pub(super) fn problems(&self) -> Vec<String> {
         let failures = self.failures.borrow();
-        let health = failures.iter().map(|(service, failure)| format!("Service {service}: {failure}"));
+        let health =
+            failures.iter().map(|(service, failure)| format!("Service {service}: {failure}"));
         let conntrack = self.cleaned.borrow().problem.clone();
         let conntrack = conntrack.map(|problem| {
-            format!("cannot delete stale UDP entries of the kernel's connection tracking: {problem}")
+            format!(
+                "cannot delete stale UDP entries of the kernel's connection tracking: {problem}"
+            )
         });
         health.chain(conntrack).chain(self.unmonitored.borrow().iter().cloned()).collect()
     }

@@ -1,4 +1,5 @@
-//! What the sources tell about this node and the cluster's networks, and what the programs are told of it.
+//! What the sources tell about this node and the cluster's networks, and what the programs are told
+//! of it.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -22,7 +23,8 @@ pub(crate) struct Cluster {
     adopted: Option<Box<Adopted>>,
 }
 
-/// What an earlier agent has left: it holds until the sources have been heard, however long the API server is away.
+/// What an earlier agent has left: it holds until the sources have been heard, however long the API
+/// server is away.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Adopted {
     /// What it told the programs, if it did.
@@ -51,14 +53,18 @@ impl Told {
 
     /// The networks of Services' addresses.
     pub(super) fn service_networks(&self) -> Vec<IpNet> {
-        let v4 = self.v4.services.iter().filter(|prefix| **prefix != prefix_v4(None)).filter_map(|prefix| {
-            let (network, mask) = (prefix.network.octets, prefix.mask.octets);
-            IpNet::with_netmask(IpAddr::from(network), IpAddr::from(mask)).ok()
-        });
-        let v6 = self.v6.services.iter().filter(|prefix| **prefix != prefix_v6(None)).filter_map(|prefix| {
-            let (network, mask) = (prefix.network.octets, prefix.mask.octets);
-            IpNet::with_netmask(IpAddr::from(network), IpAddr::from(mask)).ok()
-        });
+        let v4 = self.v4.services.iter().filter(|prefix| **prefix != prefix_v4(None)).filter_map(
+            |prefix| {
+                let (network, mask) = (prefix.network.octets, prefix.mask.octets);
+                IpNet::with_netmask(IpAddr::from(network), IpAddr::from(mask)).ok()
+            },
+        );
+        let v6 = self.v6.services.iter().filter(|prefix| **prefix != prefix_v6(None)).filter_map(
+            |prefix| {
+                let (network, mask) = (prefix.network.octets, prefix.mask.octets);
+                IpNet::with_netmask(IpAddr::from(network), IpAddr::from(mask)).ok()
+            },
+        );
         v4.chain(v6).collect()
     }
 
@@ -76,8 +82,8 @@ impl Cluster {
         Self { name: name.into(), nodes: BTreeMap::new(), service_cidrs: BTreeMap::new(), adopted }
     }
 
-    /// Takes in that every source has delivered its first full list: what none of them has is not there.
-    /// Returns whether that is news.
+    /// Takes in that every source has delivered its first full list: what none of them has is not
+    /// there. Returns whether that is news.
     pub(crate) fn complete(&mut self) -> bool {
         self.adopted.take().is_some()
     }
@@ -143,7 +149,9 @@ impl Cluster {
     /// Where the pods have their addresses, as far as it decides who is local.
     fn pod_networks(&self, policy: &Policy) -> Vec<IpNet> {
         match policy.detect_local {
-            DetectLocal::NodeCidr => self.node().map(|node| node.pod_cidrs.clone()).unwrap_or_default(),
+            DetectLocal::NodeCidr => {
+                self.node().map(|node| node.pod_cidrs.clone()).unwrap_or_default()
+            }
             DetectLocal::ClusterCidr
             | DetectLocal::Device
             | DetectLocal::BridgeInterface(_)
@@ -152,8 +160,8 @@ impl Cluster {
         }
     }
 
-    /// What the programs are to be told, given the settings that nothing here changes; and the networks
-    /// for which there is no room.
+    /// What the programs are to be told, given the settings that nothing here changes; and the
+    /// networks for which there is no room.
     pub(crate) fn tell(&self, policy: &Policy, settings: Settings) -> (Told, Vec<IpNet>) {
         let mut surplus = Vec::new();
         let pods = self.pod_networks(policy);
@@ -201,7 +209,9 @@ fn accelerated(accelerate: Accelerate, bits: u32) -> u32 {
 
 /// The bits of the families that there are networks of.
 fn families(networks: &[IpNet], [v4, v6]: [u32; 2]) -> u32 {
-    networks.iter().fold(0, |bits, network| bits | if network.network().is_ipv4() { v4 } else { v6 })
+    networks
+        .iter()
+        .fold(0, |bits, network| bits | if network.network().is_ipv4() { v4 } else { v6 })
 }
 
 /// Networks as the programs compare them; those that find no room go to `surplus`.
@@ -227,7 +237,9 @@ fn prefixes(
 /// [`None`]: what no address matches.
 fn prefix_v4(network: Option<Ipv4Net>) -> Prefix<Ipv4Address> {
     match network {
-        Some(network) => Prefix { network: network.network().into(), mask: network.netmask().into() },
+        Some(network) => {
+            Prefix { network: network.network().into(), mask: network.netmask().into() }
+        }
         None => Prefix { network: Ipv4Address { octets: [0xff; 4] }, mask: Ipv4Address::default() },
     }
 }
@@ -235,8 +247,12 @@ fn prefix_v4(network: Option<Ipv4Net>) -> Prefix<Ipv4Address> {
 /// As [`prefix_v4`].
 fn prefix_v6(network: Option<Ipv6Net>) -> Prefix<Ipv6Address> {
     match network {
-        Some(network) => Prefix { network: network.network().into(), mask: network.netmask().into() },
-        None => Prefix { network: Ipv6Address { octets: [0xff; 16] }, mask: Ipv6Address::default() },
+        Some(network) => {
+            Prefix { network: network.network().into(), mask: network.netmask().into() }
+        }
+        None => {
+            Prefix { network: Ipv6Address { octets: [0xff; 16] }, mask: Ipv6Address::default() }
+        }
     }
 }
 
@@ -379,19 +395,36 @@ mod tests {
             let (told, surplus) = cluster.tell(policy, Settings::default());
             (shown(&told.v4.services, &told.v6.services), told.settings.networks, surplus.len())
         };
-        let texts = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
+        let texts =
+            |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
         let both = abi::networks::SERVICES_V4 | abi::networks::SERVICES_V6;
         assert_eq!(services(&cluster, &Policy::default()), (texts(&[]), 0, 0));
-        assert!(cluster.hear(&service_cidr(SourceId::Kubernetes, "x", &["10.96.0.0/13", "fd00::/112"])));
-        assert!(cluster.hear(&service_cidr(SourceId::Kubernetes, "y", &["10.104.0.0/13", "10.96.1.0/24"])));
+        assert!(cluster.hear(&service_cidr(
+            SourceId::Kubernetes,
+            "x",
+            &["10.96.0.0/13", "fd00::/112"]
+        )));
+        assert!(cluster.hear(&service_cidr(
+            SourceId::Kubernetes,
+            "y",
+            &["10.104.0.0/13", "10.96.1.0/24"]
+        )));
         let joined = (texts(&["10.96.0.0/12", "fd00::/112"]), both, 0);
         assert_eq!(services(&cluster, &Policy::default()), joined);
         assert!(cluster.hear(&service_cidr(SourceId::Manifests, "x", &["10.96.0.0/13"])));
-        assert_eq!(services(&cluster, &Policy::default()).0, ["10.96.0.0/12"], "the manifest counts");
-        let gone = Event { source: SourceId::Manifests, change: Change::ServiceCidr("x".into(), None) };
+        assert_eq!(
+            services(&cluster, &Policy::default()).0,
+            ["10.96.0.0/12"],
+            "the manifest counts"
+        );
+        let gone =
+            Event { source: SourceId::Manifests, change: Change::ServiceCidr("x".into(), None) };
         assert!(cluster.hear(&gone));
         let flag = Policy { service_cidrs: nets(&["fd00::/108"]), ..Policy::default() };
-        assert_eq!(services(&cluster, &flag), (texts(&["fd00::/108"]), abi::networks::SERVICES_V6, 0));
+        assert_eq!(
+            services(&cluster, &flag),
+            (texts(&["fd00::/108"]), abi::networks::SERVICES_V6, 0)
+        );
         let many: Vec<String> = (0..6).map(|index| format!("10.{}.0.0/16", index * 2)).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
         assert!(cluster.hear(&service_cidr(SourceId::Kubernetes, "y", &many)));

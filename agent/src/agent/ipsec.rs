@@ -25,7 +25,9 @@ pub(super) fn bit(accelerate: Accelerate) -> u32 {
         Ok(0) => 0,
         Ok(_) => networks::IPSEC,
         Err(error) => {
-            tracing::debug!("policies of IPsec cannot be counted, so nothing goes around the stack: {error}");
+            tracing::debug!(
+                "policies of IPsec cannot be counted, so nothing goes around the stack: {error}"
+            );
             networks::IPSEC
         }
     }
@@ -35,7 +37,8 @@ pub(super) fn bit(accelerate: Accelerate) -> u32 {
 fn policies() -> io::Result<u32> {
     let message = Message::plain(GET_POLICY_INFO, F_ACK, &u32::MAX.to_ne_bytes());
     let mut count = 0;
-    let asked = talk_to(XFRM, message, |payload| count += counted(payload.get(4..).unwrap_or_default()));
+    let asked =
+        talk_to(XFRM, message, |payload| count += counted(payload.get(4..).unwrap_or_default()));
     match asked {
         // A kernel without IPsec, or without anybody who has loaded its interface.
         Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => Ok(0),
@@ -55,9 +58,11 @@ mod tests {
 
     #[test]
     fn policies_are_counted_but_for_those_of_sockets() {
-        let words = |words: [u32; 6]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>();
-        let answer =
-            |counts| [&28_u16.to_ne_bytes()[..], &POLICY_INFO.to_ne_bytes(), &words(counts)].concat();
+        let words =
+            |words: [u32; 6]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>();
+        let answer = |counts| {
+            [&28_u16.to_ne_bytes()[..], &POLICY_INFO.to_ne_bytes(), &words(counts)].concat()
+        };
         assert_eq!(counted(&answer([0, 0, 0, 4, 4, 0])), 0);
         assert_eq!(counted(&answer([1, 2, 3, 0, 0, 0])), 6);
         assert_eq!(counted(&[]), 0);

@@ -62,8 +62,8 @@ impl OwnDevice {
     }
 }
 
-/// Keeps our own device, the routes of VIPs by it, and what programs are told of other routes' MTUs,
-/// until the inputs end; all of it stays then.
+/// Keeps our own device, the routes of VIPs by it, and what programs are told of other routes'
+/// MTUs, until the inputs end; all of it stays then.
 ///
 /// It runs beside the keeper: looking at many routes must not delay a device.
 pub async fn route_vips(
@@ -228,8 +228,11 @@ impl Keeper {
                 self.hooks.recheck(&target(&kept.device), &mut kept.attached);
             }
         }
-        let mut sockets =
-            SocketPathStatus { mode: self.mode.clone(), cgroup: self.cgroup.clone(), problem: None };
+        let mut sockets = SocketPathStatus {
+            mode: self.mode.clone(),
+            cgroup: self.cgroup.clone(),
+            problem: None,
+        };
         if !self.cgroup_attached {
             let result = match &self.cgroup {
                 Some(cgroup) => self.hooks.attach_cgroup(cgroup),
@@ -262,13 +265,21 @@ impl Keeper {
     }
 
     fn follow(&mut self, survey: &Survey) -> Result<(), Error> {
-        let gone: Vec<u32> =
-            self.devices.keys().filter(|index| !survey.devices.contains_key(index)).copied().collect();
+        let gone: Vec<u32> = self
+            .devices
+            .keys()
+            .filter(|index| !survey.devices.contains_key(index))
+            .copied()
+            .collect();
         for index in gone {
             self.hooks.detach(index)?;
             self.hooks.forget_device(index)?;
             if let Some(kept) = self.devices.remove(&index) {
-                tracing::info!(device = kept.device.name, role = kept.device.role.word(), "detached");
+                tracing::info!(
+                    device = kept.device.name,
+                    role = kept.device.role.word(),
+                    "detached"
+                );
             }
         }
         if !self.surveyed {
@@ -276,8 +287,10 @@ impl Keeper {
         }
         // The programs ask for the entries of all devices from their first packet on.
         for device in survey.devices.values() {
-            let told =
-                self.devices.get(&device.index).is_some_and(|before| before.device.entry == device.entry);
+            let told = self
+                .devices
+                .get(&device.index)
+                .is_some_and(|before| before.device.entry == device.entry);
             if !(told && self.is_attached(device)) {
                 self.hooks.tell_device(device.index, &device.entry)?;
             }
@@ -354,7 +367,8 @@ fn status(kept: &KeptDevice) -> DeviceStatus {
 /// Logs each problem when it appears, once.
 fn log_problems(before: &Kept, now: &Kept) {
     let problems = |kept: &Kept| -> BTreeSet<String> {
-        let devices = kept.devices.iter().flat_map(|device| device.problem.iter().chain(&device.notes));
+        let devices =
+            kept.devices.iter().flat_map(|device| device.problem.iter().chain(&device.notes));
         devices.chain(&kept.sockets.problem).chain(&kept.problem).cloned().collect()
     };
     let (before, now) = (problems(before), problems(now));

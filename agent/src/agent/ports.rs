@@ -1,8 +1,10 @@
-//! The ports of masqueraded clients and of Services' node ports, kept apart from those that the kernel gives to the node's own sockets.
+//! The ports of masqueraded clients and of Services' node ports, kept apart from those that the
+//! kernel gives to the node's own sockets.
 //!
 //! They share the node's address. What of `ip_local_port_range` is also ours is entered into
-//! `ip_local_reserved_ports`, which the kernel leaves out when it chooses a port; a process that asks for a port by number
-//! still gets it. What was entered is recorded, so that exactly this can be taken out again.
+//! `ip_local_reserved_ports`, which the kernel leaves out when it chooses a port; a process that
+//! asks for a port by number still gets it. What was entered is recorded, so that exactly this can
+//! be taken out again.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -141,11 +143,13 @@ pub fn look(sysctls: &Path) -> Result<Option<String>, PortsError> {
     Ok(Missing::read(sysctls)?.map(|missing| text(&missing.missing)))
 }
 
-/// Reserves what is necessary, and records it; returns the ports that were not reserved before, for people.
+/// Reserves what is necessary, and records it; returns the ports that were not reserved before, for
+/// people.
 ///
 /// # Errors
 ///
-/// When the ports cannot be kept apart: then masqueraded clients would meet connections of the node's own.
+/// When the ports cannot be kept apart: then masqueraded clients would meet connections of the
+/// node's own.
 pub fn reserve(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsError> {
     let reserved_path = sysctls.join(RESERVED);
     let Some(Missing { missing, wanted }) = Missing::read(sysctls)? else { return Ok(None) };
@@ -166,12 +170,13 @@ pub fn reserve(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsErr
     Ok(Some(text(&missing)))
 }
 
-/// Reserves these node ports as far as the kernel may give them to a socket, and gives back those of others that were reserved
-/// before; returns what was added and what was given back, for people.
+/// Reserves these node ports as far as the kernel may give them to a socket, and gives back those
+/// of others that were reserved before; returns what was added and what was given back, for people.
 ///
 /// # Errors
 ///
-/// When a setting or the record cannot be used, or hardly a port would be left to the node's own sockets.
+/// When a setting or the record cannot be used, or hardly a port would be left to the node's own
+/// sockets.
 pub fn follow_node_ports(
     sysctls: &Path,
     record: &Path,
@@ -181,14 +186,16 @@ pub fn follow_node_ports(
     let range = read(&sysctls.join(RANGE), range)?;
     let reserved = read(&path, list)?;
     let before = recorded(record)?.unwrap_or_default();
-    let needed: Ports = overlap(&range).into_iter().chain(node_ports.intersection(&range).copied()).collect();
+    let needed: Ports =
+        overlap(&range).into_iter().chain(node_ports.intersection(&range).copied()).collect();
     let added: Ports = needed.difference(&reserved).copied().collect();
     let given_back: Ports =
         before.intersection(&reserved).filter(|port| !needed.contains(port)).copied().collect();
     if added.is_empty() && given_back.is_empty() {
         return Ok((String::new(), String::new()));
     }
-    let wanted: Ports = reserved.union(&added).filter(|port| !given_back.contains(port)).copied().collect();
+    let wanted: Ports =
+        reserved.union(&added).filter(|port| !given_back.contains(port)).copied().collect();
     let left = range.difference(&wanted).count();
     if left < LEFT_MIN && !added.is_empty() {
         let count = node_ports.intersection(&range).count();
@@ -251,20 +258,23 @@ fn recorded(record: &Path) -> Result<Option<Ports>, PortsError> {
     }
 }
 
-/// Reads a setting in one call: the kernel gives the rest of a long list to nobody who comes back for it.
+/// Reads a setting in one call: the kernel gives the rest of a long list to nobody who comes back
+/// for it.
 fn read(path: &Path, parse: impl Fn(&str) -> Option<Ports>) -> Result<Ports, PortsError> {
     let failed = |cause| PortsError::Read { path: path.to_owned(), cause };
     let mut buffer = vec![0; LIST_MAX];
     let length = File::open(path).and_then(|mut file| file.read(&mut buffer)).map_err(failed)?;
     buffer.truncate(length);
     let text = String::from_utf8_lossy(&buffer);
-    parse(&text).ok_or_else(|| failed(io::Error::other(format!("{:?} means no ports", text.trim()))))
+    parse(&text)
+        .ok_or_else(|| failed(io::Error::other(format!("{:?} means no ports", text.trim()))))
 }
 
 /// Reads `32768 60999`, with white space of any kind.
 fn range(text: &str) -> Option<Ports> {
     let mut numbers = text.split_whitespace().map(str::parse::<u16>);
-    let (Some(Ok(first)), Some(Ok(last)), None) = (numbers.next(), numbers.next(), numbers.next()) else {
+    let (Some(Ok(first)), Some(Ok(last)), None) = (numbers.next(), numbers.next(), numbers.next())
+    else {
         return None;
     };
     Some((first..=last).collect())
@@ -285,7 +295,9 @@ fn text(ports: &Ports) -> String {
     let mut ranges: Vec<RangeInclusive<u16>> = Vec::new();
     for port in ports {
         match ranges.last_mut() {
-            Some(range) if range.end().checked_add(1) == Some(*port) => *range = *range.start()..=*port,
+            Some(range) if range.end().checked_add(1) == Some(*port) => {
+                *range = *range.start()..=*port;
+            }
             Some(_) | None => ranges.push(*port..=*port),
         }
     }
@@ -347,12 +359,19 @@ mod tests {
             ("9150,9149,9148,1-2,2-3", "1-3,9148-9150"),
             ("65534-65535", "65534-65535"),
         ] {
-            assert_eq!(list(given).map(|ports| text(&ports)).as_deref(), Some(written), "{given:?}");
+            assert_eq!(
+                list(given).map(|ports| text(&ports)).as_deref(),
+                Some(written),
+                "{given:?}"
+            );
         }
         for bad in ["a", "1-", "70000", "1;2"] {
             assert_eq!(list(bad), None, "{bad:?}");
         }
-        assert_eq!(range("32768\t60999\n").map(|ports| text(&ports)).as_deref(), Some("32768-60999"));
+        assert_eq!(
+            range("32768\t60999\n").map(|ports| text(&ports)).as_deref(),
+            Some("32768-60999")
+        );
         for bad in ["", "1", "1 2 3", "a b"] {
             assert_eq!(range(bad), None, "{bad:?}");
         }
@@ -398,7 +417,10 @@ mod tests {
         assert_eq!(follow(&[30_081, 30_090]), told("30090", "30080"));
         assert_eq!(node.reserved(), "30081,30090,31000");
         let all: Vec<u16> = (30_000..=60_900).collect();
-        assert!(follow(&all).is_err_and(|error| error.contains("30901 node ports")), "too few are left");
+        assert!(
+            follow(&all).is_err_and(|error| error.contains("30901 node ports")),
+            "too few are left"
+        );
         assert_eq!(node.reserved(), "30081,30090,31000");
         assert_eq!(node.release().as_deref(), Some("30081,30090"));
         assert_eq!(node.reserved(), "31000");
@@ -422,7 +444,8 @@ mod tests {
         let node = Node::new("10000\t29999", "");
         let error = node.reserve().expect_err("no room").to_string();
         assert!(
-            error.contains("(10000-29999) leaves 0 ports") && error.contains("1024-29999,61000-65535"),
+            error.contains("(10000-29999) leaves 0 ports")
+                && error.contains("1024-29999,61000-65535"),
             "{error}"
         );
         assert_eq!(node.reserved(), "");
@@ -442,6 +465,8 @@ mod tests {
             cause: io::Error::from_raw_os_error(libc::EROFS),
             wanted: "8080,61000".to_owned(),
         };
-        assert!(error.to_string().contains("sysctl -w net.ipv4.ip_local_reserved_ports=8080,61000"));
+        assert!(
+            error.to_string().contains("sysctl -w net.ipv4.ip_local_reserved_ports=8080,61000")
+        );
     }
 }

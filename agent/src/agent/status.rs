@@ -28,9 +28,10 @@ pub fn state_dir(pin_path: &Path) -> PathBuf {
         return PathBuf::from(STATE);
     }
     // FNV-1a: agents and readers of every release must find the same directory.
-    let hash = pin_path.as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let hash =
+        pin_path.as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        });
     Path::new(STATE).join(format!("{hash:016x}"))
 }
 
@@ -40,7 +41,8 @@ pub fn reserved_ports(path: &Path) -> PathBuf {
     path.join("reserved-ports")
 }
 
-/// The record of the loopback device's settings in a state directory (see [`crate::devices::loopback`]).
+/// The record of the loopback device's settings in a state directory (see
+/// [`crate::devices::loopback`]).
 #[must_use]
 pub fn loopback(path: &Path) -> PathBuf {
     path.join("loopback")
@@ -263,12 +265,19 @@ impl StateDir {
                 format!("cannot use the state directory {}: {error}", path.display()),
             )
         };
-        folder::make(path, folder::READABLE).and_then(|()| folder::check_files(path)).map_err(context)?;
+        folder::make(path, folder::READABLE)
+            .and_then(|()| folder::check_files(path))
+            .map_err(context)?;
         let lock_path = path.join("lock");
-        let lock =
-            OpenOptions::new().create(true).truncate(false).write(true).open(lock_path).map_err(context)?;
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(lock_path)
+            .map_err(context)?;
         if !try_lock(&lock, LIVES).map_err(context)? {
-            let pid = read(path).map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
+            let pid =
+                read(path).map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
             return Err(io::Error::new(
                 io::ErrorKind::ResourceBusy,
                 format!(
@@ -280,8 +289,8 @@ impl StateDir {
         Ok(Self { path: path.to_owned(), lock })
     }
 
-    /// Writes the status for readers to find: all of it or nothing. One that cannot be written is none: what an agent said
-    /// long ago would be taken for what is so now.
+    /// Writes the status for readers to find: all of it or nothing. One that cannot be written is
+    /// none: what an agent said long ago would be taken for what is so now.
     ///
     /// # Errors
     ///
@@ -325,7 +334,10 @@ impl StateDir {
 /// When somebody else may; the error holds the command that mends it.
 pub fn check(path: &Path) -> io::Result<()> {
     folder::check(path).and_then(|()| folder::check_files(path)).map_err(|error| {
-        io::Error::new(error.kind(), format!("cannot use the state directory {}: {error}", path.display()))
+        io::Error::new(
+            error.kind(),
+            format!("cannot use the state directory {}: {error}", path.display()),
+        )
     })
 }
 
@@ -334,8 +346,8 @@ const LIVES: i64 = 0;
 /// The byte that it holds when no status but its own is in the directory.
 const SPEAKS: i64 = 1;
 
-/// A write lock on a byte. It belongs to the open file and not to the process, and who only asks about it takes nothing: a
-/// reader never keeps an agent from starting.
+/// A write lock on a byte. It belongs to the open file and not to the process, and who only asks
+/// about it takes nothing: a reader never keeps an agent from starting.
 fn byte(at: i64) -> libc::flock {
     libc::flock {
         l_type: libc::F_WRLCK as i16,
@@ -374,7 +386,8 @@ pub fn is_alive(path: &Path) -> bool {
     is_locked(path, LIVES)
 }
 
-/// The status of the agent that lives; [`None`] when there is none, or it has just started and the last one's is still there.
+/// The status of the agent that lives; [`None`] when there is none, or it has just started and the
+/// last one's is still there.
 #[must_use]
 pub fn of_living(path: &Path) -> Option<Status> {
     // Asked first: what is read then is this agent's, or a later one's.
@@ -400,7 +413,8 @@ pub fn remove(path: &Path) -> io::Result<()> {
         }
     }
     match fs::remove_dir(path) {
-        // The standard directory holds those of other pin paths, and may be a mount, in a pod in a read-only root.
+        // The standard directory holds those of other pin paths, and may be a mount, in a pod in a
+        // read-only root.
         Err(error)
             if !matches!(
                 error.raw_os_error(),
@@ -441,7 +455,9 @@ mod tests {
         assert!(is_alive(&path) && of_living(&path).is_none(), "it has said nothing so far");
         held.write(&Status { ready: true, ..Status::default() }).expect("written");
         assert!(of_living(&path).is_some_and(|status| status.ready));
-        assert!(StateDir::take(&path).is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy));
+        assert!(
+            StateDir::take(&path).is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy)
+        );
         drop(held);
         assert!(!is_alive(&path) && of_living(&path).is_none());
         let next = StateDir::take(&path).expect("nobody else");

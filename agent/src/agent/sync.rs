@@ -84,7 +84,8 @@ impl Sync {
         self.model.apply(event, SystemTime::now());
     }
 
-    /// Takes in the node's own addresses and which of them serve node ports, and the VIPs that are left alone.
+    /// Takes in the node's own addresses and which of them serve node ports, and the VIPs that are
+    /// left alone.
     pub(super) fn set_node(&mut self, addresses: &BTreeMap<IpAddr, bool>, left: &BTreeSet<IpAddr>) {
         self.model.set_left(left.clone());
         if self.node_addresses.as_ref() == Some(addresses) {
@@ -101,7 +102,8 @@ impl Sync {
     pub(super) fn run(&mut self) {
         let begun = Instant::now();
         // Which backends are local depends on the node's addresses: they come first.
-        let batch = if self.node_addresses.is_some() { self.model.take(SystemTime::now()) } else { None };
+        let batch =
+            if self.node_addresses.is_some() { self.model.take(SystemTime::now()) } else { None };
         if let Some(batch) = &batch {
             self.udp_changed = true;
             let update = self.plan.update(batch);
@@ -122,8 +124,9 @@ impl Sync {
                 "the maps are in step with the sources"
             );
         }
-        self.filled |=
-            self.model.awaited().is_empty() && self.node_addresses.is_some() && self.reconciler.due() == 0;
+        self.filled |= self.model.awaited().is_empty()
+            && self.node_addresses.is_some()
+            && self.reconciler.due() == 0;
         if self.is_settled() {
             self.metrics.settled();
         }
@@ -141,7 +144,8 @@ impl Sync {
                 self.metrics.wrote(took);
                 let took_us = took.as_micros() as u64;
                 tracing::debug!(writes, took_us, "the maps are in step");
-                self.last = Some(SyncStatus { at: unix_seconds(SystemTime::now()), took_us, writes });
+                self.last =
+                    Some(SyncStatus { at: unix_seconds(SystemTime::now()), took_us, writes });
             }
             Err(error) => {
                 let text = format!("the maps keep their last good state: {error}");
@@ -204,14 +208,20 @@ impl Sync {
         self.model.health_checks()
     }
 
-    /// Where the kernel's connection tracking may let UDP flows lead, if Services or the node have changed since the last call.
+    /// Where the kernel's connection tracking may let UDP flows lead, if Services or the node have
+    /// changed since the last call.
     pub(super) fn take_udp_frontends(&mut self) -> Option<UdpFrontends> {
         std::mem::take(&mut self.udp_changed).then(|| self.udp_frontends())
     }
 
     fn udp_frontends(&self) -> UdpFrontends {
         let mut found = UdpFrontends {
-            node_addresses: self.node_addresses.iter().flatten().map(|(address, _)| *address).collect(),
+            node_addresses: self
+                .node_addresses
+                .iter()
+                .flatten()
+                .map(|(address, _)| *address)
+                .collect(),
             ..UdpFrontends::default()
         };
         for port in self.model.udp_ports().values() {
@@ -282,13 +292,15 @@ impl Sync {
             let level = report.note.flaw.level();
             if self.logged.insert(text.clone()) {
                 match level {
-                    // What has no effect on traffic is for `sluice status` alone, unless somebody asks.
+                    // What has no effect on traffic is for `sluice status` alone, unless somebody
+                    // asks.
                     Level::Notice => tracing::debug!("{text}"),
                     Level::Problem => tracing::warn!("{text}"),
                 }
             }
         }
-        let present: BTreeSet<String> = self.model.reports().iter().map(ToString::to_string).collect();
+        let present: BTreeSet<String> =
+            self.model.reports().iter().map(ToString::to_string).collect();
         self.logged.retain(|text| {
             let stays = present.contains(text);
             if !stays {
@@ -335,8 +347,16 @@ struct Uses {
 impl Vips {
     fn of(image: &Image) -> Self {
         let mut vips = Self { changed: true, ..Self::default() };
-        image.v4.services.iter().for_each(|(key, service)| vips.add(V4::ip(key.address), service.kind));
-        image.v6.services.iter().for_each(|(key, service)| vips.add(V6::ip(key.address), service.kind));
+        image
+            .v4
+            .services
+            .iter()
+            .for_each(|(key, service)| vips.add(V4::ip(key.address), service.kind));
+        image
+            .v6
+            .services
+            .iter()
+            .for_each(|(key, service)| vips.add(V6::ip(key.address), service.kind));
         vips
     }
 
@@ -360,7 +380,8 @@ impl Vips {
     fn routed(&self) -> RoutedVips {
         let mut routed = RoutedVips::default();
         for (vip, uses) in &self.uses {
-            let of_kind = if uses.is_cluster_ip { &mut routed.cluster } else { &mut routed.external };
+            let of_kind =
+                if uses.is_cluster_ip { &mut routed.cluster } else { &mut routed.external };
             let _ = of_kind.insert(*vip);
         }
         routed
@@ -373,7 +394,8 @@ impl Vips {
         }
         let uses = self.uses.entry(vip).or_default();
         uses.count += 1;
-        let is_cluster_ip = uses.is_cluster_ip || [frontend::CLUSTER_IP, frontend::ADDRESS].contains(&kind);
+        let is_cluster_ip =
+            uses.is_cluster_ip || [frontend::CLUSTER_IP, frontend::ADDRESS].contains(&kind);
         self.changed |= uses.count == 1 || uses.is_cluster_ip != is_cluster_ip;
         uses.is_cluster_ip = is_cluster_ip;
     }

@@ -13,7 +13,8 @@ fn gathered(reports: &[Report]) -> Announcements {
 }
 
 fn lost(names: &[&str]) -> Announcements {
-    let reports: Vec<Report> = names.iter().map(|name| report(name, Flaw::ClaimLost, "a", "b")).collect();
+    let reports: Vec<Report> =
+        names.iter().map(|name| report(name, Flaw::ClaimLost, "a", "b")).collect();
     gathered(&reports)
 }
 
@@ -30,7 +31,8 @@ fn what_is_wrong_with_one_object_in_one_way_is_one_announcement() {
         report("web", Flaw::ClaimContested, "192.0.2.3:80 TCP", "only worth knowing"),
         report("web", Flaw::BadPort, "", "no port"),
     ]);
-    let told: Vec<(&str, &str)> = all.iter().map(|(finding, note)| (finding.reason, note.as_str())).collect();
+    let told: Vec<(&str, &str)> =
+        all.iter().map(|(finding, note)| (finding.reason, note.as_str())).collect();
     let both = "192.0.2.1:80 TCP: Service a has it; 192.0.2.2:80 TCP: Service a has it";
     assert_eq!(told, [("BadPort", "no port"), ("ClaimLost", both)]);
 }
@@ -104,13 +106,18 @@ fn what_comes_and_goes_is_not_told_each_time() {
     // Gone before it was due: as if it had never been.
     let _ = teller.next(begin, &all);
     assert_eq!(teller.next(begin + SETTLE + SPREAD, &Announcements::new()), Next::Rest);
-    let Next::Wait(due) = teller.next(begin + SETTLE + SPREAD, &all) else { panic!("told at once") };
+    let Next::Wait(due) = teller.next(begin + SETTLE + SPREAD, &all) else {
+        panic!("told at once")
+    };
     assert_eq!(teller.next(due, &all), Next::Tell(finding.clone()));
     teller.tried(due, &finding, &Outcome::Written);
     for second in 1..1000 {
         let now = due + Duration::from_secs(second);
         let present = if second % 2 == 0 { all.clone() } else { Announcements::new() };
-        assert!(!matches!(teller.next(now, &present), Next::Tell(_)), "told again after {second} s");
+        assert!(
+            !matches!(teller.next(now, &present), Next::Tell(_)),
+            "told again after {second} s"
+        );
     }
 }
 
@@ -128,8 +135,11 @@ fn a_flood_is_told_at_the_buckets_pace_and_problems_first() {
     while now < begin + Duration::from_mins(10) {
         match teller.next(now, &all) {
             Next::Tell(finding) => {
-                let outcome =
-                    if told.len() % 2 == 0 { Outcome::Written } else { Outcome::Failed("no".into()) };
+                let outcome = if told.len() % 2 == 0 {
+                    Outcome::Written
+                } else {
+                    Outcome::Failed("no".into())
+                };
                 teller.tried(now, &finding, &outcome);
                 told.push(finding.reason);
             }
@@ -144,7 +154,8 @@ fn a_flood_is_told_at_the_buckets_pace_and_problems_first() {
 
 #[test]
 fn what_is_only_worth_knowing_is_told_once_a_day() {
-    let (begin, all) = (Instant::now(), gathered(&[report("web", Flaw::NoLocalEndpoint, "", "dropped")]));
+    let (begin, all) =
+        (Instant::now(), gathered(&[report("web", Flaw::NoLocalEndpoint, "", "dropped")]));
     let told = first(&all);
     assert!(told.finding.is_notice && told.note == "on node n1: dropped", "{told:?}");
     let mut teller = Teller::new("n1", begin);

@@ -72,7 +72,11 @@ impl From<SocketCounters> for Sockets {
 /// # Errors
 ///
 /// When the maps cannot be read, or no service has the name.
-pub(super) fn run(pin_path: &Path, service: Option<&str>, format: Format) -> anyhow::Result<String> {
+pub(super) fn run(
+    pin_path: &Path,
+    service: Option<&str>,
+    format: Format,
+) -> anyhow::Result<String> {
     let view = View::read(pin_path)?;
     if let Some(word) = service
         && !view.image.names.values().any(|name| PortName::from(name).is(word))
@@ -146,7 +150,8 @@ pub(super) fn run(pin_path: &Path, service: Option<&str>, format: Format) -> any
                 bytes(row.reply_bytes),
                 row.flows.to_string(),
                 row.calls.to_string(),
-                (row.sockets.connections - row.sockets.closed.min(row.sockets.connections)).to_string(),
+                (row.sockets.connections - row.sockets.closed.min(row.sockets.connections))
+                    .to_string(),
                 bytes(row.sockets.sent_bytes),
                 bytes(row.sockets.received_bytes),
                 (row.forward_resets + row.reply_resets + row.sockets.resets).to_string(),

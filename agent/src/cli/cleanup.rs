@@ -22,8 +22,8 @@ pub(super) async fn run(
     force: bool,
 ) -> anyhow::Result<String> {
     if status::is_alive(state_dir) && !force {
-        let pid =
-            status::read(state_dir).map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
+        let pid = status::read(state_dir)
+            .map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
         bail!(
             "an agent (pid {pid}) is running with {}: stop it first, or give --force (it would go on, without effect)",
             pin_path.display()
@@ -55,8 +55,11 @@ pub(super) async fn remove(
     if own.remove().await.with_context(|| format!("cannot remove the device {OWN}"))? {
         done.push(format!("removed the device {OWN} and its routes"));
     }
-    let released = ports::release(&proc_sys.join(ports::SYSCTLS), &status::reserved_ports(state_dir))?;
-    done.extend(released.map(|ports| format!("took ports {ports} out of net.ipv4.ip_local_reserved_ports")));
+    let released =
+        ports::release(&proc_sys.join(ports::SYSCTLS), &status::reserved_ports(state_dir))?;
+    done.extend(
+        released.map(|ports| format!("took ports {ports} out of net.ipv4.ip_local_reserved_ports")),
+    );
     let turned_off = loopback::release(proc_sys, &status::loopback(state_dir))?;
     if !turned_off.is_empty() {
         done.push(format!("turned off {} of the device lo again", turned_off.join(" and ")));

@@ -7,7 +7,9 @@ use clap::Args;
 use crate::conntrack::limits::Limits;
 
 #[derive(Clone, Copy, Debug, Args)]
-#[command(next_help_heading = "Connection tracking of the kernel (what is not given stays as it is)")]
+#[command(
+    next_help_heading = "Connection tracking of the kernel (what is not given stays as it is)"
+)]
 pub(super) struct ConntrackArgs {
     /// Connections for each CPU; 0: as it is.
     #[arg(long = "conntrack-max-per-core", value_name = "NUMBER")]
@@ -71,7 +73,9 @@ mod tests {
 
     #[test]
     fn times_are_written_as_go_has_them() {
-        for (text, seconds) in [("24h0m0s", 86_400), ("1h", 3_600), ("90s", 90), ("0s", 0), ("0", 0)] {
+        for (text, seconds) in
+            [("24h0m0s", 86_400), ("1h", 3_600), ("90s", 90), ("0s", 0), ("0", 0)]
+        {
             assert_eq!(time(text), Ok(Duration::from_secs(seconds)), "{text}");
         }
         assert_eq!(time("1.5h"), Ok(Duration::from_mins(90)));

@@ -1,6 +1,9 @@
 //! `sluice diff`: what the sources want against what the maps hold.
 
-#![expect(unused_results, reason = "clap's derive drops what it gets for an optional group of flags")]
+#![expect(
+    unused_results,
+    reason = "clap's derive drops what it gets for an optional group of flags"
+)]
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -25,7 +28,8 @@ use crate::model::Event;
 use crate::source::{kubernetes, manifests};
 use crate::view;
 
-/// While an agent runs, objects and maps change: only what so many looks show in the same way is drift.
+/// While an agent runs, objects and maps change: only what so many looks show in the same way is
+/// drift.
 const LOOKS: usize = 3;
 /// Time between two looks: longer than an agent takes to notice a change.
 const PAUSE: Duration = Duration::from_millis(700);
@@ -44,14 +48,15 @@ pub(super) struct DiffArgs {
     /// The API server's address, instead of the one configured.
     #[arg(long, value_name = "URL")]
     api: Option<String>,
-    /// Serve Services with this label service.kubernetes.io/service-proxy-name [default: as the agent].
+    /// Serve Services with this label service.kubernetes.io/service-proxy-name [default: as the
+    /// agent].
     #[arg(long, value_name = "NAME")]
     proxy_name: Option<String>,
     /// This node's name, as in nodeName of endpoints [default: the agent's, else the host's name].
     #[arg(long, visible_alias = "node", value_name = "NAME", env = "NODE_NAME")]
     node_name: Option<String>,
-    /// Write the difference into the maps, in the order that harms no connection. Refuses while an agent runs:
-    /// that one alone writes then, and a restart of it compares everything.
+    /// Write the difference into the maps, in the order that harms no connection. Refuses while an
+    /// agent runs: that one alone writes then, and a restart of it compares everything.
     #[arg(long)]
     repair: bool,
     #[command(flatten)]
@@ -88,8 +93,13 @@ struct Asked {
 ///
 /// # Errors
 ///
-/// [`Usage`] for flags that contradict each other; else when sources, devices or maps cannot be read, or a repair fails.
-pub(super) async fn run(args: DiffArgs, pin_path: &Path, state_dir: &Path) -> anyhow::Result<(String, bool)> {
+/// [`Usage`] for flags that contradict each other; else when sources, devices or maps cannot be
+/// read, or a repair fails.
+pub(super) async fn run(
+    args: DiffArgs,
+    pin_path: &Path,
+    state_dir: &Path,
+) -> anyhow::Result<(String, bool)> {
     let (format, repair) = (args.output.output, args.repair);
     let last = status::read(state_dir);
     let asked = args.asked(last.as_ref())?;
@@ -133,8 +143,8 @@ pub(super) async fn run(args: DiffArgs, pin_path: &Path, state_dir: &Path) -> an
 /// Takes the agent's lock, so that there is none.
 fn take_lock(state_dir: &Path) -> anyhow::Result<StateDir> {
     if status::is_alive(state_dir) {
-        let pid =
-            status::read(state_dir).map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
+        let pid = status::read(state_dir)
+            .map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
         bail!(
             "--repair: an agent (pid {pid}) runs, and it alone writes the maps; restart it: it compares all of them when it \
              starts, and writes the difference"
@@ -176,8 +186,9 @@ impl Asked {
         let mut events = Vec::new();
         if let Some(folder) = &self.manifests {
             let read = manifests::read(folder);
-            events
-                .extend(read.with_context(|| format!("cannot read the manifests in {}", folder.display()))?);
+            events.extend(
+                read.with_context(|| format!("cannot read the manifests in {}", folder.display()))?,
+            );
         }
         if let Some(settings) = &self.kubernetes {
             let client = kubernetes::connect(settings).await.context(
@@ -194,7 +205,11 @@ impl Asked {
     }
 
     /// Reads the maps, and compares.
-    async fn look(&self, kernel: &Kernel, events: Vec<Event>) -> anyhow::Result<(Wanted, Vec<Difference>)> {
+    async fn look(
+        &self,
+        kernel: &Kernel,
+        events: Vec<Event>,
+    ) -> anyhow::Result<(Wanted, Vec<Difference>)> {
         let facts = look().await.context("cannot list this node's devices over netlink")?;
         let found = State::read(kernel)?;
         let wants = wanted(&self.inputs, events, &facts, &found, kernel.maps().sizes());
@@ -210,11 +225,15 @@ impl Asked {
 
     /// For people.
     fn sources(&self) -> Vec<String> {
-        let folder = self.manifests.as_ref().map(|folder| format!("manifests {}", folder.display()));
+        let folder =
+            self.manifests.as_ref().map(|folder| format!("manifests {}", folder.display()));
         let server = self.kubernetes.as_ref().map(|settings| {
             let file = settings.kubeconfig.as_ref().map(|path| path.display().to_string());
-            let from =
-                settings.api.clone().or(file).unwrap_or_else(|| "(configured by the environment)".to_owned());
+            let from = settings
+                .api
+                .clone()
+                .or(file)
+                .unwrap_or_else(|| "(configured by the environment)".to_owned());
             format!("kubernetes {from}")
         });
         folder.into_iter().chain(server).collect()
@@ -226,17 +245,20 @@ impl DiffArgs {
     fn asked(self, last: Option<&Status>) -> anyhow::Result<Asked> {
         let mut agent = of_agent(last)?;
         if self.manifests.is_some() || self.kubeconfig.is_some() || self.api.is_some() {
-            (agent.manifests, agent.kubeconfig, agent.api) = (self.manifests, self.kubeconfig, self.api);
+            (agent.manifests, agent.kubeconfig, agent.api) =
+                (self.manifests, self.kubeconfig, self.api);
         }
         let policy = self.policy.unwrap_or(agent.policy);
         let policy = policy.policy().map_err(|error| Usage(format!("{error:#}")))?;
-        let node = self.node_name.or_else(|| last.map(|status| status.node.clone())).or(agent.node_name);
+        let node =
+            self.node_name.or_else(|| last.map(|status| status.node.clone())).or(agent.node_name);
         let node = match node.filter(|name| !name.is_empty()) {
             Some(name) => name,
             None => host_name()?,
         };
         let proxy_name = self.proxy_name.or(agent.proxy_name);
-        let asks_server = agent.manifests.is_none() || agent.kubeconfig.is_some() || agent.api.is_some();
+        let asks_server =
+            agent.manifests.is_none() || agent.kubeconfig.is_some() || agent.api.is_some();
         let kubernetes = kubernetes::Settings {
             kubeconfig: agent.kubeconfig,
             api: agent.api,
@@ -252,7 +274,11 @@ impl DiffArgs {
             socket_path: SocketPath::number(agent.socket_path),
             host_netns: agent::netns_cookie().unwrap_or_default(),
         };
-        Ok(Asked { inputs, manifests: agent.manifests, kubernetes: asks_server.then_some(kubernetes) })
+        Ok(Asked {
+            inputs,
+            manifests: agent.manifests,
+            kubernetes: asks_server.then_some(kubernetes),
+        })
     }
 }
 
@@ -271,7 +297,11 @@ fn of_agent(last: Option<&Status>) -> anyhow::Result<AgentArgs> {
         ))
     })?;
     let Command::Agent(mut args) = cli.command else {
-        return Err(Usage(format!("the status names no agent's flags: sluice {}", words.join(" "))).into());
+        return Err(Usage(format!(
+            "the status names no agent's flags: sluice {}",
+            words.join(" ")
+        ))
+        .into());
     };
     // Relative paths are the agent's.
     let directory = invocation.map_or(Path::new(""), |invocation| &invocation.directory);
@@ -308,7 +338,9 @@ fn text(report: &Report) -> String {
     match report.differences.len() {
         0 => line(format_args!("The maps are in step with {sources} ({objects} objects).")),
         count => {
-            line(format_args!("{count} entries differ from what {sources} ({objects} objects) ask for."));
+            line(format_args!(
+                "{count} entries differ from what {sources} ({objects} objects) ask for."
+            ));
         }
     }
     for unread in &report.unread {
@@ -325,7 +357,9 @@ fn text(report: &Report) -> String {
             ));
         }
         (false, false, Some(_)) => {
-            line(format_args!("What is left an agent has to mend: it attaches programs to devices, too."));
+            line(format_args!(
+                "What is left an agent has to mend: it attaches programs to devices, too."
+            ));
         }
     }
     text
@@ -376,7 +410,11 @@ mod tests {
         assert_eq!(asked.kubernetes.and_then(|settings| settings.kubeconfig), Some("k".into()));
         assert_eq!(asked.inputs.policy.masquerade, Masquerade::All);
         let asked = args("--masquerade needed").asked(Some(&last)).expect("good flags");
-        assert_eq!(asked.inputs.policy, crate::policy::Policy::default(), "one policy flag: all are as here");
+        assert_eq!(
+            asked.inputs.policy,
+            crate::policy::Policy::default(),
+            "one policy flag: all are as here"
+        );
         assert_eq!(asked.manifests, Some("/srv/services".into()));
     }
 
@@ -384,7 +422,8 @@ mod tests {
     fn an_agent_that_left_no_word_had_no_flags() {
         let asked = args("--manifests x").asked(Some(&Status::default())).expect("good flags");
         assert_eq!(asked.inputs.policy, crate::policy::Policy::default());
-        let error = args("").asked(Some(&status("agent --colour red"))).expect_err("an unknown flag");
+        let error =
+            args("").asked(Some(&status("agent --colour red"))).expect_err("an unknown flag");
         assert!(error.is::<Usage>() && error.to_string().contains("--colour"), "{error}");
     }
 }

@@ -41,7 +41,8 @@ pub(super) struct ExplainArgs {
     /// The device that its packets are met on [default: by the routes].
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
-    /// Ask the manifests of a folder (or of one file) instead of the maps of this node: needs no rights.
+    /// Ask the manifests of a folder (or of one file) instead of the maps of this node: needs no
+    /// rights.
     #[arg(long, value_name = "DIR")]
     manifests: Option<PathBuf>,
     /// The node's name, as in nodeName of endpoints [default: the only Node of the manifests].
@@ -53,7 +54,8 @@ pub(super) struct ExplainArgs {
     /// With --manifests, as of the agent: whose connections are translated at the socket.
     #[arg(long, value_enum, default_value_t, value_name = "WHOSE")]
     socket_path: SocketPath,
-    /// With --manifests, as of the agent: serve Services with this label service.kubernetes.io/service-proxy-name.
+    /// With --manifests, as of the agent: serve Services with this label
+    /// service.kubernetes.io/service-proxy-name.
     #[arg(long, value_name = "NAME")]
     proxy_name: Option<String>,
     #[command(flatten)]
@@ -96,8 +98,13 @@ enum Told {
 /// # Errors
 ///
 /// [`Usage`] for a question that makes no sense; else when something cannot be read.
-pub(super) fn run(args: ExplainArgs, pin_path: &Path, state_dir: &Path) -> anyhow::Result<(String, u8)> {
-    let ExplainArgs { protocol, source, destination, from, path, device, output, what_if, .. } = args;
+pub(super) fn run(
+    args: ExplainArgs,
+    pin_path: &Path,
+    state_dir: &Path,
+) -> anyhow::Result<(String, u8)> {
+    let ExplainArgs { protocol, source, destination, from, path, device, output, what_if, .. } =
+        args;
     if source.is_ipv4() != destination.is_ipv4() {
         bail!(Usage(format!("{source} and {destination} are not of one family")));
     }
@@ -118,7 +125,8 @@ pub(super) fn run(args: ExplainArgs, pin_path: &Path, state_dir: &Path) -> anyho
         (of_manifests(&question, options, what_if.as_deref())?, context)
     } else {
         if policy != Policy::default() {
-            let what = "the flags on policies go with --manifests: what the agent was told is in the maps";
+            let what =
+                "the flags on policies go with --manifests: what the agent was told is in the maps";
             bail!(Usage(what.to_owned()));
         }
         let context = format!("the maps under {}", pin_path.display());
@@ -133,7 +141,11 @@ pub(super) fn run(args: ExplainArgs, pin_path: &Path, state_dir: &Path) -> anyho
     Ok((render(output.output, &told, |told| text(&question, &context, told))?, code))
 }
 
-fn of_manifests(question: &Question, options: Options, what_if: Option<&Path>) -> anyhow::Result<Told> {
+fn of_manifests(
+    question: &Question,
+    options: Options,
+    what_if: Option<&Path>,
+) -> anyhow::Result<Told> {
     let folder = options.path.clone();
     let mut manifests =
         Manifests::read(options).with_context(|| format!("cannot read {}", folder.display()))?;
@@ -180,8 +192,10 @@ fn text(question: &Question, context: &str, told: &Told) -> String {
         Client::External => "a client outside",
     };
     let (source, destination) = (question.source, question.destination);
-    let mut text =
-        format!("{} {source} -> {destination}, from {who}, by {context}\n", question.protocol.word());
+    let mut text = format!(
+        "{} {source} -> {destination}, from {who}, by {context}\n",
+        question.protocol.word()
+    );
     match told {
         Told::One(answer) => one(&mut text, answer),
         Told::Two { before, after } => {
@@ -198,7 +212,8 @@ fn one(text: &mut String, answer: &Answer) {
     text.push('\n');
     for step in &answer.steps {
         let behind: Vec<&str> = step.object.iter().chain(&step.field).map(String::as_str).collect();
-        let behind = if behind.is_empty() { String::new() } else { format!(" [{}]", behind.join(": ")) };
+        let behind =
+            if behind.is_empty() { String::new() } else { format!(" [{}]", behind.join(": ")) };
         let mut head = step.step.to_owned();
         if let Some(first) = head.get_mut(..1) {
             first.make_ascii_uppercase();

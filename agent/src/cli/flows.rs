@@ -43,12 +43,17 @@ pub(super) fn run(
     let now = monotonic_ticks();
     let mut rows = self::rows::<V4>(&view, now)?;
     rows.extend(self::rows::<V6>(&view, now)?);
-    rows.retain(|row| service.is_none_or(|word| row.service.as_ref().is_some_and(|name| name.is(word))));
-    rows.sort_by(|a, b| (a.idle_seconds, &a.client, &a.vip).cmp(&(b.idle_seconds, &b.client, &b.vip)));
+    rows.retain(|row| {
+        service.is_none_or(|word| row.service.as_ref().is_some_and(|name| name.is(word)))
+    });
+    rows.sort_by(|a, b| {
+        (a.idle_seconds, &a.client, &a.vip).cmp(&(b.idle_seconds, &b.client, &b.vip))
+    });
     rows.truncate(limit.unwrap_or(usize::MAX));
     render(format, &rows, |rows| {
-        let mut table =
-            Table::new(&["PROTO", "CLIENT", "VIP", "SEEN AS", "BACKEND", "SERVICE", "STATE", "IDLE"]);
+        let mut table = Table::new(&[
+            "PROTO", "CLIENT", "VIP", "SEEN AS", "BACKEND", "SERVICE", "STATE", "IDLE",
+        ]);
         for row in rows {
             table.row([
                 row.protocol.clone(),
@@ -71,8 +76,9 @@ pub(super) fn run(
 fn rows<F: KernelStack>(view: &View, now: u32) -> anyhow::Result<Vec<Row>> {
     let entries = F::flows(view.kernel.maps())?;
     // What masqueraded clients are shown as stands in entries of their own.
-    let is_side =
-        |entry: &&FlowEntry<F::Address>| entry.flow.flags & (flow::REPLY | flow::SOURCE) == flow::SOURCE;
+    let is_side = |entry: &&FlowEntry<F::Address>| {
+        entry.flow.flags & (flow::REPLY | flow::SOURCE) == flow::SOURCE
+    };
     let sides: BTreeMap<Tuple<F::Address>, String> = entries
         .iter()
         .filter(is_side)
@@ -97,8 +103,9 @@ fn rows<F: KernelStack>(view: &View, now: u32) -> anyhow::Result<Vec<Row>> {
         sides.get(&key).cloned()
     };
     // A direct connection has no VIP; a reply's entry says the same as its partner's.
-    let forward =
-        entries.iter().filter(|entry| entry.flow.flags & (flow::REPLY | flow::DIRECT | flow::SOURCE) == 0);
+    let forward = entries
+        .iter()
+        .filter(|entry| entry.flow.flags & (flow::REPLY | flow::DIRECT | flow::SOURCE) == 0);
     Ok(forward
         .map(|entry| Row {
             protocol: protocol(entry.tuple.protocol),
@@ -108,7 +115,8 @@ fn rows<F: KernelStack>(view: &View, now: u32) -> anyhow::Result<Vec<Row>> {
             backend: endpoint::<F>(entry.flow.destination, entry.flow.destination_port),
             service: view.name(entry.flow.service_port),
             state: words(entry.flow.state, entry.flow.flags, entry.embryonic),
-            idle_seconds: (u64::from(now.wrapping_sub(entry.flow.seen)) << TICK_SHIFT) / 1_000_000_000,
+            idle_seconds: (u64::from(now.wrapping_sub(entry.flow.seen)) << TICK_SHIFT)
+                / 1_000_000_000,
         })
         .collect())
 }
@@ -130,7 +138,9 @@ fn words(bits: u8, flags: u8, embryonic: bool) -> Vec<&'static str> {
         (flags, flow::HAIRPIN, "hairpin"),
         (flags, flow::LOCAL, "local"),
     ];
-    words.extend(named.into_iter().filter(|(bits, bit, _)| bits & bit != 0).map(|(_, _, word)| word));
+    words.extend(
+        named.into_iter().filter(|(bits, bit, _)| bits & bit != 0).map(|(_, _, word)| word),
+    );
     words
 }
 
@@ -139,8 +149,11 @@ pub(super) fn monotonic_ticks() -> u32 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the struct is live; this clock always exists.
     let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
-    let ns =
-        time.tv_sec.cast_unsigned().wrapping_mul(1_000_000_000).wrapping_add(time.tv_nsec.cast_unsigned());
+    let ns = time
+        .tv_sec
+        .cast_unsigned()
+        .wrapping_mul(1_000_000_000)
+        .wrapping_add(time.tv_nsec.cast_unsigned());
     (ns >> TICK_SHIFT) as u32
 }
 

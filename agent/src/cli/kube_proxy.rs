@@ -1,7 +1,8 @@
 //! kube-proxy's configuration file and flags, in the words of `sluice agent`.
 //!
-//! Both are brought into one form, kube-proxy's flags, and from there into ours. A flag that a person gives counts more
-//! than the file. What kube-proxy has and has no meaning here is left out and told; what would mislead is refused.
+//! Both are brought into one form, kube-proxy's flags, and from there into ours. A flag that a
+//! person gives counts more than the file. What kube-proxy has and has no meaning here is left out
+//! and told; what would mislead is refused.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -83,7 +84,8 @@ const SWITCHES: [&str; 5] = [
     "profiling",
 ];
 
-/// Fields of a KubeProxyConfiguration -> the flag of kube-proxy's that says the same; empty: no meaning here.
+/// Fields of a KubeProxyConfiguration -> the flag of kube-proxy's that says the same; empty: no
+/// meaning here.
 const FIELDS: [(&str, &str); 55] = [
     ("bindAddress", "bind-address"),
     ("bindAddressHardFail", ""),
@@ -157,8 +159,9 @@ pub(super) fn expand(words: Vec<OsString>) -> anyhow::Result<Expanded> {
     let mut meaningless = taken.meaningless;
     let mut flags = Flags::new();
     if let Some(file) = &taken.config {
-        let text = std::fs::read_to_string(file)
-            .with_context(|| format!("cannot read the configuration --config {}", file.display()))?;
+        let text = std::fs::read_to_string(file).with_context(|| {
+            format!("cannot read the configuration --config {}", file.display())
+        })?;
         flags = read(&text, &mut meaningless)
             .with_context(|| format!("cannot use the configuration --config {}", file.display()))?;
     }
@@ -175,7 +178,10 @@ pub(super) fn expand(words: Vec<OsString>) -> anyhow::Result<Expanded> {
     };
     for (name, value) in ours(flags)? {
         if !is_given(name) {
-            all.push(if value.is_empty() { format!("--{name}") } else { format!("--{name}={value}") }.into());
+            all.push(
+                if value.is_empty() { format!("--{name}") } else { format!("--{name}={value}") }
+                    .into(),
+            );
         }
     }
     all.extend(taken.own);
@@ -196,10 +202,12 @@ impl Taken {
         let mut words = words.iter();
         while let Some(word) = words.next() {
             let text = word.to_str().unwrap_or_default();
-            let Some((name, value)) = text.strip_prefix("--").map(|text| match text.split_once('=') {
-                Some((name, value)) => (name, Some(value.to_owned())),
-                None => (text, None),
-            }) else {
+            let Some((name, value)) =
+                text.strip_prefix("--").map(|text| match text.split_once('=') {
+                    Some((name, value)) => (name, Some(value.to_owned())),
+                    None => (text, None),
+                })
+            else {
                 self.own.push(word.clone());
                 continue;
             };
@@ -238,7 +246,8 @@ impl Taken {
 fn read(text: &str, meaningless: &mut Vec<String>) -> anyhow::Result<Flags> {
     let config: Value = serde_saphyr::from_str(text).context("it is no YAML")?;
     let word = |name: &str| config.get(name).and_then(Value::as_str).unwrap_or_default();
-    if word("kind") != "KubeProxyConfiguration" || !word("apiVersion").starts_with("kubeproxy.config.k8s.io/")
+    if word("kind") != "KubeProxyConfiguration"
+        || !word("apiVersion").starts_with("kubeproxy.config.k8s.io/")
     {
         bail!(
             "its kind is {:?} of {:?}; a KubeProxyConfiguration of kubeproxy.config.k8s.io/v1alpha1 is wanted",
@@ -263,7 +272,8 @@ fn read(text: &str, meaningless: &mut Vec<String>) -> anyhow::Result<Flags> {
             None => meaningless.push(format!("{path} (unknown)")),
             // Only that of its own mode.
             Some((field @ ("iptables.masqueradeAll" | "nftables.masqueradeAll"), _))
-                if !(field.starts_with(mode) || mode == "ipvs" && field.starts_with("iptables")) => {}
+                if !(field.starts_with(mode)
+                    || mode == "ipvs" && field.starts_with("iptables")) => {}
             Some((field, "")) => meaningless.push((*field).to_owned()),
             Some((_, flag)) => drop(flags.insert((*flag).to_owned(), value)),
         }
@@ -289,7 +299,9 @@ fn flatten(path: &str, value: &Value, found: &mut Vec<(String, String)>) {
         Value::Bool(yes) if *yes || path.ends_with("localhostNodePorts") => add(yes.to_string()),
         // Zero of these has a meaning.
         Value::Number(number)
-            if number.as_f64() != Some(0.0) || path.starts_with("conntrack.") || path == "oomScoreAdj" =>
+            if number.as_f64() != Some(0.0)
+                || path.starts_with("conntrack.")
+                || path == "oomScoreAdj" =>
         {
             add(number.to_string());
         }
@@ -347,21 +359,29 @@ fn ours(mut flags: Flags) -> anyhow::Result<Vec<(&'static str, String)>> {
     match (take("proxy-mode").as_deref(), node_ports) {
         (_, Some(given)) => all.push(("nodeport-addresses", given)),
         // These modes serve node ports at all addresses where nothing is said.
-        (Some("iptables"), None) if localhost => all.push(("nodeport-addresses", "all,localhost".to_owned())),
+        (Some("iptables"), None) if localhost => {
+            all.push(("nodeport-addresses", "all,localhost".to_owned()));
+        }
         (Some("iptables" | "ipvs"), None) => all.push(("nodeport-addresses", "all".to_owned())),
         (Some("nftables") | None, None) => {}
         (Some(mode), None) => bail!("mode {mode:?}: iptables, ipvs or nftables is wanted"),
     }
-    for (port, at) in [("healthz-port", "healthz-bind-address"), ("metrics-port", "metrics-bind-address")] {
+    for (port, at) in
+        [("healthz-port", "healthz-bind-address"), ("metrics-port", "metrics-bind-address")]
+    {
         if let Some(port) = take(port) {
             let everywhere = at == "healthz-bind-address";
-            let address =
-                if everywhere { format!("0.0.0.0:{port},[::]:{port}") } else { format!("127.0.0.1:{port}") };
+            let address = if everywhere {
+                format!("0.0.0.0:{port},[::]:{port}")
+            } else {
+                format!("127.0.0.1:{port}")
+            };
             all.push((at, if port == "0" { "off".to_owned() } else { address }));
         }
     }
     if let Some(level) = take("v") {
-        let level: u32 = level.parse().with_context(|| format!("-v {level}: a number is wanted"))?;
+        let level: u32 =
+            level.parse().with_context(|| format!("-v {level}: a number is wanted"))?;
         all.extend((level >= 4).then(|| ("verbose", String::new())));
     }
     if take("logging-format").is_some_and(|format| format == "json") {
@@ -396,10 +416,16 @@ mod tests {
         let file = folder.path().join("config.yaml");
         std::fs::write(
             &file,
-            format!("apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n{text}"),
+            format!(
+                "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n{text}"
+            ),
         )
         .expect("a file");
-        (line(&format!("sluice agent --config {}", file.display())).expect("a configuration"), file, folder)
+        (
+            line(&format!("sluice agent --config {}", file.display())).expect("a configuration"),
+            file,
+            folder,
+        )
     }
 
     fn line(line: &str) -> anyhow::Result<Expanded> {
@@ -474,7 +500,10 @@ mod tests {
         ] {
             assert!(texts(&expanded).contains(&word), "{word}: {expanded:?}");
         }
-        assert_eq!(expanded.meaningless, ["featureGates", "nftables.minSyncPeriod", "novelty (unknown)"]);
+        assert_eq!(
+            expanded.meaningless,
+            ["featureGates", "nftables.minSyncPeriod", "novelty (unknown)"]
+        );
     }
 
     #[test]

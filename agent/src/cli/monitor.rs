@@ -62,7 +62,10 @@ impl MonitorArgs {
     /// Where to answer.
     pub(super) fn addresses(&self) -> Addresses {
         let all = |listens: &[Listen]| listens.iter().filter_map(|listen| listen.0).collect();
-        Addresses { healthz: all(&self.healthz_bind_address), metrics: all(&self.metrics_bind_address) }
+        Addresses {
+            healthz: all(&self.healthz_bind_address),
+            metrics: all(&self.metrics_bind_address),
+        }
     }
 }
 

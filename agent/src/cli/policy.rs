@@ -1,4 +1,5 @@
-//! The flags that say what happens to traffic: those of `sluice agent`, and of whatever else is to decide as it does.
+//! The flags that say what happens to traffic: those of `sluice agent`, and of whatever else is to
+//! decide as it does.
 
 use std::net::IpAddr;
 
@@ -8,7 +9,8 @@ use ipnet::IpNet;
 use sluice_common::abi::PREFIXES;
 
 use crate::policy::{
-    Accelerate, DetectLocal, ExternalIp, ExternalIps, Masquerade, NodePortAddresses, NodePorts, Policy, cidr,
+    Accelerate, DetectLocal, ExternalIp, ExternalIps, Masquerade, NodePortAddresses, NodePorts,
+    Policy, cidr,
 };
 
 /// The flags.
@@ -18,31 +20,33 @@ pub(super) struct PolicyArgs {
     /// Networks of the cluster's pods, at most four a family.
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = cidr)]
     cluster_cidr: Vec<IpNet>,
-    /// Networks of Services' addresses, at most four a family: what goes to one that no Service has is dropped
-    /// on its way out of the node [default: what the API server's ServiceCIDR objects say].
+    /// Networks of Services' addresses, at most four a family: what goes to one that no Service has
+    /// is dropped on its way out of the node [default: what the API server's ServiceCIDR objects
+    /// say].
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = cidr)]
     service_cidr: Vec<IpNet>,
     /// Whose source address is replaced by the node's.
     #[arg(long, value_enum, default_value_t, value_name = "WHOSE")]
     masquerade: Masquerade,
-    /// How a client is known to be a pod of this node: device (it comes in by an edge), cluster-cidr, node-cidr
-    /// (its address), bridge-interface=NAME, interface-name-prefix=PREFIX (the device it comes in by) or none. auto
-    /// is cluster-cidr where --cluster-cidr is given; else device, or none where --masquerade is as kube-proxy.
+    /// How a client is known to be a pod of this node: device (it comes in by an edge),
+    /// cluster-cidr, node-cidr (its address), bridge-interface=NAME, interface-name-prefix=PREFIX
+    /// (the device it comes in by) or none. auto is cluster-cidr where --cluster-cidr is given;
+    /// else device, or none where --masquerade is as kube-proxy.
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = Detection::parse)]
     detect_local: Detection,
-    /// The node's addresses at which node ports are served: CIDRs, primary, localhost, all. A family that nothing in the
-    /// list concerns is served at all its addresses.
+    /// The node's addresses at which node ports are served: CIDRs, primary, localhost, all. A
+    /// family that nothing in the list concerns is served at all its addresses.
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "primary")]
     nodeport_addresses: Vec<NodePortAddresses>,
-    /// The node's own addresses, the primary one of each family first [default: the Node object's, else those of the
-    /// device with the default route].
+    /// The node's own addresses, the primary one of each family first [default: the Node object's,
+    /// else those of the device with the default route].
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = address)]
     node_addresses: Vec<IpAddr>,
     /// Which externalIPs of Services are served: on (all), off, or those within some CIDRs.
     #[arg(long, value_name = "WHICH", value_delimiter = ',', default_value = "on")]
     external_ips: Vec<ExternalIp>,
-    /// Service addresses that are left to a process of this node where one of its devices has them, as those
-    /// of NodeLocal DNSCache always are.
+    /// Service addresses that are left to a process of this node where one of its devices has them,
+    /// as those of NodeLocal DNSCache always are.
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = address)]
     leave_address: Vec<IpAddr>,
     /// Whether packets of Services' flows that the stack would only forward (from one device to
@@ -99,8 +103,8 @@ impl PolicyArgs {
                 Masquerade::KubeProxy | Masquerade::All => DetectLocal::None,
             },
         };
-        let external_ips =
-            ExternalIps::new(&self.external_ips).map_err(|error| anyhow!("--external-ips: {error}"))?;
+        let external_ips = ExternalIps::new(&self.external_ips)
+            .map_err(|error| anyhow!("--external-ips: {error}"))?;
         Ok(Policy {
             masquerade: self.masquerade,
             detect_local,
@@ -147,7 +151,8 @@ mod tests {
     }
 
     fn parse(line: &str) -> Result<Policy, String> {
-        let words = std::iter::once("sluice").chain(line.split(' ').filter(|word| !word.is_empty()));
+        let words =
+            std::iter::once("sluice").chain(line.split(' ').filter(|word| !word.is_empty()));
         let flags = Flags::try_parse_from(words).map_err(|error| error.to_string())?;
         flags.policy.policy().map_err(|error| error.to_string())
     }
@@ -167,7 +172,10 @@ mod tests {
             ("--masquerade kube-proxy --cluster-cidr fd00::/8", DetectLocal::ClusterCidr),
             ("--cluster-cidr 10.0.0.0/8 --detect-local device", DetectLocal::Device),
             ("--masquerade kube-proxy --detect-local node-cidr", DetectLocal::NodeCidr),
-            ("--detect-local bridge-interface=cni0", DetectLocal::BridgeInterface("cni0".to_owned())),
+            (
+                "--detect-local bridge-interface=cni0",
+                DetectLocal::BridgeInterface("cni0".to_owned()),
+            ),
             (
                 "--detect-local interface-name-prefix=cali",
                 DetectLocal::InterfaceNamePrefix("cali".to_owned()),
@@ -183,8 +191,11 @@ mod tests {
                     --masquerade all --nodeport-addresses primary,10.0.0.0/8 --node-addresses 192.0.2.1,2001:db8::1 \
                     --external-ips 203.0.113.0/24 --leave-address 10.96.0.10,::ffff:10.96.0.11 \
                     --accelerate on";
-        let cidrs = |texts: &[&str]| texts.iter().map(|text| cidr(text).expect("a CIDR")).collect::<Vec<_>>();
-        let addresses = |texts: &[&str]| texts.iter().map(|text| text.parse().expect("an address")).collect();
+        let cidrs = |texts: &[&str]| {
+            texts.iter().map(|text| cidr(text).expect("a CIDR")).collect::<Vec<_>>()
+        };
+        let addresses =
+            |texts: &[&str]| texts.iter().map(|text| text.parse().expect("an address")).collect();
         let expected = Policy {
             masquerade: Masquerade::All,
             detect_local: DetectLocal::ClusterCidr,
@@ -219,7 +230,11 @@ mod tests {
             ("--nodeport-addresses primary,", "--nodeport-addresses", "empty element"),
             ("--nodeport-addresses eth0", "--nodeport-addresses", "nor primary, localhost or all"),
             ("--node-addresses node-1", "--node-addresses", "not an IP address"),
-            ("--node-addresses 127.0.0.1", "--node-addresses", "not an address that a device can have"),
+            (
+                "--node-addresses 127.0.0.1",
+                "--node-addresses",
+                "not an address that a device can have",
+            ),
             ("--external-ips off,10.0.0.0/8", "--external-ips", "stand alone"),
             ("--leave-address 10.96.0.0/16", "--leave-address", "not an IP address"),
         ] {

@@ -15,10 +15,12 @@ use crate::preflight::{Options, Outcome, Report, Verdict, look};
 /// The words after `sluice preflight`.
 #[derive(Debug, Args)]
 pub(super) struct PreflightArgs {
-    /// As of the agent: the cgroup whose processes' sockets are translated [default: the root of the cgroup2 mount].
+    /// As of the agent: the cgroup whose processes' sockets are translated [default: the root of
+    /// the cgroup2 mount].
     #[arg(long, value_name = "DIR")]
     cgroup: Option<PathBuf>,
-    /// As of the agent: whose connections are translated at the socket; with off, no cgroup is needed.
+    /// As of the agent: whose connections are translated at the socket; with off, no cgroup is
+    /// needed.
     #[arg(long, value_enum, default_value_t, value_name = "WHOSE")]
     socket_path: SocketPath,
     /// As of the agent: devices that lead to pods.
@@ -43,7 +45,11 @@ pub(super) struct PreflightArgs {
 /// # Errors
 ///
 /// When not even the devices can be listed.
-pub(super) fn run(args: PreflightArgs, pin_path: &Path, proc_sys: PathBuf) -> anyhow::Result<(String, bool)> {
+pub(super) fn run(
+    args: PreflightArgs,
+    pin_path: &Path,
+    proc_sys: PathBuf,
+) -> anyhow::Result<(String, bool)> {
     let report = look(&Options {
         pin_path: pin_path.to_owned(),
         proc_sys,
@@ -55,7 +61,8 @@ pub(super) fn run(args: PreflightArgs, pin_path: &Path, proc_sys: PathBuf) -> an
     Ok((render(args.output.output, &report, text)?, report.can_run == Verdict::Yes))
 }
 
-/// The line of a message that says most: a verifier's ends with figures, before which its reason stands.
+/// The line of a message that says most: a verifier's ends with figures, before which its reason
+/// stands.
 fn reason(what: &str) -> &str {
     const FIGURES: [&str; 3] = ["verification time ", "stack depth ", "processed "];
     let is_figure = |line: &&str| FIGURES.iter().any(|begin| line.starts_with(begin));
@@ -76,7 +83,9 @@ fn text(report: &Report) -> String {
             let _ = writeln!(text, "{}:\n{}\n", check.name(), check.what);
         }
     }
-    for check in report.checks.iter().filter(|check| matches!(check.result, Outcome::No | Outcome::Warn)) {
+    for check in
+        report.checks.iter().filter(|check| matches!(check.result, Outcome::No | Outcome::Warn))
+    {
         if let Some(next) = &check.next {
             let _ = writeln!(text, "{} ({}): {next}", check.name(), check.result.word());
         }

@@ -30,7 +30,11 @@ struct Row {
 /// # Errors
 ///
 /// When the maps cannot be read.
-pub(super) fn run(pin_path: &Path, namespace: Option<&str>, format: Format) -> anyhow::Result<String> {
+pub(super) fn run(
+    pin_path: &Path,
+    namespace: Option<&str>,
+    format: Format,
+) -> anyhow::Result<String> {
     let view = View::read(pin_path)?;
     let mut sums: BTreeMap<u32, [u64; 4]> = BTreeMap::new();
     for backend in view.backends() {

@@ -57,7 +57,11 @@ struct ReasonView {
 /// # Errors
 ///
 /// When nothing is pinned, or the maps cannot be read.
-pub(super) fn run(pin_path: &Path, state_dir: &Path, format: Format) -> anyhow::Result<(String, bool)> {
+pub(super) fn run(
+    pin_path: &Path,
+    state_dir: &Path,
+    format: Format,
+) -> anyhow::Result<(String, bool)> {
     let (alive, running) = (status::is_alive(state_dir), status::of_living(state_dir));
     let last = running.clone().or_else(|| status::read(state_dir));
     if last.as_ref().is_some_and(|status| status.takeover.phase == RELEASED) {
@@ -106,7 +110,8 @@ fn reasons(view: &View) -> anyhow::Result<Vec<ReasonView>> {
     let counters = view.kernel.maps().reason_counters()?;
     let mut reasons = Vec::new();
     for reason in Reason::ALL {
-        let counted: Vec<_> = counters.iter().filter(|(key, _)| key.reason == *reason as u32).collect();
+        let counted: Vec<_> =
+            counters.iter().filter(|(key, _)| key.reason == *reason as u32).collect();
         let packets: u64 = counted.iter().map(|(_, counters)| counters.packets).sum();
         if packets == 0 {
             continue;
@@ -147,8 +152,9 @@ fn text(overview: &Overview, now: u64) -> String {
             (_, None) => "not running; packets flow on by what is pinned".to_owned(),
         },
     );
-    for reason in
-        last.filter(|_| overview.agent.alive).map_or(&[][..], |status| status.waiting_for.as_slice())
+    for reason in last
+        .filter(|_| overview.agent.alive)
+        .map_or(&[][..], |status| status.waiting_for.as_slice())
     {
         line("Waiting", reason.clone());
     }
@@ -162,20 +168,28 @@ fn text(overview: &Overview, now: u64) -> String {
         line("Source", format!("{} {}: {state}", source.name, source.from));
     }
     if let Some(path) = last.map(|status| &status.socket_path) {
-        let cgroup = path.cgroup.as_ref().map_or(String::new(), |cgroup| format!(" at {}", cgroup.display()));
+        let cgroup = path
+            .cgroup
+            .as_ref()
+            .map_or(String::new(), |cgroup| format!(" at {}", cgroup.display()));
         let problem = path.problem.as_ref().map_or(String::new(), |problem| format!(": {problem}"));
         line("Sockets", format!("{}{cgroup}{problem}", path.mode));
     }
-    if let Some(policy) = last.map(|status| &status.policy).filter(|policy| !policy.masquerade.is_empty()) {
-        let words =
-            |addresses: &[IpAddr]| addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        let shown = if policy.primary.is_empty() { "nothing".to_owned() } else { words(&policy.primary) };
+    if let Some(policy) =
+        last.map(|status| &status.policy).filter(|policy| !policy.masquerade.is_empty())
+    {
+        let words = |addresses: &[IpAddr]| {
+            addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+        };
+        let shown =
+            if policy.primary.is_empty() { "nothing".to_owned() } else { words(&policy.primary) };
         line(
             "Masquerade",
             format!("{}, as {shown} where a device has no address of its own", policy.masquerade),
         );
         line("Local pods", policy.detect_local.clone());
-        let serving = if policy.serving.is_empty() { "nowhere".to_owned() } else { words(&policy.serving) };
+        let serving =
+            if policy.serving.is_empty() { "nowhere".to_owned() } else { words(&policy.serving) };
         line("Node ports", format!("{}: {serving}", policy.nodeport_addresses));
         if !policy.left_alone.is_empty() {
             line("Left alone", words(&policy.left_alone));
@@ -199,20 +213,30 @@ fn text(overview: &Overview, now: u64) -> String {
         line("Problem", problem.clone());
     }
     let Counts { frontends, service_ports, backends } = overview.counts;
-    line("Holds", format!("{frontends} frontends, {service_ports} service ports, {backends} backends"));
+    line(
+        "Holds",
+        format!("{frontends} frontends, {service_ports} service ports, {backends} backends"),
+    );
 
     let mut devices = Table::new(&["DEVICE", "ROLE", "HOOKS", "NOTE"]);
     for device in &overview.devices {
         let hooks: Vec<&str> = device.hooks.iter().map(|hook| hook.word()).collect();
-        let notes: Vec<&str> = device.problem.iter().chain(&device.notes).map(String::as_str).collect();
-        devices.row([device.name.clone(), device.role.word().to_owned(), hooks.join(","), notes.join("; ")]);
+        let notes: Vec<&str> =
+            device.problem.iter().chain(&device.notes).map(String::as_str).collect();
+        devices.row([
+            device.name.clone(),
+            device.role.word().to_owned(),
+            hooks.join(","),
+            notes.join("; "),
+        ]);
     }
     section(&mut text, "Devices", &devices, overview.devices.is_empty());
 
     let mut reasons = Table::new(&["REASON", "PACKETS", "MOST", "MEANING"]);
     for reason in &overview.reasons {
         let most = reason.most.as_ref().map(|name| format!("{}/{}", name.namespace, name.service));
-        let cells = [reason.reason.to_owned(), reason.packets.to_string(), most.unwrap_or_default()];
+        let cells =
+            [reason.reason.to_owned(), reason.packets.to_string(), most.unwrap_or_default()];
         reasons.row(cells.into_iter().chain([reason.sentence.to_owned()]));
     }
     section(&mut text, "Reasons", &reasons, overview.reasons.is_empty());

@@ -33,8 +33,8 @@ pub(super) struct ReleaseArgs {
     /// How long flows are waited for, as 90s, 10m or 2h; those that live longer are cut.
     #[arg(long, value_name = "TIME", value_parser = time, default_value = "1h")]
     timeout: Duration,
-    /// Not yet: get ready for kube-proxy to be started. Where nothing else tracks connections, it would take those of this
-    /// host's own processes for new ones as soon as it comes.
+    /// Not yet: get ready for kube-proxy to be started. Where nothing else tracks connections, it
+    /// would take those of this host's own processes for new ones as soon as it comes.
     #[arg(long, conflicts_with_all = ["force", "no_wait"])]
     prepare: bool,
     /// Even if kube-proxy has no rules here: nobody serves new connections then.
@@ -55,7 +55,8 @@ fn time(text: &str) -> Result<Duration, String> {
         _ => (text, 1),
     };
     let number: u64 = number.parse().map_err(|_| wrong())?;
-    let seconds = number.checked_mul(unit).filter(|seconds| *seconds <= TIMEOUT_MAX).ok_or_else(wrong)?;
+    let seconds =
+        number.checked_mul(unit).filter(|seconds| *seconds <= TIMEOUT_MAX).ok_or_else(wrong)?;
     Ok(Duration::from_secs(seconds))
 }
 
@@ -153,15 +154,18 @@ pub(super) fn take_over(args: &TakeoverArgs, state_dir: &Path) -> anyhow::Result
         );
         wish::write(state_dir, Wish::Finish).context("cannot tell the agent")?;
         let is_taken = || wish::read(state_dir) != Some(Wish::Finish);
-        return wait(state_dir, args.wait, |now| is_taken() && now.kube_proxy.is_none() && !now.holding)
-            .map(answer);
+        return wait(state_dir, args.wait, |now| {
+            is_taken() && now.kube_proxy.is_none() && !now.holding
+        })
+        .map(answer);
     }
     // An agent that serves has nothing to take over; it only stops to be ready for kube-proxy.
     if !args.wait.is_zero() {
         wish::write(state_dir, Wish::Takeover).context("cannot tell the agent")?;
     }
     let is_taken = || {
-        wish::read(state_dir).is_none_or(|wish| matches!(wish, Wish::Finish | Wish::Prepare | Wish::Prepared))
+        wish::read(state_dir)
+            .is_none_or(|wish| matches!(wish, Wish::Finish | Wish::Prepare | Wish::Prepared))
     };
     wait(state_dir, args.wait, |now| is_taken() && now.phase == "serving").map(answer)
 }
@@ -179,7 +183,8 @@ pub(super) fn release(args: &ReleaseArgs, state_dir: &Path) -> anyhow::Result<(S
         let is_taken = || wish::read(state_dir) == Some(Wish::Prepared);
         // Our own table is not always needed for it, but then something else is waited for.
         let is_told = |now: &TakeoverStatus| now.holding || now.waiting_for.is_some();
-        return wait(state_dir, Duration::from_secs(30), |now| is_taken() && is_told(now)).map(answer);
+        return wait(state_dir, Duration::from_secs(30), |now| is_taken() && is_told(now))
+            .map(answer);
     }
     if served_by()?.is_none() && !args.force {
         bail!(
@@ -204,7 +209,9 @@ mod tests {
 
     #[test]
     fn times_have_a_unit() {
-        for (text, seconds) in [("90s", Some(90)), ("10m", Some(600)), ("2h", Some(7200)), ("7", Some(7))] {
+        for (text, seconds) in
+            [("90s", Some(90)), ("10m", Some(600)), ("2h", Some(7200)), ("7", Some(7))]
+        {
             assert_eq!(time(text).ok().map(|time| time.as_secs()), seconds, "{text}");
         }
         for wrong in ["", "h", "1d", "-5s", "1.5h", "99999999h"] {

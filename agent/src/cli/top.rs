@@ -74,7 +74,9 @@ fn watch(
     let mut due = Instant::now() + args.interval;
     loop {
         let _ = terminal.draw(|frame| screen.draw(frame)).context("cannot draw")?;
-        if event::poll(due.saturating_duration_since(Instant::now())).context("cannot wait for keys")? {
+        if event::poll(due.saturating_duration_since(Instant::now()))
+            .context("cannot wait for keys")?
+        {
             if let Event::Key(key) = event::read().context("cannot read keys")?
                 && key.kind != KeyEventKind::Release
                 && screen.press(key) == Next::Quit
@@ -125,10 +127,16 @@ fn text(screen: &Screen) -> String {
     let mut causes = Table::new(&["REASON", "SERVICE", "PER S", "ALL"]);
     for ((reason, of), count, rate) in change.causes.iter().take(ROWS) {
         let of = of.as_ref().map(|(namespace, name)| format!("{namespace}/{name}"));
-        causes.row([(*reason).to_owned(), of.unwrap_or_default(), number(*rate), count.to_string()]);
+        causes.row([
+            (*reason).to_owned(),
+            of.unwrap_or_default(),
+            number(*rate),
+            count.to_string(),
+        ]);
     }
     let left = change.services.len().saturating_sub(ROWS);
     let more = if left == 0 { String::new() } else { format!("and {left} more\n") };
-    let causes = if change.causes.is_empty() { String::new() } else { format!("\n{}", causes.text()) };
+    let causes =
+        if change.causes.is_empty() { String::new() } else { format!("\n{}", causes.text()) };
     services.text() + &more + &causes
 }

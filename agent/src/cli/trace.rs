@@ -1,4 +1,5 @@
-//! `sluice trace`: flows as they open and close, and packets and calls that were counted by a reason, while it runs.
+//! `sluice trace`: flows as they open and close, and packets and calls that were counted by a
+//! reason, while it runs.
 
 use std::fmt::Write as _;
 use std::io::{ErrorKind, Write as _};
@@ -89,7 +90,10 @@ fn protocol(text: &str) -> Result<u8, String> {
 /// The one of a list with this word.
 fn named<T: Copy>(all: &[T], word: fn(T) -> &'static str, text: &str) -> Result<T, String> {
     all.iter().copied().find(|one| word(*one) == text).ok_or_else(|| {
-        format!("one of these is wanted: {}", all.iter().map(|one| word(*one)).collect::<Vec<_>>().join(", "))
+        format!(
+            "one of these is wanted: {}",
+            all.iter().map(|one| word(*one)).collect::<Vec<_>>().join(", ")
+        )
     })
 }
 

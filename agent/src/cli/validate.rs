@@ -45,7 +45,8 @@ enum Kind {
 
 impl Kind {
     fn of(flaw: Flaw) -> Self {
-        // In a cluster these two are ordinary, and pass; a manifest with one is not served as it is.
+        // In a cluster these two are ordinary, and pass; a manifest with one is not served as it
+        // is.
         let is_idle = matches!(flaw, Flaw::NoClusterIp | Flaw::NoServiceLabel);
         match flaw.level() {
             Level::Notice if !is_idle => Self::Warning,
@@ -93,9 +94,15 @@ impl From<&Report> for Row {
 pub(super) fn run(args: ValidateArgs) -> anyhow::Result<(String, u8)> {
     let ValidateArgs { manifests: path, node, proxy_name, output, policy } = args;
     let policy = policy.policy().map_err(|error| Usage(format!("{error:#}")))?;
-    let options =
-        Options { path: path.clone(), node: node.map(Into::into), proxy_name, policy, socket_path: 0 };
-    let manifests = Manifests::read(options).with_context(|| format!("cannot read {}", path.display()))?;
+    let options = Options {
+        path: path.clone(),
+        node: node.map(Into::into),
+        proxy_name,
+        policy,
+        socket_path: 0,
+    };
+    let manifests =
+        Manifests::read(options).with_context(|| format!("cannot read {}", path.display()))?;
     if manifests.objects() == 0 && manifests.model().reports().iter().next().is_none() {
         bail!("no object in {}: {NO_OBJECTS}", path.display());
     }
@@ -104,11 +111,19 @@ pub(super) fn run(args: ValidateArgs) -> anyhow::Result<(String, u8)> {
     let code = u8::from(rows.iter().any(|row| row.kind != Kind::Warning));
     let text = render(output.output, &rows, |rows| {
         if rows.is_empty() {
-            return format!("Nothing is wrong with the objects, {} of them.\n", manifests.objects());
+            return format!(
+                "Nothing is wrong with the objects, {} of them.\n",
+                manifests.objects()
+            );
         }
         let mut table = Table::new(&["OBJECT", "FIELD", "KIND", "WHY"]);
         for row in rows {
-            table.row([row.object.clone(), row.field.clone(), row.kind.word().to_owned(), row.why.clone()]);
+            table.row([
+                row.object.clone(),
+                row.field.clone(),
+                row.kind.word().to_owned(),
+                row.why.clone(),
+            ]);
         }
         table.text()
     })?;

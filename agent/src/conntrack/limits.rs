@@ -1,6 +1,7 @@
 //! How many connections the kernel tracks, and for how long: what kube-proxy sets at its start.
 //!
-//! Without it a node falls back to the kernel's small defaults when it starts anew, whoever tracks connections there.
+//! Without it a node falls back to the kernel's small defaults when it starts anew, whoever tracks
+//! connections there.
 
 use std::fs;
 use std::io;
@@ -63,10 +64,14 @@ impl Limits {
                 }
                 Ok(None) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    tracing::debug!(name, "this kernel does not have the setting: it tracks no connections");
+                    tracing::debug!(
+                        name,
+                        "this kernel does not have the setting: it tracks no connections"
+                    );
                 }
                 Err(error) => {
-                    failures.push(format!("net.netfilter.{name} cannot be set to {value}: {error}"));
+                    failures
+                        .push(format!("net.netfilter.{name} cannot be set to {value}: {error}"));
                 }
             }
         }
@@ -77,8 +82,10 @@ impl Limits {
 /// Writes a number that is another one, or smaller; returns the one before.
 fn set(path: &Path, value: u64, grows: bool) -> io::Result<Option<u64>> {
     let before = fs::read_to_string(path)?;
-    let before: u64 =
-        before.trim().parse().map_err(|_| io::Error::other(format!("{:?} is no number", before.trim())))?;
+    let before: u64 = before
+        .trim()
+        .parse()
+        .map_err(|_| io::Error::other(format!("{:?} is no number", before.trim())))?;
     if before == value || grows && before > value {
         return Ok(None);
     }
@@ -98,7 +105,9 @@ mod tests {
     fn what_is_said_is_set_and_the_table_only_grows() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path();
-        for name in ["nf_conntrack_max", "nf_conntrack_tcp_timeout_established", "nf_conntrack_udp_timeout"] {
+        for name in
+            ["nf_conntrack_max", "nf_conntrack_tcp_timeout_established", "nf_conntrack_udp_timeout"]
+        {
             fs::write(path.join(name), "30\n").expect("a setting");
         }
         let limits = Limits {
@@ -120,12 +129,18 @@ mod tests {
         assert_eq!(read(path, "nf_conntrack_udp_timeout"), "30\n", "zero leaves it");
         fs::write(path.join("nf_conntrack_max"), "many").expect("a setting");
         let failures = limits.apply(path, 8);
-        assert!(failures.len() == 1 && failures[0].contains("\"many\" is no number"), "{failures:?}");
+        assert!(
+            failures.len() == 1 && failures[0].contains("\"many\" is no number"),
+            "{failures:?}"
+        );
     }
 
     #[test]
     fn no_number_for_each_cpu_leaves_the_table_as_it_is() {
-        assert_eq!(Limits { max_per_core: Some(0), min: Some(9), ..Limits::default() }.settings(4), []);
+        assert_eq!(
+            Limits { max_per_core: Some(0), min: Some(9), ..Limits::default() }.settings(4),
+            []
+        );
         assert_eq!(Limits { min: Some(9), ..Limits::default() }.settings(4), []);
     }
 }

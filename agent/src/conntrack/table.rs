@@ -1,20 +1,21 @@
-//! The kernel's table, by ctnetlink: listed piece by piece, each piece dealt with before the next one, so that memory does
-//! not grow with the table.
+//! The kernel's table, by ctnetlink: listed piece by piece, each piece dealt with before the next
+//! one, so that memory does not grow with the table.
 
 use std::io;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use netlink_packet_netfilter::conntrack::{
-    ConntrackAttribute, ConntrackMessage, ConntrackMessageType, IPTuple, ProtoInfo, ProtoInfoTCP, ProtoTuple,
-    Protocol, Status, Tuple,
+    ConntrackAttribute, ConntrackMessage, ConntrackMessageType, IPTuple, ProtoInfo, ProtoInfoTCP,
+    ProtoTuple, Protocol, Status, Tuple,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
 };
 use rtnetlink::packet_core::{
-    DefaultNla, Emitable, ErrorMessage, NLA_F_NESTED, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR,
-    NLM_F_EXCL, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
+    DefaultNla, Emitable, ErrorMessage, NLA_F_NESTED, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP,
+    NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload, Nla,
 };
 use rtnetlink::sys::protocols::NETLINK_NETFILTER;
 use rtnetlink::sys::{Socket, SocketAddr};
@@ -43,7 +44,8 @@ const FILTER_ORIGINAL: u16 = 1;
 /// The protocol's number, in [`FILTER_ORIGINAL`].
 const FILTER_PROTOCOL: u32 = 1 << 3;
 
-/// Whether this network namespace has any entries. To ask by netlink would load conntrack where it is not.
+/// Whether this network namespace has any entries. To ask by netlink would load conntrack where it
+/// is not.
 pub(super) fn is_used() -> bool {
     match std::fs::read_to_string(COUNT) {
         Ok(count) => count.trim() != "0",
@@ -55,14 +57,16 @@ pub(super) fn is_used() -> bool {
 #[derive(Debug, PartialEq, Eq)]
 struct Entry {
     flow: Flow,
-    /// What the kernel finds it by: tuple, zone, id. Never empty: without a tuple the kernel would delete everything.
+    /// What the kernel finds it by: tuple, zone, id. Never empty: without a tuple the kernel would
+    /// delete everything.
     key: Vec<ConntrackAttribute>,
 }
 
 /// Deletes the UDP entries of a family that are stale.
 pub(super) fn sweep(family: IpFamily, is_stale: impl Fn(&Flow) -> bool) -> io::Result<Cleaned> {
     let mut cleaned = Cleaned::default();
-    let Some((listing, deleting)) = without_conntrack(connect().and_then(|one| Ok((one, connect()?))))?
+    let Some((listing, deleting)) =
+        without_conntrack(connect().and_then(|one| Ok((one, connect()?))))?
     else {
         return Ok(cleaned);
     };
@@ -87,7 +91,8 @@ pub(super) fn sweep(family: IpFamily, is_stale: impl Fn(&Flow) -> bool) -> io::R
     kept.map_or(Ok(cleaned), Err)
 }
 
-/// Calls `each` with every entry of a family whose destination is translated. False: some may be missing.
+/// Calls `each` with every entry of a family whose destination is translated. False: some may be
+/// missing.
 pub(super) fn translated(family: IpFamily, mut each: impl FnMut(Translated)) -> io::Result<bool> {
     let Some(listing) = without_conntrack(connect())? else { return Ok(true) };
     let request = message(NLM_F_DUMP, family, ConntrackMessage::Get(Vec::new()));
@@ -162,7 +167,9 @@ fn receive(socket: &Socket, buffer: &mut Vec<u8>) -> io::Result<()> {
         // With MSG_TRUNC the length is the message's own.
         match socket.recv(buffer, libc::MSG_TRUNC) {
             Ok(length) if length > buffer.len() => {
-                return Err(io::Error::other(format!("a netlink message of {length} bytes was cut short")));
+                return Err(io::Error::other(format!(
+                    "a netlink message of {length} bytes was cut short"
+                )));
             }
             Ok(_) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -171,11 +178,13 @@ fn receive(socket: &Socket, buffer: &mut Vec<u8>) -> io::Result<()> {
     }
 }
 
-/// The request for all UDP entries of a family: the kernel sorts out other protocols, and most entries of a node are TCP's.
+/// The request for all UDP entries of a family: the kernel sorts out other protocols, and most
+/// entries of a node are TCP's.
 fn listing_of(family: IpFamily) -> NetlinkMessage<NetfilterMessage> {
     let protocol = DefaultNla::new(PROTOCOL, vec![libc::IPPROTO_UDP as u8]);
     let flags = DefaultNla::new(FILTER_ORIGINAL, FILTER_PROTOCOL.to_ne_bytes().to_vec());
-    // In the library's own words an attribute that it does not know, as the filter, cannot have others inside.
+    // In the library's own words an attribute that it does not know, as the filter, cannot have
+    // others inside.
     let request = ConntrackMessage::Other {
         message_type: ConntrackMessageType::Get.into(),
         attributes: vec![nested(ORIGINAL, &nested(PROTOCOLS, &protocol)), nested(FILTER, &flags)],
@@ -189,7 +198,11 @@ fn nested(kind: u16, inside: &DefaultNla) -> DefaultNla {
     DefaultNla::new(kind | NLA_F_NESTED, value)
 }
 
-fn message(flags: u16, family: IpFamily, request: ConntrackMessage) -> NetlinkMessage<NetfilterMessage> {
+fn message(
+    flags: u16,
+    family: IpFamily,
+    request: ConntrackMessage,
+) -> NetlinkMessage<NetfilterMessage> {
     let family = match family {
         IpFamily::V4 => NetfilterProtoFamily::IPv4,
         IpFamily::V6 => NetfilterProtoFamily::IPv6,
@@ -225,13 +238,18 @@ fn read(mut piece: &[u8], mut each: impl FnMut(Vec<ConntrackAttribute>)) -> Said
     {
         let (length, is_interrupted) = (one.length() as usize, one.flags() & NLM_F_DUMP_INTR != 0);
         said.interrupted |= is_interrupted;
-        match NetlinkMessage::<NetfilterMessage>::deserialize(piece).map(|message| message.payload) {
+        match NetlinkMessage::<NetfilterMessage>::deserialize(piece).map(|message| message.payload)
+        {
             Ok(NetlinkPayload::InnerMessage(message)) => {
-                if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) = message.inner {
+                if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) =
+                    message.inner
+                {
                     each(attributes);
                 }
             }
-            Ok(NetlinkPayload::Done(done)) if done.code < 0 => said.end = Some(Err(error(done.code))),
+            Ok(NetlinkPayload::Done(done)) if done.code < 0 => {
+                said.end = Some(Err(error(done.code)));
+            }
             Ok(NetlinkPayload::Done(_)) => said.end = Some(Ok(())),
             Ok(NetlinkPayload::Error(refused)) => said.end = Some(acknowledged(&refused)),
             Ok(NetlinkPayload::Overrun(_)) => said.interrupted = true,
@@ -291,16 +309,23 @@ impl Ends {
 
     /// Protocol, source and destination, where there are ports.
     fn known(&self) -> Option<(u8, End, End)> {
-        Some((self.protocol?, (self.source.0?, self.source.1?), (self.destination.0?, self.destination.1?)))
+        Some((
+            self.protocol?,
+            (self.source.0?, self.source.1?),
+            (self.destination.0?, self.destination.1?),
+        ))
     }
 }
 
-/// `TCP_CONNTRACK_LAST_ACK` to `TCP_CONNTRACK_CLOSE`: both sides have ended the connection, or one has reset it.
+/// `TCP_CONNTRACK_LAST_ACK` to `TCP_CONNTRACK_CLOSE`: both sides have ended the connection, or one
+/// has reset it.
 const TCP_CLOSING: std::ops::RangeInclusive<u8> = 6..=8;
 
-/// What an entry says about a connection whose destination is translated; [`None`] if that of this one is not.
+/// What an entry says about a connection whose destination is translated; [`None`] if that of this
+/// one is not.
 fn translation(attributes: &[ConntrackAttribute]) -> Option<Translated> {
-    let (mut original, mut reply, mut is_translated, mut closing, mut left) = (None, None, false, false, 0);
+    let (mut original, mut reply, mut is_translated, mut closing, mut left) =
+        (None, None, false, false, 0);
     for attribute in attributes {
         if let ConntrackAttribute::CtaTupleOrig(tuple) = attribute {
             original = Ends::of(tuple).known();
@@ -321,7 +346,15 @@ fn translation(attributes: &[ConntrackAttribute]) -> Option<Translated> {
     }
     let (protocol, client, frontend) = original?;
     let (_, backend, seen_as) = reply?;
-    is_translated.then_some(Translated { protocol, client, frontend, backend, seen_as, closing, left })
+    is_translated.then_some(Translated {
+        protocol,
+        client,
+        frontend,
+        backend,
+        seen_as,
+        closing,
+        left,
+    })
 }
 
 /// An entry of attributes; [`None`] if it is not UDP's, or incomplete.
@@ -348,7 +381,8 @@ fn entry(attributes: Vec<ConntrackAttribute>) -> Option<Entry> {
         .then_some(Entry { flow: Flow { destination, reply_source, answered }, key })
 }
 
-/// Makes entries of connections as they are between this node and the backend. Those that are there stay as they are.
+/// Makes entries of connections as they are between this node and the backend. Those that are there
+/// stay as they are.
 pub(super) fn insert(connections: &[Translated], time: Duration) -> io::Result<()> {
     if connections.is_empty() {
         return Ok(());
@@ -364,7 +398,9 @@ pub(super) fn insert(connections: &[Translated], time: Duration) -> io::Result<(
         match read(&answer, drop).end {
             Some(Err(error)) if error.raw_os_error() != Some(libc::EEXIST) => return Err(error),
             Some(_) => {}
-            None => return Err(io::Error::other("the kernel did not say whether it made an entry")),
+            None => {
+                return Err(io::Error::other("the kernel did not say whether it made an entry"));
+            }
         }
     }
     Ok(())
@@ -390,7 +426,8 @@ fn tuple(number: u8, source: End, destination: End) -> Vec<Tuple> {
         libc::IPPROTO_UDP => Protocol::Udp,
         _ => Protocol::Sctp,
     };
-    let addresses = vec![IPTuple::SourceAddress(source.0), IPTuple::DestinationAddress(destination.0)];
+    let addresses =
+        vec![IPTuple::SourceAddress(source.0), IPTuple::DestinationAddress(destination.0)];
     let ports = vec![
         ProtoTuple::Protocol(protocol),
         ProtoTuple::SourcePort(source.1),
@@ -441,7 +478,8 @@ mod tests {
         4c000280 2c000180 14000300 fd000096 00000000 00000000 00000010 14000400 fd000096 00000000 00000000 00000010 \
         1c000280 05000100 11000000 06000200 14e90000 06000300 c3f50000 08000300 000001aa 08000800 00000000 \
         08000c00 24328a88 08000b00 00000001 08000700 0000001d";
-    /// IPv4, UDP, 10.96.0.10:36787 to 10.96.0.10:53, translated to 127.0.0.1:5353, not answered, in zone 7.
+    /// IPv4, UDP, 10.96.0.10:36787 to 10.96.0.10:53, translated to 127.0.0.1:5353, not answered, in
+    /// zone 7.
     const V4: &str = "ac000000 00010200 65bb016b 52300000 02000000 34000180 14000180 08000100 0a60000a 08000200 0a60000a \
         1c000280 05000100 11000000 06000200 8fb30000 06000300 00350000 34000280 14000180 08000100 7f000001 08000200 0a60000a \
         1c000280 05000100 11000000 06000200 14e90000 06000300 8fb30000 06001200 00070000 08000300 000001a8 \
@@ -475,7 +513,11 @@ mod tests {
                 reply_source: end("[fd00:96::10]:5353"),
                 answered: true,
             },
-            Flow { destination: end("10.96.0.10:53"), reply_source: end("127.0.0.1:5353"), answered: false },
+            Flow {
+                destination: end("10.96.0.10:53"),
+                reply_source: end("127.0.0.1:5353"),
+                answered: false,
+            },
         ];
         assert_eq!(flows, expected);
         assert!(matches!(said.end, Some(Ok(()))) && !said.interrupted);
@@ -484,7 +526,8 @@ mod tests {
     #[test]
     fn an_entry_is_deleted_by_tuple_zone_and_id() {
         let (mut entries, _) = entries(&hex(V4));
-        let request = message(NLM_F_ACK, IpFamily::V4, ConntrackMessage::Delete(entries.remove(0).key));
+        let request =
+            message(NLM_F_ACK, IpFamily::V4, ConntrackMessage::Delete(entries.remove(0).key));
         let expected = "58000000 02010500 00000000 00000000 02000000 34000180 14000180 08000100 0a60000a 08000200 0a60000a \
             1c000280 05000100 11000000 06000200 8fb30000 06000300 00350000 06001200 00070000 08000c00 4fb89eab";
         assert_eq!(bytes(&request), hex(expected));
@@ -519,7 +562,8 @@ mod tests {
         let (_, said) = entries(&hex("14000000 03000200 00000000 00000000 fcffffff"));
         assert!(matches!(said.end, Some(Err(error)) if error.kind() == io::ErrorKind::Interrupted));
         let request = "14000000 01010103 00000000 00000000";
-        let (_, said) = entries(&hex(&format!("24000000 02000000 00000000 00000000 eaffffff{request}")));
+        let (_, said) =
+            entries(&hex(&format!("24000000 02000000 00000000 00000000 eaffffff{request}")));
         let refused = said.end.expect("an end");
         assert!(matches!(without_conntrack(refused), Ok(None)));
     }

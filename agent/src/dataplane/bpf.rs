@@ -39,7 +39,8 @@ pub(crate) const AFTER: u32 = 1 << 4;
 /// Pointers in `attr` must be valid for what `command` reads and writes through them.
 unsafe fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attr` is a live struct of the size given; the caller answers for pointers in it.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
@@ -127,8 +128,11 @@ pub(crate) fn object_pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
 fn object_info<T: Copy>(fd: BorrowedFd<'_>) -> io::Result<T> {
     // SAFETY: only used below with structs of integers, for which zero is a value.
     let mut info: T = unsafe { MaybeUninit::zeroed().assume_init() };
-    let mut attr =
-        InfoAttr { fd: raw(fd), len: size_of::<T>() as u32, info: std::ptr::from_mut(&mut info) as u64 };
+    let mut attr = InfoAttr {
+        fd: raw(fd),
+        len: size_of::<T>() as u32,
+        info: std::ptr::from_mut(&mut info) as u64,
+    };
     // SAFETY: `info` is live and of the length given.
     unsafe { bpf(OBJ_GET_INFO_BY_FD, &mut attr) }.map(|_| info)
 }
@@ -211,7 +215,8 @@ pub(crate) fn link_create(
 
 /// Puts another program in a link's place, between two packets.
 pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
-    let mut attr = LinkUpdateAttr { link: raw(link), program: raw(program), flags: 0, old_program: 0 };
+    let mut attr =
+        LinkUpdateAttr { link: raw(link), program: raw(program), flags: 0, old_program: 0 };
     // SAFETY: no pointers.
     unsafe { bpf(LINK_UPDATE, &mut attr) }.map(drop)
 }
@@ -257,7 +262,8 @@ struct ProgramInfo {
 /// Programs of one hook that are listed at most; the kernel takes no more than 64.
 const QUERIED: usize = 64;
 
-/// The ids of the programs at a hook of a device (`target` is its ifindex) or a cgroup (a descriptor).
+/// The ids of the programs at a hook of a device (`target` is its ifindex) or a cgroup (a
+/// descriptor).
 pub(crate) fn query(target: u32, attach_type: u32) -> io::Result<Vec<u32>> {
     let mut ids = vec![0_u32; QUERIED];
     let mut attr = QueryAttr {
@@ -326,8 +332,11 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
                 ),
             ));
         }
-        let copies =
-            if PER_CPU.contains(&info.kind) { aya::util::nr_cpus().map_err(|(_, error)| error)? } else { 1 };
+        let copies = if PER_CPU.contains(&info.kind) {
+            aya::util::nr_cpus().map_err(|(_, error)| error)?
+        } else {
+            1
+        };
         Ok(Self { fd, info, copies, types: PhantomData })
     }
 
@@ -399,7 +408,8 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
     /// Writes one element unless its key is there; returns whether it was written.
     pub(crate) fn insert_new(&self, key: &K, value: &V) -> io::Result<bool> {
         const NOEXIST: u64 = 1;
-        let mut attr = ElementAttr { flags: NOEXIST, ..self.element(key, std::ptr::from_ref(value) as u64) };
+        let mut attr =
+            ElementAttr { flags: NOEXIST, ..self.element(key, std::ptr::from_ref(value) as u64) };
         // SAFETY: key and value are live and of the map's sizes (compared in `new`).
         match unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) } {
             Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
@@ -532,7 +542,8 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         Ok(all.into_iter().filter_map(|(key, values)| Some((key, *values.first()?))).collect())
     }
 
-    /// Reads all elements batch by batch: keys and values as the kernel packs them, and how many these are.
+    /// Reads all elements batch by batch: keys and values as the kernel packs them, and how many
+    /// these are.
     fn read_batches(&self, mut take: impl FnMut(&[u64], &[u64], usize)) -> io::Result<()> {
         let mut room = BATCH;
         // The position is opaque: four bytes for hashes, one key for the rest.
@@ -644,7 +655,8 @@ impl<T: aya::Pod> Array<T> {
         // SAFETY: sysconf has no preconditions.
         let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4_096);
         let bytes = (Self::STRIDE * info.max_entries as usize).next_multiple_of(page);
-        let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        let protection =
+            if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         // SAFETY: a fresh mapping of an own descriptor; the kernel bounds it by the map's size.
         let base = unsafe {
             libc::mmap(std::ptr::null_mut(), bytes, protection, libc::MAP_SHARED, fd.as_raw_fd(), 0)
@@ -693,13 +705,15 @@ impl<T: aya::Pod> Array<T> {
             // SAFETY: inside the value; every ABI struct is made of whole words.
             let bits = unsafe { source.add(word).read_unaligned() };
             // SAFETY: inside the element, which is aligned to eight bytes.
-            let target = unsafe { std::sync::atomic::AtomicU32::from_ptr(element.cast::<u32>().add(word)) };
+            let target =
+                unsafe { std::sync::atomic::AtomicU32::from_ptr(element.cast::<u32>().add(word)) };
             target.store(bits, std::sync::atomic::Ordering::Release);
         }
         true
     }
 
-    /// Stores one aligned 64-bit word of an element (`offset` in bytes) after everything stored before.
+    /// Stores one aligned 64-bit word of an element (`offset` in bytes) after everything stored
+    /// before.
     #[must_use]
     pub(crate) fn set_u64(&self, index: u32, offset: usize, bits: u64) -> bool {
         let Some(element) = self.element(index) else { return false };
@@ -712,7 +726,8 @@ impl<T: aya::Pod> Array<T> {
         true
     }
 
-    /// Stores one aligned 32-bit word of an element (`offset` in bytes) after everything stored before.
+    /// Stores one aligned 32-bit word of an element (`offset` in bytes) after everything stored
+    /// before.
     #[must_use]
     pub(crate) fn set_u32(&self, index: u32, offset: usize, bits: u32) -> bool {
         let Some(element) = self.element(index) else { return false };
@@ -728,7 +743,8 @@ impl<T: aya::Pod> Array<T> {
 
 impl<T> Drop for Array<T> {
     fn drop(&mut self) {
-        // SAFETY: exactly the mapping made in `new`. A failure leaves it mapped, which harms nobody.
+        // SAFETY: exactly the mapping made in `new`. A failure leaves it mapped, which harms
+        // nobody.
         let _ = unsafe { libc::munmap(self.base.cast(), self.bytes) };
     }
 }

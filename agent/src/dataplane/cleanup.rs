@@ -16,7 +16,9 @@ pub fn cleanup(pins: &Pins) -> Result<Vec<String>, Error> {
     let mut done = Vec::new();
     // Programs first: while maps remain, whatever still runs finds them.
     for (index, name) in devices() {
-        if clsact::clean(index).map_err(|cause| Error::attach("(remove) clsact filters", &name, cause))? {
+        if clsact::clean(index)
+            .map_err(|cause| Error::attach("(remove) clsact filters", &name, cause))?
+        {
             done.push(format!("removed the filters of device {name}"));
         }
     }

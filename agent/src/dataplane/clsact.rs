@@ -1,4 +1,5 @@
-//! Classifiers by clsact filters, for kernels without TCX and for places behind somebody else's filter.
+//! Classifiers by clsact filters, for kernels without TCX and for places behind somebody else's
+//! filter.
 //!
 //! A filter belongs to the device, so it stays when the agent goes; a later agent finds it by its
 //! fixed priority and handle, and replaces its program between two packets.
@@ -130,19 +131,22 @@ impl Message {
     }
 }
 
-/// Sends one message about routing; calls `each` with the payload of every answer until the kernel is done.
+/// Sends one message about routing; calls `each` with the payload of every answer until the kernel
+/// is done.
 fn talk(message: Message, each: impl FnMut(&[u8])) -> io::Result<()> {
     talk_to(libc::NETLINK_ROUTE, message, each)
 }
 
-/// Sends one message to a part of the kernel; calls `each` with the payload of every answer until the kernel is done.
+/// Sends one message to a part of the kernel; calls `each` with the payload of every answer until
+/// the kernel is done.
 pub(crate) fn talk_to(
     protocol: libc::c_int,
     message: Message,
     mut each: impl FnMut(&[u8]),
 ) -> io::Result<()> {
     // SAFETY: no pointers.
-    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
+    let fd =
+        unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -157,12 +161,15 @@ pub(crate) fn talk_to(
     let mut buffer = vec![0_u8; 64 * 1024];
     loop {
         // SAFETY: the buffer is live and of the length given.
-        let got = unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+        let got =
+            unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
         if got < 0 {
             return Err(io::Error::last_os_error());
         }
         let mut rest = buffer.get(..got.cast_unsigned()).unwrap_or_default();
-        while let Some(length) = word(rest, 0).map(|length| length as usize).filter(|length| *length >= 16) {
+        while let Some(length) =
+            word(rest, 0).map(|length| length as usize).filter(|length| *length >= 16)
+        {
             let Some(one) = rest.get(..length) else { break };
             let kind = half(one, 4).unwrap_or_default();
             let payload = one.get(16..).unwrap_or_default();
@@ -210,7 +217,8 @@ pub(crate) fn text(bytes: Option<&[u8]>) -> String {
 }
 
 fn parse(device: u32, direction: Direction, payload: &[u8]) -> Option<Filter> {
-    // The kernel walks all of a block's filters; those of other devices or places are not asked for.
+    // The kernel walks all of a block's filters; those of other devices or places are not asked
+    // for.
     if word(payload, 4)? != device || word(payload, 12)? != direction.parent() {
         return None;
     }
@@ -236,7 +244,10 @@ pub fn filters(device: u32, direction: Direction) -> io::Result<Vec<Filter>> {
     let result = talk(message, |payload| filters.extend(parse(device, direction, payload)));
     match result {
         Err(error)
-            if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT | libc::EOPNOTSUPP)) =>
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EINVAL | libc::ENOENT | libc::EOPNOTSUPP)
+            ) =>
         {
             Ok(filters)
         }
@@ -253,16 +264,28 @@ fn protocol_all(priority: u16) -> u32 {
 /// # Errors
 ///
 /// When the kernel refuses clsact or the filter.
-pub fn attach(program: BorrowedFd<'_>, name: &str, device: u32, direction: Direction) -> io::Result<()> {
-    let mut qdisc =
-        Message::new(RTM_NEWQDISC, F_ACK | F_CREATE | F_EXCL, device, CLSACT_HANDLE, TC_H_CLSACT, 0);
+pub fn attach(
+    program: BorrowedFd<'_>,
+    name: &str,
+    device: u32,
+    direction: Direction,
+) -> io::Result<()> {
+    let mut qdisc = Message::new(
+        RTM_NEWQDISC,
+        F_ACK | F_CREATE | F_EXCL,
+        device,
+        CLSACT_HANDLE,
+        TC_H_CLSACT,
+        0,
+    );
     qdisc.attribute(TCA_KIND, b"clsact\0");
     match talk(qdisc, |_| ()) {
         Err(error) if error.raw_os_error() != Some(libc::EEXIST) => return Err(error),
         Ok(()) | Err(_) => {}
     }
     let info = protocol_all(direction.priority());
-    let mut filter = Message::new(RTM_NEWTFILTER, F_ACK | F_CREATE, device, HANDLE, direction.parent(), info);
+    let mut filter =
+        Message::new(RTM_NEWTFILTER, F_ACK | F_CREATE, device, HANDLE, direction.parent(), info);
     filter.attribute(TCA_KIND, b"bpf\0");
     let mut options = Message(Vec::new());
     options.attribute(TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes());
@@ -278,10 +301,14 @@ pub fn attach(program: BorrowedFd<'_>, name: &str, device: u32, direction: Direc
 ///
 /// When the kernel refuses.
 pub fn detach(device: u32, direction: Direction) -> io::Result<bool> {
-    let ours: Vec<Filter> = filters(device, direction)?.into_iter().filter(Filter::is_ours).collect();
+    let ours: Vec<Filter> =
+        filters(device, direction)?.into_iter().filter(Filter::is_ours).collect();
     for filter in &ours {
         let info = protocol_all(filter.priority);
-        talk(Message::new(RTM_DELTFILTER, F_ACK, device, filter.handle, direction.parent(), info), |_| ())?;
+        talk(
+            Message::new(RTM_DELTFILTER, F_ACK, device, filter.handle, direction.parent(), info),
+            |_| (),
+        )?;
     }
     Ok(!ours.is_empty())
 }
@@ -293,8 +320,8 @@ pub fn detach(device: u32, direction: Direction) -> io::Result<bool> {
 /// When the kernel refuses.
 pub fn clean(device: u32) -> io::Result<bool> {
     let found = detach(device, Direction::Ingress)? | detach(device, Direction::Egress)?;
-    let empty =
-        filters(device, Direction::Ingress)?.is_empty() && filters(device, Direction::Egress)?.is_empty();
+    let empty = filters(device, Direction::Ingress)?.is_empty()
+        && filters(device, Direction::Egress)?.is_empty();
     if found && empty {
         talk(Message::new(RTM_DELQDISC, F_ACK, device, CLSACT_HANDLE, TC_H_CLSACT, 0), |_| ())?;
     }
@@ -308,7 +335,8 @@ mod tests {
     #[test]
     fn a_listed_filter_is_recognised_as_ours() {
         let info = protocol_all(1);
-        let mut message = Message::new(RTM_NEWTFILTER, 0, 7, HANDLE, Direction::Ingress.parent(), info);
+        let mut message =
+            Message::new(RTM_NEWTFILTER, 0, 7, HANDLE, Direction::Ingress.parent(), info);
         message.attribute(TCA_KIND, b"bpf\0");
         let mut options = Message(Vec::new());
         options.attribute(TCA_BPF_NAME, b"sluice_tc_ingress_l2\0");
@@ -322,7 +350,8 @@ mod tests {
 
     #[test]
     fn another_handle_is_not_ours() {
-        let filter = Filter { priority: 1, handle: 1, kind: "bpf".to_owned(), name: "sluice_x".to_owned() };
+        let filter =
+            Filter { priority: 1, handle: 1, kind: "bpf".to_owned(), name: "sluice_x".to_owned() };
         assert!(!filter.is_ours());
     }
 }

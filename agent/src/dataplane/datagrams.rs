@@ -1,4 +1,5 @@
-//! What first fragments have told: `fragments_v4` and `fragments_v6`, for the keeper of those that came before them.
+//! What first fragments have told: `fragments_v4` and `fragments_v6`, for the keeper of those that
+//! came before them.
 
 use std::path::Path;
 

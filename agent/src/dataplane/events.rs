@@ -1,7 +1,8 @@
 //! Listens to the programs' events.
 //!
-//! A ring has one reader, so one process listens at a time: it holds a lock on the folder of the maps, which the kernel takes back
-//! however the process ends. What the programs are told, that somebody listens, ends by itself soon after.
+//! A ring has one reader, so one process listens at a time: it holds a lock on the folder of the
+//! maps, which the kernel takes back however the process ends. What the programs are told, that
+//! somebody listens, ends by itself soon after.
 
 use std::fmt;
 use std::fs::File;
@@ -31,7 +32,8 @@ pub(crate) struct Events {
 }
 
 impl Events {
-    /// Becomes the one who listens; what the ring still holds of another is thrown away. Nothing is told before [`Self::listen`].
+    /// Becomes the one who listens; what the ring still holds of another is thrown away. Nothing is
+    /// told before [`Self::listen`].
     ///
     /// # Errors
     ///
@@ -42,8 +44,8 @@ impl Events {
         let path = folder.join("events");
         let opened = |cause| Error::pin("open the pinned map", &path, cause);
         let map = MapData::from_pin(&path).map_err(|error| opened(io::Error::other(error)))?;
-        let mut ring =
-            RingBuf::try_from(Map::RingBuf(map)).map_err(|error| opened(io::Error::other(error)))?;
+        let mut ring = RingBuf::try_from(Map::RingBuf(map))
+            .map_err(|error| opened(io::Error::other(error)))?;
         let (listening, lost) = (table(&folder, "listening")?, table(&folder, "events_lost")?);
         while ring.next().is_some() {}
         Ok(Self { ring, listening, lost, folder, _lock: lock })
@@ -56,9 +58,10 @@ impl Events {
     /// When the maps were replaced or removed meanwhile, or cannot be written.
     pub(crate) fn listen(&self, sieve: &Listening) -> Result<(), Error> {
         let path = self.folder.join("listening");
-        let fd: OwnedFd =
-            bpf::object_get(&path).map_err(|cause| Error::pin("open the pinned map", &path, cause))?;
-        let now = bpf::map_info(fd.as_fd()).map_err(|cause| Error::map("inspect", "listening", cause))?;
+        let fd: OwnedFd = bpf::object_get(&path)
+            .map_err(|cause| Error::pin("open the pinned map", &path, cause))?;
+        let now =
+            bpf::map_info(fd.as_fd()).map_err(|cause| Error::map("inspect", "listening", cause))?;
         if now.id != self.listening.id() {
             let cause = io::Error::other("an agent has replaced it: start `sluice trace` again");
             return Err(Error::map("go on with the", "listening", cause));
@@ -85,7 +88,8 @@ impl Events {
     ///
     /// When the map cannot be read.
     pub(crate) fn lost(&self) -> Result<u64, Error> {
-        let counts = self.lost.get_all(&0).map_err(|cause| Error::map("read", "events_lost", cause))?;
+        let counts =
+            self.lost.get_all(&0).map_err(|cause| Error::map("read", "events_lost", cause))?;
         Ok(counts.unwrap_or_default().into_iter().fold(0, u64::wrapping_add))
     }
 }
@@ -134,5 +138,8 @@ pub(crate) fn now_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the struct is live; this clock always exists.
     let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
-    time.tv_sec.cast_unsigned().wrapping_mul(1_000_000_000).wrapping_add(time.tv_nsec.cast_unsigned())
+    time.tv_sec
+        .cast_unsigned()
+        .wrapping_mul(1_000_000_000)
+        .wrapping_add(time.tv_nsec.cast_unsigned())
 }

@@ -1,9 +1,9 @@
 //! Attaches the programs so that they stay attached without the agent, and takes over what an
 //! earlier agent attached.
 //!
-//! Links (TCX, XDP, cgroup) are pinned; a new agent opens the pin and puts its program in the
-//! old one's place, between two packets. Where the kernel has no TCX, and at an egress
-//! where a foreign clsact filter sits (TCX would run before it), filters do (see [`super::clsact`]).
+//! Links (TCX, XDP, cgroup) are pinned; a new agent opens the pin and puts its program in the old
+//! one's place, between two packets. Where the kernel has no TCX, and at an egress where a foreign
+//! clsact filter sits (TCX would run before it), filters do (see [`super::clsact`]).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -53,7 +53,8 @@ const CGROUP_BEFORE: [&str; 1] = ["sock_release"];
 /// Whether and how XDP is used on uplinks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Xdp {
-    /// In the driver where it can (not on veth, whose far end may drop what XDP sends), else not at all.
+    /// In the driver where it can (not on veth, whose far end may drop what XDP sends), else not at
+    /// all.
     #[default]
     On,
     /// Never.
@@ -107,11 +108,14 @@ pub struct Target {
 }
 
 impl Target {
-    /// The directions that a tc program is attached for, egress last. What comes in by the loopback device has left by it.
+    /// The directions that a tc program is attached for, egress last. What comes in by the loopback
+    /// device has left by it.
     fn directions(&self) -> &'static [Direction] {
         match self.role {
             Role::Loopback => &[Direction::Egress],
-            Role::Edge | Role::Uplink | Role::Fabric | Role::Own => &[Direction::Ingress, Direction::Egress],
+            Role::Edge | Role::Uplink | Role::Fabric | Role::Own => {
+                &[Direction::Ingress, Direction::Egress]
+            }
         }
     }
 }
@@ -152,14 +156,15 @@ impl Hooks {
         Self { programs, rounds, devices, pins, xdp, tcx: None }
     }
 
-    /// Which round of a change of layout the programs are of: one that was attached in another has to be attached again.
+    /// Which round of a change of layout the programs are of: one that was attached in another has
+    /// to be attached again.
     #[must_use]
     pub fn round(&self) -> Round {
         self.rounds.round()
     }
 
-    /// To be called when every device and the cgroup have the programs of this round: true when there are others to be
-    /// attached.
+    /// To be called when every device and the cgroup have the programs of this round: true when
+    /// there are others to be attached.
     ///
     /// # Errors
     ///
@@ -204,11 +209,14 @@ impl Hooks {
         Ok(())
     }
 
-    /// After somebody's filters have changed: where one sits at an egress where TCX would come before it, moves behind it.
+    /// After somebody's filters have changed: where one sits at an egress where TCX would come
+    /// before it, moves behind it.
     pub fn recheck(&mut self, target: &Target, attached: &mut Attached) {
         let behind = |filters: Vec<clsact::Filter>| filters.iter().any(|filter| !filter.is_ours());
         let egress = target.directions().len() - 1;
-        let Some(how) = attached.hooks.get_mut(egress).filter(|how| **how == How::Tcx) else { return };
+        let Some(how) = attached.hooks.get_mut(egress).filter(|how| **how == How::Tcx) else {
+            return;
+        };
         if !clsact::filters(target.index, Direction::Egress).is_ok_and(behind) {
             return;
         }
@@ -256,7 +264,8 @@ impl Hooks {
         for device in pinned.difference(live) {
             self.detach(*device)?;
         }
-        let entries = self.devices.entries().map_err(|cause| Error::map("read", "devices", cause))?;
+        let entries =
+            self.devices.entries().map_err(|cause| Error::map("read", "devices", cause))?;
         for (device, _) in entries.iter().filter(|(device, _)| !live.contains(device)) {
             self.forget_device(*device)?;
         }
@@ -271,7 +280,8 @@ impl Hooks {
         let pin = device_pin(target.index, direction.word());
         let failed = |cause| Error::attach(&name, &target.name, cause);
         let filters = clsact::filters(target.index, direction).map_err(failed)?;
-        let behind = direction == Direction::Egress && filters.iter().any(|filter| !filter.is_ours());
+        let behind =
+            direction == Direction::Egress && filters.iter().any(|filter| !filter.is_ours());
         if !behind {
             let (attach_type, place) = match direction {
                 Direction::Ingress => (TCX_INGRESS, bpf::BEFORE),
@@ -312,7 +322,8 @@ impl Hooks {
         for (_, hook, _) in XDP_MODES.iter().filter(|(mode, _, _)| Some(*mode) != how) {
             self.unpin(&device_pin(target.index, hook))?;
         }
-        let Some((how, hook, flags)) = XDP_MODES.iter().find(|(mode, _, _)| Some(*mode) == how) else {
+        let Some((how, hook, flags)) = XDP_MODES.iter().find(|(mode, _, _)| Some(*mode) == how)
+        else {
             return Ok(None);
         };
         self.programs.need(PROGRAM)?;
@@ -370,10 +381,16 @@ impl Hooks {
 
     /// Puts a program in the place of the one that a pinned link holds, if that link still leads
     /// to `target`; a link that leads elsewhere is removed.
-    fn adopt(&self, pin: &str, target: u64, program: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Error> {
+    fn adopt(
+        &self,
+        pin: &str,
+        target: u64,
+        program: BorrowedFd<'_>,
+    ) -> Result<Option<OwnedFd>, Error> {
         let own = self.pins.links();
-        let folders =
-            [own.clone()].into_iter().chain(self.pins.other_layouts().into_iter().map(|f| f.join("links")));
+        let folders = [own.clone()]
+            .into_iter()
+            .chain(self.pins.other_layouts().into_iter().map(|f| f.join("links")));
         for path in folders.map(|folder| folder.join(pin)) {
             let link = match bpf::object_get(&path) {
                 Ok(link) => link,
@@ -390,14 +407,16 @@ impl Hooks {
                 }
                 return Ok(Some(link));
             }
-            fs::remove_file(&path).map_err(|cause| Error::pin("remove the stale link", &path, cause))?;
+            fs::remove_file(&path)
+                .map_err(|cause| Error::pin("remove the stale link", &path, cause))?;
         }
         Ok(None)
     }
 
     fn pin(&self, link: &OwnedFd, pin: &str) -> Result<(), Error> {
         let path = self.pins.links().join(pin);
-        bpf::object_pin(link.as_fd(), &path).map_err(|cause| Error::pin("pin the link", path, cause))
+        bpf::object_pin(link.as_fd(), &path)
+            .map_err(|cause| Error::pin("pin the link", path, cause))
     }
 
     fn unpin(&self, pin: &str) -> Result<(), Error> {

@@ -16,7 +16,8 @@ use super::error::Error;
 use super::maps::{Maps, TrieKey};
 use super::read::{FlowEntry, flows, previous_flows};
 use crate::image::{
-    ApplyError, Dataplane, FamilyImage, FamilyWrite, Image, PERMITTED, ReadError, SourceKey, Stack, Write,
+    ApplyError, Dataplane, FamilyImage, FamilyWrite, Image, PERMITTED, ReadError, SourceKey, Stack,
+    Write,
 };
 
 /// The maps that the kernel programs use.
@@ -33,7 +34,8 @@ pub(crate) type ImportedEntries<F> = Vec<(Tuple<<F as Family>::Address>, u32)>;
 
 /// What is done with a family's maps; the same code for both, over types that are plain data.
 pub(crate) trait KernelStack: Stack {
-    /// Carries out a run of steps of this family that one batch can hold, at least one; returns how many.
+    /// Carries out a run of steps of this family that one batch can hold, at least one; returns how
+    /// many.
     fn run<'a>(
         maps: &Maps,
         writes: impl Iterator<Item = &'a FamilyWrite<Self>> + Clone,
@@ -79,11 +81,15 @@ macro_rules! kernel_stack {
                     FamilyWrite::ServiceInsert { .. } => {
                         let run: Vec<_> = run
                             .map_while(|write| {
-                                let FamilyWrite::ServiceInsert { key, service } = write else { return None };
+                                let FamilyWrite::ServiceInsert { key, service } = write else {
+                                    return None;
+                                };
                                 Some((*key, *service))
                             })
                             .collect();
-                        maps.services.insert_many(&run).map_err(|e| Error::map("write", services, e))?;
+                        maps.services
+                            .insert_many(&run)
+                            .map_err(|e| Error::map("write", services, e))?;
                         Ok(run.len())
                     }
                     FamilyWrite::ServiceRemove { .. } => {
@@ -93,17 +99,23 @@ macro_rules! kernel_stack {
                                 Some(*key)
                             })
                             .collect();
-                        maps.services.remove_many(&run).map_err(|e| Error::map("write", services, e))?;
+                        maps.services
+                            .remove_many(&run)
+                            .map_err(|e| Error::map("write", services, e))?;
                         Ok(run.len())
                     }
                     FamilyWrite::OriginInsert { .. } => {
                         let run: Vec<_> = run
                             .map_while(|write| {
-                                let FamilyWrite::OriginInsert { key, origins } = write else { return None };
+                                let FamilyWrite::OriginInsert { key, origins } = write else {
+                                    return None;
+                                };
                                 Some((*key, **origins))
                             })
                             .collect();
-                        maps.origins.insert_many(&run).map_err(|e| Error::map("write", origins, e))?;
+                        maps.origins
+                            .insert_many(&run)
+                            .map_err(|e| Error::map("write", origins, e))?;
                         Ok(run.len())
                     }
                     FamilyWrite::OriginRemove { .. } => {
@@ -113,7 +125,9 @@ macro_rules! kernel_stack {
                                 Some(*key)
                             })
                             .collect();
-                        maps.origins.remove_many(&run).map_err(|e| Error::map("write", origins, e))?;
+                        maps.origins
+                            .remove_many(&run)
+                            .map_err(|e| Error::map("write", origins, e))?;
                         Ok(run.len())
                     }
                     FamilyWrite::SourceInsert { .. } => {
@@ -123,7 +137,9 @@ macro_rules! kernel_stack {
                                 Some((trie_key(key), PERMITTED))
                             })
                             .collect();
-                        maps.source_ranges.insert_many(&run).map_err(|e| Error::map("write", sources, e))?;
+                        maps.source_ranges
+                            .insert_many(&run)
+                            .map_err(|e| Error::map("write", sources, e))?;
                         Ok(run.len())
                     }
                     FamilyWrite::SourceRemove { .. } => {
@@ -133,7 +149,9 @@ macro_rules! kernel_stack {
                                 Some(trie_key(key))
                             })
                             .collect();
-                        maps.source_ranges.remove_many(&run).map_err(|e| Error::map("write", sources, e))?;
+                        maps.source_ranges
+                            .remove_many(&run)
+                            .map_err(|e| Error::map("write", sources, e))?;
                         Ok(run.len())
                     }
                     FamilyWrite::NodeInsert { address, node } => maps
@@ -151,10 +169,12 @@ macro_rules! kernel_stack {
                     }
                     FamilyWrite::BackendFlags { id, flags } => {
                         let offset = offset_of!(Backend<<$family as Family>::Address>, flags);
-                        stored(backends, *id, maps.backends.set_u32(*id, offset, *flags)).map(|()| 1)
+                        stored(backends, *id, maps.backends.set_u32(*id, offset, *flags))
+                            .map(|()| 1)
                     }
                     FamilyWrite::ClearBackend { id } => {
-                        stored(backends, *id, maps.backends.set(*id, &Backend::default())).map(|()| 1)
+                        stored(backends, *id, maps.backends.set(*id, &Backend::default()))
+                            .map(|()| 1)
                     }
                 }
             }
@@ -176,7 +196,8 @@ macro_rules! kernel_stack {
 
             fn frontends(maps: &Maps) -> Result<BTreeSet<ServiceKey<Self::Address>>, Error> {
                 let entries = maps.$field.services.entries();
-                let entries = entries.map_err(|e| Error::map("read", concat!("services_", $suffix), e))?;
+                let entries =
+                    entries.map_err(|e| Error::map("read", concat!("services_", $suffix), e))?;
                 Ok(entries.into_iter().map(|(key, _)| key).collect())
             }
 
@@ -198,7 +219,8 @@ macro_rules! kernel_stack {
 
             fn forget(maps: &Maps, keys: &[Tuple<Self::Address>]) -> Result<(), Error> {
                 let maps = &maps.$field;
-                let removed = maps.flows.remove_many(keys).and_then(|()| maps.embryonic.remove_many(keys));
+                let removed =
+                    maps.flows.remove_many(keys).and_then(|()| maps.embryonic.remove_many(keys));
                 let before = maps.previous.iter().flatten();
                 removed
                     .and_then(|()| before.map(|table| table.remove_many(keys)).collect())
@@ -249,7 +271,8 @@ macro_rules! kernel_stack {
 kernel_stack!(V4, v4, "v4");
 kernel_stack!(V6, v6, "v6");
 
-/// The bits of a trie's key that are the service port's: a service port shares no range with another.
+/// The bits of a trie's key that are the service port's: a service port shares no range with
+/// another.
 const PORT_BITS: u32 = u32::BITS;
 
 fn trie_key<A: Copy>(key: &SourceKey<A>) -> TrieKey<SourceRange<A>> {
@@ -294,15 +317,15 @@ impl Kernel {
         match first {
             Write::V4(_) => V4::run(
                 maps,
-                writes
-                    .iter()
-                    .map_while(|write| if let Write::V4(write) = write { Some(write) } else { None }),
+                writes.iter().map_while(|write| {
+                    if let Write::V4(write) = write { Some(write) } else { None }
+                }),
             ),
             Write::V6(_) => V6::run(
                 maps,
-                writes
-                    .iter()
-                    .map_while(|write| if let Write::V6(write) = write { Some(write) } else { None }),
+                writes.iter().map_while(|write| {
+                    if let Write::V6(write) = write { Some(write) } else { None }
+                }),
             ),
             Write::Name { .. } => {
                 let names = writes.iter().map_while(|write| {
@@ -310,7 +333,9 @@ impl Kernel {
                     Some((*service_port, **name))
                 });
                 let run: Vec<_> = names.collect();
-                maps.names.insert_many(&run).map_err(|error| Error::map("write", "names", error))?;
+                maps.names
+                    .insert_many(&run)
+                    .map_err(|error| Error::map("write", "names", error))?;
                 Ok(run.len())
             }
             Write::ClearName { service_port } => maps
@@ -326,20 +351,26 @@ impl Kernel {
             Write::Port { service_port, affinity_seconds, flags } => {
                 let ports = &maps.ports;
                 // Aligned words of their own: the ranges beside them stay as they are.
-                let done = ports.set_u32(
-                    *service_port,
-                    offset_of!(ServicePort, affinity_seconds),
-                    *affinity_seconds,
-                ) && ports.set_u32(*service_port, offset_of!(ServicePort, flags), *flags);
+                let done =
+                    ports.set_u32(
+                        *service_port,
+                        offset_of!(ServicePort, affinity_seconds),
+                        *affinity_seconds,
+                    ) && ports.set_u32(*service_port, offset_of!(ServicePort, flags), *flags);
                 stored("ports", *service_port, done).map(|()| 1)
             }
             Write::Range { service_port, class, range } => {
                 let offset = offset_of!(ServicePort, ranges) + 8 * *class as usize;
-                stored("ports", *service_port, maps.ports.set_u64(*service_port, offset, range.0)).map(|()| 1)
+                stored("ports", *service_port, maps.ports.set_u64(*service_port, offset, range.0))
+                    .map(|()| 1)
             }
             Write::ClearPort { service_port } => {
                 let done = (0..3).all(|class| {
-                    maps.ports.set_u64(*service_port, offset_of!(ServicePort, ranges) + 8 * class, 0)
+                    maps.ports.set_u64(
+                        *service_port,
+                        offset_of!(ServicePort, ranges) + 8 * class,
+                        0,
+                    )
                 }) && maps.ports.set(*service_port, &ServicePort::default());
                 stored("ports", *service_port, done).map(|()| 1)
             }
@@ -370,23 +401,29 @@ impl Kernel {
     }
 
     fn read_image(&self) -> Result<Image, Error> {
-        let names = self.maps.names.entries().map_err(|error| Error::map("read", "names", error))?;
-        let mut image = Image { v4: V4::read(&self.maps)?, v6: V6::read(&self.maps)?, ..Image::default() };
+        let names =
+            self.maps.names.entries().map_err(|error| Error::map("read", "names", error))?;
+        let mut image =
+            Image { v4: V4::read(&self.maps)?, v6: V6::read(&self.maps)?, ..Image::default() };
         for (service_port, name) in names {
             let port = self.maps.ports.get(service_port).unwrap_or_default();
             for range in port.ranges.map(Range).into_iter().filter(|range| range.size() > 0) {
-                let _ = image.slots.entry(range.start()).or_insert_with(|| read_slots(&self.maps, range));
+                let _ = image
+                    .slots
+                    .entry(range.start())
+                    .or_insert_with(|| read_slots(&self.maps, range));
             }
             let _ = image.ports.insert(service_port, port);
             let _ = image.names.insert(service_port, name);
         }
-        let node_ports =
-            (0..self.maps.node_ports.len()).filter_map(|word| Some((word, self.maps.node_ports.get(word)?)));
+        let node_ports = (0..self.maps.node_ports.len())
+            .filter_map(|word| Some((word, self.maps.node_ports.get(word)?)));
         image.node_ports.extend(node_ports.filter(|(_, bits)| *bits != 0));
         for word in 0..ADDRESS_WORDS {
             let bits = self.maps.addresses.get(word).unwrap_or_default();
             if bits != 0 {
-                let lanes = (0..16_u32).map(|lane| (word * 16 + lane, (bits >> (lane * 4) & 0xf) as u8));
+                let lanes =
+                    (0..16_u32).map(|lane| (word * 16 + lane, (bits >> (lane * 4) & 0xf) as u8));
                 image.lanes.extend(lanes.filter(|(_, bits)| *bits != 0));
             }
         }
@@ -407,8 +444,9 @@ fn read_slot(slots: &Array<sluice_common::abi::SlotBlock>, slot: u32) -> u32 {
 
 /// Waits until every program that began before has ended.
 ///
-/// BPF programs run with preemption or migration off inside an RCU read section; the barrier
-/// waits for all of them. Kernels with `nohz_full` CPUs refuse it: there a second is longer than any packet.
+/// BPF programs run with preemption or migration off inside an RCU read section; the barrier waits
+/// for all of them. Kernels with `nohz_full` CPUs refuse it: there a second is longer than any
+/// packet.
 fn grace() {
     const GLOBAL: libc::c_long = 1;
     // SAFETY: no pointers.
@@ -432,7 +470,8 @@ impl Dataplane for Kernel {
 
     fn read(&self) -> Result<Image, ReadError> {
         self.read_image().map_err(|cause| {
-            let map = if let Error::Map { map, .. } = &cause { map.clone() } else { "(any)".to_owned() };
+            let map =
+                if let Error::Map { map, .. } = &cause { map.clone() } else { "(any)".to_owned() };
             ReadError { map, cause: Box::new(cause) }
         })
     }

@@ -1,11 +1,14 @@
-//! A change of layout in rounds (see [`previous`]): which programs are next, and what is done between two rounds.
+//! A change of layout in rounds (see [`previous`]): which programs are next, and what is done
+//! between two rounds.
 //!
 //! ```text
 //! upgrade:    (those of the previous version) -> write the previous -> write this one -> settled
-//! downgrade:  settled -> write this one -> write the previous, and stay so for the previous version to take over
+//! downgrade:  settled -> write this one -> write the previous, and stay so for the previous
+//!             version to take over
 //! ```
 //!
-//! In each round all programs are replaced. Entries are moved when nobody writes where they come from any more.
+//! In each round all programs are replaced. Entries are moved when nobody writes where they come
+//! from any more.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -185,7 +188,8 @@ where
 {
     let before: Table<K, V::Before> = maps::table(before, map)?;
     let now: Table<K, V> = maps::table(now, map)?;
-    let moved = if up { move_all(&before, &now, V::after) } else { move_all(&now, &before, V::before) };
+    let moved =
+        if up { move_all(&before, &now, V::after) } else { move_all(&now, &before, V::before) };
     moved.map_err(|cause| Error::map("move the entries of", map, cause))
 }
 
@@ -218,7 +222,8 @@ pub(super) fn old_name(map: &str) -> String {
     format!("{}{map}", previous::PREFIX)
 }
 
-/// Where the maps of the previous layout lie beside those of a folder of this one, if they are in use.
+/// Where the maps of the previous layout lie beside those of a folder of this one, if they are in
+/// use.
 pub(super) fn beside(folder: &Path) -> Option<PathBuf> {
     let root = folder.parent()?.parent()?;
     Pins::new(root).previous_maps()

@@ -17,7 +17,8 @@ use super::object::{self, Spec};
 use super::pins::{Found, Pins, is_kept};
 use crate::image::{Dataplane, Image, diff};
 
-/// Programs for devices that many nodes have none of. To verify each takes a fifth of a second and tens of megabytes for that time.
+/// Programs for devices that many nodes have none of. To verify each takes a fifth of a second and
+/// tens of megabytes for that time.
 const ON_DEMAND: [&str; 3] = ["tc_ingress_l3", "tc_egress_l3", "xdp_uplink"];
 
 /// The verified programs.
@@ -68,7 +69,8 @@ impl Loader {
         &self.folder
     }
 
-    /// Loads every program that all nodes need, with the maps of the previous layout from the folder `before`.
+    /// Loads every program that all nodes need, with the maps of the previous layout from the
+    /// folder `before`.
     ///
     /// # Errors
     ///
@@ -81,7 +83,8 @@ impl Loader {
         }
         let mut sizes = self.sizes.clone();
         if before.is_some() {
-            let same = self.sizes.iter().filter(|(name, _)| previous::CHANGED.contains(&name.as_str()));
+            let same =
+                self.sizes.iter().filter(|(name, _)| previous::CHANGED.contains(&name.as_str()));
             sizes.extend(same.map(|(name, size)| (old_name(name), *size)));
         }
         let mut ebpf = load_object(self.object, &pins, &sizes, round)?;
@@ -110,7 +113,12 @@ pub struct Loaded {
 /// # Errors
 ///
 /// When the object, the BPF file system, a map or a program is refused.
-pub fn load(pins: &Pins, sizes: &BTreeMap<String, u32>, xdp: Xdp, layout: Layout) -> Result<Loaded, Error> {
+pub fn load(
+    pins: &Pins,
+    sizes: &BTreeMap<String, u32>,
+    xdp: Xdp,
+    layout: Layout,
+) -> Result<Loaded, Error> {
     let object = object::bytes()?;
     let specs = object::specs(object, sizes)?;
     lift_memlock();
@@ -121,7 +129,8 @@ pub fn load(pins: &Pins, sizes: &BTreeMap<String, u32>, xdp: Xdp, layout: Layout
     let folder = match &found {
         Found::Nothing | Found::Fitting => {
             let folder = pins.maps();
-            std::fs::create_dir_all(&folder).map_err(|cause| Error::pin("create", &folder, cause))?;
+            std::fs::create_dir_all(&folder)
+                .map_err(|cause| Error::pin("create", &folder, cause))?;
             folder
         }
         Found::Differing(maps) => {
@@ -167,8 +176,11 @@ pub(super) fn load_object(
         let _ = loader.map_pin_path(map, path);
     }
     // Nobody asks them in this round; the object has them all the same.
-    let idle: Vec<String> =
-        previous::CHANGED.iter().map(|map| old_name(map)).filter(|map| !pins.contains_key(map)).collect();
+    let idle: Vec<String> = previous::CHANGED
+        .iter()
+        .map(|map| old_name(map))
+        .filter(|map| !pins.contains_key(map))
+        .collect();
     for map in &idle {
         let _ = loader.map_max_entries(map, 1);
     }
@@ -210,8 +222,12 @@ pub(super) fn verify(name: &str, program: &mut Program) -> Result<(), Error> {
             what: format!("program {name}"),
             hint: match os_error(&error).and_then(|error| error.raw_os_error()) {
                 Some(libc::EPERM) => hint(&std::io::Error::from_raw_os_error(libc::EPERM)),
-                Some(libc::EAGAIN) => "; signals have interrupted its verification each time: try again",
-                _ => "; the verifier of this kernel refuses the program: please report it, with `uname -r`",
+                Some(libc::EAGAIN) => {
+                    "; signals have interrupted its verification each time: try again"
+                }
+                _ => {
+                    "; the verifier of this kernel refuses the program: please report it, with `uname -r`"
+                }
             },
             cause: tail(&chain(&error)),
         }),
@@ -244,14 +260,17 @@ fn migrate(old: &Path, kernel: &mut Kernel, differing: &BTreeMap<String, String>
     {
         return true;
     }
-    let migrated = Maps::open(old, Access::Read).map_err(|error| error.to_string()).and_then(|maps| {
-        maps.copy_memory_to(kernel.maps()).map_err(|error| error.to_string())?;
-        if !is_kept("ports", differing) {
-            let image = Kernel::new(maps).read().map_err(|error| error.to_string())?;
-            kernel.apply(&diff(&Image::default(), &image)).map_err(|error| error.to_string())?;
-        }
-        Ok(())
-    });
+    let migrated =
+        Maps::open(old, Access::Read).map_err(|error| error.to_string()).and_then(|maps| {
+            maps.copy_memory_to(kernel.maps()).map_err(|error| error.to_string())?;
+            if !is_kept("ports", differing) {
+                let image = Kernel::new(maps).read().map_err(|error| error.to_string())?;
+                kernel
+                    .apply(&diff(&Image::default(), &image))
+                    .map_err(|error| error.to_string())?;
+            }
+            Ok(())
+        });
     match migrated {
         Ok(()) => true,
         Err(error) => {
@@ -285,7 +304,9 @@ fn chain(error: &dyn std::error::Error) -> String {
 fn os_error(error: &(dyn std::error::Error + 'static)) -> Option<std::io::Error> {
     let mut source = Some(error);
     while let Some(error) = source {
-        if let Some(code) = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error) {
+        if let Some(code) =
+            error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error)
+        {
             return Some(std::io::Error::from_raw_os_error(code));
         }
         source = error.source();

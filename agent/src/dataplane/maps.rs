@@ -5,9 +5,10 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, BackendCounters, CallerKey, Device, Flow, Ipv4Address, Ipv6Address, Name,
-    Networks, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey, RouteMtu,
-    Service, ServiceKey, ServicePort, Settings, SlotBlock, SocketCounters, SourceRange, Tuple, previous,
+    Affinity, AffinityKey, Backend, BackendCounters, CallerKey, Device, Flow, Ipv4Address,
+    Ipv6Address, Name, Networks, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey,
+    RejectBucket, RejectKey, RouteMtu, Service, ServiceKey, ServicePort, Settings, SlotBlock,
+    SocketCounters, SourceRange, Tuple, previous,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -91,13 +92,17 @@ fn open(folder: &Path, name: &str) -> Result<std::os::fd::OwnedFd, Error> {
     bpf::object_get(&path).map_err(|cause| Error::pin("open the pinned map", path, cause))
 }
 
-pub(super) fn table<K: aya::Pod, V: aya::Pod>(folder: &Path, name: &str) -> Result<Table<K, V>, Error> {
+pub(super) fn table<K: aya::Pod, V: aya::Pod>(
+    folder: &Path,
+    name: &str,
+) -> Result<Table<K, V>, Error> {
     Table::new(open(folder, name)?).map_err(|cause| Error::map("use the pinned", name, cause))
 }
 
 fn array<T: aya::Pod>(folder: &Path, name: &str, access: Access) -> Result<Array<T>, Error> {
     let fd = open(folder, name)?;
-    Array::new(fd.as_fd(), access == Access::Write).map_err(|cause| Error::map("use the pinned", name, cause))
+    Array::new(fd.as_fd(), access == Access::Write)
+        .map_err(|cause| Error::map("use the pinned", name, cause))
 }
 
 /// The parts of opening and reading that need the family's types to be plain data.

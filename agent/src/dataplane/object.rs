@@ -69,8 +69,12 @@ impl From<MapInfo> for Spec {
 /// # Errors
 ///
 /// When the object cannot be read.
-pub(super) fn specs(object: &[u8], sizes: &BTreeMap<String, u32>) -> Result<BTreeMap<String, Spec>, Error> {
-    let object = aya_obj::Object::parse(object).map_err(|error| Error::Object(error.to_string()))?;
+pub(super) fn specs(
+    object: &[u8],
+    sizes: &BTreeMap<String, u32>,
+) -> Result<BTreeMap<String, Spec>, Error> {
+    let object =
+        aya_obj::Object::parse(object).map_err(|error| Error::Object(error.to_string()))?;
     let specs = object.maps.iter().map(|(name, map)| {
         let spec = Spec {
             kind: map.map_type(),
@@ -82,7 +86,9 @@ pub(super) fn specs(object: &[u8], sizes: &BTreeMap<String, u32>) -> Result<BTre
         (name.clone(), spec)
     });
     // Global data has maps of its own (".rodata"), which belong to one load and are not pinned.
-    Ok(specs.filter(|(name, _)| !name.starts_with('.') && !name.starts_with(previous::PREFIX)).collect())
+    Ok(specs
+        .filter(|(name, _)| !name.starts_with('.') && !name.starts_with(previous::PREFIX))
+        .collect())
 }
 
 /// Every map that the object has in the previous layout too, by the name that it has in that one.
@@ -91,7 +97,8 @@ pub(super) fn specs(object: &[u8], sizes: &BTreeMap<String, u32>) -> Result<BTre
 ///
 /// When the object cannot be read.
 pub(super) fn previous_specs(object: &[u8]) -> Result<BTreeMap<String, Spec>, Error> {
-    let object = aya_obj::Object::parse(object).map_err(|error| Error::Object(error.to_string()))?;
+    let object =
+        aya_obj::Object::parse(object).map_err(|error| Error::Object(error.to_string()))?;
     let specs = object.maps.iter().filter_map(|(name, map)| {
         let spec = Spec {
             kind: map.map_type(),

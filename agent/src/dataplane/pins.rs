@@ -6,8 +6,9 @@
 //! <pin path>/v<LAYOUT>/links/<link>     what keeps the programs attached without an agent
 //! ```
 //!
-//! Beside them, while a change of layout is under way, `v<the previous LAYOUT>/maps`, which the previous version made or is
-//! to take over; most of its maps are the same as this one's, pinned twice.
+//! Beside them, while a change of layout is under way, `v<the previous LAYOUT>/maps`, which the
+//! previous version made or is to take over; most of its maps are the same as this one's, pinned
+//! twice.
 //!
 //! Names have no dots: the BPF file system reserves them.
 
@@ -49,8 +50,8 @@ const PLANNED: [&str; 15] = [
     "node_ports",
 ];
 
-/// Maps that hold nothing beyond one packet. A packet is decided about by one program, so programs of two layouts need not
-/// share them.
+/// Maps that hold nothing beyond one packet. A packet is decided about by one program, so programs
+/// of two layouts need not share them.
 const SCRATCH: [&str; 3] = ["scratch_v4", "scratch_v6", "event_scratch"];
 
 /// The folders under a pin path.
@@ -74,7 +75,11 @@ pub enum Found {
 #[must_use]
 pub fn is_kept(map: &str, differing: &BTreeMap<String, String>) -> bool {
     let planned = |name: &str| PLANNED.contains(&name);
-    if planned(map) { !differing.keys().any(|name| planned(name)) } else { !differing.contains_key(map) }
+    if planned(map) {
+        !differing.keys().any(|name| planned(name))
+    } else {
+        !differing.contains_key(map)
+    }
 }
 
 fn remove_folder(path: &Path) -> io::Result<()> {
@@ -171,14 +176,20 @@ impl Pins {
     /// When somebody else may; the error holds the command that mends it.
     pub fn check(&self) -> Result<(), Error> {
         let ours = self.other_layouts().into_iter().chain([self.version()]);
-        let below =
-            |folder: PathBuf| folder::check(&folder).and_then(|()| folder::check_below(&self.root, &folder));
+        let below = |folder: PathBuf| {
+            folder::check(&folder).and_then(|()| folder::check_below(&self.root, &folder))
+        };
         let checked = folder::check(&self.root).and_then(|()| ours.into_iter().try_for_each(below));
-        checked.map_err(|cause| Error::Pin { action: "use", path: self.root.clone(), cause, hint: "" })
+        checked.map_err(|cause| Error::Pin {
+            action: "use",
+            path: self.root.clone(),
+            cause,
+            hint: "",
+        })
     }
 
-    /// Makes sure that the pin path is a folder of a BPF file system that nobody but root may change, mounting one where
-    /// there is none.
+    /// Makes sure that the pin path is a folder of a BPF file system that nobody but root may
+    /// change, mounting one where there is none.
     ///
     /// # Errors
     ///
@@ -219,8 +230,8 @@ impl Pins {
         self.previous().map(|folder| folder.join("maps_new")).filter(|folder| folder.exists())
     }
 
-    /// Takes those maps of the previous layout that this one has unchanged; false where there are none, or some do not fit
-    /// this version: then it starts with maps of its own.
+    /// Takes those maps of the previous layout that this one has unchanged; false where there are
+    /// none, or some do not fit this version: then it starts with maps of its own.
     ///
     /// # Errors
     ///
@@ -245,8 +256,11 @@ impl Pins {
             let own = info(&to.join(name))?;
             let id = found.id;
             let misfit = if previous::CHANGED.contains(&name.as_str()) {
-                let wanted = old.get(name).map(|wanted| Spec { max_entries: found.max_entries, ..*wanted });
-                wanted.map_or(Some("it is unknown".to_owned()), |wanted| difference(&wanted, &found.into()))
+                let wanted =
+                    old.get(name).map(|wanted| Spec { max_entries: found.max_entries, ..*wanted });
+                wanted.map_or(Some("it is unknown".to_owned()), |wanted| {
+                    difference(&wanted, &found.into())
+                })
             } else if own.as_ref().is_some_and(|own| own.id != id) {
                 Some("another one has taken its place".to_owned())
             } else {
@@ -275,12 +289,15 @@ impl Pins {
     ///
     /// When the BPF file system refuses.
     pub(super) fn prepare_previous(&self) -> Result<(), Error> {
-        let Some(folder) = self.previous().map(|folder| folder.join("maps_new")) else { return Ok(()) };
+        let Some(folder) = self.previous().map(|folder| folder.join("maps_new")) else {
+            return Ok(());
+        };
         remove_folder(&folder).map_err(|cause| Error::pin("remove", &folder, cause))?;
         create(&folder)
     }
 
-    /// Adds the maps that both layouts share, and puts the folder where the previous version looks for it.
+    /// Adds the maps that both layouts share, and puts the folder where the previous version looks
+    /// for it.
     ///
     /// # Errors
     ///
@@ -339,7 +356,8 @@ impl Pins {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => Err(error),
             };
-            let pinned = info.map_err(|cause| Error::pin("inspect the pinned map", &path, cause))?.into();
+            let pinned =
+                info.map_err(|cause| Error::pin("inspect the pinned map", &path, cause))?.into();
             if let Some(text) = difference(spec, &pinned) {
                 let _ = differing.insert(name.clone(), text);
             }
@@ -347,7 +365,8 @@ impl Pins {
         Ok(if differing.is_empty() { Found::Fitting } else { Found::Differing(differing) })
     }
 
-    /// Opens the folder of new maps: those that are kept are pinned there too, the others will be made.
+    /// Opens the folder of new maps: those that are kept are pinned there too, the others will be
+    /// made.
     ///
     /// # Errors
     ///
@@ -365,7 +384,8 @@ impl Pins {
         Ok(to)
     }
 
-    /// Pins new maps that the old ones lack beside those too, so that all of them can be opened: the version before may have had fewer.
+    /// Pins new maps that the old ones lack beside those too, so that all of them can be opened:
+    /// the version before may have had fewer.
     ///
     /// # Errors
     ///
@@ -378,8 +398,8 @@ impl Pins {
         Ok(())
     }
 
-    /// Puts the new maps, if any, in the place of the old ones and removes other layouts, but for the previous one if it is
-    /// to stay: to be called when every program uses the new maps.
+    /// Puts the new maps, if any, in the place of the old ones and removes other layouts, but for
+    /// the previous one if it is to stay: to be called when every program uses the new maps.
     ///
     /// # Errors
     ///
@@ -395,13 +415,16 @@ impl Pins {
         };
         swap().map_err(|cause| Error::pin("replace", &maps, cause))?;
         let kept = self.previous().filter(|_| with_previous);
-        for folder in self.other_layouts().into_iter().filter(|folder| Some(folder) != kept.as_ref()) {
+        for folder in
+            self.other_layouts().into_iter().filter(|folder| Some(folder) != kept.as_ref())
+        {
             remove_folder(&folder).map_err(|cause| Error::pin("remove", &folder, cause))?;
         }
         Ok(())
     }
 
-    /// Removes every pin and the folders, this layout's and others'; returns whether there were any.
+    /// Removes every pin and the folders, this layout's and others'; returns whether there were
+    /// any.
     ///
     /// # Errors
     ///
@@ -423,7 +446,9 @@ impl Pins {
             {
                 Ok(found)
             }
-            result => result.map(|()| found).map_err(|cause| Error::pin("remove", &self.root, cause)),
+            result => {
+                result.map(|()| found).map_err(|cause| Error::pin("remove", &self.root, cause))
+            }
         }
     }
 }
@@ -445,8 +470,9 @@ fn mount_bpffs(target: &Path) -> Result<(), Error> {
     // The kernel's default would let everybody make folders in it.
     let options = c"mode=0700";
     // SAFETY: every string ends with a zero and outlives the call.
-    let result =
-        unsafe { libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, options.as_ptr().cast()) };
+    let result = unsafe {
+        libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, options.as_ptr().cast())
+    };
     if result == 0 {
         tracing::info!(path = %target.display(), "mounted a BPF file system");
         return Ok(());
@@ -477,7 +503,8 @@ mod tests {
 
     #[test]
     fn a_layout_changes_only_what_can_be_moved() {
-        // What the plan writes would need a way to read the image of the previous layout: sources may be away for long.
+        // What the plan writes would need a way to read the image of the previous layout: sources
+        // may be away for long.
         assert!(previous::CHANGED.iter().all(|map| previous::MOVED.contains(map)));
         assert!(previous::LAYOUT.is_none_or(|layout| layout < LAYOUT));
         assert!(PLANNED.iter().all(|map| !previous::MOVED.contains(map)));

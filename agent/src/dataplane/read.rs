@@ -148,7 +148,10 @@ impl Maps {
         v4: &Networks<Ipv4Address>,
         v6: &Networks<Ipv6Address>,
     ) -> Result<(), Error> {
-        self.v4.networks.insert(&0, v4).map_err(|cause| Error::map("write", "networks_v4", cause))?;
+        self.v4
+            .networks
+            .insert(&0, v4)
+            .map_err(|cause| Error::map("write", "networks_v4", cause))?;
         self.v6.networks.insert(&0, v6).map_err(|cause| Error::map("write", "networks_v6", cause))
     }
 
@@ -162,8 +165,14 @@ impl Maps {
             backends: self.v4.backends.len().min(self.v6.backends.len()),
             services: left(self.v4.services.max_entries(), self.v6.services.max_entries()),
             slot_blocks: self.slots.len(),
-            source_ranges: left(self.v4.source_ranges.max_entries(), self.v6.source_ranges.max_entries()),
-            node_addresses: left(self.v4.node_addresses.max_entries(), self.v6.node_addresses.max_entries()),
+            source_ranges: left(
+                self.v4.source_ranges.max_entries(),
+                self.v6.source_ranges.max_entries(),
+            ),
+            node_addresses: left(
+                self.v4.node_addresses.max_entries(),
+                self.v6.node_addresses.max_entries(),
+            ),
             ..Sizes::default()
         }
     }
@@ -174,10 +183,16 @@ impl Maps {
     ///
     /// When a map cannot be read.
     pub fn fill(&self, image: &Image) -> Result<Vec<Fill>, Error> {
-        let blocks: u64 =
-            image.slots.values().map(|slots| slots.len().div_ceil(SLOTS_PER_BLOCK as usize) as u64).sum();
-        let of_image =
-            |map, entries: usize, max: u32| Fill { map, entries: entries as u64, max: u64::from(max) };
+        let blocks: u64 = image
+            .slots
+            .values()
+            .map(|slots| slots.len().div_ceil(SLOTS_PER_BLOCK as usize) as u64)
+            .sum();
+        let of_image = |map, entries: usize, max: u32| Fill {
+            map,
+            entries: entries as u64,
+            max: u64::from(max),
+        };
         Ok(vec![
             of_image("services_v4", image.v4.services.len(), self.v4.services.max_entries()),
             of_image("services_v6", image.v6.services.len(), self.v6.services.max_entries()),
@@ -185,8 +200,16 @@ impl Maps {
             Fill { map: "slots", entries: blocks, max: u64::from(self.slots.len()) },
             of_image("backends_v4", image.v4.backends.len(), self.v4.backends.len() - 1),
             of_image("backends_v6", image.v6.backends.len(), self.v6.backends.len() - 1),
-            of_image("source_ranges_v4", image.v4.source_ranges.len(), self.v4.source_ranges.max_entries()),
-            of_image("source_ranges_v6", image.v6.source_ranges.len(), self.v6.source_ranges.max_entries()),
+            of_image(
+                "source_ranges_v4",
+                image.v4.source_ranges.len(),
+                self.v4.source_ranges.max_entries(),
+            ),
+            of_image(
+                "source_ranges_v6",
+                image.v6.source_ranges.len(),
+                self.v6.source_ranges.max_entries(),
+            ),
             of_image(
                 "node_addresses_v4",
                 image.v4.node_addresses.len(),
@@ -243,10 +266,15 @@ where
     Flow<A>: Moved<Before = previous::Flow<A>>,
 {
     let entries = read("the previous layout's flows", table.entries())?.into_iter();
-    Ok(entries.map(|(tuple, flow)| FlowEntry { tuple, flow: Flow::after(&flow), embryonic }).collect())
+    Ok(entries
+        .map(|(tuple, flow)| FlowEntry { tuple, flow: Flow::after(&flow), embryonic })
+        .collect())
 }
 
-fn counted<K: aya::Pod, V: aya::Pod>(map: &'static str, table: &Table<K, V>) -> Result<Fill, Error> {
+fn counted<K: aya::Pod, V: aya::Pod>(
+    map: &'static str,
+    table: &Table<K, V>,
+) -> Result<Fill, Error> {
     let entries = read(map, table.count())?;
     Ok(Fill { map, entries, max: u64::from(table.max_entries()) })
 }

@@ -37,7 +37,8 @@ where
 
     fn write(&mut self, wanted: &BTreeMap<TrieKey<A>, RouteMtu>) -> Result<(), Error> {
         let failed = |cause| Error::map("write", self.name, cause);
-        let gone: Vec<_> = self.held.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
+        let gone: Vec<_> =
+            self.held.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
         for key in gone {
             self.table.remove(&key).map_err(failed)?;
             let _ = self.held.remove(&key);
@@ -61,7 +62,10 @@ impl RouteMtus {
     ///
     /// When one is missing, has another layout, or cannot be read.
     pub fn open(folder: &Path) -> Result<Self, Error> {
-        Ok(Self { v4: Trie::open(folder, "route_mtus_v4")?, v6: Trie::open(folder, "route_mtus_v6")? })
+        Ok(Self {
+            v4: Trie::open(folder, "route_mtus_v4")?,
+            v6: Trie::open(folder, "route_mtus_v6")?,
+        })
     }
 
     /// Makes the maps hold these routes and no others.

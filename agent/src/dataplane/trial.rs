@@ -1,5 +1,5 @@
-//! Tries what the kernel takes, and leaves nothing: programs are loaded and not pinned, hooks are held by descriptors
-//! alone, so that all of it ends with the process, however that ends.
+//! Tries what the kernel takes, and leaves nothing: programs are loaded and not pinned, hooks are
+//! held by descriptors alone, so that all of it ends with the process, however that ends.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -33,7 +33,8 @@ impl Trial {
     pub(crate) fn load() -> Result<Self, Error> {
         let object = object::bytes()?;
         load::lift_memlock();
-        let mut ebpf = load::load_object(object, &BTreeMap::new(), &BTreeMap::new(), Round::Settled)?;
+        let mut ebpf =
+            load::load_object(object, &BTreeMap::new(), &BTreeMap::new(), Round::Settled)?;
         let mut programs = BTreeMap::new();
         for (name, program) in ebpf.programs_mut() {
             let result = load::verify(name, program).map(|()| instructions(program));
@@ -42,7 +43,8 @@ impl Trial {
         Ok(Self { ebpf, programs })
     }
 
-    /// Program -> how many instructions the verifier went through, where the kernel tells; or why it was refused.
+    /// Program -> how many instructions the verifier went through, where the kernel tells; or why
+    /// it was refused.
     pub(crate) fn programs(&self) -> &BTreeMap<String, Result<Option<u32>, Error>> {
         &self.programs
     }
@@ -60,13 +62,19 @@ impl Trial {
     }
 
     fn fd(&self, name: &str) -> io::Result<BorrowedFd<'_>> {
-        let missing = || io::Error::new(io::ErrorKind::NotFound, format!("the program {name} is not loaded"));
+        let missing =
+            || io::Error::new(io::ErrorKind::NotFound, format!("the program {name} is not loaded"));
         let program = self.ebpf.program(name).ok_or_else(missing)?;
         program.fd().map(AsFd::as_fd).map_err(|_| missing())
     }
 
     /// Attaches a classifier by a TCX link, as long as the descriptor lives.
-    pub(crate) fn tcx(&self, device: u32, direction: Direction, header: &str) -> io::Result<OwnedFd> {
+    pub(crate) fn tcx(
+        &self,
+        device: u32,
+        direction: Direction,
+        header: &str,
+    ) -> io::Result<OwnedFd> {
         let (attach_type, place) = match direction {
             Direction::Ingress => (hooks::TCX_INGRESS, bpf::BEFORE),
             Direction::Egress => (hooks::TCX_EGRESS, bpf::AFTER),
@@ -82,8 +90,10 @@ impl Trial {
 
     /// Attaches XDP, as long as the descriptor lives.
     pub(crate) fn xdp(&self, device: u32, how: How) -> io::Result<OwnedFd> {
-        let flags =
-            hooks::XDP_MODES.iter().find(|(mode, _, _)| *mode == how).map_or(0, |(_, _, flags)| *flags);
+        let flags = hooks::XDP_MODES
+            .iter()
+            .find(|(mode, _, _)| *mode == how)
+            .map_or(0, |(_, _, flags)| *flags);
         bpf::link_create(self.fd("xdp_uplink")?, device, hooks::XDP, flags)
     }
 
@@ -93,7 +103,10 @@ impl Trial {
             let program = self.fd(name)?;
             bpf::link_create(program, cgroup.as_raw_fd().cast_unsigned(), attach_type, 0).map(drop)
         };
-        hooks::CGROUP.into_iter().map(|(name, attach_type)| (name, attach((name, attach_type)))).collect()
+        hooks::CGROUP
+            .into_iter()
+            .map(|(name, attach_type)| (name, attach((name, attach_type))))
+            .collect()
     }
 
     /// Pins a program and removes the pin: whether a BPF file system takes pins.
@@ -133,7 +146,9 @@ pub(crate) fn lacks_tcx(error: &io::Error) -> bool {
 
 /// The names of the programs at the TCX hooks of a device.
 pub(crate) fn at_device(device: u32) -> Vec<String> {
-    names([hooks::TCX_INGRESS, hooks::TCX_EGRESS].map(|attach_type| bpf::query(device, attach_type)))
+    names(
+        [hooks::TCX_INGRESS, hooks::TCX_EGRESS].map(|attach_type| bpf::query(device, attach_type)),
+    )
 }
 
 /// The names of the programs at a device's ingress alone.
@@ -144,7 +159,8 @@ pub(crate) fn at_ingress(device: u32) -> Vec<String> {
 /// The names of the programs at those of a cgroup's hooks that we use and that can change a call.
 pub(crate) fn at_cgroup(cgroup: &File) -> Vec<String> {
     let target = cgroup.as_raw_fd().cast_unsigned();
-    let changing = hooks::CGROUP.into_iter().filter(|(_, attach_type)| *attach_type != hooks::SOCK_OPS);
+    let changing =
+        hooks::CGROUP.into_iter().filter(|(_, attach_type)| *attach_type != hooks::SOCK_OPS);
     names(changing.map(|(_, attach_type)| bpf::query(target, attach_type)))
 }
 
@@ -153,7 +169,8 @@ fn names(asked: impl IntoIterator<Item = io::Result<Vec<u32>>>) -> Vec<String> {
     asked.into_iter().flatten().flatten().map(program_name).collect()
 }
 
-/// The name of a loaded program, or its id: who has no CAP_SYS_ADMIN is told of programs by their ids alone.
+/// The name of a loaded program, or its id: who has no CAP_SYS_ADMIN is told of programs by their
+/// ids alone.
 pub(crate) fn program_name(id: u32) -> String {
     bpf::program_name(id).ok().filter(|name| !name.is_empty()).unwrap_or_else(|| by_id(id))
 }

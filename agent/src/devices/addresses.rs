@@ -1,5 +1,5 @@
-//! The node's own addresses: which there are, as which one clients are shown to backends, where node ports are
-//! served, and which are somebody else's business.
+//! The node's own addresses: which there are, as which one clients are shown to backends, where
+//! node ports are served, and which are somebody else's business.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -65,13 +65,15 @@ pub(super) fn is_global(address: &IpAddr) -> bool {
 
 /// As which addresses clients are shown to backends behind a device that has these addresses.
 ///
-/// Addresses that the node is known by come first; else those that the kernel would take itself (not deprecated, of
-/// wide scope, primary), and before others those with a network: an address alone is often a VIP that comes and goes.
-/// What is left to choose is chosen by the kernel's order, for IPv6 by number, since there its order is newest first.
+/// Addresses that the node is known by come first; else those that the kernel would take itself
+/// (not deprecated, of wide scope, primary), and before others those with a network: an address
+/// alone is often a VIP that comes and goes. What is left to choose is chosen by the kernel's
+/// order, for IPv6 by number, since there its order is newest first.
 #[must_use]
 pub fn masquerade(addresses: &[LinkAddress], known: &[IpAddr]) -> PerFamily {
-    let usable =
-        |found: &&LinkAddress| is_global(&found.address) && !found.unusable && found.scope < SCOPE_HOST;
+    let usable = |found: &&LinkAddress| {
+        is_global(&found.address) && !found.unusable && found.scope < SCOPE_HOST
+    };
     let mut candidates: Vec<&LinkAddress> = addresses.iter().filter(usable).collect();
     candidates.sort_by_key(|found| {
         let alone = found.prefix == if found.address.is_ipv4() { 32 } else { 128 };
@@ -79,14 +81,16 @@ pub fn masquerade(addresses: &[LinkAddress], known: &[IpAddr]) -> PerFamily {
             IpAddr::V4(_) => None,
             IpAddr::V6(address) => Some(address),
         };
-        let known = known.iter().position(|address| *address == found.address).unwrap_or(usize::MAX);
+        let known =
+            known.iter().position(|address| *address == found.address).unwrap_or(usize::MAX);
         (known, found.deprecated, found.scope, found.secondary, alone, number)
     });
     PerFamily::first(candidates.into_iter().map(|found| found.address))
 }
 
-/// The node's primary address of each family: as a person says; else the first of the Node object's that a device has;
-/// else that of the device with the default route, of another uplink, of the loopback device.
+/// The node's primary address of each family: as a person says; else the first of the Node object's
+/// that a device has; else that of the device with the default route, of another uplink, of the
+/// loopback device.
 #[must_use]
 pub fn primary(facts: &Facts, roles: &BTreeMap<u32, Role>, rules: &Rules) -> PerFamily {
     let local = addresses_of_the_node(facts, roles);
@@ -103,10 +107,9 @@ pub fn primary(facts: &Facts, roles: &BTreeMap<u32, Role>, rules: &Rules) -> Per
 
 /// The global addresses of all devices that belong to the node itself.
 fn addresses_of_the_node(facts: &Facts, roles: &BTreeMap<u32, Role>) -> BTreeSet<IpAddr> {
-    let own = facts
-        .addresses
-        .iter()
-        .filter(|(index, _)| roles.get(index) != Some(&Role::Edge) && !holds_vips_only(facts, **index));
+    let own = facts.addresses.iter().filter(|(index, _)| {
+        roles.get(index) != Some(&Role::Edge) && !holds_vips_only(facts, **index)
+    });
     own.flat_map(|(_, addresses)| addresses).map(|found| found.address).filter(is_global).collect()
 }
 
@@ -117,8 +120,8 @@ fn holds_vips_only(facts: &Facts, device: u32) -> bool {
 
 /// Every address that is local to the node -> whether node ports are served there.
 ///
-/// Loopback and link-local addresses are in it only where node ports are served; those of an edge's link never, since each pod
-/// has such a link.
+/// Loopback and link-local addresses are in it only where node ports are served; those of an edge's
+/// link never, since each pod has such a link.
 #[must_use]
 pub fn local(
     facts: &Facts,
@@ -143,8 +146,8 @@ pub fn local(
         .collect()
 }
 
-/// The addresses that are left to whoever has them on a device of this node: those of NodeLocal DNSCache, and those
-/// that a person lists.
+/// The addresses that are left to whoever has them on a device of this node: those of NodeLocal
+/// DNSCache, and those that a person lists.
 #[must_use]
 pub fn left_alone(facts: &Facts, policy: &Policy) -> BTreeSet<IpAddr> {
     let mut left = BTreeSet::new();
@@ -180,7 +183,8 @@ pub fn strays(
         let is_of_all = link.loopback || super::DEAD_ENDS.contains(&link.kind.as_str());
         matches!(role, Some(Role::Uplink | Role::Fabric)) || role != Some(&Role::Edge) && is_of_all
     };
-    let known: BTreeSet<IpAddr> = rules.policy.node_addresses.iter().chain(&rules.node).copied().collect();
+    let known: BTreeSet<IpAddr> =
+        rules.policy.node_addresses.iter().chain(&rules.node).copied().collect();
     let has_family = |family_of: IpAddr| {
         let mut of_family = known.iter().filter(|address| address.is_ipv4() == family_of.is_ipv4());
         of_family.any(|address| holder(*address).is_some())
@@ -189,7 +193,9 @@ pub fn strays(
         .iter()
         .filter_map(|address| match holder(*address) {
             Some(link) if is_found(link) => None,
-            Some(link) => Some((*address, Some((link.name.clone(), roles.get(&link.index).copied())))),
+            Some(link) => {
+                Some((*address, Some((link.name.clone(), roles.get(&link.index).copied()))))
+            }
             None if has_family(*address) => None,
             None => Some((*address, None)),
         })
@@ -225,7 +231,8 @@ mod tests {
     /// `10.0.0.1/24` with words: `secondary`, `deprecated`, `unusable`, `link`, `host`.
     fn address(text: &str) -> LinkAddress {
         let mut words = text.split(' ');
-        let (address, prefix) = words.next().and_then(|word| word.split_once('/')).expect("an address");
+        let (address, prefix) =
+            words.next().and_then(|word| word.split_once('/')).expect("an address");
         let words: Vec<&str> = words.collect();
         let scope = if words.contains(&"link") { 253 } else { 0 };
         LinkAddress {
@@ -248,7 +255,10 @@ mod tests {
 
     fn words(found: PerFamily) -> (String, String) {
         let word = |address: Option<String>| address.unwrap_or_default();
-        (word(found.v4.map(|address| address.to_string())), word(found.v6.map(|address| address.to_string())))
+        (
+            word(found.v4.map(|address| address.to_string())),
+            word(found.v6.map(|address| address.to_string())),
+        )
     }
 
     #[test]
@@ -256,7 +266,12 @@ mod tests {
         // What the device has, what the node is known by -> IPv4, IPv6.
         let table: [(&[&str], &[&str], &str, &str); 9] = [
             (&[], &[], "", ""),
-            (&["127.0.0.1/8 host", "169.254.1.1/16", "::1/128 host", "fe80::1/64 link"], &[], "", ""),
+            (
+                &["127.0.0.1/8 host", "169.254.1.1/16", "::1/128 host", "fe80::1/64 link"],
+                &[],
+                "",
+                "",
+            ),
             (&["10.0.0.2/24", "10.0.0.1/24 secondary", "10.1.0.1/24"], &[], "10.0.0.2", ""),
             (&["10.0.0.1/24 deprecated", "10.1.0.1/24"], &[], "10.1.0.1", ""),
             (&["10.0.0.1/24 link", "10.1.0.1/24"], &[], "10.1.0.1", ""),
@@ -264,13 +279,23 @@ mod tests {
             (&["10.0.0.9/32", "10.0.0.1/24"], &[], "10.0.0.1", ""),
             (&["10.244.1.0/32"], &[], "10.244.1.0", ""),
             (
-                &["2001:db8::9/64", "2001:db8::2/64", "2001:db8::1/64 secondary", "2001:db8::/64 unusable"],
+                &[
+                    "2001:db8::9/64",
+                    "2001:db8::2/64",
+                    "2001:db8::1/64 secondary",
+                    "2001:db8::/64 unusable",
+                ],
                 &[],
                 "",
                 "2001:db8::2",
             ),
             (
-                &["10.0.0.1/24", "10.0.0.2/24 secondary", "2001:db8::1/64", "2001:db8::2/128 deprecated"],
+                &[
+                    "10.0.0.1/24",
+                    "10.0.0.2/24 secondary",
+                    "2001:db8::1/64",
+                    "2001:db8::2/128 deprecated",
+                ],
                 &["192.0.2.1", "2001:db8::2", "10.0.0.2"],
                 "10.0.0.2",
                 "2001:db8::2",
@@ -283,7 +308,8 @@ mod tests {
         }
     }
 
-    /// A node: loopback, two uplinks of which the second has the default route, a pod's link, a bridge of pods.
+    /// A node: loopback, two uplinks of which the second has the default route, a pod's link, a
+    /// bridge of pods.
     fn node() -> (Facts, BTreeMap<u32, Role>) {
         let devices: [(u32, &str, Option<Role>, &[&str]); 5] = [
             (1, "lo", None, &["127.0.0.1/8 host", "::1/128 host", "198.51.100.1/32"]),
@@ -368,16 +394,30 @@ mod tests {
                 ],
             ),
             ("localhost", &["127.0.0.1", "::1"], &["127.0.0.1", "::1"]),
-            ("10.0.0.0/8,fe80::/10", &["fe80::1"], &["10.0.0.1", "10.244.1.1", "10.244.2.1", "fe80::1"]),
+            (
+                "10.0.0.0/8,fe80::/10",
+                &["fe80::1"],
+                &["10.0.0.1", "10.244.1.1", "10.244.2.1", "fe80::1"],
+            ),
         ];
         for (list, more, serving) in table {
-            let elements = list.split(',').map(|text| text.parse::<NodePortAddresses>().expect("an element"));
-            let policy = Policy { node_ports: NodePorts::new(elements.collect()), ..Policy::default() };
+            let elements =
+                list.split(',').map(|text| text.parse::<NodePortAddresses>().expect("an element"));
+            let policy =
+                Policy { node_ports: NodePorts::new(elements.collect()), ..Policy::default() };
             let left = left_alone(&facts, &policy);
-            let found =
-                local(&facts, &roles, &policy, &PerFamily::first(ips(&["192.0.2.1", "fd00::1"])), &left);
-            let expected: BTreeMap<IpAddr, bool> =
-                global.iter().chain(more).map(|address| (ip(address), serving.contains(address))).collect();
+            let found = local(
+                &facts,
+                &roles,
+                &policy,
+                &PerFamily::first(ips(&["192.0.2.1", "fd00::1"])),
+                &left,
+            );
+            let expected: BTreeMap<IpAddr, bool> = global
+                .iter()
+                .chain(more)
+                .map(|address| (ip(address), serving.contains(address)))
+                .collect();
             assert_eq!(found, expected, "{list}");
         }
     }
@@ -412,8 +452,10 @@ mod tests {
             ("203.0.113.7 fd00::1", "203.0.113.7 on none"),
         ];
         for (object, expected) in table {
-            let rules =
-                Rules { node: ips(&object.split_whitespace().collect::<Vec<_>>()), ..Rules::default() };
+            let rules = Rules {
+                node: ips(&object.split_whitespace().collect::<Vec<_>>()),
+                ..Rules::default()
+            };
             let found: Vec<String> = strays(&facts, &roles, &rules)
                 .into_iter()
                 .map(|(address, device)| {
@@ -431,7 +473,9 @@ mod tests {
             leave: ips(&["10.96.0.10", "10.96.0.11", "192.0.2.2"]).into_iter().collect(),
             ..Policy::default()
         };
-        let left = |facts: &Facts, policy: &Policy| left_alone(facts, policy).into_iter().collect::<Vec<_>>();
+        let left = |facts: &Facts, policy: &Policy| {
+            left_alone(facts, policy).into_iter().collect::<Vec<_>>()
+        };
         assert_eq!(left(&facts, &policy), ips(&["192.0.2.2"]));
         add(&mut facts, 6, "kube-ipvs0", &["10.96.0.10/32"]);
         add(&mut facts, 7, "sluice0", &["10.96.0.11/32"]);

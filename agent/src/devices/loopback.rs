@@ -1,9 +1,10 @@
-//! What the loopback device must take: answers to processes of this host that spoke to a Service at one of the node's own
-//! addresses.
+//! What the loopback device must take: answers to processes of this host that spoke to a Service at
+//! one of the node's own addresses.
 //!
-//! Such an answer is handed in on `lo`, the one device where the kernel takes a source that is this host's own even with
-//! strict reverse path filtering, as it does what this host sends to itself. It wants two settings for that; they concern
-//! `lo` alone, where nothing comes in from elsewhere. What was changed is recorded, so that it can be changed back.
+//! Such an answer is handed in on `lo`, the one device where the kernel takes a source that is this
+//! host's own even with strict reverse path filtering, as it does what this host sends to itself.
+//! It wants two settings for that; they concern `lo` alone, where nothing comes in from elsewhere.
+//! What was changed is recorded, so that it can be changed back.
 
 use std::fs;
 use std::io;
@@ -11,7 +12,8 @@ use std::path::{Path, PathBuf};
 
 /// Where below `/proc/sys` the settings lie.
 const SYSCTLS: &str = "net/ipv4/conf/lo";
-/// For sources that are this host's addresses, and for loopback addresses (node ports at `localhost`).
+/// For sources that are this host's addresses, and for loopback addresses (node ports at
+/// `localhost`).
 const SETTINGS: [&str; 2] = ["accept_local", "route_localnet"];
 
 fn setting(proc_sys: &Path, name: &str) -> PathBuf {
@@ -72,12 +74,15 @@ pub fn prepare(proc_sys: &Path, record: &Path) -> io::Result<Vec<&'static str>> 
 /// When a setting or the record cannot be read, written or removed.
 pub fn release(proc_sys: &Path, record: &Path) -> io::Result<Vec<&'static str>> {
     let ours = recorded(record)?;
-    let ours: Vec<&str> = SETTINGS.into_iter().filter(|name| ours.iter().any(|ours| ours == name)).collect();
+    let ours: Vec<&str> =
+        SETTINGS.into_iter().filter(|name| ours.iter().any(|ours| ours == name)).collect();
     for name in &ours {
         write(&setting(proc_sys, name), "0")?;
     }
     match fs::remove_file(record) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(explained("remove", record, &error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(explained("remove", record, &error))
+        }
         Ok(()) | Err(_) => Ok(ours),
     }
 }
@@ -96,7 +101,9 @@ mod tests {
                 fs::write(setting(&proc_sys, name), value).expect("written");
             }
         };
-        let now = || SETTINGS.map(|name| read(&setting(&proc_sys, name)).expect("read").trim().to_owned());
+        let now = || {
+            SETTINGS.map(|name| read(&setting(&proc_sys, name)).expect("read").trim().to_owned())
+        };
         values(["0\n", "1\n"]);
         assert_eq!(prepare(&proc_sys, &record).expect("prepared"), ["accept_local"]);
         assert_eq!(now(), ["1", "1"]);
@@ -116,7 +123,8 @@ mod tests {
     #[test]
     fn a_setting_that_is_not_there_is_named() {
         let folder = tempfile::tempdir().expect("a folder");
-        let error = prepare(folder.path(), &folder.path().join("record")).expect_err("no such setting");
+        let error =
+            prepare(folder.path(), &folder.path().join("record")).expect_err("no such setting");
         assert!(error.to_string().contains("net/ipv4/conf/lo/accept_local"), "{error}");
     }
 }

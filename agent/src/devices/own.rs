@@ -8,8 +8,9 @@
 //! where the kernel has no dummies: neither asks for neighbours, both drop what they are to send.
 //! Its egress program translates and redirects before that.
 //!
-//! It is also where packets of masqueraded clients enter the stack that are too big for the way to the
-//! backend and may be fragmented, which no program can do: it alone accepts the node's own addresses as sources.
+//! It is also where packets of masqueraded clients enter the stack that are too big for the way to
+//! the backend and may be fragmented, which no program can do: it alone accepts the node's own
+//! addresses as sources.
 //!
 //! The listing of routes that all this needs also yields the MTUs that they carry (the module
 //! `mtus`).
@@ -31,8 +32,8 @@ use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourState,
 };
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
-    RouteScope, RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
+    RouteProtocol, RouteScope, RouteType, RouteVia,
 };
 use rtnetlink::{Handle, LinkDummy, LinkIfb, LinkUnspec, RouteMessageBuilder, new_connection};
 
@@ -78,13 +79,20 @@ impl Place {
     #[must_use]
     pub fn of(survey: &Survey) -> Self {
         let has_primary = |entry: &sluice_common::abi::Device| {
-            let own =
-                [Ipv4Addr::from(entry.masquerade_v4).into(), Ipv6Addr::from(entry.masquerade_v6).into()];
+            let own = [
+                Ipv4Addr::from(entry.masquerade_v4).into(),
+                Ipv6Addr::from(entry.masquerade_v6).into(),
+            ];
             own.iter().any(|address| survey.primary.contains(*address))
         };
         let uplinks = survey.devices.values().filter(|device| device.role == super::Role::Uplink);
-        let mtu = uplinks.map(|device| device.entry).filter(has_primary).map(|entry| entry.mtu).min();
-        Self { primary: survey.primary, mtu: mtu.unwrap_or_default(), dead_ends: survey.dead_ends.clone() }
+        let mtu =
+            uplinks.map(|device| device.entry).filter(has_primary).map(|entry| entry.mtu).min();
+        Self {
+            primary: survey.primary,
+            mtu: mtu.unwrap_or_default(),
+            dead_ends: survey.dead_ends.clone(),
+        }
     }
 }
 
@@ -136,7 +144,9 @@ fn own_route(network: IpNet, device: u32, how: How) -> RouteMessage {
         Some(Err(_)) | None => route,
     }
     .build();
-    route.attributes.extend(how.mtu.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)])));
+    route
+        .attributes
+        .extend(how.mtu.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)])));
     route
 }
 
@@ -181,19 +191,23 @@ impl OwnRoutes {
     /// Looks at all routes, what an earlier agent has left among them.
     async fn look(&mut self, routable: &Routable, place: &Place) -> Result<(), rtnetlink::Error> {
         let device = self.device().await;
-        let mut others = Others::new(place.dead_ends.clone(), std::mem::take(&mut self.others.silent));
+        let mut others =
+            Others::new(place.dead_ends.clone(), std::mem::take(&mut self.others.silent));
         let mut mtus = mtus::Routes::default();
         self.routed.clear();
         self.elsewhere.clear();
         let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
         let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
         for question in [v4, v6] {
-            let is_ipv4 = question.header.address_family == rtnetlink::packet_route::AddressFamily::Inet;
+            let is_ipv4 =
+                question.header.address_family == rtnetlink::packet_route::AddressFamily::Inet;
             let mut routes = self.handle.route().get(question).execute();
             while let Some(route) = routes.try_next().await? {
                 let Some(found) = Found::read(&route, is_ipv4) else { continue };
                 let hops = &found.hops;
-                if found.is_marked && device.is_some_and(|own| hops.iter().any(|hop| hop.device == own)) {
+                if found.is_marked
+                    && device.is_some_and(|own| hops.iter().any(|hop| hop.device == own))
+                {
                     let _ = self.routed.insert(found.to, found.how);
                     continue;
                 }
@@ -201,7 +215,8 @@ impl OwnRoutes {
                     mtus.add(to, found.metric, route);
                 }
                 if route.header.kind == RouteType::Local {
-                    let is_primary = place.primary.iter().any(|primary| found.to.contains(&primary));
+                    let is_primary =
+                        place.primary.iter().any(|primary| found.to.contains(&primary));
                     if is_primary || routable.vips.touch(&found.to) {
                         others.add_local(found.to);
                     }
@@ -322,7 +337,8 @@ impl OwnRoutes {
                     // again.
                     NeighbourState::Incomplete => {
                         let _ = unanswered.insert(neighbour);
-                        self.others.silent.contains(&neighbour) || self.unanswered.contains(&neighbour)
+                        self.others.silent.contains(&neighbour)
+                            || self.unanswered.contains(&neighbour)
                     }
                     _ => false,
                 };
@@ -423,7 +439,9 @@ impl Found {
         let mut device = None;
         for attribute in &route.attributes {
             match attribute {
-                RouteAttribute::Destination(to) => found.to = IpNet::new(address(to)?, length).ok()?,
+                RouteAttribute::Destination(to) => {
+                    found.to = IpNet::new(address(to)?, length).ok()?;
+                }
                 RouteAttribute::Table(table) => found.table = *table,
                 RouteAttribute::Priority(metric) => found.metric = *metric,
                 RouteAttribute::PrefSource(source) => found.how.source = address(source),
@@ -436,12 +454,10 @@ impl Found {
                 RouteAttribute::Oif(index) => device = Some(*index),
                 RouteAttribute::MultiPath(hops) => {
                     let hops = hops.iter();
-                    found.hops.extend(
-                        hops.map(|hop| Hop {
-                            device: hop.interface_index,
-                            gateway: gateway(&hop.attributes),
-                        }),
-                    );
+                    found.hops.extend(hops.map(|hop| Hop {
+                        device: hop.interface_index,
+                        gateway: gateway(&hop.attributes),
+                    }));
                 }
                 _ => {}
             }

@@ -1,4 +1,5 @@
-//! Which devices a person has named, by patterns as a shell's: `*` is any run of characters, `?` is one.
+//! Which devices a person has named, by patterns as a shell's: `*` is any run of characters, `?` is
+//! one.
 
 use super::Role;
 
@@ -12,9 +13,13 @@ impl Patterns {
     /// Takes the patterns of each role.
     #[must_use]
     pub fn new(edge: &[String], uplink: &[String], fabric: &[String]) -> Self {
-        let of =
-            |patterns: &[String], role| patterns.iter().map(move |p| (p.clone(), role)).collect::<Vec<_>>();
-        Self { roles: [of(edge, Role::Edge), of(uplink, Role::Uplink), of(fabric, Role::Fabric)].concat() }
+        let of = |patterns: &[String], role| {
+            patterns.iter().map(move |p| (p.clone(), role)).collect::<Vec<_>>()
+        };
+        Self {
+            roles: [of(edge, Role::Edge), of(uplink, Role::Uplink), of(fabric, Role::Fabric)]
+                .concat(),
+        }
     }
 
     /// The role that the first matching pattern gives a device.

@@ -16,7 +16,9 @@ use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteType};
-use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection};
+use rtnetlink::{
+    Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection,
+};
 use tokio::sync::watch;
 
 use super::{Facts, Link, LinkAddress, Peer, Role, Rules, Survey, survey};
@@ -49,8 +51,10 @@ struct Changed {
 impl Changed {
     fn note(&mut self, message: &NetlinkPayload<RouteNetlinkMessage>) {
         if let NetlinkPayload::InnerMessage(message) = message {
-            self.routes |=
-                matches!(message, RouteNetlinkMessage::NewRoute(_) | RouteNetlinkMessage::DelRoute(_));
+            self.routes |= matches!(
+                message,
+                RouteNetlinkMessage::NewRoute(_) | RouteNetlinkMessage::DelRoute(_)
+            );
             self.classifiers |= matches!(
                 message,
                 RouteNetlinkMessage::NewTrafficFilter(_) | RouteNetlinkMessage::DelTrafficFilter(_)
@@ -59,12 +63,16 @@ impl Changed {
     }
 }
 
-/// Watches the devices of the current network namespace until the receivers, or who gives the rules, are gone.
+/// Watches the devices of the current network namespace until the receivers, or who gives the
+/// rules, are gone.
 ///
 /// # Errors
 ///
 /// When netlink cannot be used.
-pub async fn watch(mut rules: watch::Receiver<Rules>, sender: watch::Sender<Watched>) -> io::Result<()> {
+pub async fn watch(
+    mut rules: watch::Receiver<Rules>,
+    sender: watch::Sender<Watched>,
+) -> io::Result<()> {
     let (connection, handle, _messages) = new_connection()?;
     let _requests = tokio::spawn(connection);
     let (connection, _, mut events) = new_multicast_connection(&[
@@ -82,8 +90,9 @@ pub async fn watch(mut rules: watch::Receiver<Rules>, sender: watch::Sender<Watc
         if changed.routes || default_routes.is_none() {
             default_routes = Some(ask_default_routes(&handle).await.map_err(io::Error::other)?);
         }
-        let mut facts =
-            ask(&handle, default_routes.clone().unwrap_or_default()).await.map_err(io::Error::other)?;
+        let mut facts = ask(&handle, default_routes.clone().unwrap_or_default())
+            .await
+            .map_err(io::Error::other)?;
         // The kernel drops the routes of a device that goes down without a word about them.
         let is_up = |device: &u32| facts.links.get(device).is_some_and(|link| link.up);
         if !facts.default_routes.iter().all(is_up) {
@@ -225,11 +234,14 @@ fn default_route_devices(route: &RouteMessage) -> Vec<u32> {
         match attribute {
             RouteAttribute::Table(number) => table = *number,
             RouteAttribute::Oif(device) => devices.push(*device),
-            RouteAttribute::MultiPath(hops) => devices.extend(hops.iter().map(|hop| hop.interface_index)),
+            RouteAttribute::MultiPath(hops) => {
+                devices.extend(hops.iter().map(|hop| hop.interface_index));
+            }
             _ => {}
         }
     }
-    let is_default = route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast;
+    let is_default =
+        route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast;
     if is_default && table == MAIN { devices } else { Vec::new() }
 }
 

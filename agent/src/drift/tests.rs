@@ -55,10 +55,27 @@ fn events(files: &[&str]) -> Vec<Event> {
 
 fn facts() -> Facts {
     let address: IpAddr = "192.0.2.1".parse().expect("an address");
-    let link = Link { index: 2, name: "eth0".to_owned(), layer: 1, up: true, mtu: 1500, ..Link::default() };
-    let address =
-        LinkAddress { address, prefix: 24, scope: 0, secondary: false, deprecated: false, unusable: false };
-    Facts { links: [(2, link)].into(), addresses: [(2, vec![address])].into(), default_routes: [2].into() }
+    let link = Link {
+        index: 2,
+        name: "eth0".to_owned(),
+        layer: 1,
+        up: true,
+        mtu: 1500,
+        ..Link::default()
+    };
+    let address = LinkAddress {
+        address,
+        prefix: 24,
+        scope: 0,
+        secondary: false,
+        deprecated: false,
+        unusable: false,
+    };
+    Facts {
+        links: [(2, link)].into(),
+        addresses: [(2, vec![address])].into(),
+        default_routes: [2].into(),
+    }
 }
 
 fn plan(files: &[&str], found: &State) -> Wanted {
@@ -134,7 +151,10 @@ fn a_frontend_that_somebody_removed_is_named_with_its_service() {
         (row.change, row.map, row.key.as_str(), row.found.as_deref(), row.service.as_deref()),
         (Change::Missing, "services_v4", "10.96.0.10:80 TCP", None, Some("default/web:http"))
     );
-    assert!(row.wanted.as_ref().is_some_and(|words| words.starts_with("ClusterIP of port id ")), "{row:?}");
+    assert!(
+        row.wanted.as_ref().is_some_and(|words| words.starts_with("ClusterIP of port id ")),
+        "{row:?}"
+    );
     let repaired = carried_out(&wants, found);
     assert_eq!(differences(&[WEB, DNS], &repaired), []);
 }
@@ -157,7 +177,9 @@ fn whatever_is_spoilt_is_shown_and_mended() {
             let port = state.image.ports.values_mut().next().expect("a port");
             port.ranges[0] = Range(0).0;
         }),
-        ("backends_v4", |state| state.image.v4.backends.values_mut().for_each(|backend| backend.flags = 0)),
+        ("backends_v4", |state| {
+            state.image.v4.backends.values_mut().for_each(|backend| backend.flags = 0);
+        }),
         ("origins_v4", |state| state.image.v4.origins.clear()),
         ("node_addresses_v4", |state| state.image.v4.node_addresses.clear()),
         ("addresses", |state| state.image.lanes.clear()),
@@ -188,7 +210,10 @@ fn a_service_that_nobody_has_any_more_is_extra() {
     }
     assert!(rows.contains(&(Change::Different, "backends_v6", dns.to_owned())), "{rows:?}");
     // The ClusterIP as such belongs to no port.
-    assert!(rows.iter().all(|(_, map, service)| service == dns || *map == "services_v6"), "{rows:?}");
+    assert!(
+        rows.iter().all(|(_, map, service)| service == dns || *map == "services_v6"),
+        "{rows:?}"
+    );
     // What the repair leaves is the frontend's bit, for connections that drain: no difference.
     let repaired = carried_out(&plan(&[WEB], &found), found);
     assert_eq!(differences(&[WEB], &repaired), []);

@@ -48,7 +48,13 @@ pub struct Wanted {
 
 /// Plans what the maps shall hold, given every event of the sources' first full lists.
 #[must_use]
-pub fn wanted(inputs: &Inputs, events: Vec<Event>, facts: &Facts, found: &State, sizes: Sizes) -> Wanted {
+pub fn wanted(
+    inputs: &Inputs,
+    events: Vec<Event>,
+    facts: &Facts,
+    found: &State,
+    sizes: Sizes,
+) -> Wanted {
     let policy = &inputs.policy;
     // Nothing depends on when it was noticed.
     let now = SystemTime::UNIX_EPOCH;
@@ -70,8 +76,11 @@ pub fn wanted(inputs: &Inputs, events: Vec<Event>, facts: &Facts, found: &State,
     }
     let _ = cluster.complete();
 
-    let rules =
-        Rules { patterns: inputs.patterns.clone(), policy: policy.clone(), node: cluster.node_addresses() };
+    let rules = Rules {
+        patterns: inputs.patterns.clone(),
+        policy: policy.clone(),
+        node: cluster.node_addresses(),
+    };
     let survey = survey(facts, &rules, &before(&found.devices));
     model.set_left(survey.leave.clone());
     model.set_interfaces(survey.addresses.clone());
@@ -91,7 +100,8 @@ pub fn wanted(inputs: &Inputs, events: Vec<Event>, facts: &Facts, found: &State,
         |told| told.settings,
     );
     // Networks for which there is no room are the agent's to complain about.
-    let (told, _) = cluster.tell(policy, abi::Settings { socket_path: inputs.socket_path, ..settings });
+    let (told, _) =
+        cluster.tell(policy, abi::Settings { socket_path: inputs.socket_path, ..settings });
     let unread = |report: &&Report| {
         matches!(report.note.flaw, Flaw::BrokenDocument | Flaw::Unreadable | Flaw::Undecodable)
     };
@@ -99,7 +109,11 @@ pub fn wanted(inputs: &Inputs, events: Vec<Event>, facts: &Facts, found: &State,
         state: State {
             image: plan.image().clone(),
             told: Some(told),
-            devices: survey.devices.into_iter().map(|(index, device)| (index, device.entry)).collect(),
+            devices: survey
+                .devices
+                .into_iter()
+                .map(|(index, device)| (index, device.entry))
+                .collect(),
         },
         writes,
         objects,
@@ -107,11 +121,13 @@ pub fn wanted(inputs: &Inputs, events: Vec<Event>, facts: &Facts, found: &State,
     }
 }
 
-/// What the agent saw last, as far as the maps tell: a veth that was the uplink stays it while its route is away.
+/// What the agent saw last, as far as the maps tell: a veth that was the uplink stays it while its
+/// route is away.
 fn before(devices: &BTreeMap<u32, abi::Device>) -> Survey {
     let device = |(index, entry): (&u32, &abi::Device)| {
         let role = Role::from_number(entry.role)?;
-        let device = Device { index: *index, name: String::new(), role, entry: *entry, veth: false };
+        let device =
+            Device { index: *index, name: String::new(), role, entry: *entry, veth: false };
         Some((*index, device))
     };
     Survey { devices: devices.iter().filter_map(device).collect(), ..Survey::default() }

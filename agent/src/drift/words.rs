@@ -5,8 +5,9 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 
 use sluice_common::abi::{
-    self, Backend, Class, Ipv4Address, Ipv6Address, Name, Networks, NodeAddress, OriginKey, Origins, Prefix,
-    Range, Service, ServiceKey, ServicePort, Settings, backend, frontend, listing, node_address, policy,
+    self, Backend, Class, Ipv4Address, Ipv6Address, Name, Networks, NodeAddress, OriginKey,
+    Origins, Prefix, Range, Service, ServiceKey, ServicePort, Settings, backend, frontend, listing,
+    node_address, policy,
 };
 use sluice_common::{Family, V4, V6, family};
 
@@ -58,8 +59,10 @@ impl<'a> Rows<'a> {
             };
             let new = new.map(|value| words(self.wanted, &at, value));
             let old = old.map(|value| words(self.found, &at, value));
-            let name = |entry: Option<&Entry>, image: &Image| image.names.get(&entry?.1?).map(name_words);
-            let service = name(new.as_ref(), self.wanted).or_else(|| name(old.as_ref(), self.found));
+            let name =
+                |entry: Option<&Entry>, image: &Image| image.names.get(&entry?.1?).map(name_words);
+            let service =
+                name(new.as_ref(), self.wanted).or_else(|| name(old.as_ref(), self.found));
             self.differences.push(Difference {
                 change,
                 map,
@@ -74,9 +77,13 @@ impl<'a> Rows<'a> {
     /// Adds what differs in a family's maps.
     pub(super) fn family<F: Stack>(&mut self, names: &FamilyNames) {
         let (new, old) = (F::of(self.wanted), F::of(self.found));
-        self.map(names.services, &new.services, &old.services, frontend_words::<F>, |_, _, service| {
-            (service_words(*service), Some(service.service_port))
-        });
+        self.map(
+            names.services,
+            &new.services,
+            &old.services,
+            frontend_words::<F>,
+            |_, _, service| (service_words(*service), Some(service.service_port)),
+        );
         self.map(
             names.backends,
             &new.backends,
@@ -84,9 +91,13 @@ impl<'a> Rows<'a> {
             |id| format!("id {id}"),
             |_, _, backend| (backend_words::<F>(backend), Some(backend.service_port)),
         );
-        self.map(names.origins, &new.origins, &old.origins, endpoint_words::<F>, |image, key, origins| {
-            (origins_words::<F>(origins), owner::<F>(image, key, origins))
-        });
+        self.map(
+            names.origins,
+            &new.origins,
+            &old.origins,
+            endpoint_words::<F>,
+            |image, key, origins| (origins_words::<F>(origins), owner::<F>(image, key, origins)),
+        );
         self.map(
             names.source_ranges,
             &new.source_ranges,
@@ -132,7 +143,10 @@ impl<'a> Rows<'a> {
             |start| format!("from slot {start}"),
             |image, start, slots| {
                 let owner = image.ports.iter().find(|(_, port)| {
-                    port.ranges.map(Range).iter().any(|range| range.size() != 0 && range.start() == *start)
+                    port.ranges
+                        .map(Range)
+                        .iter()
+                        .any(|range| range.size() != 0 && range.start() == *start)
                 });
                 let owner = owner.map(|(id, _)| *id);
                 (slots_words(image, owner, slots), owner)
@@ -140,17 +154,22 @@ impl<'a> Rows<'a> {
         );
         let listed = if *lanes == old.lanes { BTreeMap::new() } else { listed(new, old) };
         let lane_key = |lane: &u32| {
-            let known = listed.get(lane).into_iter().flatten().map(ToString::to_string).collect::<Vec<_>>();
+            let known =
+                listed.get(lane).into_iter().flatten().map(ToString::to_string).collect::<Vec<_>>();
             if known.is_empty() {
                 format!("lane {lane}")
             } else {
                 format!("lane {lane} ({})", known.join(", "))
             }
         };
-        self.map("addresses", lanes, &old.lanes, lane_key, |_, _, bits| (listing_words(*bits), None));
+        self.map("addresses", lanes, &old.lanes, lane_key, |_, _, bits| {
+            (listing_words(*bits), None)
+        });
         let bits = |words: &BTreeMap<u32, u64>| -> BTreeMap<u32, bool> {
             let ports = words.iter().flat_map(|(word, bits)| {
-                (0..64_u32).filter(move |bit| bits >> bit & 1 != 0).map(move |bit| (word * 64 + bit, true))
+                (0..64_u32)
+                    .filter(move |bit| bits >> bit & 1 != 0)
+                    .map(move |bit| (word * 64 + bit, true))
             });
             ports.collect()
         };
@@ -212,7 +231,8 @@ fn name_words(name: &Name) -> String {
 }
 
 fn protocol_word(number: u8) -> String {
-    Protocol::from_number(number).map_or_else(|| number.to_string(), |protocol| protocol.word().to_owned())
+    Protocol::from_number(number)
+        .map_or_else(|| number.to_string(), |protocol| protocol.word().to_owned())
 }
 
 fn socket<F: Stack>(address: F::Address, port: u16) -> SocketAddr {
@@ -246,7 +266,8 @@ fn service_words(service: Service) -> String {
 }
 
 fn backend_words<F: Stack>(found: &Backend<F::Address>) -> String {
-    let mut words = format!("{} generation {}", socket::<F>(found.address, found.port), found.generation);
+    let mut words =
+        format!("{} generation {}", socket::<F>(found.address, found.port), found.generation);
     let has = |bit| found.flags & bit != 0;
     let class = |class: Class| backend::SELECTED << class as u32;
     let flags = [
@@ -279,13 +300,24 @@ fn backend_words<F: Stack>(found: &Backend<F::Address>) -> String {
 
 fn origins_words<F: Stack>(origins: &Origins<F::Address>) -> String {
     let used = origins.frontends.iter().filter(|origin| origin.port != 0);
-    used.map(|origin| socket::<F>(origin.address, origin.port).to_string()).collect::<Vec<_>>().join(", ")
+    used.map(|origin| socket::<F>(origin.address, origin.port).to_string())
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// The service port of the first frontend that leads to an endpoint.
-fn owner<F: Stack>(image: &Image, key: &OriginKey<F::Address>, origins: &Origins<F::Address>) -> Option<u32> {
+fn owner<F: Stack>(
+    image: &Image,
+    key: &OriginKey<F::Address>,
+    origins: &Origins<F::Address>,
+) -> Option<u32> {
     let first = origins.frontends.first()?;
-    let key = ServiceKey { address: first.address, port: first.port, protocol: key.protocol, reserved: 0 };
+    let key = ServiceKey {
+        address: first.address,
+        port: first.port,
+        protocol: key.protocol,
+        reserved: 0,
+    };
     F::of(image).services.get(&key).map(|service| service.service_port)
 }
 
@@ -307,7 +339,8 @@ fn port_words(port: &ServicePort) -> String {
     if port.affinity_seconds != 0 {
         let _ = write!(words, ", affinity {} s", port.affinity_seconds);
     }
-    for (bit, word) in [(policy::EXTERNAL_LOCAL, "external Local"), (policy::SOURCE_RANGES, "source ranges")]
+    for (bit, word) in
+        [(policy::EXTERNAL_LOCAL, "external Local"), (policy::SOURCE_RANGES, "source ranges")]
     {
         if port.flags & bit != 0 {
             let _ = write!(words, ", {word}");
@@ -318,13 +351,15 @@ fn port_words(port: &ServicePort) -> String {
 
 /// How many slots each backend has.
 fn slots_words(image: &Image, owner: Option<u32>, slots: &[u32]) -> String {
-    let is_v6 = owner.and_then(|id| image.names.get(&id)).is_some_and(|name| name.family == V6::VERSION);
+    let is_v6 =
+        owner.and_then(|id| image.names.get(&id)).is_some_and(|name| name.family == V6::VERSION);
     let mut shares: BTreeMap<u32, usize> = BTreeMap::new();
     for id in slots {
         *shares.entry(*id).or_default() += 1;
     }
     let word = |(id, count): (&u32, &usize)| {
-        let known = if is_v6 { backend_socket::<V6>(image, *id) } else { backend_socket::<V4>(image, *id) };
+        let known =
+            if is_v6 { backend_socket::<V6>(image, *id) } else { backend_socket::<V4>(image, *id) };
         format!("{count} {}", known.unwrap_or_else(|| format!("of no backend (id {id})")))
     };
     let named: Vec<String> = shares.iter().take(NAMED_MAX).map(word).collect();
@@ -353,7 +388,12 @@ fn listing_words(bits: u8) -> String {
         (listing::NODE, "node"),
         (listing::NODE_PORTS, "node ports"),
     ];
-    words.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, word)| *word).collect::<Vec<_>>().join(", ")
+    words
+        .iter()
+        .filter(|(bit, _)| bits & bit != 0)
+        .map(|(_, word)| *word)
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// Lane -> the addresses of both images that are listed there.

@@ -1,5 +1,5 @@
-//! What is answered. Its JSON form is a contract, written down in `docs/explain.md`: fields are added, never
-//! changed.
+//! What is answered. Its JSON form is a contract, written down in `docs/explain.md`: fields are
+//! added, never changed.
 
 use std::net::IpAddr;
 

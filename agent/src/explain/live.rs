@@ -1,4 +1,5 @@
-//! A world made of the maps and routes of this node. Everything is read only: a look leaves no trace.
+//! A world made of the maps and routes of this node. Everything is read only: a look leaves no
+//! trace.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -58,10 +59,16 @@ impl Live {
     /// # Errors
     ///
     /// When a map cannot be read.
-    pub fn world(&self, kernel: &Kernel, now: u32, left: BTreeSet<IpAddr>) -> anyhow::Result<World> {
+    pub fn world(
+        &self,
+        kernel: &Kernel,
+        now: u32,
+        left: BTreeSet<IpAddr>,
+    ) -> anyhow::Result<World> {
         let maps = kernel.maps();
         let devices = maps.device_entries()?.into_iter().map(|(index, entry)| {
-            let name = self.links.get(&index).map_or_else(|| format!("ifindex {index}"), Clone::clone);
+            let name =
+                self.links.get(&index).map_or_else(|| format!("ifindex {index}"), Clone::clone);
             (index, NamedDevice { name, entry })
         });
         let (v4, v6) = maps.read_networks()?;
@@ -117,15 +124,15 @@ async fn links(handle: &Handle) -> Result<BTreeMap<u32, String>, rtnetlink::Erro
 /// As `ip route get`.
 async fn route(handle: &Handle, destination: IpAddr) -> Option<Route> {
     let length = if destination.is_ipv4() { 32 } else { 128 };
-    let question = RouteMessageBuilder::<IpAddr>::new().destination_prefix(destination, length).ok()?.build();
+    let question =
+        RouteMessageBuilder::<IpAddr>::new().destination_prefix(destination, length).ok()?.build();
     let answer = handle.route().get(question).execute().try_next().await.ok().flatten()?;
     if !matches!(answer.header.kind, RouteType::Unicast | RouteType::Local) {
         return None;
     }
-    let device = answer
-        .attributes
-        .iter()
-        .find_map(|attribute| if let RouteAttribute::Oif(device) = attribute { Some(*device) } else { None });
+    let device = answer.attributes.iter().find_map(|attribute| {
+        if let RouteAttribute::Oif(device) = attribute { Some(*device) } else { None }
+    });
     Some(Route { local: answer.header.kind == RouteType::Local, device: device? })
 }
 
@@ -138,7 +145,11 @@ impl Routing for Live {
         self.route(address).is_some_and(|route| route.local)
     }
 
-    fn comes_in_by(&self, question: &Question, devices: &BTreeMap<u32, NamedDevice>) -> Option<u32> {
+    fn comes_in_by(
+        &self,
+        question: &Question,
+        devices: &BTreeMap<u32, NamedDevice>,
+    ) -> Option<u32> {
         let device = self.leaves_by(question.source.ip())?;
         if devices.contains_key(&device) {
             return Some(device);

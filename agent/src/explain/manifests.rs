@@ -1,7 +1,7 @@
 //! A world made of manifests: without a kernel, a cluster or rights.
 //!
-//! The image is what the model and the plan make of the objects. Around it a node is supposed: one edge, one uplink
-//! with a default route, programs attached to both, and its addresses.
+//! The image is what the model and the plan make of the objects. Around it a node is supposed: one
+//! edge, one uplink with a default route, programs attached to both, and its addresses.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -62,21 +62,21 @@ impl Manifests {
     ///
     /// # Errors
     ///
-    /// When the folder or file cannot be read, or has Nodes but not the one that is asked for, whose addresses nobody
-    /// tells either. What is wrong with objects is in the model's reports.
+    /// When the folder or file cannot be read, or has Nodes but not the one that is asked for,
+    /// whose addresses nobody tells either. What is wrong with objects is in the model's reports.
     pub fn read(mut options: Options) -> Result<Self, ReadError> {
         let changes = Folder::new(options.path.clone()).scan()?;
         let nodes: Vec<Arc<str>> = changes
             .iter()
-            .filter_map(
-                |change| {
-                    if let Change::Node(name, Some(_)) = change { Some(name.clone()) } else { None }
-                },
-            )
+            .filter_map(|change| {
+                if let Change::Node(name, Some(_)) = change { Some(name.clone()) } else { None }
+            })
             .collect();
         match (&options.node, &nodes[..]) {
             (None, [only]) => options.node = Some(only.clone()),
-            (Some(name), [_, ..]) if !nodes.contains(name) && options.policy.node_addresses.is_empty() => {
+            (Some(name), [_, ..])
+                if !nodes.contains(name) && options.policy.node_addresses.is_empty() =>
+            {
                 return Err(ReadError::NoNode(name.clone(), nodes.join(", ")));
             }
             (None | Some(_), _) => {}
@@ -91,7 +91,8 @@ impl Manifests {
         };
         let cluster = Cluster::new(options.node.as_deref().unwrap_or_default(), Adopted::default());
         let plan = Plan::new(Sizes::default());
-        let mut manifests = Self { options, cluster, model: Model::new(settings), plan, objects: 0 };
+        let mut manifests =
+            Self { options, cluster, model: Model::new(settings), plan, objects: 0 };
         manifests.feed(changes);
         Ok(manifests)
     }
@@ -130,15 +131,16 @@ impl Manifests {
         let _ = self.cluster.complete();
         let addresses = self.addresses();
         let primary = first_of_each_family(&addresses);
-        let serves =
-            |address: &IpAddr| self.options.policy.node_ports.includes(*address, primary.contains(address));
+        let serves = |address: &IpAddr| {
+            self.options.policy.node_ports.includes(*address, primary.contains(address))
+        };
         let loopback = [IpAddr::from([127, 0, 0, 1]), IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1])];
         let local: BTreeMap<IpAddr, bool> =
             addresses.iter().map(|address| (*address, serves(address))).collect();
         self.model.set_interfaces(local.clone());
-        let local = local
-            .into_iter()
-            .chain(loopback.into_iter().filter(|address| serves(address)).map(|address| (address, true)));
+        let local = local.into_iter().chain(
+            loopback.into_iter().filter(|address| serves(address)).map(|address| (address, true)),
+        );
         let _ = self.plan.set_node_addresses(local.collect());
         if let Some(batch) = self.model.take(now) {
             for (service, notes) in self.plan.update(&batch).notes {
@@ -193,7 +195,8 @@ impl Manifests {
         };
         let uplink = NamedDevice { name: name(met_on == UPLINK), entry: entry(device::UPLINK, 0) };
         let loopback = NamedDevice { name: "lo".to_owned(), entry: entry(device::LOOPBACK, 0) };
-        let settings = abi::Settings { socket_path: self.options.socket_path, ..abi::Settings::default() };
+        let settings =
+            abi::Settings { socket_path: self.options.socket_path, ..abi::Settings::default() };
         // Networks for which there is no room are the agent's to complain about.
         let (told, _) = self.cluster.tell(policy, settings);
         let image = self.plan.image().clone();
@@ -265,11 +268,13 @@ impl World {
             if let Change::Slice(_, name, Some(slice)) = change
                 && let Some(owner) = &slice.service
             {
-                let _ = owners.insert(ObjectName { namespace: name.namespace.clone(), name: owner.clone() });
+                let _ = owners
+                    .insert(ObjectName { namespace: name.namespace.clone(), name: owner.clone() });
             }
         }
         if let Some(name) = services.symmetric_difference(&owners).next() {
-            let missing = if services.contains(name) { "its EndpointSlices" } else { "the Service itself" };
+            let missing =
+                if services.contains(name) { "its EndpointSlices" } else { "the Service itself" };
             return Err(ApplyError::Half(name.clone(), missing));
         }
         let mut nodes = nodes_of::<V4>(&self.image);
@@ -302,7 +307,9 @@ impl World {
 /// Whether an object was read, and not what is wrong with one.
 fn is_object(change: &Change) -> bool {
     match change {
-        Change::Service(..) | Change::Slice(..) | Change::Node(..) | Change::ServiceCidr(..) => true,
+        Change::Service(..) | Change::Slice(..) | Change::Node(..) | Change::ServiceCidr(..) => {
+            true
+        }
         Change::Notes(..) | Change::Synced => false,
     }
 }
@@ -328,7 +335,9 @@ fn whole(path: &Path) -> Result<Vec<Change>, ApplyError> {
 /// The node's addresses in the maps, and whether node ports are served there.
 fn nodes_of<F: Stack>(image: &Image) -> BTreeMap<IpAddr, bool> {
     let nodes = F::of(image).node_addresses.iter();
-    nodes.map(|(address, node)| (F::ip(*address), node.flags & abi::node_address::NODE_PORTS != 0)).collect()
+    nodes
+        .map(|(address, node)| (F::ip(*address), node.flags & abi::node_address::NODE_PORTS != 0))
+        .collect()
 }
 
 /// The first address of each family.
@@ -350,18 +359,24 @@ fn around<F: Stack>(networks: abi::Networks<F::Address>) -> Around<F> {
 /// The addresses of backends on this node.
 fn local_backends<F: Stack>(image: &Image) -> BTreeSet<IpAddr> {
     let backends = F::of(image).backends.values();
-    backends.filter(|found| found.flags & backend::LOCAL != 0).map(|found| F::ip(found.address)).collect()
+    backends
+        .filter(|found| found.flags & backend::LOCAL != 0)
+        .map(|found| F::ip(found.address))
+        .collect()
 }
 
 /// The device that packets of a question are met on.
 fn comes_in_by(question: &Question) -> u32 {
     match (question.way, question.from) {
         (Some(Way::Edge), _) | (Some(Way::Socket) | None, Client::Pod) => EDGE,
-        (Some(Way::Uplink), _) | (Some(Way::Socket) | None, Client::External | Client::Host) => UPLINK,
+        (Some(Way::Uplink), _) | (Some(Way::Socket) | None, Client::External | Client::Host) => {
+            UPLINK
+        }
     }
 }
 
-/// The supposed node's routes: pods of this node are behind the edge, everything else is behind the uplink.
+/// The supposed node's routes: pods of this node are behind the edge, everything else is behind the
+/// uplink.
 #[derive(Clone, Debug)]
 pub struct Supposed {
     /// Its own addresses.

@@ -1,7 +1,8 @@
 //! Whose the numbers in the maps are: the Kubernetes objects and fields behind them.
 //!
-//! The maps name a service port's Service, and the kind of a frontend tells the field. Where the objects themselves
-//! are known (manifests), elements of lists and the endpoints' conditions are told too.
+//! The maps name a service port's Service, and the kind of a frontend tells the field. Where the
+//! objects themselves are known (manifests), elements of lists and the endpoints' conditions are
+//! told too.
 
 use std::net::IpAddr;
 
@@ -34,7 +35,13 @@ pub(super) struct Owner {
 impl Owner {
     pub(super) fn new(name: &Name, protocol: &'static str) -> Self {
         let service = ObjectName::new(&text(&name.namespace), &text(&name.service));
-        Self { service, label: text(&name.port), number: name.number, protocol, family: name.family }
+        Self {
+            service,
+            label: text(&name.port),
+            number: name.number,
+            protocol,
+            family: name.family,
+        }
     }
 
     /// The port's name, or its number.
@@ -69,9 +76,11 @@ impl std::fmt::Display for Census {
         let Self { ready, terminating, not_ready, hinted } = *self;
         let all = ready + terminating + not_ready;
         write!(formatter, "{all} {}: {ready} ready", plural(all, "endpoint"))?;
-        for (count, word) in
-            [(terminating, "terminating"), (not_ready, "not ready"), (hinted, "with topology hints")]
-        {
+        for (count, word) in [
+            (terminating, "terminating"),
+            (not_ready, "not ready"),
+            (hinted, "with topology hints"),
+        ] {
             if count > 0 {
                 write!(formatter, ", {count} {word}")?;
             }
@@ -113,20 +122,24 @@ impl Objects {
         let port = self.port_field(owner);
         let spec = self.spec(owner);
         let element = |list: &str, of: fn(&ServiceSpec) -> &Vec<Address>, rest: &str| {
-            let place =
-                spec.and_then(|spec| of(spec).iter().position(|found| *found == Address::Valid(address)));
+            let place = spec.and_then(|spec| {
+                of(spec).iter().position(|found| *found == Address::Valid(address))
+            });
             let place = place.map_or(String::new(), |index| format!("[{index}]"));
             format!("{list}{place}{rest}, {port}.port")
         };
         match kind {
             frontend::NODE_PORT => format!("{port}.nodePort"),
-            frontend::LOAD_BALANCER => element("status.loadBalancer.ingress", |spec| &spec.ingress, ""),
+            frontend::LOAD_BALANCER => {
+                element("status.loadBalancer.ingress", |spec| &spec.ingress, "")
+            }
             frontend::EXTERNAL_IP => element("spec.externalIPs", |spec| &spec.external_ips, ""),
             _ => element("spec.clusterIPs", |spec| &spec.cluster_ips, ""),
         }
     }
 
-    /// The traffic policy that concerns a class of clients, with its field; the word is known from manifests only.
+    /// The traffic policy that concerns a class of clients, with its field; the word is known from
+    /// manifests only.
     pub(super) fn policy(&self, owner: &Owner, class: Class) -> (&'static str, Option<&str>) {
         let word = |of: fn(&ServiceSpec) -> &str| self.spec(owner).map(of);
         let or_cluster =
@@ -138,7 +151,8 @@ impl Objects {
         }
     }
 
-    /// The parts of a Service's slices with a port of the service port's name, and the port's number.
+    /// The parts of a Service's slices with a port of the service port's name, and the port's
+    /// number.
     fn parts<'a>(
         &'a self,
         owner: &'a Owner,
@@ -149,11 +163,13 @@ impl Objects {
             Err(_) => false,
         };
         // Where there are slices, Endpoints mirror them.
-        let sliced =
-            slices().any(|(key, slice)| key.kind == SliceKind::EndpointSlice && slice.family.is_ok());
-        let slices = slices()
-            .filter(move |(key, slice)| of_family(slice) && !(sliced && key.kind == SliceKind::Endpoints));
-        let parts = slices.flat_map(|(key, Slice { parts, .. })| parts.iter().map(move |part| (key, part)));
+        let sliced = slices()
+            .any(|(key, slice)| key.kind == SliceKind::EndpointSlice && slice.family.is_ok());
+        let slices = slices().filter(move |(key, slice)| {
+            of_family(slice) && !(sliced && key.kind == SliceKind::Endpoints)
+        });
+        let parts =
+            slices.flat_map(|(key, Slice { parts, .. })| parts.iter().map(move |part| (key, part)));
         parts.flat_map(move |(key, part)| {
             let ports = part.ports.iter().filter(|port| {
                 *port.name == *owner.label && port.protocol.eq_ignore_ascii_case(owner.protocol)
@@ -162,7 +178,8 @@ impl Objects {
         })
     }
 
-    /// The endpoints of a service port by their conditions; [`None`] where the objects are not known.
+    /// The endpoints of a service port by their conditions; [`None`] where the objects are not
+    /// known.
     pub(super) fn census(&self, owner: &Owner) -> Option<Census> {
         let _ = self.model.as_ref()?;
         let mut census = Census::default();
@@ -170,7 +187,8 @@ impl Objects {
             let Endpoint { ready, serving, terminating, .. } = *endpoint;
             if ready {
                 census.ready += 1;
-                census.hinted += usize::from(!(endpoint.zones.is_empty() && endpoint.nodes.is_empty()));
+                census.hinted +=
+                    usize::from(!(endpoint.zones.is_empty() && endpoint.nodes.is_empty()));
             } else if serving && terminating {
                 census.terminating += 1;
             } else {
@@ -181,7 +199,12 @@ impl Objects {
     }
 
     /// The object and field that an endpoint stands in; of several the one that lives.
-    pub(super) fn endpoint(&self, owner: &Owner, address: IpAddr, port: u16) -> (String, Option<String>) {
+    pub(super) fn endpoint(
+        &self,
+        owner: &Owner,
+        address: IpAddr,
+        port: u16,
+    ) -> (String, Option<String>) {
         let here = self.parts(owner).filter(|(_, _, number)| *number == Some(i32::from(port)));
         let found = here.flat_map(|(key, part, _)| {
             let all = part.endpoints.iter().enumerate();
@@ -189,7 +212,9 @@ impl Objects {
             same.map(move |(index, endpoint)| (endpoint.terminating, key, index))
         });
         match found.min_by_key(|(terminating, ..)| *terminating) {
-            Some((_, key, index)) => (key.subject().to_string(), Some(format!("endpoints[{index}]"))),
+            Some((_, key, index)) => {
+                (key.subject().to_string(), Some(format!("endpoints[{index}]")))
+            }
             None => (format!("EndpointSlice of {}", owner.service), None),
         }
     }

@@ -3,8 +3,8 @@
 use std::cell::RefCell;
 
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, OriginKey,
-    Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
+    OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple,
 };
 use sluice_common::tables::Routes;
 use sluice_common::{Family, Tables};
@@ -55,7 +55,8 @@ impl<'t, F: Family, T> Recorder<'t, F, T> {
         self.asked.into_inner()
     }
 
-    /// Notes a question; one that is asked again (the path goes on after the FIB's answer) counts once.
+    /// Notes a question; one that is asked again (the path goes on after the FIB's answer) counts
+    /// once.
     fn note(&self, asked: Asked<F>) {
         let mut all = self.asked.borrow_mut();
         if !all.contains(&asked) {

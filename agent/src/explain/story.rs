@@ -3,8 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use sluice_common::abi::{
-    Affinity, Class, Range, TICK_SHIFT, backend, detect_local, device, flow, frontend, masquerade, phase,
-    state,
+    Affinity, Class, Range, TICK_SHIFT, backend, detect_local, device, flow, frontend, masquerade,
+    phase, state,
 };
 use sluice_common::path::{Decision, Hook, Verdict as PathVerdict, policy};
 use sluice_common::{Reason, V4, V6};
@@ -79,7 +79,8 @@ impl<'w> Story<'w> {
         };
         let supposed = routing.supposes();
         let supposed = if supposed.is_empty() { String::new() } else { format!(" ({supposed})") };
-        let goes_on = if self.steps.is_empty() { "" } else { "not for a Service here; goes on to " };
+        let goes_on =
+            if self.steps.is_empty() { "" } else { "not for a Service here; goes on to " };
         self.add("packet", format!("{goes_on}{hook} of {place}{supposed}"));
     }
 
@@ -91,7 +92,8 @@ impl<'w> Story<'w> {
             }
             _ => "sendmsg() from a socket that is not connected",
         };
-        let whose = if self.question.from == Client::Host { "a process of this host" } else { "a pod" };
+        let whose =
+            if self.question.from == Client::Host { "a process of this host" } else { "a pod" };
         self.add("call", format!("{call}, of {whose}, at the cgroup"));
         self.frontend(target);
     }
@@ -137,8 +139,10 @@ impl<'w> Story<'w> {
                     } else {
                         "a flow"
                     };
-                    let fate = if followed { "followed" } else { "not followed: a new one is begun" };
-                    let text = format!("{what} of this tuple is known, last renewed {age} s ago: {fate}");
+                    let fate =
+                        if followed { "followed" } else { "not followed: a new one is begun" };
+                    let text =
+                        format!("{what} of this tuple is known, last renewed {age} s ago: {fate}");
                     self.add("flow", text);
                     if let (true, Some(target)) = (followed && !named, target) {
                         self.followed(target, entry.flags & flow::REPLY != 0, decision);
@@ -158,7 +162,10 @@ impl<'w> Story<'w> {
                 }
                 Asked::NodeAddress { serves: false } => {
                     let ip = self.question.destination.ip();
-                    self.add("frontend", format!("node ports are not served at {ip} (--nodeport-addresses)"));
+                    self.add(
+                        "frontend",
+                        format!("node ports are not served at {ip} (--nodeport-addresses)"),
+                    );
                 }
                 Asked::SourceRanges { within } => self.source_ranges(target, *within),
                 Asked::Range { class, found } => self.policy(target, *class, *found),
@@ -170,10 +177,13 @@ impl<'w> Story<'w> {
                         self.backend(target, at, found.flags);
                     }
                 }
-                Asked::Flow { found: None, .. } | Asked::NodeAddress { serves: true } | Asked::Routes(_) => {}
+                Asked::Flow { found: None, .. }
+                | Asked::NodeAddress { serves: true }
+                | Asked::Routes(_) => {}
             }
         }
-        if decision.kind == 0 && target.is_none() && decision.verdict == PathVerdict::Pass && !named {
+        if decision.kind == 0 && target.is_none() && decision.verdict == PathVerdict::Pass && !named
+        {
             let at = self.question.destination;
             let protocol = self.question.protocol.word();
             let text = if self.world.left.contains(&at.ip()) {
@@ -188,7 +198,10 @@ impl<'w> Story<'w> {
         }
         if decision.reason == Reason::UnassignedAddress {
             let ip = self.question.destination.ip();
-            self.add("frontend", format!("{ip} is in the cluster's Service networks, and no Service has it"));
+            self.add(
+                "frontend",
+                format!("{ip} is in the cluster's Service networks, and no Service has it"),
+            );
         }
     }
 
@@ -238,7 +251,10 @@ impl<'w> Story<'w> {
             self.steps.push(Step { step: "frontend", text, object, field: None });
         } else {
             self.frontend(target);
-            let at = SocketAddr::from((F::ip(decision.flow.destination), decision.flow.destination_port));
+            let at = SocketAddr::from((
+                F::ip(decision.flow.destination),
+                decision.flow.destination_port,
+            ));
             let local = if decision.flow.flags & flow::LOCAL != 0 { backend::LOCAL } else { 0 };
             self.backend(Some(target), at, local);
         }
@@ -247,9 +263,18 @@ impl<'w> Story<'w> {
     fn undefined(&mut self, target: &Target) {
         let at = self.question.destination;
         let protocol = self.question.protocol.word();
-        let text = format!("{} is a ClusterIP whose Service has no port {} {protocol}", at.ip(), at.port());
+        let text = format!(
+            "{} is a ClusterIP whose Service has no port {} {protocol}",
+            at.ip(),
+            at.port()
+        );
         let object = Some(target.owner.object());
-        self.steps.push(Step { step: "frontend", text, object, field: Some("spec.ports".to_owned()) });
+        self.steps.push(Step {
+            step: "frontend",
+            text,
+            object,
+            field: Some("spec.ports".to_owned()),
+        });
     }
 
     /// As what the client counts.
@@ -261,7 +286,9 @@ impl<'w> Story<'w> {
             IpAddr::V6(_) => policy::detector::<V6>(settings),
         };
         let detected = match detector {
-            detect_local::DEVICE | detect_local::SOME_DEVICES => "by the device that it comes in by",
+            detect_local::DEVICE | detect_local::SOME_DEVICES => {
+                "by the device that it comes in by"
+            }
             detect_local::ADDRESS => "by its address",
             _ => "nothing tells local pods from others",
         };
@@ -270,8 +297,12 @@ impl<'w> Story<'w> {
         } else {
             match target.class {
                 Class::Internal => format!("{ip} asks a ClusterIP: internal traffic, whoever asks"),
-                Class::ExternalInside => format!("{ip} is a local pod ({detected}): an inside client"),
-                Class::ExternalOutside => format!("{ip} is no local pod ({detected}): an outside client"),
+                Class::ExternalInside => {
+                    format!("{ip} is a local pod ({detected}): an inside client")
+                }
+                Class::ExternalOutside => {
+                    format!("{ip} is no local pod ({detected}): an outside client")
+                }
             }
         };
         self.add("client", text);
@@ -323,20 +354,33 @@ impl<'w> Story<'w> {
         slots.map_or(0, |slots| slots.iter().collect::<std::collections::BTreeSet<_>>().len())
     }
 
-    fn affinity<F: Side>(&mut self, target: Option<&Target>, found: Option<&Affinity>, asked: &[Asked<F>]) {
+    fn affinity<F: Side>(
+        &mut self,
+        target: Option<&Target>,
+        found: Option<&Affinity>,
+        asked: &[Asked<F>],
+    ) {
         let Some(target) = target else { return };
-        let seconds =
-            self.world.image.ports.get(&target.service_port).map_or(0, |port| port.affinity_seconds);
+        let seconds = self
+            .world
+            .image
+            .ports
+            .get(&target.service_port)
+            .map_or(0, |port| port.affinity_seconds);
         let led = !asked.iter().any(|asked| matches!(asked, Asked::Slot { .. }));
         let ip = self.question.source.ip();
         let text = match found {
             Some(entry) if led => {
                 let age = self.seconds_since(entry.seen);
-                format!("ClientIP, {seconds} s: {ip} was here {age} s ago, and stays with its backend")
+                format!(
+                    "ClientIP, {seconds} s: {ip} was here {age} s ago, and stays with its backend"
+                )
             }
             Some(entry) if self.seconds_since(entry.seen) >= u64::from(seconds) => {
                 let age = self.seconds_since(entry.seen);
-                format!("ClientIP, {seconds} s: {ip} was last here {age} s ago, and is led on as if new")
+                format!(
+                    "ClientIP, {seconds} s: {ip} was last here {age} s ago, and is led on as if new"
+                )
             }
             Some(_) => format!("ClientIP, {seconds} s: what is known of {ip} no longer counts"),
             None => format!("ClientIP, {seconds} s: {ip} was not here before"),
@@ -347,10 +391,9 @@ impl<'w> Story<'w> {
     }
 
     fn slot<F: Side>(&mut self, target: Option<&Target>, slot: u32, asked: &[Asked<F>]) {
-        let range = asked
-            .iter()
-            .rev()
-            .find_map(|asked| if let Asked::Range { found, .. } = asked { Some(*found) } else { None });
+        let range = asked.iter().rev().find_map(|asked| {
+            if let Asked::Range { found, .. } = asked { Some(*found) } else { None }
+        });
         let Some(range) = range else { return };
         let by_client = target
             .and_then(|target| self.world.image.ports.get(&target.service_port))
@@ -368,7 +411,8 @@ impl<'w> Story<'w> {
         } else {
             "on another node"
         };
-        let named = target.map(|target| self.world.objects.endpoint(&target.owner, at.ip(), at.port()));
+        let named =
+            target.map(|target| self.world.objects.endpoint(&target.owner, at.ip(), at.port()));
         let (object, field) = named.unzip();
         let text = format!("{at} {place}");
         self.steps.push(Step { step: "backend", text, object, field: field.flatten() });
@@ -376,10 +420,16 @@ impl<'w> Story<'w> {
 
     /// The packet goes around the stack, if a device leads on.
     pub(super) fn goes_around(&mut self, leaves_by: Option<u32>) {
-        let name = leaves_by.and_then(|ifindex| self.world.devices.get(&ifindex)).map(|device| &device.name);
+        let name = leaves_by
+            .and_then(|ifindex| self.world.devices.get(&ifindex))
+            .map(|device| &device.name);
         let text = match (leaves_by, name) {
-            (None, _) => "the stack takes it, although --accelerate is on: no device leads on".to_owned(),
-            (Some(_), Some(name)) => format!("it goes on by {name}, around netfilter: --accelerate is on"),
+            (None, _) => {
+                "the stack takes it, although --accelerate is on: no device leads on".to_owned()
+            }
+            (Some(_), Some(name)) => {
+                format!("it goes on by {name}, around netfilter: --accelerate is on")
+            }
             (Some(_), None) => {
                 "it goes on as the routes say, around netfilter: --accelerate is on".to_owned()
             }
@@ -424,9 +474,16 @@ impl<'w> Story<'w> {
     }
 
     /// What a masqueraded client is shown as where its packet leaves.
-    pub(super) fn leaves_as(&mut self, device: Option<&str>, client: SocketAddr, seen_as: SocketAddr) {
-        let place =
-            device.map_or_else(|| "where it leaves".to_owned(), |name| format!("where it leaves by {name}"));
+    pub(super) fn leaves_as(
+        &mut self,
+        device: Option<&str>,
+        client: SocketAddr,
+        seen_as: SocketAddr,
+    ) {
+        let place = device.map_or_else(
+            || "where it leaves".to_owned(),
+            |name| format!("where it leaves by {name}"),
+        );
         let seen_as = if is_unknown(seen_as.ip()) || seen_as.ip() == client.ip() {
             "an address of the node".to_owned()
         } else {
@@ -486,14 +543,21 @@ impl<'w> Story<'w> {
 
     /// The end.
     pub(super) fn ends(&mut self, verdict: Verdict, reason: Reason) {
-        self.add("verdict", format!("{} ({}): {}", verdict.word(), reason.word(), reason.sentence().trim()));
+        self.add(
+            "verdict",
+            format!("{} ({}): {}", verdict.word(), reason.word(), reason.sentence().trim()),
+        );
     }
 }
 
 fn host_why(source: Source) -> &'static str {
     match source {
-        Source::Kept => "a process of this host has the address that its route to the backend gives it",
-        Source::Masqueraded => "a process of this host appears as the node, by the route to the backend",
+        Source::Kept => {
+            "a process of this host has the address that its route to the backend gives it"
+        }
+        Source::Masqueraded => {
+            "a process of this host appears as the node, by the route to the backend"
+        }
     }
 }
 

@@ -35,7 +35,9 @@ pub enum Error {
     #[error("no program is attached to a device that is {0}; `sluice status` lists the devices")]
     Role(&'static str),
     /// Calls of others are not made here.
-    #[error("a client outside makes no calls on this node: --path socket goes with --from pod or host")]
+    #[error(
+        "a client outside makes no calls on this node: --path socket goes with --from pod or host"
+    )]
     OutsideCall,
 }
 
@@ -119,7 +121,8 @@ impl<'w, F: Side> Walk<'w, F> {
         match call {
             Call::Taken(call) => answer.socket = Some(call),
             Call::Left(why) => {
-                let before = answer.steps.iter().position(|step| step.step != "packet").unwrap_or(0);
+                let before =
+                    answer.steps.iter().position(|step| step.step != "packet").unwrap_or(0);
                 answer.steps.insert(before, Story::left(why));
             }
             Call::Unseen => {}
@@ -147,7 +150,9 @@ impl<'w, F: Side> Walk<'w, F> {
         let by_route = match self.question.from {
             Client::Host if self.routing.is_local(self.question.destination.ip()) => Some(LOOPBACK),
             Client::Host => self.routing.leaves_by(self.question.destination.ip()),
-            Client::Pod | Client::External => self.routing.comes_in_by(self.question, &self.world.devices),
+            Client::Pod | Client::External => {
+                self.routing.comes_in_by(self.question, &self.world.devices)
+            }
         };
         let by_route = by_route.filter(|ifindex| self.world.devices.contains_key(ifindex));
         let fits = |ifindex: &u32, wanted: u32| {
@@ -156,16 +161,22 @@ impl<'w, F: Side> Walk<'w, F> {
         match (role, self.question.from) {
             (Some((wanted, word)), _) => by_route
                 .filter(|ifindex| fits(ifindex, wanted))
-                .or_else(|| self.world.devices.keys().find(|ifindex| fits(ifindex, wanted)).copied())
+                .or_else(|| {
+                    self.world.devices.keys().find(|ifindex| fits(ifindex, wanted)).copied()
+                })
                 .map(|ifindex| Some((hook, ifindex)))
                 .ok_or(Error::Role(word)),
             (None, Client::Host) => Ok(by_route.map(|ifindex| (hook, ifindex))),
             (None, Client::Pod) => by_route
-                .or_else(|| self.world.devices.keys().find(|ifindex| fits(ifindex, device::EDGE)).copied())
+                .or_else(|| {
+                    self.world.devices.keys().find(|ifindex| fits(ifindex, device::EDGE)).copied()
+                })
                 .map(|ifindex| Some((hook, ifindex)))
                 .ok_or(Error::Role("an edge")),
             (None, Client::External) => by_route
-                .or_else(|| self.world.devices.keys().find(|ifindex| fits(ifindex, device::UPLINK)).copied())
+                .or_else(|| {
+                    self.world.devices.keys().find(|ifindex| fits(ifindex, device::UPLINK)).copied()
+                })
                 .map(|ifindex| Some((hook, ifindex)))
                 .ok_or(Error::Role("an uplink")),
         }
@@ -209,7 +220,8 @@ impl<'w, F: Side> Walk<'w, F> {
     /// Follows a packet that a hook meets.
     fn packet(&self, hook: Hook, ifindex: u32) -> Answer {
         let first = self.meet(hook, ifindex);
-        let goes_on = (verdict(first.decision.verdict) == Verdict::Pass || first.decision.is_answer())
+        let goes_on = (verdict(first.decision.verdict) == Verdict::Pass
+            || first.decision.is_answer())
             && first.decision.reason == Reason::Stranger
             && hook != Hook::Egress
             && !self.routing.is_local(self.question.destination.ip());
@@ -222,10 +234,9 @@ impl<'w, F: Side> Walk<'w, F> {
                 story.goes_around(target);
             }
             let carries = |ifindex: &u32| {
-                self.world
-                    .devices
-                    .get(ifindex)
-                    .is_some_and(|found| matches!(found.entry.role, device::UPLINK | device::FABRIC))
+                self.world.devices.get(ifindex).is_some_and(|found| {
+                    matches!(found.entry.role, device::UPLINK | device::FABRIC)
+                })
             };
             match target.filter(carries) {
                 Some(out) => meeting = self.meet(Hook::Egress, out),
@@ -259,19 +270,24 @@ impl<'w, F: Side> Walk<'w, F> {
             if decision.verdict == path::Verdict::Around {
                 story.goes_around(self.routing.leaves_by(F::ip(decision.flow.destination)));
             }
-            if !reply && decision.flow.flags & (flow::MASQUERADED | flow::HOST) == flow::MASQUERADED {
+            if !reply && decision.flow.flags & (flow::MASQUERADED | flow::HOST) == flow::MASQUERADED
+            {
                 let (device, seen_as) = self.client_side(decision, asked);
                 story.leaves_as(device.as_deref(), self.question.source, seen_as);
             }
             story.source(source, decision, asked, target.as_ref());
         }
-        let candidates = if forward && !reply { self.candidates(target.as_ref()) } else { Vec::new() };
+        let candidates =
+            if forward && !reply { self.candidates(target.as_ref()) } else { Vec::new() };
         story.ends(verdict, decision.reason);
         Answer {
             verdict,
             reason: decision.reason.word(),
             service: target.as_ref().map(|target| target.owner.service.to_string()),
-            port: target.as_ref().filter(|target| target.service_port != 0).map(|target| target.owner.port()),
+            port: target
+                .as_ref()
+                .filter(|target| target.service_port != 0)
+                .map(|target| target.owner.port()),
             frontend: target.as_ref().map(|target| self.frontend(target, decision, reply)),
             backend,
             candidates,
@@ -282,8 +298,13 @@ impl<'w, F: Side> Walk<'w, F> {
         }
     }
 
-    /// What a masqueraded client is shown as where its packets leave for the backend, and the device.
-    fn client_side(&self, decision: &Decision<F>, asked: &[Asked<F>]) -> (Option<String>, SocketAddr) {
+    /// What a masqueraded client is shown as where its packets leave for the backend, and the
+    /// device.
+    fn client_side(
+        &self,
+        decision: &Decision<F>,
+        asked: &[Asked<F>],
+    ) -> (Option<String>, SocketAddr) {
         let flow = &decision.flow;
         let key = Tuple {
             source: flow.source,
@@ -361,8 +382,10 @@ impl<'w, F: Side> Walk<'w, F> {
             let class = policy::class(kind, is_local);
             return Some(Target { owner: self.owner(service_port)?, service_port, kind, class });
         }
-        let found =
-            self.find(policy::may_ask_for_node_ports::<F, _>(egress, &self.tuple.destination, &seen), &seen);
+        let found = self.find(
+            policy::may_ask_for_node_ports::<F, _>(egress, &self.tuple.destination, &seen),
+            &seen,
+        );
         if let Some((service_port, kind)) = found {
             let class = policy::class(kind, is_local);
             return Some(Target { owner: self.owner(service_port)?, service_port, kind, class });
@@ -422,15 +445,18 @@ impl<'w, F: Side> Walk<'w, F> {
     /// Every backend that clients of the class may reach.
     fn candidates(&self, target: Option<&Target>) -> Vec<Candidate> {
         let Some(target) = target else { return Vec::new() };
-        let Some(port) = self.world.image.ports.get(&target.service_port) else { return Vec::new() };
+        let Some(port) = self.world.image.ports.get(&target.service_port) else {
+            return Vec::new();
+        };
         let Some(range) = port.ranges.get(target.class as usize).copied().map(Range) else {
             return Vec::new();
         };
         shares::<F>(self.world, range)
     }
 
-    /// Whether the backend sees the client's address. A process of this host has the address that its route gives it,
-    /// so nothing in the flow tells: what counts is whether kube-proxy would replace it.
+    /// Whether the backend sees the client's address. A process of this host has the address that
+    /// its route gives it, so nothing in the flow tells: what counts is whether kube-proxy would
+    /// replace it.
     fn source(&self, target: Option<&Target>, flags: u8, backend: Option<Endpoint>) -> Source {
         let hairpin = backend.is_some_and(|backend| backend.address == self.question.source.ip());
         let masqueraded = if self.question.from == Client::Host {
@@ -442,14 +468,16 @@ impl<'w, F: Side> Walk<'w, F> {
         if hairpin || masqueraded { Source::Masqueraded } else { Source::Kept }
     }
 
-    /// Whether kube-proxy would replace the address of a process of this host that asks a ClusterIP.
+    /// Whether kube-proxy would replace the address of a process of this host that asks a
+    /// ClusterIP.
     fn masquerades_host(&self) -> bool {
         use sluice_common::abi::{detect_local, masquerade};
         let settings = &self.world.settings;
         let pods = F::around(self.world).networks.pods;
         // An unused prefix has a mask of zeros and another network.
-        let knows_pods =
-            pods.iter().any(|prefix| F::words(&prefix.mask) != [0; 4] || F::words(&prefix.network) == [0; 4]);
+        let knows_pods = pods
+            .iter()
+            .any(|prefix| F::words(&prefix.mask) != [0; 4] || F::words(&prefix.network) == [0; 4]);
         settings.masquerade == masquerade::ALL
             || settings.masquerade == masquerade::KUBE_PROXY
                 && policy::detector::<F>(settings) != detect_local::NONE
@@ -486,7 +514,9 @@ impl<'w, F: Side> Walk<'w, F> {
         let (verdict, reason) = match choice {
             Choice::Untouched => return Call::Left(self.why_left(&target, &asked)),
             Choice::Refuse { .. } if self.question.protocol != Protocol::Tcp => {
-                return Call::Left("there is no backend, which packets are answered with an ICMP error");
+                return Call::Left(
+                    "there is no backend, which packets are answered with an ICMP error",
+                );
             }
             Choice::Refuse { .. } => (Verdict::Reject, Reason::SocketRefused),
             Choice::Backend { .. } => (Verdict::Forward, reason),
@@ -557,10 +587,15 @@ fn shares<F: Stack>(world: &World, range: Range) -> Vec<Candidate> {
     let mut owned = std::collections::BTreeMap::<Endpoint, usize>::new();
     for id in slots {
         if let Some(backend) = F::of(&world.image).backends.get(id) {
-            *owned.entry(Endpoint { address: F::ip(backend.address), port: backend.port }).or_default() += 1;
+            *owned
+                .entry(Endpoint { address: F::ip(backend.address), port: backend.port })
+                .or_default() += 1;
         }
     }
-    #[expect(clippy::cast_precision_loss, reason = "a table has fewer slots than a float has digits")]
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "a table has fewer slots than a float has digits"
+    )]
     let share = |count: usize| count as f64 / f64::from(range.size());
     owned
         .into_iter()
@@ -568,7 +603,8 @@ fn shares<F: Stack>(world: &World, range: Range) -> Vec<Candidate> {
         .collect()
 }
 
-/// Whether the packet goes on as it is: it leaves with an address of the node, and is only kept from meeting clients.
+/// Whether the packet goes on as it is: it leaves with an address of the node, and is only kept
+/// from meeting clients.
 fn is_note<F: Side>(decision: &Decision<F>) -> bool {
     const NOTE: u8 = flow::SOURCE | flow::DIRECT;
     decision.reason == Reason::Stranger && decision.flow.flags & NOTE == NOTE

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, NodeAddress,
-    OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, device,
-    node_address, socket_path,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
+    NodeAddress, OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks,
+    Tuple, device, node_address, socket_path,
 };
 use sluice_common::family::lane;
 use sluice_common::path::mark;
@@ -28,12 +28,14 @@ pub struct NamedDevice {
 
 /// What the kernel's routing says.
 pub trait Routing {
-    /// The device that packets to an address leave by; [`None`] where there is none, or where the address is this host's.
+    /// The device that packets to an address leave by; [`None`] where there is none, or where the
+    /// address is this host's.
     fn leaves_by(&self, destination: IpAddr) -> Option<u32>;
     /// Whether an address is this host's own.
     fn is_local(&self, address: IpAddr) -> bool;
     /// The device on which this client's packets come in.
-    fn comes_in_by(&self, question: &Question, devices: &BTreeMap<u32, NamedDevice>) -> Option<u32>;
+    fn comes_in_by(&self, question: &Question, devices: &BTreeMap<u32, NamedDevice>)
+    -> Option<u32>;
     /// What was taken for granted, for people; empty if the kernel was asked.
     fn supposes(&self) -> &'static str;
 }

@@ -62,7 +62,10 @@ pub(super) fn read(labelled: &[u8]) -> Option<Frame> {
     Some(Frame { mark: label.mark(), ethertype, key, bytes })
 }
 
-fn datagram<F: Parse>(packet: &Bytes<'_>, offset: u32) -> Option<sluice_common::abi::Datagram<F::Address>> {
+fn datagram<F: Parse>(
+    packet: &Bytes<'_>,
+    offset: u32,
+) -> Option<sluice_common::abi::Datagram<F::Address>> {
     let headers = parse::headers::<F, _>(packet, offset)?;
     (headers.kind == Kind::Fragment).then(|| fragment::key(&headers))
 }

@@ -39,7 +39,11 @@ impl Socket {
         let address = socket.address(libc::ETH_P_ALL as u16);
         // SAFETY: the address is live and of the length given.
         check(unsafe {
-            libc::bind(socket.fd.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as u32)
+            libc::bind(
+                socket.fd.as_raw_fd(),
+                (&raw const address).cast(),
+                size_of_val(&address) as u32,
+            )
         })?;
         Ok(socket)
     }
@@ -81,8 +85,9 @@ impl Socket {
     /// The next frame, if one is there.
     pub(super) fn receive(&mut self) -> io::Result<Option<&[u8]>> {
         // SAFETY: the buffer is live and of the length given.
-        let result =
-            unsafe { libc::recv(self.fd.as_raw_fd(), self.buffer.as_mut_ptr().cast(), self.buffer.len(), 0) };
+        let result = unsafe {
+            libc::recv(self.fd.as_raw_fd(), self.buffer.as_mut_ptr().cast(), self.buffer.len(), 0)
+        };
         Ok(outcome(result)?.and_then(|length| self.buffer.get(..length)))
     }
 

@@ -1,8 +1,8 @@
 //! The fragments that wait, oldest first, within bounds.
 //!
-//! When there is no room, the one that has most makes it: of the devices that fragments came in by the one with most of them,
-//! of the sources behind it the one with most. Devices come first, since a pod can forge sources but has only one device: it
-//! cannot push out another's fragments.
+//! When there is no room, the one that has most makes it: of the devices that fragments came in by
+//! the one with most of them, of the sources behind it the one with most. Devices come first, since
+//! a pod can forge sources but has only one device: it cannot push out another's fragments.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -58,7 +58,9 @@ impl Waiting {
         self.bytes = self.bytes.saturating_add(kept.frame.bytes.len());
         self.kept.push_back(kept);
         while self.kept.len() > FRAGMENTS_MAX || self.bytes > BYTES_MAX {
-            let Some(last) = self.heaviest().and_then(|index| self.kept.remove(index)) else { break };
+            let Some(last) = self.heaviest().and_then(|index| self.kept.remove(index)) else {
+                break;
+            };
             self.forget(&last);
             gone.push(last);
         }
@@ -174,8 +176,9 @@ mod tests {
             }
             kept
         };
-        let of =
-            |waiting: &Waiting, place: u32| waiting.counts.get(&place).map_or(0, |all| all.values().sum());
+        let of = |waiting: &Waiting, place: u32| {
+            waiting.counts.get(&place).map_or(0, |all| all.values().sum())
+        };
         let mut waiting = Waiting::default();
         // A pod with forged sources fills all of it.
         for id in 0..5_000_u32 {
@@ -198,7 +201,8 @@ mod tests {
             assert!(gone.iter().all(|kept| kept.place() == 2 || kept.source() == busy), "{gone:?}");
         }
         assert_eq!((of(&waiting, 4), waiting.kept.len()), (100, FRAGMENTS_MAX));
-        let quiet = waiting.counts.get(&6).and_then(|all| all.get(&IpAddr::from([198, 51, 100, 8])));
+        let quiet =
+            waiting.counts.get(&6).and_then(|all| all.get(&IpAddr::from([198, 51, 100, 8])));
         assert_eq!(quiet, Some(&20));
     }
 }

@@ -80,7 +80,8 @@ fn body(service: &ObjectName, local: usize, healthy: bool) -> String {
     };
     let mut text = Vec::new();
     // Strings, a number and a bool into memory: there is nothing to fail.
-    let _ = body.serialize(&mut Serializer::with_formatter(&mut text, PrettyFormatter::with_indent(b"\t")));
+    let _ = body
+        .serialize(&mut Serializer::with_formatter(&mut text, PrettyFormatter::with_indent(b"\t")));
     String::from_utf8(text).unwrap_or_default()
 }
 
@@ -98,7 +99,9 @@ mod tests {
     #[test]
     fn only_a_healthy_proxy_with_local_endpoints_answers_ok() {
         let service = ObjectName::new("shop", "web");
-        for (local, healthy, status) in [(1, true, 200), (0, true, 503), (1, false, 503), (0, false, 503)] {
+        for (local, healthy, status) in
+            [(1, true, 200), (0, true, 503), (1, false, 503), (0, false, 503)]
+        {
             let response = answer(&service, local, healthy);
             assert_eq!(response.status(), status, "{local} {healthy}");
             assert_eq!(response.headers().get(WEIGHT), Some(&HeaderValue::from(local)));

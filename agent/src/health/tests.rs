@@ -1,4 +1,5 @@
-//! Health checks as a load balancer asks them: by sockets on loopback, an address of 127/8 for each test.
+//! Health checks as a load balancer asks them: by sockets on loopback, an address of 127/8 for each
+//! test.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -64,7 +65,9 @@ fn name(service: &str) -> ObjectName {
 }
 
 fn listed(addresses: &[&str]) -> Addresses {
-    Addresses::Listed(addresses.iter().map(|address| address.parse().expect("an address")).collect())
+    Addresses::Listed(
+        addresses.iter().map(|address| address.parse().expect("an address")).collect(),
+    )
 }
 
 fn at(address: &str, port: u16) -> SocketAddr {
@@ -80,7 +83,8 @@ async fn free_port(address: &str) -> u16 {
 /// What comes back when a request line is sent; [`None`] if nobody listens.
 async fn ask(to: SocketAddr, line: &str) -> Option<String> {
     let mut stream = TcpStream::connect(to).await.ok()?;
-    let request = format!("{line} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\nhi");
+    let request =
+        format!("{line} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\nhi");
     stream.write_all(request.as_bytes()).await.ok()?;
     let mut answer = String::new();
     let _ = timeout(SOON, stream.read_to_string(&mut answer)).await.ok()?.ok()?;
@@ -157,17 +161,23 @@ async fn a_kept_connection_hears_of_counts_and_health() {
         bench.check("web", to.port(), local);
         bench.healthy.store(healthy, Ordering::Relaxed);
         stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.expect("a kept connection");
-        let length = timeout(SOON, stream.read(&mut buffer)).await.expect("an answer").expect("an answer");
+        let length =
+            timeout(SOON, stream.read(&mut buffer)).await.expect("an answer").expect("an answer");
         let answer = String::from_utf8_lossy(&buffer[..length]).into_owned();
-        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(body), "{answer}");
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(body),
+            "{answer}"
+        );
     }
 }
 
 #[tokio::test]
 async fn a_port_that_changes_or_goes_is_closed_at_once() {
     let mut bench = Bench::at("127.71.0.3");
-    let (first, second) =
-        (at("127.71.0.3", free_port("127.71.0.3").await), at("127.71.0.3", free_port("127.71.0.3").await));
+    let (first, second) = (
+        at("127.71.0.3", free_port("127.71.0.3").await),
+        at("127.71.0.3", free_port("127.71.0.3").await),
+    );
     bench.check("web", first.port(), 1);
     let _ = until_answer(first, is_ok).await;
     let mut kept = TcpStream::connect(first).await.expect("a listener");
@@ -178,7 +188,9 @@ async fn a_port_that_changes_or_goes_is_closed_at_once() {
     bench.check("web", second.port(), 1);
     let _ = until_answer(second, is_ok).await;
     assert_eq!(ask(first, "GET /").await, None, "the old port still answers");
-    let end = timeout(Duration::from_secs(2), kept.read(&mut rest)).await.expect("an idle connection ends");
+    let end = timeout(Duration::from_secs(2), kept.read(&mut rest))
+        .await
+        .expect("an idle connection ends");
     assert_eq!(end.expect("a clean end"), 0);
     bench.forget("web");
     let _ = until_answer(second, |answer| answer.is_none()).await;
@@ -222,7 +234,10 @@ async fn of_two_services_with_one_port_the_first_by_name_has_it() {
     bench.check("a", to.port(), 1);
     let failures = bench.until_failures(|failures| !failures.is_empty()).await;
     assert_eq!(failures.keys().collect::<Vec<_>>(), [&name("b")]);
-    assert!(failures[&name("b")].to_string().contains("the Service shop/a has the same"), "{failures:?}");
+    assert!(
+        failures[&name("b")].to_string().contains("the Service shop/a has the same"),
+        "{failures:?}"
+    );
     let _ = until_answer(to, is_of("a")).await;
     bench.forget("a");
     let _ = until_answer(to, is_of("b")).await;
@@ -269,7 +284,8 @@ async fn silent_clients_keep_nobody_waiting_and_give_way() {
     let to = at("127.71.0.9", free_port("127.71.0.9").await);
     bench.check("web", to.port(), 1);
     let _ = until_answer(to, is_ok).await;
-    // More than there is room for; they were thrown out only when their header had not come for five seconds.
+    // More than there is room for; they were thrown out only when their header had not come for
+    // five seconds.
     let mut silent = Vec::new();
     for _ in 0..300 {
         silent.push(TcpStream::connect(to).await.expect("a listener"));

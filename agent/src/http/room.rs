@@ -1,11 +1,13 @@
 //! Room for connections, given by kind and by age.
 //!
-//! A connection is always accepted: where the share that it belongs to is full, another one is closed. So
-//! nobody can keep others out by holding connections open; whoever asks at once is answered, since it is the newest.
-//! The one that is closed belongs to the source that holds most, and is its oldest of those that wait for a request.
+//! A connection is always accepted: where the share that it belongs to is full, another one is
+//! closed. So nobody can keep others out by holding connections open; whoever asks at once is
+//! answered, since it is the newest. The one that is closed belongs to the source that holds most,
+//! and is its oldest of those that wait for a request.
 //!
-//! All listeners have one room, because what it bounds is the process's: descriptors and memory. The node's own
-//! connections (the kubelet's probes, a scraper on the host network) have a share that others cannot touch.
+//! All listeners have one room, because what it bounds is the process's: descriptors and memory.
+//! The node's own connections (the kubelet's probes, a scraper on the host network) have a share
+//! that others cannot touch.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,12 +17,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::task::AbortHandle;
 
-/// Connections from elsewhere that are open at once. One takes up to 16 KiB of buffers: 7 MiB in all.
+/// Connections from elsewhere that are open at once. One takes up to 16 KiB of buffers: 7 MiB in
+/// all.
 const OTHERS: usize = 448;
 /// Connections of the node itself that are open at once: 1 MiB.
 const NODE: usize = 64;
 
-/// Bits of an IPv6 address that tell one source from another: whoever has one address of a /64 has all of them.
+/// Bits of an IPv6 address that tell one source from another: whoever has one address of a /64 has
+/// all of them.
 const SOURCE_V6: u32 = 64;
 
 /// Whose a connection is.
@@ -42,7 +46,9 @@ impl Kind {
 fn source(peer: SocketAddr) -> IpAddr {
     match peer.ip() {
         IpAddr::V4(address) => address.into(),
-        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> SOURCE_V6 << SOURCE_V6).into(),
+        IpAddr::V6(address) => {
+            Ipv6Addr::from_bits(address.to_bits() >> SOURCE_V6 << SOURCE_V6).into()
+        }
     }
 }
 
@@ -52,7 +58,8 @@ struct Open {
     task: AbortHandle,
 }
 
-/// Connections of a kind: by source, and then by age, since the number grows from one to the next. No source is empty.
+/// Connections of a kind: by source, and then by age, since the number grows from one to the next.
+/// No source is empty.
 struct Share {
     max: usize,
     count: usize,
@@ -87,7 +94,8 @@ impl Share {
             let (number, open) = waiting.or_else(|| held.first_key_value())?;
             Some((open.answering.is_so(), *number, *source))
         };
-        let candidates = self.open.iter().filter(|(_, held)| held.len() == most).filter_map(of_source);
+        let candidates =
+            self.open.iter().filter(|(_, held)| held.len() == most).filter_map(of_source);
         candidates.min().map(|(_, number, source)| (source, number))
     }
 
@@ -163,7 +171,8 @@ impl Room {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs a conversation in a task of its own, and closes another one where there is no room left.
+    /// Runs a conversation in a task of its own, and closes another one where there is no room
+    /// left.
     pub(super) fn hold<C>(
         &self,
         peer: SocketAddr,
@@ -193,7 +202,8 @@ impl Room {
         }
     }
 
-    /// Closes one connection from elsewhere, or one of the node's where there is no other: descriptors or memory are short.
+    /// Closes one connection from elsewhere, or one of the node's where there is no other:
+    /// descriptors or memory are short.
     pub(super) fn close_one(&self) {
         let closed = {
             let mut shares = self.shares();
@@ -211,7 +221,8 @@ mod tests {
 
     use super::*;
 
-    const LOCAL: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)), 10256);
+    const LOCAL: SocketAddr =
+        SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)), 10256);
 
     /// Opens a connection that says nothing, and returns its number.
     fn open(room: &Room, peer: &str) -> u64 {
@@ -248,7 +259,8 @@ mod tests {
     #[tokio::test]
     async fn among_equals_the_oldest_that_waits_for_a_request_gives_way() {
         let room = small(1, 3);
-        let all: Vec<u64> = (1..=3).map(|host| open(&room, &format!("198.51.100.{host}"))).collect();
+        let all: Vec<u64> =
+            (1..=3).map(|host| open(&room, &format!("198.51.100.{host}"))).collect();
         let first = IpAddr::from([198, 51, 100, 1]);
         if let Some(held) = room.shares().others.open.get(&first) {
             held[&all[0]].answering.set(true);
@@ -261,7 +273,8 @@ mod tests {
     async fn a_64_is_one_source() {
         let room = small(1, 3);
         let other = open(&room, "2001:db8:1::1");
-        let same: Vec<u64> = (1..=9).map(|host| open(&room, &format!("2001:db8:2::{host}"))).collect();
+        let same: Vec<u64> =
+            (1..=9).map(|host| open(&room, &format!("2001:db8:2::{host}"))).collect();
         assert_eq!(are_open(&room, Kind::Others), [other, same[7], same[8]]);
     }
 

@@ -17,10 +17,11 @@
 //! slots, backends, names, sources, node port bits and addresses, listing bits are cleared
 //! ```
 //!
-//! So after every step each frontend leads to a service port, each range's slots name
-//! backends of that service port, and each of their addresses is listed. Sources are let in before those that are
-//! not are kept out, and kept out for as long as there is a frontend that they may not use. Clients keep
-//! their source only while their range holds nothing but local backends, since others would answer them past this node.
+//! So after every step each frontend leads to a service port, each range's slots name backends of
+//! that service port, and each of their addresses is listed. Sources are let in before those that
+//! are not are kept out, and kept out for as long as there is a frontend that they may not use.
+//! Clients keep their source only while their range holds nothing but local backends, since others
+//! would answer them past this node.
 //!
 //! Two images of one plan never give one id or slot two meanings, since the plan waits for the
 //! grace before it gives away what was in use. Two arbitrary images may. Then the service ports
@@ -35,7 +36,8 @@ use super::{CLASSES, FamilyWrite, Image, Stack, Write};
 
 /// The steps that lead from `a` to `b`: none if they are equal.
 ///
-/// Costs time in proportion to both images. An update of one service diffs images that hold only what it touches.
+/// Costs time in proportion to both images. An update of one service diffs images that hold only
+/// what it touches.
 pub fn diff(a: &Image, b: &Image) -> Vec<Write> {
     let mut writes = Vec::new();
     if let Some(parked) = park(a, b) {
@@ -150,8 +152,9 @@ fn apart(port: &ServicePort) -> (u32, u32) {
     (port.affinity_seconds, port.flags)
 }
 
-/// The same while ranges and frontends change: sources are kept out that are to be before or after, and clients
-/// keep their source if they do before and after. Nobody uses a service port that is new.
+/// The same while ranges and frontends change: sources are kept out that are to be before or after,
+/// and clients keep their source if they do before and after. Nobody uses a service port that is
+/// new.
 fn set_apart(old: Option<&ServicePort>, new: &ServicePort) -> (u32, u32) {
     let Some(old) = old else { return apart(new) };
     let flags = (old.flags | new.flags) & policy::SOURCE_RANGES
@@ -163,7 +166,9 @@ fn set_apart(old: Option<&ServicePort>, new: &ServicePort) -> (u32, u32) {
 /// Flips those ranges of a service port that change and whose new value is wanted now.
 fn flip(a: &Image, b: &Image, id: u32, out: &mut Vec<Write>, wanted: impl Fn(Range) -> bool) {
     for class in CLASSES {
-        let range = |image: &Image| Range(image.ports.get(&id).map_or(0, |port| port.ranges[class as usize]));
+        let range = |image: &Image| {
+            Range(image.ports.get(&id).map_or(0, |port| port.ranges[class as usize]))
+        };
         let (old, new) = (range(a), range(b));
         if old != new && wanted(new) {
             out.push(Write::Range { service_port: id, class, range: new });
@@ -194,7 +199,9 @@ fn break_flags<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
     let new = &F::of(b).backends;
     for (id, old) in &F::of(a).backends {
         let flags = match new.get(id) {
-            Some(new) if identity(old) != identity(new) || new.flags & backend::SERVING != 0 => continue,
+            Some(new) if identity(old) != identity(new) || new.flags & backend::SERVING != 0 => {
+                continue;
+            }
             Some(new) => new.flags,
             None => 0,
         };
@@ -215,7 +222,10 @@ fn make_origins<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
     let old = &F::of(a).origins;
     for (key, origins) in &F::of(b).origins {
         if old.get(key) != Some(origins) {
-            out.push(F::write(FamilyWrite::OriginInsert { key: *key, origins: Box::new(*origins) }));
+            out.push(F::write(FamilyWrite::OriginInsert {
+                key: *key,
+                origins: Box::new(*origins),
+            }));
         }
     }
 }
@@ -259,8 +269,9 @@ fn clear_nodes<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
     }
 }
 
-/// A frontend's value never changes while its key lives, so one that changes hands is removed first.
-/// That the rest of an address is rejected comes last: until then its ports are not all there.
+/// A frontend's value never changes while its key lives, so one that changes hands is removed
+/// first. That the rest of an address is rejected comes last: until then its ports are not all
+/// there.
 fn make_services<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
     let old = &F::of(a).services;
     let (whole, ports): (Vec<_>, Vec<_>) =
@@ -309,7 +320,9 @@ fn park(a: &Image, b: &Image) -> Option<Image> {
             _ => &v4,
         };
         for range in port.ranges.map(Range) {
-            let Some(backends) = a.slots.get(&range.start()).filter(|_| range.size() != 0) else { continue };
+            let Some(backends) = a.slots.get(&range.start()).filter(|_| range.size() != 0) else {
+                continue;
+            };
             if !busy.contains(&range.start())
                 && !changed.is_empty()
                 && backends.iter().any(|backend| changed.contains(backend))

@@ -74,9 +74,15 @@ impl<D: Dataplane> Dataplane for Faulty<D> {
     fn apply(&mut self, writes: &[Write]) -> Result<(), ApplyError> {
         for (done, write) in writes.iter().enumerate() {
             if self.next_byte() < self.failures {
-                return Err(ApplyError { done, what: format!("{write:?}"), cause: Box::new(Fault) });
+                return Err(ApplyError {
+                    done,
+                    what: format!("{write:?}"),
+                    cause: Box::new(Fault),
+                });
             }
-            self.inner.apply(std::slice::from_ref(write)).map_err(|error| ApplyError { done, ..error })?;
+            self.inner
+                .apply(std::slice::from_ref(write))
+                .map_err(|error| ApplyError { done, ..error })?;
         }
         Ok(())
     }

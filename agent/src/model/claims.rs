@@ -95,8 +95,11 @@ mod tests {
 
     #[test]
     fn the_older_wins_and_an_unknown_age_is_newest() {
-        let (young, old, ageless) =
-            (ObjectName::new("a", "young"), ObjectName::new("b", "old"), ObjectName::new("a", "ageless"));
+        let (young, old, ageless) = (
+            ObjectName::new("a", "young"),
+            ObjectName::new("b", "old"),
+            ObjectName::new("a", "ageless"),
+        );
         let mut claims = Claims::default();
         let _ = claims.set(&ageless, None, frontend());
         let _ = claims.set(&young, Some(2), frontend());

@@ -8,8 +8,8 @@ use ipnet::IpNet;
 
 use super::claims::{Claims, Frontend};
 use super::object::{
-    Address, Endpoint, IpFamily, Maker, ObjectName, PortSpec, Protocol, ServiceSpec, Slice, SliceKind,
-    SlicePart,
+    Address, Endpoint, IpFamily, Maker, ObjectName, PortSpec, Protocol, ServiceSpec, Slice,
+    SliceKind, SlicePart,
 };
 use super::policy::{Choice, Member, Place, Policies, categorize};
 use super::report::{Flaw, Notebook, Subject};
@@ -32,7 +32,12 @@ pub struct PortKey {
 impl PortKey {
     /// The least key that a Service's port can have.
     pub fn first(service: &ObjectName) -> Self {
-        Self { service: service.clone(), port: "".into(), protocol: Protocol::Tcp, family: IpFamily::V4 }
+        Self {
+            service: service.clone(),
+            port: "".into(),
+            protocol: Protocol::Tcp,
+            family: IpFamily::V4,
+        }
     }
 
     /// Where a report on the port points.
@@ -62,8 +67,8 @@ pub struct DesiredPort {
     pub frontends: BTreeMap<(IpAddr, u16), FrontendKind>,
     /// The endpoints that answer, in order of address and port.
     pub backends: BTreeMap<(IpAddr, u16), DesiredBackend>,
-    /// For each [`sluice_common::abi::Class`] that no backend is selected for: whether its clients are dropped, as
-    /// there are endpoints elsewhere; else they are rejected.
+    /// For each [`sluice_common::abi::Class`] that no backend is selected for: whether its clients
+    /// are dropped, as there are endpoints elsewhere; else they are rejected.
     pub drops: [bool; 3],
     /// Where its clients may go.
     pub policies: Policies,
@@ -82,14 +87,16 @@ pub enum FrontendKind {
     LoadBalancer,
     /// An address that a person sends to the nodes.
     ExternalIp,
-    /// A port of every address of this node that serves node ports; its own address is the unspecified one.
+    /// A port of every address of this node that serves node ports; its own address is the
+    /// unspecified one.
     NodePort,
 }
 
 /// An endpoint that answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DesiredBackend {
-    /// For each [`sluice_common::abi::Class`], whether new flows are sent here. One that only drains gets none.
+    /// For each [`sluice_common::abi::Class`], whether new flows are sent here. One that only
+    /// drains gets none.
     pub selected: [bool; 3],
     /// Runs on this node.
     pub local: bool,
@@ -102,13 +109,13 @@ pub struct DesiredBackend {
 pub struct HealthCheck {
     /// The port at which it asks.
     pub port: u16,
-    /// How many ready endpoints are on this node: distinct addresses of the family that has more of them, since
-    /// an endpoint of a dual-stack Service has one of each.
+    /// How many ready endpoints are on this node: distinct addresses of the family that has more of
+    /// them, since an endpoint of a dual-stack Service has one of each.
     pub local: usize,
 }
 
-/// A UDP port of a Service: a client's flow that the kernel tracks from one of its frontends to anything
-/// but one of its endpoints leads nowhere.
+/// A UDP port of a Service: a client's flow that the kernel tracks from one of its frontends to
+/// anything but one of its endpoints leads nowhere.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UdpPort {
     /// The addresses and port numbers that clients ask; a node port has the unspecified address.
@@ -143,7 +150,8 @@ pub(super) struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// Returns the Service that an endpoint is a frontend of: a packet for the endpoint would be translated again.
+    /// Returns the Service that an endpoint is a frontend of: a packet for the endpoint would be
+    /// translated again.
     fn frontend_of(&self, endpoint: &Frontend) -> Option<&ObjectName> {
         let (address, number, protocol) = *endpoint;
         self.claims.winner(endpoint).or_else(|| {
@@ -173,7 +181,10 @@ pub(super) fn claimed(
     notes: &mut Notebook,
 ) -> Claimed {
     let subject = Subject::object("Service", name);
-    if spec.proxy_name != context.settings.proxy_name || spec.headless || &*spec.kind == "ExternalName" {
+    if spec.proxy_name != context.settings.proxy_name
+        || spec.headless
+        || &*spec.kind == "ExternalName"
+    {
         return Claimed::default();
     }
     if !good_name(&name.namespace) || !good_name(&name.name) {
@@ -185,9 +196,12 @@ pub(super) fn claimed(
     let vips = vips(spec, context, &subject, notes);
     let source_ranges = source_ranges(spec, &subject, notes);
     let affinity_seconds = affinity_seconds(spec, &subject, notes);
-    let internal_local = is_local(&spec.internal_policy, "spec.internalTrafficPolicy", &subject, notes);
-    let external_local = is_local(&spec.external_policy, "spec.externalTrafficPolicy", &subject, notes)
-        && (matches!(&*spec.kind, "LoadBalancer" | "NodePort") || !spec.external_ips.is_empty());
+    let internal_local =
+        is_local(&spec.internal_policy, "spec.internalTrafficPolicy", &subject, notes);
+    let external_local =
+        is_local(&spec.external_policy, "spec.externalTrafficPolicy", &subject, notes)
+            && (matches!(&*spec.kind, "LoadBalancer" | "NodePort")
+                || !spec.external_ips.is_empty());
     let health_port = port_number(spec.health_check_port)
         .filter(|_| external_local && &*spec.kind == "LoadBalancer" && !vips.is_empty());
 
@@ -198,8 +212,10 @@ pub(super) fn claimed(
         if sources.is_none() && !spec.source_ranges.is_empty() {
             for (vip, _) in vips.iter().filter(|(_, kind)| **kind == FrontendKind::LoadBalancer) {
                 notes.add(&subject, Flaw::OpenToAll, || {
-                    let what =
-                        format!("none is a range of {} addresses: everybody may use {vip}", family.word());
+                    let what = format!(
+                        "none is a range of {} addresses: everybody may use {vip}",
+                        family.word()
+                    );
                     ("spec.loadBalancerSourceRanges".into(), what)
                 });
             }
@@ -207,7 +223,9 @@ pub(super) fn claimed(
         for ServedPort { protocol, name: port, number, node_port } in &ports {
             let mut frontends: BTreeMap<(IpAddr, u16), FrontendKind> =
                 vips.iter().map(|(vip, kind)| ((*vip, *number), *kind)).collect();
-            frontends.extend(node_port.map(|port| ((family.unspecified(), port), FrontendKind::NodePort)));
+            frontends.extend(
+                node_port.map(|port| ((family.unspecified(), port), FrontendKind::NodePort)),
+            );
             let external = frontends.values().any(|kind| *kind != FrontendKind::ClusterIp);
             let desired = DesiredPort {
                 number: *number,
@@ -217,7 +235,8 @@ pub(super) fn claimed(
                 sources: sources.clone(),
                 ..DesiredPort::default()
             };
-            let key = PortKey { service: name.clone(), port: port.clone(), protocol: *protocol, family };
+            let key =
+                PortKey { service: name.clone(), port: port.clone(), protocol: *protocol, family };
             let _ = claimed.ports.insert(key, desired);
         }
         let cluster_ips = vips.into_iter().filter(|(_, kind)| *kind == FrontendKind::ClusterIp);
@@ -238,13 +257,16 @@ fn is_local(word: &str, field: &str, subject: &Subject, notes: &mut Notebook) ->
 
 fn affinity_seconds(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> u32 {
     let Some(seconds) = spec.affinity_seconds else { return 0 };
-    u32::try_from(seconds).ok().filter(|_| (1..=AFFINITY_MAX).contains(&seconds)).unwrap_or_else(|| {
-        notes.add(subject, Flaw::BadValue, || {
-            let what = format!("{seconds} is not in 1 to {AFFINITY_MAX}: {AFFINITY_DEFAULT} counts");
-            ("spec.sessionAffinityConfig.clientIP.timeoutSeconds".into(), what)
-        });
-        AFFINITY_DEFAULT
-    })
+    u32::try_from(seconds).ok().filter(|_| (1..=AFFINITY_MAX).contains(&seconds)).unwrap_or_else(
+        || {
+            notes.add(subject, Flaw::BadValue, || {
+                let what =
+                    format!("{seconds} is not in 1 to {AFFINITY_MAX}: {AFFINITY_DEFAULT} counts");
+                ("spec.sessionAffinityConfig.clientIP.timeoutSeconds".into(), what)
+            });
+            AFFINITY_DEFAULT
+        },
+    )
 }
 
 /// The ranges that the Service names as sources.
@@ -262,16 +284,20 @@ fn source_ranges(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) ->
     ranges
 }
 
-/// Who may use a family's load balancer addresses: everybody, unless there are such addresses and ranges of the family.
-/// A range that this node is in lets in those addresses too: a node that holds one as its own sends from it.
+/// Who may use a family's load balancer addresses: everybody, unless there are such addresses and
+/// ranges of the family. A range that this node is in lets in those addresses too: a node that
+/// holds one as its own sends from it.
 fn permitted(
     ranges: &[IpNet],
     family: IpFamily,
     vips: &BTreeMap<IpAddr, FrontendKind>,
     context: &Context<'_>,
 ) -> Option<BTreeSet<IpNet>> {
-    let balanced: Vec<IpAddr> =
-        vips.iter().filter(|(_, kind)| **kind == FrontendKind::LoadBalancer).map(|(vip, _)| *vip).collect();
+    let balanced: Vec<IpAddr> = vips
+        .iter()
+        .filter(|(_, kind)| **kind == FrontendKind::LoadBalancer)
+        .map(|(vip, _)| *vip)
+        .collect();
     let mut permitted: BTreeSet<IpNet> =
         ranges.iter().filter(|range| IpFamily::of(range.network()) == family).copied().collect();
     if balanced.is_empty() || permitted.is_empty() {
@@ -288,7 +314,8 @@ fn good_name(name: &str) -> bool {
     !name.is_empty() && name.len() <= NAME_MAX && !name.contains('\0')
 }
 
-/// The VIPs of each family in which the Service has a ClusterIP; without one it does not exist there.
+/// The VIPs of each family in which the Service has a ClusterIP; without one it does not exist
+/// there.
 fn vips(
     spec: &ServiceSpec,
     context: &Context<'_>,
@@ -311,13 +338,19 @@ fn vips(
         let declared = spec.families.get(index).is_some_and(|word| **word == *family.word());
         if !spec.families.is_empty() && !declared {
             notes.add(subject, Flaw::WrongFamily, || {
-                (field(), format!("{address} is not of the family in spec.ipFamilies: it is not served"))
+                (
+                    field(),
+                    format!("{address} is not of the family in spec.ipFamilies: it is not served"),
+                )
             });
             continue;
         }
         if vips.contains_key(&family) {
             notes.add(subject, Flaw::WrongFamily, || {
-                (field(), format!("{address} is a second {} address: it is not served", family.word()))
+                (
+                    field(),
+                    format!("{address} is a second {} address: it is not served", family.word()),
+                )
             });
             continue;
         }
@@ -339,7 +372,10 @@ fn vips(
             && allowed.is_none()
         {
             notes.add(subject, Flaw::ExternalIp, || {
-                (field(), "is served: who may write Services may take any address in this way".into())
+                (
+                    field(),
+                    "is served: who may write Services may take any address in this way".into(),
+                )
             });
         }
     }
@@ -348,7 +384,10 @@ fn vips(
             let leave = context.settings.leave.contains(vip) || context.left.contains(vip);
             if leave {
                 notes.add(subject, Flaw::LeftAlone, || {
-                    (String::new(), format!("{vip} is left alone: something else on this node serves it"))
+                    (
+                        String::new(),
+                        format!("{vip} is left alone: something else on this node serves it"),
+                    )
                 });
             }
             !leave
@@ -370,7 +409,10 @@ fn add_vip(
     let family = IpFamily::of(address);
     let Some(vips) = vips.get_mut(&family) else {
         notes.add(subject, Flaw::WrongFamily, || {
-            (field(), format!("the Service has no {} ClusterIP: {address} is not served", family.word()))
+            (
+                field(),
+                format!("the Service has no {} ClusterIP: {address} is not served", family.word()),
+            )
         });
         return false;
     };
@@ -418,7 +460,9 @@ fn valid(
             None
         }
         Address::Missing => {
-            notes.add(subject, Flaw::MissingAddress, || (field(), "there is no address: left out".into()));
+            notes.add(subject, Flaw::MissingAddress, || {
+                (field(), "there is no address: left out".into())
+            });
             None
         }
     }
@@ -482,8 +526,10 @@ fn ports(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> Vec<Ser
         };
         if let Some(other) = served.iter().find(same) {
             notes.add(subject, Flaw::DuplicatePort, || {
-                let what =
-                    format!("{name:?} {number} repeats {:?} {}: it is not served", other.name, other.number);
+                let what = format!(
+                    "{name:?} {number} repeats {:?} {}: it is not served",
+                    other.name, other.number
+                );
                 (field(""), what)
             });
             continue;
@@ -495,15 +541,24 @@ fn ports(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> Vec<Ser
             });
         }
         let taken = |other: &ServedPort| {
-            served_node_port.is_some() && (other.protocol, other.node_port) == (protocol, served_node_port)
+            served_node_port.is_some()
+                && (other.protocol, other.node_port) == (protocol, served_node_port)
         };
         if served.iter().any(taken) {
             notes.add(subject, Flaw::DuplicatePort, || {
-                (field(".nodePort"), format!("{node_port} is that of another port: it is not served here"))
+                (
+                    field(".nodePort"),
+                    format!("{node_port} is that of another port: it is not served here"),
+                )
             });
             served_node_port = None;
         }
-        served.push(ServedPort { protocol, name: name.clone(), number, node_port: served_node_port });
+        served.push(ServedPort {
+            protocol,
+            name: name.clone(),
+            number,
+            node_port: served_node_port,
+        });
     }
     served
 }
@@ -534,8 +589,9 @@ pub(super) fn join(
     notes: &mut Notebook,
 ) -> Joined {
     let mut joined = Joined::default();
-    let mirrored =
-        slices.iter().any(|(key, slice)| key.kind == SliceKind::EndpointSlice && slice.family.is_ok());
+    let mirrored = slices
+        .iter()
+        .any(|(key, slice)| key.kind == SliceKind::EndpointSlice && slice.family.is_ok());
     let mut candidates: BTreeMap<PortKey, BTreeMap<(IpAddr, u16), Candidate<'_>>> = BTreeMap::new();
     let selected = slices.values().any(|slice| slice.labels.maker == Maker::Selector);
     for (slice_key, slice) in slices {
@@ -575,8 +631,9 @@ pub(super) fn join(
                     });
                     continue;
                 };
-                for (key, _) in
-                    ports.iter().filter(|(key, _)| key.protocol == protocol && key.port == port.name)
+                for (key, _) in ports
+                    .iter()
+                    .filter(|(key, _)| key.protocol == protocol && key.port == port.name)
                 {
                     let candidates = candidates.entry(key.clone()).or_default();
                     for (address, candidate) in &endpoints {
@@ -592,7 +649,8 @@ pub(super) fn join(
                             continue;
                         }
                         let known = candidates.entry((*address, number)).or_insert(*candidate);
-                        // An address is used again: the pod that lives beats the one that terminates.
+                        // An address is used again: the pod that lives beats the one that
+                        // terminates.
                         if !candidate.member.terminating {
                             *known = *candidate;
                         }
@@ -602,9 +660,14 @@ pub(super) fn join(
         }
     }
     for (key, candidates) in candidates {
-        let ready =
-            candidates.iter().filter(|(_, candidate)| candidate.member.local && candidate.member.ready);
-        joined.ready_here.entry(key.family).or_default().extend(ready.map(|((address, _), _)| *address));
+        let ready = candidates
+            .iter()
+            .filter(|(_, candidate)| candidate.member.local && candidate.member.ready);
+        joined
+            .ready_here
+            .entry(key.family)
+            .or_default()
+            .extend(ready.map(|((address, _), _)| *address));
         if let Some(port) = ports.get_mut(&key) {
             choose(&key, port, &candidates, context, notes);
         }
@@ -681,7 +744,9 @@ fn choose(
     let choices = categorize(&members, port.policies, place).choices(port.policies);
     port.drops = choices.each_ref().map(|choice| choice.drops);
     let selected = |index: usize| {
-        choices.each_ref().map(|Choice { members, .. }| members.get(index).copied().unwrap_or_default())
+        choices
+            .each_ref()
+            .map(|Choice { members, .. }| members.get(index).copied().unwrap_or_default())
     };
     port.backends = candidates
         .iter()
@@ -694,12 +759,17 @@ fn choose(
     let subject = Subject::object("Service", &key.service);
     let [internal, _, outside] = port.drops;
     let kept_away = [
-        (internal && port.policies.internal_local, "internalTrafficPolicy", "clients of the ClusterIP"),
+        (
+            internal && port.policies.internal_local,
+            "internalTrafficPolicy",
+            "clients of the ClusterIP",
+        ),
         (outside && port.policies.external, "externalTrafficPolicy", "clients from outside"),
     ];
     for (_, policy, clients) in kept_away.into_iter().filter(|(kept_away, ..)| *kept_away) {
         notes.add(&subject, Flaw::NoLocalEndpoint, || {
-            let what = format!("{policy} is Local and no endpoint is on this node: {clients} are dropped");
+            let what =
+                format!("{policy} is Local and no endpoint is on this node: {clients} are dropped");
             (key.field(), what)
         });
     }

@@ -1,4 +1,5 @@
-//! Which Services have an endpoint: asked when a frontend comes or goes, since no endpoint may be a frontend.
+//! Which Services have an endpoint: asked when a frontend comes or goes, since no endpoint may be a
+//! frontend.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -7,8 +8,8 @@ use std::sync::Arc;
 use super::claims::Frontend;
 use super::object::ObjectName;
 
-/// A hash of an endpoint: a quarter of a million of them take less memory so. Two endpoints with one hash cost a
-/// Service a needless look, nothing more.
+/// A hash of an endpoint: a quarter of a million of them take less memory so. Two endpoints with
+/// one hash cost a Service a needless look, nothing more.
 type Fingerprint = u64;
 
 /// The endpoints of all Services, as far as they answer for one of its ports.
@@ -68,7 +69,8 @@ mod tests {
         let mut endpoints = Endpoints::default();
         endpoints.set(&a, &[at(80), at(81)].into());
         endpoints.set(&b, &[at(81), at(82)].into());
-        let users = |endpoints: &Endpoints, port| endpoints.users(at(port)).cloned().collect::<Vec<_>>();
+        let users =
+            |endpoints: &Endpoints, port| endpoints.users(at(port)).cloned().collect::<Vec<_>>();
         assert_eq!(users(&endpoints, 80), std::slice::from_ref(&a));
         assert_eq!(users(&endpoints, 81), [a.clone(), b.clone()]);
         endpoints.set(&a, &[at(82)].into());

@@ -190,7 +190,8 @@ impl Address {
 pub struct ServiceSpec {
     /// Seconds since 1970; [`None`]: unknown, counts as newest.
     pub created: Option<i64>,
-    /// The label `service.kubernetes.io/service-proxy-name`: who shall serve it, if not everybody's proxy.
+    /// The label `service.kubernetes.io/service-proxy-name`: who shall serve it, if not everybody's
+    /// proxy.
     pub proxy_name: Option<Box<str>>,
     /// Has no virtual address on purpose: `clusterIP: None`, or the label that says so.
     pub headless: bool,
@@ -198,7 +199,8 @@ pub struct ServiceSpec {
     pub kind: Box<str>,
     /// The ClusterIPs, at most one of each family.
     pub cluster_ips: Vec<Address>,
-    /// The words of the families that the ClusterIPs are of, in their order; none: the addresses tell.
+    /// The words of the families that the ClusterIPs are of, in their order; none: the addresses
+    /// tell.
     pub families: Vec<Box<str>>,
     /// The ports.
     pub ports: Vec<PortSpec>,
@@ -241,7 +243,8 @@ pub struct Slice {
     pub family: Result<Option<IpFamily>, Box<str>>,
     /// What its labels say besides.
     pub labels: SliceLabels,
-    /// The parts, each with its ports: an EndpointSlice has one, an Endpoints object one for each subset.
+    /// The parts, each with its ports: an EndpointSlice has one, an Endpoints object one for each
+    /// subset.
     pub parts: Vec<SlicePart>,
     /// How many of its endpoints have several addresses, of which the first counts.
     pub surplus: usize,

@@ -1,12 +1,14 @@
 //! Which endpoints a client may reach, and what becomes of one that may reach none.
 //!
-//! Pure, and word for word what kube-proxy does (`CategorizeEndpoints` of `pkg/proxy/topology.go`), since workloads
-//! are written against it. Where one would expect otherwise:
+//! Pure, and word for word what kube-proxy does (`CategorizeEndpoints` of `pkg/proxy/topology.go`),
+//! since workloads are written against it. Where one would expect otherwise:
 //!
-//! - Hints are taken verbatim, and count only if every ready endpoint has one: it is the mode that falls back to
-//!   the whole cluster, never the choice.
-//! - Hints steer clients of the cluster's endpoints alone. Local endpoints are local, whatever zone they are hinted for.
-//! - Endpoints that terminate stand in for ready ones: among all, and among the local ones, each by itself.
+//! - Hints are taken verbatim, and count only if every ready endpoint has one: it is the mode that
+//!   falls back to the whole cluster, never the choice.
+//! - Hints steer clients of the cluster's endpoints alone. Local endpoints are local, whatever zone
+//!   they are hinted for.
+//! - Endpoints that terminate stand in for ready ones: among all, and among the local ones, each by
+//!   itself.
 
 use std::sync::Arc;
 
@@ -47,12 +49,14 @@ pub struct Policies {
     pub internal_local: bool,
     /// `externalTrafficPolicy: Local`.
     pub external_local: bool,
-    /// The service port has an external address: a node port, an external IP or one of a load balancer.
+    /// The service port has an external address: a node port, an external IP or one of a load
+    /// balancer.
     pub external: bool,
 }
 
 impl Policies {
-    /// Somebody may reach every endpoint: with an external address at least the clients on this node.
+    /// Somebody may reach every endpoint: with an external address at least the clients on this
+    /// node.
     fn uses_cluster(self) -> bool {
         !self.internal_local || self.external
     }
@@ -104,7 +108,8 @@ impl Place<'_> {
 
     /// Whether an endpoint serves clients here.
     fn serves(&self, member: &Member<'_>, mode: Mode) -> bool {
-        let among = |names: &[Arc<str>], name: Option<&str>| names.iter().any(|hint| Some(&**hint) == name);
+        let among =
+            |names: &[Arc<str>], name: Option<&str>| names.iter().any(|hint| Some(&**hint) == name);
         match mode {
             Mode::Cluster => true,
             Mode::SameNode => among(member.nodes, self.node),
@@ -113,7 +118,8 @@ impl Place<'_> {
     }
 }
 
-/// The endpoints of a service port by who may reach them: for each member, whether it is in the set.
+/// The endpoints of a service port by who may reach them: for each member, whether it is in the
+/// set.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Categories {
     /// Those for clients that may reach every endpoint; empty if there are no such clients.
@@ -128,7 +134,8 @@ pub struct Categories {
 
 /// Sorts the endpoints of a service port.
 pub fn categorize(members: &[Member<'_>], policies: Policies, place: Place<'_>) -> Categories {
-    let set = |wanted: &dyn Fn(&Member<'_>) -> bool| members.iter().map(wanted).collect::<Vec<bool>>();
+    let set =
+        |wanted: &dyn Fn(&Member<'_>) -> bool| members.iter().map(wanted).collect::<Vec<bool>>();
     let nobody = || vec![false; members.len()];
 
     let mut cluster = nobody();
@@ -166,7 +173,8 @@ pub fn categorize(members: &[Member<'_>], policies: Policies, place: Place<'_>) 
 pub struct Choice {
     /// For each member, whether they may be sent there.
     pub members: Vec<bool>,
-    /// With no member: whether they are dropped, as there are endpoints elsewhere; else they are rejected.
+    /// With no member: whether they are dropped, as there are endpoints elsewhere; else they are
+    /// rejected.
     pub drops: bool,
 }
 
@@ -184,7 +192,8 @@ impl Categories {
             return [internal.clone(), internal.clone(), internal];
         }
         let mut choices = [internal, Choice::default(), Choice::default()];
-        // Pods and processes of this node stand inside already: the policy is for those who come from elsewhere.
+        // Pods and processes of this node stand inside already: the policy is for those who come
+        // from elsewhere.
         choices[Class::ExternalInside as usize] = choice(false);
         choices[Class::ExternalOutside as usize] = choice(policies.external_local);
         choices

@@ -58,8 +58,8 @@ pub enum Level {
 /// Declares what can be wrong: name, word, level and sentence in one place.
 macro_rules! flaws {
     ($($(#[doc = $doc:literal])* $name:ident = $word:literal, $level:ident;)*) => {
-        /// What can be wrong with an object: at once a metric's label, a word in `sluice status` and, as it is
-        /// written here, the reason of Events.
+        /// What can be wrong with an object: at once a metric's label, a word in `sluice status`
+        /// and, as it is written here, the reason of Events.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Flaw { $($(#[doc = $doc])* $name,)* }
 
@@ -120,7 +120,8 @@ flaws! {
     DuplicatePort = "duplicate_port", Problem;
     /// The protocol is not served.
     UnsupportedProtocol = "unsupported_protocol", Problem;
-    /// The endpoint is a frontend of a Service, its own or another: packets would go round in circles.
+    /// The endpoint is a frontend of a Service, its own or another: packets would go round in
+    /// circles.
     Loop = "loop", Problem;
     /// None of the Service's source ranges is of a frontend's family: everybody may use that one.
     OpenToAll = "open_to_all", Notice;
@@ -130,7 +131,8 @@ flaws! {
     SurplusAddresses = "surplus_addresses", Notice;
     /// The health check port is a node port of a Service, which gets what load balancers ask.
     HealthCheckShadowed = "health_check_shadowed", Problem;
-    /// A node port is the health check port of a Service, which does not get what load balancers ask.
+    /// A node port is the health check port of a Service, which does not get what load balancers
+    /// ask.
     ShadowsHealthCheck = "shadows_health_check", Notice;
     /// No label says to which Service the slice belongs.
     NoServiceLabel = "no_service_label", Notice;
@@ -144,7 +146,8 @@ flaws! {
     ExternalIpRefused = "external_ip_refused", Problem;
     /// Something else on this node serves the VIP.
     LeftAlone = "left_alone", Notice;
-    /// A traffic policy keeps clients from the endpoints that there are, all of them on other nodes.
+    /// A traffic policy keeps clients from the endpoints that there are, all of them on other
+    /// nodes.
     NoLocalEndpoint = "no_local_endpoint", Notice;
     /// More endpoints than a table has slots: some get no traffic.
     TooManyEndpoints = "too_many_endpoints", Problem;
@@ -251,7 +254,12 @@ pub struct Reports {
 
 impl Reports {
     /// Replaces what an author says, and returns what is new in it. What stays keeps its time.
-    pub fn set(&mut self, author: Author, notes: Vec<(Subject, Note)>, now: SystemTime) -> Vec<Report> {
+    pub fn set(
+        &mut self,
+        author: Author,
+        notes: Vec<(Subject, Note)>,
+        now: SystemTime,
+    ) -> Vec<Report> {
         let old = self.current.remove(&author).unwrap_or_default();
         let mut fresh = Vec::new();
         let reports: Vec<Report> = notes

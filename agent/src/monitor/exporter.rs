@@ -1,7 +1,8 @@
 //! What the maps and the status say, as a scraper reads it.
 //!
-//! Everything is read when it is asked for: nothing is counted twice, and nothing costs anything while nobody asks.
-//! How many series there are is bounded: by the Services, by [`BACKENDS_MAX`] for backends, and for the rest by the maps.
+//! Everything is read when it is asked for: nothing is counted twice, and nothing costs anything
+//! while nobody asks. How many series there are is bounded: by the Services, by [`BACKENDS_MAX`]
+//! for backends, and for the rest by the maps.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -79,9 +80,10 @@ impl Exporter {
 
 /// The last text, for all who have asked while it was made.
 ///
-/// Reading the maps takes memory and time, so there is one reader at a time, however many ask. The next one begins
-/// after as long as the last one took, [`PAUSE`] at most: who asks again and again takes half of one CPU. A text is never
-/// older than the question that it answers, but for the time that it takes to make one.
+/// Reading the maps takes memory and time, so there is one reader at a time, however many ask. The
+/// next one begins after as long as the last one took, [`PAUSE`] at most: who asks again and again
+/// takes half of one CPU. A text is never older than the question that it answers, but for the time
+/// that it takes to make one.
 #[derive(Debug, Default)]
 struct Shared(Arc<Mutex<Option<Last>>>);
 
@@ -95,7 +97,10 @@ struct Last {
 }
 
 impl Shared {
-    async fn get(&self, make: impl FnOnce() -> Result<String, fmt::Error>) -> Result<Bytes, fmt::Error> {
+    async fn get(
+        &self,
+        make: impl FnOnce() -> Result<String, fmt::Error>,
+    ) -> Result<Bytes, fmt::Error> {
         let asked = Instant::now();
         let mut last = self.0.lock().await;
         if let Some(last) = &*last {
@@ -194,9 +199,11 @@ const RTT: &str = "Sum of the smoothed round-trip times that ended connections h
                    per close";
 
 const TRAFFIC: [Traffic; 13] = [
-    ("packets", "Packets along flows; per packet, so without what is translated at the socket", |sums| {
-        Count::Both(sums.packets.forward_packets, sums.packets.reply_packets)
-    }),
+    (
+        "packets",
+        "Packets along flows; per packet, so without what is translated at the socket",
+        |sums| Count::Both(sums.packets.forward_packets, sums.packets.reply_packets),
+    ),
     ("bytes", "Bytes of those packets, IP header included", |sums| {
         Count::Both(sums.packets.forward_bytes, sums.packets.reply_bytes)
     }),
@@ -263,7 +270,8 @@ fn series(all: &[(Labels, Sums)], (_, _, count): &Traffic) -> Series {
 
 fn traffic(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
     let backends = view.backends();
-    let mut sums: BTreeMap<u32, Sums> = view.image.names.keys().map(|id| (*id, Sums::default())).collect();
+    let mut sums: BTreeMap<u32, Sums> =
+        view.image.names.keys().map(|id| (*id, Sums::default())).collect();
     for backend in &backends {
         if let Some(sum) = sums.get_mut(&backend.service_port) {
             sum.packets.add(&backend.counters);
@@ -271,16 +279,23 @@ fn traffic(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
         }
     }
     let family = |id: &u32| view.image.names.get(id).map_or(0, |name| name.family);
-    let services: Vec<(Labels, Sums)> =
-        sums.iter().filter_map(|(id, sum)| Some((labels_of(&view.name(*id)?, family(id)), *sum))).collect();
+    let services: Vec<(Labels, Sums)> = sums
+        .iter()
+        .filter_map(|(id, sum)| Some((labels_of(&view.name(*id)?, family(id)), *sum)))
+        .collect();
     let of_backend = |backend: &BackendView| {
-        let mut labels = labels_of(&view.name(backend.service_port)?, family(&backend.service_port));
+        let mut labels =
+            labels_of(&view.name(backend.service_port)?, family(&backend.service_port));
         labels.push(("backend", backend.address.to_string()));
         Some((labels, Sums { packets: backend.counters, sockets: backend.sockets }))
     };
     // Those that are told are the same from one scrape to the next.
-    let told: Vec<(Labels, Sums)> =
-        backends.iter().filter(|backend| backend.serving).filter_map(of_backend).take(BACKENDS_MAX).collect();
+    let told: Vec<(Labels, Sums)> = backends
+        .iter()
+        .filter(|backend| backend.serving)
+        .filter_map(of_backend)
+        .take(BACKENDS_MAX)
+        .collect();
     let left = backends.iter().filter(|backend| backend.serving).count() - told.len();
     for metric in &TRAFFIC {
         let (name, help, _) = metric;
@@ -303,9 +318,13 @@ fn reasons(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
     for (key, counters) in counted {
         let Some(reason) = Reason::from_number(key.reason) else { continue };
         let name = view.name(key.service_port);
-        let (namespace, service) = name.map_or_else(Default::default, |name| (name.namespace, name.service));
-        let labels =
-            vec![("reason", reason.word().to_owned()), ("namespace", namespace), ("service", service)];
+        let (namespace, service) =
+            name.map_or_else(Default::default, |name| (name.namespace, name.service));
+        let labels = vec![
+            ("reason", reason.word().to_owned()),
+            ("namespace", namespace),
+            ("service", service),
+        ];
         *packets.entry(labels).or_default() += counters.packets;
     }
     writer.counters(
@@ -346,11 +365,17 @@ fn node(status: &Status, writer: &mut Writer<'_, '_>) -> fmt::Result {
     for device in &status.devices {
         let labels = vec![("device", device.name.clone()), ("role", device.role.word().to_owned())];
         for hook in &device.hooks {
-            *hooks.entry([labels.clone(), vec![("hook", hook.word().to_owned())]].concat()).or_default() += 1;
+            *hooks
+                .entry([labels.clone(), vec![("hook", hook.word().to_owned())]].concat())
+                .or_default() += 1;
         }
         failing.push(one(labels, device.problem.is_some()));
     }
-    writer.gauges("device_hooks", "Hooks of a device with our programs", &hooks.into_iter().collect())?;
+    writer.gauges(
+        "device_hooks",
+        "Hooks of a device with our programs",
+        &hooks.into_iter().collect(),
+    )?;
     writer.gauges(
         "device_failing",
         "Whether something could not be attached to a device, and is tried again",
@@ -362,7 +387,11 @@ fn node(status: &Status, writer: &mut Writer<'_, '_>) -> fmt::Result {
         &vec![(Vec::new(), status.policy.strays.len() as u64)],
     )?;
     let sources = |value: fn(&status::SourceStatus) -> u64| -> Series {
-        status.sources.iter().map(|source| (vec![("source", source.name.clone())], value(source))).collect()
+        status
+            .sources
+            .iter()
+            .map(|source| (vec![("source", source.name.clone())], value(source)))
+            .collect()
     };
     writer.gauges(
         "source_synced",
@@ -395,7 +424,11 @@ impl Collector for Found {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let writer = &mut Writer { encoder: &mut encoder };
         let readable = vec![(Vec::new(), u64::from(self.view.is_some()))];
-        writer.gauges("maps_readable", "Whether the maps could be read for this scrape", &readable)?;
+        writer.gauges(
+            "maps_readable",
+            "Whether the maps could be read for this scrape",
+            &readable,
+        )?;
         if let Some(view) = &self.view {
             traffic(view, writer)?;
             reasons(view, writer)?;
@@ -427,7 +460,10 @@ mod tests {
                         std::thread::yield_now();
                     }
                     std::thread::sleep(Duration::from_millis(200));
-                    let _ = (reading.fetch_sub(1, Ordering::SeqCst), read.fetch_add(1, Ordering::SeqCst));
+                    let _ = (
+                        reading.fetch_sub(1, Ordering::SeqCst),
+                        read.fetch_add(1, Ordering::SeqCst),
+                    );
                     Ok("text".to_owned())
                 };
                 shared.get(|| tokio::task::block_in_place(make)).await

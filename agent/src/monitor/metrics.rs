@@ -187,7 +187,9 @@ impl Metrics {
                     None => drop(triggers.seen.remove(&(*kind, name.clone()))),
                 }
             }
-            Change::Node(..) | Change::ServiceCidr(..) | Change::Notes(..) | Change::Synced => return,
+            Change::Node(..) | Change::ServiceCidr(..) | Change::Notes(..) | Change::Synced => {
+                return;
+            }
         }
         let _ = self.last_queued.set(now());
     }
@@ -205,7 +207,8 @@ impl Metrics {
     /// The maps hold what the sources say.
     pub(crate) fn settled(&self) {
         let waiting = std::mem::take(&mut self.triggers().waiting);
-        if self.service_pending.get() == 0 && self.endpoint_pending.get() == 0 && waiting.is_empty() {
+        if self.service_pending.get() == 0 && self.endpoint_pending.get() == 0 && waiting.is_empty()
+        {
             return;
         }
         let _ = (self.service_pending.set(0), self.endpoint_pending.set(0));

@@ -12,7 +12,8 @@ use super::ids::{BackendIds, PortIds};
 use super::listing::{Lingering, Listing, Why};
 use super::shares::Shares;
 use super::{
-    FamilyPlan, Held, Limbo, Plan, Planned, Planning, Sizes, WHOLE, Work, blocks, endpoint, visible, whole,
+    FamilyPlan, Held, Limbo, Plan, Planned, Planning, Sizes, WHOLE, Work, blocks, endpoint,
+    visible, whole,
 };
 use crate::image::{CLASSES, Image, Stack};
 use crate::model::desired::PortKey;
@@ -25,8 +26,8 @@ type Entry<F> = (u32, Backend<<F as Family>::Address>);
 impl Plan {
     /// A plan for maps that hold `image`.
     ///
-    /// Set the node's addresses ([`Plan::set_node_addresses`]) before the first complete update: that update
-    /// removes what nobody accounts for.
+    /// Set the node's addresses ([`Plan::set_node_addresses`]) before the first complete update:
+    /// that update removes what nobody accounts for.
     pub fn adopt(sizes: Sizes, image: Image) -> Self {
         let boundary = sizes.slot_blocks.saturating_sub(sizes.reserve_blocks);
         let mut plan = Self {
@@ -54,12 +55,19 @@ impl Plan {
         let mut taken = BTreeMap::new();
         for (id, name) in plan.image.names.clone() {
             let key = key(&name).filter(|key| !plan.ids.contains_key(key));
-            let ranges = plan.image.ports.get(&id).map_or([Range(0); 3], |port| port.ranges.map(Range));
+            let ranges =
+                plan.image.ports.get(&id).map_or([Range(0); 3], |port| port.ranges.map(Range));
             match key {
-                Some(key) if plan.is_sound(id, key.family) && plan.claim_ranges(&ranges, &mut taken) => {
+                Some(key)
+                    if plan.is_sound(id, key.family) && plan.claim_ranges(&ranges, &mut taken) =>
+                {
                     let _ = plan.ids.insert(key.clone(), id);
                     plan.port_shares.change(&key.service.namespace, 0, 1);
-                    plan.slot_shares.change(&key.service.namespace, 0, blocks(&ranges.map(|range| range.0)));
+                    plan.slot_shares.change(
+                        &key.service.namespace,
+                        0,
+                        blocks(&ranges.map(|range| range.0)),
+                    );
                     let planned = Planned {
                         key,
                         frontends: BTreeMap::new(),
@@ -77,7 +85,8 @@ impl Plan {
         plan
     }
 
-    /// Whether every slot of a service port leads to a backend of its own that serves, no endpoint twice.
+    /// Whether every slot of a service port leads to a backend of its own that serves, no endpoint
+    /// twice.
     fn is_sound(&self, id: u32, family: IpFamily) -> bool {
         match family {
             IpFamily::V4 => is_sound::<V4>(&self.image, id),
@@ -91,7 +100,8 @@ impl Plan {
             let start = range.start() / abi::SLOTS_PER_BLOCK;
             (start, start + range.size().div_ceil(abi::SLOTS_PER_BLOCK))
         };
-        let own: BTreeSet<(u32, u32)> = ranges.iter().filter(|range| range.size() != 0).map(blocks).collect();
+        let own: BTreeSet<(u32, u32)> =
+            ranges.iter().filter(|range| range.size() != 0).map(blocks).collect();
         let mut last = 0;
         for (start, end) in &own {
             let before = taken.range(..end).next_back();
@@ -132,7 +142,9 @@ impl Plan {
                 let port = self.image.ports.get(&id).copied().unwrap_or_default();
                 let range = Range(port.ranges[class as usize]);
                 let slots = self.image.slots.get(&range.start()).filter(|_| range.size() != 0);
-                slots.map(|slots| slots.iter().copied().collect::<BTreeSet<u32>>()).unwrap_or_default()
+                slots
+                    .map(|slots| slots.iter().copied().collect::<BTreeSet<u32>>())
+                    .unwrap_or_default()
             });
             for (backend_id, backend) in backends {
                 let held = Held {
@@ -163,7 +175,8 @@ impl Plan {
             if let Some(planned) = self.planned.get_mut(&service.service_port)
                 && let Some(kind) = kind(service.kind)
                 && (kind == FrontendKind::NodePort) == vip.is_unspecified()
-                && (planned.key.protocol.number(), planned.key.family.version()) == (key.protocol, F::VERSION)
+                && (planned.key.protocol.number(), planned.key.family.version())
+                    == (key.protocol, F::VERSION)
             {
                 let _ = planned.frontends.insert((vip, key.port), kind);
             }
@@ -224,7 +237,8 @@ impl Plan {
         for (lane, bits) in &self.image.lanes {
             self.listing.adopt(*lane, *bits);
         }
-        let lanes: BTreeSet<u32> = self.image.lanes.keys().copied().chain(self.listing.lanes()).collect();
+        let lanes: BTreeSet<u32> =
+            self.image.lanes.keys().copied().chain(self.listing.lanes()).collect();
         for lane in lanes {
             let bits = self.listing.bits(lane);
             if self.image.lanes.get(&lane).copied().unwrap_or(0) != bits {
@@ -241,7 +255,8 @@ impl Plan {
                 planned.frontends.get(&(vip, key.port)).copied() == kind(service.kind)
                     && planned.key.protocol.number() == key.protocol
             });
-            let whole = addresses.contains(&vip) && key == whole::<F>(key.address) && service == WHOLE;
+            let whole =
+                addresses.contains(&vip) && key == whole::<F>(key.address) && service == WHOLE;
             if !ours && !whole {
                 self.set_frontend::<F>(key, None, work);
                 if !vip.is_unspecified() {

@@ -56,7 +56,8 @@ impl Arena {
 
     /// Gives a run of blocks back.
     pub(super) fn give(&mut self, mut start: u32, mut blocks: u32) {
-        if let Some((before, length)) = self.by_start.range(..start).next_back().map(|(s, l)| (*s, *l))
+        if let Some((before, length)) =
+            self.by_start.range(..start).next_back().map(|(s, l)| (*s, *l))
             && before + length == start
         {
             self.remove(before, length);

@@ -5,7 +5,9 @@
 
 use std::collections::BTreeMap;
 
-use sluice_common::abi::{Backend, Name, NodeAddress, OriginKey, Origins, Service, ServiceKey, ServicePort};
+use sluice_common::abi::{
+    Backend, Name, NodeAddress, OriginKey, Origins, Service, ServiceKey, ServicePort,
+};
 use sluice_common::{Family, V4, V6};
 
 use crate::image::{FamilyImage, Image, PERMITTED, SourceKey, Stack, Write, diff};
@@ -69,7 +71,12 @@ impl Drafted for V6 {
 }
 
 /// Sets or removes a value and remembers what was there first.
-fn set<K: Ord + Clone, V>(live: &mut BTreeMap<K, V>, old: &mut Old<K, V>, key: K, value: Option<V>) {
+fn set<K: Ord + Clone, V>(
+    live: &mut BTreeMap<K, V>,
+    old: &mut Old<K, V>,
+    key: K,
+    value: Option<V>,
+) {
     let before = match value {
         Some(value) => live.insert(key.clone(), value),
         None => live.remove(&key),
@@ -124,7 +131,12 @@ impl Draft {
         address: F::Address,
         node: Option<NodeAddress>,
     ) {
-        set(&mut F::of_mut(image).node_addresses, &mut F::of_draft(self).node_addresses, address, node);
+        set(
+            &mut F::of_mut(image).node_addresses,
+            &mut F::of_draft(self).node_addresses,
+            address,
+            node,
+        );
     }
 
     pub(super) fn set_service<F: Drafted>(

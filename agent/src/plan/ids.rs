@@ -41,8 +41,8 @@ impl PortIds {
     }
 }
 
-/// Retired backends that are kept before the one that retired first gives its id away, if ids were never
-/// short: what so many pods ago was replaced has drained.
+/// Retired backends that are kept before the one that retired first gives its id away, if ids were
+/// never short: what so many pods ago was replaced has drained.
 const RETIRED_KEPT: usize = 16_384;
 
 /// Identifies a backend within its family: service port, address, port.

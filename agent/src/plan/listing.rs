@@ -1,4 +1,5 @@
-//! Which bits of `addresses` and `node_ports` are set: how much stands behind each, and what is gone but stays for a while.
+//! Which bits of `addresses` and `node_ports` are set: how much stands behind each, and what is
+//! gone but stays for a while.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
@@ -97,8 +98,8 @@ impl Listing {
         Some(self.remove_from(oldest, Why::Frontend))
     }
 
-    /// Takes over the bits that a lane has in the maps: a frontend's that nobody accounts for is one of those that are
-    /// gone and stay for a while, whosever it was.
+    /// Takes over the bits that a lane has in the maps: a frontend's that nobody accounts for is
+    /// one of those that are gone and stay for a while, whosever it was.
     pub(super) fn adopt(&mut self, lane: u32, found: u8) {
         if found & !self.bits(lane) & listing::FRONTEND != 0 {
             self.counts.entry(lane).or_default()[Why::Frontend as usize] += 1;

@@ -1,10 +1,12 @@
-//! One service port: find ids and room first, then change the image, so that a draft can end between the two.
+//! One service port: find ids and room first, then change the image, so that a draft can end
+//! between the two.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use sluice_common::abi::{
-    self, Backend, NAME_MAX, Name, Range, Service, ServiceKey, ServicePort, backend, frontend, policy,
+    self, Backend, NAME_MAX, Name, Range, Service, ServiceKey, ServicePort, backend, frontend,
+    policy,
 };
 use sluice_common::maglev::{self, Turn};
 
@@ -36,11 +38,17 @@ impl Plan {
         let known = self.ids.get(key).copied();
         let Some(id) = known.or_else(|| self.port_id(&key.service.namespace, work)) else {
             work.lacks |= lack::PORTS;
-            notes.push(Note::new(Flaw::NoRoom, key.field(), "no service port is free: it is not served"));
+            notes.push(Note::new(
+                Flaw::NoRoom,
+                key.field(),
+                "no service port is free: it is not served",
+            ));
             return;
         };
         let (held, given) = self.hold::<F>(id, key, desired, work, notes);
-        let Some(tables) = self.tables::<F>(id, &held, known.is_some(), (key, desired), work, notes) else {
+        let Some(tables) =
+            self.tables::<F>(id, &held, known.is_some(), (key, desired), work, notes)
+        else {
             notes.push(Note::new(Flaw::NoRoom, key.field(), "no slots are free: it is not served"));
             for held in held.into_values() {
                 F::of_plan(self).ids.retire(held.id, None);
@@ -84,7 +92,11 @@ impl Plan {
         let Some(planned) = self.planned.get(&id) else { return };
         let (key, old_first) = (planned.key.clone(), visible::<F>(planned).next());
         if self.write_frontends::<F>(id, desired, which, work, notes) {
-            let all = self.planned.get(&id).into_iter().flat_map(|planned| planned.backends.keys().copied());
+            let all = self
+                .planned
+                .get(&id)
+                .into_iter()
+                .flat_map(|planned| planned.backends.keys().copied());
             let all = all.collect();
             self.move_users::<F>(id, &key, &all, old_first, work);
         }
@@ -103,7 +115,8 @@ impl Plan {
         for at in endpoints {
             let Some(address) = F::address(at.0) else { continue };
             let endpoint = endpoint::<F>(address, at.1, key);
-            let held = self.planned.get(&id).is_some_and(|planned| planned.backends.contains_key(at));
+            let held =
+                self.planned.get(&id).is_some_and(|planned| planned.backends.contains_key(at));
             let users = &mut F::of_plan(self).users;
             if let Some(old_first) = old_first {
                 let _ = users.remove(&(endpoint, old_first, id));
@@ -146,8 +159,8 @@ impl Plan {
         if grant(held, self.port_ids.free(), 1) == 0 { None } else { self.port_ids.take() }
     }
 
-    /// Finds an id for each backend: the one it has, the one it had, or one that is given to it now.
-    /// Returns the latter again apart.
+    /// Finds an id for each backend: the one it has, the one it had, or one that is given to it
+    /// now. Returns the latter again apart.
     fn hold<F: Planning>(
         &mut self,
         service_port: u32,
@@ -161,10 +174,12 @@ impl Plan {
         let mut missing = 0_u32;
         let mut flushed = false;
         let old = self.planned.get(&service_port).map(|planned| &planned.backends);
-        let leaving = old.map_or(0, |old| old.keys().filter(|at| !desired.backends.contains_key(at)).count());
+        let leaving =
+            old.map_or(0, |old| old.keys().filter(|at| !desired.backends.contains_key(at)).count());
         let leaving = leaving as u32;
         // Those that leave are as good as free.
-        let mut mine = F::of_plan(self).backends.held(&key.service.namespace).saturating_sub(leaving);
+        let mut mine =
+            F::of_plan(self).backends.held(&key.service.namespace).saturating_sub(leaving);
         let granted = |ids: &BackendIds<F::Address>, mine: u32| {
             ids.free() > 0 && grant(mine, ids.free() + leaving, 1) > 0
         };
@@ -200,14 +215,15 @@ impl Plan {
         }
         if missing > 0 {
             work.lacks |= lack::of::<F>(lack::BACKENDS);
-            let what = format!("no backend id is free for {missing} endpoints: they get no traffic");
+            let what =
+                format!("no backend id is free for {missing} endpoints: they get no traffic");
             notes.push(Note::new(Flaw::NoRoom, key.field(), what));
         }
         (held, given)
     }
 
-    /// Finds a range for each class, the same one for classes with the same backends. [`None`]: no room for a
-    /// service port that is new.
+    /// Finds a range for each class, the same one for classes with the same backends. [`None`]: no
+    /// room for a service port that is new.
     fn tables<F: Planning>(
         &mut self,
         id: u32,
@@ -217,7 +233,8 @@ impl Plan {
         work: &mut Work,
         notes: &mut Vec<Note>,
     ) -> Option<Tables> {
-        let old_ranges = self.image.ports.get(&id).map_or([Range(0); 3], |port| port.ranges.map(Range));
+        let old_ranges =
+            self.image.ports.get(&id).map_or([Range(0); 3], |port| port.ranges.map(Range));
         let old_selected = CLASSES.map(|class| {
             let planned = self.planned.get(&id);
             planned.map_or_else(Vec::new, |planned| selected(&planned.backends, class as usize))
@@ -225,12 +242,16 @@ impl Plan {
         let verified = self.planned.get(&id).is_none_or(|planned| planned.verified);
         let mut known: Vec<(Vec<u32>, Range)> = Vec::new();
         if verified {
-            known.extend(old_selected.into_iter().zip(old_ranges).filter(|(_, range)| range.size() != 0));
+            known.extend(
+                old_selected.into_iter().zip(old_ranges).filter(|(_, range)| range.size() != 0),
+            );
         }
         let wanted = CLASSES.map(|class| selected(held, class as usize));
-        // A range that the update may overwrite, if there is no other room: none of its classes stays.
+        // A range that the update may overwrite, if there is no other room: none of its classes
+        // stays.
         let mut own = old_ranges.into_iter().find(|range| {
-            range.size() != 0 && !known.iter().any(|(ids, old)| old == range && wanted.contains(ids))
+            range.size() != 0
+                && !known.iter().any(|(ids, old)| old == range && wanted.contains(ids))
         });
 
         let back = update.then(|| blocks(&old_ranges.map(|range| range.0)));
@@ -242,14 +263,17 @@ impl Plan {
             }
             let wish = maglev::size(ids.len() as u32);
             let same = known.iter().find(|(other, _)| *other == ids).map(|(_, range)| *range);
-            if let Some(range) = same.filter(|range| range.size() == wish || tables.ranges.contains(range)) {
+            if let Some(range) =
+                same.filter(|range| range.size() == wish || tables.ranges.contains(range))
+            {
                 tables.ranges[class] = range;
                 continue;
             }
             // An adopted range whose content is right stays.
             if !verified {
                 let old = old_ranges[class];
-                let overwritten = tables.fresh.iter().any(|(fresh, _)| fresh.start() == old.start());
+                let overwritten =
+                    tables.fresh.iter().any(|(fresh, _)| fresh.start() == old.start());
                 if !overwritten
                     && old.size() == wish
                     && self.image.slots.get(&old.start()) == Some(&table::<F>(held, class, wish))
@@ -290,12 +314,16 @@ impl Plan {
                 },
             };
             if ids.len() as u32 > maglev::SIZE_MAX {
-                let what =
-                    format!("{} endpoints share {} slots: some get no traffic", ids.len(), maglev::SIZE_MAX);
+                let what = format!(
+                    "{} endpoints share {} slots: some get no traffic",
+                    ids.len(),
+                    maglev::SIZE_MAX
+                );
                 notes.push(Note::new(Flaw::TooManyEndpoints, key.field(), what));
             }
             if range.size() < wish {
-                let what = format!("{} slots instead of {wish}: shares are less even", range.size());
+                let what =
+                    format!("{} slots instead of {wish}: shares are less even", range.size());
                 notes.push(Note::new(Flaw::SmallTable, key.field(), what));
             }
             if Some(range) != same {
@@ -351,7 +379,8 @@ impl Plan {
         let held = F::of_plan(self).sources.held(&key.service.namespace);
         let granted = grant(held, self.free_sources::<F>(), new.len() as u32) as usize;
         let missing = new.len() - granted;
-        // Without all of its ranges nobody begins to be served: their clients would be dropped, and not know why.
+        // Without all of its ranges nobody begins to be served: their clients would be dropped, and
+        // not know why.
         let is_served = missing == 0 || known.intersection(&wanted).next().is_some();
         if is_served {
             for key in new.into_iter().take(granted) {
@@ -381,7 +410,8 @@ impl Plan {
         }
     }
 
-    /// Writes the backends that came or changed and retires those that left. Returns who came or left.
+    /// Writes the backends that came or changed and retires those that left. Returns who came or
+    /// left.
     fn write_backends<F: Planning>(
         &mut self,
         id: u32,
@@ -391,13 +421,16 @@ impl Plan {
         work: &mut Work,
     ) -> BTreeSet<(IpAddr, u16)> {
         let mut changed = BTreeSet::new();
-        let held = self.planned.get(&id).map(|planned| planned.backends.clone()).unwrap_or_default();
+        let held =
+            self.planned.get(&id).map(|planned| planned.backends.clone()).unwrap_or_default();
         for (at, Held { id: backend_id, .. }) in &held {
             let Some(address) = F::address(at.0) else { continue };
             let flags = flags(desired.backends.get(at));
             let before = F::of(&self.image).backends.get(backend_id).copied();
             let generation = match before {
-                Some(before) if given.contains(backend_id) => before.generation.wrapping_add(1).max(1),
+                Some(before) if given.contains(backend_id) => {
+                    before.generation.wrapping_add(1).max(1)
+                }
                 Some(before) => before.generation,
                 None => 1,
             };
@@ -420,7 +453,11 @@ impl Plan {
                 continue;
             }
             if let Some(backend) = F::of(&self.image).backends.get(&left.id).copied() {
-                work.draft.set_backend::<F>(&mut self.image, left.id, Backend { flags: 0, ..backend });
+                work.draft.set_backend::<F>(
+                    &mut self.image,
+                    left.id,
+                    Backend { flags: 0, ..backend },
+                );
             }
             F::leaving(&mut self.limbo).push(left.id);
             let _ = changed.insert(*at);
@@ -437,7 +474,9 @@ impl Plan {
                 if !fresh.contains(&old.start()) {
                     work.draft.set_slots(&mut self.image, old.start(), None);
                     self.limbo.ranges.push(old);
-                } else if let Some(kept) = tables.ranges.iter().find(|range| range.start() == old.start()) {
+                } else if let Some(kept) =
+                    tables.ranges.iter().find(|range| range.start() == old.start())
+                {
                     // Overwritten by a smaller one: its tail is free.
                     let blocks = |range: Range| range.size().div_ceil(abi::SLOTS_PER_BLOCK);
                     let tail = (blocks(old) - blocks(*kept)) * abi::SLOTS_PER_BLOCK;
@@ -470,7 +509,8 @@ impl Plan {
         notes: &mut Vec<Note>,
     ) -> bool {
         let Some(planned) = self.planned.get(&id) else { return false };
-        let (old, protocol, field) = (planned.frontends.clone(), planned.key.protocol, planned.key.field());
+        let (old, protocol, field) =
+            (planned.frontends.clone(), planned.key.protocol, planned.key.field());
         let namespace = planned.key.service.namespace.clone();
         let key = |address: F::Address, port: u16| ServiceKey {
             address,
@@ -486,8 +526,10 @@ impl Plan {
             .iter()
             .filter(|(_, kind)| balanced || **kind != FrontendKind::LoadBalancer)
             .filter(|(at, kind)| {
-                let is_there =
-                    || F::address(at.0).is_some_and(|address| services.contains_key(&key(address, at.1)));
+                let is_there = || {
+                    F::address(at.0)
+                        .is_some_and(|address| services.contains_key(&key(address, at.1)))
+                };
                 which == Which::All || **kind == FrontendKind::ClusterIp || is_there()
             })
             .map(|(at, kind)| (*at, *kind))
@@ -499,7 +541,11 @@ impl Plan {
             let Some(address) = F::address(*vip) else { continue };
             let key = key(address, *port);
             // Another Service may have it by now.
-            if F::of(&self.image).services.get(&key).is_some_and(|service| service.service_port == id) {
+            if F::of(&self.image)
+                .services
+                .get(&key)
+                .is_some_and(|service| service.service_port == id)
+            {
                 self.set_frontend::<F>(key, None, work);
                 work.freed = true;
                 if vip.is_unspecified() {
@@ -553,7 +599,9 @@ fn table<F: Planning>(held: &BTreeMap<(IpAddr, u16), Held>, class: usize, size: 
     let mut turns: Vec<Turn> = held
         .iter()
         .filter(|(_, held)| held.selected[class])
-        .filter_map(|((address, port), held)| Some(Turn::new::<F>(&F::address(*address)?, *port, held.id)))
+        .filter_map(|((address, port), held)| {
+            Some(Turn::new::<F>(&F::address(*address)?, *port, held.id))
+        })
         .collect();
     let mut slots = vec![0; size as usize];
     maglev::fill(&mut turns, &mut slots);

@@ -1,8 +1,9 @@
 //! Who may have how much of what all Services share: no namespace takes the room of the others.
 //!
-//! The rule is that of shared buffers in switches (Choudhury and Hahne, "Dynamic queue length thresholds", 1998): whoever
-//! has something keeps it, and gets more only while it holds less than [`SHARE`] times what is free. Nobody has to know
-//! how many namespaces there are, and no room lies idle for long:
+//! The rule is that of shared buffers in switches (Choudhury and Hahne, "Dynamic queue length
+//! thresholds", 1998): whoever has something keeps it, and gets more only while it holds less than
+//! [`SHARE`] times what is free. Nobody has to know how many namespaces there are, and no room lies
+//! idle for long:
 //!
 //! ```text
 //! namespaces that want all of 61 440      each holds        free
@@ -11,8 +12,8 @@
 //!                                  10       6 124            200
 //! ```
 //!
-//! So one that holds nothing finds room as long as anything is free, and a cluster that lives in one namespace
-//! has 31 parts of 32.
+//! So one that holds nothing finds room as long as anything is free, and a cluster that lives in
+//! one namespace has 31 parts of 32.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -88,7 +89,10 @@ mod tests {
         assert_eq!(filled(1, 61_440), (vec![59_520], 1_920));
         assert_eq!(filled(2, 61_440), (vec![30_233, 30_232], 975));
         let (held, free) = filled(10, 61_440);
-        assert!(held.iter().all(|held| (6_123..=6_125).contains(held)) && free >= 190, "{held:?} {free}");
+        assert!(
+            held.iter().all(|held| (6_123..=6_125).contains(held)) && free >= 190,
+            "{held:?} {free}"
+        );
         assert!(filled(100, 61_440).1 >= 15);
     }
 

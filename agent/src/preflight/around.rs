@@ -66,7 +66,8 @@ impl Skipped {
                     continue;
                 }
                 let chain = format!("{} {}", ruleset.name(), base.name);
-                let mut few: Vec<String> = rules.iter().take(TOLD_MAX).map(|rule| told(rule)).collect();
+                let mut few: Vec<String> =
+                    rules.iter().take(TOLD_MAX).map(|rule| told(rule)).collect();
                 if rules.len() > TOLD_MAX {
                     few.push("...".to_owned());
                 }
@@ -98,7 +99,10 @@ impl Skipped {
         }
         for (device, programs) in &self.programs {
             let names: Vec<&str> = programs.iter().map(String::as_str).collect();
-            parts.push(format!("programs behind ours at the ingress of {device}: {}", names.join(", ")));
+            parts.push(format!(
+                "programs behind ours at the ingress of {device}: {}",
+                names.join(", ")
+            ));
         }
         (!parts.is_empty()).then(|| parts.join("; "))
     }
@@ -118,14 +122,19 @@ pub(super) fn check(accelerate: Accelerate, found: Option<Result<&Skipped, &io::
     let skipped = match found {
         None => return Check::new(NAME, Outcome::Skip, "rules can be listed by root only"),
         Some(Err(error)) => {
-            return Check::new(NAME, Outcome::Skip, format!("netfilter's rules cannot be listed: {error}"));
+            return Check::new(
+                NAME,
+                Outcome::Skip,
+                format!("netfilter's rules cannot be listed: {error}"),
+            );
         }
         Some(Ok(skipped)) => skipped,
     };
     let words = skipped.words();
     let words = words.as_deref().unwrap_or("no rule of netfilter's, and no program behind ours");
     if accelerate == Accelerate::Off {
-        let what = format!("off: packets pass the stack; with `on` those of Services would skip: {words}");
+        let what =
+            format!("off: packets pass the stack; with `on` those of Services would skip: {words}");
         return Check::new(NAME, Outcome::Yes, what);
     }
     let what = format!("on: packets of Services skip: {words}");
@@ -204,15 +213,18 @@ mod tests {
     fn a_policy_that_drops_counts_without_a_rule() {
         let found = skipped(&[ruleset(INET, vec![base("f", 2, true)], Vec::new())]);
         assert_eq!(found.drops, ["inet t f: policy drop"]);
-        let own =
-            Ruleset { table: HOLDING.to_owned(), ..ruleset(INET, vec![base("f", 2, true)], Vec::new()) };
+        let own = Ruleset {
+            table: HOLDING.to_owned(),
+            ..ruleset(INET, vec![base("f", 2, true)], Vec::new())
+        };
         assert_eq!(skipped(&[own]), Skipped::default());
     }
 
     #[test]
     fn only_what_is_on_and_skips_something_that_stops_packets_is_warned_of() {
         let drops = skipped(&[ruleset(IPV6, vec![base("f", 2, true)], Vec::new())]);
-        let counts = skipped(&[ruleset(IPV6, vec![base("f", 2, false)], vec![rule("f", 1, "", &[])])]);
+        let counts =
+            skipped(&[ruleset(IPV6, vec![base("f", 2, false)], vec![rule("f", 1, "", &[])])]);
         let programs = Skipped {
             programs: [("eth0".to_owned(), ["guard".to_owned()].into())].into(),
             ..Skipped::default()
@@ -229,7 +241,11 @@ mod tests {
             assert_eq!(check.result, result, "{check:?}");
             assert_eq!(check.next.is_some(), result == Outcome::Warn, "{check:?}");
         }
-        assert!(check(On, Some(Ok(&drops))).next.is_some_and(|next| next.contains("ip6 t f: policy drop")));
+        assert!(
+            check(On, Some(Ok(&drops)))
+                .next
+                .is_some_and(|next| next.contains("ip6 t f: policy drop"))
+        );
         assert_eq!(check(On, None).result, Outcome::Skip);
     }
 }

@@ -123,7 +123,8 @@ fn driver(device: &str) -> io::Result<String> {
     for (to, from) in request.name.iter_mut().take(15).zip(name.as_bytes()) {
         *to = *from;
     }
-    // SAFETY: the request is a `struct ifreq` whose data points to a live `struct ethtool_drvinfo`, or a longer one.
+    // SAFETY: the request is a `struct ifreq` whose data points to a live `struct ethtool_drvinfo`,
+    // or a longer one.
     if unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, &raw mut request) } != 0 {
         return Err(io::Error::last_os_error());
     }
@@ -132,16 +133,24 @@ fn driver(device: &str) -> io::Result<String> {
 }
 
 /// Every check of the devices.
-pub(super) fn checks(facts: &Facts, survey: &Survey, drivers: &BTreeMap<u32, Driver>) -> Vec<Check> {
-    let mut checks: Vec<Check> =
-        [Role::Uplink, Role::Edge, Role::Fabric].into_iter().map(|role| devices(survey, role)).collect();
+pub(super) fn checks(
+    facts: &Facts,
+    survey: &Survey,
+    drivers: &BTreeMap<u32, Driver>,
+) -> Vec<Check> {
+    let mut checks: Vec<Check> = [Role::Uplink, Role::Edge, Role::Fabric]
+        .into_iter()
+        .map(|role| devices(survey, role))
+        .collect();
     for (index, driver) in drivers {
         let device = survey.devices.get(index);
         checks.extend(device.map(|device| xdp(driver, device.veth).of(&device.name)));
     }
     checks.push(shape(facts, survey));
     let filtered = |name| {
-        std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}")).ok().map(|text| text.trim() == "1")
+        std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}"))
+            .ok()
+            .map(|text| text.trim() == "1")
     };
     checks.push(bridge_netfilter(
         facts,
@@ -199,19 +208,23 @@ fn xdp(driver: &Driver, is_veth: bool) -> Check {
             check(Outcome::Yes, format!("in the driver {name} (it was asked, not tried)"))
         }
         Some(_) => check(Outcome::Skip, format!("the driver {name} has none: tc is used")),
-        None if KNOWN.contains(&name) => {
-            check(Outcome::Yes, format!("the driver {name} is known to have it (this kernel does not tell)"))
-        }
+        None if KNOWN.contains(&name) => check(
+            Outcome::Yes,
+            format!("the driver {name} is known to have it (this kernel does not tell)"),
+        ),
         None => check(
             Outcome::Skip,
-            format!("the driver {name} is not known to have it: tried by the agent, else tc is used"),
+            format!(
+                "the driver {name} is not known to have it: tried by the agent, else tc is used"
+            ),
         ),
     }
 }
 
 /// How pods are plugged in.
 fn shape(facts: &Facts, survey: &Survey) -> Check {
-    let edges: Vec<_> = survey.devices.values().filter(|device| device.role == Role::Edge).collect();
+    let edges: Vec<_> =
+        survey.devices.values().filter(|device| device.role == Role::Edge).collect();
     let bridges: Vec<u32> =
         edges.iter().map(|edge| edge.entry.bridge).filter(|bridge| *bridge != 0).collect();
     let bridged = bridges.len();
@@ -227,7 +240,9 @@ fn shape(facts: &Facts, survey: &Survey) -> Check {
             "no pod is there to tell by; bridged and routed veths, with and without overlays, all work",
         ),
         (count, 0) => Check::new("cni", Outcome::Yes, format!("{count} pods on the bridge {on}")),
-        (0, count) => Check::new("cni", Outcome::Yes, format!("{count} routed pods, one veth each")),
+        (0, count) => {
+            Check::new("cni", Outcome::Yes, format!("{count} routed pods, one veth each"))
+        }
         (bridged, routed) => Check::new(
             "cni",
             Outcome::Yes,
@@ -240,12 +255,16 @@ fn bridge_netfilter(facts: &Facts, filtered: Option<bool>) -> Check {
     let has_bridge = facts.links.values().any(|link| link.kind == "bridge");
     match (has_bridge, filtered) {
         (false, _) => Check::new("bridge-nf", Outcome::Skip, "there is no bridge"),
-        (true, Some(true)) => {
-            Check::new("bridge-nf", Outcome::Yes, "bridged packets cross iptables, with real addresses")
-        }
-        (true, Some(false) | None) => {
-            Check::new("bridge-nf", Outcome::Yes, "bridged packets cross no iptables; Sluice needs none")
-        }
+        (true, Some(true)) => Check::new(
+            "bridge-nf",
+            Outcome::Yes,
+            "bridged packets cross iptables, with real addresses",
+        ),
+        (true, Some(false) | None) => Check::new(
+            "bridge-nf",
+            Outcome::Yes,
+            "bridged packets cross no iptables; Sluice needs none",
+        ),
     }
 }
 
@@ -349,7 +368,8 @@ mod tests {
 
     #[test]
     fn the_shape_of_a_cni_is_told_by_its_veths() {
-        let bridged = Link { master: 3, peer: Some(Peer::Known(0)), ..link(4, "veth1", "veth", 1500) };
+        let bridged =
+            Link { master: 3, peer: Some(Peer::Known(0)), ..link(4, "veth1", "veth", 1500) };
         let routed = Link { peer: Some(Peer::Known(0)), ..link(5, "cali1", "veth", 1500) };
         let (facts, survey) = node([link(3, "cni0", "bridge", 1500), bridged]);
         assert_eq!(shape(&facts, &survey).what, "1 pods on the bridge cni0");

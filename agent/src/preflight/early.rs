@@ -1,8 +1,8 @@
 //! Rules of netfilter that name a frontend before it is translated.
 //!
-//! Sluice's programs come before netfilter, which sees the endpoint where such a rule waits for a node port or a Service's
-//! address: the rule never applies to what it names. The same goes for a rule that asks connection tracking for the original
-//! destination.
+//! Sluice's programs come before netfilter, which sees the endpoint where such a rule waits for a
+//! node port or a Service's address: the rule never applies to what it names. The same goes for a
+//! rule that asks connection tracking for the original destination.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -42,8 +42,10 @@ impl Frontends {
     pub(super) fn read(pin_path: &Path) -> Self {
         let Ok(view) = View::read(pin_path) else { return Self::default() };
         let mut found = Self { is_known: true, ..Self::default() };
-        let v4 = view.image.v4.services.keys().map(|key| (IpAddr::from(key.address.octets), key.port));
-        let v6 = view.image.v6.services.keys().map(|key| (IpAddr::from(key.address.octets), key.port));
+        let v4 =
+            view.image.v4.services.keys().map(|key| (IpAddr::from(key.address.octets), key.port));
+        let v6 =
+            view.image.v6.services.keys().map(|key| (IpAddr::from(key.address.octets), key.port));
         for (address, port) in v4.chain(v6) {
             if address.is_unspecified() {
                 let _ = found.node_ports.insert(port);
@@ -99,7 +101,9 @@ pub(super) enum Named {
 impl fmt::Display for Named {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Ports(ports) if ports.start() == ports.end() => write!(f, "port {}", ports.start()),
+            Self::Ports(ports) if ports.start() == ports.end() => {
+                write!(f, "port {}", ports.start())
+            }
             Self::Ports(ports) => write!(f, "ports {}-{}", ports.start(), ports.end()),
             Self::Address(Prefix { address, .. }) => write!(f, "address {address}"),
         }
@@ -140,17 +144,23 @@ fn rule(message: &[u8], sets: &mut dyn FnMut(&str) -> Vec<Vec<u8>>) -> Option<Ru
     for (_, expression) in attributes(find(message, 4)?) {
         let name = text(find(expression, 1));
         let Some(data) = find(expression, 2) else { continue };
-        let number = |kind| find(data, kind).and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes);
+        let number =
+            |kind| find(data, kind).and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes);
         let value = |kind| find(find(data, kind)?, 1).map(<[u8]>::to_vec);
         match name.as_str() {
             "payload" => load(&mut registers, number(1), payload(number(2), number(3), number(4))),
             "ct" => load(&mut registers, number(1), original(number(2), find(data, 3))),
             "bitwise" => {
                 let field = number(1).and_then(|source| registers.get(&source).cloned());
-                load(&mut registers, number(2), field.map(|field| Field { mask: value(4), ..field }));
+                load(
+                    &mut registers,
+                    number(2),
+                    field.map(|field| Field { mask: value(4), ..field }),
+                );
             }
             "cmp" => {
-                let (Some(field), Some(value)) = (number(1).and_then(|from| registers.get(&from)), value(3))
+                let (Some(field), Some(value)) =
+                    (number(1).and_then(|from| registers.get(&from)), value(3))
                 else {
                     continue;
                 };
@@ -182,13 +192,17 @@ fn rule(message: &[u8], sets: &mut dyn FnMut(&str) -> Vec<Vec<u8>>) -> Option<Ru
                     }
                 }
             }
-            "match" => rule.named.extend(matched(&text(find(data, 1)), find(data, 3).unwrap_or_default())),
+            "match" => {
+                rule.named.extend(matched(&text(find(data, 1)), find(data, 3).unwrap_or_default()));
+            }
             "immediate" => {
-                let target =
-                    find(data, 2).and_then(|data| find(data, 2)).and_then(|verdict| find(verdict, 2));
+                let target = find(data, 2)
+                    .and_then(|data| find(data, 2))
+                    .and_then(|verdict| find(verdict, 2));
                 rule.jumps.extend(target.map(|target| text(Some(target))));
-                let verdict =
-                    find(data, 2).and_then(|data| find(data, 2)).and_then(|verdict| find(verdict, 1));
+                let verdict = find(data, 2)
+                    .and_then(|data| find(data, 2))
+                    .and_then(|verdict| find(verdict, 1));
                 let verdict = verdict.and_then(|code| code.try_into().ok()).map(i32::from_be_bytes);
                 rule.action = match (verdict, rule.jumps.last()) {
                     // NF_DROP, NF_ACCEPT, NFT_RETURN, NFT_JUMP, NFT_GOTO.
@@ -201,7 +215,8 @@ fn rule(message: &[u8], sets: &mut dyn FnMut(&str) -> Vec<Vec<u8>>) -> Option<Ru
                 load(&mut registers, number(1), None);
             }
             "target" => rule.action = text(find(data, 1)),
-            "reject" | "masq" | "nat" | "redir" | "tproxy" | "notrack" | "queue" | "flow_offload" => {
+            "reject" | "masq" | "nat" | "redir" | "tproxy" | "notrack" | "queue"
+            | "flow_offload" => {
                 rule.action = name;
             }
             // Of whatever else loads a register, the first attribute names it.
@@ -229,7 +244,8 @@ fn payload(base: Option<u32>, offset: Option<u32>, length: Option<u32>) -> Optio
     Some(Field { is_port, is_original: false, mask: None })
 }
 
-/// The original destination, as connection tracking knows it: keys DST, DST_IP, DST_IP6 and PROTO_DST.
+/// The original destination, as connection tracking knows it: keys DST, DST_IP, DST_IP6 and
+/// PROTO_DST.
 fn original(key: Option<u32>, direction: Option<&[u8]>) -> Option<Field> {
     let is_port = match key? {
         9 | 20 | 22 => false,
@@ -246,7 +262,8 @@ fn matched(name: &str, data: &[u8]) -> Vec<Named> {
     let inverted = match name {
         "tcp" => data.get(11),
         "udp" => data.get(8),
-        // `struct xt_multiport_v1`: of which end, how many, ports, which of them begin a range, inverted.
+        // `struct xt_multiport_v1`: of which end, how many, ports, which of them begin a range,
+        // inverted.
         "multiport" => {
             let (Some(1 | 2), Some(count)) = (data.first(), data.get(1)) else { return Vec::new() };
             let ports: Vec<u16> =
@@ -255,17 +272,24 @@ fn matched(name: &str, data: &[u8]) -> Vec<Named> {
             let mut found = Vec::new();
             let mut index = 0;
             while let Some(first) = ports.get(index) {
-                let last = if begins(index) { ports.get(index + 1).unwrap_or(first) } else { first };
+                let last =
+                    if begins(index) { ports.get(index + 1).unwrap_or(first) } else { first };
                 found.push(Named::Ports(*first..=*last));
                 index += 1 + usize::from(begins(index));
             }
-            return if data.get(47).is_some_and(|inverted| *inverted != 0) { Vec::new() } else { found };
+            return if data.get(47).is_some_and(|inverted| *inverted != 0) {
+                Vec::new()
+            } else {
+                found
+            };
         }
         _ => return Vec::new(),
     };
     // Bit 1: the destination's.
     match (half(4), half(6), inverted) {
-        (Some(first), Some(last), Some(inverted)) if inverted & 2 == 0 => vec![Named::Ports(first..=last)],
+        (Some(first), Some(last), Some(inverted)) if inverted & 2 == 0 => {
+            vec![Named::Ports(first..=last)]
+        }
         _ => Vec::new(),
     }
 }
@@ -288,7 +312,8 @@ impl Rule {
     }
 }
 
-/// The prefix that a value and its mask are; a value that is shorter than an address is its beginning.
+/// The prefix that a value and its mask are; a value that is shorter than an address is its
+/// beginning.
 fn prefix(value: &[u8], mask: Option<&[u8]>) -> Option<Prefix> {
     let bits = match mask {
         Some(mask) => mask.iter().map(|byte| byte.count_ones()).sum::<u32>(),
@@ -366,8 +391,9 @@ pub(super) fn read() -> io::Result<Vec<Ruleset>> {
             return;
         }
         let found = tables.entry((family, text(find(chain, 1)))).or_default();
-        let word =
-            |bytes: Option<&[u8]>| bytes.and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes);
+        let word = |bytes: Option<&[u8]>| {
+            bytes.and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes)
+        };
         let Some(hook) = find(chain, 4) else { return };
         if let Some(number) = word(find(hook, 1)) {
             found.push(Base {
@@ -424,7 +450,12 @@ fn look(rulesets: &[Ruleset], frontends: &Frontends) -> Vec<String> {
                 Named::Address(prefix) => frontends.has_address(prefix),
             });
             if let Some(named) = found {
-                lines.push(format!("{} {} handle {} ({named})", ruleset.name(), rule.chain, rule.handle));
+                lines.push(format!(
+                    "{} {} handle {} ({named})",
+                    ruleset.name(),
+                    rule.chain,
+                    rule.handle
+                ));
             }
         }
     }
@@ -449,7 +480,11 @@ pub(super) fn check(found: Option<&io::Result<Vec<Ruleset>>>, frontends: &Fronte
     let lines = match found {
         None => return Check::new(NAME, Outcome::Skip, "rules can be listed by root only"),
         Some(Err(error)) => {
-            return Check::new(NAME, Outcome::Skip, format!("netfilter's rules cannot be listed: {error}"));
+            return Check::new(
+                NAME,
+                Outcome::Skip,
+                format!("netfilter's rules cannot be listed: {error}"),
+            );
         }
         Some(Ok(rulesets)) => look(rulesets, frontends),
     };
@@ -474,7 +509,11 @@ mod tests {
     use super::*;
 
     fn frontends() -> Frontends {
-        Frontends { is_known: true, addresses: [[203, 0, 113, 7].into()].into(), node_ports: [80].into() }
+        Frontends {
+            is_known: true,
+            addresses: [[203, 0, 113, 7].into()].into(),
+            node_ports: [80].into(),
+        }
     }
 
     #[test]
@@ -510,14 +549,18 @@ mod tests {
 
     #[test]
     fn ports_of_iptables_matches_are_read() {
-        let halves = |ports: &[u16]| ports.iter().flat_map(|port| port.to_ne_bytes()).collect::<Vec<u8>>();
+        let halves =
+            |ports: &[u16]| ports.iter().flat_map(|port| port.to_ne_bytes()).collect::<Vec<u8>>();
         let tcp = [halves(&[0, u16::MAX, 30_001, 30_002]), vec![0; 4]].concat();
         assert_eq!(matched("tcp", &tcp), [Named::Ports(30_001..=30_002)]);
         let inverted = [halves(&[0, u16::MAX, 30_001, 30_002]), vec![0, 0, 0, 2]].concat();
         assert_eq!(matched("tcp", &inverted), []);
         let mut multiport = [vec![1, 3], halves(&[80, 30_000, 30_010]), vec![0; 40]].concat();
         multiport[33] = 1;
-        assert_eq!(matched("multiport", &multiport), [Named::Ports(80..=80), Named::Ports(30_000..=30_010)]);
+        assert_eq!(
+            matched("multiport", &multiport),
+            [Named::Ports(80..=80), Named::Ports(30_000..=30_010)]
+        );
         assert_eq!(matched("owner", &tcp), []);
     }
 }

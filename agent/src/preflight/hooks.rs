@@ -9,8 +9,7 @@ use super::{Check, Outcome};
 use crate::dataplane::How;
 
 /// What to do when a program is refused.
-const REPORT: &str =
-    "please report it with `uname -r` and the message; another kernel of the same series may take it";
+const REPORT: &str = "please report it with `uname -r` and the message; another kernel of the same series may take it";
 
 /// The programs: one row for each that was refused, else the figures of all.
 pub(super) fn programs<E: Display>(
@@ -18,14 +17,18 @@ pub(super) fn programs<E: Display>(
     map_bytes: u64,
 ) -> Vec<Check> {
     let mib = map_bytes.div_ceil(1 << 20);
-    let mut checks = vec![Check::new("maps", Outcome::Yes, format!("made and let go again: {mib} MiB"))];
+    let mut checks =
+        vec![Check::new("maps", Outcome::Yes, format!("made and let go again: {mib} MiB"))];
     for (name, result) in programs {
         checks.push(match result {
             Ok(Some(count)) => {
-                Check::new("program", Outcome::Yes, format!("loads, {count} instructions verified")).of(name)
+                Check::new("program", Outcome::Yes, format!("loads, {count} instructions verified"))
+                    .of(name)
             }
             Ok(None) => Check::new("program", Outcome::Yes, "loads").of(name),
-            Err(error) => Check::new("program", Outcome::No, error.to_string()).of(name).next(REPORT),
+            Err(error) => {
+                Check::new("program", Outcome::No, error.to_string()).of(name).next(REPORT)
+            }
         });
     }
     checks
@@ -43,7 +46,8 @@ pub(super) fn checks(tried: &Tried) -> Vec<Check> {
         checks.push(match result {
             Ok(()) => Check::new("hook", Outcome::Yes, "attaches").of(subject),
             Err(error) => {
-                Check::new("hook", Outcome::Warn, format!("{error}: tc does the work of XDP")).of(subject)
+                Check::new("hook", Outcome::Warn, format!("{error}: tc does the work of XDP"))
+                    .of(subject)
             }
         });
     }
@@ -73,8 +77,7 @@ pub(super) fn checks(tried: &Tried) -> Vec<Check> {
 pub(super) fn untried(is_bpffs: bool) -> Vec<Check> {
     const NEXT: &str = "run `sluice preflight` once with that capability to have everything tried; the agent needs it only where it has to \
                         mount a BPF file system";
-    let hook =
-        "attached to nothing: hooks are tried in namespaces, which take CAP_SYS_ADMIN; the agent will tell";
+    let hook = "attached to nothing: hooks are tried in namespaces, which take CAP_SYS_ADMIN; the agent will tell";
     let pins = if is_bpffs {
         Check::new("pins", Outcome::Skip, "not tried: the pin path lies in a BPF file system")
     } else {
@@ -105,8 +108,11 @@ fn classifiers(tried: &Tried) -> Check {
         }
         (Some(tcx), None) => check(Outcome::No, format!("TCX is there and refuses: {tcx}"))
             .next("see whether something (an LSM, a seccomp profile) forbids bpf(BPF_LINK_CREATE)"),
-        (Some(tcx), Some(clsact)) => check(Outcome::No, format!("neither TCX ({tcx}) nor clsact ({clsact})"))
-            .next("load the modules sch_ingress and cls_bpf (modprobe), or use Linux 6.6 or newer"),
+        (Some(tcx), Some(clsact)) => {
+            check(Outcome::No, format!("neither TCX ({tcx}) nor clsact ({clsact})")).next(
+                "load the modules sch_ingress and cls_bpf (modprobe), or use Linux 6.6 or newer",
+            )
+        }
     }
 }
 
@@ -119,8 +125,9 @@ fn cgroup(tried: &Tried) -> Check {
         }
         Some(Ok(programs)) => match failure(programs) {
             None => check(Outcome::Yes, format!("the socket's {} programs attach", programs.len())),
-            Some(error) => check(Outcome::No, error)
-                .next("start the agent with --socket-path off, or use a kernel with CONFIG_CGROUP_BPF"),
+            Some(error) => check(Outcome::No, error).next(
+                "start the agent with --socket-path off, or use a kernel with CONFIG_CGROUP_BPF",
+            ),
         },
     }
 }
@@ -140,7 +147,11 @@ mod tests {
         Err(io::Error::from_raw_os_error(libc::EINVAL))
     }
 
-    fn tried(tcx: fn() -> io::Result<()>, clsact: fn() -> io::Result<()>, lacks_tcx: bool) -> Tried {
+    fn tried(
+        tcx: fn() -> io::Result<()>,
+        clsact: fn() -> io::Result<()>,
+        lacks_tcx: bool,
+    ) -> Tried {
         Tried {
             tcx: [("ingress l2".to_owned(), tcx())].into(),
             clsact: [("ingress l2".to_owned(), clsact())].into(),
@@ -179,7 +190,10 @@ mod tests {
             (Outcome::Yes, "loads, 1234 instructions verified")
         );
         assert_eq!(checks[2].name(), "program xdp_uplink");
-        assert_eq!((checks[2].result, checks[2].what.as_str()), (Outcome::No, "the verifier says no"));
+        assert_eq!(
+            (checks[2].result, checks[2].what.as_str()),
+            (Outcome::No, "the verifier says no")
+        );
     }
 
     #[test]

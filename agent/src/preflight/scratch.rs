@@ -1,8 +1,9 @@
-//! Tries the hooks where nobody else is: on a veth in a network namespace without a name, on a cgroup of its own, and
-//! on a BPF file system in a mount namespace without a name.
+//! Tries the hooks where nobody else is: on a veth in a network namespace without a name, on a
+//! cgroup of its own, and on a BPF file system in a mount namespace without a name.
 //!
-//! The namespaces belong to one thread and end with it, whatever ends it. The cgroup is a folder: it is removed again,
-//! signals wait meanwhile, and one that a SIGKILL left is removed by the next run, which knows by a lock that nobody uses it.
+//! The namespaces belong to one thread and end with it, whatever ends it. The cgroup is a folder:
+//! it is removed again, signals wait meanwhile, and one that a SIGKILL left is removed by the next
+//! run, which knows by a lock that nobody uses it.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -123,15 +124,20 @@ fn try_device(trial: &Trial, veth: u32, tried: &mut Tried) {
     }
 }
 
-/// Attaches the socket programs to a cgroup that is made for it, below the one that the agent will use.
-fn try_cgroup(trial: &Trial, parent: &Path) -> Result<BTreeMap<&'static str, io::Result<()>>, String> {
+/// Attaches the socket programs to a cgroup that is made for it, below the one that the agent will
+/// use.
+fn try_cgroup(
+    trial: &Trial,
+    parent: &Path,
+) -> Result<BTreeMap<&'static str, io::Result<()>>, String> {
     sweep(parent);
     let path = parent.join(format!("{CGROUP}{}", std::process::id()));
     if let Err(error) = fs::create_dir(&path) {
         if error.raw_os_error() != Some(libc::EROFS) {
             return Err(format!("cannot make the cgroup {}: {error}", path.display()));
         }
-        // Read-only for this container: in this thread's mount namespace it need not be. The mount is here or above.
+        // Read-only for this container: in this thread's mount namespace it need not be. The mount
+        // is here or above.
         let remount = |path| mount(None, path, None, libc::MS_REMOUNT | libc::MS_BIND);
         if !parent.ancestors().any(|path| remount(path).is_ok()) {
             return Err(format!("{} is mounted read-only: not tried", parent.display()));
@@ -145,7 +151,8 @@ fn try_cgroup(trial: &Trial, parent: &Path) -> Result<BTreeMap<&'static str, io:
         let _ = lock(folder);
         trial.cgroup(folder)
     });
-    let attached = attached.map_err(|error| format!("cannot open the cgroup {}: {error}", path.display()));
+    let attached =
+        attached.map_err(|error| format!("cannot open the cgroup {}: {error}", path.display()));
     drop(folder);
     fs::remove_dir(&path)
         .map_err(|error| format!("cannot remove the cgroup {} again: {error}", path.display()))?;
@@ -176,10 +183,15 @@ fn try_pins(trial: &Trial, pin_path: &Path) -> Result<String, String> {
     let standard = Path::new("/sys/fs/bpf");
     let target = if standard.is_dir() { standard.to_owned() } else { PathBuf::from("/sys") };
     mount(Some("bpf"), &target, Some("bpf"), 0).map_err(|error| {
-        format!("cannot mount a BPF file system (tried at {}, unseen by others): {error}", target.display())
+        format!(
+            "cannot mount a BPF file system (tried at {}, unseen by others): {error}",
+            target.display()
+        )
     })?;
     let pin = target.join("sluice_preflight");
-    trial.pin(&pin).map_err(|error| format!("cannot pin a program to a BPF file system: {error}"))?;
+    trial
+        .pin(&pin)
+        .map_err(|error| format!("cannot pin a program to a BPF file system: {error}"))?;
     Ok(if is_bpffs(pin_path) {
         "a BPF file system takes them (tried on one that nobody sees)".to_owned()
     } else {
@@ -188,15 +200,23 @@ fn try_pins(trial: &Trial, pin_path: &Path) -> Result<String, String> {
 }
 
 /// Mounts, for this thread's mount namespace.
-fn mount(source: Option<&str>, target: &Path, kind: Option<&str>, flags: libc::c_ulong) -> io::Result<()> {
+fn mount(
+    source: Option<&str>,
+    target: &Path,
+    kind: Option<&str>,
+    flags: libc::c_ulong,
+) -> io::Result<()> {
     let text = |text: &[u8]| CString::new(text).map_err(io::Error::other);
     let source = source.map(|source| text(source.as_bytes())).transpose()?;
     let target = text(target.as_os_str().as_bytes())?;
     let kind = kind.map(|kind| text(kind.as_bytes())).transpose()?;
-    let pointer = |text: &Option<CString>| text.as_ref().map_or(std::ptr::null(), |text| text.as_ptr());
-    // SAFETY: every string ends with a zero and outlives the call; null is allowed for source, kind and data.
-    let result =
-        unsafe { libc::mount(pointer(&source), target.as_ptr(), pointer(&kind), flags, std::ptr::null()) };
+    let pointer =
+        |text: &Option<CString>| text.as_ref().map_or(std::ptr::null(), |text| text.as_ptr());
+    // SAFETY: every string ends with a zero and outlives the call; null is allowed for source, kind
+    // and data.
+    let result = unsafe {
+        libc::mount(pointer(&source), target.as_ptr(), pointer(&kind), flags, std::ptr::null())
+    };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -222,6 +242,8 @@ impl Signals {
 impl Drop for Signals {
     fn drop(&mut self) {
         // SAFETY: the set was filled by `hold`.
-        let _ = unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut()) };
+        let _ = unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut())
+        };
     }
 }

@@ -13,15 +13,18 @@ use crate::dataplane::{Pins, is_bpffs};
 
 /// The oldest kernel that the tests run on.
 const TESTED: (u32, u32) = (6, 1);
-/// The oldest kernel that tells a network namespace's cookie, without which host and pods are not told apart.
+/// The oldest kernel that tells a network namespace's cookie, without which host and pods are not
+/// told apart.
 const NEEDED: (u32, u32) = (5, 14);
 /// Capabilities without which nothing works, with their numbers.
-const NEEDED_CAPABILITIES: [(&str, u32); 3] = [("CAP_NET_ADMIN", 12), ("CAP_PERFMON", 38), ("CAP_BPF", 39)];
+const NEEDED_CAPABILITIES: [(&str, u32); 3] =
+    [("CAP_NET_ADMIN", 12), ("CAP_PERFMON", 38), ("CAP_BPF", 39)];
 /// For the socket that fragments wait behind.
 const NET_RAW: u32 = 13;
 /// For namespaces and mounts; who has it needs neither CAP_BPF nor CAP_PERFMON.
 const SYS_ADMIN: u32 = 21;
-/// Parts of the kernel, with what needs them; told only from its configuration, since root tries them.
+/// Parts of the kernel, with what needs them; told only from its configuration, since root tries
+/// them.
 const PARTS: [&str; 7] = [
     "CONFIG_BPF_SYSCALL",
     "CONFIG_BPF_JIT",
@@ -54,9 +57,13 @@ pub(super) fn kernel(release: &str) -> Vec<Check> {
         },
         jit(&fs::read_to_string("/proc/sys/net/core/bpf_jit_enable").unwrap_or_default()),
         match agent::netns_cookie() {
-            Ok(_) => Check::new("netns-cookie", Outcome::Yes, "tells host and pods apart at the socket"),
-            Err(error) => Check::new("netns-cookie", Outcome::No, format!("SO_NETNS_COOKIE: {error}"))
-                .next("Linux 5.14 or newer is needed"),
+            Ok(_) => {
+                Check::new("netns-cookie", Outcome::Yes, "tells host and pods apart at the socket")
+            }
+            Err(error) => {
+                Check::new("netns-cookie", Outcome::No, format!("SO_NETNS_COOKIE: {error}"))
+                    .next("Linux 5.14 or newer is needed")
+            }
         },
     ]
 }
@@ -64,14 +71,22 @@ pub(super) fn kernel(release: &str) -> Vec<Check> {
 fn version(release: &str) -> Check {
     let mut numbers = release.split(|at: char| !at.is_ascii_digit()).map(str::parse::<u32>);
     let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else {
-        return Check::new("kernel", Outcome::Skip, format!("{release:?} is no release that can be read"));
+        return Check::new(
+            "kernel",
+            Outcome::Skip,
+            format!("{release:?} is no release that can be read"),
+        );
     };
     let found = (major, minor);
     if found >= TESTED {
         Check::new("kernel", Outcome::Yes, format!("Linux {release}"))
     } else if found >= NEEDED {
-        Check::new("kernel", Outcome::Warn, format!("Linux {release} is older than those that are tested"))
-            .next("Linux 6.1 or newer is meant; go by what is tried below")
+        Check::new(
+            "kernel",
+            Outcome::Warn,
+            format!("Linux {release} is older than those that are tested"),
+        )
+        .next("Linux 6.1 or newer is meant; go by what is tried below")
     } else {
         Check::new("kernel", Outcome::No, format!("Linux {release} is too old"))
             .next("Linux 6.1 or newer is needed: upgrade the node")
@@ -93,7 +108,9 @@ fn btf(is_there: bool) -> Check {
 /// Which parts a kernel's configuration lacks.
 fn configuration(path: &str, text: &str) -> Check {
     let has = |part: &str| {
-        text.lines().filter_map(|line| line.split_once('=')).any(|(name, value)| name == part && value != "n")
+        text.lines()
+            .filter_map(|line| line.split_once('='))
+            .any(|(name, value)| name == part && value != "n")
     };
     let lacking: Vec<&str> = PARTS.into_iter().filter(|part| !has(part)).collect();
     if lacking.is_empty() {
@@ -138,7 +155,8 @@ pub(super) fn may_go_apart(bits: Option<u64>) -> bool {
 
 /// Whether that is enough.
 pub(super) fn privileges(bits: Option<u64>) -> Check {
-    const NEXT: &str = "run it as root; in a pod: securityContext.privileged: true, or these capabilities";
+    const NEXT: &str =
+        "run it as root; in a pod: securityContext.privileged: true, or these capabilities";
     let Some(bits) = bits else {
         return Check::new(PRIVILEGES, Outcome::No, "/proc/self/status tells no capabilities")
             .next("run it as root");
@@ -149,8 +167,12 @@ pub(super) fn privileges(bits: Option<u64>) -> Check {
         capabilities.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
     };
     if !lacking.is_empty() {
-        return Check::new(PRIVILEGES, Outcome::No, format!("this process lacks {}", names(&lacking)))
-            .next(NEXT);
+        return Check::new(
+            PRIVILEGES,
+            Outcome::No,
+            format!("this process lacks {}", names(&lacking)),
+        )
+        .next(NEXT);
     }
     if !has(bits, NET_RAW) {
         let what = format!(
@@ -175,8 +197,9 @@ pub(super) fn settings(folder: &Path) -> Check {
              and neither reserved ports nor limits of connection tracking can be set",
             folder.display()
         );
-        return Check::new("settings", Outcome::Warn, what)
-            .next("mount the node's /proc/sys/net read-write elsewhere, and give --proc-sys that place");
+        return Check::new("settings", Outcome::Warn, what).next(
+            "mount the node's /proc/sys/net read-write elsewhere, and give --proc-sys that place",
+        );
     }
     Check::new("settings", Outcome::Yes, format!("{} can be written", folder.display()))
 }
@@ -184,14 +207,17 @@ pub(super) fn settings(folder: &Path) -> Check {
 /// Where the agent will pin, and the cgroup of the socket path.
 pub(super) fn mounts(pin_path: &Path, cgroup: Option<&anyhow::Result<PathBuf>>) -> Vec<Check> {
     let bpffs = if let Err(error) = Pins::new(pin_path).check() {
-        Check::new("bpffs", Outcome::No, error.to_string()).next("run that, or give another --pin-path")
+        Check::new("bpffs", Outcome::No, error.to_string())
+            .next("run that, or give another --pin-path")
     } else if is_bpffs(pin_path) && is_read_only(pin_path) {
         Check::new(
             "bpffs",
             Outcome::No,
             format!("{} lies in one that is mounted read-only", pin_path.display()),
         )
-        .next("mount it read-write (in a pod: no readOnly at the volume), or give another --pin-path")
+        .next(
+            "mount it read-write (in a pod: no readOnly at the volume), or give another --pin-path",
+        )
     } else if is_bpffs(pin_path) {
         Check::new("bpffs", Outcome::Yes, format!("{} lies in one", pin_path.display()))
     } else {
@@ -242,16 +268,20 @@ fn memory(meminfo: &str) -> Check {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     match kib.map(|kib| kib / 1_024) {
-        Some(mib) if mib >= MAPS_MIB => {
-            Check::new("memory", Outcome::Yes, format!("{mib} MiB are available, maps take up to {MAPS_MIB}"))
-        }
+        Some(mib) if mib >= MAPS_MIB => Check::new(
+            "memory",
+            Outcome::Yes,
+            format!("{mib} MiB are available, maps take up to {MAPS_MIB}"),
+        ),
         Some(mib) => Check::new(
             "memory",
             Outcome::Warn,
             format!("{mib} MiB are available, maps take up to {MAPS_MIB}"),
         )
         .next("free some, or start the agent with a smaller --flows-max"),
-        None => Check::new("memory", Outcome::Skip, "/proc/meminfo does not tell what is available"),
+        None => {
+            Check::new("memory", Outcome::Skip, "/proc/meminfo does not tell what is available")
+        }
     }
 }
 
@@ -268,16 +298,21 @@ pub(super) fn rp_filter(folder: &Path) -> Check {
     let mut entries: Vec<_> = fs::read_dir(folder).into_iter().flatten().flatten().collect();
     entries.sort_by_key(fs::DirEntry::file_name);
     for entry in entries {
-        let mode = match fs::read_to_string(entry.path().join("rp_filter")).unwrap_or_default().trim() {
-            "0" => "off",
-            "1" => "strict",
-            "2" => "loose",
-            _ => continue,
-        };
+        let mode =
+            match fs::read_to_string(entry.path().join("rp_filter")).unwrap_or_default().trim() {
+                "0" => "off",
+                "1" => "strict",
+                "2" => "loose",
+                _ => continue,
+            };
         modes.entry(mode).or_default().push(entry.file_name().to_string_lossy().into_owned());
     }
     if modes.is_empty() {
-        return Check::new("rp-filter", Outcome::Skip, format!("{} has none to read", folder.display()));
+        return Check::new(
+            "rp-filter",
+            Outcome::Skip,
+            format!("{} has none to read", folder.display()),
+        );
     }
     let words: Vec<String> = modes
         .iter()
@@ -293,9 +328,11 @@ pub(super) fn rp_filter(folder: &Path) -> Check {
 pub(super) fn ports(sysctls: &Path) -> Check {
     let path = sysctls.join("ip_local_reserved_ports");
     match ports::look(sysctls) {
-        Ok(None) => {
-            Check::new("ports", Outcome::Yes, "those of masqueraded clients are not the kernel's to choose")
-        }
+        Ok(None) => Check::new(
+            "ports",
+            Outcome::Yes,
+            "those of masqueraded clients are not the kernel's to choose",
+        ),
         Ok(Some(missing)) => Check::new(
             "ports",
             Outcome::Yes,
@@ -304,7 +341,9 @@ pub(super) fn ports(sysctls: &Path) -> Check {
                 path.display()
             ),
         ),
-        Err(error @ ports::PortsError::Read { .. }) => Check::new("ports", Outcome::Skip, error.to_string()),
+        Err(error @ ports::PortsError::Read { .. }) => {
+            Check::new("ports", Outcome::Skip, error.to_string())
+        }
         Err(error) => Check::new("ports", Outcome::No, error.to_string())
             .next("sysctl -w net.ipv4.ip_local_port_range=\"32768 60999\""),
     }

@@ -1,4 +1,5 @@
-//! Traces of others that balance or redirect: kube-proxy, eBPF programs at the hooks, service meshes, NodeLocal DNSCache.
+//! Traces of others that balance or redirect: kube-proxy, eBPF programs at the hooks, service
+//! meshes, NodeLocal DNSCache.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -105,7 +106,8 @@ pub(super) fn look(
             let ours = filters.iter().any(clsact::Filter::is_ours);
             names.extend(ours.then(|| "tc_ingress_l2".to_owned()));
             let others = filters.into_iter().filter(|filter| !filter.is_ours());
-            let others = others.map(|filter| if filter.name.is_empty() { filter.kind } else { filter.name });
+            let others =
+                others.map(|filter| if filter.name.is_empty() { filter.kind } else { filter.name });
             let others: Vec<String> = others.collect();
             if direction == Direction::Ingress {
                 behind.extend(others.clone());
@@ -164,7 +166,8 @@ fn rules(traces: &mut Traces) {
             let _ = meshes.insert(format!("Istio's iptables chain {name}"));
         }
     });
-    // The older iptables, whose tables nft does not see. Only where there are some: asking would make them.
+    // The older iptables, whose tables nft does not see. Only where there are some: asking would
+    // make them.
     let legacy = fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
     if legacy.lines().any(|table| table == "nat") {
         let rules = legacy_rules().unwrap_or_default();
@@ -185,7 +188,8 @@ fn rules(traces: &mut Traces) {
 /// How many services IPVS has in this network namespace.
 pub(crate) fn ipvs_services() -> usize {
     let servers = fs::read_to_string("/proc/net/ip_vs").unwrap_or_default();
-    let is_server = |line: &&str| ["TCP ", "UDP ", "SCTP"].iter().any(|protocol| line.starts_with(protocol));
+    let is_server =
+        |line: &&str| ["TCP ", "UDP ", "SCTP"].iter().any(|protocol| line.starts_with(protocol));
     servers.lines().filter(is_server).count()
 }
 
@@ -199,7 +203,9 @@ pub(crate) fn legacy_rules() -> io::Result<Vec<u8>> {
     const NAME: usize = 32;
     const SIZE_AT: usize = 80;
     // SAFETY: no pointers.
-    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_RAW) };
+    let fd = unsafe {
+        libc::socket(libc::AF_INET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_RAW)
+    };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -252,7 +258,8 @@ fn chained_plugins(folder: &Path) -> BTreeSet<String> {
     for text in texts {
         for (plugin, mesh) in [("istio-cni", "Istio"), ("linkerd-cni", "Linkerd")] {
             if text.contains(&format!("\"{plugin}\"")) {
-                let _ = found.insert(format!("{mesh}'s CNI plugin {plugin} in {}", folder.display()));
+                let _ =
+                    found.insert(format!("{mesh}'s CNI plugin {plugin} in {}", folder.display()));
             }
         }
     }
@@ -270,7 +277,8 @@ pub(super) fn checks(traces: &Traces, socket_path: SocketPath) -> Vec<Check> {
     checks.push(if traces.node_local_dns.is_empty() {
         Check::new("node-local-dns", Outcome::Skip, "there is no device nodelocaldns")
     } else {
-        let addresses: Vec<String> = traces.node_local_dns.iter().map(ToString::to_string).collect();
+        let addresses: Vec<String> =
+            traces.node_local_dns.iter().map(ToString::to_string).collect();
         Check::new(
             "node-local-dns",
             Outcome::Yes,
@@ -305,8 +313,9 @@ fn meshes(traces: &Traces, socket_path: SocketPath) -> Check {
     if !traces.meshes.is_empty() {
         let found = joined(&traces.meshes);
         if socket_path == SocketPath::Machine {
-            let what =
-                format!("{found}: a proxy beside a pod would see backends where it wants to see Services");
+            let what = format!(
+                "{found}: a proxy beside a pod would see backends where it wants to see Services"
+            );
             return Check::new("service-mesh", Outcome::Warn, what).next(
                 "start the agent without --socket-path machine: what a pod's proxy takes is then left to it",
             );
@@ -333,7 +342,8 @@ fn programs(traces: &Traces) -> Vec<Check> {
     let mut cilium = traces.cilium.clone();
     let mut others = Vec::new();
     for (place, names) in &traces.programs {
-        let theirs: BTreeSet<String> = names.iter().filter(|name| !is_cilium(name)).cloned().collect();
+        let theirs: BTreeSet<String> =
+            names.iter().filter(|name| !is_cilium(name)).cloned().collect();
         if theirs.len() < names.len() {
             let _ = cilium.insert(format!("programs on {place}"));
         }
@@ -362,14 +372,21 @@ fn programs(traces: &Traces) -> Vec<Check> {
             Check::new(
                 "foreign-ebpf",
                 Outcome::Yes,
-                format!("{}: they stay; Sluice is first at ingress and last at egress", joined(&names)),
+                format!(
+                    "{}: they stay; Sluice is first at ingress and last at egress",
+                    joined(&names)
+                ),
             )
             .of(place)
         });
     }
     if checks.is_empty() {
         checks.push(if traces.is_listed {
-            Check::new("foreign-ebpf", Outcome::Yes, "nobody else's programs are on our devices and cgroup")
+            Check::new(
+                "foreign-ebpf",
+                Outcome::Yes,
+                "nobody else's programs are on our devices and cgroup",
+            )
         } else {
             Check::new("foreign-ebpf", Outcome::Skip, "programs can be listed by root only")
         });
@@ -426,7 +443,9 @@ mod tests {
         assert_eq!(outcome(&traces, "foreign-ebpf"), [Outcome::Warn, Outcome::Yes]);
         let beside_a_mesh = checks(&traces, SocketPath::All);
         assert!(
-            beside_a_mesh.iter().any(|check| check.check == "service-mesh" && check.result == Outcome::Yes)
+            beside_a_mesh
+                .iter()
+                .any(|check| check.check == "service-mesh" && check.result == Outcome::Yes)
         );
         assert!(
             checks(&traces, SocketPath::Machine)

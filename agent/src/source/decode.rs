@@ -155,7 +155,9 @@ pub fn change(kind: Kind, name: ObjectName, object: Option<Object>) -> Change {
         (Kind::Endpoints, Some(Object::Slice(slice))) => {
             Change::Slice(SliceKind::Endpoints, name, Some(slice))
         }
-        (_, Some(Object::Slice(slice))) => Change::Slice(SliceKind::EndpointSlice, name, Some(slice)),
+        (_, Some(Object::Slice(slice))) => {
+            Change::Slice(SliceKind::EndpointSlice, name, Some(slice))
+        }
         (Kind::Service, None) => Change::Service(name, None),
         (Kind::EndpointSlice, None) => Change::Slice(SliceKind::EndpointSlice, name, None),
         (Kind::Endpoints, None) => Change::Slice(SliceKind::Endpoints, name, None),
@@ -179,13 +181,24 @@ impl Decoder {
     /// # Errors
     ///
     /// When a field has a type that the API server would refuse.
-    pub fn decode(&mut self, kind: Kind, meta: &Meta, body: Value) -> Result<Object, serde_json::Error> {
+    pub fn decode(
+        &mut self,
+        kind: Kind,
+        meta: &Meta,
+        body: Value,
+    ) -> Result<Object, serde_json::Error> {
         match kind {
             Kind::Service => Ok(Object::Service(service(meta, serde_json::from_value(body)?))),
-            Kind::EndpointSlice => Ok(Object::Slice(self.slice(meta, serde_json::from_value(body)?))),
-            Kind::Endpoints => Ok(Object::Slice(self.endpoints(meta, serde_json::from_value(body)?))),
+            Kind::EndpointSlice => {
+                Ok(Object::Slice(self.slice(meta, serde_json::from_value(body)?)))
+            }
+            Kind::Endpoints => {
+                Ok(Object::Slice(self.endpoints(meta, serde_json::from_value(body)?)))
+            }
             Kind::Node => Ok(Object::Node(self.node(meta, serde_json::from_value(body)?))),
-            Kind::ServiceCidr => Ok(Object::ServiceCidr(service_cidr(serde_json::from_value(body)?))),
+            Kind::ServiceCidr => {
+                Ok(Object::ServiceCidr(service_cidr(serde_json::from_value(body)?)))
+            }
         }
     }
 
@@ -208,13 +221,17 @@ impl Decoder {
             Some(other) => Err(other.into()),
             None => Err("untyped".into()),
         };
-        let ports = slice.ports.unwrap_or_default().into_iter().map(|port| self.port(&port)).collect();
+        let ports =
+            slice.ports.unwrap_or_default().into_iter().map(|port| self.port(&port)).collect();
         let endpoints = slice.endpoints.unwrap_or_default();
         let several = |raw: &&RawEndpoint| raw.addresses.as_ref().is_some_and(|all| all.len() > 1);
         let surplus = endpoints.iter().filter(several).count();
         let endpoints = endpoints.into_iter().map(|raw| self.endpoint(raw)).collect();
         Slice {
-            service: meta.label(SERVICE_LABEL).filter(|name| !name.is_empty()).map(|name| self.share(name)),
+            service: meta
+                .label(SERVICE_LABEL)
+                .filter(|name| !name.is_empty())
+                .map(|name| self.share(name)),
             family,
             labels: meta.slice_labels(),
             parts: vec![SlicePart { ports, endpoints }],
@@ -238,7 +255,9 @@ impl Decoder {
         let hints = raw.hints.unwrap_or_default();
         Endpoint {
             // Kubernetes defines the first and ignores the rest.
-            address: address(raw.addresses.unwrap_or_default().into_iter().next().flatten().as_deref()),
+            address: address(
+                raw.addresses.unwrap_or_default().into_iter().next().flatten().as_deref(),
+            ),
             ready: conditions.ready.unwrap_or(true),
             serving: conditions.serving.unwrap_or(true),
             terminating: conditions.terminating.unwrap_or(false),
@@ -263,9 +282,14 @@ impl Decoder {
             .unwrap_or_default()
             .into_iter()
             .map(|subset| {
-                let ports =
-                    subset.ports.unwrap_or_default().into_iter().map(|port| self.port(&port)).collect();
-                let ready = subset.addresses.unwrap_or_default().into_iter().map(|address| (address, true));
+                let ports = subset
+                    .ports
+                    .unwrap_or_default()
+                    .into_iter()
+                    .map(|port| self.port(&port))
+                    .collect();
+                let ready =
+                    subset.addresses.unwrap_or_default().into_iter().map(|address| (address, true));
                 let waiting = subset
                     .not_ready_addresses
                     .unwrap_or_default()
@@ -303,11 +327,11 @@ impl Decoder {
         let spec = node.spec.unwrap_or_default();
         let raw = node.status.and_then(|status| status.addresses).unwrap_or_default();
         let addresses = ["InternalIP", "ExternalIP"].into_iter().flat_map(|kind| {
-            raw.iter().filter(move |raw| raw.r#type.as_deref() == Some(kind)).filter_map(|raw| match address(
-                raw.address.as_deref(),
-            ) {
-                Address::Valid(address) => Some(address),
-                Address::Invalid(_) | Address::Missing => None,
+            raw.iter().filter(move |raw| raw.r#type.as_deref() == Some(kind)).filter_map(|raw| {
+                match address(raw.address.as_deref()) {
+                    Address::Valid(address) => Some(address),
+                    Address::Invalid(_) | Address::Missing => None,
+                }
             })
         });
         let mut pod_cidrs = spec.pod_cidrs.unwrap_or_default();
@@ -316,10 +340,17 @@ impl Decoder {
         }
         NodeSpec {
             addresses: addresses.collect(),
-            zone: meta.label(ZONE_LABEL).filter(|zone| !zone.is_empty()).map(|zone| self.share(zone)),
+            zone: meta
+                .label(ZONE_LABEL)
+                .filter(|zone| !zone.is_empty())
+                .map(|zone| self.share(zone)),
             pod_cidrs: networks(&pod_cidrs),
             leaving: meta.deletion_timestamp.is_some()
-                || spec.taints.iter().flatten().any(|taint| taint.key.as_deref() == Some(LEAVING_TAINT)),
+                || spec
+                    .taints
+                    .iter()
+                    .flatten()
+                    .any(|taint| taint.key.as_deref() == Some(LEAVING_TAINT)),
         }
     }
 }
@@ -330,8 +361,10 @@ fn service(meta: &Meta, service: RawService) -> ServiceSpec {
     if cluster_ips.is_empty() {
         cluster_ips.extend(spec.cluster_ip.clone().filter(|address| !address.is_empty()));
     }
-    let ingress =
-        service.status.and_then(|status| status.load_balancer).and_then(|balancer| balancer.ingress);
+    let ingress = service
+        .status
+        .and_then(|status| status.load_balancer)
+        .and_then(|balancer| balancer.ingress);
     ServiceSpec {
         created: meta
             .creation_timestamp
@@ -339,7 +372,8 @@ fn service(meta: &Meta, service: RawService) -> ServiceSpec {
             .and_then(|text| text.parse::<Timestamp>().ok())
             .map(Timestamp::as_second),
         proxy_name: meta.label(PROXY_NAME_LABEL).map(Into::into),
-        headless: meta.label(HEADLESS_LABEL).is_some() || cluster_ips.iter().any(|address| address == "None"),
+        headless: meta.label(HEADLESS_LABEL).is_some()
+            || cluster_ips.iter().any(|address| address == "None"),
         kind: spec.r#type.unwrap_or_default().into(),
         cluster_ips: cluster_ips.iter().map(|text| address(Some(text))).collect(),
         families: spec.ip_families.unwrap_or_default().into_iter().map(Into::into).collect(),
@@ -350,7 +384,12 @@ fn service(meta: &Meta, service: RawService) -> ServiceSpec {
             .filter_map(|ingress| ingress.ip.filter(|ip| !ip.is_empty()))
             .map(|text| address(Some(&text)))
             .collect(),
-        external_ips: spec.external_ips.unwrap_or_default().iter().map(|text| address(Some(text))).collect(),
+        external_ips: spec
+            .external_ips
+            .unwrap_or_default()
+            .iter()
+            .map(|text| address(Some(text)))
+            .collect(),
         source_ranges: spec
             .load_balancer_source_ranges
             .unwrap_or_default()
@@ -591,7 +630,10 @@ mod tests {
         let Object::Node(node) = decode(Kind::Node, node) else { panic!("another kind") };
         let addresses: Vec<String> = node.addresses.iter().map(ToString::to_string).collect();
         assert_eq!(addresses, ["192.0.2.1", "2001:db8::1", "203.0.113.7"]);
-        assert_eq!(node.pod_cidrs, networks(&["10.244.1.0/24".to_owned(), "fd01:0:0:1::/64".to_owned()]));
+        assert_eq!(
+            node.pod_cidrs,
+            networks(&["10.244.1.0/24".to_owned(), "fd01:0:0:1::/64".to_owned()])
+        );
         let old = decode(Kind::Node, json!({"spec": {"podCIDR": "10.244.2.0/24"}}));
         let Object::Node(old) = old else { panic!("another kind") };
         assert_eq!(old.pod_cidrs, networks(&["10.244.2.0/24".to_owned()]));

@@ -1,4 +1,5 @@
-//! The API server: Services, EndpointSlices, our own Node and (where it has them) ServiceCIDRs, watched.
+//! The API server: Services, EndpointSlices, our own Node and (where it has them) ServiceCIDRs,
+//! watched.
 //!
 //! Each kind has a watcher of its own, which lists, watches, and lists again when the server has
 //! forgotten where we were. Objects that vanished in between are removed when the new list is
@@ -25,7 +26,9 @@ use tokio::sync::mpsc;
 pub use events::Events;
 
 use super::Pulse;
-use super::decode::{Decoder, HEADLESS_LABEL, Kind, Meta, PROXY_NAME_LABEL, TRIGGER_ANNOTATION, change};
+use super::decode::{
+    Decoder, HEADLESS_LABEL, Kind, Meta, PROXY_NAME_LABEL, TRIGGER_ANNOTATION, change,
+};
 use crate::model::object::ObjectName;
 use crate::model::report::{Flaw, Note, Subject};
 use crate::model::{Change, Event, SourceId};
@@ -36,9 +39,11 @@ use crate::model::{Change, Event, SourceId};
 const WATCH_SECONDS: u32 = 240;
 /// A response that stands still for so long is given up: more than a watch may be silent.
 const READ_TIMEOUT: Duration = Duration::from_secs(270);
-/// Waiting times between tries to watch what the server may not have at all: doubled from the first to the last.
+/// Waiting times between tries to watch what the server may not have at all: doubled from the first
+/// to the last.
 const PATIENCE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_mins(5));
-/// Objects a page of a list holds. A slice of 100 endpoints is some 250 kB in memory until it is trimmed.
+/// Objects a page of a list holds. A slice of 100 endpoints is some 250 kB in memory until it is
+/// trimmed.
 const PAGE: u32 = 100;
 
 /// How the API server is found, and what of it is wanted.
@@ -52,8 +57,9 @@ pub struct Settings {
     pub node: Option<String>,
     /// Serve objects with this proxy name, instead of those without one.
     pub proxy_name: Option<String>,
-    /// Whether ServiceCIDRs are wanted, where the server has them (Kubernetes 1.33) and lets us see them: not where they are given,
-    /// and not beside another proxy, whose Services have their addresses in them too.
+    /// Whether ServiceCIDRs are wanted, where the server has them (Kubernetes 1.33) and lets us see
+    /// them: not where they are given, and not beside another proxy, whose Services have their
+    /// addresses in them too.
     pub service_cidrs: bool,
 }
 
@@ -95,9 +101,12 @@ pub async fn connect(settings: &Settings) -> Result<Client, ConnectError> {
     let mut config = match &settings.kubeconfig {
         Some(path) => {
             let tried = path.display().to_string();
-            let failed = |cause| ConnectError::Config { tried: tried.clone(), cause: Box::new(cause) };
+            let failed =
+                |cause| ConnectError::Config { tried: tried.clone(), cause: Box::new(cause) };
             let kubeconfig = Kubeconfig::read_from(path).map_err(failed)?;
-            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(failed)?
+            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+                .await
+                .map_err(failed)?
         }
         None => Config::infer().await.map_err(|cause| ConnectError::Config {
             tried: "$KUBECONFIG, ~/.kube/config, the pod's service account".into(),
@@ -105,13 +114,15 @@ pub async fn connect(settings: &Settings) -> Result<Client, ConnectError> {
         })?,
     };
     if let Some(address) = &settings.api {
-        config.cluster_url =
-            address.parse().map_err(|cause| ConnectError::Address { address: address.clone(), cause })?;
+        config.cluster_url = address
+            .parse()
+            .map_err(|cause| ConnectError::Address { address: address.clone(), cause })?;
     }
     config.read_timeout = Some(READ_TIMEOUT);
     config.reset_reader_on_write = true;
     let address = config.cluster_url.to_string();
-    connection::client(config).map_err(|cause| ConnectError::Client { address, cause: Box::new(cause) })
+    connection::client(config)
+        .map_err(|cause| ConnectError::Client { address, cause: Box::new(cause) })
 }
 
 /// What is asked for.
@@ -174,11 +185,12 @@ pub async fn list(client: Client, settings: &Settings) -> Result<Vec<Event>, Lis
 
 /// Watches the API server until nobody listens any more.
 pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>, pulse: Pulse) {
-    // A watch that goes on after a failure may have nothing to tell: that it goes on has to be heard too.
+    // A watch that goes on after a failure may have nothing to tell: that it goes on has to be
+    // heard too.
     let (heard, mut answers) = mpsc::unbounded_channel();
-    let streams = kinds(&settings)
-        .into_iter()
-        .map(|(kind, config)| objects(connection::telling(&client, kind, heard.clone()), kind, config));
+    let streams = kinds(&settings).into_iter().map(|(kind, config)| {
+        objects(connection::telling(&client, kind, heard.clone()), kind, config)
+    });
     let mut stream = futures::stream::select_all(streams);
     let mut intake = Intake::default();
     let mut missed = false;
@@ -210,7 +222,8 @@ pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>
                 }
                 changes
             }
-            // It answers, and has forgotten where we were: the new list that follows makes up for it.
+            // It answers, and has forgotten where we were: the new list that follows makes up for
+            // it.
             Err(watcher::Error::WatchError(status)) if status.code == 410 => {
                 tracing::info!("watching {} starts over: {}", kind.word(), status.message);
                 Vec::new()
@@ -362,7 +375,9 @@ impl Intake {
 
     fn take(&mut self, kind: Kind, event: watcher::Event<DynamicObject>) -> Vec<Change> {
         match event {
-            watcher::Event::Apply(object) | watcher::Event::InitApply(object) => self.apply(kind, object),
+            watcher::Event::Apply(object) | watcher::Event::InitApply(object) => {
+                self.apply(kind, object)
+            }
             watcher::Event::Delete(object) => self.remove(kind, &name(&object)),
             watcher::Event::Init => {
                 self.known(kind).seen = Some(BTreeSet::new());
@@ -401,7 +416,11 @@ impl Intake {
             }
             Err(error) => {
                 let _ = self.noted.insert(subject.clone());
-                let note = Note::new(Flaw::Undecodable, "", format!("{error}; it keeps its last good form"));
+                let note = Note::new(
+                    Flaw::Undecodable,
+                    "",
+                    format!("{error}; it keeps its last good form"),
+                );
                 vec![Change::Notes(subject, vec![note])]
             }
         }
@@ -427,7 +446,8 @@ impl Intake {
         known.listed = true;
         let seen = known.seen.take().unwrap_or_default();
         let gone: Vec<ObjectName> = known.names.difference(&seen).cloned().collect();
-        let mut changes: Vec<Change> = gone.iter().flat_map(|name| self.remove(kind, name)).collect();
+        let mut changes: Vec<Change> =
+            gone.iter().flat_map(|name| self.remove(kind, name)).collect();
         if !self.synced && self.services.listed && self.slices.listed {
             self.synced = true;
             changes.push(Change::Synced);
@@ -474,7 +494,11 @@ mod tests {
         let _ = intake.take(Kind::EndpointSlice, watcher::Event::Init);
         assert_eq!(intake.take(Kind::EndpointSlice, watcher::Event::InitDone), [Change::Synced]);
         let _ = intake.take(Kind::EndpointSlice, watcher::Event::Init);
-        assert_eq!(intake.take(Kind::EndpointSlice, watcher::Event::InitDone), [], "once is enough");
+        assert_eq!(
+            intake.take(Kind::EndpointSlice, watcher::Event::InitDone),
+            [],
+            "once is enough"
+        );
     }
 
     #[test]
@@ -485,10 +509,17 @@ mod tests {
         let _ = intake.take(Kind::Service, watcher::Event::InitDone);
         let bad = service("a", json!({"spec": {"ports": "none"}}));
         let changes = intake.take(Kind::Service, watcher::Event::Apply(bad.clone()));
-        assert!(matches!(changes.as_slice(), [Change::Notes(_, notes)] if notes.len() == 1), "{changes:?}");
+        assert!(
+            matches!(changes.as_slice(), [Change::Notes(_, notes)] if notes.len() == 1),
+            "{changes:?}"
+        );
         let _ = intake.take(Kind::Service, watcher::Event::Init);
         let _ = intake.take(Kind::Service, watcher::Event::InitApply(bad));
-        assert_eq!(intake.take(Kind::Service, watcher::Event::InitDone), [], "it was in the list: not gone");
+        assert_eq!(
+            intake.take(Kind::Service, watcher::Event::InitDone),
+            [],
+            "it was in the list: not gone"
+        );
         let changes = intake.take(Kind::Service, watcher::Event::Apply(good("a")));
         assert!(
             matches!(changes.as_slice(), [Change::Service(_, Some(_)), Change::Notes(_, notes)] if notes.is_empty())

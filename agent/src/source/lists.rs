@@ -1,9 +1,11 @@
 //! A `List` as `kubectl get -o yaml` prints it, cut into its items before it is parsed.
 //!
-//! A dump of a cluster has tens of megabytes, most of them in Pods and `managedFields`, which nobody here reads. To parse them
-//! takes seconds; to see where an item ends takes none: an item begins where the first one does, and all of its lines
-//! are indented further. Items of other kinds are not parsed at all, the others without `managedFields` and on all CPUs.
-//! Whatever does not look like such a list, or has an item that cannot be parsed by itself, is left to the parser as a whole.
+//! A dump of a cluster has tens of megabytes, most of them in Pods and `managedFields`, which
+//! nobody here reads. To parse them takes seconds; to see where an item ends takes none: an item
+//! begins where the first one does, and all of its lines are indented further. Items of other kinds
+//! are not parsed at all, the others without `managedFields` and on all CPUs. Whatever does not
+//! look like such a list, or has an item that cannot be parsed by itself, is left to the parser as
+//! a whole.
 
 use std::num::NonZero;
 use std::thread;
@@ -212,7 +214,8 @@ metadata:
         let found = parsed(DUMP).expect("a list");
         let mut expected = parser(DUMP).expect("YAML");
         expected["items"][0] = json!({"kind": "ConfigMap", "apiVersion": "v1"});
-        let _ = expected["items"][1]["metadata"].as_object_mut().expect("one").remove("managedFields");
+        let _ =
+            expected["items"][1]["metadata"].as_object_mut().expect("one").remove("managedFields");
         assert_eq!(found, expected);
         // The items may be indented.
         let indented: String = DUMP

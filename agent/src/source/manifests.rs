@@ -1,9 +1,10 @@
 //! A folder of manifests, watched: the engine without Kubernetes.
 //!
-//! Every `*.yaml`, `*.yml` and `*.json` directly in the folder counts (hidden files do not), through
-//! symbolic links too, so the folder may be a mounted ConfigMap. Of one object in two files,
-//! the first by path counts. What cannot be understood keeps its last good form: all objects of
-//! a file that cannot be read, those a broken document may have held, an object that cannot be decoded.
+//! Every `*.yaml`, `*.yml` and `*.json` directly in the folder counts (hidden files do not),
+//! through symbolic links too, so the folder may be a mounted ConfigMap. Of one object in two
+//! files, the first by path counts. What cannot be understood keeps its last good form: all objects
+//! of a file that cannot be read, those a broken document may have held, an object that cannot be
+//! decoded.
 
 mod folder;
 
@@ -20,7 +21,8 @@ use super::Pulse;
 use crate::model::report::{Flaw, Note, Subject};
 use crate::model::{Change, Event, SourceId};
 
-/// How long the folder must be quiet before it is read: editors and `kubectl` write in several steps.
+/// How long the folder must be quiet before it is read: editors and `kubectl` write in several
+/// steps.
 const QUIET: Duration = Duration::from_millis(100);
 /// After this long it is read though it is not quiet.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -52,7 +54,9 @@ pub async fn watch(path: PathBuf, sink: mpsc::Sender<Event>, pulse: Pulse) {
     loop {
         // A folder that was replaced by another is watched anew.
         let identity = folder::identity(&path);
-        if identity.is_none() || watched.as_ref().is_none_or(|(known, _)| Some(known) != identity.as_ref()) {
+        if identity.is_none()
+            || watched.as_ref().is_none_or(|(known, _)| Some(known) != identity.as_ref())
+        {
             watched = identity.zip(watcher(&path, waker.clone()));
         }
         let (returned, result) = match tokio::task::spawn_blocking(move || {
@@ -82,8 +86,10 @@ pub async fn watch(path: PathBuf, sink: mpsc::Sender<Event>, pulse: Pulse) {
                 changes
             }
             Err(error) => {
-                let why =
-                    format!("cannot read the folder {}: {error}; what it held still counts", path.display());
+                let why = format!(
+                    "cannot read the folder {}: {error}; what it held still counts",
+                    path.display()
+                );
                 pulse.failed(why.clone());
                 let note = Note::new(Flaw::Unreadable, "", why);
                 vec![Change::Notes(Subject::Source(SourceId::Manifests), vec![note])]
@@ -105,7 +111,9 @@ pub async fn watch(path: PathBuf, sink: mpsc::Sender<Event>, pulse: Pulse) {
 async fn quiet(woken: &mut mpsc::Receiver<()>) {
     let _ = timeout_at(Instant::now() + POLL, woken.recv()).await;
     let latest = Instant::now() + PATIENCE;
-    while Instant::now() < latest && timeout_at(Instant::now() + QUIET, woken.recv()).await.is_ok() {}
+    while Instant::now() < latest && timeout_at(Instant::now() + QUIET, woken.recv()).await.is_ok()
+    {
+    }
 }
 
 /// Sends a word whenever something happens in the folder; [`None`] where that cannot be had.
@@ -138,5 +146,6 @@ fn is_write_end(access: notify::event::AccessKind) -> bool {
 
 /// The time before which a file's age says nothing: it may have been written twice since.
 fn fresh(modified: Option<SystemTime>) -> bool {
-    modified.is_none_or(|modified| modified.elapsed().map_or(true, |age| age < Duration::from_secs(5)))
+    modified
+        .is_none_or(|modified| modified.elapsed().map_or(true, |age| age < Duration::from_secs(5)))
 }

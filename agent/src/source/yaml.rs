@@ -20,7 +20,8 @@ pub(super) fn json(text: &str) -> Vec<Document> {
     let mut documents = Vec::new();
     let mut values = serde_json::Deserializer::from_str(text).into_iter::<Value>();
     loop {
-        let line = 1 + text.get(..values.byte_offset()).map_or(0, |before| before.matches('\n').count());
+        let line =
+            1 + text.get(..values.byte_offset()).map_or(0, |before| before.matches('\n').count());
         let Some(value) = values.next() else { return documents };
         let content = value.map_err(|error| (error.line(), error.to_string()));
         let broken = content.is_err();
@@ -31,15 +32,16 @@ pub(super) fn json(text: &str) -> Vec<Document> {
     }
 }
 
-/// Reads the documents of a YAML file. Of an item of a list that is not `wanted`, by its kind and API version, perhaps
-/// only these two are kept.
+/// Reads the documents of a YAML file. Of an item of a list that is not `wanted`, by its kind and
+/// API version, perhaps only these two are kept.
 pub(super) fn yaml(text: &str, wanted: fn(&str, &str) -> bool) -> Vec<Document> {
     let mut documents = Vec::new();
     for (line, chunk) in chunks(text.trim_start_matches('\u{feff}')) {
         if is_empty(chunk) {
             continue;
         }
-        let content = lists::parse(chunk, wanted, |text| parse(text).ok()).map_or_else(|| parse(chunk), Ok);
+        let content =
+            lists::parse(chunk, wanted, |text| parse(text).ok()).map_or_else(|| parse(chunk), Ok);
         let content = content.map_err(|(within, why)| (line + within.max(1) - 1, why));
         documents.push(Document { index: documents.len() + 1, line, content });
     }
@@ -94,8 +96,8 @@ fn parse(chunk: &str) -> Result<Value, (usize, String)> {
     })
 }
 
-/// The parser names the place within the document and shows it in its surroundings; a report is one line, and
-/// counts lines in the file.
+/// The parser names the place within the document and shows it in its surroundings; a report is one
+/// line, and counts lines in the file.
 fn first_line(text: &str) -> String {
     let line = text.lines().next().unwrap_or_default();
     let line = line.strip_prefix("error: ").unwrap_or(line);
@@ -133,7 +135,10 @@ mod tests {
 
     #[test]
     fn json_may_be_indented_by_tabs_and_follow_json() {
-        assert_eq!(yaml("{\n\t\"a\": 1\n}\n", |_, _| true)[0].content, Ok(serde_json::json!({"a": 1})));
+        assert_eq!(
+            yaml("{\n\t\"a\": 1\n}\n", |_, _| true)[0].content,
+            Ok(serde_json::json!({"a": 1}))
+        );
         let documents = json("{\"a\": 1}\n{\"b\": 2}\n{");
         assert_eq!(documents.len(), 3);
         assert_eq!(documents[1].content, Ok(serde_json::json!({"b": 2})));

@@ -1,5 +1,6 @@
-//! Where kube-proxy has sent clients of Services with session affinity: sets of nftables, and lists of the `recent` match of
-//! iptables, one an endpoint. Their names are made of hashes, so each of our own backends tells which list is its.
+//! Where kube-proxy has sent clients of Services with session affinity: sets of nftables, and lists
+//! of the `recent` match of iptables, one an endpoint. Their names are made of hashes, so each of
+//! our own backends tells which list is its.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -37,7 +38,9 @@ fn digits(text: &str, count: usize) -> String {
     let hash = Sha256::digest(text.as_bytes());
     let bit = |index: usize| hash.get(index / 8).map_or(0, |byte| byte >> (7 - index % 8) & 1);
     let digit = |index: usize| (0..5).fold(0, |digit, at| digit << 1 | bit(index * 5 + at));
-    (0..count).filter_map(|index| ALPHABET.get(usize::from(digit(index))).map(|c| char::from(*c))).collect()
+    (0..count)
+        .filter_map(|index| ALPHABET.get(usize::from(digit(index))).map(|c| char::from(*c)))
+        .collect()
 }
 
 fn word(bytes: &[u8]) -> &str {
@@ -109,7 +112,8 @@ fn seen(age: Age, affinity_seconds: u32, now: Ticks) -> Ticks {
     now.wrapping_sub(((idle_ms * 1_000_000) >> TICK_SHIFT) as Ticks)
 }
 
-/// The visits that a family's maps are to have. Of two endpoints that know a client, the one that it asked last counts.
+/// The visits that a family's maps are to have. Of two endpoints that know a client, the one that
+/// it asked last counts.
 fn visits<F: Stack>(image: &Image, lists: &Lists, now: Ticks) -> Vec<Visit<F>> {
     let mut found: HashMap<(u32, IpAddr), (u64, Visit<F>)> = HashMap::new();
     for (id, backend) in &F::of(image).backends {
@@ -143,7 +147,12 @@ fn visits<F: Stack>(image: &Image, lists: &Lists, now: Ticks) -> Vec<Visit<F>> {
     found.into_values().map(|(_, visit)| visit).collect()
 }
 
-fn add<F: KernelStack>(maps: &Maps, image: &Image, lists: &Lists, now: Ticks) -> anyhow::Result<usize> {
+fn add<F: KernelStack>(
+    maps: &Maps,
+    image: &Image,
+    lists: &Lists,
+    now: Ticks,
+) -> anyhow::Result<usize> {
     let mut visits = visits::<F>(image, lists, now);
     let known: BTreeSet<AffinityKey<F::Address>> =
         F::affinity(maps)?.into_iter().map(|(key, _)| key).collect();
@@ -152,7 +161,8 @@ fn add<F: KernelStack>(maps: &Maps, image: &Image, lists: &Lists, now: Ticks) ->
     Ok(visits.len())
 }
 
-/// Lets clients keep the backends that kube-proxy has sent them to, where our maps have nothing about them yet; returns how many.
+/// Lets clients keep the backends that kube-proxy has sent them to, where our maps have nothing
+/// about them yet; returns how many.
 ///
 /// # Errors
 ///
@@ -205,7 +215,8 @@ mod tests {
 
     #[test]
     fn a_list_is_read_line_by_line() {
-        let text = "src=10.244.1.7 ttl: 64 last_seen: 4295123456 oldest_pkt: 2 4295120000, 4295123456";
+        let text =
+            "src=10.244.1.7 ttl: 64 last_seen: 4295123456 oldest_pkt: 2 4295120000, 4295123456";
         assert_eq!(line(text), Some((IpAddr::from([10, 244, 1, 7]), Age::Stamp(4_295_123_456))));
         assert_eq!(line("nonsense"), None);
     }

@@ -1,4 +1,5 @@
-//! Flows of ours, as a release and what comes before it need them: which still have packets, and what conntrack should know.
+//! Flows of ours, as a release and what comes before it need them: which still have packets, and
+//! what conntrack should know.
 
 use sluice_common::abi::{Flow, flow, state};
 use sluice_common::packet::header::protocol;
@@ -8,14 +9,16 @@ use crate::conntrack::{End, Translated};
 use crate::dataplane::{KernelStack, Maps};
 use crate::fragments::ticks as now;
 
-/// A UDP flow that was idle for so many ticks is not waited for. Its entry may be nine ticks older than its last packet.
+/// A UDP flow that was idle for so many ticks is not waited for. Its entry may be nine ticks older
+/// than its last packet.
 const UDP_IDLE_TICKS: u32 = 19;
-/// Nor is a connection whose client has not answered for so many ticks, or that both sides have ended.
+/// Nor is a connection whose client has not answered for so many ticks, or that both sides have
+/// ended.
 const UNANSWERED_TICKS: u32 = 30;
 const ENDED_TICKS: u32 = 3;
 
-/// How many flows of a family are under way. The others are forgotten: their entries would catch packets of netfilter's
-/// connections that happen to get the same source port.
+/// How many flows of a family are under way. The others are forgotten: their entries would catch
+/// packets of netfilter's connections that happen to get the same source port.
 pub(super) fn live<F: KernelStack>(maps: &Maps) -> anyhow::Result<u64> {
     let (flows, now) = (F::flows(maps)?, now());
     let mut count = 0;
@@ -32,13 +35,19 @@ pub(super) fn live<F: KernelStack>(maps: &Maps) -> anyhow::Result<u64> {
     Ok(count)
 }
 
-/// The connections of this host's own sockets that are translated behind conntrack, as it sees them.
+/// The connections of this host's own sockets that are translated behind conntrack, as it sees
+/// them.
 pub(super) fn of_host<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translated>> {
     let (flows, now) = (F::flows(maps)?, now());
     // One that has ended would be kept for a connection that a process may open from the same port.
     let its = flows.iter().filter(|entry| {
         entry.flow.flags & (flow::REPLY | flow::HOST) == flow::HOST
-            && is_live(entry.tuple.protocol, &entry.flow, entry.embryonic, now.wrapping_sub(entry.flow.seen))
+            && is_live(
+                entry.tuple.protocol,
+                &entry.flow,
+                entry.embryonic,
+                now.wrapping_sub(entry.flow.seen),
+            )
     });
     Ok(its
         .map(|entry| {

@@ -1,4 +1,5 @@
-//! nf_tables by netlink: listings, and batches that the kernel takes whole or not at all. The node's image has no `nft`.
+//! nf_tables by netlink: listings, and batches that the kernel takes whole or not at all. The
+//! node's image has no `nft`.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -14,7 +15,8 @@ const NLMSG_ERROR: u16 = 2;
 const NESTED: u16 = 0x8000;
 /// `NFTA_LIST_ELEM`.
 const ELEMENT: u16 = 1;
-/// Room for a batch on its way to the kernel, bytes: a chain is about 60, and a large cluster has some 100 000.
+/// Room for a batch on its way to the kernel, bytes: a chain is about 60, and a large cluster has
+/// some 100 000.
 const SEND_BUFFER: libc::c_int = 64 << 20;
 
 /// `NFPROTO_*`: which packets a table is for.
@@ -143,7 +145,8 @@ pub(super) fn chains() -> io::Result<Vec<Chain>> {
 pub(super) fn jumps(table: &Table) -> io::Result<Vec<Jump>> {
     let mut jumps = Vec::new();
     dump(7, table.family.header(), &[(1, &table.name)], |_, rule| {
-        let handle = find(rule, 3).and_then(|handle| handle.try_into().ok()).map(u64::from_be_bytes);
+        let handle =
+            find(rule, 3).and_then(|handle| handle.try_into().ok()).map(u64::from_be_bytes);
         // Not every kernel leaves out the rules of other tables.
         if text(find(rule, 1)) != table.name {
             return;
@@ -179,7 +182,8 @@ pub(super) fn elements(table: &Table, set: &str) -> io::Result<Vec<Element>> {
     dump(13, table.family.header(), &[(1, &table.name), (2, set)], |_, list| {
         let Some(all) = find(list, 3) else { return };
         for (_, element) in attributes(all) {
-            let expires_ms = find(element, 5).and_then(|left| left.try_into().ok()).map(u64::from_be_bytes);
+            let expires_ms =
+                find(element, 5).and_then(|left| left.try_into().ok()).map(u64::from_be_bytes);
             if let Some(key) = find(element, 1).and_then(|key| find(key, 1)) {
                 elements.push(Element { key: key.to_vec(), expires_ms });
             }
@@ -282,7 +286,11 @@ impl Batch {
         whole.add(BATCH_END, 0, header, &Nest::default());
         // SAFETY: no pointers.
         let fd = unsafe {
-            libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_NETFILTER)
+            libc::socket(
+                libc::AF_NETLINK,
+                libc::SOCK_RAW | libc::SOCK_CLOEXEC,
+                libc::NETLINK_NETFILTER,
+            )
         };
         if fd < 0 {
             return Err(io::Error::last_os_error());
@@ -290,7 +298,8 @@ impl Batch {
         // SAFETY: the descriptor is fresh and ours.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         let room = SEND_BUFFER;
-        // SAFETY: the value is live and of the size given. A refusal shows itself when a large batch is sent.
+        // SAFETY: the value is live and of the size given. A refusal shows itself when a large
+        // batch is sent.
         let _ = unsafe {
             libc::setsockopt(
                 socket.as_raw_fd(),
@@ -301,7 +310,8 @@ impl Batch {
             )
         };
         // SAFETY: the buffer is live; an unconnected netlink socket sends to the kernel.
-        let sent = unsafe { libc::send(socket.as_raw_fd(), whole.0.as_ptr().cast(), whole.0.len(), 0) };
+        let sent =
+            unsafe { libc::send(socket.as_raw_fd(), whole.0.as_ptr().cast(), whole.0.len(), 0) };
         if sent < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -309,7 +319,8 @@ impl Batch {
     }
 }
 
-/// The first refusal that waits in a socket. The kernel has dealt with the whole batch when send() returns.
+/// The first refusal that waits in a socket. The kernel has dealt with the whole batch when send()
+/// returns.
 fn refusal(socket: &OwnedFd) -> Option<io::Error> {
     let mut buffer = vec![0_u8; 64 * 1024];
     loop {
@@ -321,8 +332,13 @@ fn refusal(socket: &OwnedFd) -> Option<io::Error> {
             return (error.kind() != io::ErrorKind::WouldBlock).then_some(error);
         }
         let mut rest = buffer.get(..got.cast_unsigned()).unwrap_or_default();
-        while let Some(length) = rest.get(..4).and_then(|word| word.try_into().ok()).map(u32::from_ne_bytes) {
-            let code = rest.get(16..20).and_then(|word| word.try_into().ok()).map_or(0, i32::from_ne_bytes);
+        while let Some(length) =
+            rest.get(..4).and_then(|word| word.try_into().ok()).map(u32::from_ne_bytes)
+        {
+            let code = rest
+                .get(16..20)
+                .and_then(|word| word.try_into().ok())
+                .map_or(0, i32::from_ne_bytes);
             if half(rest, 4) == Some(NLMSG_ERROR) && code != 0 {
                 return Some(io::Error::from_raw_os_error(code.saturating_neg()));
             }

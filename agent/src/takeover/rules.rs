@@ -1,9 +1,11 @@
-//! kube-proxy's rules in netfilter, and the table that takes their place while connections live by them.
+//! kube-proxy's rules in netfilter, and the table that takes their place while connections live by
+//! them.
 //!
-//! A connection that was translated goes on by its conntrack entry, no rule is asked again. But the kernel consults entries only
-//! while somebody of the network namespace has chains of type nat at the hooks, and tracks connections only while some rule asks
-//! for that: when the last such table goes, every translated connection stands still. So a table of our own stands beside
-//! kube-proxy's from the start: four empty chains and one rule.
+//! A connection that was translated goes on by its conntrack entry, no rule is asked again. But the
+//! kernel consults entries only while somebody of the network namespace has chains of type nat at
+//! the hooks, and tracks connections only while some rule asks for that: when the last such table
+//! goes, every translated connection stands still. So a table of our own stands beside kube-proxy's
+//! from the start: four empty chains and one rule.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -58,7 +60,9 @@ pub(crate) struct Found {
 impl Found {
     /// Whether it balances by rules that are there.
     pub(crate) fn balances(&self) -> bool {
-        !self.tables.is_empty() || self.legacy || self.chains.iter().any(|chain| chain.name == SERVICES)
+        !self.tables.is_empty()
+            || self.legacy
+            || self.chains.iter().any(|chain| chain.name == SERVICES)
     }
 
     /// Whether it ran in its iptables mode.
@@ -128,7 +132,8 @@ fn holding() -> Table {
 ///
 /// # Errors
 ///
-/// When the kernel refuses: it has no chains of type nat for both families at once before Linux 5.2.
+/// When the kernel refuses: it has no chains of type nat for both families at once before Linux
+/// 5.2.
 pub(crate) fn hold() -> io::Result<()> {
     /// Hook numbers, and the priorities that other such chains have there.
     const HOOKS: [(&str, u32, i32); 4] =
@@ -157,8 +162,8 @@ pub(crate) fn let_go() -> io::Result<bool> {
     batch.commit().map(|()| true)
 }
 
-/// Removes kube-proxy's rules, of each table all at once; what accepts established connections only if `all` is said. What legacy
-/// iptables has stays.
+/// Removes kube-proxy's rules, of each table all at once; what accepts established connections only
+/// if `all` is said. What legacy iptables has stays.
 ///
 /// # Errors
 ///
@@ -179,7 +184,8 @@ pub(crate) fn remove(found: &Found, all: bool) -> io::Result<()> {
         let mut batch = Batch::default();
         let leads_there = |jump: &&Jump| going.iter().any(|chain| chain.name == jump.to);
         let is_from_others = |jump: &&Jump| !going.iter().any(|chain| chain.name == jump.chain);
-        let to_delete: Vec<&Jump> = jumps.iter().filter(leads_there).filter(is_from_others).collect();
+        let to_delete: Vec<&Jump> =
+            jumps.iter().filter(leads_there).filter(is_from_others).collect();
         if going.is_empty() {
             continue;
         }
@@ -202,15 +208,17 @@ fn going<'c>(its: &[&'c Chain], jumps: &[Jump], all: bool) -> Vec<&'c Chain> {
     const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
     let is_its = |name: &str| its.iter().any(|chain| chain.name == name);
     let is_used = |name: &str| {
-        jumps
-            .iter()
-            .any(|jump| jump.to == name && !is_its(&jump.chain) && !BUILT_IN.contains(&jump.chain.as_str()))
+        jumps.iter().any(|jump| {
+            jump.to == name && !is_its(&jump.chain) && !BUILT_IN.contains(&jump.chain.as_str())
+        })
     };
     let masquerades = MASQUERADE.iter().any(|name| is_used(name));
     its.iter()
         .filter(|chain| {
             let name = chain.name.as_str();
-            (all || name != FORWARD) && !(masquerades && MASQUERADE.contains(&name)) && !is_used(name)
+            (all || name != FORWARD)
+                && !(masquerades && MASQUERADE.contains(&name))
+                && !is_used(name)
         })
         .copied()
         .collect()
@@ -254,19 +262,29 @@ mod tests {
 
     #[test]
     fn a_chain_that_others_use_stays() {
-        let (services, mark, post) =
-            (chain("nat", "KUBE-SERVICES"), chain("nat", "KUBE-MARK-MASQ"), chain("nat", "KUBE-POSTROUTING"));
+        let (services, mark, post) = (
+            chain("nat", "KUBE-SERVICES"),
+            chain("nat", "KUBE-MARK-MASQ"),
+            chain("nat", "KUBE-POSTROUTING"),
+        );
         let its = [&services, &mark, &post];
         let own = [jump("PREROUTING", "KUBE-SERVICES"), jump("KUBE-SERVICES", "KUBE-MARK-MASQ")];
-        assert_eq!(names(&going(&its, &own, true)), ["KUBE-SERVICES", "KUBE-MARK-MASQ", "KUBE-POSTROUTING"]);
+        assert_eq!(
+            names(&going(&its, &own, true)),
+            ["KUBE-SERVICES", "KUBE-MARK-MASQ", "KUBE-POSTROUTING"]
+        );
         let others = [jump("CNI-HOSTPORT-SETMARK", "KUBE-MARK-MASQ")];
         assert_eq!(names(&going(&its, &others, true)), ["KUBE-SERVICES"]);
     }
 
     #[test]
     fn what_accepts_established_connections_goes_last() {
-        let (services, forward) = (chain("filter", "KUBE-SERVICES"), chain("filter", "KUBE-FORWARD"));
+        let (services, forward) =
+            (chain("filter", "KUBE-SERVICES"), chain("filter", "KUBE-FORWARD"));
         assert_eq!(names(&going(&[&services, &forward], &[], false)), ["KUBE-SERVICES"]);
-        assert_eq!(names(&going(&[&services, &forward], &[], true)), ["KUBE-SERVICES", "KUBE-FORWARD"]);
+        assert_eq!(
+            names(&going(&[&services, &forward], &[], true)),
+            ["KUBE-SERVICES", "KUBE-FORWARD"]
+        );
     }
 }

@@ -1,5 +1,6 @@
-//! What a person wants of the running agent: a small file beside its status, written by `sluice takeover` and
-//! `sluice release`, and kept until it is done. It outlives the agent, so that one that is started again goes on with it.
+//! What a person wants of the running agent: a small file beside its status, written by
+//! `sluice takeover` and `sluice release`, and kept until it is done. It outlives the agent, so
+//! that one that is started again goes on with it.
 
 use std::fs;
 use std::io;
@@ -91,7 +92,9 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         assert_eq!(read(folder.path()), None);
         let release = Wish::Release { deadline: 7 };
-        for wish in [Wish::Takeover, Wish::Finish, Wish::Prepare, Wish::Prepared, release, Wish::Released] {
+        for wish in
+            [Wish::Takeover, Wish::Finish, Wish::Prepare, Wish::Prepared, release, Wish::Released]
+        {
             write(folder.path(), wish).expect("written");
             assert_eq!(read(folder.path()), Some(wish));
         }
@@ -105,7 +108,8 @@ mod tests {
     #[test]
     fn what_is_wanted_by_now_is_not_replaced() {
         let folder = tempfile::tempdir().expect("a folder");
-        let prepared = || replace(folder.path(), Wish::Prepare, Wish::Prepared).expect("replaced or left");
+        let prepared =
+            || replace(folder.path(), Wish::Prepare, Wish::Prepared).expect("replaced or left");
         prepared();
         assert_eq!(read(folder.path()), None);
         for (wish, then) in [(Wish::Prepare, Wish::Prepared), (Wish::Takeover, Wish::Takeover)] {

@@ -86,7 +86,9 @@ impl Screen {
             Order::Name => Ordering::Equal,
         };
         let turned = |ordering: Ordering| if reversed { ordering.reverse() } else { ordering };
-        self.change.services.sort_by(|a, b| turned(compare(&a.1, &b.1).then_with(|| a.0.cmp(&b.0))));
+        self.change
+            .services
+            .sort_by(|a, b| turned(compare(&a.1, &b.1).then_with(|| a.0.cmp(&b.0))));
         for backends in self.change.backends.values_mut() {
             backends.sort_by(|a, b| turned(compare(&a.1, &b.1).then_with(|| a.0.cmp(&b.0))));
         }
@@ -158,7 +160,9 @@ impl Screen {
         self.backends(frame, backends);
         self.causes(frame, causes);
         let line = match &self.problem {
-            Some(problem) => Line::styled(problem.clone(), Style::new().add_modifier(Modifier::BOLD)),
+            Some(problem) => {
+                Line::styled(problem.clone(), Style::new().add_modifier(Modifier::BOLD))
+            }
             None => Line::from(vec![
                 Span::raw("sort: "),
                 self.key("b bytes", Order::Bytes),
@@ -173,8 +177,11 @@ impl Screen {
 
     /// A key's word; the one that is in force stands out.
     fn key(&self, word: &str, order: Order) -> Span<'static> {
-        let style =
-            if self.order == order { Style::new().add_modifier(Modifier::BOLD) } else { Style::new() };
+        let style = if self.order == order {
+            Style::new().add_modifier(Modifier::BOLD)
+        } else {
+            Style::new()
+        };
         Span::styled(format!("{word}  "), style)
     }
 
@@ -182,7 +189,12 @@ impl Screen {
         let rows = self.change.services.iter().map(|((name, family), rates)| {
             let service = format!("{}/{}", name.namespace, name.service);
             let port = format!("{} {}", name.port, name.label);
-            let cells = [service, port.trim_end().to_owned(), name.protocol.clone(), format!("IPv{family}")];
+            let cells = [
+                service,
+                port.trim_end().to_owned(),
+                name.protocol.clone(),
+                format!("IPv{family}"),
+            ];
             Row::new(cells.into_iter().chain(cells_of(rates)))
         });
         let widths = [
@@ -247,8 +259,12 @@ impl Screen {
                 count.to_string(),
             ])
         });
-        let widths =
-            [Constraint::Length(24), Constraint::Min(20), Constraint::Length(10), Constraint::Length(12)];
+        let widths = [
+            Constraint::Length(24),
+            Constraint::Min(20),
+            Constraint::Length(10),
+            Constraint::Length(12),
+        ];
         let table = Table::new(rows, widths)
             .header(header(["REASON", "SERVICE", "PER S", "ALL"]))
             .block(Block::bordered().title(" Drops, rejects and other reasons "));
@@ -305,7 +321,8 @@ mod tests {
         let mut terminal = Terminal::new(TestBackend::new(100, 24)).expect("a terminal in memory");
         let _ = terminal.draw(|frame| screen.draw(frame)).expect("drawing into memory");
         let rows = terminal.backend().buffer().content.chunks(100);
-        rows.map(|row| row.iter().map(ratatui::buffer::Cell::symbol).collect::<String>() + "\n").collect()
+        rows.map(|row| row.iter().map(ratatui::buffer::Cell::symbol).collect::<String>() + "\n")
+            .collect()
     }
 
     fn press(screen: &mut Screen, code: KeyCode) -> Next {
@@ -369,7 +386,10 @@ mod tests {
     #[test]
     fn a_service_that_has_gone_is_chosen_no_more() {
         let mut screen = screen(Order::Bytes);
-        screen.show(Change { services: vec![(service("mail"), Rates::default())], ..Change::default() });
+        screen.show(Change {
+            services: vec![(service("mail"), Rates::default())],
+            ..Change::default()
+        });
         assert_eq!(screen.chosen, Some(service("mail")));
         screen.show(Change::default());
         assert_eq!(screen.chosen, None);

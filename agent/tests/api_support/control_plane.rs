@@ -104,12 +104,16 @@ impl ControlPlane {
 
     fn write_credentials(&self) -> Result<()> {
         let key = self.folder.join("service-accounts.key");
-        let _ = self
-            .host
-            .run("openssl", ["genrsa".as_ref(), "-out".as_ref(), key.as_os_str(), "2048".as_ref()])?;
+        let _ = self.host.run(
+            "openssl",
+            ["genrsa".as_ref(), "-out".as_ref(), key.as_os_str(), "2048".as_ref()],
+        )?;
         let mut tokens = String::new();
-        for (user, groups) in [(ADMIN, "system:masters"), (AGENT, "agents"), (NEWCOMER, "newcomers")] {
-            writeln!(tokens, "{user}-token,{user},{user},{groups}").context("cannot write the tokens")?;
+        for (user, groups) in
+            [(ADMIN, "system:masters"), (AGENT, "agents"), (NEWCOMER, "newcomers")]
+        {
+            writeln!(tokens, "{user}-token,{user},{user},{groups}")
+                .context("cannot write the tokens")?;
             let config = json!({
                 "apiVersion": "v1", "kind": "Config", "current-context": "lab",
                 "clusters": [{"name": "lab", "cluster": {
@@ -125,7 +129,8 @@ impl ControlPlane {
         fs::write(self.folder.join("tokens.csv"), tokens).context("cannot write the tokens")
     }
 
-    /// Starts the API server, and the controllers with its first start. It is ready when this returns.
+    /// Starts the API server, and the controllers with its first start. It is ready when this
+    /// returns.
     pub(crate) fn start_server(&self, args: &[&str]) -> Result<()> {
         let file = |name: &str| self.folder.join(name).display().to_string();
         let mut all = vec![
@@ -168,7 +173,8 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Ends the API server as on a machine that loses power: no connection is closed by its own doing.
+    /// Ends the API server as on a machine that loses power: no connection is closed by its own
+    /// doing.
     pub(crate) fn kill_server(&self) -> Result<()> {
         let server = self.processes().server.take();
         server.context("the API server is not running")?.kill().map(drop)
@@ -217,7 +223,8 @@ impl ControlPlane {
 
     /// Lets a user write Events.
     fn allow_events(&self, user: &str) -> Result<()> {
-        let rule = json!({"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]});
+        let rule =
+            json!({"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]});
         self.bind(&format!("{user}-events"), user, &rule)
     }
 
@@ -248,7 +255,8 @@ impl ControlPlane {
         // Any key will do: every answer tells the revision.
         let range = self.etcd("kv/range", &json!({"key": "AA=="}))?;
         let revision = range.pointer("/header/revision").context("etcd tells no revision")?;
-        let answer = self.etcd("kv/compaction", &json!({"revision": revision, "physical": true}))?;
+        let answer =
+            self.etcd("kv/compaction", &json!({"revision": revision, "physical": true}))?;
         match answer.get("header") {
             Some(_) => Ok(()),
             None => bail!("etcd did not compact: {answer}"),
@@ -256,7 +264,9 @@ impl ControlPlane {
     }
 
     fn etcd(&self, call: &str, body: &Value) -> Result<Value> {
-        let answer = self.host.run("curl", ["-sS", "-d", &body.to_string(), &format!("{ETCD}/v3/{call}")])?;
+        let answer = self
+            .host
+            .run("curl", ["-sS", "-d", &body.to_string(), &format!("{ETCD}/v3/{call}")])?;
         serde_json::from_str(&answer).with_context(|| format!("etcd answered {answer}"))
     }
 
@@ -272,8 +282,11 @@ impl ControlPlane {
 
 async fn client(kubeconfig: &Path) -> Result<kube::Client> {
     let kubeconfig = kube::config::Kubeconfig::read_from(kubeconfig)?;
-    let config =
-        kube::Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default()).await?;
+    let config = kube::Config::from_custom_kubeconfig(
+        kubeconfig,
+        &kube::config::KubeConfigOptions::default(),
+    )
+    .await?;
     Ok(kube::Client::try_from(config)?)
 }
 

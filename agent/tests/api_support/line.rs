@@ -87,12 +87,15 @@ impl State {
         let (requests, answers) = ((near.try_clone()?, far.try_clone()?), (far, near));
         let (rate, span) = (Arc::clone(self), self.span.load(Ordering::Relaxed));
         drop(spawn(move || carry(requests.0, requests.1, 0, || 0)));
-        drop(spawn(move || carry(answers.0, answers.1, span, || rate.rate.load(Ordering::Relaxed))));
+        drop(spawn(move || {
+            carry(answers.0, answers.1, span, || rate.rate.load(Ordering::Relaxed));
+        }));
         Ok(())
     }
 }
 
-/// Copies until either side ends or `span` bytes (if not 0) are through, at most `rate` (if not 0) in a millisecond.
+/// Copies until either side ends or `span` bytes (if not 0) are through, at most `rate` (if not 0)
+/// in a millisecond.
 fn carry(mut from: TcpStream, mut to: TcpStream, span: u64, rate: impl Fn() -> u64) {
     let mut buffer = [0; 2048];
     let mut carried = 0;

@@ -94,12 +94,18 @@ impl Cluster {
 
 /// Asks again and again until there is an answer, or fails with what was said last.
 #[track_caller]
-pub(crate) fn wait_for<T>(what: &str, timeout: Duration, mut ask: impl FnMut() -> Result<T, String>) -> T {
+pub(crate) fn wait_for<T>(
+    what: &str,
+    timeout: Duration,
+    mut ask: impl FnMut() -> Result<T, String>,
+) -> T {
     let deadline = Instant::now() + timeout;
     loop {
         match ask() {
             Ok(answer) => return answer,
-            Err(last) if Instant::now() > deadline => panic!("waited {timeout:?} in vain for {what}: {last}"),
+            Err(last) if Instant::now() > deadline => {
+                panic!("waited {timeout:?} in vain for {what}: {last}")
+            }
             Err(_) => std::thread::sleep(Duration::from_millis(25)),
         }
     }

@@ -36,7 +36,8 @@ impl Space {
     /// A new namespace.
     pub(crate) fn new(cluster: &Arc<Cluster>, name: &str) -> Self {
         let this = Self { cluster: Arc::clone(cluster), name: name.to_owned() };
-        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+        let namespace =
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
         this.ask("POST", "/api/v1/namespaces", Some(&namespace));
         this
     }
@@ -98,7 +99,8 @@ impl Space {
     /// Makes a slice of an unnamed port with ready endpoints.
     #[track_caller]
     pub(crate) fn slice(&self, name: &str, service: &str, port: u16, addresses: &[&str]) {
-        let endpoints: Vec<Value> = addresses.iter().map(|address| json!({"addresses": [address]})).collect();
+        let endpoints: Vec<Value> =
+            addresses.iter().map(|address| json!({"addresses": [address]})).collect();
         self.create(
             "endpointslices",
             &json!({
@@ -133,7 +135,11 @@ impl Space {
     #[track_caller]
     pub(crate) fn set_ready(&self, pod: &str, ready: bool) {
         let condition = json!({"type": "Ready", "status": if ready { "True" } else { "False" }});
-        self.edit("pods", &format!("{pod}/status"), &json!({"status": {"conditions": [condition]}}));
+        self.edit(
+            "pods",
+            &format!("{pod}/status"),
+            &json!({"status": {"conditions": [condition]}}),
+        );
     }
 
     /// Makes a pod that is ready.

@@ -11,7 +11,8 @@ use sluice_lab::Node;
 
 use super::wait_for;
 
-/// How long a change may take until it is in the maps. Controllers gather and back off; ours is a small part.
+/// How long a change may take until it is in the maps. Controllers gather and back off; ours is a
+/// small part.
 pub(crate) const IN_TIME: Duration = Duration::from_secs(20);
 
 /// Frontend (`10.96.1.1:80`) -> the backends that take new flows.
@@ -84,13 +85,15 @@ pub(crate) fn expect(node: &Node, namespace: &str, wanted: &[(&str, &[&str])]) {
 #[track_caller]
 pub(crate) fn status(node: &Node) -> Value {
     wait_for("a status", Duration::from_secs(10), || {
-        let output = node.sluice_output(&["status", "-o", "json"]).map_err(|error| format!("{error:#}"))?;
+        let output =
+            node.sluice_output(&["status", "-o", "json"]).map_err(|error| format!("{error:#}"))?;
         serde_json::from_slice(&output.stdout)
             .map_err(|error| format!("{error}: {}", String::from_utf8_lossy(&output.stderr)))
     })
 }
 
-/// What is wrong with the agent's view of the API server, in its own words; [`None`] while all is well.
+/// What is wrong with the agent's view of the API server, in its own words; [`None`] while all is
+/// well.
 #[track_caller]
 pub(crate) fn problem(node: &Node) -> Option<String> {
     status(node).pointer("/last/sources/0/problem").and_then(Value::as_str).map(ToOwned::to_owned)

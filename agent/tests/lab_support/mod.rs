@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use sluice_lab::{
-    AgentOptions, AgentProcess, Backend, Client, Event, Lab, LoadClients, LoadSize, Manifests, Namespace,
-    Node, NodeOptions, Overlay, Pod, Port, Reply, Running, Serve, Service, Unsupported,
+    AgentOptions, AgentProcess, Backend, Client, Event, Lab, LoadClients, LoadSize, Manifests,
+    Namespace, Node, NodeOptions, Overlay, Pod, Port, Reply, Running, Serve, Service, Unsupported,
 };
 
 /// Ports of the service `web`: HTTP, UDP echo, TCP echo, stream.
@@ -83,7 +83,13 @@ pub(crate) struct Plan {
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { overlay: Overlay::None, node: NodeOptions::default(), near: 2, far: 0, args: Vec::new() }
+        Self {
+            overlay: Overlay::None,
+            node: NodeOptions::default(),
+            near: 2,
+            far: 0,
+            args: Vec::new(),
+        }
     }
 }
 
@@ -199,8 +205,13 @@ impl Cluster {
     }
 }
 
-/// A cluster under load: from a pod and from outside packet by packet, from the host by its sockets' calls.
-pub(crate) fn under_load(name: &str, plan: &Plan, size: LoadSize) -> Result<(Cluster, LoadClients)> {
+/// A cluster under load: from a pod and from outside packet by packet, from the host by its
+/// sockets' calls.
+pub(crate) fn under_load(
+    name: &str,
+    plan: &Plan,
+    size: LoadSize,
+) -> Result<(Cluster, LoadClients)> {
     let mut plan = plan.clone();
     plan.args.push("--socket-path=host");
     let cluster = Cluster::new(name, &plan)?;
@@ -250,7 +261,12 @@ pub(crate) fn url(address: IpAddr, port: u16, path: &str) -> String {
 }
 
 /// The answers came from these backends, all of them and no others, and as from this address.
-pub(crate) fn all_answer(what: &str, replies: &[Reply], names: &[&str], from: SocketAddr) -> Result<()> {
+pub(crate) fn all_answer(
+    what: &str,
+    replies: &[Reply],
+    names: &[&str],
+    from: SocketAddr,
+) -> Result<()> {
     let shares = Reply::shares(replies);
     let answered: BTreeSet<&str> = shares.keys().map(String::as_str).collect();
     ensure!(
@@ -263,9 +279,9 @@ pub(crate) fn all_answer(what: &str, replies: &[Reply], names: &[&str], from: So
     Ok(())
 }
 
-/// Lets a namespace take its next ports from a range that it has not used lately: none then meets a flow of an earlier
-/// round in the maps. What happens when ports meet has tests of its own. All lie below those of masqueraded clients: the
-/// next agent would reserve what it finds of these.
+/// Lets a namespace take its next ports from a range that it has not used lately: none then meets a
+/// flow of an earlier round in the maps. What happens when ports meet has tests of its own. All lie
+/// below those of masqueraded clients: the next agent would reserve what it finds of these.
 pub(crate) fn take_fresh_ports(client: &Namespace) -> Result<()> {
     // Of each namespace: one that others have used is as fresh as any.
     static ROUNDS: Mutex<BTreeMap<PathBuf, u16>> = Mutex::new(BTreeMap::new());
@@ -279,9 +295,14 @@ pub(crate) fn take_fresh_ports(client: &Namespace) -> Result<()> {
     client.sysctl("net/ipv4/ip_local_port_range", &format!("{first} {}", first + 999))
 }
 
-/// A client reaches all backends by TCP, UDP and connected UDP at the addresses of both families, which
-/// see it with the address `own` of the family, if one is given.
-pub(crate) fn reaches(client: &Namespace, vips: Pair, names: &[&str], own: Option<Pair>) -> Result<()> {
+/// A client reaches all backends by TCP, UDP and connected UDP at the addresses of both families,
+/// which see it with the address `own` of the family, if one is given.
+pub(crate) fn reaches(
+    client: &Namespace,
+    vips: Pair,
+    names: &[&str],
+    own: Option<Pair>,
+) -> Result<()> {
     for (index, vip) in vips.into_iter().enumerate() {
         take_fresh_ports(client)?;
         let (http, dns) = (SocketAddr::new(vip, HTTP), SocketAddr::new(vip, DNS));
@@ -348,7 +369,10 @@ pub(crate) fn replies(events: Vec<Event>) -> Result<Vec<Reply>> {
         match event {
             Event::Reply(reply) => replies.push(reply),
             Event::Lost { .. } | Event::Broken { .. } => bail!("{event:?}"),
-            Event::Listening { .. } | Event::Connected { .. } | Event::Load(_) | Event::Done { .. } => {}
+            Event::Listening { .. }
+            | Event::Connected { .. }
+            | Event::Load(_)
+            | Event::Done { .. } => {}
         }
     }
     Ok(replies)
@@ -357,8 +381,9 @@ pub(crate) fn replies(events: Vec<Event>) -> Result<Vec<Reply>> {
 /// What `sluice status -o json` says, ready or not.
 pub(crate) fn status(node: &Node) -> Result<Value> {
     let output = node.sluice_output(&["status", "-o", "json"])?;
-    serde_json::from_slice(&output.stdout)
-        .with_context(|| format!("`sluice status` said {}", String::from_utf8_lossy(&output.stderr)))
+    serde_json::from_slice(&output.stdout).with_context(|| {
+        format!("`sluice status` said {}", String::from_utf8_lossy(&output.stderr))
+    })
 }
 
 /// What a subcommand with `-o json` lists.
@@ -486,7 +511,8 @@ pub(crate) fn until_backends(node: &Node, service: &str, count: usize) -> Result
     until(&format!("{service} with {count} backends on {}", node.name()), || {
         let rows = listed(node, &["services"])?;
         let mut own = rows.iter().filter(|row| word(row, "service") == service).peekable();
-        Ok((own.peek().is_some() && own.all(|row| number(row, "backends") == count as u64)).then_some(()))
+        Ok((own.peek().is_some() && own.all(|row| number(row, "backends") == count as u64))
+            .then_some(()))
     })
 }
 
@@ -506,7 +532,8 @@ pub(crate) fn asks_by(
         let to = SocketAddr::new(address, ports[protocol]);
         let told = to.to_string();
         let more = [&*count_arg, "--interval-ms=0", "--timeout-ms=1000", "--to", &told];
-        let events = client.ask(args.iter().chain(&more)).with_context(|| format!("{way} to {to}"))?;
+        let events =
+            client.ask(args.iter().chain(&more)).with_context(|| format!("{way} to {to}"))?;
         let replies = replies(events).with_context(|| format!("{way} to {to}"))?;
         ensure!(replies.len() == count, "{way} to {to}: {replies:?}");
         for reply in replies {

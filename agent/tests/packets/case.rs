@@ -62,7 +62,8 @@ pub(crate) struct Outcome {
     pub(crate) frame: Vec<u8>,
     /// One element at most. `None` in an expectation: the two ways must agree, on whatever it is.
     pub(crate) counted: Option<Vec<Counted>>,
-    /// What was told to those who listen, without the time. `None`, in every expectation: the two ways must agree.
+    /// What was told to those who listen, without the time. `None`, in every expectation: the two
+    /// ways must agree.
     pub(crate) events: Option<Vec<Event>>,
     pub(crate) flows: Flows,
     pub(crate) embryonic: Flows,
@@ -83,13 +84,15 @@ pub(crate) struct Case {
     pub(crate) came_by: u32,
     pub(crate) input: Vec<u8>,
     pub(crate) expected: Outcome,
-    /// The checksum is left to the device: a test run cannot make such an skb, so this is for the host alone.
+    /// The checksum is left to the device: a test run cannot make such an skb, so this is for the
+    /// host alone.
     pub(crate) partial: bool,
     length: u32,
 }
 
 impl Case {
-    /// A packet that is passed untouched, not counted, and leaves nothing behind, until said otherwise.
+    /// A packet that is passed untouched, not counted, and leaves nothing behind, until said
+    /// otherwise.
     pub(crate) fn new(
         name: impl Into<String>,
         world: &World,
@@ -134,10 +137,12 @@ impl Case {
         self
     }
 
-    /// Becomes this frame and is sent where the FIB says; what has no link header gets one without addresses.
+    /// Becomes this frame and is sent where the FIB says; what has no link header gets one without
+    /// addresses.
     pub(crate) fn routed(mut self, frame: &Frame) -> Self {
         let ethertype: [u8; 2] = if frame.source.is_ipv4() { [8, 0] } else { [0x86, 0xdd] };
-        let header = if frame.link.is_none() { [&[0; 12][..], &ethertype].concat() } else { Vec::new() };
+        let header =
+            if frame.link.is_none() { [&[0; 12][..], &ethertype].concat() } else { Vec::new() };
         self.expected.frame = [header, frame.bytes()].concat();
         self.ends(End::Redirect)
     }
@@ -155,7 +160,8 @@ impl Case {
 
     /// Is counted by a reason.
     pub(crate) fn reason(mut self, reason: Reason, service_port: u32) -> Self {
-        self.expected.counted = Some(vec![Counted::Reason { reason, service_port, bytes: self.length }]);
+        self.expected.counted =
+            Some(vec![Counted::Reason { reason, service_port, bytes: self.length }]);
         self
     }
 
@@ -167,13 +173,15 @@ impl Case {
 
     /// Is counted as the first packet to a backend.
     pub(crate) fn opens(mut self, backend: u32) -> Self {
-        self.expected.counted = Some(vec![Counted::Forward { backend, bytes: self.length, opened: true }]);
+        self.expected.counted =
+            Some(vec![Counted::Forward { backend, bytes: self.length, opened: true }]);
         self
     }
 
     /// Is counted as a packet to a backend.
     pub(crate) fn forward(mut self, backend: u32) -> Self {
-        self.expected.counted = Some(vec![Counted::Forward { backend, bytes: self.length, opened: false }]);
+        self.expected.counted =
+            Some(vec![Counted::Forward { backend, bytes: self.length, opened: false }]);
         self
     }
 
@@ -234,7 +242,8 @@ impl Case {
                 case.name = format!("{}, cut off behind {length} bytes", self.name);
                 case.input.truncate(length);
                 case.expected.frame = case.input.clone();
-                case.expected.end = if case.program == Program::Xdp { End::XdpPass } else { End::Next };
+                case.expected.end =
+                    if case.program == Program::Xdp { End::XdpPass } else { End::Next };
                 case.expected.counted = None;
                 case.expected.flows = case.world.flows.clone();
                 case.expected.embryonic = case.world.embryonic.clone();

@@ -1,12 +1,13 @@
-//! The host's way: the packet's path over plain maps and bytes, and what the adapters do, told plainly.
+//! The host's way: the packet's path over plain maps and bytes, and what the adapters do, told
+//! plainly.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Event, Flow, Networks, Origin,
-    OriginKey, Origins, PREFIXES, Prefix, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings,
-    Ticks, Tuple, device, device_flags, flow, node_address, state,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Event, Flow, Networks,
+    Origin, OriginKey, Origins, PREFIXES, Prefix, Range, RejectBucket, Service, ServiceKey,
+    ServicePort, Settings, Ticks, Tuple, device, device_flags, flow, node_address, state,
 };
 use sluice_common::engine::count::{Along, Count};
 use sluice_common::engine::open::{Refusal, Sockets, Steps, sockets};
@@ -36,7 +37,12 @@ const PAIR: usize = 12;
 
 /// A key with a family's addresses.
 pub(crate) fn service_key<F: Ip>(key: &ServiceKey<IpAddr>) -> Option<ServiceKey<F::Address>> {
-    Some(ServiceKey { address: F::of(key.address)?, port: key.port, protocol: key.protocol, reserved: 0 })
+    Some(ServiceKey {
+        address: F::of(key.address)?,
+        port: key.port,
+        protocol: key.protocol,
+        reserved: 0,
+    })
 }
 
 /// A backend with a family's address.
@@ -46,7 +52,9 @@ pub(crate) fn backend<F: Ip>(backend: &Backend<IpAddr>) -> Option<Backend<F::Add
 }
 
 /// Origins with a family's addresses.
-pub(crate) fn origins<F: Ip>(world: &World) -> BTreeMap<OriginKey<F::Address>, Origins<F::Address>> {
+pub(crate) fn origins<F: Ip>(
+    world: &World,
+) -> BTreeMap<OriginKey<F::Address>, Origins<F::Address>> {
     let fill = |ends: &Vec<std::net::SocketAddr>| {
         let mut origins = Origins::default();
         for (origin, end) in origins.frontends.iter_mut().zip(ends) {
@@ -54,7 +62,11 @@ pub(crate) fn origins<F: Ip>(world: &World) -> BTreeMap<OriginKey<F::Address>, O
         }
         Some(origins)
     };
-    world.origins.iter().filter_map(|(key, ends)| Some((service_key::<F>(key)?, fill(ends)?))).collect()
+    world
+        .origins
+        .iter()
+        .filter_map(|(key, ends)| Some((service_key::<F>(key)?, fill(ends)?)))
+        .collect()
 }
 
 /// A tuple with a family's addresses.
@@ -94,9 +106,9 @@ fn mask<F: Ip>(bits: u8) -> F::Address {
 /// Prefixes of a kind: those of the family, and what stands for none.
 fn prefixes<F: Ip>(nets: &[(IpAddr, u8)]) -> [Prefix<F::Address>; PREFIXES] {
     let mut prefixes = [Prefix { network: mask::<F>(128), mask: mask::<F>(0) }; PREFIXES];
-    let own = nets
-        .iter()
-        .filter_map(|(network, bits)| Some(Prefix { network: F::of(*network)?, mask: mask::<F>(*bits) }));
+    let own = nets.iter().filter_map(|(network, bits)| {
+        Some(Prefix { network: F::of(*network)?, mask: mask::<F>(*bits) })
+    });
     for (prefix, own) in prefixes.iter_mut().zip(own) {
         *prefix = own;
     }
@@ -109,7 +121,10 @@ pub(crate) fn networks<F: Ip>(world: &World) -> Networks<F::Address> {
 }
 
 /// Clients with a family's addresses, and times instead of ages.
-pub(crate) fn affinities<F: Ip>(world: &World, now: Ticks) -> BTreeMap<AffinityKey<F::Address>, Affinity> {
+pub(crate) fn affinities<F: Ip>(
+    world: &World,
+    now: Ticks,
+) -> BTreeMap<AffinityKey<F::Address>, Affinity> {
     let convert = |(key, entry): (&AffinityKey<IpAddr>, &Affinity)| {
         let key = AffinityKey { service_port: key.service_port, client: F::of(key.client)? };
         Some((key, Affinity { seen: now.wrapping_sub(entry.seen), ..*entry }))
@@ -131,7 +146,11 @@ pub(crate) fn affinities_told<F: Ip>(
 
 /// Searches in vain with a family's addresses, and times instead of ages.
 pub(crate) fn exhausted<F: Ip>(world: &World, now: Ticks) -> BTreeMap<Tuple<F::Address>, Ticks> {
-    world.exhausted.iter().filter_map(|(key, age)| Some((tuple::<F>(key)?, now.wrapping_sub(*age)))).collect()
+    world
+        .exhausted
+        .iter()
+        .filter_map(|(key, age)| Some((tuple::<F>(key)?, now.wrapping_sub(*age))))
+        .collect()
 }
 
 /// The way back of [`exhausted`].
@@ -148,7 +167,10 @@ pub(crate) fn imported<F: Ip>(world: &World) -> BTreeMap<Tuple<F::Address>, u32>
 }
 
 /// Datagrams with a family's addresses, and times instead of ages.
-pub(crate) fn datagrams<F: Ip>(world: &World, now: Ticks) -> BTreeMap<Datagram<F::Address>, DatagramPorts> {
+pub(crate) fn datagrams<F: Ip>(
+    world: &World,
+    now: Ticks,
+) -> BTreeMap<Datagram<F::Address>, DatagramPorts> {
     let convert = |(key, told): (&Datagram<IpAddr>, &DatagramPorts)| {
         let &Datagram { id, protocol, reserved, .. } = key;
         let (source, destination) = (F::of(key.source)?, F::of(key.destination)?);
@@ -173,7 +195,10 @@ pub(crate) fn datagrams_told<F: Ip>(
 }
 
 /// Entries with a family's addresses, and times instead of ages.
-pub(crate) fn entries<F: Ip>(flows: &Flows, now: Ticks) -> BTreeMap<Tuple<F::Address>, Flow<F::Address>> {
+pub(crate) fn entries<F: Ip>(
+    flows: &Flows,
+    now: Ticks,
+) -> BTreeMap<Tuple<F::Address>, Flow<F::Address>> {
     let convert = |key: &Tuple<IpAddr>, entry: &Flow<IpAddr>| {
         let key = tuple::<F>(key)?;
         let &Flow {
@@ -289,8 +314,11 @@ impl<F: Ip> Memory<F> {
             .iter()
             .filter_map(|(key, service)| Some((service_key::<F>(key)?, *service)))
             .collect();
-        let backends =
-            world.backends.iter().filter_map(|(id, found)| Some((*id, backend::<F>(found)?))).collect();
+        let backends = world
+            .backends
+            .iter()
+            .filter_map(|(id, found)| Some((*id, backend::<F>(found)?)))
+            .collect();
         Self {
             now,
             ifindex,
@@ -316,8 +344,9 @@ impl<F: Ip> Memory<F> {
     /// Notes what a first fragment tells.
     fn note(&mut self, headers: &Headers<F>, decision: &Decision<F>) {
         if decision.datagram {
-            let _ =
-                self.fragments.insert(fragment::key(headers), fragment::told(headers, decision, self.now));
+            let _ = self
+                .fragments
+                .insert(fragment::key(headers), fragment::told(headers, decision, self.now));
         }
     }
 
@@ -385,10 +414,12 @@ impl<F: Ip> Memory<F> {
     /// Where packets to both ends would leave.
     fn ask(&mut self, flow: &Flow<F::Address>) {
         let device = |end| world::route(F::ip(end)).map_or(0, |(ifindex, _)| ifindex);
-        self.routes = Some(Routes { to_backend: device(flow.destination), to_client: device(flow.source) });
+        self.routes =
+            Some(Routes { to_backend: device(flow.destination), to_client: device(flow.source) });
     }
 
-    /// Asks whether the packet's source belongs to the device that it came in by, where the decision depends on it.
+    /// Asks whether the packet's source belongs to the device that it came in by, where the
+    /// decision depends on it.
     fn is_foreign(&self, case: &Case, headers: &Headers<F>, decision: &Decision<F>) -> bool {
         let source = &headers.tuple.source;
         let egress = matches!(case.program, Program::Egress | Program::EgressBare);
@@ -396,8 +427,9 @@ impl<F: Ip> Memory<F> {
         let destination = F::ip(headers.tuple.destination);
         let bridge = self.world.devices.get(&from).map_or(0, |device| device.bridge);
         let as_from = if bridge == 0 { from } else { bridge };
-        let route =
-            |as_it_came: bool| world::route_back(destination, F::ip(*source), as_it_came.then_some(as_from));
+        let route = |as_it_came: bool| {
+            world::route_back(destination, F::ip(*source), as_it_came.then_some(as_from))
+        };
         decision.asks_source && is_foreign(egress, source, from, self, route)
     }
 
@@ -419,7 +451,9 @@ impl<F: Ip> Memory<F> {
     /// packet that it only tests a socket.
     fn hides_sockets(&self, decision: &Decision<F>) -> bool {
         decision.flow.flags & flow::DIRECT == 0
-            && self.here().is_some_and(|here| policy::hides_sockets(here, decision.key.protocol, true))
+            && self
+                .here()
+                .is_some_and(|here| policy::hides_sockets(here, decision.key.protocol, true))
     }
 }
 
@@ -454,11 +488,12 @@ impl<F: Ip> Steps for Opening<'_, F> {
 
     fn is_held(&mut self) -> bool {
         let memory = &*self.memory;
-        let sees_sockets = match sockets(self.hook, self.decision, memory.passed_over, memory.here()) {
-            Some(Sockets::Host) => true,
-            Some(Sockets::Of(netns)) => netns == OWN_NETNS,
-            None => false,
-        };
+        let sees_sockets =
+            match sockets(self.hook, self.decision, memory.passed_over, memory.here()) {
+                Some(Sockets::Host) => true,
+                Some(Sockets::Of(netns)) => netns == OWN_NETNS,
+                None => false,
+            };
         let reply = partner_key::<F>(&self.decision.flow, self.decision.key.protocol);
         sees_sockets && memory.world.held.contains(&tuple_told::<F>(&reply))
     }
@@ -498,7 +533,12 @@ impl<F: Ip> Tables<F> for Memory<F> {
     }
 
     fn range(&self, service_port: u32, class: Class) -> Option<Range> {
-        Some(self.world.ports.get(&service_port).map_or(Range::default(), |port| port.ranges[class as usize]))
+        Some(
+            self.world
+                .ports
+                .get(&service_port)
+                .map_or(Range::default(), |port| port.ranges[class as usize]),
+        )
     }
 
     fn slot(&self, slot: u32) -> Option<u32> {
@@ -526,7 +566,8 @@ impl<F: Ip> Tables<F> for Memory<F> {
     }
 
     fn in_source_ranges(&self, service_port: u32, address: &F::Address) -> bool {
-        let own = |(id, net, bits): &(u32, IpAddr, u8)| (*id == service_port).then_some((*net, *bits));
+        let own =
+            |(id, net, bits): &(u32, IpAddr, u8)| (*id == service_port).then_some((*net, *bits));
         let ranges: Vec<(IpAddr, u8)> = self.world.source_ranges.iter().filter_map(own).collect();
         ranges.chunks(PREFIXES).any(|ranges| is_within::<F>(&prefixes::<F>(ranges), address))
     }
@@ -584,7 +625,8 @@ pub(crate) fn run(case: &Case) -> Outcome {
 
 /// Runs a case on the host at some time.
 pub(crate) fn run_at(case: &Case, now: Ticks) -> Outcome {
-    let link = if matches!(case.program, Program::IngressBare | Program::EgressBare) { 0 } else { 14 };
+    let link =
+        if matches!(case.program, Program::IngressBare | Program::EgressBare) { 0 } else { 14 };
     let packet = Bytes { bytes: case.input.clone(), partial: case.partial };
     // A bare packet's ethertype lies outside of it.
     let ethertype = match (link, packet.bytes.first().map(|first| first >> 4)) {
@@ -651,7 +693,11 @@ fn run_family<F: Ip>(case: &Case, mut packet: Bytes, offset: u32, now: Ticks) ->
 
 /// What the agent says of itself in both families' maps of datagrams.
 fn said(case: &Case) -> impl Iterator<Item = (Datagram<IpAddr>, DatagramPorts)> {
-    case.world.fragments.iter().filter(|(key, _)| key.protocol == 0).map(|(key, told)| (*key, *told))
+    case.world
+        .fragments
+        .iter()
+        .filter(|(key, _)| key.protocol == 0)
+        .map(|(key, told)| (*key, *told))
 }
 
 /// How a packet was counted, and what was told of it.
@@ -666,8 +712,12 @@ fn noted<F: Ip>(
     dropped: bool,
 ) -> Noted {
     let told = event::kind(decision, headers).map(|kind| {
-        let mut event =
-            Event { kind: kind as u8, at: At::from(hook) as u8, ifindex: case.ifindex, ..Event::default() };
+        let mut event = Event {
+            kind: kind as u8,
+            at: At::from(hook) as u8,
+            ifindex: case.ifindex,
+            ..Event::default()
+        };
         event::packet(&mut event, headers, decision, event::fate(decision.verdict, dropped));
         event
     });
@@ -680,8 +730,12 @@ fn count<F: Ip>(decision: &Decision<F>, bytes: u32) -> Option<Counted> {
         Count::Backend { id: backend, along: Along::Forward { opens } } => {
             Some(Counted::Forward { backend, bytes, opened: opens })
         }
-        Count::Backend { id: backend, along: Along::Reply } => Some(Counted::Reply { backend, bytes }),
-        Count::Reason { reason, service_port } => Some(Counted::Reason { reason, service_port, bytes }),
+        Count::Backend { id: backend, along: Along::Reply } => {
+            Some(Counted::Reply { backend, bytes })
+        }
+        Count::Reason { reason, service_port } => {
+            Some(Counted::Reason { reason, service_port, bytes })
+        }
     }
 }
 
@@ -697,10 +751,18 @@ fn xdp<F: Ip>(
     }
     if decision.step != Step::Done {
         memory.passed_over = 0;
-        engine::open::decide(&mut Opening { memory, hook: Hook::Xdp, headers, decision: &mut decision });
+        engine::open::decide(&mut Opening {
+            memory,
+            hook: Hook::Xdp,
+            headers,
+            decision: &mut decision,
+        });
     }
-    let ours =
-        case.world.devices.get(&case.ifindex).is_some_and(|device| packet.bytes.starts_with(&device.mac));
+    let ours = case
+        .world
+        .devices
+        .get(&case.ifindex)
+        .is_some_and(|device| packet.bytes.starts_with(&device.mac));
     if !may_translate(headers, &decision)
         || !ours
         || record(&mut decision, &mut Partner::default(), memory).is_err()
@@ -730,7 +792,8 @@ fn tc<F: Ip>(
         memory.note(headers, &decision);
         return (End::Next, noted(case, hook, headers, &decision, false));
     }
-    let inside = case.world.devices.get(&case.ifindex).is_some_and(|device| device.role == device::EDGE);
+    let inside =
+        case.world.devices.get(&case.ifindex).is_some_and(|device| device.role == device::EDGE);
     if ingress && link && packet.bytes.first().is_some_and(|first| first & 1 != 0) {
         return (End::Next, NOTHING);
     }
@@ -780,11 +843,14 @@ fn apply<F: Ip>(
             return End::Drop;
         }
         Verdict::Reset => {
-            let Some(segment) = packet.read::<TcpHeader>(headers.transport) else { return End::Drop };
+            let Some(segment) = packet.read::<TcpHeader>(headers.transport) else {
+                return End::Drop;
+            };
             let (network, reset) = answer::reset(headers, &segment);
             packet.bytes.resize((headers.network + F::HEADER + 20) as usize, 0);
             assert!(
-                packet.store(headers.network, network) && packet.store(headers.network + F::HEADER, reset)
+                packet.store(headers.network, network)
+                    && packet.store(headers.network + F::HEADER, reset)
             );
             return send_answer(case, packet, link, ingress);
         }
@@ -796,7 +862,11 @@ fn apply<F: Ip>(
             error(packet, headers, Trouble::PortUnreachable, 0);
             return send_answer(case, packet, link, ingress);
         }
-        Verdict::Translate | Verdict::Around | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {}
+        Verdict::Translate
+        | Verdict::Around
+        | Verdict::TurnBack
+        | Verdict::HandIn
+        | Verdict::Route => {}
     }
     if let Some(reason) = refusal.reason() {
         decision.reason = reason;
@@ -854,7 +924,12 @@ fn apply<F: Ip>(
         Verdict::Translate | Verdict::Around => {
             let bridge = case.world.devices.get(&case.ifindex).map_or(0, |device| device.bridge);
             let forward = decision.flow.flags & (flow::REPLY | flow::MASQUERADED) == 0;
-            if ingress && link && bridge == world::BRIDGE && forward && world::bridge_knows(destination) {
+            if ingress
+                && link
+                && bridge == world::BRIDGE
+                && forward
+                && world::bridge_knows(destination)
+            {
                 packet.bytes[..6].copy_from_slice(&world::BACKEND_MAC);
             }
             End::Next
@@ -863,7 +938,8 @@ fn apply<F: Ip>(
         Verdict::HandIn => {
             let (from, to) = (F::ip(decision.flow.source), F::ip(decision.flow.destination));
             let named = world::route(from).filter(|_| ingress);
-            let target = if ingress && (from == to || case.world.node_addresses.contains_key(&from)) {
+            let target = if ingress && (from == to || case.world.node_addresses.contains_key(&from))
+            {
                 world::LOOPBACK
             } else {
                 named.map_or(case.ifindex, |(ifindex, _)| ifindex)
@@ -902,13 +978,18 @@ fn goes_around<F: Ip>(
     let of_bridge =
         || packet.bytes[3..6] == (here.flags >> device_flags::BRIDGE_MAC_SHIFT).to_be_bytes()[1..];
     let is_addressed = !link
-        || if here.bridge == 0 { packet.bytes.starts_with(&world::mac(case.ifindex)) } else { of_bridge() };
+        || if here.bridge == 0 {
+            packet.bytes.starts_with(&world::mac(case.ifindex))
+        } else {
+            of_bridge()
+        };
     let network = headers.network as usize;
     let has_options = match F::VERSION {
         4 => packet.bytes[network] != 0x45,
         _ => packet.bytes[network + 6] == 0,
     };
-    let route = world::route(destination).filter(|(target, _)| here.bridge == 0 || *target != here.bridge);
+    let route =
+        world::route(destination).filter(|(target, _)| here.bridge == 0 || *target != here.bridge);
     is_addressed
         && here.flags & device_flags::SWITCHED == 0
         && network == if link { PAIR + 2 } else { 0 }
@@ -967,5 +1048,7 @@ fn error<F: Ip>(packet: &mut Bytes, headers: &Headers<F>, trouble: Trouble, mtu:
     let (network, icmp) = answer::error(headers, kind, mtu, length as u32, sum);
     packet.bytes.resize(start + F::HEADER as usize + 8 + length, 0);
     packet.bytes[start + F::HEADER as usize + 8..].copy_from_slice(&quote);
-    assert!(packet.store(headers.network, network) && packet.store(headers.network + F::HEADER, icmp));
+    assert!(
+        packet.store(headers.network, network) && packet.store(headers.network + F::HEADER, icmp)
+    );
 }

@@ -1,4 +1,5 @@
-//! The kernel's way: the object's programs by `BPF_PROG_TEST_RUN`, in a network namespace of this thread.
+//! The kernel's way: the object's programs by `BPF_PROG_TEST_RUN`, in a network namespace of this
+//! thread.
 
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
@@ -17,9 +18,10 @@ use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPa
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::nsid::{NsidAttribute, NsidMessage};
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, BackendCounters, COUNTER_V6, Datagram, DatagramPorts, Device, Event,
-    Flow, Listening, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey, RejectBucket, RejectKey,
-    RouteMtu, Service, ServiceKey, ServicePort, Settings, SlotBlock, SourceRange, TICK_SHIFT, Ticks, Tuple,
+    Affinity, AffinityKey, Backend, BackendCounters, COUNTER_V6, Datagram, DatagramPorts, Device,
+    Event, Flow, Listening, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey,
+    RejectBucket, RejectKey, RouteMtu, Service, ServiceKey, ServicePort, Settings, SlotBlock,
+    SourceRange, TICK_SHIFT, Ticks, Tuple,
 };
 use sluice_common::family::lane;
 use sluice_common::{Reason, V4, V6};
@@ -30,16 +32,17 @@ use super::host;
 use super::ip::Ip;
 use super::socket;
 use super::world::{
-    self, Affinities, BACKEND_MAC, BRIDGE, Datagrams, EDGE, Exhausted, FOREIGN, Flows, MARK, NARROW,
-    NARROW_MTU, NET_BACKENDS, NET_CLIENTS, NET_FORGED, NET_FRONTENDS, NET_MARKED, NET_NODE, NET_SHORT, OWN,
-    OWN_NETNS, ROUTES, TUNNEL, UPLINK, Version, World,
+    self, Affinities, BACKEND_MAC, BRIDGE, Datagrams, EDGE, Exhausted, FOREIGN, Flows, MARK,
+    NARROW, NARROW_MTU, NET_BACKENDS, NET_CLIENTS, NET_FORGED, NET_FRONTENDS, NET_MARKED, NET_NODE,
+    NET_SHORT, OWN, OWN_NETNS, ROUTES, TUNNEL, UPLINK, Version, World,
 };
 
 /// The table with routes to clients behind [`EDGE`].
 const CLIENTS: u32 = 100;
 /// Elements of the hash maps and arrays: far more than most cases fill.
 const SMALL: u32 = 4096;
-/// Entries for the flows of cases that take every port there is: an LRU map evicts before it is full.
+/// Entries for the flows of cases that take every port there is: an LRU map evicts before it is
+/// full.
 const LARGE: u32 = 131_072;
 /// Room for what a packet can grow to.
 const FRAME_MAX: usize = 4096;
@@ -72,15 +75,17 @@ pub(crate) struct Kernel {
     carried: u32,
 }
 
-/// Whether the kernel's way is left out, as [`skipped`] says; fails where it cannot be gone and nobody said so.
+/// Whether the kernel's way is left out, as [`skipped`] says; fails where it cannot be gone and
+/// nobody said so.
 pub(crate) fn is_skipped() -> bool {
     // SAFETY: no arguments.
     let obstacle = if unsafe { libc::geteuid() } != 0 {
         Some("loading BPF programs needs root".to_owned())
     } else {
         let object = object();
-        (!object.exists())
-            .then(|| format!("no BPF object at {}: build it with `cargo xtask build-ebpf`", object.display()))
+        (!object.exists()).then(|| {
+            format!("no BPF object at {}: build it with `cargo xtask build-ebpf`", object.display())
+        })
     };
     obstacle.is_some_and(|obstacle| skipped(&obstacle))
 }
@@ -92,8 +97,13 @@ fn object() -> PathBuf {
 
 /// Runs `ip` with words separated by blanks.
 fn ip(words: &str) -> Result<()> {
-    let output = Command::new("ip").args(words.split_whitespace()).output().context("cannot run `ip`")?;
-    ensure!(output.status.success(), "`ip {words}`: {}", String::from_utf8_lossy(&output.stderr).trim());
+    let output =
+        Command::new("ip").args(words.split_whitespace()).output().context("cannot run `ip`")?;
+    ensure!(
+        output.status.success(),
+        "`ip {words}`: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
     Ok(())
 }
 
@@ -113,7 +123,8 @@ fn verify(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), Prog
 
 /// Has the network namespace know itself as [`OWN_NETNS`].
 fn give_own_netns_an_id() -> Result<()> {
-    let netns = File::open("/proc/thread-self/ns/net").context("cannot open the network namespace")?;
+    let netns =
+        File::open("/proc/thread-self/ns/net").context("cannot open the network namespace")?;
     let mut message = NsidMessage::default();
     message.attributes = vec![
         NsidAttribute::Id(OWN_NETNS.cast_signed()),
@@ -160,7 +171,10 @@ fn network() -> Result<()> {
         let (flag, bits) = if version == Version::V4 { ("-4", 24) } else { ("-6", 64) };
         for (net, ifindex) in ROUTES {
             let mtu = if net == NET_SHORT { format!(" mtu {NARROW_MTU}") } else { String::new() };
-            ip(&format!("{flag} route add {}/{bits} dev d{ifindex}{mtu}", world::address(version, net, 0)))?;
+            ip(&format!(
+                "{flag} route add {}/{bits} dev d{ifindex}{mtu}",
+                world::address(version, net, 0)
+            ))?;
         }
         let marked = world::address(version, NET_MARKED, 0);
         ip(&format!("{flag} rule add fwmark {MARK} lookup {MARK}"))?;
@@ -178,7 +192,10 @@ fn network() -> Result<()> {
         ip(&format!("{flag} route add {marked}/{bits} dev d{UPLINK} table {MARK}"))?;
         for ifindex in [EDGE, UPLINK, TUNNEL, NARROW] {
             let nodad = if version == Version::V4 { "" } else { "nodad" };
-            ip(&format!("{flag} addr add {} dev d{ifindex} {nodad}", world::node(version, ifindex)))?;
+            ip(&format!(
+                "{flag} addr add {} dev d{ifindex} {nodad}",
+                world::node(version, ifindex)
+            ))?;
         }
         let backend = world::address(version, NET_BACKENDS, 3);
         let mac = BACKEND_MAC.map(|byte| format!("{byte:02x}")).join(":");
@@ -223,12 +240,18 @@ unsafe impl<T: Copy + 'static> Pod for Raw<T> {}
 
 type Hash<'a, K, V> = HashMap<&'a mut MapData, Raw<K>, Raw<V>>;
 
-fn hash<'a, K: Copy + 'static, V: Copy + 'static>(ebpf: &'a mut Ebpf, name: &str) -> Result<Hash<'a, K, V>> {
+fn hash<'a, K: Copy + 'static, V: Copy + 'static>(
+    ebpf: &'a mut Ebpf,
+    name: &str,
+) -> Result<Hash<'a, K, V>> {
     let map = ebpf.map_mut(name).with_context(|| format!("the object has no map {name}"))?;
     HashMap::try_from(map).with_context(|| format!("map {name}"))
 }
 
-fn array<'a, V: Copy + 'static>(ebpf: &'a mut Ebpf, name: &str) -> Result<Array<&'a mut MapData, Raw<V>>> {
+fn array<'a, V: Copy + 'static>(
+    ebpf: &'a mut Ebpf,
+    name: &str,
+) -> Result<Array<&'a mut MapData, Raw<V>>> {
     let map = ebpf.map_mut(name).with_context(|| format!("the object has no map {name}"))?;
     Array::try_from(map).with_context(|| format!("map {name}"))
 }
@@ -251,13 +274,19 @@ fn counters<'a, K: Copy + 'static, V: Copy + 'static>(
 }
 
 /// Takes every counter out of a map.
-fn drain<K: Copy + 'static, V: Copy + 'static>(ebpf: &mut Ebpf, name: &str) -> Result<Vec<(K, Vec<V>)>> {
+fn drain<K: Copy + 'static, V: Copy + 'static>(
+    ebpf: &mut Ebpf,
+    name: &str,
+) -> Result<Vec<(K, Vec<V>)>> {
     let mut map = counters::<K, V>(ebpf, name)?;
     let found: Vec<(Raw<K>, PerCpuValues<Raw<V>>)> = map.iter().collect::<Result<_, _>>()?;
     for (key, _) in &found {
         map.remove(key)?;
     }
-    Ok(found.into_iter().map(|(key, values)| (key.0, values.iter().map(|value| value.0).collect())).collect())
+    Ok(found
+        .into_iter()
+        .map(|(key, values)| (key.0, values.iter().map(|value| value.0).collect()))
+        .collect())
 }
 
 type Ranges<'a, A> = LpmTrie<&'a mut MapData, Raw<SourceRange<A>>, u32>;
@@ -274,7 +303,8 @@ fn route_mtus<F: Ip>(ebpf: &mut Ebpf, version: Version, bits: u32) -> Result<()>
     let name = suffixed::<F>("route_mtus");
     let map = ebpf.map_mut(&name).with_context(|| format!("the object has no map {name}"))?;
     let mut map: LpmTrie<&mut MapData, Raw<F::Address>, Raw<RouteMtu>> = LpmTrie::try_from(map)?;
-    let (_, device) = ROUTES.into_iter().find(|(net, _)| *net == NET_SHORT).context("a short route")?;
+    let (_, device) =
+        ROUTES.into_iter().find(|(net, _)| *net == NET_SHORT).context("a short route")?;
     let network = F::of(world::address(version, NET_SHORT, 0)).context("of the family")?;
     map.insert(&Key::new(bits, Raw(network)), Raw(RouteMtu { device, mtu: NARROW_MTU }), 0)?;
     map.insert(&Key::new(0, Raw(network)), Raw(RouteMtu { device: u32::MAX, mtu: 68 }), 0)?;
@@ -451,14 +481,18 @@ impl Kernel {
             let _ = loader.map_max_entries(map, flows);
         }
         let mut ebpf = loader.load(&bytes).context("cannot load the object")?;
-        for program in [Program::Ingress, Program::Egress, Program::IngressBare, Program::EgressBare] {
+        for program in
+            [Program::Ingress, Program::Egress, Program::IngressBare, Program::EgressBare]
+        {
             let loaded = tc(&mut ebpf, program)?;
             verify(|| loaded.load()).with_context(|| format!("cannot load {}", program.name()))?;
         }
         let loaded = xdp(&mut ebpf)?;
         verify(|| loaded.load()).context("cannot load the XDP program")?;
-        let ring = RingBuf::try_from(ebpf.take_map("events").context("the object has no map events")?)?;
-        let mut kernel = Self { ebpf, ring, clock, mark: 0, carried: 0, filled: None, sockets: Vec::new() };
+        let ring =
+            RingBuf::try_from(ebpf.take_map("events").context("the object has no map events")?)?;
+        let mut kernel =
+            Self { ebpf, ring, clock, mark: 0, carried: 0, filled: None, sockets: Vec::new() };
         kernel.listen(&Listening { until_ns: u64::MAX, ..Listening::default() })?;
         Ok(kernel)
     }
@@ -493,8 +527,10 @@ impl Kernel {
                 IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
                 IpAddr::V6(address) => address.octets(),
             };
-            let bucket =
-                RejectBucket { refilled_ms: (self.clock.now_ns() / 1_000_000) as u32, credit_ms: *credit_ms };
+            let bucket = RejectBucket {
+                refilled_ms: (self.clock.now_ns() / 1_000_000) as u32,
+                credit_ms: *credit_ms,
+            };
             rejects.insert(Raw(RejectKey { address }), Raw(bucket), 0)?;
         }
         array(ebpf, "marks")?.set(0, Raw(world.marks), 0)?;
@@ -559,7 +595,11 @@ impl Kernel {
     fn run_once(&mut self, case: &Case) -> Result<Option<Outcome>> {
         let now = self.clock.now();
         let since = match self.filled.take() {
-            Some((world, since)) if world == case.world && since == now && world.rejects.is_empty() => since,
+            Some((world, since))
+                if world == case.world && since == now && world.rejects.is_empty() =>
+            {
+                since
+            }
             other => {
                 if let Some((world, _)) = other {
                     self.clear(&world)?;
@@ -604,7 +644,10 @@ impl Kernel {
             if is_marked {
                 let _ = frame.drain(..XDP_DONE.len());
             }
-            ensure!(is_marked == (frame != case.input), "XDP marks what it has translated, and nothing else");
+            ensure!(
+                is_marked == (frame != case.input),
+                "XDP marks what it has translated, and nothing else"
+            );
         }
         let end = match (case.program, result.return_value.cast_signed()) {
             (Program::Xdp, 1) => End::XdpDrop,
@@ -646,9 +689,15 @@ impl Kernel {
         self.repeated(case, frame, 1)
     }
 
-    fn repeated(&mut self, case: &Case, frame: &mut [u8], repeat: u32) -> Result<Option<TestRunResult>> {
+    fn repeated(
+        &mut self,
+        case: &Case,
+        frame: &mut [u8],
+        repeat: u32,
+    ) -> Result<Option<TestRunResult>> {
         let context = if case.program == Program::Xdp {
-            // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+            // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
+            // egress_ifindex.
             [0, case.input.len() as u32, 0, case.ifindex, 0, 0].map(u32::to_ne_bytes).concat()
         } else {
             let (length, ifindex) = SKB;
@@ -699,11 +748,15 @@ impl Kernel {
     /// Runs a case so many times over its own packet; the mean time of one, nanoseconds.
     pub(crate) fn time(&mut self, case: &Case, repeat: u32) -> Result<u32> {
         let mut frame = vec![0; FRAME_MAX];
-        Ok(self.repeated(case, &mut frame, repeat)?.context("the frame is too short")?.duration.as_nanos()
-            as u32)
+        Ok(self
+            .repeated(case, &mut frame, repeat)?
+            .context("the frame is too short")?
+            .duration
+            .as_nanos() as u32)
     }
 
-    /// How many of some packets are redirected, answered among them, and how long all took. What one leaves the next one finds.
+    /// How many of some packets are redirected, answered among them, and how long all took. What
+    /// one leaves the next one finds.
     pub(crate) fn redirected(&mut self, cases: &[Case]) -> Result<(u32, Duration)> {
         let (mut count, mut frame) = (0, vec![0; FRAME_MAX]);
         let started = Instant::now();
@@ -731,15 +784,16 @@ impl Kernel {
         for (key, values) in drain::<ReasonKey, ReasonCounters>(&mut self.ebpf, "reason_counts")? {
             let packets: u64 = values.iter().map(|value| value.packets).sum();
             ensure!(packets == 1, "one packet was counted {packets} times");
-            let reason =
-                Reason::from_number(key.reason).with_context(|| format!("no reason {}", key.reason))?;
+            let reason = Reason::from_number(key.reason)
+                .with_context(|| format!("no reason {}", key.reason))?;
             let bytes = values.iter().map(|value| value.bytes).sum::<u64>() as u32;
             all.push(Counted::Reason { reason, service_port: key.service_port, bytes });
         }
         for (key, values) in drain::<u32, BackendCounters>(&mut self.ebpf, "backend_counts")? {
             let backend = key & !COUNTER_V6;
             let sum = |field: fn(&BackendCounters) -> u64| values.iter().map(field).sum::<u64>();
-            let (forward, reply) = (sum(|value| value.forward_packets), sum(|value| value.reply_packets));
+            let (forward, reply) =
+                (sum(|value| value.forward_packets), sum(|value| value.reply_packets));
             ensure!(
                 forward + reply == 1,
                 "one packet was counted {forward} times forward, {reply} times back"
@@ -767,12 +821,14 @@ fn shortest(frame: &[u8]) -> usize {
 
 fn tc(ebpf: &mut Ebpf, program: Program) -> Result<&mut SchedClassifier> {
     let name = program.name();
-    let program = ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
+    let program =
+        ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
     Ok(program.try_into()?)
 }
 
 fn xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp> {
     let name = Program::Xdp.name();
-    let program = ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
+    let program =
+        ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
     Ok(program.try_into()?)
 }

@@ -34,9 +34,10 @@ pub(crate) fn difference(who: &str, actual: &Outcome, expected: &Outcome) -> Str
             line(row);
         }
     }
-    for (map, actual, expected) in
-        [("flows", &actual.flows, &expected.flows), ("embryonic", &actual.embryonic, &expected.embryonic)]
-    {
+    for (map, actual, expected) in [
+        ("flows", &actual.flows, &expected.flows),
+        ("embryonic", &actual.embryonic, &expected.embryonic),
+    ] {
         for row in entries(actual, expected) {
             line(format!("{who}: {map} {row}"));
         }
@@ -101,7 +102,8 @@ fn entry(key: &Tuple<IpAddr>, flow: &Flow<IpAddr>) -> String {
 fn rows(actual: &[u8], expected: &[u8]) -> Vec<String> {
     let mut rows = Vec::new();
     for at in (0..actual.len().max(expected.len())).step_by(16) {
-        let row = |bytes: &[u8]| bytes.get(at..bytes.len().min(at + 16)).unwrap_or_default().to_vec();
+        let row =
+            |bytes: &[u8]| bytes.get(at..bytes.len().min(at + 16)).unwrap_or_default().to_vec();
         let (left, right) = (row(actual), row(expected));
         if left == right {
             continue;
@@ -132,20 +134,23 @@ fn read(frame: &[u8]) -> Option<String> {
         at += 4;
     }
     let ip = frame.get(at..)?;
-    let half = |bytes: &[u8], at: usize| Some(u16::from_be_bytes([*bytes.get(at)?, *bytes.get(at + 1)?]));
-    let (source, destination, protocol, ttl, transport): (IpAddr, IpAddr, u8, u8, usize) = match ip.first()?
-        >> 4
-    {
-        4 => {
-            let address = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(ip.get(at..at + 4)?).ok()?));
-            (address(12)?, address(16)?, *ip.get(9)?, *ip.get(8)?, usize::from(ip[0] & 15) * 4)
-        }
-        6 => {
-            let address = |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(ip.get(at..at + 16)?).ok()?));
-            (address(8)?, address(24)?, *ip.get(6)?, *ip.get(7)?, 40)
-        }
-        _ => return None,
-    };
+    let half =
+        |bytes: &[u8], at: usize| Some(u16::from_be_bytes([*bytes.get(at)?, *bytes.get(at + 1)?]));
+    let (source, destination, protocol, ttl, transport): (IpAddr, IpAddr, u8, u8, usize) =
+        match ip.first()? >> 4 {
+            4 => {
+                let address =
+                    |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(ip.get(at..at + 4)?).ok()?));
+                (address(12)?, address(16)?, *ip.get(9)?, *ip.get(8)?, usize::from(ip[0] & 15) * 4)
+            }
+            6 => {
+                let address = |at: usize| {
+                    Some(IpAddr::from(<[u8; 16]>::try_from(ip.get(at..at + 16)?).ok()?))
+                };
+                (address(8)?, address(24)?, *ip.get(6)?, *ip.get(7)?, 40)
+            }
+            _ => return None,
+        };
     let segment = ip.get(transport..)?;
     Some(format!(
         "{} bytes, {source}:{} > {destination}:{}, protocol {protocol}, ttl {ttl}",

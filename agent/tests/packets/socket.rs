@@ -26,7 +26,10 @@ pub(crate) fn connected(protocol: u8, at: SocketAddr, to: SocketAddr) -> Result<
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     let (on, length) = (1, size_of::<libc::c_int>() as libc::socklen_t);
     // SAFETY: the option is a live integer of this length.
-    if unsafe { libc::setsockopt(fd, level, transparent, from_ref::<libc::c_int>(&on).cast(), length) } != 0 {
+    if unsafe {
+        libc::setsockopt(fd, level, transparent, from_ref::<libc::c_int>(&on).cast(), length)
+    } != 0
+    {
         return Err(Error::last_os_error()).context("cannot make a socket transparent");
     }
     let bind = || {

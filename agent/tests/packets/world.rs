@@ -8,9 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Datagram, DatagramPorts, Device, Flow, OriginKey, Range, Service,
-    ServiceKey, ServicePort, Settings, Ticks, Tuple, backend, detect_local, device, device_flags, flow,
-    frontend, listing, masquerade, networks, node_address, side, state,
+    Affinity, AffinityKey, Backend, Datagram, DatagramPorts, Device, Flow, OriginKey, Range,
+    Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, backend, detect_local, device,
+    device_flags, flow, frontend, listing, masquerade, networks, node_address, side, state,
 };
 
 use sluice_common::engine::limit::device_reject_key;
@@ -54,7 +54,9 @@ pub(crate) fn mac(ifindex: u32) -> Mac {
 pub(crate) fn address(version: Version, net: u8, host: u8) -> IpAddr {
     match version {
         Version::V4 => Ipv4Addr::new(8, 0, net, host).into(),
-        Version::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0x86dd, u16::from(net), 0, 0, 0, u16::from(host)).into(),
+        Version::V6 => {
+            Ipv6Addr::new(0x2001, 0xdb8, 0x86dd, u16::from(net), 0, 0, 0, u16::from(host)).into()
+        }
     }
 }
 
@@ -112,8 +114,8 @@ pub(crate) fn route(destination: IpAddr) -> Option<(u32, u32)> {
     Some((*ifindex, if *ifindex == NARROW || net == NET_SHORT { NARROW_MTU } else { 1500 }))
 }
 
-/// The device that the route from a destination back to its packet's source names, 0: none; the second time, as what came by a
-/// device would go.
+/// The device that the route from a destination back to its packet's source names, 0: none; the
+/// second time, as what came by a device would go.
 pub(crate) fn route_back(destination: IpAddr, source: IpAddr, came_by: Option<u32>) -> u32 {
     let is_pods = match net(source) {
         NET_FORGED => false,
@@ -138,7 +140,9 @@ pub(crate) fn node(version: Version, ifindex: u32) -> IpAddr {
 
 /// Whether the bridge has a neighbour entry, with [`BACKEND_MAC`].
 pub(crate) fn bridge_knows(destination: IpAddr) -> bool {
-    [Version::V4, Version::V6].iter().any(|version| destination == address(*version, NET_BACKENDS, 3))
+    [Version::V4, Version::V6]
+        .iter()
+        .any(|version| destination == address(*version, NET_BACKENDS, 3))
 }
 
 /// A service port.
@@ -161,7 +165,8 @@ impl Port {
     }
 }
 
-/// The maps' content, and what this host's sockets hold; [`Flow::seen`], [`Flow::replied`] and [`Affinity::seen`] are ages in ticks.
+/// The maps' content, and what this host's sockets hold; [`Flow::seen`], [`Flow::replied`] and
+/// [`Affinity::seen`] are ages in ticks.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct World {
     pub(crate) settings: Settings,
@@ -198,7 +203,8 @@ pub(crate) struct World {
     pub(crate) marks: u32,
 }
 
-/// The endpoint was heard when the entry was renewed, and is not asked about in what comes of a packet.
+/// The endpoint was heard when the entry was renewed, and is not asked about in what comes of a
+/// packet.
 pub(crate) const UNSAID: u32 = u32::MAX;
 
 /// Flow entries.
@@ -240,7 +246,8 @@ pub(crate) struct Connection {
     pub(crate) state: u8,
     pub(crate) flags: u8,
     pub(crate) age: u32,
-    /// How many ticks ago the endpoint was heard, or [`UNSAID`]; in a guess what it must acknowledge.
+    /// How many ticks ago the endpoint was heard, or [`UNSAID`]; in a guess what it must
+    /// acknowledge.
     pub(crate) heard: u32,
 }
 
@@ -454,7 +461,12 @@ impl Cast {
 
     /// The flow of the client through the other frontend.
     pub(crate) fn other_connection(&self) -> Connection {
-        Connection { frontend: self.other_frontend, id: OTHER, service_port: OTHER, ..self.connection() }
+        Connection {
+            frontend: self.other_frontend,
+            id: OTHER,
+            service_port: OTHER,
+            ..self.connection()
+        }
     }
 
     /// The maps without flows.
@@ -491,7 +503,8 @@ impl Cast {
         ] {
             let link_header = if ifindex == TUNNEL { 0 } else { 14 };
             let mtu = if ifindex == NARROW { NARROW_MTU } else { 1500 };
-            let mut device = Device { role, mac: mac(ifindex), link_header, mtu, ..Device::default() };
+            let mut device =
+                Device { role, mac: mac(ifindex), link_header, mtu, ..Device::default() };
             if role == device::EDGE {
                 device.flags = device_flags::LOCAL_PODS;
             }
@@ -522,13 +535,23 @@ impl World {
             flags: backend::SERVING | backend::LOCAL | SELECTED,
         };
         let _ = self.backends.insert(id, backend);
-        debug_assert!(at.is_ipv4() == (cast.version == Version::V4), "addresses are of the cast's family");
+        debug_assert!(
+            at.is_ipv4() == (cast.version == Version::V4),
+            "addresses are of the cast's family"
+        );
         *self.listing.entry(at.ip()).or_default() |= listing::BACKEND;
     }
 
     /// Adds a frontend.
-    pub(crate) fn add_frontend(&mut self, cast: &Cast, service_port: u32, at: SocketAddr, kind: u32) {
-        let key = ServiceKey { address: at.ip(), port: at.port(), protocol: cast.protocol, reserved: 0 };
+    pub(crate) fn add_frontend(
+        &mut self,
+        cast: &Cast,
+        service_port: u32,
+        at: SocketAddr,
+        kind: u32,
+    ) {
+        let key =
+            ServiceKey { address: at.ip(), port: at.port(), protocol: cast.protocol, reserved: 0 };
         let _ = self.services.insert(key, Service { service_port, kind });
         *self.listing.entry(at.ip()).or_default() |= listing::FRONTEND;
     }
@@ -580,15 +603,24 @@ impl World {
     /// With an agent that has said so long ago that it keeps fragments.
     pub(crate) fn said_to_keep_fragments(mut self, age: Ticks) -> Self {
         for nobody in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
-            let key = Datagram { source: nobody, destination: nobody, id: 0, protocol: 0, reserved: [0; 3] };
-            let _ = self.fragments.insert(key, DatagramPorts { seen: age, ..DatagramPorts::default() });
+            let key = Datagram {
+                source: nobody,
+                destination: nobody,
+                id: 0,
+                protocol: 0,
+                reserved: [0; 3],
+            };
+            let _ =
+                self.fragments.insert(key, DatagramPorts { seen: age, ..DatagramPorts::default() });
         }
         self
     }
 
     /// With another kind of all frontends of a service port.
     pub(crate) fn kind(mut self, service_port: u32, kind: u32) -> Self {
-        for service in self.services.values_mut().filter(|service| service.service_port == service_port) {
+        for service in
+            self.services.values_mut().filter(|service| service.service_port == service_port)
+        {
             service.kind = kind;
         }
         self
@@ -604,7 +636,8 @@ impl World {
     /// With prefixes that local pods have their addresses in.
     pub(crate) fn pods(mut self, prefixes: Vec<(IpAddr, u8)>) -> Self {
         for (network, _) in &prefixes {
-            self.settings.networks |= if network.is_ipv4() { networks::PODS_V4 } else { networks::PODS_V6 };
+            self.settings.networks |=
+                if network.is_ipv4() { networks::PODS_V4 } else { networks::PODS_V6 };
         }
         self.pods = prefixes;
         self

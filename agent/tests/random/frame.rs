@@ -27,8 +27,8 @@ pub(crate) enum Seen {
     },
 }
 
-/// The frame of a question, to a device with this hardware address. The mark, which no translation changes, is the sequence
-/// number or the payload.
+/// The frame of a question, to a device with this hardware address. The mark, which no translation
+/// changes, is the sequence number or the payload.
 pub(crate) fn build(question: &Question, mac: [u8; 6], mark: u32) -> Vec<u8> {
     let (source, destination) = (question.source, question.destination);
     let tcp = question.protocol == Protocol::Tcp;
@@ -47,7 +47,8 @@ pub(crate) fn build(question: &Question, mac: [u8; 6], mark: u32) -> Vec<u8> {
     };
     let addresses = [octets(source.ip()), octets(destination.ip())].concat();
     let number = question.protocol.number();
-    let pseudo = [&addresses[..], &[0, number], &(segment.len() as u16).to_be_bytes(), &segment].concat();
+    let pseudo =
+        [&addresses[..], &[0, number], &(segment.len() as u16).to_be_bytes(), &segment].concat();
     let sum = match checksum(&pseudo) {
         0 => 0xffff,
         sum => sum,
@@ -83,31 +84,40 @@ fn octets(address: IpAddr) -> Vec<u8> {
 }
 
 fn checksum(bytes: &[u8]) -> u16 {
-    let words =
-        bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)])));
+    let words = bytes
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)])));
     let sum: u32 = words.sum();
     let sum = (sum & 0xffff) + (sum >> 16);
     !(((sum & 0xffff) + (sum >> 16)) as u16)
 }
 
-/// Where a frame comes from and goes to: protocol, source, destination; of TCP, whether it is a reset.
+/// Where a frame comes from and goes to: protocol, source, destination; of TCP, whether it is a
+/// reset.
 pub(crate) fn tuple(frame: &[u8]) -> Option<(u8, SocketAddr, SocketAddr, bool)> {
     let packet = frame.get(ETHERNET..)?;
     let (protocol, source, destination, segment) = match frame.get(12..14)? {
         [0x08, 0x00] => {
-            let address = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?));
+            let address =
+                |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?));
             (*packet.get(9)?, address(12)?, address(16)?, packet.get(20..)?)
         }
         [0x86, 0xdd] => {
-            let address =
-                |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?));
+            let address = |at: usize| {
+                Some(IpAddr::from(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?))
+            };
             (*packet.get(6)?, address(8)?, address(24)?, packet.get(40..)?)
         }
         _ => return None,
     };
     let port = |at: usize| Some(u16::from_be_bytes([*segment.get(at)?, *segment.get(at + 1)?]));
     let reset = protocol == 6 && segment.get(13).is_some_and(|flags| flags & 0x04 != 0);
-    Some((protocol, SocketAddr::new(source, port(0)?), SocketAddr::new(destination, port(2)?), reset))
+    Some((
+        protocol,
+        SocketAddr::new(source, port(0)?),
+        SocketAddr::new(destination, port(2)?),
+        reset,
+    ))
 }
 
 /// The mark of a frame that [`build`] made, wherever it is seen.
@@ -126,7 +136,9 @@ pub(crate) fn refused(frame: &[u8]) -> Option<(u8, SocketAddr)> {
     }
     let v4 = frame.get(12)? == &0x08;
     let icmp = ETHERNET + if v4 { 20 } else { 40 };
-    if protocol != if v4 { 1 } else { 58 } || !matches!((v4, frame.get(icmp)?), (true, 3) | (false, 1)) {
+    if protocol != if v4 { 1 } else { 58 }
+        || !matches!((v4, frame.get(icmp)?), (true, 3) | (false, 1))
+    {
         return None;
     }
     // The quoted packet, behind the link header that the error itself came with.
@@ -141,7 +153,8 @@ pub(crate) fn seen(question: &Question, action: i32, frame: &[u8]) -> Result<See
         return Ok(Seen::Drop);
     }
     ensure!(action == NEXT || action == REDIRECT, "the program answers {action}");
-    let (protocol, source, destination, reset) = tuple(frame).context("a frame that cannot be read")?;
+    let (protocol, source, destination, reset) =
+        tuple(frame).context("a frame that cannot be read")?;
     if reset || protocol != question.protocol.number() {
         return Ok(Seen::Reject);
     }

@@ -51,7 +51,8 @@ const FIRST_CLIENT: u16 = 128;
 /// What leads to the pods of a node, its endpoints and its clients: prefixes.
 pub(crate) fn pods(ours: bool) -> [String; 3] {
     let pods = PODS[usize::from(!ours)];
-    let [endpoints, clients] = [FIRST_ENDPOINT, FIRST_CLIENT].map(|first| address(true, pods, first));
+    let [endpoints, clients] =
+        [FIRST_ENDPOINT, FIRST_CLIENT].map(|first| address(true, pods, first));
     [format!("{endpoints}/26"), format!("{clients}/25"), format!("{}/112", address(false, pods, 0))]
 }
 
@@ -97,7 +98,8 @@ impl Scene {
             "apiVersion: v1\nkind: Service\nmetadata: {{name: end-{round}, namespace: random}}\n\
              spec: {{clusterIP: {end}, ports: [{{port: 1}}]}}\n"
         ));
-        // Other Services than those of the last scene: a client's affinity to one of those says nothing.
+        // Other Services than those of the last scene: a client's affinity to one of those says
+        // nothing.
         scene.text = scene.text.replace("namespace: random", &format!("namespace: random-{round}"));
         scene
     }
@@ -119,7 +121,8 @@ impl Scene {
             families.iter().map(|v4| address(*v4, network, host)).collect()
         };
         let mut vips = each(CLUSTER_IPS, index + 10);
-        let words: Vec<&str> = families.iter().map(|v4| if *v4 { "IPv4" } else { "IPv6" }).collect();
+        let words: Vec<&str> =
+            families.iter().map(|v4| if *v4 { "IPv4" } else { "IPv6" }).collect();
         let mut spec = format!(
             "  type: {kind}\n  clusterIP: \"{}\"\n  clusterIPs: [{}]\n  ipFamilies: [{}]\n",
             vips[0],
@@ -153,7 +156,8 @@ impl Scene {
             let host = if dice.one_in(4) { 250 } else { index + 10 };
             let balancers = each(LOAD_BALANCERS, host);
             let mode = if dice.one_in(8) { ", ipMode: Proxy" } else { "" };
-            let entries: Vec<String> = balancers.iter().map(|ip| format!("{{ip: \"{ip}\"{mode}}}")).collect();
+            let entries: Vec<String> =
+                balancers.iter().map(|ip| format!("{{ip: \"{ip}\"{mode}}}")).collect();
             status = format!("status: {{loadBalancer: {{ingress: [{}]}}}}\n", entries.join(", "));
             vips.extend(balancers);
             if dice.one_in(3) {
@@ -167,12 +171,17 @@ impl Scene {
         }
         spec.push_str("  ports:\n");
         for port in &ports {
-            let name = if port.name.is_empty() { String::new() } else { format!("name: {}, ", port.name) };
-            let node_port =
-                if kind == "ClusterIP" { String::new() } else { format!(", nodePort: {}", port.on_nodes) };
+            let name =
+                if port.name.is_empty() { String::new() } else { format!("name: {}, ", port.name) };
+            let node_port = if kind == "ClusterIP" {
+                String::new()
+            } else {
+                format!(", nodePort: {}", port.on_nodes)
+            };
             let (protocol, number) = (port.protocol.word(), port.number);
             let _ = writeln!(spec, "  - {{{name}protocol: {protocol}, port: {number}{node_port}}}");
-            self.frontends.extend(vips.iter().map(|vip| (port.protocol, SocketAddr::new(*vip, number))));
+            self.frontends
+                .extend(vips.iter().map(|vip| (port.protocol, SocketAddr::new(*vip, number))));
             for v4 in families {
                 let own = ground.own[usize::from(!v4)];
                 if kind != "ClusterIP" {
@@ -321,13 +330,21 @@ impl Scene {
         let (protocol, destination) = self.destination(dice, ground);
         let v4 = destination.is_ipv4();
         let own = ground.own[usize::from(!v4)];
-        let from = dice.pick(&[Client::Pod, Client::Pod, Client::External, Client::External, Client::Host]);
+        let from = dice.pick(&[
+            Client::Pod,
+            Client::Pod,
+            Client::External,
+            Client::External,
+            Client::Host,
+        ]);
         let host = FIRST_CLIENT + dice.roll(CLIENTS);
         let source = match from {
             Client::Host if destination.ip() == own => return None,
             Client::Host => own,
             // A pod that may be its own backend.
-            Client::Pod if dice.one_in(8) => address(v4, PODS[0], FIRST_ENDPOINT + dice.roll(ENDPOINTS)),
+            Client::Pod if dice.one_in(8) => {
+                address(v4, PODS[0], FIRST_ENDPOINT + dice.roll(ENDPOINTS))
+            }
             Client::Pod => address(v4, PODS[0], host),
             // A pod of the other node.
             Client::External if dice.one_in(4) => address(v4, PODS[1], host),

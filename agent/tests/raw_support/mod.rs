@@ -102,11 +102,17 @@ pub(crate) fn segment(frame: &[u8]) -> Option<Segment> {
     let ip = frame.get(14..)?;
     let (addresses, at, total) = match (frame.get(12..14)?, ip.first()? >> 4) {
         ([8, 0], 4) if *ip.get(9)? == 6 => {
-            let address = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(ip.get(at..at + 4)?).ok()?));
-            ([address(12)?, address(16)?], 20, u32::from(u16::from_be_bytes([*ip.get(2)?, *ip.get(3)?])))
+            let address =
+                |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(ip.get(at..at + 4)?).ok()?));
+            (
+                [address(12)?, address(16)?],
+                20,
+                u32::from(u16::from_be_bytes([*ip.get(2)?, *ip.get(3)?])),
+            )
         }
         ([0x86, 0xdd], 6) if *ip.get(6)? == 6 => {
-            let address = |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(ip.get(at..at + 16)?).ok()?));
+            let address =
+                |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(ip.get(at..at + 16)?).ok()?));
             let length = u32::from(u16::from_be_bytes([*ip.get(4)?, *ip.get(5)?]));
             ([address(8)?, address(24)?], 40, length + 40)
         }

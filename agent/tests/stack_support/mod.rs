@@ -1,5 +1,5 @@
-//! A node whose own netfilter rules and routes decide about Services' packets, served by Sluice or, as the control, by
-//! the rules that kube-proxy would have.
+//! A node whose own netfilter rules and routes decide about Services' packets, served by Sluice or,
+//! as the control, by the rules that kube-proxy would have.
 #![allow(dead_code, reason = "every test binary uses a part of it")]
 
 use std::collections::BTreeMap;
@@ -10,8 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use sluice_lab::{
-    AgentOptions, AgentProcess, Backend, Client, Event, Lab, Manifests, Namespace, Node, NodeOptions,
-    Overlay, Pod, Port, Reply, Running, Serve, Service,
+    AgentOptions, AgentProcess, Backend, Client, Event, Lab, Manifests, Namespace, Node,
+    NodeOptions, Overlay, Pod, Port, Reply, Running, Serve, Service,
 };
 
 use crate::lab_support::{
@@ -73,7 +73,8 @@ pub(crate) enum Proxy {
     Sluice,
 }
 
-/// A Service with one endpoint: its addresses are those of the number, its node ports begin with the number's.
+/// A Service with one endpoint: its addresses are those of the number, its node ports begin with
+/// the number's.
 #[derive(Clone, Debug)]
 pub(crate) struct Target {
     pub(crate) name: &'static str,
@@ -93,8 +94,8 @@ pub(crate) enum Way {
     Udp,
     /// A few hundred kilobytes from the endpoint.
     Http,
-    /// Datagrams of 8 KB, and an answer that is as large. The first ones may be lost where they tell a client of IPv6 the
-    /// MTU of its way.
+    /// Datagrams of 8 KB, and an answer that is as large. The first ones may be lost where they
+    /// tell a client of IPv6 the MTU of its way.
     Large,
 }
 
@@ -118,7 +119,13 @@ impl Way {
 
 impl Target {
     pub(crate) fn of_pod(name: &'static str, number: u8, pod: &Pod) -> Self {
-        Self { name, number, backend: pod.into(), addresses: addresses_of_pod(pod), is_local: false }
+        Self {
+            name,
+            number,
+            backend: pod.into(),
+            addresses: addresses_of_pod(pod),
+            is_local: false,
+        }
     }
 
     /// The node port that leads to a port of the Service.
@@ -155,7 +162,9 @@ impl Target {
         for (family, ip) in ["ip", "ip6"].into_iter().enumerate() {
             for (way, protocol) in [(Way::Tcp, "tcp"), (Way::Http, "tcp"), (Way::Udp, "udp")] {
                 let to = SocketAddr::new(self.addresses[family], way.target());
-                let at = |to: SocketAddr| format!("{ip} daddr {} {protocol} dport {}", to.ip(), to.port());
+                let at = |to: SocketAddr| {
+                    format!("{ip} daddr {} {protocol} dport {}", to.ip(), to.port())
+                };
                 let (inside, outside) =
                     (at(self.by_cluster_ip(way, family)), at(self.by_node_port(node, way, family)));
                 let mut rule = |rule: String| text += &(rule + "\n");
@@ -252,9 +261,11 @@ impl Stack {
 
     /// Starts the servers of a target in a namespace.
     pub(crate) fn serve(&mut self, namespace: &Namespace) -> Result<()> {
-        for (what, port) in
-            [(Serve::TcpEcho, ECHO_TARGET), (Serve::UdpEcho, DNS_TARGET), (Serve::Http, HTTP_TARGET)]
-        {
+        for (what, port) in [
+            (Serve::TcpEcho, ECHO_TARGET),
+            (Serve::UdpEcho, DNS_TARGET),
+            (Serve::Http, HTTP_TARGET),
+        ] {
             self.servers.push(namespace.serve(what, port)?);
         }
         Ok(())
@@ -268,11 +279,20 @@ impl Stack {
         self.manifests.write(&target.service())
     }
 
-    /// Has a proxy serve with the flags of a mode. The control comes before the first agent: its programs stay.
-    pub(crate) fn serve_by(&mut self, proxy: Proxy, args: &[&str], cluster_ips: ClusterIps) -> Result<()> {
+    /// Has a proxy serve with the flags of a mode. The control comes before the first agent: its
+    /// programs stay.
+    pub(crate) fn serve_by(
+        &mut self,
+        proxy: Proxy,
+        args: &[&str],
+        cluster_ips: ClusterIps,
+    ) -> Result<()> {
         match proxy {
             Proxy::Netfilter => {
-                ensure!(self.agent.is_none(), "a control after an agent shows the agent's programs too");
+                ensure!(
+                    self.agent.is_none(),
+                    "a control after an agent shows the agent's programs too"
+                );
                 self.node.nft(&kube_proxy(self.addresses, &self.targets, cluster_ips))?;
             }
             Proxy::Sluice => {
@@ -304,11 +324,15 @@ impl Stack {
 
     /// The addresses of the two clients: the pod, and the one outside.
     pub(crate) fn clients(&self) -> [(&Namespace, Pair); 2] {
-        [(&self.pod, addresses_of_pod(&self.pod)), (&self.outside, addresses_of_client(&self.outside))]
+        [
+            (&self.pod, addresses_of_pod(&self.pod)),
+            (&self.outside, addresses_of_client(&self.outside)),
+        ]
     }
 
-    /// The questions of both clients at both frontends of the targets, in both families. A client outside reaches a far
-    /// endpoint by a ClusterIP only where it is masqueraded: the way back leaves the node out otherwise.
+    /// The questions of both clients at both frontends of the targets, in both families. A client
+    /// outside reaches a far endpoint by a ClusterIP only where it is masqueraded: the way back
+    /// leaves the node out otherwise.
     pub(crate) fn questions(&self, ways: &[Way], cluster_ips: ClusterIps) -> Vec<Question<'_>> {
         let mut questions = Vec::new();
         for target in &self.targets {
@@ -403,7 +427,9 @@ pub(crate) fn ask_all(questions: &[Question<'_>]) -> Result<Vec<String>> {
         match (question.is_answered, lost) {
             (true, Some(reason)) if !may_lose => wrong.push(format!("{what}: {reason}")),
             (false, None) => wrong.push(format!("{what}: answered, though it should be lost")),
-            (false, Some(reason)) if reason.contains("refused") => wrong.push(format!("{what}: {reason}")),
+            (false, Some(reason)) if reason.contains("refused") => {
+                wrong.push(format!("{what}: {reason}"));
+            }
             _ => {}
         }
         for reply in replies(&events) {
@@ -429,7 +455,9 @@ pub(crate) fn replies(events: &[Event]) -> Vec<&Reply> {
 
 /// Loads a table in place of the one of that name.
 pub(crate) fn replace_table(node: &Namespace, name: &str, content: &str) -> Result<()> {
-    node.nft(&format!("table inet {name}\ndelete table inet {name}\ntable inet {name} {{\n{content}\n}}\n"))
+    node.nft(&format!(
+        "table inet {name}\ndelete table inet {name}\ntable inet {name} {{\n{content}\n}}\n"
+    ))
 }
 
 /// The packets of a table's named counters.
@@ -449,5 +477,9 @@ pub(crate) fn none_wrong(what: &str, wrong: &[String]) -> Result<()> {
         return Ok(());
     }
     let told = wrong.get(..TOLD).unwrap_or(wrong).join("\n  ");
-    bail!("{what}: {} wrong:\n  {told}{}", wrong.len(), if wrong.len() > TOLD { "\n  ..." } else { "" })
+    bail!(
+        "{what}: {} wrong:\n  {told}{}",
+        wrong.len(),
+        if wrong.len() > TOLD { "\n  ..." } else { "" }
+    )
 }

@@ -55,7 +55,9 @@ impl<A: Copy> Moved for Flow<A> {
 
     #[inline(always)]
     fn before(&self) -> Self::Before {
-        let Self { source, destination, source_port, destination_port, backend, service_port, .. } = *self;
+        let Self {
+            source, destination, source_port, destination_port, backend, service_port, ..
+        } = *self;
         let Self { seen, replied, generation, state, flags, .. } = *self;
         previous::Flow {
             source,
@@ -74,7 +76,8 @@ impl<A: Copy> Moved for Flow<A> {
 
     #[inline(always)]
     fn after(before: &Self::Before) -> Self {
-        let previous::Flow { source, destination, source_port, destination_port, backend, .. } = *before;
+        let previous::Flow { source, destination, source_port, destination_port, backend, .. } =
+            *before;
         let previous::Flow { service_port, seen, replied, generation, state, flags, .. } = *before;
         Self {
             seen,

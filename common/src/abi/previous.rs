@@ -1,16 +1,19 @@
 //! The layout before this one: its types, and what becomes of them.
 //!
-//! A program that packets meet on one device may be of another version than the one on the next device, as long as an
-//! upgrade replaces them. So a change of layout takes rounds ([`Round`]): in each, every program is replaced before the next
-//! one begins, and the programs of two rounds that follow each other understand what the other one writes.
+//! A program that packets meet on one device may be of another version than the one on the next
+//! device, as long as an upgrade replaces them. So a change of layout takes rounds ([`Round`]): in
+//! each, every program is replaced before the next one begins, and the programs of two rounds that
+//! follow each other understand what the other one writes.
 //!
-//! To change what a flow, or a client's affinity, is: move what `tables.rs` holds here, write the new types there, raise
-//! [`LAYOUT`](super::LAYOUT), fill in the three items below, and build `ebpf` with its feature `both-layouts`. The
-//! features `next-layout` do all that with a layout of their own: it has no other use than to be upgraded to in tests.
+//! To change what a flow, or a client's affinity, is: move what `tables.rs` holds here, write the
+//! new types there, raise [`LAYOUT`](super::LAYOUT), fill in the three items below, and build
+//! `ebpf` with its feature `both-layouts`. The features `next-layout` do all that with a layout of
+//! their own: it has no other use than to be upgraded to in tests.
 
 pub use super::tables::{Affinity, Flow};
 
-/// The version before [`LAYOUT`](super::LAYOUT); [`None`]: it cannot be upgraded from without losing flows.
+/// The version before [`LAYOUT`](super::LAYOUT); [`None`]: it cannot be upgraded from without
+/// losing flows.
 pub const LAYOUT: Option<u32> = if cfg!(feature = "next-layout") { Some(3) } else { None };
 
 /// The maps that differ from that version's. All others are used on as they are.

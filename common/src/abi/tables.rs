@@ -1,9 +1,11 @@
-//! The values of the tables that outlive an upgrade by being moved, since no source can tell what they hold.
+//! The values of the tables that outlive an upgrade by being moved, since no source can tell what
+//! they hold.
 
 use super::{Ipv4Address, Ipv6Address};
 
 abi! {
-    /// What is done to the packets of one direction of a flow; the value of `flows` and `embryonic`.
+    /// What is done to the packets of one direction of a flow; the value of `flows` and
+    /// `embryonic`.
     ///
     /// The entry of the other direction is at `to` reversed and leads to this entry's
     /// key reversed: either can be made from the other.
@@ -16,14 +18,15 @@ abi! {
         pub source_port: u16,
         /// Destination port after translation, host order.
         pub destination_port: u16,
-        /// Index into `backends` of the flow's family; 0: none (a direct connection that was remapped).
+        /// Index into `backends` of the flow's family; 0: none (a direct connection that was
+        /// remapped).
         pub backend: u32,
         /// Index into `ports`; 0: none.
         pub service_port: u32,
         /// When the flow was last renewed, in [`Ticks`](super::Ticks).
         pub seen: u32,
-        /// When the endpoint was last heard, as far as renewals tell, in [`Ticks`](super::Ticks); 0: not yet. In a
-        /// [guess](super::state::GUESS) what the endpoint must acknowledge.
+        /// When the endpoint was last heard, as far as renewals tell, in [`Ticks`](super::Ticks);
+        /// 0: not yet. In a [guess](super::state::GUESS) what the endpoint must acknowledge.
         pub replied: u32,
         /// The backend's generation when the flow chose it.
         pub generation: u16,

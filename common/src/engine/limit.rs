@@ -17,8 +17,8 @@ pub fn take_token(bucket: Option<RejectBucket>, now_ms: u32) -> (RejectBucket, b
     take(bucket, now_ms, REJECT_COST_MS, REJECT_BURST_MS)
 }
 
-/// As [`take_token`], from the bucket of the device by which the error leaves: each has its own, so that a flood by one, from
-/// whatever forged sources, takes nothing from the clients of another.
+/// As [`take_token`], from the bucket of the device by which the error leaves: each has its own, so
+/// that a flood by one, from whatever forged sources, takes nothing from the clients of another.
 #[inline(always)]
 pub fn take_device_token(bucket: Option<RejectBucket>, now_ms: u32) -> (RejectBucket, bool) {
     take(bucket, now_ms, DEVICE_REJECT_COST_MS, DEVICE_REJECT_BURST_MS)
@@ -43,12 +43,15 @@ pub(super) fn take(
     (RejectBucket { refilled_ms: now_ms, credit_ms }, allowed)
 }
 
-/// The key of a device's bucket among the clients': no source address, which is never multicast, looks like it.
+/// The key of a device's bucket among the clients': no source address, which is never multicast,
+/// looks like it.
 #[inline(always)]
 pub fn device_reject_key(ifindex: u32) -> RejectKey {
     let [a, b, c, d] = ifindex.to_be_bytes();
     let ones = 0xff;
     RejectKey {
-        address: [ones, ones, ones, ones, ones, ones, ones, ones, ones, ones, ones, ones, a, b, c, d],
+        address: [
+            ones, ones, ones, ones, ones, ones, ones, ones, ones, ones, ones, ones, a, b, c, d,
+        ],
     }
 }

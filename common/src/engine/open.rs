@@ -118,8 +118,8 @@ pub enum Sockets {
     Of(u32),
 }
 
-/// Returns whose sockets are to be looked up before a flow is recorded: this host's where the client
-/// is to have its address, else those of the pod whose packet it is, if somebody can.
+/// Returns whose sockets are to be looked up before a flow is recorded: this host's where the
+/// client is to have its address, else those of the pod whose packet it is, if somebody can.
 ///
 /// A pod that has taken all ports that were tried gets the last one all the same.
 #[inline(always)]

@@ -4,7 +4,9 @@
 
 use crate::abi::{Affinity, AffinityKey, Flow, Tuple, flow};
 use crate::family::Family;
-use crate::path::{self, Decision, Record, gives_way, is_as_fresh, leads_back, leads_to, mark, partner_key};
+use crate::path::{
+    self, Decision, Record, gives_way, is_as_fresh, leads_back, leads_to, mark, partner_key,
+};
 use crate::reason::Reason;
 
 /// One of the two tables that hold flows.
@@ -67,7 +69,8 @@ pub trait FlowTable<F: Family> {
     /// Removes an entry, if there is one.
     fn remove(&mut self, place: Place, key: &Tuple<F::Address>);
 
-    /// Brings time and state of an entry up to date in place, if it leads where `to` does; false where there is none at all.
+    /// Brings time and state of an entry up to date in place, if it leads where `to` does; false
+    /// where there is none at all.
     fn refresh(
         &mut self,
         place: Place,
@@ -83,7 +86,8 @@ pub trait FlowTable<F: Family> {
     fn set_marks(&mut self, bits: u32);
 }
 
-/// Records a decision's flow. `partner` is room for the entry of the other direction: the kernel's stack has none.
+/// Records a decision's flow. `partner` is room for the entry of the other direction: the kernel's
+/// stack has none.
 ///
 /// # Errors
 ///
@@ -109,7 +113,8 @@ pub fn record<F: Family, T: FlowTable<F>>(
     }
     if decision.affinity {
         let flow = &decision.flow;
-        let client = if flow.flags & flow::REPLY != 0 { flow.destination } else { decision.key.source };
+        let client =
+            if flow.flags & flow::REPLY != 0 { flow.destination } else { decision.key.source };
         let client = AffinityKey { service_port: flow.service_port, client };
         let to = Affinity::new(flow.backend, flow.seen, flow.generation, decision.round);
         tables.remember(&client, &to);
@@ -169,7 +174,8 @@ fn open<F: Family, T: FlowTable<F>>(
             // One of another flow came between the path's look and now.
             return Err(Reason::ClashRace);
         } else {
-            // Without its replies the other direction is of no use: the client gets a new flow instead.
+            // Without its replies the other direction is of no use: the client gets a new flow
+            // instead.
             partner.stale = partner_key::<F>(old, key.protocol);
             forget(place, &partner.key, &partner.stale, tables);
         }
@@ -191,7 +197,8 @@ fn open<F: Family, T: FlowTable<F>>(
         return Err(Reason::FlowsFull);
     }
     let bits = if flow.flags & (flow::DIRECT | flow::SOURCE) == flow::DIRECT { mark::DIRECT } else { 0 }
-        // A pod's own node port may lead to itself: its answer comes to an address of the node, too.
+        // A pod's own node port may lead to itself: its answer comes to an address of the node,
+        // too.
         | if flow.flags & (flow::HOST | flow::HAIRPIN) != 0 { mark::HOST } else { 0 }
         | if flow.flags & flow::MASQUERADED != 0 { mark::MASQUERADED } else { 0 };
     if bits != 0 {
@@ -231,7 +238,8 @@ fn promote<F: Family, T: FlowTable<F>>(
     Ok(())
 }
 
-/// Writes an entry where there is none, or one that leads the same way; false: another flow's is there.
+/// Writes an entry where there is none, or one that leads the same way; false: another flow's is
+/// there.
 #[inline(always)]
 fn put<F: Family, T: FlowTable<F>>(
     place: Place,
@@ -280,8 +288,10 @@ fn renew<F: Family, T: FlowTable<F>>(
     place: Place,
     tables: &mut T,
 ) {
-    let renewal =
-        Renewal { is_heard: decision.flow.flags & flow::REPLY != 0, takes_back: decision.takes_back };
+    let renewal = Renewal {
+        is_heard: decision.flow.flags & flow::REPLY != 0,
+        takes_back: decision.takes_back,
+    };
     for (key, flow) in [(&decision.key, &decision.flow), (&partner.key, &partner.flow)] {
         if !tables.refresh(place, key, flow, renewal) {
             let _ = tables.insert(place, key, flow, true);

@@ -3,13 +3,13 @@
 //! # Checksums of an answer
 //!
 //! The answer is written over the packet it answers, so it inherits how the kernel sees that
-//! packet's checksum. Where it is partial (see [`crate::packet::checksum`]) the device will later sum
-//! from the old transport header on and store the complement at the old field. A reset keeps
-//! TCP's field, so it gets the pseudo-header's sum alone, as any partial segment. An ICMP error
-//! in a UDP packet's place has its *unused* field there (bytes 6 and 7). With `S` the sum of
-//! all other words and `Y` what we leave in the field, the device stores `~(S + Y)`, and the message sums up to
-//! `S + ~(S + Y) = ~Y`. ICMP wants all ones: `Y = 0`, which an unused field is anyway. ICMPv6 wants the
-//! complement of its pseudo-header's sum `P`: `Y = P`.
+//! packet's checksum. Where it is partial (see [`crate::packet::checksum`]) the device will later
+//! sum from the old transport header on and store the complement at the old field. A reset keeps
+//! TCP's field, so it gets the pseudo-header's sum alone, as any partial segment. An ICMP error in
+//! a UDP packet's place has its *unused* field there (bytes 6 and 7). With `S` the sum of all other
+//! words and `Y` what we leave in the field, the device stores `~(S + Y)`, and the message sums up
+//! to `S + ~(S + Y) = ~Y`. ICMP wants all ones: `Y = 0`, which an unused field is anyway. ICMPv6
+//! wants the complement of its pseudo-header's sum `P`: `Y = P`.
 
 use crate::abi::Tuple;
 use crate::family::{Family, V4, V6};
@@ -17,8 +17,8 @@ use crate::packet::checksum::{fold16, pseudo_header, sum_words};
 use crate::packet::header::{IcmpHeader, Ipv4Header, Ipv6Header, TcpHeader, Wire, protocol, tcp};
 use crate::packet::parse::{Headers, Parse};
 
-/// Bytes of the offending packet that an ICMP error quotes at most: its IP header with some options or
-/// extensions, and eight bytes of transport header or more.
+/// Bytes of the offending packet that an ICMP error quotes at most: its IP header with some options
+/// or extensions, and eight bytes of transport header or more.
 pub const QUOTE: u32 = 96;
 
 /// A family whose network header can be written.
@@ -132,7 +132,8 @@ fn pseudo<F: Family>(source: &F0<F>, destination: &F0<F>, protocol: u8, length: 
 pub fn is_partial<F: Family>(headers: &Headers<F>) -> bool {
     let Tuple { source, destination, protocol, .. } = &headers.tuple;
     let length = headers.length.wrapping_sub(headers.transport.wrapping_sub(headers.network));
-    headers.has_checksum && headers.checksum == fold16(pseudo::<F>(source, destination, *protocol, length))
+    headers.has_checksum
+        && headers.checksum == fold16(pseudo::<F>(source, destination, *protocol, length))
 }
 
 /// A segment's length in sequence space: its data, and one each for SYN and FIN.
@@ -171,7 +172,8 @@ pub fn reset<F: Answer>(headers: &Headers<F>, segment: &TcpHeader) -> (F::Networ
         let sequence = u32::from(u16::from_be(high)) << 16 | u32::from(u16::from_be(low));
         let acknowledgment = sequence.wrapping_add(sequence_length(headers, segment));
         header.flags = tcp::RST | tcp::ACK;
-        header.acknowledgment = [((acknowledgment >> 16) as u16).to_be(), (acknowledgment as u16).to_be()];
+        header.acknowledgment =
+            [((acknowledgment >> 16) as u16).to_be(), (acknowledgment as u16).to_be()];
     }
     let sum = pseudo::<F>(&to.source, &to.destination, protocol::TCP, 20);
     header.checksum = if is_partial(headers) {
@@ -205,8 +207,9 @@ pub fn error<F: Answer>(
     let to = headers.tuple.reversed();
     let length = quote.wrapping_add(8);
     let mut rest = mtu.to_be();
-    let mut sum =
-        quote_sum.wrapping_add(u64::from(u16::from_ne_bytes([kind, code]))).wrapping_add(u64::from(rest));
+    let mut sum = quote_sum
+        .wrapping_add(u64::from(u16::from_ne_bytes([kind, code])))
+        .wrapping_add(u64::from(rest));
     if F::VERSION == 6 {
         let pseudo = pseudo::<F>(&to.source, &to.destination, F::ICMP, length);
         sum = sum.wrapping_add(pseudo);

@@ -51,7 +51,8 @@ impl Delta {
         Self(self.0.wrapping_add(other.0))
     }
 
-    /// Whether it leaves every checksum as it is. Bytes may have changed all the same: all ones became zero.
+    /// Whether it leaves every checksum as it is. Bytes may have changed all the same: all ones
+    /// became zero.
     #[inline(always)]
     pub fn is_zero(self) -> bool {
         self.0 == 0
@@ -117,8 +118,8 @@ mod tests {
 
     #[test]
     fn the_worked_example_holds() {
-        let delta =
-            Delta::ZERO.word(u32::from_ne_bytes([10, 96, 0, 10]), u32::from_ne_bytes([10, 244, 1, 2]));
+        let delta = Delta::ZERO
+            .word(u32::from_ne_bytes([10, 96, 0, 10]), u32::from_ne_bytes([10, 244, 1, 2]));
         assert_eq!(u16::from_be(delta.apply(0x1c46_u16.to_be())), 0x1aba);
     }
 

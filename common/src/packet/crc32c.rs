@@ -3,26 +3,26 @@
 //! # Why two multiplications are enough
 //!
 //! SCTP's checksum (RFC 9260 section 6.8 and appendix A) is CRC32c over the whole packet, so a
-//! translator that changes a port would have to read every byte of it. But a CRC is
-//! affine over GF(2): of two messages of one length, the CRCs differ by the remainder of the
-//! *difference* of the messages, and initial value and final complement cancel out.
-//! Read the bytes as a polynomial, the first byte first and of each byte the lowest bit
-//! first. A packet of `L` bytes whose first four change by `d` (old XOR new, 32 coefficients) differs by
-//! `d * x^(8 (L - 4))`; a CRC is the remainder of the message times `x^32`. Hence
+//! translator that changes a port would have to read every byte of it. But a CRC is affine over
+//! GF(2): of two messages of one length, the CRCs differ by the remainder of the *difference* of
+//! the messages, and initial value and final complement cancel out. Read the bytes as a polynomial,
+//! the first byte first and of each byte the lowest bit first. A packet of `L` bytes whose first
+//! four change by `d` (old XOR new, 32 coefficients) differs by `d * x^(8 (L - 4))`; a CRC is the
+//! remainder of the message times `x^32`. Hence
 //!
 //! ```text
 //! new = old XOR (d * x^(8 L) mod P),   P = x^32 + x^28 + x^27 + x^26 + x^25 + x^23 + x^22 + x^20
 //!                                        + x^19 + x^18 + x^14 + x^13 + x^11 + x^10 + x^9 + x^8 + x^6 + 1
 //! ```
 //!
-//! An IP packet is shorter than 65 536 bytes, so `L = 256 h + l` with two digits of a byte each, and
-//! `x^(8 L) = x^(8 l) * x^(2048 h)`: two constants from two tables of 256, two multiplications modulo `P`,
-//! 64 steps of shift and XOR, however long the packet is.
+//! An IP packet is shorter than 65 536 bytes, so `L = 256 h + l` with two digits of a byte each,
+//! and `x^(8 L) = x^(8 l) * x^(2048 h)`: two constants from two tables of 256, two multiplications
+//! modulo `P`, 64 steps of shift and XOR, however long the packet is.
 //!
-//! A polynomial of degree below 32 is kept as the CRC itself is, *reflected*: bit `31 - k` is the coefficient of
-//! `x^k`, so 1 is `0x8000_0000`, `P` without `x^32` is `0x82f6_3b78`, and multiplying by `x`
-//! is a shift to the right. Bytes read as a little-endian word are then in place, and that is
-//! how the checksum lies in its field.
+//! A polynomial of degree below 32 is kept as the CRC itself is, *reflected*: bit `31 - k` is the
+//! coefficient of `x^k`, so 1 is `0x8000_0000`, `P` without `x^32` is `0x82f6_3b78`, and
+//! multiplying by `x` is a shift to the right. Bytes read as a little-endian word are then in
+//! place, and that is how the checksum lies in its field.
 //!
 //! Worked example: a COOKIE ACK, the shortest packet, goes from port 80 to port 208 instead:
 //!
@@ -33,7 +33,8 @@
 //!
 //! The change is bit 7 of byte 3, the last of 32 coefficients: `d = 1`. So the CRCs must differ by
 //! `x^(8 * 16) = x^128 mod P`, and `0xfd61_faa9 XOR 0xe5d9_10b1 = 0x18b8_ea18`. To check, square
-//! three times: `x^16 = 0x0000_8000`, `x^32 = 0x82f6_3b78`, `x^64 = 0x6ea2_d55c`, `x^128 = 0x18b8_ea18`.
+//! three times: `x^16 = 0x0000_8000`, `x^32 = 0x82f6_3b78`, `x^64 = 0x6ea2_d55c`,
+//! `x^128 = 0x18b8_ea18`.
 //!
 //! Addresses are not part of the checksum: SCTP has no pseudo-header.
 
@@ -50,13 +51,14 @@ static HIGH: [u32; 256] = powers(power(byte(ONE), 256));
 /// The product modulo `P`.
 #[inline(always)]
 const fn product(one: u32, other: u32) -> u32 {
-    // Behind the black box the compiler does not know that this is a single bit, and so cannot make a branch of it: 64
-    // branches at random, for the processor and for the verifier.
+    // Behind the black box the compiler does not know that this is a single bit, and so cannot make
+    // a branch of it: 64 branches at random, for the processor and for the verifier.
     let bit = core::hint::black_box(1);
     let mut other = other;
     let mut sum = 0_u32;
     let mut coefficient = 0_u32;
-    // Horner's scheme, from the highest coefficient down: the sum times x, plus `one` where the coefficient is 1.
+    // Horner's scheme, from the highest coefficient down: the sum times x, plus `one` where the
+    // coefficient is 1.
     while coefficient < 32 {
         let carry = 0_u32.wrapping_sub(sum & bit);
         let term = 0_u32.wrapping_sub(other & bit);
@@ -95,7 +97,8 @@ const fn powers(polynomial: u32) -> [u32; 256] {
     powers
 }
 
-/// What is to be added (XOR) to the CRC32c of `length` bytes when `change` is added to the first four.
+/// What is to be added (XOR) to the CRC32c of `length` bytes when `change` is added to the first
+/// four.
 ///
 /// Both are little-endian words. The length counts modulo 65 536: no SCTP packet is longer.
 #[inline(always)]
@@ -108,10 +111,11 @@ pub fn carried(change: u32, length: u32) -> u32 {
     }
 }
 
-/// The checksum field of an SCTP packet of `length` bytes when `change` is added to its ports; all as they lie in memory.
+/// The checksum field of an SCTP packet of `length` bytes when `change` is added to its ports; all
+/// as they lie in memory.
 ///
-/// Zero stays zero: the device is still to compute the checksum, or both ends do without (RFC 9653). One packet in
-/// 2^32 has zero for its checksum, and is lost where its ports change.
+/// Zero stays zero: the device is still to compute the checksum, or both ends do without (RFC
+/// 9653). One packet in 2^32 has zero for its checksum, and is lost where its ports change.
 #[inline(always)]
 pub fn updated(checksum: u32, change: u32, length: u32) -> u32 {
     if checksum == 0 { 0 } else { checksum ^ carried(u32::from_le(change), length).to_le() }
@@ -164,17 +168,22 @@ mod tests {
         assert_eq!(crc32c(&packet(0xd0)), 0xe5d9_10b1);
         assert_eq!(carried(ONE, 16), 0x18b8_ea18);
         let squares: Vec<u32> =
-            std::iter::successors(Some(ONE >> 16), |power| Some(product(*power, *power))).take(4).collect();
+            std::iter::successors(Some(ONE >> 16), |power| Some(product(*power, *power)))
+                .take(4)
+                .collect();
         assert_eq!(squares, [0x0000_8000, 0x82f6_3b78, 0x6ea2_d55c, 0x18b8_ea18]);
     }
 
     #[test]
     fn a_carried_change_is_that_of_a_checksum_made_anew() {
-        for length in (16..600).chain((600..9_001).step_by(61)).chain([65_279, 65_280, 65_515, 65_535]) {
+        for length in
+            (16..600).chain((600..9_001).step_by(61)).chain([65_279, 65_280, 65_515, 65_535])
+        {
             let old = noise(length, length.wrapping_mul(0x9e37_79b9));
             let new = [noise(4, !length), old.iter().skip(4).copied().collect()].concat();
-            let word =
-                |bytes: &[u8]| bytes.iter().take(4).rev().fold(0, |word, byte| word << 8 | u32::from(*byte));
+            let word = |bytes: &[u8]| {
+                bytes.iter().take(4).rev().fold(0, |word, byte| word << 8 | u32::from(*byte))
+            };
             let expected = crc32c(&old) ^ crc32c(&new);
             assert_eq!(carried(word(&old) ^ word(&new), length), expected, "{length} bytes");
         }

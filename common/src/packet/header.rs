@@ -48,8 +48,8 @@ wire! {
         version_class_flow: u32, payload_length: u16, next_header: u8, hop_limit: u8,
         source: crate::abi::Ipv6Address, destination: crate::abi::Ipv6Address
     } size 40;
-    /// The first bytes of an IPv6 extension header, with a routing header's names; a fragment header
-    /// has offset and flags in the last two, and four bytes of identification behind them.
+    /// The first bytes of an IPv6 extension header, with a routing header's names; a fragment
+    /// header has offset and flags in the last two, and four bytes of identification behind them.
     ExtensionHeader { next_header: u8, length: u8, kind: u8, segments_left: u8 } size 4;
     /// TCP without options (RFC 9293).
     TcpHeader {
@@ -58,7 +58,8 @@ wire! {
     } size 20;
     /// UDP (RFC 768).
     UdpHeader { source: u16, destination: u16, length: u16, checksum: u16 } size 8;
-    /// SCTP's common header and the header of the first chunk (RFC 9260). The checksum is a little-endian word.
+    /// SCTP's common header and the header of the first chunk (RFC 9260). The checksum is a
+    /// little-endian word.
     SctpHeader {
         source: u16, destination: u16, tag: [u16; 2], checksum: u32, chunk: u8, chunk_flags: u8, chunk_length: u16
     } size 16;

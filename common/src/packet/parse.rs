@@ -3,8 +3,8 @@
 use crate::abi::Tuple;
 use crate::family::{Family, V4, V6};
 use crate::packet::header::{
-    ExtensionHeader, IcmpHeader, Ipv4Header, Ipv6Header, SctpHeader, TcpHeader, UdpHeader, VlanTag, Wire,
-    protocol, sctp, tcp, vlan,
+    ExtensionHeader, IcmpHeader, Ipv4Header, Ipv6Header, SctpHeader, TcpHeader, UdpHeader, VlanTag,
+    Wire, protocol, sctp, tcp, vlan,
 };
 
 /// Read access to a packet.
@@ -26,7 +26,8 @@ const EXTENSIONS_MAX: u32 = 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// TCP, UDP or SCTP, complete as far as the transport header: a whole packet or a datagram's first fragment.
+    /// TCP, UDP or SCTP, complete as far as the transport header: a whole packet or a datagram's
+    /// first fragment.
     Transport,
     /// An ICMP error about such a packet.
     IcmpError,
@@ -46,7 +47,8 @@ pub enum Kind {
 pub enum Fragment {
     /// All of it.
     Whole,
-    /// Its first fragment, which must hold the whole transport header (RFC 1858 and 7112: else it counts as truncated).
+    /// Its first fragment, which must hold the whole transport header (RFC 1858 and 7112: else it
+    /// counts as truncated).
     First,
     /// Another fragment.
     Later,
@@ -70,14 +72,16 @@ pub struct Headers<F: Family> {
     pub datagram: u32,
     /// For a fragment: the protocol as every fragment of the datagram tells it.
     ///
-    /// For IPv6 the number of the header behind the fragment header. Where that is one more extension
-    /// header, only the first fragment tells the transport protocol, and this is not the tuple's.
+    /// For IPv6 the number of the header behind the fragment header. Where that is one more
+    /// extension header, only the first fragment tells the transport protocol, and this is not the
+    /// tuple's.
     pub datagram_protocol: u8,
     /// TTL or hop limit.
     pub ttl: u8,
     /// TCP's sequence number; SCTP's verification tag.
     pub sequence: u32,
-    /// TCP's acknowledgment number; SCTP's verification tag, which an ABORT for an unknown connection reflects.
+    /// TCP's acknowledgment number; SCTP's verification tag, which an ABORT for an unknown
+    /// connection reflects.
     pub acknowledgment: u32,
     /// Offset of the IP header.
     pub network: u32,
@@ -85,7 +89,8 @@ pub struct Headers<F: Family> {
     pub transport: u32,
     /// Length from the IP header to the packet's end as the IP header tells it.
     pub length: u32,
-    /// The transport checksum (of the quoted packet in an ICMP error), as it lies in memory; not SCTP's.
+    /// The transport checksum (of the quoted packet in an ICMP error), as it lies in memory; not
+    /// SCTP's.
     pub checksum: u16,
     /// Whether `checksum` was there to read.
     pub has_checksum: bool,
@@ -114,8 +119,8 @@ pub struct Network<F: Family> {
 
 /// A family whose network header can be read.
 pub trait Parse: Family<Address: Wire> {
-    /// Reads the network header at an offset, and notes in `headers` which datagram it is a fragment of;
-    /// `quoted` forgives a packet that was cut off and notes nothing.
+    /// Reads the network header at an offset, and notes in `headers` which datagram it is a
+    /// fragment of; `quoted` forgives a packet that was cut off and notes nothing.
     fn network<P: Packet>(
         packet: &P,
         offset: u32,
@@ -222,8 +227,8 @@ impl Parse for V6 {
         let mut transport = offset.wrapping_add(40);
         if kind == Kind::Transport {
             for _ in 0..EXTENSIONS_MAX {
-                // Hop-by-hop options, routing, fragment, destination options. (Behind an authentication
-                // header addresses and ports must not change: not ours.)
+                // Hop-by-hop options, routing, fragment, destination options. (Behind an
+                // authentication header addresses and ports must not change: not ours.)
                 if !matches!(next, 0 | 43 | 44 | 60) {
                     break;
                 }
@@ -242,7 +247,8 @@ impl Parse for V6 {
                     // The byte is reserved here.
                     words = 1;
                     // An atomic fragment (RFC 6946) has neither offset nor more fragments.
-                    let offset_more = u16::from_be_bytes([extension.kind, extension.segments_left]) & 0xfff9;
+                    let offset_more =
+                        u16::from_be_bytes([extension.kind, extension.segments_left]) & 0xfff9;
                     if offset_more != 0 {
                         is_later = offset_more != 1;
                         if !quoted {
@@ -255,9 +261,10 @@ impl Parse for V6 {
                     }
                 }
                 next = extension.next_header;
-                // The black box and a mask above any sum give the verifier one range after each header, not a new
-                // one: it need not go on from here as often as there are headers.
-                transport = core::hint::black_box(transport.wrapping_add(words.wrapping_mul(8)) & 0xfff);
+                // The black box and a mask above any sum give the verifier one range after each
+                // header, not a new one: it need not go on from here as often as there are headers.
+                transport =
+                    core::hint::black_box(transport.wrapping_add(words.wrapping_mul(8)) & 0xfff);
                 if is_later {
                     kind = Kind::Fragment;
                     break;
@@ -343,7 +350,11 @@ pub fn headers<F: Parse, P: Packet>(packet: &P, offset: u32) -> Option<Headers<F
 
 /// As [`headers`], into headers of nothing: the kernel's stack has no room for copies.
 #[inline(always)]
-pub fn headers_into<F: Parse, P: Packet>(packet: &P, offset: u32, headers: &mut Headers<F>) -> bool {
+pub fn headers_into<F: Parse, P: Packet>(
+    packet: &P,
+    offset: u32,
+    headers: &mut Headers<F>,
+) -> bool {
     if offset > OFFSET_MAX {
         return false;
     }
@@ -360,7 +371,8 @@ pub fn headers_into<F: Parse, P: Packet>(packet: &P, offset: u32, headers: &mut 
     if network.kind != Kind::Transport || network.transport > OFFSET_MAX {
         return true;
     }
-    // What the IP header leaves for the transport header; never below zero where the walk went past the end.
+    // What the IP header leaves for the transport header; never below zero where the walk went past
+    // the end.
     let end = offset.wrapping_add(network.length);
     if network.transport > end {
         headers.kind = Kind::Malformed;
@@ -440,7 +452,8 @@ fn sctp_header<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payloa
     headers.acknowledgment = headers.sequence;
 }
 
-/// An SCTP packet in TCP's flags, by its first chunk (RFC 9260 section 3.2): the path has one set of states for both.
+/// An SCTP packet in TCP's flags, by its first chunk (RFC 9260 section 3.2): the path has one set
+/// of states for both.
 ///
 /// | first chunk | flags | |
 /// |---|---|---|
@@ -467,9 +480,10 @@ fn sctp_flags(chunk: u8, flags: u8) -> u8 {
 
 /// An ICMP error quotes a packet, or a first fragment: either has the ports.
 ///
-/// Of SCTP's checksum nothing is kept: it cannot be brought up to date where the quoted packet was cut off, and nobody
-/// reads it there. Whoever gets the error compares the verification tag (RFC 9260 section 10), which the eight
-/// bytes that are always quoted hold and which no translation changes.
+/// Of SCTP's checksum nothing is kept: it cannot be brought up to date where the quoted packet was
+/// cut off, and nobody reads it there. Whoever gets the error compares the verification tag (RFC
+/// 9260 section 10), which the eight bytes that are always quoted hold and which no translation
+/// changes.
 #[inline(always)]
 fn icmp<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32) {
     headers.kind = Kind::Other;
@@ -488,7 +502,8 @@ fn icmp<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32)
     if !matches!(quoted.protocol, protocol::TCP | protocol::UDP | protocol::SCTP) {
         return;
     }
-    // RFC 792: at least eight bytes of the transport header are quoted; the ports are in the first four.
+    // RFC 792: at least eight bytes of the transport header are quoted; the ports are in the first
+    // four.
     let Some(ports) = packet.read::<[u16; 4]>(quoted.transport) else { return };
     let [source_port, destination_port, _, udp_checksum] = ports;
     if quoted.protocol == protocol::UDP {

@@ -11,16 +11,23 @@ use crate::packet::parse::{Fragment, Headers, Kind, Parse};
 pub trait Edit {
     /// Stores a value at an offset.
     fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool;
-    /// As [`Edit::store`], where no checksum within the packet makes up for the change: what a device has told the
-    /// kernel about the sum of the whole packet must follow.
+    /// As [`Edit::store`], where no checksum within the packet makes up for the change: what a
+    /// device has told the kernel about the sum of the whole packet must follow.
     fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool;
     /// Updates the IPv4 header checksum at an offset.
     fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool;
     /// Updates a transport or ICMP checksum at an offset: `addresses` is what changed in the
     /// pseudo-header, `data` what changed in the segment (partial checksums know only the former).
-    fn transport_checksum(&mut self, offset: u32, addresses: Delta, data: Delta, kind: Checksum) -> bool;
-    /// Updates SCTP's checksum at an offset, in a packet of `length` bytes from the SCTP header on: `change` is what was
-    /// added (XOR) to its ports, as they lie in memory. See [`crate::packet::crc32c::updated`].
+    fn transport_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Delta,
+        data: Delta,
+        kind: Checksum,
+    ) -> bool;
+    /// Updates SCTP's checksum at an offset, in a packet of `length` bytes from the SCTP header on:
+    /// `change` is what was added (XOR) to its ports, as they lie in memory. See
+    /// [`crate::packet::crc32c::updated`].
     fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool;
 }
 
@@ -78,40 +85,60 @@ fn ports_delta(old: [u16; 2], new: [u16; 2]) -> Delta {
 /// Rewrites the packet that `headers` describes so that its tuple becomes the flow's.
 ///
 /// In an ICMP error the quoted packet is rewritten (its tuple is the flow's turned round), and the
-/// error's own addresses where they are ends of the connection; a router on the way keeps its address.
+/// error's own addresses where they are ends of the connection; a router on the way keeps its
+/// address.
 #[inline(always)]
-pub fn rewrite<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
-    if headers.kind == Kind::IcmpError { error(edit, headers, flow) } else { segment(edit, headers, flow) }
+pub fn rewrite<F: Parse, E: Edit>(
+    edit: &mut E,
+    headers: &Headers<F>,
+    flow: &Flow<F::Address>,
+) -> bool {
+    if headers.kind == Kind::IcmpError {
+        error(edit, headers, flow)
+    } else {
+        segment(edit, headers, flow)
+    }
 }
 
-/// Whether every part of the packet's datagram can be rewritten to the flow. It can, but for fragments of three kinds:
+/// Whether every part of the packet's datagram can be rewritten to the flow. It can, but for
+/// fragments of three kinds:
 ///
-/// - SCTP whose ports change: what that does to the checksum depends on the length of the whole datagram, which the first
-///   fragment does not tell. SCTP divides its messages itself and asks for the path's MTU, so these are rare.
-/// - IPv6 with extension headers behind the fragment header: the other fragments do not tell the transport protocol.
-/// - An ICMP error: its other fragments do not tell which flow it is about. It is short, so these are rarer still.
+/// - SCTP whose ports change: what that does to the checksum depends on the length of the whole
+///   datagram, which the first fragment does not tell. SCTP divides its messages itself and asks
+///   for the path's MTU, so these are rare.
+/// - IPv6 with extension headers behind the fragment header: the other fragments do not tell the
+///   transport protocol.
+/// - An ICMP error: its other fragments do not tell which flow it is about. It is short, so these
+///   are rarer still.
 #[inline(always)]
 pub fn can_follow<F: Family>(headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
     let tuple = &headers.tuple;
     let keeps_ports =
         tuple.source_port == flow.source_port && tuple.destination_port == flow.destination_port;
     headers.fragment == Fragment::Whole
-        || headers.datagram_protocol == tuple.protocol && (tuple.protocol != protocol::SCTP || keeps_ports)
+        || headers.datagram_protocol == tuple.protocol
+            && (tuple.protocol != protocol::SCTP || keeps_ports)
 }
 
 /// As [`rewrite`], for a TCP, UDP or SCTP packet or a fragment.
 ///
-/// A first fragment's checksum is the whole datagram's and changes as a whole packet's; of a later fragment
-/// the addresses alone are rewritten. False where not even the first fragment [can follow](can_follow).
+/// A first fragment's checksum is the whole datagram's and changes as a whole packet's; of a later
+/// fragment the addresses alone are rewritten. False where not even the first fragment [can
+/// follow](can_follow).
 #[inline(always)]
-pub fn segment<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
+pub fn segment<F: Parse, E: Edit>(
+    edit: &mut E,
+    headers: &Headers<F>,
+    flow: &Flow<F::Address>,
+) -> bool {
     let tuple = &headers.tuple;
     let (old, new) = ([tuple.source, tuple.destination], [flow.source, flow.destination]);
     let old_ports = [tuple.source_port, tuple.destination_port];
     let new_ports = [flow.source_port, flow.destination_port];
     let addresses = addresses_delta::<F>(&old, &new);
     let is_later = headers.fragment == Fragment::Later;
-    // Whether a checksum in this packet makes up for changed ports, and addresses but for IPv4's own.
+    // Whether a checksum in this packet makes up for changed ports, and addresses but for IPv4's
+    // own.
     let is_balanced = !is_later && tuple.protocol != protocol::SCTP;
     if is_balanced {
         let ports = ports_delta(old_ports, new_ports);
@@ -144,7 +171,8 @@ pub fn segment<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flo
     if is_balanced {
         edit.store(headers.transport, ports)
     } else {
-        sctp_checksum(edit, headers, old_ports, new_ports) && edit.store_unbalanced(headers.transport, ports)
+        sctp_checksum(edit, headers, old_ports, new_ports)
+            && edit.store_unbalanced(headers.transport, ports)
     }
 }
 
@@ -210,7 +238,8 @@ fn error<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flow<F::A
     }
 
     let [outer_source, _] = headers.outer;
-    let outer = [if outer_source == tuple.source { flow.source } else { outer_source }, flow.destination];
+    let outer =
+        [if outer_source == tuple.source { flow.source } else { outer_source }, flow.destination];
     let outer_delta = addresses_delta::<F>(&headers.outer, &outer);
     if F::VERSION == V4::VERSION
         && !edit.network_checksum(headers.network.wrapping_add(NETWORK_CHECKSUM), outer_delta)
@@ -225,7 +254,8 @@ fn error<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flow<F::A
     edit.transport_checksum(headers.transport.wrapping_add(2), pseudo, data, Checksum::Plain)
 }
 
-/// Counts the TTL or hop limit down by one. False when it must not: it would reach zero, or the edit failed.
+/// Counts the TTL or hop limit down by one. False when it must not: it would reach zero, or the
+/// edit failed.
 #[inline(always)]
 pub fn decrement_ttl<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>) -> bool {
     if headers.ttl <= 1 {
@@ -233,7 +263,8 @@ pub fn decrement_ttl<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>) -> b
     }
     let ttl = headers.ttl.wrapping_sub(1);
     if F::VERSION == V4::VERSION {
-        let delta = Delta::ZERO.half(u16::from_ne_bytes([headers.ttl, 0]), u16::from_ne_bytes([ttl, 0]));
+        let delta =
+            Delta::ZERO.half(u16::from_ne_bytes([headers.ttl, 0]), u16::from_ne_bytes([ttl, 0]));
         edit.network_checksum(headers.network.wrapping_add(NETWORK_CHECKSUM), delta)
             && edit.store(headers.network.wrapping_add(8), [ttl])
     } else {

@@ -11,7 +11,8 @@ use super::Record;
 pub const RENEW_TICKS: u32 = 9;
 /// A flow that has ended keeps its reply tuple from others for this many ticks (TIME_WAIT is 60 s).
 pub const CLOSING_TICKS: u32 = 56;
-/// One that only one side has closed does so for this many idle ticks (two minutes, as conntrack's).
+/// One that only one side has closed does so for this many idle ticks (two minutes, as
+/// conntrack's).
 pub const HALF_CLOSED_TICKS: u32 = 112;
 /// One that no packet of the endpoint has proven: for half a minute.
 pub const UNPROVEN_TICKS: u32 = 28;
@@ -48,7 +49,8 @@ pub fn partner<F: Family>(key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> F
     }
 }
 
-/// Whether an entry leads to this tuple turned round: then it is the partner of the tuple's own entry.
+/// Whether an entry leads to this tuple turned round: then it is the partner of the tuple's own
+/// entry.
 #[inline(always)]
 pub fn leads_back<F: Family>(entry: &Flow<F::Address>, key: &Tuple<F::Address>) -> bool {
     entry.source == key.destination
@@ -84,7 +86,8 @@ pub fn gives_way<A: Copy>(
     }
     let unproven = embryonic && entry.state & state::ESTABLISHED == 0;
     if unproven {
-        // Refused by the endpoint, or a guess: that gives way to what a client itself says in the middle of a connection.
+        // Refused by the endpoint, or a guess: that gives way to what a client itself says in the
+        // middle of a connection.
         entry.state & state::RESET_REPLY != 0
             || entry.state & state::GUESS != 0 && record == Record::Establish
             || idle > UNPROVEN_TICKS
@@ -106,7 +109,8 @@ pub fn leads_to<A: Copy + Eq>(one: &Flow<A>, other: &Flow<A>) -> bool {
         && one.destination_port == other.destination_port
 }
 
-/// Whether an entry was used as lately as a flow, or within the tick before. Ticks wrap, and another CPU's may be ahead.
+/// Whether an entry was used as lately as a flow, or within the tick before. Ticks wrap, and
+/// another CPU's may be ahead.
 #[inline(always)]
 pub fn is_as_fresh<A: Copy>(entry: &Flow<A>, flow: &Flow<A>) -> bool {
     flow.seen.wrapping_sub(entry.seen).cast_signed() <= 1

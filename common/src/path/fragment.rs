@@ -1,10 +1,12 @@
-//! Datagrams in fragments: the first one tells the ports, the others are found by what all of them have in common.
+//! Datagrams in fragments: the first one tells the ports, the others are found by what all of them
+//! have in common.
 //!
-//! The adapter notes what the first fragment tells, once it is decided about. The others follow the datagram's flow and
-//! change nothing of it. One that comes before the first is *held*: it is sent out of our own device, labelled with where it
-//! was met, and the agent listens there. When the first fragment has been seen, or after a while,
-//! the agent sends it back to where it was met, by our own device again. Where no agent runs, none is held: at an address of
-//! the node it may be anybody's, an overlay's outer packet for one, which must not depend on us.
+//! The adapter notes what the first fragment tells, once it is decided about. The others follow the
+//! datagram's flow and change nothing of it. One that comes before the first is *held*: it is sent
+//! out of our own device, labelled with where it was met, and the agent listens there. When the
+//! first fragment has been seen, or after a while, the agent sends it back to where it was met, by
+//! our own device again. Where no agent runs, none is held: at an address of the node it may be
+//! anybody's, an overlay's outer packet for one, which must not depend on us.
 
 use crate::abi::{Datagram, DatagramPorts, Ticks, Tuple, side};
 use crate::family::Family;
@@ -19,8 +21,8 @@ use super::known::{is_answer, reason_along, verdict_along};
 use super::met::is_unassigned;
 use super::{Decision, Verdict, met};
 
-/// After so many ticks what a first fragment has told no longer counts: Linux gives a datagram 30 s to be complete, but at
-/// a high rate IPv4's 65 536 identifications come round much earlier.
+/// After so many ticks what a first fragment has told no longer counts: Linux gives a datagram 30 s
+/// to be complete, but at a high rate IPv4's 65 536 identifications come round much earlier.
 pub const DATAGRAM_TICKS: u32 = 14;
 
 /// The datagram that a fragment belongs to; the same for each of its fragments.
@@ -37,12 +39,19 @@ pub fn key<F: Family>(headers: &Headers<F>) -> Datagram<F::Address> {
     }
 }
 
-/// What the others of a first fragment's datagram need to know; no ports where they are not to be translated either.
+/// What the others of a first fragment's datagram need to know; no ports where they are not to be
+/// translated either.
 #[inline(always)]
 pub fn told<F: Family>(headers: &Headers<F>, decision: &Decision<F>, now: Ticks) -> DatagramPorts {
     let is_rewritten = match decision.verdict {
-        Verdict::Translate | Verdict::Around | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => true,
-        Verdict::Pass | Verdict::Reset | Verdict::Unreachable | Verdict::Drop | Verdict::Hold => false,
+        Verdict::Translate
+        | Verdict::Around
+        | Verdict::TurnBack
+        | Verdict::HandIn
+        | Verdict::Route => true,
+        Verdict::Pass | Verdict::Reset | Verdict::Unreachable | Verdict::Drop | Verdict::Hold => {
+            false
+        }
     };
     if !is_rewritten || !can_follow(headers, &decision.flow) {
         return DatagramPorts { source_port: 0, destination_port: 0, seen: now };
@@ -57,13 +66,21 @@ pub fn is_fresh(told: &DatagramPorts, now: Ticks) -> bool {
     now.wrapping_sub(told.seen) <= DATAGRAM_TICKS
 }
 
-/// The agent says this often that it keeps fragments: after so many ticks without it none is sent to it.
+/// The agent says this often that it keeps fragments: after so many ticks without it none is sent
+/// to it.
 pub const KEEPER_TICKS: u32 = 4;
 
-/// The key under which the agent says that it keeps fragments: no datagram has it, since none of its protocols is 0.
+/// The key under which the agent says that it keeps fragments: no datagram has it, since none of
+/// its protocols is 0.
 #[inline(always)]
 pub fn keeper<A: Copy + Default>() -> Datagram<A> {
-    Datagram { source: A::default(), destination: A::default(), id: 0, protocol: 0, reserved: [0; 3] }
+    Datagram {
+        source: A::default(),
+        destination: A::default(),
+        id: 0,
+        protocol: 0,
+        reserved: [0; 3],
+    }
 }
 
 /// Whether somebody keeps fragments, by what was last said under [`keeper`].
@@ -72,13 +89,15 @@ pub fn is_kept(said: Option<&DatagramPorts>, now: Ticks) -> bool {
     matches!(said, Some(said) if now.wrapping_sub(said.seen) <= KEEPER_TICKS)
 }
 
-/// Whether the protocol is one of those whose ports we translate: fragments of others are none of ours.
+/// Whether the protocol is one of those whose ports we translate: fragments of others are none of
+/// ours.
 #[inline(always)]
 pub fn is_transport(protocol: u8) -> bool {
     matches!(protocol, protocol::TCP | protocol::UDP | protocol::SCTP)
 }
 
-/// Bytes of an IP packet that can be held: what goes back through our own device, whose MTU is the usual one.
+/// Bytes of an IP packet that can be held: what goes back through our own device, whose MTU is the
+/// usual one.
 pub const HELD_LENGTH_MAX: u32 = 1_500;
 /// Ethertype of a held frame's label: one for local experiments.
 pub const LABEL_ETHERTYPE: u16 = 0x88b5;
@@ -134,7 +153,8 @@ pub fn met_at(mark: u32) -> (u32, bool) {
     (mark >> 1, mark & 1 != 0)
 }
 
-/// A fragment behind its datagram's first one: goes the first one's way. It has no flags, opens nothing and changes nothing.
+/// A fragment behind its datagram's first one: goes the first one's way. It has no flags, opens
+/// nothing and changes nothing.
 #[inline(always)]
 pub(super) fn follow_first<F: Family, T: Tables<F>>(
     egress: bool,

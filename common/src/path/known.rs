@@ -11,10 +11,11 @@ use super::entry::{RENEW_TICKS, UDP_IDLE_TICKS, entry_of};
 use super::open::is_opening;
 use super::{Decision, Record, Verdict, met, select};
 
-/// A client that opens anew leaves an endpoint that no longer serves and was not heard for this many ticks...
+/// A client that opens anew leaves an endpoint that no longer serves and was not heard for this
+/// many ticks...
 pub const SILENT_TICKS: u32 = 28;
-/// ...if the client went on for this many without it: a SYN that breaks a common silence may be forged, and a live endpoint
-/// answers it.
+/// ...if the client went on for this many without it: a SYN that breaks a common silence may be
+/// forged, and a live endpoint answers it.
 pub const VAIN_TICKS: u32 = 12;
 /// A UDP flow is more than a question and its answers when it still goes on after this many ticks.
 pub const STREAM_TICKS: u32 = 2;
@@ -26,20 +27,22 @@ pub(super) fn is_answer(flags: u8) -> bool {
     flags & (flow::REPLY | flow::HOST | flow::HAIRPIN | flow::DIRECT | flow::SOURCE) == flow::REPLY
 }
 
-/// What the entry of the replies tells about a packet that leaves towards an endpoint: its flags that say how the packet was
-/// translated as it came in; 0: it was not. It is asked first, since most clients keep their address, and then
-/// nothing else is to be asked.
+/// What the entry of the replies tells about a packet that leaves towards an endpoint: its flags
+/// that say how the packet was translated as it came in; 0: it was not. It is asked first, since
+/// most clients keep their address, and then nothing else is to be asked.
 #[inline(always)]
 pub(super) fn flags_of_reply<F: Family, T: Tables<F>>(key: &Tuple<F::Address>, tables: &T) -> u8 {
     match entry_of(&key.reversed(), tables) {
         Some((first, _)) => {
-            first.flags & (flow::REPLY | flow::MASQUERADED | flow::HOST | flow::HAIRPIN | flow::SOURCE)
+            first.flags
+                & (flow::REPLY | flow::MASQUERADED | flow::HOST | flow::HAIRPIN | flow::SOURCE)
         }
         None => 0,
     }
 }
 
-/// What an entry means at a hook: it counts where its direction is translated, elsewhere the packet passes as it is.
+/// What an entry means at a hook: it counts where its direction is translated, elsewhere the packet
+/// passes as it is.
 #[inline(always)]
 pub(super) fn verdict_along(flags: u8, egress: bool) -> Verdict {
     let reply = flags & flow::REPLY != 0;
@@ -63,14 +66,16 @@ pub(super) fn verdict_along(flags: u8, egress: bool) -> Verdict {
     } else if !egress {
         Verdict::Translate
     } else if flags & flow::DIRECT != 0 {
-        // It counts where the client's packet comes in: what leaves with its tuple is the other flow's.
+        // It counts where the client's packet comes in: what leaves with its tuple is the other
+        // flow's.
         Verdict::Pass
     } else {
         Verdict::Route
     }
 }
 
-/// A packet that has a flow entry. False: the entry no longer counts, a backend is to be selected anew.
+/// A packet that has a flow entry. False: the entry no longer counts, a backend is to be selected
+/// anew.
 #[inline(always)]
 pub(super) fn follow_entry<F: Family, T: Tables<F>>(
     egress: bool,
@@ -91,7 +96,10 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
     }
     if headers.kind == Kind::IcmpError {
         decision.flow = *entry;
-        decision.set(verdict, if flags & flow::SOURCE == 0 { Reason::IcmpError } else { Reason::Stranger });
+        decision.set(
+            verdict,
+            if flags & flow::SOURCE == 0 { Reason::IcmpError } else { Reason::Stranger },
+        );
         return true;
     }
     let now = tables.now();
@@ -125,7 +133,8 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
     let proves = if is_udp {
         entry.state & state::ESTABLISHED != 0 && now.wrapping_sub(entry.seen) >= STREAM_TICKS
     } else {
-        state & (state::ESTABLISHED | state::GUESS) == state::ESTABLISHED && !state::has_ended(state)
+        state & (state::ESTABLISHED | state::GUESS) == state::ESTABLISHED
+            && !state::has_ended(state)
     };
     decision.flow = *entry;
     decision.flow.state = state;
@@ -161,13 +170,14 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
     }
     // Who knows the endpoint's number needs no other proof of who it is.
     let is_known = !reply && state & !entry.state & state::ESTABLISHED != 0;
-    decision.asks_source =
-        !is_known && (state != entry.state || is_numbered_anew || decision.record == Record::Promote);
+    decision.asks_source = !is_known
+        && (state != entry.state || is_numbered_anew || decision.record == Record::Promote);
     decision.set(verdict, reason_along(flags));
     true
 }
 
-/// Whether the endpoint of a flow has not been heard for long, and the client has tried since. To a reset it says nothing.
+/// Whether the endpoint of a flow has not been heard for long, and the client has tried since. To a
+/// reset it says nothing.
 #[inline(always)]
 fn has_gone_silent<A: Copy>(entry: &Flow<A>, now: Ticks) -> bool {
     entry.state & state::RESET_FORWARD == 0
@@ -188,7 +198,8 @@ fn said_by_endpoint<F: Family>(before: u8, headers: &Headers<F>) -> u8 {
     }
     if tcp_flags & tcp::SYN != 0 && !state::has_ended(before) {
         // It has accepted a new connection of the same client, who will acknowledge that.
-        let is_numbered = headers.tuple.protocol == protocol::TCP && before & state::ESTABLISHED == 0;
+        let is_numbered =
+            headers.tuple.protocol == protocol::TCP && before & state::ESTABLISHED == 0;
         return before & !state::CLOSING | if is_numbered { state::ANSWERED } else { 0 };
     }
     let fin = if tcp_flags & tcp::FIN != 0 { state::FIN_REPLY } else { 0 };
@@ -220,7 +231,8 @@ fn said_by_client<F: Family>(entry: &Flow<F::Address>, headers: &Headers<F>) -> 
     before & !(state::GUESS | state::MATCHED | reset) | fin
 }
 
-/// Why a packet along an entry is translated. What happens on the client's side is counted on the backend's.
+/// Why a packet along an entry is translated. What happens on the client's side is counted on the
+/// backend's.
 #[inline(always)]
 pub(super) fn reason_along(flags: u8) -> Reason {
     if flags & flow::SOURCE != 0 {
@@ -241,7 +253,9 @@ pub(super) fn serves<F: Family, T: Tables<F>>(flow: &Flow<F::Address>, tables: &
         return true;
     }
     match tables.backend(flow.backend) {
-        Some(backend) => backend.generation == flow.generation && backend.flags & backend::SERVING != 0,
+        Some(backend) => {
+            backend.generation == flow.generation && backend.flags & backend::SERVING != 0
+        }
         None => false,
     }
 }

@@ -33,12 +33,17 @@ pub const HAD_ENTRY: u32 = 1024;
 
 /// What a packet's addresses are, as far as their listing and the port numbers tell.
 #[inline(always)]
-pub(super) fn classify<F: Family, T: Tables<F>>(hook: Hook, headers: &Headers<F>, tables: &T) -> u32 {
+pub(super) fn classify<F: Family, T: Tables<F>>(
+    hook: Hook,
+    headers: &Headers<F>,
+    tables: &T,
+) -> u32 {
     let egress = hook == Hook::Egress;
     let key = &headers.tuple;
     let destination = tables.listing(&key.destination);
     let to_address = destination & listing::FRONTEND != 0;
-    // Of fragments all are taken for one's until their ports are known: the first is to be noted wherever others ask for it.
+    // Of fragments all are taken for one's until their ports are known: the first is to be noted
+    // wherever others ask for it.
     let to_node_port = destination & listing::NODE_PORTS != 0
         && (headers.fragment != Fragment::Whole || tables.is_node_port(key.destination_port))
         && policy::may_ask_for_node_ports::<F, T>(egress, &key.destination, tables);
@@ -57,7 +62,8 @@ pub(super) fn classify<F: Family, T: Tables<F>>(hook: Hook, headers: &Headers<F>
         to_frontend || leaves || source & listing::BACKEND != 0
     } else {
         accelerated ||
-        // A reply to a masqueraded client, or to this host's own translated packets, comes from a backend to an address of the node.
+        // A reply to a masqueraded client, or to this host's own translated packets, comes from a
+        // backend to an address of the node.
         to_frontend
             || (source & listing::BACKEND != 0
                 && destination & listing::NODE != 0

@@ -10,14 +10,16 @@ use crate::tables::Tables;
 use super::entry::entry_of;
 use super::open::is_opening;
 
-/// Whether the entry of a tuple only [notes](super::open::leaves_as_node) that something other than a client of ours has it.
+/// Whether the entry of a tuple only [notes](super::open::leaves_as_node) that something other than
+/// a client of ours has it.
 #[inline(always)]
 fn is_noted<F: Family, T: Tables<F>>(tuple: &Tuple<F::Address>, tables: &T) -> bool {
     matches!(entry_of(tuple, tables), Some((entry, _)) if entry.flags & flow::SOURCE != 0)
 }
 
-/// Why a packet to a frontend that no entry is for is left to netfilter; [`None`]: it is not. A tuple that was ours (its flow has
-/// ended, or its backend is gone) stays ours: the entry would meet the next packet.
+/// Why a packet to a frontend that no entry is for is left to netfilter; [`None`]: it is not. A
+/// tuple that was ours (its flow has ended, or its backend is gone) stays ours: the entry would
+/// meet the next packet.
 #[inline(always)]
 pub(super) fn left_to_netfilter<F: Family, T: Tables<F>>(
     was_ours: bool,

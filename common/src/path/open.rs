@@ -12,27 +12,32 @@ use super::policy::{self, Source};
 use super::ports::{allocate, is_given};
 use super::{Decision, Hook, Record, Step, Verdict, accelerate, met, select};
 
-/// Whether a packet opens a flow. At an address of the node, whose stack and netfilter have connections of their own there,
-/// nothing else is taken for a client's.
+/// Whether a packet opens a flow. At an address of the node, whose stack and netfilter have
+/// connections of their own there, nothing else is taken for a client's.
 #[inline(always)]
 pub(super) fn opens<F: Family>(headers: &Headers<F>) -> bool {
     headers.tuple.protocol == protocol::UDP || is_opening(headers.tcp_flags)
 }
 
-/// Whether a datagram leaves from a port that is a node port: its answer would look like a client's question. Beside netfilter's
-/// node ports it is an answer itself.
+/// Whether a datagram leaves from a port that is a node port: its answer would look like a client's
+/// question. Beside netfilter's node ports it is an answer itself.
 #[inline(always)]
-pub(super) fn asks_from_node_port<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T) -> bool {
+pub(super) fn asks_from_node_port<F: Family, T: Tables<F>>(
+    headers: &Headers<F>,
+    tables: &T,
+) -> bool {
     headers.tuple.protocol == protocol::UDP
         && tables.is_node_port(headers.tuple.source_port)
         && matches!(tables.settings(), Some(settings) if settings.phase == phase::SERVE)
 }
 
-/// A packet without an entry that leaves for a backend: decides whether its source is to change, or is to be kept from it.
+/// A packet without an entry that leaves for a backend: decides whether its source is to change, or
+/// is to be kept from it.
 ///
-/// A client of a [masqueraded](crate::abi::flow::MASQUERADED) flow is shown as an address of the node. What leaves with
-/// such an address already is this host's own or netfilter's: an entry that changes nothing keeps its tuple from our
-/// clients, and its answer from being taken for a client's; where one of our clients has the tuple, its port changes.
+/// A client of a [masqueraded](crate::abi::flow::MASQUERADED) flow is shown as an address of the
+/// node. What leaves with such an address already is this host's own or netfilter's: an entry that
+/// changes nothing keeps its tuple from our clients, and its answer from being taken for a
+/// client's; where one of our clients has the tuple, its port changes.
 #[inline(always)]
 pub(super) fn leaves_as_node<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
@@ -53,9 +58,11 @@ pub(super) fn leaves_as_node<F: Family, T: Tables<F>>(
             decision.step = Step::Select;
             return true;
         }
-        // Of a flow of this host's own, or a reply, translated before; or a clash in the middle of a connection, whose port
-        // cannot change.
-        if first.flags & flow::HOST != 0 || first.flags & (flow::REPLY | flow::SOURCE) == 0 || !opens(headers)
+        // Of a flow of this host's own, or a reply, translated before; or a clash in the middle of
+        // a connection, whose port cannot change.
+        if first.flags & flow::HOST != 0
+            || first.flags & (flow::REPLY | flow::SOURCE) == 0
+            || !opens(headers)
         {
             return false;
         }
@@ -152,8 +159,9 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         | if hairpin { flow::HAIRPIN } else { 0 }
         | if backend.flags & backend::LOCAL != 0 { flow::LOCAL } else { 0 };
     if hairpin {
-        // Its client is shown to itself as the VIP, so that its answers come back here. A VIP of this host's own would be
-        // answered from itself by a socket that names no source: there client and server have the backend's address.
+        // Its client is shown to itself as the VIP, so that its answers come back here. A VIP of
+        // this host's own would be answered from itself by a socket that names no source: there
+        // client and server have the backend's address.
         decision.flow.source = if egress && policy::is_loopback_device::<F, T>(tables) {
             backend.address
         } else {
@@ -174,7 +182,8 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         if tcp_flags & tcp::RST == 0 && !decision.is_foreign {
             decision.record = Record::Establish;
         }
-        // Else it is the last packet there will be, or not its client's: nothing to record, but its port is as it was.
+        // Else it is the last packet there will be, or not its client's: nothing to record, but its
+        // port is as it was.
     } else {
         decision.set(verdict, Reason::Forward);
         decision.record = Record::Open;
@@ -182,7 +191,8 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     decision.step = Step::Claim;
 }
 
-/// Opens the client's side of a flow, where the packet leaves for the backend: an address of the node, and a port.
+/// Opens the client's side of a flow, where the packet leaves for the backend: an address of the
+/// node, and a port.
 #[inline(always)]
 fn open_source<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     decision.step = Step::Done;
@@ -203,7 +213,8 @@ fn open_source<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) 
     decision.step = Step::Claim;
 }
 
-/// Decides whether the client keeps its source, and masquerades it if not. False: the decision waits, or the packet is dropped.
+/// Decides whether the client keeps its source, and masquerades it if not. False: the decision
+/// waits, or the packet is dropped.
 #[inline(always)]
 fn keeps_source<F: Family, T: Tables<F>>(
     egress: bool,
@@ -234,7 +245,8 @@ fn keeps_source<F: Family, T: Tables<F>>(
     };
     // Its replies are translated where they leave.
     let has_way_back = is_here || tables.device(routes.to_client).is_some();
-    if has_way_back && class != Class::Internal && !is_here && routes.to_client != tables.ifindex() {
+    if has_way_back && class != Class::Internal && !is_here && routes.to_client != tables.ifindex()
+    {
         decision.flow.flags |= flow::AWAY;
     }
     let is_local = backend_flags & backend::LOCAL != 0;
@@ -254,14 +266,16 @@ fn keeps_source<F: Family, T: Tables<F>>(
     true
 }
 
-/// As [`keeps_source`], for a process of this host: it has the address that the route to its backend gives it.
+/// As [`keeps_source`], for a process of this host: it has the address that the route to its
+/// backend gives it.
 #[inline(always)]
 fn keeps_source_of_host<F: Family, T: Tables<F>>(
     backend_flags: u32,
     tables: &T,
     decision: &mut Decision<F>,
 ) -> bool {
-    // Nobody else may see a loopback address: such a client is shown as the node, wherever its backend is.
+    // Nobody else may see a loopback address: such a client is shown as the node, wherever its
+    // backend is.
     let is_loopback = F::is_loopback(&decision.flow.source);
     if backend_flags & backend::HOST != 0 || backend_flags & backend::LOCAL != 0 && !is_loopback {
         return true;
@@ -312,15 +326,22 @@ pub(super) fn reject<F: Family>(
 
 /// A packet that goes to a backend's own address.
 #[inline(always)]
-pub(super) fn direct<F: Family, T: Tables<F>>(headers: &Headers<F>, tables: &T, decision: &mut Decision<F>) {
+pub(super) fn direct<F: Family, T: Tables<F>>(
+    headers: &Headers<F>,
+    tables: &T,
+    decision: &mut Decision<F>,
+) {
     let key = &headers.tuple;
     // A bridge's ports may have translated it before: there it is no direct packet.
-    if !opens(headers) || matches!(tables.here(), Some(here) if here.flags & device_flags::BRIDGE != 0) {
+    if !opens(headers)
+        || matches!(tables.here(), Some(here) if here.flags & device_flags::BRIDGE != 0)
+    {
         return;
     }
-    // A flow that has ended clashes too: its entry still translates what the backend sends to this tuple. Where it
-    // no longer keeps the tuple from others, the direct connection's own entry, which changes nothing, replaces it.
-    // So does another direct connection that was given this one's port.
+    // A flow that has ended clashes too: its entry still translates what the backend sends to this
+    // tuple. Where it no longer keeps the tuple from others, the direct connection's own entry,
+    // which changes nothing, replaces it. So does another direct connection that was given this
+    // one's port.
     let clashes = match entry_of(&key.reversed(), tables) {
         Some((entry, _)) => {
             entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::SOURCE) == flow::REPLY

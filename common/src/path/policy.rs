@@ -12,11 +12,14 @@
 //! | external, `Cluster` | anybody else | kept with a way back | masqueraded |
 //! | external, `Local` | all | kept | kept |
 //!
-//! *With a way back*: the backend is on this node, and the FIB sends packets to the client out of a device that
-//! programs are attached to. *Another node's*: a detector that goes by addresses takes all of the cluster's pods for local ones. *As routed*: a process of this host has the address that the route to its backend gives it.
+//! *With a way back*: the backend is on this node, and the FIB sends packets to the client out of a
+//! device that programs are attached to. *Another node's*: a detector that goes by addresses takes
+//! all of the cluster's pods for local ones. *As routed*: a process of this host has the address
+//! that the route to its backend gives it.
 
 use crate::abi::{
-    self, Class, Prefix, Settings, detect_local, device, device_flags, frontend, masquerade, networks,
+    self, Class, Prefix, Settings, detect_local, device, device_flags, frontend, masquerade,
+    networks,
 };
 use crate::family::Family;
 use crate::packet::header::protocol;
@@ -33,7 +36,8 @@ pub enum Source {
     Masqueraded,
 }
 
-/// How local pods of a family are told: one of [`detect_local`]. Prefixes of the other family alone tell none of this one.
+/// How local pods of a family are told: one of [`detect_local`]. Prefixes of the other family alone
+/// tell none of this one.
 #[inline(always)]
 pub fn detector<F: Family>(settings: &Settings) -> u32 {
     let bit = if F::VERSION == 4 { networks::PODS_V4 } else { networks::PODS_V6 };
@@ -44,7 +48,8 @@ pub fn detector<F: Family>(settings: &Settings) -> u32 {
     }
 }
 
-/// Whether a client that is not this host keeps its source. `is_local`: it counts as a local pod; `is_here`: it comes by a pod's device.
+/// Whether a client that is not this host keeps its source. `is_local`: it counts as a local pod;
+/// `is_here`: it comes by a pod's device.
 #[inline(always)]
 pub fn source<F: Family>(
     settings: &Settings,
@@ -63,7 +68,11 @@ pub fn source<F: Family>(
         } else if is_local {
             Source::Kept
         } else if as_kube_proxy {
-            if detector::<F>(settings) == detect_local::NONE { Source::Kept } else { Source::Masqueraded }
+            if detector::<F>(settings) == detect_local::NONE {
+                Source::Kept
+            } else {
+                Source::Masqueraded
+            }
         } else if detector::<F>(settings) == detect_local::ADDRESS {
             Source::Masqueraded
         } else {
@@ -109,7 +118,8 @@ pub fn is_local_pod<F: Family, T: Tables<F>>(client: &F::Address, tables: &T) ->
     }
 }
 
-/// Whether a socket's call tells if its client counts as a local pod: what the detector goes by may only show in packets.
+/// Whether a socket's call tells if its client counts as a local pod: what the detector goes by may
+/// only show in packets.
 #[inline(always)]
 pub fn is_known_at_the_socket<F: Family>(settings: &Settings) -> bool {
     matches!(detector::<F>(settings), detect_local::NONE | detect_local::DEVICE)
@@ -146,8 +156,9 @@ pub fn netns_of_sockets(here: &abi::Device) -> Option<u32> {
 
 /// Whether node ports at an address are there for packets of the device that this one is met on.
 ///
-/// What this host sends to its own addresses leaves by the loopback device, and is met there alone. Loopback addresses are
-/// served to nobody else, whatever a frame says (the stack would drop it as martian); a pod's link is no other link.
+/// What this host sends to its own addresses leaves by the loopback device, and is met there alone.
+/// Loopback addresses are served to nobody else, whatever a frame says (the stack would drop it as
+/// martian); a pod's link is no other link.
 #[inline(always)]
 pub fn may_ask_for_node_ports<F: Family, T: Tables<F>>(
     egress: bool,
@@ -168,7 +179,10 @@ pub fn is_loopback_device<F: Family, T: Tables<F>>(tables: &T) -> bool {
 
 /// Whether one of the prefixes holds an address.
 #[inline(always)]
-pub fn is_within<F: Family>(prefixes: &[Prefix<F::Address>; abi::PREFIXES], address: &F::Address) -> bool {
+pub fn is_within<F: Family>(
+    prefixes: &[Prefix<F::Address>; abi::PREFIXES],
+    address: &F::Address,
+) -> bool {
     let address = F::words(address);
     for prefix in prefixes {
         let (network, mask) = (F::words(&prefix.network), F::words(&prefix.mask));
@@ -183,15 +197,17 @@ pub fn is_within<F: Family>(prefixes: &[Prefix<F::Address>; abi::PREFIXES], addr
     false
 }
 
-/// Whether a packet's source does not belong to the device that it came in by: somebody else may have forged it.
+/// Whether a packet's source does not belong to the device that it came in by: somebody else may
+/// have forged it.
 ///
-/// `from`: that device, 0 for this host itself. `route` answers which device the route to the source names (0: none), first as
-/// this host would send there, then as what came in by `from` would go.
+/// `from`: that device, 0 for this host itself. `route` answers which device the route to the
+/// source names (0: none), first as this host would send there, then as what came in by `from`
+/// would go.
 ///
 /// At a pod's device the answer is that of a strict reverse path filter, but that the bridge's pods
 /// may be reached by a device above it, of which nothing is known. By an uplink or a fabric device
-/// packets may come in although the way back is another one; but no pod of this node sends by those,
-/// nor does the node itself.
+/// packets may come in although the way back is another one; but no pod of this node sends by
+/// those, nor does the node itself.
 #[inline(always)]
 pub fn is_foreign<F: Family, T: Tables<F>>(
     egress: bool,
@@ -219,10 +235,13 @@ pub fn is_foreign<F: Family, T: Tables<F>>(
         device::EDGE => {
             let named = route(true);
             let is_above = flags & device_flags::GATEWAY_ABOVE != 0 && named != 0;
-            named != from && (bridge == 0 || named != bridge) && !(is_above && tables.device(named).is_none())
+            named != from
+                && (bridge == 0 || named != bridge)
+                && !(is_above && tables.device(named).is_none())
         }
         device::UPLINK | device::FABRIC => {
-            let is_way_out = |there: &abi::Device| matches!(there.role, device::UPLINK | device::FABRIC);
+            let is_way_out =
+                |there: &abi::Device| matches!(there.role, device::UPLINK | device::FABRIC);
             named != 0 && !tables.device(named).is_some_and(is_way_out)
         }
         // What this host sends itself.

@@ -13,8 +13,9 @@ use super::{Decision, Record, Step, Verdict};
 /// Source ports tried for a flow that must be remapped.
 pub const REMAP_TRIES: u32 = 8;
 
-/// Whether the client's address becomes one that this host's own sockets have: their direct connections to the same backend know
-/// nothing of the flow, so it takes a port that the host picks for none.
+/// Whether the client's address becomes one that this host's own sockets have: their direct
+/// connections to the same backend know nothing of the flow, so it takes a port that the host picks
+/// for none.
 #[inline(always)]
 pub fn uses_host_address<A: Copy + Eq>(flow: &Flow<A>) -> bool {
     let flags = flow.flags;
@@ -29,12 +30,13 @@ pub fn keeps_direct<F: Family>(decision: &Decision<F>) -> bool {
     decision.flow.flags & flow::DIRECT != 0 && decision.flow.source_port == decision.key.source_port
 }
 
-/// Finds a source port with which the new flow's reply tuple is free: the packet's own first, but for a client that gets or has this
-/// host's address, whose port follows from its tuple.
+/// Finds a source port with which the new flow's reply tuple is free: the packet's own first, but
+/// for a client that gets or has this host's address, whose port follows from its tuple.
 #[inline(always)]
 pub(super) fn allocate<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     let hash = maglev::hash::<F>(&decision.key);
-    // Whoever has the address that a foreign source takes may have a direct connection from the port.
+    // Whoever has the address that a foreign source takes may have a direct connection from the
+    // port.
     let takes_another = decision.is_foreign && decision.record == Record::Open;
     let keeps = !uses_host_address(&decision.flow) && !takes_another;
     let first = tables.passed_over().wrapping_add(u32::from(!keeps));
@@ -80,7 +82,8 @@ pub fn finish_search<F: Family>(found: Option<u16>, decision: &mut Decision<F>) 
     if let Some(port) = found {
         decision.flow.source_port = port;
     } else {
-        // Told at once: a client that waits for nothing is worse off than one that can try elsewhere.
+        // Told at once: a client that waits for nothing is worse off than one that can try
+        // elsewhere.
         let verdict = if decision.record == Record::Nothing {
             Verdict::Drop
         } else if decision.key.protocol == protocol::TCP {
@@ -93,8 +96,8 @@ pub fn finish_search<F: Family>(found: Option<u16>, decision: &mut Decision<F>) 
     }
 }
 
-/// Source ports that are given to clients, first and last of each range: outside the usual ephemeral range, so that
-/// they meet no port that a client or this host picks itself.
+/// Source ports that are given to clients, first and last of each range: outside the usual
+/// ephemeral range, so that they meet no port that a client or this host picks itself.
 pub const PORT_RANGES: [(u16, u16); 2] = [(1_024, 29_999), (61_000, 65_535)];
 /// How many ports they are.
 pub const PORTS: u32 = LOW + ports_in(PORT_RANGES[1]);
@@ -124,7 +127,11 @@ pub(super) fn is_given(port: u16) -> bool {
 
 /// Whether the reply tuple of a new flow is free for it when it has this source port.
 #[inline(always)]
-pub fn is_free<F: Family, T: Tables<F>>(tables: &T, decision: &Decision<F>, source_port: u16) -> bool {
+pub fn is_free<F: Family, T: Tables<F>>(
+    tables: &T,
+    decision: &Decision<F>,
+    source_port: u16,
+) -> bool {
     let key = &decision.key;
     let mut reply = partner_key::<F>(&decision.flow, key.protocol);
     reply.destination_port = source_port;
@@ -140,5 +147,6 @@ pub fn is_free<F: Family, T: Tables<F>>(tables: &T, decision: &Decision<F>, sour
             None => return true,
         },
     };
-    leads_back::<F>(entry, key) || gives_way(entry, embryonic, key.protocol, decision.record, tables.now())
+    leads_back::<F>(entry, key)
+        || gives_way(entry, embryonic, key.protocol, decision.record, tables.now())
 }

@@ -10,8 +10,8 @@ use crate::tables::Tables;
 use super::entry::leads_to;
 use super::{Decision, Record, Verdict, policy, select};
 
-/// Whether a packet is what a client sends when a segment arrives for a connection that it does not know: a reset
-/// without acknowledgment.
+/// Whether a packet is what a client sends when a segment arrives for a connection that it does not
+/// know: a reset without acknowledgment.
 #[inline(always)]
 pub(super) fn is_bare_reset<F: Family>(headers: &Headers<F>) -> bool {
     headers.kind == Kind::Transport
@@ -19,17 +19,18 @@ pub(super) fn is_bare_reset<F: Family>(headers: &Headers<F>) -> bool {
         && headers.tcp_flags & (tcp::RST | tcp::ACK | tcp::SYN) == tcp::RST
 }
 
-/// A bare reset: true when it only shows that a reply's entry was lost, and a new one is to be tried.
+/// A bare reset: true when it only shows that a reply's entry was lost, and a new one is to be
+/// tried.
 ///
-/// To a backend's own address it is sent by a client that does not know the connection, or by
-/// one that got a reply untranslated because its entry was lost: then a frontend leads to this
-/// endpoint, and either the forward entry still leads here or this client's slot does. In that
-/// case the reset is dropped and the entries are made again; the backend sends the segment once
-/// more. What a slot says is a guess: several frontends may lead to the endpoint, or the
-/// connection may be a direct one after all, and the reset forged. So a guess translates nothing
-/// but what the reset answers: the endpoint's segment whose acknowledgment number is the reset's
-/// sequence number (RFC 9293, 3.10.7.1). When the client resets that too, the next frontend is
-/// tried, and after the last the reset goes on to the backend. Where the client's connections are translated at the
+/// To a backend's own address it is sent by a client that does not know the connection, or by one
+/// that got a reply untranslated because its entry was lost: then a frontend leads to this
+/// endpoint, and either the forward entry still leads here or this client's slot does. In that case
+/// the reset is dropped and the entries are made again; the backend sends the segment once more.
+/// What a slot says is a guess: several frontends may lead to the endpoint, or the connection may
+/// be a direct one after all, and the reset forged. So a guess translates nothing but what the
+/// reset answers: the endpoint's segment whose acknowledgment number is the reset's sequence number
+/// (RFC 9293, 3.10.7.1). When the client resets that too, the next frontend is tried, and after the
+/// last the reset goes on to the backend. Where the client's connections are translated at the
 /// socket as a rule, a reset is most likely about one that is direct on the wire, and there is no
 /// guessing.
 #[inline(always)]
@@ -87,7 +88,8 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
             break;
         }
         if !is_next {
-            is_next = origin.address == packet.destination && origin.port == packet.destination_port;
+            is_next =
+                origin.address == packet.destination && origin.port == packet.destination_port;
             continue;
         }
         decision.key.destination = origin.address;
@@ -106,14 +108,21 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
     false
 }
 
-/// Makes the entries of a connection again if the slot of the decision's key leads to where the flow goes.
+/// Makes the entries of a connection again if the slot of the decision's key leads to where the
+/// flow goes.
 #[inline(always)]
-pub(super) fn guess<F: Family, T: Tables<F>>(sequence: u32, tables: &T, decision: &mut Decision<F>) -> bool {
-    // Only what is known for certain is made again beside netfilter, whose connections look just the same.
+pub(super) fn guess<F: Family, T: Tables<F>>(
+    sequence: u32,
+    tables: &T,
+    decision: &mut Decision<F>,
+) -> bool {
+    // Only what is known for certain is made again beside netfilter, whose connections look just
+    // the same.
     match tables.settings() {
         Some(settings) if settings.phase == phase::SERVE => {}
         Some(settings)
-            if settings.phase & phase::MASK == phase::SERVE && tables.imported(&decision.key).is_none() => {}
+            if settings.phase & phase::MASK == phase::SERVE
+                && tables.imported(&decision.key).is_none() => {}
         _ => return false,
     }
     let frontend = ServiceKey {
@@ -132,7 +141,9 @@ pub(super) fn guess<F: Family, T: Tables<F>>(sequence: u32, tables: &T, decision
     let class = policy::class(service.kind, is_local);
     let Some(range) = tables.range(service_port, class) else { return false };
     let Some((id, backend)) = select::by_tuple(&decision.key, range, tables) else { return false };
-    if backend.address != decision.flow.destination || backend.port != decision.flow.destination_port {
+    if backend.address != decision.flow.destination
+        || backend.port != decision.flow.destination_port
+    {
         return false;
     }
     decision.flow.backend = id;

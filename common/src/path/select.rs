@@ -1,8 +1,8 @@
 //! Which service port a packet asks for, and which of its backends it gets.
 
 use crate::abi::{
-    Affinity, AffinityKey, Backend, Class, Range, ServiceKey, TICK_SHIFT, Ticks, Tuple, backend as flags,
-    flow, frontend,
+    Affinity, AffinityKey, Backend, Class, Range, ServiceKey, TICK_SHIFT, Ticks, Tuple,
+    backend as flags, flow, frontend,
 };
 use crate::family::Family;
 use crate::maglev;
@@ -11,7 +11,8 @@ use crate::packet::parse::Headers;
 use crate::path::Decision;
 use crate::tables::Tables;
 
-/// The service port that a packet asks for and the kind of the frontend: its address's own, else a node port.
+/// The service port that a packet asks for and the kind of the frontend: its address's own, else a
+/// node port.
 #[inline(always)]
 pub fn find<F: Family, T: Tables<F>>(
     tuple: &Tuple<F::Address>,
@@ -37,16 +38,20 @@ pub fn find<F: Family, T: Tables<F>>(
 
 /// Whether the packet goes to a ClusterIP, whatever its port.
 #[inline(always)]
-pub(super) fn is_cluster_ip<F: Family, T: Tables<F>>(tuple: &Tuple<F::Address>, tables: &T) -> bool {
+pub(super) fn is_cluster_ip<F: Family, T: Tables<F>>(
+    tuple: &Tuple<F::Address>,
+    tables: &T,
+) -> bool {
     let key = ServiceKey { address: tuple.destination, port: 0, protocol: 0, reserved: 0 };
     matches!(tables.service(&key), Some(service) if service.kind == frontend::ADDRESS)
 }
 
 /// The backend of a flow: where the client's affinity leads, else a slot's.
 ///
-/// With affinity the slot follows from the client's address, so that it holds even when the entry is lost and on every node, and
-/// from its `round`, which is told: whoever comes back too late is as new, and shall not meet the same backend for ever. A
-/// flow that only goes on was opened in time.
+/// With affinity the slot follows from the client's address, so that it holds even when the entry
+/// is lost and on every node, and from its `round`, which is told: whoever comes back too late is
+/// as new, and shall not meet the same backend for ever. A flow that only goes on was opened in
+/// time.
 #[inline(always)]
 pub(super) fn backend<'t, F: Family, T: Tables<F>>(
     headers: &Headers<F>,
@@ -80,7 +85,8 @@ pub(super) fn backend<'t, F: Family, T: Tables<F>>(
     in_slot(slot, range, tables)
 }
 
-/// Has the client's affinity recorded, where the service port has any: the endpoint has answered for the first time.
+/// Has the client's affinity recorded, where the service port has any: the endpoint has answered
+/// for the first time.
 #[inline(always)]
 pub(super) fn proven<F: Family, T: Tables<F>>(decision: &mut Decision<F>, tables: &T) {
     let Some(port) = tables.port(decision.flow.service_port) else { return };

@@ -14,8 +14,9 @@ use crate::tables::Tables;
 /// What to do with a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice<F: Family> {
-    /// The call goes on as it is: the address is no frontend, or the decision needs what only packets tell (the client's
-    /// address, the device that they come in by) or do (drop without an answer).
+    /// The call goes on as it is: the address is no frontend, or the decision needs what only
+    /// packets tell (the client's address, the device that they come in by) or do (drop without an
+    /// answer).
     Untouched,
     /// The service port has no backends.
     Refuse {
@@ -33,10 +34,11 @@ pub enum Choice<F: Family> {
 
 /// Chooses the backend for a call of the socket with this cookie to this address.
 ///
-/// `kept` tells the backend, and its generation, that the socket was given for this address before; it is asked only if there
-/// is a choice.
+/// `kept` tells the backend, and its generation, that the socket was given for this address before;
+/// it is asked only if there is a choice.
 ///
-/// Node ports are for processes of this host alone: a pod's call may mean another address of the same number.
+/// Node ports are for processes of this host alone: a pod's call may mean another address of the
+/// same number.
 #[inline(always)]
 pub fn choose<F: Family, T: Tables<F>>(
     key: &ServiceKey<F::Address>,
@@ -46,7 +48,8 @@ pub fn choose<F: Family, T: Tables<F>>(
     tables: &T,
 ) -> Choice<F> {
     let listed = tables.listing(&key.address);
-    let to_node_port = is_host && listed & listing::NODE_PORTS != 0 && tables.is_node_port(key.port);
+    let to_node_port =
+        is_host && listed & listing::NODE_PORTS != 0 && tables.is_node_port(key.port);
     if listed & listing::FRONTEND == 0 && !to_node_port {
         return Choice::Untouched;
     }
@@ -72,7 +75,8 @@ pub fn choose<F: Family, T: Tables<F>>(
     let masqueraded = !is_host
         && (settings.masquerade == masquerade::ALL
             || settings.masquerade == masquerade::KUBE_PROXY && !is_cluster_ip);
-    let restricted = kind == frontend::LOAD_BALANCER && port.flags & abi::policy::SOURCE_RANGES != 0;
+    let restricted =
+        kind == frontend::LOAD_BALANCER && port.flags & abi::policy::SOURCE_RANGES != 0;
     // Whether the pod is one of those inside decides which backends it may reach.
     let in_question = !is_host
         && !is_cluster_ip
@@ -107,8 +111,9 @@ pub fn choose<F: Family, T: Tables<F>>(
     }
 }
 
-/// Whether a takeover or release leaves calls of this protocol to packets. A connect() always opens something new; a datagram
-/// may be one of a flow that netfilter translates, which its packet tells.
+/// Whether a takeover or release leaves calls of this protocol to packets. A connect() always opens
+/// something new; a datagram may be one of a flow that netfilter translates, which its packet
+/// tells.
 #[inline(always)]
 pub fn is_left_to_netfilter(now: u32, protocol: u8) -> bool {
     match now & phase::MASK {

@@ -46,7 +46,13 @@ impl Edit for Bytes {
         self.read::<u16>(offset).is_some_and(|old| self.store(offset, delta.apply(old)))
     }
 
-    fn transport_checksum(&mut self, offset: u32, addresses: Delta, data: Delta, kind: Checksum) -> bool {
+    fn transport_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Delta,
+        data: Delta,
+        kind: Checksum,
+    ) -> bool {
         let Some(old) = self.read::<u16>(offset) else { return false };
         let new = match (self.partial, kind) {
             (true, _) => !addresses.apply(!old),

@@ -190,11 +190,20 @@ impl Frame {
     /// A UDP datagram.
     pub(crate) fn udp(source: SocketAddr, destination: SocketAddr, data: &[u8]) -> Self {
         let ports = [source.port(), destination.port()];
-        Self::new(source.ip(), destination.ip(), Payload::Udp { ports, data: data.to_vec(), sum: Sum::Full })
+        Self::new(
+            source.ip(),
+            destination.ip(),
+            Payload::Udp { ports, data: data.to_vec(), sum: Sum::Full },
+        )
     }
 
     /// An SCTP packet with a chunk of a type and flags.
-    pub(crate) fn sctp(source: SocketAddr, destination: SocketAddr, chunk: (u8, u8), data: &[u8]) -> Self {
+    pub(crate) fn sctp(
+        source: SocketAddr,
+        destination: SocketAddr,
+        chunk: (u8, u8),
+        data: &[u8],
+    ) -> Self {
         let ports = [source.port(), destination.port()];
         let tag = if chunk.0 == INIT { 0 } else { 0x5152_5354 };
         Self::new(
@@ -253,14 +262,15 @@ impl Frame {
 
     fn ports(&mut self) -> Option<&mut [u16; 2]> {
         match &mut self.payload {
-            Payload::Tcp { ports, .. } | Payload::Udp { ports, .. } | Payload::Sctp { ports, .. } => {
-                Some(ports)
-            }
+            Payload::Tcp { ports, .. }
+            | Payload::Udp { ports, .. }
+            | Payload::Sctp { ports, .. } => Some(ports),
             Payload::Icmp { .. } | Payload::Other { .. } => None,
         }
     }
 
-    /// The datagram in fragments of `size` bytes, the last one shorter; IPv4's have the lower half of the identification.
+    /// The datagram in fragments of `size` bytes, the last one shorter; IPv4's have the lower half
+    /// of the identification.
     ///
     /// IPv6's extension headers so far stand in each fragment.
     pub(crate) fn fragments(&self, id: u32, size: usize) -> Vec<Self> {
@@ -277,12 +287,23 @@ impl Frame {
     }
 
     /// A fragment that has these bytes behind its own header, with the addresses of this frame.
-    pub(crate) fn part(&self, id: u32, start: usize, more: bool, protocol: u8, bytes: &[u8]) -> Self {
+    pub(crate) fn part(
+        &self,
+        id: u32,
+        start: usize,
+        more: bool,
+        protocol: u8,
+        bytes: &[u8],
+    ) -> Self {
         assert!(start.is_multiple_of(8), "offsets count in eight bytes");
         let payload = Payload::Other { protocol, bytes: bytes.to_vec() };
         let frame = Self { payload, ..self.clone() };
         if self.source.is_ipv4() {
-            return Self { id: id as u16, fragment: (start / 8) as u16 | u16::from(more) << 13, ..frame };
+            return Self {
+                id: id as u16,
+                fragment: (start / 8) as u16 | u16::from(more) << 13,
+                ..frame
+            };
         }
         let offset = (start as u16 | u16::from(more)).to_be_bytes();
         frame.extension(44, &[&[0, 0], &offset[..], &id.to_be_bytes()].concat())
@@ -367,7 +388,9 @@ impl Frame {
     fn network_header(&self) -> usize {
         match self.source {
             IpAddr::V4(_) => 20 + self.options.len(),
-            IpAddr::V6(_) => 40 + self.extensions.iter().map(|(_, bytes)| bytes.len()).sum::<usize>(),
+            IpAddr::V6(_) => {
+                40 + self.extensions.iter().map(|(_, bytes)| bytes.len()).sum::<usize>()
+            }
         }
     }
 
@@ -407,7 +430,8 @@ impl Frame {
             Payload::Udp { ports, data, sum } => {
                 let length = 8 + data.len() as u16;
                 let mut bytes =
-                    [ports[0].to_be_bytes(), ports[1].to_be_bytes(), length.to_be_bytes(), [0; 2]].concat();
+                    [ports[0].to_be_bytes(), ports[1].to_be_bytes(), length.to_be_bytes(), [0; 2]]
+                        .concat();
                 bytes.extend(data);
                 (bytes, 6, *sum)
             }

@@ -1,5 +1,6 @@
-//! What becomes of TCP connections that were translated at connect(): none of their packets meets a program of ours, so the
-//! kernel's own figures are taken, when a connection closes and every few seconds while it sends.
+//! What becomes of TCP connections that were translated at connect(): none of their packets meets a
+//! program of ours, so the kernel's own figures are taken, when a connection closes and every few
+//! seconds while it sends.
 
 #![allow(non_upper_case_globals, reason = "a map's name is what `bpftool map` shows")]
 
@@ -8,9 +9,9 @@ use core::ptr::null_mut;
 
 use aya_ebpf::bindings::{
     BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_RTT_CB,
-    BPF_SOCK_OPS_RTT_CB_FLAG, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
-    BPF_TCP_CLOSE, BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK,
-    BPF_TCP_SYN_SENT, BPF_TCP_TIME_WAIT, bpf_sock_ops,
+    BPF_SOCK_OPS_RTT_CB_FLAG, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+    BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED,
+    BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK, BPF_TCP_SYN_SENT, BPF_TCP_TIME_WAIT, bpf_sock_ops,
 };
 use aya_ebpf::btf_maps::{PerCpuHashMap, SkStorage};
 use aya_ebpf::helpers::generated::{bpf_sk_storage_get, bpf_sock_ops_cb_flags_set};
@@ -40,7 +41,8 @@ static socket_counts: PerCpuHashMap<
     { BPF_F_NO_PREALLOC as usize },
 > = PerCpuHashMap::new();
 
-/// Adds to a counter of this CPU: an interrupt may count the end of another connection in the middle of it.
+/// Adds to a counter of this CPU: an interrupt may count the end of another connection in the
+/// middle of it.
 #[inline(always)]
 fn add(counter: &mut u64, more: u64) {
     // SAFETY: one atomic addition to a live, aligned word.
@@ -49,7 +51,8 @@ fn add(counter: &mut u64, more: u64) {
     }
 }
 
-/// The counters of a backend, made on first use. A counter that cannot be made changes nothing else.
+/// The counters of a backend, made on first use. A counter that cannot be made changes nothing
+/// else.
 #[inline(always)]
 fn counters(backend: u32) -> Option<&'static mut SocketCounters> {
     if socket_counts.get_ptr_mut(backend).is_none() {
@@ -85,9 +88,12 @@ fn kept(ops: *mut bpf_sock_ops, fresh: Option<&mut Connection>) -> Option<&'stat
         None => (null_mut(), 0),
     };
     let map = (&raw const connections).cast_mut();
-    // SAFETY: map, socket and value are what the helper takes; the value lives as long as the program runs.
+    // SAFETY: map, socket and value are what the helper takes; the value lives as long as the
+    // program runs.
     unsafe {
-        bpf_sk_storage_get(map.cast(), socket.cast(), fresh.cast(), flags).cast::<Connection>().as_mut()
+        bpf_sk_storage_get(map.cast(), socket.cast(), fresh.cast(), flags)
+            .cast::<Connection>()
+            .as_mut()
     }
 }
 
@@ -113,9 +119,12 @@ fn backend<F: Maps>(ops: *mut bpf_sock_ops, address: F::Address, port: u16) -> O
         return None;
     }
     let map = core::ptr::from_ref(F::peer()).cast_mut();
-    // SAFETY: map and socket are what the helper takes; the value lives as long as the program runs.
+    // SAFETY: map and socket are what the helper takes; the value lives as long as the program
+    // runs.
     let peer = unsafe {
-        bpf_sk_storage_get(map.cast(), socket.cast(), null_mut(), 0).cast::<Peer<F::Address>>().as_ref()
+        bpf_sk_storage_get(map.cast(), socket.cast(), null_mut(), 0)
+            .cast::<Peer<F::Address>>()
+            .as_ref()
     }?;
     (peer.backend == address && peer.backend_port == port).then_some(peer.id | F::COUNTER)
 }
@@ -123,7 +132,8 @@ fn backend<F: Maps>(ops: *mut bpf_sock_ops, address: F::Address, port: u16) -> O
 /// A connection begins: one that was translated is followed from here on.
 #[inline(always)]
 fn begin(ops: *mut bpf_sock_ops) {
-    // SAFETY: the context is valid while the program runs; one load a word, it may not be read otherwise.
+    // SAFETY: the context is valid while the program runs; one load a word, it may not be read
+    // otherwise.
     let (family, ip4, port, words, flags) = unsafe {
         (
             (*ops).family,
@@ -138,7 +148,11 @@ fn begin(ops: *mut bpf_sock_ops) {
             (*ops).bpf_sock_ops_cb_flags,
         )
     };
-    let v4 = if family == AF_INET { Some(Ipv4Address { octets: ip4.to_ne_bytes() }) } else { mapped(words) };
+    let v4 = if family == AF_INET {
+        Some(Ipv4Address { octets: ip4.to_ne_bytes() })
+    } else {
+        mapped(words)
+    };
     let backend = match v4 {
         Some(address) => backend::<V4>(ops, address, port),
         None => backend::<V6>(ops, address_v6(words), port),
@@ -187,7 +201,10 @@ fn count(ops: *mut bpf_sock_ops, connection: &mut Connection, counters: &mut Soc
     add(&mut counters.sent_bytes, sent.wrapping_sub(connection.sent_bytes));
     add(&mut counters.received_bytes, received.wrapping_sub(connection.received_bytes));
     add(&mut counters.sent_segments, u64::from(out.wrapping_sub(connection.sent_segments)));
-    add(&mut counters.received_segments, u64::from(came.wrapping_sub(connection.received_segments)));
+    add(
+        &mut counters.received_segments,
+        u64::from(came.wrapping_sub(connection.received_segments)),
+    );
     add(
         &mut counters.retransmitted_segments,
         u64::from(again.wrapping_sub(connection.retransmitted_segments)),
@@ -239,8 +256,8 @@ fn changed(ops: *mut bpf_sock_ops) {
     }
 }
 
-/// Whether a connection that was in this state ends by both sides' FIN: it passes on to a time-wait socket, or has got
-/// the last acknowledgment.
+/// Whether a connection that was in this state ends by both sides' FIN: it passes on to a time-wait
+/// socket, or has got the last acknowledgment.
 #[inline(always)]
 fn is_orderly(old: u32) -> bool {
     matches!(old, BPF_TCP_FIN_WAIT2 | BPF_TCP_CLOSING | BPF_TCP_TIME_WAIT | BPF_TCP_LAST_ACK)

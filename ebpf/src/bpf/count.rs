@@ -10,8 +10,8 @@ use sluice_common::path::{Decision, Hook};
 use super::events::{self, Tell};
 use super::maps::{self, Maps};
 
-/// Counts a packet once: per backend where it went along a flow, else per reason; and tells those who listen. A function of
-/// its own, so that it has a stack frame to itself.
+/// Counts a packet once: per backend where it went along a flow, else per reason; and tells those
+/// who listen. A function of its own, so that it has a stack frame to itself.
 #[inline(never)]
 pub(super) fn packet<F: Tell>(
     decision: &Decision<F>,

@@ -1,7 +1,7 @@
 //! The path and its records as global functions.
 //!
-//! The verifier checks a global function once and by itself, whatever its callers do. Inlined, or as
-//! a static function, the path would be checked anew for every state that reading a packet can
+//! The verifier checks a global function once and by itself, whatever its callers do. Inlined, or
+//! as a static function, the path would be checked anew for every state that reading a packet can
 //! end in; that alone exceeded a million instructions.
 
 #![allow(non_upper_case_globals, reason = "a map's name is what `bpftool map` shows")]
@@ -23,9 +23,9 @@ use super::maps::Maps;
 use super::record;
 use super::tables::Kernel;
 
-/// What is known and decided of a packet, in a map: the stack has no room for it, and kernel 6.1 takes no
-/// map key from a global function's argument. Programs that use it run with softirqs off, so that none
-/// interrupts another on its CPU.
+/// What is known and decided of a packet, in a map: the stack has no room for it, and kernel 6.1
+/// takes no map key from a global function's argument. Programs that use it run with softirqs off,
+/// so that none interrupts another on its CPU.
 #[repr(C)]
 pub(super) struct Scratch<F: Family> {
     pub(super) headers: Headers<F>,
@@ -51,7 +51,12 @@ pub(super) struct Asked {
 impl Asked {
     /// Nothing, but that so many source ports are not to be tried.
     pub(super) const fn passing_over(passed_over: u32) -> Self {
-        Self { routes: Routes { to_backend: 0, to_client: 0 }, has_routes: 0, passed_over, found: 0 }
+        Self {
+            routes: Routes { to_backend: 0, to_client: 0 },
+            has_routes: 0,
+            passed_over,
+            found: 0,
+        }
     }
 }
 
@@ -62,11 +67,13 @@ static scratch_v6: PerCpuArray<Scratch<V6>, 1> = PerCpuArray::new();
 
 /// A family whose decisions are made and recorded by global functions.
 pub(super) trait Decide: Maps + Parse {
-    /// This CPU's scratch. A reference to it must not outlive a call of the functions below, which take their own.
+    /// This CPU's scratch. A reference to it must not outlive a call of the functions below, which
+    /// take their own.
     fn scratch() -> Option<*mut Scratch<Self>>;
     /// Decides about the packet in this CPU's scratch, met on a device.
     fn decide(ifindex: u32, hook: Hook);
-    /// Takes back what the packet must not do, since its source does not belong where it came in by.
+    /// Takes back what the packet must not do, since its source does not belong where it came in
+    /// by.
     fn disown(hook: Hook);
     /// Goes on with a decision that is not done.
     fn open(ifindex: u32, hook: Hook);
@@ -97,7 +104,8 @@ pub(super) fn hook_of(number: u32) -> Hook {
     }
 }
 
-/// Walks all source ports; a tuple for which that was in vain is not searched for again within a tick.
+/// Walks all source ports; a tuple for which that was in vain is not searched for again within a
+/// tick.
 #[inline(always)]
 fn search<F: Decide>(decision: &mut Decision<F>, found: impl FnOnce() -> u32) {
     let mut key = path::partner_key::<F>(&decision.flow, decision.key.protocol);

@@ -1,5 +1,5 @@
-//! Tells events to whoever listens. Asked only where a packet or call is slow already: a flow's first packets, and
-//! what is counted by its reason.
+//! Tells events to whoever listens. Asked only where a packet or call is slow already: a flow's
+//! first packets, and what is counted by its reason.
 
 #![allow(non_upper_case_globals, reason = "a map's name is what `bpftool map` shows")]
 
@@ -27,7 +27,8 @@ static events_lost: PerCpuArray<u64, 1> = PerCpuArray::new();
 #[btf_map]
 static event_scratch: PerCpuArray<Event, 1> = PerCpuArray::new();
 
-/// What is asked for, if anybody listens. Without a listener one word is read; of one that was killed, the clock too.
+/// What is asked for, if anybody listens. Without a listener one word is read; of one that was
+/// killed, the clock too.
 #[inline(always)]
 fn listener() -> Option<&'static Listening> {
     let sieve = listening.get(0)?;
@@ -103,7 +104,8 @@ macro_rules! global {
 global!(V4, tell_v4);
 global!(V6, tell_v6);
 
-/// Tells of a process's call, if anybody listens: on the stack, since one process may interrupt another here.
+/// Tells of a process's call, if anybody listens: on the stack, since one process may interrupt
+/// another here.
 #[inline(always)]
 pub(super) fn call<F: Wide>(
     at: At,
@@ -129,7 +131,8 @@ pub(super) fn call<F: Wide>(
     event.at = at as u8;
     event.reason = reason as u8;
     event.fate = fate as u8;
-    // SAFETY: the helper has no preconditions. The upper half is the process, the lower one its thread.
+    // SAFETY: the helper has no preconditions. The upper half is the process, the lower one its
+    // thread.
     event.process = (unsafe { bpf_get_current_pid_tgid() } >> 32) as u32;
     if let Ok(command) = bpf_get_current_comm() {
         event.command = command;

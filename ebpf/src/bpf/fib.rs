@@ -15,8 +15,8 @@ use super::tables::Kernel;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
-/// The loopback device of every network namespace. Output routing starts from it: a lookup as if sent by this host, without
-/// binding it to a device.
+/// The loopback device of every network namespace. Output routing starts from it: a lookup as if
+/// sent by this host, without binding it to a device.
 pub(super) const LOOPBACK: u32 = 1;
 const SUCCESS: i64 = 0;
 const NO_NEIGHBOUR: i64 = 7;
@@ -122,7 +122,8 @@ pub(super) struct Way {
     /// Where it comes from: a device, or [`LOOPBACK`] for this host itself.
     pub(super) ifindex: u32,
     pub(super) mark: u32,
-    /// Its length with the IP header, or that of a segment of it; 0: whether it fits does not matter.
+    /// Its length with the IP header, or that of a segment of it; 0: whether it fits does not
+    /// matter.
     pub(super) length: u32,
 }
 
@@ -159,8 +160,8 @@ pub(super) fn route<F: Fib>(
     }
 }
 
-/// As [`route`], with a [`Way`] of which length and mark are in one word: the device; in the upper half the MTU where
-/// the packet exceeds it; else 0.
+/// As [`route`], with a [`Way`] of which length and mark are in one word: the device; in the upper
+/// half the MTU where the packet exceeds it; else 0.
 #[inline(never)]
 fn ask_route<F: Fib>(
     ctx: *mut c_void,
@@ -185,8 +186,11 @@ fn ask_route<F: Fib>(
     }
     match status {
         // With a length the route's MTU counts and the device is not told, without one it is.
-        // SAFETY: an integer, whichever of the union was written.
-        FRAG_NEEDED if length != 0 => u64::from(unsafe { question.__bindgen_anon_1.mtu_result }) << 32,
+        FRAG_NEEDED if length != 0 => {
+            // SAFETY: an integer, whichever of the union was written.
+            let mtu = unsafe { question.__bindgen_anon_1.mtu_result };
+            u64::from(mtu) << 32
+        }
         // Without a neighbour so far the device is known all the same.
         SUCCESS | NO_NEIGHBOUR | FRAG_NEEDED => u64::from(question.ifindex),
         _ => 0,
@@ -272,14 +276,16 @@ fn next_hop(question: &Question) -> NextHop {
 #[inline(always)]
 fn is_same(one: &NextHop, other: &NextHop) -> bool {
     // SAFETY: as in `next_hop`.
-    let (one_words, other_words) = unsafe { (one.__bindgen_anon_1.ipv6_nh, other.__bindgen_anon_1.ipv6_nh) };
+    let (one_words, other_words) =
+        unsafe { (one.__bindgen_anon_1.ipv6_nh, other.__bindgen_anon_1.ipv6_nh) };
     let ([one_first, ..], [other_first, ..]) = (one_words, other_words);
     one.nh_family == other.nh_family
         && one_first == other_first
         && (one.nh_family == u32::from(AF_INET) || one_words == other_words)
 }
 
-/// The link-layer address of a neighbour on a device; `None` where it is not known, or not behind this device.
+/// The link-layer address of a neighbour on a device; `None` where it is not known, or not behind
+/// this device.
 #[inline(always)]
 pub(super) fn neighbour<F: Fib>(
     ctx: *mut c_void,
@@ -307,7 +313,8 @@ fn device<F: Fib>(
     }
 }
 
-/// Asks where packets of the flow that is decided about would leave, and notes the answers for the path.
+/// Asks where packets of the flow that is decided about would leave, and notes the answers for the
+/// path.
 #[inline(never)]
 pub(super) fn ask<F: Fib>(ctx: *mut c_void, from: u32, mark: u32) {
     let Some(scratch) = F::scratch() else { return };
@@ -323,9 +330,15 @@ pub(super) fn ask<F: Fib>(ctx: *mut c_void, from: u32, mark: u32) {
     asked.has_routes = 1;
 }
 
-/// Whether the source of the packet in this CPU's scratch does not belong to the device that it came in by; 0: this host's own.
+/// Whether the source of the packet in this CPU's scratch does not belong to the device that it
+/// came in by; 0: this host's own.
 #[inline(always)]
-pub(super) fn source_is_foreign<F: Fib>(ctx: *mut c_void, from: u32, mark: u32, egress: bool) -> bool {
+pub(super) fn source_is_foreign<F: Fib>(
+    ctx: *mut c_void,
+    from: u32,
+    mark: u32,
+    egress: bool,
+) -> bool {
     let Some(scratch) = F::scratch() else { return false };
     // SAFETY: this CPU's own; nothing else takes a reference here.
     let tuple = unsafe { &(*scratch).headers.tuple };

@@ -1,8 +1,9 @@
 //! Tables whose layout changes: both layouts are read, one is written (see [`previous`]).
 //!
-//! Which one is a constant that is set when the programs are loaded: the verifier leaves out what does not apply, so that
-//! settled programs have nothing of all this. What the others do is in global functions, checked once and by themselves,
-//! with key and value in a map: the path has too many lookups to follow two tables through each.
+//! Which one is a constant that is set when the programs are loaded: the verifier leaves out what
+//! does not apply, so that settled programs have nothing of all this. What the others do is in
+//! global functions, checked once and by themselves, with key and value in a map: the path has too
+//! many lookups to follow two tables through each.
 
 use core::marker::PhantomData;
 use core::ptr;
@@ -55,7 +56,8 @@ struct Both<K: 'static, V: Moved + 'static, const N: usize> {
 }
 
 impl<K: 'static, V: Moved + 'static, const N: usize> Both<K, V, N> {
-    /// Puts the value of the slot's key there, from whichever layout has it; where both have, from the one that is written.
+    /// Puts the value of the slot's key there, from whichever layout has it; where both have, from
+    /// the one that is written.
     #[inline(always)]
     fn find(&self, slot: &mut Slot<K, V>) -> bool {
         // SAFETY: entries are plain data, readable under RCU.
@@ -69,8 +71,8 @@ impl<K: 'static, V: Moved + 'static, const N: usize> Both<K, V, N> {
             }
             (None, None) => return false,
         };
-        // SAFETY: an entry lies in another map than the slot. An assignment would call `memmove`, whose stack frame 6.1
-        // has no room for.
+        // SAFETY: an entry lies in another map than the slot. An assignment would call `memmove`,
+        // whose stack frame 6.1 has no room for.
         unsafe { ptr::copy_nonoverlapping(now, &raw mut slot.now, 1) };
         true
     }
@@ -110,11 +112,13 @@ impl<A: Copy + Eq + 'static, const N: usize> Both<Tuple<A>, Flow<A>, N>
 where
     Flow<A>: Moved<Before = previous::Flow<A>>,
 {
-    /// Brings the slot's entry up to date in place, where it leads the same way; false where it is missing.
+    /// Brings the slot's entry up to date in place, where it leads the same way; false where it is
+    /// missing.
     #[inline(always)]
     fn renew(&self, slot: &Slot<Tuple<A>, Flow<A>>, renewal: Renewal) -> bool {
         let mut found = false;
-        // SAFETY: entries are there under RCU. A concurrent writer may win: both bring it up to date.
+        // SAFETY: entries are there under RCU. A concurrent writer may win: both bring it up to
+        // date.
         unsafe {
             if let Some(entry) = self.now.get_ptr_mut(&slot.key) {
                 if leads_to(&*entry, &slot.now) {
@@ -136,7 +140,8 @@ where
 }
 
 type FlowSlot<F> = Slot<Tuple<<F as Family>::Address>, Flow<<F as Family>::Address>>;
-type Now<F, const N: usize> = LruHashMap<Tuple<<F as Family>::Address>, Flow<<F as Family>::Address>, N>;
+type Now<F, const N: usize> =
+    LruHashMap<Tuple<<F as Family>::Address>, Flow<<F as Family>::Address>, N>;
 
 /// A family whose flows are in both layouts.
 pub(super) trait Moving: Family {
@@ -174,7 +179,8 @@ macro_rules! moving {
             let result = if index == 0 {
                 Both { now: &super::maps::$flows, before: &old::$old_flows }.put(slot, flags)
             } else {
-                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }.put(slot, flags)
+                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }
+                    .put(slot, flags)
             };
             match result {
                 Ok(()) => 0,
@@ -199,14 +205,16 @@ macro_rules! moving {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $renew(index: u32, renewal: u32) -> u32 {
-            let renewal = Renewal { is_heard: renewal & HEARD != 0, takes_back: renewal & TAKES_BACK != 0 };
+            let renewal =
+                Renewal { is_heard: renewal & HEARD != 0, takes_back: renewal & TAKES_BACK != 0 };
             let Some(slot) = old::$slots.get_ptr_mut(index) else { return 0 };
             // SAFETY: as above.
             let slot = unsafe { &*slot };
             u32::from(if index == 0 {
                 Both { now: &super::maps::$flows, before: &old::$old_flows }.renew(slot, renewal)
             } else {
-                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }.renew(slot, renewal)
+                Both { now: &super::maps::$embryonic, before: &old::$old_embryonic }
+                    .renew(slot, renewal)
             })
         }
 
@@ -290,7 +298,9 @@ impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
     pub(super) unsafe fn get(&self, key: &Tuple<F::Address>) -> Option<&'static Flow<F::Address>> {
         if is(Round::Settled) {
             // SAFETY: the caller's.
-            return unsafe { if INDEX == 0 { F::now_flows().get(key) } else { F::now_embryonic().get(key) } };
+            return unsafe {
+                if INDEX == 0 { F::now_flows().get(key) } else { F::now_embryonic().get(key) }
+            };
         }
         let slot = Self::asked(key)?;
         // SAFETY: this CPU's own.
@@ -325,7 +335,11 @@ impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
     #[inline(always)]
     pub(super) fn remove(&self, key: &Tuple<F::Address>) -> Result<(), i32> {
         if is(Round::Settled) {
-            return if INDEX == 0 { F::now_flows().remove(key) } else { F::now_embryonic().remove(key) };
+            return if INDEX == 0 {
+                F::now_flows().remove(key)
+            } else {
+                F::now_embryonic().remove(key)
+            };
         }
         if Self::asked(key).is_some() {
             F::take(INDEX);
@@ -335,7 +349,12 @@ impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
 
     /// Brings an entry up to date in place, where it leads the same way; false where it is missing.
     #[inline(always)]
-    pub(super) fn renew(&self, key: &Tuple<F::Address>, to: &Flow<F::Address>, renewal: Renewal) -> bool {
+    pub(super) fn renew(
+        &self,
+        key: &Tuple<F::Address>,
+        to: &Flow<F::Address>,
+        renewal: Renewal,
+    ) -> bool {
         if is(Round::Settled) {
             let entry = if INDEX == 0 {
                 F::now_flows().get_ptr_mut(key)
@@ -343,7 +362,8 @@ impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
                 F::now_embryonic().get_ptr_mut(key)
             };
             let Some(entry) = entry else { return false };
-            // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up to date.
+            // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up
+            // to date.
             let entry = unsafe { &mut *entry };
             if leads_to(entry, to) {
                 renewal.apply(entry, to);
@@ -388,7 +408,12 @@ impl<A: Copy + 'static> AffinityTable<A> {
 
     /// Writes an entry.
     #[inline(always)]
-    pub(super) fn insert(&self, key: &AffinityKey<A>, value: &Affinity, flags: u64) -> Result<(), i32> {
+    pub(super) fn insert(
+        &self,
+        key: &AffinityKey<A>,
+        value: &Affinity,
+        flags: u64,
+    ) -> Result<(), i32> {
         if is(Round::Settled) {
             return self.now.insert(key, value, flags);
         }

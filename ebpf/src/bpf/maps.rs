@@ -6,13 +6,14 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap, SkStorage};
 use aya_ebpf::macros::btf_map;
 use sluice_common::abi::{
-    ADDRESS_WORDS, AFFINITY_MAX, Affinity, AffinityKey, BACKEND_COUNTERS_MAX, BACKENDS_MAX, Backend,
-    BackendCounters, CALLERS_MAX, CallerKey, DEVICES_MAX, Datagram, DatagramPorts, Device, EMBRYONIC_MAX,
-    EXHAUSTED_MAX, FLOWS_MAX, FRAGMENTS_MAX, Flow, IMPORTED_MAX, Ipv4Address, Ipv6Address, NAMES_MAX,
-    NODE_ADDRESSES_MAX, NODE_PORT_WORDS, Name, Networks, NodeAddress, ORIGINS_MAX, OriginKey, Origins,
-    PORTS_MAX, Peer, Peers, REASON_COUNTERS_MAX, REJECTS_MAX, ROUTE_MTUS_MAX, ReasonCounters, ReasonKey,
-    RejectBucket, RejectKey, RouteMtu, SERVICES_MAX, SLOT_BLOCKS_MAX, SOURCE_RANGES_MAX, Service, ServiceKey,
-    ServicePort, Settings, SlotBlock, SourceRange, Tuple,
+    ADDRESS_WORDS, AFFINITY_MAX, Affinity, AffinityKey, BACKEND_COUNTERS_MAX, BACKENDS_MAX,
+    Backend, BackendCounters, CALLERS_MAX, CallerKey, DEVICES_MAX, Datagram, DatagramPorts, Device,
+    EMBRYONIC_MAX, EXHAUSTED_MAX, FLOWS_MAX, FRAGMENTS_MAX, Flow, IMPORTED_MAX, Ipv4Address,
+    Ipv6Address, NAMES_MAX, NODE_ADDRESSES_MAX, NODE_PORT_WORDS, Name, Networks, NodeAddress,
+    ORIGINS_MAX, OriginKey, Origins, PORTS_MAX, Peer, Peers, REASON_COUNTERS_MAX, REJECTS_MAX,
+    ROUTE_MTUS_MAX, ReasonCounters, ReasonKey, RejectBucket, RejectKey, RouteMtu, SERVICES_MAX,
+    SLOT_BLOCKS_MAX, SOURCE_RANGES_MAX, Service, ServiceKey, ServicePort, Settings, SlotBlock,
+    SourceRange, Tuple,
 };
 use sluice_common::{Family, V4, V6};
 
@@ -64,7 +65,8 @@ pub(super) static devices: HashMap<u32, Device, { DEVICES_MAX as usize }> = Hash
 #[btf_map]
 pub(super) static names: HashMap<u32, Name, { NAMES_MAX as usize }, LAZY> = HashMap::new();
 #[btf_map]
-pub(super) static rejects: LruHashMap<RejectKey, RejectBucket, { REJECTS_MAX as usize }> = LruHashMap::new();
+pub(super) static rejects: LruHashMap<RejectKey, RejectBucket, { REJECTS_MAX as usize }> =
+    LruHashMap::new();
 #[btf_map]
 pub(super) static backend_counts: PerCpuHashMap<
     u32,
@@ -155,8 +157,8 @@ pub(super) mod old {
 
     use super::super::layouts::Slots;
     use super::{
-        AFFINITIES, Affinity, AffinityKey, EMBRYONIC_MAX, FLOWS_MAX, Flow, Ipv4Address, Ipv6Address,
-        LruHashMap, Tuple, btf_map,
+        AFFINITIES, Affinity, AffinityKey, EMBRYONIC_MAX, FLOWS_MAX, Flow, Ipv4Address,
+        Ipv6Address, LruHashMap, Tuple, btf_map,
     };
 
     type Flows<A> = LruHashMap<Tuple<A>, previous::Flow<A>, { FLOWS_MAX as usize }>;
@@ -176,13 +178,17 @@ pub(super) mod old {
     #[btf_map]
     pub(in super::super) static old_affinity_v6: Affinities<Ipv6Address> = LruHashMap::new();
     #[btf_map]
-    pub(in super::super) static moving_flows_v4: Slots<Tuple<Ipv4Address>, Flow<Ipv4Address>> = Slots::new();
+    pub(in super::super) static moving_flows_v4: Slots<Tuple<Ipv4Address>, Flow<Ipv4Address>> =
+        Slots::new();
     #[btf_map]
-    pub(in super::super) static moving_flows_v6: Slots<Tuple<Ipv6Address>, Flow<Ipv6Address>> = Slots::new();
+    pub(in super::super) static moving_flows_v6: Slots<Tuple<Ipv6Address>, Flow<Ipv6Address>> =
+        Slots::new();
     #[btf_map]
-    pub(in super::super) static moving_affinity_v4: Slots<AffinityKey<Ipv4Address>, Affinity> = Slots::new();
+    pub(in super::super) static moving_affinity_v4: Slots<AffinityKey<Ipv4Address>, Affinity> =
+        Slots::new();
     #[btf_map]
-    pub(in super::super) static moving_affinity_v6: Slots<AffinityKey<Ipv6Address>, Affinity> = Slots::new();
+    pub(in super::super) static moving_affinity_v6: Slots<AffinityKey<Ipv6Address>, Affinity> =
+        Slots::new();
 }
 
 #[cfg(not(feature = "both-layouts"))]

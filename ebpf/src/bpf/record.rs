@@ -21,7 +21,10 @@ const EEXIST: i32 = -17;
 ///
 /// As [`record`].
 #[inline(always)]
-pub(super) fn in_maps<F: Maps>(decision: &mut Decision<F>, partner: &mut Partner<F>) -> Result<(), Reason> {
+pub(super) fn in_maps<F: Maps>(
+    decision: &mut Decision<F>,
+    partner: &mut Partner<F>,
+) -> Result<(), Reason> {
     record(decision, partner, &mut Flows)
 }
 
@@ -88,7 +91,8 @@ impl<F: Maps> FlowTable<F> for Flows {
                 Place::Embryonic => F::embryonic().get_ptr_mut(key),
             };
             let Some(entry) = entry else { return false };
-            // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up to date.
+            // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up
+            // to date.
             let entry = unsafe { &mut *entry };
             if leads_to(entry, to) {
                 renewal.apply(entry, to);
@@ -105,7 +109,8 @@ impl<F: Maps> FlowTable<F> for Flows {
     #[inline(always)]
     fn set_marks(&mut self, bits: u32) {
         if let Some(marks) = maps::marks.get_ptr_mut(0) {
-            // SAFETY: the element is there. Bits are only ever added, and each is added again on its next occasion.
+            // SAFETY: the element is there. Bits are only ever added, and each is added again on
+            // its next occasion.
             unsafe { *marks |= bits };
         }
     }

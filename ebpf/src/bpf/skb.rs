@@ -19,10 +19,11 @@ use super::sctp::sctp_updated;
 const BPF_F_IPV6: u64 = 1 << 7;
 const EINVAL: i64 = -22;
 
-/// An offset into a packet's headers, with a bound that the verifier sees: the parser looks nowhere near it.
+/// An offset into a packet's headers, with a bound that the verifier sees: the parser looks nowhere
+/// near it.
 ///
-/// A mask in Rust the compiler leaves out where a comparison has bounded the offset before; the verifier, with
-/// the offset in two registers, knows of that comparison only for the one.
+/// A mask in Rust the compiler leaves out where a comparison has bounded the offset before; the
+/// verifier, with the offset in two registers, knows of that comparison only for the one.
 #[inline(always)]
 pub(super) fn bounded(offset: u32) -> usize {
     let mut bounded = offset as usize;
@@ -57,8 +58,12 @@ impl Packet for Skb {
         let mut value = MaybeUninit::<T>::uninit();
         // SAFETY: the helper writes the whole value or fails.
         unsafe {
-            let status =
-                bpf_skb_load_bytes(self.skb.cast(), offset, value.as_mut_ptr().cast(), size_of::<T>() as u32);
+            let status = bpf_skb_load_bytes(
+                self.skb.cast(),
+                offset,
+                value.as_mut_ptr().cast(),
+                size_of::<T>() as u32,
+            );
             (status == 0).then(|| value.assume_init())
         }
     }
@@ -70,7 +75,8 @@ impl Skb {
         let size = size_of::<T>() as u32;
         // SAFETY: the helper reads the value and checks the offset.
         unsafe {
-            bpf_skb_store_bytes(self.skb, offset, (&raw const value).cast(), size, u64::from(flags)) == 0
+            bpf_skb_store_bytes(self.skb, offset, (&raw const value).cast(), size, u64::from(flags))
+                == 0
         }
     }
 }
@@ -93,7 +99,13 @@ impl Edit for Skb {
     }
 
     #[inline(always)]
-    fn transport_checksum(&mut self, offset: u32, addresses: Delta, data: Delta, kind: Checksum) -> bool {
+    fn transport_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Delta,
+        data: Delta,
+        kind: Checksum,
+    ) -> bool {
         let flags = match kind {
             Checksum::Plain => 0,
             Checksum::Udp => u64::from(BPF_F_MARK_MANGLED_0),
@@ -103,7 +115,8 @@ impl Edit for Skb {
             let pseudo = flags | u64::from(BPF_F_PSEUDO_HDR);
             let family = if self.ipv6 { BPF_F_IPV6 } else { 0 };
             // SAFETY: the helper checks the offset.
-            let mut status = unsafe { bpf_l4_csum_replace(self.skb, offset, 0, difference, pseudo | family) };
+            let mut status =
+                unsafe { bpf_l4_csum_replace(self.skb, offset, 0, difference, pseudo | family) };
             if self.ipv6 && status == EINVAL {
                 // SAFETY: as above. A kernel that does not know the flag.
                 status = unsafe { bpf_l4_csum_replace(self.skb, offset, 0, difference, pseudo) };
@@ -114,7 +127,9 @@ impl Edit for Skb {
         }
         // SAFETY: the helper checks the offset.
         data.is_zero()
-            || unsafe { bpf_l4_csum_replace(self.skb, offset, 0, u64::from(data.fold32()), flags) == 0 }
+            || unsafe {
+                bpf_l4_csum_replace(self.skb, offset, 0, u64::from(data.fold32()), flags) == 0
+            }
     }
 
     #[inline(always)]

@@ -145,8 +145,9 @@ fn is_taken<F: Maps + Wide>(ctx: *mut bpf_sock_addr, key: &ServiceKey<F::Address
     false
 }
 
-/// Whether the socket was bound to a port before the call. Then the port is what the process wants seen, and two
-/// VIPs with one backend would collide in the host's own socket table: such calls are left to the packet path.
+/// Whether the socket was bound to a port before the call. Then the port is what the process wants
+/// seen, and two VIPs with one backend would collide in the host's own socket table: such calls are
+/// left to the packet path.
 #[inline(always)]
 fn is_bound(ctx: *mut bpf_sock_addr) -> bool {
     // SAFETY: the context is valid; a socket is readable where it is not null.
@@ -156,11 +157,12 @@ fn is_bound(ctx: *mut bpf_sock_addr) -> bool {
     }
 }
 
-/// Whether the socket was bound to an address before the call. The route to a backend may not take it as a source (a loopback
-/// address, a bridge's): where the packets leave it is changed.
+/// Whether the socket was bound to an address before the call. The route to a backend may not take
+/// it as a source (a loopback address, a bridge's): where the packets leave it is changed.
 #[inline(always)]
 fn has_address(ctx: *mut bpf_sock_addr) -> bool {
-    // SAFETY: the context is valid; a socket is readable where it is not null. One of IPv6 has a placeholder there.
+    // SAFETY: the context is valid; a socket is readable where it is not null. One of IPv6 has a
+    // placeholder there.
     unsafe {
         let socket = (*ctx).__bindgen_anon_1.sk;
         !socket.is_null() && (*socket).src_ip4 != 0
@@ -180,19 +182,27 @@ fn asked<F: Maps>(key: &ServiceKey<F::Address>) -> Flow<F::Address> {
     Flow { destination: key.address, destination_port: key.port, ..Flow::default() }
 }
 
-/// What is kept with a call's socket in a map; with `BPF_SK_STORAGE_GET_F_CREATE` it is made, all zeros, if need be.
+/// What is kept with a call's socket in a map; with `BPF_SK_STORAGE_GET_F_CREATE` it is made, all
+/// zeros, if need be.
 #[inline(always)]
 #[allow(clippy::mut_from_ref, reason = "the value is the socket's, not the map's")]
-fn storage<T>(map: &'static SkStorage<T>, ctx: *mut bpf_sock_addr, flags: u32) -> Option<&'static mut T> {
+fn storage<T>(
+    map: &'static SkStorage<T>,
+    ctx: *mut bpf_sock_addr,
+    flags: u32,
+) -> Option<&'static mut T> {
     // SAFETY: the context is valid while the program runs.
     let socket = unsafe { (*ctx).__bindgen_anon_1.sk };
     if socket.is_null() {
         return None;
     }
     let map = core::ptr::from_ref(map).cast_mut();
-    // SAFETY: map and socket are what the helper takes; the value lives as long as the program runs.
+    // SAFETY: map and socket are what the helper takes; the value lives as long as the program
+    // runs.
     unsafe {
-        bpf_sk_storage_get(map.cast(), socket.cast(), null_mut(), u64::from(flags)).cast::<T>().as_mut()
+        bpf_sk_storage_get(map.cast(), socket.cast(), null_mut(), u64::from(flags))
+            .cast::<T>()
+            .as_mut()
     }
 }
 
@@ -210,10 +220,11 @@ fn kept<F: Maps>(ctx: *mut bpf_sock_addr, address: &F::Address, port: u16) -> Op
     found
 }
 
-/// Keeps a peer with the socket, whose end is its end; whether it was there. [`None`]: there is no memory for it.
+/// Keeps a peer with the socket, whose end is its end; whether it was there. [`None`]: there is no
+/// memory for it.
 ///
-/// Threads that send by one socket at once may write the same place: then answers of one of the two show the backend's address
-/// until the next send.
+/// Threads that send by one socket at once may write the same place: then answers of one of the two
+/// show the backend's address until the next send.
 #[inline(always)]
 fn note<F: Maps>(ctx: *mut bpf_sock_addr, peer: Peer<F::Address>, protocol: u8) -> Option<bool> {
     if protocol == TCP {
@@ -247,7 +258,8 @@ fn note<F: Maps>(ctx: *mut bpf_sock_addr, peer: Peer<F::Address>, protocol: u8) 
     Some(there != 0)
 }
 
-/// Notes that a UDP socket asks a backend itself which it has asked by a frontend before: the answers are that one's own.
+/// Notes that a UDP socket asks a backend itself which it has asked by a frontend before: the
+/// answers are that one's own.
 #[inline(always)]
 fn note_direct<F: Maps>(ctx: *mut bpf_sock_addr, address: F::Address, port: u16) {
     let Some(kept) = storage(F::peers(), ctx, 0) else { return };
@@ -404,7 +416,8 @@ fn call_v6(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
             Outcome::To(address, port) => {
                 // SAFETY: the context is valid while the program runs.
                 unsafe {
-                    (&raw mut (*ctx).user_ip6[3]).write_volatile(u32::from_ne_bytes(address.octets));
+                    (&raw mut (*ctx).user_ip6[3])
+                        .write_volatile(u32::from_ne_bytes(address.octets));
                 };
                 set_port(ctx, port);
                 PROCEED
@@ -416,7 +429,9 @@ fn call_v6(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
         Outcome::Refused => finish(true),
         Outcome::To(address, port) => {
             // SAFETY: same size, and any bytes are a value.
-            set_words_v6(ctx, unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(address.octets) });
+            set_words_v6(ctx, unsafe {
+                core::mem::transmute::<[u8; 16], [u32; 4]>(address.octets)
+            });
             set_port(ctx, port);
             PROCEED
         }
@@ -456,8 +471,8 @@ fn show_v6(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
     PROCEED
 }
 
-/// Whether a connect() is one that the socket path takes: TCP alone. A connected UDP socket fires no hook
-/// on later sends, so it could not leave a dead backend; it is translated per packet.
+/// Whether a connect() is one that the socket path takes: TCP alone. A connected UDP socket fires
+/// no hook on later sends, so it could not leave a dead backend; it is translated per packet.
 #[inline(always)]
 fn takes_connect(ctx: *mut bpf_sock_addr) -> bool {
     // SAFETY: the context is valid while the program runs.
@@ -465,8 +480,9 @@ fn takes_connect(ctx: *mut bpf_sock_addr) -> bool {
     kind == SOCK_STREAM && protocol == u32::from(TCP) && is_served(ctx) && !is_bound(ctx)
 }
 
-/// Whether the socket is connected. It then takes answers from its peer alone, which an answer of the backend is
-/// not. Its sends come here where they name a destination, and always from a v6 socket that speaks v4.
+/// Whether the socket is connected. It then takes answers from its peer alone, which an answer of
+/// the backend is not. Its sends come here where they name a destination, and always from a v6
+/// socket that speaks v4.
 #[inline(always)]
 fn is_connected(ctx: *mut bpf_sock_addr) -> bool {
     // SAFETY: the context is valid; a socket is readable where it is not null.

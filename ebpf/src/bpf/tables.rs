@@ -3,9 +3,9 @@
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use sluice_common::Tables;
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks, OriginKey,
-    Origins, Range, SLOTS_PER_BLOCK, Service, ServiceKey, ServicePort, Settings, SourceRange, Ticks, Tuple,
-    device, node_address, socket_path,
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
+    OriginKey, Origins, Range, SLOTS_PER_BLOCK, Service, ServiceKey, ServicePort, Settings,
+    SourceRange, Ticks, Tuple, device, node_address, socket_path,
 };
 use sluice_common::family::lane;
 use sluice_common::tables::Routes;
@@ -191,7 +191,9 @@ impl<F: Maps> Tables<F> for Kernel {
     #[inline(always)]
     fn translated_at_socket(&self) -> bool {
         match maps::settings.get(0) {
-            Some(settings) if matches!(settings.socket_path, socket_path::ALL | socket_path::MACHINE) => {
+            Some(settings)
+                if matches!(settings.socket_path, socket_path::ALL | socket_path::MACHINE) =>
+            {
                 matches!(<Self as Tables<F>>::here(self), Some(here) if here.role == device::EDGE)
             }
             _ => false,

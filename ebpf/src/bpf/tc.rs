@@ -6,15 +6,19 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_check_mtu_flags::BPF_MTU_CHK_SEGS, bpf_redir_neigh, bpf_sock,
-    bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
+    __sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_check_mtu_flags::BPF_MTU_CHK_SEGS, bpf_redir_neigh,
+    bpf_sock, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1,
+    bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_check_mtu, bpf_csum_diff, bpf_redirect, bpf_redirect_neigh, bpf_sk_fullsock, bpf_sk_lookup_udp,
-    bpf_sk_release, bpf_sk_storage_get, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes,
-    bpf_skb_store_bytes, bpf_skb_vlan_pop, bpf_skc_lookup_tcp,
+    bpf_check_mtu, bpf_csum_diff, bpf_redirect, bpf_redirect_neigh, bpf_sk_fullsock,
+    bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get, bpf_skb_change_head,
+    bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes, bpf_skb_vlan_pop,
+    bpf_skc_lookup_tcp,
 };
-use sluice_common::abi::{CallerKey, Device, Flow, RejectKey, Tuple, device, device_flags, flow, networks};
+use sluice_common::abi::{
+    CallerKey, Device, Flow, RejectKey, Tuple, device, device_flags, flow, networks,
+};
 use sluice_common::engine::open::{Refusal, Sockets, Steps, sockets};
 use sluice_common::engine::{self, limit};
 use sluice_common::event::Wide;
@@ -30,7 +34,9 @@ use super::clock::{now, now_ns};
 use super::count;
 use super::decide::{Asked, Decide, Scratch};
 use super::events::Tell;
-use super::fib::{Fib, Forwarded, LOOPBACK, Target, Way, ask, forward, neighbour, route, source_is_foreign};
+use super::fib::{
+    Fib, Forwarded, LOOPBACK, Target, Way, ask, forward, neighbour, route, source_is_foreign,
+};
 use super::maps;
 use super::skb::Skb;
 use super::xdp::XDP_DONE;
@@ -56,7 +62,11 @@ const CURRENT_NETNS: u64 = u64::MAX;
 pub(super) fn run<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
     // SAFETY: the context is valid while the program runs.
     let priority = || unsafe { (*skb).priority };
-    if LINK != 0 && hook == Hook::Egress && priority() == HELD_PRIORITY && ifindex(skb) == own_device() {
+    if LINK != 0
+        && hook == Hook::Egress
+        && priority() == HELD_PRIORITY
+        && ifindex(skb) == own_device()
+    {
         return release(skb);
     }
     let is_done = is_done(skb, hook);
@@ -78,9 +88,10 @@ pub(super) fn run<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
     }
 }
 
-/// What a packet carries that was translated at ingress, and what one that was at egress: another device's program may meet
-/// it once more at the same side (a VLAN device's on its parent), where its tuple looks like a client's that speaks to the
-/// backend directly. The IP layer, and a bridge, clear it on the way from one side to the other.
+/// What a packet carries that was translated at ingress, and what one that was at egress: another
+/// device's program may meet it once more at the same side (a VLAN device's on its parent), where
+/// its tuple looks like a client's that speaks to the backend directly. The IP layer, and a bridge,
+/// clear it on the way from one side to the other.
 const DONE: [u32; 2] = [0x5c1c_e001, 0x5c1c_e002];
 
 /// Whether a program has translated the packet before, at this side of the stack.
@@ -111,9 +122,11 @@ fn set_done(skb: *mut __sk_buff, hook: Hook) {
 
 /// A family as the tc adapter needs it.
 trait Tc: Fib + Answer + Tell + Wide {
-    /// Reads the packet into this CPU's scratch, by a global function (see `decide`); 0 when it is too short.
+    /// Reads the packet into this CPU's scratch, by a global function (see `decide`); 0 when it is
+    /// too short.
     fn read(skb: *mut __sk_buff, offset: u32) -> u32;
-    /// Asks, by a global function, whether the source of the packet in this CPU's scratch does not belong to the device that it came in by.
+    /// Asks, by a global function, whether the source of the packet in this CPU's scratch does not
+    /// belong to the device that it came in by.
     fn source(skb: *mut __sk_buff, from: u32, mark: u32, egress: u32) -> u32;
     /// The client's key in the rate limiter.
     fn reject_key(address: &Self::Address) -> RejectKey;
@@ -137,7 +150,8 @@ macro_rules! read {
         #[inline(never)]
         extern "C" fn $read(skb: *mut __sk_buff, offset: u32) -> u32 {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
-            // Behind the black box the compiler uses the masked value, whose bounds the verifier knows.
+            // Behind the black box the compiler uses the masked value, whose bounds the verifier
+            // knows.
             let offset = core::hint::black_box(offset & 0xfff);
             // SAFETY: this CPU's own; the caller holds no reference to it.
             let headers = unsafe { &mut (*scratch).headers };
@@ -295,19 +309,21 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     action
 }
 
-/// Whether a frame is not for this host to route: the stack would not either. A global function, so that the verifier
-/// goes on once behind it.
+/// Whether a frame is not for this host to route: the stack would not either. A global function, so
+/// that the verifier goes on once behind it.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn is_for_others(skb: *mut __sk_buff) -> u32 {
     // SAFETY: the context is valid while the program runs.
-    let (kind, has_tag, tag) = unsafe { ((*skb).pkt_type, (*skb).vlan_present != 0, (*skb).vlan_tci) };
+    let (kind, has_tag, tag) =
+        unsafe { ((*skb).pkt_type, (*skb).vlan_present != 0, (*skb).vlan_tci) };
     // One of priority alone names no VLAN: the stack takes it off, and the frame for its own.
     let is_tagged = has_tag && tag & VLAN != 0;
     let is_edge = || matches!(device(ifindex(skb)), Some(device) if device.role == device::EDGE);
     u32::from(match kind {
         PACKET_BROADCAST | PACKET_MULTICAST => true,
-        // One for somebody else that the device hears: only a bridge port passes such on to the stack.
+        // One for somebody else that the device hears: only a bridge port passes such on to the
+        // stack.
         PACKET_OTHERHOST => is_tagged || !is_edge(),
         // A pod's frame in a VLAN is none that the stack takes from this device.
         _ => is_tagged && is_edge(),
@@ -330,13 +346,15 @@ fn comes_from_hidden_socket<F: Tc>(skb: *mut __sk_buff) -> bool {
     // SAFETY: as above.
     let has_socket = !socket.is_null() && matches!(unsafe { (*socket).family }, AF_INET | AF_INET6);
     let is_caller = has_socket && here.role == device::EDGE && learn_caller::<F>(socket, tuple);
-    // The calls that follow are direct connections, and meet nothing of this flow's at another port.
+    // The calls that follow are direct connections, and meet nothing of this flow's at another
+    // port.
     let hides = is_caller && tuple.protocol == protocol::TCP
         || policy::hides_sockets(here, tuple.protocol, has_socket);
     hides && flags & flow::DIRECT == 0
 }
 
-/// Notes which frontend a socket's packet is met on the way to; whether its call was left to packets.
+/// Notes which frontend a socket's packet is met on the way to; whether its call was left to
+/// packets.
 #[inline(always)]
 fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) -> bool {
     // SAFETY: the socket is not null; the packet holds it.
@@ -345,9 +363,12 @@ fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) -> bool
         return false;
     }
     let map = (&raw const maps::left_to_packets).cast_mut();
-    // SAFETY: map and socket are what the helper takes; the value lives as long as the program runs.
+    // SAFETY: map and socket are what the helper takes; the value lives as long as the program
+    // runs.
     let netns = unsafe {
-        bpf_sk_storage_get(map.cast(), socket.cast(), core::ptr::null_mut(), 0).cast::<u64>().as_ref()
+        bpf_sk_storage_get(map.cast(), socket.cast(), core::ptr::null_mut(), 0)
+            .cast::<u64>()
+            .as_ref()
     };
     let Some(netns) = netns else { return false };
     let caller = CallerKey {
@@ -375,7 +396,8 @@ fn open<F: Tc>(skb: *mut __sk_buff, hook: Hook, passed_over: u32) -> u32 {
 struct Opening<F: Tc> {
     skb: *mut __sk_buff,
     hook: Hook,
-    /// This CPU's own. No reference to it outlives a method, so that the global functions may take theirs.
+    /// This CPU's own. No reference to it outlives a method, so that the global functions may take
+    /// theirs.
     scratch: *mut Scratch<F>,
 }
 
@@ -465,7 +487,8 @@ fn is_held<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> bool {
     false
 }
 
-/// Applies a decision that is not to pass; leaves in it the reason why the packet was dropped after all.
+/// Applies a decision that is not to pass; leaves in it the reason why the packet was dropped after
+/// all.
 #[inline(always)]
 fn apply<F: Tc, const LINK: u32>(
     skb: *mut __sk_buff,
@@ -487,7 +510,11 @@ fn apply<F: Tc, const LINK: u32>(
         }
         Verdict::Reset => return reset::<F, LINK>(skb, headers, decision, hook),
         Verdict::Unreachable => return unreachable::<F, LINK>(packet, headers, decision, hook),
-        Verdict::Translate | Verdict::Around | Verdict::TurnBack | Verdict::HandIn | Verdict::Route => {}
+        Verdict::Translate
+        | Verdict::Around
+        | Verdict::TurnBack
+        | Verdict::HandIn
+        | Verdict::Route => {}
     }
     if let Some(reason) = refusal {
         decision.reason = reason;
@@ -499,18 +526,20 @@ fn apply<F: Tc, const LINK: u32>(
     // Our own device, where the packet is to enter the stack to be fragmented.
     let mut fragments = 0;
     if decision.verdict == Verdict::Route {
-        let way = Way { ifindex: LOOPBACK, mark: mark(skb), length: segment_length(packet, headers) };
-        let exceeded = match route::<F>(skb.cast(), &decision.flow.source, &decision.flow.destination, way) {
-            Target::Device(device) => {
-                target = device;
-                exceeded_mtu::<F>(skb, &decision.flow.destination, target, way.length, LINK)
-            }
-            Target::TooBig(mtu) => Some(mtu),
-            Target::None => {
-                decision.reason = Reason::NoRoute;
-                return DROP;
-            }
-        };
+        let way =
+            Way { ifindex: LOOPBACK, mark: mark(skb), length: segment_length(packet, headers) };
+        let exceeded =
+            match route::<F>(skb.cast(), &decision.flow.source, &decision.flow.destination, way) {
+                Target::Device(device) => {
+                    target = device;
+                    exceeded_mtu::<F>(skb, &decision.flow.destination, target, way.length, LINK)
+                }
+                Target::TooBig(mtu) => Some(mtu),
+                Target::None => {
+                    decision.reason = Reason::NoRoute;
+                    return DROP;
+                }
+            };
         if let Some(mtu) = exceeded {
             // An error is never answered with another (RFC 1122, 3.2.2; RFC 4443, 2.4).
             let is_error = headers.kind == Kind::IcmpError;
@@ -573,7 +602,9 @@ fn apply<F: Tc, const LINK: u32>(
             // SAFETY: the helper takes no parameters: it finds the neighbour itself.
             (unsafe { bpf_redirect_neigh(target, core::ptr::null_mut(), 0, 0) }) as i32
         }
-        Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable | Verdict::Hold => NEXT,
+        Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable | Verdict::Hold => {
+            NEXT
+        }
     }
 }
 
@@ -621,7 +652,9 @@ fn segment_length<F: Tc>(packet: &Skb, headers: &Headers<F>) -> u32 {
         return headers.length;
     }
     let transport = match packet.read::<TcpHeader>(headers.transport) {
-        Some(segment) if headers.tuple.protocol == protocol::TCP => u32::from(segment.offset >> 4) * 4,
+        Some(segment) if headers.tuple.protocol == protocol::TCP => {
+            u32::from(segment.offset >> 4) * 4
+        }
         _ => 8,
     };
     headers.transport.wrapping_sub(headers.network).wrapping_add(transport).wrapping_add(size)
@@ -639,7 +672,11 @@ fn is_accelerated() -> bool {
 /// The device's egress programs see it, ours among them, which translates what is to be translated
 /// there.
 #[inline(never)]
-fn around<F: Tc, const LINK: u32>(skb: *mut __sk_buff, headers: &Headers<F>, flow: &Flow<F::Address>) -> i32 {
+fn around<F: Tc, const LINK: u32>(
+    skb: *mut __sk_buff,
+    headers: &Headers<F>,
+    flow: &Flow<F::Address>,
+) -> i32 {
     let packet = &mut Skb { skb, ipv6: F::VERSION == 6 };
     let (is_error, [outer, _]) = (headers.kind == Kind::IcmpError, headers.outer);
     let Some(first) = packet.read::<u32>(headers.network).map(u32::from_be) else { return NEXT };
@@ -710,12 +747,13 @@ fn has_options<F: Tc>(packet: &Skb, network: u32, first: u32) -> bool {
     !matches!(packet.read::<[u8; 1]>(network.wrapping_add(6)), Some([next]) if next != 0)
 }
 
-/// Takes VLAN tags off a packet that goes on by another device: they belong to the one that it came in by.
+/// Takes VLAN tags off a packet that goes on by another device: they belong to the one that it came
+/// in by.
 #[inline(always)]
 fn take_tags_off(skb: *mut __sk_buff) {
     for _ in 0..2 {
-        // SAFETY: the context is valid while the program runs; the helper takes the tag beside the packet, and puts the
-        // next one there.
+        // SAFETY: the context is valid while the program runs; the helper takes the tag beside the
+        // packet, and puts the next one there.
         unsafe {
             if (*skb).vlan_present == 0 {
                 return;
@@ -745,13 +783,15 @@ fn exceeded_mtu<F: Tc>(
     };
     let mut mtu = 0_u32;
     // SAFETY: the helper writes the MTU.
-    let status =
-        unsafe { bpf_check_mtu(skb.cast(), target, &raw mut mtu, difference, u64::from(BPF_MTU_CHK_SEGS)) };
+    let status = unsafe {
+        bpf_check_mtu(skb.cast(), target, &raw mut mtu, difference, u64::from(BPF_MTU_CHK_SEGS))
+    };
     (status > 0).then_some(mtu)
 }
 
-/// Where client and backend are ports of one bridge: addresses the frame to the backend, so that it is bridged
-/// as its reply will be. A backend that the bridge has no neighbour entry for is routed this once.
+/// Where client and backend are ports of one bridge: addresses the frame to the backend, so that it
+/// is bridged as its reply will be. A backend that the bridge has no neighbour entry for is routed
+/// this once.
 #[inline(never)]
 fn stay_on_bridge<F: Tc>(skb: *mut __sk_buff, source: &F::Address, destination: &F::Address) {
     let packet = &mut Skb { skb, ipv6: F::VERSION == 6 };
@@ -821,15 +861,16 @@ fn own_device() -> u32 {
     }
 }
 
-/// Has the agent keep a fragment: sends it out of our own device, behind a label. Passes on what cannot be sent there.
+/// Has the agent keep a fragment: sends it out of our own device, behind a label. Passes on what
+/// cannot be sent there.
 #[inline(never)]
 fn hold<const LINK: u32>(skb: *mut __sk_buff, hook: Hook) -> i32 {
     // SAFETY: the context is valid while the program runs. A tag beside the packet would be lost.
     if unsafe { (*skb).vlan_present } != 0 {
         return NEXT;
     }
-    let flags =
-        if hook == Hook::Egress { label::EGRESS } else { 0 } | if LINK == 0 { label::BARE } else { 0 };
+    let flags = if hook == Hook::Egress { label::EGRESS } else { 0 }
+        | if LINK == 0 { label::BARE } else { 0 };
     let label = Label::new(ifindex(skb), flags);
     let target = own_device();
     // SAFETY: the helper makes room or fails.
@@ -891,7 +932,8 @@ fn add_link_header<F: Tc>(packet: &mut Skb, mac: [u8; 6]) -> bool {
     if unsafe { bpf_skb_change_head(packet.skb, 14, 0) } != 0 {
         return false;
     }
-    packet.store(0, EthernetHeader { destination: mac, source: mac, ethertype: F::ETHERTYPE.to_be() })
+    packet
+        .store(0, EthernetHeader { destination: mac, source: mac, ethertype: F::ETHERTYPE.to_be() })
 }
 
 /// Sends an answer to where the packet came from.
@@ -960,7 +1002,11 @@ fn unreachable<F: Tc, const LINK: u32>(
 
 /// Answers a packet whose TTL or hop limit has run out, if it may be answered.
 #[inline(never)]
-fn time_exceeded<F: Tc, const LINK: u32>(skb: *mut __sk_buff, headers: &Headers<F>, hook: Hook) -> i32 {
+fn time_exceeded<F: Tc, const LINK: u32>(
+    skb: *mut __sk_buff,
+    headers: &Headers<F>,
+    hook: Hook,
+) -> i32 {
     // Neither an error nor a later fragment is answered (RFC 1122, 3.2.2).
     if headers.kind != Kind::Transport
         || !F::is_answerable(&headers.tuple.source)
@@ -971,12 +1017,14 @@ fn time_exceeded<F: Tc, const LINK: u32>(skb: *mut __sk_buff, headers: &Headers<
     icmp::<F, LINK>(skb, headers, Trouble::TimeExceeded, 0, hook)
 }
 
-/// Takes one ICMP error from the buckets of a client and of the device by which it leaves; from neither if one is empty.
+/// Takes one ICMP error from the buckets of a client and of the device by which it leaves; from
+/// neither if one is empty.
 #[inline(never)]
 fn may_answer(key: &RejectKey, ifindex: u32) -> bool {
     let now_ms = (now_ns() / 1_000_000) as u32;
     // SAFETY: entries are plain data, readable under RCU.
-    let (client, may_client) = limit::take_token(unsafe { maps::rejects.get(key) }.copied(), now_ms);
+    let (client, may_client) =
+        limit::take_token(unsafe { maps::rejects.get(key) }.copied(), now_ms);
     let device_key = limit::device_reject_key(ifindex);
     // SAFETY: as above.
     let bucket = unsafe { maps::rejects.get(&device_key) }.copied();
@@ -989,7 +1037,8 @@ fn may_answer(key: &RejectKey, ifindex: u32) -> bool {
     true
 }
 
-/// Turns the packet into an ICMP error about it, and sends it to where the packet came from. The MTU is that of "too big", else 0.
+/// Turns the packet into an ICMP error about it, and sends it to where the packet came from. The
+/// MTU is that of "too big", else 0.
 #[inline(never)]
 fn icmp<F: Tc, const LINK: u32>(
     skb: *mut __sk_buff,
@@ -1002,15 +1051,18 @@ fn icmp<F: Tc, const LINK: u32>(
     let kind = trouble.code::<F>();
     // Written before it is read, as far as it is read.
     let mut quote = MaybeUninit::<[u32; QUOTE as usize / 4]>::uninit();
-    // Whole words, so that the sum can be taken; never less than the headers. Behind the black box the
-    // compiler cannot fold the bounds into the arithmetic, where the verifier would not find them.
+    // Whole words, so that the sum can be taken; never less than the headers. Behind the black box
+    // the compiler cannot fold the bounds into the arithmetic, where the verifier would not find
+    // them.
     let length = core::hint::black_box(headers.length.min(QUOTE) & 0x7c);
     if length < const { F::HEADER + 8 } || length > QUOTE {
         return DROP;
     }
     // SAFETY: the helpers write and then read `length` bytes of the array, which holds as many.
     let sum = unsafe {
-        if bpf_skb_load_bytes(packet.skb.cast(), headers.network, quote.as_mut_ptr().cast(), length) != 0 {
+        if bpf_skb_load_bytes(packet.skb.cast(), headers.network, quote.as_mut_ptr().cast(), length)
+            != 0
+        {
             return DROP;
         }
         bpf_csum_diff(core::ptr::null_mut(), 0, quote.as_mut_ptr().cast(), length, 0)

@@ -74,7 +74,13 @@ impl Edit for Frame {
     }
 
     #[inline(always)]
-    fn transport_checksum(&mut self, offset: u32, addresses: Delta, data: Delta, kind: Checksum) -> bool {
+    fn transport_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Delta,
+        data: Delta,
+        kind: Checksum,
+    ) -> bool {
         let Some(old) = self.read::<u16>(offset) else { return false };
         let delta = addresses.and(data);
         let new = match kind {
@@ -108,12 +114,13 @@ pub(super) fn run(ctx: *mut xdp_md) -> u32 {
     }
 }
 
-/// A family whose frames are read by a global function: it has a stack frame to itself, and the compiler may not
-/// take the context apart on the way to it.
+/// A family whose frames are read by a global function: it has a stack frame to itself, and the
+/// compiler may not take the context apart on the way to it.
 trait Read: Tell + Fib {
     /// Reads the frame into this CPU's scratch; 0 when it is too short.
     fn read(ctx: *mut xdp_md, offset: u32) -> u32;
-    /// Asks whether the source of the frame in this CPU's scratch does not belong to the device that it came in by.
+    /// Asks whether the source of the frame in this CPU's scratch does not belong to the device
+    /// that it came in by.
     fn source(ctx: *mut xdp_md, from: u32) -> u32;
 }
 
@@ -129,7 +136,8 @@ macro_rules! read {
         #[inline(never)]
         extern "C" fn $read(ctx: *mut xdp_md, offset: u32) -> u32 {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
-            // Behind the black box the compiler uses the masked value, whose bounds the verifier knows.
+            // Behind the black box the compiler uses the masked value, whose bounds the verifier
+            // knows.
             let offset = core::hint::black_box(offset & 0xfff);
             // SAFETY: this CPU's own; the caller holds no reference to it.
             let headers = unsafe { &mut (*scratch).headers };

@@ -74,8 +74,11 @@ impl Node {
             other.pod_range(),
             other.pod_range6()
         ))?;
-        self.run("bridge", ["fdb", "append", &mac, "dev", "vxlan0", "dst", &other.ipv4().to_string()])
-            .map(drop)
+        self.run(
+            "bridge",
+            ["fdb", "append", &mac, "dev", "vxlan0", "dst", &other.ipv4().to_string()],
+        )
+        .map(drop)
     }
 
     /// Every relay is started anew: it is told its peers at its start.
@@ -102,11 +105,16 @@ impl Node {
             if let Some(mut old) = relay.take() {
                 let _ = old.kill()?;
             }
-            let mut args =
-                vec!["relay".to_owned(), "--tun=tun0".into(), format!("--bind={}:{RELAY_PORT}", node.ipv4())];
+            let mut args = vec![
+                "relay".to_owned(),
+                "--tun=tun0".into(),
+                format!("--bind={}:{RELAY_PORT}", node.ipv4()),
+            ];
             let peers = nodes.iter().filter(|other| other.inner.index != node.inner.index);
             args.extend(
-                peers.map(|peer| format!("--peer={}={}:{RELAY_PORT}", peer.inner.index, peer.ipv4())),
+                peers.map(|peer| {
+                    format!("--peer={}={}:{RELAY_PORT}", peer.inner.index, peer.ipv4())
+                }),
             );
             let running = serve::until_listening(node.spawn(&tool, args)?)?;
             *relay = Some(running);

@@ -9,7 +9,8 @@ use super::{Cni, Node};
 use crate::leftovers::c_path;
 use crate::{Namespace, cgroup};
 
-/// A pod of a node. Commands run in its namespace and in the cgroup `<node>/pod-<name>`; cheap to clone.
+/// A pod of a node. Commands run in its namespace and in the cgroup `<node>/pod-<name>`; cheap to
+/// clone.
 #[derive(Clone)]
 pub struct Pod {
     namespace: Namespace,
@@ -21,7 +22,8 @@ pub struct Pod {
 
 impl Pod {
     pub(super) fn create(node: &Node, name: &str, host: u8) -> Result<Self> {
-        let namespace = Namespace::create(&node.shared, name, &format!("{}/pod-{name}", node.name()), false)?;
+        let namespace =
+            Namespace::create(&node.shared, name, &format!("{}/pod-{name}", node.name()), false)?;
         let (ipv4, ipv6, mtu) = (node.pod_ipv4(host), node.pod_ipv6(host), node.inner.mtu);
         let (gateway, gateway6) = (node.pod_ipv4(1), node.pod_ipv6(1));
         let peer = namespace.path().display();
@@ -77,8 +79,8 @@ impl Pod {
     }
 
     /// Makes a namespace behind the pod, as a container engine in it does: it is routed through the
-    /// pod, which masquerades it with its own address. Its cgroup lies in the pod's. A pod has one at
-    /// most.
+    /// pod, which masquerades it with its own address. Its cgroup lies in the pod's. A pod has one
+    /// at most.
     pub fn nested(&self, name: &str) -> Result<Namespace> {
         let cgroup = format!("{}/pod-{}/{name}", self.node.name(), self.name());
         let nested = Namespace::create(&self.shared, name, &cgroup, false)?;
@@ -99,7 +101,8 @@ impl Pod {
         Ok(nested)
     }
 
-    /// Ends the pod as a kubelet would: kills its processes, takes its device away, then its namespace.
+    /// Ends the pod as a kubelet would: kills its processes, takes its device away, then its
+    /// namespace.
     pub fn remove(self) -> Result<()> {
         cgroup::destroy(self.namespace.cgroup())?;
         let _ = self.node.ip(&format!("link del {}", self.host_device))?;

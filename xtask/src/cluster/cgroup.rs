@@ -1,7 +1,8 @@
-//! The one cgroup of a cluster, `sluice-cluster`, in every hierarchy of the machine, with a group below it for the control plane and
-//! one a node.
+//! The one cgroup of a cluster, `sluice-cluster`, in every hierarchy of the machine, with a group
+//! below it for the control plane and one a node.
 //!
-//! Everything that a cluster runs is a member of a group below it, which is how all of it is found again, whoever started it.
+//! Everything that a cluster runs is a member of a group below it, which is how all of it is found
+//! again, whoever started it.
 
 use std::fs;
 use std::io;
@@ -61,7 +62,10 @@ pub(super) fn hierarchies() -> Result<Vec<Hierarchy>> {
     let mut all: Vec<Hierarchy> = Vec::new();
     for hierarchy in mounts()?.into_iter().filter_map(Hierarchy::of) {
         // A container engine or a lab may have mounted one twice.
-        if !all.iter().any(|known| (known.is_v2, &known.options) == (hierarchy.is_v2, &hierarchy.options)) {
+        if !all
+            .iter()
+            .any(|known| (known.is_v2, &known.options) == (hierarchy.is_v2, &hierarchy.options))
+        {
             all.push(hierarchy);
         }
     }
@@ -79,7 +83,10 @@ pub(super) fn create(state: &State, group: &str) -> Result<()> {
     for hierarchy in &all {
         let (ours, group) = (hierarchy.ours(), hierarchy.ours().join(group));
         fs::create_dir_all(&group).with_context(|| {
-            format!("cannot make the cgroup {}: is the file system mounted read-only?", group.display())
+            format!(
+                "cannot make the cgroup {}: is the file system mounted read-only?",
+                group.display()
+            )
         })?;
         if hierarchy.is_v2 && all.len() == 1 {
             let given = delegate(&hierarchy.root);
@@ -102,11 +109,12 @@ pub(super) fn create(state: &State, group: &str) -> Result<()> {
     Ok(())
 }
 
-/// Below the state directory: the controllers that the machine's root group gives to others only for the cluster's sake.
+/// Below the state directory: the controllers that the machine's root group gives to others only
+/// for the cluster's sake.
 const GIVEN: &str = "controllers";
 
-/// Lets groups below this one of cgroup2 have the controllers that it has itself, and returns those they did not have before. One
-/// that cannot be had shows later, in what the kubelet says.
+/// Lets groups below this one of cgroup2 have the controllers that it has itself, and returns those
+/// they did not have before. One that cannot be had shows later, in what the kubelet says.
 pub(super) fn delegate(group: &Path) -> Vec<String> {
     let words = |file: &str| -> Vec<String> {
         let text = fs::read_to_string(group.join(file)).unwrap_or_default();
@@ -120,13 +128,17 @@ pub(super) fn delegate(group: &Path) -> Vec<String> {
     words("cgroup.controllers").into_iter().filter(give).collect()
 }
 
-/// Takes back what [`create`] let groups below the root have. Needs the cluster's groups to be gone.
+/// Takes back what [`create`] let groups below the root have. Needs the cluster's groups to be
+/// gone.
 pub(super) fn take_back(state: &State) -> Result<()> {
     let given = fs::read_to_string(state.path(GIVEN)).unwrap_or_default();
     for hierarchy in hierarchies()?.iter().filter(|hierarchy| hierarchy.is_v2) {
         for controller in given.split_whitespace() {
             // Others may have come to need it.
-            drop(fs::write(hierarchy.root.join("cgroup.subtree_control"), format!("-{controller}")));
+            drop(fs::write(
+                hierarchy.root.join("cgroup.subtree_control"),
+                format!("-{controller}"),
+            ));
         }
     }
     Ok(())
@@ -141,11 +153,14 @@ pub(super) fn join(group: &str) -> Result<()> {
     Ok(())
 }
 
-/// Kills every process of a group (`None`: of the whole cluster) and removes the group from every hierarchy.
+/// Kills every process of a group (`None`: of the whole cluster) and removes the group from every
+/// hierarchy.
 pub(super) fn destroy(group: Option<&str>) -> Result<()> {
     let groups: Vec<PathBuf> = hierarchies()?
         .iter()
-        .map(|hierarchy| group.map_or_else(|| hierarchy.ours(), |group| hierarchy.ours().join(group)))
+        .map(|hierarchy| {
+            group.map_or_else(|| hierarchy.ours(), |group| hierarchy.ours().join(group))
+        })
         .collect();
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
@@ -156,7 +171,9 @@ pub(super) fn destroy(group: Option<&str>) -> Result<()> {
             }
         }
         // A dying process keeps its group busy for a moment.
-        let Some(error) = groups.iter().find_map(|group| remove(group).err()) else { return Ok(()) };
+        let Some(error) = groups.iter().find_map(|group| remove(group).err()) else {
+            return Ok(());
+        };
         if Instant::now() > deadline {
             bail!("{error}; processes in it outlived SIGKILL for 20 s");
         }
@@ -188,7 +205,10 @@ fn kill_members(group: &Path) {
 
 fn remove(group: &Path) -> io::Result<()> {
     let explain = |error: io::Error| {
-        io::Error::new(error.kind(), format!("cannot remove the cgroup {}: {error}", group.display()))
+        io::Error::new(
+            error.kind(),
+            format!("cannot remove the cgroup {}: {error}", group.display()),
+        )
     };
     let entries = match fs::read_dir(group) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -215,7 +235,10 @@ mod tests {
     fn a_hierarchy_is_mounted_again_by_its_controllers_or_its_name() {
         let options = |kind, given| hierarchy(kind, given).map(|hierarchy| hierarchy.options);
         assert_eq!(options("cgroup", "rw,cpu,cpuacct").as_deref(), Some("cpu,cpuacct"));
-        assert_eq!(options("cgroup", "rw,xattr,name=systemd").as_deref(), Some("none,name=systemd"));
+        assert_eq!(
+            options("cgroup", "rw,xattr,name=systemd").as_deref(),
+            Some("none,name=systemd")
+        );
         assert_eq!(options("cgroup2", "rw,nsdelegate").as_deref(), Some(""));
         assert_eq!(hierarchy("tmpfs", "rw"), None);
     }

@@ -1,5 +1,5 @@
-//! What a cloud would be to a cluster: it gives Services of the type LoadBalancer addresses and routes ([`load_balancers`]), and keeps
-//! the API server ([`api_server`]).
+//! What a cloud would be to a cluster: it gives Services of the type LoadBalancer addresses and
+//! routes ([`load_balancers`]), and keeps the API server ([`api_server`]).
 //!
 //! It is one process on the bridge, which is the nodes' gateway.
 

@@ -58,26 +58,33 @@ pub(super) fn ensure_api_server(state: &State, components: &Components) -> Resul
     Ok(())
 }
 
-/// Starts controller manager, scheduler and cloud, if they do not run. The first two give up where no API server answers.
+/// Starts controller manager, scheduler and cloud, if they do not run. The first two give up where
+/// no API server answers.
 pub(super) fn ensure_controllers(state: &State, components: &Components) -> Result<()> {
     let pki = |name: &str| state.path("pki").join(name);
-    let controllers = client(state, Cmd::new(components.control_plane.join("kube-controller-manager")))
-        .arg("--service-account-private-key-file")
-        .arg(pki("service-accounts.key"))
-        .arg("--root-ca-file")
-        .arg(pki("ca.crt"))
-        .arg("--cluster-signing-cert-file")
-        .arg(pki("ca.crt"))
-        .arg("--cluster-signing-key-file")
-        .arg(pki("ca.key"))
-        // Its default is a directory of the machine, which it makes.
-        .arg("--flex-volume-plugin-dir")
-        .arg(state.path("volume-plugins"))
-        // The nodes' ranges are those of their CNI configuration.
-        .args(["--use-service-account-credentials", "--allocate-node-cidrs=false"])
-        .args(["--kube-api-qps", "200", "--kube-api-burst", "400"]);
-    let _is_new =
-        launch::ensure(state, "kube-controller-manager", CONTROL_PLANE, CONTROL_PLANE, controllers)?;
+    let controllers =
+        client(state, Cmd::new(components.control_plane.join("kube-controller-manager")))
+            .arg("--service-account-private-key-file")
+            .arg(pki("service-accounts.key"))
+            .arg("--root-ca-file")
+            .arg(pki("ca.crt"))
+            .arg("--cluster-signing-cert-file")
+            .arg(pki("ca.crt"))
+            .arg("--cluster-signing-key-file")
+            .arg(pki("ca.key"))
+            // Its default is a directory of the machine, which it makes.
+            .arg("--flex-volume-plugin-dir")
+            .arg(state.path("volume-plugins"))
+            // The nodes' ranges are those of their CNI configuration.
+            .args(["--use-service-account-credentials", "--allocate-node-cidrs=false"])
+            .args(["--kube-api-qps", "200", "--kube-api-burst", "400"]);
+    let _is_new = launch::ensure(
+        state,
+        "kube-controller-manager",
+        CONTROL_PLANE,
+        CONTROL_PLANE,
+        controllers,
+    )?;
 
     let scheduler = client(state, Cmd::new(components.node.join("kube-scheduler")));
     let _is_new = launch::ensure(state, "kube-scheduler", CONTROL_PLANE, CONTROL_PLANE, scheduler)?;

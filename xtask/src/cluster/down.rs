@@ -1,5 +1,5 @@
-//! `cargo xtask cluster down`: takes down what is there, by the cgroup, the mounts and the directory alone, so that it does so after a
-//! crash too.
+//! `cargo xtask cluster down`: takes down what is there, by the cgroup, the mounts and the
+//! directory alone, so that it does so after a crash too.
 
 use std::fs;
 use std::io;

@@ -1,4 +1,5 @@
-//! The images of a cluster's pods in one archive: layers that several of them have are stored once, uncompressed.
+//! The images of a cluster's pods in one archive: layers that several of them have are stored once,
+//! uncompressed.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -50,7 +51,8 @@ pub(super) fn write(images: &[Image], directory: &Path, archive: &Path) -> Resul
                 }
             });
         }
-        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        let words =
+            |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
         let config = ConfigBuilder::default()
             .entrypoint(words(&image.entrypoint))
             .cmd(words(&image.command))

@@ -1,5 +1,5 @@
-//! The images that a cluster's pods are made of: our own builds and Debian packages, under the names that Kubernetes and its
-//! tests ask for.
+//! The images that a cluster's pods are made of: our own builds and Debian packages, under the
+//! names that Kubernetes and its tests ask for.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -43,8 +43,12 @@ pub(super) fn obtain(cache: &Cache, components: &Components) -> Result<PathBuf> 
             step.note("writing the archive");
             let scratch = directory.join("making");
             fs::create_dir(&scratch)?;
-            image::write(&images(components, &root, &pause), &scratch, &directory.join("images.tar"))
-                .context("cannot write the images' archive")?;
+            image::write(
+                &images(components, &root, &pause),
+                &scratch,
+                &directory.join("images.tar"),
+            )
+            .context("cannot write the images' archive")?;
             fs::remove_dir_all(&scratch)?;
             fs::remove_file(&root)?;
             step.done("made");
@@ -67,10 +71,12 @@ fn file_system(step: &Step, archive: &Path) -> Result<()> {
         .context("cannot make a Debian file system for the pods' images: are Debian's packages within reach?")
 }
 
-/// The release of Debian to take packages of: this machine's own if it is one, since its mirrors are known to work.
+/// The release of Debian to take packages of: this machine's own if it is one, since its mirrors
+/// are known to work.
 fn suite() -> String {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    let field = |name: &str| release.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    let field =
+        |name: &str| release.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
     match (field("ID"), field("VERSION_CODENAME")) {
         (Some("debian"), Some(name)) => name.to_owned(),
         _ => "stable".to_owned(),
@@ -91,7 +97,8 @@ fn build_pause(directory: &Path, file: &Path) -> Result<()> {
 fn images(components: &Components, root: &Path, pause: &Path) -> Vec<Image> {
     let debian = || Layer::Archive(root.to_owned());
     let test_image = |name: &str| components.test_images.join(name);
-    let coredns = || Layer::Files(vec![Entry::File("coredns".into(), components.coredns.join("coredns"))]);
+    let coredns =
+        || Layer::Files(vec![Entry::File("coredns".into(), components.coredns.join("coredns"))]);
     // Some tests run a DNS server from it.
     let agnhost = || {
         Layer::Files(vec![
@@ -105,8 +112,12 @@ fn images(components: &Components, root: &Path, pause: &Path) -> Vec<Image> {
         ])
     };
     let of_tests = |name: &str| format!("registry.k8s.io/e2e-test-images/{name}");
-    let image =
-        |names: Vec<String>, layers, entrypoint, command| Image { names, layers, entrypoint, command };
+    let image = |names: Vec<String>, layers, entrypoint, command| Image {
+        names,
+        layers,
+        entrypoint,
+        command,
+    };
     vec![
         image(
             vec![PAUSE.to_owned(), "registry.k8s.io/pause:3.10".to_owned()],
@@ -186,8 +197,8 @@ pub(super) struct Own {
     pub(super) tag: String,
 }
 
-/// Writes our own image into a directory: that of `cargo xtask image`, or, of a binary that is not static, one with the libraries that
-/// it needs.
+/// Writes our own image into a directory: that of `cargo xtask image`, or, of a binary that is not
+/// static, one with the libraries that it needs.
 pub(super) fn sluice(workspace: &Workspace, binary: &Path, directory: &Path) -> Result<Own> {
     let tag = oci::digest(binary)?.chars().take(12).collect::<String>();
     let name = format!("{}:{tag}", own::NAME);
@@ -209,7 +220,8 @@ fn dynamic(binary: &Path, name: String, directory: &Path) -> Result<PathBuf> {
     let libraries = Cmd::new("ldd").arg(binary).answer()?;
     let mut entries = vec![Entry::File("usr/local/bin/sluice".into(), stripped)];
     for library in libraries_of(&libraries) {
-        entries.push(Entry::File(library.trim_start_matches('/').to_owned(), PathBuf::from(library)));
+        entries
+            .push(Entry::File(library.trim_start_matches('/').to_owned(), PathBuf::from(library)));
     }
     let image = Image {
         names: vec![name],
@@ -223,7 +235,8 @@ fn dynamic(binary: &Path, name: String, directory: &Path) -> Result<PathBuf> {
     Ok(archive)
 }
 
-/// The files that ldd names: of `libc.so.6 => /lib/libc.so.6 (0x7f00)` and `/lib64/ld-linux.so.2 (0x7f00)`, the paths.
+/// The files that ldd names: of `libc.so.6 => /lib/libc.so.6 (0x7f00)` and
+/// `/lib64/ld-linux.so.2 (0x7f00)`, the paths.
 fn libraries_of(ldd: &str) -> impl Iterator<Item = &str> {
     ldd.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
 }
@@ -234,8 +247,7 @@ mod tests {
 
     #[test]
     fn a_binary_needs_its_libraries_and_what_loads_them() {
-        let told =
-            "\tlinux-vdso.so.1 (0x7f1)\n\tlibc.so.6 => /lib/libc.so.6 (0x7f2)\n\t/lib64/ld.so.2 (0x7f3)\n";
+        let told = "\tlinux-vdso.so.1 (0x7f1)\n\tlibc.so.6 => /lib/libc.so.6 (0x7f2)\n\t/lib64/ld.so.2 (0x7f3)\n";
         assert_eq!(libraries_of(told).collect::<Vec<_>>(), ["/lib/libc.so.6", "/lib64/ld.so.2"]);
     }
 }

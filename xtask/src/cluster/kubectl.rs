@@ -45,11 +45,16 @@ impl Kubectl {
     }
 
     /// Runs it and tells its standard output line by line, until it ends or `tell` says false.
-    pub(super) fn follow(&self, args: &[&str], mut tell: impl FnMut(&str) -> bool + Send) -> Result<()> {
+    pub(super) fn follow(
+        &self,
+        args: &[&str],
+        mut tell: impl FnMut(&str) -> bool + Send,
+    ) -> Result<()> {
         let mut command = self.command(args).into_inner();
         self.namespace.enter(move || {
             let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
-            let lines = child.stdout.take().into_iter().flat_map(|output| BufReader::new(output).lines());
+            let lines =
+                child.stdout.take().into_iter().flat_map(|output| BufReader::new(output).lines());
             for line in lines {
                 if !tell(&line?) {
                     child.kill()?;
@@ -68,7 +73,8 @@ impl Kubectl {
 
     /// Applies manifests from a file or, by `-k`, a directory.
     pub(super) fn apply(&self, flag: &str, path: &Path) -> Result<()> {
-        let args: [&OsStr; 4] = ["apply".as_ref(), flag.as_ref(), path.as_os_str(), "--server-side".as_ref()];
+        let args: [&OsStr; 4] =
+            ["apply".as_ref(), flag.as_ref(), path.as_os_str(), "--server-side".as_ref()];
         self.run(args).map(drop)
     }
 }

@@ -1,7 +1,7 @@
 //! Starting the processes of a cluster, which outlive this one, and finding them again.
 //!
-//! A process has to be in its cgroup and namespace before its program starts. This program is started in its place, goes there
-//! and becomes it ([`become_program`]).
+//! A process has to be in its cgroup and namespace before its program starts. This program is
+//! started in its place, goes there and becomes it ([`become_program`]).
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -73,7 +73,8 @@ impl Process {
 /// When a process started, in clock ticks since boot.
 fn start_time(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command name, in parentheses, may hold anything; the state is the first field after it, and field 22 the 20th.
+    // The command name, in parentheses, may hold anything; the state is the first field after it,
+    // and field 22 the 20th.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
     let is_zombie = fields.next()? == "Z";
     fields.nth(18).filter(|_| !is_zombie).map(str::to_owned)
@@ -90,21 +91,31 @@ pub(super) fn log(state: &State, name: &str) -> PathBuf {
 
 /// The end of what a process wrote, for an error message.
 pub(super) fn last_words(log: &Path) -> String {
-    let text = fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+    let text =
+        fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
     let lines: Vec<_> = text.lines().collect();
     let end = lines.get(lines.len().saturating_sub(8)..).unwrap_or_default().join("\n  ");
     format!("the end of {}:\n  {end}", log.display())
 }
 
-/// Starts a process in a namespace and group, unless the one that was started under that name lives; says whether it did.
-pub(super) fn ensure(state: &State, name: &str, namespace: &str, group: &str, command: Cmd) -> Result<bool> {
+/// Starts a process in a namespace and group, unless the one that was started under that name
+/// lives; says whether it did.
+pub(super) fn ensure(
+    state: &State,
+    name: &str,
+    namespace: &str,
+    group: &str,
+    command: Cmd,
+) -> Result<bool> {
     if Process::recorded(state, name).is_some_and(|process| process.lives()) {
         return Ok(false);
     }
     let log = log(state, name);
     state.write(Path::new("log").join(format!("{name}.log")), "")?;
-    let output =
-        File::options().append(true).open(&log).with_context(|| format!("cannot open {}", log.display()))?;
+    let output = File::options()
+        .append(true)
+        .open(&log)
+        .with_context(|| format!("cannot open {}", log.display()))?;
     let command = command.into_inner();
     // Whatever has become of its file: the cloud starts processes as long as the cluster lives.
     let child = Command::new("/proc/self/exe")
@@ -117,9 +128,10 @@ pub(super) fn ensure(state: &State, name: &str, namespace: &str, group: &str, co
         .spawn()
         .with_context(|| format!("cannot start {name}"))?;
     // It has not been waited for, so it is there, if only as a zombie.
-    let process =
-        Process::of(child.id()).with_context(|| format!("{name} ended at once; {}", last_words(&log)))?;
-    state.write(Path::new("run").join(format!("{name}.json")), &serde_json::to_string(&process)?)?;
+    let process = Process::of(child.id())
+        .with_context(|| format!("{name} ended at once; {}", last_words(&log)))?;
+    state
+        .write(Path::new("run").join(format!("{name}.json")), &serde_json::to_string(&process)?)?;
     Ok(true)
 }
 

@@ -38,7 +38,8 @@ mod tests {
 
     #[test]
     fn a_line_of_mountinfo_has_its_options_at_the_end() {
-        let line = "30 26 0:27 / /sys/fs/cgroup/cpu rw,nosuid shared:9 - cgroup none rw,cpu,cpuacct";
+        let line =
+            "30 26 0:27 / /sys/fs/cgroup/cpu rw,nosuid shared:9 - cgroup none rw,cpu,cpuacct";
         let expected = Mount {
             point: "/sys/fs/cgroup/cpu".into(),
             kind: "cgroup".into(),

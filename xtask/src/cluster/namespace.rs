@@ -40,10 +40,17 @@ impl Namespace {
     pub(super) fn create(&self) -> Result<()> {
         let parent = self.file.parent().context("a namespace's file has a parent")?;
         fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
-        drop(File::create(&self.file).with_context(|| format!("cannot make {}", self.file.display()))?);
-        Cmd::new("unshare").arg(format!("--net={}", self.file.display())).arg("true").run().with_context(
-            || format!("cannot make the network namespace {}: is this root?", self.file.display()),
-        )?;
+        drop(
+            File::create(&self.file)
+                .with_context(|| format!("cannot make {}", self.file.display()))?,
+        );
+        Cmd::new("unshare")
+            .arg(format!("--net={}", self.file.display()))
+            .arg("true")
+            .run()
+            .with_context(|| {
+                format!("cannot make the network namespace {}: is this root?", self.file.display())
+            })?;
         self.sysctls(&[
             ("net/ipv4/ip_forward", "1"),
             ("net/ipv6/conf/all/forwarding", "1"),
@@ -59,8 +66,9 @@ impl Namespace {
 
     /// Moves this process into it.
     pub(super) fn join(&self) -> Result<()> {
-        let file = File::open(&self.file)
-            .with_context(|| format!("cannot open the network namespace {}", self.file.display()))?;
+        let file = File::open(&self.file).with_context(|| {
+            format!("cannot open the network namespace {}", self.file.display())
+        })?;
         move_into_link_name_space(rustix::fd::AsFd::as_fd(&file), Some(LinkNameSpaceType::Network))
             .with_context(|| format!("cannot enter the network namespace {}", self.file.display()))
     }

@@ -1,4 +1,5 @@
-//! The network of a cluster: a bridge that the nodes and the control plane's host are on, and a client outside behind it.
+//! The network of a cluster: a bridge that the nodes and the control plane's host are on, and a
+//! client outside behind it.
 //!
 //! ```text
 //!     outside 10.30.0.2 ── bridge 10.10.0.254 ──┬── control-plane 10.10.0.10
@@ -6,8 +7,8 @@
 //!                                               └── n2 10.10.0.12 ── pods 10.244.2.0/24
 //! ```
 //!
-//! Every one is a namespace, and so is the bridge: no link leads to the namespace this is started from, and what goes to an
-//! address that nobody here has is unreachable.
+//! Every one is a namespace, and so is the bridge: no link leads to the namespace this is started
+//! from, and what goes to an address that nobody here has is unreachable.
 
 use std::fmt::Write as _;
 
@@ -31,9 +32,12 @@ pub(super) fn ensure(state: &State, nodes: u8) -> Result<()> {
     if !bridge.exists() {
         make_bridge(&bridge)?;
     }
-    let hosts =
-        std::iter::once((CONTROL_PLANE.to_owned(), API_SERVER.to_owned(), API_SERVER_IPV6.to_owned()))
-            .chain(NodeNumber::all(nodes).map(|node| (node.name(), node.ipv4(), node.ipv6())));
+    let hosts = std::iter::once((
+        CONTROL_PLANE.to_owned(),
+        API_SERVER.to_owned(),
+        API_SERVER_IPV6.to_owned(),
+    ))
+    .chain(NodeNumber::all(nodes).map(|node| (node.name(), node.ipv4(), node.ipv6())));
     for (name, ipv4, ipv6) in hosts {
         let namespace = Namespace::named(state, &name);
         if !namespace.exists() {
@@ -109,7 +113,8 @@ fn make_outside(bridge: &Namespace, outside: &Namespace) -> Result<()> {
     ))
 }
 
-/// Routes to the pods of nodes, which a CNI with routes of its own (or a cloud's router) would make.
+/// Routes to the pods of nodes, which a CNI with routes of its own (or a cloud's router) would
+/// make.
 fn routes_to_pods(nodes: u8, wanted: impl Fn(NodeNumber) -> bool) -> String {
     let mut lines = String::new();
     for node in NodeNumber::all(nodes).filter(|node| wanted(*node)) {

@@ -1,7 +1,8 @@
 //! A node, seen from outside: started, given its images, allowed to join.
 //!
-//! It is a network namespace, a group, and in both a process with namespaces of its own for mounts, processes, host name, IPC and
-//! cgroups. That process is the node's first ([`super::node_init`]): when it ends, everything on the node does.
+//! It is a network namespace, a group, and in both a process with namespaces of its own for mounts,
+//! processes, host name, IPC and cgroups. That process is the node's first ([`super::node_init`]):
+//! when it ends, everything on the node does.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -85,7 +86,8 @@ pub(super) fn ensure(
     Ok(())
 }
 
-/// Brings the images of an archive onto a node; `key` names what is in it, so that it is brought once.
+/// Brings the images of an archive onto a node; `key` names what is in it, so that it is brought
+/// once.
 pub(super) fn import(
     state: &State,
     components: &Components,
@@ -119,8 +121,9 @@ fn wait_for_containerd(state: &State, number: NodeNumber) -> Result<PathBuf> {
             bail!("the node {name} has ended; {}", launch::last_words(&launch::log(state, &name)));
         };
         let init = Process::recorded(state, &init_name(number)).filter(Process::lives);
-        let socket =
-            init.map(|init| PathBuf::from(format!("/proc/{}/root/run/containerd/containerd.sock", init.pid)));
+        let socket = init.map(|init| {
+            PathBuf::from(format!("/proc/{}/root/run/containerd/containerd.sock", init.pid))
+        });
         if let Some(socket) = socket.filter(|socket| UnixStream::connect(socket).is_ok()) {
             return Ok(socket);
         }

@@ -16,7 +16,11 @@ const DIRECTORY: &str = "/run/node";
 
 /// How containerd is started.
 pub(super) fn containerd_command() -> Vec<String> {
-    vec![format!("/run/{CONTAINERD}/containerd"), "--config".into(), format!("{DIRECTORY}/containerd.toml")]
+    vec![
+        format!("/run/{CONTAINERD}/containerd"),
+        "--config".into(),
+        format!("{DIRECTORY}/containerd.toml"),
+    ]
 }
 
 /// How the kubelet is started.
@@ -31,7 +35,10 @@ pub(super) fn kubelet_command(number: NodeNumber) -> Vec<String> {
         ("cert-dir", "/var/lib/kubelet/pki".to_owned()),
         (
             "node-labels",
-            format!("topology.kubernetes.io/zone={},topology.kubernetes.io/region=lab", number.zone()),
+            format!(
+                "topology.kubernetes.io/zone={},topology.kubernetes.io/region=lab",
+                number.zone()
+            ),
         ),
     ];
     std::iter::once(format!("/run/{PROGRAMS}/kubelet"))

@@ -1,8 +1,9 @@
-//! The first process of a node: it makes the node's own view of the machine, starts containerd and kubelet in it, starts them again
-//! when they end, and buries orphans.
+//! The first process of a node: it makes the node's own view of the machine, starts containerd and
+//! kubelet in it, starts them again when they end, and buries orphans.
 //!
-//! The machine's files are the node's, but nothing that the node writes reaches them: what containerd, kubelet and CNI plugins write
-//! to is covered by directories of the cluster's state, and what they might write to by empty ones.
+//! The machine's files are the node's, but nothing that the node writes reaches them: what
+//! containerd, kubelet and CNI plugins write to is covered by directories of the cluster's state,
+//! and what they might write to by empty ones.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -21,7 +22,8 @@ use super::addresses::{GATEWAY, NodeNumber};
 use super::node::{self, CNI_PLUGINS, CONTAINERD, PROGRAMS, STATE, Spec};
 use super::{cgroup, node_config};
 
-/// The machine-wide sysctls that a kubelet sets, with its values: it finds them in files of the node's own, and leaves the real ones alone.
+/// The machine-wide sysctls that a kubelet sets, with its values: it finds them in files of the
+/// node's own, and leaves the real ones alone.
 const SYSCTLS: [(&str, &str); 6] = [
     ("vm/overcommit_memory", "1"),
     ("vm/panic_on_oom", "0"),
@@ -34,8 +36,8 @@ const SYSCTLS: [(&str, &str); 6] = [
 /// Runs the node for ever.
 pub(crate) fn run(spec: &Path) -> Result<()> {
     let content = fs::read(spec).with_context(|| format!("cannot read {}", spec.display()))?;
-    let spec: Spec =
-        serde_json::from_slice(&content).with_context(|| format!("cannot parse {}", spec.display()))?;
+    let spec: Spec = serde_json::from_slice(&content)
+        .with_context(|| format!("cannot parse {}", spec.display()))?;
     let number = NodeNumber(spec.number);
     record(&spec)?;
     rustix::system::sethostname(number.name().as_bytes()).context("cannot set the host name")?;
@@ -55,7 +57,8 @@ fn state(path: impl AsRef<Path>) -> PathBuf {
 fn record(spec: &Spec) -> Result<()> {
     let pid = fs::read_link("/proc/self").context("cannot read /proc/self: is /proc mounted?")?;
     let pid = pid.to_string_lossy().parse().context("/proc/self names no process")?;
-    let process = super::launch::Process::of(pid).context("/proc/self tells nothing of this process")?;
+    let process =
+        super::launch::Process::of(pid).context("/proc/self tells nothing of this process")?;
     let (root, _) = spec.directories.first().context("the node is told no state directory")?;
     let file = root.join("run").join(format!("{}.json", node::init_name(NodeNumber(spec.number))));
     fs::write(&file, serde_json::to_string(&process)?)
@@ -64,8 +67,8 @@ fn record(spec: &Spec) -> Result<()> {
 
 fn files(spec: &Spec) -> Result<()> {
     let number = NodeNumber(spec.number);
-    // What will be /run is made at a place that nothing needs, so that the machine's own directories may be anywhere below those that
-    // are covered next.
+    // What will be /run is made at a place that nothing needs, so that the machine's own
+    // directories may be anywhere below those that are covered next.
     let staging = Path::new("/mnt");
     mount("tmpfs", staging, "tmpfs", "mode=755")?;
     for (directory, name) in &spec.directories {
@@ -78,7 +81,8 @@ fn files(spec: &Spec) -> Result<()> {
         let path = own.join(name);
         fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
     }
-    let overlay = format!("lowerdir=/etc,upperdir={0}/etc/upper,workdir={0}/etc/work", own.display());
+    let overlay =
+        format!("lowerdir=/etc,upperdir={0}/etc/upper,workdir={0}/etc/work", own.display());
     mount("overlay", "/etc", "overlay", &overlay)?;
     bind(&own.join("lib"), Path::new("/var/lib"))?;
     bind(&own.join("log"), Path::new("/var/log"))?;
@@ -110,7 +114,8 @@ fn processes_and_devices(spec: &Spec) -> Result<()> {
     for (key, value) in SYSCTLS {
         let file = Path::new("/run/sysctl").join(key.replace('/', "_"));
         fs::create_dir_all("/run/sysctl").context("cannot make /run/sysctl")?;
-        fs::write(&file, format!("{value}\n")).with_context(|| format!("cannot write {}", file.display()))?;
+        fs::write(&file, format!("{value}\n"))
+            .with_context(|| format!("cannot write {}", file.display()))?;
         bind(&file, &Path::new("/proc/sys").join(key))?;
     }
     rustix::mount::unmount("/sys", UnmountFlags::DETACH).context("cannot unmount /sys")?;
@@ -137,7 +142,8 @@ fn processes_and_devices(spec: &Spec) -> Result<()> {
         // Of cgroup2, a group with processes cannot give controllers to those below.
         fs::create_dir_all(cgroups.join("init"))
             .context("cannot make the group of the node's own processes")?;
-        fs::write(cgroups.join("init/cgroup.procs"), "0").context("cannot enter the node's own group")?;
+        fs::write(cgroups.join("init/cgroup.procs"), "0")
+            .context("cannot enter the node's own group")?;
         let _given = cgroup::delegate(cgroups);
     }
     Ok(())
@@ -156,7 +162,8 @@ fn bind(source: &Path, target: &Path) -> Result<()> {
 }
 
 fn change(path: &str, flags: MountPropagationFlags) -> Result<()> {
-    rustix::mount::mount_change(path, flags).with_context(|| format!("cannot change the mount {path}"))
+    rustix::mount::mount_change(path, flags)
+        .with_context(|| format!("cannot change the mount {path}"))
 }
 
 /// Starts containerd at once and kubelet when it may; returns only if one cannot be started.
@@ -171,7 +178,9 @@ fn supervise(number: NodeNumber) -> Result<()> {
     let _none = running.insert(start(number, Program::Kubelet)?, Program::Kubelet);
     loop {
         let ended = match wait(WaitOptions::empty()) {
-            Ok(Some((pid, status))) => running.remove(&pid.as_raw_pid()).map(|program| (program, status)),
+            Ok(Some((pid, status))) => {
+                running.remove(&pid.as_raw_pid()).map(|program| (program, status))
+            }
             Ok(None) | Err(rustix::io::Errno::INTR) => None,
             Err(error) => return Err(error).context("cannot wait for the node's processes"),
         };

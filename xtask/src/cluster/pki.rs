@@ -1,6 +1,7 @@
 //! Certificates, tokens and kubeconfigs: who is who in a cluster.
 //!
-//! People and components have static tokens; only the API server, and what it shows the kubelets, has a certificate.
+//! People and components have static tokens; only the API server, and what it shows the kubelets,
+//! has a certificate.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -25,16 +26,20 @@ pub(super) fn ensure(state: &State, nodes: u8) -> Result<()> {
         return Ok(());
     }
     let directory = state.path("pki");
-    fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot make {}", directory.display()))?;
     certificates(state, &directory).context("cannot make the cluster's certificates")?;
     tokens(state, nodes)?;
     state.write("pki/complete", "")
 }
 
 fn certificates(state: &State, directory: &Path) -> Result<()> {
-    let openssl =
-        |args: &str| Cmd::new("openssl").dir(directory).args(args.split_whitespace()).answer().map(drop);
-    openssl(&format!("req -x509 {KEY} -days 3650 -subj /CN=sluice-cluster -keyout ca.key -out ca.crt"))?;
+    let openssl = |args: &str| {
+        Cmd::new("openssl").dir(directory).args(args.split_whitespace()).answer().map(drop)
+    };
+    openssl(&format!(
+        "req -x509 {KEY} -days 3650 -subj /CN=sluice-cluster -keyout ca.key -out ca.crt"
+    ))?;
     let names = format!(
         "DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc,DNS:kubernetes.default.svc.cluster.local,\
          DNS:localhost,IP:127.0.0.1,IP:{API_SERVER},IP:{API_SERVER_IPV6},IP:{KUBERNETES_SERVICE},\
@@ -78,7 +83,11 @@ fn tokens(state: &State, nodes: u8) -> Result<()> {
     user(&state.kubeconfig(), "admin", "system:masters")?;
     for node in NodeNumber::all(nodes) {
         let name = node.name();
-        user(Path::new(&format!("nodes/{name}/kubeconfig")), &format!("system:node:{name}"), "system:nodes")?;
+        user(
+            Path::new(&format!("nodes/{name}/kubeconfig")),
+            &format!("system:node:{name}"),
+            "system:nodes",
+        )?;
     }
     state.write("pki/tokens.csv", &lines)
 }
@@ -96,8 +105,8 @@ fn base64(bytes: &[u8]) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::new();
     for chunk in bytes.chunks(3) {
-        let group =
-            chunk.iter().fold(0_u32, |group, byte| group << 8 | u32::from(*byte)) << (8 * (3 - chunk.len()));
+        let group = chunk.iter().fold(0_u32, |group, byte| group << 8 | u32::from(*byte))
+            << (8 * (3 - chunk.len()));
         for place in 0..4 {
             let digit = (group >> (18 - 6 * place)) & 63;
             text.push(if place > chunk.len() { '=' } else { char::from(ALPHABET[digit as usize]) });

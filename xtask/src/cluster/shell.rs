@@ -33,10 +33,11 @@ pub(super) fn run(options: &ShellOptions) -> Result<()> {
             outside(&state, &line)?
         }
         Some(name) => {
-            let number =
-                NodeNumber::all(description.nodes).find(|number| number.name() == *name).with_context(
-                    || format!("no node is called {name}: they are n1 to n{}", description.nodes),
-                )?;
+            let number = NodeNumber::all(description.nodes)
+                .find(|number| number.name() == *name)
+                .with_context(|| {
+                format!("no node is called {name}: they are n1 to n{}", description.nodes)
+            })?;
             if options.command.is_empty() {
                 eprintln!("on the node {name}, in all its namespaces; leave with `exit`");
             }
@@ -78,7 +79,8 @@ fn on_node(state: &State, number: NodeNumber, line: &[OsString]) -> Result<std::
 /// What a program and its arguments are added to.
 fn enter(state: &State, number: NodeNumber) -> Result<Command> {
     let name = number.name();
-    let Some(init) = Process::recorded(state, &node::init_name(number)).filter(Process::lives) else {
+    let Some(init) = Process::recorded(state, &node::init_name(number)).filter(Process::lives)
+    else {
         bail!("the node {name} does not run: start it again with `cargo xtask cluster up`");
     };
     let mut command = Command::new("nsenter");

@@ -72,7 +72,8 @@ impl State {
     pub(super) fn write(&self, name: impl AsRef<Path>, content: &str) -> Result<()> {
         let path = self.path(name);
         if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+            fs::create_dir_all(parent)
+                .with_context(|| format!("cannot make {}", parent.display()))?;
         }
         fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))
     }

@@ -66,8 +66,9 @@ fn objects(kubectl: &Kubectl, text: &mut String) -> bool {
     ];
     questions.into_iter().all(|args| {
         let answer = kubectl.ask(args);
-        let table =
-            answer.as_ref().map_or_else(|error| format!("{error:#}"), |table| table.trim_end().to_owned());
+        let table = answer
+            .as_ref()
+            .map_or_else(|error| format!("{error:#}"), |table| table.trim_end().to_owned());
         text.push('\n');
         text.push_str(&table);
         text.push('\n');

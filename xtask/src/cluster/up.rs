@@ -1,4 +1,5 @@
-//! `cargo xtask cluster up`: every step makes what is not there, so that a second run repairs what has gone.
+//! `cargo xtask cluster up`: every step makes what is not there, so that a second run repairs what
+//! has gone.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -21,10 +22,13 @@ use super::kubectl::Kubectl;
 use super::launch;
 use super::network::CONTROL_PLANE;
 use super::state::{Description, State, boot_id};
-use super::{Overlay, Proxy, UpOptions, cgroup, control_plane, down, images, network, node, pki, workloads};
+use super::{
+    Overlay, Proxy, UpOptions, cgroup, control_plane, down, images, network, node, pki, workloads,
+};
 
 /// Where distributions put the CNI's own plugins.
-const CNI_PLUGINS: [&str; 4] = ["/usr/lib/cni", "/opt/cni/bin", "/usr/libexec/cni", "/usr/lib/cni/bin"];
+const CNI_PLUGINS: [&str; 4] =
+    ["/usr/lib/cni", "/opt/cni/bin", "/usr/libexec/cni", "/usr/lib/cni/bin"];
 
 /// Brings the cluster up.
 pub(super) fn run(workspace: &Workspace, choice: Choice, options: &UpOptions) -> Result<()> {
@@ -83,7 +87,8 @@ fn count(nodes: u8) -> String {
 
 /// Whether a cluster like that is up already; if not, whatever is left of one may go.
 fn check(state: &State, wanted: &Description) -> Result<bool> {
-    let Some(found) = state.description()?.filter(|found| found.is_complete && found.boot == wanted.boot)
+    let Some(found) =
+        state.description()?.filter(|found| found.is_complete && found.boot == wanted.boot)
     else {
         return Ok(false);
     };
@@ -149,7 +154,8 @@ impl Up<'_> {
                 .with_context(|| format!("cannot start the node {}", number.name()))?;
         }
         // The archive's directory has the versions in its name.
-        let key = archive.parent().and_then(Path::file_name).context("an archive has a directory")?;
+        let key =
+            archive.parent().and_then(Path::file_name).context("an archive has a directory")?;
         self.import(archive, &key.to_string_lossy())?;
         control_plane::wait_api_server(self.state, &self.kubectl())?;
         control_plane::ensure_controllers(self.state, self.components)?;
@@ -167,10 +173,12 @@ impl Up<'_> {
         for number in self.numbers() {
             self.wait_registered(&kubectl, number)?;
             let (ipv4, ipv6) = (number.pods_ipv4(), number.pods_ipv6());
-            let ranges = format!(r#"{{"spec":{{"podCIDR":"{ipv4}","podCIDRs":["{ipv4}","{ipv6}"]}}}}"#);
+            let ranges =
+                format!(r#"{{"spec":{{"podCIDR":"{ipv4}","podCIDRs":["{ipv4}","{ipv6}"]}}}}"#);
             let _output = kubectl.run(["patch", "node", &number.name(), "--patch", &ranges])?;
         }
-        let ready = kubectl.run(["wait", "--for=condition=Ready", "node", "--all", "--timeout=90s"]);
+        let ready =
+            kubectl.run(["wait", "--for=condition=Ready", "node", "--all", "--timeout=90s"]);
         let _output = ready.with_context(|| {
             format!(
                 "not every node became ready; their kubelets' logs are in {}",
@@ -250,12 +258,14 @@ impl Up<'_> {
             let imports: Vec<_> = self
                 .numbers()
                 .map(|number| {
-                    scope.spawn(move || node::import(self.state, self.components, number, archive, key))
+                    scope.spawn(move || {
+                        node::import(self.state, self.components, number, archive, key)
+                    })
                 })
                 .collect();
-            imports
-                .into_iter()
-                .try_for_each(|import| import.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            imports.into_iter().try_for_each(|import| {
+                import.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
         })
     }
 
@@ -265,7 +275,8 @@ impl Up<'_> {
 
     fn link_programs(&self) -> Result<()> {
         let directory = self.state.programs();
-        fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+        fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot make {}", directory.display()))?;
         for (programs, name) in [
             (&self.components.kubectl, "kubectl"),
             (&self.components.containerd, "ctr"),
@@ -273,7 +284,8 @@ impl Up<'_> {
         ] {
             let link = directory.join(name);
             drop(fs::remove_file(&link));
-            symlink(programs.join(name), &link).with_context(|| format!("cannot make {}", link.display()))?;
+            symlink(programs.join(name), &link)
+                .with_context(|| format!("cannot make {}", link.display()))?;
         }
         Ok(())
     }
@@ -282,7 +294,9 @@ impl Up<'_> {
 fn cni_plugins() -> Result<PathBuf> {
     let find = || {
         let has_all = |directory: &PathBuf| {
-            ["ptp", "bridge", "host-local", "portmap"].iter().all(|name| directory.join(name).exists())
+            ["ptp", "bridge", "host-local", "portmap"]
+                .iter()
+                .all(|name| directory.join(name).exists())
         };
         CNI_PLUGINS.into_iter().map(PathBuf::from).find(has_all)
     };

@@ -23,7 +23,13 @@ const PATIENCE: &str = "--timeout=120s";
 /// Applies CoreDNS.
 pub(super) fn apply_dns(state: &State, kubectl: &Kubectl) -> Result<()> {
     let image = format!("registry.k8s.io/coredns/coredns:v{COREDNS}");
-    apply(state, kubectl, "coredns.yaml", COREDNS_MANIFEST, &[("image", &image), ("address", DNS_SERVICE)])
+    apply(
+        state,
+        kubectl,
+        "coredns.yaml",
+        COREDNS_MANIFEST,
+        &[("image", &image), ("address", DNS_SERVICE)],
+    )
 }
 
 /// Applies kube-proxy.
@@ -38,7 +44,8 @@ pub(super) fn apply_kube_proxy(state: &State, kubectl: &Kubectl) -> Result<()> {
     apply(state, kubectl, "kube-proxy.yaml", KUBE_PROXY_MANIFEST, &values)
 }
 
-/// Applies an overlay of `deploy/`, with what `deploy/example` says differs from cluster to cluster.
+/// Applies an overlay of `deploy/`, with what `deploy/example` says differs from cluster to
+/// cluster.
 pub(super) fn apply_sluice(
     workspace: &Workspace,
     state: &State,
@@ -99,7 +106,8 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Waits until all pods of a workload of `kube-system` (`ds/sluice`) are of the newest template and ready.
+/// Waits until all pods of a workload of `kube-system` (`ds/sluice`) are of the newest template and
+/// ready.
 pub(super) fn wait(kubectl: &Kubectl, workload: &str) -> Result<()> {
     let waited = kubectl.run(["--namespace=kube-system", "rollout", "status", workload, PATIENCE]);
     waited.map(drop).with_context(|| {
@@ -125,9 +133,9 @@ fn apply(
 
 /// Puts values in the places `${name}`.
 fn fill(manifest: &str, values: &[(&str, &str)]) -> String {
-    values
-        .iter()
-        .fold(manifest.to_owned(), |text, (name, value)| text.replace(&format!("${{{name}}}"), value))
+    values.iter().fold(manifest.to_owned(), |text, (name, value)| {
+        text.replace(&format!("${{{name}}}"), value)
+    })
 }
 
 #[cfg(test)]

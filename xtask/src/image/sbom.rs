@@ -1,8 +1,9 @@
 //! The bill of materials: what is linked into the binary, as CycloneDX 1.6 (ECMA-424) in JSON.
 //!
-//! Not what the workspace knows, but what cargo links for this one program: normal dependencies with the features that a build of
-//! the package alone has, without procedural macros; the same of the kernel programs that are embedded; and what the compiler adds,
-//! Rust's standard library and the C library. No time and no random number: the same binary gives the same document.
+//! Not what the workspace knows, but what cargo links for this one program: normal dependencies
+//! with the features that a build of the package alone has, without procedural macros; the same of
+//! the kernel programs that are embedded; and what the compiler adds, Rust's standard library and
+//! the C library. No time and no random number: the same binary gives the same document.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -33,7 +34,8 @@ pub(super) fn of(workspace: &Workspace, digest: &str) -> Result<Vec<u8>> {
     packages.read(AGENT, &tree(workspace, "sluice", &rustc.host)?)?;
     packages.read(KERNEL, &tree(workspace, "sluice-ebpf", BPF)?)?;
     let lock = workspace.root().join("Cargo.lock");
-    let text = fs::read_to_string(&lock).with_context(|| format!("cannot read {}", lock.display()))?;
+    let text =
+        fs::read_to_string(&lock).with_context(|| format!("cannot read {}", lock.display()))?;
     let sums = checksums(&text)?;
     let mut system = vec![library("rust-std", &rustc.release, "MIT OR Apache-2.0")];
     if rustc.host.ends_with("-gnu") {
@@ -49,7 +51,15 @@ pub(super) fn of(workspace: &Workspace, digest: &str) -> Result<Vec<u8>> {
 fn tree(workspace: &Workspace, package: &str, target: &str) -> Result<String> {
     workspace
         .cargo()
-        .args(["tree", "--locked", "--edges", "normal,no-proc-macro", "--no-dedupe", "--prefix", "depth"])
+        .args([
+            "tree",
+            "--locked",
+            "--edges",
+            "normal,no-proc-macro",
+            "--no-dedupe",
+            "--prefix",
+            "depth",
+        ])
         .args(["--format", "|{p}|{l}", "--package", package, "--target", target])
         .stdout()
         .with_context(|| format!("cannot list what is linked into {package}"))
@@ -58,7 +68,8 @@ fn tree(workspace: &Workspace, package: &str, target: &str) -> Result<String> {
 /// The C library that a static binary takes along is this machine's.
 fn glibc() -> Result<String> {
     let answer = Cmd::new("getconf").arg("GNU_LIBC_VERSION").stdout()?;
-    let version = answer.trim().strip_prefix("glibc ").context("getconf does not tell glibc's version")?;
+    let version =
+        answer.trim().strip_prefix("glibc ").context("getconf does not tell glibc's version")?;
     Ok(version.to_owned())
 }
 
@@ -90,7 +101,8 @@ impl Packages {
                 line.split('|').collect::<Vec<_>>().try_into().map_err(|_| unknown(line))?;
             let depth: usize = depth.parse().map_err(|_| unknown(line))?;
             let mut words = package.split_whitespace();
-            let (Some(name), Some(version)) = (words.next(), words.next().and_then(|v| v.strip_prefix('v')))
+            let (Some(name), Some(version)) =
+                (words.next(), words.next().and_then(|v| v.strip_prefix('v')))
             else {
                 return Err(unknown(line));
             };
@@ -164,7 +176,9 @@ fn component(id: &Id, package: &Package, sums: &BTreeMap<Id, String>) -> Result<
         let _none = fields.insert("licenses".into(), json!([{"expression": package.license}]));
     }
     if !package.is_own {
-        let sum = sums.get(id).with_context(|| format!("Cargo.lock has no checksum of {name} {version}"))?;
+        let sum = sums
+            .get(id)
+            .with_context(|| format!("Cargo.lock has no checksum of {name} {version}"))?;
         let _none = fields.insert("purl".into(), purl(id).into());
         let _none = fields.insert("hashes".into(), json!([{"alg": "SHA-256", "content": sum}]));
     }
@@ -189,11 +203,14 @@ fn document(
         let mut needs: Vec<_> = package.needs.iter().map(purl).collect();
         if id == program {
             needs.push(purl(kernel));
-            needs.extend(system.iter().filter_map(|library| Some(library["bom-ref"].as_str()?.to_owned())));
+            needs.extend(
+                system.iter().filter_map(|library| Some(library["bom-ref"].as_str()?.to_owned())),
+            );
         }
         json!({"ref": purl(id), "dependsOn": needs})
     });
-    let license = packages.found.get(program).map(|package| package.license.clone()).unwrap_or_default();
+    let license =
+        packages.found.get(program).map(|package| package.license.clone()).unwrap_or_default();
     Ok(json!({
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
@@ -213,10 +230,18 @@ fn document(
     }))
 }
 
-/// A number of its own for each binary: a UUID of version 8 (RFC 9562, section 5.8) from its digest.
+/// A number of its own for each binary: a UUID of version 8 (RFC 9562, section 5.8) from its
+/// digest.
 fn serial(digest: &str) -> String {
     let part = |from: usize, to: usize| digest.get(from..to).unwrap_or_default();
-    format!("urn:uuid:{}-{}-8{}-8{}-{}", part(0, 8), part(8, 12), part(12, 15), part(15, 18), part(18, 30))
+    format!(
+        "urn:uuid:{}-{}-8{}-8{}-{}",
+        part(0, 8),
+        part(8, 12),
+        part(12, 15),
+        part(15, 18),
+        part(18, 30)
+    )
 }
 
 #[cfg(test)]
@@ -243,7 +268,9 @@ mod tests {
         let sums = |names: &[&str]| {
             names
                 .iter()
-                .map(|name| (id(name, if *name == "b" { "2.0.0" } else { "3.0.0" }), "00".to_owned()))
+                .map(|name| {
+                    (id(name, if *name == "b" { "2.0.0" } else { "3.0.0" }), "00".to_owned())
+                })
                 .collect()
         };
         assert!(document(&packages, &sums(&["b"]), &[], "00").is_err());

@@ -3,14 +3,17 @@
 use std::io::Read as _;
 
 use flate2::read::GzDecoder;
-use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType, OciLayout};
+use oci_spec::image::{
+    Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType, OciLayout,
+};
 use serde_json::Value;
 
 use super::*;
 
 /// A program without anything but itself.
 fn program(directory: &Path, is_static: bool) -> Result<PathBuf> {
-    let (source, file) = (directory.join("program.rs"), directory.join(format!("program-{is_static}")));
+    let (source, file) =
+        (directory.join("program.rs"), directory.join(format!("program-{is_static}")));
     fs::write(&source, "fn main() {}\n")?;
     let feature = format!("-Ctarget-feature={}crt-static", if is_static { '+' } else { '-' });
     Cmd::new("rustc")
@@ -72,7 +75,10 @@ fn an_image_is_one_static_file_with_labels_and_a_bill_of_materials() -> Result<(
     assert_eq!(annotation(image, "io.containerd.image.name"), Some(name));
     assert_eq!(annotation(image, "org.opencontainers.image.ref.name"), Some("1.2"));
     let here = oci::architecture(std::env::consts::ARCH).context("an unknown machine")?;
-    assert_eq!(image.platform().as_ref().map(|platform| platform.architecture().clone()), Some(here.clone()));
+    assert_eq!(
+        image.platform().as_ref().map(|platform| platform.architecture().clone()),
+        Some(here.clone())
+    );
 
     let manifest = layout.manifest(image)?;
     let config = ImageConfiguration::from_reader(layout.blob(manifest.config())?.as_slice())?;
@@ -83,7 +89,10 @@ fn an_image_is_one_static_file_with_labels_and_a_bill_of_materials() -> Result<(
     assert_eq!(config.version(), Some(env!("CARGO_PKG_VERSION")));
     let labels = config.labels_of_config().context("no labels")?;
     assert_eq!(manifest.annotations().as_ref(), Some(labels));
-    assert_eq!(labels.get("org.opencontainers.image.licenses").map(String::as_str), Some("Apache-2.0"));
+    assert_eq!(
+        labels.get("org.opencontainers.image.licenses").map(String::as_str),
+        Some("Apache-2.0")
+    );
 
     let [layer] = manifest.layers().as_slice() else { panic!("one layer is wanted: {manifest}") };
     assert_eq!(layer.media_type(), &MediaType::ImageLayerGzip);
@@ -95,7 +104,10 @@ fn an_image_is_one_static_file_with_labels_and_a_bill_of_materials() -> Result<(
     let mut files = Vec::new();
     for entry in tar::Archive::new(archive.as_slice()).entries()? {
         let mut entry = entry?;
-        assert_eq!((entry.header().uid()?, entry.header().gid()?, entry.header().mtime()?), (0, 0, 0));
+        assert_eq!(
+            (entry.header().uid()?, entry.header().gid()?, entry.header().mtime()?),
+            (0, 0, 0)
+        );
         if entry.header().entry_type().is_file() {
             let mut content = Vec::new();
             let _bytes = entry.read_to_end(&mut content)?;
@@ -109,13 +121,19 @@ fn an_image_is_one_static_file_with_labels_and_a_bill_of_materials() -> Result<(
     // The bill of materials, by the way that a registry's client finds it: from the subject.
     let artifact = layout.manifest(referrer)?;
     assert_eq!(artifact.subject().as_ref().map(Descriptor::digest), Some(image.digest()));
-    assert_eq!(artifact.artifact_type().as_ref().map(ToString::to_string).as_deref(), Some(sbom::MEDIA_TYPE));
+    assert_eq!(
+        artifact.artifact_type().as_ref().map(ToString::to_string).as_deref(),
+        Some(sbom::MEDIA_TYPE)
+    );
     assert_eq!(artifact.artifact_type(), referrer.artifact_type());
     assert_eq!(layout.blob(artifact.config())?, b"{}");
     let document = layout.blob(artifact.layers().first().context("no document")?)?;
     assert_eq!(document, fs::read(output.join(SBOM))?);
     let document: Value = serde_json::from_slice(&document)?;
-    assert_eq!((&document["bomFormat"], &document["specVersion"]), (&"CycloneDX".into(), &"1.6".into()));
+    assert_eq!(
+        (&document["bomFormat"], &document["specVersion"]),
+        (&"CycloneDX".into(), &"1.6".into())
+    );
     assert_eq!(document["metadata"]["component"]["hashes"][0]["content"], oci::digest(&binary)?);
     let components = document["components"].as_array().context("no components")?;
     let parts = |name: &str| -> Vec<&str> {
@@ -151,7 +169,9 @@ fn the_archive_has_the_image_alone_and_the_same_input_gives_the_same_bytes() -> 
     let unpacked = directory.path().join("unpacked");
     unpack(&written.archive, &unpacked)?;
     let archive = Opened::at(&unpacked)?;
-    let [image] = archive.index.manifests().as_slice() else { panic!("one manifest: {:?}", archive.index) };
+    let [image] = archive.index.manifests().as_slice() else {
+        panic!("one manifest: {:?}", archive.index)
+    };
     assert_eq!(image.digest().to_string(), written.digest);
     let manifest = archive.manifest(image)?;
     let blobs = [image, manifest.config(), manifest.layers().first().context("no layer")?];
@@ -167,7 +187,8 @@ fn what_an_empty_base_cannot_run_is_refused() -> Result<()> {
     let workspace = Workspace::find()?;
     let directory = tempfile::tempdir()?;
     let refused = |binary: &Path| -> Result<String> {
-        let written = write(&workspace, binary, "localhost/sluice:1", &directory.path().join("image"));
+        let written =
+            write(&workspace, binary, "localhost/sluice:1", &directory.path().join("image"));
         Ok(format!("{:#}", written.err().context("it was written")?))
     };
     let dynamic = refused(&program(directory.path(), false)?)?;

@@ -1,7 +1,8 @@
-//! `cargo xtask test e2e`: Kubernetes' own tests of Services and DNS against a real cluster ([`crate::cluster`]), and beside each
-//! result what the real kube-proxy got on the same cluster.
+//! `cargo xtask test e2e`: Kubernetes' own tests of Services and DNS against a real cluster
+//! ([`crate::cluster`]), and beside each result what the real kube-proxy got on the same cluster.
 //!
-//! `xtask/e2e/kube-proxy.txt` holds kube-proxy's results, one spec a line; `--proxy kube-proxy --record` makes it.
+//! `xtask/e2e/kube-proxy.txt` holds kube-proxy's results, one spec a line;
+//! `--proxy kube-proxy --record` makes it.
 
 mod report;
 
@@ -78,7 +79,8 @@ pub(super) struct Options {
     /// This binary of Sluice, instead of a release built from this tree.
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
-    /// How many nodes the cluster has: 6, since some specs want two in each of three zones, or 3 with `--brief`.
+    /// How many nodes the cluster has: 6, since some specs want two in each of three zones, or 3
+    /// with `--brief`.
     #[arg(long, value_parser = clap::value_parser!(u8).range(2..=20))]
     nodes: Option<u8>,
     /// How many specs run at once; those that are disruptive run alone, after all others.
@@ -113,7 +115,11 @@ impl Options {
     }
 
     fn focus(&self) -> String {
-        if self.brief { format!(r"\[sig-network\].*({})", BRIEF.join("|")) } else { self.focus.clone() }
+        if self.brief {
+            format!(r"\[sig-network\].*({})", BRIEF.join("|"))
+        } else {
+            self.focus.clone()
+        }
     }
 
     /// After that a run that hangs is ended.
@@ -210,9 +216,15 @@ fn specs(workspace: &Workspace, programs: &Path, options: &Options) -> Result<Re
     Ok(results)
 }
 
-fn run_pass(workspace: &Workspace, programs: &Path, options: &Options, pass: &Pass) -> Result<Results> {
+fn run_pass(
+    workspace: &Workspace,
+    programs: &Path,
+    options: &Options,
+    pass: &Pass,
+) -> Result<Results> {
     let directory = directory(workspace);
-    fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot make {}", directory.display()))?;
     let log = directory.join(format!("{}.log", pass.name()));
     let report = format!("{}.json", pass.name());
     let json = directory.join(&report);
@@ -225,7 +237,12 @@ fn run_pass(workspace: &Workspace, programs: &Path, options: &Options, pass: &Pa
         .args([&format!("--json-report={report}"), &format!("--label-filter={}", pass.filter())])
         .args([&format!("--focus={}", options.focus()), &format!("--skip={}", options.skip)])
         .arg(programs.join("e2e.test"))
-        .args(["--", "--provider=skeleton", "--dns-domain=cluster.local", "--allowed-not-ready-nodes=0"])
+        .args([
+            "--",
+            "--provider=skeleton",
+            "--dns-domain=cluster.local",
+            "--allowed-not-ready-nodes=0",
+        ])
         .args(["--disable-log-dump=true", "--dump-logs-on-failure=false"])
         .arg(format!("--num-nodes={}", options.nodes()))
         .arg(format!("--kubeconfig={}", cluster::kubeconfig().display()))

@@ -39,8 +39,9 @@ impl fmt::Display for Counts {
 pub(crate) fn parse_result(line: &str) -> Option<Counts> {
     let (_, result) = line.split_once("test result: ")?;
     let (_, counts) = result.split_once(". ")?;
-    let count =
-        |what: &str| counts.split("; ").find_map(|part| part.trim().strip_suffix(what)?.trim().parse().ok());
+    let count = |what: &str| {
+        counts.split("; ").find_map(|part| part.trim().strip_suffix(what)?.trim().parse().ok())
+    };
     Some(Counts { passed: count("passed")?, failed: count("failed")?, skipped: count("ignored")? })
 }
 
@@ -118,9 +119,9 @@ impl Reader {
 mod tests {
     use super::*;
 
-    const OK: &str =
-        "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.00s";
-    const FAILED: &str = "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out";
+    const OK: &str = "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.00s";
+    const FAILED: &str =
+        "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out";
 
     fn counts(passed: u64, failed: u64, skipped: u64) -> Counts {
         Counts { passed, failed, skipped }

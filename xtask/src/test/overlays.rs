@@ -1,7 +1,9 @@
-//! `cargo xtask test overlays`: each way to deploy Sluice on a real cluster ([`crate::cluster`]), from nothing.
+//! `cargo xtask test overlays`: each way to deploy Sluice on a real cluster ([`crate::cluster`]),
+//! from nothing.
 //!
-//! Sluice is the first thing that comes up on a cluster without any Service proxy (but for `beside-kube-proxy`), so that each run also
-//! shows that it needs none. Then Services of every kind are asked by pods, by processes of the nodes and by the outside client.
+//! Sluice is the first thing that comes up on a cluster without any Service proxy (but for
+//! `beside-kube-proxy`), so that each run also shows that it needs none. Then Services of every
+//! kind are asked by pods, by processes of the nodes and by the outside client.
 
 use std::path::PathBuf;
 use std::thread::sleep;
@@ -54,7 +56,8 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
         !cluster::is_complete()?,
         "a cluster is up, and each overlay is to begin with none: take it down first, with `cargo xtask cluster down`"
     );
-    let wanted = if options.overlays.is_empty() { &Overlay::ALL } else { options.overlays.as_slice() };
+    let wanted =
+        if options.overlays.is_empty() { &Overlay::ALL } else { options.overlays.as_slice() };
     let mut counts = Counts::default();
     for (index, overlay) in wanted.iter().enumerate() {
         println!("\n== overlays: {}", overlay.name());
@@ -123,12 +126,17 @@ impl Trial {
         if self.overlay == Overlay::BesideKubeProxy {
             note(counts, "Sluice serves what is labelled and kube-proxy the rest", self.shares());
         }
-        note(counts, "an agent that comes again adopts what is there, and traffic goes on", self.restart());
+        note(
+            counts,
+            "an agent that comes again adopts what is there, and traffic goes on",
+            self.restart(),
+        );
     }
 
     fn workload(&self) -> Result<()> {
         let step = Step::start("pods");
-        let directory = std::env::temp_dir().join(format!("sluice-overlays-{}", std::process::id()));
+        let directory =
+            std::env::temp_dir().join(format!("sluice-overlays-{}", std::process::id()));
         std::fs::create_dir_all(&directory)
             .with_context(|| format!("cannot make {}", directory.display()))?;
         let file = directory.join("workload.yaml");
@@ -152,7 +160,8 @@ impl Trial {
         for node in 1..=self.nodes {
             let node = format!("n{node}");
             let pid = cluster::on_node(&node, &["pgrep", "--exact", "--oldest", "sluice"])?;
-            let status = cluster::on_node(&node, &["cat", &format!("/proc/{}/status", pid.trim())])?;
+            let status =
+                cluster::on_node(&node, &["cat", &format!("/proc/{}/status", pid.trim())])?;
             let field = |name: &str| {
                 status
                     .lines()
@@ -166,12 +175,15 @@ impl Trial {
                 let held = bits(set)?;
                 ensure!((held == LEAST) == is_least, "{node}: {set} {held:x}");
             }
-            // What a set-user-id program could give it, and which calls are filtered (2: by a list).
+            // What a set-user-id program could give it, and which calls are filtered (2: by a
+            // list).
             let expected = if is_least { ("1", "2") } else { ("0", "0") };
             let found = (field("NoNewPrivs:")?, field("Seccomp:")?);
             ensure!(found == expected, "{node}: NoNewPrivs and Seccomp are {found:?}");
-            let root =
-                cluster::on_node(&node, &["grep", " / / ", &format!("/proc/{}/mountinfo", pid.trim())]);
+            let root = cluster::on_node(
+                &node,
+                &["grep", " / / ", &format!("/proc/{}/mountinfo", pid.trim())],
+            );
             let root = root.unwrap_or_default();
             ensure!(root.contains(" / / ro"), "{node}: the root is {root}");
         }
@@ -210,15 +222,18 @@ impl Trial {
                 "-o",
                 "jsonpath={.status.addresses[?(@.type==\"InternalIP\")].address}",
             ])?;
-            targets.extend(addresses.split_whitespace().map(|address| (address.to_owned(), port.clone())));
+            targets.extend(
+                addresses.split_whitespace().map(|address| (address.to_owned(), port.clone())),
+            );
         }
         for node in 1..=self.nodes {
             for from in [From::Pod(node), From::Host(node)] {
                 for (address, port) in &targets {
                     self.every_pod_answers(from, address, port)?;
                 }
-                // nc connects its socket, which is translated packet by packet; before that, kube-proxy's rules drop what a process of
-                // the node sends to a ClusterIP that is not its own.
+                // nc connects its socket, which is translated packet by packet; before that,
+                // kube-proxy's rules drop what a process of the node sends to a ClusterIP that is
+                // not its own.
                 let is_dropped = self.overlay == Overlay::BesideKubeProxy
                     && service == "echo"
                     && matches!(from, From::Host(_));
@@ -235,21 +250,28 @@ impl Trial {
 
     fn every_pod_answers(&self, from: From, address: &str, port: &str) -> Result<()> {
         let url = format!("http://{}/hostname", authority(address, port));
-        // One curl with many URLs makes one connection of them; so many of them that each of a few pods is among the answers.
+        // One curl with many URLs makes one connection of them; so many of them that each of a few
+        // pods is among the answers.
         let script = format!("for i in $(seq 24); do curl -gsS -m 5 {url} || exit 1; echo; done");
-        let answers = from.run(&["sh", "-c", &script]).with_context(|| format!("{from:?} asks {url}"))?;
-        let mut names: Vec<_> = answers.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let answers =
+            from.run(&["sh", "-c", &script]).with_context(|| format!("{from:?} asks {url}"))?;
+        let mut names: Vec<_> =
+            answers.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         ensure!(names.len() == 24, "{from:?} got {answers:?} of {url}");
         names.sort_unstable();
         names.dedup();
-        ensure!(names.len() == usize::from(self.nodes), "{from:?} got answers of {names:?} alone, of {url}");
+        ensure!(
+            names.len() == usize::from(self.nodes),
+            "{from:?} got answers of {names:?} alone, of {url}"
+        );
         Ok(())
     }
 
     fn api_server(&self) -> Result<()> {
         for node in 1..=self.nodes {
             for from in [From::Pod(node), From::Host(node)] {
-                let answer = from.run(&["curl", "-gsSk", "-m", "5", "https://10.96.0.1/version"])?;
+                let answer =
+                    from.run(&["curl", "-gsSk", "-m", "5", "https://10.96.0.1/version"])?;
                 ensure!(answer.contains("gitVersion"), "{from:?} got {answer}");
             }
         }
@@ -282,41 +304,76 @@ impl Trial {
     }
 
     fn monitoring(&self) -> Result<()> {
-        let ports =
-            if self.overlay == Overlay::BesideKubeProxy { ["10356", "10349"] } else { ["10256", "10249"] };
+        let ports = if self.overlay == Overlay::BesideKubeProxy {
+            ["10356", "10349"]
+        } else {
+            ["10256", "10249"]
+        };
         for pod in pods("kube-system", "app.kubernetes.io/name=sluice")? {
-            // The answers of both commands are in the exit code; a change that is under way is one for a moment.
+            // The answers of both commands are in the exit code; a change that is under way is one
+            // for a moment.
             for command in ["status", "diff"] {
-                let line = ["-n", "kube-system", "exec", &pod, "-c", "agent", "--", "sluice", command];
+                let line =
+                    ["-n", "kube-system", "exec", &pod, "-c", "agent", "--", "sluice", command];
                 let _answer = patiently(|| kubectl(&line))?;
             }
         }
         for node in 1..=self.nodes {
             let node = From::Host(node);
-            let live =
-                node.run(&["curl", "-fsS", "-m", "5", &format!("http://127.0.0.1:{}/livez", ports[0])]);
+            let live = node.run(&[
+                "curl",
+                "-fsS",
+                "-m",
+                "5",
+                &format!("http://127.0.0.1:{}/livez", ports[0]),
+            ]);
             let _answer = live.with_context(|| format!("{node:?}"))?;
-            let metrics =
-                node.run(&["curl", "-fsS", "-m", "5", &format!("http://127.0.0.1:{}/metrics", ports[1])])?;
+            let metrics = node.run(&[
+                "curl",
+                "-fsS",
+                "-m",
+                "5",
+                &format!("http://127.0.0.1:{}/metrics", ports[1]),
+            ])?;
             ensure!(metrics.lines().any(|line| line == "sluice_ready{} 1"), "{node:?}: {metrics}");
             if self.overlay == Overlay::DualStack {
-                let _answer = node.run(&["curl", "-gfsS", "-m", "5", "http://[::1]:10249/metrics"])?;
+                let _answer =
+                    node.run(&["curl", "-gfsS", "-m", "5", "http://[::1]:10249/metrics"])?;
             }
         }
         Ok(())
     }
 
     fn shares(&self) -> Result<()> {
-        let (own, other) = (field("echo", "{.spec.clusterIP}")?, field("other", "{.spec.clusterIP}")?);
+        let (own, other) =
+            (field("echo", "{.spec.clusterIP}")?, field("other", "{.spec.clusterIP}")?);
         self.reach("other")?;
         for pod in pods("kube-system", "app.kubernetes.io/name=sluice")? {
-            let services =
-                kubectl(&["-n", "kube-system", "exec", &pod, "-c", "agent", "--", "sluice", "services"])?;
-            ensure!(services.contains(&own) && !services.contains(&other), "{pod} serves\n{services}");
+            let services = kubectl(&[
+                "-n",
+                "kube-system",
+                "exec",
+                &pod,
+                "-c",
+                "agent",
+                "--",
+                "sluice",
+                "services",
+            ])?;
+            ensure!(
+                services.contains(&own) && !services.contains(&other),
+                "{pod} serves\n{services}"
+            );
         }
         for node in 1..=self.nodes {
-            let rules = cluster::on_node(&format!("n{node}"), &["nft", "list", "table", "ip", "kube-proxy"])?;
-            ensure!(rules.contains(&other) && !rules.contains(&own), "n{node}: kube-proxy serves\n{rules}");
+            let rules = cluster::on_node(
+                &format!("n{node}"),
+                &["nft", "list", "table", "ip", "kube-proxy"],
+            )?;
+            ensure!(
+                rules.contains(&other) && !rules.contains(&own),
+                "n{node}: kube-proxy serves\n{rules}"
+            );
         }
         Ok(())
     }
@@ -339,7 +396,10 @@ impl Trial {
             ensure!(Instant::now() < deadline, "the new agents are not ready after two minutes");
         }
         let after = agents()?;
-        ensure!(after.iter().all(|pod| !before.contains(pod)), "{before:?} are there still: {after:?}");
+        ensure!(
+            after.iter().all(|pod| !before.contains(pod)),
+            "{before:?} are there still: {after:?}"
+        );
         for pod in after {
             let log = kubectl(&["-n", "kube-system", "logs", &pod, "-c", "agent"])?;
             ensure!(log.contains("adopted=true"), "{pod} has not adopted what it found:\n{log}");
@@ -354,7 +414,8 @@ fn preflight() -> Result<()> {
         let log = kubectl(&["-n", "kube-system", "logs", &pod, "-c", "preflight"])?;
         ensure!(log.trim_end().ends_with("Sluice can run on this node."), "{pod} says\n{log}");
         ensure!(
-            log.lines().any(|line| line.starts_with("program tc_ingress_l2 ") && line.contains("loads")),
+            log.lines()
+                .any(|line| line.starts_with("program tc_ingress_l2 ") && line.contains("loads")),
             "{pod} has tried no programs:\n{log}"
         );
     }
@@ -365,7 +426,9 @@ impl From {
     fn run(self, line: &[&str]) -> Result<String> {
         match self {
             Self::Outside => cluster::outside(|| {
-                Cmd::new(line.first().context("no program")?).args(line.get(1..).unwrap_or_default()).answer()
+                Cmd::new(line.first().context("no program")?)
+                    .args(line.get(1..).unwrap_or_default())
+                    .answer()
             }),
             Self::Pod(node) => exec("client", node, line),
             Self::Host(node) => exec("host-client", node, line),
@@ -391,10 +454,15 @@ fn exec(app: &str, node: u8, line: &[&str]) -> Result<String> {
 fn udp(from: From, address: &str, port: &str, request: &str) -> Result<()> {
     let wanted = request.strip_prefix("echo ").unwrap_or(request);
     let script = format!("printf %s '{request}' | nc -u -w 2 {address} {port}");
-    let answer =
-        from.run(&["sh", "-c", &script]).with_context(|| format!("{from:?} asks {address}:{port} by UDP"))?;
+    let answer = from
+        .run(&["sh", "-c", &script])
+        .with_context(|| format!("{from:?} asks {address}:{port} by UDP"))?;
     if answer.trim() != wanted {
-        bail!("{from:?} asked {address}:{port} by UDP and got {} bytes: {:.60}", answer.len(), answer);
+        bail!(
+            "{from:?} asked {address}:{port} by UDP and got {} bytes: {:.60}",
+            answer.len(),
+            answer
+        );
     }
     Ok(())
 }
@@ -417,7 +485,9 @@ fn pods(namespace: &str, label: &str) -> Result<Vec<String>> {
 /// kubectl, from where the outside client is.
 fn kubectl(args: &[&str]) -> Result<String> {
     let (program, kubeconfig): (PathBuf, PathBuf) = (cluster::kubectl(), cluster::kubeconfig());
-    cluster::outside(move || Cmd::new(program).arg("--kubeconfig").arg(kubeconfig).args(args).answer())
+    cluster::outside(move || {
+        Cmd::new(program).arg("--kubeconfig").arg(kubeconfig).args(args).answer()
+    })
 }
 
 /// Asks again for a while until there is an answer.

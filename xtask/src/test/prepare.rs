@@ -134,12 +134,17 @@ impl Prepared {
     /// Finds the agent's binary: cargo builds it with the agent's integration
     /// tests.
     pub(super) fn take_sluice(&mut self, artifacts: &[Artifact]) {
-        self.sluice =
-            artifacts.iter().filter(|artifact| artifact.is_agents()).find_map(Artifact::binary).cloned();
+        self.sluice = artifacts
+            .iter()
+            .filter(|artifact| artifact.is_agents())
+            .find_map(Artifact::binary)
+            .cloned();
     }
 
     fn is_ready(&self, wanted: Tier) -> bool {
-        self.tiers.iter().any(|(tier, readiness)| *tier == wanted && matches!(readiness, Readiness::Ready))
+        self.tiers
+            .iter()
+            .any(|(tier, readiness)| *tier == wanted && matches!(readiness, Readiness::Ready))
     }
 
     fn has_ready(&self) -> bool {

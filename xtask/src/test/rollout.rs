@@ -1,5 +1,6 @@
-//! `cargo xtask test rollout`: a rolling update of Sluice's DaemonSet on a real cluster ([`crate::cluster`]) under load: pods of every
-//! node and a client outside hold connections to a Service, and open new ones all the time.
+//! `cargo xtask test rollout`: a rolling update of Sluice's DaemonSet on a real cluster
+//! ([`crate::cluster`]) under load: pods of every node and a client outside hold connections to a
+//! Service, and open new ones all the time.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -63,7 +64,8 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
     ]))
     .context("cannot build the load's program")?;
     let directory = workspace.root().join("target/rollout");
-    fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot make {}", directory.display()))?;
     let was_up = cluster::is_complete()?;
     cluster::ensure_up(
         workspace,
@@ -155,7 +157,10 @@ impl Rollout {
             || sum(&outside),
             |sum| sum.opened >= at_end.tried && sum.answered > at_end.answered + all,
         )?;
-        step.done(format!("{took:.1?}, {} new connections meanwhile", at_end.opened - before.opened));
+        step.done(format!(
+            "{took:.1?}, {} new connections meanwhile",
+            at_end.opened - before.opened
+        ));
         println!("{after:#?}");
         ensure!(after.failed == 0 && after.held == all, "the update did harm: {after:?}");
         Ok(())
@@ -203,7 +208,8 @@ impl Rollout {
 
     fn apply(&self, name: &str, objects: &Value) -> Result<()> {
         let path = self.directory.join(format!("{name}.json"));
-        fs::write(&path, objects.to_string()).with_context(|| format!("cannot write {}", path.display()))?;
+        fs::write(&path, objects.to_string())
+            .with_context(|| format!("cannot write {}", path.display()))?;
         kubectl(&["apply", "-f", &path.display().to_string()]).map(drop)
     }
 
@@ -215,11 +221,14 @@ impl Rollout {
             all.into_iter().filter(|address| address["type"] == "InternalIP")
         });
         let to: Vec<String> = addresses
-            .filter_map(|address| Some(format!("--to={}", at(address["address"].as_str()?, node_port))))
+            .filter_map(|address| {
+                Some(format!("--to={}", at(address["address"].as_str()?, node_port)))
+            })
             .collect();
         ensure!(!to.is_empty(), "no node has an address");
         let log = self.directory.join("outside.log");
-        let output = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
+        let output =
+            File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
         let command = Cmd::new(&self.program).args(self.client(&to));
         let child = cluster::outside(|| {
             let errors = output.try_clone().context("cannot copy a descriptor")?;
@@ -289,7 +298,8 @@ impl Sum {
         self.answered += number("answered");
         self.tried += number("tried");
         self.opened += number("opened");
-        self.failed += ["refused", "reset", "lost", "wrong", "other"].map(number).iter().sum::<u64>();
+        self.failed +=
+            ["refused", "reset", "lost", "wrong", "other"].map(number).iter().sum::<u64>();
         self.slow += number("slow");
         self.worst_ms = self.worst_ms.max(number("worst_ms"));
         self.told.extend(strings(&last["told"]));

@@ -41,7 +41,11 @@ impl Binary {
             name: artifact.target.name.clone(),
             executable: artifact.executable().context("a test binary has a file")?.clone(),
             source: artifact.target.src_path.clone(),
-            package: artifact.manifest_path.parent().context("a manifest has a directory")?.to_owned(),
+            package: artifact
+                .manifest_path
+                .parent()
+                .context("a manifest has a directory")?
+                .to_owned(),
             manifest: artifact.manifest_path.clone(),
         })
     }
@@ -94,7 +98,11 @@ pub(super) fn run(name: &str, command: Cmd, limit: &Limit) -> Result<Counts> {
     let mut reader = Reader::default();
     let status = wait(&mut child, &pieces, &mut reader, limit.end)?;
     if status.is_none() {
-        eprintln!("\n{name}: killed, the {} tier took longer than {}", limit.tier, seconds(limit.allowed));
+        eprintln!(
+            "\n{name}: killed, the {} tier took longer than {}",
+            limit.tier,
+            seconds(limit.allowed)
+        );
     }
     // Whatever outlives a test binary would disturb the next one.
     kill_group(&child);

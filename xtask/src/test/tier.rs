@@ -69,7 +69,8 @@ impl Tier {
     /// How many tests of a binary run at once: as its source says in a line
     /// `//! test-threads: N`, else one where tests share the machine.
     pub(crate) fn threads(self, source: &Path) -> Result<Option<u32>> {
-        let text = fs::read_to_string(source).with_context(|| format!("cannot read {}", source.display()))?;
+        let text = fs::read_to_string(source)
+            .with_context(|| format!("cannot read {}", source.display()))?;
         Ok(own_threads(&text).or(match self {
             Self::Unit => None,
             Self::Kernel => Some(2),
@@ -103,8 +104,8 @@ pub(crate) fn has_tests(workspace: &Workspace, tiers: &[Tier]) -> Result<bool> {
     };
     for entry in entries {
         let path = entry?.path();
-        let is_test =
-            path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").is_file();
+        let is_test = path.extension().is_some_and(|extension| extension == "rs")
+            || path.join("main.rs").is_file();
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
         if is_test && tiers.contains(&Tier::of_name(&name)) {
             return Ok(true);

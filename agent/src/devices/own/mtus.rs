@@ -33,7 +33,8 @@ impl Routes {
                 let _ = around.pop();
             }
             let would_count = around.last().is_some_and(|(_, other)| {
-                other.mtu != 0 && (other.device == 0 || route.device == 0 || other.device == route.device)
+                other.mtu != 0
+                    && (other.device == 0 || route.device == 0 || other.device == route.device)
             });
             if route.mtu != 0 || would_count {
                 let _ = told.insert(*to, *route);
@@ -57,7 +58,11 @@ mod tests {
             let route = RouteMtu { device: number(2), mtu: number(3) };
             found.add(words[0].parse().expect("a network"), number(1), route);
         }
-        found.told().iter().map(|(to, route)| format!("{to} {} {}", route.device, route.mtu)).collect()
+        found
+            .told()
+            .iter()
+            .map(|(to, route)| format!("{to} {} {}", route.device, route.mtu))
+            .collect()
     }
 
     #[test]

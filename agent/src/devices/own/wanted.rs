@@ -21,7 +21,9 @@ impl Vips {
     /// Whether a network holds a VIP.
     pub(super) fn touch(&self, network: &IpNet) -> bool {
         let range = network.network()..=network.broadcast();
-        [&self.cluster, &self.external].iter().any(|vips| vips.range(range.clone()).next().is_some())
+        [&self.cluster, &self.external]
+            .iter()
+            .any(|vips| vips.range(range.clone()).next().is_some())
     }
 }
 
@@ -116,7 +118,8 @@ impl Others {
 
     /// Whether what is sent to an address by a route never leaves the host.
     fn leads_nowhere(&self, other: &Other, address: IpAddr) -> bool {
-        let is_silent = |hop: &Hop| self.silent.contains(&(hop.device, hop.gateway.unwrap_or(address)));
+        let is_silent =
+            |hop: &Hop| self.silent.contains(&(hop.device, hop.gateway.unwrap_or(address)));
         other.hops.iter().all(|hop| self.dead_ends.contains(&hop.device) || is_silent(hop))
     }
 
@@ -139,7 +142,8 @@ pub(super) fn wanted(vips: &Vips, networks: &[IpNet], others: &Others) -> BTreeS
     let mut wanted = BTreeSet::new();
     for vip in vips.cluster.iter().filter(|vip| !others.is_local(**vip)) {
         let length = others.best(*vip).map_or(0, |(to, _)| to.prefix_len());
-        let network = networks.iter().find(|network| network.contains(vip) && network.prefix_len() > length);
+        let network =
+            networks.iter().find(|network| network.contains(vip) && network.prefix_len() > length);
         let _ = wanted.insert(network.copied().unwrap_or_else(|| IpNet::from(*vip)));
     }
     for vip in vips.external.iter().filter(|vip| !others.is_local(**vip)) {
@@ -176,7 +180,11 @@ mod tests {
                 device: device.parse().expect("a device"),
                 gateway: words.get(3).map(|gateway| ip(gateway)),
             });
-            others.add(net(words[0]), words[1].parse().expect("a metric"), hop.into_iter().collect());
+            others.add(
+                net(words[0]),
+                words[1].parse().expect("a metric"),
+                hop.into_iter().collect(),
+            );
         }
         others
     }
@@ -206,7 +214,10 @@ mod tests {
         let vips = vips(&["10.96.0.1", "10.96.7.1"], &[]);
         let networks = ["10.96.0.0/12"];
         // The same network: theirs stays, and is not asked.
-        assert_eq!(shown(&vips, &networks, &others(&["10.96.0.0/12 0"])), ["10.96.0.1/32", "10.96.7.1/32"]);
+        assert_eq!(
+            shown(&vips, &networks, &others(&["10.96.0.0/12 0"])),
+            ["10.96.0.1/32", "10.96.7.1/32"]
+        );
         let part = others(&["10.96.7.0/24 20 2 192.0.2.1"]);
         assert_eq!(shown(&vips, &networks, &part), ["10.96.0.0/12", "10.96.7.1/32"]);
     }

@@ -1,8 +1,9 @@
 //! Connections to the API server that notice when nobody is there any more.
 //!
-//! A watch may be silent for minutes, and an idle TCP connection whose other end vanished without a word
-//! (a load balancer that failed over, a firewall that forgot) looks just the same. The kernel asks in
-//! the silence. It answers for a server that has hung, too: that only shows when the watch's time is up.
+//! A watch may be silent for minutes, and an idle TCP connection whose other end vanished without a
+//! word (a load balancer that failed over, a firewall that forgot) looks just the same. The kernel
+//! asks in the silence. It answers for a server that has hung, too: that only shows when the
+//! watch's time is up.
 
 use std::time::Duration;
 
@@ -43,7 +44,8 @@ pub(super) fn client(config: Config) -> Result<Client, kube::Error> {
     connector.set_read_timeout(config.read_timeout);
     connector.set_write_timeout(config.write_timeout);
     connector.set_reset_reader_on_write(config.reset_reader_on_write);
-    let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build::<_, Body>(connector);
+    let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+        .build::<_, Body>(connector);
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.default_retry.then(|| RetryLayer::new(RetryPolicy::server_retry())))

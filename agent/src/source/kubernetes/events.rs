@@ -33,8 +33,12 @@ impl Events {
 
     /// The object itself, as an Event names it; [`None`] if the API server does not have it.
     ///
-    /// Asked for when there is something to tell, by the right to list that there is anyway: no uid has to be kept with every object.
-    async fn regarding(&self, announcement: &Announcement) -> Result<Option<ObjectReference>, kube::Error> {
+    /// Asked for when there is something to tell, by the right to list that there is anyway: no uid
+    /// has to be kept with every object.
+    async fn regarding(
+        &self,
+        announcement: &Announcement,
+    ) -> Result<Option<ObjectReference>, kube::Error> {
         let finding = &announcement.finding;
         let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.word() == finding.kind) else {
             return Ok(None);
@@ -46,7 +50,8 @@ impl Events {
         } else {
             Api::namespaced_with(client, &finding.name.namespace, &resource)
         };
-        let this = ListParams::default().fields(&format!("metadata.name={}", finding.name.name)).limit(1);
+        let this =
+            ListParams::default().fields(&format!("metadata.name={}", finding.name.name)).limit(1);
         let found = api.list_metadata(&this).await?.items.into_iter().next();
         Ok(found.map(|object| ObjectReference {
             api_version: Some(resource.api_version.clone()),
@@ -81,7 +86,9 @@ impl Events {
     }
 
     async fn create(&self, announcement: &Announcement) -> Result<Outcome, kube::Error> {
-        let Some(regarding) = self.regarding(announcement).await? else { return Ok(Outcome::NoObject) };
+        let Some(regarding) = self.regarding(announcement).await? else {
+            return Ok(Outcome::NoObject);
+        };
         let event = self.event(announcement, regarding);
         let namespace = event.metadata.namespace.as_deref().unwrap_or(DEFAULT_NAMESPACE);
         let api: Api<Event> = Api::namespaced(self.client.clone(), namespace);

@@ -109,8 +109,10 @@ impl Folder {
         }
         for entry in fs::read_dir(&self.path)? {
             let path = entry?.path();
-            let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
-            let known = path.extension().is_some_and(|end| end == "yaml" || end == "yml" || end == "json");
+            let hidden =
+                path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+            let known =
+                path.extension().is_some_and(|end| end == "yaml" || end == "yml" || end == "json");
             if known && !hidden && !path.is_dir() {
                 let _ = files.insert(path.into());
             }
@@ -122,12 +124,15 @@ impl Folder {
     fn look(&mut self, path: &Arc<Path>, touched: &mut BTreeSet<Id>) -> bool {
         let metadata = fs::metadata(path);
         let stamp = metadata.as_ref().ok().map(|metadata| {
-            let times =
-                ((metadata.mtime(), metadata.mtime_nsec()), (metadata.ctime(), metadata.ctime_nsec()));
+            let times = (
+                (metadata.mtime(), metadata.mtime_nsec()),
+                (metadata.ctime(), metadata.ctime_nsec()),
+            );
             (metadata.dev(), metadata.ino(), metadata.len(), times.0, times.1)
         });
         let known = self.files.get(path);
-        if known.is_some_and(|known| known.stamp.is_some() && known.stamp == stamp && !known.fresh) {
+        if known.is_some_and(|known| known.stamp.is_some() && known.stamp == stamp && !known.fresh)
+        {
             return false;
         }
         let young = fresh(metadata.ok().and_then(|metadata| metadata.modified().ok()));
@@ -139,7 +144,8 @@ impl Folder {
                 notes
             }
             Err(error) => {
-                let what = format!("cannot be read: {error}; its objects keep their last good form");
+                let what =
+                    format!("cannot be read: {error}; its objects keep their last good form");
                 vec![(0, Note::new(Flaw::Unreadable, "", what))]
             }
         };
@@ -162,7 +168,11 @@ impl Folder {
     }
 
     /// Replaces a file's objects, and returns those that came, changed or went.
-    fn replace(&mut self, path: &Arc<Path>, objects: BTreeMap<Id, (usize, Object)>) -> BTreeSet<Id> {
+    fn replace(
+        &mut self,
+        path: &Arc<Path>,
+        objects: BTreeMap<Id, (usize, Object)>,
+    ) -> BTreeSet<Id> {
         let file = self.files.entry(path.clone()).or_default();
         let old = std::mem::replace(&mut file.objects, objects.keys().cloned().collect());
         let mut changed = BTreeSet::new();
@@ -188,16 +198,21 @@ impl Folder {
     /// The change that an object underwent: of several files the first has it.
     fn winner(&self, (kind, name): Id) -> Change {
         let id = (kind, name);
-        let object =
-            self.objects.get(&id).and_then(|files| files.values().next()).map(|(_, object)| object.clone());
+        let object = self
+            .objects
+            .get(&id)
+            .and_then(|files| files.values().next())
+            .map(|(_, object)| object.clone());
         change(kind, id.1, object)
     }
 
     /// What is wrong now, and whose faults are gone.
     fn notes(&mut self) -> Vec<Change> {
         let mut notes: BTreeMap<Subject, Vec<Note>> = BTreeMap::new();
-        let subject =
-            |path: &Path, index: usize| Subject::Document { path: path.display().to_string(), index };
+        let subject = |path: &Path, index: usize| Subject::Document {
+            path: path.display().to_string(),
+            index,
+        };
         for (path, file) in &self.files {
             for (index, note) in &file.notes {
                 notes.entry(subject(path, *index)).or_default().push(note.clone());
@@ -206,7 +221,8 @@ impl Folder {
         for ((kind, name), files) in self.objects.iter().filter(|(_, files)| files.len() > 1) {
             let Some(first) = files.keys().next() else { continue };
             for (path, (index, _)) in files.iter().skip(1) {
-                let what = format!("{} {name} is already in {}: left out", kind.word(), first.display());
+                let what =
+                    format!("{} {name} is already in {}: left out", kind.word(), first.display());
                 notes.entry(subject(path, *index)).or_default().push(Note::new(
                     Flaw::DuplicateObject,
                     "",
@@ -230,15 +246,23 @@ impl Folder {
         let text = match std::str::from_utf8(bytes) {
             Ok(text) => text,
             Err(error) => {
-                let line = 1 + bytes.iter().take(error.valid_up_to()).filter(|byte| **byte == b'\n').count();
-                let what = format!("line {line}: not UTF-8; the file's objects keep their last good form");
+                let line = 1 + bytes
+                    .iter()
+                    .take(error.valid_up_to())
+                    .filter(|byte| **byte == b'\n')
+                    .count();
+                let what =
+                    format!("line {line}: not UTF-8; the file's objects keep their last good form");
                 reading.broken = true;
                 reading.notes.push((0, Note::new(Flaw::BrokenDocument, "", what)));
                 return reading;
             }
         };
-        let documents =
-            if path.extension().is_some_and(|end| end == "json") { json(text) } else { yaml(text, is_read) };
+        let documents = if path.extension().is_some_and(|end| end == "json") {
+            json(text)
+        } else {
+            yaml(text, is_read)
+        };
         for Document { index, line, content } in documents {
             match content {
                 Ok(value) => self.object(
@@ -248,8 +272,9 @@ impl Folder {
                     &mut reading,
                 ),
                 Err((line, why)) => {
-                    let what =
-                        format!("line {line}: {why}; objects it may have held keep their last good form");
+                    let what = format!(
+                        "line {line}: {why}; objects it may have held keep their last good form"
+                    );
                     reading.broken = true;
                     reading.notes.push((index, Note::new(Flaw::BrokenDocument, "", what)));
                 }
@@ -271,8 +296,11 @@ impl Folder {
         let kind = text("kind").unwrap_or_else(|| implied_kind.to_owned());
         let version = text("apiVersion").unwrap_or_else(|| implied_version.to_owned());
         if let Some(item_kind) = kind.strip_suffix("List") {
-            let items =
-                value.get_mut("items").and_then(Value::as_array_mut).map(std::mem::take).unwrap_or_default();
+            let items = value
+                .get_mut("items")
+                .and_then(Value::as_array_mut)
+                .map(std::mem::take)
+                .unwrap_or_default();
             // A dump of a cluster has thousands of these.
             let mut others: BTreeMap<String, usize> = BTreeMap::new();
             for (number, item) in items.into_iter().enumerate() {
@@ -297,14 +325,18 @@ impl Folder {
             if !others.is_empty() {
                 let others: Vec<String> =
                     others.into_iter().map(|(kind, count)| format!("{kind} ({count})")).collect();
-                let what =
-                    format!("line {}: left out, as of no meaning here: {}", place.line, others.join(", "));
+                let what = format!(
+                    "line {}: left out, as of no meaning here: {}",
+                    place.line,
+                    others.join(", ")
+                );
                 let note = Note::new(Flaw::UnknownKind, format!("{}items", place.prefix()), what);
                 reading.notes.push((place.index, note));
             }
             return;
         }
-        let note = |flaw: Flaw, what: String| (place.index, Note::new(flaw, place.field.clone(), what));
+        let note =
+            |flaw: Flaw, what: String| (place.index, Note::new(flaw, place.field.clone(), what));
         let Some(kind) = Kind::from_words(&kind, &version) else {
             let what = match (kind.is_empty(), version.is_empty()) {
                 (true, _) => format!("line {}: there is no kind: left out", place.line),
@@ -319,7 +351,11 @@ impl Folder {
             Err(error) => {
                 // Which object it is cannot be told, so any may keep its form.
                 reading.broken = true;
-                let what = format!("line {}: {} with unreadable metadata: {error}", place.line, kind.word());
+                let what = format!(
+                    "line {}: {} with unreadable metadata: {error}",
+                    place.line,
+                    kind.word()
+                );
                 reading.notes.push(note(Flaw::Undecodable, what));
                 return;
             }
@@ -336,8 +372,12 @@ impl Folder {
         };
         let id = (kind, ObjectName::new(namespace, name));
         if reading.objects.contains_key(&id) || reading.undecodable.contains(&id) {
-            let what =
-                format!("line {}: {} {} is already in this file: left out", place.line, kind.word(), id.1);
+            let what = format!(
+                "line {}: {} {} is already in this file: left out",
+                place.line,
+                kind.word(),
+                id.1
+            );
             reading.notes.push(note(Flaw::DuplicateObject, what));
             return;
         }

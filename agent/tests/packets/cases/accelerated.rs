@@ -52,8 +52,9 @@ fn on(mut case: Case) -> Case {
 
 /// Whether a case of the table is one that is translated at ingress and goes on by the stack.
 fn is_translated(case: &Case) -> bool {
-    let direct =
-        |counted: &Counted| matches!(counted, Counted::Reason { reason: Reason::DirectRemapped, .. });
+    let direct = |counted: &Counted| {
+        matches!(counted, Counted::Reason { reason: Reason::DirectRemapped, .. })
+    };
     matches!(case.program, Program::Ingress | Program::IngressBare)
         && case.expected.end == End::Next
         && case.expected.frame != case.input
@@ -126,7 +127,8 @@ fn accelerated(case: &Case) -> Case {
     if ip.source.is_ipv4() {
         frame[ip.start + 8] -= 1;
         // RFC 1141: one less in the upper byte of a word, one more in that of its sum.
-        let sum = u32::from(u16::from_be_bytes([frame[ip.start + 10], frame[ip.start + 11]])) + 0x0100;
+        let sum =
+            u32::from(u16::from_be_bytes([frame[ip.start + 10], frame[ip.start + 11]])) + 0x0100;
         let sum = (sum & 0xffff) as u16 + (sum >> 16) as u16;
         frame[ip.start + 10..ip.start + 12].copy_from_slice(&sum.to_be_bytes());
     } else {
@@ -181,9 +183,10 @@ fn answers(table: &mut Table, cast: &Cast) {
         let away = knows(cast, &connection.flags(flow::LOCAL | flow::AWAY));
         let name = "an answer that leaves by another device than its client came in by";
         table.add(one_hop_on(case(name, &away, &frame), &frame));
-        for (what, flags) in
-            [("is a direct connection's", flow::DIRECT), ("is this host's", flow::HOST | flow::HAIRPIN)]
-        {
+        for (what, flags) in [
+            ("is a direct connection's", flow::DIRECT),
+            ("is this host's", flow::HOST | flow::HAIRPIN),
+        ] {
             let world = knows(cast, &connection.flags(flags));
             table.add(case(&format!("an answer that {what}"), &world, &frame));
         }
@@ -207,8 +210,13 @@ fn not_forwarded(table: &mut Table, cast: &Cast) {
         let cast = cast.client(SocketAddr::new(client, cast.client.port()));
         let world = knows(&cast, &cast.connection());
         let answer = cast.next(cast.backend, cast.client).at(mac(EDGE));
-        let case =
-            Case::new(format!("{title}: an answer to {what}"), &world, Program::Ingress, EDGE, &answer);
+        let case = Case::new(
+            format!("{title}: an answer to {what}"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &answer,
+        );
         table.add(if is_forwarded { one_hop_on(case, &answer) } else { case });
     }
     for (what, net, size, is_forwarded) in [
@@ -220,7 +228,13 @@ fn not_forwarded(table: &mut Table, cast: &Cast) {
         let cast = cast.client_in(net);
         let world = knows(&cast, &cast.connection());
         let answer = sized(&cast, size).at(mac(EDGE));
-        let case = Case::new(format!("{title}: an answer {what}"), &world, Program::Ingress, EDGE, &answer);
+        let case = Case::new(
+            format!("{title}: an answer {what}"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &answer,
+        );
         table.add(if is_forwarded { one_hop_on(case, &answer) } else { case });
     }
     let world = knows(cast, &cast.connection());
@@ -237,7 +251,13 @@ fn not_forwarded(table: &mut Table, cast: &Cast) {
         &optional,
     ));
     let tagged = answer.clone().tag(0x8100, 5);
-    table.add(Case::new(format!("{title}: an answer with a tag"), &world, Program::Ingress, EDGE, &tagged));
+    table.add(Case::new(
+        format!("{title}: an answer with a tag"),
+        &world,
+        Program::Ingress,
+        EDGE,
+        &tagged,
+    ));
     let other = cast.next(cast.backend, cast.client).at([2, 0, 0, 0, 9, 9]);
     let name = format!("{title}: an answer in a frame for somebody else");
     table.add(Case::new(name, &world, Program::Ingress, EDGE, &other));
@@ -263,8 +283,13 @@ fn not_forwarded(table: &mut Table, cast: &Cast) {
     );
     for (program, ifindex) in [(Program::Egress, UPLINK), (Program::Xdp, UPLINK)] {
         let answer = cast.next(cast.backend, cast.client).at(mac(UPLINK));
-        let case =
-            Case::new(format!("{title}: an answer, {}", program.name()), &world, program, ifindex, &answer);
+        let case = Case::new(
+            format!("{title}: an answer, {}", program.name()),
+            &world,
+            program,
+            ifindex,
+            &answer,
+        );
         table.add(if program == Program::Egress {
             case.becomes(&answer.clone().from(cast.frontend)).reply(ONE)
         } else {
@@ -301,8 +326,11 @@ fn fragments(table: &mut Table, cast: &Cast) {
         Case::new(format!("{title}: {what}"), world, Program::Ingress, EDGE, frame)
     };
     table.add(
-        one_hop_on(case("an answer's first fragment goes around the stack", &world, &parts[0]), &parts[0])
-            .fragments(told.clone()),
+        one_hop_on(
+            case("an answer's first fragment goes around the stack", &world, &parts[0]),
+            &parts[0],
+        )
+        .fragments(told.clone()),
     );
     let known = world.clone().fragments(told);
     table.add(one_hop_on(
@@ -344,9 +372,10 @@ fn errors(table: &mut Table, cast: &Cast) {
     let world = knows(cast, &cast.connection());
     let kind = if cast.version == Version::V4 { (3, 3) } else { (1, 4) };
     let quoted = cast.next(cast.client, cast.backend).packet();
-    for (who, from) in
-        [("the endpoint", cast.backend.ip()), ("a router", world::address(cast.version, NET_CLIENTS, 9))]
-    {
+    for (who, from) in [
+        ("the endpoint", cast.backend.ip()),
+        ("a router", world::address(cast.version, NET_CLIENTS, 9)),
+    ] {
         let error = Frame::icmp(from, cast.client.ip(), kind, 0, &quoted).at(mac(NARROW));
         let case = Case::new(
             format!("{}: {who} tells the client of an error", cast.title()),

@@ -78,7 +78,13 @@ fn round(mut entries: Affinities, round: u16) -> Affinities {
     entries
 }
 
-fn opens(cast: &Cast, name: String, world: &World, program: Program, connection: &Connection) -> Case {
+fn opens(
+    cast: &Cast,
+    name: String,
+    world: &World,
+    program: Program,
+    connection: &Connection,
+) -> Case {
     let ifindex = if program == Program::Xdp { UPLINK } else { EDGE };
     let first = cast.first(cast.client, cast.frontend).at(mac(ifindex));
     Case::new(name, world, program, ifindex, &first)
@@ -117,7 +123,11 @@ fn entries(table: &mut Table, cast: &Cast) {
     };
     let with = |affinity: Affinities| World { affinity, ..world(cast) };
     case("the entry is followed", &with(been(cast, ONE, other.id, 0)), &other);
-    case("an entry that is about to expire is followed", &with(been(cast, ONE, other.id, 92)), &other);
+    case(
+        "an entry that is about to expire is followed",
+        &with(been(cast, ONE, other.id, 92)),
+        &other,
+    );
     let mut old = been(cast, ONE, other.id, 1);
     for entry in old.values_mut() {
         entry.generation -= 1;
@@ -130,7 +140,8 @@ fn entries(table: &mut Table, cast: &Cast) {
     ] {
         case(what, &with(been(cast, ONE, other.id, 1)).backend_flags(other.id, flags), &own);
     }
-    let drained = with(been(cast, ONE, other.id, 1)).backend_flags(other.id, backend::LOCAL | SELECTED);
+    let drained =
+        with(been(cast, ONE, other.id, 1)).backend_flags(other.id, backend::LOCAL | SELECTED);
     case("an entry of a backend that is in the set for want of a serving one", &drained, &other);
     case("an entry of another service port's backend", &with(been(cast, ONE, OTHER, 1)), &own);
     case("an entry of no backend", &with(been(cast, ONE, 4000, 1)), &own);
@@ -178,18 +189,22 @@ fn rounds(table: &mut Table, cast: &Cast) {
     for (before, id) in [(3, ONE), (3, SPARE)] {
         let connection = to(cast, id);
         let entry = |age| round(been(cast, ONE, id, age), before);
-        let name = format!("{title}: affinity, a client in time stays in its round, at backend {id}");
+        let name =
+            format!("{title}: affinity, a client in time stays in its round, at backend {id}");
         let world = with(entry(92));
         table.add(opens(cast, name, &world, Program::Ingress, &connection));
     }
     let gone = round(been(cast, ONE, 4000, 1), 5);
     let connection = in_round(cast, 5);
-    let name = format!("{title}: affinity, a client in time whose backend is gone stays in its round");
+    let name =
+        format!("{title}: affinity, a client in time whose backend is gone stays in its round");
     table.add(opens(cast, name, &with(gone), Program::Ingress, &connection));
     if cast.protocol == TCP {
         let data = Frame::tcp(cast.client, cast.frontend, ACK, b"data");
         let [_, other] = own_and_other(cast);
-        let name = format!("{title}: affinity leads a connection whose entries were lost after it ran out");
+        let name = format!(
+            "{title}: affinity leads a connection whose entries were lost after it ran out"
+        );
         table.add(
             Case::new(name, &with(been(cast, ONE, other.id, 500)), Program::Ingress, EDGE, &data)
                 .becomes(&data.clone().to(other.backend))
@@ -293,7 +308,8 @@ fn recorded(table: &mut Table, cast: &Cast) {
 
     let itself = cast.client(SocketAddr::new(cast.backend.ip(), 40_001));
     let mirror = SocketAddr::new(cast.frontend.ip(), 40_001);
-    let hairpin = Connection { seen_as: mirror, flags: flow::LOCAL | flow::HAIRPIN, ..to(&itself, ONE) };
+    let hairpin =
+        Connection { seen_as: mirror, flags: flow::LOCAL | flow::HAIRPIN, ..to(&itself, ONE) };
     let first = itself.first(itself.client, itself.frontend);
     let mut world_of_one = world(&itself);
     world_of_one.affinity = been(&itself, ONE, ONE, 7);
@@ -317,12 +333,18 @@ fn recorded(table: &mut Table, cast: &Cast) {
     let own = of_host(&host, own);
     let first = host.first(host.client, host.frontend);
     table.add(
-        Case::new(format!("{title}: affinity of this host"), &world(&host), Program::Egress, UPLINK, &first)
-            .becomes(&first.clone().from(own.seen_as).to(own.backend))
-            .ends(End::Redirect)
-            .opens(own.id)
-            .embryonic([own.both()])
-            .marks(mark::HOST),
+        Case::new(
+            format!("{title}: affinity of this host"),
+            &world(&host),
+            Program::Egress,
+            UPLINK,
+            &first,
+        )
+        .becomes(&first.clone().from(own.seen_as).to(own.backend))
+        .ends(End::Redirect)
+        .opens(own.id)
+        .embryonic([own.both()])
+        .marks(mark::HOST),
     );
     if cast.protocol == TCP {
         let data = Frame::tcp(cast.client, cast.frontend, ACK, b"data");

@@ -1,5 +1,5 @@
-//! What leaves with an address of this node, and what comes back to it: this host's own traffic and netfilter's, beside
-//! that of masqueraded clients.
+//! What leaves with an address of this node, and what comes back to it: this host's own traffic and
+//! netfilter's, beside that of masqueraded clients.
 
 use std::net::SocketAddr;
 
@@ -66,7 +66,9 @@ fn noted(table: &mut Table, cast: &Cast) {
                 let own = noted_as(&cast, node(port), node(port));
                 let (program, frame) = place.out(frame);
                 let name = format!("{title}: this node's own port {port} {what}, {where_to}");
-                table.add(Case::new(name, &world, program, place.device, &frame).embryonic([own.both()]));
+                table.add(
+                    Case::new(name, &world, program, place.device, &frame).embryonic([own.both()]),
+                );
             }
         }
         let mut pass = |what: &str, world: &World, source, destination| {
@@ -75,10 +77,20 @@ fn noted(table: &mut Table, cast: &Cast) {
             table.add(Case::new(name, world, program, place.device, &frame));
         };
         for port in [1, 1_023, 30_000, 60_999] {
-            pass(&format!("a port that no client is given, {port}"), &world, node(port), cast.backend);
+            pass(
+                &format!("a port that no client is given, {port}"),
+                &world,
+                node(port),
+                cast.backend,
+            );
         }
         let unmarked = world.clone().marks(0);
-        pass("this node's own port while nobody was masqueraded", &unmarked, node(5_000), cast.backend);
+        pass(
+            "this node's own port while nobody was masqueraded",
+            &unmarked,
+            node(5_000),
+            cast.backend,
+        );
         let mut stranger = cast.backend;
         stranger.set_ip(cast.router);
         pass("this node's own port to one that is no backend", &world, node(5_000), stranger);
@@ -98,7 +110,8 @@ fn noted(table: &mut Table, cast: &Cast) {
         let quoted = cast.next(own.client, cast.backend);
         let error = Frame::icmp(cast.backend.ip(), own.client.ip(), kind, 0, &quoted.packet());
         let (program, error) = on(place.device, error);
-        let name = format!("{title}: an error about a packet from this node's own port, {where_to}");
+        let name =
+            format!("{title}: an error about a packet from this node's own port, {where_to}");
         table.add(Case::new(name, &world, program, place.device, &error));
         // Its tuple is no client's.
         let source = place.source(&cast);
@@ -123,7 +136,8 @@ fn clashes(table: &mut Table, cast: &Cast) {
         for (what, frame) in
             [("opens", cast.first(node, cast.backend)), ("goes on", cast.next(node, cast.backend))]
         {
-            let name = format!("{title}: this node's own packet from a client's port {what}, {where_to}");
+            let name =
+                format!("{title}: this node's own packet from a client's port {what}, {where_to}");
             let (program, frame) = place.out(frame);
             let case = Case::new(name, &world, program, place.device, &frame);
             table.add(if what == "opens" || cast.protocol == UDP {
@@ -137,15 +151,19 @@ fn clashes(table: &mut Table, cast: &Cast) {
         let (program, next) = place.out(cast.next(node, cast.backend));
         let name = format!("{title}: this node's own packet goes on from another port, {where_to}");
         table.add(
-            Case::new(name, &known, program, place.device, &next).becomes(&next.clone().from(own.seen_as)),
+            Case::new(name, &known, program, place.device, &next)
+                .becomes(&next.clone().from(own.seen_as)),
         );
         let (program, back) = on(place.device, cast.next(cast.backend, own.seen_as));
         let name = format!("{title}: the answer to another port finds this node's own, {where_to}");
-        table.add(Case::new(name, &known, program, place.device, &back).becomes(&back.clone().to(node)));
+        table.add(
+            Case::new(name, &known, program, place.device, &back).becomes(&back.clone().to(node)),
+        );
         let (program, back) = on(place.device, cast.next(cast.backend, node));
         let name = format!("{title}: the answer to the client's port is still its own, {where_to}");
         table.add(
-            Case::new(name, &known, program, place.device, &back).becomes(&back.clone().to(cast.client)),
+            Case::new(name, &known, program, place.device, &back)
+                .becomes(&back.clone().to(cast.client)),
         );
 
         // A packet of this host's own, translated where it was sent, and met once more.
@@ -156,7 +174,9 @@ fn clashes(table: &mut Table, cast: &Cast) {
         for (what, frame) in
             [("opens", cast.first(node, cast.backend)), ("goes on", cast.next(node, cast.backend))]
         {
-            let name = format!("{title}: this host's translated packet is met once more, {what}, {where_to}");
+            let name = format!(
+                "{title}: this host's translated packet is met once more, {what}, {where_to}"
+            );
             let (program, frame) = place.out(frame);
             table.add(Case::new(name, &world, program, place.device, &frame));
         }
@@ -221,7 +241,8 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
     for phase in [phase::PASSIVE, phase::IMPORT, phase::SERVE | phase::IMPORTED] {
         let mut beside = world.clone();
         beside.settings.phase = phase;
-        let what = format!("an answer of netfilter's leaves from a node port's number, phase {phase}");
+        let what =
+            format!("an answer of netfilter's leaves from a node port's number, phase {phase}");
         table.add(case(&what, &beside, Program::Egress, &question));
     }
     let answered = served.connection().state(state::ESTABLISHED);
@@ -232,8 +253,13 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
     for (what, age) in [("is left alone", 0), ("is left alone after a while", UDP_IDLE_TICKS - 2)] {
         let young = world.clone().embryonic(own.age(age).both());
         table.add(
-            case(&format!("the answer to a node port's number {what}"), &young, Program::Ingress, &reply)
-                .embryonic([own.state(state::ESTABLISHED).both()]),
+            case(
+                &format!("the answer to a node port's number {what}"),
+                &young,
+                Program::Ingress,
+                &reply,
+            )
+            .embryonic([own.state(state::ESTABLISHED).both()]),
         );
         let name = format!("XDP leaves the answer to a node port's number that {what}");
         table.add(case(&name, &young, Program::Xdp, &reply));
@@ -241,7 +267,8 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
     let old = own.state(state::ESTABLISHED).age(UDP_IDLE_TICKS + 2);
     let opened = served.connection();
     for program in [Program::Ingress, Program::Xdp] {
-        let name = format!("nothing was asked from a node port's number for long, {}", program.name());
+        let name =
+            format!("nothing was asked from a node port's number for long, {}", program.name());
         table.add(
             case(&name, &world.clone().flows(old.both()), program, &reply)
                 .becomes(&reply.clone().to(served.backend))
@@ -268,26 +295,47 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
         &other,
     ));
     let other = cast.first(SocketAddr::new(cast.node, PORT + 1), peer);
-    table.add(case("a question leaves from a port next to a node port", &world, Program::Egress, &other));
+    table.add(case(
+        "a question leaves from a port next to a node port",
+        &world,
+        Program::Egress,
+        &other,
+    ));
     let tcp = Frame::tcp(node, peer, SYN, &[]);
     table.add(case("a connection leaves from a node port's number", &world, Program::Egress, &tcp));
     let fragments = super::fragments::parts(&super::fragments::long(cast, node, peer));
     let told = super::fragments::told(cast, node, peer, true, 0);
     table.add(
-        case("a first fragment leaves from a node port's number", &world, Program::Egress, &fragments[0])
-            .embryonic([own.both()])
-            .fragments(told),
+        case(
+            "a first fragment leaves from a node port's number",
+            &world,
+            Program::Egress,
+            &fragments[0],
+        )
+        .embryonic([own.both()])
+        .fragments(told),
     );
-    let answers = super::fragments::parts(&super::fragments::long(cast, peer, node).at(mac(UPLINK)));
+    let answers =
+        super::fragments::parts(&super::fragments::long(cast, peer, node).at(mac(UPLINK)));
     let told = super::fragments::told(cast, peer, node, true, 0);
     let proven = own.state(state::ESTABLISHED);
     let known = world.flows(proven.both());
     table.add(
-        case("a first fragment answers a node port's number", &known, Program::Ingress, &answers[0])
-            .fragments(told.clone()),
+        case(
+            "a first fragment answers a node port's number",
+            &known,
+            Program::Ingress,
+            &answers[0],
+        )
+        .fragments(told.clone()),
     );
     let known = known.fragments(told);
-    table.add(case("a later fragment answers a node port's number", &known, Program::Ingress, &answers[1]));
+    table.add(case(
+        "a later fragment answers a node port's number",
+        &known,
+        Program::Ingress,
+        &answers[1],
+    ));
 }
 
 /// At an address of the node itself nothing is taken for a client's but what opens.
@@ -304,11 +352,15 @@ fn own_address(table: &mut Table, cast: &Cast) {
     ] {
         let first = cast.first(cast.client, cast.frontend);
         let mut others: Vec<(String, Frame)> = match cast.protocol {
-            TCP => {
-                [("SYN and ACK", SYN | ACK), ("ACK", ACK), ("FIN", FIN | ACK), ("RST", RST), ("no flag", 0)]
-                    .map(|(what, flags)| (what.into(), Frame::tcp(cast.client, cast.frontend, flags, &[])))
-                    .into()
-            }
+            TCP => [
+                ("SYN and ACK", SYN | ACK),
+                ("ACK", ACK),
+                ("FIN", FIN | ACK),
+                ("RST", RST),
+                ("no flag", 0),
+            ]
+            .map(|(what, flags)| (what.into(), Frame::tcp(cast.client, cast.frontend, flags, &[])))
+            .into(),
             SCTP => vec![("data".into(), cast.next(cast.client, cast.frontend))],
             _ => Vec::new(),
         };
@@ -322,7 +374,9 @@ fn own_address(table: &mut Table, cast: &Cast) {
                 let name = format!("{title}: {what} to {where_to} that nothing is known of, {by}");
                 table.add(Case::new(name, &world, program, ifindex, &frame));
                 let passive = at(world.clone(), phase::PASSIVE, &[]);
-                let name = format!("{title}: {what} to {where_to} that nothing is known of, passive, {by}");
+                let name = format!(
+                    "{title}: {what} to {where_to} that nothing is known of, passive, {by}"
+                );
                 table.add(Case::new(name, &passive, program, ifindex, &frame));
             }
             let first = first.clone().at(mac(ifindex));
@@ -339,16 +393,21 @@ fn own_address(table: &mut Table, cast: &Cast) {
             table.add(taken(format!("{title}: what opens at {where_to}, {by}"), &world));
             let name = format!("{title}: what opens at {where_to}, passive, {by}");
             table.add(left(name, &at(world.clone(), phase::PASSIVE, &[]), Reason::NotTaken));
-            let name = format!("{title}: what opens at {where_to} while connections are imported, {by}");
+            let name =
+                format!("{title}: what opens at {where_to} while connections are imported, {by}");
             let import = at(world.clone(), phase::IMPORT, &[]);
             table.add(match cast.protocol {
                 UDP => left(name, &import, Reason::NotTaken),
                 _ => taken(name, &import),
             });
             for bits in [0, imported::CLOSING] {
-                let name = format!("{title}: what opens at {where_to} was netfilter's, bits {bits}, {by}");
-                let known =
-                    at(world.clone(), phase::SERVE, &[(cast.client, cast.frontend, cast.protocol, bits)]);
+                let name =
+                    format!("{title}: what opens at {where_to} was netfilter's, bits {bits}, {by}");
+                let known = at(
+                    world.clone(),
+                    phase::SERVE,
+                    &[(cast.client, cast.frontend, cast.protocol, bits)],
+                );
                 table.add(if bits == 0 || cast.protocol == UDP {
                     left(name, &known, Reason::NetfilterFlow)
                 } else {

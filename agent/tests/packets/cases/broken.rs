@@ -18,15 +18,22 @@ pub(super) fn add(table: &mut Table) {
         }
     }
     for cast in Cast::of(TCP) {
-        let other =
-            |protocol, bytes: &[u8]| Frame::other(cast.client.ip(), cast.frontend.ip(), protocol, bytes);
+        let other = |protocol, bytes: &[u8]| {
+            Frame::other(cast.client.ip(), cast.frontend.ip(), protocol, bytes)
+        };
         let version = if cast.version == Version::V4 { "IPv4" } else { "IPv6" };
         let kind = if cast.version == Version::V4 { (8, 0) } else { (128, 0) };
         let echo = Frame::icmp(cast.client.ip(), cast.frontend.ip(), kind, 0x0001_0001, b"ping");
         for (what, frame) in
             [("an echo request to a frontend", echo), ("GRE to a frontend", other(47, &[0; 24]))]
         {
-            table.add(Case::new(format!("{version}: {what}"), &cast.world(), Program::Ingress, EDGE, &frame));
+            table.add(Case::new(
+                format!("{version}: {what}"),
+                &cast.world(),
+                Program::Ingress,
+                EDGE,
+                &frame,
+            ));
         }
     }
 }
@@ -122,6 +129,20 @@ fn network_v6(table: &mut Table, cast: &Cast) {
     let length = extended.length();
     bad("an extension header beyond the packet", &extended, 41, &[20], Reason::Malformed, length);
     bad("an extension header beyond any packet", &extended, 41, &[255], Reason::Malformed, length);
-    bad("extension headers that lead beyond the packet", &extended, 40, &[60, 20], Reason::Truncated, length);
-    bad("a packet that ends within its extension headers", &extended, 4, &[0, 4], Reason::Malformed, 44);
+    bad(
+        "extension headers that lead beyond the packet",
+        &extended,
+        40,
+        &[60, 20],
+        Reason::Truncated,
+        length,
+    );
+    bad(
+        "a packet that ends within its extension headers",
+        &extended,
+        4,
+        &[0, 4],
+        Reason::Malformed,
+        44,
+    );
 }

@@ -13,7 +13,8 @@ use super::unserved::answer;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{Frame, TCP, UDP};
 use crate::packets::world::{
-    Affinities, Cast, Connection, Exhausted, GENERATION, NET_CLIENTS, ONE, UPLINK, World, address, mac, tuple,
+    Affinities, Cast, Connection, Exhausted, GENERATION, NET_CLIENTS, ONE, UPLINK, World, address,
+    mac, tuple,
 };
 
 /// Adds the cases.
@@ -38,7 +39,10 @@ pub(super) fn add_large(table: &mut Table) {
 
 /// Another client's flow that is shown as the same tuple.
 fn blocker(cast: &Cast, connection: &Connection) -> Connection {
-    Connection { client: SocketAddr::new(address(cast.version, NET_CLIENTS, 77), 50_000), ..*connection }
+    Connection {
+        client: SocketAddr::new(address(cast.version, NET_CLIENTS, 77), 50_000),
+        ..*connection
+    }
 }
 
 /// Where the packet leaves, the maps with its client's flow, and the cast.
@@ -54,8 +58,9 @@ fn choices(table: &mut Table, cast: &Cast) {
         for port in [1, 1024, 30_000, 65_535] {
             let client = SocketAddr::new(cast.client.ip(), port);
             let (cast, world) = met(place, &cast.client(client));
-            let name =
-                format!("{title}: the port of a masqueraded client follows from its tuple, {what}, {port}");
+            let name = format!(
+                "{title}: the port of a masqueraded client follows from its tuple, {what}, {port}"
+            );
             table.add(leaves(name, &cast, &world, place, &place.source(&cast)));
         }
     }
@@ -66,13 +71,22 @@ fn choices(table: &mut Table, cast: &Cast) {
     let mut add = |what: &str, world: &World, source: &Connection| {
         table.add(leaves(format!("{title}: {what}"), &cast, world, REMOTE, source));
     };
-    add("a masqueraded client's port is an unproven flow's", &world.clone().embryonic(taken.both()), &second);
+    add(
+        "a masqueraded client's port is an unproven flow's",
+        &world.clone().embryonic(taken.both()),
+        &second,
+    );
     let proven = taken.state(state::ESTABLISHED);
-    add("a masqueraded client's port is a proven flow's", &world.clone().flows(proven.both()), &second);
+    add(
+        "a masqueraded client's port is a proven flow's",
+        &world.clone().flows(proven.both()),
+        &second,
+    );
     let two = world.clone().flows(proven.both());
     let two = two.flows(blocker(&cast, &second).state(state::ESTABLISHED).both());
     add("a masqueraded client's first two ports are taken", &two, &REMOTE.source_at(&cast, 3));
-    let elsewhere = Connection { frontend: cast.other_backend, backend: cast.other_backend, ..proven };
+    let elsewhere =
+        Connection { frontend: cast.other_backend, backend: cast.other_backend, ..proven };
     add(
         "a masqueraded client's port is taken towards another backend alone",
         &world.clone().flows(elsewhere.both()),
@@ -126,7 +140,8 @@ fn held(table: &mut Table, cast: &Cast) {
         let (cast, mut world) = met(place, cast);
         let _ = world.held.insert(socket(&place.source(&cast)));
         let second = place.source_at(&cast, 2);
-        let name = format!("{title}: a socket of this host speaks to the backend from the port, {what}");
+        let name =
+            format!("{title}: a socket of this host speaks to the backend from the port, {what}");
         table.add(leaves(name, &cast, &world, place, &second));
     }
     let (cast, plain) = met(REMOTE, cast);
@@ -134,7 +149,8 @@ fn held(table: &mut Table, cast: &Cast) {
     for attempt in 1..4 {
         let _ = world.held.insert(socket(&REMOTE.source_at(&cast, attempt)));
     }
-    let name = format!("{title}: sockets of this host speak to the backend from the first three ports");
+    let name =
+        format!("{title}: sockets of this host speak to the backend from the first three ports");
     table.add(leaves(name, &cast, &world, REMOTE, &REMOTE.source_at(&cast, 4)));
     let _ = world.held.insert(socket(&REMOTE.source_at(&cast, 4)));
     let (program, first) = REMOTE.out(cast.first(cast.client, cast.backend));
@@ -152,7 +168,9 @@ fn held(table: &mut Table, cast: &Cast) {
     let own = REMOTE.source(&cast);
     let elsewhere = SocketAddr::new(own.backend.ip(), own.backend.port() + 1);
     let _ = world.held.insert(tuple(elsewhere, own.seen_as, own.protocol));
-    let name = format!("{title}: a socket of this host speaks to another port of the backend from the port");
+    let name = format!(
+        "{title}: a socket of this host speaks to another port of the backend from the port"
+    );
     table.add(leaves(name, &cast, &world, REMOTE, &own));
     let mut world = plain.clone();
     let _ = world.listeners.insert((own.protocol, own.seen_as));
@@ -162,7 +180,9 @@ fn held(table: &mut Table, cast: &Cast) {
     // A flow that is known is not looked for among the sockets.
     let mut world = plain.embryonic(own.both());
     let _ = world.held.insert(socket(&own));
-    let name = format!("{title}: a socket of this host speaks to the backend from the port of a known flow");
+    let name = format!(
+        "{title}: a socket of this host speaks to the backend from the port of a known flow"
+    );
     table.add(leaves(name, &cast, &world, REMOTE, &own));
 }
 
@@ -194,7 +214,8 @@ fn walks(table: &mut Table, cast: &Cast) {
     let (cast, world) = met(REMOTE, cast);
     let world = tried_in_vain(&cast, &world);
     let begins = REMOTE.source_at(&cast, 0);
-    let name = format!("{title}: every port tried for a masqueraded client is taken, a walk finds one");
+    let name =
+        format!("{title}: every port tried for a masqueraded client is taken, a walk finds one");
     table.add(leaves(name, &cast, &world, REMOTE, &begins));
     let name = format!("{title}: a search that was in vain some ticks ago is tried again");
     let old = World { exhausted: in_vain(&cast, REMOTE, 5), ..world.clone() };

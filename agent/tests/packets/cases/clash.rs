@@ -12,7 +12,9 @@ use super::Table;
 use crate::packets::case::{Case, Program};
 use crate::packets::frame::{ACK, Frame, SYN, TCP, UDP};
 use crate::packets::ip::Ip;
-use crate::packets::world::{Cast, Connection, EDGE, ONE, OTHER, OWN_NETNS, UPLINK, World, mac, tuple};
+use crate::packets::world::{
+    Cast, Connection, EDGE, ONE, OTHER, OWN_NETNS, UPLINK, World, mac, tuple,
+};
 
 /// Adds the cases.
 pub(super) fn add(table: &mut Table) {
@@ -24,7 +26,8 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// The source port of a try: the tuple's hash, stepped by the golden ratio, scaled to 1024-29999 and 61000-65535.
+/// The source port of a try: the tuple's hash, stepped by the golden ratio, scaled to 1024-29999
+/// and 61000-65535.
 fn port_of_try<F: Ip>(cast: &Cast, destination: SocketAddr, attempt: u32) -> u16 {
     let tuple = Tuple {
         source: F::of(cast.client.ip()).unwrap_or_default(),
@@ -55,7 +58,8 @@ pub(super) fn of_host(cast: &Cast, connection: Connection) -> Connection {
     of_host_at(cast, connection, 1)
 }
 
-/// The same, with the port of a try: never the socket's own, which other sockets of this host may have as well.
+/// The same, with the port of a try: never the socket's own, which other sockets of this host may
+/// have as well.
 pub(super) fn of_host_at(cast: &Cast, connection: Connection, attempt: u32) -> Connection {
     let host = cast.client(SocketAddr::new(cast.node, 40_001));
     let seen_as = tried(&host, connection.frontend, attempt);
@@ -75,7 +79,8 @@ fn two_frontends(table: &mut Table, cast: &Cast) {
         ("a proven flow", cast.world().flows(proven.both())),
     ] {
         for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
-            let (first, changed) = (first.clone().at(mac(ifindex)), changed.clone().at(mac(ifindex)));
+            let (first, changed) =
+                (first.clone().at(mac(ifindex)), changed.clone().at(mac(ifindex)));
             let name = format!(
                 "{title}: another frontend of {what}'s backend gets another port, {}",
                 program.name()
@@ -143,7 +148,10 @@ fn taken_over(table: &mut Table, cast: &Cast) {
     let (free, kept) = match cast.protocol {
         TCP => {
             let half = one.state(state::ESTABLISHED | state::FIN_FORWARD);
-            (half.age(113), vec![("half closed a while ago", half.age(111)), ("idle", one.age(250))])
+            (
+                half.age(113),
+                vec![("half closed a while ago", half.age(111)), ("idle", one.age(250))],
+            )
         }
         _ => (one.age(200), vec![("quiet", one.age(150))]),
     };
@@ -175,9 +183,15 @@ fn taken_over(table: &mut Table, cast: &Cast) {
             let own = cast.other_connection();
             let own = if gives_way { own } else { own.seen_as(seen_as) };
             let name = format!("{title}: the reply tuple of a flow that waits aside, {what}");
-            let case = Case::new(name, &cast.world().embryonic(old.both()), Program::Ingress, EDGE, &first)
-                .becomes(&first.clone().from(own.seen_as).to(cast.backend))
-                .opens(OTHER);
+            let case = Case::new(
+                name,
+                &cast.world().embryonic(old.both()),
+                Program::Ingress,
+                EDGE,
+                &first,
+            )
+            .becomes(&first.clone().from(own.seen_as).to(cast.backend))
+            .opens(OTHER);
             table.add(if gives_way {
                 case.embryonic([own.both()])
             } else {
@@ -185,7 +199,8 @@ fn taken_over(table: &mut Table, cast: &Cast) {
             });
         }
         let day = one.age(80_468);
-        let name = format!("{title}: the reply tuple of a flow that was idle for a day is taken over");
+        let name =
+            format!("{title}: the reply tuple of a flow that was idle for a day is taken over");
         table.add(
             Case::new(name, &cast.world().flows(day.both()), Program::Ingress, EDGE, &first)
                 .becomes(&first.clone().to(cast.backend))
@@ -210,7 +225,8 @@ fn taken_over(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// All ports that are tried before a walk over every port there is, and the walk's own first port on demand.
+/// All ports that are tried before a walk over every port there is, and the walk's own first port
+/// on demand.
 fn walks(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let first = cast.first(cast.client, cast.other_frontend);
@@ -276,7 +292,9 @@ fn direct(table: &mut Table, cast: &Cast) {
     };
     table.add(
         Case::new(
-            format!("{title}: a direct connection whose port was given to another one gets another port"),
+            format!(
+                "{title}: a direct connection whose port was given to another one gets another port"
+            ),
             &cast.world().flows(given.state(state::ESTABLISHED).both()).marks(mark::DIRECT),
             Program::Ingress,
             EDGE,
@@ -295,7 +313,9 @@ fn direct(table: &mut Table, cast: &Cast) {
     world.devices.entry(EDGE).or_default().netns = OWN_NETNS + 1;
     let _ = world.held.insert(tuple(cast.backend, cast.client, cast.protocol));
     let own = Connection { seen_as: cast.client, ..direct };
-    let name = format!("{title}: a direct connection takes the tuple of a dead flow, which its socket has");
+    let name = format!(
+        "{title}: a direct connection takes the tuple of a dead flow, which its socket has"
+    );
     table.add(
         Case::new(name, &world, Program::Ingress, EDGE, &first)
             .becomes(&first)
@@ -307,7 +327,8 @@ fn direct(table: &mut Table, cast: &Cast) {
     if cast.protocol == TCP {
         let ended = direct.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY).age(3);
         let world = cast.world().embryonic(ended.both()).marks(mark::DIRECT);
-        let name = format!("{title}: a direct connection whose tuple was remapped before, beside nothing");
+        let name =
+            format!("{title}: a direct connection whose tuple was remapped before, beside nothing");
         table.add(
             Case::new(name, &world, Program::Ingress, EDGE, &first)
                 .becomes(&first)
@@ -366,7 +387,8 @@ fn direct(table: &mut Table, cast: &Cast) {
         }
     }
 
-    // The entries of a flow that has ended translate what the backend sends to its tuple as long as they are there.
+    // The entries of a flow that has ended translate what the backend sends to its tuple as long as
+    // they are there.
     let (ended, own) = match cast.protocol {
         TCP => (live.state(state::ESTABLISHED | state::RESET_FORWARD), direct),
         _ => (live.age(200), Connection { seen_as: cast.client, ..direct }),
@@ -389,7 +411,9 @@ fn direct(table: &mut Table, cast: &Cast) {
         let own = Connection { seen_as: cast.client, ..direct };
         table.add(
             Case::new(
-                format!("{title}: a direct connection takes the tuple of a flow that ended long ago"),
+                format!(
+                    "{title}: a direct connection takes the tuple of a flow that ended long ago"
+                ),
                 &cast.world().flows(old.both()),
                 Program::Ingress,
                 EDGE,
@@ -446,6 +470,11 @@ fn direct(table: &mut Table, cast: &Cast) {
     bridge.devices.get_mut(&UPLINK).expect("the uplink").flags |= device_flags::BRIDGE;
     pass("a bridge's own program meets what a port's has translated", bridge, UPLINK, first);
     if cast.protocol != UDP {
-        pass("a segment in the middle of a direct connection", cast.world().flows(live.both()), EDGE, next);
+        pass(
+            "a segment in the middle of a direct connection",
+            cast.world().flows(live.both()),
+            EDGE,
+            next,
+        );
     }
 }

@@ -12,7 +12,8 @@ use super::masquerade::as_met;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{RST, TCP};
 use crate::packets::world::{
-    Cast, Connection, EDGE, NET_PODS, NET_REMOTE, ONE, SPARE, TUNNEL, UPLINK, Version, World, address, mac,
+    Cast, Connection, EDGE, NET_PODS, NET_REMOTE, ONE, SPARE, TUNNEL, UPLINK, Version, World,
+    address, mac,
 };
 
 /// Adds the cases.
@@ -88,7 +89,8 @@ fn sets(table: &mut Table, cast: &Cast) {
             let class = if kind == frontend::CLUSTER_IP { 0 } else { class };
             let connection = as_met(&cast, &world, ifindex, &backends[class]);
             let first = cast.first(cast.client, cast.frontend);
-            let first = if program == Program::IngressBare { first.bare() } else { first.at(mac(ifindex)) };
+            let first =
+                if program == Program::IngressBare { first.bare() } else { first.at(mac(ifindex)) };
             table.add(
                 Case::new(
                     format!("{title}: three sets, {what} has class {class} for {who}"),
@@ -141,7 +143,11 @@ fn drops(table: &mut Table, cast: &Cast) {
             let name = format!("{title}: {what} without local backends drops {who}");
             let case = Case::new(name, &world, program, ifindex, &first);
             // XDP leaves it to tc.
-            table.add(if program == Program::Xdp { case } else { case.dropped(Reason::NoLocalBackend, ONE) });
+            table.add(if program == Program::Xdp {
+                case
+            } else {
+                case.dropped(Reason::NoLocalBackend, ONE)
+            });
 
             let mut others = plain.clone();
             others.port(ONE).ranges = [Range::DROP; 3];
@@ -159,7 +165,8 @@ fn drops(table: &mut Table, cast: &Cast) {
                 .embryonic([as_met(&cast, &others, ifindex, &cast.connection()).both()]),
             );
             if cast.protocol == TCP && program == Program::Ingress {
-                let reset = frame(crate::packets::frame::Frame::tcp(cast.client, cast.frontend, RST, &[]));
+                let reset =
+                    frame(crate::packets::frame::Frame::tcp(cast.client, cast.frontend, RST, &[]));
                 let name = format!("{title}: {what} without local backends drops a reset of {who}");
                 let case = Case::new(name, &world, program, ifindex, &reset);
                 // At an address of the node it may be of a connection of the stack's own.
@@ -174,7 +181,8 @@ fn drops(table: &mut Table, cast: &Cast) {
             let first = cast.first(SocketAddr::new(cast.node, 40_001), cast.frontend);
             let name = format!("{title}: {what} without local backends drops this host's packet");
             table.add(
-                Case::new(name, &world, Program::Egress, UPLINK, &first).dropped(Reason::NoLocalBackend, ONE),
+                Case::new(name, &world, Program::Egress, UPLINK, &first)
+                    .dropped(Reason::NoLocalBackend, ONE),
             );
         }
     }
@@ -196,14 +204,37 @@ fn detectors(table: &mut Table, cast: &Cast) {
             device_flags::LOCAL_PODS,
             1,
         ),
-        ("by some devices, a link that is none of them", &pod, EDGE, detect_local::SOME_DEVICES, 0, 2),
+        (
+            "by some devices, a link that is none of them",
+            &pod,
+            EDGE,
+            detect_local::SOME_DEVICES,
+            0,
+            2,
+        ),
         ("by address, a pod's", &pod, EDGE, detect_local::ADDRESS, 0, 1),
         ("by address, a pod's address on the uplink", &far, UPLINK, detect_local::ADDRESS, 0, 1),
-        ("by address, a stranger's", cast, EDGE, detect_local::ADDRESS, device_flags::LOCAL_PODS, 2),
-        ("not at all, a pod's address and link", &pod, EDGE, detect_local::NONE, device_flags::LOCAL_PODS, 2),
+        (
+            "by address, a stranger's",
+            cast,
+            EDGE,
+            detect_local::ADDRESS,
+            device_flags::LOCAL_PODS,
+            2,
+        ),
+        (
+            "not at all, a pod's address and link",
+            &pod,
+            EDGE,
+            detect_local::NONE,
+            device_flags::LOCAL_PODS,
+            2,
+        ),
     ] {
-        let world = cast.world().kind(ONE, frontend::LOAD_BALANCER).modes(masquerade::NEEDED, detector);
-        let mut world = world.pods(vec![cast.prefix(90), cast.prefix(NET_PODS), cast.prefix(NET_REMOTE)]);
+        let world =
+            cast.world().kind(ONE, frontend::LOAD_BALANCER).modes(masquerade::NEEDED, detector);
+        let mut world =
+            world.pods(vec![cast.prefix(90), cast.prefix(NET_PODS), cast.prefix(NET_REMOTE)]);
         let backends = three(cast, &mut world);
         world.devices.get_mut(&ifindex).expect("the device").flags = flags;
         let connection = as_met(cast, &world, ifindex, &backends[class]);

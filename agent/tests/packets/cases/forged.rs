@@ -1,5 +1,5 @@
-//! Packets whose source does not belong to the device that they came in by: they change nobody's flow. And addresses
-//! that are taken for the node's, because they share a lane with one.
+//! Packets whose source does not belong to the device that they came in by: they change nobody's
+//! flow. And addresses that are taken for the node's, because they share a lane with one.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -16,8 +16,8 @@ use crate::packets::case::{Case, Program};
 use crate::packets::frame::{ACK, FIN, Frame, RST, SEQUENCE, SYN, TCP, UDP};
 use crate::packets::ip::Ip;
 use crate::packets::world::{
-    BRIDGE, Cast, Connection, EDGE, FOREIGN, NET_BACKENDS, NET_CLIENTS, NET_FOREIGN, NET_FORGED, NET_OVERLAY,
-    NET_PODS, NET_REMOTE, ONE, UPLINK, World, mac,
+    BRIDGE, Cast, Connection, EDGE, FOREIGN, NET_BACKENDS, NET_CLIENTS, NET_FOREIGN, NET_FORGED,
+    NET_OVERLAY, NET_PODS, NET_REMOTE, ONE, UPLINK, World, mac,
 };
 
 /// Adds the cases.
@@ -101,7 +101,10 @@ fn along(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u
         for (what, frame) in packets(cast, cast.client, cast.frontend) {
             let is_plain = match of {
                 "a flow whose endpoint no longer serves" => matches!(what, "ACK" | "SYN and ACK"),
-                _ => program == Program::Xdp && !(of == "a live flow" && what.starts_with(['R', 'F'])),
+                _ => {
+                    program == Program::Xdp
+                        && !(of == "a live flow" && what.starts_with(['R', 'F']))
+                }
             };
             if is_plain {
                 // It renews the time, whoever sends it.
@@ -110,9 +113,10 @@ fn along(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u
             let frame = frame.at(mac(ifindex));
             let name = format!("{title}: {what} of {who}, along {of}");
             let case = Case::new(name, &world, program, ifindex, &frame);
-            // A bare reset tells that the guess was wrong: from here it tells nothing, and nobody has the address it goes to.
-            let is_left =
-                program == Program::Xdp || what == "RST" && of == "a guess that was right" && ifindex == EDGE;
+            // A bare reset tells that the guess was wrong: from here it tells nothing, and nobody
+            // has the address it goes to.
+            let is_left = program == Program::Xdp
+                || what == "RST" && of == "a guess that was right" && ifindex == EDGE;
             table.add(if is_left {
                 case
             } else {
@@ -122,7 +126,8 @@ fn along(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u
     }
 }
 
-/// A tuple that nothing is known of: what opens gets a port that its owner has no connection from, what goes on recovers nothing.
+/// A tuple that nothing is known of: what opens gets a port that its owner has no connection from,
+/// what goes on recovers nothing.
 fn opening(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u32) {
     let title = cast.title();
     let world = cast.world();
@@ -163,7 +168,8 @@ fn to_backend(table: &mut Table, cast: &Cast, who: &str, program: Program, ifind
     }
 }
 
-/// The same, of those who may send it: by a pod's own device, and by another uplink than the one that leads back.
+/// The same, of those who may send it: by a pod's own device, and by another uplink than the one
+/// that leads back.
 fn rightful(table: &mut Table, cast: &Cast) {
     if cast.protocol == UDP {
         return;
@@ -258,18 +264,24 @@ fn replies(table: &mut Table, cast: &Cast) {
                     ("RST" | "RST and ACK", "a live flow") => case
                         .flows([])
                         .embryonic([proven.state(state::ESTABLISHED | state::RESET_REPLY).both()]),
-                    ("RST" | "RST and ACK", _) => case.embryonic([seen.state(state::RESET_REPLY).both()]),
+                    ("RST" | "RST and ACK", _) => {
+                        case.embryonic([seen.state(state::RESET_REPLY).both()])
+                    }
                     ("FIN and ACK", "a live flow") => {
                         case.flows([proven.state(state::ESTABLISHED | state::FIN_REPLY).both()])
                     }
-                    ("FIN and ACK", _) => {
-                        case.embryonic([]).flows([proven.state(state::ESTABLISHED | state::FIN_REPLY).both()])
-                    }
+                    ("FIN and ACK", _) => case
+                        .embryonic([])
+                        .flows([proven.state(state::ESTABLISHED | state::FIN_REPLY).both()]),
                     ("SYN and ACK", "a flow that nothing has proven") => {
                         case.embryonic([seen.answered().both()])
                     }
-                    ("ACK", "a flow that nothing has proven") => case.embryonic([]).flows([proven.both()]),
-                    ("datagram", "a flow that nothing has proven") => case.embryonic([proven.both()]),
+                    ("ACK", "a flow that nothing has proven") => {
+                        case.embryonic([]).flows([proven.both()])
+                    }
+                    ("datagram", "a flow that nothing has proven") => {
+                        case.embryonic([proven.both()])
+                    }
                     _ => case,
                 };
                 table.add(case);
@@ -285,7 +297,8 @@ fn sources(table: &mut Table, cast: &Cast) {
     let source = REMOTE.source(&far).state(state::ESTABLISHED);
     let world = far.world().flows(source.both()).marks(mark::MASQUERADED);
     for (what, frame) in packets(&far, far.backend, source.seen_as) {
-        let name = format!("{title}: {what} of an endpoint to a masqueraded client, by a pod's device");
+        let name =
+            format!("{title}: {what} of an endpoint to a masqueraded client, by a pod's device");
         let case = Case::new(name, &world, Program::Ingress, EDGE, &frame);
         table.add(case.becomes(&frame.clone().to(far.client)));
     }
@@ -295,7 +308,8 @@ fn sources(table: &mut Table, cast: &Cast) {
     let world = far.world().flows(flows_of(&near, &source)).marks(mark::MASQUERADED);
     for (what, frame) in packets(&far, far.client, far.backend) {
         let (program, frame) = REMOTE.out(frame);
-        let name = format!("{title}: {what} of a masqueraded client that came in by a pod's device");
+        let name =
+            format!("{title}: {what} of a masqueraded client that came in by a pod's device");
         let case = Case::new(name, &world, program, UPLINK, &frame).came_by(EDGE);
         table.add(case.becomes(&frame.clone().from(source.seen_as)));
     }
@@ -306,13 +320,18 @@ fn of_one_lane(address: IpAddr) -> IpAddr {
     fn search<F: Ip>(address: IpAddr, of: impl Fn(u32) -> IpAddr) -> IpAddr {
         let lane_of = |address| F::of(address).map(|address| lane::<F>(&address));
         let wanted = lane_of(address);
-        (0..16 * 16 * ADDRESS_WORDS).map(of).find(|other| lane_of(*other) == wanted).expect("one of so many")
+        (0..16 * 16 * ADDRESS_WORDS)
+            .map(of)
+            .find(|other| lane_of(*other) == wanted)
+            .expect("one of so many")
     }
     match address {
-        IpAddr::V4(_) => search::<V4>(address, |number| Ipv4Addr::from(0x0a00_0000 | number).into()),
-        IpAddr::V6(_) => {
-            search::<V6>(address, |number| Ipv6Addr::from(0xfd00 << 112 | u128::from(number)).into())
+        IpAddr::V4(_) => {
+            search::<V4>(address, |number| Ipv4Addr::from(0x0a00_0000 | number).into())
         }
+        IpAddr::V6(_) => search::<V6>(address, |number| {
+            Ipv6Addr::from(0xfd00 << 112 | u128::from(number)).into()
+        }),
     }
 }
 
@@ -330,7 +349,8 @@ fn lanes(table: &mut Table, cast: &Cast) {
     let data = cast.next(cast.client, cast.frontend);
     if cast.protocol == TCP {
         let world = beside_node(&cast.world(), cast.frontend.ip());
-        let name = format!("{title}: both entries lost, at a frontend of an address of the node's lane");
+        let name =
+            format!("{title}: both entries lost, at a frontend of an address of the node's lane");
         table.add(
             Case::new(name, &world, Program::Ingress, EDGE, &data)
                 .becomes(&data.clone().to(cast.backend))
@@ -341,7 +361,9 @@ fn lanes(table: &mut Table, cast: &Cast) {
     for (what, place) in [("another node's", REMOTE), ("this node's", LOCAL)] {
         let (cast, world) = place.set(cast);
         let world = beside_node(&place.met(&cast, &world), cast.backend.ip());
-        let name = format!("{title}: a masqueraded client leaves for an endpoint of the node's lane, {what}");
+        let name = format!(
+            "{title}: a masqueraded client leaves for an endpoint of the node's lane, {what}"
+        );
         table.add(leaves(name, &cast, &world, place, &place.source(&cast)));
     }
     let (cast, world) = REMOTE.set(cast);

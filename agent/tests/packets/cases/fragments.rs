@@ -13,7 +13,8 @@ use super::masqueraded::on;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{Frame, SCTP, TCP, UDP};
 use crate::packets::world::{
-    Cast, Connection, Datagrams, EDGE, EMPTY, NARROW, NET_PODS, ONE, TUNNEL, UPLINK, Version, World, mac,
+    Cast, Connection, Datagrams, EDGE, EMPTY, NARROW, NET_PODS, ONE, TUNNEL, UPLINK, Version,
+    World, mac,
 };
 
 const ID: u32 = 0x0102_0304;
@@ -82,7 +83,10 @@ pub(super) fn told(
         reserved: [0; 3],
     };
     let ports = if ports { (source.port(), destination.port()) } else { (0, 0) };
-    Datagrams::from([(key, DatagramPorts { source_port: ports.0, destination_port: ports.1, seen })])
+    Datagrams::from([(
+        key,
+        DatagramPorts { source_port: ports.0, destination_port: ports.1, seen },
+    )])
 }
 
 /// A flow, and a world with it.
@@ -115,7 +119,10 @@ fn forward(table: &mut Table, cast: &Cast) {
         for (what, connection) in [
             ("a", connection),
             ("an old", connection.age(60)),
-            ("a closing", connection.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY)),
+            (
+                "a closing",
+                connection.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY),
+            ),
         ] {
             let world = cast.world().own_device().flows(connection.both()).fragments(entry.clone());
             for (index, (from, to)) in from.iter().zip(&to).enumerate().skip(1) {
@@ -193,7 +200,8 @@ fn replies(table: &mut Table, cast: &Cast) {
             .reply(ONE),
         );
     }
-    // What a backend sends without a flow of ours is noted too, so that its other fragments need not wait.
+    // What a backend sends without a flow of ours is noted too, so that its other fragments need
+    // not wait.
     let answer = parts(&long(cast, cast.backend, cast.client));
     let world = cast.world().own_device();
     let untouched = told(cast, cast.backend, cast.client, false, 0);
@@ -254,7 +262,8 @@ fn early(table: &mut Table, cast: &Cast) {
         (Program::Egress, EDGE, answer[1].clone()),
         (Program::EgressBare, TUNNEL, answer[1].clone().bare()),
     ] {
-        let name = format!("{title}: a fragment that comes first waits, {} of {ifindex}", program.name());
+        let name =
+            format!("{title}: a fragment that comes first waits, {} of {ifindex}", program.name());
         table.add(held(name, &world, program, ifindex, &fragment));
     }
     let received = question[1].clone().at(mac(UPLINK));
@@ -262,7 +271,8 @@ fn early(table: &mut Table, cast: &Cast) {
     table.add(Case::new(name, &world, Program::Xdp, UPLINK, &received));
     let name = format!("{title}: a fragment that comes first, without an own device");
     table.add(
-        Case::new(name, &cast.world(), Program::Ingress, EDGE, &question[1]).reason(Reason::Fragment, 0),
+        Case::new(name, &cast.world(), Program::Ingress, EDGE, &question[1])
+            .reason(Reason::Fragment, 0),
     );
     // An agent that is dead keeps none: they may be anybody's.
     for (age, is_kept) in [(KEEPER_TICKS - 1, true), (KEEPER_TICKS + 2, false)] {
@@ -273,13 +283,17 @@ fn early(table: &mut Table, cast: &Cast) {
         table.add(if is_kept {
             held(name, &world, Program::Ingress, EDGE, &question[1])
         } else {
-            Case::new(name, &world, Program::Ingress, EDGE, &question[1]).reason(Reason::Fragment, 0)
+            Case::new(name, &world, Program::Ingress, EDGE, &question[1])
+                .reason(Reason::Fragment, 0)
         });
     }
     // Once the agent has given up.
     let untouched = world.clone().fragments(told(cast, cast.client, cast.frontend, false, 1));
     let name = format!("{title}: a fragment that has waited in vain");
-    table.add(Case::new(name, &untouched, Program::Ingress, EDGE, &question[1]).reason(Reason::Fragment, 0));
+    table.add(
+        Case::new(name, &untouched, Program::Ingress, EDGE, &question[1])
+            .reason(Reason::Fragment, 0),
+    );
     let stranger = parts(&long(cast, cast.client, cast.client));
     for (index, fragment) in stranger.iter().enumerate() {
         for program in [Program::Ingress, Program::Egress] {
@@ -299,7 +313,8 @@ fn masqueraded(table: &mut Table, cast: &Cast) {
             far.seen_as.set_port(cast.client.port());
         }
         let node = far.seen_as;
-        let world = world.own_device().flows(near.both()).flows(far.both()).marks(mark::MASQUERADED);
+        let world =
+            world.own_device().flows(near.both()).flows(far.both()).marks(mark::MASQUERADED);
         let (leaving, sent) = place.out(long(&cast, cast.client, cast.backend));
         let (coming, answer) = on(place.device, long(&cast, cast.backend, node));
         let question = long(&cast, cast.client, cast.frontend);
@@ -344,7 +359,8 @@ fn masqueraded(table: &mut Table, cast: &Cast) {
         ] {
             let (from, to) = (parts(&frame), parts(&becomes));
             let entry = told(&cast, ends.0, ends.1, true, 0);
-            for (index, before) in [(0, world.clone()), (1, world.clone().fragments(entry.clone()))] {
+            for (index, before) in [(0, world.clone()), (1, world.clone().fragments(entry.clone()))]
+            {
                 let name = format!("{title}: fragment {index} of {which}, {what}");
                 let case = Case::new(name, &before, program, ifindex, &from[index])
                     .becomes(&to[index])
@@ -358,7 +374,8 @@ fn masqueraded(table: &mut Table, cast: &Cast) {
             let name = format!("{title}: a later fragment that comes first waits, {which}, {what}");
             table.add(held(name, &world, program, ifindex, &from[1]));
             if counts.is_none() {
-                let name = format!("{title}: while nobody was masqueraded, a fragment of {which}, {what}");
+                let name =
+                    format!("{title}: while nobody was masqueraded, a fragment of {which}, {what}");
                 table.add(Case::new(name, &world.clone().marks(0), program, ifindex, &from[1]));
             }
         }
@@ -376,7 +393,9 @@ fn node_ports(table: &mut Table, cast: &Cast) {
     table.add(held(name, &world, Program::Ingress, UPLINK, &other[1]));
     let untouched = told(cast, cast.client, node(0), false, 0);
     let name = format!("{title}: a first fragment to the node itself");
-    table.add(Case::new(name, &world, Program::Ingress, UPLINK, &other[0]).fragments(untouched.clone()));
+    table.add(
+        Case::new(name, &world, Program::Ingress, UPLINK, &other[0]).fragments(untouched.clone()),
+    );
     let name = format!("{title}: another fragment to the node itself");
     table.add(Case::new(name, &world.fragments(untouched), Program::Ingress, UPLINK, &other[1]));
 }
@@ -389,7 +408,9 @@ fn shapes(table: &mut Table, cast: &Cast) {
     let question = long(cast, cast.client, cast.frontend);
     let shaped: Vec<(&str, Frame)> = match cast.version {
         Version::V4 => vec![("options", question.clone().options(&[1; 8]))],
-        Version::V6 => vec![("hop-by-hop options", question.clone().extension(0, &[0, 0, 1, 4, 0, 0, 0, 0]))],
+        Version::V6 => {
+            vec![("hop-by-hop options", question.clone().extension(0, &[0, 0, 1, 4, 0, 0, 0, 0]))]
+        }
     };
     let tagged = [("a VLAN tag in band", question.clone().tag(0x8100, 0x2064))];
     for (what, frame) in shaped.into_iter().chain(tagged) {
@@ -409,13 +430,17 @@ fn shapes(table: &mut Table, cast: &Cast) {
         );
         let world = world.clone().fragments(entry.clone());
         let name = format!("{title}: another fragment with {what}");
-        table.add(Case::new(name, &world, Program::Ingress, EDGE, &from[1]).becomes(&to[1]).forward(ONE));
+        table.add(
+            Case::new(name, &world, Program::Ingress, EDGE, &from[1]).becomes(&to[1]).forward(ONE),
+        );
     }
     // Too long for our own device.
     let large = Frame::udp(cast.client, cast.frontend, &[0x5a; 4_000]).fragments(ID, 1_600);
     assert!(large[1].length() > HELD_LENGTH_MAX, "longer than can be held");
     let name = format!("{title}: a fragment that comes first and is too long to wait");
-    table.add(Case::new(name, &world, Program::Ingress, EDGE, &large[1]).reason(Reason::Fragment, 0));
+    table.add(
+        Case::new(name, &world, Program::Ingress, EDGE, &large[1]).reason(Reason::Fragment, 0),
+    );
     if cast.version == Version::V6 {
         // Extension headers behind the fragment header: the others do not tell that it is UDP.
         let options = [&[17, 0, 1, 4, 0, 0, 0, 0][..], &question.payload_bytes()].concat();
@@ -424,15 +449,19 @@ fn shapes(table: &mut Table, cast: &Cast) {
         let (mut key, ports) = untouched.pop_first().expect("one");
         key.protocol = 60;
         let untouched = Datagrams::from([(key, ports)]);
-        let name = format!("{title}: a first fragment with extension headers behind the fragment header");
+        let name =
+            format!("{title}: a first fragment with extension headers behind the fragment header");
         table.add(
             Case::new(name, &world, Program::Ingress, EDGE, &first)
                 .reason(Reason::Fragment, 0)
                 .fragments(untouched),
         );
         let other = question.part(ID, 24, false, 60, &options[24..]);
-        let name = format!("{title}: another fragment with extension headers behind the fragment header");
-        table.add(Case::new(name, &world, Program::Ingress, EDGE, &other).reason(Reason::Fragment, 0));
+        let name =
+            format!("{title}: another fragment with extension headers behind the fragment header");
+        table.add(
+            Case::new(name, &world, Program::Ingress, EDGE, &other).reason(Reason::Fragment, 0),
+        );
     }
 }
 
@@ -458,12 +487,15 @@ fn stale(table: &mut Table, cast: &Cast) {
     let elsewhere = parts(&long(cast, cast.client, cast.other_frontend));
     let name = format!("{title}: a fragment to another address with the same identification");
     table.add(held(name, &with(entry(0)), Program::Ingress, EDGE, &elsewhere[1]));
-    // The datagram of a connection whose reply entry is for a hairpin or a direct one goes its own way.
+    // The datagram of a connection whose reply entry is for a hairpin or a direct one goes its own
+    // way.
     let direct = cast.connection().state(state::ESTABLISHED).flags(flow::LOCAL).age(3);
     let world = cast.world().flows(direct.forward()).fragments(entry(0));
     let name = format!("{title}: a fragment whose reply's entry is lost makes none");
     table.add(
-        Case::new(name, &world, Program::Ingress, EDGE, &question[1]).becomes(&translated[1]).forward(ONE),
+        Case::new(name, &world, Program::Ingress, EDGE, &question[1])
+            .becomes(&translated[1])
+            .forward(ONE),
     );
 }
 

@@ -18,8 +18,12 @@ pub(super) fn add(table: &mut Table) {
         let title = cast.title();
         let client = SocketAddr::new(cast.backend.ip(), 40_001);
         let mirror = SocketAddr::new(cast.frontend.ip(), 40_001);
-        let connection =
-            Connection { client, seen_as: mirror, flags: flow::LOCAL | flow::HAIRPIN, ..cast.connection() };
+        let connection = Connection {
+            client,
+            seen_as: mirror,
+            flags: flow::LOCAL | flow::HAIRPIN,
+            ..cast.connection()
+        };
         let first = cast.first(client, cast.frontend);
         let turned = first.clone().from(mirror).to(cast.backend).ttl(60).turned();
         table.add(
@@ -123,8 +127,11 @@ pub(super) fn add(table: &mut Table) {
         ));
         // The client says that its port is closed, about an answer of its own.
         let quoted = Frame::udp(cast.frontend, client, b"quote");
-        let quoted =
-            if cast.protocol == TCP { Frame::tcp(cast.frontend, client, ACK, b"quote") } else { quoted };
+        let quoted = if cast.protocol == TCP {
+            Frame::tcp(cast.frontend, client, ACK, b"quote")
+        } else {
+            quoted
+        };
         let kind = if cast.client.is_ipv4() { (3, 3) } else { (1, 4) };
         let error = Frame::icmp(client.ip(), cast.frontend.ip(), kind, 0, &quoted.packet());
         let inner = quoted.from(cast.backend).to(mirror);

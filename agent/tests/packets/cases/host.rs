@@ -11,8 +11,8 @@ use super::clash::{of_host, of_host_at};
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{ACK, Frame, SYN, TCP};
 use crate::packets::world::{
-    Cast, Connection, NARROW_MTU, NET_NARROW, NET_REMOTE, NET_SHORT, NET_UNROUTED, ONE, OWN, TUNNEL, UPLINK,
-    World, address, mac, tuple,
+    Cast, Connection, NARROW_MTU, NET_NARROW, NET_REMOTE, NET_SHORT, NET_UNROUTED, ONE, OWN,
+    TUNNEL, UPLINK, World, address, mac, tuple,
 };
 
 /// Adds the cases.
@@ -40,12 +40,17 @@ fn question(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let connection = connection(cast);
     let first = cast.first(connection.client, cast.frontend);
-    for (program, frame) in [(Program::Egress, first.clone()), (Program::EgressBare, first.clone().bare())] {
+    for (program, frame) in
+        [(Program::Egress, first.clone()), (Program::EgressBare, first.clone().bare())]
+    {
         // A test run takes the ethertype of a bare packet from its source.
         let ifindex = if program == Program::Egress { UPLINK } else { TUNNEL };
         table.add(
             Case::new(
-                format!("{title}: the host's own packet goes where the FIB says, {}", program.name()),
+                format!(
+                    "{title}: the host's own packet goes where the FIB says, {}",
+                    program.name()
+                ),
                 &cast.world(),
                 program,
                 ifindex,

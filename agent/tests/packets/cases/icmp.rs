@@ -42,7 +42,8 @@ fn errors(version: Version) -> Vec<(&'static str, (u8, u8), u32)> {
     }
 }
 
-/// An error on its way to the client, about a packet as the backend sees it, and what the client must see.
+/// An error on its way to the client, about a packet as the backend sees it, and what the client
+/// must see.
 fn about_question(
     cast: &Cast,
     from: IpAddr,
@@ -59,7 +60,8 @@ fn about_question(
     ]
 }
 
-/// An error on its way to the frontend, about a reply as the client sees it, and what the backend must see.
+/// An error on its way to the frontend, about a reply as the client sees it, and what the backend
+/// must see.
 fn about_reply(
     cast: &Cast,
     from: IpAddr,
@@ -95,7 +97,8 @@ fn kinds(table: &mut Table, cast: &Cast) {
     let reply = cast.next(cast.frontend, cast.client);
     for (what, kind, rest) in errors(cast.version) {
         for (who, from) in [("a router", cast.router), ("the backend", cast.backend.ip())] {
-            let pair = about_question(cast, from, (kind, rest), &question, question.length() as usize);
+            let pair =
+                about_question(cast, from, (kind, rest), &question, question.length() as usize);
             add_pair(
                 table,
                 cast,
@@ -119,7 +122,13 @@ fn kinds(table: &mut Table, cast: &Cast) {
         }
     }
     let (_, kind, rest) = errors(cast.version)[1];
-    let pair = about_question(cast, cast.backend.ip(), (kind, rest), &question, question.length() as usize);
+    let pair = about_question(
+        cast,
+        cast.backend.ip(),
+        (kind, rest),
+        &question,
+        question.length() as usize,
+    );
     let [error, becomes] = pair.clone();
     table.cut(
         Case::new(
@@ -168,7 +177,8 @@ fn quotes(table: &mut Table, cast: &Cast) {
     let question = cast.next(cast.client, cast.backend);
     let network = if cast.version == Version::V4 { 20 } else { 40 };
     for bytes in 0..=question.length() as usize {
-        let [error, mut becomes] = about_question(cast, cast.router, (kind, rest), &question, bytes);
+        let [error, mut becomes] =
+            about_question(cast, cast.router, (kind, rest), &question, bytes);
         // Half a checksum is not there to be read: that byte stays.
         if cast.protocol == TCP
             && bytes == network + 17
@@ -192,7 +202,8 @@ fn quotes(table: &mut Table, cast: &Cast) {
     }
     if cast.protocol == UDP {
         let silent = question.sum(Sum::Absent);
-        let pair = about_question(cast, cast.router, (kind, rest), &silent, silent.length() as usize);
+        let pair =
+            about_question(cast, cast.router, (kind, rest), &silent, silent.length() as usize);
         add_pair(
             table,
             cast,
@@ -229,7 +240,12 @@ fn not_ours(table: &mut Table, cast: &Cast) {
     let [unknown, _] = about_reply(cast, cast.client.ip(), (kind, rest), &reply, all(&reply));
     pass("an error about a reply of no flow", &cast.world(), Program::Ingress, &unknown);
     let [entering, _] = about_question(cast, cast.router, (kind, rest), &question, all(&question));
-    pass("an error about a question enters where the backend is", &world(cast), Program::Ingress, &entering);
+    pass(
+        "an error about a question enters where the backend is",
+        &world(cast),
+        Program::Ingress,
+        &entering,
+    );
     let redirect = if cast.version == Version::V4 { (5, 1) } else { (137, 0) };
     let [redirect, _] = about_reply(cast, cast.router, (redirect, 0), &reply, all(&reply));
     pass("a redirect", &world(cast), Program::Ingress, &redirect);

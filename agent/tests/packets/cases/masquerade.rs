@@ -4,8 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::Reason;
 use sluice_common::abi::{
-    Ipv4Address, Ipv6Address, ServiceKey, backend, detect_local, device_flags, flow, frontend, masquerade,
-    policy,
+    Ipv4Address, Ipv6Address, ServiceKey, backend, detect_local, device_flags, flow, frontend,
+    masquerade, policy,
 };
 use sluice_common::path::mark;
 
@@ -14,9 +14,9 @@ use super::clash::{of_host, tried};
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{Frame, SYN, TCP};
 use crate::packets::world::{
-    Cast, Connection, EDGE, NARROW, NET_BACKENDS, NET_CLIENTS, NET_FOREIGN, NET_FRONTENDS, NET_NARROW,
-    NET_OVERLAY, NET_PODS, NET_REMOTE, NET_UNROUTED, ONE, SELECTED, TUNNEL, UPLINK, Version, World, mac,
-    route,
+    Cast, Connection, EDGE, NARROW, NET_BACKENDS, NET_CLIENTS, NET_FOREIGN, NET_FRONTENDS,
+    NET_NARROW, NET_OVERLAY, NET_PODS, NET_REMOTE, NET_UNROUTED, ONE, SELECTED, TUNNEL, UPLINK,
+    Version, World, mac, route,
 };
 
 /// Adds the cases.
@@ -118,33 +118,56 @@ fn first(cast: &Cast, ifindex: u32) -> (Program, Frame) {
     }
 }
 
-/// The flow as it is recorded where its client comes in by a device: whether its replies leave by another one.
-pub(super) fn as_met(cast: &Cast, world: &World, ifindex: u32, connection: &Connection) -> Connection {
+/// The flow as it is recorded where its client comes in by a device: whether its replies leave by
+/// another one.
+pub(super) fn as_met(
+    cast: &Cast,
+    world: &World,
+    ifindex: u32,
+    connection: &Connection,
+) -> Connection {
     let key = ServiceKey {
         address: cast.frontend.ip(),
         port: cast.frontend.port(),
         protocol: cast.protocol,
         reserved: 0,
     };
-    let inside = world.services.get(&key).is_some_and(|service| service.kind == frontend::CLUSTER_IP);
+    let inside =
+        world.services.get(&key).is_some_and(|service| service.kind == frontend::CLUSTER_IP);
     let back = route(cast.client.ip()).map_or(0, |(ifindex, _)| ifindex);
-    let is_away = !inside && ifindex != EDGE && back != ifindex && world.devices.contains_key(&back);
+    let is_away =
+        !inside && ifindex != EDGE && back != ifindex && world.devices.contains_key(&back);
     connection.flags(connection.flags | if is_away { flow::AWAY } else { 0 })
 }
 
 /// The case of a new flow where it comes in, whether its client is masqueraded or keeps its source.
-pub(super) fn opens(name: String, cast: &Cast, world: &World, ifindex: u32, connection: &Connection) -> Case {
+pub(super) fn opens(
+    name: String,
+    cast: &Cast,
+    world: &World,
+    ifindex: u32,
+    connection: &Connection,
+) -> Case {
     let (program, first) = first(cast, ifindex);
     let connection = as_met(cast, world, ifindex, connection);
     Case::new(name, world, program, ifindex, &first)
         .opens(ONE)
         .embryonic([world.embryonic.clone(), connection.both()])
         .becomes(&first.from(connection.seen_as).to(connection.backend))
-        .marks(world.marks | if connection.flags & flow::MASQUERADED == 0 { 0 } else { mark::MASQUERADED })
+        .marks(
+            world.marks
+                | if connection.flags & flow::MASQUERADED == 0 { 0 } else { mark::MASQUERADED },
+        )
 }
 
 /// The case of a masqueraded client's first packet where it leaves.
-pub(super) fn leaves(name: String, cast: &Cast, world: &World, place: Place, source: &Connection) -> Case {
+pub(super) fn leaves(
+    name: String,
+    cast: &Cast,
+    world: &World,
+    place: Place,
+    source: &Connection,
+) -> Case {
     let (program, first) = place.out(cast.first(cast.client, cast.backend));
     Case::new(name, world, program, place.device, &first)
         .embryonic([world.embryonic.clone(), source.both()])
@@ -158,15 +181,33 @@ fn refused(name: String, cast: &Cast, world: &World, ifindex: u32) -> Case {
 }
 
 /// For each mode and detector: who is masqueraded (m) and who is kept (k), at a ClusterIP, at an
-/// external address of policy `Cluster`, and of policy `Local`. The seven letters stand for a pod with a local and
-/// with a remote backend, a client outside with a local and with a remote backend,
-/// a client outside without a way back with a local backend, and another node's pod with a local and with a remote backend.
-/// Who is to be masqueraded (m) without a way back is refused.
+/// external address of policy `Cluster`, and of policy `Local`. The seven letters stand for a pod
+/// with a local and with a remote backend, a client outside with a local and with a remote backend,
+/// a client outside without a way back with a local backend, and another node's pod with a local
+/// and with a remote backend. Who is to be masqueraded (m) without a way back is refused.
 const MATRIX: [(&str, u32, &str, u32, [&str; 3]); 9] = [
-    ("needed", masquerade::NEEDED, "device", detect_local::DEVICE, ["kkkmmkm", "kkkmmkm", "kkkkkkk"]),
-    ("needed", masquerade::NEEDED, "address", detect_local::ADDRESS, ["kkmmmkm", "kkkmmkm", "kkkkkkk"]),
+    (
+        "needed",
+        masquerade::NEEDED,
+        "device",
+        detect_local::DEVICE,
+        ["kkkmmkm", "kkkmmkm", "kkkkkkk"],
+    ),
+    (
+        "needed",
+        masquerade::NEEDED,
+        "address",
+        detect_local::ADDRESS,
+        ["kkmmmkm", "kkkmmkm", "kkkkkkk"],
+    ),
     ("needed", masquerade::NEEDED, "none", detect_local::NONE, ["kmkmmkm", "kmkmmkm", "kkkkkkk"]),
-    ("kube-proxy", masquerade::KUBE_PROXY, "device", detect_local::DEVICE, ["kkmmmmm", "mmmmmmm", "kkkkkkk"]),
+    (
+        "kube-proxy",
+        masquerade::KUBE_PROXY,
+        "device",
+        detect_local::DEVICE,
+        ["kkmmmmm", "mmmmmmm", "kkkkkkk"],
+    ),
     (
         "kube-proxy",
         masquerade::KUBE_PROXY,
@@ -174,7 +215,13 @@ const MATRIX: [(&str, u32, &str, u32, [&str; 3]); 9] = [
         detect_local::ADDRESS,
         ["kkmmmkk", "mmmmmmm", "kkkkkkk"],
     ),
-    ("kube-proxy", masquerade::KUBE_PROXY, "none", detect_local::NONE, ["kkkkkkk", "mmmmmmm", "kkkkkkk"]),
+    (
+        "kube-proxy",
+        masquerade::KUBE_PROXY,
+        "none",
+        detect_local::NONE,
+        ["kkkkkkk", "mmmmmmm", "kkkkkkk"],
+    ),
     ("all", masquerade::ALL, "device", detect_local::DEVICE, ["mmmmmmm", "mmmmmmm", "kkkkkkk"]),
     ("all", masquerade::ALL, "address", detect_local::ADDRESS, ["mmmmmmm", "mmmmmmm", "kkkkkkk"]),
     ("all", masquerade::ALL, "none", detect_local::NONE, ["mmmmmmm", "mmmmmmm", "kkkkkkk"]),
@@ -215,13 +262,18 @@ fn matrix(table: &mut Table, cast: &Cast) {
                 });
             }
             // A backend at an address of the node itself answers by this node alone.
-            for (who, net, ifindex) in [("a pod", NET_PODS, EDGE), ("a client outside", NET_UNROUTED, UPLINK)]
+            for (who, net, ifindex) in
+                [("a pod", NET_PODS, EDGE), ("a client outside", NET_UNROUTED, UPLINK)]
             {
-                let cast = Cast { backend: SocketAddr::new(cast.node, cast.backend.port()), ..*cast };
+                let cast =
+                    Cast { backend: SocketAddr::new(cast.node, cast.backend.port()), ..*cast };
                 let cast = cast.client_in(net);
                 let flags_of_node = backend::HOST | LOCAL.backend;
-                let mut world =
-                    cast.world().backend_flags(ONE, flags_of_node).kind(ONE, kind).modes(mode, detector);
+                let mut world = cast
+                    .world()
+                    .backend_flags(ONE, flags_of_node)
+                    .kind(ONE, kind)
+                    .modes(mode, detector);
                 world.port(ONE).flags = flags;
                 let name = format!(
                     "{title}: masquerading {mode_name}, local pods by {detector_name}, {frontend_name}, {who}, this host"
@@ -232,7 +284,8 @@ fn matrix(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Prefixes of one family tell nothing about clients of the other: there it is as if nobody told local pods.
+/// Prefixes of one family tell nothing about clients of the other: there it is as if nobody told
+/// local pods.
 fn other_family(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (network, bits) = match cast.version {
@@ -274,12 +327,14 @@ fn shapes(table: &mut Table, cast: &Cast) {
             for (by, ifindex) in [("the uplink", UPLINK), ("the overlay", TUNNEL)] {
                 let (cast, world) = place.set(cast);
                 let world = world.kind(ONE, kind);
-                let name =
-                    format!("{title}: {what}, met on {by}, a backend behind {where_to} is masqueraded to");
+                let name = format!(
+                    "{title}: {what}, met on {by}, a backend behind {where_to} is masqueraded to"
+                );
                 table.add(opens(name, &cast, &world, ifindex, &place.masqueraded(&cast)));
             }
             let (cast, world) = place.set(cast);
-            let name = format!("{title}: {what}, its masqueraded client's packet leaves by {where_to}");
+            let name =
+                format!("{title}: {what}, its masqueraded client's packet leaves by {where_to}");
             let world = place.met(&cast, &world.kind(ONE, kind));
             table.add(leaves(name, &cast, &world, place, &place.source(&cast)));
         }
@@ -306,12 +361,17 @@ fn shapes(table: &mut Table, cast: &Cast) {
         ("with a VLAN tag", shaped.clone().tag(0x8100, 5)),
         ("with padding", shaped.padded(6)),
     ] {
-        let case =
-            Case::new(format!("{title}: a masqueraded packet {what}"), &world, program, UPLINK, &frame)
-                .becomes(&frame.clone().to(cast.backend))
-                .opens(ONE)
-                .embryonic([connection.both()])
-                .marks(mark::MASQUERADED);
+        let case = Case::new(
+            format!("{title}: a masqueraded packet {what}"),
+            &world,
+            program,
+            UPLINK,
+            &frame,
+        )
+        .becomes(&frame.clone().to(cast.backend))
+        .opens(ONE)
+        .embryonic([connection.both()])
+        .marks(mark::MASQUERADED);
         table.cut_padded(case, frame.padding.len());
         let met = REMOTE.met(&cast, &world);
         let source = REMOTE.source(&cast);
@@ -349,7 +409,8 @@ fn ways_back(table: &mut Table, cast: &Cast) {
             let world = world.clone().kind(ONE, kind);
             let connection = LOCAL.kept(&cast);
             table.add(if net == NET_PODS {
-                // Whoever has a pod's link does not come by the uplink: somebody else, whose port is another one.
+                // Whoever has a pod's link does not come by the uplink: somebody else, whose port
+                // is another one.
                 let seen_as = tried(&cast, cast.frontend, 1);
                 opens(name, &cast, &world, UPLINK, &connection.seen_as(seen_as))
             } else if kept {
@@ -447,9 +508,11 @@ fn limits(table: &mut Table, cast: &Cast) {
 fn host(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let own = cast.client(SocketAddr::new(cast.node, 40_001));
-    let kept = |place: Place, cast: &Cast| of_host(cast, place.kept(cast)).flags(place.flow | flow::HOST);
+    let kept =
+        |place: Place, cast: &Cast| of_host(cast, place.kept(cast)).flags(place.flow | flow::HOST);
     let masqueraded_at = |place: Place, cast: &Cast, attempt| {
-        let seen_as = SocketAddr::new(cast.node_on(place.device), tried(cast, cast.frontend, attempt).port());
+        let seen_as =
+            SocketAddr::new(cast.node_on(place.device), tried(cast, cast.frontend, attempt).port());
         cast.connection().flags(place.flow | flow::HOST | flow::MASQUERADED).seen_as(seen_as)
     };
     let masqueraded = |place, cast: &Cast| masqueraded_at(place, cast, 1);
@@ -463,9 +526,11 @@ fn host(table: &mut Table, cast: &Cast) {
             .embryonic([world.embryonic.clone(), connection.both()])
             .marks(mark::HOST | marks)
     };
-    for (mode_name, mode) in
-        [("needed", masquerade::NEEDED), ("kube-proxy", masquerade::KUBE_PROXY), ("all", masquerade::ALL)]
-    {
+    for (mode_name, mode) in [
+        ("needed", masquerade::NEEDED),
+        ("kube-proxy", masquerade::KUBE_PROXY),
+        ("all", masquerade::ALL),
+    ] {
         for (kind_name, kind) in
             [("a ClusterIP", frontend::CLUSTER_IP), ("an external IP", frontend::EXTERNAL_IP)]
         {
@@ -476,8 +541,11 @@ fn host(table: &mut Table, cast: &Cast) {
             ] {
                 let (cast, world) = place.set(&own);
                 let world = world.kind(ONE, kind).modes(mode, detect_local::DEVICE);
-                let connection = if changes { masqueraded(place, &cast) } else { kept(place, &cast) };
-                let name = format!("{title}: this host asks {kind_name}, masquerading {mode_name}, {what}");
+                let connection =
+                    if changes { masqueraded(place, &cast) } else { kept(place, &cast) };
+                let name = format!(
+                    "{title}: this host asks {kind_name}, masquerading {mode_name}, {what}"
+                );
                 table.add(case(name, &cast, &world, &connection));
             }
         }

@@ -1,5 +1,5 @@
-//! Packets along masqueraded flows: each way is translated twice, the frontend's side on the client's device and
-//! the client's side on the backend's.
+//! Packets along masqueraded flows: each way is translated twice, the frontend's side on the
+//! client's device and the client's side on the backend's.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -12,8 +12,8 @@ use super::masquerade::{LOCAL, OVERLAY, Place, REMOTE, leaves};
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{ACK, FIN, Frame, RST, SYN, TCP, UDP};
 use crate::packets::world::{
-    BRIDGE, Cast, Connection, EDGE, Flows, NARROW, NARROW_MTU, NET_BACKENDS, NET_CLIENTS, NET_NARROW,
-    NET_PODS, NET_UNROUTED, ONE, OWN, TUNNEL, UPLINK, Version, World, mac,
+    BRIDGE, Cast, Connection, EDGE, Flows, NARROW, NARROW_MTU, NET_BACKENDS, NET_CLIENTS,
+    NET_NARROW, NET_PODS, NET_UNROUTED, ONE, OWN, TUNNEL, UPLINK, Version, World, mac,
 };
 
 /// Adds the cases.
@@ -66,7 +66,8 @@ struct Meeting {
 
 impl Meeting {
     fn case(&self, name: &str, world: &World) -> Case {
-        let case = Case::new(name, world, self.program, self.ifindex, &self.frame).becomes(&self.becomes);
+        let case =
+            Case::new(name, world, self.program, self.ifindex, &self.frame).becomes(&self.becomes);
         match (self.near, self.reply) {
             (false, _) => case,
             (true, false) => case.forward(ONE),
@@ -147,7 +148,8 @@ fn first_reply(table: &mut Table, cast: &Cast) {
         };
         let world = world.embryonic(flows_of(&near, &far)).marks(mark::MASQUERADED);
         for meeting in meetings(&cast, ifindex, place, make) {
-            let name = format!("{title}: first packets of a masqueraded flow, {}, {what}", meeting.what);
+            let name =
+                format!("{title}: first packets of a masqueraded flow, {}, {what}", meeting.what);
             let case = meeting.case(&name, &world);
             let (own, other) = if meeting.near { (near, far) } else { (far, near) };
             table.add(match (cast.protocol, meeting.reply) {
@@ -157,9 +159,16 @@ fn first_reply(table: &mut Table, cast: &Cast) {
             });
             // Without a mark nobody looks.
             if !meeting.near {
-                let name = format!("{title}: nobody was ever masqueraded, {}, {what}", meeting.what);
+                let name =
+                    format!("{title}: nobody was ever masqueraded, {}, {what}", meeting.what);
                 let unmarked = world.clone().marks(0);
-                table.add(Case::new(name, &unmarked, meeting.program, meeting.ifindex, &meeting.frame));
+                table.add(Case::new(
+                    name,
+                    &unmarked,
+                    meeting.program,
+                    meeting.ifindex,
+                    &meeting.frame,
+                ));
             }
         }
     }
@@ -172,10 +181,16 @@ fn both_ways(table: &mut Table, cast: &Cast) {
         let near = place.masqueraded(&cast).state(state::ESTABLISHED);
         let far = place.source(&cast).state(state::ESTABLISHED);
         for (age_name, age) in [("young", 5), ("old", 30)] {
-            let world = world.clone().flows(flows_of(&near.age(age), &far.age(age))).marks(mark::MASQUERADED);
+            let world = world
+                .clone()
+                .flows(flows_of(&near.age(age), &far.age(age)))
+                .marks(mark::MASQUERADED);
             let cut = age == 30 && what == PAIRS[1].0;
             for meeting in meetings(&cast, ifindex, place, |from, to, _| cast.next(from, to)) {
-                let name = format!("{title}: along a {age_name} masqueraded flow, {}, {what}", meeting.what);
+                let name = format!(
+                    "{title}: along a {age_name} masqueraded flow, {}, {what}",
+                    meeting.what
+                );
                 let (own, other) = if meeting.near { (near, far) } else { (far, near) };
                 let own = if age == 5 { own.age(5) } else { own };
                 let case = meeting.case(&name, &world).flows([flows_of(&own, &other.age(age))]);
@@ -198,18 +213,32 @@ fn lost(table: &mut Table, cast: &Cast) {
             let half = if meeting.reply { own.age(30).reply() } else { own.age(30).forward() };
             let other = if meeting.near { far } else { near };
             let world = world.clone().flows(other.both());
-            let name = format!("{title}: the other way's lost entry is made again, {}, {what}", meeting.what);
-            table.add(meeting.case(&name, &world.clone().flows(half)).flows([flows_of(&own, &other)]));
+            let name = format!(
+                "{title}: the other way's lost entry is made again, {}, {what}",
+                meeting.what
+            );
+            table.add(
+                meeting.case(&name, &world.clone().flows(half)).flows([flows_of(&own, &other)]),
+            );
             if !meeting.near && meeting.reply {
-                let name =
-                    format!("{title}: a reply to this node that no entry is for, {}, {what}", meeting.what);
-                table.add(Case::new(name, &world, meeting.program, meeting.ifindex, &meeting.frame));
+                let name = format!(
+                    "{title}: a reply to this node that no entry is for, {}, {what}",
+                    meeting.what
+                );
+                table.add(Case::new(
+                    name,
+                    &world,
+                    meeting.program,
+                    meeting.ifindex,
+                    &meeting.frame,
+                ));
             }
         }
         // The port follows from the tuple: the backend sees the same client again.
         let known = world.flows(near.both());
         let (program, frame) = place.out(cast.next(cast.client, cast.backend));
-        let name = format!("{title}: a client's source in the middle of a flow that is known, {what}");
+        let name =
+            format!("{title}: a client's source in the middle of a flow that is known, {what}");
         table.add(
             Case::new(name, &known, program, place.device, &frame)
                 .becomes(&frame.clone().from(far.seen_as))
@@ -230,7 +259,8 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
         let frame = frame.clone().at(mac(ifindex));
         table.add(Case::new(format!("{title}: {what}"), &world, program, ifindex, &frame));
     };
-    // A datagram from there would be somebody else's, whose port changes: the programs leave alone what they have translated.
+    // A datagram from there would be somebody else's, whose port changes: the programs leave alone
+    // what they have translated.
     if cast.protocol == TCP {
         pass(
             "a masqueraded packet has left for its backend and is met once more",
@@ -245,7 +275,12 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
         EDGE,
         &cast.next(cast.frontend, cast.client),
     );
-    pass("a reply to a masqueraded client as the node, seen at an egress", Program::Egress, EDGE, &answer);
+    pass(
+        "a reply to a masqueraded client as the node, seen at an egress",
+        Program::Egress,
+        EDGE,
+        &answer,
+    );
     pass(
         "a reply to a masqueraded client, translated, seen at an ingress",
         Program::Ingress,
@@ -306,10 +341,12 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// A bridge's port, a device without an address, and a client that speaks to the backend directly as well.
+/// A bridge's port, a device without an address, and a client that speaks to the backend directly
+/// as well.
 fn beside(table: &mut Table, cast: &Cast) {
     let title = cast.title();
-    // Both are ports of one bridge: what keeps its source is bridged, what is masqueraded is routed.
+    // Both are ports of one bridge: what keeps its source is bridged, what is masqueraded is
+    // routed.
     let pod = cast.client_in(NET_PODS);
     let bridged = pod.backend_in(NET_BACKENDS);
     for (what, all) in [("masqueraded", true), ("with its own source", false)] {
@@ -329,7 +366,9 @@ fn beside(table: &mut Table, cast: &Cast) {
         )
         .opens(ONE);
         table.add(if all {
-            case.becomes(&becomes).embryonic([LOCAL.masqueraded(&bridged).both()]).marks(mark::MASQUERADED)
+            case.becomes(&becomes)
+                .embryonic([LOCAL.masqueraded(&bridged).both()])
+                .marks(mark::MASQUERADED)
         } else {
             case.becomes(&becomes.at(crate::packets::world::BACKEND_MAC))
                 .embryonic([LOCAL.kept(&bridged).both()])
@@ -348,7 +387,9 @@ fn beside(table: &mut Table, cast: &Cast) {
         (device.masquerade_v4, device.masquerade_v6) = Default::default();
         let (program, frame) = place.out(cast.first(cast.client, cast.backend));
         let name = format!("{title}: no address to masquerade with on device {}", place.device);
-        table.add(Case::new(name, &world, program, place.device, &frame).dropped(Reason::NoRoute, ONE));
+        table.add(
+            Case::new(name, &world, program, place.device, &frame).dropped(Reason::NoRoute, ONE),
+        );
     }
 
     // A direct connection of the same client port: the masqueraded flow's reply tuple is taken.
@@ -404,21 +445,30 @@ fn away(table: &mut Table, cast: &Cast) {
         let reply = cast.next(cast.backend, cast.client);
         let becomes = reply.clone().from(cast.frontend);
         let case = |name: &str, world: &World| {
-            Case::new(format!("{title}: {name}, {what}"), world, Program::Egress, UPLINK, &reply).reply(ONE)
+            Case::new(format!("{title}: {name}, {what}"), world, Program::Egress, UPLINK, &reply)
+                .reply(ONE)
         };
         let away = near.flags(flags | flow::AWAY);
         table.add(
-            case("a reply that leaves by another device is routed", &world.clone().flows(away.both()))
-                .routed(&becomes),
+            case(
+                "a reply that leaves by another device is routed",
+                &world.clone().flows(away.both()),
+            )
+            .routed(&becomes),
         );
         table.add(
-            case("a reply that leaves by its client's device is not", &world.clone().flows(near.both()))
-                .becomes(&becomes),
+            case(
+                "a reply that leaves by its client's device is not",
+                &world.clone().flows(near.both()),
+            )
+            .becomes(&becomes),
         );
         let next = cast.next(cast.client, cast.frontend).bare();
         table.add(
             Case::new(
-                format!("{title}: a packet of a flow whose replies leave by another device, {what}"),
+                format!(
+                    "{title}: a packet of a flow whose replies leave by another device, {what}"
+                ),
                 &world.clone().flows(away.both()),
                 Program::IngressBare,
                 TUNNEL,
@@ -431,7 +481,8 @@ fn away(table: &mut Table, cast: &Cast) {
         // Sent on by us: as the stack would.
         let gone = cast.client_in(NET_UNROUTED);
         let connection = gone.connection().state(state::ESTABLISHED).flags(flags | flow::AWAY);
-        let name = format!("{title}: a reply that is to be routed and that no route leads to, {what}");
+        let name =
+            format!("{title}: a reply that is to be routed and that no route leads to, {what}");
         table.add(
             Case::new(
                 name,
@@ -460,7 +511,8 @@ fn away(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// TTL, MTU and routes are the stack's business, which each packet passes between both translations.
+/// TTL, MTU and routes are the stack's business, which each packet passes between both
+/// translations.
 fn stack(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (cast, world) = REMOTE.set(&cast.client_in(NET_UNROUTED));
@@ -489,7 +541,8 @@ fn errors(table: &mut Table, cast: &Cast) {
         let near = place.masqueraded(&cast).state(state::ESTABLISHED);
         let far = place.source(&cast).state(state::ESTABLISHED);
         let world = world.flows(flows_of(&near, &far)).marks(mark::MASQUERADED);
-        let (client, frontend, backend, node) = (cast.client, cast.frontend, cast.backend, far.seen_as);
+        let (client, frontend, backend, node) =
+            (cast.client, cast.frontend, cast.backend, far.seen_as);
         for (what, kind, rest) in kinds {
             let error = |from: IpAddr, to: SocketAddr, quoted: Frame| {
                 Frame::icmp(from, to.ip(), kind, rest, &quoted.packet())
@@ -506,9 +559,10 @@ fn errors(table: &mut Table, cast: &Cast) {
                 let case = if near { case.reason(Reason::IcmpError, ONE) } else { case };
                 if cut { table.cut(case) } else { table.add(case) }
             };
-            for (who, from, seen) in
-                [("the backend", backend.ip(), frontend.ip()), ("a router", cast.router, cast.router)]
-            {
+            for (who, from, seen) in [
+                ("the backend", backend.ip(), frontend.ip()),
+                ("a router", cast.router, cast.router),
+            ] {
                 let cut = from == cast.router && pair == PAIRS[1].0;
                 let sent = error(from, node, cast.next(node, backend));
                 let between = error(from, client, cast.next(client, backend));
@@ -565,7 +619,9 @@ fn errors(table: &mut Table, cast: &Cast) {
     let becomes = Frame::icmp(cast.router, cast.client.ip(), kind, rest, &becomes.packet());
     table.add(
         Case::new(
-            format!("{title}: an error about the first packet of a masqueraded flow, with a TTL of 1"),
+            format!(
+                "{title}: an error about the first packet of a masqueraded flow, with a TTL of 1"
+            ),
             &known,
             Program::Ingress,
             UPLINK,
@@ -581,8 +637,9 @@ fn host(table: &mut Table, cast: &Cast) {
     let own = cast.client(std::net::SocketAddr::new(cast.node, 40_001));
     let (cast, world) = OVERLAY.set(&own);
     let seen_as = std::net::SocketAddr::new(cast.node_on(TUNNEL), 40_001);
-    let connection = Connection { seen_as, flags: flow::HOST | flow::MASQUERADED, ..cast.connection() }
-        .state(state::ESTABLISHED);
+    let connection =
+        Connection { seen_as, flags: flow::HOST | flow::MASQUERADED, ..cast.connection() }
+            .state(state::ESTABLISHED);
     let world = world.flows(connection.both()).marks(mark::HOST | mark::MASQUERADED);
     let next = cast.next(cast.client, cast.frontend);
     table.add(
@@ -615,8 +672,10 @@ fn host(table: &mut Table, cast: &Cast) {
     );
     let kind = if cast.version == Version::V4 { (3, 3) } else { (1, 4) };
     let quoted = cast.next(seen_as, cast.backend);
-    let error = Frame::icmp(cast.backend.ip(), seen_as.ip(), kind, 0, &quoted.packet()).at(mac(UPLINK));
-    let becomes = Frame::icmp(cast.frontend.ip(), cast.client.ip(), kind, 0, &next.packet()).at(mac(OWN));
+    let error =
+        Frame::icmp(cast.backend.ip(), seen_as.ip(), kind, 0, &quoted.packet()).at(mac(UPLINK));
+    let becomes =
+        Frame::icmp(cast.frontend.ip(), cast.client.ip(), kind, 0, &next.packet()).at(mac(OWN));
     table.add(
         Case::new(
             format!("{title}: an error to another address of this host is handed in"),
@@ -655,7 +714,9 @@ fn states(table: &mut Table, cast: &Cast) {
         ("FIN", FIN | ACK, state::FIN_FORWARD, state::FIN_REPLY),
         ("RST", RST | ACK, state::RESET_FORWARD, state::RESET_REPLY),
     ] {
-        for meeting in meetings(&cast, UPLINK, REMOTE, |from, to, _| Frame::tcp(from, to, flags, &[])) {
+        for meeting in
+            meetings(&cast, UPLINK, REMOTE, |from, to, _| Frame::tcp(from, to, flags, &[]))
+        {
             let name = format!("{title}: a {what} of a masqueraded flow, {}", meeting.what);
             let (own, other) = if meeting.near { (near, far) } else { (far, near) };
             let own = own.state(state::ESTABLISHED | if meeting.reply { reply } else { forward });
@@ -668,8 +729,10 @@ fn states(table: &mut Table, cast: &Cast) {
         }
     }
     let (_, lost) = REMOTE.set(&cast);
-    let lost =
-        lost.modes(sluice_common::abi::masquerade::KUBE_PROXY, sluice_common::abi::detect_local::DEVICE);
+    let lost = lost.modes(
+        sluice_common::abi::masquerade::KUBE_PROXY,
+        sluice_common::abi::detect_local::DEVICE,
+    );
     let data = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
     table.add(
         Case::new(
@@ -695,7 +758,9 @@ fn states(table: &mut Table, cast: &Cast) {
     ));
     let direct = Frame::tcp(far.seen_as, cast.backend, SYN, &[]).at(mac(UPLINK));
     table.add(Case::new(
-        format!("{title}: a masqueraded client's source as the node is no direct connection's to remap"),
+        format!(
+            "{title}: a masqueraded client's source as the node is no direct connection's to remap"
+        ),
         &proven,
         Program::Ingress,
         UPLINK,

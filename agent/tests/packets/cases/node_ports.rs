@@ -13,7 +13,8 @@ use super::masquerade::as_met;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{ACK, Frame, SYN, TCP, UDP};
 use crate::packets::world::{
-    Cast, Connection, EDGE, EMPTY, LOOPBACK, NARROW, ONE, OTHER, TUNNEL, UPLINK, Version, World, mac,
+    Cast, Connection, EDGE, EMPTY, LOOPBACK, NARROW, ONE, OTHER, TUNNEL, UPLINK, Version, World,
+    mac,
 };
 
 /// A node port.
@@ -63,11 +64,13 @@ fn opening(table: &mut Table, cast: &Cast) {
         ("a client behind the overlay", Program::IngressBare, TUNNEL),
     ] {
         let first = cast.first(cast.client, cast.frontend);
-        let first = if program == Program::IngressBare { first.bare() } else { first.at(mac(ifindex)) };
-        let case = Case::new(format!("{title}: a node port, {who}"), &world, program, ifindex, &first)
-            .becomes(&first.clone().to(cast.backend))
-            .opens(ONE)
-            .embryonic([as_met(cast, &world, ifindex, &connection).both()]);
+        let first =
+            if program == Program::IngressBare { first.bare() } else { first.at(mac(ifindex)) };
+        let case =
+            Case::new(format!("{title}: a node port, {who}"), &world, program, ifindex, &first)
+                .becomes(&first.clone().to(cast.backend))
+                .opens(ONE)
+                .embryonic([as_met(cast, &world, ifindex, &connection).both()]);
         if who == "a client outside" { table.cut(case) } else { table.add(case) }
     }
     let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
@@ -94,7 +97,8 @@ fn opening(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// A process of this host that asks its own node: met as it leaves by the loopback device, and answered there.
+/// A process of this host that asks its own node: met as it leaves by the loopback device, and
+/// answered there.
 fn to_itself(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let world = world(cast, ONE);
@@ -150,7 +154,8 @@ fn to_itself(table: &mut Table, cast: &Cast) {
         TCP => case.embryonic([connection.answered().both()]),
         _ => case.embryonic([connection.state(state::ESTABLISHED).both()]),
     });
-    // This host is its own backend: client and server have one address, and a port that no socket has.
+    // This host is its own backend: client and server have one address, and a port that no socket
+    // has.
     let at = SocketAddr::new(cast.node, cast.backend.port());
     let mut world = world;
     world.add_backend(cast, ONE, ONE, at);
@@ -173,24 +178,31 @@ fn to_itself(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Loopback addresses are there for processes of this host alone, and those of one link for that link.
+/// Loopback addresses are there for processes of this host alone, and those of one link for that
+/// link.
 fn within(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (loopback, of_link): (IpAddr, Option<IpAddr>) = match cast.version {
         Version::V4 => (Ipv4Addr::LOCALHOST.into(), None),
-        Version::V6 => (Ipv6Addr::LOCALHOST.into(), Some(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1).into())),
+        Version::V6 => {
+            (Ipv6Addr::LOCALHOST.into(), Some(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1).into()))
+        }
     };
     let mut world = world(cast, ONE);
     world.serve_node_ports(loopback);
-    for (who, client, ifindex) in [("a neighbour", cast.client, UPLINK), ("a pod", cast.client, EDGE)] {
+    for (who, client, ifindex) in
+        [("a neighbour", cast.client, UPLINK), ("a pod", cast.client, EDGE)]
+    {
         for program in [Program::Ingress, Program::Xdp] {
             let first = cast.first(client, SocketAddr::new(loopback, PORT)).at(mac(ifindex));
-            let name = format!("{title}: a loopback address is not served to {who}, {}", program.name());
+            let name =
+                format!("{title}: a loopback address is not served to {who}, {}", program.name());
             table.add(Case::new(name, &world, program, ifindex, &first));
         }
     }
     // The client's own address is a loopback one too: it is shown as the node.
-    let asked = cast.frontend(SocketAddr::new(loopback, PORT)).client(SocketAddr::new(loopback, 40_001));
+    let asked =
+        cast.frontend(SocketAddr::new(loopback, PORT)).client(SocketAddr::new(loopback, 40_001));
     let mut connection = of_host(cast, asked.connection());
     let shown = super::clash::tried(&asked, asked.frontend, 1);
     connection.client = asked.client;
@@ -223,7 +235,9 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let plain = world(cast, ONE);
     let mut pass = |what: &str, world: &World, program, ifindex, destination| {
-        for program in if program == Program::Ingress { vec![program, Program::Xdp] } else { vec![program] } {
+        for program in
+            if program == Program::Ingress { vec![program, Program::Xdp] } else { vec![program] }
+        {
             let name = format!("{title}: {what}, {}", program.name());
             let first = cast.first(cast.client, destination).at(mac(ifindex));
             table.add(Case::new(name, world, program, ifindex, &first));
@@ -246,7 +260,13 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
     );
     let mut listed = plain.clone();
     let _ = listed.listing.insert(cast.router, listing::NODE_PORTS | listing::NODE);
-    pass("a stranger in the lane of a node's address", &listed, Program::Ingress, UPLINK, at(cast.router));
+    pass(
+        "a stranger in the lane of a node's address",
+        &listed,
+        Program::Ingress,
+        UPLINK,
+        at(cast.router),
+    );
     let _ = listed.listing.insert(cast.node_on(NARROW), listing::NODE_PORTS | listing::NODE);
     pass(
         "an address without node ports in the lane of one that has them",
@@ -309,7 +329,8 @@ fn along(table: &mut Table, cast: &Cast) {
     for (index, fragment) in parts(&question).iter().enumerate() {
         let translated = parts(&question.clone().to(cast.backend)).swap_remove(index);
         let entry = told(cast, cast.client, cast.frontend, true, 0);
-        let before = if index == 0 { world.clone() } else { world.clone().fragments(entry.clone()) };
+        let before =
+            if index == 0 { world.clone() } else { world.clone().fragments(entry.clone()) };
         table.add(
             Case::new(
                 format!("{title}: fragment {index} to a node port"),
@@ -331,11 +352,15 @@ fn shared(table: &mut Table, cast: &Cast) {
     let mut world = world(cast, ONE);
     world.add_frontend(cast, OTHER, cast.frontend, frontend::EXTERNAL_IP);
     let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
-    let other = crate::packets::world::Connection { id: OTHER, service_port: OTHER, ..cast.connection() };
+    let other =
+        crate::packets::world::Connection { id: OTHER, service_port: OTHER, ..cast.connection() };
     for program in [Program::Ingress, Program::Xdp] {
         table.add(
             Case::new(
-                format!("{title}: an address's own frontend comes before a node port, {}", program.name()),
+                format!(
+                    "{title}: an address's own frontend comes before a node port, {}",
+                    program.name()
+                ),
                 &world,
                 program,
                 UPLINK,

@@ -7,7 +7,8 @@ use super::Table;
 use crate::packets::case::{Case, Program};
 use crate::packets::frame::{ACK, FIN, Frame, RST, SEQUENCE, SYN, TCP, UDP};
 use crate::packets::world::{
-    BRIDGE, Cast, Connection, EDGE, GENERATION, NET_BACKENDS, NET_CLIENTS, ONE, SPARE, UPLINK, address, mac,
+    BRIDGE, Cast, Connection, EDGE, GENERATION, NET_BACKENDS, NET_CLIENTS, ONE, SPARE, UPLINK,
+    address, mac,
 };
 
 /// Adds the cases.
@@ -41,7 +42,8 @@ pub(super) fn add(table: &mut Table) {
             ("was removed", cast.world().backend_flags(SPARE, backend::LOCAL).flows(old.both())),
             ("has a new owner", {
                 let mut world = cast.world().flows(old.both());
-                world.backends.get_mut(&SPARE).expect("the spare backend").generation = GENERATION + 1;
+                world.backends.get_mut(&SPARE).expect("the spare backend").generation =
+                    GENERATION + 1;
                 world
             }),
         ] {
@@ -57,7 +59,8 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// A question and its answers stay where they displace none but their like; what goes on is a stream.
+/// A question and its answers stay where they displace none but their like; what goes on is a
+/// stream.
 fn stream(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let answered = cast.connection().state(state::ESTABLISHED);
@@ -72,7 +75,8 @@ fn stream(table: &mut Table, cast: &Cast) {
         ] {
             let name = format!("{title}: another {who} of an answered flow, {what}");
             let case = Case::new(name, &world, program, EDGE, frame).becomes(&changed);
-            let case = if program == Program::Ingress { case.forward(ONE) } else { case.reply(ONE) };
+            let case =
+                if program == Program::Ingress { case.forward(ONE) } else { case.reply(ONE) };
             table.add(if age < 2 { case } else { case.flows([answered.both()]).embryonic([]) });
         }
     }
@@ -90,31 +94,50 @@ fn opening(table: &mut Table, cast: &Cast) {
     let world = cast.world();
     let first = cast.first(client, frontend);
     table.add(
-        Case::new(format!("{title}: the first packet opens a flow"), &world, Program::Ingress, EDGE, &first)
-            .becomes(&first.clone().to(backend))
-            .opens(ONE)
-            .embryonic([connection.both()]),
+        Case::new(
+            format!("{title}: the first packet opens a flow"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .becomes(&first.clone().to(backend))
+        .opens(ONE)
+        .embryonic([connection.both()]),
     );
     let far = world.clone().backend_flags(ONE, backend::SERVING);
     table.add(
-        Case::new(format!("{title}: a backend on another node"), &far, Program::Ingress, EDGE, &first)
-            .becomes(&first.clone().to(backend))
-            .opens(ONE)
-            .embryonic([connection.flags(0).both()]),
+        Case::new(
+            format!("{title}: a backend on another node"),
+            &far,
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .becomes(&first.clone().to(backend))
+        .opens(ONE)
+        .embryonic([connection.flags(0).both()]),
     );
     let world = world.embryonic(connection.both());
     table.add(
-        Case::new(format!("{title}: the first packet again"), &world, Program::Ingress, EDGE, &first)
-            .becomes(&first.clone().to(backend))
-            .forward(ONE),
+        Case::new(
+            format!("{title}: the first packet again"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &first,
+        )
+        .becomes(&first.clone().to(backend))
+        .forward(ONE),
     );
     let answer = match cast.protocol {
         TCP => Frame::tcp(backend, client, SYN | ACK, &[]),
         _ => Frame::udp(backend, client, b"answer"),
     };
-    let case = Case::new(format!("{title}: the first reply"), &world, Program::Egress, EDGE, &answer)
-        .becomes(&answer.clone().from(frontend))
-        .reply(ONE);
+    let case =
+        Case::new(format!("{title}: the first reply"), &world, Program::Egress, EDGE, &answer)
+            .becomes(&answer.clone().from(frontend))
+            .reply(ONE);
     table.add(match cast.protocol {
         TCP => case.embryonic([connection.answered().both()]),
         // Answered; whether more than a question is still to be seen.
@@ -146,7 +169,10 @@ fn acknowledging(table: &mut Table, cast: &Cast) {
     }
     for (what, frame) in [
         ("another number", accepts.clone().acknowledging(SEQUENCE)),
-        ("its number in a SYN", Frame::tcp(client, frontend, SYN | ACK, &[]).acknowledging(SEQUENCE + 1)),
+        (
+            "its number in a SYN",
+            Frame::tcp(client, frontend, SYN | ACK, &[]).acknowledging(SEQUENCE + 1),
+        ),
     ] {
         let name = format!("{title}: a client that acknowledges {what} proves nothing");
         table.add(
@@ -198,7 +224,9 @@ fn established(table: &mut Table, cast: &Cast) {
     );
     table.add(
         Case::new(
-            format!("{title}: a reply makes the question's lost entry again when it renews its own"),
+            format!(
+                "{title}: a reply makes the question's lost entry again when it renews its own"
+            ),
             &cast.world().flows(old.reply()),
             Program::Egress,
             EDGE,
@@ -227,25 +255,42 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
         &question.clone().to(backend),
     );
     pass("a reply leaves the backend's link", Program::Ingress, EDGE, &answer);
-    pass("a translated reply enters the client's link again", Program::Ingress, EDGE, &answer.from(frontend));
+    pass(
+        "a translated reply enters the client's link again",
+        Program::Ingress,
+        EDGE,
+        &answer.from(frontend),
+    );
     let mut stranger = backend;
     stranger.set_ip(address(cast.version, NET_CLIENTS, 99));
     pass("a stranger's packet enters", Program::Ingress, EDGE, &cast.first(client, stranger));
     pass("a stranger's packet leaves", Program::Egress, UPLINK, &cast.first(stranger, client));
     let mut closed = frontend;
     closed.set_port(frontend.port() + 1);
-    pass("a frontend's address, a port of no service", Program::Ingress, EDGE, &cast.first(client, closed));
+    pass(
+        "a frontend's address, a port of no service",
+        Program::Ingress,
+        EDGE,
+        &cast.first(client, closed),
+    );
     let mut closed = backend;
     closed.set_port(backend.port() + 1);
     pass("a backend's address, another port", Program::Egress, EDGE, &cast.next(closed, client));
-    pass("a direct packet to a backend", Program::Ingress, EDGE, &cast.next(client, cast.other_backend));
+    pass(
+        "a direct packet to a backend",
+        Program::Ingress,
+        EDGE,
+        &cast.next(client, cast.other_backend),
+    );
 
     let mut listed = world.clone();
-    let _ = listed.listing.insert(stranger.ip(), listing::FRONTEND | listing::BACKEND | listing::NODE);
+    let _ =
+        listed.listing.insert(stranger.ip(), listing::FRONTEND | listing::BACKEND | listing::NODE);
     for (program, ifindex) in
         [(Program::Ingress, EDGE), (Program::Ingress, UPLINK), (Program::Egress, UPLINK)]
     {
-        let name = format!("{title}: a stranger whose lane is another's, {} on {ifindex}", program.name());
+        let name =
+            format!("{title}: a stranger whose lane is another's, {} on {ifindex}", program.name());
         let frame = if program == Program::Egress {
             cast.first(stranger, client)
         } else {
@@ -308,7 +353,8 @@ fn selection(table: &mut Table, cast: &Cast) {
     );
     world.port(ONE).ranges = [Range::default(), Range::default(), internal];
     let first = first.at(mac(UPLINK));
-    let name = format!("{title}: an external address asked from outside has the outside's backends");
+    let name =
+        format!("{title}: an external address asked from outside has the outside's backends");
     table.add(
         Case::new(name, &world, Program::Ingress, UPLINK, &first)
             .becomes(&first.clone().to(cast.backend))
@@ -320,7 +366,8 @@ fn selection(table: &mut Table, cast: &Cast) {
     let mut world = cast.world();
     let ids: Vec<u32> = (0..61).map(|slot| if slot < 30 { ONE } else { SPARE }).collect();
     world.fill(ONE, &ids);
-    for (port, low) in SLOTS[usize::from(cast.protocol != TCP)][usize::from(cast.client.is_ipv6())] {
+    for (port, low) in SLOTS[usize::from(cast.protocol != TCP)][usize::from(cast.client.is_ipv6())]
+    {
         let mut connection = if low { cast.connection() } else { spare(cast) };
         connection.client.set_port(port);
         connection.seen_as = connection.client;
@@ -337,8 +384,14 @@ fn selection(table: &mut Table, cast: &Cast) {
 
 /// Client ports, and whether their slot is below 30 of 61: for TCP and UDP, IPv4 and IPv6.
 const SLOTS: [[[(u16, bool); 3]; 2]; 2] = [
-    [[(1024, false), (40_000, true), (65_535, false)], [(1024, true), (40_000, true), (65_535, true)]],
-    [[(1024, false), (40_000, true), (65_535, false)], [(1024, true), (40_000, true), (65_535, false)]],
+    [
+        [(1024, false), (40_000, true), (65_535, false)],
+        [(1024, true), (40_000, true), (65_535, true)],
+    ],
+    [
+        [(1024, false), (40_000, true), (65_535, false)],
+        [(1024, true), (40_000, true), (65_535, false)],
+    ],
 ];
 
 fn promotion(table: &mut Table, cast: &Cast) {
@@ -445,17 +498,33 @@ fn closing(table: &mut Table, cast: &Cast) {
     ] {
         let frame = Frame::tcp(cast.client, cast.frontend, flags, &[]);
         table.add(
-            Case::new(format!("{title}: the client's {what}"), &world, Program::Ingress, EDGE, &frame)
-                .becomes(&frame.clone().to(cast.backend))
-                .forward(ONE)
-                .flows([connection.state(state::ESTABLISHED | forward).both()]),
+            Case::new(
+                format!("{title}: the client's {what}"),
+                &world,
+                Program::Ingress,
+                EDGE,
+                &frame,
+            )
+            .becomes(&frame.clone().to(cast.backend))
+            .forward(ONE)
+            .flows([connection.state(state::ESTABLISHED | forward).both()]),
         );
         let frame = Frame::tcp(cast.backend, cast.client, flags, &[]);
         let after = connection.state(state::ESTABLISHED | reply).both();
-        let case = Case::new(format!("{title}: the backend's {what}"), &world, Program::Egress, EDGE, &frame)
-            .becomes(&frame.clone().from(cast.frontend))
-            .reply(ONE);
-        table.add(if flags & RST == 0 { case.flows([after]) } else { case.flows([]).embryonic([after]) });
+        let case = Case::new(
+            format!("{title}: the backend's {what}"),
+            &world,
+            Program::Egress,
+            EDGE,
+            &frame,
+        )
+        .becomes(&frame.clone().from(cast.frontend))
+        .reply(ONE);
+        table.add(if flags & RST == 0 {
+            case.flows([after])
+        } else {
+            case.flows([]).embryonic([after])
+        });
     }
     let fin = Frame::tcp(cast.backend, cast.client, FIN | ACK, &[]);
     let half = connection.state(state::ESTABLISHED | state::FIN_FORWARD);
@@ -527,9 +596,10 @@ fn reopening(table: &mut Table, cast: &Cast) {
         ("closed by the backend and reset by the client", state::FIN_REPLY | state::RESET_FORWARD),
     ] {
         let old = connection.state(state::ESTABLISHED | bits).age(3);
-        for (place, world) in
-            [("", cast.world().flows(old.both())), (", long demoted", cast.world().embryonic(old.both()))]
-        {
+        for (place, world) in [
+            ("", cast.world().flows(old.both())),
+            (", long demoted", cast.world().embryonic(old.both())),
+        ] {
             let name = format!("{title}: a SYN never reuses a flow {what}{place}");
             table.add(
                 Case::new(name, &world, Program::Ingress, EDGE, &syn)
@@ -541,13 +611,17 @@ fn reopening(table: &mut Table, cast: &Cast) {
         }
     }
     // What the client alone has said may be forged, and so may the SYN.
-    for (what, bits) in [("a FIN", state::FIN_FORWARD), ("a RST", state::RESET_FORWARD), ("nothing", 0)] {
+    for (what, bits) in
+        [("a FIN", state::FIN_FORWARD), ("a RST", state::RESET_FORWARD), ("nothing", 0)]
+    {
         let old = spare(cast).state(state::ESTABLISHED | bits).age(3);
-        for (served, world) in
-            [("serves", cast.world()), ("drains", cast.world().backend_flags(SPARE, backend::LOCAL))]
-        {
-            let name =
-                format!("{title}: a SYN after {what} of the client is the backend's to answer, it {served}");
+        for (served, world) in [
+            ("serves", cast.world()),
+            ("drains", cast.world().backend_flags(SPARE, backend::LOCAL)),
+        ] {
+            let name = format!(
+                "{title}: a SYN after {what} of the client is the backend's to answer, it {served}"
+            );
             let case = Case::new(name, &world.flows(old.both()), Program::Ingress, EDGE, &syn)
                 .becomes(&syn.clone().to(cast.other_backend))
                 .forward(SPARE);
@@ -580,7 +654,9 @@ fn reopening(table: &mut Table, cast: &Cast) {
         let case = Case::new(name, &gone, Program::Ingress, EDGE, &syn);
         let stays = |case: Case| {
             let seen = if age > RENEW_TICKS { 0 } else { age };
-            case.becomes(&syn.clone().to(cast.other_backend)).forward(SPARE).flows([old.age(seen).both()])
+            case.becomes(&syn.clone().to(cast.other_backend))
+                .forward(SPARE)
+                .flows([old.age(seen).both()])
         };
         table.add(if leaves {
             case.becomes(&to_backend).opens(ONE).flows([]).embryonic([connection.both()])
@@ -588,7 +664,13 @@ fn reopening(table: &mut Table, cast: &Cast) {
             stays(case)
         });
         let name = format!("{title}: a SYN of a flow whose backend serves and is {what}");
-        table.add(stays(Case::new(name, &cast.world().flows(old.both()), Program::Ingress, EDGE, &syn)));
+        table.add(stays(Case::new(
+            name,
+            &cast.world().flows(old.both()),
+            Program::Ingress,
+            EDGE,
+            &syn,
+        )));
     }
     for (who, program, heard, after) in
         [("client", Program::Ingress, 30, 30), ("backend", Program::Egress, 30, 0)]

@@ -24,7 +24,11 @@ fn forward(table: &mut Table, cast: &Cast) {
     let data = cast.next(cast.client, cast.frontend);
     for (what, world, proven) in [
         ("forward entry", cast.world().flows(connection.age(5).reply()), true),
-        ("forward entry and an idle reply entry", cast.world().flows(connection.age(250).reply()), true),
+        (
+            "forward entry and an idle reply entry",
+            cast.world().flows(connection.age(250).reply()),
+            true,
+        ),
         ("both entries", cast.world(), false),
     ] {
         let name = format!("{title}: {what} lost, in the middle of a connection");
@@ -72,7 +76,8 @@ fn reply(table: &mut Table, cast: &Cast) {
         ("one of a pod", EDGE, cast.world()),
         ("one from outside, the service has an external address", UPLINK, external),
     ] {
-        let (service_port, guess) = if ifindex == EDGE { (ONE, connection) } else { (OTHER, other) };
+        let (service_port, guess) =
+            if ifindex == EDGE { (ONE, connection) } else { (OTHER, other) };
         table.add(
             Case::new(
                 format!("{title}: both entries lost, the client's slot tells, {what}"),
@@ -93,7 +98,12 @@ fn reply(table: &mut Table, cast: &Cast) {
         &reset.clone().at(mac(UPLINK)),
     ));
     for (what, world, service_port, after) in [
-        ("the forward entry tells", cast.world().flows(connection.age(5).forward()), ONE, connection.both()),
+        (
+            "the forward entry tells",
+            cast.world().flows(connection.age(5).forward()),
+            ONE,
+            connection.both(),
+        ),
         (
             "another frontend's forward entry tells",
             cast.world().flows(other.age(5).forward()),
@@ -117,7 +127,8 @@ fn reply(table: &mut Table, cast: &Cast) {
 fn guesses(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let guessed = |connection: Connection| connection.state(state::GUESS).heard(SEQUENCE);
-    let matched = |connection: Connection| connection.state(state::GUESS | state::MATCHED).heard(SEQUENCE);
+    let matched =
+        |connection: Connection| connection.state(state::GUESS | state::MATCHED).heard(SEQUENCE);
     let (guess, other) = (cast.connection(), cast.other_connection());
     let case = |what: &str, world: &World, frame: &Frame| {
         Case::new(format!("{title}: a guess, and {what}"), world, Program::Ingress, EDGE, frame)
@@ -153,10 +164,14 @@ fn guesses(table: &mut Table, cast: &Cast) {
     );
     // Its port is the connection's all the same: with another one the backend would not know it.
     table.add(
-        case("the client goes on at another frontend", &cast.world().embryonic(matched(other).both()), &data)
-            .becomes(&data.clone().to(cast.backend))
-            .reason(Reason::Recovered, ONE)
-            .embryonic([guess.both()]),
+        case(
+            "the client goes on at another frontend",
+            &cast.world().embryonic(matched(other).both()),
+            &data,
+        )
+        .becomes(&data.clone().to(cast.backend))
+        .reason(Reason::Recovered, ONE)
+        .embryonic([guess.both()]),
     );
     let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
     table.add(
@@ -186,21 +201,29 @@ fn guesses(table: &mut Table, cast: &Cast) {
     );
     let reset = Frame::tcp(cast.client, cast.other_frontend, RST, &[]);
     table.add(
-        case("the client resets the last one", &cast.world().embryonic(matched(other).both()), &reset)
-            .becomes(&reset.clone().to(cast.backend))
-            .forward(OTHER)
-            .embryonic([other
-                .state(state::GUESS | state::MATCHED | state::RESET_FORWARD)
-                .heard(SEQUENCE)
-                .both()]),
+        case(
+            "the client resets the last one",
+            &cast.world().embryonic(matched(other).both()),
+            &reset,
+        )
+        .becomes(&reset.clone().to(cast.backend))
+        .forward(OTHER)
+        .embryonic([other
+            .state(state::GUESS | state::MATCHED | state::RESET_FORWARD)
+            .heard(SEQUENCE)
+            .both()]),
     );
     let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
     let certain = guess.state(state::ESTABLISHED);
     table.add(
-        case("the client resets what has become certain", &cast.world().flows(certain.both()), &reset)
-            .becomes(&reset.clone().to(cast.backend))
-            .forward(ONE)
-            .flows([certain.state(state::ESTABLISHED | state::RESET_FORWARD).both()]),
+        case(
+            "the client resets what has become certain",
+            &cast.world().flows(certain.both()),
+            &reset,
+        )
+        .becomes(&reset.clone().to(cast.backend))
+        .forward(ONE)
+        .flows([certain.state(state::ESTABLISHED | state::RESET_FORWARD).both()]),
     );
 }
 
@@ -224,7 +247,11 @@ fn not_ours(table: &mut Table, cast: &Cast) {
         &reset,
     );
     let closed = connection.state(state::ESTABLISHED | state::RESET_FORWARD);
-    pass("a reset, and the frontend's flow is closing", &one_origin(cast).flows(closed.forward()), &reset);
+    pass(
+        "a reset, and the frontend's flow is closing",
+        &one_origin(cast).flows(closed.forward()),
+        &reset,
+    );
     let mut moved = one_origin(cast);
     moved.fill(ONE, &[SPARE]);
     pass("a reset, and the client's slot leads elsewhere", &moved, &reset);

@@ -40,8 +40,15 @@ pub(super) fn reset(segment: &Frame) -> Frame {
         (*acknowledgment, 0, RST)
     };
     let ports = [ports[1], ports[0]];
-    answer.payload =
-        Payload::Tcp { ports, sequence, acknowledgment, flags, window: 0, data: Vec::new(), sum: Sum::Full };
+    answer.payload = Payload::Tcp {
+        ports,
+        sequence,
+        acknowledgment,
+        flags,
+        window: 0,
+        data: Vec::new(),
+        sum: Sum::Full,
+    };
     answer
 }
 
@@ -66,7 +73,14 @@ pub(super) fn time_exceeded(packet: &Frame) -> Frame {
     error(packet, if packet.source.is_ipv4() { (11, 0) } else { (3, 0) }, 0)
 }
 
-fn answered(table: &mut Table, name: String, world: &World, frame: &Frame, answer: &Frame, reason: Reason) {
+fn answered(
+    table: &mut Table,
+    name: String,
+    world: &World,
+    frame: &Frame,
+    answer: &Frame,
+    reason: Reason,
+) {
     table.add(
         Case::new(name, world, Program::Ingress, EDGE, frame)
             .becomes(&answer.clone().turned())
@@ -126,35 +140,53 @@ fn unreachables(table: &mut Table, cast: &Cast) {
         ("a datagram with padding", datagram(b"").padded(18)),
         ("a datagram with a VLAN tag", datagram(b"question").tag(0x8100, 5)),
     ] {
-        let name =
-            format!("{}: {what} to a service without backends is answered with unreachable", cast.title());
-        answered(table, name, &cast.world(), &frame, &unreachable(&frame), Reason::NoBackendUnreachable);
+        let name = format!(
+            "{}: {what} to a service without backends is answered with unreachable",
+            cast.title()
+        );
+        answered(
+            table,
+            name,
+            &cast.world(),
+            &frame,
+            &unreachable(&frame),
+            Reason::NoBackendUnreachable,
+        );
     }
-    // What the device will do to the answer: the sum of all else, complemented, goes into the second half of `rest`.
+    // What the device will do to the answer: the sum of all else, complemented, goes into the
+    // second half of `rest`.
     let partial = datagram(b"question").sum(Sum::Partial);
     let mut answer = unreachable(&partial);
     if let Payload::Icmp { rest, quote, .. } = &mut answer.payload
         && cast.version == Version::V6
     {
         let length = (quote.len() + 8) as u32;
-        let words =
-            [octets(partial.source), octets(partial.destination), length.to_be_bytes().to_vec(), vec![0, 58]]
-                .concat();
-        let mut sum: u32 = words.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+        let words = [
+            octets(partial.source),
+            octets(partial.destination),
+            length.to_be_bytes().to_vec(),
+            vec![0, 58],
+        ]
+        .concat();
+        let mut sum: u32 =
+            words.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
         while sum > 0xffff {
             sum = (sum & 0xffff) + (sum >> 16);
         }
         rest[2..].copy_from_slice(&(sum as u16).to_be_bytes());
     }
-    let name = format!("{}: the answer to a datagram whose checksum is left to the device", cast.title());
+    let name =
+        format!("{}: the answer to a datagram whose checksum is left to the device", cast.title());
     answered(table, name, &cast.world(), &partial, &answer, Reason::NoBackendUnreachable);
 
     let frame = datagram(b"question");
     let mut limited = cast.world();
     let _ = limited.rejects.insert(cast.client.ip(), 100);
     let name = format!("{}: a client that had too many answers gets none", cast.title());
-    table
-        .add(Case::new(name, &limited, Program::Ingress, EDGE, &frame).dropped(Reason::RejectLimited, EMPTY));
+    table.add(
+        Case::new(name, &limited, Program::Ingress, EDGE, &frame)
+            .dropped(Reason::RejectLimited, EMPTY),
+    );
     let _ = limited.rejects.insert(cast.client.ip(), 1_500);
     let name = format!("{}: a client that has credit left", cast.title());
     answered(table, name, &limited, &frame, &unreachable(&frame), Reason::NoBackendUnreachable);
@@ -181,10 +213,13 @@ fn unanswered(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// What came to many hosts is left alone, as the stack routes none of it: neither answered nor translated.
+/// What came to many hosts is left alone, as the stack routes none of it: neither answered nor
+/// translated.
 fn broadcast(table: &mut Table, cast: &Cast) {
     for (what, link) in [("broadcast", [0xff; 6]), ("multicast", [1, 0, 0x5e, 0, 0, 1])] {
-        for (to, frontend) in [("a service without backends", cast.empty), ("a service", cast.frontend)] {
+        for (to, frontend) in
+            [("a service without backends", cast.empty), ("a service", cast.frontend)]
+        {
             for ifindex in [EDGE, UPLINK] {
                 let frame = cast.first(cast.client, frontend).at(link);
                 let name = format!("{}: a {what} frame to {to} on d{ifindex}", cast.title());

@@ -9,8 +9,8 @@ use super::masquerade::{LOCAL, REMOTE, leaves};
 use super::reject::unreachable;
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{
-    ABORT, COOKIE_ACK, COOKIE_ECHO, DATA, Frame, INIT_ACK, SCTP, SHUTDOWN, SHUTDOWN_ACK, SHUTDOWN_COMPLETE,
-    Sum,
+    ABORT, COOKIE_ACK, COOKIE_ECHO, DATA, Frame, INIT_ACK, SCTP, SHUTDOWN, SHUTDOWN_ACK,
+    SHUTDOWN_COMPLETE, Sum,
 };
 use crate::packets::world::{Cast, EDGE, EMPTY, NET_PODS, ONE, UPLINK, mac};
 
@@ -51,24 +51,43 @@ fn opening(table: &mut Table, cast: &Cast) {
     let world = cast.world().embryonic(connection.both());
     let answer = Frame::sctp(cast.backend, cast.client, (INIT_ACK, 0), &[0x1b; 32]);
     table.add(
-        Case::new(format!("{title}: an INIT ACK proves nothing"), &world, Program::Egress, EDGE, &answer)
-            .becomes(&answer.clone().from(cast.frontend))
-            .reply(ONE),
+        Case::new(
+            format!("{title}: an INIT ACK proves nothing"),
+            &world,
+            Program::Egress,
+            EDGE,
+            &answer,
+        )
+        .becomes(&answer.clone().from(cast.frontend))
+        .reply(ONE),
     );
-    let echo =
-        Frame::sctp(cast.client, cast.frontend, (COOKIE_ECHO, 0), &[0xc; 9]).chunk((DATA, 3), b"with data");
+    let echo = Frame::sctp(cast.client, cast.frontend, (COOKIE_ECHO, 0), &[0xc; 9])
+        .chunk((DATA, 3), b"with data");
     table.add(
-        Case::new(format!("{title}: a COOKIE ECHO proves nothing"), &world, Program::Ingress, EDGE, &echo)
-            .becomes(&echo.clone().to(cast.backend))
-            .forward(ONE),
+        Case::new(
+            format!("{title}: a COOKIE ECHO proves nothing"),
+            &world,
+            Program::Ingress,
+            EDGE,
+            &echo,
+        )
+        .becomes(&echo.clone().to(cast.backend))
+        .forward(ONE),
     );
-    let taken = Frame::sctp(cast.backend, cast.client, (COOKIE_ACK, 0), &[]).chunk((DATA, 3), b"with data");
+    let taken =
+        Frame::sctp(cast.backend, cast.client, (COOKIE_ACK, 0), &[]).chunk((DATA, 3), b"with data");
     table.add(
-        Case::new(format!("{title}: a COOKIE ACK proves the flow"), &world, Program::Egress, EDGE, &taken)
-            .becomes(&taken.clone().from(cast.frontend))
-            .reply(ONE)
-            .embryonic([])
-            .flows([connection.state(state::ESTABLISHED).both()]),
+        Case::new(
+            format!("{title}: a COOKIE ACK proves the flow"),
+            &world,
+            Program::Egress,
+            EDGE,
+            &taken,
+        )
+        .becomes(&taken.clone().from(cast.frontend))
+        .reply(ONE)
+        .embryonic([])
+        .flows([connection.state(state::ESTABLISHED).both()]),
     );
     let again = cast.first(cast.client, cast.frontend);
     table.add(
@@ -93,17 +112,28 @@ fn states(table: &mut Table, cast: &Cast) {
     ] {
         let packet = Frame::sctp(cast.client, cast.frontend, chunk, b"????");
         table.add(
-            Case::new(format!("{title}: {what} from the client"), &world, Program::Ingress, EDGE, &packet)
-                .becomes(&packet.clone().to(cast.backend))
-                .forward(ONE)
-                .flows([flow.state(state::ESTABLISHED | forward).both()]),
+            Case::new(
+                format!("{title}: {what} from the client"),
+                &world,
+                Program::Ingress,
+                EDGE,
+                &packet,
+            )
+            .becomes(&packet.clone().to(cast.backend))
+            .forward(ONE)
+            .flows([flow.state(state::ESTABLISHED | forward).both()]),
         );
         let packet = Frame::sctp(cast.backend, cast.client, chunk, b"????");
         let after = flow.state(state::ESTABLISHED | reply).both();
-        let case =
-            Case::new(format!("{title}: {what} from the backend"), &world, Program::Egress, EDGE, &packet)
-                .becomes(&packet.clone().from(cast.frontend))
-                .reply(ONE);
+        let case = Case::new(
+            format!("{title}: {what} from the backend"),
+            &world,
+            Program::Egress,
+            EDGE,
+            &packet,
+        )
+        .becomes(&packet.clone().from(cast.frontend))
+        .reply(ONE);
         let has_ended = reply == state::RESET_REPLY;
         table.add(if has_ended { case.flows([]).embryonic([after]) } else { case.flows([after]) });
     }
@@ -160,12 +190,15 @@ fn checksums(table: &mut Table, cast: &Cast) {
 /// Where nobody serves, ICMP tells so, as kube-proxy's REJECT does for all but TCP.
 fn rejects(table: &mut Table, cast: &Cast) {
     let title = cast.title();
-    for (what, packet) in
-        [("an INIT", cast.first(cast.client, cast.empty)), ("DATA", cast.next(cast.client, cast.empty))]
-    {
+    for (what, packet) in [
+        ("an INIT", cast.first(cast.client, cast.empty)),
+        ("DATA", cast.next(cast.client, cast.empty)),
+    ] {
         table.add(
             Case::new(
-                format!("{title}: {what} to a service without backends is answered with unreachable"),
+                format!(
+                    "{title}: {what} to a service without backends is answered with unreachable"
+                ),
                 &cast.world(),
                 Program::Ingress,
                 EDGE,
@@ -188,7 +221,8 @@ fn masqueraded(table: &mut Table, cast: &Cast) {
         table.add(leaves(name, &cast, &place.met(&cast, &world), place, &place.source(&cast)));
         let world = world.flows(near.both()).flows(far.both()).marks(mark::MASQUERADED);
         let add = |name: &str, program, ifindex, frame: Frame, becomes: Frame| {
-            let case = Case::new(format!("{title}: {name}, {what}"), &world, program, ifindex, &frame);
+            let case =
+                Case::new(format!("{title}: {name}, {what}"), &world, program, ifindex, &frame);
             case.becomes(&becomes)
         };
         let question = cast.next(cast.client, cast.frontend);
@@ -200,7 +234,13 @@ fn masqueraded(table: &mut Table, cast: &Cast) {
         table.add(add("a masqueraded packet leaves", Program::Egress, place.device, sent, becomes));
         let answer = cast.next(cast.backend, far.seen_as).at(mac(place.device));
         let becomes = answer.clone().to(cast.client);
-        table.add(add("a masqueraded reply comes in", Program::Ingress, place.device, answer, becomes));
+        table.add(add(
+            "a masqueraded reply comes in",
+            Program::Ingress,
+            place.device,
+            answer,
+            becomes,
+        ));
         let answer = cast.next(cast.backend, cast.client);
         let becomes = answer.clone().from(cast.frontend);
         let case = add("a masqueraded reply leaves", Program::Egress, EDGE, answer, becomes);
@@ -247,7 +287,8 @@ fn errors(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// A client that does not know the connection of a reply says so with an ABORT with T, as TCP's does with a bare reset.
+/// A client that does not know the connection of a reply says so with an ABORT with T, as TCP's
+/// does with a bare reset.
 fn recovery(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let flow = cast.connection().state(state::ESTABLISHED);
@@ -306,9 +347,15 @@ fn recovery(table: &mut Table, cast: &Cast) {
     ));
     let lost = cast.next(cast.client, cast.frontend);
     table.add(
-        Case::new(format!("{title}: data without a flow"), &cast.world(), Program::Ingress, EDGE, &lost)
-            .becomes(&lost.clone().to(cast.backend))
-            .reason(Reason::Recovered, ONE)
-            .embryonic([flow.state(0).both()]),
+        Case::new(
+            format!("{title}: data without a flow"),
+            &cast.world(),
+            Program::Ingress,
+            EDGE,
+            &lost,
+        )
+        .becomes(&lost.clone().to(cast.backend))
+        .reason(Reason::Recovered, ONE)
+        .embryonic([flow.state(0).both()]),
     );
 }

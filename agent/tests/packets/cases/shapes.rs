@@ -72,10 +72,20 @@ fn extensions(table: &mut Table, cast: &Cast) {
     let atomic = [0, 0, 0, 0, 0, 0, 0, 7];
     forward(table, cast, "hop-by-hop options", &first.clone().extension(0, &padding));
     forward(table, cast, "long destination options", &first.clone().extension(60, &long));
-    forward(table, cast, "a routing header that has been followed", &first.clone().extension(43, &visited));
+    forward(
+        table,
+        cast,
+        "a routing header that has been followed",
+        &first.clone().extension(43, &visited),
+    );
     forward(table, cast, "an atomic fragment", &first.clone().extension(44, &atomic));
     let all = first.clone().extension(0, &padding).extension(60, &padding).extension(43, &visited);
-    forward(table, cast, "extension headers of all kinds", &all.extension(44, &atomic).extension(60, &long));
+    forward(
+        table,
+        cast,
+        "extension headers of all kinds",
+        &all.extension(44, &atomic).extension(60, &long),
+    );
     let eight = (0..8).fold(first.clone(), |frame, _| frame.extension(60, &padding));
     forward(table, cast, "eight extension headers", &eight);
     pass(table, cast, "nine extension headers", &eight.extension(60, &padding));
@@ -156,7 +166,8 @@ fn with_checksum(frame: &Frame, wanted: impl Fn(&Frame) -> Frame, checksum: u16)
         let bytes = frame.bytes();
         u16::from_be_bytes([bytes[offset], bytes[offset + 1]])
     };
-    // The sum S of all but the filler f: C = ~S without it, and ~(S + f) is wanted: f = ~wanted + C.
+    // The sum S of all but the filler f: C = ~S without it, and ~(S + f) is wanted: f = ~wanted +
+    // C.
     let computed = if checksum == 0xffff { 0 } else { checksum };
     let filler = u32::from(!computed) + u32::from(field(&wanted(&filled(0))));
     let frame = filled((filler % 0xffff) as u16);
@@ -171,7 +182,12 @@ fn checksums(table: &mut Table, cast: &Cast) {
     forward(table, cast, "a checksum that becomes zero", &with_checksum(&first, translated, zero));
     forward(table, cast, "a checksum that was zero", &with_checksum(&first, Clone::clone, zero));
     forward(table, cast, "a checksum that becomes one", &with_checksum(&first, translated, 1));
-    forward(table, cast, "a checksum that becomes 0xfffe", &with_checksum(&first, translated, 0xfffe));
+    forward(
+        table,
+        cast,
+        "a checksum that becomes 0xfffe",
+        &with_checksum(&first, translated, 0xfffe),
+    );
     if cast.protocol == UDP {
         forward(table, cast, "no checksum", &first.clone().sum(Sum::Absent));
         let reply = Frame::udp(cast.backend, cast.client, b"reply").sum(Sum::Absent);

@@ -23,7 +23,8 @@ fn with(cast: &Cast, change: impl FnOnce(&mut Device)) -> World {
     world
 }
 
-/// What the pod's socket receives that speaks to the backend from the port of a try; 0: the client's own.
+/// What the pod's socket receives that speaks to the backend from the port of a try; 0: the
+/// client's own.
 fn socket(cast: &Cast, attempt: u32) -> Tuple<std::net::IpAddr> {
     let at = if attempt == 0 { cast.client } else { tried(cast, cast.frontend, attempt) };
     tuple(cast.backend, at, cast.protocol)
@@ -50,17 +51,24 @@ fn ports(table: &mut Table, cast: &Cast) {
         let seen_as = if attempt == 0 { own.seen_as } else { tried(cast, cast.frontend, attempt) };
         let first = cast.first(cast.client, cast.frontend).at(mac(EDGE));
         table.add(
-            Case::new(format!("{title}: a pod {what} opens a flow"), &world, Program::Ingress, EDGE, &first)
-                .becomes(&first.clone().from(seen_as).to(cast.backend))
-                .opens(ONE)
-                .embryonic([own.seen_as(seen_as).both()]),
+            Case::new(
+                format!("{title}: a pod {what} opens a flow"),
+                &world,
+                Program::Ingress,
+                EDGE,
+                &first,
+            )
+            .becomes(&first.clone().from(seen_as).to(cast.backend))
+            .opens(ONE)
+            .embryonic([own.seen_as(seen_as).both()]),
         );
     }
     // In the middle of a connection the port is the one that it was opened with.
     if cast.protocol == TCP {
         let opened = cast.connection().seen_as(tried(cast, cast.frontend, 1));
         let data = cast.next(cast.client, cast.frontend).at(mac(EDGE));
-        let name = format!("{title}: both entries of a pod's flow are lost, which has a stack of its own");
+        let name =
+            format!("{title}: both entries of a pod's flow are lost, which has a stack of its own");
         table.add(
             Case::new(name, &hidden, Program::Ingress, EDGE, &data)
                 .becomes(&data.clone().from(opened.seen_as).to(cast.backend))

@@ -9,7 +9,9 @@ use sluice_common::path::mark;
 use super::Table;
 use super::clash::of_host;
 use crate::packets::case::{Case, End, Program};
-use crate::packets::world::{Cast, EDGE, NET_NODE, NET_REMOTE, ONE, OTHER, UPLINK, World, address, mac};
+use crate::packets::world::{
+    Cast, EDGE, NET_NODE, NET_REMOTE, ONE, OTHER, UPLINK, World, address, mac,
+};
 
 /// Adds the cases.
 pub(super) fn add(table: &mut Table) {
@@ -32,12 +34,16 @@ fn world(cast: &Cast, allowed: &[(IpAddr, u8)]) -> World {
 /// One packet at the uplink by tc, by XDP, and one of a pod; served or dropped.
 fn judged(table: &mut Table, cast: &Cast, what: &str, world: &World, served: bool) {
     let title = cast.title();
-    for (program, ifindex) in [(Program::Ingress, UPLINK), (Program::Xdp, UPLINK), (Program::Ingress, EDGE)] {
+    for (program, ifindex) in
+        [(Program::Ingress, UPLINK), (Program::Xdp, UPLINK), (Program::Ingress, EDGE)]
+    {
         let first = cast.first(cast.client, cast.frontend).at(mac(ifindex));
         let name = format!("{title}: {what}, {} on {ifindex}", program.name());
         let case = Case::new(name, world, program, ifindex, &first);
         table.add(if served {
-            case.becomes(&first.clone().to(cast.backend)).opens(ONE).embryonic([cast.connection().both()])
+            case.becomes(&first.clone().to(cast.backend))
+                .opens(ONE)
+                .embryonic([cast.connection().both()])
         } else if program == Program::Xdp {
             case
         } else {
@@ -100,7 +106,9 @@ fn prefixes(table: &mut Table, cast: &Cast) {
 /// What comes first.
 fn verdicts(table: &mut Table, cast: &Cast) {
     let elsewhere = [cast.prefix(NET_REMOTE)];
-    for (what, range) in [("reject", Range::default()), ("drop for want of a local backend", Range::DROP)] {
+    for (what, range) in
+        [("reject", Range::default()), ("drop for want of a local backend", Range::DROP)]
+    {
         let mut world = world(cast, &elsewhere);
         world.port(ONE).ranges = [range; 3];
         judged(table, cast, &format!("source ranges come before a {what}"), &world, false);

@@ -15,8 +15,11 @@ use crate::packets::world::{
 };
 
 /// Where packets come in.
-const PLACES: [(&str, Program, u32); 3] =
-    [("edge", Program::Ingress, EDGE), ("uplink", Program::Ingress, UPLINK), ("XDP", Program::Xdp, UPLINK)];
+const PLACES: [(&str, Program, u32); 3] = [
+    ("edge", Program::Ingress, EDGE),
+    ("uplink", Program::Ingress, UPLINK),
+    ("XDP", Program::Xdp, UPLINK),
+];
 
 /// Adds the cases.
 pub(super) fn add(table: &mut Table) {
@@ -34,7 +37,11 @@ pub(super) fn add(table: &mut Table) {
 }
 
 /// In a phase, with netfilter's packets.
-pub(super) fn at(mut world: World, now: u32, packets: &[(SocketAddr, SocketAddr, u8, u32)]) -> World {
+pub(super) fn at(
+    mut world: World,
+    now: u32,
+    packets: &[(SocketAddr, SocketAddr, u8, u32)],
+) -> World {
     world.settings.phase = now | if packets.is_empty() { 0 } else { phase::IMPORTED };
     for (source, destination, protocol, bits) in packets {
         let _ = world.imported.insert(tuple(*source, *destination, *protocol), *bits);
@@ -43,7 +50,14 @@ pub(super) fn at(mut world: World, now: u32, packets: &[(SocketAddr, SocketAddr,
 }
 
 /// Is left alone; XDP leaves the counting to tc.
-fn left(name: String, world: &World, place: (Program, u32), frame: &Frame, why: Reason, port: u32) -> Case {
+fn left(
+    name: String,
+    world: &World,
+    place: (Program, u32),
+    frame: &Frame,
+    why: Reason,
+    port: u32,
+) -> Case {
     let case = Case::new(name, world, place.0, place.1, frame);
     if place.0 == Program::Xdp { case } else { case.reason(why, port) }
 }
@@ -66,11 +80,14 @@ fn passive(table: &mut Table, cast: &Cast) {
     }
     let name = format!("{title}: passive, the host's own socket opens");
     let first = cast.first(client, frontend);
-    table.add(Case::new(name, &world, Program::Egress, UPLINK, &first).reason(Reason::NotTaken, ONE));
+    table.add(
+        Case::new(name, &world, Program::Egress, UPLINK, &first).reason(Reason::NotTaken, ONE),
+    );
     let name = format!("{title}: passive, an undefined port");
     let mut whole = world.clone();
     whole.add_frontend(cast, 0, SocketAddr::new(frontend.ip(), 0), frontend::ADDRESS);
-    let keys: Vec<_> = whole.services.iter().filter(|(_, found)| found.kind == frontend::ADDRESS).collect();
+    let keys: Vec<_> =
+        whole.services.iter().filter(|(_, found)| found.kind == frontend::ADDRESS).collect();
     let mut key = *keys[0].0;
     let service = *keys[0].1;
     let _ = whole.services.remove(&key);
@@ -83,9 +100,15 @@ fn passive(table: &mut Table, cast: &Cast) {
     let mine = world.clone().flows(connection.both());
     let next = cast.next(client, frontend);
     table.add(
-        Case::new(format!("{title}: passive, a known flow is served"), &mine, Program::Ingress, EDGE, &next)
-            .becomes(&next.clone().to(backend))
-            .forward(ONE),
+        Case::new(
+            format!("{title}: passive, a known flow is served"),
+            &mine,
+            Program::Ingress,
+            EDGE,
+            &next,
+        )
+        .becomes(&next.clone().to(backend))
+        .forward(ONE),
     );
     let reply = cast.next(backend, client);
     table.add(
@@ -146,17 +169,28 @@ fn imports(table: &mut Table, cast: &Cast) {
         let world = at(cast.world(), now, &[(client, frontend, protocol, 0)]);
         for (where_, program, ifindex) in PLACES {
             for (what, frame) in [("once more", &first), ("goes on", &next)] {
-                let name = format!("{title}: netfilter's connection, {what} by {where_}, phase {now}");
+                let name =
+                    format!("{title}: netfilter's connection, {what} by {where_}, phase {now}");
                 let frame = frame.clone().at(mac(ifindex));
-                table.add(left(name, &world, (program, ifindex), &frame, Reason::NetfilterFlow, ONE));
+                table.add(left(
+                    name,
+                    &world,
+                    (program, ifindex),
+                    &frame,
+                    Reason::NetfilterFlow,
+                    ONE,
+                ));
             }
         }
     }
     let ended = at(cast.world(), phase::SERVE, &[(client, frontend, protocol, imported::CLOSING)]);
     let name = format!("{title}: netfilter's connection that has ended");
-    table.add(Case::new(name, &ended, Program::Ingress, EDGE, &next).reason(Reason::NetfilterFlow, ONE));
+    table.add(
+        Case::new(name, &ended, Program::Ingress, EDGE, &next).reason(Reason::NetfilterFlow, ONE),
+    );
     if protocol != UDP {
-        let name = format!("{title}: a new connection from the port of one of netfilter's that has ended");
+        let name =
+            format!("{title}: a new connection from the port of one of netfilter's that has ended");
         table.add(
             Case::new(name, &ended, Program::Ingress, EDGE, &first)
                 .becomes(&first.clone().to(backend))
@@ -183,16 +217,25 @@ fn imports(table: &mut Table, cast: &Cast) {
             .opens(ONE)
             .embryonic([cast.connection().both()]),
     );
-    // The answer to a client that netfilter shows as the node, to a port that is a node port's number as well.
+    // The answer to a client that netfilter shows as the node, to a port that is a node port's
+    // number as well.
     let mut world = cast.world();
     let node = SocketAddr::new(cast.node_on(UPLINK), 30_080);
     world.serve_node_ports(node.ip());
-    world.add_frontend(cast, ONE, SocketAddr::new(unspecified(cast), node.port()), frontend::NODE_PORT);
+    world.add_frontend(
+        cast,
+        ONE,
+        SocketAddr::new(unspecified(cast), node.port()),
+        frontend::NODE_PORT,
+    );
     let _ = world.listing.remove(&unspecified(cast));
     let _ = world.node_ports.insert(node.port());
     let world = at(world, phase::SERVE, &[(backend, node, protocol, 0)]);
-    // What opens might be a client's, and is asked about; at an address of the node nothing else is taken for one's.
-    for (what, reply) in [("opens", cast.first(backend, node)), ("goes on", cast.next(backend, node))] {
+    // What opens might be a client's, and is asked about; at an address of the node nothing else is
+    // taken for one's.
+    for (what, reply) in
+        [("opens", cast.first(backend, node)), ("goes on", cast.next(backend, node))]
+    {
         let name = format!("{title}: what netfilter expects at a node port's number {what}");
         let case = Case::new(name, &world, Program::Ingress, UPLINK, &reply);
         let asked = what == "opens" || cast.protocol == UDP;
@@ -211,7 +254,8 @@ fn unspecified(cast: &Cast) -> std::net::IpAddr {
 /// Source ports that netfilter's connections have towards the backend.
 fn ports(table: &mut Table, cast: &Cast) {
     if cast.protocol == SCTP {
-        // Where a port would change the first chunk's checksum has to be known whole: sctp's own cases.
+        // Where a port would change the first chunk's checksum has to be known whole: sctp's own
+        // cases.
         return;
     }
     let title = cast.title();
@@ -219,16 +263,20 @@ fn ports(table: &mut Table, cast: &Cast) {
     let world = REMOTE.met(&cast, &world);
     let own = REMOTE.source(&cast);
     for bits in [0, imported::CLOSING] {
-        let taken = at(world.clone(), phase::SERVE, &[(own.backend, own.seen_as, cast.protocol, bits)]);
+        let taken =
+            at(world.clone(), phase::SERVE, &[(own.backend, own.seen_as, cast.protocol, bits)]);
         let name = format!("{title}: a masqueraded client's port is netfilter's, bits {bits}");
         table.add(leaves(name, &cast, &taken, REMOTE, &REMOTE.source_at(&cast, 2)));
     }
     let elsewhere = at(world, phase::SERVE, &[(cast.other_backend, own.seen_as, cast.protocol, 0)]);
-    let name = format!("{title}: a masqueraded client's port is netfilter's towards another backend alone");
+    let name = format!(
+        "{title}: a masqueraded client's port is netfilter's towards another backend alone"
+    );
     table.add(leaves(name, &cast, &elsewhere, REMOTE, &own));
 }
 
-/// A client's reset of what it does not know, which tells that a reply's entry is lost: where it is proven.
+/// A client's reset of what it does not know, which tells that a reply's entry is lost: where it is
+/// proven.
 fn resets(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let reset = Frame::tcp(cast.client, cast.backend, RST, &[]);
@@ -245,8 +293,10 @@ fn resets(table: &mut Table, cast: &Cast) {
                 .flows([connection.both()]),
         );
     }
-    let both =
-        [(cast.client, cast.frontend, TCP, 0), (cast.client, cast.other_frontend, TCP, imported::CLOSING)];
+    let both = [
+        (cast.client, cast.frontend, TCP, 0),
+        (cast.client, cast.other_frontend, TCP, imported::CLOSING),
+    ];
     let world = at(cast.world(), phase::SERVE, &both);
     let name = format!("{title}: no guess for a connection of netfilter's");
     table.add(Case::new(name, &world, Program::Ingress, EDGE, &reset));
@@ -260,7 +310,9 @@ fn resets(table: &mut Table, cast: &Cast) {
     );
     let fin = Frame::tcp(cast.client, cast.frontend, FIN, &[]);
     let name = format!("{title}: netfilter's connection ends");
-    table.add(Case::new(name, &world, Program::Ingress, EDGE, &fin).reason(Reason::NetfilterFlow, ONE));
+    table.add(
+        Case::new(name, &world, Program::Ingress, EDGE, &fin).reason(Reason::NetfilterFlow, ONE),
+    );
 }
 
 /// Addresses that no Service has are somebody else's to drop until everything is ours.
@@ -270,7 +322,8 @@ fn strays(table: &mut Table) {
         let from = SocketAddr::new(address(cast.version, NET_CLIENTS, 9), 40_000);
         let mut world = cast.world();
         world.service_nets = vec![cast.prefix(97)];
-        world.settings.networks |= if to.is_ipv4() { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
+        world.settings.networks |=
+            if to.is_ipv4() { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
         let packet = Frame::tcp(from, to, SYN, &[]);
         for now in [phase::IMPORT, phase::PASSIVE] {
             let world = at(world.clone(), now, &[]);
@@ -280,10 +333,12 @@ fn strays(table: &mut Table) {
         let name = format!("{}: an unassigned address, with netfilter's connections", cast.title());
         let world = at(world, phase::SERVE, &[(from, to, UDP, 0)]).marks(mark::DIRECT);
         debug_assert!(
-            !world.listing.contains_key(&to.ip()) || world.listing[&to.ip()] & listing::FRONTEND == 0
+            !world.listing.contains_key(&to.ip())
+                || world.listing[&to.ip()] & listing::FRONTEND == 0
         );
         table.add(
-            Case::new(name, &world, Program::Egress, UPLINK, &packet).dropped(Reason::UnassignedAddress, 0),
+            Case::new(name, &world, Program::Egress, UPLINK, &packet)
+                .dropped(Reason::UnassignedAddress, 0),
         );
     }
 }

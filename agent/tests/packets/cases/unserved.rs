@@ -10,8 +10,8 @@ use super::reject::{reset, unreachable};
 use crate::packets::case::{Case, End, Program};
 use crate::packets::frame::{ACK, FIN, Frame, RST, SYN, TCP, UDP};
 use crate::packets::world::{
-    Cast, EDGE, NET_CLIENTS, NET_FRONTENDS, NET_REMOTE, ONE, OWN, TUNNEL, UPLINK, Version, World, address,
-    mac,
+    Cast, EDGE, NET_CLIENTS, NET_FRONTENDS, NET_REMOTE, ONE, OWN, TUNNEL, UPLINK, Version, World,
+    address, mac,
 };
 
 /// Adds the cases.
@@ -28,8 +28,12 @@ pub(super) fn add(table: &mut Table) {
         let mut world = with_address(&cast);
         let _ = world.rejects.insert(cast.client.ip(), 100);
         let frame = cast.first(cast.client, closed(&cast));
-        let name = format!("{}: an undefined port, a client that had too many answers", cast.title());
-        table.add(Case::new(name, &world, Program::Ingress, EDGE, &frame).dropped(Reason::RejectLimited, 0));
+        let name =
+            format!("{}: an undefined port, a client that had too many answers", cast.title());
+        table.add(
+            Case::new(name, &world, Program::Ingress, EDGE, &frame)
+                .dropped(Reason::RejectLimited, 0),
+        );
     }
 }
 
@@ -58,7 +62,9 @@ fn undefined(table: &mut Table, cast: &Cast) {
         let first = first.clone().at(mac(ifindex));
         table.cut(
             Case::new(
-                format!("{title}: an undefined port of a ClusterIP is rejected, on device {ifindex}"),
+                format!(
+                    "{title}: an undefined port of a ClusterIP is rejected, on device {ifindex}"
+                ),
                 &world,
                 program,
                 ifindex,
@@ -206,14 +212,16 @@ fn segments(table: &mut Table, cast: &Cast) {
         let frame = Frame::tcp(cast.client, closed(cast), flags, &[]);
         let name = format!("{title}: {what} to an undefined port is never answered");
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &frame).dropped(Reason::NoBackendDropped, 0),
+            Case::new(name, &world, Program::Ingress, EDGE, &frame)
+                .dropped(Reason::NoBackendDropped, 0),
         );
     }
 }
 
 fn unassigned(table: &mut Table, cast: &Cast) {
     let title = cast.title();
-    let bit = if cast.version == Version::V4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
+    let bit =
+        if cast.version == Version::V4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
     let mut world = cast.world();
     world.settings.networks = bit;
     world.service_nets = vec![cast.prefix(91), cast.prefix(NET_FRONTENDS)];
@@ -223,7 +231,9 @@ fn unassigned(table: &mut Table, cast: &Cast) {
         let first = cast.first(client, none);
         table.add(
             Case::new(
-                format!("{title}: an address that no Service has leaves by our own device, from {who}"),
+                format!(
+                    "{title}: an address that no Service has leaves by our own device, from {who}"
+                ),
                 &world,
                 Program::Egress,
                 OWN,
@@ -243,7 +253,9 @@ fn unassigned(table: &mut Table, cast: &Cast) {
         );
         table.add(
             Case::new(
-                format!("{title}: an address that no Service has leaves by the overlay, from {who}"),
+                format!(
+                    "{title}: an address that no Service has leaves by the overlay, from {who}"
+                ),
                 &world,
                 Program::EgressBare,
                 TUNNEL,
@@ -271,10 +283,28 @@ fn unassigned(table: &mut Table, cast: &Cast) {
         table.add(Case::new(format!("{title}: {what}"), world, program, ifindex, &frame));
     };
     let first = cast.first(cast.client, none);
-    pass("an address that no Service has leaves by a pod's link", &world, Program::Egress, EDGE, &first);
+    pass(
+        "an address that no Service has leaves by a pod's link",
+        &world,
+        Program::Egress,
+        EDGE,
+        &first,
+    );
     pass("an address that no Service has comes from a pod", &world, Program::Ingress, EDGE, &first);
-    pass("an address that no Service has comes from outside", &world, Program::Ingress, UPLINK, &first);
-    pass("an address that no Service has comes from outside, by XDP", &world, Program::Xdp, UPLINK, &first);
+    pass(
+        "an address that no Service has comes from outside",
+        &world,
+        Program::Ingress,
+        UPLINK,
+        &first,
+    );
+    pass(
+        "an address that no Service has comes from outside, by XDP",
+        &world,
+        Program::Xdp,
+        UPLINK,
+        &first,
+    );
     let mut silent = world.clone();
     silent.settings.networks ^= networks::SERVICES_V4 | networks::SERVICES_V6;
     pass("no Service addresses of this family are known", &silent, Program::Egress, UPLINK, &first);
@@ -292,7 +322,13 @@ fn unassigned(table: &mut Table, cast: &Cast) {
 
     let mut unlisted = world.clone();
     let _ = unlisted.devices.remove(&UPLINK);
-    pass("an unassigned address at a device that is not known", &unlisted, Program::Egress, UPLINK, &first);
+    pass(
+        "an unassigned address at a device that is not known",
+        &unlisted,
+        Program::Egress,
+        UPLINK,
+        &first,
+    );
     // What is listed is looked up first, and dropped all the same when nothing is found.
     let mut listed = world.clone();
     let _ = listed.listing.insert(none.ip(), listing::FRONTEND);

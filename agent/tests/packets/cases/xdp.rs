@@ -86,7 +86,13 @@ fn left(table: &mut Table, cast: &Cast) {
     let connection = cast.connection();
     let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
     let mut leave = |what: &str, world: &World, ifindex, frame: &Frame| {
-        table.add(Case::new(format!("{title}: XDP leaves {what}"), world, Program::Xdp, ifindex, frame));
+        table.add(Case::new(
+            format!("{title}: XDP leaves {what}"),
+            world,
+            Program::Xdp,
+            ifindex,
+            frame,
+        ));
     };
     let far = cast.world().backend_flags(ONE, backend::SERVING);
     leave("a packet for a backend on another node", &far, UPLINK, &first);
@@ -105,17 +111,28 @@ fn left(table: &mut Table, cast: &Cast) {
         &next.sum(Sum::Partial),
     );
     leave("a frame for another host", &cast.world(), UPLINK, &first.clone().at([2, 9, 9, 9, 9, 9]));
-    leave("a frame for another device of this host", &cast.world(), UPLINK, &first.clone().at(mac(EDGE)));
+    leave(
+        "a frame for another device of this host",
+        &cast.world(),
+        UPLINK,
+        &first.clone().at(mac(EDGE)),
+    );
     leave("a frame to everybody", &cast.world(), UPLINK, &first.clone().at([0xff; 6]));
     let mut unknown = cast.world();
     let _ = unknown.devices.remove(&NARROW);
-    leave("a frame of a device that is not known", &unknown, NARROW, &first.clone().at(mac(NARROW)));
+    leave(
+        "a frame of a device that is not known",
+        &unknown,
+        NARROW,
+        &first.clone().at(mac(NARROW)),
+    );
 
     let itself = SocketAddr::new(cast.backend.ip(), 40_001);
     let hairpin = cast.first(itself, cast.frontend).at(mac(UPLINK));
     leave("a client that is its own backend", &cast.world(), UPLINK, &hairpin);
     let client = SocketAddr::new(cast.node, 40_001);
-    let host = Connection { client, seen_as: client, flags: flow::HOST | flow::LOCAL, ..connection };
+    let host =
+        Connection { client, seen_as: client, flags: flow::HOST | flow::LOCAL, ..connection };
     let world = cast.world().flows(host.state(state::ESTABLISHED).both()).marks(mark::HOST);
     leave("a reply to this host", &world, UPLINK, &cast.next(cast.backend, client).at(mac(UPLINK)));
     if cast.protocol == TCP {

@@ -12,12 +12,18 @@ pub(crate) const ECHO: u16 = 7;
 
 /// The service's addresses inside the cluster, v4 and v6.
 pub(crate) fn cluster_ips() -> [IpAddr; 2] {
-    [Ipv4Addr::new(10, 96, 0, 10).into(), Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x10).into()]
+    [
+        Ipv4Addr::new(10, 96, 0, 10).into(),
+        Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x10).into(),
+    ]
 }
 
 /// ... and those for the outside.
 pub(crate) fn load_balancer_ips() -> [IpAddr; 2] {
-    [Ipv4Addr::new(203, 0, 113, 10).into(), Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 0x10).into()]
+    [
+        Ipv4Addr::new(203, 0, 113, 10).into(),
+        Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 0x10).into(),
+    ]
 }
 
 /// One node, a client pod, three backend pods, a client outside.
@@ -42,7 +48,8 @@ impl Layout {
             servers.push(pod.serve(Serve::TcpEcho, 7000)?);
         }
         for ip in load_balancer_ips() {
-            lab.router().route(&format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 }), &[&node])?;
+            lab.router()
+                .route(&format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 }), &[&node])?;
         }
         let layout = Self {
             manifests: lab.manifests("demo")?,
@@ -99,7 +106,9 @@ impl Layout {
         let [outside4, outside6] = load_balancer_ips();
         let [one, two, three] = &self.backends;
         let (host, pods) = (self.node.ipv4(), [&self.client_pod, one, two, three]);
-        let row = |texts: [String; 4]| texts.map(|text| format!("{text:^15}")).join("").trim_end().to_owned();
+        let row = |texts: [String; 4]| {
+            texts.map(|text| format!("{text:^15}")).join("").trim_end().to_owned()
+        };
         format!(
             "
       outside {outside:<21} service default/web   80/TCP 53/UDP 7/TCP

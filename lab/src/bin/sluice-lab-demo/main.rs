@@ -1,4 +1,5 @@
-//! Sluice at work on one node, in under two minutes: real pods, real requests, and a check behind every claim.
+//! Sluice at work on one node, in under two minutes: real pods, real requests, and a check behind
+//! every claim.
 
 mod layout;
 mod shares;
@@ -18,8 +19,9 @@ use shares::measure;
 
 /// Sluice at work on one node of network namespaces.
 ///
-/// Lays the node out, sends requests through a service's addresses, takes a backend away under load, and checks everything it
-/// shows. Needs root. SLUICE_BIN names the `sluice` binary, if it is not beside this one.
+/// Lays the node out, sends requests through a service's addresses, takes a backend away under
+/// load, and checks everything it shows. Needs root. SLUICE_BIN names the `sluice` binary, if it is
+/// not beside this one.
 #[derive(Parser)]
 struct Cli {
     /// Leave the lab up and the agent running.
@@ -86,8 +88,10 @@ fn demo(keep: bool) -> Result<()> {
     );
     print!("{}", layout.picture());
 
-    let options =
-        AgentOptions { manifests: Some(layout.manifests.directory().to_owned()), ..AgentOptions::default() };
+    let options = AgentOptions {
+        manifests: Some(layout.manifests.directory().to_owned()),
+        ..AgentOptions::default()
+    };
     let begun = Instant::now();
     let mut agent = layout.node.agent(options)?;
     agent.wait_ready(Duration::from_secs(20))?;
@@ -102,7 +106,11 @@ fn demo(keep: bool) -> Result<()> {
     before.check(&layout.backend_names(), &[])?;
 
     let mut talks = open_talks(&layout)?;
-    progress.say(&format!("{} long-lived connections are open: {}.", talks.len(), describe(&talks)));
+    progress.say(&format!(
+        "{} long-lived connections are open: {}.",
+        talks.len(),
+        describe(&talks)
+    ));
     scale_away(&layout, &progress)?;
 
     let after = measure(&layout)?;
@@ -121,7 +129,8 @@ fn demo(keep: bool) -> Result<()> {
     let begun = Instant::now();
     agent.restart()?;
     agent.wait_ready(Duration::from_secs(20))?;
-    progress.say(&format!("It was started again, and ready after {} ms.", begun.elapsed().as_millis()));
+    progress
+        .say(&format!("It was started again, and ready after {} ms.", begun.elapsed().as_millis()));
 
     progress.say("sluice services");
     println!("{}", indent(&layout.node.sluice(&["services"])?, 24));
@@ -184,7 +193,8 @@ fn scale_away(layout: &Layout, progress: &Progress) -> Result<()> {
     layout.write_service(false)?;
     loop {
         // A backend of three misses 40 requests by chance once in ten million times.
-        let replies = layout.client_pod().udp_ask((layout::cluster_ips()[1], layout::DNS).into(), 40)?;
+        let replies =
+            layout.client_pod().udp_ask((layout::cluster_ips()[1], layout::DNS).into(), 40)?;
         if replies.iter().all(|reply| reply.name != gone) {
             break;
         }
@@ -226,7 +236,11 @@ fn survive(talks: &mut [Talk]) -> Result<()> {
                 | Event::Done { .. } => {}
             }
         }
-        ensure!(answers > talk.answers, "a connection to {} got no answer for 300 ms", talk.backend);
+        ensure!(
+            answers > talk.answers,
+            "a connection to {} got no answer for 300 ms",
+            talk.backend
+        );
         talk.answers = answers;
     }
     Ok(())
@@ -237,9 +251,10 @@ fn dump_services(layout: &Layout, progress: &Progress) -> Result<()> {
     let map = find_pin(&layout.node.pin_path(), "services")
         .context("the agent pinned no map with `services` in its name")?;
     progress.say(&format!("bpftool map dump pinned {}", map.display()));
-    let dump = layout
-        .node
-        .run("bpftool", [std::ffi::OsStr::new("map"), "dump".as_ref(), "pinned".as_ref(), map.as_os_str()])?;
+    let dump = layout.node.run(
+        "bpftool",
+        [std::ffi::OsStr::new("map"), "dump".as_ref(), "pinned".as_ref(), map.as_os_str()],
+    )?;
     ensure!(
         dump.contains("\"port\""),
         "the dump of {} has no field names:\n{}",
@@ -257,17 +272,18 @@ fn find_pin(directory: &Path, word: &str) -> Option<PathBuf> {
     entries.sort();
     let named = |path: &&PathBuf| {
         path.is_file()
-            && path.file_name().is_some_and(|name| name.to_string_lossy().to_lowercase().contains(word))
+            && path
+                .file_name()
+                .is_some_and(|name| name.to_string_lossy().to_lowercase().contains(word))
     };
-    entries
-        .iter()
-        .find(named)
-        .cloned()
-        .or_else(|| entries.iter().filter(|path| path.is_dir()).find_map(|path| find_pin(path, word)))
+    entries.iter().find(named).cloned().or_else(|| {
+        entries.iter().filter(|path| path.is_dir()).find_map(|path| find_pin(path, word))
+    })
 }
 
 fn indent(text: &str, lines_max: usize) -> String {
-    let mut lines: Vec<String> = text.lines().take(lines_max).map(|line| format!("    {line}")).collect();
+    let mut lines: Vec<String> =
+        text.lines().take(lines_max).map(|line| format!("    {line}")).collect();
     let more = text.lines().count().saturating_sub(lines_max);
     if more > 0 {
         lines.push(format!("    ... and {more} lines more"));

@@ -29,12 +29,14 @@ pub(crate) fn measure(layout: &Layout) -> Result<Shares> {
     let mut shares = Shares { ways: Vec::new(), all: BTreeMap::new() };
     for (from, client, vips) in clients {
         for vip in vips {
-            let (http, dns) = (SocketAddr::new(vip, layout::HTTP), SocketAddr::new(vip, layout::DNS));
+            let (http, dns) =
+                (SocketAddr::new(vip, layout::HTTP), SocketAddr::new(vip, layout::DNS));
             let tcp = client
                 .http_get(&format!("http://{http}/"), EACH)
                 .with_context(|| format!("TCP from {from} to {http}"))?;
             shares.add(&format!("{from:<8} TCP {http}"), http, &tcp)?;
-            let udp = client.udp_ask(dns, EACH).with_context(|| format!("UDP from {from} to {dns}"))?;
+            let udp =
+                client.udp_ask(dns, EACH).with_context(|| format!("UDP from {from} to {dns}"))?;
             shares.add(&format!("{from:<8} UDP {dns}"), dns, &udp)?;
         }
     }
@@ -67,7 +69,8 @@ impl Shares {
         self.all.get(name).copied().unwrap_or(0)
     }
 
-    /// Each of `present` has at least half its fair share; none of `absent` has anything; nobody else answered.
+    /// Each of `present` has at least half its fair share; none of `absent` has anything; nobody
+    /// else answered.
     pub(crate) fn check(&self, present: &[&str], absent: &[&str]) -> Result<()> {
         for name in present {
             let (got, least) = (self.of(name), self.total() / present.len() / 2);
@@ -78,7 +81,11 @@ impl Shares {
             );
         }
         for name in absent {
-            ensure!(self.of(name) == 0, "{name} answered {} requests after it was taken away", self.of(name));
+            ensure!(
+                self.of(name) == 0,
+                "{name} answered {} requests after it was taken away",
+                self.of(name)
+            );
         }
         let known: usize = present.iter().map(|name| self.of(name)).sum();
         ensure!(known == self.total(), "somebody else answered: {:?}", self.all);

@@ -9,7 +9,9 @@ use anyhow::{Context, Result};
 use clap::Args;
 use sluice_lab::Event;
 
-use crate::socket::{any, connect, mapped, ms_since, parse_reply, plain, report, udp as udp_socket};
+use crate::socket::{
+    any, connect, mapped, ms_since, parse_reply, plain, report, udp as udp_socket,
+};
 
 #[derive(Args)]
 pub(crate) struct UdpAsking {
@@ -76,7 +78,8 @@ pub(crate) fn udp(asking: &UdpAsking) -> Result<bool> {
             socket = open(false)?;
         }
         let asked = Instant::now();
-        let request = format!("{seq} {}", "x".repeat(asking.size.saturating_sub(seq.to_string().len() + 1)));
+        let request =
+            format!("{seq} {}", "x".repeat(asking.size.saturating_sub(seq.to_string().len() + 1)));
         let to = asking.beside.filter(|_| seq % 2 == 1).unwrap_or(to);
         match ask_by(&socket, asking, to, request.as_bytes(), seq, start) {
             Ok((reply, length)) => {
@@ -239,10 +242,12 @@ pub(crate) fn stream(streaming: &Streaming) -> Result<bool> {
         report(&Event::Broken { seq, reason, at_ms: ms_since(start) });
         Ok(false)
     };
-    let stream = match connect(streaming.to, any(streaming.to), Duration::from_millis(streaming.timeout_ms)) {
-        Ok(stream) => stream,
-        Err(error) => return broken(0, format!("{error:#}")),
-    };
+    let stream =
+        match connect(streaming.to, any(streaming.to), Duration::from_millis(streaming.timeout_ms))
+        {
+            Ok(stream) => stream,
+            Err(error) => return broken(0, format!("{error:#}")),
+        };
     let from = plain(stream.peer_addr()?);
     report(&Event::Connected { local: plain(stream.local_addr()?), peer: from });
     let mut reader = BufReader::with_capacity(1 << 18, stream);
@@ -259,7 +264,9 @@ pub(crate) fn stream(streaming: &Streaming) -> Result<bool> {
         if number.parse() != Ok(seq) {
             return broken(seq, format!("line {seq} is `{}`", line.trim_end()));
         }
-        if let Some((reply, _)) = (seq == 0).then(|| parse_reply(rest, 0, from, start, start)).flatten() {
+        if let Some((reply, _)) =
+            (seq == 0).then(|| parse_reply(rest, 0, from, start, start)).flatten()
+        {
             report(&Event::Reply(reply));
         }
         seq += 1;

@@ -16,8 +16,8 @@ pub(crate) fn serve(address: SocketAddr, name: &str) -> Result<()> {
         let mut writer = stream.try_clone()?;
         let mut reader = BufReader::new(stream);
         while let Some((request, headers)) = read_head(&mut reader)? {
-            let close =
-                header(&headers, "connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
+            let close = header(&headers, "connection")
+                .is_some_and(|value| value.eq_ignore_ascii_case("close"));
             let path = request.split(' ').nth(1).unwrap_or("/");
             let body = match path.strip_prefix("/bytes/").and_then(|count| count.parse().ok()) {
                 Some(count) => "x".repeat(count),
@@ -56,7 +56,9 @@ fn read_head(reader: &mut impl BufRead) -> io::Result<Option<(String, Vec<String
 
 fn header<'a>(headers: &'a [String], name: &str) -> Option<&'a str> {
     headers.iter().find_map(|line| {
-        line.split_once(':').filter(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim())
+        line.split_once(':')
+            .filter(|(key, _)| key.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value.trim())
     })
 }
 
@@ -85,7 +87,8 @@ pub(crate) struct Asking {
 pub(crate) fn ask(asking: &Asking) -> Result<bool> {
     let rest = asking.url.strip_prefix("http://").context("the URL does not begin with http://")?;
     let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
-    let to: SocketAddr = host.parse().with_context(|| format!("`{host}` is no address and port"))?;
+    let to: SocketAddr =
+        host.parse().with_context(|| format!("`{host}` is no address and port"))?;
     let to = if asking.mapped { crate::socket::mapped(to) } else { to };
     let start = Instant::now();
     let (mut received, mut bytes, mut open) = (0, 0, None);
@@ -94,12 +97,21 @@ pub(crate) fn ask(asking: &Asking) -> Result<bool> {
         match ask_once(asking, to, host, path, open.take()) {
             Ok((name, seen, from, length, stream)) => {
                 let took_us = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
-                report(&Event::Reply(Reply { seq, name, seen, from, at_ms: ms_since(start), took_us }));
+                report(&Event::Reply(Reply {
+                    seq,
+                    name,
+                    seen,
+                    from,
+                    at_ms: ms_since(start),
+                    took_us,
+                }));
                 received += 1;
                 bytes += length;
                 open = asking.keep_alive.then_some(stream);
             }
-            Err(error) => report(&Event::Lost { seq, reason: format!("{error:#}"), at_ms: ms_since(start) }),
+            Err(error) => {
+                report(&Event::Lost { seq, reason: format!("{error:#}"), at_ms: ms_since(start) });
+            }
         }
         thread::sleep(Duration::from_millis(asking.interval_ms));
     }
@@ -123,18 +135,20 @@ fn ask_once(
     let from = plain(stream.get_ref().peer_addr()?);
     let connection = if asking.keep_alive { "keep-alive" } else { "close" };
     stream.get_mut().write_all(
-        format!("GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: {connection}\r\n\r\n").as_bytes(),
+        format!("GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: {connection}\r\n\r\n")
+            .as_bytes(),
     )?;
-    let (status, headers) =
-        read_head(&mut stream).context("no answer")?.context("the connection ended before an answer")?;
+    let (status, headers) = read_head(&mut stream)
+        .context("no answer")?
+        .context("the connection ended before an answer")?;
     if !status.contains(" 200 ") {
         bail!("the server answered `{status}`");
     }
     let length = header(&headers, "content-length")
         .and_then(|value| value.parse().ok())
         .context("an answer without a length")?;
-    let read =
-        io::copy(&mut stream.by_ref().take(length), &mut io::sink()).context("a body that does not end")?;
+    let read = io::copy(&mut stream.by_ref().take(length), &mut io::sink())
+        .context("a body that does not end")?;
     if read != length {
         bail!("the connection ended after {read} of {length} bytes");
     }

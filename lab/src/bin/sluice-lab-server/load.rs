@@ -1,4 +1,5 @@
-//! A steady load: connections that stay and are asked again and again, and new ones at a fixed rate, all counted.
+//! A steady load: connections that stay and are asked again and again, and new ones at a fixed
+//! rate, all counted.
 
 use std::cell::RefCell;
 use std::io::{self, ErrorKind};
@@ -68,7 +69,11 @@ pub(crate) fn more_descriptors() -> Result<()> {
             libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) == 0
         }
     };
-    if raised { Ok(()) } else { Err(io::Error::last_os_error()).context("cannot have more descriptors") }
+    if raised {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error()).context("cannot have more descriptors")
+    }
 }
 
 async fn drive(loading: &Loading, counts: &Counts) -> Result<()> {
@@ -144,7 +149,8 @@ fn count(counts: &mut Load, what: &str, result: io::Result<()>) {
     let is = |kinds: &[ErrorKind]| kinds.contains(&error.kind());
     let kind = if is(&[ErrorKind::ConnectionRefused]) {
         &mut counts.refused
-    } else if is(&[ErrorKind::ConnectionReset, ErrorKind::BrokenPipe, ErrorKind::ConnectionAborted]) {
+    } else if is(&[ErrorKind::ConnectionReset, ErrorKind::BrokenPipe, ErrorKind::ConnectionAborted])
+    {
         &mut counts.reset
     } else if is(&[ErrorKind::TimedOut]) {
         &mut counts.lost
@@ -177,7 +183,10 @@ impl Line {
         greeting.split(' ').next().unwrap_or_default().clone_into(&mut line.name);
         let own = plain(line.stream.get_ref().local_addr()?);
         if line.name.is_empty() {
-            return Err(io::Error::new(ErrorKind::InvalidData, format!("greeted {own} with `{greeting}`")));
+            return Err(io::Error::new(
+                ErrorKind::InvalidData,
+                format!("greeted {own} with `{greeting}`"),
+            ));
         }
         took(counts, begun);
         Ok(line)
@@ -201,7 +210,10 @@ impl Line {
     async fn read(&mut self) -> io::Result<String> {
         let mut line = String::new();
         if in_time(self.timeout, self.stream.read_line(&mut line)).await? == 0 {
-            return Err(io::Error::new(ErrorKind::ConnectionReset, "the server ended the connection"));
+            return Err(io::Error::new(
+                ErrorKind::ConnectionReset,
+                "the server ended the connection",
+            ));
         }
         Ok(line.trim_end().to_owned())
     }

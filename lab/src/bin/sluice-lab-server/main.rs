@@ -1,4 +1,5 @@
-//! Small servers, clients and a packet relay for labs. Each prints one JSON object a line; see [`sluice_lab::Event`].
+//! Small servers, clients and a packet relay for labs. Each prints one JSON object a line; see
+//! [`sluice_lab::Event`].
 
 mod clients;
 mod http;
@@ -50,7 +51,8 @@ enum Mode {
     TcpClient(clients::TcpAsking),
     /// Read what a `stream` sends, and see that no line is missing.
     StreamClient(clients::Streaming),
-    /// Hold connections to `tcp-echo` servers and open new ones at a rate, and count what becomes of them.
+    /// Hold connections to `tcp-echo` servers and open new ones at a rate, and count what becomes
+    /// of them.
     LoadClient(load::Loading),
     /// Carry the packets of a tun device to other nodes over UDP.
     Relay(relay::Relaying),

@@ -13,7 +13,8 @@ use sluice_lab::Event;
 use crate::load::more_descriptors;
 use crate::socket::{any, connect, ms_since, plain, report};
 
-/// Connections that the kernel keeps for a server that does not accept them, as far as `net.core.somaxconn` allows.
+/// Connections that the kernel keeps for a server that does not accept them, as far as
+/// `net.core.somaxconn` allows.
 const BACKLOG: libc::c_int = 65_535;
 
 #[derive(Args)]
@@ -37,7 +38,8 @@ pub(crate) struct Opening {
 
 /// Has the kernel establish connections, and accepts none: each would cost a descriptor.
 pub(crate) fn hold(address: SocketAddr) -> Result<()> {
-    let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    let listener =
+        TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
     // SAFETY: the descriptor is live; listening again only changes the backlog.
     if unsafe { libc::listen(listener.as_raw_fd(), BACKLOG) } != 0 {
         return Err(io::Error::last_os_error()).context("cannot make room for connections");
@@ -64,7 +66,11 @@ pub(crate) fn open(opening: &Opening) -> Result<bool> {
             }
             Err(error) => {
                 failed += 1;
-                report(&Event::Lost { seq: sent, reason: format!("{error:#}"), at_ms: ms_since(start) });
+                report(&Event::Lost {
+                    seq: sent,
+                    reason: format!("{error:#}"),
+                    at_ms: ms_since(start),
+                });
             }
         }
         sent += 1;

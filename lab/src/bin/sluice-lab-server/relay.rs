@@ -27,15 +27,16 @@ pub(crate) struct Relaying {
 }
 
 fn parse_peer(text: &str) -> Result<(u8, SocketAddr)> {
-    let (number, address) = text.split_once('=').ok_or_else(|| anyhow!("expected <n>=<address>"))?;
+    let (number, address) =
+        text.split_once('=').ok_or_else(|| anyhow!("expected <n>=<address>"))?;
     Ok((number.parse()?, address.parse()?))
 }
 
 pub(crate) fn relay(relaying: &Relaying) -> Result<()> {
-    let mut tun =
-        open_tun(&relaying.tun).with_context(|| format!("cannot open the tun device {}", relaying.tun))?;
-    let socket =
-        UdpSocket::bind(relaying.bind).with_context(|| format!("cannot bind to {}", relaying.bind))?;
+    let mut tun = open_tun(&relaying.tun)
+        .with_context(|| format!("cannot open the tun device {}", relaying.tun))?;
+    let socket = UdpSocket::bind(relaying.bind)
+        .with_context(|| format!("cannot bind to {}", relaying.bind))?;
     hold_bursts(&socket)?;
     let (mut tun_in, socket_in) = (tun.try_clone()?, socket.try_clone()?);
     report(&Event::Listening { address: socket.local_addr()? });
@@ -88,9 +89,13 @@ fn pod_range_of(packet: &[u8]) -> Option<u8> {
 
 fn open_tun(name: &str) -> Result<File> {
     ensure!(name.len() < libc::IFNAMSIZ, "the name is too long");
-    let file =
-        OpenOptions::new().read(true).write(true).open("/dev/net/tun").context("cannot open /dev/net/tun")?;
-    // SAFETY: an all-zero ifreq is valid; its name stays NUL-terminated by the check above; the ioctl reads and writes an ifreq.
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .context("cannot open /dev/net/tun")?;
+    // SAFETY: an all-zero ifreq is valid; its name stays NUL-terminated by the check above; the
+    // ioctl reads and writes an ifreq.
     let attached = unsafe {
         let mut request: libc::ifreq = std::mem::zeroed();
         for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {

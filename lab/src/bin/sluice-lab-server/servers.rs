@@ -18,7 +18,8 @@ pub(crate) fn accept(
     name: &str,
     speak: fn(TcpStream, &str, &str) -> std::io::Result<()>,
 ) -> Result<()> {
-    let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    let listener =
+        TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
     report(&Event::Listening { address: listener.local_addr()? });
     loop {
         // A client that left between its handshake and here is no reason to end.
@@ -83,7 +84,9 @@ pub(crate) fn stream(address: SocketAddr, name: &str, interval_ms: u64) -> Resul
     accept(address, name, |mut stream, name, client| {
         for seq in 0u64.. {
             stream.write_all(format!("{seq} {name} {client}\n").as_bytes())?;
-            thread::sleep(Duration::from_millis(INTERVAL.load(std::sync::atomic::Ordering::Relaxed)));
+            thread::sleep(Duration::from_millis(
+                INTERVAL.load(std::sync::atomic::Ordering::Relaxed),
+            ));
         }
         Ok(())
     })

@@ -22,7 +22,9 @@ pub(crate) fn plain(address: SocketAddr) -> SocketAddr {
 /// A v4 address as a v6 socket names it.
 pub(crate) fn mapped(address: SocketAddr) -> SocketAddr {
     match address.ip() {
-        IpAddr::V4(ip) => SocketAddr::V6(SocketAddrV6::new(ip.to_ipv6_mapped(), address.port(), 0, 0)),
+        IpAddr::V4(ip) => {
+            SocketAddr::V6(SocketAddrV6::new(ip.to_ipv6_mapped(), address.port(), 0, 0))
+        }
         IpAddr::V6(_) => address,
     }
 }
@@ -43,7 +45,10 @@ pub(crate) fn parse_reply(
     let mut words = text.splitn(3, ' ');
     let (name, seen) = (words.next()?.to_owned(), words.next()?.parse().ok()?);
     let took_us = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
-    Some((Reply { seq, name, seen, from, at_ms: ms_since(start), took_us }, words.next().unwrap_or_default()))
+    Some((
+        Reply { seq, name, seen, from, at_ms: ms_since(start), took_us },
+        words.next().unwrap_or_default(),
+    ))
 }
 
 /// Any address and port of a destination's family.
@@ -84,24 +89,30 @@ fn bound(kind: libc::c_int, source: SocketAddr) -> Result<OwnedFd> {
             return Err(io::Error::last_os_error()).context("cannot make a socket");
         }
         let owned = OwnedFd::from_raw_fd(socket);
-        let set = |level, option| libc::setsockopt(socket, level, option, (&raw const on).cast(), 4) == 0;
-        // Lets one port speak to several destinations, one socket each; without one, connect(2) picks it.
+        let set =
+            |level, option| libc::setsockopt(socket, level, option, (&raw const on).cast(), 4) == 0;
+        // Lets one port speak to several destinations, one socket each; without one, connect(2)
+        // picks it.
         let is_set = if source.port() != 0 {
             set(libc::SOL_SOCKET, libc::SO_REUSEADDR)
         } else {
             kind == libc::SOCK_DGRAM || set(libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT)
         };
-        let is_any = source.port() == 0 && source.ip().is_unspecified() && kind == libc::SOCK_STREAM;
+        let is_any =
+            source.port() == 0 && source.ip().is_unspecified() && kind == libc::SOCK_STREAM;
         if !is_set || !is_any && libc::bind(socket, (&raw const address).cast(), length) != 0 {
-            return Err(io::Error::last_os_error()).with_context(|| format!("cannot bind to {source}"));
+            return Err(io::Error::last_os_error())
+                .with_context(|| format!("cannot bind to {source}"));
         }
         Ok(owned)
     }
 }
 
-/// The kernel's form of an address: zeroed storage, which is large enough for both families, and the length that counts.
+/// The kernel's form of an address: zeroed storage, which is large enough for both families, and
+/// the length that counts.
 fn raw(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
-    // SAFETY: all zeroes is a valid sockaddr_storage, and each family's structure fits into it with its alignment.
+    // SAFETY: all zeroes is a valid sockaddr_storage, and each family's structure fits into it with
+    // its alignment.
     unsafe {
         let mut storage: libc::sockaddr_storage = std::mem::zeroed();
         let length = match address {

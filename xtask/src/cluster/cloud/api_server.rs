@@ -1,6 +1,8 @@
-//! The API server as a pod of `kube-system`, as on most clusters: deleting the pod starts the API server again.
+//! The API server as a pod of `kube-system`, as on most clusters: deleting the pod starts the API
+//! server again.
 //!
-//! The pod is nothing but the object. It is bound to no node, since the control plane's host is none, and says itself that it runs.
+//! The pod is nothing but the object. It is bound to no node, since the control plane's host is
+//! none, and says itself that it runs.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -17,7 +19,8 @@ use super::super::state::State;
 const NAMESPACE: &str = "--namespace=kube-system";
 const POD: &str = "pod/kube-apiserver";
 
-/// By this label Kubernetes' tests find it, to delete it. No scheduler has the name that is asked for.
+/// By this label Kubernetes' tests find it, to delete it. No scheduler has the name that is asked
+/// for.
 const MANIFEST: &str = "\
 apiVersion: v1
 kind: Pod
@@ -34,7 +37,8 @@ spec:
       image: kube-apiserver
 ";
 
-const STATUS: &str = r#"{"status":{"phase":"Running","conditions":[{"type":"Ready","status":"True"}]}}"#;
+const STATUS: &str =
+    r#"{"status":{"phase":"Running","conditions":[{"type":"Ready","status":"True"}]}}"#;
 
 /// How long to leave an API server alone that does not answer.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -73,8 +77,15 @@ fn show(state: &State, kubectl: &Kubectl) -> Result<()> {
     let file = "manifests/kube-apiserver.yaml";
     state.write(file, MANIFEST)?;
     kubectl.apply("--filename", &state.path(file))?;
-    let patched =
-        kubectl.ask(["patch", POD, NAMESPACE, "--subresource=status", "--type=merge", "--patch", STATUS]);
+    let patched = kubectl.ask([
+        "patch",
+        POD,
+        NAMESPACE,
+        "--subresource=status",
+        "--type=merge",
+        "--patch",
+        STATUS,
+    ]);
     patched.map(drop)
 }
 

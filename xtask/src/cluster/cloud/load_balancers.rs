@@ -1,8 +1,10 @@
-//! Load balancers that pass packets on as they are: an address a family for every Service of the type LoadBalancer, and on the
-//! bridge a route from each to the nodes, chosen anew by every connection.
+//! Load balancers that pass packets on as they are: an address a family for every Service of the
+//! type LoadBalancer, and on the bridge a route from each to the nodes, chosen anew by every
+//! connection.
 //!
-//! Of a Service with the external traffic policy Local, the route leads to the nodes whose health check answers 200. With session
-//! affinity it leads to one node: the kernel that chooses would look at ports, too.
+//! Of a Service with the external traffic policy Local, the route leads to the nodes whose health
+//! check answers 200. With session affinity it leads to one node: the kernel that chooses would
+//! look at ports, too.
 
 mod pool;
 mod service;
@@ -76,10 +78,10 @@ pub(super) fn serve(state: &State, kubectl: &Kubectl, nodes: u8) -> Result<()> {
 /// Tells of every change of any Service, and at the beginning of all there are, for ever.
 fn watch(kubectl: &Kubectl, changed: &Sender<()>) -> ! {
     loop {
-        let watched = kubectl
-            .follow(&["get", "services", "--all-namespaces", "--watch", "--output=name"], |_name| {
-                changed.send(()).is_ok()
-            });
+        let watched = kubectl.follow(
+            &["get", "services", "--all-namespaces", "--watch", "--output=name"],
+            |_name| changed.send(()).is_ok(),
+        );
         if let Err(error) = watched {
             eprintln!("{error:#}");
         }
@@ -90,7 +92,8 @@ fn watch(kubectl: &Kubectl, changed: &Sender<()>) -> ! {
 
 fn list(kubectl: &Kubectl) -> Result<Vec<Service>> {
     let answer = kubectl.ask(["get", "services", "--all-namespaces", "--output=json"])?;
-    let services: Services = serde_json::from_str(&answer).context("cannot parse the list of Services")?;
+    let services: Services =
+        serde_json::from_str(&answer).context("cannot parse the list of Services")?;
     Ok(services.items)
 }
 
@@ -107,7 +110,8 @@ impl LoadBalancers<'_> {
     /// Does what the Services ask for. What fails is tried again by the next call.
     fn follow(&mut self, services: &[Service]) {
         for service in services {
-            let done = if service.is_wanted() { self.provide(service) } else { self.withdraw(service) };
+            let done =
+                if service.is_wanted() { self.provide(service) } else { self.withdraw(service) };
             if let Err(error) = done {
                 eprintln!("{service}: {error:#}");
             }
@@ -119,7 +123,11 @@ impl LoadBalancers<'_> {
 
     fn provide(&mut self, service: &Service) -> Result<()> {
         if !service.has_finalizer() {
-            self.patch(service, &[], &json!({"metadata": {"finalizers": service.finalizers_with()}}))?;
+            self.patch(
+                service,
+                &[],
+                &json!({"metadata": {"finalizers": service.finalizers_with()}}),
+            )?;
         }
         let (addresses, released) = self.pool.give(service)?;
         for address in released {
@@ -146,15 +154,22 @@ impl LoadBalancers<'_> {
             if !service.ingress().is_empty() && !service.is_going() {
                 self.patch_status(service, &json!(null))?;
             }
-            self.patch(service, &[], &json!({"metadata": {"finalizers": service.finalizers_without()}}))?;
+            self.patch(
+                service,
+                &[],
+                &json!({"metadata": {"finalizers": service.finalizers_without()}}),
+            )?;
         }
         Ok(())
     }
 
     fn targets(&self, service: &Service) -> Vec<NodeNumber> {
         let check = service.health_check();
-        let healthy =
-            self.nodes.iter().copied().filter(|node| check.is_none_or(|port| is_healthy(*node, port)));
+        let healthy = self
+            .nodes
+            .iter()
+            .copied()
+            .filter(|node| check.is_none_or(|port| is_healthy(*node, port)));
         if service.has_affinity() { healthy.take(1).collect() } else { healthy.collect() }
     }
 
@@ -197,8 +212,10 @@ impl LoadBalancers<'_> {
     }
 
     fn patch(&self, service: &Service, flags: &[&str], patch: &serde_json::Value) -> Result<()> {
-        let (namespace, patch) = (format!("--namespace={}", service.namespace()), patch.to_string());
-        let args = ["patch", "service", service.name(), &namespace, "--type=merge", "--patch", &patch];
+        let (namespace, patch) =
+            (format!("--namespace={}", service.namespace()), patch.to_string());
+        let args =
+            ["patch", "service", service.name(), &namespace, "--type=merge", "--patch", &patch];
         let args: Vec<_> = args.into_iter().chain(flags.iter().copied()).collect();
         self.kubectl.run(&args).map(drop)
     }

@@ -73,8 +73,8 @@ impl Results {
     /// Reads ginkgo's `--json-report`.
     pub(super) fn of_ginkgo(file: &Path) -> Result<Self> {
         let content = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-        let suites: Vec<Suite> =
-            serde_json::from_slice(&content).with_context(|| format!("cannot parse {}", file.display()))?;
+        let suites: Vec<Suite> = serde_json::from_slice(&content)
+            .with_context(|| format!("cannot parse {}", file.display()))?;
         Ok(Self(suites.into_iter().flat_map(|suite| suite.spec_reports).filter_map(spec).collect()))
     }
 
@@ -104,7 +104,8 @@ impl Results {
             let _ = writeln!(text, "{} {name}", spec.outcome);
         }
         if let Some(parent) = file.parent() {
-            fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+            fs::create_dir_all(parent)
+                .with_context(|| format!("cannot make {}", parent.display()))?;
         }
         fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
     }
@@ -122,7 +123,8 @@ impl Results {
         self.0.values().map(|spec| u64::from(spec.outcome == outcome)).sum()
     }
 
-    /// A line for every spec that did not pass, or did where kube-proxy does not, and one for kube-proxy's sum over the same specs.
+    /// A line for every spec that did not pass, or did where kube-proxy does not, and one for
+    /// kube-proxy's sum over the same specs.
     pub(super) fn beside(&self, known: &Self) -> String {
         let mut text = String::new();
         let mut theirs = Self::default();
@@ -158,8 +160,13 @@ impl Results {
 
 fn spec(report: SpecReport) -> Option<(String, Spec)> {
     let reason = report.failure.map(|failure| failure.message).unwrap_or_default();
-    let reason =
-        reason.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(200).collect::<String>();
+    let reason = reason
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ")
+        .chars()
+        .take(200)
+        .collect::<String>();
     let outcome = match report.state.as_str() {
         "passed" => Outcome::Passed,
         // Not chosen by focus and skip.
@@ -172,7 +179,11 @@ fn spec(report: SpecReport) -> Option<(String, Spec)> {
         return None;
     }
     let mut name = report.container_hierarchy_texts.unwrap_or_default();
-    name.push(if report.leaf_node_text.is_empty() { report.leaf_node_type } else { report.leaf_node_text });
+    name.push(if report.leaf_node_text.is_empty() {
+        report.leaf_node_type
+    } else {
+        report.leaf_node_text
+    });
     Some((name.join(" "), Spec { outcome, reason }))
 }
 
@@ -204,7 +215,9 @@ mod tests {
         let found = Results::of_ginkgo(&file)?;
         let counts = Outcome::ALL.map(|outcome| found.count(outcome));
         assert_eq!(counts, [1, 1, 1]);
-        assert!(found.beside(&Results::default()).contains("[sig] Services b\n         too late\n"));
+        assert!(
+            found.beside(&Results::default()).contains("[sig] Services b\n         too late\n")
+        );
         Ok(())
     }
 

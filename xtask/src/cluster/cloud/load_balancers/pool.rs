@@ -8,8 +8,8 @@ use anyhow::{Result, bail};
 use super::super::super::addresses::{load_balancer_ipv4, load_balancer_ipv6};
 use super::service::{Family, Service};
 
-/// Addresses in use, by their Services' uids. An address that was given back is given again as late as can be, so that whoever still
-/// knows it finds nobody there.
+/// Addresses in use, by their Services' uids. An address that was given back is given again as late
+/// as can be, so that whoever still knows it finds nobody there.
 #[derive(Default)]
 pub(super) struct Pool {
     given: BTreeMap<String, Vec<IpAddr>>,
@@ -46,9 +46,14 @@ impl Pool {
 
     /// What the Service was given by a process before this one.
     fn shown(&self, service: &Service) -> Vec<IpAddr> {
-        let ours =
-            |address: &IpAddr| numbers().any(|number| address_of(Family::of(address), number) == *address);
-        service.ingress().into_iter().filter(|address| ours(address) && !self.is_given(address)).collect()
+        let ours = |address: &IpAddr| {
+            numbers().any(|number| address_of(Family::of(address), number) == *address)
+        };
+        service
+            .ingress()
+            .into_iter()
+            .filter(|address| ours(address) && !self.is_given(address))
+            .collect()
     }
 
     fn free(&mut self, family: Family) -> Result<IpAddr> {

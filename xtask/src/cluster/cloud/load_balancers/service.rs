@@ -97,7 +97,9 @@ impl Service {
 
     /// Whether it asks for a load balancer, and of this kind: one with a class is someone else's.
     pub(super) fn is_wanted(&self) -> bool {
-        self.spec.r#type == "LoadBalancer" && self.spec.load_balancer_class.is_none() && !self.is_going()
+        self.spec.r#type == "LoadBalancer"
+            && self.spec.load_balancer_class.is_none()
+            && !self.is_going()
     }
 
     pub(super) fn is_going(&self) -> bool {
@@ -128,7 +130,12 @@ impl Service {
     }
 
     pub(super) fn finalizers_without(&self) -> Vec<&str> {
-        self.metadata.finalizers.iter().map(String::as_str).filter(|own| *own != FINALIZER).collect()
+        self.metadata
+            .finalizers
+            .iter()
+            .map(String::as_str)
+            .filter(|own| *own != FINALIZER)
+            .collect()
     }
 }
 
@@ -145,7 +152,11 @@ pub(super) mod tests {
 
     use super::*;
 
-    pub(in super::super) fn service(uid: &str, families: &[&str], ingress: &[&str]) -> Result<Service> {
+    pub(in super::super) fn service(
+        uid: &str,
+        families: &[&str],
+        ingress: &[&str],
+    ) -> Result<Service> {
         let ingress: Vec<_> = ingress.iter().map(|ip| json!({"ip": ip, "ipMode": "VIP"})).collect();
         read(json!({
             "metadata": {"uid": uid, "namespace": "a", "name": "b", "finalizers": ["else", FINALIZER]},
@@ -170,8 +181,7 @@ pub(super) mod tests {
             !with_spec(&json!({"type": "LoadBalancer", "loadBalancerClass": "example.com/other"}))?
                 .is_wanted()
         );
-        let going =
-            json!({"uid": "1", "namespace": "a", "name": "b", "deletionTimestamp": "2026-01-01T00:00:00Z"});
+        let going = json!({"uid": "1", "namespace": "a", "name": "b", "deletionTimestamp": "2026-01-01T00:00:00Z"});
         assert!(!read(json!({"metadata": going, "spec": {"type": "LoadBalancer"}}))?.is_wanted());
         Ok(())
     }
