@@ -203,7 +203,8 @@ fn cleanup_removes_every_trace() -> Result<()> {
     ensure!(filters()?.contains("sluice_"), "no filter of ours: {}", filters()?);
     let objects = kernel_objects(&node)?;
     println!("{} objects are pinned", objects.len());
-    ensure!(objects.iter().filter(|(kind, _)| *kind == "link").count() >= 12, "{objects:?}");
+    // The socket's nine and XDP's; those of TCX come on top, from Linux 6.6 on.
+    ensure!(objects.iter().filter(|(kind, _)| *kind == "link").count() >= 10, "{objects:?}");
     ensure!(objects.iter().filter(|(kind, _)| *kind == "map").count() >= 10, "{objects:?}");
     ensure!(node.output("ip", ["link", "show", "sluice0"])?.status.success(), "no device sluice0");
 
