@@ -64,7 +64,7 @@ pub(crate) struct Options {
     allow_skip: bool,
 
     /// How long one tier may take before its test process group is killed.
-    #[arg(long, default_value_t = 20, value_name = "MINUTES")]
+    #[arg(long, default_value_t = 35, value_name = "MINUTES")]
     tier_timeout: u64,
 
     /// Passed to every test binary: a filter, `--nocapture` and so on.
