@@ -477,9 +477,9 @@ impl Walker {
     /// translate new ones: those that it has not tracked so far would be new to it.
     fn prepare(&mut self) -> anyhow::Result<()> {
         self.open()?;
-        self.forget_ended::<V4>(IpFamily::V4)?;
-        self.forget_ended::<V6>(IpFamily::V6)?;
         let Some(maps) = &self.maps else { bail!("the maps are not open") };
+        forget_ended::<V4>(maps, IpFamily::V4)?;
+        forget_ended::<V6>(maps, IpFamily::V6)?;
         hold()?;
         let all = [flows::of_host::<V4>(maps)?, flows::of_host::<V6>(maps)?].concat();
         conntrack::keep_clear(&all, TRACKED).context("cannot enter our flows into conntrack")?;
@@ -487,29 +487,6 @@ impl Walker {
             .context("cannot note that the node is prepared")?;
         self.is_idle = false;
         Ok(())
-    }
-
-    /// Has conntrack forget the connections to our frontends that it has translated and that have
-    /// ended. A process of this host may have opened another to the same backend from the source
-    /// port of one while nothing tracked it; conntrack would give the next packet another port.
-    fn forget_ended<F: KernelStack>(&self, family: IpFamily) -> anyhow::Result<()> {
-        let Some(maps) = &self.maps else { bail!("the maps are not open") };
-        let frontends = F::frontends(maps)?;
-        let mut ended = Vec::new();
-        for _ in 0..LISTINGS {
-            let whole = translated(family, |found| {
-                let is_its = tuples::<F>(&found)
-                    .is_some_and(|[original, _]| is_ours::<F>(&frontends, &original));
-                if found.closing && is_its {
-                    ended.push(found);
-                }
-            })
-            .context("cannot list netfilter's connections")?;
-            if whole {
-                break;
-            }
-        }
-        conntrack::forget(family, &ended).context("cannot delete ended connections of conntrack")
     }
 
     /// Enters flows of ours that netfilter does not see into conntrack: it is to serve new
@@ -681,6 +658,28 @@ fn list<F: KernelStack>(
     listed.connections += counts.connections;
     listed.datagram_flows += counts.datagram_flows;
     Ok(after)
+}
+
+/// Has conntrack forget the connections to our frontends that it has translated and that have
+/// ended. A process of this host may have opened another to the same backend from the source
+/// port of one while nothing tracked it; conntrack would give the next packet another port.
+fn forget_ended<F: KernelStack>(maps: &Maps, family: IpFamily) -> anyhow::Result<()> {
+    let frontends = F::frontends(maps)?;
+    let mut ended = Vec::new();
+    for _ in 0..LISTINGS {
+        let whole = translated(family, |found| {
+            let is_its = tuples::<F>(&found)
+                .is_some_and(|[original, _]| is_ours::<F>(&frontends, &original));
+            if found.closing && is_its {
+                ended.push(found);
+            }
+        })
+        .context("cannot list netfilter's connections")?;
+        if whole {
+            break;
+        }
+    }
+    conntrack::forget(family, &ended).context("cannot delete ended connections of conntrack")
 }
 
 /// Whether a packet's destination is a frontend of ours; node ports count at every address.

@@ -196,25 +196,23 @@ impl<'w, F: Side> Walk<'w, F> {
     /// Lets a hook decide.
     fn meet(&self, hook: Hook, ifindex: u32) -> Meeting<F> {
         let seen = Seen { world: self.world, ifindex };
-        let headers = self.headers();
         let mut tables = Recorder::new(&seen, self.tuple);
         let here = Tables::<F>::here(&seen);
         // A packet that somebody asks about comes from a socket of its namespace, where it has one.
         let hides = here.is_some_and(|here| policy::hides_sockets(here, self.tuple.protocol, true));
         tables.passed_over = u32::from(hook != Hook::Egress && hides);
         let mut decision = Decision::pass(&self.tuple);
-        path::decide_into(hook, &headers, &tables, &mut decision);
+        path::decide_into(hook, &self.headers(), &tables, &mut decision);
         if decision.step != Next::Done {
-            let mut opening = Opening {
-                routing: self.routing,
-                hook,
-                headers: &headers,
-                tables: &mut tables,
-                decision: &mut decision,
-            };
-            let _ = engine::open::open(&mut opening);
+            self.open(hook, &mut tables, &mut decision);
         }
         Meeting { hook, ifindex, decision, asked: tables.asked() }
+    }
+
+    /// Goes on with a decision that is not done, as the programs do.
+    fn open(&self, hook: Hook, tables: &mut Recorder<'_, F, Seen<'_>>, decision: &mut Decision<F>) {
+        let (routing, headers) = (self.routing, &self.headers());
+        let _ = engine::open::open(&mut Opening { routing, hook, headers, tables, decision });
     }
 
     /// Follows a packet that a hook meets.
@@ -334,10 +332,7 @@ impl<'w, F: Side> Walk<'w, F> {
             let mut decision = Decision::pass(&key);
             decision.flow.flags = flow::SOURCE;
             decision.step = Next::Select;
-            path::open_into(Hook::Egress, &self.headers(), &seen, &mut decision);
-            if decision.step == Next::Search {
-                path::search(&seen, &mut decision);
-            }
+            self.open(Hook::Egress, &mut Recorder::new(&seen, key), &mut decision);
             (decision.flow.source, decision.flow.source_port)
         };
         let device = routes.and_then(|ifindex| self.world.devices.get(&ifindex));
