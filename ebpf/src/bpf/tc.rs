@@ -19,7 +19,7 @@ use aya_ebpf::helpers::generated::{
 use sluice_common::abi::{
     CallerKey, Device, Flow, RejectKey, Tuple, device, device_flags, flow, networks,
 };
-use sluice_common::engine::open::{Refusal, Sockets, Steps, sockets};
+use sluice_common::engine::open::{FlowEnd, Owner, Refusal, Sockets, Steps, sockets};
 use sluice_common::engine::{self, limit};
 use sluice_common::event::Wide;
 use sluice_common::packet::answer::{self, Answer, QUOTE, Trouble};
@@ -39,6 +39,7 @@ use super::fib::{
 };
 use super::maps;
 use super::skb::Skb;
+use super::tables::Kernel;
 use super::xdp::XDP_DONE;
 
 /// The next program decides.
@@ -53,7 +54,6 @@ const PACKET_OTHERHOST: u32 = 3;
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 const TCP_ESTABLISHED: u32 = 1;
-const TCP_LISTEN: u32 = 10;
 /// `BPF_F_CURRENT_NETNS`.
 const CURRENT_NETNS: u64 = u64::MAX;
 
@@ -130,8 +130,12 @@ trait Tc: Fib + Answer + Tell + Wide {
     fn source(skb: *mut __sk_buff, from: u32, mark: u32, egress: u32) -> u32;
     /// The client's key in the rate limiter.
     fn reject_key(address: &Self::Address) -> RejectKey;
-    /// Fills in the tuple of a packet that answers a flow; its size in bytes.
-    fn sock_tuple(tuple: &mut bpf_sock_tuple, flow: &Flow<Self::Address>) -> u32;
+    /// Fills in the tuple of a packet; its size in bytes.
+    fn sock_tuple(
+        tuple: &mut bpf_sock_tuple,
+        from: (&Self::Address, u16),
+        to: (&Self::Address, u16),
+    ) -> u32;
     /// Whether a packet may be answered with "too big": it forbids fragmentation.
     fn forbids_fragments(packet: &Skb, offset: u32) -> bool;
     /// Whether a source address is one that may be answered.
@@ -183,10 +187,13 @@ impl Tc for V4 {
     }
 
     #[inline(always)]
-    fn sock_tuple(tuple: &mut bpf_sock_tuple, flow: &Flow<Self::Address>) -> u32 {
-        let [saddr, ..] = V4::words(&flow.destination);
-        let [daddr, ..] = V4::words(&flow.source);
-        let (sport, dport) = (flow.destination_port.to_be(), flow.source_port.to_be());
+    fn sock_tuple(
+        tuple: &mut bpf_sock_tuple,
+        from: (&Self::Address, u16),
+        to: (&Self::Address, u16),
+    ) -> u32 {
+        let ([saddr, ..], [daddr, ..]) = (V4::words(from.0), V4::words(to.0));
+        let (sport, dport) = (from.1.to_be(), to.1.to_be());
         tuple.__bindgen_anon_1.ipv4 =
             bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 { saddr, daddr, sport, dport };
         12
@@ -222,9 +229,13 @@ impl Tc for V6 {
     }
 
     #[inline(always)]
-    fn sock_tuple(tuple: &mut bpf_sock_tuple, flow: &Flow<Self::Address>) -> u32 {
-        let (saddr, daddr) = (V6::words(&flow.destination), V6::words(&flow.source));
-        let (sport, dport) = (flow.destination_port.to_be(), flow.source_port.to_be());
+    fn sock_tuple(
+        tuple: &mut bpf_sock_tuple,
+        from: (&Self::Address, u16),
+        to: (&Self::Address, u16),
+    ) -> u32 {
+        let (saddr, daddr) = (V6::words(from.0), V6::words(to.0));
+        let (sport, dport) = (from.1.to_be(), to.1.to_be());
         tuple.__bindgen_anon_1.ipv6 =
             bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 { saddr, daddr, sport, dport };
         36
@@ -453,16 +464,22 @@ fn is_held<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> bool {
     let Some(scratch) = F::scratch() else { return false };
     // SAFETY: this CPU's own; nothing else takes a reference here.
     let Scratch { decision, asked, .. } = unsafe { &*scratch };
-    let netns = match sockets(hook, decision, asked.passed_over, device(ifindex(skb))) {
-        Some(Sockets::Host) => CURRENT_NETNS,
-        Some(Sockets::Of(netns)) => u64::from(netns),
-        None => return false,
+    let tables = Kernel { ifindex: ifindex(skb), asked: *asked };
+    let Some(Sockets { of, end }) = sockets::<F, _>(hook, decision, &tables) else { return false };
+    let netns = match of {
+        Owner::Host => CURRENT_NETNS,
+        Owner::Netns(netns) => u64::from(netns),
     };
     let flow = &decision.flow;
+    let client = (&flow.source, flow.source_port);
+    let backend = (&flow.destination, flow.destination_port);
     // SAFETY: plain integers: zero is a value.
     let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
-    // As the backend's packets come.
-    let size = F::sock_tuple(&mut tuple, flow);
+    // As packets come to that end.
+    let size = match end {
+        FlowEnd::Client => F::sock_tuple(&mut tuple, backend, client),
+        FlowEnd::Backend => F::sock_tuple(&mut tuple, client, backend),
+    };
     // SAFETY: the helpers read `size` bytes of the tuple; what they find is released.
     unsafe {
         if decision.key.protocol == protocol::TCP {
@@ -470,7 +487,7 @@ fn is_held<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> bool {
             if socket.is_null() {
                 return false;
             }
-            let held = (*socket).state != TCP_LISTEN;
+            let held = end.is_held_in((*socket).state);
             let _ = bpf_sk_release(socket.cast());
             return held;
         }
