@@ -155,9 +155,9 @@ impl FlowEnd {
     }
 }
 
-/// Returns which sockets are to be looked up before a flow is recorded: this host's where the client
-/// is to have its address, else those of the pod whose packet it is, else those of the backend, which
-/// knows of every client that speaks to it directly.
+/// Returns which sockets are to be looked up before a flow is recorded: this host's where the
+/// client is to have its address, else those of the pod whose packet it is, else those of the
+/// backend, which knows of every client that speaks to it directly.
 ///
 /// Who has taken all ports that were tried gets the last one all the same.
 #[inline(always)]

@@ -130,8 +130,8 @@ trait Tc: Fib + Answer + Tell + Wide {
     fn source(skb: *mut __sk_buff, from: u32, mark: u32, egress: u32) -> u32;
     /// Rewrites the packet in this CPU's scratch as its decision says, by a global function.
     fn translate(skb: *mut __sk_buff) -> bool;
-    /// Turns the packet in this CPU's scratch, by a global function, into an ICMP error about it, and
-    /// sends it to where the packet came from. The MTU is that of "too big", else 0.
+    /// Turns the packet in this CPU's scratch, by a global function, into an ICMP error about it,
+    /// and sends it to where the packet came from. The MTU is that of "too big", else 0.
     fn icmp<const LINK: u32>(skb: *mut __sk_buff, trouble: Trouble, mtu: u32, hook: Hook) -> i32;
     /// The client's key in the rate limiter.
     fn reject_key(address: &Self::Address) -> RejectKey;
