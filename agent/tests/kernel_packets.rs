@@ -12,6 +12,7 @@ mod packets {
     pub(crate) mod bytes;
     pub(crate) mod case;
     pub(crate) mod cases;
+    pub(crate) mod convert;
     #[path = "../../../common/tests/packets/frame.rs"]
     pub(crate) mod frame;
     pub(crate) mod host;

@@ -26,9 +26,9 @@ impl<F: Side, T: Tables<F>> Opening<'_, '_, F, T> {
     }
 }
 
-impl<F: Side, T: Tables<F>> Steps for Opening<'_, '_, F, T> {
-    fn step(&self) -> Step {
-        self.decision.step
+impl<F: Side, T: Tables<F>> Steps<F> for Opening<'_, '_, F, T> {
+    fn decision(&self) -> &Decision<F> {
+        self.decision
     }
 
     fn set_step(&mut self, step: Step) {

@@ -125,10 +125,11 @@ fn endpoint(table: &mut Table, cast: &Cast) {
                 .embryonic([opened.both()]),
         );
         let case = Case::new(format!("{name} by XDP"), &world, Program::Xdp, UPLINK, &first);
-        table.add(if world.devices.get(&EDGE).is_some_and(|edge| edge.netns != 0) {
-            case
-        } else {
+        // XDP leaves to tc what takes another port.
+        table.add(if attempt == 0 {
             case.becomes(&first.clone().to(cast.backend)).opens(ONE).embryonic([own.both()])
+        } else {
+            case
         });
     }
     // In the middle of a connection the endpoint's socket is the flow's own.
