@@ -39,9 +39,11 @@ use random::frame::{self, build};
 use random::scene::{CLUSTER_CIDRS, Ground, SERVICE_CIDRS, Scene};
 use random::{Dice, number_from};
 use serde_json::{Value, json};
-use sluice::explain::{Answer, Client, Manifests, Options, Question, Source, Verdict, explain};
-use sluice::model::object::Protocol;
-use sluice::policy::{DetectLocal, Masquerade, Policy};
+use sluice::core::model::object::Protocol;
+use sluice::core::policy::{DetectLocal, Masquerade, Policy};
+use sluice::tools::explain::{
+    Answer, Client, Manifests, Options, Question, Source, Verdict, explain,
+};
 use sluice_common::abi::socket_path;
 use sluice_lab::{Lab, Node, NodeOptions, PacketSocket, RpFilter, Running};
 

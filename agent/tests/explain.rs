@@ -13,8 +13,8 @@ use std::process::{Command, Output};
 use std::time::Instant;
 
 use serde_json::Value;
-use sluice::explain::{Client, Manifests, Options, Question, Verdict, Way, explain};
-use sluice::model::object::Protocol;
+use sluice::core::model::object::Protocol;
+use sluice::tools::explain::{Client, Manifests, Options, Question, Verdict, Way, explain};
 use sluice_common::abi::{Ipv4Address, Tuple, phase};
 
 /// Runs the binary in a folder.

@@ -24,7 +24,7 @@ use lab_support::{
     external_ip, number, pinned, skip, status, until, until_within, url, word,
 };
 use serde_json::Value;
-use sluice::agent::status::state_dir;
+use sluice::node::status::state_dir;
 use sluice_common::abi::{Flow, Ipv4Address, Tuple};
 use sluice_lab::{AgentOptions, Namespace, Node, Pod, Port, Service};
 

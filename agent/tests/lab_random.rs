@@ -26,11 +26,11 @@ use random::frame::{self, Seen};
 use random::scene::{self, CLUSTER_CIDRS, Ground, SERVICE_CIDRS, Scene};
 use random::{Dice, number_from};
 use serde_json::Value;
-use sluice::explain::{
+use sluice::core::model::object::Protocol;
+use sluice::core::policy::{DetectLocal, Masquerade, Policy};
+use sluice::tools::explain::{
     Answer, Client, Manifests, Options, Question, Source, Verdict, Way, explain,
 };
-use sluice::model::object::Protocol;
-use sluice::policy::{DetectLocal, Masquerade, Policy};
 use sluice_common::abi::socket_path;
 use sluice_lab::{Namespace, Node, PacketSocket};
 
@@ -381,7 +381,7 @@ impl Round<'_> {
 
     /// Whether a packet that nobody translates leaves by the uplink.
     fn is_routed(&self, question: &Question) -> bool {
-        use sluice::explain::Routing;
+        use sluice::tools::explain::Routing;
         let (_, routing) = self.manifests.world(question);
         let to = question.destination.ip();
         !routing.is_local(to) && !self.scene.is_near(to)

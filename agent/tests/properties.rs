@@ -6,15 +6,15 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
-use sluice::image::{
+use sluice::core::image::{
     CLASSES, Dataplane, FamilyImage, FamilyWrite, Faulty, Image, Memory, PERMITTED, Reconciler,
     SourceKey, Stack, Write, diff, node_port_bit,
 };
-use sluice::model::desired::PortKey;
-use sluice::model::object::{IpFamily, Protocol};
-use sluice::model::policy::Policies;
-use sluice::model::{Batch, Desired, DesiredBackend, DesiredPort, FrontendKind, ObjectName};
-use sluice::plan::{Plan, Sizes};
+use sluice::core::model::desired::PortKey;
+use sluice::core::model::object::{IpFamily, Protocol};
+use sluice::core::model::policy::Policies;
+use sluice::core::model::{Batch, Desired, DesiredBackend, DesiredPort, FrontendKind, ObjectName};
+use sluice::core::plan::{Plan, Sizes};
 use sluice_common::abi::{
     Backend, NAME_MAX, Name, NodeAddress, Range, Service, ServiceKey, ServicePort, backend,
     frontend, listing, node_address, policy,

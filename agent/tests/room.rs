@@ -7,14 +7,14 @@ use std::time::SystemTime;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use sluice::image::Image;
-use sluice::model::object::{
+use sluice::core::image::Image;
+use sluice::core::model::object::{
     Address, Endpoint, IpFamily, PortSpec, Protocol, ServiceSpec, Slice, SliceKind, SliceLabels,
     SlicePart, SlicePort,
 };
-use sluice::model::report::Flaw;
-use sluice::model::{Change, Desired, Event, Model, ObjectName, Settings, SourceId};
-use sluice::plan::{Plan, Sizes};
+use sluice::core::model::report::Flaw;
+use sluice::core::model::{Change, Desired, Event, Model, ObjectName, Settings, SourceId};
+use sluice::core::plan::{Plan, Sizes};
 use sluice_common::abi::ServiceKey;
 
 /// From changes to the maps' intended content.

@@ -18,12 +18,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use sluice::image::{CLASSES, Dataplane, Image, Memory, Stack, diff, node_port_bit};
-use sluice::model::object::Protocol;
-use sluice::model::{Change, Event, Model, Settings, SourceId};
-use sluice::plan::{Plan, Sizes};
-use sluice::policy::{ExternalIps, cidr};
-use sluice::source::manifests::Folder;
+use sluice::core::image::{CLASSES, Dataplane, Image, Memory, Stack, diff, node_port_bit};
+use sluice::core::model::object::Protocol;
+use sluice::core::model::{Change, Event, Model, Settings, SourceId};
+use sluice::core::plan::{Plan, Sizes};
+use sluice::core::policy::{ExternalIps, cidr};
+use sluice::daemon::source::manifests::Folder;
 use sluice_common::abi::{
     Class, Name, Origins, Range, ServicePort, backend, frontend, listing, node_address, policy,
 };

@@ -46,7 +46,8 @@ fn is_checked(file: &Path) -> bool {
     file.extension().is_some_and(|extension| extension == "rs" || extension == "md")
 }
 
-fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+/// Adds every file of a folder, and of those in it.
+pub(super) fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for entry in
         fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?
     {

@@ -1,0 +1,26 @@
+//! What a packet met at a hook, and what that was about.
+
+use sluice_common::abi::Class;
+use sluice_common::path::{Decision, Hook};
+
+use super::objects::Owner;
+use super::record::Asked;
+use super::world::Side;
+
+/// What a packet met at a hook.
+pub(super) struct Meeting<F: Side> {
+    pub(super) hook: Hook,
+    pub(super) ifindex: u32,
+    pub(super) decision: Decision<F>,
+    pub(super) asked: Vec<Asked<F>>,
+}
+
+/// What was asked for: the service port, and as what the client counts.
+#[derive(Clone, Debug)]
+pub(super) struct Target {
+    pub(super) owner: Owner,
+    pub(super) service_port: u32,
+    /// The kind of the frontend, one of [`sluice_common::abi::frontend`].
+    pub(super) kind: u32,
+    pub(super) class: Class,
+}
