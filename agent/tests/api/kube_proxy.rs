@@ -530,6 +530,8 @@ fn until_synced(space: &Space, field: &mut Field, round: u32) {
         from: Client::External,
         way: None,
         device: None,
+        length: None,
+        ttl: None,
     };
     wait_for("kube-proxy's rules", SYNC, || {
         // An answer is for one connection; the next one is another.

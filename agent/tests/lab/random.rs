@@ -533,7 +533,16 @@ impl Round<'_> {
                 };
                 let source = SocketAddr::new(own, 40_000);
                 let way = Some(Way::Socket);
-                let question = Question { protocol, source, destination, from, way, device: None };
+                let question = Question {
+                    protocol,
+                    source,
+                    destination,
+                    from,
+                    way,
+                    device: None,
+                    length: None,
+                    ttl: None,
+                };
                 let answer = self.ask(&question)?;
                 asked.push((question, answer));
             }

@@ -18,6 +18,7 @@ use sluice_common::engine::{self, tc::Packets};
 use sluice_common::event::{self, At};
 use sluice_common::family::lane;
 use sluice_common::packet::answer::Trouble;
+use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::checksum::Delta;
 use sluice_common::packet::header::Wire;
 use sluice_common::packet::parse::{self, Headers};
@@ -28,7 +29,6 @@ use sluice_common::path::{self, Decision, Hook, Step, partner_key};
 use sluice_common::tables::Routes;
 use sluice_common::{Packet, Reason, Tables, V4, V6};
 
-use super::bytes::Bytes;
 use super::case::{Case, Counted, End, Outcome, Program};
 use super::convert::{
     affinities, affinities_told, backend, datagrams, datagrams_told, entries, exhausted,
@@ -169,7 +169,7 @@ impl<F: Ip> FlowTable<F> for Memory<F> {
 /// A packet in memory, and the host that a case has it met on.
 struct Host<'c> {
     case: &'c Case,
-    packet: Bytes,
+    packet: Bytes<Vec<u8>>,
 }
 
 impl Packet for Host<'_> {
@@ -706,7 +706,7 @@ fn untouched(case: &Case) -> Outcome {
     }
 }
 
-fn run_family<F: Ip>(case: &Case, packet: Bytes, offset: u32, now: Ticks) -> Outcome {
+fn run_family<F: Ip>(case: &Case, packet: Bytes<Vec<u8>>, offset: u32, now: Ticks) -> Outcome {
     let Some(headers) = parse::headers::<F, _>(&packet, offset) else { return untouched(case) };
     let mut met = Met {
         host: Host { case, packet },

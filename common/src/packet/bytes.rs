@@ -1,36 +1,36 @@
 //! A packet in memory, for the path to read and rewrite.
 
-use sluice_common::Packet;
-use sluice_common::packet::checksum::Delta;
-use sluice_common::packet::crc32c;
-use sluice_common::packet::header::Wire;
-use sluice_common::packet::rewrite::{Checksum, Edit};
+use crate::packet::checksum::Delta;
+use crate::packet::crc32c;
+use crate::packet::header::Wire;
+use crate::packet::parse::Packet;
+use crate::packet::rewrite::{Checksum, Edit};
 
 /// A frame in memory.
 #[derive(Clone, Debug)]
-pub(crate) struct Bytes {
-    pub(crate) bytes: Vec<u8>,
-    /// The transport checksum is the pseudo-header's sum, the device does the rest.
-    pub(crate) partial: bool,
+pub struct Bytes<B> {
+    /// From its first header on.
+    pub bytes: B,
+    /// Whether its transport checksum is the pseudo-header's sum, and the device does the rest.
+    pub partial: bool,
 }
 
-impl Packet for Bytes {
+impl<B: AsRef<[u8]>> Packet for Bytes<B> {
     fn length(&self) -> u32 {
-        self.bytes.len() as u32
+        self.bytes.as_ref().len() as u32
     }
 
     fn read<T: Wire>(&self, offset: u32) -> Option<T> {
-        let bytes = self.bytes.get(offset as usize..)?.get(..size_of::<T>())?;
+        let bytes = self.bytes.as_ref().get(offset as usize..)?.get(..size_of::<T>())?;
         // SAFETY: the slice has the size of the type, and any bytes are a value of it.
         Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
     }
 }
 
-impl Edit for Bytes {
+impl<B: AsRef<[u8]> + AsMut<[u8]>> Edit for Bytes<B> {
     fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
-        let Some(bytes) =
-            self.bytes.get_mut(offset as usize..).and_then(|bytes| bytes.get_mut(..size_of::<T>()))
-        else {
+        let rest = self.bytes.as_mut().get_mut(offset as usize..);
+        let Some(bytes) = rest.and_then(|rest| rest.get_mut(..size_of::<T>())) else {
             return false;
         };
         // SAFETY: the slice has the size of the type, which has no padding.
