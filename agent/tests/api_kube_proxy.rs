@@ -39,12 +39,12 @@ use random::frame::{self, build};
 use random::scene::{CLUSTER_CIDRS, Ground, SERVICE_CIDRS, Scene};
 use random::{Dice, number_from};
 use serde_json::{Value, json};
-use sluice::core::model::object::Protocol;
-use sluice::core::policy::{DetectLocal, Masquerade, Policy};
 use sluice::tools::explain::{
     Answer, Client, Manifests, Options, Question, Source, Verdict, explain,
 };
 use sluice_common::abi::socket_path;
+use sluice_core::model::object::Protocol;
+use sluice_core::policy::{DetectLocal, Masquerade, Policy};
 use sluice_lab::{Lab, Node, NodeOptions, PacketSocket, RpFilter, Running};
 
 /// The name of the node.

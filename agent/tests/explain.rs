@@ -13,9 +13,9 @@ use std::process::{Command, Output};
 use std::time::Instant;
 
 use serde_json::Value;
-use sluice::core::model::object::Protocol;
 use sluice::tools::explain::{Client, Manifests, Options, Question, Verdict, Way, explain};
 use sluice_common::abi::{Ipv4Address, Tuple, phase};
+use sluice_core::model::object::Protocol;
 
 /// Runs the binary in a folder.
 fn sluice(folder: &Path, words: &[&str]) -> Output {

@@ -12,8 +12,8 @@ use lab_support::{
     DNS, DNS_TARGET, ECHO_TARGET, Pair, SOON, addresses_of_client, addresses_of_node,
     addresses_of_pod, cluster_ip, skip, until,
 };
-use sluice::core::model::object::IpFamily;
 use sluice::node::conntrack::{Cleaned, Told, UdpFrontends, clean, keep_clean};
+use sluice_core::model::object::IpFamily;
 use sluice_lab::{Lab, Namespace, Node, NodeOptions, Running, Serve};
 use tokio::sync::watch;
 

@@ -14,9 +14,6 @@ use tokio::sync::{mpsc, watch};
 use super::beside::Beside;
 use super::keeper::{Inputs, Keeper, Kept, OwnDevice, route_vips};
 use super::sync::Sync;
-use crate::core::cluster::{Adopted, Cluster, Programmed};
-use crate::core::model::{self, Event, Model, SourceId};
-use crate::core::policy::{Accelerate, Policy, SocketPath};
 use crate::daemon::monitor::metrics::Metrics;
 use crate::daemon::monitor::{self, Monitor, Progress};
 use crate::daemon::source::{Pulse, kubernetes, manifests};
@@ -34,6 +31,9 @@ use crate::node::status::{
     self, Invocation, PolicyStatus, SourceStatus, StateDir, Status, unix_seconds,
 };
 use crate::node::{host, ipsec, ports};
+use sluice_core::cluster::{Adopted, Cluster, Programmed};
+use sluice_core::model::{self, Event, Model, SourceId};
+use sluice_core::policy::{Accelerate, Policy, SocketPath};
 
 /// How long further changes are gathered before the plan hears of them.
 const GATHER: Duration = Duration::from_millis(3);

@@ -16,9 +16,9 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::core::model::object::ObjectName;
-use crate::core::model::report::{Flaw, Level, Report, Subject};
 use crate::daemon::health::{Failure, Failures};
+use sluice_core::model::object::ObjectName;
+use sluice_core::model::report::{Flaw, Level, Report, Subject};
 
 /// What has not lasted so long is not told: objects that belong together come one after another.
 const SETTLE: Duration = Duration::from_secs(2);

@@ -7,9 +7,6 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use super::sync::Sync;
-use crate::core::model::HealthCheck;
-use crate::core::model::object::ObjectName;
-use crate::core::policy::Policy;
 use crate::daemon::announce::{self, Announcements};
 use crate::daemon::health::{self, Addresses, Failures, Inputs};
 use crate::daemon::http::Room;
@@ -17,6 +14,9 @@ use crate::daemon::monitor::{self, Monitor, Progress};
 use crate::daemon::source::kubernetes::Events;
 use crate::node::conntrack::{self, UdpFrontends};
 use crate::node::devices::Survey;
+use sluice_core::model::HealthCheck;
+use sluice_core::model::object::ObjectName;
+use sluice_core::policy::Policy;
 
 /// The tasks' ends of the channels.
 #[derive(Debug)]

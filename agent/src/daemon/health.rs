@@ -17,10 +17,10 @@ use futures::FutureExt;
 use futures::future::ready;
 use tokio::sync::watch;
 
-use crate::core::model::HealthCheck;
-use crate::core::model::object::ObjectName;
 use crate::daemon::http::{Listener, Room};
 use answer::Answerer;
+use sluice_core::model::HealthCheck;
+use sluice_core::model::object::ObjectName;
 
 /// Waiting times between tries of what failed: doubled from the first to the last.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));

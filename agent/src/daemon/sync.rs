@@ -9,11 +9,6 @@ use sluice_common::abi::{backend, frontend};
 use sluice_common::{V4, V6};
 use tokio::time::Instant;
 
-use crate::core::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
-use crate::core::model::object::ObjectName;
-use crate::core::model::report::{Flaw, Level};
-use crate::core::model::{Event, HealthCheck, Model, SourceId};
-use crate::core::plan::{Plan, node_ports_of_bits};
 use crate::daemon::announce::{self, Announcements};
 use crate::daemon::health::Failures;
 use crate::daemon::monitor::metrics::Metrics;
@@ -21,6 +16,11 @@ use crate::node::conntrack::UdpFrontends;
 use crate::node::dataplane::{Kernel, Maps};
 use crate::node::devices::own::Vips as RoutedVips;
 use crate::node::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
+use sluice_core::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
+use sluice_core::model::object::ObjectName;
+use sluice_core::model::report::{Flaw, Level};
+use sluice_core::model::{Event, HealthCheck, Model, SourceId};
+use sluice_core::plan::{Plan, node_ports_of_bits};
 
 /// Waiting times between tries of writes that failed: doubled from the first to the last.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
@@ -259,7 +259,7 @@ impl Sync {
 
     /// The reports, for the status.
     pub(super) fn reports(&self) -> Vec<ReportStatus> {
-        let status = |report: &crate::core::model::report::Report| ReportStatus {
+        let status = |report: &sluice_core::model::report::Report| ReportStatus {
             level: match report.note.flaw.level() {
                 Level::Problem => "problem",
                 Level::Notice => "notice",

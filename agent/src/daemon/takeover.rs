@@ -35,14 +35,14 @@ use sluice_common::packet::header::protocol;
 use sluice_common::{V4, V6};
 use tokio::sync::watch;
 
-use crate::core::image::{Dataplane, Stack};
-use crate::core::model::object::IpFamily;
 use crate::node::conntrack::{self, End, Translated, translated};
 use crate::node::dataplane::{Access, Kernel, KernelStack, Maps};
 use crate::node::fragments::ticks as now;
 use crate::node::kube_proxy;
 use crate::node::kube_proxy::rules::{self, Found};
 use crate::node::status::{TakeoverStatus, unix_seconds};
+use sluice_core::image::{Dataplane, Stack};
+use sluice_core::model::object::IpFamily;
 use wish::Wish;
 
 /// The phase of a node that is released.

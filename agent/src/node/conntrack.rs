@@ -26,7 +26,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::core::model::object::IpFamily;
+use sluice_core::model::object::IpFamily;
 
 /// The shortest time between two looks at the table.
 const PERIOD: Duration = Duration::from_secs(1);

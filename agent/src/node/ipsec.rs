@@ -5,8 +5,8 @@ use std::io;
 
 use sluice_common::abi::networks;
 
-use crate::core::policy::Accelerate;
 use crate::node::dataplane::clsact::{F_ACK, Message, find, talk_to};
+use sluice_core::policy::Accelerate;
 
 /// `NETLINK_XFRM`.
 const XFRM: libc::c_int = 6;

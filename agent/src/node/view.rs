@@ -13,9 +13,9 @@ use sluice_common::abi::{
 };
 use sluice_common::{V4, V6};
 
-use crate::core::image::{Dataplane, Image, Stack};
-use crate::core::model::object::Protocol;
 use crate::node::dataplane::{Access, Error, Kernel, Maps, Pins};
+use sluice_core::image::{Dataplane, Image, Stack};
+use sluice_core::model::object::Protocol;
 
 /// Everything that is pinned, read once.
 #[derive(Debug)]

@@ -29,7 +29,6 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 
-use crate::core::policy::SocketPath;
 use crate::daemon::agent::{self, Ended, Options, Reload};
 use crate::daemon::log::{self, LogFormat};
 use crate::daemon::source::kubernetes;
@@ -45,6 +44,7 @@ use kube_proxy::{Expanded, expand};
 use monitor::MonitorArgs;
 use policy::PolicyArgs;
 use preflight::PreflightArgs;
+use sluice_core::policy::SocketPath;
 use table::Format;
 use takeover::{ReleaseArgs, TakeoverArgs};
 use top::TopArgs;

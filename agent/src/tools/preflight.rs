@@ -19,8 +19,6 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::core::policy::Accelerate;
-use crate::core::policy::SocketPath;
 use crate::node::dataplane::is_bpffs;
 use crate::node::dataplane::trial::Trial;
 use crate::node::devices::pattern::Patterns;
@@ -28,6 +26,8 @@ use crate::node::devices::watch;
 use crate::node::devices::{Rules, Survey, survey};
 use crate::node::{host, ports};
 use around::Skipped;
+use sluice_core::policy::Accelerate;
+use sluice_core::policy::SocketPath;
 
 /// What a check came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -11,8 +11,8 @@ use serde_json::ser::{PrettyFormatter, Serializer};
 use tokio::sync::watch;
 
 use super::IsHealthy;
-use crate::core::model::HealthCheck;
-use crate::core::model::object::ObjectName;
+use sluice_core::model::HealthCheck;
+use sluice_core::model::object::ObjectName;
 
 /// How much traffic the load balancer may send here, relative to other nodes.
 const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");

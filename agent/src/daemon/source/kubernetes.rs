@@ -29,9 +29,9 @@ use super::Pulse;
 use super::decode::{
     Decoder, HEADLESS_LABEL, Kind, Meta, PROXY_NAME_LABEL, TRIGGER_ANNOTATION, change,
 };
-use crate::core::model::object::ObjectName;
-use crate::core::model::report::{Flaw, Note, Subject};
-use crate::core::model::{Change, Event, SourceId};
+use sluice_core::model::object::ObjectName;
+use sluice_core::model::report::{Flaw, Note, Subject};
+use sluice_core::model::{Change, Event, SourceId};
 
 /// A watch ends and begins anew after this long; if then nothing comes for some seconds, the
 /// connection is taken for dead. A cut line is noticed within half a minute (see `connection`),

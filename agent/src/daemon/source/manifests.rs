@@ -18,8 +18,8 @@ use tokio::time::{Instant, timeout_at};
 pub use folder::Folder;
 
 use super::Pulse;
-use crate::core::model::report::{Flaw, Note, Subject};
-use crate::core::model::{Change, Event, SourceId};
+use sluice_core::model::report::{Flaw, Note, Subject};
+use sluice_core::model::{Change, Event, SourceId};
 
 /// How long the folder must be quiet before it is read: editors and `kubectl` write in several
 /// steps.

@@ -11,9 +11,9 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 use sluice_common::abi::{Affinity, AffinityKey, Name, TICK_SHIFT, Ticks};
 
-use crate::core::image::{Image, Stack};
 use crate::node::dataplane::{KernelStack, Maps, Visit};
 use crate::node::nft;
+use sluice_core::image::{Image, Stack};
 
 /// Where the kernel shows the lists of the `recent` match.
 const RECENT: &str = "/proc/net/xt_recent";

@@ -21,7 +21,7 @@ use rtnetlink::sys::protocols::NETLINK_NETFILTER;
 use rtnetlink::sys::{Socket, SocketAddr};
 
 use super::{Cleaned, End, Flow, Translated};
-use crate::core::model::object::IpFamily;
+use sluice_core::model::object::IpFamily;
 
 /// How many entries this network namespace has; it is there as soon as the kernel has conntrack.
 const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";

@@ -15,7 +15,7 @@ use super::bpf::Array;
 use super::error::Error;
 use super::maps::{Maps, TrieKey};
 use super::read::{FlowEntry, flows, previous_flows};
-use crate::core::image::{
+use sluice_core::image::{
     ApplyError, Dataplane, FamilyImage, FamilyWrite, Image, PERMITTED, ReadError, SourceKey, Stack,
     Write,
 };

@@ -11,7 +11,7 @@ use super::maps::{self, Access, Maps};
 use super::object;
 use super::pins::{Found, Pins, is_kept};
 use super::programs::{Loader, lift_memlock};
-use crate::core::image::{Dataplane, Image, diff};
+use sluice_core::image::{Dataplane, Image, diff};
 
 /// What loading gives.
 #[derive(Debug)]

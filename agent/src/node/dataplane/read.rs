@@ -11,9 +11,9 @@ use sluice_common::abi::{
 use super::bpf::Table;
 use super::error::Error;
 use super::maps::Maps;
-use crate::core::cluster::Programmed;
-use crate::core::image::Image;
-use crate::core::plan::Sizes;
+use sluice_core::cluster::Programmed;
+use sluice_core::image::Image;
+use sluice_core::plan::Sizes;
 
 /// A flow's entry and where it was found.
 #[derive(Clone, Copy, Debug)]

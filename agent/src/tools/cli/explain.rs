@@ -13,14 +13,14 @@ use super::flows::monotonic_ticks;
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
 use super::{NO_OBJECTS, Output, Usage};
-use crate::core::model::object::Protocol;
-use crate::core::policy::Policy;
-use crate::core::policy::SocketPath;
 use crate::node::status;
 use crate::node::view;
 use crate::tools::explain::{
     Answer, Client, Endpoint, Live, Manifests, Options, Question, Way, explain,
 };
+use sluice_core::model::object::Protocol;
+use sluice_core::policy::Policy;
+use sluice_core::policy::SocketPath;
 
 /// The words after `sluice explain`.
 #[derive(Debug, Args)]

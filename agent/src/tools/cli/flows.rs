@@ -9,9 +9,9 @@ use sluice_common::abi::{TICK_SHIFT, Tuple, flow, side, state};
 use sluice_common::{V4, V6};
 
 use super::table::{Format, Table, age, render};
-use crate::core::image::Stack;
 use crate::node::dataplane::{FlowEntry, KernelStack};
 use crate::node::view::{PortName, View, protocol};
+use sluice_core::image::Stack;
 
 /// A flow, seen from the client.
 #[derive(Clone, Debug, Serialize)]

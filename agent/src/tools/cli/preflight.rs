@@ -7,10 +7,10 @@ use clap::Args;
 
 use super::Output;
 use super::table::{Table, render};
-use crate::core::policy::Accelerate;
-use crate::core::policy::SocketPath;
 use crate::node::devices::pattern::Patterns;
 use crate::tools::preflight::{Options, Outcome, Report, Verdict, look};
+use sluice_core::policy::Accelerate;
+use sluice_core::policy::SocketPath;
 
 /// The words after `sluice preflight`.
 #[derive(Debug, Args)]

@@ -19,10 +19,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 use super::conntrack::time;
-use crate::core::model::object::Protocol;
 use crate::node::dataplane::{Events, Kernel, Pins, now_ns};
 use crate::node::view::{self, PortName};
 use crate::tools::trace::{Filter, Names, Told};
+use sluice_core::model::object::Protocol;
 
 /// How often the programs are told that somebody still listens: a third of what they count on.
 const RENEW: Duration = Duration::from_secs(1);

@@ -9,8 +9,8 @@ use serde::Serialize;
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
 use super::{NO_OBJECTS, Output, Usage};
-use crate::core::model::report::{Flaw, Level, Report};
 use crate::tools::explain::{Manifests, Options};
+use sluice_core::model::report::{Flaw, Level, Report};
 
 /// The words after `sluice validate`.
 #[derive(Debug, Args)]

@@ -16,8 +16,8 @@ use tokio::runtime::Runtime;
 use super::objects::Objects;
 use super::question::{Client, Question};
 use super::world::{Around, NamedDevice, Routing, World};
-use crate::core::image::Dataplane;
 use crate::node::dataplane::{Error, Kernel, KernelStack, Maps};
+use sluice_core::image::Dataplane;
 
 /// The kernel's own routing, asked by netlink.
 #[derive(Debug)]

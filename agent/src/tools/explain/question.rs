@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::core::model::object::Protocol;
+use sluice_core::model::object::Protocol;
 
 /// Who sends the packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

@@ -18,8 +18,8 @@ use super::question::{Client, Question, Way};
 use super::record::{Asked, Recorder};
 use super::story::{Story, kind_word};
 use super::world::{LOOPBACK, Routing, Seen, Side, World};
-use crate::core::image::Stack;
-use crate::core::model::object::Protocol;
+use sluice_core::image::Stack;
+use sluice_core::model::object::Protocol;
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]

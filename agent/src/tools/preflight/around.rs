@@ -6,8 +6,8 @@ use std::io;
 
 use super::early::{BRIDGE, Base, INET, IPV4, IPV6, NETDEV, Rule, Ruleset};
 use super::{Check, Outcome};
-use crate::core::policy::Accelerate;
 use crate::node::kube_proxy::rules::HOLDING;
+use sluice_core::policy::Accelerate;
 
 const NAME: &str = "accelerate";
 /// Rules of a chain that are told at most; the others are counted.

@@ -12,7 +12,6 @@ use rtnetlink::new_connection;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkXdp};
 
 use super::{Check, Outcome};
-use crate::core::policy::SocketPath;
 use crate::node::dataplane::Pins;
 use crate::node::dataplane::clsact::{self, Direction, F_DUMP, Message, find, talk_to, text};
 use crate::node::dataplane::trial::{
@@ -20,6 +19,7 @@ use crate::node::dataplane::trial::{
 };
 use crate::node::devices::{Facts, Survey};
 use crate::node::kube_proxy::{self, legacy::legacy_rules};
+use sluice_core::policy::SocketPath;
 
 /// Beginnings of chains' names that tell whose they are.
 const KUBE_PROXY: &str = "KUBE-SERVICES";

@@ -10,11 +10,11 @@ use serde::Deserialize as _;
 use serde_json::Value;
 
 use super::fresh;
-use crate::core::model::Change;
-use crate::core::model::object::ObjectName;
-use crate::core::model::report::{Flaw, Note, Subject};
 use crate::daemon::source::decode::{Decoder, Kind, Meta, Object, change};
 use crate::daemon::source::yaml::{Document, json, yaml};
+use sluice_core::model::Change;
+use sluice_core::model::object::ObjectName;
+use sluice_core::model::report::{Flaw, Note, Subject};
 
 /// Lists within lists are followed this deep.
 const DEPTH: usize = 4;
