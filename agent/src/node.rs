@@ -9,6 +9,7 @@ pub mod fragments;
 pub(crate) mod host;
 pub(crate) mod ipsec;
 pub(crate) mod kube_proxy;
+pub(crate) mod netlink;
 pub(crate) mod nft;
 pub mod ports;
 pub mod status;

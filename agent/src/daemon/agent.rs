@@ -8,6 +8,9 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use sluice_common::abi::{Settings, networks, phase};
+use sluice_core::cluster::{Adopted, Cluster, Programmed};
+use sluice_core::model::{self, Event, Model, SourceId};
+use sluice_core::policy::{Accelerate, Policy, SocketPath};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -31,9 +34,6 @@ use crate::node::status::{
     self, Invocation, PolicyStatus, SourceStatus, StateDir, Status, unix_seconds,
 };
 use crate::node::{host, ipsec, ports};
-use sluice_core::cluster::{Adopted, Cluster, Programmed};
-use sluice_core::model::{self, Event, Model, SourceId};
-use sluice_core::policy::{Accelerate, Policy, SocketPath};
 
 /// How long further changes are gathered before the plan hears of them.
 const GATHER: Duration = Duration::from_millis(3);

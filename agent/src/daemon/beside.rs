@@ -4,6 +4,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use sluice_core::model::HealthCheck;
+use sluice_core::model::object::ObjectName;
+use sluice_core::policy::Policy;
 use tokio::sync::watch;
 
 use super::sync::Sync;
@@ -14,9 +17,6 @@ use crate::daemon::monitor::{self, Monitor, Progress};
 use crate::daemon::source::kubernetes::Events;
 use crate::node::conntrack::{self, UdpFrontends};
 use crate::node::devices::Survey;
-use sluice_core::model::HealthCheck;
-use sluice_core::model::object::ObjectName;
-use sluice_core::policy::Policy;
 
 /// The tasks' ends of the channels.
 #[derive(Debug)]

@@ -15,12 +15,12 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::ready;
+use sluice_core::model::HealthCheck;
+use sluice_core::model::object::ObjectName;
 use tokio::sync::watch;
 
 use crate::daemon::http::{Listener, Room};
 use answer::Answerer;
-use sluice_core::model::HealthCheck;
-use sluice_core::model::object::ObjectName;
 
 /// Waiting times between tries of what failed: doubled from the first to the last.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));

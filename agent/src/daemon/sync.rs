@@ -7,6 +7,11 @@ use std::time::{Duration, SystemTime};
 
 use sluice_common::abi::{backend, frontend};
 use sluice_common::{V4, V6};
+use sluice_core::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
+use sluice_core::model::object::ObjectName;
+use sluice_core::model::report::{Flaw, Level};
+use sluice_core::model::{Event, HealthCheck, Model, SourceId};
+use sluice_core::plan::{Plan, node_ports_of_bits};
 use tokio::time::Instant;
 
 use crate::daemon::announce::{self, Announcements};
@@ -16,11 +21,6 @@ use crate::node::conntrack::UdpFrontends;
 use crate::node::dataplane::{Kernel, Maps};
 use crate::node::devices::own::Vips as RoutedVips;
 use crate::node::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
-use sluice_core::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
-use sluice_core::model::object::ObjectName;
-use sluice_core::model::report::{Flaw, Level};
-use sluice_core::model::{Event, HealthCheck, Model, SourceId};
-use sluice_core::plan::{Plan, node_ports_of_bits};
 
 /// Waiting times between tries of writes that failed: doubled from the first to the last.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));

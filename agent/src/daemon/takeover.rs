@@ -33,6 +33,8 @@ use anyhow::{Context, bail};
 use sluice_common::abi::{ServiceKey, Tuple, imported, phase};
 use sluice_common::packet::header::protocol;
 use sluice_common::{V4, V6};
+use sluice_core::image::{Dataplane, Stack};
+use sluice_core::model::object::IpFamily;
 use tokio::sync::watch;
 
 use crate::node::conntrack::{self, End, Translated, translated};
@@ -41,8 +43,6 @@ use crate::node::fragments::ticks as now;
 use crate::node::kube_proxy;
 use crate::node::kube_proxy::rules::{self, Found};
 use crate::node::status::{TakeoverStatus, unix_seconds};
-use sluice_core::image::{Dataplane, Stack};
-use sluice_core::model::object::IpFamily;
 use wish::Wish;
 
 /// The phase of a node that is released.

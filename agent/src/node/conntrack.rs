@@ -23,10 +23,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sluice_core::model::object::IpFamily;
 use tokio::sync::watch;
 use tokio::time::Instant;
-
-use sluice_core::model::object::IpFamily;
 
 /// The shortest time between two looks at the table.
 const PERIOD: Duration = Duration::from_secs(1);

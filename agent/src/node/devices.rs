@@ -15,10 +15,10 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use sluice_common::abi;
+use sluice_core::policy::{DetectLocal, Policy};
 
 use addresses::{PerFamily, is_global};
 use pattern::Patterns;
-use sluice_core::policy::{DetectLocal, Policy};
 
 /// Name of our own device.
 pub const OWN: &str = "sluice0";

@@ -12,10 +12,10 @@ use sluice_common::abi::{
     backend, frontend,
 };
 use sluice_common::{V4, V6};
-
-use crate::node::dataplane::{Access, Error, Kernel, Maps, Pins};
 use sluice_core::image::{Dataplane, Image, Stack};
 use sluice_core::model::object::Protocol;
+
+use crate::node::dataplane::{Access, Error, Kernel, Maps, Pins};
 
 /// Everything that is pinned, read once.
 #[derive(Debug)]

@@ -28,6 +28,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
+use sluice_core::policy::SocketPath;
 
 use crate::daemon::agent::{self, Ended, Options, Reload};
 use crate::daemon::log::{self, LogFormat};
@@ -44,7 +45,6 @@ use kube_proxy::{Expanded, expand};
 use monitor::MonitorArgs;
 use policy::PolicyArgs;
 use preflight::PreflightArgs;
-use sluice_core::policy::SocketPath;
 use table::Format;
 use takeover::{ReleaseArgs, TakeoverArgs};
 use top::TopArgs;

@@ -17,10 +17,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 use sluice_common::abi::{self, listing};
-
-use crate::node::dataplane::{Error, Kernel};
 use sluice_core::cluster::Programmed;
 use sluice_core::image::{Dataplane, Image};
+
+use crate::node::dataplane::{Error, Kernel};
 
 pub use wanted::{Inputs, Wanted, wanted};
 

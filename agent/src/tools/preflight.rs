@@ -18,6 +18,8 @@ pub(crate) mod traces;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use sluice_core::policy::Accelerate;
+use sluice_core::policy::SocketPath;
 
 use crate::node::dataplane::is_bpffs;
 use crate::node::dataplane::trial::Trial;
@@ -26,8 +28,6 @@ use crate::node::devices::watch;
 use crate::node::devices::{Rules, Survey, survey};
 use crate::node::{host, ports};
 use around::Skipped;
-use sluice_core::policy::Accelerate;
-use sluice_core::policy::SocketPath;
 
 /// What a check came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -1,7 +1,8 @@
 use std::time::SystemTime;
 
-use super::*;
 use sluice_core::model::report::Note;
+
+use super::*;
 
 fn report(name: &str, flaw: Flaw, field: &str, message: &str) -> Report {
     let subject = Subject::object("Service", &ObjectName::new("shop", name));

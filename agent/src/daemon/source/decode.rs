@@ -11,7 +11,6 @@ use ipnet::IpNet;
 use k8s_openapi::jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::Value;
-
 use sluice_core::model::Change;
 use sluice_core::model::object::{
     Address, Endpoint, IpFamily, Maker, NodeSpec, ObjectName, PortSpec, ServiceSpec, Slice,

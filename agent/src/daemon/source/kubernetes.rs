@@ -21,6 +21,9 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::utils::Backoff;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Config};
+use sluice_core::model::object::ObjectName;
+use sluice_core::model::report::{Flaw, Note, Subject};
+use sluice_core::model::{Change, Event, SourceId};
 use tokio::sync::mpsc;
 
 pub use events::Events;
@@ -29,9 +32,6 @@ use super::Pulse;
 use super::decode::{
     Decoder, HEADLESS_LABEL, Kind, Meta, PROXY_NAME_LABEL, TRIGGER_ANNOTATION, change,
 };
-use sluice_core::model::object::ObjectName;
-use sluice_core::model::report::{Flaw, Note, Subject};
-use sluice_core::model::{Change, Event, SourceId};
 
 /// A watch ends and begins anew after this long; if then nothing comes for some seconds, the
 /// connection is taken for dead. A cut line is noticed within half a minute (see `connection`),

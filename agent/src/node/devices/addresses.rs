@@ -4,8 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::{Facts, LinkAddress, OWN, Role, Rules};
 use sluice_core::policy::Policy;
+
+use super::{Facts, LinkAddress, OWN, Role, Rules};
 
 /// The device on which kube-proxy's ipvs mode keeps every VIP; it may outlive kube-proxy.
 const IPVS: &str = "kube-ipvs0";

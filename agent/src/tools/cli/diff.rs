@@ -13,6 +13,9 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Parser as _};
 use serde::Serialize;
+use sluice_core::image::Dataplane as _;
+use sluice_core::model::Event;
+use sluice_core::policy::SocketPath;
 
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
@@ -25,9 +28,6 @@ use crate::node::host;
 use crate::node::status::{self, StateDir, Status};
 use crate::node::view;
 use crate::tools::drift::{Difference, Inputs, State, Wanted, compare, wanted};
-use sluice_core::image::Dataplane as _;
-use sluice_core::model::Event;
-use sluice_core::policy::SocketPath;
 
 /// While an agent runs, objects and maps change: only what so many looks show in the same way is
 /// drift.

@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use serde::Serialize;
+use sluice_core::model::object::Protocol;
+use sluice_core::policy::Policy;
+use sluice_core::policy::SocketPath;
 
 use super::flows::monotonic_ticks;
 use super::policy::PolicyArgs;
@@ -18,9 +21,6 @@ use crate::node::view;
 use crate::tools::explain::{
     Answer, Client, Endpoint, Live, Manifests, Options, Question, Way, explain,
 };
-use sluice_core::model::object::Protocol;
-use sluice_core::policy::Policy;
-use sluice_core::policy::SocketPath;
 
 /// The words after `sluice explain`.
 #[derive(Debug, Args)]

@@ -7,11 +7,11 @@ use std::path::Path;
 use serde::Serialize;
 use sluice_common::abi::{TICK_SHIFT, Tuple, flow, side, state};
 use sluice_common::{V4, V6};
+use sluice_core::image::Stack;
 
 use super::table::{Format, Table, age, render};
 use crate::node::dataplane::{FlowEntry, KernelStack};
 use crate::node::view::{PortName, View, protocol};
-use sluice_core::image::Stack;
 
 /// A flow, seen from the client.
 #[derive(Clone, Debug, Serialize)]

@@ -7,7 +7,6 @@ use anyhow::{anyhow, bail};
 use clap::Args;
 use ipnet::IpNet;
 use sluice_common::abi::PREFIXES;
-
 use sluice_core::policy::{
     Accelerate, DetectLocal, ExternalIp, ExternalIps, Masquerade, NodePortAddresses, NodePorts,
     Policy, cidr,

@@ -4,13 +4,13 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use sluice_core::policy::Accelerate;
+use sluice_core::policy::SocketPath;
 
 use super::Output;
 use super::table::{Table, render};
 use crate::node::devices::pattern::Patterns;
 use crate::tools::preflight::{Options, Outcome, Report, Verdict, look};
-use sluice_core::policy::Accelerate;
-use sluice_core::policy::SocketPath;
 
 /// The words after `sluice preflight`.
 #[derive(Debug, Args)]

@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use sluice_common::Reason;
 use sluice_common::abi::Event;
 use sluice_common::event::{At, Fate, Kind};
+use sluice_core::model::object::Protocol;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -22,7 +23,6 @@ use super::conntrack::time;
 use crate::node::dataplane::{Events, Kernel, Pins, now_ns};
 use crate::node::view::{self, PortName};
 use crate::tools::trace::{Filter, Names, Told};
-use sluice_core::model::object::Protocol;
 
 /// How often the programs are told that somebody still listens: a third of what they count on.
 const RENEW: Duration = Duration::from_secs(1);

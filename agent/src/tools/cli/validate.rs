@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::Args;
 use serde::Serialize;
+use sluice_core::model::report::{Flaw, Level, Report};
 
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
 use super::{NO_OBJECTS, Output, Usage};
 use crate::tools::explain::{Manifests, Options};
-use sluice_core::model::report::{Flaw, Level, Report};
 
 /// The words after `sluice validate`.
 #[derive(Debug, Args)]

@@ -4,13 +4,13 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use sluice_common::abi::Range;
+use sluice_core::image::{Image, Write};
+use sluice_core::model::Event;
+use sluice_core::plan::Sizes;
 
 use super::*;
 use crate::daemon::source::manifests;
 use crate::node::devices::{Facts, Link, LinkAddress};
-use sluice_core::image::{Image, Write};
-use sluice_core::model::Event;
-use sluice_core::plan::Sizes;
 
 const WEB: &str = "\
 apiVersion: v1

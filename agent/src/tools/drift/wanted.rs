@@ -5,16 +5,16 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use sluice_common::abi;
-
-use super::State;
-use crate::node::devices::pattern::Patterns;
-use crate::node::devices::{Device, Facts, Role, Rules, Survey, survey};
 use sluice_core::cluster::{Adopted, Cluster};
 use sluice_core::image::Write;
 use sluice_core::model::report::{Flaw, Report};
 use sluice_core::model::{self, Change, Event, Model, SourceId};
 use sluice_core::plan::{Plan, Sizes};
 use sluice_core::policy::Policy;
+
+use super::State;
+use crate::node::devices::pattern::Patterns;
+use crate::node::devices::{Device, Facts, Role, Rules, Survey, survey};
 
 /// How the agent was started, or would be.
 #[derive(Clone, Debug, Default)]

@@ -11,13 +11,13 @@ use rtnetlink::packet_route::route::{RouteAttribute, RouteType};
 use rtnetlink::{Handle, RouteMessageBuilder, new_connection};
 use sluice_common::abi::{Networks, device};
 use sluice_common::{V4, V6};
+use sluice_core::image::Dataplane;
 use tokio::runtime::Runtime;
 
 use super::objects::Objects;
 use super::question::{Client, Question};
 use super::world::{Around, NamedDevice, Routing, World};
 use crate::node::dataplane::{Error, Kernel, KernelStack, Maps};
-use sluice_core::image::Dataplane;
 
 /// The kernel's own routing, asked by netlink.
 #[derive(Debug)]

@@ -7,7 +7,6 @@
 use std::net::IpAddr;
 
 use sluice_common::abi::{Class, Name, frontend};
-
 use sluice_core::model::object::{Address, Endpoint, ServiceSpec, Slice, SliceKind, SlicePart};
 use sluice_core::model::{Model, ObjectName, SliceKey};
 

@@ -8,13 +8,13 @@ use std::{fs, io};
 
 use serde::Deserialize as _;
 use serde_json::Value;
+use sluice_core::model::Change;
+use sluice_core::model::object::ObjectName;
+use sluice_core::model::report::{Flaw, Note, Subject};
 
 use super::fresh;
 use crate::daemon::source::decode::{Decoder, Kind, Meta, Object, change};
 use crate::daemon::source::yaml::{Document, json, yaml};
-use sluice_core::model::Change;
-use sluice_core::model::object::ObjectName;
-use sluice_core::model::report::{Flaw, Note, Subject};
 
 /// Lists within lists are followed this deep.
 const DEPTH: usize = 4;
