@@ -42,6 +42,7 @@ use crate::node::dataplane::{Access, Kernel, KernelStack, Maps};
 use crate::node::fragments::ticks as now;
 use crate::node::kube_proxy;
 use crate::node::kube_proxy::rules::{self, Found};
+use crate::node::publish::publish_part;
 use crate::node::status::{TakeoverStatus, unix_seconds};
 use wish::Wish;
 
@@ -273,11 +274,9 @@ impl Walker {
     }
 
     fn tell(&self, change: impl FnOnce(&mut TakeoverStatus)) {
-        let _ = self.told.send_if_modified(|told| {
-            let before = told.status.clone();
-            change(&mut told.status);
-            told.status != before
-        });
+        let mut status = self.told.borrow().status.clone();
+        change(&mut status);
+        let _ = publish_part(&self.told, |told| &mut told.status, status);
     }
 
     fn phase(&self) -> u32 {
@@ -286,7 +285,7 @@ impl Walker {
 
     /// Has the programs told a phase, and waits until they are.
     fn enter(&self, word: u32) -> anyhow::Result<()> {
-        let _ = self.told.send_if_modified(|told| std::mem::replace(&mut told.phase, word) != word);
+        let _ = publish_part(&self.told, |told| &mut told.phase, word);
         self.wait("the programs to be told", || *self.written.borrow() == word)
     }
 
