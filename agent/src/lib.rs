@@ -7,14 +7,14 @@
 //!  source    model     plan (pure)        dataplane
 //! ```
 //!
-//! The modules are in four wings. Each uses only itself and those to its right, which
-//! `cargo xtask lint` checks:
+//! `model`, `plan` and `image` are a crate of their own, `sluice_core`. The modules here are in
+//! three wings above it. Each uses only itself and those to its right, which `cargo xtask lint`
+//! checks:
 //!
 //! ```text
 //! tools -> daemon -> node -> core
 //! ```
 
-pub mod core;
 pub mod daemon;
 pub mod node;
 pub mod tools;

@@ -8,15 +8,15 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use sluice_common::abi::{Settings, networks, phase};
+use sluice_core::cluster::{Adopted, Cluster, Programmed};
+use sluice_core::model::{self, Event, Model, SourceId};
+use sluice_core::policy::{Accelerate, Policy, SocketPath};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use super::beside::Beside;
 use super::keeper::{Inputs, Keeper, Kept, OwnDevice, route_vips};
 use super::sync::Sync;
-use crate::core::cluster::{Adopted, Cluster, Programmed};
-use crate::core::model::{self, Event, Model, SourceId};
-use crate::core::policy::{Accelerate, Policy, SocketPath};
 use crate::daemon::monitor::metrics::Metrics;
 use crate::daemon::monitor::{self, Monitor, Progress};
 use crate::daemon::source::{Pulse, kubernetes, manifests};
@@ -30,6 +30,7 @@ use crate::node::devices::pattern::Patterns;
 use crate::node::devices::watch::{Watched, watch as watch_devices};
 use crate::node::devices::{Rules, loopback};
 use crate::node::fragments;
+use crate::node::publish::{publish, publish_part};
 use crate::node::status::{
     self, Invocation, PolicyStatus, SourceStatus, StateDir, Status, unix_seconds,
 };
@@ -558,13 +559,8 @@ impl Agent {
                 self.cluster.is_leaving(),
             );
             let is_attached = self.is_attached();
-            let _ = self
-                .takeover
-                .ready
-                .send_if_modified(|before| std::mem::replace(before, is_attached) != is_attached);
-            let filled = self.sync.is_filled();
-            let _ =
-                self.filled.send_if_modified(|before| std::mem::replace(before, filled) != filled);
+            let _ = publish(&self.takeover.ready, is_attached);
+            let _ = publish(&self.filled, self.sync.is_filled());
             if self.is_ready() != self.status.ready {
                 self.tell();
             }
@@ -616,9 +612,7 @@ impl Agent {
     fn follow_cluster(&mut self) {
         let node = self.cluster.node_addresses();
         let policy = self.rules.borrow().policy.clone();
-        let _ = self
-            .rules
-            .send_if_modified(|rules| std::mem::replace(&mut rules.node, node.clone()) != node);
+        let _ = publish_part(&self.rules, |rules| &mut rules.node, node);
         let (told, surplus) = self.cluster.tell(&policy, self.settings);
         if self.told == Some(told) {
             let _ = self.takeover.written.send_replace(told.settings.phase);
@@ -635,11 +629,7 @@ impl Agent {
             Ok(()) => {
                 let _ = self.takeover.written.send_replace(told.settings.phase);
                 let networks = told.service_networks();
-                let _ = self.routable.send_if_modified(|routable| {
-                    let modified = routable.networks != networks;
-                    routable.networks = networks;
-                    modified
-                });
+                let _ = publish_part(&self.routable, |all| &mut all.networks, networks);
                 Some(told)
             }
             Err(error) => {

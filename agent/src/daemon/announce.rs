@@ -13,11 +13,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sluice_core::model::object::ObjectName;
+use sluice_core::model::report::{Flaw, Level, Report, Subject};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::core::model::object::ObjectName;
-use crate::core::model::report::{Flaw, Level, Report, Subject};
 use crate::daemon::health::{Failure, Failures};
 
 /// What has not lasted so long is not told: objects that belong together come one after another.

@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use sluice_core::model::HealthCheck;
+use sluice_core::model::object::ObjectName;
+use sluice_core::policy::Policy;
 use tokio::sync::watch;
 
 use super::sync::Sync;
-use crate::core::model::HealthCheck;
-use crate::core::model::object::ObjectName;
-use crate::core::policy::Policy;
 use crate::daemon::announce::{self, Announcements};
 use crate::daemon::health::{self, Addresses, Failures, Inputs};
 use crate::daemon::http::Room;
@@ -17,6 +17,7 @@ use crate::daemon::monitor::{self, Monitor, Progress};
 use crate::daemon::source::kubernetes::Events;
 use crate::node::conntrack::{self, UdpFrontends};
 use crate::node::devices::Survey;
+use crate::node::publish::publish;
 
 /// The tasks' ends of the channels.
 #[derive(Debug)]
@@ -81,13 +82,7 @@ impl Beside {
     pub(super) fn announce(&self, sync: &Sync, node: &str) {
         let Some(sender) = &self.announcements else { return };
         let now = sync.announcements(node, &self.failures.borrow());
-        let _ = sender.send_if_modified(|before| {
-            let modified = **before != now;
-            if modified {
-                *before = Arc::new(now);
-            }
-            modified
-        });
+        let _ = publish(sender, Arc::new(now));
     }
 
     /// Tells the tasks what the maps' loop has come to.
@@ -97,24 +92,16 @@ impl Beside {
         if !settled {
             return;
         }
-        let _ = self.checks.send_if_modified(|checks| {
-            let modified = checks != sync.health_checks();
-            if modified {
-                checks.clone_from(sync.health_checks());
-            }
-            modified
-        });
+        if *self.checks.borrow() != *sync.health_checks() {
+            let _ = self.checks.send_replace(sync.health_checks().clone());
+        }
         let addresses = if policy.node_ports.includes_all() {
             Addresses::All
         } else {
             let serving = survey.addresses.iter().filter(|(_, serves)| **serves);
             Addresses::Listed(serving.map(|(address, _)| *address).collect())
         };
-        let _ = self.addresses.send_if_modified(|before| {
-            let modified = *before != addresses;
-            *before = addresses;
-            modified
-        });
+        let _ = publish(&self.addresses, addresses);
         if let Some(frontends) = sync.take_udp_frontends() {
             let _ = self.frontends.send_replace(Arc::new(frontends));
         }

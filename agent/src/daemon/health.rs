@@ -15,15 +15,17 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::ready;
+use sluice_core::model::HealthCheck;
+use sluice_core::model::object::ObjectName;
 use tokio::sync::watch;
 
-use crate::core::model::HealthCheck;
-use crate::core::model::object::ObjectName;
 use crate::daemon::http::{Listener, Room};
+use crate::node::backoff::Backoff;
+use crate::node::publish::publish;
 use answer::Answerer;
 
-/// Waiting times between tries of what failed: doubled from the first to the last.
-const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// Waiting times between tries of what failed.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
 
 /// Where health checks are answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,7 +125,7 @@ fn plan(
 pub async fn serve(mut inputs: Inputs, told: watch::Sender<Failures>) {
     let answerer = Answerer::new(inputs.checks.clone(), inputs.is_healthy);
     let mut open: BTreeMap<SocketAddr, (ObjectName, Listener)> = BTreeMap::new();
-    let mut wait = RETRY.0;
+    let mut retry = RETRY;
     loop {
         let addresses = inputs.addresses.borrow_and_update().to_listen_on();
         let (wanted, mut failures) = plan(&inputs.checks.borrow_and_update(), &addresses);
@@ -153,22 +155,19 @@ pub async fn serve(mut inputs: Inputs, told: watch::Sender<Failures>) {
                 }
             }
         }
-        let _ = told.send_if_modified(|before| {
-            log(before, &failures);
-            let modified = *before != failures;
-            *before = failures;
-            modified
-        });
+        log(&told.borrow(), &failures);
+        let _ = publish(&told, failures);
+        let wait = if again { retry.failed() } else { Duration::ZERO };
         let changed = tokio::select! {
             changed = inputs.checks.changed() => Some(changed.is_ok()),
             changed = inputs.addresses.changed() => Some(changed.is_ok()),
             () = tokio::time::sleep(wait), if again => None,
         };
-        wait = match changed {
+        match changed {
             Some(false) => break,
-            Some(true) => RETRY.0,
-            None => (wait * 2).min(RETRY.1),
-        };
+            Some(true) => retry.reset(),
+            None => {}
+        }
     }
     for (_, listener) in open.into_values() {
         listener.close().await;

@@ -12,14 +12,16 @@ use std::time::Duration;
 use sluice_common::abi::{self, previous::Round};
 use tokio::sync::watch;
 
+use crate::node::backoff::Backoff;
 use crate::node::dataplane::{Attached, Error, Hooks, RouteMtus, Target};
 use crate::node::devices::own::{OwnRoutes, Place, Routable};
 use crate::node::devices::watch::Watched;
 use crate::node::devices::{Device, OWN, Role, Survey};
+use crate::node::publish::publish;
 use crate::node::status::{DeviceStatus, SocketPathStatus};
 
-/// Waiting times between tries of what failed: doubled from the first to the last.
-const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// Waiting times between tries of what failed.
+const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
 
 /// The shortest time between two looks at all routes: pods that come and go change them all the
 /// time.
@@ -74,7 +76,7 @@ pub async fn route_vips(
     mut watched: watch::Receiver<Watched>,
     told: watch::Sender<Option<String>>,
 ) {
-    let mut wait = RETRY.0;
+    let mut retry = RETRY;
     let mut seen = 0;
     let mut place = Place::default();
     let mut looked = tokio::time::Instant::now();
@@ -105,9 +107,13 @@ pub async fn route_vips(
             problem = problem.or(mtus.write(found).err().map(untold));
         }
         let failed = problem.is_some();
-        let _ = told.send_if_modified(|told| std::mem::replace(told, problem.clone()) != problem);
-        wait = if failed { (wait * 2).min(RETRY.1) } else { RETRY.0 };
-        let pause = if failed { wait } else { ROUTES_PERIOD.saturating_sub(looked.elapsed()) };
+        let _ = publish(&told, problem);
+        let pause = if failed {
+            retry.failed()
+        } else {
+            retry.reset();
+            ROUTES_PERIOD.saturating_sub(looked.elapsed())
+        };
         let ended = tokio::select! {
             changed = routable.changed() => changed.is_err(),
             changed = watched.changed(), if routes == seen => changed.is_err(),
@@ -188,7 +194,7 @@ impl Keeper {
         if inputs.filled.wait_for(|filled| *filled).await.is_err() {
             return;
         }
-        let mut wait = RETRY.0;
+        let mut retry = RETRY;
         loop {
             let watched = inputs.watched.borrow_and_update().clone();
             let mut kept = tokio::task::block_in_place(|| self.pass(&watched));
@@ -197,13 +203,12 @@ impl Keeper {
                 kept.problem = Some(problem);
             }
             let complete = kept.complete;
-            let _ = told.send_if_modified(|told| {
-                log_problems(told, &kept);
-                let modified = *told != kept;
-                *told = kept;
-                modified
-            });
-            wait = if complete { RETRY.0 } else { (wait * 2).min(RETRY.1) };
+            log_problems(&told.borrow(), &kept);
+            let _ = publish(&told, kept);
+            if complete {
+                retry.reset();
+            }
+            let wait = if complete { Duration::ZERO } else { retry.failed() };
             let ended = tokio::select! {
                 changed = inputs.watched.changed() => changed.is_err(),
                 changed = inputs.routing.changed() => changed.is_err(),

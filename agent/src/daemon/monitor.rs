@@ -28,13 +28,15 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::daemon::http::{Handler, Listener, Room};
+use crate::node::backoff::Backoff;
+use crate::node::publish::publish;
 use metrics::Metrics;
 
 /// A change that has been waiting for so long makes the proxy unhealthy: kube-proxy's two sync
 /// periods.
 const OVERDUE: Duration = Duration::from_mins(1);
-/// Waiting times between tries to listen: doubled from the first to the last.
-const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// Waiting times between tries to listen.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
 
 /// Where monitoring is answered; nowhere if empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -284,7 +286,7 @@ pub(crate) async fn serve(
         .chain(addresses.metrics.into_iter().map(|at| (at, monitor.metrics_handler())))
         .collect();
     let mut open = Vec::new();
-    let mut wait = RETRY.0;
+    let mut retry = RETRY;
     loop {
         let mut problems = Vec::new();
         closed.retain(|(at, handler)| {
@@ -301,19 +303,14 @@ pub(crate) async fn serve(
                 }
             }
         });
-        let _ = told.send_if_modified(|before| {
-            for problem in problems.iter().filter(|problem| !before.contains(problem)) {
-                tracing::warn!("{problem}; trying again");
-            }
-            let modified = *before != problems;
-            *before = problems;
-            modified
-        });
+        for problem in problems.iter().filter(|problem| !told.borrow().contains(problem)) {
+            tracing::warn!("{problem}; trying again");
+        }
+        let _ = publish(&told, problems);
         if closed.is_empty() {
             break;
         }
-        tokio::time::sleep(wait).await;
-        wait = (wait * 2).min(RETRY.1);
+        tokio::time::sleep(retry.failed()).await;
     }
     // The listeners live as long as whoever reads what is told.
     told.closed().await;

@@ -7,23 +7,24 @@ use std::time::{Duration, SystemTime};
 
 use sluice_common::abi::{backend, frontend};
 use sluice_common::{V4, V6};
+use sluice_core::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
+use sluice_core::model::object::ObjectName;
+use sluice_core::model::report::{Flaw, Level};
+use sluice_core::model::{Event, HealthCheck, Model, SourceId};
+use sluice_core::plan::{Plan, node_ports_of_bits};
 use tokio::time::Instant;
 
-use crate::core::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
-use crate::core::model::object::ObjectName;
-use crate::core::model::report::{Flaw, Level};
-use crate::core::model::{Event, HealthCheck, Model, SourceId};
-use crate::core::plan::{Plan, node_ports_of_bits};
 use crate::daemon::announce::{self, Announcements};
 use crate::daemon::health::Failures;
 use crate::daemon::monitor::metrics::Metrics;
+use crate::node::backoff::Backoff;
 use crate::node::conntrack::UdpFrontends;
 use crate::node::dataplane::{Kernel, Maps};
 use crate::node::devices::own::Vips as RoutedVips;
 use crate::node::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
 
-/// Waiting times between tries of writes that failed: doubled from the first to the last.
-const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+/// Waiting times between tries of writes that failed.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
 /// After so many failures in a row the maps are read again and the difference is written.
 const RESYNC_AFTER: u32 = 4;
 
@@ -42,6 +43,7 @@ pub(super) struct Sync {
     node_ports: Option<BTreeMap<u32, u64>>,
     failures: u32,
     failing: Option<String>,
+    retry: Backoff,
     retry_at: Option<Instant>,
     last: Option<SyncStatus>,
     /// The reports that have been logged.
@@ -71,6 +73,7 @@ impl Sync {
             node_ports: None,
             failures: 0,
             failing: None,
+            retry: RETRY,
             retry_at: None,
             last: None,
             logged: BTreeSet::new(),
@@ -139,6 +142,7 @@ impl Sync {
                     tracing::info!("the maps can be written again");
                 }
                 self.failures = 0;
+                self.retry.reset();
                 self.retry_at = None;
                 let took = begun.elapsed();
                 self.metrics.wrote(took);
@@ -155,8 +159,7 @@ impl Sync {
                 self.metrics.failed();
                 self.failing = Some(text);
                 self.failures += 1;
-                let wait = RETRY.0.saturating_mul(1 << self.failures.min(10)).min(RETRY.1);
-                self.retry_at = Some(Instant::now() + wait);
+                self.retry_at = Some(Instant::now() + self.retry.failed());
                 if self.failures.is_multiple_of(RESYNC_AFTER)
                     && let Err(error) = self.reconciler.resync(self.plan.image())
                 {
@@ -259,7 +262,7 @@ impl Sync {
 
     /// The reports, for the status.
     pub(super) fn reports(&self) -> Vec<ReportStatus> {
-        let status = |report: &crate::core::model::report::Report| ReportStatus {
+        let status = |report: &sluice_core::model::report::Report| ReportStatus {
             level: match report.note.flaw.level() {
                 Level::Problem => "problem",
                 Level::Notice => "notice",

@@ -33,15 +33,16 @@ use anyhow::{Context, bail};
 use sluice_common::abi::{ServiceKey, Tuple, imported, phase};
 use sluice_common::packet::header::protocol;
 use sluice_common::{V4, V6};
+use sluice_core::image::{Dataplane, Stack};
+use sluice_core::model::object::IpFamily;
 use tokio::sync::watch;
 
-use crate::core::image::{Dataplane, Stack};
-use crate::core::model::object::IpFamily;
 use crate::node::conntrack::{self, End, Translated, translated};
 use crate::node::dataplane::{Access, Kernel, KernelStack, Maps};
 use crate::node::fragments::ticks as now;
 use crate::node::kube_proxy;
 use crate::node::kube_proxy::rules::{self, Found};
+use crate::node::publish::publish_part;
 use crate::node::status::{TakeoverStatus, unix_seconds};
 use wish::Wish;
 
@@ -273,11 +274,9 @@ impl Walker {
     }
 
     fn tell(&self, change: impl FnOnce(&mut TakeoverStatus)) {
-        let _ = self.told.send_if_modified(|told| {
-            let before = told.status.clone();
-            change(&mut told.status);
-            told.status != before
-        });
+        let mut status = self.told.borrow().status.clone();
+        change(&mut status);
+        let _ = publish_part(&self.told, |told| &mut told.status, status);
     }
 
     fn phase(&self) -> u32 {
@@ -286,7 +285,7 @@ impl Walker {
 
     /// Has the programs told a phase, and waits until they are.
     fn enter(&self, word: u32) -> anyhow::Result<()> {
-        let _ = self.told.send_if_modified(|told| std::mem::replace(&mut told.phase, word) != word);
+        let _ = publish_part(&self.told, |told| &mut told.phase, word);
         self.wait("the programs to be told", || *self.written.borrow() == word)
     }
 

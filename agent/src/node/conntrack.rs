@@ -23,18 +23,19 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sluice_core::model::object::IpFamily;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::core::model::object::IpFamily;
+use crate::node::backoff::Backoff;
 
 /// The shortest time between two looks at the table.
 const PERIOD: Duration = Duration::from_secs(1);
 /// A look is followed by so many times as long without one: a large table takes no more than a
 /// twentieth of one CPU.
 const REST: u32 = 20;
-/// Waiting times between tries of what failed: doubled from the first to the last.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(1));
+/// Waiting times between tries of what failed.
+const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_mins(1));
 
 /// Address and port.
 pub type End = (IpAddr, u16);
@@ -195,7 +196,7 @@ pub async fn keep_clean(
     told: watch::Sender<Told>,
 ) {
     let mut before = Arc::<UdpFrontends>::default();
-    let mut wait = RETRY.0;
+    let mut retry = RETRY;
     loop {
         let now = frontends.borrow_and_update().clone();
         if now != before {
@@ -210,11 +211,11 @@ pub async fn keep_clean(
             let failed = results.iter().any(Result::is_err);
             tell(&told, results, started.elapsed());
             if failed {
-                tokio::time::sleep(wait).await;
-                wait = (wait * 2).min(RETRY.1);
+                tokio::time::sleep(retry.failed()).await;
                 continue;
             }
-            (before, wait) = (now, RETRY.0);
+            before = now;
+            retry.reset();
             tokio::time::sleep(PERIOD.max(started.elapsed() * REST)).await;
         }
         if frontends.changed().await.is_err() {

@@ -15,8 +15,8 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use sluice_common::abi;
+use sluice_core::policy::{DetectLocal, Policy};
 
-use crate::core::policy::{DetectLocal, Policy};
 use addresses::{PerFamily, is_global};
 use pattern::Patterns;
 

@@ -4,12 +4,10 @@
 use std::io;
 
 use sluice_common::abi::networks;
+use sluice_core::policy::Accelerate;
 
-use crate::core::policy::Accelerate;
-use crate::node::dataplane::clsact::{F_ACK, Message, find, talk_to};
+use crate::node::netlink::{self, Attributes, NETLINK_XFRM, NLM_F_ACK, find};
 
-/// `NETLINK_XFRM`.
-const XFRM: libc::c_int = 6;
 /// `XFRM_MSG_GETSPDINFO`.
 const GET_POLICY_INFO: u16 = 0x25;
 /// `XFRMA_SPD_INFO`: `struct xfrmu_spdinfo`, which begins with how many policies there are inwards,
@@ -35,10 +33,12 @@ pub(crate) fn bit(accelerate: Accelerate) -> u32 {
 
 /// How many policies there are, but for those of single sockets.
 fn policies() -> io::Result<u32> {
-    let message = Message::plain(GET_POLICY_INFO, F_ACK, &u32::MAX.to_ne_bytes());
+    let fixed = u32::MAX.to_ne_bytes();
+    let message = netlink::message(GET_POLICY_INFO, NLM_F_ACK, &fixed, &Attributes::default());
     let mut count = 0;
-    let asked =
-        talk_to(XFRM, message, |payload| count += counted(payload.get(4..).unwrap_or_default()));
+    let asked = netlink::ask(NETLINK_XFRM, &message, |payload| {
+        count += counted(payload.get(4..).unwrap_or_default());
+    });
     match asked {
         // A kernel without IPsec, or without anybody who has loaded its interface.
         Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => Ok(0),

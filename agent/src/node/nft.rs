@@ -1,37 +1,40 @@
-//! nf_tables by netlink: listings, and batches that the kernel takes whole or not at all. The
-//! node's image has no `nft`.
+//! nf_tables by netlink: the only lister of tables, chains, rules and sets, and batches that the
+//! kernel takes whole or not at all. The node's image has no `nft`.
+
+pub(crate) mod attribute;
+mod batch;
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use crate::node::dataplane::clsact::{F_DUMP, Message, attributes, find, half, talk_to, text};
+use self::attribute::{
+    chain, data, element, elements as element_list, expression, hook, immediate, message, rule,
+    set, table, verdict,
+};
+use super::netlink::{self, Attributes, NETLINK_NETFILTER, NLM_F_DUMP, attributes, find, text};
+pub(crate) use batch::Batch;
 
 /// `NFNL_SUBSYS_NFTABLES`.
 const SUBSYSTEM: u16 = 10;
-const BATCH_BEGIN: u16 = 0x10;
-const BATCH_END: u16 = 0x11;
-const F_CREATE: u16 = 0x400;
-const NLMSG_ERROR: u16 = 2;
-const NESTED: u16 = 0x8000;
-/// `NFTA_LIST_ELEM`.
-const ELEMENT: u16 = 1;
-/// Room for a batch on its way to the kernel, bytes: a chain is about 60, and a large cluster has
-/// some 100 000.
-const SEND_BUFFER: libc::c_int = 64 << 20;
 
-/// `NFPROTO_*`: which packets a table is for.
+/// `NFPROTO_*`: which packets a table is for. Those of ARP are left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Family {
     Inet,
     Ip,
+    Netdev,
+    Bridge,
     Ip6,
 }
 
 impl Family {
+    const ALL: [Self; 5] = [Self::Inet, Self::Ip, Self::Netdev, Self::Bridge, Self::Ip6];
+
     fn number(self) -> u8 {
         match self {
             Self::Inet => 1,
             Self::Ip => 2,
+            Self::Netdev => 5,
+            Self::Bridge => 7,
             Self::Ip6 => 10,
         }
     }
@@ -41,12 +44,19 @@ impl Family {
         match self {
             Self::Inet => "inet",
             Self::Ip => "ip",
+            Self::Netdev => "netdev",
+            Self::Bridge => "bridge",
             Self::Ip6 => "ip6",
         }
     }
 
+    /// Whether it is for packets of IP at the hooks of the stack.
+    pub(crate) fn is_ip(self) -> bool {
+        matches!(self, Self::Inet | Self::Ip | Self::Ip6)
+    }
+
     fn of(number: u8) -> Option<Self> {
-        [Self::Inet, Self::Ip, Self::Ip6].into_iter().find(|family| family.number() == number)
+        Self::ALL.into_iter().find(|family| family.number() == number)
     }
 
     /// `struct nfgenmsg`.
@@ -67,8 +77,43 @@ pub(crate) struct Table {
 pub(crate) struct Chain {
     pub(crate) table: Table,
     pub(crate) name: String,
-    /// Whether a hook leads there.
-    pub(crate) is_base: bool,
+    /// Where a hook leads there.
+    pub(crate) base: Option<Base>,
+}
+
+/// Where a hook leads to a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Base {
+    /// The hook's number, in the table's family.
+    pub(crate) hook: u32,
+    pub(crate) priority: i32,
+    /// Whether what no rule decides about is dropped.
+    pub(crate) drops: bool,
+}
+
+/// A rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Rule {
+    pub(crate) chain: String,
+    pub(crate) handle: u64,
+    expressions: Vec<u8>,
+}
+
+/// A part of a rule.
+#[derive(Clone, Debug)]
+pub(crate) struct Expression<'r> {
+    /// `cmp`, `lookup`, ...
+    pub(crate) name: String,
+    data: &'r [u8],
+}
+
+/// What an expression decides.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    /// `NF_*` or `NFT_*`.
+    pub(crate) code: Option<i32>,
+    /// The chain that it leads to.
+    pub(crate) chain: Option<String>,
 }
 
 /// A rule that leads to another chain.
@@ -80,7 +125,7 @@ pub(crate) struct Jump {
     pub(crate) to: String,
 }
 
-/// An element of a set of addresses.
+/// An element of a set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Element {
     pub(crate) key: Vec<u8>,
@@ -88,18 +133,69 @@ pub(crate) struct Element {
     pub(crate) expires_ms: Option<u64>,
 }
 
+impl Rule {
+    /// Its parts, in order.
+    pub(crate) fn expressions(&self) -> impl Iterator<Item = Expression<'_>> {
+        attributes(&self.expressions).filter_map(|(_, one)| {
+            let data = find(one, expression::DATA)?;
+            Some(Expression { name: text(find(one, expression::NAME)), data })
+        })
+    }
+
+    /// The chain that it leads to.
+    fn jumps_to(&self) -> Option<String> {
+        self.expressions().find_map(|one| one.verdict()?.chain)
+    }
+}
+
+impl Expression<'_> {
+    /// The value of an attribute of its own.
+    pub(crate) fn value(&self, kind: u16) -> Option<&[u8]> {
+        find(self.data, kind)
+    }
+
+    /// An attribute of its own that is a number.
+    pub(crate) fn number(&self, kind: u16) -> Option<u32> {
+        number(self.value(kind))
+    }
+
+    /// The bytes that an attribute of its own holds for a register.
+    pub(crate) fn bytes(&self, kind: u16) -> Option<&[u8]> {
+        find(self.value(kind)?, data::VALUE)
+    }
+
+    /// What it decides, if it is an `immediate` that decides something.
+    pub(crate) fn verdict(&self) -> Option<Verdict> {
+        if self.name != "immediate" {
+            return None;
+        }
+        let decided = find(self.value(immediate::DATA)?, data::VERDICT)?;
+        Some(Verdict {
+            code: number(find(decided, verdict::CODE)).map(u32::cast_signed),
+            chain: find(decided, verdict::CHAIN).map(|chain| text(Some(chain))),
+        })
+    }
+}
+
+/// A number, in the network's order of bytes.
+fn number(bytes: Option<&[u8]>) -> Option<u32> {
+    bytes?.try_into().ok().map(u32::from_be_bytes)
+}
+
+/// As [`number`], of eight bytes.
+fn long_number(bytes: Option<&[u8]>) -> Option<u64> {
+    bytes?.try_into().ok().map(u64::from_be_bytes)
+}
+
 /// Asks for a listing. A kernel without nf_tables has nothing to list.
-pub(crate) fn dump(
+fn dump(
     kind: u16,
     header: [u8; 4],
-    names: &[(u16, &str)],
+    names: &Attributes,
     mut each: impl FnMut(u8, &[u8]),
 ) -> io::Result<()> {
-    let mut message = Message::plain(SUBSYSTEM << 8 | kind, F_DUMP, &header);
-    for (attribute, name) in names {
-        message.attribute(*attribute, &zero_ended(name));
-    }
-    let listed = talk_to(libc::NETLINK_NETFILTER, message, |payload| {
+    let message = netlink::message(SUBSYSTEM << 8 | kind, NLM_F_DUMP, &header, names);
+    let listed = netlink::ask(NETLINK_NETFILTER, &message, |payload| {
         if let (Some(family), Some(rest)) = (payload.first(), payload.get(4..)) {
             each(*family, rest);
         }
@@ -120,9 +216,9 @@ pub(crate) fn dump(
 /// Every table of the network namespace.
 pub(crate) fn tables() -> io::Result<Vec<Table>> {
     let mut tables = Vec::new();
-    dump(1, [0; 4], &[], |family, attributes| {
+    dump(message::GET_TABLE, [0; 4], &Attributes::default(), |family, found| {
         if let Some(family) = Family::of(family) {
-            tables.push(Table { family, name: text(find(attributes, 1)) });
+            tables.push(Table { family, name: text(find(found, table::NAME)) });
         }
     })?;
     Ok(tables)
@@ -131,35 +227,47 @@ pub(crate) fn tables() -> io::Result<Vec<Table>> {
 /// Every chain of the network namespace.
 pub(crate) fn chains() -> io::Result<Vec<Chain>> {
     let mut chains = Vec::new();
-    dump(4, [0; 4], &[], |family, attributes| {
+    dump(message::GET_CHAIN, [0; 4], &Attributes::default(), |family, found| {
         if let Some(family) = Family::of(family) {
-            let table = Table { family, name: text(find(attributes, 1)) };
-            let (name, is_base) = (text(find(attributes, 3)), find(attributes, 4).is_some());
-            chains.push(Chain { table, name, is_base });
+            let table = Table { family, name: text(find(found, chain::TABLE)) };
+            chains.push(Chain { table, name: text(find(found, chain::NAME)), base: base(found) });
         }
     })?;
     Ok(chains)
 }
 
+fn base(found: &[u8]) -> Option<Base> {
+    const DROP: u32 = 0;
+    let at = find(found, chain::HOOK)?;
+    Some(Base {
+        hook: number(find(at, hook::NUMBER))?,
+        priority: number(find(at, hook::PRIORITY)).unwrap_or_default().cast_signed(),
+        drops: number(find(found, chain::POLICY)) == Some(DROP),
+    })
+}
+
+/// Calls `each` with every rule of a table.
+pub(crate) fn rules(table: &Table, mut each: impl FnMut(Rule)) -> io::Result<()> {
+    let names = Attributes::default().text(rule::TABLE, &table.name);
+    dump(message::GET_RULE, table.family.header(), &names, |_, found| {
+        // Not every kernel leaves out the rules of other tables.
+        if text(find(found, rule::TABLE)) != table.name {
+            return;
+        }
+        let handle = long_number(find(found, rule::HANDLE));
+        if let (Some(handle), Some(expressions)) = (handle, find(found, rule::EXPRESSIONS)) {
+            let chain = text(find(found, rule::CHAIN));
+            each(Rule { chain, handle, expressions: expressions.to_vec() });
+        }
+    })
+}
+
 /// The rules of a table that lead to another chain.
 pub(crate) fn jumps(table: &Table) -> io::Result<Vec<Jump>> {
     let mut jumps = Vec::new();
-    dump(7, table.family.header(), &[(1, &table.name)], |_, rule| {
-        let handle =
-            find(rule, 3).and_then(|handle| handle.try_into().ok()).map(u64::from_be_bytes);
-        // Not every kernel leaves out the rules of other tables.
-        if text(find(rule, 1)) != table.name {
-            return;
-        }
-        let (Some(handle), Some(expressions)) = (handle, find(rule, 4)) else { return };
-        // A verdict in the data of an "immediate".
-        let to = attributes(expressions).find_map(|(_, expression)| {
-            let verdict = find(find(find(expression, 2)?, 2)?, 2)?;
-            (text(find(expression, 1)) == "immediate").then(|| find(verdict, 2)).flatten()
-        });
-        if let Some(to) = to {
-            let chain = text(find(rule, 2));
-            jumps.push(Jump { table: table.clone(), chain, handle, to: text(Some(to)) });
+    rules(table, |rule| {
+        if let Some(to) = rule.jumps_to() {
+            jumps.push(Jump { table: table.clone(), chain: rule.chain, handle: rule.handle, to });
         }
     })?;
     Ok(jumps)
@@ -168,23 +276,25 @@ pub(crate) fn jumps(table: &Table) -> io::Result<Vec<Jump>> {
 /// The names of the sets of a table.
 pub(crate) fn sets(table: &Table) -> io::Result<Vec<String>> {
     let mut sets = Vec::new();
-    dump(10, table.family.header(), &[(1, &table.name)], |_, set| {
-        if text(find(set, 1)) == table.name {
-            sets.push(text(find(set, 2)));
+    let names = Attributes::default().text(set::TABLE, &table.name);
+    dump(message::GET_SET, table.family.header(), &names, |_, found| {
+        if text(find(found, set::TABLE)) == table.name {
+            sets.push(text(find(found, set::NAME)));
         }
     })?;
     Ok(sets)
 }
 
-/// The elements of a set.
+/// The elements of a set; of an interval the ends.
 pub(crate) fn elements(table: &Table, set: &str) -> io::Result<Vec<Element>> {
     let mut elements = Vec::new();
-    dump(13, table.family.header(), &[(1, &table.name), (2, set)], |_, list| {
-        let Some(all) = find(list, 3) else { return };
-        for (_, element) in attributes(all) {
-            let expires_ms =
-                find(element, 5).and_then(|left| left.try_into().ok()).map(u64::from_be_bytes);
-            if let Some(key) = find(element, 1).and_then(|key| find(key, 1)) {
+    let names =
+        Attributes::default().text(element_list::TABLE, &table.name).text(element_list::SET, set);
+    dump(message::GET_ELEMENTS, table.family.header(), &names, |_, list| {
+        let Some(all) = find(list, element_list::ELEMENTS) else { return };
+        for (_, one) in attributes(all) {
+            let expires_ms = long_number(find(one, element::EXPIRATION));
+            if let Some(key) = find(one, element::KEY).and_then(|key| find(key, data::VALUE)) {
                 elements.push(Element { key: key.to_vec(), expires_ms });
             }
         }
@@ -192,157 +302,27 @@ pub(crate) fn elements(table: &Table, set: &str) -> io::Result<Vec<Element>> {
     Ok(elements)
 }
 
-fn zero_ended(name: &str) -> Vec<u8> {
-    name.bytes().chain([0]).collect()
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Attributes, to be nested in others.
-#[derive(Default)]
-struct Nest(Vec<u8>);
-
-impl Nest {
-    fn with(mut self, kind: u16, value: &[u8]) -> Self {
-        self.0.extend((value.len() as u16 + 4).to_ne_bytes());
-        self.0.extend(kind.to_ne_bytes());
-        self.0.extend(value);
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
-        self
-    }
-
-    fn nest(self, kind: u16, inside: &Self) -> Self {
-        self.with(kind | NESTED, &inside.0)
-    }
-
-    fn name(self, kind: u16, name: &str) -> Self {
-        self.with(kind, &zero_ended(name))
-    }
-}
-
-/// Changes that the kernel makes all at once, or none of them.
-#[derive(Default)]
-pub(crate) struct Batch(Vec<u8>);
-
-impl Batch {
-    fn add(&mut self, kind: u16, flags: u16, header: [u8; 4], attributes: &Nest) {
-        let fixed = [&header[..], &attributes.0].concat();
-        self.0.extend(Message::plain(kind, flags, &fixed).finish());
-    }
-
-    fn change(&mut self, kind: u16, flags: u16, table: &Table, attributes: &Nest) {
-        self.add(SUBSYSTEM << 8 | kind, flags, table.family.header(), attributes);
-    }
-
-    /// Makes a table where it is not.
-    pub(crate) fn make_table(&mut self, table: &Table) {
-        self.change(0, F_CREATE, table, &Nest::default().name(1, &table.name));
-    }
-
-    pub(crate) fn delete_table(&mut self, table: &Table) {
-        self.change(2, 0, table, &Nest::default().name(1, &table.name));
-    }
-
-    /// Makes an empty chain of type nat at a hook, where it is not.
-    pub(crate) fn make_nat_chain(&mut self, table: &Table, name: &str, hook: u32, priority: i32) {
-        let at = Nest::default().with(1, &hook.to_be_bytes()).with(2, &priority.to_be_bytes());
-        let chain = Nest::default().name(1, &table.name).name(3, name).nest(4, &at).name(7, "nat");
-        self.change(3, F_CREATE, table, &chain);
-    }
-
-    /// Adds a rule that asks for a packet's connection and does nothing with it.
-    pub(crate) fn ask_for_connection(&mut self, table: &Table, chain: &str) {
-        const STATE: u32 = 0;
-        const REGISTER: u32 = 1;
-        let ct = Nest::default().with(1, &REGISTER.to_be_bytes()).with(2, &STATE.to_be_bytes());
-        let expression = Nest::default().name(1, "ct").nest(2, &ct);
-        let rule = Nest::default().name(1, &table.name).name(2, chain);
-        let rule = rule.nest(4, &Nest::default().nest(ELEMENT, &expression));
-        self.change(6, F_CREATE, table, &rule);
-    }
-
-    /// Removes every rule of a chain.
-    pub(crate) fn flush(&mut self, chain: &Chain) {
-        let rules = Nest::default().name(1, &chain.table.name).name(2, &chain.name);
-        self.change(8, 0, &chain.table, &rules);
-    }
-
-    pub(crate) fn delete_rule(&mut self, jump: &Jump) {
-        let rule = Nest::default().name(1, &jump.table.name).name(2, &jump.chain);
-        self.change(8, 0, &jump.table, &rule.with(3, &jump.handle.to_be_bytes()));
-    }
-
-    /// Removes a chain that has no rules and that none leads to.
-    pub(crate) fn delete_chain(&mut self, chain: &Chain) {
-        let name = Nest::default().name(1, &chain.table.name).name(3, &chain.name);
-        self.change(5, 0, &chain.table, &name);
-    }
-
-    /// Carries the changes out.
-    pub(crate) fn commit(self) -> io::Result<()> {
-        // `res_id` names the part of netfilter.
-        let header = [0, 0, 0, SUBSYSTEM as u8];
-        let mut whole = Self::default();
-        whole.add(BATCH_BEGIN, 0, header, &Nest::default());
-        whole.0.extend(self.0);
-        whole.add(BATCH_END, 0, header, &Nest::default());
-        // SAFETY: no pointers.
-        let fd = unsafe {
-            libc::socket(
-                libc::AF_NETLINK,
-                libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-                libc::NETLINK_NETFILTER,
-            )
+    #[test]
+    fn a_rule_leads_to_the_chain_of_its_verdict() {
+        let expression = |name: &str, inside: &Attributes| {
+            let one =
+                Attributes::default().text(expression::NAME, name).nest(expression::DATA, inside);
+            Attributes::default().nest(attribute::LIST_ELEMENT, &one)
         };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor is fresh and ours.
-        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        let room = SEND_BUFFER;
-        // SAFETY: the value is live and of the size given. A refusal shows itself when a large
-        // batch is sent.
-        let _ = unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_SNDBUFFORCE,
-                (&raw const room).cast(),
-                size_of::<libc::c_int>() as libc::socklen_t,
-            )
-        };
-        // SAFETY: the buffer is live; an unconnected netlink socket sends to the kernel.
-        let sent =
-            unsafe { libc::send(socket.as_raw_fd(), whole.0.as_ptr().cast(), whole.0.len(), 0) };
-        if sent < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        refusal(&socket).map_or(Ok(()), Err)
-    }
-}
-
-/// The first refusal that waits in a socket. The kernel has dealt with the whole batch when send()
-/// returns.
-fn refusal(socket: &OwnedFd) -> Option<io::Error> {
-    let mut buffer = vec![0_u8; 64 * 1024];
-    loop {
-        let (at, room) = (buffer.as_mut_ptr().cast(), buffer.len());
-        // SAFETY: the buffer is live and of the length given.
-        let got = unsafe { libc::recv(socket.as_raw_fd(), at, room, libc::MSG_DONTWAIT) };
-        if got < 0 {
-            let error = io::Error::last_os_error();
-            return (error.kind() != io::ErrorKind::WouldBlock).then_some(error);
-        }
-        let mut rest = buffer.get(..got.cast_unsigned()).unwrap_or_default();
-        while let Some(length) =
-            rest.get(..4).and_then(|word| word.try_into().ok()).map(u32::from_ne_bytes)
-        {
-            let code = rest
-                .get(16..20)
-                .and_then(|word| word.try_into().ok())
-                .map_or(0, i32::from_ne_bytes);
-            if half(rest, 4) == Some(NLMSG_ERROR) && code != 0 {
-                return Some(io::Error::from_raw_os_error(code.saturating_neg()));
-            }
-            rest = rest.get((length as usize).max(16).next_multiple_of(4)..).unwrap_or_default();
+        // NFT_JUMP.
+        let decided = Attributes::default()
+            .with(verdict::CODE, &(-3_i32).to_be_bytes())
+            .text(verdict::CHAIN, "more");
+        let value = Attributes::default().nest(data::VERDICT, &decided);
+        let inside = Attributes::default().nest(immediate::DATA, &value);
+        for (name, to) in [("immediate", Some("more")), ("dynset", None)] {
+            let expressions = expression(name, &inside).bytes().to_vec();
+            let rule = Rule { chain: "some".to_owned(), handle: 1, expressions };
+            assert_eq!(rule.jumps_to().as_deref(), to, "{name}");
         }
     }
 }

@@ -12,9 +12,9 @@ use sluice_common::abi::{
     backend, frontend,
 };
 use sluice_common::{V4, V6};
+use sluice_core::image::{Dataplane, Image, Stack};
+use sluice_core::model::object::Protocol;
 
-use crate::core::image::{Dataplane, Image, Stack};
-use crate::core::model::object::Protocol;
 use crate::node::dataplane::{Access, Error, Kernel, Maps, Pins};
 
 /// Everything that is pinned, read once.

@@ -28,8 +28,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
+use sluice_core::policy::SocketPath;
 
-use crate::core::policy::SocketPath;
 use crate::daemon::agent::{self, Ended, Options, Reload};
 use crate::daemon::log::{self, LogFormat};
 use crate::daemon::source::kubernetes;

@@ -17,9 +17,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 use sluice_common::abi::{self, listing};
+use sluice_core::cluster::Programmed;
+use sluice_core::image::{Dataplane, Image};
 
-use crate::core::cluster::Programmed;
-use crate::core::image::{Dataplane, Image};
 use crate::node::dataplane::{Error, Kernel};
 
 pub use wanted::{Inputs, Wanted, wanted};
@@ -55,7 +55,7 @@ impl State {
 pub enum ReadError {
     /// One of the plan's.
     #[error(transparent)]
-    Image(#[from] crate::core::image::ReadError),
+    Image(#[from] sluice_core::image::ReadError),
     /// Another.
     #[error(transparent)]
     Other(#[from] Error),

@@ -18,9 +18,9 @@ pub(crate) mod traces;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use sluice_core::policy::Accelerate;
+use sluice_core::policy::SocketPath;
 
-use crate::core::policy::Accelerate;
-use crate::core::policy::SocketPath;
 use crate::node::dataplane::is_bpffs;
 use crate::node::dataplane::trial::Trial;
 use crate::node::devices::pattern::Patterns;

@@ -34,12 +34,12 @@ use crate::support::random::{Dice, number_from};
 use crate::support::{Cluster, cluster, wait_for};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
-use sluice::core::model::object::Protocol;
-use sluice::core::policy::{DetectLocal, Masquerade, Policy};
 use sluice::tools::explain::{
     Answer, Client, Manifests, Options, Question, Source, Verdict, explain,
 };
 use sluice_common::abi::socket_path;
+use sluice_core::model::object::Protocol;
+use sluice_core::policy::{DetectLocal, Masquerade, Policy};
 use sluice_lab::{Lab, Node, NodeOptions, PacketSocket, RpFilter, Running};
 
 /// The name of the node.

@@ -8,12 +8,12 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use sluice::core::image::{Dataplane, FamilyWrite, Image, PERMITTED, SourceKey, Write, diff};
 use sluice::node::dataplane::{Access, Kernel, Layout, Loaded, Maps, Pins, Xdp, load};
 use sluice_common::abi::{
     Backend, Class, Name, NodeAddress, Origin, Origins, Range, Service, ServiceKey, backend,
     frontend, node_address, policy,
 };
+use sluice_core::image::{Dataplane, FamilyWrite, Image, PERMITTED, SourceKey, Write, diff};
 use sluice_lab::skipped;
 
 /// A BPF file system that goes with the test.

@@ -21,12 +21,12 @@ use anyhow::{Context, Result, bail, ensure};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, loaded_programs};
 use serde_json::Value;
-use sluice::core::model::object::Protocol;
-use sluice::core::policy::{DetectLocal, Masquerade, Policy};
 use sluice::tools::explain::{
     Answer, Client, Manifests, Options, Question, Source, Verdict, Way, explain,
 };
 use sluice_common::abi::socket_path;
+use sluice_core::model::object::Protocol;
+use sluice_core::policy::{DetectLocal, Masquerade, Policy};
 use sluice_lab::{Namespace, Node, PacketSocket};
 
 /// Packets and calls of a round; how many of the packets the command is asked about too.

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use sluice::core::model::object::Protocol;
 use sluice::tools::explain::{Client, Question};
+use sluice_core::model::object::Protocol;
 
 use super::Dice;
 

@@ -14,11 +14,11 @@ use std::process::{Command, Output};
 use std::time::Instant;
 
 use serde_json::Value;
-use sluice::core::model::object::Protocol;
 use sluice::tools::explain::{
     Client, Manifests, NamedDevice, Options, Question, Routing, Supposed, Verdict, Way, explain,
 };
 use sluice_common::abi::{Ipv4Address, RejectBucket, Tuple, phase};
+use sluice_core::model::object::Protocol;
 
 /// Runs the binary in a folder.
 fn sluice(folder: &Path, words: &[&str]) -> Output {

@@ -1,7 +1,8 @@
 use std::time::SystemTime;
 
+use sluice_core::model::report::Note;
+
 use super::*;
-use crate::core::model::report::Note;
 
 fn report(name: &str, flaw: Flaw, field: &str, message: &str) -> Report {
     let subject = Subject::object("Service", &ObjectName::new("shop", name));
@@ -40,7 +41,7 @@ fn what_is_wrong_with_one_object_in_one_way_is_one_announcement() {
 #[test]
 fn sources_and_documents_are_no_objects_of_the_api() {
     let document = Subject::Document { path: "a.yaml".into(), index: 1 };
-    for subject in [document, Subject::Source(crate::core::model::SourceId::Kubernetes)] {
+    for subject in [document, Subject::Source(sluice_core::model::SourceId::Kubernetes)] {
         let note = Note::new(Flaw::Unreachable, "", "away");
         assert_eq!(
             gathered(&[Report { subject, note, since: SystemTime::UNIX_EPOCH }]),

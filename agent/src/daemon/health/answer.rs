@@ -8,11 +8,11 @@ use http::{Response, StatusCode};
 use hyper::body::Bytes;
 use serde::Serialize;
 use serde_json::ser::{PrettyFormatter, Serializer};
+use sluice_core::model::HealthCheck;
+use sluice_core::model::object::ObjectName;
 use tokio::sync::watch;
 
 use super::IsHealthy;
-use crate::core::model::HealthCheck;
-use crate::core::model::object::ObjectName;
 
 /// How much traffic the load balancer may send here, relative to other nodes.
 const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");

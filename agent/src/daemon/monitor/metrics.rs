@@ -14,9 +14,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
-
-use crate::core::model::Change;
-use crate::core::model::object::{ObjectName, SliceKind};
+use sluice_core::model::Change;
+use sluice_core::model::object::{ObjectName, SliceKind};
 
 type Seconds = Gauge<f64, AtomicU64>;
 

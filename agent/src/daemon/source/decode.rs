@@ -11,13 +11,12 @@ use ipnet::IpNet;
 use k8s_openapi::jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::Value;
-
-use crate::core::model::Change;
-use crate::core::model::object::{
+use sluice_core::model::Change;
+use sluice_core::model::object::{
     Address, Endpoint, IpFamily, Maker, NodeSpec, ObjectName, PortSpec, ServiceSpec, Slice,
     SliceKind, SliceLabels, SlicePart, SlicePort,
 };
-use crate::core::policy::cidr;
+use sluice_core::policy::cidr;
 
 /// Label of the proxy that serves a Service or slice instead of everybody's.
 pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";

@@ -18,9 +18,12 @@ use std::time::Duration;
 use futures::{Stream, StreamExt, TryStreamExt as _};
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::runtime::utils::Backoff;
+use kube::runtime::utils::Backoff as KubeBackoff;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Config};
+use sluice_core::model::object::ObjectName;
+use sluice_core::model::report::{Flaw, Note, Subject};
+use sluice_core::model::{Change, Event, SourceId};
 use tokio::sync::mpsc;
 
 pub use events::Events;
@@ -29,9 +32,7 @@ use super::Pulse;
 use super::decode::{
     Decoder, HEADLESS_LABEL, Kind, Meta, PROXY_NAME_LABEL, TRIGGER_ANNOTATION, change,
 };
-use crate::core::model::object::ObjectName;
-use crate::core::model::report::{Flaw, Note, Subject};
-use crate::core::model::{Change, Event, SourceId};
+use crate::node::backoff::Backoff;
 
 /// A watch ends and begins anew after this long; if then nothing comes for some seconds, the
 /// connection is taken for dead. A cut line is noticed within half a minute (see `connection`),
@@ -39,9 +40,8 @@ use crate::core::model::{Change, Event, SourceId};
 const WATCH_SECONDS: u32 = 240;
 /// A response that stands still for so long is given up: more than a watch may be silent.
 const READ_TIMEOUT: Duration = Duration::from_secs(270);
-/// Waiting times between tries to watch what the server may not have at all: doubled from the first
-/// to the last.
-const PATIENCE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_mins(5));
+/// Waiting times between tries to watch what the server may not have at all.
+const PATIENCE: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_mins(5));
 /// Objects a page of a list holds. A slice of 100 endpoints is some 250 kB in memory until it is
 /// trimmed.
 const PAGE: u32 = 100;
@@ -274,7 +274,7 @@ fn objects(
     let config = config.timeout(WATCH_SECONDS).page_size(PAGE);
     let events = watcher(api, config).map_ok(trim);
     if kind == Kind::ServiceCidr {
-        return events.backoff(Patience(PATIENCE.0)).map(move |event| (kind, event)).boxed();
+        return events.backoff(Patience(PATIENCE)).map(move |event| (kind, event)).boxed();
     }
     events.default_backoff().map(move |event| (kind, event)).boxed()
 }
@@ -290,19 +290,17 @@ fn resource(kind: Kind) -> ApiResource {
 }
 
 /// Waits longer and longer. Never reset: a list that begins counts as a success already.
-struct Patience(Duration);
+struct Patience(Backoff);
 
 impl Iterator for Patience {
     type Item = Duration;
 
     fn next(&mut self) -> Option<Duration> {
-        let wait = self.0;
-        self.0 = (wait * 2).min(PATIENCE.1);
-        Some(wait)
+        Some(self.0.failed())
     }
 }
 
-impl Backoff for Patience {
+impl KubeBackoff for Patience {
     fn reset(&mut self) {}
 }
 

@@ -10,8 +10,8 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 use sluice_common::abi::{Affinity, AffinityKey, Name, TICK_SHIFT, Ticks};
+use sluice_core::image::{Image, Stack};
 
-use crate::core::image::{Image, Stack};
 use crate::node::dataplane::{KernelStack, Maps, Visit};
 use crate::node::nft;
 
@@ -90,7 +90,10 @@ fn client(key: &[u8]) -> Option<IpAddr> {
 
 /// Everything that the sets have.
 fn sets(lists: &mut Lists) -> io::Result<()> {
-    for table in nft::tables()?.into_iter().filter(|table| table.name == "kube-proxy") {
+    for table in nft::tables()?
+        .into_iter()
+        .filter(|table| table.family.is_ip() && table.name == "kube-proxy")
+    {
         for set in nft::sets(&table)?.into_iter().filter(|set| set.starts_with("affinity-")) {
             let elements = nft::elements(&table, &set)?;
             let visits = elements.iter().filter_map(|element| {

@@ -17,16 +17,13 @@ use rtnetlink::packet_core::{
     NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage,
     NetlinkPayload, Nla,
 };
-use rtnetlink::sys::protocols::NETLINK_NETFILTER;
-use rtnetlink::sys::{Socket, SocketAddr};
+use sluice_core::model::object::IpFamily;
 
 use super::{Cleaned, End, Flow, Translated};
-use crate::core::model::object::IpFamily;
+use crate::node::netlink::{NETLINK_NETFILTER, PIECE, Socket, connect, receive};
 
 /// How many entries this network namespace has; it is there as soon as the kernel has conntrack.
 const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
-/// Room for a piece of the listing, bytes: the kernel makes none above 32 KiB.
-const PIECE: usize = 64 * 1024;
 /// Room for the answer to a request, which it repeats, bytes.
 const ANSWER: usize = 4 * 1024;
 /// `CTA_ID`: tells an entry from a later one of the same flow.
@@ -65,8 +62,9 @@ struct Entry {
 /// Deletes the UDP entries of a family that are stale.
 pub(super) fn sweep(family: IpFamily, is_stale: impl Fn(&Flow) -> bool) -> io::Result<Cleaned> {
     let mut cleaned = Cleaned::default();
-    let Some((listing, deleting)) =
-        without_conntrack(connect().and_then(|one| Ok((one, connect()?))))?
+    let Some((listing, deleting)) = without_conntrack(
+        connect(NETLINK_NETFILTER).and_then(|one| Ok((one, connect(NETLINK_NETFILTER)?))),
+    )?
     else {
         return Ok(cleaned);
     };
@@ -94,7 +92,7 @@ pub(super) fn sweep(family: IpFamily, is_stale: impl Fn(&Flow) -> bool) -> io::R
 /// Calls `each` with every entry of a family whose destination is translated. False: some may be
 /// missing.
 pub(super) fn translated(family: IpFamily, mut each: impl FnMut(Translated)) -> io::Result<bool> {
-    let Some(listing) = without_conntrack(connect())? else { return Ok(true) };
+    let Some(listing) = without_conntrack(connect(NETLINK_NETFILTER))? else { return Ok(true) };
     let request = message(NLM_F_DUMP, family, ConntrackMessage::Get(Vec::new()));
     let interrupted = list(&listing, &request, |piece| {
         read(piece, |attributes| {
@@ -116,7 +114,7 @@ fn list(
     let mut piece = Vec::with_capacity(PIECE);
     let mut interrupted = false;
     loop {
-        receive(socket, &mut piece)?;
+        receive(socket, &mut piece, 0)?;
         let said = deal(&piece);
         interrupted |= said.interrupted;
         match said.end {
@@ -151,30 +149,6 @@ fn without_conntrack<T>(result: io::Result<T>) -> io::Result<Option<T>> {
             Ok(None)
         }
         Err(error) => Err(error),
-    }
-}
-
-fn connect() -> io::Result<Socket> {
-    let socket = Socket::new(NETLINK_NETFILTER)?;
-    socket.connect(&SocketAddr::new(0, 0))?;
-    Ok(socket)
-}
-
-/// Receives one datagram in place of what the buffer holds.
-fn receive(socket: &Socket, buffer: &mut Vec<u8>) -> io::Result<()> {
-    loop {
-        buffer.clear();
-        // With MSG_TRUNC the length is the message's own.
-        match socket.recv(buffer, libc::MSG_TRUNC) {
-            Ok(length) if length > buffer.len() => {
-                return Err(io::Error::other(format!(
-                    "a netlink message of {length} bytes was cut short"
-                )));
-            }
-            Ok(_) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
     }
 }
 
@@ -387,14 +361,14 @@ pub(super) fn insert(connections: &[Translated], time: Duration) -> io::Result<(
     if connections.is_empty() {
         return Ok(());
     }
-    let Some(socket) = without_conntrack(connect())? else { return Ok(()) };
+    let Some(socket) = without_conntrack(connect(NETLINK_NETFILTER))? else { return Ok(()) };
     let mut answer = Vec::with_capacity(ANSWER);
     for connection in connections {
         let family = IpFamily::of(connection.backend.0);
         let request = ConntrackMessage::New(entered(connection, time));
         let request = message(NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, family, request);
         let _ = socket.send(&bytes(&request), 0)?;
-        receive(&socket, &mut answer)?;
+        receive(&socket, &mut answer, 0)?;
         match read(&answer, drop).end {
             Some(Err(error)) if error.raw_os_error() != Some(libc::EEXIST) => return Err(error),
             Some(_) => {}
@@ -411,7 +385,7 @@ pub(super) fn forget(family: IpFamily, connections: &[Translated]) -> io::Result
     if connections.is_empty() {
         return Ok(());
     }
-    let Some(socket) = without_conntrack(connect())? else { return Ok(()) };
+    let Some(socket) = without_conntrack(connect(NETLINK_NETFILTER))? else { return Ok(()) };
     for one in connections {
         let key = ConntrackAttribute::CtaTupleOrig(tuple(one.protocol, one.client, one.frontend));
         let _ = delete(&socket, family, vec![key])?;
@@ -459,7 +433,7 @@ fn entered(connection: &Translated, time: Duration) -> Vec<ConntrackAttribute> {
 fn delete(socket: &Socket, family: IpFamily, key: Vec<ConntrackAttribute>) -> io::Result<bool> {
     let _ = socket.send(&bytes(&message(NLM_F_ACK, family, ConntrackMessage::Delete(key))), 0)?;
     let mut answer = Vec::with_capacity(ANSWER);
-    receive(socket, &mut answer)?;
+    receive(socket, &mut answer, 0)?;
     match read(&answer, drop).end {
         Some(Ok(())) => Ok(true),
         Some(Err(error)) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),

@@ -5,7 +5,11 @@
 //! fixed priority and handle, and replaces its program between two packets.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use crate::node::netlink::{
+    self, Attributes, NETLINK_ROUTE, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, find, text,
+};
 
 /// Which way packets go through the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,11 +56,6 @@ const RTM_DELQDISC: u16 = 37;
 const RTM_NEWTFILTER: u16 = 44;
 const RTM_DELTFILTER: u16 = 45;
 const RTM_GETTFILTER: u16 = 46;
-const F_REQUEST: u16 = 1;
-pub(crate) const F_ACK: u16 = 4;
-pub(crate) const F_DUMP: u16 = 0x300;
-const F_EXCL: u16 = 0x200;
-const F_CREATE: u16 = 0x400;
 const TC_H_CLSACT: u32 = 0xffff_fff1;
 const CLSACT_HANDLE: u32 = 0xffff_0000;
 const TCA_KIND: u16 = 1;
@@ -65,9 +64,6 @@ const TCA_BPF_FD: u16 = 6;
 const TCA_BPF_NAME: u16 = 7;
 const TCA_BPF_FLAGS: u16 = 8;
 const DIRECT_ACTION: u32 = 1;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-const NESTED: u16 = 0x8000;
 
 /// A filter as the kernel lists it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,130 +86,25 @@ impl Filter {
     }
 }
 
-/// A message to the kernel in the making.
-pub(crate) struct Message(Vec<u8>);
-
-impl Message {
-    /// Header and `struct tcmsg`.
-    fn new(kind: u16, flags: u16, device: u32, handle: u32, parent: u32, info: u32) -> Self {
-        // Family and padding.
-        let mut message = Self::plain(kind, flags, &[0; 4]);
-        for word in [device, handle, parent, info] {
-            message.0.extend(word.to_ne_bytes());
-        }
-        message
-    }
-
-    /// Header, and what follows it in every message of this kind.
-    pub(crate) fn plain(kind: u16, flags: u16, fixed: &[u8]) -> Self {
-        let mut message = Self(Vec::with_capacity(128));
-        message.0.extend([0; 4]);
-        message.0.extend(kind.to_ne_bytes());
-        message.0.extend((F_REQUEST | flags).to_ne_bytes());
-        // Sequence and port.
-        message.0.extend(1_u32.to_ne_bytes());
-        message.0.extend([0; 4]);
-        message.0.extend(fixed);
-        message
-    }
-
-    pub(crate) fn attribute(&mut self, kind: u16, value: &[u8]) {
-        self.0.extend((value.len() as u16 + 4).to_ne_bytes());
-        self.0.extend(kind.to_ne_bytes());
-        self.0.extend(value);
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
-    }
-
-    pub(crate) fn finish(mut self) -> Vec<u8> {
-        let length = (self.0.len() as u32).to_ne_bytes();
-        self.0.splice(..4, length).for_each(drop);
-        self.0
-    }
+/// `struct tcmsg`, the fixed part of each message: which device, and what at which place of it.
+fn place(device: u32, handle: u32, parent: u32, info: u32) -> Vec<u8> {
+    // Family and padding first.
+    [0, device, handle, parent, info].iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
-/// Sends one message about routing; calls `each` with the payload of every answer until the kernel
-/// is done.
-fn talk(message: Message, each: impl FnMut(&[u8])) -> io::Result<()> {
-    talk_to(libc::NETLINK_ROUTE, message, each)
-}
-
-/// Sends one message to a part of the kernel; calls `each` with the payload of every answer until
-/// the kernel is done.
-pub(crate) fn talk_to(
-    protocol: libc::c_int,
-    message: Message,
-    mut each: impl FnMut(&[u8]),
+/// Sends a message; calls `each` with the payload of every answer.
+fn talk(
+    (kind, flags): (u16, u16),
+    place: &[u8],
+    attributes: &Attributes,
+    each: impl FnMut(&[u8]),
 ) -> io::Result<()> {
-    // SAFETY: no pointers.
-    let fd =
-        unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is fresh and ours.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    let message = message.finish();
-    // SAFETY: the buffer is live; an unconnected netlink socket sends to the kernel.
-    let sent = unsafe { libc::send(socket.as_raw_fd(), message.as_ptr().cast(), message.len(), 0) };
-    if sent < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let mut buffer = vec![0_u8; 64 * 1024];
-    loop {
-        // SAFETY: the buffer is live and of the length given.
-        let got =
-            unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-        if got < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let mut rest = buffer.get(..got.cast_unsigned()).unwrap_or_default();
-        while let Some(length) =
-            word(rest, 0).map(|length| length as usize).filter(|length| *length >= 16)
-        {
-            let Some(one) = rest.get(..length) else { break };
-            let kind = half(one, 4).unwrap_or_default();
-            let payload = one.get(16..).unwrap_or_default();
-            match kind {
-                NLMSG_DONE => return Ok(()),
-                NLMSG_ERROR => {
-                    return match word(payload, 0).unwrap_or_default().cast_signed() {
-                        0 => Ok(()),
-                        code => Err(io::Error::from_raw_os_error(-code)),
-                    };
-                }
-                _ => each(payload),
-            }
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        }
-    }
+    netlink::ask(NETLINK_ROUTE, &netlink::message(kind, flags, place, attributes), each)
 }
 
+/// The number at a place of an answer.
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
-}
-
-pub(crate) fn half(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
-}
-
-/// Kind and value of every attribute in a run of attributes.
-pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = half(bytes, 0)? as usize;
-        let (kind, value) = (half(bytes, 2)? & !NESTED, bytes.get(4..length)?);
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
-    })
-}
-
-/// The value of an attribute in a run of attributes.
-pub(crate) fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
-    attributes(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
-}
-
-pub(crate) fn text(bytes: Option<&[u8]>) -> String {
-    let bytes = bytes.unwrap_or_default();
-    String::from_utf8_lossy(bytes.strip_suffix(&[0]).unwrap_or(bytes)).into_owned()
+    netlink::number(bytes.get(at..))
 }
 
 fn parse(device: u32, direction: Direction, payload: &[u8]) -> Option<Filter> {
@@ -240,8 +131,10 @@ fn parse(device: u32, direction: Direction, payload: &[u8]) -> Option<Filter> {
 /// When the kernel refuses the listing.
 pub fn filters(device: u32, direction: Direction) -> io::Result<Vec<Filter>> {
     let mut filters = Vec::new();
-    let message = Message::new(RTM_GETTFILTER, F_DUMP, device, 0, direction.parent(), 0);
-    let result = talk(message, |payload| filters.extend(parse(device, direction, payload)));
+    let place = place(device, 0, direction.parent(), 0);
+    let result = talk((RTM_GETTFILTER, NLM_F_DUMP), &place, &Attributes::default(), |payload| {
+        filters.extend(parse(device, direction, payload));
+    });
     match result {
         Err(error)
             if matches!(
@@ -270,29 +163,19 @@ pub fn attach(
     device: u32,
     direction: Direction,
 ) -> io::Result<()> {
-    let mut qdisc = Message::new(
-        RTM_NEWQDISC,
-        F_ACK | F_CREATE | F_EXCL,
-        device,
-        CLSACT_HANDLE,
-        TC_H_CLSACT,
-        0,
-    );
-    qdisc.attribute(TCA_KIND, b"clsact\0");
-    match talk(qdisc, |_| ()) {
+    let qdisc = Attributes::default().text(TCA_KIND, "clsact");
+    let at = place(device, CLSACT_HANDLE, TC_H_CLSACT, 0);
+    match talk((RTM_NEWQDISC, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL), &at, &qdisc, |_| ()) {
         Err(error) if error.raw_os_error() != Some(libc::EEXIST) => return Err(error),
         Ok(()) | Err(_) => {}
     }
-    let info = protocol_all(direction.priority());
-    let mut filter =
-        Message::new(RTM_NEWTFILTER, F_ACK | F_CREATE, device, HANDLE, direction.parent(), info);
-    filter.attribute(TCA_KIND, b"bpf\0");
-    let mut options = Message(Vec::new());
-    options.attribute(TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes());
-    options.attribute(TCA_BPF_NAME, format!("{PREFIX}{name}\0").as_bytes());
-    options.attribute(TCA_BPF_FLAGS, &DIRECT_ACTION.to_ne_bytes());
-    filter.attribute(TCA_OPTIONS | NESTED, &options.0);
-    talk(filter, |_| ())
+    let options = Attributes::default()
+        .with(TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes())
+        .text(TCA_BPF_NAME, &format!("{PREFIX}{name}"))
+        .with(TCA_BPF_FLAGS, &DIRECT_ACTION.to_ne_bytes());
+    let filter = Attributes::default().text(TCA_KIND, "bpf").nest(TCA_OPTIONS, &options);
+    let at = place(device, HANDLE, direction.parent(), protocol_all(direction.priority()));
+    talk((RTM_NEWTFILTER, NLM_F_ACK | NLM_F_CREATE), &at, &filter, |_| ())
 }
 
 /// Removes our filter from one side of a device; returns whether there was one.
@@ -305,10 +188,8 @@ pub fn detach(device: u32, direction: Direction) -> io::Result<bool> {
         filters(device, direction)?.into_iter().filter(Filter::is_ours).collect();
     for filter in &ours {
         let info = protocol_all(filter.priority);
-        talk(
-            Message::new(RTM_DELTFILTER, F_ACK, device, filter.handle, direction.parent(), info),
-            |_| (),
-        )?;
+        let at = place(device, filter.handle, direction.parent(), info);
+        talk((RTM_DELTFILTER, NLM_F_ACK), &at, &Attributes::default(), |_| ())?;
     }
     Ok(!ours.is_empty())
 }
@@ -323,7 +204,8 @@ pub fn clean(device: u32) -> io::Result<bool> {
     let empty = filters(device, Direction::Ingress)?.is_empty()
         && filters(device, Direction::Egress)?.is_empty();
     if found && empty {
-        talk(Message::new(RTM_DELQDISC, F_ACK, device, CLSACT_HANDLE, TC_H_CLSACT, 0), |_| ())?;
+        let at = place(device, CLSACT_HANDLE, TC_H_CLSACT, 0);
+        talk((RTM_DELQDISC, NLM_F_ACK), &at, &Attributes::default(), |_| ())?;
     }
     Ok(found)
 }
@@ -334,18 +216,14 @@ mod tests {
 
     #[test]
     fn a_listed_filter_is_recognised_as_ours() {
-        let info = protocol_all(1);
-        let mut message =
-            Message::new(RTM_NEWTFILTER, 0, 7, HANDLE, Direction::Ingress.parent(), info);
-        message.attribute(TCA_KIND, b"bpf\0");
-        let mut options = Message(Vec::new());
-        options.attribute(TCA_BPF_NAME, b"sluice_tc_ingress_l2\0");
-        message.attribute(TCA_OPTIONS, &options.0);
-        let bytes = message.finish();
-        let filter = parse(7, Direction::Ingress, bytes.get(16..).unwrap_or_default());
+        let options = Attributes::default().text(TCA_BPF_NAME, "sluice_tc_ingress_l2");
+        let attributes = Attributes::default().text(TCA_KIND, "bpf").nest(TCA_OPTIONS, &options);
+        let place = place(7, HANDLE, Direction::Ingress.parent(), protocol_all(1));
+        let payload = [&place, attributes.bytes()].concat();
+        let filter = parse(7, Direction::Ingress, &payload);
         assert!(filter.as_ref().is_some_and(Filter::is_ours), "{filter:?}");
         assert_eq!(filter.map(|filter| filter.priority), Some(1));
-        assert_eq!(parse(7, Direction::Egress, bytes.get(16..).unwrap_or_default()), None);
+        assert_eq!(parse(7, Direction::Egress, &payload), None);
     }
 
     #[test]

@@ -10,15 +10,15 @@ use sluice_common::abi::{
     SourceRange, Tuple,
 };
 use sluice_common::{Family, V4, V6};
+use sluice_core::image::{
+    ApplyError, Dataplane, FamilyImage, FamilyWrite, Image, PERMITTED, ReadError, SourceKey, Stack,
+    Write,
+};
 
 use super::bpf::Array;
 use super::error::Error;
 use super::maps::{Maps, TrieKey};
 use super::read::{FlowEntry, flows, previous_flows};
-use crate::core::image::{
-    ApplyError, Dataplane, FamilyImage, FamilyWrite, Image, PERMITTED, ReadError, SourceKey, Stack,
-    Write,
-};
 
 /// The maps that the kernel programs use.
 #[derive(Debug)]

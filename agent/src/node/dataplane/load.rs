@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use sluice_core::image::{Dataplane, Image, diff};
+
 use super::error::Error;
 use super::hooks::{Hooks, Xdp};
 use super::kernel::Kernel;
@@ -11,7 +13,6 @@ use super::maps::{self, Access, Maps};
 use super::object;
 use super::pins::{Found, Pins, is_kept};
 use super::programs::{Loader, lift_memlock};
-use crate::core::image::{Dataplane, Image, diff};
 
 /// What loading gives.
 #[derive(Debug)]

@@ -7,13 +7,13 @@ use sluice_common::abi::{
     self, BackendCounters, Flow, Ipv4Address, Ipv6Address, Networks, ReasonCounters, ReasonKey,
     RejectBucket, SLOTS_PER_BLOCK, Settings, SocketCounters, Tuple,
 };
+use sluice_core::cluster::Programmed;
+use sluice_core::image::Image;
+use sluice_core::plan::Sizes;
 
 use super::bpf::Table;
 use super::error::Error;
 use super::maps::Maps;
-use crate::core::cluster::Programmed;
-use crate::core::image::Image;
-use crate::core::plan::Sizes;
 
 /// A flow's entry and where it was found.
 #[derive(Clone, Copy, Debug)]

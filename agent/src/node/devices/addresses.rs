@@ -4,8 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use sluice_core::policy::Policy;
+
 use super::{Facts, LinkAddress, OWN, Role, Rules};
-use crate::core::policy::Policy;
 
 /// The device on which kube-proxy's ipvs mode keeps every VIP; it may outlive kube-proxy.
 const IPVS: &str = "kube-ipvs0";
@@ -225,8 +226,8 @@ pub fn stray_problem(address: IpAddr, device: Option<&(String, Option<Role>)>) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::policy::{NodePortAddresses, NodePorts};
     use crate::node::devices::Link;
+    use sluice_core::policy::{NodePortAddresses, NodePorts};
 
     /// `10.0.0.1/24` with words: `secondary`, `deprecated`, `unusable`, `link`, `host`.
     fn address(text: &str) -> LinkAddress {

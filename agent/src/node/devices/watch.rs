@@ -22,6 +22,7 @@ use rtnetlink::{
 use tokio::sync::watch;
 
 use super::{Facts, Link, LinkAddress, Peer, Role, Rules, Survey, survey};
+use crate::node::publish::publish;
 
 /// How long further events are gathered before netlink is asked.
 const GATHER: Duration = Duration::from_millis(2);
@@ -102,13 +103,15 @@ pub async fn watch(
         }
         let found = survey(&facts, &rules.borrow_and_update(), &sender.borrow().survey);
         changed.routes |= has_own(&found) != has_own(&sender.borrow().survey);
-        let _ = sender.send_if_modified(|watched| {
-            let before = watched.clone();
-            watched.survey = found;
-            watched.routes += u64::from(changed.routes);
-            watched.classifiers += u64::from(changed.classifiers);
-            *watched != before
-        });
+        let Watched { routes, classifiers, .. } = *sender.borrow();
+        let _ = publish(
+            &sender,
+            Watched {
+                survey: found,
+                routes: routes + u64::from(changed.routes),
+                classifiers: classifiers + u64::from(changed.classifiers),
+            },
+        );
         changed = Changed::default();
         tokio::select! {
             event = events.next() => match event {

@@ -96,7 +96,7 @@ impl Found {
 }
 
 fn is_its_chain(chain: &Chain) -> bool {
-    chain.table.family != Family::Inet
+    matches!(chain.table.family, Family::Ip | Family::Ip6)
         && TABLES.contains(&chain.table.name.as_str())
         && (CHAINS.contains(&chain.name.as_str())
             || PREFIXES.iter().any(|prefix| chain.name.starts_with(prefix)))
@@ -118,7 +118,10 @@ pub(crate) fn find() -> io::Result<Found> {
     let tables = nft::tables()?;
     Ok(Found {
         holding: tables.contains(&holding()),
-        tables: tables.into_iter().filter(|table| table.name == KUBE_PROXY).collect(),
+        tables: tables
+            .into_iter()
+            .filter(|table| table.family.is_ip() && table.name == KUBE_PROXY)
+            .collect(),
         chains: nft::chains()?.into_iter().filter(is_its_chain).collect(),
         legacy: is_legacy(),
     })
@@ -235,7 +238,7 @@ mod tests {
 
     fn chain(table: &str, name: &str) -> Chain {
         let table = Table { family: Family::Ip, name: table.to_owned() };
-        Chain { table, name: name.to_owned(), is_base: false }
+        Chain { table, name: name.to_owned(), base: None }
     }
 
     fn jump(from: &str, to: &str) -> Jump {

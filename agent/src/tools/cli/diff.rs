@@ -13,13 +13,13 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Parser as _};
 use serde::Serialize;
+use sluice_core::image::Dataplane as _;
+use sluice_core::model::Event;
+use sluice_core::policy::SocketPath;
 
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
 use super::{AgentArgs, Cli, Command, NO_OBJECTS, Output, Usage, host_name};
-use crate::core::image::Dataplane as _;
-use crate::core::model::Event;
-use crate::core::policy::SocketPath;
 use crate::daemon::source::{kubernetes, manifests};
 use crate::node::dataplane::{Access, Kernel, Maps, Pins};
 use crate::node::devices::pattern::Patterns;
@@ -369,8 +369,8 @@ fn text(report: &Report) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::policy::Masquerade;
     use crate::node::status::Invocation;
+    use sluice_core::policy::Masquerade;
 
     fn args(line: &str) -> DiffArgs {
         let cli = Cli::parse_from(["sluice", "diff"].into_iter().chain(line.split_whitespace()));
@@ -413,7 +413,7 @@ mod tests {
         let asked = args("--masquerade needed").asked(Some(&last)).expect("good flags");
         assert_eq!(
             asked.inputs.policy,
-            crate::core::policy::Policy::default(),
+            sluice_core::policy::Policy::default(),
             "one policy flag: all are as here"
         );
         assert_eq!(asked.manifests, Some("/srv/services".into()));
@@ -422,7 +422,7 @@ mod tests {
     #[test]
     fn an_agent_that_left_no_word_had_no_flags() {
         let asked = args("--manifests x").asked(Some(&Status::default())).expect("good flags");
-        assert_eq!(asked.inputs.policy, crate::core::policy::Policy::default());
+        assert_eq!(asked.inputs.policy, sluice_core::policy::Policy::default());
         let error =
             args("").asked(Some(&status("agent --colour red"))).expect_err("an unknown flag");
         assert!(error.is::<Usage>() && error.to_string().contains("--colour"), "{error}");

@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use serde::Serialize;
+use sluice_core::model::object::Protocol;
+use sluice_core::policy::Policy;
+use sluice_core::policy::SocketPath;
 
 use super::flows::monotonic_ns;
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
 use super::{NO_OBJECTS, Output, Usage};
-use crate::core::model::object::Protocol;
-use crate::core::policy::Policy;
-use crate::core::policy::SocketPath;
 use crate::node::status;
 use crate::node::view;
 use crate::tools::explain::{

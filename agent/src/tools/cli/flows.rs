@@ -7,9 +7,9 @@ use std::path::Path;
 use serde::Serialize;
 use sluice_common::abi::{TICK_SHIFT, Tuple, flow, side, state};
 use sluice_common::{V4, V6};
+use sluice_core::image::Stack;
 
 use super::table::{Format, Table, age, render};
-use crate::core::image::Stack;
 use crate::node::dataplane::{FlowEntry, KernelStack};
 use crate::node::view::{PortName, View, protocol};
 

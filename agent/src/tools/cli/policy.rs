@@ -7,8 +7,7 @@ use anyhow::{anyhow, bail};
 use clap::Args;
 use ipnet::IpNet;
 use sluice_common::abi::PREFIXES;
-
-use crate::core::policy::{
+use sluice_core::policy::{
     Accelerate, DetectLocal, ExternalIp, ExternalIps, Masquerade, NodePortAddresses, NodePorts,
     Policy, cidr,
 };

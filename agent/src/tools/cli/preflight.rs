@@ -4,11 +4,11 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use sluice_core::policy::Accelerate;
+use sluice_core::policy::SocketPath;
 
 use super::Output;
 use super::table::{Table, render};
-use crate::core::policy::Accelerate;
-use crate::core::policy::SocketPath;
 use crate::node::devices::pattern::Patterns;
 use crate::tools::preflight::{Options, Outcome, Report, Verdict, look};
 

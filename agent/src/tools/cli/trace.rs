@@ -13,13 +13,13 @@ use ipnet::IpNet;
 use sluice_common::Reason;
 use sluice_common::abi::Event;
 use sluice_common::event::{At, Fate, Kind};
+use sluice_core::model::object::Protocol;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 use super::conntrack::time;
-use crate::core::model::object::Protocol;
 use crate::node::dataplane::{Events, Kernel, Pins, now_ns};
 use crate::node::view::{self, PortName};
 use crate::tools::trace::{Filter, Names, Told};

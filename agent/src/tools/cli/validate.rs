@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::Args;
 use serde::Serialize;
+use sluice_core::model::report::{Flaw, Level, Report};
 
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
 use super::{NO_OBJECTS, Output, Usage};
-use crate::core::model::report::{Flaw, Level, Report};
 use crate::tools::explain::{Manifests, Options};
 
 /// The words after `sluice validate`.

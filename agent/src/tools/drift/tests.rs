@@ -4,11 +4,11 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use sluice_common::abi::Range;
+use sluice_core::image::{Image, Write};
+use sluice_core::model::Event;
+use sluice_core::plan::Sizes;
 
 use super::*;
-use crate::core::image::{Image, Write};
-use crate::core::model::Event;
-use crate::core::plan::Sizes;
 use crate::daemon::source::manifests;
 use crate::node::devices::{Facts, Link, LinkAddress};
 
@@ -222,9 +222,9 @@ fn a_service_that_nobody_has_any_more_is_extra() {
 #[test]
 fn a_policy_that_changed_shows_in_what_the_programs_are_told() {
     let found = settled(&[WEB]);
-    let policy = crate::core::policy::Policy {
-        masquerade: crate::core::policy::Masquerade::All,
-        ..crate::core::policy::Policy::default()
+    let policy = sluice_core::policy::Policy {
+        masquerade: sluice_core::policy::Masquerade::All,
+        ..sluice_core::policy::Policy::default()
     };
     let inputs = Inputs { node: "a".into(), policy, ..Inputs::default() };
     let wants = wanted(&inputs, events(&[WEB]), &facts(), &found, Sizes::default());

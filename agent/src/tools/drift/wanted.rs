@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use sluice_common::abi;
+use sluice_core::cluster::{Adopted, Cluster};
+use sluice_core::image::Write;
+use sluice_core::model::report::{Flaw, Report};
+use sluice_core::model::{self, Change, Event, Model, SourceId};
+use sluice_core::plan::{Plan, Sizes};
+use sluice_core::policy::Policy;
 
 use super::State;
-use crate::core::cluster::{Adopted, Cluster};
-use crate::core::image::Write;
-use crate::core::model::report::{Flaw, Report};
-use crate::core::model::{self, Change, Event, Model, SourceId};
-use crate::core::plan::{Plan, Sizes};
-use crate::core::policy::Policy;
 use crate::node::devices::pattern::Patterns;
 use crate::node::devices::{Device, Facts, Role, Rules, Survey, survey};
 

@@ -10,11 +10,11 @@ use sluice_common::abi::{
     node_address, policy,
 };
 use sluice_common::{Family, V4, V6, family};
+use sluice_core::cluster::Programmed;
+use sluice_core::image::{CLASSES, Image, SourceKey, Stack};
+use sluice_core::model::object::Protocol;
 
 use super::{Change, Difference, FamilyNames};
-use crate::core::cluster::Programmed;
-use crate::core::image::{CLASSES, Image, SourceKey, Stack};
-use crate::core::model::object::Protocol;
 use crate::node::devices::Role;
 
 /// Backends that the words of a range name.

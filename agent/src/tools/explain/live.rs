@@ -11,12 +11,12 @@ use rtnetlink::packet_route::route::{RouteAttribute, RouteMetric, RouteType};
 use rtnetlink::{Handle, RouteMessageBuilder, new_connection};
 use sluice_common::abi::{Networks, TICK_SHIFT, device};
 use sluice_common::{V4, V6};
+use sluice_core::image::Dataplane;
 use tokio::runtime::Runtime;
 
 use super::objects::Objects;
 use super::question::{Client, Question};
 use super::world::{Around, NamedDevice, Routing, World};
-use crate::core::image::Dataplane;
 use crate::node::dataplane::{Error, Kernel, KernelStack, Maps};
 
 /// The kernel's own routing, asked by netlink.

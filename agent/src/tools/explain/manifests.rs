@@ -12,17 +12,17 @@ use std::time::SystemTime;
 
 use sluice_common::abi::{self, backend, device, device_flags};
 use sluice_common::{V4, V6};
+use sluice_core::cluster::{Adopted, Cluster};
+use sluice_core::image::{Image, Stack};
+use sluice_core::model::report::{Flaw, Report, Subject};
+use sluice_core::model::{self, Change, Event, Model, ObjectName, SourceId};
+use sluice_core::plan::{Plan, Sizes};
+use sluice_core::policy::{DetectLocal, Policy};
 
 use super::objects::Objects;
 use super::question::{Client, Question, Way};
 use super::story::unknown_node;
 use super::world::{Around, LOOPBACK, NamedDevice, Routing, World};
-use crate::core::cluster::{Adopted, Cluster};
-use crate::core::image::{Image, Stack};
-use crate::core::model::report::{Flaw, Report, Subject};
-use crate::core::model::{self, Change, Event, Model, ObjectName, SourceId};
-use crate::core::plan::{Plan, Sizes};
-use crate::core::policy::{DetectLocal, Policy};
 use crate::daemon::source::manifests::Folder;
 
 /// Ifindex of the supposed edge.

@@ -7,9 +7,8 @@
 use std::net::IpAddr;
 
 use sluice_common::abi::{Class, Name, frontend};
-
-use crate::core::model::object::{Address, Endpoint, ServiceSpec, Slice, SliceKind, SlicePart};
-use crate::core::model::{Model, ObjectName, SliceKey};
+use sluice_core::model::object::{Address, Endpoint, ServiceSpec, Slice, SliceKind, SlicePart};
+use sluice_core::model::{Model, ObjectName, SliceKey};
 
 /// The objects, as far as they are known.
 #[derive(Clone, Debug, Default)]

@@ -3,9 +3,9 @@
 use std::net::SocketAddr;
 
 use sluice_common::{V4, V6};
+use sluice_core::model::object::Protocol;
 
 use super::passage::least_length;
-use crate::core::model::object::Protocol;
 
 /// Who sends the packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

@@ -8,6 +8,8 @@ use sluice_common::engine::adapter::Action;
 use sluice_common::path::socket::{Choice, choose, is_left_to_netfilter};
 use sluice_common::path::{self, Decision, Hook, Step as Next, policy};
 use sluice_common::{Reason, Tables, V4, V6};
+use sluice_core::image::Stack;
+use sluice_core::model::object::Protocol;
 
 use super::answer::{Affinity, Answer, Candidate, Endpoint, Frontend, Source, Verdict};
 use super::meeting::{Meeting, Target};
@@ -17,8 +19,6 @@ use super::question::{Client, Question, Way};
 use super::record::{Asked, Recorder};
 use super::story::{Story, kind_word};
 use super::world::{LOOPBACK, Routing, Seen, Side, World};
-use crate::core::image::Stack;
-use crate::core::model::object::Protocol;
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]

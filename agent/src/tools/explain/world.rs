@@ -14,10 +14,10 @@ use sluice_common::packet::answer::Answer;
 use sluice_common::path::mark;
 use sluice_common::tables::Routes;
 use sluice_common::{Family, Tables, V4, V6};
+use sluice_core::image::{Image, SourceKey, Stack, node_port_bit};
 
 use super::objects::Objects;
 use super::question::Question;
-use crate::core::image::{Image, SourceKey, Stack, node_port_bit};
 
 /// The ifindex of every network namespace's loopback device.
 pub(super) const LOOPBACK: u32 = 1;

@@ -4,10 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
-use super::early::{BRIDGE, Base, INET, IPV4, IPV6, NETDEV, Rule, Ruleset};
+use sluice_core::policy::Accelerate;
+
+use super::early::{Base, Rule, Ruleset};
 use super::{Check, Outcome};
-use crate::core::policy::Accelerate;
 use crate::node::kube_proxy::rules::HOLDING;
+use crate::node::nft::Family;
 
 const NAME: &str = "accelerate";
 /// Rules of a chain that are told at most; the others are counted.
@@ -27,12 +29,13 @@ pub(super) struct Skipped {
 }
 
 /// The word of a hook that a packet meets between our two programs.
-fn hook(family: u8, base: &Base) -> Option<&'static str> {
-    match (family, base.hook) {
-        (INET, 5) | (NETDEV, 0) => Some("ingress"),
-        (INET | IPV4 | IPV6 | BRIDGE, 0) => Some("prerouting"),
-        (INET | IPV4 | IPV6 | BRIDGE, 2) => Some("forward"),
-        (INET | IPV4 | IPV6 | BRIDGE, 4) => Some("postrouting"),
+fn hook(family: Family, base: &Base) -> Option<&'static str> {
+    match (family, base.at.hook) {
+        (Family::Inet, 5) | (Family::Netdev, 0) => Some("ingress"),
+        (Family::Netdev, _) => None,
+        (_, 0) => Some("prerouting"),
+        (_, 2) => Some("forward"),
+        (_, 4) => Some("postrouting"),
         _ => None,
     }
 }
@@ -56,13 +59,13 @@ impl Skipped {
         programs: BTreeMap<String, BTreeSet<String>>,
     ) -> Self {
         let mut skipped = Self { legacy, programs, ..Self::default() };
-        for ruleset in rulesets.iter().filter(|ruleset| ruleset.table != HOLDING) {
+        for ruleset in rulesets.iter().filter(|ruleset| ruleset.table.name != HOLDING) {
             for base in &ruleset.bases {
-                let Some(hook) = hook(ruleset.family, base) else { continue };
+                let Some(hook) = hook(ruleset.table.family, base) else { continue };
                 let chains = ruleset.reached([base.name.clone()].into());
                 let rules: Vec<&Rule> =
                     ruleset.rules.iter().filter(|rule| chains.contains(&rule.chain)).collect();
-                if rules.is_empty() && !base.drops {
+                if rules.is_empty() && !base.at.drops {
                     continue;
                 }
                 let chain = format!("{} {}", ruleset.name(), base.name);
@@ -71,18 +74,18 @@ impl Skipped {
                 if rules.len() > TOLD_MAX {
                     few.push("...".to_owned());
                 }
-                if base.drops {
+                if base.at.drops {
                     few.push("policy drop".to_owned());
                 }
                 skipped.chains.push(format!(
                     "{chain} ({hook}, priority {}, {} rules: {})",
-                    base.priority,
+                    base.at.priority,
                     rules.len(),
                     few.join(", ")
                 ));
                 if hook == "forward" {
                     let first = rules.iter().find(|rule| drops(rule)).map(|rule| told(rule));
-                    let by = first.or_else(|| base.drops.then(|| "policy drop".to_owned()));
+                    let by = first.or_else(|| base.at.drops.then(|| "policy drop".to_owned()));
                     skipped.drops.extend(by.map(|by| format!("{chain}: {by}")));
                 }
             }
@@ -155,6 +158,7 @@ pub(super) fn check(accelerate: Accelerate, found: Option<Result<&Skipped, &io::
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node::nft::{self, Table};
     use Accelerate::{Off, On};
 
     fn rule(chain: &str, handle: u64, action: &str, jumps: &[&str]) -> Rule {
@@ -168,11 +172,11 @@ mod tests {
     }
 
     fn base(name: &str, hook: u32, drops: bool) -> Base {
-        Base { name: name.to_owned(), hook, priority: -1, drops }
+        Base { name: name.to_owned(), at: nft::Base { hook, priority: -1, drops } }
     }
 
-    fn ruleset(family: u8, bases: Vec<Base>, rules: Vec<Rule>) -> Ruleset {
-        Ruleset { family, table: "t".to_owned(), bases, rules }
+    fn ruleset(family: Family, bases: Vec<Base>, rules: Vec<Rule>) -> Ruleset {
+        Ruleset { table: Table { family, name: "t".to_owned() }, bases, rules }
     }
 
     fn skipped(rulesets: &[Ruleset]) -> Skipped {
@@ -183,7 +187,7 @@ mod tests {
     fn chains_between_our_programs_are_named_with_their_rules() {
         let found = skipped(&[
             ruleset(
-                IPV4,
+                Family::Ip,
                 vec![base("FORWARD", 2, false), base("INPUT", 1, true), base("empty", 4, false)],
                 vec![
                     rule("FORWARD", 1, "jump more", &["more"]),
@@ -194,7 +198,7 @@ mod tests {
                 ],
             ),
             ruleset(
-                NETDEV,
+                Family::Netdev,
                 vec![base("in", 0, false), base("out", 1, true)],
                 vec![rule("in", 1, "drop", &[])],
             ),
@@ -211,20 +215,23 @@ mod tests {
 
     #[test]
     fn a_policy_that_drops_counts_without_a_rule() {
-        let found = skipped(&[ruleset(INET, vec![base("f", 2, true)], Vec::new())]);
+        let found = skipped(&[ruleset(Family::Inet, vec![base("f", 2, true)], Vec::new())]);
         assert_eq!(found.drops, ["inet t f: policy drop"]);
         let own = Ruleset {
-            table: HOLDING.to_owned(),
-            ..ruleset(INET, vec![base("f", 2, true)], Vec::new())
+            table: Table { family: Family::Inet, name: HOLDING.to_owned() },
+            ..ruleset(Family::Inet, vec![base("f", 2, true)], Vec::new())
         };
         assert_eq!(skipped(&[own]), Skipped::default());
     }
 
     #[test]
     fn only_what_is_on_and_skips_something_that_stops_packets_is_warned_of() {
-        let drops = skipped(&[ruleset(IPV6, vec![base("f", 2, true)], Vec::new())]);
-        let counts =
-            skipped(&[ruleset(IPV6, vec![base("f", 2, false)], vec![rule("f", 1, "", &[])])]);
+        let drops = skipped(&[ruleset(Family::Ip6, vec![base("f", 2, true)], Vec::new())]);
+        let counts = skipped(&[ruleset(
+            Family::Ip6,
+            vec![base("f", 2, false)],
+            vec![rule("f", 1, "", &[])],
+        )]);
         let programs = Skipped {
             programs: [("eth0".to_owned(), ["guard".to_owned()].into())].into(),
             ..Skipped::default()

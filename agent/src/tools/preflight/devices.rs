@@ -6,8 +6,8 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use super::{Check, Outcome};
-use crate::node::dataplane::clsact::{F_ACK, Message, find, half, talk_to};
 use crate::node::devices::{Facts, Link, Role, Survey};
+use crate::node::netlink::{self, Attributes, NETLINK_GENERIC, NLM_F_ACK, find};
 
 /// Drivers that have XDP since before kernels told (Linux 6.3).
 const KNOWN: [&str; 22] = [
@@ -66,12 +66,13 @@ fn family(name: &str) -> Option<u16> {
     const GET_FAMILY: u8 = 3;
     const FAMILY_ID: u16 = 1;
     const FAMILY_NAME: u16 = 2;
-    let mut message = Message::plain(CONTROL, F_ACK, &[GET_FAMILY, 1, 0, 0]);
-    message.attribute(FAMILY_NAME, format!("{name}\0").as_bytes());
+    let name = Attributes::default().text(FAMILY_NAME, name);
+    let message = netlink::message(CONTROL, NLM_F_ACK, &[GET_FAMILY, 1, 0, 0], &name);
     let mut found = None;
     // A kernel without the family says so by an error.
-    let _ = talk_to(libc::NETLINK_GENERIC, message, |payload| {
-        found = payload.get(4..).and_then(|attributes| half(find(attributes, FAMILY_ID)?, 0));
+    let _ = netlink::ask(NETLINK_GENERIC, &message, |payload| {
+        let id = payload.get(4..).and_then(|attributes| find(attributes, FAMILY_ID));
+        found = id.and_then(|id| id.try_into().ok()).map(u16::from_ne_bytes);
     });
     found
 }
@@ -81,10 +82,10 @@ fn features(family: u16, device: u32) -> Option<u64> {
     const DEVICE_GET: u8 = 1;
     const IFINDEX: u16 = 1;
     const XDP_FEATURES: u16 = 3;
-    let mut message = Message::plain(family, F_ACK, &[DEVICE_GET, 1, 0, 0]);
-    message.attribute(IFINDEX, &device.to_ne_bytes());
+    let index = Attributes::default().with(IFINDEX, &device.to_ne_bytes());
+    let message = netlink::message(family, NLM_F_ACK, &[DEVICE_GET, 1, 0, 0], &index);
     let mut found = None;
-    let _ = talk_to(libc::NETLINK_GENERIC, message, |payload| {
+    let _ = netlink::ask(NETLINK_GENERIC, &message, |payload| {
         let value = payload.get(4..).and_then(|attributes| find(attributes, XDP_FEATURES));
         found = value.and_then(|value| value.try_into().ok()).map(u64::from_ne_bytes);
     });

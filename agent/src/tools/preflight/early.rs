@@ -12,21 +12,15 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 
 use super::{Check, Outcome};
-use crate::node::dataplane::clsact::{attributes, find, text};
-use crate::node::nft::dump;
+use crate::node::netlink::text;
+use crate::node::nft::attribute::{REGISTER, bitwise, cmp, ct, extension, lookup, payload, range};
+use crate::node::nft::{self, Family, Table};
 use crate::node::view::View;
 
 /// The usual `--service-node-port-range`.
 const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
 /// Rules that are named at most; the others are counted.
 const NAMED_MAX: usize = 5;
-
-/// `NFPROTO_*`.
-pub(super) const INET: u8 = 1;
-pub(super) const IPV4: u8 = 2;
-pub(super) const NETDEV: u8 = 5;
-pub(super) const BRIDGE: u8 = 7;
-pub(super) const IPV6: u8 = 10;
 
 /// What is served on this node as far as it is known.
 #[derive(Clone, Debug, Default)]
@@ -136,39 +130,41 @@ pub(super) struct Rule {
 type Sets = BTreeMap<String, Vec<Vec<u8>>>;
 
 /// Reads a rule's expressions.
-fn rule(message: &[u8], sets: &mut dyn FnMut(&str) -> Vec<Vec<u8>>) -> Option<Rule> {
-    let handle = u64::from_be_bytes(find(message, 3)?.try_into().ok()?);
-    let mut rule = Rule { chain: text(find(message, 2)), handle, ..Rule::default() };
+fn rule(listed: &nft::Rule, sets: &mut dyn FnMut(&str) -> Vec<Vec<u8>>) -> Rule {
+    let mut rule = Rule { chain: listed.chain.clone(), handle: listed.handle, ..Rule::default() };
     let mut registers: BTreeMap<u32, Field> = BTreeMap::new();
     let mut least = None;
-    for (_, expression) in attributes(find(message, 4)?) {
-        let name = text(find(expression, 1));
-        let Some(data) = find(expression, 2) else { continue };
-        let number =
-            |kind| find(data, kind).and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes);
-        let value = |kind| find(find(data, kind)?, 1).map(<[u8]>::to_vec);
-        match name.as_str() {
-            "payload" => load(&mut registers, number(1), payload(number(2), number(3), number(4))),
-            "ct" => load(&mut registers, number(1), original(number(2), find(data, 3))),
+    for expression in listed.expressions() {
+        let number = |kind| expression.number(kind);
+        let bytes = |kind| expression.bytes(kind).map(<[u8]>::to_vec);
+        match expression.name.as_str() {
+            "payload" => {
+                let place = [payload::BASE, payload::OFFSET, payload::LENGTH].map(number);
+                load(&mut registers, number(payload::REGISTER), in_packet(place));
+            }
+            "ct" => {
+                let field = original(number(ct::KEY), expression.value(ct::DIRECTION));
+                load(&mut registers, number(ct::REGISTER), field);
+            }
             "bitwise" => {
-                let field = number(1).and_then(|source| registers.get(&source).cloned());
+                let field =
+                    number(bitwise::SOURCE).and_then(|source| registers.get(&source).cloned());
                 load(
                     &mut registers,
-                    number(2),
-                    field.map(|field| Field { mask: value(4), ..field }),
+                    number(bitwise::REGISTER),
+                    field.map(|field| Field { mask: bytes(bitwise::MASK), ..field }),
                 );
             }
             "cmp" => {
                 let (Some(field), Some(value)) =
-                    (number(1).and_then(|from| registers.get(&from)), value(3))
+                    (number(cmp::SOURCE).and_then(|from| registers.get(&from)), bytes(cmp::VALUE))
                 else {
                     continue;
                 };
-                // NFT_CMP_EQ, NFT_CMP_LTE, NFT_CMP_GTE.
-                match (number(2), field.is_port.then(|| port(&value)).flatten()) {
-                    (Some(0), _) => rule.name(field, &value, &value),
-                    (Some(5), Some(first)) => least = Some(first),
-                    (Some(3), Some(_)) => {
+                match (number(cmp::OPERATION), field.is_port.then(|| port(&value)).flatten()) {
+                    (Some(cmp::EQUAL), _) => rule.name(field, &value, &value),
+                    (Some(cmp::AT_LEAST), Some(first)) => least = Some(first),
+                    (Some(cmp::AT_MOST), Some(_)) => {
                         let first: u16 = least.take().unwrap_or(0);
                         rule.name(field, &first.to_be_bytes(), &value);
                     }
@@ -176,35 +172,32 @@ fn rule(message: &[u8], sets: &mut dyn FnMut(&str) -> Vec<Vec<u8>>) -> Option<Ru
                 }
             }
             "range" => {
-                if let (Some(field), Some(0), Some(from), Some(to)) =
-                    (number(1).and_then(|from| registers.get(&from)), number(2), value(3), value(4))
-                {
+                if let (Some(field), Some(range::WITHIN), Some(from), Some(to)) = (
+                    number(range::SOURCE).and_then(|from| registers.get(&from)),
+                    number(range::OPERATION),
+                    bytes(range::FROM),
+                    bytes(range::TO),
+                ) {
                     rule.name(field, &from, &to);
                 }
             }
             "lookup" => {
-                // NFT_LOOKUP_F_INV: all but those.
-                if let Some(field) = number(2).and_then(|from| registers.get(&from))
-                    && number(5).unwrap_or(0) & 1 == 0
+                if let Some(field) = number(lookup::SOURCE).and_then(|from| registers.get(&from))
+                    && number(lookup::FLAGS).unwrap_or(0) & lookup::INVERTED == 0
                 {
-                    for key in sets(&text(find(data, 1))) {
+                    for key in sets(&text(expression.value(lookup::SET))) {
                         rule.name(field, &key, &key);
                     }
                 }
             }
             "match" => {
-                rule.named.extend(matched(&text(find(data, 1)), find(data, 3).unwrap_or_default()));
+                let info = expression.value(extension::INFO).unwrap_or_default();
+                rule.named.extend(matched(&text(expression.value(extension::NAME)), info));
             }
             "immediate" => {
-                let target = find(data, 2)
-                    .and_then(|data| find(data, 2))
-                    .and_then(|verdict| find(verdict, 2));
-                rule.jumps.extend(target.map(|target| text(Some(target))));
-                let verdict = find(data, 2)
-                    .and_then(|data| find(data, 2))
-                    .and_then(|verdict| find(verdict, 1));
-                let verdict = verdict.and_then(|code| code.try_into().ok()).map(i32::from_be_bytes);
-                rule.action = match (verdict, rule.jumps.last()) {
+                let verdict = expression.verdict().unwrap_or_default();
+                rule.jumps.extend(verdict.chain);
+                rule.action = match (verdict.code, rule.jumps.last()) {
                     // NF_DROP, NF_ACCEPT, NFT_RETURN, NFT_JUMP, NFT_GOTO.
                     (Some(0), _) => "drop".to_owned(),
                     (Some(1), _) => "accept".to_owned(),
@@ -212,18 +205,17 @@ fn rule(message: &[u8], sets: &mut dyn FnMut(&str) -> Vec<Vec<u8>>) -> Option<Ru
                     (Some(-3 | -4), Some(chain)) => format!("jump {chain}"),
                     _ => std::mem::take(&mut rule.action),
                 };
-                load(&mut registers, number(1), None);
+                load(&mut registers, number(REGISTER), None);
             }
-            "target" => rule.action = text(find(data, 1)),
+            "target" => rule.action = text(expression.value(extension::NAME)),
             "reject" | "masq" | "nat" | "redir" | "tproxy" | "notrack" | "queue"
             | "flow_offload" => {
-                rule.action = name;
+                rule.action.clone_from(&expression.name);
             }
-            // Of whatever else loads a register, the first attribute names it.
-            _ => load(&mut registers, number(1), None),
+            _ => load(&mut registers, number(REGISTER), None),
         }
     }
-    Some(rule)
+    rule
 }
 
 fn load(registers: &mut BTreeMap<u32, Field>, register: Option<u32>, field: Option<Field>) {
@@ -235,7 +227,7 @@ fn load(registers: &mut BTreeMap<u32, Field>, register: Option<u32>, field: Opti
 }
 
 /// The destination's address or port in a packet.
-fn payload(base: Option<u32>, offset: Option<u32>, length: Option<u32>) -> Option<Field> {
+fn in_packet([base, offset, length]: [Option<u32>; 3]) -> Option<Field> {
     let is_port = match (base?, offset?, length?) {
         (2, 2, 2) => true,
         (1, 16, 1..=4) | (1, 24, 5..=16) => false,
@@ -330,32 +322,17 @@ fn prefix(value: &[u8], mask: Option<&[u8]>) -> Option<Prefix> {
     Some(Prefix { address, length: u8::try_from(bits).ok()? })
 }
 
-fn word(family: u8) -> &'static str {
-    match family {
-        INET => "inet",
-        IPV4 => "ip",
-        IPV6 => "ip6",
-        BRIDGE => "bridge",
-        _ => "netdev",
-    }
-}
-
 /// A chain that a hook leads to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Base {
     pub(super) name: String,
-    /// The hook's number, in its family.
-    pub(super) hook: u32,
-    pub(super) priority: i32,
-    /// Whether what no rule decides about is dropped.
-    pub(super) drops: bool,
+    pub(super) at: nft::Base,
 }
 
 /// A table of nf_tables, with what of it tells where packets go.
 #[derive(Clone, Debug)]
 pub(super) struct Ruleset {
-    pub(super) family: u8,
-    pub(super) table: String,
+    pub(super) table: Table,
     pub(super) bases: Vec<Base>,
     pub(super) rules: Vec<Rule>,
 }
@@ -363,7 +340,7 @@ pub(super) struct Ruleset {
 impl Ruleset {
     /// `inet filter`.
     pub(super) fn name(&self) -> String {
-        format!("{} {}", word(self.family), self.table)
+        format!("{} {}", self.table.family.word(), self.table.name)
     }
 
     /// The chains that some lead to, themselves among them.
@@ -384,64 +361,49 @@ impl Ruleset {
 /// Every table whose chains see packets that come in or are forwarded, kube-proxy's own left out:
 /// another check tells of it.
 pub(super) fn read() -> io::Result<Vec<Ruleset>> {
-    let mut tables: BTreeMap<(u8, String), Vec<Base>> = BTreeMap::new();
-    // NFT_MSG_GETCHAIN; table, name, hook, policy.
-    dump(4, [0, 0, 0, 0], &[], |family, chain| {
-        if ![INET, IPV4, NETDEV, BRIDGE, IPV6].contains(&family) {
-            return;
-        }
-        let found = tables.entry((family, text(find(chain, 1)))).or_default();
-        let word = |bytes: Option<&[u8]>| {
-            bytes.and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes)
-        };
-        let Some(hook) = find(chain, 4) else { return };
-        if let Some(number) = word(find(hook, 1)) {
-            found.push(Base {
-                name: text(find(chain, 3)),
-                hook: number,
-                priority: word(find(hook, 2)).unwrap_or_default().cast_signed(),
-                drops: word(find(chain, 5)) == Some(0),
-            });
-        }
-    })?;
+    let mut tables: BTreeMap<Table, Vec<Base>> = BTreeMap::new();
+    for chain in nft::chains()? {
+        let bases = tables.entry(chain.table).or_default();
+        bases.extend(chain.base.map(|at| Base { name: chain.name, at }));
+    }
     let mut rulesets = Vec::new();
-    for ((family, table), bases) in tables {
-        if table == "kube-proxy" {
+    for (table, bases) in tables {
+        if table.name == "kube-proxy" {
             continue;
         }
-        let mut messages = Vec::new();
-        // NFT_MSG_GETRULE; not every kernel leaves out the rules of other tables.
-        dump(7, [family, 0, 0, 0], &[(1, &table)], |_, message| {
-            if text(find(message, 1)) == table {
-                messages.push(message.to_vec());
-            }
-        })?;
+        let mut listed = Vec::new();
+        nft::rules(&table, |rule| listed.push(rule))?;
         let mut known = Sets::new();
         let mut sets = |name: &str| {
-            known.entry(name.to_owned()).or_insert_with(|| elements(family, &table, name)).clone()
+            let keys = || {
+                // A set that is gone meanwhile has none.
+                let elements = nft::elements(&table, name).unwrap_or_default();
+                elements.into_iter().map(|element| element.key).collect()
+            };
+            known.entry(name.to_owned()).or_insert_with(keys).clone()
         };
-        let rules = messages.iter().filter_map(|message| rule(message, &mut sets)).collect();
-        rulesets.push(Ruleset { family, table, bases, rules });
+        let rules = listed.iter().map(|listed| rule(listed, &mut sets)).collect();
+        rulesets.push(Ruleset { table, bases, rules });
     }
     Ok(rulesets)
 }
 
 /// Whether a base chain sees packets before they are routed.
-fn is_early(family: u8, base: &Base) -> bool {
+fn is_early(family: Family, base: &Base) -> bool {
     match family {
         // NF_INET_PRE_ROUTING, NF_INET_INGRESS.
-        INET => matches!(base.hook, 0 | 5),
+        Family::Inet => matches!(base.at.hook, 0 | 5),
         // PREROUTING; a device's ingress, which is behind our programs too.
-        IPV4 | IPV6 | NETDEV => base.hook == 0,
-        _ => false,
+        Family::Ip | Family::Ip6 | Family::Netdev => base.at.hook == 0,
+        Family::Bridge => false,
     }
 }
 
 /// The rules that name a frontend where they cannot apply.
 fn look(rulesets: &[Ruleset], frontends: &Frontends) -> Vec<String> {
     let mut lines = Vec::new();
-    for ruleset in rulesets.iter().filter(|ruleset| ruleset.family != BRIDGE) {
-        let early = ruleset.bases.iter().filter(|base| is_early(ruleset.family, base));
+    for ruleset in rulesets.iter().filter(|ruleset| ruleset.table.family != Family::Bridge) {
+        let early = ruleset.bases.iter().filter(|base| is_early(ruleset.table.family, base));
         let chains = ruleset.reached(early.map(|base| base.name.clone()).collect());
         for rule in ruleset.rules.iter().filter(|rule| !rule.chain.starts_with("KUBE-")) {
             let named = if chains.contains(&rule.chain) { &rule.named[..] } else { &[] };
@@ -460,18 +422,6 @@ fn look(rulesets: &[Ruleset], frontends: &Frontends) -> Vec<String> {
         }
     }
     lines
-}
-
-/// The keys of a set; of an interval the ends.
-fn elements(family: u8, table: &str, set: &str) -> Vec<Vec<u8>> {
-    let mut keys = Vec::new();
-    // NFT_MSG_GETSETELEM. A set that is gone meanwhile has none.
-    let _ = dump(13, [family, 0, 0, 0], &[(1, table), (2, set)], |_, list| {
-        for (_, element) in find(list, 3).into_iter().flat_map(attributes) {
-            keys.extend(find(element, 1).and_then(|key| find(key, 1)).map(<[u8]>::to_vec));
-        }
-    });
-    keys
 }
 
 /// What follows from them.

@@ -10,16 +10,17 @@ use std::path::Path;
 use futures::TryStreamExt;
 use rtnetlink::new_connection;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkXdp};
+use sluice_core::policy::SocketPath;
 
 use super::{Check, Outcome};
-use crate::core::policy::SocketPath;
 use crate::node::dataplane::Pins;
-use crate::node::dataplane::clsact::{self, Direction, F_DUMP, Message, find, talk_to, text};
+use crate::node::dataplane::clsact::{self, Direction};
 use crate::node::dataplane::trial::{
     at_cgroup, at_device, at_ingress, is_ours, pinned, program_name,
 };
 use crate::node::devices::{Facts, Survey};
 use crate::node::kube_proxy::{self, legacy::legacy_rules};
+use crate::node::nft;
 
 /// Beginnings of chains' names that tell whose they are.
 const KUBE_PROXY: &str = "KUBE-SERVICES";
@@ -145,30 +146,18 @@ impl Traces {
 
 /// Rules of netfilter and IPVS.
 fn rules(traces: &mut Traces) {
-    // NFT_MSG_GETTABLE, NFT_MSG_GETCHAIN; NFTA_TABLE_NAME, NFTA_CHAIN_NAME.
-    const TABLES: (u16, u16) = (1, 1);
-    const CHAINS: (u16, u16) = (4, 3);
-    let names = |(message, name): (u16, u16), each: &mut dyn FnMut(&str)| {
-        const SUBSYSTEM: u16 = 10;
-        let message = Message::plain(SUBSYSTEM << 8 | message, F_DUMP, &[0; 4]);
-        // A kernel without nf_tables has none.
-        let _ = talk_to(libc::NETLINK_NETFILTER, message, |payload| {
-            each(&text(payload.get(4..).and_then(|attributes| find(attributes, name))));
-        });
-    };
     let Traces { kube_proxy, meshes, .. } = traces;
-    names(TABLES, &mut |name| {
-        if name == "kube-proxy" {
-            let _ = kube_proxy.insert("the nftables table kube-proxy".to_owned());
-        }
-    });
-    names(CHAINS, &mut |name| {
-        if name == KUBE_PROXY {
+    // A kernel that does not list them has none.
+    if nft::tables().unwrap_or_default().iter().any(|table| table.name == "kube-proxy") {
+        let _ = kube_proxy.insert("the nftables table kube-proxy".to_owned());
+    }
+    for chain in nft::chains().unwrap_or_default() {
+        if chain.name == KUBE_PROXY {
             let _ = kube_proxy.insert("the iptables chain KUBE-SERVICES".to_owned());
-        } else if name.starts_with(ISTIO) {
-            let _ = meshes.insert(format!("Istio's iptables chain {name}"));
+        } else if chain.name.starts_with(ISTIO) {
+            let _ = meshes.insert(format!("Istio's iptables chain {}", chain.name));
         }
-    });
+    }
     // The older iptables, whose tables nft does not see. Only where there are some: asking would
     // make them.
     let legacy = fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();

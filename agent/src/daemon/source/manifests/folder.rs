@@ -8,11 +8,11 @@ use std::{fs, io};
 
 use serde::Deserialize as _;
 use serde_json::Value;
+use sluice_core::model::Change;
+use sluice_core::model::object::ObjectName;
+use sluice_core::model::report::{Flaw, Note, Subject};
 
 use super::fresh;
-use crate::core::model::Change;
-use crate::core::model::object::ObjectName;
-use crate::core::model::report::{Flaw, Note, Subject};
 use crate::daemon::source::decode::{Decoder, Kind, Meta, Object, change};
 use crate::daemon::source::yaml::{Document, json, yaml};
 

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use sluice_common::abi::{self, Ipv4Address, Ipv6Address, Networks, PREFIXES, Prefix, Settings};
 
-use crate::core::model::object::NodeSpec;
-use crate::core::model::{Change, Event, SourceId};
-use crate::core::policy::{Accelerate, DetectLocal, Policy};
+use crate::model::object::NodeSpec;
+use crate::model::{Change, Event, SourceId};
+use crate::policy::{Accelerate, DetectLocal, Policy};
 
 /// Our Node and the ServiceCIDRs, by source; of two sources with one object, the first counts.
 #[derive(Clone, Debug)]
-pub(crate) struct Cluster {
+pub struct Cluster {
     name: Arc<str>,
     nodes: BTreeMap<SourceId, NodeSpec>,
     service_cidrs: BTreeMap<(Arc<str>, SourceId), Vec<IpNet>>,
@@ -25,24 +25,27 @@ pub(crate) struct Cluster {
 /// What an earlier agent has left: it holds until the sources have been heard, however long the API
 /// server is away.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Adopted {
+pub struct Adopted {
     /// What it told the programs, if it did.
-    pub(crate) told: Option<Programmed>,
+    pub told: Option<Programmed>,
     /// The node's primary addresses.
-    pub(crate) node: Vec<IpAddr>,
+    pub node: Vec<IpAddr>,
 }
 
 /// The settings and networks that every program reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Programmed {
-    pub(crate) settings: Settings,
-    pub(crate) v4: Networks<Ipv4Address>,
-    pub(crate) v6: Networks<Ipv6Address>,
+pub struct Programmed {
+    /// The settings.
+    pub settings: Settings,
+    /// The networks of IPv4.
+    pub v4: Networks<Ipv4Address>,
+    /// Those of IPv6.
+    pub v6: Networks<Ipv6Address>,
 }
 
 impl Programmed {
     /// The networks of Services' addresses.
-    pub(crate) fn service_networks(&self) -> Vec<IpNet> {
+    pub fn service_networks(&self) -> Vec<IpNet> {
         let v4 = self.v4.services.iter().filter(|prefix| **prefix != prefix_v4(None)).filter_map(
             |prefix| {
                 let (network, mask) = (prefix.network.octets, prefix.mask.octets);
@@ -61,19 +64,19 @@ impl Programmed {
 
 impl Cluster {
     /// Nothing is known but what an earlier agent has left; the node has this name.
-    pub(crate) fn new(name: &str, adopted: Adopted) -> Self {
+    pub fn new(name: &str, adopted: Adopted) -> Self {
         let adopted = Some(Box::new(adopted));
         Self { name: name.into(), nodes: BTreeMap::new(), service_cidrs: BTreeMap::new(), adopted }
     }
 
     /// Takes in that every source has delivered its first full list: what none of them has is not
     /// there. Returns whether that is news.
-    pub(crate) fn complete(&mut self) -> bool {
+    pub fn complete(&mut self) -> bool {
         self.adopted.take().is_some()
     }
 
     /// Takes in an event; returns whether it concerned node or networks.
-    pub(crate) fn hear(&mut self, event: &Event) -> bool {
+    pub fn hear(&mut self, event: &Event) -> bool {
         match &event.change {
             Change::Node(name, spec) if *name == self.name => {
                 let before = match spec {
@@ -104,13 +107,13 @@ impl Cluster {
     }
 
     /// The addresses that our Node has, those inside the cluster first.
-    pub(crate) fn node_addresses(&self) -> Vec<IpAddr> {
+    pub fn node_addresses(&self) -> Vec<IpAddr> {
         let adopted = || self.adopted.as_ref().map(|adopted| adopted.node.clone());
         self.node().map(|node| node.addresses.clone()).or_else(adopted).unwrap_or_default()
     }
 
     /// Whether our Node is about to be deleted.
-    pub(crate) fn is_leaving(&self) -> bool {
+    pub fn is_leaving(&self) -> bool {
         self.node().is_some_and(|node| node.leaving)
     }
 
@@ -146,7 +149,7 @@ impl Cluster {
 
     /// What the programs are to be told, given the settings that nothing here changes; and the
     /// networks for which there is no room.
-    pub(crate) fn tell(&self, policy: &Policy, settings: Settings) -> (Programmed, Vec<IpNet>) {
+    pub fn tell(&self, policy: &Policy, settings: Settings) -> (Programmed, Vec<IpNet>) {
         let mut surplus = Vec::new();
         let pods = self.pod_networks(policy);
         let (pods_v4, pods_v6) = prefixes(&pods, &mut surplus);
@@ -258,7 +261,7 @@ mod tests {
             assert_eq!(accelerated(accelerate, before), bits, "{accelerate:?}, {before}");
         }
     }
-    use crate::core::policy::{Masquerade, cidr};
+    use crate::policy::{Masquerade, cidr};
 
     fn nets(texts: &[&str]) -> Vec<IpNet> {
         texts.iter().map(|text| cidr(text).expect("a CIDR")).collect()

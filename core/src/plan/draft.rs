@@ -10,7 +10,7 @@ use sluice_common::abi::{
 };
 use sluice_common::{Family, V4, V6};
 
-use crate::core::image::{FamilyImage, Image, PERMITTED, SourceKey, Stack, Write, diff};
+use crate::image::{FamilyImage, Image, PERMITTED, SourceKey, Stack, Write, diff};
 
 /// The keys of one map that were touched, with what they led to before.
 type Old<K, V> = BTreeMap<K, Option<V>>;

@@ -18,7 +18,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::core::policy::ExternalIps;
+use crate::policy::ExternalIps;
 use claims::{Changed, Claims, Frontend};
 use desired::{Claimed, Context, Joined, PortKey};
 pub use desired::{Desired, DesiredBackend, DesiredPort, FrontendKind, HealthCheck, UdpPort};

@@ -60,7 +60,7 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
-    use crate::core::model::object::Protocol;
+    use crate::model::object::Protocol;
 
     #[test]
     fn an_endpoint_leads_to_every_service_that_has_it_now() {

@@ -14,7 +14,7 @@ use super::object::{
 use super::policy::{Choice, Member, Place, Policies, categorize};
 use super::report::{Flaw, Notebook, Subject};
 use super::{Settings, SliceKey};
-use crate::core::policy::{ExternalIps, cidr};
+use crate::policy::{ExternalIps, cidr};
 
 /// Identifies one port of one Service in one family.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

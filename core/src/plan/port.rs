@@ -14,10 +14,10 @@ use super::ids::BackendIds;
 use super::listing::Why;
 use super::shares::grant;
 use super::{Held, Plan, Planned, Planning, Which, Work, blocks, endpoint, lack, visible};
-use crate::core::image::{CLASSES, SourceKey};
-use crate::core::model::desired::PortKey;
-use crate::core::model::report::{Flaw, Note};
-use crate::core::model::{DesiredBackend, DesiredPort, FrontendKind};
+use crate::image::{CLASSES, SourceKey};
+use crate::model::desired::PortKey;
+use crate::model::report::{Flaw, Note};
+use crate::model::{DesiredBackend, DesiredPort, FrontendKind};
 
 /// The ranges of a service port in the making.
 struct Tables {

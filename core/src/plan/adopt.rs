@@ -15,10 +15,10 @@ use super::{
     FamilyPlan, Held, Limbo, Plan, Planned, Planning, Sizes, WHOLE, Work, blocks, endpoint,
     visible, whole,
 };
-use crate::core::image::{CLASSES, Image, Stack};
-use crate::core::model::desired::PortKey;
-use crate::core::model::object::{IpFamily, Protocol};
-use crate::core::model::{Batch, FrontendKind, ObjectName};
+use crate::image::{CLASSES, Image, Stack};
+use crate::model::desired::PortKey;
+use crate::model::object::{IpFamily, Protocol};
+use crate::model::{Batch, FrontendKind, ObjectName};
 
 /// An id and its backend.
 type Entry<F> = (u32, Backend<<F as Family>::Address>);

@@ -31,11 +31,11 @@ use sluice_common::abi::{
 };
 use sluice_common::{Family, V4, V6, maglev};
 
-use crate::core::image::{Image, SourceKey, Stack, Write, node_port_bit};
-use crate::core::model::desired::PortKey;
-use crate::core::model::object::{IpFamily, Protocol};
-use crate::core::model::report::{Flaw, Note};
-use crate::core::model::{Batch, Desired, FrontendKind, ObjectName};
+use crate::image::{Image, SourceKey, Stack, Write, node_port_bit};
+use crate::model::desired::PortKey;
+use crate::model::object::{IpFamily, Protocol};
+use crate::model::report::{Flaw, Note};
+use crate::model::{Batch, Desired, FrontendKind, ObjectName};
 use arena::Arena;
 use draft::{Draft, Drafted};
 use ids::{BackendIds, PortIds};
