@@ -32,12 +32,10 @@ macro_rules! abi {
             type A = $crate::abi::Ipv6Address;
             assert!(size_of::<$name<A>>() == $v6 && 0 $(+ size_of::<$ty>())* == $v6);
         };
-        // SAFETY: plain integers without padding: any bytes are a value.
+        // SAFETY: plain integers without padding, for either family's addresses, and there are no
+        // others: any bytes are a value.
         #[cfg(feature = "user")]
-        unsafe impl aya::Pod for $name<$crate::abi::Ipv4Address> {}
-        // SAFETY: as above.
-        #[cfg(feature = "user")]
-        unsafe impl aya::Pod for $name<$crate::abi::Ipv6Address> {}
+        unsafe impl<A: $crate::abi::Address> aya::Pod for $name<A> {}
     };
 }
 

@@ -1,15 +1,14 @@
 //! The two address families, so that everything else is written once.
 
 use core::fmt::Debug;
-use core::hash::Hash;
 use core::net::{Ipv4Addr, Ipv6Addr};
 
-use crate::abi::{Device, Ipv4Address, Ipv6Address};
+use crate::abi::{Address, Device, Ipv4Address, Ipv6Address};
 
 /// An address family. Implemented by [`V4`] and [`V6`] alone.
 pub trait Family: Copy + Debug + Eq + 'static {
     /// The address type.
-    type Address: Copy + Debug + Default + Eq + Ord + Hash;
+    type Address: Address;
 
     /// 4 or 6.
     const VERSION: u8;

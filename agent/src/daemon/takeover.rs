@@ -378,8 +378,8 @@ impl Walker {
         self.open()?;
         let Some(maps) = &self.maps else { bail!("the maps are not open") };
         if !self.known {
-            self.v4 = V4::imported(maps)?.into_iter().collect();
-            self.v6 = V6::imported(maps)?.into_iter().collect();
+            self.v4 = V4::maps(maps).read_imported()?.into_iter().collect();
+            self.v6 = V6::maps(maps).read_imported()?.into_iter().collect();
             self.known = true;
         }
         let mut listed = Listed::default();
@@ -589,7 +589,7 @@ fn list<F: KernelStack>(
     (which, margin): (Which, Duration),
     listed: &mut Listed,
 ) -> anyhow::Result<Imported<F>> {
-    let frontends = F::frontends(maps)?;
+    let frontends = F::maps(maps).read_frontends()?;
     let mut after = Imported::<F>::new();
     let mut counts = Listed::default();
     let mut idle = Vec::new();
@@ -641,7 +641,8 @@ fn list<F: KernelStack>(
         .map(|(key, bits)| (*key, *bits))
         .collect();
     let remove: Vec<_> = before.keys().filter(|key| !after.contains_key(key)).copied().collect();
-    F::import(maps, &insert, &remove)
+    F::maps(maps)
+        .import(&insert, &remove)
         .context("there is no room for all of netfilter's connections")?;
     if which == Which::KnownAndOurs {
         // The next datagram is ours, which conntrack would take for a part of the old flow.
@@ -656,7 +657,7 @@ fn list<F: KernelStack>(
 /// ended. A process of this host may have opened another to the same backend from the source
 /// port of one while nothing tracked it; conntrack would give the next packet another port.
 fn forget_ended<F: KernelStack>(maps: &Maps, family: IpFamily) -> anyhow::Result<()> {
-    let frontends = F::frontends(maps)?;
+    let frontends = F::maps(maps).read_frontends()?;
     let mut ended = Vec::new();
     for _ in 0..LISTINGS {
         let whole = translated(family, |found| {

@@ -1,5 +1,8 @@
 //! Addresses, tuples and times, which the other keys and values are made of.
 
+use core::fmt::Debug;
+use core::hash::Hash;
+
 /// An IPv4 address in wire order. Aligned so that the kernel reads it as one word.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C, align(4))]
@@ -22,6 +25,26 @@ unsafe impl aya::Pod for Ipv4Address {}
 // SAFETY: as above.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Ipv6Address {}
+
+mod sealed {
+    /// Keeps [`Address`](super::Address) to the two families.
+    #[cfg(not(feature = "user"))]
+    pub trait Sealed {}
+    /// Keeps [`Address`](super::Address) to the two families; the agent may read and write it.
+    #[cfg(feature = "user")]
+    pub trait Sealed: aya::Pod {}
+    impl Sealed for super::Ipv4Address {}
+    impl Sealed for super::Ipv6Address {}
+}
+
+/// An address of either family: [`Ipv4Address`] or [`Ipv6Address`].
+pub trait Address:
+    sealed::Sealed + Copy + Debug + Default + Eq + Ord + Hash + Send + Sync + 'static
+{
+}
+
+impl Address for Ipv4Address {}
+impl Address for Ipv6Address {}
 
 abi! {
     /// A packet's five-tuple as it stands on the wire; the key of `flows` and `embryonic`.

@@ -158,9 +158,9 @@ fn add<F: KernelStack>(
 ) -> anyhow::Result<usize> {
     let mut visits = visits::<F>(image, lists, now);
     let known: BTreeSet<AffinityKey<F::Address>> =
-        F::affinity(maps)?.into_iter().map(|(key, _)| key).collect();
+        F::maps(maps).read_affinity()?.into_iter().map(|(key, _)| key).collect();
     visits.retain(|(key, _)| !known.contains(key));
-    F::add_affinity(maps, &visits)?;
+    F::maps(maps).add_affinity(&visits)?;
     Ok(visits.len())
 }
 

@@ -20,7 +20,7 @@ const ENDED_TICKS: u32 = 3;
 /// How many flows of a family are under way. The others are forgotten: their entries would catch
 /// packets of netfilter's connections that happen to get the same source port.
 pub(super) fn live<F: KernelStack>(maps: &Maps) -> anyhow::Result<u64> {
-    let (flows, now) = (F::flows(maps)?, now());
+    let (flows, now) = (F::maps(maps).read_flows()?, now());
     let mut count = 0;
     let mut dead = Vec::new();
     for entry in flows.iter().filter(|entry| entry.flow.flags & flow::REPLY == 0) {
@@ -31,14 +31,14 @@ pub(super) fn live<F: KernelStack>(maps: &Maps) -> anyhow::Result<u64> {
             dead.extend([entry.tuple, partner_key::<F>(&entry.flow, entry.tuple.protocol)]);
         }
     }
-    F::forget(maps, &dead)?;
+    F::maps(maps).forget(&dead)?;
     Ok(count)
 }
 
 /// The connections of this host's own sockets that are translated behind conntrack, as it sees
 /// them.
 pub(super) fn of_host<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translated>> {
-    let (flows, now) = (F::flows(maps)?, now());
+    let (flows, now) = (F::maps(maps).read_flows()?, now());
     // One that has ended would be kept for a connection that a process may open from the same port.
     let its = flows.iter().filter(|entry| {
         entry.flow.flags & (flow::REPLY | flow::HOST) == flow::HOST
@@ -60,7 +60,7 @@ pub(super) fn of_host<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Transla
 
 /// The connections to backends that appear as this node's and that netfilter does not see as such.
 pub(super) fn clear<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translated>> {
-    let flows = F::flows(maps)?;
+    let flows = F::maps(maps).read_flows()?;
     let unseen = flows.iter().filter(|entry| {
         let (seen, flow) = (&entry.tuple, &entry.flow);
         let changes = (flow.source, flow.source_port) != (seen.source, seen.source_port);

@@ -17,7 +17,7 @@ use sluice_core::image::{
 
 use super::bpf::Array;
 use super::error::Error;
-use super::maps::{Maps, TrieKey};
+use super::maps::{FamilyMaps, Maps, SourceRangeKey};
 use super::read::{FlowEntry, flows, previous_flows};
 
 /// The maps that the kernel programs use.
@@ -32,259 +32,203 @@ pub(crate) type Visit<F> = (AffinityKey<<F as Family>::Address>, Affinity);
 /// Packets that are netfilter's to translate, with bits of [`sluice_common::abi::imported`].
 pub(crate) type ImportedEntries<F> = Vec<(Tuple<<F as Family>::Address>, u32)>;
 
-/// What is done with a family's maps; the same code for both, over types that are plain data.
+/// A family whose maps are among those that are pinned.
 pub(crate) trait KernelStack: Stack {
-    /// Carries out a run of steps of this family that one batch can hold, at least one; returns how
-    /// many.
-    fn run<'a>(
-        maps: &Maps,
-        writes: impl Iterator<Item = &'a FamilyWrite<Self>> + Clone,
-    ) -> Result<usize, Error>;
-    /// The flows that the family's maps know.
-    fn flows(maps: &Maps) -> Result<Vec<FlowEntry<Self::Address>>, Error>;
-    /// Where clients of service ports with affinity have been.
-    fn affinity(maps: &Maps) -> Result<Vec<Visit<Self>>, Error>;
-    /// The family's frontends.
-    fn frontends(maps: &Maps) -> Result<BTreeSet<ServiceKey<Self::Address>>, Error>;
-    /// The packets that are netfilter's to translate.
-    fn imported(maps: &Maps) -> Result<ImportedEntries<Self>, Error>;
-    /// Adds packets to those that are netfilter's, and takes others away.
-    fn import(
-        maps: &Maps,
-        insert: &[(Tuple<Self::Address>, u32)],
-        remove: &[Tuple<Self::Address>],
-    ) -> Result<(), Error>;
-    /// Takes entries out of the flows, proven or not.
-    fn forget(maps: &Maps, keys: &[Tuple<Self::Address>]) -> Result<(), Error>;
-    /// Adds clients to those of service ports with affinity.
-    fn add_affinity(maps: &Maps, visits: &[Visit<Self>]) -> Result<(), Error>;
-    /// Everything that the family's maps hold.
-    fn read(maps: &Maps) -> Result<FamilyImage<Self>, Error>;
+    /// The family's maps.
+    fn maps(maps: &Maps) -> &FamilyMaps<Self>;
 }
 
-macro_rules! kernel_stack {
-    ($family:ident, $field:ident, $suffix:literal) => {
-        impl KernelStack for $family {
-            fn run<'a>(
-                maps: &Maps,
-                mut writes: impl Iterator<Item = &'a FamilyWrite<Self>> + Clone,
-            ) -> Result<usize, Error> {
-                let maps = &maps.$field;
-                let services = concat!("services_", $suffix);
-                let origins = concat!("origins_", $suffix);
-                let backends = concat!("backends_", $suffix);
-                let sources = concat!("source_ranges_", $suffix);
-                let nodes = concat!("node_addresses_", $suffix);
-                let run = writes.clone();
-                let Some(first) = writes.next() else { return Ok(0) };
-                match first {
-                    FamilyWrite::ServiceInsert { .. } => {
-                        let run: Vec<_> = run
-                            .map_while(|write| {
-                                let FamilyWrite::ServiceInsert { key, service } = write else {
-                                    return None;
-                                };
-                                Some((*key, *service))
-                            })
-                            .collect();
-                        maps.services
-                            .insert_many(&run)
-                            .map_err(|e| Error::map("write", services, e))?;
-                        Ok(run.len())
-                    }
-                    FamilyWrite::ServiceRemove { .. } => {
-                        let run: Vec<_> = run
-                            .map_while(|write| {
-                                let FamilyWrite::ServiceRemove { key } = write else { return None };
-                                Some(*key)
-                            })
-                            .collect();
-                        maps.services
-                            .remove_many(&run)
-                            .map_err(|e| Error::map("write", services, e))?;
-                        Ok(run.len())
-                    }
-                    FamilyWrite::OriginInsert { .. } => {
-                        let run: Vec<_> = run
-                            .map_while(|write| {
-                                let FamilyWrite::OriginInsert { key, origins } = write else {
-                                    return None;
-                                };
-                                Some((*key, **origins))
-                            })
-                            .collect();
-                        maps.origins
-                            .insert_many(&run)
-                            .map_err(|e| Error::map("write", origins, e))?;
-                        Ok(run.len())
-                    }
-                    FamilyWrite::OriginRemove { .. } => {
-                        let run: Vec<_> = run
-                            .map_while(|write| {
-                                let FamilyWrite::OriginRemove { key } = write else { return None };
-                                Some(*key)
-                            })
-                            .collect();
-                        maps.origins
-                            .remove_many(&run)
-                            .map_err(|e| Error::map("write", origins, e))?;
-                        Ok(run.len())
-                    }
-                    FamilyWrite::SourceInsert { .. } => {
-                        let run: Vec<_> = run
-                            .map_while(|write| {
-                                let FamilyWrite::SourceInsert { key } = write else { return None };
-                                Some((trie_key(key), PERMITTED))
-                            })
-                            .collect();
-                        maps.source_ranges
-                            .insert_many(&run)
-                            .map_err(|e| Error::map("write", sources, e))?;
-                        Ok(run.len())
-                    }
-                    FamilyWrite::SourceRemove { .. } => {
-                        let run: Vec<_> = run
-                            .map_while(|write| {
-                                let FamilyWrite::SourceRemove { key } = write else { return None };
-                                Some(trie_key(key))
-                            })
-                            .collect();
-                        maps.source_ranges
-                            .remove_many(&run)
-                            .map_err(|e| Error::map("write", sources, e))?;
-                        Ok(run.len())
-                    }
-                    FamilyWrite::NodeInsert { address, node } => maps
-                        .node_addresses
-                        .insert(address, node)
-                        .map_err(|e| Error::map("write", nodes, e))
-                        .map(|()| 1),
-                    FamilyWrite::NodeRemove { address } => maps
-                        .node_addresses
-                        .remove(address)
-                        .map_err(|e| Error::map("write", nodes, e))
-                        .map(|()| 1),
-                    FamilyWrite::Backend { id, backend } => {
-                        stored(backends, *id, maps.backends.set(*id, backend)).map(|()| 1)
-                    }
-                    FamilyWrite::BackendFlags { id, flags } => {
-                        let offset = offset_of!(Backend<<$family as Family>::Address>, flags);
-                        stored(backends, *id, maps.backends.set_u32(*id, offset, *flags))
-                            .map(|()| 1)
-                    }
-                    FamilyWrite::ClearBackend { id } => {
-                        stored(backends, *id, maps.backends.set(*id, &Backend::default()))
-                            .map(|()| 1)
-                    }
-                }
-            }
+impl KernelStack for V4 {
+    fn maps(maps: &Maps) -> &FamilyMaps<Self> {
+        &maps.v4
+    }
+}
 
-            fn flows(maps: &Maps) -> Result<Vec<FlowEntry<Self::Address>>, Error> {
-                let maps = &maps.$field;
-                let mut found = flows(&maps.flows, &maps.embryonic)?;
-                if let Some([flows, embryonic]) = &maps.previous {
-                    found.extend(previous_flows(flows, false)?);
-                    found.extend(previous_flows(embryonic, true)?);
-                }
-                Ok(found)
-            }
+impl KernelStack for V6 {
+    fn maps(maps: &Maps) -> &FamilyMaps<Self> {
+        &maps.v6
+    }
+}
 
-            fn affinity(maps: &Maps) -> Result<Vec<Visit<Self>>, Error> {
-                let entries = maps.$field.affinity.entries();
-                entries.map_err(|e| Error::map("read", concat!("affinity_", $suffix), e))
+impl<F: Stack> FamilyMaps<F> {
+    /// Carries out a run of steps that one batch can hold, at least one; returns how many.
+    fn run<'a>(
+        &self,
+        writes: impl Iterator<Item = &'a FamilyWrite<F>> + Clone,
+    ) -> Result<usize, Error> {
+        let Some(first) = writes.clone().next() else { return Ok(0) };
+        let backends = || Self::name("backends");
+        match first {
+            FamilyWrite::ServiceInsert { .. } => {
+                let run = run_of(writes, |write| {
+                    let FamilyWrite::ServiceInsert { key, service } = write else { return None };
+                    Some((*key, *service))
+                });
+                self.services.insert_many(&run).map_err(Self::failed("write", "services"))?;
+                Ok(run.len())
             }
-
-            fn frontends(maps: &Maps) -> Result<BTreeSet<ServiceKey<Self::Address>>, Error> {
-                let entries = maps.$field.services.entries();
-                let entries =
-                    entries.map_err(|e| Error::map("read", concat!("services_", $suffix), e))?;
-                Ok(entries.into_iter().map(|(key, _)| key).collect())
+            FamilyWrite::ServiceRemove { .. } => {
+                let run = run_of(writes, |write| {
+                    let FamilyWrite::ServiceRemove { key } = write else { return None };
+                    Some(*key)
+                });
+                self.services.remove_many(&run).map_err(Self::failed("write", "services"))?;
+                Ok(run.len())
             }
-
-            fn imported(maps: &Maps) -> Result<ImportedEntries<Self>, Error> {
-                let entries = maps.$field.imported.entries();
-                entries.map_err(|e| Error::map("read", concat!("imported_", $suffix), e))
+            FamilyWrite::OriginInsert { .. } => {
+                let run = run_of(writes, |write| {
+                    let FamilyWrite::OriginInsert { key, origins } = write else { return None };
+                    Some((*key, **origins))
+                });
+                self.origins.insert_many(&run).map_err(Self::failed("write", "origins"))?;
+                Ok(run.len())
             }
-
-            fn import(
-                maps: &Maps,
-                insert: &[(Tuple<Self::Address>, u32)],
-                remove: &[Tuple<Self::Address>],
-            ) -> Result<(), Error> {
-                let map = &maps.$field.imported;
-                map.insert_many(insert)
-                    .and_then(|()| map.remove_many(remove))
-                    .map_err(|e| Error::map("write", concat!("imported_", $suffix), e))
+            FamilyWrite::OriginRemove { .. } => {
+                let run = run_of(writes, |write| {
+                    let FamilyWrite::OriginRemove { key } = write else { return None };
+                    Some(*key)
+                });
+                self.origins.remove_many(&run).map_err(Self::failed("write", "origins"))?;
+                Ok(run.len())
             }
-
-            fn forget(maps: &Maps, keys: &[Tuple<Self::Address>]) -> Result<(), Error> {
-                let maps = &maps.$field;
-                let removed =
-                    maps.flows.remove_many(keys).and_then(|()| maps.embryonic.remove_many(keys));
-                let before = maps.previous.iter().flatten();
-                removed
-                    .and_then(|()| before.map(|table| table.remove_many(keys)).collect())
-                    .map_err(|e| Error::map("write", concat!("flows_", $suffix), e))
+            FamilyWrite::SourceInsert { .. } => {
+                let run = run_of(writes, |write| {
+                    let FamilyWrite::SourceInsert { key } = write else { return None };
+                    Some((trie_key(key), PERMITTED))
+                });
+                let inserted = self.source_ranges.insert_many(&run);
+                inserted.map_err(Self::failed("write", "source_ranges"))?;
+                Ok(run.len())
             }
-
-            fn add_affinity(maps: &Maps, visits: &[Visit<Self>]) -> Result<(), Error> {
-                let added = maps.$field.affinity.insert_many(visits);
-                added.map_err(|e| Error::map("write", concat!("affinity_", $suffix), e))
+            FamilyWrite::SourceRemove { .. } => {
+                let run = run_of(writes, |write| {
+                    let FamilyWrite::SourceRemove { key } = write else { return None };
+                    Some(trie_key(key))
+                });
+                let removed = self.source_ranges.remove_many(&run);
+                removed.map_err(Self::failed("write", "source_ranges"))?;
+                Ok(run.len())
             }
-
-            fn read(maps: &Maps) -> Result<FamilyImage<Self>, Error> {
-                let maps = &maps.$field;
-                let services = maps
-                    .services
-                    .entries()
-                    .map_err(|e| Error::map("read", concat!("services_", $suffix), e))?;
-                let origins = maps
-                    .origins
-                    .entries()
-                    .map_err(|e| Error::map("read", concat!("origins_", $suffix), e))?;
-                let source_ranges = maps
-                    .source_ranges
-                    .entries()
-                    .map_err(|e| Error::map("read", concat!("source_ranges_", $suffix), e))?;
-                let node_addresses = maps
-                    .node_addresses
-                    .entries()
-                    .map_err(|e| Error::map("read", concat!("node_addresses_", $suffix), e))?;
-                let backends = (1..maps.backends.len())
-                    .filter_map(|id| Some((id, maps.backends.get(id)?)))
-                    .filter(|(_, backend)| backend.generation != 0);
-                Ok(FamilyImage {
-                    services: services.into_iter().collect(),
-                    backends: backends.collect(),
-                    origins: origins.into_iter().collect(),
-                    source_ranges: source_ranges
-                        .into_iter()
-                        .map(|(key, value)| (source_key(&key), value))
-                        .collect(),
-                    node_addresses: node_addresses.into_iter().collect(),
-                })
+            FamilyWrite::NodeInsert { address, node } => {
+                let inserted = self.node_addresses.insert(address, node);
+                inserted.map_err(Self::failed("write", "node_addresses")).map(|()| 1)
+            }
+            FamilyWrite::NodeRemove { address } => {
+                let removed = self.node_addresses.remove(address);
+                removed.map_err(Self::failed("write", "node_addresses")).map(|()| 1)
+            }
+            FamilyWrite::Backend { id, backend } => {
+                stored(&backends(), *id, self.backends.set(*id, backend)).map(|()| 1)
+            }
+            FamilyWrite::BackendFlags { id, flags } => {
+                let offset = offset_of!(Backend<F::Address>, flags);
+                stored(&backends(), *id, self.backends.set_u32(*id, offset, *flags)).map(|()| 1)
+            }
+            FamilyWrite::ClearBackend { id } => {
+                stored(&backends(), *id, self.backends.set(*id, &Backend::default())).map(|()| 1)
             }
         }
-    };
+    }
+
+    /// The flows that the maps know.
+    pub(crate) fn read_flows(&self) -> Result<Vec<FlowEntry<F::Address>>, Error> {
+        let mut found = flows(&self.flows, &self.embryonic)?;
+        if let Some([flows, embryonic]) = &self.previous {
+            found.extend(previous_flows(flows, false)?);
+            found.extend(previous_flows(embryonic, true)?);
+        }
+        Ok(found)
+    }
+
+    /// Where clients of service ports with affinity have been.
+    pub(crate) fn read_affinity(&self) -> Result<Vec<Visit<F>>, Error> {
+        self.affinity.entries().map_err(Self::failed("read", "affinity"))
+    }
+
+    /// The frontends.
+    pub(crate) fn read_frontends(&self) -> Result<BTreeSet<ServiceKey<F::Address>>, Error> {
+        let entries = self.services.entries().map_err(Self::failed("read", "services"))?;
+        Ok(entries.into_iter().map(|(key, _)| key).collect())
+    }
+
+    /// The packets that are netfilter's to translate.
+    pub(crate) fn read_imported(&self) -> Result<ImportedEntries<F>, Error> {
+        self.imported.entries().map_err(Self::failed("read", "imported"))
+    }
+
+    /// Adds packets to those that are netfilter's, and takes others away.
+    pub(crate) fn import(
+        &self,
+        insert: &[(Tuple<F::Address>, u32)],
+        remove: &[Tuple<F::Address>],
+    ) -> Result<(), Error> {
+        self.imported
+            .insert_many(insert)
+            .and_then(|()| self.imported.remove_many(remove))
+            .map_err(Self::failed("write", "imported"))
+    }
+
+    /// Takes entries out of the flows, proven or not.
+    pub(crate) fn forget(&self, keys: &[Tuple<F::Address>]) -> Result<(), Error> {
+        let before = self.previous.iter().flatten();
+        self.flows
+            .remove_many(keys)
+            .and_then(|()| self.embryonic.remove_many(keys))
+            .and_then(|()| before.map(|table| table.remove_many(keys)).collect())
+            .map_err(Self::failed("write", "flows"))
+    }
+
+    /// Adds clients to those of service ports with affinity.
+    pub(crate) fn add_affinity(&self, visits: &[Visit<F>]) -> Result<(), Error> {
+        self.affinity.insert_many(visits).map_err(Self::failed("write", "affinity"))
+    }
+
+    /// Everything that the plan writes.
+    fn read_image(&self) -> Result<FamilyImage<F>, Error> {
+        let services = self.services.entries().map_err(Self::failed("read", "services"))?;
+        let origins = self.origins.entries().map_err(Self::failed("read", "origins"))?;
+        let source_ranges =
+            self.source_ranges.entries().map_err(Self::failed("read", "source_ranges"))?;
+        let node_addresses =
+            self.node_addresses.entries().map_err(Self::failed("read", "node_addresses"))?;
+        let backends = (1..self.backends.len())
+            .filter_map(|id| Some((id, self.backends.get(id)?)))
+            .filter(|(_, backend)| backend.generation != 0);
+        Ok(FamilyImage {
+            services: services.into_iter().collect(),
+            backends: backends.collect(),
+            origins: origins.into_iter().collect(),
+            source_ranges: source_ranges
+                .into_iter()
+                .map(|(key, value)| (source_key(&key), value))
+                .collect(),
+            node_addresses: node_addresses.into_iter().collect(),
+        })
+    }
 }
 
-kernel_stack!(V4, v4, "v4");
-kernel_stack!(V6, v6, "v6");
+/// What the first steps have in common that one batch can hold.
+fn run_of<'a, W: 'a, T>(
+    writes: impl Iterator<Item = &'a W>,
+    part: impl Fn(&'a W) -> Option<T>,
+) -> Vec<T> {
+    writes.map_while(part).collect()
+}
 
 /// The bits of a trie's key that are the service port's: a service port shares no range with
 /// another.
 const PORT_BITS: u32 = u32::BITS;
 
-fn trie_key<A: Copy>(key: &SourceKey<A>) -> TrieKey<SourceRange<A>> {
-    let data = SourceRange { service_port: key.service_port.to_be_bytes(), address: key.network };
-    TrieKey { length: PORT_BITS + u32::from(key.length), data }
+fn trie_key<A: Copy>(key: &SourceKey<A>) -> SourceRangeKey<A> {
+    let range = SourceRange { service_port: key.service_port.to_be_bytes(), address: key.network };
+    SourceRangeKey { length: PORT_BITS + u32::from(key.length), range }
 }
 
-fn source_key<A: Copy>(key: &TrieKey<SourceRange<A>>) -> SourceKey<A> {
+fn source_key<A: Copy>(key: &SourceRangeKey<A>) -> SourceKey<A> {
     SourceKey {
-        service_port: u32::from_be_bytes(key.data.service_port),
+        service_port: u32::from_be_bytes(key.range.service_port),
         length: u8::try_from(key.length.saturating_sub(PORT_BITS)).unwrap_or(u8::MAX),
-        network: key.data.address,
+        network: key.range.address,
     }
 }
 
@@ -315,18 +259,16 @@ impl Kernel {
         let Some(first) = writes.first() else { return Ok(0) };
         let maps = &self.maps;
         match first {
-            Write::V4(_) => V4::run(
-                maps,
-                writes.iter().map_while(|write| {
+            Write::V4(_) => {
+                maps.v4.run(writes.iter().map_while(|write| {
                     if let Write::V4(write) = write { Some(write) } else { None }
-                }),
-            ),
-            Write::V6(_) => V6::run(
-                maps,
-                writes.iter().map_while(|write| {
+                }))
+            }
+            Write::V6(_) => {
+                maps.v6.run(writes.iter().map_while(|write| {
                     if let Write::V6(write) = write { Some(write) } else { None }
-                }),
-            ),
+                }))
+            }
             Write::Name { .. } => {
                 let names = writes.iter().map_while(|write| {
                     let Write::Name { service_port, name } = write else { return None };
@@ -403,8 +345,8 @@ impl Kernel {
     fn read_image(&self) -> Result<Image, Error> {
         let names =
             self.maps.names.entries().map_err(|error| Error::map("read", "names", error))?;
-        let mut image =
-            Image { v4: V4::read(&self.maps)?, v6: V6::read(&self.maps)?, ..Image::default() };
+        let (v4, v6) = (self.maps.v4.read_image()?, self.maps.v6.read_image()?);
+        let mut image = Image { v4, v6, ..Image::default() };
         for (service_port, name) in names {
             let port = self.maps.ports.get(service_port).unwrap_or_default();
             for range in port.ranges.map(Range).into_iter().filter(|range| range.size() > 0) {

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use sluice_common::abi::{
-    Affinity, AffinityKey, Backend, BackendCounters, CallerKey, Device, Flow, Ipv4Address,
+    Address, Affinity, AffinityKey, Backend, BackendCounters, CallerKey, Device, Flow, Ipv4Address,
     Ipv6Address, Name, Networks, NodeAddress, OriginKey, Origins, ReasonCounters, ReasonKey,
     RejectBucket, RejectKey, RouteMtu, Service, ServiceKey, ServicePort, Settings, SlotBlock,
     SocketCounters, SourceRange, Tuple, previous,
@@ -16,27 +16,38 @@ use super::bpf::{self, Array, Table};
 use super::error::Error;
 use super::pins::previous_beside;
 
-/// A key of a trie as bpf(2) takes it.
+/// A key of a trie as bpf(2) takes it: a network that a route leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(C)]
-pub(crate) struct TrieKey<D> {
-    /// How many bits of the data count.
+pub(crate) struct RouteKey<A> {
+    /// How many bits of the address count.
     pub(crate) length: u32,
-    /// What is looked for.
-    pub(crate) data: D,
+    /// The network.
+    pub(crate) network: A,
 }
 
-macro_rules! trie_keys {
-    ($($data:ty),*) => {
-        $(
-            const _: () = assert!(size_of::<TrieKey<$data>>() == 4 + size_of::<$data>());
-            // SAFETY: plain integers without padding (asserted above): any bytes are a value.
-            unsafe impl aya::Pod for TrieKey<$data> {}
-        )*
-    };
+/// A key of a trie as bpf(2) takes it: a network whose clients a service port admits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct SourceRangeKey<A: Copy> {
+    /// How many bits of the rest count.
+    pub(crate) length: u32,
+    /// The service port and the network.
+    pub(crate) range: SourceRange<A>,
 }
 
-trie_keys!(SourceRange<Ipv4Address>, SourceRange<Ipv6Address>, Ipv4Address, Ipv6Address);
+const _: () = {
+    assert!(size_of::<RouteKey<Ipv4Address>>() == 4 + size_of::<Ipv4Address>());
+    assert!(size_of::<RouteKey<Ipv6Address>>() == 4 + size_of::<Ipv6Address>());
+    type Short = SourceRange<Ipv4Address>;
+    type Long = SourceRange<Ipv6Address>;
+    assert!(size_of::<SourceRangeKey<Ipv4Address>>() == 4 + size_of::<Short>());
+    assert!(size_of::<SourceRangeKey<Ipv6Address>>() == 4 + size_of::<Long>());
+};
+// SAFETY: plain integers without padding (asserted above): any bytes are a value.
+unsafe impl<A: Address> aya::Pod for RouteKey<A> {}
+// SAFETY: as above.
+unsafe impl<A: Address> aya::Pod for SourceRangeKey<A> {}
 
 /// Whether the mappings may be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,11 +70,11 @@ pub struct FamilyMaps<F: Family> {
     pub(crate) flows: Table<Tuple<F::Address>, Flow<F::Address>>,
     pub(crate) embryonic: Table<Tuple<F::Address>, Flow<F::Address>>,
     pub(crate) affinity: Table<AffinityKey<F::Address>, Affinity>,
-    pub(crate) source_ranges: Table<TrieKey<SourceRange<F::Address>>, u32>,
+    pub(crate) source_ranges: Table<SourceRangeKey<F::Address>, u32>,
     pub(crate) node_addresses: Table<F::Address, NodeAddress>,
     pub(crate) networks: Table<u32, Networks<F::Address>>,
     pub(crate) imported: Table<Tuple<F::Address>, u32>,
-    pub(crate) route_mtus: Table<TrieKey<F::Address>, RouteMtu>,
+    pub(crate) route_mtus: Table<RouteKey<F::Address>, RouteMtu>,
     /// `flows` and `embryonic` in the previous layout, while it is in use.
     pub(crate) previous: Option<[PreviousTable<F::Address>; 2]>,
 }
@@ -105,34 +116,40 @@ fn array<T: aya::Pod>(folder: &Path, name: &str, access: Access) -> Result<Array
         .map_err(|cause| Error::map("use the pinned", name, cause))
 }
 
-/// The parts of opening and reading that need the family's types to be plain data.
-macro_rules! family {
-    ($family:ty, $open:ident, $suffix:literal) => {
-        fn $open(folder: &Path, access: Access) -> Result<FamilyMaps<$family>, Error> {
-            Ok(FamilyMaps {
-                services: table(folder, concat!("services_", $suffix))?,
-                backends: array(folder, concat!("backends_", $suffix), access)?,
-                origins: table(folder, concat!("origins_", $suffix))?,
-                flows: table(folder, concat!("flows_", $suffix))?,
-                embryonic: table(folder, concat!("embryonic_", $suffix))?,
-                affinity: table(folder, concat!("affinity_", $suffix))?,
-                source_ranges: table(folder, concat!("source_ranges_", $suffix))?,
-                node_addresses: table(folder, concat!("node_addresses_", $suffix))?,
-                networks: table(folder, concat!("networks_", $suffix))?,
-                imported: table(folder, concat!("imported_", $suffix))?,
-                route_mtus: table(folder, concat!("route_mtus_", $suffix))?,
-                previous: previous_beside(folder).and_then(|before| {
-                    let tables = [concat!("flows_", $suffix), concat!("embryonic_", $suffix)];
-                    let [flows, embryonic] = tables.map(|name| table(&before, name).ok());
-                    Some([flows?, embryonic?])
-                }),
-            })
-        }
-    };
-}
+impl<F: Family> FamilyMaps<F> {
+    /// The name of one of the family's maps.
+    pub(crate) fn name(map: &str) -> String {
+        format!("{map}_v{}", F::VERSION)
+    }
 
-family!(V4, open_v4, "v4");
-family!(V6, open_v6, "v6");
+    /// An error of one of the family's maps.
+    pub(crate) fn failed(action: &'static str, map: &str) -> impl FnOnce(io::Error) -> Error {
+        let name = Self::name(map);
+        move |cause| Error::map(action, name, cause)
+    }
+
+    fn open(folder: &Path, access: Access) -> Result<Self, Error> {
+        let before = previous_beside(folder).and_then(|before| {
+            let [flows, embryonic] =
+                ["flows", "embryonic"].map(|map| table(&before, &Self::name(map)).ok());
+            Some([flows?, embryonic?])
+        });
+        Ok(Self {
+            services: table(folder, &Self::name("services"))?,
+            backends: array(folder, &Self::name("backends"), access)?,
+            origins: table(folder, &Self::name("origins"))?,
+            flows: table(folder, &Self::name("flows"))?,
+            embryonic: table(folder, &Self::name("embryonic"))?,
+            affinity: table(folder, &Self::name("affinity"))?,
+            source_ranges: table(folder, &Self::name("source_ranges"))?,
+            node_addresses: table(folder, &Self::name("node_addresses"))?,
+            networks: table(folder, &Self::name("networks"))?,
+            imported: table(folder, &Self::name("imported"))?,
+            route_mtus: table(folder, &Self::name("route_mtus"))?,
+            previous: before,
+        })
+    }
+}
 
 impl Maps {
     /// Opens the maps pinned in a folder.
@@ -142,8 +159,8 @@ impl Maps {
     /// When one is missing or has another layout.
     pub fn open(folder: &Path, access: Access) -> Result<Self, Error> {
         Ok(Self {
-            v4: open_v4(folder, access)?,
-            v6: open_v6(folder, access)?,
+            v4: FamilyMaps::open(folder, access)?,
+            v6: FamilyMaps::open(folder, access)?,
             settings: table(folder, "settings")?,
             ports: array(folder, "ports", access)?,
             slots: array(folder, "slots", access)?,

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use sluice_common::abi::previous::{self, Moved};
 use sluice_common::abi::{
-    self, BackendCounters, Flow, Ipv4Address, Ipv6Address, Networks, ReasonCounters, ReasonKey,
-    RejectBucket, SLOTS_PER_BLOCK, Settings, SocketCounters, Tuple,
+    self, Address, BackendCounters, Flow, Ipv4Address, Ipv6Address, Networks, ReasonCounters,
+    ReasonKey, RejectBucket, SLOTS_PER_BLOCK, Settings, SocketCounters, Tuple,
 };
 use sluice_core::cluster::Programmed;
 use sluice_core::image::Image;
@@ -273,14 +273,10 @@ impl Maps {
 }
 
 /// Every entry of a family's `flows` and `embryonic`.
-pub(super) fn flows<A: Copy>(
+pub(super) fn flows<A: Address>(
     flows: &Table<Tuple<A>, Flow<A>>,
     embryonic: &Table<Tuple<A>, Flow<A>>,
-) -> Result<Vec<FlowEntry<A>>, Error>
-where
-    Tuple<A>: aya::Pod,
-    Flow<A>: aya::Pod,
-{
+) -> Result<Vec<FlowEntry<A>>, Error> {
     let flows = read("flows", flows.entries())?.into_iter().map(|entry| (entry, false));
     let embryonic = read("embryonic", embryonic.entries())?.into_iter().map(|entry| (entry, true));
     Ok(flows
@@ -290,15 +286,10 @@ where
 }
 
 /// The same of a table in the previous layout.
-pub(super) fn previous_flows<A: Copy>(
+pub(super) fn previous_flows<A: Address>(
     table: &Table<Tuple<A>, previous::Flow<A>>,
     embryonic: bool,
-) -> Result<Vec<FlowEntry<A>>, Error>
-where
-    Tuple<A>: aya::Pod,
-    previous::Flow<A>: aya::Pod,
-    Flow<A>: Moved<Before = previous::Flow<A>>,
-{
+) -> Result<Vec<FlowEntry<A>>, Error> {
     let entries = read("the previous layout's flows", table.entries())?.into_iter();
     Ok(entries
         .map(|(tuple, flow)| FlowEntry { tuple, flow: Flow::after(&flow), embryonic })

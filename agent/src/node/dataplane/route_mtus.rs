@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use ipnet::IpNet;
-use sluice_common::abi::{Ipv4Address, Ipv6Address, RouteMtu};
+use sluice_common::abi::{Address, Ipv4Address, Ipv6Address, RouteMtu};
 
 use super::bpf::Table;
 use super::error::Error;
-use super::maps::{TrieKey, table};
+use super::maps::{RouteKey, table};
 
 /// The maps `route_mtus_v4` and `route_mtus_v6`.
 #[derive(Debug)]
@@ -19,23 +19,20 @@ pub struct RouteMtus {
 
 /// The map of one family, and what it holds.
 #[derive(Debug)]
-struct Trie<A> {
+struct Trie<A: Address> {
     name: &'static str,
-    table: Table<TrieKey<A>, RouteMtu>,
-    held: BTreeMap<TrieKey<A>, RouteMtu>,
+    table: Table<RouteKey<A>, RouteMtu>,
+    held: BTreeMap<RouteKey<A>, RouteMtu>,
 }
 
-impl<A: Copy + Ord> Trie<A>
-where
-    TrieKey<A>: aya::Pod,
-{
+impl<A: Address> Trie<A> {
     fn open(folder: &Path, name: &'static str) -> Result<Self, Error> {
-        let table: Table<TrieKey<A>, RouteMtu> = table(folder, name)?;
+        let table: Table<RouteKey<A>, RouteMtu> = table(folder, name)?;
         let held = table.entries().map_err(|cause| Error::map("read", name, cause))?;
         Ok(Self { name, table, held: held.into_iter().collect() })
     }
 
-    fn write(&mut self, wanted: &BTreeMap<TrieKey<A>, RouteMtu>) -> Result<(), Error> {
+    fn write(&mut self, wanted: &BTreeMap<RouteKey<A>, RouteMtu>) -> Result<(), Error> {
         let failed = |cause| Error::map("write", self.name, cause);
         let gone: Vec<_> =
             self.held.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
@@ -78,13 +75,13 @@ impl RouteMtus {
         for (network, route) in routes {
             let length = u32::from(network.prefix_len());
             let _ = match network {
-                IpNet::V4(network) => {
-                    let data = Ipv4Address { octets: network.network().octets() };
-                    v4.insert(TrieKey { length, data }, *route)
+                IpNet::V4(routed) => {
+                    let network = Ipv4Address { octets: routed.network().octets() };
+                    v4.insert(RouteKey { length, network }, *route)
                 }
-                IpNet::V6(network) => {
-                    let data = Ipv6Address { octets: network.network().octets() };
-                    v6.insert(TrieKey { length, data }, *route)
+                IpNet::V6(routed) => {
+                    let network = Ipv6Address { octets: routed.network().octets() };
+                    v6.insert(RouteKey { length, network }, *route)
                 }
             };
         }

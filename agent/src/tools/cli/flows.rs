@@ -74,7 +74,7 @@ pub(super) fn run(
 }
 
 fn rows<F: KernelStack>(view: &View, now: u32) -> anyhow::Result<Vec<Row>> {
-    let entries = F::flows(view.kernel.maps())?;
+    let entries = F::maps(view.kernel.maps()).read_flows()?;
     // What masqueraded clients are shown as stands in entries of their own.
     let is_side = |entry: &&FlowEntry<F::Address>| {
         entry.flow.flags & (flow::REPLY | flow::SOURCE) == flow::SOURCE

@@ -112,10 +112,10 @@ fn around<F: KernelStack>(maps: &Maps, networks: Networks<F::Address>) -> Result
         networks,
         flows: BTreeMap::new(),
         embryonic: BTreeMap::new(),
-        affinity: F::affinity(maps)?.into_iter().collect(),
-        imported: F::imported(maps)?.into_iter().collect(),
+        affinity: F::maps(maps).read_affinity()?.into_iter().collect(),
+        imported: F::maps(maps).read_imported()?.into_iter().collect(),
     };
-    for entry in F::flows(maps)? {
+    for entry in F::maps(maps).read_flows()? {
         let map = if entry.embryonic { &mut around.embryonic } else { &mut around.flows };
         let _ = map.insert(entry.tuple, entry.flow);
     }
