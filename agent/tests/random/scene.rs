@@ -352,6 +352,15 @@ impl Scene {
         };
         let port = 1024 + dice.roll(u16::MAX - 1024);
         let source = SocketAddr::new(source, port);
-        Some(Question { protocol, source, destination, from, way: None, device: None })
+        Some(Question {
+            protocol,
+            source,
+            destination,
+            from,
+            way: None,
+            device: None,
+            length: None,
+            ttl: None,
+        })
     }
 }

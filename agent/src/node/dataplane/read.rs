@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use sluice_common::abi::previous::{self, Moved};
 use sluice_common::abi::{
     self, BackendCounters, Flow, Ipv4Address, Ipv6Address, Networks, ReasonCounters, ReasonKey,
-    SLOTS_PER_BLOCK, Settings, SocketCounters, Tuple,
+    RejectBucket, SLOTS_PER_BLOCK, Settings, SocketCounters, Tuple,
 };
 use sluice_core::cluster::Programmed;
 use sluice_core::image::Image;
@@ -117,6 +117,16 @@ impl Maps {
     /// When the map cannot be read.
     pub fn read_settings(&self) -> Result<Settings, Error> {
         Ok(read("settings", self.settings.get(&0))?.unwrap_or_default())
+    }
+
+    /// What clients and devices may still be sent of ICMP errors, by their keys' addresses.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn rejects(&self) -> Result<BTreeMap<[u8; 16], RejectBucket>, Error> {
+        let entries = read("rejects", self.rejects.entries())?;
+        Ok(entries.into_iter().map(|(key, bucket)| (key.address, bucket)).collect())
     }
 
     /// Tells every program.

@@ -12,7 +12,7 @@ use sluice_core::model::object::Protocol;
 use sluice_core::policy::Policy;
 use sluice_core::policy::SocketPath;
 
-use super::flows::monotonic_ticks;
+use super::flows::monotonic_ns;
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
 use super::{NO_OBJECTS, Output, Usage};
@@ -43,6 +43,12 @@ pub(super) struct ExplainArgs {
     /// The device that its packets are met on [default: by the routes].
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
+    /// The packet's length with its IP header, in bytes [default: without payload].
+    #[arg(long, value_name = "BYTES")]
+    length: Option<u16>,
+    /// The packet's TTL or hop limit where it is met [default: 64].
+    #[arg(long, value_name = "HOPS", value_parser = clap::value_parser!(u8).range(1..))]
+    ttl: Option<u8>,
     /// Ask the manifests of a folder (or of one file) instead of the maps of this node: needs no
     /// rights.
     #[arg(long, value_name = "DIR")]
@@ -107,6 +113,7 @@ pub(super) fn run(
 ) -> anyhow::Result<(String, u8)> {
     let ExplainArgs { protocol, source, destination, from, path, device, output, what_if, .. } =
         args;
+    let (length, ttl) = (args.length, args.ttl);
     if source.is_ipv4() != destination.is_ipv4() {
         bail!(Usage(format!("{source} and {destination} are not of one family")));
     }
@@ -114,7 +121,12 @@ pub(super) fn run(
         bail!(Usage("--path socket: a client outside makes no calls on this node".to_owned()));
     }
     let policy = args.policy.policy().map_err(|error| Usage(format!("{error:#}")))?;
-    let question = Question { protocol, source, destination, from, way: path, device };
+    let question = Question { protocol, source, destination, from, way: path, device, length, ttl };
+    let least = question.least_length();
+    if let Some(length) = length.filter(|length| *length < least) {
+        let word = protocol.word();
+        bail!(Usage(format!("--length {length}: the headers of {word} alone have {least} bytes")));
+    }
     let (told, context) = if let Some(folder) = args.manifests {
         let options = Options {
             path: folder,
@@ -176,7 +188,7 @@ fn of_maps(
     let kernel = view::open(pin_path)
         .context("cannot look at this node's maps; --manifests DIR asks manifests instead")?;
     let live = Live::new().context("cannot ask the kernel for its routes")?;
-    let mut world = live.world(&kernel, monotonic_ticks(), left)?;
+    let mut world = live.world(&kernel, monotonic_ns(), left)?;
     let before = explain(question, &world, &live)?;
     let Some(file) = what_if else { return Ok(Told::One(Box::new(before))) };
     world

@@ -146,15 +146,18 @@ fn words(bits: u8, flags: u8, embryonic: bool) -> Vec<&'static str> {
 
 /// The kernel programs' clock.
 pub(super) fn monotonic_ticks() -> u32 {
+    (monotonic_ns() >> TICK_SHIFT) as u32
+}
+
+/// The time as programs tell it, in nanoseconds.
+pub(super) fn monotonic_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the struct is live; this clock always exists.
     let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
-    let ns = time
-        .tv_sec
+    time.tv_sec
         .cast_unsigned()
         .wrapping_mul(1_000_000_000)
-        .wrapping_add(time.tv_nsec.cast_unsigned());
-    (ns >> TICK_SHIFT) as u32
+        .wrapping_add(time.tv_nsec.cast_unsigned())
 }
 
 #[cfg(test)]

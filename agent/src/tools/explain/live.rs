@@ -7,9 +7,9 @@ use std::net::IpAddr;
 
 use futures::TryStreamExt;
 use rtnetlink::packet_route::link::LinkAttribute;
-use rtnetlink::packet_route::route::{RouteAttribute, RouteType};
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMetric, RouteType};
 use rtnetlink::{Handle, RouteMessageBuilder, new_connection};
-use sluice_common::abi::{Networks, device};
+use sluice_common::abi::{Networks, TICK_SHIFT, device};
 use sluice_common::{V4, V6};
 use sluice_core::image::Dataplane;
 use tokio::runtime::Runtime;
@@ -24,8 +24,8 @@ use crate::node::dataplane::{Error, Kernel, KernelStack, Maps};
 pub struct Live {
     runtime: Runtime,
     handle: Handle,
-    /// ifindex -> name of every device.
-    links: BTreeMap<u32, String>,
+    /// ifindex -> every device.
+    links: BTreeMap<u32, Link>,
     /// What was asked so far, so that one answer stays one answer.
     routes: RefCell<BTreeMap<IpAddr, Option<Route>>>,
 }
@@ -35,6 +35,15 @@ pub struct Live {
 struct Route {
     local: bool,
     device: u32,
+    /// The route's own, or what was learned of the path.
+    mtu: Option<u32>,
+}
+
+/// A device.
+#[derive(Clone, Debug)]
+struct Link {
+    name: String,
+    mtu: Option<u32>,
 }
 
 impl Live {
@@ -62,13 +71,15 @@ impl Live {
     pub fn world(
         &self,
         kernel: &Kernel,
-        now: u32,
+        now_ns: u64,
         left: BTreeSet<IpAddr>,
     ) -> anyhow::Result<World> {
         let maps = kernel.maps();
         let devices = maps.device_entries()?.into_iter().map(|(index, entry)| {
-            let name =
-                self.links.get(&index).map_or_else(|| format!("ifindex {index}"), Clone::clone);
+            let name = self
+                .links
+                .get(&index)
+                .map_or_else(|| format!("ifindex {index}"), |link| link.name.clone());
             (index, NamedDevice { name, entry })
         });
         let (v4, v6) = maps.read_networks()?;
@@ -78,7 +89,9 @@ impl Live {
             v4: around::<V4>(maps, v4)?,
             v6: around::<V6>(maps, v6)?,
             devices: devices.collect(),
-            now,
+            now: (now_ns >> TICK_SHIFT) as u32,
+            now_ms: (now_ns / 1_000_000) as u32,
+            rejects: maps.rejects()?,
             left,
             objects: Objects::default(),
         })
@@ -109,14 +122,19 @@ fn around<F: KernelStack>(maps: &Maps, networks: Networks<F::Address>) -> Result
     Ok(around)
 }
 
-async fn links(handle: &Handle) -> Result<BTreeMap<u32, String>, rtnetlink::Error> {
+async fn links(handle: &Handle) -> Result<BTreeMap<u32, Link>, rtnetlink::Error> {
     let mut found = BTreeMap::new();
     let mut links = handle.link().get().execute();
     while let Some(message) = links.try_next().await? {
-        let name = message.attributes.iter().find_map(|attribute| {
-            if let LinkAttribute::IfName(name) = attribute { Some(name.clone()) } else { None }
-        });
-        let _ = found.insert(message.header.index, name.unwrap_or_default());
+        let mut link = Link { name: String::new(), mtu: None };
+        for attribute in message.attributes {
+            if let LinkAttribute::IfName(name) = attribute {
+                link.name = name;
+            } else if let LinkAttribute::Mtu(mtu) = attribute {
+                link.mtu = Some(mtu);
+            }
+        }
+        let _ = found.insert(message.header.index, link);
     }
     Ok(found)
 }
@@ -133,12 +151,25 @@ async fn route(handle: &Handle, destination: IpAddr) -> Option<Route> {
     let device = answer.attributes.iter().find_map(|attribute| {
         if let RouteAttribute::Oif(device) = attribute { Some(*device) } else { None }
     });
-    Some(Route { local: answer.header.kind == RouteType::Local, device: device? })
+    let metrics = answer.attributes.iter().find_map(|attribute| {
+        if let RouteAttribute::Metrics(metrics) = attribute { Some(metrics) } else { None }
+    });
+    let mtu = metrics
+        .into_iter()
+        .flatten()
+        .find_map(|metric| if let RouteMetric::Mtu(mtu) = metric { Some(*mtu) } else { None });
+    Some(Route { local: answer.header.kind == RouteType::Local, device: device?, mtu })
 }
 
 impl Routing for Live {
     fn leaves_by(&self, destination: IpAddr) -> Option<u32> {
         self.route(destination).filter(|route| !route.local).map(|route| route.device)
+    }
+
+    fn mtu(&self, destination: IpAddr) -> Option<u32> {
+        let route = self.route(destination)?;
+        let of_device = self.links.get(&route.device).and_then(|link| link.mtu);
+        route.mtu.or(of_device)
     }
 
     fn is_local(&self, address: IpAddr) -> bool {

@@ -211,6 +211,8 @@ impl Manifests {
             settings: told.settings,
             devices: BTreeMap::from([(LOOPBACK, loopback), (EDGE, edge), (UPLINK, uplink)]),
             now: 0,
+            now_ms: 0,
+            rejects: BTreeMap::new(),
             left: policy.leave.clone(),
             objects: Objects::of(self.model.clone()),
         };
@@ -393,6 +395,10 @@ impl Routing for Supposed {
         } else {
             Some(UPLINK)
         }
+    }
+
+    fn mtu(&self, _: IpAddr) -> Option<u32> {
+        None
     }
 
     fn is_local(&self, address: IpAddr) -> bool {

@@ -1,6 +1,8 @@
 //! What a packet met at a hook, and what that was about.
 
 use sluice_common::abi::Class;
+use sluice_common::engine::adapter::Action;
+use sluice_common::packet::answer::Trouble;
 use sluice_common::path::{Decision, Hook};
 
 use super::objects::Owner;
@@ -13,6 +15,14 @@ pub(super) struct Meeting<F: Side> {
     pub(super) ifindex: u32,
     pub(super) decision: Decision<F>,
     pub(super) asked: Vec<Asked<F>>,
+    /// What becomes of it.
+    pub(super) action: Action,
+    /// The ICMP error that answers it, and the MTU that tells.
+    pub(super) answered: Option<(Trouble, u32)>,
+    /// Its length with the IP header.
+    pub(super) length: u32,
+    /// What the path takes, where the packet is larger.
+    pub(super) exceeded: Option<u32>,
 }
 
 /// What was asked for: the service port, and as what the client counts.

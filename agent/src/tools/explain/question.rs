@@ -2,7 +2,10 @@
 
 use std::net::SocketAddr;
 
+use sluice_common::{V4, V6};
 use sluice_core::model::object::Protocol;
+
+use super::passage::least_length;
 
 /// Who sends the packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -41,4 +44,21 @@ pub struct Question {
     pub way: Option<Way>,
     /// The device that its packets are met on, if a person says so.
     pub device: Option<String>,
+    /// The packet's length with its IP header, if a person says so; else it has no payload.
+    pub length: Option<u16>,
+    /// The packet's TTL or hop limit, if a person says so.
+    pub ttl: Option<u8>,
+}
+
+impl Question {
+    /// The length of its packet without payload.
+    #[must_use]
+    pub fn least_length(&self) -> u16 {
+        let protocol = self.protocol.number();
+        if self.source.is_ipv4() {
+            least_length::<V4>(protocol)
+        } else {
+            least_length::<V6>(protocol)
+        }
+    }
 }

@@ -225,6 +225,35 @@ impl<'w> Story<'w> {
         self.add("takeover", text);
     }
 
+    /// Why the packet goes no further, where that is no matter of the Service's.
+    pub(super) fn ends_early<F: Side>(&mut self, meeting: &Meeting<F>) {
+        let answer = |what: &str| match meeting.answered {
+            Some(_) => format!("answered with ICMP \"{what}\""),
+            None => "dropped without an answer".to_owned(),
+        };
+        let destination = SocketAddr::from((
+            F::ip(meeting.decision.flow.destination),
+            meeting.decision.flow.destination_port,
+        ));
+        let text = match (meeting.decision.reason, meeting.exceeded) {
+            (Reason::TooBig, Some(mtu)) => format!(
+                "{} bytes are more than the {mtu} that the way to {destination} takes: {}",
+                meeting.length,
+                answer("packet too big"),
+            ),
+            (Reason::TtlExceeded, _) => {
+                format!("its TTL would be 0 behind this node: {}", answer("time exceeded"))
+            }
+            (Reason::NoRoute, _) => format!("this host has no route to {destination}"),
+            (Reason::RejectLimited, _) => format!(
+                "{} has had its ICMP errors for now: six at once, then one a second",
+                self.question.source.ip()
+            ),
+            _ => return,
+        };
+        self.add("limit", text);
+    }
+
     /// What a socket's choice asked, and was told.
     pub(super) fn chooses<F: Side>(&mut self, asked: &[Asked<F>], target: &Target) {
         for question in asked {

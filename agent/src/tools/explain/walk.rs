@@ -4,8 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use sluice_common::abi::{Class, Range, ServiceKey, Tuple, device, flow, frontend, listing, side};
 use sluice_common::engine;
-use sluice_common::packet::header::{protocol, tcp};
-use sluice_common::packet::parse::{Headers, Kind};
+use sluice_common::engine::adapter::Action;
 use sluice_common::path::socket::{Choice, choose, is_left_to_netfilter};
 use sluice_common::path::{self, Decision, Hook, Step as Next, policy};
 use sluice_common::{Reason, Tables, V4, V6};
@@ -15,7 +14,7 @@ use sluice_core::model::object::Protocol;
 use super::answer::{Affinity, Answer, Candidate, Endpoint, Frontend, Source, Verdict};
 use super::meeting::{Meeting, Target};
 use super::objects::Owner;
-use super::opening::Opening;
+use super::passage::{Host, Passage, Shape};
 use super::question::{Client, Question, Way};
 use super::record::{Asked, Recorder};
 use super::story::{Story, kind_word};
@@ -162,37 +161,16 @@ impl<'w, F: Side> Walk<'w, F> {
         }
     }
 
-    /// The first packet of a connection, or a datagram.
-    fn headers(&self) -> Headers<F> {
-        Headers {
-            tuple: self.tuple,
-            kind: Kind::Transport,
-            // What opens an SCTP association counts as a SYN.
-            tcp_flags: if self.tuple.protocol == protocol::UDP { 0 } else { tcp::SYN },
-            ..Headers::default()
-        }
-    }
-
-    /// Lets a hook decide.
+    /// Takes the packet through a program.
     fn meet(&self, hook: Hook, ifindex: u32) -> Meeting<F> {
         let seen = Seen { world: self.world, ifindex };
-        let mut tables = Recorder::new(&seen, self.tuple);
-        let here = Tables::<F>::here(&seen);
-        // A packet that somebody asks about comes from a socket of its namespace, where it has one.
-        let hides = here.is_some_and(|here| policy::hides_sockets(here, self.tuple.protocol, true));
-        tables.passed_over = u32::from(hook != Hook::Egress && hides);
-        let mut decision = Decision::pass(&self.tuple);
-        path::decide_into(hook, &self.headers(), &tables, &mut decision);
-        if decision.step != Next::Done {
-            self.open(hook, &mut tables, &mut decision);
-        }
-        Meeting { hook, ifindex, decision, asked: tables.asked() }
-    }
-
-    /// Goes on with a decision that is not done, as the programs do.
-    fn open(&self, hook: Hook, tables: &mut Recorder<'_, F, Seen<'_>>, decision: &mut Decision<F>) {
-        let (routing, headers) = (self.routing, &self.headers());
-        let _ = engine::open::open(&mut Opening { routing, hook, headers, tables, decision });
+        let shape = Shape { length: self.question.length, ttl: self.question.ttl };
+        let mut passage = Passage::new(&seen, self.routing, hook, &self.tuple, shape);
+        let action = engine::tc::run(&mut passage);
+        let Passage { host, tables, decision, headers } = passage;
+        let Host { answered, exceeded, .. } = host;
+        let (asked, length) = (tables.asked(), headers.length);
+        Meeting { hook, ifindex, decision, asked, action, answered, length, exceeded }
     }
 
     /// Follows a packet that a hook meets.
@@ -226,12 +204,18 @@ impl<'w, F: Side> Walk<'w, F> {
 
     /// The answer at a hook.
     fn tell(&self, mut story: Story<'_>, meeting: &Meeting<F>) -> Answer {
-        let Meeting { hook, ifindex, decision, asked } = meeting;
+        let Meeting { hook, ifindex, decision, asked, action, .. } = meeting;
         let target = self.target(*hook, *ifindex, decision);
         story.meets(meeting, self.routing);
         story.asks(asked, target.as_ref(), decision);
         story.leaves(decision);
-        let verdict = if is_note(decision) { Verdict::Pass } else { verdict(decision.verdict) };
+        story.ends_early(meeting);
+        let verdict = match (action, meeting.answered) {
+            _ if is_note(decision) => Verdict::Pass,
+            (_, Some(_)) => Verdict::Reject,
+            (Action::Drop, None) => Verdict::Drop,
+            _ => verdict(decision.verdict),
+        };
         let reply = decision.flow.flags & flow::REPLY != 0 && verdict == Verdict::Forward;
         let forward = verdict == Verdict::Forward && decision.reason != Reason::DirectRemapped;
         let backend = forward.then(|| {
@@ -309,11 +293,12 @@ impl<'w, F: Side> Walk<'w, F> {
         let seen_as = if let Some(entry) = known {
             (entry.source, entry.source_port)
         } else {
-            let mut decision = Decision::pass(&key);
-            decision.flow.flags = flow::SOURCE;
-            decision.step = Next::Select;
-            self.open(Hook::Egress, &mut Recorder::new(&seen, key), &mut decision);
-            (decision.flow.source, decision.flow.source_port)
+            let mut passage =
+                Passage::<F>::new(&seen, self.routing, Hook::Egress, &key, Shape::default());
+            passage.decision.flow.flags = flow::SOURCE;
+            passage.decision.step = Next::Select;
+            let _ = engine::open::open(&mut passage);
+            (passage.decision.flow.source, passage.decision.flow.source_port)
         };
         let device = routes.and_then(|ifindex| self.world.devices.get(&ifindex));
         (device.map(|device| device.name.clone()), SocketAddr::from((F::ip(seen_as.0), seen_as.1)))

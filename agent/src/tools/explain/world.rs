@@ -5,10 +5,12 @@ use std::net::IpAddr;
 
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
-    NodeAddress, OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks,
-    Tuple, device, node_address, socket_path,
+    NodeAddress, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey, ServicePort,
+    Settings, Ticks, Tuple, device, node_address, socket_path,
 };
+use sluice_common::event::Wide;
 use sluice_common::family::lane;
+use sluice_common::packet::answer::Answer;
 use sluice_common::path::mark;
 use sluice_common::tables::Routes;
 use sluice_common::{Family, Tables, V4, V6};
@@ -34,6 +36,8 @@ pub trait Routing {
     /// The device that packets to an address leave by; [`None`] where there is none, or where the
     /// address is this host's.
     fn leaves_by(&self, destination: IpAddr) -> Option<u32>;
+    /// The largest packet that goes to an address, with its IP header; [`None`]: nobody knows.
+    fn mtu(&self, destination: IpAddr) -> Option<u32>;
     /// Whether an address is this host's own.
     fn is_local(&self, address: IpAddr) -> bool;
     /// The device on which this client's packets come in.
@@ -58,6 +62,10 @@ pub struct World {
     pub devices: BTreeMap<u32, NamedDevice>,
     /// The time.
     pub now: Ticks,
+    /// The time in milliseconds, by which ICMP errors are limited.
+    pub now_ms: u32,
+    /// What clients and devices may still be sent of ICMP errors.
+    pub rejects: BTreeMap<[u8; 16], RejectBucket>,
     /// Addresses that are left to whoever has them on a device of this node.
     pub left: BTreeSet<IpAddr>,
     /// Whose the numbers are.
@@ -80,7 +88,7 @@ pub struct Around<F: Family> {
 }
 
 /// A family that the world has tables of.
-pub(super) trait Side: Stack {
+pub(super) trait Side: Stack + Answer + Wide {
     /// What lies around the family's maps.
     fn around(world: &World) -> &Around<Self>;
 }
@@ -98,6 +106,7 @@ impl Side for V6 {
 }
 
 /// The tables, seen from a device.
+#[derive(Clone, Copy)]
 pub(super) struct Seen<'w> {
     pub(super) world: &'w World,
     /// The device that the packet is met on; 0 for calls of sockets.
