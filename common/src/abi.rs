@@ -112,6 +112,7 @@ macro_rules! abi {
     };
 }
 
+mod flags;
 #[cfg(feature = "next-layout")]
 mod next;
 pub mod previous;
