@@ -42,6 +42,7 @@ macro_rules! abi {
 mod counter;
 mod device_entry;
 mod event;
+mod flags;
 mod flow_entry;
 mod limits;
 #[cfg(feature = "next-layout")]

@@ -284,7 +284,7 @@ pub fn decide_into<F: Family, T: Tables<F>>(
 fn accelerate<F: Family>(decision: &mut Decision<F>) {
     if decision.met & met::ACCELERATED != 0
         && decision.verdict == Verdict::Translate
-        && decision.flow.flags & flow::DIRECT == 0
+        && !decision.flow.is_direct()
     {
         decision.verdict = Verdict::Around;
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
-use sluice_common::abi::{Settings, networks, phase};
+use sluice_common::abi::{Settings, phase};
 use sluice_core::cluster::{Adopted, Cluster, Programmed};
 use sluice_core::model::{self, Event, Model, SourceId};
 use sluice_core::policy::{Accelerate, Policy, SocketPath};
@@ -673,9 +673,7 @@ impl Agent {
                 .collect(),
             primary: survey.primary.iter().collect(),
             left_alone: survey.leave.iter().copied().collect(),
-            accelerate: if policy.accelerate == Accelerate::On
-                && self.settings.networks & networks::IPSEC != 0
-            {
+            accelerate: if policy.accelerate == Accelerate::On && self.settings.has_ipsec() {
                 "on, but nothing goes around the stack while this node has policies of IPsec"
                     .to_owned()
             } else {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use sluice_common::abi::{backend, frontend};
+use sluice_common::abi::frontend;
 use sluice_common::{V4, V6};
 use sluice_core::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
 use sluice_core::model::object::ObjectName;
@@ -329,7 +329,7 @@ fn frontends<F: Stack>(image: &Image) -> usize {
 }
 
 fn serving<F: Stack>(image: &Image) -> usize {
-    F::of(image).backends.values().filter(|found| found.flags & backend::SERVING != 0).count()
+    F::of(image).backends.values().filter(|found| found.is_serving()).count()
 }
 
 /// Every VIP with its frontends, followed write by write: work proportional to what changes.

@@ -527,7 +527,7 @@ mod tests {
                 &Survey::default(),
             );
             let entry = survey.devices.get(&3).map(|device| device.entry);
-            entry.map(|entry| (entry.netns, entry.flags & abi::device_flags::HIDES_SOCKETS != 0))
+            entry.map(|entry| (entry.netns, entry.hides_sockets()))
         };
         assert_eq!(sockets(Some(Peer::Known(0)), "veth"), Some((1, false)));
         assert_eq!(sockets(Some(Peer::Known(6)), "netkit"), Some((7, false)));
@@ -545,7 +545,7 @@ mod tests {
                 with_address(facts([link(2, "br0", "bridge"), port, end, above]), 5, address);
             let survey = survey(&facts, &Rules::default(), &Survey::default());
             let entry = survey.devices.get(&3).map(|device| device.entry);
-            entry.is_some_and(|entry| entry.flags & abi::device_flags::GATEWAY_ABOVE != 0)
+            entry.is_some_and(|entry| entry.has_gateway_above())
         };
         let veth = Link { lower: 4, ..link(5, "gw0", "veth") };
         assert!(is_above(veth.clone(), "10.1.0.1"), "a veth");
@@ -700,10 +700,7 @@ mod tests {
             let policy = Policy { detect_local: detect_local.clone(), ..Policy::default() };
             let rules = Rules { policy, ..Rules::default() };
             let survey = survey(&node(), &rules, &Survey::default());
-            let flagged = survey
-                .devices
-                .values()
-                .filter(|device| device.entry.flags & abi::device_flags::LOCAL_PODS != 0);
+            let flagged = survey.devices.values().filter(|device| device.entry.has_local_pods());
             let names: Vec<&str> = flagged.map(|device| device.name.as_str()).collect();
             assert_eq!(names, expected, "{detect_local}");
         }

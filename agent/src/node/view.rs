@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use serde::Serialize;
 use sluice_common::abi::{
     Backend, BackendCounters, COUNTER_V6, Name, Range, Service, ServiceKey, SocketCounters,
-    backend, frontend,
+    frontend,
 };
 use sluice_common::{V4, V6};
 use sluice_core::image::{Dataplane, Image, Stack};
@@ -184,8 +184,8 @@ impl View {
             id: *id,
             address: (F::ip(found.address), found.port).into(),
             service_port: found.service_port,
-            local: found.flags & backend::LOCAL != 0,
-            serving: found.flags & backend::SERVING != 0,
+            local: found.is_local(),
+            serving: found.is_serving(),
             counters: self.counters.get(&(id | bit)).copied().unwrap_or_default(),
             sockets: self.sockets.get(&(id | bit)).copied().unwrap_or_default(),
         };

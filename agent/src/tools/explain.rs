@@ -9,6 +9,7 @@
 //! kernel), or of the maps of this node (`live`).
 
 mod answer;
+mod frame;
 mod live;
 mod manifests;
 mod meeting;

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use ipnet::IpNet;
 use serde::Serialize;
 use sluice_common::Reason;
-use sluice_common::abi::{Event, Listening, flow};
+use sluice_common::abi::{Event, Listening};
 use sluice_common::event::{At, Fate, Kind};
 use sluice_common::packet::header::tcp;
 
@@ -147,7 +147,7 @@ impl Told {
         let end =
             |address: [u8; 16], port: u16| SocketAddr::from((narrow(address, event.family), port));
         let is_call = event.kind == Kind::Call as u8;
-        let backend = if event.flags & flow::REPLY != 0 {
+        let backend = if event.is_reply() {
             end(event.source, event.source_port)
         } else {
             end(event.new_destination, event.new_destination_port)
@@ -246,6 +246,8 @@ fn words(flags: u8) -> Vec<&'static str> {
 
 #[cfg(test)]
 mod tests {
+    use sluice_common::abi::flow;
+
     use super::*;
 
     fn name(service: &str) -> PortName {

@@ -72,7 +72,7 @@ fn nothing_dangles(image: &Image) -> Result<(), String> {
 fn is_live<F: Stack>(image: &Image, id: u32, port: u32) -> bool {
     F::of(image).backends.get(&id).is_some_and(|found| {
         found.service_port == port
-            && found.flags & backend::SERVING != 0
+            && found.is_serving()
             && listed::<F>(image, &found.address) & listing::BACKEND != 0
     })
 }
@@ -102,9 +102,7 @@ fn family_is_sound<F: Stack>(image: &Image) -> Result<(), String> {
         }
     }
     for (address, node) in &F::of(image).node_addresses {
-        if node.flags & node_address::NODE_PORTS != 0
-            && listed::<F>(image, address) & listing::NODE_PORTS == 0
-        {
+        if node.serves_node_ports() && listed::<F>(image, address) & listing::NODE_PORTS == 0 {
             return Err(format!("{address:?} serves node ports and is not listed for it"));
         }
     }
@@ -113,7 +111,7 @@ fn family_is_sound<F: Stack>(image: &Image) -> Result<(), String> {
 
 /// Where only some sources are let in, there are some, at every moment.
 fn sources_are_let_in(image: &Image) -> bool {
-    image.ports.iter().filter(|(_, port)| port.flags & policy::SOURCE_RANGES != 0).all(|(id, _)| {
+    image.ports.iter().filter(|(_, port)| port.restricts_sources()).all(|(id, _)| {
         image.v4.source_ranges.keys().any(|key| key.service_port == *id)
             || image.v6.source_ranges.keys().any(|key| key.service_port == *id)
     })
@@ -348,7 +346,7 @@ fn list_all<F: Stack>(image: &mut Image) {
         *image.node_ports.entry(word).or_default() |= bit;
     }
     let node = |(address, node): (&F::Address, &NodeAddress)| {
-        let serves = node.flags & node_address::NODE_PORTS != 0;
+        let serves = node.serves_node_ports();
         (lane(address), listing::NODE | if serves { listing::NODE_PORTS } else { 0 })
     };
     let bits: Vec<(u32, u8)> = F::of(image)

@@ -20,7 +20,7 @@ use std::time::SystemTime;
 
 use sluice::daemon::source::manifests::Folder;
 use sluice_common::abi::{
-    Class, Name, Origins, Range, ServicePort, backend, frontend, listing, node_address, policy,
+    Class, Name, Origins, Range, ServicePort, backend, frontend, listing, policy,
 };
 use sluice_common::{V4, V6, family};
 use sluice_core::image::{CLASSES, Dataplane, Image, Memory, Stack, diff, node_port_bit};
@@ -144,7 +144,7 @@ fn print_family<F: Stack>(image: &Image, history: bool, text: &mut String) {
         let _ = writeln!(text, "{} reject other ports", whole.join(" "));
     }
     for (address, node) in &maps.node_addresses {
-        let serves = node.flags & node_address::NODE_PORTS != 0;
+        let serves = node.serves_node_ports();
         let bits = listed::<F>(image, address);
         assert!(bits & listing::NODE != 0 && (bits & listing::NODE_PORTS != 0 || !serves));
         if serves {
@@ -244,7 +244,7 @@ fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String
                 listed::<F>(image, &found.address) & listing::BACKEND != 0,
                 "{at} is not listed"
             );
-            let serving = found.flags & backend::SERVING != 0;
+            let serving = found.is_serving();
             let share = slots.get(backend_id);
             assert_eq!(
                 found.flags & (backend::SELECTED << class as u32) != 0,

@@ -1,6 +1,6 @@
 //! A packet that has a flow entry.
 
-use crate::abi::{Flow, Ticks, Tuple, backend, flow, state};
+use crate::abi::{Flow, Ticks, Tuple, flow, state};
 use crate::family::Family;
 use crate::packet::header::{protocol, tcp};
 use crate::packet::parse::{Headers, Kind};
@@ -253,9 +253,7 @@ pub(super) fn serves<F: Family, T: Tables<F>>(flow: &Flow<F::Address>, tables: &
         return true;
     }
     match tables.backend(flow.backend) {
-        Some(backend) => {
-            backend.generation == flow.generation && backend.flags & backend::SERVING != 0
-        }
+        Some(backend) => backend.generation == flow.generation && backend.is_serving(),
         None => false,
     }
 }

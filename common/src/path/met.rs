@@ -57,7 +57,7 @@ pub(super) fn classify<F: Family, T: Tables<F>>(
     // An endpoint's packet too, which else is met where it leaves alone.
     let accelerated = hook == Hook::Ingress
         && (to_frontend || source & listing::BACKEND != 0)
-        && matches!(tables.settings(), Some(settings) if settings.networks & networks::ACCELERATE != 0);
+        && matches!(tables.settings(), Some(settings) if settings.accelerates());
     let known = if egress {
         to_frontend || leaves || source & listing::BACKEND != 0
     } else {

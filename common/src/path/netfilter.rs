@@ -1,6 +1,6 @@
 //! What is left to netfilter while Sluice takes over from it, or hands back.
 
-use crate::abi::{Tuple, flow, imported, phase};
+use crate::abi::{Tuple, imported, phase};
 use crate::family::Family;
 use crate::packet::header::protocol;
 use crate::packet::parse::Headers;
@@ -14,7 +14,7 @@ use super::open::is_opening;
 /// a client of ours has it.
 #[inline(always)]
 fn is_noted<F: Family, T: Tables<F>>(tuple: &Tuple<F::Address>, tables: &T) -> bool {
-    matches!(entry_of(tuple, tables), Some((entry, _)) if entry.flags & flow::SOURCE != 0)
+    matches!(entry_of(tuple, tables), Some((entry, _)) if entry.translates_source())
 }
 
 /// Why a packet to a frontend that no entry is for is left to netfilter; [`None`]: it is not. A

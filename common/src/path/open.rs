@@ -1,6 +1,6 @@
 //! A packet that opens a flow: its backend, and as whom the backend sees its client.
 
-use crate::abi::{Class, backend, device_flags, flow, frontend, listing, phase, side};
+use crate::abi::{Class, backend, flow, frontend, listing, phase, side};
 use crate::family::Family;
 use crate::packet::header::{protocol, tcp};
 use crate::packet::parse::Headers;
@@ -60,9 +60,7 @@ pub(super) fn leaves_as_node<F: Family, T: Tables<F>>(
         }
         // Of a flow of this host's own, or a reply, translated before; or a clash in the middle of
         // a connection, whose port cannot change.
-        if first.flags & flow::HOST != 0
-            || first.flags & (flow::REPLY | flow::SOURCE) == 0
-            || !opens(headers)
+        if first.is_of_host() || first.flags & (flow::REPLY | flow::SOURCE) == 0 || !opens(headers)
         {
             return false;
         }
@@ -110,7 +108,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     tables: &T,
     decision: &mut Decision<F>,
 ) {
-    if decision.flow.flags & flow::SOURCE != 0 {
+    if decision.flow.translates_source() {
         open_source(tables, decision);
         return;
     }
@@ -121,7 +119,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     let is_local = egress || policy::is_local_pod(&key.source, tables);
     let class = policy::class(decision.kind, is_local);
     if decision.kind == frontend::LOAD_BALANCER
-        && port.flags & crate::abi::policy::SOURCE_RANGES != 0
+        && port.restricts_sources()
         && !tables.in_source_ranges(service_port, &key.source)
     {
         decision.set(Verdict::Drop, Reason::SourceRange);
@@ -148,7 +146,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         reject(headers, Reason::NoBackendReset, Reason::NoBackendUnreachable, decision);
         return;
     };
-    let hairpin = backend.address == key.source || egress && backend.flags & backend::HOST != 0;
+    let hairpin = backend.address == key.source || egress && backend.is_host();
     decision.flow.source = key.source;
     decision.flow.destination = backend.address;
     decision.flow.destination_port = backend.port;
@@ -157,7 +155,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     decision.flow.seen = tables.now();
     decision.flow.flags = if egress { flow::HOST } else { 0 }
         | if hairpin { flow::HAIRPIN } else { 0 }
-        | if backend.flags & backend::LOCAL != 0 { flow::LOCAL } else { 0 };
+        | if backend.is_local() { flow::LOCAL } else { 0 };
     if hairpin {
         // Its client is shown to itself as the VIP, so that its answers come back here. A VIP of
         // this host's own would be answered from itself by a socket that names no source: there
@@ -196,7 +194,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
 #[inline(always)]
 fn open_source<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     decision.step = Step::Done;
-    if decision.flow.flags & flow::DIRECT == 0 {
+    if !decision.flow.is_direct() {
         let address = match tables.here() {
             Some(here) => F::masquerade(here),
             None => F::Address::default(),
@@ -333,9 +331,7 @@ pub(super) fn direct<F: Family, T: Tables<F>>(
 ) {
     let key = &headers.tuple;
     // A bridge's ports may have translated it before: there it is no direct packet.
-    if !opens(headers)
-        || matches!(tables.here(), Some(here) if here.flags & device_flags::BRIDGE != 0)
-    {
+    if !opens(headers) || matches!(tables.here(), Some(here) if here.is_bridge()) {
         return;
     }
     // A flow that has ended clashes too: its entry still translates what the backend sends to this

@@ -107,7 +107,7 @@ pub fn is_local_pod<F: Family, T: Tables<F>>(client: &F::Address, tables: &T) ->
     let Some(settings) = tables.settings() else { return false };
     match detector::<F>(settings) {
         detect_local::DEVICE | detect_local::SOME_DEVICES => match tables.here() {
-            Some(here) => here.flags & device_flags::LOCAL_PODS != 0,
+            Some(here) => here.has_local_pods(),
             None => false,
         },
         detect_local::ADDRESS => match tables.networks() {
@@ -145,7 +145,7 @@ pub fn is_edge<F: Family, T: Tables<F>>(tables: &T) -> bool {
 pub fn hides_sockets(here: &abi::Device, protocol_number: u8, has_socket: bool) -> bool {
     here.role == device::EDGE
         && protocol_number != protocol::UDP
-        && (here.flags & device_flags::HIDES_SOCKETS != 0 || here.netns != 0 && !has_socket)
+        && (here.hides_sockets() || here.netns != 0 && !has_socket)
 }
 
 /// The id of the network namespace whose sockets send by the device, where it is a pod's.

@@ -1,6 +1,6 @@
 //! Source ports that are given to clients.
 
-use crate::abi::{Flow, flow, phase};
+use crate::abi::{Flow, flow};
 use crate::family::Family;
 use crate::maglev;
 use crate::packet::header::protocol;
@@ -27,7 +27,7 @@ pub fn uses_host_address<A: Copy + Eq>(flow: &Flow<A>) -> bool {
 /// Whether a direct connection keeps its port: the socket that has it is its own.
 #[inline(always)]
 pub fn keeps_direct<F: Family>(decision: &Decision<F>) -> bool {
-    decision.flow.flags & flow::DIRECT != 0 && decision.flow.source_port == decision.key.source_port
+    decision.flow.is_direct() && decision.flow.source_port == decision.key.source_port
 }
 
 /// Finds a source port with which the new flow's reply tuple is free: the packet's own first, but
@@ -135,7 +135,7 @@ pub fn is_free<F: Family, T: Tables<F>>(
     let key = &decision.key;
     let mut reply = partner_key::<F>(&decision.flow, key.protocol);
     reply.destination_port = source_port;
-    if matches!(tables.settings(), Some(settings) if settings.phase & phase::IMPORTED != 0)
+    if matches!(tables.settings(), Some(settings) if settings.has_imported())
         && tables.imported(&reply).is_some()
     {
         return false;

@@ -1,6 +1,6 @@
 //! Entries that were lost, found again by what the client's reset tells.
 
-use crate::abi::{ServiceKey, backend, flow, frontend, phase, state};
+use crate::abi::{ServiceKey, flow, frontend, phase, state};
 use crate::family::Family;
 use crate::packet::header::{protocol, tcp};
 use crate::packet::parse::{Headers, Kind};
@@ -46,7 +46,7 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
         return false;
     }
     let is_wrong_guess = match tables.embryonic(packet) {
-        Some(entry) if entry.state & state::MATCHED != 0 && entry.flags & flow::REPLY == 0 => {
+        Some(entry) if entry.state & state::MATCHED != 0 && !entry.is_reply() => {
             decision.flow = *entry;
             true
         }
@@ -152,6 +152,6 @@ pub(super) fn guess<F: Family, T: Tables<F>>(
     decision.flow.seen = tables.now();
     decision.flow.replied = sequence;
     decision.flow.state = state::GUESS;
-    decision.flow.flags = if backend.flags & backend::LOCAL != 0 { flow::LOCAL } else { 0 };
+    decision.flow.flags = if backend.is_local() { flow::LOCAL } else { 0 };
     true
 }

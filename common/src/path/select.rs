@@ -2,7 +2,7 @@
 
 use crate::abi::{
     Affinity, AffinityKey, Backend, Class, Range, ServiceKey, TICK_SHIFT, Ticks, Tuple,
-    backend as flags, flow, frontend,
+    backend as flags, frontend,
 };
 use crate::family::Family;
 use crate::maglev;
@@ -94,7 +94,7 @@ pub(super) fn proven<F: Family, T: Tables<F>>(decision: &mut Decision<F>, tables
         return;
     }
     decision.affinity = true;
-    let is_reply = decision.flow.flags & flow::REPLY != 0;
+    let is_reply = decision.flow.is_reply();
     let client = if is_reply { decision.flow.destination } else { decision.key.source };
     let key = AffinityKey { service_port: decision.flow.service_port, client };
     if let Some(entry) = tables.affinity(&key) {

@@ -75,12 +75,11 @@ pub fn choose<F: Family, T: Tables<F>>(
     let masqueraded = !is_host
         && (settings.masquerade == masquerade::ALL
             || settings.masquerade == masquerade::KUBE_PROXY && !is_cluster_ip);
-    let restricted =
-        kind == frontend::LOAD_BALANCER && port.flags & abi::policy::SOURCE_RANGES != 0;
+    let restricted = kind == frontend::LOAD_BALANCER && port.restricts_sources();
     // Whether the pod is one of those inside decides which backends it may reach.
     let in_question = !is_host
         && !is_cluster_ip
-        && port.flags & abi::policy::EXTERNAL_LOCAL != 0
+        && port.is_external_local()
         && !policy::is_known_at_the_socket::<F>(settings);
     if port.affinity_seconds != 0 || restricted || masqueraded || in_question {
         return Choice::Untouched;
@@ -98,7 +97,7 @@ pub fn choose<F: Family, T: Tables<F>>(
         && let Some(backend) = tables.backend(id)
         && backend.generation == generation
         && backend.service_port == service_port
-        && backend.flags & abi::backend::SERVING != 0
+        && backend.is_serving()
     {
         return Choice::Backend { id, backend: *backend };
     }

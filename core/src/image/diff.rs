@@ -29,7 +29,7 @@
 
 use std::collections::BTreeSet;
 
-use sluice_common::abi::{Backend, Name, Range, ServicePort, backend, frontend, policy};
+use sluice_common::abi::{Backend, Name, Range, ServicePort, frontend, policy};
 use sluice_common::{Family, V4, V6};
 
 use super::{CLASSES, FamilyWrite, Image, Stack, Write};
@@ -186,7 +186,7 @@ fn make_backends<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
     for (id, new) in &F::of(b).backends {
         match old.get(id) {
             Some(old) if identity(old) == identity(new) => {
-                if old.flags != new.flags && new.flags & backend::SERVING != 0 {
+                if old.flags != new.flags && new.is_serving() {
                     out.push(F::write(FamilyWrite::BackendFlags { id: *id, flags: new.flags }));
                 }
             }
@@ -199,7 +199,7 @@ fn break_flags<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
     let new = &F::of(b).backends;
     for (id, old) in &F::of(a).backends {
         let flags = match new.get(id) {
-            Some(new) if identity(old) != identity(new) || new.flags & backend::SERVING != 0 => {
+            Some(new) if identity(old) != identity(new) || new.is_serving() => {
                 continue;
             }
             Some(new) => new.flags,

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use sluice_common::abi::{self, Backend, Name, Range, backend, frontend};
+use sluice_common::abi::{self, Backend, Name, Range, frontend};
 use sluice_common::{Family, V4, V6};
 
 use super::arena::Arena;
@@ -130,7 +130,7 @@ impl Plan {
                 .planned
                 .get(&backend.service_port)
                 .is_some_and(|planned| planned.key.family.version() == F::VERSION);
-            if owned && backend.flags & backend::SERVING != 0 {
+            if owned && backend.is_serving() {
                 live.entry(backend.service_port).or_default().push((*id, *backend));
             } else {
                 let owner = owned.then_some((backend.service_port, backend.address, backend.port));
@@ -301,7 +301,7 @@ fn is_sound<F: Stack>(image: &Image, id: u32) -> bool {
     let endpoints: BTreeSet<(F::Address, u16)> = ids
         .iter()
         .filter_map(|backend| backends.get(backend))
-        .filter(|backend| backend.service_port == id && backend.flags & backend::SERVING != 0)
+        .filter(|backend| backend.service_port == id && backend.is_serving())
         .map(|backend| (backend.address, backend.port))
         .collect();
     endpoints.len() == ids.len()

@@ -5,7 +5,7 @@ use sluice_common::Tables;
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
     OriginKey, Origins, Range, SLOTS_PER_BLOCK, Service, ServiceKey, ServicePort, Settings,
-    SourceRange, Ticks, Tuple, device, node_address, socket_path,
+    SourceRange, Ticks, Tuple, device, socket_path,
 };
 use sluice_common::family::lane;
 use sluice_common::tables::Routes;
@@ -147,7 +147,7 @@ impl<F: Maps> Tables<F> for Kernel {
     fn serves_node_ports(&self, address: &F::Address) -> bool {
         // SAFETY: as in `flow`.
         match unsafe { F::node_addresses().get(address) } {
-            Some(address) => address.flags & node_address::NODE_PORTS != 0,
+            Some(address) => address.serves_node_ports(),
             None => false,
         }
     }

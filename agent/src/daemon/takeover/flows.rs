@@ -23,10 +23,10 @@ pub(super) fn live<F: KernelStack>(maps: &Maps) -> anyhow::Result<u64> {
     let (flows, now) = (F::maps(maps).read_flows()?, now());
     let mut count = 0;
     let mut dead = Vec::new();
-    for entry in flows.iter().filter(|entry| entry.flow.flags & flow::REPLY == 0) {
+    for entry in flows.iter().filter(|entry| !entry.flow.is_reply()) {
         let idle = now.wrapping_sub(entry.flow.seen);
         if is_live(entry.tuple.protocol, &entry.flow, entry.embryonic, idle) {
-            count += u64::from(entry.flow.flags & flow::SOURCE == 0);
+            count += u64::from(!entry.flow.translates_source());
         } else {
             dead.extend([entry.tuple, partner_key::<F>(&entry.flow, entry.tuple.protocol)]);
         }
@@ -64,8 +64,7 @@ pub(super) fn clear<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translate
     let unseen = flows.iter().filter(|entry| {
         let (seen, flow) = (&entry.tuple, &entry.flow);
         let changes = (flow.source, flow.source_port) != (seen.source, seen.source_port);
-        flow.flags & flow::REPLY == 0
-            && (flow.flags & flow::HOST != 0 || flow.flags & flow::SOURCE != 0 && changes)
+        !flow.is_reply() && (flow.is_of_host() || flow.translates_source() && changes)
     });
     Ok(unseen
         .map(|entry| {

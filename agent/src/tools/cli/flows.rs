@@ -87,7 +87,7 @@ fn rows<F: KernelStack>(view: &View, now: u32) -> anyhow::Result<Vec<Row>> {
     let seen_as = |entry: &FlowEntry<F::Address>| {
         let flow = &entry.flow;
         let own = (flow.source, flow.source_port);
-        if flow.flags & flow::MASQUERADED == 0 || flow.flags & flow::HOST != 0 {
+        if !flow.is_masqueraded() || flow.is_of_host() {
             // Its port alone may have been changed.
             let is_changed = own != (entry.tuple.source, entry.tuple.source_port);
             return is_changed.then(|| endpoint::<F>(own.0, own.1));

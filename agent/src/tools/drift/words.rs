@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use sluice_common::abi::{
     self, Backend, Class, Ipv4Address, Ipv6Address, Name, Networks, NodeAddress, OriginKey,
     Origins, Prefix, Range, Service, ServiceKey, ServicePort, Settings, backend, frontend, listing,
-    node_address, policy,
+    policy,
 };
 use sluice_common::{Family, V4, V6, family};
 use sluice_core::cluster::Programmed;
@@ -113,7 +113,7 @@ impl<'a> Rows<'a> {
             &old.node_addresses,
             |address| F::ip(*address).to_string(),
             |_, _, node: &NodeAddress| {
-                let serves = node.flags & node_address::NODE_PORTS != 0;
+                let serves = node.serves_node_ports();
                 (if serves { "node ports" } else { "no node ports" }.to_owned(), None)
             },
         );
@@ -500,7 +500,7 @@ fn device_words(device: &abi::Device) -> String {
     if device.bridge != 0 {
         let _ = write!(words, ", port of ifindex {}", device.bridge);
     }
-    if device.flags & abi::device_flags::LOCAL_PODS != 0 {
+    if device.has_local_pods() {
         words.push_str(", local pods");
     }
     if let Some(netns) = device.netns.checked_sub(1) {

@@ -128,10 +128,10 @@ async fn links(handle: &Handle) -> Result<BTreeMap<u32, Link>, rtnetlink::Error>
     while let Some(message) = links.try_next().await? {
         let mut link = Link { name: String::new(), mtu: None };
         for attribute in message.attributes {
-            match attribute {
-                LinkAttribute::IfName(name) => link.name = name,
-                LinkAttribute::Mtu(mtu) => link.mtu = Some(mtu),
-                _ => {}
+            if let LinkAttribute::IfName(name) = attribute {
+                link.name = name;
+            } else if let LinkAttribute::Mtu(mtu) = attribute {
+                link.mtu = Some(mtu);
             }
         }
         let _ = found.insert(message.header.index, link);

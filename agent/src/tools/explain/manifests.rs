@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use sluice_common::abi::{self, backend, device, device_flags};
+use sluice_common::abi::{self, device, device_flags};
 use sluice_common::{V4, V6};
 use sluice_core::cluster::{Adopted, Cluster};
 use sluice_core::image::{Image, Stack};
@@ -336,9 +336,7 @@ fn whole(path: &Path) -> Result<Vec<Change>, ApplyError> {
 /// The node's addresses in the maps, and whether node ports are served there.
 fn nodes_of<F: Stack>(image: &Image) -> BTreeMap<IpAddr, bool> {
     let nodes = F::of(image).node_addresses.iter();
-    nodes
-        .map(|(address, node)| (F::ip(*address), node.flags & abi::node_address::NODE_PORTS != 0))
-        .collect()
+    nodes.map(|(address, node)| (F::ip(*address), node.serves_node_ports())).collect()
 }
 
 /// The first address of each family.
@@ -360,10 +358,7 @@ fn around<F: Stack>(networks: abi::Networks<F::Address>) -> Around<F> {
 /// The addresses of backends on this node.
 fn local_backends<F: Stack>(image: &Image) -> BTreeSet<IpAddr> {
     let backends = F::of(image).backends.values();
-    backends
-        .filter(|found| found.flags & backend::LOCAL != 0)
-        .map(|found| F::ip(found.address))
-        .collect()
+    backends.filter(|found| found.is_local()).map(|found| F::ip(found.address)).collect()
 }
 
 /// The device that packets of a question are met on.

@@ -1,8 +1,6 @@
 //! Takes a packet through a program as the kernel does, and records nothing.
 
-use std::net::IpAddr;
-
-use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey, Tuple, device_flags, flow};
+use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey, Tuple};
 use sluice_common::engine::act;
 use sluice_common::engine::adapter::{Adapter, Addressee, Arrival, Forwarded, Target, Way};
 use sluice_common::engine::open::{Refusal, Steps};
@@ -10,87 +8,16 @@ use sluice_common::engine::tc::Packets;
 use sluice_common::packet::answer::Trouble;
 use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::checksum::Delta;
-use sluice_common::packet::header::{Wire, protocol, sctp, tcp};
+use sluice_common::packet::header::Wire;
 use sluice_common::packet::parse::{self, Headers};
 use sluice_common::packet::rewrite::{Checksum, Edit, rewrite};
 use sluice_common::path::{self, Decision, Hook, Step, policy};
 use sluice_common::tables::Routes;
 use sluice_common::{Packet, Reason, Tables};
 
+use super::frame::{Shape, frame};
 use super::record::Recorder;
 use super::world::{Routing, Seen, Side, World};
-
-/// What a packet is like besides its tuple.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Shape {
-    /// Its length with the IP header; by itself that of one without payload.
-    pub(super) length: Option<u16>,
-    /// Its TTL or hop limit; by itself 64.
-    pub(super) ttl: Option<u8>,
-}
-
-/// The length of the first packet of a connection, or of an empty datagram, with its IP header.
-pub(super) fn least_length<F: Side>(protocol: u8) -> u16 {
-    F::HEADER as u16 + transport(protocol, [0; 2], 0).len() as u16
-}
-
-/// The transport header of the first packet of a connection, or of a datagram, in a segment of
-/// `length` bytes.
-fn transport(protocol: u8, [source, destination]: [u16; 2], length: u16) -> Vec<u8> {
-    let mut header = [source.to_be_bytes(), destination.to_be_bytes()].concat();
-    match protocol {
-        protocol::TCP => {
-            header.extend([0, 0, 0, 1, 0, 0, 0, 0, 5 << 4, tcp::SYN, 255, 255, 0, 0, 0, 0])
-        }
-        protocol::UDP => header.extend([length.to_be_bytes(), [0; 2]].concat()),
-        // A verification tag, a checksum, and a chunk of twenty bytes.
-        _ => {
-            header.extend([0; 8]);
-            header.extend([sctp::INIT, 0, 0, 20]);
-            header.extend([0; 16]);
-        }
-    }
-    header
-}
-
-/// The frame that a device shows of a packet.
-fn frame<F: Side>(tuple: &Tuple<F::Address>, shape: Shape, here: Option<&Device>) -> Vec<u8> {
-    let least = least_length::<F>(tuple.protocol);
-    let length = shape.length.unwrap_or(least).max(least);
-    let payload = length.saturating_sub(F::HEADER as u16);
-    let transport = transport(tuple.protocol, [tuple.source_port, tuple.destination_port], payload);
-    let ttl = shape.ttl.unwrap_or(64);
-    let mut bytes = Vec::new();
-    if here.is_none_or(|here| here.link_header != 0) {
-        // For the bridge, where the device is a port of one.
-        let [_, a, b, c] =
-            here.map_or(0, |here| here.flags >> device_flags::BRIDGE_MAC_SHIFT).to_be_bytes();
-        bytes.extend([0, 0, 0, a, b, c, 0, 0, 0, 0, 0, 0]);
-        bytes.extend(F::ETHERTYPE.to_be_bytes());
-    }
-    let start = bytes.len();
-    match (F::ip(tuple.source), F::ip(tuple.destination)) {
-        (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            // Fragments are forbidden, as the path's MTU is to be found out.
-            let [high, low] = length.to_be_bytes();
-            bytes.extend([0x45, 0, high, low, 0, 0, 0x40, 0, ttl, tuple.protocol, 0, 0]);
-            bytes.extend(source.octets());
-            bytes.extend(destination.octets());
-        }
-        (source, destination) => {
-            let [high, low] = payload.to_be_bytes();
-            bytes.extend([0x60, 0, 0, 0, high, low, tuple.protocol, ttl]);
-            for address in [source, destination] {
-                if let IpAddr::V6(address) = address {
-                    bytes.extend(address.octets());
-                }
-            }
-        }
-    }
-    bytes.extend(transport);
-    bytes.resize(start + usize::from(length), 0);
-    bytes
-}
 
 /// A packet that nobody sends, and the host that it is asked about.
 pub(super) struct Host<'w> {
@@ -365,7 +292,7 @@ impl<'w, F: Side> Packets<F> for Passage<'w, F> {
     fn has_hidden_socket(&mut self) -> bool {
         let Decision { flow, key, .. } = &self.decision;
         let hides = |here| policy::hides_sockets(here, key.protocol, true);
-        flow.flags & flow::DIRECT == 0 && self.tables.here().is_some_and(hides)
+        !flow.is_direct() && self.tables.here().is_some_and(hides)
     }
 
     fn begin(&mut self, passed_over: u32) {

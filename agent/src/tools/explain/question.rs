@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use sluice_common::{V4, V6};
 use sluice_core::model::object::Protocol;
 
-use super::passage::least_length;
+use super::frame::least_length;
 
 /// Who sends the packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

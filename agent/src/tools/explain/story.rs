@@ -3,8 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use sluice_common::abi::{
-    Affinity, Class, Range, TICK_SHIFT, backend, detect_local, device, flow, frontend, masquerade,
-    phase, state,
+    Affinity, Class, Range, ServicePort, TICK_SHIFT, backend, detect_local, device, frontend,
+    masquerade, phase, state,
 };
 use sluice_common::path::{Decision, Hook, Verdict as PathVerdict, policy};
 use sluice_common::{Reason, V4, V6};
@@ -145,7 +145,7 @@ impl<'w> Story<'w> {
                         format!("{what} of this tuple is known, last renewed {age} s ago: {fate}");
                     self.add("flow", text);
                     if let (true, Some(target)) = (followed && !named, target) {
-                        self.followed(target, entry.flags & flow::REPLY != 0, decision);
+                        self.followed(target, entry.is_reply(), decision);
                         named = true;
                     }
                 }
@@ -284,7 +284,7 @@ impl<'w> Story<'w> {
                 F::ip(decision.flow.destination),
                 decision.flow.destination_port,
             ));
-            let local = if decision.flow.flags & flow::LOCAL != 0 { backend::LOCAL } else { 0 };
+            let local = if decision.flow.is_local() { backend::LOCAL } else { 0 };
             self.backend(Some(target), at, local);
         }
     }
@@ -532,15 +532,15 @@ impl<'w> Story<'w> {
         asked: &[Asked<F>],
         target: Option<&Target>,
     ) {
-        if decision.flow.flags & flow::REPLY != 0 {
+        if decision.flow.is_reply() {
             return;
         }
-        let hairpin = decision.flow.flags & flow::HAIRPIN != 0;
+        let hairpin = decision.flow.is_hairpin();
         let as_kube_proxy = self.world.settings.masquerade != masquerade::NEEDED;
         let asked_routes = asked.iter().any(|asked| matches!(asked, Asked::Routes(_)));
         let local = target
             .and_then(|target| self.world.image.ports.get(&target.service_port))
-            .is_some_and(|port| port.flags & sluice_common::abi::policy::EXTERNAL_LOCAL != 0)
+            .is_some_and(ServicePort::is_external_local)
             && target.is_some_and(|target| target.class != Class::Internal);
         let followed = decision.kind == 0;
         let why = match source {

@@ -12,9 +12,10 @@ use sluice_core::image::Stack;
 use sluice_core::model::object::Protocol;
 
 use super::answer::{Affinity, Answer, Candidate, Endpoint, Frontend, Source, Verdict};
+use super::frame::Shape;
 use super::meeting::{Meeting, Target};
 use super::objects::Owner;
-use super::passage::{Host, Passage, Shape};
+use super::passage::{Host, Passage};
 use super::question::{Client, Question, Way};
 use super::record::{Asked, Recorder};
 use super::story::{Story, kind_word};
@@ -216,7 +217,7 @@ impl<'w, F: Side> Walk<'w, F> {
             (Action::Drop, None) => Verdict::Drop,
             _ => verdict(decision.verdict),
         };
-        let reply = decision.flow.flags & flow::REPLY != 0 && verdict == Verdict::Forward;
+        let reply = decision.flow.is_reply() && verdict == Verdict::Forward;
         let forward = verdict == Verdict::Forward && decision.reason != Reason::DirectRemapped;
         let backend = forward.then(|| {
             let (address, port) = if reply {
@@ -524,12 +525,10 @@ impl<'w, F: Side> Walk<'w, F> {
             "clients are dropped without an answer, which only packets can be"
         } else if port.affinity_seconds != 0 {
             "session affinity goes by the client's address, which only packets tell"
-        } else if port.flags & sluice_common::abi::policy::SOURCE_RANGES != 0
-            && target.kind == frontend::LOAD_BALANCER
-        {
+        } else if port.restricts_sources() && target.kind == frontend::LOAD_BALANCER {
             "source ranges go by the client's address, which only packets tell"
         } else if target.kind != frontend::CLUSTER_IP
-            && port.flags & sluice_common::abi::policy::EXTERNAL_LOCAL != 0
+            && port.is_external_local()
             && !policy::is_known_at_the_socket::<F>(&self.world.settings)
         {
             "which backends it may reach goes by the client's address or device, which only packets tell"

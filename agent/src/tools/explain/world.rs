@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
     NodeAddress, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey, ServicePort,
-    Settings, Ticks, Tuple, device, node_address, socket_path,
+    Settings, Ticks, Tuple, device, socket_path,
 };
 use sluice_common::event::Wide;
 use sluice_common::family::lane;
@@ -180,7 +180,7 @@ impl<F: Side> Tables<F> for Seen<'_> {
 
     fn serves_node_ports(&self, address: &F::Address) -> bool {
         let node: Option<&NodeAddress> = F::of(&self.world.image).node_addresses.get(address);
-        node.is_some_and(|node| node.flags & node_address::NODE_PORTS != 0)
+        node.is_some_and(NodeAddress::serves_node_ports)
     }
 
     fn origins(&self, key: &OriginKey<F::Address>) -> Option<&Origins<F::Address>> {
