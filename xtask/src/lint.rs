@@ -1,11 +1,13 @@
 //! `cargo xtask lint`: one line per step, warnings are errors.
 
 mod columns;
+mod tools;
 
 use std::io::{self, IsTerminal};
 
 use anyhow::{Context, Result};
 
+use crate::cache::Cache;
 use crate::ebpf;
 use crate::process::{Cmd, newest_line};
 use crate::toolchain::Toolchain;
@@ -17,6 +19,13 @@ pub(crate) fn run(workspace: &Workspace, toolchain: &Toolchain) -> Result<()> {
     let cargo = |args: &[&str]| workspace.cargo().args(args);
     step("fmt", cargo(&["fmt", "--all", "--check"]))?;
     columns::check(workspace).context("lint: columns")?;
+    let cache = Cache::open()?;
+    step(
+        "typos",
+        Cmd::new(tools::TYPOS.obtain(&cache)?).dir(workspace.root()).arg("--color=never"),
+    )?;
+    let deny = Cmd::new(tools::DENY.obtain(&cache)?).dir(workspace.root()).arg("--color=never");
+    step("deny", deny.args(["check", "bans", "licenses", "sources"]))?;
     step("clippy", cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     // For the host they compile to nothing.
     for (name, features) in
