@@ -250,9 +250,10 @@ macro_rules! kernel_stack {
                     .node_addresses
                     .entries()
                     .map_err(|e| Error::map("read", concat!("node_addresses_", $suffix), e))?;
-                let backends = (1..maps.backends.len())
-                    .filter_map(|id| Some((id, maps.backends.get(id)?)))
-                    .filter(|(_, backend)| backend.generation != 0);
+                let backends = maps
+                    .backends
+                    .filled()
+                    .filter(|(id, backend)| *id != 0 && backend.generation != 0);
                 Ok(FamilyImage {
                     services: services.into_iter().collect(),
                     backends: backends.collect(),
