@@ -2,6 +2,7 @@
 
 mod columns;
 mod tools;
+mod wings;
 
 use std::io::{self, IsTerminal};
 
@@ -19,6 +20,7 @@ pub(crate) fn run(workspace: &Workspace, toolchain: &Toolchain) -> Result<()> {
     let cargo = |args: &[&str]| workspace.cargo().args(args);
     step("fmt", cargo(&["fmt", "--all", "--check"]))?;
     columns::check(workspace).context("lint: columns")?;
+    wings::check(workspace).context("lint: wings")?;
     let cache = Cache::open()?;
     step(
         "typos",

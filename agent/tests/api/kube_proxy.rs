@@ -34,10 +34,12 @@ use crate::support::random::{Dice, number_from};
 use crate::support::{Cluster, cluster, wait_for};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
-use sluice::explain::{Answer, Client, Manifests, Options, Question, Source, Verdict, explain};
-use sluice::model::object::Protocol;
-use sluice::policy::{DetectLocal, Masquerade, Policy};
+use sluice::tools::explain::{
+    Answer, Client, Manifests, Options, Question, Source, Verdict, explain,
+};
 use sluice_common::abi::socket_path;
+use sluice_core::model::object::Protocol;
+use sluice_core::policy::{DetectLocal, Masquerade, Policy};
 use sluice_lab::{Lab, Node, NodeOptions, PacketSocket, RpFilter, Running};
 
 /// The name of the node.
@@ -528,6 +530,8 @@ fn until_synced(space: &Space, field: &mut Field, round: u32) {
         from: Client::External,
         way: None,
         device: None,
+        length: None,
+        ttl: None,
     };
     wait_for("kube-proxy's rules", SYNC, || {
         // An answer is for one connection; the next one is another.

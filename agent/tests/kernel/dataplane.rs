@@ -8,12 +8,12 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use sluice::dataplane::{Access, Kernel, Layout, Loaded, Maps, Pins, Xdp, load};
-use sluice::image::{Dataplane, FamilyWrite, Image, PERMITTED, SourceKey, Write, diff};
+use sluice::node::dataplane::{Access, Kernel, Layout, Loaded, Maps, Pins, Xdp, load};
 use sluice_common::abi::{
     Backend, Class, Name, NodeAddress, Origin, Origins, Range, Service, ServiceKey, backend,
     frontend, node_address, policy,
 };
+use sluice_core::image::{Dataplane, FamilyWrite, Image, PERMITTED, SourceKey, Write, diff};
 use sluice_lab::skipped;
 
 /// A BPF file system that goes with the test.
@@ -37,7 +37,7 @@ impl Bpffs {
         all.extend(sizes.iter().map(|(map, size)| ((*map).to_owned(), *size)));
         match load(&Pins::new(&self.0), &all, Xdp::Off, Layout::Current) {
             Ok(loaded) => Some(loaded),
-            Err(sluice::dataplane::Error::NoObject)
+            Err(sluice::node::dataplane::Error::NoObject)
                 if skipped("the agent was built without the BPF object: `cargo xtask build`") =>
             {
                 None

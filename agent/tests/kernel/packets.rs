@@ -7,10 +7,9 @@
 //! What a test run cannot show: where a redirect leads, and skbs that are not linear, larger than a
 //! page, or leave a checksum to the device.
 
-#[path = "../../../common/tests/packets/bytes.rs"]
-pub(crate) mod bytes;
 pub(crate) mod case;
 pub(crate) mod cases;
+pub(crate) mod convert;
 #[path = "../../../common/tests/packets/frame.rs"]
 pub(crate) mod frame;
 pub(crate) mod host;

@@ -10,8 +10,8 @@ use crate::support::{
     addresses_of_pod, cluster_ip, skip, until,
 };
 use anyhow::{Context, Result, ensure};
-use sluice::conntrack::{Cleaned, Told, UdpFrontends, clean, keep_clean};
-use sluice::model::object::IpFamily;
+use sluice::node::conntrack::{Cleaned, Told, UdpFrontends, clean, keep_clean};
+use sluice_core::model::object::IpFamily;
 use sluice_lab::{Lab, Namespace, Node, NodeOptions, Running, Serve};
 use tokio::sync::watch;
 

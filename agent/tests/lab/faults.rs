@@ -145,7 +145,7 @@ struct SmallDisk {
 impl SmallDisk {
     fn mount(cluster: &Cluster) -> Result<Self> {
         let node = cluster.node();
-        let (at, state) = (node.bpffs(), sluice::agent::status::state_dir(&node.pin_path()));
+        let (at, state) = (node.bpffs(), sluice::node::status::state_dir(&node.pin_path()));
         let target = std::ffi::CString::new(at.as_os_str().as_bytes())?;
         // SAFETY: every string ends with a zero and outlives the call.
         let refused = unsafe {

@@ -17,7 +17,7 @@ use crate::support::{
 use anyhow::{Context, Result, bail, ensure};
 use aya::maps::{HashMap, Map, MapData};
 use serde_json::Value;
-use sluice::agent::status::state_dir;
+use sluice::node::status::state_dir;
 use sluice_common::abi::{Flow, Ipv4Address, Tuple};
 use sluice_lab::{AgentOptions, Namespace, Node, Pod, Port, Service};
 

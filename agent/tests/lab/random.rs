@@ -21,12 +21,12 @@ use anyhow::{Context, Result, bail, ensure};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, loaded_programs};
 use serde_json::Value;
-use sluice::explain::{
+use sluice::tools::explain::{
     Answer, Client, Manifests, Options, Question, Source, Verdict, Way, explain,
 };
-use sluice::model::object::Protocol;
-use sluice::policy::{DetectLocal, Masquerade, Policy};
 use sluice_common::abi::socket_path;
+use sluice_core::model::object::Protocol;
+use sluice_core::policy::{DetectLocal, Masquerade, Policy};
 use sluice_lab::{Namespace, Node, PacketSocket};
 
 /// Packets and calls of a round; how many of the packets the command is asked about too.
@@ -376,7 +376,7 @@ impl Round<'_> {
 
     /// Whether a packet that nobody translates leaves by the uplink.
     fn is_routed(&self, question: &Question) -> bool {
-        use sluice::explain::Routing;
+        use sluice::tools::explain::Routing;
         let (_, routing) = self.manifests.world(question);
         let to = question.destination.ip();
         !routing.is_local(to) && !self.scene.is_near(to)
@@ -533,7 +533,16 @@ impl Round<'_> {
                 };
                 let source = SocketAddr::new(own, 40_000);
                 let way = Some(Way::Socket);
-                let question = Question { protocol, source, destination, from, way, device: None };
+                let question = Question {
+                    protocol,
+                    source,
+                    destination,
+                    from,
+                    way,
+                    device: None,
+                    length: None,
+                    ttl: None,
+                };
                 let answer = self.ask(&question)?;
                 asked.push((question, answer));
             }

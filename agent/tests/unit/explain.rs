@@ -5,17 +5,20 @@
 //! masquerade. What people read is compared with files in `explain/`; `SLUICE_BLESS=1 cargo test`
 //! rewrites them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Instant;
 
 use serde_json::Value;
-use sluice::explain::{Client, Manifests, Options, Question, Verdict, Way, explain};
-use sluice::model::object::Protocol;
-use sluice_common::abi::{Ipv4Address, Tuple, phase};
+use sluice::tools::explain::{
+    Client, Manifests, NamedDevice, Options, Question, Routing, Supposed, Verdict, Way, explain,
+};
+use sluice_common::abi::{Ipv4Address, RejectBucket, Tuple, phase};
+use sluice_core::model::object::Protocol;
 
 /// Runs the binary in a folder.
 fn sluice(folder: &Path, words: &[&str]) -> Output {
@@ -637,6 +640,8 @@ fn what_is_left_to_netfilter_is_told_with_its_reason() {
         from: Client::Pod,
         way: Some(Way::Edge),
         device: None,
+        length: None,
+        ttl: None,
     };
     let (mut world, routing) = manifests.world(&question);
     let mut told = |phase: u32, known: bool| {
@@ -669,4 +674,91 @@ fn what_is_left_to_netfilter_is_told_with_its_reason() {
     assert!(why.contains("release"), "{why}");
     let (verdict, _, why) = told(phase::IMPORT, false);
     assert_eq!(verdict, Verdict::Forward, "an opening packet is ours: {why}");
+}
+
+/// Routes that take no more than 1 400 bytes.
+struct Narrow(Supposed);
+
+impl Routing for Narrow {
+    fn leaves_by(&self, destination: IpAddr) -> Option<u32> {
+        self.0.leaves_by(destination)
+    }
+
+    fn mtu(&self, _: IpAddr) -> Option<u32> {
+        Some(1400)
+    }
+
+    fn is_local(&self, address: IpAddr) -> bool {
+        self.0.is_local(address)
+    }
+
+    fn comes_in_by(
+        &self,
+        question: &Question,
+        devices: &BTreeMap<u32, NamedDevice>,
+    ) -> Option<u32> {
+        self.0.comes_in_by(question, devices)
+    }
+
+    fn supposes(&self) -> &'static str {
+        self.0.supposes()
+    }
+}
+
+/// A packet's fate goes on behind the choice of a backend: what the way does not take, and whose
+/// client has had its errors, goes nowhere.
+#[test]
+fn limits_on_a_packets_way_are_told() {
+    let folder = tempfile::tempdir().expect("a folder");
+    fs::write(folder.path().join("a.yaml"), manifests("RL", "Cluster", "Cluster"))
+        .expect("written");
+    let told = |credit_ms: u32, question: &Question| {
+        let options = Options {
+            path: folder.path().to_owned(),
+            node: Some("node-a".into()),
+            ..Options::default()
+        };
+        let (mut world, routing) = Manifests::read(options).expect("read").world(question);
+        let IpAddr::V4(client) = question.source.ip() else { panic!("an IPv4 client") };
+        let bucket = RejectBucket { refilled_ms: 0, credit_ms };
+        let _ = world.rejects.insert(client.to_ipv6_mapped().octets(), bucket);
+        let answer = explain(question, &world, &Narrow(routing)).expect("it is met");
+        let steps = answer.steps.iter().filter(|step| step.step == "limit");
+        let why: Vec<String> = steps.map(|step| step.text.clone()).collect();
+        (answer.verdict, answer.reason, why.join(";"))
+    };
+    let question = |from: Client, source: &str, length: Option<u16>, ttl: Option<u8>| Question {
+        protocol: Protocol::Tcp,
+        source: source.parse().expect("an end"),
+        destination: "10.96.0.10:80".parse().expect("an end"),
+        from,
+        way: None,
+        device: None,
+        length,
+        ttl,
+    };
+    let host = |length: u16| question(Client::Host, "192.0.2.1:40000", Some(length), None);
+    let (verdict, reason, why) = told(0, &host(1400));
+    assert_eq!((verdict, reason, why.as_str()), (Verdict::Forward, "forward", ""));
+    let (verdict, reason, why) = told(0, &host(1401));
+    assert_eq!((verdict, reason), (Verdict::Reject, "too_big"));
+    assert!(why.starts_with("1401 bytes are more than the 1400 that the way to "), "{why}");
+    // A client that is its own backend is turned back, which counts as forwarding.
+    let own = |ttl: u8| question(Client::Pod, "10.244.1.1:40000", None, Some(ttl));
+    let (verdict, reason, _) = told(0, &own(2));
+    assert_eq!((verdict, reason), (Verdict::Forward, "forward"));
+    for (credit_ms, verdict) in [(1_000, Verdict::Reject), (0, Verdict::Drop)] {
+        let told = told(credit_ms, &own(1));
+        assert_eq!((told.0, told.1), (verdict, "ttl_exceeded"), "{}", told.2);
+    }
+    let unserved = Question {
+        protocol: Protocol::Udp,
+        ..question(Client::Pod, "10.244.1.9:40000", None, None)
+    };
+    for (credit_ms, expected) in
+        [(1_000, (Verdict::Reject, "undefined_port")), (0, (Verdict::Drop, "reject_limited"))]
+    {
+        let (verdict, reason, why) = told(credit_ms, &unserved);
+        assert_eq!((verdict, reason), expected, "{why}");
+    }
 }

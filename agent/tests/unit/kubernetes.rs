@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use sluice::model::report::{Flaw, Note, Subject};
-use sluice::model::{Change, Event, SourceId};
-use sluice::source::Pulse;
-use sluice::source::kubernetes::{self, Settings};
+use sluice::daemon::source::Pulse;
+use sluice::daemon::source::kubernetes::{self, Settings};
+use sluice_core::model::report::{Flaw, Note, Subject};
+use sluice_core::model::{Change, Event, SourceId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{broadcast, mpsc};

@@ -5,9 +5,9 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::time::Duration;
 
-use sluice::model::{Change, Event, ObjectName};
-use sluice::source::Pulse;
-use sluice::source::manifests;
+use sluice::daemon::source::Pulse;
+use sluice::daemon::source::manifests;
+use sluice_core::model::{Change, Event, ObjectName};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 

@@ -6,21 +6,21 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
-use sluice::image::{
-    CLASSES, Dataplane, FamilyImage, FamilyWrite, Faulty, Image, Memory, PERMITTED, Reconciler,
-    SourceKey, Stack, Write, diff, node_port_bit,
-};
-use sluice::model::desired::PortKey;
-use sluice::model::object::{IpFamily, Protocol};
-use sluice::model::policy::Policies;
-use sluice::model::{Batch, Desired, DesiredBackend, DesiredPort, FrontendKind, ObjectName};
-use sluice::plan::{Plan, Sizes};
 use sluice_common::abi::{
     Backend, NAME_MAX, Name, NodeAddress, Range, Service, ServiceKey, ServicePort, backend,
     frontend, listing, node_address, policy,
 };
 use sluice_common::maglev::{self, Turn};
 use sluice_common::{Family, V4, V6, family};
+use sluice_core::image::{
+    CLASSES, Dataplane, FamilyImage, FamilyWrite, Faulty, Image, Memory, PERMITTED, Reconciler,
+    SourceKey, Stack, Write, diff, node_port_bit,
+};
+use sluice_core::model::desired::PortKey;
+use sluice_core::model::object::{IpFamily, Protocol};
+use sluice_core::model::policy::Policies;
+use sluice_core::model::{Batch, Desired, DesiredBackend, DesiredPort, FrontendKind, ObjectName};
+use sluice_core::plan::{Plan, Sizes};
 
 /// A failure's seed is printed, not kept in a file.
 fn config(cases: u32) -> ProptestConfig {

@@ -7,15 +7,15 @@ use std::time::SystemTime;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use sluice::image::Image;
-use sluice::model::object::{
+use sluice_common::abi::ServiceKey;
+use sluice_core::image::Image;
+use sluice_core::model::object::{
     Address, Endpoint, IpFamily, PortSpec, Protocol, ServiceSpec, Slice, SliceKind, SliceLabels,
     SlicePart, SlicePort,
 };
-use sluice::model::report::Flaw;
-use sluice::model::{Change, Desired, Event, Model, ObjectName, Settings, SourceId};
-use sluice::plan::{Plan, Sizes};
-use sluice_common::abi::ServiceKey;
+use sluice_core::model::report::Flaw;
+use sluice_core::model::{Change, Desired, Event, Model, ObjectName, Settings, SourceId};
+use sluice_core::plan::{Plan, Sizes};
 
 /// From changes to the maps' intended content.
 struct Engine {

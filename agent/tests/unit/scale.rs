@@ -6,13 +6,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use sluice::image::{Dataplane, Memory};
-use sluice::model::object::{
+use sluice_core::image::{Dataplane, Memory};
+use sluice_core::model::object::{
     Address, Endpoint, IpFamily, PortSpec, ServiceSpec, Slice, SliceKind, SliceLabels, SlicePart,
     SlicePort,
 };
-use sluice::model::{Change, Event, Model, ObjectName, Settings, SourceId};
-use sluice::plan::{Plan, Sizes};
+use sluice_core::model::{Change, Event, Model, ObjectName, Settings, SourceId};
+use sluice_core::plan::{Plan, Sizes};
 
 const SERVICES: u32 = 5_000;
 const ENDPOINTS: u32 = 50;

@@ -18,16 +18,16 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use sluice::image::{CLASSES, Dataplane, Image, Memory, Stack, diff, node_port_bit};
-use sluice::model::object::Protocol;
-use sluice::model::{Change, Event, Model, Settings, SourceId};
-use sluice::plan::{Plan, Sizes};
-use sluice::policy::{ExternalIps, cidr};
-use sluice::source::manifests::Folder;
+use sluice::daemon::source::manifests::Folder;
 use sluice_common::abi::{
     Class, Name, Origins, Range, ServicePort, backend, frontend, listing, node_address, policy,
 };
 use sluice_common::{V4, V6, family};
+use sluice_core::image::{CLASSES, Dataplane, Image, Memory, Stack, diff, node_port_bit};
+use sluice_core::model::object::Protocol;
+use sluice_core::model::{Change, Event, Model, Settings, SourceId};
+use sluice_core::plan::{Plan, Sizes};
+use sluice_core::policy::{ExternalIps, cidr};
 
 /// A section's head and body.
 type Section = (String, String);

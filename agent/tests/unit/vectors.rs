@@ -5,12 +5,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use sluice::model::object::{
+use sluice_core::model::object::{
     Address, Endpoint, IpFamily, NodeSpec, PortSpec, ServiceSpec, Slice, SliceKind, SliceLabels,
     SlicePart, SlicePort,
 };
-use sluice::model::policy::{Member, Place, Policies, categorize};
-use sluice::model::{Change, DesiredPort, Event, Model, ObjectName, Settings, SourceId};
+use sluice_core::model::policy::{Member, Place, Policies, categorize};
+use sluice_core::model::{Change, DesiredPort, Event, Model, ObjectName, Settings, SourceId};
 
 /// A case. Endpoints are R (ready), T (terminates, answers still) or U (not ready), then `L`: on
 /// this node; `z` and `y`: hinted for this node's zone, for another one. Sets of endpoints are

@@ -27,6 +27,14 @@ impl Program {
             Self::Xdp => "xdp_uplink",
         }
     }
+
+    /// Bytes of its packets' link header.
+    pub(crate) fn link(self) -> u32 {
+        match self {
+            Self::Ingress | Self::Egress | Self::Xdp => 14,
+            Self::IngressBare | Self::EgressBare => 0,
+        }
+    }
 }
 
 /// What a program answers.

@@ -2,7 +2,7 @@
 //! thread.
 
 use std::fs::File;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Command;
@@ -28,7 +28,7 @@ use sluice_common::{Reason, V4, V6};
 use sluice_lab::skipped;
 
 use super::case::{Case, Counted, End, Outcome, Program};
-use super::host;
+use super::convert;
 use super::ip::Ip;
 use super::socket;
 use super::world::{
@@ -348,40 +348,40 @@ fn clear_family<F: Ip>(ebpf: &mut Ebpf, world: &World) -> Result<()> {
 fn fill_family<F: Ip>(ebpf: &mut Ebpf, world: &World, now: Ticks) -> Result<()> {
     let mut services = hash(ebpf, &suffixed::<F>("services"))?;
     for (key, service) in &world.services {
-        if let Some(key) = host::service_key::<F>(key) {
+        if let Some(key) = convert::service_key::<F>(key) {
             services.insert(Raw(key), Raw(*service), 0)?;
         }
     }
     let mut backends = array(ebpf, &suffixed::<F>("backends"))?;
     for (id, found) in &world.backends {
-        if let Some(found) = host::backend::<F>(found) {
+        if let Some(found) = convert::backend::<F>(found) {
             backends.set(*id, Raw(found), 0)?;
         }
     }
     let mut origins = hash(ebpf, &suffixed::<F>("origins"))?;
-    for (key, found) in host::origins::<F>(world) {
+    for (key, found) in convert::origins::<F>(world) {
         origins.insert(Raw(key), Raw(found), 0)?;
     }
     for (map, flows) in [("flows", &world.flows), ("embryonic", &world.embryonic)] {
         let mut map = hash(ebpf, &suffixed::<F>(map))?;
-        for (key, flow) in host::entries::<F>(flows, now) {
+        for (key, flow) in convert::entries::<F>(flows, now) {
             map.insert(Raw(key), Raw(flow), 0)?;
         }
     }
     let mut affinity = hash(ebpf, &suffixed::<F>("affinity"))?;
-    for (key, entry) in host::affinities::<F>(world, now) {
+    for (key, entry) in convert::affinities::<F>(world, now) {
         affinity.insert(Raw(key), Raw(entry), 0)?;
     }
     let mut fragments = hash(ebpf, &suffixed::<F>("fragments"))?;
-    for (key, told) in host::datagrams::<F>(world, now) {
+    for (key, told) in convert::datagrams::<F>(world, now) {
         fragments.insert(Raw(key), Raw(told), 0)?;
     }
     let mut imported = hash(ebpf, &suffixed::<F>("imported"))?;
-    for (key, bits) in host::imported::<F>(world) {
+    for (key, bits) in convert::imported::<F>(world) {
         imported.insert(Raw(key), Raw(bits), 0)?;
     }
     let mut exhausted = hash(ebpf, &suffixed::<F>("exhausted"))?;
-    for (key, tick) in host::exhausted::<F>(world, now) {
+    for (key, tick) in convert::exhausted::<F>(world, now) {
         exhausted.insert(Raw(key), Raw(tick), 0)?;
     }
     let mut nodes = hash(ebpf, &suffixed::<F>("node_addresses"))?;
@@ -397,7 +397,7 @@ fn fill_family<F: Ip>(ebpf: &mut Ebpf, world: &World, now: Ticks) -> Result<()> 
             ranges.insert(&Key::new(32 + u32::from(*bits), Raw(data)), 1, 0)?;
         }
     }
-    array(ebpf, &suffixed::<F>("networks"))?.set(0, Raw(host::networks::<F>(world)), 0)?;
+    array(ebpf, &suffixed::<F>("networks"))?.set(0, Raw(convert::networks::<F>(world)), 0)?;
     let mut lanes = array(ebpf, "addresses")?;
     for (address, bits) in &world.listing {
         if let Some(address) = F::of(*address) {
@@ -412,25 +412,25 @@ fn fill_family<F: Ip>(ebpf: &mut Ebpf, world: &World, now: Ticks) -> Result<()> 
 fn read_family<F: Ip>(ebpf: &mut Ebpf, map: &str, now: Ticks) -> Result<Flows> {
     let map = hash::<Tuple<F::Address>, Flow<F::Address>>(ebpf, &suffixed::<F>(map))?;
     let entries: Vec<(Raw<_>, Raw<_>)> = map.iter().collect::<Result<_, _>>()?;
-    Ok(host::told::<F>(entries.into_iter().map(|(key, flow)| (key.0, flow.0)), now))
+    Ok(convert::told::<F>(entries.into_iter().map(|(key, flow)| (key.0, flow.0)), now))
 }
 
 fn read_affinities<F: Ip>(ebpf: &mut Ebpf, now: Ticks) -> Result<Affinities> {
     let map = hash::<AffinityKey<F::Address>, Affinity>(ebpf, &suffixed::<F>("affinity"))?;
     let entries: Vec<(Raw<_>, Raw<_>)> = map.iter().collect::<Result<_, _>>()?;
-    Ok(host::affinities_told::<F>(entries.into_iter().map(|(key, entry)| (key.0, entry.0)), now))
+    Ok(convert::affinities_told::<F>(entries.into_iter().map(|(key, entry)| (key.0, entry.0)), now))
 }
 
 fn read_exhausted<F: Ip>(ebpf: &mut Ebpf, now: Ticks) -> Result<Exhausted> {
     let map = hash::<Tuple<F::Address>, Ticks>(ebpf, &suffixed::<F>("exhausted"))?;
     let entries: Vec<(Raw<_>, Raw<_>)> = map.iter().collect::<Result<_, _>>()?;
-    Ok(host::exhausted_told::<F>(entries.into_iter().map(|(key, tick)| (key.0, tick.0)), now))
+    Ok(convert::exhausted_told::<F>(entries.into_iter().map(|(key, tick)| (key.0, tick.0)), now))
 }
 
 fn read_datagrams<F: Ip>(ebpf: &mut Ebpf, now: Ticks) -> Result<Datagrams> {
     let map = hash::<Datagram<F::Address>, DatagramPorts>(ebpf, &suffixed::<F>("fragments"))?;
     let entries: Vec<(Raw<_>, Raw<_>)> = map.iter().collect::<Result<_, _>>()?;
-    Ok(host::datagrams_told::<F>(entries.into_iter().map(|(key, told)| (key.0, told.0)), now))
+    Ok(convert::datagrams_told::<F>(entries.into_iter().map(|(key, told)| (key.0, told.0)), now))
 }
 
 impl Kernel {
@@ -523,15 +523,11 @@ impl Kernel {
         }
         let mut rejects = hash::<RejectKey, RejectBucket>(ebpf, "rejects")?;
         for (client, credit_ms) in &world.rejects {
-            let address = match client {
-                IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
-                IpAddr::V6(address) => address.octets(),
-            };
             let bucket = RejectBucket {
                 refilled_ms: (self.clock.now_ns() / 1_000_000) as u32,
                 credit_ms: *credit_ms,
             };
-            rejects.insert(Raw(RejectKey { address }), Raw(bucket), 0)?;
+            rejects.insert(Raw(world::reject_key(*client)), Raw(bucket), 0)?;
         }
         array(ebpf, "marks")?.set(0, Raw(world.marks), 0)?;
         route_mtus::<V4>(ebpf, Version::V4, 24)?;

@@ -9,11 +9,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Datagram, DatagramPorts, Device, Flow, OriginKey, Range,
-    Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, backend, detect_local, device,
-    device_flags, flow, frontend, listing, masquerade, networks, node_address, side, state,
+    RejectKey, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, backend, detect_local,
+    device, device_flags, flow, frontend, listing, masquerade, networks, node_address, side, state,
 };
-
-use sluice_common::engine::limit::device_reject_key;
 
 use super::frame::{ACK, DATA, Frame, INIT, Mac, SCTP, SYN, TCP, UDP};
 
@@ -128,9 +126,13 @@ pub(crate) fn route_back(destination: IpAddr, source: IpAddr, came_by: Option<u3
     }
 }
 
-/// The address in [`World::rejects`] that stands for all clients of a device.
-pub(crate) fn rejects_of(ifindex: u32) -> IpAddr {
-    Ipv6Addr::from(device_reject_key(ifindex).address).into()
+/// The key of a client of [`World::rejects`] in the map.
+pub(crate) fn reject_key(client: IpAddr) -> RejectKey {
+    let address = match client {
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
+    };
+    RejectKey { address }
 }
 
 /// The node's address on a device: the one that clients are shown as behind it.
