@@ -168,7 +168,8 @@ impl AgentProcess {
                     self.log_tail()
                 );
             }
-            sleep(Duration::from_millis(20));
+            // Each question is a process: asked more often, they would slow down the start.
+            sleep(Duration::from_millis(100));
         }
     }
 

@@ -1,12 +1,14 @@
 //! `cargo xtask lint`: one line per step, warnings are errors.
 
 mod columns;
+mod tools;
 mod wings;
 
 use std::io::{self, IsTerminal};
 
 use anyhow::{Context, Result};
 
+use crate::cache::Cache;
 use crate::ebpf;
 use crate::process::{Cmd, newest_line};
 use crate::toolchain::Toolchain;
@@ -19,6 +21,13 @@ pub(crate) fn run(workspace: &Workspace, toolchain: &Toolchain) -> Result<()> {
     step("fmt", cargo(&["fmt", "--all", "--check"]))?;
     columns::check(workspace).context("lint: columns")?;
     wings::check(workspace).context("lint: wings")?;
+    let cache = Cache::open()?;
+    step(
+        "typos",
+        Cmd::new(tools::TYPOS.obtain(&cache)?).dir(workspace.root()).arg("--color=never"),
+    )?;
+    let deny = Cmd::new(tools::DENY.obtain(&cache)?).dir(workspace.root()).arg("--color=never");
+    step("deny", deny.args(["check", "bans", "licenses", "sources"]))?;
     step("clippy", cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     // For the host they compile to nothing.
     for (name, features) in

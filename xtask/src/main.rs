@@ -58,7 +58,7 @@ enum Command {
     Build,
     /// Write the image of that binary, with its bill of materials; needs no container engine.
     Image(image::Options),
-    /// Check formatting, clippy and rustdoc, with warnings as errors.
+    /// Check formatting, spelling, dependencies, clippy and rustdoc, with warnings as errors.
     Lint,
     /// Run the tests; the last line on stdout is `N passed, N failed`.
     Test(test::Options),

@@ -75,7 +75,7 @@ pub(crate) struct Options {
     jobs: Option<NonZero<usize>>,
 
     /// How long one test process may take before its process group is killed.
-    #[arg(long, default_value_t = 10, value_name = "MINUTES")]
+    #[arg(long, default_value_t = 20, value_name = "MINUTES")]
     test_timeout: u64,
 
     /// Passed to every test binary: a filter, `--nocapture` and so on.
@@ -178,6 +178,8 @@ fn run_tiers(
             }
         }
     }
+    // Where nothing is known of how long they take, the last tiers have the longest.
+    jobs.reverse();
     for (tier, sum) in pool::run(jobs, &options.settings())? {
         let all = sums.entry(tier).or_default();
         all.counts.add(sum.counts);

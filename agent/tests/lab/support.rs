@@ -510,7 +510,8 @@ pub(crate) fn until_within<T>(
             return Ok(answer);
         }
         ensure!(Instant::now() < deadline, "waited {time:?} in vain: {what}");
-        sleep(Duration::from_millis(20));
+        // Most questions are processes, which other tests pay for.
+        sleep(Duration::from_millis(50));
     }
 }
 

@@ -1,6 +1,7 @@
-//! Runs jobs side by side, as many as the machine has room for: those that took longest last time
-//! first, those that must be alone at the end, one by one.
+//! Runs jobs side by side, as many as the machine has room for: first those that use all of it,
+//! then those that took longest last time, and those that must be alone at the end, one by one.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::io::{self, Write};
@@ -45,7 +46,12 @@ pub(super) fn run(jobs: Vec<Job>, settings: &Settings) -> Result<BTreeMap<&'stat
     // What nobody has timed may take long.
     let last = |job: &Job| times.last(job).unwrap_or(Duration::MAX);
     let mut waiting: Vec<Job> = jobs;
-    waiting.sort_by_key(|job| (job.share == Share::Alone, std::cmp::Reverse(last(job))));
+    let place = |job: &Job| match job.share {
+        Share::All => 0,
+        Share::One | Share::Half => 1,
+        Share::Alone => 2,
+    };
+    waiting.sort_by_key(|job| (place(job), Reverse(last(job))));
     let shown = if waiting.len() == 1 { Shown::Now } else { Shown::Later };
     let mut waiting = VecDeque::from(waiting);
     let mut sums: BTreeMap<&'static str, Sum> = BTreeMap::new();
@@ -79,13 +85,11 @@ pub(super) fn run(jobs: Vec<Job>, settings: &Settings) -> Result<BTreeMap<&'stat
             sum.counts.add(finished.counts);
             sum.took += finished.elapsed;
             times.note(tier, &name, finished.elapsed);
+            times.write();
         }
         Ok(())
     })
-    .map(|()| {
-        times.write();
-        sums
-    })
+    .map(|()| sums)
 }
 
 /// How many half processors a job takes.

@@ -683,6 +683,28 @@ impl<T: aya::Pod> Array<T> {
         self.element(index).map(|element| unsafe { element.cast::<T>().read_volatile() })
     }
 
+    /// Every element that is not all zeros, with its index, and some that are.
+    ///
+    /// A map is mostly zeros, and a block of them costs one comparison: a start reads tens of
+    /// thousands of elements, and tests start hundreds of agents that no compiler has optimised.
+    pub(crate) fn filled(&self) -> impl Iterator<Item = (u32, T)> {
+        const BLOCK: u32 = 512;
+        let zeros = vec![0_u8; BLOCK as usize * Self::STRIDE];
+        (0..self.len)
+            .step_by(BLOCK as usize)
+            .filter(move |first| {
+                let mut block = vec![0_u8; (self.len - first).min(BLOCK) as usize * Self::STRIDE];
+                // SAFETY: the block lies in the mapping, which `self` keeps; any bytes are a value.
+                unsafe {
+                    let from = self.base.add(*first as usize * Self::STRIDE);
+                    from.copy_to_nonoverlapping(block.as_mut_ptr(), block.len());
+                }
+                zeros.get(..block.len()) != Some(&block[..])
+            })
+            .flat_map(|first| first..first.saturating_add(BLOCK).min(self.len))
+            .filter_map(|index| Some((index, self.get(index)?)))
+    }
+
     /// One aligned 32-bit word of an element (`offset` in bytes).
     pub(crate) fn get_u32(&self, index: u32, offset: usize) -> Option<u32> {
         let element = self.element(index)?;

@@ -191,9 +191,8 @@ impl<F: Stack> FamilyMaps<F> {
             self.source_ranges.entries().map_err(Self::failed("read", "source_ranges"))?;
         let node_addresses =
             self.node_addresses.entries().map_err(Self::failed("read", "node_addresses"))?;
-        let backends = (1..self.backends.len())
-            .filter_map(|id| Some((id, self.backends.get(id)?)))
-            .filter(|(_, backend)| backend.generation != 0);
+        let backends =
+            self.backends.filled().filter(|(id, backend)| *id != 0 && backend.generation != 0);
         Ok(FamilyImage {
             services: services.into_iter().collect(),
             backends: backends.collect(),
