@@ -196,6 +196,57 @@ fn connections_to_a_service_cost_no_direct_connection() -> Result<()> {
     none_wrong(&format!("{HELD} direct connections beside a Service's, Sluice"), &wrong)
 }
 
+#[test]
+fn connections_to_a_node_port_cost_a_client_outside_no_direct_connection() -> Result<()> {
+    if skip("connections_to_a_node_port_cost_a_client_outside") {
+        return Ok(());
+    }
+    let mut stack = Stack::new("outer", Overlay::None, &NodeOptions::default())?;
+    let target = stack.targets[NEAR].clone();
+    let directly = target.addresses.map(|address| SocketAddr::new(address, ECHO_TARGET));
+    let by_port = [0, 1].map(|family| target.by_node_port(stack.addresses, Way::Tcp, family));
+    let size = LoadSize { held: HELD / 2, rate: 0, seconds: 0 };
+    let (mut control, mut wrong) = (Vec::new(), Vec::new());
+    let mut ports = 33_000;
+    for (proxy, args) in [
+        (Proxy::Netfilter, &[][..]),
+        (Proxy::Sluice, &[]),
+        (Proxy::Sluice, &["--masquerade=kube-proxy"]),
+        (Proxy::Sluice, &["--xdp=generic"]),
+    ] {
+        stack.serve_by(proxy, args, ClusterIps::Kept)?;
+        let found = if proxy == Proxy::Netfilter { &mut control } else { &mut wrong };
+        for order in [[directly, by_port], [by_port, directly]] {
+            let range = format!("{ports} {}", ports + FEW_PORTS / 2 - 1);
+            stack.outside.sysctl("net/ipv4/ip_local_port_range", &range)?;
+            ports += FEW_PORTS / 2;
+            let mut loads: Vec<LoadClients> = Vec::new();
+            for addresses in order {
+                match LoadClients::start(&[(&*stack.outside, addresses.to_vec())], size) {
+                    Ok(load) => loads.push(load),
+                    Err(error) => {
+                        found
+                            .push(format!("{addresses:?} after {} others: {error:#}", loads.len()));
+                    }
+                }
+            }
+            let shared = shared_ports(&stack.outside)?;
+            println!("{proxy:?} {args:?}: {shared} ports lead to the endpoint both ways");
+            ensure!(
+                shared >= HELD as usize * 9 / 20 || !found.is_empty(),
+                "only {shared} ports lead to the endpoint both ways: this proves nothing"
+            );
+            for load in &mut loads {
+                if let Err(error) = load.unharmed("beside the others") {
+                    found.push(format!("{args:?}, {order:?}: {error:#}"));
+                }
+            }
+        }
+    }
+    none_wrong("direct connections beside a node port's, Netfilter", &control)?;
+    none_wrong("direct connections beside a node port's, Sluice", &wrong)
+}
+
 /// Connects from one port to an endpoint, and while that goes on to a frontend of it: what is
 /// wrong.
 fn two_from_one_port(

@@ -10,7 +10,7 @@ use sluice_common::abi::{
     ServicePort, Settings, Ticks, Tuple, device, device_flags, flow, node_address, state,
 };
 use sluice_common::engine::count::{Along, Count};
-use sluice_common::engine::open::{Refusal, Sockets, Steps, sockets};
+use sluice_common::engine::open::{FlowEnd, Owner, Refusal, Sockets, Steps, sockets};
 use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
 use sluice_common::engine::xdp::may_translate;
 use sluice_common::engine::{self, limit};
@@ -488,14 +488,19 @@ impl<F: Ip> Steps for Opening<'_, F> {
 
     fn is_held(&mut self) -> bool {
         let memory = &*self.memory;
-        let sees_sockets =
-            match sockets(self.hook, self.decision, memory.passed_over, memory.here()) {
-                Some(Sockets::Host) => true,
-                Some(Sockets::Of(netns)) => netns == OWN_NETNS,
-                None => false,
-            };
-        let reply = partner_key::<F>(&self.decision.flow, self.decision.key.protocol);
-        sees_sockets && memory.world.held.contains(&tuple_told::<F>(&reply))
+        let Some(Sockets { of, end }) = sockets(self.hook, self.decision, memory) else {
+            return false;
+        };
+        let sees_sockets = match of {
+            Owner::Host => true,
+            Owner::Netns(netns) => netns == OWN_NETNS,
+        };
+        let to_client = partner_key::<F>(&self.decision.flow, self.decision.key.protocol);
+        let tuple = match end {
+            FlowEnd::Client => to_client,
+            FlowEnd::Backend => to_client.reversed(),
+        };
+        sees_sockets && memory.world.held.contains(&tuple_told::<F>(&tuple))
     }
 
     fn pass_over_one(&mut self) {
@@ -763,7 +768,7 @@ fn xdp<F: Ip>(
         .devices
         .get(&case.ifindex)
         .is_some_and(|device| packet.bytes.starts_with(&device.mac));
-    if !may_translate(headers, &decision)
+    if !may_translate(headers, &decision, memory)
         || !ours
         || record(&mut decision, &mut Partner::default(), memory).is_err()
     {

@@ -1,9 +1,10 @@
 //! Opens a flow: the path decides until the tuple that it chose is free, and the flow is recorded.
 
-use crate::abi;
+use crate::abi::{device, flow};
 use crate::family::Family;
 use crate::path::{Decision, Hook, Record, Step, keeps_direct, policy, uses_host_address};
 use crate::reason::Reason;
+use crate::tables::Tables;
 
 /// How often a flow's first packet is decided about when its tuple is taken meanwhile.
 pub const OPEN_TRIES: u32 = 4;
@@ -109,34 +110,82 @@ pub fn open<S: Steps>(steps: &mut S) -> Refusal {
     refusal
 }
 
-/// Whose sockets may speak to the backend from the tuple of a new flow.
+/// Sockets that may have the tuple of a new flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sockets {
-    /// Those of this host.
-    Host,
-    /// Those of the network namespace with this id, as this host knows it: a pod's.
-    Of(u32),
+pub struct Sockets {
+    /// Whose they are.
+    pub of: Owner,
+    /// At which end of the flow they are.
+    pub end: FlowEnd,
 }
 
-/// Returns whose sockets are to be looked up before a flow is recorded: this host's where the
-/// client is to have its address, else those of the pod whose packet it is, if somebody can.
+/// Whose sockets are to be looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// This host.
+    Host,
+    /// The network namespace with this id, as this host knows it: a pod.
+    Netns(u32),
+}
+
+/// An end of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlowEnd {
+    /// Sockets that speak to the backend.
+    Client,
+    /// Sockets of the backend itself.
+    Backend,
+}
+
+impl FlowEnd {
+    /// Whether a TCP socket in this state (`TCP_*` of Linux) keeps its tuple from a new flow.
+    ///
+    /// A client's does while it is there. At the backend a handshake may be the flow's own, whose
+    /// entry was lost, and a socket in TIME_WAIT makes room for a new connection.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_held_in(self, state: u32) -> bool {
+        const TIME_WAIT: u32 = 6;
+        const LISTEN: u32 = 10;
+        const NEW_SYN_RECV: u32 = 12;
+        match self {
+            Self::Client => state != LISTEN,
+            Self::Backend => !matches!(state, LISTEN | TIME_WAIT | NEW_SYN_RECV),
+        }
+    }
+}
+
+/// Returns which sockets are to be looked up before a flow is recorded: this host's where the
+/// client is to have its address, else those of the pod whose packet it is, else those of the
+/// backend, which knows of every client that speaks to it directly.
 ///
-/// A pod that has taken all ports that were tried gets the last one all the same.
+/// Who has taken all ports that were tried gets the last one all the same.
 #[inline(always)]
-pub fn sockets<F: Family>(
+pub fn sockets<F: Family, T: Tables<F>>(
     hook: Hook,
     decision: &Decision<F>,
-    passed_over: u32,
-    here: Option<&abi::Device>,
+    tables: &T,
 ) -> Option<Sockets> {
     if !matches!(decision.record, Record::Open | Record::Establish) {
         return None;
     }
     if uses_host_address(&decision.flow) {
-        return Some(Sockets::Host);
+        return Some(Sockets { of: Owner::Host, end: FlowEnd::Client });
     }
-    if hook != Hook::Ingress || passed_over >= OPEN_TRIES - 1 || keeps_direct(decision) {
+    if hook == Hook::Egress || tables.passed_over() >= OPEN_TRIES - 1 || keeps_direct(decision) {
         return None;
     }
-    here.and_then(policy::netns_of_sockets).map(Sockets::Of)
+    let here = tables.here()?;
+    if here.role == device::EDGE {
+        let netns = policy::netns_of_sockets(here)?;
+        return Some(Sockets { of: Owner::Netns(netns), end: FlowEnd::Client });
+    }
+    // In the middle of a connection the backend's socket is the flow's own.
+    if decision.record != Record::Open
+        || decision.flow.flags & (flow::LOCAL | flow::HAIRPIN | flow::DIRECT) != flow::LOCAL
+    {
+        return None;
+    }
+    let netns = policy::netns_of_sockets(tables.device(tables.routes()?.to_backend)?)?;
+    Some(Sockets { of: Owner::Netns(netns), end: FlowEnd::Backend })
 }

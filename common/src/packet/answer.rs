@@ -50,6 +50,17 @@ pub enum Trouble {
 }
 
 impl Trouble {
+    /// The trouble of a number, as `as` gives it.
+    #[inline(always)]
+    #[must_use]
+    pub fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::PortUnreachable,
+            1 => Self::TooBig,
+            _ => Self::TimeExceeded,
+        }
+    }
+
     /// ICMP type and code in a family.
     #[inline(always)]
     pub fn code<F: Answer>(self) -> (u8, u8) {

@@ -19,7 +19,7 @@ use aya_ebpf::helpers::generated::{
 use sluice_common::abi::{
     CallerKey, Device, Flow, RejectKey, Tuple, device, device_flags, flow, networks,
 };
-use sluice_common::engine::open::{Refusal, Sockets, Steps, sockets};
+use sluice_common::engine::open::{FlowEnd, Owner, Refusal, Sockets, Steps, sockets};
 use sluice_common::engine::{self, limit};
 use sluice_common::event::Wide;
 use sluice_common::packet::answer::{self, Answer, QUOTE, Trouble};
@@ -39,6 +39,7 @@ use super::fib::{
 };
 use super::maps;
 use super::skb::Skb;
+use super::tables::Kernel;
 use super::xdp::XDP_DONE;
 
 /// The next program decides.
@@ -53,7 +54,6 @@ const PACKET_OTHERHOST: u32 = 3;
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 const TCP_ESTABLISHED: u32 = 1;
-const TCP_LISTEN: u32 = 10;
 /// `BPF_F_CURRENT_NETNS`.
 const CURRENT_NETNS: u64 = u64::MAX;
 
@@ -128,18 +128,53 @@ trait Tc: Fib + Answer + Tell + Wide {
     /// Asks, by a global function, whether the source of the packet in this CPU's scratch does not
     /// belong to the device that it came in by.
     fn source(skb: *mut __sk_buff, from: u32, mark: u32, egress: u32) -> u32;
+    /// Rewrites the packet in this CPU's scratch as its decision says, by a global function.
+    fn translate(skb: *mut __sk_buff) -> bool;
+    /// Turns the packet in this CPU's scratch, by a global function, into an ICMP error about it,
+    /// and sends it to where the packet came from. The MTU is that of "too big", else 0.
+    fn icmp<const LINK: u32>(skb: *mut __sk_buff, trouble: Trouble, mtu: u32, hook: Hook) -> i32;
     /// The client's key in the rate limiter.
     fn reject_key(address: &Self::Address) -> RejectKey;
-    /// Fills in the tuple of a packet that answers a flow; its size in bytes.
-    fn sock_tuple(tuple: &mut bpf_sock_tuple, flow: &Flow<Self::Address>) -> u32;
+    /// Fills in the tuple of a packet; its size in bytes.
+    fn sock_tuple(
+        tuple: &mut bpf_sock_tuple,
+        from: (&Self::Address, u16),
+        to: (&Self::Address, u16),
+    ) -> u32;
     /// Whether a packet may be answered with "too big": it forbids fragmentation.
     fn forbids_fragments(packet: &Skb, offset: u32) -> bool;
     /// Whether a source address is one that may be answered.
     fn is_answerable(address: &Self::Address) -> bool;
 }
 
-macro_rules! read {
-    ($family:ident, $read:ident, $source:ident) => {
+macro_rules! global {
+    ($family:ident, $read:ident, $source:ident, $translate:ident, $icmp:ident) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $translate(skb: *mut __sk_buff) -> u32 {
+            let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
+            // SAFETY: this CPU's own; callers hold references that only read.
+            let Scratch { headers, decision, .. } = unsafe { &*scratch };
+            let packet = &mut Skb { skb, ipv6: <$family as Family>::VERSION == 6 };
+            u32::from(rewrite(packet, headers, &decision.flow))
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $icmp(
+            skb: *mut __sk_buff,
+            trouble: u32,
+            mtu: u32,
+            egress: u32,
+            has_link: u32,
+        ) -> i32 {
+            let Some(scratch) = <$family as Decide>::scratch() else { return DROP };
+            // SAFETY: this CPU's own; callers hold references that only read.
+            let headers = unsafe { &(*scratch).headers };
+            let trouble = Trouble::from_number(trouble);
+            icmp(skb, headers, trouble, mtu, egress != 0, has_link != 0)
+        }
+
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $source(skb: *mut __sk_buff, from: u32, mark: u32, egress: u32) -> u32 {
@@ -162,8 +197,8 @@ macro_rules! read {
     };
 }
 
-read!(V4, tc_read_v4, tc_source_v4);
-read!(V6, tc_read_v6, tc_source_v6);
+global!(V4, tc_read_v4, tc_source_v4, tc_translate_v4, tc_icmp_v4);
+global!(V6, tc_read_v6, tc_source_v6, tc_translate_v6, tc_icmp_v6);
 
 impl Tc for V4 {
     #[inline(always)]
@@ -177,16 +212,30 @@ impl Tc for V4 {
     }
 
     #[inline(always)]
+    fn translate(skb: *mut __sk_buff) -> bool {
+        tc_translate_v4(skb) != 0
+    }
+
+    #[inline(always)]
+    fn icmp<const LINK: u32>(skb: *mut __sk_buff, trouble: Trouble, mtu: u32, hook: Hook) -> i32 {
+        let egress = u32::from(hook == Hook::Egress);
+        tc_icmp_v4(skb, trouble as u32, mtu, egress, u32::from(LINK != 0))
+    }
+
+    #[inline(always)]
     fn reject_key(address: &Self::Address) -> RejectKey {
         let [a, b, c, d] = address.octets;
         RejectKey { address: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] }
     }
 
     #[inline(always)]
-    fn sock_tuple(tuple: &mut bpf_sock_tuple, flow: &Flow<Self::Address>) -> u32 {
-        let [saddr, ..] = V4::words(&flow.destination);
-        let [daddr, ..] = V4::words(&flow.source);
-        let (sport, dport) = (flow.destination_port.to_be(), flow.source_port.to_be());
+    fn sock_tuple(
+        tuple: &mut bpf_sock_tuple,
+        from: (&Self::Address, u16),
+        to: (&Self::Address, u16),
+    ) -> u32 {
+        let ([saddr, ..], [daddr, ..]) = (V4::words(from.0), V4::words(to.0));
+        let (sport, dport) = (from.1.to_be(), to.1.to_be());
         tuple.__bindgen_anon_1.ipv4 =
             bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 { saddr, daddr, sport, dport };
         12
@@ -217,14 +266,29 @@ impl Tc for V6 {
     }
 
     #[inline(always)]
+    fn translate(skb: *mut __sk_buff) -> bool {
+        tc_translate_v6(skb) != 0
+    }
+
+    #[inline(always)]
+    fn icmp<const LINK: u32>(skb: *mut __sk_buff, trouble: Trouble, mtu: u32, hook: Hook) -> i32 {
+        let egress = u32::from(hook == Hook::Egress);
+        tc_icmp_v6(skb, trouble as u32, mtu, egress, u32::from(LINK != 0))
+    }
+
+    #[inline(always)]
     fn reject_key(address: &Self::Address) -> RejectKey {
         RejectKey { address: address.octets }
     }
 
     #[inline(always)]
-    fn sock_tuple(tuple: &mut bpf_sock_tuple, flow: &Flow<Self::Address>) -> u32 {
-        let (saddr, daddr) = (V6::words(&flow.destination), V6::words(&flow.source));
-        let (sport, dport) = (flow.destination_port.to_be(), flow.source_port.to_be());
+    fn sock_tuple(
+        tuple: &mut bpf_sock_tuple,
+        from: (&Self::Address, u16),
+        to: (&Self::Address, u16),
+    ) -> u32 {
+        let (saddr, daddr) = (V6::words(from.0), V6::words(to.0));
+        let (sport, dport) = (from.1.to_be(), to.1.to_be());
         tuple.__bindgen_anon_1.ipv6 =
             bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 { saddr, daddr, sport, dport };
         36
@@ -302,9 +366,14 @@ fn packet_of<F: Tc, const LINK: u32>(skb: *mut __sk_buff, offset: u32, hook: Hoo
     if unsafe { (*scratch).decision.datagram } {
         F::note();
     }
-    // SAFETY: as above; nothing else takes a reference from here on.
-    let Scratch { headers, decision, .. } = unsafe { &mut *scratch };
-    let action = apply::<F, LINK>(skb, headers, decision, refusal, hook);
+    // SAFETY: as above; what is called from here on only reads, too.
+    let Scratch { headers, decision, .. } = unsafe { &*scratch };
+    let mut reason = decision.reason;
+    let action = apply::<F, LINK>(skb, headers, decision, &mut reason, refusal, hook);
+    // SAFETY: as above; no reference is kept.
+    unsafe { (*scratch).decision.reason = reason };
+    // SAFETY: as above.
+    let Scratch { headers, decision, .. } = unsafe { &*scratch };
     count::packet(decision, headers, ifindex(skb), hook, action == DROP);
     action
 }
@@ -453,16 +522,22 @@ fn is_held<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> bool {
     let Some(scratch) = F::scratch() else { return false };
     // SAFETY: this CPU's own; nothing else takes a reference here.
     let Scratch { decision, asked, .. } = unsafe { &*scratch };
-    let netns = match sockets(hook, decision, asked.passed_over, device(ifindex(skb))) {
-        Some(Sockets::Host) => CURRENT_NETNS,
-        Some(Sockets::Of(netns)) => u64::from(netns),
-        None => return false,
+    let tables = Kernel { ifindex: ifindex(skb), asked: *asked };
+    let Some(Sockets { of, end }) = sockets::<F, _>(hook, decision, &tables) else { return false };
+    let netns = match of {
+        Owner::Host => CURRENT_NETNS,
+        Owner::Netns(netns) => u64::from(netns),
     };
     let flow = &decision.flow;
+    let client = (&flow.source, flow.source_port);
+    let backend = (&flow.destination, flow.destination_port);
     // SAFETY: plain integers: zero is a value.
     let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
-    // As the backend's packets come.
-    let size = F::sock_tuple(&mut tuple, flow);
+    // As packets come to that end.
+    let size = match end {
+        FlowEnd::Client => F::sock_tuple(&mut tuple, backend, client),
+        FlowEnd::Backend => F::sock_tuple(&mut tuple, client, backend),
+    };
     // SAFETY: the helpers read `size` bytes of the tuple; what they find is released.
     unsafe {
         if decision.key.protocol == protocol::TCP {
@@ -470,7 +545,7 @@ fn is_held<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> bool {
             if socket.is_null() {
                 return false;
             }
-            let held = (*socket).state != TCP_LISTEN;
+            let held = end.is_held_in((*socket).state);
             let _ = bpf_sk_release(socket.cast());
             return held;
         }
@@ -487,13 +562,14 @@ fn is_held<F: Tc>(skb: *mut __sk_buff, hook: Hook) -> bool {
     false
 }
 
-/// Applies a decision that is not to pass; leaves in it the reason why the packet was dropped after
+/// Applies a decision that is not to pass; writes the reason why the packet was dropped after
 /// all.
 #[inline(always)]
 fn apply<F: Tc, const LINK: u32>(
     skb: *mut __sk_buff,
     headers: &Headers<F>,
-    decision: &mut Decision<F>,
+    decision: &Decision<F>,
+    reason: &mut Reason,
     refusal: Option<Reason>,
     hook: Hook,
 ) -> i32 {
@@ -504,20 +580,20 @@ fn apply<F: Tc, const LINK: u32>(
         Verdict::Hold => {
             let action = hold::<LINK>(skb, hook);
             if action == NEXT {
-                decision.reason = Reason::Fragment;
+                *reason = Reason::Fragment;
             }
             return action;
         }
-        Verdict::Reset => return reset::<F, LINK>(skb, headers, decision, hook),
-        Verdict::Unreachable => return unreachable::<F, LINK>(packet, headers, decision, hook),
+        Verdict::Reset => return reset::<F, LINK>(skb, headers, reason, hook),
+        Verdict::Unreachable => return unreachable::<F, LINK>(packet, headers, reason, hook),
         Verdict::Translate
         | Verdict::Around
         | Verdict::TurnBack
         | Verdict::HandIn
         | Verdict::Route => {}
     }
-    if let Some(reason) = refusal {
-        decision.reason = reason;
+    if let Some(refusal) = refusal {
+        *reason = refusal;
         return DROP;
     }
     // What this host sends itself has come through the stack.
@@ -536,7 +612,7 @@ fn apply<F: Tc, const LINK: u32>(
                 }
                 Target::TooBig(mtu) => Some(mtu),
                 Target::None => {
-                    decision.reason = Reason::NoRoute;
+                    *reason = Reason::NoRoute;
                     return DROP;
                 }
             };
@@ -548,9 +624,9 @@ fn apply<F: Tc, const LINK: u32>(
                 fragments = own_device();
             }
             if fragments == 0 {
-                decision.reason = Reason::TooBig;
+                *reason = Reason::TooBig;
                 return if is_answered {
-                    icmp::<F, LINK>(skb, headers, Trouble::TooBig, mtu, hook)
+                    F::icmp::<LINK>(skb, Trouble::TooBig, mtu, hook)
                 } else {
                     DROP
                 };
@@ -561,13 +637,13 @@ fn apply<F: Tc, const LINK: u32>(
     let bypasses = decision.verdict == Verdict::TurnBack
         || decision.verdict == Verdict::Route && forwards && fragments == 0;
     if bypasses && !decrement_ttl(packet, headers) {
-        decision.reason = Reason::TtlExceeded;
+        *reason = Reason::TtlExceeded;
         return time_exceeded::<F, LINK>(skb, headers, hook);
     }
     // An endpoint's packet is translated where it leaves.
     let is_answer = decision.is_answer();
-    if !is_answer && !translate(skb, headers, &decision.flow) {
-        decision.reason = Reason::RewriteFailed;
+    if !is_answer && !F::translate(skb) {
+        *reason = Reason::RewriteFailed;
         return DROP;
     }
     if decision.verdict == Verdict::Around {
@@ -588,7 +664,7 @@ fn apply<F: Tc, const LINK: u32>(
             }
             NEXT
         }
-        Verdict::TurnBack => turn_back::<LINK>(packet),
+        Verdict::TurnBack => turn_back(packet, LINK != 0),
         Verdict::HandIn => {
             hand_in::<F, LINK>(packet, &decision.flow.destination, &decision.flow.source, hook)
         }
@@ -606,12 +682,6 @@ fn apply<F: Tc, const LINK: u32>(
             NEXT
         }
     }
-}
-
-/// Rewrites the packet. A function of its own, so that it has a stack frame to itself.
-#[inline(never)]
-fn translate<F: Tc>(skb: *mut __sk_buff, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
-    rewrite(&mut Skb { skb, ipv6: F::VERSION == 6 }, headers, flow)
 }
 
 /// The packet's mark.
@@ -806,8 +876,8 @@ fn stay_on_bridge<F: Tc>(skb: *mut __sk_buff, source: &F::Address, destination: 
 
 /// Sends the packet back out of the device it came from.
 #[inline(always)]
-fn turn_back<const LINK: u32>(packet: &mut Skb) -> i32 {
-    if LINK != 0 {
+fn turn_back(packet: &mut Skb, has_link: bool) -> i32 {
+    if has_link {
         let Some(header) = packet.read::<EthernetHeader>(0) else { return DROP };
         if !packet.store(0, [header.source, header.destination]) {
             return DROP;
@@ -938,12 +1008,12 @@ fn add_link_header<F: Tc>(packet: &mut Skb, mac: [u8; 6]) -> bool {
 
 /// Sends an answer to where the packet came from.
 #[inline(always)]
-fn send_answer<const LINK: u32>(packet: &mut Skb, hook: Hook) -> i32 {
-    if hook != Hook::Egress {
-        return turn_back::<LINK>(packet);
+fn send_answer(packet: &mut Skb, egress: bool, has_link: bool) -> i32 {
+    if !egress {
+        return turn_back(packet, has_link);
     }
     let here = ifindex(packet.skb);
-    if LINK != 0 {
+    if has_link {
         let Some(device) = device(here) else { return DROP };
         if !packet.store(0, device.mac) {
             return DROP;
@@ -958,13 +1028,13 @@ fn send_answer<const LINK: u32>(packet: &mut Skb, hook: Hook) -> i32 {
 fn reset<F: Tc, const LINK: u32>(
     skb: *mut __sk_buff,
     headers: &Headers<F>,
-    decision: &mut Decision<F>,
+    reason: &mut Reason,
     hook: Hook,
 ) -> i32 {
     let packet = &mut Skb { skb, ipv6: F::VERSION == 6 };
     let Some(segment) = packet.read::<TcpHeader>(headers.transport) else { return DROP };
     if !F::is_answerable(&headers.tuple.source) {
-        decision.reason = Reason::NoBackendDropped;
+        *reason = Reason::NoBackendDropped;
         return DROP;
     }
     let answer = answer::reset(headers, &segment);
@@ -975,10 +1045,10 @@ fn reset<F: Tc, const LINK: u32>(
         || !packet.store(headers.network, answer.0)
         || !packet.store(at, answer.1)
     {
-        decision.reason = Reason::RewriteFailed;
+        *reason = Reason::RewriteFailed;
         return DROP;
     }
-    send_answer::<LINK>(packet, hook)
+    send_answer(packet, hook == Hook::Egress, LINK != 0)
 }
 
 /// Turns the packet into ICMP port unreachable, if the client has not had too many.
@@ -986,18 +1056,18 @@ fn reset<F: Tc, const LINK: u32>(
 fn unreachable<F: Tc, const LINK: u32>(
     packet: &mut Skb,
     headers: &Headers<F>,
-    decision: &mut Decision<F>,
+    reason: &mut Reason,
     hook: Hook,
 ) -> i32 {
     if !F::is_answerable(&headers.tuple.source) {
-        decision.reason = Reason::NoBackendDropped;
+        *reason = Reason::NoBackendDropped;
         return DROP;
     }
     if !may_answer(&F::reject_key(&headers.tuple.source), ifindex(packet.skb)) {
-        decision.reason = Reason::RejectLimited;
+        *reason = Reason::RejectLimited;
         return DROP;
     }
-    icmp::<F, LINK>(packet.skb, headers, Trouble::PortUnreachable, 0, hook)
+    F::icmp::<LINK>(packet.skb, Trouble::PortUnreachable, 0, hook)
 }
 
 /// Answers a packet whose TTL or hop limit has run out, if it may be answered.
@@ -1014,7 +1084,7 @@ fn time_exceeded<F: Tc, const LINK: u32>(
     {
         return DROP;
     }
-    icmp::<F, LINK>(skb, headers, Trouble::TimeExceeded, 0, hook)
+    F::icmp::<LINK>(skb, Trouble::TimeExceeded, 0, hook)
 }
 
 /// Takes one ICMP error from the buckets of a client and of the device by which it leaves; from
@@ -1037,15 +1107,15 @@ fn may_answer(key: &RejectKey, ifindex: u32) -> bool {
     true
 }
 
-/// Turns the packet into an ICMP error about it, and sends it to where the packet came from. The
-/// MTU is that of "too big", else 0.
-#[inline(never)]
-fn icmp<F: Tc, const LINK: u32>(
+/// What [`Tc::icmp`] does.
+#[inline(always)]
+fn icmp<F: Tc>(
     skb: *mut __sk_buff,
     headers: &Headers<F>,
     trouble: Trouble,
     mtu: u32,
-    hook: Hook,
+    egress: bool,
+    has_link: bool,
 ) -> i32 {
     let packet = &mut Skb { skb, ipv6: F::VERSION == 6 };
     let kind = trouble.code::<F>();
@@ -1080,5 +1150,5 @@ fn icmp<F: Tc, const LINK: u32>(
     if failed {
         return DROP;
     }
-    send_answer::<LINK>(packet, hook)
+    send_answer(packet, egress, has_link)
 }

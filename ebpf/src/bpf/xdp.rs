@@ -19,6 +19,7 @@ use super::fib::{Fib, ask, source_is_foreign};
 use super::maps;
 use super::sctp::sctp_updated;
 use super::skb::bounded;
+use super::tables::Kernel;
 
 /// Stands before a frame that XDP has translated, so that tc leaves it alone.
 pub(super) const XDP_DONE: u32 = 0x5c1c_e003;
@@ -188,8 +189,8 @@ fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
         }
     }
     // SAFETY: this CPU's own, and `record` only reads what these references only read.
-    let Scratch { headers, decision, .. } = unsafe { &*scratch };
-    if !may_translate(headers, decision) {
+    let Scratch { headers, decision, asked, .. } = unsafe { &*scratch };
+    if !may_translate(headers, decision, &Kernel { ifindex, asked: *asked }) {
         return xdp_action::XDP_PASS;
     }
     let Some(link) = (Frame { ctx }).read::<EthernetHeader>(0) else {

@@ -1,10 +1,11 @@
 //! Pods' own sockets, which speak to an endpoint without a frontend.
 
 use sluice_common::Reason;
-use sluice_common::abi::{Device, Tuple, device_flags};
+use sluice_common::abi::{Device, Tuple, device_flags, frontend};
 
 use super::Table;
 use super::clash::tried;
+use super::masquerade::LOCAL;
 use crate::packets::case::{Case, Program};
 use crate::packets::frame::{TCP, UDP};
 use crate::packets::world::{Cast, EDGE, ONE, OWN_NETNS, UPLINK, World, mac, tuple};
@@ -13,6 +14,7 @@ use crate::packets::world::{Cast, EDGE, ONE, OWN_NETNS, UPLINK, World, mac, tupl
 pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
         ports(table, &cast);
+        endpoint(table, &cast);
     }
 }
 
@@ -92,4 +94,54 @@ fn ports(table: &mut Table, cast: &Cast) {
         .opens(ONE)
         .embryonic([cast.connection().both()]),
     );
+}
+
+/// A client that is no pod of this node, whose direct connections the endpoint alone knows.
+fn endpoint(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (cast, world) = LOCAL.set(cast);
+    let world = world.kind(ONE, frontend::LOAD_BALANCER);
+    let mut knows = world.clone();
+    knows.devices.entry(EDGE).or_default().netns = OWN_NETNS + 1;
+    let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
+    for (what, world, held, attempt) in [
+        ("speaks to", &knows, 1, 1),
+        ("speaks to from several ports", &knows, 3, 3),
+        ("speaks to, which nobody can ask,", &world, 1, 0),
+        ("does not know", &knows, 0, 0),
+    ] {
+        let mut world = world.clone();
+        // Another end of the same tuple is nobody's here.
+        world.held.extend([tuple(cast.backend, cast.client, cast.protocol)]);
+        world.held.extend((0..held).map(|attempt| socket(&cast, attempt).reversed()));
+        let own = LOCAL.kept(&cast);
+        let seen_as = if attempt == 0 { own.seen_as } else { tried(&cast, cast.frontend, attempt) };
+        let opened = own.seen_as(seen_as);
+        let name = format!("{title}: a client outside that an endpoint {what} opens a flow");
+        table.add(
+            Case::new(name.clone(), &world, Program::Ingress, UPLINK, &first)
+                .becomes(&first.clone().from(seen_as).to(cast.backend))
+                .opens(ONE)
+                .embryonic([opened.both()]),
+        );
+        let case = Case::new(format!("{name} by XDP"), &world, Program::Xdp, UPLINK, &first);
+        table.add(if world.devices.get(&EDGE).is_some_and(|edge| edge.netns != 0) {
+            case
+        } else {
+            case.becomes(&first.clone().to(cast.backend)).opens(ONE).embryonic([own.both()])
+        });
+    }
+    // In the middle of a connection the endpoint's socket is the flow's own.
+    if cast.protocol == TCP {
+        let mut world = knows.clone();
+        world.held.extend([socket(&cast, 0).reversed()]);
+        let data = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
+        let name = format!("{title}: both entries of a flow from outside are lost");
+        table.add(
+            Case::new(name, &world, Program::Ingress, UPLINK, &data)
+                .becomes(&data.clone().to(cast.backend))
+                .reason(Reason::Recovered, ONE)
+                .embryonic([LOCAL.kept(&cast).both()]),
+        );
+    }
 }
