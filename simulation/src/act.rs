@@ -72,7 +72,8 @@ fn run_family<F: Side>(
     packet: &mut Packet,
 ) -> (End, Counted) {
     let Some(headers) = parse::headers::<F, _>(packet, 0) else { return (End::Next, Counted::No) };
-    let mut view = View::<F>::new(world, node, met.ifindex, packet.tag, met.depth);
+    let asked = (F::ip(headers.tuple.destination), headers.tuple.destination_port).into();
+    let mut view = View::<F>::new(world, node, met.ifindex, packet.tag, asked, met.depth);
     let mut decision = Decision::pass(&headers.tuple);
     path::decide_into(met.hook, &headers, &view, &mut decision);
     spoil(world.fault, &headers, &mut decision, &view);

@@ -9,6 +9,8 @@ use sluice::model::object::{
 };
 use sluice_common::packet::header::protocol;
 
+use crate::random::mix;
+
 /// Hosts outside of the cluster.
 pub const OUTSIDE: usize = 3;
 /// Pods of a node that are endpoints.
@@ -17,6 +19,12 @@ pub const SERVERS: usize = 2;
 pub const PODS: usize = 3;
 /// Services.
 pub const SERVICES: usize = 4;
+/// Services with a balancer's address; the others have an external IP. The maps tell four frontends
+/// of an endpoint, so that no endpoint has more: the first pod of each node is an endpoint of the
+/// first two Services, the second of the others.
+pub const BALANCED: [usize; 2] = [0, 3];
+/// The others.
+pub const EXTERNAL: [usize; 2] = [1, 2];
 /// The Service whose clients stay with their endpoint.
 const STICKY: usize = 2;
 /// The Service whose external clients reach local endpoints alone.
@@ -130,6 +138,28 @@ pub fn is_vip(address: IpAddr) -> bool {
     })
 }
 
+/// The node that routers have chosen for packets from one address to another that is none's own.
+#[must_use]
+pub fn chosen(source: IpAddr, destination: IpAddr, nodes: usize) -> usize {
+    (mix(&[number(source), number(destination)]) % nodes as u64) as usize
+}
+
+/// The node that a client outside reaches a Service's address by.
+#[must_use]
+pub fn way(client: usize, target: Target, is_v6: bool, nodes: usize) -> usize {
+    let end = target.end(is_v6, protocol::TCP);
+    chosen(host(client)[usize::from(is_v6)], end.ip(), nodes)
+}
+
+/// An address as a number, for chance.
+#[must_use]
+pub fn number(address: IpAddr) -> u64 {
+    match address {
+        IpAddr::V4(address) => u64::from(address.to_bits()),
+        IpAddr::V6(address) => mix(&[address.to_bits() as u64, (address.to_bits() >> 64) as u64]),
+    }
+}
+
 /// Whether packets to an address and port are for a Service.
 #[must_use]
 pub fn is_frontend(end: SocketAddr, nodes: usize) -> bool {
@@ -213,7 +243,7 @@ impl Objects {
     fn slice(&self, service: usize, family: IpFamily) -> Change {
         let number = usize::from(family == IpFamily::V6);
         let endpoints = (0..self.nodes)
-            .flat_map(|node| (0..SERVERS).map(move |at| pod(node, at)))
+            .map(|node| pod(node, service / 2))
             .filter(|server| self.endpoints[*server] != Readiness::Gone)
             .map(|server| {
                 let is_ready = self.endpoints[server] == Readiness::Ready;
@@ -261,14 +291,15 @@ fn spec(service: usize) -> ServiceSpec {
         protocol: protocol.into(),
         node_port: i32::from(node_port(service)),
     };
+    let is_balanced = BALANCED.contains(&service);
     ServiceSpec {
         created: Some(service as i64),
         kind: "LoadBalancer".into(),
         cluster_ips: valid(cluster_ip(service)),
         families: vec!["IPv4".into(), "IPv6".into()],
         ports: vec![port("tcp", 80, "TCP"), port("udp", 53, "UDP")],
-        ingress: valid(balancer(service)),
-        external_ips: valid(external_ip(service)),
+        ingress: if is_balanced { valid(balancer(service)) } else { Vec::new() },
+        external_ips: if is_balanced { Vec::new() } else { valid(external_ip(service)) },
         affinity_seconds: (service == STICKY).then_some(60),
         internal_policy: "Cluster".into(),
         external_policy: if service == LOCAL { "Local" } else { "Cluster" }.into(),

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
+use sluice_common::engine::open::FlowEnd;
 use sluice_common::packet::header::protocol;
 
-use crate::cluster::{self, Readiness, TCP_PORT, Target, UDP_PORT};
+use crate::cluster::{self, TCP_PORT, UDP_PORT};
 use crate::packet::{By, Packet, Part, Read, Segment, Tag};
 use crate::random::mix;
-use crate::scenario::{Close, Connect, SECOND};
+use crate::scenario::{Close, Connect};
 use crate::tcp::{Connection, Happened, State};
 use crate::world::{Ends, What, World};
 
@@ -24,6 +25,10 @@ pub mod lost {
     pub const PUSHED_OUT: u32 = 8;
     /// Its endpoint died.
     pub const DEAD: u32 = 16;
+    /// The reply's entry was lost, of a kind that cannot be found again by it.
+    pub const UNRECOVERED: u32 = 64;
+    /// Somebody has sent a RST or FIN in its client's or endpoint's name.
+    pub const FORGED: u32 = 128;
     /// What it asked for has changed meanwhile.
     pub const DISTURBED: u32 = 32;
 }
@@ -75,12 +80,32 @@ impl Connecting {
 
     /// Whether an answer may show another source than what was asked.
     fn may_lose_entries(&self) -> bool {
-        self.lost & (lost::ONE | lost::UNPROVEN) != 0
+        self.lost & (lost::ONE | lost::UNPROVEN) != 0 || self.may_lose_its_port()
     }
 
-    /// Whether it may be lost altogether.
-    fn may_be_lost(&self) -> bool {
-        self.lost & (lost::BOTH | lost::UNPROVEN | lost::DEAD) != 0
+    /// Whether its tuple may be another's by now: after a reset that may be its own party's, an idle
+    /// flow keeps it for two minutes.
+    fn may_lose_its_port(&self) -> bool {
+        self.connect.close == Close::Late && self.lost & lost::FORGED != 0
+    }
+
+    /// Whether it may be lost altogether. `shares_port`: its client has other connections from the
+    /// same port.
+    fn may_be_lost(&self, shares_port: bool) -> bool {
+        self.lost & (lost::BOTH | lost::UNPROVEN | lost::DEAD | lost::UNRECOVERED) != 0
+            || self.may_lose_its_port()
+            // Its slot may lead elsewhere by now, or no frontend of it be known; and nothing keeps
+            // the tuple of a lost entry from another connection.
+            || self.lost & lost::ONE != 0 && (self.lost & lost::DISTURBED != 0 || shares_port)
+    }
+
+    /// Whether two are the same client's, from one port.
+    #[must_use]
+    pub fn shares_port(&self, other: &Self) -> bool {
+        let of = |connect: &Connect| {
+            (connect.client, connect.port, connect.is_v6, connect.protocol)
+        };
+        of(&self.connect) == of(&other.connect) && self.target != other.target
     }
 }
 
@@ -117,12 +142,29 @@ impl Host {
         }
     }
 
-    /// Whether one of its sockets speaks from one end to another.
+    /// Whether one of its sockets keeps the tuple of a new flow from it.
     #[must_use]
-    pub fn holds(&self, number: u8, local: SocketAddr, remote: SocketAddr) -> bool {
-        let ends = (number, local, remote);
-        self.sockets.get(&ends).is_some_and(|socket| socket.connection.state != State::Closed)
-            || self.asking.contains_key(&ends)
+    pub fn holds(
+        &self,
+        number: u8,
+        end: FlowEnd,
+        client: SocketAddr,
+        backend: SocketAddr,
+    ) -> bool {
+        let ends = match end {
+            FlowEnd::Client => (number, client, backend),
+            FlowEnd::Backend => (number, backend, client),
+        };
+        // Linux' numbers: TCP_ESTABLISHED, TCP_SYN_SENT, TCP_TIME_WAIT, TCP_NEW_SYN_RECV.
+        let state = self.sockets.get(&ends).and_then(|socket| match socket.connection.state {
+            State::Open => Some(1),
+            State::Opening => Some(2),
+            State::TimeWait => Some(6),
+            State::Answered => Some(12),
+            State::Closed => None,
+        });
+        state.is_some_and(|state| end.is_held_in(state))
+            || end == FlowEnd::Client && self.asking.contains_key(&ends)
     }
 }
 
@@ -301,6 +343,10 @@ impl World<'_> {
         self.tell(|| format!("host{host} gets {packet}"));
         let (source, destination) = packet.addresses();
         if !self.hosts.borrow()[host].addresses.contains(&destination) {
+            if packet.tag.by == By::Forger {
+                // Its own, turned back.
+                return;
+            }
             self.violate("a packet reaches whom it is for", || format!("host{host}: {packet}"));
             return;
         }
@@ -422,7 +468,7 @@ impl World<'_> {
             return;
         }
         let Some(socket) = hosts[host].sockets.get_mut(&ends) else { return };
-        let happened = socket.connection.receive(segment, &mut out);
+        let happened = socket.connection.receive(segment, self.micros(), &mut out);
         let (number, is_client) = (socket.number, socket.is_client);
         drop(hosts);
         if let Some(Happened::Data(data)) =
@@ -579,7 +625,9 @@ impl World<'_> {
             return;
         }
         connection.outcome = Some(outcome);
-        let (is_open, may_be_lost) = (connection.is_open, connection.may_be_lost());
+        let Some(connection) = connections.get(&number) else { return };
+        let shares_port = connections.values().any(|other| connection.shares_port(other));
+        let (is_open, may_be_lost) = (connection.is_open, connection.may_be_lost(shares_port));
         let expected = connection.connect.exchanges.len();
         let has_all = connection.done >= expected;
         let mut sums = self.sums.borrow_mut();
@@ -635,6 +683,3 @@ impl World<'_> {
     }
 }
 
-const _: () = assert!(SECOND == 1_000_000);
-const _: Readiness = Readiness::Ready;
-const _: Target = Target::Pod(0);

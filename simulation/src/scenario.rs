@@ -277,39 +277,62 @@ impl Generator {
         match self.random.below(9) {
             0..3 => Target::ClusterIp(service),
             3..5 => Target::NodePort(service, self.random.below(self.nodes as u64) as usize),
-            5..7 => Target::LoadBalancer(service),
-            7 => Target::ExternalIp(service),
+            5..7 => Target::LoadBalancer(self.random.pick(&cluster::BALANCED)),
+            7 => Target::ExternalIp(self.random.pick(&cluster::EXTERNAL)),
             _ => Target::Pod(self.server()),
         }
     }
 
-    /// Adds a connection, `of`: from this client and port, as long as it has none to the target.
+    /// Adds a connection, `of`: of this client and family, as long as it has none to the target.
     fn connect(
         &mut self,
         at: u64,
         protocol: u8,
         exchanges: Vec<Exchange>,
         close: Close,
-        of: Option<(usize, u16, bool)>,
+        of: Option<(usize, bool)>,
     ) {
-        let is_v6 = of.map_or_else(|| self.random.chance(400), |(_, _, is_v6)| is_v6);
-        let client = of.map_or_else(|| self.host(), |(client, _, _)| client);
+        let is_v6 = of.map_or_else(|| self.random.chance(400), |(_, is_v6)| is_v6);
+        let client = of.map_or_else(|| self.host(), |(client, _)| client);
         let target = self.target();
-        if target == Target::Pod(client) {
+        // An endpoint whose handshake is under way knows of no direct connection so far.
+        let is_direct = matches!(target, Target::Pod(_));
+        if target == Target::Pod(client) || is_direct && of.is_some() {
             return;
         }
         let next = self.ports.entry((client, target, is_v6, protocol)).or_default();
-        let port = PORTS + *next;
+        let number = *next;
         *next += 1;
-        if of.is_some_and(|(_, wanted, _)| wanted != port) {
+        if of.is_some() && number != 0 {
             return;
         }
+        let port = PORTS + 100 * self.translator(client, target, is_v6, protocol) + number;
         let fragmented = protocol == sluice_common::packet::header::protocol::UDP
             && !is_v6
             && self.random.chance(300);
         let connect =
             Connect { client, port, is_v6, protocol, target, exchanges, close, fragmented };
         self.events.push(Event { at, act: Act::Connect(connect) });
+    }
+
+    /// A number for who translates a client's packets to a target: a client has one port for several
+    /// connections only where one node does that, or where it can see the other connection. Two
+    /// nodes know nothing of each other, and would show an endpoint both at one tuple
+    /// (docs/compatibility.md).
+    fn translator(&self, client: usize, target: Target, is_v6: bool, number: u8) -> u16 {
+        let own = cluster::place(client).map(|(node, _)| node);
+        let is_udp = number == protocol::UDP;
+        let (node, group) = match (target, own) {
+            (Target::NodePort(_, node), _) => (node, 0),
+            (Target::Pod(_), Some(own)) => (own, usize::from(is_udp)),
+            (Target::Pod(server), None) => {
+                (cluster::place(server).map_or(0, |(node, _)| node), usize::from(is_udp))
+            }
+            (_, Some(own)) => (own, 0),
+            (Target::ClusterIp(_), None) => (cluster::way(client, target, is_v6, self.nodes), 2),
+            (_, None) => (cluster::way(client, target, is_v6, self.nodes), 0),
+        };
+        (4 * group + node) as u16
     }
 
     /// Clients that ask several frontends from one port at one instant.
@@ -320,7 +343,7 @@ impl Generator {
             let protocol = self.random.pick(&[protocol::TCP, protocol::TCP, protocol::UDP]);
             for _ in 0..4 {
                 let exchanges = vec![self.exchange(SECOND)];
-                let of = Some((client, PORTS, is_v6));
+                let of = Some((client, is_v6));
                 self.connect(at, protocol, exchanges, Close::Client, of);
             }
         }

@@ -80,6 +80,8 @@ pub struct Connection {
     peer_closed: bool,
     closing: bool,
     closed: bool,
+    /// Before this time no segment that is out of order and without data is answered.
+    quiet_until: u64,
 }
 
 impl Connection {
@@ -124,6 +126,7 @@ impl Connection {
             peer_closed: false,
             closing: false,
             closed: false,
+            quiet_until: 0,
         }
     }
 
@@ -232,13 +235,30 @@ impl Connection {
         None
     }
 
+    /// Answers a segment that is out of order; not as often as such come without data, or two ends
+    /// that disagree would answer each other for ever (Linux' `tcp_invalid_ratelimit`).
+    fn challenge(&mut self, segment: &Segment, now: u64, out: &mut Vec<Segment>) {
+        if segment.data.is_empty() {
+            if now < self.quiet_until {
+                return;
+            }
+            self.quiet_until = now + RETRY_US;
+        }
+        self.acknowledge(out);
+    }
+
     fn acknowledge(&self, out: &mut Vec<Segment>) {
         let next = self.unacknowledged.wrapping_add(self.length_under_way());
         out.push(Segment::tcp(self.local, self.remote, tcp::ACK, next, self.expected));
     }
 
     /// Takes in a segment.
-    pub fn receive(&mut self, segment: &Segment, out: &mut Vec<Segment>) -> Vec<Happened> {
+    pub fn receive(
+        &mut self,
+        segment: &Segment,
+        now: u64,
+        out: &mut Vec<Segment>,
+    ) -> Vec<Happened> {
         let mut happened = Vec::new();
         let flags = segment.flags;
         match self.state {
@@ -258,7 +278,7 @@ impl Connection {
                 self.end();
                 happened.push(Happened::Reset);
             } else if ahead < WINDOW {
-                self.acknowledge(out);
+                self.challenge(segment, now, out);
             }
             return happened;
         }
@@ -267,7 +287,7 @@ impl Connection {
             if self.state == State::Answered && ahead == u32::MAX {
                 self.transmit(out);
             } else {
-                self.acknowledge(out);
+                self.challenge(segment, now, out);
             }
             return happened;
         }
@@ -280,12 +300,12 @@ impl Connection {
             return happened;
         }
         if ahead != 0 {
-            self.acknowledge(out);
+            self.challenge(segment, now, out);
             return happened;
         }
         let acknowledged = segment.acknowledgment.wrapping_sub(self.unacknowledged);
         if acknowledged > next.wrapping_sub(self.unacknowledged) && acknowledged < 1 << 31 {
-            self.acknowledge(out);
+            self.challenge(segment, now, out);
             return happened;
         }
         if self.state == State::Answered {

@@ -5,15 +5,15 @@
 //! with what it has read before.
 
 use std::cell::{Cell, OnceCell};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use sluice::image::{SourceKey, node_port_bit};
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
     OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple,
-    node_address, state,
+    flow, node_address, state,
 };
-use sluice_common::engine::open::{Refusal, Sockets, Steps, sockets};
+use sluice_common::engine::open::{Owner, Refusal, Sockets, Steps, sockets};
 use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
 use sluice_common::family::lane;
 use sluice_common::packet::parse::Headers;
@@ -63,6 +63,8 @@ pub struct View<'w, F: Side> {
     node: &'w Node,
     ifindex: u32,
     tag: Tag,
+    /// The packet's destination as it came.
+    asked: SocketAddr,
     depth: u32,
     operations: Cell<u64>,
     /// What the FIB has said.
@@ -82,12 +84,20 @@ pub struct View<'w, F: Side> {
 
 impl<'w, F: Side> View<'w, F> {
     /// The maps before anything was asked.
-    pub fn new(world: &'w World<'w>, node: &'w Node, ifindex: u32, tag: Tag, depth: u32) -> Self {
+    pub fn new(
+        world: &'w World<'w>,
+        node: &'w Node,
+        ifindex: u32,
+        tag: Tag,
+        asked: SocketAddr,
+        depth: u32,
+    ) -> Self {
         Self {
             world,
             node,
             ifindex,
             tag,
+            asked,
             depth,
             operations: Cell::new(0),
             routes: None,
@@ -186,15 +196,18 @@ impl<F: Side> FlowTable<F> for View<'_, F> {
             _ => place,
         };
         let (owner, flow) = (self.tag.connection, *flow);
+        // The maker's, as long as the flow is the same.
+        let is_same = |there: &&Entry<F::Address>| leads_to(&there.flow, &flow);
+        let maker = {
+            let memory = F::memory(self.node).borrow();
+            let proven = memory.flows.peek(key).filter(is_same);
+            proven.or(memory.embryonic.peek(key).filter(is_same)).map(|there| there.owner)
+        };
+        let owner = maker.filter(|_| self.recorded != Record::Open).unwrap_or(owner);
         let gone = self.table(place, |table| {
             if only_new && table.peek(key).is_some() {
                 return Err(Refused::Exists);
             }
-            // The maker's, as long as the flow is the same.
-            let owner = table
-                .peek(key)
-                .filter(|there| leads_to(&there.flow, &flow))
-                .map_or(owner, |there| there.owner);
             Ok(table.insert(*key, Entry { flow, owner }))
         })?;
         if let Some((key, entry)) = gone {
@@ -225,11 +238,13 @@ impl<F: Side> FlowTable<F> for View<'_, F> {
                 }
                 let before = entry.flow;
                 renewal.apply(&mut entry.flow, to);
-                (before != entry.flow).then_some(entry.owner)
+                // The client's side of a masqueraded flow is that of all its client's connections to
+                // the endpoint from one port.
+                (before != entry.flow && before.flags & flow::SOURCE == 0).then_some(entry.owner)
             })
         });
         if let Some(Some(owner)) = changed {
-            self.world.check_owner(self.tag, owner);
+            self.world.check_owner(self.tag, self.asked, owner);
         }
         changed.is_some()
     }
@@ -417,20 +432,20 @@ impl<F: Side> Steps for Opening<'_, '_, F> {
     }
 
     fn is_held(&mut self) -> bool {
-        let here = self.view.node.devices.get(&self.view.ifindex);
-        let whose = sockets(self.hook, self.decision, self.view.passed_over, here);
+        let Some(Sockets { of, end }) = sockets(self.hook, self.decision, self.view) else {
+            return false;
+        };
         let flow = &self.decision.flow;
-        match whose {
+        let client = (F::ip(flow.source), flow.source_port).into();
+        let backend = (F::ip(flow.destination), flow.destination_port).into();
+        let (number, node) = (self.decision.key.protocol, self.view.node);
+        match of {
             // A pod's id is that of its device (see `Node::new`), less the one that is added.
-            Some(Sockets::Of(netns)) => self.view.world.holds_socket(
-                self.view.node,
-                netns + 1,
-                self.decision.key.protocol,
-                (F::ip(flow.source), flow.source_port).into(),
-                (F::ip(flow.destination), flow.destination_port).into(),
-            ),
+            Owner::Netns(netns) => {
+                self.view.world.holds_socket(node, netns + 1, number, end, client, backend)
+            }
             // No process of the host has connections.
-            Some(Sockets::Host) | None => false,
+            Owner::Host => false,
         }
     }
 

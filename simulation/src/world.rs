@@ -7,10 +7,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice::plan::Sizes;
 use sluice_common::Reason;
-use sluice_common::abi::{TICK_SHIFT, Ticks, Tuple, state};
+use sluice_common::abi::{Flow, TICK_SHIFT, Ticks, Tuple, flow};
+use sluice_common::engine::open::FlowEnd;
 use sluice_common::engine::record::Place as Table;
 use sluice_common::packet::header::protocol;
-use sluice_common::path::{CLOSING_TICKS, Hook};
+use sluice_common::path::{CLOSING_TICKS, Hook, Record, gives_way};
 use sluice_common::{V4, V6};
 
 use crate::act::{Counted, End, Met, run};
@@ -37,6 +38,9 @@ const BESIDE_US: u64 = 3_000;
 const PATIENCE: u64 = 200 * SECOND;
 /// Packets of a flood follow each other at this distance.
 const FLOOD_US: u64 = 400;
+
+/// A run with more programs than this goes round in a circle.
+const PROGRAMS_MAX: u64 = 1_000_000;
 
 /// Where a packet arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -229,6 +233,9 @@ impl<'s> World<'s> {
             }
             self.now.set(due.at.max(self.now.get()));
             self.happen(due.what, 0);
+            if self.sums.borrow().programs > PROGRAMS_MAX {
+                self.violate("a run comes to its end", || "too many packets".to_owned());
+            }
         }
         if self.violation.borrow().is_none() {
             self.finish();
@@ -246,6 +253,12 @@ impl<'s> World<'s> {
     #[must_use]
     pub fn ticks(&self) -> Ticks {
         (self.now.get() * 1_000 >> TICK_SHIFT) as Ticks
+    }
+
+    /// The time in microseconds.
+    #[must_use]
+    pub fn micros(&self) -> u64 {
+        self.now.get()
     }
 
     /// The time in milliseconds.
@@ -465,19 +478,20 @@ impl<'s> World<'s> {
         }
     }
 
-    /// Whether a socket of a pod speaks directly from one end to another.
+    /// Whether a socket of a pod has the tuple of a new flow, at one of its ends.
     pub fn holds_socket(
         &self,
         node: &Node,
         ifindex: u32,
         number: u8,
-        local: SocketAddr,
-        remote: SocketAddr,
+        end: FlowEnd,
+        client: SocketAddr,
+        backend: SocketAddr,
     ) -> bool {
         let Some(pod) = ifindex.checked_sub(EDGES) else { return false };
         let host = cluster::pod(node.index, pod as usize);
         let hosts = self.hosts.borrow();
-        hosts.get(host).is_some_and(|host| host.holds(number, local, remote))
+        hosts.get(host).is_some_and(|host| host.holds(number, end, client, backend))
     }
 
     // --- the network ------------------------------------------------------------------------
@@ -509,8 +523,8 @@ impl<'s> World<'s> {
         }
         if from.is_none() && cluster::is_vip(destination) {
             // Whichever of the nodes routers have chosen for these two.
-            let node = mix(&[hash(source), hash(destination)]) % self.nodes.len() as u64;
-            self.transmit(Place::Node(node as usize, UPLINK), FAR_US, packet);
+            let node = cluster::chosen(source, destination, self.nodes.len());
+            self.transmit(Place::Node(node, UPLINK), FAR_US, packet);
         }
     }
 
@@ -523,7 +537,7 @@ impl<'s> World<'s> {
             Place::Host(host) => 1 << 32 | host as u64,
         };
         let (_, destination) = packet.addresses();
-        let fate = mix(&[seed, connection, number, place, hash(destination)]);
+        let fate = mix(&[seed, connection, number, place, cluster::number(destination)]);
         let (one, two, three) = (fate & 0xffff, fate >> 16 & 0xffff, fate >> 32 & 0xffff);
         if one % 1_000 < loss {
             self.tell(|| format!("lost: {packet}"));
@@ -665,6 +679,11 @@ impl<'s> World<'s> {
             (false, Table::Embryonic) => lost::UNPROVEN,
             (false, Table::Flows) => lost::PUSHED_OUT,
         };
+        let is_outside = cluster::place(connection.connect.client).is_none();
+        let is_node_port = matches!(connection.connect.target, Target::NodePort(..));
+        if by_event && (is_node_port || is_beyond_recovery(&entry.flow, key, is_outside)) {
+            connection.lost |= lost::UNRECOVERED;
+        }
         self.tell(|| {
             let end = |address, port| SocketAddr::new(F::ip(address), port);
             let whole = if is_both { ", and its partner is gone" } else { "" };
@@ -680,11 +699,16 @@ impl<'s> World<'s> {
     }
 
     /// A client's packet changes no entry of another connection.
-    pub fn check_owner(&self, tag: Tag, owner: u32) {
+    pub fn check_owner(&self, tag: Tag, asked: SocketAddr, owner: u32) {
         if tag.by != By::Client || owner == tag.connection || owner == u32::MAX {
             return;
         }
         let connections = self.connections.borrow();
+        // A reset of what came in another's name goes there.
+        let asks = connections.get(&tag.connection).is_some_and(|own| own.target == asked);
+        if !asks || connections.get(&owner).is_some_and(|owner| owner.lost & lost::FORGED != 0) {
+            return;
+        }
         let is_same = |one: &Connecting, other: &Connecting| {
             (one.connect.client, one.connect.port, one.target)
                 == (other.connect.client, other.connect.port, other.target)
@@ -761,6 +785,11 @@ impl<'s> World<'s> {
             })
         });
         let Some((source, destination)) = ends else { return };
+        if flags & (tcp::RST | tcp::FIN) != 0
+            && let Some(connection) = self.connections.borrow_mut().get_mut(&connection)
+        {
+            connection.lost |= lost::FORGED;
+        }
         let segment = Segment::tcp(source, destination, flags, sequence, !sequence);
         let tag = Tag { connection: u32::MAX, by: By::Forger, number: index as u32, copy: 0 };
         self.send(from, segment.packet(tag));
@@ -822,7 +851,6 @@ impl<'s> World<'s> {
                 ("service ports", image.names.len()),
                 ("ranges of slots", agent.image().slots.len()),
                 ("origins", image.v4.origins.len() + image.v6.origins.len()),
-                ("node ports", image.node_ports.len()),
             ];
             for (what, count) in rest {
                 if count != 0 {
@@ -847,12 +875,13 @@ impl<'s> World<'s> {
             let Some(connection) = connections.get(&entry.owner) else { continue };
             let has_ended = connection.connect.protocol == protocol::TCP
                 && connection.outcome == Some(Outcome::Completed)
-                && connection.lost & !(lost::DISTURBED) == 0;
-            let idle = self.ticks().wrapping_sub(entry.flow.seen);
-            if has_ended
-                && idle > CLOSING_TICKS
-                && (table == Table::Flows || !state::has_ended(entry.flow.state))
-            {
+                && connection.lost & !lost::DISTURBED == 0
+                && !connections.values().any(|other| connection.shares_port(other));
+            let now = self.ticks();
+            let embryonic = table == Table::Embryonic;
+            let holds = !gives_way(&entry.flow, embryonic, protocol::TCP, Record::Open, now);
+            let idle = now.wrapping_sub(entry.flow.seen);
+            if has_ended && idle > CLOSING_TICKS && (!embryonic || holds) {
                 self.violate("what has ended stands aside", || {
                     format!("node{}: {table:?} has {key:?} of #{}", node.index, entry.owner)
                 });
@@ -861,9 +890,18 @@ impl<'s> World<'s> {
     }
 }
 
-fn hash(address: IpAddr) -> u64 {
-    match address {
-        IpAddr::V4(address) => u64::from(address.to_bits()),
-        IpAddr::V6(address) => mix(&[address.to_bits() as u64, (address.to_bits() >> 64) as u64]),
-    }
+/// Whether a lost entry does not show itself, though its partner is there (ARCHITECTURE.md lists
+/// them):
+///
+/// - A hairpin flow's reply goes to a frontend's address, and is taken for a client's.
+/// - Where a client has another port at the endpoint, its reset comes from that port.
+/// - A reply of the client's side of a masqueraded flow goes to an address of the node, whose stack
+///   resets what it does not know.
+/// - The reset of a masqueraded client outside goes to the endpoint's node.
+fn is_beyond_recovery<A: Copy>(entry: &Flow<A>, key: &Tuple<A>, is_outside: bool) -> bool {
+    entry.flags & flow::DIRECT != 0
+        || entry.flags & flow::REPLY != 0
+            && (entry.flags & (flow::HAIRPIN | flow::SOURCE) != 0
+                || entry.flags & flow::MASQUERADED != 0 && is_outside
+                || entry.destination_port != key.destination_port)
 }
