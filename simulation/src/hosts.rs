@@ -80,7 +80,11 @@ impl Connecting {
 
     /// Whether an answer may show another source than what was asked.
     fn may_lose_entries(&self) -> bool {
-        self.lost & (lost::ONE | lost::UNPROVEN) != 0 || self.may_lose_its_port()
+        let leaves_at_once = self.connect.protocol == protocol::UDP;
+        self.lost & (lost::ONE | lost::UNPROVEN | lost::DEAD) != 0
+            || self.may_lose_its_port()
+            // A question that is asked again, of another endpoint.
+            || leaves_at_once && self.lost & lost::DISTURBED != 0
     }
 
     /// Whether its tuple may be another's by now: after a reset that may be its own party's, an idle

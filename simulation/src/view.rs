@@ -240,11 +240,17 @@ impl<F: Side> FlowTable<F> for View<'_, F> {
                 renewal.apply(&mut entry.flow, to);
                 // The client's side of a masqueraded flow is that of all its client's connections to
                 // the endpoint from one port.
-                (before != entry.flow && before.flags & flow::SOURCE == 0).then_some(entry.owner)
+                let frontend: SocketAddr = if before.flags & flow::REPLY != 0 {
+                    (F::ip(before.source), before.source_port).into()
+                } else {
+                    (F::ip(key.destination), key.destination_port).into()
+                };
+                let is_own = before.flags & flow::SOURCE == 0 && before != entry.flow;
+                is_own.then_some((entry.owner, frontend))
             })
         });
-        if let Some(Some(owner)) = changed {
-            self.world.check_owner(self.tag, self.asked, owner);
+        if let Some(Some((owner, frontend))) = changed {
+            self.world.check_owner(self.tag, self.asked, owner, frontend);
         }
         changed.is_some()
     }

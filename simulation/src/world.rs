@@ -699,14 +699,18 @@ impl<'s> World<'s> {
     }
 
     /// A client's packet changes no entry of another connection.
-    pub fn check_owner(&self, tag: Tag, asked: SocketAddr, owner: u32) {
+    pub fn check_owner(&self, tag: Tag, asked: SocketAddr, owner: u32, frontend: SocketAddr) {
         if tag.by != By::Client || owner == tag.connection || owner == u32::MAX {
             return;
         }
         let connections = self.connections.borrow();
         // A reset of what came in another's name goes there.
-        let asks = connections.get(&tag.connection).is_some_and(|own| own.target == asked);
-        if !asks || connections.get(&owner).is_some_and(|owner| owner.lost & lost::FORGED != 0) {
+        let is_own = |number, end| {
+            connections.get(number).is_some_and(|own: &Connecting| own.target == end)
+        };
+        // And an entry that a reset has led to may be of any frontend.
+        let is_right = is_own(&tag.connection, asked) && is_own(&owner, frontend);
+        if !is_right || connections.get(&owner).is_some_and(|owner| owner.lost & lost::FORGED != 0) {
             return;
         }
         let is_same = |one: &Connecting, other: &Connecting| {
