@@ -1,4 +1,4 @@
-//! The node agent's library: from Kubernetes objects to the content of the kernel's maps.
+//! The node agent: from Kubernetes objects to the content of the kernel's maps.
 //!
 //! Data crosses each module boundary once, in one direction:
 //!
@@ -7,31 +7,14 @@
 //!  source    model     plan (pure)        dataplane
 //! ```
 //!
-//! Only [`source`] knows Kubernetes types; `model`, `plan` and [`image`] are plain data
-//! and pure functions.
+//! `model`, `plan` and `image` are a crate of their own, `sluice_core`. The modules here are in
+//! three wings above it. Each uses only itself and those to its right, which `cargo xtask lint`
+//! checks:
+//!
+//! ```text
+//! tools -> daemon -> node -> core
+//! ```
 
-pub mod agent;
-pub mod announce;
-pub mod cli;
-pub mod conntrack;
-pub mod dataplane;
-pub mod devices;
-pub mod drift;
-pub mod explain;
-mod folder;
-pub mod fragments;
-pub mod health;
-mod http;
-pub mod image;
-mod log;
-pub mod model;
-pub mod monitor;
-pub mod plan;
-pub mod policy;
-pub mod preflight;
-pub mod source;
-pub mod takeover;
-mod top;
-mod trace;
-mod units;
-mod view;
+pub mod daemon;
+pub mod node;
+pub mod tools;

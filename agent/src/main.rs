@@ -1,5 +1,5 @@
 //! The `sluice` binary.
 
 fn main() -> std::process::ExitCode {
-    sluice::cli::main()
+    sluice::tools::cli::main()
 }

@@ -2,7 +2,6 @@
 
 #[allow(dead_code, reason = "each test uses its part of what packets are made of")]
 mod packets {
-    pub(crate) mod bytes;
     pub(crate) mod frame;
     pub(crate) mod ip;
 }
@@ -10,7 +9,6 @@ mod packets {
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use packets::bytes::Bytes;
 use packets::frame::{ACK, Frame, INIT, RST, SYN};
 use packets::ip::Ip;
 use proptest::prelude::*;
@@ -21,6 +19,7 @@ use sluice_common::abi::{
 };
 use sluice_common::engine::limit::{REJECT_BURST_MS, REJECT_COST_MS, take_token};
 use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
+use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::parse::{Kind, headers, untag};
 use sluice_common::packet::rewrite::{can_follow, rewrite};
 use sluice_common::path::{Hook, Record, Step, Verdict, decide, leads_to, partner, partner_key};
@@ -329,7 +328,7 @@ fn bytes() -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn anything<F: Ip>(
-    packet: &Bytes,
+    packet: &Bytes<Vec<u8>>,
     offset: u32,
     hook: Hook,
     tables: &Whim<F>,

@@ -2,20 +2,19 @@
 
 #[allow(dead_code, reason = "each test uses its part of what packets are made of")]
 mod packets {
-    pub(crate) mod bytes;
     pub(crate) mod frame;
     pub(crate) mod ip;
 }
 
 use std::net::{IpAddr, SocketAddr};
 
-use packets::bytes::Bytes;
 use packets::frame::{
     ABORT, ACK, COOKIE_ACK, COOKIE_ECHO, DATA, FIN, Frame, From, INIT, INIT_ACK, RST, SCTP,
     SHUTDOWN, SHUTDOWN_ACK, SHUTDOWN_COMPLETE, SYN, TCP, UDP,
 };
 use packets::ip::Ip;
 use sluice_common::abi::{Datagram, Flow, Tuple};
+use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::parse::{Fragment, Headers, Kind, headers};
 use sluice_common::packet::rewrite::can_follow;
 use sluice_common::path::fragment;

@@ -2,19 +2,18 @@
 
 #[allow(dead_code, reason = "each test uses its part of what packets are made of")]
 mod packets {
-    pub(crate) mod bytes;
     pub(crate) mod frame;
     pub(crate) mod ip;
 }
 
 use std::net::{IpAddr, SocketAddr};
 
-use packets::bytes::Bytes;
 use packets::frame::{ACK, DATA, FIN, Frame, Payload, RST, SCTP, SYN, Sum, TCP, UDP, octets};
 use packets::ip::Ip;
 use proptest::prelude::*;
 use sluice_common::abi::Flow;
 use sluice_common::packet::answer::{self, QUOTE};
+use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::header::TcpHeader;
 use sluice_common::packet::parse::{Headers, Kind, headers};
 use sluice_common::packet::rewrite::{can_follow, decrement_ttl, rewrite};
@@ -55,7 +54,7 @@ fn segment(tcp: bool, source: SocketAddr, destination: SocketAddr, data: &[u8], 
     frame.bare().sum(if tcp && sum == Sum::Absent { Sum::Full } else { sum })
 }
 
-fn read<F: Ip>(packet: &Bytes) -> Headers<F> {
+fn read<F: Ip>(packet: &Bytes<Vec<u8>>) -> Headers<F> {
     headers(packet, 0).expect("a whole packet")
 }
 
@@ -310,7 +309,7 @@ proptest! {
     }
 }
 
-fn answers<F: Ip>(packet: &Bytes, tcp: bool, mtu: u32) -> Result<(), TestCaseError> {
+fn answers<F: Ip>(packet: &Bytes<Vec<u8>>, tcp: bool, mtu: u32) -> Result<(), TestCaseError> {
     let headers = read::<F>(packet);
     // By chance the field looks as if it were left to the device: then the answer's is meant to be.
     prop_assume!(!answer::is_partial(&headers));

@@ -6,9 +6,11 @@ mod count;
 mod decide;
 mod events;
 mod fib;
+mod held;
 #[cfg(feature = "both-layouts")]
 mod layouts;
 mod maps;
+mod met;
 mod record;
 mod sctp;
 mod skb;
@@ -19,30 +21,29 @@ mod xdp;
 
 use aya_ebpf::macros::{cgroup_sock_addr, classifier, sock_ops, xdp};
 use aya_ebpf::programs::{SockAddrContext, SockOpsContext, TcContext, XdpContext};
-use sluice_common::path::Hook;
 
 /// What enters the node, or leaves a pod, on a device with an Ethernet header.
 #[classifier]
 pub(crate) fn tc_ingress_l2(ctx: TcContext) -> i32 {
-    tc::run::<14>(ctx.skb.skb, Hook::Ingress)
+    tc::run::<14, false>(ctx.skb.skb)
 }
 
 /// What leaves the node, or enters a pod, on a device with an Ethernet header.
 #[classifier]
 pub(crate) fn tc_egress_l2(ctx: TcContext) -> i32 {
-    tc::run::<14>(ctx.skb.skb, Hook::Egress)
+    tc::run::<14, true>(ctx.skb.skb)
 }
 
 /// As `tc_ingress_l2`, on a device without a link header.
 #[classifier]
 pub(crate) fn tc_ingress_l3(ctx: TcContext) -> i32 {
-    tc::run::<0>(ctx.skb.skb, Hook::Ingress)
+    tc::run::<0, false>(ctx.skb.skb)
 }
 
 /// As `tc_egress_l2`, on a device without a link header.
 #[classifier]
 pub(crate) fn tc_egress_l3(ctx: TcContext) -> i32 {
-    tc::run::<0>(ctx.skb.skb, Hook::Egress)
+    tc::run::<0, true>(ctx.skb.skb)
 }
 
 /// What comes from outside, before the kernel has made an skb of it.

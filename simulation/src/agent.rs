@@ -6,9 +6,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use sluice::image::{Dataplane, Image, Reconciler};
-use sluice::model::{self, Change, Event, Model, SourceId};
-use sluice::plan::{Plan, Sizes};
+use sluice_core::image::{Dataplane, Image, Reconciler};
+use sluice_core::model::{self, Change, Event, Model, SourceId};
+use sluice_core::plan::{Plan, Sizes};
 
 use crate::maps::Handle;
 
@@ -74,7 +74,7 @@ impl Agent {
     #[must_use]
     pub fn differs(&self) -> Option<String> {
         let held = self.reconciler.dataplane.read().unwrap_or_default();
-        let writes = sluice::image::diff(&held, self.plan.image());
+        let writes = sluice_core::image::diff(&held, self.plan.image());
         (!writes.is_empty()).then(|| format!("{writes:?}"))
     }
 

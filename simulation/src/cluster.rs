@@ -3,8 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use sluice::model::object::{
-    Address, Change, Endpoint, IpFamily, Maker, ObjectName, PortSpec, ServiceSpec, Slice,
+use sluice_core::model::event::Change;
+use sluice_core::model::object::{
+    Address, Endpoint, IpFamily, Maker, ObjectName, PortSpec, ServiceSpec, Slice,
     SliceKind, SliceLabels, SlicePart, SlicePort,
 };
 use sluice_common::packet::header::protocol;

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use sluice::image::{ApplyError, Dataplane, Image, ReadError, Write};
+use sluice_core::image::{ApplyError, Dataplane, Image, ReadError, Write};
 use sluice_common::abi::{
     Affinity, AffinityKey, Datagram, DatagramPorts, Flow, Range, SLOTS_PER_BLOCK, Ticks, Tuple,
 };

@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::rc::Rc;
 
-use sluice::image::Stack;
+use sluice_core::image::Stack;
 use sluice_common::abi::{
     Device, Networks, Prefix, RejectBucket, RejectKey, Settings, detect_local, device, device_flags,
 };
 use sluice_common::family::Family;
+use sluice_common::event::Wide;
 use sluice_common::packet::answer::Answer;
 use sluice_common::{V4, V6};
 
@@ -120,11 +121,9 @@ impl Node {
 }
 
 /// A family that a node has tables of.
-pub trait Side: Stack + Answer {
+pub trait Side: Stack + Answer + Wide {
     /// Its tables.
     fn memory(node: &Node) -> &RefCell<Memory<Self>>;
-    /// A client's key in the limiter of ICMP errors.
-    fn reject_key(address: &Self::Address) -> RejectKey;
     /// The cluster's networks: none is known.
     fn networks() -> &'static Networks<Self::Address>;
 }
@@ -132,11 +131,6 @@ pub trait Side: Stack + Answer {
 impl Side for V4 {
     fn memory(node: &Node) -> &RefCell<Memory<Self>> {
         &node.v4
-    }
-
-    fn reject_key(address: &<V4 as Family>::Address) -> RejectKey {
-        let [a, b, c, d] = address.octets;
-        RejectKey { address: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] }
     }
 
     fn networks() -> &'static Networks<<V4 as Family>::Address> {
@@ -151,10 +145,6 @@ impl Side for V4 {
 impl Side for V6 {
     fn memory(node: &Node) -> &RefCell<Memory<Self>> {
         &node.v6
-    }
-
-    fn reject_key(address: &<V6 as Family>::Address) -> RejectKey {
-        RejectKey { address: address.octets }
     }
 
     fn networks() -> &'static Networks<<V6 as Family>::Address> {

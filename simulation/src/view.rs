@@ -7,17 +7,17 @@
 use std::cell::{Cell, OnceCell};
 use std::net::{IpAddr, SocketAddr};
 
-use sluice::image::{SourceKey, node_port_bit};
+use sluice_core::image::{SourceKey, node_port_bit};
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
     OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple,
     flow, node_address, state,
 };
-use sluice_common::engine::open::{Owner, Refusal, Sockets, Steps, sockets};
+use sluice_common::engine::open::Refusal;
 use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
 use sluice_common::family::lane;
 use sluice_common::packet::parse::Headers;
-use sluice_common::path::{self, Decision, Hook, Record, leads_back, leads_to, partner_key};
+use sluice_common::path::{self, Decision, Record, leads_back, leads_to, partner_key};
 use sluice_common::tables::Routes;
 use sluice_common::{Reason, Tables};
 
@@ -155,7 +155,7 @@ impl<'w, F: Side> View<'w, F> {
     }
 
     /// Walks all source ports, but for a tuple for which that was in vain within this tick.
-    fn search(&self, decision: &mut Decision<F>) {
+    pub fn search(&self, decision: &mut Decision<F>) {
         let mut key = partner_key::<F>(&decision.flow, decision.key.protocol);
         key.destination_port = 0;
         let now = self.world.ticks();
@@ -401,66 +401,6 @@ fn shares(one: IpAddr, other: IpAddr, bits: u8) -> bool {
             (one.to_bits() ^ other.to_bits()).leading_zeros() >= u32::from(bits)
         }
         (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => false,
-    }
-}
-
-/// The steps of opening a flow.
-pub struct Opening<'o, 'w, F: Side> {
-    /// The maps.
-    pub view: &'o mut View<'w, F>,
-    /// Where the packet is met.
-    pub hook: Hook,
-    /// The packet's.
-    pub headers: &'o Headers<F>,
-    /// What is decided of it.
-    pub decision: &'o mut Decision<F>,
-}
-
-impl<F: Side> Steps for Opening<'_, '_, F> {
-    fn step(&self) -> path::Step {
-        self.decision.step
-    }
-
-    fn set_step(&mut self, step: path::Step) {
-        self.decision.step = step;
-    }
-
-    fn open(&mut self) {
-        path::open_into(self.hook, self.headers, self.view, self.decision);
-    }
-
-    fn ask_routes(&mut self) {
-        self.view.ask(&self.decision.flow);
-    }
-
-    fn search(&mut self) {
-        self.view.search(self.decision);
-    }
-
-    fn is_held(&mut self) -> bool {
-        let Some(Sockets { of, end }) = sockets(self.hook, self.decision, self.view) else {
-            return false;
-        };
-        let flow = &self.decision.flow;
-        let client = (F::ip(flow.source), flow.source_port).into();
-        let backend = (F::ip(flow.destination), flow.destination_port).into();
-        let (number, node) = (self.decision.key.protocol, self.view.node);
-        match of {
-            // A pod's id is that of its device (see `Node::new`), less the one that is added.
-            Owner::Netns(netns) => {
-                self.view.world.holds_socket(node, netns + 1, number, end, client, backend)
-            }
-            // No process of the host has connections.
-            Owner::Host => false,
-        }
-    }
-
-    fn pass_over_one(&mut self) {
-        self.view.passed_over += 1;
-    }
-
-    fn record(&mut self) -> Refusal {
-        self.view.record(self.decision)
     }
 }
 

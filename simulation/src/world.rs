@@ -5,16 +5,17 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use sluice::plan::Sizes;
+use sluice_core::plan::Sizes;
 use sluice_common::Reason;
 use sluice_common::abi::{Flow, TICK_SHIFT, Ticks, Tuple, flow};
+use sluice_common::engine::adapter::Action;
 use sluice_common::engine::open::FlowEnd;
 use sluice_common::engine::record::Place as Table;
 use sluice_common::packet::header::protocol;
 use sluice_common::path::{CLOSING_TICKS, Hook, Record, gives_way};
 use sluice_common::{V4, V6};
 
-use crate::act::{Counted, End, Met, run};
+use crate::act::{Counted, Met, run};
 use crate::agent::Agent;
 use crate::cluster::{self, OUTSIDE, Objects, PODS, Readiness, SERVICES, Target};
 use crate::fault::Fault;
@@ -372,9 +373,12 @@ impl<'s> World<'s> {
     fn arrive(&self, node: &Node, device: u32, mut packet: Packet, depth: u32) {
         let met = Met { hook: Hook::Ingress, ifindex: device, came_by: device, depth };
         match self.program(node, met, &mut packet) {
-            End::Drop => {}
-            End::Send(out) => self.leave(node, out, 0, packet, depth, 0),
-            End::Next => self.stack(node, device, packet, depth),
+            Action::Drop => {}
+            Action::Send(out) | Action::Forward(out) | Action::ForwardTo(out) => {
+                self.leave(node, out, 0, packet, depth, 0);
+            }
+            Action::Next => self.stack(node, device, packet, depth),
+            Action::Receive(by) => self.stack(node, by, packet, depth),
         }
     }
 
@@ -412,20 +416,23 @@ impl<'s> World<'s> {
     ) {
         let met = Met { hook: Hook::Egress, ifindex: device, came_by, depth };
         match self.program(node, met, &mut packet) {
-            End::Drop => {}
-            End::Send(out) if turns < 4 => {
+            Action::Drop => {}
+            Action::Send(out) | Action::Forward(out) | Action::ForwardTo(out) if turns < 4 => {
                 self.leave(node, out, came_by, packet, depth, turns + 1);
             }
-            End::Send(_) => self.violate("a packet goes round in a node", || packet.to_string()),
-            End::Next if device == UPLINK => self.network(Some(node.index), packet),
-            End::Next => {
+            Action::Receive(by) if turns < 4 => self.stack(node, by, packet, depth),
+            Action::Send(_) | Action::Forward(_) | Action::ForwardTo(_) | Action::Receive(_) => {
+                self.violate("no packet goes round in a node", || packet.to_string());
+            }
+            Action::Next if device == UPLINK => self.network(Some(node.index), packet),
+            Action::Next => {
                 let host = cluster::pod(node.index, (device - EDGES) as usize);
                 self.transmit(Place::Host(host), NEAR_US, packet);
             }
         }
     }
 
-    fn program(&self, node: &Node, met: Met, packet: &mut Packet) -> End {
+    fn program(&self, node: &Node, met: Met, packet: &mut Packet) -> Action {
         self.sums.borrow_mut().programs += 1;
         let before = packet.clone();
         let (end, counted) = run(self, node, met, packet);
@@ -444,11 +451,11 @@ impl<'s> World<'s> {
     }
 
     /// A packet is counted as what was done with it.
-    fn check_count(&self, before: &Packet, after: &Packet, end: End, counted: Counted) {
+    fn check_count(&self, before: &Packet, after: &Packet, end: Action, counted: Counted) {
         let rule = "a packet is counted as what becomes of it";
         let is_answer = after.tag.by == By::Node && before.tag.by != By::Node;
         let by_reason = matches!(counted, Counted::Reason(reason) if reason != Reason::Stranger);
-        if (end == End::Drop || is_answer) && !by_reason {
+        if (end == Action::Drop || is_answer) && !by_reason {
             self.violate(rule, || format!("{counted:?}: {before} is {end:?}"));
             return;
         }
@@ -457,7 +464,7 @@ impl<'s> World<'s> {
         else {
             return;
         };
-        if end == End::Drop || is_answer {
+        if end == Action::Drop || is_answer {
             return;
         }
         let nodes = self.nodes.len();
@@ -468,6 +475,7 @@ impl<'s> World<'s> {
             && cluster::is_frontend(is.source, nodes)
             && !cluster::is_frontend(was.source, nodes);
         let is_right = match counted {
+            Counted::Twice => false,
             Counted::Forward => was.destination != is.destination,
             Counted::Reply => was.source != is.source,
             Counted::Reason(_) => true,
@@ -568,7 +576,7 @@ impl<'s> World<'s> {
         node.agent.borrow_mut().as_mut().is_some_and(|agent| agent.write(writes))
     }
 
-    fn hear(&self, changes: &[sluice::model::object::Change]) {
+    fn hear(&self, changes: &[sluice_core::model::event::Change]) {
         for node in &self.nodes {
             if let Some(agent) = node.agent.borrow_mut().as_mut() {
                 agent.hear(changes.to_vec());

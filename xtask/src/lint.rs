@@ -1,6 +1,7 @@
 //! `cargo xtask lint`: one line per step, warnings are errors.
 
 mod columns;
+mod wings;
 
 use std::io::{self, IsTerminal};
 
@@ -17,6 +18,7 @@ pub(crate) fn run(workspace: &Workspace, toolchain: &Toolchain) -> Result<()> {
     let cargo = |args: &[&str]| workspace.cargo().args(args);
     step("fmt", cargo(&["fmt", "--all", "--check"]))?;
     columns::check(workspace).context("lint: columns")?;
+    wings::check(workspace).context("lint: wings")?;
     step("clippy", cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     // For the host they compile to nothing.
     for (name, features) in

@@ -1,18 +1,18 @@
 //! `cargo xtask test`: four tiers and a choice of Kubernetes' own tests, one sum.
 //!
-//! | tier   | what                                                     | needs         |
-//! |--------|----------------------------------------------------------|---------------|
-//! | unit   | all unit, integration and doc tests not named below      | nothing       |
-//! | kernel | `agent/tests/kernel*.rs`, programs by BPF_PROG_TEST_RUN  | root          |
-//! | lab    | `agent/tests/lab*.rs`, traffic through network namespaces | root         |
-//! | api    | `agent/tests/api*.rs`, a real API server                 | root, Go      |
+//! | tier   | what                                                  | needs    |
+//! |--------|-------------------------------------------------------|----------|
+//! | unit   | all unit, integration and doc tests not named below   | nothing  |
+//! | kernel | `agent/tests/kernel`, programs by BPF_PROG_TEST_RUN   | root     |
+//! | lab    | `agent/tests/lab`, traffic through network namespaces | root     |
+//! | api    | `agent/tests/api`, a real API server                  | root, Go |
 //!
-//! The test binaries are built by one `cargo test --no-run` and then run one
-//! after the other from here, because their number of threads, their time
-//! limit and what happens to a hung one differ from tier to tier.
+//! The test binaries are built by one `cargo test --no-run` and then run from here: taken apart
+//! into jobs ([`job`]) that run side by side ([`pool`]), of all tiers at once, because kernel tests
+//! keep a processor busy and lab tests mostly wait.
 //!
-//! stdout carries the tests' own output and ends with the line
-//! `N passed, N failed` (and `, N skipped` where some were).
+//! stdout has a line for each job, before it what its tests printed if one failed, and ends with
+//! the line `N passed, N failed` (and `, N skipped` where some were).
 //!
 //! A tier that this machine cannot run is not started. Run by plain `cargo test`, its tests fail
 //! where they cannot run, unless `SLUICE_TEST_SKIP=1` says to skip them.
@@ -22,30 +22,37 @@
 //! the tests of `deploy/` on a cluster ([`overlays`]).
 
 mod e2e;
+mod job;
 mod libtest;
 mod overlays;
+mod pool;
 mod prepare;
 mod rollout;
 mod run;
 mod tier;
 
+use std::collections::BTreeMap;
 use std::env;
+use std::num::NonZero;
 use std::path::Path;
 use std::process::ExitCode;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 
 use crate::artifacts::{self, Artifact};
 use crate::measure;
+use crate::process::Cmd;
 use crate::toolchain::Choice;
 use crate::ui::seconds;
 use crate::workspace::Workspace;
 
+use self::job::{Binary, Job, Share};
 use self::libtest::Counts;
+use self::pool::Sum;
 use self::prepare::{Prepared, Readiness};
-use self::run::{Binary, Limit};
 use self::tier::Tier;
 
 /// Options of `cargo xtask test`.
@@ -63,9 +70,13 @@ pub(crate) struct Options {
     #[arg(long)]
     allow_skip: bool,
 
-    /// How long one tier may take before its test process group is killed.
-    #[arg(long, default_value_t = 35, value_name = "MINUTES")]
-    tier_timeout: u64,
+    /// How many tests that mostly wait run side by side; two for each processor by default.
+    #[arg(long, value_name = "N")]
+    jobs: Option<NonZero<usize>>,
+
+    /// How long one test process may take before its process group is killed.
+    #[arg(long, default_value_t = 10, value_name = "MINUTES")]
+    test_timeout: u64,
 
     /// Passed to every test binary: a filter, `--nocapture` and so on.
     #[arg(last = true)]
@@ -89,6 +100,15 @@ enum Suite {
 impl Options {
     fn wants(&self, tier: Tier) -> bool {
         self.tiers.is_empty() || self.tiers.contains(&tier)
+    }
+
+    fn settings(&self) -> pool::Settings {
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        pool::Settings {
+            room: self.jobs.map_or(2 * processors, NonZero::get),
+            allowed: Duration::from_mins(self.test_timeout),
+            verbose: self.filter.iter().any(|argument| job::shows_output(argument)),
+        }
     }
 }
 
@@ -126,37 +146,52 @@ fn run_tiers(
     let mut prepared = prepare::prepare(workspace, choice, &wanted)?;
     let artifacts = build(workspace, &wanted)?;
     prepared.take_sluice(&artifacts);
-    let mut summary = Vec::new();
+    let mut sums: BTreeMap<&str, Sum> = BTreeMap::new();
+    let mut jobs = Vec::new();
     for tier in wanted {
         let binaries: Vec<_> = artifacts
             .iter()
             .filter(|artifact| artifact.is_test_binary() && Tier::of(artifact) == tier)
             .map(Binary::new)
             .collect::<Result<_>>()?;
-        let started = Instant::now();
-        let counts = match prepared.readiness(tier) {
+        match prepared.readiness(tier) {
             Readiness::Ready => {
-                let mut counts = weigh(workspace, tier, &prepared);
-                counts.add(run_tier(workspace, tier, &binaries, &prepared, options)?);
-                counts
+                let started = Instant::now();
+                let counts = weigh(workspace, tier, &prepared);
+                let _new = sums.insert(tier.name(), Sum { counts, took: started.elapsed() });
+                jobs.extend(jobs_of(workspace, tier, &binaries, &prepared, options)?);
             }
-            Readiness::Skip(_) if binaries.is_empty() => continue,
             Readiness::Skip(reason) => {
                 eprintln!("{tier}: skipped: {reason}");
-                skip(&binaries, options)
+                let counts = skip(&binaries, options);
+                let _new = sums.insert(tier.name(), Sum { counts, took: Duration::ZERO });
             }
-        };
-        summary.push(format!("{tier}: {counts} ({})", seconds(started.elapsed())));
-        total.add(counts);
+        }
     }
     if options.tiers.is_empty() && options.filter.is_empty() {
-        let started = Instant::now();
-        let counts = run_brief(workspace, choice, &prepared, options).unwrap_or_else(|error| {
-            eprintln!("error: {error:#}");
-            Counts { failed: 1, ..Counts::default() }
-        });
-        summary.push(format!("e2e: {counts} ({})", seconds(started.elapsed())));
-        total.add(counts);
+        match prepare::e2e() {
+            Readiness::Ready => jobs.push(brief(&prepared)?),
+            Readiness::Skip(reason) => {
+                eprintln!("e2e: skipped: {reason}");
+                let counts = skip(&[], options);
+                let _new = sums.insert("e2e", Sum { counts, took: Duration::ZERO });
+            }
+        }
+    }
+    for (tier, sum) in pool::run(jobs, &options.settings())? {
+        let all = sums.entry(tier).or_default();
+        all.counts.add(sum.counts);
+        all.took += sum.took;
+    }
+    let summary: Vec<_> = sums
+        .iter()
+        .map(|(tier, sum)| format!("{tier}: {} ({} of tests)", sum.counts, seconds(sum.took)))
+        .collect();
+    for sum in sums.values() {
+        total.add(sum.counts);
+    }
+    if total.all() == 0 {
+        bail!("no test of these tiers has such a name: {}", options.filter.join(" "));
     }
     for line in summary {
         eprintln!("{line}");
@@ -167,13 +202,8 @@ fn run_tiers(
 /// Builds the test binaries of the wanted tiers.
 fn build(workspace: &Workspace, wanted: &[Tier]) -> Result<Vec<Artifact>> {
     let is_all = wanted.contains(&Tier::Unit);
-    if !is_all && !tier::has_tests(workspace, wanted)? {
-        return Ok(Vec::new());
-    }
-    let only = wanted
-        .iter()
-        .filter(|_| !is_all)
-        .flat_map(|tier| ["--test".to_owned(), format!("{tier}*")]);
+    let only =
+        wanted.iter().filter(|_| !is_all).flat_map(|tier| ["--test".to_owned(), tier.to_string()]);
     // Always the whole workspace: with fewer packages cargo would choose other
     // features for their dependencies and build those again.
     let cargo = workspace.cargo().args(["test", "--no-run", "--workspace"]).args(only);
@@ -199,58 +229,55 @@ fn weigh(workspace: &Workspace, tier: Tier, prepared: &Prepared) -> Counts {
     counts
 }
 
-fn run_tier(
+fn jobs_of(
     workspace: &Workspace,
     tier: Tier,
     binaries: &[Binary],
     prepared: &Prepared,
     options: &Options,
-) -> Result<Counts> {
-    let limit = Limit::new(tier, Duration::from_mins(options.tier_timeout));
-    let mut counts = Counts::default();
+) -> Result<Vec<Job>> {
+    let mut jobs = Vec::new();
     for binary in binaries {
-        let threads = tier.threads(binary.source())?;
-        let command = binary
-            .command()
-            .args(threads.map(|threads| format!("--test-threads={threads}")))
-            .args(&options.filter)
-            .envs(prepared.environment(tier));
-        counts.add(run::run(binary.name(), command, &limit)?);
+        jobs.extend(job::jobs(tier, binary, &options.filter)?.into_iter().map(|job| {
+            let command = job.command.envs(prepared.environment(tier));
+            Job { command, ..job }
+        }));
     }
     if tier == Tier::Unit {
         let command = workspace
             .cargo()
             .args(["test", "--workspace", "--doc", "--quiet", "--"])
             .args(&options.filter);
-        counts.add(run::run("documentation", command, &limit)?);
+        jobs.push(Job {
+            tier: tier.name(),
+            name: "documentation".to_owned(),
+            command,
+            share: Share::All,
+        });
     }
-    Ok(counts)
+    Ok(jobs)
 }
 
 /// Those of Kubernetes' own tests that tell most, with the agent that the other tests have.
-fn run_brief(
-    workspace: &Workspace,
-    choice: Choice,
-    prepared: &Prepared,
-    options: &Options,
-) -> Result<Counts> {
-    match prepare::e2e() {
-        Readiness::Ready => {
-            println!("\n== e2e: Kubernetes' own tests");
-            e2e::run(workspace, choice, &e2e::Options::brief(prepared.sluice().map(Path::to_owned)))
-        }
-        Readiness::Skip(reason) => {
-            eprintln!("e2e: skipped: {reason}");
-            Ok(skip(&[], options))
-        }
-    }
+fn brief(prepared: &Prepared) -> Result<Job> {
+    let xtask = env::current_exe().context("cannot tell where this program is")?;
+    let agent = prepared.sluice().into_iter().flat_map(|sluice| [Path::new("--agent"), sluice]);
+    Ok(Job {
+        tier: "e2e",
+        name: "Kubernetes' own tests".to_owned(),
+        command: Cmd::new(xtask).args(["test", "e2e", "--brief"]).args(agent),
+        share: Share::One,
+    })
 }
 
 /// Counts what a skipped tier would have run.
 fn skip(binaries: &[Binary], options: &Options) -> Counts {
     let in_ci = env::var("CI").is_ok_and(|ci| !matches!(ci.as_str(), "" | "0" | "false"));
     Counts {
-        skipped: binaries.iter().map(|binary| binary.list(&options.filter)).sum(),
+        skipped: binaries
+            .iter()
+            .map(|binary| binary.tests(&options.filter).map_or(0, |tests| tests.len() as u64))
+            .sum(),
         // A machine that is there to run the tests and cannot is broken.
         failed: u64::from(in_ci && !options.allow_skip),
         ..Counts::default()

@@ -3,8 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, bail, ensure};
-use sluice::explain::{Endpoint, Question};
-use sluice::model::object::Protocol;
+use sluice::tools::explain::{Endpoint, Question};
+use sluice_core::model::object::Protocol;
 
 const ETHERNET: usize = 14;
 /// What tc programs answer.

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use sluice::explain::{Client, Question};
-use sluice::model::object::Protocol;
+use sluice::tools::explain::{Client, Question};
+use sluice_core::model::object::Protocol;
 
 use super::Dice;
 
@@ -352,6 +352,15 @@ impl Scene {
         };
         let port = 1024 + dice.roll(u16::MAX - 1024);
         let source = SocketAddr::new(source, port);
-        Some(Question { protocol, source, destination, from, way: None, device: None })
+        Some(Question {
+            protocol,
+            source,
+            destination,
+            from,
+            way: None,
+            device: None,
+            length: None,
+            ttl: None,
+        })
     }
 }

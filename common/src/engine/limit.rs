@@ -1,6 +1,9 @@
 //! How many ICMP errors are sent, as the kernel's own limits have it.
 
 use crate::abi::{RejectBucket, RejectKey};
+use crate::family::Family;
+
+use super::adapter::Adapter;
 
 /// One ICMP error a second to one client, as `net.ipv4.icmp_ratelimit` has it...
 pub const REJECT_COST_MS: u32 = 1_000;
@@ -10,6 +13,22 @@ pub const REJECT_BURST_MS: u32 = 6_000;
 pub const DEVICE_REJECT_COST_MS: u32 = 1;
 /// ...after a burst of fifty, as `net.ipv4.icmp_msgs_burst`.
 pub const DEVICE_REJECT_BURST_MS: u32 = 50;
+
+/// Takes one ICMP error from the buckets of a client and of the device by which it leaves; from
+/// neither if one is empty. A function of its own, so that it has a stack frame to itself.
+#[inline(never)]
+pub fn may_answer<F: Family, A: Adapter<F>>(adapter: &mut A, key: &RejectKey) -> bool {
+    let now_ms = adapter.now_ms();
+    let (client, may_client) = take_token(adapter.bucket(key), now_ms);
+    let device_key = device_reject_key(adapter.ifindex());
+    let (device, may_device) = take_device_token(adapter.bucket(&device_key), now_ms);
+    if !may_client || !may_device {
+        return false;
+    }
+    adapter.set_bucket(key, &client);
+    adapter.set_bucket(&device_key, &device);
+    true
+}
 
 /// Takes the cost of one ICMP error from a client's bucket; false when there is not enough credit.
 #[inline(always)]

@@ -53,10 +53,10 @@ impl Refusal {
     }
 }
 
-/// The steps of opening a flow, taken about one packet and its [`Decision`].
-pub trait Steps {
-    /// Returns what the decision still needs.
-    fn step(&self) -> Step;
+/// The steps of deciding about one packet, and of opening its flow.
+pub trait Steps<F: Family> {
+    /// Returns what is decided.
+    fn decision(&self) -> &Decision<F>;
     /// Sets what the decision still needs.
     fn set_step(&mut self, step: Step);
     /// Takes [`open_into`](crate::path::open_into).
@@ -76,9 +76,9 @@ pub trait Steps {
 
 /// Decides about a flow's first packet as far as that needs nothing but the tables and the FIB.
 #[inline(always)]
-pub fn decide<S: Steps>(steps: &mut S) {
+pub fn decide<F: Family, S: Steps<F>>(steps: &mut S) {
     steps.open();
-    if steps.step() == Step::AskRoutes {
+    if steps.decision().step == Step::AskRoutes {
         steps.ask_routes();
         steps.open();
     }
@@ -89,13 +89,13 @@ pub fn decide<S: Steps>(steps: &mut S) {
 /// Another CPU may take the tuple between the path's look and the record, or a socket hold it: the
 /// path looks again.
 #[inline(always)]
-pub fn open<S: Steps>(steps: &mut S) -> Refusal {
-    let step = steps.step();
+pub fn open<F: Family, S: Steps<F>>(steps: &mut S) -> Refusal {
+    let step = steps.decision().step;
     let mut refusal = Refusal::of(Err(Reason::PortsExhausted));
     for _ in 0..OPEN_TRIES {
         steps.set_step(step);
         decide(steps);
-        if steps.step() == Step::Search {
+        if steps.decision().step == Step::Search {
             steps.search();
         }
         if steps.is_held() {

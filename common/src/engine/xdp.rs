@@ -4,24 +4,82 @@ use crate::abi::flow;
 use crate::packet::answer::is_partial;
 use crate::packet::parse::{Headers, Kind, Parse};
 use crate::packet::rewrite::can_follow;
-use crate::path::{Decision, Hook, Step, Verdict};
-use crate::tables::Tables;
+use crate::path::{Decision, Step, Verdict};
 
-use super::open::sockets;
+use super::open::{Refusal, Steps, decide};
 
-/// Whether XDP may translate a packet, if its frame is for the device that it came in by. It looks
-/// up no sockets: where those decide, tc opens the flow.
+/// A frame whose headers are read, on its way through a program at XDP.
+pub trait Frames<F: Parse>: Steps<F> {
+    /// Takes [`decide_into`](crate::path::decide_into).
+    fn decide(&mut self);
+    /// Takes [`is_foreign`](crate::path::policy::is_foreign).
+    fn has_foreign_source(&self) -> bool;
+    /// Sets that no source port is passed over, and forgets the routes.
+    fn begin(&mut self);
+    /// Returns what is known of the frame.
+    fn headers(&self) -> &Headers<F>;
+    /// Whether the frame is addressed to the device that it came in by.
+    fn is_addressed_here(&self) -> bool;
+    /// Marks the frame as translated, for tc; false where there is no room for that.
+    fn mark(&mut self) -> bool;
+    /// Takes the mark away.
+    fn unmark(&mut self);
+    /// Notes what a first fragment tells.
+    fn note(&mut self);
+    /// Takes [`segment`](crate::packet::rewrite::segment).
+    fn translate(&mut self) -> bool;
+    /// Counts the frame, and tells who listens.
+    fn count(&mut self);
+}
+
+/// What becomes of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It goes on to the stack, translated or not.
+    Pass,
+    /// It ends here: an edit failed half-way.
+    Drop,
+}
+
+/// Takes a frame to its end. What XDP cannot finish goes on as it came: tc meets the same
+/// obstacle, and tells the reason.
 #[inline(always)]
-pub fn may_translate<F: Parse, T: Tables<F>>(
-    headers: &Headers<F>,
-    decision: &Decision<F>,
-    tables: &T,
-) -> bool {
+pub fn run<F: Parse, X: Frames<F>>(frames: &mut X) -> Fate {
+    frames.decide();
+    if frames.decision().asks_source && frames.has_foreign_source() {
+        return Fate::Pass;
+    }
+    if frames.decision().step != Step::Done {
+        frames.begin();
+        decide(frames);
+    }
+    if !may_translate(frames.headers(), frames.decision())
+        || !frames.is_addressed_here()
+        || frames.is_held()
+    {
+        return Fate::Pass;
+    }
+    if !frames.mark() || frames.record() != Refusal::NONE {
+        frames.unmark();
+        return Fate::Pass;
+    }
+    if frames.decision().datagram {
+        frames.note();
+    }
+    if !frames.translate() {
+        return Fate::Drop;
+    }
+    frames.count();
+    Fate::Pass
+}
+
+/// Whether XDP may translate a packet, if its frame is for the device that it came in by.
+#[inline(always)]
+fn may_translate<F: Parse>(headers: &Headers<F>, decision: &Decision<F>) -> bool {
     decision.verdict == Verdict::Translate
         && decision.step == Step::Done
         && decision.flow.flags & flow::LOCAL != 0
         && matches!(headers.kind, Kind::Transport | Kind::Fragment)
         && (!decision.datagram || can_follow(headers, &decision.flow))
         && !is_partial(headers)
-        && sockets(Hook::Xdp, decision, tables).is_none()
 }

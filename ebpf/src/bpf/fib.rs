@@ -6,6 +6,7 @@ use aya_ebpf::bindings::{bpf_fib_lookup as Question, bpf_redir_neigh as NextHop}
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated::bpf_fib_lookup;
 use sluice_common::abi::{Ipv4Address, Ipv6Address, RouteMtu};
+use sluice_common::engine::adapter::{Forwarded, LOOPBACK, Target, Way};
 use sluice_common::path::policy;
 use sluice_common::{Family, Tables, V4, V6};
 
@@ -15,9 +16,6 @@ use super::tables::Kernel;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
-/// The loopback device of every network namespace. Output routing starts from it: a lookup as if
-/// sent by this host, without binding it to a device.
-pub(super) const LOOPBACK: u32 = 1;
 const SUCCESS: i64 = 0;
 const NO_NEIGHBOUR: i64 = 7;
 const FRAG_NEEDED: i64 = 8;
@@ -116,28 +114,6 @@ fn question() -> Question {
     unsafe { core::mem::zeroed() }
 }
 
-/// What a packet has besides its addresses that routing asks for.
-#[derive(Clone, Copy)]
-pub(super) struct Way {
-    /// Where it comes from: a device, or [`LOOPBACK`] for this host itself.
-    pub(super) ifindex: u32,
-    pub(super) mark: u32,
-    /// Its length with the IP header, or that of a segment of it; 0: whether it fits does not
-    /// matter.
-    pub(super) length: u32,
-}
-
-/// Where a packet goes.
-#[derive(Clone, Copy)]
-pub(super) enum Target {
-    /// Out of a device.
-    Device(u32),
-    /// Nowhere: it is larger than the route takes, or what was learned of the path.
-    TooBig(u32),
-    /// Nowhere, or to this host itself.
-    None,
-}
-
 /// Where packets to a destination leave.
 #[inline(always)]
 pub(super) fn route<F: Fib>(
@@ -195,19 +171,6 @@ fn ask_route<F: Fib>(
         SUCCESS | NO_NEIGHBOUR | FRAG_NEEDED => u64::from(question.ifindex),
         _ => 0,
     }
-}
-
-/// What of a packet routing asks for, where it is forwarded.
-#[derive(Clone, Copy)]
-pub(super) struct Forwarded<A> {
-    pub(super) source: A,
-    pub(super) destination: A,
-    /// Host order; zero where there are none.
-    pub(super) ports: [u16; 2],
-    pub(super) protocol: u8,
-    /// TOS, or the traffic class and flow label as they lie in memory.
-    pub(super) class: u32,
-    pub(super) way: Way,
 }
 
 /// Where the stack would forward a packet: the device, and the next hop on it; its family is 0

@@ -334,3 +334,19 @@ maps!(
     old_affinity_v6,
     moving_affinity_v6
 );
+
+/// A device that programs are attached to.
+#[inline(always)]
+pub(super) fn device(ifindex: u32) -> Option<&'static Device> {
+    // SAFETY: entries are plain data, readable under RCU.
+    unsafe { devices.get(ifindex) }
+}
+
+/// Our own device, which takes packets whose source is an address of this node; 0: there is none.
+#[inline(always)]
+pub(super) fn own_device() -> u32 {
+    match settings.get(0) {
+        Some(told) => told.own_device,
+        None => 0,
+    }
+}

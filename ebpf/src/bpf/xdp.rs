@@ -1,25 +1,29 @@
 //! The XDP adapter: takes what it can finish, a packet from outside for a backend on this
 //! node, and leaves everything else unmodified to tc.
 
+use core::ffi::c_void;
+
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::generated::bpf_xdp_adjust_meta;
 use sluice_common::abi::Flow;
-use sluice_common::engine::xdp::may_translate;
+use sluice_common::engine;
+use sluice_common::engine::xdp::{Fate, Frames};
 use sluice_common::packet::checksum::Delta;
 use sluice_common::packet::header::{EthernetHeader, Wire};
 use sluice_common::packet::parse::{self, Headers};
 use sluice_common::packet::rewrite::{Checksum, Edit, segment};
-use sluice_common::path::{Hook, Step};
+use sluice_common::path::Hook;
 use sluice_common::{Family, Packet, V4, V6};
 
 use super::count;
-use super::decide::{Asked, Decide, Scratch};
+use super::decide::{Decide, Scratch};
 use super::events::Tell;
-use super::fib::{Fib, ask, source_is_foreign};
+use super::fib::{Fib, source_is_foreign};
+use super::held::Held;
 use super::maps;
+use super::met::{Context, Met};
 use super::sctp::sctp_updated;
 use super::skb::bounded;
-use super::tables::Kernel;
 
 /// Stands before a frame that XDP has translated, so that tc leaves it alone.
 pub(super) const XDP_DONE: u32 = 0x5c1c_e003;
@@ -117,7 +121,7 @@ pub(super) fn run(ctx: *mut xdp_md) -> u32 {
 
 /// A family whose frames are read by a global function: it has a stack frame to itself, and the
 /// compiler may not take the context apart on the way to it.
-trait Read: Tell + Fib {
+trait Read: Tell + Fib + Held {
     /// Reads the frame into this CPU's scratch; 0 when it is too short.
     fn read(ctx: *mut xdp_md, offset: u32) -> u32;
     /// Asks whether the source of the frame in this CPU's scratch does not belong to the device
@@ -165,56 +169,92 @@ read!(V6, xdp_read_v6, xdp_source_v6);
 
 #[inline(never)]
 fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
-    let Some(scratch) = F::scratch() else { return xdp_action::XDP_PASS };
     if F::read(ctx, offset) == 0 {
         return xdp_action::XDP_PASS;
     }
-    // SAFETY: the context is valid while the program runs.
-    let ifindex = unsafe { (*ctx).ingress_ifindex };
-    F::decide(ifindex, Hook::Xdp);
-    // SAFETY: this CPU's own; no reference is kept.
-    if unsafe { (*scratch).decision.asks_source } && F::source(ctx, ifindex) != 0 {
-        // tc finds the same, and what follows from it.
-        return xdp_action::XDP_PASS;
+    let Some(mut met) = Met::<F, _>::new(Frame { ctx }) else { return xdp_action::XDP_PASS };
+    match engine::xdp::run(&mut met) {
+        Fate::Pass => xdp_action::XDP_PASS,
+        Fate::Drop => xdp_action::XDP_DROP,
     }
-    // SAFETY: this CPU's own; no reference is kept.
-    if unsafe { (*scratch).decision.step } != Step::Done {
-        // SAFETY: as above.
-        unsafe { (*scratch).asked = Asked::passing_over(0) };
-        F::open(ifindex, Hook::Xdp);
-        // SAFETY: as above.
-        if unsafe { (*scratch).decision.step } == Step::AskRoutes {
-            ask::<F>(ctx.cast(), ifindex, 0);
-            F::open(ifindex, Hook::Xdp);
-        }
+}
+
+impl Context for Frame {
+    #[inline(always)]
+    fn context(&self) -> *mut c_void {
+        self.ctx.cast()
     }
-    // SAFETY: this CPU's own, and `record` only reads what these references only read.
-    let Scratch { headers, decision, asked, .. } = unsafe { &*scratch };
-    if !may_translate(headers, decision, &Kernel { ifindex, asked: *asked }) {
-        return xdp_action::XDP_PASS;
+
+    #[inline(always)]
+    fn at(&self) -> Hook {
+        Hook::Xdp
     }
-    let Some(link) = (Frame { ctx }).read::<EthernetHeader>(0) else {
-        return xdp_action::XDP_PASS;
-    };
-    // SAFETY: entries are plain data, readable under RCU.
-    match unsafe { maps::devices.get(ifindex) } {
-        Some(device) if device.mac == link.destination => {}
-        // A frame for somebody else.
-        _ => return xdp_action::XDP_PASS,
+
+    #[inline(always)]
+    fn device(&self) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (*self.ctx).ingress_ifindex }
     }
-    if !mark_done(ctx) || F::record() != 0 {
-        // tc meets the same obstacle and gives the reason.
-        unmark(ctx);
-        return xdp_action::XDP_PASS;
+
+    #[inline(always)]
+    fn origin(&self) -> (u32, u32) {
+        (self.device(), 0)
     }
-    if decision.datagram {
+}
+
+impl<F: Read> Frames<F> for Met<F, Frame> {
+    #[inline(always)]
+    fn decide(&mut self) {
+        F::decide(self.packet.device(), Hook::Xdp);
+    }
+
+    #[inline(always)]
+    fn has_foreign_source(&self) -> bool {
+        F::source(self.packet.ctx, self.packet.device()) != 0
+    }
+
+    #[inline(always)]
+    fn begin(&mut self) {
+        self.pass_over(0);
+    }
+
+    #[inline(always)]
+    fn headers(&self) -> &Headers<F> {
+        &self.scratch().headers
+    }
+
+    #[inline(always)]
+    fn is_addressed_here(&self) -> bool {
+        let Some(link) = self.packet.read::<EthernetHeader>(0) else { return false };
+        matches!(maps::device(self.packet.device()), Some(here) if here.mac == link.destination)
+    }
+
+    #[inline(always)]
+    fn mark(&mut self) -> bool {
+        mark_done(self.packet.ctx)
+    }
+
+    #[inline(always)]
+    fn unmark(&mut self) {
+        unmark(self.packet.ctx);
+    }
+
+    #[inline(always)]
+    fn note(&mut self) {
         F::note();
     }
-    if !translate(ctx, headers, &decision.flow) {
-        return xdp_action::XDP_DROP;
+
+    #[inline(always)]
+    fn translate(&mut self) -> bool {
+        let Scratch { headers, decision, .. } = self.scratch();
+        translate(self.packet.ctx, headers, &decision.flow)
     }
-    count::packet(decision, headers, ifindex, Hook::Xdp, false);
-    xdp_action::XDP_PASS
+
+    #[inline(always)]
+    fn count(&mut self) {
+        let Scratch { headers, decision, .. } = self.scratch();
+        count::packet(decision, headers, self.packet.device(), Hook::Xdp, false);
+    }
 }
 
 /// Puts [`XDP_DONE`] before the frame; false where the driver has no room for it.

@@ -10,7 +10,8 @@ use crate::workspace::Workspace;
 /// As many columns as rustfmt gives code.
 const COLUMNS: usize = 100;
 /// Where sources and papers are.
-const FOLDERS: [&str; 8] = ["common", "ebpf", "agent", "lab", "bench", "xtask", "docs", "deploy"];
+const FOLDERS: [&str; 9] =
+    ["common", "core", "ebpf", "agent", "lab", "bench", "xtask", "docs", "deploy"];
 
 /// Finds lines of comments and papers that are too wide.
 ///
@@ -46,7 +47,8 @@ fn is_checked(file: &Path) -> bool {
     file.extension().is_some_and(|extension| extension == "rs" || extension == "md")
 }
 
-fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+/// Adds every file of a folder, and of those in it.
+pub(super) fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for entry in
         fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?
     {

@@ -98,22 +98,6 @@ pub(super) struct Options {
 }
 
 impl Options {
-    /// As `--brief`, with a binary of Sluice that is there already.
-    pub(super) fn brief(agent: Option<PathBuf>) -> Self {
-        Self {
-            focus: FOCUS.to_owned(),
-            skip: SKIP.to_owned(),
-            proxy: Proxy::default(),
-            cni: Cni::default(),
-            agent,
-            nodes: None,
-            procs: 5,
-            brief: true,
-            keep: false,
-            record: false,
-        }
-    }
-
     fn focus(&self) -> String {
         if self.brief {
             format!(r"\[sig-network\].*({})", BRIEF.join("|"))

@@ -1,4 +1,4 @@
-//! The lines by which libtest sums up a test binary.
+//! The lines by which libtest sums up a test binary, and xtask what it ran.
 
 use std::fmt;
 
@@ -19,6 +19,13 @@ impl Counts {
         self.passed += other.passed;
         self.failed += other.failed;
         self.skipped += other.skipped;
+    }
+}
+
+impl Counts {
+    /// How many tests it is of.
+    pub(crate) fn all(self) -> u64 {
+        self.passed + self.failed + self.skipped
     }
 }
 
@@ -45,6 +52,22 @@ pub(crate) fn parse_result(line: &str) -> Option<Counts> {
     Some(Counts { passed: count("passed")?, failed: count("failed")?, skipped: count("ignored")? })
 }
 
+/// Reads the sum that xtask itself ends with: `3 passed, 0 failed`.
+fn parse_sum(line: &str) -> Option<Counts> {
+    let mut counts = Counts::default();
+    for (place, part) in line.split(", ").enumerate() {
+        let (number, what) = part.split_once(' ')?;
+        let count = match (place, what) {
+            (0, "passed") => &mut counts.passed,
+            (1, "failed") => &mut counts.failed,
+            (2, "skipped") => &mut counts.skipped,
+            _ => return None,
+        };
+        *count = number.parse().ok()?;
+    }
+    line.contains(", ").then_some(counts)
+}
+
 /// Reads `test name ... ok`.
 fn parse_test(line: &str) -> Option<Counts> {
     let (_, outcome) = line.trim().strip_prefix("test ")?.rsplit_once(" ... ")?;
@@ -58,9 +81,9 @@ fn parse_test(line: &str) -> Option<Counts> {
     Some(counts)
 }
 
-/// Reads the last line of a listing: `3 tests, 0 benchmarks`.
-pub(crate) fn parse_list(output: &str) -> u64 {
-    output.lines().filter_map(|line| line.split_once(" test")?.0.parse::<u64>().ok()).sum()
+/// Reads the names of a listing: a line `name: test` each.
+pub(crate) fn parse_list(output: &str) -> Vec<String> {
+    output.lines().filter_map(|line| Some(line.strip_suffix(": test")?.to_owned())).collect()
 }
 
 /// Sums the results in a stream of output that arrives in pieces.
@@ -86,7 +109,7 @@ impl Reader {
 
     fn end_line(&mut self) {
         let line = String::from_utf8_lossy(&self.line);
-        if let Some(counts) = parse_result(&line) {
+        if let Some(counts) = parse_result(&line).or_else(|| parse_sum(line.trim())) {
             self.counts.add(counts);
             self.results += 1;
             self.pending = Counts::default();
@@ -138,10 +161,18 @@ mod tests {
     }
 
     #[test]
-    fn lists_are_counted() {
-        assert_eq!(parse_list("a: test\nb: test\n\n2 tests, 0 benchmarks\n"), 2);
-        assert_eq!(parse_list("a: test\n\n1 test, 0 benchmarks\n"), 1);
-        assert_eq!(parse_list("0 tests, 0 benchmarks\n"), 0);
+    fn a_sum_stands_alone_on_its_line() {
+        assert_eq!(parse_sum("26 passed, 0 failed"), Some(counts(26, 0, 0)));
+        assert_eq!(parse_sum("3 passed, 1 failed, 2 skipped"), Some(counts(3, 1, 2)));
+        assert_eq!(parse_sum("kube-proxy: 26 passed, 0 failed"), None);
+        assert_eq!(parse_sum("26 passed"), None);
+        assert_eq!(parse_sum(""), None);
+    }
+
+    #[test]
+    fn lists_are_read() {
+        assert_eq!(parse_list("a::b: test\nc: test\n\n2 tests, 0 benchmarks\n"), ["a::b", "c"]);
+        assert_eq!(parse_list("\n0 tests, 0 benchmarks\n"), [""; 0]);
     }
 
     #[test]

@@ -1,9 +1,7 @@
-//! One test process: streamed, counted, and killed with all its children when
-//! it hangs.
+//! One test process: read, counted, and killed with all its children when it hangs.
 
-use std::io::{self, Read, Write};
+use std::io::{self, PipeReader, Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
@@ -12,12 +10,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process_group, set_parent_process_death_signal};
 
-use crate::artifacts::Artifact;
 use crate::process::Cmd;
 use crate::ui::seconds;
 
-use super::libtest::{Counts, Reader, parse_list};
-use super::tier::Tier;
+use super::libtest::{Counts, Reader};
 
 /// How long a process that has exited may be survived by children that hold
 /// its output open.
@@ -26,106 +22,89 @@ const LINGER: Duration = Duration::from_secs(2);
 /// How often a running process is looked at.
 const POLL: Duration = Duration::from_millis(50);
 
-/// A built test binary.
-pub(super) struct Binary {
-    name: String,
-    executable: PathBuf,
-    source: PathBuf,
-    package: PathBuf,
-    manifest: PathBuf,
+/// What became of a test process.
+pub(super) struct Finished {
+    pub(super) counts: Counts,
+    /// What it printed, where it was not shown at once.
+    pub(super) output: Vec<u8>,
+    pub(super) elapsed: Duration,
 }
 
-impl Binary {
-    pub(super) fn new(artifact: &Artifact) -> Result<Self> {
-        Ok(Self {
-            name: artifact.target.name.clone(),
-            executable: artifact.executable().context("a test binary has a file")?.clone(),
-            source: artifact.target.src_path.clone(),
-            package: artifact
-                .manifest_path
-                .parent()
-                .context("a manifest has a directory")?
-                .to_owned(),
-            manifest: artifact.manifest_path.clone(),
-        })
-    }
-
-    pub(super) fn name(&self) -> &str {
-        &self.name
-    }
-
-    pub(super) fn source(&self) -> &Path {
-        &self.source
-    }
-
-    /// The command as `cargo test` would run it: in the package's directory.
-    pub(super) fn command(&self) -> Cmd {
-        Cmd::new(&self.executable)
-            .dir(&self.package)
-            .env("CARGO_MANIFEST_DIR", &self.package)
-            .env("CARGO_MANIFEST_PATH", &self.manifest)
-    }
-
-    /// How many tests it would run.
-    pub(super) fn list(&self, filter: &[String]) -> u64 {
-        self.command().arg("--list").args(filter).probe().map_or(0, |output| parse_list(&output))
-    }
-}
-
-/// When a tier has to be over.
-pub(super) struct Limit {
-    tier: Tier,
-    allowed: Duration,
-    end: Instant,
-}
-
-impl Limit {
-    pub(super) fn new(tier: Tier, allowed: Duration) -> Self {
-        Self { tier, allowed, end: Instant::now() + allowed }
-    }
-}
-
-/// Runs a test process and returns its sum.
+/// Runs a test process to its end, for at most `allowed`.
 ///
 /// # Errors
 /// When it cannot be started; everything that happens later is in the sum.
-pub(super) fn run(name: &str, command: Cmd, limit: &Limit) -> Result<Counts> {
-    println!("\n== {}: {name}", limit.tier);
-    let mut child = spawn(command)?;
+pub(super) fn run(command: Cmd, allowed: Duration, shown: Shown) -> Result<Finished> {
+    let started = Instant::now();
+    let (mut child, output) = spawn(command)?;
     let (sender, pieces) = mpsc::channel();
-    let output = child.stdout.take().context("the child's output is piped")?;
     let _detached = thread::spawn(move || forward(output, &sender));
-    let mut reader = Reader::default();
-    let status = wait(&mut child, &pieces, &mut reader, limit.end)?;
-    if status.is_none() {
-        eprintln!(
-            "\n{name}: killed, the {} tier took longer than {}",
-            limit.tier,
-            seconds(limit.allowed)
-        );
-    }
-    // Whatever outlives a test binary would disturb the next one.
+    let mut printed = Printed { reader: Reader::default(), output: Vec::new(), shown };
+    let status = wait(&mut child, &pieces, &mut printed, started + allowed)?;
+    // Whatever outlives a test binary would disturb others.
     kill_group(&child);
     let _last: ExitStatus = child.wait().context("cannot wait for a test process")?;
     let until = Instant::now() + LINGER;
     while let Ok(piece) = pieces.recv_timeout(until.saturating_duration_since(Instant::now())) {
-        take(&mut reader, &piece)?;
+        printed.take(&piece)?;
     }
-    if reader.is_within_line() {
-        println!();
+    if printed.reader.is_within_line() {
+        printed.show(b"\n")?;
     }
-    if let Some(signal) = status.and_then(|status| status.signal()) {
-        eprintln!("{name}: died of signal {signal}");
-    }
-    Ok(reader.finish(status.is_some_and(|status| status.success())))
+    let note = match status {
+        None => Some(format!("killed: it took longer than {}\n", seconds(allowed))),
+        Some(status) => status.signal().map(|signal| format!("died of signal {signal}\n")),
+    };
+    printed.show(note.unwrap_or_default().as_bytes())?;
+    let counts = printed.reader.finish(status.is_some_and(|status| status.success()));
+    Ok(Finished { counts, output: printed.output, elapsed: started.elapsed() })
 }
 
-fn spawn(command: Cmd) -> Result<Child> {
+/// When a process's output is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shown {
+    /// As it comes.
+    Now,
+    /// When the process has ended, by the caller.
+    Later,
+}
+
+/// What a process has printed so far.
+struct Printed {
+    reader: Reader,
+    output: Vec<u8>,
+    shown: Shown,
+}
+
+impl Printed {
+    fn take(&mut self, piece: &[u8]) -> Result<()> {
+        self.reader.push(piece);
+        self.show(piece)
+    }
+
+    fn show(&mut self, text: &[u8]) -> Result<()> {
+        match self.shown {
+            Shown::Now => {
+                let mut stdout = io::stdout().lock();
+                stdout.write_all(text)?;
+                stdout.flush()?;
+            }
+            Shown::Later => self.output.extend_from_slice(text),
+        }
+        Ok(())
+    }
+}
+
+/// Starts a process, and returns where everything that it prints can be read.
+fn spawn(command: Cmd) -> Result<(Child, PipeReader)> {
     let line = command.line();
+    let (output, writer) = io::pipe().context("cannot make a pipe")?;
+    let errors = writer.try_clone().context("cannot copy a pipe")?;
     let mut command = command.into_inner();
     let command = command
         .stdin(Stdio::null())
-        .stdout(Stdio::piped())
+        .stdout(writer)
+        .stderr(errors)
         // A group of its own can be killed as a whole.
         .process_group(0);
     // SAFETY: between fork and exec the closure makes one prctl call; it
@@ -138,7 +117,8 @@ fn spawn(command: Cmd) -> Result<Child> {
             Ok(())
         })
     };
-    command.spawn().with_context(|| format!("cannot run `{line}`"))
+    let child = command.spawn().with_context(|| format!("cannot run `{line}`"))?;
+    Ok((child, output))
 }
 
 /// Copies what the process prints, in the pieces in which it comes.
@@ -163,12 +143,12 @@ fn forward(mut output: impl Read, sender: &Sender<Vec<u8>>) {
 fn wait(
     child: &mut Child,
     pieces: &Receiver<Vec<u8>>,
-    reader: &mut Reader,
+    printed: &mut Printed,
     end: Instant,
 ) -> Result<Option<ExitStatus>> {
     loop {
         match pieces.recv_timeout(POLL) {
-            Ok(piece) => take(reader, &piece)?,
+            Ok(piece) => printed.take(&piece)?,
             Err(RecvTimeoutError::Timeout) => {}
             // It closed its output; it is about to exit.
             Err(RecvTimeoutError::Disconnected) => thread::sleep(POLL),
@@ -180,14 +160,6 @@ fn wait(
             return Ok(None);
         }
     }
-}
-
-fn take(reader: &mut Reader, piece: &[u8]) -> Result<()> {
-    reader.push(piece);
-    let mut stdout = io::stdout().lock();
-    stdout.write_all(piece)?;
-    stdout.flush()?;
-    Ok(())
 }
 
 fn kill_group(child: &Child) {

@@ -1,0 +1,333 @@
+//! What monitoring asks of the agent over HTTP, as kube-proxy answers it.
+//!
+//! | address | path | |
+//! |---|---|---|
+//! | `--healthz-bind-address` | `/healthz` | 200, or 503 if the maps are behind the sources for too long or the node is leaving |
+//! | | `/livez` | as `/healthz`, whatever becomes of the node |
+//! | `--metrics-bind-address` | `/metrics` | see [`metrics`] |
+//! | | `/proxyMode` | `sluice` |
+//! | | `/healthz` | `ok` as long as the process answers |
+//! | | `/debug/flags/v` | PUT by a process of this node: how much is logged from now on |
+
+mod exporter;
+pub mod metrics;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use futures::FutureExt;
+use futures::future::ready;
+use http::header::{ALLOW, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use http::{Method, Request, Response, StatusCode};
+use hyper::body::Bytes;
+use serde::Serialize;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::daemon::http::{Handler, Listener, Room};
+use crate::node::backoff::Backoff;
+use crate::node::publish::publish;
+use metrics::Metrics;
+
+/// A change that has been waiting for so long makes the proxy unhealthy: kube-proxy's two sync
+/// periods.
+const OVERDUE: Duration = Duration::from_mins(1);
+/// Waiting times between tries to listen.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
+
+/// Where monitoring is answered; nowhere if empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Addresses {
+    /// `/healthz` and `/livez`.
+    pub healthz: Vec<SocketAddr>,
+    /// `/metrics` and `/proxyMode`.
+    pub metrics: Vec<SocketAddr>,
+}
+
+/// Whether the proxy keeps up, told by the maps' loop and asked by whoever wants to know.
+#[derive(Debug)]
+pub(crate) struct Progress(Mutex<State>);
+
+#[derive(Clone, Copy, Debug)]
+struct State {
+    /// Since when the maps have been behind the sources.
+    behind: Option<Instant>,
+    /// When they last were not.
+    updated: SystemTime,
+    /// Whether the node is about to be deleted.
+    leaving: bool,
+}
+
+impl State {
+    fn is_healthy(&self) -> bool {
+        self.behind.is_none_or(|since| since.elapsed() < OVERDUE)
+    }
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self(Mutex::new(State { behind: None, updated: SystemTime::now(), leaving: false }))
+    }
+}
+
+impl Progress {
+    fn state(&self) -> State {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells whether the maps hold what the sources say, and whether the node is leaving.
+    pub(crate) fn tell(&self, settled: bool, leaving: bool) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if settled {
+            (state.behind, state.updated) = (None, SystemTime::now());
+        } else {
+            state.behind = Some(state.behind.unwrap_or_else(Instant::now));
+        }
+        state.leaving = leaving;
+    }
+
+    /// Whether the proxy does its work.
+    pub(crate) fn is_healthy(&self) -> bool {
+        self.state().is_healthy()
+    }
+}
+
+/// kube-proxy's body.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Body {
+    last_updated: String,
+    current_time: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node_eligible: Option<bool>,
+    healthy: bool,
+    status: BTreeMap<&'static str, Family>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Family {
+    last_updated: String,
+    healthy: bool,
+}
+
+/// A time as RFC 3339 has it.
+fn time(time: SystemTime) -> String {
+    // Out of range only where the clock is set to another age.
+    jiff::Timestamp::try_from(time).map(|time| time.to_string()).unwrap_or_default()
+}
+
+/// What monitoring is answered from.
+#[derive(Debug)]
+pub(crate) struct Monitor {
+    progress: Arc<Progress>,
+    metrics: Arc<Metrics>,
+    exporter: exporter::Exporter,
+}
+
+impl Monitor {
+    /// Of the maps below a pin path and the status in a state directory.
+    pub(crate) fn new(
+        progress: Arc<Progress>,
+        metrics: Arc<Metrics>,
+        pin_path: PathBuf,
+        state_dir: PathBuf,
+    ) -> Self {
+        let exporter = exporter::Exporter::new(Arc::clone(&metrics), pin_path, state_dir);
+        Self { progress, metrics, exporter }
+    }
+
+    fn health(&self, node_counts: bool) -> Response<Bytes> {
+        let state = self.progress.state();
+        let healthy = state.is_healthy();
+        let well = healthy && !(node_counts && state.leaving);
+        let now = time(SystemTime::now());
+        // As kube-proxy: recent as long as all is well.
+        let last_updated = if well { now.clone() } else { time(state.updated) };
+        let family = || Family { last_updated: time(state.updated), healthy };
+        let body = Body {
+            last_updated,
+            current_time: now,
+            node_eligible: node_counts.then_some(!state.leaving),
+            healthy,
+            status: [("IPv4", family()), ("IPv6", family())].into(),
+        };
+        let status = if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        self.metrics.health_answer(node_counts, status.as_u16());
+        // Strings and bools into memory: there is nothing to fail.
+        let body = serde_json::to_string(&body).unwrap_or_default();
+        response(status, "application/json", body)
+    }
+
+    async fn metrics(&self) -> Response<Bytes> {
+        match self.exporter.text().await {
+            Ok(text) => response(
+                StatusCode::OK,
+                "application/openmetrics-text; version=1.0.0; charset=utf-8",
+                text,
+            ),
+            Err(error) => {
+                response(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("{error}\n"))
+            }
+        }
+    }
+
+    /// Answers the health checks' port.
+    fn healthz_handler(self: &Arc<Self>) -> Handler {
+        let this = Arc::clone(self);
+        let read = handler(move |path| match path {
+            "/healthz" => Some(this.health(true)),
+            "/livez" => Some(this.health(false)),
+            _ => None,
+        });
+        Arc::new(move |request| ready(read(&request)).boxed())
+    }
+
+    /// Answers the metrics' port.
+    fn metrics_handler(self: &Arc<Self>) -> Handler {
+        let this = Arc::clone(self);
+        let read = handler(move |path| match path {
+            "/proxyMode" => {
+                Some(response(StatusCode::OK, "text/plain; charset=utf-8", "sluice".to_owned()))
+            }
+            "/healthz" => {
+                Some(response(StatusCode::OK, "text/plain; charset=utf-8", "ok".to_owned()))
+            }
+            _ => None,
+        });
+        Arc::new(move |request| {
+            let (this, read) = (Arc::clone(&this), Arc::clone(&read));
+            async move {
+                match request.uri().path() {
+                    "/metrics" if is_read(&request) => this.metrics().await,
+                    "/debug/flags/v" => verbosity(&request),
+                    _ => read(&request),
+                }
+            }
+            .boxed()
+        })
+    }
+}
+
+/// Changes how much is logged, as Kubernetes' components do it: `PUT` with a number.
+fn verbosity(request: &Request<String>) -> Response<Bytes> {
+    let text = |status, body: String| response(status, "text/plain; charset=utf-8", body);
+    let peer = request.extensions().get::<SocketAddr>();
+    if !peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback()) {
+        return text(
+            StatusCode::FORBIDDEN,
+            "only for processes of this node, by a loopback address\n".to_owned(),
+        );
+    }
+    if request.method() != Method::PUT {
+        let mut refused =
+            text(StatusCode::METHOD_NOT_ALLOWED, "PUT a number: 0, 1 or more\n".to_owned());
+        let _ = refused.headers_mut().insert(ALLOW, HeaderValue::from_static("PUT"));
+        return refused;
+    }
+    let word = request.body().trim();
+    let Ok(number) = word.parse::<u8>() else {
+        return text(
+            StatusCode::BAD_REQUEST,
+            format!("a number is wanted, 0, 1 or more, and not {word:?}\n"),
+        );
+    };
+    match crate::daemon::log::set(number) {
+        Ok(()) => {
+            tracing::info!("logs with verbosity {number} from now on");
+            text(StatusCode::OK, format!("successfully set the verbosity to {number}\n"))
+        }
+        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+    }
+}
+
+fn response(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Response<Bytes> {
+    let mut response = Response::new(body.into());
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    let _ = headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    let _ = headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+fn is_read(request: &Request<String>) -> bool {
+    matches!(*request.method(), Method::GET | Method::HEAD)
+}
+
+/// Answers at once what is only read, by its path.
+fn handler(
+    answer: impl Fn(&str) -> Option<Response<Bytes>> + Send + Sync,
+) -> Arc<impl Fn(&Request<String>) -> Response<Bytes> + Send + Sync> {
+    Arc::new(move |request: &Request<String>| {
+        if !is_read(request) {
+            let mut refused = response(StatusCode::METHOD_NOT_ALLOWED, "text/plain", String::new());
+            let _ = refused.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+            return refused;
+        }
+        answer(request.uri().path()).unwrap_or_else(|| {
+            response(StatusCode::NOT_FOUND, "text/plain", "not found\n".to_owned())
+        })
+    })
+}
+
+/// Answers for as long as the task lives. `told` always holds where nobody can listen, and why; it
+/// is tried again.
+pub(crate) async fn serve(
+    monitor: Arc<Monitor>,
+    addresses: Addresses,
+    room: Room,
+    told: watch::Sender<Vec<String>>,
+) {
+    let healthz = addresses.healthz.into_iter().map(|at| (at, monitor.healthz_handler()));
+    let mut closed: Vec<_> = healthz
+        .chain(addresses.metrics.into_iter().map(|at| (at, monitor.metrics_handler())))
+        .collect();
+    let mut open = Vec::new();
+    let mut retry = RETRY;
+    loop {
+        let mut problems = Vec::new();
+        closed.retain(|(at, handler)| {
+            match Listener::open(*at, Arc::clone(handler), room.clone()) {
+                Ok(listener) => {
+                    tracing::debug!(%at, "answers monitoring");
+                    open.push(listener);
+                    false
+                }
+                Err(error) if error.is_no_such_family() => false,
+                Err(error) => {
+                    problems.push(format!("monitoring is not answered: {error}"));
+                    true
+                }
+            }
+        });
+        for problem in problems.iter().filter(|problem| !told.borrow().contains(problem)) {
+            tracing::warn!("{problem}; trying again");
+        }
+        let _ = publish(&told, problems);
+        if closed.is_empty() {
+            break;
+        }
+        tokio::time::sleep(retry.failed()).await;
+    }
+    // The listeners live as long as whoever reads what is told.
+    told.closed().await;
+    for listener in open {
+        listener.close().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sluice_common::Reason;
+
+    #[test]
+    fn every_reason_is_a_row_in_the_docs() {
+        let docs = include_str!("../../../docs/operate.md");
+        for reason in Reason::ALL {
+            assert!(docs.contains(&format!("`{}`", reason.word())), "{}", reason.word());
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! What the agent counts of its own work, under the names that kube-proxy has for the same.
+//!
+//! What the maps count is not here: the exporter reads it when it is asked.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+use sluice_core::model::Change;
+use sluice_core::model::object::{ObjectName, SliceKind};
+
+type Seconds = Gauge<f64, AtomicU64>;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Code {
+    code: u16,
+}
+
+/// The agent's own counters.
+pub struct Metrics {
+    registry: Registry,
+    started: SystemTime,
+    sync: Histogram,
+    last_sync: Seconds,
+    last_queued: Seconds,
+    programming: Histogram,
+    service_changes: Counter,
+    service_pending: Gauge,
+    endpoint_changes: Counter,
+    endpoint_pending: Gauge,
+    failures: Counter,
+    healthz: Family<Code, Counter>,
+    livez: Family<Code, Counter>,
+    /// Slice -> when its last change was caused; those that are not in the maps so far.
+    triggers: Mutex<Triggers>,
+}
+
+#[derive(Debug, Default)]
+struct Triggers {
+    seen: BTreeMap<(SliceKind, ObjectName), SystemTime>,
+    waiting: Vec<SystemTime>,
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+/// kube-proxy's buckets: 1 ms to 16 s.
+fn latency() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 2.0, 15))
+}
+
+/// kube-proxy's buckets: half a second, each second of a minute, and so on to five minutes.
+fn programming() -> Histogram {
+    let seconds = (1..60).map(f64::from);
+    let fives = (0..12).map(|step| 60.0 + 5.0 * f64::from(step));
+    let halves = (0..7).map(|step| 120.0 + 30.0 * f64::from(step));
+    Histogram::new([0.25, 0.5].into_iter().chain(seconds).chain(fives).chain(halves))
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut all = Registry::default();
+        let registry = all.sub_registry_with_prefix("kubeproxy");
+        let sync = latency();
+        registry.register(
+            "sync_proxy_rules_duration_seconds",
+            "How long it took to bring a change into the maps",
+            sync.clone(),
+        );
+        let last_sync = Seconds::default();
+        registry.register(
+            "sync_proxy_rules_last_timestamp_seconds",
+            "When the maps last came into step with the sources",
+            last_sync.clone(),
+        );
+        let last_queued = Seconds::default();
+        registry.register(
+            "sync_proxy_rules_last_queued_timestamp_seconds",
+            "When a change was last heard of",
+            last_queued.clone(),
+        );
+        let programming = programming();
+        registry.register(
+            "network_programming_duration_seconds",
+            "From the cause of a change of endpoints (the slice's annotation endpoints.kubernetes.io/last-change-trigger-time) until it is in the maps",
+            programming.clone(),
+        );
+        let mut counter = |name: &str, help: &str| {
+            let counter: Counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let service_changes =
+            counter("sync_proxy_rules_service_changes", "Changes of Services that were heard of");
+        let endpoint_changes =
+            counter("sync_proxy_rules_endpoint_changes", "Changes of endpoints that were heard of");
+        let mut gauge = |name: &str, help: &str| {
+            let gauge: Gauge = Gauge::default();
+            registry.register(name, help, gauge.clone());
+            gauge
+        };
+        let service_pending = gauge(
+            "sync_proxy_rules_service_changes_pending",
+            "Changes of Services that are not in the maps so far",
+        );
+        let endpoint_pending = gauge(
+            "sync_proxy_rules_endpoint_changes_pending",
+            "Changes of endpoints that are not in the maps so far",
+        );
+        let mut family = |name: &str, help: &str| {
+            let family: Family<Code, Counter> = Family::default();
+            registry.register(name, help, family.clone());
+            family
+        };
+        let healthz = family("proxy_healthz", "Answers of /healthz by status");
+        let livez = family("proxy_livez", "Answers of /livez by status");
+        let failures = Counter::default();
+        all.register(
+            "sluice_sync_failures",
+            "Writes to the maps that failed and were tried again",
+            failures.clone(),
+        );
+        Self {
+            registry: all,
+            started: SystemTime::now(),
+            sync,
+            last_sync,
+            last_queued,
+            programming,
+            service_changes,
+            service_pending,
+            endpoint_changes,
+            endpoint_pending,
+            failures,
+            healthz,
+            livez,
+            triggers: Mutex::default(),
+        }
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> f64 {
+    UNIX_EPOCH.elapsed().unwrap_or_default().as_secs_f64()
+}
+
+impl Metrics {
+    pub(super) fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    fn triggers(&self) -> std::sync::MutexGuard<'_, Triggers> {
+        self.triggers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A change was heard of.
+    pub(crate) fn heard(&self, change: &Change) {
+        match change {
+            Change::Service(..) => {
+                let _ = self.service_changes.inc();
+                let _ = self.service_pending.inc();
+            }
+            Change::Slice(kind, name, slice) => {
+                let _ = self.endpoint_changes.inc();
+                let _ = self.endpoint_pending.inc();
+                let mut triggers = self.triggers();
+                match slice.as_ref().map(|slice| slice.triggered) {
+                    // What was caused before the start did not wait for this agent.
+                    Some(Some(cause)) if cause >= self.started => {
+                        if triggers.seen.insert((*kind, name.clone()), cause) != Some(cause) {
+                            triggers.waiting.push(cause);
+                        }
+                    }
+                    Some(_) => {}
+                    None => drop(triggers.seen.remove(&(*kind, name.clone()))),
+                }
+            }
+            Change::Node(..) | Change::ServiceCidr(..) | Change::Notes(..) | Change::Synced => {
+                return;
+            }
+        }
+        let _ = self.last_queued.set(now());
+    }
+
+    /// The maps were written.
+    pub(crate) fn wrote(&self, took: Duration) {
+        self.sync.observe(took.as_secs_f64());
+    }
+
+    /// The maps could not be written.
+    pub(crate) fn failed(&self) {
+        let _ = self.failures.inc();
+    }
+
+    /// The maps hold what the sources say.
+    pub(crate) fn settled(&self) {
+        let waiting = std::mem::take(&mut self.triggers().waiting);
+        if self.service_pending.get() == 0 && self.endpoint_pending.get() == 0 && waiting.is_empty()
+        {
+            return;
+        }
+        let _ = (self.service_pending.set(0), self.endpoint_pending.set(0));
+        let _ = self.last_sync.set(now());
+        for cause in waiting {
+            // A clock that is behind the cause's makes no time negative.
+            self.programming.observe(cause.elapsed().unwrap_or_default().as_secs_f64());
+        }
+    }
+
+    /// A health check was answered.
+    pub(super) fn health_answer(&self, node_counts: bool, code: u16) {
+        let family = if node_counts { &self.healthz } else { &self.livez };
+        let _ = family.get_or_create(&Code { code }).inc();
+    }
+}

@@ -1,0 +1,151 @@
+//! A folder of manifests, watched: the engine without Kubernetes.
+//!
+//! Every `*.yaml`, `*.yml` and `*.json` directly in the folder counts (hidden files do not),
+//! through symbolic links too, so the folder may be a mounted ConfigMap. Of one object in two
+//! files, the first by path counts. What cannot be understood keeps its last good form: all objects
+//! of a file that cannot be read, those a broken document may have held, an object that cannot be
+//! decoded.
+
+mod folder;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use notify::{RecursiveMode, Watcher};
+use sluice_core::model::report::{Flaw, Note, Subject};
+use sluice_core::model::{Change, Event, SourceId};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
+
+pub use folder::Folder;
+
+use super::Pulse;
+
+/// How long the folder must be quiet before it is read: editors and `kubectl` write in several
+/// steps.
+const QUIET: Duration = Duration::from_millis(100);
+/// After this long it is read though it is not quiet.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How often it is looked at without an event: some file systems send none.
+const POLL: Duration = Duration::from_secs(10);
+
+/// Reads a folder once.
+///
+/// # Errors
+///
+/// When the folder itself cannot be read.
+pub fn read(path: &Path) -> std::io::Result<Vec<Event>> {
+    let mut folder = Folder::new(path.to_owned());
+    let mut changes = folder.scan()?;
+    changes.push(Change::Synced);
+    Ok(changes.into_iter().map(event).collect())
+}
+
+fn event(change: Change) -> Event {
+    Event { source: SourceId::Manifests, change }
+}
+
+/// Reads a folder and goes on to watch it, until nobody listens any more.
+pub async fn watch(path: PathBuf, sink: mpsc::Sender<Event>, pulse: Pulse) {
+    let (waker, mut woken) = mpsc::channel(1);
+    let mut folder = Folder::new(path.clone());
+    let mut synced = false;
+    let mut watched = None;
+    loop {
+        // A folder that was replaced by another is watched anew.
+        let identity = folder::identity(&path);
+        if identity.is_none()
+            || watched.as_ref().is_none_or(|(known, _)| Some(known) != identity.as_ref())
+        {
+            watched = identity.zip(watcher(&path, waker.clone()));
+        }
+        let (returned, result) = match tokio::task::spawn_blocking(move || {
+            let result = folder.scan();
+            (folder, result)
+        })
+        .await
+        {
+            Ok(done) => done,
+            Err(error) => {
+                // Only a defect of the scan ends here; a new folder finds everything again.
+                tracing::error!(%error, "reading the manifests failed");
+                (Folder::new(path.clone()), Ok(Vec::new()))
+            }
+        };
+        folder = returned;
+        let mut changes = match result {
+            Ok(mut changes) => {
+                if pulse.heard() {
+                    changes.push(Change::Notes(Subject::Source(SourceId::Manifests), Vec::new()));
+                }
+                if !synced {
+                    synced = true;
+                    changes.push(Change::Synced);
+                    pulse.synced();
+                }
+                changes
+            }
+            Err(error) => {
+                let why = format!(
+                    "cannot read the folder {}: {error}; what it held still counts",
+                    path.display()
+                );
+                pulse.failed(why.clone());
+                let note = Note::new(Flaw::Unreadable, "", why);
+                vec![Change::Notes(Subject::Source(SourceId::Manifests), vec![note])]
+            }
+        };
+        for change in changes.drain(..) {
+            if sink.send(event(change)).await.is_err() {
+                return;
+            }
+        }
+        tokio::select! {
+            () = quiet(&mut woken) => {}
+            () = sink.closed() => return,
+        }
+    }
+}
+
+/// Waits for an event (or until it is time to look anyway), then for quiet.
+async fn quiet(woken: &mut mpsc::Receiver<()>) {
+    let _ = timeout_at(Instant::now() + POLL, woken.recv()).await;
+    let latest = Instant::now() + PATIENCE;
+    while Instant::now() < latest && timeout_at(Instant::now() + QUIET, woken.recv()).await.is_ok()
+    {
+    }
+}
+
+/// Sends a word whenever something happens in the folder; [`None`] where that cannot be had.
+fn watcher(path: &Path, waker: mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
+    let handler = move |result: notify::Result<notify::Event>| {
+        // Reading is an event too, and would wake us for our own.
+        if !matches!(result.map(|event| event.kind), Ok(notify::EventKind::Access(access)) if !is_write_end(access))
+        {
+            // A full channel means that the word is there already.
+            let _ = waker.try_send(());
+        }
+    };
+    let watcher = notify::recommended_watcher(handler).and_then(|mut watcher| {
+        watcher.watch(path, RecursiveMode::NonRecursive)?;
+        Ok(watcher)
+    });
+    match watcher {
+        Ok(watcher) => Some(watcher),
+        Err(error) => {
+            tracing::warn!(%error, folder = %path.display(), "cannot watch the folder: it is looked at every {POLL:?}");
+            None
+        }
+    }
+}
+
+fn is_write_end(access: notify::event::AccessKind) -> bool {
+    use notify::event::{AccessKind, AccessMode};
+    access == AccessKind::Close(AccessMode::Write)
+}
+
+/// The time before which a file's age says nothing: it may have been written twice since.
+fn fresh(modified: Option<SystemTime>) -> bool {
+    modified
+        .is_none_or(|modified| modified.elapsed().map_or(true, |age| age < Duration::from_secs(5)))
+}

@@ -1,0 +1,455 @@
+//! The way from events to the maps: model, plan and reconciler, with what is known about each.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use sluice_common::abi::{backend, frontend};
+use sluice_common::{V4, V6};
+use sluice_core::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
+use sluice_core::model::object::ObjectName;
+use sluice_core::model::report::{Flaw, Level};
+use sluice_core::model::{Event, HealthCheck, Model, SourceId};
+use sluice_core::plan::{Plan, node_ports_of_bits};
+use tokio::time::Instant;
+
+use crate::daemon::announce::{self, Announcements};
+use crate::daemon::health::Failures;
+use crate::daemon::monitor::metrics::Metrics;
+use crate::node::backoff::Backoff;
+use crate::node::conntrack::UdpFrontends;
+use crate::node::dataplane::{Kernel, Maps};
+use crate::node::devices::own::Vips as RoutedVips;
+use crate::node::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
+
+/// Waiting times between tries of writes that failed.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+/// After so many failures in a row the maps are read again and the difference is written.
+const RESYNC_AFTER: u32 = 4;
+
+/// Events in, maps changed.
+#[derive(Debug)]
+pub(super) struct Sync {
+    model: Model,
+    plan: Plan,
+    reconciler: Reconciler<Kernel>,
+    node_addresses: Option<BTreeMap<IpAddr, bool>>,
+    vips: Vips,
+    /// Whether the maps hold an image.
+    filled: bool,
+    udp_changed: bool,
+    /// The image's node ports when they were last taken.
+    node_ports: Option<BTreeMap<u32, u64>>,
+    failures: u32,
+    failing: Option<String>,
+    retry: Backoff,
+    retry_at: Option<Instant>,
+    last: Option<SyncStatus>,
+    /// The reports that have been logged.
+    logged: BTreeSet<String>,
+    metrics: Arc<Metrics>,
+}
+
+impl Sync {
+    /// Takes the maps and what they hold.
+    pub(super) fn adopt(
+        kernel: Kernel,
+        model: Model,
+        filled: bool,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, ReadError> {
+        let image = kernel.read()?;
+        let vips = Vips::of(&image);
+        let sizes = kernel.maps().sizes();
+        Ok(Self {
+            model,
+            plan: Plan::adopt(sizes, image),
+            reconciler: Reconciler::new(kernel),
+            node_addresses: None,
+            vips,
+            filled,
+            udp_changed: false,
+            node_ports: None,
+            failures: 0,
+            failing: None,
+            retry: RETRY,
+            retry_at: None,
+            last: None,
+            logged: BTreeSet::new(),
+            metrics,
+        })
+    }
+
+    /// Takes in an event; [`Self::run`] acts on it.
+    pub(super) fn hear(&mut self, event: Event) {
+        self.metrics.heard(&event.change);
+        self.model.apply(event, SystemTime::now());
+    }
+
+    /// Takes in the node's own addresses and which of them serve node ports, and the VIPs that are
+    /// left alone.
+    pub(super) fn set_node(&mut self, addresses: &BTreeMap<IpAddr, bool>, left: &BTreeSet<IpAddr>) {
+        self.model.set_left(left.clone());
+        if self.node_addresses.as_ref() == Some(addresses) {
+            return;
+        }
+        self.model.set_interfaces(addresses.clone());
+        let writes = self.plan.set_node_addresses(addresses.clone());
+        self.push(writes);
+        self.udp_changed = true;
+        self.node_addresses = Some(addresses.clone());
+    }
+
+    /// Plans what has changed and carries it out.
+    pub(super) fn run(&mut self) {
+        let begun = Instant::now();
+        // Which backends are local depends on the node's addresses: they come first.
+        let batch =
+            if self.node_addresses.is_some() { self.model.take(SystemTime::now()) } else { None };
+        if let Some(batch) = &batch {
+            self.udp_changed = true;
+            let update = self.plan.update(batch);
+            for (service, notes) in update.notes {
+                self.model.set_plan_notes(&service, notes, SystemTime::now());
+            }
+            self.push(update.writes);
+        }
+        let writes = self.reconciler.due();
+        let waiting = self.retry_at.is_some_and(|at| at > Instant::now());
+        if writes > 0 && !waiting {
+            self.write(writes, begun);
+        }
+        if batch.is_some_and(|batch| batch.complete) && self.failing.is_none() {
+            tracing::info!(
+                writes,
+                took_ms = begun.elapsed().as_millis(),
+                "the maps are in step with the sources"
+            );
+        }
+        self.filled |= self.model.awaited().is_empty()
+            && self.node_addresses.is_some()
+            && self.reconciler.due() == 0;
+        if self.is_settled() {
+            self.metrics.settled();
+        }
+    }
+
+    fn write(&mut self, writes: usize, begun: Instant) {
+        match self.reconciler.run() {
+            Ok(()) => {
+                if self.failing.take().is_some() {
+                    tracing::info!("the maps can be written again");
+                }
+                self.failures = 0;
+                self.retry.reset();
+                self.retry_at = None;
+                let took = begun.elapsed();
+                self.metrics.wrote(took);
+                let took_us = took.as_micros() as u64;
+                tracing::debug!(writes, took_us, "the maps are in step");
+                self.last =
+                    Some(SyncStatus { at: unix_seconds(SystemTime::now()), took_us, writes });
+            }
+            Err(error) => {
+                let text = format!("the maps keep their last good state: {error}");
+                if self.failing.as_ref() != Some(&text) {
+                    tracing::warn!("{text}; trying again");
+                }
+                self.metrics.failed();
+                self.failing = Some(text);
+                self.failures += 1;
+                self.retry_at = Some(Instant::now() + self.retry.failed());
+                if self.failures.is_multiple_of(RESYNC_AFTER)
+                    && let Err(error) = self.reconciler.resync(self.plan.image())
+                {
+                    tracing::warn!("{error}");
+                }
+            }
+        }
+    }
+
+    fn push(&mut self, writes: Vec<Write>) {
+        for write in &writes {
+            self.vips.follow(write);
+        }
+        self.reconciler.push(writes);
+    }
+
+    /// The maps.
+    pub(super) fn maps(&self) -> &Maps {
+        self.reconciler.dataplane.maps()
+    }
+
+    /// When failed writes are to be tried again.
+    pub(super) fn retry_at(&self) -> Option<Instant> {
+        self.retry_at
+    }
+
+    /// The VIPs, if they have changed since the last call.
+    pub(super) fn take_vips(&mut self) -> Option<Arc<RoutedVips>> {
+        std::mem::take(&mut self.vips.changed).then(|| Arc::new(self.vips.routed()))
+    }
+
+    /// Whether the maps hold an image, so that programs may use them.
+    pub(super) fn is_filled(&self) -> bool {
+        self.filled
+    }
+
+    /// Whether the maps hold what the sources say.
+    pub(super) fn is_settled(&self) -> bool {
+        self.model.awaited().is_empty() && self.filled && self.reconciler.due() == 0
+    }
+
+    /// The sources whose first full list is missing.
+    pub(super) fn awaited(&self) -> BTreeSet<SourceId> {
+        self.model.awaited().clone()
+    }
+
+    /// The health checks that Services ask for.
+    pub(super) fn health_checks(&self) -> &BTreeMap<ObjectName, HealthCheck> {
+        self.model.health_checks()
+    }
+
+    /// Where the kernel's connection tracking may let UDP flows lead, if Services or the node have
+    /// changed since the last call.
+    pub(super) fn take_udp_frontends(&mut self) -> Option<UdpFrontends> {
+        std::mem::take(&mut self.udp_changed).then(|| self.udp_frontends())
+    }
+
+    fn udp_frontends(&self) -> UdpFrontends {
+        let mut found = UdpFrontends {
+            node_addresses: self
+                .node_addresses
+                .iter()
+                .flatten()
+                .map(|(address, _)| *address)
+                .collect(),
+            ..UdpFrontends::default()
+        };
+        for port in self.model.udp_ports().values() {
+            for (vip, number) in &port.frontends {
+                let serving = if vip.is_unspecified() {
+                    found.node_ports.entry(*number).or_default()
+                } else {
+                    found.vips.entry((*vip, *number)).or_default()
+                };
+                serving.extend(&port.endpoints);
+            }
+        }
+        found
+    }
+
+    /// The numbers of all node ports, if they have changed since the last call.
+    pub(super) fn take_node_ports(&mut self) -> Option<BTreeSet<u16>> {
+        let words = &self.plan.image().node_ports;
+        if self.node_ports.as_ref() == Some(words) {
+            return None;
+        }
+        self.node_ports = Some(words.clone());
+        Some(node_ports_of_bits(words).collect())
+    }
+
+    /// How much the maps are to hold.
+    pub(super) fn counts(&self) -> Counts {
+        let image = self.plan.image();
+        Counts {
+            frontends: frontends::<V4>(image) + frontends::<V6>(image),
+            service_ports: image.names.len(),
+            backends: serving::<V4>(image) + serving::<V6>(image),
+        }
+    }
+
+    /// The reports, for the status.
+    pub(super) fn reports(&self) -> Vec<ReportStatus> {
+        let status = |report: &sluice_core::model::report::Report| ReportStatus {
+            level: match report.note.flaw.level() {
+                Level::Problem => "problem",
+                Level::Notice => "notice",
+            }
+            .to_owned(),
+            flaw: report.note.flaw.word().to_owned(),
+            subject: report.subject.to_string(),
+            field: report.note.field.clone(),
+            message: report.note.message.clone(),
+            since: unix_seconds(report.since),
+        };
+        self.model.reports().iter().map(status).collect()
+    }
+
+    /// How many objects were refused something because a map has no room for it.
+    pub(super) fn refused_for_room(&self) -> usize {
+        let refused = self.model.reports().iter().filter(|report| report.note.flaw == Flaw::NoRoom);
+        refused.map(|report| &report.subject).collect::<BTreeSet<_>>().len()
+    }
+
+    /// What is to be told beside objects, health checks that are not answered included.
+    pub(super) fn announcements(&self, node: &str, failures: &Failures) -> Announcements {
+        announce::gather(node, self.model.reports().iter(), failures)
+    }
+
+    /// Logs reports that have come or gone since the last call, each once.
+    pub(super) fn log_reports(&mut self) {
+        for report in self.model.take_fresh_reports() {
+            let text = report.to_string();
+            let level = report.note.flaw.level();
+            if self.logged.insert(text.clone()) {
+                match level {
+                    // What has no effect on traffic is for `sluice status` alone, unless somebody
+                    // asks.
+                    Level::Notice => tracing::debug!("{text}"),
+                    Level::Problem => tracing::warn!("{text}"),
+                }
+            }
+        }
+        let present: BTreeSet<String> =
+            self.model.reports().iter().map(ToString::to_string).collect();
+        self.logged.retain(|text| {
+            let stays = present.contains(text);
+            if !stays {
+                tracing::info!("no longer: {text}");
+            }
+            stays
+        });
+    }
+
+    /// The last change of the maps.
+    pub(super) fn last(&self) -> Option<SyncStatus> {
+        self.last
+    }
+
+    /// Why writes fail, if they do.
+    pub(super) fn failing(&self) -> Option<String> {
+        self.failing.clone()
+    }
+}
+
+fn frontends<F: Stack>(image: &Image) -> usize {
+    F::of(image).services.values().filter(|service| service.kind != frontend::ADDRESS).count()
+}
+
+fn serving<F: Stack>(image: &Image) -> usize {
+    F::of(image).backends.values().filter(|found| found.flags & backend::SERVING != 0).count()
+}
+
+/// Every VIP with its frontends, followed write by write: work proportional to what changes.
+#[derive(Debug, Default)]
+struct Vips {
+    uses: BTreeMap<IpAddr, Uses>,
+    changed: bool,
+}
+
+/// The frontends of a VIP.
+#[derive(Debug, Default)]
+struct Uses {
+    count: usize,
+    /// Whether it is, or was, a ClusterIP.
+    is_cluster_ip: bool,
+}
+
+impl Vips {
+    fn of(image: &Image) -> Self {
+        let mut vips = Self { changed: true, ..Self::default() };
+        image
+            .v4
+            .services
+            .iter()
+            .for_each(|(key, service)| vips.add(V4::ip(key.address), service.kind));
+        image
+            .v6
+            .services
+            .iter()
+            .for_each(|(key, service)| vips.add(V6::ip(key.address), service.kind));
+        vips
+    }
+
+    fn follow(&mut self, write: &Write) {
+        if let Write::V4(write) = write {
+            self.follow_family::<V4>(write);
+        } else if let Write::V6(write) = write {
+            self.follow_family::<V6>(write);
+        }
+    }
+
+    fn follow_family<F: Stack>(&mut self, write: &FamilyWrite<F>) {
+        if let FamilyWrite::ServiceInsert { key, service } = write {
+            self.add(F::ip(key.address), service.kind);
+        } else if let FamilyWrite::ServiceRemove { key } = write {
+            self.remove(F::ip(key.address));
+        }
+    }
+
+    /// The VIPs by what routes are made for.
+    fn routed(&self) -> RoutedVips {
+        let mut routed = RoutedVips::default();
+        for (vip, uses) in &self.uses {
+            let of_kind =
+                if uses.is_cluster_ip { &mut routed.cluster } else { &mut routed.external };
+            let _ = of_kind.insert(*vip);
+        }
+        routed
+    }
+
+    fn add(&mut self, vip: IpAddr, kind: u32) {
+        // A node port's: nothing leads there.
+        if vip.is_unspecified() {
+            return;
+        }
+        let uses = self.uses.entry(vip).or_default();
+        uses.count += 1;
+        let is_cluster_ip =
+            uses.is_cluster_ip || [frontend::CLUSTER_IP, frontend::ADDRESS].contains(&kind);
+        self.changed |= uses.count == 1 || uses.is_cluster_ip != is_cluster_ip;
+        uses.is_cluster_ip = is_cluster_ip;
+    }
+
+    fn remove(&mut self, vip: IpAddr) {
+        if let Some(uses) = self.uses.get_mut(&vip) {
+            uses.count -= 1;
+            if uses.count == 0 {
+                let _ = self.uses.remove(&vip);
+                self.changed = true;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sluice_common::abi::{Service, ServiceKey};
+
+    use super::*;
+
+    fn key(port: u16) -> ServiceKey<sluice_common::abi::Ipv4Address> {
+        let address = std::net::Ipv4Addr::new(10, 96, 0, 1).into();
+        ServiceKey { address, port, protocol: 6, reserved: 0 }
+    }
+
+    #[test]
+    fn a_vip_with_a_cluster_ips_frontend_is_a_cluster_ip() {
+        let mut vips = Vips::default();
+        let insert = |vips: &mut Vips, port, kind| {
+            let service = Service { service_port: 1, kind };
+            vips.follow(&Write::V4(FamilyWrite::ServiceInsert { key: key(port), service }));
+            let RoutedVips { cluster, external } = vips.routed();
+            (cluster.len(), external.len(), std::mem::take(&mut vips.changed))
+        };
+        assert_eq!(insert(&mut vips, 80, frontend::EXTERNAL_IP), (0, 1, true));
+        assert_eq!(insert(&mut vips, 443, frontend::LOAD_BALANCER), (0, 1, false));
+        assert_eq!(insert(&mut vips, 53, frontend::CLUSTER_IP), (1, 0, true));
+    }
+
+    #[test]
+    fn a_vip_goes_with_its_last_frontend() {
+        let service = Service { service_port: 1, kind: 1 };
+        let mut vips = Vips::default();
+        for port in [80, 443] {
+            vips.follow(&Write::V4(FamilyWrite::ServiceInsert { key: key(port), service }));
+        }
+        assert_eq!((vips.uses.len(), std::mem::take(&mut vips.changed)), (1, true));
+        vips.follow(&Write::V4(FamilyWrite::ServiceRemove { key: key(80) }));
+        assert!(!vips.changed);
+        vips.follow(&Write::V4(FamilyWrite::ServiceRemove { key: key(443) }));
+        assert!(vips.changed && vips.uses.is_empty());
+    }
+}

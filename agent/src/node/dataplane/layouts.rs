@@ -1,0 +1,218 @@
+//! A change of layout in rounds (see [`previous`]): which programs are next, and what is done
+//! between two rounds.
+//!
+//! ```text
+//! upgrade:    (those of the previous version) -> write the previous -> write this one -> settled
+//! downgrade:  settled -> write this one -> write the previous, and stay so for the previous
+//!             version to take over
+//! ```
+//!
+//! In each round all programs are replaced. Entries are moved when nobody writes where they come
+//! from any more.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+
+use sluice_common::abi::previous::{self, Moved, Round};
+use sluice_common::abi::{Affinity, AffinityKey, Flow, Ipv4Address, Ipv6Address, LAYOUT, Tuple};
+
+use super::bpf::Table;
+use super::error::Error;
+use super::maps;
+use super::object::Spec;
+use super::pins::Pins;
+use super::programs::{Loader, Programs};
+
+/// In which layout an agent is to write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Layout {
+    /// That of this version.
+    #[default]
+    Current,
+    /// That of the version before, for it to take over.
+    Previous,
+}
+
+/// Where a change of layout stands.
+#[derive(Debug)]
+pub(super) struct Rounds {
+    loader: Loader,
+    pins: Pins,
+    target: Layout,
+    round: Round,
+    /// Whether all is where it should be.
+    is_done: bool,
+}
+
+impl Rounds {
+    /// Begins where the pins say: see [`Self::programs`] for the first round's programs.
+    ///
+    /// # Errors
+    ///
+    /// When the previous layout is asked for and there is none, or the BPF file system refuses.
+    pub(super) fn begin(
+        loader: Loader,
+        pins: &Pins,
+        target: Layout,
+        old: &BTreeMap<String, Spec>,
+    ) -> Result<Self, Error> {
+        let round = match target {
+            Layout::Previous if previous::LAYOUT.is_none() => {
+                return Err(Error::Load {
+                    what: "the maps of the previous layout".to_owned(),
+                    cause: format!("this version has layout {LAYOUT} and can write no other"),
+                    hint: "; leave out --layout. An older version takes over without the flows, whose connections are found again as far as their clients send",
+                });
+            }
+            _ if pins.share_previous(loader.specs(), old)? => Round::WritesPrevious,
+            Layout::Current => Round::Settled,
+            Layout::Previous => {
+                pins.prepare_previous()?;
+                Round::WritesCurrent
+            }
+        };
+        Ok(Self { loader, pins: pins.clone(), target, round, is_done: round == Round::Settled })
+    }
+
+    /// The round that programs are of.
+    pub(super) fn round(&self) -> Round {
+        self.round
+    }
+
+    /// The loader.
+    pub(super) fn loader(&self) -> &Loader {
+        &self.loader
+    }
+
+    /// The loader, before its first use.
+    pub(super) fn loader_mut(&mut self) -> &mut Loader {
+        &mut self.loader
+    }
+
+    /// The programs of the round.
+    pub(super) fn programs(&self) -> Result<Programs, Error> {
+        let before = match (self.target, self.round) {
+            (_, Round::Settled) => None,
+            (Layout::Previous, Round::WritesCurrent) => self.pins.previous_maps_new(),
+            _ => self.pins.previous_maps(),
+        };
+        let programs = self.loader.programs(self.round, before.as_deref())?;
+        if self.round != Round::Settled {
+            tracing::info!(
+                round = ?self.round,
+                from = previous::LAYOUT,
+                to = LAYOUT,
+                "programs that read two layouts are loaded"
+            );
+        }
+        Ok(programs)
+    }
+
+    /// To be called when all programs are of the round: goes on to the next one, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// When maps or programs are refused; the round goes on, and calling again is safe.
+    pub(super) fn next(&mut self) -> Result<Option<Programs>, Error> {
+        if self.is_done {
+            return Ok(None);
+        }
+        let next = match (self.target, self.round) {
+            (_, Round::Settled) => None,
+            (Layout::Current, Round::WritesPrevious) => Some(Round::WritesCurrent),
+            (Layout::Current, Round::WritesCurrent) => {
+                let moved = self.move_entries(true)?;
+                tracing::info!(
+                    moved,
+                    from = previous::LAYOUT,
+                    to = LAYOUT,
+                    "entries were moved to this layout"
+                );
+                Some(Round::Settled)
+            }
+            (Layout::Previous, Round::WritesCurrent) => {
+                self.pins.offer_previous(self.loader.specs())?;
+                Some(Round::WritesPrevious)
+            }
+            (Layout::Previous, Round::WritesPrevious) => {
+                let moved = self.move_entries(false)?;
+                tracing::info!(
+                    moved,
+                    to = previous::LAYOUT,
+                    "entries were moved; the previous version can take over"
+                );
+                None
+            }
+        };
+        let Some(next) = next else {
+            self.is_done = true;
+            return Ok(None);
+        };
+        let round = std::mem::replace(&mut self.round, next);
+        let programs = self.programs().inspect_err(|_| self.round = round)?;
+        if next == Round::Settled {
+            // Settled programs know nothing of it: nobody may find it in use.
+            self.pins.retire_previous()?;
+            self.is_done = true;
+        }
+        Ok(Some(programs))
+    }
+
+    /// Puts the new maps in the place of the old ones, and removes layouts that nobody needs.
+    pub(super) fn commit(&self) -> Result<(), Error> {
+        self.pins.commit(self.target == Layout::Previous)
+    }
+
+    fn move_entries(&self, up: bool) -> Result<usize, Error> {
+        let Some(before) = self.pins.previous_maps() else { return Ok(0) };
+        let now = self.loader.folder();
+        let mut moved = 0;
+        for map in ["flows_v4", "embryonic_v4"] {
+            moved += move_map::<Tuple<Ipv4Address>, Flow<Ipv4Address>>(&before, now, map, up)?;
+        }
+        for map in ["flows_v6", "embryonic_v6"] {
+            moved += move_map::<Tuple<Ipv6Address>, Flow<Ipv6Address>>(&before, now, map, up)?;
+        }
+        moved += move_map::<AffinityKey<Ipv4Address>, Affinity>(&before, now, "affinity_v4", up)?;
+        moved += move_map::<AffinityKey<Ipv6Address>, Affinity>(&before, now, "affinity_v6", up)?;
+        Ok(moved)
+    }
+}
+
+fn move_map<K, V>(before: &Path, now: &Path, map: &str, up: bool) -> Result<usize, Error>
+where
+    K: aya::Pod,
+    V: aya::Pod + Moved + PartialEq,
+    V::Before: aya::Pod + PartialEq,
+{
+    let before: Table<K, V::Before> = maps::table(before, map)?;
+    let now: Table<K, V> = maps::table(now, map)?;
+    let moved =
+        if up { move_all(&before, &now, V::after) } else { move_all(&now, &before, V::before) };
+    moved.map_err(|cause| Error::map("move the entries of", map, cause))
+}
+
+/// Moves entries while programs read both tables, write `to`, and remove from both.
+fn move_all<K: aya::Pod, A: aya::Pod, B: aya::Pod + PartialEq>(
+    from: &Table<K, A>,
+    to: &Table<K, B>,
+    convert: impl Fn(&A) -> B,
+) -> io::Result<usize> {
+    let mut moved = 0;
+    if from.id() == to.id() {
+        return Ok(moved);
+    }
+    for (key, _) in from.entries()? {
+        let Some(value) = from.get(&key)? else { continue };
+        let value = convert(&value);
+        // What a program has written there meanwhile is newer.
+        let is_new = to.insert_new(&key, &value)?;
+        if !from.take(&key)? && is_new && to.get(&key)?.is_some_and(|now| now == value) {
+            // A program has removed the entry, from both, and written no other since.
+            to.remove(&key)?;
+        }
+        moved += 1;
+    }
+    Ok(moved)
+}

@@ -1,0 +1,314 @@
+//! What the readers ask of the maps: counters, flows, devices, and how full they are.
+
+use std::collections::BTreeMap;
+
+use sluice_common::abi::previous::{self, Moved};
+use sluice_common::abi::{
+    self, BackendCounters, Flow, Ipv4Address, Ipv6Address, Networks, ReasonCounters, ReasonKey,
+    RejectBucket, SLOTS_PER_BLOCK, Settings, SocketCounters, Tuple,
+};
+use sluice_core::cluster::Programmed;
+use sluice_core::image::Image;
+use sluice_core::plan::Sizes;
+
+use super::bpf::Table;
+use super::error::Error;
+use super::maps::Maps;
+
+/// A flow's entry and where it was found.
+#[derive(Clone, Copy, Debug)]
+pub struct FlowEntry<A: Copy> {
+    /// The packet's tuple.
+    pub tuple: Tuple<A>,
+    /// What is done to it.
+    pub flow: Flow<A>,
+    /// Whether nothing has proven the flow so far.
+    pub embryonic: bool,
+}
+
+/// How full a map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Fill {
+    /// The map.
+    pub map: &'static str,
+    /// Entries, or used elements of an array.
+    pub entries: u64,
+    /// Capacity.
+    pub max: u64,
+}
+
+fn read<T>(map: &str, result: std::io::Result<T>) -> Result<T, Error> {
+    result.map_err(|cause| Error::map("read", map, cause))
+}
+
+impl Maps {
+    /// Key of `backend_counts` -> the sum over all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn backend_counters(&self) -> Result<BTreeMap<u32, BackendCounters>, Error> {
+        let entries = read("backend_counts", self.backend_counts.entries_all())?;
+        let sum = |values: Vec<BackendCounters>| {
+            let mut sum = BackendCounters::default();
+            for one in &values {
+                sum.add(one);
+            }
+            sum
+        };
+        Ok(entries.into_iter().map(|(key, values)| (key, sum(values))).collect())
+    }
+
+    /// Key of `socket_counts` -> the sum over all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn socket_counters(&self) -> Result<BTreeMap<u32, SocketCounters>, Error> {
+        let entries = read("socket_counts", self.socket_counts.entries_all())?;
+        let sum = |values: Vec<SocketCounters>| {
+            let mut sum = SocketCounters::default();
+            for one in &values {
+                sum.add(one);
+            }
+            sum
+        };
+        Ok(entries.into_iter().map(|(key, values)| (key, sum(values))).collect())
+    }
+
+    /// Service-port id -> whose it is.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn service_port_names(&self) -> Result<BTreeMap<u32, abi::Name>, Error> {
+        Ok(read("names", self.names.entries())?.into_iter().collect())
+    }
+
+    /// Reason and service port -> the sum over all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn reason_counters(&self) -> Result<BTreeMap<ReasonKey, ReasonCounters>, Error> {
+        let entries = read("reason_counts", self.reason_counts.entries_all())?;
+        let sum = |values: Vec<ReasonCounters>| {
+            values.into_iter().fold(ReasonCounters::default(), |sum, one| ReasonCounters {
+                packets: sum.packets.wrapping_add(one.packets),
+                bytes: sum.bytes.wrapping_add(one.bytes),
+            })
+        };
+        Ok(entries.into_iter().map(|(key, values)| (key, sum(values))).collect())
+    }
+
+    /// ifindex -> device.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn device_entries(&self) -> Result<BTreeMap<u32, abi::Device>, Error> {
+        Ok(read("devices", self.devices.entries())?.into_iter().collect())
+    }
+
+    /// What the agent tells every program.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn read_settings(&self) -> Result<Settings, Error> {
+        Ok(read("settings", self.settings.get(&0))?.unwrap_or_default())
+    }
+
+    /// What clients and devices may still be sent of ICMP errors, by their keys' addresses.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn rejects(&self) -> Result<BTreeMap<[u8; 16], RejectBucket>, Error> {
+        let entries = read("rejects", self.rejects.entries())?;
+        Ok(entries.into_iter().map(|(key, bucket)| (key.address, bucket)).collect())
+    }
+
+    /// Tells every program.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn write_settings(&self, settings: &Settings) -> Result<(), Error> {
+        self.settings.insert(&0, settings).map_err(|cause| Error::map("write", "settings", cause))
+    }
+
+    /// The cluster's networks, as every program was told.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn read_networks(&self) -> Result<(Networks<Ipv4Address>, Networks<Ipv6Address>), Error> {
+        let v4 = read("networks_v4", self.v4.networks.get(&0))?;
+        let v6 = read("networks_v6", self.v6.networks.get(&0))?;
+        Ok((v4.unwrap_or_default(), v6.unwrap_or_default()))
+    }
+
+    /// Tells every program the cluster's networks.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written.
+    pub fn write_networks(
+        &self,
+        v4: &Networks<Ipv4Address>,
+        v6: &Networks<Ipv6Address>,
+    ) -> Result<(), Error> {
+        self.v4
+            .networks
+            .insert(&0, v4)
+            .map_err(|cause| Error::map("write", "networks_v4", cause))?;
+        self.v6.networks.insert(&0, v6).map_err(|cause| Error::map("write", "networks_v6", cause))
+    }
+
+    /// The settings and networks that were written last; [`None`]: none were, the maps are new.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub(crate) fn read_programmed(&self) -> Result<Option<Programmed>, Error> {
+        let settings = self.read_settings()?;
+        let (v4, v6) = self.read_networks()?;
+        // Not even the unused prefixes are all zeros.
+        let written = v4 != Networks::default() && v6 != Networks::default();
+        Ok(written.then_some(Programmed { settings, v4, v6 }))
+    }
+
+    /// Writes settings and networks: networks first, since the settings say that there are any.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written.
+    pub(crate) fn write_programmed(&self, programmed: &Programmed) -> Result<(), Error> {
+        self.write_networks(&programmed.v4, &programmed.v6)?;
+        self.write_settings(&programmed.settings)
+    }
+
+    /// How much the plan may put into the maps.
+    #[must_use]
+    pub fn sizes(&self) -> Sizes {
+        // As in `Sizes::default`: room for what comes before what goes.
+        let left = |v4: u32, v6: u32| v4.min(v6) - v4.min(v6) / 16;
+        Sizes {
+            ports: self.ports.len(),
+            backends: self.v4.backends.len().min(self.v6.backends.len()),
+            services: left(self.v4.services.max_entries(), self.v6.services.max_entries()),
+            slot_blocks: self.slots.len(),
+            source_ranges: left(
+                self.v4.source_ranges.max_entries(),
+                self.v6.source_ranges.max_entries(),
+            ),
+            node_addresses: left(
+                self.v4.node_addresses.max_entries(),
+                self.v6.node_addresses.max_entries(),
+            ),
+            ..Sizes::default()
+        }
+    }
+
+    /// How full each map is, given what the image holds of them.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn fill(&self, image: &Image) -> Result<Vec<Fill>, Error> {
+        let blocks: u64 = image
+            .slots
+            .values()
+            .map(|slots| slots.len().div_ceil(SLOTS_PER_BLOCK as usize) as u64)
+            .sum();
+        let of_image = |map, entries: usize, max: u32| Fill {
+            map,
+            entries: entries as u64,
+            max: u64::from(max),
+        };
+        Ok(vec![
+            of_image("services_v4", image.v4.services.len(), self.v4.services.max_entries()),
+            of_image("services_v6", image.v6.services.len(), self.v6.services.max_entries()),
+            of_image("ports", image.ports.len(), self.ports.len() - 1),
+            Fill { map: "slots", entries: blocks, max: u64::from(self.slots.len()) },
+            of_image("backends_v4", image.v4.backends.len(), self.v4.backends.len() - 1),
+            of_image("backends_v6", image.v6.backends.len(), self.v6.backends.len() - 1),
+            of_image(
+                "source_ranges_v4",
+                image.v4.source_ranges.len(),
+                self.v4.source_ranges.max_entries(),
+            ),
+            of_image(
+                "source_ranges_v6",
+                image.v6.source_ranges.len(),
+                self.v6.source_ranges.max_entries(),
+            ),
+            of_image(
+                "node_addresses_v4",
+                image.v4.node_addresses.len(),
+                self.v4.node_addresses.max_entries(),
+            ),
+            of_image(
+                "node_addresses_v6",
+                image.v6.node_addresses.len(),
+                self.v6.node_addresses.max_entries(),
+            ),
+            counted("affinity_v4", &self.v4.affinity)?,
+            counted("affinity_v6", &self.v6.affinity)?,
+            counted("flows_v4", &self.v4.flows)?,
+            counted("flows_v6", &self.v6.flows)?,
+            counted("embryonic_v4", &self.v4.embryonic)?,
+            counted("embryonic_v6", &self.v6.embryonic)?,
+            counted("devices", &self.devices)?,
+            counted("backend_counts", &self.backend_counts)?,
+            counted("reason_counts", &self.reason_counts)?,
+            counted("socket_counts", &self.socket_counts)?,
+            counted("rejects", &self.rejects)?,
+            counted("callers", &self.callers)?,
+            counted("route_mtus_v4", &self.v4.route_mtus)?,
+            counted("route_mtus_v6", &self.v6.route_mtus)?,
+        ])
+    }
+}
+
+/// Every entry of a family's `flows` and `embryonic`.
+pub(super) fn flows<A: Copy>(
+    flows: &Table<Tuple<A>, Flow<A>>,
+    embryonic: &Table<Tuple<A>, Flow<A>>,
+) -> Result<Vec<FlowEntry<A>>, Error>
+where
+    Tuple<A>: aya::Pod,
+    Flow<A>: aya::Pod,
+{
+    let flows = read("flows", flows.entries())?.into_iter().map(|entry| (entry, false));
+    let embryonic = read("embryonic", embryonic.entries())?.into_iter().map(|entry| (entry, true));
+    Ok(flows
+        .chain(embryonic)
+        .map(|((tuple, flow), embryonic)| FlowEntry { tuple, flow, embryonic })
+        .collect())
+}
+
+/// The same of a table in the previous layout.
+pub(super) fn previous_flows<A: Copy>(
+    table: &Table<Tuple<A>, previous::Flow<A>>,
+    embryonic: bool,
+) -> Result<Vec<FlowEntry<A>>, Error>
+where
+    Tuple<A>: aya::Pod,
+    previous::Flow<A>: aya::Pod,
+    Flow<A>: Moved<Before = previous::Flow<A>>,
+{
+    let entries = read("the previous layout's flows", table.entries())?.into_iter();
+    Ok(entries
+        .map(|(tuple, flow)| FlowEntry { tuple, flow: Flow::after(&flow), embryonic })
+        .collect())
+}
+
+fn counted<K: aya::Pod, V: aya::Pod>(
+    map: &'static str,
+    table: &Table<K, V>,
+) -> Result<Fill, Error> {
+    let entries = read(map, table.count())?;
+    Ok(Fill { map, entries, max: u64::from(table.max_entries()) })
+}

@@ -1,0 +1,253 @@
+//! The live maps, joined for people: whose is a service port, where is a frontend, what was
+//! counted.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use serde::Serialize;
+use sluice_common::abi::{
+    Backend, BackendCounters, COUNTER_V6, Name, Range, Service, ServiceKey, SocketCounters,
+    backend, frontend,
+};
+use sluice_common::{V4, V6};
+use sluice_core::image::{Dataplane, Image, Stack};
+use sluice_core::model::object::Protocol;
+
+use crate::node::dataplane::{Access, Error, Kernel, Maps, Pins};
+
+/// Everything that is pinned, read once.
+#[derive(Debug)]
+pub(crate) struct View {
+    /// The maps.
+    pub(crate) kernel: Kernel,
+    /// What they hold.
+    pub(crate) image: Image,
+    /// Backend counters.
+    pub(crate) counters: BTreeMap<u32, BackendCounters>,
+    /// What was counted of connections that were translated at the socket.
+    pub(crate) sockets: BTreeMap<u32, SocketCounters>,
+}
+
+/// A backend of either family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BackendView {
+    /// Its index in its family's map.
+    pub(crate) id: u32,
+    /// Its endpoint.
+    pub(crate) address: SocketAddr,
+    /// The service port that it belongs to.
+    pub(crate) service_port: u32,
+    /// On this node.
+    pub(crate) local: bool,
+    /// Takes new flows.
+    pub(crate) serving: bool,
+    /// What was counted.
+    pub(crate) counters: BackendCounters,
+    /// What was counted of connections that were translated at the socket.
+    pub(crate) sockets: SocketCounters,
+}
+
+/// A Service's port in words.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub(crate) struct PortName {
+    /// The Service's namespace.
+    pub(crate) namespace: String,
+    /// The Service's name.
+    pub(crate) service: String,
+    /// The port's name; empty for an unnamed port.
+    #[serde(rename = "port_name")]
+    pub(crate) label: String,
+    /// The port's number.
+    pub(crate) port: u16,
+    /// `TCP` or `UDP`.
+    pub(crate) protocol: String,
+}
+
+impl PortName {
+    /// Whether a person's word means this service: `name` or `namespace/name`, perhaps with
+    /// `:port`.
+    #[must_use]
+    pub(crate) fn is(&self, word: &str) -> bool {
+        let (service, port) =
+            word.split_once(':').map_or((word, None), |(service, port)| (service, Some(port)));
+        let (namespace, name) =
+            service.split_once('/').map_or((None, service), |(ns, name)| (Some(ns), name));
+        name == self.service
+            && namespace.is_none_or(|namespace| namespace == self.namespace)
+            && port.is_none_or(|port| port == self.label || port == self.port.to_string())
+    }
+}
+
+impl From<&Name> for PortName {
+    fn from(name: &Name) -> Self {
+        Self {
+            namespace: text(&name.namespace),
+            service: text(&name.service),
+            label: text(&name.port),
+            port: name.number,
+            protocol: protocol(name.protocol),
+        }
+    }
+}
+
+/// The text before the first zero.
+fn text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()).into_owned()
+}
+
+/// A protocol's word, or its number.
+#[must_use]
+pub(crate) fn protocol(number: u8) -> String {
+    Protocol::from_number(number)
+        .map_or_else(|| number.to_string(), |protocol| protocol.word().to_owned())
+}
+
+/// Opens the maps pinned under a path, to look at them.
+///
+/// # Errors
+///
+/// When nothing is pinned there, another layout is, or it may not be opened.
+pub(crate) fn open(pin_path: &Path) -> anyhow::Result<Kernel> {
+    let pins = Pins::new(pin_path);
+    let folder = pins.maps();
+    match folder.try_exists() {
+        Ok(true) => {}
+        Ok(false) if !pins.other_layouts().is_empty() => {
+            bail!(
+                "the maps under {} have another layout than this program knows; use the `sluice` of the running agent's version",
+                pin_path.display()
+            );
+        }
+        Ok(false) => return Err(Error::NothingPinned { path: pin_path.to_owned() }.into()),
+        Err(error) => {
+            return Err(error)
+                .with_context(|| format!("cannot look into {}; run as root", folder.display()));
+        }
+    }
+    Ok(Kernel::new(Maps::open(&folder, Access::Read)?))
+}
+
+impl View {
+    /// Reads what is pinned under a path.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be opened or read.
+    pub(crate) fn read(pin_path: &Path) -> anyhow::Result<Self> {
+        let kernel = open(pin_path)?;
+        let image = kernel.read()?;
+        let counters = kernel.maps().backend_counters()?;
+        let sockets = kernel.maps().socket_counters()?;
+        Ok(Self { kernel, image, counters, sockets })
+    }
+
+    /// Whose a service port is.
+    #[must_use]
+    pub(crate) fn name(&self, service_port: u32) -> Option<PortName> {
+        self.image.names.get(&service_port).map(PortName::from)
+    }
+
+    /// Service-port id -> its VIPs and their kinds. A node port stands for itself, at any address.
+    #[must_use]
+    pub(crate) fn vips(&self) -> BTreeMap<u32, Vec<(String, u32)>> {
+        let mut vips: BTreeMap<u32, Vec<(String, u32)>> = BTreeMap::new();
+        self.add_vips::<V4>(&mut vips);
+        self.add_vips::<V6>(&mut vips);
+        vips
+    }
+
+    fn add_vips<F: Stack>(&self, vips: &mut BTreeMap<u32, Vec<(String, u32)>>) {
+        for (ServiceKey { address, port, .. }, Service { service_port, kind }) in
+            &F::of(&self.image).services
+        {
+            let vip = match *kind {
+                frontend::NODE_PORT => format!("*:{port}"),
+                _ => F::ip(*address).to_string(),
+            };
+            vips.entry(*service_port).or_default().push((vip, *kind));
+        }
+    }
+
+    /// Every backend that has ever served and was not given away.
+    #[must_use]
+    pub(crate) fn backends(&self) -> Vec<BackendView> {
+        let mut backends = self.backends_of::<V4>(0);
+        backends.extend(self.backends_of::<V6>(COUNTER_V6));
+        backends
+    }
+
+    fn backends_of<F: Stack>(&self, bit: u32) -> Vec<BackendView> {
+        let view = |(id, found): (&u32, &Backend<F::Address>)| BackendView {
+            id: *id,
+            address: (F::ip(found.address), found.port).into(),
+            service_port: found.service_port,
+            local: found.flags & backend::LOCAL != 0,
+            serving: found.flags & backend::SERVING != 0,
+            counters: self.counters.get(&(id | bit)).copied().unwrap_or_default(),
+            sockets: self.sockets.get(&(id | bit)).copied().unwrap_or_default(),
+        };
+        F::of(&self.image).backends.iter().map(view).collect()
+    }
+
+    /// The slots of a service port: those of cluster clients, else of the others.
+    #[must_use]
+    pub(crate) fn slots(&self, service_port: u32) -> &[u32] {
+        let port = self.image.ports.get(&service_port).copied().unwrap_or_default();
+        let range = port.ranges.map(Range).into_iter().find(|range| range.size() > 0);
+        range.and_then(|range| self.image.slots.get(&range.start())).map_or(&[], Vec::as_slice)
+    }
+
+    /// The backends of a service port that get new flows of some class of clients.
+    #[must_use]
+    pub(crate) fn selected(&self, service_port: u32) -> BTreeSet<u32> {
+        let port = self.image.ports.get(&service_port).copied().unwrap_or_default();
+        let ranges = port.ranges.map(Range).into_iter().filter(|range| range.size() > 0);
+        ranges.filter_map(|range| self.image.slots.get(&range.start())).flatten().copied().collect()
+    }
+}
+
+/// A frontend kind as Kubernetes calls it.
+#[must_use]
+pub(crate) fn kind(number: u32) -> &'static str {
+    match number {
+        frontend::CLUSTER_IP => "ClusterIP",
+        frontend::LOAD_BALANCER => "LoadBalancer",
+        frontend::EXTERNAL_IP => "ExternalIP",
+        frontend::NODE_PORT => "NodePort",
+        _ => "?",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name() -> PortName {
+        PortName {
+            namespace: "shop".to_owned(),
+            service: "web".to_owned(),
+            label: "http".to_owned(),
+            port: 80,
+            protocol: "TCP".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_service_is_named_with_or_without_namespace_and_port() {
+        for word in ["web", "shop/web", "web:80", "shop/web:http"] {
+            assert!(name().is(word), "{word}");
+        }
+        for word in ["we", "other/web", "web:81", "shop/web:https"] {
+            assert!(!name().is(word), "{word}");
+        }
+    }
+
+    #[test]
+    fn a_name_ends_at_its_first_zero() {
+        assert_eq!(text(b"web\0\0"), "web");
+        assert_eq!(text(b"web"), "web");
+    }
+}

@@ -1,0 +1,162 @@
+//! `sluice backends`: every backend with its share of the slots and what was counted.
+
+use std::path::Path;
+
+use anyhow::bail;
+use serde::Serialize;
+use sluice_common::abi::SocketCounters;
+
+use super::table::{Format, Table, bytes, percent, render};
+use crate::node::view::{PortName, View};
+
+/// A backend.
+#[derive(Clone, Debug, Serialize)]
+struct Row {
+    #[serde(flatten)]
+    name: PortName,
+    backend: String,
+    id: u32,
+    /// Percent of the slots.
+    share: f64,
+    local: bool,
+    /// `serving`, or `draining`: kept for connections that have not ended.
+    state: &'static str,
+    forward_packets: u64,
+    forward_bytes: u64,
+    reply_packets: u64,
+    reply_bytes: u64,
+    flows: u64,
+    calls: u64,
+    /// TCP resets and SCTP aborts from clients, and to them.
+    forward_resets: u64,
+    reply_resets: u64,
+    /// Of connections that were translated at the socket, by the kernel's own figures.
+    sockets: Sockets,
+}
+
+/// What the socket path counts per connection.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Sockets {
+    connections: u64,
+    closed: u64,
+    failed: u64,
+    resets: u64,
+    sent_bytes: u64,
+    received_bytes: u64,
+    sent_segments: u64,
+    received_segments: u64,
+    retransmitted_segments: u64,
+    /// The mean of the round-trip times that ended connections had at last, microseconds.
+    rtt_us: u64,
+}
+
+impl From<SocketCounters> for Sockets {
+    fn from(counted: SocketCounters) -> Self {
+        Self {
+            connections: counted.connections,
+            closed: counted.closed,
+            failed: counted.failed,
+            resets: counted.resets,
+            sent_bytes: counted.sent_bytes,
+            received_bytes: counted.received_bytes,
+            sent_segments: counted.sent_segments,
+            received_segments: counted.received_segments,
+            retransmitted_segments: counted.retransmitted_segments,
+            rtt_us: counted.rtt_us.checked_div(counted.rtt_count).unwrap_or_default(),
+        }
+    }
+}
+
+/// Prints the backends of one service, or all.
+///
+/// # Errors
+///
+/// When the maps cannot be read, or no service has the name.
+pub(super) fn run(
+    pin_path: &Path,
+    service: Option<&str>,
+    format: Format,
+) -> anyhow::Result<String> {
+    let view = View::read(pin_path)?;
+    if let Some(word) = service
+        && !view.image.names.values().any(|name| PortName::from(name).is(word))
+    {
+        bail!(
+            "no service {word:?} in the maps; `sluice services` lists them (name, namespace/name, name:port)"
+        );
+    }
+    let mut rows: Vec<Row> = Vec::new();
+    for backend in view.backends() {
+        let Some(name) = view.name(backend.service_port) else { continue };
+        if service.is_some_and(|word| !name.is(word)) {
+            continue;
+        }
+        let slots = view.slots(backend.service_port);
+        let own = slots.iter().filter(|id| **id == backend.id).count();
+        let counted = backend.counters;
+        rows.push(Row {
+            name,
+            backend: backend.address.to_string(),
+            id: backend.id,
+            share: percent(own as u64, slots.len() as u64),
+            local: backend.local,
+            state: if backend.serving { "serving" } else { "draining" },
+            forward_packets: counted.forward_packets,
+            forward_bytes: counted.forward_bytes,
+            reply_packets: counted.reply_packets,
+            reply_bytes: counted.reply_bytes,
+            flows: counted.flows,
+            calls: counted.calls,
+            forward_resets: counted.forward_resets,
+            reply_resets: counted.reply_resets,
+            sockets: backend.sockets.into(),
+        });
+    }
+    rows.sort_by(|a, b| (&a.name, &a.backend).cmp(&(&b.name, &b.backend)));
+    render(format, &rows, |rows| {
+        let mut table = Table::new(&[
+            "SERVICE",
+            "PORT",
+            "PROTO",
+            "BACKEND",
+            "ID",
+            "SHARE",
+            "LOCAL",
+            "STATE",
+            "PACKETS-IN",
+            "BYTES-IN",
+            "PACKETS-OUT",
+            "BYTES-OUT",
+            "FLOWS",
+            "CALLS",
+            "CONNECTED",
+            "SENT",
+            "RECEIVED",
+            "RESETS",
+        ]);
+        for row in rows {
+            table.row([
+                format!("{}/{}", row.name.namespace, row.name.service),
+                row.name.port.to_string(),
+                row.name.protocol.clone(),
+                row.backend.clone(),
+                row.id.to_string(),
+                format!("{:.1}%", row.share),
+                if row.local { "yes" } else { "no" }.to_owned(),
+                row.state.to_owned(),
+                row.forward_packets.to_string(),
+                bytes(row.forward_bytes),
+                row.reply_packets.to_string(),
+                bytes(row.reply_bytes),
+                row.flows.to_string(),
+                row.calls.to_string(),
+                (row.sockets.connections - row.sockets.closed.min(row.sockets.connections))
+                    .to_string(),
+                bytes(row.sockets.sent_bytes),
+                bytes(row.sockets.received_bytes),
+                (row.forward_resets + row.reply_resets + row.sockets.resets).to_string(),
+            ]);
+        }
+        table.text()
+    })
+}

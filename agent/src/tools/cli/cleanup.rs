@@ -1,0 +1,71 @@
+//! `sluice cleanup`: leaves the node as if there had never been an agent.
+
+use std::path::Path;
+
+use anyhow::{Context, bail};
+
+use crate::node::dataplane::{Pins, cleanup};
+use crate::node::devices::own::OwnRoutes;
+use crate::node::devices::{OWN, loopback};
+use crate::node::kube_proxy::rules::{self, HOLDING};
+use crate::node::{ports, status};
+
+/// Removes every trace; says what was removed.
+///
+/// # Errors
+///
+/// When an agent is alive and `force` is not given, or the kernel refuses.
+pub(super) async fn run(
+    pin_path: &Path,
+    state_dir: &Path,
+    proc_sys: &Path,
+    force: bool,
+) -> anyhow::Result<String> {
+    if status::is_alive(state_dir) && !force {
+        let pid = status::read(state_dir)
+            .map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
+        bail!(
+            "an agent (pid {pid}) is running with {}: stop it first, or give --force (it would go on, without effect)",
+            pin_path.display()
+        );
+    }
+    let mut done = remove(pin_path, state_dir, proc_sys).await?;
+    status::remove(state_dir).with_context(|| format!("cannot remove {}", state_dir.display()))?;
+    if done.is_empty() {
+        done.push(format!(
+            "nothing of Sluice found (looked under {} and at every device)",
+            pin_path.display()
+        ));
+    }
+    Ok(done.join("\n") + "\n")
+}
+
+/// Removes what is in the kernel; returns what was done, for people.
+///
+/// # Errors
+///
+/// When the kernel refuses.
+pub(super) async fn remove(
+    pin_path: &Path,
+    state_dir: &Path,
+    proc_sys: &Path,
+) -> anyhow::Result<Vec<String>> {
+    let mut done = cleanup(&Pins::new(pin_path))?;
+    let own = OwnRoutes::new().context("cannot use netlink")?;
+    if own.remove().await.with_context(|| format!("cannot remove the device {OWN}"))? {
+        done.push(format!("removed the device {OWN} and its routes"));
+    }
+    let released =
+        ports::release(&proc_sys.join(ports::SYSCTLS), &status::reserved_ports(state_dir))?;
+    done.extend(
+        released.map(|ports| format!("took ports {ports} out of net.ipv4.ip_local_reserved_ports")),
+    );
+    let turned_off = loopback::release(proc_sys, &status::loopback(state_dir))?;
+    if !turned_off.is_empty() {
+        done.push(format!("turned off {} of the device lo again", turned_off.join(" and ")));
+    }
+    if rules::let_go().context("cannot remove the nftables table of a takeover")? {
+        done.push(format!("removed the nftables table {HOLDING}"));
+    }
+    Ok(done)
+}

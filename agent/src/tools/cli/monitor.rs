@@ -1,0 +1,87 @@
+//! The agent's flags for monitoring, as kube-proxy has them.
+
+use std::net::{IpAddr, SocketAddr};
+
+use clap::Args;
+
+use crate::daemon::monitor::Addresses;
+
+/// kube-proxy's ports.
+const HEALTHZ: u16 = 10_256;
+const METRICS: u16 = 10_249;
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Monitoring")]
+pub(super) struct MonitorArgs {
+    /// Where /healthz and /livez are answered; "off": nowhere. Port 10256 unless one is given.
+    #[arg(
+        long,
+        value_name = "ADDRESS[:PORT]",
+        value_delimiter = ',',
+        default_value = "0.0.0.0,::",
+        value_parser = healthz
+    )]
+    healthz_bind_address: Vec<Listen>,
+    /// Where /metrics and /proxyMode are answered; "off": nowhere. Port 10249 unless one is given.
+    #[arg(
+        long,
+        value_name = "ADDRESS[:PORT]",
+        value_delimiter = ',',
+        default_value = "127.0.0.1",
+        value_parser = metrics
+    )]
+    metrics_bind_address: Vec<Listen>,
+}
+
+/// An address to listen on, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Listen(Option<SocketAddr>);
+
+fn healthz(text: &str) -> Result<Listen, String> {
+    listen(text, HEALTHZ)
+}
+
+fn metrics(text: &str) -> Result<Listen, String> {
+    listen(text, METRICS)
+}
+
+fn listen(text: &str, port: u16) -> Result<Listen, String> {
+    // kube-proxy's way to say "off" is to say nothing.
+    if text.is_empty() || text == "off" {
+        return Ok(Listen(None));
+    }
+    let address = text.parse::<IpAddr>().map(|address| SocketAddr::new(address, port));
+    match address.or_else(|_| text.parse::<SocketAddr>()) {
+        Ok(at) if at.port() != 0 => Ok(Listen(Some(at))),
+        _ => Err("an address with or without a port is wanted, as 0.0.0.0, 127.0.0.1:10256 or [::1]:10256"
+            .to_owned()),
+    }
+}
+
+impl MonitorArgs {
+    /// Where to answer.
+    pub(super) fn addresses(&self) -> Addresses {
+        let all = |listens: &[Listen]| listens.iter().filter_map(|listen| listen.0).collect();
+        Addresses {
+            healthz: all(&self.healthz_bind_address),
+            metrics: all(&self.metrics_bind_address),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_has_kube_proxys_port_unless_it_says_another() {
+        let at = |text: &str| Ok(Listen(Some(text.parse().expect("an address"))));
+        assert_eq!(healthz("0.0.0.0"), at("0.0.0.0:10256"));
+        assert_eq!(metrics("::1"), at("[::1]:10249"));
+        assert_eq!(metrics("[::1]:9"), at("[::1]:9"));
+        assert_eq!((healthz(""), healthz("off")), (Ok(Listen(None)), Ok(Listen(None))));
+        for wrong in ["localhost", "10.0.0.1:0", "10.0.0.1:x", ":10256"] {
+            assert!(healthz(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! What a packet met at a hook, and what that was about.
+
+use sluice_common::abi::Class;
+use sluice_common::engine::adapter::Action;
+use sluice_common::packet::answer::Trouble;
+use sluice_common::path::{Decision, Hook};
+
+use super::objects::Owner;
+use super::record::Asked;
+use super::world::Side;
+
+/// What a packet met at a hook.
+pub(super) struct Meeting<F: Side> {
+    pub(super) hook: Hook,
+    pub(super) ifindex: u32,
+    pub(super) decision: Decision<F>,
+    pub(super) asked: Vec<Asked<F>>,
+    /// What becomes of it.
+    pub(super) action: Action,
+    /// The ICMP error that answers it, and the MTU that tells.
+    pub(super) answered: Option<(Trouble, u32)>,
+    /// Its length with the IP header.
+    pub(super) length: u32,
+    /// What the path takes, where the packet is larger.
+    pub(super) exceeded: Option<u32>,
+}
+
+/// What was asked for: the service port, and as what the client counts.
+#[derive(Clone, Debug)]
+pub(super) struct Target {
+    pub(super) owner: Owner,
+    pub(super) service_port: u32,
+    /// The kind of the frontend, one of [`sluice_common::abi::frontend`].
+    pub(super) kind: u32,
+    pub(super) class: Class,
+}

@@ -1,0 +1,389 @@
+//! Takes a packet through a program as the kernel does, and records nothing.
+
+use std::net::IpAddr;
+
+use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey, Tuple, device_flags, flow};
+use sluice_common::engine::act;
+use sluice_common::engine::adapter::{Adapter, Addressee, Arrival, Forwarded, Target, Way};
+use sluice_common::engine::open::{Refusal, Steps};
+use sluice_common::engine::tc::Packets;
+use sluice_common::packet::answer::Trouble;
+use sluice_common::packet::bytes::Bytes;
+use sluice_common::packet::checksum::Delta;
+use sluice_common::packet::header::{Wire, protocol, sctp, tcp};
+use sluice_common::packet::parse::{self, Headers};
+use sluice_common::packet::rewrite::{Checksum, Edit, rewrite};
+use sluice_common::path::{self, Decision, Hook, Step, policy};
+use sluice_common::tables::Routes;
+use sluice_common::{Packet, Reason, Tables};
+
+use super::record::Recorder;
+use super::world::{Routing, Seen, Side, World};
+
+/// What a packet is like besides its tuple.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Shape {
+    /// Its length with the IP header; by itself that of one without payload.
+    pub(super) length: Option<u16>,
+    /// Its TTL or hop limit; by itself 64.
+    pub(super) ttl: Option<u8>,
+}
+
+/// The length of the first packet of a connection, or of an empty datagram, with its IP header.
+pub(super) fn least_length<F: Side>(protocol: u8) -> u16 {
+    F::HEADER as u16 + transport(protocol, [0; 2], 0).len() as u16
+}
+
+/// The transport header of the first packet of a connection, or of a datagram, in a segment of
+/// `length` bytes.
+fn transport(protocol: u8, [source, destination]: [u16; 2], length: u16) -> Vec<u8> {
+    let mut header = [source.to_be_bytes(), destination.to_be_bytes()].concat();
+    match protocol {
+        protocol::TCP => {
+            header.extend([0, 0, 0, 1, 0, 0, 0, 0, 5 << 4, tcp::SYN, 255, 255, 0, 0, 0, 0])
+        }
+        protocol::UDP => header.extend([length.to_be_bytes(), [0; 2]].concat()),
+        // A verification tag, a checksum, and a chunk of twenty bytes.
+        _ => {
+            header.extend([0; 8]);
+            header.extend([sctp::INIT, 0, 0, 20]);
+            header.extend([0; 16]);
+        }
+    }
+    header
+}
+
+/// The frame that a device shows of a packet.
+fn frame<F: Side>(tuple: &Tuple<F::Address>, shape: Shape, here: Option<&Device>) -> Vec<u8> {
+    let least = least_length::<F>(tuple.protocol);
+    let length = shape.length.unwrap_or(least).max(least);
+    let payload = length.saturating_sub(F::HEADER as u16);
+    let transport = transport(tuple.protocol, [tuple.source_port, tuple.destination_port], payload);
+    let ttl = shape.ttl.unwrap_or(64);
+    let mut bytes = Vec::new();
+    if here.is_none_or(|here| here.link_header != 0) {
+        // For the bridge, where the device is a port of one.
+        let [_, a, b, c] =
+            here.map_or(0, |here| here.flags >> device_flags::BRIDGE_MAC_SHIFT).to_be_bytes();
+        bytes.extend([0, 0, 0, a, b, c, 0, 0, 0, 0, 0, 0]);
+        bytes.extend(F::ETHERTYPE.to_be_bytes());
+    }
+    let start = bytes.len();
+    match (F::ip(tuple.source), F::ip(tuple.destination)) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            // Fragments are forbidden, as the path's MTU is to be found out.
+            let [high, low] = length.to_be_bytes();
+            bytes.extend([0x45, 0, high, low, 0, 0, 0x40, 0, ttl, tuple.protocol, 0, 0]);
+            bytes.extend(source.octets());
+            bytes.extend(destination.octets());
+        }
+        (source, destination) => {
+            let [high, low] = payload.to_be_bytes();
+            bytes.extend([0x60, 0, 0, 0, high, low, tuple.protocol, ttl]);
+            for address in [source, destination] {
+                if let IpAddr::V6(address) = address {
+                    bytes.extend(address.octets());
+                }
+            }
+        }
+    }
+    bytes.extend(transport);
+    bytes.resize(start + usize::from(length), 0);
+    bytes
+}
+
+/// A packet that nobody sends, and the host that it is asked about.
+pub(super) struct Host<'w> {
+    world: &'w World,
+    routing: &'w dyn Routing,
+    hook: Hook,
+    ifindex: u32,
+    packet: Bytes<Vec<u8>>,
+    /// The ICMP error that it has become, and the MTU that tells.
+    pub(super) answered: Option<(Trouble, u32)>,
+    /// What the path takes, where the packet is larger.
+    pub(super) exceeded: Option<u32>,
+}
+
+impl Packet for Host<'_> {
+    fn length(&self) -> u32 {
+        self.packet.length()
+    }
+
+    fn read<T: Wire>(&self, offset: u32) -> Option<T> {
+        self.packet.read(offset)
+    }
+}
+
+impl Edit for Host<'_> {
+    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        self.packet.store(offset, value)
+    }
+
+    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        self.packet.store_unbalanced(offset, value)
+    }
+
+    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
+        self.packet.network_checksum(offset, delta)
+    }
+
+    fn transport_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Delta,
+        data: Delta,
+        kind: Checksum,
+    ) -> bool {
+        self.packet.transport_checksum(offset, addresses, data, kind)
+    }
+
+    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
+        self.packet.sctp_checksum(offset, change, length)
+    }
+}
+
+impl<F: Side> Adapter<F> for Host<'_> {
+    type Quote = Vec<u8>;
+
+    fn hook(&self) -> Hook {
+        self.hook
+    }
+
+    fn link(&self) -> u32 {
+        let here = self.world.devices.get(&self.ifindex);
+        if here.is_none_or(|here| here.entry.link_header != 0) { 14 } else { 0 }
+    }
+
+    fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
+    fn mark(&self) -> u32 {
+        0
+    }
+
+    fn segment_size(&self) -> u32 {
+        0
+    }
+
+    fn arrival(&self) -> Arrival {
+        Arrival { to: Addressee::Host, tag: None }
+    }
+
+    fn device(&self, ifindex: u32) -> Option<&Device> {
+        self.world.devices.get(&ifindex).map(|device| &device.entry)
+    }
+
+    fn own_device(&self) -> u32 {
+        self.world.settings.own_device
+    }
+
+    fn is_own_address(&self, address: &F::Address) -> bool {
+        F::of(&self.world.image).node_addresses.contains_key(address)
+    }
+
+    fn route(&self, _: &F::Address, destination: &F::Address, way: &Way) -> Target {
+        let destination = F::ip(*destination);
+        let Some(device) = self.routing.leaves_by(destination) else { return Target::None };
+        match self.routing.mtu(destination) {
+            Some(mtu) if way.length > mtu => Target::TooBig(mtu),
+            _ => Target::Device(device),
+        }
+    }
+
+    fn forward(&mut self, packet: &Forwarded<F::Address>) -> Option<u32> {
+        match Adapter::<F>::route(self, &packet.source, &packet.destination, &packet.way) {
+            Target::Device(device) => Some(device),
+            Target::TooBig(_) | Target::None => None,
+        }
+    }
+
+    /// Nobody looks neighbours up for a question.
+    fn neighbour(&self, _: &F::Address, _: &F::Address, _: u32) -> Option<[u8; 6]> {
+        None
+    }
+
+    /// [`Routing::mtu`] has told.
+    fn route_mtu(&self, _: &F::Address, _: u32) -> u32 {
+        0
+    }
+
+    fn exceeded_mtu(&self, _: u32, _: i32) -> Option<u32> {
+        None
+    }
+
+    fn bucket(&self, key: &RejectKey) -> Option<RejectBucket> {
+        self.world.rejects.get(&key.address).copied()
+    }
+
+    /// Nothing is sent, and nobody's credit used.
+    fn set_bucket(&mut self, _: &RejectKey, _: &RejectBucket) {}
+
+    fn now_ms(&self) -> u32 {
+        self.world.now_ms
+    }
+
+    fn rewrite(&mut self, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
+        rewrite(&mut self.packet, headers, flow)
+    }
+
+    fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool {
+        self.answered = Some((trouble, mtu));
+        act::write_error(self, headers, trouble, mtu)
+    }
+
+    fn grow_head(&mut self, bytes: u32) -> bool {
+        let _ = self.packet.bytes.splice(..0, vec![0; bytes as usize]);
+        true
+    }
+
+    fn set_length(&mut self, bytes: u32) -> bool {
+        self.packet.bytes.resize(bytes as usize, 0);
+        true
+    }
+
+    /// Nobody sums up what an answer would quote.
+    fn quote(&self, offset: u32, length: u32) -> Option<(Vec<u8>, u64)> {
+        let quote = self.packet.bytes.get(offset as usize..)?.get(..length as usize)?;
+        Some((quote.to_vec(), 0))
+    }
+
+    fn store_quote(&mut self, offset: u32, _: u32, quote: &Vec<u8>) -> bool {
+        let place = self.packet.bytes.get_mut(offset as usize..);
+        let place = place.and_then(|place| place.get_mut(..quote.len()));
+        place.map(|place| place.copy_from_slice(quote)).is_some()
+    }
+
+    fn take_tags_off(&mut self) {}
+
+    fn set_translated(&mut self) {}
+
+    fn set_held(&mut self) {}
+}
+
+/// A packet on its way through a program.
+pub(super) struct Passage<'w, F: Side> {
+    pub(super) host: Host<'w>,
+    pub(super) headers: Headers<F>,
+    pub(super) tables: Recorder<'w, F, Seen<'w>>,
+    pub(super) decision: Decision<F>,
+}
+
+impl<'w, F: Side> Passage<'w, F> {
+    /// A packet that a hook is about to meet.
+    pub(super) fn new(
+        seen: &'w Seen<'w>,
+        routing: &'w dyn Routing,
+        hook: Hook,
+        tuple: &Tuple<F::Address>,
+        shape: Shape,
+    ) -> Self {
+        let &Seen { world, ifindex } = seen;
+        let here = world.devices.get(&ifindex).map(|device| &device.entry);
+        let packet = Bytes { bytes: frame::<F>(tuple, shape, here), partial: false };
+        let host = Host { world, routing, hook, ifindex, packet, answered: None, exceeded: None };
+        let mut headers = Headers::default();
+        let _ = parse::headers_into(&host.packet, Adapter::<F>::link(&host), &mut headers);
+        // Side and all.
+        headers.tuple = *tuple;
+        let tables = Recorder::new(seen, *tuple);
+        Self { host, headers, tables, decision: Decision::pass(tuple) }
+    }
+
+    /// Where packets to both ends of the flow leave.
+    fn routes(&self) -> Routes {
+        let leaves_by = |address| self.host.routing.leaves_by(F::ip(address)).unwrap_or(0);
+        let Flow { source, destination, .. } = self.decision.flow;
+        Routes { to_backend: leaves_by(destination), to_client: leaves_by(source) }
+    }
+}
+
+impl<F: Side> Steps<F> for Passage<'_, F> {
+    fn decision(&self) -> &Decision<F> {
+        &self.decision
+    }
+
+    fn set_step(&mut self, step: Step) {
+        self.decision.step = step;
+    }
+
+    fn open(&mut self) {
+        path::open_into(self.host.hook, &self.headers, &self.tables, &mut self.decision);
+    }
+
+    fn ask_routes(&mut self) {
+        self.tables.routes = Some(self.routes());
+    }
+
+    fn search(&mut self) {
+        path::search(&self.tables, &mut self.decision);
+    }
+
+    /// Nobody looks sockets up for a question.
+    fn is_held(&mut self) -> bool {
+        false
+    }
+
+    fn pass_over_one(&mut self) {
+        self.tables.passed_over += 1;
+    }
+
+    fn record(&mut self) -> Refusal {
+        Refusal::NONE
+    }
+}
+
+impl<'w, F: Side> Packets<F> for Passage<'w, F> {
+    type Adapter = Host<'w>;
+
+    fn decide(&mut self) {
+        path::decide_into(self.host.hook, &self.headers, &self.tables, &mut self.decision);
+    }
+
+    fn pass(&mut self) {
+        self.decision = Decision::pass(&self.headers.tuple);
+    }
+
+    fn disown(&mut self) {
+        path::disown(self.host.hook, &self.headers, &self.tables, &mut self.decision);
+    }
+
+    /// It is whole.
+    fn note(&mut self) {}
+
+    fn is_for_others(&self) -> bool {
+        false
+    }
+
+    /// Who asks says where the client is.
+    fn has_foreign_source(&self) -> bool {
+        false
+    }
+
+    /// A packet that somebody asks about comes from a socket of its namespace, where it has one.
+    fn has_hidden_socket(&mut self) -> bool {
+        let Decision { flow, key, .. } = &self.decision;
+        let hides = |here| policy::hides_sockets(here, key.protocol, true);
+        flow.flags & flow::DIRECT == 0 && self.tables.here().is_some_and(hides)
+    }
+
+    fn begin(&mut self, passed_over: u32) {
+        self.tables.routes = None;
+        self.tables.passed_over = passed_over;
+    }
+
+    fn parts(&mut self) -> (&mut Host<'w>, &Headers<F>, &Decision<F>) {
+        (&mut self.host, &self.headers, &self.decision)
+    }
+
+    fn set_reason(&mut self, reason: Reason) {
+        self.decision.reason = reason;
+        if reason == Reason::TooBig {
+            self.host.exceeded = self.host.routing.mtu(F::ip(self.decision.flow.destination));
+        }
+    }
+
+    /// Nobody counts a question.
+    fn count(&mut self, _: bool) {}
+}

@@ -1,0 +1,275 @@
+//! Whether this node can run Sluice, and what it will use: `sluice preflight`.
+//!
+//! What can be tried is tried: every program is loaded (and not pinned), every hook is attached to
+//! a veth in a network namespace without a name and to a cgroup of its own. All of it ends with the
+//! process; only the cgroup, an empty folder, outlives a SIGKILL, and the next run removes it.
+//! Devices of the node are asked, never attached to: native XDP resets some links.
+//!
+//! Looking ([`look`]) and judging are apart: each check is a function of what was found.
+
+mod around;
+mod devices;
+mod early;
+mod hooks;
+mod scratch;
+mod system;
+pub(crate) mod traces;
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use sluice_core::policy::Accelerate;
+use sluice_core::policy::SocketPath;
+
+use crate::node::dataplane::is_bpffs;
+use crate::node::dataplane::trial::Trial;
+use crate::node::devices::pattern::Patterns;
+use crate::node::devices::watch;
+use crate::node::devices::{Rules, Survey, survey};
+use crate::node::{host, ports};
+use around::Skipped;
+
+/// What a check came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// It is as it should be.
+    Yes,
+    /// Sluice cannot run like this.
+    No,
+    /// Sluice runs, and a person should know this.
+    Warn,
+    /// It does not apply, or could not be found out.
+    Skip,
+}
+
+impl Outcome {
+    /// The word in the table.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Yes => "yes",
+            Self::No => "no",
+            Self::Warn => "warn",
+            Self::Skip => "skip",
+        }
+    }
+}
+
+/// One thing that was looked at or tried.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// What, as a word that stays.
+    pub check: &'static str,
+    /// Which one of several: a device, a program, a hook.
+    pub subject: Option<String>,
+    /// What it came to.
+    pub result: Outcome,
+    /// What is used, or why not, for people.
+    pub what: String,
+    /// What to do next, where something is to be done.
+    pub next: Option<String>,
+}
+
+impl Check {
+    fn new(check: &'static str, result: Outcome, what: impl Into<String>) -> Self {
+        Self { check, subject: None, result, what: what.into(), next: None }
+    }
+
+    fn of(self, subject: impl Into<String>) -> Self {
+        Self { subject: Some(subject.into()), ..self }
+    }
+
+    fn next(self, next: impl Into<String>) -> Self {
+        Self { next: Some(next.into()), ..self }
+    }
+
+    /// The check and its subject.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.subject
+            .as_ref()
+            .map_or_else(|| self.check.to_owned(), |subject| format!("{} {subject}", self.check))
+    }
+}
+
+/// What all checks come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// Sluice can run here.
+    Yes,
+    /// It cannot.
+    No,
+    /// Too little could be tried to tell.
+    Unknown,
+}
+
+/// Everything that was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Whether Sluice can run here.
+    pub can_run: Verdict,
+    /// The version of this program, whose programs were tried.
+    pub version: &'static str,
+    /// The kernel's release.
+    pub kernel: String,
+    /// What was looked at, in order.
+    pub checks: Vec<Check>,
+}
+
+impl Report {
+    fn new(kernel: String, checks: Vec<Check>) -> Self {
+        let has = |wanted: fn(&Check) -> bool| checks.iter().any(wanted);
+        let can_run = if has(|check| check.result == Outcome::No && check.check != PRIVILEGES) {
+            Verdict::No
+        } else if has(|check| {
+            check.check == PRIVILEGES && check.result == Outcome::No
+                || TRIED.contains(&check.check)
+                    && check.subject.is_none()
+                    && check.result == Outcome::Skip
+        }) {
+            Verdict::Unknown
+        } else {
+            Verdict::Yes
+        };
+        Self { can_run, version: env!("CARGO_PKG_VERSION"), kernel, checks }
+    }
+}
+
+/// The checks that are skipped as a whole where nothing can be tried.
+const TRIED: [&str; 2] = ["programs", "hook"];
+/// The check without which nothing can be tried.
+const PRIVILEGES: &str = "privileges";
+
+/// How the agent is to be started.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where maps and links will be pinned.
+    pub pin_path: PathBuf,
+    /// Where settings of the kernel will be written.
+    pub proc_sys: PathBuf,
+    /// The cgroup of the socket path; the root of the cgroup2 mount if not given.
+    pub cgroup: Option<PathBuf>,
+    /// Whose calls the socket path will translate.
+    pub socket_path: SocketPath,
+    /// Roles of devices that a person has named.
+    pub patterns: Patterns,
+    /// Whether packets will go around the stack.
+    pub accelerate: Accelerate,
+}
+
+/// Looks at everything and tries everything. The caller has no other thread.
+///
+/// # Errors
+///
+/// When not even the devices can be listed.
+pub fn look(options: &Options) -> anyhow::Result<Report> {
+    let kernel = system::release();
+    let mut checks = system::kernel(&kernel);
+    let capabilities = system::capabilities();
+    let privileges = system::privileges(capabilities);
+    let is_able = privileges.result != Outcome::No;
+    checks.push(privileges);
+
+    let facts = ask(watch::look())?;
+    let rules = Rules { patterns: options.patterns.clone(), ..Rules::default() };
+    let survey = survey(&facts, &rules, &Survey::default());
+    let wanted = (options.socket_path != SocketPath::Off)
+        .then(|| options.cgroup.clone().map_or_else(host::cgroup2_mount, Ok));
+    checks.extend(system::mounts(&options.pin_path, wanted.as_ref()));
+    let cgroup = wanted.and_then(Result::ok);
+    checks.extend(system::limits());
+    let apart = system::may_go_apart(capabilities);
+    checks.extend(attempts(options, is_able, apart, cgroup.as_deref()));
+    checks.extend(devices::checks(&facts, &survey, &devices::ask(&survey)));
+    checks.push(system::rp_filter(Path::new("/proc/sys/net/ipv4/conf")));
+    checks.push(system::ports(&options.proc_sys.join(ports::SYSCTLS)));
+    checks.push(system::settings(&options.proc_sys.join(ports::SYSCTLS)));
+    let traces = traces::look(
+        &facts,
+        &survey,
+        cgroup.as_deref(),
+        &options.pin_path,
+        is_able,
+        &ask(traces::xdp())?,
+    );
+    checks.extend(traces::checks(&traces, options.socket_path));
+    let frontends = early::Frontends::read(&options.pin_path);
+    let rulesets = is_able.then(early::read);
+    checks.push(early::check(rulesets.as_ref(), &frontends));
+    let skipped = rulesets.as_ref().map(|read| {
+        let of =
+            |rulesets: &Vec<_>| Skipped::new(rulesets, around::legacy(), traces.at_ingress.clone());
+        read.as_ref().map(of)
+    });
+    checks.push(around::check(
+        options.accelerate,
+        skipped.as_ref().map(|read| read.as_ref().map_err(|error| *error)),
+    ));
+    Ok(Report::new(kernel, checks))
+}
+
+/// Loads the programs and tries the hooks.
+fn attempts(options: &Options, is_able: bool, apart: bool, cgroup: Option<&Path>) -> Vec<Check> {
+    if !is_able {
+        let skipped =
+            |check| Check::new(check, Outcome::Skip, "needs root: it is tried, not guessed");
+        return ["programs", "hook", "pins"].map(skipped).to_vec();
+    }
+    match Trial::load() {
+        Ok(trial) => {
+            let mut checks = hooks::programs(trial.programs(), Trial::map_bytes());
+            if apart {
+                checks.extend(hooks::checks(&scratch::attempt(&trial, cgroup, &options.pin_path)));
+            } else {
+                checks.extend(hooks::untried(is_bpffs(&options.pin_path)));
+            }
+            checks
+        }
+        Err(error) => vec![
+            Check::new("programs", Outcome::No, error.to_string())
+                .next("see what the message names; `dmesg` may tell more"),
+        ],
+    }
+}
+
+/// Runs a question to netlink without another thread.
+fn ask<T, E: Into<anyhow::Error>>(
+    question: impl Future<Output = Result<T, E>>,
+) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime
+        .block_on(question)
+        .map_err(|error| error.into().context("cannot list this node's devices over netlink"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(checks: &[(&'static str, Outcome)]) -> Verdict {
+        let checks = checks.iter().map(|(check, result)| Check::new(check, *result, "")).collect();
+        Report::new(String::new(), checks).can_run
+    }
+
+    #[test]
+    fn without_namespaces_to_try_hooks_in_sluice_can_run_if_it_has_a_place_for_pins() {
+        let verdict = |is_bpffs| {
+            let mut checks = vec![Check::new(PRIVILEGES, Outcome::Yes, "")];
+            checks.extend(hooks::untried(is_bpffs));
+            Report::new(String::new(), checks).can_run
+        };
+        assert_eq!(verdict(true), Verdict::Yes);
+        assert_eq!(verdict(false), Verdict::No);
+    }
+
+    #[test]
+    fn one_no_is_enough_and_without_privileges_nobody_can_tell() {
+        use Outcome::{No, Skip, Warn, Yes};
+        assert_eq!(verdict(&[(PRIVILEGES, Yes), ("mtu", Warn), ("xdp", Skip)]), Verdict::Yes);
+        assert_eq!(verdict(&[(PRIVILEGES, Yes), ("programs", No)]), Verdict::No);
+        assert_eq!(verdict(&[(PRIVILEGES, No), ("programs", Skip)]), Verdict::Unknown);
+        assert_eq!(verdict(&[(PRIVILEGES, No), ("kernel", No)]), Verdict::No);
+    }
+}

@@ -1,0 +1,258 @@
+//! What packets do not meet that go around the stack (`--accelerate on`): rules of netfilter, and
+//! programs behind ours.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+
+use sluice_core::policy::Accelerate;
+
+use super::early::{Base, Rule, Ruleset};
+use super::{Check, Outcome};
+use crate::node::kube_proxy::rules::HOLDING;
+use crate::node::nft::Family;
+
+const NAME: &str = "accelerate";
+/// Rules of a chain that are told at most; the others are counted.
+const TOLD_MAX: usize = 3;
+
+/// What was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Skipped {
+    /// Base chains with their rules, for people.
+    chains: Vec<String>,
+    /// Those among them that drop what is forwarded, and by what.
+    drops: Vec<String>,
+    /// Tables of the older iptables, whose rules nf_tables does not list.
+    legacy: BTreeSet<String>,
+    /// Device -> programs behind ours at its ingress.
+    programs: BTreeMap<String, BTreeSet<String>>,
+}
+
+/// The word of a hook that a packet meets between our two programs.
+fn hook(family: Family, base: &Base) -> Option<&'static str> {
+    match (family, base.at.hook) {
+        (Family::Inet, 5) | (Family::Netdev, 0) => Some("ingress"),
+        (Family::Netdev, _) => None,
+        (_, 0) => Some("prerouting"),
+        (_, 2) => Some("forward"),
+        (_, 4) => Some("postrouting"),
+        _ => None,
+    }
+}
+
+/// A rule in few words: `handle 7 (port 80) drop`.
+fn told(rule: &Rule) -> String {
+    let named = rule.named.first().map_or(String::new(), |named| format!(" ({named})"));
+    let action = if rule.action.is_empty() { String::new() } else { format!(" {}", rule.action) };
+    format!("{} handle {}{named}{action}", rule.chain, rule.handle)
+}
+
+fn drops(rule: &Rule) -> bool {
+    matches!(rule.action.as_str(), "drop" | "reject" | "DROP" | "REJECT")
+}
+
+impl Skipped {
+    /// What of some tables, and what else was found, is skipped.
+    pub(super) fn new(
+        rulesets: &[Ruleset],
+        legacy: BTreeSet<String>,
+        programs: BTreeMap<String, BTreeSet<String>>,
+    ) -> Self {
+        let mut skipped = Self { legacy, programs, ..Self::default() };
+        for ruleset in rulesets.iter().filter(|ruleset| ruleset.table.name != HOLDING) {
+            for base in &ruleset.bases {
+                let Some(hook) = hook(ruleset.table.family, base) else { continue };
+                let chains = ruleset.reached([base.name.clone()].into());
+                let rules: Vec<&Rule> =
+                    ruleset.rules.iter().filter(|rule| chains.contains(&rule.chain)).collect();
+                if rules.is_empty() && !base.at.drops {
+                    continue;
+                }
+                let chain = format!("{} {}", ruleset.name(), base.name);
+                let mut few: Vec<String> =
+                    rules.iter().take(TOLD_MAX).map(|rule| told(rule)).collect();
+                if rules.len() > TOLD_MAX {
+                    few.push("...".to_owned());
+                }
+                if base.at.drops {
+                    few.push("policy drop".to_owned());
+                }
+                skipped.chains.push(format!(
+                    "{chain} ({hook}, priority {}, {} rules: {})",
+                    base.at.priority,
+                    rules.len(),
+                    few.join(", ")
+                ));
+                if hook == "forward" {
+                    let first = rules.iter().find(|rule| drops(rule)).map(|rule| told(rule));
+                    let by = first.or_else(|| base.at.drops.then(|| "policy drop".to_owned()));
+                    skipped.drops.extend(by.map(|by| format!("{chain}: {by}")));
+                }
+            }
+        }
+        skipped
+    }
+
+    /// All of it, for people; [`None`]: nothing is skipped.
+    fn words(&self) -> Option<String> {
+        let mut parts = self.chains.clone();
+        if !self.legacy.is_empty() {
+            let tables: Vec<&str> = self.legacy.iter().map(String::as_str).collect();
+            parts.push(format!("legacy iptables' tables {}", tables.join(", ")));
+        }
+        for (device, programs) in &self.programs {
+            let names: Vec<&str> = programs.iter().map(String::as_str).collect();
+            parts.push(format!(
+                "programs behind ours at the ingress of {device}: {}",
+                names.join(", ")
+            ));
+        }
+        (!parts.is_empty()).then(|| parts.join("; "))
+    }
+}
+
+/// Tables of legacy iptables that packets meet between our programs.
+pub(super) fn legacy() -> BTreeSet<String> {
+    let of = |file: &str, word: &str| {
+        let names = std::fs::read_to_string(format!("/proc/net/{file}")).unwrap_or_default();
+        names.lines().map(|name| format!("{name} ({word})")).collect::<Vec<_>>()
+    };
+    of("ip_tables_names", "IPv4").into_iter().chain(of("ip6_tables_names", "IPv6")).collect()
+}
+
+/// What follows from it.
+pub(super) fn check(accelerate: Accelerate, found: Option<Result<&Skipped, &io::Error>>) -> Check {
+    let skipped = match found {
+        None => return Check::new(NAME, Outcome::Skip, "rules can be listed by root only"),
+        Some(Err(error)) => {
+            return Check::new(
+                NAME,
+                Outcome::Skip,
+                format!("netfilter's rules cannot be listed: {error}"),
+            );
+        }
+        Some(Ok(skipped)) => skipped,
+    };
+    let words = skipped.words();
+    let words = words.as_deref().unwrap_or("no rule of netfilter's, and no program behind ours");
+    if accelerate == Accelerate::Off {
+        let what =
+            format!("off: packets pass the stack; with `on` those of Services would skip: {words}");
+        return Check::new(NAME, Outcome::Yes, what);
+    }
+    let what = format!("on: packets of Services skip: {words}");
+    if skipped.drops.is_empty() && skipped.programs.is_empty() && skipped.legacy.is_empty() {
+        return Check::new(NAME, Outcome::Yes, what);
+    }
+    let why = if skipped.drops.is_empty() {
+        "make sure that nothing depends on these, or leave --accelerate off".to_owned()
+    } else {
+        format!(
+            "what {} would not stop a Service's packets: leave --accelerate off, or have it done elsewhere (docs/security.md)",
+            skipped.drops.join(", ")
+        )
+    };
+    Check::new(NAME, Outcome::Warn, what).next(why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::nft::{self, Table};
+    use Accelerate::{Off, On};
+
+    fn rule(chain: &str, handle: u64, action: &str, jumps: &[&str]) -> Rule {
+        Rule {
+            chain: chain.to_owned(),
+            handle,
+            action: action.to_owned(),
+            jumps: jumps.iter().map(|chain| (*chain).to_owned()).collect(),
+            ..Rule::default()
+        }
+    }
+
+    fn base(name: &str, hook: u32, drops: bool) -> Base {
+        Base { name: name.to_owned(), at: nft::Base { hook, priority: -1, drops } }
+    }
+
+    fn ruleset(family: Family, bases: Vec<Base>, rules: Vec<Rule>) -> Ruleset {
+        Ruleset { table: Table { family, name: "t".to_owned() }, bases, rules }
+    }
+
+    fn skipped(rulesets: &[Ruleset]) -> Skipped {
+        Skipped::new(rulesets, BTreeSet::new(), BTreeMap::new())
+    }
+
+    #[test]
+    fn chains_between_our_programs_are_named_with_their_rules() {
+        let found = skipped(&[
+            ruleset(
+                Family::Ip,
+                vec![base("FORWARD", 2, false), base("INPUT", 1, true), base("empty", 4, false)],
+                vec![
+                    rule("FORWARD", 1, "jump more", &["more"]),
+                    rule("more", 2, "accept", &[]),
+                    rule("more", 3, "DROP", &[]),
+                    rule("more", 4, "", &[]),
+                    rule("INPUT", 5, "drop", &[]),
+                ],
+            ),
+            ruleset(
+                Family::Netdev,
+                vec![base("in", 0, false), base("out", 1, true)],
+                vec![rule("in", 1, "drop", &[])],
+            ),
+        ]);
+        assert_eq!(
+            found.chains,
+            [
+                "ip t FORWARD (forward, priority -1, 4 rules: FORWARD handle 1 jump more, more handle 2 accept, more handle 3 DROP, ...)",
+                "netdev t in (ingress, priority -1, 1 rules: in handle 1 drop)",
+            ]
+        );
+        assert_eq!(found.drops, ["ip t FORWARD: more handle 3 DROP"]);
+    }
+
+    #[test]
+    fn a_policy_that_drops_counts_without_a_rule() {
+        let found = skipped(&[ruleset(Family::Inet, vec![base("f", 2, true)], Vec::new())]);
+        assert_eq!(found.drops, ["inet t f: policy drop"]);
+        let own = Ruleset {
+            table: Table { family: Family::Inet, name: HOLDING.to_owned() },
+            ..ruleset(Family::Inet, vec![base("f", 2, true)], Vec::new())
+        };
+        assert_eq!(skipped(&[own]), Skipped::default());
+    }
+
+    #[test]
+    fn only_what_is_on_and_skips_something_that_stops_packets_is_warned_of() {
+        let drops = skipped(&[ruleset(Family::Ip6, vec![base("f", 2, true)], Vec::new())]);
+        let counts = skipped(&[ruleset(
+            Family::Ip6,
+            vec![base("f", 2, false)],
+            vec![rule("f", 1, "", &[])],
+        )]);
+        let programs = Skipped {
+            programs: [("eth0".to_owned(), ["guard".to_owned()].into())].into(),
+            ..Skipped::default()
+        };
+        for (accelerate, found, result) in [
+            (Off, &drops, Outcome::Yes),
+            (On, &drops, Outcome::Warn),
+            (On, &counts, Outcome::Yes),
+            (On, &programs, Outcome::Warn),
+            (Off, &programs, Outcome::Yes),
+            (On, &Skipped::default(), Outcome::Yes),
+        ] {
+            let check = check(accelerate, Some(Ok(found)));
+            assert_eq!(check.result, result, "{check:?}");
+            assert_eq!(check.next.is_some(), result == Outcome::Warn, "{check:?}");
+        }
+        assert!(
+            check(On, Some(Ok(&drops)))
+                .next
+                .is_some_and(|next| next.contains("ip6 t f: policy drop"))
+        );
+        assert_eq!(check(On, None).result, Outcome::Skip);
+    }
+}

@@ -1,0 +1,205 @@
+//! What loading the programs and trying the hooks came to.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::io;
+
+use super::scratch::Tried;
+use super::{Check, Outcome};
+use crate::node::dataplane::How;
+
+/// What to do when a program is refused.
+const REPORT: &str = "please report it with `uname -r` and the message; another kernel of the same series may take it";
+
+/// The programs: one row for each that was refused, else the figures of all.
+pub(super) fn programs<E: Display>(
+    programs: &BTreeMap<String, Result<Option<u32>, E>>,
+    map_bytes: u64,
+) -> Vec<Check> {
+    let mib = map_bytes.div_ceil(1 << 20);
+    let mut checks =
+        vec![Check::new("maps", Outcome::Yes, format!("made and let go again: {mib} MiB"))];
+    for (name, result) in programs {
+        checks.push(match result {
+            Ok(Some(count)) => {
+                Check::new("program", Outcome::Yes, format!("loads, {count} instructions verified"))
+                    .of(name)
+            }
+            Ok(None) => Check::new("program", Outcome::Yes, "loads").of(name),
+            Err(error) => {
+                Check::new("program", Outcome::No, error.to_string()).of(name).next(REPORT)
+            }
+        });
+    }
+    checks
+}
+
+/// The hooks.
+pub(super) fn checks(tried: &Tried) -> Vec<Check> {
+    if let Some(why) = &tried.ground {
+        let check = Check::new("hook", Outcome::Skip, why.clone());
+        return vec![check.next("run it as root, outside of a user namespace")];
+    }
+    let mut checks = vec![classifiers(tried)];
+    for (how, result) in &tried.xdp {
+        let subject = format!("{} (veth)", how.word());
+        checks.push(match result {
+            Ok(()) => Check::new("hook", Outcome::Yes, "attaches").of(subject),
+            Err(error) => {
+                Check::new("hook", Outcome::Warn, format!("{error}: tc does the work of XDP"))
+                    .of(subject)
+            }
+        });
+    }
+    checks.push(cgroup(tried));
+    if let Some(own) = &tried.own_device {
+        checks.push(match own {
+            Ok(kind) => Check::new("own-device", Outcome::Yes, format!("sluice0 will be of the kind {kind}")),
+            Err(error) => Check::new(
+                "own-device",
+                Outcome::No,
+                format!("neither a dummy nor an ifb can be made: {error}"),
+            )
+            .next("load the module dummy (modprobe dummy); minimal images have it in linux-modules-extra"),
+        });
+    }
+    if let Some(pins) = &tried.pins {
+        checks.push(match pins {
+            Ok(what) => Check::new("pins", Outcome::Yes, what.clone()),
+            Err(error) => Check::new("pins", Outcome::No, error.clone())
+                .next("mount one (mount -t bpf bpf /sys/fs/bpf; in a pod: a hostPath volume), or give another --pin-path"),
+        });
+    }
+    checks
+}
+
+/// Without the right to make namespaces nobody can be kept from seeing a try.
+pub(super) fn untried(is_bpffs: bool) -> Vec<Check> {
+    const NEXT: &str = "run `sluice preflight` once with that capability to have everything tried; the agent needs it only where it has to \
+                        mount a BPF file system";
+    let hook = "attached to nothing: hooks are tried in namespaces, which take CAP_SYS_ADMIN; the agent will tell";
+    let pins = if is_bpffs {
+        Check::new("pins", Outcome::Skip, "not tried: the pin path lies in a BPF file system")
+    } else {
+        Check::new("pins", Outcome::No, "the pin path lies in no BPF file system, and to mount one takes CAP_SYS_ADMIN")
+            .next("mount one on the node (mount -t bpf bpf /sys/fs/bpf), which systemd does by itself; in a pod: a hostPath volume")
+    };
+    vec![Check::new("hook", Outcome::Warn, hook).next(NEXT), pins]
+}
+
+/// The first failure among some tries.
+fn failure(tries: &BTreeMap<impl Display, io::Result<()>>) -> Option<String> {
+    tries.iter().find_map(|(name, result)| Some(format!("{name}: {}", result.as_ref().err()?)))
+}
+
+fn classifiers(tried: &Tried) -> Check {
+    let check = |result, what: String| Check::new("hook", result, what).of("tc");
+    match (failure(&tried.tcx), failure(&tried.clsact)) {
+        (None, None) => {
+            check(Outcome::Yes, "TCX; clsact behind somebody else's filter at an egress".to_owned())
+        }
+        (None, Some(clsact)) => check(
+            Outcome::Warn,
+            format!("TCX; no clsact, where a foreign filter sits at an egress: {clsact}"),
+        )
+        .next("load the modules sch_ingress and cls_bpf, if anybody uses filters of tc here"),
+        (Some(_), None) if tried.lacks_tcx => {
+            check(Outcome::Yes, "clsact: the kernel has no TCX (Linux 6.6)".to_owned())
+        }
+        (Some(tcx), None) => check(Outcome::No, format!("TCX is there and refuses: {tcx}"))
+            .next("see whether something (an LSM, a seccomp profile) forbids bpf(BPF_LINK_CREATE)"),
+        (Some(tcx), Some(clsact)) => {
+            check(Outcome::No, format!("neither TCX ({tcx}) nor clsact ({clsact})")).next(
+                "load the modules sch_ingress and cls_bpf (modprobe), or use Linux 6.6 or newer",
+            )
+        }
+    }
+}
+
+fn cgroup(tried: &Tried) -> Check {
+    let check = |result, what: String| Check::new("hook", result, what).of("cgroup");
+    match &tried.cgroup {
+        None => check(Outcome::Skip, "there is no cgroup to try it on".to_owned()),
+        Some(Err(error)) => {
+            check(Outcome::Warn, error.clone()).next("give --cgroup a folder that can be written")
+        }
+        Some(Ok(programs)) => match failure(programs) {
+            None => check(Outcome::Yes, format!("the socket's {} programs attach", programs.len())),
+            Some(error) => check(Outcome::No, error).next(
+                "start the agent with --socket-path off, or use a kernel with CONFIG_CGROUP_BPF",
+            ),
+        },
+    }
+}
+
+/// The word of a way to attach XDP.
+impl Display for How {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(self.word())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused() -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::EINVAL))
+    }
+
+    fn tried(
+        tcx: fn() -> io::Result<()>,
+        clsact: fn() -> io::Result<()>,
+        lacks_tcx: bool,
+    ) -> Tried {
+        Tried {
+            tcx: [("ingress l2".to_owned(), tcx())].into(),
+            clsact: [("ingress l2".to_owned(), clsact())].into(),
+            lacks_tcx,
+            ..Tried::default()
+        }
+    }
+
+    #[test]
+    fn tc_needs_one_of_its_two_ways() {
+        let works = || Ok(());
+        for (tried, expected, word) in [
+            (tried(works, works, false), Outcome::Yes, "TCX;"),
+            (tried(works, refused, false), Outcome::Warn, "no clsact"),
+            (tried(refused, works, true), Outcome::Yes, "the kernel has no TCX"),
+            (tried(refused, works, false), Outcome::No, "TCX is there and refuses"),
+            (tried(refused, refused, true), Outcome::No, "neither"),
+        ] {
+            let check = classifiers(&tried);
+            assert!(check.result == expected && check.what.contains(word), "{check:?}");
+            assert_eq!(check.next.is_some(), expected != Outcome::Yes, "{check:?}");
+        }
+    }
+
+    #[test]
+    fn a_refused_program_is_named_with_why() {
+        let programs: BTreeMap<String, Result<Option<u32>, String>> = [
+            ("tc_ingress_l2".to_owned(), Ok(Some(1234))),
+            ("xdp_uplink".to_owned(), Err("the verifier says no".to_owned())),
+        ]
+        .into();
+        let checks = super::programs(&programs, 5 << 20);
+        assert_eq!(checks[0].what, "made and let go again: 5 MiB");
+        assert_eq!(
+            (checks[1].result, checks[1].what.as_str()),
+            (Outcome::Yes, "loads, 1234 instructions verified")
+        );
+        assert_eq!(checks[2].name(), "program xdp_uplink");
+        assert_eq!(
+            (checks[2].result, checks[2].what.as_str()),
+            (Outcome::No, "the verifier says no")
+        );
+    }
+
+    #[test]
+    fn without_ground_nothing_is_said_about_hooks() {
+        let tried = Tried { ground: Some("no namespace".to_owned()), ..Tried::default() };
+        assert_eq!(checks(&tried).len(), 1);
+        assert_eq!(checks(&tried)[0].result, Outcome::Skip);
+    }
+}

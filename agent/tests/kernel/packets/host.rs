@@ -1,0 +1,772 @@
+//! The host's way: the engine over plain maps and bytes.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use sluice_common::abi::{
+    Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Event, Flow, Networks,
+    OriginKey, Origins, PREFIXES, Range, RejectBucket, RejectKey, Service, ServiceKey, ServicePort,
+    Settings, Ticks, Tuple, device, flow, node_address,
+};
+use sluice_common::engine::act;
+use sluice_common::engine::adapter::{Action, Adapter, Addressee, Arrival, Forwarded, Target, Way};
+use sluice_common::engine::count::{Along, Count};
+use sluice_common::engine::open::{FlowEnd, Owner, Refusal, Sockets, Steps, sockets};
+use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
+use sluice_common::engine::xdp::{Fate, Frames};
+use sluice_common::engine::{self, tc::Packets};
+use sluice_common::event::{self, At};
+use sluice_common::family::lane;
+use sluice_common::packet::answer::Trouble;
+use sluice_common::packet::bytes::Bytes;
+use sluice_common::packet::checksum::Delta;
+use sluice_common::packet::header::Wire;
+use sluice_common::packet::parse::{self, Headers};
+use sluice_common::packet::rewrite::{Checksum, Edit, can_follow, rewrite};
+use sluice_common::path::fragment;
+use sluice_common::path::policy::{self, is_foreign, is_within};
+use sluice_common::path::{self, Decision, Hook, Step, partner_key};
+use sluice_common::tables::Routes;
+use sluice_common::{Packet, Reason, Tables, V4, V6};
+
+use super::case::{Case, Counted, End, Outcome, Program};
+use super::convert::{
+    affinities, affinities_told, backend, datagrams, datagrams_told, entries, exhausted,
+    exhausted_told, imported, networks, origins, prefixes, service_key, told, tuple_told,
+};
+use super::ip::Ip;
+use super::world::{self, OWN_NETNS, World};
+
+/// The time when a packet is met, where a case does not care.
+pub(crate) const NOW: Ticks = 100_000;
+/// Bytes of the two addresses of a link header.
+const PAIR: usize = 12;
+/// The time by which ICMP errors are limited.
+const NOW_MS: u32 = 5_000;
+
+/// The maps of one family, without a bound.
+struct Memory<F: Ip> {
+    world: World,
+    now: Ticks,
+    ifindex: u32,
+    ports: BTreeMap<u32, ServicePort>,
+    networks: Networks<F::Address>,
+    affinity: BTreeMap<AffinityKey<F::Address>, Affinity>,
+    exhausted: BTreeMap<Tuple<F::Address>, Ticks>,
+    /// What the FIB has said; nothing until it is asked.
+    routes: Option<Routes>,
+    passed_over: u32,
+    lanes: BTreeMap<(u32, u32), u8>,
+    services: BTreeMap<ServiceKey<F::Address>, Service>,
+    backends: BTreeMap<u32, Backend<F::Address>>,
+    origins: BTreeMap<OriginKey<F::Address>, Origins<F::Address>>,
+    flows: BTreeMap<Tuple<F::Address>, Flow<F::Address>>,
+    embryonic: BTreeMap<Tuple<F::Address>, Flow<F::Address>>,
+    fragments: BTreeMap<Datagram<F::Address>, DatagramPorts>,
+    imported: BTreeMap<Tuple<F::Address>, u32>,
+    marks: u32,
+}
+
+impl<F: Ip> Memory<F> {
+    fn new(world: &World, ifindex: u32, now: Ticks) -> Self {
+        let mut lanes: BTreeMap<(u32, u32), u8> = BTreeMap::new();
+        for (address, bits) in &world.listing {
+            if let Some(address) = F::of(*address) {
+                *lanes.entry(lane::<F>(&address)).or_default() |= bits;
+            }
+        }
+        let services = world
+            .services
+            .iter()
+            .filter_map(|(key, service)| Some((service_key::<F>(key)?, *service)))
+            .collect();
+        let backends = world
+            .backends
+            .iter()
+            .filter_map(|(id, found)| Some((*id, backend::<F>(found)?)))
+            .collect();
+        Self {
+            now,
+            ifindex,
+            ports: world.ports.iter().map(|(id, port)| (*id, port.told())).collect(),
+            networks: networks::<F>(world),
+            affinity: affinities::<F>(world, now),
+            exhausted: exhausted::<F>(world, now),
+            routes: None,
+            passed_over: 0,
+            lanes,
+            services,
+            backends,
+            origins: origins::<F>(world),
+            flows: entries::<F>(&world.flows, now),
+            embryonic: entries::<F>(&world.embryonic, now),
+            fragments: datagrams::<F>(world, now),
+            imported: imported::<F>(world),
+            marks: world.marks,
+            world: world.clone(),
+        }
+    }
+
+    fn table(&mut self, place: Place) -> &mut BTreeMap<Tuple<F::Address>, Flow<F::Address>> {
+        match place {
+            Place::Flows => &mut self.flows,
+            Place::Embryonic => &mut self.embryonic,
+        }
+    }
+}
+
+/// Tables without a bound.
+impl<F: Ip> FlowTable<F> for Memory<F> {
+    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+        match place {
+            Place::Flows => self.flows.get(key),
+            Place::Embryonic => self.embryonic.get(key),
+        }
+    }
+
+    fn insert(
+        &mut self,
+        place: Place,
+        key: &Tuple<F::Address>,
+        flow: &Flow<F::Address>,
+        only_new: bool,
+    ) -> Result<(), Refused> {
+        let table = self.table(place);
+        if only_new && table.contains_key(key) {
+            return Err(Refused::Exists);
+        }
+        let _ = table.insert(*key, *flow);
+        Ok(())
+    }
+
+    fn remove(&mut self, place: Place, key: &Tuple<F::Address>) {
+        let _ = self.table(place).remove(key);
+    }
+
+    fn refresh(
+        &mut self,
+        place: Place,
+        key: &Tuple<F::Address>,
+        to: &Flow<F::Address>,
+        renewal: Renewal,
+    ) -> bool {
+        let Some(entry) = self.table(place).get_mut(key) else { return false };
+        if path::leads_to(entry, to) {
+            renewal.apply(entry, to);
+        }
+        true
+    }
+
+    fn remember(&mut self, client: &AffinityKey<F::Address>, to: &Affinity) {
+        let _ = self.affinity.insert(*client, *to);
+    }
+
+    fn set_marks(&mut self, bits: u32) {
+        self.marks |= bits;
+    }
+}
+
+/// A packet in memory, and the host that a case has it met on.
+struct Host<'c> {
+    case: &'c Case,
+    packet: Bytes<Vec<u8>>,
+}
+
+impl Packet for Host<'_> {
+    fn length(&self) -> u32 {
+        self.packet.length()
+    }
+
+    fn read<T: Wire>(&self, offset: u32) -> Option<T> {
+        self.packet.read(offset)
+    }
+}
+
+impl Edit for Host<'_> {
+    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        self.packet.store(offset, value)
+    }
+
+    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        self.packet.store_unbalanced(offset, value)
+    }
+
+    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
+        self.packet.network_checksum(offset, delta)
+    }
+
+    fn transport_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Delta,
+        data: Delta,
+        kind: Checksum,
+    ) -> bool {
+        self.packet.transport_checksum(offset, addresses, data, kind)
+    }
+
+    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
+        self.packet.sctp_checksum(offset, change, length)
+    }
+}
+
+impl<F: Ip> Adapter<F> for Host<'_> {
+    type Quote = Vec<u8>;
+
+    fn hook(&self) -> Hook {
+        match self.case.program {
+            Program::Ingress | Program::IngressBare => Hook::Ingress,
+            Program::Egress | Program::EgressBare => Hook::Egress,
+            Program::Xdp => Hook::Xdp,
+        }
+    }
+
+    fn link(&self) -> u32 {
+        self.case.program.link()
+    }
+
+    fn ifindex(&self) -> u32 {
+        self.case.ifindex
+    }
+
+    fn mark(&self) -> u32 {
+        0
+    }
+
+    fn segment_size(&self) -> u32 {
+        0
+    }
+
+    fn arrival(&self) -> Arrival {
+        let to = match self.packet.bytes.first() {
+            Some(first) if first & 1 != 0 => Addressee::Many,
+            _ if self.packet.bytes.starts_with(&world::mac(self.case.ifindex)) => Addressee::Host,
+            _ => Addressee::Other,
+        };
+        Arrival { to, tag: None }
+    }
+
+    fn device(&self, ifindex: u32) -> Option<&Device> {
+        self.case.world.devices.get(&ifindex)
+    }
+
+    fn own_device(&self) -> u32 {
+        self.case.world.settings.own_device
+    }
+
+    fn is_own_address(&self, address: &F::Address) -> bool {
+        self.case.world.node_addresses.contains_key(&F::ip(*address))
+    }
+
+    fn route(&self, _: &F::Address, destination: &F::Address, way: &Way) -> Target {
+        match world::route(F::ip(*destination)) {
+            Some((_, mtu)) if way.length > mtu => Target::TooBig(mtu),
+            Some((ifindex, _)) => Target::Device(ifindex),
+            None => Target::None,
+        }
+    }
+
+    fn forward(&mut self, packet: &Forwarded<F::Address>) -> Option<u32> {
+        let (ifindex, mtu) = world::route(F::ip(packet.destination))?;
+        (packet.way.length <= mtu).then_some(ifindex)
+    }
+
+    fn neighbour(&self, _: &F::Address, to: &F::Address, ifindex: u32) -> Option<[u8; 6]> {
+        (ifindex == world::BRIDGE && world::bridge_knows(F::ip(*to))).then_some(world::BACKEND_MAC)
+    }
+
+    /// Routes have told theirs.
+    fn route_mtu(&self, _: &F::Address, _: u32) -> u32 {
+        0
+    }
+
+    /// As with [`Adapter::route_mtu`].
+    fn exceeded_mtu(&self, _: u32, _: i32) -> Option<u32> {
+        None
+    }
+
+    fn bucket(&self, key: &RejectKey) -> Option<RejectBucket> {
+        let rejects = &self.case.world.rejects;
+        let (_, credit_ms) =
+            rejects.iter().find(|(client, _)| world::reject_key(**client) == *key)?;
+        Some(RejectBucket { refilled_ms: NOW_MS, credit_ms: *credit_ms })
+    }
+
+    /// A case has one packet.
+    fn set_bucket(&mut self, _: &RejectKey, _: &RejectBucket) {}
+
+    fn now_ms(&self) -> u32 {
+        NOW_MS
+    }
+
+    fn rewrite(&mut self, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
+        let is_rewritten = rewrite(self, headers, flow);
+        assert!(is_rewritten || !can_follow(headers, flow), "a frame in memory can be rewritten");
+        is_rewritten
+    }
+
+    fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool {
+        act::write_error(self, headers, trouble, mtu)
+    }
+
+    fn grow_head(&mut self, bytes: u32) -> bool {
+        let _ = self.packet.bytes.splice(..0, vec![0; bytes as usize]);
+        true
+    }
+
+    fn set_length(&mut self, bytes: u32) -> bool {
+        self.packet.bytes.resize(bytes as usize, 0);
+        true
+    }
+
+    fn quote(&self, offset: u32, length: u32) -> Option<(Vec<u8>, u64)> {
+        let quote = self.packet.bytes.get(offset as usize..(offset + length) as usize)?;
+        let sum =
+            quote.chunks(2).map(|pair| u64::from(u16::from_ne_bytes([pair[0], pair[1]]))).sum();
+        Some((quote.to_vec(), sum))
+    }
+
+    fn store_quote(&mut self, offset: u32, length: u32, quote: &Vec<u8>) -> bool {
+        self.packet.bytes[offset as usize..(offset + length) as usize].copy_from_slice(quote);
+        true
+    }
+
+    /// Frames in memory have none beside them.
+    fn take_tags_off(&mut self) {}
+
+    /// No other program meets a case's packet.
+    fn set_translated(&mut self) {}
+
+    fn set_held(&mut self) {}
+}
+
+/// A case's packet on its way through a program.
+struct Met<'c, F: Ip> {
+    host: Host<'c>,
+    memory: Memory<F>,
+    headers: Headers<F>,
+    decision: Decision<F>,
+    /// How it was counted, and what was told of it.
+    counted: Option<Counted>,
+    event: Option<Event>,
+}
+
+impl<F: Ip> Met<'_, F> {
+    fn hook(&self) -> Hook {
+        Adapter::<F>::hook(&self.host)
+    }
+
+    fn pass_over(&mut self, ports: u32) {
+        self.memory.routes = None;
+        self.memory.passed_over = ports;
+    }
+
+    fn decide(&mut self) {
+        self.decision = Decision::pass(&self.headers.tuple);
+        path::decide_into(self.hook(), &self.headers, &self.memory, &mut self.decision);
+    }
+
+    /// Notes what a first fragment tells.
+    fn note(&mut self) {
+        let said = fragment::told(&self.headers, &self.decision, self.memory.now);
+        let _ = self.memory.fragments.insert(fragment::key(&self.headers), said);
+    }
+
+    fn has_foreign_source(&self) -> bool {
+        let Case { came_by, ifindex, .. } = *self.host.case;
+        let (source, destination) =
+            (&self.headers.tuple.source, F::ip(self.headers.tuple.destination));
+        let egress = self.hook() == Hook::Egress;
+        let from = if egress { came_by } else { ifindex };
+        let bridge = self.memory.device(from).map_or(0, |device| device.bridge);
+        let as_from = if bridge == 0 { from } else { bridge };
+        let route = |as_it_came: bool| {
+            world::route_back(destination, F::ip(*source), as_it_came.then_some(as_from))
+        };
+        is_foreign(egress, source, from, &self.memory, route)
+    }
+
+    fn count(&mut self, is_dropped: bool) {
+        let (headers, decision) = (&self.headers, &self.decision);
+        self.counted = count(decision, headers.length);
+        self.event = event::kind(decision, headers).map(|kind| {
+            let mut event = Event {
+                kind: kind as u8,
+                at: At::from(self.hook()) as u8,
+                ifindex: self.host.case.ifindex,
+                ..Event::default()
+            };
+            event::packet(&mut event, headers, decision, event::fate(decision.verdict, is_dropped));
+            event
+        });
+    }
+}
+
+impl<F: Ip> Steps<F> for Met<'_, F> {
+    fn decision(&self) -> &Decision<F> {
+        &self.decision
+    }
+
+    fn set_step(&mut self, step: Step) {
+        self.decision.step = step;
+    }
+
+    fn open(&mut self) {
+        path::open_into(self.hook(), &self.headers, &self.memory, &mut self.decision);
+    }
+
+    fn ask_routes(&mut self) {
+        let device = |end| world::route(F::ip(end)).map_or(0, |(ifindex, _)| ifindex);
+        let Flow { source, destination, .. } = self.decision.flow;
+        self.memory.routes =
+            Some(Routes { to_backend: device(destination), to_client: device(source) });
+    }
+
+    /// Walks all source ports, but for a tuple for which that was in vain within this tick.
+    fn search(&mut self) {
+        let (memory, decision) = (&mut self.memory, &mut self.decision);
+        let mut key = partner_key::<F>(&decision.flow, decision.key.protocol);
+        key.destination_port = 0;
+        if memory.exhausted.get(&key) == Some(&memory.now) {
+            path::finish_search(None, decision);
+            return;
+        }
+        path::search(memory, decision);
+        if decision.reason == Reason::PortsExhausted {
+            let _ = memory.exhausted.insert(key, memory.now);
+        }
+    }
+
+    fn is_held(&mut self) -> bool {
+        let Some(Sockets { of, end }) = sockets(self.hook(), &self.decision, &self.memory) else {
+            return false;
+        };
+        let sees_sockets = match of {
+            Owner::Host => true,
+            Owner::Netns(netns) => netns == OWN_NETNS,
+        };
+        let to_client = partner_key::<F>(&self.decision.flow, self.decision.key.protocol);
+        let tuple = match end {
+            FlowEnd::Client => to_client,
+            FlowEnd::Backend => to_client.reversed(),
+        };
+        sees_sockets && self.memory.world.held.contains(&tuple_told::<F>(&tuple))
+    }
+
+    fn pass_over_one(&mut self) {
+        self.memory.passed_over += 1;
+    }
+
+    fn record(&mut self) -> Refusal {
+        Refusal::of(record(&mut self.decision, &mut Partner::default(), &mut self.memory))
+    }
+}
+
+impl<'c, F: Ip> Packets<F> for Met<'c, F> {
+    type Adapter = Host<'c>;
+
+    fn decide(&mut self) {
+        self.decide();
+    }
+
+    fn pass(&mut self) {
+        self.decision = Decision::pass(&self.headers.tuple);
+    }
+
+    fn disown(&mut self) {
+        path::disown(self.hook(), &self.headers, &self.memory, &mut self.decision);
+    }
+
+    fn note(&mut self) {
+        self.note();
+    }
+
+    fn is_for_others(&self) -> bool {
+        let is_edge = self.memory.here().is_some_and(|here| here.role == device::EDGE);
+        act::is_for_others(Adapter::<F>::arrival(&self.host), is_edge)
+    }
+
+    fn has_foreign_source(&self) -> bool {
+        self.has_foreign_source()
+    }
+
+    /// The kernel gives a packet that it only tests a socket.
+    fn has_hidden_socket(&mut self) -> bool {
+        let Decision { flow, key, .. } = &self.decision;
+        let hides = |here| policy::hides_sockets(here, key.protocol, true);
+        flow.flags & flow::DIRECT == 0 && self.memory.here().is_some_and(hides)
+    }
+
+    fn begin(&mut self, passed_over: u32) {
+        self.pass_over(passed_over);
+    }
+
+    fn parts(&mut self) -> (&mut Host<'c>, &Headers<F>, &Decision<F>) {
+        (&mut self.host, &self.headers, &self.decision)
+    }
+
+    fn set_reason(&mut self, reason: Reason) {
+        self.decision.reason = reason;
+    }
+
+    fn count(&mut self, is_dropped: bool) {
+        self.count(is_dropped);
+    }
+}
+
+impl<F: Ip> Frames<F> for Met<'_, F> {
+    fn decide(&mut self) {
+        self.decide();
+    }
+
+    fn has_foreign_source(&self) -> bool {
+        self.has_foreign_source()
+    }
+
+    fn begin(&mut self) {
+        self.pass_over(0);
+    }
+
+    fn headers(&self) -> &Headers<F> {
+        &self.headers
+    }
+
+    fn is_addressed_here(&self) -> bool {
+        let here = self.memory.here();
+        here.is_some_and(|device| self.host.packet.bytes.starts_with(&device.mac))
+    }
+
+    /// The kernel's harness holds the mark against the frame that it comes before.
+    fn mark(&mut self) -> bool {
+        true
+    }
+
+    fn unmark(&mut self) {}
+
+    fn note(&mut self) {
+        self.note();
+    }
+
+    fn translate(&mut self) -> bool {
+        rewrite(&mut self.host.packet, &self.headers, &self.decision.flow)
+    }
+
+    fn count(&mut self) {
+        self.count(false);
+    }
+}
+
+impl<F: Ip> Tables<F> for Memory<F> {
+    fn listing(&self, address: &F::Address) -> u8 {
+        self.lanes.get(&lane::<F>(address)).copied().unwrap_or_default()
+    }
+
+    fn flow(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+        self.flows.get(tuple)
+    }
+
+    fn embryonic(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+        self.embryonic.get(tuple)
+    }
+
+    fn imported(&self, tuple: &Tuple<F::Address>) -> Option<u32> {
+        self.imported.get(tuple).copied()
+    }
+
+    fn datagram(&self, key: &Datagram<F::Address>) -> Option<&DatagramPorts> {
+        self.fragments.get(key)
+    }
+
+    fn service(&self, key: &ServiceKey<F::Address>) -> Option<&Service> {
+        self.services.get(key)
+    }
+
+    fn range(&self, service_port: u32, class: Class) -> Option<Range> {
+        Some(
+            self.world
+                .ports
+                .get(&service_port)
+                .map_or(Range::default(), |port| port.ranges[class as usize]),
+        )
+    }
+
+    fn slot(&self, slot: u32) -> Option<u32> {
+        Some(self.world.slots.get(&slot).copied().unwrap_or_default())
+    }
+
+    fn backend(&self, id: u32) -> Option<&Backend<F::Address>> {
+        self.backends.get(&id)
+    }
+
+    fn origins(&self, key: &OriginKey<F::Address>) -> Option<&Origins<F::Address>> {
+        self.origins.get(key)
+    }
+
+    fn marks(&self) -> u32 {
+        self.marks
+    }
+
+    fn port(&self, service_port: u32) -> Option<&ServicePort> {
+        self.ports.get(&service_port)
+    }
+
+    fn affinity(&self, key: &AffinityKey<F::Address>) -> Option<&Affinity> {
+        self.affinity.get(key)
+    }
+
+    fn in_source_ranges(&self, service_port: u32, address: &F::Address) -> bool {
+        let own =
+            |(id, net, bits): &(u32, IpAddr, u8)| (*id == service_port).then_some((*net, *bits));
+        let ranges: Vec<(IpAddr, u8)> = self.world.source_ranges.iter().filter_map(own).collect();
+        ranges.chunks(PREFIXES).any(|ranges| is_within::<F>(&prefixes::<F>(ranges), address))
+    }
+
+    fn is_node_port(&self, port: u16) -> bool {
+        self.world.node_ports.contains(&port)
+    }
+
+    fn is_node_address(&self, address: &F::Address) -> bool {
+        self.world.node_addresses.contains_key(&F::ip(*address))
+    }
+
+    fn serves_node_ports(&self, address: &F::Address) -> bool {
+        let flags = self.world.node_addresses.get(&F::ip(*address));
+        flags.is_some_and(|flags| flags & node_address::NODE_PORTS != 0)
+    }
+
+    fn settings(&self) -> Option<&Settings> {
+        Some(&self.world.settings)
+    }
+
+    fn networks(&self) -> Option<&Networks<F::Address>> {
+        Some(&self.networks)
+    }
+
+    fn device(&self, ifindex: u32) -> Option<&Device> {
+        self.world.devices.get(&ifindex)
+    }
+
+    fn here(&self) -> Option<&Device> {
+        self.world.devices.get(&self.ifindex)
+    }
+
+    fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
+    fn routes(&self) -> Option<Routes> {
+        self.routes
+    }
+
+    fn passed_over(&self) -> u32 {
+        self.passed_over
+    }
+
+    fn now(&self) -> Ticks {
+        self.now
+    }
+}
+
+/// Runs a case on the host.
+pub(crate) fn run(case: &Case) -> Outcome {
+    run_at(case, NOW)
+}
+
+/// Runs a case on the host at some time.
+pub(crate) fn run_at(case: &Case, now: Ticks) -> Outcome {
+    let link = case.program.link();
+    let packet = Bytes { bytes: case.input.clone(), partial: case.partial };
+    // A bare packet's ethertype lies outside of it.
+    let ethertype = match (link, packet.bytes.first().map(|first| first >> 4)) {
+        (0, Some(4)) => Some(0x0800),
+        (0, Some(6)) => Some(0x86dd),
+        (0, _) => None,
+        _ => packet.read::<u16>(PAIR as u32).map(u16::from_be),
+    };
+    match ethertype.and_then(|ethertype| parse::untag(&packet, ethertype, link)) {
+        Some((0x0800, offset)) => run_family::<V4>(case, packet, offset, now),
+        Some((0x86dd, offset)) => run_family::<V6>(case, packet, offset, now),
+        _ => untouched(case),
+    }
+}
+
+/// What comes of a packet that is not looked at.
+fn untouched(case: &Case) -> Outcome {
+    Outcome {
+        end: if case.program == Program::Xdp { End::XdpPass } else { End::Next },
+        frame: case.input.clone(),
+        counted: Some(Vec::new()),
+        events: Some(Vec::new()),
+        flows: case.world.flows.clone(),
+        embryonic: case.world.embryonic.clone(),
+        affinity: case.world.affinity.clone(),
+        exhausted: case.world.exhausted.clone(),
+        fragments: case.world.fragments.clone(),
+        marks: case.world.marks,
+    }
+}
+
+fn run_family<F: Ip>(case: &Case, packet: Bytes<Vec<u8>>, offset: u32, now: Ticks) -> Outcome {
+    let Some(headers) = parse::headers::<F, _>(&packet, offset) else { return untouched(case) };
+    let mut met = Met {
+        host: Host { case, packet },
+        memory: Memory::<F>::new(&case.world, case.ifindex, now),
+        decision: Decision::pass(&headers.tuple),
+        headers,
+        counted: None,
+        event: None,
+    };
+    let end = match case.program {
+        Program::Xdp => match engine::xdp::run(&mut met) {
+            Fate::Pass => End::XdpPass,
+            Fate::Drop => End::XdpDrop,
+        },
+        Program::Ingress | Program::IngressBare | Program::Egress | Program::EgressBare => {
+            match engine::tc::run(&mut met) {
+                Action::Next => End::Next,
+                Action::Drop => End::Drop,
+                Action::Send(_)
+                | Action::Receive(_)
+                | Action::Forward(_)
+                | Action::ForwardTo(_) => End::Redirect,
+            }
+        }
+    };
+    let memory = met.memory;
+    Outcome {
+        end,
+        frame: met.host.packet.bytes,
+        counted: Some(met.counted.into_iter().collect()),
+        events: Some(met.event.into_iter().collect()),
+        flows: told::<F>(memory.flows, now),
+        embryonic: told::<F>(memory.embryonic, now),
+        affinity: affinities_told::<F>(memory.affinity, now),
+        exhausted: exhausted_told::<F>(memory.exhausted, now),
+        fragments: said(case).chain(datagrams_told::<F>(memory.fragments, now)).collect(),
+        marks: memory.marks,
+    }
+}
+
+/// What the agent says of itself in both families' maps of datagrams.
+fn said(case: &Case) -> impl Iterator<Item = (Datagram<IpAddr>, DatagramPorts)> {
+    case.world
+        .fragments
+        .iter()
+        .filter(|(key, _)| key.protocol == 0)
+        .map(|(key, told)| (*key, *told))
+}
+
+fn count<F: Ip>(decision: &Decision<F>, bytes: u32) -> Option<Counted> {
+    match Count::of(decision) {
+        Count::Nowhere => None,
+        Count::Backend { id: backend, along: Along::Forward { opens } } => {
+            Some(Counted::Forward { backend, bytes, opened: opens })
+        }
+        Count::Backend { id: backend, along: Along::Reply } => {
+            Some(Counted::Reply { backend, bytes })
+        }
+        Count::Reason { reason, service_port } => {
+            Some(Counted::Reason { reason, service_port, bytes })
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! Real sockets between network namespaces: root, and what `cargo xtask test lab` sets.
+//!
+//! A module is one subject. A line `//! alone` in it means that nothing else may run beside its
+//! tests.
+
+mod accelerate;
+mod bridge;
+mod bypass;
+mod callers;
+mod config;
+mod conntrack;
+mod dashboard;
+mod devices;
+mod diff;
+mod explain;
+mod external;
+mod faults;
+mod floods;
+mod flows;
+mod forged;
+mod fragments;
+mod guarded;
+mod hairpin;
+mod host;
+mod monitor;
+mod mtu;
+mod observe;
+mod operate;
+mod overlay;
+mod own_addresses;
+mod paths;
+mod policy;
+mod preflight;
+mod random;
+mod restart;
+mod routes;
+mod rules;
+mod sockets;
+mod stack;
+mod stack_errors;
+mod stack_neighbours;
+mod stack_ports;
+mod stack_uplinks;
+mod support;
+mod upgrade;
+mod xdp;

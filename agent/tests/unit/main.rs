@@ -1,0 +1,10 @@
+//! What needs nothing but the compiler: laws, scenarios, and what people read.
+
+mod explain;
+mod kubernetes;
+mod manifests;
+mod properties;
+mod room;
+mod scale;
+mod scenarios;
+mod vectors;

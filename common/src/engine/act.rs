@@ -1,0 +1,543 @@
+//! Does with a packet what was decided about it.
+
+use core::hint::black_box;
+
+use crate::abi::{Flow, RejectKey, device_flags, flow};
+use crate::event::Wide;
+use crate::family::Family;
+use crate::packet::answer::{self, Answer, QUOTE, Trouble};
+use crate::packet::header::{EthernetHeader, TcpHeader, protocol};
+use crate::packet::parse::{Headers, Kind, Parse};
+use crate::packet::rewrite::decrement_ttl;
+use crate::path::fragment::{Label, label};
+use crate::path::{Decision, Hook, Verdict};
+use crate::reason::Reason;
+
+use super::adapter::{Action, Adapter, Addressee, Arrival, Forwarded, LOOPBACK, Target, Way};
+use super::limit::may_answer;
+use super::open::Refusal;
+
+/// The bits of a VLAN tag that name the VLAN.
+const VLAN: u16 = 0xfff;
+/// Bytes of an Ethernet header.
+const ETHERNET: u32 = 14;
+/// IPv4's bit that forbids fragments, among its flags and the fragment's offset.
+const DONT_FRAGMENT: u16 = 0x4000;
+
+/// Whether a frame is not for this host to route: the stack would not either. `is_edge`: it came in
+/// by an edge.
+#[inline(always)]
+#[must_use]
+pub fn is_for_others(arrival: Arrival, is_edge: bool) -> bool {
+    // A tag of priority alone names no VLAN: the stack takes it off, and the frame for its own.
+    let is_tagged = matches!(arrival.tag, Some(tag) if tag & VLAN != 0);
+    match arrival.to {
+        Addressee::Many => true,
+        // The device hears one that is for somebody else: only a bridge port passes such on to the
+        // stack.
+        Addressee::Other => is_tagged || !is_edge,
+        // A pod's frame in a VLAN is none that the stack takes from this device.
+        Addressee::Host => is_tagged && is_edge,
+    }
+}
+
+/// Applies a decision; sets the reason where the packet is dropped after all.
+#[inline(always)]
+pub fn apply<F: Answer + Wide, A: Adapter<F>>(
+    adapter: &mut A,
+    headers: &Headers<F>,
+    decision: &Decision<F>,
+    refusal: Refusal,
+    reason: &mut Reason,
+) -> Action {
+    match decision.verdict {
+        Verdict::Pass => return Action::Next,
+        Verdict::Drop => return Action::Drop,
+        Verdict::Hold => {
+            let action = hold(adapter);
+            if action == Action::Next {
+                *reason = Reason::Fragment;
+            }
+            return action;
+        }
+        Verdict::Reset => {
+            return if reset(adapter, headers, reason) { answered(adapter) } else { Action::Drop };
+        }
+        Verdict::Unreachable => return unreachable(adapter, headers, reason),
+        Verdict::Translate
+        | Verdict::Around
+        | Verdict::TurnBack
+        | Verdict::HandIn
+        | Verdict::Route => {}
+    }
+    if let Some(refused) = refusal.reason() {
+        *reason = refused;
+        return Action::Drop;
+    }
+    let flow = &decision.flow;
+    // The device that it leaves by.
+    let mut target = 0;
+    // Our own device, where it is to enter the stack to be fragmented.
+    let mut fragments = 0;
+    if decision.verdict == Verdict::Route {
+        let way = Way {
+            ifindex: LOOPBACK,
+            mark: adapter.mark(),
+            length: segment_length(adapter, headers),
+        };
+        let exceeded = match adapter.route(&flow.source, &flow.destination, &way) {
+            Target::Device(device) => {
+                target = device;
+                exceeded_mtu(adapter, &flow.destination, target, way.length)
+            }
+            Target::TooBig(mtu) => Some(mtu),
+            Target::None => {
+                *reason = Reason::NoRoute;
+                return Action::Drop;
+            }
+        };
+        if let Some(mtu) = exceeded {
+            // An error is never answered with another (RFC 1122, 3.2.2; RFC 4443, 2.4).
+            let is_error = headers.kind == Kind::IcmpError;
+            let is_answered = !is_error && forbids_fragments(adapter, headers.network);
+            if !is_error && !is_answered {
+                fragments = adapter.own_device();
+            }
+            if fragments == 0 {
+                *reason = Reason::TooBig;
+                return if is_answered {
+                    error(adapter, headers, Trouble::TooBig, mtu)
+                } else {
+                    Action::Drop
+                };
+            }
+        }
+    }
+    // A bypass does what the stack would; the stack itself does it where it fragments, and to what
+    // this host sends itself.
+    let bypasses = decision.verdict == Verdict::TurnBack
+        || decision.verdict == Verdict::Route && adapter.hook() != Hook::Egress && fragments == 0;
+    if bypasses && !decrement_ttl(adapter, headers) {
+        *reason = Reason::TtlExceeded;
+        return if may_be_answered(adapter, headers) {
+            error(adapter, headers, Trouble::TimeExceeded, 0)
+        } else {
+            Action::Drop
+        };
+    }
+    // An endpoint's packet is translated where it leaves.
+    let is_answer = decision.is_answer();
+    if !is_answer && !adapter.rewrite(headers, flow) {
+        *reason = Reason::RewriteFailed;
+        return Action::Drop;
+    }
+    if decision.verdict == Verdict::Around {
+        let action = around(adapter, headers, flow);
+        if action != Action::Next || is_answer {
+            return action;
+        }
+    }
+    match decision.verdict {
+        Verdict::Translate | Verdict::Around => {
+            adapter.set_translated();
+            // A masqueraded client's packet is routed, so that its source changes where it leaves.
+            if adapter.link() != 0
+                && adapter.hook() == Hook::Ingress
+                && flow.flags & (flow::REPLY | flow::MASQUERADED) == 0
+            {
+                stay_on_bridge(adapter, &flow.source, &flow.destination);
+            }
+            Action::Next
+        }
+        Verdict::TurnBack => turn_back(adapter),
+        Verdict::HandIn => hand_in(adapter, &flow.destination, &flow.source),
+        Verdict::Route if fragments != 0 => hand_to(adapter, fragments),
+        Verdict::Route => {
+            adapter.take_tags_off();
+            if has_room_for_link(adapter) { Action::Forward(target) } else { Action::Drop }
+        }
+        Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable | Verdict::Hold => {
+            Action::Next
+        }
+    }
+}
+
+/// The device from which routing sees the packet come: the bridge, where its device is a port.
+#[inline(always)]
+pub fn comes_from<F: Family, A: Adapter<F>>(adapter: &A) -> u32 {
+    let here = adapter.ifindex();
+    match adapter.device(here) {
+        _ if adapter.hook() == Hook::Egress => LOOPBACK,
+        Some(device) if device.bridge != 0 => device.bridge,
+        _ => here,
+    }
+}
+
+/// The length of a packet with its IP header, or that of a segment where the device will cut it.
+#[inline(always)]
+fn segment_length<F: Family, A: Adapter<F>>(adapter: &A, headers: &Headers<F>) -> u32 {
+    let size = adapter.segment_size();
+    if size == 0 {
+        return headers.length;
+    }
+    let transport = match adapter.read::<TcpHeader>(headers.transport) {
+        Some(segment) if headers.tuple.protocol == protocol::TCP => {
+            u32::from(segment.offset >> 4).wrapping_mul(4)
+        }
+        _ => 8,
+    };
+    headers.transport.wrapping_sub(headers.network).wrapping_add(transport).wrapping_add(size)
+}
+
+/// The MTU of a device, or of the route by it, when the packet, or a segment of it, is larger.
+#[inline(always)]
+fn exceeded_mtu<F: Family, A: Adapter<F>>(
+    adapter: &A,
+    destination: &F::Address,
+    target: u32,
+    length: u32,
+) -> Option<u32> {
+    let of_route = adapter.route_mtu(destination, target);
+    if of_route != 0 && length > of_route {
+        return Some(of_route);
+    }
+    // What the packet is compared with has the target's link header: ours may have another length.
+    let difference = match adapter.device(target) {
+        Some(device) => i32::from(device.link_header).wrapping_sub(adapter.link().cast_signed()),
+        None => 0,
+    };
+    adapter.exceeded_mtu(target, difference)
+}
+
+/// Whether a packet may be answered with "too big": it forbids fragmentation.
+#[inline(always)]
+fn forbids_fragments<F: Family, A: Adapter<F>>(adapter: &A, network: u32) -> bool {
+    F::VERSION == 6
+        || matches!(
+            adapter.read::<u16>(network.wrapping_add(6)),
+            Some(field) if u16::from_be(field) & DONT_FRAGMENT != 0
+        )
+}
+
+/// Sends a packet that has been translated, or will be where it leaves, where the FIB says, if the
+/// stack would do no more than forward it. [`Action::Next`]: the stack takes it, with all that it
+/// does for what it cannot forward.
+///
+/// The device's egress programs see it, ours among them, which translates what is to be translated
+/// there.
+#[inline(always)]
+pub fn around<F: Parse, A: Adapter<F>>(
+    adapter: &mut A,
+    headers: &Headers<F>,
+    flow: &Flow<F::Address>,
+) -> Action {
+    let target = way_around(adapter, headers, flow);
+    if target == 0 {
+        return Action::Next;
+    }
+    if decrement_ttl(adapter, headers) && has_room_for_link(adapter) {
+        Action::ForwardTo(target)
+    } else {
+        Action::Drop
+    }
+}
+
+/// Returns the device by which the stack would forward the packet; 0: it is left to the stack. A
+/// function of its own, as some below, so that it has a stack frame to itself.
+#[inline(never)]
+fn way_around<F: Family, A: Adapter<F>>(
+    adapter: &mut A,
+    headers: &Headers<F>,
+    flow: &Flow<F::Address>,
+) -> u32 {
+    let (is_error, [outer, _]) = (headers.kind == Kind::IcmpError, headers.outer);
+    let Some(first) = adapter.read::<u32>(headers.network).map(u32::from_be) else { return 0 };
+    if headers.network != adapter.link()
+        || headers.ttl <= 1
+        || !is_routed(adapter)
+        || has_options(adapter, headers.network, first)
+    {
+        return 0;
+    }
+    let here = adapter.ifindex();
+    let from = match adapter.device(here) {
+        Some(device) if device.bridge != 0 => device.bridge,
+        _ => here,
+    };
+    let way = Way { ifindex: from, mark: adapter.mark(), length: segment_length(adapter, headers) };
+    let forwarded = Forwarded {
+        source: if is_error && outer != headers.tuple.source { outer } else { flow.source },
+        destination: flow.destination,
+        ports: if is_error { [0; 2] } else { [flow.source_port, flow.destination_port] },
+        protocol: if is_error { F::ICMP } else { headers.tuple.protocol },
+        class: if F::VERSION == 4 { first >> 16 & 0xff } else { (first & 0x0fff_ffff).to_be() },
+        way,
+    };
+    let Some(target) = adapter.forward(&forwarded) else { return 0 };
+    // From one port of a bridge to another, or too big.
+    if target == from && from != here
+        || exceeded_mtu(adapter, &flow.destination, target, way.length).is_some()
+    {
+        return 0;
+    }
+    target
+}
+
+/// Whether the stack would route a frame from this device, or from the bridge that it is a port of.
+#[inline(always)]
+fn is_routed<F: Family, A: Adapter<F>>(adapter: &A) -> bool {
+    let Some(here) = adapter.device(adapter.ifindex()) else { return false };
+    let Arrival { to, tag } = adapter.arrival();
+    // A tag says that another device is to have it first.
+    if tag.is_some() || here.flags & device_flags::SWITCHED != 0 {
+        return false;
+    }
+    if here.bridge == 0 || adapter.link() == 0 {
+        return adapter.link() == 0 || to == Addressee::Host;
+    }
+    let Some(frame) = adapter.read::<EthernetHeader>(0) else { return false };
+    device_flags::bridge_mac(frame.destination) == here.flags >> device_flags::BRIDGE_MAC_SHIFT
+}
+
+/// Whether a packet has options that routers look at, given its first word.
+#[inline(always)]
+fn has_options<F: Family, A: Adapter<F>>(adapter: &A, network: u32, first: u32) -> bool {
+    if F::VERSION == 4 {
+        return first >> 24 != 0x45;
+    }
+    // Hop-by-hop options come first.
+    !matches!(adapter.read::<[u8; 1]>(network.wrapping_add(6)), Some([next]) if next != 0)
+}
+
+/// Where client and backend are ports of one bridge: addresses the frame to the backend, so that it
+/// is bridged as its reply will be. A backend that the bridge has no neighbour entry for is routed
+/// this once.
+#[inline(never)]
+fn stay_on_bridge<F: Family, A: Adapter<F>>(
+    adapter: &mut A,
+    source: &F::Address,
+    destination: &F::Address,
+) {
+    let bridge = match adapter.device(adapter.ifindex()) {
+        Some(device) if device.bridge != 0 => device.bridge,
+        _ => return,
+    };
+    if let Some(neighbour) = adapter.neighbour(source, destination, bridge) {
+        let _ = adapter.store(0, neighbour);
+    }
+}
+
+/// Sends the packet back out of the device it came from.
+#[inline(always)]
+fn turn_back<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
+    if adapter.link() != 0 {
+        let Some(header) = adapter.read::<EthernetHeader>(0) else { return Action::Drop };
+        if !adapter.store(0, [header.source, header.destination]) {
+            return Action::Drop;
+        }
+    }
+    Action::Send(adapter.ifindex())
+}
+
+/// Hands the packet to the stack as if it had come in on the device that the route from `local` to
+/// `remote` names: strict reverse path filtering drops it elsewhere.
+#[inline(always)]
+fn hand_in<F: Family, A: Adapter<F>>(
+    adapter: &mut A,
+    local: &F::Address,
+    remote: &F::Address,
+) -> Action {
+    let here = adapter.ifindex();
+    let leaves = adapter.hook() == Hook::Egress;
+    let target = if leaves {
+        here
+    } else if local == remote || adapter.is_own_address(remote) {
+        // The frontend is an address of this host's own: no other device takes one as a source.
+        LOOPBACK
+    } else {
+        match adapter.route(local, remote, &Way { ifindex: LOOPBACK, mark: 0, length: 0 }) {
+            Target::Device(target) => target,
+            Target::TooBig(_) | Target::None => here,
+        }
+    };
+    if target == here && !leaves {
+        return Action::Next;
+    }
+    hand_to(adapter, target)
+}
+
+/// Hands the packet to the stack as if it had come in on a device.
+#[inline(always)]
+fn hand_to<F: Family, A: Adapter<F>>(adapter: &mut A, target: u32) -> Action {
+    let Some(to) = adapter.device(target) else { return Action::Drop };
+    let (link, mac) = (to.link_header, to.mac);
+    if target != adapter.ifindex() {
+        adapter.take_tags_off();
+    }
+    let has_header = if link == 0 {
+        true
+    } else if adapter.link() == 0 {
+        add_link_header(adapter, mac)
+    } else {
+        adapter.store(0, mac)
+    };
+    if has_header { Action::Receive(target) } else { Action::Drop }
+}
+
+/// Makes room for the link header of the device that the packet is forwarded by: what forwards it
+/// takes one away, and drops what has none.
+#[inline(always)]
+fn has_room_for_link<F: Family, A: Adapter<F>>(adapter: &mut A) -> bool {
+    adapter.link() != 0 || add_link_header(adapter, [0; 6])
+}
+
+/// Puts an Ethernet header before a packet that has none.
+#[inline(always)]
+fn add_link_header<F: Family, A: Adapter<F>>(adapter: &mut A, mac: [u8; 6]) -> bool {
+    let header = EthernetHeader { destination: mac, source: mac, ethertype: F::ETHERTYPE.to_be() };
+    adapter.grow_head(ETHERNET) && adapter.store(0, header)
+}
+
+/// Has the agent keep a fragment: sends it out of our own device, behind a label. Passes on what
+/// cannot be sent there.
+#[inline(always)]
+fn hold<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
+    // A tag beside the packet would be lost.
+    if adapter.arrival().tag.is_some() {
+        return Action::Next;
+    }
+    let flags = if adapter.hook() == Hook::Egress { label::EGRESS } else { 0 }
+        | if adapter.link() == 0 { label::BARE } else { 0 };
+    let label = Label::new(adapter.ifindex(), flags);
+    if !adapter.grow_head(size_of::<Label>() as u32) {
+        return Action::Next;
+    }
+    if !adapter.store(0, label) {
+        return Action::Drop;
+    }
+    adapter.set_held();
+    Action::Send(adapter.own_device())
+}
+
+/// Whether a source address is one that may be answered: a single host's.
+#[inline(always)]
+fn is_answerable<F: Family>(address: &F::Address) -> bool {
+    let words = F::words(address);
+    let [word, ..] = words;
+    let [first, ..] = word.to_ne_bytes();
+    if F::VERSION == 4 {
+        // Not "this host", multicast, reserved or broadcast.
+        return first != 0 && first < 224;
+    }
+    words != [0; 4] && first != 0xff
+}
+
+/// Sends an answer to where the packet came from.
+#[inline(always)]
+fn answered<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
+    if adapter.hook() != Hook::Egress {
+        return turn_back(adapter);
+    }
+    let here = adapter.ifindex();
+    if adapter.link() != 0 {
+        let Some(device) = adapter.device(here) else { return Action::Drop };
+        let mac = device.mac;
+        if !adapter.store(0, mac) {
+            return Action::Drop;
+        }
+    }
+    Action::Receive(here)
+}
+
+/// Turns the segment into the reset that answers it.
+#[inline(never)]
+fn reset<F: Answer + Wide, A: Adapter<F>>(
+    adapter: &mut A,
+    headers: &Headers<F>,
+    reason: &mut Reason,
+) -> bool {
+    let Some(segment) = adapter.read::<TcpHeader>(headers.transport) else { return false };
+    if !is_answerable::<F>(&headers.tuple.source) {
+        *reason = Reason::NoBackendDropped;
+        return false;
+    }
+    let (network, reset) = answer::reset(headers, &segment);
+    let at = headers.network.wrapping_add(F::HEADER);
+    if adapter.set_length(at.wrapping_add(20))
+        && adapter.store(headers.network, network)
+        && adapter.store(at, reset)
+    {
+        return true;
+    }
+    *reason = Reason::RewriteFailed;
+    false
+}
+
+/// Turns the packet into ICMP port unreachable, if the client has not had too many.
+#[inline(always)]
+fn unreachable<F: Answer + Wide, A: Adapter<F>>(
+    adapter: &mut A,
+    headers: &Headers<F>,
+    reason: &mut Reason,
+) -> Action {
+    if !is_answerable::<F>(&headers.tuple.source) {
+        *reason = Reason::NoBackendDropped;
+        return Action::Drop;
+    }
+    if !may_answer(adapter, &reject_key::<F>(&headers.tuple.source)) {
+        *reason = Reason::RejectLimited;
+        return Action::Drop;
+    }
+    error(adapter, headers, Trouble::PortUnreachable, 0)
+}
+
+/// Whether a packet may be answered with an ICMP error, and its client has not had too many.
+/// Neither an error nor a later fragment is (RFC 1122, 3.2.2).
+#[inline(never)]
+fn may_be_answered<F: Wide, A: Adapter<F>>(adapter: &mut A, headers: &Headers<F>) -> bool {
+    headers.kind == Kind::Transport
+        && is_answerable::<F>(&headers.tuple.source)
+        && may_answer(adapter, &reject_key::<F>(&headers.tuple.source))
+}
+
+/// The client's key in the rate limiter.
+#[inline(always)]
+fn reject_key<F: Wide>(address: &F::Address) -> RejectKey {
+    RejectKey { address: F::wide(address) }
+}
+
+/// Answers the packet with an ICMP error.
+#[inline(always)]
+fn error<F: Answer, A: Adapter<F>>(
+    adapter: &mut A,
+    headers: &Headers<F>,
+    trouble: Trouble,
+    mtu: u32,
+) -> Action {
+    if adapter.write_error(headers, trouble, mtu) { answered(adapter) } else { Action::Drop }
+}
+
+/// Turns the packet into an ICMP error about it. The MTU is that of "too big", else 0.
+#[inline(always)]
+pub fn write_error<F: Answer, A: Adapter<F>>(
+    adapter: &mut A,
+    headers: &Headers<F>,
+    trouble: Trouble,
+    mtu: u32,
+) -> bool {
+    // Whole words, so that the sum can be taken; never less than the headers. Behind the black box
+    // the compiler cannot fold the bounds into the arithmetic, where the verifier would not find
+    // them.
+    let length = black_box(headers.length.min(QUOTE) & 0x7c);
+    if length < const { F::HEADER + 8 } || length > QUOTE {
+        return false;
+    }
+    let Some((quote, sum)) = adapter.quote(headers.network, length) else { return false };
+    let (network, icmp) = answer::error(headers, trouble.code::<F>(), mtu, length, sum);
+    let at = headers.network.wrapping_add(F::HEADER);
+    let quoted_at = at.wrapping_add(8);
+    adapter.set_length(quoted_at.wrapping_add(length))
+        && adapter.store(headers.network, network)
+        && adapter.store(at, icmp)
+        && adapter.store_quote(quoted_at, length, &quote)
+}

@@ -1,0 +1,69 @@
+//! A packet in memory, for the path to read and rewrite.
+
+use crate::packet::checksum::Delta;
+use crate::packet::crc32c;
+use crate::packet::header::Wire;
+use crate::packet::parse::Packet;
+use crate::packet::rewrite::{Checksum, Edit};
+
+/// A frame in memory.
+#[derive(Clone, Debug)]
+pub struct Bytes<B> {
+    /// From its first header on.
+    pub bytes: B,
+    /// Whether its transport checksum is the pseudo-header's sum, and the device does the rest.
+    pub partial: bool,
+}
+
+impl<B: AsRef<[u8]>> Packet for Bytes<B> {
+    fn length(&self) -> u32 {
+        self.bytes.as_ref().len() as u32
+    }
+
+    fn read<T: Wire>(&self, offset: u32) -> Option<T> {
+        let bytes = self.bytes.as_ref().get(offset as usize..)?.get(..size_of::<T>())?;
+        // SAFETY: the slice has the size of the type, and any bytes are a value of it.
+        Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+    }
+}
+
+impl<B: AsRef<[u8]> + AsMut<[u8]>> Edit for Bytes<B> {
+    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        let rest = self.bytes.as_mut().get_mut(offset as usize..);
+        let Some(bytes) = rest.and_then(|rest| rest.get_mut(..size_of::<T>())) else {
+            return false;
+        };
+        // SAFETY: the slice has the size of the type, which has no padding.
+        unsafe { bytes.as_mut_ptr().cast::<T>().write_unaligned(value) };
+        true
+    }
+
+    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        self.store(offset, value)
+    }
+
+    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
+        self.read::<u16>(offset).is_some_and(|old| self.store(offset, delta.apply(old)))
+    }
+
+    fn transport_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Delta,
+        data: Delta,
+        kind: Checksum,
+    ) -> bool {
+        let Some(old) = self.read::<u16>(offset) else { return false };
+        let new = match (self.partial, kind) {
+            (true, _) => !addresses.apply(!old),
+            (false, Checksum::Plain) => addresses.and(data).apply(old),
+            (false, Checksum::Udp) => addresses.and(data).apply_udp(old),
+        };
+        self.store(offset, new)
+    }
+
+    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
+        let Some(old) = self.read::<u32>(offset) else { return false };
+        self.store_unbalanced(offset, crc32c::updated(old, change, length))
+    }
+}
