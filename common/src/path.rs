@@ -61,11 +61,11 @@ use crate::packet::rewrite::can_follow;
 use crate::reason::Reason;
 use crate::tables::Tables;
 
-use entry::{entry_of, entry_of_packet};
 pub use entry::{
     CLOSING_TICKS, HALF_CLOSED_TICKS, IDLE_TICKS, RENEW_TICKS, UDP_IDLE_TICKS, UNPROVEN_TICKS,
     gives_way, is_as_fresh, leads_back, leads_to, partner, partner_key,
 };
+use entry::{entry_of, entry_of_packet};
 pub use known::{SILENT_TICKS, STREAM_TICKS, VAIN_TICKS};
 use known::{flags_of_reply, follow_entry, reason_along, verdict_along};
 use met::{classify, is_unassigned};

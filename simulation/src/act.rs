@@ -2,9 +2,7 @@
 
 use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey};
 use sluice_common::engine::act::{self, is_for_others};
-use sluice_common::engine::adapter::{
-    Action, Adapter, Addressee, Arrival, Forwarded, Target, Way,
-};
+use sluice_common::engine::adapter::{Action, Adapter, Addressee, Arrival, Forwarded, Target, Way};
 use sluice_common::engine::count::{Along, Count};
 use sluice_common::engine::open::{Owner, Refusal, Sockets, Steps, sockets};
 use sluice_common::engine::tc::{self, Packets};

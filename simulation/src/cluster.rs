@@ -3,12 +3,12 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
+use sluice_common::packet::header::protocol;
 use sluice_core::model::event::Change;
 use sluice_core::model::object::{
-    Address, Endpoint, IpFamily, Maker, ObjectName, PortSpec, ServiceSpec, Slice,
-    SliceKind, SliceLabels, SlicePart, SlicePort,
+    Address, Endpoint, IpFamily, Maker, ObjectName, PortSpec, ServiceSpec, Slice, SliceKind,
+    SliceLabels, SlicePart, SlicePort,
 };
-use sluice_common::packet::header::protocol;
 
 use crate::random::mix;
 

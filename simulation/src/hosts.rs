@@ -106,9 +106,8 @@ impl Connecting {
     /// Whether two are the same client's, from one port.
     #[must_use]
     pub fn shares_port(&self, other: &Self) -> bool {
-        let of = |connect: &Connect| {
-            (connect.client, connect.port, connect.is_v6, connect.protocol)
-        };
+        let of =
+            |connect: &Connect| (connect.client, connect.port, connect.is_v6, connect.protocol);
         of(&self.connect) == of(&other.connect) && self.target != other.target
     }
 }
@@ -148,13 +147,7 @@ impl Host {
 
     /// Whether one of its sockets keeps the tuple of a new flow from it.
     #[must_use]
-    pub fn holds(
-        &self,
-        number: u8,
-        end: FlowEnd,
-        client: SocketAddr,
-        backend: SocketAddr,
-    ) -> bool {
+    pub fn holds(&self, number: u8, end: FlowEnd, client: SocketAddr, backend: SocketAddr) -> bool {
         let ends = match end {
             FlowEnd::Client => (number, client, backend),
             FlowEnd::Backend => (number, backend, client),
@@ -501,6 +494,10 @@ impl World<'_> {
             || connection.client() != segment.destination
             || connection.target == segment.source
             || connection.may_lose_entries()
+            // What is made again for that one may be what this one has.
+            || connections
+                .values()
+                .any(|other| connection.shares_port(other) && other.may_lose_entries())
         {
             return;
         }
@@ -686,4 +683,3 @@ impl World<'_> {
         }
     }
 }
-

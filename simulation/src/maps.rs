@@ -4,11 +4,11 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use sluice_core::image::{ApplyError, Dataplane, Image, ReadError, Write};
 use sluice_common::abi::{
     Affinity, AffinityKey, Datagram, DatagramPorts, Flow, Range, SLOTS_PER_BLOCK, Ticks, Tuple,
 };
 use sluice_common::family::Family;
+use sluice_core::image::{ApplyError, Dataplane, Image, ReadError, Write};
 
 /// What the agent writes.
 #[derive(Clone, Debug, Default)]

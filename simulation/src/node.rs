@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::rc::Rc;
 
-use sluice_core::image::Stack;
 use sluice_common::abi::{
     Device, Networks, Prefix, RejectBucket, RejectKey, Settings, detect_local, device, device_flags,
 };
-use sluice_common::family::Family;
 use sluice_common::event::Wide;
+use sluice_common::family::Family;
 use sluice_common::packet::answer::Answer;
 use sluice_common::{V4, V6};
+use sluice_core::image::Stack;
 
 use crate::agent::Agent;
 use crate::maps::{Capacities, Handle, Maps, Memory};

@@ -7,11 +7,10 @@
 use std::cell::{Cell, OnceCell};
 use std::net::{IpAddr, SocketAddr};
 
-use sluice_core::image::{SourceKey, node_port_bit};
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
-    OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple,
-    flow, node_address, state,
+    OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, flow,
+    node_address, state,
 };
 use sluice_common::engine::open::Refusal;
 use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
@@ -20,6 +19,7 @@ use sluice_common::packet::parse::Headers;
 use sluice_common::path::{self, Decision, Record, leads_back, leads_to, partner_key};
 use sluice_common::tables::Routes;
 use sluice_common::{Reason, Tables};
+use sluice_core::image::{SourceKey, node_port_bit};
 
 use crate::fault::Fault;
 use crate::maps::{Entry, Lru};

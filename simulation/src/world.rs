@@ -5,7 +5,6 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use sluice_core::plan::Sizes;
 use sluice_common::Reason;
 use sluice_common::abi::{Flow, TICK_SHIFT, Ticks, Tuple, flow};
 use sluice_common::engine::adapter::Action;
@@ -14,6 +13,7 @@ use sluice_common::engine::record::Place as Table;
 use sluice_common::packet::header::protocol;
 use sluice_common::path::{CLOSING_TICKS, Hook, Record, gives_way};
 use sluice_common::{V4, V6};
+use sluice_core::plan::Sizes;
 
 use crate::act::{Counted, Met, run};
 use crate::agent::Agent;
@@ -713,12 +713,12 @@ impl<'s> World<'s> {
         }
         let connections = self.connections.borrow();
         // A reset of what came in another's name goes there.
-        let is_own = |number, end| {
-            connections.get(number).is_some_and(|own: &Connecting| own.target == end)
-        };
+        let is_own =
+            |number, end| connections.get(number).is_some_and(|own: &Connecting| own.target == end);
         // And an entry that a reset has led to may be of any frontend.
         let is_right = is_own(&tag.connection, asked) && is_own(&owner, frontend);
-        if !is_right || connections.get(&owner).is_some_and(|owner| owner.lost & lost::FORGED != 0) {
+        if !is_right || connections.get(&owner).is_some_and(|owner| owner.lost & lost::FORGED != 0)
+        {
             return;
         }
         let is_same = |one: &Connecting, other: &Connecting| {
