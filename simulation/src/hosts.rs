@@ -27,7 +27,9 @@ pub mod lost {
     pub const DEAD: u32 = 16;
     /// The reply's entry was lost, of a kind that cannot be found again by it.
     pub const UNRECOVERED: u32 = 64;
-    /// Somebody has sent a RST or FIN in its client's or endpoint's name.
+    /// Somebody has sent what looks like the middle of it to a node that masquerades its client.
+    pub const TAKEN: u32 = 256;
+    /// Somebody has sent a segment in its client's or endpoint's name.
     pub const FORGED: u32 = 128;
     /// What it asked for has changed meanwhile.
     pub const DISTURBED: u32 = 32;
@@ -88,7 +90,7 @@ impl Connecting {
     }
 
     /// Whether its tuple may be another's by now: after a reset that may be its own party's, an idle
-    /// flow keeps it for two minutes.
+    /// flow keeps it for a minute or two.
     fn may_lose_its_port(&self) -> bool {
         self.connect.close == Close::Late && self.lost & lost::FORGED != 0
     }
@@ -96,11 +98,17 @@ impl Connecting {
     /// Whether it may be lost altogether. `shares_port`: its client has other connections from the
     /// same port.
     fn may_be_lost(&self, shares_port: bool) -> bool {
-        self.lost & (lost::BOTH | lost::UNPROVEN | lost::DEAD | lost::UNRECOVERED) != 0
+        self.lost & (lost::BOTH | lost::UNPROVEN | lost::DEAD | lost::UNRECOVERED | lost::TAKEN) != 0
             || self.may_lose_its_port()
             // Its slot may lead elsewhere by now, or no frontend of it be known; and nothing keeps
             // the tuple of a lost entry from another connection.
             || self.lost & lost::ONE != 0 && (self.lost & lost::DISTURBED != 0 || shares_port)
+    }
+
+    /// Whether another one of the same port may have what this one has, since an event has concerned
+    /// its entries.
+    fn is_troubled_by(&self, other: &Self) -> bool {
+        self.shares_port(other) && other.lost & !lost::DISTURBED != 0
     }
 
     /// Whether two are the same client's, from one port.
@@ -212,7 +220,7 @@ impl World<'_> {
             is_open: false,
             outcome: None,
             done: 0,
-            lost: 0,
+            lost: if self.is_changing() { lost::DISTURBED } else { 0 },
             stays: false,
             is_last: false,
             sent: [0; 2],
@@ -412,7 +420,7 @@ impl World<'_> {
         }
         let connections = self.connections.borrow();
         let Some(connection) = connections.get(&number) else { return };
-        if connection.client() != segment.destination {
+        if connection.client() != segment.destination && !connection.may_lose_entries() {
             self.violate("nobody gets another connection's bytes", || {
                 format!("an answer to #{number} reaches {}", segment.destination)
             });
@@ -495,9 +503,7 @@ impl World<'_> {
             || connection.target == segment.source
             || connection.may_lose_entries()
             // What is made again for that one may be what this one has.
-            || connections
-                .values()
-                .any(|other| connection.shares_port(other) && other.may_lose_entries())
+            || connections.values().any(|other| connection.is_troubled_by(other))
         {
             return;
         }
@@ -628,7 +634,9 @@ impl World<'_> {
         connection.outcome = Some(outcome);
         let Some(connection) = connections.get(&number) else { return };
         let shares_port = connections.values().any(|other| connection.shares_port(other));
-        let (is_open, may_be_lost) = (connection.is_open, connection.may_be_lost(shares_port));
+        let is_troubled = connections.values().any(|other| connection.is_troubled_by(other));
+        let (is_open, may_be_lost) =
+            (connection.is_open, is_troubled || connection.may_be_lost(shares_port));
         let expected = connection.connect.exchanges.len();
         let has_all = connection.done >= expected;
         let mut sums = self.sums.borrow_mut();

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::Reason;
-use sluice_common::abi::{Flow, TICK_SHIFT, Ticks, Tuple, flow};
+use sluice_common::abi::{Flow, TICK_SHIFT, Ticks, Tuple, flow, masquerade};
 use sluice_common::engine::adapter::Action;
 use sluice_common::engine::open::FlowEnd;
 use sluice_common::engine::record::Place as Table;
@@ -40,6 +40,8 @@ const PATIENCE: u64 = 200 * SECOND;
 /// Packets of a flood follow each other at this distance.
 const FLOOD_US: u64 = 400;
 
+/// Agents have carried out a change after so long, killed or not.
+const CHANGE: u64 = 10 * SECOND;
 /// A run with more programs than this goes round in a circle.
 const PROGRAMS_MAX: u64 = 1_000_000;
 
@@ -148,6 +150,7 @@ pub struct World<'s> {
     /// The events.
     pub events: &'s [Event],
     now: Cell<u64>,
+    changing_until: Cell<u64>,
     order: Cell<u64>,
     queue: RefCell<BinaryHeap<Reverse<Due>>>,
     /// The nodes.
@@ -201,6 +204,7 @@ impl<'s> World<'s> {
             fault,
             events: &scenario.events,
             now: Cell::new(START),
+            changing_until: Cell::new(0),
             order: Cell::new(0),
             queue: RefCell::new(BinaryHeap::new()),
             nodes,
@@ -631,8 +635,15 @@ impl<'s> World<'s> {
         }
     }
 
+    /// Whether agents may still be at work on a change.
+    #[must_use]
+    pub fn is_changing(&self) -> bool {
+        self.now.get() < self.changing_until.get()
+    }
+
     /// Notes for those that are opening that what they ask for has changed meanwhile.
     fn disturbed(&self, concerns: impl Fn(Target) -> bool) {
+        self.changing_until.set(self.now.get() + CHANGE);
         for connection in self.connections.borrow_mut().values_mut() {
             if concerns(connection.connect.target) {
                 connection.lost |= lost::DISTURBED;
@@ -797,9 +808,15 @@ impl<'s> World<'s> {
             })
         });
         let Some((source, destination)) = ends else { return };
-        if flags & (tcp::RST | tcp::FIN) != 0
+        if claim == Claim::ClientToFrontend
+            && flags != tcp::SYN
+            && self.setting.masquerade != masquerade::NEEDED
             && let Some(connection) = self.connections.borrow_mut().get_mut(&connection)
         {
+            connection.lost |= lost::TAKEN;
+        }
+        // An endpoint may reset what it does not know, which looks like the end of the flow.
+        if let Some(connection) = self.connections.borrow_mut().get_mut(&connection) {
             connection.lost |= lost::FORGED;
         }
         let segment = Segment::tcp(source, destination, flags, sequence, !sequence);
