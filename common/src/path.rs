@@ -61,11 +61,11 @@ use crate::packet::rewrite::can_follow;
 use crate::reason::Reason;
 use crate::tables::Tables;
 
-use entry::entry_of;
 pub use entry::{
     CLOSING_TICKS, HALF_CLOSED_TICKS, IDLE_TICKS, RENEW_TICKS, UDP_IDLE_TICKS, UNPROVEN_TICKS,
     gives_way, is_as_fresh, leads_back, leads_to, partner, partner_key,
 };
+use entry::{entry_of, entry_of_packet};
 pub use known::{SILENT_TICKS, STREAM_TICKS, VAIN_TICKS};
 use known::{flags_of_reply, follow_entry, reason_along, verdict_along};
 use met::{classify, is_unassigned};
@@ -358,14 +358,14 @@ fn decide_known<F: Family, T: Tables<F>>(
         }
         if before & flow::MASQUERADED != 0 || from_node {
             decision.key.side = side::FAR;
-            found = entry_of(&decision.key, tables);
+            found = entry_of_packet(&decision.key, tables);
             if found.is_none() {
                 decision.key.side = side::NEAR;
             }
         }
     }
     if found.is_none() && (known || tables.marks() & mark::DIRECT != 0) {
-        found = entry_of(key, tables);
+        found = entry_of_packet(key, tables);
     }
     if let Some((entry, embryonic)) = found {
         decision.met |= met::HAD_ENTRY;

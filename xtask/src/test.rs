@@ -19,7 +19,8 @@
 //!
 //! Kubernetes' own tests ([`e2e`]) are no tier, since none of their binaries is built from here: a
 //! choice of them is run where all tiers are, the rest takes long and is run by name alone. So are
-//! the tests of `deploy/` on a cluster ([`overlays`]).
+//! the tests of `deploy/` on a cluster ([`overlays`]). The [`simulation`] is a program of its own, a
+//! job beside the others where all tiers are run.
 
 mod e2e;
 mod job;
@@ -29,6 +30,7 @@ mod pool;
 mod prepare;
 mod rollout;
 mod run;
+mod simulation;
 mod tier;
 
 use std::collections::BTreeMap;
@@ -95,6 +97,9 @@ enum Suite {
     /// Update Sluice's DaemonSet on a real cluster under load: no connection may be lost or
     /// refused.
     Rollout(rollout::Options),
+    /// Run nodes, clients and networks in one thread on the real path, plan and image: fixed seeds,
+    /// one of them, or new ones.
+    Simulation(simulation::Options),
 }
 
 impl Options {
@@ -125,6 +130,9 @@ pub(crate) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> E
         }
         Some(Suite::Rollout(options)) => {
             rollout::run(workspace, choice, options).map(|counts| total = counts)
+        }
+        Some(Suite::Simulation(options)) => {
+            simulation::run(workspace, options).map(|counts| total = counts)
         }
         None => run_tiers(workspace, choice, options, &mut total),
     };
@@ -169,6 +177,7 @@ fn run_tiers(
         }
     }
     if options.tiers.is_empty() && options.filter.is_empty() {
+        jobs.push(simulated()?);
         match prepare::e2e() {
             Readiness::Ready => jobs.push(brief(&prepared)?),
             Readiness::Skip(reason) => {
@@ -258,6 +267,17 @@ fn jobs_of(
         });
     }
     Ok(jobs)
+}
+
+/// The simulation, of fixed seeds.
+fn simulated() -> Result<Job> {
+    let xtask = env::current_exe().context("cannot tell where this program is")?;
+    Ok(Job {
+        tier: "simulation",
+        name: "fixed seeds".to_owned(),
+        command: Cmd::new(xtask).args(["test", "simulation"]),
+        share: Share::One,
+    })
 }
 
 /// Those of Kubernetes' own tests that tell most, with the agent that the other tests have.

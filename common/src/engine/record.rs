@@ -270,13 +270,16 @@ fn demote<F: Family, T: FlowTable<F>>(
     }
     tables.remove(Place::Flows, &decision.key);
     // The other direction's tuple may be another flow's by now.
-    if let Some(there) = tables.get(Place::Flows, &partner.key) {
-        if !leads_to(there, &partner.flow) {
-            return Ok(());
-        }
+    let there = tables.get(Place::Flows, &partner.key);
+    if matches!(there, Some(there) if !leads_to(there, &partner.flow)) {
+        return Ok(());
+    }
+    let is_there = there.is_some();
+    // Behind it, so that no other CPU's packet finds it in neither table.
+    let _ = put(Place::Embryonic, &partner.key, &partner.flow, tables)?;
+    if is_there {
         tables.remove(Place::Flows, &partner.key);
     }
-    let _ = put(Place::Embryonic, &partner.key, &partner.flow, tables)?;
     Ok(())
 }
 

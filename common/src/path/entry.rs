@@ -71,6 +71,19 @@ pub(super) fn entry_of<'t, F: Family, T: Tables<F>>(
     }
 }
 
+/// As [`entry_of`], for a packet that may be one of a live flow: another CPU may prove the flow
+/// meanwhile, and move its entry from where it is looked for last to where it was looked for first.
+#[inline(always)]
+pub(super) fn entry_of_packet<'t, F: Family, T: Tables<F>>(
+    tuple: &Tuple<F::Address>,
+    tables: &'t T,
+) -> Option<(&'t Flow<F::Address>, bool)> {
+    match entry_of(tuple, tables) {
+        Some(found) => Some(found),
+        None => tables.flow(tuple).map(|entry| (entry, false)),
+    }
+}
+
 /// Whether an entry no longer keeps its tuple from a flow that is recorded like this.
 #[inline(always)]
 pub fn gives_way<A: Copy>(

@@ -7,7 +7,7 @@ use crate::packet::parse::{Headers, Kind};
 use crate::reason::Reason;
 use crate::tables::Tables;
 
-use super::entry::{RENEW_TICKS, UDP_IDLE_TICKS, entry_of};
+use super::entry::{RENEW_TICKS, UDP_IDLE_TICKS, entry_of_packet};
 use super::open::is_opening;
 use super::{Decision, Record, Verdict, met, select};
 
@@ -32,7 +32,7 @@ pub(super) fn is_answer(flags: u8) -> bool {
 /// most clients keep their address, and then nothing else is to be asked.
 #[inline(always)]
 pub(super) fn flags_of_reply<F: Family, T: Tables<F>>(key: &Tuple<F::Address>, tables: &T) -> u8 {
-    match entry_of(&key.reversed(), tables) {
+    match entry_of_packet(&key.reversed(), tables) {
         Some((first, _)) => {
             first.flags
                 & (flow::REPLY | flow::MASQUERADED | flow::HOST | flow::HAIRPIN | flow::SOURCE)

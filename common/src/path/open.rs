@@ -1,6 +1,6 @@
 //! A packet that opens a flow: its backend, and as whom the backend sees its client.
 
-use crate::abi::{Class, backend, flow, frontend, listing, phase, side};
+use crate::abi::{Class, backend, flow, frontend, listing, phase, side, state};
 use crate::family::Family;
 use crate::packet::header::{protocol, tcp};
 use crate::packet::parse::Headers;
@@ -337,10 +337,11 @@ pub(super) fn direct<F: Family, T: Tables<F>>(
     // A flow that has ended clashes too: its entry still translates what the backend sends to this
     // tuple. Where it no longer keeps the tuple from others, the direct connection's own entry,
     // which changes nothing, replaces it. So does another direct connection that was given this
-    // one's port.
+    // one's port. A guess translates nothing of it.
     let clashes = match entry_of(&key.reversed(), tables) {
         Some((entry, _)) => {
             entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::SOURCE) == flow::REPLY
+                && entry.state & (state::GUESS | state::MATCHED) != state::GUESS
         }
         // What is left of an earlier connection must not translate this one.
         None => decision.met & met::HAD_ENTRY != 0,

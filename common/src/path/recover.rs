@@ -7,7 +7,7 @@ use crate::packet::parse::{Headers, Kind};
 use crate::reason::Reason;
 use crate::tables::Tables;
 
-use super::entry::leads_to;
+use super::entry::{entry_of, leads_back, leads_to};
 use super::{Decision, Record, Verdict, policy, select};
 
 /// Whether a packet is what a client sends when a segment arrives for a connection that it does not
@@ -63,6 +63,11 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
         reserved: 0,
     };
     let Some(origins) = tables.origins(&endpoint) else { return false };
+    // Whose replies are translated has lost no entry of them.
+    let translated = match entry_of(&packet.reversed(), tables) {
+        Some((entry, _)) if entry.state & state::GUESS == 0 => Some(entry),
+        _ => None,
+    };
     // An established entry is proof, a slot is a guess: all entries are asked before any slot.
     for origin in &origins.frontends {
         if origin.port == 0 {
@@ -73,6 +78,7 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
         if let Some(entry) = tables.flow(&decision.key)
             && entry.state & state::CLOSING == 0
             && leads_to(entry, &decision.flow)
+            && !matches!(translated, Some(entry) if !leads_back::<F>(entry, &decision.key))
         {
             decision.flow = *entry;
             decision.flow.seen = tables.now();
@@ -84,7 +90,10 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
     }
     let mut is_next = !is_wrong_guess;
     for origin in &origins.frontends {
-        if origin.port == 0 || packet.protocol == protocol::TCP && tables.translated_at_socket() {
+        if origin.port == 0
+            || translated.is_some()
+            || packet.protocol == protocol::TCP && tables.translated_at_socket()
+        {
             break;
         }
         if !is_next {

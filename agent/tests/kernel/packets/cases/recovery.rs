@@ -5,7 +5,7 @@ use sluice_common::abi::{frontend, state};
 
 use super::Table;
 use crate::packets::case::{Case, Program};
-use crate::packets::frame::{ACK, Frame, RST, SEQUENCE, TCP};
+use crate::packets::frame::{ACK, Frame, RST, SEQUENCE, SYN, TCP};
 use crate::packets::world::{Cast, Connection, EDGE, ONE, OTHER, SPARE, UPLINK, World, mac};
 
 /// Adds the cases.
@@ -251,6 +251,19 @@ fn not_ours(table: &mut Table, cast: &Cast) {
         "a reset, and the frontend's flow is closing",
         &one_origin(cast).flows(closed.forward()),
         &reset,
+    );
+    // Its replies are translated, however long it has been idle: it has lost no entry of them.
+    let live = cast.other_connection().state(state::ESTABLISHED).age(5);
+    pass(
+        "a reset, and a live flow has the tuple, of a frontend that is not known to lead there",
+        &one_origin(cast).flows(live.both()),
+        &reset,
+    );
+    let guess = cast.connection().state(state::GUESS).heard(SEQUENCE);
+    pass(
+        "a guess, and a direct connection opens: the guess translates nothing of it",
+        &cast.world().embryonic(guess.both()),
+        &Frame::tcp(cast.client, cast.backend, SYN, &[]),
     );
     let mut moved = one_origin(cast);
     moved.fill(ONE, &[SPARE]);

@@ -1,0 +1,363 @@
+//! A program of a node at tc: lends the engine a packet and the node.
+
+use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey};
+use sluice_common::engine::act::{self, is_for_others};
+use sluice_common::engine::adapter::{Action, Adapter, Addressee, Arrival, Forwarded, Target, Way};
+use sluice_common::engine::count::{Along, Count};
+use sluice_common::engine::open::{Owner, Refusal, Sockets, Steps, sockets};
+use sluice_common::engine::tc::{self, Packets};
+use sluice_common::packet::answer::Trouble;
+use sluice_common::packet::checksum::Delta;
+use sluice_common::packet::header::Wire;
+use sluice_common::packet::parse::{self, Headers};
+use sluice_common::packet::rewrite::{Checksum, Edit, rewrite};
+use sluice_common::path::{self, Decision, Hook, Step, Verdict, policy};
+use sluice_common::{Reason, Tables, V4, V6};
+
+use crate::node::{Node, Side};
+use crate::packet::{By, Packet};
+use crate::view::{View, spoil};
+use crate::world::World;
+
+/// How a packet was counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counted {
+    /// Not at all.
+    No,
+    /// At a backend, to it.
+    Forward,
+    /// At a backend, from it.
+    Reply,
+    /// By a reason.
+    Reason(Reason),
+    /// Twice.
+    Twice,
+}
+
+/// Where a packet is met.
+#[derive(Clone, Copy, Debug)]
+pub struct Met {
+    /// The side.
+    pub hook: Hook,
+    /// The device.
+    pub ifindex: u32,
+    /// The device by which it came in; 0: the node's own.
+    pub came_by: u32,
+    /// How many other programs are at work.
+    pub depth: u32,
+}
+
+/// Runs the program of a device on a packet.
+pub fn run(world: &World, node: &Node, met: Met, packet: &mut Packet) -> (Action, Counted) {
+    node.maps.at_work.set(node.maps.at_work.get() + 1);
+    let result = if packet.is_v6() {
+        run_family::<V6>(world, node, met, packet)
+    } else {
+        run_family::<V4>(world, node, met, packet)
+    };
+    node.maps.at_work.set(node.maps.at_work.get() - 1);
+    // What is forwarded has a link header, which the helper takes away.
+    if packet.bytes.first() == Some(&0) {
+        let _ = packet.bytes.drain(..14);
+    }
+    result
+}
+
+fn run_family<F: Side>(
+    world: &World,
+    node: &Node,
+    met: Met,
+    packet: &mut Packet,
+) -> (Action, Counted) {
+    let Some(headers) = parse::headers::<F, _>(packet, 0) else {
+        return (Action::Next, Counted::No);
+    };
+    let asked = (F::ip(headers.tuple.destination), headers.tuple.destination_port).into();
+    let view = View::<F>::new(world, node, met.ifindex, packet.tag, asked, met.depth);
+    let decision = Decision::pass(&headers.tuple);
+    let host = InHand { world, node, met, packet };
+    let mut passage = Passage { host, view, headers, decision, counted: Counted::No };
+    let action = tc::run(&mut passage);
+    let counted = passage.counted;
+    let has_answered = matches!(passage.decision.verdict, Verdict::Reset | Verdict::Unreachable)
+        || passage.decision.reason == Reason::TtlExceeded;
+    if has_answered && action != Action::Drop {
+        packet.tag.by = By::Node;
+    }
+    (action, counted)
+}
+
+/// A packet at a node.
+struct InHand<'m> {
+    world: &'m World<'m>,
+    node: &'m Node,
+    met: Met,
+    packet: &'m mut Packet,
+}
+
+/// A packet on its way through a program.
+struct Passage<'m, F: Side> {
+    host: InHand<'m>,
+    view: View<'m, F>,
+    headers: Headers<F>,
+    decision: Decision<F>,
+    counted: Counted,
+}
+
+impl sluice_common::Packet for InHand<'_> {
+    fn length(&self) -> u32 {
+        sluice_common::Packet::length(self.packet)
+    }
+
+    fn read<T: Wire>(&self, offset: u32) -> Option<T> {
+        sluice_common::Packet::read(self.packet, offset)
+    }
+}
+
+impl Edit for InHand<'_> {
+    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        self.packet.store(offset, value)
+    }
+
+    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        self.packet.store_unbalanced(offset, value)
+    }
+
+    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
+        self.packet.network_checksum(offset, delta)
+    }
+
+    fn transport_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Delta,
+        data: Delta,
+        kind: Checksum,
+    ) -> bool {
+        self.packet.transport_checksum(offset, addresses, data, kind)
+    }
+
+    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
+        self.packet.sctp_checksum(offset, change, length)
+    }
+}
+
+impl<F: Side> Adapter<F> for InHand<'_> {
+    type Quote = Vec<u8>;
+
+    fn hook(&self) -> Hook {
+        self.met.hook
+    }
+
+    fn link(&self) -> u32 {
+        0
+    }
+
+    fn ifindex(&self) -> u32 {
+        self.met.ifindex
+    }
+
+    fn mark(&self) -> u32 {
+        0
+    }
+
+    fn segment_size(&self) -> u32 {
+        0
+    }
+
+    fn arrival(&self) -> Arrival {
+        Arrival { to: Addressee::Host, tag: None }
+    }
+
+    fn device(&self, ifindex: u32) -> Option<&Device> {
+        self.node.devices.get(&ifindex)
+    }
+
+    fn own_device(&self) -> u32 {
+        self.node.settings.own_device
+    }
+
+    fn is_own_address(&self, address: &F::Address) -> bool {
+        self.node.addresses.contains(&F::ip(*address))
+    }
+
+    fn route(&self, _: &F::Address, destination: &F::Address, _: &Way) -> Target {
+        self.node.route(F::ip(*destination)).map_or(Target::None, Target::Device)
+    }
+
+    fn forward(&mut self, packet: &Forwarded<F::Address>) -> Option<u32> {
+        self.node.route(F::ip(packet.destination))
+    }
+
+    fn neighbour(&self, _: &F::Address, _: &F::Address, _: u32) -> Option<[u8; 6]> {
+        None
+    }
+
+    fn route_mtu(&self, _: &F::Address, _: u32) -> u32 {
+        0
+    }
+
+    fn exceeded_mtu(&self, _: u32, _: i32) -> Option<u32> {
+        None
+    }
+
+    fn bucket(&self, key: &RejectKey) -> Option<RejectBucket> {
+        self.node.rejects.borrow().get(key).copied()
+    }
+
+    fn set_bucket(&mut self, key: &RejectKey, bucket: &RejectBucket) {
+        let _ = self.node.rejects.borrow_mut().insert(*key, *bucket);
+    }
+
+    fn now_ms(&self) -> u32 {
+        self.world.milliseconds()
+    }
+
+    fn rewrite(&mut self, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
+        rewrite(self, headers, flow)
+    }
+
+    fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool {
+        act::write_error(self, headers, trouble, mtu)
+    }
+
+    fn grow_head(&mut self, bytes: u32) -> bool {
+        let _ = self.packet.bytes.splice(..0, vec![0; bytes as usize]);
+        true
+    }
+
+    fn set_length(&mut self, bytes: u32) -> bool {
+        self.packet.bytes.resize(bytes as usize, 0);
+        true
+    }
+
+    fn quote(&self, offset: u32, length: u32) -> Option<(Vec<u8>, u64)> {
+        let quote = self.packet.bytes.get(offset as usize..(offset + length) as usize)?;
+        let sum =
+            quote.chunks(2).map(|pair| u64::from(u16::from_ne_bytes([pair[0], pair[1]]))).sum();
+        Some((quote.to_vec(), sum))
+    }
+
+    fn store_quote(&mut self, offset: u32, length: u32, quote: &Vec<u8>) -> bool {
+        self.packet.bytes[offset as usize..(offset + length) as usize].copy_from_slice(quote);
+        true
+    }
+
+    fn take_tags_off(&mut self) {}
+
+    fn set_translated(&mut self) {}
+
+    fn set_held(&mut self) {}
+}
+
+impl<F: Side> Steps<F> for Passage<'_, F> {
+    fn decision(&self) -> &Decision<F> {
+        &self.decision
+    }
+
+    fn set_step(&mut self, step: Step) {
+        self.decision.step = step;
+    }
+
+    fn open(&mut self) {
+        path::open_into(self.host.met.hook, &self.headers, &self.view, &mut self.decision);
+    }
+
+    fn ask_routes(&mut self) {
+        self.view.ask(&self.decision.flow);
+    }
+
+    fn search(&mut self) {
+        self.view.search(&mut self.decision);
+    }
+
+    fn is_held(&mut self) -> bool {
+        let found = sockets(self.host.met.hook, &self.decision, &self.view);
+        let Some(Sockets { of, end }) = found else { return false };
+        let flow = &self.decision.flow;
+        let client = (F::ip(flow.source), flow.source_port).into();
+        let backend = (F::ip(flow.destination), flow.destination_port).into();
+        let (number, InHand { world, node, .. }) = (self.decision.key.protocol, &self.host);
+        match of {
+            // A pod's id is that of its device (see `Node::new`), less the one that is added.
+            Owner::Netns(netns) => {
+                world.holds_socket(node, netns + 1, number, end, client, backend)
+            }
+            // No process of the host has connections.
+            Owner::Host => false,
+        }
+    }
+
+    fn pass_over_one(&mut self) {
+        self.view.passed_over += 1;
+    }
+
+    fn record(&mut self) -> Refusal {
+        self.view.record(&mut self.decision)
+    }
+}
+
+impl<'m, F: Side> Packets<F> for Passage<'m, F> {
+    type Adapter = InHand<'m>;
+
+    fn decide(&mut self) {
+        path::decide_into(self.host.met.hook, &self.headers, &self.view, &mut self.decision);
+        spoil(self.host.world.fault, &self.headers, &mut self.decision, &self.view);
+    }
+
+    fn pass(&mut self) {
+        self.decision = Decision::pass(&self.headers.tuple);
+    }
+
+    fn disown(&mut self) {
+        path::disown(self.host.met.hook, &self.headers, &self.view, &mut self.decision);
+    }
+
+    fn note(&mut self) {
+        self.view.note(&self.headers, &self.decision);
+    }
+
+    fn is_for_others(&self) -> bool {
+        is_for_others(Adapter::<F>::arrival(&self.host), false)
+    }
+
+    fn has_foreign_source(&self) -> bool {
+        let met = self.host.met;
+        let egress = met.hook == Hook::Egress;
+        let from = if egress { met.came_by } else { met.ifindex };
+        let source = &self.headers.tuple.source;
+        let route = |_| self.host.node.route(F::ip(*source)).unwrap_or(0);
+        policy::is_foreign(egress, source, from, &self.view, route)
+    }
+
+    fn has_hidden_socket(&mut self) -> bool {
+        let here = Tables::<F>::here(&self.view);
+        // Every packet comes straight from a socket.
+        here.is_some_and(|here| policy::hides_sockets(here, self.decision.key.protocol, true))
+    }
+
+    fn begin(&mut self, passed_over: u32) {
+        (self.view.passed_over, self.view.routes) = (passed_over, None);
+    }
+
+    fn parts(&mut self) -> (&mut InHand<'m>, &Headers<F>, &Decision<F>) {
+        (&mut self.host, &self.headers, &self.decision)
+    }
+
+    fn set_reason(&mut self, reason: Reason) {
+        self.decision.reason = reason;
+    }
+
+    fn count(&mut self, _: bool) {
+        if self.counted != Counted::No {
+            self.counted = Counted::Twice;
+            return;
+        }
+        self.counted = match Count::of(&self.decision) {
+            Count::Nowhere => Counted::No,
+            Count::Backend { along: Along::Forward { .. }, .. } => Counted::Forward,
+            Count::Backend { along: Along::Reply, .. } => Counted::Reply,
+            Count::Reason { reason, .. } => Counted::Reason(reason),
+        };
+    }
+}

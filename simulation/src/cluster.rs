@@ -1,0 +1,309 @@
+//! What there is: hosts, pods, Services and their addresses, and the objects that tell of them.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use sluice_common::packet::header::protocol;
+use sluice_core::model::event::Change;
+use sluice_core::model::object::{
+    Address, Endpoint, IpFamily, Maker, ObjectName, PortSpec, ServiceSpec, Slice, SliceKind,
+    SliceLabels, SlicePart, SlicePort,
+};
+
+use crate::random::mix;
+
+/// Hosts outside of the cluster.
+pub const OUTSIDE: usize = 3;
+/// Pods of a node that are endpoints.
+pub const SERVERS: usize = 2;
+/// Pods of a node.
+pub const PODS: usize = 3;
+/// Services.
+pub const SERVICES: usize = 4;
+/// Services with a balancer's address; the others have an external IP. The maps tell four frontends
+/// of an endpoint, so that no endpoint has more: the first pod of each node is an endpoint of the
+/// first two Services, the second of the others.
+pub const BALANCED: [usize; 2] = [0, 3];
+/// The others.
+pub const EXTERNAL: [usize; 2] = [1, 2];
+/// The Service whose clients stay with their endpoint.
+const STICKY: usize = 2;
+/// The Service whose external clients reach local endpoints alone.
+const LOCAL: usize = 3;
+/// The port of endpoints for TCP.
+pub const TCP_PORT: u16 = 8_080;
+/// The port of endpoints for UDP.
+pub const UDP_PORT: u16 = 5_353;
+
+/// What a client asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Target {
+    /// A Service's ClusterIP.
+    ClusterIp(usize),
+    /// A Service's node port at a node.
+    NodePort(usize, usize),
+    /// A Service's balancer.
+    LoadBalancer(usize),
+    /// A Service's external IP.
+    ExternalIp(usize),
+    /// An endpoint itself, by its host's index.
+    Pod(usize),
+}
+
+/// How an endpoint is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// It takes connections.
+    Ready,
+    /// It is on its way out, and still answers.
+    Terminating,
+    /// No object tells of it.
+    Gone,
+}
+
+/// Addresses of both families.
+type Both = [IpAddr; 2];
+
+fn both(v4: [u8; 4], v6: [u16; 8]) -> Both {
+    [Ipv4Addr::from(v4).into(), Ipv6Addr::from(v6).into()]
+}
+
+/// The addresses of a node.
+#[must_use]
+pub fn node(index: usize) -> Both {
+    both([10, 0, 0, index as u8 + 1], [0xfd00, 1, 0, 0, 0, 0, 0, index as u16 + 1])
+}
+
+/// A node's name.
+#[must_use]
+pub fn node_name(index: usize) -> String {
+    format!("node{index}")
+}
+
+/// The addresses of a host: those outside come first, then the pods of each node.
+#[must_use]
+pub fn host(index: usize) -> Both {
+    let Some(pod) = index.checked_sub(OUTSIDE) else {
+        let number = index as u8 + 1;
+        return both([192, 0, 2, number], [0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(number)]);
+    };
+    let (node, number) = ((pod / PODS) as u8, (pod % PODS) as u8 + 10);
+    let (v6_node, v6_number) = (u16::from(node), u16::from(number));
+    both([10, 244, node, number], [0xfd00, 0x244, v6_node, 0, 0, 0, 0, v6_number])
+}
+
+/// The node of a host, and which of its pods it is; [`None`]: it is outside.
+#[must_use]
+pub fn place(host: usize) -> Option<(usize, usize)> {
+    host.checked_sub(OUTSIDE).map(|pod| (pod / PODS, pod % PODS))
+}
+
+/// The host that is a pod of a node.
+#[must_use]
+pub fn pod(node: usize, number: usize) -> usize {
+    OUTSIDE + node * PODS + number
+}
+
+/// Whether a host is an endpoint.
+#[must_use]
+pub fn is_server(host: usize) -> bool {
+    place(host).is_some_and(|(_, number)| number < SERVERS)
+}
+
+fn cluster_ip(service: usize) -> Both {
+    let number = service as u8 + 1;
+    both([10, 96, 0, number], [0xfd00, 0x96, 0, 0, 0, 0, 0, u16::from(number)])
+}
+
+fn balancer(service: usize) -> Both {
+    let number = service as u8 + 1;
+    both([203, 0, 113, number], [0x2001, 0xdb8, 0xb, 0, 0, 0, 0, u16::from(number)])
+}
+
+fn external_ip(service: usize) -> Both {
+    let number = service as u8 + 1;
+    both([198, 51, 100, number], [0x2001, 0xdb8, 0xe, 0, 0, 0, 0, u16::from(number)])
+}
+
+fn node_port(service: usize) -> u16 {
+    30_000 + service as u16
+}
+
+/// Whether an address is a Service's, wherever that may be.
+#[must_use]
+pub fn is_vip(address: IpAddr) -> bool {
+    (0..SERVICES).any(|service| {
+        [cluster_ip(service), balancer(service), external_ip(service)]
+            .iter()
+            .any(|both| both.contains(&address))
+    })
+}
+
+/// The node that routers have chosen for packets from one address to another that is none's own.
+#[must_use]
+pub fn chosen(source: IpAddr, destination: IpAddr, nodes: usize) -> usize {
+    (mix(&[number(source), number(destination)]) % nodes as u64) as usize
+}
+
+/// The node that a client outside reaches a Service's address by.
+#[must_use]
+pub fn way(client: usize, target: Target, is_v6: bool, nodes: usize) -> usize {
+    let end = target.end(is_v6, protocol::TCP);
+    chosen(host(client)[usize::from(is_v6)], end.ip(), nodes)
+}
+
+/// An address as a number, for chance.
+#[must_use]
+pub fn number(address: IpAddr) -> u64 {
+    match address {
+        IpAddr::V4(address) => u64::from(address.to_bits()),
+        IpAddr::V6(address) => mix(&[address.to_bits() as u64, (address.to_bits() >> 64) as u64]),
+    }
+}
+
+/// Whether packets to an address and port are for a Service.
+#[must_use]
+pub fn is_frontend(end: SocketAddr, nodes: usize) -> bool {
+    is_vip(end.ip())
+        || (0..nodes).any(|index| node(index).contains(&end.ip()))
+            && (0..SERVICES).any(|service| node_port(service) == end.port())
+}
+
+impl Target {
+    /// Its address and port.
+    #[must_use]
+    pub fn end(self, is_v6: bool, number: u8) -> SocketAddr {
+        let is_tcp = number == protocol::TCP;
+        let port = if is_tcp { 80 } else { 53 };
+        let (both, port) = match self {
+            Self::ClusterIp(service) => (cluster_ip(service), port),
+            Self::NodePort(service, at) => (node(at), node_port(service)),
+            Self::LoadBalancer(service) => (balancer(service), port),
+            Self::ExternalIp(service) => (external_ip(service), port),
+            Self::Pod(at) => (host(at), if is_tcp { TCP_PORT } else { UDP_PORT }),
+        };
+        (both[usize::from(is_v6)], port).into()
+    }
+
+    /// The Service that it belongs to.
+    #[must_use]
+    pub fn service(self) -> Option<usize> {
+        match self {
+            Self::ClusterIp(service)
+            | Self::NodePort(service, _)
+            | Self::LoadBalancer(service)
+            | Self::ExternalIp(service) => Some(service),
+            Self::Pod(_) => None,
+        }
+    }
+}
+
+/// What the API server holds.
+#[derive(Clone, Debug)]
+pub struct Objects {
+    nodes: usize,
+    /// Whether each Service is there.
+    pub services: [bool; SERVICES],
+    /// How each pod of each node is.
+    pub endpoints: Vec<Readiness>,
+}
+
+impl Objects {
+    /// All Services and endpoints.
+    #[must_use]
+    pub fn new(nodes: usize) -> Self {
+        Self {
+            nodes,
+            services: [true; SERVICES],
+            endpoints: vec![Readiness::Ready; OUTSIDE + nodes * PODS],
+        }
+    }
+
+    /// Everything, as a source tells it at first.
+    #[must_use]
+    pub fn all(&self) -> Vec<Change> {
+        let services = (0..SERVICES).filter(|service| self.services[*service]);
+        services
+            .flat_map(|service| [self.service(service)].into_iter().chain(self.slices(service)))
+            .collect()
+    }
+
+    /// What a source tells of a Service that has come or gone.
+    #[must_use]
+    pub fn service(&self, service: usize) -> Change {
+        let spec = self.services[service].then(|| spec(service));
+        Change::Service(name(service), spec)
+    }
+
+    /// What a source tells of endpoints that have changed.
+    #[must_use]
+    pub fn slices(&self, service: usize) -> Vec<Change> {
+        IpFamily::ALL.into_iter().map(|family| self.slice(service, family)).collect()
+    }
+
+    fn slice(&self, service: usize, family: IpFamily) -> Change {
+        let number = usize::from(family == IpFamily::V6);
+        let endpoints = (0..self.nodes)
+            .map(|node| pod(node, service / 2))
+            .filter(|server| self.endpoints[*server] != Readiness::Gone)
+            .map(|server| {
+                let is_ready = self.endpoints[server] == Readiness::Ready;
+                Endpoint {
+                    address: Address::Valid(host(server)[number]),
+                    ready: is_ready,
+                    serving: true,
+                    terminating: !is_ready,
+                    node: place(server).map(|(node, _)| Arc::from(node_name(node))),
+                    zones: Box::default(),
+                    nodes: Box::default(),
+                }
+            })
+            .collect();
+        let port = |name: &str, number, protocol: &str| SlicePort {
+            name: name.into(),
+            number: Some(i32::from(number)),
+            protocol: protocol.into(),
+        };
+        let slice = Slice {
+            service: Some(Arc::from(format!("s{service}"))),
+            family: Ok(Some(family)),
+            labels: SliceLabels { maker: Maker::Selector, ..SliceLabels::default() },
+            parts: vec![SlicePart {
+                ports: vec![port("tcp", TCP_PORT, "TCP"), port("udp", UDP_PORT, "UDP")],
+                endpoints,
+            }],
+            surplus: 0,
+            triggered: None,
+        };
+        let object = ObjectName::new("default", &format!("s{service}-{number}"));
+        Change::Slice(SliceKind::EndpointSlice, object, Some(slice))
+    }
+}
+
+fn name(service: usize) -> ObjectName {
+    ObjectName::new("default", &format!("s{service}"))
+}
+
+fn spec(service: usize) -> ServiceSpec {
+    let valid = |both: Both| both.map(Address::Valid).to_vec();
+    let port = |name: &str, number, protocol: &str| PortSpec {
+        name: name.into(),
+        number,
+        protocol: protocol.into(),
+        node_port: i32::from(node_port(service)),
+    };
+    let is_balanced = BALANCED.contains(&service);
+    ServiceSpec {
+        created: Some(service as i64),
+        kind: "LoadBalancer".into(),
+        cluster_ips: valid(cluster_ip(service)),
+        families: vec!["IPv4".into(), "IPv6".into()],
+        ports: vec![port("tcp", 80, "TCP"), port("udp", 53, "UDP")],
+        ingress: if is_balanced { valid(balancer(service)) } else { Vec::new() },
+        external_ips: if is_balanced { Vec::new() } else { valid(external_ip(service)) },
+        affinity_seconds: (service == STICKY).then_some(60),
+        internal_policy: "Cluster".into(),
+        external_policy: if service == LOCAL { "Local" } else { "Cluster" }.into(),
+        ..ServiceSpec::default()
+    }
+}

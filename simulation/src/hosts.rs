@@ -1,0 +1,693 @@
+//! Clients and endpoints: what they say, and what they must hear.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use sluice_common::engine::open::FlowEnd;
+use sluice_common::packet::header::protocol;
+
+use crate::cluster::{self, TCP_PORT, UDP_PORT};
+use crate::packet::{By, Packet, Part, Read, Segment, Tag};
+use crate::random::mix;
+use crate::scenario::{Close, Connect};
+use crate::tcp::{Connection, Happened, State};
+use crate::world::{Ends, What, World};
+
+/// What a connection may have lost, or met: bits of [`Connecting::lost`].
+pub mod lost {
+    /// An event has evicted an entry of it.
+    pub const ONE: u32 = 1;
+    /// An event has evicted an entry whose partner was gone.
+    pub const BOTH: u32 = 2;
+    /// An entry of it gave way to others that nothing had proven either.
+    pub const UNPROVEN: u32 = 4;
+    /// An entry of it gave way to others in `flows`.
+    pub const PUSHED_OUT: u32 = 8;
+    /// Its endpoint died.
+    pub const DEAD: u32 = 16;
+    /// The reply's entry was lost, of a kind that cannot be found again by it.
+    pub const UNRECOVERED: u32 = 64;
+    /// Somebody has sent what looks like the middle of it to a node that masquerades its client.
+    pub const TAKEN: u32 = 256;
+    /// Somebody has sent a segment in its client's or endpoint's name.
+    pub const FORGED: u32 = 128;
+    /// What it asked for has changed meanwhile.
+    pub const DISTURBED: u32 = 32;
+}
+
+/// How a connection has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Everything was said, and both sides closed it.
+    Completed,
+    /// Its client reset it.
+    Aborted,
+    /// It was reset.
+    Reset,
+    /// Nobody answered.
+    GivenUp,
+}
+
+/// A connection, as the simulation follows it.
+#[derive(Clone, Debug)]
+pub struct Connecting {
+    /// What was to happen.
+    pub connect: Connect,
+    /// What its client asks for.
+    pub target: SocketAddr,
+    /// The host of the endpoint that it got.
+    pub server: Option<usize>,
+    /// Whether its client knows that it is open.
+    pub is_open: bool,
+    /// How it has ended.
+    pub outcome: Option<Outcome>,
+    /// How many exchanges are over.
+    pub done: usize,
+    /// Bits of [`lost`].
+    pub lost: u32,
+    /// Whether it waits for the end of the run.
+    pub stays: bool,
+    /// Whether the request of the end has been sent.
+    pub is_last: bool,
+    sent: [u32; 2],
+}
+
+impl Connecting {
+    /// Its client's end.
+    #[must_use]
+    pub fn client(&self) -> SocketAddr {
+        let address = cluster::host(self.connect.client)[usize::from(self.connect.is_v6)];
+        (address, self.connect.port).into()
+    }
+
+    /// Whether an answer may show another source than what was asked.
+    fn may_lose_entries(&self) -> bool {
+        let leaves_at_once = self.connect.protocol == protocol::UDP;
+        self.lost & (lost::ONE | lost::UNPROVEN | lost::DEAD) != 0
+            || self.may_lose_its_port()
+            // A question that is asked again, of another endpoint.
+            || leaves_at_once && self.lost & lost::DISTURBED != 0
+    }
+
+    /// Whether its tuple may be another's by now: after a reset that may be its own party's, an idle
+    /// flow keeps it for a minute or two.
+    fn may_lose_its_port(&self) -> bool {
+        self.connect.close == Close::Late && self.lost & lost::FORGED != 0
+    }
+
+    /// Whether it may be lost altogether. `shares_port`: its client has other connections from the
+    /// same port.
+    fn may_be_lost(&self, shares_port: bool) -> bool {
+        self.lost & (lost::BOTH | lost::UNPROVEN | lost::DEAD | lost::UNRECOVERED | lost::TAKEN) != 0
+            || self.may_lose_its_port()
+            // Its slot may lead elsewhere by now, or no frontend of it be known; and nothing keeps
+            // the tuple of a lost entry from another connection.
+            || self.lost & lost::ONE != 0 && (self.lost & lost::DISTURBED != 0 || shares_port)
+    }
+
+    /// Whether another one of the same port may have what this one has, since an event has concerned
+    /// its entries.
+    fn is_troubled_by(&self, other: &Self) -> bool {
+        self.shares_port(other) && other.lost & !lost::DISTURBED != 0
+    }
+
+    /// Whether two are the same client's, from one port.
+    #[must_use]
+    pub fn shares_port(&self, other: &Self) -> bool {
+        let of =
+            |connect: &Connect| (connect.client, connect.port, connect.is_v6, connect.protocol);
+        of(&self.connect) == of(&other.connect) && self.target != other.target
+    }
+}
+
+#[derive(Debug)]
+struct Socket {
+    connection: Connection,
+    /// Index of the connection.
+    number: u32,
+    is_client: bool,
+}
+
+/// Source, destination and identification of a datagram in fragments.
+type Datagram = (IpAddr, IpAddr, u16);
+
+/// A machine or pod with a stack of its own.
+#[derive(Debug)]
+pub struct Host {
+    addresses: [IpAddr; 2],
+    sockets: BTreeMap<Ends, Socket>,
+    /// Questions' sockets: the end -> index of the connection.
+    asking: BTreeMap<Ends, u32>,
+    parts: BTreeMap<Datagram, Vec<(Part, Vec<u8>)>>,
+}
+
+impl Host {
+    /// A host without sockets.
+    #[must_use]
+    pub fn new(index: usize) -> Self {
+        Self {
+            addresses: cluster::host(index),
+            sockets: BTreeMap::new(),
+            asking: BTreeMap::new(),
+            parts: BTreeMap::new(),
+        }
+    }
+
+    /// Whether one of its sockets keeps the tuple of a new flow from it.
+    #[must_use]
+    pub fn holds(&self, number: u8, end: FlowEnd, client: SocketAddr, backend: SocketAddr) -> bool {
+        let ends = match end {
+            FlowEnd::Client => (number, client, backend),
+            FlowEnd::Backend => (number, backend, client),
+        };
+        // Linux' numbers: TCP_ESTABLISHED, TCP_SYN_SENT, TCP_TIME_WAIT, TCP_NEW_SYN_RECV.
+        let state = self.sockets.get(&ends).and_then(|socket| match socket.connection.state {
+            State::Open => Some(1),
+            State::Opening => Some(2),
+            State::TimeWait => Some(6),
+            State::Answered => Some(12),
+            State::Closed => None,
+        });
+        state.is_some_and(|state| end.is_held_in(state))
+            || end == FlowEnd::Client && self.asking.contains_key(&ends)
+    }
+}
+
+/// What a message says: whose it is, which exchange, how long to think, whether to close.
+fn message(number: u32, exchange: usize, thinks: u64, closes: bool) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    bytes.extend(number.to_be_bytes());
+    bytes.extend((exchange as u32).to_be_bytes());
+    bytes.extend(thinks.to_be_bytes());
+    bytes.push(u8::from(closes));
+    bytes
+}
+
+fn said(bytes: &[u8]) -> Option<(u32, usize, u64, bool)> {
+    let word = |at: usize| Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    let thinks = u64::from_be_bytes(bytes.get(8..16)?.try_into().ok()?);
+    Some((word(0)?, word(4)? as usize, thinks, *bytes.get(16)? != 0))
+}
+
+impl World<'_> {
+    fn tag(&self, number: u32, by: By) -> Tag {
+        let mut connections = self.connections.borrow_mut();
+        let sent = connections.get_mut(&number).map(|connection| {
+            let sent = &mut connection.sent[usize::from(by == By::Server)];
+            *sent += 1;
+            *sent
+        });
+        Tag { connection: number, by, number: sent.unwrap_or(0), copy: 0 }
+    }
+
+    fn send_all(&self, host: usize, number: u32, by: By, out: Vec<Segment>) {
+        for segment in out {
+            let packet = segment.packet(self.tag(number, by));
+            self.tell(|| format!("host{host} sends {packet}"));
+            self.send(host, packet);
+        }
+    }
+
+    // --- clients ----------------------------------------------------------------------------
+
+    /// A client opens its connection, or its socket.
+    pub fn connect(&self, number: u32, connect: &Connect) {
+        let target = connect.target.end(connect.is_v6, connect.protocol);
+        let connecting = Connecting {
+            connect: connect.clone(),
+            target,
+            server: None,
+            is_open: false,
+            outcome: None,
+            done: 0,
+            lost: if self.is_changing() { lost::DISTURBED } else { 0 },
+            stays: false,
+            is_last: false,
+            sent: [0; 2],
+        };
+        let (local, host) = (connecting.client(), connect.client);
+        self.tell(|| {
+            let Connect { target: what, close, .. } = connect;
+            format!("#{number}: host{host} asks {what:?}: {local} > {target}, {close:?}")
+        });
+        let _ = self.connections.borrow_mut().insert(number, connecting);
+        self.sums.borrow_mut().opened += 1;
+        let ends = (connect.protocol, local, target);
+        if connect.protocol == protocol::UDP {
+            let _ = self.hosts.borrow_mut()[host].asking.insert(ends, number);
+            self.after(0, What::GoOn(number));
+            return;
+        }
+        let mut out = Vec::new();
+        let first = mix(&[self.setting.seed, u64::from(number), 2]) as u32;
+        let connection = Connection::open(local, target, first, &mut out);
+        let socket = Socket { connection, number, is_client: true };
+        let _ = self.hosts.borrow_mut()[host].sockets.insert(ends, socket);
+        self.send_all(host, number, By::Client, out);
+        self.expect(host, ends);
+    }
+
+    /// Sets the timer of what is under way.
+    fn expect(&self, host: usize, ends: Ends) {
+        let hosts = self.hosts.borrow();
+        if let Some(socket) = hosts[host].sockets.get(&ends)
+            && socket.connection.is_waiting()
+        {
+            let what = What::Retry(host, ends, socket.connection.sent);
+            self.after(socket.connection.patience(), what);
+        }
+    }
+
+    /// A segment was not acknowledged in time.
+    pub fn retry(&self, host: usize, ends: Ends, sent: u32) {
+        let mut out = Vec::new();
+        let mut hosts = self.hosts.borrow_mut();
+        let Some(socket) = hosts[host].sockets.get_mut(&ends) else { return };
+        if socket.connection.sent != sent || !socket.connection.is_waiting() {
+            return;
+        }
+        let happened = socket.connection.retry(&mut out);
+        let (number, is_client) = (socket.number, socket.is_client);
+        drop(hosts);
+        self.send_all(host, number, if is_client { By::Client } else { By::Server }, out);
+        match happened {
+            Some(happened) => self.happened(host, ends, number, is_client, happened),
+            None => self.expect(host, ends),
+        }
+    }
+
+    /// A client sends its next request.
+    pub fn go_on(&self, number: u32) {
+        let next = {
+            let mut connections = self.connections.borrow_mut();
+            let Some(connection) = connections.get_mut(&number) else { return };
+            if connection.outcome.is_some() {
+                return;
+            }
+            let exchanges = &connection.connect.exchanges;
+            let is_late = connection.connect.close == Close::Late;
+            let Some(exchange) = exchanges.get(connection.done).copied().or_else(|| {
+                // What stays has one more at the end.
+                is_late.then(|| exchanges.first().copied()).flatten()
+            }) else {
+                return;
+            };
+            let is_extra = connection.done >= exchanges.len();
+            connection.is_last |= is_extra;
+            let is_last = connection.done + 1 == exchanges.len();
+            let closes = is_last && connection.connect.close == Close::Server;
+            let ends = (connection.connect.protocol, connection.client(), connection.target);
+            let data = message(number, connection.done, exchange.thinks, closes);
+            (connection.connect.client, ends, data, connection.connect.fragmented)
+        };
+        let (host, ends, data, fragmented) = next;
+        if ends.0 == protocol::UDP {
+            self.ask(number, host, ends, data, fragmented);
+            return;
+        }
+        let mut out = Vec::new();
+        let mut hosts = self.hosts.borrow_mut();
+        let Some(socket) = hosts[host].sockets.get_mut(&ends) else { return };
+        socket.connection.send(data, &mut out);
+        drop(hosts);
+        self.send_all(host, number, By::Client, out);
+        self.expect(host, ends);
+    }
+
+    /// A client asks by UDP, and then the next thing, whatever it hears.
+    fn ask(&self, number: u32, host: usize, ends: Ends, mut data: Vec<u8>, fragmented: bool) {
+        let (_, local, target) = ends;
+        let pause = {
+            let mut connections = self.connections.borrow_mut();
+            let Some(connection) = connections.get_mut(&number) else { return };
+            connection.done += 1;
+            connection.connect.exchanges.get(connection.done).map(|next| next.pause)
+        };
+        let tag = self.tag(number, By::Client);
+        if fragmented {
+            data.resize(64, 0);
+            let id = mix(&[self.setting.seed, u64::from(number), u64::from(tag.number)]) as u16;
+            for packet in Segment::udp(local, target, data).fragments(tag, id, 32) {
+                self.tell(|| format!("host{host} sends {packet}"));
+                self.send(host, packet);
+            }
+        } else {
+            let packet = Segment::udp(local, target, data).packet(tag);
+            self.tell(|| format!("host{host} sends {packet}"));
+            self.send(host, packet);
+        }
+        if let Some(pause) = pause {
+            self.after(pause, What::GoOn(number));
+        }
+    }
+
+    // --- what arrives -----------------------------------------------------------------------
+
+    /// A packet arrives at a host.
+    pub fn receive(&self, host: usize, packet: &Packet) {
+        self.tell(|| format!("host{host} gets {packet}"));
+        let (source, destination) = packet.addresses();
+        if !self.hosts.borrow()[host].addresses.contains(&destination) {
+            if packet.tag.by == By::Forger {
+                // Its own, turned back.
+                return;
+            }
+            self.violate("a packet reaches whom it is for", || format!("host{host}: {packet}"));
+            return;
+        }
+        match packet.contents() {
+            None => self.violate("checksums are right", || packet.to_string()),
+            Some(Read::Other) => {}
+            Some(Read::Part(_, _, part, bytes)) => {
+                let whole = self.assemble(host, (source, destination, part.id), part, bytes);
+                let Some(bytes) = whole else { return };
+                match Segment::read(source, destination, protocol::UDP, &bytes) {
+                    Some(segment) => self.datagram(host, &segment, packet.tag),
+                    // Parts of two datagrams, or ports and addresses that do not fit.
+                    None => self.tell(|| "parts that do not fit".to_owned()),
+                }
+            }
+            Some(Read::Whole(segment)) if segment.protocol == protocol::UDP => {
+                self.datagram(host, &segment, packet.tag);
+            }
+            Some(Read::Whole(segment)) => self.segment(host, &segment, packet.tag),
+        }
+    }
+
+    fn assemble(
+        &self,
+        host: usize,
+        datagram: Datagram,
+        part: Part,
+        bytes: Vec<u8>,
+    ) -> Option<Vec<u8>> {
+        let mut hosts = self.hosts.borrow_mut();
+        let parts = hosts[host].parts.entry(datagram).or_default();
+        parts.retain(|(there, _)| there.offset != part.offset);
+        parts.push((part, bytes));
+        parts.sort();
+        let is_whole = parts.iter().any(|(part, _)| !part.more)
+            && parts.iter().map(|(_, bytes)| bytes.len()).sum::<usize>()
+                == parts.last().map_or(0, |(part, bytes)| usize::from(part.offset) + bytes.len());
+        let whole =
+            is_whole.then(|| parts.iter().flat_map(|(_, bytes)| bytes.iter().copied()).collect());
+        if is_whole {
+            let _ = hosts[host].parts.remove(&datagram);
+        }
+        whole
+    }
+
+    /// A datagram: a question to an endpoint, or the answer to one.
+    fn datagram(&self, host: usize, segment: &Segment, tag: Tag) {
+        if segment.destination.port() == UDP_PORT && cluster::is_server(host) {
+            if let Some((number, exchange, thinks, _)) = said(&segment.data)
+                && tag.by == By::Client
+            {
+                if let Some(connection) = self.connections.borrow_mut().get_mut(&number) {
+                    connection.server = Some(host);
+                }
+                let ends = (protocol::UDP, segment.destination, segment.source);
+                self.after(
+                    thinks,
+                    What::Answer(host, ends, message(number, exchange, 0, false), false),
+                );
+            }
+            return;
+        }
+        let Some((number, ..)) = said(&segment.data) else { return };
+        if tag.by != By::Server {
+            return;
+        }
+        let connections = self.connections.borrow();
+        let Some(connection) = connections.get(&number) else { return };
+        if connection.client() != segment.destination && !connection.may_lose_entries() {
+            self.violate("nobody gets another connection's bytes", || {
+                format!("an answer to #{number} reaches {}", segment.destination)
+            });
+        } else if connection.target != segment.source && !connection.may_lose_entries() {
+            self.violate("an answer comes from whom was asked", || {
+                format!("#{number} asked {}, and {} answers", connection.target, segment.source)
+            });
+        }
+    }
+
+    fn segment(&self, host: usize, segment: &Segment, tag: Tag) {
+        let ends = (protocol::TCP, segment.destination, segment.source);
+        self.check_source(segment, tag);
+        let mut out = Vec::new();
+        let mut hosts = self.hosts.borrow_mut();
+        let socket = hosts[host].sockets.get(&ends);
+        let is_known = socket.is_some_and(|socket| {
+            socket.connection.state != State::Closed
+                && (socket.connection.state != State::TimeWait
+                    || segment.flags & 18 != crate::packet::tcp::SYN)
+        });
+        if !is_known {
+            let opens = segment.flags & 22 == crate::packet::tcp::SYN
+                && segment.destination.port() == TCP_PORT
+                && cluster::is_server(host);
+            if !opens {
+                drop(hosts);
+                if let Some(reset) = Connection::unknown(segment) {
+                    let by = if cluster::is_server(host) && segment.destination.port() == TCP_PORT {
+                        By::Server
+                    } else {
+                        By::Client
+                    };
+                    self.send_all(host, tag.connection, by, vec![reset]);
+                }
+                return;
+            }
+            let words = [self.setting.seed, u64::from(tag.connection), 3, u64::from(tag.number)];
+            let connection = Connection::accept(segment, mix(&words) as u32, &mut out);
+            let socket = Socket { connection, number: tag.connection, is_client: false };
+            let _ = hosts[host].sockets.insert(ends, socket);
+            drop(hosts);
+            if let Some(connection) = self.connections.borrow_mut().get_mut(&tag.connection)
+                && tag.by == By::Client
+            {
+                connection.server = Some(host);
+            }
+            self.send_all(host, tag.connection, By::Server, out);
+            self.expect(host, ends);
+            return;
+        }
+        let Some(socket) = hosts[host].sockets.get_mut(&ends) else { return };
+        let happened = socket.connection.receive(segment, self.micros(), &mut out);
+        let (number, is_client) = (socket.number, socket.is_client);
+        drop(hosts);
+        if let Some(Happened::Data(data)) =
+            happened.iter().find(|happened| matches!(happened, Happened::Data(_)))
+            && said(data).is_none_or(|(whose, ..)| whose != number)
+        {
+            self.violate("nobody gets another connection's bytes", || {
+                format!("#{number} accepts bytes of #{}", tag.connection)
+            });
+        }
+        self.send_all(host, number, if is_client { By::Client } else { By::Server }, out);
+        self.expect(host, ends);
+        for happened in happened {
+            self.happened(host, ends, number, is_client, happened);
+        }
+    }
+
+    /// What an endpoint answers comes from whom its client has asked.
+    fn check_source(&self, segment: &Segment, tag: Tag) {
+        if tag.by != By::Server {
+            return;
+        }
+        let connections = self.connections.borrow();
+        let Some(connection) = connections.get(&tag.connection) else { return };
+        if connection.outcome.is_some()
+            || connection.client() != segment.destination
+            || connection.target == segment.source
+            || connection.may_lose_entries()
+            // What is made again for that one may be what this one has.
+            || connections.values().any(|other| connection.is_troubled_by(other))
+        {
+            return;
+        }
+        self.violate("an answer comes from whom was asked", || {
+            let (number, target) = (tag.connection, connection.target);
+            format!("#{number} asked {target}, and {} answers", segment.source)
+        });
+    }
+
+    /// Something has happened to one end of a connection.
+    fn happened(&self, host: usize, ends: Ends, number: u32, is_client: bool, happened: Happened) {
+        self.tell(|| {
+            let side = if is_client { "client" } else { "endpoint" };
+            let what = match &happened {
+                Happened::Data(data) => format!("Data({:?})", said(data)),
+                other => format!("{other:?}"),
+            };
+            format!("#{number} {side}: {what}")
+        });
+        if is_client {
+            self.client_hears(host, ends, number, happened);
+            return;
+        }
+        match happened {
+            Happened::Data(data) => {
+                if let Some((_, exchange, thinks, closes)) = said(&data) {
+                    let answer = message(number, exchange, 0, false);
+                    self.after(thinks, What::Answer(host, ends, answer, closes));
+                }
+            }
+            Happened::PeerClosed => {
+                self.act_on(host, ends, |connection, out| connection.close(out))
+            }
+            Happened::Opened | Happened::Closed | Happened::Reset | Happened::GivenUp => {}
+        }
+    }
+
+    fn act_on(
+        &self,
+        host: usize,
+        ends: Ends,
+        act: impl FnOnce(&mut Connection, &mut Vec<Segment>),
+    ) {
+        let mut out = Vec::new();
+        let mut hosts = self.hosts.borrow_mut();
+        let Some(socket) = hosts[host].sockets.get_mut(&ends) else { return };
+        act(&mut socket.connection, &mut out);
+        let (number, is_client) = (socket.number, socket.is_client);
+        drop(hosts);
+        self.send_all(host, number, if is_client { By::Client } else { By::Server }, out);
+        self.expect(host, ends);
+    }
+
+    /// An endpoint answers.
+    pub fn answer(&self, host: usize, ends: Ends, data: Vec<u8>, closes: bool) {
+        let (number, local, remote) = ends;
+        if number == protocol::UDP {
+            let Some((whose, ..)) = said(&data) else { return };
+            let packet = Segment::udp(local, remote, data).packet(self.tag(whose, By::Server));
+            self.tell(|| format!("host{host} sends {packet}"));
+            self.send(host, packet);
+            return;
+        }
+        self.act_on(host, ends, |connection, out| {
+            connection.send(data, out);
+            if closes {
+                connection.close(out);
+            }
+        });
+    }
+
+    fn client_hears(&self, host: usize, ends: Ends, number: u32, happened: Happened) {
+        let mut connections = self.connections.borrow_mut();
+        let Some(connection) = connections.get_mut(&number) else { return };
+        match happened {
+            Happened::Opened => {
+                connection.is_open = true;
+                let pause = connection.connect.exchanges.first().map_or(0, |next| next.pause);
+                drop(connections);
+                self.after(pause, What::GoOn(number));
+            }
+            Happened::Data(_) => {
+                connection.done += 1;
+                let close = connection.connect.close;
+                let next = connection.connect.exchanges.get(connection.done).map(|next| next.pause);
+                if close == Close::Late && !connection.is_last {
+                    connection.stays = true;
+                }
+                let is_last = connection.is_last;
+                drop(connections);
+                match (next, close) {
+                    (Some(pause), _) => self.after(pause, What::GoOn(number)),
+                    (None, Close::Client) => self.act_on(host, ends, Connection::close),
+                    (None, Close::Late) if is_last => self.act_on(host, ends, Connection::close),
+                    (None, Close::Abort) => {
+                        self.act_on(host, ends, Connection::abort);
+                        self.end(number, Outcome::Aborted);
+                    }
+                    (None, Close::Server | Close::Late) => {}
+                }
+            }
+            Happened::PeerClosed => {
+                drop(connections);
+                self.act_on(host, ends, Connection::close);
+            }
+            Happened::Closed => {
+                drop(connections);
+                self.end(number, Outcome::Completed);
+            }
+            Happened::Reset => {
+                drop(connections);
+                self.end(number, Outcome::Reset);
+            }
+            Happened::GivenUp => {
+                drop(connections);
+                self.end(number, Outcome::GivenUp);
+            }
+        }
+    }
+
+    /// A connection has ended.
+    fn end(&self, number: u32, outcome: Outcome) {
+        let mut connections = self.connections.borrow_mut();
+        let Some(connection) = connections.get_mut(&number) else { return };
+        if connection.outcome.is_some() {
+            return;
+        }
+        connection.outcome = Some(outcome);
+        let Some(connection) = connections.get(&number) else { return };
+        let shares_port = connections.values().any(|other| connection.shares_port(other));
+        let is_troubled = connections.values().any(|other| connection.is_troubled_by(other));
+        let (is_open, may_be_lost) =
+            (connection.is_open, is_troubled || connection.may_be_lost(shares_port));
+        let expected = connection.connect.exchanges.len();
+        let has_all = connection.done >= expected;
+        let mut sums = self.sums.borrow_mut();
+        match outcome {
+            Outcome::Completed if has_all => sums.completed += 1,
+            Outcome::Aborted => sums.completed += 1,
+            Outcome::Completed | Outcome::Reset | Outcome::GivenUp if may_be_lost => {
+                sums.excused += 1;
+            }
+            Outcome::Completed | Outcome::Reset | Outcome::GivenUp if is_open => {
+                drop(sums);
+                let (done, bits) = (connection.done, connection.lost);
+                drop(connections);
+                self.violate("an open connection lives as long as its endpoint", || {
+                    format!(
+                        "#{number}: {outcome:?} after {done} of {expected} exchanges ({bits:#x})"
+                    )
+                });
+            }
+            Outcome::Completed | Outcome::Reset | Outcome::GivenUp => sums.refused += 1,
+        }
+    }
+
+    /// No open connection still waits for an answer.
+    pub fn check_connections(&self) {
+        let hung: Vec<u32> = self
+            .connections
+            .borrow()
+            .iter()
+            .filter(|(_, connection)| {
+                connection.connect.protocol == protocol::TCP && connection.outcome.is_none()
+            })
+            .map(|(number, _)| *number)
+            .collect();
+        for number in hung {
+            self.tell(|| format!("#{number} has not ended"));
+            self.end(number, Outcome::GivenUp);
+        }
+    }
+
+    /// A pod dies with its sockets, and another one has its address.
+    pub fn die(&self, host: usize) {
+        let sockets = std::mem::take(&mut self.hosts.borrow_mut()[host].sockets);
+        let mut connections = self.connections.borrow_mut();
+        for socket in sockets.values() {
+            if let Some(connection) = connections.get_mut(&socket.number) {
+                connection.lost |= lost::DEAD;
+                if socket.is_client {
+                    connection.outcome = Some(Outcome::Aborted);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,437 @@
+//! Packets as bytes, with a tag that the code under test cannot see.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use sluice_common::packet::checksum::Delta;
+use sluice_common::packet::crc32c;
+use sluice_common::packet::header::{Wire, protocol};
+use sluice_common::packet::rewrite::{Checksum, Edit};
+
+/// FIN, SYN, RST and ACK.
+pub use sluice_common::packet::header::tcp;
+
+/// Who sent a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum By {
+    /// The client of a connection.
+    Client,
+    /// Its endpoint.
+    Server,
+    /// Somebody who claims to be either.
+    Forger,
+    /// A node, in somebody's name.
+    Node,
+}
+
+/// What a packet is: it travels beside the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Tag {
+    /// Index of the connection; [`u32::MAX`]: none.
+    pub connection: u32,
+    /// Who sent it.
+    pub by: By,
+    /// How many its sender had sent before.
+    pub number: u32,
+    /// Which copy it is, and which fragment.
+    pub copy: u32,
+}
+
+impl Tag {
+    /// The tag as numbers, for [`mix`](crate::random::mix).
+    #[must_use]
+    pub fn words(&self) -> [u64; 2] {
+        [
+            u64::from(self.connection) << 32 | u64::from(self.number),
+            u64::from(self.copy) << 8 | self.by as u64,
+        ]
+    }
+}
+
+/// An IP packet.
+#[derive(Clone, Debug)]
+pub struct Packet {
+    /// From the IP header on.
+    pub bytes: Vec<u8>,
+    /// What it is.
+    pub tag: Tag,
+}
+
+/// The part of a datagram in a fragment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Part {
+    /// The datagram's identification.
+    pub id: u16,
+    /// Where the part begins.
+    pub offset: u16,
+    /// Whether others follow.
+    pub more: bool,
+}
+
+/// What a packet says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// From whom.
+    pub source: SocketAddr,
+    /// To whom.
+    pub destination: SocketAddr,
+    /// TCP or UDP.
+    pub protocol: u8,
+    /// TCP's.
+    pub flags: u8,
+    /// TCP's.
+    pub sequence: u32,
+    /// TCP's.
+    pub acknowledgment: u32,
+    /// What it carries.
+    pub data: Vec<u8>,
+}
+
+/// A packet as its receiver reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Read {
+    /// Whole.
+    Whole(Segment),
+    /// A part of a datagram: addresses and the payload of the IP packet.
+    Part(IpAddr, IpAddr, Part, Vec<u8>),
+    /// Neither TCP nor UDP.
+    Other,
+}
+
+const TTL: u8 = 64;
+
+impl Segment {
+    /// A TCP segment without data.
+    #[must_use]
+    pub fn tcp(
+        source: SocketAddr,
+        destination: SocketAddr,
+        flags: u8,
+        sequence: u32,
+        acknowledgment: u32,
+    ) -> Self {
+        Self {
+            source,
+            destination,
+            protocol: protocol::TCP,
+            flags,
+            sequence,
+            acknowledgment,
+            data: Vec::new(),
+        }
+    }
+
+    /// A UDP datagram.
+    #[must_use]
+    pub fn udp(source: SocketAddr, destination: SocketAddr, data: Vec<u8>) -> Self {
+        Self {
+            source,
+            destination,
+            protocol: protocol::UDP,
+            flags: 0,
+            sequence: 0,
+            acknowledgment: 0,
+            data,
+        }
+    }
+
+    /// Its length in sequence space.
+    #[must_use]
+    pub fn length(&self) -> u32 {
+        self.data.len() as u32
+            + u32::from(self.flags & tcp::SYN != 0)
+            + u32::from(self.flags & tcp::FIN != 0)
+    }
+
+    /// TCP or UDP header and data, with the checksum.
+    fn transport(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.extend(self.source.port().to_be_bytes());
+        bytes.extend(self.destination.port().to_be_bytes());
+        if self.protocol == protocol::TCP {
+            bytes.extend(self.sequence.to_be_bytes());
+            bytes.extend(self.acknowledgment.to_be_bytes());
+            bytes.extend([0x50, self.flags, 0xff, 0xff, 0, 0, 0, 0]);
+        } else {
+            bytes.extend((self.data.len() as u16 + 8).to_be_bytes());
+            bytes.extend([0, 0]);
+        }
+        bytes.extend(&self.data);
+        let sum = !transport_sum(self.source.ip(), self.destination.ip(), self.protocol, &bytes);
+        let at = checksum_at(self.protocol);
+        let sum = if self.protocol == protocol::UDP && sum == 0 { 0xffff } else { sum };
+        bytes[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+        bytes
+    }
+
+    /// The packet.
+    #[must_use]
+    pub fn packet(&self, tag: Tag) -> Packet {
+        let transport = self.transport();
+        let bytes =
+            network(self.source.ip(), self.destination.ip(), self.protocol, None, &transport);
+        Packet { bytes, tag }
+    }
+
+    /// The packet in two fragments (IPv4), cut behind so many bytes of its payload (a multiple of
+    /// eight).
+    #[must_use]
+    pub fn fragments(&self, tag: Tag, id: u16, cut: usize) -> [Packet; 2] {
+        let transport = self.transport();
+        let (first, second) = transport.split_at(cut);
+        let part = |offset: usize, more, bytes: &[u8], copy| Packet {
+            bytes: network(
+                self.source.ip(),
+                self.destination.ip(),
+                self.protocol,
+                Some(Part { id, offset: offset as u16, more }),
+                bytes,
+            ),
+            tag: Tag { copy, ..tag },
+        };
+        [part(0, true, first, 0), part(cut, false, second, 1 << 8)]
+    }
+
+    /// Reads TCP or UDP; [`None`]: its checksum is wrong, or its lengths are.
+    #[must_use]
+    pub fn read(source: IpAddr, destination: IpAddr, number: u8, bytes: &[u8]) -> Option<Self> {
+        if transport_sum(source, destination, number, bytes) != 0xffff {
+            return None;
+        }
+        let word = |at: usize| Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+        let half = |at: usize| Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
+        let is_tcp = number == protocol::TCP;
+        Some(Self {
+            source: (source, half(0)?).into(),
+            destination: (destination, half(2)?).into(),
+            protocol: number,
+            flags: if is_tcp { *bytes.get(13)? } else { 0 },
+            sequence: if is_tcp { word(4)? } else { 0 },
+            acknowledgment: if is_tcp { word(8)? } else { 0 },
+            data: bytes.get(if is_tcp { 20 } else { 8 }..)?.to_vec(),
+        })
+    }
+}
+
+impl fmt::Display for Segment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { source, destination, flags, sequence, acknowledgment, .. } = self;
+        write!(f, "{source} > {destination}")?;
+        if self.protocol == protocol::UDP {
+            return write!(f, " UDP {}", self.data.len());
+        }
+        write!(f, " ")?;
+        for (bit, letter) in [(tcp::SYN, 'S'), (tcp::FIN, 'F'), (tcp::RST, 'R'), (tcp::ACK, '.')] {
+            if flags & bit != 0 {
+                write!(f, "{letter}")?;
+            }
+        }
+        write!(f, " {sequence:08x} {acknowledgment:08x} {}", self.data.len())
+    }
+}
+
+fn checksum_at(number: u8) -> usize {
+    if number == protocol::TCP { 16 } else { 6 }
+}
+
+/// The one's complement sum of bytes.
+fn sum(bytes: &[u8]) -> u64 {
+    bytes
+        .chunks(2)
+        .map(|pair| u64::from(pair[0]) << 8 | u64::from(pair.get(1).copied().unwrap_or(0)))
+        .sum()
+}
+
+fn fold(mut sum: u64) -> u16 {
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+fn transport_sum(source: IpAddr, destination: IpAddr, number: u8, bytes: &[u8]) -> u16 {
+    let pseudo = sum(&octets(source)) + sum(&octets(destination));
+    fold(pseudo + u64::from(number) + bytes.len() as u64 + sum(bytes))
+}
+
+/// The IP header in front of its payload.
+fn network(
+    source: IpAddr,
+    destination: IpAddr,
+    number: u8,
+    part: Option<Part>,
+    payload: &[u8],
+) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if source.is_ipv4() {
+        let length = payload.len() as u16 + 20;
+        let field =
+            part.map_or(0x4000, |part| part.offset / 8 | if part.more { 0x2000 } else { 0 });
+        bytes.extend([0x45, 0]);
+        bytes.extend(length.to_be_bytes());
+        bytes.extend(part.map_or(0, |part| part.id).to_be_bytes());
+        bytes.extend(field.to_be_bytes());
+        bytes.extend([TTL, number, 0, 0]);
+        bytes.extend(octets(source));
+        bytes.extend(octets(destination));
+        let sum = !fold(sum(&bytes));
+        bytes[10..12].copy_from_slice(&sum.to_be_bytes());
+    } else {
+        bytes.extend([0x60, 0, 0, 0]);
+        bytes.extend((payload.len() as u16).to_be_bytes());
+        bytes.extend([number, TTL]);
+        bytes.extend(octets(source));
+        bytes.extend(octets(destination));
+    }
+    bytes.extend(payload);
+    bytes
+}
+
+impl Packet {
+    /// Whether it is IPv6.
+    #[must_use]
+    pub fn is_v6(&self) -> bool {
+        self.bytes.first().is_some_and(|first| first >> 4 == 6)
+    }
+
+    /// Source and destination.
+    #[must_use]
+    pub fn addresses(&self) -> (IpAddr, IpAddr) {
+        if self.is_v6() {
+            let address = |at: usize| {
+                let octets: [u8; 16] =
+                    self.bytes.get(at..at + 16).and_then(|b| b.try_into().ok()).unwrap_or_default();
+                IpAddr::V6(Ipv6Addr::from(octets))
+            };
+            (address(8), address(24))
+        } else {
+            let address = |at: usize| {
+                let octets: [u8; 4] =
+                    self.bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).unwrap_or_default();
+                IpAddr::V4(Ipv4Addr::from(octets))
+            };
+            (address(12), address(16))
+        }
+    }
+
+    /// Takes one from its TTL; false: it has run out.
+    #[must_use]
+    pub fn forward(&mut self) -> bool {
+        let at = if self.is_v6() { 7 } else { 8 };
+        if self.bytes[at] <= 1 {
+            return false;
+        }
+        self.bytes[at] -= 1;
+        if !self.is_v6() {
+            self.bytes[10..12].copy_from_slice(&[0, 0]);
+            let sum = !fold(sum(&self.bytes[..20]));
+            self.bytes[10..12].copy_from_slice(&sum.to_be_bytes());
+        }
+        true
+    }
+
+    /// Reads it as its receiver does; [`None`]: a checksum or length is wrong.
+    #[must_use]
+    pub fn contents(&self) -> Option<Read> {
+        let (source, destination) = self.addresses();
+        let (number, payload, part) = if self.is_v6() {
+            (*self.bytes.get(6)?, self.bytes.get(40..)?, None)
+        } else {
+            if fold(sum(self.bytes.get(..20)?)) != 0xffff {
+                return None;
+            }
+            let field = u16::from_be_bytes([self.bytes[6], self.bytes[7]]);
+            let id = u16::from_be_bytes([self.bytes[4], self.bytes[5]]);
+            let (offset, more) = ((field & 0x1fff) * 8, field & 0x2000 != 0);
+            let part = (offset != 0 || more).then_some(Part { id, offset, more });
+            (self.bytes[9], self.bytes.get(20..)?, part)
+        };
+        if let Some(part) = part {
+            return Some(Read::Part(source, destination, part, payload.to_vec()));
+        }
+        if number != protocol::TCP && number != protocol::UDP {
+            return Some(Read::Other);
+        }
+        Segment::read(source, destination, number, payload).map(Read::Whole)
+    }
+}
+
+impl fmt::Display for Packet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (source, destination) = self.addresses();
+        match self.contents() {
+            Some(Read::Whole(segment)) => write!(f, "{segment}"),
+            Some(Read::Part(_, _, part, bytes)) => {
+                let Part { id, offset, .. } = part;
+                write!(f, "{source} > {destination} part {id}@{offset}+{}", bytes.len())
+            }
+            Some(Read::Other) => write!(f, "{source} > {destination} ICMP"),
+            None => write!(f, "{source} > {destination} broken"),
+        }?;
+        if self.tag.connection == u32::MAX {
+            return write!(f, " ({:?})", self.tag.by);
+        }
+        write!(f, " (#{} {:?})", self.tag.connection, self.tag.by)
+    }
+}
+
+impl sluice_common::Packet for Packet {
+    fn length(&self) -> u32 {
+        self.bytes.len() as u32
+    }
+
+    fn read<T: Wire>(&self, offset: u32) -> Option<T> {
+        let bytes = self.bytes.get(offset as usize..)?.get(..size_of::<T>())?;
+        // SAFETY: the slice has the size of the type, and any bytes are a value of it.
+        Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+    }
+}
+
+impl Edit for Packet {
+    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        let Some(bytes) =
+            self.bytes.get_mut(offset as usize..).and_then(|bytes| bytes.get_mut(..size_of::<T>()))
+        else {
+            return false;
+        };
+        // SAFETY: the slice has the size of the type, which has no padding.
+        unsafe { bytes.as_mut_ptr().cast::<T>().write_unaligned(value) };
+        true
+    }
+
+    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool {
+        self.store(offset, value)
+    }
+
+    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
+        let old = sluice_common::Packet::read::<u16>(self, offset);
+        old.is_some_and(|old| self.store(offset, delta.apply(old)))
+    }
+
+    fn transport_checksum(
+        &mut self,
+        offset: u32,
+        addresses: Delta,
+        data: Delta,
+        kind: Checksum,
+    ) -> bool {
+        let Some(old) = sluice_common::Packet::read::<u16>(self, offset) else { return false };
+        let new = match kind {
+            Checksum::Plain => addresses.and(data).apply(old),
+            Checksum::Udp => addresses.and(data).apply_udp(old),
+        };
+        self.store(offset, new)
+    }
+
+    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
+        let Some(old) = sluice_common::Packet::read::<u32>(self, offset) else { return false };
+        self.store_unbalanced(offset, crc32c::updated(old, change, length))
+    }
+}

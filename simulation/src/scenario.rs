@@ -1,0 +1,438 @@
+//! What is to happen in a run: a list that follows from the seed, made before anything happens.
+//!
+//! Events do not refer to each other but by their numbers in the list, and each may be left out
+//! (then those that refer to it do nothing). So a list that fails can be made shorter.
+
+use std::collections::BTreeMap;
+
+use sluice_common::abi::masquerade;
+use sluice_common::packet::header::protocol;
+
+use crate::cluster::{self, OUTSIDE, PODS, Readiness, SERVERS, SERVICES, Target};
+use crate::maps::Capacities;
+use crate::packet::tcp;
+use crate::random::Random;
+
+/// Microseconds of a second.
+pub const SECOND: u64 = 1_000_000;
+/// How long events happen.
+pub const LENGTH: u64 = 300 * SECOND;
+/// The first port of clients.
+const PORTS: u16 = 40_000;
+
+/// What never changes in a run.
+#[derive(Clone, Debug)]
+pub struct Setting {
+    /// The seed of all chance.
+    pub seed: u64,
+    /// How many nodes there are.
+    pub nodes: usize,
+    /// One of [`masquerade`].
+    pub masquerade: u32,
+    /// How much the tables of flows hold.
+    pub capacities: Capacities,
+    /// Of a thousand packets, how many the network loses on each hop.
+    pub loss: u64,
+    /// Of a thousand, how many it doubles.
+    pub doubled: u64,
+    /// Of a thousand, how many it delays, so that others overtake them.
+    pub delayed: u64,
+    /// Of 64 operations on a map, how many give another CPU its turn.
+    pub races: u64,
+}
+
+/// A request and its answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Exchange {
+    /// How long the client waits before it, microseconds.
+    pub pause: u64,
+    /// How long the endpoint waits before it answers.
+    pub thinks: u64,
+}
+
+/// How a connection ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Close {
+    /// The client closes it.
+    Client,
+    /// The endpoint closes it.
+    Server,
+    /// The client resets it.
+    Abort,
+    /// It stays open to the end, when there is one more request.
+    Late,
+}
+
+/// A connection, or a UDP client's questions from one socket.
+#[derive(Clone, Debug)]
+pub struct Connect {
+    /// The client's host.
+    pub client: usize,
+    /// Its port.
+    pub port: u16,
+    /// Of which family.
+    pub is_v6: bool,
+    /// TCP or UDP.
+    pub protocol: u8,
+    /// What it asks for.
+    pub target: Target,
+    /// What is said.
+    pub exchanges: Vec<Exchange>,
+    /// How it ends (TCP).
+    pub close: Close,
+    /// Whether its datagrams are sent in fragments (UDP, IPv4).
+    pub fragmented: bool,
+}
+
+/// What a flood is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flood {
+    /// SYNs.
+    Syn,
+    /// ACKs without a connection.
+    Ack,
+    /// A SYN and an ACK from each source.
+    SynAck,
+    /// Datagrams.
+    Udp,
+}
+
+/// Whom a forger claims to be, and to whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// The client, to what it asked for.
+    ClientToFrontend,
+    /// The client, to the endpoint itself.
+    ClientToEndpoint,
+    /// The endpoint, to the client.
+    EndpointToClient,
+}
+
+/// What happens.
+#[derive(Clone, Debug)]
+pub enum Act {
+    /// A client connects.
+    Connect(Connect),
+    /// Entries of a connection are evicted: one, or all.
+    Evict {
+        /// Number of the connection's event.
+        connection: usize,
+        /// Which of its entries.
+        choice: u64,
+        /// Whether all are.
+        all: bool,
+    },
+    /// An endpoint changes.
+    Endpoint(usize, Readiness),
+    /// A Service comes or goes.
+    Service(usize, bool),
+    /// A node's agent is killed; the next one starts a while later.
+    Kill {
+        /// The node.
+        node: usize,
+        /// Until the next one starts, microseconds.
+        pause: u64,
+    },
+    /// An endpoint's pod dies, and a new one has its address.
+    Die(usize),
+    /// Somebody outside sends many packets of random sources.
+    Flood {
+        /// Of which kind.
+        kind: Flood,
+        /// To what.
+        target: Target,
+        /// Of which family.
+        is_v6: bool,
+        /// How many.
+        packets: u32,
+    },
+    /// Somebody sends a segment in the name of a connection's party.
+    Forge {
+        /// Number of the connection's event.
+        connection: usize,
+        /// In whose name.
+        claim: Claim,
+        /// Its flags.
+        flags: u8,
+        /// Where it comes from: a host's index.
+        from: usize,
+        /// The sequence number; the acknowledgment number is its complement.
+        sequence: u32,
+    },
+}
+
+/// Something that happens at a time.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// Microseconds from the start.
+    pub at: u64,
+    /// What.
+    pub act: Act,
+}
+
+/// A run: what it is made of.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// What never changes.
+    pub setting: Setting,
+    /// What happens, in no order.
+    pub events: Vec<Event>,
+}
+
+impl Scenario {
+    /// The run of a seed.
+    #[must_use]
+    pub fn of(seed: u64) -> Self {
+        let mut random = Random::new(&[seed, 1]);
+        let nodes = 2 + random.below(2) as usize;
+        let calm = random.chance(250);
+        let setting = Setting {
+            seed,
+            nodes,
+            masquerade: random.pick(&[
+                masquerade::NEEDED,
+                masquerade::NEEDED,
+                masquerade::KUBE_PROXY,
+                masquerade::ALL,
+            ]),
+            capacities: Capacities { flows: 400, embryonic: 256 },
+            loss: if calm { 0 } else { random.below(40) },
+            doubled: if calm { 0 } else { random.below(40) },
+            delayed: if calm { 0 } else { random.below(100) },
+            races: random.pick(&[0, 1, 4, 16]),
+        };
+        let mut generator = Generator { random, nodes, ports: BTreeMap::new(), events: Vec::new() };
+        generator.generate();
+        Self { setting, events: generator.events }
+    }
+}
+
+struct Generator {
+    random: Random,
+    nodes: usize,
+    /// How many connections each client had to each target.
+    ports: BTreeMap<(usize, Target, bool, u8), u16>,
+    events: Vec<Event>,
+}
+
+impl Generator {
+    fn generate(&mut self) {
+        // Some that stay, and that the others have to leave alone.
+        for _ in 0..20 {
+            let at = self.random.below(LENGTH / 10);
+            let exchanges = vec![self.exchange(SECOND)];
+            self.connect(at, protocol::TCP, exchanges, Close::Late, None);
+        }
+        for _ in 0..260 {
+            let at = self.random.below(LENGTH);
+            let count = self.random.between(1, 5);
+            let exchanges = (0..count).map(|_| self.exchange(2 * SECOND)).collect();
+            let close = self.random.pick(&[
+                Close::Client,
+                Close::Client,
+                Close::Client,
+                Close::Server,
+                Close::Server,
+                Close::Server,
+                Close::Client,
+                Close::Abort,
+            ]);
+            self.connect(at, protocol::TCP, exchanges, close, None);
+        }
+        for _ in 0..30 {
+            // Pauses of minutes.
+            let at = self.random.below(LENGTH / 2);
+            let exchanges = (0..3).map(|_| self.exchange(60 * SECOND)).collect();
+            self.connect(at, protocol::TCP, exchanges, Close::Client, None);
+        }
+        for _ in 0..60 {
+            let at = self.random.below(LENGTH);
+            let count = self.random.between(1, 4);
+            let pause = if self.random.chance(100) { 5 * SECOND } else { SECOND / 2 };
+            let exchanges = (0..count).map(|_| self.exchange(pause)).collect();
+            self.connect(at, protocol::UDP, exchanges, Close::Client, None);
+        }
+        self.race();
+        self.disturb();
+        self.attack();
+    }
+
+    fn exchange(&mut self, longest: u64) -> Exchange {
+        let thinks = if self.random.chance(200) { self.random.below(longest) } else { 1_000 };
+        Exchange { pause: self.random.below(longest), thinks }
+    }
+
+    fn host(&mut self) -> usize {
+        self.random.below((OUTSIDE + self.nodes * PODS) as u64) as usize
+    }
+
+    fn server(&mut self) -> usize {
+        let (node, number) =
+            (self.random.below(self.nodes as u64), self.random.below(SERVERS as u64));
+        cluster::pod(node as usize, number as usize)
+    }
+
+    fn target(&mut self) -> Target {
+        let service = self.random.below(SERVICES as u64) as usize;
+        match self.random.below(9) {
+            0..3 => Target::ClusterIp(service),
+            3..5 => Target::NodePort(service, self.random.below(self.nodes as u64) as usize),
+            5..7 => Target::LoadBalancer(self.random.pick(&cluster::BALANCED)),
+            7 => Target::ExternalIp(self.random.pick(&cluster::EXTERNAL)),
+            _ => Target::Pod(self.server()),
+        }
+    }
+
+    /// Adds a connection, `of`: of this client and family, as long as it has none to the target.
+    fn connect(
+        &mut self,
+        at: u64,
+        protocol: u8,
+        exchanges: Vec<Exchange>,
+        close: Close,
+        of: Option<(usize, bool)>,
+    ) {
+        let is_v6 = of.map_or_else(|| self.random.chance(400), |(_, is_v6)| is_v6);
+        let client = of.map_or_else(|| self.host(), |(client, _)| client);
+        let target = self.target();
+        // An endpoint whose handshake is under way knows of no direct connection so far.
+        let is_direct = matches!(target, Target::Pod(_));
+        if target == Target::Pod(client) || is_direct && of.is_some() {
+            return;
+        }
+        let next = self.ports.entry((client, target, is_v6, protocol)).or_default();
+        let number = *next;
+        *next += 1;
+        if of.is_some() && number != 0 {
+            return;
+        }
+        let port = PORTS + 100 * self.translator(client, target, is_v6, protocol) + number;
+        let fragmented = protocol == sluice_common::packet::header::protocol::UDP
+            && !is_v6
+            && self.random.chance(300);
+        let connect =
+            Connect { client, port, is_v6, protocol, target, exchanges, close, fragmented };
+        self.events.push(Event { at, act: Act::Connect(connect) });
+    }
+
+    /// A number for who translates a client's packets to a target: a client has one port for several
+    /// connections only where one node does that, or where it can see the other connection. Two
+    /// nodes know nothing of each other, and would show an endpoint both at one tuple
+    /// (docs/compatibility.md).
+    fn translator(&self, client: usize, target: Target, is_v6: bool, number: u8) -> u16 {
+        let own = cluster::place(client).map(|(node, _)| node);
+        let is_udp = number == protocol::UDP;
+        let (node, group) = match (target, own) {
+            (Target::NodePort(_, node), _) => (node, 0),
+            (Target::Pod(_), Some(own)) => (own, usize::from(is_udp)),
+            (Target::Pod(server), None) => {
+                (cluster::place(server).map_or(0, |(node, _)| node), usize::from(is_udp))
+            }
+            (_, Some(own)) => (own, 0),
+            (Target::ClusterIp(_), None) => (cluster::way(client, target, is_v6, self.nodes), 2),
+            (_, None) => (cluster::way(client, target, is_v6, self.nodes), 0),
+        };
+        (4 * group + node) as u16
+    }
+
+    /// Clients that ask several frontends from one port at one instant.
+    fn race(&mut self) {
+        for _ in 0..12 {
+            let at = self.random.below(LENGTH);
+            let (client, is_v6) = (self.host(), self.random.chance(400));
+            let protocol = self.random.pick(&[protocol::TCP, protocol::TCP, protocol::UDP]);
+            for _ in 0..4 {
+                let exchanges = vec![self.exchange(SECOND)];
+                let of = Some((client, is_v6));
+                self.connect(at, protocol, exchanges, Close::Client, of);
+            }
+        }
+    }
+
+    fn connections(&self) -> Vec<(usize, u64)> {
+        let is_connect = |event: &Event| matches!(event.act, Act::Connect(_));
+        let found = self.events.iter().enumerate().filter(|(_, event)| is_connect(event));
+        found.map(|(index, event)| (index, event.at)).collect()
+    }
+
+    fn disturb(&mut self) {
+        let connections = self.connections();
+        for _ in 0..60 {
+            let (connection, begins) = self.random.pick(&connections);
+            let longest = self.random.pick(&[3, 90]) * SECOND;
+            let at = begins + self.random.below(longest);
+            let act =
+                Act::Evict { connection, choice: self.random.draw(), all: self.random.chance(100) };
+            self.events.push(Event { at, act });
+        }
+        for _ in 0..10 {
+            let (at, server) = (self.random.below(LENGTH), self.server());
+            let how = self.random.pick(&[Readiness::Terminating, Readiness::Gone]);
+            self.events.push(Event { at, act: Act::Endpoint(server, how) });
+            let at = at + self.random.below(60 * SECOND);
+            self.events.push(Event { at, act: Act::Endpoint(server, Readiness::Ready) });
+        }
+        for _ in 0..2 {
+            let (at, service) = (self.random.below(LENGTH), self.random.below(SERVICES as u64));
+            let service = service as usize;
+            self.events.push(Event { at, act: Act::Service(service, false) });
+            let at = at + self.random.below(20 * SECOND);
+            self.events.push(Event { at, act: Act::Service(service, true) });
+        }
+        for _ in 0..6 {
+            // Right behind a change, between two of its writes.
+            let changes: Vec<u64> = self
+                .events
+                .iter()
+                .filter(|event| matches!(event.act, Act::Endpoint(..) | Act::Service(..)))
+                .map(|event| event.at)
+                .collect();
+            let at = self.random.pick(&changes) + self.random.below(SECOND / 50);
+            let node = self.random.below(self.nodes as u64) as usize;
+            let pause = self.random.below(5 * SECOND);
+            self.events.push(Event { at, act: Act::Kill { node, pause } });
+        }
+        if self.random.chance(300) {
+            let (at, server) = (self.random.below(LENGTH), self.server());
+            self.events.push(Event { at, act: Act::Die(server) });
+        }
+    }
+
+    fn attack(&mut self) {
+        let connections = self.connections();
+        for _ in 0..self.random.below(3) {
+            let kind = self.random.pick(&[Flood::Syn, Flood::Ack, Flood::SynAck, Flood::Udp]);
+            let target = match self.target() {
+                Target::Pod(_) => Target::LoadBalancer(0),
+                target => target,
+            };
+            let at = self.random.below(LENGTH);
+            let packets = self.random.between(400, 1_500) as u32;
+            let is_v6 = self.random.chance(400);
+            self.events.push(Event { at, act: Act::Flood { kind, target, is_v6, packets } });
+        }
+        for _ in 0..60 {
+            let (connection, begins) = self.random.pick(&connections);
+            let flags = self.random.pick(&[
+                tcp::RST,
+                tcp::RST,
+                tcp::RST | tcp::ACK,
+                tcp::SYN,
+                tcp::ACK,
+                tcp::SYN | tcp::ACK,
+                tcp::FIN | tcp::ACK,
+            ]);
+            let claim = self.random.pick(&[
+                Claim::ClientToFrontend,
+                Claim::ClientToEndpoint,
+                Claim::ClientToEndpoint,
+                Claim::EndpointToClient,
+            ]);
+            let from = if self.random.chance(600) { 0 } else { self.host() };
+            let at = begins + self.random.below(10 * SECOND);
+            let sequence = self.random.draw() as u32;
+            self.events
+                .push(Event { at, act: Act::Forge { connection, claim, flags, from, sequence } });
+        }
+    }
+}

@@ -1,0 +1,375 @@
+//! A small TCP: one segment at a time, sent again until it is acknowledged; resets are believed as
+//! RFC 5961 has it.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+
+use crate::packet::{Segment, tcp};
+
+/// How often a segment is sent before the connection is given up.
+pub const TRIES: u32 = 12;
+/// Microseconds until a segment is sent again: doubled each time...
+pub const RETRY_US: u64 = 500_000;
+/// ...but not beyond this.
+pub const RETRY_MAX_US: u64 = 8_000_000;
+/// How far beyond the next number a reset is challenged.
+const WINDOW: u32 = 65_535;
+
+/// Where a connection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Its SYN is sent.
+    Opening,
+    /// It has answered a SYN.
+    Answered,
+    /// Both know of it.
+    Open,
+    /// It is over; late segments are still answered.
+    TimeWait,
+    /// It is over.
+    Closed,
+}
+
+/// What has happened to a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Happened {
+    /// It is open.
+    Opened,
+    /// It has received bytes.
+    Data(Vec<u8>),
+    /// The peer sends no more.
+    PeerClosed,
+    /// Both have closed it.
+    Closed,
+    /// It was reset.
+    Reset,
+    /// Nobody acknowledges what it sends.
+    GivenUp,
+}
+
+#[derive(Clone, Debug)]
+struct Outgoing {
+    flags: u8,
+    data: Vec<u8>,
+}
+
+impl Outgoing {
+    fn length(&self) -> u32 {
+        self.data.len() as u32 + u32::from(self.flags & (tcp::SYN | tcp::FIN) != 0)
+    }
+}
+
+/// One end of a connection.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// This end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// Where it is.
+    pub state: State,
+    /// The next number that the peer sends.
+    expected: u32,
+    /// The number of what is under way.
+    unacknowledged: u32,
+    under_way: Option<Outgoing>,
+    waiting: VecDeque<Outgoing>,
+    tries: u32,
+    /// Counts what was sent, so that a timer knows what it was set for.
+    pub sent: u32,
+    peer_closed: bool,
+    closing: bool,
+    closed: bool,
+    /// Before this time no segment that is out of order and without data is answered.
+    quiet_until: u64,
+}
+
+impl Connection {
+    /// A client's end; sends its SYN.
+    pub fn open(
+        local: SocketAddr,
+        remote: SocketAddr,
+        number: u32,
+        out: &mut Vec<Segment>,
+    ) -> Self {
+        let mut connection = Self::new(local, remote, State::Opening, number, 0);
+        connection.queue(tcp::SYN, Vec::new(), out);
+        connection
+    }
+
+    /// A server's end; answers a SYN.
+    pub fn accept(syn: &Segment, number: u32, out: &mut Vec<Segment>) -> Self {
+        let expected = syn.sequence.wrapping_add(1);
+        let mut connection =
+            Self::new(syn.destination, syn.source, State::Answered, number, expected);
+        connection.queue(tcp::SYN | tcp::ACK, Vec::new(), out);
+        connection
+    }
+
+    fn new(
+        local: SocketAddr,
+        remote: SocketAddr,
+        state: State,
+        unacknowledged: u32,
+        expected: u32,
+    ) -> Self {
+        Self {
+            local,
+            remote,
+            state,
+            expected,
+            unacknowledged,
+            under_way: None,
+            waiting: VecDeque::new(),
+            tries: 0,
+            sent: 0,
+            peer_closed: false,
+            closing: false,
+            closed: false,
+            quiet_until: 0,
+        }
+    }
+
+    /// The answer to a segment that no connection is for.
+    #[must_use]
+    pub fn unknown(segment: &Segment) -> Option<Segment> {
+        if segment.flags & tcp::RST != 0 {
+            return None;
+        }
+        let (source, destination) = (segment.destination, segment.source);
+        Some(if segment.flags & tcp::ACK != 0 {
+            Segment::tcp(source, destination, tcp::RST, segment.acknowledgment, 0)
+        } else {
+            let acknowledgment = segment.sequence.wrapping_add(segment.length());
+            Segment::tcp(source, destination, tcp::RST | tcp::ACK, 0, acknowledgment)
+        })
+    }
+
+    /// Whether something waits for its acknowledgment.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        self.under_way.is_some()
+    }
+
+    /// Sends bytes.
+    pub fn send(&mut self, data: Vec<u8>, out: &mut Vec<Segment>) {
+        if !self.closing && matches!(self.state, State::Open | State::Answered) {
+            self.queue(tcp::ACK, data, out);
+        }
+    }
+
+    /// Sends no more.
+    pub fn close(&mut self, out: &mut Vec<Segment>) {
+        if !self.closing && matches!(self.state, State::Open | State::Answered) {
+            self.closing = true;
+            self.queue(tcp::FIN | tcp::ACK, Vec::new(), out);
+        }
+    }
+
+    /// Ends at once.
+    pub fn abort(&mut self, out: &mut Vec<Segment>) {
+        if self.state != State::Closed {
+            let next = self.unacknowledged.wrapping_add(self.length_under_way());
+            let flags = tcp::RST | tcp::ACK;
+            out.push(Segment::tcp(self.local, self.remote, flags, next, self.expected));
+            self.end();
+        }
+    }
+
+    fn end(&mut self) {
+        self.state = State::Closed;
+        self.under_way = None;
+        self.waiting.clear();
+    }
+
+    fn queue(&mut self, flags: u8, data: Vec<u8>, out: &mut Vec<Segment>) {
+        self.waiting.push_back(Outgoing { flags, data });
+        self.go_on(out);
+    }
+
+    fn length_under_way(&self) -> u32 {
+        self.under_way.as_ref().map_or(0, Outgoing::length)
+    }
+
+    /// Sends the next of what waits.
+    fn go_on(&mut self, out: &mut Vec<Segment>) {
+        if self.under_way.is_some() {
+            return;
+        }
+        self.under_way = self.waiting.pop_front();
+        self.tries = 0;
+        self.transmit(out);
+    }
+
+    fn transmit(&mut self, out: &mut Vec<Segment>) {
+        let Some(outgoing) = &self.under_way else { return };
+        self.tries += 1;
+        self.sent += 1;
+        let acknowledges = outgoing.flags & tcp::ACK != 0;
+        out.push(Segment {
+            data: outgoing.data.clone(),
+            ..Segment::tcp(
+                self.local,
+                self.remote,
+                outgoing.flags,
+                self.unacknowledged,
+                if acknowledges { self.expected } else { 0 },
+            )
+        });
+    }
+
+    /// Microseconds until what is under way is sent again.
+    #[must_use]
+    pub fn patience(&self) -> u64 {
+        (RETRY_US << self.tries.saturating_sub(1).min(10)).min(RETRY_MAX_US)
+    }
+
+    /// The time for an acknowledgment is over.
+    pub fn retry(&mut self, out: &mut Vec<Segment>) -> Option<Happened> {
+        let _ = self.under_way.as_ref()?;
+        if self.tries >= TRIES {
+            self.end();
+            return Some(Happened::GivenUp);
+        }
+        self.transmit(out);
+        None
+    }
+
+    /// Answers a segment that is out of order; not as often as such come without data, or two ends
+    /// that disagree would answer each other for ever (Linux' `tcp_invalid_ratelimit`).
+    fn challenge(&mut self, segment: &Segment, now: u64, out: &mut Vec<Segment>) {
+        if segment.data.is_empty() {
+            if now < self.quiet_until {
+                return;
+            }
+            self.quiet_until = now + RETRY_US;
+        }
+        self.acknowledge(out);
+    }
+
+    fn acknowledge(&self, out: &mut Vec<Segment>) {
+        let next = self.unacknowledged.wrapping_add(self.length_under_way());
+        out.push(Segment::tcp(self.local, self.remote, tcp::ACK, next, self.expected));
+    }
+
+    /// Takes in a segment.
+    pub fn receive(
+        &mut self,
+        segment: &Segment,
+        now: u64,
+        out: &mut Vec<Segment>,
+    ) -> Vec<Happened> {
+        let mut happened = Vec::new();
+        let flags = segment.flags;
+        match self.state {
+            State::Closed => {
+                out.extend(Self::unknown(segment));
+                return happened;
+            }
+            State::Opening => {
+                self.receive_opening(segment, out, &mut happened);
+                return happened;
+            }
+            State::Answered | State::Open | State::TimeWait => {}
+        }
+        let ahead = segment.sequence.wrapping_sub(self.expected);
+        if flags & tcp::RST != 0 {
+            if ahead == 0 {
+                self.end();
+                happened.push(Happened::Reset);
+            } else if ahead < WINDOW {
+                self.challenge(segment, now, out);
+            }
+            return happened;
+        }
+        if flags & tcp::SYN != 0 {
+            // Its own once more, or a challenge.
+            if self.state == State::Answered && ahead == u32::MAX {
+                self.transmit(out);
+            } else {
+                self.challenge(segment, now, out);
+            }
+            return happened;
+        }
+        if flags & tcp::ACK == 0 {
+            return happened;
+        }
+        let next = self.unacknowledged.wrapping_add(self.length_under_way());
+        if self.state == State::Answered && segment.acknowledgment != next {
+            out.push(Segment::tcp(self.local, self.remote, tcp::RST, segment.acknowledgment, 0));
+            return happened;
+        }
+        if ahead != 0 {
+            self.challenge(segment, now, out);
+            return happened;
+        }
+        let acknowledged = segment.acknowledgment.wrapping_sub(self.unacknowledged);
+        if acknowledged > next.wrapping_sub(self.unacknowledged) && acknowledged < 1 << 31 {
+            self.challenge(segment, now, out);
+            return happened;
+        }
+        if self.state == State::Answered {
+            self.state = State::Open;
+            happened.push(Happened::Opened);
+        }
+        if self.under_way.is_some() && segment.acknowledgment == next {
+            self.unacknowledged = next;
+            if let Some(outgoing) = self.under_way.take() {
+                self.closed |= outgoing.flags & tcp::FIN != 0;
+            }
+        }
+        if !segment.data.is_empty() {
+            self.expected = self.expected.wrapping_add(segment.data.len() as u32);
+            happened.push(Happened::Data(segment.data.clone()));
+        }
+        if flags & tcp::FIN != 0 {
+            self.expected = self.expected.wrapping_add(1);
+            if !self.peer_closed {
+                self.peer_closed = true;
+                happened.push(Happened::PeerClosed);
+            }
+        }
+        if segment.length() != 0 {
+            self.acknowledge(out);
+        }
+        self.go_on(out);
+        if self.closed && self.peer_closed && self.state == State::Open {
+            // Whoever closes last hears no more.
+            let is_last = flags & tcp::FIN == 0 && segment.length() == 0;
+            self.state = if is_last { State::Closed } else { State::TimeWait };
+            happened.push(Happened::Closed);
+        }
+        happened
+    }
+
+    fn receive_opening(
+        &mut self,
+        segment: &Segment,
+        out: &mut Vec<Segment>,
+        happened: &mut Vec<Happened>,
+    ) {
+        let next = self.unacknowledged.wrapping_add(1);
+        let acknowledges = segment.flags & tcp::ACK != 0;
+        if acknowledges && segment.acknowledgment != next {
+            out.extend(Self::unknown(segment));
+            return;
+        }
+        if segment.flags & tcp::RST != 0 {
+            if acknowledges {
+                self.end();
+                happened.push(Happened::Reset);
+            }
+            return;
+        }
+        if segment.flags & tcp::SYN == 0 || !acknowledges {
+            return;
+        }
+        self.expected = segment.sequence.wrapping_add(1);
+        self.unacknowledged = next;
+        self.under_way = None;
+        self.state = State::Open;
+        self.acknowledge(out);
+        happened.push(Happened::Opened);
+        self.go_on(out);
+    }
+}
