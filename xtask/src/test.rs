@@ -19,8 +19,8 @@
 //!
 //! Kubernetes' own tests ([`e2e`]) are no tier, since none of their binaries is built from here: a
 //! choice of them is run where all tiers are, the rest takes long and is run by name alone. So are
-//! the tests of `deploy/` on a cluster ([`overlays`]). The [`simulation`] is a program of its own, a
-//! job beside the others where all tiers are run.
+//! the tests of `deploy/` on a cluster ([`overlays`]). The [`simulation`] is a program of its own,
+//! and a job beside the others where all tiers are run.
 
 mod e2e;
 mod job;
