@@ -1,8 +1,6 @@
 //! The values of the tables that outlive an upgrade by being moved, since no source can tell what
 //! they hold.
 
-use super::{Ipv4Address, Ipv6Address};
-
 abi! {
     /// What is done to the packets of one direction of a flow; the value of `flows` and
     /// `embryonic`.

@@ -1,0 +1,79 @@
+//! Addresses, tuples and times, which the other keys and values are made of.
+
+/// An IPv4 address in wire order. Aligned so that the kernel reads it as one word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C, align(4))]
+pub struct Ipv4Address {
+    /// The four bytes, most significant first.
+    pub octets: [u8; 4],
+}
+
+/// An IPv6 address in wire order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C, align(4))]
+pub struct Ipv6Address {
+    /// The sixteen bytes, most significant first.
+    pub octets: [u8; 16],
+}
+
+// SAFETY: bytes: any are a value.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Ipv4Address {}
+// SAFETY: as above.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Ipv6Address {}
+
+abi! {
+    /// A packet's five-tuple as it stands on the wire; the key of `flows` and `embryonic`.
+    ///
+    /// For an ICMP error it is the tuple of the quoted packet, turned round.
+    pub struct Tuple<A> {
+        /// Source address.
+        pub source: A,
+        /// Destination address.
+        pub destination: A,
+        /// Source port, host order.
+        pub source_port: u16,
+        /// Destination port, host order.
+        pub destination_port: u16,
+        /// IP protocol number: 6 (TCP) or 17 (UDP).
+        pub protocol: u8,
+        /// One of [`side`].
+        pub side: u8,
+        /// Zero.
+        pub reserved: [u8; 2],
+    } sizes 16, 40
+}
+
+impl<A: Copy> Tuple<A> {
+    /// The tuple of a packet that answers this one.
+    #[inline(always)]
+    #[must_use]
+    pub fn reversed(&self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            source_port: self.destination_port,
+            destination_port: self.source_port,
+            protocol: self.protocol,
+            side: self.side,
+            reserved: [0; 2],
+        }
+    }
+}
+
+/// Values of [`Tuple::side`]: at which side of the stack a packet of the tuple is translated, where
+/// that may be both.
+pub mod side {
+    /// Any but the other one.
+    pub const NEAR: u8 = 0;
+    /// At the egress of the device that leads to the backend, where the client's source changes:
+    /// the same tuple may come in as well, from a client that speaks to the backend directly.
+    pub const FAR: u8 = 1;
+}
+
+/// Time since boot in units of 2^30 ns (1.07 s): a shift instead of a division on the hot path.
+pub type Ticks = u32;
+
+/// Nanoseconds in one tick, as a power of two.
+pub const TICK_SHIFT: u32 = 30;
