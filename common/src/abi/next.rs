@@ -1,7 +1,6 @@
 //! A layout to be upgraded to in tests: the same content in another order, and another field.
 
 use super::previous::{self, Moved};
-use super::{Ipv4Address, Ipv6Address};
 
 abi! {
     /// As [`previous::Flow`], otherwise arranged.
