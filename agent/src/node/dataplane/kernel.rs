@@ -170,11 +170,11 @@ impl<F: Stack> FamilyMaps<F> {
 
     /// Takes entries out of the flows, proven or not.
     pub(crate) fn forget(&self, keys: &[Tuple<F::Address>]) -> Result<(), Error> {
-        let before = self.previous.iter().flatten();
+        let mut before = self.previous.iter().flatten();
         self.flows
             .remove_many(keys)
             .and_then(|()| self.embryonic.remove_many(keys))
-            .and_then(|()| before.map(|table| table.remove_many(keys)).collect())
+            .and_then(|()| before.try_for_each(|table| table.remove_many(keys)))
             .map_err(Self::failed("write", "flows"))
     }
 

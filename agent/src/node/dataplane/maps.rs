@@ -37,10 +37,10 @@ pub(crate) struct SourceRangeKey<A: Copy> {
 }
 
 const _: () = {
-    assert!(size_of::<RouteKey<Ipv4Address>>() == 4 + size_of::<Ipv4Address>());
-    assert!(size_of::<RouteKey<Ipv6Address>>() == 4 + size_of::<Ipv6Address>());
     type Short = SourceRange<Ipv4Address>;
     type Long = SourceRange<Ipv6Address>;
+    assert!(size_of::<RouteKey<Ipv4Address>>() == 4 + size_of::<Ipv4Address>());
+    assert!(size_of::<RouteKey<Ipv6Address>>() == 4 + size_of::<Ipv6Address>());
     assert!(size_of::<SourceRangeKey<Ipv4Address>>() == 4 + size_of::<Short>());
     assert!(size_of::<SourceRangeKey<Ipv6Address>>() == 4 + size_of::<Long>());
 };
