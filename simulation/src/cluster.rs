@@ -294,7 +294,7 @@ fn spec(service: usize) -> ServiceSpec {
     };
     let is_balanced = BALANCED.contains(&service);
     ServiceSpec {
-        created: Some(service as i64),
+        created: i64::try_from(service).ok(),
         kind: "LoadBalancer".into(),
         cluster_ips: valid(cluster_ip(service)),
         families: vec!["IPv4".into(), "IPv6".into()],

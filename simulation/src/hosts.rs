@@ -7,7 +7,7 @@ use sluice_common::engine::open::FlowEnd;
 use sluice_common::packet::header::protocol;
 
 use crate::cluster::{self, TCP_PORT, UDP_PORT};
-use crate::packet::{By, Packet, Part, Read, Segment, Tag};
+use crate::packet::{By, Packet, Part, Read, Segment, Tag, tcp};
 use crate::random::mix;
 use crate::scenario::{Close, Connect};
 use crate::tcp::{Connection, Happened, State};
@@ -171,6 +171,11 @@ impl Host {
         state.is_some_and(|state| end.is_held_in(state))
             || end == FlowEnd::Client && self.asking.contains_key(&ends)
     }
+}
+
+/// Whether a segment opens a connection.
+fn is_opening(flags: u8) -> bool {
+    flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN
 }
 
 /// What a message says: whose it is, which exchange, how long to think, whether to close.
@@ -348,8 +353,8 @@ impl World<'_> {
         self.tell(|| format!("host{host} gets {packet}"));
         let (source, destination) = packet.addresses();
         if !self.hosts.borrow()[host].addresses.contains(&destination) {
-            if packet.tag.by == By::Forger {
-                // Its own, turned back.
+            if packet.tag.connection == u32::MAX {
+                // A forger's own, or the answer to it.
                 return;
             }
             self.violate("a packet reaches whom it is for", || format!("host{host}: {packet}"));
@@ -439,11 +444,10 @@ impl World<'_> {
         let socket = hosts[host].sockets.get(&ends);
         let is_known = socket.is_some_and(|socket| {
             socket.connection.state != State::Closed
-                && (socket.connection.state != State::TimeWait
-                    || segment.flags & 18 != crate::packet::tcp::SYN)
+                && (socket.connection.state != State::TimeWait || !is_opening(segment.flags))
         });
         if !is_known {
-            let opens = segment.flags & 22 == crate::packet::tcp::SYN
+            let opens = is_opening(segment.flags)
                 && segment.destination.port() == TCP_PORT
                 && cluster::is_server(host);
             if !opens {
@@ -504,6 +508,8 @@ impl World<'_> {
             || connection.may_lose_entries()
             // What is made again for that one may be what this one has.
             || connections.values().any(|other| connection.is_troubled_by(other))
+            // Its SYN was sent again, to another endpoint.
+            || !connection.is_open && connection.lost & lost::DISTURBED != 0
         {
             return;
         }
@@ -519,12 +525,16 @@ impl World<'_> {
             let side = if is_client { "client" } else { "endpoint" };
             let what = match &happened {
                 Happened::Data(data) => format!("Data({:?})", said(data)),
-                other => format!("{other:?}"),
+                Happened::Opened
+                | Happened::PeerClosed
+                | Happened::Closed
+                | Happened::Reset
+                | Happened::GivenUp => format!("{happened:?}"),
             };
             format!("#{number} {side}: {what}")
         });
         if is_client {
-            self.client_hears(host, ends, number, happened);
+            self.client_hears(host, ends, number, &happened);
             return;
         }
         match happened {
@@ -535,7 +545,7 @@ impl World<'_> {
                 }
             }
             Happened::PeerClosed => {
-                self.act_on(host, ends, |connection, out| connection.close(out))
+                self.act_on(host, ends, Connection::close);
             }
             Happened::Opened | Happened::Closed | Happened::Reset | Happened::GivenUp => {}
         }
@@ -575,7 +585,7 @@ impl World<'_> {
         });
     }
 
-    fn client_hears(&self, host: usize, ends: Ends, number: u32, happened: Happened) {
+    fn client_hears(&self, host: usize, ends: Ends, number: u32, happened: &Happened) {
         let mut connections = self.connections.borrow_mut();
         let Some(connection) = connections.get_mut(&number) else { return };
         match happened {

@@ -273,7 +273,7 @@ fn network(
     if source.is_ipv4() {
         let length = payload.len() as u16 + 20;
         let field =
-            part.map_or(0x4000, |part| part.offset / 8 | if part.more { 0x2000 } else { 0 });
+            part.map_or(0x4000, |part| part.offset / 8 + if part.more { 0x2000 } else { 0 });
         bytes.extend([0x45, 0]);
         bytes.extend(length.to_be_bytes());
         bytes.extend(part.map_or(0, |part| part.id).to_be_bytes());

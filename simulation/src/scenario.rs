@@ -402,10 +402,8 @@ impl Generator {
         let connections = self.connections();
         for _ in 0..self.random.below(3) {
             let kind = self.random.pick(&[Flood::Syn, Flood::Ack, Flood::SynAck, Flood::Udp]);
-            let target = match self.target() {
-                Target::Pod(_) => Target::LoadBalancer(0),
-                target => target,
-            };
+            let target = Some(self.target()).filter(|target| target.service().is_some());
+            let target = target.unwrap_or(Target::LoadBalancer(0));
             let at = self.random.below(LENGTH);
             let packets = self.random.between(400, 1_500) as u32;
             let is_v6 = self.random.chance(400);

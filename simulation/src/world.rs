@@ -217,7 +217,7 @@ impl<'s> World<'s> {
         };
         for node in &world.nodes {
             world.start(node);
-            while world.write(node, usize::MAX) {}
+            while Self::write(node, usize::MAX) {}
         }
         for (index, event) in scenario.events.iter().enumerate() {
             if !skipped.contains(&index) {
@@ -257,7 +257,7 @@ impl<'s> World<'s> {
     /// The time in ticks.
     #[must_use]
     pub fn ticks(&self) -> Ticks {
-        (self.now.get() * 1_000 >> TICK_SHIFT) as Ticks
+        ((self.now.get() * 1_000) >> TICK_SHIFT) as Ticks
     }
 
     /// The time in microseconds.
@@ -315,7 +315,7 @@ impl<'s> World<'s> {
             What::Flood(index, number) => self.flood(index, number),
             What::Write(index, killed) => {
                 let node = &self.nodes[index];
-                if node.killed.get() == killed && self.write(node, 1) {
+                if node.killed.get() == killed && Self::write(node, 1) {
                     let after = mix(&[self.setting.seed, self.order.get()]) % 1_000;
                     self.after(after, What::Write(index, killed));
                 }
@@ -576,7 +576,7 @@ impl<'s> World<'s> {
     }
 
     /// Has an agent write; whether some writes are left.
-    fn write(&self, node: &Node, writes: usize) -> bool {
+    fn write(node: &Node, writes: usize) -> bool {
         node.agent.borrow_mut().as_mut().is_some_and(|agent| agent.write(writes))
     }
 
@@ -765,9 +765,8 @@ impl<'s> World<'s> {
         let end = target.end(*is_v6, number_of);
         let flags = match kind {
             Flood::Syn => tcp::SYN,
-            Flood::Ack => tcp::ACK,
-            Flood::SynAck if number % 2 == 0 => tcp::SYN,
-            Flood::SynAck | Flood::Udp => tcp::ACK,
+            Flood::SynAck if number.is_multiple_of(2) => tcp::SYN,
+            Flood::Ack | Flood::SynAck | Flood::Udp => tcp::ACK,
         };
         let segment = if *kind == Flood::Udp {
             Segment::udp(source, end, vec![0; 16])
