@@ -31,6 +31,8 @@ pub mod lost {
     pub const TAKEN: u32 = 256;
     /// Somebody has sent a segment in its client's or endpoint's name.
     pub const FORGED: u32 = 128;
+    /// Each of these may cost it altogether.
+    pub const ALTOGETHER: u32 = BOTH | UNPROVEN | DEAD | UNRECOVERED | TAKEN;
     /// What it asked for has changed meanwhile.
     pub const DISTURBED: u32 = 32;
 }
@@ -89,7 +91,8 @@ impl Connecting {
             || leaves_at_once && self.lost & lost::DISTURBED != 0
     }
 
-    /// Whether its tuple may be another's by now: after a reset that may be its own party's, an idle
+    /// Whether its tuple may be another's by now: after a reset that may be its own party's, an
+    /// idle
     /// flow keeps it for a minute or two.
     fn may_lose_its_port(&self) -> bool {
         self.connect.close == Close::Late && self.lost & lost::FORGED != 0
@@ -98,14 +101,15 @@ impl Connecting {
     /// Whether it may be lost altogether. `shares_port`: its client has other connections from the
     /// same port.
     fn may_be_lost(&self, shares_port: bool) -> bool {
-        self.lost & (lost::BOTH | lost::UNPROVEN | lost::DEAD | lost::UNRECOVERED | lost::TAKEN) != 0
+        self.lost & lost::ALTOGETHER != 0
             || self.may_lose_its_port()
             // Its slot may lead elsewhere by now, or no frontend of it be known; and nothing keeps
             // the tuple of a lost entry from another connection.
             || self.lost & lost::ONE != 0 && (self.lost & lost::DISTURBED != 0 || shares_port)
     }
 
-    /// Whether another one of the same port may have what this one has, since an event has concerned
+    /// Whether another one of the same port may have what this one has, since an event has
+    /// concerned
     /// its entries.
     fn is_troubled_by(&self, other: &Self) -> bool {
         self.shares_port(other) && other.lost & !lost::DISTURBED != 0

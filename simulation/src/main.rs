@@ -20,7 +20,7 @@ struct Options {
     #[arg(long, conflicts_with = "seed")]
     minutes: Option<u64>,
     /// How many fixed seeds are run.
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 100)]
     seeds: u64,
     /// Put a fault in, of those that Sluice once had.
     #[arg(long, value_enum)]

@@ -315,7 +315,8 @@ impl Generator {
         self.events.push(Event { at, act: Act::Connect(connect) });
     }
 
-    /// A number for who translates a client's packets to a target: a client has one port for several
+    /// A number for who translates a client's packets to a target: a client has one port for
+    /// several
     /// connections only where one node does that, or where it can see the other connection. Two
     /// nodes know nothing of each other, and would show an endpoint both at one tuple
     /// (docs/compatibility.md).

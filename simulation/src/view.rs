@@ -238,7 +238,8 @@ impl<F: Side> FlowTable<F> for View<'_, F> {
                 }
                 let before = entry.flow;
                 renewal.apply(&mut entry.flow, to);
-                // The client's side of a masqueraded flow is that of all its client's connections to
+                // The client's side of a masqueraded flow is that of all its client's connections
+                // to
                 // the endpoint from one port.
                 let frontend: SocketAddr = if before.flags & flow::REPLY != 0 {
                     (F::ip(before.source), before.source_port).into()
