@@ -918,7 +918,7 @@ impl<'s> World<'s> {
     }
 }
 
-/// Whether a lost entry does not show itself, though its partner is there (ARCHITECTURE.md lists
+/// Whether a lost entry does not show itself, though its partner is there (docs/recovery.md lists
 /// them):
 ///
 /// - A hairpin flow's reply goes to a frontend's address, and is taken for a client's.
