@@ -68,7 +68,7 @@ pub use socket::*;
 pub use tables::{Affinity, Flow};
 pub use tuple::*;
 
-/// Version of everything in this file; part of the pin path.
+/// Version of everything in this module and those below it; part of the pin path.
 ///
 /// Maps of another version are never reused as they are: [`previous`] tells what becomes of those
 /// of the version before.

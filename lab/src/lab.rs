@@ -82,9 +82,11 @@ impl Lab {
         if let Err(error) = sweep() {
             eprintln!("lab: {error:#}; going on");
         }
-        // The pid may have had an earlier life whose labs were kept.
+        // The pid may have had an earlier life, whose agents have left files behind.
+        let owner = std::process::id();
+        let began = leftovers::start_time(owner).unwrap_or_default();
         let (id, state) = loop {
-            let id = format!("slab{}-{}", std::process::id(), LABS.fetch_add(1, Ordering::Relaxed));
+            let id = format!("slab{owner}-{began}-{}", LABS.fetch_add(1, Ordering::Relaxed));
             let state = leftovers::state_of(&id);
             if !state.exists() {
                 break (id, state);
@@ -133,8 +135,8 @@ impl Lab {
         Ok(lab)
     }
 
-    /// The lab's id, `slab<pid>-<n>`: the name of its directory below `/run/sluice-lab` and of its
-    /// cgroup.
+    /// The lab's id, `slab<pid>-<start>-<n>`: the name of its directory below `/run/sluice-lab` and
+    /// of its cgroup.
     pub fn id(&self) -> &str {
         &self.shared.id
     }

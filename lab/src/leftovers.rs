@@ -59,7 +59,7 @@ fn remove_where(chosen: impl Fn(&Path) -> bool) -> Result<Vec<String>> {
     failed.map_or(Ok(removed), Err)
 }
 
-/// `slab<pid>-<n>` -> pid.
+/// `slab<pid>-<start>-<n>` -> pid.
 fn owner_pid(id: &str) -> Option<u32> {
     id.strip_prefix("slab")?.split_once('-')?.0.parse().ok()
 }

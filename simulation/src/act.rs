@@ -231,11 +231,14 @@ impl<F: Side> Adapter<F> for InHand<'_> {
         true
     }
 
-    fn quote(&self, offset: u32, length: u32) -> Option<(Vec<u8>, u64)> {
+    fn room_for_quote() -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn quote(&self, offset: u32, length: u32, into: &mut Vec<u8>) -> Option<u64> {
         let quote = self.packet.bytes.get(offset as usize..(offset + length) as usize)?;
-        let sum =
-            quote.chunks(2).map(|pair| u64::from(u16::from_ne_bytes([pair[0], pair[1]]))).sum();
-        Some((quote.to_vec(), sum))
+        into.extend(quote);
+        Some(quote.chunks(2).map(|pair| u64::from(u16::from_ne_bytes([pair[0], pair[1]]))).sum())
     }
 
     fn store_quote(&mut self, offset: u32, length: u32, quote: &Vec<u8>) -> bool {
@@ -333,7 +336,9 @@ impl<'m, F: Side> Packets<F> for Passage<'m, F> {
     fn has_hidden_socket(&mut self) -> bool {
         let here = Tables::<F>::here(&self.view);
         // Every packet comes straight from a socket.
-        here.is_some_and(|here| policy::hides_sockets(here, self.decision.key.protocol, true))
+        !self.decision.flow.is_direct()
+            && here
+                .is_some_and(|here| policy::hides_sockets(here, self.decision.key.protocol, true))
     }
 
     fn begin(&mut self, passed_over: u32) {

@@ -101,7 +101,5 @@ flags! {
     impl Settings.phase {
         /// Whether some flows are netfilter's: [`phase::IMPORTED`].
         has_imported = phase::IMPORTED;
-        /// Whether some of these are UDP's: [`phase::IMPORTED_UDP`].
-        has_imported_udp = phase::IMPORTED_UDP;
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Ticks;
 
-/// Entries of `services`, per family: 16 Ki x ~64 B = 1 MiB when full.
+/// Entries of `services`, per family: 64 Ki x ~64 B = 4 MiB when full.
 pub const SERVICES_MAX: u32 = 65_536;
 /// Elements of the `ports` array: 64 Ki x 32 B = 2 MiB.
 pub const PORTS_MAX: u32 = 65_536;
@@ -10,7 +10,7 @@ pub const PORTS_MAX: u32 = 65_536;
 pub const SLOT_BLOCKS_MAX: u32 = 524_288;
 /// Backend ids in one element of `slots`.
 pub const SLOTS_PER_BLOCK: u32 = 16;
-/// Elements of `backends_v4` (16 B each) and `backends_v6` (24 B each): 4 and 6 MiB.
+/// Elements of `backends_v4` (16 B each) and `backends_v6` (28 B each): 4 and 7 MiB.
 pub const BACKENDS_MAX: u32 = 262_144;
 /// Entries of each `flows` map: 256 Ki x ~110 B = 28 MiB (IPv4), ~45 MiB (IPv6).
 pub const FLOWS_MAX: u32 = 262_144;

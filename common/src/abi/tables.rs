@@ -5,8 +5,8 @@ abi! {
     /// What is done to the packets of one direction of a flow; the value of `flows` and
     /// `embryonic`.
     ///
-    /// The entry of the other direction is at `to` reversed and leads to this entry's
-    /// key reversed: either can be made from the other.
+    /// The entry of the other direction is at the tuple after translation, reversed, and leads to
+    /// this entry's key, reversed: either can be made from the other.
     pub struct Flow<A> {
         /// Source address after translation.
         pub source: A,

@@ -59,7 +59,7 @@ abi! {
         pub source_port: u16,
         /// Destination port, host order.
         pub destination_port: u16,
-        /// IP protocol number: 6 (TCP) or 17 (UDP).
+        /// IP protocol number: 6 (TCP), 17 (UDP) or 132 (SCTP).
         pub protocol: u8,
         /// One of [`side`].
         pub side: u8,

@@ -131,13 +131,17 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
         *reason = Reason::RewriteFailed;
         return Action::Drop;
     }
-    if decision.verdict == Verdict::Around {
+    // At egress the stack has forwarded it.
+    if decision.verdict == Verdict::Around && adapter.hook() != Hook::Egress {
         let action = around(adapter, headers, flow);
+        if action == Action::Drop {
+            *reason = Reason::RewriteFailed;
+        }
         if action != Action::Next || is_answer {
             return action;
         }
     }
-    match decision.verdict {
+    let action = match decision.verdict {
         Verdict::Translate | Verdict::Around => {
             adapter.set_translated();
             // A masqueraded client's packet is routed, so that its source changes where it leaves.
@@ -159,7 +163,11 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
         Verdict::Pass | Verdict::Drop | Verdict::Reset | Verdict::Unreachable | Verdict::Hold => {
             Action::Next
         }
+    };
+    if action == Action::Drop {
+        *reason = Reason::RewriteFailed;
     }
+    action
 }
 
 /// The device from which routing sees the packet come: the bridge, where its device is a port.
@@ -259,11 +267,7 @@ fn way_around<F: Family, A: Adapter<F>>(
     {
         return 0;
     }
-    let here = adapter.ifindex();
-    let from = match adapter.device(here) {
-        Some(device) if device.bridge != 0 => device.bridge,
-        _ => here,
-    };
+    let (here, from) = (adapter.ifindex(), comes_from(adapter));
     let way = Way { ifindex: from, mark: adapter.mark(), length: segment_length(adapter, headers) };
     let forwarded = Forwarded {
         source: if is_error && outer != headers.tuple.source { outer } else { flow.source },
@@ -532,7 +536,8 @@ pub fn write_error<F: Answer, A: Adapter<F>>(
     if length < const { F::HEADER + 8 } || length > QUOTE {
         return false;
     }
-    let Some((quote, sum)) = adapter.quote(headers.network, length) else { return false };
+    let mut quote = A::room_for_quote();
+    let Some(sum) = adapter.quote(headers.network, length, &mut quote) else { return false };
     let (network, icmp) = answer::error(headers, trouble.code::<F>(), mtu, length, sum);
     let at = headers.network.wrapping_add(F::HEADER);
     let quoted_at = at.wrapping_add(8);

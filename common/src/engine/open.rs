@@ -2,6 +2,7 @@
 
 use crate::abi::{device, flow};
 use crate::family::Family;
+use crate::packet::header::protocol;
 use crate::path::{Decision, Hook, Record, Step, keeps_direct, policy, uses_host_address};
 use crate::reason::Reason;
 use crate::tables::Tables;
@@ -65,8 +66,7 @@ pub trait Steps<F: Family> {
     fn ask_routes(&mut self);
     /// Takes [`search`](crate::path::search), unless it was in vain a moment ago.
     fn search(&mut self);
-    /// Returns whether a socket speaks to the backend from the tuple that the flow is to have
-    /// ([`sockets`]).
+    /// Returns whether a socket keeps the tuple that the flow is to have ([`sockets`]).
     fn is_held(&mut self) -> bool;
     /// Has the next try pass over one source port more.
     fn pass_over_one(&mut self);
@@ -138,16 +138,21 @@ pub enum FlowEnd {
 }
 
 impl FlowEnd {
-    /// Whether a TCP socket in this state (`TCP_*` of Linux) keeps its tuple from a new flow.
+    /// Whether a socket of a protocol in this state (`TCP_*` of Linux, for UDP too) keeps its tuple
+    /// from a new flow.
     ///
-    /// A client's does while it is there. At the backend a handshake may be the flow's own, whose
-    /// entry was lost, and a socket in TIME_WAIT makes room for a new connection.
+    /// A client's does while it is connected. At the backend a handshake may be the flow's own,
+    /// whose entry was lost, and a socket in TIME_WAIT makes room for a new connection.
     #[inline(always)]
     #[must_use]
-    pub fn is_held_in(self, state: u32) -> bool {
+    pub fn is_held_in(self, protocol_number: u8, state: u32) -> bool {
+        const ESTABLISHED: u32 = 1;
         const TIME_WAIT: u32 = 6;
         const LISTEN: u32 = 10;
         const NEW_SYN_RECV: u32 = 12;
+        if protocol_number == protocol::UDP {
+            return state == ESTABLISHED;
+        }
         match self {
             Self::Client => state != LISTEN,
             Self::Backend => !matches!(state, LISTEN | TIME_WAIT | NEW_SYN_RECV),
@@ -159,7 +164,8 @@ impl FlowEnd {
 /// client is to have its address, else those of the pod whose packet it is, else those of the
 /// backend, which knows of every client that speaks to it directly.
 ///
-/// Who has taken all ports that were tried gets the last one all the same.
+/// A client that has taken all ports that were tried gets the last one all the same, but not this
+/// host.
 #[inline(always)]
 pub fn sockets<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -180,8 +186,10 @@ pub fn sockets<F: Family, T: Tables<F>>(
         let netns = policy::netns_of_sockets(here)?;
         return Some(Sockets { of: Owner::Netns(netns), end: FlowEnd::Client });
     }
-    // In the middle of a connection the backend's socket is the flow's own.
+    // In the middle of a connection the backend's socket is the flow's own. A datagram does not
+    // tell: a server may have connected its socket to the client (DTLS, QUIC).
     if decision.record != Record::Open
+        || decision.key.protocol != protocol::TCP
         || decision.flow.flags & (flow::LOCAL | flow::HAIRPIN | flow::DIRECT) != flow::LOCAL
     {
         return None;

@@ -275,7 +275,7 @@ fn demote<F: Family, T: FlowTable<F>>(
         return Ok(());
     }
     let is_there = there.is_some();
-    // Behind it, so that no other CPU's packet finds it in neither table.
+    // Inserted before it is removed, so that no other CPU's packet finds it in neither table.
     let _ = put(Place::Embryonic, &partner.key, &partner.flow, tables)?;
     if is_there {
         tables.remove(Place::Flows, &partner.key);

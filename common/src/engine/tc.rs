@@ -23,9 +23,9 @@ pub trait Packets<F: Answer>: Steps<F> {
     fn disown(&mut self);
     /// Notes what a first fragment tells.
     fn note(&mut self);
-    /// Takes [`is_for_others`](act::is_for_others).
+    /// Returns what [`is_for_others`](act::is_for_others) says.
     fn is_for_others(&self) -> bool;
-    /// Takes [`is_foreign`](crate::path::policy::is_foreign).
+    /// Returns what [`is_foreign`](crate::path::policy::is_foreign) says.
     fn has_foreign_source(&self) -> bool;
     /// Whether the flow may have the port of a socket that cannot be looked up
     /// ([`hides_sockets`](crate::path::policy::hides_sockets)).
@@ -78,7 +78,7 @@ pub fn run<F: Answer + Wide, P: Packets<F>>(packets: &mut P) -> Action {
     action
 }
 
-/// Takes a packet that another program has translated around the stack.
+/// Sends around the stack what another program has translated.
 #[inline(always)]
 pub fn run_translated<F: Answer, P: Packets<F>>(packets: &mut P) -> Action {
     packets.pass();

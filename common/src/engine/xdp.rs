@@ -12,7 +12,7 @@ use super::open::{Refusal, Steps, decide};
 pub trait Frames<F: Parse>: Steps<F> {
     /// Takes [`decide_into`](crate::path::decide_into).
     fn decide(&mut self);
-    /// Takes [`is_foreign`](crate::path::policy::is_foreign).
+    /// Returns what [`is_foreign`](crate::path::policy::is_foreign) says.
     fn has_foreign_source(&self) -> bool;
     /// Sets that no source port is passed over, and forgets the routes.
     fn begin(&mut self);

@@ -72,7 +72,7 @@ pub(super) fn entry_of<'t, F: Family, T: Tables<F>>(
 }
 
 /// As [`entry_of`], for a packet that may be one of a live flow: another CPU may prove the flow
-/// meanwhile, and move its entry from where it is looked for last to where it was looked for first.
+/// between the two looks, and move its entry from `embryonic` to `flows`.
 #[inline(always)]
 pub(super) fn entry_of_packet<'t, F: Family, T: Tables<F>>(
     tuple: &Tuple<F::Address>,

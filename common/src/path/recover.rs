@@ -63,7 +63,7 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
         reserved: 0,
     };
     let Some(origins) = tables.origins(&endpoint) else { return false };
-    // Whose replies are translated has lost no entry of them.
+    // A flow whose replies are translated has lost no entry of theirs.
     let translated = match entry_of(&packet.reversed(), tables) {
         Some((entry, _)) if entry.state & state::GUESS == 0 => Some(entry),
         _ => None,

@@ -15,7 +15,6 @@ use sluice_common::{Family, V4, V6};
 use super::decide::{Decide, Scratch};
 use super::tables::Kernel;
 
-const TCP_ESTABLISHED: u32 = 1;
 /// `BPF_F_CURRENT_NETNS`.
 const CURRENT_NETNS: u64 = u64::MAX;
 
@@ -88,7 +87,7 @@ pub(super) fn is_held<F: Held>(ctx: *mut c_void, ifindex: u32, hook: Hook) -> bo
             if socket.is_null() {
                 return false;
             }
-            let held = end.is_held_in((*socket).state);
+            let held = end.is_held_in(protocol::TCP, (*socket).state);
             let _ = bpf_sk_release(socket.cast());
             return held;
         }
@@ -97,7 +96,7 @@ pub(super) fn is_held<F: Held>(ctx: *mut c_void, ifindex: u32, hook: Hook) -> bo
             if socket.is_null() {
                 return false;
             }
-            let held = (*socket).state == TCP_ESTABLISHED;
+            let held = end.is_held_in(protocol::UDP, (*socket).state);
             let _ = bpf_sk_release(socket.cast());
             return held;
         }

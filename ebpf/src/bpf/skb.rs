@@ -308,22 +308,28 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Adapter<F> for Skb<F, LINK, EGR
     }
 
     #[inline(always)]
-    fn quote(&self, offset: u32, length: u32) -> Option<(Quote, u64)> {
-        let mut quote = Quote::uninit();
-        // SAFETY: the helpers write and then read `length` bytes of the array, which holds as many.
+    fn room_for_quote() -> Quote {
+        Quote::uninit()
+    }
+
+    #[inline(always)]
+    fn quote(&self, offset: u32, length: u32, into: &mut Quote) -> Option<u64> {
+        // SAFETY: the helpers write and then read `length` bytes of the array, which holds as many:
+        // the verifier refuses a program that asks for more.
         unsafe {
-            let room = quote.as_mut_ptr();
+            let room = into.as_mut_ptr();
             if bpf_skb_load_bytes(self.ctx.cast(), offset, room.cast(), length) != 0 {
                 return None;
             }
             let sum = bpf_csum_diff(core::ptr::null_mut(), 0, room.cast(), length, 0);
-            Some((quote, u64::from(sum as u32)))
+            Some(u64::from(sum as u32))
         }
     }
 
     #[inline(always)]
     fn store_quote(&mut self, offset: u32, length: u32, quote: &Quote) -> bool {
-        // SAFETY: the helper checks the offset, and reads `length` bytes, which were written.
+        // SAFETY: the helper checks the offset, and reads `length` bytes, which were written: the
+        // verifier sees to that too.
         unsafe { bpf_skb_store_bytes(self.ctx, offset, quote.as_ptr().cast(), length, 0) == 0 }
     }
 

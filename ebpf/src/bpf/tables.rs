@@ -164,8 +164,7 @@ impl<F: Maps> Tables<F> for Kernel {
 
     #[inline(always)]
     fn device(&self, ifindex: u32) -> Option<&Device> {
-        // SAFETY: as in `flow`.
-        unsafe { maps::devices.get(ifindex) }
+        maps::device(ifindex)
     }
 
     #[inline(always)]

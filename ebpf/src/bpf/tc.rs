@@ -7,7 +7,7 @@ use core::ffi::c_void;
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, bpf_sock};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_sk_fullsock, bpf_sk_storage_get};
-use sluice_common::abi::{CallerKey, Tuple, device, flow, networks};
+use sluice_common::abi::{CallerKey, Tuple, device, flow};
 use sluice_common::engine::adapter::Adapter;
 use sluice_common::engine::tc::{Packets, run_translated};
 use sluice_common::engine::{self, act};
@@ -343,7 +343,7 @@ fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) -> bool
 /// Whether what the stack would only forward goes around it.
 #[inline(always)]
 fn is_accelerated() -> bool {
-    matches!(maps::settings.get(0), Some(settings) if settings.networks & networks::ACCELERATE != 0)
+    matches!(maps::settings.get(0), Some(settings) if settings.accelerates())
 }
 
 /// Sends what the agent has kept to where it was met; what is on its way to the agent goes on.

@@ -17,12 +17,10 @@ pub(super) struct Meeting<F: Side> {
     pub(super) asked: Vec<Asked<F>>,
     /// What becomes of it.
     pub(super) action: Action,
-    /// The ICMP error that answers it, and the MTU that tells.
+    /// The ICMP error that answers it, and the MTU that it tells.
     pub(super) answered: Option<(Trouble, u32)>,
     /// Its length with the IP header.
     pub(super) length: u32,
-    /// What the path takes, where the packet is larger.
-    pub(super) exceeded: Option<u32>,
 }
 
 /// What was asked for: the service port, and as what the client counts.

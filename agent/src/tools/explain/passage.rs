@@ -26,10 +26,8 @@ pub(super) struct Host<'w> {
     hook: Hook,
     ifindex: u32,
     packet: Bytes<Vec<u8>>,
-    /// The ICMP error that it has become, and the MTU that tells.
+    /// The ICMP error that it has become, and the MTU that it tells.
     pub(super) answered: Option<(Trouble, u32)>,
-    /// What the path takes, where the packet is larger.
-    pub(super) exceeded: Option<u32>,
 }
 
 impl Packet for Host<'_> {
@@ -170,10 +168,14 @@ impl<F: Side> Adapter<F> for Host<'_> {
         true
     }
 
+    fn room_for_quote() -> Vec<u8> {
+        Vec::new()
+    }
+
     /// Nobody sums up what an answer would quote.
-    fn quote(&self, offset: u32, length: u32) -> Option<(Vec<u8>, u64)> {
-        let quote = self.packet.bytes.get(offset as usize..)?.get(..length as usize)?;
-        Some((quote.to_vec(), 0))
+    fn quote(&self, offset: u32, length: u32, into: &mut Vec<u8>) -> Option<u64> {
+        into.extend(self.packet.bytes.get(offset as usize..)?.get(..length as usize)?);
+        Some(0)
     }
 
     fn store_quote(&mut self, offset: u32, _: u32, quote: &Vec<u8>) -> bool {
@@ -209,7 +211,7 @@ impl<'w, F: Side> Passage<'w, F> {
         let &Seen { world, ifindex } = seen;
         let here = world.devices.get(&ifindex).map(|device| &device.entry);
         let packet = Bytes { bytes: frame::<F>(tuple, shape, here), partial: false };
-        let host = Host { world, routing, hook, ifindex, packet, answered: None, exceeded: None };
+        let host = Host { world, routing, hook, ifindex, packet, answered: None };
         let mut headers = Headers::default();
         let _ = parse::headers_into(&host.packet, Adapter::<F>::link(&host), &mut headers);
         // Side and all.
@@ -306,9 +308,6 @@ impl<'w, F: Side> Packets<F> for Passage<'w, F> {
 
     fn set_reason(&mut self, reason: Reason) {
         self.decision.reason = reason;
-        if reason == Reason::TooBig {
-            self.host.exceeded = self.host.routing.mtu(F::ip(self.decision.flow.destination));
-        }
     }
 
     /// Nobody counts a question.

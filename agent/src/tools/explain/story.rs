@@ -235,8 +235,9 @@ impl<'w> Story<'w> {
             F::ip(meeting.decision.flow.destination),
             meeting.decision.flow.destination_port,
         ));
-        let text = match (meeting.decision.reason, meeting.exceeded) {
-            (Reason::TooBig, Some(mtu)) => format!(
+        let client = self.question.source.ip();
+        let text = match (meeting.decision.reason, meeting.answered) {
+            (Reason::TooBig, Some((_, mtu))) => format!(
                 "{} bytes are more than the {mtu} that the way to {destination} takes: {}",
                 meeting.length,
                 answer("packet too big"),
@@ -244,10 +245,13 @@ impl<'w> Story<'w> {
             (Reason::TtlExceeded, _) => {
                 format!("its TTL would be 0 behind this node: {}", answer("time exceeded"))
             }
-            (Reason::NoRoute, _) => format!("this host has no route to {destination}"),
+            (Reason::NoRoute, _) => format!(
+                "the way to {destination}, or the one back to {client}, leads by no device that \
+                 Sluice has programs on, or by one without an address to masquerade with"
+            ),
             (Reason::RejectLimited, _) => format!(
-                "{} has had its ICMP errors for now: six at once, then one a second",
-                self.question.source.ip()
+                "{client} has had its ICMP errors for now (six at once, then one a second), or all \
+                 clients of the device have (fifty, then a thousand a second)"
             ),
             _ => return,
         };

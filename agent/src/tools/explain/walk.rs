@@ -169,9 +169,9 @@ impl<'w, F: Side> Walk<'w, F> {
         let mut passage = Passage::new(&seen, self.routing, hook, &self.tuple, shape);
         let action = engine::tc::run(&mut passage);
         let Passage { host, tables, decision, headers } = passage;
-        let Host { answered, exceeded, .. } = host;
+        let Host { answered, .. } = host;
         let (asked, length) = (tables.asked(), headers.length);
-        Meeting { hook, ifindex, decision, asked, action, answered, length, exceeded }
+        Meeting { hook, ifindex, decision, asked, action, answered, length }
     }
 
     /// Follows a packet that a hook meets.

@@ -22,7 +22,7 @@ use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::checksum::Delta;
 use sluice_common::packet::header::Wire;
 use sluice_common::packet::parse::{self, Headers};
-use sluice_common::packet::rewrite::{Checksum, Edit, can_follow, rewrite};
+use sluice_common::packet::rewrite::{Checksum, Edit, can_follow, rewrite, segment};
 use sluice_common::path::fragment;
 use sluice_common::path::policy::{self, is_foreign, is_within};
 use sluice_common::path::{self, Decision, Hook, Step, partner_key};
@@ -319,11 +319,14 @@ impl<F: Ip> Adapter<F> for Host<'_> {
         true
     }
 
-    fn quote(&self, offset: u32, length: u32) -> Option<(Vec<u8>, u64)> {
+    fn room_for_quote() -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn quote(&self, offset: u32, length: u32, into: &mut Vec<u8>) -> Option<u64> {
         let quote = self.packet.bytes.get(offset as usize..(offset + length) as usize)?;
-        let sum =
-            quote.chunks(2).map(|pair| u64::from(u16::from_ne_bytes([pair[0], pair[1]]))).sum();
-        Some((quote.to_vec(), sum))
+        into.extend(quote);
+        Some(quote.chunks(2).map(|pair| u64::from(u16::from_ne_bytes([pair[0], pair[1]]))).sum())
     }
 
     fn store_quote(&mut self, offset: u32, length: u32, quote: &Vec<u8>) -> bool {
@@ -548,7 +551,7 @@ impl<F: Ip> Frames<F> for Met<'_, F> {
     }
 
     fn translate(&mut self) -> bool {
-        rewrite(&mut self.host.packet, &self.headers, &self.decision.flow)
+        segment(&mut self.host.packet, &self.headers, &self.decision.flow)
     }
 
     fn count(&mut self) {

@@ -115,6 +115,8 @@ fn endpoint(table: &mut Table, cast: &Cast) {
         world.held.extend([tuple(cast.backend, cast.client, cast.protocol)]);
         world.held.extend((0..held).map(|attempt| socket(&cast, attempt).reversed()));
         let own = LOCAL.kept(&cast);
+        // A server may have connected its UDP socket to the client: it is the flow's own.
+        let attempt = if cast.protocol == TCP { attempt } else { 0 };
         let seen_as = if attempt == 0 { own.seen_as } else { tried(&cast, cast.frontend, attempt) };
         let opened = own.seen_as(seen_as);
         let name = format!("{title}: a client outside that an endpoint {what} opens a flow");
