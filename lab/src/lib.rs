@@ -17,11 +17,11 @@
 //!                  pod 10.244.1.10 ...       pod 10.244.2.10 ...        fd00:10:244:<node>::<same>
 //! ```
 //!
-//! Everything a lab owns has its id, `slab<owner pid>-<its start>-<n>`, in its path: namespaces, bpffs mounts
-//! and logs below `/run/sluice-lab/<id>`, processes below the cgroup `<cgroup root>/<id>`.
-//! [`Lab`]'s drop takes it down (after a panic too), as do SIGINT and SIGTERM; what a killed owner
-//! leaves is taken down by [`sweep`], which every [`Lab::new`] runs. With `SLUICE_LAB_KEEP=1` a lab
-//! stays up, with all its processes, until [`remove_kept`].
+//! Everything a lab owns has its id, `slab<owner pid>-<its start>-<n>`, in its path: namespaces,
+//! bpffs mounts and logs below `/run/sluice-lab/<id>`, processes below the cgroup `<cgroup
+//! root>/<id>`. [`Lab`]'s drop takes it down (after a panic too), as do SIGINT and SIGTERM; what a
+//! killed owner leaves is taken down by [`sweep`], which every [`Lab::new`] runs. With
+//! `SLUICE_LAB_KEEP=1` a lab stays up, with all its processes, until [`remove_kept`].
 //!
 //! ```no_run
 //! use sluice_lab::{Lab, NodeOptions, Serve};

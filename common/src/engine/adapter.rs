@@ -137,8 +137,8 @@ pub trait Adapter<F: Family>: Packet + Edit {
     /// Returns the time in milliseconds.
     fn now_ms(&self) -> u32;
 
-    /// Takes [`rewrite`](crate::packet::rewrite::rewrite), with what is known of this packet and the
-    /// flow that is decided: the kernel has both at hand, and looks at no others.
+    /// Takes [`rewrite`](crate::packet::rewrite::rewrite), with what is known of this packet and
+    /// the flow that is decided: the kernel has both at hand, and looks at no others.
     fn rewrite(&mut self, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool;
     /// Takes [`write_error`](super::act::write_error), with what is known of this packet.
     fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool;
@@ -148,8 +148,8 @@ pub trait Adapter<F: Family>: Packet + Edit {
     fn set_length(&mut self, bytes: u32) -> bool;
     /// Returns room for a quote.
     fn room_for_quote() -> Self::Quote;
-    /// Copies bytes of the packet, [`QUOTE`](crate::packet::answer::QUOTE) at most, and returns their one's complement sum, as
-    /// they lie in memory.
+    /// Copies bytes of the packet, [`QUOTE`](crate::packet::answer::QUOTE) at most, and returns
+    /// their one's complement sum, as they lie in memory.
     fn quote(&self, offset: u32, length: u32, into: &mut Self::Quote) -> Option<u64>;
     /// Stores as many bytes of what was copied.
     fn store_quote(&mut self, offset: u32, length: u32, quote: &Self::Quote) -> bool;
