@@ -14,6 +14,9 @@
 )]
 #![warn(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
+#[cfg(not(target_arch = "bpf"))]
+extern crate alloc;
+
 pub mod abi;
 pub mod bench;
 pub mod engine;

@@ -7,10 +7,9 @@ use sluice_common::engine::count::{Along, Count};
 use sluice_common::engine::open::{Owner, Refusal, Sockets, Steps, sockets};
 use sluice_common::engine::tc::{self, Packets};
 use sluice_common::packet::answer::Trouble;
-use sluice_common::packet::checksum::Delta;
-use sluice_common::packet::header::Wire;
+use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::parse::{self, Headers};
-use sluice_common::packet::rewrite::{Checksum, Edit, rewrite};
+use sluice_common::packet::rewrite::rewrite;
 use sluice_common::path::{self, Decision, Hook, Step, Verdict, policy};
 use sluice_common::{Reason, Tables, V4, V6};
 
@@ -69,13 +68,14 @@ fn run_family<F: Side>(
     met: Met,
     packet: &mut Packet,
 ) -> (Action, Counted) {
-    let Some(headers) = parse::headers::<F, _>(packet, 0) else {
+    let frame = Bytes { bytes: &mut packet.bytes, partial: false };
+    let Some(headers) = parse::headers::<F, _>(&frame, 0) else {
         return (Action::Next, Counted::No);
     };
     let asked = (F::ip(headers.tuple.destination), headers.tuple.destination_port).into();
     let view = View::<F>::new(world, node, met.ifindex, packet.tag, asked, met.depth);
     let decision = Decision::pass(&headers.tuple);
-    let host = InHand { world, node, met, packet };
+    let host = InHand { world, node, met, frame };
     let mut passage = Passage { host, view, headers, decision, counted: Counted::No };
     let action = tc::run(&mut passage);
     let counted = passage.counted;
@@ -92,7 +92,7 @@ struct InHand<'m> {
     world: &'m World<'m>,
     node: &'m Node,
     met: Met,
-    packet: &'m mut Packet,
+    frame: Bytes<&'m mut Vec<u8>>,
 }
 
 /// A packet on its way through a program.
@@ -104,46 +104,16 @@ struct Passage<'m, F: Side> {
     counted: Counted,
 }
 
-impl sluice_common::Packet for InHand<'_> {
-    fn length(&self) -> u32 {
-        sluice_common::Packet::length(self.packet)
+impl<'m, F: Side> Adapter<F> for InHand<'m> {
+    type Frame = Bytes<&'m mut Vec<u8>>;
+
+    fn frame(&self) -> &Self::Frame {
+        &self.frame
     }
 
-    fn read<T: Wire>(&self, offset: u32) -> Option<T> {
-        sluice_common::Packet::read(self.packet, offset)
+    fn frame_mut(&mut self) -> &mut Self::Frame {
+        &mut self.frame
     }
-}
-
-impl Edit for InHand<'_> {
-    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
-        self.packet.store(offset, value)
-    }
-
-    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool {
-        self.packet.store_unbalanced(offset, value)
-    }
-
-    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
-        self.packet.network_checksum(offset, delta)
-    }
-
-    fn transport_checksum(
-        &mut self,
-        offset: u32,
-        addresses: Delta,
-        data: Delta,
-        kind: Checksum,
-    ) -> bool {
-        self.packet.transport_checksum(offset, addresses, data, kind)
-    }
-
-    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
-        self.packet.sctp_checksum(offset, change, length)
-    }
-}
-
-impl<F: Side> Adapter<F> for InHand<'_> {
-    type Quote = Vec<u8>;
 
     fn hook(&self) -> Hook {
         self.met.hook
@@ -214,36 +184,11 @@ impl<F: Side> Adapter<F> for InHand<'_> {
     }
 
     fn rewrite(&mut self, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
-        rewrite(self, headers, flow)
+        rewrite(&mut self.frame, headers, flow)
     }
 
     fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool {
-        act::write_error(self, headers, trouble, mtu)
-    }
-
-    fn grow_head(&mut self, bytes: u32) -> bool {
-        let _ = self.packet.bytes.splice(..0, vec![0; bytes as usize]);
-        true
-    }
-
-    fn set_length(&mut self, bytes: u32) -> bool {
-        self.packet.bytes.resize(bytes as usize, 0);
-        true
-    }
-
-    fn room_for_quote() -> Vec<u8> {
-        Vec::new()
-    }
-
-    fn quote(&self, offset: u32, length: u32, into: &mut Vec<u8>) -> Option<u64> {
-        let quote = self.packet.bytes.get(offset as usize..(offset + length) as usize)?;
-        into.extend(quote);
-        Some(quote.chunks(2).map(|pair| u64::from(u16::from_ne_bytes([pair[0], pair[1]]))).sum())
-    }
-
-    fn store_quote(&mut self, offset: u32, length: u32, quote: &Vec<u8>) -> bool {
-        self.packet.bytes[offset as usize..(offset + length) as usize].copy_from_slice(quote);
-        true
+        act::write_error(&mut self.frame, headers, trouble, mtu)
     }
 
     fn take_tags_off(&mut self) {}

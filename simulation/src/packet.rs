@@ -3,10 +3,7 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use sluice_common::packet::checksum::Delta;
-use sluice_common::packet::crc32c;
-use sluice_common::packet::header::{Wire, protocol};
-use sluice_common::packet::rewrite::{Checksum, Edit};
+use sluice_common::packet::header::protocol;
 
 /// FIN, SYN, RST and ACK.
 pub use sluice_common::packet::header::tcp;
@@ -379,59 +376,5 @@ impl fmt::Display for Packet {
             return write!(f, " ({:?})", self.tag.by);
         }
         write!(f, " (#{} {:?})", self.tag.connection, self.tag.by)
-    }
-}
-
-impl sluice_common::Packet for Packet {
-    fn length(&self) -> u32 {
-        self.bytes.len() as u32
-    }
-
-    fn read<T: Wire>(&self, offset: u32) -> Option<T> {
-        let bytes = self.bytes.get(offset as usize..)?.get(..size_of::<T>())?;
-        // SAFETY: the slice has the size of the type, and any bytes are a value of it.
-        Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
-    }
-}
-
-impl Edit for Packet {
-    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
-        let Some(bytes) =
-            self.bytes.get_mut(offset as usize..).and_then(|bytes| bytes.get_mut(..size_of::<T>()))
-        else {
-            return false;
-        };
-        // SAFETY: the slice has the size of the type, which has no padding.
-        unsafe { bytes.as_mut_ptr().cast::<T>().write_unaligned(value) };
-        true
-    }
-
-    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool {
-        self.store(offset, value)
-    }
-
-    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
-        let old = sluice_common::Packet::read::<u16>(self, offset);
-        old.is_some_and(|old| self.store(offset, delta.apply(old)))
-    }
-
-    fn transport_checksum(
-        &mut self,
-        offset: u32,
-        addresses: Delta,
-        data: Delta,
-        kind: Checksum,
-    ) -> bool {
-        let Some(old) = sluice_common::Packet::read::<u16>(self, offset) else { return false };
-        let new = match kind {
-            Checksum::Plain => addresses.and(data).apply(old),
-            Checksum::Udp => addresses.and(data).apply_udp(old),
-        };
-        self.store(offset, new)
-    }
-
-    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
-        let Some(old) = sluice_common::Packet::read::<u32>(self, offset) else { return false };
-        self.store_unbalanced(offset, crc32c::updated(old, change, length))
     }
 }

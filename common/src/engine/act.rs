@@ -7,8 +7,8 @@ use crate::event::Wide;
 use crate::family::Family;
 use crate::packet::answer::{self, Answer, QUOTE, Trouble};
 use crate::packet::header::{EthernetHeader, TcpHeader, protocol};
-use crate::packet::parse::{Headers, Kind, Parse};
-use crate::packet::rewrite::decrement_ttl;
+use crate::packet::parse::{Headers, Kind, Packet, Parse};
+use crate::packet::rewrite::{Edit, Resize, decrement_ttl};
 use crate::path::fragment::{Label, label};
 use crate::path::{Decision, Hook, Verdict};
 use crate::reason::Reason;
@@ -117,7 +117,7 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
     // this host sends itself.
     let bypasses = decision.verdict == Verdict::TurnBack
         || decision.verdict == Verdict::Route && adapter.hook() != Hook::Egress && fragments == 0;
-    if bypasses && !decrement_ttl(adapter, headers) {
+    if bypasses && !decrement_ttl(adapter.frame_mut(), headers) {
         *reason = Reason::TtlExceeded;
         return if may_be_answered(adapter, headers) {
             error(adapter, headers, Trouble::TimeExceeded, 0)
@@ -188,7 +188,7 @@ fn segment_length<F: Family, A: Adapter<F>>(adapter: &A, headers: &Headers<F>) -
     if size == 0 {
         return headers.length;
     }
-    let transport = match adapter.read::<TcpHeader>(headers.transport) {
+    let transport = match adapter.frame().read::<TcpHeader>(headers.transport) {
         Some(segment) if headers.tuple.protocol == protocol::TCP => {
             u32::from(segment.offset >> 4).wrapping_mul(4)
         }
@@ -222,7 +222,7 @@ fn exceeded_mtu<F: Family, A: Adapter<F>>(
 fn forbids_fragments<F: Family, A: Adapter<F>>(adapter: &A, network: u32) -> bool {
     F::VERSION == 6
         || matches!(
-            adapter.read::<u16>(network.wrapping_add(6)),
+            adapter.frame().read::<u16>(network.wrapping_add(6)),
             Some(field) if u16::from_be(field) & DONT_FRAGMENT != 0
         )
 }
@@ -243,7 +243,7 @@ pub fn around<F: Parse, A: Adapter<F>>(
     if target == 0 {
         return Action::Next;
     }
-    if decrement_ttl(adapter, headers) && has_room_for_link(adapter) {
+    if decrement_ttl(adapter.frame_mut(), headers) && has_room_for_link(adapter) {
         Action::ForwardTo(target)
     } else {
         Action::Drop
@@ -259,7 +259,9 @@ fn way_around<F: Family, A: Adapter<F>>(
     flow: &Flow<F::Address>,
 ) -> u32 {
     let (is_error, [outer, _]) = (headers.kind == Kind::IcmpError, headers.outer);
-    let Some(first) = adapter.read::<u32>(headers.network).map(u32::from_be) else { return 0 };
+    let Some(first) = adapter.frame().read::<u32>(headers.network).map(u32::from_be) else {
+        return 0;
+    };
     if headers.network != adapter.link()
         || headers.ttl <= 1
         || !is_routed(adapter)
@@ -299,7 +301,7 @@ fn is_routed<F: Family, A: Adapter<F>>(adapter: &A) -> bool {
     if here.bridge == 0 || adapter.link() == 0 {
         return adapter.link() == 0 || to == Addressee::Host;
     }
-    let Some(frame) = adapter.read::<EthernetHeader>(0) else { return false };
+    let Some(frame) = adapter.frame().read::<EthernetHeader>(0) else { return false };
     device_flags::bridge_mac(frame.destination) == here.flags >> device_flags::BRIDGE_MAC_SHIFT
 }
 
@@ -310,7 +312,7 @@ fn has_options<F: Family, A: Adapter<F>>(adapter: &A, network: u32, first: u32) 
         return first >> 24 != 0x45;
     }
     // Hop-by-hop options come first.
-    !matches!(adapter.read::<[u8; 1]>(network.wrapping_add(6)), Some([next]) if next != 0)
+    !matches!(adapter.frame().read::<[u8; 1]>(network.wrapping_add(6)), Some([next]) if next != 0)
 }
 
 /// Where client and backend are ports of one bridge: addresses the frame to the backend, so that it
@@ -327,7 +329,7 @@ fn stay_on_bridge<F: Family, A: Adapter<F>>(
         _ => return,
     };
     if let Some(neighbour) = adapter.neighbour(source, destination, bridge) {
-        let _ = adapter.store(0, neighbour);
+        let _ = adapter.frame_mut().store(0, neighbour);
     }
 }
 
@@ -335,8 +337,8 @@ fn stay_on_bridge<F: Family, A: Adapter<F>>(
 #[inline(always)]
 fn turn_back<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
     if adapter.link() != 0 {
-        let Some(header) = adapter.read::<EthernetHeader>(0) else { return Action::Drop };
-        if !adapter.store(0, [header.source, header.destination]) {
+        let Some(header) = adapter.frame().read::<EthernetHeader>(0) else { return Action::Drop };
+        if !adapter.frame_mut().store(0, [header.source, header.destination]) {
             return Action::Drop;
         }
     }
@@ -383,7 +385,7 @@ fn hand_to<F: Family, A: Adapter<F>>(adapter: &mut A, target: u32) -> Action {
     } else if adapter.link() == 0 {
         add_link_header(adapter, mac)
     } else {
-        adapter.store(0, mac)
+        adapter.frame_mut().store(0, mac)
     };
     if has_header { Action::Receive(target) } else { Action::Drop }
 }
@@ -399,7 +401,7 @@ fn has_room_for_link<F: Family, A: Adapter<F>>(adapter: &mut A) -> bool {
 #[inline(always)]
 fn add_link_header<F: Family, A: Adapter<F>>(adapter: &mut A, mac: [u8; 6]) -> bool {
     let header = EthernetHeader { destination: mac, source: mac, ethertype: F::ETHERTYPE.to_be() };
-    adapter.grow_head(ETHERNET) && adapter.store(0, header)
+    adapter.frame_mut().grow_head(ETHERNET) && adapter.frame_mut().store(0, header)
 }
 
 /// Has the agent keep a fragment: sends it out of our own device, behind a label. Passes on what
@@ -413,10 +415,10 @@ fn hold<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
     let flags = if adapter.hook() == Hook::Egress { label::EGRESS } else { 0 }
         | if adapter.link() == 0 { label::BARE } else { 0 };
     let label = Label::new(adapter.ifindex(), flags);
-    if !adapter.grow_head(size_of::<Label>() as u32) {
+    if !adapter.frame_mut().grow_head(size_of::<Label>() as u32) {
         return Action::Next;
     }
-    if !adapter.store(0, label) {
+    if !adapter.frame_mut().store(0, label) {
         return Action::Drop;
     }
     adapter.set_held();
@@ -446,7 +448,7 @@ fn answered<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
     if adapter.link() != 0 {
         let Some(device) = adapter.device(here) else { return Action::Drop };
         let mac = device.mac;
-        if !adapter.store(0, mac) {
+        if !adapter.frame_mut().store(0, mac) {
             return Action::Drop;
         }
     }
@@ -460,16 +462,16 @@ fn reset<F: Answer + Wide, A: Adapter<F>>(
     headers: &Headers<F>,
     reason: &mut Reason,
 ) -> bool {
-    let Some(segment) = adapter.read::<TcpHeader>(headers.transport) else { return false };
+    let Some(segment) = adapter.frame().read::<TcpHeader>(headers.transport) else { return false };
     if !is_answerable::<F>(&headers.tuple.source) {
         *reason = Reason::NoBackendDropped;
         return false;
     }
     let (network, reset) = answer::reset(headers, &segment);
     let at = headers.network.wrapping_add(F::HEADER);
-    if adapter.set_length(at.wrapping_add(20))
-        && adapter.store(headers.network, network)
-        && adapter.store(at, reset)
+    if adapter.frame_mut().set_length(at.wrapping_add(20))
+        && adapter.frame_mut().store(headers.network, network)
+        && adapter.frame_mut().store(at, reset)
     {
         return true;
     }
@@ -523,8 +525,8 @@ fn error<F: Answer, A: Adapter<F>>(
 
 /// Turns the packet into an ICMP error about it. The MTU is that of "too big", else 0.
 #[inline(always)]
-pub fn write_error<F: Answer, A: Adapter<F>>(
-    adapter: &mut A,
+pub fn write_error<F: Answer, P: Resize>(
+    frame: &mut P,
     headers: &Headers<F>,
     trouble: Trouble,
     mtu: u32,
@@ -536,13 +538,13 @@ pub fn write_error<F: Answer, A: Adapter<F>>(
     if length < const { F::HEADER + 8 } || length > QUOTE {
         return false;
     }
-    let mut quote = A::room_for_quote();
-    let Some(sum) = adapter.quote(headers.network, length, &mut quote) else { return false };
+    let mut quote = P::room_for_quote();
+    let Some(sum) = frame.quote(headers.network, length, &mut quote) else { return false };
     let (network, icmp) = answer::error(headers, trouble.code::<F>(), mtu, length, sum);
     let at = headers.network.wrapping_add(F::HEADER);
     let quoted_at = at.wrapping_add(8);
-    adapter.set_length(quoted_at.wrapping_add(length))
-        && adapter.store(headers.network, network)
-        && adapter.store(at, icmp)
-        && adapter.store_quote(quoted_at, length, &quote)
+    frame.set_length(quoted_at.wrapping_add(length))
+        && frame.store(headers.network, network)
+        && frame.store(at, icmp)
+        && frame.store_quote(quoted_at, length, &quote)
 }

@@ -3,8 +3,8 @@
 use crate::abi::{Device, Flow, RejectBucket, RejectKey};
 use crate::family::Family;
 use crate::packet::answer::Trouble;
-use crate::packet::parse::{Headers, Packet};
-use crate::packet::rewrite::Edit;
+use crate::packet::parse::Headers;
+use crate::packet::rewrite::Resize;
 use crate::path::Hook;
 
 /// The loopback device of every network namespace. A lookup from it asks as this host's own packets
@@ -89,10 +89,14 @@ pub struct Forwarded<A> {
 }
 
 /// A packet, and the host that it is met on: abilities without an opinion.
-pub trait Adapter<F: Family>: Packet + Edit {
-    /// Room for the packet that an ICMP error quotes.
-    type Quote;
+pub trait Adapter<F: Family> {
+    /// The packet.
+    type Frame: Resize;
 
+    /// Returns the packet, to be read.
+    fn frame(&self) -> &Self::Frame;
+    /// Returns the packet, to be changed.
+    fn frame_mut(&mut self) -> &mut Self::Frame;
     /// Returns where the packet is met.
     fn hook(&self) -> Hook;
     /// Returns the bytes of its link header: 14, or 0 on a device without one.
@@ -142,17 +146,6 @@ pub trait Adapter<F: Family>: Packet + Edit {
     fn rewrite(&mut self, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool;
     /// Takes [`write_error`](super::act::write_error), with what is known of this packet.
     fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool;
-    /// Makes room before the packet.
-    fn grow_head(&mut self, bytes: u32) -> bool;
-    /// Sets the packet's length, link header included.
-    fn set_length(&mut self, bytes: u32) -> bool;
-    /// Returns room for a quote.
-    fn room_for_quote() -> Self::Quote;
-    /// Copies bytes of the packet, [`QUOTE`](crate::packet::answer::QUOTE) at most, and returns
-    /// their one's complement sum, as they lie in memory.
-    fn quote(&self, offset: u32, length: u32, into: &mut Self::Quote) -> Option<u64>;
-    /// Stores as many bytes of what was copied.
-    fn store_quote(&mut self, offset: u32, length: u32, quote: &Self::Quote) -> bool;
     /// Takes off VLAN tags beside the packet.
     fn take_tags_off(&mut self);
     /// Notes that the packet is translated at this side of the stack.

@@ -1,9 +1,14 @@
 //! A packet in memory, for the path to read and rewrite.
 
+#[cfg(not(target_arch = "bpf"))]
+use alloc::{vec, vec::Vec};
+
 use crate::packet::checksum::Delta;
 use crate::packet::crc32c;
 use crate::packet::header::Wire;
 use crate::packet::parse::Packet;
+#[cfg(not(target_arch = "bpf"))]
+use crate::packet::rewrite::Resize;
 use crate::packet::rewrite::{Checksum, Edit};
 
 /// A frame in memory.
@@ -29,7 +34,7 @@ impl<B: AsRef<[u8]>> Packet for Bytes<B> {
 
 impl<B: AsRef<[u8]> + AsMut<[u8]>> Edit for Bytes<B> {
     fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
-        let rest = self.bytes.as_mut().get_mut(offset as usize..);
+        let rest = AsMut::<[u8]>::as_mut(&mut self.bytes).get_mut(offset as usize..);
         let Some(bytes) = rest.and_then(|rest| rest.get_mut(..size_of::<T>())) else {
             return false;
         };
@@ -65,5 +70,47 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Edit for Bytes<B> {
     fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
         let Some(old) = self.read::<u32>(offset) else { return false };
         self.store_unbalanced(offset, crc32c::updated(old, change, length))
+    }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+impl<B: AsRef<[u8]> + AsMut<[u8]> + AsMut<Vec<u8>>> Resize for Bytes<B> {
+    type Quote = Vec<u8>;
+
+    fn grow_head(&mut self, bytes: u32) -> bool {
+        let frame: &mut Vec<u8> = self.bytes.as_mut();
+        let _ = frame.splice(..0, vec![0; bytes as usize]);
+        true
+    }
+
+    fn set_length(&mut self, bytes: u32) -> bool {
+        let frame: &mut Vec<u8> = self.bytes.as_mut();
+        frame.resize(bytes as usize, 0);
+        true
+    }
+
+    fn room_for_quote() -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn quote(&self, offset: u32, length: u32, into: &mut Vec<u8>) -> Option<u64> {
+        let quote = self.bytes.as_ref().get(offset as usize..)?.get(..length as usize)?;
+        into.extend(quote);
+        let halves = quote.chunks_exact(2).map(|half| match half {
+            [a, b] => u64::from(u16::from_ne_bytes([*a, *b])),
+            _ => 0,
+        });
+        Some(halves.sum())
+    }
+
+    fn store_quote(&mut self, offset: u32, length: u32, quote: &Vec<u8>) -> bool {
+        let frame: &mut [u8] = self.bytes.as_mut();
+        let place = frame.get_mut(offset as usize..);
+        let place = place.and_then(|rest| rest.get_mut(..length as usize));
+        match place {
+            Some(place) if place.len() == quote.len() => place.copy_from_slice(quote),
+            _ => return false,
+        }
+        true
     }
 }

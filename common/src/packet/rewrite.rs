@@ -4,7 +4,7 @@ use crate::abi::{Flow, Tuple};
 use crate::family::{Family, V4};
 use crate::packet::checksum::Delta;
 use crate::packet::header::{Wire, protocol};
-use crate::packet::parse::{Fragment, Headers, Kind, Parse};
+use crate::packet::parse::{Fragment, Headers, Kind, Packet, Parse};
 
 /// Write access to a packet. Every call answers whether it succeeded; after a
 /// failure the packet is in an undefined state and must be dropped.
@@ -29,6 +29,24 @@ pub trait Edit {
     /// `change` is what was added (XOR) to its ports, as they lie in memory. See
     /// [`crate::packet::crc32c::updated`].
     fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool;
+}
+
+/// Changes of a packet's length, and copies of its parts.
+pub trait Resize: Packet + Edit {
+    /// Room for the packet that an ICMP error quotes.
+    type Quote;
+
+    /// Makes room before the packet.
+    fn grow_head(&mut self, bytes: u32) -> bool;
+    /// Sets the packet's length, link header included.
+    fn set_length(&mut self, bytes: u32) -> bool;
+    /// Returns room for a quote.
+    fn room_for_quote() -> Self::Quote;
+    /// Copies bytes of the packet, [`QUOTE`](crate::packet::answer::QUOTE) at most, and returns
+    /// their one's complement sum, as they lie in memory.
+    fn quote(&self, offset: u32, length: u32, into: &mut Self::Quote) -> Option<u64>;
+    /// Stores as many bytes of what was copied.
+    fn store_quote(&mut self, offset: u32, length: u32, quote: &Self::Quote) -> bool;
 }
 
 /// The rules by which a transport checksum is updated.

@@ -19,7 +19,7 @@ use sluice_common::packet::answer::{QUOTE, Trouble};
 use sluice_common::packet::checksum::Delta;
 use sluice_common::packet::header::Wire;
 use sluice_common::packet::parse::Headers;
-use sluice_common::packet::rewrite::{Checksum, Edit};
+use sluice_common::packet::rewrite::{Checksum, Edit, Resize};
 use sluice_common::path::Hook;
 use sluice_common::path::fragment::HELD_PRIORITY;
 use sluice_common::{Family, Packet};
@@ -179,8 +179,60 @@ impl<F: Family, const LINK: u32, const EGRESS: bool> Edit for Skb<F, LINK, EGRES
 /// Room for what an ICMP error quotes: written before it is read, as far as it is read.
 type Quote = MaybeUninit<[u32; QUOTE as usize / 4]>;
 
-impl<F: Tc, const LINK: u32, const EGRESS: bool> Adapter<F> for Skb<F, LINK, EGRESS> {
+impl<F: Family, const LINK: u32, const EGRESS: bool> Resize for Skb<F, LINK, EGRESS> {
     type Quote = Quote;
+
+    #[inline(always)]
+    fn grow_head(&mut self, bytes: u32) -> bool {
+        // SAFETY: the helper makes room or fails.
+        unsafe { bpf_skb_change_head(self.ctx, bytes, 0) == 0 }
+    }
+
+    #[inline(always)]
+    fn set_length(&mut self, bytes: u32) -> bool {
+        // SAFETY: the helper cuts, makes room or fails.
+        unsafe { bpf_skb_change_tail(self.ctx, bytes, 0) == 0 }
+    }
+
+    #[inline(always)]
+    fn room_for_quote() -> Quote {
+        Quote::uninit()
+    }
+
+    #[inline(always)]
+    fn quote(&self, offset: u32, length: u32, into: &mut Quote) -> Option<u64> {
+        // SAFETY: the helpers write and then read `length` bytes of the array, which holds as many:
+        // the verifier refuses a program that asks for more.
+        unsafe {
+            let room = into.as_mut_ptr();
+            if bpf_skb_load_bytes(self.ctx.cast(), offset, room.cast(), length) != 0 {
+                return None;
+            }
+            let sum = bpf_csum_diff(core::ptr::null_mut(), 0, room.cast(), length, 0);
+            Some(u64::from(sum as u32))
+        }
+    }
+
+    #[inline(always)]
+    fn store_quote(&mut self, offset: u32, length: u32, quote: &Quote) -> bool {
+        // SAFETY: the helper checks the offset, and reads `length` bytes, which were written: the
+        // verifier sees to that too.
+        unsafe { bpf_skb_store_bytes(self.ctx, offset, quote.as_ptr().cast(), length, 0) == 0 }
+    }
+}
+
+impl<F: Tc, const LINK: u32, const EGRESS: bool> Adapter<F> for Skb<F, LINK, EGRESS> {
+    type Frame = Self;
+
+    #[inline(always)]
+    fn frame(&self) -> &Self {
+        self
+    }
+
+    #[inline(always)]
+    fn frame_mut(&mut self) -> &mut Self {
+        self
+    }
 
     #[inline(always)]
     fn hook(&self) -> Hook {
@@ -293,44 +345,6 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Adapter<F> for Skb<F, LINK, EGR
     #[inline(always)]
     fn write_error(&mut self, _: &Headers<F>, trouble: Trouble, mtu: u32) -> bool {
         F::write_error(self.ctx, trouble, mtu)
-    }
-
-    #[inline(always)]
-    fn grow_head(&mut self, bytes: u32) -> bool {
-        // SAFETY: the helper makes room or fails.
-        unsafe { bpf_skb_change_head(self.ctx, bytes, 0) == 0 }
-    }
-
-    #[inline(always)]
-    fn set_length(&mut self, bytes: u32) -> bool {
-        // SAFETY: the helper cuts, makes room or fails.
-        unsafe { bpf_skb_change_tail(self.ctx, bytes, 0) == 0 }
-    }
-
-    #[inline(always)]
-    fn room_for_quote() -> Quote {
-        Quote::uninit()
-    }
-
-    #[inline(always)]
-    fn quote(&self, offset: u32, length: u32, into: &mut Quote) -> Option<u64> {
-        // SAFETY: the helpers write and then read `length` bytes of the array, which holds as many:
-        // the verifier refuses a program that asks for more.
-        unsafe {
-            let room = into.as_mut_ptr();
-            if bpf_skb_load_bytes(self.ctx.cast(), offset, room.cast(), length) != 0 {
-                return None;
-            }
-            let sum = bpf_csum_diff(core::ptr::null_mut(), 0, room.cast(), length, 0);
-            Some(u64::from(sum as u32))
-        }
-    }
-
-    #[inline(always)]
-    fn store_quote(&mut self, offset: u32, length: u32, quote: &Quote) -> bool {
-        // SAFETY: the helper checks the offset, and reads `length` bytes, which were written: the
-        // verifier sees to that too.
-        unsafe { bpf_skb_store_bytes(self.ctx, offset, quote.as_ptr().cast(), length, 0) == 0 }
     }
 
     #[inline(always)]

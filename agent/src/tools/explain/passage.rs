@@ -7,13 +7,11 @@ use sluice_common::engine::open::{Refusal, Steps};
 use sluice_common::engine::tc::Packets;
 use sluice_common::packet::answer::Trouble;
 use sluice_common::packet::bytes::Bytes;
-use sluice_common::packet::checksum::Delta;
-use sluice_common::packet::header::Wire;
 use sluice_common::packet::parse::{self, Headers};
-use sluice_common::packet::rewrite::{Checksum, Edit, rewrite};
+use sluice_common::packet::rewrite::rewrite;
 use sluice_common::path::{self, Decision, Hook, Step, policy};
 use sluice_common::tables::Routes;
-use sluice_common::{Packet, Reason, Tables};
+use sluice_common::{Reason, Tables};
 
 use super::frame::{Shape, frame};
 use super::record::Recorder;
@@ -30,46 +28,16 @@ pub(super) struct Host<'w> {
     pub(super) answered: Option<(Trouble, u32)>,
 }
 
-impl Packet for Host<'_> {
-    fn length(&self) -> u32 {
-        self.packet.length()
-    }
-
-    fn read<T: Wire>(&self, offset: u32) -> Option<T> {
-        self.packet.read(offset)
-    }
-}
-
-impl Edit for Host<'_> {
-    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
-        self.packet.store(offset, value)
-    }
-
-    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool {
-        self.packet.store_unbalanced(offset, value)
-    }
-
-    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
-        self.packet.network_checksum(offset, delta)
-    }
-
-    fn transport_checksum(
-        &mut self,
-        offset: u32,
-        addresses: Delta,
-        data: Delta,
-        kind: Checksum,
-    ) -> bool {
-        self.packet.transport_checksum(offset, addresses, data, kind)
-    }
-
-    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
-        self.packet.sctp_checksum(offset, change, length)
-    }
-}
-
 impl<F: Side> Adapter<F> for Host<'_> {
-    type Quote = Vec<u8>;
+    type Frame = Bytes<Vec<u8>>;
+
+    fn frame(&self) -> &Self::Frame {
+        &self.packet
+    }
+
+    fn frame_mut(&mut self) -> &mut Self::Frame {
+        &mut self.packet
+    }
 
     fn hook(&self) -> Hook {
         self.hook
@@ -155,33 +123,7 @@ impl<F: Side> Adapter<F> for Host<'_> {
 
     fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool {
         self.answered = Some((trouble, mtu));
-        act::write_error(self, headers, trouble, mtu)
-    }
-
-    fn grow_head(&mut self, bytes: u32) -> bool {
-        let _ = self.packet.bytes.splice(..0, vec![0; bytes as usize]);
-        true
-    }
-
-    fn set_length(&mut self, bytes: u32) -> bool {
-        self.packet.bytes.resize(bytes as usize, 0);
-        true
-    }
-
-    fn room_for_quote() -> Vec<u8> {
-        Vec::new()
-    }
-
-    /// Nobody sums up what an answer would quote.
-    fn quote(&self, offset: u32, length: u32, into: &mut Vec<u8>) -> Option<u64> {
-        into.extend(self.packet.bytes.get(offset as usize..)?.get(..length as usize)?);
-        Some(0)
-    }
-
-    fn store_quote(&mut self, offset: u32, _: u32, quote: &Vec<u8>) -> bool {
-        let place = self.packet.bytes.get_mut(offset as usize..);
-        let place = place.and_then(|place| place.get_mut(..quote.len()));
-        place.map(|place| place.copy_from_slice(quote)).is_some()
+        act::write_error(&mut self.packet, headers, trouble, mtu)
     }
 
     fn take_tags_off(&mut self) {}

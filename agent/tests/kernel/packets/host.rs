@@ -19,10 +19,8 @@ use sluice_common::event::{self, At};
 use sluice_common::family::lane;
 use sluice_common::packet::answer::Trouble;
 use sluice_common::packet::bytes::Bytes;
-use sluice_common::packet::checksum::Delta;
-use sluice_common::packet::header::Wire;
 use sluice_common::packet::parse::{self, Headers};
-use sluice_common::packet::rewrite::{Checksum, Edit, can_follow, rewrite, segment};
+use sluice_common::packet::rewrite::{can_follow, rewrite, segment};
 use sluice_common::path::fragment;
 use sluice_common::path::policy::{self, is_foreign, is_within};
 use sluice_common::path::{self, Decision, Hook, Step, partner_key};
@@ -172,46 +170,16 @@ struct Host<'c> {
     packet: Bytes<Vec<u8>>,
 }
 
-impl Packet for Host<'_> {
-    fn length(&self) -> u32 {
-        self.packet.length()
-    }
-
-    fn read<T: Wire>(&self, offset: u32) -> Option<T> {
-        self.packet.read(offset)
-    }
-}
-
-impl Edit for Host<'_> {
-    fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool {
-        self.packet.store(offset, value)
-    }
-
-    fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool {
-        self.packet.store_unbalanced(offset, value)
-    }
-
-    fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool {
-        self.packet.network_checksum(offset, delta)
-    }
-
-    fn transport_checksum(
-        &mut self,
-        offset: u32,
-        addresses: Delta,
-        data: Delta,
-        kind: Checksum,
-    ) -> bool {
-        self.packet.transport_checksum(offset, addresses, data, kind)
-    }
-
-    fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool {
-        self.packet.sctp_checksum(offset, change, length)
-    }
-}
-
 impl<F: Ip> Adapter<F> for Host<'_> {
-    type Quote = Vec<u8>;
+    type Frame = Bytes<Vec<u8>>;
+
+    fn frame(&self) -> &Self::Frame {
+        &self.packet
+    }
+
+    fn frame_mut(&mut self) -> &mut Self::Frame {
+        &mut self.packet
+    }
 
     fn hook(&self) -> Hook {
         match self.case.program {
@@ -300,38 +268,13 @@ impl<F: Ip> Adapter<F> for Host<'_> {
     }
 
     fn rewrite(&mut self, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
-        let is_rewritten = rewrite(self, headers, flow);
+        let is_rewritten = rewrite(&mut self.packet, headers, flow);
         assert!(is_rewritten || !can_follow(headers, flow), "a frame in memory can be rewritten");
         is_rewritten
     }
 
     fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool {
-        act::write_error(self, headers, trouble, mtu)
-    }
-
-    fn grow_head(&mut self, bytes: u32) -> bool {
-        let _ = self.packet.bytes.splice(..0, vec![0; bytes as usize]);
-        true
-    }
-
-    fn set_length(&mut self, bytes: u32) -> bool {
-        self.packet.bytes.resize(bytes as usize, 0);
-        true
-    }
-
-    fn room_for_quote() -> Vec<u8> {
-        Vec::new()
-    }
-
-    fn quote(&self, offset: u32, length: u32, into: &mut Vec<u8>) -> Option<u64> {
-        let quote = self.packet.bytes.get(offset as usize..(offset + length) as usize)?;
-        into.extend(quote);
-        Some(quote.chunks(2).map(|pair| u64::from(u16::from_ne_bytes([pair[0], pair[1]]))).sum())
-    }
-
-    fn store_quote(&mut self, offset: u32, length: u32, quote: &Vec<u8>) -> bool {
-        self.packet.bytes[offset as usize..(offset + length) as usize].copy_from_slice(quote);
-        true
+        act::write_error(&mut self.packet, headers, trouble, mtu)
     }
 
     /// Frames in memory have none beside them.
