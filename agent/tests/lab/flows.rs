@@ -47,8 +47,8 @@ fn entry(
     node.output("bpftool", args)
 }
 
-fn exists(node: &Node, source: SocketAddr, destination: SocketAddr) -> Result<bool> {
-    Ok(entry(node, "lookup", TCP, source, destination)?.status.success())
+fn exists(node: &Node, protocol: u8, source: SocketAddr, destination: SocketAddr) -> Result<bool> {
+    Ok(entry(node, "lookup", protocol, source, destination)?.status.success())
 }
 
 fn delete(node: &Node, protocol: u8, source: SocketAddr, destination: SocketAddr) -> Result<()> {
@@ -108,7 +108,8 @@ impl Reader {
     }
 
     fn has_both(&self, node: &Node) -> Result<Option<()>> {
-        let both = exists(node, self.local, self.vip)? && exists(node, self.backend, self.local)?;
+        let both = exists(node, TCP, self.local, self.vip)?
+            && exists(node, TCP, self.backend, self.local)?;
         Ok(both.then_some(()))
     }
 }
@@ -208,7 +209,13 @@ fn udp_goes_on_at_once_without_its_entries_and_soon_without_its_reply_entry() ->
             .context("a backend")?;
         let address: IpAddr = if vip.is_ipv4() { pod.ipv4().into() } else { pod.ipv6().into() };
         let backend = SocketAddr::new(address, support::DNS_TARGET);
-        delete(&node, UDP, backend, local.context("a client")?)?;
+        let local = local.context("a client")?;
+        // It is more than a question again, with an entry to delete, once it has gone on for two
+        // seconds.
+        until("the flow is a proven one again", || {
+            Ok(exists(&node, UDP, backend, local)?.then_some(()))
+        })?;
+        delete(&node, UDP, backend, local)?;
     }
     for client in &mut clients {
         let seen = client.events().len();
