@@ -9,5 +9,6 @@ pub mod count;
 pub mod limit;
 pub mod open;
 pub mod record;
+pub mod search;
 pub mod tc;
 pub mod xdp;

@@ -24,7 +24,7 @@ macro_rules! bytes {
             pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
 
             /// The word for people.
-            pub const fn word(self) -> &'static str {
+            pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $word,)* }
             }
 
@@ -97,16 +97,16 @@ bytes! {
 
 /// What a verdict came to, given whether the adapter dropped the packet.
 #[inline(always)]
-pub fn fate(verdict: Verdict, dropped: bool) -> Fate {
-    if dropped {
+pub fn fate(verdict: Verdict, is_dropped: bool) -> Fate {
+    if is_dropped {
         return Fate::Dropped;
     }
     match verdict {
         Verdict::Pass => Fate::Passed,
         Verdict::Translate
         | Verdict::Around
-        | Verdict::TurnBack
-        | Verdict::HandIn
+        | Verdict::Bounce
+        | Verdict::Inject
         | Verdict::Route => Fate::Forwarded,
         Verdict::Reset | Verdict::Unreachable => Fate::Rejected,
         Verdict::Drop => Fate::Dropped,
@@ -192,13 +192,13 @@ pub fn packet<F: Wide>(
 impl Listening {
     /// Whether somebody listens at a time.
     #[inline(always)]
-    pub fn is_on(&self, now_ns: u64) -> bool {
+    pub fn is_active(&self, now_ns: u64) -> bool {
         self.until_ns > now_ns
     }
 
     /// Whether an event is one that was asked for.
     #[inline(always)]
-    pub fn takes(&self, event: &Event) -> bool {
+    pub fn matches(&self, event: &Event) -> bool {
         if self.kinds != 0 && self.kinds & 1_u32.wrapping_shl(event.kind.into()) == 0
             || self.places != 0 && self.places & 1_u32.wrapping_shl(event.at.into()) == 0
             || self.reasons != 0 && self.reasons & 1_u64.wrapping_shl(event.reason.into()) == 0

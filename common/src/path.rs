@@ -40,12 +40,12 @@
 //!
 //! [`decide_into`] answers for every packet but the first of a flow in one step. A first packet
 //! goes on to [`open_into`], which selects a backend and may wait for what the FIB says
-//! ([`Step::AskRoutes`]) or for a source port that takes longer to find ([`Step::Search`]).
+//! ([`Step::LookUpRoutes`]) or for a source port that takes longer to find ([`Step::SearchPort`]).
 
 mod entry;
+pub mod facts;
 pub mod fragment;
 mod known;
-pub mod met;
 mod netfilter;
 mod open;
 pub mod policy;
@@ -66,15 +66,15 @@ pub use entry::{
     gives_way, is_as_fresh, leads_back, leads_to, partner, partner_key,
 };
 use entry::{entry_of, entry_of_packet};
+use facts::{classify, is_unassigned};
 pub use known::{SILENT_TICKS, STREAM_TICKS, VAIN_TICKS};
-use known::{flags_of_reply, follow_entry, reason_along, verdict_along};
-use met::{classify, is_unassigned};
+use known::{flags_of_reply, follow_entry, reason_of_entry, verdict_of_entry};
 use netfilter::left_to_netfilter;
 pub use open::open_into;
-use open::{direct, leaves_as_node, opens, reject};
+use open::{opens, opens_far_pair, reject, remap_direct};
 pub use ports::{
     PORT_RANGES, PORTS, REMAP_TRIES, finish_search, is_free, keeps_direct, port_of_step, search,
-    search_start, uses_host_address,
+    search_start, uses_host_address, walk_ports,
 };
 use recover::{is_bare_reset, is_unknown_connection};
 pub use select::find;
@@ -103,6 +103,15 @@ pub enum Hook {
     Xdp,
 }
 
+impl Hook {
+    /// Whether packets leave the node, or enter a pod, by the hook's device.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_egress(self) -> bool {
+        matches!(self, Self::Egress)
+    }
+}
+
 /// What an adapter does with the packet after the rewrite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -112,9 +121,9 @@ pub enum Verdict {
     /// Rewrite it and let the next program see it.
     Translate,
     /// Rewrite it and send it back out of the device it came from.
-    TurnBack,
+    Bounce,
     /// Rewrite it and hand it to the stack on the device that the route to the VIP names.
-    HandIn,
+    Inject,
     /// Rewrite it and send it where the FIB says.
     Route,
     /// Rewrite it and send it where the FIB says if the stack would only forward it; else as
@@ -160,11 +169,11 @@ pub enum Step {
     /// A backend of [`Flow::service_port`].
     Select,
     /// [`Tables::routes`]; then [`open_into`] once more.
-    AskRoutes,
+    LookUpRoutes,
     /// A source port: [`open_into`].
-    Claim,
+    AllocatePort,
     /// A source port beyond the few that were tried: [`search`].
-    Search,
+    SearchPort,
 }
 
 /// What happens to a packet: plain data.
@@ -188,14 +197,14 @@ pub struct Decision<F: Family> {
     pub asks_source: bool,
     /// The client's [round](crate::abi::Affinity::round), where its affinity is recorded.
     pub round: u16,
-    /// Whether its source does not belong there: [`disown`].
+    /// Whether its source does not belong there: [`restrict_foreign`].
     pub is_foreign: bool,
-    /// Whether the packet is a first fragment, and what it [tells](fragment::told) is noted.
+    /// Whether the packet is a first fragment, and what it [tells](fragment::ports) is noted.
     pub datagram: bool,
     /// The kind of the frontend, one of [`crate::abi::frontend`]; 0: none was asked for.
     pub kind: u32,
-    /// What the packet's addresses are: bits of [`met`].
-    pub met: u32,
+    /// What the packet's addresses are: bits of [`facts`].
+    pub facts: u32,
     /// The tuple that `flow` is recorded under; the packet's own but where a lost entry is made
     /// again.
     pub key: Tuple<F::Address>,
@@ -220,7 +229,7 @@ impl<F: Family> Decision<F> {
             round: 0,
             datagram: false,
             kind: 0,
-            met: 0,
+            facts: 0,
             key: *key,
             flow: Flow {
                 source: key.source,
@@ -259,7 +268,7 @@ pub fn decide<F: Family, T: Tables<F>>(
     if decision.step != Step::Done {
         open_into(hook, headers, tables, &mut decision);
     }
-    if decision.step == Step::Search {
+    if decision.step == Step::SearchPort {
         search(tables, &mut decision);
     }
     decision
@@ -282,7 +291,7 @@ pub fn decide_into<F: Family, T: Tables<F>>(
 /// Sends what is translated at ingress around the stack, where a person has asked for that.
 #[inline(always)]
 fn accelerate<F: Family>(decision: &mut Decision<F>) {
-    if decision.met & met::ACCELERATED != 0
+    if decision.facts & facts::ACCELERATED != 0
         && decision.verdict == Verdict::Translate
         && !decision.flow.is_direct()
     {
@@ -299,18 +308,18 @@ fn decide_known<F: Family, T: Tables<F>>(
     decision: &mut Decision<F>,
 ) {
     let key = &headers.tuple;
-    let egress = hook == Hook::Egress;
-    decision.met = classify(hook, headers, tables);
+    let is_egress = hook.is_egress();
+    decision.facts = classify(hook, headers, tables);
     // Read back from memory, behind the black box, the bits are any to the verifier: it goes on
     // once, not for each way to them.
-    let met = core::hint::black_box(&*decision).met;
-    let to_address = met & met::TO_ADDRESS != 0;
-    let to_frontend = met & met::TO_FRONTEND != 0;
-    let mut leaves = met & met::LEAVES != 0;
-    let mut known = met & met::KNOWN != 0;
-    let to_backend = met & met::TO_BACKEND != 0;
+    let facts = core::hint::black_box(&*decision).facts;
+    let to_address = facts & facts::TO_ADDRESS != 0;
+    let to_frontend = facts & facts::TO_FRONTEND != 0;
+    let mut is_far = facts & facts::FAR_SIDE != 0;
+    let mut known = facts & facts::KNOWN != 0;
+    let to_backend = facts & facts::TO_BACKEND != 0;
     if !known && !to_backend {
-        if egress && is_unassigned(headers, tables) {
+        if is_egress && is_unassigned(headers, tables) {
             decision.set(Verdict::Drop, Reason::UnassignedAddress);
         }
         return;
@@ -318,7 +327,7 @@ fn decide_known<F: Family, T: Tables<F>>(
     match headers.kind {
         Kind::Transport | Kind::IcmpError => {}
         Kind::Fragment if known && fragment::is_transport(key.protocol) => {
-            fragment::follow_first(egress, leaves, to_address, headers, tables, decision);
+            fragment::follow_first(hook, headers, tables, decision);
             return;
         }
         Kind::Fragment | Kind::Truncated | Kind::Malformed | Kind::Other => {
@@ -337,15 +346,15 @@ fn decide_known<F: Family, T: Tables<F>>(
             return;
         }
     }
-    if !egress
+    if !is_egress
         && is_bare_reset(headers)
         && is_unknown_connection(headers, to_backend, tables, decision)
     {
         return;
     }
     let mut found = None;
-    if leaves {
-        let from_node = met & met::FROM_NODE != 0;
+    if is_far {
+        let from_node = facts & facts::FROM_NODE != 0;
         let before = flags_of_reply(key, tables);
         if before == flow::REPLY && !from_node {
             return;
@@ -353,8 +362,8 @@ fn decide_known<F: Family, T: Tables<F>>(
         if before == 0 && !from_node {
             // Of a client that speaks to the endpoint directly, if it is no endpoint's reply
             // itself.
-            leaves = false;
-            known = met & met::FROM_BACKEND != 0;
+            is_far = false;
+            known = facts & facts::FROM_BACKEND != 0;
         }
         if before & flow::MASQUERADED != 0 || from_node {
             decision.key.side = side::FAR;
@@ -367,9 +376,9 @@ fn decide_known<F: Family, T: Tables<F>>(
     if found.is_none() && (known || tables.marks() & mark::DIRECT != 0) {
         found = entry_of_packet(key, tables);
     }
-    if let Some((entry, embryonic)) = found {
-        decision.met |= met::HAD_ENTRY;
-        if follow_entry(egress, headers, entry, embryonic, tables, decision) {
+    if let Some((entry, is_embryonic)) = found {
+        decision.facts |= facts::HAD_ENTRY;
+        if follow_entry(hook, headers, entry, is_embryonic, tables, decision) {
             return;
         }
         decision.key.side = side::NEAR;
@@ -379,9 +388,9 @@ fn decide_known<F: Family, T: Tables<F>>(
     }
     if to_frontend {
         let (service_port, kind) =
-            find(key, met & met::TO_NODE_PORT != 0, tables).unwrap_or_default();
+            find(key, facts & facts::TO_NODE_PORT != 0, tables).unwrap_or_default();
         if kind != 0 || to_address && select::is_cluster_ip(key, tables) {
-            if met & met::TO_NODE != 0
+            if facts & facts::TO_NODE != 0
                 && !opens(headers)
                 && tables.is_node_address(&key.destination)
             {
@@ -390,7 +399,7 @@ fn decide_known<F: Family, T: Tables<F>>(
             }
             decision.flow.service_port = service_port;
             if let Some(reason) =
-                left_to_netfilter(decision.met & met::HAD_ENTRY != 0, headers, tables)
+                left_to_netfilter(decision.facts & facts::HAD_ENTRY != 0, headers, tables)
             {
                 decision.reason = reason;
             } else if kind != 0 {
@@ -403,16 +412,16 @@ fn decide_known<F: Family, T: Tables<F>>(
             return;
         }
     }
-    if leaves && leaves_as_node(headers, tables, decision) {
+    if is_far && opens_far_pair(headers, tables, decision) {
         return;
     }
     // Backends are clients too, and an address stays listed for a while when its Service is gone.
-    if egress && is_unassigned(headers, tables) {
+    if is_egress && is_unassigned(headers, tables) {
         decision.set(Verdict::Drop, Reason::UnassignedAddress);
         return;
     }
     if to_backend {
-        direct(headers, tables, decision);
+        remap_direct(headers, tables, decision);
     }
 }
 
@@ -420,7 +429,7 @@ fn decide_known<F: Family, T: Tables<F>>(
 /// source](Decision::asks_source): it goes along what there is, and changes nothing. What opens a
 /// flow opens one beside those of whoever has its address.
 #[inline(always)]
-pub fn disown<F: Family, T: Tables<F>>(
+pub fn restrict_foreign<F: Family, T: Tables<F>>(
     hook: Hook,
     headers: &Headers<F>,
     tables: &T,
@@ -431,8 +440,7 @@ pub fn disown<F: Family, T: Tables<F>>(
         // One that its owner would leave for another backend.
         if let Some((entry, _)) = entry_of(&headers.tuple, tables) {
             decision.flow = *entry;
-            decision
-                .set(verdict_along(entry.flags, hook == Hook::Egress), reason_along(entry.flags));
+            decision.set(verdict_of_entry(entry, hook), reason_of_entry(entry));
             decision.step = Step::Done;
         }
         return;

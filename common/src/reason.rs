@@ -16,7 +16,7 @@ macro_rules! reasons {
             pub const ALL: &'static [Reason] = &[$(Reason::$name,)*];
 
             /// The word for metrics and the CLI.
-            pub const fn word(self) -> &'static str {
+            pub const fn as_str(self) -> &'static str {
                 match self { $(Reason::$name => $word,)* }
             }
 

@@ -53,7 +53,7 @@ pub trait Tables<F: Family> {
     /// A device that programs are attached to.
     fn device(&self, ifindex: u32) -> Option<&Device>;
     /// The device that the packet is met on.
-    fn here(&self) -> Option<&Device>;
+    fn hook_device(&self) -> Option<&Device>;
     /// The index of that device; 0: none.
     fn ifindex(&self) -> u32;
     /// Where packets to the backend and to the client of [`crate::path::Decision::flow`] leave;
@@ -61,7 +61,7 @@ pub trait Tables<F: Family> {
     fn routes(&self) -> Option<Routes>;
     /// How many source ports to pass over: those that a socket was found to hold, or may hold
     /// unseen.
-    fn passed_over(&self) -> u32 {
+    fn ports_to_skip(&self) -> u32 {
         0
     }
     /// Whether connections of the packet's sender are translated at the socket as a rule, so that

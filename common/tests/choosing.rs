@@ -197,7 +197,7 @@ impl<F: Ip> Tables<F> for Maps<F> {
     fn device(&self, _: u32) -> Option<&Device> {
         None
     }
-    fn here(&self) -> Option<&Device> {
+    fn hook_device(&self) -> Option<&Device> {
         None
     }
     fn ifindex(&self) -> u32 {

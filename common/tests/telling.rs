@@ -138,13 +138,13 @@ fn a_sieve_takes_what_fits_all_its_fields() {
         (Listening { address: mapped(3), ..all }, false),
         (Listening { address: mapped(9), port: 81, ..all }, false),
     ] {
-        assert_eq!(sieve.takes(&event()), taken, "{sieve:?}");
+        assert_eq!(sieve.matches(&event()), taken, "{sieve:?}");
     }
 }
 
 #[test]
 fn listening_ends_by_itself() {
     let sieve = Listening { until_ns: 5, ..Listening::default() };
-    assert!(sieve.is_on(4) && !sieve.is_on(5));
-    assert!(!Listening::default().is_on(0));
+    assert!(sieve.is_active(4) && !sieve.is_active(5));
+    assert!(!Listening::default().is_active(0));
 }

@@ -6,15 +6,15 @@ mod count;
 mod decide;
 mod events;
 mod fib;
-mod held;
 #[cfg(feature = "both-layouts")]
 mod layouts;
 mod maps;
-mod met;
 mod record;
+mod run;
 mod sctp;
 mod skb;
 mod socket;
+mod socket_lookup;
 mod tables;
 mod tc;
 mod xdp;

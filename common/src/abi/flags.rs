@@ -38,6 +38,8 @@ flags! {
         is_masqueraded = flow::MASQUERADED;
         /// Whether the entry translates the client's side: [`flow::SOURCE`].
         translates_source = flow::SOURCE;
+        /// Whether replies leave by another device than the client came in by: [`flow::AWAY`].
+        returns_elsewhere = flow::AWAY;
     }
 }
 
@@ -74,6 +76,9 @@ flags! {
         has_local_pods = device_flags::LOCAL_PODS;
         /// Whether the device is a bridge: [`device_flags::BRIDGE`].
         is_bridge = device_flags::BRIDGE;
+        /// Whether something takes the device's frames before the stack does:
+        /// [`device_flags::SWITCHED`].
+        is_switched = device_flags::SWITCHED;
         /// Whether the sockets behind the device are unknown: [`device_flags::HIDES_SOCKETS`].
         hides_sockets = device_flags::HIDES_SOCKETS;
         /// Whether the pods' gateway is above the bridge: [`device_flags::GATEWAY_ABOVE`].

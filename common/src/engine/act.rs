@@ -5,7 +5,7 @@ use core::hint::black_box;
 use crate::abi::{Flow, RejectKey, device_flags, flow};
 use crate::event::Wide;
 use crate::family::Family;
-use crate::packet::answer::{self, Answer, QUOTE, Trouble};
+use crate::packet::answer::{self, Answer, IcmpError, QUOTE};
 use crate::packet::header::{EthernetHeader, TcpHeader, protocol};
 use crate::packet::parse::{Headers, Kind, Packet, Parse};
 use crate::packet::rewrite::{Edit, Resize, decrement_ttl};
@@ -13,7 +13,9 @@ use crate::path::fragment::{Label, label};
 use crate::path::{Decision, Hook, Verdict};
 use crate::reason::Reason;
 
-use super::adapter::{Action, Adapter, Addressee, Arrival, Forwarded, LOOPBACK, Target, Way};
+use super::adapter::{
+    Action, Adapter, Addressee, Arrival, ForwardQuery, LOOPBACK, RouteQuery, Target,
+};
 use super::limit::may_answer;
 use super::open::Refusal;
 
@@ -66,8 +68,8 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
         Verdict::Unreachable => return unreachable(adapter, headers, reason),
         Verdict::Translate
         | Verdict::Around
-        | Verdict::TurnBack
-        | Verdict::HandIn
+        | Verdict::Bounce
+        | Verdict::Inject
         | Verdict::Route => {}
     }
     if let Some(refused) = refusal.reason() {
@@ -80,9 +82,9 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
     // Our own device, where it is to enter the stack to be fragmented.
     let mut fragments = 0;
     if decision.verdict == Verdict::Route {
-        let way = Way {
+        let way = RouteQuery {
             ifindex: LOOPBACK,
-            mark: adapter.mark(),
+            fwmark: adapter.fwmark(),
             length: segment_length(adapter, headers),
         };
         let exceeded = match adapter.route(&flow.source, &flow.destination, &way) {
@@ -106,7 +108,7 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
             if fragments == 0 {
                 *reason = Reason::TooBig;
                 return if is_answered {
-                    error(adapter, headers, Trouble::TooBig, mtu)
+                    error(adapter, headers, IcmpError::TooBig, mtu)
                 } else {
                     Action::Drop
                 };
@@ -115,12 +117,12 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
     }
     // A bypass does what the stack would; the stack itself does it where it fragments, and to what
     // this host sends itself.
-    let bypasses = decision.verdict == Verdict::TurnBack
+    let bypasses = decision.verdict == Verdict::Bounce
         || decision.verdict == Verdict::Route && adapter.hook() != Hook::Egress && fragments == 0;
     if bypasses && !decrement_ttl(adapter.frame_mut(), headers) {
         *reason = Reason::TtlExceeded;
         return if may_be_answered(adapter, headers) {
-            error(adapter, headers, Trouble::TimeExceeded, 0)
+            error(adapter, headers, IcmpError::TimeExceeded, 0)
         } else {
             Action::Drop
         };
@@ -153,8 +155,8 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
             }
             Action::Next
         }
-        Verdict::TurnBack => turn_back(adapter),
-        Verdict::HandIn => hand_in(adapter, &flow.destination, &flow.source),
+        Verdict::Bounce => turn_back(adapter),
+        Verdict::Inject => hand_in(adapter, &flow.destination, &flow.source),
         Verdict::Route if fragments != 0 => hand_to(adapter, fragments),
         Verdict::Route => {
             adapter.take_tags_off();
@@ -270,8 +272,12 @@ fn way_around<F: Family, A: Adapter<F>>(
         return 0;
     }
     let (here, from) = (adapter.ifindex(), comes_from(adapter));
-    let way = Way { ifindex: from, mark: adapter.mark(), length: segment_length(adapter, headers) };
-    let forwarded = Forwarded {
+    let way = RouteQuery {
+        ifindex: from,
+        fwmark: adapter.fwmark(),
+        length: segment_length(adapter, headers),
+    };
+    let forwarded = ForwardQuery {
         source: if is_error && outer != headers.tuple.source { outer } else { flow.source },
         destination: flow.destination,
         ports: if is_error { [0; 2] } else { [flow.source_port, flow.destination_port] },
@@ -295,7 +301,7 @@ fn is_routed<F: Family, A: Adapter<F>>(adapter: &A) -> bool {
     let Some(here) = adapter.device(adapter.ifindex()) else { return false };
     let Arrival { to, tag } = adapter.arrival();
     // A tag says that another device is to have it first.
-    if tag.is_some() || here.flags & device_flags::SWITCHED != 0 {
+    if tag.is_some() || here.is_switched() {
         return false;
     }
     if here.bridge == 0 || adapter.link() == 0 {
@@ -361,7 +367,8 @@ fn hand_in<F: Family, A: Adapter<F>>(
         // The frontend is an address of this host's own: no other device takes one as a source.
         LOOPBACK
     } else {
-        match adapter.route(local, remote, &Way { ifindex: LOOPBACK, mark: 0, length: 0 }) {
+        match adapter.route(local, remote, &RouteQuery { ifindex: LOOPBACK, fwmark: 0, length: 0 })
+        {
             Target::Device(target) => target,
             Target::TooBig(_) | Target::None => here,
         }
@@ -413,7 +420,7 @@ fn hold<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
         return Action::Next;
     }
     let flags = if adapter.hook() == Hook::Egress { label::EGRESS } else { 0 }
-        | if adapter.link() == 0 { label::BARE } else { 0 };
+        | if adapter.link() == 0 { label::L3 } else { 0 };
     let label = Label::new(adapter.ifindex(), flags);
     if !adapter.frame_mut().grow_head(size_of::<Label>() as u32) {
         return Action::Next;
@@ -494,7 +501,7 @@ fn unreachable<F: Answer + Wide, A: Adapter<F>>(
         *reason = Reason::RejectLimited;
         return Action::Drop;
     }
-    error(adapter, headers, Trouble::PortUnreachable, 0)
+    error(adapter, headers, IcmpError::PortUnreachable, 0)
 }
 
 /// Whether a packet may be answered with an ICMP error, and its client has not had too many.
@@ -517,7 +524,7 @@ fn reject_key<F: Wide>(address: &F::Address) -> RejectKey {
 fn error<F: Answer, A: Adapter<F>>(
     adapter: &mut A,
     headers: &Headers<F>,
-    trouble: Trouble,
+    trouble: IcmpError,
     mtu: u32,
 ) -> Action {
     if adapter.write_error(headers, trouble, mtu) { answered(adapter) } else { Action::Drop }
@@ -528,7 +535,7 @@ fn error<F: Answer, A: Adapter<F>>(
 pub fn write_error<F: Answer, P: Resize>(
     frame: &mut P,
     headers: &Headers<F>,
-    trouble: Trouble,
+    trouble: IcmpError,
     mtu: u32,
 ) -> bool {
     // Whole words, so that the sum can be taken; never less than the headers. Behind the black box

@@ -2,7 +2,7 @@
 
 use crate::abi::{Device, Flow, RejectBucket, RejectKey};
 use crate::family::Family;
-use crate::packet::answer::Trouble;
+use crate::packet::answer::IcmpError;
 use crate::packet::parse::Headers;
 use crate::packet::rewrite::Resize;
 use crate::path::Hook;
@@ -50,11 +50,11 @@ pub enum Addressee {
 
 /// What a packet has besides its addresses that routing asks for.
 #[derive(Clone, Copy, Debug)]
-pub struct Way {
+pub struct RouteQuery {
     /// Where it comes from: a device, or [`LOOPBACK`] for this host itself.
     pub ifindex: u32,
     /// Its firewall mark.
-    pub mark: u32,
+    pub fwmark: u32,
     /// Its length with the IP header, or that of a segment of it; 0: whether it fits does not
     /// matter.
     pub length: u32,
@@ -73,7 +73,7 @@ pub enum Target {
 
 /// What of a packet routing asks for, where it is forwarded.
 #[derive(Clone, Copy, Debug)]
-pub struct Forwarded<A> {
+pub struct ForwardQuery<A> {
     /// Its source.
     pub source: A,
     /// Its destination.
@@ -85,7 +85,7 @@ pub struct Forwarded<A> {
     /// TOS, or the traffic class and flow label as they lie in memory.
     pub class: u32,
     /// The rest.
-    pub way: Way,
+    pub way: RouteQuery,
 }
 
 /// A packet, and the host that it is met on: abilities without an opinion.
@@ -104,7 +104,7 @@ pub trait Adapter<F: Family> {
     /// Returns the device that it is met on.
     fn ifindex(&self) -> u32;
     /// Returns its firewall mark.
-    fn mark(&self) -> u32;
+    fn fwmark(&self) -> u32;
     /// Returns how many bytes of payload a segment gets where a device cuts the packet; 0: it is
     /// not to be cut.
     fn segment_size(&self) -> u32;
@@ -118,10 +118,10 @@ pub trait Adapter<F: Family> {
     /// Whether an address is one of this node's own.
     fn is_own_address(&self, address: &F::Address) -> bool;
     /// Returns where the routing tables lead a packet.
-    fn route(&self, source: &F::Address, destination: &F::Address, way: &Way) -> Target;
+    fn route(&self, source: &F::Address, destination: &F::Address, way: &RouteQuery) -> Target;
     /// Returns the device by which the stack would forward a packet, and keeps the next hop for
     /// [`Action::ForwardTo`]; `None`: it would not forward it, or would do more than that.
-    fn forward(&mut self, packet: &Forwarded<F::Address>) -> Option<u32>;
+    fn forward(&mut self, packet: &ForwardQuery<F::Address>) -> Option<u32>;
     /// Returns the link-layer address of a neighbour on a device, if it is known and there.
     fn neighbour(
         &self,
@@ -145,7 +145,7 @@ pub trait Adapter<F: Family> {
     /// the flow that is decided: the kernel has both at hand, and looks at no others.
     fn rewrite(&mut self, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool;
     /// Takes [`write_error`](super::act::write_error), with what is known of this packet.
-    fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool;
+    fn write_error(&mut self, headers: &Headers<F>, error: IcmpError, mtu: u32) -> bool;
     /// Takes off VLAN tags beside the packet.
     fn take_tags_off(&mut self);
     /// Notes that the packet is translated at this side of the stack.

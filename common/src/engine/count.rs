@@ -1,6 +1,6 @@
 //! How a packet is counted: once, where it goes along a flow by its backend, else by its reason.
 
-use crate::abi::{BackendCounters, flow};
+use crate::abi::BackendCounters;
 use crate::family::Family;
 use crate::packet::header::tcp;
 use crate::packet::parse::Headers;
@@ -17,7 +17,7 @@ pub enum Count {
         /// Index into `backends`.
         id: u32,
         /// Which way.
-        along: Along,
+        direction: Direction,
     },
     /// At a reason.
     Reason {
@@ -30,7 +30,7 @@ pub enum Count {
 
 /// Which way a packet goes along a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Along {
+pub enum Direction {
     /// To the backend; `opens`: its first packet.
     Forward {
         /// Whether the flow is recorded as a new one.
@@ -51,16 +51,18 @@ impl Count {
         if !matches!(reason, Reason::Forward | Reason::Reply) {
             return Self::Reason { reason, service_port: flow.service_port };
         }
-        let along = if flow.flags & flow::REPLY != 0 {
-            Along::Reply
+        let direction = if flow.is_reply() {
+            Direction::Reply
         } else {
-            Along::Forward { opens: matches!(decision.record, Record::Open | Record::Establish) }
+            Direction::Forward {
+                opens: matches!(decision.record, Record::Open | Record::Establish),
+            }
         };
-        Self::Backend { id: flow.backend, along }
+        Self::Backend { id: flow.backend, direction }
     }
 }
 
-impl Along {
+impl Direction {
     /// Adds a packet to the counters of its backend.
     #[inline(always)]
     pub fn add<F: Family>(self, headers: &Headers<F>, counters: &mut BackendCounters) {

@@ -63,13 +63,13 @@ pub trait Steps<F: Family> {
     /// Takes [`open_into`](crate::path::open_into).
     fn open(&mut self);
     /// Asks the FIB where packets to both ends of the flow leave.
-    fn ask_routes(&mut self);
+    fn look_up_routes(&mut self);
     /// Takes [`search`](crate::path::search), unless it was in vain a moment ago.
     fn search(&mut self);
     /// Returns whether a socket keeps the tuple that the flow is to have ([`sockets`]).
-    fn is_held(&mut self) -> bool;
+    fn is_taken_by_socket(&mut self) -> bool;
     /// Has the next try pass over one source port more.
-    fn pass_over_one(&mut self);
+    fn skip_one_port(&mut self);
     /// Takes [`record`](super::record::record).
     fn record(&mut self) -> Refusal;
 }
@@ -78,8 +78,8 @@ pub trait Steps<F: Family> {
 #[inline(always)]
 pub fn decide<F: Family, S: Steps<F>>(steps: &mut S) {
     steps.open();
-    if steps.decision().step == Step::AskRoutes {
-        steps.ask_routes();
+    if steps.decision().step == Step::LookUpRoutes {
+        steps.look_up_routes();
         steps.open();
     }
 }
@@ -95,11 +95,11 @@ pub fn open<F: Family, S: Steps<F>>(steps: &mut S) -> Refusal {
     for _ in 0..OPEN_TRIES {
         steps.set_step(step);
         decide(steps);
-        if steps.decision().step == Step::Search {
+        if steps.decision().step == Step::SearchPort {
             steps.search();
         }
-        if steps.is_held() {
-            steps.pass_over_one();
+        if steps.is_taken_by_socket() {
+            steps.skip_one_port();
             continue;
         }
         refusal = steps.record();
@@ -145,7 +145,7 @@ impl FlowEnd {
     /// whose entry was lost, and a socket in TIME_WAIT makes room for a new connection.
     #[inline(always)]
     #[must_use]
-    pub fn is_held_in(self, protocol_number: u8, state: u32) -> bool {
+    pub fn is_taken_in(self, protocol_number: u8, state: u32) -> bool {
         const ESTABLISHED: u32 = 1;
         const TIME_WAIT: u32 = 6;
         const LISTEN: u32 = 10;
@@ -178,10 +178,10 @@ pub fn sockets<F: Family, T: Tables<F>>(
     if uses_host_address(&decision.flow) {
         return Some(Sockets { of: Owner::Host, end: FlowEnd::Client });
     }
-    if hook == Hook::Egress || tables.passed_over() >= OPEN_TRIES - 1 || keeps_direct(decision) {
+    if hook == Hook::Egress || tables.ports_to_skip() >= OPEN_TRIES - 1 || keeps_direct(decision) {
         return None;
     }
-    let here = tables.here()?;
+    let here = tables.hook_device()?;
     if here.role == device::EDGE {
         let netns = policy::netns_of_sockets(here)?;
         return Some(Sockets { of: Owner::Netns(netns), end: FlowEnd::Client });

@@ -11,7 +11,7 @@ use crate::reason::Reason;
 
 /// One of the two tables that hold flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum FlowMap {
     /// `flows`: proven ones.
     Flows,
     /// `embryonic`: those that nothing has proven.
@@ -20,7 +20,7 @@ pub enum Place {
 
 /// Why an entry was not inserted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refused {
+pub enum InsertError {
     /// It is to be new, and its key has one.
     Exists,
     /// The table has no room.
@@ -51,7 +51,7 @@ impl Renewal {
 /// Write access to the tables that hold flows, and to what is recorded with one.
 pub trait FlowTable<F: Family> {
     /// The entry of a key.
-    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>>;
+    fn get(&self, place: FlowMap, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>>;
 
     /// Inserts an entry; `only_new`: not over another.
     ///
@@ -60,27 +60,27 @@ pub trait FlowTable<F: Family> {
     /// Why it is not there now.
     fn insert(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<F::Address>,
         flow: &Flow<F::Address>,
         only_new: bool,
-    ) -> Result<(), Refused>;
+    ) -> Result<(), InsertError>;
 
     /// Removes an entry, if there is one.
-    fn remove(&mut self, place: Place, key: &Tuple<F::Address>);
+    fn remove(&mut self, place: FlowMap, key: &Tuple<F::Address>);
 
     /// Brings time and state of an entry up to date in place, if it leads where `to` does; false
     /// where there is none at all.
     fn refresh(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<F::Address>,
         to: &Flow<F::Address>,
         renewal: Renewal,
     ) -> bool;
 
     /// Notes where a client has been. One that finds no room goes by its slot.
-    fn remember(&mut self, client: &AffinityKey<F::Address>, to: &Affinity);
+    fn record_affinity(&mut self, client: &AffinityKey<F::Address>, to: &Affinity);
 
     /// Notes that something has happened at least once: bits of [`mark`].
     fn set_marks(&mut self, bits: u32);
@@ -108,16 +108,15 @@ pub fn record<F: Family, T: FlowTable<F>>(
         Record::Open | Record::Establish => open(decision, partner, tables)?,
         Record::Promote => promote(decision, partner, tables)?,
         Record::Demote => demote(decision, partner, tables)?,
-        Record::Renew => renew(decision, partner, Place::Flows, tables),
-        Record::RenewEmbryonic => renew(decision, partner, Place::Embryonic, tables),
+        Record::Renew => renew(decision, partner, FlowMap::Flows, tables),
+        Record::RenewEmbryonic => renew(decision, partner, FlowMap::Embryonic, tables),
     }
     if decision.affinity {
         let flow = &decision.flow;
-        let client =
-            if flow.flags & flow::REPLY != 0 { flow.destination } else { decision.key.source };
+        let client = if flow.is_reply() { flow.destination } else { decision.key.source };
         let client = AffinityKey { service_port: flow.service_port, client };
         let to = Affinity::new(flow.backend, flow.seen, flow.generation, decision.round);
-        tables.remember(&client, &to);
+        tables.record_affinity(&client, &to);
     }
     Ok(())
 }
@@ -149,27 +148,33 @@ fn open<F: Family, T: FlowTable<F>>(
     let recovers = decision.record == Record::Establish;
     let mut proof = None;
     // What an earlier flow of the same client port has left behind.
-    for place in [Place::Flows, Place::Embryonic] {
+    for place in [FlowMap::Flows, FlowMap::Embryonic] {
         let Some(old) = tables.get(place, key) else { continue };
         if !leads_to(old, flow) {
             partner.stale = partner_key::<F>(old, key.protocol);
             forget(place, key, &partner.stale, tables);
-        } else if recovers && place == Place::Flows {
+        } else if recovers && place == FlowMap::Flows {
             proof = Some((old.state, old.replied));
         }
-        if place == Place::Flows {
+        if place == FlowMap::Flows {
             tables.remove(place, key);
         }
     }
     // The path found the tuple free, or held by an entry that no longer counts: that one goes.
-    for place in [Place::Flows, Place::Embryonic] {
+    for place in [FlowMap::Flows, FlowMap::Embryonic] {
         let Some(old) = tables.get(place, &partner.key) else { continue };
         if leads_to(old, &partner.flow) {
-            if recovers && place == Place::Flows {
+            if recovers && place == FlowMap::Flows {
                 proof = Some((old.state, old.replied));
             }
         } else if is_as_fresh(old, flow)
-            && !gives_way(old, place == Place::Embryonic, key.protocol, decision.record, flow.seen)
+            && !gives_way(
+                old,
+                place == FlowMap::Embryonic,
+                key.protocol,
+                decision.record,
+                flow.seen,
+            )
         {
             // One of another flow came between the path's look and now.
             return Err(Reason::ClashRace);
@@ -181,17 +186,17 @@ fn open<F: Family, T: FlowTable<F>>(
         }
         tables.remove(place, &partner.key);
     }
-    let mut place = Place::Embryonic;
+    let mut place = FlowMap::Embryonic;
     if let Some((state, replied)) = proof {
         // Half of a proven flow is proof of it.
-        place = Place::Flows;
+        place = FlowMap::Flows;
         (flow.state, flow.replied) = (state, replied);
         (partner.flow.state, partner.flow.replied) = (state, replied);
     }
     match tables.insert(place, &partner.key, &partner.flow, true) {
         Ok(()) => {}
-        Err(Refused::Exists) => return Err(Reason::ClashRace),
-        Err(Refused::Full) => return Err(Reason::FlowsFull),
+        Err(InsertError::Exists) => return Err(Reason::ClashRace),
+        Err(InsertError::Full) => return Err(Reason::FlowsFull),
     }
     if tables.insert(place, key, flow, false).is_err() {
         return Err(Reason::FlowsFull);
@@ -200,7 +205,7 @@ fn open<F: Family, T: FlowTable<F>>(
         // A pod's own node port may lead to itself: its answer comes to an address of the node,
         // too.
         | if flow.flags & (flow::HOST | flow::HAIRPIN) != 0 { mark::HOST } else { 0 }
-        | if flow.flags & flow::MASQUERADED != 0 { mark::MASQUERADED } else { 0 };
+        | if flow.is_masqueraded() { mark::MASQUERADED } else { 0 };
     if bits != 0 {
         tables.set_marks(bits);
     }
@@ -210,7 +215,7 @@ fn open<F: Family, T: FlowTable<F>>(
 /// Removes the other direction of an entry that goes, unless its tuple is another flow's by now.
 #[inline(always)]
 fn forget<F: Family, T: FlowTable<F>>(
-    place: Place,
+    place: FlowMap,
     key: &Tuple<F::Address>,
     other: &Tuple<F::Address>,
     tables: &mut T,
@@ -227,14 +232,14 @@ fn promote<F: Family, T: FlowTable<F>>(
     partner: &Partner<F>,
     tables: &mut T,
 ) -> Result<(), Reason> {
-    if !put(Place::Flows, &partner.key, &partner.flow, tables)?
-        || !put(Place::Flows, &decision.key, &decision.flow, tables)?
+    if !put(FlowMap::Flows, &partner.key, &partner.flow, tables)?
+        || !put(FlowMap::Flows, &decision.key, &decision.flow, tables)?
     {
         // Another flow has been proven for the tuple: this one is left to its age.
         return Ok(());
     }
-    tables.remove(Place::Embryonic, &partner.key);
-    tables.remove(Place::Embryonic, &decision.key);
+    tables.remove(FlowMap::Embryonic, &partner.key);
+    tables.remove(FlowMap::Embryonic, &decision.key);
     Ok(())
 }
 
@@ -242,7 +247,7 @@ fn promote<F: Family, T: FlowTable<F>>(
 /// there.
 #[inline(always)]
 fn put<F: Family, T: FlowTable<F>>(
-    place: Place,
+    place: FlowMap,
     key: &Tuple<F::Address>,
     flow: &Flow<F::Address>,
     tables: &mut T,
@@ -265,20 +270,20 @@ fn demote<F: Family, T: FlowTable<F>>(
     partner: &Partner<F>,
     tables: &mut T,
 ) -> Result<(), Reason> {
-    if tables.insert(Place::Embryonic, &decision.key, &decision.flow, false).is_err() {
+    if tables.insert(FlowMap::Embryonic, &decision.key, &decision.flow, false).is_err() {
         return Err(Reason::FlowsFull);
     }
-    tables.remove(Place::Flows, &decision.key);
+    tables.remove(FlowMap::Flows, &decision.key);
     // The other direction's tuple may be another flow's by now.
-    let there = tables.get(Place::Flows, &partner.key);
+    let there = tables.get(FlowMap::Flows, &partner.key);
     if matches!(there, Some(there) if !leads_to(there, &partner.flow)) {
         return Ok(());
     }
     let is_there = there.is_some();
     // Inserted before it is removed, so that no other CPU's packet finds it in neither table.
-    let _ = put(Place::Embryonic, &partner.key, &partner.flow, tables)?;
+    let _ = put(FlowMap::Embryonic, &partner.key, &partner.flow, tables)?;
     if is_there {
-        tables.remove(Place::Flows, &partner.key);
+        tables.remove(FlowMap::Flows, &partner.key);
     }
     Ok(())
 }
@@ -288,13 +293,10 @@ fn demote<F: Family, T: FlowTable<F>>(
 fn renew<F: Family, T: FlowTable<F>>(
     decision: &Decision<F>,
     partner: &Partner<F>,
-    place: Place,
+    place: FlowMap,
     tables: &mut T,
 ) {
-    let renewal = Renewal {
-        is_heard: decision.flow.flags & flow::REPLY != 0,
-        takes_back: decision.takes_back,
-    };
+    let renewal = Renewal { is_heard: decision.flow.is_reply(), takes_back: decision.takes_back };
     for (key, flow) in [(&decision.key, &decision.flow), (&partner.key, &partner.flow)] {
         if !tables.refresh(place, key, flow, renewal) {
             let _ = tables.insert(place, key, flow, true);

@@ -11,7 +11,7 @@ use super::adapter::{Action, Adapter};
 use super::open::{Steps, open};
 
 /// A packet whose headers are read, on its way through a program at tc.
-pub trait Packets<F: Answer>: Steps<F> {
+pub trait TcProgram<F: Answer>: Steps<F> {
     /// What lends the packet and the host.
     type Adapter: Adapter<F>;
 
@@ -19,8 +19,8 @@ pub trait Packets<F: Answer>: Steps<F> {
     fn decide(&mut self);
     /// Sets the decision to pass the packet.
     fn pass(&mut self);
-    /// Takes [`disown`](crate::path::disown).
-    fn disown(&mut self);
+    /// Takes [`restrict_foreign`](crate::path::restrict_foreign).
+    fn restrict_foreign(&mut self);
     /// Notes what a first fragment tells.
     fn note(&mut self);
     /// Returns what [`is_for_others`](act::is_for_others) says.
@@ -31,7 +31,7 @@ pub trait Packets<F: Answer>: Steps<F> {
     /// ([`hides_sockets`](crate::path::policy::hides_sockets)).
     fn has_hidden_socket(&mut self) -> bool;
     /// Sets how many source ports are not to be tried, and forgets the routes.
-    fn begin(&mut self, passed_over: u32);
+    fn begin(&mut self, ports_to_skip: u32);
     /// Returns the packet, and what is known and decided of it.
     fn parts(&mut self) -> (&mut Self::Adapter, &Headers<F>, &Decision<F>);
     /// Sets why the packet met its end.
@@ -42,46 +42,46 @@ pub trait Packets<F: Answer>: Steps<F> {
 
 /// Takes a packet to its action.
 #[inline(always)]
-pub fn run<F: Answer + Wide, P: Packets<F>>(packets: &mut P) -> Action {
-    packets.decide();
-    let Decision { verdict, step, datagram, .. } = *packets.decision();
+pub fn run<F: Answer + Wide, P: TcProgram<F>>(program: &mut P) -> Action {
+    program.decide();
+    let Decision { verdict, step, datagram, .. } = *program.decision();
     if verdict == Verdict::Pass && step == Step::Done {
         if datagram {
-            packets.note();
+            program.note();
         }
-        packets.count(false);
+        program.count(false);
         return Action::Next;
     }
-    let (adapter, ..) = packets.parts();
+    let (adapter, ..) = program.parts();
     let (hook, link) = (adapter.hook(), adapter.link());
-    if link != 0 && hook == Hook::Ingress && packets.is_for_others() {
+    if link != 0 && hook == Hook::Ingress && program.is_for_others() {
         return Action::Next;
     }
-    if packets.decision().asks_source && packets.has_foreign_source() {
-        packets.disown();
+    if program.decision().asks_source && program.has_foreign_source() {
+        program.restrict_foreign();
     }
-    let refusal = if packets.decision().step == Step::Done {
-        packets.record()
+    let refusal = if program.decision().step == Step::Done {
+        program.record()
     } else {
-        let passed_over = u32::from(hook == Hook::Ingress && packets.has_hidden_socket());
-        packets.begin(passed_over);
-        open(packets)
+        let ports_to_skip = u32::from(hook == Hook::Ingress && program.has_hidden_socket());
+        program.begin(ports_to_skip);
+        open(program)
     };
-    if packets.decision().datagram {
-        packets.note();
+    if program.decision().datagram {
+        program.note();
     }
-    let (adapter, headers, decision) = packets.parts();
+    let (adapter, headers, decision) = program.parts();
     let mut reason = decision.reason;
     let action = act::apply(adapter, headers, decision, refusal, &mut reason);
-    packets.set_reason(reason);
-    packets.count(action == Action::Drop);
+    program.set_reason(reason);
+    program.count(action == Action::Drop);
     action
 }
 
 /// Sends around the stack what another program has translated.
 #[inline(always)]
-pub fn run_translated<F: Answer, P: Packets<F>>(packets: &mut P) -> Action {
-    packets.pass();
-    let (adapter, headers, decision) = packets.parts();
+pub fn run_translated<F: Answer, P: TcProgram<F>>(program: &mut P) -> Action {
+    program.pass();
+    let (adapter, headers, decision) = program.parts();
     around(adapter, headers, &decision.flow)
 }

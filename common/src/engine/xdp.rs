@@ -1,6 +1,5 @@
 //! What XDP takes upon itself: only what needs nothing of what stands behind it.
 
-use crate::abi::flow;
 use crate::packet::answer::is_partial;
 use crate::packet::parse::{Headers, Kind, Parse};
 use crate::packet::rewrite::can_follow;
@@ -9,7 +8,7 @@ use crate::path::{Decision, Step, Verdict};
 use super::open::{Refusal, Steps, decide};
 
 /// A frame whose headers are read, on its way through a program at XDP.
-pub trait Frames<F: Parse>: Steps<F> {
+pub trait XdpProgram<F: Parse>: Steps<F> {
     /// Takes [`decide_into`](crate::path::decide_into).
     fn decide(&mut self);
     /// Returns what [`is_foreign`](crate::path::policy::is_foreign) says.
@@ -21,9 +20,9 @@ pub trait Frames<F: Parse>: Steps<F> {
     /// Whether the frame is addressed to the device that it came in by.
     fn is_addressed_here(&self) -> bool;
     /// Marks the frame as translated, for tc; false where there is no room for that.
-    fn mark(&mut self) -> bool;
+    fn mark_translated(&mut self) -> bool;
     /// Takes the mark away.
-    fn unmark(&mut self);
+    fn unmark_translated(&mut self);
     /// Notes what a first fragment tells.
     fn note(&mut self);
     /// Takes [`segment`](crate::packet::rewrite::segment).
@@ -44,32 +43,32 @@ pub enum Fate {
 /// Takes a frame to its end. What XDP cannot finish goes on as it came: tc meets the same
 /// obstacle, and tells the reason.
 #[inline(always)]
-pub fn run<F: Parse, X: Frames<F>>(frames: &mut X) -> Fate {
-    frames.decide();
-    if frames.decision().asks_source && frames.has_foreign_source() {
+pub fn run<F: Parse, P: XdpProgram<F>>(program: &mut P) -> Fate {
+    program.decide();
+    if program.decision().asks_source && program.has_foreign_source() {
         return Fate::Pass;
     }
-    if frames.decision().step != Step::Done {
-        frames.begin();
-        decide(frames);
+    if program.decision().step != Step::Done {
+        program.begin();
+        decide(program);
     }
-    if !may_translate(frames.headers(), frames.decision())
-        || !frames.is_addressed_here()
-        || frames.is_held()
+    if !may_translate(program.headers(), program.decision())
+        || !program.is_addressed_here()
+        || program.is_taken_by_socket()
     {
         return Fate::Pass;
     }
-    if !frames.mark() || frames.record() != Refusal::NONE {
-        frames.unmark();
+    if !program.mark_translated() || program.record() != Refusal::NONE {
+        program.unmark_translated();
         return Fate::Pass;
     }
-    if frames.decision().datagram {
-        frames.note();
+    if program.decision().datagram {
+        program.note();
     }
-    if !frames.translate() {
+    if !program.translate() {
         return Fate::Drop;
     }
-    frames.count();
+    program.count();
     Fate::Pass
 }
 
@@ -78,7 +77,7 @@ pub fn run<F: Parse, X: Frames<F>>(frames: &mut X) -> Fate {
 fn may_translate<F: Parse>(headers: &Headers<F>, decision: &Decision<F>) -> bool {
     decision.verdict == Verdict::Translate
         && decision.step == Step::Done
-        && decision.flow.flags & flow::LOCAL != 0
+        && decision.flow.is_local()
         && matches!(headers.kind, Kind::Transport | Kind::Fragment)
         && (!decision.datagram || can_follow(headers, &decision.flow))
         && !is_partial(headers)

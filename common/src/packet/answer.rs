@@ -40,7 +40,7 @@ type F0<F> = <F as Family>::Address;
 /// What an ICMP error says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub enum Trouble {
+pub enum IcmpError {
     /// Nobody serves the port.
     PortUnreachable,
     /// The packet is larger than the path takes.
@@ -49,7 +49,7 @@ pub enum Trouble {
     TimeExceeded,
 }
 
-impl Trouble {
+impl IcmpError {
     /// The trouble of a number, as `as` gives it.
     #[inline(always)]
     #[must_use]

@@ -88,7 +88,7 @@ pub(super) fn entry_of_packet<'t, F: Family, T: Tables<F>>(
 #[inline(always)]
 pub fn gives_way<A: Copy>(
     entry: &Flow<A>,
-    embryonic: bool,
+    is_embryonic: bool,
     protocol_number: u8,
     record: Record,
     now: u32,
@@ -97,14 +97,14 @@ pub fn gives_way<A: Copy>(
     if protocol_number == protocol::UDP {
         return idle > UDP_IDLE_TICKS;
     }
-    let unproven = embryonic && entry.state & state::ESTABLISHED == 0;
-    if unproven {
+    let is_unproven = is_embryonic && entry.state & state::ESTABLISHED == 0;
+    if is_unproven {
         // Refused by the endpoint, or a guess: that gives way to what a client itself says in the
         // middle of a connection.
         entry.state & state::RESET_REPLY != 0
             || entry.state & state::GUESS != 0 && record == Record::Establish
             || idle > UNPROVEN_TICKS
-    } else if embryonic {
+    } else if is_embryonic {
         idle > CLOSING_TICKS
     } else if entry.state & state::CLOSING != 0 {
         idle > HALF_CLOSED_TICKS

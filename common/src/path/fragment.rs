@@ -17,9 +17,9 @@ use crate::reason::Reason;
 use crate::tables::Tables;
 
 use super::entry::entry_of;
-use super::known::{is_answer, reason_along, verdict_along};
-use super::met::is_unassigned;
-use super::{Decision, Verdict, met};
+use super::facts::is_unassigned;
+use super::known::{is_answer, reason_of_entry, verdict_of_entry};
+use super::{Decision, Hook, Verdict, facts};
 
 /// After so many ticks what a first fragment has told no longer counts: Linux gives a datagram 30 s
 /// to be complete, but at a high rate IPv4's 65 536 identifications come round much earlier.
@@ -42,12 +42,12 @@ pub fn key<F: Family>(headers: &Headers<F>) -> Datagram<F::Address> {
 /// What the others of a first fragment's datagram need to know; no ports where they are not to be
 /// translated either.
 #[inline(always)]
-pub fn told<F: Family>(headers: &Headers<F>, decision: &Decision<F>, now: Ticks) -> DatagramPorts {
+pub fn ports<F: Family>(headers: &Headers<F>, decision: &Decision<F>, now: Ticks) -> DatagramPorts {
     let is_rewritten = match decision.verdict {
         Verdict::Translate
         | Verdict::Around
-        | Verdict::TurnBack
-        | Verdict::HandIn
+        | Verdict::Bounce
+        | Verdict::Inject
         | Verdict::Route => true,
         Verdict::Pass | Verdict::Reset | Verdict::Unreachable | Verdict::Drop | Verdict::Hold => {
             false
@@ -62,18 +62,18 @@ pub fn told<F: Family>(headers: &Headers<F>, decision: &Decision<F>, now: Ticks)
 
 /// Whether what a first fragment has told is of the datagram that is under way now.
 #[inline(always)]
-pub fn is_fresh(told: &DatagramPorts, now: Ticks) -> bool {
-    now.wrapping_sub(told.seen) <= DATAGRAM_TICKS
+pub fn is_fresh(ports: &DatagramPorts, now: Ticks) -> bool {
+    now.wrapping_sub(ports.seen) <= DATAGRAM_TICKS
 }
 
 /// The agent says this often that it keeps fragments: after so many ticks without it none is sent
 /// to it.
-pub const KEEPER_TICKS: u32 = 4;
+pub const HEARTBEAT_TICKS: u32 = 4;
 
 /// The key under which the agent says that it keeps fragments: no datagram has it, since none of
 /// its protocols is 0.
 #[inline(always)]
-pub fn keeper<A: Copy + Default>() -> Datagram<A> {
+pub fn heartbeat_key<A: Copy + Default>() -> Datagram<A> {
     Datagram {
         source: A::default(),
         destination: A::default(),
@@ -83,10 +83,10 @@ pub fn keeper<A: Copy + Default>() -> Datagram<A> {
     }
 }
 
-/// Whether somebody keeps fragments, by what was last said under [`keeper`].
+/// Whether somebody keeps fragments, by what was last said under [`heartbeat_key`].
 #[inline(always)]
-pub fn is_kept(said: Option<&DatagramPorts>, now: Ticks) -> bool {
-    matches!(said, Some(said) if now.wrapping_sub(said.seen) <= KEEPER_TICKS)
+pub fn is_agent_holding(heartbeat: Option<&DatagramPorts>, now: Ticks) -> bool {
+    matches!(heartbeat, Some(last) if now.wrapping_sub(last.seen) <= HEARTBEAT_TICKS)
 }
 
 /// Whether the protocol is one of those whose ports we translate: fragments of others are none of
@@ -109,7 +109,7 @@ pub mod label {
     /// The fragment was met at tc egress.
     pub const EGRESS: u8 = 1;
     /// The device has no link header.
-    pub const BARE: u8 = 2;
+    pub const L3: u8 = 2;
 }
 
 /// What a held frame begins with: an Ethernet header that tells where the frame behind it was met.
@@ -149,7 +149,7 @@ impl Label {
 
 /// The device of a [mark](Label::mark), and whether it is to leave there.
 #[inline(always)]
-pub fn met_at(mark: u32) -> (u32, bool) {
+pub fn place_of_mark(mark: u32) -> (u32, bool) {
     (mark >> 1, mark & 1 != 0)
 }
 
@@ -157,18 +157,17 @@ pub fn met_at(mark: u32) -> (u32, bool) {
 /// nothing and changes nothing.
 #[inline(always)]
 pub(super) fn follow_first<F: Family, T: Tables<F>>(
-    egress: bool,
-    leaves: bool,
-    to_address: bool,
+    hook: Hook,
     headers: &Headers<F>,
     tables: &T,
     decision: &mut Decision<F>,
 ) {
-    let told = match tables.datagram(&key(headers)) {
-        Some(told) if is_fresh(told, tables.now()) => told,
+    let to_address = decision.facts & facts::TO_ADDRESS != 0;
+    let ports = match tables.datagram(&key(headers)) {
+        Some(ports) if is_fresh(ports, tables.now()) => ports,
         _ => {
             if headers.length <= HELD_LENGTH_MAX
-                && is_kept(tables.datagram(&keeper()), tables.now())
+                && is_agent_holding(tables.datagram(&heartbeat_key()), tables.now())
                 && matches!(tables.settings(), Some(settings) if settings.own_device != 0)
             {
                 decision.set(Verdict::Hold, Reason::FragmentHeld);
@@ -178,10 +177,10 @@ pub(super) fn follow_first<F: Family, T: Tables<F>>(
             return;
         }
     };
-    decision.key.source_port = told.source_port;
-    decision.key.destination_port = told.destination_port;
+    decision.key.source_port = ports.source_port;
+    decision.key.destination_port = ports.destination_port;
     let mut found = None;
-    if leaves {
+    if decision.facts & facts::FAR_SIDE != 0 {
         decision.key.side = side::FAR;
         found = entry_of(&decision.key, tables);
         decision.key.side = side::NEAR;
@@ -190,14 +189,14 @@ pub(super) fn follow_first<F: Family, T: Tables<F>>(
         found = entry_of(&decision.key, tables);
     }
     if let Some((entry, _)) = found {
-        let verdict = verdict_along(entry.flags, egress);
+        let verdict = verdict_of_entry(entry, hook);
         if verdict != Verdict::Pass {
             decision.flow = *entry;
-            decision.set(verdict, reason_along(entry.flags));
-        } else if decision.met & met::ACCELERATED != 0 && is_answer(entry.flags) {
+            decision.set(verdict, reason_of_entry(entry));
+        } else if decision.facts & facts::ACCELERATED != 0 && is_answer(entry) {
             decision.verdict = Verdict::Around;
         }
-    } else if egress && is_unassigned(headers, tables) {
+    } else if hook.is_egress() && is_unassigned(headers, tables) {
         decision.set(Verdict::Drop, Reason::UnassignedAddress);
     } else if to_address {
         decision.reason = Reason::Fragment;

@@ -9,7 +9,7 @@ use crate::tables::Tables;
 
 use super::entry::{RENEW_TICKS, UDP_IDLE_TICKS, entry_of_packet};
 use super::open::is_opening;
-use super::{Decision, Record, Verdict, met, select};
+use super::{Decision, Hook, Record, Verdict, facts, select};
 
 /// A client that opens anew leaves an endpoint that no longer serves and was not heard for this
 /// many ticks...
@@ -23,8 +23,9 @@ pub const STREAM_TICKS: u32 = 2;
 /// Whether an entry is that of an endpoint's packet which passes ingress as it is, and is
 /// translated where it leaves.
 #[inline(always)]
-pub(super) fn is_answer(flags: u8) -> bool {
-    flags & (flow::REPLY | flow::HOST | flow::HAIRPIN | flow::DIRECT | flow::SOURCE) == flow::REPLY
+pub(super) fn is_answer<A: Copy>(entry: &Flow<A>) -> bool {
+    entry.flags & (flow::REPLY | flow::HOST | flow::HAIRPIN | flow::DIRECT | flow::SOURCE)
+        == flow::REPLY
 }
 
 /// What the entry of the replies tells about a packet that leaves towards an endpoint: its flags
@@ -44,28 +45,29 @@ pub(super) fn flags_of_reply<F: Family, T: Tables<F>>(key: &Tuple<F::Address>, t
 /// What an entry means at a hook: it counts where its direction is translated, elsewhere the packet
 /// passes as it is.
 #[inline(always)]
-pub(super) fn verdict_along(flags: u8, egress: bool) -> Verdict {
-    let reply = flags & flow::REPLY != 0;
-    let host = flags & flow::HOST != 0;
-    if flags & flow::HAIRPIN != 0 {
-        match (host, egress) {
-            (true, true) => Verdict::HandIn,
-            (false, false) => Verdict::TurnBack,
+pub(super) fn verdict_of_entry<A: Copy>(entry: &Flow<A>, hook: Hook) -> Verdict {
+    let is_egress = hook.is_egress();
+    let is_reply = entry.is_reply();
+    let is_of_host = entry.is_of_host();
+    if entry.is_hairpin() {
+        match (is_of_host, is_egress) {
+            (true, true) => Verdict::Inject,
+            (false, false) => Verdict::Bounce,
             (true, false) | (false, true) => Verdict::Pass,
         }
-    } else if flags & flow::SOURCE != 0 {
+    } else if entry.translates_source() {
         // The client's side: turned round.
-        if reply == egress { Verdict::Pass } else { Verdict::Translate }
-    } else if reply {
-        match (host, egress) {
-            (true, false) => Verdict::HandIn,
-            (false, true) if flags & flow::AWAY != 0 => Verdict::Route,
+        if is_reply == is_egress { Verdict::Pass } else { Verdict::Translate }
+    } else if is_reply {
+        match (is_of_host, is_egress) {
+            (true, false) => Verdict::Inject,
+            (false, true) if entry.returns_elsewhere() => Verdict::Route,
             (false, true) => Verdict::Translate,
             (true, true) | (false, false) => Verdict::Pass,
         }
-    } else if !egress {
+    } else if !is_egress {
         Verdict::Translate
-    } else if flags & flow::DIRECT != 0 {
+    } else if entry.is_direct() {
         // It counts where the client's packet comes in: what leaves with its tuple is the other
         // flow's.
         Verdict::Pass
@@ -78,18 +80,17 @@ pub(super) fn verdict_along(flags: u8, egress: bool) -> Verdict {
 /// anew.
 #[inline(always)]
 pub(super) fn follow_entry<F: Family, T: Tables<F>>(
-    egress: bool,
+    hook: Hook,
     headers: &Headers<F>,
     entry: &Flow<F::Address>,
-    embryonic: bool,
+    is_embryonic: bool,
     tables: &T,
     decision: &mut Decision<F>,
 ) -> bool {
-    let flags = entry.flags;
-    let reply = flags & flow::REPLY != 0;
-    let verdict = verdict_along(flags, egress);
+    let is_reply = entry.is_reply();
+    let verdict = verdict_of_entry(entry, hook);
     if verdict == Verdict::Pass {
-        if decision.met & met::ACCELERATED != 0 && is_answer(flags) {
+        if decision.facts & facts::ACCELERATED != 0 && is_answer(entry) {
             decision.verdict = Verdict::Around;
         }
         return true;
@@ -98,37 +99,37 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
         decision.flow = *entry;
         decision.set(
             verdict,
-            if flags & flow::SOURCE == 0 { Reason::IcmpError } else { Reason::Stranger },
+            if entry.translates_source() { Reason::Stranger } else { Reason::IcmpError },
         );
         return true;
     }
     let now = tables.now();
     let is_udp = headers.tuple.protocol == protocol::UDP;
     let state = if is_udp {
-        if !reply && !serves(entry, tables)
-            || flags & (flow::SOURCE | flow::DIRECT) == flow::SOURCE | flow::DIRECT
+        if !is_reply && !serves(entry, tables)
+            || entry.flags & (flow::SOURCE | flow::DIRECT) == flow::SOURCE | flow::DIRECT
                 && now.wrapping_sub(entry.seen) > UDP_IDLE_TICKS
         {
             return false;
         }
-        if reply { entry.state | state::ESTABLISHED } else { entry.state }
-    } else if reply {
+        if is_reply { entry.state | state::ESTABLISHED } else { entry.state }
+    } else if is_reply {
         if entry.state & (state::GUESS | state::MATCHED) == state::GUESS
             && (headers.tcp_flags & tcp::ACK == 0 || headers.acknowledgment != entry.replied)
         {
             // A connection that knows nothing of the guess.
             return true;
         }
-        said_by_endpoint(entry.state, headers)
+        state_after_endpoint(entry.state, headers)
     } else {
         if entry.state & (state::GUESS | state::MATCHED) == state::GUESS
             || is_opening(headers.tcp_flags)
                 && (state::has_ended(entry.state)
-                    || (embryonic || has_gone_silent(entry, now)) && !serves(entry, tables))
+                    || (is_embryonic || has_gone_silent(entry, now)) && !serves(entry, tables))
         {
             return false;
         }
-        said_by_client(entry, headers)
+        state_after_client(entry, headers)
     };
     let proves = if is_udp {
         entry.state & state::ESTABLISHED != 0 && now.wrapping_sub(entry.seen) >= STREAM_TICKS
@@ -140,13 +141,13 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
     decision.flow.state = state;
     decision.flow.seen = now;
     decision.takes_back = entry.state & !state != 0;
-    let renewed = if reply && !embryonic { entry.replied } else { entry.seen };
+    let renewed = if is_reply && !is_embryonic { entry.replied } else { entry.seen };
     if state & state::ANSWERED != 0 {
-        if reply && headers.tcp_flags & tcp::SYN != 0 {
+        if is_reply && headers.tcp_flags & tcp::SYN != 0 {
             decision.flow.replied = headers.sequence.wrapping_add(1);
         }
     } else if state & state::GUESS == 0 {
-        if reply || entry.state & state::ANSWERED != 0 {
+        if is_reply || entry.state & state::ANSWERED != 0 {
             decision.flow.replied = now;
         } else if entry.state & state::GUESS != 0 {
             // It was a number to be acknowledged.
@@ -154,25 +155,25 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
         }
     }
     let is_numbered_anew = state & state::ANSWERED != 0 && decision.flow.replied != entry.replied;
-    decision.record = if embryonic && proves {
+    decision.record = if is_embryonic && proves {
         Record::Promote
-    } else if !embryonic && state::has_ended(state) {
+    } else if !is_embryonic && state::has_ended(state) {
         Record::Demote
     } else if state == entry.state && now.wrapping_sub(renewed) < RENEW_TICKS && !is_numbered_anew {
         Record::Nothing
-    } else if embryonic {
+    } else if is_embryonic {
         Record::RenewEmbryonic
     } else {
         Record::Renew
     };
-    if state & !entry.state & state::ESTABLISHED != 0 && flags & flow::SOURCE == 0 {
-        select::proven(decision, tables);
+    if state & !entry.state & state::ESTABLISHED != 0 && !entry.translates_source() {
+        select::set_affinity(decision, tables);
     }
     // Who knows the endpoint's number needs no other proof of who it is.
-    let is_known = !reply && state & !entry.state & state::ESTABLISHED != 0;
+    let is_known = !is_reply && state & !entry.state & state::ESTABLISHED != 0;
     decision.asks_source = !is_known
         && (state != entry.state || is_numbered_anew || decision.record == Record::Promote);
-    decision.set(verdict, reason_along(flags));
+    decision.set(verdict, reason_of_entry(entry));
     true
 }
 
@@ -188,7 +189,7 @@ fn has_gone_silent<A: Copy>(entry: &Flow<A>, now: Ticks) -> bool {
 
 /// The state of a flow after a segment of its endpoint.
 #[inline(always)]
-fn said_by_endpoint<F: Family>(before: u8, headers: &Headers<F>) -> u8 {
+fn state_after_endpoint<F: Family>(before: u8, headers: &Headers<F>) -> u8 {
     let tcp_flags = headers.tcp_flags;
     if tcp_flags & tcp::RST != 0 {
         return before | state::RESET_REPLY;
@@ -212,7 +213,7 @@ fn said_by_endpoint<F: Family>(before: u8, headers: &Headers<F>) -> u8 {
 
 /// The state of a flow after a segment of its client, which anybody can forge.
 #[inline(always)]
-fn said_by_client<F: Family>(entry: &Flow<F::Address>, headers: &Headers<F>) -> u8 {
+fn state_after_client<F: Family>(entry: &Flow<F::Address>, headers: &Headers<F>) -> u8 {
     let (before, tcp_flags) = (entry.state, headers.tcp_flags);
     if tcp_flags & tcp::RST != 0 {
         return before | state::RESET_FORWARD;
@@ -234,12 +235,12 @@ fn said_by_client<F: Family>(entry: &Flow<F::Address>, headers: &Headers<F>) -> 
 /// Why a packet along an entry is translated. What happens on the client's side is counted on the
 /// backend's.
 #[inline(always)]
-pub(super) fn reason_along(flags: u8) -> Reason {
-    if flags & flow::SOURCE != 0 {
+pub(super) fn reason_of_entry<A: Copy>(entry: &Flow<A>) -> Reason {
+    if entry.translates_source() {
         Reason::Stranger
-    } else if flags & flow::DIRECT != 0 {
+    } else if entry.is_direct() {
         Reason::DirectRemapped
-    } else if flags & flow::REPLY != 0 {
+    } else if entry.is_reply() {
         Reason::Reply
     } else {
         Reason::Forward

@@ -10,7 +10,7 @@ use crate::tables::Tables;
 use super::entry::entry_of;
 use super::open::is_opening;
 
-/// Whether the entry of a tuple only [notes](super::open::leaves_as_node) that something other than
+/// Whether the entry of a tuple only [notes](super::open::opens_far_pair) that something other than
 /// a client of ours has it.
 #[inline(always)]
 fn is_noted<F: Family, T: Tables<F>>(tuple: &Tuple<F::Address>, tables: &T) -> bool {

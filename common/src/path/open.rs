@@ -1,6 +1,6 @@
 //! A packet that opens a flow: its backend, and as whom the backend sees its client.
 
-use crate::abi::{Class, backend, flow, frontend, listing, phase, side, state};
+use crate::abi::{Backend, Class, ServicePort, flow, frontend, listing, phase, side, state};
 use crate::family::Family;
 use crate::packet::header::{protocol, tcp};
 use crate::packet::parse::Headers;
@@ -8,9 +8,9 @@ use crate::reason::Reason;
 use crate::tables::Tables;
 
 use super::entry::entry_of;
-use super::policy::{self, Source};
+use super::policy::{self, Client, Source};
 use super::ports::{allocate, is_given};
-use super::{Decision, Hook, Record, Step, Verdict, accelerate, met, select};
+use super::{Decision, Hook, Record, Step, Verdict, accelerate, facts, select};
 
 /// Whether a packet opens a flow. At an address of the node, whose stack and netfilter have
 /// connections of their own there, nothing else is taken for a client's.
@@ -39,7 +39,7 @@ pub(super) fn asks_from_node_port<F: Family, T: Tables<F>>(
 /// changes nothing keeps its tuple from our clients, and its answer from being taken for a
 /// client's; where one of our clients has the tuple, its port changes.
 #[inline(always)]
-pub(super) fn leaves_as_node<F: Family, T: Tables<F>>(
+pub(super) fn opens_far_pair<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
     tables: &T,
     decision: &mut Decision<F>,
@@ -85,10 +85,10 @@ pub fn open_into<F: Family, T: Tables<F>>(
     tables: &T,
     decision: &mut Decision<F>,
 ) {
-    if decision.step != Step::Claim {
-        open(hook == Hook::Egress, headers, tables, decision);
+    if decision.step != Step::AllocatePort {
+        open(hook, headers, tables, decision);
     }
-    if decision.step == Step::Claim {
+    if decision.step == Step::AllocatePort {
         allocate(tables, decision);
     }
     accelerate(decision);
@@ -103,20 +103,21 @@ pub(super) fn is_opening(tcp_flags: u8) -> bool {
 /// The first packet of a flow, or one whose entry was lost.
 #[inline(always)]
 pub(super) fn open<F: Family, T: Tables<F>>(
-    egress: bool,
+    hook: Hook,
     headers: &Headers<F>,
     tables: &T,
     decision: &mut Decision<F>,
 ) {
     if decision.flow.translates_source() {
-        open_source(tables, decision);
+        open_far_pair(tables, decision);
         return;
     }
     let key = &headers.tuple;
+    let is_egress = hook.is_egress();
     let service_port = decision.flow.service_port;
     decision.step = Step::Done;
     let Some(port) = tables.port(service_port) else { return };
-    let is_local = egress || policy::is_local_pod(&key.source, tables);
+    let is_local = is_egress || policy::is_local_pod(&key.source, tables);
     let class = policy::class(decision.kind, is_local);
     if decision.kind == frontend::LOAD_BALANCER
         && port.restricts_sources()
@@ -146,31 +147,31 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         reject(headers, Reason::NoBackendReset, Reason::NoBackendUnreachable, decision);
         return;
     };
-    let hairpin = backend.address == key.source || egress && backend.is_host();
+    let is_hairpin = backend.address == key.source || is_egress && backend.is_host();
     decision.flow.source = key.source;
     decision.flow.destination = backend.address;
     decision.flow.destination_port = backend.port;
     decision.flow.backend = id;
     decision.flow.generation = backend.generation;
     decision.flow.seen = tables.now();
-    decision.flow.flags = if egress { flow::HOST } else { 0 }
-        | if hairpin { flow::HAIRPIN } else { 0 }
+    decision.flow.flags = if is_egress { flow::HOST } else { 0 }
+        | if is_hairpin { flow::HAIRPIN } else { 0 }
         | if backend.is_local() { flow::LOCAL } else { 0 };
-    if hairpin {
+    if is_hairpin {
         // Its client is shown to itself as the VIP, so that its answers come back here. A VIP of
         // this host's own would be answered from itself by a socket that names no source: there
         // client and server have the backend's address.
-        decision.flow.source = if egress && policy::is_loopback_device::<F, T>(tables) {
+        decision.flow.source = if is_egress && policy::is_loopback_device::<F, T>(tables) {
             backend.address
         } else {
             key.destination
         };
-    } else if !keeps_source(egress, is_local, class, port.flags, backend.flags, tables, decision) {
+    } else if !keeps_source(hook, is_local, class, port, backend, tables, decision) {
         return;
     }
-    let verdict = match (hairpin, egress) {
-        (true, true) => Verdict::HandIn,
-        (true, false) => Verdict::TurnBack,
+    let verdict = match (is_hairpin, is_egress) {
+        (true, true) => Verdict::Inject,
+        (true, false) => Verdict::Bounce,
         (false, true) => Verdict::Route,
         (false, false) => Verdict::Translate,
     };
@@ -186,16 +187,16 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         decision.set(verdict, Reason::Forward);
         decision.record = Record::Open;
     }
-    decision.step = Step::Claim;
+    decision.step = Step::AllocatePort;
 }
 
 /// Opens the client's side of a flow, where the packet leaves for the backend: an address of the
 /// node, and a port.
 #[inline(always)]
-fn open_source<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
+fn open_far_pair<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     decision.step = Step::Done;
     if !decision.flow.is_direct() {
-        let address = match tables.here() {
+        let address = match tables.hook_device() {
             Some(here) => F::masquerade(here),
             None => F::Address::default(),
         };
@@ -208,53 +209,57 @@ fn open_source<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) 
     decision.flow.seen = tables.now();
     decision.set(Verdict::Translate, Reason::Stranger);
     decision.record = Record::Open;
-    decision.step = Step::Claim;
+    decision.step = Step::AllocatePort;
 }
 
 /// Decides whether the client keeps its source, and masquerades it if not. False: the decision
 /// waits, or the packet is dropped.
 #[inline(always)]
 fn keeps_source<F: Family, T: Tables<F>>(
-    egress: bool,
+    hook: Hook,
     is_local_pod: bool,
     class: Class,
-    policies: u32,
-    backend_flags: u32,
+    port: &ServicePort,
+    backend: &Backend<F::Address>,
     tables: &T,
     decision: &mut Decision<F>,
 ) -> bool {
-    if egress {
-        return keeps_source_of_host(backend_flags, tables, decision);
+    if hook.is_egress() {
+        return keeps_source_of_host(backend, tables, decision);
     }
     let Some(settings) = tables.settings() else { return false };
-    let is_here = policy::is_edge::<F, T>(tables);
-    let source = if backend_flags & backend::HOST != 0 {
+    let is_at_edge = policy::is_edge::<F, T>(tables);
+    let source = if backend.is_host() {
         // Delivered on this node, to an address of the node itself: there is no other way back.
         Source::Kept
     } else {
-        policy::source::<F>(settings, class, policies, is_local_pod, is_here)
+        policy::source::<F>(settings, class, port, Client { is_local_pod, is_at_edge })
     };
-    if source == Source::Kept && (is_here || class == Class::Internal) {
+    if source == Source::Kept && (is_at_edge || class == Class::Internal) {
         return true;
     }
     let Some(routes) = tables.routes() else {
-        decision.step = Step::AskRoutes;
+        decision.step = Step::LookUpRoutes;
         return false;
     };
     // Its replies are translated where they leave.
-    let has_way_back = is_here || tables.device(routes.to_client).is_some();
-    if has_way_back && class != Class::Internal && !is_here && routes.to_client != tables.ifindex()
+    let has_way_back = is_at_edge || tables.device(routes.to_client).is_some();
+    if has_way_back
+        && class != Class::Internal
+        && !is_at_edge
+        && routes.to_client != tables.ifindex()
     {
         decision.flow.flags |= flow::AWAY;
     }
-    let is_local = backend_flags & backend::LOCAL != 0;
-    if source == Source::Kept || source == Source::KeptWithWayBack && is_local && has_way_back {
+    if source == Source::Kept
+        || source == Source::KeptWithWayBack && backend.is_local() && has_way_back
+    {
         return true;
     }
     let has_address = match tables.device(routes.to_backend) {
         Some(device) => F::masquerade(device) != F::Address::default(),
         // A bridge, which the backend is a port of.
-        None => is_local,
+        None => backend.is_local(),
     };
     if !has_way_back || !has_address {
         decision.set(Verdict::Drop, Reason::NoRoute);
@@ -268,22 +273,22 @@ fn keeps_source<F: Family, T: Tables<F>>(
 /// backend gives it.
 #[inline(always)]
 fn keeps_source_of_host<F: Family, T: Tables<F>>(
-    backend_flags: u32,
+    backend: &Backend<F::Address>,
     tables: &T,
     decision: &mut Decision<F>,
 ) -> bool {
     // Nobody else may see a loopback address: such a client is shown as the node, wherever its
     // backend is.
     let is_loopback = F::is_loopback(&decision.flow.source);
-    if backend_flags & backend::HOST != 0 || backend_flags & backend::LOCAL != 0 && !is_loopback {
+    if backend.is_host() || backend.is_local() && !is_loopback {
         return true;
     }
     let Some(routes) = tables.routes() else {
-        decision.step = Step::AskRoutes;
+        decision.step = Step::LookUpRoutes;
         return false;
     };
     let leaves_by = match tables.device(routes.to_backend) {
-        None if is_loopback => tables.here(),
+        None if is_loopback => tables.hook_device(),
         device => device,
     };
     let address = match leaves_by {
@@ -324,14 +329,14 @@ pub(super) fn reject<F: Family>(
 
 /// A packet that goes to a backend's own address.
 #[inline(always)]
-pub(super) fn direct<F: Family, T: Tables<F>>(
+pub(super) fn remap_direct<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
     tables: &T,
     decision: &mut Decision<F>,
 ) {
     let key = &headers.tuple;
     // A bridge's ports may have translated it before: there it is no direct packet.
-    if !opens(headers) || matches!(tables.here(), Some(here) if here.is_bridge()) {
+    if !opens(headers) || matches!(tables.hook_device(), Some(here) if here.is_bridge()) {
         return;
     }
     // A flow that has ended clashes too: its entry still translates what the backend sends to this
@@ -344,7 +349,7 @@ pub(super) fn direct<F: Family, T: Tables<F>>(
                 && entry.state & (state::GUESS | state::MATCHED) != state::GUESS
         }
         // What is left of an earlier connection must not translate this one.
-        None => decision.met & met::HAD_ENTRY != 0,
+        None => decision.facts & facts::HAD_ENTRY != 0,
     };
     if !clashes {
         return;
@@ -353,6 +358,6 @@ pub(super) fn direct<F: Family, T: Tables<F>>(
     decision.flow.flags = flow::DIRECT;
     decision.set(Verdict::Translate, Reason::DirectRemapped);
     decision.record = Record::Open;
-    decision.step = Step::Claim;
+    decision.step = Step::AllocatePort;
     decision.asks_source = true;
 }

@@ -18,12 +18,14 @@
 //! that the route to its backend gives it.
 
 use crate::abi::{
-    self, Class, Prefix, Settings, detect_local, device, device_flags, frontend, masquerade,
+    self, Class, Prefix, ServicePort, Settings, detect_local, device, frontend, masquerade,
     networks,
 };
 use crate::family::Family;
 use crate::packet::header::protocol;
 use crate::tables::Tables;
+
+use super::Hook;
 
 /// Whether a client keeps its source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +36,15 @@ pub enum Source {
     KeptWithWayBack,
     /// It is shown as an address of this node.
     Masqueraded,
+}
+
+/// Where a client is, as far as its packet tells.
+#[derive(Clone, Copy, Debug)]
+pub struct Client {
+    /// Whether it counts as a local pod.
+    pub is_local_pod: bool,
+    /// Whether its packet came in by a pod's device.
+    pub is_at_edge: bool,
 }
 
 /// How local pods of a family are told: one of [`detect_local`]. Prefixes of the other family alone
@@ -54,18 +65,19 @@ pub fn detector<F: Family>(settings: &Settings) -> u32 {
 pub fn source<F: Family>(
     settings: &Settings,
     class: Class,
-    policies: u32,
-    is_local: bool,
-    is_here: bool,
+    port: &ServicePort,
+    client: Client,
 ) -> Source {
+    let Client { is_local_pod, is_at_edge } = client;
     let as_kube_proxy = settings.masquerade != masquerade::NEEDED;
-    let is_elsewhere = is_local && !is_here && detector::<F>(settings) == detect_local::ADDRESS;
+    let is_elsewhere =
+        is_local_pod && !is_at_edge && detector::<F>(settings) == detect_local::ADDRESS;
     if class == Class::Internal {
         if settings.masquerade == masquerade::ALL {
             Source::Masqueraded
         } else if is_elsewhere && !as_kube_proxy {
             Source::KeptWithWayBack
-        } else if is_local {
+        } else if is_local_pod {
             Source::Kept
         } else if as_kube_proxy {
             if detector::<F>(settings) == detect_local::NONE {
@@ -78,11 +90,11 @@ pub fn source<F: Family>(
         } else {
             Source::KeptWithWayBack
         }
-    } else if policies & abi::policy::EXTERNAL_LOCAL != 0 {
+    } else if port.is_external_local() {
         Source::Kept
     } else if as_kube_proxy {
         Source::Masqueraded
-    } else if is_local && !is_elsewhere {
+    } else if is_local_pod && !is_elsewhere {
         Source::Kept
     } else {
         Source::KeptWithWayBack
@@ -106,7 +118,7 @@ pub fn class(kind: u32, is_local: bool) -> Class {
 pub fn is_local_pod<F: Family, T: Tables<F>>(client: &F::Address, tables: &T) -> bool {
     let Some(settings) = tables.settings() else { return false };
     match detector::<F>(settings) {
-        detect_local::DEVICE | detect_local::SOME_DEVICES => match tables.here() {
+        detect_local::DEVICE | detect_local::SOME_DEVICES => match tables.hook_device() {
             Some(here) => here.has_local_pods(),
             None => false,
         },
@@ -128,7 +140,7 @@ pub fn is_known_at_the_socket<F: Family>(settings: &Settings) -> bool {
 /// Whether the packet's device is the host's end of a pod's link.
 #[inline(always)]
 pub fn is_edge<F: Family, T: Tables<F>>(tables: &T) -> bool {
-    match tables.here() {
+    match tables.hook_device() {
         Some(here) => here.role == device::EDGE,
         None => false,
     }
@@ -161,11 +173,11 @@ pub fn netns_of_sockets(here: &abi::Device) -> Option<u32> {
 /// martian); a pod's link is no other link.
 #[inline(always)]
 pub fn may_ask_for_node_ports<F: Family, T: Tables<F>>(
-    egress: bool,
+    hook: Hook,
     address: &F::Address,
     tables: &T,
 ) -> bool {
-    if egress {
+    if hook.is_egress() {
         return is_loopback_device::<F, T>(tables);
     }
     !(F::is_loopback(address) || F::is_of_link(address) && is_edge::<F, T>(tables))
@@ -174,7 +186,7 @@ pub fn may_ask_for_node_ports<F: Family, T: Tables<F>>(
 /// Whether the packet's device carries what this host sends to its own addresses.
 #[inline(always)]
 pub fn is_loopback_device<F: Family, T: Tables<F>>(tables: &T) -> bool {
-    matches!(tables.here(), Some(here) if here.role == device::LOOPBACK)
+    matches!(tables.hook_device(), Some(here) if here.role == device::LOOPBACK)
 }
 
 /// Whether one of the prefixes holds an address.
@@ -210,7 +222,7 @@ pub fn is_within<F: Family>(
 /// those, nor does the node itself.
 #[inline(always)]
 pub fn is_foreign<F: Family, T: Tables<F>>(
-    egress: bool,
+    hook: Hook,
     source: &F::Address,
     from: u32,
     tables: &T,
@@ -221,12 +233,12 @@ pub fn is_foreign<F: Family, T: Tables<F>>(
     }
     if tables.is_node_address(source) {
         // On its way out netfilter may have masqueraded it.
-        return !egress;
+        return !hook.is_egress();
     }
     let named = route(false);
-    let (role, bridge, flags) = match tables.device(from) {
-        Some(device) => (device.role, device.bridge, device.flags),
-        None => (0, 0, 0),
+    let (role, bridge, is_gateway_above) = match tables.device(from) {
+        Some(device) => (device.role, device.bridge, device.has_gateway_above()),
+        None => (0, 0, false),
     };
     if named == from || bridge != 0 && named == bridge {
         return false;
@@ -234,7 +246,7 @@ pub fn is_foreign<F: Family, T: Tables<F>>(
     match role {
         device::EDGE => {
             let named = route(true);
-            let is_above = flags & device_flags::GATEWAY_ABOVE != 0 && named != 0;
+            let is_above = is_gateway_above && named != 0;
             named != from
                 && (bridge == 0 || named != bridge)
                 && !(is_above && tables.device(named).is_none())

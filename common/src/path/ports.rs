@@ -1,6 +1,6 @@
 //! Source ports that are given to clients.
 
-use crate::abi::{Flow, flow};
+use crate::abi::Flow;
 use crate::family::Family;
 use crate::maglev;
 use crate::packet::header::protocol;
@@ -18,9 +18,8 @@ pub const REMAP_TRIES: u32 = 8;
 /// for none.
 #[inline(always)]
 pub fn uses_host_address<A: Copy + Eq>(flow: &Flow<A>) -> bool {
-    let flags = flow.flags;
-    flags & flow::DIRECT == 0
-        && (flags & flow::HAIRPIN == 0 && flags & (flow::SOURCE | flow::HOST) != 0
+    !flow.is_direct()
+        && (!flow.is_hairpin() && (flow.translates_source() || flow.is_of_host())
             || flow.source == flow.destination)
 }
 
@@ -39,7 +38,7 @@ pub(super) fn allocate<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decis
     // port.
     let takes_another = decision.is_foreign && decision.record == Record::Open;
     let keeps = !uses_host_address(&decision.flow) && !takes_another;
-    let first = tables.passed_over().wrapping_add(u32::from(!keeps));
+    let first = tables.ports_to_skip().wrapping_add(u32::from(!keeps));
     for attempt in first..first.wrapping_add(REMAP_TRIES) {
         decision.flow.source_port = if attempt == 0 {
             decision.key.source_port
@@ -51,15 +50,19 @@ pub(super) fn allocate<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decis
             return;
         }
     }
-    decision.step = Step::Search;
+    decision.step = Step::SearchPort;
 }
 
 /// The last step: walks all source ports there are. Without a free one the client is refused.
 pub fn search<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
+    finish_search(walk_ports(tables, decision), decision);
+}
+
+/// Returns the first free source port of the walk over all that there are.
+pub fn walk_ports<F: Family, T: Tables<F>>(tables: &T, decision: &Decision<F>) -> Option<u16> {
     let start = search_start::<F>(decision);
     let mut ports = (0..PORTS).map(|index| port_of_step(start, index));
-    let found = ports.find(|port| is_free(tables, decision, *port));
-    finish_search(found, decision);
+    ports.find(|port| is_free(tables, decision, *port))
 }
 
 /// Where the walk over all source ports begins.
@@ -140,7 +143,7 @@ pub fn is_free<F: Family, T: Tables<F>>(
     {
         return false;
     }
-    let (entry, embryonic) = match tables.flow(&reply) {
+    let (entry, is_embryonic) = match tables.flow(&reply) {
         Some(entry) => (entry, false),
         None => match tables.embryonic(&reply) {
             Some(entry) => (entry, true),
@@ -148,5 +151,5 @@ pub fn is_free<F: Family, T: Tables<F>>(
         },
     };
     leads_back::<F>(entry, key)
-        || gives_way(entry, embryonic, key.protocol, decision.record, tables.now())
+        || gives_way(entry, is_embryonic, key.protocol, decision.record, tables.now())
 }

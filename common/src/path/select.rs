@@ -88,7 +88,7 @@ pub(super) fn backend<'t, F: Family, T: Tables<F>>(
 /// Has the client's affinity recorded, where the service port has any: the endpoint has answered
 /// for the first time.
 #[inline(always)]
-pub(super) fn proven<F: Family, T: Tables<F>>(decision: &mut Decision<F>, tables: &T) {
+pub(super) fn set_affinity<F: Family, T: Tables<F>>(decision: &mut Decision<F>, tables: &T) {
     let Some(port) = tables.port(decision.flow.service_port) else { return };
     if port.affinity_seconds == 0 {
         return;

@@ -1,4 +1,4 @@
-//! Tells events to whoever listens. Asked only where a packet or call is slow already: a flow's
+//! Tells events to whoever listens. Lookups only where a packet or call is slow already: a flow's
 //! first packets, and what is counted by its reason.
 
 #![allow(non_upper_case_globals, reason = "a map's name is what `bpftool map` shows")]
@@ -32,13 +32,13 @@ static event_scratch: PerCpuArray<Event, 1> = PerCpuArray::new();
 #[inline(always)]
 fn listener() -> Option<&'static Listening> {
     let sieve = listening.get(0)?;
-    (sieve.until_ns != 0 && sieve.is_on(now_ns())).then_some(sieve)
+    (sieve.until_ns != 0 && sieve.is_active(now_ns())).then_some(sieve)
 }
 
 /// Puts an event into the ring, if it was asked for.
 #[inline(always)]
-fn tell(sieve: &Listening, event: &mut Event) {
-    if !sieve.takes(event) {
+fn emit(sieve: &Listening, event: &mut Event) {
+    if !sieve.matches(event) {
         return;
     }
     // SAFETY: the helper has no preconditions.
@@ -52,14 +52,14 @@ fn tell(sieve: &Listening, event: &mut Event) {
 }
 
 /// A family whose packets' events are told by a global function: see `decide`.
-pub(super) trait Tell: Decide {
+pub(super) trait Emit: Decide {
     /// Tells of the packet in this CPU's scratch, which was met on a device.
-    fn tell(ifindex: u32, hook: Hook, dropped: bool);
+    fn emit(ifindex: u32, hook: Hook, dropped: bool);
 }
 
 /// Tells of a packet, if that is an event and anybody listens.
 #[inline(always)]
-pub(super) fn packet<F: Tell>(
+pub(super) fn packet<F: Emit>(
     decision: &Decision<F>,
     headers: &Headers<F>,
     ifindex: u32,
@@ -67,15 +67,15 @@ pub(super) fn packet<F: Tell>(
     dropped: bool,
 ) {
     if event::kind(decision, headers).is_some() && listener().is_some() {
-        F::tell(ifindex, hook, dropped);
+        F::emit(ifindex, hook, dropped);
     }
 }
 
 macro_rules! global {
-    ($family:ident, $tell:ident) => {
+    ($family:ident, $emit:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $tell(ifindex: u32, hook: u32, dropped: u32) -> u32 {
+        extern "C" fn $emit(ifindex: u32, hook: u32, dropped: u32) -> u32 {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
             let Some(sieve) = listener() else { return 0 };
             let Some(place) = event_scratch.get_ptr_mut(0) else { return 0 };
@@ -88,21 +88,21 @@ macro_rules! global {
             event.at = At::from(hook_of(hook)) as u8;
             event.ifindex = ifindex;
             event::packet(event, headers, decision, event::fate(decision.verdict, dropped != 0));
-            tell(sieve, event);
+            emit(sieve, event);
             0
         }
 
-        impl Tell for $family {
+        impl Emit for $family {
             #[inline(always)]
-            fn tell(ifindex: u32, hook: Hook, dropped: bool) {
-                let _ = $tell(ifindex, hook_number(hook), u32::from(dropped));
+            fn emit(ifindex: u32, hook: Hook, dropped: bool) {
+                let _ = $emit(ifindex, hook_number(hook), u32::from(dropped));
             }
         }
     };
 }
 
-global!(V4, tell_v4);
-global!(V6, tell_v6);
+global!(V4, emit_v4);
+global!(V6, emit_v6);
 
 /// Tells of a process's call, if anybody listens: on the stack, since one process may interrupt
 /// another here.
@@ -137,5 +137,5 @@ pub(super) fn call<F: Wide>(
     if let Ok(command) = bpf_get_current_comm() {
         event.command = command;
     }
-    tell(sieve, &mut event);
+    emit(sieve, &mut event);
 }

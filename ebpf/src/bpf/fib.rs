@@ -6,8 +6,8 @@ use aya_ebpf::bindings::{bpf_fib_lookup as Question, bpf_redir_neigh as NextHop}
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated::bpf_fib_lookup;
 use sluice_common::abi::{Ipv4Address, Ipv6Address, RouteMtu};
-use sluice_common::engine::adapter::{Forwarded, LOOPBACK, Target, Way};
-use sluice_common::path::policy;
+use sluice_common::engine::adapter::{ForwardQuery, LOOPBACK, RouteQuery, Target};
+use sluice_common::path::{Hook, policy};
 use sluice_common::{Family, Tables, V4, V6};
 
 use super::decide::{Decide, Scratch};
@@ -25,6 +25,15 @@ const OUTPUT: u32 = 2;
 const MARK: u32 = 32;
 /// What a kernel answers that does not know a flag.
 const EINVAL: i64 = -22;
+
+/// Where a packet comes from, as far as routing asks.
+#[derive(Clone, Copy)]
+pub(super) struct Origin {
+    /// The device; [`LOOPBACK`] for what this host sends itself.
+    pub(super) ifindex: u32,
+    /// The packet's firewall mark.
+    pub(super) fwmark: u32,
+}
 
 /// A family whose routes can be asked for.
 pub(super) trait Fib: Decide {
@@ -120,14 +129,14 @@ pub(super) fn route<F: Fib>(
     ctx: *mut c_void,
     source: &F::Address,
     destination: &F::Address,
-    way: Way,
+    way: RouteQuery,
 ) -> Target {
     let answer = ask_route::<F>(
         ctx,
         source,
         destination,
         way.ifindex,
-        u64::from(way.length) << 32 | u64::from(way.mark),
+        u64::from(way.length) << 32 | u64::from(way.fwmark),
     );
     match (answer as u32, (answer >> 32) as u32) {
         (0, 0) => Target::None,
@@ -136,7 +145,7 @@ pub(super) fn route<F: Fib>(
     }
 }
 
-/// As [`route`], with a [`Way`] of which length and mark are in one word: the device; in the upper
+/// As [`route`], with a [`RouteQuery`] of which length and mark are in one word: the device; in the upper
 /// half the MTU where the packet exceeds it; else 0.
 #[inline(never)]
 fn ask_route<F: Fib>(
@@ -179,7 +188,7 @@ fn ask_route<F: Fib>(
 #[inline(always)]
 pub(super) fn forward<F: Fib>(
     ctx: *mut c_void,
-    packet: &Forwarded<F::Address>,
+    packet: &ForwardQuery<F::Address>,
     next: &mut NextHop,
 ) -> Option<u32> {
     let mut question = question();
@@ -208,7 +217,7 @@ pub(super) fn forward<F: Fib>(
 fn ask_forward<F: Fib>(
     ctx: *mut c_void,
     question: &mut Question,
-    packet: &Forwarded<F::Address>,
+    packet: &ForwardQuery<F::Address>,
     ifindex: u32,
     flags: u32,
 ) -> i64 {
@@ -218,7 +227,7 @@ fn ask_forward<F: Fib>(
     question.dport = destination.to_be();
     question.__bindgen_anon_1.tot_len = packet.way.length.min(0xffff) as u16;
     question.__bindgen_anon_2.flowinfo = packet.class;
-    let mark = packet.way.mark;
+    let mark = packet.way.fwmark;
     let [a, b, c, d] = mark.to_ne_bytes();
     question.smac = [a, b, c, d, 0, 0];
     // A kernel that does not know marks here refuses: then the packet is not ours to send.
@@ -267,10 +276,9 @@ fn device<F: Fib>(
     ctx: *mut c_void,
     source: &F::Address,
     destination: &F::Address,
-    ifindex: u32,
-    mark: u32,
+    Origin { ifindex, fwmark }: Origin,
 ) -> u32 {
-    match route::<F>(ctx, source, destination, Way { ifindex, mark, length: 0 }) {
+    match route::<F>(ctx, source, destination, RouteQuery { ifindex, fwmark, length: 0 }) {
         Target::Device(device) => device,
         Target::TooBig(_) | Target::None => 0,
     }
@@ -279,43 +287,39 @@ fn device<F: Fib>(
 /// Asks where packets of the flow that is decided about would leave, and notes the answers for the
 /// path.
 #[inline(never)]
-pub(super) fn ask<F: Fib>(ctx: *mut c_void, from: u32, mark: u32) {
+pub(super) fn look_up_routes<F: Fib>(ctx: *mut c_void, from: Origin) {
     let Some(scratch) = F::scratch() else { return };
     // SAFETY: this CPU's own; nothing else takes a reference here.
-    let Scratch { decision, asked, .. } = unsafe { &mut *scratch };
+    let Scratch { decision, lookups, .. } = unsafe { &mut *scratch };
     let flow = &decision.flow;
-    asked.routes.to_backend = device::<F>(ctx, &flow.source, &flow.destination, from, mark);
-    if asked.routes.to_backend == 0 && from != LOOPBACK {
+    let here = Origin { ifindex: LOOPBACK, ..from };
+    lookups.routes.to_backend = device::<F>(ctx, &flow.source, &flow.destination, from);
+    if lookups.routes.to_backend == 0 && from.ifindex != LOOPBACK {
         // A device that may not forward answers nothing.
-        asked.routes.to_backend = device::<F>(ctx, &flow.source, &flow.destination, LOOPBACK, mark);
+        lookups.routes.to_backend = device::<F>(ctx, &flow.source, &flow.destination, here);
     }
-    asked.routes.to_client = device::<F>(ctx, &flow.destination, &flow.source, LOOPBACK, mark);
-    asked.has_routes = 1;
+    lookups.routes.to_client = device::<F>(ctx, &flow.destination, &flow.source, here);
+    lookups.has_routes = 1;
 }
 
 /// Whether the source of the packet in this CPU's scratch does not belong to the device that it
 /// came in by; 0: this host's own.
 #[inline(always)]
-pub(super) fn source_is_foreign<F: Fib>(
-    ctx: *mut c_void,
-    from: u32,
-    mark: u32,
-    egress: bool,
-) -> bool {
+pub(super) fn has_foreign_source<F: Fib>(ctx: *mut c_void, from: Origin, hook: Hook) -> bool {
     let Some(scratch) = F::scratch() else { return false };
     // SAFETY: this CPU's own; nothing else takes a reference here.
     let tuple = unsafe { &(*scratch).headers.tuple };
-    let tables = &Kernel::of(from);
-    policy::is_foreign::<F, _>(egress, &tuple.source, from, tables, |as_it_came| {
-        let bridge = match <Kernel as Tables<F>>::here(tables) {
+    let tables = &Kernel::of(from.ifindex);
+    policy::is_foreign::<F, _>(hook, &tuple.source, from.ifindex, tables, |as_it_came| {
+        let bridge = match <Kernel as Tables<F>>::hook_device(tables) {
             Some(device) if as_it_came => device.bridge,
             _ => 0,
         };
-        let (ifindex, mark) = match (as_it_came, bridge) {
-            (false, _) => (LOOPBACK, 0),
-            (true, 0) => (from, mark),
-            (true, bridge) => (bridge, mark),
+        let from = match (as_it_came, bridge) {
+            (false, _) => Origin { ifindex: LOOPBACK, fwmark: 0 },
+            (true, 0) => from,
+            (true, bridge) => Origin { ifindex: bridge, ..from },
         };
-        device::<F>(ctx, &tuple.destination, &tuple.source, ifindex, mark)
+        device::<F>(ctx, &tuple.destination, &tuple.source, from)
     })
 }

@@ -346,7 +346,7 @@ pub(super) fn device(ifindex: u32) -> Option<&'static Device> {
 #[inline(always)]
 pub(super) fn own_device() -> u32 {
     match settings.get(0) {
-        Some(told) => told.own_device,
+        Some(found) => found.own_device,
         None => 0,
     }
 }

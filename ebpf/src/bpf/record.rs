@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use sluice_common::Reason;
 use sluice_common::abi::{Affinity, AffinityKey, Flow, Tuple};
-use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
+use sluice_common::engine::record::{FlowMap, FlowTable, InsertError, Partner, Renewal, record};
 use sluice_common::path::Decision;
 #[cfg(not(feature = "both-layouts"))]
 use sluice_common::path::leads_to;
@@ -33,12 +33,12 @@ struct Flows;
 
 impl<F: Maps> FlowTable<F> for Flows {
     #[inline(always)]
-    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+    fn get(&self, place: FlowMap, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         // SAFETY: entries are plain data, readable under RCU.
         unsafe {
             match place {
-                Place::Flows => F::flows().get(key),
-                Place::Embryonic => F::embryonic().get(key),
+                FlowMap::Flows => F::flows().get(key),
+                FlowMap::Embryonic => F::embryonic().get(key),
             }
         }
     }
@@ -46,49 +46,49 @@ impl<F: Maps> FlowTable<F> for Flows {
     #[inline(always)]
     fn insert(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<F::Address>,
         flow: &Flow<F::Address>,
         only_new: bool,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), InsertError> {
         let flags = if only_new { NOEXIST } else { ANY };
         let result = match place {
-            Place::Flows => F::flows().insert(key, flow, flags),
-            Place::Embryonic => F::embryonic().insert(key, flow, flags),
+            FlowMap::Flows => F::flows().insert(key, flow, flags),
+            FlowMap::Embryonic => F::embryonic().insert(key, flow, flags),
         };
         match result {
             Ok(()) => Ok(()),
-            Err(EEXIST) => Err(Refused::Exists),
-            Err(_) => Err(Refused::Full),
+            Err(EEXIST) => Err(InsertError::Exists),
+            Err(_) => Err(InsertError::Full),
         }
     }
 
     #[inline(always)]
-    fn remove(&mut self, place: Place, key: &Tuple<F::Address>) {
+    fn remove(&mut self, place: FlowMap, key: &Tuple<F::Address>) {
         let _ = match place {
-            Place::Flows => F::flows().remove(key),
-            Place::Embryonic => F::embryonic().remove(key),
+            FlowMap::Flows => F::flows().remove(key),
+            FlowMap::Embryonic => F::embryonic().remove(key),
         };
     }
 
     #[inline(always)]
     fn refresh(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<F::Address>,
         to: &Flow<F::Address>,
         renewal: Renewal,
     ) -> bool {
         #[cfg(feature = "both-layouts")]
         return match place {
-            Place::Flows => F::flows().renew(key, to, renewal),
-            Place::Embryonic => F::embryonic().renew(key, to, renewal),
+            FlowMap::Flows => F::flows().renew(key, to, renewal),
+            FlowMap::Embryonic => F::embryonic().renew(key, to, renewal),
         };
         #[cfg(not(feature = "both-layouts"))]
         {
             let entry = match place {
-                Place::Flows => F::flows().get_ptr_mut(key),
-                Place::Embryonic => F::embryonic().get_ptr_mut(key),
+                FlowMap::Flows => F::flows().get_ptr_mut(key),
+                FlowMap::Embryonic => F::embryonic().get_ptr_mut(key),
             };
             let Some(entry) = entry else { return false };
             // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up
@@ -102,7 +102,7 @@ impl<F: Maps> FlowTable<F> for Flows {
     }
 
     #[inline(always)]
-    fn remember(&mut self, client: &AffinityKey<F::Address>, to: &Affinity) {
+    fn record_affinity(&mut self, client: &AffinityKey<F::Address>, to: &Affinity) {
         let _ = F::affinity().insert(client, to, ANY);
     }
 

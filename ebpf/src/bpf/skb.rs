@@ -14,8 +14,10 @@ use aya_ebpf::helpers::generated::{
     bpf_skb_store_bytes, bpf_skb_vlan_pop,
 };
 use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey};
-use sluice_common::engine::adapter::{Action, Adapter, Addressee, Arrival, Forwarded, Target, Way};
-use sluice_common::packet::answer::{QUOTE, Trouble};
+use sluice_common::engine::adapter::{
+    Action, Adapter, Addressee, Arrival, ForwardQuery, RouteQuery, Target,
+};
+use sluice_common::packet::answer::{IcmpError, QUOTE};
 use sluice_common::packet::checksum::Delta;
 use sluice_common::packet::header::Wire;
 use sluice_common::packet::parse::Headers;
@@ -72,6 +74,18 @@ impl<F, const LINK: u32, const EGRESS: bool> Skb<F, LINK, EGRESS> {
     #[inline(always)]
     pub(super) fn new(ctx: *mut __sk_buff) -> Self {
         Self { ctx, next: MaybeUninit::uninit(), family: PhantomData }
+    }
+
+    #[inline(always)]
+    #[allow(clippy::unused_self, reason = "a packet has a hook, whatever it follows from")]
+    pub(super) fn hook(&self) -> Hook {
+        if EGRESS { Hook::Egress } else { Hook::Ingress }
+    }
+
+    #[inline(always)]
+    pub(super) fn ifindex(&self) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (*self.ctx).ifindex }
     }
 }
 
@@ -236,7 +250,7 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Adapter<F> for Skb<F, LINK, EGR
 
     #[inline(always)]
     fn hook(&self) -> Hook {
-        if EGRESS { Hook::Egress } else { Hook::Ingress }
+        Self::hook(self)
     }
 
     #[inline(always)]
@@ -246,13 +260,12 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Adapter<F> for Skb<F, LINK, EGR
 
     #[inline(always)]
     fn ifindex(&self) -> u32 {
-        // SAFETY: the context is valid while the program runs.
-        unsafe { (*self.ctx).ifindex }
+        Self::ifindex(self)
     }
 
     #[inline(always)]
-    fn mark(&self) -> u32 {
-        // SAFETY: as above.
+    fn fwmark(&self) -> u32 {
+        // SAFETY: the context is valid while the program runs.
         unsafe { (*self.ctx).mark }
     }
 
@@ -284,12 +297,12 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Adapter<F> for Skb<F, LINK, EGR
     }
 
     #[inline(always)]
-    fn route(&self, source: &F::Address, destination: &F::Address, way: &Way) -> Target {
+    fn route(&self, source: &F::Address, destination: &F::Address, way: &RouteQuery) -> Target {
         fib::route::<F>(self.ctx.cast(), source, destination, *way)
     }
 
     #[inline(always)]
-    fn forward(&mut self, packet: &Forwarded<F::Address>) -> Option<u32> {
+    fn forward(&mut self, packet: &ForwardQuery<F::Address>) -> Option<u32> {
         // SAFETY: plain integers: zero is a value.
         let next = self.next.write(unsafe { core::mem::zeroed() });
         fib::forward::<F>(self.ctx.cast(), packet, next)
@@ -343,8 +356,8 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Adapter<F> for Skb<F, LINK, EGR
     }
 
     #[inline(always)]
-    fn write_error(&mut self, _: &Headers<F>, trouble: Trouble, mtu: u32) -> bool {
-        F::write_error(self.ctx, trouble, mtu)
+    fn write_error(&mut self, _: &Headers<F>, error: IcmpError, mtu: u32) -> bool {
+        F::write_error(self.ctx, error, mtu)
     }
 
     #[inline(always)]

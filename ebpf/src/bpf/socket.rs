@@ -304,7 +304,7 @@ fn translate<F: Maps + Wide>(
         _ if !is_taken::<F>(ctx, &key) => Outcome::Untouched,
         Choice::Refuse { service_port } => {
             if protocol == TCP {
-                count::why(Reason::SocketRefused, service_port, 0);
+                count::reason(Reason::SocketRefused, service_port, 0);
                 let refused = Flow { service_port, ..asked::<F>(&key) };
                 events::call::<F>(
                     At::Connect,

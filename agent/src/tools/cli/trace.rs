@@ -99,15 +99,15 @@ fn named<T: Copy>(all: &[T], word: fn(T) -> &'static str, text: &str) -> Result<
 
 fn reason(text: &str) -> Result<Reason, String> {
     // Nothing tells of a stranger.
-    named(Reason::ALL.get(1..).unwrap_or_default(), Reason::word, text)
+    named(Reason::ALL.get(1..).unwrap_or_default(), Reason::as_str, text)
 }
 
 fn place(text: &str) -> Result<At, String> {
-    named(At::ALL, At::word, text)
+    named(At::ALL, At::as_str, text)
 }
 
 fn kind(text: &str) -> Result<Kind, String> {
-    named(Kind::ALL, Kind::word, text)
+    named(Kind::ALL, Kind::as_str, text)
 }
 
 /// Whose service ports are, read again where one is unknown.

@@ -492,9 +492,9 @@ impl<'w> Story<'w> {
             return;
         }
         let fate = match decision.verdict {
-            PathVerdict::TurnBack => "; it goes back where it came from",
+            PathVerdict::Bounce => "; it goes back where it came from",
             PathVerdict::Route => "; it is sent on as the routes say",
-            PathVerdict::HandIn => "; it is handed to this host",
+            PathVerdict::Inject => "; it is handed to this host",
             PathVerdict::Pass
             | PathVerdict::Translate
             | PathVerdict::Around
@@ -578,7 +578,7 @@ impl<'w> Story<'w> {
     pub(super) fn ends(&mut self, verdict: Verdict, reason: Reason) {
         self.add(
             "verdict",
-            format!("{} ({}): {}", verdict.word(), reason.word(), reason.sentence().trim()),
+            format!("{} ({}): {}", verdict.word(), reason.as_str(), reason.sentence().trim()),
         );
     }
 }

@@ -245,7 +245,7 @@ impl<'w, F: Side> Walk<'w, F> {
         story.ends(verdict, decision.reason);
         Answer {
             verdict,
-            reason: decision.reason.word(),
+            reason: decision.reason.as_str(),
             service: target.as_ref().map(|target| target.owner.service.to_string()),
             port: target
                 .as_ref()
@@ -310,7 +310,7 @@ impl<'w, F: Side> Walk<'w, F> {
         story.ends(Verdict::Pass, Reason::Stranger);
         Answer {
             verdict: Verdict::Pass,
-            reason: Reason::Stranger.word(),
+            reason: Reason::Stranger.as_str(),
             service: None,
             port: None,
             frontend: None,
@@ -333,8 +333,7 @@ impl<'w, F: Side> Walk<'w, F> {
     /// What the packet asked for.
     fn target(&self, hook: Hook, ifindex: u32, decision: &Decision<F>) -> Option<Target> {
         let seen = Seen { world: self.world, ifindex };
-        let egress = hook == Hook::Egress;
-        let is_local = egress || policy::is_local_pod::<F, _>(&self.tuple.source, &seen);
+        let is_local = hook.is_egress() || policy::is_local_pod::<F, _>(&self.tuple.source, &seen);
         if decision.flow.flags & (flow::REPLY | flow::DIRECT) != 0 {
             let service_port = decision.flow.service_port;
             let key = self.key(decision.flow.source, decision.flow.source_port);
@@ -344,7 +343,7 @@ impl<'w, F: Side> Walk<'w, F> {
             return Some(Target { owner: self.owner(service_port)?, service_port, kind, class });
         }
         let found = self.find(
-            policy::may_ask_for_node_ports::<F, _>(egress, &self.tuple.destination, &seen),
+            policy::may_ask_for_node_ports::<F, _>(hook, &self.tuple.destination, &seen),
             &seen,
         );
         if let Some((service_port, kind)) = found {
@@ -490,7 +489,7 @@ impl<'w, F: Side> Walk<'w, F> {
         story.chooses(&asked, &target);
         let mut answer = Answer {
             verdict,
-            reason: reason.word(),
+            reason: reason.as_str(),
             service: Some(target.owner.service.to_string()),
             port: Some(target.owner.port()),
             frontend: Some(self.frontend(&target, &Decision::pass(&self.tuple), false)),
@@ -576,8 +575,8 @@ fn verdict(verdict: path::Verdict) -> Verdict {
         path::Verdict::Pass | path::Verdict::Hold => Verdict::Pass,
         path::Verdict::Translate
         | path::Verdict::Around
-        | path::Verdict::TurnBack
-        | path::Verdict::HandIn
+        | path::Verdict::Bounce
+        | path::Verdict::Inject
         | path::Verdict::Route => Verdict::Forward,
         path::Verdict::Reset | path::Verdict::Unreachable => Verdict::Reject,
         path::Verdict::Drop => Verdict::Drop,

@@ -204,7 +204,7 @@ impl<F: Side> Tables<F> for Seen<'_> {
         self.world.devices.get(&ifindex).map(|device| &device.entry)
     }
 
-    fn here(&self) -> Option<&Device> {
+    fn hook_device(&self) -> Option<&Device> {
         <Self as Tables<F>>::device(self, self.ifindex)
     }
 
@@ -218,7 +218,7 @@ impl<F: Side> Tables<F> for Seen<'_> {
 
     fn translated_at_socket(&self) -> bool {
         matches!(self.world.settings.socket_path, socket_path::ALL | socket_path::MACHINE)
-            && <Self as Tables<F>>::here(self).is_some_and(|here| here.role == device::EDGE)
+            && <Self as Tables<F>>::hook_device(self).is_some_and(|here| here.role == device::EDGE)
     }
 
     fn now(&self) -> Ticks {

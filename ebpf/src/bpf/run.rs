@@ -5,21 +5,21 @@ use core::ffi::c_void;
 use sluice_common::engine::open::{Refusal, Steps};
 use sluice_common::path::{Decision, Hook, Step};
 
-use super::decide::{Asked, Scratch};
-use super::events::Tell;
-use super::fib::{Fib, ask};
-use super::held::{Held, is_held};
+use super::decide::{Lookups, Scratch};
+use super::events::Emit;
+use super::fib::{Fib, Origin, look_up_routes};
+use super::socket_lookup::{SocketLookup, is_taken_by_socket};
 
 /// What a program knows of its packet.
 pub(super) trait Context {
     /// The program's context.
     fn context(&self) -> *mut c_void;
     /// Where the packet is met.
-    fn at(&self) -> Hook;
+    fn hook(&self) -> Hook;
     /// The device that it is met on.
-    fn device(&self) -> u32;
+    fn ifindex(&self) -> u32;
     /// The device from which routing sees it come, and its mark.
-    fn origin(&self) -> (u32, u32);
+    fn origin(&self) -> Origin;
 }
 
 /// A packet, and what is known and decided of it.
@@ -27,12 +27,12 @@ pub(super) trait Context {
 /// The scratch is this CPU's own, and programs that use it do not interrupt each other. References
 /// to it live no longer than a borrow of this: while one does, no global function that changes the
 /// scratch is called, since those are called by methods that borrow it mutably.
-pub(super) struct Met<F: Tell, P> {
+pub(super) struct Run<F: Emit, P> {
     pub(super) packet: P,
     scratch: *mut Scratch<F>,
 }
 
-impl<F: Tell, P> Met<F, P> {
+impl<F: Emit, P> Run<F, P> {
     /// A packet whose headers are in this CPU's scratch.
     #[inline(always)]
     pub(super) fn new(packet: P) -> Option<Self> {
@@ -42,32 +42,32 @@ impl<F: Tell, P> Met<F, P> {
     /// What is known and decided of the packet.
     #[inline(always)]
     pub(super) fn scratch(&self) -> &Scratch<F> {
-        // SAFETY: see [`Met`].
+        // SAFETY: see [`Run`].
         unsafe { &*self.scratch }
     }
 
     /// As [`Self::scratch`], to be changed.
     #[inline(always)]
     pub(super) fn scratch_mut(&mut self) -> &mut Scratch<F> {
-        // SAFETY: see [`Met`].
+        // SAFETY: see [`Run`].
         unsafe { &mut *self.scratch }
     }
 
     /// The packet, and what is known and decided of it.
     #[inline(always)]
     pub(super) fn split(&mut self) -> (&mut P, &Scratch<F>) {
-        // SAFETY: see [`Met`].
+        // SAFETY: see [`Run`].
         (&mut self.packet, unsafe { &*self.scratch })
     }
 
     /// Sets how many source ports are not to be tried, and forgets the routes.
     #[inline(always)]
-    pub(super) fn pass_over(&mut self, ports: u32) {
-        self.scratch_mut().asked = Asked::passing_over(ports);
+    pub(super) fn begin_open(&mut self, ports: u32) {
+        self.scratch_mut().lookups = Lookups::skipping(ports);
     }
 }
 
-impl<F: Tell + Fib + Held, P: Context> Steps<F> for Met<F, P> {
+impl<F: Emit + Fib + SocketLookup, P: Context> Steps<F> for Run<F, P> {
     #[inline(always)]
     fn decision(&self) -> &Decision<F> {
         &self.scratch().decision
@@ -80,13 +80,12 @@ impl<F: Tell + Fib + Held, P: Context> Steps<F> for Met<F, P> {
 
     #[inline(always)]
     fn open(&mut self) {
-        F::open(self.packet.device(), self.packet.at());
+        F::open(self.packet.ifindex(), self.packet.hook());
     }
 
     #[inline(always)]
-    fn ask_routes(&mut self) {
-        let (from, mark) = self.packet.origin();
-        ask::<F>(self.packet.context(), from, mark);
+    fn look_up_routes(&mut self) {
+        look_up_routes::<F>(self.packet.context(), self.packet.origin());
     }
 
     #[inline(always)]
@@ -95,14 +94,14 @@ impl<F: Tell + Fib + Held, P: Context> Steps<F> for Met<F, P> {
     }
 
     #[inline(always)]
-    fn is_held(&mut self) -> bool {
-        is_held::<F>(self.packet.context(), self.packet.device(), self.packet.at())
+    fn is_taken_by_socket(&mut self) -> bool {
+        is_taken_by_socket::<F>(self.packet.context(), self.packet.ifindex(), self.packet.hook())
     }
 
     #[inline(always)]
-    fn pass_over_one(&mut self) {
-        let passed_over = &mut self.scratch_mut().asked.passed_over;
-        *passed_over = passed_over.wrapping_add(1);
+    fn skip_one_port(&mut self) {
+        let ports_to_skip = &mut self.scratch_mut().lookups.ports_to_skip;
+        *ports_to_skip = ports_to_skip.wrapping_add(1);
     }
 
     #[inline(always)]

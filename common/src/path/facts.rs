@@ -19,7 +19,7 @@ pub const TO_BACKEND: u32 = 8;
 /// To an address of this node.
 pub const TO_NODE: u32 = 16;
 /// It leaves where packets of masqueraded clients leave, or must not meet them.
-pub const LEAVES: u32 = 32;
+pub const FAR_SIDE: u32 = 32;
 /// It may have an entry.
 pub const KNOWN: u32 = 64;
 /// From an address of this node, or to a frontend from anywhere.
@@ -38,7 +38,7 @@ pub(super) fn classify<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
     tables: &T,
 ) -> u32 {
-    let egress = hook == Hook::Egress;
+    let is_egress = hook.is_egress();
     let key = &headers.tuple;
     let destination = tables.listing(&key.destination);
     let to_address = destination & listing::FRONTEND != 0;
@@ -46,10 +46,10 @@ pub(super) fn classify<F: Family, T: Tables<F>>(
     // wherever others ask for it.
     let to_node_port = destination & listing::NODE_PORTS != 0
         && (headers.fragment != Fragment::Whole || tables.is_node_port(key.destination_port))
-        && policy::may_ask_for_node_ports::<F, T>(egress, &key.destination, tables);
+        && policy::may_ask_for_node_ports::<F, T>(hook, &key.destination, tables);
     let to_frontend = to_address || to_node_port;
     let source = if to_frontend { 0 } else { tables.listing(&key.source) };
-    let leaves = egress
+    let is_far = is_egress
         && (destination & listing::BACKEND != 0
             && tables.marks() & mark::MASQUERADED != 0
             && (destination & listing::NODE == 0 || !tables.is_node_address(&key.destination))
@@ -58,8 +58,8 @@ pub(super) fn classify<F: Family, T: Tables<F>>(
     let accelerated = hook == Hook::Ingress
         && (to_frontend || source & listing::BACKEND != 0)
         && matches!(tables.settings(), Some(settings) if settings.accelerates());
-    let known = if egress {
-        to_frontend || leaves || source & listing::BACKEND != 0
+    let known = if is_egress {
+        to_frontend || is_far || source & listing::BACKEND != 0
     } else {
         accelerated ||
         // A reply to a masqueraded client, or to this host's own translated packets, comes from a
@@ -73,9 +73,9 @@ pub(super) fn classify<F: Family, T: Tables<F>>(
     bit(to_address, TO_ADDRESS)
         | bit(to_node_port, TO_NODE_PORT)
         | bit(to_frontend, TO_FRONTEND)
-        | bit(!egress && destination & listing::BACKEND != 0, TO_BACKEND)
+        | bit(!is_egress && destination & listing::BACKEND != 0, TO_BACKEND)
         | bit(destination & listing::NODE != 0, TO_NODE)
-        | bit(leaves, LEAVES)
+        | bit(is_far, FAR_SIDE)
         | bit(known, KNOWN)
         | bit(to_frontend || source & listing::NODE != 0, FROM_NODE)
         | bit(source & listing::BACKEND != 0, FROM_BACKEND)
@@ -94,7 +94,7 @@ pub(super) fn is_unassigned<F: Family, T: Tables<F>>(headers: &Headers<F>, table
         return false;
     }
     // Never at an edge: another proxy of this node may serve it.
-    let Some(here) = tables.here() else { return false };
+    let Some(here) = tables.hook_device() else { return false };
     if here.role != device::UPLINK && here.role != device::FABRIC && here.role != device::OWN {
         return false;
     }
