@@ -252,14 +252,17 @@ fn put<F: Family, T: FlowTable<F>>(
     flow: &Flow<F::Address>,
     tables: &mut T,
 ) -> Result<bool, Reason> {
-    if let Some(there) = tables.get(place, key)
-        && !leads_to(there, flow)
-    {
+    let there = tables.get(place, key);
+    if matches!(there, Some(there) if !leads_to(there, flow)) {
         return Ok(false);
     }
-    match tables.insert(place, key, flow, false) {
+    let only_new = there.is_none();
+    match tables.insert(place, key, flow, only_new) {
         Ok(()) => Ok(true),
-        Err(_) => Err(Reason::FlowsFull),
+        // Another CPU was faster, with a packet of the same flow or of another one: either way its
+        // entry stays.
+        Err(InsertError::Exists) => Ok(false),
+        Err(InsertError::Full) => Err(Reason::FlowsFull),
     }
 }
 
