@@ -4,6 +4,7 @@ use crate::packet::answer::is_partial;
 use crate::packet::parse::{Headers, Kind, Parse};
 use crate::packet::rewrite::can_follow;
 use crate::path::{Decision, Step, Verdict};
+use crate::reason::Reason;
 
 use super::open::{Refusal, Steps, decide};
 
@@ -27,8 +28,10 @@ pub trait XdpProgram<F: Parse>: Steps<F> {
     fn note(&mut self);
     /// Takes [`segment`](crate::packet::rewrite::segment).
     fn translate(&mut self) -> bool;
+    /// Sets why the frame is dropped.
+    fn set_reason(&mut self, reason: Reason);
     /// Counts the frame, and tells who listens.
-    fn count(&mut self);
+    fn count(&mut self, is_dropped: bool);
 }
 
 /// What becomes of a frame.
@@ -65,11 +68,12 @@ pub fn run<F: Parse, P: XdpProgram<F>>(program: &mut P) -> Fate {
     if program.decision().datagram {
         program.note();
     }
-    if !program.translate() {
-        return Fate::Drop;
+    let is_translated = program.translate();
+    if !is_translated {
+        program.set_reason(Reason::RewriteFailed);
     }
-    program.count();
-    Fate::Pass
+    program.count(!is_translated);
+    if is_translated { Fate::Pass } else { Fate::Drop }
 }
 
 /// Whether XDP may translate a packet, if its frame is for the device that it came in by.

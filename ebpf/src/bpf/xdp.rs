@@ -13,7 +13,7 @@ use sluice_common::packet::header::{EthernetHeader, Wire};
 use sluice_common::packet::parse::{self, Headers};
 use sluice_common::packet::rewrite::{Checksum, Edit, segment};
 use sluice_common::path::Hook;
-use sluice_common::{Family, Packet, V4, V6};
+use sluice_common::{Family, Packet, Reason, V4, V6};
 
 use super::count;
 use super::decide::{Decide, Scratch};
@@ -252,9 +252,14 @@ impl<F: Xdp> XdpProgram<F> for Run<F, Frame> {
     }
 
     #[inline(always)]
-    fn count(&mut self) {
+    fn set_reason(&mut self, reason: Reason) {
+        self.scratch_mut().decision.reason = reason;
+    }
+
+    #[inline(always)]
+    fn count(&mut self, is_dropped: bool) {
         let Scratch { headers, decision, .. } = self.scratch();
-        count::packet(decision, headers, self.packet.ifindex(), Hook::Xdp, false);
+        count::packet(decision, headers, self.packet.ifindex(), Hook::Xdp, is_dropped);
     }
 }
 

@@ -506,8 +506,12 @@ impl<F: Ip> XdpProgram<F> for Run<'_, F> {
         segment(&mut self.host.packet, &self.headers, &self.decision.flow)
     }
 
-    fn count(&mut self) {
-        self.count(false);
+    fn set_reason(&mut self, reason: Reason) {
+        self.decision.reason = reason;
+    }
+
+    fn count(&mut self, is_dropped: bool) {
+        self.count(is_dropped);
     }
 }
 
