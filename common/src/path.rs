@@ -1,13 +1,13 @@
-//! The packet's path: what happens to a packet, and why.
+//! The packet's path: decides what happens to a packet, and why.
 //!
-//! [`decide`] reads headers and tables and returns a [`Decision`], plain data that
-//! an adapter applies once. It is the same code in the kernel and on the host.
+//! [`decide`] reads headers and tables and returns a [`Decision`]: plain data that an adapter
+//! applies once. The kernel and the host run the same code.
 //!
 //! # Where a packet is translated
 //!
-//! Forward (client to VIP) at the ingress of the device where the client's packet
-//! enters the node, back at the egress of the device where the reply leaves towards
-//! the client. In between, the stack sees real addresses only:
+//! A packet from client to VIP is translated at the ingress of the device where it enters the node;
+//! its reply is translated at the egress of the device where it leaves towards the client. In
+//! between, the stack sees real addresses only:
 //!
 //! ```text
 //!   client pod ──► edge ingress ──► routing, netfilter, CNI ──► edge egress ──► backend pod
@@ -16,9 +16,9 @@
 //!               backend → VIP                                  (nothing to do)
 //! ```
 //!
-//! A client that is *masqueraded*, shown to the backend as an address of this node, is translated
-//! twice, by two pairs of entries that know nothing of each other's addresses. The second pair
-//! changes the client's side, outside of what the stack sees:
+//! A client that is *masqueraded*, that is, shown to the backend as an address of this node, is
+//! translated twice, by two pairs of entries that know nothing of each other's addresses. The far
+//! pair changes the client's side, outside of what the stack sees:
 //!
 //! ```text
 //!   client ──► ingress ──► routing, netfilter, CNI ──► egress ──► backend
@@ -27,20 +27,21 @@
 //!           backend → VIP                        node → client
 //! ```
 //!
-//! The egress learns from the reply entry of the first pair that the source is to change.
+//! The egress learns from the near pair's reply entry that the source has to change.
 //!
-//! Three kinds of packets bypass the stack, which would drop them as martians: those of a client
-//! that is its own backend (*hairpin*: turned back where they came from, with the VIP as the other
-//! side's address, so that its answers come here again), answers to services without backends, and
-//! what this host's own sockets send to a VIP untranslated (translated where its route leaves, sent
-//! on by the FIB; its replies are translated at ingress and handed in on the device that the route
-//! to the VIP names).
+//! Three kinds of packets bypass the stack, which would drop them as martians:
+//! - Packets of a client that is its own backend (*hairpin*). They are bounced back to where they
+//!   came from, with the VIP as the peer's address, so that the client's answers come here again.
+//! - Answers to packets for services without backends.
+//! - Packets that this host's own sockets send to a VIP untranslated. They are translated where
+//!   their route leaves and forwarded by the FIB; their replies are translated at ingress and
+//!   injected on the device that the route to the VIP names.
 //!
-//! # In which steps
+//! # Steps
 //!
-//! [`decide_into`] answers for every packet but the first of a flow in one step. A first packet
-//! goes on to [`open_into`], which selects a backend and may wait for what the FIB says
-//! ([`Step::LookUpRoutes`]) or for a source port that takes longer to find ([`Step::SearchPort`]).
+//! [`decide_into`] finishes every packet except the first of a flow in one step. A first packet
+//! goes on to [`open_into`], which selects a backend and may have to wait for an answer of the FIB
+//! ([`Step::LookUpRoutes`]) or for a longer search of a source port ([`Step::SearchPort`]).
 
 mod entry;
 pub mod facts;
@@ -79,19 +80,19 @@ pub use ports::{
 use recover::{is_bare_reset, is_unknown_connection};
 pub use select::find;
 
-/// Bits of [`Tables::marks`]: what has happened at least once, so that the path need not look for
-/// it before.
+/// Bits of [`Tables::marks`]: what has happened at least once. While a bit is clear, the path can
+/// skip the lookup that it stands for.
 pub mod mark {
     /// A direct connection was remapped.
     pub const DIRECT: u32 = 1;
-    /// Answers to a packet may come to an address of this host: its own was translated at egress,
-    /// or a pod asked itself.
+    /// Replies may come in to an address of this host: a packet of its own was translated at
+    /// egress, or a pod called itself.
     pub const HOST: u32 = 2;
     /// A client was masqueraded.
     pub const MASQUERADED: u32 = 4;
 }
 
-/// Where a packet is met.
+/// The kind of hook that a packet passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Hook {
@@ -99,12 +100,12 @@ pub enum Hook {
     Ingress,
     /// tc egress.
     Egress,
-    /// XDP; decides as ingress does, the adapter takes only what it can finish.
+    /// XDP: decides as ingress does, but the adapter takes only what it can finish.
     Xdp,
 }
 
 impl Hook {
-    /// Whether packets leave the node, or enter a pod, by the hook's device.
+    /// Reports whether packets leave the node, or enter a pod, by the hook's device.
     #[inline(always)]
     #[must_use]
     pub const fn is_egress(self) -> bool {
@@ -116,18 +117,18 @@ impl Hook {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Verdict {
-    /// Leave it as it is and let the next program see it.
+    /// Leave it unchanged and let the next program see it.
     Pass,
     /// Rewrite it and let the next program see it.
     Translate,
-    /// Rewrite it and send it back out of the device it came from.
+    /// Rewrite it and send it back out of the device that it came from.
     Bounce,
-    /// Rewrite it and hand it to the stack on the device that the route to the VIP names.
+    /// Rewrite it and inject it into the stack on the device that the route to the VIP names.
     Inject,
     /// Rewrite it and send it where the FIB says.
     Route,
-    /// Rewrite it and send it where the FIB says if the stack would only forward it; else as
-    /// [`Verdict::Translate`].
+    /// Rewrite it and send it where the FIB says if the stack would do no more than forward it;
+    /// otherwise as [`Verdict::Translate`].
     Around,
     /// Answer with a TCP reset.
     Reset,
@@ -135,11 +136,11 @@ pub enum Verdict {
     Unreachable,
     /// Drop it.
     Drop,
-    /// Have it kept until its datagram's first fragment has been seen.
+    /// Hold it until its datagram's first fragment has been seen.
     Hold,
 }
 
-/// What to record of the flow.
+/// What a decision records of its flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Record {
@@ -147,20 +148,20 @@ pub enum Record {
     Nothing,
     /// A new flow, in `embryonic`: the partner if its tuple is free, then this entry.
     Open,
-    /// A flow found again in the middle of a connection: as `Open`, but in `flows` where the other
-    /// half of it still is.
+    /// A flow recovered in the middle of a connection: as `Open`, but in `flows` if the other half
+    /// of the flow is still there.
     Establish,
     /// The flow is proven: both entries move from `embryonic` to `flows`.
     Promote,
     /// The flow has ended: both entries move from `flows` to `embryonic`.
     Demote,
-    /// The time and state of both entries in `flows`; a missing one is made again.
+    /// The time and state of both entries in `flows` are updated; a missing entry is made again.
     Renew,
     /// As `Renew`, in `embryonic`.
     RenewEmbryonic,
 }
 
-/// What a decision still needs.
+/// What a decision still needs before it is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Step {
@@ -170,50 +171,51 @@ pub enum Step {
     Select,
     /// [`Tables::routes`]; then [`open_into`] once more.
     LookUpRoutes,
-    /// A source port: [`open_into`].
+    /// A source port, allocated by [`open_into`].
     AllocatePort,
-    /// A source port beyond the few that were tried: [`search`].
+    /// A source port beyond the few that [`open_into`] tries: [`search`].
     SearchPort,
 }
 
-/// What happens to a packet: plain data.
+/// What happens to a packet, as plain data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C, align(8))]
 pub struct Decision<F: Family> {
     /// What to do with the packet.
     pub verdict: Verdict,
-    /// Why.
+    /// The reason for the verdict.
     pub reason: Reason,
-    /// What to record.
+    /// What is recorded of the flow.
     pub record: Record,
-    /// What is still needed.
+    /// What the decision still needs.
     pub step: Step,
-    /// Whether the client's affinity to the backend is recorded: the endpoint has answered.
+    /// Whether the client's affinity to the backend is recorded, because the endpoint has answered.
     pub affinity: bool,
-    /// Whether bits of the flow's state are taken back, not only added.
+    /// Whether bits of the flow's state are cleared, not only added.
     pub takes_back: bool,
-    /// Whether the packet's word is taken for what becomes of a flow: then its source has to belong
-    /// to the device that it came in by ([`policy::is_foreign`]).
+    /// Whether the packet alone changes what becomes of a flow. Its source then has to belong to
+    /// the device that it came in by ([`policy::is_foreign`]).
     pub asks_source: bool,
     /// The client's [round](crate::abi::Affinity::round), where its affinity is recorded.
     pub round: u16,
-    /// Whether its source does not belong there: [`restrict_foreign`].
+    /// Whether the source does not belong to that device ([`restrict_foreign`]).
     pub is_foreign: bool,
-    /// Whether the packet is a first fragment, and what it [tells](fragment::ports) is noted.
+    /// Whether the packet is a first fragment whose [ports](fragment::ports) are noted for the
+    /// later ones.
     pub datagram: bool,
-    /// The kind of the frontend, one of [`crate::abi::frontend`]; 0: none was asked for.
+    /// The kind of the frontend, one of [`crate::abi::frontend`]; 0 if the packet is not for one.
     pub kind: u32,
     /// What the packet's addresses are: bits of [`facts`].
     pub facts: u32,
-    /// The tuple that `flow` is recorded under; the packet's own but where a lost entry is made
+    /// The tuple that `flow` is recorded under: the packet's own, unless a lost entry is made
     /// again.
     pub key: Tuple<F::Address>,
-    /// The translation; its addresses and ports are the packet's after the rewrite.
+    /// The translation. Its addresses and ports are the packet's after the rewrite.
     pub flow: Flow<F::Address>,
 }
 
 impl<F: Family> Decision<F> {
-    /// To pass a packet of this tuple: what every decision starts as.
+    /// Returns the decision to pass a packet of this tuple, which every decision starts as.
     #[inline(always)]
     #[must_use]
     pub fn pass(key: &Tuple<F::Address>) -> Self {
@@ -241,8 +243,8 @@ impl<F: Family> Decision<F> {
         }
     }
 
-    /// Whether the packet goes around the stack as it is: an endpoint's, which is translated where
-    /// it leaves.
+    /// Reports whether the packet is an endpoint's that goes around the stack unchanged, because it
+    /// is translated where it leaves.
     #[inline(always)]
     #[must_use]
     pub fn is_answer(&self) -> bool {
@@ -256,7 +258,7 @@ impl<F: Family> Decision<F> {
     }
 }
 
-/// Decides about a packet, all steps at once.
+/// Decides about a packet in one call, taking all steps.
 #[inline(always)]
 pub fn decide<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -274,7 +276,8 @@ pub fn decide<F: Family, T: Tables<F>>(
     decision
 }
 
-/// The first step: what no new flow is needed for. Takes a decision that is to pass so far.
+/// Takes the first step, which is the only one unless the packet opens a flow. The decision must be
+/// one to [pass](Decision::pass).
 #[inline(always)]
 pub fn decide_into<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -288,7 +291,7 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     }
 }
 
-/// Sends what is translated at ingress around the stack, where a person has asked for that.
+/// Sends a packet that is translated at ingress around the stack if acceleration is on.
 #[inline(always)]
 fn accelerate<F: Family>(decision: &mut Decision<F>) {
     if decision.facts & facts::ACCELERATED != 0
@@ -299,7 +302,7 @@ fn accelerate<F: Family>(decision: &mut Decision<F>) {
     }
 }
 
-/// What is known of a packet without a new flow.
+/// Decides all that needs no new flow.
 #[inline(always)]
 fn decide_known<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -310,8 +313,8 @@ fn decide_known<F: Family, T: Tables<F>>(
     let key = &headers.tuple;
     let is_egress = hook.is_egress();
     decision.facts = classify(hook, headers, tables);
-    // Read back from memory, behind the black box, the bits are any to the verifier: it goes on
-    // once, not for each way to them.
+    // Read back from memory behind the black box, the bits are unknown to the verifier: it goes on
+    // once, not once for each way to them.
     let facts = core::hint::black_box(&*decision).facts;
     let to_address = facts & facts::TO_ADDRESS != 0;
     let to_frontend = facts & facts::TO_FRONTEND != 0;
@@ -360,8 +363,8 @@ fn decide_known<F: Family, T: Tables<F>>(
             return;
         }
         if before == 0 && !from_node {
-            // Of a client that speaks to the endpoint directly, if it is no endpoint's reply
-            // itself.
+            // It belongs to a client that speaks to the endpoint directly, unless it is itself an
+            // endpoint's reply.
             is_far = false;
             known = facts & facts::FROM_BACKEND != 0;
         }
@@ -394,7 +397,7 @@ fn decide_known<F: Family, T: Tables<F>>(
                 && !opens(headers)
                 && tables.is_node_address(&key.destination)
             {
-                // A connection of the stack's own, or one that netfilter knows.
+                // It belongs to a connection of the stack itself, or to one that netfilter knows.
                 return;
             }
             decision.flow.service_port = service_port;
@@ -415,7 +418,7 @@ fn decide_known<F: Family, T: Tables<F>>(
     if is_far && opens_far_pair(headers, tables, decision) {
         return;
     }
-    // Backends are clients too, and an address stays listed for a while when its Service is gone.
+    // Backends are clients too, and an address stays listed for a while after its Service is gone.
     if is_egress && is_unassigned(headers, tables) {
         decision.set(Verdict::Drop, Reason::UnassignedAddress);
         return;
@@ -425,9 +428,9 @@ fn decide_known<F: Family, T: Tables<F>>(
     }
 }
 
-/// Takes back what a packet of a foreign source must not do, where a decision [asks for the
-/// source](Decision::asks_source): it goes along what there is, and changes nothing. What opens a
-/// flow opens one beside those of whoever has its address.
+/// Undoes what a packet with a foreign source must not do, where a decision [depends on the
+/// source](Decision::asks_source). The packet follows existing entries and changes none of them. If
+/// it opens a flow, the new one stands next to those of the address's owner.
 #[inline(always)]
 pub fn restrict_foreign<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -437,7 +440,7 @@ pub fn restrict_foreign<F: Family, T: Tables<F>>(
 ) {
     decision.is_foreign = true;
     if decision.step == Step::Select {
-        // One that its owner would leave for another backend.
+        // Its owner would leave this entry for another backend.
         if let Some((entry, _)) = entry_of(&headers.tuple, tables) {
             decision.flow = *entry;
             decision.set(verdict_of_entry(entry, hook), reason_of_entry(entry));
@@ -448,7 +451,7 @@ pub fn restrict_foreign<F: Family, T: Tables<F>>(
     if matches!(decision.reason, Reason::ReplyRecovered | Reason::DirectRemapped)
         && decision.record != Record::Nothing
     {
-        // To the backend's own address, as without us.
+        // It goes on to the backend's own address, as it would without Sluice.
         decision.key = headers.tuple;
         decision.flow = Decision::<F>::pass(&headers.tuple).flow;
         decision.set(Verdict::Pass, Reason::Stranger);
@@ -458,7 +461,7 @@ pub fn restrict_foreign<F: Family, T: Tables<F>>(
     decision.affinity = false;
 }
 
-/// Why a packet for a service is passed untouched.
+/// Returns why a packet for a service is passed untouched.
 #[inline(always)]
 fn unreadable(kind: Kind) -> Reason {
     match kind {

@@ -1,31 +1,32 @@
-//! Why a packet or call was treated as it was.
+//! The reasons why packets and calls are treated as they are.
 
 /// Declares the reasons: number, word and sentence in one place.
 macro_rules! reasons {
     ($($(#[doc = $doc:literal])* $name:ident = $number:literal, $word:literal;)*) => {
-        /// Why a packet that was not simply passed was treated as it was: at once a
-        /// counter's index, a metric's label, and a word in the CLI.
+        /// Why a packet that was not simply passed was treated as it was. A reason is a counter's
+        /// index, a metric's label and a word of the CLI.
         ///
-        /// Each packet is counted once. Numbers are part of the ABI: they are added, never reused.
+        /// Each packet is counted once. Numbers are part of the ABI: new ones are added, old ones
+        /// are never reused.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr(u32)]
         pub enum Reason { $($(#[doc = $doc])* $name = $number,)* }
 
         impl Reason {
-            /// Every reason, in order of its number.
+            /// All reasons, in order of their numbers.
             pub const ALL: &'static [Reason] = &[$(Reason::$name,)*];
 
-            /// The word for metrics and the CLI.
+            /// Returns the word for metrics and the CLI.
             pub const fn as_str(self) -> &'static str {
                 match self { $(Reason::$name => $word,)* }
             }
 
-            /// One sentence for people.
+            /// Returns one sentence for people.
             pub const fn sentence(self) -> &'static str {
                 match self { $(Reason::$name => concat!($($doc),*),)* }
             }
 
-            /// The reason of a number found in a map.
+            /// Returns the reason with a number that was found in a map.
             pub const fn from_number(number: u32) -> Option<Self> {
                 match number { $($number => Some(Reason::$name),)* _ => None }
             }

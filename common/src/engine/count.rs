@@ -1,4 +1,4 @@
-//! How a packet is counted: once, where it goes along a flow by its backend, else by its reason.
+//! Counts packets: each one once, by its backend if it follows a flow, otherwise by its reason.
 
 use crate::abi::BackendCounters;
 use crate::family::Family;
@@ -10,13 +10,13 @@ use crate::reason::Reason;
 /// Where a packet is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Count {
-    /// Nowhere: it is nobody's that Sluice knows.
+    /// Nowhere: it concerns no Service.
     Nowhere,
-    /// At a backend, along a flow.
+    /// At a backend, because it follows a flow.
     Backend {
         /// Index into `backends`.
         id: u32,
-        /// Which way.
+        /// Its direction.
         direction: Direction,
     },
     /// At a reason.
@@ -28,10 +28,10 @@ pub enum Count {
     },
 }
 
-/// Which way a packet goes along a flow.
+/// The direction of a packet within its flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// To the backend; `opens`: its first packet.
+    /// To the backend.
     Forward {
         /// Whether the flow is recorded as a new one.
         opens: bool,

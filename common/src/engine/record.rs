@@ -1,6 +1,6 @@
 //! Writes what a [`Decision`] records of its flow.
 //!
-//! The same code in the kernel and on the host, over the tables that a [`FlowTable`] lends it.
+//! The kernel and the host run the same code, over the tables that a [`FlowTable`] lends it.
 
 use crate::abi::{Affinity, AffinityKey, Flow, Tuple, flow};
 use crate::family::Family;
@@ -12,32 +12,33 @@ use crate::reason::Reason;
 /// One of the two tables that hold flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FlowMap {
-    /// `flows`: proven ones.
+    /// `flows`: proven flows.
     Flows,
-    /// `embryonic`: those that nothing has proven.
+    /// `embryonic`: flows that nothing has proven yet.
     Embryonic,
 }
 
 /// Why an entry was not inserted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InsertError {
-    /// It is to be new, and its key has one.
+    /// The entry has to be new, and its key has one already.
     Exists,
     /// The table has no room.
     Full,
 }
 
-/// What a renewal brings up to date besides the time.
+/// What a renewal updates besides the time.
 #[derive(Clone, Copy, Debug)]
 pub struct Renewal {
-    /// When the endpoint was heard: the packet is a reply.
+    /// Whether the packet is a reply: then the time when the endpoint was last heard is updated.
     pub is_heard: bool,
-    /// The state as it is now; else bits are added to what others have written meanwhile.
+    /// Whether the state is replaced; otherwise bits are added to what others have written
+    /// meanwhile.
     pub takes_back: bool,
 }
 
 impl Renewal {
-    /// Brings an entry up to date.
+    /// Updates an entry.
     #[inline(always)]
     pub fn apply<A: Copy>(self, entry: &mut Flow<A>, to: &Flow<A>) {
         entry.seen = to.seen;
@@ -50,14 +51,14 @@ impl Renewal {
 
 /// Write access to the tables that hold flows, and to what is recorded with one.
 pub trait FlowTable<F: Family> {
-    /// The entry of a key.
+    /// Returns the entry of a key.
     fn get(&self, place: FlowMap, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>>;
 
-    /// Inserts an entry; `only_new`: not over another.
+    /// Inserts an entry. With `only_new` it replaces no other entry of its key.
     ///
     /// # Errors
     ///
-    /// Why it is not there now.
+    /// Returns why the entry was not inserted.
     fn insert(
         &mut self,
         place: FlowMap,
@@ -69,8 +70,8 @@ pub trait FlowTable<F: Family> {
     /// Removes an entry, if there is one.
     fn remove(&mut self, place: FlowMap, key: &Tuple<F::Address>);
 
-    /// Brings time and state of an entry up to date in place, if it leads where `to` does; false
-    /// where there is none at all.
+    /// Updates time and state of an entry in place if it leads where `to` does. Returns false if
+    /// there is no entry at all.
     fn refresh(
         &mut self,
         place: FlowMap,
@@ -79,19 +80,19 @@ pub trait FlowTable<F: Family> {
         renewal: Renewal,
     ) -> bool;
 
-    /// Notes where a client has been. One that finds no room goes by its slot.
+    /// Records a client's affinity. A client that finds no room goes by its slot.
     fn record_affinity(&mut self, client: &AffinityKey<F::Address>, to: &Affinity);
 
-    /// Notes that something has happened at least once: bits of [`mark`].
+    /// Sets bits of [`mark`]: something has happened at least once.
     fn set_marks(&mut self, bits: u32);
 }
 
-/// Records a decision's flow. `partner` is room for the entry of the other direction: the kernel's
-/// stack has none.
+/// Records a decision's flow. `partner` is space for the entry of the other direction, for which
+/// the kernel's stack has no room.
 ///
 /// # Errors
 ///
-/// The reason why the packet must not go on: its answers would not find back.
+/// Returns the reason why the packet must not go on: its answers would not find their way back.
 #[inline(always)]
 pub fn record<F: Family, T: FlowTable<F>>(
     decision: &mut Decision<F>,
@@ -127,7 +128,7 @@ pub fn record<F: Family, T: FlowTable<F>>(
 pub struct Partner<F: Family> {
     key: Tuple<F::Address>,
     flow: Flow<F::Address>,
-    /// The key of the other direction of an entry that goes.
+    /// The key of the other direction of an entry that is being removed.
     stale: Tuple<F::Address>,
 }
 
@@ -147,7 +148,7 @@ fn open<F: Family, T: FlowTable<F>>(
     let (key, flow) = (&decision.key, &mut decision.flow);
     let recovers = decision.record == Record::Establish;
     let mut proof = None;
-    // What an earlier flow of the same client port has left behind.
+    // Remove what an earlier flow of the same client port has left behind.
     for place in [FlowMap::Flows, FlowMap::Embryonic] {
         let Some(old) = tables.get(place, key) else { continue };
         if !leads_to(old, flow) {
@@ -160,7 +161,7 @@ fn open<F: Family, T: FlowTable<F>>(
             tables.remove(place, key);
         }
     }
-    // The path found the tuple free, or held by an entry that no longer counts: that one goes.
+    // The path found the tuple free, or held by an entry that no longer counts, which is removed.
     for place in [FlowMap::Flows, FlowMap::Embryonic] {
         let Some(old) = tables.get(place, &partner.key) else { continue };
         if leads_to(old, &partner.flow) {
@@ -176,11 +177,10 @@ fn open<F: Family, T: FlowTable<F>>(
                 flow.seen,
             )
         {
-            // One of another flow came between the path's look and now.
+            // Another flow's entry was inserted between the path's lookup and now.
             return Err(Reason::ClashRace);
         } else {
-            // Without its replies the other direction is of no use: the client gets a new flow
-            // instead.
+            // Without its replies the other direction is useless: that client gets a new flow.
             partner.stale = partner_key::<F>(old, key.protocol);
             forget(place, &partner.key, &partner.stale, tables);
         }
@@ -202,8 +202,8 @@ fn open<F: Family, T: FlowTable<F>>(
         return Err(Reason::FlowsFull);
     }
     let bits = if flow.flags & (flow::DIRECT | flow::SOURCE) == flow::DIRECT { mark::DIRECT } else { 0 }
-        // A pod's own node port may lead to itself: its answer comes to an address of the node,
-        // too.
+        // A pod's own node port may lead to the pod itself: then its answer goes to an address of
+        // the node, too.
         | if flow.flags & (flow::HOST | flow::HAIRPIN) != 0 { mark::HOST } else { 0 }
         | if flow.is_masqueraded() { mark::MASQUERADED } else { 0 };
     if bits != 0 {
@@ -212,7 +212,8 @@ fn open<F: Family, T: FlowTable<F>>(
     Ok(())
 }
 
-/// Removes the other direction of an entry that goes, unless its tuple is another flow's by now.
+/// Removes the other direction of an entry that is being removed, unless its tuple belongs to
+/// another flow by now.
 #[inline(always)]
 fn forget<F: Family, T: FlowTable<F>>(
     place: FlowMap,
@@ -235,7 +236,7 @@ fn promote<F: Family, T: FlowTable<F>>(
     if !put(FlowMap::Flows, &partner.key, &partner.flow, tables)?
         || !put(FlowMap::Flows, &decision.key, &decision.flow, tables)?
     {
-        // Another flow has been proven for the tuple: this one is left to its age.
+        // Another flow has been proven for the tuple: this one is left to expire.
         return Ok(());
     }
     tables.remove(FlowMap::Embryonic, &partner.key);
@@ -243,8 +244,7 @@ fn promote<F: Family, T: FlowTable<F>>(
     Ok(())
 }
 
-/// Writes an entry where there is none, or one that leads the same way; false: another flow's is
-/// there.
+/// Writes an entry unless another flow's is there, in which case it returns false.
 #[inline(always)]
 fn put<F: Family, T: FlowTable<F>>(
     place: FlowMap,
@@ -259,8 +259,8 @@ fn put<F: Family, T: FlowTable<F>>(
     let only_new = there.is_none();
     match tables.insert(place, key, flow, only_new) {
         Ok(()) => Ok(true),
-        // Another CPU was faster, with a packet of the same flow or of another one: either way its
-        // entry stays.
+        // Another CPU was faster with a packet of the same flow, or of another: either way its
+        // entry stays. An entry that the lookup found leads the same way, so it may be replaced.
         Err(InsertError::Exists) => Ok(false),
         Err(InsertError::Full) => Err(Reason::FlowsFull),
     }
@@ -277,13 +277,14 @@ fn demote<F: Family, T: FlowTable<F>>(
         return Err(Reason::FlowsFull);
     }
     tables.remove(FlowMap::Flows, &decision.key);
-    // The other direction's tuple may be another flow's by now.
+    // The other direction's tuple may belong to another flow by now.
     let there = tables.get(FlowMap::Flows, &partner.key);
     if matches!(there, Some(there) if !leads_to(there, &partner.flow)) {
         return Ok(());
     }
     let is_there = there.is_some();
-    // Inserted before it is removed, so that no other CPU's packet finds it in neither table.
+    // Inserted before the other is removed, so that no other CPU's packet finds it in neither
+    // table.
     let _ = put(FlowMap::Embryonic, &partner.key, &partner.flow, tables)?;
     if is_there {
         tables.remove(FlowMap::Flows, &partner.key);
@@ -291,7 +292,7 @@ fn demote<F: Family, T: FlowTable<F>>(
     Ok(())
 }
 
-/// Brings time and state of both entries up to date; one that is missing is made again.
+/// Updates time and state of both entries; one that is missing is made again.
 #[inline(always)]
 fn renew<F: Family, T: FlowTable<F>>(
     decision: &Decision<F>,

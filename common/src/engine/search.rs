@@ -1,4 +1,4 @@
-//! Searches a source port among all that there are, and remembers searches that found none.
+//! Searches all source ports for a free one, and remembers searches that failed.
 
 use crate::abi::{Ticks, Tuple};
 use crate::family::Family;
@@ -12,12 +12,12 @@ pub trait PortSearch<F: Family> {
     fn failed_at(&self, key: &Tuple<F::Address>) -> Option<Ticks>;
     /// Remembers that a search for a key has failed.
     fn set_failed(&mut self, key: &Tuple<F::Address>, at: Ticks);
-    /// Takes [`walk_ports`](crate::path::walk_ports).
+    /// Performs [`walk_ports`](crate::path::walk_ports).
     fn walk(&mut self, decision: &Decision<F>) -> Option<u16>;
 }
 
-/// Searches a source port for a decision. A search that failed is not repeated within its tick: it
-/// is the longest thing that a packet can ask for, and a flood would ask for it with every packet.
+/// Searches a source port for a decision. A search that failed is not repeated within the same
+/// tick: no other step takes as long, and a flood would cause it with every packet.
 #[inline(always)]
 pub fn search<F: Family, S: PortSearch<F>>(decision: &mut Decision<F>, ports: &mut S) {
     let mut key = partner_key::<F>(&decision.flow, decision.key.protocol);

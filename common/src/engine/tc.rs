@@ -1,4 +1,4 @@
-//! The way of a packet through a program at tc.
+//! Takes a packet through a program at tc.
 
 use crate::event::Wide;
 use crate::packet::answer::Answer;
@@ -10,33 +10,33 @@ use super::act::{self, around};
 use super::adapter::{Action, Adapter};
 use super::open::{Steps, open};
 
-/// A packet whose headers are read, on its way through a program at tc.
+/// A program at tc, with a packet whose headers are read.
 pub trait TcProgram<F: Answer>: Steps<F> {
-    /// What lends the packet and the host.
+    /// The adapter, which lends the packet and the host.
     type Adapter: Adapter<F>;
 
-    /// Takes [`decide_into`](crate::path::decide_into).
+    /// Performs [`decide_into`](crate::path::decide_into).
     fn decide(&mut self);
     /// Sets the decision to pass the packet.
     fn pass(&mut self);
-    /// Takes [`restrict_foreign`](crate::path::restrict_foreign).
+    /// Performs [`restrict_foreign`](crate::path::restrict_foreign).
     fn restrict_foreign(&mut self);
-    /// Notes what a first fragment tells.
+    /// Notes a first fragment's ports for the later ones.
     fn note(&mut self);
-    /// Returns what [`is_for_others`](act::is_for_others) says.
+    /// Performs [`is_for_others`](act::is_for_others).
     fn is_for_others(&self) -> bool;
-    /// Returns what [`is_foreign`](crate::path::policy::is_foreign) says.
+    /// Performs [`is_foreign`](crate::path::policy::is_foreign).
     fn has_foreign_source(&self) -> bool;
-    /// Whether the flow may have the port of a socket that cannot be looked up
+    /// Reports whether the flow may have the port of a socket that cannot be looked up
     /// ([`hides_sockets`](crate::path::policy::hides_sockets)).
     fn has_hidden_socket(&mut self) -> bool;
-    /// Sets how many source ports are not to be tried, and forgets the routes.
+    /// Begins to open a flow: sets how many source ports to skip, and forgets the routes.
     fn begin(&mut self, ports_to_skip: u32);
-    /// Returns the packet, and what is known and decided of it.
+    /// Returns the adapter, the packet's headers and the decision.
     fn parts(&mut self) -> (&mut Self::Adapter, &Headers<F>, &Decision<F>);
-    /// Sets why the packet met its end.
+    /// Sets the reason for what became of the packet.
     fn set_reason(&mut self, reason: Reason);
-    /// Counts the packet, and tells who listens.
+    /// Counts the packet, and sends an event to whoever listens.
     fn count(&mut self, is_dropped: bool);
 }
 

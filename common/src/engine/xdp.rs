@@ -1,4 +1,5 @@
-//! What XDP takes upon itself: only what needs nothing of what stands behind it.
+//! Takes a frame through the program at XDP, which handles only what needs nothing of what comes
+//! after it.
 
 use crate::packet::answer::is_partial;
 use crate::packet::parse::{Headers, Kind, Parse};
@@ -8,29 +9,29 @@ use crate::reason::Reason;
 
 use super::open::{Refusal, Steps, decide};
 
-/// A frame whose headers are read, on its way through a program at XDP.
+/// A program at XDP, with a frame whose headers are read.
 pub trait XdpProgram<F: Parse>: Steps<F> {
-    /// Takes [`decide_into`](crate::path::decide_into).
+    /// Performs [`decide_into`](crate::path::decide_into).
     fn decide(&mut self);
-    /// Returns what [`is_foreign`](crate::path::policy::is_foreign) says.
+    /// Performs [`is_foreign`](crate::path::policy::is_foreign).
     fn has_foreign_source(&self) -> bool;
-    /// Sets that no source port is passed over, and forgets the routes.
+    /// Begins to open a flow: skips no source port, and forgets the routes.
     fn begin(&mut self);
-    /// Returns what is known of the frame.
+    /// Returns the frame's headers.
     fn headers(&self) -> &Headers<F>;
-    /// Whether the frame is addressed to the device that it came in by.
+    /// Reports whether the frame is addressed to the device that it came in by.
     fn is_addressed_here(&self) -> bool;
-    /// Marks the frame as translated, for tc; false where there is no room for that.
+    /// Marks the frame as translated, for tc; returns false if there is no room for the mark.
     fn mark_translated(&mut self) -> bool;
-    /// Takes the mark away.
+    /// Removes the mark.
     fn unmark_translated(&mut self);
-    /// Notes what a first fragment tells.
+    /// Notes a first fragment's ports for the later ones.
     fn note(&mut self);
-    /// Takes [`segment`](crate::packet::rewrite::segment).
+    /// Performs [`segment`](crate::packet::rewrite::segment).
     fn translate(&mut self) -> bool;
     /// Sets why the frame is dropped.
     fn set_reason(&mut self, reason: Reason);
-    /// Counts the frame, and tells who listens.
+    /// Counts the frame, and sends an event to whoever listens.
     fn count(&mut self, is_dropped: bool);
 }
 
@@ -39,12 +40,12 @@ pub trait XdpProgram<F: Parse>: Steps<F> {
 pub enum Fate {
     /// It goes on to the stack, translated or not.
     Pass,
-    /// It ends here: an edit failed half-way.
+    /// It is dropped: an edit failed half-way.
     Drop,
 }
 
-/// Takes a frame to its end. What XDP cannot finish goes on as it came: tc meets the same
-/// obstacle, and tells the reason.
+/// Takes a frame through the program. What XDP cannot finish goes on as it came: tc finds the same
+/// obstacle, and reports the reason.
 #[inline(always)]
 pub fn run<F: Parse, P: XdpProgram<F>>(program: &mut P) -> Fate {
     program.decide();
@@ -76,7 +77,8 @@ pub fn run<F: Parse, P: XdpProgram<F>>(program: &mut P) -> Fate {
     if is_translated { Fate::Pass } else { Fate::Drop }
 }
 
-/// Whether XDP may translate a packet, if its frame is for the device that it came in by.
+/// Reports whether XDP may translate a packet, provided that its frame is for the device that it
+/// came in by.
 #[inline(always)]
 fn may_translate<F: Parse>(headers: &Headers<F>, decision: &Decision<F>) -> bool {
     decision.verdict == Verdict::Translate

@@ -1,4 +1,4 @@
-//! A packet that opens a flow: its backend, and as whom the backend sees its client.
+//! Packets that open a flow: selects the backend, and the source address that the backend sees.
 
 use crate::abi::{Backend, Class, ServicePort, flow, frontend, listing, phase, side, state};
 use crate::family::Family;
@@ -12,15 +12,16 @@ use super::policy::{self, Client, Source};
 use super::ports::{allocate, is_given};
 use super::{Decision, Hook, Record, Step, Verdict, accelerate, facts, select};
 
-/// Whether a packet opens a flow. At an address of the node, whose stack and netfilter have
-/// connections of their own there, nothing else is taken for a client's.
+/// Reports whether a packet opens a flow. At an address of the node, where the stack and netfilter
+/// have connections of their own, no other packet is taken for a client's.
 #[inline(always)]
 pub(super) fn opens<F: Family>(headers: &Headers<F>) -> bool {
     headers.tuple.protocol == protocol::UDP || is_opening(headers.tcp_flags)
 }
 
-/// Whether a datagram leaves from a port that is a node port: its answer would look like a client's
-/// question. Beside netfilter's node ports it is an answer itself.
+/// Reports whether a datagram leaves from a port that is a node port, so that its answer would look
+/// like a client's request. As long as netfilter serves node ports too, the datagram may itself be
+/// an answer.
 #[inline(always)]
 pub(super) fn asks_from_node_port<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
@@ -31,13 +32,13 @@ pub(super) fn asks_from_node_port<F: Family, T: Tables<F>>(
         && matches!(tables.settings(), Some(settings) if settings.phase == phase::SERVE)
 }
 
-/// A packet without an entry that leaves for a backend: decides whether its source is to change, or
-/// is to be kept from it.
+/// Decides, for a packet without an entry that leaves for a backend, whether to open the far pair,
+/// which changes its source or protects it from change. Returns false if no pair is to be opened.
 ///
 /// A client of a [masqueraded](crate::abi::flow::MASQUERADED) flow is shown as an address of the
-/// node. What leaves with such an address already is this host's own or netfilter's: an entry that
-/// changes nothing keeps its tuple from our clients, and its answer from being taken for a
-/// client's; where one of our clients has the tuple, its port changes.
+/// node. A packet that already leaves with such an address is this host's own or netfilter's. An
+/// entry that changes nothing reserves its tuple against our clients, and keeps its answer from
+/// being taken for a client's. If one of our clients has the tuple, the packet's port changes.
 #[inline(always)]
 pub(super) fn opens_far_pair<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
@@ -58,8 +59,8 @@ pub(super) fn opens_far_pair<F: Family, T: Tables<F>>(
             decision.step = Step::Select;
             return true;
         }
-        // Of a flow of this host's own, or a reply, translated before; or a clash in the middle of
-        // a connection, whose port cannot change.
+        // It belongs to a flow of this host's own, or is a reply, translated before; or it clashes
+        // in the middle of a connection, whose port cannot change.
         if first.is_of_host() || first.flags & (flow::REPLY | flow::SOURCE) == 0 || !opens(headers)
         {
             return false;
@@ -77,7 +78,8 @@ pub(super) fn opens_far_pair<F: Family, T: Tables<F>>(
     true
 }
 
-/// The second step, for the first packet of a flow: a backend, the client's source, a source port.
+/// Takes the second step, for the first packet of a flow: selects a backend, the client's source
+/// and a source port.
 #[inline(always)]
 pub fn open_into<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -94,13 +96,13 @@ pub fn open_into<F: Family, T: Tables<F>>(
     accelerate(decision);
 }
 
-/// Whether a segment opens a connection.
+/// Reports whether a segment opens a connection.
 #[inline(always)]
 pub(super) fn is_opening(tcp_flags: u8) -> bool {
     tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
 }
 
-/// The first packet of a flow, or one whose entry was lost.
+/// Opens a flow for its first packet, or for one whose entry was lost.
 #[inline(always)]
 pub(super) fn open<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -158,9 +160,9 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         | if is_hairpin { flow::HAIRPIN } else { 0 }
         | if backend.is_local() { flow::LOCAL } else { 0 };
     if is_hairpin {
-        // Its client is shown to itself as the VIP, so that its answers come back here. A VIP of
-        // this host's own would be answered from itself by a socket that names no source: there
-        // client and server have the backend's address.
+        // The client sees itself as the VIP, so that its answers come back here. A VIP that is an
+        // address of this host would be answered from that address by a socket that names no
+        // source: there, client and server both have the backend's address.
         decision.flow.source = if is_egress && policy::is_loopback_device::<F, T>(tables) {
             backend.address
         } else {
@@ -181,8 +183,8 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         if tcp_flags & tcp::RST == 0 && !decision.is_foreign {
             decision.record = Record::Establish;
         }
-        // Else it is the last packet there will be, or not its client's: nothing to record, but its
-        // port is as it was.
+        // Otherwise this is the last packet of the connection, or not its client's: nothing is
+        // recorded, but its port stays as it was.
     } else {
         decision.set(verdict, Reason::Forward);
         decision.record = Record::Open;
@@ -190,8 +192,8 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     decision.step = Step::AllocatePort;
 }
 
-/// Opens the client's side of a flow, where the packet leaves for the backend: an address of the
-/// node, and a port.
+/// Opens the client's side of a flow where the packet leaves for the backend: gives it an address
+/// of the node, and a port.
 #[inline(always)]
 fn open_far_pair<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     decision.step = Step::Done;
@@ -212,8 +214,8 @@ fn open_far_pair<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>
     decision.step = Step::AllocatePort;
 }
 
-/// Decides whether the client keeps its source, and masquerades it if not. False: the decision
-/// waits, or the packet is dropped.
+/// Decides whether the client keeps its source, and masquerades it if not. Returns false if the
+/// decision has to wait or the packet is dropped.
 #[inline(always)]
 fn keeps_source<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -230,7 +232,8 @@ fn keeps_source<F: Family, T: Tables<F>>(
     let Some(settings) = tables.settings() else { return false };
     let is_at_edge = policy::is_edge::<F, T>(tables);
     let source = if backend.is_host() {
-        // Delivered on this node, to an address of the node itself: there is no other way back.
+        // The packet is delivered on this node to an address of the node itself: there is no other
+        // way back.
         Source::Kept
     } else {
         policy::source::<F>(settings, class, port, Client { is_local_pod, is_at_edge })
@@ -242,7 +245,7 @@ fn keeps_source<F: Family, T: Tables<F>>(
         decision.step = Step::LookUpRoutes;
         return false;
     };
-    // Its replies are translated where they leave.
+    // Replies are translated where they leave.
     let has_way_back = is_at_edge || tables.device(routes.to_client).is_some();
     if has_way_back
         && class != Class::Internal
@@ -258,7 +261,7 @@ fn keeps_source<F: Family, T: Tables<F>>(
     }
     let has_address = match tables.device(routes.to_backend) {
         Some(device) => F::masquerade(device) != F::Address::default(),
-        // A bridge, which the backend is a port of.
+        // A bridge that the backend is a port of.
         None => backend.is_local(),
     };
     if !has_way_back || !has_address {
@@ -269,8 +272,8 @@ fn keeps_source<F: Family, T: Tables<F>>(
     true
 }
 
-/// As [`keeps_source`], for a process of this host: it has the address that the route to its
-/// backend gives it.
+/// As [`keeps_source`], for a process of this host: it gets the address that the route to its
+/// backend prescribes.
 #[inline(always)]
 fn keeps_source_of_host<F: Family, T: Tables<F>>(
     backend: &Backend<F::Address>,
@@ -299,7 +302,7 @@ fn keeps_source_of_host<F: Family, T: Tables<F>>(
         if is_loopback {
             decision.set(Verdict::Drop, Reason::NoRoute);
         }
-        // Else not by a device of ours: as the host itself would send it.
+        // Otherwise it does not leave by a device of ours: send it as the host itself would.
         return !is_loopback;
     }
     if address != decision.flow.source {
@@ -309,7 +312,7 @@ fn keeps_source_of_host<F: Family, T: Tables<F>>(
     true
 }
 
-/// A packet that is to be answered: a reset for TCP, else ICMP port unreachable.
+/// Rejects a packet: with a reset for TCP, otherwise with ICMP port unreachable.
 #[inline(always)]
 pub(super) fn reject<F: Family>(
     headers: &Headers<F>,
@@ -327,7 +330,7 @@ pub(super) fn reject<F: Family>(
     }
 }
 
-/// A packet that goes to a backend's own address.
+/// Changes the source port of a direct connection to a backend if a translated flow has its tuple.
 #[inline(always)]
 pub(super) fn remap_direct<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
@@ -335,20 +338,21 @@ pub(super) fn remap_direct<F: Family, T: Tables<F>>(
     decision: &mut Decision<F>,
 ) {
     let key = &headers.tuple;
-    // A bridge's ports may have translated it before: there it is no direct packet.
+    // The programs of a bridge's ports may have translated the packet before: then it is no direct
+    // one.
     if !opens(headers) || matches!(tables.hook_device(), Some(here) if here.is_bridge()) {
         return;
     }
-    // A flow that has ended clashes too: its entry still translates what the backend sends to this
-    // tuple. Where it no longer keeps the tuple from others, the direct connection's own entry,
-    // which changes nothing, replaces it. So does another direct connection that was given this
-    // one's port. A guess translates nothing of it.
+    // A flow that has ended clashes too, since its entry still translates what the backend sends to
+    // this tuple. If that entry no longer reserves the tuple, the direct connection's own entry,
+    // which changes nothing, replaces it. The same holds for another direct connection that was
+    // given this one's port. A guess translates none of its packets.
     let clashes = match entry_of(&key.reversed(), tables) {
         Some((entry, _)) => {
             entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::SOURCE) == flow::REPLY
                 && entry.state & (state::GUESS | state::MATCHED) != state::GUESS
         }
-        // What is left of an earlier connection must not translate this one.
+        // An earlier connection's leftover entry must not translate this one.
         None => decision.facts & facts::HAD_ENTRY != 0,
     };
     if !clashes {
