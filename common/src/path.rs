@@ -113,7 +113,7 @@ impl Hook {
     }
 }
 
-/// What an adapter does with the packet after the rewrite.
+/// The treatment of a packet by the adapter, after the rewrite if there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Verdict {
@@ -140,7 +140,7 @@ pub enum Verdict {
     Hold,
 }
 
-/// What a decision records of its flow.
+/// Changes to a flow's entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Record {
@@ -161,7 +161,7 @@ pub enum Record {
     RenewEmbryonic,
 }
 
-/// What a decision still needs before it is complete.
+/// The next step of a decision that is not complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Step {
@@ -177,17 +177,17 @@ pub enum Step {
     SearchPort,
 }
 
-/// What happens to a packet, as plain data.
+/// A decision about a packet, as plain data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C, align(8))]
 pub struct Decision<F: Family> {
-    /// What to do with the packet.
+    /// The packet's treatment.
     pub verdict: Verdict,
     /// The reason for the verdict.
     pub reason: Reason,
-    /// What is recorded of the flow.
+    /// Changes to the flow's entries.
     pub record: Record,
-    /// What the decision still needs.
+    /// The next step, if the decision is not complete.
     pub step: Step,
     /// Whether the client's affinity to the backend is recorded, because the endpoint has answered.
     pub affinity: bool,
@@ -205,7 +205,7 @@ pub struct Decision<F: Family> {
     pub datagram: bool,
     /// The kind of the frontend, one of [`crate::abi::frontend`]; 0 if the packet is not for one.
     pub kind: u32,
-    /// What the packet's addresses are: bits of [`facts`].
+    /// Facts about the packet's addresses: bits of [`facts`].
     pub facts: u32,
     /// The tuple that `flow` is recorded under: the packet's own, unless a lost entry is made
     /// again.

@@ -1,4 +1,4 @@
-//! What an adapter lends the engine: a packet, and the host that it is on.
+//! The interface between engine and adapter: a packet, and the host that it is on.
 
 use crate::abi::{Device, Flow, RejectBucket, RejectKey};
 use crate::family::Family;
@@ -11,7 +11,7 @@ use crate::path::Hook;
 /// packets that are not bound to a device.
 pub const LOOPBACK: u32 = 1;
 
-/// What finally becomes of a packet. Devices are named by their index.
+/// The final treatment of a packet. Devices are named by their index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// The next program decides.
@@ -28,7 +28,7 @@ pub enum Action {
     ForwardTo(u32),
 }
 
-/// How a frame came in.
+/// The link layer's view of an incoming frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Arrival {
     /// Whom the link layer addresses it to.
@@ -37,7 +37,7 @@ pub struct Arrival {
     pub tag: Option<u16>,
 }
 
-/// Whom a frame is addressed to.
+/// The addressee of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Addressee {
     /// The device that it came in by.
@@ -48,7 +48,7 @@ pub enum Addressee {
     Other,
 }
 
-/// What routing asks of a packet besides its addresses.
+/// A packet's properties besides its addresses that routing depends on.
 #[derive(Clone, Copy, Debug)]
 pub struct RouteQuery {
     /// The device that it comes from, or [`LOOPBACK`] for this host itself.
@@ -59,7 +59,7 @@ pub struct RouteQuery {
     pub length: u32,
 }
 
-/// Where the routing tables send a packet.
+/// A destination by the routing tables.
 #[derive(Clone, Copy, Debug)]
 pub enum Target {
     /// Out of a device.
@@ -70,7 +70,7 @@ pub enum Target {
     None,
 }
 
-/// What routing asks of a packet that is forwarded.
+/// A forwarded packet's properties that routing depends on.
 #[derive(Clone, Copy, Debug)]
 pub struct ForwardQuery<A> {
     /// Its source.

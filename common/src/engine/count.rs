@@ -7,7 +7,7 @@ use crate::packet::parse::Headers;
 use crate::path::{Decision, Record};
 use crate::reason::Reason;
 
-/// Where a packet is counted.
+/// The counter of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Count {
     /// Nowhere: it concerns no Service.
@@ -41,7 +41,7 @@ pub enum Direction {
 }
 
 impl Count {
-    /// Returns where a packet is counted.
+    /// Returns a packet's counter.
     #[inline(always)]
     pub fn of<F: Family>(decision: &Decision<F>) -> Self {
         let (flow, reason) = (&decision.flow, decision.reason);

@@ -7,11 +7,11 @@ use crate::path::{Decision, Hook, Record, Step, keeps_direct, policy, uses_host_
 use crate::reason::Reason;
 use crate::tables::Tables;
 
-/// How often a flow's first packet is decided about if its tuple is taken meanwhile.
+/// Number of times that a flow's first packet is decided about if its tuple is taken meanwhile.
 pub const OPEN_TRIES: u32 = 4;
 
-/// Why a packet must not go on after all, as the number of a [`Reason`], since a global function of
-/// the kernel returns no more than that.
+/// The reason why a packet must not go on after all, as a number, since a global function of the
+/// kernel returns no more than that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal(u32);
 

@@ -18,7 +18,7 @@ pub enum FlowMap {
     Embryonic,
 }
 
-/// Why an entry was not inserted.
+/// The reason why an entry was not inserted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InsertError {
     /// The entry has to be new, and its key has one already.
@@ -27,7 +27,7 @@ pub enum InsertError {
     Full,
 }
 
-/// What a renewal updates besides the time.
+/// Updates of a renewal besides the time.
 #[derive(Clone, Copy, Debug)]
 pub struct Renewal {
     /// Whether the packet is a reply: then the time when the endpoint was last heard is updated.

@@ -35,7 +35,7 @@ pub trait XdpProgram<F: Parse>: Steps<F> {
     fn count(&mut self, is_dropped: bool);
 }
 
-/// What becomes of a frame.
+/// The end of a frame's way through the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
     /// It goes on to the stack, translated or not.

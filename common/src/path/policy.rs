@@ -1,4 +1,4 @@
-//! Who a client is, and whether it keeps its source address.
+//! Policies: the class of a client, and whether it keeps its source address.
 //!
 //! The rules follow kube-proxy's. They differ where a client's source can be kept without losing
 //! the way back of its replies.
@@ -27,7 +27,7 @@ use crate::tables::Tables;
 
 use super::Hook;
 
-/// What happens to a client's source address.
+/// The treatment of a client's source address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// It is kept.
@@ -38,7 +38,7 @@ pub enum Source {
     Masqueraded,
 }
 
-/// Where a client is, as far as its packet tells.
+/// A client's place, as far as its packet tells.
 #[derive(Clone, Copy, Debug)]
 pub struct Client {
     /// Whether the client counts as a local pod.

@@ -11,7 +11,7 @@ use crate::packet::header::protocol;
 use crate::path::{find, policy};
 use crate::tables::Tables;
 
-/// What to do with a call.
+/// A decision about a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice<F: Family> {
     /// The call goes on unchanged. The address is no frontend, or the decision needs what only
