@@ -1,10 +1,10 @@
 //! The maps' keys and values, declared once for kernel and agent.
 //!
-//! Addresses are bytes in wire order; ports are numbers in host order, so that a plain `bpftool map
-//! dump` shows `80` and not `20480`. No struct has padding (the sum of its fields' sizes is
-//! compared with its own at compile time), and its size is asserted next to it, since a changed
-//! size is a changed layout: raise [`LAYOUT`] with it if the map's entries outlive an upgrade. A
-//! map that the agent fills is made anew if it differs.
+//! Addresses are bytes in wire order; ports are numbers in host order, so that a plain
+//! `bpftool map dump` shows `80` and not `20480`. No struct has padding (the sum of its fields'
+//! sizes is compared with its own at compile time), and its size is asserted next to it, since a
+//! changed size is a changed layout: raise [`LAYOUT`] with it if the map's entries outlive an
+//! upgrade. A map that the agent fills is made anew if it differs.
 
 /// Declares map keys and values: C layout, no padding, known size. A struct of both families has
 /// its IPv4 size first, then its IPv6 size.

@@ -3,9 +3,9 @@
 //! # Why a delta, and why two
 //!
 //! A translator knows which fields it changes and must not read the payload, so it carries the
-//! *difference*: for every 16-bit field that goes from `m` to `m'`, the checksum `C` becomes `C' =
-//! ~(~C + ~m + m')`, all in one's complement. Byte order does not matter as long as sum and fields
-//! share it, so everything here is in memory order.
+//! *difference*: for every 16-bit field that goes from `m` to `m'`, the checksum `C` becomes
+//! `C' = ~(~C + ~m + m')`, all in one's complement. Byte order does not matter as long as sum and
+//! fields share it, so everything here is in memory order.
 //!
 //! Worked example: destination `10.96.0.10` -> `10.244.1.2`, checksum `0x1c46`.
 //! Words `0x0a60 0x000a` -> `0x0af4 0x0102`: `~0x0a60 + ~0x000a + 0x0af4 + 0x0102`

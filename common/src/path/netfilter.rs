@@ -26,21 +26,18 @@ pub(super) fn left_to_netfilter<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
     tables: &T,
 ) -> Option<Reason> {
-    let now = match tables.settings() {
-        Some(settings) => settings.phase,
-        None => return None,
-    };
-    if now == phase::SERVE || was_ours && !is_noted(&headers.tuple, tables) {
+    let settings = tables.settings()?;
+    if settings.phase == phase::SERVE || was_ours && !is_noted(&headers.tuple, tables) {
         return None;
     }
     let opens = headers.tuple.protocol != protocol::UDP && is_opening(headers.tcp_flags);
-    if now & phase::IMPORTED != 0
+    if settings.has_imported()
         && let Some(bits) = tables.imported(&headers.tuple)
         && !(opens && bits & imported::CLOSING != 0)
     {
         return Some(Reason::NetfilterFlow);
     }
-    match now & phase::MASK {
+    match settings.phase & phase::MASK {
         phase::SERVE => None,
         phase::IMPORT if opens => None,
         _ => Some(Reason::NotTaken),

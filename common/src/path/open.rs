@@ -345,8 +345,8 @@ pub(super) fn remap_direct<F: Family, T: Tables<F>>(
     }
     // A flow that has ended clashes too, since its entry still translates what the backend sends to
     // this tuple. If that entry no longer reserves the tuple, the direct connection's own entry,
-    // which changes nothing, replaces it. The same holds for another direct connection that was
-    // given this one's port. A guess translates none of its packets.
+    // which changes nothing, replaces it. Another direct connection that was given this one's port
+    // clashes as well. A guess does not: it translates none of its packets.
     let clashes = match entry_of(&key.reversed(), tables) {
         Some((entry, _)) => {
             entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::SOURCE) == flow::REPLY

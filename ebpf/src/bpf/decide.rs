@@ -1,4 +1,4 @@
-//! The path and its records as global functions.
+//! The path's steps as global functions.
 //!
 //! The verifier checks a global function once and by itself, whatever its callers do. Inlined, or
 //! as a static function, the path would be checked anew for every state that reading a packet can
@@ -25,33 +25,33 @@ use super::maps::Maps;
 use super::record;
 use super::tables::Kernel;
 
-/// What is known and decided of a packet, in a map: the stack has no room for it, and kernel 6.1
-/// takes no map key from a global function's argument. Programs that use it run with softirqs off,
-/// so that none interrupts another on its CPU.
+/// The headers and the decision of a packet, in a map: the stack has no room for them, and kernel
+/// 6.1 takes no map key from a global function's argument. Programs that use it run with softirqs
+/// off, so that none interrupts another on its CPU.
 #[repr(C)]
 pub(super) struct Scratch<F: Family> {
     pub(super) headers: Headers<F>,
     pub(super) decision: Decision<F>,
     pub(super) lookups: Lookups,
-    /// Room for what is recorded.
+    /// Space for the entry of the other direction.
     partner: Partner<F>,
 }
 
-/// What the adapter found out for the path.
+/// The results of the adapter's lookups, for the path.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct Lookups {
-    /// Counts if `has_routes` is not zero.
+    /// Valid if `has_routes` is not zero.
     pub(super) routes: Routes,
     pub(super) has_routes: u32,
-    /// Source ports that are not to be tried: sockets hold them, or may.
+    /// Number of source ports to skip: sockets hold them, or may hold them.
     pub(super) ports_to_skip: u32,
-    /// The port that a search found; 0: none.
+    /// The port that a search found, or 0.
     found: u32,
 }
 
 impl Lookups {
-    /// Nothing, but that so many source ports are not to be tried.
+    /// Returns no results, with a number of source ports to skip.
     pub(super) const fn skipping(ports_to_skip: u32) -> Self {
         Self {
             routes: Routes { to_backend: 0, to_client: 0 },
@@ -67,24 +67,23 @@ static scratch_v4: PerCpuArray<Scratch<V4>, 1> = PerCpuArray::new();
 #[btf_map]
 static scratch_v6: PerCpuArray<Scratch<V6>, 1> = PerCpuArray::new();
 
-/// A family whose decisions are made and recorded by global functions.
+/// A family with global functions that decide and record.
 pub(super) trait Decide: Maps + Parse {
-    /// This CPU's scratch. A reference to it must not outlive a call of the functions below, which
-    /// take their own.
+    /// Returns this CPU's scratch. A reference to it must not outlive a call of the functions
+    /// below, which take their own.
     fn scratch() -> Option<*mut Scratch<Self>>;
-    /// Decides about the packet in this CPU's scratch, met on a device.
+    /// Decides about the packet in this CPU's scratch, which is at a device's hook.
     fn decide(ifindex: u32, hook: Hook);
-    /// Takes back what the packet must not do, since its source does not belong where it came in
-    /// by.
+    /// Performs [`path::restrict_foreign`].
     fn restrict_foreign(hook: Hook);
-    /// Goes on with a decision that is not done.
+    /// Performs [`path::open_into`].
     fn open(ifindex: u32, hook: Hook);
-    /// Searches a source port for the decision.
+    /// Performs [`search`] for the decision.
     fn search();
-    /// Records the flow of the decision in this CPU's scratch; 0, or the number of the reason why
-    /// the packet must not go on.
+    /// Records the flow of the decision in this CPU's scratch. Returns 0, or the number of the
+    /// reason why the packet must not go on.
     fn record() -> u32;
-    /// Notes what the first fragment in this CPU's scratch tells.
+    /// Notes the ports of the first fragment in this CPU's scratch.
     fn note();
 }
 
@@ -108,7 +107,7 @@ pub(super) fn hook_of(number: u32) -> Hook {
 
 /// The walk over all source ports, and the table of tuples for which it found none.
 struct Ports<'l> {
-    /// Where the loop's steps leave what they have found.
+    /// Receives the port that the loop's steps find.
     found: &'l mut u32,
     /// The loop's body.
     step: extern "C" fn(u32, *mut c_void) -> i64,
@@ -143,7 +142,7 @@ impl<F: Decide> PortSearch<F> for Ports<'_> {
     }
 }
 
-/// One step of the walk; 1 ends it.
+/// Takes one step of the walk; 1 ends it.
 #[inline(always)]
 fn try_port<F: Decide>(index: u32) -> i64 {
     let Some(scratch) = F::scratch() else { return 1 };
@@ -230,7 +229,7 @@ macro_rules! global {
             // SAFETY: as above.
             let Scratch { headers, decision, .. } = unsafe { &*scratch };
             let ports = fragment::ports(headers, decision, now());
-            // Where there is no room the others go on untouched.
+            // Without room, the later fragments go on untouched.
             let _ = <$family as Maps>::fragments().insert(&fragment::key(headers), &ports, 0);
             0
         }

@@ -1,5 +1,5 @@
-//! Tells events to whoever listens. Lookups only where a packet or call is slow already: a flow's
-//! first packets, and what is counted by its reason.
+//! Sends events to whoever listens. It is called only where a packet or call is slow anyway: for a
+//! flow's first packets, and for what is counted by its reason.
 
 #![allow(non_upper_case_globals, reason = "a map's name is what `bpftool map` shows")]
 
@@ -20,22 +20,22 @@ use super::decide::{Decide, Scratch, hook_number, hook_of};
 static events: RingBuf<Event, { EVENTS_BYTES as usize }> = RingBuf::new();
 #[btf_map]
 static listening: Array<Listening, 1> = Array::new();
-/// Events for which the ring had no room.
+/// Events for which the ring buffer had no room.
 #[btf_map]
 static events_lost: PerCpuArray<u64, 1> = PerCpuArray::new();
 /// A packet's event while it is written: the stack has no room for it.
 #[btf_map]
 static event_scratch: PerCpuArray<Event, 1> = PerCpuArray::new();
 
-/// What is asked for, if anybody listens. Without a listener one word is read; of one that was
-/// killed, the clock too.
+/// Returns the listener's filter, if anybody listens. Without a listener one word is read; if the
+/// listener was killed, the clock too.
 #[inline(always)]
 fn listener() -> Option<&'static Listening> {
     let sieve = listening.get(0)?;
     (sieve.until_ns != 0 && sieve.is_active(now_ns())).then_some(sieve)
 }
 
-/// Puts an event into the ring, if it was asked for.
+/// Puts an event into the ring buffer if it passes the filter.
 #[inline(always)]
 fn emit(sieve: &Listening, event: &mut Event) {
     if !sieve.matches(event) {
@@ -51,13 +51,13 @@ fn emit(sieve: &Listening, event: &mut Event) {
     }
 }
 
-/// A family whose packets' events are told by a global function: see `decide`.
+/// A family with a global function that sends packets' events (see `decide`).
 pub(super) trait Emit: Decide {
-    /// Tells of the packet in this CPU's scratch, which was met on a device.
+    /// Sends the event of the packet in this CPU's scratch, which is at a device's hook.
     fn emit(ifindex: u32, hook: Hook, dropped: bool);
 }
 
-/// Tells of a packet, if that is an event and anybody listens.
+/// Sends a packet's event, if it is one and anybody listens.
 #[inline(always)]
 pub(super) fn packet<F: Emit>(
     decision: &Decision<F>,
@@ -104,8 +104,8 @@ macro_rules! global {
 global!(V4, emit_v4);
 global!(V6, emit_v6);
 
-/// Tells of a process's call, if anybody listens: on the stack, since one process may interrupt
-/// another here.
+/// Sends the event of a process's call, if anybody listens. The event is on the stack, since one
+/// process may interrupt another here.
 #[inline(always)]
 pub(super) fn call<F: Wide>(
     at: At,

@@ -12,7 +12,7 @@ use super::maps::{self, Maps};
 
 const ANY: u64 = BPF_ANY as u64;
 const NOEXIST: u64 = BPF_NOEXIST as u64;
-/// What inserting an entry that is there answers.
+/// The error of inserting an entry that exists.
 const EEXIST: i32 = -17;
 
 /// Records a decision's flow in the maps.
@@ -91,8 +91,7 @@ impl<F: Maps> FlowTable<F> for Flows {
                 FlowMap::Embryonic => F::embryonic().get_ptr_mut(key),
             };
             let Some(entry) = entry else { return false };
-            // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up
-            // to date.
+            // SAFETY: the entry is readable under RCU. A concurrent writer may win: both update it.
             let entry = unsafe { &mut *entry };
             if leads_to(entry, to) {
                 renewal.apply(entry, to);
@@ -109,8 +108,8 @@ impl<F: Maps> FlowTable<F> for Flows {
     #[inline(always)]
     fn set_marks(&mut self, bits: u32) {
         if let Some(marks) = maps::marks.get_ptr_mut(0) {
-            // SAFETY: the element is there. Bits are only ever added, and each is added again on
-            // its next occasion.
+            // SAFETY: the element exists. Bits are only ever added, and each is added again on its
+            // next occasion.
             unsafe { *marks |= bits };
         }
     }

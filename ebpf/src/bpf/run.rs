@@ -1,4 +1,4 @@
-//! A packet that a program meets, in this CPU's scratch: the steps that both kinds of program take.
+//! One run of a program: the steps that tc and XDP programs share.
 
 use core::ffi::c_void;
 
@@ -10,57 +10,57 @@ use super::events::Emit;
 use super::fib::{Fib, Origin, look_up_routes};
 use super::socket_lookup::{SocketLookup, is_taken_by_socket};
 
-/// What a program knows of its packet.
+/// The context of a program.
 pub(super) trait Context {
-    /// The program's context.
+    /// Returns the context that the kernel passed.
     fn context(&self) -> *mut c_void;
-    /// Where the packet is met.
+    /// Returns the hook.
     fn hook(&self) -> Hook;
-    /// The device that it is met on.
+    /// Returns the index of the hook's device.
     fn ifindex(&self) -> u32;
-    /// The device from which routing sees it come, and its mark.
+    /// Returns where the packet comes from, as routing sees it.
     fn origin(&self) -> Origin;
 }
 
-/// A packet, and what is known and decided of it.
+/// A run of a program: its packet, with this CPU's scratch.
 ///
 /// The scratch is this CPU's own, and programs that use it do not interrupt each other. References
-/// to it live no longer than a borrow of this: while one does, no global function that changes the
-/// scratch is called, since those are called by methods that borrow it mutably.
+/// to it live no longer than a borrow of this struct. While one lives, no global function that
+/// changes the scratch is called, since those are called by methods that borrow this mutably.
 pub(super) struct Run<F: Emit, P> {
     pub(super) packet: P,
     scratch: *mut Scratch<F>,
 }
 
 impl<F: Emit, P> Run<F, P> {
-    /// A packet whose headers are in this CPU's scratch.
+    /// Returns the run for a packet whose headers are in this CPU's scratch.
     #[inline(always)]
     pub(super) fn new(packet: P) -> Option<Self> {
         Some(Self { packet, scratch: F::scratch()? })
     }
 
-    /// What is known and decided of the packet.
+    /// Returns the scratch.
     #[inline(always)]
     pub(super) fn scratch(&self) -> &Scratch<F> {
         // SAFETY: see [`Run`].
         unsafe { &*self.scratch }
     }
 
-    /// As [`Self::scratch`], to be changed.
+    /// Returns the scratch, to be changed.
     #[inline(always)]
     pub(super) fn scratch_mut(&mut self) -> &mut Scratch<F> {
         // SAFETY: see [`Run`].
         unsafe { &mut *self.scratch }
     }
 
-    /// The packet, and what is known and decided of it.
+    /// Returns the packet, to be changed, and the scratch.
     #[inline(always)]
     pub(super) fn split(&mut self) -> (&mut P, &Scratch<F>) {
         // SAFETY: see [`Run`].
         (&mut self.packet, unsafe { &*self.scratch })
     }
 
-    /// Sets how many source ports are not to be tried, and forgets the routes.
+    /// Begins to open a flow: sets how many source ports to skip, and forgets the routes.
     #[inline(always)]
     pub(super) fn begin_open(&mut self, ports: u32) {
         self.scratch_mut().lookups = Lookups::skipping(ports);

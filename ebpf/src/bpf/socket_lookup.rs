@@ -20,7 +20,7 @@ const CURRENT_NETNS: u64 = u64::MAX;
 
 /// A family whose sockets can be looked up.
 pub(super) trait SocketLookup: Decide {
-    /// Fills in the tuple of a packet; its size in bytes.
+    /// Fills in the tuple of a packet, and returns its size in bytes.
     fn sock_tuple(
         tuple: &mut bpf_sock_tuple,
         from: (&Self::Address, u16),
@@ -58,7 +58,7 @@ impl SocketLookup for V6 {
     }
 }
 
-/// Whether a socket holds the tuple that the flow in this CPU's scratch is to have.
+/// Reports whether a socket holds the tuple that the flow in this CPU's scratch is to have.
 #[inline(never)]
 pub(super) fn is_taken_by_socket<F: SocketLookup>(
     ctx: *mut c_void,
@@ -79,7 +79,7 @@ pub(super) fn is_taken_by_socket<F: SocketLookup>(
     let backend = (&flow.destination, flow.destination_port);
     // SAFETY: plain integers: zero is a value.
     let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
-    // As packets come to that end.
+    // The tuple of packets that arrive at that end.
     let size = match end {
         FlowEnd::Client => F::sock_tuple(&mut tuple, backend, client),
         FlowEnd::Backend => F::sock_tuple(&mut tuple, client, backend),

@@ -1,4 +1,4 @@
-//! The path's questions, answered by the maps.
+//! Answers the path's questions from the maps.
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use sluice_common::Tables;
@@ -16,14 +16,14 @@ use super::maps::{self, Maps};
 
 /// The maps, seen from a device.
 pub(super) struct Kernel {
-    /// The device that the packet is met on; 0 for calls of sockets.
+    /// The device whose hook the packet passes; 0 for a socket's call.
     pub(super) ifindex: u32,
-    /// What the adapter found out.
+    /// The results of the adapter's lookups.
     pub(super) lookups: Lookups,
 }
 
 impl Kernel {
-    /// The maps, seen from a device, before anything was asked.
+    /// Returns the maps, seen from a device, before any lookup.
     #[inline(always)]
     pub(super) fn of(ifindex: u32) -> Self {
         Self { ifindex, lookups: Lookups::skipping(0) }

@@ -1,13 +1,13 @@
 //! The tc adapter: takes an skb through the engine.
 //!
-//! What is not dropped or redirected returns -1 (`TCX_NEXT`, `TC_ACT_UNSPEC`), never OK: the
-//! programs behind ours must see every packet that goes on.
+//! A packet that is not dropped or redirected makes the program return -1 (`TCX_NEXT`,
+//! `TC_ACT_UNSPEC`), never OK: the programs after ours must see every packet that goes on.
 
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, bpf_sock};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_sk_fullsock, bpf_sk_storage_get};
-use sluice_common::abi::{CallerKey, Tuple, device, flow};
+use sluice_common::abi::{CallerKey, Tuple, device};
 use sluice_common::engine::adapter::Adapter;
 use sluice_common::engine::tc::{TcProgram, run_translated};
 use sluice_common::engine::{self, act};
@@ -61,7 +61,7 @@ pub(super) fn run<const LINK: u32, const EGRESS: bool>(skb: *mut __sk_buff) -> i
     }
 }
 
-/// Whether a program has translated the packet before, at this side of the stack.
+/// Reports whether a program has already translated the packet at this side of the stack.
 #[inline(always)]
 fn is_done<const EGRESS: bool>(skb: *mut __sk_buff) -> bool {
     // SAFETY: the context is valid while the program runs.
@@ -81,11 +81,11 @@ fn is_done<const EGRESS: bool>(skb: *mut __sk_buff) -> bool {
 
 /// A family as the tc adapter needs it.
 pub(super) trait Tc: Fib + Answer + Emit + Wide + SocketLookup {
-    /// Reads the packet into this CPU's scratch, by a global function (see `decide`); 0 when it is
-    /// too short.
+    /// Reads the packet into this CPU's scratch, by a global function (see `decide`). Returns 0 if
+    /// it is too short.
     fn read(skb: *mut __sk_buff, offset: u32) -> u32;
-    /// Asks, by a global function, whether the source of the packet in this CPU's scratch does not
-    /// belong to the device that it came in by.
+    /// Reports, by a global function, whether the source of the packet in this CPU's scratch does
+    /// not belong to the device that it came in by.
     fn has_foreign_source(skb: *mut __sk_buff, from: Origin, hook: Hook) -> bool;
     /// Rewrites the packet in this CPU's scratch as its decision says, by a global function.
     fn translate(skb: *mut __sk_buff) -> bool;
@@ -169,7 +169,7 @@ fn ifindex(skb: *mut __sk_buff) -> u32 {
     unsafe { (*skb).ifindex }
 }
 
-/// Sends what XDP, or another device's program, has translated around the stack.
+/// Sends a packet that XDP, or another device's program, has translated around the stack.
 #[inline(never)]
 fn translated<F: Tc, const LINK: u32, const EGRESS: bool>(skb: *mut __sk_buff, offset: u32) -> i32 {
     if F::read(skb, offset) == 0 {
@@ -278,8 +278,8 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> TcProgram<F> for Run<F, Skb<F, 
     }
 }
 
-/// Whether a frame is not for this host to route. A global function, so that the verifier goes on
-/// once behind it.
+/// Reports whether a frame is not for this host to route. A global function, so that the verifier
+/// goes on once behind it.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn is_for_others(skb: *mut __sk_buff) -> u32 {
@@ -288,31 +288,31 @@ extern "C" fn is_for_others(skb: *mut __sk_buff) -> u32 {
     u32::from(act::is_for_others(arrival(skb), is_edge))
 }
 
-/// Whether the flow may have the port of a socket that [`is_taken_by_socket`](super::socket_lookup::is_taken_by_socket) cannot
-/// find. Where the packet comes straight from a pod's socket whose call was left to packets, it
-/// also notes the caller.
+/// Reports whether the flow may have the port of a socket that
+/// [`is_taken_by_socket`](super::socket_lookup::is_taken_by_socket) cannot find. If the packet
+/// comes straight from a pod's socket whose call was left to packets, it also notes the caller.
 ///
-/// The kernel parts a packet from its socket where somebody forwards it, not on its way through a
-/// veth.
+/// Forwarding detaches a packet from its socket; a veth does not.
 #[inline(never)]
 fn comes_from_hidden_socket<F: Tc>(skb: *mut __sk_buff) -> bool {
     let Some(here) = maps::device(ifindex(skb)) else { return false };
     let Some(scratch) = F::scratch() else { return false };
     // SAFETY: this CPU's own; nothing else takes a reference here.
-    let (tuple, flags) = unsafe { (&(*scratch).headers.tuple, (*scratch).decision.flow.flags) };
+    let Scratch { headers, decision, .. } = unsafe { &*scratch };
+    let tuple = &headers.tuple;
     // SAFETY: the context is valid while the program runs; the packet holds the socket.
     let socket = unsafe { (*skb).__bindgen_anon_2.sk };
     // SAFETY: as above.
     let has_socket = !socket.is_null() && matches!(unsafe { (*socket).family }, AF_INET | AF_INET6);
     let is_caller = has_socket && here.role == device::EDGE && learn_caller::<F>(socket, tuple);
-    // The calls that follow are direct connections, and meet nothing of this flow's at another
+    // The calls that follow are direct connections, and do not collide with this flow at another
     // port.
     let hides = is_caller && tuple.protocol == protocol::TCP
         || policy::hides_sockets(here, tuple.protocol, has_socket);
-    hides && flags & flow::DIRECT == 0
+    hides && !decision.flow.is_direct()
 }
 
-/// Notes which frontend a socket's packet is met on the way to; whether its call was left to
+/// Notes the frontend that a socket's packet is on the way to. Returns whether its call was left to
 /// packets.
 #[inline(always)]
 fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) -> bool {
@@ -337,18 +337,19 @@ fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) -> bool
         protocol: tuple.protocol,
         reserved: [0; 5],
     };
-    // Where there is no room its calls are left to packets once more.
+    // Without room, its calls are left to packets once more.
     let _ = maps::callers.insert(&caller, now(), 0);
     true
 }
 
-/// Whether what the stack would only forward goes around it.
+/// Reports whether acceleration is on.
 #[inline(always)]
 fn is_accelerated() -> bool {
     matches!(maps::settings.get(0), Some(settings) if settings.accelerates())
 }
 
-/// Sends what the agent has kept to where it was met; what is on its way to the agent goes on.
+/// Sends a fragment that the agent has held to where it came from. A fragment on its way to the
+/// agent goes on.
 #[inline(always)]
 fn release(skb: *mut __sk_buff) -> i32 {
     // SAFETY: the context is valid while the program runs; the helper has no preconditions.

@@ -1,5 +1,5 @@
-//! The XDP adapter: takes what it can finish, a packet from outside for a backend on this
-//! node, and leaves everything else unmodified to tc.
+//! The XDP adapter. It takes only what it can finish, which is a packet from outside for a backend
+//! on this node, and leaves everything else unmodified to tc.
 
 use core::ffi::c_void;
 
@@ -25,7 +25,7 @@ use super::sctp::sctp_updated;
 use super::skb::bounded;
 use super::socket_lookup::SocketLookup;
 
-/// Stands before a frame that XDP has translated, so that tc leaves it alone.
+/// Mark in front of a frame that XDP has translated, so that tc leaves it alone.
 pub(super) const XDP_DONE: u32 = 0x5c1c_e003;
 
 /// A frame as the driver received it.
@@ -34,7 +34,7 @@ struct Frame {
 }
 
 impl Frame {
-    /// A pointer to a value within the frame.
+    /// Returns a pointer to a value within the frame.
     #[inline(always)]
     fn at<T>(&self, offset: u32) -> Option<*mut T> {
         // SAFETY: the context is valid while the program runs.
@@ -119,12 +119,12 @@ pub(super) fn run(ctx: *mut xdp_md) -> u32 {
     }
 }
 
-/// A family whose frames are read by a global function: it has a stack frame to itself, and the
-/// compiler may not take the context apart on the way to it.
+/// A family with global functions that read frames: they have stack frames to themselves, and the
+/// compiler may not take the context apart on the way to them.
 trait Xdp: Emit + Fib + SocketLookup {
-    /// Reads the frame into this CPU's scratch; 0 when it is too short.
+    /// Reads the frame into this CPU's scratch. Returns 0 if it is too short.
     fn read(ctx: *mut xdp_md, offset: u32) -> u32;
-    /// Asks whether the source of the frame in this CPU's scratch does not belong to the device
+    /// Reports whether the source of the frame in this CPU's scratch does not belong to the device
     /// that it came in by.
     fn has_foreign_source(ctx: *mut xdp_md, ifindex: u32) -> bool;
 }
@@ -263,7 +263,7 @@ impl<F: Xdp> XdpProgram<F> for Run<F, Frame> {
     }
 }
 
-/// Puts [`XDP_DONE`] before the frame; false where the driver has no room for it.
+/// Puts [`XDP_DONE`] in front of the frame. Returns false if the driver has no room for it.
 #[inline(always)]
 fn mark_done(ctx: *mut xdp_md) -> bool {
     // SAFETY: the helper makes room or fails; the word is written within it.
@@ -280,7 +280,7 @@ fn mark_done(ctx: *mut xdp_md) -> bool {
     true
 }
 
-/// Takes away what [`mark_done`] has put there.
+/// Removes what [`mark_done`] put there.
 #[inline(always)]
 fn unmark(ctx: *mut xdp_md) {
     // SAFETY: the helper has no preconditions; it fails where there is nothing.
