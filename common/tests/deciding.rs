@@ -1,4 +1,4 @@
-//! The path decides about anything, and never hands out a reply tuple that is taken.
+//! The path copes with any packet and any tables, and never hands out a reply tuple that is taken.
 
 #[allow(dead_code, reason = "each test uses its part of what packets are made of")]
 mod packets {
@@ -28,7 +28,7 @@ use sluice_common::{Reason, Tables, V4, V6};
 
 const NOW: Ticks = 10_000;
 
-/// Tables that answer anything.
+/// Tables with arbitrary answers.
 #[derive(Clone, Debug)]
 struct Whim<F: Ip> {
     listing: [u8; 4],
@@ -281,7 +281,7 @@ fn hook() -> impl Strategy<Value = Hook> {
     prop_oneof![Just(Hook::Ingress), Just(Hook::Egress), Just(Hook::Xdp)]
 }
 
-/// Bytes: any, or a good frame with some bytes changed, cut anywhere.
+/// Any bytes, or a good frame with some bytes changed, cut anywhere.
 fn bytes() -> impl Strategy<Value = Vec<u8>> {
     let changed = (
         any::<bool>(),
@@ -348,7 +348,7 @@ fn anything<F: Ip>(
         return Ok(());
     }
     if decision.is_answer() {
-        // It goes around the stack as it is, and is translated where it leaves.
+        // It goes around the stack unchanged, and is translated where it leaves.
         prop_assert_eq!((hook, decision.record), (Hook::Ingress, Record::Nothing));
         return Ok(());
     }
@@ -361,7 +361,7 @@ fn anything<F: Ip>(
         "{:?} is not translated",
         headers.kind
     );
-    // What changes on the client's side is counted on the backend's.
+    // Changes at the client's side are counted at the backend's.
     let counted = decision.flow.flags & flow::SOURCE == 0;
     prop_assert!(decision.reason != Reason::Stranger || !counted);
     if headers.kind == Kind::IcmpError {
@@ -382,7 +382,7 @@ fn anything<F: Ip>(
     Ok(())
 }
 
-/// The maps, for flows alone: every frontend leads to one of few endpoints.
+/// Maps for flows alone: every frontend leads to one of a few endpoints.
 struct Few {
     services: BTreeMap<ServiceKey<Ipv4Address>, Service>,
     backends: Vec<Backend<Ipv4Address>>,

@@ -1,4 +1,4 @@
-//! What becomes of a frame at XDP whose edit fails half-way.
+//! The fate of a frame at XDP whose edit fails half-way.
 
 use sluice_common::abi::flow;
 use sluice_common::engine::open::{Refusal, Steps};
@@ -7,7 +7,7 @@ use sluice_common::packet::parse::{Headers, Kind};
 use sluice_common::path::{Decision, Step, Verdict};
 use sluice_common::{Reason, V4};
 
-/// A program that may translate its frame, and can or cannot.
+/// A program that may translate its frame, and either can or cannot.
 struct Program {
     headers: Headers<V4>,
     decision: Decision<V4>,

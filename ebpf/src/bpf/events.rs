@@ -31,14 +31,14 @@ static event_scratch: PerCpuArray<Event, 1> = PerCpuArray::new();
 /// listener was killed, the clock too.
 #[inline(always)]
 fn listener() -> Option<&'static Listening> {
-    let sieve = listening.get(0)?;
-    (sieve.until_ns != 0 && sieve.is_active(now_ns())).then_some(sieve)
+    let filter = listening.get(0)?;
+    (filter.until_ns != 0 && filter.is_active(now_ns())).then_some(filter)
 }
 
 /// Puts an event into the ring buffer if it passes the filter.
 #[inline(always)]
-fn emit(sieve: &Listening, event: &mut Event) {
-    if !sieve.matches(event) {
+fn emit(filter: &Listening, event: &mut Event) {
+    if !filter.matches(event) {
         return;
     }
     // SAFETY: the helper has no preconditions.
@@ -77,7 +77,7 @@ macro_rules! global {
         #[inline(never)]
         extern "C" fn $emit(ifindex: u32, hook: u32, dropped: u32) -> u32 {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
-            let Some(sieve) = listener() else { return 0 };
+            let Some(filter) = listener() else { return 0 };
             let Some(place) = event_scratch.get_ptr_mut(0) else { return 0 };
             // SAFETY: this CPU's own; callers hold references that only read.
             let Scratch { headers, decision, .. } = unsafe { &*scratch };
@@ -88,7 +88,7 @@ macro_rules! global {
             event.at = At::from(hook_of(hook)) as u8;
             event.ifindex = ifindex;
             event::packet(event, headers, decision, event::fate(decision.verdict, dropped != 0));
-            emit(sieve, event);
+            emit(filter, event);
             0
         }
 
@@ -115,7 +115,7 @@ pub(super) fn call<F: Wide>(
     before: &Flow<F::Address>,
     after: &Flow<F::Address>,
 ) {
-    let Some(sieve) = listener() else { return };
+    let Some(filter) = listener() else { return };
     let mut event = Event::default();
     let before = Tuple {
         source: before.source,
@@ -137,5 +137,5 @@ pub(super) fn call<F: Wide>(
     if let Ok(command) = bpf_get_current_comm() {
         event.command = command;
     }
-    emit(sieve, &mut event);
+    emit(filter, &mut event);
 }
