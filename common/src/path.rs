@@ -72,7 +72,7 @@ pub use known::{SILENT_TICKS, STREAM_TICKS, VAIN_TICKS};
 use known::{flags_of_reply, follow_entry, reason_of_entry, verdict_of_entry};
 use netfilter::left_to_netfilter;
 pub use open::open_into;
-use open::{opens, opens_far_pair, reject, remap_direct};
+use open::{Cause, opens, opens_far_pair, reject, remap_direct};
 pub use ports::{
     PORT_RANGES, PORTS, REMAP_TRIES, finish_search, is_free, keeps_direct, port_of_step, search,
     search_start, uses_host_address, walk_ports,
@@ -410,7 +410,7 @@ fn decide_known<F: Family, T: Tables<F>>(
                 decision.step = Step::Select;
                 decision.asks_source = true;
             } else {
-                reject(headers, Reason::UndefinedPort, Reason::UndefinedPort, decision);
+                reject(headers, Cause::UndefinedPort, decision);
             }
             return;
         }

@@ -12,7 +12,7 @@ use packets::frame::{ACK, DATA, FIN, Frame, Payload, RST, SCTP, SYN, Sum, TCP, U
 use packets::ip::Ip;
 use proptest::prelude::*;
 use sluice_common::abi::Flow;
-use sluice_common::packet::answer::{self, QUOTE};
+use sluice_common::packet::answer::{self, QUOTE, Quoted};
 use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::header::TcpHeader;
 use sluice_common::packet::parse::{Headers, Kind, headers};
@@ -330,7 +330,7 @@ fn answers<F: Ip>(packet: &Bytes<Vec<u8>>, tcp: bool, mtu: u32) -> Result<(), Te
     let quoted = &packet.bytes[..quote as usize];
     let sum = quoted.chunks(2).map(|pair| u64::from(u16::from_ne_bytes([pair[0], pair[1]]))).sum();
     let kind = if mtu == 0 { F::PORT_UNREACHABLE } else { F::TOO_BIG };
-    let (network, icmp) = answer::error(&headers, kind, mtu, quote, sum);
+    let (network, icmp) = answer::error(&headers, kind, mtu, Quoted { length: quote, sum });
     let mut bytes = Bytes { bytes: vec![0; 8], partial: false };
     assert!(sluice_common::packet::rewrite::Edit::store(&mut bytes, 0, icmp));
     prop_assert!(holds(&write(network, [&bytes.bytes, quoted].concat())));

@@ -5,7 +5,7 @@ use core::hint::black_box;
 use crate::abi::{Flow, RejectKey, device_flags, flow};
 use crate::event::Wide;
 use crate::family::Family;
-use crate::packet::answer::{self, Answer, IcmpError, QUOTE};
+use crate::packet::answer::{self, Answer, IcmpError, QUOTE, Quoted};
 use crate::packet::header::{EthernetHeader, TcpHeader, protocol};
 use crate::packet::parse::{Headers, Kind, Packet, Parse};
 use crate::packet::rewrite::{Edit, Resize, decrement_ttl};
@@ -531,10 +531,10 @@ fn reject_key<F: Wide>(address: &F::Address) -> RejectKey {
 fn error<F: Answer, A: Adapter<F>>(
     adapter: &mut A,
     headers: &Headers<F>,
-    trouble: IcmpError,
+    kind: IcmpError,
     mtu: u32,
 ) -> Action {
-    if adapter.write_error(headers, trouble, mtu) { answered(adapter) } else { Action::Drop }
+    if adapter.write_error(headers, kind, mtu) { answered(adapter) } else { Action::Drop }
 }
 
 /// Turns the packet into an ICMP error about itself. The MTU is that of "too big", otherwise 0.
@@ -542,7 +542,7 @@ fn error<F: Answer, A: Adapter<F>>(
 pub fn write_error<F: Answer, P: Resize>(
     frame: &mut P,
     headers: &Headers<F>,
-    trouble: IcmpError,
+    kind: IcmpError,
     mtu: u32,
 ) -> bool {
     // Whole words, so that the sum can be taken, and never less than the headers. Behind the black
@@ -554,7 +554,7 @@ pub fn write_error<F: Answer, P: Resize>(
     }
     let mut quote = P::room_for_quote();
     let Some(sum) = frame.quote(headers.network, length, &mut quote) else { return false };
-    let (network, icmp) = answer::error(headers, trouble.code::<F>(), mtu, length, sum);
+    let (network, icmp) = answer::error(headers, kind.code::<F>(), mtu, Quoted { length, sum });
     let at = headers.network.wrapping_add(F::HEADER);
     let quoted_at = at.wrapping_add(8);
     frame.set_length(quoted_at.wrapping_add(length))

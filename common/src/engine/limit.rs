@@ -34,7 +34,7 @@ pub fn may_answer<F: Family, A: Adapter<F>>(adapter: &mut A, key: &RejectKey) ->
 /// credit.
 #[inline(always)]
 pub fn take_token(bucket: Option<RejectBucket>, now_ms: u32) -> (RejectBucket, bool) {
-    take(bucket, now_ms, REJECT_COST_MS, REJECT_BURST_MS)
+    take(bucket, now_ms, Rate { cost_ms: REJECT_COST_MS, burst_ms: REJECT_BURST_MS })
 }
 
 /// As [`take_token`], from the bucket of the device by which the error leaves. Each device has its
@@ -42,15 +42,23 @@ pub fn take_token(bucket: Option<RejectBucket>, now_ms: u32) -> (RejectBucket, b
 /// another.
 #[inline(always)]
 pub fn take_device_token(bucket: Option<RejectBucket>, now_ms: u32) -> (RejectBucket, bool) {
-    take(bucket, now_ms, DEVICE_REJECT_COST_MS, DEVICE_REJECT_BURST_MS)
+    take(bucket, now_ms, Rate { cost_ms: DEVICE_REJECT_COST_MS, burst_ms: DEVICE_REJECT_BURST_MS })
+}
+
+/// The rate of a token bucket, in milliseconds of credit.
+#[derive(Clone, Copy)]
+struct Rate {
+    /// The cost of one ICMP error.
+    cost_ms: u32,
+    /// The most that a bucket holds.
+    burst_ms: u32,
 }
 
 #[inline(always)]
-pub(super) fn take(
+fn take(
     bucket: Option<RejectBucket>,
     now_ms: u32,
-    cost_ms: u32,
-    burst_ms: u32,
+    Rate { cost_ms, burst_ms }: Rate,
 ) -> (RejectBucket, bool) {
     let credit = match bucket {
         Some(bucket) => {

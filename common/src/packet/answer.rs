@@ -204,22 +204,29 @@ pub fn reset<F: Answer>(headers: &Headers<F>, segment: &TcpHeader) -> (F::Networ
     (F::header(to.source, to.destination, protocol::TCP, 20), header)
 }
 
+/// The part of a packet that an ICMP error quotes.
+#[derive(Clone, Copy, Debug)]
+pub struct Quoted {
+    /// Its length in bytes.
+    pub length: u32,
+    /// The one's complement sum of its bytes, in memory order.
+    pub sum: u64,
+}
+
 /// Returns the ICMP error that answers a packet: network and ICMP header, to be followed by the
 /// quote.
-///
-/// `quote_sum` is the one's complement sum of the quoted bytes, in memory order.
 #[inline(always)]
 pub fn error<F: Answer>(
     headers: &Headers<F>,
     (kind, code): (u8, u8),
     mtu: u32,
-    quote: u32,
-    quote_sum: u64,
+    quote: Quoted,
 ) -> (F::Network, IcmpHeader) {
     let to = headers.tuple.reversed();
-    let length = quote.wrapping_add(8);
+    let length = quote.length.wrapping_add(8);
     let mut rest = mtu.to_be();
-    let mut sum = quote_sum
+    let mut sum = quote
+        .sum
         .wrapping_add(u64::from(u16::from_ne_bytes([kind, code])))
         .wrapping_add(u64::from(rest));
     if F::VERSION == 6 {

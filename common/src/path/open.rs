@@ -133,7 +133,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         if range.drops() {
             decision.set(Verdict::Drop, Reason::NoLocalBackend);
         } else {
-            reject(headers, Reason::NoBackendReset, Reason::NoBackendUnreachable, decision);
+            reject(headers, Cause::NoBackend, decision);
         }
         return;
     }
@@ -146,7 +146,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         &mut decision.round,
         tables,
     ) else {
-        reject(headers, Reason::NoBackendReset, Reason::NoBackendUnreachable, decision);
+        reject(headers, Cause::NoBackend, decision);
         return;
     };
     let is_hairpin = backend.address == key.source || is_egress && backend.is_host();
@@ -312,14 +312,22 @@ fn keeps_source_of_host<F: Family, T: Tables<F>>(
     true
 }
 
+/// The cause of a reject.
+#[derive(Clone, Copy)]
+pub(super) enum Cause {
+    /// The service port has no backends.
+    NoBackend,
+    /// The ClusterIP has no such port.
+    UndefinedPort,
+}
+
 /// Rejects a packet: with a reset for TCP, otherwise with ICMP port unreachable.
 #[inline(always)]
-pub(super) fn reject<F: Family>(
-    headers: &Headers<F>,
-    reset: Reason,
-    unreachable: Reason,
-    decision: &mut Decision<F>,
-) {
+pub(super) fn reject<F: Family>(headers: &Headers<F>, cause: Cause, decision: &mut Decision<F>) {
+    let (reset, unreachable) = match cause {
+        Cause::NoBackend => (Reason::NoBackendReset, Reason::NoBackendUnreachable),
+        Cause::UndefinedPort => (Reason::UndefinedPort, Reason::UndefinedPort),
+    };
     if headers.tuple.protocol != protocol::TCP {
         decision.set(Verdict::Unreachable, unreachable);
     } else if headers.tcp_flags & tcp::RST == 0 {
