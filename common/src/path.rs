@@ -190,19 +190,19 @@ pub struct Decision<F: Family> {
     /// The next step, if the decision is not complete.
     pub step: Step,
     /// Whether the client's affinity to the backend is recorded, because the endpoint has answered.
-    pub affinity: bool,
+    pub records_affinity: bool,
     /// Whether bits of the flow's state are cleared, not only added.
-    pub takes_back: bool,
-    /// Whether the packet alone changes what becomes of a flow. Its source then has to belong to
+    pub clears_state: bool,
+    /// Whether the packet alone changes what becomes of a flow, so that its source has to belong to
     /// the device that it came in by ([`policy::is_foreign`]).
-    pub asks_source: bool,
+    pub depends_on_source: bool,
     /// The client's [round](crate::abi::Affinity::round), where its affinity is recorded.
     pub round: u16,
     /// Whether the source does not belong to that device ([`restrict_foreign`]).
     pub is_foreign: bool,
     /// Whether the packet is a first fragment whose [ports](fragment::ports) are noted for the
     /// later ones.
-    pub datagram: bool,
+    pub is_first_fragment: bool,
     /// The kind of the frontend, one of [`crate::abi::frontend`]; 0 if the packet is not for one.
     pub kind: u32,
     /// Facts about the packet's addresses: bits of [`facts`].
@@ -224,12 +224,12 @@ impl<F: Family> Decision<F> {
             reason: Reason::Stranger,
             record: Record::Nothing,
             step: Step::Done,
-            affinity: false,
-            takes_back: false,
-            asks_source: false,
+            records_affinity: false,
+            clears_state: false,
+            depends_on_source: false,
             is_foreign: false,
             round: 0,
-            datagram: false,
+            is_first_fragment: false,
             kind: 0,
             facts: 0,
             key: *key,
@@ -341,7 +341,7 @@ fn decide_known<F: Family, T: Tables<F>>(
         }
     }
     if headers.fragment == Fragment::First && known {
-        decision.datagram = true;
+        decision.is_first_fragment = true;
         if !can_follow(headers, &decision.flow) {
             if to_address {
                 decision.reason = Reason::Fragment;
@@ -408,7 +408,7 @@ fn decide_known<F: Family, T: Tables<F>>(
             } else if kind != 0 {
                 decision.kind = kind;
                 decision.step = Step::Select;
-                decision.asks_source = true;
+                decision.depends_on_source = true;
             } else {
                 reject(headers, Cause::UndefinedPort, decision);
             }
@@ -429,7 +429,7 @@ fn decide_known<F: Family, T: Tables<F>>(
 }
 
 /// Undoes what a packet with a foreign source must not do, where a decision [depends on the
-/// source](Decision::asks_source). The packet follows existing entries and changes none of them. If
+/// source](Decision::depends_on_source). The packet follows existing entries and changes none of them. If
 /// it opens a flow, the new one stands next to those of the address's owner.
 #[inline(always)]
 pub fn restrict_foreign<F: Family, T: Tables<F>>(
@@ -458,7 +458,7 @@ pub fn restrict_foreign<F: Family, T: Tables<F>>(
         decision.step = Step::Done;
     }
     decision.record = Record::Nothing;
-    decision.affinity = false;
+    decision.records_affinity = false;
 }
 
 /// Returns why a packet for a service is passed untouched.

@@ -148,7 +148,7 @@ impl<'w, F: Side> View<'w, F> {
 
     /// Notes what a first fragment tells.
     pub fn note(&self, headers: &Headers<F>, decision: &Decision<F>) {
-        if decision.datagram {
+        if decision.is_first_fragment {
             let told = path::fragment::ports(headers, decision, self.world.ticks());
             let key = path::fragment::key(headers);
             let _ = F::memory(self.node).borrow_mut().fragments.insert(key, told);

@@ -31,10 +31,10 @@ pub enum InsertError {
 #[derive(Clone, Copy, Debug)]
 pub struct Renewal {
     /// Whether the packet is a reply: then the time when the endpoint was last heard is updated.
-    pub is_heard: bool,
+    pub is_reply: bool,
     /// Whether the state is replaced; otherwise bits are added to what others have written
     /// meanwhile.
-    pub takes_back: bool,
+    pub clears_state: bool,
 }
 
 impl Renewal {
@@ -42,10 +42,10 @@ impl Renewal {
     #[inline(always)]
     pub fn apply<A: Copy>(self, entry: &mut Flow<A>, to: &Flow<A>) {
         entry.seen = to.seen;
-        if self.is_heard || self.takes_back {
+        if self.is_reply || self.clears_state {
             entry.replied = to.replied;
         }
-        entry.state = if self.takes_back { to.state } else { entry.state | to.state };
+        entry.state = if self.clears_state { to.state } else { entry.state | to.state };
     }
 }
 
@@ -112,7 +112,7 @@ pub fn record<F: Family, T: FlowTable<F>>(
         Record::Renew => renew(decision, partner, FlowMap::Flows, tables),
         Record::RenewEmbryonic => renew(decision, partner, FlowMap::Embryonic, tables),
     }
-    if decision.affinity {
+    if decision.records_affinity {
         let flow = &decision.flow;
         let client = if flow.is_reply() { flow.destination } else { decision.key.source };
         let client = AffinityKey { service_port: flow.service_port, client };
@@ -300,7 +300,8 @@ fn renew<F: Family, T: FlowTable<F>>(
     place: FlowMap,
     tables: &mut T,
 ) {
-    let renewal = Renewal { is_heard: decision.flow.is_reply(), takes_back: decision.takes_back };
+    let renewal =
+        Renewal { is_reply: decision.flow.is_reply(), clears_state: decision.clears_state };
     for (key, flow) in [(&decision.key, &decision.flow), (&partner.key, &partner.flow)] {
         if !tables.refresh(place, key, flow, renewal) {
             let _ = tables.insert(place, key, flow, true);

@@ -44,9 +44,9 @@ pub trait TcProgram<F: Answer>: Steps<F> {
 #[inline(always)]
 pub fn run<F: Answer + Wide, P: TcProgram<F>>(program: &mut P) -> Action {
     program.decide();
-    let Decision { verdict, step, datagram, .. } = *program.decision();
+    let Decision { verdict, step, is_first_fragment, .. } = *program.decision();
     if verdict == Verdict::Pass && step == Step::Done {
-        if datagram {
+        if is_first_fragment {
             program.note();
         }
         program.count(false);
@@ -57,7 +57,7 @@ pub fn run<F: Answer + Wide, P: TcProgram<F>>(program: &mut P) -> Action {
     if link != 0 && hook == Hook::Ingress && program.is_for_others() {
         return Action::Next;
     }
-    if program.decision().asks_source && program.has_foreign_source() {
+    if program.decision().depends_on_source && program.has_foreign_source() {
         program.restrict_foreign();
     }
     let refusal = if program.decision().step == Step::Done {
@@ -67,7 +67,7 @@ pub fn run<F: Answer + Wide, P: TcProgram<F>>(program: &mut P) -> Action {
         program.begin(ports_to_skip);
         open(program)
     };
-    if program.decision().datagram {
+    if program.decision().is_first_fragment {
         program.note();
     }
     let (adapter, headers, decision) = program.parts();

@@ -49,7 +49,7 @@ pub enum Fate {
 #[inline(always)]
 pub fn run<F: Parse, P: XdpProgram<F>>(program: &mut P) -> Fate {
     program.decide();
-    if program.decision().asks_source && program.has_foreign_source() {
+    if program.decision().depends_on_source && program.has_foreign_source() {
         return Fate::Pass;
     }
     if program.decision().step != Step::Done {
@@ -66,7 +66,7 @@ pub fn run<F: Parse, P: XdpProgram<F>>(program: &mut P) -> Fate {
         program.unmark_translated();
         return Fate::Pass;
     }
-    if program.decision().datagram {
+    if program.decision().is_first_fragment {
         program.note();
     }
     let is_translated = program.translate();
@@ -85,6 +85,6 @@ fn may_translate<F: Parse>(headers: &Headers<F>, decision: &Decision<F>) -> bool
         && decision.step == Step::Done
         && decision.flow.is_local()
         && matches!(headers.kind, Kind::Transport | Kind::Fragment)
-        && (!decision.datagram || can_follow(headers, &decision.flow))
+        && (!decision.is_first_fragment || can_follow(headers, &decision.flow))
         && !is_partial(headers)
 }

@@ -140,7 +140,7 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
     decision.flow = *entry;
     decision.flow.state = state;
     decision.flow.seen = now;
-    decision.takes_back = entry.state & !state != 0;
+    decision.clears_state = entry.state & !state != 0;
     let renewed = if is_reply && !is_embryonic { entry.replied } else { entry.seen };
     if state & state::ANSWERED != 0 {
         if is_reply && headers.tcp_flags & tcp::SYN != 0 {
@@ -171,7 +171,7 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
     }
     // A client that knows the endpoint's number needs no other proof of its identity.
     let is_known = !is_reply && state & !entry.state & state::ESTABLISHED != 0;
-    decision.asks_source = !is_known
+    decision.depends_on_source = !is_known
         && (state != entry.state || is_numbered_anew || decision.record == Record::Promote);
     decision.set(verdict, reason_of_entry(entry));
     true

@@ -371,5 +371,5 @@ pub(super) fn remap_direct<F: Family, T: Tables<F>>(
     decision.set(Verdict::Translate, Reason::DirectRemapped);
     decision.record = Record::Open;
     decision.step = Step::AllocatePort;
-    decision.asks_source = true;
+    decision.depends_on_source = true;
 }

@@ -83,7 +83,7 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
             decision.flow.seen = tables.now();
             decision.set(Verdict::Drop, Reason::ReplyRecovered);
             decision.record = Record::Establish;
-            decision.asks_source = true;
+            decision.depends_on_source = true;
             return true;
         }
     }
@@ -108,7 +108,7 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
         {
             decision.set(Verdict::Drop, Reason::ReplyRecovered);
             decision.record = Record::Establish;
-            decision.asks_source = true;
+            decision.depends_on_source = true;
             return true;
         }
     }

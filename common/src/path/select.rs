@@ -94,7 +94,7 @@ pub(super) fn set_affinity<F: Family, T: Tables<F>>(decision: &mut Decision<F>, 
     if port.affinity_seconds == 0 {
         return;
     }
-    decision.affinity = true;
+    decision.records_affinity = true;
     let is_reply = decision.flow.is_reply();
     let client = if is_reply { decision.flow.destination } else { decision.key.source };
     let key = AffinityKey { service_port: decision.flow.service_port, client };

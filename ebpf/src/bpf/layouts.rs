@@ -23,8 +23,8 @@ const ANY: u64 = BPF_ANY as u64;
 const EEXIST: i32 = -17;
 
 /// Bits of a [`Renewal`].
-const HEARD: u32 = 1;
-const TAKES_BACK: u32 = 2;
+const IS_REPLY: u32 = 1;
+const CLEARS_STATE: u32 = 2;
 
 /// A [`Round`], set by the loader under the name [`previous::ROUND`].
 #[allow(non_upper_case_globals, reason = "a symbol that the loader looks for")]
@@ -204,8 +204,10 @@ macro_rules! moving {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $renew(index: u32, renewal: u32) -> u32 {
-            let renewal =
-                Renewal { is_heard: renewal & HEARD != 0, takes_back: renewal & TAKES_BACK != 0 };
+            let renewal = Renewal {
+                is_reply: renewal & IS_REPLY != 0,
+                clears_state: renewal & CLEARS_STATE != 0,
+            };
             let Some(slot) = old::$slots.get_ptr_mut(index) else { return 0 };
             // SAFETY: as above.
             let slot = unsafe { &*slot };
@@ -372,8 +374,8 @@ impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
         let Some(slot) = Self::slot_for(key) else { return false };
         // SAFETY: this CPU's own.
         unsafe { (*slot).now = *to };
-        let heard = if renewal.is_heard { HEARD } else { 0 };
-        F::renew(INDEX, heard | if renewal.takes_back { TAKES_BACK } else { 0 }) != 0
+        let is_reply = if renewal.is_reply { IS_REPLY } else { 0 };
+        F::renew(INDEX, is_reply | if renewal.clears_state { CLEARS_STATE } else { 0 }) != 0
     }
 }
 
