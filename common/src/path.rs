@@ -67,7 +67,7 @@ pub use entry::{
     gives_way, is_as_fresh, leads_back, leads_to, partner, partner_key,
 };
 use entry::{entry_of, entry_of_packet};
-use facts::{classify, is_unassigned};
+use facts::{Facts, classify, is_unassigned};
 pub use known::{SILENT_TICKS, STREAM_TICKS, VAIN_TICKS};
 use known::{flags_of_reply, follow_entry, reason_of_entry, verdict_of_entry};
 use netfilter::left_to_netfilter;
@@ -205,8 +205,8 @@ pub struct Decision<F: Family> {
     pub is_first_fragment: bool,
     /// The kind of the frontend, one of [`crate::abi::frontend`]; 0 if the packet is not for one.
     pub kind: u32,
-    /// Facts about the packet's addresses: bits of [`facts`].
-    pub facts: u32,
+    /// Facts about the packet's addresses.
+    pub facts: Facts,
     /// The tuple that `flow` is recorded under: the packet's own, unless a lost entry is made
     /// again.
     pub key: Tuple<F::Address>,
@@ -231,7 +231,7 @@ impl<F: Family> Decision<F> {
             round: 0,
             is_first_fragment: false,
             kind: 0,
-            facts: 0,
+            facts: Facts::default(),
             key: *key,
             flow: Flow {
                 source: key.source,
@@ -294,7 +294,7 @@ pub fn decide_into<F: Family, T: Tables<F>>(
 /// Sends a packet that is translated at ingress around the stack if acceleration is on.
 #[inline(always)]
 fn accelerate<F: Family>(decision: &mut Decision<F>) {
-    if decision.facts & facts::ACCELERATED != 0
+    if decision.facts.is_accelerated()
         && decision.verdict == Verdict::Translate
         && !decision.flow.is_direct()
     {
@@ -316,11 +316,11 @@ fn decide_known<F: Family, T: Tables<F>>(
     // Read back from memory behind the black box, the bits are unknown to the verifier: it goes on
     // once, not once for each way to them.
     let facts = core::hint::black_box(&*decision).facts;
-    let to_address = facts & facts::TO_ADDRESS != 0;
-    let to_frontend = facts & facts::TO_FRONTEND != 0;
-    let mut is_far = facts & facts::FAR_SIDE != 0;
-    let mut known = facts & facts::KNOWN != 0;
-    let to_backend = facts & facts::TO_BACKEND != 0;
+    let to_address = facts.to_address();
+    let to_frontend = facts.to_frontend();
+    let mut is_far = facts.is_far();
+    let mut known = facts.may_be_known();
+    let to_backend = facts.to_backend();
     if !known && !to_backend {
         if is_egress && is_unassigned(headers, tables) {
             decision.set(Verdict::Drop, Reason::UnassignedAddress);
@@ -357,7 +357,7 @@ fn decide_known<F: Family, T: Tables<F>>(
     }
     let mut found = None;
     if is_far {
-        let from_node = facts & facts::FROM_NODE != 0;
+        let from_node = facts.from_node();
         let before = flags_of_reply(key, tables);
         if before == flow::REPLY && !from_node {
             return;
@@ -366,7 +366,7 @@ fn decide_known<F: Family, T: Tables<F>>(
             // It belongs to a client that speaks to the endpoint directly, unless it is itself an
             // endpoint's reply.
             is_far = false;
-            known = facts & facts::FROM_BACKEND != 0;
+            known = facts.from_backend();
         }
         if before & flow::MASQUERADED != 0 || from_node {
             decision.key.side = side::FAR;
@@ -380,7 +380,7 @@ fn decide_known<F: Family, T: Tables<F>>(
         found = entry_of_packet(key, tables);
     }
     if let Some((entry, is_embryonic)) = found {
-        decision.facts |= facts::HAD_ENTRY;
+        decision.facts.set_had_entry();
         if follow_entry(hook, headers, entry, is_embryonic, tables, decision) {
             return;
         }
@@ -390,20 +390,14 @@ fn decide_known<F: Family, T: Tables<F>>(
         return;
     }
     if to_frontend {
-        let (service_port, kind) =
-            find(key, facts & facts::TO_NODE_PORT != 0, tables).unwrap_or_default();
+        let (service_port, kind) = find(key, facts.to_node_port(), tables).unwrap_or_default();
         if kind != 0 || to_address && select::is_cluster_ip(key, tables) {
-            if facts & facts::TO_NODE != 0
-                && !opens(headers)
-                && tables.is_node_address(&key.destination)
-            {
+            if facts.to_node() && !opens(headers) && tables.is_node_address(&key.destination) {
                 // It belongs to a connection of the stack itself, or to one that netfilter knows.
                 return;
             }
             decision.flow.service_port = service_port;
-            if let Some(reason) =
-                left_to_netfilter(decision.facts & facts::HAD_ENTRY != 0, headers, tables)
-            {
+            if let Some(reason) = left_to_netfilter(decision.facts.had_entry(), headers, tables) {
                 decision.reason = reason;
             } else if kind != 0 {
                 decision.kind = kind;

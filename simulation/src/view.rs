@@ -421,7 +421,7 @@ pub fn spoil<F: Side>(
             let is_embryonic =
                 view.table(FlowMap::Flows, |flows| flows.peek(&decision.key).is_none());
             if matches!(decision.record, Record::Nothing | Record::RenewEmbryonic)
-                && decision.facts & path::facts::HAD_ENTRY != 0
+                && decision.facts.had_entry()
                 && decision.reason == Reason::Forward
                 && is_embryonic
                 && headers.tcp_flags & sluice_common::packet::header::tcp::ACK != 0

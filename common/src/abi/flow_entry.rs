@@ -73,13 +73,13 @@ abi! {
 }
 
 abi! {
-    /// A datagram whose fragments are under way; the key of `fragments_v4` and `fragments_v6`.
+    /// A datagram whose fragments are in transit; the key of `fragments_v4` and `fragments_v6`.
     pub struct Datagram<A> {
         /// Source address.
         pub source: A,
         /// Destination address.
         pub destination: A,
-        /// The fragments' identification, as it lies in memory.
+        /// The fragments' identification, in memory order.
         pub id: u32,
         /// IP protocol number.
         pub protocol: u8,

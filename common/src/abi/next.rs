@@ -112,7 +112,7 @@ impl Moved for Affinity {
 }
 
 impl Affinity {
-    /// A client's stay with a backend.
+    /// Returns the affinity of a client to a backend.
     #[must_use]
     #[inline(always)]
     pub const fn new(backend: u32, seen: u32, generation: u16, round: u16) -> Self {

@@ -1,4 +1,4 @@
-//! What is kept for sockets and their calls.
+//! Data that is kept for sockets and their calls.
 
 use super::PEERS_MAX;
 
@@ -58,7 +58,8 @@ abi! {
 }
 
 abi! {
-    /// What has been counted of a translated connection; kept with its socket in `connections`.
+    /// The part of a translated connection that has been counted; kept with its socket in
+    /// `connections`.
     #[derive(Default)]
     pub struct Connection {
         /// Bytes sent, as counted so far.

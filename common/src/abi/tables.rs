@@ -1,12 +1,11 @@
-//! The values of the tables that outlive an upgrade by being moved, since no source can tell what
-//! they hold.
+//! Values of the tables whose entries are moved in an upgrade, because no source could restore
+//! them.
 
 abi! {
-    /// What is done to the packets of one direction of a flow; the value of `flows` and
-    /// `embryonic`.
+    /// The translation of one direction of a flow; the value of `flows` and `embryonic`.
     ///
     /// The entry of the other direction is at the tuple after translation, reversed, and leads to
-    /// this entry's key, reversed: either can be made from the other.
+    /// this entry's key, reversed: each can be made from the other.
     pub struct Flow<A> {
         /// Source address after translation.
         pub source: A,
@@ -23,8 +22,9 @@ abi! {
         pub service_port: u32,
         /// When the flow was last renewed, in [`Ticks`](super::Ticks).
         pub seen: u32,
-        /// When the endpoint was last heard, as far as renewals tell, in [`Ticks`](super::Ticks);
-        /// 0: not yet. In a [guess](super::state::GUESS) what the endpoint must acknowledge.
+        /// When the endpoint was last heard from, as far as renewals show, in
+        /// [`Ticks`](super::Ticks); 0 if not yet. In a [guess](super::state::GUESS) it is the
+        /// number that the endpoint must acknowledge.
         pub replied: u32,
         /// The backend's generation when the flow chose it.
         pub generation: u16,
@@ -36,7 +36,7 @@ abi! {
 }
 
 abi! {
-    /// Where a client has been; the value of `affinity_v4` and `affinity_v6`.
+    /// The backend of a client with session affinity; the value of `affinity_v4` and `affinity_v6`.
     #[derive(Default)]
     pub struct Affinity {
         /// Index into `backends`.
@@ -45,13 +45,14 @@ abi! {
         pub seen: u32,
         /// The backend's generation then.
         pub generation: u16,
-        /// How often the client came back after its affinity had run out; it wraps around.
+        /// Number of times that the client came back after its affinity had expired; it wraps
+        /// around.
         pub round: u16,
     } size 12
 }
 
 impl Affinity {
-    /// A client's stay with a backend.
+    /// Returns the affinity of a client to a backend.
     #[must_use]
     #[inline(always)]
     pub const fn new(backend: u32, seen: u32, generation: u16, round: u16) -> Self {

@@ -47,7 +47,7 @@ impl Address for Ipv4Address {}
 impl Address for Ipv6Address {}
 
 abi! {
-    /// A packet's five-tuple as it stands on the wire; the key of `flows` and `embryonic`.
+    /// A packet's five-tuple as on the wire; the key of `flows` and `embryonic`.
     ///
     /// For an ICMP error it is the quoted packet's tuple, reversed.
     pub struct Tuple<A> {

@@ -64,7 +64,11 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
             return action;
         }
         Verdict::Reset => {
-            return if reset(adapter, headers, reason) { answered(adapter) } else { Action::Drop };
+            return if reset(adapter, headers, reason) {
+                send_answer(adapter)
+            } else {
+                Action::Drop
+            };
         }
         Verdict::Unreachable => return unreachable(adapter, headers, reason),
         Verdict::Translate
@@ -177,7 +181,7 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
 /// Returns the device from which routing sees the packet come: the bridge, if the packet's device
 /// is a port of one.
 #[inline(always)]
-pub fn comes_from<F: Family, A: Adapter<F>>(adapter: &A) -> u32 {
+pub fn routed_from<F: Family, A: Adapter<F>>(adapter: &A) -> u32 {
     let here = adapter.ifindex();
     match adapter.device(here) {
         _ if adapter.hook() == Hook::Egress => LOOPBACK,
@@ -277,7 +281,7 @@ fn way_around<F: Family, A: Adapter<F>>(
     {
         return 0;
     }
-    let (here, from) = (adapter.ifindex(), comes_from(adapter));
+    let (here, from) = (adapter.ifindex(), routed_from(adapter));
     let way = RouteQuery {
         ifindex: from,
         fwmark: adapter.fwmark(),
@@ -454,7 +458,7 @@ fn is_answerable<F: Family>(address: &F::Address) -> bool {
 
 /// Sends an answer to where the packet came from.
 #[inline(always)]
-fn answered<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
+fn send_answer<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
     if adapter.hook() != Hook::Egress {
         return turn_back(adapter);
     }
@@ -534,7 +538,7 @@ fn error<F: Answer, A: Adapter<F>>(
     kind: IcmpError,
     mtu: u32,
 ) -> Action {
-    if adapter.write_error(headers, kind, mtu) { answered(adapter) } else { Action::Drop }
+    if adapter.write_error(headers, kind, mtu) { send_answer(adapter) } else { Action::Drop }
 }
 
 /// Turns the packet into an ICMP error about itself. The MTU is that of "too big", otherwise 0.

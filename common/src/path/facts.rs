@@ -1,4 +1,4 @@
-//! Facts about a packet's addresses: bits of [`Decision::facts`](super::Decision::facts).
+//! Facts about a packet's addresses.
 
 use crate::abi::{device, listing, networks, phase};
 use crate::family::Family;
@@ -8,29 +8,65 @@ use crate::tables::Tables;
 use super::open::asks_from_node_port;
 use super::{Hook, mark, policy};
 
-/// The destination is an address of a frontend.
-pub const TO_ADDRESS: u32 = 1;
-/// The destination may be a node port, to judge by its number.
-pub const TO_NODE_PORT: u32 = 2;
-/// One of the two above.
-pub const TO_FRONTEND: u32 = 4;
-/// The destination is a backend's address, and the packet is at ingress.
-pub const TO_BACKEND: u32 = 8;
-/// The destination is an address of this node.
-pub const TO_NODE: u32 = 16;
-/// The packet leaves where masqueraded clients' packets leave, or must not be mistaken for one of
-/// theirs: an entry of the far side may apply.
-pub const FAR_SIDE: u32 = 32;
-/// The packet may have an entry.
-pub const KNOWN: u32 = 64;
-/// The source is an address of this node, or the destination a frontend.
-pub const FROM_NODE: u32 = 128;
-/// The source is a backend's address, and the destination no frontend.
-pub const FROM_BACKEND: u32 = 256;
-/// The packet goes around the stack if it is a client's or an endpoint's.
-pub const ACCELERATED: u32 = 512;
-/// The packet's own tuple had an entry.
-pub const HAD_ENTRY: u32 = 1024;
+/// Declares facts, a line each: the bit, and the question that it answers.
+macro_rules! facts {
+    ($($(#[$meta:meta])* $bit:ident = $value:literal, $question:ident;)*) => {
+        $(
+            $(#[$meta])*
+            const $bit: u32 = $value;
+        )*
+
+        impl Facts {
+            $(
+                $(#[$meta])*
+                #[inline(always)]
+                #[must_use]
+                pub const fn $question(self) -> bool {
+                    self.0 & $bit != 0
+                }
+            )*
+        }
+    };
+}
+
+/// Facts about a packet's addresses, as bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Facts(u32);
+
+facts! {
+    /// Whether the destination is an address of a frontend.
+    TO_ADDRESS = 1, to_address;
+    /// Whether the destination may be a node port, to judge by its number.
+    TO_NODE_PORT = 2, to_node_port;
+    /// Whether one of the two above holds.
+    TO_FRONTEND = 4, to_frontend;
+    /// Whether the destination is a backend's address, and the packet is at ingress.
+    TO_BACKEND = 8, to_backend;
+    /// Whether the destination is an address of this node.
+    TO_NODE = 16, to_node;
+    /// Whether the packet leaves where masqueraded clients' packets leave, or must not be mistaken
+    /// for one of theirs: an entry of the far side may apply.
+    FAR_SIDE = 32, is_far;
+    /// Whether the packet may have an entry.
+    KNOWN = 64, may_be_known;
+    /// Whether the source is an address of this node, or the destination a frontend.
+    FROM_NODE = 128, from_node;
+    /// Whether the source is a backend's address, and the destination no frontend.
+    FROM_BACKEND = 256, from_backend;
+    /// Whether the packet goes around the stack if it is a client's or an endpoint's.
+    ACCELERATED = 512, is_accelerated;
+    /// Whether the packet's own tuple had an entry.
+    HAD_ENTRY = 1024, had_entry;
+}
+
+impl Facts {
+    /// Adds that the packet's own tuple had an entry.
+    #[inline(always)]
+    pub(super) fn set_had_entry(&mut self) {
+        self.0 |= HAD_ENTRY;
+    }
+}
 
 /// Returns what the listing and the port numbers tell about a packet's addresses.
 #[inline(always)]
@@ -38,7 +74,7 @@ pub(super) fn classify<F: Family, T: Tables<F>>(
     hook: Hook,
     headers: &Headers<F>,
     tables: &T,
-) -> u32 {
+) -> Facts {
     let is_egress = hook.is_egress();
     let key = &headers.tuple;
     let destination = tables.listing(&key.destination);
@@ -71,16 +107,18 @@ pub(super) fn classify<F: Family, T: Tables<F>>(
                 && tables.marks() & (mark::HOST | mark::MASQUERADED) != 0)
     };
     let bit = |is: bool, bit: u32| if is { bit } else { 0 };
-    bit(to_address, TO_ADDRESS)
-        | bit(to_node_port, TO_NODE_PORT)
-        | bit(to_frontend, TO_FRONTEND)
-        | bit(!is_egress && destination & listing::BACKEND != 0, TO_BACKEND)
-        | bit(destination & listing::NODE != 0, TO_NODE)
-        | bit(is_far, FAR_SIDE)
-        | bit(known, KNOWN)
-        | bit(to_frontend || source & listing::NODE != 0, FROM_NODE)
-        | bit(source & listing::BACKEND != 0, FROM_BACKEND)
-        | bit(accelerated, ACCELERATED)
+    Facts(
+        bit(to_address, TO_ADDRESS)
+            | bit(to_node_port, TO_NODE_PORT)
+            | bit(to_frontend, TO_FRONTEND)
+            | bit(!is_egress && destination & listing::BACKEND != 0, TO_BACKEND)
+            | bit(destination & listing::NODE != 0, TO_NODE)
+            | bit(is_far, FAR_SIDE)
+            | bit(known, KNOWN)
+            | bit(to_frontend || source & listing::NODE != 0, FROM_NODE)
+            | bit(source & listing::BACKEND != 0, FROM_BACKEND)
+            | bit(accelerated, ACCELERATED),
+    )
 }
 
 /// Reports whether a packet leaves this node for an address of the Service ranges that no Service

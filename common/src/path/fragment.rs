@@ -20,7 +20,7 @@ use crate::tables::Tables;
 use super::entry::entry_of;
 use super::facts::is_unassigned;
 use super::known::{is_answer, reason_of_entry, verdict_of_entry};
-use super::{Decision, Hook, Verdict, facts};
+use super::{Decision, Hook, Verdict};
 
 /// The number of ticks for which a first fragment's ports are valid. Linux gives a datagram 30 s to
 /// complete, but at a high rate IPv4's 65 536 identifications wrap much sooner.
@@ -163,7 +163,7 @@ pub(super) fn follow_first<F: Family, T: Tables<F>>(
     tables: &T,
     decision: &mut Decision<F>,
 ) {
-    let to_address = decision.facts & facts::TO_ADDRESS != 0;
+    let to_address = decision.facts.to_address();
     let ports = match tables.datagram(&key(headers)) {
         Some(ports) if is_fresh(ports, tables.now()) => ports,
         _ => {
@@ -181,7 +181,7 @@ pub(super) fn follow_first<F: Family, T: Tables<F>>(
     decision.key.source_port = ports.source_port;
     decision.key.destination_port = ports.destination_port;
     let mut found = None;
-    if decision.facts & facts::FAR_SIDE != 0 {
+    if decision.facts.is_far() {
         decision.key.side = side::FAR;
         found = entry_of(&decision.key, tables);
         decision.key.side = side::NEAR;
@@ -194,7 +194,7 @@ pub(super) fn follow_first<F: Family, T: Tables<F>>(
         if verdict != Verdict::Pass {
             decision.flow = *entry;
             decision.set(verdict, reason_of_entry(entry));
-        } else if decision.facts & facts::ACCELERATED != 0 && is_answer(entry) {
+        } else if decision.facts.is_accelerated() && is_answer(entry) {
             decision.verdict = Verdict::Around;
         }
     } else if hook.is_egress() && is_unassigned(headers, tables) {

@@ -9,7 +9,7 @@ use crate::tables::Tables;
 
 use super::entry::{RENEW_TICKS, UDP_IDLE_TICKS, entry_of_packet};
 use super::open::is_opening;
-use super::{Decision, Hook, Record, Verdict, facts, select};
+use super::{Decision, Hook, Record, Verdict, select};
 
 /// A client that opens a new connection leaves an endpoint that no longer serves and that has not
 /// been heard from for this many ticks...
@@ -90,7 +90,7 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
     let is_reply = entry.is_reply();
     let verdict = verdict_of_entry(entry, hook);
     if verdict == Verdict::Pass {
-        if decision.facts & facts::ACCELERATED != 0 && is_answer(entry) {
+        if decision.facts.is_accelerated() && is_answer(entry) {
             decision.verdict = Verdict::Around;
         }
         return true;

@@ -10,7 +10,7 @@ use crate::tables::Tables;
 use super::entry::entry_of;
 use super::policy::{self, Client, Source};
 use super::ports::{allocate, is_given};
-use super::{Decision, Hook, Record, Step, Verdict, accelerate, facts, select};
+use super::{Decision, Hook, Record, Step, Verdict, accelerate, select};
 
 /// Reports whether a packet opens a flow. At an address of the node, where the stack and netfilter
 /// have connections of their own, no other packet is taken for a client's.
@@ -361,7 +361,7 @@ pub(super) fn remap_direct<F: Family, T: Tables<F>>(
                 && entry.state & (state::GUESS | state::MATCHED) != state::GUESS
         }
         // An earlier connection's leftover entry must not translate this one.
-        None => decision.facts & facts::HAD_ENTRY != 0,
+        None => decision.facts.had_entry(),
     };
     if !clashes {
         return;

@@ -208,7 +208,7 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Context for Skb<F, LINK, EGRESS
 
     #[inline(always)]
     fn origin(&self) -> Origin {
-        Origin { ifindex: act::comes_from(self), fwmark: self.fwmark() }
+        Origin { ifindex: act::routed_from(self), fwmark: self.fwmark() }
     }
 }
 
