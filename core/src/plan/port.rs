@@ -14,7 +14,7 @@ use super::ids::BackendIds;
 use super::listing::Why;
 use super::shares::grant;
 use super::{Held, Plan, Planned, Planning, Which, Work, blocks, endpoint, lack, visible};
-use crate::image::{CLASSES, SourceKey};
+use crate::image::{CLASSES, SourceKey, map};
 use crate::model::desired::PortKey;
 use crate::model::report::{Flaw, Note};
 use crate::model::{DesiredBackend, DesiredPort, FrontendKind};
@@ -145,7 +145,7 @@ impl Plan {
         let _ = self.write_backends::<F>(id, &old, &BTreeSet::new(), &nothing, work);
         self.write_tables(id, Tables { ranges: [Range(0); 3], fresh: Vec::new() }, work);
         work.draft.set_port(&mut self.image, id, None);
-        work.draft.set_name(&mut self.image, id, None);
+        work.draft.set::<map::Names>(&mut self.image, id, None);
         let _ = self.planned.remove(&id);
         F::of_plan(self).ids.disown(id, F::Address::default());
         self.limbo.ports.push(id);
@@ -339,7 +339,7 @@ impl Plan {
     fn write_name(&mut self, id: u32, key: &PortKey, number: u16, work: &mut Work) {
         let name = name(key, number);
         if self.image.names.get(&id) != Some(&name) {
-            work.draft.set_name(&mut self.image, id, Some(name));
+            work.draft.set::<map::Names>(&mut self.image, id, Some(name));
         }
         if !self.image.ports.contains_key(&id) {
             work.draft.set_port(&mut self.image, id, Some(ServicePort::default()));
@@ -355,13 +355,7 @@ impl Plan {
         work: &mut Work,
         notes: &mut Vec<Note>,
     ) {
-        let first = SourceKey { service_port: id, length: 0, network: F::Address::default() };
-        let known: BTreeSet<SourceKey<F::Address>> = F::of(&self.image)
-            .source_ranges
-            .range(first..)
-            .map(|(key, _)| *key)
-            .take_while(|key| key.service_port == id)
-            .collect();
+        let known: BTreeSet<SourceKey<F::Address>> = self.image.source_ranges::<F>(id).collect();
         let wanted: BTreeSet<SourceKey<F::Address>> = desired
             .sources
             .iter()
@@ -472,7 +466,7 @@ impl Plan {
         for old in port.ranges.map(Range).into_iter().collect::<BTreeSet<_>>() {
             if old.size() != 0 && !tables.ranges.contains(&old) {
                 if !fresh.contains(&old.start()) {
-                    work.draft.set_slots(&mut self.image, old.start(), None);
+                    work.draft.set::<map::Slots>(&mut self.image, old.start(), None);
                     self.limbo.ranges.push(old);
                 } else if let Some(kept) =
                     tables.ranges.iter().find(|range| range.start() == old.start())
@@ -488,7 +482,7 @@ impl Plan {
             }
         }
         for (range, backends) in tables.fresh {
-            work.draft.set_slots(&mut self.image, range.start(), Some(backends));
+            work.draft.set::<map::Slots>(&mut self.image, range.start(), Some(backends));
         }
         let ranges = tables.ranges.map(|range| range.0);
         if let Some(namespace) = self.namespace(id) {
