@@ -405,13 +405,8 @@ impl<'w, F: Side> Walk<'w, F> {
     /// Every backend that clients of the class may reach.
     fn candidates(&self, target: Option<&Target>) -> Vec<Candidate> {
         let Some(target) = target else { return Vec::new() };
-        let Some(port) = self.world.image.ports.get(&target.service_port) else {
-            return Vec::new();
-        };
-        let Some(range) = port.ranges.get(target.class as usize).copied().map(Range) else {
-            return Vec::new();
-        };
-        shares::<F>(self.world, range)
+        let range = self.world.image.range(target.service_port, target.class);
+        range.map_or_else(Vec::new, |range| shares::<F>(self.world, range))
     }
 
     /// Whether the backend sees the client's address. A process of this host has the address that
@@ -539,11 +534,8 @@ impl<'w, F: Side> Walk<'w, F> {
 
 /// The backends in a range of slots, in order of address, with their shares.
 fn shares<F: Stack>(world: &World, range: Range) -> Vec<Candidate> {
-    let Some(slots) = world.image.slots.get(&range.start()).filter(|_| range.size() != 0) else {
-        return Vec::new();
-    };
     let mut owned = std::collections::BTreeMap::<Endpoint, usize>::new();
-    for id in slots {
+    for id in world.image.backends_in(range) {
         if let Some(backend) = F::of(&world.image).backends.get(id) {
             *owned
                 .entry(Endpoint { address: F::ip(backend.address), port: backend.port })
