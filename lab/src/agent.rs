@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{Node, Running};
+use crate::node::Node;
+use crate::running::Running;
 
 /// What to start an agent with.
 #[derive(Clone, Debug, Default)]

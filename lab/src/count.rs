@@ -8,8 +8,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 
-use crate::Namespace;
 use crate::leftovers::c_path;
+use crate::namespace::Namespace;
 use crate::xdp::{bpf, descriptor, number, pin};
 
 const BPF_MAP_CREATE: libc::c_long = 0;

@@ -1,48 +1,17 @@
 //! The lab itself: what its parts share, and the order in which they come and go.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::leftovers::{self, KEEP};
+use crate::leftovers::{self, KEEP, sweep};
+use crate::node::{Node, NodeOptions, Overlay};
 use crate::router::{Client, Router};
-use crate::{Node, NodeOptions, cgroup, sweep, xdp};
-
-/// How packets between pods of different nodes travel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Overlay {
-    /// Plain routes on the segment the nodes share; the router knows the pods' ranges too.
-    #[default]
-    None,
-    /// A `vxlan0` device on every node, flannel's way: static neighbours, MTU 1450. The router
-    /// knows no pods.
-    Vxlan,
-    /// A headerless (`ARPHRD_NONE`) `tun0` on every node, its packets relayed over UDP by a
-    /// process; MTU 1450. The router knows no pods.
-    Tun,
-}
-
-/// What every part of a lab needs to know of it.
-pub(crate) struct Shared {
-    pub(crate) id: String,
-    pub(crate) state: PathBuf,
-    pub(crate) cgroup: PathBuf,
-    /// Numbers log files and other names that must differ.
-    next: AtomicU32,
-}
-
-impl Shared {
-    pub(crate) fn number(&self) -> u32 {
-        self.next.fetch_add(1, Ordering::Relaxed)
-    }
-
-    pub(crate) fn kept(&self) -> bool {
-        self.state.join(KEEP).exists()
-    }
-}
+use crate::shared::Shared;
+use crate::{cgroup, xdp};
 
 /// Nodes, pods, a router and clients that live until this is dropped.
 ///
@@ -58,8 +27,7 @@ pub struct Lab {
 
 /// Whether this process may build labs. Tests that may not print that they skip.
 pub fn is_root() -> bool {
-    // SAFETY: geteuid(2) has no preconditions.
-    unsafe { libc::geteuid() == 0 }
+    rustix::process::geteuid().is_root()
 }
 
 impl Lab {
@@ -95,12 +63,8 @@ impl Lab {
         fs::create_dir_all(state.join("ns"))
             .with_context(|| format!("cannot make {}", state.display()))?;
         leftovers::register(&id);
-        let shared = Arc::new(Shared {
-            cgroup: cgroup::root()?.join(&id),
-            state,
-            id,
-            next: AtomicU32::new(0),
-        });
+        let cgroup = cgroup::root()?.join(&id);
+        let shared = Arc::new(Shared::new(id, state, cgroup));
         let built = Self::build(name, overlay, &shared);
         if built.is_err() {
             leftovers::tear_down(&shared.id)?;

@@ -7,17 +7,21 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
+use std::time::Duration;
 use std::{ffi::CString, os::unix::ffi::OsStrExt};
 
 use anyhow::{Context, Result};
 
-use crate::cgroup;
+use crate::{cgroup, mounts};
 
 /// Everything the labs of this machine own, one directory a lab.
 pub(crate) const STATE: &str = "/run/sluice-lab";
 
 /// A file of this name in a lab's directory says that it outlives its owner.
 pub(crate) const KEEP: &str = "keep";
+
+/// How long a killed process of a lab may keep its cgroup busy.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Labs of this process that are up: what a signal has to take down.
 static OURS: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -85,8 +89,8 @@ fn owner_lives(lab: &Path) -> bool {
 /// step is tried.
 pub(crate) fn tear_down(id: &str) -> Result<()> {
     let state = Path::new(STATE).join(id);
-    let killed = cgroup::root().and_then(|root| cgroup::destroy(&root.join(id)));
-    let unmounted = unmount_below(&state);
+    let killed = cgroup::root().and_then(|root| cgroup::destroy(&[root.join(id)], PATIENCE));
+    let unmounted = mounts::unmount_below(&state);
     let removed = match fs::remove_dir_all(&state) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", state.display()))
@@ -94,25 +98,6 @@ pub(crate) fn tear_down(id: &str) -> Result<()> {
         _ => Ok(()),
     };
     killed.and(unmounted).and(removed)
-}
-
-fn unmount_below(state: &Path) -> Result<()> {
-    let mut outcome = Ok(());
-    for mount in cgroup::mounts()?.into_iter().rev().filter(|mount| mount.point.starts_with(state))
-    {
-        let path = c_path(&mount.point)?;
-        // SAFETY: `path` is a NUL-terminated string that outlives the call.
-        if unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) } != 0 {
-            let error = io::Error::last_os_error();
-            // Another sweep may have been here first.
-            if error.raw_os_error() != Some(libc::EINVAL) && error.kind() != io::ErrorKind::NotFound
-            {
-                outcome =
-                    Err(error).with_context(|| format!("cannot unmount {}", mount.point.display()));
-            }
-        }
-    }
-    outcome
 }
 
 pub(crate) fn c_path(path: &Path) -> Result<CString> {

@@ -36,44 +36,36 @@
 //! ```
 
 mod agent;
-mod cgroup;
+pub mod cgroup;
 mod count;
 mod event;
 mod lab;
 mod leftovers;
 mod load;
 mod manifests;
+pub mod mounts;
 mod namespace;
+pub mod netns;
 mod node;
 mod packets;
 mod router;
 mod running;
 mod serve;
+mod shared;
 mod skip;
 mod xdp;
 
 pub use agent::{AgentOptions, AgentProcess};
 pub use count::{Counter, Place, Side, Way};
 pub use event::{Event, Load, Reply};
-pub use lab::{Lab, Overlay, is_root};
+pub use lab::{Lab, is_root};
 pub use leftovers::{remove_kept, sweep};
 pub use load::{LoadClients, LoadSize, again_and_again};
 pub use manifests::{Backend, Manifests, Port, Protocol, Service};
 pub use namespace::Namespace;
-pub use node::{Cni, DROP_INVALID, Node, NodeOptions, Pod, RpFilter};
+pub use node::{Cni, DROP_INVALID, Node, NodeOptions, Overlay, Pod, RpFilter};
 pub use packets::{Capture, PacketSocket};
 pub use router::{Client, Router};
 pub use running::Running;
 pub use serve::{Serve, tool_path};
-pub use skip::skipped;
-
-/// This kernel or machine lacks something a lab was asked for: a reason to skip a test, found by
-/// `error.downcast_ref::<Unsupported>()`.
-#[derive(Debug, thiserror::Error)]
-#[error("{what} is not available here: {why}")]
-pub struct Unsupported {
-    /// What was asked for.
-    pub what: String,
-    /// What was tried and how it failed.
-    pub why: String,
-}
+pub use skip::{Unsupported, skipped};

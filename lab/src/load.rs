@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{Event, Load, Namespace, Running};
+use crate::event::{Event, Load};
+use crate::namespace::Namespace;
+use crate::running::Running;
 
 /// How long a request may wait for its answer, and a bit.
 const PATIENCE: Duration = Duration::from_secs(15);

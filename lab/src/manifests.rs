@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::{Lab, Pod};
+use crate::lab::Lab;
+use crate::node::Pod;
 
 /// The protocol of a service's port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! A network namespace with a cgroup: the ground everything else in the lab stands on.
 
 use std::ffi::OsStr;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::net::IpAddr;
 use std::os::fd::AsRawFd as _;
@@ -9,15 +9,13 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
-use std::thread;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use crate::lab::Shared;
-use crate::leftovers::c_path;
 use crate::packets::{Capture, PacketSocket};
 use crate::running::Running;
-use crate::xdp;
+use crate::shared::Shared;
+use crate::{netns, xdp};
 
 /// A network namespace of the lab, and the cgroup its processes live in.
 ///
@@ -48,30 +46,7 @@ impl Namespace {
         );
         let cgroup = shared.cgroup.join(cgroup);
         crate::cgroup::create(&cgroup)?;
-        drop(File::create(&path).with_context(|| format!("cannot make {}", path.display()))?);
-        let target = c_path(&path)?;
-        thread::scope(|scope| {
-            scope
-                .spawn(|| {
-                    // SAFETY: unshare(2) and mount(2) get constants and NUL-terminated strings that
-                    // outlive the calls. The new namespace is this thread's alone, which ends here;
-                    // the bind mount keeps it.
-                    let done = unsafe {
-                        libc::unshare(libc::CLONE_NEWNET) == 0
-                            && libc::mount(
-                                c"/proc/thread-self/ns/net".as_ptr(),
-                                target.as_ptr(),
-                                c"none".as_ptr(),
-                                libc::MS_BIND,
-                                std::ptr::null(),
-                            ) == 0
-                    };
-                    if done { Ok(()) } else { Err(io::Error::last_os_error()) }
-                })
-                .join()
-                .map_err(|_| anyhow!("the thread that makes the namespace {name} panicked"))?
-                .with_context(|| format!("cannot make the network namespace {}", path.display()))
-        })?;
+        netns::make(&path)?;
         let this = Self { shared: Arc::clone(shared), name: name.to_owned(), path, cgroup };
         let forward = if forwarding { "1" } else { "0" };
         this.sysctls(&[
@@ -181,24 +156,7 @@ impl Namespace {
     /// Sockets it makes belong to the namespace, but to *this process's* cgroup: what a node's
     /// cgroup programs do is seen only by processes that [`Namespace::command`] starts.
     pub fn enter<T: Send>(&self, act: impl FnOnce() -> T + Send) -> Result<T> {
-        let net = File::open(&self.path).with_context(|| {
-            format!("cannot open the namespace {}: is its lab still up?", self.path.display())
-        })?;
-        thread::scope(|scope| {
-            let thread = scope.spawn(|| {
-                // SAFETY: the descriptor is open; only this thread changes its namespace.
-                if unsafe { libc::setns(net.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
-                    return Err(io::Error::last_os_error());
-                }
-                Ok(act())
-            });
-            match thread.join() {
-                Ok(result) => result
-                    .with_context(|| format!("cannot enter the namespace {}", self.path.display())),
-                // A failed assertion in the closure fails the test.
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        })
+        netns::enter(&self.path, act)
     }
 
     /// Runs `ip` commands here, one a line, in one process: `"addr add ...\nroute add ..."`.
@@ -271,14 +229,7 @@ impl Namespace {
     }
 
     pub(crate) fn sysctls(&self, all: &[(&str, &str)]) -> Result<()> {
-        self.enter(|| {
-            for (key, value) in all {
-                fs::write(Path::new("/proc/sys").join(key), value).with_context(|| {
-                    format!("cannot set the sysctl {key} to {value} in the namespace {}", self.name)
-                })?;
-            }
-            Ok(())
-        })?
+        netns::set_sysctls(&self.path, all)
     }
 
     /// Whether this kernel has the sysctl in this namespace.

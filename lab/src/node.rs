@@ -11,10 +11,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 
-use crate::lab::Shared;
-use crate::router::{GATEWAY, GATEWAY6, LAN, bridge_netfilter, ip_feature, link_name};
-use crate::{Namespace, Overlay, Router, Running, xdp};
+use crate::namespace::Namespace;
+use crate::router::{GATEWAY, GATEWAY6, LAN, Router, bridge_netfilter, ip_feature, link_name};
+use crate::running::Running;
+use crate::shared::Shared;
+use crate::xdp;
 
+pub use overlay::Overlay;
 pub use pod::Pod;
 
 /// How a node plugs its pods in.

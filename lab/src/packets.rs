@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{Namespace, Running};
+use crate::namespace::Namespace;
+use crate::running::Running;
 
 /// A running tcpdump, and what it has printed.
 pub struct Capture {

@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::lab::Shared;
-use crate::{Namespace, Node};
+use crate::namespace::Namespace;
+use crate::node::Node;
+use crate::shared::Shared;
+use crate::skip::Unsupported;
 
 /// The nodes' gateway on the segment they share.
 pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
@@ -71,7 +73,7 @@ pub(crate) fn bridge_netfilter(namespace: &Namespace, on: bool) -> Result<()> {
                 "netfilter on bridges".into(),
                 format!("there is no sysctl {key}: load br_netfilter"),
             );
-            return Err(crate::Unsupported { what, why }.into());
+            return Err(Unsupported { what, why }.into());
         }
     }
     Ok(())
@@ -160,7 +162,7 @@ pub(crate) fn ip_feature(namespace: &Namespace, what: &str, line: &str) -> Resul
             let why = format!("{error:#}");
             // iproute2 6 names the device type; older ones print the kernel's EOPNOTSUPP.
             if why.contains("Unknown device type") || why.contains("not supported") {
-                return Err(crate::Unsupported { what: what.to_owned(), why }.into());
+                return Err(Unsupported { what: what.to_owned(), why }.into());
             }
             Err(error).context(format!("cannot set up {what}"))
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::event::{Event, Reply};
-use crate::lab::Shared;
+use crate::shared::Shared;
 
 const POLL: Duration = Duration::from_millis(5);
 

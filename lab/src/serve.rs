@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{Event, Namespace, Reply, Running};
+use crate::event::{Event, Reply};
+use crate::namespace::Namespace;
+use crate::running::Running;
 
 const TOOL: &str = "sluice-lab-server";
 

@@ -1,5 +1,16 @@
 //! Tests that a machine cannot run.
 
+/// The error of a kernel or machine that lacks something a lab was asked for. A test that finds it
+/// by `error.downcast_ref::<Unsupported>()` skips itself.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} is not available here: {why}")]
+pub struct Unsupported {
+    /// What was asked for.
+    pub what: String,
+    /// What was tried and how it failed.
+    pub why: String,
+}
+
 /// Names the variable that makes a test which cannot run pass instead of fail.
 const SKIP: &str = "SLUICE_TEST_SKIP";
 

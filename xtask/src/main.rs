@@ -10,32 +10,25 @@ mod agent;
 mod artifacts;
 mod bench;
 mod budget;
-mod cache;
 mod cluster;
-mod components;
 mod demo;
 mod ebpf;
-mod go;
 mod image;
 mod lint;
 mod measure;
-mod oci;
-mod packages;
-mod process;
 mod stack;
 mod test;
 mod toolchain;
-mod ui;
 mod version;
 mod workspace;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use sluice_cluster::cache::Cache;
+use sluice_cluster::components;
 
-use crate::cache::Cache;
 use crate::workspace::Workspace;
 
 /// Build, check, test and show Sluice.
@@ -66,24 +59,14 @@ enum Command {
     ControlPlane,
     /// A real Kubernetes in network namespaces of this machine (as root).
     #[command(subcommand)]
-    Cluster(cluster::Command),
+    Cluster(sluice_cluster::Command),
     /// Show Sluice at work in network namespaces of this machine (as root).
     Demo(demo::Options),
     /// Measure, and print ratios (as root).
     #[command(subcommand)]
     Bench(bench::Command),
-    /// Become a process of a cluster.
-    #[command(hide = true)]
-    ClusterLaunch(cluster::launch::Options),
-    /// Be what a cloud is to a cluster.
-    #[command(hide = true)]
-    ClusterCloud,
-    /// Be the first process of a cluster's node.
-    #[command(hide = true)]
-    ClusterNode {
-        /// What the node is told.
-        spec: PathBuf,
-    },
+    #[command(flatten)]
+    Internal(sluice_cluster::Internal),
 }
 
 fn main() -> ExitCode {
@@ -125,9 +108,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             println!("{}", directory.display());
         }
         Command::Cluster(command) => return cluster::run(&workspace, cli.toolchain, command),
-        Command::ClusterLaunch(options) => cluster::launch::become_program(options)?,
-        Command::ClusterCloud => cluster::cloud::run()?,
-        Command::ClusterNode { spec } => cluster::node_init::run(spec)?,
+        Command::Internal(command) => command.run()?,
         Command::Demo(options) => return demo::run(&workspace, cli.toolchain, options),
         Command::Bench(command) => return bench::run(&workspace, cli.toolchain, command),
     }

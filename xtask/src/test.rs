@@ -43,12 +43,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
+use sluice_cluster::process::Cmd;
+use sluice_cluster::ui::seconds;
 
 use crate::artifacts::{self, Artifact};
 use crate::measure;
-use crate::process::Cmd;
 use crate::toolchain::Choice;
-use crate::ui::seconds;
 use crate::workspace::Workspace;
 
 use self::job::{Binary, Job, Share};

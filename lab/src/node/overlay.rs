@@ -4,9 +4,24 @@ use std::sync::PoisonError;
 
 use anyhow::Result;
 
-use super::Node;
 use crate::router::ip_feature;
-use crate::{Overlay, serve};
+use crate::serve;
+
+use super::Node;
+
+/// How packets between pods of different nodes travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Overlay {
+    /// Plain routes on the segment the nodes share; the router knows the pods' ranges too.
+    #[default]
+    None,
+    /// A `vxlan0` device on every node, flannel's way: static neighbours, MTU 1450. The router
+    /// knows no pods.
+    Vxlan,
+    /// A headerless (`ARPHRD_NONE`) `tun0` on every node, its packets relayed over UDP by a
+    /// process; MTU 1450. The router knows no pods.
+    Tun,
+}
 
 /// Where the relays of [`Overlay::Tun`] listen.
 const RELAY_PORT: u16 = 8473;

@@ -4,10 +4,12 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::Deref;
 
 use anyhow::{Context, Result};
+use rustix::mount::UnmountFlags;
 
 use super::{Cni, Node};
-use crate::leftovers::c_path;
-use crate::{Namespace, cgroup};
+use crate::cgroup;
+use crate::leftovers::PATIENCE;
+use crate::namespace::Namespace;
 
 /// A pod of a node. Commands run in its namespace and in the cgroup `<node>/pod-<name>`; cheap to
 /// clone.
@@ -104,15 +106,11 @@ impl Pod {
     /// Ends the pod as a kubelet would: kills its processes, takes its device away, then its
     /// namespace.
     pub fn remove(self) -> Result<()> {
-        cgroup::destroy(self.namespace.cgroup())?;
+        cgroup::destroy(&[self.namespace.cgroup().to_owned()], PATIENCE)?;
         let _ = self.node.ip(&format!("link del {}", self.host_device))?;
         let path = self.namespace.path();
-        let target = c_path(path)?;
-        // SAFETY: a NUL-terminated string that outlives the call.
-        if unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) } != 0 {
-            return Err(std::io::Error::last_os_error())
-                .with_context(|| format!("cannot unmount {}", path.display()));
-        }
+        rustix::mount::unmount(path, UnmountFlags::DETACH)
+            .with_context(|| format!("cannot unmount {}", path.display()))?;
         std::fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))
     }
 }

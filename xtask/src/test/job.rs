@@ -4,9 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use sluice_cluster::process::Cmd;
 
 use crate::artifacts::Artifact;
-use crate::process::Cmd;
 
 use super::libtest::parse_list;
 use super::tier::Tier;

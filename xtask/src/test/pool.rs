@@ -11,9 +11,8 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-
-use crate::cache::Cache;
-use crate::ui::seconds;
+use sluice_cluster::cache::Cache;
+use sluice_cluster::ui::seconds;
 
 use super::job::{Job, Share};
 use super::libtest::Counts;

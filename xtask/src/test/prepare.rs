@@ -4,12 +4,13 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use sluice_cluster::cache::Cache;
+use sluice_cluster::{components, packages};
 
 use crate::artifacts::Artifact;
-use crate::cache::Cache;
 use crate::toolchain::Choice;
 use crate::workspace::{OBJECT_ENV, Workspace};
-use crate::{agent, components, ebpf, packages, toolchain};
+use crate::{agent, ebpf, toolchain};
 
 use super::tier::Tier;
 

@@ -9,9 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process_group, set_parent_process_death_signal};
-
-use crate::process::Cmd;
-use crate::ui::seconds;
+use sluice_cluster::process::Cmd;
+use sluice_cluster::ui::seconds;
 
 use super::libtest::{Counts, Reader};
 

@@ -2,9 +2,9 @@
 
 use anyhow::{Context, Result};
 use clap::Args;
+use sluice_cluster::process::Cmd;
 
 use crate::artifacts;
-use crate::process::Cmd;
 use crate::workspace::Workspace;
 
 use super::libtest::Counts;

@@ -3,9 +3,9 @@
 use std::fmt;
 
 use clap::ValueEnum;
+use sluice_cluster::packages::{self, Tool};
 
 use crate::artifacts::Artifact;
-use crate::packages::{self, Tool};
 
 /// A group of tests with the same needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
