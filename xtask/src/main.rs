@@ -1,10 +1,9 @@
 //! The project's own commands: `cargo xtask <command>`.
 //!
-//! Everything that is more than plain `cargo build` lives here: the eBPF
-//! object and the compiler it needs, the test tiers and what they need, lint,
-//! the demo. Tools that have to be built are kept in a cache outside the
-//! source tree ([`cache`]); system packages are installed only for root, and
-//! otherwise named in the error.
+//! Everything beyond plain `cargo build` lives here: the eBPF object and its compiler, the test
+//! tiers and their tools, lint, the demo. Tools that have to be built are kept in a cache outside
+//! the source tree ([`sluice_cluster::cache`]). System packages are installed only for root; for
+//! everybody else the error names them.
 
 mod agent;
 mod artifacts;
@@ -45,19 +44,19 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Build the eBPF object into target/bpf/sluice.o and weigh its programs.
+    /// Build the eBPF object into target/bpf/sluice.o and measure its programs.
     BuildEbpf,
     /// Build the release binary `sluice` as one static file, eBPF included.
     Build,
-    /// Write the image of that binary, with its bill of materials; needs no container engine.
+    /// Write an image of that binary with its bill of materials; needs no container engine.
     Image(image::Options),
-    /// Check formatting, spelling, dependencies, clippy and rustdoc, with warnings as errors.
+    /// Check formatting, spelling and dependencies, run clippy and rustdoc; warnings are errors.
     Lint,
     /// Run the tests; the last line on stdout is `N passed, N failed`.
     Test(test::Options),
     /// Build (once) the Kubernetes control plane that the api tests talk to.
     ControlPlane,
-    /// A real Kubernetes in network namespaces of this machine (as root).
+    /// Run a real Kubernetes in network namespaces of this machine (as root).
     #[command(subcommand)]
     Cluster(sluice_cluster::Command),
     /// Show Sluice at work in network namespaces of this machine (as root).
