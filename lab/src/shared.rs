@@ -1,4 +1,4 @@
-//! What every part of a lab knows of it.
+//! The facts of a lab that all of its parts know.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -73,7 +73,7 @@ pub(crate) struct Options {
     #[arg(long)]
     allow_skip: bool,
 
-    /// Number of lab tests that run in parallel [default: four per processor].
+    /// Number of lab tests that run in parallel [default: three per processor].
     #[arg(long, value_name = "N")]
     jobs: Option<NonZero<usize>>,
 
@@ -111,7 +111,7 @@ impl Options {
     fn settings(&self) -> pool::Settings {
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
         pool::Settings {
-            room: self.jobs.map_or(4 * processors, NonZero::get),
+            room: 2 * self.jobs.map_or(3 * processors, NonZero::get),
             allowed: Duration::from_mins(self.test_timeout),
             verbose: self.filter.iter().any(|argument| job::shows_output(argument)),
         }

@@ -65,8 +65,8 @@ fn read(path: &Path) -> Result<String> {
 /// The part of the machine that a job takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Share {
-    /// A quarter of a processor, for a job that mostly waits.
-    Quarter,
+    /// A third of a processor, for a job that mostly waits.
+    Third,
     /// Half a processor.
     Half,
     /// A processor.
@@ -112,11 +112,8 @@ pub(super) fn jobs(tier: Tier, binary: &Binary, filter: &[String]) -> Result<Vec
             .into_iter()
             .map(|test| {
                 let source = binary.module(module_of(&test))?;
-                let share = if directive(&source, "alone").is_some() {
-                    Share::Alone
-                } else {
-                    Share::Quarter
-                };
+                let share =
+                    if directive(&source, "alone").is_some() { Share::Alone } else { Share::Third };
                 let command = of(std::slice::from_ref(&test));
                 Ok(job(test, command, share))
             })

@@ -30,7 +30,7 @@ pub(super) struct Sum {
 
 /// Settings of a run.
 pub(super) struct Settings {
-    /// The number of quarters of a processor that jobs share.
+    /// The number of sixths of a processor that jobs share.
     pub(super) room: usize,
     /// The longest time that a job may take.
     pub(super) allowed: Duration,
@@ -49,21 +49,20 @@ pub(super) fn run(jobs: Vec<Job>, settings: &Settings) -> Result<BTreeMap<&'stat
     let mut waiting: Vec<Job> = jobs;
     let place = |job: &Job| match job.share {
         Share::All => 0,
-        Share::One | Share::Half | Share::Quarter => 1,
+        Share::One | Share::Half | Share::Third => 1,
         Share::Alone => 2,
     };
     waiting.sort_by_key(|job| (place(job), Reverse(last(job))));
     let shown = if waiting.len() == 1 { Shown::Now } else { Shown::Later };
     let mut waiting = VecDeque::from(waiting);
     let mut sums: BTreeMap<&'static str, Sum> = BTreeMap::new();
-    let mut free = settings.room;
+    let (room, mut used) = (settings.room, 0);
     let (sender, ended) = mpsc::channel();
     let (started, before) = (Instant::now(), Processors::read());
     thread::scope(|scope| {
         loop {
-            while let Some(job) = waiting.pop_front_if(|job| cost(job.share, settings.room) <= free)
-            {
-                free -= cost(job.share, settings.room);
+            while let Some(job) = waiting.pop_front_if(|job| has_room(job.share, used, room)) {
+                used += cost(job.share, room);
                 let sender = sender.clone();
                 let _joined_at_the_end = scope.spawn(move || {
                     let Job { tier, name, command, share } = job;
@@ -72,11 +71,11 @@ pub(super) fn run(jobs: Vec<Job>, settings: &Settings) -> Result<BTreeMap<&'stat
                     let _ = sender.send((tier, name, share, finished));
                 });
             }
-            if free == settings.room {
+            if used == 0 {
                 break;
             }
             let (tier, name, share, finished) = ended.recv().context("a job that never ends")?;
-            free += cost(share, settings.room);
+            used -= cost(share, room);
             let finished = finished.unwrap_or_else(|error| Finished {
                 counts: Counts { failed: 1, ..Counts::default() },
                 output: format!("{error:#}\n").into_bytes(),
@@ -129,12 +128,21 @@ impl Processors {
     }
 }
 
-/// Returns how many quarters of a processor a job takes.
+/// Whether a job may start. It needs some room, not all that it takes: otherwise processors would
+/// idle until enough small jobs have ended for a large one.
+fn has_room(share: Share, used: usize, room: usize) -> bool {
+    match share {
+        Share::Third | Share::Half | Share::One => used < room,
+        Share::All | Share::Alone => used == 0,
+    }
+}
+
+/// Returns how many sixths of a processor a job takes.
 fn cost(share: Share, room: usize) -> usize {
     match share {
-        Share::Quarter => 1.min(room),
-        Share::Half => 2.min(room),
-        Share::One => 4.min(room),
+        Share::Third => 2.min(room),
+        Share::Half => 3.min(room),
+        Share::One => 6.min(room),
         Share::All | Share::Alone => room,
     }
 }
@@ -204,6 +212,16 @@ fn key(tier: &str, name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_large_job_needs_some_room_and_one_that_is_alone_all_of_it() {
+        let room = 12;
+        assert!(has_room(Share::One, 10, room) && !has_room(Share::One, 12, room));
+        assert!(has_room(Share::Alone, 0, room) && !has_room(Share::Alone, 2, room));
+        // What a large job has taken too much is missing for the next ones.
+        assert!(!has_room(Share::Third, 10 + cost(Share::One, room), room));
+        assert!(!has_room(Share::Third, cost(Share::All, room), room));
+    }
 
     #[test]
     fn processors_are_busy_unless_they_idle_or_wait_for_a_disk() {
