@@ -1,4 +1,4 @@
-//! What loading the programs and trying the hooks came to.
+//! Checks of loading the programs and trying the hooks.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -8,10 +8,10 @@ use super::scratch::Tried;
 use super::{Check, Outcome};
 use crate::node::dataplane::How;
 
-/// What to do when a program is refused.
+/// The advice if a program is refused.
 const REPORT: &str = "please report it with `uname -r` and the message; another kernel of the same series may take it";
 
-/// The programs: one row for each that was refused, else the figures of all.
+/// Returns one row for each refused program, or the figures of all.
 pub(super) fn programs<E: Display>(
     programs: &BTreeMap<String, Result<Option<u32>, E>>,
     map_bytes: u64,
@@ -34,7 +34,7 @@ pub(super) fn programs<E: Display>(
     checks
 }
 
-/// The hooks.
+/// Returns the checks of the hooks.
 pub(super) fn checks(tried: &Tried) -> Vec<Check> {
     if let Some(why) = &tried.ground {
         let check = Check::new("hook", Outcome::Skip, why.clone());
@@ -73,7 +73,7 @@ pub(super) fn checks(tried: &Tried) -> Vec<Check> {
     checks
 }
 
-/// Without the right to make namespaces nobody can be kept from seeing a try.
+/// Returns the checks if the process may not make namespaces: hooks cannot be tried unseen.
 pub(super) fn untried(is_bpffs: bool) -> Vec<Check> {
     const NEXT: &str = "run `sluice preflight` once with that capability to have everything tried; the agent needs it only where it has to \
                         mount a BPF file system";
@@ -87,7 +87,7 @@ pub(super) fn untried(is_bpffs: bool) -> Vec<Check> {
     vec![Check::new("hook", Outcome::Warn, hook).next(NEXT), pins]
 }
 
-/// The first failure among some tries.
+/// Returns the first failure of some attempts.
 fn failure(tries: &BTreeMap<impl Display, io::Result<()>>) -> Option<String> {
     tries.iter().find_map(|(name, result)| Some(format!("{name}: {}", result.as_ref().err()?)))
 }
@@ -132,7 +132,7 @@ fn cgroup(tried: &Tried) -> Check {
     }
 }
 
-/// The word of a way to attach XDP.
+/// Shows the name of a way to attach XDP.
 impl Display for How {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str(self.word())
