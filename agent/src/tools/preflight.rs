@@ -215,7 +215,7 @@ pub fn look(options: &Options) -> anyhow::Result<Report> {
 fn attempts(options: &Options, is_able: bool, apart: bool, cgroup: Option<&Path>) -> Vec<Check> {
     if !is_able {
         let skipped =
-            |check| Check::new(check, Outcome::Skip, "needs root: it is tried, not guessed");
+            |check| Check::new(check, Outcome::Skip, "not tried: needs root");
         return ["programs", "hook", "pins"].map(skipped).to_vec();
     }
     match Trial::load() {
@@ -230,7 +230,7 @@ fn attempts(options: &Options, is_able: bool, apart: bool, cgroup: Option<&Path>
         }
         Err(error) => vec![
             Check::new("programs", Outcome::No, error.to_string())
-                .next("see what the message names; `dmesg` may tell more"),
+                .next("fix what the message names; `dmesg` may have details"),
         ],
     }
 }

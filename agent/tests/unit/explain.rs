@@ -669,7 +669,7 @@ fn what_is_left_to_netfilter_is_told_with_its_reason() {
     };
     let (verdict, reason, why) = told(phase::SERVE | phase::IMPORTED, true);
     assert_eq!((verdict, reason), (Verdict::Pass, "netfilter_flow"));
-    assert!(why.contains("before Sluice took over"), "{why}");
+    assert!(why.contains("since before the takeover"), "{why}");
     let (verdict, _, why) = told(phase::SERVE | phase::IMPORTED, false);
     assert_eq!((verdict, why.as_str()), (Verdict::Forward, ""));
     let (verdict, reason, why) = told(phase::PASSIVE, false);

@@ -107,6 +107,6 @@ mod tests {
         let log = "cannot load: combined stack size of 4 calls is 544. Too large\nverification time 12 usec\n\
                    stack depth 0+112\nprocessed 186062 insns (limit 1000000)";
         assert_eq!(reason(log), "cannot load: combined stack size of 4 calls is 544. Too large");
-        assert_eq!(reason("attaches"), "attaches");
+        assert_eq!(reason("attached"), "attached");
     }
 }

@@ -98,12 +98,12 @@ impl Skipped {
         let mut parts = self.chains.clone();
         if !self.legacy.is_empty() {
             let tables: Vec<&str> = self.legacy.iter().map(String::as_str).collect();
-            parts.push(format!("legacy iptables' tables {}", tables.join(", ")));
+            parts.push(format!("legacy iptables tables {}", tables.join(", ")));
         }
         for (device, programs) in &self.programs {
             let names: Vec<&str> = programs.iter().map(String::as_str).collect();
             parts.push(format!(
-                "programs behind ours at the ingress of {device}: {}",
+                "programs after Sluice's at the ingress of {device}: {}",
                 names.join(", ")
             ));
         }
@@ -123,32 +123,32 @@ pub(super) fn legacy() -> BTreeSet<String> {
 /// Returns the check.
 pub(super) fn check(accelerate: Accelerate, found: Option<Result<&Skipped, &io::Error>>) -> Check {
     let skipped = match found {
-        None => return Check::new(NAME, Outcome::Skip, "rules can be listed by root only"),
+        None => return Check::new(NAME, Outcome::Skip, "only root can list rules"),
         Some(Err(error)) => {
             return Check::new(
                 NAME,
                 Outcome::Skip,
-                format!("netfilter's rules cannot be listed: {error}"),
+                format!("cannot list netfilter's rules: {error}"),
             );
         }
         Some(Ok(skipped)) => skipped,
     };
     let words = skipped.words();
-    let words = words.as_deref().unwrap_or("no rule of netfilter's, and no program behind ours");
+    let words = words.as_deref().unwrap_or("no netfilter rule, and no program after Sluice's");
     if accelerate == Accelerate::Off {
         let what =
-            format!("off: packets pass the stack; with `on` those of Services would skip: {words}");
+            format!("off: packets pass the stack; with `on`, packets of Services would bypass: {words}");
         return Check::new(NAME, Outcome::Yes, what);
     }
-    let what = format!("on: packets of Services skip: {words}");
+    let what = format!("on: packets of Services bypass: {words}");
     if skipped.drops.is_empty() && skipped.programs.is_empty() && skipped.legacy.is_empty() {
         return Check::new(NAME, Outcome::Yes, what);
     }
     let why = if skipped.drops.is_empty() {
-        "make sure that nothing depends on these, or leave --accelerate off".to_owned()
+        "check that nothing depends on these, or leave --accelerate off".to_owned()
     } else {
         format!(
-            "what {} would not stop a Service's packets: leave --accelerate off, or have it done elsewhere (docs/security.md)",
+            "{} would not stop packets of Services: leave --accelerate off, or filter elsewhere (docs/security.md)",
             skipped.drops.join(", ")
         )
     };

@@ -182,7 +182,7 @@ fn devices(survey: &Survey, role: Role) -> Check {
         (_, false) => check(Outcome::Yes, names(found.into_iter())),
         (Role::Uplink, true) => {
             check(Outcome::Warn, "none: no device has a global address or the default route".to_owned())
-                .next("give the agent --uplink DEVICE, if clients outside are to reach node ports and load balancers' addresses")
+                .next("give the agent --uplink DEVICE if external clients should reach node ports and load balancer addresses")
         }
         (Role::Edge, true) => {
             let what = "none so far: they come with pods, and are attached within milliseconds. Pods \
@@ -200,23 +200,23 @@ fn xdp(driver: &Driver, is_veth: bool) -> Check {
     if is_veth {
         return check(
             Outcome::Skip,
-            "a veth: left out, since its far end may lose what XDP sends; tc is used".to_owned(),
+            "a veth: tc is used, since the far end may drop what XDP sends".to_owned(),
         )
-        .next("--xdp native insists, where the far end has a program or GRO");
+        .next("use --xdp native if the far end has a program or GRO");
     }
     match driver.features {
         Some(bits) if bits & BASIC != 0 => {
-            check(Outcome::Yes, format!("in the driver {name} (it was asked, not tried)"))
+            check(Outcome::Yes, format!("in the driver {name} (reported by the driver, not tried)"))
         }
-        Some(_) => check(Outcome::Skip, format!("the driver {name} has none: tc is used")),
+        Some(_) => check(Outcome::Skip, format!("the driver {name} has no XDP: tc is used")),
         None if KNOWN.contains(&name) => check(
             Outcome::Yes,
-            format!("the driver {name} is known to have it (this kernel does not tell)"),
+            format!("the driver {name} is known to have XDP (this kernel does not report it)"),
         ),
         None => check(
             Outcome::Skip,
             format!(
-                "the driver {name} is not known to have it: tried by the agent, else tc is used"
+                "the driver {name} is not known to have XDP: the agent tries it, and uses tc otherwise"
             ),
         ),
     }
@@ -238,7 +238,7 @@ fn shape(facts: &Facts, survey: &Survey) -> Check {
         (0, 0) => Check::new(
             "cni",
             Outcome::Skip,
-            "no pod is there to tell by; bridged and routed veths, with and without overlays, all work",
+            "no pod shows the kind; bridged and routed veths all work, with and without overlays",
         ),
         (count, 0) => Check::new("cni", Outcome::Yes, format!("{count} pods on the bridge {on}")),
         (0, count) => {
@@ -255,16 +255,16 @@ fn shape(facts: &Facts, survey: &Survey) -> Check {
 fn bridge_netfilter(facts: &Facts, filtered: Option<bool>) -> Check {
     let has_bridge = facts.links.values().any(|link| link.kind == "bridge");
     match (has_bridge, filtered) {
-        (false, _) => Check::new("bridge-nf", Outcome::Skip, "there is no bridge"),
+        (false, _) => Check::new("bridge-nf", Outcome::Skip, "no bridge"),
         (true, Some(true)) => Check::new(
             "bridge-nf",
             Outcome::Yes,
-            "bridged packets cross iptables, with real addresses",
+            "bridged packets pass iptables, with real addresses",
         ),
         (true, Some(false) | None) => Check::new(
             "bridge-nf",
             Outcome::Yes,
-            "bridged packets cross no iptables; Sluice needs none",
+            "bridged packets bypass iptables, which Sluice does not need",
         ),
     }
 }
@@ -286,7 +286,7 @@ fn overhead(link: &Link) -> Option<u32> {
 fn mtu(facts: &Facts, survey: &Survey) -> Check {
     let of = |role| survey.devices.values().filter(move |device| device.role == role);
     let Some(uplink) = of(Role::Uplink).min_by_key(|device| device.entry.mtu) else {
-        return Check::new("mtu", Outcome::Skip, "there is no uplink to compare with");
+        return Check::new("mtu", Outcome::Skip, "no uplink to compare with");
     };
     let wrapped: Vec<(&Link, u32)> = of(Role::Fabric)
         .filter_map(|device| facts.links.get(&device.index))
@@ -296,7 +296,7 @@ fn mtu(facts: &Facts, survey: &Survey) -> Check {
         wrapped.iter().filter(|(link, overhead)| link.mtu + overhead > uplink.entry.mtu).collect();
     let Some((link, overhead)) = too_big.first() else {
         let overlays = if wrapped.is_empty() {
-            "no overlay adds to it".to_owned()
+            "no overlay".to_owned()
         } else {
             format!("{} overlays fit", wrapped.len())
         };

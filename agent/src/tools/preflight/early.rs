@@ -455,21 +455,21 @@ fn look(rulesets: &[Ruleset], frontends: &Frontends) -> Vec<String> {
 pub(super) fn check(found: Option<&io::Result<Vec<Ruleset>>>, frontends: &Frontends) -> Check {
     const NAME: &str = "early-rules";
     let lines = match found {
-        None => return Check::new(NAME, Outcome::Skip, "rules can be listed by root only"),
+        None => return Check::new(NAME, Outcome::Skip, "only root can list rules"),
         Some(Err(error)) => {
             return Check::new(
                 NAME,
                 Outcome::Skip,
-                format!("netfilter's rules cannot be listed: {error}"),
+                format!("cannot list netfilter's rules: {error}"),
             );
         }
         Some(Ok(rulesets)) => look(rulesets, frontends),
     };
     if lines.is_empty() {
         let known = if frontends.is_known {
-            "no rule names a node port or a Service's address before it is translated"
+            "no rule matches a node port or a Service's address before translation"
         } else {
-            "no rule names a node port before it is translated (addresses of Services are known once an agent has run)"
+            "no rule matches a node port before translation (addresses of Services are known once an agent has run)"
         };
         return Check::new(NAME, Outcome::Yes, known);
     }
@@ -477,8 +477,8 @@ pub(super) fn check(found: Option<&io::Result<Vec<Ruleset>>>, frontends: &Fronte
     if lines.len() > NAMED_MAX {
         named = format!("{named} and {} more", lines.len() - NAMED_MAX);
     }
-    Check::new(NAME, Outcome::Warn, format!("{named}: such a rule never applies, since Sluice translates before it"))
-        .next("let such a rule name the endpoint's address and port in a FORWARD chain, or limit clients by loadBalancerSourceRanges or --nodeport-addresses (docs/compatibility.md)")
+    Check::new(NAME, Outcome::Warn, format!("{named}: these rules never apply, since Sluice translates first"))
+        .next("match the endpoint's address and port in a FORWARD chain, or limit clients by loadBalancerSourceRanges or --nodeport-addresses (docs/compatibility.md)")
 }
 
 #[cfg(test)]

@@ -53,7 +53,7 @@ pub(super) fn attempt(trial: &Trial, cgroup: Option<&Path>, pin_path: &Path) -> 
     let tried = std::thread::scope(|scope| {
         let thread = scope.spawn(|| apart(trial, cgroup, pin_path));
         thread.join().unwrap_or_else(|_| Tried {
-            ground: Some("the thread that tries the hooks has panicked".to_owned()),
+            ground: Some("the thread that tries the hooks panicked".to_owned()),
             ..Tried::default()
         })
     });
@@ -67,12 +67,12 @@ fn apart(trial: &Trial, cgroup: Option<&Path>, pin_path: &Path) -> Tried {
     // SAFETY: the call takes no pointers, and concerns only this thread.
     if unsafe { libc::unshare(libc::CLONE_NEWNET | libc::CLONE_NEWNS) } != 0 {
         let error = io::Error::last_os_error();
-        tried.ground = Some(format!("cannot make namespaces to try hooks in: {error}"));
+        tried.ground = Some(format!("cannot create namespaces to try hooks in: {error}"));
         return tried;
     }
     // From here on no mount affects the node.
     if let Err(error) = mount(None, Path::new("/"), None, libc::MS_REC | libc::MS_PRIVATE) {
-        tried.ground = Some(format!("cannot keep mounts to a namespace of its own: {error}"));
+        tried.ground = Some(format!("cannot make mounts private: {error}"));
         return tried;
     }
     match devices() {
@@ -80,7 +80,7 @@ fn apart(trial: &Trial, cgroup: Option<&Path>, pin_path: &Path) -> Tried {
             tried.own_device = Some(own_device);
             try_device(trial, veth, &mut tried);
         }
-        Err(error) => tried.ground = Some(format!("cannot make a veth to try hooks on: {error}")),
+        Err(error) => tried.ground = Some(format!("cannot create a veth to try hooks on: {error}")),
     }
     tried.cgroup = cgroup.map(|cgroup| try_cgroup(trial, cgroup));
     tried.pins = Some(try_pins(trial, pin_path));
@@ -155,7 +155,7 @@ fn try_cgroup(
         attached.map_err(|error| format!("cannot open the cgroup {}: {error}", path.display()));
     drop(folder);
     fs::remove_dir(&path)
-        .map_err(|error| format!("cannot remove the cgroup {} again: {error}", path.display()))?;
+        .map_err(|error| format!("cannot remove the cgroup {}: {error}", path.display()))?;
     attached
 }
 
@@ -185,7 +185,7 @@ fn try_pins(trial: &Trial, pin_path: &Path) -> Result<String, String> {
     let target = if standard.is_dir() { standard.to_owned() } else { PathBuf::from("/sys") };
     mount(Some("bpf"), &target, Some("bpf"), 0).map_err(|error| {
         format!(
-            "cannot mount a BPF file system (tried at {}, unseen by others): {error}",
+            "cannot mount a BPF file system (tried at {} in a private namespace): {error}",
             target.display()
         )
     })?;
@@ -194,9 +194,9 @@ fn try_pins(trial: &Trial, pin_path: &Path) -> Result<String, String> {
         .pin(&pin)
         .map_err(|error| format!("cannot pin a program to a BPF file system: {error}"))?;
     Ok(if is_bpffs(pin_path) {
-        "a BPF file system takes them (tried on one that nobody sees)".to_owned()
+        "a BPF file system accepts pins (tried in a private one)".to_owned()
     } else {
-        "a BPF file system can be mounted and takes them (tried where nobody sees it)".to_owned()
+        "a BPF file system can be mounted and accepts pins (tried in a private namespace)".to_owned()
     })
 }
 

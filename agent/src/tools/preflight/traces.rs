@@ -212,23 +212,23 @@ pub(super) fn checks(traces: &Traces, socket_path: SocketPath) -> Vec<Check> {
     let mut checks = vec![kube_proxy(traces), meshes(traces, socket_path)];
     checks.extend(programs(traces));
     checks.push(if traces.node_local_dns.is_empty() {
-        Check::new("node-local-dns", Outcome::Skip, "there is no device nodelocaldns")
+        Check::new("node-local-dns", Outcome::Skip, "no device nodelocaldns")
     } else {
         let addresses: Vec<String> =
             traces.node_local_dns.iter().map(ToString::to_string).collect();
         Check::new(
             "node-local-dns",
             Outcome::Yes,
-            format!("its addresses are left to it: {}", addresses.join(", ")),
+            format!("its addresses are left alone: {}", addresses.join(", ")),
         )
     });
     checks.push(if traces.ours.is_empty() {
-        Check::new("sluice", Outcome::Skip, "no program of ours is attached so far")
+        Check::new("sluice", Outcome::Skip, "no program of Sluice is attached yet")
     } else {
         Check::new(
             "sluice",
             Outcome::Yes,
-            format!("attached already, and adopted by the next agent: {}", joined(&traces.ours)),
+            format!("already attached, and adopted by the next agent: {}", joined(&traces.ours)),
         )
     });
     checks
@@ -237,12 +237,12 @@ pub(super) fn checks(traces: &Traces, socket_path: SocketPath) -> Vec<Check> {
 fn kube_proxy(traces: &Traces) -> Check {
     if !traces.kube_proxy.is_empty() {
         return Check::new("kube-proxy", Outcome::Warn, format!("{}: Sluice translates before it", joined(&traces.kube_proxy)))
-            .next("start the agent with --takeover, so that connections that kube-proxy has translated go on; then stop kube-proxy and call `sluice takeover --finish`");
+            .next("start the agent with --takeover, so that the connections of kube-proxy continue; then stop kube-proxy and run `sluice takeover --finish`");
     }
     if traces.is_listed {
         Check::new("kube-proxy", Outcome::Yes, "no trace of it")
     } else {
-        Check::new("kube-proxy", Outcome::Skip, "rules can be listed by root only")
+        Check::new("kube-proxy", Outcome::Skip, "only root can list rules")
     }
 }
 
@@ -251,26 +251,26 @@ fn meshes(traces: &Traces, socket_path: SocketPath) -> Check {
         let found = joined(&traces.meshes);
         if socket_path == SocketPath::Machine {
             let what = format!(
-                "{found}: a proxy beside a pod would see backends where it wants to see Services"
+                "{found}: a sidecar proxy would see backends where it expects Services"
             );
             return Check::new("service-mesh", Outcome::Warn, what).next(
-                "start the agent without --socket-path machine: what a pod's proxy takes is then left to it",
+                "start the agent without --socket-path machine, so that traffic of sidecar proxies is left to them",
             );
         }
         return Check::new(
             "service-mesh",
             Outcome::Yes,
-            format!("{found}: what a pod's proxy takes is left to it"),
+            format!("{found}: traffic of sidecar proxies is left to them"),
         );
     }
     if traces.is_listed {
         Check::new(
             "service-mesh",
             Outcome::Yes,
-            "no trace of one on the node (sidecars without a CNI plugin leave none here)",
+            "no trace on the node (sidecars without a CNI plugin leave none)",
         )
     } else {
-        Check::new("service-mesh", Outcome::Skip, "rules can be listed by root only")
+        Check::new("service-mesh", Outcome::Skip, "only root can list rules")
     }
 }
 
@@ -292,7 +292,7 @@ fn programs(traces: &Traces) -> Vec<Check> {
     if !cilium.is_empty() {
         checks.push(
             Check::new("cilium", Outcome::Warn, joined(&cilium))
-                .next("only one of the two may balance Services: run Cilium with kubeProxyReplacement=false, or leave Sluice out"),
+                .next("only one of them may balance Services: run Cilium with kubeProxyReplacement=false, or do not install Sluice"),
         );
     }
     for (place, names) in others {
@@ -301,16 +301,16 @@ fn programs(traces: &Traces) -> Vec<Check> {
             Check::new(
                 "foreign-ebpf",
                 Outcome::Warn,
-                format!("{} at socket hooks: they see calls before or after ours", joined(&names)),
+                format!("{} at socket hooks, which see calls before or after Sluice", joined(&names)),
             )
             .of(place)
-            .next("make sure that they do not translate Services")
+            .next("check that they do not translate Services")
         } else {
             Check::new(
                 "foreign-ebpf",
                 Outcome::Yes,
                 format!(
-                    "{}: they stay; Sluice is first at ingress and last at egress",
+                    "{}, which stay; Sluice is first at ingress and last at egress",
                     joined(&names)
                 ),
             )
@@ -322,10 +322,10 @@ fn programs(traces: &Traces) -> Vec<Check> {
             Check::new(
                 "foreign-ebpf",
                 Outcome::Yes,
-                "nobody else's programs are on our devices and cgroup",
+                "no programs of others on Sluice's devices and cgroup",
             )
         } else {
-            Check::new("foreign-ebpf", Outcome::Skip, "programs can be listed by root only")
+            Check::new("foreign-ebpf", Outcome::Skip, "only root can list programs")
         });
     }
     checks
