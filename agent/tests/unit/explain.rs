@@ -516,7 +516,7 @@ fn manifests_that_say_nothing_end_with_code_1_and_what_to_do() {
     let output = sluice(at, &words.split(' ').collect::<Vec<_>>());
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{error}");
-    assert!(error.contains("warning: without shop/broken.yaml document 1: line"), "{error}");
+    assert!(error.contains("warning: left out shop/broken.yaml document 1: line"), "{error}");
     let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON, and nothing else");
     assert_eq!(answer["service"], "shop/web");
 }
