@@ -5,22 +5,20 @@
 //! with what it has read before.
 
 use std::cell::{Cell, OnceCell};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
     OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, flow,
-    node_address, state,
+    state,
 };
 use sluice_common::engine::open::Refusal;
 use sluice_common::engine::record::{FlowMap, FlowTable, InsertError, Partner, Renewal, record};
 use sluice_common::engine::search::PortSearch;
-use sluice_common::family::lane;
 use sluice_common::packet::parse::Headers;
 use sluice_common::path::{self, Decision, Record, leads_back, leads_to, partner_key, walk_ports};
 use sluice_common::tables::Routes;
 use sluice_common::{Reason, Tables};
-use sluice_core::image::{SourceKey, node_port_bit};
 
 use crate::fault::Fault;
 use crate::maps::{Entry, Lru};
@@ -271,9 +269,7 @@ impl<F: Side> FlowTable<F> for View<'_, F> {
 
 impl<F: Side> Tables<F> for View<'_, F> {
     fn listing(&self, address: &F::Address) -> u8 {
-        let (word, shift) = lane::<F>(address);
-        let maps = self.node.maps.maps.borrow();
-        maps.image.lanes.get(&(word * 16 + shift / 4)).copied().unwrap_or_default()
+        self.node.maps.maps.borrow().image.listing::<F>(address)
     }
 
     fn flow(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
@@ -308,8 +304,7 @@ impl<F: Side> Tables<F> for View<'_, F> {
     fn range(&self, service_port: u32, class: Class) -> Option<Range> {
         self.race();
         let maps = self.node.maps.maps.borrow();
-        let port = maps.image.ports.get(&service_port).copied().unwrap_or_default();
-        port.ranges.get(class as usize).copied().map(Range)
+        Some(maps.image.range(service_port, class).unwrap_or_default())
     }
 
     fn slot(&self, slot: u32) -> Option<u32> {
@@ -331,25 +326,19 @@ impl<F: Side> Tables<F> for View<'_, F> {
 
     fn in_source_ranges(&self, service_port: u32, address: &F::Address) -> bool {
         let maps = self.node.maps.maps.borrow();
-        let first = SourceKey { service_port, length: 0, network: F::Address::default() };
-        let keys = F::of(&maps.image).source_ranges.range(first..).map(|(key, _)| key);
-        keys.take_while(|key| key.service_port == service_port)
-            .any(|key| shares(F::ip(key.network), F::ip(*address), key.length))
+        maps.image.in_source_ranges::<F>(service_port, address)
     }
 
     fn is_node_port(&self, port: u16) -> bool {
-        let (word, bit) = node_port_bit(port);
-        self.node.maps.maps.borrow().image.node_ports.get(&word).is_some_and(|bits| bits & bit != 0)
+        self.node.maps.maps.borrow().image.is_node_port(port)
     }
 
     fn is_node_address(&self, address: &F::Address) -> bool {
-        F::of(&self.node.maps.maps.borrow().image).node_addresses.contains_key(address)
+        self.node.maps.maps.borrow().image.is_node_address::<F>(address)
     }
 
     fn serves_node_ports(&self, address: &F::Address) -> bool {
-        let maps = self.node.maps.maps.borrow();
-        let node = F::of(&maps.image).node_addresses.get(address);
-        node.is_some_and(|node| node.flags & node_address::NODE_PORTS != 0)
+        self.node.maps.maps.borrow().image.serves_node_ports::<F>(address)
     }
 
     fn origins(&self, key: &OriginKey<F::Address>) -> Option<&Origins<F::Address>> {
@@ -392,19 +381,6 @@ impl<F: Side> Tables<F> for View<'_, F> {
 
     fn now(&self) -> Ticks {
         self.world.ticks()
-    }
-}
-
-/// Whether two addresses share their first bits.
-fn shares(one: IpAddr, other: IpAddr, bits: u8) -> bool {
-    match (one, other) {
-        (IpAddr::V4(one), IpAddr::V4(other)) => {
-            (one.to_bits() ^ other.to_bits()).leading_zeros() >= u32::from(bits)
-        }
-        (IpAddr::V6(one), IpAddr::V6(other)) => {
-            (one.to_bits() ^ other.to_bits()).leading_zeros() >= u32::from(bits)
-        }
-        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => false,
     }
 }
 

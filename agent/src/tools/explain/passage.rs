@@ -1,4 +1,4 @@
-//! Takes a packet through a program as the kernel does, and records nothing.
+//! Takes a packet through a program as the kernel does, but records nothing.
 
 use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey, Tuple};
 use sluice_common::engine::act;
@@ -19,14 +19,14 @@ use super::frame::{Shape, frame};
 use super::record::Recorder;
 use super::world::{Routing, Seen, Side, World};
 
-/// A packet that nobody sends, and the host that it is asked about.
+/// A packet that is never sent, on the host of the question.
 pub(super) struct Host<'w> {
     world: &'w World,
     routing: &'w dyn Routing,
     hook: Hook,
     ifindex: u32,
     packet: Bytes<Vec<u8>>,
-    /// The ICMP error that it has become, and the MTU that it tells.
+    /// The ICMP error that the packet has become, with the MTU in it.
     pub(super) answered: Option<(IcmpError, u32)>,
 }
 
@@ -94,12 +94,12 @@ impl<F: Side> Adapter<F> for Host<'_> {
         }
     }
 
-    /// Nobody looks neighbours up for a question.
+    /// No neighbours are looked up for a question.
     fn neighbour(&self, _: &F::Address, _: &F::Address, _: u32) -> Option<[u8; 6]> {
         None
     }
 
-    /// [`Routing::mtu`] has told.
+    /// [`Routing::mtu`] has this already.
     fn route_mtu(&self, _: &F::Address, _: u32) -> u32 {
         0
     }
@@ -112,7 +112,7 @@ impl<F: Side> Adapter<F> for Host<'_> {
         self.world.rejects.get(&key.address).copied()
     }
 
-    /// Nothing is sent, and nobody's credit used.
+    /// Nothing is sent, so no credit is used.
     fn set_bucket(&mut self, _: &RejectKey, _: &RejectBucket) {}
 
     fn now_ms(&self) -> u32 {
@@ -144,7 +144,7 @@ pub(super) struct Passage<'w, F: Side> {
 }
 
 impl<'w, F: Side> Passage<'w, F> {
-    /// A packet that a hook is about to meet.
+    /// Makes a passage of a packet that arrives at a hook.
     pub(super) fn new(
         seen: &'w Seen<'w>,
         routing: &'w dyn Routing,
@@ -158,13 +158,13 @@ impl<'w, F: Side> Passage<'w, F> {
         let host = Host { world, routing, hook, ifindex, packet, answered: None };
         let mut headers = Headers::default();
         let _ = parse::headers_into(&host.packet, Adapter::<F>::link(&host), &mut headers);
-        // Side and all.
+        // Including its side.
         headers.tuple = *tuple;
         let tables = Recorder::new(seen, *tuple);
         Self { host, headers, tables, decision: Decision::pass(tuple) }
     }
 
-    /// Where packets to both ends of the flow leave.
+    /// Returns where packets to both ends of the flow leave.
     fn routes(&self) -> Routes {
         let leaves_by = |address| self.host.routing.leaves_by(F::ip(address)).unwrap_or(0);
         let Flow { source, destination, .. } = self.decision.flow;
@@ -193,7 +193,7 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
         path::search(&self.tables, &mut self.decision);
     }
 
-    /// Nobody looks sockets up for a question.
+    /// No sockets are looked up for a question.
     fn is_taken_by_socket(&mut self) -> bool {
         false
     }
@@ -222,19 +222,19 @@ impl<'w, F: Side> TcProgram<F> for Passage<'w, F> {
         path::restrict_foreign(self.host.hook, &self.headers, &self.tables, &mut self.decision);
     }
 
-    /// It is whole.
+    /// The packet is not a fragment.
     fn note(&mut self) {}
 
     fn is_for_others(&self) -> bool {
         false
     }
 
-    /// Who asks says where the client is.
+    /// The question says where the client is.
     fn has_foreign_source(&self) -> bool {
         false
     }
 
-    /// A packet that somebody asks about comes from a socket of its namespace, where it has one.
+    /// The packet of a question comes from a socket of its namespace, if it has one.
     fn has_hidden_socket(&mut self) -> bool {
         let Decision { flow, key, .. } = &self.decision;
         let hides = |here| policy::hides_sockets(here, key.protocol, true);
@@ -254,6 +254,6 @@ impl<'w, F: Side> TcProgram<F> for Passage<'w, F> {
         self.decision.reason = reason;
     }
 
-    /// Nobody counts a question.
+    /// A question is not counted.
     fn count(&mut self, _: bool) {}
 }
