@@ -423,8 +423,8 @@ fn decide_known<F: Family, T: Tables<F>>(
 }
 
 /// Undoes what a packet with a foreign source must not do, where a decision [depends on the
-/// source](Decision::depends_on_source). The packet follows existing entries and changes none of them. If
-/// it opens a flow, the new one stands next to those of the address's owner.
+/// source](Decision::depends_on_source). The packet follows existing entries and changes none of
+/// them. If it opens a flow, the new one stands next to those of the address's owner.
 #[inline(always)]
 pub fn restrict_foreign<F: Family, T: Tables<F>>(
     hook: Hook,

@@ -24,10 +24,10 @@ pub(super) fn packet<F: Emit>(
     match Count::of(decision) {
         Count::Nowhere => {}
         Count::Backend { id, direction } => {
-            backend::<F>(id, |counters| direction.add(headers, counters))
+            backend::<F>(id, |counters| direction.add(headers, counters));
         }
         Count::Reason { reason, service_port } => {
-            self::reason(reason, service_port, headers.length)
+            self::reason(reason, service_port, headers.length);
         }
     }
     events::packet(decision, headers, ifindex, hook, is_dropped);
