@@ -194,7 +194,7 @@ impl Trial {
     fn settings(&self) -> Result<()> {
         for pod in pods("kube-system", "app.kubernetes.io/name=sluice")? {
             let log = kubectl(&["-n", "kube-system", "logs", &pod, "-c", "agent"])?;
-            for lack in ["without our own device", "fragments that come before"] {
+            for lack in ["own device cannot be made", "fragments that arrive before"] {
                 ensure!(!log.contains(lack), "{pod} says\n{log}");
             }
         }

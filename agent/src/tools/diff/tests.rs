@@ -1,4 +1,4 @@
-//! Differences of states that a plan has made, and of states that somebody has spoilt.
+//! Differences between states that a plan has made and states that were damaged.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -44,7 +44,7 @@ ports: [{name: '', port: 53, protocol: UDP}]
 endpoints: [{addresses: ['fd01::5']}]
 ";
 
-/// The events of manifests, given as files.
+/// Returns the events of manifests, given as files.
 fn events(files: &[&str]) -> Vec<Event> {
     let folder = tempfile::tempdir().expect("a folder");
     for (index, text) in files.iter().enumerate() {
@@ -83,14 +83,14 @@ fn plan(files: &[&str], found: &State) -> Wanted {
     wanted(&inputs, events(files), &facts(), found, Sizes::default())
 }
 
-/// The state after the writes are carried out, with what else is wanted.
+/// Returns the state after the writes are carried out, with the rest of what is wanted.
 fn carried_out(wants: &Wanted, mut found: State) -> State {
     let apply = |image: &mut Image, write: &Write| image.apply(write);
     wants.writes.iter().for_each(|write| apply(&mut found.image, write));
     State { image: found.image, ..wants.state.clone() }
 }
 
-/// What the agent makes of empty maps.
+/// Returns what the agent makes of empty maps.
 fn settled(files: &[&str]) -> State {
     carried_out(&plan(files, &State::default()), State::default())
 }
@@ -159,7 +159,7 @@ fn a_frontend_that_somebody_removed_is_named_with_its_service() {
     assert_eq!(differences(&[WEB, DNS], &repaired), []);
 }
 
-/// Spoils maps in one way.
+/// Damages the maps in one way.
 type Spoil = fn(&mut State);
 
 #[test]
@@ -189,7 +189,7 @@ fn whatever_is_spoilt_is_shown_and_mended() {
         let mut found = good.clone();
         spoil(&mut found);
         if map == "names" {
-            // The maps are read by names: a service port without one is not seen.
+            // The maps are read by name: a service port without one is not seen.
             found.image.ports.retain(|id, _| found.image.names.contains_key(id));
         }
         let wants = plan(&[WEB, DNS], &found);
@@ -209,12 +209,12 @@ fn a_service_that_nobody_has_any_more_is_extra() {
         assert!(rows.contains(&(Change::Extra, map, dns.to_owned())), "{map}: {rows:?}");
     }
     assert!(rows.contains(&(Change::Different, "backends_v6", dns.to_owned())), "{rows:?}");
-    // The ClusterIP as such belongs to no port.
+    // The ClusterIP itself belongs to no port.
     assert!(
         rows.iter().all(|(_, map, service)| service == dns || *map == "services_v6"),
         "{rows:?}"
     );
-    // What the repair leaves is the frontend's bit, for connections that drain: no difference.
+    // A repair leaves the frontend's bit for connections that drain. That is not a difference.
     let repaired = carried_out(&plan(&[WEB], &found), found);
     assert_eq!(differences(&[WEB], &repaired), []);
 }

@@ -1,13 +1,13 @@
-//! What is wrong with objects, told beside them: Kubernetes Events, as plain data.
+//! Reports problems with objects as Kubernetes Events, here as plain data.
 //!
-//! Every node sees the same objects and so finds the same flaws in them. None is elected to tell:
-//! an Event's name is made of what it says ([`Announcement::event_name`]), so the node that comes
-//! first writes it, and to the others the API server answers that it exists. What concerns one node
-//! alone has the node in its name.
+//! Every node sees the same objects, and so finds the same problems. No node is elected to report
+//! them: an Event's name is a hash of what it says ([`ObjectEvent::event_name`]). The first node
+//! writes the Event, and the API server refuses the others' because it exists. The name of an Event
+//! about one node alone includes the node.
 //!
-//! The API server forgets Events (after an hour, unless it is set otherwise), so what still holds
-//! is written again after a little more than that. A bucket of tries bounds all of it. It is a task
-//! of its own: nothing else waits for an answer.
+//! The API server forgets Events, by default after an hour. So what still holds is written again a
+//! little later than that. A token bucket bounds all writes. It is a task of its own: nothing else
+//! waits for the API server.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,34 +20,36 @@ use tokio::time::Instant;
 
 use crate::daemon::health::{Failure, Failures};
 
-/// What has not lasted so long is not told: objects that belong together come one after another.
+/// A problem is reported only after it has lasted this long: objects that belong together arrive
+/// one after another.
 const SETTLE: Duration = Duration::from_secs(2);
-/// The nodes' first tries are spread over so long.
+/// The first attempts of the nodes are spread over this time.
 const SPREAD: Duration = Duration::from_secs(8);
-/// When what still holds is tried again: a little after the API server has forgotten it by default.
+/// When an Event that still holds is written again: a little after the API server has forgotten it
+/// by default.
 const AGAIN: Duration = Duration::from_mins(65);
-/// The same for what is only worth knowing: most nodes may see it in a cluster where all is well.
+/// The same for notices: most nodes may see them in a healthy cluster.
 const NOTICE_AGAIN: Duration = Duration::from_hours(24);
-/// The nodes' later tries are spread over so long.
+/// The later attempts of the nodes are spread over this time.
 const AGAIN_SPREAD: Duration = Duration::from_mins(10);
-/// When what could not be written is tried again.
+/// When a failed attempt is repeated.
 const RETRY: Duration = Duration::from_mins(15);
-/// Tries that may follow each other at once; then one in [`REFILL`]. A try is a list of one object
-/// and a create.
+/// The attempts that may follow each other immediately. After that there is one per [`REFILL`]. An
+/// attempt is a list of one object and a create.
 const BURST: u32 = 20;
-/// How long one try more takes.
+/// The time in which the bucket gets one more attempt.
 const REFILL: Duration = Duration::from_secs(30);
-/// How long a try may take.
+/// How long an attempt may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest note of an Event, in bytes (`events.k8s.io/v1`).
 const NOTE_MAX: usize = 1024;
-/// The longest part of an Event's name that is the object's; the whole may have 253 bytes.
+/// The longest part of an Event's name that comes from the object; the whole may have 253 bytes.
 const NAME_MAX: usize = 220;
 
-/// What is to be told of an object, as a key: one Event each.
+/// A finding about an object. It is a key: each finding has one Event.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Finding {
-    /// Whether it is only worth knowing: what is wrong comes first.
+    /// Whether it is only a notice. Problems are ordered first.
     pub is_notice: bool,
     /// The object's kind, as in a manifest.
     pub kind: String,
@@ -55,23 +57,24 @@ pub struct Finding {
     pub name: ObjectName,
     /// The Event's reason.
     pub reason: &'static str,
-    /// The fields that it concerns.
+    /// The fields that it is about.
     pub fields: Vec<String>,
-    /// Whether it concerns one node alone, so that each tells its own.
+    /// Whether it concerns only one node, so that each node reports its own.
     pub is_of_node: bool,
 }
 
-/// What is to be told, with its text.
+/// A finding with its text.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Announcement {
-    /// What is to be told.
+pub struct ObjectEvent {
+    /// The finding.
     pub finding: Finding,
-    /// For people; at most 1024 bytes.
+    /// The text for people, of at most 1024 bytes.
     pub note: String,
 }
 
-impl Announcement {
-    /// The name of the Event: the same on every node, unless it concerns one alone.
+impl ObjectEvent {
+    /// Returns the name of the Event. It is the same on every node, unless the finding concerns
+    /// only one.
     pub fn event_name(&self, uid: &str, node: &str) -> String {
         let Finding { name, reason, fields, is_of_node, .. } = &self.finding;
         let node = if *is_of_node { node } else { "" };
@@ -81,22 +84,22 @@ impl Announcement {
     }
 }
 
-/// All that is to be told now.
-pub type Announcements = BTreeMap<Finding, String>;
+/// All present findings, with their texts.
+pub type ObjectEvents = BTreeMap<Finding, String>;
 
-/// Gathers what is to be told: problems of objects, policies that leave no endpoint, and health
-/// checks that are not answered.
+/// Collects the findings: problems of objects, policies that leave no endpoint, and health checks
+/// that are not answered.
 pub fn gather<'a>(
     node: &str,
     reports: impl Iterator<Item = &'a Report>,
     failures: &Failures,
-) -> Announcements {
+) -> ObjectEvents {
     let mut notes: BTreeMap<(&Subject, Flaw), Vec<(&str, &str)>> = BTreeMap::new();
-    for report in reports.filter(|report| is_told(report.note.flaw)) {
+    for report in reports.filter(|report| deserves_event(report.note.flaw)) {
         let of_flaw = notes.entry((&report.subject, report.note.flaw)).or_default();
         of_flaw.push((&report.note.field, &report.note.message));
     }
-    let mut all = Announcements::new();
+    let mut all = ObjectEvents::new();
     for ((subject, flaw), mut notes) in notes {
         let Subject::Object { kind, name } = subject else { continue };
         notes.sort_unstable();
@@ -134,9 +137,9 @@ pub fn gather<'a>(
     all
 }
 
-/// Whether a flaw is worth an Event: all that is wrong, and of the rest what drops packets, lets in
-/// whom it should not, or sends packets where nobody may want them.
-fn is_told(flaw: Flaw) -> bool {
+/// Whether a flaw deserves an Event: all problems do, and of the notices those that drop packets,
+/// admit unintended clients, or may send packets where nobody wants them.
+fn deserves_event(flaw: Flaw) -> bool {
     flaw.level() == Level::Problem
         || matches!(
             flaw,
@@ -148,52 +151,52 @@ fn is_told(flaw: Flaw) -> bool {
         )
 }
 
-/// Whether a flaw is the object's together with the node that met it: the first to tell says which
-/// it is.
+/// Whether a flaw depends on the node as well as on the object. The Event then says which node has
+/// reported it.
 fn is_nodes_view(flaw: Flaw) -> bool {
     matches!(flaw, Flaw::NoLocalEndpoint | Flaw::NoRoom | Flaw::TooManyEndpoints)
 }
 
-/// The beginning of a text, of at most so many bytes.
+/// Returns the beginning of a text, of at most so many bytes.
 fn cut(text: &str, max: usize) -> &str {
     text.get(..text.floor_char_boundary(max)).unwrap_or(text)
 }
 
-/// FNV-1a of 64 bits: the same in every release, as names of Events must be.
+/// Returns the 64-bit FNV-1a hash. The names of Events must be the same in every release.
 fn fingerprint<'a>(parts: impl Iterator<Item = &'a str>) -> u64 {
-    // No part contains a byte 0xff, so none runs into the next.
+    // No part contains the byte 0xff, so none runs into the next.
     parts.flat_map(|part| part.bytes().chain([0xff])).fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
     })
 }
 
-/// What has become of a try.
+/// The outcome of an attempt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It is written.
+    /// The Event is written.
     Written,
-    /// Another node, or an earlier agent, has written it.
+    /// Another node, or an earlier agent, has written the Event.
     Exists,
-    /// The API server does not have the object: it is a manifest's, or gone.
+    /// The API server does not have the object: it comes from a manifest, or is gone.
     NoObject,
-    /// It could not be written, and why.
+    /// The Event could not be written, and why.
     Failed(String),
 }
 
-/// Who can write Events.
-pub trait Write: Send + std::marker::Sync + 'static {
-    /// Writes one.
-    fn write(&self, announcement: &Announcement) -> impl Future<Output = Outcome> + Send;
+/// A writer of Events.
+pub trait EventWriter: Send + Sync + 'static {
+    /// Writes an Event.
+    fn write(&self, object_event: &ObjectEvent) -> impl Future<Output = Outcome> + Send;
 }
 
-/// What is to be done next.
+/// What to do next.
 #[derive(Debug, PartialEq, Eq)]
 enum Next {
-    /// Tell this now.
-    Tell(Finding),
-    /// Nothing before then.
+    /// Write this now.
+    Write(Finding),
+    /// Wait until then.
     Wait(Instant),
-    /// Nothing, unless something changes.
+    /// Do nothing until something changes.
     Rest,
 }
 
@@ -204,23 +207,23 @@ struct Known {
     tried: bool,
 }
 
-/// Decides what is told when. Holds what there is, and of what is gone that which was tried and
-/// would not be due again.
+/// Decides when findings are written. Holds the present findings, and past ones that were tried and
+/// are not due again.
 #[derive(Debug)]
-struct Teller {
+struct Schedule {
     node: String,
     known: BTreeMap<Finding, Known>,
     tries: u32,
-    /// Since when the bucket fills.
+    /// The time since which the bucket fills.
     refilled: Instant,
 }
 
-impl Teller {
+impl Schedule {
     fn new(node: &str, now: Instant) -> Self {
         Self { node: node.to_owned(), known: BTreeMap::new(), tries: BURST, refilled: now }
     }
 
-    /// A part of a time, of this node's own for each finding.
+    /// Returns a share of a duration that depends on this node and the finding.
     fn share(&self, finding: &Finding, of: Duration) -> Duration {
         let Finding { kind, name, reason, .. } = finding;
         let hash =
@@ -228,10 +231,10 @@ impl Teller {
         of.mul_f64(f64::from((hash >> 32) as u32) / f64::from(u32::MAX))
     }
 
-    /// What is to be told, or when to ask again.
-    fn next(&mut self, now: Instant, present: &Announcements) -> Next {
-        // Tried ones stay known until they would be due again: what comes and goes is not told each
-        // time.
+    /// Returns what to write, or when to ask again.
+    fn next(&mut self, now: Instant, present: &ObjectEvents) -> Next {
+        // A finding that was tried stays known until it would be due again. So one that comes and
+        // goes is not written each time.
         self.known.retain(|finding, known| {
             present.contains_key(finding) || (known.tried && known.due > now)
         });
@@ -246,17 +249,17 @@ impl Teller {
             self.refilled += REFILL;
         }
         let waiting = self.known.iter().filter(|(finding, _)| present.contains_key(*finding));
-        // Problems come first, being less as keys.
+        // Problems come first in the order of keys.
         if let Some((finding, _)) = waiting.clone().find(|(_, known)| known.due <= now) {
             if self.tries == 0 {
                 return Next::Wait(self.refilled + REFILL);
             }
-            return Next::Tell(finding.clone());
+            return Next::Write(finding.clone());
         }
         waiting.map(|(_, known)| known.due).min().map_or(Next::Rest, Next::Wait)
     }
 
-    /// Notes that a finding was tried, and with what outcome.
+    /// Records the outcome of an attempt.
     fn tried(&mut self, now: Instant, finding: &Finding, outcome: &Outcome) {
         if self.tries == BURST {
             self.refilled = now;
@@ -273,22 +276,22 @@ impl Teller {
     }
 }
 
-/// Tells what there is to tell until the sender is gone. What cannot be written is dropped; the log
-/// has it once, at debug.
+/// Writes Events until the sender is gone. Events that cannot be written are dropped. The log
+/// mentions that once, at debug level.
 pub async fn serve(
     node: String,
-    writer: impl Write,
-    mut present: watch::Receiver<Arc<Announcements>>,
+    writer: impl EventWriter,
+    mut present: watch::Receiver<Arc<ObjectEvents>>,
 ) {
-    let mut teller = Teller::new(&node, Instant::now());
+    let mut schedule = Schedule::new(&node, Instant::now());
     let mut logged = false;
     loop {
         let now = present.borrow_and_update().clone();
-        let deadline = match teller.next(Instant::now(), &now) {
-            Next::Tell(finding) => {
+        let deadline = match schedule.next(Instant::now(), &now) {
+            Next::Write(finding) => {
                 let note = now.get(&finding).cloned().unwrap_or_default();
-                let announcement = Announcement { finding, note };
-                let outcome = tokio::time::timeout(TIMEOUT, writer.write(&announcement))
+                let object_event = ObjectEvent { finding, note };
+                let outcome = tokio::time::timeout(TIMEOUT, writer.write(&object_event))
                     .await
                     .unwrap_or_else(|_| {
                         Outcome::Failed(format!("no answer in {} s", TIMEOUT.as_secs()))
@@ -297,10 +300,10 @@ pub async fn serve(
                     && !std::mem::replace(&mut logged, true)
                 {
                     tracing::debug!(
-                        "an Event could not be written: {why}; `sluice status` tells the same"
+                        "cannot write an Event: {why}; `sluice status` shows the same problems"
                     );
                 }
-                teller.tried(Instant::now(), &announcement.finding, &outcome);
+                schedule.tried(Instant::now(), &object_event.finding, &outcome);
                 Some(Instant::now())
             }
             Next::Wait(until) => Some(until),

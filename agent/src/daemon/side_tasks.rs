@@ -1,5 +1,5 @@
-//! What runs beside the maps' loop and follows it: health checks of Services, monitoring, Events,
-//! and the kernel's connection tracking.
+//! The tasks that run next to the agent's loop and follow it: health checks of Services,
+//! monitoring, Kubernetes Events, and the kernel's connection tracking.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,36 +9,37 @@ use sluice_core::model::object::ObjectName;
 use sluice_core::policy::Policy;
 use tokio::sync::watch;
 
-use super::sync::Sync;
-use crate::daemon::announce::{self, Announcements};
+use super::sync::MapSync;
 use crate::daemon::health::{self, Addresses, Failures, Inputs};
 use crate::daemon::http::Room;
-use crate::daemon::monitor::{self, Monitor, Progress};
+use crate::daemon::kubernetes_events::{self, ObjectEvents};
+use crate::daemon::monitor::{self, Liveness, Monitor};
 use crate::daemon::source::kubernetes::Events;
 use crate::node::conntrack::{self, UdpFrontends};
 use crate::node::devices::Survey;
 use crate::node::publish::publish;
 
-/// The tasks' ends of the channels.
+/// The loop's ends of the tasks' channels.
 #[derive(Debug)]
-pub(super) struct Beside {
-    progress: Arc<Progress>,
+pub(super) struct SideTasks {
+    liveness: Arc<Liveness>,
     checks: watch::Sender<BTreeMap<ObjectName, HealthCheck>>,
     addresses: watch::Sender<Addresses>,
     frontends: watch::Sender<Arc<UdpFrontends>>,
     failures: watch::Receiver<Failures>,
     cleaned: watch::Receiver<conntrack::Told>,
     unmonitored: watch::Receiver<Vec<String>>,
-    /// Where Events are written; [`None`]: nowhere.
-    announcements: Option<watch::Sender<Arc<Announcements>>>,
+    /// The Events to write, if they can be written.
+    object_events: Option<watch::Sender<Arc<ObjectEvents>>>,
 }
 
-impl Beside {
-    /// Starts the tasks; they end with what is returned. Without a writer there are no Events.
+impl SideTasks {
+    /// Starts the tasks. They end when the returned value is dropped. Without a writer there are no
+    /// Events.
     pub(super) fn start(
         monitor: Monitor,
         at: monitor::Addresses,
-        progress: Arc<Progress>,
+        liveness: Arc<Liveness>,
         node: &str,
         events: Option<Events>,
     ) -> Self {
@@ -48,7 +49,7 @@ impl Beside {
         let (failures_of_task, failures) = watch::channel(Failures::new());
         let (cleaned_of_task, cleaned) = watch::channel(conntrack::Told::default());
         let (unmonitored_of_task, unmonitored) = watch::channel(Vec::new());
-        let asked = Arc::clone(&progress);
+        let asked = Arc::clone(&liveness);
         let room = Room::default();
         let inputs = Inputs {
             checks: checks_of_task,
@@ -60,35 +61,44 @@ impl Beside {
         let _conntrack = tokio::spawn(conntrack::keep_clean(frontends_of_task, cleaned_of_task));
         let _monitoring =
             tokio::spawn(monitor::serve(Arc::new(monitor), at, room, unmonitored_of_task));
-        let announcements = events.map(|events| {
-            let (announcements, announcements_of_task) = watch::channel(Arc::default());
-            let _announcing =
-                tokio::spawn(announce::serve(node.to_owned(), events, announcements_of_task));
-            announcements
+        let object_events = events.map(|events| {
+            let (object_events, object_events_of_task) = watch::channel(Arc::default());
+            let _announcing = tokio::spawn(kubernetes_events::serve(
+                node.to_owned(),
+                events,
+                object_events_of_task,
+            ));
+            object_events
         });
         Self {
-            progress,
+            liveness,
             checks,
             addresses,
             frontends,
             failures,
             cleaned,
             unmonitored,
-            announcements,
+            object_events,
         }
     }
 
-    /// Tells beside objects what is wrong with them.
-    pub(super) fn announce(&self, sync: &Sync, node: &str) {
-        let Some(sender) = &self.announcements else { return };
-        let now = sync.announcements(node, &self.failures.borrow());
+    /// Publishes the Events about problems with objects.
+    pub(super) fn publish_object_events(&self, sync: &MapSync, node: &str) {
+        let Some(sender) = &self.object_events else { return };
+        let now = sync.object_events(node, &self.failures.borrow());
         let _ = publish(sender, Arc::new(now));
     }
 
-    /// Tells the tasks what the maps' loop has come to.
-    pub(super) fn follow(&self, sync: &mut Sync, survey: &Survey, policy: &Policy, leaving: bool) {
+    /// Passes the loop's state on to the tasks.
+    pub(super) fn follow(
+        &self,
+        sync: &mut MapSync,
+        survey: &Survey,
+        policy: &Policy,
+        leaving: bool,
+    ) {
         let settled = sync.is_settled();
-        self.progress.tell(settled, leaving);
+        self.liveness.update(settled, leaving);
         if !settled {
             return;
         }
@@ -107,12 +117,12 @@ impl Beside {
         }
     }
 
-    /// Waits until health checks fail that did not, or no longer do.
+    /// Waits until the failures of health checks change.
     pub(super) async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
         self.failures.changed().await
     }
 
-    /// What fails, for people.
+    /// Returns the problems of the tasks, for people.
     pub(super) fn problems(&self) -> Vec<String> {
         let failures = self.failures.borrow();
         let health =

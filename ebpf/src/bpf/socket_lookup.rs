@@ -19,8 +19,8 @@ use super::tables::Kernel;
 const CURRENT_NETNS: u64 = u64::MAX;
 
 /// A family whose sockets can be looked up.
-pub(super) trait Held: Decide {
-    /// Fills in the tuple of a packet; its size in bytes.
+pub(super) trait SocketLookup: Decide {
+    /// Fills in the tuple of a packet, and returns its size in bytes.
     fn sock_tuple(
         tuple: &mut bpf_sock_tuple,
         from: (&Self::Address, u16),
@@ -28,7 +28,7 @@ pub(super) trait Held: Decide {
     ) -> u32;
 }
 
-impl Held for V4 {
+impl SocketLookup for V4 {
     #[inline(always)]
     fn sock_tuple(
         tuple: &mut bpf_sock_tuple,
@@ -43,7 +43,7 @@ impl Held for V4 {
     }
 }
 
-impl Held for V6 {
+impl SocketLookup for V6 {
     #[inline(always)]
     fn sock_tuple(
         tuple: &mut bpf_sock_tuple,
@@ -58,13 +58,17 @@ impl Held for V6 {
     }
 }
 
-/// Whether a socket holds the tuple that the flow in this CPU's scratch is to have.
+/// Reports whether a socket holds the tuple that the flow in this CPU's scratch is to have.
 #[inline(never)]
-pub(super) fn is_held<F: Held>(ctx: *mut c_void, ifindex: u32, hook: Hook) -> bool {
+pub(super) fn is_taken_by_socket<F: SocketLookup>(
+    ctx: *mut c_void,
+    ifindex: u32,
+    hook: Hook,
+) -> bool {
     let Some(scratch) = F::scratch() else { return false };
     // SAFETY: this CPU's own; nothing else takes a reference here.
-    let Scratch { decision, asked, .. } = unsafe { &*scratch };
-    let tables = Kernel { ifindex, asked: *asked };
+    let Scratch { decision, lookups, .. } = unsafe { &*scratch };
+    let tables = Kernel { ifindex, lookups: *lookups };
     let Some(Sockets { of, end }) = sockets::<F, _>(hook, decision, &tables) else { return false };
     let netns = match of {
         Owner::Host => CURRENT_NETNS,
@@ -75,7 +79,7 @@ pub(super) fn is_held<F: Held>(ctx: *mut c_void, ifindex: u32, hook: Hook) -> bo
     let backend = (&flow.destination, flow.destination_port);
     // SAFETY: plain integers: zero is a value.
     let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
-    // As packets come to that end.
+    // The tuple of packets that arrive at that end.
     let size = match end {
         FlowEnd::Client => F::sock_tuple(&mut tuple, backend, client),
         FlowEnd::Backend => F::sock_tuple(&mut tuple, client, backend),
@@ -87,7 +91,7 @@ pub(super) fn is_held<F: Held>(ctx: *mut c_void, ifindex: u32, hook: Hook) -> bo
             if socket.is_null() {
                 return false;
             }
-            let held = end.is_held_in(protocol::TCP, (*socket).state);
+            let held = end.is_taken_in(protocol::TCP, (*socket).state);
             let _ = bpf_sk_release(socket.cast());
             return held;
         }
@@ -96,7 +100,7 @@ pub(super) fn is_held<F: Held>(ctx: *mut c_void, ifindex: u32, hook: Hook) -> bo
             if socket.is_null() {
                 return false;
             }
-            let held = end.is_held_in(protocol::UDP, (*socket).state);
+            let held = end.is_taken_in(protocol::UDP, (*socket).state);
             let _ = bpf_sk_release(socket.cast());
             return held;
         }

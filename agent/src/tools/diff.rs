@@ -1,14 +1,13 @@
-//! What the sources want against what the maps hold, entry by entry: `sluice diff`.
+//! Compares what the sources ask for with what the maps hold, entry by entry: `sluice diff`.
 //!
-//! [`Wanted`] is what an agent that starts now would make of the maps: it adopts their ids, so that
-//! the same objects give the same entries, and only real differences remain. [`compare`] names
-//! them. Both are pure; who reads the sources, the devices and the maps is the command
-//! (`cli::diff`).
+//! [`Wanted`] is what an agent that starts now would make of the maps. It adopts their ids, so that
+//! the same objects give the same entries, and only real differences remain. [`compare`] lists
+//! them. Both are pure; the command (`cli::diff`) reads sources, devices and maps.
 //!
-//! Three things are no difference. A bit of `addresses` or `node_ports` may outlive its frontend,
-//! since connections to it drain; what the path itself remembers (flows, affinity, counters) nobody
-//! wants; and the network namespace's cookie and our own device in `settings` are facts of the node
-//! that the agent alone knows.
+//! Three differences are expected and not reported: a bit of `addresses` or `node_ports` that
+//! outlives its frontend while connections drain; state owned by the packet path (flows, affinity,
+//! counters); and, in `settings`, the cookie of the network namespace and Sluice's own device,
+//! which only the agent knows.
 
 mod wanted;
 mod words;
@@ -24,14 +23,14 @@ use crate::node::dataplane::{Error, Kernel};
 
 pub use wanted::{Inputs, Wanted, wanted};
 
-/// What the maps hold, or shall hold.
+/// The content of the maps, real or wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
     /// The plan's maps.
     pub image: Image,
-    /// What the programs are told; [`None`]: nothing so far.
-    pub(crate) told: Option<Programmed>,
-    /// ifindex -> device; the map `devices`.
+    /// The settings and networks of the programs, if they have been written.
+    pub(crate) programmed: Option<Programmed>,
+    /// The map `devices`, by ifindex.
     pub devices: BTreeMap<u32, abi::Device>,
 }
 
@@ -44,7 +43,7 @@ impl State {
     pub fn read(kernel: &Kernel) -> Result<Self, ReadError> {
         Ok(Self {
             image: kernel.read()?,
-            told: kernel.maps().read_programmed()?,
+            programmed: kernel.maps().read_programmed()?,
             devices: kernel.maps().device_entries()?,
         })
     }
@@ -53,28 +52,28 @@ impl State {
 /// A map could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// One of the plan's.
+    /// One of the plan's maps.
     #[error(transparent)]
     Image(#[from] sluice_core::image::ReadError),
-    /// Another.
+    /// Another map.
     #[error(transparent)]
     Other(#[from] Error),
 }
 
-/// How an entry differs.
+/// The way an entry differs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Change {
-    /// It is wanted and not there.
+    /// The entry is wanted but does not exist.
     Missing,
-    /// It is there and nobody wants it.
+    /// The entry exists but is not wanted.
     Extra,
-    /// It is there with another value.
+    /// The entry has another value.
     Different,
 }
 
 impl Change {
-    /// The sign in the table: what a repair does.
+    /// Returns the sign in the table: what a repair does.
     #[must_use]
     pub fn sign(self) -> &'static str {
         match self {
@@ -88,57 +87,33 @@ impl Change {
 /// An entry that differs.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Difference {
-    /// How.
+    /// The way it differs.
     pub change: Change,
     /// The map.
     pub map: &'static str,
     /// The key, in words.
     pub key: String,
-    /// The value that is wanted, in words.
+    /// The wanted value, in words.
     pub wanted: Option<String>,
-    /// The value that is there, in words.
+    /// The value in the map, in words.
     pub found: Option<String>,
     /// The service port that it belongs to, as `namespace/name:port`.
     pub service: Option<String>,
 }
 
-/// Every entry that differs, in the order of the maps.
+/// Returns every entry that differs, in the order of the maps.
 #[must_use]
 pub fn compare(wanted: &State, found: &State) -> Vec<Difference> {
     let mut rows = words::Rows::new(&wanted.image, &found.image);
-    rows.family::<sluice_common::V4>(&V4_MAPS);
-    rows.family::<sluice_common::V6>(&V6_MAPS);
+    rows.family::<sluice_common::V4>();
+    rows.family::<sluice_common::V6>();
     rows.shared(&drained(&wanted.image.lanes, &found.image.lanes));
-    rows.told(wanted.told.as_ref(), found.told.as_ref());
+    rows.programmed(wanted.programmed.as_ref(), found.programmed.as_ref());
     rows.devices(&wanted.devices, &found.devices);
     rows.done()
 }
 
-/// The maps of a family.
-struct FamilyNames {
-    services: &'static str,
-    backends: &'static str,
-    origins: &'static str,
-    source_ranges: &'static str,
-    node_addresses: &'static str,
-}
-
-const V4_MAPS: FamilyNames = FamilyNames {
-    services: "services_v4",
-    backends: "backends_v4",
-    origins: "origins_v4",
-    source_ranges: "source_ranges_v4",
-    node_addresses: "node_addresses_v4",
-};
-const V6_MAPS: FamilyNames = FamilyNames {
-    services: "services_v6",
-    backends: "backends_v6",
-    origins: "origins_v6",
-    source_ranges: "source_ranges_v6",
-    node_addresses: "node_addresses_v6",
-};
-
-/// The lanes that are wanted, with the bits of frontends that are gone where they are still there.
+/// Returns the wanted lanes, with the bits of removed frontends that are still set.
 fn drained(wanted: &BTreeMap<u32, u8>, found: &BTreeMap<u32, u8>) -> BTreeMap<u32, u8> {
     let lanes: BTreeSet<u32> = wanted.keys().chain(found.keys()).copied().collect();
     let bits = |lanes: &BTreeMap<u32, u8>, lane| lanes.get(&lane).copied().unwrap_or(0);

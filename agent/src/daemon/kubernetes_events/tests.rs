@@ -9,33 +9,33 @@ fn report(name: &str, flaw: Flaw, field: &str, message: &str) -> Report {
     Report { subject, note: Note::new(flaw, field, message), since: SystemTime::UNIX_EPOCH }
 }
 
-fn gathered(reports: &[Report]) -> Announcements {
+fn gathered(reports: &[Report]) -> ObjectEvents {
     gather("n1", reports.iter(), &Failures::new())
 }
 
-fn lost(names: &[&str]) -> Announcements {
+fn lost(names: &[&str]) -> ObjectEvents {
     let reports: Vec<Report> =
         names.iter().map(|name| report(name, Flaw::ClaimLost, "a", "b")).collect();
     gathered(&reports)
 }
 
-fn first(all: &Announcements) -> Announcement {
-    let (finding, note) = all.first_key_value().expect("an announcement");
-    Announcement { finding: finding.clone(), note: note.clone() }
+fn first(all: &ObjectEvents) -> ObjectEvent {
+    let (finding, note) = all.first_key_value().expect("an object's Event");
+    ObjectEvent { finding: finding.clone(), note: note.clone() }
 }
 
 #[test]
-fn what_is_wrong_with_one_object_in_one_way_is_one_announcement() {
+fn what_is_wrong_with_one_object_in_one_way_is_one_event() {
     let all = gathered(&[
         report("web", Flaw::ClaimLost, "192.0.2.2:80 TCP", "Service a has it"),
         report("web", Flaw::ClaimLost, "192.0.2.1:80 TCP", "Service a has it"),
         report("web", Flaw::ClaimContested, "192.0.2.3:80 TCP", "only worth knowing"),
         report("web", Flaw::BadPort, "", "no port"),
     ]);
-    let told: Vec<(&str, &str)> =
+    let written: Vec<(&str, &str)> =
         all.iter().map(|(finding, note)| (finding.reason, note.as_str())).collect();
     let both = "192.0.2.1:80 TCP: Service a has it; 192.0.2.2:80 TCP: Service a has it";
-    assert_eq!(told, [("BadPort", "no port"), ("ClaimLost", both)]);
+    assert_eq!(written, [("BadPort", "no port"), ("ClaimLost", both)]);
 }
 
 #[test]
@@ -45,7 +45,7 @@ fn sources_and_documents_are_no_objects_of_the_api() {
         let note = Note::new(Flaw::Unreachable, "", "away");
         assert_eq!(
             gathered(&[Report { subject, note, since: SystemTime::UNIX_EPOCH }]),
-            Announcements::new()
+            ObjectEvents::new()
         );
     }
 }
@@ -86,38 +86,38 @@ fn names_of_events_are_names_even_if_the_objects_is_as_long_as_it_may_be() {
 fn what_lasts_is_told_once_and_again_when_the_api_server_has_forgotten_it() {
     let (begin, all) = (Instant::now(), lost(&["web"]));
     let finding = first(&all).finding;
-    let mut teller = Teller::new("n1", begin);
-    let Next::Wait(due) = teller.next(begin, &all) else { panic!("told at once") };
+    let mut schedule = Schedule::new("n1", begin);
+    let Next::Wait(due) = schedule.next(begin, &all) else { panic!("written immediately") };
     assert!(due >= begin + SETTLE && due <= begin + SETTLE + SPREAD);
-    assert_eq!(teller.next(due, &all), Next::Tell(finding.clone()));
-    teller.tried(due, &finding, &Outcome::Exists);
-    let Next::Wait(again) = teller.next(due, &all) else { panic!("told twice") };
+    assert_eq!(schedule.next(due, &all), Next::Write(finding.clone()));
+    schedule.tried(due, &finding, &Outcome::Exists);
+    let Next::Wait(again) = schedule.next(due, &all) else { panic!("written twice") };
     assert!(again >= due + AGAIN && again <= due + AGAIN + AGAIN_SPREAD);
-    assert_eq!(teller.next(again, &all), Next::Tell(finding.clone()));
-    // Mended: nothing more, and nothing is remembered in the end.
-    assert_eq!(teller.next(again, &Announcements::new()), Next::Rest);
-    assert!(teller.known.is_empty());
+    assert_eq!(schedule.next(again, &all), Next::Write(finding.clone()));
+    // The problem is fixed: nothing is due, and nothing is remembered in the end.
+    assert_eq!(schedule.next(again, &ObjectEvents::new()), Next::Rest);
+    assert!(schedule.known.is_empty());
 }
 
 #[test]
 fn what_comes_and_goes_is_not_told_each_time() {
     let (begin, all) = (Instant::now(), lost(&["web"]));
     let finding = first(&all).finding;
-    let mut teller = Teller::new("n1", begin);
+    let mut schedule = Schedule::new("n1", begin);
     // Gone before it was due: as if it had never been.
-    let _ = teller.next(begin, &all);
-    assert_eq!(teller.next(begin + SETTLE + SPREAD, &Announcements::new()), Next::Rest);
-    let Next::Wait(due) = teller.next(begin + SETTLE + SPREAD, &all) else {
-        panic!("told at once")
+    let _ = schedule.next(begin, &all);
+    assert_eq!(schedule.next(begin + SETTLE + SPREAD, &ObjectEvents::new()), Next::Rest);
+    let Next::Wait(due) = schedule.next(begin + SETTLE + SPREAD, &all) else {
+        panic!("written immediately")
     };
-    assert_eq!(teller.next(due, &all), Next::Tell(finding.clone()));
-    teller.tried(due, &finding, &Outcome::Written);
+    assert_eq!(schedule.next(due, &all), Next::Write(finding.clone()));
+    schedule.tried(due, &finding, &Outcome::Written);
     for second in 1..1000 {
         let now = due + Duration::from_secs(second);
-        let present = if second % 2 == 0 { all.clone() } else { Announcements::new() };
+        let present = if second % 2 == 0 { all.clone() } else { ObjectEvents::new() };
         assert!(
-            !matches!(teller.next(now, &present), Next::Tell(_)),
-            "told again after {second} s"
+            !matches!(schedule.next(now, &present), Next::Write(_)),
+            "written again after {second} s"
         );
     }
 }
@@ -129,40 +129,40 @@ fn a_flood_is_told_at_the_buckets_pace_and_problems_first() {
     let reports: Vec<Report> = notices.chain([report("z", Flaw::BadPort, "", "no port")]).collect();
     let all = gathered(&reports);
     let begin = Instant::now();
-    let mut teller = Teller::new("n1", begin);
-    let _ = teller.next(begin, &all);
+    let mut schedule = Schedule::new("n1", begin);
+    let _ = schedule.next(begin, &all);
     let mut now = begin + SETTLE + SPREAD;
-    let mut told = Vec::new();
+    let mut written = Vec::new();
     while now < begin + Duration::from_mins(10) {
-        match teller.next(now, &all) {
-            Next::Tell(finding) => {
-                let outcome = if told.len() % 2 == 0 {
+        match schedule.next(now, &all) {
+            Next::Write(finding) => {
+                let outcome = if written.len() % 2 == 0 {
                     Outcome::Written
                 } else {
                     Outcome::Failed("no".into())
                 };
-                teller.tried(now, &finding, &outcome);
-                told.push(finding.reason);
+                schedule.tried(now, &finding, &outcome);
+                written.push(finding.reason);
             }
             Next::Wait(until) => now = until,
-            Next::Rest => panic!("not all is told"),
+            Next::Rest => panic!("not all is written"),
         }
     }
-    assert_eq!(told.first(), Some(&"BadPort"));
+    assert_eq!(written.first(), Some(&"BadPort"));
     // The burst, and two a minute.
-    assert!((38..=40).contains(&told.len()), "{}", told.len());
+    assert!((38..=40).contains(&written.len()), "{}", written.len());
 }
 
 #[test]
 fn what_is_only_worth_knowing_is_told_once_a_day() {
     let (begin, all) =
         (Instant::now(), gathered(&[report("web", Flaw::NoLocalEndpoint, "", "dropped")]));
-    let told = first(&all);
-    assert!(told.finding.is_notice && told.note == "on node n1: dropped", "{told:?}");
-    let mut teller = Teller::new("n1", begin);
-    let Next::Wait(due) = teller.next(begin, &all) else { panic!("told at once") };
-    teller.tried(due, &told.finding, &Outcome::Exists);
-    let Next::Wait(again) = teller.next(due, &all) else { panic!("told twice") };
+    let written = first(&all);
+    assert!(written.finding.is_notice && written.note == "on node n1: dropped", "{written:?}");
+    let mut schedule = Schedule::new("n1", begin);
+    let Next::Wait(due) = schedule.next(begin, &all) else { panic!("written immediately") };
+    schedule.tried(due, &written.finding, &Outcome::Exists);
+    let Next::Wait(again) = schedule.next(due, &all) else { panic!("written twice") };
     assert!(again >= due + NOTICE_AGAIN, "{:?}", again - due);
 }
 
@@ -170,8 +170,8 @@ fn what_is_only_worth_knowing_is_told_once_a_day() {
 fn what_could_not_be_written_is_tried_again_much_later() {
     let (begin, all) = (Instant::now(), lost(&["web"]));
     let finding = first(&all).finding;
-    let mut teller = Teller::new("n1", begin);
-    let Next::Wait(due) = teller.next(begin, &all) else { panic!("told at once") };
-    teller.tried(due, &finding, &Outcome::Failed("forbidden".into()));
-    assert_eq!(teller.next(due, &all), Next::Wait(due + RETRY));
+    let mut schedule = Schedule::new("n1", begin);
+    let Next::Wait(due) = schedule.next(begin, &all) else { panic!("written immediately") };
+    schedule.tried(due, &finding, &Outcome::Failed("forbidden".into()));
+    assert_eq!(schedule.next(due, &all), Next::Wait(due + RETRY));
 }

@@ -1,33 +1,33 @@
-//! Entries in words, with the service that each belongs to.
+//! Puts entries in words, with the service of each.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 
 use sluice_common::abi::{
-    self, Backend, Class, Ipv4Address, Ipv6Address, Name, Networks, NodeAddress, OriginKey,
-    Origins, Prefix, Range, Service, ServiceKey, ServicePort, Settings, backend, frontend, listing,
-    policy,
+    self, Backend, Class, Ipv4Address, Ipv6Address, Name, Networks, OriginKey, Origins, Prefix,
+    Range, Service, ServiceKey, ServicePort, Settings, backend, frontend, listing, policy,
 };
-use sluice_common::{Family, V4, V6, family};
+use sluice_common::{Family, V4, V6};
 use sluice_core::cluster::Programmed;
-use sluice_core::image::{CLASSES, Image, SourceKey, Stack};
+use sluice_core::image::map::{self, PlanMap};
+use sluice_core::image::{CLASSES, Image, Stack, lane};
 use sluice_core::model::object::Protocol;
 
-use super::{Change, Difference, FamilyNames};
+use super::{Change, Difference};
 use crate::node::devices::Role;
 
-/// Backends that the words of a range name.
+/// The most backends that the words of a range name.
 const NAMED_MAX: usize = 4;
 
-/// The differences in the making.
+/// The differences so far.
 pub(super) struct Rows<'a> {
     wanted: &'a Image,
     found: &'a Image,
     differences: Vec<Difference>,
 }
 
-/// An entry in words: its value, and the service port that it belongs to.
+/// An entry in words: its value, and its service port.
 type Entry = (String, Option<u32>);
 
 impl<'a> Rows<'a> {
@@ -39,7 +39,7 @@ impl<'a> Rows<'a> {
         self.differences
     }
 
-    /// Adds what differs between two maps; `words` says an entry of an image in words.
+    /// Adds the differences between two maps. `words` puts an entry of an image in words.
     fn map<K: Ord + Copy, V: PartialEq>(
         &mut self,
         map: &'static str,
@@ -74,84 +74,73 @@ impl<'a> Rows<'a> {
         }
     }
 
-    /// Adds what differs in a family's maps.
-    pub(super) fn family<F: Stack>(&mut self, names: &FamilyNames) {
-        let (new, old) = (F::of(self.wanted), F::of(self.found));
-        self.map(
-            names.services,
-            &new.services,
-            &old.services,
-            frontend_words::<F>,
-            |_, _, service| (service_words(*service), Some(service.service_port)),
-        );
-        self.map(
-            names.backends,
-            &new.backends,
-            &old.backends,
+    /// Adds the differences in one of the plan's maps.
+    fn plan_map<M: PlanMap<Key: Copy>>(
+        &mut self,
+        key: impl Fn(&M::Key) -> String,
+        words: impl Fn(&Image, &M::Key, &M::Value) -> Entry,
+    ) {
+        self.map(M::NAME, M::of(self.wanted), M::of(self.found), key, words);
+    }
+
+    /// Adds the differences between a family's maps.
+    pub(super) fn family<F: Stack>(&mut self) {
+        self.plan_map::<map::Services<F>>(frontend_words::<F>, |_, _, service| {
+            (service_words(*service), Some(service.service_port))
+        });
+        self.plan_map::<map::Backends<F>>(
             |id| format!("id {id}"),
             |_, _, backend| (backend_words::<F>(backend), Some(backend.service_port)),
         );
-        self.map(
-            names.origins,
-            &new.origins,
-            &old.origins,
-            endpoint_words::<F>,
-            |image, key, origins| (origins_words::<F>(origins), owner::<F>(image, key, origins)),
-        );
-        self.map(
-            names.source_ranges,
-            &new.source_ranges,
-            &old.source_ranges,
-            |key: &SourceKey<F::Address>| {
+        self.plan_map::<map::Origins<F>>(endpoint_words::<F>, |image, key, origins| {
+            (origins_words::<F>(origins), owner::<F>(image, key, origins))
+        });
+        self.plan_map::<map::SourceRanges<F>>(
+            |key| {
                 format!("port id {} from {}/{}", key.service_port, F::ip(key.network), key.length)
             },
             |_, key, _| ("let in".to_owned(), Some(key.service_port)),
         );
-        self.map(
-            names.node_addresses,
-            &new.node_addresses,
-            &old.node_addresses,
+        self.plan_map::<map::NodeAddresses<F>>(
             |address| F::ip(*address).to_string(),
-            |_, _, node: &NodeAddress| {
+            |_, _, node| {
                 let serves = node.serves_node_ports();
                 (if serves { "node ports" } else { "no node ports" }.to_owned(), None)
             },
         );
     }
 
-    /// Adds what differs in the plan's maps of both families, given the lanes that are wanted.
+    /// Adds the differences between the plan's maps of both families, given the wanted lanes.
     pub(super) fn shared(&mut self, lanes: &BTreeMap<u32, u8>) {
-        let (new, old) = (self.wanted, self.found);
-        self.map(
-            "ports",
-            &new.ports,
-            &old.ports,
+        self.plan_map::<map::Ports>(
             |id| format!("id {id}"),
             |_, id, port| (port_words(port), Some(*id)),
         );
-        self.map(
-            "names",
-            &new.names,
-            &old.names,
+        self.plan_map::<map::Names>(
             |id| format!("id {id}"),
             |_, id, name| (name_words(name), Some(*id)),
         );
-        self.map(
-            "slots",
-            &new.slots,
-            &old.slots,
+        self.slots();
+        self.addresses(lanes);
+        self.node_ports();
+    }
+
+    fn slots(&mut self) {
+        self.plan_map::<map::Slots>(
             |start| format!("from slot {start}"),
             |image, start, slots| {
-                let owner = image.ports.iter().find(|(_, port)| {
-                    port.ranges
-                        .map(Range)
-                        .iter()
-                        .any(|range| range.size() != 0 && range.start() == *start)
-                });
-                let owner = owner.map(|(id, _)| *id);
+                let owner = image
+                    .ports
+                    .keys()
+                    .find(|id| image.ranges(**id).any(|range| range.start() == *start))
+                    .copied();
                 (slots_words(image, owner, slots), owner)
             },
         );
+    }
+
+    fn addresses(&mut self, lanes: &BTreeMap<u32, u8>) {
+        let (new, old) = (self.wanted, self.found);
         let listed = if *lanes == old.lanes { BTreeMap::new() } else { listed(new, old) };
         let lane_key = |lane: &u32| {
             let known =
@@ -162,9 +151,13 @@ impl<'a> Rows<'a> {
                 format!("lane {lane} ({})", known.join(", "))
             }
         };
-        self.map("addresses", lanes, &old.lanes, lane_key, |_, _, bits| {
+        self.map(map::Lanes::NAME, lanes, &old.lanes, lane_key, |_, _, bits| {
             (listing_words(*bits), None)
         });
+    }
+
+    fn node_ports(&mut self) {
+        let (new, old) = (self.wanted, self.found);
         let bits = |words: &BTreeMap<u32, u64>| -> BTreeMap<u32, bool> {
             let ports = words.iter().flat_map(|(word, bits)| {
                 (0..64_u32)
@@ -174,7 +167,7 @@ impl<'a> Rows<'a> {
             ports.collect()
         };
         self.map(
-            "node_ports",
+            map::NodePorts::NAME,
             &bits(&new.node_ports),
             &bits(&old.node_ports),
             ToString::to_string,
@@ -182,27 +175,27 @@ impl<'a> Rows<'a> {
         );
     }
 
-    /// Adds what differs in what the programs are told.
-    pub(super) fn told(&mut self, wanted: Option<&Programmed>, found: Option<&Programmed>) {
+    /// Adds the differences between the settings and networks.
+    pub(super) fn programmed(&mut self, wanted: Option<&Programmed>, found: Option<&Programmed>) {
         fn one<T>(value: Option<T>) -> BTreeMap<u32, T> {
             value.map(|value| (0, value)).into_iter().collect()
         }
-        let part = |told: Option<&Programmed>| told.map(|told| told.settings);
+        let part = |all: Option<&Programmed>| all.map(|all| all.settings);
         let only = |_: &u32| "the only one".to_owned();
         self.map("settings", &one(part(wanted)), &one(part(found)), only, |_, _, settings| {
             (settings_words(settings), None)
         });
-        let part = |told: Option<&Programmed>| told.map(|told| told.v4);
+        let part = |all: Option<&Programmed>| all.map(|all| all.v4);
         self.map("networks_v4", &one(part(wanted)), &one(part(found)), only, |_, _, networks| {
             (networks_words::<V4>(networks), None)
         });
-        let part = |told: Option<&Programmed>| told.map(|told| told.v6);
+        let part = |all: Option<&Programmed>| all.map(|all| all.v6);
         self.map("networks_v6", &one(part(wanted)), &one(part(found)), only, |_, _, networks| {
             (networks_words::<V6>(networks), None)
         });
     }
 
-    /// Adds what differs in `devices`.
+    /// Adds the differences between `devices`.
     pub(super) fn devices(
         &mut self,
         wanted: &BTreeMap<u32, abi::Device>,
@@ -223,7 +216,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()).into_owned()
 }
 
-/// `namespace/name:port`: the port's name, or its number.
+/// Returns `namespace/name:port`, with the port's name or its number.
 fn name_words(name: &Name) -> String {
     let port = text(&name.port);
     let port = if port.is_empty() { name.number.to_string() } else { port };
@@ -305,7 +298,7 @@ fn origins_words<F: Stack>(origins: &Origins<F::Address>) -> String {
         .join(", ")
 }
 
-/// The service port of the first frontend that leads to an endpoint.
+/// Returns the service port of the first frontend of an endpoint.
 fn owner<F: Stack>(
     image: &Image,
     key: &OriginKey<F::Address>,
@@ -349,7 +342,7 @@ fn port_words(port: &ServicePort) -> String {
     words
 }
 
-/// How many slots each backend has.
+/// Describes how many slots each backend has.
 fn slots_words(image: &Image, owner: Option<u32>, slots: &[u32]) -> String {
     let is_v6 =
         owner.and_then(|id| image.names.get(&id)).is_some_and(|name| name.family == V6::VERSION);
@@ -369,7 +362,7 @@ fn slots_words(image: &Image, owner: Option<u32>, slots: &[u32]) -> String {
     format!("{} slots: {}{more}; order {:08x}", slots.len(), named.join(", "), order(slots))
 }
 
-/// FNV-1a: tells two orders apart.
+/// Returns the FNV-1a hash, which distinguishes orders.
 fn order(slots: &[u32]) -> u32 {
     slots
         .iter()
@@ -396,7 +389,7 @@ fn listing_words(bits: u8) -> String {
         .join(", ")
 }
 
-/// Lane -> the addresses of both images that are listed there.
+/// Returns the addresses of both images in each lane.
 fn listed(wanted: &Image, found: &Image) -> BTreeMap<u32, BTreeSet<IpAddr>> {
     fn add<F: Stack>(image: &Image, lanes: &mut BTreeMap<u32, BTreeSet<IpAddr>>) {
         let maps = F::of(image);
@@ -406,8 +399,7 @@ fn listed(wanted: &Image, found: &Image) -> BTreeMap<u32, BTreeSet<IpAddr>> {
         for address in frontends.chain(backends).chain(nodes) {
             let ip = F::ip(address);
             if !ip.is_unspecified() {
-                let (word, shift) = family::lane::<F>(&address);
-                let _ = lanes.entry(word * 16 + shift / 4).or_default().insert(ip);
+                let _ = lanes.entry(lane::<F>(&address)).or_default().insert(ip);
             }
         }
     }
@@ -465,9 +457,9 @@ fn networks_words<F: Stack + Shown>(networks: &Networks<F::Address>) -> String {
     format!("pods {}, services {}", words(&networks.pods), words(&networks.services))
 }
 
-/// A family whose prefixes can be shown.
+/// A family whose prefixes can be printed.
 trait Shown: Family {
-    /// As a CIDR; [`None`] for one that is not used.
+    /// Returns a prefix as a CIDR, or [`None`] if it is unused.
     fn prefix(prefix: &Prefix<Self::Address>) -> Option<String>;
 }
 

@@ -1,4 +1,4 @@
-//! What is an event, and which events a listener's sieve lets through.
+//! Which packets are events, and which events a listener's filter passes.
 
 use sluice_common::abi::{Event, Flow, Ipv4Address, Listening, Tuple};
 use sluice_common::event::{At, Fate, Kind, fate, kind, packet};
@@ -54,8 +54,8 @@ fn packets_of_an_established_flow_are_no_event() {
 }
 
 #[test]
-fn a_flow_is_told_when_it_opens_is_proven_and_closes() {
-    for (record, flags, told) in [
+fn a_flow_has_events_when_it_opens_is_proven_and_closes() {
+    for (record, flags, expected) in [
         (Record::Open, tcp::SYN, Kind::Opened),
         (Record::Establish, tcp::ACK, Kind::Opened),
         (Record::Promote, tcp::ACK, Kind::Proven),
@@ -64,14 +64,14 @@ fn a_flow_is_told_when_it_opens_is_proven_and_closes() {
     ] {
         assert_eq!(
             kind(&decision(Reason::Forward, record), &headers(flags)),
-            Some(told),
+            Some(expected),
             "{record:?}"
         );
     }
 }
 
 #[test]
-fn whatever_is_counted_by_its_reason_is_told() {
+fn whatever_is_counted_by_its_reason_is_an_event() {
     for reason in Reason::ALL {
         if !matches!(reason, Reason::Stranger | Reason::Forward | Reason::Reply) {
             assert_eq!(kind(&decision(*reason, Record::Nothing), &headers(0)), Some(Kind::Counted));
@@ -80,7 +80,7 @@ fn whatever_is_counted_by_its_reason_is_told() {
 }
 
 #[test]
-fn a_packet_that_the_adapter_dropped_is_told_as_dropped() {
+fn a_packet_that_the_adapter_dropped_has_the_fate_dropped() {
     assert_eq!(fate(Verdict::Route, true), Fate::Dropped);
     assert_eq!(fate(Verdict::Route, false), Fate::Forwarded);
     assert_eq!(fate(Verdict::Reset, false), Fate::Rejected);
@@ -112,11 +112,11 @@ fn an_event_has_the_packet_before_and_after() {
 }
 
 #[test]
-fn a_sieve_takes_what_fits_all_its_fields() {
+fn a_filter_passes_what_fits_all_its_fields() {
     let all = Listening::default();
     let mapped = |last| [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 0, 0, last];
     let bit = |reason: Reason| 1_u64 << reason as u32;
-    for (sieve, taken) in [
+    for (filter, taken) in [
         (all, true),
         (Listening { kinds: 1 << Kind::Opened as u32, ..all }, true),
         (Listening { kinds: 1 << Kind::Closing as u32, ..all }, false),
@@ -138,13 +138,13 @@ fn a_sieve_takes_what_fits_all_its_fields() {
         (Listening { address: mapped(3), ..all }, false),
         (Listening { address: mapped(9), port: 81, ..all }, false),
     ] {
-        assert_eq!(sieve.takes(&event()), taken, "{sieve:?}");
+        assert_eq!(filter.matches(&event()), taken, "{filter:?}");
     }
 }
 
 #[test]
 fn listening_ends_by_itself() {
-    let sieve = Listening { until_ns: 5, ..Listening::default() };
-    assert!(sieve.is_on(4) && !sieve.is_on(5));
-    assert!(!Listening::default().is_on(0));
+    let filter = Listening { until_ns: 5, ..Listening::default() };
+    assert!(filter.is_active(4) && !filter.is_active(5));
+    assert!(!Listening::default().is_active(0));
 }

@@ -1,11 +1,11 @@
-//! What an agent that starts now would make of the maps.
+//! Plans what an agent that starts now would make of the maps.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use sluice_common::abi;
-use sluice_core::cluster::{Adopted, Cluster};
+use sluice_core::cluster::{Adopted, Cluster, Programmed};
 use sluice_core::image::Write;
 use sluice_core::model::report::{Flaw, Report};
 use sluice_core::model::{self, Change, Event, Model, SourceId};
@@ -21,32 +21,32 @@ use crate::node::devices::{Device, Facts, Role, Rules, Survey, survey};
 pub struct Inputs {
     /// The node's name, as in `nodeName` of endpoints.
     pub node: Arc<str>,
-    /// Serve Services with this proxy name, instead of those without one.
+    /// Serve only Services with this proxy name, instead of those without one.
     pub proxy_name: Option<String>,
-    /// What a person has decided about traffic.
+    /// The policy for traffic.
     pub policy: Policy,
-    /// Roles of devices that a person has named.
+    /// The roles that the operator has given to devices.
     pub patterns: Patterns,
     /// One of [`abi::socket_path`].
     pub socket_path: u32,
-    /// Cookie of the host's network namespace, for maps that nobody was told of it.
+    /// The cookie of the host's network namespace, for maps that do not have it yet.
     pub host_netns: u64,
 }
 
-/// What it would make of them.
+/// What an agent would make of the maps.
 #[derive(Clone, Debug)]
 pub struct Wanted {
-    /// What the maps shall hold.
+    /// The wanted content of the maps.
     pub state: State,
-    /// The steps that lead there, in the agent's order. They concern the plan's maps alone.
+    /// The writes that lead there, in the agent's order. They concern only the plan's maps.
     pub writes: Vec<Write>,
-    /// How many objects were read.
+    /// The number of objects that were read.
     pub objects: usize,
-    /// What could not be read: a running agent keeps its last good form, which nobody else knows.
+    /// What could not be read. A running agent keeps its last good form, which is not known here.
     pub unread: Vec<Report>,
 }
 
-/// Plans what the maps shall hold, given every event of the sources' first full lists.
+/// Plans the content of the maps, given all events of the sources' first full lists.
 #[must_use]
 pub fn wanted(
     inputs: &Inputs,
@@ -56,7 +56,7 @@ pub fn wanted(
     sizes: Sizes,
 ) -> Wanted {
     let policy = &inputs.policy;
-    // Nothing depends on when it was noticed.
+    // Nothing depends on the time.
     let now = SystemTime::UNIX_EPOCH;
     let sources: BTreeSet<SourceId> = events.iter().map(|event| event.source).collect();
     let mut cluster = Cluster::new(&inputs.node, Adopted::default());
@@ -90,30 +90,15 @@ pub fn wanted(
         writes.append(&mut plan.update(&batch).writes);
     }
 
-    let own = survey.devices.values().find(|device| device.role == Role::Own);
-    let settings = found.told.map_or(
-        abi::Settings {
-            host_netns: inputs.host_netns,
-            own_device: own.map_or(0, |device| device.index),
-            ..abi::Settings::default()
-        },
-        |told| told.settings,
-    );
-    // Networks for which there is no room are the agent's to complain about.
-    let (told, _) =
-        cluster.tell(policy, abi::Settings { socket_path: inputs.socket_path, ..settings });
+    let programmed = programmed(inputs, &cluster, found, &survey);
     let unread = |report: &&Report| {
         matches!(report.note.flaw, Flaw::BrokenDocument | Flaw::Unreadable | Flaw::Undecodable)
     };
     Wanted {
         state: State {
             image: plan.image().clone(),
-            told: Some(told),
-            devices: survey
-                .devices
-                .into_iter()
-                .map(|(index, device)| (index, device.entry))
-                .collect(),
+            programmed: Some(programmed),
+            devices: entries(survey),
         },
         writes,
         objects,
@@ -121,8 +106,28 @@ pub fn wanted(
     }
 }
 
-/// What the agent saw last, as far as the maps tell: a veth that was the uplink stays it while its
-/// route is away.
+fn entries(survey: Survey) -> BTreeMap<u32, abi::Device> {
+    survey.devices.into_iter().map(|(index, device)| (index, device.entry)).collect()
+}
+
+/// Returns the settings and networks that the agent would write.
+fn programmed(inputs: &Inputs, cluster: &Cluster, found: &State, survey: &Survey) -> Programmed {
+    let own = survey.devices.values().find(|device| device.role == Role::Own);
+    let settings = found.programmed.map_or(
+        abi::Settings {
+            host_netns: inputs.host_netns,
+            own_device: own.map_or(0, |device| device.index),
+            ..abi::Settings::default()
+        },
+        |programmed| programmed.settings,
+    );
+    // The agent reports networks for which there is no room.
+    let settings = abi::Settings { socket_path: inputs.socket_path, ..settings };
+    cluster.tell(&inputs.policy, settings).0
+}
+
+/// Returns the agent's last survey, as far as the maps have it. A veth that was the uplink stays so
+/// while its route is away.
 fn before(devices: &BTreeMap<u32, abi::Device>) -> Survey {
     let device = |(index, entry): (&u32, &abi::Device)| {
         let role = Role::from_number(entry.role)?;
