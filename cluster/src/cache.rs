@@ -37,8 +37,8 @@ impl Cache {
         self.root.join(entry)
     }
 
-    /// Returns the directory of an entry. Unless `is_complete` holds for it already, `build` builds it
-    /// in the directory that it is passed.
+    /// Returns the directory of an entry. Unless `is_complete` holds for it already, `build` builds
+    /// it in the directory that it is passed.
     ///
     /// # Errors
     /// Those of `build`, or if the directory cannot be put in its place.

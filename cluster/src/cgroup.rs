@@ -1,5 +1,5 @@
-//! The cgroup of a cluster, `sluice-cluster`, in every hierarchy of the machine, with one group below
-//! it for the control plane and one per node.
+//! The cgroup of a cluster, `sluice-cluster`, in every hierarchy of the machine, with one group
+//! below it for the control plane and one per node.
 //!
 //! Every process of a cluster is in a group below it, and is found by that, whoever started it.
 
@@ -105,8 +105,8 @@ pub(crate) fn create(state: &State, group: &str) -> Result<()> {
 /// delegates only for the cluster's sake.
 const GIVEN: &str = "controllers";
 
-/// Delegates the controllers of a group of cgroup2 to the groups below it, and returns those that it
-/// had not delegated before. The kubelet will complain about one that cannot be delegated.
+/// Delegates the controllers of a group of cgroup2 to the groups below it, and returns those that
+/// it had not delegated before. The kubelet will complain about one that cannot be delegated.
 pub(crate) fn delegate(group: &Path) -> Vec<String> {
     let words = |file: &str| -> Vec<String> {
         let text = fs::read_to_string(group.join(file)).unwrap_or_default();

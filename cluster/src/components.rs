@@ -1,7 +1,7 @@
 //! The programs of a Kubernetes cluster with all their versions, which change only here.
 //!
-//! Each version is also in the `go.mod` of its module (a test compares them), and the versions of its
-//! dependencies are in `go.sum`.
+//! Each version is also in the `go.mod` of its module (a test compares them), and the versions of
+//! its dependencies are in `go.sum`.
 
 use std::fs;
 use std::path::PathBuf;

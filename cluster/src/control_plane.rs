@@ -1,4 +1,5 @@
-//! etcd, API server, controller manager and scheduler: processes in one namespace, as if on one host.
+//! etcd, API server, controller manager and scheduler: processes in one namespace, as if on one
+//! host.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};

@@ -1,8 +1,8 @@
 //! Programs from Go modules, built once into the cache.
 //!
-//! `go install` cannot pin the dependencies of a program, and refuses `k8s.io/kubernetes` altogether,
-//! because its go.mod replaces its own staging modules by folders. So each group of programs has a
-//! module of ours (`cluster/go/`) that requires it and pins all dependencies.
+//! `go install` cannot pin the dependencies of a program, and refuses `k8s.io/kubernetes`
+//! altogether, because its go.mod replaces its own staging modules by folders. So each group of
+//! programs has a module of ours (`cluster/go/`) that requires it and pins all dependencies.
 
 use std::cell::Cell;
 use std::fs;

@@ -72,8 +72,8 @@ fn file_system(step: &Step, archive: &Path) -> Result<()> {
         .context("cannot make a Debian file system for the pods' images: are Debian's packages within reach?")
 }
 
-/// Returns the release of Debian whose packages are used: this machine's own if it runs Debian, since
-/// its mirrors are known to work.
+/// Returns the release of Debian whose packages are used: this machine's own if it runs Debian,
+/// since its mirrors are known to work.
 fn suite() -> String {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     let field =
@@ -198,8 +198,8 @@ pub(crate) struct Own {
     pub(crate) tag: String,
 }
 
-/// Writes the image of Sluice into a directory: that of `cargo xtask image`, or, for a binary that is
-/// not static, one with the libraries that it needs.
+/// Writes the image of Sluice into a directory: that of `cargo xtask image`, or, for a binary that
+/// is not static, one with the libraries that it needs.
 pub(crate) fn sluice(tree: &Tree<'_>, binary: &Path, directory: &Path) -> Result<Own> {
     let tag = oci::digest(binary)?.chars().take(12).collect::<String>();
     let name = format!("{SLUICE}:{tag}");

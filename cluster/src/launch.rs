@@ -72,8 +72,8 @@ impl Process {
 /// Returns when a process started, in clock ticks since boot.
 fn start_time(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command name, in parentheses, may contain anything; the state is the first field after it,
-    // and field 22 the 20th.
+    // The command name, in parentheses, may contain anything; the state is the first field after
+    // it, and field 22 the 20th.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
     let is_zombie = fields.next()? == "Z";
     fields.nth(18).filter(|_| !is_zombie).map(str::to_owned)
@@ -116,8 +116,8 @@ pub(crate) fn ensure(
         .open(&log)
         .with_context(|| format!("cannot open {}", log.display()))?;
     let command = command.into_inner();
-    // Not by its path: the cloud starts processes as long as the cluster lives, even if the file has
-    // been replaced.
+    // Not by its path: the cloud starts processes as long as the cluster lives, even if the file
+    // has been replaced.
     let child = Command::new("/proc/self/exe")
         .args(["cluster-launch", "--namespace", namespace, "--group", group, "--"])
         .arg(command.get_program())

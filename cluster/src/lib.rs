@@ -2,11 +2,11 @@
 //!
 //! etcd, API server, controller manager and scheduler run in one namespace; a node is a namespace
 //! with a kubelet, a containerd and real pods in namespaces of their own (`network.rs` draws it).
-//! A process does what a cloud would ([`cloud`]). Nothing of it touches the namespace that it is
+//! A process does what a cloud would (`cloud.rs`). Nothing of it touches the namespace that it is
 //! started from.
 //!
 //! Everything a cluster owns is below one directory (`state.rs`) and one cgroup (`cgroup.rs`), by
-//! which [`down`] finds it. Its programs are built from Go modules into a cache ([`components`],
+//! which [`down()`] finds it. Its programs are built from Go modules into a cache ([`components`],
 //! [`cache`]). [`process`], [`packages`] and [`ui`] are what any command of `cargo xtask` starts
 //! processes, installs packages and shows progress with.
 //!
@@ -267,7 +267,8 @@ pub fn kubectl() -> PathBuf {
     State::open().programs().join("kubectl")
 }
 
-/// Copies a file to where all nodes see it, until the cluster is removed, and returns its path there.
+/// Copies a file to where all nodes see it, until the cluster is removed, and returns its path
+/// there.
 pub fn give_nodes(file: &Path) -> Result<PathBuf> {
     let name = file.file_name().with_context(|| format!("{} is no file", file.display()))?;
     let copy = State::open().path(name);

@@ -1,4 +1,5 @@
-//! The system packages that the test tiers, the demo and the eBPF build need, by their Debian names.
+//! The system packages that the test tiers, the demo and the eBPF build need, by their Debian
+//! names.
 //!
 //! For root, one `apt-get install` installs what is missing; everybody else gets an error with the
 //! command to run.
@@ -132,7 +133,7 @@ fn apt(verb: &str) -> Cmd {
     Cmd::new("apt-get")
         .args(["-o", "DPkg::Lock::Timeout=300", verb])
         .env("DEBIAN_FRONTEND", "noninteractive")
-        // Without systemd, this keeps servers among the packages (nginx) from being started: the lab
-        // starts its own.
+        // Without systemd, this keeps servers among the packages (nginx) from being started: the
+        // lab starts its own.
         .env("RUNLEVEL", "1")
 }

@@ -100,7 +100,8 @@ impl Cmd {
         self.with(|command| command.stderr(Stdio::inherit())).output()
     }
 
-    /// Runs it silently and returns its standard output, for questions to programs that may be absent.
+    /// Runs it silently and returns its standard output, for questions to programs that may be
+    /// absent.
     ///
     /// # Errors
     /// Those of [`stdout`](Self::stdout).
@@ -108,7 +109,8 @@ impl Cmd {
         self.with(|command| command.stderr(Stdio::null())).output()
     }
 
-    /// Runs it silently and returns its standard output; its standard error becomes part of the error.
+    /// Runs it silently and returns its standard output; its standard error becomes part of the
+    /// error.
     ///
     /// # Errors
     /// Those of [`stdout`](Self::stdout).
@@ -150,8 +152,8 @@ impl Cmd {
         let (mut output, writer) = io::pipe().context("cannot make a pipe")?;
         let mut child = {
             let errors = writer.try_clone().context("cannot copy a pipe")?;
-            // The command holds the pipe's write ends. It is dropped at the end of this block, so that
-            // the reader below sees the end of the output.
+            // The command holds the pipe's write ends. It is dropped at the end of this block, so
+            // that the reader below sees the end of the output.
             let mut command = self
                 .with(|command| command.stdin(Stdio::null()).stdout(writer).stderr(errors))
                 .into_inner();

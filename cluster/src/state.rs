@@ -48,7 +48,8 @@ impl State {
         self.path("kubeconfig")
     }
 
-    /// Returns the directory with links to the programs of the cluster that a person may want to call.
+    /// Returns the directory with links to the programs of the cluster that a person may want to
+    /// call.
     pub(crate) fn programs(&self) -> PathBuf {
         self.path("bin")
     }
@@ -57,7 +58,8 @@ impl State {
     pub(crate) fn description(&self) -> Result<Option<Description>> {
         let path = self.path("cluster.json");
         match fs::read(&path) {
-            // Without a valid description the cluster is not complete: `up` was killed in the middle.
+            // Without a valid description the cluster is not complete: `up` was killed in the
+            // middle.
             Ok(content) => Ok(serde_json::from_slice(&content).ok()),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),

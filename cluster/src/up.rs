@@ -78,7 +78,8 @@ fn count(nodes: u8) -> String {
     if nodes == 1 { "one node".to_owned() } else { format!("{nodes} nodes") }
 }
 
-/// Whether a cluster with these options is up already. If not, the remains of another may be removed.
+/// Whether a cluster with these options is up already. If not, the remains of another may be
+/// removed.
 fn check(state: &State, wanted: &Description) -> Result<bool> {
     let Some(found) =
         state.description()?.filter(|found| found.is_complete && found.boot == wanted.boot)

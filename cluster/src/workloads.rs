@@ -42,8 +42,8 @@ pub(crate) fn apply_kube_proxy(state: &State, kubectl: &Kubectl) -> Result<()> {
     apply(state, kubectl, "kube-proxy.yaml", KUBE_PROXY_MANIFEST, &values)
 }
 
-/// Applies an overlay of `deploy/`, with the values that differ between clusters as `deploy/example`
-/// sets them.
+/// Applies an overlay of `deploy/`, with the values that differ between clusters as
+/// `deploy/example` sets them.
 pub(crate) fn apply_sluice(
     tree: &Tree<'_>,
     state: &State,

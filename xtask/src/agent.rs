@@ -13,8 +13,8 @@ use crate::artifacts;
 use crate::version::Rustc;
 use crate::workspace::{OBJECT_ENV, Workspace};
 
-/// Builds it for tests and the demo, with the profile that builds fastest: packets meet only the eBPF
-/// object, which is always optimised.
+/// Builds it for tests and the demo, with the profile that builds fastest: packets meet only the
+/// eBPF object, which is always optimised.
 pub(crate) fn build_dev(workspace: &Workspace) -> Result<PathBuf> {
     artifacts::build_binary(workspace.cargo().args([
         "build",

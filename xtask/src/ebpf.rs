@@ -16,8 +16,8 @@ use crate::workspace::Workspace;
 /// The linker generates BTF from debug information.
 const RUSTFLAGS: &str = "-C debuginfo=2 -C link-arg=--btf";
 
-/// Builds the object and returns its path. The file is replaced only if its content changes, so that
-/// the agent that embeds it is not built again.
+/// Builds the object and returns its path. The file is replaced only if its content changes, so
+/// that the agent that embeds it is not built again.
 pub(crate) fn build(workspace: &Workspace, toolchain: &Toolchain) -> Result<PathBuf> {
     eprintln!("eBPF object: {toolchain}");
     build_as(workspace, toolchain, "sluice-bpf", &[], workspace.object())
@@ -93,8 +93,8 @@ fn replace(path: &Path, content: &[u8]) -> Result<()> {
     fs::rename(&new, path).with_context(|| format!("cannot put {} in place", path.display()))
 }
 
-/// Removes the DWARF sections, which nobody loads, and keeps BTF, which gives maps and programs their
-/// types.
+/// Removes the DWARF sections, which nobody loads, and keeps BTF, which gives maps and programs
+/// their types.
 fn strip(object: &[u8]) -> Result<Vec<u8>> {
     let mut elf = Builder::read(object)?;
     for section in &mut elf.sections {

@@ -134,7 +134,8 @@ fn follow(
         _ => 0,
     };
     // The address of a slot is a copy of the frame's end plus a negative number. Any other addition
-    // of such a number counts as one too, which overestimates the depth rather than underestimates it.
+    // of such a number counts as one too, which overestimates the depth rather than underestimates
+    // it.
     let below =
         if code == 0x07 && (-512..0).contains(&immediate) { below.max(-immediate) } else { below };
     function.frame = function.frame.max(u32::try_from(below).unwrap_or(0));

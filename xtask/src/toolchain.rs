@@ -5,8 +5,8 @@
 //! builds it (`-Z build-std`). Both produce the same instructions here. Whichever is installed is
 //! used, preferably Debian's, because it needs nothing from the network.
 //!
-//! bpf-linker reads the compiler's bitcode, so its LLVM must have the same major version. It is built
-//! once and kept in the cache.
+//! bpf-linker reads the compiler's bitcode, so its LLVM must have the same major version. It is
+//! built once and kept in the cache.
 
 use std::fmt;
 use std::fs;
@@ -30,8 +30,8 @@ const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 /// The LLVM of the `rustc-web` that apt would install.
 const DEBIAN_LLVM: u32 = 22;
 
-/// Variables that rustup and cargo set for children. They are meant for the compiler that built this
-/// program, not for another one.
+/// Variables that rustup and cargo set for children. They are meant for the compiler that built
+/// this program, not for another one.
 const INHERITED: &[&str] = &[
     "RUSTUP_TOOLCHAIN",
     "RUSTC",
@@ -106,8 +106,9 @@ impl Toolchain {
         }
     }
 
-    /// Returns `cargo clippy` for the BPF target, without package and profile. Clippy reads metadata
-    /// of its own compiler only, so it comes with that compiler; Debian's is installed if missing.
+    /// Returns `cargo clippy` for the BPF target, without package and profile. Clippy reads
+    /// metadata of its own compiler only, so it comes with that compiler; Debian's is installed if
+    /// missing.
     ///
     /// # Errors
     /// Says what to install if it is missing and this is not root.

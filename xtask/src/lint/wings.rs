@@ -1,5 +1,5 @@
-//! Checks the direction in which the agent's wings use each other: `tools -> daemon -> node`, and all
-//! of them the core.
+//! Checks the direction in which the agent's wings use each other: `tools -> daemon -> node`, and
+//! all of them the core.
 
 use std::fs;
 use std::path::Path;

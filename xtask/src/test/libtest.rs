@@ -125,7 +125,8 @@ impl Reader {
     }
 
     /// Returns the sum of a process that has ended. A process that failed without a failed test, or
-    /// ended before its result line, counts as one failure in addition to the tests that it reported.
+    /// ended before its result line, counts as one failure in addition to the tests that it
+    /// reported.
     pub(crate) fn finish(mut self, success: bool) -> Counts {
         self.end_line();
         let is_incomplete = self.results == 0 || self.pending != Counts::default();
