@@ -170,6 +170,10 @@ enum Command {
         /// Even if an agent is running.
         #[arg(long)]
         force: bool,
+        /// Stay afterwards, until SIGTERM or SIGINT: for a pod that is Running when its node is
+        /// clean.
+        #[arg(long)]
+        stay: bool,
     },
 }
 
@@ -445,8 +449,16 @@ impl Cli {
                 code = is_missing;
                 text
             }
-            Command::Cleanup { force } => {
-                runtime()?.block_on(cleanup::run(&pin_path, &state_dir, &self.proc_sys, force))?
+            Command::Cleanup { force, stay } => {
+                let runtime = runtime()?;
+                let text =
+                    runtime.block_on(cleanup::run(&pin_path, &state_dir, &self.proc_sys, force))?;
+                if stay {
+                    print(&text)?;
+                    runtime.block_on(cleanup::stay())?;
+                    return Ok(ExitCode::SUCCESS);
+                }
+                text
             }
         };
         print(&text)?;

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::node::dataplane::{Pins, cleanup};
 use crate::node::devices::own::OwnRoutes;
@@ -38,6 +39,21 @@ pub(super) async fn run(
         ));
     }
     Ok(done.join("\n") + "\n")
+}
+
+/// Waits for SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// When the kernel takes no handler for them.
+pub(super) async fn stay() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
 }
 
 /// Removes what is in the kernel; returns what was done, for people.
