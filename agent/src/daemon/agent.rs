@@ -79,7 +79,7 @@ pub struct Options {
     /// Capacities of maps that differ from the object's.
     pub sizes: BTreeMap<String, u32>,
     /// Where monitoring is answered.
-    pub monitor: monitor::Addresses,
+    pub monitor: monitor::Settings,
     /// What the kernel's connection tracking is to be like.
     pub conntrack: Limits,
     /// Where the settings of the kernel are written: `/proc/sys`, or the node's at another place.
@@ -220,7 +220,8 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         external_ips: options.policy.external_ips.clone(),
         leave: BTreeSet::new(),
     });
-    let metrics = Arc::new(Metrics::default());
+    let requests = options.kubernetes.as_ref().map(|settings| &settings.requests);
+    let metrics = Arc::new(Metrics::new(requests));
     let mut sync = Sync::adopt(loaded.kernel, model, loaded.filled, Arc::clone(&metrics))?;
     let progress = Arc::new(Progress::default());
     let monitor = Monitor::new(
@@ -228,6 +229,7 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
         metrics,
         options.pin_path.clone(),
         options.state_dir.clone(),
+        options.monitor.detail,
     );
 
     let (survey_sender, watched) = watch::channel(Watched::default());

@@ -37,7 +37,7 @@ impl Beside {
     /// Starts the tasks; they end with what is returned. Without a writer there are no Events.
     pub(super) fn start(
         monitor: Monitor,
-        at: monitor::Addresses,
+        at: monitor::Settings,
         progress: Arc<Progress>,
         node: &str,
         events: Option<Events>,

@@ -527,6 +527,7 @@ impl AgentArgs {
             proxy_name: self.proxy_name.clone(),
             // Beside another proxy, most addresses in them are that one's.
             service_cidrs: policy.service_cidrs.is_empty() && self.proxy_name.is_none(),
+            requests: kubernetes::Requests::default(),
         };
         Ok(Options {
             node,
@@ -544,7 +545,7 @@ impl AgentArgs {
             proxy_name: self.proxy_name,
             manifests: self.manifests,
             sizes,
-            monitor: self.monitor.addresses(),
+            monitor: self.monitor.settings(),
             conntrack: self.conntrack.limits(),
             oom_score_adj: self.oom_score_adj,
             takeover: self.takeover,

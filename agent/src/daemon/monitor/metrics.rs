@@ -17,6 +17,8 @@ use prometheus_client::registry::Registry;
 use sluice_core::model::Change;
 use sluice_core::model::object::{ObjectName, SliceKind};
 
+use crate::daemon::source::kubernetes::Requests;
+
 type Seconds = Gauge<f64, AtomicU64>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -68,9 +70,14 @@ fn programming() -> Histogram {
     Histogram::new([0.25, 0.5].into_iter().chain(seconds).chain(fives).chain(halves))
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
+impl Metrics {
+    /// Registers all of them, and the counts of requests to the API server if there is one.
+    #[must_use]
+    pub fn new(requests: Option<&Requests>) -> Self {
         let mut all = Registry::default();
+        if let Some(requests) = requests {
+            requests.register(&mut all);
+        }
         let registry = all.sub_registry_with_prefix("kubeproxy");
         let sync = latency();
         registry.register(
@@ -148,14 +155,7 @@ impl Default for Metrics {
             triggers: Mutex::default(),
         }
     }
-}
 
-/// Seconds since 1970.
-fn now() -> f64 {
-    UNIX_EPOCH.elapsed().unwrap_or_default().as_secs_f64()
-}
-
-impl Metrics {
     pub(super) fn registry(&self) -> &Registry {
         &self.registry
     }
@@ -223,4 +223,9 @@ impl Metrics {
         let family = if node_counts { &self.healthz } else { &self.livez };
         let _ = family.get_or_create(&Code { code }).inc();
     }
+}
+
+/// Seconds since 1970.
+fn now() -> f64 {
+    UNIX_EPOCH.elapsed().unwrap_or_default().as_secs_f64()
 }

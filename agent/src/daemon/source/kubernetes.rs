@@ -10,6 +10,7 @@
 
 mod connection;
 mod events;
+mod requests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -27,6 +28,7 @@ use sluice_core::model::{Change, Event, SourceId};
 use tokio::sync::mpsc;
 
 pub use events::Events;
+pub use requests::Requests;
 
 use super::Pulse;
 use super::decode::{
@@ -61,6 +63,8 @@ pub struct Settings {
     /// them: not where they are given, and not beside another proxy, whose Services have their
     /// addresses in them too.
     pub service_cidrs: bool,
+    /// Where requests are counted.
+    pub requests: Requests,
 }
 
 /// The API server cannot even be tried.
@@ -121,8 +125,10 @@ pub async fn connect(settings: &Settings) -> Result<Client, ConnectError> {
     config.read_timeout = Some(READ_TIMEOUT);
     config.reset_reader_on_write = true;
     let address = config.cluster_url.to_string();
-    connection::client(config)
-        .map_err(|cause| ConnectError::Client { address, cause: Box::new(cause) })
+    let host = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
+    let client = connection::client(config)
+        .map_err(|cause| ConnectError::Client { address, cause: Box::new(cause) })?;
+    Ok(settings.requests.counting(&client, &host))
 }
 
 /// What is asked for.
