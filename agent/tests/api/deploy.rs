@@ -472,7 +472,7 @@ fn every_value_becomes_a_flag_that_the_agent_takes() {
         "logFormat": "json",
         "verbosity": 2,
         "healthz": {"port": 10356},
-        "metrics": {"bindAddresses": ["127.0.0.1:10349"]},
+        "metrics": {"bindAddresses": ["127.0.0.1:10349"], "detail": "node"},
         "kubeProxyConfiguration": {"mode": "nftables", "conntrack": {"maxPerCore": 0}},
         "extraArgs": ["--flows-max=4096"],
         "extraEnv": [{"name": "SLUICE_LOG", "value": "debug"}],
@@ -506,6 +506,7 @@ fn every_value_becomes_a_flag_that_the_agent_takes() {
             "--verbose",
             "--healthz-bind-address=0.0.0.0:10356,[::]:10356",
             "--metrics-bind-address=127.0.0.1:10349",
+            "--metrics-detail=node",
             "--flows-max=4096",
         ]
     );

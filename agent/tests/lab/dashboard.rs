@@ -198,7 +198,7 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
     let quiet = [
         "Resets and connections that failed",
         "From a change of endpoints to the maps",
-        "Segments sent again at the socket",
+        "Retransmitted segments at the socket",
     ];
     let questions = questions()?;
     ensure!(questions.len() > 20, "{} questions", questions.len());

@@ -37,7 +37,7 @@ annotations:
 {{- join "," $words }}
 {{- end }}
 
-{{/* The words after the program's name. */}}
+{{/* The program's arguments. */}}
 {{- define "sluice.args" -}}
 - agent
 {{- if .Values.kubeProxyConfiguration }}
@@ -90,6 +90,9 @@ annotations:
 {{- with .Values.metrics.bindAddresses }}
 - --metrics-bind-address={{ include "sluice.words" . }}
 {{- end }}
+{{- with .Values.metrics.detail }}
+- --metrics-detail={{ . }}
+{{- end }}
 {{- range .Values.extraArgs }}
 - {{ . | quote }}
 {{- end }}
@@ -109,7 +112,7 @@ annotations:
 {{- else }}10249{{ end }}
 {{- end }}
 
-{{/* Of both containers: preflight tries what the agent does. */}}
+{{/* For both containers: preflight tries what the agent does. */}}
 {{- define "sluice.securityContext" -}}
 {{- if eq .Values.privileges "least" -}}
 privileged: false
@@ -120,7 +123,7 @@ capabilities:
   add: [BPF, NET_ADMIN, NET_RAW, PERFMON]
 seccompProfile:
   type: RuntimeDefault
-# The profiles of container runtimes forbid to write below /sys/fs/bpf, and SELinux's type for containers forbids bpf().
+# Container runtimes' AppArmor profiles forbid writing below /sys/fs/bpf, and SELinux's type for containers forbids bpf().
 appArmorProfile:
   type: Unconfined
 seLinuxOptions:
@@ -132,7 +135,7 @@ readOnlyRootFilesystem: true
 {{- end }}
 {{- end }}
 
-{{/* Without privileges a container sees its own /proc/sys read-only, and is given the node's at another place. */}}
+{{/* An unprivileged container sees its own /proc/sys read-only, so the node's is mounted at another place. */}}
 {{- define "sluice.leastEnv" -}}
 - name: SLUICE_PROC_SYS
   value: /node/proc/sys
