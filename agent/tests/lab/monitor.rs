@@ -1,6 +1,7 @@
 //! What monitoring is told over HTTP, at kube-proxy's ports.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use crate::support::{
     Cluster, HTTP, Plan, WEB, cluster_ip, service, skip, status, until, until_backends, word,
@@ -193,14 +194,15 @@ fn a_quiet_node_of_a_thousand_services_has_few_series() -> Result<()> {
                 format!("{{addresses: [10.50.{}.{}]}}", number % 250, number / 250 * 3 + last)
             })
             .collect();
-        text += &format!(
+        write!(
+            text,
             "apiVersion: v1\nkind: Service\nmetadata: {{name: s{number}}}\nspec: {{clusterIP: \
              10.96.{}.{low}, ports: [{{port: 80}}]}}\n---\napiVersion: discovery.k8s.io/v1\nkind: \
              EndpointSlice\nmetadata: {{name: s{number}, labels: {{kubernetes.io/service-name: \
              s{number}}}}}\naddressType: IPv4\nports: [{{name: '', port: 80}}]\nendpoints: [{}]\n---\n",
             100 + high,
             endpoints.join(", ")
-        );
+        )?;
     }
     cluster.manifests.write_text("many.yaml", &text)?;
     until_backends(node, "s999", 3)?;

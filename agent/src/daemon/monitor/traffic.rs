@@ -148,7 +148,9 @@ impl Traffic {
     pub(super) fn of(view: &View, detail: Detail) -> Self {
         let backends = view.backends();
         let mut node = Sums::default();
-        backends.iter().for_each(|backend| node.add(backend));
+        for backend in &backends {
+            node.add(backend);
+        }
         let mut levels =
             vec![Level { prefix: "node", all: vec![(Labels::new(), node)], has_zeros: true }];
         if detail >= Detail::Service {
