@@ -267,7 +267,7 @@ pub fn survey(facts: &Facts, rules: &Rules, before: &Survey) -> Survey {
     }
 }
 
-/// The device's entry in the map; [`None`] where we cannot tell where the IP header is.
+/// Returns the device's entry in the map, or [`None`] if the position of the IP header is unknown.
 fn entry(
     link: &Link,
     role: Role,
@@ -287,16 +287,7 @@ fn entry(
             .get(&link.master)
             .is_some_and(|master| ["bridge", "vrf"].contains(&&*master.kind));
     let is_pair = PAIRS.contains(&link.kind.as_str());
-    let local_pods = match &rules.policy.detect_local {
-        DetectLocal::BridgeInterface(name) => {
-            link.name == *name || bridge.is_some_and(|bridge| bridge.name == *name)
-        }
-        DetectLocal::InterfaceNamePrefix(prefix) => link.name.starts_with(prefix),
-        DetectLocal::Device
-        | DetectLocal::ClusterCidr
-        | DetectLocal::NodeCidr
-        | DetectLocal::None => role == Role::Edge,
-    };
+    let local_pods = has_local_pods(link, role, bridge, &rules.policy.detect_local);
     let has_gateway_above = bridge.is_some_and(|bridge| has_gateway_above(bridge, facts));
     let (netns, hides_sockets) = match link.peer {
         _ if role != Role::Edge => (0, false),
@@ -330,6 +321,20 @@ fn entry(
             }),
         netns,
     })
+}
+
+/// Whether packets that come in by a device are those of local pods.
+fn has_local_pods(link: &Link, role: Role, bridge: Option<&Link>, detect: &DetectLocal) -> bool {
+    match detect {
+        DetectLocal::BridgeInterface(name) => {
+            link.name == *name || bridge.is_some_and(|bridge| bridge.name == *name)
+        }
+        DetectLocal::InterfaceNamePrefix(prefix) => link.name.starts_with(prefix),
+        DetectLocal::Device
+        | DetectLocal::ClusterCidr
+        | DetectLocal::NodeCidr
+        | DetectLocal::None => role == Role::Edge,
+    }
 }
 
 /// Whether a bridge's gateway may be above it: at the end of a veth whose other end is a port.

@@ -181,10 +181,8 @@ pub(super) fn claimed(
     notes: &mut Notebook,
 ) -> Claimed {
     let subject = Subject::object("Service", name);
-    if spec.proxy_name != context.settings.proxy_name
-        || spec.headless
-        || &*spec.kind == "ExternalName"
-    {
+    let has_vips = !spec.headless && &*spec.kind != "ExternalName";
+    if spec.proxy_name != context.settings.proxy_name || !has_vips {
         return Claimed::default();
     }
     if !good_name(&name.namespace) || !good_name(&name.name) {
@@ -210,15 +208,7 @@ pub(super) fn claimed(
     for (family, vips) in vips {
         let sources = permitted(&source_ranges, family, &vips, context);
         if sources.is_none() && !spec.source_ranges.is_empty() {
-            for (vip, _) in vips.iter().filter(|(_, kind)| **kind == FrontendKind::LoadBalancer) {
-                notes.add(&subject, Flaw::OpenToAll, || {
-                    let what = format!(
-                        "none is a range of {} addresses: everybody may use {vip}",
-                        family.word()
-                    );
-                    ("spec.loadBalancerSourceRanges".into(), what)
-                });
-            }
+            note_open_to_all(family, &vips, &subject, notes);
         }
         for ServedPort { protocol, name: port, number, node_port } in &ports {
             let mut frontends: BTreeMap<(IpAddr, u16), FrontendKind> =
@@ -243,6 +233,22 @@ pub(super) fn claimed(
         claimed.addresses.extend(cluster_ips.map(|(vip, _)| vip));
     }
     claimed
+}
+
+/// Notes the addresses of a load balancer that no source range of their family restricts.
+fn note_open_to_all(
+    family: IpFamily,
+    vips: &BTreeMap<IpAddr, FrontendKind>,
+    subject: &Subject,
+    notes: &mut Notebook,
+) {
+    for (vip, _) in vips.iter().filter(|(_, kind)| **kind == FrontendKind::LoadBalancer) {
+        notes.add(subject, Flaw::OpenToAll, || {
+            let what =
+                format!("none is a range of {} addresses: everybody may use {vip}", family.word());
+            ("spec.loadBalancerSourceRanges".into(), what)
+        });
+    }
 }
 
 /// Whether a traffic policy says `Local`.
@@ -314,15 +320,12 @@ fn good_name(name: &str) -> bool {
     !name.is_empty() && name.len() <= NAME_MAX && !name.contains('\0')
 }
 
-/// The VIPs of each family in which the Service has a ClusterIP; without one it does not exist
-/// there.
-fn vips(
-    spec: &ServiceSpec,
-    context: &Context<'_>,
-    subject: &Subject,
-    notes: &mut Notebook,
-) -> BTreeMap<IpFamily, BTreeMap<IpAddr, FrontendKind>> {
-    let mut vips: BTreeMap<IpFamily, BTreeMap<IpAddr, FrontendKind>> = BTreeMap::new();
+/// The VIPs of a Service in each family.
+type Vips = BTreeMap<IpFamily, BTreeMap<IpAddr, FrontendKind>>;
+
+/// Returns the ClusterIPs of a Service.
+fn cluster_ips(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> Vips {
+    let mut vips = Vips::new();
     if spec.cluster_ips.is_empty() {
         notes.add(subject, Flaw::NoClusterIp, || {
             (
@@ -356,6 +359,18 @@ fn vips(
         }
         let _ = vips.insert(family, [(address, FrontendKind::ClusterIp)].into());
     }
+    vips
+}
+
+/// Returns the VIPs of each family in which the Service has a ClusterIP. It does not exist in a
+/// family without one.
+fn vips(
+    spec: &ServiceSpec,
+    context: &Context<'_>,
+    subject: &Subject,
+    notes: &mut Notebook,
+) -> Vips {
+    let mut vips = cluster_ips(spec, subject, notes);
     // The load balancer's come first: an address that is of both kinds keeps its source ranges.
     for (index, address) in spec.ingress.iter().enumerate() {
         let field = || format!("status.loadBalancer.ingress[{index}].ip");
@@ -398,7 +413,7 @@ fn vips(
 
 /// Adds an external address to those of its family. Returns whether it is new there.
 fn add_vip(
-    vips: &mut BTreeMap<IpFamily, BTreeMap<IpAddr, FrontendKind>>,
+    vips: &mut Vips,
     address: &Address,
     kind: FrontendKind,
     field: impl Fn() -> String,
@@ -534,33 +549,35 @@ fn ports(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> Vec<Ser
             });
             continue;
         }
-        let mut served_node_port = port_number(*node_port);
-        if *node_port != 0 && served_node_port.is_none() {
-            notes.add(subject, Flaw::BadPort, || {
-                (field(".nodePort"), format!("{node_port} is no port: it is not served"))
-            });
-        }
-        let taken = |other: &ServedPort| {
-            served_node_port.is_some()
-                && (other.protocol, other.node_port) == (protocol, served_node_port)
-        };
-        if served.iter().any(taken) {
-            notes.add(subject, Flaw::DuplicatePort, || {
-                (
-                    field(".nodePort"),
-                    format!("{node_port} is that of another port: it is not served here"),
-                )
-            });
-            served_node_port = None;
-        }
-        served.push(ServedPort {
-            protocol,
-            name: name.clone(),
-            number,
-            node_port: served_node_port,
+        let others = served.iter().filter(|other| other.protocol == protocol);
+        let node_port = served_node_port(*node_port, others, |flaw, what| {
+            notes.add(subject, flaw, || (field(".nodePort"), what));
         });
+        served.push(ServedPort { protocol, name: name.clone(), number, node_port });
     }
     served
+}
+
+/// Returns the number of a node port, unless it cannot be served or another port of the protocol
+/// has it.
+fn served_node_port<'a>(
+    node_port: i32,
+    mut others: impl Iterator<Item = &'a ServedPort>,
+    note: impl FnOnce(Flaw, String),
+) -> Option<u16> {
+    if node_port == 0 {
+        return None;
+    }
+    let Some(number) = port_number(node_port) else {
+        note(Flaw::BadPort, format!("{node_port} is no port: it is not served"));
+        return None;
+    };
+    if others.any(|other| other.node_port == Some(number)) {
+        let what = format!("{node_port} is that of another port: it is not served here");
+        note(Flaw::DuplicatePort, what);
+        return None;
+    }
+    Some(number)
 }
 
 /// An endpoint that can be a backend, as far as its object and its address tell.
