@@ -1,8 +1,8 @@
-//! The fragments that wait, oldest first, within bounds.
+//! The waiting fragments, oldest first, within bounds.
 //!
-//! When there is no room, the one that has most makes it: of the devices that fragments came in by
-//! the one with most of them, of the sources behind it the one with most. Devices come first, since
-//! a pod can forge sources but has only one device: it cannot push out another's fragments.
+//! If there is no room, the heaviest source makes it: of the device with the most fragments, the
+//! source with the most. The device is chosen first, since a pod can forge sources but has only one
+//! device, and so cannot displace the fragments of others.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -11,12 +11,12 @@ use std::time::Instant;
 use super::frame::Frame;
 use crate::node::dataplane::DatagramKey;
 
-/// Fragments kept at most...
+/// The most fragments that are held.
 const FRAGMENTS_MAX: usize = 1_024;
-/// ...and their bytes: a fragment for each of them that fills a frame of 1500 bytes.
+/// The most bytes that are held: as many fragments that each fill a frame of 1500 bytes.
 const BYTES_MAX: usize = FRAGMENTS_MAX * 1_536;
 
-/// A fragment, and since when it waits.
+/// A held fragment, and since when it waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Kept {
     pub(super) frame: Frame,
@@ -24,7 +24,7 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    /// Where it was met.
+    /// Returns the place that it came from.
     fn place(&self) -> u32 {
         self.frame.mark
     }
@@ -37,12 +37,12 @@ impl Kept {
     }
 }
 
-/// What waits.
+/// The waiting fragments.
 #[derive(Debug, Default)]
 pub(super) struct Waiting {
     kept: VecDeque<Kept>,
     bytes: usize,
-    /// Place -> source -> how many of it wait, none of them zero.
+    /// Place -> source -> the number of its waiting fragments, none of them zero.
     counts: BTreeMap<u32, BTreeMap<IpAddr, usize>>,
 }
 
@@ -51,7 +51,7 @@ impl Waiting {
         self.kept.is_empty()
     }
 
-    /// Keeps a fragment; those for which there is no room any more, or none.
+    /// Holds a fragment. Returns the fragments for which there is no room.
     pub(super) fn take_in(&mut self, kept: Kept) -> Vec<Kept> {
         let mut gone = Vec::new();
         self.count(&kept, true);
@@ -67,7 +67,7 @@ impl Waiting {
         gone
     }
 
-    /// The newest fragment of the source with most at the place with most.
+    /// Finds the newest fragment of the source with the most at the place with the most.
     fn heaviest(&self) -> Option<usize> {
         let all = |sources: &BTreeMap<IpAddr, usize>| sources.values().sum::<usize>();
         let (place, sources) = self.counts.iter().max_by_key(|(_, sources)| all(sources))?;
@@ -93,12 +93,12 @@ impl Waiting {
         self.count(kept, false);
     }
 
-    /// Those whose datagram's first fragment has been seen, in the order in which they came.
+    /// Takes the fragments whose datagram's first one was seen, in the order of arrival.
     pub(super) fn take_told(&mut self, mut is_told: impl FnMut(&DatagramKey) -> bool) -> Vec<Kept> {
         self.take(|kept| is_told(&kept.frame.key))
     }
 
-    /// Those that have waited since before an instant.
+    /// Takes the fragments that have waited since before an instant.
     pub(super) fn take_older(&mut self, late: Instant) -> Vec<Kept> {
         self.take(|kept| kept.since <= late)
     }
