@@ -1,4 +1,4 @@
-//! The way from events to the maps: model, plan and reconciler, with what is known about each.
+//! Brings events into the maps: model, plan and reconciler, with what is known about each.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -16,8 +16,8 @@ use sluice_core::model::{Event, HealthCheck, Model, SourceId};
 use sluice_core::plan::{Plan, node_ports_of_bits};
 use tokio::time::Instant;
 
-use crate::daemon::announce::{self, Announcements};
 use crate::daemon::health::Failures;
+use crate::daemon::kubernetes_events::{self, ObjectEvents};
 use crate::daemon::monitor::metrics::Metrics;
 use crate::node::backoff::Backoff;
 use crate::node::conntrack::UdpFrontends;
@@ -25,14 +25,14 @@ use crate::node::dataplane::{Kernel, Maps};
 use crate::node::devices::own::Vips as RoutedVips;
 use crate::node::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
 
-/// Waiting times between tries of writes that failed.
+/// The pauses between retries of failed writes.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
-/// After so many failures in a row the maps are read again and the difference is written.
+/// After so many failures in a row, the maps are read again and only the difference is written.
 const RESYNC_AFTER: u32 = 4;
 
-/// Events in, maps changed.
+/// Applies events to the maps.
 #[derive(Debug)]
-pub(super) struct Sync {
+pub(super) struct MapSync {
     model: Model,
     plan: Plan,
     reconciler: Reconciler<Kernel>,
@@ -53,8 +53,8 @@ pub(super) struct Sync {
     metrics: Arc<Metrics>,
 }
 
-impl Sync {
-    /// Takes the maps and what they hold.
+impl MapSync {
+    /// Takes over the maps and what they hold.
     pub(super) fn adopt(
         kernel: Kernel,
         model: Model,
@@ -83,14 +83,14 @@ impl Sync {
         })
     }
 
-    /// Takes in an event; [`Self::run`] acts on it.
-    pub(super) fn hear(&mut self, event: Event) {
-        self.metrics.heard(&event.change);
+    /// Takes in an event. [`Self::run`] acts on it.
+    pub(super) fn on_event(&mut self, event: Event) {
+        self.metrics.received(&event.change);
         self.model.apply(event, SystemTime::now());
     }
 
-    /// Takes in the node's own addresses and which of them serve node ports, and the VIPs that are
-    /// left alone.
+    /// Takes in the node's own addresses, with whether each serves node ports, and the VIPs that
+    /// are left alone.
     pub(super) fn set_node(&mut self, addresses: &BTreeMap<IpAddr, bool>, left: &BTreeSet<IpAddr>) {
         self.model.set_left(left.clone());
         if self.node_addresses.as_ref() == Some(addresses) {
@@ -103,10 +103,10 @@ impl Sync {
         self.node_addresses = Some(addresses.clone());
     }
 
-    /// Plans what has changed and carries it out.
+    /// Plans what has changed, and writes it to the maps.
     pub(super) fn run(&mut self) {
         let begun = Instant::now();
-        // Which backends are local depends on the node's addresses: they come first.
+        // The node's addresses must be known first: they decide which backends are local.
         let batch =
             if self.node_addresses.is_some() { self.model.take(SystemTime::now()) } else { None };
         if let Some(batch) = &batch {
@@ -154,7 +154,8 @@ impl Sync {
                     Some(SyncStatus { at: unix_seconds(SystemTime::now()), took_us, writes });
             }
             Err(error) => {
-                let text = format!("the maps keep their last good state: {error}");
+                let text =
+                    format!("cannot write the maps, which keep their last good state: {error}");
                 if self.failing.as_ref() != Some(&text) {
                     tracing::warn!("{text}; trying again");
                 }
@@ -178,17 +179,17 @@ impl Sync {
         self.reconciler.push(writes);
     }
 
-    /// The maps.
+    /// Returns the maps.
     pub(super) fn maps(&self) -> &Maps {
         self.reconciler.dataplane.maps()
     }
 
-    /// When failed writes are to be tried again.
+    /// Returns when failed writes are to be retried.
     pub(super) fn retry_at(&self) -> Option<Instant> {
         self.retry_at
     }
 
-    /// The VIPs, if they have changed since the last call.
+    /// Returns the VIPs, if they have changed since the last call.
     pub(super) fn take_vips(&mut self) -> Option<Arc<RoutedVips>> {
         std::mem::take(&mut self.vips.changed).then(|| Arc::new(self.vips.routed()))
     }
@@ -203,18 +204,18 @@ impl Sync {
         self.model.awaited().is_empty() && self.filled && self.reconciler.due() == 0
     }
 
-    /// The sources whose first full list is missing.
+    /// Returns the sources whose first full list is missing.
     pub(super) fn awaited(&self) -> BTreeSet<SourceId> {
         self.model.awaited().clone()
     }
 
-    /// The health checks that Services ask for.
+    /// Returns the health checks of Services.
     pub(super) fn health_checks(&self) -> &BTreeMap<ObjectName, HealthCheck> {
         self.model.health_checks()
     }
 
-    /// Where the kernel's connection tracking may let UDP flows lead, if Services or the node have
-    /// changed since the last call.
+    /// Returns where the kernel's connection tracking may send UDP flows, if Services or the node
+    /// have changed since the last call.
     pub(super) fn take_udp_frontends(&mut self) -> Option<UdpFrontends> {
         std::mem::take(&mut self.udp_changed).then(|| self.udp_frontends())
     }
@@ -242,7 +243,7 @@ impl Sync {
         found
     }
 
-    /// The numbers of all node ports, if they have changed since the last call.
+    /// Returns all node ports, if they have changed since the last call.
     pub(super) fn take_node_ports(&mut self) -> Option<BTreeSet<u16>> {
         let words = &self.plan.image().node_ports;
         if self.node_ports.as_ref() == Some(words) {
@@ -252,7 +253,7 @@ impl Sync {
         Some(node_ports_of_bits(words).collect())
     }
 
-    /// How much the maps are to hold.
+    /// Returns how much the maps should hold.
     pub(super) fn counts(&self) -> Counts {
         let image = self.plan.image();
         Counts {
@@ -262,7 +263,7 @@ impl Sync {
         }
     }
 
-    /// The reports, for the status.
+    /// Returns the reports for the status.
     pub(super) fn reports(&self) -> Vec<ReportStatus> {
         let status = |report: &sluice_core::model::report::Report| ReportStatus {
             level: match report.note.flaw.level() {
@@ -279,26 +280,26 @@ impl Sync {
         self.model.reports().iter().map(status).collect()
     }
 
-    /// How many objects were refused something because a map has no room for it.
+    /// Returns how many objects were refused something because a map is full.
     pub(super) fn refused_for_room(&self) -> usize {
         let refused = self.model.reports().iter().filter(|report| report.note.flaw == Flaw::NoRoom);
         refused.map(|report| &report.subject).collect::<BTreeSet<_>>().len()
     }
 
-    /// What is to be told beside objects, health checks that are not answered included.
-    pub(super) fn announcements(&self, node: &str, failures: &Failures) -> Announcements {
-        announce::gather(node, self.model.reports().iter(), failures)
+    /// Returns the Kubernetes Events to write, including those about failed health checks.
+    pub(super) fn object_events(&self, node: &str, failures: &Failures) -> ObjectEvents {
+        kubernetes_events::gather(node, self.model.reports().iter(), failures)
     }
 
-    /// Logs reports that have come or gone since the last call, each once.
+    /// Logs each report once, when it appears and when it is gone.
     pub(super) fn log_reports(&mut self) {
         for report in self.model.take_fresh_reports() {
             let text = report.to_string();
             let level = report.note.flaw.level();
             if self.logged.insert(text.clone()) {
                 match level {
-                    // What has no effect on traffic is for `sluice status` alone, unless somebody
-                    // asks.
+                    // A notice does not affect traffic, so it is only in `sluice status` and in
+                    // verbose logs.
                     Level::Notice => tracing::debug!("{text}"),
                     Level::Problem => tracing::warn!("{text}"),
                 }
@@ -315,12 +316,12 @@ impl Sync {
         });
     }
 
-    /// The last change of the maps.
+    /// Returns the last change of the maps.
     pub(super) fn last(&self) -> Option<SyncStatus> {
         self.last
     }
 
-    /// Why writes fail, if they do.
+    /// Returns why writes fail, if they do.
     pub(super) fn failing(&self) -> Option<String> {
         self.failing.clone()
     }
@@ -334,7 +335,8 @@ fn serving<F: Stack>(image: &Image) -> usize {
     F::of(image).backends.values().filter(|found| found.is_serving()).count()
 }
 
-/// Every VIP with its frontends, followed write by write: work proportional to what changes.
+/// All VIPs with their frontends. They follow the writes, so the work is proportional to the
+/// change.
 #[derive(Debug, Default)]
 struct Vips {
     uses: BTreeMap<IpAddr, Uses>,
@@ -345,7 +347,7 @@ struct Vips {
 #[derive(Debug, Default)]
 struct Uses {
     count: usize,
-    /// Whether it is, or was, a ClusterIP.
+    /// Whether the VIP is, or was, a ClusterIP.
     is_cluster_ip: bool,
 }
 
@@ -381,7 +383,7 @@ impl Vips {
         }
     }
 
-    /// The VIPs by what routes are made for.
+    /// Returns the VIPs by the kind of route that they need.
     fn routed(&self) -> RoutedVips {
         let mut routed = RoutedVips::default();
         for (vip, uses) in &self.uses {
@@ -393,7 +395,7 @@ impl Vips {
     }
 
     fn add(&mut self, vip: IpAddr, kind: u32) {
-        // A node port's: nothing leads there.
+        // A node port has no VIP.
         if vip.is_unspecified() {
             return;
         }

@@ -1,4 +1,4 @@
-//! The maps in memory, with what lies around them: the packet path's tables.
+//! The maps in memory, with their surroundings: the tables of the packet path.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -21,74 +21,74 @@ use super::question::Question;
 /// The ifindex of every network namespace's loopback device.
 pub(super) const LOOPBACK: u32 = 1;
 
-/// A device that programs are attached to.
+/// A device with programs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedDevice {
-    /// Its name; empty for one that is only supposed.
+    /// The device's name; empty for an assumed one.
     pub name: String,
-    /// What the maps hold.
+    /// The device's entry in the maps.
     pub entry: Device,
 }
 
-/// What the kernel's routing says.
+/// The kernel's routing.
 pub trait Routing {
-    /// The device that packets to an address leave by; [`None`] where there is none, or where the
+    /// Returns the device by which packets to an address leave, or [`None`] if there is none or the
     /// address is this host's.
     fn leaves_by(&self, destination: IpAddr) -> Option<u32>;
-    /// The largest packet that goes to an address, with its IP header; [`None`]: nobody knows.
+    /// Returns the largest packet to an address, with its IP header, or [`None`] if it is unknown.
     fn mtu(&self, destination: IpAddr) -> Option<u32>;
     /// Whether an address is this host's own.
     fn is_local(&self, address: IpAddr) -> bool;
-    /// The device on which this client's packets come in.
+    /// Returns the device on which the client's packets arrive.
     fn comes_in_by(&self, question: &Question, devices: &BTreeMap<u32, NamedDevice>)
     -> Option<u32>;
-    /// What was taken for granted, for people; empty if the kernel was asked.
+    /// Returns the assumptions, for people; empty if the kernel was queried.
     fn supposes(&self) -> &'static str;
 }
 
 /// Everything that decides about a packet.
 #[derive(Clone, Debug)]
 pub struct World {
-    /// What the plan writes.
+    /// The maps that the plan writes.
     pub image: Image,
-    /// What the agent tells every program.
+    /// The settings of the programs.
     pub settings: Settings,
-    /// IPv4 ranges and memory.
+    /// The other maps of IPv4.
     pub v4: Around<V4>,
-    /// IPv6 ranges and memory.
+    /// The other maps of IPv6.
     pub v6: Around<V6>,
-    /// ifindex -> device.
+    /// The devices, by ifindex.
     pub devices: BTreeMap<u32, NamedDevice>,
-    /// The time.
+    /// The present time.
     pub now: Ticks,
-    /// The time in milliseconds, by which ICMP errors are limited.
+    /// The time in milliseconds, which limits ICMP errors.
     pub now_ms: u32,
-    /// What clients and devices may still be sent of ICMP errors.
+    /// The ICMP errors that clients and devices may still get.
     pub rejects: BTreeMap<[u8; 16], RejectBucket>,
-    /// Addresses that are left to whoever has them on a device of this node.
+    /// Service addresses that are left to a process on this node.
     pub left: BTreeSet<IpAddr>,
-    /// Whose the numbers are.
+    /// The objects behind the numbers.
     pub objects: Objects,
 }
 
-/// What a family's maps hold that the plan does not write.
+/// The maps of a family that the plan does not write.
 #[derive(Clone, Debug)]
 pub struct Around<F: Family> {
     /// Address ranges of the cluster.
     pub networks: Networks<F::Address>,
     /// Proven flows.
     pub flows: BTreeMap<Tuple<F::Address>, Flow<F::Address>>,
-    /// Flows that nothing has proven so far.
+    /// Flows that are not proven yet.
     pub embryonic: BTreeMap<Tuple<F::Address>, Flow<F::Address>>,
-    /// Where clients have been.
+    /// The affinity of clients.
     pub affinity: BTreeMap<AffinityKey<F::Address>, Affinity>,
-    /// Packets that are netfilter's to translate.
+    /// Packets that netfilter translates.
     pub imported: BTreeMap<Tuple<F::Address>, u32>,
 }
 
-/// A family that the world has tables of.
+/// A family with its maps in the world.
 pub(super) trait Side: Stack + Answer + Wide {
-    /// What lies around the family's maps.
+    /// Returns the family's maps that the plan does not write.
     fn around(world: &World) -> &Around<Self>;
 }
 
@@ -108,7 +108,7 @@ impl Side for V6 {
 #[derive(Clone, Copy)]
 pub(super) struct Seen<'w> {
     pub(super) world: &'w World,
-    /// The device that the packet is met on; 0 for calls of sockets.
+    /// The device that the packet arrives on; 0 for calls of sockets.
     pub(super) ifindex: u32,
 }
 
@@ -130,7 +130,7 @@ impl<F: Side> Tables<F> for Seen<'_> {
     }
 
     fn datagram(&self, _: &Datagram<F::Address>) -> Option<&DatagramPorts> {
-        // Only whole packets are asked about.
+        // Questions are about whole packets only.
         None
     }
 
@@ -179,7 +179,7 @@ impl<F: Side> Tables<F> for Seen<'_> {
     }
 
     fn marks(&self) -> u32 {
-        // They spare the kernel lookups that find nothing; here nothing is lost by them.
+        // The marks spare the kernel lookups that find nothing. Here those lookups are harmless.
         mark::DIRECT | mark::HOST | mark::MASQUERADED
     }
 
@@ -195,7 +195,7 @@ impl<F: Side> Tables<F> for Seen<'_> {
         self.world.devices.get(&ifindex).map(|device| &device.entry)
     }
 
-    fn here(&self) -> Option<&Device> {
+    fn hook_device(&self) -> Option<&Device> {
         <Self as Tables<F>>::device(self, self.ifindex)
     }
 
@@ -209,7 +209,7 @@ impl<F: Side> Tables<F> for Seen<'_> {
 
     fn translated_at_socket(&self) -> bool {
         matches!(self.world.settings.socket_path, socket_path::ALL | socket_path::MACHINE)
-            && <Self as Tables<F>>::here(self).is_some_and(|here| here.role == device::EDGE)
+            && <Self as Tables<F>>::hook_device(self).is_some_and(|here| here.role == device::EDGE)
     }
 
     fn now(&self) -> Ticks {
