@@ -139,7 +139,7 @@ impl UdpFrontends {
     }
 
     /// Adds the frontends of `before` that are gone, which have no endpoints now.
-    fn and_gone(&self, before: &Self) -> Self {
+    fn with_removed(&self, before: &Self) -> Self {
         let mut all = self.clone();
         for vip in before.vips.keys() {
             let _ = all.vips.entry(*vip).or_default();
@@ -178,7 +178,7 @@ pub fn clean(frontends: &UdpFrontends, family: IpFamily) -> io::Result<Cleaned> 
 
 /// The progress of the cleaner.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Told {
+pub struct Progress {
     /// The number of entries deleted so far, of IPv4 and of IPv6.
     pub deleted: [u64; 2],
     /// The duration of the last pass.
@@ -192,14 +192,14 @@ pub struct Told {
 /// too.
 pub async fn keep_clean(
     mut frontends: watch::Receiver<Arc<UdpFrontends>>,
-    told: watch::Sender<Told>,
+    progress: watch::Sender<Progress>,
 ) {
     let mut before = Arc::<UdpFrontends>::default();
     let mut retry = RETRY;
     loop {
         let now = frontends.borrow_and_update().clone();
         if now != before {
-            let all = now.and_gone(&before);
+            let all = now.with_removed(&before);
             let started = Instant::now();
             let cleaned = tokio::task::spawn_blocking(move || {
                 IpFamily::ALL.map(|family| clean(&all, family))
@@ -208,7 +208,7 @@ pub async fn keep_clean(
                 IpFamily::ALL.map(|_| Err(io::Error::other(panic.to_string())))
             });
             let failed = results.iter().any(Result::is_err);
-            tell(&told, results, started.elapsed());
+            report(&progress, results, started.elapsed());
             if failed {
                 tokio::time::sleep(retry.failed()).await;
                 continue;
@@ -223,10 +223,11 @@ pub async fn keep_clean(
     }
 }
 
-fn tell(told: &watch::Sender<Told>, results: [io::Result<Cleaned>; 2], took: Duration) {
+fn report(progress: &watch::Sender<Progress>, results: [io::Result<Cleaned>; 2], took: Duration) {
     let mut problems = Vec::new();
-    told.send_modify(|told| {
-        for ((family, result), deleted) in IpFamily::ALL.iter().zip(results).zip(&mut told.deleted)
+    progress.send_modify(|progress| {
+        for ((family, result), deleted) in
+            IpFamily::ALL.iter().zip(results).zip(&mut progress.deleted)
         {
             match result {
                 Ok(cleaned) => {
@@ -243,16 +244,16 @@ fn tell(told: &watch::Sender<Told>, results: [io::Result<Cleaned>; 2], took: Dur
                 Err(error) => problems.push(format!("{}: {error}", family.word())),
             }
         }
-        told.took = took;
+        progress.took = took;
         let problem = (!problems.is_empty()).then(|| {
             format!("cannot delete stale UDP entries of conntrack: {}", problems.join(", "))
         });
         if let Some(problem) =
-            problem.as_ref().filter(|problem| told.problem.as_ref() != Some(*problem))
+            problem.as_ref().filter(|problem| progress.problem.as_ref() != Some(*problem))
         {
             tracing::warn!("{problem}; trying again");
         }
-        told.problem = problem;
+        progress.problem = problem;
     });
 }
 
@@ -318,13 +319,13 @@ mod tests {
 
     #[test]
     fn frontends_that_go_leave_nobody_who_serves() {
-        let all = UdpFrontends::default().and_gone(&frontends());
+        let all = UdpFrontends::default().with_removed(&frontends());
         assert!(
             all.vips.keys().eq(frontends().vips.keys())
                 && all.vips.values().all(BTreeSet::is_empty)
         );
         assert_eq!(all.node_ports, BTreeMap::from([(30_053, ends(&[]))]));
-        assert_eq!(frontends().and_gone(&frontends()), frontends());
+        assert_eq!(frontends().with_removed(&frontends()), frontends());
     }
 
     #[test]

@@ -43,7 +43,7 @@ const BURST: usize = 256;
 pub fn start(own_device: u32, maps: &Path) -> anyhow::Result<()> {
     let socket = Socket::open(own_device).context("cannot listen on our own device")?;
     let datagrams = Datagrams::open(maps)?;
-    datagrams.attend(ticks())?;
+    datagrams.request(ticks())?;
     let keeper =
         Keeper { socket, datagrams, waiting: Waiting::default(), attended: Instant::now() };
     let _thread =
@@ -91,7 +91,7 @@ impl Keeper {
     /// whose time has come.
     fn step(&mut self) -> anyhow::Result<()> {
         if self.attended.elapsed() >= ATTEND {
-            self.datagrams.attend(ticks())?;
+            self.datagrams.request(ticks())?;
             self.attended = Instant::now();
         }
         let mut crowded = Vec::new();
@@ -99,7 +99,7 @@ impl Keeper {
             for _ in 0..BURST {
                 let Some(labelled) = self.socket.receive()? else { break };
                 if let Some(frame) = frame::read(labelled) {
-                    crowded.extend(self.waiting.take_in(Kept { frame, since: Instant::now() }));
+                    crowded.extend(self.waiting.hold(Kept { frame, since: Instant::now() }));
                 }
             }
             // The first fragments of these were unknown a moment ago.
@@ -110,7 +110,8 @@ impl Keeper {
         let mut note = |error: anyhow::Error| {
             let _ = first_error.get_or_insert(error);
         };
-        for kept in self.waiting.take_told(|key| self.datagrams.is_told(key, now).unwrap_or(false))
+        for kept in
+            self.waiting.take_known(|key| self.datagrams.is_known(key, now).unwrap_or(false))
         {
             self.socket.send(&kept.frame).unwrap_or_else(|error| note(error.into()));
         }

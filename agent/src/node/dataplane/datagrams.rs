@@ -49,7 +49,7 @@ impl Datagrams {
     /// # Errors
     ///
     /// Fails if the map cannot be read.
-    pub fn is_told(&self, key: &DatagramKey, now: Ticks) -> Result<bool, Error> {
+    pub fn is_known(&self, key: &DatagramKey, now: Ticks) -> Result<bool, Error> {
         Ok(self.get(key)?.is_some_and(|told| is_fresh(&told, now)))
     }
 
@@ -58,7 +58,7 @@ impl Datagrams {
     /// # Errors
     ///
     /// Fails if the map cannot be written.
-    pub fn attend(&self, now: Ticks) -> Result<(), Error> {
+    pub fn request(&self, now: Ticks) -> Result<(), Error> {
         let said = DatagramPorts { seen: now, ..DatagramPorts::default() };
         self.v4
             .insert(&heartbeat_key(), &said)
@@ -72,7 +72,7 @@ impl Datagrams {
     ///
     /// Fails if the map cannot be read or written.
     pub fn give_up(&self, key: &DatagramKey, now: Ticks) -> Result<(), Error> {
-        if self.is_told(key, now)? {
+        if self.is_known(key, now)? {
             return Ok(());
         }
         let untouched = DatagramPorts { seen: now, ..DatagramPorts::default() };

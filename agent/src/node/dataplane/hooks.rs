@@ -232,7 +232,7 @@ impl Hooks {
     /// # Errors
     ///
     /// Fails if the map cannot be written.
-    pub fn tell_device(&self, device: u32, entry: &Device) -> Result<(), Error> {
+    pub fn set_device(&self, device: u32, entry: &Device) -> Result<(), Error> {
         self.devices.insert(&device, entry).map_err(|cause| Error::map("write", "devices", cause))
     }
 
@@ -241,7 +241,7 @@ impl Hooks {
     /// # Errors
     ///
     /// Fails if the map cannot be written.
-    pub fn forget_device(&self, device: u32) -> Result<(), Error> {
+    pub fn remove_device(&self, device: u32) -> Result<(), Error> {
         self.devices.remove(&device).map_err(|cause| Error::map("write", "devices", cause))
     }
 
@@ -267,7 +267,7 @@ impl Hooks {
         let entries =
             self.devices.entries().map_err(|cause| Error::map("read", "devices", cause))?;
         for (device, _) in entries.iter().filter(|(device, _)| !live.contains(device)) {
-            self.forget_device(*device)?;
+            self.remove_device(*device)?;
         }
         Ok(())
     }

@@ -143,7 +143,7 @@ pub(super) fn verify(name: &str, program: &mut Program) -> Result<(), Error> {
     };
     let mut tries = 1;
     let result = loop {
-        let Some(result) = hand_in(program) else {
+        let Some(result) = load(program) else {
             tracing::warn!(
                 program = name,
                 "the object has a program of a kind that this agent does not know"
@@ -174,7 +174,7 @@ pub(super) fn verify(name: &str, program: &mut Program) -> Result<(), Error> {
 }
 
 /// Loads a program. Returns [`None`] if it is of an unknown kind.
-fn hand_in(program: &mut Program) -> Option<Result<(), ProgramError>> {
+fn load(program: &mut Program) -> Option<Result<(), ProgramError>> {
     Some(if let Program::SchedClassifier(program) = program {
         program.load()
     } else if let Program::Xdp(program) = program {

@@ -219,7 +219,7 @@ impl OwnRoutes {
             }
         }
         self.others = others;
-        self.mtus = mtus.told();
+        self.mtus = mtus.for_programs();
         self.known = Some(routable.clone());
         Ok(())
     }
@@ -306,7 +306,7 @@ impl OwnRoutes {
     /// # Errors
     ///
     /// Fails if netlink refuses.
-    pub async fn look_at_neighbours(&mut self) -> io::Result<()> {
+    pub async fn probe_neighbours(&mut self) -> io::Result<()> {
         let Some(known) = &self.known else { return Ok(()) };
         let awaited = self.others.awaited(&known.vips);
         let (mut silent, mut unanswered) = (BTreeSet::new(), BTreeSet::new());

@@ -52,7 +52,7 @@ impl Waiting {
     }
 
     /// Holds a fragment. Returns the fragments for which there is no room.
-    pub(super) fn take_in(&mut self, kept: Kept) -> Vec<Kept> {
+    pub(super) fn hold(&mut self, kept: Kept) -> Vec<Kept> {
         let mut gone = Vec::new();
         self.count(&kept, true);
         self.bytes = self.bytes.saturating_add(kept.frame.bytes.len());
@@ -94,8 +94,11 @@ impl Waiting {
     }
 
     /// Takes the fragments whose datagram's first one was seen, in the order of arrival.
-    pub(super) fn take_told(&mut self, mut is_told: impl FnMut(&DatagramKey) -> bool) -> Vec<Kept> {
-        self.take(|kept| is_told(&kept.frame.key))
+    pub(super) fn take_known(
+        &mut self,
+        mut is_known: impl FnMut(&DatagramKey) -> bool,
+    ) -> Vec<Kept> {
+        self.take(|kept| is_known(&kept.frame.key))
     }
 
     /// Takes the fragments that have waited since before an instant.
@@ -144,9 +147,9 @@ mod tests {
         let later = start + Duration::from_secs(1);
         let mut waiting = Waiting::default();
         for (id, since) in [(1, start), (2, start), (1, later), (3, later)] {
-            assert!(waiting.take_in(kept(id, 100, since)).is_empty());
+            assert!(waiting.hold(kept(id, 100, since)).is_empty());
         }
-        let told = waiting.take_told(|key| matches!(key, DatagramKey::V4(key) if key.id == 1));
+        let told = waiting.take_known(|key| matches!(key, DatagramKey::V4(key) if key.id == 1));
         assert_eq!(ids(&told), [1, 1]);
         assert_eq!((ids(&waiting.take_older(start)), waiting.bytes), (vec![2], 100));
         assert_eq!(ids(&waiting.take_older(later)), [3]);
@@ -157,10 +160,10 @@ mod tests {
     fn what_finds_no_room_goes_on_at_once() {
         let mut waiting = Waiting::default();
         let now = Instant::now();
-        let gone: usize = (0..3_000).map(|id| waiting.take_in(kept(id, 60, now)).len()).sum();
+        let gone: usize = (0..3_000).map(|id| waiting.hold(kept(id, 60, now)).len()).sum();
         assert_eq!((waiting.kept.len(), gone), (FRAGMENTS_MAX, 3_000 - FRAGMENTS_MAX));
         let _ = waiting.take_older(now);
-        let gone: usize = (0..3_000).map(|id| waiting.take_in(kept(id, 9_000, now)).len()).sum();
+        let gone: usize = (0..3_000).map(|id| waiting.hold(kept(id, 9_000, now)).len()).sum();
         assert!(waiting.bytes <= BYTES_MAX && waiting.bytes > BYTES_MAX - 9_000);
         assert_eq!(waiting.kept.len() + gone, 3_000);
     }
@@ -183,20 +186,20 @@ mod tests {
         // A pod with forged sources fills all of it.
         for id in 0..5_000_u32 {
             let [_, _, c, d] = id.to_be_bytes();
-            let _ = waiting.take_in(from(2, [10, 9, c, d], id));
+            let _ = waiting.hold(from(2, [10, 9, c, d], id));
         }
         assert_eq!(of(&waiting, 2), FRAGMENTS_MAX);
         // Another one has room all the same, and so have the clients of an uplink.
         for id in 0..100 {
-            let gone = waiting.take_in(from(4, [10, 0, 0, 4], id));
+            let gone = waiting.hold(from(4, [10, 0, 0, 4], id));
             assert!(gone.len() == 1 && gone.iter().all(|kept| kept.place() == 2), "{gone:?}");
         }
         // Of two sources behind one device, the one with most.
         for id in 0..2_000 {
-            let _ = waiting.take_in(from(6, [198, 51, 100, 7], id));
+            let _ = waiting.hold(from(6, [198, 51, 100, 7], id));
         }
         for id in 0..20 {
-            let gone = waiting.take_in(from(6, [198, 51, 100, 8], id));
+            let gone = waiting.hold(from(6, [198, 51, 100, 8], id));
             let busy = IpAddr::from([198, 51, 100, 7]);
             assert!(gone.iter().all(|kept| kept.place() == 2 || kept.source() == busy), "{gone:?}");
         }

@@ -22,7 +22,7 @@ impl Routes {
     }
 
     /// Returns the routes with an MTU, and those within them by the same device that have none.
-    pub(super) fn told(&self) -> BTreeMap<IpNet, RouteMtu> {
+    pub(super) fn for_programs(&self) -> BTreeMap<IpNet, RouteMtu> {
         let mut told = BTreeMap::new();
         // The routes that contain the next one, the closest last. Networks sort before their parts.
         let mut around: Vec<(IpNet, RouteMtu)> = Vec::new();
@@ -57,7 +57,7 @@ mod tests {
             found.add(words[0].parse().expect("a network"), number(1), route);
         }
         found
-            .told()
+            .for_programs()
             .iter()
             .map(|(to, route)| format!("{to} {} {}", route.device, route.mtu))
             .collect()
