@@ -28,7 +28,7 @@ use object::{Address, Endpoint, IpFamily, NodeSpec, Protocol, ServiceSpec, Slice
 pub use object::{ObjectName, SourceId};
 use report::{Author, Flaw, Note, Notebook, Report, Reports, Subject};
 
-/// How the agent was started.
+/// The settings of the model.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
     /// The node's name, as in `nodeName` of endpoints.

@@ -32,7 +32,7 @@ fn masquerade() -> impl Iterator<Item = RangeInclusive<u16>> {
     PORT_RANGES.into_iter().map(|(first, last)| first..=last)
 }
 
-/// The ports cannot be kept apart.
+/// An error that keeps the ports from being kept apart.
 #[derive(Debug, thiserror::Error)]
 pub enum PortsError {
     /// A setting cannot be read.
@@ -85,7 +85,7 @@ pub enum PortsError {
         /// What it should be.
         wanted: String,
     },
-    /// What was entered cannot be recorded, or no longer.
+    /// The record of added ports cannot be read, written or removed.
     #[error("cannot {action} {path}, the record of reserved ports: {cause}")]
     Record {
         /// What was tried.
@@ -95,7 +95,7 @@ pub enum PortsError {
         /// Why.
         cause: io::Error,
     },
-    /// What was entered cannot be taken out again.
+    /// The added ports cannot be removed again.
     #[error("cannot take ports {ports} out of {path}: {cause}")]
     Release {
         /// The ports.

@@ -1,4 +1,4 @@
-//! What the packet path looks up in the maps, looked up in an image.
+//! Looks up in an image what the packet path looks up in the maps.
 
 use std::net::IpAddr;
 

@@ -612,7 +612,7 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
     }
 }
 
-/// What the kernel's own code says for an operation that a map type lacks; libc has no name for it.
+/// The kernel's internal error for an operation that a map type lacks; libc has no name for it.
 const ENOTSUPP: i32 = 524;
 
 /// Whether an error of a batch call means that this map or kernel has none.
@@ -645,7 +645,7 @@ impl<T: aya::Pod> Array<T> {
     /// Bytes from one element to the next.
     const STRIDE: usize = size_of::<T>().next_multiple_of(8);
 
-    /// Maps a `BPF_F_MMAPABLE` array; read-only for those who only look.
+    /// Maps a `BPF_F_MMAPABLE` array, read-only unless `writable`.
     pub(crate) fn new(fd: BorrowedFd<'_>, writable: bool) -> io::Result<Self> {
         let info = map_info(fd)?;
         if info.kind != ARRAY || info.value_size as usize != size_of::<T>() {
@@ -669,7 +669,7 @@ impl<T: aya::Pod> Array<T> {
         Ok(Self { base: base.cast(), bytes, len: info.max_entries, types: PhantomData })
     }
 
-    /// Number of elements.
+    /// Returns the number of elements.
     pub(crate) fn len(&self) -> u32 {
         self.len
     }
@@ -679,16 +679,16 @@ impl<T: aya::Pod> Array<T> {
         (index < self.len).then(|| unsafe { self.base.add(index as usize * Self::STRIDE) })
     }
 
-    /// A copy of an element.
+    /// Returns a copy of an element.
     pub(crate) fn get(&self, index: u32) -> Option<T> {
         // SAFETY: the element lies in the mapping; any bytes are a value.
         self.element(index).map(|element| unsafe { element.cast::<T>().read_volatile() })
     }
 
-    /// Every element that is not all zeros, with its index, and some that are.
+    /// Returns every element that is not all zeros, and some that are, with their indexes.
     ///
-    /// A map is mostly zeros, and a block of them costs one comparison: a start reads tens of
-    /// thousands of elements, and tests start hundreds of agents that no compiler has optimised.
+    /// A map is mostly zeros, and a block of zeros costs one comparison. Starting an agent reads
+    /// tens of thousands of elements, and tests start hundreds of unoptimised agents.
     pub(crate) fn filled(&self) -> impl Iterator<Item = (u32, T)> {
         const BLOCK: u32 = 512;
         let zeros = vec![0_u8; BLOCK as usize * Self::STRIDE];
@@ -707,7 +707,7 @@ impl<T: aya::Pod> Array<T> {
             .filter_map(|index| Some((index, self.get(index)?)))
     }
 
-    /// One aligned 32-bit word of an element (`offset` in bytes).
+    /// Returns one aligned 32-bit word of an element (`offset` in bytes).
     pub(crate) fn get_u32(&self, index: u32, offset: usize) -> Option<u32> {
         let element = self.element(index)?;
         if !offset.is_multiple_of(4) || offset + 4 > size_of::<T>() {
@@ -720,7 +720,7 @@ impl<T: aya::Pod> Array<T> {
     /// Writes an element word by word in ascending order, each word atomically and no earlier
     /// than the words before it.
     ///
-    /// Returns false when the index is out of range.
+    /// Returns false if the index is out of range.
     #[must_use]
     pub(crate) fn set(&self, index: u32, value: &T) -> bool {
         let Some(element) = self.element(index) else { return false };

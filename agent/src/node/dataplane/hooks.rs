@@ -125,7 +125,7 @@ impl Target {
 pub struct Attached {
     /// How each program is attached.
     pub hooks: Vec<How>,
-    /// What could not be attached and should be tried again.
+    /// What could not be attached and should be retried.
     pub errors: Vec<Error>,
     /// What is not attached and need not be.
     pub notes: Vec<String>,
