@@ -1,5 +1,5 @@
-//! This machine: its kernel's maps and programs, its devices, its netfilter, and the files by which
-//! processes of ours find each other.
+//! This machine: the maps and programs in its kernel, its devices, its netfilter, and the files by
+//! which our processes find each other.
 
 pub(crate) mod backoff;
 pub mod conntrack;

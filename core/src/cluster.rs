@@ -1,5 +1,5 @@
-//! What the sources tell about this node and the cluster's networks, and what the programs are told
-//! of it.
+//! Derives the programs' settings and networks from what the sources say about this node and the
+//! cluster.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -12,22 +12,22 @@ use crate::model::object::NodeSpec;
 use crate::model::{Change, Event, SourceId};
 use crate::policy::{Accelerate, DetectLocal, Policy};
 
-/// Our Node and the ServiceCIDRs, by source; of two sources with one object, the first counts.
+/// Our Node and the ServiceCIDRs, by source. If two sources have the same object, the first counts.
 #[derive(Clone, Debug)]
 pub struct Cluster {
     name: Arc<str>,
     nodes: BTreeMap<SourceId, NodeSpec>,
     service_cidrs: BTreeMap<(Arc<str>, SourceId), Vec<IpNet>>,
-    /// What an earlier agent has left, until the sources have been heard.
+    /// What an earlier agent has left, until the sources have delivered everything.
     adopted: Option<Box<Adopted>>,
 }
 
-/// What an earlier agent has left: it holds until the sources have been heard, however long the API
-/// server is away.
+/// What an earlier agent has left. It applies until the sources have delivered everything, however
+/// long the API server is unreachable.
 #[derive(Clone, Debug, Default)]
 pub struct Adopted {
-    /// What it told the programs, if it did.
-    pub told: Option<Programmed>,
+    /// The settings and networks that it wrote, if it did.
+    pub programmed: Option<Programmed>,
     /// The node's primary addresses.
     pub node: Vec<IpAddr>,
 }
@@ -39,12 +39,12 @@ pub struct Programmed {
     pub settings: Settings,
     /// The networks of IPv4.
     pub v4: Networks<Ipv4Address>,
-    /// Those of IPv6.
+    /// The networks of IPv6.
     pub v6: Networks<Ipv6Address>,
 }
 
 impl Programmed {
-    /// The networks of Services' addresses.
+    /// Returns the networks of Services' addresses.
     pub fn service_networks(&self) -> Vec<IpNet> {
         let v4 = self.v4.services.iter().filter(|prefix| **prefix != prefix_v4(None)).filter_map(
             |prefix| {
@@ -63,20 +63,21 @@ impl Programmed {
 }
 
 impl Cluster {
-    /// Nothing is known but what an earlier agent has left; the node has this name.
+    /// Creates a cluster of which only what an earlier agent has left is known, and the node's
+    /// name.
     pub fn new(name: &str, adopted: Adopted) -> Self {
         let adopted = Some(Box::new(adopted));
         Self { name: name.into(), nodes: BTreeMap::new(), service_cidrs: BTreeMap::new(), adopted }
     }
 
-    /// Takes in that every source has delivered its first full list: what none of them has is not
-    /// there. Returns whether that is news.
+    /// Notes that every source has delivered its first full list, so that what is missing does not
+    /// exist. Returns whether that is new.
     pub fn complete(&mut self) -> bool {
         self.adopted.take().is_some()
     }
 
-    /// Takes in an event; returns whether it concerned node or networks.
-    pub fn hear(&mut self, event: &Event) -> bool {
+    /// Applies an event, and returns whether it changed the node or networks.
+    pub fn apply(&mut self, event: &Event) -> bool {
         match &event.change {
             Change::Node(name, spec) if *name == self.name => {
                 let before = match spec {
@@ -101,12 +102,12 @@ impl Cluster {
         }
     }
 
-    /// Our Node.
+    /// Returns our Node.
     fn node(&self) -> Option<&NodeSpec> {
         self.nodes.values().next()
     }
 
-    /// The addresses that our Node has, those inside the cluster first.
+    /// Returns our Node's addresses, internal ones first.
     pub fn node_addresses(&self) -> Vec<IpAddr> {
         let adopted = || self.adopted.as_ref().map(|adopted| adopted.node.clone());
         self.node().map(|node| node.addresses.clone()).or_else(adopted).unwrap_or_default()
@@ -117,7 +118,7 @@ impl Cluster {
         self.node().is_some_and(|node| node.leaving)
     }
 
-    /// The networks of Services' addresses.
+    /// Returns the networks of Services' addresses.
     fn service_networks(&self, policy: &Policy) -> Vec<IpNet> {
         if !policy.service_cidrs.is_empty() {
             return policy.service_cidrs.clone();
@@ -133,7 +134,7 @@ impl Cluster {
         IpNet::aggregate(&networks)
     }
 
-    /// Where the pods have their addresses, as far as it decides who is local.
+    /// Returns the networks of pods' addresses that decide which clients are local.
     fn pod_networks(&self, policy: &Policy) -> Vec<IpNet> {
         match policy.detect_local {
             DetectLocal::NodeCidr => {
@@ -147,15 +148,15 @@ impl Cluster {
         }
     }
 
-    /// What the programs are to be told, given the settings that nothing here changes; and the
-    /// networks for which there is no room.
-    pub fn tell(&self, policy: &Policy, settings: Settings) -> (Programmed, Vec<IpNet>) {
+    /// Returns the settings and networks of the programs, and the networks for which there is no
+    /// room. `settings` are those that do not depend on the cluster.
+    pub fn programmed(&self, policy: &Policy, settings: Settings) -> (Programmed, Vec<IpNet>) {
         let mut surplus = Vec::new();
         let pods = self.pod_networks(policy);
         let (pods_v4, pods_v6) = prefixes(&pods, &mut surplus);
         let services = self.service_networks(policy);
         let (services_v4, services_v6) = prefixes(&services, &mut surplus);
-        let mut told = Programmed {
+        let mut programmed = Programmed {
             settings: Settings {
                 masquerade: policy.masquerade.number(),
                 detect_local: policy.detect_local.number(),
@@ -167,25 +168,28 @@ impl Cluster {
             v4: Networks { pods: pods_v4, services: services_v4 },
             v6: Networks { pods: pods_v6, services: services_v6 },
         };
-        if let Some(adopted) = self.adopted.as_ref().and_then(|adopted| adopted.told.as_ref()) {
+        if let Some(adopted) = self.adopted.as_ref().and_then(|adopted| adopted.programmed.as_ref())
+        {
             if policy.detect_local == DetectLocal::NodeCidr && self.node().is_none() {
-                (told.v4.pods, told.v6.pods) = (adopted.v4.pods, adopted.v6.pods);
-                told.settings.networks |= adopted.settings.networks & (PODS[0] | PODS[1]);
+                (programmed.v4.pods, programmed.v6.pods) = (adopted.v4.pods, adopted.v6.pods);
+                programmed.settings.networks |= adopted.settings.networks & (PODS[0] | PODS[1]);
             }
             if services.is_empty() {
-                (told.v4.services, told.v6.services) = (adopted.v4.services, adopted.v6.services);
-                told.settings.networks |= adopted.settings.networks & (SERVICES[0] | SERVICES[1]);
+                programmed.v4.services = adopted.v4.services;
+                programmed.v6.services = adopted.v6.services;
+                let bits = SERVICES[0] | SERVICES[1];
+                programmed.settings.networks |= adopted.settings.networks & bits;
             }
         }
-        (told, surplus)
+        (programmed, surplus)
     }
 }
 
-/// The bits for IPv4 and IPv6 of a kind of networks.
+/// The bits for Services' networks of IPv4 and of IPv6.
 const SERVICES: [u32; 2] = [abi::networks::SERVICES_V4, abi::networks::SERVICES_V6];
 const PODS: [u32; 2] = [abi::networks::PODS_V4, abi::networks::PODS_V6];
 
-/// The bits that say whether packets go around the stack, given those so far.
+/// Returns the bits that say whether packets go around the stack, given the present ones.
 fn accelerated(accelerate: Accelerate, bits: u32) -> u32 {
     match (accelerate, bits & abi::networks::IPSEC) {
         (Accelerate::Off, _) => 0,
@@ -194,14 +198,14 @@ fn accelerated(accelerate: Accelerate, bits: u32) -> u32 {
     }
 }
 
-/// The bits of the families that there are networks of.
+/// Returns the bits of the families that have networks.
 fn families(networks: &[IpNet], [v4, v6]: [u32; 2]) -> u32 {
     networks
         .iter()
         .fold(0, |bits, network| bits | if network.network().is_ipv4() { v4 } else { v6 })
 }
 
-/// Networks as the programs compare them; those that find no room go to `surplus`.
+/// Converts networks to prefixes for the programs. Networks without room are added to `surplus`.
 fn prefixes(
     networks: &[IpNet],
     surplus: &mut Vec<IpNet>,
@@ -221,7 +225,7 @@ fn prefixes(
     (v4, v6)
 }
 
-/// [`None`]: what no address matches.
+/// Converts a network to a prefix; [`None`] becomes a prefix that no address matches.
 fn prefix_v4(network: Option<Ipv4Net>) -> Prefix<Ipv4Address> {
     match network {
         Some(network) => {
@@ -231,7 +235,7 @@ fn prefix_v4(network: Option<Ipv4Net>) -> Prefix<Ipv4Address> {
     }
 }
 
-/// As [`prefix_v4`].
+/// Converts a network to a prefix, as [`prefix_v4`] does.
 fn prefix_v6(network: Option<Ipv6Net>) -> Prefix<Ipv6Address> {
     match network {
         Some(network) => {
@@ -313,7 +317,7 @@ mod tests {
             ..Policy::default()
         };
         let given = Settings { host_netns: 7, socket_path: 2, ..Settings::default() };
-        let (told, surplus) = Cluster::new("a", Adopted::default()).tell(&policy, given);
+        let (told, surplus) = Cluster::new("a", Adopted::default()).programmed(&policy, given);
         let expected = Settings {
             masquerade: abi::masquerade::KUBE_PROXY,
             detect_local: abi::detect_local::ADDRESS,
@@ -331,33 +335,34 @@ mod tests {
         let policy = Policy { detect_local: DetectLocal::NodeCidr, ..Policy::default() };
         let mut cluster = Cluster::new("a", Adopted::default());
         let pods = |cluster: &Cluster| {
-            let (told, _) = cluster.tell(&policy, Settings::default());
+            let (told, _) = cluster.programmed(&policy, Settings::default());
             shown(&told.v4.pods, &told.v6.pods)
         };
         assert_eq!(pods(&cluster), [""; 0]);
-        assert!(!cluster.hear(&node("b", &["10.244.2.0/24"])), "another node");
-        assert!(cluster.hear(&node("a", &["10.244.1.0/24"])));
-        assert!(!cluster.hear(&node("a", &["10.244.1.0/24"])), "nothing new");
+        assert!(!cluster.apply(&node("b", &["10.244.2.0/24"])), "another node");
+        assert!(cluster.apply(&node("a", &["10.244.1.0/24"])));
+        assert!(!cluster.apply(&node("a", &["10.244.1.0/24"])), "nothing new");
         assert_eq!(pods(&cluster), ["10.244.1.0/24"]);
-        assert!(cluster.hear(&node("a", &["10.244.3.0/24", "fd01::/64"])));
+        assert!(cluster.apply(&node("a", &["10.244.3.0/24", "fd01::/64"])));
         assert_eq!(pods(&cluster), ["10.244.3.0/24", "fd01::/64"]);
     }
 
     #[test]
     fn what_an_earlier_agent_told_holds_until_the_sources_are_heard() {
         let policy = Policy { detect_local: DetectLocal::NodeCidr, ..Policy::default() };
-        let told = |cluster: &Cluster, policy: &Policy| cluster.tell(policy, Settings::default()).0;
+        let told =
+            |cluster: &Cluster, policy: &Policy| cluster.programmed(policy, Settings::default()).0;
         let mut earlier = Cluster::new("a", Adopted::default());
-        assert!(earlier.hear(&node("a", &["10.244.1.0/24"])));
-        assert!(earlier.hear(&service_cidr(SourceId::Kubernetes, "x", &["10.96.0.0/12"])));
+        assert!(earlier.apply(&node("a", &["10.244.1.0/24"])));
+        assert!(earlier.apply(&service_cidr(SourceId::Kubernetes, "x", &["10.96.0.0/12"])));
         let adopted = told(&earlier, &policy);
         let nothing = told(&Cluster::new("a", Adopted::default()), &policy);
 
         let primary = vec![IpAddr::from([192, 0, 2, 1])];
-        let left = Adopted { told: Some(adopted), node: primary.clone() };
+        let left = Adopted { programmed: Some(adopted), node: primary.clone() };
         let mut cluster = Cluster::new("a", left.clone());
         assert_eq!((told(&cluster, &policy), cluster.node_addresses()), (adopted, primary));
-        assert!(cluster.hear(&node("a", &["10.244.2.0/24"])));
+        assert!(cluster.apply(&node("a", &["10.244.2.0/24"])));
         assert_eq!(cluster.node_addresses(), [] as [IpAddr; 0]);
         let shown_pods = |told: Programmed| shown(&told.v4.pods, &told.v6.pods);
         assert_eq!(shown_pods(told(&cluster, &policy)), ["10.244.2.0/24"]);
@@ -379,26 +384,26 @@ mod tests {
     fn networks_of_services_are_the_flags_else_those_of_the_objects_joined() {
         let mut cluster = Cluster::new("a", Adopted::default());
         let services = |cluster: &Cluster, policy: &Policy| {
-            let (told, surplus) = cluster.tell(policy, Settings::default());
+            let (told, surplus) = cluster.programmed(policy, Settings::default());
             (shown(&told.v4.services, &told.v6.services), told.settings.networks, surplus.len())
         };
         let texts =
             |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
         let both = abi::networks::SERVICES_V4 | abi::networks::SERVICES_V6;
         assert_eq!(services(&cluster, &Policy::default()), (texts(&[]), 0, 0));
-        assert!(cluster.hear(&service_cidr(
+        assert!(cluster.apply(&service_cidr(
             SourceId::Kubernetes,
             "x",
             &["10.96.0.0/13", "fd00::/112"]
         )));
-        assert!(cluster.hear(&service_cidr(
+        assert!(cluster.apply(&service_cidr(
             SourceId::Kubernetes,
             "y",
             &["10.104.0.0/13", "10.96.1.0/24"]
         )));
         let joined = (texts(&["10.96.0.0/12", "fd00::/112"]), both, 0);
         assert_eq!(services(&cluster, &Policy::default()), joined);
-        assert!(cluster.hear(&service_cidr(SourceId::Manifests, "x", &["10.96.0.0/13"])));
+        assert!(cluster.apply(&service_cidr(SourceId::Manifests, "x", &["10.96.0.0/13"])));
         assert_eq!(
             services(&cluster, &Policy::default()).0,
             ["10.96.0.0/12"],
@@ -406,7 +411,7 @@ mod tests {
         );
         let gone =
             Event { source: SourceId::Manifests, change: Change::ServiceCidr("x".into(), None) };
-        assert!(cluster.hear(&gone));
+        assert!(cluster.apply(&gone));
         let flag = Policy { service_cidrs: nets(&["fd00::/108"]), ..Policy::default() };
         assert_eq!(
             services(&cluster, &flag),
@@ -414,7 +419,7 @@ mod tests {
         );
         let many: Vec<String> = (0..6).map(|index| format!("10.{}.0.0/16", index * 2)).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
-        assert!(cluster.hear(&service_cidr(SourceId::Kubernetes, "y", &many)));
+        assert!(cluster.apply(&service_cidr(SourceId::Kubernetes, "y", &many)));
         assert_eq!(services(&cluster, &Policy::default()).2, 3, "four find room, with that of x");
     }
 }

@@ -1,12 +1,12 @@
-//! What follows from objects and options: plain data and pure functions, from changes of objects to
-//! the content of the kernel's maps.
+//! Computes the content of the kernel's maps from objects and options, by pure functions over plain
+//! data.
 //!
 //! ```text
 //! Change -> Desired -> Image -> [Write]
 //!    model     plan       image
 //! ```
 //!
-//! Nothing here knows Kubernetes' types, the kernel, a clock or a runtime.
+//! Nothing in this crate depends on Kubernetes' types, the kernel, a clock or a runtime.
 
 #![forbid(unsafe_code)]
 

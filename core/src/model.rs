@@ -1,9 +1,9 @@
-//! What exists, joined: Services with their endpoints, as plain data.
+//! The objects of all sources, joined: Services with their endpoints, as plain data.
 //!
-//! Sources deliver [`Event`]s; the model keeps the objects, notes which Services they concern,
-//! and derives what those Services want ([`Desired`]). Nothing is derived until every
-//! source has delivered its first full list, since half a world would take backends
-//! from services that have them.
+//! Sources deliver [`Event`]s. The model keeps the objects, marks the Services that they concern,
+//! and derives what those Services want ([`Desired`]). It derives nothing until every source has
+//! delivered its first full list, since an incomplete one would take backends from Services that
+//! have them.
 
 pub mod claims;
 pub mod desired;
@@ -28,28 +28,28 @@ use object::{Address, Endpoint, IpFamily, NodeSpec, Protocol, ServiceSpec, Slice
 pub use object::{ObjectName, SourceId};
 use report::{Author, Flaw, Note, Notebook, Report, Reports, Subject};
 
-/// How the agent was started.
+/// The settings of the model.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
     /// The node's name, as in `nodeName` of endpoints.
     pub node: Option<Arc<str>>,
-    /// Serve Services with this label `service.kubernetes.io/service-proxy-name`, instead of those
-    /// without.
+    /// The label `service.kubernetes.io/service-proxy-name` of the Services to serve, instead of
+    /// those without it.
     pub proxy_name: Option<Box<str>>,
     /// The sources that must deliver their first full list.
     pub sources: BTreeSet<SourceId>,
-    /// The node's primary addresses; none: those of its Node object.
+    /// The node's primary addresses; if empty, those of its Node object.
     pub primary: BTreeSet<IpAddr>,
-    /// Which external IPs are served.
+    /// The external IPs that are served.
     pub external_ips: ExternalIps,
-    /// VIPs that something else on this node serves: no frontend has one.
+    /// VIPs that something else on this node serves, and that get no frontend.
     pub leave: BTreeSet<IpAddr>,
 }
 
 /// Identifies an object with endpoints.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SliceKey {
-    /// Who delivered it.
+    /// The source that delivered it.
     pub source: SourceId,
     /// Its kind.
     pub kind: SliceKind,
@@ -58,7 +58,7 @@ pub struct SliceKey {
 }
 
 impl SliceKey {
-    /// What reports about it name.
+    /// Returns the subject of reports about it.
     pub fn subject(&self) -> Subject {
         let kind = match self.kind {
             SliceKind::EndpointSlice => "EndpointSlice",
@@ -68,22 +68,22 @@ impl SliceKey {
     }
 }
 
-/// What some Services want now.
+/// What some or all Services want now.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
-    /// These are all Services: one that is missing is gone.
+    /// Whether these are all Services, so that one that is missing is gone.
     pub complete: bool,
     /// Service -> what it wants.
     pub services: BTreeMap<ObjectName, Desired>,
 }
 
-/// What exists.
+/// The objects of all sources, and what was derived from them.
 #[derive(Clone, Debug)]
 pub struct Model {
     settings: Settings,
     services: BTreeMap<ObjectName, BTreeMap<SourceId, ServiceSpec>>,
     slices: BTreeMap<ObjectName, BTreeMap<SliceKey, Slice>>,
-    /// To which Service a slice belongs: its label may change.
+    /// The Service that each slice belongs to; its label may change.
     owners: BTreeMap<SliceKey, ObjectName>,
     nodes: BTreeMap<SourceId, NodeSpec>,
     /// The addresses of the node's own devices, and whether node ports are served there.
@@ -105,7 +105,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// An empty model.
+    /// Creates an empty model.
     pub fn new(settings: Settings) -> Self {
         Self {
             awaited: settings.sources.clone(),
@@ -131,7 +131,7 @@ impl Model {
         }
     }
 
-    /// Takes in what a source has learnt.
+    /// Applies an event of a source.
     pub fn apply(&mut self, event: Event, now: SystemTime) {
         let Event { source, change } = event;
         match change {
@@ -148,7 +148,7 @@ impl Model {
                     self.refresh_node();
                 }
             }
-            // What Services want does not depend on it.
+            // What Services want does not depend on their networks.
             Change::ServiceCidr(..) => {}
             Change::Notes(subject, notes) => {
                 let notes = notes.into_iter().map(|note| (subject.clone(), note)).collect();
@@ -160,8 +160,7 @@ impl Model {
         }
     }
 
-    /// Says which addresses the node's own devices have, and for each whether node ports are served
-    /// there.
+    /// Sets the addresses of the node's own devices, each with whether node ports are served there.
     pub fn set_interfaces(&mut self, addresses: BTreeMap<IpAddr, bool>) {
         let serving = |addresses: &BTreeMap<IpAddr, bool>| -> BTreeSet<IpAddr> {
             addresses.iter().filter(|(_, serves)| **serves).map(|(address, _)| *address).collect()
@@ -169,13 +168,13 @@ impl Model {
         let (before, after) = (serving(&self.interfaces), serving(&addresses));
         let changed = before.symmetric_difference(&after).copied().collect();
         self.interfaces = addresses;
-        // An endpoint there may be a node port now, or none any more.
+        // An endpoint there may now be a node port, or no longer be one.
         self.mark_endpoints(&changed, false);
         self.refresh_node();
     }
 
-    /// Marks the Services with an endpoint at one of some addresses, or one that has hints for
-    /// zones.
+    /// Marks the Services with an endpoint at one of these addresses, and with `hinted` also those
+    /// with an endpoint that has hints for zones.
     fn mark_endpoints(&mut self, addresses: &BTreeSet<IpAddr>, hinted: bool) {
         if addresses.is_empty() && !hinted {
             return;
@@ -192,7 +191,7 @@ impl Model {
         }
     }
 
-    /// Says which VIPs something else on this node serves, besides those of the settings.
+    /// Sets the VIPs that something else on this node serves, in addition to those of the settings.
     pub fn set_left(&mut self, vips: BTreeSet<IpAddr>) {
         let changed: BTreeSet<IpAddr> = self.left.symmetric_difference(&vips).copied().collect();
         if changed.is_empty() {
@@ -208,8 +207,9 @@ impl Model {
         self.left = vips;
     }
 
-    /// What the Services want that changed since the last call: the first time, all of them.
-    /// [`None`] if nothing changed, or not every source has delivered its first full list.
+    /// Returns what the Services want that have changed since the last call; the first call returns
+    /// all Services. Returns [`None`] if nothing has changed, or if not every source has delivered
+    /// its first full list.
     pub fn take(&mut self, now: SystemTime) -> Option<Batch> {
         if !self.awaited.is_empty() || (self.begun && self.dirty.is_empty()) {
             return None;
@@ -243,7 +243,7 @@ impl Model {
         Some(Batch { complete, services })
     }
 
-    /// The Services that have a TCP node port.
+    /// Returns the Services that have a TCP node port with this number.
     fn node_port_owners(&self, port: u16) -> impl Iterator<Item = &ObjectName> {
         let owner = move |family: IpFamily| {
             self.claims.winner(&(family.unspecified(), port, Protocol::Tcp))
@@ -251,7 +251,7 @@ impl Model {
         IpFamily::ALL.into_iter().filter_map(owner)
     }
 
-    /// The Services with an endpoint that is a frontend.
+    /// Returns the Services with an endpoint that is this frontend.
     fn leading_to(&self, (vip, number, protocol): Frontend) -> BTreeSet<ObjectName> {
         if !vip.is_unspecified() {
             return self.endpoints.users((vip, number, protocol)).cloned().collect();
@@ -265,55 +265,55 @@ impl Model {
             .collect()
     }
 
-    /// The sources whose first full list is still missing.
+    /// Returns the sources whose first full list is still missing.
     pub fn awaited(&self) -> &BTreeSet<SourceId> {
         &self.awaited
     }
 
-    /// All that is wrong now.
+    /// Returns everything that is wrong now.
     pub fn reports(&self) -> &Reports {
         &self.reports
     }
 
-    /// The reports that were not there at the last call: for the log.
+    /// Returns the reports that are new since the last call, for the log.
     pub fn take_fresh_reports(&mut self) -> Vec<Report> {
         std::mem::take(&mut self.fresh)
     }
 
-    /// Replaces what the plan says about a Service.
+    /// Replaces the plan's notes about a Service.
     pub fn set_plan_notes(&mut self, service: &ObjectName, notes: Vec<Note>, now: SystemTime) {
         let subject = Subject::object("Service", service);
         let notes = notes.into_iter().map(|note| (subject.clone(), note)).collect();
         self.report(Author::Plan(service.clone()), notes, now);
     }
 
-    /// The Services that load balancers ask this node about, of those that [`Self::take`] has
-    /// derived.
+    /// Returns the Services whose health load balancers check at this node, as far as
+    /// [`Self::take`] has derived them.
     pub fn health_checks(&self) -> &BTreeMap<ObjectName, HealthCheck> {
         &self.health_checks
     }
 
-    /// The UDP ports, of the Services that [`Self::take`] has derived.
+    /// Returns the UDP ports of the Services that [`Self::take`] has derived.
     pub fn udp_ports(&self) -> &BTreeMap<PortKey, UdpPort> {
         &self.udp_ports
     }
 
-    /// The node's Node object.
+    /// Returns this node's Node object.
     pub fn node(&self) -> Option<&NodeSpec> {
         self.nodes.values().next()
     }
 
-    /// The node's primary addresses, at most one of each family.
+    /// Returns the node's primary addresses, at most one of each family.
     pub fn primary_addresses(&self) -> &BTreeSet<IpAddr> {
         &self.primary
     }
 
-    /// A Service as its source gave it.
+    /// Returns a Service as its source delivered it.
     pub fn service(&self, name: &ObjectName) -> Option<&ServiceSpec> {
         self.services.get(name)?.values().next()
     }
 
-    /// The objects with a Service's endpoints.
+    /// Returns the objects with a Service's endpoints.
     pub fn slices(&self, service: &ObjectName) -> impl Iterator<Item = (&SliceKey, &Slice)> {
         self.slices.get(service).into_iter().flatten()
     }
@@ -332,7 +332,7 @@ impl Model {
     }
 
     fn set_slice(&mut self, key: SliceKey, slice: Option<Slice>, now: SystemTime) {
-        // As the API server's selectors decide in a watch, whatever the source.
+        // A watch selects by these labels at the API server; here they apply to every source.
         let slice = slice.filter(|Slice { labels, .. }| {
             labels.proxy_name == self.settings.proxy_name && !labels.headless && !labels.skip_mirror
         });
@@ -340,36 +340,8 @@ impl Model {
             .as_ref()
             .and_then(|slice| slice.service.clone())
             .map(|name| ObjectName { namespace: key.name.namespace.clone(), name });
-        let mut notes = Vec::new();
-        if let Some(slice) = &slice {
-            if owner.is_none() {
-                let what = "no label names its Service: left out";
-                notes.push((
-                    key.subject(),
-                    Note::new(
-                        Flaw::NoServiceLabel,
-                        "metadata.labels[kubernetes.io/service-name]",
-                        what,
-                    ),
-                ));
-            }
-            if slice.surplus > 0 {
-                let what = match slice.surplus {
-                    1 => "an endpoint has several addresses: only its first one is used".to_owned(),
-                    count => format!(
-                        "{count} endpoints have several addresses: only the first one of each is used"
-                    ),
-                };
-                notes.push((key.subject(), Note::new(Flaw::SurplusAddresses, "endpoints", what)));
-            }
-            if let Err(word) = &slice.family {
-                let what = format!("{word} addresses are not served: the slice is left out");
-                notes.push((
-                    key.subject(),
-                    Note::new(Flaw::UnsupportedAddressType, "addressType", what),
-                ));
-            }
-        }
+        let notes = slice.as_ref().map(slice_notes).unwrap_or_default();
+        let notes = notes.into_iter().map(|note| (key.subject(), note)).collect();
         self.report(Author::Slice(key.clone()), notes, now);
         let before = self.owners.get(&key).cloned();
         if before != owner
@@ -394,7 +366,7 @@ impl Model {
         }
     }
 
-    /// Brings what is known about the node up to date, and marks the Services that it concerns.
+    /// Updates what is known about the node, and marks the Services that it concerns.
     fn refresh_node(&mut self) {
         let node = self.nodes.values().next();
         let zone = node.and_then(|node| node.zone.clone());
@@ -416,7 +388,7 @@ impl Model {
             self.node_addresses.symmetric_difference(&addresses).copied().collect();
         self.mark_endpoints(&changed, moved);
         if primary != self.primary {
-            // Whether a node that holds a VIP may send from it depends on the node's address.
+            // Source ranges that contain the node also admit a VIP that the node holds.
             let restricts = |spec: &ServiceSpec| !spec.source_ranges.is_empty();
             let services = self.services.iter().filter(|(_, specs)| specs.values().any(restricts));
             self.dirty.extend(services.map(|(name, _)| name.clone()));
@@ -438,7 +410,7 @@ impl Model {
         }
     }
 
-    /// What a Service claims: since when, which frontends, and which health check port.
+    /// Returns when a Service was created, the frontends that it claims, and its health check port.
     fn claims_of(&self, name: &ObjectName) -> (Option<i64>, BTreeSet<Frontend>, Option<u16>) {
         let Some(spec) = self.service(name) else { return (None, BTreeSet::new(), None) };
         let claimed = desired::claimed(name, spec, &self.context(), &mut Notebook::default());
@@ -446,7 +418,7 @@ impl Model {
         (spec.created, frontends, claimed.health_port.filter(|_| !claimed.ports.is_empty()))
     }
 
-    /// What a Service wants, and what is wrong with it.
+    /// Derives what a Service wants, and reports what is wrong with it.
     fn derive(&mut self, name: &ObjectName, now: SystemTime) -> Desired {
         let mut notes = Notebook::default();
         if self.services.get(name).is_some_and(|specs| specs.len() > 1) {
@@ -482,7 +454,7 @@ impl Model {
         Desired { created, ports, addresses }
     }
 
-    /// Remembers a Service's UDP ports.
+    /// Stores a Service's UDP ports.
     fn note_udp_ports(&mut self, name: &ObjectName, ports: &BTreeMap<PortKey, DesiredPort>) {
         let known = self.udp_ports.range(PortKey::first(name)..);
         let gone: Vec<PortKey> =
@@ -499,8 +471,8 @@ impl Model {
         }
     }
 
-    /// Tells where a health check port is a node port: packets for it never reach who answers
-    /// health checks.
+    /// Notes a health check port that is also a node port, since packets to it never reach the
+    /// health check server.
     fn note_health_ports(
         &self,
         name: &ObjectName,
@@ -533,7 +505,7 @@ impl Model {
         }
     }
 
-    /// Takes away the frontends that an older Service has.
+    /// Removes the frontends that an older Service has.
     fn arbitrate(
         &self,
         name: &ObjectName,
@@ -579,7 +551,31 @@ impl Model {
     }
 }
 
-/// Which Services want which port for health checks.
+/// Returns what is wrong with a slice by itself.
+fn slice_notes(slice: &Slice) -> Vec<Note> {
+    let mut notes = Vec::new();
+    if slice.service.is_none() {
+        let field = "metadata.labels[kubernetes.io/service-name]";
+        let what = "no label names its Service: left out";
+        notes.push(Note::new(Flaw::NoServiceLabel, field, what));
+    }
+    if slice.surplus > 0 {
+        let what = match slice.surplus {
+            1 => "an endpoint has several addresses: only its first one is used".to_owned(),
+            count => format!(
+                "{count} endpoints have several addresses: only the first one of each is used"
+            ),
+        };
+        notes.push(Note::new(Flaw::SurplusAddresses, "endpoints", what));
+    }
+    if let Err(word) = &slice.family {
+        let what = format!("{word} addresses are not served: the slice is left out");
+        notes.push(Note::new(Flaw::UnsupportedAddressType, "addressType", what));
+    }
+    notes
+}
+
+/// The ports at which Services want their health checks.
 #[derive(Clone, Debug, Default)]
 struct HealthPorts {
     services: BTreeMap<u16, BTreeSet<ObjectName>>,
@@ -610,13 +606,13 @@ impl HealthPorts {
         before.into_iter().chain(port).collect()
     }
 
-    /// The Services that want a port.
+    /// Returns the Services that want a port.
     fn services(&self, port: u16) -> impl Iterator<Item = &ObjectName> {
         self.services.get(&port).into_iter().flatten()
     }
 }
 
-/// The frontends of a port.
+/// Returns the frontends of a port.
 fn frontends(key: &PortKey, port: &DesiredPort) -> impl Iterator<Item = Frontend> {
     port.frontends.keys().map(|(vip, number)| (*vip, *number, key.protocol))
 }
@@ -632,7 +628,7 @@ mod tests {
         model.apply(Event { source: SourceId::Kubernetes, change }, SystemTime::UNIX_EPOCH);
     }
 
-    /// A model with a UDP Service that has a node port, and one endpoint that terminates.
+    /// Returns a model with a UDP Service that has a node port and one terminating endpoint.
     fn dns() -> (Model, ObjectName) {
         let mut model =
             Model::new(Settings { sources: [SourceId::Kubernetes].into(), ..Settings::default() });

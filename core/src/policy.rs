@@ -1,7 +1,7 @@
-//! What a person decides about a node's traffic: whose source is masqueraded, who is a local pod,
-//! where node ports are served.
+//! The traffic policy of a node: whose source is masqueraded, which clients are local pods, where
+//! node ports are served.
 //!
-//! Plain data, free of how it was given: the flags (`cli::policy`) make it, and so do tests.
+//! It is plain data, independent of flags (`cli::policy` parses them), and tests build it too.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -11,27 +11,26 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use sluice_common::abi;
 
-/// All of it; the default is what an agent without flags does.
+/// The whole traffic policy. The default is that of an agent without flags.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
-    /// Whose source is replaced by the node's.
+    /// The clients whose source is replaced by the node's.
     pub masquerade: Masquerade,
     /// How a client is known to be a local pod.
     pub detect_local: DetectLocal,
-    /// Where the cluster's pods have their addresses; at most [`abi::PREFIXES`] a family.
+    /// The networks of the cluster's pods; at most [`abi::PREFIXES`] a family.
     pub cluster_cidrs: Vec<IpNet>,
-    /// Where Services have their addresses, if a person says so; at most [`abi::PREFIXES`] a
-    /// family.
+    /// The networks of Services, if configured; at most [`abi::PREFIXES`] a family.
     pub service_cidrs: Vec<IpNet>,
-    /// At which of the node's addresses node ports are served.
+    /// The node's addresses at which node ports are served.
     pub node_ports: NodePorts,
-    /// The node's own addresses, if a person says so; the first of a family is its primary one.
+    /// The node's own addresses, if configured; the first of a family is its primary one.
     pub node_addresses: Vec<IpAddr>,
-    /// Which `spec.externalIPs` are served.
+    /// The `spec.externalIPs` that are served.
     pub external_ips: ExternalIps,
-    /// Addresses that are left to whoever has them on a device of this node.
+    /// Addresses that are left to other software with a device on this node.
     pub leave: BTreeSet<IpAddr>,
-    /// Whether what the stack would only forward goes around it.
+    /// Whether packets that the stack would only forward go around it.
     pub accelerate: Accelerate,
 }
 
@@ -211,13 +210,13 @@ impl FromStr for DetectLocal {
     }
 }
 
-/// What a person may say.
+/// The values of the flag, for errors.
 const DETECT_LOCAL_WORDS: &str = "say auto, device, cluster-cidr, node-cidr, bridge-interface=NAME, interface-name-prefix=PREFIX or none";
 
-/// At which of the node's addresses node ports are served, as it was asked for.
+/// The node's addresses at which node ports are served, as configured.
 ///
-/// A family that no element concerns gets all addresses, even where the other has elements, and a
-/// zero CIDR makes the list one of all addresses: both are kube-proxy's rules.
+/// A family without elements gets all addresses, even if the other has elements, and a zero CIDR
+/// stands for all addresses. Both are kube-proxy's rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodePorts(Vec<NodePortAddresses>);
 
@@ -275,13 +274,14 @@ impl fmt::Display for NodePorts {
 }
 
 impl NodePorts {
-    /// Takes the elements.
+    /// Creates the list from its elements.
     #[must_use]
     pub fn new(elements: Vec<NodePortAddresses>) -> Self {
         Self(elements)
     }
 
-    /// Whether node ports are served at an address of the node; `primary`: it is a primary one.
+    /// Whether node ports are served at an address of the node. `primary` says whether it is a
+    /// primary one.
     #[must_use]
     pub fn includes(&self, address: IpAddr, primary: bool) -> bool {
         let asked_for_loopback = self.0.contains(&NodePortAddresses::Localhost);
@@ -304,7 +304,7 @@ impl NodePorts {
         self.is_all(Ipv4Addr::UNSPECIFIED.into()) && self.is_all(Ipv6Addr::UNSPECIFIED.into())
     }
 
-    /// Whether the list, for the family of an address, is one of all addresses.
+    /// Whether the list includes all addresses of an address's family.
     fn is_all(&self, address: IpAddr) -> bool {
         let mut concerned = false;
         for element in &self.0 {
@@ -324,10 +324,10 @@ impl NodePorts {
     }
 }
 
-/// Which `spec.externalIPs` are served.
+/// The `spec.externalIPs` that are served.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum ExternalIps {
-    /// All. Whoever may write a Service may then claim any address.
+    /// All. A user who may write Services can then claim any address.
     #[default]
     On,
     /// None.
@@ -372,11 +372,11 @@ impl FromStr for ExternalIp {
 }
 
 impl ExternalIps {
-    /// From the elements of the flag; none: all are served.
+    /// Creates it from the elements of the flag; without any, all are served.
     ///
     /// # Errors
     ///
-    /// When `on` or `off` stands beside something else.
+    /// Fails if `on` or `off` is combined with something else.
     pub fn new(elements: &[ExternalIp]) -> Result<Self, String> {
         match elements {
             [] | [ExternalIp::On] => Ok(Self::On),
@@ -393,11 +393,11 @@ impl ExternalIps {
     }
 }
 
-/// Reads a CIDR; bits behind the prefix are cleared.
+/// Parses a CIDR, and clears the bits behind the prefix.
 ///
 /// # Errors
 ///
-/// When it is none.
+/// Fails if the text is not a CIDR.
 pub fn cidr(text: &str) -> Result<IpNet, String> {
     let network = text.trim().parse::<IpNet>();
     network

@@ -369,7 +369,7 @@ impl Agent {
 
     /// Takes in an event. Returns whether it concerned the node or the cluster's networks.
     fn on_event(&mut self, event: Event) -> bool {
-        let concerns_cluster = self.cluster.hear(&event);
+        let concerns_cluster = self.cluster.apply(&event);
         self.sync.on_event(event);
         concerns_cluster
     }
@@ -459,7 +459,7 @@ impl Agent {
         let node = self.cluster.node_addresses();
         let policy = self.devices.rules.borrow().policy.clone();
         let _ = publish_part(&self.devices.rules, |rules| &mut rules.node, node);
-        let (programmed, surplus) = self.cluster.tell(&policy, self.settings);
+        let (programmed, surplus) = self.cluster.programmed(&policy, self.settings);
         if self.programmed == Some(programmed) {
             let _ = self.takeover.written.send_replace(programmed.settings.phase);
             return;

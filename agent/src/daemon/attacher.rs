@@ -191,7 +191,7 @@ impl Attacher {
                 .get(&device.index)
                 .is_some_and(|before| before.device.entry == device.entry);
             if !(is_known && self.is_attached(device)) {
-                self.hooks.tell_device(device.index, &device.entry)?;
+                self.hooks.set_device(device.index, &device.entry)?;
             }
         }
         for device in survey.devices.values() {
@@ -210,7 +210,7 @@ impl Attacher {
             .collect();
         for index in gone {
             self.hooks.detach(index)?;
-            self.hooks.forget_device(index)?;
+            self.hooks.remove_device(index)?;
             if let Some(AttachedDevice { device, .. }) = self.devices.remove(&index) {
                 tracing::info!(device = device.name, role = device.role.word(), "detached");
             }

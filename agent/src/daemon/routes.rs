@@ -88,7 +88,7 @@ pub(super) async fn route_vips(
         }
         let mut result = Ok(());
         if neighbours_due <= tokio::time::Instant::now() {
-            result = own.look_at_neighbours().await;
+            result = own.probe_neighbours().await;
             neighbours_due = tokio::time::Instant::now() + NEIGHBOURS_PERIOD;
         }
         // Before the first survey the node has no address that a route could name.

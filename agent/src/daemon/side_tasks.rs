@@ -27,7 +27,7 @@ pub(super) struct SideTasks {
     addresses: watch::Sender<Addresses>,
     frontends: watch::Sender<Arc<UdpFrontends>>,
     failures: watch::Receiver<Failures>,
-    cleaned: watch::Receiver<conntrack::Told>,
+    cleaned: watch::Receiver<conntrack::Progress>,
     unmonitored: watch::Receiver<Vec<String>>,
     /// The Events to write, if they can be written.
     object_events: Option<watch::Sender<Arc<ObjectEvents>>>,
@@ -47,7 +47,7 @@ impl SideTasks {
         let (addresses, addresses_of_task) = watch::channel(Addresses::Listed([].into()));
         let (frontends, frontends_of_task) = watch::channel(Arc::default());
         let (failures_of_task, failures) = watch::channel(Failures::new());
-        let (cleaned_of_task, cleaned) = watch::channel(conntrack::Told::default());
+        let (cleaned_of_task, cleaned) = watch::channel(conntrack::Progress::default());
         let (unmonitored_of_task, unmonitored) = watch::channel(Vec::new());
         let asked = Arc::clone(&liveness);
         let room = Room::default();

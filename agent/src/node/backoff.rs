@@ -1,7 +1,7 @@
-//! How long to wait before what failed is tried again.
+//! The time to wait before a failed operation is retried.
 //!
-//! Its users wait beside other events, or come back later: they need the times, one after another
-//! and from the start again, and not a loop around an operation.
+//! Its users wait for other events at the same time, or return later. They need the waiting times
+//! one after another, and not a loop around an operation.
 
 use std::time::Duration;
 
@@ -14,19 +14,19 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// From the first waiting time to the last.
+    /// Creates a backoff from the first waiting time to the last.
     pub(crate) const fn new(first: Duration, last: Duration) -> Self {
         Self { first, last, next: first }
     }
 
-    /// The time to wait after one more failure.
+    /// Returns the time to wait after one more failure.
     pub(crate) fn failed(&mut self) -> Duration {
         let wait = self.next;
         self.next = wait.saturating_mul(2).min(self.last);
         wait
     }
 
-    /// Begins with the first time again.
+    /// Starts with the first time again.
     pub(crate) fn reset(&mut self) {
         self.next = self.first;
     }

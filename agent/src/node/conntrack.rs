@@ -1,18 +1,18 @@
 //! Deletes stale UDP entries of netfilter's connection tracking.
 //!
-//! Our own flows are translated before conntrack sees them: it knows them by real addresses. But a
-//! proxy that was there before decided once for each flow and wrote it into an entry, which lives
-//! for as long as the client sends, even when the endpoint is long dead; and where nobody served a
-//! VIP yet, an entry says that it is not to be translated. So entries towards our frontends that
-//! lead to no serving endpoint are deleted: at the start, and when UDP frontends or endpoints
-//! change. TCP and SCTP notice by themselves, and drain.
+//! Our own flows are translated before conntrack sees them, so it knows them by their real
+//! addresses. An earlier proxy, however, decided once for each flow and stored the decision in an
+//! entry, which lives for as long as the client sends, even if the endpoint is long dead. And if a
+//! VIP was not served yet, an entry says that it is not translated. Entries towards our frontends
+//! that lead to no serving endpoint are therefore deleted, at the start and whenever UDP frontends
+//! or endpoints change. TCP and SCTP clients notice by themselves, and their entries drain.
 //!
-//! Two differences from kube-proxy:
-//! - A node port counts only at this node's addresses. kube-proxy looks at the port alone, and so
+//! There are two differences from kube-proxy:
+//! - A node port counts only at this node's addresses. kube-proxy goes by the port alone, and so
 //!   cuts flows to the same number on any other host.
-//! - An entry that translates nothing, and whose replies come, is left alone: somebody beneath
-//!   conntrack translates both directions, as we do for the host's connected sockets. Deleted, its
-//!   next reply would be a packet that nobody asked for, and host firewalls drop those.
+//! - An entry that translates nothing but has replies stays: something beneath conntrack translates
+//!   both directions, as we do for the host's connected sockets. If the entry were deleted, its
+//!   next reply would be unsolicited, and host firewalls drop those.
 
 pub mod limits;
 mod table;
@@ -29,12 +29,12 @@ use tokio::time::Instant;
 
 use crate::node::backoff::Backoff;
 
-/// The shortest time between two looks at the table.
+/// The shortest time between two passes over the table.
 const PERIOD: Duration = Duration::from_secs(1);
-/// A look is followed by so many times as long without one: a large table takes no more than a
+/// The rest after a pass, in multiples of its duration, so that a large table takes no more than a
 /// twentieth of one CPU.
 const REST: u32 = 20;
-/// Waiting times between tries of what failed.
+/// The waiting times between retries.
 const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_mins(1));
 
 /// Address and port.
@@ -45,26 +45,26 @@ pub type End = (IpAddr, u16);
 pub struct Translated {
     /// IP protocol number.
     pub protocol: u8,
-    /// Who asks.
+    /// The client.
     pub client: End,
-    /// What the client asks for.
+    /// The frontend that the client uses.
     pub frontend: End,
-    /// Who answers.
+    /// The backend that answers.
     pub backend: End,
-    /// The client as the backend sees it.
+    /// The client's address and port as the backend sees them.
     pub seen_as: End,
     /// Whether it has ended, as far as conntrack knows.
     pub closing: bool,
-    /// Seconds until conntrack forgets it, if it stays idle.
+    /// The seconds until conntrack forgets it if it stays idle.
     pub left: u32,
 }
 
-/// Lists what netfilter translates in the current network namespace, a family's; it blocks. False:
-/// the table has changed meanwhile so that some may be missing.
+/// Lists what netfilter translates in the current network namespace for a family; it blocks.
+/// Returns false if the table has changed meanwhile, so that entries may be missing.
 ///
 /// # Errors
 ///
-/// When the kernel refuses the listing.
+/// Fails if the kernel refuses the listing.
 pub fn translated(family: IpFamily, each: impl FnMut(Translated)) -> io::Result<bool> {
     if !table::is_used() {
         return Ok(true);
@@ -72,52 +72,51 @@ pub fn translated(family: IpFamily, each: impl FnMut(Translated)) -> io::Result<
     table::translated(family, each)
 }
 
-/// Deletes entries of a family by what their clients send.
+/// Deletes entries of a family by the tuples that their clients send.
 ///
 /// # Errors
 ///
-/// When the kernel keeps one.
+/// Fails if the kernel keeps one.
 pub fn forget(family: IpFamily, connections: &[Translated]) -> io::Result<()> {
     table::forget(family, connections)
 }
 
-/// Enters connections that pass beneath conntrack, so that netfilter gives none of their source
-/// ports to others; they go after this time. Of each, the backend and the address that it sees
-/// count.
+/// Adds entries for connections that pass beneath conntrack, so that netfilter gives none of their
+/// source ports to others. The entries expire after this time. Only the backend and the address
+/// that it sees are used.
 ///
 /// # Errors
 ///
-/// When the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn keep_clear(connections: &[Translated], time: Duration) -> io::Result<()> {
     table::insert(connections, time)
 }
 
-/// What this node serves by UDP. Endpoints *serve* if they answer, whatever policy, topology or
-/// termination say: these are about new flows. A frontend without any has an empty set.
+/// The UDP frontends of this node. Endpoints *serve* if they answer, whatever policy, topology or
+/// termination say, since these concern only new flows. A frontend without any has an empty set.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UdpFrontends {
-    /// ClusterIP, load balancer's or external address and port -> endpoints that serve.
+    /// ClusterIP, load balancer's or external address and port -> serving endpoints.
     pub vips: BTreeMap<(IpAddr, u16), BTreeSet<(IpAddr, u16)>>,
-    /// Node port -> endpoints that serve, of both families.
+    /// Node port -> serving endpoints, of both families.
     pub node_ports: BTreeMap<u16, BTreeSet<(IpAddr, u16)>>,
-    /// The node's own addresses: where its node ports are.
+    /// The node's own addresses, which have its node ports.
     pub node_addresses: BTreeSet<IpAddr>,
 }
 
-/// What an entry says about a flow.
+/// A flow as an entry describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Flow {
-    /// Where the client sends to.
+    /// The destination of the client's packets.
     destination: (IpAddr, u16),
-    /// Where replies come from: the endpoint, or the destination itself where nothing is
-    /// translated.
+    /// The source of replies: the endpoint, or the destination itself if nothing is translated.
     reply_source: (IpAddr, u16),
-    /// Whether a reply has come.
+    /// Whether there was a reply.
     answered: bool,
 }
 
 impl UdpFrontends {
-    /// The endpoints that serve a destination; [`None`] if it is none of ours.
+    /// Returns the endpoints that serve a destination, or [`None`] if it is not ours.
     fn serving(&self, (address, port): (IpAddr, u16)) -> Option<&BTreeSet<(IpAddr, u16)>> {
         let node_port =
             || self.node_ports.get(&port).filter(|_| self.node_addresses.contains(&address));
@@ -132,15 +131,15 @@ impl UdpFrontends {
                 .is_some_and(|serving| !serving.contains(&flow.reply_source))
     }
 
-    /// Whether an entry of a family can be stale at all.
+    /// Whether any entry of a family can be stale.
     fn concerns(&self, family: IpFamily) -> bool {
         let is_its = |address: &IpAddr| IpFamily::of(*address) == family;
         self.vips.keys().any(|(vip, _)| is_its(vip))
             || !self.node_ports.is_empty() && self.node_addresses.iter().any(is_its)
     }
 
-    /// Together with frontends of before that are gone: nobody serves those.
-    fn and_gone(&self, before: &Self) -> Self {
+    /// Adds the frontends of `before` that are gone, which have no endpoints now.
+    fn with_removed(&self, before: &Self) -> Self {
         let mut all = self.clone();
         for vip in before.vips.keys() {
             let _ = all.vips.entry(*vip).or_default();
@@ -152,25 +151,24 @@ impl UdpFrontends {
     }
 }
 
-/// What a look at the table of one family came to.
+/// The result of a pass over the table of one family.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cleaned {
-    /// UDP entries that were there.
+    /// The number of UDP entries.
     pub seen: u64,
-    /// Those that were stale and are gone.
+    /// The number of stale entries that were deleted.
     pub deleted: u64,
-    /// The kernel stopped the listing halfway; what was listed has been dealt with.
+    /// Whether the kernel stopped the listing halfway. What was listed has been processed.
     pub interrupted: bool,
 }
 
-/// Deletes the stale entries of a family in the current network namespace; it blocks. Where the
-/// kernel or the namespace tracks nothing there is nothing to do: no kernel module is loaded for
-/// it.
+/// Deletes the stale entries of a family in the current network namespace; it blocks. It does
+/// nothing if the kernel or the namespace tracks nothing, and loads no kernel module.
 ///
 /// # Errors
 ///
-/// When the kernel refuses the listing (without `CAP_NET_ADMIN`) or keeps an entry; all others are
-/// gone then.
+/// Fails if the kernel refuses the listing (without `CAP_NET_ADMIN`) or keeps an entry; all other
+/// stale entries are deleted then.
 pub fn clean(frontends: &UdpFrontends, family: IpFamily) -> io::Result<Cleaned> {
     if !frontends.concerns(family) || !table::is_used() {
         return Ok(Cleaned::default());
@@ -178,29 +176,30 @@ pub fn clean(frontends: &UdpFrontends, family: IpFamily) -> io::Result<Cleaned> 
     table::sweep(family, |flow| frontends.is_stale(flow))
 }
 
-/// What the cleaner tells.
+/// The progress of the cleaner.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Told {
-    /// Entries deleted so far, IPv4's and IPv6's.
+pub struct Progress {
+    /// The number of entries deleted so far, of IPv4 and of IPv6.
     pub deleted: [u64; 2],
-    /// How long the last look at the tables took.
+    /// The duration of the last pass.
     pub took: Duration,
-    /// What failed and is tried again, for people.
+    /// What failed and is retried, as text.
     pub problem: Option<String>,
 }
 
 /// Deletes stale entries at the start and whenever `frontends` change, until their sender is gone.
-/// They should be sent when the maps hold them: entries that are made meanwhile would be as stale.
+/// Frontends should be sent once the maps hold them, since entries that are made before are stale
+/// too.
 pub async fn keep_clean(
     mut frontends: watch::Receiver<Arc<UdpFrontends>>,
-    told: watch::Sender<Told>,
+    progress: watch::Sender<Progress>,
 ) {
     let mut before = Arc::<UdpFrontends>::default();
     let mut retry = RETRY;
     loop {
         let now = frontends.borrow_and_update().clone();
         if now != before {
-            let all = now.and_gone(&before);
+            let all = now.with_removed(&before);
             let started = Instant::now();
             let cleaned = tokio::task::spawn_blocking(move || {
                 IpFamily::ALL.map(|family| clean(&all, family))
@@ -209,7 +208,7 @@ pub async fn keep_clean(
                 IpFamily::ALL.map(|_| Err(io::Error::other(panic.to_string())))
             });
             let failed = results.iter().any(Result::is_err);
-            tell(&told, results, started.elapsed());
+            report(&progress, results, started.elapsed());
             if failed {
                 tokio::time::sleep(retry.failed()).await;
                 continue;
@@ -224,10 +223,11 @@ pub async fn keep_clean(
     }
 }
 
-fn tell(told: &watch::Sender<Told>, results: [io::Result<Cleaned>; 2], took: Duration) {
+fn report(progress: &watch::Sender<Progress>, results: [io::Result<Cleaned>; 2], took: Duration) {
     let mut problems = Vec::new();
-    told.send_modify(|told| {
-        for ((family, result), deleted) in IpFamily::ALL.iter().zip(results).zip(&mut told.deleted)
+    progress.send_modify(|progress| {
+        for ((family, result), deleted) in
+            IpFamily::ALL.iter().zip(results).zip(&mut progress.deleted)
         {
             match result {
                 Ok(cleaned) => {
@@ -244,16 +244,16 @@ fn tell(told: &watch::Sender<Told>, results: [io::Result<Cleaned>; 2], took: Dur
                 Err(error) => problems.push(format!("{}: {error}", family.word())),
             }
         }
-        told.took = took;
+        progress.took = took;
         let problem = (!problems.is_empty()).then(|| {
             format!("cannot delete stale UDP entries of conntrack: {}", problems.join(", "))
         });
         if let Some(problem) =
-            problem.as_ref().filter(|problem| told.problem.as_ref() != Some(*problem))
+            problem.as_ref().filter(|problem| progress.problem.as_ref() != Some(*problem))
         {
             tracing::warn!("{problem}; trying again");
         }
-        told.problem = problem;
+        progress.problem = problem;
     });
 }
 
@@ -319,13 +319,13 @@ mod tests {
 
     #[test]
     fn frontends_that_go_leave_nobody_who_serves() {
-        let all = UdpFrontends::default().and_gone(&frontends());
+        let all = UdpFrontends::default().with_removed(&frontends());
         assert!(
             all.vips.keys().eq(frontends().vips.keys())
                 && all.vips.values().all(BTreeSet::is_empty)
         );
         assert_eq!(all.node_ports, BTreeMap::from([(30_053, ends(&[]))]));
-        assert_eq!(frontends().and_gone(&frontends()), frontends());
+        assert_eq!(frontends().with_removed(&frontends()), frontends());
     }
 
     #[test]

@@ -1,8 +1,8 @@
-//! The kernel side: loads the BPF object, attaches its programs, and carries an image's writes out
-//! on its maps. The only module that knows aya or makes BPF system calls.
+//! Loads the BPF object into the kernel, attaches its programs, and carries out an image's writes
+//! on its maps. Only this module uses aya or makes BPF system calls.
 //!
-//! Everything is pinned (module `pins`), so packets flow on when the agent is gone, and a new agent
-//! finds maps and links, reads the image back, and repairs the difference.
+//! Everything is pinned (module `pins`), so packets keep flowing without an agent. A new agent
+//! finds the maps and links, reads the image back, and repairs the difference.
 
 mod bpf;
 mod cleanup;

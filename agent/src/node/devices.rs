@@ -1,7 +1,7 @@
-//! Which network devices matter, and what each of them is.
+//! Finds the network devices that matter, and their roles.
 //!
-//! [`survey`] is a pure function of what netlink tells (links, addresses, default routes) and of
-//! [`Rules`]. [`watch`] keeps asking, [`own`] keeps routes for VIPs.
+//! [`survey`] is a pure function of what netlink reports (links, addresses, default routes) and of
+//! [`Rules`]. [`watch`] keeps it up to date, and [`own`] maintains routes for VIPs.
 
 pub mod addresses;
 pub mod loopback;
@@ -50,27 +50,27 @@ const FABRIC: [&str; 16] = [
 /// Kinds whose devices come in pairs, one end in each namespace.
 const PAIRS: [&str; 2] = ["veth", "netkit"];
 
-/// Kinds whose devices drop what they are to send.
+/// Kinds whose devices drop whatever they send.
 const DEAD_ENDS: [&str; 3] = ["dummy", "ifb", "nlmon"];
 
-/// What a device is to us; the numbers are those of [`abi::device`].
+/// What a device is to Sluice; the numbers are those of [`abi::device`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// The host's end of a pod's link.
     Edge,
-    /// Carries the node's address or its default route.
+    /// A device with the node's address or its default route.
     Uplink,
     /// An overlay or tunnel device.
     Fabric,
     /// Our own device.
     Own,
-    /// Carries what processes of the host send to the node's own addresses.
+    /// The loopback device, which carries packets from the host to the node's own addresses.
     Loopback,
 }
 
 impl Role {
-    /// The number in the `devices` map.
+    /// Returns the number in the `devices` map.
     #[must_use]
     pub fn number(self) -> u32 {
         match self {
@@ -82,7 +82,7 @@ impl Role {
         }
     }
 
-    /// The role of a number in the `devices` map.
+    /// Returns the role with a number in the `devices` map.
     #[must_use]
     pub fn from_number(number: u32) -> Option<Self> {
         [Self::Edge, Self::Uplink, Self::Fabric, Self::Own, Self::Loopback]
@@ -90,7 +90,7 @@ impl Role {
             .find(|role| role.number() == number)
     }
 
-    /// The word for people.
+    /// Returns the word for people.
     #[must_use]
     pub fn word(self) -> &'static str {
         match self {
@@ -103,7 +103,7 @@ impl Role {
     }
 }
 
-/// A link as netlink shows it.
+/// A link as netlink reports it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Link {
     /// Its ifindex.
@@ -118,13 +118,13 @@ pub struct Link {
     pub up: bool,
     /// Whether it is the loopback device.
     pub loopback: bool,
-    /// The network namespace of its other end, or of the device below it, where that is another
+    /// The network namespace of its other end, or of the device below it, if that is in another
     /// one.
     pub peer: Option<Peer>,
-    /// The bridge, bond or VRF that it belongs to; 0: none.
+    /// The bridge, bond or VRF that it belongs to; 0 if none.
     pub master: u32,
-    /// The device that it is stacked on, or its other end where that is in this network namespace;
-    /// 0: none.
+    /// The device that it is stacked on, or its other end if that is in this network namespace;
+    /// 0 if none.
     pub lower: u32,
     /// Its link-layer address.
     pub mac: [u8; 6],
@@ -135,30 +135,30 @@ pub struct Link {
 /// The network namespace of a link's other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
-    /// By its id in this one.
+    /// One with this id in the present one.
     Known(u32),
-    /// The kernel gives it no id.
+    /// One that has no id in the present one.
     Unknown,
 }
 
-/// An address of a link as netlink shows it.
+/// An address of a link as netlink reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkAddress {
     /// The address.
     pub address: IpAddr,
-    /// Length of its network's prefix, bits.
+    /// The length of its network's prefix, bits.
     pub prefix: u8,
     /// `RT_SCOPE_*`.
     pub scope: u8,
-    /// Behind another of its network, or (IPv6) temporary.
+    /// Whether it is secondary to another address of its network, or (IPv6) temporary.
     pub secondary: bool,
-    /// Not to be used for new connections.
+    /// Whether it is not to be used for new connections.
     pub deprecated: bool,
-    /// Not known to be nobody else's.
+    /// Whether another host may have it: duplicate detection has not succeeded.
     pub unusable: bool,
 }
 
-/// What netlink tells about this network namespace.
+/// What netlink reports about this network namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
     /// ifindex -> link.
@@ -169,14 +169,14 @@ pub struct Facts {
     pub default_routes: BTreeSet<u32>,
 }
 
-/// What a person and the Node object say about this node.
+/// What flags and the Node object say about this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
-    /// Roles of devices that a person has named.
+    /// The roles of devices that flags name.
     pub patterns: Patterns,
-    /// What a person has decided about traffic.
+    /// The traffic policy of the flags.
     pub policy: Policy,
-    /// The Node object's addresses, those inside the cluster first.
+    /// The Node object's addresses, internal ones first.
     pub node: Vec<IpAddr>,
 }
 
@@ -187,7 +187,7 @@ pub struct Device {
     pub index: u32,
     /// Its name.
     pub name: String,
-    /// What it is.
+    /// Its role.
     pub role: Role,
     /// Its entry in the `devices` map.
     pub entry: abi::Device,
@@ -195,31 +195,31 @@ pub struct Device {
     pub veth: bool,
 }
 
-/// What follows from the facts.
+/// What follows from facts and rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Survey {
-    /// ifindex -> device, those with a role only.
+    /// ifindex -> device; only devices with a role.
     pub devices: BTreeMap<u32, Device>,
     /// Every address that is local to the node -> whether node ports are served there.
     pub addresses: BTreeMap<IpAddr, bool>,
     /// The node's primary addresses.
     pub primary: PerFamily,
-    /// Addresses that are left to whoever has them on a device of this node.
+    /// Addresses that are left to other software with a device on this node.
     pub leave: BTreeSet<IpAddr>,
-    /// Devices without programs that drop whatever they are to send.
+    /// Devices without programs that drop whatever they send.
     pub dead_ends: BTreeSet<u32>,
-    /// The addresses that the node is known by and no uplink has (see [`addresses::strays`]).
+    /// The node's known addresses that no uplink has (see [`addresses::strays`]).
     pub strays: BTreeMap<IpAddr, Option<(String, Option<Role>)>>,
 }
 
-/// Finds every device's role, and what the node's addresses are for.
+/// Determines every device's role, and the use of each of the node's addresses.
 ///
-/// `before` is the survey before this one: a veth that was the uplink does not become an
-/// edge while its default route is away.
+/// `before` is the previous survey: a veth that was the uplink does not become an edge while its
+/// default route is missing.
 #[must_use]
 pub fn survey(facts: &Facts, rules: &Rules, before: &Survey) -> Survey {
-    // A veth carries the node's traffic, not a pod's, where it has an address that the node is
-    // known by.
+    // A veth carries the node's traffic, not a pod's, if it has an address that the node is known
+    // by.
     let was_uplink =
         |index| before.devices.get(&index).is_some_and(|device| device.role == Role::Uplink);
     let is_known = |address: &LinkAddress| {
@@ -267,7 +267,7 @@ pub fn survey(facts: &Facts, rules: &Rules, before: &Survey) -> Survey {
     }
 }
 
-/// The device's entry in the map; [`None`] where we cannot tell where the IP header is.
+/// Returns the device's entry in the map, or [`None`] if the position of the IP header is unknown.
 fn entry(
     link: &Link,
     role: Role,
@@ -287,16 +287,7 @@ fn entry(
             .get(&link.master)
             .is_some_and(|master| ["bridge", "vrf"].contains(&&*master.kind));
     let is_pair = PAIRS.contains(&link.kind.as_str());
-    let local_pods = match &rules.policy.detect_local {
-        DetectLocal::BridgeInterface(name) => {
-            link.name == *name || bridge.is_some_and(|bridge| bridge.name == *name)
-        }
-        DetectLocal::InterfaceNamePrefix(prefix) => link.name.starts_with(prefix),
-        DetectLocal::Device
-        | DetectLocal::ClusterCidr
-        | DetectLocal::NodeCidr
-        | DetectLocal::None => role == Role::Edge,
-    };
+    let local_pods = has_local_pods(link, role, bridge, &rules.policy.detect_local);
     let has_gateway_above = bridge.is_some_and(|bridge| has_gateway_above(bridge, facts));
     let (netns, hides_sockets) = match link.peer {
         _ if role != Role::Edge => (0, false),
@@ -306,7 +297,7 @@ fn entry(
     let own = facts.addresses.get(&link.index).map_or(&[][..], Vec::as_slice);
     let known: Vec<IpAddr> =
         rules.policy.node_addresses.iter().chain(&rules.node).copied().collect();
-    // A bridge's port has no address: what leaves by it leaves by the bridge.
+    // A bridge's port has no address of its own; the bridge's address is used.
     let of_bridge = bridge.and_then(|bridge| facts.addresses.get(&bridge.index));
     let of_bridge = of_bridge.map_or(&[][..], Vec::as_slice);
     let masquerade = addresses::masquerade(own, &known)
@@ -332,7 +323,21 @@ fn entry(
     })
 }
 
-/// Whether a bridge's gateway may be above it: at the end of a veth whose other end is a port.
+/// Whether packets that come in by a device are those of local pods.
+fn has_local_pods(link: &Link, role: Role, bridge: Option<&Link>, detect: &DetectLocal) -> bool {
+    match detect {
+        DetectLocal::BridgeInterface(name) => {
+            link.name == *name || bridge.is_some_and(|bridge| bridge.name == *name)
+        }
+        DetectLocal::InterfaceNamePrefix(prefix) => link.name.starts_with(prefix),
+        DetectLocal::Device
+        | DetectLocal::ClusterCidr
+        | DetectLocal::NodeCidr
+        | DetectLocal::None => role == Role::Edge,
+    }
+}
+
+/// Whether a bridge's gateway may be above it, at the end of a veth whose other end is a port.
 fn has_gateway_above(bridge: &Link, facts: &Facts) -> bool {
     let is_port = |index| facts.links.get(index).is_some_and(|port| port.master == bridge.index);
     facts.links.values().any(|link| {
@@ -365,11 +370,11 @@ fn role(link: &Link, facts: &Facts, patterns: &Patterns, is_nodes: bool) -> Opti
     let tunnel = FABRIC.contains(&link.kind.as_str())
         || link.kind == "tun" && !ETHERNET.contains(&link.layer);
     if tunnel {
-        // The kernel makes a fallback device for some kinds, down until somebody uses it.
+        // The kernel makes a fallback device for some kinds, which is down until it is used.
         return link.up.then_some(Role::Fabric);
     }
     if PAIRS.contains(&link.kind.as_str()) {
-        // One whose other end is here, too, leads to no pod, a bridge's port or not.
+        // A pair with both ends in this namespace leads to no pod, whether a bridge's port or not.
         return match (addressed && (routed || is_nodes), link.peer.is_some()) {
             (true, _) => Some(Role::Uplink),
             (false, true) => Some(Role::Edge),
@@ -378,7 +383,7 @@ fn role(link: &Link, facts: &Facts, patterns: &Patterns, is_nodes: bool) -> Opti
     }
     match link.kind.as_str() {
         "tun" if bridged => Some(Role::Edge),
-        // Ports carry frames for the bridge, which is the uplink if anything is.
+        // Ports carry frames for the bridge, which is the uplink instead.
         _ if bridged => None,
         "dummy" | "ifb" | "vrf" | "nlmon" => None,
         "bridge" => {

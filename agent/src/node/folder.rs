@@ -1,27 +1,27 @@
-//! Folders that only root may change: the pin path and the state directory.
+//! Checks and makes folders that only root may change: the pin path and the state directory.
 //!
-//! Whoever may rename or replace what lies in them decides what the next agent adopts, what
+//! A user who may rename or replace their content decides what the next agent adopts, what
 //! `sluice cleanup` removes and which file root writes to. A BPF file system that was mounted
-//! without options lets everybody make folders (mode 1777), so somebody may have been there first.
-//! What is not root's alone is refused with the command that mends it; that is not done unasked,
-//! since somebody should see what was left there.
+//! without options lets all users make folders (mode 1777), so another user may have been first.
+//! A folder that is not root's alone is refused with the command that fixes it. It is not fixed
+//! automatically, since an administrator should see what was left there.
 
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 
-/// Bits of a mode by which others than the owner may write.
+/// The bits of a mode by which users other than the owner may write.
 const WRITABLE: u32 = 0o022;
 /// In a folder with this bit only the owner of an entry, or of the folder, may rename or remove it.
 const STICKY: u32 = 0o1000;
 
-/// Mode of folders that nobody but root has to look into.
+/// The mode of folders that only root has to read.
 pub(crate) const CLOSED: u32 = 0o700;
-/// Mode of folders that everybody may read.
+/// The mode of folders that all users may read.
 pub(crate) const READABLE: u32 = 0o755;
 
-/// Why a folder is refused.
+/// The reason for which a folder is refused.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "{used} is not safe: {at} {what}, so somebody other than root could replace what lies there; look at it (`ls -lR {at}`), then run `{mend}`"
@@ -33,24 +33,24 @@ pub(crate) struct Unsafe {
     mend: String,
 }
 
-/// What a path is looked at as.
+/// The relation of a path to the checked folder.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum As {
-    /// A folder above: others may make entries of their own there, if they cannot touch ours.
+    /// A folder above it, where other users may make entries if they cannot change ours.
     Above,
     /// The folder itself.
     Folder,
-    /// What lies in it.
+    /// Its content.
     Below,
 }
 
-/// Root, or whoever runs this without being root.
+/// Whether a user is root, or runs this process without being root.
 fn is_trusted(uid: u32) -> bool {
     // SAFETY: it only returns a number.
     uid == 0 || uid == unsafe { libc::geteuid() }
 }
 
-/// Looks at one path.
+/// Checks one path.
 fn look(used: &Path, at: &Path, role: As) -> io::Result<()> {
     let found = fs::symlink_metadata(at)?;
     let shown = at.display();
@@ -64,7 +64,7 @@ fn look(used: &Path, at: &Path, role: As) -> io::Result<()> {
         (format!("belongs to the user {}", found.uid()), mend)
     } else if found.is_symlink() {
         if role == As::Above {
-            // Root's own; where it leads is looked at as well.
+            // The link is root's own. Its target is checked as well.
             return Ok(());
         }
         ("is a symbolic link".to_owned(), format!("rm {shown}"))
@@ -79,12 +79,12 @@ fn look(used: &Path, at: &Path, role: As) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::PermissionDenied, refused))
 }
 
-/// Checks that only root may change an existing folder and the way to it; one that is not there is
-/// safe.
+/// Checks that only root may change an existing folder and the path to it. One that does not exist
+/// is safe.
 ///
 /// # Errors
 ///
-/// When somebody else may: an [`Unsafe`].
+/// Returns an [`Unsafe`] if other users may.
 pub(crate) fn check(folder: &Path) -> io::Result<()> {
     let folder = std::path::absolute(folder)?;
     let result =
@@ -92,7 +92,7 @@ pub(crate) fn check(folder: &Path) -> io::Result<()> {
     unless_out_of_reach(result)
 }
 
-/// As they are written, or as they are behind symbolic links: every folder from the root down.
+/// Checks every folder from the root down, as the path is written or with symbolic links resolved.
 fn check_way(used: &Path, folder: &Path) -> io::Result<()> {
     let ancestors: Vec<&Path> = folder.ancestors().skip(1).collect();
     ancestors.into_iter().rev().try_for_each(|above| look(used, above, As::Above))?;
@@ -136,8 +136,8 @@ pub(crate) fn check_files(folder: &Path) -> io::Result<()> {
     unless_out_of_reach(walk())
 }
 
-/// What is not there cannot be unsafe, and what this user may not look at is not used by him
-/// either.
+/// Ignores paths that do not exist, which cannot be unsafe, and those that this user may not read,
+/// and so does not use either.
 fn unless_out_of_reach(result: io::Result<()>) -> io::Result<()> {
     result.or_else(|error| {
         let is_ours =
@@ -148,12 +148,11 @@ fn unless_out_of_reach(result: io::Result<()>) -> io::Result<()> {
     })
 }
 
-/// Makes sure that a folder is there which only root may change: makes it with this mode, or checks
-/// the one that is there.
+/// Makes a folder with this mode, or checks that only root may change the existing one.
 ///
 /// # Errors
 ///
-/// When it cannot be made, or somebody else may change it: an [`Unsafe`].
+/// Fails if it cannot be made, or with an [`Unsafe`] if other users may change it.
 pub(crate) fn make(folder: &Path, mode: u32) -> io::Result<()> {
     if let Some(above) = folder.parent() {
         DirBuilder::new().recursive(true).mode(READABLE).create(above)?;
@@ -162,7 +161,7 @@ pub(crate) fn make(folder: &Path, mode: u32) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         Ok(()) | Err(_) => {}
     }
-    // Whoever made it: what is checked now, nobody but root can change any more.
+    // It does not matter who made it: once it has passed the check, only root can change it.
     check(folder)
 }
 

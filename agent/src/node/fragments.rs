@@ -1,14 +1,14 @@
-//! Keeps fragments that came before their datagram's first one, until that one has been seen.
+//! Holds fragments that arrive before their datagram's first one, until that one was seen.
 //!
 //! The programs send such a fragment out of our own device, behind a label (see
-//! [`sluice_common::path::fragment`]). A socket of this module listens there; when the first
-//! fragment has told its ports, the fragment goes back to where it was met, by the own device
-//! again, and takes the first one's way. One whose first fragment does not come within `WAIT` goes
-//! on untouched, as the rest of its datagram then does.
+//! [`sluice_common::path::fragment`]), where a socket of this module receives it. Once the first
+//! fragment has revealed the ports, the held one returns through the own device to where it came
+//! from, and follows the first one. If the first fragment does not arrive within `WAIT`, the held
+//! one passes untouched, and so does the rest of its datagram.
 //!
-//! Room is shared among devices, and among the sources behind each (see the module `waiting`). What
-//! finds none goes on untouched at once, as do all that come early while no agent runs: the
-//! programs hold fragments only as long as this module says, every `ATTEND`, that it keeps them.
+//! Room is shared among devices, and among the sources behind each (see the module `waiting`). A
+//! fragment without room passes untouched immediately, as do all early ones while no agent runs:
+//! the programs send fragments only while this module requests them, every `ATTEND`.
 
 mod frame;
 mod socket;
@@ -28,22 +28,22 @@ use waiting::{Kept, Waiting};
 
 /// How long a fragment waits for its datagram's first one.
 const WAIT: Duration = Duration::from_millis(500);
-/// How often waiting fragments are asked for.
+/// How often waiting fragments are checked.
 const LOOK: Duration = Duration::from_millis(2);
-/// How often the programs are told that somebody keeps fragments.
+/// How often fragments are requested from the programs.
 const ATTEND: Duration = Duration::from_secs(1);
-/// Frames taken in between two looks: a flood costs no more than this.
+/// The most frames that are received between two checks, which bounds the cost of a flood.
 const BURST: usize = 256;
 
-/// Keeps fragments in a thread of its own, as long as the process and the device live.
+/// Holds fragments in a thread of its own, for as long as the process and the device exist.
 ///
 /// # Errors
 ///
-/// When socket, maps or thread cannot be had.
+/// Fails if the socket, the maps or the thread cannot be made.
 pub fn start(own_device: u32, maps: &Path) -> anyhow::Result<()> {
     let socket = Socket::open(own_device).context("cannot listen on our own device")?;
     let datagrams = Datagrams::open(maps)?;
-    datagrams.attend(ticks())?;
+    datagrams.request(ticks())?;
     let keeper =
         Keeper { socket, datagrams, waiting: Waiting::default(), attended: Instant::now() };
     let _thread =
@@ -51,13 +51,13 @@ pub fn start(own_device: u32, maps: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Socket, maps and what waits.
+/// The socket, the maps and the waiting fragments.
 #[derive(Debug)]
 struct Keeper {
     socket: Socket,
     datagrams: Datagrams,
     waiting: Waiting,
-    /// When the programs were last told.
+    /// When fragments were last requested.
     attended: Instant,
 }
 
@@ -87,11 +87,11 @@ impl Keeper {
         }
     }
 
-    /// Waits for fragments, or for the time to look again; takes in those, and sends on whose time
-    /// has come.
+    /// Waits for fragments or the time of the next check. Receives new fragments, and sends those
+    /// whose time has come.
     fn step(&mut self) -> anyhow::Result<()> {
         if self.attended.elapsed() >= ATTEND {
-            self.datagrams.attend(ticks())?;
+            self.datagrams.request(ticks())?;
             self.attended = Instant::now();
         }
         let mut crowded = Vec::new();
@@ -99,10 +99,10 @@ impl Keeper {
             for _ in 0..BURST {
                 let Some(labelled) = self.socket.receive()? else { break };
                 if let Some(frame) = frame::read(labelled) {
-                    crowded.extend(self.waiting.take_in(Kept { frame, since: Instant::now() }));
+                    crowded.extend(self.waiting.hold(Kept { frame, since: Instant::now() }));
                 }
             }
-            // Whatever has come was not told a moment ago.
+            // The first fragments of these were unknown a moment ago.
             thread::sleep(LOOK);
         }
         let now = ticks();
@@ -110,7 +110,8 @@ impl Keeper {
         let mut note = |error: anyhow::Error| {
             let _ = first_error.get_or_insert(error);
         };
-        for kept in self.waiting.take_told(|key| self.datagrams.is_told(key, now).unwrap_or(false))
+        for kept in
+            self.waiting.take_known(|key| self.datagrams.is_known(key, now).unwrap_or(false))
         {
             self.socket.send(&kept.frame).unwrap_or_else(|error| note(error.into()));
         }
@@ -126,7 +127,7 @@ impl Keeper {
     }
 }
 
-/// The time as the programs have it.
+/// Returns the time by the programs' clock.
 pub(crate) fn ticks() -> Ticks {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the struct is live.
@@ -135,7 +136,7 @@ pub(crate) fn ticks() -> Ticks {
     (ns >> TICK_SHIFT) as Ticks
 }
 
-/// The last call's failure, unless there was just nothing to do.
+/// Returns the last call's failure, unless it would only have blocked.
 fn outcome(result: isize) -> io::Result<Option<usize>> {
     if let Ok(length) = usize::try_from(result) {
         return Ok(Some(length));

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 
-/// The cookie of this process's network namespace.
+/// Returns the cookie of this process's network namespace.
 pub(crate) fn netns_cookie() -> io::Result<u64> {
     const SO_NETNS_COOKIE: libc::c_int = 71;
     let socket = std::net::UdpSocket::bind(("127.0.0.1", 0))
@@ -25,7 +25,7 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Where the unified cgroup hierarchy is mounted.
+/// Returns the mount point of the unified cgroup hierarchy.
 pub(crate) fn cgroup2_mount() -> anyhow::Result<PathBuf> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")
         .context("cannot read /proc/self/mountinfo")?;
@@ -39,16 +39,16 @@ fn find_cgroup2(mounts: &str) -> Option<PathBuf> {
         let (root, path) = (fields.next()?, fields.next()?);
         kind.starts_with("cgroup2 ").then_some((root, path))
     });
-    // In a container the host's tree, mounted from outside, has a root above the container's own
-    // (`/..`).
+    // In a container, the host's tree that is mounted from outside has a root above the container's
+    // own (`/..`).
     let outermost =
         cgroup2.rev().max_by_key(|(root, _)| root.split('/').filter(|part| *part == "..").count());
     outermost.map(|(_, path)| PathBuf::from(path))
 }
 
-/// Lets this process have as many descriptors as its hard limit says. systemd's soft limit is 1024,
-/// for the sake of programs with `select`; connections, links of many pods' devices and watches may
-/// need more.
+/// Raises this process's limit of descriptors to its hard limit. systemd's soft limit is 1024, for
+/// the sake of programs that use `select`; connections, watches and the links of many pods' devices
+/// may need more.
 pub(crate) fn raise_descriptors() -> io::Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the struct is live.

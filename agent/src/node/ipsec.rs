@@ -1,5 +1,5 @@
-//! Whether this node has policies of IPsec: a packet that goes around the stack would meet none of
-//! them, and leave in clear.
+//! Detects IPsec policies on this node. A packet that goes around the stack would bypass them, and
+//! leave unencrypted.
 
 use std::io;
 
@@ -10,11 +10,11 @@ use crate::node::netlink::{self, Attributes, NETLINK_XFRM, NLM_F_ACK, find};
 
 /// `XFRM_MSG_GETSPDINFO`.
 const GET_POLICY_INFO: u16 = 0x25;
-/// `XFRMA_SPD_INFO`: `struct xfrmu_spdinfo`, which begins with how many policies there are inwards,
-/// outwards and forwards.
+/// `XFRMA_SPD_INFO`: `struct xfrmu_spdinfo`, which begins with the numbers of inbound, outbound and
+/// forwarding policies.
 const POLICY_INFO: u16 = 1;
 
-/// The bit of the settings that keeps packets on the stack, if it is called for.
+/// Returns the bit of the settings that keeps packets on the stack, if it is needed.
 pub(crate) fn bit(accelerate: Accelerate) -> u32 {
     if accelerate == Accelerate::Off {
         return 0;
@@ -31,7 +31,7 @@ pub(crate) fn bit(accelerate: Accelerate) -> u32 {
     }
 }
 
-/// How many policies there are, but for those of single sockets.
+/// Returns the number of policies, without those of single sockets.
 fn policies() -> io::Result<u32> {
     let fixed = u32::MAX.to_ne_bytes();
     let message = netlink::message(GET_POLICY_INFO, NLM_F_ACK, &fixed, &Attributes::default());
@@ -40,7 +40,7 @@ fn policies() -> io::Result<u32> {
         count += counted(payload.get(4..).unwrap_or_default());
     });
     match asked {
-        // A kernel without IPsec, or without anybody who has loaded its interface.
+        // The kernel has no IPsec, or its interface is not loaded.
         Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => Ok(0),
         Err(error) => Err(error),
         Ok(()) => Ok(count),

@@ -1,4 +1,4 @@
-//! kube-proxy on this node: its rules in netfilter, its services in IPVS, its process.
+//! Finds kube-proxy on this node: its rules in netfilter, its services in IPVS, its process.
 
 pub(crate) mod legacy;
 pub(crate) mod rules;
@@ -8,7 +8,7 @@ use std::fs;
 /// The name of its process.
 const PROCESS: &str = "kube-proxy";
 
-/// How many services IPVS has in this network namespace.
+/// Returns the number of IPVS services in this network namespace.
 pub(crate) fn ipvs_services() -> usize {
     let servers = fs::read_to_string("/proc/net/ip_vs").unwrap_or_default();
     let is_server =
@@ -16,12 +16,12 @@ pub(crate) fn ipvs_services() -> usize {
     servers.lines().filter(is_server).count()
 }
 
-/// Whether kube-proxy has rules here that would serve: for those who are to be released to it.
-/// [`None`]: it has none.
+/// Describes the rules of kube-proxy by which it would serve after a release, or returns [`None`]
+/// if there are none.
 ///
 /// # Errors
 ///
-/// When the kernel refuses a listing.
+/// Fails if the kernel refuses a listing.
 pub(crate) fn served_by() -> anyhow::Result<Option<String>> {
     let found = rules::listed()?;
     Ok(if found.balances() { found.words() } else { None })
@@ -31,22 +31,22 @@ pub(crate) fn served_by() -> anyhow::Result<Option<String>> {
 ///
 /// # Errors
 ///
-/// When the kernel refuses a listing.
+/// Fails if the kernel refuses a listing.
 pub(crate) fn served_in_iptables_mode() -> anyhow::Result<bool> {
     Ok(rules::listed()?.is_iptables())
 }
 
-/// Whether this network namespace has services of IPVS.
+/// Whether this network namespace has IPVS services.
 pub(crate) fn serves_by_ipvs() -> bool {
     ipvs_services() != 0
 }
 
-/// Whether a process of kube-proxy's is seen in this network namespace: its id.
+/// Returns the id of a visible process of kube-proxy in this network namespace.
 pub(crate) fn running() -> Option<String> {
     process(PROCESS)
 }
 
-/// The id of a process of this name in this network namespace, where others' processes are visible.
+/// Returns the id of a process with this name in this network namespace, if it is visible.
 fn process(name: &str) -> Option<String> {
     let namespace = |id: &str| fs::read_link(format!("/proc/{id}/ns/net")).ok();
     let own = namespace("self");

@@ -1,5 +1,5 @@
-//! Netlink's framing, for what `rtnetlink` has no words for: requests as bytes, answers one by one,
-//! attributes by number.
+//! Encodes and decodes netlink messages that `rtnetlink` does not support: requests as bytes,
+//! answers one by one, attributes by number.
 
 use std::io;
 
@@ -14,10 +14,10 @@ pub(crate) use rtnetlink::sys::protocols::{
     NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE, NETLINK_XFRM,
 };
 
-/// Room for what the kernel sends at once, bytes: it makes no piece above 32 KiB.
+/// The room for one piece of a listing, bytes. The kernel sends none above 32 KiB.
 pub(crate) const PIECE: usize = 64 * 1024;
 
-/// A run of attributes in the making.
+/// A builder of attributes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Attributes(Vec<u8>);
 
@@ -31,25 +31,25 @@ impl Attributes {
         self
     }
 
-    /// Adds an attribute that has others inside.
+    /// Adds an attribute that contains others.
     pub(crate) fn nest(self, kind: u16, inside: &Self) -> Self {
         self.with(kind | NLA_F_NESTED, &inside.0)
     }
 
-    /// Adds a text, which the kernel wants to end with a zero.
+    /// Adds a text, which ends with a zero for the kernel.
     pub(crate) fn text(self, kind: u16, text: &str) -> Self {
         self.with(kind, &[text.as_bytes(), &[0]].concat())
     }
 
-    /// The attributes as they are sent.
+    /// Returns the attributes as they are sent.
     #[cfg(test)]
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.0
     }
 }
 
-/// A message to the kernel: `fixed` is what comes before the attributes of every message of its
-/// kind.
+/// Builds a message to the kernel. `fixed` is the header before the attributes of this kind of
+/// message.
 pub(crate) fn message(kind: u16, flags: u16, fixed: &[u8], attributes: &Attributes) -> Vec<u8> {
     let mut header = NetlinkHeader::default();
     let room = header.buffer_len();
@@ -64,27 +64,26 @@ pub(crate) fn message(kind: u16, flags: u16, fixed: &[u8], attributes: &Attribut
     bytes
 }
 
-/// A socket to a part of the kernel.
+/// Opens a socket to a subsystem of the kernel.
 ///
 /// # Errors
 ///
-/// When the kernel has no such part.
+/// Fails if the kernel has no such part.
 pub(crate) fn connect(protocol: isize) -> io::Result<Socket> {
     let socket = Socket::new(protocol)?;
     socket.connect(&SocketAddr::new(0, 0))?;
     Ok(socket)
 }
 
-/// Receives one datagram in place of what the buffer holds; waits for it unless `flags` say
-/// otherwise.
+/// Receives one datagram into the buffer, and waits for it unless `flags` say otherwise.
 ///
 /// # Errors
 ///
-/// When it does not fit into the buffer's capacity, or the kernel refuses.
+/// Fails if it does not fit into the buffer's capacity, or the kernel refuses.
 pub(crate) fn receive(socket: &Socket, buffer: &mut Vec<u8>, flags: libc::c_int) -> io::Result<()> {
     loop {
         buffer.clear();
-        // With MSG_TRUNC the length is the message's own.
+        // With MSG_TRUNC the result is the message's full length.
         match socket.recv(buffer, libc::MSG_TRUNC | flags) {
             Ok(length) if length > buffer.len() => {
                 return Err(io::Error::other(format!(
@@ -98,8 +97,8 @@ pub(crate) fn receive(socket: &Socket, buffer: &mut Vec<u8>, flags: libc::c_int)
     }
 }
 
-/// Calls `each` with the payload of every answer in a datagram, until one says that the kernel is
-/// done: with that, well or not, it returns.
+/// Calls `each` with the payload of every answer in a datagram. Returns the kernel's result if the
+/// datagram contains it, and so ends the answers.
 pub(crate) fn read(mut datagram: &[u8], mut each: impl FnMut(&[u8])) -> Option<io::Result<()>> {
     while let Ok(one) = NetlinkBuffer::new_checked(&datagram) {
         match one.message_type() {
@@ -118,12 +117,12 @@ pub(crate) fn read(mut datagram: &[u8], mut each: impl FnMut(&[u8])) -> Option<i
     None
 }
 
-/// Sends a message to a part of the kernel; calls `each` with the payload of every answer until
-/// the kernel is done.
+/// Sends a message to a subsystem of the kernel, and calls `each` with the payload of every answer
+/// until the kernel is done.
 ///
 /// # Errors
 ///
-/// When the kernel refuses.
+/// Fails if the kernel refuses.
 pub(crate) fn ask(protocol: isize, message: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<()> {
     let socket = connect(protocol)?;
     let _ = socket.send(message, 0)?;
@@ -136,7 +135,7 @@ pub(crate) fn ask(protocol: isize, message: &[u8], mut each: impl FnMut(&[u8])) 
     }
 }
 
-/// Kind and value of every attribute in a run of attributes.
+/// Returns the kind and value of every attribute in a run of attributes.
 pub(crate) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     NlasIterator::new(bytes).map_while(|attribute| {
         let attribute = attribute.ok()?;
@@ -145,18 +144,18 @@ pub(crate) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-/// The value of an attribute in a run of attributes.
+/// Returns the value of an attribute in a run of attributes.
 pub(crate) fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     attributes(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
 }
 
-/// A value as text.
+/// Returns a value as text.
 pub(crate) fn text(bytes: Option<&[u8]>) -> String {
     let bytes = bytes.unwrap_or_default();
     String::from_utf8_lossy(bytes.strip_suffix(&[0]).unwrap_or(bytes)).into_owned()
 }
 
-/// The number that a value begins with, in this machine's order of bytes.
+/// Returns the number at the start of a value, in native byte order.
 pub(crate) fn number(bytes: Option<&[u8]>) -> Option<u32> {
     bytes?.first_chunk().copied().map(u32::from_ne_bytes)
 }

@@ -1,5 +1,5 @@
-//! nf_tables by netlink: the only lister of tables, chains, rules and sets, and batches that the
-//! kernel takes whole or not at all. The node's image has no `nft`.
+//! Lists and changes nf_tables by netlink: tables, chains, rules and sets, and atomic batches of
+//! changes. The node's image has no `nft`.
 
 pub(crate) mod attribute;
 mod batch;
@@ -16,7 +16,7 @@ pub(crate) use batch::Batch;
 /// `NFNL_SUBSYS_NFTABLES`.
 const SUBSYSTEM: u16 = 10;
 
-/// `NFPROTO_*`: which packets a table is for. Those of ARP are left out.
+/// The family of a table's packets (`NFPROTO_*`), without ARP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Family {
     Inet,
@@ -39,7 +39,7 @@ impl Family {
         }
     }
 
-    /// As `nft` and people say it.
+    /// Returns the name in `nft`.
     pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Inet => "inet",
@@ -50,7 +50,7 @@ impl Family {
         }
     }
 
-    /// Whether it is for packets of IP at the hooks of the stack.
+    /// Whether it is for IP packets at the stack's hooks.
     pub(crate) fn is_ip(self) -> bool {
         matches!(self, Self::Inet | Self::Ip | Self::Ip6)
     }
@@ -59,7 +59,7 @@ impl Family {
         Self::ALL.into_iter().find(|family| family.number() == number)
     }
 
-    /// `struct nfgenmsg`.
+    /// Returns the `struct nfgenmsg`.
     fn header(self) -> [u8; 4] {
         [self.number(), 0, 0, 0]
     }
@@ -77,17 +77,17 @@ pub(crate) struct Table {
 pub(crate) struct Chain {
     pub(crate) table: Table,
     pub(crate) name: String,
-    /// Where a hook leads there.
+    /// The hook that leads to it, if there is one.
     pub(crate) base: Option<Base>,
 }
 
-/// Where a hook leads to a chain.
+/// The attachment of a chain to a hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Base {
     /// The hook's number, in the table's family.
     pub(crate) hook: u32,
     pub(crate) priority: i32,
-    /// Whether what no rule decides about is dropped.
+    /// Whether packets that no rule decides about are dropped.
     pub(crate) drops: bool,
 }
 
@@ -107,16 +107,16 @@ pub(crate) struct Expression<'r> {
     data: &'r [u8],
 }
 
-/// What an expression decides.
+/// The verdict of an expression.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Verdict {
     /// `NF_*` or `NFT_*`.
     pub(crate) code: Option<i32>,
-    /// The chain that it leads to.
+    /// The target chain.
     pub(crate) chain: Option<String>,
 }
 
-/// A rule that leads to another chain.
+/// A rule that jumps to another chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Jump {
     pub(crate) table: Table,
@@ -129,12 +129,12 @@ pub(crate) struct Jump {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Element {
     pub(crate) key: Vec<u8>,
-    /// Milliseconds until it goes; [`None`]: it stays.
+    /// The milliseconds until it expires; [`None`] if it does not.
     pub(crate) expires_ms: Option<u64>,
 }
 
 impl Rule {
-    /// Its parts, in order.
+    /// Returns its expressions, in order.
     pub(crate) fn expressions(&self) -> impl Iterator<Item = Expression<'_>> {
         attributes(&self.expressions).filter_map(|(_, one)| {
             let data = find(one, expression::DATA)?;
@@ -142,29 +142,29 @@ impl Rule {
         })
     }
 
-    /// The chain that it leads to.
+    /// Returns the chain that it jumps to.
     fn jumps_to(&self) -> Option<String> {
         self.expressions().find_map(|one| one.verdict()?.chain)
     }
 }
 
 impl Expression<'_> {
-    /// The value of an attribute of its own.
+    /// Returns the value of one of its attributes.
     pub(crate) fn value(&self, kind: u16) -> Option<&[u8]> {
         find(self.data, kind)
     }
 
-    /// An attribute of its own that is a number.
+    /// Returns the number in one of its attributes.
     pub(crate) fn number(&self, kind: u16) -> Option<u32> {
         number(self.value(kind))
     }
 
-    /// The bytes that an attribute of its own holds for a register.
+    /// Returns the bytes for a register in one of its attributes.
     pub(crate) fn bytes(&self, kind: u16) -> Option<&[u8]> {
         find(self.value(kind)?, data::VALUE)
     }
 
-    /// What it decides, if it is an `immediate` that decides something.
+    /// Returns its verdict, if it is an `immediate` with one.
     pub(crate) fn verdict(&self) -> Option<Verdict> {
         if self.name != "immediate" {
             return None;
@@ -177,17 +177,17 @@ impl Expression<'_> {
     }
 }
 
-/// A number, in the network's order of bytes.
+/// Returns a number in network byte order.
 fn number(bytes: Option<&[u8]>) -> Option<u32> {
     bytes?.try_into().ok().map(u32::from_be_bytes)
 }
 
-/// As [`number`], of eight bytes.
+/// Returns a number of eight bytes in network byte order.
 fn long_number(bytes: Option<&[u8]>) -> Option<u64> {
     bytes?.try_into().ok().map(u64::from_be_bytes)
 }
 
-/// Asks for a listing. A kernel without nf_tables has nothing to list.
+/// Requests a listing, which is empty if the kernel has no nf_tables.
 fn dump(
     kind: u16,
     header: [u8; 4],
@@ -213,7 +213,7 @@ fn dump(
     }
 }
 
-/// Every table of the network namespace.
+/// Lists every table of the network namespace.
 pub(crate) fn tables() -> io::Result<Vec<Table>> {
     let mut tables = Vec::new();
     dump(message::GET_TABLE, [0; 4], &Attributes::default(), |family, found| {
@@ -224,7 +224,7 @@ pub(crate) fn tables() -> io::Result<Vec<Table>> {
     Ok(tables)
 }
 
-/// Every chain of the network namespace.
+/// Lists every chain of the network namespace.
 pub(crate) fn chains() -> io::Result<Vec<Chain>> {
     let mut chains = Vec::new();
     dump(message::GET_CHAIN, [0; 4], &Attributes::default(), |family, found| {
@@ -250,7 +250,7 @@ fn base(found: &[u8]) -> Option<Base> {
 pub(crate) fn rules(table: &Table, mut each: impl FnMut(Rule)) -> io::Result<()> {
     let names = Attributes::default().text(rule::TABLE, &table.name);
     dump(message::GET_RULE, table.family.header(), &names, |_, found| {
-        // Not every kernel leaves out the rules of other tables.
+        // Some kernels also list the rules of other tables.
         if text(find(found, rule::TABLE)) != table.name {
             return;
         }
@@ -262,7 +262,7 @@ pub(crate) fn rules(table: &Table, mut each: impl FnMut(Rule)) -> io::Result<()>
     })
 }
 
-/// The rules of a table that lead to another chain.
+/// Lists the rules of a table that jump to another chain.
 pub(crate) fn jumps(table: &Table) -> io::Result<Vec<Jump>> {
     let mut jumps = Vec::new();
     rules(table, |rule| {
@@ -273,7 +273,7 @@ pub(crate) fn jumps(table: &Table) -> io::Result<Vec<Jump>> {
     Ok(jumps)
 }
 
-/// The names of the sets of a table.
+/// Lists the names of a table's sets.
 pub(crate) fn sets(table: &Table) -> io::Result<Vec<String>> {
     let mut sets = Vec::new();
     let names = Attributes::default().text(set::TABLE, &table.name);
@@ -285,7 +285,7 @@ pub(crate) fn sets(table: &Table) -> io::Result<Vec<String>> {
     Ok(sets)
 }
 
-/// The elements of a set; of an interval the ends.
+/// Lists the elements of a set; for an interval, its ends.
 pub(crate) fn elements(table: &Table, set: &str) -> io::Result<Vec<Element>> {
     let mut elements = Vec::new();
     let names =

@@ -1,10 +1,10 @@
-//! The ports of masqueraded clients and of Services' node ports, kept apart from those that the
+//! Keeps the ports of masqueraded clients and of Services' node ports apart from those that the
 //! kernel gives to the node's own sockets.
 //!
-//! They share the node's address. What of `ip_local_port_range` is also ours is entered into
-//! `ip_local_reserved_ports`, which the kernel leaves out when it chooses a port; a process that
-//! asks for a port by number still gets it. What was entered is recorded, so that exactly this can
-//! be taken out again.
+//! Both use the node's address. Ports of `ip_local_port_range` that are also ours are added to
+//! `ip_local_reserved_ports`, which the kernel skips when it chooses a port. A process that binds a
+//! port by number still gets it. The added ports are recorded, so that exactly these can be removed
+//! again.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -14,25 +14,25 @@ use std::path::{Path, PathBuf};
 
 use sluice_common::path::PORT_RANGES;
 
-/// Where below `/proc/sys` the settings for IPv4 lie; these two count for IPv6 as well.
+/// The folder of the settings for IPv4 below `/proc/sys`; these two apply to IPv6 as well.
 pub const SYSCTLS: &str = "net/ipv4";
-/// The range that the kernel chooses ports from.
+/// The range from which the kernel chooses ports.
 const RANGE: &str = "ip_local_port_range";
-/// Ports that it leaves out.
+/// The ports that it skips.
 const RESERVED: &str = "ip_local_reserved_ports";
-/// Ports that must be left to the node's own sockets.
+/// The least number of ports that must be left to the node's own sockets.
 const LEFT_MIN: usize = 1_024;
-/// Longest list of reserved ports, bytes: every second one of 65 536, with commas.
+/// The longest list of reserved ports, bytes: every second one of 65 536, with commas.
 const LIST_MAX: usize = 1 << 18;
 
 type Ports = BTreeSet<u16>;
 
-/// The ports of masqueraded clients.
+/// Returns the ports of masqueraded clients.
 fn masquerade() -> impl Iterator<Item = RangeInclusive<u16>> {
     PORT_RANGES.into_iter().map(|(first, last)| first..=last)
 }
 
-/// The ports cannot be kept apart.
+/// An error that keeps the ports from being kept apart.
 #[derive(Debug, thiserror::Error)]
 pub enum PortsError {
     /// A setting cannot be read.
@@ -85,7 +85,7 @@ pub enum PortsError {
         /// What it should be.
         wanted: String,
     },
-    /// What was entered cannot be recorded, or no longer.
+    /// The record of added ports cannot be read, written or removed.
     #[error("cannot {action} {path}, the record of reserved ports: {cause}")]
     Record {
         /// What was tried.
@@ -95,7 +95,7 @@ pub enum PortsError {
         /// Why.
         cause: io::Error,
     },
-    /// What was entered cannot be taken out again.
+    /// The added ports cannot be removed again.
     #[error("cannot take ports {ports} out of {path}: {cause}")]
     Release {
         /// The ports.
@@ -107,17 +107,17 @@ pub enum PortsError {
     },
 }
 
-/// What is to be reserved.
+/// Ports that need to be reserved.
 #[derive(Debug)]
 struct Missing {
-    /// Ports that are ours and the kernel's, and not reserved.
+    /// Our ports in the kernel's range that are not reserved yet.
     missing: Ports,
-    /// All that shall be reserved then.
+    /// All ports that shall be reserved.
     wanted: Ports,
 }
 
 impl Missing {
-    /// Reads the settings; [`None`]: nothing is to be reserved.
+    /// Reads the settings. Returns [`None`] if nothing needs to be reserved.
     fn read(sysctls: &Path) -> Result<Option<Self>, PortsError> {
         let range = read(&sysctls.join(RANGE), range)?;
         let reserved = read(&sysctls.join(RESERVED), list)?;
@@ -134,28 +134,28 @@ impl Missing {
     }
 }
 
-/// What [`reserve`] would reserve, for people.
+/// Describes what [`reserve`] would reserve.
 ///
 /// # Errors
 ///
-/// When a setting cannot be read, or hardly a port would be left to the node's own sockets.
+/// Fails if a setting cannot be read, or hardly a port would be left to the node's own sockets.
 pub fn look(sysctls: &Path) -> Result<Option<String>, PortsError> {
     Ok(Missing::read(sysctls)?.map(|missing| text(&missing.missing)))
 }
 
-/// Reserves what is necessary, and records it; returns the ports that were not reserved before, for
-/// people.
+/// Reserves the necessary ports, and records them. Describes the ports that were not reserved
+/// before.
 ///
 /// # Errors
 ///
-/// When the ports cannot be kept apart: then masqueraded clients would meet connections of the
-/// node's own.
+/// Fails if the ports cannot be kept apart, so that masqueraded clients would clash with the node's
+/// own connections.
 pub fn reserve(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsError> {
     let reserved_path = sysctls.join(RESERVED);
     let Some(Missing { missing, wanted }) = Missing::read(sysctls)? else { return Ok(None) };
     let before = recorded(record)?.unwrap_or_default();
     let ours: Ports = before.union(&missing).copied().collect();
-    // First: what is entered and not recorded would stay for ever.
+    // The record comes first, since ports that are added and not recorded would stay for ever.
     fs::write(record, text(&ours) + "\n").map_err(|cause| PortsError::Record {
         action: "write",
         path: record.to_owned(),
@@ -170,13 +170,13 @@ pub fn reserve(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsErr
     Ok(Some(text(&missing)))
 }
 
-/// Reserves these node ports as far as the kernel may give them to a socket, and gives back those
-/// of others that were reserved before; returns what was added and what was given back, for people.
+/// Reserves those of these node ports that the kernel may give to a socket, and releases others
+/// that were reserved before. Describes what was added and what was released.
 ///
 /// # Errors
 ///
-/// When a setting or the record cannot be used, or hardly a port would be left to the node's own
-/// sockets.
+/// Fails if a setting or the record cannot be used, or hardly a port would be left to the node's
+/// own sockets.
 pub fn follow_node_ports(
     sysctls: &Path,
     record: &Path,
@@ -209,7 +209,8 @@ pub fn follow_node_ports(
         })
     };
     let ours: Ports = before.union(&added).copied().collect();
-    // First, and what is given back last: what is entered and not recorded would stay for ever.
+    // Added ports are recorded first, and released ones are dropped from the record last, since
+    // ports that are reserved and not recorded would stay for ever.
     write(&ours)?;
     fs::write(&path, text(&wanted) + "\n").map_err(|cause| PortsError::Reserve {
         ports: text(&added),
@@ -221,11 +222,11 @@ pub fn follow_node_ports(
     Ok((text(&added), text(&given_back)))
 }
 
-/// Takes out what was entered; returns the ports, for people.
+/// Removes the ports that were added, and describes them.
 ///
 /// # Errors
 ///
-/// When the record or the setting cannot be used.
+/// Fails if the record or the setting cannot be used.
 pub fn release(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsError> {
     let Some(ours) = recorded(record)? else { return Ok(None) };
     let path = sysctls.join(RESERVED);
@@ -233,7 +234,7 @@ pub fn release(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsErr
     let released: Ports = reserved.intersection(&ours).copied().collect();
     if !released.is_empty() {
         let wanted: Ports = reserved.difference(&ours).copied().collect();
-        // An empty list is written as an empty line: the kernel takes no notice of an empty write.
+        // An empty list is written as an empty line, since the kernel ignores an empty write.
         fs::write(&path, text(&wanted) + "\n").map_err(|cause| PortsError::Release {
             ports: text(&released),
             path,
@@ -248,18 +249,18 @@ pub fn release(sysctls: &Path, record: &Path) -> Result<Option<String>, PortsErr
     Ok(Some(text(&released)).filter(|ports| !ports.is_empty()))
 }
 
-/// What an agent has entered, if any has.
+/// Reads the record of added ports, if there is one.
 fn recorded(record: &Path) -> Result<Option<Ports>, PortsError> {
     match fs::read_to_string(record) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(cause) => Err(PortsError::Record { action: "read", path: record.to_owned(), cause }),
-        // Nothing is taken out for a record that somebody has spoilt.
+        // Nothing is removed because of an invalid record.
         Ok(text) => Ok(Some(list(&text).unwrap_or_default())),
     }
 }
 
-/// Reads a setting in one call: the kernel gives the rest of a long list to nobody who comes back
-/// for it.
+/// Reads a setting in one call, since the kernel does not return the rest of a long list to a
+/// second one.
 fn read(path: &Path, parse: impl Fn(&str) -> Option<Ports>) -> Result<Ports, PortsError> {
     let failed = |cause| PortsError::Read { path: path.to_owned(), cause };
     let mut buffer = vec![0; LIST_MAX];
@@ -270,7 +271,7 @@ fn read(path: &Path, parse: impl Fn(&str) -> Option<Ports>) -> Result<Ports, Por
         .ok_or_else(|| failed(io::Error::other(format!("{:?} means no ports", text.trim()))))
 }
 
-/// Reads `32768 60999`, with white space of any kind.
+/// Parses `32768 60999`, with white space of any kind.
 fn range(text: &str) -> Option<Ports> {
     let mut numbers = text.split_whitespace().map(str::parse::<u16>);
     let (Some(Ok(first)), Some(Ok(last)), None) = (numbers.next(), numbers.next(), numbers.next())
@@ -280,7 +281,7 @@ fn range(text: &str) -> Option<Ports> {
     Some((first..=last).collect())
 }
 
-/// Reads `8080,9148-9150`.
+/// Parses `8080,9148-9150`.
 fn list(text: &str) -> Option<Ports> {
     let mut ports = Ports::new();
     for part in text.trim().split(',').filter(|part| !part.is_empty()) {
@@ -290,7 +291,7 @@ fn list(text: &str) -> Option<Ports> {
     Some(ports)
 }
 
-/// Writes what [`list`] reads.
+/// Formats ports as [`list`] parses them.
 fn text(ports: &Ports) -> String {
     let mut ranges: Vec<RangeInclusive<u16>> = Vec::new();
     for port in ports {
@@ -308,7 +309,7 @@ fn text(ports: &Ports) -> String {
     ranges.iter().map(word).collect::<Vec<_>>().join(",")
 }
 
-/// The ports among these that masqueraded clients get.
+/// Returns those of these ports that masqueraded clients get.
 fn overlap(ports: &Ports) -> Ports {
     ports.iter().copied().filter(|port| masquerade().any(|range| range.contains(port))).collect()
 }

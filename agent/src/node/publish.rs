@@ -1,14 +1,13 @@
-//! News for those who watch a value.
+//! Publishes values to watchers.
 
 use tokio::sync::watch;
 
-/// Puts a value in place of the watched one; nobody is woken where it is the same. Returns whether
-/// it was news.
+/// Replaces the watched value, and wakes watchers only if it differs. Returns whether it does.
 pub(crate) fn publish<T: PartialEq>(sender: &watch::Sender<T>, value: T) -> bool {
     publish_part(sender, |all| all, value)
 }
 
-/// As [`publish`], of a part of what is watched.
+/// Replaces a part of the watched value, as [`publish`] does.
 pub(crate) fn publish_part<T, P: PartialEq>(
     sender: &watch::Sender<T>,
     part: impl FnOnce(&mut T) -> &mut P,

@@ -1,4 +1,4 @@
-//! What the agent tells about itself: `status.json` in the state directory, and the lock beside it.
+//! The agent's status: `status.json` in the state directory, and the lock next to it.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -17,17 +17,17 @@ use crate::node::folder;
 
 /// The pin path when none is given.
 pub const PIN_PATH: &str = "/sys/fs/bpf/sluice";
-/// Where state directories lie; itself the directory of the standard pin path.
+/// The parent of all state directories, and itself the one of the standard pin path.
 const STATE: &str = "/run/sluice";
 
-/// The state directory that belongs to a pin path when none is given: agents of several lab nodes
-/// on one machine have a pin path each, so their directories differ.
+/// Returns the default state directory of a pin path. Agents of several lab nodes on one machine
+/// have different pin paths, and therefore different directories.
 #[must_use]
 pub fn state_dir(pin_path: &Path) -> PathBuf {
     if pin_path == Path::new(PIN_PATH) {
         return PathBuf::from(STATE);
     }
-    // FNV-1a: agents and readers of every release must find the same directory.
+    // The hash is FNV-1a, since all releases must find the same directory.
     let hash =
         pin_path.as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
             (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
@@ -35,20 +35,20 @@ pub fn state_dir(pin_path: &Path) -> PathBuf {
     Path::new(STATE).join(format!("{hash:016x}"))
 }
 
-/// The record of reserved ports in a state directory (see [`super::ports`]).
+/// Returns the path of the record of reserved ports (see [`super::ports`]).
 #[must_use]
 pub fn reserved_ports(path: &Path) -> PathBuf {
     path.join("reserved-ports")
 }
 
-/// The record of the loopback device's settings in a state directory (see
+/// Returns the path of the record of the loopback device's settings (see
 /// [`crate::node::devices::loopback`]).
 #[must_use]
 pub fn loopback(path: &Path) -> PathBuf {
     path.join("loopback")
 }
 
-/// A time as seconds since 1970.
+/// Converts a time to seconds since 1970.
 #[must_use]
 pub fn unix_seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
@@ -65,16 +65,16 @@ pub struct Status {
     pub version: String,
     /// When the agent started, in seconds since 1970.
     pub started: u64,
-    /// How it was started, for those who are to decide as it does.
+    /// Its command line, for commands that have to decide as it does.
     #[serde(default)]
     pub invocation: Invocation,
     /// Whether the maps and hooks are as they should be.
     pub ready: bool,
-    /// Why it is not ready, for people; empty when it is.
+    /// Why it is not ready, as text; empty if it is.
     pub waiting_for: Vec<String>,
-    /// Where objects come from.
+    /// The sources of objects.
     pub sources: Vec<SourceStatus>,
-    /// What the maps were told to hold.
+    /// How much the maps are planned to hold.
     pub counts: Counts,
     /// The devices with a role.
     pub devices: Vec<DeviceStatus>,
@@ -90,45 +90,45 @@ pub struct Status {
     pub reports: Vec<ReportStatus>,
     /// The last change of the maps.
     pub last_sync: Option<SyncStatus>,
-    /// Writes that failed and are tried again, for people.
+    /// Why writes fail and are retried, as text.
     pub failing: Option<String>,
-    /// What else fails and is tried again.
+    /// What else fails and is retried.
     #[serde(default)]
     pub problems: Vec<String>,
 }
 
-/// A takeover from kube-proxy, or the way back.
+/// A takeover from kube-proxy, or a release back to it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TakeoverStatus {
     /// `serving`, `passive`, `importing`, `draining` or `released`.
     pub phase: String,
-    /// What the next step waits for; [`None`]: there is none, or nothing is waited for.
+    /// What the next step waits for; [`None`] if there is no next step or it waits for nothing.
     pub waiting_for: Option<String>,
-    /// TCP and SCTP connections that netfilter goes on to translate.
+    /// The number of TCP and SCTP connections that netfilter still translates.
     pub connections: u64,
-    /// Flows of datagrams that it does.
+    /// The number of flows of datagrams that netfilter still translates.
     pub datagram_flows: u64,
-    /// While draining: flows of ours that are under way.
+    /// The number of our flows that are still in use, while draining.
     pub flows: Option<u64>,
-    /// kube-proxy's rules that are there, when they were last looked for.
+    /// kube-proxy's rules that were found by the last look.
     pub kube_proxy: Option<String>,
     /// Whether our own table holds netfilter's connections.
     pub holding: bool,
-    /// What fails and is tried again.
+    /// What fails and is retried.
     pub problem: Option<String>,
 }
 
 /// A command line.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Invocation {
-    /// Its words, from the subcommand on; what was taken from kube-proxy's is brought into ours.
+    /// Its words, from the subcommand on. Flags of kube-proxy are translated to ours.
     pub arguments: Vec<String>,
-    /// What relative paths in it are relative to.
+    /// The directory that relative paths in it are relative to.
     pub directory: PathBuf,
 }
 
 impl Invocation {
-    /// These words, from the subcommand on, given in this process's directory.
+    /// Creates a command line of these words, from the subcommand on, in this process's directory.
     #[must_use]
     pub fn here(words: &[OsString]) -> Self {
         let subcommand = words.iter().skip_while(|word| *word != "agent");
@@ -146,11 +146,11 @@ pub struct SourceStatus {
     pub name: String,
     /// Folder or address.
     pub from: String,
-    /// Whether its first full list has come.
+    /// Whether it has delivered its first full list.
     pub synced: bool,
-    /// When it was last heard, in seconds since 1970.
+    /// When it last delivered something, in seconds since 1970.
     pub heard: Option<u64>,
-    /// What is wrong with it; [`None`] when it is well.
+    /// What is wrong with it; [`None`] if nothing is.
     pub problem: Option<String>,
 }
 
@@ -161,7 +161,7 @@ pub struct Counts {
     pub frontends: usize,
     /// Service ports.
     pub service_ports: usize,
-    /// Backends that serve.
+    /// Serving backends.
     pub backends: usize,
 }
 
@@ -172,11 +172,11 @@ pub struct DeviceStatus {
     pub index: u32,
     /// Its name.
     pub name: String,
-    /// What it is.
+    /// Its role.
     pub role: Role,
-    /// What is attached, and how.
+    /// How each program is attached.
     pub hooks: Vec<How>,
-    /// What failed and is tried again.
+    /// What failed and is retried.
     pub problem: Option<String>,
     /// What is not attached and need not be.
     pub notes: Vec<String>,
@@ -189,7 +189,7 @@ pub struct SocketPathStatus {
     pub mode: String,
     /// The cgroup that they are attached to.
     pub cgroup: Option<PathBuf>,
-    /// What failed and is tried again.
+    /// What failed and is retried.
     pub problem: Option<String>,
 }
 
@@ -198,17 +198,17 @@ pub struct SocketPathStatus {
 pub struct PolicyStatus {
     /// `needed`, `kube-proxy` or `all`.
     pub masquerade: String,
-    /// How a client is known to be a local pod, as the flag has it.
+    /// How a client is known to be a local pod, as in the flag.
     pub detect_local: String,
-    /// Where node ports are served, as the flag has it.
+    /// Where node ports are served, as in the flag.
     pub nodeport_addresses: String,
-    /// The node's addresses that this means.
+    /// The node's addresses at which node ports are served.
     pub serving: Vec<IpAddr>,
-    /// The node's primary addresses, as which clients are shown where a device has none of its own.
+    /// The node's primary addresses, which masquerade clients behind devices without an address.
     pub primary: Vec<IpAddr>,
     /// Addresses that are left to whoever has them on a device.
     pub left_alone: Vec<IpAddr>,
-    /// `off`, `on`, or `on` and why packets do not go around the stack all the same.
+    /// `off`, `on`, or `on` with the reason for which packets still go through the stack.
     #[serde(default)]
     pub accelerate: String,
     /// The node's addresses that no uplink has.
@@ -227,9 +227,9 @@ pub struct ReportStatus {
     pub subject: String,
     /// The field's path; empty if it is the whole.
     pub field: String,
-    /// For people.
+    /// What was found and what follows from it, as text.
     pub message: String,
-    /// Since when, in seconds since 1970.
+    /// When it was first noticed, in seconds since 1970.
     pub since: u64,
 }
 
@@ -240,15 +240,15 @@ pub struct SyncStatus {
     pub at: u64,
     /// How long it took, microseconds.
     pub took_us: u64,
-    /// How many writes it had.
+    /// The number of writes.
     pub writes: usize,
 }
 
-/// The state directory of a running agent; there is one agent a directory.
+/// The state directory of a running agent. Each directory has one agent.
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
-    /// Held as long as the agent lives: the kernel lets it go with the process.
+    /// Held for as long as the agent lives; the kernel releases it with the process.
     lock: File,
 }
 
@@ -257,7 +257,8 @@ impl StateDir {
     ///
     /// # Errors
     ///
-    /// When another agent holds it, somebody other than root may change it, or it cannot be made.
+    /// Fails if another agent holds it, if other users than root may change it, or if it cannot be
+    /// made.
     pub fn take(path: &Path) -> io::Result<Self> {
         let context = |error: io::Error| {
             io::Error::new(
@@ -289,15 +290,15 @@ impl StateDir {
         Ok(Self { path: path.to_owned(), lock })
     }
 
-    /// Writes the status for readers to find: all of it or nothing. One that cannot be written is
-    /// none: what an agent said long ago would be taken for what is so now.
+    /// Writes the status atomically. If that fails, the old status is removed, since readers would
+    /// take it for the present one.
     ///
     /// # Errors
     ///
-    /// When the file cannot be written.
+    /// Fails if the file cannot be written.
     pub fn write(&self, status: &Status) -> io::Result<()> {
         let written = self.replace(status);
-        // Whatever was there is not any more.
+        // The status of an earlier agent has been replaced or removed.
         let _ = try_lock(&self.lock, SPEAKS)?;
         written
     }
@@ -305,7 +306,7 @@ impl StateDir {
     fn replace(&self, status: &Status) -> io::Result<()> {
         let (new, path) = (self.path.join("status.json.new"), self.path.join("status.json"));
         let write = || {
-            // Somebody may have cleaned up /run below a running agent.
+            // Something may have cleaned up /run under a running agent.
             folder::make(&self.path, folder::READABLE)?;
             let mut file = File::create(&new)?;
             file.write_all(serde_json::to_string_pretty(status)?.as_bytes())?;
@@ -313,7 +314,7 @@ impl StateDir {
             fs::rename(&new, &path)
         };
         let Err(_) = write() else { return Ok(()) };
-        // On a full disk there may be room for one of the two.
+        // A full disk may have room for only one of the two files.
         let _ = fs::remove_file(&new);
         let _ = fs::remove_file(&path);
         write().map_err(|error| {
@@ -327,11 +328,11 @@ impl StateDir {
     }
 }
 
-/// Checks that nobody but root may change a state directory, if there is one.
+/// Checks that only root may change a state directory, if there is one.
 ///
 /// # Errors
 ///
-/// When somebody else may; the error holds the command that mends it.
+/// Fails if other users may; the error contains the command that fixes it.
 pub fn check(path: &Path) -> io::Result<()> {
     folder::check(path).and_then(|()| folder::check_files(path)).map_err(|error| {
         io::Error::new(
@@ -341,13 +342,13 @@ pub fn check(path: &Path) -> io::Result<()> {
     })
 }
 
-/// The byte of the lock file that an agent holds as long as it lives.
+/// The byte of the lock file that an agent locks for as long as it lives.
 const LIVES: i64 = 0;
-/// The byte that it holds when no status but its own is in the directory.
+/// The byte that it locks once the directory contains no status but its own.
 const SPEAKS: i64 = 1;
 
-/// A write lock on a byte. It belongs to the open file and not to the process, and who only asks
-/// about it takes nothing: a reader never keeps an agent from starting.
+/// Returns a write lock on a byte. It belongs to the open file, not to the process, and querying it
+/// takes no lock, so that a reader never keeps an agent from starting.
 fn byte(at: i64) -> libc::flock {
     libc::flock {
         l_type: libc::F_WRLCK as i16,
@@ -358,7 +359,7 @@ fn byte(at: i64) -> libc::flock {
     }
 }
 
-/// Takes an exclusive lock unless somebody else has it.
+/// Takes an exclusive lock, unless another process has it.
 fn try_lock(file: &File, at: i64) -> io::Result<bool> {
     let wanted = byte(at);
     // SAFETY: the descriptor is open, the struct is live.
@@ -380,21 +381,21 @@ fn is_locked(path: &Path, at: i64) -> bool {
     asked == 0 && held.l_type != libc::F_UNLCK as i16
 }
 
-/// Whether an agent holds a state directory.
+/// Whether an agent holds the lock of a state directory.
 #[must_use]
 pub fn is_alive(path: &Path) -> bool {
     is_locked(path, LIVES)
 }
 
-/// The status of the agent that lives; [`None`] when there is none, or it has just started and the
-/// last one's is still there.
+/// Returns the status of the running agent. Returns [`None`] if there is none, or if it has just
+/// started and the status is still that of an earlier one.
 #[must_use]
 pub fn of_living(path: &Path) -> Option<Status> {
-    // Asked first: what is read then is this agent's, or a later one's.
+    // The lock is queried first, so that the status is of this agent or a later one.
     is_locked(path, SPEAKS).then(|| read(path)).flatten()
 }
 
-/// The last status in a state directory, of an agent alive or not.
+/// Returns the last status in a state directory, whether its agent is running or not.
 #[must_use]
 pub fn read(path: &Path) -> Option<Status> {
     serde_json::from_slice(&fs::read(path.join("status.json")).ok()?).ok()
@@ -404,7 +405,7 @@ pub fn read(path: &Path) -> Option<Status> {
 ///
 /// # Errors
 ///
-/// When a file cannot be removed.
+/// Fails if a file cannot be removed.
 pub fn remove(path: &Path) -> io::Result<()> {
     for file in ["status.json", "status.json.new", "wish.json", "wish.json.new", "lock"] {
         match fs::remove_file(path.join(file)) {
@@ -413,8 +414,8 @@ pub fn remove(path: &Path) -> io::Result<()> {
         }
     }
     match fs::remove_dir(path) {
-        // The standard directory holds those of other pin paths, and may be a mount, in a pod in a
-        // read-only root.
+        // The standard directory contains those of other pin paths. It may also be a mount, or, in
+        // a pod, lie in a read-only root.
         Err(error)
             if !matches!(
                 error.raw_os_error(),

@@ -1,5 +1,4 @@
-//! The live maps, joined for people: whose is a service port, where is a frontend, what was
-//! counted.
+//! Joins the live maps for people: the owners of service ports, the frontends, the counters.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -17,35 +16,35 @@ use sluice_core::model::object::Protocol;
 
 use crate::node::dataplane::{Access, Error, Kernel, Maps, Pins};
 
-/// Everything that is pinned, read once.
+/// The content of the pinned maps, read once.
 #[derive(Debug)]
 pub(crate) struct View {
     /// The maps.
     pub(crate) kernel: Kernel,
-    /// What they hold.
+    /// The content of the plan's maps.
     pub(crate) image: Image,
     /// Backend counters.
     pub(crate) counters: BTreeMap<u32, BackendCounters>,
-    /// What was counted of connections that were translated at the socket.
+    /// Counters of connections that were translated at the socket.
     pub(crate) sockets: BTreeMap<u32, SocketCounters>,
 }
 
 /// A backend of either family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BackendView {
-    /// Its index in its family's map.
+    /// Its id in its family's map.
     pub(crate) id: u32,
     /// Its endpoint.
     pub(crate) address: SocketAddr,
     /// The service port that it belongs to.
     pub(crate) service_port: u32,
-    /// On this node.
+    /// Whether it is on this node.
     pub(crate) local: bool,
-    /// Takes new flows.
+    /// Whether it takes new flows.
     pub(crate) serving: bool,
-    /// What was counted.
+    /// Its counters.
     pub(crate) counters: BackendCounters,
-    /// What was counted of connections that were translated at the socket.
+    /// Counters of connections that were translated at the socket.
     pub(crate) sockets: SocketCounters,
 }
 
@@ -66,8 +65,7 @@ pub(crate) struct PortName {
 }
 
 impl PortName {
-    /// Whether a person's word means this service: `name` or `namespace/name`, perhaps with
-    /// `:port`.
+    /// Whether a word names this service: `name` or `namespace/name`, perhaps with `:port`.
     #[must_use]
     pub(crate) fn is(&self, word: &str) -> bool {
         let (service, port) =
@@ -92,24 +90,24 @@ impl From<&Name> for PortName {
     }
 }
 
-/// The text before the first zero.
+/// Returns the text before the first zero.
 fn text(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()).into_owned()
 }
 
-/// A protocol's word, or its number.
+/// Returns a protocol's name, or its number if it is unknown.
 #[must_use]
 pub(crate) fn protocol(number: u8) -> String {
     Protocol::from_number(number)
         .map_or_else(|| number.to_string(), |protocol| protocol.word().to_owned())
 }
 
-/// Opens the maps pinned under a path, to look at them.
+/// Opens the maps pinned under a path, to be read.
 ///
 /// # Errors
 ///
-/// When nothing is pinned there, another layout is, or it may not be opened.
+/// Fails if nothing or another layout is pinned there, or if it may not be opened.
 pub(crate) fn open(pin_path: &Path) -> anyhow::Result<Kernel> {
     let pins = Pins::new(pin_path);
     let folder = pins.maps();
@@ -131,11 +129,11 @@ pub(crate) fn open(pin_path: &Path) -> anyhow::Result<Kernel> {
 }
 
 impl View {
-    /// Reads what is pinned under a path.
+    /// Reads the maps pinned under a path.
     ///
     /// # Errors
     ///
-    /// When it cannot be opened or read.
+    /// Fails if it cannot be opened or read.
     pub(crate) fn read(pin_path: &Path) -> anyhow::Result<Self> {
         let kernel = open(pin_path)?;
         let image = kernel.read()?;
@@ -144,13 +142,13 @@ impl View {
         Ok(Self { kernel, image, counters, sockets })
     }
 
-    /// Whose a service port is.
+    /// Returns the owner of a service port.
     #[must_use]
     pub(crate) fn name(&self, service_port: u32) -> Option<PortName> {
         self.image.names.get(&service_port).map(PortName::from)
     }
 
-    /// Service-port id -> its VIPs and their kinds. A node port stands for itself, at any address.
+    /// Returns the frontends of each service port with their kinds. A node port has any address.
     #[must_use]
     pub(crate) fn vips(&self) -> BTreeMap<u32, Vec<(String, u32)>> {
         let mut vips: BTreeMap<u32, Vec<(String, u32)>> = BTreeMap::new();
@@ -171,7 +169,7 @@ impl View {
         }
     }
 
-    /// Every backend that has ever served and was not given away.
+    /// Returns every backend that has served and whose id was not reused.
     #[must_use]
     pub(crate) fn backends(&self) -> Vec<BackendView> {
         let mut backends = self.backends_of::<V4>(0);
@@ -192,7 +190,7 @@ impl View {
         F::of(&self.image).backends.iter().map(view).collect()
     }
 
-    /// The slots of a service port: those of cluster clients, else of the others.
+    /// Returns the slots of a service port: those of internal clients, or else of the others.
     #[must_use]
     pub(crate) fn slots(&self, service_port: u32) -> &[u32] {
         let port = self.image.ports.get(&service_port).copied().unwrap_or_default();
@@ -200,7 +198,7 @@ impl View {
         range.and_then(|range| self.image.slots.get(&range.start())).map_or(&[], Vec::as_slice)
     }
 
-    /// The backends of a service port that get new flows of some class of clients.
+    /// Returns the backends of a service port that get new flows of any class of clients.
     #[must_use]
     pub(crate) fn selected(&self, service_port: u32) -> BTreeSet<u32> {
         let port = self.image.ports.get(&service_port).copied().unwrap_or_default();
@@ -209,7 +207,7 @@ impl View {
     }
 }
 
-/// A frontend kind as Kubernetes calls it.
+/// Returns Kubernetes' name of a frontend kind.
 #[must_use]
 pub(crate) fn kind(number: u32) -> &'static str {
     match number {

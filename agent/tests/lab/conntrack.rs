@@ -10,7 +10,7 @@ use crate::support::{
     addresses_of_pod, cluster_ip, skip, until,
 };
 use anyhow::{Context, Result, ensure};
-use sluice::node::conntrack::{Cleaned, Told, UdpFrontends, clean, keep_clean};
+use sluice::node::conntrack::{Cleaned, Progress, UdpFrontends, clean, keep_clean};
 use sluice_core::model::object::IpFamily;
 use sluice_lab::{Lab, Namespace, Node, NodeOptions, Running, Serve};
 use tokio::sync::watch;
@@ -221,7 +221,7 @@ fn conntrack_is_cleaned_at_the_start_and_when_frontends_change_or_go() -> Result
     }
     let bench = Bench::new("keep")?;
     let (sender, frontends) = watch::channel(Arc::new(bench.frontends.clone()));
-    let (told_sender, told) = watch::channel(Told::default());
+    let (told_sender, told) = watch::channel(Progress::default());
     std::thread::scope(|scope| {
         // The agent's tasks all run in one network namespace; here that is the node's.
         let cleaner = scope.spawn(|| {

@@ -1,8 +1,8 @@
-//! What the packet path looks up in the maps, looked up in an image.
+//! Looks up in an image what the packet path looks up in the maps.
 
 use std::net::IpAddr;
 
-use sluice_common::abi::{Class, Range};
+use sluice_common::abi::{Class, NodeAddress, Range};
 use sluice_common::{Family, family};
 
 use super::{Image, SourceKey, Stack};
@@ -85,7 +85,7 @@ impl Image {
 
     /// Whether node ports are served at an address.
     pub fn serves_node_ports<F: Stack>(&self, address: &F::Address) -> bool {
-        F::of(self).node_addresses.get(address).is_some_and(|node| node.serves_node_ports())
+        F::of(self).node_addresses.get(address).is_some_and(NodeAddress::serves_node_ports)
     }
 }
 

@@ -1,22 +1,22 @@
-//! Who gets a frontend that several Services claim: the older, else the first by name.
+//! Decides which Service gets a frontend that several claim: the oldest, or else the first by name.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::object::{ObjectName, Protocol};
 
-/// What can be claimed: an address with a port and protocol.
+/// An address with a port and protocol, which Services can claim.
 pub type Frontend = (IpAddr, u16, Protocol);
 
-/// A claim; the least of them wins. An unknown age counts as newest.
+/// A claim. The least claim wins; an unknown age counts as newest.
 type Claim = (bool, Option<i64>, ObjectName);
 
-/// What follows from a Service's new claims.
+/// The consequences of a Service's new claims.
 #[derive(Debug)]
 pub(super) struct Changed {
     /// The Services that win or lose a frontend, or contest another one.
     pub(super) services: BTreeSet<ObjectName>,
-    /// The frontends that came, went, or belong to another Service now.
+    /// The frontends that are new, gone, or now belong to another Service.
     pub(super) frontends: Vec<Frontend>,
 }
 
@@ -70,12 +70,12 @@ impl Claims {
         Changed { services: affected, frontends: changed }
     }
 
-    /// The Service that gets a frontend.
+    /// Returns the Service that gets a frontend.
     pub(super) fn winner(&self, frontend: &Frontend) -> Option<&ObjectName> {
         self.claimants.get(frontend)?.first().map(|(_, _, name)| name)
     }
 
-    /// The Services that claim a frontend in vain.
+    /// Returns the Services that claim a frontend in vain.
     pub(super) fn losers(&self, frontend: &Frontend) -> impl Iterator<Item = &ObjectName> {
         self.claimants.get(frontend).into_iter().flatten().skip(1).map(|(_, _, name)| name)
     }

@@ -1,4 +1,4 @@
-//! What a Service wants of the load balancer, derived from it and its endpoints.
+//! Derives what a Service wants of the load balancer from the Service and its endpoints.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -30,7 +30,7 @@ pub struct PortKey {
 }
 
 impl PortKey {
-    /// The least key that a Service's port can have.
+    /// Returns the least key that a Service's port can have.
     pub fn first(service: &ObjectName) -> Self {
         Self {
             service: service.clone(),
@@ -40,117 +40,118 @@ impl PortKey {
         }
     }
 
-    /// Where a report on the port points.
+    /// Returns the field that a report on the port names.
     pub fn field(&self) -> String {
         let name = if self.port.is_empty() { "(unnamed)" } else { &self.port };
         format!("spec.ports {name} {} {}", self.protocol.word(), self.family.word())
     }
 }
 
-/// Everything a Service wants: nothing, if it is gone or not to be served.
+/// Everything that a Service wants: nothing if it is gone or not served.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
-    /// When it was made, seconds since 1970; [`None`]: unknown, counts as newest.
+    /// The time of creation in seconds since 1970; [`None`] if unknown, which counts as newest.
     pub created: Option<i64>,
     /// Its ports, each with at least one frontend.
     pub ports: BTreeMap<PortKey, DesiredPort>,
-    /// Its ClusterIPs: who asks one for a port that no service port is for is rejected.
+    /// Its ClusterIPs. Clients that use another port of one are rejected.
     pub addresses: BTreeSet<IpAddr>,
 }
 
 /// One port of one Service in one family.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DesiredPort {
-    /// The port number that the Service gives it: that of every frontend but node ports.
+    /// The port number in the Service, which all frontends but node ports have.
     pub number: u16,
-    /// The addresses and port numbers that clients ask, and of which kind each is.
+    /// The addresses and port numbers that clients use, each with its kind.
     pub frontends: BTreeMap<(IpAddr, u16), FrontendKind>,
     /// The endpoints that answer, in order of address and port.
     pub backends: BTreeMap<(IpAddr, u16), DesiredBackend>,
-    /// For each [`sluice_common::abi::Class`] that no backend is selected for: whether its clients
-    /// are dropped, as there are endpoints elsewhere; else they are rejected.
+    /// For each [`sluice_common::abi::Class`] without a backend, whether its clients are dropped,
+    /// because there are endpoints elsewhere, and not rejected.
     pub drops: [bool; 3],
-    /// Where its clients may go.
+    /// Its traffic policies.
     pub policies: Policies,
-    /// How long a client stays with its endpoint, seconds; 0: not at all.
+    /// How many seconds a client stays with its endpoint; 0 without affinity.
     pub affinity_seconds: u32,
-    /// The sources that may use the load balancer's addresses; [`None`]: all may.
+    /// The sources that may use the load balancer's addresses; [`None`] if all may.
     pub sources: Option<BTreeSet<IpNet>>,
 }
 
-/// Where a frontend comes from.
+/// The kind of a frontend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum FrontendKind {
     /// The Service's ClusterIP.
     ClusterIp,
     /// An address of the load balancer in front of the cluster.
     LoadBalancer,
-    /// An address that a person sends to the nodes.
+    /// An address whose traffic an administrator sends to the nodes.
     ExternalIp,
-    /// A port of every address of this node that serves node ports; its own address is the
-    /// unspecified one.
+    /// A port of every address of this node that serves node ports. Its own address is
+    /// unspecified.
     NodePort,
 }
 
 /// An endpoint that answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DesiredBackend {
-    /// For each [`sluice_common::abi::Class`], whether new flows are sent here. One that only
-    /// drains gets none.
+    /// For each [`sluice_common::abi::Class`], whether new flows are sent here. A draining endpoint
+    /// gets none.
     pub selected: [bool; 3],
-    /// Runs on this node.
+    /// Whether it runs on this node.
     pub local: bool,
-    /// Its address is one of this node's own.
+    /// Whether its address is one of this node's own.
     pub host: bool,
 }
 
-/// What a load balancer may ask this node about a Service with `externalTrafficPolicy: Local`.
+/// The health check of a Service with `externalTrafficPolicy: Local`, by which a load balancer
+/// finds the nodes with endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HealthCheck {
-    /// The port at which it asks.
+    /// The port of the health check.
     pub port: u16,
-    /// How many ready endpoints are on this node: distinct addresses of the family that has more of
-    /// them, since an endpoint of a dual-stack Service has one of each.
+    /// The number of ready endpoints on this node: distinct addresses of the family that has more,
+    /// since an endpoint of a dual-stack Service has one address of each.
     pub local: usize,
 }
 
-/// A UDP port of a Service: a client's flow that the kernel tracks from one of its frontends to
-/// anything but one of its endpoints leads nowhere.
+/// A UDP port of a Service. A flow that the kernel tracks from one of its frontends to anything but
+/// one of its endpoints is stale.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UdpPort {
-    /// The addresses and port numbers that clients ask; a node port has the unspecified address.
+    /// The addresses and port numbers that clients use; a node port has the unspecified address.
     pub frontends: BTreeSet<(IpAddr, u16)>,
-    /// The endpoints that answer, whatever policies say and even while they terminate.
+    /// The endpoints that answer, whatever the policies are and even while they terminate.
     pub endpoints: BTreeSet<(IpAddr, u16)>,
 }
 
 /// The longest name that Kubernetes allows, bytes.
 const NAME_MAX: usize = 63;
-/// The longest time that a client may stay with its endpoint, seconds.
+/// The longest session affinity, seconds.
 const AFFINITY_MAX: i32 = 86_400;
-/// How long a client stays with its endpoint if the time that is asked for cannot be, seconds.
+/// The session affinity of a Service whose value is out of bounds, seconds.
 const AFFINITY_DEFAULT: u32 = 10_800;
 
-/// What Services and endpoints are judged by.
+/// The context in which Services and endpoints are derived.
 pub(super) struct Context<'a> {
-    /// How the agent was started.
+    /// The settings of the model.
     pub(super) settings: &'a Settings,
     /// VIPs that something else on this node serves.
     pub(super) left: &'a BTreeSet<IpAddr>,
     /// The addresses of this node.
     pub(super) node_addresses: &'a BTreeSet<IpAddr>,
-    /// The primary ones of them, at most one of each family.
+    /// The primary addresses among them, at most one of each family.
     pub(super) primary: &'a BTreeSet<IpAddr>,
     /// The zone of this node.
     pub(super) zone: Option<&'a str>,
-    /// Who has which frontend.
+    /// The claims on frontends.
     pub(super) claims: &'a Claims,
-    /// The addresses of this node's devices, and whether node ports are served there.
+    /// The addresses of this node's devices, each with whether node ports are served there.
     pub(super) interfaces: &'a BTreeMap<IpAddr, bool>,
 }
 
 impl Context<'_> {
-    /// Returns the Service that an endpoint is a frontend of: a packet for the endpoint would be
+    /// Returns the Service that an endpoint is a frontend of, so that a packet for it would be
     /// translated again.
     fn frontend_of(&self, endpoint: &Frontend) -> Option<&ObjectName> {
         let (address, number, protocol) = *endpoint;
@@ -162,18 +163,18 @@ impl Context<'_> {
     }
 }
 
-/// What a Service claims, before it is known what it gets.
+/// The claims of a Service, before they are settled.
 #[derive(Default)]
 pub(super) struct Claimed {
     /// Its ports in each family with all frontends it claims.
     pub(super) ports: BTreeMap<PortKey, DesiredPort>,
     /// Its ClusterIPs.
     pub(super) addresses: BTreeSet<IpAddr>,
-    /// Where load balancers ask for its health.
+    /// The port of its health check.
     pub(super) health_port: Option<u16>,
 }
 
-/// What a Service claims.
+/// Returns the claims of a Service.
 pub(super) fn claimed(
     name: &ObjectName,
     spec: &ServiceSpec,
@@ -181,10 +182,8 @@ pub(super) fn claimed(
     notes: &mut Notebook,
 ) -> Claimed {
     let subject = Subject::object("Service", name);
-    if spec.proxy_name != context.settings.proxy_name
-        || spec.headless
-        || &*spec.kind == "ExternalName"
-    {
+    let has_vips = !spec.headless && &*spec.kind != "ExternalName";
+    if spec.proxy_name != context.settings.proxy_name || !has_vips {
         return Claimed::default();
     }
     if !good_name(&name.namespace) || !good_name(&name.name) {
@@ -210,15 +209,7 @@ pub(super) fn claimed(
     for (family, vips) in vips {
         let sources = permitted(&source_ranges, family, &vips, context);
         if sources.is_none() && !spec.source_ranges.is_empty() {
-            for (vip, _) in vips.iter().filter(|(_, kind)| **kind == FrontendKind::LoadBalancer) {
-                notes.add(&subject, Flaw::OpenToAll, || {
-                    let what = format!(
-                        "none is a range of {} addresses: everybody may use {vip}",
-                        family.word()
-                    );
-                    ("spec.loadBalancerSourceRanges".into(), what)
-                });
-            }
+            note_open_to_all(family, &vips, &subject, notes);
         }
         for ServedPort { protocol, name: port, number, node_port } in &ports {
             let mut frontends: BTreeMap<(IpAddr, u16), FrontendKind> =
@@ -245,6 +236,22 @@ pub(super) fn claimed(
     claimed
 }
 
+/// Notes the addresses of a load balancer that no source range of their family restricts.
+fn note_open_to_all(
+    family: IpFamily,
+    vips: &BTreeMap<IpAddr, FrontendKind>,
+    subject: &Subject,
+    notes: &mut Notebook,
+) {
+    for (vip, _) in vips.iter().filter(|(_, kind)| **kind == FrontendKind::LoadBalancer) {
+        notes.add(subject, Flaw::OpenToAll, || {
+            let what =
+                format!("none is a range of {} addresses: everybody may use {vip}", family.word());
+            ("spec.loadBalancerSourceRanges".into(), what)
+        });
+    }
+}
+
 /// Whether a traffic policy says `Local`.
 fn is_local(word: &str, field: &str, subject: &Subject, notes: &mut Notebook) -> bool {
     if !matches!(word, "" | "Cluster" | "Local") {
@@ -269,7 +276,7 @@ fn affinity_seconds(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook)
     )
 }
 
-/// The ranges that the Service names as sources.
+/// Returns the source ranges of the Service.
 fn source_ranges(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> Vec<IpNet> {
     let mut ranges = Vec::new();
     for (index, text) in spec.source_ranges.iter().enumerate() {
@@ -284,9 +291,11 @@ fn source_ranges(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) ->
     ranges
 }
 
-/// Who may use a family's load balancer addresses: everybody, unless there are such addresses and
-/// ranges of the family. A range that this node is in lets in those addresses too: a node that
-/// holds one as its own sends from it.
+/// Returns the sources that may use a family's load balancer addresses, or [`None`] if all may:
+/// without such addresses, or without ranges of the family.
+///
+/// A range that contains this node permits those addresses too, since a node that holds one as its
+/// own sends from it.
 fn permitted(
     ranges: &[IpNet],
     family: IpFamily,
@@ -314,15 +323,12 @@ fn good_name(name: &str) -> bool {
     !name.is_empty() && name.len() <= NAME_MAX && !name.contains('\0')
 }
 
-/// The VIPs of each family in which the Service has a ClusterIP; without one it does not exist
-/// there.
-fn vips(
-    spec: &ServiceSpec,
-    context: &Context<'_>,
-    subject: &Subject,
-    notes: &mut Notebook,
-) -> BTreeMap<IpFamily, BTreeMap<IpAddr, FrontendKind>> {
-    let mut vips: BTreeMap<IpFamily, BTreeMap<IpAddr, FrontendKind>> = BTreeMap::new();
+/// The VIPs of a Service in each family.
+type Vips = BTreeMap<IpFamily, BTreeMap<IpAddr, FrontendKind>>;
+
+/// Returns the ClusterIPs of a Service.
+fn cluster_ips(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> Vips {
+    let mut vips = Vips::new();
     if spec.cluster_ips.is_empty() {
         notes.add(subject, Flaw::NoClusterIp, || {
             (
@@ -356,6 +362,18 @@ fn vips(
         }
         let _ = vips.insert(family, [(address, FrontendKind::ClusterIp)].into());
     }
+    vips
+}
+
+/// Returns the VIPs of each family in which the Service has a ClusterIP. It does not exist in a
+/// family without one.
+fn vips(
+    spec: &ServiceSpec,
+    context: &Context<'_>,
+    subject: &Subject,
+    notes: &mut Notebook,
+) -> Vips {
+    let mut vips = cluster_ips(spec, subject, notes);
     // The load balancer's come first: an address that is of both kinds keeps its source ranges.
     for (index, address) in spec.ingress.iter().enumerate() {
         let field = || format!("status.loadBalancer.ingress[{index}].ip");
@@ -398,7 +416,7 @@ fn vips(
 
 /// Adds an external address to those of its family. Returns whether it is new there.
 fn add_vip(
-    vips: &mut BTreeMap<IpFamily, BTreeMap<IpAddr, FrontendKind>>,
+    vips: &mut Vips,
     address: &Address,
     kind: FrontendKind,
     field: impl Fn() -> String,
@@ -421,14 +439,14 @@ fn add_vip(
     new
 }
 
-/// Whether the settings let Services take an address as external IP; [`None`]: they do not say.
+/// Whether the settings permit an address as external IP; [`None`] if they do not restrict it.
 fn allowed(address: &Address, context: &Context<'_>) -> Option<bool> {
     let served = &context.settings.external_ips;
     let Address::Valid(address) = address else { return None };
     (*served != ExternalIps::On).then(|| served.includes(*address))
 }
 
-/// An address that packets can be sent to as a VIP.
+/// Returns an address if it can be a VIP.
 fn vip(
     address: &Address,
     field: impl Fn() -> String,
@@ -468,7 +486,7 @@ fn valid(
     }
 }
 
-/// Addresses that no packet for somebody else carries.
+/// Whether an address can be neither a VIP nor an endpoint.
 fn nowhere(address: IpAddr) -> bool {
     address.is_unspecified()
         || address.is_loopback()
@@ -476,7 +494,7 @@ fn nowhere(address: IpAddr) -> bool {
         || address == IpAddr::V4(Ipv4Addr::BROADCAST)
 }
 
-/// Addresses that the API refuses for endpoints.
+/// Whether the API refuses an address for endpoints.
 fn no_endpoint(address: IpAddr) -> bool {
     nowhere(address)
         || match address {
@@ -485,7 +503,7 @@ fn no_endpoint(address: IpAddr) -> bool {
         }
 }
 
-/// The number of a port that can be served.
+/// Returns the number of a port, if it is valid.
 fn port_number(number: i32) -> Option<u16> {
     u16::try_from(number).ok().filter(|number| *number != 0)
 }
@@ -498,7 +516,7 @@ struct ServedPort {
     node_port: Option<u16>,
 }
 
-/// The Service's ports that can be served.
+/// Returns the Service's ports that can be served.
 fn ports(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> Vec<ServedPort> {
     let mut served: Vec<ServedPort> = Vec::new();
     for (index, PortSpec { name, number, protocol, node_port }) in spec.ports.iter().enumerate() {
@@ -534,36 +552,38 @@ fn ports(spec: &ServiceSpec, subject: &Subject, notes: &mut Notebook) -> Vec<Ser
             });
             continue;
         }
-        let mut served_node_port = port_number(*node_port);
-        if *node_port != 0 && served_node_port.is_none() {
-            notes.add(subject, Flaw::BadPort, || {
-                (field(".nodePort"), format!("{node_port} is no port: it is not served"))
-            });
-        }
-        let taken = |other: &ServedPort| {
-            served_node_port.is_some()
-                && (other.protocol, other.node_port) == (protocol, served_node_port)
-        };
-        if served.iter().any(taken) {
-            notes.add(subject, Flaw::DuplicatePort, || {
-                (
-                    field(".nodePort"),
-                    format!("{node_port} is that of another port: it is not served here"),
-                )
-            });
-            served_node_port = None;
-        }
-        served.push(ServedPort {
-            protocol,
-            name: name.clone(),
-            number,
-            node_port: served_node_port,
+        let others = served.iter().filter(|other| other.protocol == protocol);
+        let node_port = served_node_port(*node_port, others, |flaw, what| {
+            notes.add(subject, flaw, || (field(".nodePort"), what));
         });
+        served.push(ServedPort { protocol, name: name.clone(), number, node_port });
     }
     served
 }
 
-/// An endpoint that can be a backend, as far as its object and its address tell.
+/// Returns the number of a node port, unless it cannot be served or another port of the protocol
+/// has it.
+fn served_node_port<'a>(
+    node_port: i32,
+    mut others: impl Iterator<Item = &'a ServedPort>,
+    note: impl FnOnce(Flaw, String),
+) -> Option<u16> {
+    if node_port == 0 {
+        return None;
+    }
+    let Some(number) = port_number(node_port) else {
+        note(Flaw::BadPort, format!("{node_port} is no port: it is not served"));
+        return None;
+    };
+    if others.any(|other| other.node_port == Some(number)) {
+        let what = format!("{node_port} is that of another port: it is not served here");
+        note(Flaw::DuplicatePort, what);
+        return None;
+    }
+    Some(number)
+}
+
+/// An endpoint that can be a backend, judged by its object and its address.
 #[derive(Clone, Copy)]
 struct Candidate<'a> {
     member: Member<'a>,
@@ -571,12 +591,12 @@ struct Candidate<'a> {
     host: bool,
 }
 
-/// What a Service's slices tell.
+/// The result of joining a Service with its slices.
 #[derive(Default)]
 pub(super) struct Joined {
     /// For each family, the addresses of ready endpoints on this node.
     pub(super) ready_here: BTreeMap<IpFamily, BTreeSet<IpAddr>>,
-    /// The endpoints of its ports, those that are left out for being frontends too.
+    /// The endpoints of its ports, including those that are left out because they are frontends.
     pub(super) endpoints: BTreeSet<Frontend>,
 }
 
@@ -713,7 +733,7 @@ fn slice_port(
     Some((protocol, number?))
 }
 
-/// Says that an endpoint is a frontend of a Service.
+/// Describes an endpoint that is a frontend of a Service.
 fn in_circles(endpoint: &Frontend, of: &ObjectName, service: &ObjectName) -> String {
     let (address, number, protocol) = endpoint;
     let at = SocketAddr::new(*address, *number);
@@ -721,7 +741,7 @@ fn in_circles(endpoint: &Frontend, of: &ObjectName, service: &ObjectName) -> Str
     format!("{at} {} is a frontend of {whose}: left out", protocol.word())
 }
 
-/// The endpoints of a slice that can be backends.
+/// Returns the endpoints of a part of a slice that can be backends.
 fn endpoints<'a>(
     part: &'a SlicePart,
     family: Option<IpFamily>,
@@ -759,7 +779,7 @@ fn candidate<'a>(endpoint: &'a Endpoint, address: IpAddr, context: &Context<'_>)
             ready: *ready,
             serving: *serving,
             terminating: *terminating,
-            // As kube-proxy: policies ask the object alone, not the address.
+            // As in kube-proxy, policies go by the object alone, not by the address.
             local: named,
             zones,
             nodes,
@@ -769,7 +789,7 @@ fn candidate<'a>(endpoint: &'a Endpoint, address: IpAddr, context: &Context<'_>)
     }
 }
 
-/// Fills in a port's backends: who answers, and whom each class of clients may reach.
+/// Fills in a port's backends, and which of them each class of clients may reach.
 fn choose(
     key: &PortKey,
     port: &mut DesiredPort,

@@ -1,5 +1,5 @@
-//! Which Services have an endpoint: asked when a frontend comes or goes, since no endpoint may be a
-//! frontend.
+//! Finds the Services that have an endpoint. They are derived again when a frontend there appears
+//! or disappears, since no endpoint may be a frontend.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -8,11 +8,11 @@ use std::sync::Arc;
 use super::claims::Frontend;
 use super::object::ObjectName;
 
-/// A hash of an endpoint: a quarter of a million of them take less memory so. Two endpoints with
-/// one hash cost a Service a needless look, nothing more.
+/// A hash of an endpoint, which saves memory where there are a quarter of a million of them. A
+/// collision only derives a Service needlessly.
 type Fingerprint = u64;
 
-/// The endpoints of all Services, as far as they answer for one of its ports.
+/// The endpoints of all Services that belong to one of their ports.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Endpoints {
     users: BTreeSet<(Fingerprint, Arc<ObjectName>)>,
@@ -46,7 +46,7 @@ impl Endpoints {
         }
     }
 
-    /// The Services that have an endpoint, and perhaps a few that have not.
+    /// Returns the Services that have an endpoint, and perhaps a few that do not.
     pub(super) fn users(&self, endpoint: Frontend) -> impl Iterator<Item = &ObjectName> {
         let fingerprint = fingerprint(&endpoint);
         let first = (fingerprint, Arc::new(ObjectName::new("", "")));

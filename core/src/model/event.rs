@@ -1,4 +1,4 @@
-//! What sources tell the model.
+//! Changes that sources report to the model.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use super::object::{NodeSpec, ObjectName, ServiceSpec, Slice, SliceKind, SourceId};
 use super::report::{Note, Subject};
 
-/// Something that a source has learnt. [`None`] in place of an object: it is gone.
+/// A change that a source has observed. [`None`] in place of an object means that it is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// A Service.
@@ -16,16 +16,16 @@ pub enum Change {
     Slice(SliceKind, ObjectName, Option<Slice>),
     /// A Node.
     Node(Arc<str>, Option<NodeSpec>),
-    /// Networks that Services have their addresses from.
+    /// A ServiceCIDR: networks that Services get their addresses from.
     ServiceCidr(Arc<str>, Option<Vec<IpNet>>),
-    /// What is wrong with an object or file, in the source's eyes, replacing what it said
-    /// about it before. Empty: all is well again.
+    /// The source's notes about an object or file, which replace its earlier ones. Empty if nothing
+    /// is wrong any more.
     Notes(Subject, Vec<Note>),
-    /// The source has delivered all that existed when it began.
+    /// The source has delivered everything that existed when it began.
     Synced,
 }
 
-/// A change and who learnt of it.
+/// A change and the source that observed it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
     /// The source.

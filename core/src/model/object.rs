@@ -1,7 +1,7 @@
-//! Kubernetes' objects as far as a load balancer needs them, free of Kubernetes' types.
+//! The parts of Kubernetes' objects that a load balancer needs, independent of Kubernetes' types.
 //!
-//! Text that may be wrong stays text here: what it means, and what is reported about it, is decided
-//! in one place, when a service is derived.
+//! Text that may be invalid stays text here. It is parsed, and reported if it is wrong, in one
+//! place: when a Service is derived.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -20,7 +20,7 @@ pub struct ObjectName {
 }
 
 impl ObjectName {
-    /// From two strings.
+    /// Creates a name from two strings.
     pub fn new(namespace: &str, name: &str) -> Self {
         Self { namespace: namespace.into(), name: name.into() }
     }
@@ -48,10 +48,10 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    /// All, in order.
+    /// All protocols, in order.
     pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
 
-    /// The protocol of Kubernetes' word for it.
+    /// Returns the protocol with a name of Kubernetes.
     pub fn from_word(word: &str) -> Option<Self> {
         match word {
             "TCP" => Some(Self::Tcp),
@@ -61,7 +61,7 @@ impl Protocol {
         }
     }
 
-    /// The protocol of an IP protocol number.
+    /// Returns the protocol with an IP protocol number.
     pub fn from_number(number: u8) -> Option<Self> {
         match number {
             6 => Some(Self::Tcp),
@@ -71,7 +71,7 @@ impl Protocol {
         }
     }
 
-    /// The IP protocol number.
+    /// Returns the IP protocol number.
     pub fn number(self) -> u8 {
         match self {
             Self::Tcp => 6,
@@ -103,7 +103,7 @@ impl IpFamily {
     /// Both, in order.
     pub const ALL: [Self; 2] = [Self::V4, Self::V6];
 
-    /// The family of an address.
+    /// Returns the family of an address.
     pub fn of(address: IpAddr) -> Self {
         match address {
             IpAddr::V4(_) => Self::V4,
@@ -111,7 +111,7 @@ impl IpFamily {
         }
     }
 
-    /// The address that stands for none, or for any.
+    /// Returns the address that stands for none, or for any.
     pub fn unspecified(self) -> IpAddr {
         match self {
             Self::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
@@ -119,7 +119,7 @@ impl IpFamily {
         }
     }
 
-    /// The bits of an address.
+    /// Returns the number of bits of an address.
     pub fn bits(self) -> u8 {
         match self {
             Self::V4 => 32,
@@ -127,7 +127,7 @@ impl IpFamily {
         }
     }
 
-    /// 4 or 6.
+    /// Returns 4 or 6.
     pub fn version(self) -> u8 {
         match self {
             Self::V4 => 4,
@@ -149,14 +149,14 @@ impl IpFamily {
 pub enum Address {
     /// An address.
     Valid(IpAddr),
-    /// Text that is none.
+    /// Text that is not an address.
     Invalid(Box<str>),
-    /// Nothing.
+    /// No address.
     Missing,
 }
 
 impl Address {
-    /// Reads an address as Kubernetes does: leading zeros in IPv4 are decimal, and
+    /// Parses an address as Kubernetes does: numbers with leading zeros in IPv4 are decimal, and
     /// `::ffff:a.b.c.d` is IPv4.
     pub fn parse(text: &str) -> Self {
         if text.is_empty() {
@@ -188,36 +188,36 @@ impl Address {
 /// A Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServiceSpec {
-    /// Seconds since 1970; [`None`]: unknown, counts as newest.
+    /// The time of creation in seconds since 1970; [`None`] if unknown, which counts as newest.
     pub created: Option<i64>,
-    /// The label `service.kubernetes.io/service-proxy-name`: who shall serve it, if not everybody's
-    /// proxy.
+    /// The label `service.kubernetes.io/service-proxy-name`: the proxy that serves it, if not the
+    /// default one.
     pub proxy_name: Option<Box<str>>,
-    /// Has no virtual address on purpose: `clusterIP: None`, or the label that says so.
+    /// Whether it has no virtual address on purpose: by `clusterIP: None` or by label.
     pub headless: bool,
     /// The type's word; absent means `ClusterIP`.
     pub kind: Box<str>,
     /// The ClusterIPs, at most one of each family.
     pub cluster_ips: Vec<Address>,
-    /// The words of the families that the ClusterIPs are of, in their order; none: the addresses
-    /// tell.
+    /// The names of the ClusterIPs' families, in their order; if empty, the addresses determine
+    /// them.
     pub families: Vec<Box<str>>,
     /// The ports.
     pub ports: Vec<PortSpec>,
-    /// Addresses that a cloud or its like sends to every node, those already left out
-    /// whose traffic really goes elsewhere (host names, an `ipMode` other than `VIP`).
+    /// Addresses whose traffic a cloud or its like sends to every node. Those whose traffic goes
+    /// elsewhere are left out already (host names, an `ipMode` other than `VIP`).
     pub ingress: Vec<Address>,
-    /// Addresses that a person sends to the nodes.
+    /// Addresses whose traffic an administrator sends to the nodes.
     pub external_ips: Vec<Address>,
-    /// The sources that may use the load balancer's addresses, valid or not; none: all may.
+    /// The sources that may use the load balancer's addresses, valid or not; if empty, all may.
     pub source_ranges: Vec<Box<str>>,
-    /// How long a client stays with its endpoint, seconds, valid or not; [`None`]: not at all.
+    /// How many seconds a client stays with its endpoint, valid or not; [`None`] without affinity.
     pub affinity_seconds: Option<i32>,
-    /// The word of the policy for clients of the ClusterIPs; absent means `Cluster`.
+    /// The traffic policy for clients of the ClusterIPs; empty means `Cluster`.
     pub internal_policy: Box<str>,
-    /// The word of the policy for clients of external addresses; absent means `Cluster`.
+    /// The traffic policy for clients of external addresses; empty means `Cluster`.
     pub external_policy: Box<str>,
-    /// Where load balancers ask whether this node has endpoints; 0: nowhere.
+    /// The port at which load balancers ask whether this node has endpoints; 0 if there is none.
     pub health_check_port: i32,
 }
 
@@ -230,45 +230,45 @@ pub struct PortSpec {
     pub number: i32,
     /// The protocol's word, known or not.
     pub protocol: Box<str>,
-    /// The node port, valid or not; 0: none.
+    /// The node port, valid or not; 0 if there is none.
     pub node_port: i32,
 }
 
 /// Endpoints of a Service: an EndpointSlice, or one subset of an Endpoints object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slice {
-    /// The Service's name, in the slice's own namespace; [`None`] if no label tells.
+    /// The Service's name, in the slice's own namespace; [`None`] without the label.
     pub service: Option<Arc<str>>,
-    /// Which addresses it holds; [`Err`] with the word for those that are not served.
+    /// The family of its addresses, or [`Err`] with the name of an address type that is not served.
     pub family: Result<Option<IpFamily>, Box<str>>,
-    /// What its labels say besides.
+    /// Its other labels.
     pub labels: SliceLabels,
     /// The parts, each with its ports: an EndpointSlice has one, an Endpoints object one for each
     /// subset.
     pub parts: Vec<SlicePart>,
-    /// How many of its endpoints have several addresses, of which the first counts.
+    /// The number of its endpoints that have several addresses, of which the first counts.
     pub surplus: usize,
-    /// When its last change was caused, as its controller has noted.
+    /// When its last change was caused, according to its controller.
     pub triggered: Option<SystemTime>,
 }
 
-/// What the labels of a slice say about whose it is.
+/// The labels of a slice that decide who uses it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SliceLabels {
-    /// `service.kubernetes.io/service-proxy-name`: who shall use it, if not everybody's proxy.
+    /// `service.kubernetes.io/service-proxy-name`: the proxy that uses it, if not the default one.
     pub proxy_name: Option<Box<str>>,
-    /// `service.kubernetes.io/headless`: its Service has no virtual address.
+    /// Whether it has `service.kubernetes.io/headless`: its Service has no virtual address.
     pub headless: bool,
-    /// `endpointslice.kubernetes.io/skip-mirror` of an Endpoints object: it has no effect.
+    /// Whether an Endpoints object has `endpointslice.kubernetes.io/skip-mirror`, and so no effect.
     pub skip_mirror: bool,
-    /// Who made it.
+    /// The controller that made it.
     pub maker: Maker,
 }
 
-/// Who made a slice, by the label `endpointslice.kubernetes.io/managed-by`.
+/// The controller that made a slice, by the label `endpointslice.kubernetes.io/managed-by`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Maker {
-    /// Kubernetes, from the pods that its Service's selector finds.
+    /// Kubernetes, from the pods that the Service's selector matches.
     Selector,
     /// Kubernetes, from an Endpoints object.
     Mirror,
@@ -300,13 +300,13 @@ pub struct SlicePort {
 /// An endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// Where it listens.
+    /// The address at which it listens.
     pub address: Address,
-    /// Takes new connections.
+    /// Whether it accepts new connections.
     pub ready: bool,
-    /// Answers, perhaps while it terminates.
+    /// Whether it answers, perhaps while it terminates.
     pub serving: bool,
-    /// Is on its way out.
+    /// Whether it is terminating.
     pub terminating: bool,
     /// The node it runs on.
     pub node: Option<Arc<str>>,
@@ -319,26 +319,26 @@ pub struct Endpoint {
 /// A Node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeSpec {
-    /// Its addresses, those inside the cluster first: of each family the first is the primary one.
+    /// Its addresses, internal ones first. The first of each family is the primary one.
     pub addresses: Vec<IpAddr>,
     /// Its zone.
     pub zone: Option<Arc<str>>,
-    /// Where its pods have their addresses.
+    /// The networks of its pods' addresses.
     pub pod_cidrs: Vec<IpNet>,
-    /// About to be deleted, by itself or by the cluster's autoscaler.
+    /// Whether it is about to be deleted, by an administrator or the cluster's autoscaler.
     pub leaving: bool,
 }
 
-/// Which kind of object holds endpoints.
+/// A kind of object that holds endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SliceKind {
     /// An EndpointSlice.
     EndpointSlice,
-    /// An Endpoints object. Without effect where its Service has EndpointSlices, which mirror it.
+    /// An Endpoints object, which has no effect if its Service has EndpointSlices that mirror it.
     Endpoints,
 }
 
-/// Who delivers objects. Of two sources with one Service, the first counts.
+/// A source of objects. If two sources have the same Service, the first one counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SourceId {
     /// A folder of manifests.

@@ -1,14 +1,14 @@
-//! Which endpoints a client may reach, and what becomes of one that may reach none.
+//! Decides which endpoints a client may reach, and what happens to one that may reach none.
 //!
-//! Pure, and word for word what kube-proxy does (`CategorizeEndpoints` of `pkg/proxy/topology.go`),
-//! since workloads are written against it. Where one would expect otherwise:
+//! It is pure, and does exactly what kube-proxy does (`CategorizeEndpoints` of
+//! `pkg/proxy/topology.go`), since workloads rely on it. Some of that may be unexpected:
 //!
-//! - Hints are taken verbatim, and count only if every ready endpoint has one: it is the mode that
-//!   falls back to the whole cluster, never the choice.
-//! - Hints steer clients of the cluster's endpoints alone. Local endpoints are local, whatever zone
-//!   they are hinted for.
-//! - Endpoints that terminate stand in for ready ones: among all, and among the local ones, each by
-//!   itself.
+//! - Hints are taken verbatim, and count only if every ready endpoint has one. The mode falls back
+//!   to the whole cluster, never the choice of a single endpoint.
+//! - Hints apply only to clients that may reach the whole cluster. Local endpoints stay local,
+//!   whatever zone they are hinted for.
+//! - Terminating endpoints stand in for ready ones, separately among all endpoints and among the
+//!   local ones.
 
 use std::sync::Arc;
 
@@ -21,13 +21,13 @@ use sluice_common::abi::Class;
     reason = "they are conditions of an endpoint, any of which may hold"
 )]
 pub struct Member<'a> {
-    /// Takes new connections.
+    /// Whether it accepts new connections.
     pub ready: bool,
-    /// Answers, perhaps while it terminates.
+    /// Whether it answers, perhaps while it terminates.
     pub serving: bool,
-    /// Is on its way out.
+    /// Whether it is terminating.
     pub terminating: bool,
-    /// Its object says that it runs on this node.
+    /// Whether its object says that it runs on this node.
     pub local: bool,
     /// The zones that it is hinted for.
     pub zones: &'a [Arc<str>],
@@ -36,38 +36,38 @@ pub struct Member<'a> {
 }
 
 impl Member<'_> {
-    /// Is on its way out, but answers still.
+    /// Whether it is terminating and still answers.
     fn lingers(&self) -> bool {
         self.serving && self.terminating
     }
 }
 
-/// What the Service says about where its clients may go.
+/// The traffic policies of a Service.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Policies {
-    /// `internalTrafficPolicy: Local`.
+    /// Whether it has `internalTrafficPolicy: Local`.
     pub internal_local: bool,
-    /// `externalTrafficPolicy: Local`.
+    /// Whether it has `externalTrafficPolicy: Local`.
     pub external_local: bool,
-    /// The service port has an external address: a node port, an external IP or one of a load
-    /// balancer.
+    /// Whether the service port has an external address: a node port, an external IP or one of a
+    /// load balancer.
     pub external: bool,
 }
 
 impl Policies {
-    /// Somebody may reach every endpoint: with an external address at least the clients on this
-    /// node.
+    /// Whether any client may reach every endpoint. With an external address, at least the clients
+    /// on this node may.
     fn uses_cluster(self) -> bool {
         !self.internal_local || self.external
     }
 
-    /// Somebody may reach only the endpoints of this node.
+    /// Whether any client may reach only the endpoints of this node.
     fn uses_local(self) -> bool {
         self.internal_local || self.external_local && self.external
     }
 }
 
-/// Where the clients are.
+/// The location of this node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Place<'a> {
     /// This node's name.
@@ -76,7 +76,7 @@ pub struct Place<'a> {
     pub zone: Option<&'a str>,
 }
 
-/// Which hints count.
+/// The kind of hints that count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// None: the whole cluster serves.
@@ -88,7 +88,7 @@ pub enum Mode {
 }
 
 impl Place<'_> {
-    /// Which hints count here: decided over the ready endpoints.
+    /// Returns the kind of hints that count here, given the ready endpoints.
     pub fn mode(&self, members: &[Member<'_>]) -> Mode {
         let mut ready = members.iter().filter(|member| member.ready).peekable();
         if ready.peek().is_none() {
@@ -118,21 +118,22 @@ impl Place<'_> {
     }
 }
 
-/// The endpoints of a service port by who may reach them: for each member, whether it is in the
-/// set.
+/// The endpoints of a service port, grouped by the clients that may reach them: for each member,
+/// whether it is in the set.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Categories {
-    /// Those for clients that may reach every endpoint; empty if there are no such clients.
+    /// The endpoints for clients that may reach every one; empty if there are no such clients.
     pub cluster: Vec<bool>,
-    /// Those for clients that may reach only this node's; empty if there are no such clients.
+    /// The endpoints for clients that may reach only this node's; empty if there are no such
+    /// clients.
     pub local: Vec<bool>,
-    /// Those that anybody may reach.
+    /// The endpoints that any client may reach.
     pub reachable: Vec<bool>,
-    /// There are endpoints somewhere: who finds none is kept from them.
+    /// Whether there are endpoints anywhere, so that a client without one is kept from them.
     pub any: bool,
 }
 
-/// Sorts the endpoints of a service port.
+/// Groups the endpoints of a service port.
 pub fn categorize(members: &[Member<'_>], policies: Policies, place: Place<'_>) -> Categories {
     let set =
         |wanted: &dyn Fn(&Member<'_>) -> bool| members.iter().map(wanted).collect::<Vec<bool>>();
@@ -168,20 +169,20 @@ pub fn categorize(members: &[Member<'_>], policies: Policies, place: Place<'_>) 
     Categories { cluster, local, reachable, any }
 }
 
-/// What becomes of the new flows of a class of clients.
+/// The endpoints that new flows of a class of clients may use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Choice {
-    /// For each member, whether they may be sent there.
+    /// For each member, whether flows may be sent there.
     pub members: Vec<bool>,
-    /// With no member: whether they are dropped, as there are endpoints elsewhere; else they are
+    /// Whether flows without a member are dropped, because there are endpoints elsewhere, and not
     /// rejected.
     pub drops: bool,
 }
 
 impl Categories {
-    /// What becomes of each [`Class`] of clients.
+    /// Returns the choice for each [`Class`] of clients.
     ///
-    /// A service port without external addresses has no clients outside: they count as the others.
+    /// A service port without external addresses has no clients outside; these count as internal.
     pub fn choices(&self, policies: Policies) -> [Choice; 3] {
         let choice = |local: bool| {
             let members = if local { &self.local } else { &self.cluster };
@@ -192,8 +193,7 @@ impl Categories {
             return [internal.clone(), internal.clone(), internal];
         }
         let mut choices = [internal, Choice::default(), Choice::default()];
-        // Pods and processes of this node stand inside already: the policy is for those who come
-        // from elsewhere.
+        // The policy concerns clients from elsewhere, not pods and processes of this node.
         choices[Class::ExternalInside as usize] = choice(false);
         choices[Class::ExternalOutside as usize] = choice(policies.external_local);
         choices

@@ -1,4 +1,4 @@
-//! What is wrong with objects, as data: for the log, `sluice status`, metrics and Events.
+//! Reports of what is wrong with objects, for the log, `sluice status`, metrics and Events.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use super::object::{ObjectName, SourceId};
 
-/// What a report is about.
+/// The subject of a report.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Subject {
     /// A Kubernetes object.
@@ -20,7 +20,7 @@ pub enum Subject {
     Document {
         /// The file's path.
         path: String,
-        /// The document's position in the file, from 1; 0 is the file as a whole.
+        /// The document's position in the file, from 1; 0 for the file as a whole.
         index: usize,
     },
     /// A source as a whole.
@@ -28,7 +28,7 @@ pub enum Subject {
 }
 
 impl Subject {
-    /// An object.
+    /// Creates the subject of an object.
     pub fn object(kind: &str, name: &ObjectName) -> Self {
         Self::Object { kind: kind.to_owned(), name: name.clone() }
     }
@@ -46,16 +46,16 @@ impl fmt::Display for Subject {
     }
 }
 
-/// Whether something is wrong, or only worth knowing.
+/// The severity of a flaw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// Part of an object has no effect.
     Problem,
-    /// Everything has effect, though perhaps not the one that was meant.
+    /// All of it has effect, though perhaps not the intended one.
     Notice,
 }
 
-/// Declares what can be wrong: name, word, level and sentence in one place.
+/// Declares the flaws, each with its name, word, level and sentence.
 macro_rules! flaws {
     ($($(#[doc = $doc:literal])* $name:ident = $word:literal, $level:ident;)*) => {
         /// What can be wrong with an object: at once a metric's label, a word in `sluice status`
@@ -67,17 +67,17 @@ macro_rules! flaws {
             /// Every flaw, in order.
             pub const ALL: &'static [Flaw] = &[$(Flaw::$name,)*];
 
-            /// The word for metrics and the CLI.
+            /// Returns the word for metrics and the CLI.
             pub const fn word(self) -> &'static str {
                 match self { $(Flaw::$name => $word,)* }
             }
 
-            /// The reason of Events that tell of it.
+            /// Returns the reason of Events that report it.
             pub const fn reason(self) -> &'static str {
                 match self { $(Flaw::$name => stringify!($name),)* }
             }
 
-            /// How bad it is.
+            /// Returns its severity.
             pub const fn level(self) -> Level {
                 match self { $(Flaw::$name => Level::$level,)* }
             }
@@ -166,18 +166,18 @@ pub struct Note {
     pub field: String,
     /// What is wrong.
     pub flaw: Flaw,
-    /// For people: what was found, and what follows from it.
+    /// What was found and what follows from it, as text.
     pub message: String,
 }
 
 impl Note {
-    /// A note on a field.
+    /// Creates a note on a field.
     pub fn new(flaw: Flaw, field: impl Into<String>, message: impl Into<String>) -> Self {
         Self { field: field.into(), flaw, message: message.into() }
     }
 }
 
-/// A note, its subject, and since when it holds.
+/// A note with its subject and the time at which it was first made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     /// What it is about.
@@ -199,7 +199,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// Who says so. Each replaces only what it said itself.
+/// The author of notes, which replaces only its own ones.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Author {
     /// A source, about what it read.
@@ -212,17 +212,17 @@ pub enum Author {
     Plan(ObjectName),
 }
 
-/// Notes of one kind about one subject that are kept; more are only counted.
+/// How many notes of one kind about one subject are kept; more are only counted.
 const KEPT: usize = 8;
 
-/// Notes in the making: of many alike, some are kept and the rest counted.
+/// Collects notes. Of many similar ones, some are kept and the rest are counted.
 #[derive(Debug, Default)]
 pub struct Notebook {
     notes: BTreeMap<(Subject, Flaw), (Vec<Note>, usize)>,
 }
 
 impl Notebook {
-    /// Adds a note; the texts are made only if it is kept.
+    /// Adds a note; `text` is called only if it is kept.
     pub fn add(&mut self, subject: &Subject, flaw: Flaw, text: impl FnOnce() -> (String, String)) {
         let (notes, more) = self.notes.entry((subject.clone(), flaw)).or_default();
         if notes.len() < KEPT {
@@ -233,7 +233,7 @@ impl Notebook {
         }
     }
 
-    /// The notes, in order.
+    /// Returns the notes, in order.
     pub fn finish(self) -> Vec<(Subject, Note)> {
         let mut all = Vec::new();
         for ((subject, flaw), (notes, more)) in self.notes {
@@ -253,7 +253,8 @@ pub struct Reports {
 }
 
 impl Reports {
-    /// Replaces what an author says, and returns what is new in it. What stays keeps its time.
+    /// Replaces the notes of an author, and returns the new reports. A note that stays keeps its
+    /// time.
     pub fn set(
         &mut self,
         author: Author,
@@ -280,12 +281,12 @@ impl Reports {
         fresh
     }
 
-    /// Everything, in a stable order.
+    /// Returns all reports, in a stable order.
     pub fn iter(&self) -> impl Iterator<Item = &Report> {
         self.current.values().flatten()
     }
 
-    /// How many there are of each flaw.
+    /// Returns the number of reports of each flaw.
     pub fn counts(&self) -> BTreeMap<Flaw, usize> {
         let mut counts = BTreeMap::new();
         for report in self.iter() {

@@ -123,6 +123,32 @@ impl Plan {
     }
 
     fn adopt_family<F: Planning>(&mut self) {
+        self.adopt_backends::<F>();
+        self.adopt_frontends::<F>();
+        for key in F::of(&self.image).source_ranges.keys().copied().collect::<Vec<_>>() {
+            if let Some(namespace) = self.namespace(key.service_port) {
+                F::of_plan(self).sources.change(&namespace, 0, 1);
+            }
+        }
+        let mut users = BTreeSet::new();
+        let mut backends = Shares::default();
+        for (id, planned) in &self.planned {
+            if planned.key.family.version() != F::VERSION {
+                continue;
+            }
+            backends.change(&planned.key.service.namespace, 0, planned.backends.len() as u32);
+            let Some(first) = visible::<F>(planned).next() else { continue };
+            for (address, port) in planned.backends.keys() {
+                let Some(address) = F::address(*address) else { continue };
+                let _ = users.insert((endpoint::<F>(address, *port, &planned.key), first, *id));
+            }
+        }
+        F::of_plan(self).users = users;
+        F::of_plan(self).backends = backends;
+    }
+
+    /// Gives serving backends to their service ports, and retires all others.
+    fn adopt_backends<F: Planning>(&mut self) {
         let mut live: BTreeMap<u32, Vec<Entry<F>>> = BTreeMap::new();
         let backends = F::of(&self.image).backends.clone();
         for (id, backend) in &backends {
@@ -161,6 +187,10 @@ impl Plan {
                 }
             }
         }
+    }
+
+    /// Gives frontends to their service ports.
+    fn adopt_frontends<F: Planning>(&mut self) {
         for (key, service) in F::of(&self.image).services.clone() {
             let vip = F::ip(key.address);
             if !vip.is_unspecified() {
@@ -178,26 +208,6 @@ impl Plan {
                 let _ = planned.frontends.insert((vip, key.port), kind);
             }
         }
-        for key in F::of(&self.image).source_ranges.keys().copied().collect::<Vec<_>>() {
-            if let Some(namespace) = self.namespace(key.service_port) {
-                F::of_plan(self).sources.change(&namespace, 0, 1);
-            }
-        }
-        let mut users = BTreeSet::new();
-        let mut backends = Shares::default();
-        for (id, planned) in &self.planned {
-            if planned.key.family.version() != F::VERSION {
-                continue;
-            }
-            backends.change(&planned.key.service.namespace, 0, planned.backends.len() as u32);
-            let Some(first) = visible::<F>(planned).next() else { continue };
-            for (address, port) in planned.backends.keys() {
-                let Some(address) = F::address(*address) else { continue };
-                let _ = users.insert((endpoint::<F>(address, *port, &planned.key), first, *id));
-            }
-        }
-        F::of_plan(self).users = users;
-        F::of_plan(self).backends = backends;
     }
 
     /// Removes whatever was adopted without an owner, given all that Services want.

@@ -1,4 +1,4 @@
-//! Where ranges of slots lie: blocks are given out in runs and joined again when they come back.
+//! Allocates ranges of slots as runs of blocks, and joins free runs that touch.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,12 +9,12 @@ pub(super) struct Arena {
     by_start: BTreeMap<u32, u32>,
     /// The same, ordered by number of blocks.
     by_length: BTreeSet<(u32, u32)>,
-    /// How many blocks are free.
+    /// The number of free blocks.
     free: u32,
 }
 
 impl Arena {
-    /// An arena whose free blocks are `start..end`.
+    /// Creates an arena whose free blocks are `start..end`.
     pub(super) fn new(start: u32, end: u32) -> Self {
         let mut arena = Self::default();
         if end > start {
@@ -23,7 +23,7 @@ impl Arena {
         arena
     }
 
-    /// Takes a run of blocks: from the shortest free run that is long enough, the first of those.
+    /// Takes a run of blocks from the shortest free run that is long enough, the first of equals.
     pub(super) fn take(&mut self, blocks: u32) -> Option<u32> {
         let (length, start) = *self.by_length.range((blocks, 0)..).next()?;
         self.remove(start, length);
@@ -54,7 +54,7 @@ impl Arena {
         }
     }
 
-    /// Gives a run of blocks back.
+    /// Returns a run of blocks to the arena.
     pub(super) fn give(&mut self, mut start: u32, mut blocks: u32) {
         if let Some((before, length)) =
             self.by_start.range(..start).next_back().map(|(s, l)| (*s, *l))
@@ -71,7 +71,7 @@ impl Arena {
         self.insert(start, blocks);
     }
 
-    /// How many blocks are free.
+    /// Returns the number of free blocks.
     pub(super) fn free(&self) -> u32 {
         self.free
     }

@@ -1,8 +1,8 @@
-//! Ids of service ports and backends: used again as late as possible.
+//! Allocates the ids of service ports and backends, and reuses them as late as possible.
 
 use std::collections::{BTreeMap, VecDeque};
 
-/// Gives out ids from 1 on: those never used first, then the one that has been free longest.
+/// Allocates ids from 1 on: unused ones first, then the one that has been free longest.
 #[derive(Clone, Debug)]
 pub(super) struct PortIds {
     next: u32,
@@ -11,7 +11,7 @@ pub(super) struct PortIds {
 }
 
 impl PortIds {
-    /// Ids below `end`, of which those in `used` (ascending) are given out.
+    /// Creates an allocator of ids below `end`, of which those in `used` (ascending) are taken.
     pub(super) fn new(end: u32, used: impl Iterator<Item = u32>) -> Self {
         let mut ids = Self { next: 1, end, free: VecDeque::new() };
         for id in used {
@@ -30,28 +30,28 @@ impl PortIds {
         self.free.pop_front()
     }
 
-    /// How many are free.
+    /// Returns the number of free ids.
     pub(super) fn free(&self) -> u32 {
         self.end.saturating_sub(self.next) + self.free.len() as u32
     }
 
-    /// Gives an id back.
+    /// Returns an id to the allocator.
     pub(super) fn give(&mut self, id: u32) {
         self.free.push_back(id);
     }
 }
 
-/// Retired backends that are kept before the one that retired first gives its id away, if ids were
-/// never short: what so many pods ago was replaced has drained.
+/// How many retired backends keep their ids while unused ids are left. A backend that was replaced
+/// that many pods ago has drained.
 const RETIRED_KEPT: usize = 16_384;
 
 /// Identifies a backend within its family: service port, address, port.
 type Owner<A> = (u32, A, u16);
 
-/// Gives out the backend ids of a family.
+/// Allocates the backend ids of a family.
 ///
-/// A backend that leaves retires: if the same endpoint of the same service port comes
-/// back, it gets its old id with the old generation, and its flows go on.
+/// A backend that leaves retires. If the same endpoint of the same service port returns, it gets
+/// its old id and generation, and its flows continue.
 #[derive(Clone, Debug)]
 pub(super) struct BackendIds<A> {
     next: u32,
@@ -62,7 +62,7 @@ pub(super) struct BackendIds<A> {
 }
 
 impl<A: Copy + Ord> BackendIds<A> {
-    /// Ids below `end`, of which those below `next` have been given out.
+    /// Creates an allocator of ids below `end`, of which those below `next` are taken.
     pub(super) fn new(end: u32, next: u32) -> Self {
         Self { next, end, clock: 0, retired: BTreeMap::new(), owners: BTreeMap::new() }
     }
@@ -73,7 +73,7 @@ impl<A: Copy + Ord> BackendIds<A> {
         self.retired.remove(&clock).map(|(id, _)| id)
     }
 
-    /// How many are free.
+    /// Returns the number of free ids.
     pub(super) fn free(&self) -> u32 {
         self.end.saturating_sub(self.next) + self.retired.len() as u32
     }
@@ -107,7 +107,7 @@ impl<A: Copy + Ord> BackendIds<A> {
         let _ = self.retired.insert(self.clock, (id, owner));
     }
 
-    /// Forgets whose the retired backends of a service port were: its id changes hands.
+    /// Forgets the endpoints of a service port's retired backends, since its id changes hands.
     pub(super) fn disown(&mut self, service_port: u32, least: A) {
         let owned: Vec<(Owner<A>, u64)> = self
             .owners

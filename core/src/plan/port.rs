@@ -1,5 +1,5 @@
-//! One service port: find ids and room first, then change the image, so that a draft can end
-//! between the two.
+//! Plans one service port. It first finds ids and room and then changes the image, so that a draft
+//! can end in between.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -40,7 +40,7 @@ struct OldTables {
 }
 
 impl Plan {
-    /// Plans a service port that exists or shall.
+    /// Plans a service port, new or known.
     pub(super) fn plan_port<F: Planning>(
         &mut self,
         key: &PortKey,
@@ -89,11 +89,11 @@ impl Plan {
         let stale = self.write_backends::<F>(id, &old, &given, desired, work);
         self.write_tables(id, tables, work);
         self.move_users::<F>(id, key, &stale, old_first, work);
-        // What does not fit now is told when all that may be planned before it has been.
+        // Frontends without room are reported later, once everything of a higher rank is planned.
         self.plan_port_frontends::<F>(id, desired, Which::ClusterIps, work, &mut Vec::new());
     }
 
-    /// Plans the frontends of a service port that is planned.
+    /// Plans the frontends of a planned service port.
     pub(super) fn plan_port_frontends<F: Planning>(
         &mut self,
         id: u32,
@@ -115,7 +115,7 @@ impl Plan {
         }
     }
 
-    /// Brings up to date which frontends lead to endpoints of a service port.
+    /// Updates the frontends that lead to endpoints of a service port.
     fn move_users<F: Planning>(
         &mut self,
         id: u32,
@@ -172,8 +172,8 @@ impl Plan {
         if grant(held, self.port_ids.free(), 1) == 0 { None } else { self.port_ids.take() }
     }
 
-    /// Finds an id for each backend: the one it has, the one it had, or one that is given to it
-    /// now. Returns the latter again apart.
+    /// Finds an id for each backend: its present id, its former one, or another one. Returns the
+    /// backends, and the ids of the last kind.
     fn hold<F: Planning>(
         &mut self,
         service_port: u32,
@@ -190,7 +190,7 @@ impl Plan {
         let leaving =
             old.map_or(0, |old| old.keys().filter(|at| !desired.backends.contains_key(at)).count());
         let leaving = leaving as u32;
-        // Those that leave are as good as free.
+        // The ids of backends that leave count as free.
         let mut mine =
             F::of_plan(self).backends.held(&key.service.namespace).saturating_sub(leaving);
         let granted = |ids: &BackendIds<F::Address>, mine: u32| {
@@ -354,7 +354,7 @@ impl Plan {
         }
     }
 
-    /// Writes affinity, flags, and who is let in.
+    /// Writes affinity, flags and source ranges.
     fn write_policies<F: Planning>(
         &mut self,
         id: u32,
@@ -381,8 +381,8 @@ impl Plan {
         let held = F::of_plan(self).sources.held(&key.service.namespace);
         let granted = grant(held, self.free_sources::<F>(), new.len() as u32) as usize;
         let missing = new.len() - granted;
-        // Without all of its ranges nobody begins to be served: their clients would be dropped, and
-        // not know why.
+        // Without room for all of its ranges, a new service port is not served at all, since some
+        // clients would be dropped without a reason that they could see.
         let is_served = missing == 0 || known.intersection(&wanted).next().is_some();
         if is_served {
             for key in new.into_iter().take(granted) {
@@ -412,8 +412,8 @@ impl Plan {
         }
     }
 
-    /// Writes the backends that came or changed and retires those that left. Returns who came or
-    /// left.
+    /// Writes new and changed backends, and retires those that left. Returns the endpoints that are
+    /// new or gone.
     fn write_backends<F: Planning>(
         &mut self,
         id: u32,
@@ -467,7 +467,7 @@ impl Plan {
         changed
     }
 
-    /// Writes the tables and flips to them.
+    /// Writes the tables, and flips the ranges to them.
     fn write_tables(&mut self, id: u32, tables: Tables, work: &mut Work) {
         let port = self.image.ports.get(&id).copied().unwrap_or_default();
         let fresh: BTreeSet<u32> = tables.fresh.iter().map(|(range, _)| range.start()).collect();
@@ -625,12 +625,12 @@ fn note_size(backends: usize, size: u32, range: Range, key: &PortKey, notes: &mu
     }
 }
 
-/// The ids that a class selects, in order of address and port.
+/// Returns the ids that a class selects, in order of address and port.
 fn selected(held: &BTreeMap<(IpAddr, u16), Held>, class: usize) -> Vec<u32> {
     held.values().filter(|held| held.selected[class]).map(|held| held.id).collect()
 }
 
-/// The Maglev table of the backends that a class selects.
+/// Computes the Maglev table of the backends that a class selects.
 fn table<F: Planning>(held: &BTreeMap<(IpAddr, u16), Held>, class: usize, size: u32) -> Vec<u32> {
     let mut turns: Vec<Turn> = held
         .iter()
@@ -664,7 +664,7 @@ fn kind_number(kind: FrontendKind) -> u32 {
     }
 }
 
-/// The name of a service port in the maps.
+/// Builds the name of a service port in the maps.
 fn name(key: &PortKey, number: u16) -> Name {
     let text = |text: &str| {
         let mut bytes = [0; NAME_MAX];

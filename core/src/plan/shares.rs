@@ -1,9 +1,9 @@
-//! Who may have how much of what all Services share: no namespace takes the room of the others.
+//! Limits how much of a map one namespace may take, so that it leaves room for the others.
 //!
 //! The rule is that of shared buffers in switches (Choudhury and Hahne, "Dynamic queue length
-//! thresholds", 1998): whoever has something keeps it, and gets more only while it holds less than
-//! [`SHARE`] times what is free. Nobody has to know how many namespaces there are, and no room lies
-//! idle for long:
+//! thresholds", 1998): a namespace keeps what it has, and gets more only while it holds less than
+//! [`SHARE`] times what is free. The rule does not depend on the number of namespaces, and little
+//! room stays unused:
 //!
 //! ```text
 //! namespaces that want all of 61 440      each holds        free
@@ -12,26 +12,26 @@
 //!                                  10       6 124            200
 //! ```
 //!
-//! So one that holds nothing finds room as long as anything is free, and a cluster that lives in
-//! one namespace has 31 parts of 32.
+//! A namespace that holds nothing finds room as long as anything is free, and a cluster with a
+//! single namespace can use 31 parts of 32.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// A namespace gets more while it holds less than so many times what is free.
+/// A namespace gets more while it holds less than this many times what is free.
 const SHARE: u64 = 31;
 
-/// What each namespace holds of one thing.
+/// How much of one resource each namespace holds.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Shares(BTreeMap<Arc<str>, u32>);
 
 impl Shares {
-    /// Returns what a namespace holds.
+    /// Returns how much a namespace holds.
     pub(super) fn held(&self, namespace: &str) -> u32 {
         self.0.get(namespace).copied().unwrap_or(0)
     }
 
-    /// Notes that a namespace has `after` where it had `before`.
+    /// Records that a namespace has `after` where it had `before`.
     pub(super) fn change(&mut self, namespace: &Arc<str>, before: u32, after: u32) {
         if before == after {
             return;
@@ -44,7 +44,7 @@ impl Shares {
     }
 }
 
-/// Returns how many of `wanted` go to a namespace that holds `held`, while `free` are free.
+/// Returns how many of `wanted` a namespace is granted that holds `held` while `free` are free.
 pub(super) fn grant(held: u32, free: u32, wanted: u32) -> u32 {
     let (held, free) = (u64::from(held), u64::from(free));
     // The n-th is granted if held + n - 1 < SHARE * (free - n + 1).

@@ -143,8 +143,8 @@ pub(super) async fn load_programs(
         ..Settings::default()
     };
     hold_fragments(settings.own_device, &pins.maps());
-    let cluster = Cluster::new(&options.node, Adopted { told: earlier, node });
-    let (programmed, _) = cluster.tell(&options.policy, settings);
+    let cluster = Cluster::new(&options.node, Adopted { programmed: earlier, node });
+    let (programmed, _) = cluster.programmed(&options.policy, settings);
     loaded.kernel.maps().write_programmed(&programmed)?;
     Ok(Programs { loaded, routes, settings, cluster, programmed })
 }

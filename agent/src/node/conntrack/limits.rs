@@ -1,6 +1,7 @@
-//! How many connections the kernel tracks, and for how long: what kube-proxy sets at its start.
+//! Sets how many connections the kernel tracks, and for how long, as kube-proxy does when it
+//! starts.
 //!
-//! Without it a node falls back to the kernel's small defaults when it starts anew, whoever tracks
+//! Otherwise a node would fall back to the kernel's small defaults after a reboot, whatever tracks
 //! connections there.
 
 use std::fs;
@@ -8,29 +9,29 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-/// Where below `/proc/sys` the kernel has these settings.
+/// The folder of these settings below `/proc/sys`.
 pub const SYSCTLS: &str = "net/netfilter";
 
-/// What is to be set; what is [`None`] stays as it is.
+/// The wanted settings. Those that are [`None`] stay as they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections for each CPU; 0: their number stays as it is.
+    /// The number of connections for each CPU; 0 leaves the limit as it is.
     pub max_per_core: Option<u32>,
-    /// Connections at least, where the number is set at all.
+    /// The least number of connections, if the limit is set at all.
     pub min: Option<u32>,
-    /// Whether segments outside of the window count as valid.
+    /// Whether segments outside the window count as valid.
     pub tcp_be_liberal: bool,
-    /// How long an idle TCP connection is remembered.
+    /// How long an idle TCP connection is tracked.
     pub tcp_established: Option<Duration>,
-    /// How long one is that the peer has closed.
+    /// How long a TCP connection is tracked that the peer has closed.
     pub tcp_close_wait: Option<Duration>,
-    /// How long a UDP flow without an answer is.
+    /// How long a UDP flow without an answer is tracked.
     pub udp: Option<Duration>,
-    /// How long one with answers is.
+    /// How long a UDP flow with answers is tracked.
     pub udp_stream: Option<Duration>,
 }
 
-/// A setting: its name, what it is to be, and whether it may only grow.
+/// A setting: its name, its value, and whether it may only grow.
 type Setting = (&'static str, u64, bool);
 
 impl Limits {
@@ -51,9 +52,9 @@ impl Limits {
             .collect()
     }
 
-    /// Sets what is not so already, below a folder of settings; returns what failed, for people.
+    /// Writes the settings that differ, below a folder of settings. Describes what failed.
     ///
-    /// A kernel that tracks no connections has none of them, and needs none.
+    /// A kernel that tracks no connections has none of these settings, and needs none.
     #[must_use]
     pub fn apply(&self, sysctls: &Path, cpus: u32) -> Vec<String> {
         let mut failures = Vec::new();
@@ -79,7 +80,7 @@ impl Limits {
     }
 }
 
-/// Writes a number that is another one, or smaller; returns the one before.
+/// Writes a number if the present one differs, or is smaller. Returns the number before.
 fn set(path: &Path, value: u64, grows: bool) -> io::Result<Option<u64>> {
     let before = fs::read_to_string(path)?;
     let before: u64 = before

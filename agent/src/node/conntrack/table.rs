@@ -1,5 +1,5 @@
-//! The kernel's table, by ctnetlink: listed piece by piece, each piece dealt with before the next
-//! one, so that memory does not grow with the table.
+//! Reads and changes the kernel's table by ctnetlink. A listing is processed piece by piece, so
+//! that memory does not grow with the table.
 
 use std::io;
 use std::net::IpAddr;
@@ -22,15 +22,15 @@ use sluice_core::model::object::IpFamily;
 use super::{Cleaned, End, Flow, Translated};
 use crate::node::netlink::{NETLINK_NETFILTER, PIECE, Socket, connect, receive};
 
-/// How many entries this network namespace has; it is there as soon as the kernel has conntrack.
+/// The number of entries of this network namespace. The file exists if the kernel has conntrack.
 const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
-/// Room for the answer to a request, which it repeats, bytes.
+/// The room for an answer, which repeats the request, bytes.
 const ANSWER: usize = 4 * 1024;
-/// `CTA_ID`: tells an entry from a later one of the same flow.
+/// `CTA_ID`: distinguishes an entry from a later one of the same flow.
 const ID: u16 = 12;
 /// `CTA_ZONE`: a table within the table.
 const ZONE: u16 = 18;
-/// `CTA_FILTER`: which parts of the tuple listed entries must have; since Linux 5.8.
+/// `CTA_FILTER`: the parts of the tuple that listed entries must match; since Linux 5.8.
 const FILTER: u16 = 25;
 /// `CTA_TUPLE_ORIG`, `CTA_TUPLE_PROTO` and `CTA_PROTO_NUM`: one within the other.
 const ORIGINAL: u16 = 1;
@@ -41,8 +41,7 @@ const FILTER_ORIGINAL: u16 = 1;
 /// The protocol's number, in [`FILTER_ORIGINAL`].
 const FILTER_PROTOCOL: u32 = 1 << 3;
 
-/// Whether this network namespace has any entries. To ask by netlink would load conntrack where it
-/// is not.
+/// Whether this network namespace has any entries. A query by netlink would load conntrack.
 pub(super) fn is_used() -> bool {
     match std::fs::read_to_string(COUNT) {
         Ok(count) => count.trim() != "0",
@@ -50,12 +49,12 @@ pub(super) fn is_used() -> bool {
     }
 }
 
-/// An entry as the kernel lists it.
+/// An entry of the kernel's table.
 #[derive(Debug, PartialEq, Eq)]
 struct Entry {
     flow: Flow,
-    /// What the kernel finds it by: tuple, zone, id. Never empty: without a tuple the kernel would
-    /// delete everything.
+    /// The attributes that identify it: tuple, zone, id. Never empty, since without a tuple the
+    /// kernel would delete everything.
     key: Vec<ConntrackAttribute>,
 }
 
@@ -89,8 +88,8 @@ pub(super) fn sweep(family: IpFamily, is_stale: impl Fn(&Flow) -> bool) -> io::R
     kept.map_or(Ok(cleaned), Err)
 }
 
-/// Calls `each` with every entry of a family whose destination is translated. False: some may be
-/// missing.
+/// Calls `each` with every entry of a family whose destination is translated. Returns false if some
+/// may be missing.
 pub(super) fn translated(family: IpFamily, mut each: impl FnMut(Translated)) -> io::Result<bool> {
     let Some(listing) = without_conntrack(connect(NETLINK_NETFILTER))? else { return Ok(true) };
     let request = message(NLM_F_DUMP, family, ConntrackMessage::Get(Vec::new()));
@@ -104,7 +103,7 @@ pub(super) fn translated(family: IpFamily, mut each: impl FnMut(Translated)) -> 
     Ok(!interrupted)
 }
 
-/// Asks for a listing and deals with it piece by piece; returns whether entries may be missing.
+/// Requests a listing and processes it piece by piece. Returns whether entries may be missing.
 fn list(
     socket: &Socket,
     request: &NetlinkMessage<NetfilterMessage>,
@@ -152,13 +151,12 @@ fn without_conntrack<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// The request for all UDP entries of a family: the kernel sorts out other protocols, and most
+/// Builds the request for all UDP entries of a family. The kernel filters the protocol, since most
 /// entries of a node are TCP's.
 fn listing_of(family: IpFamily) -> NetlinkMessage<NetfilterMessage> {
     let protocol = DefaultNla::new(PROTOCOL, vec![libc::IPPROTO_UDP as u8]);
     let flags = DefaultNla::new(FILTER_ORIGINAL, FILTER_PROTOCOL.to_ne_bytes().to_vec());
-    // In the library's own words an attribute that it does not know, as the filter, cannot have
-    // others inside.
+    // The library cannot nest attributes in one that it does not know, such as the filter.
     let request = ConntrackMessage::Other {
         message_type: ConntrackMessageType::Get.into(),
         attributes: vec![nested(ORIGINAL, &nested(PROTOCOLS, &protocol)), nested(FILTER, &flags)],
@@ -195,16 +193,16 @@ fn bytes(message: &NetlinkMessage<NetfilterMessage>) -> Vec<u8> {
     bytes
 }
 
-/// What a piece of a listing said besides its entries.
+/// The rest of a piece of a listing, without its entries.
 #[derive(Debug, Default)]
 struct Said {
-    /// The listing has ended, well or not.
+    /// The result, if the listing has ended.
     end: Option<io::Result<()>>,
-    /// The table changed so much meanwhile that entries may be missing.
+    /// Whether the table changed so much meanwhile that entries may be missing.
     interrupted: bool,
 }
 
-/// Reads a piece of a listing.
+/// Parses a piece of a listing.
 fn read(mut piece: &[u8], mut each: impl FnMut(Vec<ConntrackAttribute>)) -> Said {
     let mut said = Said::default();
     while said.end.is_none()
@@ -227,7 +225,7 @@ fn read(mut piece: &[u8], mut each: impl FnMut(Vec<ConntrackAttribute>)) -> Said
             Ok(NetlinkPayload::Done(_)) => said.end = Some(Ok(())),
             Ok(NetlinkPayload::Error(refused)) => said.end = Some(acknowledged(&refused)),
             Ok(NetlinkPayload::Overrun(_)) => said.interrupted = true,
-            // An entry with something in it that is not understood is none of ours.
+            // An entry that cannot be parsed is not ours.
             Ok(_) | Err(_) => {}
         }
         piece = piece.get(length.next_multiple_of(4)..).unwrap_or_default();
@@ -246,7 +244,7 @@ fn error(code: i32) -> io::Error {
     io::Error::from_raw_os_error(code.saturating_neg())
 }
 
-/// One direction of an entry, as far as it is needed.
+/// The needed parts of one direction of an entry.
 #[derive(Debug, Default)]
 struct Ends {
     protocol: Option<u8>,
@@ -281,7 +279,7 @@ impl Ends {
         ends
     }
 
-    /// Protocol, source and destination, where there are ports.
+    /// Returns protocol, source and destination, if there are ports.
     fn known(&self) -> Option<(u8, End, End)> {
         Some((
             self.protocol?,
@@ -291,12 +289,11 @@ impl Ends {
     }
 }
 
-/// `TCP_CONNTRACK_LAST_ACK` to `TCP_CONNTRACK_CLOSE`: both sides have ended the connection, or one
+/// `TCP_CONNTRACK_LAST_ACK` to `TCP_CONNTRACK_CLOSE`: both sides have closed the connection, or one
 /// has reset it.
 const TCP_CLOSING: std::ops::RangeInclusive<u8> = 6..=8;
 
-/// What an entry says about a connection whose destination is translated; [`None`] if that of this
-/// one is not.
+/// Returns an entry's connection if its destination is translated.
 fn translation(attributes: &[ConntrackAttribute]) -> Option<Translated> {
     let (mut original, mut reply, mut is_translated, mut closing, mut left) =
         (None, None, false, false, 0);
@@ -331,7 +328,7 @@ fn translation(attributes: &[ConntrackAttribute]) -> Option<Translated> {
     })
 }
 
-/// An entry of attributes; [`None`] if it is not UDP's, or incomplete.
+/// Builds an entry of attributes. Returns [`None`] if it is not UDP's, or incomplete.
 fn entry(attributes: Vec<ConntrackAttribute>) -> Option<Entry> {
     let (mut original, mut reply, mut answered) = (Ends::default(), Ends::default(), false);
     let mut key = Vec::with_capacity(3);
@@ -355,8 +352,8 @@ fn entry(attributes: Vec<ConntrackAttribute>) -> Option<Entry> {
         .then_some(Entry { flow: Flow { destination, reply_source, answered }, key })
 }
 
-/// Makes entries of connections as they are between this node and the backend. Those that are there
-/// stay as they are.
+/// Adds entries of connections as they are between this node and the backend. Existing entries stay
+/// as they are.
 pub(super) fn insert(connections: &[Translated], time: Duration) -> io::Result<()> {
     if connections.is_empty() {
         return Ok(());
@@ -393,7 +390,7 @@ pub(super) fn forget(family: IpFamily, connections: &[Translated]) -> io::Result
     Ok(())
 }
 
-/// A direction of a connection.
+/// Builds one direction of a connection.
 fn tuple(number: u8, source: End, destination: End) -> Vec<Tuple> {
     let protocol = match i32::from(number) {
         libc::IPPROTO_TCP => Protocol::Tcp,
@@ -410,7 +407,7 @@ fn tuple(number: u8, source: End, destination: End) -> Vec<Tuple> {
     vec![Tuple::Ip(addresses), Tuple::Proto(ports)]
 }
 
-/// The attributes of an entry for a connection that is under way.
+/// Builds the attributes of an entry for an established connection.
 fn entered(connection: &Translated, time: Duration) -> Vec<ConntrackAttribute> {
     const TCP_ESTABLISHED: u8 = 3;
     let protocol = connection.protocol;
@@ -429,7 +426,7 @@ fn entered(connection: &Translated, time: Duration) -> Vec<ConntrackAttribute> {
     attributes
 }
 
-/// Deletes an entry; returns whether it was still there.
+/// Deletes an entry, and returns whether it still existed.
 fn delete(socket: &Socket, family: IpFamily, key: Vec<ConntrackAttribute>) -> io::Result<bool> {
     let _ = socket.send(&bytes(&message(NLM_F_ACK, family, ConntrackMessage::Delete(key))), 0)?;
     let mut answer = Vec::with_capacity(ANSWER);

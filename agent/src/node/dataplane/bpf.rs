@@ -1,7 +1,7 @@
-//! The bpf(2) calls that aya has no API for: element batches, links as plain
-//! file descriptors, pins, and what the kernel says about its objects.
+//! Makes the bpf(2) calls for which aya has no API: batches of elements, links as plain file
+//! descriptors, pins, and information about the kernel's objects.
 //!
-//! Every attribute is its own `repr(C)` struct with the fields of the member of
+//! Every attribute is a `repr(C)` struct of its own with the fields of the member of
 //! `union bpf_attr` that the command reads; the kernel takes the rest as zero.
 
 use std::ffi::CString;
@@ -27,9 +27,9 @@ const MAP_DELETE_BATCH: libc::c_long = 27;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
 
-/// Before the object that `relative` names; with none named: first.
+/// Attaches before the object in `relative`, or first if there is none.
 pub(crate) const BEFORE: u32 = 1 << 3;
-/// After the object that `relative` names; with none named: last.
+/// Attaches after the object in `relative`, or last if there is none.
 pub(crate) const AFTER: u32 = 1 << 4;
 
 /// Calls bpf(2) with an attribute struct.
@@ -38,7 +38,7 @@ pub(crate) const AFTER: u32 = 1 << 4;
 ///
 /// Pointers in `attr` must be valid for what `command` reads and writes through them.
 unsafe fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
-    // SAFETY: `attr` is a live struct of the size given; the caller answers for pointers in it.
+    // SAFETY: `attr` is a live struct of this size; the caller guarantees the pointers in it.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
@@ -106,7 +106,7 @@ fn c_path(path: &Path) -> io::Result<CString> {
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))
 }
 
-/// Opens what is pinned at a path.
+/// Opens the object that is pinned at a path.
 pub(crate) fn object_get(path: &Path) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
     let mut attr = ObjectAttr { pathname: path.as_ptr() as u64, fd: 0, flags: 0 };
@@ -124,7 +124,8 @@ pub(crate) fn object_pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     unsafe { bpf(OBJ_PIN, &mut attr) }.map(drop)
 }
 
-/// Asks the kernel about an object; older kernels fill less, the rest stays zero.
+/// Returns the kernel's information about an object. Older kernels fill in less; the rest stays
+/// zero.
 fn object_info<T: Copy>(fd: BorrowedFd<'_>) -> io::Result<T> {
     // SAFETY: only used below with structs of integers, for which zero is a value.
     let mut info: T = unsafe { MaybeUninit::zeroed().assume_init() };
@@ -155,7 +156,7 @@ pub(crate) struct MapInfo {
     pub(crate) flags: u32,
 }
 
-/// What the kernel says about a map.
+/// Returns the kernel's information about a map.
 pub(crate) fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
     object_info(fd)
 }
@@ -171,9 +172,9 @@ pub(crate) struct LinkInfo {
     /// The attached program's id.
     pub(crate) program: u32,
     pad: u32,
-    /// ifindex (XDP, TCX; 0: the device is gone); low word of the cgroup's id.
+    /// The ifindex (XDP, TCX; 0 if the device is gone), or the low word of the cgroup's id.
     pub(crate) target: u32,
-    /// Attach type (TCX); high word of the cgroup's id.
+    /// The attach type (TCX), or the high word of the cgroup's id.
     pub(crate) extra: u32,
     more: [u32; 2],
 }
@@ -187,7 +188,7 @@ impl LinkInfo {
     }
 }
 
-/// What the kernel says about a link.
+/// Returns the kernel's information about a link.
 pub(crate) fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     object_info(fd)
 }
@@ -213,7 +214,7 @@ pub(crate) fn link_create(
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// Puts another program in a link's place, between two packets.
+/// Replaces a link's program, between two packets.
 pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr =
         LinkUpdateAttr { link: raw(link), program: raw(program), flags: 0, old_program: 0 };
@@ -259,10 +260,10 @@ struct ProgramInfo {
     name: [u8; 16],
 }
 
-/// Programs of one hook that are listed at most; the kernel takes no more than 64.
+/// The most programs of one hook that are listed; the kernel allows no more than 64.
 const QUERIED: usize = 64;
 
-/// The ids of the programs at a hook of a device (`target` is its ifindex) or a cgroup (a
+/// Returns the ids of the programs at a hook of a device (`target` is its ifindex) or a cgroup (a
 /// descriptor).
 pub(crate) fn query(target: u32, attach_type: u32) -> io::Result<Vec<u32>> {
     let mut ids = vec![0_u32; QUERIED];
@@ -285,7 +286,7 @@ pub(crate) fn query(target: u32, attach_type: u32) -> io::Result<Vec<u32>> {
     Ok(ids)
 }
 
-/// The name of a loaded program.
+/// Returns the name of a loaded program.
 pub(crate) fn program_name(id: u32) -> io::Result<String> {
     let mut attr = IdAttr { id, next: 0, flags: 0 };
     // SAFETY: no pointers.
@@ -302,13 +303,13 @@ pub(crate) fn program_name(id: u32) -> io::Result<String> {
 pub(crate) struct Table<K, V> {
     fd: OwnedFd,
     info: MapInfo,
-    /// Values each element has: 1, or one a possible CPU.
+    /// The number of values of each element: 1, or one per possible CPU.
     copies: usize,
     types: PhantomData<fn() -> (K, V)>,
 }
 
-/// Keys or values handed to the kernel in one call: large enough that the call's
-/// cost vanishes, small enough that their copies (below 1 MiB) stay cheap.
+/// How many keys or values one call passes to the kernel: enough that the call's cost is
+/// negligible, and few enough that their copies (below 1 MiB) stay cheap.
 const BATCH: usize = 4_096;
 
 /// `BPF_MAP_TYPE_PERCPU_HASH`, `_PERCPU_ARRAY` and `_LRU_PERCPU_HASH`.
@@ -317,7 +318,7 @@ const PER_CPU: [u32; 3] = [5, 6, 10];
 const ARRAY: u32 = 2;
 
 impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
-    /// Takes a map's descriptor after comparing its key and value sizes with the types'.
+    /// Creates a table of a map's descriptor, after comparing the sizes of keys and values.
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         let info = map_info(fd.as_fd())?;
         if info.key_size as usize != size_of::<K>() || info.value_size as usize != size_of::<V>() {
@@ -340,12 +341,12 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         Ok(Self { fd, info, copies, types: PhantomData })
     }
 
-    /// Capacity.
+    /// Returns the capacity.
     pub(crate) fn max_entries(&self) -> u32 {
         self.info.max_entries
     }
 
-    /// The kernel's id of the map.
+    /// Returns the kernel's id of the map.
     pub(crate) fn id(&self) -> u32 {
         self.info.id
     }
@@ -360,12 +361,12 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         }
     }
 
-    /// Bytes between two values of an element that has several.
+    /// Returns the distance in bytes between two values of an element that has several.
     fn stride() -> usize {
         size_of::<V>().next_multiple_of(8)
     }
 
-    /// The values of `count` elements out of what the kernel wrote, each element's copies together.
+    /// Splits what the kernel wrote into the values of `count` elements, each with all its copies.
     fn split(&self, bytes: &[u64], count: usize) -> Vec<Vec<V>> {
         let words = Self::stride() / 8;
         bytes
@@ -381,7 +382,7 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
             .collect()
     }
 
-    /// All copies of one element (one, but for per-CPU maps).
+    /// Reads all copies of one element: one, unless the map is per CPU.
     pub(crate) fn get_all(&self, key: &K) -> io::Result<Option<Vec<V>>> {
         let mut value = vec![0_u64; self.copies * Self::stride() / 8];
         let mut attr = self.element(key, value.as_mut_ptr() as u64);
@@ -393,7 +394,7 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         }
     }
 
-    /// One element.
+    /// Reads one element.
     pub(crate) fn get(&self, key: &K) -> io::Result<Option<V>> {
         Ok(self.get_all(key)?.and_then(|values| values.first().copied()))
     }
@@ -405,7 +406,7 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) }.map(drop)
     }
 
-    /// Writes one element unless its key is there; returns whether it was written.
+    /// Writes one element unless its key exists, and returns whether it was written.
     pub(crate) fn insert_new(&self, key: &K, value: &V) -> io::Result<bool> {
         const NOEXIST: u64 = 1;
         let mut attr =
@@ -417,7 +418,7 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         }
     }
 
-    /// Removes one element; returns whether it was there.
+    /// Removes one element, and returns whether it existed.
     pub(crate) fn take(&self, key: &K) -> io::Result<bool> {
         let mut attr = self.element(key, 0);
         // SAFETY: the key is live and of the map's size (compared in `new`).
@@ -427,18 +428,18 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         }
     }
 
-    /// Removes one element; one that is not there is no error.
+    /// Removes one element. It is no error if it does not exist.
     pub(crate) fn remove(&self, key: &K) -> io::Result<()> {
         self.take(key).map(drop)
     }
 
     fn batch(&self, command: libc::c_long, attr: &mut BatchAttr) -> io::Result<()> {
         attr.map_fd = raw(self.fd.as_fd());
-        // SAFETY: the callers below give arrays of `count` keys and values of the map's sizes.
+        // SAFETY: the callers below pass arrays of `count` keys and values of the map's sizes.
         unsafe { bpf(command, attr) }.map(drop)
     }
 
-    /// Writes many elements: in batches, and one by one where the kernel knows no batches.
+    /// Writes many elements, in batches or, if the kernel has no batches for the map, one by one.
     pub(crate) fn insert_many(&self, elements: &[(K, V)]) -> io::Result<()> {
         for chunk in elements.chunks(BATCH) {
             let (mut keys, mut values): (Vec<K>, Vec<V>) = chunk.iter().copied().unzip();
@@ -465,7 +466,7 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         Ok(())
     }
 
-    /// Removes many elements; those that are not there are no error.
+    /// Removes many elements. It is no error if some do not exist.
     pub(crate) fn remove_many(&self, keys: &[K]) -> io::Result<()> {
         for chunk in keys.chunks(BATCH) {
             let mut keys = chunk.to_vec();
@@ -480,7 +481,7 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
                 flags: 0,
             };
             if self.batch(MAP_DELETE_BATCH, &mut attr).is_err() {
-                // The batch ends at the first key that is not there.
+                // The batch ends at the first key that does not exist.
                 for key in chunk {
                     self.remove(key)?;
                 }
@@ -489,7 +490,8 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         Ok(())
     }
 
-    /// Every element, each with all its copies. Elements that come or go meanwhile may be missed.
+    /// Reads every element with all its copies. Elements that are inserted or removed meanwhile may
+    /// be missed.
     pub(crate) fn entries_all(&self) -> io::Result<Vec<(K, Vec<V>)>> {
         let mut entries = Vec::new();
         let result = self.read_batches(|keys, values, count| {
@@ -521,7 +523,7 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         }
     }
 
-    /// How many elements there are, at the cost of one batch's memory.
+    /// Counts the elements, in the memory of one batch.
     pub(crate) fn count(&self) -> io::Result<u64> {
         let mut all = 0_u64;
         match self.read_batches(|_, _, count| all += count as u64) {
@@ -536,14 +538,14 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
         }
     }
 
-    /// Every element.
+    /// Reads every element.
     pub(crate) fn entries(&self) -> io::Result<Vec<(K, V)>> {
         let all = self.entries_all()?;
         Ok(all.into_iter().filter_map(|(key, values)| Some((key, *values.first()?))).collect())
     }
 
-    /// Reads all elements batch by batch: keys and values as the kernel packs them, and how many
-    /// these are.
+    /// Reads all elements batch by batch. `take` gets the keys and values as the kernel packs them,
+    /// and their number.
     fn read_batches(&self, mut take: impl FnMut(&[u64], &[u64], usize)) -> io::Result<()> {
         let mut room = BATCH;
         // The position is opaque: four bytes for hashes, one key for the rest.
@@ -567,7 +569,7 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
             let last = match &result {
                 Ok(()) => false,
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-                // One bucket holds more than fits: try the same place with more room.
+                // One bucket holds more than fits. Repeat the call with more room.
                 Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && room < 1 << 22 => {
                     room *= 2;
                     continue;
@@ -585,7 +587,7 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
     /// Visits every key, one by one.
     fn walk(&self, mut take: impl FnMut(&K) -> io::Result<()>) -> io::Result<()> {
         let mut key: Option<K> = None;
-        // A key that is removed meanwhile starts the walk anew: the bound ends it.
+        // If the current key is removed meanwhile, the walk starts over; the bound ends it.
         for _ in 0..u64::from(self.info.max_entries) * 2 {
             let mut next = MaybeUninit::<K>::uninit();
             let mut attr = ElementAttr {
@@ -610,7 +612,7 @@ impl<K: aya::Pod, V: aya::Pod> Table<K, V> {
     }
 }
 
-/// What the kernel's own code says for an operation that a map type lacks; libc has no name for it.
+/// The kernel's internal error for an operation that a map type lacks; libc has no name for it.
 const ENOTSUPP: i32 = 524;
 
 /// Whether an error of a batch call means that this map or kernel has none.
@@ -643,7 +645,7 @@ impl<T: aya::Pod> Array<T> {
     /// Bytes from one element to the next.
     const STRIDE: usize = size_of::<T>().next_multiple_of(8);
 
-    /// Maps a `BPF_F_MMAPABLE` array; read-only for those who only look.
+    /// Maps a `BPF_F_MMAPABLE` array, read-only unless `writable`.
     pub(crate) fn new(fd: BorrowedFd<'_>, writable: bool) -> io::Result<Self> {
         let info = map_info(fd)?;
         if info.kind != ARRAY || info.value_size as usize != size_of::<T>() {
@@ -667,7 +669,7 @@ impl<T: aya::Pod> Array<T> {
         Ok(Self { base: base.cast(), bytes, len: info.max_entries, types: PhantomData })
     }
 
-    /// Number of elements.
+    /// Returns the number of elements.
     pub(crate) fn len(&self) -> u32 {
         self.len
     }
@@ -677,16 +679,16 @@ impl<T: aya::Pod> Array<T> {
         (index < self.len).then(|| unsafe { self.base.add(index as usize * Self::STRIDE) })
     }
 
-    /// A copy of an element.
+    /// Returns a copy of an element.
     pub(crate) fn get(&self, index: u32) -> Option<T> {
         // SAFETY: the element lies in the mapping; any bytes are a value.
         self.element(index).map(|element| unsafe { element.cast::<T>().read_volatile() })
     }
 
-    /// Every element that is not all zeros, with its index, and some that are.
+    /// Returns every element that is not all zeros, and some that are, with their indexes.
     ///
-    /// A map is mostly zeros, and a block of them costs one comparison: a start reads tens of
-    /// thousands of elements, and tests start hundreds of agents that no compiler has optimised.
+    /// A map is mostly zeros, and a block of zeros costs one comparison. Starting an agent reads
+    /// tens of thousands of elements, and tests start hundreds of unoptimised agents.
     pub(crate) fn filled(&self) -> impl Iterator<Item = (u32, T)> {
         const BLOCK: u32 = 512;
         let zeros = vec![0_u8; BLOCK as usize * Self::STRIDE];
@@ -705,7 +707,7 @@ impl<T: aya::Pod> Array<T> {
             .filter_map(|index| Some((index, self.get(index)?)))
     }
 
-    /// One aligned 32-bit word of an element (`offset` in bytes).
+    /// Returns one aligned 32-bit word of an element (`offset` in bytes).
     pub(crate) fn get_u32(&self, index: u32, offset: usize) -> Option<u32> {
         let element = self.element(index)?;
         if !offset.is_multiple_of(4) || offset + 4 > size_of::<T>() {
@@ -718,7 +720,7 @@ impl<T: aya::Pod> Array<T> {
     /// Writes an element word by word in ascending order, each word atomically and no earlier
     /// than the words before it.
     ///
-    /// Returns false when the index is out of range.
+    /// Returns false if the index is out of range.
     #[must_use]
     pub(crate) fn set(&self, index: u32, value: &T) -> bool {
         let Some(element) = self.element(index) else { return false };

@@ -7,14 +7,14 @@ use super::error::Error;
 use super::pins::Pins;
 
 /// Detaches every program and removes every pin under the pin path, and our clsact filters from
-/// every device; returns what was done, for people.
+/// every device. Returns a description of what was done.
 ///
 /// # Errors
 ///
-/// When the kernel refuses; what was removed before stays removed.
+/// Fails if the kernel refuses; what was removed before stays removed.
 pub fn cleanup(pins: &Pins) -> Result<Vec<String>, Error> {
     let mut done = Vec::new();
-    // Programs first: while maps remain, whatever still runs finds them.
+    // Programs go first, so that those that still run find the maps.
     for (index, name) in devices() {
         if clsact::clean(index)
             .map_err(|cause| Error::attach("(remove) clsact filters", &name, cause))?
@@ -28,7 +28,7 @@ pub fn cleanup(pins: &Pins) -> Result<Vec<String>, Error> {
     Ok(done)
 }
 
-/// ifindex and name of every device.
+/// Returns the ifindex and name of every device.
 fn devices() -> Vec<(u32, String)> {
     let mut devices = Vec::new();
     // SAFETY: no arguments; the list ends with an index of zero and is freed below.

@@ -1,8 +1,8 @@
-//! Classifiers by clsact filters, for kernels without TCX and for places behind somebody else's
+//! Attaches classifiers as clsact filters, for kernels without TCX and for places behind a foreign
 //! filter.
 //!
-//! A filter belongs to the device, so it stays when the agent goes; a later agent finds it by its
-//! fixed priority and handle, and replaces its program between two packets.
+//! A filter belongs to the device, so it outlives the agent. A later agent finds it by its fixed
+//! priority and handle, and replaces its program between two packets.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -11,7 +11,7 @@ use crate::node::netlink::{
     self, Attributes, NETLINK_ROUTE, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, find, text,
 };
 
-/// Which way packets go through the device.
+/// The direction in which packets pass the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Direction {
     /// From the device into the stack.
@@ -21,7 +21,7 @@ pub enum Direction {
 }
 
 impl Direction {
-    /// The word for people and pins.
+    /// Returns the word for people and pins.
     #[must_use]
     pub fn word(self) -> &'static str {
         match self {
@@ -37,7 +37,8 @@ impl Direction {
         }
     }
 
-    /// First at ingress, last at egress: others see real addresses.
+    /// Returns the priority: first at ingress and last at egress, so that other filters see real
+    /// addresses.
     fn priority(self) -> u16 {
         match self {
             Self::Ingress => 1,
@@ -46,9 +47,9 @@ impl Direction {
     }
 }
 
-/// Our filters' handle: unlike the small numbers that the kernel and other programs take.
+/// The handle of our filters, unlike the small numbers that the kernel and other programs choose.
 const HANDLE: u32 = 0x51_0cb5;
-/// What our filters' names begin with.
+/// The prefix of our filters' names.
 const PREFIX: &str = "sluice_";
 
 const RTM_NEWQDISC: u16 = 36;
@@ -68,11 +69,11 @@ const DIRECT_ACTION: u32 = 1;
 /// A filter as the kernel lists it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Filter {
-    /// Position among the device's filters.
+    /// The position among the device's filters.
     pub priority: u16,
-    /// Number within the priority.
+    /// The number within the priority.
     pub handle: u32,
-    /// `bpf`, `flower`, ...
+    /// The kind: `bpf`, `flower`, ...
     pub kind: String,
     /// The program's name, for `bpf`.
     pub name: String,
@@ -86,13 +87,13 @@ impl Filter {
     }
 }
 
-/// `struct tcmsg`, the fixed part of each message: which device, and what at which place of it.
+/// Encodes a `struct tcmsg`, the fixed part of each message, which names a place on a device.
 fn place(device: u32, handle: u32, parent: u32, info: u32) -> Vec<u8> {
     // Family and padding first.
     [0, device, handle, parent, info].iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
-/// Sends a message; calls `each` with the payload of every answer.
+/// Sends a message, and calls `each` with the payload of every answer.
 fn talk(
     (kind, flags): (u16, u16),
     place: &[u8],
@@ -102,14 +103,13 @@ fn talk(
     netlink::ask(NETLINK_ROUTE, &netlink::message(kind, flags, place, attributes), each)
 }
 
-/// The number at a place of an answer.
+/// Returns the number at a position of an answer.
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
     netlink::number(bytes.get(at..))
 }
 
 fn parse(device: u32, direction: Direction, payload: &[u8]) -> Option<Filter> {
-    // The kernel walks all of a block's filters; those of other devices or places are not asked
-    // for.
+    // The kernel lists all filters of a block, including those of other devices or places.
     if word(payload, 4)? != device || word(payload, 12)? != direction.parent() {
         return None;
     }
@@ -124,11 +124,11 @@ fn parse(device: u32, direction: Direction, payload: &[u8]) -> Option<Filter> {
     })
 }
 
-/// The filters at one side of a device; none where it has no clsact.
+/// Lists the filters at one side of a device: none if it has no clsact.
 ///
 /// # Errors
 ///
-/// When the kernel refuses the listing.
+/// Fails if the kernel refuses the listing.
 pub fn filters(device: u32, direction: Direction) -> io::Result<Vec<Filter>> {
     let mut filters = Vec::new();
     let place = place(device, 0, direction.parent(), 0);
@@ -152,11 +152,11 @@ fn protocol_all(priority: u16) -> u32 {
     u32::from(priority) << 16 | u32::from(0x0003_u16.to_be())
 }
 
-/// Attaches a program, or replaces the one that an earlier agent attached.
+/// Attaches a program, or replaces that of an earlier agent.
 ///
 /// # Errors
 ///
-/// When the kernel refuses clsact or the filter.
+/// Fails if the kernel refuses clsact or the filter.
 pub fn attach(
     program: BorrowedFd<'_>,
     name: &str,
@@ -178,11 +178,11 @@ pub fn attach(
     talk((RTM_NEWTFILTER, NLM_F_ACK | NLM_F_CREATE), &at, &filter, |_| ())
 }
 
-/// Removes our filter from one side of a device; returns whether there was one.
+/// Removes our filter from one side of a device, and returns whether there was one.
 ///
 /// # Errors
 ///
-/// When the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn detach(device: u32, direction: Direction) -> io::Result<bool> {
     let ours: Vec<Filter> =
         filters(device, direction)?.into_iter().filter(Filter::is_ours).collect();
@@ -194,11 +194,11 @@ pub fn detach(device: u32, direction: Direction) -> io::Result<bool> {
     Ok(!ours.is_empty())
 }
 
-/// Removes our filters from a device, and clsact with them if it is empty then.
+/// Removes our filters from a device, and also clsact if it is empty then.
 ///
 /// # Errors
 ///
-/// When the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn clean(device: u32) -> io::Result<bool> {
     let found = detach(device, Direction::Ingress)? | detach(device, Direction::Egress)?;
     let empty = filters(device, Direction::Ingress)?.is_empty()

@@ -1,5 +1,5 @@
-//! What first fragments have told: `fragments_v4` and `fragments_v6`, for the keeper of those that
-//! came before them.
+//! Reads and writes `fragments_v4` and `fragments_v6`, the ports of datagrams whose first fragment
+//! was seen, for the process that holds fragments that came before it.
 
 use std::path::Path;
 
@@ -19,7 +19,7 @@ pub enum DatagramKey {
     V6(Datagram<Ipv6Address>),
 }
 
-/// The datagrams whose first fragment has been seen.
+/// The datagrams whose first fragment was seen.
 #[derive(Debug)]
 pub struct Datagrams {
     v4: Table<Datagram<Ipv4Address>, DatagramPorts>,
@@ -31,7 +31,7 @@ impl Datagrams {
     ///
     /// # Errors
     ///
-    /// When one is missing or has another layout.
+    /// Fails if one is missing or has another layout.
     pub fn open(folder: &Path) -> Result<Self, Error> {
         Ok(Self { v4: table(folder, "fragments_v4")?, v6: table(folder, "fragments_v6")? })
     }
@@ -44,21 +44,21 @@ impl Datagrams {
         told.map_err(|cause| Error::map("read", "fragments", cause))
     }
 
-    /// Whether the datagram's first fragment has been seen lately.
+    /// Whether the datagram's first fragment was seen recently.
     ///
     /// # Errors
     ///
-    /// When the map cannot be read.
-    pub fn is_told(&self, key: &DatagramKey, now: Ticks) -> Result<bool, Error> {
+    /// Fails if the map cannot be read.
+    pub fn is_known(&self, key: &DatagramKey, now: Ticks) -> Result<bool, Error> {
         Ok(self.get(key)?.is_some_and(|told| is_fresh(&told, now)))
     }
 
-    /// Has the programs send fragments that come early to this process, for the next seconds.
+    /// Requests for the next seconds that the programs send early fragments to this process.
     ///
     /// # Errors
     ///
-    /// When the map cannot be written.
-    pub fn attend(&self, now: Ticks) -> Result<(), Error> {
+    /// Fails if the map cannot be written.
+    pub fn request(&self, now: Ticks) -> Result<(), Error> {
         let said = DatagramPorts { seen: now, ..DatagramPorts::default() };
         self.v4
             .insert(&heartbeat_key(), &said)
@@ -66,13 +66,13 @@ impl Datagrams {
             .map_err(|cause| Error::map("write", "fragments", cause))
     }
 
-    /// Lets the datagram's fragments go on untouched, unless its first one has come meanwhile.
+    /// Lets the datagram's fragments pass untouched, unless its first one has arrived meanwhile.
     ///
     /// # Errors
     ///
-    /// When the map cannot be read or written.
+    /// Fails if the map cannot be read or written.
     pub fn give_up(&self, key: &DatagramKey, now: Ticks) -> Result<(), Error> {
-        if self.is_told(key, now)? {
+        if self.is_known(key, now)? {
             return Ok(());
         }
         let untouched = DatagramPorts { seen: now, ..DatagramPorts::default() };

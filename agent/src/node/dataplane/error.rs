@@ -1,9 +1,9 @@
-//! What can go wrong between the agent and the kernel.
+//! Errors of the agent at the kernel.
 
 use std::io;
 use std::path::PathBuf;
 
-/// An error says what was tried, on what, why it failed and what to do next.
+/// An error, which says what was tried, on what, why it failed and what to do next.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The binary carries no BPF object.
@@ -19,12 +19,12 @@ pub enum Error {
     Load {
         /// The map or program.
         what: String,
-        /// The kernel's or the loader's words.
+        /// The kernel's or the loader's message.
         cause: String,
         /// What to do next.
         hint: &'static str,
     },
-    /// Nothing of ours is pinned there.
+    /// Nothing of Sluice is pinned there.
     #[error(
         "nothing of Sluice is pinned under {path}; is the agent running with this --pin-path? (`sluice agent --pin-path {path}`)"
     )]
@@ -32,7 +32,7 @@ pub enum Error {
         /// The pin path.
         path: PathBuf,
     },
-    /// Somebody listens already.
+    /// The ring of events already has a reader.
     #[error(
         "another `sluice trace` listens to what is pinned under {path}, and the ring of events has one reader; end it, or wait (a killed one is gone at once)"
     )]
@@ -78,7 +78,7 @@ pub enum Error {
     },
 }
 
-/// What to do about a refused system call.
+/// Returns what to do about a refused system call.
 pub(crate) fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => {
@@ -107,7 +107,7 @@ impl Error {
         Self::Attach { program: program.to_owned(), target: target.into(), cause, hint }
     }
 
-    /// Whether the target of an attachment has vanished meanwhile, which is no error for a device.
+    /// Whether the target of an attachment has vanished meanwhile, which is no error of a device.
     pub(crate) fn is_vanished(&self) -> bool {
         matches!(self, Self::Attach { cause, .. } if matches!(cause.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)))
     }

@@ -1,8 +1,8 @@
-//! Listens to the programs' events.
+//! Receives the programs' events.
 //!
-//! A ring has one reader, so one process listens at a time: it holds a lock on the folder of the
-//! maps, which the kernel takes back however the process ends. What the programs are told, that
-//! somebody listens, ends by itself soon after.
+//! A ring has one reader, so one process receives at a time. It holds a lock on the folder of the
+//! maps, which the kernel releases however the process ends. The programs stop sending by
+//! themselves soon after.
 
 use std::fmt;
 use std::fs::File;
@@ -19,10 +19,10 @@ use super::error::Error;
 use super::maps::table;
 use super::pins::Pins;
 
-/// How long the programs tell events when nobody says again that he listens.
+/// How long the programs send events after a request that is not renewed.
 const LEASE: Duration = Duration::from_secs(3);
 
-/// The one who listens.
+/// The reader of the ring of events.
 pub(crate) struct Events {
     ring: RingBuf<MapData>,
     listening: Table<u32, Listening>,
@@ -32,12 +32,12 @@ pub(crate) struct Events {
 }
 
 impl Events {
-    /// Becomes the one who listens; what the ring still holds of another is thrown away. Nothing is
-    /// told before [`Self::listen`].
+    /// Becomes the reader of the ring, and discards what an earlier one has left in it. The
+    /// programs send nothing before [`Self::listen`].
     ///
     /// # Errors
     ///
-    /// When somebody else listens, or a map cannot be used.
+    /// Fails if there is another reader, or a map cannot be used.
     pub(crate) fn open(pins: &Pins) -> Result<Self, Error> {
         let folder = pins.maps();
         let lock = lock(&folder)?;
@@ -51,11 +51,11 @@ impl Events {
         Ok(Self { ring, listening, lost, folder, _lock: lock })
     }
 
-    /// Has the programs tell what fits a sieve, for the next three seconds.
+    /// Requests the events that match a filter, for the next three seconds.
     ///
     /// # Errors
     ///
-    /// When the maps were replaced or removed meanwhile, or cannot be written.
+    /// Fails if the maps were replaced or removed meanwhile, or cannot be written.
     pub(crate) fn listen(&self, sieve: &Listening) -> Result<(), Error> {
         let path = self.folder.join("listening");
         let fd: OwnedFd = bpf::object_get(&path)
@@ -71,7 +71,7 @@ impl Events {
         self.listening.insert(&0, &sieve).map_err(|cause| Error::map("write", "listening", cause))
     }
 
-    /// The next event, if there is one.
+    /// Takes the next event, if there is one.
     pub(crate) fn next(&mut self) -> Option<Event> {
         loop {
             let item = self.ring.next()?;
@@ -82,11 +82,11 @@ impl Events {
         }
     }
 
-    /// How many events found no room since the maps were made.
+    /// Returns the number of events that were lost for lack of room since the maps were made.
     ///
     /// # Errors
     ///
-    /// When the map cannot be read.
+    /// Fails if the map cannot be read.
     pub(crate) fn lost(&self) -> Result<u64, Error> {
         let counts =
             self.lost.get_all(&0).map_err(|cause| Error::map("read", "events_lost", cause))?;
@@ -114,7 +114,7 @@ impl fmt::Debug for Events {
 
 impl Drop for Events {
     fn drop(&mut self) {
-        // What cannot be written ends by itself.
+        // If this fails, the request expires by itself.
         let _ = self.listening.insert(&0, &Listening::default());
     }
 }
@@ -133,7 +133,7 @@ fn lock(folder: &Path) -> Result<File, Error> {
     Err(failed(error))
 }
 
-/// Nanoseconds since boot, as the programs read them.
+/// Returns the nanoseconds since boot, by the programs' clock.
 pub(crate) fn now_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the struct is live; this clock always exists.

@@ -1,9 +1,9 @@
-//! Attaches the programs so that they stay attached without the agent, and takes over what an
-//! earlier agent attached.
+//! Attaches the programs so that they stay attached without the agent, and takes over the
+//! attachments of an earlier agent.
 //!
-//! Links (TCX, XDP, cgroup) are pinned; a new agent opens the pin and puts its program in the old
-//! one's place, between two packets. Where the kernel has no TCX, and at an egress where a foreign
-//! clsact filter sits (TCX would run before it), filters do (see [`super::clsact`]).
+//! Links (TCX, XDP, cgroup) are pinned. A new agent opens the pin and replaces the program between
+//! two packets. If the kernel has no TCX, or a foreign clsact filter sits at an egress (TCX would
+//! run before it), clsact filters are used instead (see [`super::clsact`]).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -29,7 +29,7 @@ pub(super) const TCX_EGRESS: u32 = 47;
 pub(super) const XDP: u32 = 37;
 pub(super) const SOCK_OPS: u32 = 3;
 
-/// How XDP is attached, the name of its pin, and the link's flags.
+/// The ways to attach XDP, each with the name of its pin and the link's flags.
 pub(super) const XDP_MODES: [(How, &str, u32); 2] =
     [(How::XdpNative, "xdp", 1 << 2), (How::XdpGeneric, "xdp_generic", 1 << 1)];
 
@@ -43,11 +43,11 @@ pub(super) const CGROUP: [(&str, u32); 9] = [
     ("recvmsg6", 20),
     ("getpeername4", 29),
     ("getpeername6", 30),
-    // Only counts, so that it comes last: a kernel that refuses it has the others.
+    // It comes last since it only counts: a kernel that refuses it has the others.
     ("connection", SOCK_OPS),
 ];
 
-/// Programs that earlier agents attached to the cgroup, and that nothing needs any more.
+/// Programs that earlier agents attached to the cgroup and that are no longer needed.
 const CGROUP_BEFORE: [&str; 1] = ["sock_release"];
 
 /// Whether and how XDP is used on uplinks.
@@ -80,7 +80,7 @@ pub enum How {
 }
 
 impl How {
-    /// The word for people.
+    /// Returns the word for people.
     #[must_use]
     pub fn word(self) -> &'static str {
         match self {
@@ -101,15 +101,15 @@ pub struct Target {
     pub name: String,
     /// Whether its packets begin with an Ethernet header.
     pub ethernet: bool,
-    /// What it is: XDP is tried on uplinks alone.
+    /// Its role: XDP is attached to uplinks alone.
     pub role: Role,
     /// Whether it is a veth.
     pub veth: bool,
 }
 
 impl Target {
-    /// The directions that a tc program is attached for, egress last. What comes in by the loopback
-    /// device has left by it.
+    /// Returns the directions that a tc program is attached for, egress last. The loopback device
+    /// needs none at ingress, since what comes in by it has left by it.
     fn directions(&self) -> &'static [Direction] {
         match self.role {
             Role::Loopback => &[Direction::Egress],
@@ -120,12 +120,12 @@ impl Target {
     }
 }
 
-/// What became of a device.
+/// The result of attaching to a device.
 #[derive(Debug, Default)]
 pub struct Attached {
-    /// What is attached, and how.
+    /// How each program is attached.
     pub hooks: Vec<How>,
-    /// What could not be attached and should be tried again.
+    /// What could not be attached and should be retried.
     pub errors: Vec<Error>,
     /// What is not attached and need not be.
     pub notes: Vec<String>,
@@ -144,7 +144,7 @@ pub struct Hooks {
 }
 
 impl Hooks {
-    /// Takes the loaded programs; nothing is attached yet.
+    /// Creates the hooks of loaded programs, of which none is attached yet.
     #[must_use]
     pub(super) fn new(
         programs: Programs,
@@ -156,26 +156,26 @@ impl Hooks {
         Self { programs, rounds, devices, pins, xdp, tcx: None }
     }
 
-    /// Which round of a change of layout the programs are of: one that was attached in another has
-    /// to be attached again.
+    /// Returns the programs' round of a change of layout. Programs that were attached in another
+    /// round have to be attached again.
     #[must_use]
     pub fn round(&self) -> Round {
         self.rounds.round()
     }
 
-    /// To be called when every device and the cgroup have the programs of this round: true when
-    /// there are others to be attached.
+    /// Begins the next round, once every device and the cgroup have the programs of this one.
+    /// Returns whether there are other programs to attach.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses them; those of this round go on.
+    /// Fails if the kernel refuses them; those of this round stay.
     pub fn next_round(&mut self) -> Result<bool, Error> {
         let Some(programs) = self.rounds.next()? else { return Ok(false) };
         self.programs = programs;
         Ok(true)
     }
 
-    /// Attaches the programs to a device, or puts them in the place of an earlier agent's.
+    /// Attaches the programs to a device, or replaces those of an earlier agent.
     pub fn attach(&mut self, target: &Target) -> Attached {
         let mut attached = Attached::default();
         for direction in target.directions() {
@@ -195,22 +195,22 @@ impl Hooks {
         attached
     }
 
-    /// Detaches everything from a device that has no role any more, or is gone.
+    /// Detaches everything from a device that no longer has a role or is gone.
     ///
     /// # Errors
     ///
-    /// When the BPF file system refuses.
+    /// Fails if the BPF file system refuses.
     pub fn detach(&self, device: u32) -> Result<(), Error> {
         for hook in ["ingress", "egress", "xdp", "xdp_generic"] {
             self.unpin(&device_pin(device, hook))?;
         }
-        // On a device that is gone there is nothing left to clean.
+        // This fails if the device is gone, and its filters with it.
         let _ = clsact::clean(device);
         Ok(())
     }
 
-    /// After somebody's filters have changed: where one sits at an egress where TCX would come
-    /// before it, moves behind it.
+    /// Moves a program behind a foreign filter that now sits at an egress, where TCX would run
+    /// before it. To be called after filters have changed.
     pub fn recheck(&mut self, target: &Target, attached: &mut Attached) {
         let behind = |filters: Vec<clsact::Filter>| filters.iter().any(|filter| !filter.is_ours());
         let egress = target.directions().len() - 1;
@@ -227,21 +227,21 @@ impl Hooks {
         }
     }
 
-    /// Tells the programs what a device is.
+    /// Writes a device's entry.
     ///
     /// # Errors
     ///
-    /// When the map cannot be written.
-    pub fn tell_device(&self, device: u32, entry: &Device) -> Result<(), Error> {
+    /// Fails if the map cannot be written.
+    pub fn set_device(&self, device: u32, entry: &Device) -> Result<(), Error> {
         self.devices.insert(&device, entry).map_err(|cause| Error::map("write", "devices", cause))
     }
 
-    /// Forgets a device.
+    /// Removes a device's entry.
     ///
     /// # Errors
     ///
-    /// When the map cannot be written.
-    pub fn forget_device(&self, device: u32) -> Result<(), Error> {
+    /// Fails if the map cannot be written.
+    pub fn remove_device(&self, device: u32) -> Result<(), Error> {
         self.devices.remove(&device).map_err(|cause| Error::map("write", "devices", cause))
     }
 
@@ -249,7 +249,7 @@ impl Hooks {
     ///
     /// # Errors
     ///
-    /// When the BPF file system refuses.
+    /// Fails if the BPF file system refuses.
     pub fn clean_stale(&self, live: &BTreeSet<u32>) -> Result<(), Error> {
         let folder = self.pins.links();
         let entries = fs::read_dir(&folder).map_err(|cause| Error::pin("list", &folder, cause))?;
@@ -267,7 +267,7 @@ impl Hooks {
         let entries =
             self.devices.entries().map_err(|cause| Error::map("read", "devices", cause))?;
         for (device, _) in entries.iter().filter(|(device, _)| !live.contains(device)) {
-            self.forget_device(*device)?;
+            self.remove_device(*device)?;
         }
         Ok(())
     }
@@ -316,9 +316,9 @@ impl Hooks {
             Xdp::On | Xdp::Native => Some(How::XdpNative),
             Xdp::Generic => Some(How::XdpGeneric),
         };
-        // XDP has no form for devices without a link header.
+        // XDP does not support devices without a link header.
         let how = how.filter(|_| target.role == Role::Uplink && target.ethernet);
-        // A link keeps its mode: another one asks for a new link.
+        // The mode of a link cannot change, so another mode needs a new link.
         for (_, hook, _) in XDP_MODES.iter().filter(|(mode, _, _)| Some(*mode) != how) {
             self.unpin(&device_pin(target.index, hook))?;
         }
@@ -341,11 +341,11 @@ impl Hooks {
     ///
     /// # Errors
     ///
-    /// When the cgroup is none, or the kernel refuses a program.
+    /// Fails if the path is not a cgroup, or the kernel refuses a program.
     pub fn attach_cgroup(&self, cgroup: &Path) -> Result<(), Error> {
         let failed = |cause| Error::pin("open the cgroup", cgroup, cause);
         let folder = fs::File::open(cgroup).map_err(failed)?;
-        // The cgroup's id, by which links name it, is its inode's number.
+        // Links identify a cgroup by its id, which is its inode number.
         let id = folder.metadata().map_err(failed)?.ino();
         for (name, attach_type) in CGROUP {
             let program = self.programs.fd(name)?;
@@ -364,23 +364,23 @@ impl Hooks {
     ///
     /// # Errors
     ///
-    /// When the BPF file system refuses.
+    /// Fails if the BPF file system refuses.
     pub fn detach_cgroup(&self) -> Result<(), Error> {
         let names = CGROUP.iter().map(|(name, _)| name).chain(&CGROUP_BEFORE);
         names.into_iter().try_for_each(|name| self.unpin(&format!("cgroup_{name}")))
     }
 
-    /// To be called when every device and the cgroup have the new programs: old maps and pins go.
+    /// Removes old maps and pins, once every device and the cgroup have the new programs.
     ///
     /// # Errors
     ///
-    /// When the BPF file system refuses.
+    /// Fails if the BPF file system refuses.
     pub fn commit(&self) -> Result<(), Error> {
         self.rounds.commit()
     }
 
-    /// Puts a program in the place of the one that a pinned link holds, if that link still leads
-    /// to `target`; a link that leads elsewhere is removed.
+    /// Replaces the program of a pinned link that still leads to `target`, and removes a link that
+    /// leads elsewhere.
     fn adopt(
         &self,
         pin: &str,

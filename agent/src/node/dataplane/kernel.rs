@@ -13,8 +13,8 @@ use sluice_common::abi::{
 use sluice_common::{Family, V4, V6};
 use sluice_core::image::map::{self, PlanMap};
 use sluice_core::image::{
-    ApplyError, Dataplane, EntryWrite, FamilyImage, FamilyWrite, Image, ReadError, SourceKey,
-    Stack, Write,
+    ApplyError, CLASSES, Dataplane, EntryWrite, FamilyImage, FamilyWrite, Image, ReadError,
+    SourceKey, Stack, Write,
 };
 
 use super::bpf::{Array, Table};
@@ -273,29 +273,16 @@ impl Kernel {
             }
             Write::Listing { lane, bits } => self.store_lane(*lane, *bits).map(|()| 1),
             Write::Port { service_port, affinity_seconds, flags } => {
-                let ports = &maps.ports;
-                // These are aligned words of their own; the ranges next to them stay as they are.
-                let done =
-                    ports.set_u32(
-                        *service_port,
-                        offset_of!(ServicePort, affinity_seconds),
-                        *affinity_seconds,
-                    ) && ports.set_u32(*service_port, offset_of!(ServicePort, flags), *flags);
-                stored("ports", *service_port, done).map(|()| 1)
+                self.store_port(*service_port, *affinity_seconds, *flags).map(|()| 1)
             }
             Write::Range { service_port, class, range } => {
-                let offset = offset_of!(ServicePort, ranges) + 8 * *class as usize;
-                stored("ports", *service_port, maps.ports.set_u64(*service_port, offset, range.0))
-                    .map(|()| 1)
+                self.store_range(*service_port, *class as usize, *range).map(|()| 1)
             }
             Write::ClearPort { service_port } => {
-                let done = (0..3).all(|class| {
-                    maps.ports.set_u64(
-                        *service_port,
-                        offset_of!(ServicePort, ranges) + 8 * class,
-                        0,
-                    )
-                }) && maps.ports.set(*service_port, &ServicePort::default());
+                for class in 0..CLASSES.len() {
+                    self.store_range(*service_port, class, Range(0))?;
+                }
+                let done = maps.ports.set(*service_port, &ServicePort::default());
                 stored("ports", *service_port, done).map(|()| 1)
             }
             Write::ClearSlots { .. } => Ok(1),
@@ -304,6 +291,21 @@ impl Kernel {
                 Ok(1)
             }
         }
+    }
+
+    /// Sets affinity and flags of a service port. They are aligned words of their own; the ranges
+    /// next to them stay as they are.
+    fn store_port(&self, id: u32, affinity_seconds: u32, flags: u32) -> Result<(), Error> {
+        let ports = &self.maps.ports;
+        let done = ports.set_u32(id, offset_of!(ServicePort, affinity_seconds), affinity_seconds)
+            && ports.set_u32(id, offset_of!(ServicePort, flags), flags);
+        stored("ports", id, done)
+    }
+
+    /// Flips one class of a service port to a range.
+    fn store_range(&self, id: u32, class: usize, range: Range) -> Result<(), Error> {
+        let offset = offset_of!(ServicePort, ranges) + size_of::<u64>() * class;
+        stored("ports", id, self.maps.ports.set_u64(id, offset, range.0))
     }
 
     /// Stores ids from slot `start` on. Ranges begin at blocks; a store may begin anywhere.

@@ -1,5 +1,5 @@
-//! A change of layout in rounds (see [`previous`]): which programs are next, and what is done
-//! between two rounds.
+//! Changes the layout in rounds (see [`previous`]): chooses the programs of each round, and moves
+//! maps between two rounds.
 //!
 //! ```text
 //! upgrade:    (those of the previous version) -> write the previous -> write this one -> settled
@@ -7,8 +7,8 @@
 //!             version to take over
 //! ```
 //!
-//! In each round all programs are replaced. Entries are moved when nobody writes where they come
-//! from any more.
+//! Each round replaces all programs. Entries are moved when nothing writes to their old place any
+//! more.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,7 +24,7 @@ use super::object::Spec;
 use super::pins::Pins;
 use super::programs::{Loader, Programs};
 
-/// In which layout an agent is to write.
+/// The layout in which an agent writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Layout {
     /// That of this version.
@@ -34,23 +34,23 @@ pub enum Layout {
     Previous,
 }
 
-/// Where a change of layout stands.
+/// The progress of a change of layout.
 #[derive(Debug)]
 pub(super) struct Rounds {
     loader: Loader,
     pins: Pins,
     target: Layout,
     round: Round,
-    /// Whether all is where it should be.
+    /// Whether the change is complete.
     is_done: bool,
 }
 
 impl Rounds {
-    /// Begins where the pins say: see [`Self::programs`] for the first round's programs.
+    /// Begins in the round that the pins show; see [`Self::programs`] for its programs.
     ///
     /// # Errors
     ///
-    /// When the previous layout is asked for and there is none, or the BPF file system refuses.
+    /// Fails if the previous layout is asked for and there is none, or the BPF file system refuses.
     pub(super) fn begin(
         loader: Loader,
         pins: &Pins,
@@ -75,22 +75,22 @@ impl Rounds {
         Ok(Self { loader, pins: pins.clone(), target, round, is_done: round == Round::Settled })
     }
 
-    /// The round that programs are of.
+    /// Returns the programs' round.
     pub(super) fn round(&self) -> Round {
         self.round
     }
 
-    /// The loader.
+    /// Returns the loader.
     pub(super) fn loader(&self) -> &Loader {
         &self.loader
     }
 
-    /// The loader, before its first use.
+    /// Returns the loader, to be changed before its first use.
     pub(super) fn loader_mut(&mut self) -> &mut Loader {
         &mut self.loader
     }
 
-    /// The programs of the round.
+    /// Loads the programs of the round.
     pub(super) fn programs(&self) -> Result<Programs, Error> {
         let before = match (self.target, self.round) {
             (_, Round::Settled) => None,
@@ -109,11 +109,11 @@ impl Rounds {
         Ok(programs)
     }
 
-    /// To be called when all programs are of the round: goes on to the next one, if there is one.
+    /// Begins the next round, if there is one, once all programs are of the present round.
     ///
     /// # Errors
     ///
-    /// When maps or programs are refused; the round goes on, and calling again is safe.
+    /// Fails if maps or programs are refused; the present round stays, and calling again is safe.
     pub(super) fn next(&mut self) -> Result<Option<Programs>, Error> {
         if self.is_done {
             return Ok(None);
@@ -152,14 +152,14 @@ impl Rounds {
         let round = std::mem::replace(&mut self.round, next);
         let programs = self.programs().inspect_err(|_| self.round = round)?;
         if next == Round::Settled {
-            // Settled programs know nothing of it: nobody may find it in use.
+            // Settled programs do not use it, so that nothing may find it in use.
             self.pins.retire_previous()?;
             self.is_done = true;
         }
         Ok(Some(programs))
     }
 
-    /// Puts the new maps in the place of the old ones, and removes layouts that nobody needs.
+    /// Replaces the old maps by the new ones, and removes layouts that are no longer needed.
     pub(super) fn commit(&self) -> Result<(), Error> {
         self.pins.commit(self.target == Layout::Previous)
     }
@@ -206,10 +206,10 @@ fn move_all<K: aya::Pod, A: aya::Pod, B: aya::Pod + PartialEq>(
     for (key, _) in from.entries()? {
         let Some(value) = from.get(&key)? else { continue };
         let value = convert(&value);
-        // What a program has written there meanwhile is newer.
+        // An entry that a program has written there meanwhile is newer.
         let is_new = to.insert_new(&key, &value)?;
         if !from.take(&key)? && is_new && to.get(&key)?.is_some_and(|now| now == value) {
-            // A program has removed the entry, from both, and written no other since.
+            // A program has removed the entry from both tables and not written it again.
             to.remove(&key)?;
         }
         moved += 1;

@@ -1,4 +1,4 @@
-//! Loads the object: maps found, made or replaced, programs verified.
+//! Loads the object: finds, makes or replaces its maps, and has its programs verified.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,14 +14,14 @@ use super::object;
 use super::pins::{Found, Pins, is_kept};
 use super::programs::{Loader, lift_memlock};
 
-/// What loading gives.
+/// The loaded object.
 #[derive(Debug)]
 pub struct Loaded {
     /// The maps.
     pub kernel: Kernel,
     /// The programs, attached nowhere yet.
     pub hooks: Hooks,
-    /// Whether the maps already hold an image, so that the programs may be attached at once.
+    /// Whether the maps already hold an image, so that the programs may be attached immediately.
     pub filled: bool,
 }
 
@@ -31,7 +31,7 @@ pub struct Loaded {
 ///
 /// # Errors
 ///
-/// When the object, the BPF file system, a map or a program is refused.
+/// Fails if the object, the BPF file system, a map or a program is refused.
 pub fn load(
     pins: &Pins,
     sizes: &BTreeMap<String, u32>,
@@ -79,8 +79,8 @@ pub fn load(
     Ok(Loaded { kernel, hooks, filled })
 }
 
-/// Fills new maps from those they replace. False when the old ones cannot be read: then the
-/// sources have to be heard before the programs may use the new ones.
+/// Fills new maps from those that they replace. Returns false if the old ones cannot be read: the
+/// sources then have to deliver everything before programs may use the new ones.
 fn migrate(old: &Path, kernel: &mut Kernel, differing: &BTreeMap<String, String>) -> bool {
     if ["ports", "flows_v4", "flows_v6", "imported_v4", "imported_v6"]
         .iter()

@@ -1,4 +1,4 @@
-//! The pinned maps with their types: what the agent writes and everyone may read.
+//! The pinned maps with their types. The agent writes them, and all commands may read them.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -16,21 +16,21 @@ use super::bpf::{self, Array, Table};
 use super::error::Error;
 use super::pins::previous_beside;
 
-/// A key of a trie as bpf(2) takes it: a network that a route leads to.
+/// The key of a trie as bpf(2) expects it: a network that a route leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(C)]
 pub(crate) struct RouteKey<A> {
-    /// How many bits of the address count.
+    /// The prefix length in bits.
     pub(crate) length: u32,
     /// The network.
     pub(crate) network: A,
 }
 
-/// A key of a trie as bpf(2) takes it: a network whose clients a service port admits.
+/// The key of a trie as bpf(2) expects it: a network whose clients a service port admits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub(crate) struct SourceRangeKey<A: Copy> {
-    /// How many bits of the rest count.
+    /// The prefix length of `range` in bits.
     pub(crate) length: u32,
     /// The service port and the network.
     pub(crate) range: SourceRange<A>,
@@ -49,16 +49,16 @@ unsafe impl<A: Address> aya::Pod for RouteKey<A> {}
 // SAFETY: as above.
 unsafe impl<A: Address> aya::Pod for SourceRangeKey<A> {}
 
-/// Whether the mappings may be written.
+/// How the maps are opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// For the agent.
+    /// To be written, by the agent.
     Write,
-    /// For those who only look.
+    /// To be read only.
     Read,
 }
 
-/// Flows as the previous layout has them.
+/// A table of flows in the previous layout.
 pub(crate) type PreviousTable<A> = Table<Tuple<A>, previous::Flow<A>>;
 
 /// The maps of one family.
@@ -117,12 +117,12 @@ fn array<T: aya::Pod>(folder: &Path, name: &str, access: Access) -> Result<Array
 }
 
 impl<F: Family> FamilyMaps<F> {
-    /// The name of one of the family's maps.
+    /// Returns the full name of one of the family's maps.
     pub(crate) fn name(map: &str) -> String {
         format!("{map}_v{}", F::VERSION)
     }
 
-    /// An error of one of the family's maps.
+    /// Wraps an error of one of the family's maps.
     pub(crate) fn failed(action: &'static str, map: &str) -> impl FnOnce(io::Error) -> Error {
         let name = Self::name(map);
         move |cause| Error::map(action, name, cause)
@@ -156,7 +156,7 @@ impl Maps {
     ///
     /// # Errors
     ///
-    /// When one is missing or has another layout.
+    /// Fails if one is missing or has another layout.
     pub fn open(folder: &Path, access: Access) -> Result<Self, Error> {
         Ok(Self {
             v4: FamilyMaps::open(folder, access)?,
@@ -176,8 +176,8 @@ impl Maps {
         })
     }
 
-    /// Copies what the packets' path remembers (not what the plan writes, not counters)
-    /// into maps of other sizes; entries that find no room are lost.
+    /// Copies what the packet path stores, but neither the plan's maps nor counters, to maps of
+    /// other sizes. Entries that find no room are lost.
     pub(crate) fn copy_memory_to(&self, other: &Self) -> io::Result<()> {
         copy(&self.v4.flows, &other.v4.flows)?;
         copy(&self.v6.flows, &other.v6.flows)?;

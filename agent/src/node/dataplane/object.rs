@@ -1,4 +1,4 @@
-//! The BPF object that was built into this binary, and what it says about its maps.
+//! The BPF object that was built into this binary, and the maps that it defines.
 
 use std::collections::BTreeMap;
 
@@ -10,11 +10,11 @@ use super::error::Error;
 /// The object as the build script found it; empty when there was none.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sluice.o"));
 
-/// The object's bytes.
+/// Returns the object's bytes.
 ///
 /// # Errors
 ///
-/// When the binary was built without the object.
+/// Fails if the binary was built without the object.
 pub(super) fn bytes() -> Result<&'static [u8], Error> {
     if OBJECT.is_empty() { Err(Error::NoObject) } else { Ok(OBJECT) }
 }
@@ -34,7 +34,8 @@ pub struct Spec {
     pub flags: u32,
 }
 
-/// How a pinned map differs from what the object wants, for people; [`None`] when it does not.
+/// Describes how a pinned map differs from the object's definition, or returns [`None`] if it does
+/// not.
 #[must_use]
 pub fn difference(spec: &Spec, pinned: &Spec) -> Option<String> {
     let fields = [
@@ -64,11 +65,11 @@ impl From<MapInfo> for Spec {
     }
 }
 
-/// Every map of the object, with other capacities where `sizes` names one.
+/// Returns every map of the object, with the capacities in `sizes` instead of the object's.
 ///
 /// # Errors
 ///
-/// When the object cannot be read.
+/// Fails if the object cannot be read.
 pub(super) fn specs(
     object: &[u8],
     sizes: &BTreeMap<String, u32>,
@@ -85,17 +86,17 @@ pub(super) fn specs(
         };
         (name.clone(), spec)
     });
-    // Global data has maps of its own (".rodata"), which belong to one load and are not pinned.
+    // Global data has its own maps (".rodata"), which belong to one load and are not pinned.
     Ok(specs
         .filter(|(name, _)| !name.starts_with('.') && !name.starts_with(previous::PREFIX))
         .collect())
 }
 
-/// Every map that the object has in the previous layout too, by the name that it has in that one.
+/// Returns every map that the object also has in the previous layout, by its name there.
 ///
 /// # Errors
 ///
-/// When the object cannot be read.
+/// Fails if the object cannot be read.
 pub(super) fn previous_specs(object: &[u8]) -> Result<BTreeMap<String, Spec>, Error> {
     let object =
         aya_obj::Object::parse(object).map_err(|error| Error::Object(error.to_string()))?;

@@ -1,4 +1,4 @@
-//! The verified programs, and what loads them with maps that are pinned.
+//! Loads and verifies the programs, with pinned maps.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,8 +11,8 @@ use sluice_common::abi::previous::{self, Round};
 use super::error::{Error, hint};
 use super::object::Spec;
 
-/// Programs for devices that many nodes have none of. To verify each takes a fifth of a second and
-/// tens of megabytes for that time.
+/// Programs for devices that many nodes do not have. Verifying one takes a fifth of a second and,
+/// for that time, tens of megabytes.
 const ON_DEMAND: [&str; 3] = ["tc_ingress_l3", "tc_egress_l3", "xdp_uplink"];
 
 /// The verified programs.
@@ -22,16 +22,16 @@ pub(super) struct Programs {
 }
 
 impl Programs {
-    /// Has a program verified that is not so far.
+    /// Has a program verified, unless it already is.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses it.
+    /// Fails if the kernel refuses it.
     pub(super) fn need(&mut self, name: &str) -> Result<(), Error> {
         self.ebpf.program_mut(name).map_or(Ok(()), |program| verify(name, program))
     }
 
-    /// The descriptor of a verified program.
+    /// Returns the descriptor of a verified program.
     pub(super) fn fd(&self, name: &str) -> Result<BorrowedFd<'_>, Error> {
         let missing = || Error::Load {
             what: format!("program {name}"),
@@ -53,7 +53,7 @@ pub(super) struct Loader {
 }
 
 impl Loader {
-    /// For maps of these specifications and sizes, pinned in a folder.
+    /// Creates a loader for maps of these specifications and sizes, pinned in a folder.
     pub(super) fn new(
         object: &'static [u8],
         folder: PathBuf,
@@ -63,12 +63,12 @@ impl Loader {
         Self { object, folder, specs, sizes }
     }
 
-    /// The maps of this layout.
+    /// Returns the specifications of this layout's maps.
     pub(super) fn specs(&self) -> &BTreeMap<String, Spec> {
         &self.specs
     }
 
-    /// Where the maps are pinned.
+    /// Returns the folder in which the maps are pinned.
     pub(super) fn folder(&self) -> &Path {
         &self.folder
     }
@@ -78,7 +78,7 @@ impl Loader {
     ///
     /// # Errors
     ///
-    /// When a map or a program is refused: nothing is attached so far.
+    /// Fails if a map or a program is refused; nothing is attached yet.
     pub(super) fn programs(&self, round: Round, before: Option<&Path>) -> Result<Programs, Error> {
         let mut pins: BTreeMap<String, PathBuf> =
             self.specs.keys().map(|name| (name.clone(), self.folder.join(name))).collect();
@@ -99,7 +99,7 @@ impl Loader {
     }
 }
 
-/// Loads the object's maps; those that are named are pinned there.
+/// Loads the object's maps, and pins those in `pins`.
 pub(super) fn load_object(
     object: &[u8],
     pins: &BTreeMap<String, PathBuf>,
@@ -114,7 +114,7 @@ pub(super) fn load_object(
     for (map, path) in pins {
         let _ = loader.map_pin_path(map, path);
     }
-    // Nobody asks them in this round; the object has them all the same.
+    // No program uses these maps in this round, but the object contains them.
     let idle: Vec<String> = previous::CHANGED
         .iter()
         .map(|map| old_name(map))
@@ -133,7 +133,7 @@ pub(super) fn load_object(
     })
 }
 
-/// How often a program is handed in whose verification a signal interrupts, as libbpf does.
+/// How often a program is loaded whose verification is interrupted by a signal, as in libbpf.
 const VERIFY_TRIES: u32 = 5;
 
 pub(super) fn verify(name: &str, program: &mut Program) -> Result<(), Error> {
@@ -143,7 +143,7 @@ pub(super) fn verify(name: &str, program: &mut Program) -> Result<(), Error> {
     };
     let mut tries = 1;
     let result = loop {
-        let Some(result) = hand_in(program) else {
+        let Some(result) = load(program) else {
             tracing::warn!(
                 program = name,
                 "the object has a program of a kind that this agent does not know"
@@ -173,8 +173,8 @@ pub(super) fn verify(name: &str, program: &mut Program) -> Result<(), Error> {
     }
 }
 
-/// Hands in a program of a kind that we have; [`None`]: it is none.
-fn hand_in(program: &mut Program) -> Option<Result<(), ProgramError>> {
+/// Loads a program. Returns [`None`] if it is of an unknown kind.
+fn load(program: &mut Program) -> Option<Result<(), ProgramError>> {
     Some(if let Program::SchedClassifier(program) = program {
         program.load()
     } else if let Program::Xdp(program) = program {
@@ -190,14 +190,15 @@ fn hand_in(program: &mut Program) -> Option<Result<(), ProgramError>> {
     })
 }
 
-/// Kernels before 5.11 count maps against this limit; on later ones it does nothing.
+/// Lifts the limit of locked memory, against which kernels before 5.11 count maps. On later ones it
+/// has no effect.
 pub(super) fn lift_memlock() {
     let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: the struct is live. A refusal shows itself when a map is made.
     let _ = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
 }
 
-/// An error with its causes.
+/// Formats an error with its causes.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -224,13 +225,13 @@ fn os_error(error: &(dyn std::error::Error + 'static)) -> Option<std::io::Error>
     None
 }
 
-/// The last lines of a verifier's log, where the reason stands.
+/// Returns the last lines of a verifier's log, which contain the reason.
 fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines.get(lines.len().saturating_sub(20)..).unwrap_or_default().join("\n")
 }
 
-/// A map of the previous layout, as the object calls it.
+/// Returns the object's name for a map of the previous layout.
 pub(super) fn old_name(map: &str) -> String {
     format!("{}{map}", previous::PREFIX)
 }

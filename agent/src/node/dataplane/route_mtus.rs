@@ -1,4 +1,4 @@
-//! Tells programs the MTUs that routes carry.
+//! Writes the MTUs of routes to the maps.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,7 +17,7 @@ pub struct RouteMtus {
     v6: Trie<Ipv6Address>,
 }
 
-/// The map of one family, and what it holds.
+/// The map of one family, and its content.
 #[derive(Debug)]
 struct Trie<A: Address> {
     name: &'static str,
@@ -40,8 +40,8 @@ impl<A: Address> Trie<A> {
             self.table.remove(&key).map_err(failed)?;
             let _ = self.held.remove(&key);
         }
-        // Keys sort by length. The longest come first and go last, so that no part of a network
-        // meets an MTU that is not its own.
+        // Keys sort by length. The longest prefixes are inserted first and removed last, so that no
+        // part of a network matches an MTU that is not its own.
         for (key, route) in wanted.iter().rev() {
             if self.held.get(key) != Some(route) {
                 self.table.insert(key, route).map_err(failed)?;
@@ -53,11 +53,11 @@ impl<A: Address> Trie<A> {
 }
 
 impl RouteMtus {
-    /// Opens the maps pinned in a folder, with what an earlier agent has left in them.
+    /// Opens the maps pinned in a folder, with the content that an earlier agent has left.
     ///
     /// # Errors
     ///
-    /// When one is missing, has another layout, or cannot be read.
+    /// Fails if one is missing, has another layout, or cannot be read.
     pub fn open(folder: &Path) -> Result<Self, Error> {
         Ok(Self {
             v4: Trie::open(folder, "route_mtus_v4")?,
@@ -69,7 +69,7 @@ impl RouteMtus {
     ///
     /// # Errors
     ///
-    /// When a map cannot be written, for instance for lack of room; calling again goes on.
+    /// Fails if a map cannot be written, for instance for lack of room; calling again continues.
     pub fn write(&mut self, routes: &BTreeMap<IpNet, RouteMtu>) -> Result<(), Error> {
         let (mut v4, mut v6) = (BTreeMap::new(), BTreeMap::new());
         for (network, route) in routes {

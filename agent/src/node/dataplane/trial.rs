@@ -1,5 +1,5 @@
-//! Tries what the kernel takes, and leaves nothing: programs are loaded and not pinned, hooks are
-//! held by descriptors alone, so that all of it ends with the process, however that ends.
+//! Tries what the kernel accepts, and leaves nothing behind. Programs are loaded but not pinned,
+//! and only descriptors hold the hooks, so that everything ends with the process, however it ends.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -25,11 +25,11 @@ pub(crate) struct Trial {
 }
 
 impl Trial {
-    /// Loads the built-in object's maps and every program that the verifier lets through.
+    /// Loads the built-in object's maps and every program that the verifier accepts.
     ///
     /// # Errors
     ///
-    /// When the maps are refused.
+    /// Fails if the maps are refused.
     pub(crate) fn load() -> Result<Self, Error> {
         let object = object::bytes()?;
         programs::lift_memlock();
@@ -43,13 +43,13 @@ impl Trial {
         Ok(Self { ebpf, programs })
     }
 
-    /// Program -> how many instructions the verifier went through, where the kernel tells; or why
-    /// it was refused.
+    /// Returns for each program the number of verified instructions, if the kernel reports it, or
+    /// the reason for which it was refused.
     pub(crate) fn programs(&self) -> &BTreeMap<String, Result<Option<u32>, Error>> {
         &self.programs
     }
 
-    /// Bytes of this process's maps, as the kernel counts them.
+    /// Returns the bytes of this process's maps, by the kernel's count.
     pub(crate) fn map_bytes() -> u64 {
         let entries = fs::read_dir("/proc/self/fdinfo").into_iter().flatten().flatten();
         let texts = entries.filter_map(|entry| fs::read_to_string(entry.path()).ok());
@@ -68,7 +68,7 @@ impl Trial {
         program.fd().map(AsFd::as_fd).map_err(|_| missing())
     }
 
-    /// Attaches a classifier by a TCX link, as long as the descriptor lives.
+    /// Attaches a classifier by a TCX link, for as long as the descriptor is open.
     pub(crate) fn tcx(
         &self,
         device: u32,
@@ -88,7 +88,7 @@ impl Trial {
         clsact::attach(self.fd(&name)?, &name, device, direction)
     }
 
-    /// Attaches XDP, as long as the descriptor lives.
+    /// Attaches XDP, for as long as the descriptor is open.
     pub(crate) fn xdp(&self, device: u32, how: How) -> io::Result<OwnedFd> {
         let flags = hooks::XDP_MODES
             .iter()
@@ -109,7 +109,7 @@ impl Trial {
             .collect()
     }
 
-    /// Pins a program and removes the pin: whether a BPF file system takes pins.
+    /// Pins a program and removes the pin, to see whether a BPF file system accepts pins.
     pub(crate) fn pin(&self, path: &Path) -> io::Result<()> {
         let program = self.programs.iter().find(|(_, result)| result.is_ok());
         let name = program.map_or("(any)", |(name, _)| name);
@@ -144,19 +144,20 @@ pub(crate) fn lacks_tcx(error: &io::Error) -> bool {
     hooks::lacks_tcx(error)
 }
 
-/// The names of the programs at the TCX hooks of a device.
+/// Returns the names of the programs at the TCX hooks of a device.
 pub(crate) fn at_device(device: u32) -> Vec<String> {
     names(
         [hooks::TCX_INGRESS, hooks::TCX_EGRESS].map(|attach_type| bpf::query(device, attach_type)),
     )
 }
 
-/// The names of the programs at a device's ingress alone.
+/// Returns the names of the programs at a device's ingress.
 pub(crate) fn at_ingress(device: u32) -> Vec<String> {
     names([bpf::query(device, hooks::TCX_INGRESS)])
 }
 
-/// The names of the programs at those of a cgroup's hooks that we use and that can change a call.
+/// Returns the names of the programs at those hooks of a cgroup that we use and that can change a
+/// call.
 pub(crate) fn at_cgroup(cgroup: &File) -> Vec<String> {
     let target = cgroup.as_raw_fd().cast_unsigned();
     let changing =
@@ -164,13 +165,13 @@ pub(crate) fn at_cgroup(cgroup: &File) -> Vec<String> {
     names(changing.map(|(_, attach_type)| bpf::query(target, attach_type)))
 }
 
-/// A hook that cannot be asked has nothing to tell.
+/// Returns the names of programs, without those of hooks that cannot be queried.
 fn names(asked: impl IntoIterator<Item = io::Result<Vec<u32>>>) -> Vec<String> {
     asked.into_iter().flatten().flatten().map(program_name).collect()
 }
 
-/// The name of a loaded program, or its id: who has no CAP_SYS_ADMIN is told of programs by their
-/// ids alone.
+/// Returns the name of a loaded program, or its id: without CAP_SYS_ADMIN the kernel reports only
+/// ids.
 pub(crate) fn program_name(id: u32) -> String {
     bpf::program_name(id).ok().filter(|name| !name.is_empty()).unwrap_or_else(|| by_id(id))
 }
@@ -179,7 +180,8 @@ fn by_id(id: u32) -> String {
     format!("id {id}")
 }
 
-/// What [`program_name`] calls the programs of our pinned links where it knows their ids alone.
+/// Returns what [`program_name`] returns for the programs of our pinned links if only their ids are
+/// known.
 pub(crate) fn pinned(pins: &Pins) -> BTreeSet<String> {
     let links = fs::read_dir(pins.links()).into_iter().flatten().flatten();
     let programs = links.filter_map(|link| {
@@ -189,7 +191,7 @@ pub(crate) fn pinned(pins: &Pins) -> BTreeSet<String> {
     programs.collect()
 }
 
-/// Whether a program of this name may be one of ours: the kernel keeps fifteen characters.
+/// Whether a program of this name may be ours. The kernel truncates names to fifteen characters.
 pub(crate) fn is_ours(name: &str) -> bool {
     const OTHERS: [&str; 5] =
         ["tc_ingress_l2", "tc_ingress_l3", "tc_egress_l2", "tc_egress_l3", "xdp_uplink"];

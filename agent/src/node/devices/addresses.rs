@@ -1,5 +1,5 @@
-//! The node's own addresses: which there are, as which one clients are shown to backends, where
-//! node ports are served, and which are somebody else's business.
+//! The node's own addresses: those that masquerade clients, those that serve node ports, and those
+//! that are left to other software.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -8,14 +8,14 @@ use sluice_core::policy::Policy;
 
 use super::{Facts, LinkAddress, OWN, Role, Rules};
 
-/// The device on which kube-proxy's ipvs mode keeps every VIP; it may outlive kube-proxy.
+/// The device on which kube-proxy's ipvs mode has every VIP; it may outlive kube-proxy.
 const IPVS: &str = "kube-ipvs0";
-/// The device on which NodeLocal DNSCache keeps the VIPs that it answers for.
+/// The device on which NodeLocal DNSCache has the VIPs that it serves.
 const NODE_LOCAL_DNS: &str = "nodelocaldns";
-/// `RT_SCOPE_HOST`: not for other hosts to see.
+/// `RT_SCOPE_HOST`: invisible to other hosts.
 const SCOPE_HOST: u8 = 254;
 
-/// An address of each family, where there is one.
+/// At most one address of each family.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PerFamily {
     /// IPv4.
@@ -25,7 +25,7 @@ pub struct PerFamily {
 }
 
 impl PerFamily {
-    /// The first of each family.
+    /// Returns the first address of each family.
     #[must_use]
     pub fn first(addresses: impl IntoIterator<Item = IpAddr>) -> Self {
         addresses.into_iter().fold(Self::default(), |found, address| match address {
@@ -34,13 +34,13 @@ impl PerFamily {
         })
     }
 
-    /// These, and others where there are none.
+    /// Returns these addresses, and for a family without one that of `others`.
     #[must_use]
     pub fn or(self, others: Self) -> Self {
         Self { v4: self.v4.or(others.v4), v6: self.v6.or(others.v6) }
     }
 
-    /// Those that there are.
+    /// Returns the addresses.
     pub fn iter(&self) -> impl Iterator<Item = IpAddr> + use<> {
         self.v4.map(IpAddr::V4).into_iter().chain(self.v6.map(IpAddr::V6))
     }
@@ -64,12 +64,12 @@ pub(super) fn is_global(address: &IpAddr) -> bool {
     }
 }
 
-/// As which addresses clients are shown to backends behind a device that has these addresses.
+/// Returns the addresses that masquerade clients of backends behind a device with these addresses.
 ///
-/// Addresses that the node is known by come first; else those that the kernel would take itself
-/// (not deprecated, of wide scope, primary), and before others those with a network: an address
-/// alone is often a VIP that comes and goes. What is left to choose is chosen by the kernel's
-/// order, for IPv6 by number, since there its order is newest first.
+/// Addresses that the node is known by are preferred, then those that the kernel itself would
+/// choose (not deprecated, of wide scope, primary), and among these such with a network, since an
+/// address without one is often a VIP that moves. The remaining choice follows the kernel's order,
+/// or for IPv6 the numerical one, since there the kernel lists the newest first.
 #[must_use]
 pub fn masquerade(addresses: &[LinkAddress], known: &[IpAddr]) -> PerFamily {
     let usable = |found: &&LinkAddress| {
@@ -89,9 +89,9 @@ pub fn masquerade(addresses: &[LinkAddress], known: &[IpAddr]) -> PerFamily {
     PerFamily::first(candidates.into_iter().map(|found| found.address))
 }
 
-/// The node's primary address of each family: as a person says; else the first of the Node object's
-/// that a device has; else that of the device with the default route, of another uplink, of the
-/// loopback device.
+/// Returns the node's primary address of each family: that of the flags, or else the first of the
+/// Node object's that a device has, or else that of the device with the default route, of another
+/// uplink, or of the loopback device.
 #[must_use]
 pub fn primary(facts: &Facts, roles: &BTreeMap<u32, Role>, rules: &Rules) -> PerFamily {
     let local = addresses_of_the_node(facts, roles);
@@ -106,7 +106,7 @@ pub fn primary(facts: &Facts, roles: &BTreeMap<u32, Role>, rules: &Rules) -> Per
         .fold(PerFamily::first(told.chain(of_object)), PerFamily::or)
 }
 
-/// The global addresses of all devices that belong to the node itself.
+/// Returns the global addresses of all devices that belong to the node itself.
 fn addresses_of_the_node(facts: &Facts, roles: &BTreeMap<u32, Role>) -> BTreeSet<IpAddr> {
     let own = facts.addresses.iter().filter(|(index, _)| {
         roles.get(index) != Some(&Role::Edge) && !holds_vips_only(facts, **index)
@@ -114,15 +114,15 @@ fn addresses_of_the_node(facts: &Facts, roles: &BTreeMap<u32, Role>) -> BTreeSet
     own.flat_map(|(_, addresses)| addresses).map(|found| found.address).filter(is_global).collect()
 }
 
-/// Whether what a device has are VIPs, there for the kernel to find them local.
+/// Whether a device only has VIPs, so that the kernel treats them as local.
 fn holds_vips_only(facts: &Facts, device: u32) -> bool {
     facts.links.get(&device).is_some_and(|link| [IPVS, OWN].contains(&link.name.as_str()))
 }
 
-/// Every address that is local to the node -> whether node ports are served there.
+/// Returns every address that is local to the node, with whether node ports are served there.
 ///
-/// Loopback and link-local addresses are in it only where node ports are served; those of an edge's
-/// link never, since each pod has such a link.
+/// Loopback and link-local addresses are included only if node ports are served there, and those of
+/// an edge's link never, since each pod has such a link.
 #[must_use]
 pub fn local(
     facts: &Facts,
@@ -147,8 +147,8 @@ pub fn local(
         .collect()
 }
 
-/// The addresses that are left to whoever has them on a device of this node: those of NodeLocal
-/// DNSCache, and those that a person lists.
+/// Returns the addresses that are left to other software with a device on this node: those of
+/// NodeLocal DNSCache, and those that flags list.
 #[must_use]
 pub fn left_alone(facts: &Facts, policy: &Policy) -> BTreeSet<IpAddr> {
     let mut left = BTreeSet::new();
@@ -162,12 +162,12 @@ pub fn left_alone(facts: &Facts, policy: &Policy) -> BTreeSet<IpAddr> {
     left
 }
 
-/// The addresses that the node is known by and no uplink has -> the device that has it, with its
-/// role; [`None`]: no device of this node does.
+/// Returns the node's known addresses that no uplink has, each with the device that has it and its
+/// role, or [`None`] if no device of this node has it.
 ///
-/// One of the loopback device or of a dummy is found by every uplink, and one of a fabric by that.
-/// One that no device has is no news beside one of its family that an uplink has: a cloud
-/// translates it.
+/// Addresses of the loopback device or a dummy are reachable by every uplink, and those of a fabric
+/// by that. An address that no device has is left out if an uplink has another one of its family,
+/// since a cloud then translates it.
 #[must_use]
 pub fn strays(
     facts: &Facts,
@@ -203,7 +203,7 @@ pub fn strays(
         .collect()
 }
 
-/// What it means that no uplink has an address of the node, and what to do.
+/// Explains what follows from an address of the node that no uplink has, and what to do.
 #[must_use]
 pub fn stray_problem(address: IpAddr, device: Option<&(String, Option<Role>)>) -> String {
     match device {

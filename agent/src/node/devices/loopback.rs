@@ -1,18 +1,18 @@
-//! What the loopback device must take: answers to processes of this host that spoke to a Service at
-//! one of the node's own addresses.
+//! Prepares the loopback device for answers to processes of this host that use a Service at one of
+//! the node's own addresses.
 //!
-//! Such an answer is handed in on `lo`, the one device where the kernel takes a source that is this
-//! host's own even with strict reverse path filtering, as it does what this host sends to itself.
-//! It wants two settings for that; they concern `lo` alone, where nothing comes in from elsewhere.
-//! What was changed is recorded, so that it can be changed back.
+//! Such an answer is injected on `lo`, the only device on which the kernel accepts a source address
+//! of this host even with strict reverse path filtering. That requires two settings, which affect
+//! only `lo`, where nothing arrives from elsewhere. Changes are recorded, so that they can be
+//! undone.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Where below `/proc/sys` the settings lie.
+/// The folder of the settings below `/proc/sys`.
 const SYSCTLS: &str = "net/ipv4/conf/lo";
-/// For sources that are this host's addresses, and for loopback addresses (node ports at
+/// The settings that accept this host's addresses as sources, and loopback addresses (node ports at
 /// `localhost`).
 const SETTINGS: [&str; 2] = ["accept_local", "route_localnet"];
 
@@ -40,11 +40,11 @@ fn recorded(record: &Path) -> io::Result<Vec<String>> {
     }
 }
 
-/// Turns on what is off, and records it; returns what was off, for people.
+/// Turns on the settings that are off, records them, and returns their names.
 ///
 /// # Errors
 ///
-/// When a setting or the record cannot be read or written.
+/// Fails if a setting or the record cannot be read or written.
 pub fn prepare(proc_sys: &Path, record: &Path) -> io::Result<Vec<&'static str>> {
     let mut off = Vec::new();
     for name in SETTINGS {
@@ -59,7 +59,7 @@ pub fn prepare(proc_sys: &Path, record: &Path) -> io::Result<Vec<&'static str>> 
     ours.extend(off.iter().map(|name| (*name).to_owned()));
     ours.sort_unstable();
     ours.dedup();
-    // First: what is changed and not recorded would stay for ever.
+    // The record comes first, since what is changed and not recorded would stay for ever.
     write(record, &(ours.join(" ") + "\n"))?;
     for name in &off {
         write(&setting(proc_sys, name), "1")?;
@@ -67,11 +67,11 @@ pub fn prepare(proc_sys: &Path, record: &Path) -> io::Result<Vec<&'static str>> 
     Ok(off)
 }
 
-/// Turns off again what was turned on; returns that, for people.
+/// Turns off the settings that were turned on, and returns their names.
 ///
 /// # Errors
 ///
-/// When a setting or the record cannot be read, written or removed.
+/// Fails if a setting or the record cannot be read, written or removed.
 pub fn release(proc_sys: &Path, record: &Path) -> io::Result<Vec<&'static str>> {
     let ours = recorded(record)?;
     let ours: Vec<&str> =

@@ -1,19 +1,18 @@
-//! Our own device, with routes for VIPs.
+//! Maintains our own device, with routes for VIPs.
 //!
-//! A process of the host that sends to a VIP by a path that no socket hook sees (connected UDP, raw
-//! and kernel sockets) needs a route before any device can translate the packet, and where that
-//! route leads must not matter: out of a device without programs, or to a neighbour that does not
-//! answer, the packet would never meet one. So ClusterIPs are routed by a device of our own, other
-//! VIPs where no other route leads (the module `wanted` decides). The device is a dummy, or an ifb
-//! where the kernel has no dummies: neither asks for neighbours, both drop what they are to send.
-//! Its egress program translates and redirects before that.
+//! If a process of the host sends to a VIP by a path that no socket hook sees (connected UDP, raw
+//! and kernel sockets), it needs a route before any device can translate the packet. It must not
+//! matter where that route leads: if it led to a device without programs, or to a neighbour that
+//! does not answer, no program would ever see the packet. So ClusterIPs are routed by a device of
+//! our own, and other VIPs if no other route leads there (the module `wanted` decides). The device
+//! is a dummy, or an ifb if the kernel has no dummies: both resolve no neighbours, and drop what
+//! they send. The egress program translates and redirects before that.
 //!
-//! It is also where packets of masqueraded clients enter the stack that are too big for the way to
-//! the backend and may be fragmented, which no program can do: it alone accepts the node's own
-//! addresses as sources.
+//! Packets of masqueraded clients that are too big for the route to the backend and may be
+//! fragmented also enter the stack here, since no program can fragment them. This device alone
+//! accepts the node's own addresses as sources.
 //!
-//! The listing of routes that all this needs also yields the MTUs that they carry (the module
-//! `mtus`).
+//! The listing of routes that all this needs also yields their MTUs (the module `mtus`).
 
 #![expect(clippy::wildcard_enum_match_arm, reason = "netlink has far more attributes than we read")]
 
@@ -47,35 +46,35 @@ use wanted::{Hop, Others, wanted};
 
 /// Number of the main routing table.
 const MAIN: u32 = 254;
-/// The MTU that our device is made with.
+/// The initial MTU of our device.
 const OWN_MTU: u32 = 1500;
-/// Errors that say that a route is not ours to add: all but the first where IPv6 is disabled.
+/// Errors for routes that we may not add. All but the first occur if IPv6 is disabled.
 const NOT_OURS: [i32; 4] = [libc::EEXIST, libc::EAFNOSUPPORT, libc::EOPNOTSUPP, libc::EACCES];
-/// Marks our routes, for people who list them (`ip route show proto 83`).
+/// The protocol of our routes, by which people can list them (`ip route show proto 83`).
 const PROTOCOL: u8 = 83;
 
-/// What is to be routed, and how.
+/// The VIPs to be routed, with the networks of ClusterIPs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Routable {
     /// The VIPs.
     pub vips: Arc<Vips>,
-    /// The networks that ClusterIPs are from, as far as they are known.
+    /// The known networks of ClusterIPs.
     pub networks: Vec<IpNet>,
 }
 
-/// What else the survey decides about our routes.
+/// The parts of a survey that affect our routes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Place {
-    /// The node's addresses: those that processes of the host have towards VIPs.
+    /// The node's primary addresses, which processes of the host use towards VIPs.
     pub primary: PerFamily,
-    /// The MTU of the device that such packets leave by; 0: not known.
+    /// The MTU of the device by which such packets leave; 0 if unknown.
     pub mtu: u32,
-    /// Devices that drop whatever they are to send.
+    /// Devices that drop whatever they send.
     pub dead_ends: BTreeSet<u32>,
 }
 
 impl Place {
-    /// What a survey says.
+    /// Takes these parts from a survey.
     #[must_use]
     pub fn of(survey: &Survey) -> Self {
         let has_primary = |entry: &sluice_common::abi::Device| {
@@ -96,33 +95,33 @@ impl Place {
     }
 }
 
-/// What our routes say besides where they lead.
+/// The attributes of our routes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct How {
     source: Option<IpAddr>,
     mtu: Option<u32>,
 }
 
-/// Keeps the routes of the own device.
+/// Maintains the routes of our own device.
 #[derive(Debug)]
 pub struct OwnRoutes {
     handle: Handle,
     /// Our routes.
     routed: BTreeMap<IpNet, How>,
-    /// The others, as far as VIPs are concerned.
+    /// All other routes that concern VIPs.
     others: Others,
-    /// The VIPs that [`Self::others`] is about; [`None`]: routes have changed since.
+    /// The VIPs that [`Self::others`] is about; [`None`] if routes have changed since.
     known: Option<Routable>,
-    /// The MTUs that routes carry, as programs must be told.
+    /// The MTUs of routes, as programs need them.
     mtus: BTreeMap<IpNet, RouteMtu>,
-    /// Networks that somebody else has the same route to, or another table than the main one.
+    /// Networks to which there is the same foreign route, or a route in another table.
     elsewhere: BTreeSet<IpNet>,
-    /// Neighbours that were being asked for when last looked at.
+    /// Neighbours that were unresolved at the last look.
     unanswered: BTreeSet<(u32, IpAddr)>,
 }
 
-/// The route to a network by our device. To remove it the kernel wants protocol and scope as they
-/// were given.
+/// Builds the route to a network by our device. To remove it, the kernel needs the same protocol
+/// and scope.
 fn own_route(network: IpNet, device: u32, how: How) -> RouteMessage {
     let scope = if network.addr().is_ipv4() { RouteScope::Link } else { RouteScope::Universe };
     // The length fits the family: this cannot be refused.
@@ -163,25 +162,25 @@ impl OwnRoutes {
         })
     }
 
-    /// The own device's ifindex, if it exists.
+    /// Returns our own device's ifindex, if it exists.
     async fn device(&self) -> Option<u32> {
         let mut links = self.handle.link().get().match_name(OWN).execute();
         links.try_next().await.ok().flatten().map(|link| link.header.index)
     }
 
-    /// Takes in that routes have changed: the next call of [`Self::keep`] looks at all of them.
+    /// Notes that routes have changed, so that the next call of [`Self::keep`] lists all of them.
     pub fn routes_changed(&mut self) {
         self.known = None;
     }
 
-    /// The MTUs that routes of the main table carry, as programs must be told; [`None`] where
-    /// routes have changed since the last look at them.
+    /// Returns the MTUs of routes of the main table, as programs need them, or [`None`] if routes
+    /// have changed since the last listing.
     #[must_use]
     pub fn mtus(&self) -> Option<&BTreeMap<IpNet, RouteMtu>> {
         self.known.as_ref().map(|_| &self.mtus)
     }
 
-    /// Looks at all routes, what an earlier agent has left among them.
+    /// Lists all routes, including those that an earlier agent has left.
     async fn look(&mut self, routable: &Routable, place: &Place) -> Result<(), rtnetlink::Error> {
         let device = self.device().await;
         let mut others =
@@ -220,16 +219,16 @@ impl OwnRoutes {
             }
         }
         self.others = others;
-        self.mtus = mtus.told();
+        self.mtus = mtus.for_programs();
         self.known = Some(routable.clone());
         Ok(())
     }
 
-    /// Makes the routes of the own device those that VIPs need.
+    /// Gives our own device exactly the routes that VIPs need.
     ///
     /// # Errors
     ///
-    /// When netlink refuses the device or a route; calling again goes on.
+    /// Fails if netlink refuses the device or a route; calling again continues.
     pub async fn keep(&mut self, routable: &Routable, place: &Place) -> io::Result<()> {
         if self.known.as_ref() != Some(routable) {
             self.look(routable, place).await.map_err(io::Error::other)?;
@@ -247,19 +246,20 @@ impl OwnRoutes {
             return Ok(());
         }
         let device = self.create().await?;
-        // First what comes: no VIP is without a route meanwhile.
+        // New routes come first, so that no VIP is without a route meanwhile.
         for (network, how) in missing {
             self.add(network, device, how).await?;
         }
         for network in gone {
             let how = self.routed.remove(&network).unwrap_or_default();
-            // A route that is gone already is no error.
+            // It is no error if the route is already gone.
             let _ = self.handle.route().del(own_route(network, device, how)).execute().await;
         }
         Ok(())
     }
 
-    /// What a route to a network is to say: the node's address as the source, if the node has it.
+    /// Returns the attributes of a route to a network, with the node's address as the source if
+    /// there is one.
     fn how(&self, network: IpNet, place: &Place) -> How {
         let is_ipv4 = network.addr().is_ipv4();
         let mut sources = place.primary.iter().filter(|source| source.is_ipv4() == is_ipv4);
@@ -269,11 +269,11 @@ impl OwnRoutes {
         }
     }
 
-    /// Adds one of our routes, or changes it; leaves alone what somebody else has.
+    /// Adds or changes one of our routes, unless there is a foreign one.
     async fn add(&mut self, network: IpNet, device: u32, how: How) -> io::Result<()> {
         let is_ours = self.routed.contains_key(&network);
         let vip = network.addr();
-        // Another table than the main one may lead to a VIP that somebody else's machine has.
+        // A route in another table may lead to another machine with the VIP.
         if !is_ours
             && self.known.as_ref().is_some_and(|known| !known.vips.cluster.contains(&vip))
             && network == IpNet::from(vip)
@@ -290,7 +290,7 @@ impl OwnRoutes {
                 let _ = self.routed.insert(network, how);
                 Ok(())
             }
-            // Somebody else has the same route, or this host does not speak the family.
+            // There is the same foreign route, or this host does not use the family.
             Err(rtnetlink::Error::NetlinkError(error)) if NOT_OURS.contains(&-error.raw_code()) => {
                 tracing::debug!("no route to {network} by {OWN}: {error}");
                 let _ = self.elsewhere.insert(network);
@@ -300,13 +300,13 @@ impl OwnRoutes {
         }
     }
 
-    /// Looks at the neighbours that packets to external VIPs wait for, and asks after those that
-    /// are silent: while a route of ours is there nobody else does.
+    /// Checks the neighbours that packets to external VIPs wait for, and probes the silent ones,
+    /// which nothing else does while our route is there.
     ///
     /// # Errors
     ///
-    /// When netlink refuses.
-    pub async fn look_at_neighbours(&mut self) -> io::Result<()> {
+    /// Fails if netlink refuses.
+    pub async fn probe_neighbours(&mut self) -> io::Result<()> {
         let Some(known) = &self.known else { return Ok(()) };
         let awaited = self.others.awaited(&known.vips);
         let (mut silent, mut unanswered) = (BTreeSet::new(), BTreeSet::new());
@@ -326,8 +326,8 @@ impl OwnRoutes {
                 let neighbour = (message.header.ifindex, address);
                 let is_silent = match message.header.state {
                     NeighbourState::Failed => true,
-                    // One that answers does so within milliseconds. A silent one is asked again and
-                    // again.
+                    // A neighbour that answers does so within milliseconds. A silent one is probed
+                    // repeatedly.
                     NeighbourState::Incomplete => {
                         let _ = unanswered.insert(neighbour);
                         self.others.silent.contains(&neighbour)
@@ -352,11 +352,12 @@ impl OwnRoutes {
         Ok(())
     }
 
-    /// Makes the own device, and has it accept packets from the node's own addresses; its ifindex.
+    /// Makes our own device, lets it accept packets from the node's own addresses, and returns its
+    /// ifindex.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses the device or the setting.
+    /// Fails if the kernel refuses the device or the setting.
     pub async fn prepare(&self, proc_sys: &Path) -> io::Result<u32> {
         let device = self.create().await?;
         for (setting, value) in [("accept_local", "1"), ("rp_filter", "0")] {
@@ -368,7 +369,7 @@ impl OwnRoutes {
         Ok(device)
     }
 
-    /// The own device, made and up.
+    /// Makes our own device, sets it up, and returns its ifindex.
     async fn create(&self) -> io::Result<u32> {
         if self.device().await.is_none() {
             let dummy = LinkDummy::new(OWN).up().build();
@@ -388,11 +389,11 @@ impl OwnRoutes {
         Ok(device)
     }
 
-    /// Removes the own device and its routes; returns whether it was there.
+    /// Removes our own device and its routes, and returns whether it existed.
     ///
     /// # Errors
     ///
-    /// When netlink refuses.
+    /// Fails if netlink refuses.
     pub async fn remove(&self) -> io::Result<bool> {
         let Some(device) = self.device().await else { return Ok(false) };
         self.handle.link().del(device).execute().await.map_err(io::Error::other)?;
@@ -400,20 +401,20 @@ impl OwnRoutes {
     }
 }
 
-/// A route as netlink shows it.
+/// A route as netlink reports it.
 struct Found {
     to: IpNet,
     table: u32,
     metric: u32,
     hops: Vec<Hop>,
-    /// Whether it carries our mark.
+    /// Whether it has our protocol.
     is_marked: bool,
     how: How,
 }
 
 impl Found {
-    /// Reads what we need of a route. What the kernel has learned of a path, which it lists too, is
-    /// none.
+    /// Parses the needed parts of a route. Returns [`None`] for what the kernel has learned of a
+    /// path, which it lists too.
     fn read(route: &RouteMessage, is_ipv4: bool) -> Option<Self> {
         if route.header.flags.contains(RouteFlags::Cloned) {
             return None;
@@ -459,7 +460,7 @@ impl Found {
         Some(found)
     }
 
-    /// What it says of MTUs, if it is a route of the main table for packets of any class.
+    /// Returns its MTU, if it is a route of the main table for packets of any class.
     fn mtu(&self, route: &RouteMessage) -> Option<(IpNet, RouteMtu)> {
         let RouteHeader { tos, kind, .. } = route.header;
         if self.table != MAIN || kind != RouteType::Unicast || tos != 0 {
@@ -473,7 +474,7 @@ impl Found {
     }
 }
 
-/// The gateway that a route's attributes name.
+/// Returns the gateway in a route's attributes.
 fn gateway(attributes: &[RouteAttribute]) -> Option<IpAddr> {
     attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Gateway(gateway) => address(gateway),

@@ -1,5 +1,4 @@
-//! Which devices a person has named, by patterns as a shell's: `*` is any run of characters, `?` is
-//! one.
+//! Patterns of device names as in a shell: `*` matches any run of characters, `?` matches one.
 
 use super::Role;
 
@@ -10,7 +9,7 @@ pub struct Patterns {
 }
 
 impl Patterns {
-    /// Takes the patterns of each role.
+    /// Collects the patterns of each role.
     #[must_use]
     pub fn new(edge: &[String], uplink: &[String], fabric: &[String]) -> Self {
         let of = |patterns: &[String], role| {
@@ -22,14 +21,14 @@ impl Patterns {
         }
     }
 
-    /// The role that the first matching pattern gives a device.
+    /// Returns the role of the first pattern that matches a device's name.
     #[must_use]
     pub fn role(&self, name: &str) -> Option<Role> {
         self.roles.iter().find(|(pattern, _)| matches(pattern, name)).map(|(_, role)| *role)
     }
 }
 
-/// Whether a pattern describes all of a name.
+/// Whether a pattern matches a whole name.
 #[must_use]
 pub fn matches(pattern: &str, name: &str) -> bool {
     let mut pattern_chars = pattern.chars();

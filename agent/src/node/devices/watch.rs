@@ -1,7 +1,7 @@
 //! Keeps a survey of the devices up to date.
 //!
-//! Events only say that something changed; what is so is asked anew each time. So a lost event or a
-//! full socket buffer costs a delay, never a wrong answer.
+//! Events only indicate that something changed; the state is queried anew each time. A lost event
+//! or a full socket buffer therefore causes a delay, never a wrong result.
 
 #![expect(clippy::wildcard_enum_match_arm, reason = "netlink has far more attributes than we read")]
 
@@ -24,25 +24,25 @@ use tokio::sync::watch;
 use super::{Facts, Link, LinkAddress, Peer, Role, Rules, Survey, survey};
 use crate::node::publish::publish;
 
-/// How long further events are gathered before netlink is asked.
+/// How long further events are gathered before netlink is queried.
 const GATHER: Duration = Duration::from_millis(2);
-/// How often netlink is asked without an event: a net below lost events.
+/// How often netlink is queried without an event, in case one was lost.
 const RESYNC: Duration = Duration::from_secs(30);
 /// Number of the main routing table.
 const MAIN: u32 = 254;
 
-/// A survey, and what else has changed.
+/// A survey, with counters of other changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Watched {
     /// The devices and addresses.
     pub survey: Survey,
-    /// Counts changes of routes.
+    /// The number of changes of routes.
     pub routes: u64,
-    /// Counts changes of classifiers, foreign ones among them.
+    /// The number of changes of classifiers, including foreign ones.
     pub classifiers: u64,
 }
 
-/// Which kinds of events have come.
+/// The kinds of events that have arrived.
 #[derive(Clone, Copy, Debug, Default)]
 struct Changed {
     routes: bool,
@@ -64,12 +64,12 @@ impl Changed {
     }
 }
 
-/// Watches the devices of the current network namespace until the receivers, or who gives the
-/// rules, are gone.
+/// Watches the devices of the current network namespace until the receivers or the sender of the
+/// rules are gone.
 ///
 /// # Errors
 ///
-/// When netlink cannot be used.
+/// Fails if netlink cannot be used.
 pub async fn watch(
     mut rules: watch::Receiver<Rules>,
     sender: watch::Sender<Watched>,
@@ -94,7 +94,7 @@ pub async fn watch(
         let mut facts = ask(&handle, default_routes.clone().unwrap_or_default())
             .await
             .map_err(io::Error::other)?;
-        // The kernel drops the routes of a device that goes down without a word about them.
+        // The kernel removes the routes of a device that goes down without sending events.
         let is_up = |device: &u32| facts.links.get(device).is_some_and(|link| link.up);
         if !facts.default_routes.iter().all(is_up) {
             facts.default_routes = ask_default_routes(&handle).await.map_err(io::Error::other)?;
@@ -129,11 +129,11 @@ pub async fn watch(
     Ok(())
 }
 
-/// Asks netlink once what there is in the current network namespace.
+/// Queries netlink once about the current network namespace.
 ///
 /// # Errors
 ///
-/// When netlink cannot be used.
+/// Fails if netlink cannot be used.
 pub async fn look() -> io::Result<Facts> {
     let (connection, handle, _messages) = new_connection()?;
     let _requests = tokio::spawn(connection);
@@ -141,7 +141,7 @@ pub async fn look() -> io::Result<Facts> {
     ask(&handle, default_routes).await.map_err(io::Error::other)
 }
 
-/// Whether our own device is there.
+/// Whether our own device exists.
 fn has_own(survey: &Survey) -> bool {
     survey.devices.values().any(|device| device.role == Role::Own)
 }

@@ -1,4 +1,4 @@
-//! A held frame: its label, the frame behind it, and the datagram that it is a fragment of.
+//! Parses a held frame: its label, the frame behind it, and the datagram that it belongs to.
 
 use sluice_common::packet::header::Wire;
 use sluice_common::packet::parse::{self, Kind, Parse};
@@ -7,19 +7,19 @@ use sluice_common::{Packet, V4, V6};
 
 use crate::node::dataplane::DatagramKey;
 
-/// Bytes of an Ethernet header.
+/// The length of an Ethernet header.
 const LINK: usize = 14;
-/// Where the ethertype is in it.
+/// The offset of the ethertype in it.
 const ETHERTYPE: u32 = 12;
 
-/// A frame as it goes back to where it was met.
+/// A frame that returns to where it came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Frame {
-    /// With an Ethernet header, also where the device has none: our own device takes nothing else.
+    /// The frame with an Ethernet header, which our own device needs even if the other has none.
     pub(super) bytes: Vec<u8>,
-    /// Tells the program of our own device where it was met.
+    /// The mark from which the program of our own device learns where the frame came from.
     pub(super) mark: u32,
-    /// Host order.
+    /// The ethertype in host order.
     pub(super) ethertype: u16,
     pub(super) key: DatagramKey,
 }
@@ -39,7 +39,7 @@ impl Packet for Bytes<'_> {
     }
 }
 
-/// Reads what a program has labelled; [`None`] for anything else.
+/// Parses a frame that a program has labelled. Returns [`None`] for anything else.
 pub(super) fn read(labelled: &[u8]) -> Option<Frame> {
     let label: Label = Bytes(labelled).read(0)?;
     if u16::from_be_bytes(label.ethertype) != LABEL_ETHERTYPE {

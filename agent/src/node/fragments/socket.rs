@@ -9,10 +9,10 @@ use sluice_common::path::fragment::HELD_PRIORITY;
 use super::frame::Frame;
 use super::outcome;
 
-/// More than any frame that is held.
+/// The room for a frame, more than any that is held.
 const FRAME_MAX: usize = 2_048;
 
-/// Hears what leaves by the device, and sends there.
+/// A socket that receives what leaves by the device, and sends there.
 #[derive(Debug)]
 pub(super) struct Socket {
     fd: OwnedFd,
@@ -25,7 +25,7 @@ fn check(result: libc::c_int) -> io::Result<()> {
 }
 
 impl Socket {
-    /// Opens it. What finds no room in its queue, some 200 KiB, is dropped.
+    /// Opens the socket. Frames without room in its queue, some 200 KiB, are dropped.
     pub(super) fn open(device: u32) -> io::Result<Self> {
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         // SAFETY: no memory is passed.
@@ -35,7 +35,7 @@ impl Socket {
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         let socket = Self { fd, device: device.cast_signed(), buffer: vec![0; FRAME_MAX] };
         socket.set(libc::SO_PRIORITY, HELD_PRIORITY)?;
-        // What leaves is shown to those alone who ask for every protocol.
+        // Only sockets of all protocols receive what leaves.
         let address = socket.address(libc::ETH_P_ALL as u16);
         // SAFETY: the address is live and of the length given.
         check(unsafe {
@@ -73,7 +73,7 @@ impl Socket {
         })
     }
 
-    /// Waits until there is something to receive; false after so long.
+    /// Waits until there is something to receive. Returns false if there is nothing for this long.
     pub(super) fn wait(&self, patience: Duration) -> io::Result<bool> {
         let mut ready = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let patience = patience.as_millis() as libc::c_int;
@@ -82,7 +82,7 @@ impl Socket {
         Ok(outcome(count as isize)?.is_some_and(|count| count > 0))
     }
 
-    /// The next frame, if one is there.
+    /// Receives the next frame, if there is one.
     pub(super) fn receive(&mut self) -> io::Result<Option<&[u8]>> {
         // SAFETY: the buffer is live and of the length given.
         let result = unsafe {
@@ -91,7 +91,7 @@ impl Socket {
         Ok(outcome(result)?.and_then(|length| self.buffer.get(..length)))
     }
 
-    /// Whether the device does not exist any more: another one of its name is not this one.
+    /// Whether the device no longer exists. Another device of its name is a different one.
     pub(super) fn is_device_gone(&self) -> bool {
         let mut name = [0; libc::IF_NAMESIZE];
         // SAFETY: the buffer is live and has room for any name.
@@ -99,7 +99,7 @@ impl Socket {
         found.is_null()
     }
 
-    /// Sends a frame back to where it was met.
+    /// Sends a frame back to where it came from.
     pub(super) fn send(&self, frame: &Frame) -> io::Result<()> {
         self.set(libc::SO_MARK, frame.mark)?;
         let address = self.address(frame.ethertype);

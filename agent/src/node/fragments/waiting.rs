@@ -1,8 +1,8 @@
-//! The fragments that wait, oldest first, within bounds.
+//! The waiting fragments, oldest first, within bounds.
 //!
-//! When there is no room, the one that has most makes it: of the devices that fragments came in by
-//! the one with most of them, of the sources behind it the one with most. Devices come first, since
-//! a pod can forge sources but has only one device: it cannot push out another's fragments.
+//! If there is no room, the heaviest source makes it: of the device with the most fragments, the
+//! source with the most. The device is chosen first, since a pod can forge sources but has only one
+//! device, and so cannot displace the fragments of others.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -11,12 +11,12 @@ use std::time::Instant;
 use super::frame::Frame;
 use crate::node::dataplane::DatagramKey;
 
-/// Fragments kept at most...
+/// The most fragments that are held.
 const FRAGMENTS_MAX: usize = 1_024;
-/// ...and their bytes: a fragment for each of them that fills a frame of 1500 bytes.
+/// The most bytes that are held: as many fragments that each fill a frame of 1500 bytes.
 const BYTES_MAX: usize = FRAGMENTS_MAX * 1_536;
 
-/// A fragment, and since when it waits.
+/// A held fragment, and since when it waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Kept {
     pub(super) frame: Frame,
@@ -24,7 +24,7 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    /// Where it was met.
+    /// Returns the place that it came from.
     fn place(&self) -> u32 {
         self.frame.mark
     }
@@ -37,12 +37,12 @@ impl Kept {
     }
 }
 
-/// What waits.
+/// The waiting fragments.
 #[derive(Debug, Default)]
 pub(super) struct Waiting {
     kept: VecDeque<Kept>,
     bytes: usize,
-    /// Place -> source -> how many of it wait, none of them zero.
+    /// Place -> source -> the number of its waiting fragments, none of them zero.
     counts: BTreeMap<u32, BTreeMap<IpAddr, usize>>,
 }
 
@@ -51,8 +51,8 @@ impl Waiting {
         self.kept.is_empty()
     }
 
-    /// Keeps a fragment; those for which there is no room any more, or none.
-    pub(super) fn take_in(&mut self, kept: Kept) -> Vec<Kept> {
+    /// Holds a fragment. Returns the fragments for which there is no room.
+    pub(super) fn hold(&mut self, kept: Kept) -> Vec<Kept> {
         let mut gone = Vec::new();
         self.count(&kept, true);
         self.bytes = self.bytes.saturating_add(kept.frame.bytes.len());
@@ -67,7 +67,7 @@ impl Waiting {
         gone
     }
 
-    /// The newest fragment of the source with most at the place with most.
+    /// Finds the newest fragment of the source with the most at the place with the most.
     fn heaviest(&self) -> Option<usize> {
         let all = |sources: &BTreeMap<IpAddr, usize>| sources.values().sum::<usize>();
         let (place, sources) = self.counts.iter().max_by_key(|(_, sources)| all(sources))?;
@@ -93,12 +93,15 @@ impl Waiting {
         self.count(kept, false);
     }
 
-    /// Those whose datagram's first fragment has been seen, in the order in which they came.
-    pub(super) fn take_told(&mut self, mut is_told: impl FnMut(&DatagramKey) -> bool) -> Vec<Kept> {
-        self.take(|kept| is_told(&kept.frame.key))
+    /// Takes the fragments whose datagram's first one was seen, in the order of arrival.
+    pub(super) fn take_known(
+        &mut self,
+        mut is_known: impl FnMut(&DatagramKey) -> bool,
+    ) -> Vec<Kept> {
+        self.take(|kept| is_known(&kept.frame.key))
     }
 
-    /// Those that have waited since before an instant.
+    /// Takes the fragments that have waited since before an instant.
     pub(super) fn take_older(&mut self, late: Instant) -> Vec<Kept> {
         self.take(|kept| kept.since <= late)
     }
@@ -144,9 +147,9 @@ mod tests {
         let later = start + Duration::from_secs(1);
         let mut waiting = Waiting::default();
         for (id, since) in [(1, start), (2, start), (1, later), (3, later)] {
-            assert!(waiting.take_in(kept(id, 100, since)).is_empty());
+            assert!(waiting.hold(kept(id, 100, since)).is_empty());
         }
-        let told = waiting.take_told(|key| matches!(key, DatagramKey::V4(key) if key.id == 1));
+        let told = waiting.take_known(|key| matches!(key, DatagramKey::V4(key) if key.id == 1));
         assert_eq!(ids(&told), [1, 1]);
         assert_eq!((ids(&waiting.take_older(start)), waiting.bytes), (vec![2], 100));
         assert_eq!(ids(&waiting.take_older(later)), [3]);
@@ -157,10 +160,10 @@ mod tests {
     fn what_finds_no_room_goes_on_at_once() {
         let mut waiting = Waiting::default();
         let now = Instant::now();
-        let gone: usize = (0..3_000).map(|id| waiting.take_in(kept(id, 60, now)).len()).sum();
+        let gone: usize = (0..3_000).map(|id| waiting.hold(kept(id, 60, now)).len()).sum();
         assert_eq!((waiting.kept.len(), gone), (FRAGMENTS_MAX, 3_000 - FRAGMENTS_MAX));
         let _ = waiting.take_older(now);
-        let gone: usize = (0..3_000).map(|id| waiting.take_in(kept(id, 9_000, now)).len()).sum();
+        let gone: usize = (0..3_000).map(|id| waiting.hold(kept(id, 9_000, now)).len()).sum();
         assert!(waiting.bytes <= BYTES_MAX && waiting.bytes > BYTES_MAX - 9_000);
         assert_eq!(waiting.kept.len() + gone, 3_000);
     }
@@ -183,20 +186,20 @@ mod tests {
         // A pod with forged sources fills all of it.
         for id in 0..5_000_u32 {
             let [_, _, c, d] = id.to_be_bytes();
-            let _ = waiting.take_in(from(2, [10, 9, c, d], id));
+            let _ = waiting.hold(from(2, [10, 9, c, d], id));
         }
         assert_eq!(of(&waiting, 2), FRAGMENTS_MAX);
         // Another one has room all the same, and so have the clients of an uplink.
         for id in 0..100 {
-            let gone = waiting.take_in(from(4, [10, 0, 0, 4], id));
+            let gone = waiting.hold(from(4, [10, 0, 0, 4], id));
             assert!(gone.len() == 1 && gone.iter().all(|kept| kept.place() == 2), "{gone:?}");
         }
         // Of two sources behind one device, the one with most.
         for id in 0..2_000 {
-            let _ = waiting.take_in(from(6, [198, 51, 100, 7], id));
+            let _ = waiting.hold(from(6, [198, 51, 100, 7], id));
         }
         for id in 0..20 {
-            let gone = waiting.take_in(from(6, [198, 51, 100, 8], id));
+            let gone = waiting.hold(from(6, [198, 51, 100, 8], id));
             let busy = IpAddr::from([198, 51, 100, 7]);
             assert!(gone.iter().all(|kept| kept.place() == 2 || kept.source() == busy), "{gone:?}");
         }

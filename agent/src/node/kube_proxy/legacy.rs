@@ -1,13 +1,13 @@
-//! Legacy iptables, which netlink does not reach.
+//! Reads legacy iptables, which netlink does not show.
 
 use std::io;
 
-/// The bytes of legacy iptables' IPv4 nat table, chains' names among them.
+/// Reads the bytes of legacy iptables' IPv4 nat table, which include the names of chains.
 pub(crate) fn legacy_rules() -> io::Result<Vec<u8>> {
     use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
     const GET_INFO: libc::c_int = 64;
     const GET_ENTRIES: libc::c_int = 65;
-    /// Bytes of `struct ipt_getinfo`, of the name in it, and where in it the rules' size stands.
+    /// The sizes of `struct ipt_getinfo` and of the name in it, and the offset of the rules' size.
     const INFO: usize = 84;
     const NAME: usize = 32;
     const SIZE_AT: usize = 80;

@@ -1,11 +1,11 @@
-//! kube-proxy's rules in netfilter, and the table that takes their place while connections live by
-//! them.
+//! Finds and removes kube-proxy's rules in netfilter, and makes the table that replaces them while
+//! connections depend on them.
 //!
-//! A connection that was translated goes on by its conntrack entry, no rule is asked again. But the
-//! kernel consults entries only while somebody of the network namespace has chains of type nat at
-//! the hooks, and tracks connections only while some rule asks for that: when the last such table
-//! goes, every translated connection stands still. So a table of our own stands beside kube-proxy's
-//! from the start: four empty chains and one rule.
+//! A translated connection continues by its conntrack entry, without consulting rules again. But
+//! the kernel consults entries only while the network namespace has chains of type nat at the
+//! hooks, and tracks connections only while some rule requires it. When the last such table goes,
+//! every translated connection stalls. So a table of our own exists next to kube-proxy's from the
+//! start: four empty chains and one rule.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,15 +18,17 @@ use crate::node::nft::{self, Batch, Chain, Family, Jump, Table};
 
 /// Our own table's name.
 pub(crate) const HOLDING: &str = "sluice-takeover";
-/// Its table, in its nftables mode.
+/// The table of kube-proxy's nftables mode.
 const KUBE_PROXY: &str = "kube-proxy";
-/// What tells that kube-proxy runs in its iptables mode.
+/// The chain that shows that kube-proxy runs in its iptables mode.
 const SERVICES: &str = "KUBE-SERVICES";
-/// Accepts established connections where a host's own rules would drop them: the last that goes.
+/// The chain that accepts established connections that a host's own rules would drop. It is removed
+/// last.
 const FORWARD: &str = "KUBE-FORWARD";
-/// Chains that others (the CNI's portmap plugin) may use, which go only if nobody does.
+/// Chains that other software (the CNI's portmap plugin) may use, and that are removed only if it
+/// does not.
 const MASQUERADE: [&str; 2] = ["KUBE-MARK-MASQ", "KUBE-POSTROUTING"];
-/// The chains of kube-proxy's iptables mode; those of the kubelet are others.
+/// The chains of kube-proxy's iptables mode, without those of the kubelet.
 const CHAINS: [&str; 9] = [
     SERVICES,
     "KUBE-EXTERNAL-SERVICES",
@@ -38,27 +40,27 @@ const CHAINS: [&str; 9] = [
     MASQUERADE[1],
     "KUBE-LOAD-BALANCER",
 ];
-/// What the names of its chains of one Service or endpoint begin with.
+/// The prefixes of the names of its chains for one Service or endpoint.
 const PREFIXES: [&str; 7] =
     ["KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-", "KUBE-EXT-", "KUBE-FW-", "KUBE-XLB-", "KUBE-SRC-"];
-/// The tables of iptables that it has chains in.
+/// The tables of iptables in which it has chains.
 const TABLES: [&str; 3] = ["nat", "filter", "mangle"];
 
-/// kube-proxy's rules that are there.
+/// The rules of kube-proxy that were found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Found {
     /// The tables of its nftables mode.
     tables: BTreeSet<Table>,
     /// Its chains in iptables' tables.
     chains: BTreeSet<Chain>,
-    /// Whether it has chains in legacy iptables, which netlink does not reach.
+    /// Whether it has chains in legacy iptables, which netlink does not show.
     legacy: bool,
-    /// Whether our own table is there.
+    /// Whether our own table exists.
     pub(crate) holding: bool,
 }
 
 impl Found {
-    /// Whether it balances by rules that are there.
+    /// Whether there are rules by which it balances.
     pub(crate) fn balances(&self) -> bool {
         !self.tables.is_empty()
             || self.legacy
@@ -70,12 +72,12 @@ impl Found {
         self.legacy || self.chains.iter().any(|chain| chain.name == SERVICES)
     }
 
-    /// Whether somebody has to remove rules by hand.
+    /// Whether rules have to be removed by hand.
     pub(crate) fn is_legacy(&self) -> bool {
         self.legacy
     }
 
-    /// For people; [`None`]: there are none.
+    /// Describes the rules, or returns [`None`] if there are none.
     pub(crate) fn words(&self) -> Option<String> {
         let mut words: Vec<String> = self
             .tables
@@ -109,11 +111,11 @@ fn is_legacy() -> bool {
         && rules().windows(SERVICES.len()).any(|window| window == SERVICES.as_bytes())
 }
 
-/// Looks for them in the current network namespace.
+/// Finds kube-proxy's rules in the current network namespace.
 ///
 /// # Errors
 ///
-/// When the kernel refuses a listing.
+/// Fails if the kernel refuses a listing.
 pub(crate) fn find() -> io::Result<Found> {
     let tables = nft::tables()?;
     Ok(Found {
@@ -127,7 +129,7 @@ pub(crate) fn find() -> io::Result<Found> {
     })
 }
 
-/// The rules of netfilter that a move is about.
+/// Finds kube-proxy's rules, with an error that says what was tried.
 pub(crate) fn listed() -> anyhow::Result<Found> {
     find().context("cannot list netfilter's rules")
 }
@@ -140,10 +142,10 @@ fn holding() -> Table {
 ///
 /// # Errors
 ///
-/// When the kernel refuses: it has no chains of type nat for both families at once before Linux
-/// 5.2.
+/// Fails if the kernel refuses: before Linux 5.2 it has no chains of type nat for both families at
+/// once.
 pub(crate) fn hold() -> io::Result<()> {
-    /// Hook numbers, and the priorities that other such chains have there.
+    /// The hooks, with the priorities that other such chains have there.
     const HOOKS: [(&str, u32, i32); 4] =
         [("prerouting", 0, -100), ("input", 1, 100), ("output", 3, -100), ("postrouting", 4, 100)];
     let table = holding();
@@ -156,11 +158,11 @@ pub(crate) fn hold() -> io::Result<()> {
     batch.commit()
 }
 
-/// Removes our own table; returns whether it was there.
+/// Removes our own table, and returns whether it existed.
 ///
 /// # Errors
 ///
-/// When the kernel refuses.
+/// Fails if the kernel refuses.
 pub(crate) fn let_go() -> io::Result<bool> {
     if !nft::tables()?.contains(&holding()) {
         return Ok(false);
@@ -170,12 +172,12 @@ pub(crate) fn let_go() -> io::Result<bool> {
     batch.commit().map(|()| true)
 }
 
-/// Removes kube-proxy's rules, of each table all at once; what accepts established connections only
-/// if `all` is said. What legacy iptables has stays.
+/// Removes kube-proxy's rules, atomically for each table. The chain that accepts established
+/// connections is removed only with `all`. Rules in legacy iptables stay.
 ///
 /// # Errors
 ///
-/// When the kernel refuses; tables before that are clean then.
+/// Fails if the kernel refuses; the tables before that one are clean then.
 pub(crate) fn remove(found: &Found, all: bool) -> io::Result<()> {
     let mut batch = Batch::default();
     for table in &found.tables {
@@ -211,7 +213,8 @@ pub(crate) fn remove(found: &Found, all: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Which of a table's chains go: not those that others lead to, but for iptables' own chains.
+/// Returns the chains of a table that are removed: not those that other chains jump to, except from
+/// iptables' own chains.
 fn going<'c>(its: &[&'c Chain], jumps: &[Jump], all: bool) -> Vec<&'c Chain> {
     const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
     let is_its = |name: &str| its.iter().any(|chain| chain.name == name);

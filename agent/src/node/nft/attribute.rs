@@ -146,6 +146,6 @@ pub(crate) mod immediate {
     pub(crate) const DATA: u16 = 2;
 }
 
-/// The register that an expression loads is its first attribute, but where a module above says
+/// The register that an expression loads is its first attribute, unless a module above says
 /// otherwise.
 pub(crate) const REGISTER: u16 = 1;

@@ -1,4 +1,4 @@
-//! Changes of nf_tables.
+//! Batches of changes to nf_tables.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -14,11 +14,11 @@ use crate::node::netlink::{
 /// `NFNL_MSG_BATCH_*`.
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
-/// Room for a batch on its way to the kernel, bytes: a chain is about 60, and a large cluster has
-/// some 100 000.
+/// The room for a batch that is sent to the kernel, bytes. A chain takes about 60, and a large
+/// cluster has some 100 000.
 const SEND_BUFFER: libc::c_int = 64 << 20;
 
-/// Changes that the kernel makes all at once, or none of them.
+/// Changes that the kernel makes atomically.
 #[derive(Default)]
 pub(crate) struct Batch(Vec<u8>);
 
@@ -28,7 +28,7 @@ impl Batch {
         self.0.extend(netlink::message(kind, flags, &table.family.header(), attributes));
     }
 
-    /// Makes a table where it is not.
+    /// Makes a table, if it does not exist.
     pub(crate) fn make_table(&mut self, table: &Table) {
         let name = Attributes::default().text(named_table::NAME, &table.name);
         self.change(message::NEW_TABLE, NLM_F_CREATE, table, &name);
@@ -39,7 +39,7 @@ impl Batch {
         self.change(message::DELETE_TABLE, 0, table, &name);
     }
 
-    /// Makes an empty chain of type nat at a hook, where it is not.
+    /// Makes an empty chain of type nat at a hook, if it does not exist.
     pub(crate) fn make_nat_chain(&mut self, table: &Table, name: &str, hook: u32, priority: i32) {
         let at = Attributes::default()
             .with(hook::NUMBER, &hook.to_be_bytes())
@@ -52,7 +52,7 @@ impl Batch {
         self.change(message::NEW_CHAIN, NLM_F_CREATE, table, &made);
     }
 
-    /// Adds a rule that asks for a packet's connection and does nothing with it.
+    /// Adds a rule that loads a packet's connection and does nothing with it.
     pub(crate) fn ask_for_connection(&mut self, table: &Table, chain: &str) {
         const STATE: u32 = 0;
         const REGISTER: u32 = 1;
@@ -83,7 +83,7 @@ impl Batch {
         self.change(message::DELETE_RULE, 0, &jump.table, &one);
     }
 
-    /// Removes a chain that has no rules and that none leads to.
+    /// Removes a chain that has no rules and that no rule jumps to.
     pub(crate) fn delete_chain(&mut self, chain: &Chain) {
         let name = Attributes::default()
             .text(chain::TABLE, &chain.table.name)
@@ -93,7 +93,7 @@ impl Batch {
 
     /// Carries the changes out.
     pub(crate) fn commit(self) -> io::Result<()> {
-        // `res_id` names the part of netfilter.
+        // `res_id` is the subsystem of netfilter.
         let header = [0, 0, 0, SUBSYSTEM as u8];
         let bound = |kind| netlink::message(kind, 0, &header, &Attributes::default());
         let whole = [bound(BATCH_BEGIN), self.0, bound(BATCH_END)].concat();
@@ -115,8 +115,8 @@ impl Batch {
     }
 }
 
-/// The first refusal that waits in a socket. The kernel has dealt with the whole batch when send()
-/// returns.
+/// Returns the first error that waits in a socket. The kernel has processed the whole batch when
+/// send() returns.
 fn refusal(socket: &Socket) -> Option<io::Error> {
     let mut datagram = Vec::with_capacity(PIECE);
     loop {

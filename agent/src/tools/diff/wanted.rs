@@ -71,7 +71,7 @@ pub fn wanted(
     let mut objects = 0;
     for event in events {
         objects += usize::from(!matches!(event.change, Change::Notes(..) | Change::Synced));
-        let _ = cluster.hear(&event);
+        let _ = cluster.apply(&event);
         model.apply(event, now);
     }
     let _ = cluster.complete();
@@ -123,7 +123,7 @@ fn programmed(inputs: &Inputs, cluster: &Cluster, found: &State, survey: &Survey
     );
     // The agent reports networks for which there is no room.
     let settings = abi::Settings { socket_path: inputs.socket_path, ..settings };
-    cluster.tell(&inputs.policy, settings).0
+    cluster.programmed(&inputs.policy, settings).0
 }
 
 /// Returns the agent's last survey, as far as the maps have it. A veth that was the uplink stays so

@@ -125,7 +125,7 @@ impl Manifests {
         self.objects += changes.iter().filter(|change| is_object(change)).count();
         for change in changes.into_iter().chain([Change::Synced]) {
             let event = Event { source: SourceId::Manifests, change };
-            let _ = self.cluster.hear(&event);
+            let _ = self.cluster.apply(&event);
             self.model.apply(event, now);
         }
         let _ = self.cluster.complete();
@@ -198,7 +198,7 @@ impl Manifests {
         let settings =
             abi::Settings { socket_path: self.options.socket_path, ..abi::Settings::default() };
         // The agent reports networks for which there is no room.
-        let (told, _) = self.cluster.tell(policy, settings);
+        let (told, _) = self.cluster.programmed(policy, settings);
         let image = self.plan.image().clone();
         let mut local = local_backends::<V4>(&image);
         local.extend(local_backends::<V6>(&image));

@@ -1,7 +1,7 @@
-//! Decides which MTUs of routes programs are told: a pure function of the main table's routes.
+//! Determines the MTUs of routes that programs need: a pure function of the main table's routes.
 //!
-//! Where a program asks the kernel for a route, the kernel counts the device's MTU and what was
-//! learned of the path. Of the MTUs that routes carry it counts locked ones alone.
+//! If a program queries the kernel for a route, the kernel considers the device's MTU and what was
+//! learned of the path. Of the MTUs in routes, it considers only locked ones.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use sluice_common::abi::RouteMtu;
 pub(super) struct Routes(BTreeMap<IpNet, (u32, RouteMtu)>);
 
 impl Routes {
-    /// Adds a route; of two to one network the one with the lower metric counts.
+    /// Adds a route. Of two routes to one network, the one with the lower metric counts.
     pub(super) fn add(&mut self, to: IpNet, metric: u32, route: RouteMtu) {
         let known = self.0.entry(to.trunc()).or_insert((metric, route));
         if metric < known.0 {
@@ -21,12 +21,10 @@ impl Routes {
         }
     }
 
-    /// Returns the routes that carry an MTU, and those within them by the same device that carry
-    /// none.
-    pub(super) fn told(&self) -> BTreeMap<IpNet, RouteMtu> {
+    /// Returns the routes with an MTU, and those within them by the same device that have none.
+    pub(super) fn for_programs(&self) -> BTreeMap<IpNet, RouteMtu> {
         let mut told = BTreeMap::new();
-        // Those of them that the next route lies within, the closest last. Networks sort before
-        // their parts.
+        // The routes that contain the next one, the closest last. Networks sort before their parts.
         let mut around: Vec<(IpNet, RouteMtu)> = Vec::new();
         for (to, (_, route)) in &self.0 {
             while around.last().is_some_and(|(network, _)| !network.contains(to)) {
@@ -59,7 +57,7 @@ mod tests {
             found.add(words[0].parse().expect("a network"), number(1), route);
         }
         found
-            .told()
+            .for_programs()
             .iter()
             .map(|(to, route)| format!("{to} {} {}", route.device, route.mtu))
             .collect()

@@ -1,24 +1,22 @@
-//! Which routes our own device is to have: a pure function of the VIPs and of everybody else's
-//! routes.
+//! Determines the routes of our own device: a pure function of the VIPs and of all foreign routes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-/// The VIPs that processes of this host may call.
+/// The VIPs that processes of this host may use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Vips {
-    /// ClusterIPs: nobody has such an address, so any route to it may be ours.
+    /// ClusterIPs. No machine has such an address, so any route to it may be ours.
     pub cluster: BTreeSet<IpAddr>,
-    /// Addresses of load balancers and external IPs. A machine may have such an address and be
-    /// called at ports that no Service has: with k3s' load balancer these are the addresses of the
-    /// nodes.
+    /// Addresses of load balancers and external IPs. A machine may have such an address and serve
+    /// ports that no Service has: with k3s' load balancer these are the addresses of the nodes.
     pub external: BTreeSet<IpAddr>,
 }
 
 impl Vips {
-    /// Whether a network holds a VIP.
+    /// Whether a network contains a VIP.
     pub(super) fn touch(&self, network: &IpNet) -> bool {
         let range = network.network()..=network.broadcast();
         [&self.cluster, &self.external]
@@ -34,19 +32,19 @@ pub(super) struct Hop {
     pub(super) gateway: Option<IpAddr>,
 }
 
-/// A route that is not ours.
+/// A foreign route.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Other {
     metric: u32,
-    /// None: what the route takes is refused or dropped.
+    /// The next hops; if empty, the route refuses or drops packets.
     hops: Vec<Hop>,
 }
 
-/// Networks, found by the addresses in them.
+/// Networks that are looked up by the addresses in them.
 #[derive(Clone, Debug)]
 struct Prefixes<T> {
     known: BTreeMap<IpNet, T>,
-    /// The lengths that they have.
+    /// The lengths of their prefixes.
     lengths: BTreeSet<u8>,
 }
 
@@ -62,7 +60,7 @@ impl<T> Prefixes<T> {
         let _ = self.known.insert(network.trunc(), value);
     }
 
-    /// The longest that holds an address.
+    /// Returns the longest network that contains an address.
     fn longest(&self, address: IpAddr) -> Option<(&IpNet, &T)> {
         self.lengths.iter().rev().find_map(|length| {
             let network = IpNet::new(address, *length).ok()?.trunc();
@@ -71,59 +69,59 @@ impl<T> Prefixes<T> {
     }
 }
 
-/// Everybody else's routes in the main table, as far as they lead to VIPs, and what is local to
-/// this host.
+/// The foreign routes in the main table that lead to VIPs, and the networks that are local to this
+/// host.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Others {
     routes: Prefixes<Other>,
     local: Prefixes<()>,
-    /// Devices that drop whatever they are to send.
+    /// Devices that drop whatever they send.
     dead_ends: BTreeSet<u32>,
     /// Neighbours that do not answer, by device.
     pub(super) silent: BTreeSet<(u32, IpAddr)>,
 }
 
 impl Others {
-    /// No routes, but with these devices and neighbours that lead nowhere.
+    /// Creates it without routes, with these devices and neighbours that lead nowhere.
     pub(super) fn new(dead_ends: BTreeSet<u32>, silent: BTreeSet<(u32, IpAddr)>) -> Self {
         Self { dead_ends, silent, ..Self::default() }
     }
 
-    /// Notes a network whose addresses are this host's own.
+    /// Adds a network whose addresses are this host's own.
     pub(super) fn add_local(&mut self, network: IpNet) {
         self.local.insert(network, ());
     }
 
-    /// Notes a route of the main table; of two to one network the lower metric counts.
+    /// Adds a route of the main table. Of two routes to one network, the lower metric counts.
     pub(super) fn add(&mut self, to: IpNet, metric: u32, hops: Vec<Hop>) {
         if self.routes.known.get(&to).is_none_or(|known| metric < known.metric) {
             self.routes.insert(to, Other { metric, hops });
         }
     }
 
-    /// Whether an address is this host's own: its routes come before all others.
+    /// Whether an address is this host's own. Local routes precede all others.
     pub(super) fn is_local(&self, address: IpAddr) -> bool {
         self.local.longest(address).is_some()
     }
 
-    /// The route that would be taken to an address if ours were not there.
+    /// Returns the route to an address that the kernel would choose without ours.
     fn best(&self, address: IpAddr) -> Option<(&IpNet, &Other)> {
         self.routes.longest(address)
     }
 
-    /// Whether there is a route to an address besides ours.
+    /// Whether there is a foreign route to an address.
     pub(super) fn has_route(&self, address: IpAddr) -> bool {
         self.best(address).is_some()
     }
 
-    /// Whether what is sent to an address by a route never leaves the host.
+    /// Whether packets to an address never leave the host by a route.
     fn leads_nowhere(&self, other: &Other, address: IpAddr) -> bool {
         let is_silent =
             |hop: &Hop| self.silent.contains(&(hop.device, hop.gateway.unwrap_or(address)));
         other.hops.iter().all(|hop| self.dead_ends.contains(&hop.device) || is_silent(hop))
     }
 
-    /// The neighbours that packets to external VIPs wait for.
+    /// Returns the neighbours that packets to external VIPs wait for.
     pub(super) fn awaited(&self, vips: &Vips) -> BTreeSet<(u32, IpAddr)> {
         let hops = |vip: &IpAddr| {
             let hops = self.best(*vip).map_or(&[][..], |(_, other)| &other.hops);
@@ -133,11 +131,11 @@ impl Others {
     }
 }
 
-/// The networks that our device is to have a route to.
+/// Returns the networks to which our device has a route.
 ///
-/// Every ClusterIP is among them, by the network of Services that holds it unless somebody else has
-/// a closer route: which routes the host has then does not matter. An external VIP is among them
-/// only while nothing else leads there.
+/// They cover every ClusterIP, so that the host's other routes do not matter: by the network of
+/// Services that contains it, unless there is a longer foreign route. They include an external VIP
+/// only while no foreign route leads there.
 pub(super) fn wanted(vips: &Vips, networks: &[IpNet], others: &Others) -> BTreeSet<IpNet> {
     let mut wanted = BTreeSet::new();
     for vip in vips.cluster.iter().filter(|vip| !others.is_local(**vip)) {
