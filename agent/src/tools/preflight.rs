@@ -214,8 +214,7 @@ pub fn look(options: &Options) -> anyhow::Result<Report> {
 /// Loads the programs and tries the hooks.
 fn attempts(options: &Options, is_able: bool, apart: bool, cgroup: Option<&Path>) -> Vec<Check> {
     if !is_able {
-        let skipped =
-            |check| Check::new(check, Outcome::Skip, "not tried: needs root");
+        let skipped = |check| Check::new(check, Outcome::Skip, "not tried: needs root");
         return ["programs", "hook", "pins"].map(skipped).to_vec();
     }
     match Trial::load() {
@@ -266,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn one_no_is_enough_and_without_privileges_nobody_can_tell() {
+    fn one_no_is_enough_and_without_privileges_the_result_is_unknown() {
         use Outcome::{No, Skip, Warn, Yes};
         assert_eq!(verdict(&[(PRIVILEGES, Yes), ("mtu", Warn), ("xdp", Skip)]), Verdict::Yes);
         assert_eq!(verdict(&[(PRIVILEGES, Yes), ("programs", No)]), Verdict::No);

@@ -21,10 +21,12 @@ pub(super) fn programs<E: Display>(
         vec![Check::new("maps", Outcome::Yes, format!("created and released: {mib} MiB"))];
     for (name, result) in programs {
         checks.push(match result {
-            Ok(Some(count)) => {
-                Check::new("program", Outcome::Yes, format!("loaded, {count} instructions verified"))
-                    .of(name)
-            }
+            Ok(Some(count)) => Check::new(
+                "program",
+                Outcome::Yes,
+                format!("loaded, {count} instructions verified"),
+            )
+            .of(name),
             Ok(None) => Check::new("program", Outcome::Yes, "loaded").of(name),
             Err(error) => {
                 Check::new("program", Outcome::No, error.to_string()).of(name).next(REPORT)
@@ -100,14 +102,18 @@ fn classifiers(tried: &Tried) -> Check {
         }
         (None, Some(clsact)) => check(
             Outcome::Warn,
-            format!("TCX; no clsact, which is needed where others have filters at egress: {clsact}"),
+            format!(
+                "TCX; no clsact, which is needed where others have filters at egress: {clsact}"
+            ),
         )
         .next("load the modules sch_ingress and cls_bpf if others use tc filters here"),
         (Some(_), None) if tried.lacks_tcx => {
             check(Outcome::Yes, "clsact: the kernel has no TCX (Linux 6.6)".to_owned())
         }
-        (Some(tcx), None) => check(Outcome::No, format!("the kernel has TCX but refuses it: {tcx}"))
-            .next("check whether an LSM or a seccomp profile forbids bpf(BPF_LINK_CREATE)"),
+        (Some(tcx), None) => {
+            check(Outcome::No, format!("the kernel has TCX but refuses it: {tcx}"))
+                .next("check whether an LSM or a seccomp profile forbids bpf(BPF_LINK_CREATE)")
+        }
         (Some(tcx), Some(clsact)) => {
             check(Outcome::No, format!("neither TCX ({tcx}) nor clsact ({clsact})")).next(
                 "load the modules sch_ingress and cls_bpf (modprobe), or use Linux 6.6 or newer",
@@ -167,7 +173,7 @@ mod tests {
             (tried(works, works, false), Outcome::Yes, "TCX;"),
             (tried(works, refused, false), Outcome::Warn, "no clsact"),
             (tried(refused, works, true), Outcome::Yes, "the kernel has no TCX"),
-            (tried(refused, works, false), Outcome::No, "TCX is there and refuses"),
+            (tried(refused, works, false), Outcome::No, "the kernel has TCX but refuses it"),
             (tried(refused, refused, true), Outcome::No, "neither"),
         ] {
             let check = classifiers(&tried);
@@ -184,7 +190,7 @@ mod tests {
         ]
         .into();
         let checks = super::programs(&programs, 5 << 20);
-        assert_eq!(checks[0].what, "made and let go again: 5 MiB");
+        assert_eq!(checks[0].what, "created and released: 5 MiB");
         assert_eq!(
             (checks[1].result, checks[1].what.as_str()),
             (Outcome::Yes, "loads, 1234 instructions verified")

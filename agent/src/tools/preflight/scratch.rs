@@ -196,7 +196,8 @@ fn try_pins(trial: &Trial, pin_path: &Path) -> Result<String, String> {
     Ok(if is_bpffs(pin_path) {
         "a BPF file system accepts pins (tried in a private one)".to_owned()
     } else {
-        "a BPF file system can be mounted and accepts pins (tried in a private namespace)".to_owned()
+        "a BPF file system can be mounted and accepts pins (tried in a private namespace)"
+            .to_owned()
     })
 }
 

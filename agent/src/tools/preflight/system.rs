@@ -56,9 +56,11 @@ pub(super) fn kernel(release: &str) -> Vec<Check> {
         },
         jit(&fs::read_to_string("/proc/sys/net/core/bpf_jit_enable").unwrap_or_default()),
         match host::netns_cookie() {
-            Ok(_) => {
-                Check::new("netns-cookie", Outcome::Yes, "distinguishes host and pods at the socket")
-            }
+            Ok(_) => Check::new(
+                "netns-cookie",
+                Outcome::Yes,
+                "distinguishes host and pods at the socket",
+            ),
             Err(error) => {
                 Check::new("netns-cookie", Outcome::No, format!("SO_NETNS_COOKIE: {error}"))
                     .next("upgrade to Linux 5.14 or newer")
@@ -187,8 +189,12 @@ pub(super) fn privileges(bits: Option<u64>) -> Check {
 /// Checks whether kernel settings can be written, as those of Sluice's own device must be.
 pub(super) fn settings(folder: &Path) -> Check {
     if !folder.exists() {
-        return Check::new("settings", Outcome::Warn, format!("{} does not exist", folder.display()))
-            .next("give --proc-sys the node's /proc/sys");
+        return Check::new(
+            "settings",
+            Outcome::Warn,
+            format!("{} does not exist", folder.display()),
+        )
+        .next("give --proc-sys the node's /proc/sys");
     }
     if is_read_only(folder) {
         let what = format!(
@@ -388,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_without_a_part_is_told() {
+    fn a_configuration_without_a_part_is_reported() {
         let all = PARTS.map(|part| format!("{part}=y\n")).concat();
         assert_eq!(configuration("c", &all).result, Outcome::Yes);
         let some = all.replace("CONFIG_CGROUP_BPF=y", "# CONFIG_CGROUP_BPF is not set");
@@ -411,14 +417,14 @@ mod tests {
                 .expect("written");
         }
         let found = rp_filter(folder.path());
-        assert_eq!(found.what, "loose: cni0; off: lo; strict: all, eth0; every mode will do");
+        assert_eq!(found.what, "loose: cni0; off: lo; strict: all, eth0; every mode works");
     }
 
     #[test]
     fn a_range_of_ports_is_fine_reserved_or_too_narrow() {
         for (range, result, word) in [
-            ("32768\t60999\n", Outcome::Yes, "not the kernel's"),
-            ("1024\t65535\n", Outcome::Yes, "enters 1024-29999,61000-65535"),
+            ("32768\t60999\n", Outcome::Yes, "does not give out"),
+            ("1024\t65535\n", Outcome::Yes, "adds 1024-29999,61000-65535"),
             ("10000\t29999\n", Outcome::No, "leaves 0 ports"),
         ] {
             let folder = tempfile::tempdir().expect("a folder");

@@ -250,9 +250,8 @@ fn meshes(traces: &Traces, socket_path: SocketPath) -> Check {
     if !traces.meshes.is_empty() {
         let found = joined(&traces.meshes);
         if socket_path == SocketPath::Machine {
-            let what = format!(
-                "{found}: a sidecar proxy would see backends where it expects Services"
-            );
+            let what =
+                format!("{found}: a sidecar proxy would see backends where it expects Services");
             return Check::new("service-mesh", Outcome::Warn, what).next(
                 "start the agent without --socket-path machine, so that traffic of sidecar proxies is left to them",
             );
@@ -301,7 +300,10 @@ fn programs(traces: &Traces) -> Vec<Check> {
             Check::new(
                 "foreign-ebpf",
                 Outcome::Warn,
-                format!("{} at socket hooks, which see calls before or after Sluice", joined(&names)),
+                format!(
+                    "{} at socket hooks, which see calls before or after Sluice",
+                    joined(&names)
+                ),
             )
             .of(place)
             .next("check that they do not translate Services")
