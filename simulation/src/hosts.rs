@@ -172,7 +172,7 @@ impl Host {
             State::Answered => Some(12),
             State::Closed => None,
         });
-        state.is_some_and(|state| end.is_held_in(protocol::TCP, state))
+        state.is_some_and(|state| end.is_taken_in(protocol::TCP, state))
             || end == FlowEnd::Client && self.asking.contains_key(&ends)
     }
 }

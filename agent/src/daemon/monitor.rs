@@ -328,7 +328,7 @@ mod tests {
     fn every_reason_is_a_row_in_the_docs() {
         let docs = include_str!("../../../docs/operate.md");
         for reason in Reason::ALL {
-            assert!(docs.contains(&format!("`{}`", reason.word())), "{}", reason.word());
+            assert!(docs.contains(&format!("`{}`", reason.as_str())), "{}", reason.as_str());
         }
     }
 }

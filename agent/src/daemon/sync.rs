@@ -7,7 +7,9 @@ use std::time::{Duration, SystemTime};
 
 use sluice_common::abi::frontend;
 use sluice_common::{V4, V6};
-use sluice_core::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
+use sluice_core::image::{
+    Dataplane, EntryWrite, FamilyWrite, Image, ReadError, Reconciler, Stack, Write,
+};
 use sluice_core::model::object::ObjectName;
 use sluice_core::model::report::{Flaw, Level};
 use sluice_core::model::{Event, HealthCheck, Model, SourceId};
@@ -374,9 +376,9 @@ impl Vips {
     }
 
     fn follow_family<F: Stack>(&mut self, write: &FamilyWrite<F>) {
-        if let FamilyWrite::ServiceInsert { key, service } = write {
-            self.add(F::ip(key.address), service.kind);
-        } else if let FamilyWrite::ServiceRemove { key } = write {
+        if let FamilyWrite::Services(EntryWrite::Insert { key, value }) = write {
+            self.add(F::ip(key.address), value.kind);
+        } else if let FamilyWrite::Services(EntryWrite::Remove { key }) = write {
             self.remove(F::ip(key.address));
         }
     }
@@ -427,31 +429,38 @@ mod tests {
         ServiceKey { address, port, protocol: 6, reserved: 0 }
     }
 
+    fn insert(port: u16, kind: u32) -> Write {
+        let value = Service { service_port: 1, kind };
+        Write::V4(FamilyWrite::Services(EntryWrite::Insert { key: key(port), value }))
+    }
+
+    fn remove(port: u16) -> Write {
+        Write::V4(FamilyWrite::Services(EntryWrite::Remove { key: key(port) }))
+    }
+
     #[test]
     fn a_vip_with_a_cluster_ips_frontend_is_a_cluster_ip() {
         let mut vips = Vips::default();
-        let insert = |vips: &mut Vips, port, kind| {
-            let service = Service { service_port: 1, kind };
-            vips.follow(&Write::V4(FamilyWrite::ServiceInsert { key: key(port), service }));
+        let follow = |vips: &mut Vips, port, kind| {
+            vips.follow(&insert(port, kind));
             let RoutedVips { cluster, external } = vips.routed();
             (cluster.len(), external.len(), std::mem::take(&mut vips.changed))
         };
-        assert_eq!(insert(&mut vips, 80, frontend::EXTERNAL_IP), (0, 1, true));
-        assert_eq!(insert(&mut vips, 443, frontend::LOAD_BALANCER), (0, 1, false));
-        assert_eq!(insert(&mut vips, 53, frontend::CLUSTER_IP), (1, 0, true));
+        assert_eq!(follow(&mut vips, 80, frontend::EXTERNAL_IP), (0, 1, true));
+        assert_eq!(follow(&mut vips, 443, frontend::LOAD_BALANCER), (0, 1, false));
+        assert_eq!(follow(&mut vips, 53, frontend::CLUSTER_IP), (1, 0, true));
     }
 
     #[test]
     fn a_vip_goes_with_its_last_frontend() {
-        let service = Service { service_port: 1, kind: 1 };
         let mut vips = Vips::default();
         for port in [80, 443] {
-            vips.follow(&Write::V4(FamilyWrite::ServiceInsert { key: key(port), service }));
+            vips.follow(&insert(port, 1));
         }
         assert_eq!((vips.uses.len(), std::mem::take(&mut vips.changed)), (1, true));
-        vips.follow(&Write::V4(FamilyWrite::ServiceRemove { key: key(80) }));
+        vips.follow(&remove(80));
         assert!(!vips.changed);
-        vips.follow(&Write::V4(FamilyWrite::ServiceRemove { key: key(443) }));
+        vips.follow(&remove(443));
         assert!(vips.changed && vips.uses.is_empty());
     }
 }

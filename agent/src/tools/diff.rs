@@ -105,37 +105,13 @@ pub struct Difference {
 #[must_use]
 pub fn compare(wanted: &State, found: &State) -> Vec<Difference> {
     let mut rows = words::Rows::new(&wanted.image, &found.image);
-    rows.family::<sluice_common::V4>(&V4_MAPS);
-    rows.family::<sluice_common::V6>(&V6_MAPS);
+    rows.family::<sluice_common::V4>();
+    rows.family::<sluice_common::V6>();
     rows.shared(&drained(&wanted.image.lanes, &found.image.lanes));
     rows.programmed(wanted.programmed.as_ref(), found.programmed.as_ref());
     rows.devices(&wanted.devices, &found.devices);
     rows.done()
 }
-
-/// The names of a family's maps.
-struct FamilyNames {
-    services: &'static str,
-    backends: &'static str,
-    origins: &'static str,
-    source_ranges: &'static str,
-    node_addresses: &'static str,
-}
-
-const V4_MAPS: FamilyNames = FamilyNames {
-    services: "services_v4",
-    backends: "backends_v4",
-    origins: "origins_v4",
-    source_ranges: "source_ranges_v4",
-    node_addresses: "node_addresses_v4",
-};
-const V6_MAPS: FamilyNames = FamilyNames {
-    services: "services_v6",
-    backends: "backends_v6",
-    origins: "origins_v6",
-    source_ranges: "source_ranges_v6",
-    node_addresses: "node_addresses_v6",
-};
 
 /// Returns the wanted lanes, with the bits of removed frontends that are still set.
 fn drained(wanted: &BTreeMap<u32, u8>, found: &BTreeMap<u32, u8>) -> BTreeMap<u32, u8> {

@@ -115,7 +115,7 @@ impl Sample {
         for (key, counters) in view.kernel.maps().reason_counters()? {
             let Some(reason) = Reason::from_number(key.reason) else { continue };
             let of = service(key.service_port).map(|(name, _)| (name.namespace, name.service));
-            *causes.entry((reason.word(), of)).or_default() += counters.packets;
+            *causes.entry((reason.as_str(), of)).or_default() += counters.packets;
         }
         Ok(Self { at, services, backends, causes })
     }

@@ -70,7 +70,7 @@ impl Filter {
     pub(crate) fn takes(&self, event: &Event, names: &Names) -> bool {
         let sieve = Listening { service_ports: [0; 4], ..self.sieve(&Names::new()) };
         let addresses = [event.source, event.destination, event.new_source, event.new_destination];
-        sieve.takes(event)
+        sieve.matches(event)
             && self.network.is_none_or(|network| {
                 addresses.iter().any(|address| network.contains(&narrow(*address, event.family)))
             })
@@ -157,10 +157,10 @@ impl Line {
             time: jiff::Timestamp::try_from(at)
                 .map(|time| format!("{time:.6}"))
                 .unwrap_or_default(),
-            fate: Fate::from_number(event.fate).map_or("?", Fate::word),
-            kind: Kind::from_number(event.kind).map_or("?", Kind::word),
-            hook: At::from_number(event.at).map_or("?", At::word),
-            reason: Reason::from_number(event.reason.into()).map_or("?", Reason::word),
+            fate: Fate::from_number(event.fate).map_or("?", Fate::as_str),
+            kind: Kind::from_number(event.kind).map_or("?", Kind::as_str),
+            hook: At::from_number(event.at).map_or("?", At::as_str),
+            reason: Reason::from_number(event.reason.into()).map_or("?", Reason::as_str),
             protocol: protocol(event.protocol),
             source: (!is_call).then(|| end(event.source, event.source_port)),
             destination: end(event.destination, event.destination_port),
@@ -374,7 +374,7 @@ mod tests {
             (Filter { places: vec![At::Ingress], kinds: vec![Kind::Opened], ..all.clone() }, true),
         ] {
             assert_eq!(filter.takes(&event(), &names()), taken, "{filter:?}");
-            assert!(!taken || filter.sieve(&names()).takes(&event()), "{filter:?}");
+            assert!(!taken || filter.sieve(&names()).matches(&event()), "{filter:?}");
         }
     }
 

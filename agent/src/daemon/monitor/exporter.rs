@@ -321,7 +321,7 @@ fn reasons(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
         let (namespace, service) =
             name.map_or_else(Default::default, |name| (name.namespace, name.service));
         let labels = vec![
-            ("reason", reason.word().to_owned()),
+            ("reason", reason.as_str().to_owned()),
             ("namespace", namespace),
             ("service", service),
         ];

@@ -118,7 +118,7 @@ fn reasons(view: &View) -> anyhow::Result<Vec<ReasonView>> {
         }
         let most = counted.iter().max_by_key(|(_, counters)| counters.packets);
         reasons.push(ReasonView {
-            reason: reason.word(),
+            reason: reason.as_str(),
             packets,
             bytes: counted.iter().map(|(_, counters)| counters.bytes).sum(),
             sentence: reason.sentence().trim(),

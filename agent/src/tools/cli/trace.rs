@@ -115,15 +115,15 @@ fn named<T: Copy>(all: &[T], name: fn(T) -> &'static str, text: &str) -> Result<
 
 fn reason(text: &str) -> Result<Reason, String> {
     // No event reports a stranger.
-    named(Reason::ALL.get(1..).unwrap_or_default(), Reason::word, text)
+    named(Reason::ALL.get(1..).unwrap_or_default(), Reason::as_str, text)
 }
 
 fn place(text: &str) -> Result<At, String> {
-    named(At::ALL, At::word, text)
+    named(At::ALL, At::as_str, text)
 }
 
 fn kind(text: &str) -> Result<Kind, String> {
-    named(Kind::ALL, Kind::word, text)
+    named(Kind::ALL, Kind::as_str, text)
 }
 
 /// The names of service ports, read again when an event has an unknown one.

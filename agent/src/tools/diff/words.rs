@@ -5,16 +5,16 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 
 use sluice_common::abi::{
-    self, Backend, Class, Ipv4Address, Ipv6Address, Name, Networks, NodeAddress, OriginKey,
-    Origins, Prefix, Range, Service, ServiceKey, ServicePort, Settings, backend, frontend, listing,
-    policy,
+    self, Backend, Class, Ipv4Address, Ipv6Address, Name, Networks, OriginKey, Origins, Prefix,
+    Range, Service, ServiceKey, ServicePort, Settings, backend, frontend, listing, policy,
 };
-use sluice_common::{Family, V4, V6, family};
+use sluice_common::{Family, V4, V6};
 use sluice_core::cluster::Programmed;
-use sluice_core::image::{CLASSES, Image, SourceKey, Stack};
+use sluice_core::image::map::{self, PlanMap};
+use sluice_core::image::{CLASSES, Image, Stack, lane};
 use sluice_core::model::object::Protocol;
 
-use super::{Change, Difference, FamilyNames};
+use super::{Change, Difference};
 use crate::node::devices::Role;
 
 /// The most backends that the words of a range name.
@@ -74,45 +74,36 @@ impl<'a> Rows<'a> {
         }
     }
 
+    /// Adds the differences in one of the plan's maps.
+    fn plan_map<M: PlanMap<Key: Copy>>(
+        &mut self,
+        key: impl Fn(&M::Key) -> String,
+        words: impl Fn(&Image, &M::Key, &M::Value) -> Entry,
+    ) {
+        self.map(M::NAME, M::of(self.wanted), M::of(self.found), key, words);
+    }
+
     /// Adds the differences between a family's maps.
-    pub(super) fn family<F: Stack>(&mut self, names: &FamilyNames) {
-        let (new, old) = (F::of(self.wanted), F::of(self.found));
-        self.map(
-            names.services,
-            &new.services,
-            &old.services,
-            frontend_words::<F>,
-            |_, _, service| (service_words(*service), Some(service.service_port)),
-        );
-        self.map(
-            names.backends,
-            &new.backends,
-            &old.backends,
+    pub(super) fn family<F: Stack>(&mut self) {
+        self.plan_map::<map::Services<F>>(frontend_words::<F>, |_, _, service| {
+            (service_words(*service), Some(service.service_port))
+        });
+        self.plan_map::<map::Backends<F>>(
             |id| format!("id {id}"),
             |_, _, backend| (backend_words::<F>(backend), Some(backend.service_port)),
         );
-        self.map(
-            names.origins,
-            &new.origins,
-            &old.origins,
-            endpoint_words::<F>,
-            |image, key, origins| (origins_words::<F>(origins), owner::<F>(image, key, origins)),
-        );
-        self.map(
-            names.source_ranges,
-            &new.source_ranges,
-            &old.source_ranges,
-            |key: &SourceKey<F::Address>| {
+        self.plan_map::<map::Origins<F>>(endpoint_words::<F>, |image, key, origins| {
+            (origins_words::<F>(origins), owner::<F>(image, key, origins))
+        });
+        self.plan_map::<map::SourceRanges<F>>(
+            |key| {
                 format!("port id {} from {}/{}", key.service_port, F::ip(key.network), key.length)
             },
             |_, key, _| ("let in".to_owned(), Some(key.service_port)),
         );
-        self.map(
-            names.node_addresses,
-            &new.node_addresses,
-            &old.node_addresses,
+        self.plan_map::<map::NodeAddresses<F>>(
             |address| F::ip(*address).to_string(),
-            |_, _, node: &NodeAddress| {
+            |_, _, node| {
                 let serves = node.serves_node_ports();
                 (if serves { "node ports" } else { "no node ports" }.to_owned(), None)
             },
@@ -121,18 +112,11 @@ impl<'a> Rows<'a> {
 
     /// Adds the differences between the plan's maps of both families, given the wanted lanes.
     pub(super) fn shared(&mut self, lanes: &BTreeMap<u32, u8>) {
-        let (new, old) = (self.wanted, self.found);
-        self.map(
-            "ports",
-            &new.ports,
-            &old.ports,
+        self.plan_map::<map::Ports>(
             |id| format!("id {id}"),
             |_, id, port| (port_words(port), Some(*id)),
         );
-        self.map(
-            "names",
-            &new.names,
-            &old.names,
+        self.plan_map::<map::Names>(
             |id| format!("id {id}"),
             |_, id, name| (name_words(name), Some(*id)),
         );
@@ -142,20 +126,14 @@ impl<'a> Rows<'a> {
     }
 
     fn slots(&mut self) {
-        let (new, old) = (self.wanted, self.found);
-        self.map(
-            "slots",
-            &new.slots,
-            &old.slots,
+        self.plan_map::<map::Slots>(
             |start| format!("from slot {start}"),
             |image, start, slots| {
-                let owner = image.ports.iter().find(|(_, port)| {
-                    port.ranges
-                        .map(Range)
-                        .iter()
-                        .any(|range| range.size() != 0 && range.start() == *start)
-                });
-                let owner = owner.map(|(id, _)| *id);
+                let owner = image
+                    .ports
+                    .keys()
+                    .find(|id| image.ranges(**id).any(|range| range.start() == *start))
+                    .copied();
                 (slots_words(image, owner, slots), owner)
             },
         );
@@ -173,7 +151,7 @@ impl<'a> Rows<'a> {
                 format!("lane {lane} ({})", known.join(", "))
             }
         };
-        self.map("addresses", lanes, &old.lanes, lane_key, |_, _, bits| {
+        self.map(map::Lanes::NAME, lanes, &old.lanes, lane_key, |_, _, bits| {
             (listing_words(*bits), None)
         });
     }
@@ -189,7 +167,7 @@ impl<'a> Rows<'a> {
             ports.collect()
         };
         self.map(
-            "node_ports",
+            map::NodePorts::NAME,
             &bits(&new.node_ports),
             &bits(&old.node_ports),
             ToString::to_string,
@@ -421,8 +399,7 @@ fn listed(wanted: &Image, found: &Image) -> BTreeMap<u32, BTreeSet<IpAddr>> {
         for address in frontends.chain(backends).chain(nodes) {
             let ip = F::ip(address);
             if !ip.is_unspecified() {
-                let (word, shift) = family::lane::<F>(&address);
-                let _ = lanes.entry(word * 16 + shift / 4).or_default().insert(ip);
+                let _ = lanes.entry(lane::<F>(&address)).or_default().insert(ip);
             }
         }
     }

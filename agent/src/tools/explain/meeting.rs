@@ -2,7 +2,7 @@
 
 use sluice_common::abi::Class;
 use sluice_common::engine::adapter::Action;
-use sluice_common::packet::answer::Trouble;
+use sluice_common::packet::answer::IcmpError;
 use sluice_common::path::{Decision, Hook};
 
 use super::objects::Owner;
@@ -18,7 +18,7 @@ pub(super) struct Meeting<F: Side> {
     /// What happens to the packet.
     pub(super) action: Action,
     /// The ICMP error that answers the packet, with the MTU in it.
-    pub(super) answered: Option<(Trouble, u32)>,
+    pub(super) answered: Option<(IcmpError, u32)>,
     /// The packet's length with the IP header.
     pub(super) length: u32,
 }

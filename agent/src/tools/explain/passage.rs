@@ -2,10 +2,12 @@
 
 use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey, Tuple};
 use sluice_common::engine::act;
-use sluice_common::engine::adapter::{Adapter, Addressee, Arrival, Forwarded, Target, Way};
+use sluice_common::engine::adapter::{
+    Adapter, Addressee, Arrival, ForwardQuery, RouteQuery, Target,
+};
 use sluice_common::engine::open::{Refusal, Steps};
-use sluice_common::engine::tc::Packets;
-use sluice_common::packet::answer::Trouble;
+use sluice_common::engine::tc::TcProgram;
+use sluice_common::packet::answer::IcmpError;
 use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::parse::{self, Headers};
 use sluice_common::packet::rewrite::rewrite;
@@ -25,7 +27,7 @@ pub(super) struct Host<'w> {
     ifindex: u32,
     packet: Bytes<Vec<u8>>,
     /// The ICMP error that the packet has become, with the MTU in it.
-    pub(super) answered: Option<(Trouble, u32)>,
+    pub(super) answered: Option<(IcmpError, u32)>,
 }
 
 impl<F: Side> Adapter<F> for Host<'_> {
@@ -52,7 +54,7 @@ impl<F: Side> Adapter<F> for Host<'_> {
         self.ifindex
     }
 
-    fn mark(&self) -> u32 {
+    fn fwmark(&self) -> u32 {
         0
     }
 
@@ -76,7 +78,7 @@ impl<F: Side> Adapter<F> for Host<'_> {
         F::of(&self.world.image).node_addresses.contains_key(address)
     }
 
-    fn route(&self, _: &F::Address, destination: &F::Address, way: &Way) -> Target {
+    fn route(&self, _: &F::Address, destination: &F::Address, way: &RouteQuery) -> Target {
         let destination = F::ip(*destination);
         let Some(device) = self.routing.leaves_by(destination) else { return Target::None };
         match self.routing.mtu(destination) {
@@ -85,7 +87,7 @@ impl<F: Side> Adapter<F> for Host<'_> {
         }
     }
 
-    fn forward(&mut self, packet: &Forwarded<F::Address>) -> Option<u32> {
+    fn forward(&mut self, packet: &ForwardQuery<F::Address>) -> Option<u32> {
         match Adapter::<F>::route(self, &packet.source, &packet.destination, &packet.way) {
             Target::Device(device) => Some(device),
             Target::TooBig(_) | Target::None => None,
@@ -121,9 +123,9 @@ impl<F: Side> Adapter<F> for Host<'_> {
         rewrite(&mut self.packet, headers, flow)
     }
 
-    fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool {
-        self.answered = Some((trouble, mtu));
-        act::write_error(&mut self.packet, headers, trouble, mtu)
+    fn write_error(&mut self, headers: &Headers<F>, error: IcmpError, mtu: u32) -> bool {
+        self.answered = Some((error, mtu));
+        act::write_error(&mut self.packet, headers, error, mtu)
     }
 
     fn take_tags_off(&mut self) {}
@@ -183,7 +185,7 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
         path::open_into(self.host.hook, &self.headers, &self.tables, &mut self.decision);
     }
 
-    fn ask_routes(&mut self) {
+    fn look_up_routes(&mut self) {
         self.tables.routes = Some(self.routes());
     }
 
@@ -192,12 +194,12 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
     }
 
     /// No sockets are looked up for a question.
-    fn is_held(&mut self) -> bool {
+    fn is_taken_by_socket(&mut self) -> bool {
         false
     }
 
-    fn pass_over_one(&mut self) {
-        self.tables.passed_over += 1;
+    fn skip_one_port(&mut self) {
+        self.tables.ports_to_skip += 1;
     }
 
     fn record(&mut self) -> Refusal {
@@ -205,7 +207,7 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
     }
 }
 
-impl<'w, F: Side> Packets<F> for Passage<'w, F> {
+impl<'w, F: Side> TcProgram<F> for Passage<'w, F> {
     type Adapter = Host<'w>;
 
     fn decide(&mut self) {
@@ -216,8 +218,8 @@ impl<'w, F: Side> Packets<F> for Passage<'w, F> {
         self.decision = Decision::pass(&self.headers.tuple);
     }
 
-    fn disown(&mut self) {
-        path::disown(self.host.hook, &self.headers, &self.tables, &mut self.decision);
+    fn restrict_foreign(&mut self) {
+        path::restrict_foreign(self.host.hook, &self.headers, &self.tables, &mut self.decision);
     }
 
     /// The packet is not a fragment.
@@ -236,12 +238,12 @@ impl<'w, F: Side> Packets<F> for Passage<'w, F> {
     fn has_hidden_socket(&mut self) -> bool {
         let Decision { flow, key, .. } = &self.decision;
         let hides = |here| policy::hides_sockets(here, key.protocol, true);
-        !flow.is_direct() && self.tables.here().is_some_and(hides)
+        !flow.is_direct() && self.tables.hook_device().is_some_and(hides)
     }
 
-    fn begin(&mut self, passed_over: u32) {
+    fn begin(&mut self, ports_to_skip: u32) {
         self.tables.routes = None;
-        self.tables.passed_over = passed_over;
+        self.tables.ports_to_skip = ports_to_skip;
     }
 
     fn parts(&mut self) -> (&mut Host<'w>, &Headers<F>, &Decision<F>) {

@@ -40,14 +40,14 @@ pub(super) struct Recorder<'t, F: Family, T> {
     /// The result of the FIB lookup, if the path has asked for it.
     pub(super) routes: Option<Routes>,
     /// The number of ports to skip.
-    pub(super) passed_over: u32,
+    pub(super) ports_to_skip: u32,
     asked: RefCell<Vec<Asked<F>>>,
 }
 
 impl<'t, F: Family, T> Recorder<'t, F, T> {
     /// Makes a recorder.
     pub(super) fn new(tables: &'t T, tuple: Tuple<F::Address>) -> Self {
-        Self { tables, tuple, routes: None, passed_over: 0, asked: RefCell::new(Vec::new()) }
+        Self { tables, tuple, routes: None, ports_to_skip: 0, asked: RefCell::new(Vec::new()) }
     }
 
     /// Returns all lookups, in order.
@@ -167,8 +167,8 @@ impl<F: Family, T: Tables<F>> Tables<F> for Recorder<'_, F, T> {
         self.tables.device(ifindex)
     }
 
-    fn here(&self) -> Option<&Device> {
-        self.tables.here()
+    fn hook_device(&self) -> Option<&Device> {
+        self.tables.hook_device()
     }
 
     fn ifindex(&self) -> u32 {
@@ -181,8 +181,8 @@ impl<F: Family, T: Tables<F>> Tables<F> for Recorder<'_, F, T> {
         Some(routes)
     }
 
-    fn passed_over(&self) -> u32 {
-        self.passed_over
+    fn ports_to_skip(&self) -> u32 {
+        self.ports_to_skip
     }
 
     fn translated_at_socket(&self) -> bool {

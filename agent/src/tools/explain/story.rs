@@ -496,9 +496,9 @@ impl<'w> Story<'w> {
             return;
         }
         let fate = match decision.verdict {
-            PathVerdict::TurnBack => "; it leaves by the device that it arrived on",
+            PathVerdict::Bounce => "; it leaves by the device that it arrived on",
             PathVerdict::Route => "; it is forwarded by the routes",
-            PathVerdict::HandIn => "; it is delivered to this host",
+            PathVerdict::Inject => "; it is delivered to this host",
             PathVerdict::Pass
             | PathVerdict::Translate
             | PathVerdict::Around
@@ -580,7 +580,7 @@ impl<'w> Story<'w> {
     pub(super) fn ends(&mut self, verdict: Verdict, reason: Reason) {
         self.add(
             "verdict",
-            format!("{} ({}): {}", verdict.as_str(), reason.word(), reason.sentence().trim()),
+            format!("{} ({}): {}", verdict.as_str(), reason.as_str(), reason.sentence().trim()),
         );
     }
 }

@@ -243,7 +243,7 @@ impl<'w, F: Side> Walk<'w, F> {
         story.ends(verdict, decision.reason);
         Answer {
             verdict,
-            reason: decision.reason.word(),
+            reason: decision.reason.as_str(),
             service: target.as_ref().map(|target| target.owner.service.to_string()),
             port: target
                 .as_ref()
@@ -308,7 +308,7 @@ impl<'w, F: Side> Walk<'w, F> {
         story.ends(Verdict::Pass, Reason::Stranger);
         Answer {
             verdict: Verdict::Pass,
-            reason: Reason::Stranger.word(),
+            reason: Reason::Stranger.as_str(),
             service: None,
             port: None,
             frontend: None,
@@ -331,8 +331,7 @@ impl<'w, F: Side> Walk<'w, F> {
     /// Returns what the packet has requested.
     fn target(&self, hook: Hook, ifindex: u32, decision: &Decision<F>) -> Option<Target> {
         let seen = Seen { world: self.world, ifindex };
-        let egress = hook == Hook::Egress;
-        let is_local = egress || policy::is_local_pod::<F, _>(&self.tuple.source, &seen);
+        let is_local = hook.is_egress() || policy::is_local_pod::<F, _>(&self.tuple.source, &seen);
         if decision.flow.flags & (flow::REPLY | flow::DIRECT) != 0 {
             let service_port = decision.flow.service_port;
             let key = self.key(decision.flow.source, decision.flow.source_port);
@@ -342,7 +341,7 @@ impl<'w, F: Side> Walk<'w, F> {
             return Some(Target { owner: self.owner(service_port)?, service_port, kind, class });
         }
         let found = self.find(
-            policy::may_ask_for_node_ports::<F, _>(egress, &self.tuple.destination, &seen),
+            policy::may_ask_for_node_ports::<F, _>(hook, &self.tuple.destination, &seen),
             &seen,
         );
         if let Some((service_port, kind)) = found {
@@ -404,13 +403,8 @@ impl<'w, F: Side> Walk<'w, F> {
     /// Returns every backend that clients of the class may reach.
     fn candidates(&self, target: Option<&Target>) -> Vec<Candidate> {
         let Some(target) = target else { return Vec::new() };
-        let Some(port) = self.world.image.ports.get(&target.service_port) else {
-            return Vec::new();
-        };
-        let Some(range) = port.ranges.get(target.class as usize).copied().map(Range) else {
-            return Vec::new();
-        };
-        shares::<F>(self.world, range)
+        let range = self.world.image.range(target.service_port, target.class);
+        range.map_or_else(Vec::new, |range| shares::<F>(self.world, range))
     }
 
     /// Whether the backend sees the client's address. A process of this host has the address that
@@ -499,7 +493,7 @@ impl<'w, F: Side> Walk<'w, F> {
     ) -> Answer {
         let mut answer = Answer {
             verdict,
-            reason: reason.word(),
+            reason: reason.as_str(),
             service: Some(target.owner.service.to_string()),
             port: Some(target.owner.port()),
             frontend: Some(self.frontend(target, &Decision::pass(&self.tuple), false)),
@@ -549,11 +543,8 @@ impl<'w, F: Side> Walk<'w, F> {
 
 /// Returns the backends in a range of slots with their shares, by address.
 fn shares<F: Stack>(world: &World, range: Range) -> Vec<Candidate> {
-    let Some(slots) = world.image.slots.get(&range.start()).filter(|_| range.size() != 0) else {
-        return Vec::new();
-    };
     let mut owned = std::collections::BTreeMap::<Endpoint, usize>::new();
-    for id in slots {
+    for id in world.image.backends_in(range) {
         if let Some(backend) = F::of(&world.image).backends.get(id) {
             *owned
                 .entry(Endpoint { address: F::ip(backend.address), port: backend.port })
@@ -585,8 +576,8 @@ fn verdict(verdict: path::Verdict) -> Verdict {
         path::Verdict::Pass | path::Verdict::Hold => Verdict::Pass,
         path::Verdict::Translate
         | path::Verdict::Around
-        | path::Verdict::TurnBack
-        | path::Verdict::HandIn
+        | path::Verdict::Bounce
+        | path::Verdict::Inject
         | path::Verdict::Route => Verdict::Forward,
         path::Verdict::Reset | path::Verdict::Unreachable => Verdict::Reject,
         path::Verdict::Drop => Verdict::Drop,

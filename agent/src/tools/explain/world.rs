@@ -5,16 +5,15 @@ use std::net::IpAddr;
 
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
-    NodeAddress, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey, ServicePort,
-    Settings, Ticks, Tuple, device, socket_path,
+    OriginKey, Origins, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings, Ticks,
+    Tuple, device, socket_path,
 };
 use sluice_common::event::Wide;
-use sluice_common::family::lane;
 use sluice_common::packet::answer::Answer;
 use sluice_common::path::mark;
 use sluice_common::tables::Routes;
 use sluice_common::{Family, Tables, V4, V6};
-use sluice_core::image::{Image, SourceKey, Stack, node_port_bit};
+use sluice_core::image::{Image, Stack};
 
 use super::objects::Objects;
 use super::question::Question;
@@ -115,8 +114,7 @@ pub(super) struct Seen<'w> {
 
 impl<F: Side> Tables<F> for Seen<'_> {
     fn listing(&self, address: &F::Address) -> u8 {
-        let (word, shift) = lane::<F>(address);
-        self.world.image.lanes.get(&(word * 16 + shift / 4)).copied().unwrap_or_default()
+        self.world.image.listing::<F>(address)
     }
 
     fn flow(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
@@ -145,13 +143,11 @@ impl<F: Side> Tables<F> for Seen<'_> {
     }
 
     fn range(&self, service_port: u32, class: Class) -> Option<Range> {
-        let port = self.world.image.ports.get(&service_port)?;
-        port.ranges.get(class as usize).copied().map(Range)
+        self.world.image.range(service_port, class)
     }
 
     fn slot(&self, slot: u32) -> Option<u32> {
-        let (start, ids) = self.world.image.slots.range(..=slot).next_back()?;
-        ids.get((slot - start) as usize).copied()
+        self.world.image.slot(slot)
     }
 
     fn backend(&self, id: u32) -> Option<&Backend<F::Address>> {
@@ -163,24 +159,19 @@ impl<F: Side> Tables<F> for Seen<'_> {
     }
 
     fn in_source_ranges(&self, service_port: u32, address: &F::Address) -> bool {
-        let within = |key: &SourceKey<F::Address>| shares::<F>(&key.network, address, key.length);
-        let first = SourceKey { service_port, length: 0, network: F::Address::default() };
-        let keys = F::of(&self.world.image).source_ranges.range(first..).map(|(key, _)| key);
-        keys.take_while(|key| key.service_port == service_port).any(within)
+        self.world.image.in_source_ranges::<F>(service_port, address)
     }
 
     fn is_node_port(&self, port: u16) -> bool {
-        let (word, bit) = node_port_bit(port);
-        self.world.image.node_ports.get(&word).is_some_and(|bits| bits & bit != 0)
+        self.world.image.is_node_port(port)
     }
 
     fn is_node_address(&self, address: &F::Address) -> bool {
-        F::of(&self.world.image).node_addresses.contains_key(address)
+        self.world.image.is_node_address::<F>(address)
     }
 
     fn serves_node_ports(&self, address: &F::Address) -> bool {
-        let node: Option<&NodeAddress> = F::of(&self.world.image).node_addresses.get(address);
-        node.is_some_and(NodeAddress::serves_node_ports)
+        self.world.image.serves_node_ports::<F>(address)
     }
 
     fn origins(&self, key: &OriginKey<F::Address>) -> Option<&Origins<F::Address>> {
@@ -204,7 +195,7 @@ impl<F: Side> Tables<F> for Seen<'_> {
         self.world.devices.get(&ifindex).map(|device| &device.entry)
     }
 
-    fn here(&self) -> Option<&Device> {
+    fn hook_device(&self) -> Option<&Device> {
         <Self as Tables<F>>::device(self, self.ifindex)
     }
 
@@ -218,20 +209,10 @@ impl<F: Side> Tables<F> for Seen<'_> {
 
     fn translated_at_socket(&self) -> bool {
         matches!(self.world.settings.socket_path, socket_path::ALL | socket_path::MACHINE)
-            && <Self as Tables<F>>::here(self).is_some_and(|here| here.role == device::EDGE)
+            && <Self as Tables<F>>::hook_device(self).is_some_and(|here| here.role == device::EDGE)
     }
 
     fn now(&self) -> Ticks {
         self.world.now
     }
-}
-
-/// Whether two addresses have the same first bits.
-fn shares<F: Stack>(one: &F::Address, other: &F::Address, bits: u8) -> bool {
-    let differs = match (F::ip(*one), F::ip(*other)) {
-        (IpAddr::V4(one), IpAddr::V4(other)) => (one.to_bits() ^ other.to_bits()).leading_zeros(),
-        (IpAddr::V6(one), IpAddr::V6(other)) => (one.to_bits() ^ other.to_bits()).leading_zeros(),
-        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => return false,
-    };
-    differs >= u32::from(bits)
 }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use sluice_common::Reason;
 use sluice_common::abi::{Datagram, DatagramPorts, flow, state};
-use sluice_common::path::fragment::{DATAGRAM_TICKS, HELD_LENGTH_MAX, KEEPER_TICKS, label};
+use sluice_common::path::fragment::{DATAGRAM_TICKS, HEARTBEAT_TICKS, HELD_LENGTH_MAX, label};
 use sluice_common::path::mark;
 
 use super::Table;
@@ -239,8 +239,8 @@ fn held(name: String, world: &World, program: Program, ifindex: u32, fragment: &
     let flags = match program {
         Program::Ingress | Program::Xdp => 0,
         Program::Egress => label::EGRESS,
-        Program::IngressBare => label::BARE,
-        Program::EgressBare => label::EGRESS | label::BARE,
+        Program::IngressBare => label::L3,
+        Program::EgressBare => label::EGRESS | label::L3,
     };
     let mut case = Case::new(name, world, program, ifindex, fragment)
         .ends(End::Redirect)
@@ -275,7 +275,7 @@ fn early(table: &mut Table, cast: &Cast) {
             .reason(Reason::Fragment, 0),
     );
     // An agent that is dead keeps none: they may be anybody's.
-    for (age, is_kept) in [(KEEPER_TICKS - 1, true), (KEEPER_TICKS + 2, false)] {
+    for (age, is_kept) in [(HEARTBEAT_TICKS - 1, true), (HEARTBEAT_TICKS + 2, false)] {
         let world = world.clone().said_to_keep_fragments(age);
         let name = format!(
             "{title}: a fragment that comes first, {age} ticks after the agent said that it keeps such"
