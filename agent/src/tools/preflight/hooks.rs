@@ -193,7 +193,7 @@ mod tests {
         assert_eq!(checks[0].what, "created and released: 5 MiB");
         assert_eq!(
             (checks[1].result, checks[1].what.as_str()),
-            (Outcome::Yes, "loads, 1234 instructions verified")
+            (Outcome::Yes, "loaded, 1234 instructions verified")
         );
         assert_eq!(checks[2].name(), "program xdp_uplink");
         assert_eq!(
