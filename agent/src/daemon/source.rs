@@ -13,7 +13,7 @@ use std::time::SystemTime;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Health {
     /// When the source last got an answer from where its objects come from.
-    pub heard: Option<SystemTime>,
+    pub answered: Option<SystemTime>,
     /// The error since then and when it began, or [`None`] if there is none.
     pub failure: Option<(String, SystemTime)>,
     /// Whether its first full list is complete.
@@ -31,9 +31,9 @@ impl Pulse {
     }
 
     /// Records a success. Returns whether there was an error before.
-    fn heard(&self) -> bool {
+    fn succeeded(&self) -> bool {
         let mut health = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        health.heard = Some(SystemTime::now());
+        health.answered = Some(SystemTime::now());
         health.failure.take().is_some()
     }
 

@@ -245,7 +245,7 @@ impl Cli {
         if self.command.uses_this_node() {
             self.command.check(&places)?;
         }
-        let outcome = self.command.run(places, expanded)?;
+        let outcome = self.command.run(&places, expanded)?;
         print(&outcome.text)?;
         Ok(ExitCode::from(outcome.code))
     }
@@ -280,8 +280,8 @@ impl Command {
         checked.map_err(|error| if is_diff { Unknown(error).into() } else { error })
     }
 
-    fn run(self, places: Places, expanded: Expanded) -> anyhow::Result<Outcome> {
-        let Places { pin_path, state_dir, proc_sys } = &places;
+    fn run(self, places: &Places, expanded: Expanded) -> anyhow::Result<Outcome> {
+        let Places { pin_path, state_dir, proc_sys } = places;
         match self {
             Self::Agent(args) => agent::run(*args, places, expanded),
             Self::Status { output } => status::run(pin_path, state_dir, output.output),

@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn one_no_is_enough_and_without_privileges_nobody_can_tell() {
+    fn one_no_is_enough_and_without_privileges_the_result_is_unknown() {
         use Outcome::{No, Skip, Warn, Yes};
         assert_eq!(verdict(&[(PRIVILEGES, Yes), ("mtu", Warn), ("xdp", Skip)]), Verdict::Yes);
         assert_eq!(verdict(&[(PRIVILEGES, Yes), ("programs", No)]), Verdict::No);

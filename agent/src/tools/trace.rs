@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn a_packet_is_told_with_names_and_the_time_of_the_clock() {
+    fn a_packet_is_printed_with_names_and_the_time_of_the_clock() {
         let line = line(&event());
         assert_eq!(line.time, "1970-01-01T00:01:37.500000Z");
         assert_eq!(
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_is_told_by_its_new_source_and_its_backend_is_where_it_came_from() {
+    fn a_reply_is_printed_with_its_new_source_and_its_backend_is_where_it_came_from() {
         let event = Event {
             source: event().new_destination,
             source_port: 8080,
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_is_told_with_its_process_instead_of_a_source() {
+    fn a_call_is_printed_with_its_process_instead_of_a_source() {
         let mut command = [0; 16];
         command[..4].copy_from_slice(b"curl");
         let event = Event {

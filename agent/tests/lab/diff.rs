@@ -158,7 +158,7 @@ fn what_cannot_be_told_has_a_code_of_its_own() -> Result<()> {
         "{report} {said}"
     );
     let (code, _, said) = diff(&node, &["--repair"])?;
-    ensure!(code == 2 && said.contains("mend it first"), "{code} {said}");
+    ensure!(code == 2 && said.contains("fix it first"), "{code} {said}");
     println!("{said}");
     reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)?;
     // Another layout of the key space: a single slot that somebody overwrote.

@@ -417,7 +417,7 @@ fn preflight() -> Result<()> {
         ensure!(log.trim_end().ends_with("Sluice can run on this node."), "{pod} says\n{log}");
         ensure!(
             log.lines()
-                .any(|line| line.starts_with("program tc_ingress_l2 ") && line.contains("loads")),
+                .any(|line| line.starts_with("program tc_ingress_l2 ") && line.contains("loaded")),
             "{pod} has tried no programs:\n{log}"
         );
     }

@@ -169,7 +169,7 @@ impl Source {
             name: source_name(self.id).to_owned(),
             from: self.from.clone(),
             synced: health.synced,
-            heard: health.heard.map(unix_seconds),
+            heard: health.answered.map(unix_seconds),
             problem: health.failure.map(|(why, _)| why),
         }
     }

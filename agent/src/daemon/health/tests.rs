@@ -145,7 +145,7 @@ async fn every_method_and_path_gets_the_same_answer() {
 }
 
 #[tokio::test]
-async fn a_kept_connection_hears_of_counts_and_health() {
+async fn a_kept_connection_gets_new_counts_and_health() {
     let bench = Bench::at("127.71.0.2");
     let to = at("127.71.0.2", free_port("127.71.0.2").await);
     bench.check("web", to.port(), 1);

@@ -83,7 +83,7 @@ fn names_of_events_are_names_even_if_the_objects_is_as_long_as_it_may_be() {
 }
 
 #[test]
-fn what_lasts_is_told_once_and_again_when_the_api_server_has_forgotten_it() {
+fn what_lasts_is_written_once_and_again_when_the_api_server_has_forgotten_it() {
     let (begin, all) = (Instant::now(), lost(&["web"]));
     let finding = first(&all).finding;
     let mut schedule = Schedule::new("n1", begin);
@@ -100,7 +100,7 @@ fn what_lasts_is_told_once_and_again_when_the_api_server_has_forgotten_it() {
 }
 
 #[test]
-fn what_comes_and_goes_is_not_told_each_time() {
+fn what_comes_and_goes_is_not_written_each_time() {
     let (begin, all) = (Instant::now(), lost(&["web"]));
     let finding = first(&all).finding;
     let mut schedule = Schedule::new("n1", begin);
@@ -123,7 +123,7 @@ fn what_comes_and_goes_is_not_told_each_time() {
 }
 
 #[test]
-fn a_flood_is_told_at_the_buckets_pace_and_problems_first() {
+fn a_flood_is_written_at_the_buckets_pace_and_problems_first() {
     let names: Vec<String> = (0..200).map(|index| format!("web-{index}")).collect();
     let notices = names.iter().map(|name| report(name, Flaw::NoLocalEndpoint, "", "dropped"));
     let reports: Vec<Report> = notices.chain([report("z", Flaw::BadPort, "", "no port")]).collect();
@@ -154,7 +154,7 @@ fn a_flood_is_told_at_the_buckets_pace_and_problems_first() {
 }
 
 #[test]
-fn what_is_only_worth_knowing_is_told_once_a_day() {
+fn a_notice_is_written_once_a_day() {
     let (begin, all) =
         (Instant::now(), gathered(&[report("web", Flaw::NoLocalEndpoint, "", "dropped")]));
     let written = first(&all);

@@ -229,7 +229,7 @@ struct Watch {
 impl Watch {
     /// Takes in that a request has succeeded.
     fn on_success(&mut self, kind: Kind) -> Vec<Change> {
-        if self.intake.recovered(kind) && self.pulse.heard() {
+        if self.intake.recovered(kind) && self.pulse.succeeded() {
             vec![Change::Notes(Subject::Source(SourceId::Kubernetes), Vec::new())]
         } else {
             Vec::new()

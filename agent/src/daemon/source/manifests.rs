@@ -75,7 +75,7 @@ pub async fn watch(path: PathBuf, sink: mpsc::Sender<Event>, pulse: Pulse) {
         folder = returned;
         let mut changes = match result {
             Ok(mut changes) => {
-                if pulse.heard() {
+                if pulse.succeeded() {
                     changes.push(Change::Notes(Subject::Source(SourceId::Manifests), Vec::new()));
                 }
                 if !synced {

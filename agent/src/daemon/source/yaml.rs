@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_broken_document_hides_no_other_and_tells_its_line() {
+    fn a_broken_document_hides_no_other_and_has_its_line() {
         let text = "# first\na: 1\n---\nb: [1\n--- # third\nc: 3\n---\n\n# nothing\n";
         let documents = yaml(text, |_, _| true);
         assert_eq!(documents.len(), 3);

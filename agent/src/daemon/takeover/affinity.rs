@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn the_time_that_is_left_tells_the_time_that_has_passed() {
+    fn the_remaining_time_gives_the_elapsed_time() {
         let second = |age| 10_000 - seen(age, 10_800, 10_000);
         assert_eq!(second(Age::Left(10_800_000)), 0);
         assert_eq!(second(Age::Left(10_700_000)), 93, "100 s are 93 ticks");

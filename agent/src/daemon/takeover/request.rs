@@ -114,7 +114,7 @@ mod tests {
     fn what_is_wanted_by_now_is_not_replaced() {
         let folder = tempfile::tempdir().expect("a folder");
         let prepared = || {
-            replace(folder.path(), Request::Prepare, Request::Prepared).expect("replaced or left")
+            replace(folder.path(), Request::Prepare, Request::Prepared).expect("replaced or left");
         };
         prepared();
         assert_eq!(read(folder.path()), None);

@@ -107,7 +107,7 @@ pub(super) struct AgentArgs {
 /// # Errors
 ///
 /// When the flags cannot be used, or the agent fails.
-pub(super) fn run(args: AgentArgs, places: Places, expanded: Expanded) -> anyhow::Result<Outcome> {
+pub(super) fn run(args: AgentArgs, places: &Places, expanded: Expanded) -> anyhow::Result<Outcome> {
     log::start(args.verbose, args.log_format);
     if !expanded.meaningless.is_empty() {
         tracing::warn!(
@@ -119,7 +119,7 @@ pub(super) fn run(args: AgentArgs, places: Places, expanded: Expanded) -> anyhow
     let follows = expanded.config.is_some();
     let reload = Reload { follows, is_changed: Arc::new(move || is_changed(&expanded)) };
     let options = Options { invocation, ..args.options(places.clone(), reload)? };
-    let Places { pin_path, state_dir, proc_sys } = &places;
+    let Places { pin_path, state_dir, proc_sys } = places;
     if request::read(state_dir) == Some(Request::Released) && !status::is_alive(state_dir) {
         // The last agent may have been killed before it had removed everything.
         let _ = runtime()?.block_on(cleanup::remove(pin_path, state_dir, proc_sys))?;

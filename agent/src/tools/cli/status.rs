@@ -131,15 +131,15 @@ fn reasons(view: &View) -> anyhow::Result<Vec<ReasonView>> {
 fn text(overview: &Overview, now: u64) -> String {
     let mut text = Text(String::new());
     let last = overview.last.as_ref();
-    text.line("Node", last.map_or_else(|| "unknown".to_owned(), |status| status.node.clone()));
-    text.line("Ready", if overview.ready { "yes" } else { "no" }.to_owned());
-    text.line("Agent", agent(&overview.agent, last));
+    text.line("Node", last.map_or("unknown", |status| &status.node));
+    text.line("Ready", if overview.ready { "yes" } else { "no" });
+    text.line("Agent", &agent(&overview.agent, last));
     if overview.agent.alive {
         for reason in last.iter().flat_map(|status| &status.waiting_for) {
-            text.line("Waiting", reason.clone());
+            text.line("Waiting", reason);
         }
     }
-    text.line("Pins", overview.pin_path.display().to_string());
+    text.line("Pins", &overview.pin_path.display().to_string());
     if let Some(status) = last {
         text.inputs(status);
         text.work(status, now);
@@ -147,7 +147,7 @@ fn text(overview: &Overview, now: u64) -> String {
     let Counts { frontends, service_ports, backends } = overview.counts;
     text.line(
         "Holds",
-        format!("{frontends} frontends, {service_ports} service ports, {backends} backends"),
+        &format!("{frontends} frontends, {service_ports} service ports, {backends} backends"),
     );
     text.section("Devices", &overview.devices, devices_table);
     text.section("Reasons", &overview.reasons, reasons_table);
@@ -177,7 +177,7 @@ fn agent(agent: &AgentView, last: Option<&Status>) -> String {
 struct Text(String);
 
 impl Text {
-    fn line(&mut self, head: &str, body: String) {
+    fn line(&mut self, head: &str, body: &str) {
         // Writing to a string cannot fail.
         let _ = writeln!(self.0, "{:<12}{body}", format!("{head}:"));
     }
@@ -190,14 +190,14 @@ impl Text {
                 (None, true) => "synced".to_owned(),
                 (None, false) => "waiting for the first full list".to_owned(),
             };
-            self.line("Source", format!("{} {}: {state}", source.name, source.from));
+            self.line("Source", &format!("{} {}: {state}", source.name, source.from));
         }
         let path = &status.socket_path;
         let cgroup = path.cgroup.as_ref().map(|cgroup| format!(" at {}", cgroup.display()));
         let problem = path.problem.as_ref().map(|problem| format!(": {problem}"));
         self.line(
             "Sockets",
-            format!("{}{}{}", path.mode, cgroup.unwrap_or_default(), problem.unwrap_or_default()),
+            &format!("{}{}{}", path.mode, cgroup.unwrap_or_default(), problem.unwrap_or_default()),
         );
         if !status.policy.masquerade.is_empty() {
             self.policy(&status.policy);
@@ -211,38 +211,38 @@ impl Text {
         };
         self.line(
             "Masquerade",
-            format!(
+            &format!(
                 "{}, as {} where a device has no address of its own",
                 policy.masquerade,
                 words(&policy.primary, "nothing")
             ),
         );
-        self.line("Local pods", policy.detect_local.clone());
+        self.line("Local pods", &policy.detect_local);
         let serving = words(&policy.serving, "nowhere");
-        self.line("Node ports", format!("{}: {serving}", policy.nodeport_addresses));
+        self.line("Node ports", &format!("{}: {serving}", policy.nodeport_addresses));
         if !policy.left_alone.is_empty() {
-            self.line("Left alone", words(&policy.left_alone, ""));
+            self.line("Left alone", &words(&policy.left_alone, ""));
         }
         if !policy.accelerate.is_empty() {
-            self.line("Accelerate", policy.accelerate.clone());
+            self.line("Accelerate", &policy.accelerate);
         }
     }
 
     /// Adds what the agent is doing, and what keeps it from it.
     fn work(&mut self, status: &Status, now: u64) {
         if status.takeover != serving() {
-            self.line("Takeover", words(&status.takeover));
+            self.line("Takeover", &words(&status.takeover));
         }
         if let Some(sync) = status.last_sync {
             let ago = age(now.saturating_sub(sync.at));
             let took = Duration::from_micros(sync.took_us);
-            self.line("Last sync", format!("{ago} ago, {} writes in {took:.1?}", sync.writes));
+            self.line("Last sync", &format!("{ago} ago, {} writes in {took:.1?}", sync.writes));
         }
         if let Some(failing) = &status.failing {
-            self.line("Failing", failing.clone());
+            self.line("Failing", failing);
         }
         for problem in &status.problems {
-            self.line("Problem", problem.clone());
+            self.line("Problem", problem);
         }
     }
 

@@ -220,7 +220,7 @@ fn a_service_that_nobody_has_any_more_is_extra() {
 }
 
 #[test]
-fn a_policy_that_changed_shows_in_what_the_programs_are_told() {
+fn a_policy_that_changed_shows_in_the_settings_of_the_programs() {
     let found = settled(&[WEB]);
     let policy = sluice_core::policy::Policy {
         masquerade: sluice_core::policy::Masquerade::All,

@@ -198,7 +198,7 @@ impl Manifests {
         let settings =
             abi::Settings { socket_path: self.options.socket_path, ..abi::Settings::default() };
         // The agent reports networks for which there is no room.
-        let (told, _) = self.cluster.programmed(policy, settings);
+        let (programmed, _) = self.cluster.programmed(policy, settings);
         let image = self.plan.image().clone();
         let mut local = local_backends::<V4>(&image);
         local.extend(local_backends::<V6>(&image));
@@ -206,10 +206,10 @@ impl Manifests {
             let _ = local.insert(question.source.ip());
         }
         let world = World {
-            v4: around::<V4>(told.v4),
-            v6: around::<V6>(told.v6),
+            v4: around::<V4>(programmed.v4),
+            v6: around::<V6>(programmed.v6),
             image,
-            settings: told.settings,
+            settings: programmed.settings,
             devices: BTreeMap::from([(LOOPBACK, loopback), (EDGE, edge), (UPLINK, uplink)]),
             now: 0,
             now_ms: 0,

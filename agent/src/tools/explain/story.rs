@@ -55,12 +55,12 @@ impl<'w> Story<'w> {
     }
 
     /// Adds that no program handles the packet.
-    pub(super) fn unmet(&mut self, why: &str) {
+    pub(super) fn not_handled(&mut self, why: &str) {
         self.add("packet", why);
     }
 
     /// Adds where the packet arrives.
-    pub(super) fn meets<F: Side>(&mut self, meeting: &Meeting<F>, routing: &dyn Routing) {
+    pub(super) fn arrives<F: Side>(&mut self, meeting: &Meeting<F>, routing: &dyn Routing) {
         let device = self.world.devices.get(&meeting.ifindex);
         let role = match device.map(|device| device.entry.role) {
             Some(device::EDGE) => "the host's end of a pod's link",

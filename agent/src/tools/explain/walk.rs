@@ -94,7 +94,7 @@ impl<'w, F: Side> Walk<'w, F> {
         }
         let mut answer = match self.place()? {
             Some((hook, ifindex)) => self.packet(hook, ifindex),
-            None => self.unmet("the route to it leaves by no device with programs"),
+            None => self.not_handled("the route to it leaves by no device with programs"),
         };
         match call {
             Call::Taken(call) => answer.socket = Some(call),
@@ -161,7 +161,7 @@ impl<'w, F: Side> Walk<'w, F> {
     }
 
     /// Takes the packet through a program.
-    fn meet(&self, hook: Hook, ifindex: u32) -> Meeting<F> {
+    fn run_program(&self, hook: Hook, ifindex: u32) -> Meeting<F> {
         let seen = Seen { world: self.world, ifindex };
         let shape = Shape { length: self.question.length, ttl: self.question.ttl };
         let mut passage = Passage::new(&seen, self.routing, hook, &self.tuple, shape);
@@ -174,7 +174,7 @@ impl<'w, F: Side> Walk<'w, F> {
 
     /// Follows a packet from a hook on.
     fn packet(&self, hook: Hook, ifindex: u32) -> Answer {
-        let first = self.meet(hook, ifindex);
+        let first = self.run_program(hook, ifindex);
         let goes_on = (verdict(first.decision.verdict) == Verdict::Pass
             || first.decision.is_answer())
             && first.decision.reason == Reason::Stranger
@@ -183,7 +183,7 @@ impl<'w, F: Side> Walk<'w, F> {
         let mut story = Story::new(self.question, self.world);
         let mut meeting = first;
         if goes_on {
-            story.meets(&meeting, self.routing);
+            story.arrives(&meeting, self.routing);
             let target = self.routing.leaves_by(self.question.destination.ip());
             if meeting.decision.is_answer() {
                 story.goes_around(target);
@@ -194,18 +194,18 @@ impl<'w, F: Side> Walk<'w, F> {
                 })
             };
             match target.filter(carries) {
-                Some(out) => meeting = self.meet(Hook::Egress, out),
+                Some(out) => meeting = self.run_program(Hook::Egress, out),
                 None => return Self::pass(story),
             }
         }
-        self.tell(story, &meeting)
+        self.answer_at(story, &meeting)
     }
 
     /// Returns the answer for a packet at a hook.
-    fn tell(&self, mut story: Story<'_>, meeting: &Meeting<F>) -> Answer {
+    fn answer_at(&self, mut story: Story<'_>, meeting: &Meeting<F>) -> Answer {
         let Meeting { hook, ifindex, decision, asked, action, .. } = meeting;
         let target = self.target(*hook, *ifindex, decision);
-        story.meets(meeting, self.routing);
+        story.arrives(meeting, self.routing);
         story.asks(asked, target.as_ref(), decision);
         story.leaves(decision);
         story.ends_early(meeting);
@@ -322,9 +322,9 @@ impl<'w, F: Side> Walk<'w, F> {
     }
 
     /// Returns the answer for a packet that no program handles.
-    fn unmet(&self, why: &str) -> Answer {
+    fn not_handled(&self, why: &str) -> Answer {
         let mut story = Story::new(self.question, self.world);
-        story.unmet(why);
+        story.not_handled(why);
         Self::pass(story)
     }
 

@@ -13,7 +13,7 @@ use crate::node::nft::Family;
 
 const NAME: &str = "accelerate";
 /// The most rules of a chain that are listed. The others are counted.
-const TOLD_MAX: usize = 3;
+const LISTED_MAX: usize = 3;
 
 /// What such packets bypass.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -41,7 +41,7 @@ fn hook(family: Family, base: &Base) -> Option<&'static str> {
 }
 
 /// Describes a rule: `handle 7 (port 80) drop`.
-fn told(rule: &Rule) -> String {
+fn describe(rule: &Rule) -> String {
     let named = rule.named.first().map_or(String::new(), |named| format!(" ({named})"));
     let action = if rule.action.is_empty() { String::new() } else { format!(" {}", rule.action) };
     format!("{} handle {}{named}{action}", rule.chain, rule.handle)
@@ -70,8 +70,8 @@ impl Skipped {
                 }
                 let chain = format!("{} {}", ruleset.name(), base.name);
                 let mut few: Vec<String> =
-                    rules.iter().take(TOLD_MAX).map(|rule| told(rule)).collect();
-                if rules.len() > TOLD_MAX {
+                    rules.iter().take(LISTED_MAX).map(|rule| describe(rule)).collect();
+                if rules.len() > LISTED_MAX {
                     few.push("...".to_owned());
                 }
                 if base.at.drops {
@@ -84,7 +84,7 @@ impl Skipped {
                     few.join(", ")
                 ));
                 if hook == "forward" {
-                    let first = rules.iter().find(|rule| drops(rule)).map(|rule| told(rule));
+                    let first = rules.iter().find(|rule| drops(rule)).map(|rule| describe(rule));
                     let by = first.or_else(|| base.at.drops.then(|| "policy drop".to_owned()));
                     skipped.drops.extend(by.map(|by| format!("{chain}: {by}")));
                 }

@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn the_shape_of_a_cni_is_told_by_its_veths() {
+    fn the_shape_of_a_cni_is_known_by_its_veths() {
         let bridged =
             Link { master: 3, peer: Some(Peer::Known(0)), ..link(4, "veth1", "veth", 1500) };
         let routed = Link { peer: Some(Peer::Known(0)), ..link(5, "cali1", "veth", 1500) };

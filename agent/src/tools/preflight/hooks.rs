@@ -173,7 +173,7 @@ mod tests {
             (tried(works, works, false), Outcome::Yes, "TCX;"),
             (tried(works, refused, false), Outcome::Warn, "no clsact"),
             (tried(refused, works, true), Outcome::Yes, "the kernel has no TCX"),
-            (tried(refused, works, false), Outcome::No, "TCX is there and refuses"),
+            (tried(refused, works, false), Outcome::No, "the kernel has TCX but refuses it"),
             (tried(refused, refused, true), Outcome::No, "neither"),
         ] {
             let check = classifiers(&tried);
@@ -190,10 +190,10 @@ mod tests {
         ]
         .into();
         let checks = super::programs(&programs, 5 << 20);
-        assert_eq!(checks[0].what, "made and let go again: 5 MiB");
+        assert_eq!(checks[0].what, "created and released: 5 MiB");
         assert_eq!(
             (checks[1].result, checks[1].what.as_str()),
-            (Outcome::Yes, "loads, 1234 instructions verified")
+            (Outcome::Yes, "loaded, 1234 instructions verified")
         );
         assert_eq!(checks[2].name(), "program xdp_uplink");
         assert_eq!(

@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_without_a_part_is_told() {
+    fn a_configuration_without_a_part_is_reported() {
         let all = PARTS.map(|part| format!("{part}=y\n")).concat();
         assert_eq!(configuration("c", &all).result, Outcome::Yes);
         let some = all.replace("CONFIG_CGROUP_BPF=y", "# CONFIG_CGROUP_BPF is not set");
@@ -417,14 +417,14 @@ mod tests {
                 .expect("written");
         }
         let found = rp_filter(folder.path());
-        assert_eq!(found.what, "loose: cni0; off: lo; strict: all, eth0; every mode will do");
+        assert_eq!(found.what, "loose: cni0; off: lo; strict: all, eth0; every mode works");
     }
 
     #[test]
     fn a_range_of_ports_is_fine_reserved_or_too_narrow() {
         for (range, result, word) in [
-            ("32768\t60999\n", Outcome::Yes, "not the kernel's"),
-            ("1024\t65535\n", Outcome::Yes, "enters 1024-29999,61000-65535"),
+            ("32768\t60999\n", Outcome::Yes, "does not give out"),
+            ("1024\t65535\n", Outcome::Yes, "adds 1024-29999,61000-65535"),
             ("10000\t29999\n", Outcome::No, "leaves 0 ports"),
         ] {
             let folder = tempfile::tempdir().expect("a folder");

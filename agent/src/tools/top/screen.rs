@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn a_problem_is_told_where_the_keys_are_told() {
+    fn a_problem_is_shown_in_place_of_the_keys() {
         let mut screen = screen(Order::Name);
         screen.fail("the maps cannot be read".to_owned());
         assert!(drawn(&screen).contains("the maps cannot be read"));
