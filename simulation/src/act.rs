@@ -245,6 +245,20 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
     }
 }
 
+impl<F: Side> Passage<'_, F> {
+    fn count(&mut self) {
+        let count = Count::of(&self.decision);
+        self.host.node.counters.borrow_mut().add(count, &self.headers);
+        self.counted = match count {
+            _ if self.counted != Counted::No => Counted::Twice,
+            Count::Nowhere => Counted::No,
+            Count::Backend { along: Along::Forward { .. }, .. } => Counted::Forward,
+            Count::Backend { along: Along::Reply, .. } => Counted::Reply,
+            Count::Reason { reason, .. } => Counted::Reason(reason),
+        };
+    }
+}
+
 impl<'m, F: Side> Packets<F> for Passage<'m, F> {
     type Adapter = InHand<'m>;
 
@@ -299,15 +313,6 @@ impl<'m, F: Side> Packets<F> for Passage<'m, F> {
     }
 
     fn count(&mut self, _: bool) {
-        if self.counted != Counted::No {
-            self.counted = Counted::Twice;
-            return;
-        }
-        self.counted = match Count::of(&self.decision) {
-            Count::Nowhere => Counted::No,
-            Count::Backend { along: Along::Forward { .. }, .. } => Counted::Forward,
-            Count::Backend { along: Along::Reply, .. } => Counted::Reply,
-            Count::Reason { reason, .. } => Counted::Reason(reason),
-        };
+        self.count();
     }
 }

@@ -16,6 +16,7 @@
 pub mod act;
 pub mod agent;
 pub mod cluster;
+pub mod count;
 pub mod fault;
 pub mod hosts;
 pub mod maps;

@@ -15,6 +15,7 @@ use sluice_common::{V4, V6};
 use sluice_core::image::Stack;
 
 use crate::agent::Agent;
+use crate::count::{Counters, Observed};
 use crate::maps::{Capacities, Handle, Maps, Memory};
 
 /// The loopback device.
@@ -47,6 +48,10 @@ pub struct Node {
     pub marks: Cell<u32>,
     /// How many ICMP errors were sent.
     pub rejects: RefCell<BTreeMap<RejectKey, RejectBucket>>,
+    /// What its programs have counted.
+    pub counters: RefCell<Counters>,
+    /// What the wire shows of that.
+    pub observed: RefCell<Observed>,
     /// The agent; [`None`] while there is none.
     pub agent: RefCell<Option<Agent>>,
     /// How many agents have been killed.
@@ -105,6 +110,8 @@ impl Node {
             v6: RefCell::new(Memory::new(capacities)),
             marks: Cell::new(0),
             rejects: RefCell::new(BTreeMap::new()),
+            counters: RefCell::default(),
+            observed: RefCell::default(),
             agent: RefCell::new(None),
             killed: Cell::new(0),
         }

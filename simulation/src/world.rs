@@ -450,6 +450,9 @@ impl<'s> World<'s> {
                 if packet.bytes == before.bytes { String::new() } else { format!(" => {packet}") };
             format!("node{} {device} {side}: {before}{what} [{counted:?}, {end:?}]", node.index)
         });
+        let is_answer = packet.tag.by == By::Node && before.tag.by != By::Node;
+        let is_refused = end == Action::Drop || is_answer;
+        node.observed.borrow_mut().add(&before, packet, is_refused, self.nodes.len());
         self.check_count(&before, packet, end, counted);
         end
     }
@@ -889,6 +892,37 @@ impl<'s> World<'s> {
             }
             self.check_tables::<V4>(node);
             self.check_tables::<V6>(node);
+            self.check_sums(node);
+        }
+        self.check_flows();
+    }
+
+    /// The counters of a node add up to what the wire shows of its programs.
+    fn check_sums(&self, node: &Node) {
+        let (counters, observed) = (node.counters.borrow(), node.observed.borrow());
+        for ((what, counted), seen) in counters.sums().into_iter().zip(observed.sums()) {
+            if counted != seen {
+                self.violate("the counters add up", || {
+                    format!("node{}, {what}: {counted:?} counted, {seen:?} seen", node.index)
+                });
+            }
+        }
+    }
+
+    /// Whoever is connected to a Service was counted as a new flow.
+    fn check_flows(&self) {
+        let connections = self.connections.borrow();
+        let is_served = |connection: &&Connecting| {
+            connection.is_open
+                && connection.connect.protocol == protocol::TCP
+                && connection.connect.target.service().is_some()
+        };
+        let open = connections.values().filter(is_served).count() as u64;
+        let flows: u64 = self.nodes.iter().map(|node| node.counters.borrow().flows()).sum();
+        if flows < open {
+            self.violate("the counters add up", || {
+                format!("{flows} flows counted, {open} connections were open")
+            });
         }
     }
 

@@ -371,13 +371,11 @@ fn an_established_flow_is_told_to_nobody_whoever_listens() {
             Connection { backend: cast.frontend, ..cast.connection() }.state(state::ESTABLISHED);
         let packet = cast.next(cast.client, cast.frontend);
         let world = cast.world().flows(same.forward());
-        let established =
-            case("an established flow").world(&world).tc_ingress(EDGE).sends(&packet);
+        let established = case("an established flow").world(&world).tc_ingress(EDGE).sends(&packet);
         let mut none = cast.world();
         none.port(ONE).ranges = [Range::DROP; 3];
         let first = cast.first(cast.client, cast.frontend);
-        let dropped =
-            case("a drop that is counted").world(&none).tc_ingress(EDGE).sends(&first);
+        let dropped = case("a drop that is counted").world(&none).tc_ingress(EDGE).sends(&first);
         for (case, world) in [(established, world), (dropped, none)] {
             kernel.prepare(&world).expect("the maps are filled");
             let times = shortest(&mut kernel, &case, &sieves);
