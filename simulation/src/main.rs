@@ -74,6 +74,8 @@ fn holds(seed: u64, options: &Options, sums: &mut Sums) -> bool {
         (&mut sums.excused, own.excused),
         (&mut sums.programs, own.programs),
         (&mut sums.nested, own.nested),
+        (&mut sums.by_xdp, own.by_xdp),
+        (&mut sums.around, own.around),
         (&mut sums.evicted, own.evicted),
         (&mut sums.killed, own.killed),
     ] {

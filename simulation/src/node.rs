@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use std::rc::Rc;
 
 use sluice_common::abi::{
-    Device, Networks, Prefix, RejectBucket, RejectKey, Settings, detect_local, device, device_flags,
+    Device, Networks, Prefix, RejectBucket, RejectKey, Settings, detect_local, device,
+    device_flags, networks,
 };
 use sluice_common::event::Wide;
 use sluice_common::family::Family;
@@ -66,6 +67,7 @@ impl Node {
         addresses: [IpAddr; 2],
         pods: &[[IpAddr; 2]],
         masquerade: u32,
+        accelerate: bool,
         slot_blocks: u32,
         capacities: Capacities,
     ) -> Self {
@@ -103,6 +105,7 @@ impl Node {
             settings: Settings {
                 masquerade,
                 detect_local: detect_local::DEVICE,
+                networks: if accelerate { networks::ACCELERATE } else { 0 },
                 ..Settings::default()
             },
             maps,

@@ -39,6 +39,10 @@ pub struct Setting {
     pub delayed: u64,
     /// Of 64 operations on a map, how many give another CPU its turn.
     pub races: u64,
+    /// Whether XDP meets packets at uplinks before tc does.
+    pub xdp: bool,
+    /// Whether what the stack would only forward goes around it (`--accelerate on`).
+    pub accelerate: bool,
 }
 
 /// A request and its answer.
@@ -186,6 +190,8 @@ impl Scenario {
         let mut random = Random::new(&[seed, 1]);
         let nodes = 2 + random.below(2) as usize;
         let calm = random.chance(250);
+        // Of a stream of their own: the events of a seed do not depend on them.
+        let mut ways = Random::new(&[seed, 2]);
         let setting = Setting {
             seed,
             nodes,
@@ -200,6 +206,8 @@ impl Scenario {
             doubled: if calm { 0 } else { random.below(40) },
             delayed: if calm { 0 } else { random.below(100) },
             races: random.pick(&[0, 1, 4, 16]),
+            xdp: ways.chance(500),
+            accelerate: ways.chance(400),
         };
         let mut generator = Generator { random, nodes, ports: BTreeMap::new(), events: Vec::new() };
         generator.generate();

@@ -10,12 +10,13 @@ use sluice_common::abi::{Flow, TICK_SHIFT, Ticks, Tuple, flow, masquerade};
 use sluice_common::engine::adapter::Action;
 use sluice_common::engine::open::FlowEnd;
 use sluice_common::engine::record::Place as Table;
+use sluice_common::engine::xdp::Fate;
 use sluice_common::packet::header::protocol;
 use sluice_common::path::{CLOSING_TICKS, Hook, Record, gives_way};
 use sluice_common::{V4, V6};
 use sluice_core::plan::Sizes;
 
-use crate::act::{Counted, Met, run};
+use crate::act::{Counted, Met, run, run_translated, run_xdp};
 use crate::agent::Agent;
 use crate::cluster::{self, OUTSIDE, Objects, PODS, Readiness, SERVICES, Target};
 use crate::fault::Fault;
@@ -135,6 +136,10 @@ pub struct Sums {
     pub programs: u64,
     /// Programs that ran between two operations of another.
     pub nested: u64,
+    /// Packets that XDP has translated.
+    pub by_xdp: u64,
+    /// Packets that went around the stack.
+    pub around: u64,
     /// Entries that were evicted by an event.
     pub evicted: u64,
     /// Agents that were killed.
@@ -194,8 +199,9 @@ impl<'s> World<'s> {
                 let pods: Vec<_> =
                     (0..PODS).map(|number| cluster::host(cluster::pod(index, number))).collect();
                 let addresses = cluster::node(index);
-                let (masquerade, blocks) = (setting.masquerade, sizes().slot_blocks);
-                Node::new(index, addresses, &pods, masquerade, blocks, setting.capacities)
+                let Setting { masquerade, accelerate, capacities, .. } = *setting;
+                let blocks = sizes().slot_blocks;
+                Node::new(index, addresses, &pods, masquerade, accelerate, blocks, capacities)
             })
             .collect();
         let hosts = (0..OUTSIDE + setting.nodes * PODS).map(Host::new).collect();
@@ -376,11 +382,25 @@ impl<'s> World<'s> {
     /// A packet comes in by a device.
     fn arrive(&self, node: &Node, device: u32, mut packet: Packet, depth: u32) {
         let met = Met { hook: Hook::Ingress, ifindex: device, came_by: device, depth };
-        match self.program(node, met, &mut packet) {
+        let is_translated = self.setting.xdp && device == UPLINK && {
+            let met = Met { hook: Hook::Xdp, ..met };
+            match self.xdp(node, met, &mut packet) {
+                Some(is_translated) => is_translated,
+                None => return,
+            }
+        };
+        let action = match is_translated {
+            false => self.program(node, met, &mut packet, run),
+            // tc leaves alone what XDP has translated.
+            true if !self.setting.accelerate => Action::Next,
+            true => self.program(node, met, &mut packet, run_translated),
+        };
+        match action {
             Action::Drop => {}
-            Action::Send(out) | Action::Forward(out) | Action::ForwardTo(out) => {
+            Action::Send(out) | Action::Forward(out) => {
                 self.leave(node, out, 0, packet, depth, 0);
             }
+            Action::ForwardTo(out) => self.leave(node, out, device, packet, depth, 0),
             Action::Next => self.stack(node, device, packet, depth),
             Action::Receive(by) => self.stack(node, by, packet, depth),
         }
@@ -419,7 +439,7 @@ impl<'s> World<'s> {
         turns: u32,
     ) {
         let met = Met { hook: Hook::Egress, ifindex: device, came_by, depth };
-        match self.program(node, met, &mut packet) {
+        match self.program(node, met, &mut packet, run) {
             Action::Drop => {}
             Action::Send(out) | Action::Forward(out) | Action::ForwardTo(out) if turns < 4 => {
                 self.leave(node, out, came_by, packet, depth, turns + 1);
@@ -436,12 +456,42 @@ impl<'s> World<'s> {
         }
     }
 
-    fn program(&self, node: &Node, met: Met, packet: &mut Packet) -> Action {
+    /// Runs XDP's program of an uplink. Returns whether it has translated the packet; [`None`]: it
+    /// has dropped it.
+    fn xdp(&self, node: &Node, met: Met, packet: &mut Packet) -> Option<bool> {
+        let mut is_marked = false;
+        let before = packet.clone();
+        let action = self.program(node, met, packet, |world, node, met, packet| {
+            let (fate, counted, marked) = run_xdp(world, node, met, packet);
+            is_marked = marked;
+            (if fate == Fate::Drop { Action::Drop } else { Action::Next }, counted)
+        });
+        if action == Action::Drop || !is_marked && packet.bytes != before.bytes {
+            self.violate("XDP finishes a packet or leaves it alone", || {
+                format!("node{}: {before} became {packet}, {action:?}", node.index)
+            });
+        }
+        self.sums.borrow_mut().by_xdp += u64::from(is_marked);
+        (action != Action::Drop).then_some(is_marked)
+    }
+
+    fn program(
+        &self,
+        node: &Node,
+        met: Met,
+        packet: &mut Packet,
+        runs: impl FnOnce(&Self, &Node, Met, &mut Packet) -> (Action, Counted),
+    ) -> Action {
         self.sums.borrow_mut().programs += 1;
         let before = packet.clone();
-        let (end, counted) = run(self, node, met, packet);
+        let (end, counted) = runs(self, node, met, packet);
+        self.sums.borrow_mut().around += u64::from(matches!(end, Action::ForwardTo(_)));
         self.tell(|| {
-            let side = if met.hook == Hook::Ingress { "in" } else { "out" };
+            let side = match met.hook {
+                Hook::Xdp => "XDP",
+                Hook::Ingress => "in",
+                Hook::Egress => "out",
+            };
             let device = match met.ifindex {
                 UPLINK => "uplink".to_owned(),
                 edge => format!("pod{}", edge.wrapping_sub(EDGES)),
