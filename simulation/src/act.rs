@@ -281,8 +281,7 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
             Owner::Netns(netns) => {
                 world.holds_socket(node, netns + 1, number, end, client, backend)
             }
-            // No process of the host has connections.
-            Owner::Host => false,
+            Owner::Host => world.holds_own_socket(node, number, end, client, backend),
         }
     }
 

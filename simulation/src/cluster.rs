@@ -18,6 +18,8 @@ pub const OUTSIDE: usize = 3;
 pub const SERVERS: usize = 2;
 /// Pods of a node.
 pub const PODS: usize = 3;
+/// Hosts of a node: its pods, and behind them the processes of its own network.
+const SEATS: usize = PODS + 1;
 /// Services.
 pub const SERVICES: usize = 4;
 /// Services with a balancer's address; the others have an external IP. The maps tell four frontends
@@ -80,28 +82,51 @@ pub fn node_name(index: usize) -> String {
     format!("node{index}")
 }
 
-/// The addresses of a host: those outside come first, then the pods of each node.
+/// How many hosts there are.
+#[must_use]
+pub fn hosts(nodes: usize) -> usize {
+    OUTSIDE + nodes * SEATS
+}
+
+/// The addresses of a host: those outside come first, then those of each node.
 #[must_use]
 pub fn host(index: usize) -> Both {
     let Some(pod) = index.checked_sub(OUTSIDE) else {
         let number = index as u8 + 1;
         return both([192, 0, 2, number], [0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(number)]);
     };
-    let (node, number) = ((pod / PODS) as u8, (pod % PODS) as u8 + 10);
+    let (at, number) = (pod / SEATS, pod % SEATS);
+    if number == PODS {
+        return node(at);
+    }
+    let (node, number) = (at as u8, number as u8 + 10);
     let (v6_node, v6_number) = (u16::from(node), u16::from(number));
     both([10, 244, node, number], [0xfd00, 0x244, v6_node, 0, 0, 0, 0, v6_number])
 }
 
-/// The node of a host, and which of its pods it is; [`None`]: it is outside.
+/// The node of a host, and which of its pods it is ([`PODS`]: its processes); [`None`]: it is
+/// outside.
 #[must_use]
 pub fn place(host: usize) -> Option<(usize, usize)> {
-    host.checked_sub(OUTSIDE).map(|pod| (pod / PODS, pod % PODS))
+    host.checked_sub(OUTSIDE).map(|pod| (pod / SEATS, pod % SEATS))
 }
 
 /// The host that is a pod of a node.
 #[must_use]
 pub fn pod(node: usize, number: usize) -> usize {
-    OUTSIDE + node * PODS + number
+    OUTSIDE + node * SEATS + number
+}
+
+/// The host that stands for the processes of a node's own network.
+#[must_use]
+pub fn processes(node: usize) -> usize {
+    pod(node, PODS)
+}
+
+/// Whether a host stands for the processes of a node.
+#[must_use]
+pub fn is_process(host: usize) -> bool {
+    place(host).is_some_and(|(_, number)| number == PODS)
 }
 
 /// Whether a host is an endpoint.
@@ -212,11 +237,7 @@ impl Objects {
     /// All Services and endpoints.
     #[must_use]
     pub fn new(nodes: usize) -> Self {
-        Self {
-            nodes,
-            services: [true; SERVICES],
-            endpoints: vec![Readiness::Ready; OUTSIDE + nodes * PODS],
-        }
+        Self { nodes, services: [true; SERVICES], endpoints: vec![Readiness::Ready; hosts(nodes)] }
     }
 
     /// Everything, as a source tells it at first.

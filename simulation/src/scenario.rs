@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use sluice_common::abi::masquerade;
 use sluice_common::packet::header::protocol;
 
-use crate::cluster::{self, OUTSIDE, PODS, Readiness, SERVERS, SERVICES, Target};
+use crate::cluster::{self, Readiness, SERVERS, SERVICES, Target};
 use crate::maps::Capacities;
 use crate::packet::tcp;
 use crate::random::Random;
@@ -271,7 +271,7 @@ impl Generator {
     }
 
     fn host(&mut self) -> usize {
-        self.random.below((OUTSIDE + self.nodes * PODS) as u64) as usize
+        self.random.below(cluster::hosts(self.nodes) as u64) as usize
     }
 
     fn server(&mut self) -> usize {
@@ -308,6 +308,12 @@ impl Generator {
         if target == Target::Pod(client) || is_direct && of.is_some() {
             return;
         }
+        // What a process asks of its own node goes by the loopback device, which is not here.
+        if let Target::NodePort(_, node) = target
+            && client == cluster::processes(node)
+        {
+            return;
+        }
         let next = self.ports.entry((client, target, is_v6, protocol)).or_default();
         let number = *next;
         *next += 1;
@@ -324,8 +330,7 @@ impl Generator {
     }
 
     /// A number for who translates a client's packets to a target: a client has one port for
-    /// several
-    /// connections only where one node does that, or where it can see the other connection. Two
+    /// several connections only where one node does that, or where it can see the other connection. Two
     /// nodes know nothing of each other, and would show an endpoint both at one tuple
     /// (docs/compatibility.md).
     fn translator(&self, client: usize, target: Target, is_v6: bool, number: u8) -> u16 {
@@ -333,6 +338,9 @@ impl Generator {
         let is_udp = number == protocol::UDP;
         let (node, group) = match (target, own) {
             (Target::NodePort(_, node), _) => (node, 0),
+            // A pod that is its own backend at a node port is shown to itself as the node, with its
+            // own port: a process must not have that to the same pod (docs/compatibility.md).
+            (Target::Pod(_), Some(own)) if cluster::is_process(client) => (own, 3),
             (Target::Pod(_), Some(own)) => (own, usize::from(is_udp)),
             (Target::Pod(server), None) => {
                 (cluster::place(server).map_or(0, |(node, _)| node), usize::from(is_udp))
@@ -435,7 +443,9 @@ impl Generator {
                 Claim::ClientToEndpoint,
                 Claim::EndpointToClient,
             ]);
+            // A node's own processes may claim to be anybody: they are trusted.
             let from = if self.random.chance(600) { 0 } else { self.host() };
+            let from = if cluster::is_process(from) { 0 } else { from };
             let at = begins + self.random.below(10 * SECOND);
             let sequence = self.random.draw() as u32;
             self.events

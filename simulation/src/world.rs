@@ -60,6 +60,8 @@ pub enum Place {
 pub enum What {
     /// A packet arrives.
     Arrives(Place, Packet),
+    /// A process of a node sends a packet.
+    Sends(usize, Packet),
     /// An event of the scenario.
     Event(usize),
     /// A client goes on with its connection.
@@ -204,7 +206,7 @@ impl<'s> World<'s> {
                 Node::new(index, addresses, &pods, masquerade, accelerate, blocks, capacities)
             })
             .collect();
-        let hosts = (0..OUTSIDE + setting.nodes * PODS).map(Host::new).collect();
+        let hosts = (0..cluster::hosts(setting.nodes)).map(Host::new).collect();
         let world = Self {
             setting,
             fault,
@@ -314,6 +316,13 @@ impl<'s> World<'s> {
                 self.arrive(&self.nodes[node], device, packet, depth);
             }
             What::Arrives(Place::Host(host), packet) => self.receive(host, &packet),
+            What::Sends(node, packet) => {
+                let node = &self.nodes[node];
+                let (_, destination) = packet.addresses();
+                if let Some(out) = node.route(destination) {
+                    self.leave(node, out, 0, packet, depth, 0);
+                }
+            }
             What::Event(index) => self.event(index),
             What::GoOn(connection) => self.go_on(connection),
             What::Answer(host, ends, data, closes) => self.answer(host, ends, data, closes),
@@ -353,7 +362,9 @@ impl<'s> World<'s> {
         let is_beside = |due: &Due| {
             due.at <= self.now.get() + BESIDE_US
                 && match &due.what {
-                    What::Arrives(Place::Node(at, _), _) | What::Write(at, _) => *at == node.index,
+                    What::Arrives(Place::Node(at, _), _)
+                    | What::Sends(at, _)
+                    | What::Write(at, _) => *at == node.index,
                     What::Event(index) => matches!(self.events[*index].act, Act::Evict { .. }),
                     What::Arrives(Place::Host(_), _)
                     | What::GoOn(_)
@@ -415,8 +426,13 @@ impl<'s> World<'s> {
             }
             return;
         }
-        // Nobody listens there.
         let Some(crate::packet::Read::Whole(segment)) = packet.contents() else { return };
+        let host = cluster::processes(node.index);
+        if self.hosts.borrow()[host].knows(&segment) {
+            self.after(0, What::Arrives(Place::Host(host), packet));
+            return;
+        }
+        // Nobody listens there.
         if segment.protocol != protocol::TCP {
             return;
         }
@@ -559,11 +575,25 @@ impl<'s> World<'s> {
         hosts.get(host).is_some_and(|host| host.holds(number, end, client, backend))
     }
 
+    /// Whether a socket of a process of a node has the tuple of a new flow.
+    pub fn holds_own_socket(
+        &self,
+        node: &Node,
+        number: u8,
+        end: FlowEnd,
+        client: SocketAddr,
+        backend: SocketAddr,
+    ) -> bool {
+        let host = cluster::processes(node.index);
+        self.hosts.borrow()[host].holds(number, end, client, backend)
+    }
+
     // --- the network ------------------------------------------------------------------------
 
     /// A host sends.
     pub fn send(&self, host: usize, packet: Packet) {
         match cluster::place(host) {
+            Some((node, PODS)) => self.after(NEAR_US, What::Sends(node, packet)),
             Some((node, pod)) => {
                 self.transmit(Place::Node(node, EDGES + pod as u32), NEAR_US, packet);
             }
