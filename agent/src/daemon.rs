@@ -1,14 +1,15 @@
-//! The agent that runs on every node: it wires sources, model, plan and dataplane, and tells how it
-//! is.
+//! The agent that runs on every node: it wires sources, model, plan and dataplane, and reports its
+//! state.
 
 pub mod agent;
-pub mod announce;
-mod beside;
+pub mod attacher;
 pub mod health;
 mod http;
-pub mod keeper;
+pub mod kubernetes_events;
 pub(crate) mod log;
 pub mod monitor;
+mod routes;
+mod side_tasks;
 pub mod source;
 mod sync;
 pub mod takeover;

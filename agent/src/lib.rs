@@ -1,4 +1,4 @@
-//! The node agent: from Kubernetes objects to the content of the kernel's maps.
+//! The node agent: turns Kubernetes objects into the content of the kernel's maps.
 //!
 //! Data crosses each module boundary once, in one direction:
 //!
@@ -7,9 +7,8 @@
 //!  source    model     plan (pure)        dataplane
 //! ```
 //!
-//! `model`, `plan` and `image` are a crate of their own, `sluice_core`. The modules here are in
-//! three wings above it. Each uses only itself and those to its right, which `cargo xtask lint`
-//! checks:
+//! `model`, `plan` and `image` are a crate of their own, `sluice_core`. The modules here form three
+//! wings above it. A wing uses only itself and those to its right, as `cargo xtask lint` checks:
 //!
 //! ```text
 //! tools -> daemon -> node -> core

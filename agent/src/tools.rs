@@ -1,7 +1,7 @@
-//! The command line: it starts the agent, and reads what an agent has left in maps and files.
+//! The command line. It starts the agent, and reads the maps and files of one.
 
 pub mod cli;
-pub mod drift;
+pub mod diff;
 pub mod explain;
 pub mod preflight;
 mod top;

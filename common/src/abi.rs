@@ -1,13 +1,13 @@
 //! The maps' keys and values, declared once for kernel and agent.
 //!
-//! Addresses are the bytes as they stand on the wire; ports are numbers in host order, so that a
-//! plain `bpftool map dump` shows `80` and not `20480`. Every struct is free of padding (the sum of
-//! its fields' sizes is compared with its own at compile time) and its size is asserted beneath it,
-//! since a changed size is a changed layout: raise [`LAYOUT`] with it where the map's entries
-//! outlive an upgrade. A map that the agent fills is made anew where it differs.
+//! Addresses are bytes in wire order; ports are numbers in host order, so that a plain
+//! `bpftool map dump` shows `80` and not `20480`. No struct has padding (the sum of its fields'
+//! sizes is compared with its own at compile time), and its size is asserted next to it, since a
+//! changed size is a changed layout: raise [`LAYOUT`] with it if the map's entries outlive an
+//! upgrade. A map that the agent fills is made anew if it differs.
 
-/// Declares map keys and values: C layout, no padding, known size (for a struct of
-/// both families: its IPv4 size, then its IPv6 size).
+/// Declares map keys and values: C layout, no padding, known size. A struct of both families has
+/// its IPv4 size first, then its IPv6 size.
 macro_rules! abi {
     ($(#[$meta:meta])* pub struct $name:ident { $($(#[$fmeta:meta])* pub $field:ident : $ty:ty),* $(,)? } size $size:literal) => {
         $(#[$meta])*
@@ -68,8 +68,8 @@ pub use socket::*;
 pub use tables::{Affinity, Flow};
 pub use tuple::*;
 
-/// Version of everything in this module and those below it; part of the pin path.
+/// Version of everything in this module and below; part of the pin path.
 ///
-/// Maps of another version are never reused as they are: [`previous`] tells what becomes of those
-/// of the version before.
+/// Maps of another version are never reused unchanged. [`previous`] says what becomes of those of
+/// the version before.
 pub const LAYOUT: u32 = 3 + cfg!(feature = "next-layout") as u32;

@@ -1,7 +1,8 @@
-//! What becomes of a packet: from its headers to an [`Action`](adapter::Action).
+//! Takes a packet from its headers to an [`Action`](adapter::Action).
 //!
-//! The path decides, and what is here does the rest: it opens and records flows, acts and counts.
-//! Adapters lend abilities: the kernel's programs, the tests and `sluice explain`.
+//! The path decides; the engine opens and records flows, carries decisions out and counts. It works
+//! over abilities that an adapter lends: the kernel's programs, the host tests, the simulation and
+//! `sluice explain`.
 
 pub mod act;
 pub mod adapter;
@@ -9,5 +10,6 @@ pub mod count;
 pub mod limit;
 pub mod open;
 pub mod record;
+pub mod search;
 pub mod tc;
 pub mod xdp;

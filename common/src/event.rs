@@ -1,8 +1,8 @@
-//! What is told to those who listen (`sluice trace`): only what happens seldom.
+//! Events for `sluice trace`: only what happens rarely.
 //!
-//! A packet along an established flow is never an event, and does not ask whether anybody listens.
-//! The listener's sieve ([`Listening`]) is applied by the programs, so that what nobody asked for
-//! does not fill the ring.
+//! A packet of an established flow is never an event, and does not check whether anybody listens.
+//! The programs apply the listener's filter ([`Listening`]) themselves, so that what nobody asked
+//! for does not fill the ring buffer.
 
 use crate::abi::{Event, Flow, Listening, Tuple};
 use crate::family::{Family, V4, V6};
@@ -11,7 +11,7 @@ use crate::packet::parse::Headers;
 use crate::path::{Decision, Hook, Record, Verdict};
 use crate::reason::Reason;
 
-/// Declares what an event's byte may be: number and word in one place.
+/// Declares the values of an event's byte: number and word in one place.
 macro_rules! bytes {
     ($(#[$meta:meta])* $name:ident { $($(#[$vmeta:meta])* $variant:ident = $number:literal, $word:literal;)* }) => {
         $(#[$meta])*
@@ -20,15 +20,15 @@ macro_rules! bytes {
         pub enum $name { $($(#[$vmeta])* $variant = $number,)* }
 
         impl $name {
-            /// Every one, in order of its number.
+            /// All values, in order of their numbers.
             pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
 
-            /// The word for people.
-            pub const fn word(self) -> &'static str {
+            /// Returns the word for people.
+            pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $word,)* }
             }
 
-            /// The one of a number found in an event.
+            /// Returns the value with a number that was found in an event.
             pub const fn from_number(number: u8) -> Option<Self> {
                 match number { $($number => Some(Self::$variant),)* _ => None }
             }
@@ -90,23 +90,23 @@ bytes! {
         Rejected = 2, "rejected";
         /// Dropped.
         Dropped = 3, "dropped";
-        /// Kept by the agent until the datagram's first fragment has been seen.
+        /// Held by the agent until the datagram's first fragment has been seen.
         Held = 4, "held";
     }
 }
 
-/// What a verdict came to, given whether the adapter dropped the packet.
+/// Returns the fate that a verdict led to, given whether the adapter dropped the packet.
 #[inline(always)]
-pub fn fate(verdict: Verdict, dropped: bool) -> Fate {
-    if dropped {
+pub fn fate(verdict: Verdict, is_dropped: bool) -> Fate {
+    if is_dropped {
         return Fate::Dropped;
     }
     match verdict {
         Verdict::Pass => Fate::Passed,
         Verdict::Translate
         | Verdict::Around
-        | Verdict::TurnBack
-        | Verdict::HandIn
+        | Verdict::Bounce
+        | Verdict::Inject
         | Verdict::Route => Fate::Forwarded,
         Verdict::Reset | Verdict::Unreachable => Fate::Rejected,
         Verdict::Drop => Fate::Dropped,
@@ -114,7 +114,8 @@ pub fn fate(verdict: Verdict, dropped: bool) -> Fate {
     }
 }
 
-/// What a packet's decision is to those who listen; nothing for one along an established flow.
+/// Returns the kind of event that a packet's decision is, or `None` for a packet of an established
+/// flow.
 #[inline(always)]
 pub fn kind<F: Family>(decision: &Decision<F>, headers: &Headers<F>) -> Option<Kind> {
     if decision.reason == Reason::Stranger {
@@ -128,7 +129,7 @@ pub fn kind<F: Family>(decision: &Decision<F>, headers: &Headers<F>) -> Option<K
         Record::Open | Record::Establish => Some(Kind::Opened),
         Record::Promote => Some(Kind::Proven),
         Record::Demote => Some(Kind::Closing),
-        // Its state or its time is brought up to date.
+        // Only its state or its time is updated.
         Record::Renew | Record::RenewEmbryonic => {
             (headers.tcp_flags & (tcp::FIN | tcp::RST) != 0).then_some(Kind::Closing)
         }
@@ -137,7 +138,7 @@ pub fn kind<F: Family>(decision: &Decision<F>, headers: &Headers<F>) -> Option<K
 
 /// A family whose addresses an event can hold.
 pub trait Wide: Family {
-    /// The address as 16 bytes.
+    /// Returns the address as an IPv6 address, IPv4-mapped if need be.
     fn wide(address: &Self::Address) -> [u8; 16];
 }
 
@@ -174,7 +175,7 @@ pub fn tuples<F: Wide>(event: &mut Event, before: &Tuple<F::Address>, after: &Fl
     event.flags = after.flags;
 }
 
-/// Writes what a packet's decision says into an event.
+/// Writes a packet's decision into an event.
 #[inline(always)]
 pub fn packet<F: Wide>(
     event: &mut Event,
@@ -190,15 +191,15 @@ pub fn packet<F: Wide>(
 }
 
 impl Listening {
-    /// Whether somebody listens at a time.
+    /// Reports whether anybody listens at a time.
     #[inline(always)]
-    pub fn is_on(&self, now_ns: u64) -> bool {
+    pub fn is_active(&self, now_ns: u64) -> bool {
         self.until_ns > now_ns
     }
 
-    /// Whether an event is one that was asked for.
+    /// Reports whether an event passes the filter.
     #[inline(always)]
-    pub fn takes(&self, event: &Event) -> bool {
+    pub fn matches(&self, event: &Event) -> bool {
         if self.kinds != 0 && self.kinds & 1_u32.wrapping_shl(event.kind.into()) == 0
             || self.places != 0 && self.places & 1_u32.wrapping_shl(event.at.into()) == 0
             || self.reasons != 0 && self.reasons & 1_u64.wrapping_shl(event.reason.into()) == 0
@@ -230,12 +231,12 @@ impl Listening {
     }
 }
 
-/// An address as two words, for comparison.
+/// Returns an address as two words, for comparison.
 #[inline(always)]
 fn words(address: &[u8; 16]) -> [u64; 2] {
     // SAFETY: same size, and any bytes are a value of either type.
     unsafe { core::mem::transmute::<[u8; 16], [u64; 2]>(*address) }
 }
 
-// Every reason has its bit in a sieve, and its byte in an event.
+// Every reason has a bit in a filter, and fits an event's byte.
 const _: () = assert!(Reason::ALL.len() <= 64);

@@ -1,4 +1,4 @@
-//! The two address families, so that everything else is written once.
+//! The two address families, so that everything else is written only once.
 
 use core::fmt::Debug;
 use core::net::{Ipv4Addr, Ipv6Addr};
@@ -21,17 +21,17 @@ pub trait Family: Copy + Debug + Eq + 'static {
     /// Offset of the source address in the IP header; the destination follows it.
     const SOURCE: u32;
 
-    /// Mixes an address into 32 bits.
+    /// Hashes an address to 32 bits.
     fn hash(address: &Self::Address) -> u32;
-    /// The address's 32-bit words as they lie in memory (one, or four).
+    /// Returns the address's 32-bit words in memory order (one, or four).
     fn words(address: &Self::Address) -> [u32; 4];
-    /// The address that clients are shown as to backends behind a device; zero: none.
+    /// Returns the address that backends behind a device see in place of masqueraded clients'; zero
+    /// if there is none.
     fn masquerade(device: &Device) -> Self::Address;
-    /// Whether an address is a loopback one: no other host may speak to it, or be spoken to from
-    /// it.
+    /// Reports whether an address is a loopback one, which no other host may send to or from.
     fn is_loopback(address: &Self::Address) -> bool;
-    /// Whether an address belongs to one link alone. IPv4's link-local ones do not: the kernel
-    /// serves them on all devices.
+    /// Reports whether an address belongs to one link alone. IPv4's link-local ones do not: the
+    /// kernel serves them on all devices.
     fn is_of_link(address: &Self::Address) -> bool;
 }
 
@@ -127,7 +127,7 @@ impl Family for V6 {
     }
 }
 
-/// The lane of `addresses` that holds an address's bits: word index and shift.
+/// Returns the lane of `addresses` with an address's bits: word index and shift.
 #[inline(always)]
 pub fn lane<F: Family>(address: &F::Address) -> (u32, u32) {
     let lanes = crate::abi::ADDRESS_WORDS * 16;

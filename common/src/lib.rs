@@ -1,11 +1,10 @@
-//! What the kernel programs and the agent share: the ABI of the maps, header
-//! views, checksums, Maglev, and the packet's path.
+//! Everything that the kernel programs and the agent share: the maps' ABI, header views, checksums,
+//! Maglev and the packet's path.
 //!
-//! The crate knows neither aya nor std. The path ([`path`]) is written once,
-//! generic over the address family and over two small traits ([`Packet`]: read
-//! header fields by value; [`Tables`]: the questions the path may ask of the
-//! maps), and runs in the kernel, in host tests and wherever a person asks what
-//! a packet would meet.
+//! The crate depends on neither aya nor std. The path ([`path`]) is written once, generic over the
+//! address family and over two small traits: [`Packet`] reads header fields by value, and
+//! [`Tables`] answers the path's questions about the maps. It runs in the kernel, in host tests, in
+//! the simulation and in `sluice explain`.
 
 #![cfg_attr(not(test), no_std)]
 #![allow(

@@ -1,17 +1,17 @@
-//! Maglev: which slot a tuple falls into, and which backend a slot belongs to.
+//! Maglev hashing: maps tuples to slots, and slots to backends.
 //!
-//! Each backend has its own order of preference over the slots, drawn from a hash of its address
-//! and port: it begins at an offset and goes on in strides, and since the number of slots is prime,
-//! meets each slot once. The backends take turns (in order of their hashes), each time the next
-//! free slot of their preference, until no slot is free. Hence:
+//! Each backend has its own order of preference over the slots, derived from a hash of its address
+//! and port. It starts at an offset and advances by a stride; since the number of slots is prime,
+//! it reaches each slot once. The backends take turns, in order of their hashes, and each takes the
+//! next free slot of its preference, until no slot is free. Hence:
 //!
-//! - Two backends' shares differ by one slot at most.
-//! - A backend that leaves frees its own slots; of the others few move, those
-//!   that it had taken from somebody's earlier preference.
-//! - The table follows from the set alone: every node builds the same.
+//! - Two backends' shares differ by at most one slot.
+//! - A backend that leaves frees its own slots. Few others move: those that it had taken from
+//!   another backend's earlier preference.
+//! - The table follows from the set of backends alone, so every node builds the same one.
 //!
-//! Worked example with 5 slots. A begins at 3 with stride 4 and prefers 3 2 1 0 4; B begins at 0
-//! with stride 2: 0 2 4 1 3; C begins at 3 with stride 1: 3 4 0 1 2. In turn: A takes 3, B 0, C 4
+//! Worked example with 5 slots. A starts at 3 with stride 4 and prefers 3 2 1 0 4; B starts at 0
+//! with stride 2: 0 2 4 1 3; C starts at 3 with stride 1: 3 4 0 1 2. In turn: A takes 3, B 0, C 4
 //! (3 is taken), A 2, B 1 (2 and 4 are taken): `B B A A C`. Without B: A 3, C 4, A 2, C 0, A 1:
 //! `C A A A C`; only B's slots moved.
 //!
@@ -21,15 +21,15 @@
 use crate::abi::Tuple;
 use crate::family::{Family, mix};
 
-/// The slot of a tuple in a range of `size` slots, below `size` (0 when `size` is 0).
+/// Returns the slot of a tuple in a range of `size` slots: below `size`, or 0 if `size` is 0.
 ///
-/// The same tuple finds the same slot on every node: the hash has no seed.
+/// The hash has no seed, so that a tuple has the same slot on every node.
 #[inline(always)]
 pub fn slot<F: Family>(tuple: &Tuple<F::Address>, size: u32) -> u32 {
     scale(hash::<F>(tuple), size)
 }
 
-/// Mixes a tuple into 32 bits.
+/// Hashes a tuple to 32 bits.
 #[inline(always)]
 pub fn hash<F: Family>(tuple: &Tuple<F::Address>) -> u32 {
     let ports = u32::from(tuple.source_port) << 16 | u32::from(tuple.destination_port);
@@ -37,8 +37,8 @@ pub fn hash<F: Family>(tuple: &Tuple<F::Address>) -> u32 {
     mix(hash ^ F::hash(&tuple.destination).rotate_left(8) ^ u32::from(tuple.protocol))
 }
 
-/// A client's hash in a round of its affinity. The steps are a golden section of the circle: any
-/// few rounds are spread all over it.
+/// Returns a client's hash in a round of its affinity. The steps are a golden section of the
+/// circle, so that any few rounds are spread over all of it.
 #[inline(always)]
 pub fn in_round(hash: u32, round: u16) -> u32 {
     hash.wrapping_add(u32::from(round).wrapping_mul(0x9e37_79b9))
@@ -50,20 +50,20 @@ pub fn scale(hash: u32, size: u32) -> u32 {
     (u64::from(hash).wrapping_mul(u64::from(size)) >> 32) as u32
 }
 
-/// The least number of slots of a range that has backends.
+/// Minimum number of slots of a range that has backends.
 pub const SIZE_MIN: u32 = 61;
-/// The greatest number of slots of a range: the largest prime below 2^16.
+/// Maximum number of slots of a range: the largest prime below 2^16.
 pub const SIZE_MAX: u32 = 65_521;
-/// Slots of a range for each of its backends, at least.
+/// Minimum number of slots for each backend of a range.
 pub const SLOTS_PER_BACKEND: u32 = 16;
 
-/// The number of slots for a number of backends: a prime, at least [`SLOTS_PER_BACKEND`] for each
-/// backend as far as [`SIZE_MAX`] allows.
+/// Returns the number of slots for a number of backends: a prime, at least [`SLOTS_PER_BACKEND`]
+/// for each backend as far as [`SIZE_MAX`] allows.
 ///
-/// Sizes are the largest primes below 64, 96, 128, 192, 256, ..., 65 536. With a size of its own
-/// for each number of backends, each change would deal most slots anew, since a tuple's slot and a
-/// backend's preference both depend on the size; and such primes leave no gap between ranges of
-/// whole blocks.
+/// Sizes are the largest primes below 64, 96, 128, 192, 256, ..., 65 536. If each number of
+/// backends had a size of its own, each change would move most slots, since a tuple's slot and a
+/// backend's preference both depend on the size. Besides, such primes leave no gap between ranges
+/// of whole blocks.
 pub fn size(backends: u32) -> u32 {
     let wanted = backends.saturating_mul(SLOTS_PER_BACKEND);
     let mut bound: u32 = 64;
@@ -80,7 +80,7 @@ pub fn size(backends: u32) -> u32 {
     SIZE_MAX
 }
 
-/// The next smaller size that [`size`] may give; 0 below [`SIZE_MIN`].
+/// Returns the next smaller size that [`size`] may return, or 0 below [`SIZE_MIN`].
 pub fn smaller(size: u32) -> u32 {
     let mut smaller = 0;
     let mut bound: u32 = 64;
@@ -97,7 +97,7 @@ pub fn smaller(size: u32) -> u32 {
     smaller
 }
 
-/// The largest prime below an even bound (at least 4).
+/// Returns the largest prime below an even bound of at least 4.
 fn prime_below(bound: u32) -> u32 {
     let mut candidate = bound.wrapping_sub(1);
     while candidate > 2 && !is_prime(candidate) {
@@ -106,7 +106,7 @@ fn prime_below(bound: u32) -> u32 {
     candidate
 }
 
-/// Trial division: at most 128 divisors for what is asked here.
+/// Trial division: at most 128 divisors for the numbers that occur here.
 fn is_prime(odd: u32) -> bool {
     let mut divisor: u32 = 3;
     while divisor.wrapping_mul(divisor) <= odd {
@@ -118,7 +118,7 @@ fn is_prime(odd: u32) -> bool {
     true
 }
 
-/// A backend in the making of a table.
+/// A backend while a table is built.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Turn {
     hash: u64,
@@ -128,8 +128,8 @@ pub struct Turn {
 }
 
 impl Turn {
-    /// The turn of a backend whose slots shall hold `id` (not 0). The id has no influence on the
-    /// table.
+    /// Returns the turn of a backend whose slots will hold `id` (not 0). The id has no influence on
+    /// the table.
     pub fn new<F: Family>(address: &F::Address, port: u16, id: u32) -> Self {
         let (mut high, mut low) = (mix(u32::from(port)), mix(!u32::from(port)));
         for word in F::words(address) {
@@ -141,10 +141,10 @@ impl Turn {
     }
 }
 
-/// Fills a table with the ids of backends; 0 everywhere if there are none.
+/// Fills a table with the ids of backends, or with 0 if there are none.
 ///
 /// The number of slots must be prime. The order of the turns has no influence. If there are more
-/// backends than slots, those last in order of their hashes get none.
+/// backends than slots, the last ones in order of their hashes get none.
 pub fn fill(turns: &mut [Turn], slots: &mut [u32]) {
     slots.fill(0);
     let size = slots.len() as u32;
@@ -159,7 +159,7 @@ pub fn fill(turns: &mut [Turn], slots: &mut [u32]) {
             if free == 0 {
                 return;
             }
-            // A free slot exists and the walk meets every slot, so it ends.
+            // A free slot exists and the walk reaches every slot, so it ends.
             loop {
                 let Some(slot) = slots.get_mut(turn.position as usize) else { return };
                 turn.position = turn.position.wrapping_add(turn.stride);

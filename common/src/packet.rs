@@ -1,4 +1,4 @@
-//! Packets as bytes: where their headers are, what changes in them, what answers them.
+//! Packets as bytes: where their headers are, how they are rewritten, and how they are answered.
 
 pub mod answer;
 pub mod bytes;

@@ -1,13 +1,13 @@
-//! The packet's path: what happens to a packet, and why.
+//! The packet's path: decides what happens to a packet, and why.
 //!
-//! [`decide`] reads headers and tables and returns a [`Decision`], plain data that
-//! an adapter applies once. It is the same code in the kernel and on the host.
+//! [`decide`] reads headers and tables and returns a [`Decision`]: plain data that an adapter
+//! applies once. The kernel and the host run the same code.
 //!
 //! # Where a packet is translated
 //!
-//! Forward (client to VIP) at the ingress of the device where the client's packet
-//! enters the node, back at the egress of the device where the reply leaves towards
-//! the client. In between, the stack sees real addresses only:
+//! A packet from client to VIP is translated at the ingress of the device where it enters the node;
+//! its reply is translated at the egress of the device where it leaves towards the client. In
+//! between, the stack sees real addresses only:
 //!
 //! ```text
 //!   client pod ──► edge ingress ──► routing, netfilter, CNI ──► edge egress ──► backend pod
@@ -16,9 +16,9 @@
 //!               backend → VIP                                  (nothing to do)
 //! ```
 //!
-//! A client that is *masqueraded*, shown to the backend as an address of this node, is translated
-//! twice, by two pairs of entries that know nothing of each other's addresses. The second pair
-//! changes the client's side, outside of what the stack sees:
+//! A client that is *masqueraded*, that is, shown to the backend as an address of this node, is
+//! translated twice, by two pairs of entries that know nothing of each other's addresses. The far
+//! pair changes the client's side, outside of what the stack sees:
 //!
 //! ```text
 //!   client ──► ingress ──► routing, netfilter, CNI ──► egress ──► backend
@@ -27,25 +27,26 @@
 //!           backend → VIP                        node → client
 //! ```
 //!
-//! The egress learns from the reply entry of the first pair that the source is to change.
+//! The egress learns from the near pair's reply entry that the source has to change.
 //!
-//! Three kinds of packets bypass the stack, which would drop them as martians: those of a client
-//! that is its own backend (*hairpin*: turned back where they came from, with the VIP as the other
-//! side's address, so that its answers come here again), answers to services without backends, and
-//! what this host's own sockets send to a VIP untranslated (translated where its route leaves, sent
-//! on by the FIB; its replies are translated at ingress and handed in on the device that the route
-//! to the VIP names).
+//! Three kinds of packets bypass the stack, which would drop them as martians:
+//! - Packets of a client that is its own backend (*hairpin*). They are bounced back to where they
+//!   came from, with the VIP as the peer's address, so that the client's answers come here again.
+//! - Answers to packets for services without backends.
+//! - Packets that this host's own sockets send to a VIP untranslated. They are translated where
+//!   their route leaves and forwarded by the FIB; their replies are translated at ingress and
+//!   injected on the device that the route to the VIP names.
 //!
-//! # In which steps
+//! # Steps
 //!
-//! [`decide_into`] answers for every packet but the first of a flow in one step. A first packet
-//! goes on to [`open_into`], which selects a backend and may wait for what the FIB says
-//! ([`Step::AskRoutes`]) or for a source port that takes longer to find ([`Step::Search`]).
+//! [`decide_into`] finishes every packet except the first of a flow in one step. A first packet
+//! goes on to [`open_into`], which selects a backend and may have to wait for an answer of the FIB
+//! ([`Step::LookUpRoutes`]) or for a longer search of a source port ([`Step::SearchPort`]).
 
 mod entry;
+pub mod facts;
 pub mod fragment;
 mod known;
-pub mod met;
 mod netfilter;
 mod open;
 pub mod policy;
@@ -66,32 +67,32 @@ pub use entry::{
     gives_way, is_as_fresh, leads_back, leads_to, partner, partner_key,
 };
 use entry::{entry_of, entry_of_packet};
+use facts::{classify, is_unassigned};
 pub use known::{SILENT_TICKS, STREAM_TICKS, VAIN_TICKS};
-use known::{flags_of_reply, follow_entry, reason_along, verdict_along};
-use met::{classify, is_unassigned};
+use known::{flags_of_reply, follow_entry, reason_of_entry, verdict_of_entry};
 use netfilter::left_to_netfilter;
 pub use open::open_into;
-use open::{direct, leaves_as_node, opens, reject};
+use open::{Cause, opens, opens_far_pair, reject, remap_direct};
 pub use ports::{
     PORT_RANGES, PORTS, REMAP_TRIES, finish_search, is_free, keeps_direct, port_of_step, search,
-    search_start, uses_host_address,
+    search_start, uses_host_address, walk_ports,
 };
 use recover::{is_bare_reset, is_unknown_connection};
 pub use select::find;
 
-/// Bits of [`Tables::marks`]: what has happened at least once, so that the path need not look for
-/// it before.
+/// Bits of [`Tables::marks`]: what has happened at least once. While a bit is clear, the path can
+/// skip the lookup that it stands for.
 pub mod mark {
     /// A direct connection was remapped.
     pub const DIRECT: u32 = 1;
-    /// Answers to a packet may come to an address of this host: its own was translated at egress,
-    /// or a pod asked itself.
+    /// Replies may come in to an address of this host: a packet of its own was translated at
+    /// egress, or a pod called itself.
     pub const HOST: u32 = 2;
     /// A client was masqueraded.
     pub const MASQUERADED: u32 = 4;
 }
 
-/// Where a packet is met.
+/// The kind of hook that a packet passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Hook {
@@ -99,26 +100,35 @@ pub enum Hook {
     Ingress,
     /// tc egress.
     Egress,
-    /// XDP; decides as ingress does, the adapter takes only what it can finish.
+    /// XDP: decides as ingress does, but the adapter takes only what it can finish.
     Xdp,
 }
 
-/// What an adapter does with the packet after the rewrite.
+impl Hook {
+    /// Reports whether packets leave the node, or enter a pod, by the hook's device.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_egress(self) -> bool {
+        matches!(self, Self::Egress)
+    }
+}
+
+/// The treatment of a packet by the adapter, after the rewrite if there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Verdict {
-    /// Leave it as it is and let the next program see it.
+    /// Leave it unchanged and let the next program see it.
     Pass,
     /// Rewrite it and let the next program see it.
     Translate,
-    /// Rewrite it and send it back out of the device it came from.
-    TurnBack,
-    /// Rewrite it and hand it to the stack on the device that the route to the VIP names.
-    HandIn,
+    /// Rewrite it and send it back out of the device that it came from.
+    Bounce,
+    /// Rewrite it and inject it into the stack on the device that the route to the VIP names.
+    Inject,
     /// Rewrite it and send it where the FIB says.
     Route,
-    /// Rewrite it and send it where the FIB says if the stack would only forward it; else as
-    /// [`Verdict::Translate`].
+    /// Rewrite it and send it where the FIB says if the stack would do no more than forward it;
+    /// otherwise as [`Verdict::Translate`].
     Around,
     /// Answer with a TCP reset.
     Reset,
@@ -126,11 +136,11 @@ pub enum Verdict {
     Unreachable,
     /// Drop it.
     Drop,
-    /// Have it kept until its datagram's first fragment has been seen.
+    /// Hold it until its datagram's first fragment has been seen.
     Hold,
 }
 
-/// What to record of the flow.
+/// Changes to a flow's entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Record {
@@ -138,20 +148,20 @@ pub enum Record {
     Nothing,
     /// A new flow, in `embryonic`: the partner if its tuple is free, then this entry.
     Open,
-    /// A flow found again in the middle of a connection: as `Open`, but in `flows` where the other
-    /// half of it still is.
+    /// A flow recovered in the middle of a connection: as `Open`, but in `flows` if the other half
+    /// of the flow is still there.
     Establish,
     /// The flow is proven: both entries move from `embryonic` to `flows`.
     Promote,
     /// The flow has ended: both entries move from `flows` to `embryonic`.
     Demote,
-    /// The time and state of both entries in `flows`; a missing one is made again.
+    /// The time and state of both entries in `flows` are updated; a missing entry is made again.
     Renew,
     /// As `Renew`, in `embryonic`.
     RenewEmbryonic,
 }
 
-/// What a decision still needs.
+/// The next step of a decision that is not complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Step {
@@ -160,51 +170,52 @@ pub enum Step {
     /// A backend of [`Flow::service_port`].
     Select,
     /// [`Tables::routes`]; then [`open_into`] once more.
-    AskRoutes,
-    /// A source port: [`open_into`].
-    Claim,
-    /// A source port beyond the few that were tried: [`search`].
-    Search,
+    LookUpRoutes,
+    /// A source port, allocated by [`open_into`].
+    AllocatePort,
+    /// A source port beyond the few that [`open_into`] tries: [`search`].
+    SearchPort,
 }
 
-/// What happens to a packet: plain data.
+/// A decision about a packet, as plain data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C, align(8))]
 pub struct Decision<F: Family> {
-    /// What to do with the packet.
+    /// The packet's treatment.
     pub verdict: Verdict,
-    /// Why.
+    /// The reason for the verdict.
     pub reason: Reason,
-    /// What to record.
+    /// Changes to the flow's entries.
     pub record: Record,
-    /// What is still needed.
+    /// The next step, if the decision is not complete.
     pub step: Step,
-    /// Whether the client's affinity to the backend is recorded: the endpoint has answered.
-    pub affinity: bool,
-    /// Whether bits of the flow's state are taken back, not only added.
-    pub takes_back: bool,
-    /// Whether the packet's word is taken for what becomes of a flow: then its source has to belong
-    /// to the device that it came in by ([`policy::is_foreign`]).
-    pub asks_source: bool,
+    /// Whether the client's affinity to the backend is recorded, because the endpoint has answered.
+    pub records_affinity: bool,
+    /// Whether bits of the flow's state are cleared, not only added.
+    pub clears_state: bool,
+    /// Whether the packet alone changes what becomes of a flow, so that its source has to belong to
+    /// the device that it came in by ([`policy::is_foreign`]).
+    pub depends_on_source: bool,
     /// The client's [round](crate::abi::Affinity::round), where its affinity is recorded.
     pub round: u16,
-    /// Whether its source does not belong there: [`disown`].
+    /// Whether the source does not belong to that device ([`restrict_foreign`]).
     pub is_foreign: bool,
-    /// Whether the packet is a first fragment, and what it [tells](fragment::told) is noted.
-    pub datagram: bool,
-    /// The kind of the frontend, one of [`crate::abi::frontend`]; 0: none was asked for.
+    /// Whether the packet is a first fragment whose [ports](fragment::ports) are noted for the
+    /// later ones.
+    pub is_first_fragment: bool,
+    /// The kind of the frontend, one of [`crate::abi::frontend`]; 0 if the packet is not for one.
     pub kind: u32,
-    /// What the packet's addresses are: bits of [`met`].
-    pub met: u32,
-    /// The tuple that `flow` is recorded under; the packet's own but where a lost entry is made
+    /// Facts about the packet's addresses: bits of [`facts`].
+    pub facts: u32,
+    /// The tuple that `flow` is recorded under: the packet's own, unless a lost entry is made
     /// again.
     pub key: Tuple<F::Address>,
-    /// The translation; its addresses and ports are the packet's after the rewrite.
+    /// The translation. Its addresses and ports are the packet's after the rewrite.
     pub flow: Flow<F::Address>,
 }
 
 impl<F: Family> Decision<F> {
-    /// To pass a packet of this tuple: what every decision starts as.
+    /// Returns the decision to pass a packet of this tuple, which every decision starts as.
     #[inline(always)]
     #[must_use]
     pub fn pass(key: &Tuple<F::Address>) -> Self {
@@ -213,14 +224,14 @@ impl<F: Family> Decision<F> {
             reason: Reason::Stranger,
             record: Record::Nothing,
             step: Step::Done,
-            affinity: false,
-            takes_back: false,
-            asks_source: false,
+            records_affinity: false,
+            clears_state: false,
+            depends_on_source: false,
             is_foreign: false,
             round: 0,
-            datagram: false,
+            is_first_fragment: false,
             kind: 0,
-            met: 0,
+            facts: 0,
             key: *key,
             flow: Flow {
                 source: key.source,
@@ -232,8 +243,8 @@ impl<F: Family> Decision<F> {
         }
     }
 
-    /// Whether the packet goes around the stack as it is: an endpoint's, which is translated where
-    /// it leaves.
+    /// Reports whether the packet is an endpoint's that goes around the stack unchanged, because it
+    /// is translated where it leaves.
     #[inline(always)]
     #[must_use]
     pub fn is_answer(&self) -> bool {
@@ -247,7 +258,7 @@ impl<F: Family> Decision<F> {
     }
 }
 
-/// Decides about a packet, all steps at once.
+/// Decides about a packet in one call, taking all steps.
 #[inline(always)]
 pub fn decide<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -259,13 +270,14 @@ pub fn decide<F: Family, T: Tables<F>>(
     if decision.step != Step::Done {
         open_into(hook, headers, tables, &mut decision);
     }
-    if decision.step == Step::Search {
+    if decision.step == Step::SearchPort {
         search(tables, &mut decision);
     }
     decision
 }
 
-/// The first step: what no new flow is needed for. Takes a decision that is to pass so far.
+/// Takes the first step, which is the only one unless the packet opens a flow. The decision must be
+/// one to [pass](Decision::pass).
 #[inline(always)]
 pub fn decide_into<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -279,10 +291,10 @@ pub fn decide_into<F: Family, T: Tables<F>>(
     }
 }
 
-/// Sends what is translated at ingress around the stack, where a person has asked for that.
+/// Sends a packet that is translated at ingress around the stack if acceleration is on.
 #[inline(always)]
 fn accelerate<F: Family>(decision: &mut Decision<F>) {
-    if decision.met & met::ACCELERATED != 0
+    if decision.facts & facts::ACCELERATED != 0
         && decision.verdict == Verdict::Translate
         && !decision.flow.is_direct()
     {
@@ -290,7 +302,7 @@ fn accelerate<F: Family>(decision: &mut Decision<F>) {
     }
 }
 
-/// What is known of a packet without a new flow.
+/// Decides all that needs no new flow.
 #[inline(always)]
 fn decide_known<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -299,18 +311,18 @@ fn decide_known<F: Family, T: Tables<F>>(
     decision: &mut Decision<F>,
 ) {
     let key = &headers.tuple;
-    let egress = hook == Hook::Egress;
-    decision.met = classify(hook, headers, tables);
-    // Read back from memory, behind the black box, the bits are any to the verifier: it goes on
-    // once, not for each way to them.
-    let met = core::hint::black_box(&*decision).met;
-    let to_address = met & met::TO_ADDRESS != 0;
-    let to_frontend = met & met::TO_FRONTEND != 0;
-    let mut leaves = met & met::LEAVES != 0;
-    let mut known = met & met::KNOWN != 0;
-    let to_backend = met & met::TO_BACKEND != 0;
+    let is_egress = hook.is_egress();
+    decision.facts = classify(hook, headers, tables);
+    // Read back from memory behind the black box, the bits are unknown to the verifier: it goes on
+    // once, not once for each way to them.
+    let facts = core::hint::black_box(&*decision).facts;
+    let to_address = facts & facts::TO_ADDRESS != 0;
+    let to_frontend = facts & facts::TO_FRONTEND != 0;
+    let mut is_far = facts & facts::FAR_SIDE != 0;
+    let mut known = facts & facts::KNOWN != 0;
+    let to_backend = facts & facts::TO_BACKEND != 0;
     if !known && !to_backend {
-        if egress && is_unassigned(headers, tables) {
+        if is_egress && is_unassigned(headers, tables) {
             decision.set(Verdict::Drop, Reason::UnassignedAddress);
         }
         return;
@@ -318,7 +330,7 @@ fn decide_known<F: Family, T: Tables<F>>(
     match headers.kind {
         Kind::Transport | Kind::IcmpError => {}
         Kind::Fragment if known && fragment::is_transport(key.protocol) => {
-            fragment::follow_first(egress, leaves, to_address, headers, tables, decision);
+            fragment::follow_first(hook, headers, tables, decision);
             return;
         }
         Kind::Fragment | Kind::Truncated | Kind::Malformed | Kind::Other => {
@@ -329,7 +341,7 @@ fn decide_known<F: Family, T: Tables<F>>(
         }
     }
     if headers.fragment == Fragment::First && known {
-        decision.datagram = true;
+        decision.is_first_fragment = true;
         if !can_follow(headers, &decision.flow) {
             if to_address {
                 decision.reason = Reason::Fragment;
@@ -337,24 +349,24 @@ fn decide_known<F: Family, T: Tables<F>>(
             return;
         }
     }
-    if !egress
+    if !is_egress
         && is_bare_reset(headers)
         && is_unknown_connection(headers, to_backend, tables, decision)
     {
         return;
     }
     let mut found = None;
-    if leaves {
-        let from_node = met & met::FROM_NODE != 0;
+    if is_far {
+        let from_node = facts & facts::FROM_NODE != 0;
         let before = flags_of_reply(key, tables);
         if before == flow::REPLY && !from_node {
             return;
         }
         if before == 0 && !from_node {
-            // Of a client that speaks to the endpoint directly, if it is no endpoint's reply
-            // itself.
-            leaves = false;
-            known = met & met::FROM_BACKEND != 0;
+            // It belongs to a client that speaks to the endpoint directly, unless it is itself an
+            // endpoint's reply.
+            is_far = false;
+            known = facts & facts::FROM_BACKEND != 0;
         }
         if before & flow::MASQUERADED != 0 || from_node {
             decision.key.side = side::FAR;
@@ -367,9 +379,9 @@ fn decide_known<F: Family, T: Tables<F>>(
     if found.is_none() && (known || tables.marks() & mark::DIRECT != 0) {
         found = entry_of_packet(key, tables);
     }
-    if let Some((entry, embryonic)) = found {
-        decision.met |= met::HAD_ENTRY;
-        if follow_entry(egress, headers, entry, embryonic, tables, decision) {
+    if let Some((entry, is_embryonic)) = found {
+        decision.facts |= facts::HAD_ENTRY;
+        if follow_entry(hook, headers, entry, is_embryonic, tables, decision) {
             return;
         }
         decision.key.side = side::NEAR;
@@ -379,48 +391,48 @@ fn decide_known<F: Family, T: Tables<F>>(
     }
     if to_frontend {
         let (service_port, kind) =
-            find(key, met & met::TO_NODE_PORT != 0, tables).unwrap_or_default();
+            find(key, facts & facts::TO_NODE_PORT != 0, tables).unwrap_or_default();
         if kind != 0 || to_address && select::is_cluster_ip(key, tables) {
-            if met & met::TO_NODE != 0
+            if facts & facts::TO_NODE != 0
                 && !opens(headers)
                 && tables.is_node_address(&key.destination)
             {
-                // A connection of the stack's own, or one that netfilter knows.
+                // It belongs to a connection of the stack itself, or to one that netfilter knows.
                 return;
             }
             decision.flow.service_port = service_port;
             if let Some(reason) =
-                left_to_netfilter(decision.met & met::HAD_ENTRY != 0, headers, tables)
+                left_to_netfilter(decision.facts & facts::HAD_ENTRY != 0, headers, tables)
             {
                 decision.reason = reason;
             } else if kind != 0 {
                 decision.kind = kind;
                 decision.step = Step::Select;
-                decision.asks_source = true;
+                decision.depends_on_source = true;
             } else {
-                reject(headers, Reason::UndefinedPort, Reason::UndefinedPort, decision);
+                reject(headers, Cause::UndefinedPort, decision);
             }
             return;
         }
     }
-    if leaves && leaves_as_node(headers, tables, decision) {
+    if is_far && opens_far_pair(headers, tables, decision) {
         return;
     }
-    // Backends are clients too, and an address stays listed for a while when its Service is gone.
-    if egress && is_unassigned(headers, tables) {
+    // Backends are clients too, and an address stays listed for a while after its Service is gone.
+    if is_egress && is_unassigned(headers, tables) {
         decision.set(Verdict::Drop, Reason::UnassignedAddress);
         return;
     }
     if to_backend {
-        direct(headers, tables, decision);
+        remap_direct(headers, tables, decision);
     }
 }
 
-/// Takes back what a packet of a foreign source must not do, where a decision [asks for the
-/// source](Decision::asks_source): it goes along what there is, and changes nothing. What opens a
-/// flow opens one beside those of whoever has its address.
+/// Undoes what a packet with a foreign source must not do, where a decision [depends on the
+/// source](Decision::depends_on_source). The packet follows existing entries and changes none of them. If
+/// it opens a flow, the new one stands next to those of the address's owner.
 #[inline(always)]
-pub fn disown<F: Family, T: Tables<F>>(
+pub fn restrict_foreign<F: Family, T: Tables<F>>(
     hook: Hook,
     headers: &Headers<F>,
     tables: &T,
@@ -428,11 +440,10 @@ pub fn disown<F: Family, T: Tables<F>>(
 ) {
     decision.is_foreign = true;
     if decision.step == Step::Select {
-        // One that its owner would leave for another backend.
+        // Its owner would leave this entry for another backend.
         if let Some((entry, _)) = entry_of(&headers.tuple, tables) {
             decision.flow = *entry;
-            decision
-                .set(verdict_along(entry.flags, hook == Hook::Egress), reason_along(entry.flags));
+            decision.set(verdict_of_entry(entry, hook), reason_of_entry(entry));
             decision.step = Step::Done;
         }
         return;
@@ -440,17 +451,17 @@ pub fn disown<F: Family, T: Tables<F>>(
     if matches!(decision.reason, Reason::ReplyRecovered | Reason::DirectRemapped)
         && decision.record != Record::Nothing
     {
-        // To the backend's own address, as without us.
+        // It goes on to the backend's own address, as it would without Sluice.
         decision.key = headers.tuple;
         decision.flow = Decision::<F>::pass(&headers.tuple).flow;
         decision.set(Verdict::Pass, Reason::Stranger);
         decision.step = Step::Done;
     }
     decision.record = Record::Nothing;
-    decision.affinity = false;
+    decision.records_affinity = false;
 }
 
-/// Why a packet for a service is passed untouched.
+/// Returns why a packet for a service is passed untouched.
 #[inline(always)]
 fn unreadable(kind: Kind) -> Reason {
     match kind {

@@ -1,31 +1,32 @@
-//! Why a packet or call was treated as it was.
+//! The reasons why packets and calls are treated as they are.
 
 /// Declares the reasons: number, word and sentence in one place.
 macro_rules! reasons {
     ($($(#[doc = $doc:literal])* $name:ident = $number:literal, $word:literal;)*) => {
-        /// Why a packet that was not simply passed was treated as it was: at once a
-        /// counter's index, a metric's label, and a word in the CLI.
+        /// Why a packet that was not simply passed was treated as it was. A reason is a counter's
+        /// index, a metric's label and a word of the CLI.
         ///
-        /// Each packet is counted once. Numbers are part of the ABI: they are added, never reused.
+        /// Each packet is counted once. Numbers are part of the ABI: new ones are added, old ones
+        /// are never reused.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr(u32)]
         pub enum Reason { $($(#[doc = $doc])* $name = $number,)* }
 
         impl Reason {
-            /// Every reason, in order of its number.
+            /// All reasons, in order of their numbers.
             pub const ALL: &'static [Reason] = &[$(Reason::$name,)*];
 
-            /// The word for metrics and the CLI.
-            pub const fn word(self) -> &'static str {
+            /// Returns the word for metrics and the CLI.
+            pub const fn as_str(self) -> &'static str {
                 match self { $(Reason::$name => $word,)* }
             }
 
-            /// One sentence for people.
+            /// Returns one sentence for people.
             pub const fn sentence(self) -> &'static str {
                 match self { $(Reason::$name => concat!($($doc),*),)* }
             }
 
-            /// The reason of a number found in a map.
+            /// Returns the reason with a number that was found in a map.
             pub const fn from_number(number: u32) -> Option<Self> {
                 match number { $($number => Some(Reason::$name),)* _ => None }
             }
@@ -47,7 +48,8 @@ reasons! {
     ReplyRecovered = 4, "reply_recovered";
     /// An ICMP error about a translated packet was translated.
     IcmpError = 5, "icmp_error";
-    /// A direct connection's source port was changed: its tuple equalled a live translated one.
+    /// A direct connection's source port was changed, because its tuple equalled a live translated
+    /// one.
     DirectRemapped = 6, "direct_remapped";
     /// The service has no backends: answered with a TCP reset.
     NoBackendReset = 7, "no_backend_reset";
@@ -67,7 +69,7 @@ reasons! {
     /// No source port was free for a flow that had to be remapped or masqueraded: the client is
     /// refused.
     PortsExhausted = 14, "ports_exhausted";
-    /// Another flow took the tuple between question and answer: dropped, the client tries again.
+    /// Another flow took the tuple between lookup and record: dropped, the client tries again.
     ClashRace = 15, "clash_race";
     /// The flow could not be recorded: dropped.
     FlowsFull = 16, "flows_full";
@@ -75,8 +77,8 @@ reasons! {
     TtlExceeded = 17, "ttl_exceeded";
     /// A bypass had no route or neighbour to the backend: dropped.
     NoRoute = 18, "no_route";
-    /// A bypass met a smaller MTU: answered with packet too big, or dropped where that may not be
-    /// sent.
+    /// The packet exceeded the MTU of a bypass: answered with packet too big, or dropped where that
+    /// may not be sent.
     TooBig = 19, "too_big";
     /// A rewrite failed half way: dropped.
     RewriteFailed = 20, "rewrite_failed";
@@ -90,17 +92,18 @@ reasons! {
     SourceRange = 24, "source_range";
     /// The traffic policy asks for a backend on this node, and there is none: dropped.
     NoLocalBackend = 25, "no_local_backend";
-    /// A ClusterIP's port that its service does not define: answered with a TCP reset or ICMP port
-    /// unreachable.
+    /// The packet is for a port of a ClusterIP that its service does not define: answered with a
+    /// TCP reset or ICMP port unreachable.
     UndefinedPort = 26, "undefined_port";
-    /// An address of the cluster's Service ranges that no service has, on its way out of this node:
-    /// dropped.
+    /// The packet was leaving this node for an address of the cluster's Service ranges that no
+    /// Service has: dropped.
     UnassignedAddress = 27, "unassigned_address";
-    /// A fragment came before its datagram's first one: kept by the agent, counted again when it
+    /// A fragment came before its datagram's first one: held by the agent, counted again when it
     /// goes on.
     FragmentHeld = 28, "fragment_held";
-    /// Of a connection that netfilter has translated since before a takeover: passed untouched.
+    /// The packet belongs to a connection that netfilter has translated since before a takeover:
+    /// passed untouched.
     NetfilterFlow = 29, "netfilter_flow";
-    /// A takeover or release leaves what is not a known flow to netfilter: passed untouched.
+    /// A takeover or release leaves packets without a known flow to netfilter: passed untouched.
     NotTaken = 30, "not_taken";
 }

@@ -1,4 +1,4 @@
-//! What a socket's call becomes, for processes of this host and for pods.
+//! The outcome of a socket's call, for processes of this host and for pods.
 
 #[allow(dead_code, reason = "each test uses its part of what packets are made of")]
 mod packets {
@@ -27,7 +27,7 @@ const SIZE: u16 = 61;
 const PORT: u16 = 80;
 const NODE_PORT: u16 = 30_080;
 
-/// What the maps hold.
+/// The content of the maps.
 #[derive(Clone)]
 struct Maps<F: Ip> {
     listing: BTreeMap<F::Address, u8>,
@@ -60,7 +60,7 @@ fn key<F: Ip>(address: F::Address, port: u16) -> ServiceKey<F::Address> {
 }
 
 impl<F: Ip> Maps<F> {
-    /// A frontend of a kind, with other backends for each class.
+    /// Adds a frontend of a kind, with other backends for each class.
     fn of(kind: u32) -> Self {
         let ids = STARTS.into_iter().flat_map(|start| start..start + u32::from(SIZE));
         let backend = |id: u32| Backend {
@@ -96,45 +96,46 @@ impl<F: Ip> Maps<F> {
         }
     }
 
-    /// What a call of a socket becomes.
-    fn call(&self, address: F::Address, port: u16, is_host: bool) -> Told {
-        let told = choose::<F, _>(&key::<F>(address, port), 0x1_0000_0007, is_host, || None, self);
-        match told {
-            Choice::Untouched => Told::Untouched,
+    /// Returns the outcome of a socket's call.
+    fn call(&self, address: F::Address, port: u16, is_host: bool) -> Outcome {
+        let outcome =
+            choose::<F, _>(&key::<F>(address, port), 0x1_0000_0007, is_host, || None, self);
+        match outcome {
+            Choice::Untouched => Outcome::Untouched,
             Choice::Refuse { service_port } => {
                 assert_eq!(service_port, ONE);
-                Told::Refused
+                Outcome::Refused
             }
             Choice::Backend { id, backend } => {
                 assert_eq!(Some(&backend), self.backends.get(&id), "the backend of the id");
                 let class = STARTS
                     .iter()
                     .position(|start| (*start..*start + u32::from(SIZE)).contains(&id));
-                Told::Class(class.expect("a backend of a class"))
+                Outcome::Class(class.expect("a backend of a class"))
             }
         }
     }
 
-    fn of_host(&self) -> Told {
+    fn of_host(&self) -> Outcome {
         self.call(vip::<F>(), PORT, true)
     }
 
-    fn of_pod(&self) -> Told {
+    fn of_pod(&self) -> Outcome {
         self.call(vip::<F>(), PORT, false)
     }
 }
 
-/// What a call becomes: a backend of a class is that class.
+/// The outcome of a call. A backend of a class is represented by that class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Told {
+enum Outcome {
     Untouched,
     Refused,
     Class(usize),
 }
 
-const INTERNAL: Told = Told::Class(Class::Internal as usize);
-const INSIDE: Told = Told::Class(Class::ExternalInside as usize);
-const OUTSIDE: Told = Told::Class(Class::ExternalOutside as usize);
+const INTERNAL: Outcome = Outcome::Class(Class::Internal as usize);
+const INSIDE: Outcome = Outcome::Class(Class::ExternalInside as usize);
+const OUTSIDE: Outcome = Outcome::Class(Class::ExternalOutside as usize);
 
 impl<F: Ip> Tables<F> for Maps<F> {
     fn listing(&self, address: &F::Address) -> u8 {
@@ -197,7 +198,7 @@ impl<F: Ip> Tables<F> for Maps<F> {
     fn device(&self, _: u32) -> Option<&Device> {
         None
     }
-    fn here(&self) -> Option<&Device> {
+    fn hook_device(&self) -> Option<&Device> {
         None
     }
     fn ifindex(&self) -> u32 {
@@ -224,9 +225,9 @@ macro_rules! both {
 #[test]
 fn a_call_gets_a_backend_of_its_class() {
     fn check<F: Ip>() {
-        for (kind, told) in KINDS.into_iter().zip([INTERNAL, INSIDE, INSIDE]) {
+        for (kind, outcome) in KINDS.into_iter().zip([INTERNAL, INSIDE, INSIDE]) {
             let maps = Maps::<F>::of(kind);
-            assert_eq!((maps.of_host(), maps.of_pod()), (told, told), "kind {kind}");
+            assert_eq!((maps.of_host(), maps.of_pod()), (outcome, outcome), "kind {kind}");
         }
     }
     both!(check);
@@ -296,20 +297,24 @@ fn a_call_elsewhere_is_untouched() {
         let mut stranger = maps.clone();
         let _ = stranger.listing.insert(address::<F>(8), listing::FRONTEND | listing::NODE_PORTS);
         for is_host in [true, false] {
-            assert_eq!(maps.call(vip::<F>(), PORT + 1, is_host), Told::Untouched, "another port");
+            assert_eq!(
+                maps.call(vip::<F>(), PORT + 1, is_host),
+                Outcome::Untouched,
+                "another port"
+            );
             assert_eq!(
                 maps.call(address::<F>(8), PORT, is_host),
-                Told::Untouched,
+                Outcome::Untouched,
                 "another address"
             );
             assert_eq!(
                 stranger.call(address::<F>(8), PORT, is_host),
-                Told::Untouched,
+                Outcome::Untouched,
                 "a shared lane"
             );
             assert_eq!(
                 stranger.call(address::<F>(8), NODE_PORT, is_host),
-                Told::Untouched,
+                Outcome::Untouched,
                 "a shared lane"
             );
         }
@@ -321,12 +326,12 @@ fn a_call_elsewhere_is_untouched() {
         );
         let mut unlisted = maps.clone();
         unlisted.listing.clear();
-        assert_eq!(unlisted.of_host(), Told::Untouched, "a clear bit is certain");
+        assert_eq!(unlisted.of_host(), Outcome::Untouched, "a clear bit is certain");
     }
     both!(check);
 }
 
-/// The slot would follow from the socket, affinity follows from the client.
+/// The slot follows from the socket, but affinity from the client.
 #[test]
 fn a_call_with_affinity_is_left_to_packets() {
     fn check<F: Ip>() {
@@ -335,7 +340,7 @@ fn a_call_with_affinity_is_left_to_packets() {
             maps.port.affinity_seconds = 1;
             assert_eq!(
                 (maps.of_host(), maps.of_pod()),
-                (Told::Untouched, Told::Untouched),
+                (Outcome::Untouched, Outcome::Untouched),
                 "kind {kind}"
             );
         }
@@ -346,16 +351,16 @@ fn a_call_with_affinity_is_left_to_packets() {
 #[test]
 fn a_call_to_a_load_balancer_with_source_ranges_is_left_to_packets() {
     fn check<F: Ip>() {
-        for (kind, told) in KINDS.into_iter().zip([INTERNAL, Told::Untouched, INSIDE]) {
+        for (kind, outcome) in KINDS.into_iter().zip([INTERNAL, Outcome::Untouched, INSIDE]) {
             let mut maps = Maps::<F>::of(kind);
             maps.port.flags = policy::SOURCE_RANGES;
-            assert_eq!((maps.of_host(), maps.of_pod()), (told, told), "kind {kind}");
-            // Even where the packet would be rejected in the end.
+            assert_eq!((maps.of_host(), maps.of_pod()), (outcome, outcome), "kind {kind}");
+            // Even if the packet would be rejected in the end.
             maps.port.ranges = [0; 3];
-            let told = if told == Told::Untouched { told } else { Told::Refused };
+            let outcome = if outcome == Outcome::Untouched { outcome } else { Outcome::Refused };
             assert_eq!(
                 (maps.of_host(), maps.of_pod()),
-                (told, told),
+                (outcome, outcome),
                 "kind {kind} without backends"
             );
         }
@@ -363,15 +368,15 @@ fn a_call_to_a_load_balancer_with_source_ranges_is_left_to_packets() {
     both!(check);
 }
 
-/// A host process has the address that the route to the backend gives it in any case; a pod would
-/// be shown as itself.
+/// A host process gets the address that the route to the backend prescribes in any case; a pod
+/// would be shown as itself.
 #[test]
 fn a_pods_call_is_left_to_packets_where_it_is_masqueraded() {
     fn check<F: Ip>() {
         for (mode, pod) in [
             (masquerade::NEEDED, [INTERNAL, INSIDE, INSIDE]),
-            (masquerade::KUBE_PROXY, [INTERNAL, Told::Untouched, Told::Untouched]),
-            (masquerade::ALL, [Told::Untouched; 3]),
+            (masquerade::KUBE_PROXY, [INTERNAL, Outcome::Untouched, Outcome::Untouched]),
+            (masquerade::ALL, [Outcome::Untouched; 3]),
         ] {
             for ((kind, pod), host) in KINDS.into_iter().zip(pod).zip([INTERNAL, INSIDE, INSIDE]) {
                 let mut maps = Maps::<F>::of(kind);
@@ -387,8 +392,8 @@ fn a_pods_call_is_left_to_packets_where_it_is_masqueraded() {
     both!(check);
 }
 
-/// Where nothing tells local pods, they are clients outside on the packet path; the socket path
-/// says the same.
+/// Without a detector, local pods are clients outside to the packet path; the socket path has to
+/// agree.
 #[test]
 fn a_pod_is_outside_where_nothing_tells_local_pods() {
     fn check<F: Ip>() {
@@ -411,8 +416,8 @@ fn a_pods_call_is_left_to_packets_where_only_they_tell_whether_it_is_local() {
         for (detector, pod) in [
             (detect_local::NONE, OUTSIDE),
             (detect_local::DEVICE, INSIDE),
-            (detect_local::ADDRESS, Told::Untouched),
-            (detect_local::SOME_DEVICES, Told::Untouched),
+            (detect_local::ADDRESS, Outcome::Untouched),
+            (detect_local::SOME_DEVICES, Outcome::Untouched),
         ] {
             for ((kind, host), pod) in
                 KINDS.into_iter().zip([INTERNAL, INSIDE, INSIDE]).zip([INTERNAL, pod, pod])
@@ -426,7 +431,7 @@ fn a_pods_call_is_left_to_packets_where_only_they_tell_whether_it_is_local() {
                     (host, pod),
                     "detector {detector}, kind {kind}"
                 );
-                // All clients of an external address may reach the same.
+                // All clients of an external address may reach the same backends.
                 maps.port.flags = 0;
                 let pod = if kind == frontend::CLUSTER_IP || detector == detect_local::NONE {
                     pod
@@ -445,21 +450,25 @@ fn node_ports_are_for_processes_of_this_host() {
     fn check<F: Ip>() {
         let maps = Maps::<F>::of(frontend::NODE_PORT);
         assert_eq!(maps.call(node::<F>(), NODE_PORT, true), INSIDE);
-        assert_eq!(maps.call(node::<F>(), NODE_PORT, false), Told::Untouched, "a pod's");
-        assert_eq!(maps.call(node::<F>(), NODE_PORT + 1, true), Told::Untouched, "another port");
+        assert_eq!(maps.call(node::<F>(), NODE_PORT, false), Outcome::Untouched, "a pod's");
+        assert_eq!(maps.call(node::<F>(), NODE_PORT + 1, true), Outcome::Untouched, "another port");
         assert_eq!(
             maps.call(vip::<F>(), NODE_PORT, true),
-            Told::Untouched,
+            Outcome::Untouched,
             "an address that serves none"
         );
         let mut lane = maps.clone();
         let _ = lane.listing.insert(address::<F>(8), listing::NODE_PORTS);
-        assert_eq!(lane.call(address::<F>(8), NODE_PORT, true), Told::Untouched, "a shared lane");
+        assert_eq!(
+            lane.call(address::<F>(8), NODE_PORT, true),
+            Outcome::Untouched,
+            "a shared lane"
+        );
         let mut unset = maps.clone();
         unset.node_ports.clear();
         assert_eq!(
             unset.call(node::<F>(), NODE_PORT, true),
-            Told::Untouched,
+            Outcome::Untouched,
             "no service has the number"
         );
         let mut shared = maps.clone();
@@ -490,34 +499,34 @@ fn a_call_is_refused_only_where_its_packet_would_be_rejected() {
             maps.port.ranges[class] = 0;
             assert_eq!(
                 (maps.of_host(), maps.of_pod()),
-                (Told::Refused, Told::Refused),
+                (Outcome::Refused, Outcome::Refused),
                 "kind {kind}"
             );
             maps.port.ranges[class] = Range::DROP.0;
-            let told = (maps.of_host(), maps.of_pod());
+            let outcome = (maps.of_host(), maps.of_pod());
             assert_eq!(
-                told,
-                (Told::Untouched, Told::Untouched),
+                outcome,
+                (Outcome::Untouched, Outcome::Untouched),
                 "dropped without an answer, kind {kind}"
             );
             let mut others = Maps::<F>::of(kind);
             others.port.ranges = [Range::DROP.0; 3];
             others.port.ranges[class] = Range::new(STARTS[class], SIZE).0;
-            let told = Told::Class(class);
+            let outcome = Outcome::Class(class);
             assert_eq!(
                 (others.of_host(), others.of_pod()),
-                (told, told),
+                (outcome, outcome),
                 "only others, kind {kind}"
             );
         }
         let mut maps = Maps::<F>::of(frontend::CLUSTER_IP);
         maps.backends.clear();
-        assert_eq!(maps.of_host(), Told::Refused, "a slot without a backend");
+        assert_eq!(maps.of_host(), Outcome::Refused, "a slot without a backend");
     }
     both!(check);
 }
 
-/// A ClusterIP's other ports are the packet path's to reject.
+/// A ClusterIP's other ports are left to the packet path to reject.
 #[test]
 fn a_call_to_an_undefined_port_is_left_to_packets() {
     fn check<F: Ip>() {
@@ -525,10 +534,10 @@ fn a_call_to_an_undefined_port_is_left_to_packets() {
         let as_such = ServiceKey { address: vip::<F>(), port: 0, protocol: 0, reserved: 0 };
         let address = Service { service_port: 0, kind: frontend::ADDRESS };
         let _ = maps.services.insert(as_such, address);
-        assert_eq!(maps.call(vip::<F>(), PORT + 1, true), Told::Untouched);
+        assert_eq!(maps.call(vip::<F>(), PORT + 1, true), Outcome::Untouched);
         assert_eq!(
             maps.call(vip::<F>(), 0, true),
-            Told::Untouched,
+            Outcome::Untouched,
             "the port of the address's own key"
         );
         assert_eq!(maps.of_host(), INTERNAL);

@@ -1,4 +1,4 @@
-//! The path decides about anything, and never hands out a reply tuple that is taken.
+//! The path copes with any packet and any tables, and never hands out a reply tuple that is taken.
 
 #[allow(dead_code, reason = "each test uses its part of what packets are made of")]
 mod packets {
@@ -18,7 +18,7 @@ use sluice_common::abi::{
     ServicePort, Settings, Ticks, Tuple, backend, flow, frontend, listing,
 };
 use sluice_common::engine::limit::{REJECT_BURST_MS, REJECT_COST_MS, take_token};
-use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
+use sluice_common::engine::record::{FlowMap, FlowTable, InsertError, Partner, Renewal, record};
 use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::parse::{Kind, headers, untag};
 use sluice_common::packet::rewrite::{can_follow, rewrite};
@@ -28,7 +28,7 @@ use sluice_common::{Reason, Tables, V4, V6};
 
 const NOW: Ticks = 10_000;
 
-/// Tables that answer anything.
+/// Tables with arbitrary answers.
 #[derive(Clone, Debug)]
 struct Whim<F: Ip> {
     listing: [u8; 4],
@@ -46,7 +46,7 @@ struct Whim<F: Ip> {
     here: Option<Device>,
     routes: Option<Routes>,
     marks: u32,
-    passed_over: u32,
+    ports_to_skip: u32,
     imported: Option<u32>,
     yes: [bool; 5],
 }
@@ -112,7 +112,7 @@ impl<F: Ip> Tables<F> for Whim<F> {
     fn device(&self, _: u32) -> Option<&Device> {
         self.device.as_ref()
     }
-    fn here(&self) -> Option<&Device> {
+    fn hook_device(&self) -> Option<&Device> {
         self.here.as_ref()
     }
     fn ifindex(&self) -> u32 {
@@ -121,8 +121,8 @@ impl<F: Ip> Tables<F> for Whim<F> {
     fn routes(&self) -> Option<Routes> {
         self.routes
     }
-    fn passed_over(&self) -> u32 {
-        self.passed_over
+    fn ports_to_skip(&self) -> u32 {
+        self.ports_to_skip
     }
     fn translated_at_socket(&self) -> bool {
         self.yes[3]
@@ -250,7 +250,7 @@ fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
     );
     let numbers = (0_u32..8, 0_u32..12, prop::option::of(0_u32..2));
     (prop::array::uniform4(0_u8..16), flows, objects, node, numbers, any::<[bool; 5]>()).prop_map(
-        |(listing, (flow, embryonic), objects, node, (marks, passed_over, imported), yes)| {
+        |(listing, (flow, embryonic), objects, node, (marks, ports_to_skip, imported), yes)| {
             let (service, port, backend, affinity, origins, datagram) = objects;
             let (settings, networks, device, here, routes) = node;
             Whim {
@@ -269,7 +269,7 @@ fn whim<F: Ip>() -> impl Strategy<Value = Whim<F>> {
                 here,
                 routes,
                 marks,
-                passed_over,
+                ports_to_skip,
                 imported,
                 yes,
             }
@@ -281,7 +281,7 @@ fn hook() -> impl Strategy<Value = Hook> {
     prop_oneof![Just(Hook::Ingress), Just(Hook::Egress), Just(Hook::Xdp)]
 }
 
-/// Bytes: any, or a good frame with some bytes changed, cut anywhere.
+/// Any bytes, or a good frame with some bytes changed, cut anywhere.
 fn bytes() -> impl Strategy<Value = Vec<u8>> {
     let changed = (
         any::<bool>(),
@@ -337,7 +337,7 @@ fn anything<F: Ip>(
     let decision = decide(hook, &headers, tables);
     if decision.step != Step::Done {
         prop_assert!(
-            decision.step == Step::AskRoutes && tables.routes.is_none(),
+            decision.step == Step::LookUpRoutes && tables.routes.is_none(),
             "{:?}",
             decision.step
         );
@@ -348,7 +348,7 @@ fn anything<F: Ip>(
         return Ok(());
     }
     if decision.is_answer() {
-        // It goes around the stack as it is, and is translated where it leaves.
+        // It goes around the stack unchanged, and is translated where it leaves.
         prop_assert_eq!((hook, decision.record), (Hook::Ingress, Record::Nothing));
         return Ok(());
     }
@@ -361,7 +361,7 @@ fn anything<F: Ip>(
         "{:?} is not translated",
         headers.kind
     );
-    // What changes on the client's side is counted on the backend's.
+    // Changes at the client's side are counted at the backend's.
     let counted = decision.flow.flags & flow::SOURCE == 0;
     prop_assert!(decision.reason != Reason::Stranger || !counted);
     if headers.kind == Kind::IcmpError {
@@ -382,7 +382,7 @@ fn anything<F: Ip>(
     Ok(())
 }
 
-/// The maps, for flows alone: every frontend leads to one of few endpoints.
+/// Maps for flows alone: every frontend leads to one of a few endpoints.
 struct Few {
     services: BTreeMap<ServiceKey<Ipv4Address>, Service>,
     backends: Vec<Backend<Ipv4Address>>,
@@ -395,44 +395,44 @@ struct Few {
 type Entries = BTreeMap<Tuple<Ipv4Address>, Flow<Ipv4Address>>;
 
 impl Few {
-    fn table(&mut self, place: Place) -> &mut Entries {
+    fn table(&mut self, place: FlowMap) -> &mut Entries {
         match place {
-            Place::Flows => &mut self.flows,
-            Place::Embryonic => &mut self.embryonic,
+            FlowMap::Flows => &mut self.flows,
+            FlowMap::Embryonic => &mut self.embryonic,
         }
     }
 }
 
 impl FlowTable<V4> for Few {
-    fn get(&self, place: Place, key: &Tuple<Ipv4Address>) -> Option<&Flow<Ipv4Address>> {
+    fn get(&self, place: FlowMap, key: &Tuple<Ipv4Address>) -> Option<&Flow<Ipv4Address>> {
         match place {
-            Place::Flows => self.flows.get(key),
-            Place::Embryonic => self.embryonic.get(key),
+            FlowMap::Flows => self.flows.get(key),
+            FlowMap::Embryonic => self.embryonic.get(key),
         }
     }
 
     fn insert(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<Ipv4Address>,
         flow: &Flow<Ipv4Address>,
         only_new: bool,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), InsertError> {
         let table = self.table(place);
         if only_new && table.contains_key(key) {
-            return Err(Refused::Exists);
+            return Err(InsertError::Exists);
         }
         let _ = table.insert(*key, *flow);
         Ok(())
     }
 
-    fn remove(&mut self, place: Place, key: &Tuple<Ipv4Address>) {
+    fn remove(&mut self, place: FlowMap, key: &Tuple<Ipv4Address>) {
         let _ = self.table(place).remove(key);
     }
 
     fn refresh(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<Ipv4Address>,
         to: &Flow<Ipv4Address>,
         renewal: Renewal,
@@ -444,7 +444,7 @@ impl FlowTable<V4> for Few {
         true
     }
 
-    fn remember(&mut self, _: &AffinityKey<Ipv4Address>, _: &Affinity) {}
+    fn record_affinity(&mut self, _: &AffinityKey<Ipv4Address>, _: &Affinity) {}
 
     fn set_marks(&mut self, _: u32) {}
 }
@@ -514,7 +514,7 @@ impl Tables<V4> for Few {
     fn device(&self, _: u32) -> Option<&Device> {
         None
     }
-    fn here(&self) -> Option<&Device> {
+    fn hook_device(&self) -> Option<&Device> {
         None
     }
     fn ifindex(&self) -> u32 {

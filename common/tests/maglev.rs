@@ -1,4 +1,4 @@
-//! Maglev's promises.
+//! The properties that Maglev promises.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,7 +23,7 @@ fn table(backends: &BTreeSet<(u32, u16)>, size: u32) -> Vec<u32> {
     slots
 }
 
-/// An id that tells the backend.
+/// Returns an id that identifies the backend.
 fn id(address: u32, port: u16) -> u32 {
     address.wrapping_mul(31) ^ u32::from(port) | 1 << 31
 }

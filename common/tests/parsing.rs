@@ -1,4 +1,4 @@
-//! What is found in a packet: SCTP's chunks, and fragments of datagrams.
+//! What the parser finds in a packet: SCTP's chunks, and fragments of datagrams.
 
 #[allow(dead_code, reason = "each test uses its part of what packets are made of")]
 mod packets {
@@ -34,7 +34,7 @@ enum Read {
     V6(Headers<V6>),
 }
 
-/// What the tests ask of headers.
+/// The headers' fields that the tests compare.
 #[derive(Debug, PartialEq, Eq)]
 struct Told {
     kind: Kind,
@@ -80,7 +80,7 @@ impl Read {
         }
     }
 
-    /// Whether its datagram can get another destination port, or else another address alone.
+    /// Whether its datagram can get another destination port, or only another address.
     fn follows(&self, port: bool) -> bool {
         fn follows<F: Ip>(headers: &Headers<F>, port: bool) -> bool {
             let Tuple { source, source_port, destination_port, .. } = headers.tuple;
@@ -223,7 +223,7 @@ fn a_first_fragment_holds_the_whole_transport_header_or_is_truncated() {
                 );
             }
         }
-        // Options that go on in the next fragment, or an offset that is none.
+        // Options that continue in the next fragment, or an invalid offset.
         let first = Frame::tcp(client, frontend, ACK, &[1; 60]).fragments(ID, 24).swap_remove(0);
         assert_eq!(kind(&first.clone().patch(From::Transport, 12, &[6 << 4])), Kind::Transport);
         assert_eq!(kind(&first.clone().patch(From::Transport, 12, &[7 << 4])), Kind::Truncated);
@@ -294,7 +294,7 @@ fn an_error_is_read_when_it_quotes_ports() {
             let fragments = datagram.fragments(ID, 88);
             assert_eq!(read(&about(&fragments[0].packet())).told(), expected);
             assert_eq!(kind(&about(&fragments[1].packet())), Kind::Other);
-            // An error that is itself in fragments.
+            // An error that is itself fragmented.
             let read = read(&about(&packet).fragments(ID, 88)[0]);
             assert_eq!(read.told(), Told { fragment: Fragment::First, ..expected });
             assert!(!read.follows(false));

@@ -1,4 +1,4 @@
-//! Whatever a packet is rewritten to, its checksums are those that a sum over all its bytes gives.
+//! However a packet is rewritten, its checksums equal those computed over all its bytes.
 
 #[allow(dead_code, reason = "each test uses its part of what packets are made of")]
 mod packets {
@@ -12,15 +12,15 @@ use packets::frame::{ACK, DATA, FIN, Frame, Payload, RST, SCTP, SYN, Sum, TCP, U
 use packets::ip::Ip;
 use proptest::prelude::*;
 use sluice_common::abi::Flow;
-use sluice_common::packet::answer::{self, QUOTE};
+use sluice_common::packet::answer::{self, QUOTE, Quoted};
 use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::header::TcpHeader;
 use sluice_common::packet::parse::{Headers, Kind, headers};
 use sluice_common::packet::rewrite::{can_follow, decrement_ttl, rewrite};
 use sluice_common::{Packet, V4, V6};
 
-/// Addresses of one family. Few enough bytes that both a checksum's carries and their absence come
-/// up.
+/// Addresses of one family, with so few different bytes that a checksum's carries occur and do not
+/// occur.
 fn end(v4: bool) -> BoxedStrategy<SocketAddr> {
     let port = prop_oneof![any::<u16>(), Just(0_u16), Just(0xffff)];
     if v4 {
@@ -36,7 +36,7 @@ fn end(v4: bool) -> BoxedStrategy<SocketAddr> {
     }
 }
 
-/// Client, address asked for, and both after the translation.
+/// Client and requested address, and both after the translation.
 fn ends() -> impl Strategy<Value = [SocketAddr; 4]> {
     any::<bool>().prop_flat_map(|v4| [end(v4), end(v4), end(v4), end(v4)])
 }
@@ -68,7 +68,7 @@ fn flow<F: Ip>(source: SocketAddr, destination: SocketAddr) -> Flow<F::Address> 
     }
 }
 
-/// The packet with another tuple.
+/// Returns the packet with another tuple.
 fn rewritten<F: Ip>(
     packet: &[u8],
     partial: bool,
@@ -97,8 +97,8 @@ fn rewritten_of(
     }
 }
 
-/// Whether a fragment's datagram can get another tuple, which a rewrite of the fragment agrees
-/// with.
+/// Reports whether a fragment's datagram can get another tuple, and checks that a rewrite of the
+/// fragment agrees.
 fn follows<F: Ip>(fragment: &Frame, source: SocketAddr, destination: SocketAddr) -> bool {
     let mut packet = Bytes { bytes: fragment.bytes(), partial: false };
     let headers = read::<F>(&packet);
@@ -112,7 +112,8 @@ fn sums() -> impl Strategy<Value = Sum> {
     prop_oneof![Just(Sum::Full), Just(Sum::Absent), Just(Sum::Partial)]
 }
 
-/// The sum of big-endian halves, folded: all ones over anything that contains its own checksum.
+/// Returns the folded sum of big-endian halves: all ones over anything that contains its own
+/// checksum.
 fn folded(bytes: &[u8]) -> u16 {
     let mut sum = 0_u32;
     for pair in bytes.chunks(2) {
@@ -122,7 +123,7 @@ fn folded(bytes: &[u8]) -> u16 {
     sum as u16
 }
 
-/// Whether an IP packet's checksums hold.
+/// Reports whether an IP packet's checksums are right.
 fn holds(packet: &[u8]) -> bool {
     let v4 = packet[0] >> 4 == 4;
     let (header, addresses, protocol) =
@@ -179,7 +180,7 @@ proptest! {
         let header = if client.is_ipv4() { 20 } else { 40 };
         let bytes = quoted.packet();
         let quote = bytes.len().min(header + 8 + cut);
-        // Half a checksum cannot be brought up to date.
+        // Half a checksum cannot be updated.
         prop_assume!(!(tcp && quote == header + 17));
         let kind = if client.is_ipv4() { (3, 4) } else { (2, 0) };
         let router = if client.is_ipv4() { router.ip() } else { IpAddr::from([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]) };
@@ -311,7 +312,7 @@ proptest! {
 
 fn answers<F: Ip>(packet: &Bytes<Vec<u8>>, tcp: bool, mtu: u32) -> Result<(), TestCaseError> {
     let headers = read::<F>(packet);
-    // By chance the field looks as if it were left to the device: then the answer's is meant to be.
+    // By chance the field looks as if it were left to the device: then so is the answer's.
     prop_assume!(!answer::is_partial(&headers));
     let write = |header: F::Network, rest: Vec<u8>| {
         let mut bytes = Bytes { bytes: vec![0; F::HEADER as usize], partial: false };
@@ -329,7 +330,7 @@ fn answers<F: Ip>(packet: &Bytes<Vec<u8>>, tcp: bool, mtu: u32) -> Result<(), Te
     let quoted = &packet.bytes[..quote as usize];
     let sum = quoted.chunks(2).map(|pair| u64::from(u16::from_ne_bytes([pair[0], pair[1]]))).sum();
     let kind = if mtu == 0 { F::PORT_UNREACHABLE } else { F::TOO_BIG };
-    let (network, icmp) = answer::error(&headers, kind, mtu, quote, sum);
+    let (network, icmp) = answer::error(&headers, kind, mtu, Quoted { length: quote, sum });
     let mut bytes = Bytes { bytes: vec![0; 8], partial: false };
     assert!(sluice_common::packet::rewrite::Edit::store(&mut bytes, 0, icmp));
     prop_assert!(holds(&write(network, [&bytes.bytes, quoted].concat())));

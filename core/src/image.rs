@@ -1,123 +1,66 @@
 //! The exact intended content of the maps, as ordered plain data.
 //!
-//! [`diff()`] turns two images into [`Write`]s that lead from the one to the other, make
-//! before break; a [`Dataplane`] carries them out. Nothing here knows Kubernetes or aya.
+//! [`diff()`] returns the [`Write`]s that turn one image into another, make before break; a
+//! [`Dataplane`] carries them out. Nothing in this module depends on Kubernetes or aya.
 //!
-//! Conventions that the maps do not show by themselves:
+//! The maps follow conventions that their types do not show:
 //!
-//! - Id 0 is no service port and no backend.
-//! - A service port exists if and only if `names` has its id: a service port without
+//! - Id 0 stands for no service port and no backend.
+//! - A service port exists if and only if `names` has its id, since a service port without
 //!   backends is all zero in `ports`.
-//! - A range of slots exists if and only if a service port refers to it; what lies in
-//!   the other slots has no meaning.
-//! - A backend that left its service stays, its flags cleared, until its id is given
-//!   away with the next generation: connections that drain still find it, and the
-//!   generation outlives the agent.
+//! - A range of slots exists if and only if a service port refers to it. The content of all other
+//!   slots is meaningless.
+//! - A backend that has left its service keeps its entry, with its flags cleared, until its id is
+//!   reused with the next generation. Draining connections still find it, and the generation
+//!   survives a restart of the agent.
 
 mod diff;
+mod lookup;
+pub mod map;
 mod memory;
 mod reconcile;
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use sluice_common::abi::{
-    Backend, Class, Ipv4Address, Ipv6Address, Name, NodeAddress, OriginKey, Origins, Range,
-    Service, ServiceKey, ServicePort,
-};
+use sluice_common::abi::{Class, Ipv4Address, Ipv6Address, Name, Range};
 use sluice_common::{Family, V4, V6};
 
 pub use diff::diff;
+pub use lookup::{lane, node_port_bit};
+pub use map::{EntryWrite, FamilyImage, FamilyWrite, Image};
 pub use memory::{Faulty, Memory};
 pub use reconcile::Reconciler;
 
 /// Every client class, in the order of [`ServicePort::ranges`].
 pub const CLASSES: [Class; 3] = [Class::Internal, Class::ExternalInside, Class::ExternalOutside];
 
-/// What all maps of the plan hold. Equal images are equal maps.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Image {
-    /// The IPv4 maps.
-    pub v4: FamilyImage<V4>,
-    /// The IPv6 maps.
-    pub v6: FamilyImage<V6>,
-    /// Service-port id -> its ranges, affinity and policies; the map `ports`. Has the keys of
-    /// `names`.
-    pub ports: BTreeMap<u32, ServicePort>,
-    /// Service-port id -> whose it is; the map `names`.
-    pub names: BTreeMap<u32, Name>,
-    /// First slot of a range -> the backend id in each of its slots; the map `slots`.
-    ///
-    /// Ranges begin at multiples of [`sluice_common::abi::SLOTS_PER_BLOCK`], so no two share a
-    /// block.
-    pub slots: BTreeMap<u32, Vec<u32>>,
-    /// Lane -> bits of [`sluice_common::abi::listing`], none of them zero; the map `addresses`.
-    ///
-    /// A lane may belong to several addresses: its bits are those of all of them.
-    pub lanes: BTreeMap<u32, u8>,
-    /// Word -> a bit for each port number that a node port has, none of the words zero; the map
-    /// `node_ports`.
-    pub node_ports: BTreeMap<u32, u64>,
-}
-
-/// Where the bit of a port number is: word and bit.
-pub fn node_port_bit(port: u16) -> (u32, u64) {
-    (u32::from(port / 64), 1 << (port % 64))
-}
-
-/// A range of sources that a service port lets in; a key of the map `source_ranges`.
+/// A network whose addresses may use a service port; a key of the map `source_ranges`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SourceKey<A> {
     /// The service port.
     pub service_port: u32,
-    /// How many bits the sources share.
+    /// The prefix length in bits.
     pub length: u8,
-    /// The first of them.
+    /// The first address.
     pub network: A,
 }
 
-/// What every key of the map `source_ranges` leads to.
+/// The value of every entry of the map `source_ranges`.
 pub const PERMITTED: u32 = 1;
 
-/// The maps of one family.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FamilyImage<F: Family> {
-    /// Frontend -> service port; the map `services`.
-    pub services: BTreeMap<ServiceKey<F::Address>, Service>,
-    /// Backend id -> endpoint; the map `backends`.
-    pub backends: BTreeMap<u32, Backend<F::Address>>,
-    /// Endpoint -> frontends that lead to it; the map `origins`.
-    pub origins: BTreeMap<OriginKey<F::Address>, Origins<F::Address>>,
-    /// Sources that a service port lets in -> [`PERMITTED`]; the map `source_ranges`.
-    pub source_ranges: BTreeMap<SourceKey<F::Address>, u32>,
-    /// Address of this node -> what is done there; the map `node_addresses`.
-    pub node_addresses: BTreeMap<F::Address, NodeAddress>,
-}
-
-impl<F: Family> Default for FamilyImage<F> {
-    fn default() -> Self {
-        Self {
-            services: BTreeMap::new(),
-            backends: BTreeMap::new(),
-            origins: BTreeMap::new(),
-            source_ranges: BTreeMap::new(),
-            node_addresses: BTreeMap::new(),
-        }
-    }
-}
-
-/// One step of an update. Steps are carried out in order, each is complete when it returns,
-/// and each may be repeated.
+/// One step of an update.
+///
+/// Steps are carried out in order. Each is complete when it returns, and each is idempotent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Write {
-    /// Store backend ids from slot `start` on. No service port refers to the range yet.
+    /// Stores backend ids from slot `start` on. No service port refers to the range yet.
     Slots {
         /// The first slot.
         start: u32,
-        /// The id of each slot.
+        /// The backend id of each slot.
         backends: Vec<u32>,
     },
-    /// Set a lane of `addresses` to exactly these bits; zero clears it.
+    /// Sets a lane of `addresses` to exactly these bits; zero clears it.
     Listing {
         /// The lane (see [`sluice_common::family::lane`]): bits `4 * (lane % 16)` of word
         /// `lane / 16`.
@@ -125,35 +68,36 @@ pub enum Write {
         /// The new bits.
         bits: u8,
     },
-    /// Set a word of `node_ports`; zero clears it.
+    /// Sets a word of `node_ports`; zero clears it.
     NodePorts {
         /// The word.
         word: u32,
         /// Its new bits.
         bits: u64,
     },
-    /// Say whose a service port is.
+    /// Names the owner of a service port.
     Name {
-        /// Its id.
+        /// The service port's id.
         service_port: u32,
-        /// Whose it is. Boxed, since it is five times as large as any other step, and a first full
-        /// update has a million of them.
+        /// The owner. Boxed, since it is five times as large as any other step, and a first full
+        /// update has a million steps.
         name: Box<Name>,
     },
-    /// Set what a service port holds besides its ranges; a new one begins with empty ranges.
+    /// Sets everything in a service port but its ranges; a new service port starts with empty
+    /// ranges.
     Port {
-        /// Its id.
+        /// The service port's id.
         service_port: u32,
         /// Session affinity in seconds.
         affinity_seconds: u32,
-        /// Flags.
+        /// Bits of [`sluice_common::abi::policy`].
         flags: u32,
     },
-    /// Flip one class of a service port to another range: one atomic store.
+    /// Flips one class of a service port to another range, in one atomic store.
     Range {
-        /// Its id.
+        /// The service port's id.
         service_port: u32,
-        /// For which clients.
+        /// The class of clients.
         class: Class,
         /// The new range.
         range: Range,
@@ -162,109 +106,39 @@ pub enum Write {
     V4(FamilyWrite<V4>),
     /// A step of one of the IPv6 maps.
     V6(FamilyWrite<V6>),
-    /// Wait until no program still runs that began before (`membarrier`): what was
-    /// unlinked before is given away or overwritten after.
+    /// Waits until every program that is running now has ended (`membarrier`). What was unlinked
+    /// before may be reused or overwritten afterwards.
     Grace,
-    /// Forget a range that no service port refers to. Nothing has to be stored.
+    /// Forgets a range that no service port refers to. The kernel's maps do not change.
     ClearSlots {
         /// The first slot.
         start: u32,
         /// The number of slots.
         size: u32,
     },
-    /// Zero a service port.
+    /// Zeroes a service port.
     ClearPort {
-        /// Its id.
+        /// The service port's id.
         service_port: u32,
     },
-    /// Remove the name of a service port, after which its id is free.
+    /// Removes the name of a service port, after which its id is free.
     ClearName {
-        /// Its id.
+        /// The service port's id.
         service_port: u32,
     },
 }
 
-/// One step in the maps of one family.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum FamilyWrite<F: Family> {
-    /// Store a backend that no slot refers to.
-    Backend {
-        /// Its id.
-        id: u32,
-        /// The backend.
-        backend: Backend<F::Address>,
-    },
-    /// Change a backend's flags: one atomic store.
-    BackendFlags {
-        /// Its id.
-        id: u32,
-        /// Bits of [`sluice_common::abi::backend`].
-        flags: u32,
-    },
-    /// Zero a backend that no slot refers to.
-    ClearBackend {
-        /// Its id.
-        id: u32,
-    },
-    /// Insert a frontend (the key does not exist).
-    ServiceInsert {
-        /// The frontend.
-        key: ServiceKey<F::Address>,
-        /// Where it leads.
-        service: Service,
-    },
-    /// Remove a frontend.
-    ServiceRemove {
-        /// The frontend.
-        key: ServiceKey<F::Address>,
-    },
-    /// Insert or replace the frontends of an endpoint.
-    OriginInsert {
-        /// The endpoint.
-        key: OriginKey<F::Address>,
-        /// The frontends; boxed, as they are larger than any other step but a name.
-        origins: Box<Origins<F::Address>>,
-    },
-    /// Remove the frontends of an endpoint.
-    OriginRemove {
-        /// The endpoint.
-        key: OriginKey<F::Address>,
-    },
-    /// Let sources use a service port.
-    SourceInsert {
-        /// The sources.
-        key: SourceKey<F::Address>,
-    },
-    /// Let sources use a service port no longer.
-    SourceRemove {
-        /// The sources.
-        key: SourceKey<F::Address>,
-    },
-    /// Insert or replace an address of this node.
-    NodeInsert {
-        /// The address.
-        address: F::Address,
-        /// What is done there.
-        node: NodeAddress,
-    },
-    /// Remove an address that is no longer this node's.
-    NodeRemove {
-        /// The address.
-        address: F::Address,
-    },
-}
-
-/// Finds the part of an [`Image`] that belongs to a family, so that code over both is written once.
+/// A family with its part of an [`Image`], so that code for both families is written once.
 pub trait Stack: Family {
-    /// The family's maps.
+    /// Returns the family's maps.
     fn of(image: &Image) -> &FamilyImage<Self>;
-    /// The family's maps.
+    /// Returns the family's maps, to be changed.
     fn of_mut(image: &mut Image) -> &mut FamilyImage<Self>;
-    /// Wraps a step.
+    /// Wraps a step in the family's maps.
     fn write(write: FamilyWrite<Self>) -> Write;
-    /// The family's form of an address; [`None`] if it is of the other.
+    /// Converts an address to the family's type, or returns [`None`] if it is of the other family.
     fn address(address: IpAddr) -> Option<Self::Address>;
-    /// The common form of an address.
+    /// Converts an address of the family to the common type.
     fn ip(address: Self::Address) -> IpAddr;
 }
 
@@ -310,24 +184,24 @@ impl Stack for V6 {
     }
 }
 
-/// What carries writes out: the kernel's maps, or memory.
+/// Maps that writes are carried out on: the kernel's, or those in memory.
 pub trait Dataplane {
-    /// Carries the writes out, in order, up to the first that fails.
+    /// Carries out the writes in order, up to the first that fails.
     ///
     /// # Errors
     ///
-    /// The first failure, with the number of writes that were carried out before it. The
-    /// failed one may be half done; repeating it is safe.
+    /// Returns the first failure, with the number of writes that were carried out before it. The
+    /// write that failed may be half done; repeating it is safe.
     fn apply(&mut self, writes: &[Write]) -> Result<(), ApplyError>;
 
-    /// What the maps hold now.
+    /// Reads the present content of the maps.
     ///
     /// Ranges of slots are found through the service ports that refer to them, service ports
-    /// through `names`, backends by a generation other than zero.
+    /// through `names`, and backends by a generation other than zero.
     ///
     /// # Errors
     ///
-    /// When a map cannot be read.
+    /// Fails if a map cannot be read.
     fn read(&self) -> Result<Image, ReadError>;
 }
 
@@ -335,11 +209,11 @@ pub trait Dataplane {
 #[derive(Debug, thiserror::Error)]
 #[error("write {done} failed ({what}): {cause}")]
 pub struct ApplyError {
-    /// How many writes were carried out before it.
+    /// The number of writes that were carried out before it.
     pub done: usize,
-    /// The step that failed, for people.
+    /// A description of the step that failed.
     pub what: String,
-    /// Why.
+    /// The cause.
     pub cause: Box<dyn std::error::Error + Send + Sync>,
 }
 
@@ -347,14 +221,14 @@ pub struct ApplyError {
 #[derive(Debug, thiserror::Error)]
 #[error("cannot read map {map}: {cause}")]
 pub struct ReadError {
-    /// The map.
+    /// The name of the map.
     pub map: String,
-    /// Why.
+    /// The cause.
     pub cause: Box<dyn std::error::Error + Send + Sync>,
 }
 
 impl Image {
-    /// Does to the image what a write does to the maps.
+    /// Applies a write to the image, as a dataplane applies it to the maps.
     pub fn apply(&mut self, write: &Write) {
         match write {
             Write::Slots { start, backends } => {
@@ -395,48 +269,6 @@ impl Image {
             }
             Write::ClearName { service_port } => {
                 let _ = self.names.remove(service_port);
-            }
-        }
-    }
-}
-
-impl<F: Family> FamilyImage<F> {
-    fn apply(&mut self, write: &FamilyWrite<F>) {
-        match write {
-            FamilyWrite::Backend { id, backend } => {
-                let _ = self.backends.insert(*id, *backend);
-            }
-            FamilyWrite::BackendFlags { id, flags } => {
-                if let Some(backend) = self.backends.get_mut(id) {
-                    backend.flags = *flags;
-                }
-            }
-            FamilyWrite::ClearBackend { id } => {
-                let _ = self.backends.remove(id);
-            }
-            FamilyWrite::ServiceInsert { key, service } => {
-                let _ = self.services.insert(*key, *service);
-            }
-            FamilyWrite::ServiceRemove { key } => {
-                let _ = self.services.remove(key);
-            }
-            FamilyWrite::OriginInsert { key, origins } => {
-                let _ = self.origins.insert(*key, **origins);
-            }
-            FamilyWrite::OriginRemove { key } => {
-                let _ = self.origins.remove(key);
-            }
-            FamilyWrite::SourceInsert { key } => {
-                let _ = self.source_ranges.insert(*key, PERMITTED);
-            }
-            FamilyWrite::SourceRemove { key } => {
-                let _ = self.source_ranges.remove(key);
-            }
-            FamilyWrite::NodeInsert { address, node } => {
-                let _ = self.node_addresses.insert(*address, *node);
-            }
-            FamilyWrite::NodeRemove { address } => {
-                let _ = self.node_addresses.remove(address);
             }
         }
     }

@@ -1,16 +1,17 @@
-//! From what Services want to the content of the maps: pure, and in work proportional to what
-//! changed.
+//! Computes the content of the maps from what Services want. It is pure, and its work is
+//! proportional to what changed.
 //!
-//! The plan gives out ids and ranges of slots and knows who has them. What an update frees is given
-//! away only behind the update's own writes, hence behind the grace that ends them.
+//! The plan assigns ids and ranges of slots and knows their owners. What an update frees is reused
+//! only after the update's own writes, and hence after the grace that ends them.
 //!
-//! Room. A range is as large as [`maglev::size`] says. If no gap is large enough, an update of a
-//! service port that is already served takes it from the reserve, then a smaller table, at last it
-//! overwrites its own range (and has no backends for a moment). A new service port gets a smaller
-//! table or is refused. Whoever got less than due is tried again when something becomes free.
+//! Room. [`maglev::size`] determines the size of a range. If no gap is large enough, an update of a
+//! service port that is already served takes its range from the reserve, then settles for a smaller
+//! table, and finally overwrites its own range, in which case it has no backends for a moment. A
+//! new service port gets a smaller table or is refused. A Service that got less than its due is
+//! tried again when something becomes free.
 //!
-//! Fairness. What a Service has it keeps. What is free goes to the older Services first, to the
-//! ClusterIPs of all of them before any other frontend, and to no namespace that holds far more
+//! Fairness. A Service keeps what it has. What is free goes to older Services first, to the
+//! ClusterIPs of all Services before any other frontend, and to no namespace that holds far more
 //! than what would be left (`shares.rs`).
 
 mod adopt;
@@ -31,29 +32,29 @@ use sluice_common::abi::{
 };
 use sluice_common::{Family, V4, V6, maglev};
 
-use crate::image::{Image, SourceKey, Stack, Write, node_port_bit};
+use crate::image::{Image, PERMITTED, SourceKey, Stack, Write, map, node_port_bit};
 use crate::model::desired::PortKey;
 use crate::model::object::{IpFamily, Protocol};
 use crate::model::report::{Flaw, Note};
 use crate::model::{Batch, Desired, FrontendKind, ObjectName};
 use arena::Arena;
-use draft::{Draft, Drafted};
+use draft::Draft;
 use ids::{BackendIds, PortIds};
 use listing::{Lingering, Listing, Why};
 use shares::{Shares, grant};
 
-/// How much the maps hold.
+/// The capacity of the maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Service ports, of which id 0 is none.
+    /// Service ports, including the unused id 0.
     pub ports: u32,
-    /// Backends of each family, of which id 0 is none.
+    /// Backends of each family, including the unused id 0.
     pub backends: u32,
     /// Frontends of each family.
     pub services: u32,
     /// Blocks of slots.
     pub slot_blocks: u32,
-    /// The last of these blocks, which only updates may use.
+    /// How many of the last blocks only updates may use.
     pub reserve_blocks: u32,
     /// Source ranges of each family.
     pub source_ranges: u32,
@@ -62,9 +63,9 @@ pub struct Sizes {
 }
 
 impl Default for Sizes {
-    /// The sizes of the ABI, with a reserve of one largest range. One in 16 frontends, source
-    /// ranges and addresses is left for those that a large update removes only after it has
-    /// inserted the new ones.
+    /// Returns the sizes of the ABI, with a reserve of one range of the largest size. One in 16
+    /// frontends, source ranges and addresses is left free, since a large update inserts new
+    /// entries before it removes old ones.
     fn default() -> Self {
         Self {
             ports: abi::PORTS_MAX,
@@ -78,24 +79,23 @@ impl Default for Sizes {
     }
 }
 
-/// Frontends that are inserted before those that go are removed, at most (see [`Sizes::services`]).
+/// The most frontends that are inserted before old ones are removed (see [`Sizes::services`]).
 const INSERTED_AT_ONCE: u32 = 2_048;
-/// Backends that one draft touches, about: it holds all it touches twice.
+/// About the most backends that one draft touches, since it holds two copies of each.
 const TOUCHED_AT_ONCE: u32 = 8_192;
-/// Services that got less than they want and are tried again together, after an update that freed
-/// something.
+/// The most waiting Services that are tried again together after an update that freed something.
 const RETRIED_AT_ONCE: usize = 16;
 
-/// What an update leads to.
+/// The result of an update.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Update {
     /// The steps, in order.
     pub writes: Vec<Write>,
-    /// For each Service that was looked at, what is wrong with it now.
+    /// For each Service that was planned, what is wrong with it now.
     pub notes: BTreeMap<ObjectName, Vec<Note>>,
 }
 
-/// The maps' intended content, and who owns what in it.
+/// The intended content of the maps, and the owner of everything in it.
 #[derive(Clone, Debug)]
 pub struct Plan {
     sizes: Sizes,
@@ -103,9 +103,9 @@ pub struct Plan {
     ids: BTreeMap<PortKey, u32>,
     planned: BTreeMap<u32, Planned>,
     port_ids: PortIds,
-    /// Service ports of each namespace.
+    /// The number of service ports of each namespace.
     port_shares: Shares,
-    /// Blocks of slots of each namespace.
+    /// The number of blocks of slots of each namespace.
     slot_shares: Shares,
     v4: FamilyPlan<V4>,
     v6: FamilyPlan<V6>,
@@ -115,23 +115,23 @@ pub struct Plan {
     lingering_node_ports: Lingering<u16>,
     /// Address of this node -> whether it serves node ports.
     nodes: BTreeMap<IpAddr, bool>,
-    /// Service -> its ClusterIPs as such.
+    /// Service -> its ClusterIPs whose other ports are rejected.
     addresses: BTreeMap<ObjectName, BTreeSet<IpAddr>>,
-    /// The same the other way round: several Services may claim one.
+    /// The inverse of `addresses`: several Services may claim one address.
     holders: BTreeSet<(IpAddr, ObjectName)>,
     waiting: BTreeMap<ObjectName, Waiting>,
     limbo: Limbo,
-    /// Adopted from maps and not swept so far: service ports that belong to nobody.
+    /// Service ports in adopted maps that have no owner; [`None`] once they are swept.
     strays: Option<Vec<u32>>,
 }
 
-/// A service port as it is planned.
+/// A planned service port.
 #[derive(Clone, Debug)]
 struct Planned {
     key: PortKey,
     frontends: BTreeMap<(IpAddr, u16), FrontendKind>,
     backends: BTreeMap<(IpAddr, u16), Held>,
-    /// The content of its ranges is known to be what [`maglev::fill`] makes of its backends.
+    /// Whether its ranges are known to hold what [`maglev::fill`] computes for its backends.
     verified: bool,
 }
 
@@ -142,15 +142,15 @@ struct Held {
     selected: [bool; 3],
 }
 
-/// A Service that got less than it wants.
+/// A Service that got less than it wants and waits for more.
 #[derive(Clone, Debug)]
 struct Waiting {
     desired: Desired,
-    /// What there was too little of: bits of [`lack`].
+    /// The resources that were short: bits of [`lack`].
     lacks: u32,
 }
 
-/// What there may be too little of. Bits of IPv6 are those of IPv4 shifted by [`lack::IPV6`].
+/// Resources that may be short. The bits of IPv6 are those of IPv4 shifted by [`lack::IPV6`].
 mod lack {
     pub(super) const PORTS: u32 = 1 << 0;
     pub(super) const SLOTS: u32 = 1 << 1;
@@ -160,27 +160,27 @@ mod lack {
     pub(super) const SOURCES: u32 = 1 << 5;
     pub(super) const IPV6: u32 = 8;
 
-    /// A bit for a family.
+    /// Returns a family's bit for a resource.
     pub(super) fn of<F: sluice_common::Family>(bit: u32) -> u32 {
         if F::VERSION == 6 { bit << IPV6 } else { bit }
     }
 }
 
-/// The first of its frontends that leads to an endpoint, the endpoint, and the service port.
+/// An endpoint, the first frontend of a service port that leads to it, and the service port.
 type User<A> = (OriginKey<A>, (A, u16), u32);
 
-/// What is counted per family.
+/// The part of a plan that each family has its own of.
 #[derive(Clone, Debug)]
 struct FamilyPlan<F: Family> {
     ids: BackendIds<F::Address>,
-    /// Endpoint, with the least frontend of each service port that it is a backend of, and the
-    /// service port. Those without a frontend that a reply could show are left out.
+    /// Each endpoint with every service port that it is a backend of and the least frontend of
+    /// that service port. Service ports without a frontend that a reply could show are left out.
     users: BTreeSet<User<F::Address>>,
-    /// Frontends of each namespace, without its ClusterIPs as such.
+    /// The number of frontends of each namespace, without the entries that reject other ports.
     frontends: Shares,
-    /// Backends of each namespace.
+    /// The number of backends of each namespace.
     backends: Shares,
-    /// Source ranges of each namespace.
+    /// The number of source ranges of each namespace.
     sources: Shares,
 }
 
@@ -196,10 +196,11 @@ impl<F: Family> FamilyPlan<F> {
     }
 }
 
-/// The part of a plan that belongs to a family.
-trait Planning: Drafted {
+/// A family with its part of a plan.
+trait Planning: Stack {
+    /// Returns the family's part.
     fn of_plan(plan: &mut Plan) -> &mut FamilyPlan<Self>;
-    /// The ids that are to be retired when the writes of the draft are out.
+    /// Returns the backend ids that are retired at the end of the draft.
     fn leaving(limbo: &mut Limbo) -> &mut Vec<u32>;
 }
 
@@ -221,7 +222,7 @@ impl Planning for V6 {
     }
 }
 
-/// What the draft frees, and may not be given away within the draft.
+/// What the draft frees, and must not be reused within the draft.
 #[derive(Clone, Debug, Default)]
 struct Limbo {
     ranges: Vec<Range>,
@@ -235,34 +236,34 @@ struct Limbo {
 struct Work {
     draft: Draft,
     update: Update,
-    /// Something became free.
+    /// Whether something became free.
     freed: bool,
-    /// What there was too little of for the Service that is being planned: bits of [`lack`].
+    /// The resources that were short for the Service that is being planned: bits of [`lack`].
     lacks: u32,
 }
 
 impl Plan {
-    /// A plan for empty maps.
+    /// Creates a plan for empty maps.
     pub fn new(sizes: Sizes) -> Self {
         Self::adopt(sizes, Image::default())
     }
 
-    /// What the maps shall hold.
+    /// Returns the intended content of the maps.
     pub fn image(&self) -> &Image {
         &self.image
     }
 
-    /// The service port of an id.
+    /// Returns the service port with an id.
     pub fn port(&self, id: u32) -> Option<&PortKey> {
         self.planned.get(&id).map(|planned| &planned.key)
     }
 
-    /// The id of a service port.
+    /// Returns the id of a service port.
     pub fn id(&self, key: &PortKey) -> Option<u32> {
         self.ids.get(key).copied()
     }
 
-    /// Plans what some Services want now.
+    /// Plans the Services of a batch.
     pub fn update(&mut self, batch: &Batch) -> Update {
         let mut work = Work::default();
         if batch.complete {
@@ -280,7 +281,7 @@ impl Plan {
             self.plan_services(&gone.map(|name| (name, &nothing)).collect::<Vec<_>>(), &mut work);
         }
         let mut services: Vec<(&ObjectName, &Desired)> = batch.services.iter().collect();
-        // Those that go make room for the others.
+        // Services that are gone make room for the others.
         services.sort_by_key(|(name, desired)| (!desired.ports.is_empty(), rank(name, desired)));
         self.plan_services(&services, &mut work);
         self.flush(&mut work);
@@ -290,8 +291,8 @@ impl Plan {
         work.update
     }
 
-    /// Tries some Services again that got less than they want. Returns whether there were any, and
-    /// all got it: then there may be room for more of them.
+    /// Plans some of the waiting Services again. Returns whether there were any and none of them
+    /// still waits: then there may be room for more of them.
     fn retry(&mut self, work: &mut Work) -> bool {
         let again = self.take_waiting();
         let left = self.waiting.len();
@@ -302,8 +303,8 @@ impl Plan {
         !again.is_empty() && self.waiting.len() == left
     }
 
-    /// Takes the oldest of the Services that wait for something of which their namespace would get
-    /// some now.
+    /// Takes the oldest waiting Services whose namespaces would now be granted some of what they
+    /// wait for.
     fn take_waiting(&mut self) -> Vec<(ObjectName, Waiting)> {
         let mut names: Vec<&ObjectName> = self
             .waiting
@@ -318,7 +319,7 @@ impl Plan {
         names.into_iter().filter_map(|name| self.waiting.remove_entry(&name)).collect()
     }
 
-    /// Whether a namespace would get more of something that there was too little of.
+    /// Whether a namespace would now be granted more of a resource that was short.
     fn grants_any(&self, namespace: &str, lacks: u32) -> bool {
         lacks & lack::PORTS != 0
             && grant(self.port_shares.held(namespace), self.port_ids.free(), 1) > 0
@@ -344,7 +345,7 @@ impl Plan {
             || lacks & lack::SOURCES != 0 && grant(plan.sources.held(namespace), sources, 1) > 0
     }
 
-    /// How many frontends are free: a sixteenth of all is for ClusterIPs alone.
+    /// Returns the number of free frontends; a sixteenth of all is reserved for ClusterIPs.
     fn free_frontends<F: Planning>(&self, cluster_ip: bool) -> u32 {
         let kept = if cluster_ip { 0 } else { self.sizes.services / 16 };
         self.sizes
@@ -357,9 +358,9 @@ impl Plan {
         self.sizes.source_ranges.saturating_sub(F::of(&self.image).source_ranges.len() as u32)
     }
 
-    /// Plans the node's own addresses: for each, whether node ports are served there.
+    /// Plans the node's own addresses, each with whether node ports are served there.
     ///
-    /// If there are more than the map holds, those without node ports are left out first.
+    /// If there are more addresses than the map holds, those without node ports are left out first.
     pub fn set_node_addresses(&mut self, addresses: BTreeMap<IpAddr, bool>) -> Vec<Write> {
         let mut work = Work::default();
         let old = std::mem::replace(&mut self.nodes, addresses);
@@ -398,17 +399,16 @@ impl Plan {
             .collect();
         let known = F::of(&self.image).node_addresses.clone();
         for address in known.keys().filter(|address| !wanted.contains_key(address)) {
-            work.draft.set_node_address::<F>(&mut self.image, *address, None);
+            work.draft.set::<map::NodeAddresses<F>>(&mut self.image, *address, None);
         }
         for (address, node) in wanted {
             if known.get(&address) != Some(&node) {
-                work.draft.set_node_address::<F>(&mut self.image, address, Some(node));
+                work.draft.set::<map::NodeAddresses<F>>(&mut self.image, address, Some(node));
             }
         }
     }
 
-    /// Plans Services, in this order: first what all of them need to be served at their ClusterIPs,
-    /// then the rest.
+    /// Plans Services: first what all of them need to be served at their ClusterIPs, then the rest.
     fn plan_services(&mut self, services: &[(&ObjectName, &Desired)], work: &mut Work) {
         let mut found: Vec<(Vec<Note>, u32)> = Vec::with_capacity(services.len());
         for (name, desired) in services {
@@ -422,7 +422,7 @@ impl Plan {
         for ((name, desired), (mut notes, lacks)) in services.iter().zip(found) {
             work.lacks = lacks;
             self.plan_frontends(desired, work, &mut notes);
-            // Where a port found no room, its clients must not be told that there is none.
+            // If a port found no room, its clients must not be rejected as if it did not exist.
             let wanted =
                 desired.addresses.iter().filter(|vip| self.is_whole(desired, IpFamily::of(**vip)));
             let wanted = wanted.copied().collect();
@@ -436,8 +436,8 @@ impl Plan {
         }
     }
 
-    /// Plans a Service's ports, with their ClusterIPs and those of their other frontends that they
-    /// have.
+    /// Plans a Service's ports, with their ClusterIPs and those other frontends that they have
+    /// already.
     fn plan_ports(
         &mut self,
         name: &ObjectName,
@@ -461,7 +461,7 @@ impl Plan {
         }
     }
 
-    /// Plans the frontends that a Service's ports still lack.
+    /// Plans the remaining frontends of a Service's ports.
     fn plan_frontends(&mut self, desired: &Desired, work: &mut Work, notes: &mut Vec<Note>) {
         for (key, port) in &desired.ports {
             let Some(id) = self.ids.get(key).copied() else { continue };
@@ -478,7 +478,7 @@ impl Plan {
         }
     }
 
-    /// Whether every ClusterIP of a Service's ports in a family is planned.
+    /// Whether every ClusterIP frontend of a Service in a family is planned.
     fn is_whole(&self, desired: &Desired, family: IpFamily) -> bool {
         desired.ports.iter().filter(|(key, _)| key.family == family).all(|(key, port)| {
             let planned = self.ids.get(key).and_then(|id| self.planned.get(id));
@@ -490,7 +490,7 @@ impl Plan {
         })
     }
 
-    /// Plans a Service's ClusterIPs as such.
+    /// Plans the entries that reject all other ports of a Service's ClusterIPs.
     fn plan_addresses(
         &mut self,
         name: &ObjectName,
@@ -556,16 +556,16 @@ impl Plan {
         self.unlist_later(address, work);
     }
 
-    /// The service ports of a Service that are planned.
+    /// Returns the planned service ports of a Service.
     fn keys_of(&self, name: &ObjectName) -> Vec<PortKey> {
         let keys = self.ids.range(PortKey::first(name)..).map(|(key, _)| key);
         keys.take_while(|key| key.service == *name).cloned().collect()
     }
 
-    /// Ends the draft: what it freed may be given away in the next, whose writes come later.
+    /// Ends the draft. What it freed may be reused in the next one, whose writes come later.
     fn flush(&mut self, work: &mut Work) {
         let draft = std::mem::take(&mut work.draft);
-        work.update.writes.append(&mut draft.writes(&self.image));
+        work.update.writes.append(&mut draft.writes());
         let Limbo { ranges, ports, v4, v6 } = std::mem::take(&mut self.limbo);
         work.freed |= !(ranges.is_empty() && ports.is_empty() && v4.is_empty() && v6.is_empty());
         for range in ranges {
@@ -588,7 +588,7 @@ impl Plan {
         }
     }
 
-    /// The first block of the reserve.
+    /// Returns the first block of the reserve.
     fn boundary(&self) -> u32 {
         self.sizes.slot_blocks.saturating_sub(self.sizes.reserve_blocks)
     }
@@ -605,10 +605,10 @@ impl Plan {
         }
     }
 
-    /// Finds room for a table of a wished size: for an update, also in the reserve; at need, and
-    /// where a namespace has its share, a smaller one.
+    /// Finds room for a table of the given size. An update may also use the reserve. The table is
+    /// smaller if there is no room, or if the namespace has its share.
     ///
-    /// `own` is how many blocks an update has that it gives back in the end; [`None`] for a new
+    /// `own` is the number of blocks that an update gives back in the end, or [`None`] for a new
     /// service port.
     fn find_room(
         &mut self,
@@ -629,7 +629,7 @@ impl Plan {
                 start = self.take_blocks(blocks, back, namespace);
             }
             let smaller = maglev::smaller(size);
-            // However much its namespace has, an update gets the least.
+            // An update always gets the smallest table, however much its namespace holds.
             let free = self.arena.free() + self.reserve.free() + back;
             let granted = smaller == 0 || self.grants_blocks(blocks, free, back, namespace);
             if start.is_none() && own.is_some() && granted {
@@ -652,34 +652,34 @@ impl Plan {
         }
     }
 
-    /// Whether a namespace that gives some blocks back gets others, while so many are as good as
-    /// free.
+    /// Whether a namespace that gives back `back` blocks is granted `blocks` of the `free` ones.
     fn grants_blocks(&self, blocks: u32, free: u32, back: u32, namespace: &str) -> bool {
         grant(self.slot_shares.held(namespace).saturating_sub(back), free, blocks) == blocks
     }
 
-    /// Lists or unlists an address.
+    /// Lists an address for a reason.
     fn list(&mut self, address: IpAddr, why: Why, work: &mut Work) {
         let (lane, bits) = self.listing.add(address, why);
-        work.draft.set_lane(&mut self.image, lane, bits);
+        work.draft.set::<map::Lanes>(&mut self.image, lane, (bits != 0).then_some(bits));
     }
 
+    /// Removes a reason for which an address is listed.
     fn unlist(&mut self, address: IpAddr, why: Why, work: &mut Work) {
         let (lane, bits) = self.listing.remove(address, why);
-        work.draft.set_lane(&mut self.image, lane, bits);
+        work.draft.set::<map::Lanes>(&mut self.image, lane, (bits != 0).then_some(bits));
     }
 
-    /// Unlists a frontend's address when many others have gone after it.
+    /// Unlists the address of a removed frontend once many others have been removed after it.
     fn unlist_later(&mut self, address: IpAddr, work: &mut Work) {
         if let Some((lane, bits)) = self.listing.linger(address) {
-            work.draft.set_lane(&mut self.image, lane, bits);
+            work.draft.set::<map::Lanes>(&mut self.image, lane, (bits != 0).then_some(bits));
         }
     }
 
-    /// Sets the bit of a port number after a frontend with it came; after it went, clears it when
-    /// many others have gone after it.
+    /// Sets the bit of a node port that has a frontend. Clears the bit of one that has none once
+    /// many others have been removed after it.
     fn refresh_node_port(&mut self, port: u16, work: &mut Work) {
-        let is_set = self.has_node_port_bit(port);
+        let is_set = self.image.is_node_port(port);
         if has_node_port::<V4>(&self.image, port) || has_node_port::<V6>(&self.image, port) {
             self.lingering_node_ports.forget(&port);
             if !is_set {
@@ -693,22 +693,17 @@ impl Plan {
         }
     }
 
-    fn has_node_port_bit(&self, port: u16) -> bool {
-        let (word, bit) = node_port_bit(port);
-        self.image.node_ports.get(&word).is_some_and(|bits| bits & bit != 0)
-    }
-
     fn set_node_port_bit(&mut self, port: u16, is_set: bool, work: &mut Work) {
         let (word, bit) = node_port_bit(port);
         let before = self.image.node_ports.get(&word).copied().unwrap_or(0);
         let bits = if is_set { before | bit } else { before & !bit };
-        work.draft.set_node_ports(&mut self.image, word, bits);
+        work.draft.set::<map::NodePorts>(&mut self.image, word, (bits != 0).then_some(bits));
     }
 
-    /// Writes which frontends lead to an endpoint: the first few, in order. A node port is none of
-    /// them: it has no address of its own that a reply could show.
+    /// Writes the first few frontends that lead to an endpoint, in order. A node port is not among
+    /// them, since it has no address of its own that a reply could show.
     ///
-    /// However many service ports share the endpoint, only the first few are looked at.
+    /// However many service ports share the endpoint, only the first few are examined.
     fn refresh_origins<F: Planning>(&mut self, endpoint: OriginKey<F::Address>, work: &mut Work) {
         let mut origins = abi::Origins::default();
         let wanted = origins.frontends.len();
@@ -726,11 +721,11 @@ impl Plan {
         }
         let origins = (!frontends.is_empty()).then_some(origins);
         if F::of(&self.image).origins.get(&endpoint) != origins.as_ref() {
-            work.draft.set_origins::<F>(&mut self.image, endpoint, origins);
+            work.draft.set::<map::Origins<F>>(&mut self.image, endpoint, origins);
         }
     }
 
-    /// Sets or removes a frontend.
+    /// Sets or removes a frontend, and counts it for its namespace.
     fn set_frontend<F: Planning>(
         &mut self,
         key: ServiceKey<F::Address>,
@@ -748,7 +743,7 @@ impl Plan {
         work.draft.set_service::<F>(&mut self.image, key, service);
     }
 
-    /// Lets a source in, or no longer.
+    /// Permits or removes a source range, and counts it for its namespace.
     fn set_source<F: Planning>(
         &mut self,
         key: SourceKey<F::Address>,
@@ -759,22 +754,26 @@ impl Plan {
         if let Some(namespace) = self.namespace(key.service_port) {
             F::of_plan(self).sources.change(&namespace, before.into(), permitted.into());
         }
-        work.draft.set_source::<F>(&mut self.image, key, permitted);
+        work.draft.set::<map::SourceRanges<F>>(
+            &mut self.image,
+            key,
+            permitted.then_some(PERMITTED),
+        );
     }
 
-    /// The namespace of a service port.
+    /// Returns the namespace of a service port.
     fn namespace(&self, id: u32) -> Option<Arc<str>> {
         self.planned.get(&id).map(|planned| planned.key.service.namespace.clone())
     }
 }
 
-/// The frontends of a service port that a reply may show, in order.
+/// Returns the frontends of a service port that a reply may show, in order.
 fn visible<F: Stack>(planned: &Planned) -> impl Iterator<Item = (F::Address, u16)> {
     let frontends = planned.frontends.iter().filter(|(_, kind)| **kind != FrontendKind::NodePort);
     frontends.filter_map(|((vip, port), _)| Some((F::address(*vip)?, *port)))
 }
 
-/// How old a Service is, for comparison: the first of all is served first, as arbitration has it.
+/// Returns a key that orders Services by age, oldest first, as claims are settled.
 fn rank<'a>(name: &'a ObjectName, desired: &Desired) -> (bool, Option<i64>, &'a ObjectName) {
     (desired.created.is_none(), desired.created, name)
 }
@@ -782,32 +781,32 @@ fn rank<'a>(name: &'a ObjectName, desired: &Desired) -> (bool, Option<i64>, &'a 
 /// Which frontends of a service port are planned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Which {
-    /// ClusterIPs, and those of the others that take no more room.
+    /// ClusterIPs, and other frontends that exist already.
     ClusterIps,
-    /// All.
+    /// All of them.
     All,
 }
 
-/// How many blocks some ranges take.
+/// Returns the number of blocks that ranges occupy.
 fn blocks(ranges: &[u64; 3]) -> u32 {
     let distinct: BTreeSet<u64> = ranges.iter().copied().collect();
     distinct.into_iter().map(|range| Range(range).size().div_ceil(abi::SLOTS_PER_BLOCK)).sum()
 }
 
-/// The key of an endpoint in `origins`.
+/// Returns the key of an endpoint in `origins`.
 fn endpoint<F: Stack>(address: F::Address, port: u16, key: &PortKey) -> OriginKey<F::Address> {
     OriginKey { address, port, protocol: key.protocol.number(), reserved: 0 }
 }
 
-/// The key of a ClusterIP as such.
+/// Returns the key of the entry that rejects all other ports of a ClusterIP.
 fn whole<F: Stack>(address: F::Address) -> ServiceKey<F::Address> {
     ServiceKey { address, port: 0, protocol: 0, reserved: 0 }
 }
 
-/// Where a ClusterIP as such leads.
+/// The value of the entry that rejects all other ports of a ClusterIP.
 const WHOLE: Service = Service { service_port: 0, kind: frontend::ADDRESS };
 
-/// Whether a family has a frontend for a node port.
+/// Whether a node port has a frontend in a family.
 fn has_node_port<F: Stack>(image: &Image, port: u16) -> bool {
     let services = &F::of(image).services;
     Protocol::ALL.into_iter().any(|protocol| {

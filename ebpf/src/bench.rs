@@ -1,5 +1,5 @@
-//! What the benchmark runs the kernel programs with: a driver that makes each packet anew and
-//! tail-calls the program under test, and programs that do nothing, which give the driver's own
+//! Programs that the benchmark runs the kernel programs with: a driver that writes each packet anew
+//! and tail-calls the program under test, and programs that do nothing, to measure the driver's own
 //! cost.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
@@ -20,7 +20,7 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
     loop {}
 }
 
-/// A tail call is for GPL-compatible programs, if the program that it calls is one.
+/// `bpf_tail_call` is available to GPL-compatible programs only if the called program is one.
 #[cfg(target_arch = "bpf")]
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
@@ -39,10 +39,10 @@ mod driver {
     use aya_ebpf::programs::{TcContext, XdpContext};
     use sluice_common::bench::{DESTINATION_PORT_AT, HEADERS, PORTS, SOURCE_PORT_AT, Template};
 
-    /// The packet as it is made anew.
+    /// The packet as it is written for each run.
     #[btf_map]
     static template: Array<Template, 1> = Array::new();
-    /// What is written at [`Template::port_at`], one packet after the other; big endian.
+    /// The values for [`Template::port_at`], one packet after the other; big endian.
     #[btf_map]
     static ports: Array<u16, { PORTS as usize }> = Array::new();
     /// The tc program under test.
@@ -52,7 +52,7 @@ mod driver {
     #[map]
     static xdp_target: ProgramArray = ProgramArray::with_max_entries(1, 0);
 
-    /// Makes the packet of the next run.
+    /// Writes the packet of the next run.
     #[inline(always)]
     fn make(data: usize, end: usize) -> Option<()> {
         if data + HEADERS > end {
@@ -101,7 +101,7 @@ mod driver {
 
     #[xdp]
     fn drive_xdp(ctx: XdpContext) -> u32 {
-        // What the last run put before the frame is taken away.
+        // Remove what the last run put in front of the frame.
         let before = ctx.data().wrapping_sub(ctx.metadata());
         if before != 0 {
             // SAFETY: the context is valid while the program runs.

@@ -1,4 +1,4 @@
-//! Entry points, one a hook.
+//! Entry points, one for each hook.
 
 mod clock;
 mod connections;
@@ -6,15 +6,15 @@ mod count;
 mod decide;
 mod events;
 mod fib;
-mod held;
 #[cfg(feature = "both-layouts")]
 mod layouts;
 mod maps;
-mod met;
 mod record;
+mod run;
 mod sctp;
 mod skb;
 mod socket;
+mod socket_lookup;
 mod tables;
 mod tc;
 mod xdp;
@@ -22,13 +22,13 @@ mod xdp;
 use aya_ebpf::macros::{cgroup_sock_addr, classifier, sock_ops, xdp};
 use aya_ebpf::programs::{SockAddrContext, SockOpsContext, TcContext, XdpContext};
 
-/// What enters the node, or leaves a pod, on a device with an Ethernet header.
+/// Packets that enter the node, or leave a pod, on a device with an Ethernet header.
 #[classifier]
 pub(crate) fn tc_ingress_l2(ctx: TcContext) -> i32 {
     tc::run::<14, false>(ctx.skb.skb)
 }
 
-/// What leaves the node, or enters a pod, on a device with an Ethernet header.
+/// Packets that leave the node, or enter a pod, on a device with an Ethernet header.
 #[classifier]
 pub(crate) fn tc_egress_l2(ctx: TcContext) -> i32 {
     tc::run::<14, true>(ctx.skb.skb)
@@ -46,7 +46,7 @@ pub(crate) fn tc_egress_l3(ctx: TcContext) -> i32 {
     tc::run::<0, true>(ctx.skb.skb)
 }
 
-/// What comes from outside, before the kernel has made an skb of it.
+/// Packets from outside, before the kernel has made an skb of them.
 #[xdp]
 pub(crate) fn xdp_uplink(ctx: XdpContext) -> u32 {
     xdp::run(ctx.ctx)

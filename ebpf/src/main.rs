@@ -1,7 +1,7 @@
 //! The kernel programs: entry points around [`sluice_common::path`].
 //!
 //! A program wraps its context, lets the path decide, and applies the decision. Compiled for any
-//! other target than BPF this is an empty program, so that the whole workspace can be checked at
+//! target other than BPF this is an empty program, so that the whole workspace can be checked at
 //! once.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]

@@ -7,22 +7,23 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{Node, Running};
+use crate::node::Node;
+use crate::running::Running;
 
-/// What to start an agent with.
+/// Options of an agent.
 #[derive(Clone, Debug, Default)]
 pub struct AgentOptions {
-    /// The directory of manifests it watches.
+    /// The directory of manifests that it watches.
     pub manifests: Option<PathBuf>,
-    /// How it reaches an API server.
+    /// The kubeconfig by which it reaches an API server.
     pub kubeconfig: Option<PathBuf>,
     /// Further arguments of `sluice agent`.
     pub args: Vec<String>,
-    /// Another program than the `sluice` under test: an older or newer one.
+    /// A program to run instead of the `sluice` under test: an older or newer one.
     pub program: Option<PathBuf>,
-    /// What it calls the node; the node's name if not given.
+    /// The name that it has for the node, if not the node's own.
     pub node_name: Option<String>,
-    /// Further variables of its environment.
+    /// Further environment variables.
     pub environment: Vec<(String, String)>,
 }
 
@@ -34,8 +35,8 @@ pub struct AgentProcess {
     running: Running,
 }
 
-/// Finds the `sluice` binary: `$SLUICE_BIN`, else beside this program or, for a test, one directory
-/// above.
+/// Finds the `sluice` binary: `$SLUICE_BIN`, or in the directory of this program or, for a test, the
+/// one above.
 fn sluice_path() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("SLUICE_BIN") {
         return Ok(path.into());
@@ -67,13 +68,13 @@ impl Node {
         Ok(AgentProcess { node: self.clone(), options, running })
     }
 
-    /// Where the node's agent pins its maps and links.
+    /// Returns the directory in which the node's agent pins its maps and links.
     pub fn pin_path(&self) -> PathBuf {
         self.bpffs().join("sluice")
     }
 
-    /// Runs a subcommand of `sluice` on the node, `--pin-path` added, and returns its standard
-    /// output.
+    /// Runs a subcommand of `sluice` on the node with the node's `--pin-path`, and returns its
+    /// standard output.
     ///
     /// # Errors
     /// If it cannot be started or fails; the error then holds its standard error.
@@ -91,7 +92,7 @@ impl Node {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// A subcommand of `sluice` on the node, `--pin-path` added, not started yet.
+    /// Returns the command for a subcommand of `sluice` on the node with the node's `--pin-path`.
     ///
     /// # Errors
     /// If the binary is not found.
@@ -102,7 +103,7 @@ impl Node {
         Ok(command)
     }
 
-    /// As [`Node::sluice`], whatever the exit status.
+    /// Like [`Node::sluice`], but returns the output whatever the exit status.
     pub fn sluice_output(&self, args: &[&str]) -> Result<Output> {
         self.sluice_command(args)?.output().with_context(|| {
             format!("cannot run `sluice {}` on the node {}", args.join(" "), self.name())
@@ -168,22 +169,22 @@ impl AgentProcess {
                     self.log_tail()
                 );
             }
-            // Each question is a process: asked more often, they would slow down the start.
+            // Each question starts a process. More of them would slow down the agent's start.
             sleep(Duration::from_millis(100));
         }
     }
 
-    /// What it is started with the next time.
+    /// Returns the options that the next start uses.
     pub fn options(&mut self) -> &mut AgentOptions {
         &mut self.options
     }
 
-    /// The agent's process.
+    /// Returns the agent's process.
     pub fn process(&mut self) -> &mut Running {
         &mut self.running
     }
 
-    /// Everything it has logged since its last start.
+    /// Returns everything that it has logged since its last start.
     pub fn log(&self) -> String {
         self.running.stderr() + &self.running.stdout()
     }
@@ -199,10 +200,10 @@ impl AgentProcess {
         self.running.kill().map(drop)
     }
 
-    /// Asks it to end with SIGTERM, as a kubelet does, and waits for that.
+    /// Sends it SIGTERM, as a kubelet does, and waits for its end.
     ///
     /// # Errors
-    /// If it had to be killed, or ends with another status than success.
+    /// If it has to be killed, or ends with an error.
     pub fn stop(&mut self) -> Result<()> {
         let status = self.running.stop()?;
         if !status.success() {
@@ -215,7 +216,7 @@ impl AgentProcess {
         Ok(())
     }
 
-    /// Starts it again with the same options, after ending it if it still runs.
+    /// Stops it if it still runs, and starts it with the same options.
     pub fn restart(&mut self) -> Result<()> {
         if self.running.poll()?.is_none() {
             self.stop()?;

@@ -1,5 +1,5 @@
-//! A program that counts the IPv4 packets of one address at a device's hook and passes them on: a
-//! witness of what others see there.
+//! A program that counts the IPv4 packets of one address at a device's hook and passes them on, to
+//! show what other programs see there.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -8,8 +8,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 
-use crate::Namespace;
 use crate::leftovers::c_path;
+use crate::namespace::Namespace;
 use crate::xdp::{bpf, descriptor, number, pin};
 
 const BPF_MAP_CREATE: libc::c_long = 0;
@@ -21,7 +21,7 @@ const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_F_BEFORE: u32 = 1 << 3;
 const BPF_F_AFTER: u32 = 1 << 4;
 
-/// Which way packets go through a device.
+/// The direction of packets through a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
     /// From the device into the stack.
@@ -30,7 +30,7 @@ pub enum Way {
     Egress,
 }
 
-/// Which address of a packet is looked at.
+/// The address of a packet that is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     /// The source.
@@ -39,16 +39,17 @@ pub enum Side {
     Destination,
 }
 
-/// Where among the programs that TCX has at a hook so far.
+/// The place among the programs that TCX already has at a hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// Before all.
+    /// Before all others.
     First,
-    /// Behind all.
+    /// Behind all others.
     Last,
 }
 
-/// A counting program; it goes with this guard if it is attached, with its file if it is pinned.
+/// A counting program. It lives as long as this guard if it is attached, and as long as its file if
+/// it is pinned.
 #[derive(Debug)]
 pub struct Counter {
     map: OwnedFd,
@@ -158,7 +159,7 @@ impl Counter {
         Ok(Self { map, program, link: None })
     }
 
-    /// Packets counted so far.
+    /// Returns the number of packets so far.
     pub fn packets(&self) -> Result<u64> {
         let (key, mut value) = (0u32, 0u64);
         let lookup = MapLookup {

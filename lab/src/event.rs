@@ -1,4 +1,4 @@
-//! What `sluice-lab-server` reports, one JSON object a line.
+//! The reports of `sluice-lab-server`, one JSON object per line.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -18,12 +18,12 @@ pub struct Reply {
     pub from: SocketAddr,
     /// Milliseconds since the client's start.
     pub at_ms: u64,
-    /// From the request to the answer, in microseconds.
+    /// The time from the request to the answer, in microseconds.
     pub took_us: u64,
 }
 
 impl Reply {
-    /// How many of the answers each server gave.
+    /// Counts the answers of each server.
     pub fn shares(replies: &[Self]) -> BTreeMap<String, usize> {
         let mut shares = BTreeMap::new();
         for reply in replies {
@@ -33,10 +33,10 @@ impl Reply {
     }
 }
 
-/// What became of a load so far.
+/// The results of a load so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Load {
-    /// Connections that stay and are open now.
+    /// Lasting connections that are open now.
     pub held: u64,
     /// Requests over them that were answered.
     pub answered: u64,
@@ -54,21 +54,21 @@ pub struct Load {
     pub wrong: u64,
     /// Other failures, those of the client's own machine among them.
     pub other: u64,
-    /// What was answered after more than 0.9 seconds: TCP had to send a packet again.
+    /// Answers that took more than 0.9 seconds: TCP had to send a packet again.
     pub slow: u64,
     /// The slowest answer, in milliseconds.
     pub worst_ms: u64,
-    /// The first failures in words.
+    /// Descriptions of the first failures.
     pub told: Vec<String>,
 }
 
 impl Load {
-    /// How much failed.
+    /// Returns the number of failures.
     pub fn failures(&self) -> u64 {
         self.refused + self.reset + self.lost + self.wrong + self.other
     }
 
-    /// Adds what became of another part of the load.
+    /// Adds the results of another part of the load.
     pub fn add(&mut self, more: Self) {
         for (sum, more) in [
             (&mut self.held, more.held),
@@ -93,41 +93,41 @@ impl Load {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Event {
-    /// A server takes requests from now on.
+    /// A server accepts requests from now on.
     Listening {
-        /// Where.
+        /// Its address.
         address: SocketAddr,
     },
     /// A client has a connected socket.
     Connected {
         /// Its own address.
         local: SocketAddr,
-        /// What getpeername(2) says.
+        /// The address that getpeername(2) returns.
         peer: SocketAddr,
     },
     /// A client has an answer.
     Reply(Reply),
-    /// What became of a load so far.
+    /// The results of a load so far.
     Load(Load),
     /// A request got no answer; the client goes on.
     Lost {
         /// The request's number.
         seq: u64,
-        /// Why.
+        /// The reason.
         reason: String,
         /// Milliseconds since the client's start.
         at_ms: u64,
     },
     /// A connection that should have gone on has ended; the client ends too.
     Broken {
-        /// The number of the request under way.
+        /// The number of the current request.
         seq: u64,
-        /// How it ended.
+        /// The reason.
         reason: String,
         /// Milliseconds since the client's start.
         at_ms: u64,
     },
-    /// A client has done what it was to do.
+    /// A client has finished.
     Done {
         /// Requests sent.
         sent: u64,
@@ -135,7 +135,7 @@ pub enum Event {
         received: u64,
         /// Bytes of payload received.
         bytes: u64,
-        /// How long it took.
+        /// The time it took, in milliseconds.
         elapsed_ms: u64,
     },
 }

@@ -1,53 +1,22 @@
-//! The lab itself: what its parts share, and the order in which they come and go.
+//! The lab itself, which makes its parts and removes them.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::leftovers::{self, KEEP};
+use crate::leftovers::{self, KEEP, sweep};
+use crate::node::{Node, NodeOptions, Overlay};
 use crate::router::{Client, Router};
-use crate::{Node, NodeOptions, cgroup, sweep, xdp};
-
-/// How packets between pods of different nodes travel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Overlay {
-    /// Plain routes on the segment the nodes share; the router knows the pods' ranges too.
-    #[default]
-    None,
-    /// A `vxlan0` device on every node, flannel's way: static neighbours, MTU 1450. The router
-    /// knows no pods.
-    Vxlan,
-    /// A headerless (`ARPHRD_NONE`) `tun0` on every node, its packets relayed over UDP by a
-    /// process; MTU 1450. The router knows no pods.
-    Tun,
-}
-
-/// What every part of a lab needs to know of it.
-pub(crate) struct Shared {
-    pub(crate) id: String,
-    pub(crate) state: PathBuf,
-    pub(crate) cgroup: PathBuf,
-    /// Numbers log files and other names that must differ.
-    next: AtomicU32,
-}
-
-impl Shared {
-    pub(crate) fn number(&self) -> u32 {
-        self.next.fetch_add(1, Ordering::Relaxed)
-    }
-
-    pub(crate) fn kept(&self) -> bool {
-        self.state.join(KEEP).exists()
-    }
-}
+use crate::shared::Shared;
+use crate::{cgroup, xdp};
 
 /// Nodes, pods, a router and clients that live until this is dropped.
 ///
-/// The handles it gives out ([`Node`], [`Pod`](crate::Pod), ...) may outlive it, but what they
-/// stand for does not.
+/// The handles it returns ([`Node`], [`Pod`](crate::Pod), ...) may outlive it, but what they refer to
+/// does not.
 pub struct Lab {
     shared: Arc<Shared>,
     router: Router,
@@ -56,15 +25,13 @@ pub struct Lab {
     clients: AtomicU32,
 }
 
-/// Whether this process may build labs. Tests that may not print that they skip.
+/// Whether this process may build labs.
 pub fn is_root() -> bool {
-    // SAFETY: geteuid(2) has no preconditions.
-    unsafe { libc::geteuid() == 0 }
+    rustix::process::geteuid().is_root()
 }
 
 impl Lab {
-    /// An empty lab (a router and nothing else) without an overlay. Removes what dead owners left
-    /// before.
+    /// Makes a lab with only a router, without an overlay. Removes the labs of dead owners first.
     ///
     /// # Errors
     /// If this is not root, if there is no cgroup v2, or if the kernel refuses a step.
@@ -72,7 +39,7 @@ impl Lab {
         Self::with_overlay(name, Overlay::None)
     }
 
-    /// As [`Lab::new`], with the given way between nodes.
+    /// Like [`Lab::new`], with an overlay.
     pub fn with_overlay(name: &str, overlay: Overlay) -> Result<Self> {
         static LABS: AtomicU32 = AtomicU32::new(0);
         ensure!(
@@ -82,7 +49,7 @@ impl Lab {
         if let Err(error) = sweep() {
             eprintln!("lab: {error:#}; going on");
         }
-        // The pid may have had an earlier life, whose agents have left files behind.
+        // An earlier process with this pid may have left files of its agents behind.
         let owner = std::process::id();
         let began = leftovers::start_time(owner).unwrap_or_default();
         let (id, state) = loop {
@@ -95,12 +62,8 @@ impl Lab {
         fs::create_dir_all(state.join("ns"))
             .with_context(|| format!("cannot make {}", state.display()))?;
         leftovers::register(&id);
-        let shared = Arc::new(Shared {
-            cgroup: cgroup::root()?.join(&id),
-            state,
-            id,
-            next: AtomicU32::new(0),
-        });
+        let cgroup = cgroup::root()?.join(&id);
+        let shared = Arc::new(Shared::new(id, state, cgroup));
         let built = Self::build(name, overlay, &shared);
         if built.is_err() {
             leftovers::tear_down(&shared.id)?;
@@ -135,24 +98,24 @@ impl Lab {
         Ok(lab)
     }
 
-    /// The lab's id, `slab<pid>-<start>-<n>`: the name of its directory below `/run/sluice-lab` and
-    /// of its cgroup.
+    /// Returns the lab's id, `slab<pid>-<start>-<n>`: the name of its directory below
+    /// `/run/sluice-lab` and of its cgroup.
     pub fn id(&self) -> &str {
         &self.shared.id
     }
 
-    /// The lab's directory: `ns/<name>` are its namespaces (`nsenter --net=...`), `log/` what its
-    /// processes wrote.
+    /// Returns the lab's directory: `ns/<name>` are its namespaces (for `nsenter --net=...`), `log/`
+    /// has the output of its processes.
     pub fn state(&self) -> &Path {
         &self.shared.state
     }
 
-    /// The router that connects nodes and clients.
+    /// Returns the router that connects nodes and clients.
     pub fn router(&self) -> &Router {
         &self.router
     }
 
-    /// Adds a node, connected to the router and, by the lab's [`Overlay`], to the nodes before it.
+    /// Adds a node, connected to the router and, by the lab's [`Overlay`], to the other nodes.
     ///
     /// # Errors
     /// If the name is taken or longer than 11 characters, if the kernel refuses a step, or with
@@ -175,7 +138,7 @@ impl Lab {
         Ok(node)
     }
 
-    /// Adds a client outside the cluster: behind the router, in a subnet of its own.
+    /// Adds a client outside the cluster, behind the router and in a subnet of its own.
     ///
     /// # Errors
     /// If the name is taken or longer than 11 characters, or if the kernel refuses a step.
@@ -189,7 +152,7 @@ impl Lab {
         })
     }
 
-    /// Leaves the lab up when this is dropped, and its processes running, until
+    /// Keeps the lab and its processes when this is dropped, until
     /// [`remove_kept`](crate::remove_kept).
     pub fn keep(&self) -> Result<()> {
         fs::write(self.shared.state.join(KEEP), "").context("cannot mark the lab as kept")?;

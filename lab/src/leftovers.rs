@@ -1,5 +1,4 @@
-//! Taking a lab down by its id alone, which works for one's own lab and for that of a killed
-//! process alike.
+//! Removes a lab by its id alone, which works for a lab of this process and of one that was killed.
 
 use std::fs;
 use std::io;
@@ -7,34 +6,38 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
+use std::time::Duration;
 use std::{ffi::CString, os::unix::ffi::OsStrExt};
 
 use anyhow::{Context, Result};
 
-use crate::cgroup;
+use crate::{cgroup, mounts};
 
-/// Everything the labs of this machine own, one directory a lab.
+/// The directory of everything that the labs of this machine own, with one directory per lab.
 pub(crate) const STATE: &str = "/run/sluice-lab";
 
-/// A file of this name in a lab's directory says that it outlives its owner.
+/// The name of the file that marks a lab which outlives its owner.
 pub(crate) const KEEP: &str = "keep";
 
-/// Labs of this process that are up: what a signal has to take down.
+/// The longest time that killed processes of a lab may keep its cgroup busy.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The labs of this process, which a signal has to remove.
 static OURS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// Removes the labs of owners that are no longer alive, and says which. Kept labs stay.
+/// Removes the labs of dead owners and returns their ids. Kept labs stay.
 ///
 /// # Errors
-/// If something of such a lab cannot be removed; the others are tried all the same.
+/// If a part of such a lab cannot be removed; the others are removed all the same.
 pub fn sweep() -> Result<Vec<String>> {
     remove_where(|lab| !lab.join(KEEP).exists() && !owner_lives(lab))
 }
 
 /// Removes the labs that were kept with `SLUICE_LAB_KEEP=1` or [`Lab::keep`](crate::Lab::keep), or
-/// just the one with the given id, and says which.
+/// only the one with the given id, and returns their ids.
 ///
 /// # Errors
-/// If something of such a lab cannot be removed; the others are tried all the same.
+/// If a part of such a lab cannot be removed; the others are removed all the same.
 pub fn remove_kept(id: Option<&str>) -> Result<Vec<String>> {
     remove_where(|lab| {
         lab.join(KEEP).exists() && !owner_lives(lab) && id.is_none_or(|id| lab.ends_with(id))
@@ -59,34 +62,35 @@ fn remove_where(chosen: impl Fn(&Path) -> bool) -> Result<Vec<String>> {
     failed.map_or(Ok(removed), Err)
 }
 
-/// `slab<pid>-<start>-<n>` -> pid.
+/// Returns the pid in `slab<pid>-<start>-<n>`.
 fn owner_pid(id: &str) -> Option<u32> {
     id.strip_prefix("slab")?.split_once('-')?.0.parse().ok()
 }
 
-/// When a process started, in clock ticks since boot: with the pid it names a process for ever.
+/// Returns when a process started, in clock ticks since boot. With the pid it identifies a process
+/// until the next boot.
 pub(crate) fn start_time(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command name, in parentheses, may hold anything; field 22 is the 20th after it.
+    // The command name, in parentheses, may contain anything; field 22 is the 20th after it.
     stat.rsplit_once(')')?.1.split_whitespace().nth(19).map(str::to_owned)
 }
 
 fn owner_lives(lab: &Path) -> bool {
     let started =
         lab.file_name().and_then(|id| owner_pid(&id.to_string_lossy())).and_then(start_time);
-    // A lab that has not written its owner yet is just being made.
+    // A lab without an owner is still being made.
     started.is_some_and(|now| {
         fs::read_to_string(lab.join("owner"))
             .map_or(true, |then| then.is_empty() || then.trim() == now)
     })
 }
 
-/// Ends a lab: its processes, its mounts (namespaces and bpffs), its cgroups, its directory. Every
-/// step is tried.
+/// Removes a lab: its processes, mounts (namespaces and bpffs), cgroups and directory. A step that
+/// fails does not keep the others from being tried.
 pub(crate) fn tear_down(id: &str) -> Result<()> {
     let state = Path::new(STATE).join(id);
-    let killed = cgroup::root().and_then(|root| cgroup::destroy(&root.join(id)));
-    let unmounted = unmount_below(&state);
+    let killed = cgroup::root().and_then(|root| cgroup::destroy(&[root.join(id)], PATIENCE));
+    let unmounted = mounts::unmount_below(&state);
     let removed = match fs::remove_dir_all(&state) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", state.display()))
@@ -96,31 +100,12 @@ pub(crate) fn tear_down(id: &str) -> Result<()> {
     killed.and(unmounted).and(removed)
 }
 
-fn unmount_below(state: &Path) -> Result<()> {
-    let mut outcome = Ok(());
-    for mount in cgroup::mounts()?.into_iter().rev().filter(|mount| mount.point.starts_with(state))
-    {
-        let path = c_path(&mount.point)?;
-        // SAFETY: `path` is a NUL-terminated string that outlives the call.
-        if unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) } != 0 {
-            let error = io::Error::last_os_error();
-            // Another sweep may have been here first.
-            if error.raw_os_error() != Some(libc::EINVAL) && error.kind() != io::ErrorKind::NotFound
-            {
-                outcome =
-                    Err(error).with_context(|| format!("cannot unmount {}", mount.point.display()));
-            }
-        }
-    }
-    outcome
-}
-
 pub(crate) fn c_path(path: &Path) -> Result<CString> {
     CString::new(path.as_os_str().as_bytes())
         .with_context(|| format!("the path {} holds a NUL", path.display()))
 }
 
-/// Notes a lab of this process, and takes care that a signal ends it.
+/// Remembers a lab of this process, so that a signal removes it.
 pub(crate) fn register(id: &str) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -131,12 +116,12 @@ pub(crate) fn register(id: &str) {
     OURS.lock().unwrap_or_else(PoisonError::into_inner).push(id.to_owned());
 }
 
-/// The lab is down, or is to stay.
+/// Forgets a lab that has been removed or is kept.
 pub(crate) fn unregister(id: &str) {
     OURS.lock().unwrap_or_else(PoisonError::into_inner).retain(|ours| ours != id);
 }
 
-/// Where the signal handler writes the signal's number.
+/// The pipe that the signal handler writes the signal's number to.
 static SIGNAL_PIPE: AtomicI32 = AtomicI32::new(-1);
 
 extern "C" fn on_signal(signal: libc::c_int) {
@@ -147,8 +132,8 @@ extern "C" fn on_signal(signal: libc::c_int) {
         unsafe { libc::write(SIGNAL_PIPE.load(Ordering::Relaxed), (&raw const byte).cast(), 1) };
 }
 
-/// On SIGINT, SIGTERM and SIGHUP takes this process's labs down, then exits as the signal would
-/// have made it.
+/// On SIGINT, SIGTERM and SIGHUP removes this process's labs, then exits with the status that the
+/// signal would have caused.
 fn watch_signals() -> Result<()> {
     let mut ends: [RawFd; 2] = [-1; 2];
     // SAFETY: `ends` has room for the two descriptors.
@@ -184,7 +169,7 @@ fn watch_signals() -> Result<()> {
     Ok(())
 }
 
-/// The directory of a lab.
+/// Returns the directory of a lab.
 pub(crate) fn state_of(id: &str) -> PathBuf {
     Path::new(STATE).join(id)
 }

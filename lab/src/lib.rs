@@ -1,10 +1,10 @@
-//! A lab: nodes, pods, overlay links, a router and outside clients out of network namespaces, with
+//! A lab: nodes, pods, overlay links, a router and outside clients made of network namespaces, with
 //! real servers in them.
 //!
 //! The demo, the integration tests and the benches run the agent inside it. Nothing of the lab ever
 //! touches the namespace it is started from: both ends of every link are created inside the lab's
-//! own namespaces. It needs root, cgroup v2 (anywhere) and iproute2; single features need what they
-//! name (`tcpdump`, `ethtool`, `nft`, `nginx`).
+//! own namespaces. It needs root, cgroup v2 (mounted anywhere) and iproute2; some features need the
+//! program that they name (`tcpdump`, `ethtool`, `nft`, `nginx`).
 //!
 //! ```text
 //!                     outside: client a 198.18.1.10      client b 198.18.2.10
@@ -17,10 +17,10 @@
 //!                  pod 10.244.1.10 ...       pod 10.244.2.10 ...        fd00:10:244:<node>::<same>
 //! ```
 //!
-//! Everything a lab owns has its id, `slab<owner pid>-<its start>-<n>`, in its path: namespaces,
-//! bpffs mounts and logs below `/run/sluice-lab/<id>`, processes below the cgroup `<cgroup
-//! root>/<id>`. [`Lab`]'s drop takes it down (after a panic too), as do SIGINT and SIGTERM; what a
-//! killed owner leaves is taken down by [`sweep`], which every [`Lab::new`] runs. With
+//! The path of everything a lab owns contains its id, `slab<owner pid>-<its start>-<n>`: namespaces,
+//! bpffs mounts and logs are below `/run/sluice-lab/<id>`, processes below the cgroup `<cgroup
+//! root>/<id>`. Dropping the [`Lab`] takes it down, after a panic too, and so do SIGINT and SIGTERM.
+//! [`sweep`], which every [`Lab::new`] runs, removes the labs of owners that were killed. With
 //! `SLUICE_LAB_KEEP=1` a lab stays up, with all its processes, until [`remove_kept`].
 //!
 //! ```no_run
@@ -36,44 +36,36 @@
 //! ```
 
 mod agent;
-mod cgroup;
+pub mod cgroup;
 mod count;
 mod event;
 mod lab;
 mod leftovers;
 mod load;
 mod manifests;
+pub mod mounts;
 mod namespace;
+pub mod netns;
 mod node;
 mod packets;
 mod router;
 mod running;
 mod serve;
+mod shared;
 mod skip;
 mod xdp;
 
 pub use agent::{AgentOptions, AgentProcess};
 pub use count::{Counter, Place, Side, Way};
 pub use event::{Event, Load, Reply};
-pub use lab::{Lab, Overlay, is_root};
+pub use lab::{Lab, is_root};
 pub use leftovers::{remove_kept, sweep};
 pub use load::{LoadClients, LoadSize, again_and_again};
 pub use manifests::{Backend, Manifests, Port, Protocol, Service};
 pub use namespace::Namespace;
-pub use node::{Cni, DROP_INVALID, Node, NodeOptions, Pod, RpFilter};
+pub use node::{Cni, DROP_INVALID, Node, NodeOptions, Overlay, Pod, RpFilter};
 pub use packets::{Capture, PacketSocket};
 pub use router::{Client, Router};
 pub use running::Running;
 pub use serve::{Serve, tool_path};
-pub use skip::skipped;
-
-/// This kernel or machine lacks something a lab was asked for: a reason to skip a test, found by
-/// `error.downcast_ref::<Unsupported>()`.
-#[derive(Debug, thiserror::Error)]
-#[error("{what} is not available here: {why}")]
-pub struct Unsupported {
-    /// What was asked for.
-    pub what: String,
-    /// What was tried and how it failed.
-    pub why: String,
-}
+pub use skip::{Unsupported, skipped};

@@ -1,4 +1,4 @@
-//! A steady load on services from several places at once, and whether anything of it was harmed.
+//! A steady load on services from several places at once, and checks that none of it fails.
 
 use std::net::SocketAddr;
 use std::thread::sleep;
@@ -6,25 +6,27 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{Event, Load, Namespace, Running};
+use crate::event::{Event, Load};
+use crate::namespace::Namespace;
+use crate::running::Running;
 
-/// How long a request may wait for its answer, and a bit.
+/// Slightly more than the time that a request may wait for its answer.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// How much load.
+/// The size of a load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadSize {
     /// Connections that stay open.
     pub held: u32,
-    /// New connections a second.
+    /// New connections per second.
     pub rate: u32,
-    /// For how long something bad goes on.
+    /// The duration of a fault.
     pub seconds: u64,
 }
 
 impl LoadSize {
-    /// Two thousand connections, five hundred new ones a second and a minute of everything with
-    /// `SLUICE_LAB_FULL=1`; else as much as leaves a test run short.
+    /// Returns two thousand connections, five hundred new ones per second and a minute of each fault
+    /// with `SLUICE_LAB_FULL=1`, otherwise a size that keeps a test run short.
     pub fn of_this_run() -> Self {
         if std::env::var_os("SLUICE_LAB_FULL").is_some_and(|value| value == "1") {
             Self { held: 2000, rate: 500, seconds: 60 }
@@ -34,17 +36,17 @@ impl LoadSize {
     }
 }
 
-/// Clients that hold connections and open new ones, of `tcp-echo` servers behind services.
+/// Clients that hold connections to `tcp-echo` servers behind services, and open new ones.
 pub struct LoadClients {
     clients: Vec<Running>,
 }
 
 impl LoadClients {
-    /// Starts a client in each place, which asks the addresses beside it in turns; each has its
-    /// share of the load. Returns when all connections that stay are open.
+    /// Starts a client in each place, which calls the addresses given with the place in turns and
+    /// has its share of the load. Returns when all lasting connections are open.
     ///
     /// # Errors
-    /// If some cannot be opened.
+    /// If one cannot be opened.
     pub fn start(places: &[(&Namespace, Vec<SocketAddr>)], size: LoadSize) -> Result<Self> {
         let share = |number: u32| number.div_ceil(places.len().max(1) as u32);
         let mut clients = Vec::new();
@@ -62,7 +64,7 @@ impl LoadClients {
         Ok(this)
     }
 
-    /// What became of it so far.
+    /// Returns the results so far.
     pub fn now(&self) -> Load {
         let mut sum = Load::default();
         for client in &self.clients {
@@ -75,11 +77,11 @@ impl LoadClients {
         sum
     }
 
-    /// Everything asked for so far was answered, nothing failed, and every connection that stays
-    /// goes on.
+    /// Checks that every request so far was answered, nothing failed, and every lasting connection
+    /// is alive.
     ///
     /// # Errors
-    /// If something failed, now or before.
+    /// If something has failed, now or before.
     pub fn unharmed(&mut self, when: &str) -> Result<Load> {
         let before = self.now();
         let now = self.wait(&format!("all is answered {when}"), |now| {
@@ -115,10 +117,10 @@ impl LoadClients {
     }
 }
 
-/// Does something bad once a period for some time, and tells how often.
+/// Causes a fault once per period for some time, and returns how often it did.
 ///
 /// # Errors
-/// Those of what is done.
+/// Those of the fault.
 pub fn again_and_again(
     period: Duration,
     total: Duration,

@@ -1,5 +1,5 @@
-//! A directory of Kubernetes objects for the agent's manifest source, written from a few words a
-//! service.
+//! A directory of Kubernetes objects for the agent's manifest source, written from short descriptions
+//! of services.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::{Lab, Pod};
+use crate::lab::Lab;
+use crate::node::Pod;
 
 /// The protocol of a service's port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,22 +43,22 @@ pub struct Port {
 }
 
 impl Port {
-    /// A port and the port of the backends it leads to.
+    /// Returns a port and the port of its backends.
     pub fn new(protocol: Protocol, name: &str, port: u16, target: u16) -> Self {
         Self { name: name.to_owned(), protocol, number: port, target, on_node: None }
     }
 
-    /// As [`Port::new`], for TCP.
+    /// Like [`Port::new`], for TCP.
     pub fn tcp(name: &str, port: u16, target: u16) -> Self {
         Self::new(Protocol::Tcp, name, port, target)
     }
 
-    /// As [`Port::new`], for UDP.
+    /// Like [`Port::new`], for UDP.
     pub fn udp(name: &str, port: u16, target: u16) -> Self {
         Self::new(Protocol::Udp, name, port, target)
     }
 
-    /// Opens the port on every node too. Makes the service a `NodePort`, if it is no
+    /// Opens the port on every node too. This makes the service a `NodePort`, unless it is a
     /// `LoadBalancer`.
     #[must_use]
     pub fn node_port(mut self, node_port: u16) -> Self {
@@ -66,7 +67,7 @@ impl Port {
     }
 }
 
-/// An endpoint, ready unless told otherwise.
+/// An endpoint, ready by default.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
     name: String,
@@ -79,7 +80,7 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// An endpoint of any addresses, at most one a family.
+    /// Returns an endpoint with these addresses, at most one per family.
     pub fn new(name: &str, node: &str, addresses: impl IntoIterator<Item = IpAddr>) -> Self {
         let addresses = addresses.into_iter().collect();
         Self {
@@ -93,28 +94,28 @@ impl Backend {
         }
     }
 
-    /// Neither ready nor serving, as while its readiness probe fails.
+    /// Makes it neither ready nor serving, as while its readiness probe fails.
     #[must_use]
     pub fn not_ready(mut self) -> Self {
         (self.ready, self.serving) = (false, false);
         self
     }
 
-    /// Being deleted, but still serving: not ready for new connections.
+    /// Makes it terminating but still serving: not ready for new connections.
     #[must_use]
     pub fn terminating(mut self) -> Self {
         (self.ready, self.serving, self.terminating) = (false, true, true);
         self
     }
 
-    /// For clients in a zone.
+    /// Adds a hint for clients in a zone.
     #[must_use]
     pub fn for_zone(mut self, zone: &str) -> Self {
         self.hints = Some(format!("{{forZones: [{{name: {zone}}}]}}"));
         self
     }
 
-    /// For clients on a node; who does not heed hints for nodes finds one for a zone.
+    /// Adds a hint for clients on a node, and one for a zone, for proxies that ignore hints for nodes.
     #[must_use]
     pub fn for_node(mut self, node: &str, zone: &str) -> Self {
         self.hints =
@@ -129,7 +130,7 @@ impl From<&Pod> for Backend {
     }
 }
 
-/// A service with its endpoints, in the namespace `default` unless told otherwise.
+/// A service with its endpoints, in the namespace `default` by default.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Service {
     name: String,
@@ -145,12 +146,12 @@ pub struct Service {
 }
 
 impl Service {
-    /// A service without addresses, ports or backends.
+    /// Returns a service without addresses, ports or backends.
     pub fn new(name: &str) -> Self {
         Self { name: name.to_owned(), namespace: "default".to_owned(), ..Self::default() }
     }
 
-    /// Puts it into another namespace.
+    /// Sets its namespace.
     #[must_use]
     pub fn namespace(mut self, namespace: &str) -> Self {
         namespace.clone_into(&mut self.namespace);
@@ -178,7 +179,7 @@ impl Service {
         self
     }
 
-    /// Adds an address of a load balancer. Makes the service a `LoadBalancer`.
+    /// Adds an address of a load balancer, which makes the service a `LoadBalancer`.
     #[must_use]
     pub fn load_balancer_ip(mut self, ip: impl Into<IpAddr>) -> Self {
         self.load_balancer_ips.push(ip.into());
@@ -199,7 +200,7 @@ impl Service {
         self
     }
 
-    /// Sets its backends, in place of those before: pods (`&pods`), or [`Backend`]s.
+    /// Replaces its backends by pods (`&pods`) or [`Backend`]s.
     #[must_use]
     pub fn backends(mut self, backends: impl IntoIterator<Item = impl Into<Backend>>) -> Self {
         self.backends = backends.into_iter().map(Into::into).collect();
@@ -217,7 +218,7 @@ impl Service {
         format!("{}-{}.yaml", self.namespace, self.name)
     }
 
-    /// The Service and one EndpointSlice for each family of its addresses, as YAML documents.
+    /// Returns the Service and one EndpointSlice per family of its addresses, as YAML documents.
     pub fn to_yaml(&self) -> String {
         let mut text = self.service_yaml();
         let of_family = |ipv6: bool| {
@@ -226,7 +227,7 @@ impl Service {
             vips.any(|ip| ip.is_ipv6() == ipv6)
         };
         for ipv6 in [false, true] {
-            // A service of node ports alone takes the families of its backends.
+            // A service that has only node ports takes the families of its backends.
             if of_family(ipv6) || !of_family(!ipv6) {
                 text += "---\n";
                 text += &self.slice_yaml(ipv6);
@@ -352,8 +353,8 @@ fn list(ips: &[IpAddr]) -> String {
     format!("[{}]", ips.iter().map(|ip| format!("\"{ip}\"")).collect::<Vec<_>>().join(", "))
 }
 
-/// A directory of manifests. Files come, change and go as a whole: written beside it, then renamed
-/// into it.
+/// A directory of manifests. Files change as a whole: they are written to another directory and then
+/// renamed.
 #[derive(Clone, Debug)]
 pub struct Manifests {
     directory: PathBuf,
@@ -361,7 +362,7 @@ pub struct Manifests {
 }
 
 impl Manifests {
-    /// Makes the directory, if it is not there. `<directory>.tmp` beside it is used too.
+    /// Makes the directory, unless it exists. It uses `<directory>.tmp` too.
     pub fn new(directory: &Path) -> Result<Self> {
         let beside = directory.with_added_extension("tmp");
         for directory in [directory, &beside] {
@@ -371,12 +372,12 @@ impl Manifests {
         Ok(Self { directory: directory.to_owned(), beside })
     }
 
-    /// The directory, for the agent's `--manifests`.
+    /// Returns the directory, for the agent's `--manifests`.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Writes a service and its endpoints, in place of what was written under the same name before.
+    /// Writes a service and its endpoints, and replaces those of the same name.
     pub fn write(&self, service: &Service) -> Result<()> {
         self.write_text(&service.file_name(), &service.to_yaml())
     }
@@ -397,7 +398,7 @@ impl Manifests {
 }
 
 impl Lab {
-    /// A directory of manifests that goes with the lab.
+    /// Makes a directory of manifests that is removed with the lab.
     pub fn manifests(&self, name: &str) -> Result<Manifests> {
         Manifests::new(&self.state().join(format!("manifests-{name}")))
     }

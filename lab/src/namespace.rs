@@ -1,7 +1,7 @@
-//! A network namespace with a cgroup: the ground everything else in the lab stands on.
+//! A network namespace with a cgroup, on which everything else in the lab is built.
 
 use std::ffi::OsStr;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::net::IpAddr;
 use std::os::fd::AsRawFd as _;
@@ -9,15 +9,13 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
-use std::thread;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use crate::lab::Shared;
-use crate::leftovers::c_path;
 use crate::packets::{Capture, PacketSocket};
 use crate::running::Running;
-use crate::xdp;
+use crate::shared::Shared;
+use crate::{netns, xdp};
 
 /// A network namespace of the lab, and the cgroup its processes live in.
 ///
@@ -32,8 +30,8 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// Makes a namespace with `lo` up, duplicate address detection off and forwarding as told.
-    /// `cgroup` is relative to the lab's.
+    /// Makes a namespace with `lo` up and without duplicate address detection. `cgroup` is relative
+    /// to the lab's.
     pub(crate) fn create(
         shared: &Arc<Shared>,
         name: &str,
@@ -48,30 +46,7 @@ impl Namespace {
         );
         let cgroup = shared.cgroup.join(cgroup);
         crate::cgroup::create(&cgroup)?;
-        drop(File::create(&path).with_context(|| format!("cannot make {}", path.display()))?);
-        let target = c_path(&path)?;
-        thread::scope(|scope| {
-            scope
-                .spawn(|| {
-                    // SAFETY: unshare(2) and mount(2) get constants and NUL-terminated strings that
-                    // outlive the calls. The new namespace is this thread's alone, which ends here;
-                    // the bind mount keeps it.
-                    let done = unsafe {
-                        libc::unshare(libc::CLONE_NEWNET) == 0
-                            && libc::mount(
-                                c"/proc/thread-self/ns/net".as_ptr(),
-                                target.as_ptr(),
-                                c"none".as_ptr(),
-                                libc::MS_BIND,
-                                std::ptr::null(),
-                            ) == 0
-                    };
-                    if done { Ok(()) } else { Err(io::Error::last_os_error()) }
-                })
-                .join()
-                .map_err(|_| anyhow!("the thread that makes the namespace {name} panicked"))?
-                .with_context(|| format!("cannot make the network namespace {}", path.display()))
-        })?;
+        netns::make(&path)?;
         let this = Self { shared: Arc::clone(shared), name: name.to_owned(), path, cgroup };
         let forward = if forwarding { "1" } else { "0" };
         this.sysctls(&[
@@ -91,23 +66,23 @@ impl Namespace {
         Ok(this)
     }
 
-    /// The name given at its making; the namespace is the lab's `ns/<name>`.
+    /// Returns its name; the namespace is the lab's `ns/<name>`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The file that stands for the namespace: for `nsenter --net=<path>` and setns(2).
+    /// Returns the file of the namespace, for `nsenter --net=<path>` and setns(2).
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The cgroup v2 directory that commands started here join.
+    /// Returns the cgroup v2 directory of commands that are started here.
     pub fn cgroup(&self) -> &Path {
         &self.cgroup
     }
 
-    /// A command that will run in this namespace and cgroup, in a process group of its own. Mounts
-    /// are those of this process.
+    /// Returns a command that runs in this namespace and cgroup, with a process group of its own and
+    /// the mounts of this process.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         let _ = command.process_group(0);
@@ -132,7 +107,7 @@ impl Namespace {
         command
     }
 
-    /// Runs a program here and returns what it did, whatever its exit status.
+    /// Runs a program here and returns its output and exit status.
     pub fn output<S: AsRef<OsStr>>(
         &self,
         program: &str,
@@ -145,7 +120,7 @@ impl Namespace {
     /// Runs a program here and returns its standard output.
     ///
     /// # Errors
-    /// If it cannot be started or fails; the error then holds its standard error.
+    /// If it cannot be started or fails; the error then contains its standard error.
     pub fn run<S: AsRef<OsStr>>(
         &self,
         program: &str,
@@ -159,7 +134,7 @@ impl Namespace {
         )
     }
 
-    /// Starts a program here that runs until it ends or the guard is dropped. Its output goes to
+    /// Starts a program here, which runs until it ends or the guard is dropped. Its output goes to
     /// the lab's `log/`.
     pub fn spawn<S: AsRef<OsStr>>(
         &self,
@@ -178,35 +153,18 @@ impl Namespace {
 
     /// Runs a closure inside the namespace, on a thread of its own.
     ///
-    /// Sockets it makes belong to the namespace, but to *this process's* cgroup: what a node's
-    /// cgroup programs do is seen only by processes that [`Namespace::command`] starts.
+    /// Sockets that it makes belong to the namespace, but to *this process's* cgroup: a node's cgroup
+    /// programs see only processes that [`Namespace::command`] starts.
     pub fn enter<T: Send>(&self, act: impl FnOnce() -> T + Send) -> Result<T> {
-        let net = File::open(&self.path).with_context(|| {
-            format!("cannot open the namespace {}: is its lab still up?", self.path.display())
-        })?;
-        thread::scope(|scope| {
-            let thread = scope.spawn(|| {
-                // SAFETY: the descriptor is open; only this thread changes its namespace.
-                if unsafe { libc::setns(net.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
-                    return Err(io::Error::last_os_error());
-                }
-                Ok(act())
-            });
-            match thread.join() {
-                Ok(result) => result
-                    .with_context(|| format!("cannot enter the namespace {}", self.path.display())),
-                // A failed assertion in the closure fails the test.
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        })
+        netns::enter(&self.path, act)
     }
 
-    /// Runs `ip` commands here, one a line, in one process: `"addr add ...\nroute add ..."`.
+    /// Runs `ip` commands here, one per line, in one process: `"addr add ...\nroute add ..."`.
     pub fn ip(&self, lines: &str) -> Result<String> {
         self.fed("ip", &["-batch", "-"], lines)
     }
 
-    /// The link-layer address of a device, six octets.
+    /// Returns the link-layer address of a device, six octets.
     ///
     /// # Errors
     /// If there is no such device, or it has no such address.
@@ -237,7 +195,7 @@ impl Namespace {
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| self.cannot_run(program))?;
-        // A program that ended early tells why below.
+        // The output below explains why a program ended early.
         let _ = child.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
         let output = child.wait_with_output().with_context(|| self.cannot_run(program))?;
         self.checked(
@@ -271,14 +229,7 @@ impl Namespace {
     }
 
     pub(crate) fn sysctls(&self, all: &[(&str, &str)]) -> Result<()> {
-        self.enter(|| {
-            for (key, value) in all {
-                fs::write(Path::new("/proc/sys").join(key), value).with_context(|| {
-                    format!("cannot set the sysctl {key} to {value} in the namespace {}", self.name)
-                })?;
-            }
-            Ok(())
-        })?
+        netns::set_sysctls(&self.path, all)
     }
 
     /// Whether this kernel has the sysctl in this namespace.
@@ -292,8 +243,8 @@ impl Namespace {
         self.run("ethtool", ["-K", device, feature, if on { "on" } else { "off" }]).map(drop)
     }
 
-    /// Attaches a program to a device that passes every packet. XDP_TX and redirects into a veth
-    /// need one on its far end. It stays until the lab ends.
+    /// Attaches a program that passes every packet to a device, until the lab ends. XDP_TX and
+    /// redirects into a veth need one on its far end.
     pub fn xdp_pass(&self, device: &str) -> Result<()> {
         xdp::attach_pass(self, device)
     }
@@ -308,10 +259,10 @@ impl Namespace {
         PacketSocket::open(self, device)
     }
 
-    /// Asks for one echo reply from an address.
+    /// Pings an address once.
     ///
     /// # Errors
-    /// If none comes within two seconds.
+    /// If no reply arrives within two seconds.
     pub fn ping(&self, address: impl Into<IpAddr>) -> Result<()> {
         self.run("ping", ["-n", "-c", "1", "-W", "2", &address.into().to_string()]).map(drop)
     }

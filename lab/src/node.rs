@@ -1,4 +1,4 @@
-//! Nodes: an uplink to the router, a CNI's way of plugging pods in, a cgroup, a bpffs.
+//! Nodes: an uplink to the router, pods plugged in as a CNI does it, a cgroup, a bpffs.
 
 mod overlay;
 mod pod;
@@ -11,23 +11,26 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 
-use crate::lab::Shared;
-use crate::router::{GATEWAY, GATEWAY6, LAN, bridge_netfilter, ip_feature, link_name};
-use crate::{Namespace, Overlay, Router, Running, xdp};
+use crate::namespace::Namespace;
+use crate::router::{GATEWAY, GATEWAY6, LAN, Router, bridge_netfilter, ip_feature, link_name};
+use crate::running::Running;
+use crate::shared::Shared;
+use crate::xdp;
 
+pub use overlay::Overlay;
 pub use pod::Pod;
 
-/// How a node plugs its pods in.
+/// The way a node plugs its pods in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cni {
-    /// As Calico and ptp do: a veth `lxc<n>` and a host route for each pod, the gateway 169.254.1.1
+    /// Like Calico and ptp: a veth `lxc<n>` and a host route for each pod, the gateway 169.254.1.1
     /// by proxy ARP and fe80::1.
     Routed,
-    /// As the bridge plugin and flannel do: `cni0` with the gateway's address, all pods of the node
+    /// Like the bridge plugin and flannel: `cni0` with the gateway's address, all pods of the node
     /// on one segment.
     Bridge {
-        /// Whether bridged packets cross iptables and nftables (`net.bridge.bridge-nf-call-*`), as
-        /// kube-proxy asks for.
+        /// Whether bridged packets traverse iptables and nftables (`net.bridge.bridge-nf-call-*`),
+        /// as kube-proxy requires.
         bridge_nf: bool,
     },
 }
@@ -37,28 +40,28 @@ pub enum Cni {
 pub enum RpFilter {
     /// None.
     Off,
-    /// The source has to be reachable by the device it comes from.
+    /// Strict: the source has to be reachable through the device that the packet came in by.
     Strict,
-    /// The source has to be reachable.
+    /// Loose: the source has to be reachable through any device.
     Loose,
 }
 
-/// An nftables ruleset for [`NodeOptions::nft`]: what conntrack holds for invalid is dropped while
-/// forwarded. It bites when conntrack sees only one direction of a flow, or other addresses in
-/// each.
+/// An nftables ruleset for [`NodeOptions::nft`] that drops forwarded packets which conntrack calls
+/// invalid. It takes effect when conntrack sees only one direction of a flow, or different addresses
+/// in each direction.
 pub const DROP_INVALID: &str = "table inet lab {\n  chain forward {\n    type filter hook forward priority filter; policy accept;\n    ct state invalid counter drop\n  }\n}\n";
 
-/// What a node is like. The default: routed pods, strict reverse path filter, no rules, an untagged
-/// uplink.
+/// Options of a node. The default has routed pods, a strict reverse path filter, no rules and an
+/// untagged uplink.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeOptions {
-    /// How pods are plugged in.
+    /// The way pods are plugged in.
     pub cni: Cni,
     /// Reverse path filtering.
     pub rp_filter: RpFilter,
-    /// Rules to load, in nft's language; see [`DROP_INVALID`].
+    /// An nftables ruleset to load; see [`DROP_INVALID`].
     pub nft: Option<String>,
-    /// The VLAN the uplink is tagged with: the address is then on `eth0.<id>`.
+    /// The uplink's VLAN; the address is then on `eth0.<id>`.
     pub vlan: Option<u16>,
 }
 
@@ -86,7 +89,7 @@ struct Inner {
     mtu: u32,
     next_pod: AtomicU8,
     relay: Mutex<Option<Running>>,
-    /// The `sluice` that its last agent was started from, where that is not the one under test.
+    /// The `sluice` binary of its last agent, if it is not the one under test.
     program: Mutex<Option<PathBuf>>,
 }
 
@@ -155,7 +158,7 @@ impl Node {
         ))?;
         if options.cni != Cni::Routed {
             let (gateway, gateway6) = (this.pod_ipv4(1), this.pod_ipv6(1));
-            // An address of its own keeps the bridge from changing it with its ports.
+            // With an address of its own the bridge does not change it with its ports.
             let mac = format!("02:c0:00:00:00:{index:02x}");
             let _ = this.ip(&format!(
                 "link add cni0 address {mac} mtu {mtu} type bridge\nlink set cni0 up\naddr add {gateway}/24 dev cni0\naddr add {gateway6}/64 dev cni0 nodad"
@@ -171,22 +174,22 @@ impl Node {
         Ok(this)
     }
 
-    /// The node's own address, on its uplink.
+    /// Returns the node's own address, on its uplink.
     pub fn ipv4(&self) -> Ipv4Addr {
         Ipv4Addr::new(192, 0, 2, 10 + self.inner.index)
     }
 
-    /// The node's own IPv6 address.
+    /// Returns the node's own IPv6 address.
     pub fn ipv6(&self) -> Ipv6Addr {
         Ipv6Addr::new(0x2001, 0xdb8, 0, 2, 0, 0, 0, alike(10 + self.inner.index))
     }
 
-    /// The range of the node's pods, `10.244.<n>.0/24`.
+    /// Returns the range of the node's pods, `10.244.<n>.0/24`.
     pub fn pod_range(&self) -> String {
         format!("{}/24", self.pod_ipv4(0))
     }
 
-    /// The IPv6 range of the node's pods, `fd00:10:244:<n>::/64`.
+    /// Returns the IPv6 range of the node's pods, `fd00:10:244:<n>::/64`.
     pub fn pod_range6(&self) -> String {
         format!("{}/64", self.pod_ipv6(0))
     }
@@ -199,23 +202,24 @@ impl Node {
         Ipv6Addr::new(0xfd00, 0x10, 0x244, alike(self.inner.index), 0, 0, 0, alike(host))
     }
 
-    /// The device that carries the node's address: `eth0`, or `eth0.<id>` with a VLAN.
+    /// Returns the device that has the node's address: `eth0`, or `eth0.<id>` with a VLAN.
     pub fn uplink(&self) -> &str {
         &self.inner.uplink
     }
 
-    /// The router's device at the other end of `eth0`: for a capture in the [`Router`]'s namespace.
+    /// Returns the router's device at the other end of `eth0`, for captures in the [`Router`]'s
+    /// namespace.
     pub fn uplink_peer(&self) -> &str {
         &self.inner.uplink_peer
     }
 
-    /// The cgroup of the whole node: of its host processes and of its pods.
+    /// Returns the cgroup of the whole node: its host processes and its pods.
     pub fn cgroup_root(&self) -> &Path {
         let host = self.inner.namespace.cgroup();
         host.parent().unwrap_or(host)
     }
 
-    /// The node's own bpffs, where its agent pins.
+    /// Returns the node's own bpffs, where its agent pins.
     pub fn bpffs(&self) -> PathBuf {
         self.state_directory().join("bpf")
     }
@@ -224,12 +228,12 @@ impl Node {
         self.inner.program.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A directory for files of the node, removed with the lab.
+    /// Makes a directory for files of the node, removed with the lab.
     pub fn state_directory(&self) -> PathBuf {
         self.inner.namespace.shared.state.join(self.name())
     }
 
-    /// Adds a pod, plugged in the [`Cni`]'s way.
+    /// Adds a pod, plugged in as the node's [`Cni`] does it.
     ///
     /// # Errors
     /// If the name is taken in the lab, or if the kernel refuses a step.
@@ -239,15 +243,15 @@ impl Node {
             .with_context(|| format!("cannot build the pod {name} on the node {}", self.name()))
     }
 
-    /// Makes XDP on the node's uplink able to send: attaches a program to the router's end of the
-    /// veth that passes every packet, without which what `XDP_TX` sends into a veth is lost.
+    /// Enables `XDP_TX` on the node's uplink: attaches a program that passes every packet to the
+    /// router's end of the veth. Without one the veth drops what `XDP_TX` sends.
     pub fn uplink_peer_xdp_pass(&self) -> Result<()> {
         self.inner.router.xdp_pass(self.uplink_peer())
     }
 
-    /// Gives what comes in by the uplink full checksums, as from a wire: over veths they stay
-    /// partial from the first sender on, until a device without the offload has to finish them.
-    /// Here that is the router's end.
+    /// Gives packets that come in by the uplink full checksums, as from a wire. Over veths checksums
+    /// stay partial from the first sender on, until a device without the offload has to finish them.
+    /// Here that device is the router's end.
     pub fn uplink_peer_full_checksums(&self) -> Result<()> {
         self.inner.router.offload(self.uplink_peer(), "tx", false)
     }
@@ -260,8 +264,8 @@ impl Deref for Node {
     }
 }
 
-/// The number that in hexadecimal reads like `number` in decimal, so that a pod's two addresses
-/// look alike.
+/// Returns the number that reads in hexadecimal as `number` does in decimal, so that the two
+/// addresses of a pod look alike.
 fn alike(number: u8) -> u16 {
     let number = u16::from(number);
     number / 100 * 0x100 + number / 10 % 10 * 0x10 + number % 10

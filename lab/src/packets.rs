@@ -1,4 +1,4 @@
-//! Packets as they are on a device: captured as text by tcpdump, sent and received raw.
+//! Packets on a device: captured as text by tcpdump, or sent and received raw.
 
 use std::ffi::CString;
 use std::io;
@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{Namespace, Running};
+use crate::namespace::Namespace;
+use crate::running::Running;
 
-/// A running tcpdump, and what it has printed.
+/// A running tcpdump and its output.
 pub struct Capture {
     tcpdump: Running,
 }
@@ -30,12 +31,12 @@ impl Capture {
         Ok(Self { tcpdump })
     }
 
-    /// What has been printed so far (`tcpdump -n -e -vv`, more than one line a packet).
+    /// Returns the output so far (`tcpdump -n -e -vv`, more than one line per packet).
     pub fn text(&self) -> String {
         self.tcpdump.stdout()
     }
 
-    /// Waits until the text holds a string, and returns the text.
+    /// Waits until the output contains a string, and returns the output.
     pub fn wait_for(&mut self, wanted: &str, timeout: Duration) -> Result<String> {
         self.tcpdump.wait_until(&format!("a packet with `{wanted}`"), timeout, |this| {
             let text = this.stdout();
@@ -43,7 +44,7 @@ impl Capture {
         })
     }
 
-    /// Lets packets under way arrive, ends the capture, and returns its text.
+    /// Lets packets in flight arrive, ends the capture, and returns its output.
     pub fn finish(mut self) -> Result<String> {
         sleep(Duration::from_millis(50));
         self.tcpdump.signal(libc::SIGINT)?;
@@ -52,7 +53,8 @@ impl Capture {
     }
 }
 
-/// An `AF_PACKET` socket on one device. It sees what the device receives, not what this host sends.
+/// An `AF_PACKET` socket on one device. It receives the device's incoming frames, not those that
+/// this host sends.
 pub struct PacketSocket {
     socket: OwnedFd,
     what: String,
@@ -69,7 +71,7 @@ impl PacketSocket {
 
     /// Sends one frame, from its Ethernet header on.
     pub fn send(&self, frame: &[u8]) -> Result<()> {
-        // SAFETY: the buffer is as long as told.
+        // SAFETY: the buffer has the length that is passed.
         let sent =
             unsafe { libc::send(self.socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
         if sent < 0 {
@@ -79,10 +81,10 @@ impl PacketSocket {
         Ok(())
     }
 
-    /// Receives frames until one is wanted.
+    /// Receives frames until one is the wanted one.
     ///
     /// # Errors
-    /// If none is in time.
+    /// If none arrives in time.
     pub fn receive(&self, timeout: Duration, wanted: impl Fn(&[u8]) -> bool) -> Result<Vec<u8>> {
         let deadline = Instant::now() + timeout;
         let mut buffer = vec![0u8; 65_536];
@@ -90,14 +92,14 @@ impl PacketSocket {
             let left = deadline.saturating_duration_since(Instant::now());
             let mut poll =
                 libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-            // SAFETY: one pollfd is passed and told.
+            // SAFETY: one pollfd is passed, and its number.
             let ready = unsafe {
                 libc::poll(&raw mut poll, 1, i32::try_from(left.as_millis()).unwrap_or(i32::MAX))
             };
             if ready == 0 {
                 bail!("waited {timeout:?} in vain for a frame on {}", self.what);
             }
-            // SAFETY: the buffer is as long as told.
+            // SAFETY: the buffer has the length that is passed.
             let length = unsafe {
                 libc::recv(
                     self.socket.as_raw_fd(),

@@ -1,4 +1,4 @@
-//! What lies outside the nodes: the router between them and the world, and clients out there.
+//! The world outside the nodes: the router that connects them to it, and clients.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::Deref;
@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::lab::Shared;
-use crate::{Namespace, Node};
+use crate::namespace::Namespace;
+use crate::node::Node;
+use crate::shared::Shared;
+use crate::skip::Unsupported;
 
 /// The nodes' gateway on the segment they share.
 pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
@@ -16,7 +18,7 @@ pub(crate) const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 2, 0, 0, 0
 /// The bridge of the router that nodes are plugged into.
 pub(crate) const LAN: &str = "lan0";
 
-/// The router: a bridge `lan0` for the nodes, a link `to-<name>` for each client, forwarding
+/// The router: a bridge `lan0` for the nodes and a link `to-<name>` for each client, with forwarding
 /// between them.
 #[derive(Clone)]
 pub struct Router {
@@ -29,7 +31,7 @@ impl Router {
         let _ = namespace.ip(&format!(
             "link add {LAN} type bridge\nlink set {LAN} up\naddr add {GATEWAY}/24 dev {LAN}\naddr add {GATEWAY6}/64 dev {LAN} nodad"
         ))?;
-        // The router's bridge is a plain switch.
+        // The router's bridge acts as a plain switch.
         bridge_netfilter(&namespace, false)?;
         Ok(Self { namespace })
     }
@@ -48,7 +50,7 @@ impl Router {
         self.ip(&format!("route replace {prefix} {}", hops.collect::<Vec<_>>().join(" "))).map(drop)
     }
 
-    /// Takes a route away again.
+    /// Removes a route.
     pub fn unroute(&self, prefix: &str) -> Result<()> {
         self.ip(&format!("route del {prefix}")).map(drop)
     }
@@ -61,7 +63,7 @@ impl Deref for Router {
     }
 }
 
-/// Tells whether what crosses a bridge in the namespace also crosses its netfilter rules.
+/// Sets whether packets that cross a bridge of the namespace also traverse its netfilter rules.
 pub(crate) fn bridge_netfilter(namespace: &Namespace, on: bool) -> Result<()> {
     for key in ["net/bridge/bridge-nf-call-iptables", "net/bridge/bridge-nf-call-ip6tables"] {
         if namespace.has_sysctl(key)? {
@@ -71,7 +73,7 @@ pub(crate) fn bridge_netfilter(namespace: &Namespace, on: bool) -> Result<()> {
                 "netfilter on bridges".into(),
                 format!("there is no sysctl {key}: load br_netfilter"),
             );
-            return Err(crate::Unsupported { what, why }.into());
+            return Err(Unsupported { what, why }.into());
         }
     }
     Ok(())
@@ -114,21 +116,21 @@ impl Client {
         Ok(Self { namespace, router: router.clone(), link, ipv4, ipv6 })
     }
 
-    /// The client's address.
+    /// Returns the client's address.
     pub fn ipv4(&self) -> Ipv4Addr {
         self.ipv4
     }
 
-    /// The client's IPv6 address.
+    /// Returns the client's IPv6 address.
     pub fn ipv6(&self) -> Ipv6Addr {
         self.ipv6
     }
 
-    /// Narrows the router's side of the client's link: it answers "packet too big" to what is
-    /// longer. The client's own device stays as it is, so that its TCP announces segments that do
-    /// not fit.
+    /// Lowers the MTU of the router's side of the client's link: the router answers longer packets
+    /// with "packet too big". The client's own device keeps its MTU, so that its TCP announces
+    /// segments that do not fit.
     pub fn narrow_link(&self, mtu: u32) -> Result<()> {
-        // The mtu of a veth's end bounds what is sent through it, and not what arrives.
+        // The MTU of a veth's end limits what is sent through it, not what arrives.
         self.router.ip(&format!("link set {} mtu {mtu}", self.link)).map(drop)
     }
 }
@@ -140,7 +142,7 @@ impl Deref for Client {
     }
 }
 
-/// The router's device towards a node or client.
+/// Returns the name of the router's device towards a node or client.
 pub(crate) fn link_name(name: &str) -> Result<String> {
     let fits = !name.is_empty()
         && name.len() <= 11
@@ -160,7 +162,7 @@ pub(crate) fn ip_feature(namespace: &Namespace, what: &str, line: &str) -> Resul
             let why = format!("{error:#}");
             // iproute2 6 names the device type; older ones print the kernel's EOPNOTSUPP.
             if why.contains("Unknown device type") || why.contains("not supported") {
-                return Err(crate::Unsupported { what: what.to_owned(), why }.into());
+                return Err(Unsupported { what: what.to_owned(), why }.into());
             }
             Err(error).context(format!("cannot set up {what}"))
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::event::{Event, Reply};
-use crate::lab::Shared;
+use crate::shared::Shared;
 
 const POLL: Duration = Duration::from_millis(5);
 
@@ -52,41 +52,41 @@ impl Running {
         Ok(Self { shared: Arc::clone(shared), what, child, ended: None, stdout, stderr })
     }
 
-    /// The process's id.
+    /// Returns the id of the process.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it has written to its standard output so far.
+    /// Returns its standard output so far.
     pub fn stdout(&self) -> String {
         fs::read(&self.stdout)
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default()
     }
 
-    /// What it has written to its standard error so far.
+    /// Returns its standard error so far.
     pub fn stderr(&self) -> String {
         fs::read(&self.stderr)
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default()
     }
 
-    /// The events a `sluice-lab-server` has reported so far. A line that is none, or not whole yet,
-    /// is left out.
+    /// Returns the events that a `sluice-lab-server` has reported so far. Lines that are no event, or
+    /// not complete yet, are left out.
     pub fn events(&self) -> Vec<Event> {
         self.stdout().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
-    /// The replies that a client of `sluice-lab-server` has had so far.
+    /// Returns the replies that a client of `sluice-lab-server` has received so far.
     pub fn replies(&self) -> Vec<Reply> {
         let reply = |event| if let Event::Reply(reply) = event { Some(reply) } else { None };
         self.events().into_iter().filter_map(reply).collect()
     }
 
-    /// Waits until a client has had more than so many further replies.
+    /// Waits until a client has received more than this number of further replies.
     ///
     /// # Errors
-    /// If they do not come in time, or the process ends without them.
+    /// If they do not arrive in time, or the process ends first.
     pub fn goes_on(&mut self, more_than: usize, timeout: Duration) -> Result<()> {
         let last = self.replies().len();
         self.wait_until("it goes on", timeout, |this| {
@@ -94,10 +94,10 @@ impl Running {
         })
     }
 
-    /// Waits for an event, among those already reported too.
+    /// Waits for an event, which may have been reported already.
     ///
     /// # Errors
-    /// If it does not come in time, or the process ends without it.
+    /// If it does not arrive in time, or the process ends first.
     pub fn wait_event(
         &mut self,
         what: &str,
@@ -107,10 +107,10 @@ impl Running {
         self.wait_until(what, timeout, |this| this.events().into_iter().find(|event| wanted(event)))
     }
 
-    /// Waits until a question about the process has an answer.
+    /// Waits until a closure returns something.
     ///
     /// # Errors
-    /// If there is none in time, or the process ends without one.
+    /// If it does not in time, or the process ends first.
     pub fn wait_until<T>(
         &mut self,
         what: &str,
@@ -119,7 +119,7 @@ impl Running {
     ) -> Result<T> {
         let deadline = Instant::now() + timeout;
         loop {
-            // Asked before the answer is sought: what was written before the end counts.
+            // Polled before the closure runs, so that output before the end counts.
             let ended = self.poll()?;
             if let Some(answer) = answer(self) {
                 return Ok(answer);
@@ -138,7 +138,7 @@ impl Running {
         }
     }
 
-    /// The end of what it wrote, for an error message.
+    /// Returns the end of its output, for an error message.
     fn last_words(&self) -> String {
         let tail = |text: String| {
             text.lines()
@@ -157,7 +157,7 @@ impl Running {
         )
     }
 
-    /// The exit status, if it has ended.
+    /// Returns the exit status if it has ended.
     pub fn poll(&mut self) -> Result<Option<ExitStatus>> {
         if self.ended.is_none() {
             self.ended =
@@ -169,7 +169,7 @@ impl Running {
     /// Waits for its end.
     ///
     /// # Errors
-    /// If it runs on after `timeout`; it is then still running.
+    /// If it is still running after `timeout`.
     pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -183,10 +183,10 @@ impl Running {
         }
     }
 
-    /// Waits until it ends or something is so, and tells whether it has ended.
+    /// Waits until it ends or a condition holds, and returns whether it has ended.
     ///
     /// # Errors
-    /// If neither comes in time.
+    /// If neither happens in time.
     pub(crate) fn wait_first(
         &mut self,
         timeout: Duration,
@@ -216,7 +216,7 @@ impl Running {
         Ok(())
     }
 
-    /// Asks it to end (SIGTERM), and kills its group after three seconds.
+    /// Sends it SIGTERM, and kills its group after three seconds.
     pub fn stop(&mut self) -> Result<ExitStatus> {
         self.signal(libc::SIGTERM)?;
         if let Ok(status) = self.wait(Duration::from_secs(3)) {

@@ -7,15 +7,17 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{Event, Namespace, Reply, Running};
+use crate::event::{Event, Reply};
+use crate::namespace::Namespace;
+use crate::running::Running;
 
 const TOOL: &str = "sluice-lab-server";
 
-/// What a built-in server does. Each answer holds the server's name and the client's address as the
+/// A kind of built-in server. Each answer has the server's name and the client's address as the
 /// server sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Serve {
-    /// HTTP/1.1, with keep-alive; `/bytes/<n>` answers n bytes.
+    /// HTTP/1.1 with keep-alive; the answer to `/bytes/<n>` has n bytes.
     Http,
     /// Answers each datagram with `<name> <client> <data>`.
     UdpEcho,
@@ -36,8 +38,8 @@ impl Serve {
     }
 }
 
-/// Finds `sluice-lab-server`: `$SLUICE_LAB_SERVER`, else beside this program or, for a test, one
-/// directory above.
+/// Finds `sluice-lab-server`: `$SLUICE_LAB_SERVER`, or in the directory of this program or, for a
+/// test, the one above.
 ///
 /// # Errors
 /// If it has not been built.
@@ -57,7 +59,7 @@ pub fn tool_path() -> Result<PathBuf> {
     })
 }
 
-/// Waits until a server says that it listens.
+/// Waits until a server reports that it listens.
 pub(crate) fn until_listening(mut server: Running) -> Result<Running> {
     let _ = server.wait_event("it listens", Duration::from_secs(5), |event| {
         matches!(event, Event::Listening { .. })
@@ -72,7 +74,7 @@ impl Namespace {
         self.serve_as(what, port, self.name())
     }
 
-    /// As [`Namespace::serve`], with a name of its own.
+    /// Like [`Namespace::serve`], with another name.
     pub fn serve_as(&self, what: Serve, port: u16, name: &str) -> Result<Running> {
         until_listening(self.tool([
             what.mode(),
@@ -82,22 +84,22 @@ impl Namespace {
     }
 
     /// Starts `sluice-lab-server` with the given arguments: one of its client modes (`udp-client`,
-    /// `tcp-client`, `http-client`, `stream-client`; `--help` tells their options), or a server
+    /// `tcp-client`, `http-client`, `stream-client`; `--help` lists their options), or a server
     /// with special ones.
     pub fn tool<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Running> {
         self.spawn(tool_path()?, args)
     }
 
-    /// Runs a client mode of `sluice-lab-server` to its end, and returns what it reported.
+    /// Runs a client mode of `sluice-lab-server` to its end and returns its events.
     ///
     /// # Errors
-    /// If it runs for longer than two minutes, or cannot do its work at all. A lost answer or a
-    /// broken connection is an event and no error.
+    /// If it runs for longer than two minutes, or cannot work at all. A lost answer or a broken
+    /// connection is an event, not an error.
     pub fn ask<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Vec<Event>> {
         let mut client = self.tool(args)?;
         let status = client.wait(Duration::from_mins(2))?;
         let events = client.events();
-        // 1: something was lost, and is told in the events.
+        // 1: something was lost, as the events report.
         if !matches!(status.code(), Some(0 | 1)) || events.is_empty() {
             bail!(
                 "{TOOL} in the namespace {} failed ({status}): {}",
@@ -108,7 +110,7 @@ impl Namespace {
         Ok(events)
     }
 
-    /// Asks by HTTP, with a new connection for each request.
+    /// Sends HTTP requests, with a new connection for each.
     ///
     /// # Errors
     /// If one of the requests gets no answer.
@@ -116,7 +118,7 @@ impl Namespace {
         self.replies(&["http-client".into(), format!("--url={url}"), format!("--count={count}")])
     }
 
-    /// Asks by UDP, with a new unconnected socket for each request.
+    /// Sends UDP requests, with a new unconnected socket for each.
     ///
     /// # Errors
     /// If one of the requests gets no answer.
@@ -129,8 +131,8 @@ impl Namespace {
         ])
     }
 
-    /// As [`Namespace::udp_ask`], but each socket is connected, so that no call but connect(2)
-    /// names the destination.
+    /// Like [`Namespace::udp_ask`], but with connected sockets, so that only connect(2) names the
+    /// destination.
     pub fn udp_ask_connected(&self, to: SocketAddr, count: u32) -> Result<Vec<Reply>> {
         self.replies(&[
             "udp-client".into(),
@@ -143,7 +145,7 @@ impl Namespace {
 
     fn replies(&self, args: &[String]) -> Result<Vec<Reply>> {
         let mut client = self.tool(args)?;
-        // Each request without an answer takes its time: the first one ends the client.
+        // Each request without an answer takes its timeout, so the first one ends the client.
         let _ = client.wait_first(Duration::from_mins(2), |this| {
             this.stdout().contains(r#"{"event":"lost""#)
         })?;

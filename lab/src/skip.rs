@@ -1,13 +1,24 @@
-//! Tests that a machine cannot run.
+//! Skipping tests that a machine cannot run.
 
-/// Names the variable that makes a test which cannot run pass instead of fail.
+/// The error of a kernel or machine that lacks something a lab was asked for. A test that finds it
+/// by `error.downcast_ref::<Unsupported>()` skips itself.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} is not available here: {why}")]
+pub struct Unsupported {
+    /// What was asked for.
+    pub what: String,
+    /// What was tried and how it failed.
+    pub why: String,
+}
+
+/// The variable that lets a test which cannot run pass instead of fail.
 const SKIP: &str = "SLUICE_TEST_SKIP";
 
-/// Says why a test is skipped and is true, if it is to be skipped where it cannot run.
+/// Returns `true` and prints the reason if a test that cannot run is to be skipped.
 ///
 /// # Panics
 ///
-/// If nobody said so: a test that did not run has not passed.
+/// Unless the variable is set: a test that did not run has not passed.
 pub fn skipped(obstacle: &str) -> bool {
     assert!(
         std::env::var_os(SKIP).is_some_and(|value| value == "1"),

@@ -2,12 +2,15 @@
 
 use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey};
 use sluice_common::engine::act::{self, is_for_others};
-use sluice_common::engine::adapter::{Action, Adapter, Addressee, Arrival, Forwarded, Target, Way};
-use sluice_common::engine::count::{Along, Count};
+use sluice_common::engine::adapter::{
+    Action, Adapter, Addressee, Arrival, ForwardQuery, RouteQuery, Target,
+};
+use sluice_common::engine::count::{Count, Direction};
 use sluice_common::engine::open::{Owner, Refusal, Sockets, Steps, sockets};
-use sluice_common::engine::tc::{self, Packets};
-use sluice_common::engine::xdp::{self, Fate, Frames};
-use sluice_common::packet::answer::Trouble;
+use sluice_common::engine::search::search;
+use sluice_common::engine::tc::{self, TcProgram};
+use sluice_common::engine::xdp::{self, Fate, XdpProgram};
+use sluice_common::packet::answer::IcmpError;
 use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::parse::{self, Headers};
 use sluice_common::packet::rewrite::{rewrite, segment};
@@ -177,7 +180,7 @@ impl<'m, F: Side> Adapter<F> for InHand<'m> {
         self.met.ifindex
     }
 
-    fn mark(&self) -> u32 {
+    fn fwmark(&self) -> u32 {
         0
     }
 
@@ -201,11 +204,11 @@ impl<'m, F: Side> Adapter<F> for InHand<'m> {
         self.node.addresses.contains(&F::ip(*address))
     }
 
-    fn route(&self, _: &F::Address, destination: &F::Address, _: &Way) -> Target {
+    fn route(&self, _: &F::Address, destination: &F::Address, _: &RouteQuery) -> Target {
         self.node.route(F::ip(*destination)).map_or(Target::None, Target::Device)
     }
 
-    fn forward(&mut self, packet: &Forwarded<F::Address>) -> Option<u32> {
+    fn forward(&mut self, packet: &ForwardQuery<F::Address>) -> Option<u32> {
         self.node.route(F::ip(packet.destination))
     }
 
@@ -237,8 +240,8 @@ impl<'m, F: Side> Adapter<F> for InHand<'m> {
         rewrite(&mut self.frame, headers, flow)
     }
 
-    fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool {
-        act::write_error(&mut self.frame, headers, trouble, mtu)
+    fn write_error(&mut self, headers: &Headers<F>, error: IcmpError, mtu: u32) -> bool {
+        act::write_error(&mut self.frame, headers, error, mtu)
     }
 
     fn take_tags_off(&mut self) {}
@@ -261,15 +264,15 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
         path::open_into(self.host.met.hook, &self.headers, &self.view, &mut self.decision);
     }
 
-    fn ask_routes(&mut self) {
+    fn look_up_routes(&mut self) {
         self.view.ask(&self.decision.flow);
     }
 
     fn search(&mut self) {
-        self.view.search(&mut self.decision);
+        search(&mut self.decision, &mut self.view);
     }
 
-    fn is_held(&mut self) -> bool {
+    fn is_taken_by_socket(&mut self) -> bool {
         let found = sockets(self.host.met.hook, &self.decision, &self.view);
         let Some(Sockets { of, end }) = found else { return false };
         let flow = &self.decision.flow;
@@ -285,8 +288,8 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
         }
     }
 
-    fn pass_over_one(&mut self) {
-        self.view.passed_over += 1;
+    fn skip_one_port(&mut self) {
+        self.view.ports_to_skip += 1;
     }
 
     fn record(&mut self) -> Refusal {
@@ -323,15 +326,14 @@ impl<'m, F: Side> Passage<'m, F> {
 
     fn has_foreign_source(&self) -> bool {
         let met = self.host.met;
-        let egress = met.hook == Hook::Egress;
-        let from = if egress { met.came_by } else { met.ifindex };
+        let from = if met.hook.is_egress() { met.came_by } else { met.ifindex };
         let source = &self.headers.tuple.source;
         let route = |_| self.host.node.route(F::ip(*source)).unwrap_or(0);
-        policy::is_foreign(egress, source, from, &self.view, route)
+        policy::is_foreign(met.hook, source, from, &self.view, route)
     }
 
-    fn begin(&mut self, passed_over: u32) {
-        (self.view.passed_over, self.view.routes) = (passed_over, None);
+    fn begin(&mut self, ports_to_skip: u32) {
+        (self.view.ports_to_skip, self.view.routes) = (ports_to_skip, None);
     }
 
     fn count(&mut self) {
@@ -340,14 +342,14 @@ impl<'m, F: Side> Passage<'m, F> {
         self.counted = match count {
             _ if self.counted != Counted::No => Counted::Twice,
             Count::Nowhere => Counted::No,
-            Count::Backend { along: Along::Forward { .. }, .. } => Counted::Forward,
-            Count::Backend { along: Along::Reply, .. } => Counted::Reply,
+            Count::Backend { direction: Direction::Forward { .. }, .. } => Counted::Forward,
+            Count::Backend { direction: Direction::Reply, .. } => Counted::Reply,
             Count::Reason { reason, .. } => Counted::Reason(reason),
         };
     }
 }
 
-impl<'m, F: Side> Packets<F> for Passage<'m, F> {
+impl<'m, F: Side> TcProgram<F> for Passage<'m, F> {
     type Adapter = InHand<'m>;
 
     fn decide(&mut self) {
@@ -358,8 +360,8 @@ impl<'m, F: Side> Packets<F> for Passage<'m, F> {
         self.decision = Decision::pass(&self.headers.tuple);
     }
 
-    fn disown(&mut self) {
-        path::disown(self.host.met.hook, &self.headers, &self.view, &mut self.decision);
+    fn restrict_foreign(&mut self) {
+        path::restrict_foreign(self.host.met.hook, &self.headers, &self.view, &mut self.decision);
     }
 
     fn note(&mut self) {
@@ -375,15 +377,15 @@ impl<'m, F: Side> Packets<F> for Passage<'m, F> {
     }
 
     fn has_hidden_socket(&mut self) -> bool {
-        let here = Tables::<F>::here(&self.view);
+        let here = Tables::<F>::hook_device(&self.view);
         // Every packet comes straight from a socket.
         !self.decision.flow.is_direct()
             && here
                 .is_some_and(|here| policy::hides_sockets(here, self.decision.key.protocol, true))
     }
 
-    fn begin(&mut self, passed_over: u32) {
-        self.begin(passed_over);
+    fn begin(&mut self, ports_to_skip: u32) {
+        self.begin(ports_to_skip);
     }
 
     fn parts(&mut self) -> (&mut InHand<'m>, &Headers<F>, &Decision<F>) {
@@ -399,7 +401,7 @@ impl<'m, F: Side> Packets<F> for Passage<'m, F> {
     }
 }
 
-impl<F: Side> Frames<F> for Passage<'_, F> {
+impl<F: Side> XdpProgram<F> for Passage<'_, F> {
     fn decide(&mut self) {
         self.decide();
     }
@@ -421,12 +423,12 @@ impl<F: Side> Frames<F> for Passage<'_, F> {
         true
     }
 
-    fn mark(&mut self) -> bool {
+    fn mark_translated(&mut self) -> bool {
         self.is_marked = true;
         true
     }
 
-    fn unmark(&mut self) {
+    fn unmark_translated(&mut self) {
         self.is_marked = false;
     }
 
@@ -438,7 +440,11 @@ impl<F: Side> Frames<F> for Passage<'_, F> {
         segment(&mut self.host.frame, &self.headers, &self.decision.flow)
     }
 
-    fn count(&mut self) {
+    fn set_reason(&mut self, reason: Reason) {
+        self.decision.reason = reason;
+    }
+
+    fn count(&mut self, _: bool) {
         self.count();
     }
 }

@@ -48,7 +48,7 @@ impl Counters {
     pub fn add<F: Family>(&mut self, count: Count, headers: &Headers<F>) {
         match count {
             Count::Nowhere => {}
-            Count::Backend { id, along } => {
+            Count::Backend { id, direction } => {
                 let id = id | if F::VERSION == 6 { COUNTER_V6 } else { 0 };
                 let none = BackendCounters {
                     forward_packets: 0,
@@ -60,7 +60,7 @@ impl Counters {
                     forward_resets: 0,
                     reply_resets: 0,
                 };
-                along.add(headers, self.backends.entry(id).or_insert(none));
+                direction.add(headers, self.backends.entry(id).or_insert(none));
             }
             Count::Reason { reason, service_port } => {
                 let none = ReasonCounters { packets: 0, bytes: 0 };

@@ -181,7 +181,7 @@ impl Host {
             State::Answered => Some(12),
             State::Closed => None,
         });
-        state.is_some_and(|state| end.is_held_in(protocol::TCP, state))
+        state.is_some_and(|state| end.is_taken_in(protocol::TCP, state))
             || end == FlowEnd::Client && self.asking.contains_key(&ends)
     }
 }
@@ -522,8 +522,9 @@ impl World<'_> {
             || connection.may_lose_entries()
             // What is made again for that one may be what this one has.
             || connections.values().any(|other| connection.is_troubled_by(other))
-            // Its SYN was sent again, to another endpoint.
-            || !connection.is_open && connection.lost & lost::DISTURBED != 0
+            // Its SYN was sent again, to another endpoint; the first one goes on accepting it.
+            || (!connection.is_open || segment.flags & tcp::SYN != 0)
+                && connection.lost & lost::DISTURBED != 0
         {
             return;
         }

@@ -46,12 +46,7 @@ impl Maps {
             .keys()
             .map(|id| (*id, self.image.ports.get(id).copied().unwrap_or_default()))
             .collect();
-        let used: BTreeSet<Range> = image
-            .ports
-            .values()
-            .flat_map(|port| port.ranges.map(Range))
-            .filter(|range| range.size() != 0)
-            .collect();
+        let used: BTreeSet<Range> = image.used_ranges().collect();
         image.slots = used
             .into_iter()
             .map(|range| {

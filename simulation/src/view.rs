@@ -5,21 +5,20 @@
 //! with what it has read before.
 
 use std::cell::{Cell, OnceCell};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
     OriginKey, Origins, Range, Service, ServiceKey, ServicePort, Settings, Ticks, Tuple, flow,
-    node_address, state,
+    state,
 };
 use sluice_common::engine::open::Refusal;
-use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
-use sluice_common::family::lane;
+use sluice_common::engine::record::{FlowMap, FlowTable, InsertError, Partner, Renewal, record};
+use sluice_common::engine::search::PortSearch;
 use sluice_common::packet::parse::Headers;
-use sluice_common::path::{self, Decision, Record, leads_back, leads_to, partner_key};
+use sluice_common::path::{self, Decision, Record, leads_back, leads_to, partner_key, walk_ports};
 use sluice_common::tables::Routes;
 use sluice_common::{Reason, Tables};
-use sluice_core::image::{SourceKey, node_port_bit};
 
 use crate::fault::Fault;
 use crate::maps::{Entry, Lru};
@@ -70,7 +69,7 @@ pub struct View<'w, F: Side> {
     /// What the FIB has said.
     pub routes: Option<Routes>,
     /// Source ports that are not to be tried.
-    pub passed_over: u32,
+    pub ports_to_skip: u32,
     /// What the packet's decision records.
     pub recorded: Record,
     flows: Kept<Flow<F::Address>>,
@@ -101,7 +100,7 @@ impl<'w, F: Side> View<'w, F> {
             depth,
             operations: Cell::new(0),
             routes: None,
-            passed_over: 0,
+            ports_to_skip: 0,
             recorded: Record::Nothing,
             flows: Kept::default(),
             services: Kept::default(),
@@ -122,17 +121,17 @@ impl<'w, F: Side> View<'w, F> {
 
     fn table<R>(
         &self,
-        place: Place,
+        place: FlowMap,
         use_it: impl FnOnce(&mut Lru<Tuple<F::Address>, Entry<F::Address>>) -> R,
     ) -> R {
         let mut memory = F::memory(self.node).borrow_mut();
         use_it(match place {
-            Place::Flows => &mut memory.flows,
-            Place::Embryonic => &mut memory.embryonic,
+            FlowMap::Flows => &mut memory.flows,
+            FlowMap::Embryonic => &mut memory.embryonic,
         })
     }
 
-    fn entry(&self, place: Place, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+    fn entry(&self, place: FlowMap, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         self.race();
         let entry = self.table(place, |table| table.get(key))?;
         Some(self.flows.keep(entry.flow))
@@ -147,26 +146,10 @@ impl<'w, F: Side> View<'w, F> {
 
     /// Notes what a first fragment tells.
     pub fn note(&self, headers: &Headers<F>, decision: &Decision<F>) {
-        if decision.datagram {
-            let told = path::fragment::told(headers, decision, self.world.ticks());
+        if decision.is_first_fragment {
+            let told = path::fragment::ports(headers, decision, self.world.ticks());
             let key = path::fragment::key(headers);
             let _ = F::memory(self.node).borrow_mut().fragments.insert(key, told);
-        }
-    }
-
-    /// Walks all source ports, but for a tuple for which that was in vain within this tick.
-    pub fn search(&self, decision: &mut Decision<F>) {
-        let mut key = partner_key::<F>(&decision.flow, decision.key.protocol);
-        key.destination_port = 0;
-        let now = self.world.ticks();
-        let in_vain = F::memory(self.node).borrow().exhausted.get(&key) == Some(&now);
-        if in_vain {
-            path::finish_search(None, decision);
-            return;
-        }
-        path::search(self, decision);
-        if decision.reason == Reason::PortsExhausted {
-            let _ = F::memory(self.node).borrow_mut().exhausted.insert(key, now);
         }
     }
 
@@ -177,22 +160,40 @@ impl<'w, F: Side> View<'w, F> {
     }
 }
 
+impl<F: Side> PortSearch<F> for View<'_, F> {
+    fn now(&self) -> Ticks {
+        self.world.ticks()
+    }
+
+    fn failed_at(&self, key: &Tuple<F::Address>) -> Option<Ticks> {
+        F::memory(self.node).borrow().exhausted.get(key).copied()
+    }
+
+    fn set_failed(&mut self, key: &Tuple<F::Address>, at: Ticks) {
+        let _ = F::memory(self.node).borrow_mut().exhausted.insert(*key, at);
+    }
+
+    fn walk(&mut self, decision: &Decision<F>) -> Option<u16> {
+        walk_ports(self, decision)
+    }
+}
+
 impl<F: Side> FlowTable<F> for View<'_, F> {
-    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+    fn get(&self, place: FlowMap, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         self.entry(place, key)
     }
 
     fn insert(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<F::Address>,
         flow: &Flow<F::Address>,
         only_new: bool,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), InsertError> {
         self.race();
         let place = match self.world.fault {
             // What is found in the middle of a connection goes straight there.
-            Some(Fault::Unconfined) if self.recorded == Record::Establish => Place::Flows,
+            Some(Fault::Unconfined) if self.recorded == Record::Establish => FlowMap::Flows,
             _ => place,
         };
         let (owner, flow) = (self.tag.connection, *flow);
@@ -206,7 +207,7 @@ impl<F: Side> FlowTable<F> for View<'_, F> {
         let owner = maker.filter(|_| self.recorded != Record::Open).unwrap_or(owner);
         let gone = self.table(place, |table| {
             if only_new && table.peek(key).is_some() {
-                return Err(Refused::Exists);
+                return Err(InsertError::Exists);
             }
             Ok(table.insert(*key, Entry { flow, owner }))
         })?;
@@ -216,14 +217,14 @@ impl<F: Side> FlowTable<F> for View<'_, F> {
         Ok(())
     }
 
-    fn remove(&mut self, place: Place, key: &Tuple<F::Address>) {
+    fn remove(&mut self, place: FlowMap, key: &Tuple<F::Address>) {
         self.race();
         let _ = self.table(place, |table| table.remove(key));
     }
 
     fn refresh(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<F::Address>,
         to: &Flow<F::Address>,
         renewal: Renewal,
@@ -256,7 +257,7 @@ impl<F: Side> FlowTable<F> for View<'_, F> {
         changed.is_some()
     }
 
-    fn remember(&mut self, client: &AffinityKey<F::Address>, to: &Affinity) {
+    fn record_affinity(&mut self, client: &AffinityKey<F::Address>, to: &Affinity) {
         self.race();
         let _ = F::memory(self.node).borrow_mut().affinity.insert(*client, *to);
     }
@@ -268,17 +269,15 @@ impl<F: Side> FlowTable<F> for View<'_, F> {
 
 impl<F: Side> Tables<F> for View<'_, F> {
     fn listing(&self, address: &F::Address) -> u8 {
-        let (word, shift) = lane::<F>(address);
-        let maps = self.node.maps.maps.borrow();
-        maps.image.lanes.get(&(word * 16 + shift / 4)).copied().unwrap_or_default()
+        self.node.maps.maps.borrow().image.listing::<F>(address)
     }
 
     fn flow(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
-        self.entry(Place::Flows, tuple)
+        self.entry(FlowMap::Flows, tuple)
     }
 
     fn embryonic(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
-        self.entry(Place::Embryonic, tuple)
+        self.entry(FlowMap::Embryonic, tuple)
     }
 
     fn imported(&self, _: &Tuple<F::Address>) -> Option<u32> {
@@ -305,8 +304,7 @@ impl<F: Side> Tables<F> for View<'_, F> {
     fn range(&self, service_port: u32, class: Class) -> Option<Range> {
         self.race();
         let maps = self.node.maps.maps.borrow();
-        let port = maps.image.ports.get(&service_port).copied().unwrap_or_default();
-        port.ranges.get(class as usize).copied().map(Range)
+        Some(maps.image.range(service_port, class).unwrap_or_default())
     }
 
     fn slot(&self, slot: u32) -> Option<u32> {
@@ -328,25 +326,19 @@ impl<F: Side> Tables<F> for View<'_, F> {
 
     fn in_source_ranges(&self, service_port: u32, address: &F::Address) -> bool {
         let maps = self.node.maps.maps.borrow();
-        let first = SourceKey { service_port, length: 0, network: F::Address::default() };
-        let keys = F::of(&maps.image).source_ranges.range(first..).map(|(key, _)| key);
-        keys.take_while(|key| key.service_port == service_port)
-            .any(|key| shares(F::ip(key.network), F::ip(*address), key.length))
+        maps.image.in_source_ranges::<F>(service_port, address)
     }
 
     fn is_node_port(&self, port: u16) -> bool {
-        let (word, bit) = node_port_bit(port);
-        self.node.maps.maps.borrow().image.node_ports.get(&word).is_some_and(|bits| bits & bit != 0)
+        self.node.maps.maps.borrow().image.is_node_port(port)
     }
 
     fn is_node_address(&self, address: &F::Address) -> bool {
-        F::of(&self.node.maps.maps.borrow().image).node_addresses.contains_key(address)
+        self.node.maps.maps.borrow().image.is_node_address::<F>(address)
     }
 
     fn serves_node_ports(&self, address: &F::Address) -> bool {
-        let maps = self.node.maps.maps.borrow();
-        let node = F::of(&maps.image).node_addresses.get(address);
-        node.is_some_and(|node| node.flags & node_address::NODE_PORTS != 0)
+        self.node.maps.maps.borrow().image.serves_node_ports::<F>(address)
     }
 
     fn origins(&self, key: &OriginKey<F::Address>) -> Option<&Origins<F::Address>> {
@@ -371,7 +363,7 @@ impl<F: Side> Tables<F> for View<'_, F> {
         self.node.devices.get(&ifindex)
     }
 
-    fn here(&self) -> Option<&Device> {
+    fn hook_device(&self) -> Option<&Device> {
         self.node.devices.get(&self.ifindex)
     }
 
@@ -383,25 +375,12 @@ impl<F: Side> Tables<F> for View<'_, F> {
         self.routes
     }
 
-    fn passed_over(&self) -> u32 {
-        self.passed_over
+    fn ports_to_skip(&self) -> u32 {
+        self.ports_to_skip
     }
 
     fn now(&self) -> Ticks {
         self.world.ticks()
-    }
-}
-
-/// Whether two addresses share their first bits.
-fn shares(one: IpAddr, other: IpAddr, bits: u8) -> bool {
-    match (one, other) {
-        (IpAddr::V4(one), IpAddr::V4(other)) => {
-            (one.to_bits() ^ other.to_bits()).leading_zeros() >= u32::from(bits)
-        }
-        (IpAddr::V6(one), IpAddr::V6(other)) => {
-            (one.to_bits() ^ other.to_bits()).leading_zeros() >= u32::from(bits)
-        }
-        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => false,
     }
 }
 
@@ -416,9 +395,9 @@ pub fn spoil<F: Side>(
         // The client's second packet is proof.
         Some(Fault::Unconfined) => {
             let is_embryonic =
-                view.table(Place::Flows, |flows| flows.peek(&decision.key).is_none());
+                view.table(FlowMap::Flows, |flows| flows.peek(&decision.key).is_none());
             if matches!(decision.record, Record::Nothing | Record::RenewEmbryonic)
-                && decision.met & path::met::HAD_ENTRY != 0
+                && decision.facts & path::facts::HAD_ENTRY != 0
                 && decision.reason == Reason::Forward
                 && is_embryonic
                 && headers.tcp_flags & sluice_common::packet::header::tcp::ACK != 0

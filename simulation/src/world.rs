@@ -9,7 +9,7 @@ use sluice_common::Reason;
 use sluice_common::abi::{Flow, TICK_SHIFT, Ticks, Tuple, flow, masquerade};
 use sluice_common::engine::adapter::Action;
 use sluice_common::engine::open::FlowEnd;
-use sluice_common::engine::record::Place as Table;
+use sluice_common::engine::record::FlowMap;
 use sluice_common::engine::xdp::Fate;
 use sluice_common::packet::header::protocol;
 use sluice_common::path::{CLOSING_TICKS, Hook, Record, gives_way};
@@ -739,7 +739,7 @@ impl<'s> World<'s> {
         for node in &self.nodes {
             let memory = F::memory(node).borrow();
             for (table, entries) in
-                [(Table::Flows, &memory.flows), (Table::Embryonic, &memory.embryonic)]
+                [(FlowMap::Flows, &memory.flows), (FlowMap::Embryonic, &memory.embryonic)]
             {
                 let own = entries.iter().filter(|(_, entry)| entry.owner == connection);
                 found.extend(own.map(|(key, entry)| (node, table, *key, *entry)));
@@ -753,8 +753,8 @@ impl<'s> World<'s> {
             if all || index == one {
                 let mut memory = F::memory(node).borrow_mut();
                 let _ = match table {
-                    Table::Flows => memory.flows.remove(&key),
-                    Table::Embryonic => memory.embryonic.remove(&key),
+                    FlowMap::Flows => memory.flows.remove(&key),
+                    FlowMap::Embryonic => memory.embryonic.remove(&key),
                 };
                 drop(memory);
                 self.sums.borrow_mut().evicted += 1;
@@ -767,7 +767,7 @@ impl<'s> World<'s> {
     pub fn evicted<F: Side>(
         &self,
         node: &Node,
-        table: Table,
+        table: FlowMap,
         key: &Tuple<F::Address>,
         entry: &Entry<F::Address>,
         by_event: bool,
@@ -778,8 +778,8 @@ impl<'s> World<'s> {
         connection.lost |= match (by_event, table) {
             (true, _) if is_both => lost::ONE | lost::BOTH,
             (true, _) => lost::ONE,
-            (false, Table::Embryonic) => lost::UNPROVEN,
-            (false, Table::Flows) => lost::PUSHED_OUT,
+            (false, FlowMap::Embryonic) => lost::UNPROVEN,
+            (false, FlowMap::Flows) => lost::PUSHED_OUT,
         };
         let is_outside = cluster::place(connection.connect.client).is_none();
         let is_node_port = matches!(connection.connect.target, Target::NodePort(..));
@@ -1010,7 +1010,7 @@ impl<'s> World<'s> {
     fn check_tables<F: Side>(&self, node: &Node) {
         let connections = self.connections.borrow();
         let memory = F::memory(node).borrow();
-        let tables = [(Table::Flows, &memory.flows), (Table::Embryonic, &memory.embryonic)];
+        let tables = [(FlowMap::Flows, &memory.flows), (FlowMap::Embryonic, &memory.embryonic)];
         for (table, key, entry) in tables.iter().flat_map(|(table, entries)| {
             entries.iter().map(move |(key, entry)| (*table, key, entry))
         }) {
@@ -1020,7 +1020,7 @@ impl<'s> World<'s> {
                 && connection.lost & !lost::DISTURBED == 0
                 && !connections.values().any(|other| connection.shares_port(other));
             let now = self.ticks();
-            let embryonic = table == Table::Embryonic;
+            let embryonic = table == FlowMap::Embryonic;
             let holds = !gives_way(&entry.flow, embryonic, protocol::TCP, Record::Open, now);
             let idle = now.wrapping_sub(entry.flow.seen);
             if has_ended && idle > CLOSING_TICKS && (!embryonic || holds) {

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use object::elf;
 use object::read::elf::{ElfFile64, FileHeader, ProgramHeader};
+use sluice_cluster::process::Cmd;
+use sluice_cluster::ui::bytes;
 
 use crate::artifacts;
-use crate::process::Cmd;
-use crate::ui::bytes;
 use crate::version::Rustc;
 use crate::workspace::{OBJECT_ENV, Workspace};
 

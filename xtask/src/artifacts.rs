@@ -5,8 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
-
-use crate::process::Cmd;
+use sluice_cluster::process::Cmd;
 
 /// One built target.
 #[derive(Debug, Deserialize)]

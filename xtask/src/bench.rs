@@ -5,12 +5,13 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
+use sluice_cluster::cache::Cache;
+use sluice_cluster::packages;
+use sluice_cluster::process::Cmd;
 
-use crate::cache::Cache;
-use crate::process::Cmd;
 use crate::toolchain::{self, Choice};
 use crate::workspace::Workspace;
-use crate::{agent, artifacts, ebpf, packages};
+use crate::{agent, artifacts, ebpf};
 
 /// What is measured.
 #[derive(Subcommand)]

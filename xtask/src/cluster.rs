@@ -1,230 +1,39 @@
-//! `cargo xtask cluster`: a real Kubernetes on this machine, in network namespaces.
-//!
-//! etcd, API server, controller manager and scheduler run in one namespace; a node is a namespace
-//! with a kubelet, a containerd and real pods in namespaces of their own ([`network`] draws it).
-//! What a cloud would add, a process does ([`cloud`]). Nothing of it touches the namespace that it
-//! is started from.
-//!
-//! Everything a cluster owns is below one directory ([`state`]) and one cgroup ([`cgroup`]), by
-//! which `down` finds it.
+//! `cargo xtask cluster`, and clusters for tests: [`sluice_cluster`] with Sluice from this tree.
 
-mod addresses;
-mod cgroup;
-pub(crate) mod cloud;
-mod control_plane;
-mod down;
-mod image;
-mod images;
-mod kubectl;
-pub(crate) mod launch;
-mod mounts;
-mod namespace;
-mod network;
-mod node;
-mod node_config;
-pub(crate) mod node_init;
-mod pki;
-mod shell;
-mod state;
-mod status;
-mod up;
-mod workloads;
-
-use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
-use std::{fmt, fs};
 
-use anyhow::{Context, Result};
-use clap::{Args, Subcommand, ValueEnum};
-use serde::{Deserialize, Serialize};
+use anyhow::Result;
+use sluice_cluster::cache::Cache;
+use sluice_cluster::{Command, Tree, UpOptions};
 
-use crate::packages;
-use crate::toolchain::Choice;
+use crate::toolchain::{self, Choice};
 use crate::workspace::Workspace;
+use crate::{agent, ebpf, image};
 
-use self::namespace::Namespace;
-use self::state::{Description, State};
-
-/// What to do with the cluster.
-#[derive(Subcommand)]
-pub(crate) enum Command {
-    /// Bring a cluster up, or start again what of it has ended.
-    Up(UpOptions),
-    /// Take it down and remove every trace; works after a crash too.
-    Down,
-    /// Show its processes, nodes and pods; exit code 0 when everything runs.
-    Status,
-    /// Open a shell, or run a command, where kubectl works.
-    Shell(ShellOptions),
-}
-
-/// Options of `cargo xtask cluster up`.
-#[derive(Args)]
-pub(crate) struct UpOptions {
-    /// How many nodes; some 400 MiB of memory each.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=20))]
-    pub(crate) nodes: u8,
-    /// What serves the Services.
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) proxy: Proxy,
-    /// How pods are connected to their node.
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) cni: Cni,
-    /// How Sluice is deployed: a folder of deploy/overlays. With beside-kube-proxy there is a
-    /// kube-proxy too.
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) overlay: Overlay,
-    /// This binary of Sluice, instead of a release built from this tree.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) agent: Option<PathBuf>,
-}
-
-/// Options of `cargo xtask cluster shell`.
-#[derive(Args)]
-pub(crate) struct ShellOptions {
-    /// On this node (n1, ...), instead of outside.
-    #[arg(long)]
-    node: Option<String>,
-    /// A command, instead of a shell.
-    #[arg(last = true)]
-    command: Vec<OsString>,
-}
-
-/// What serves the Services.
-#[expect(clippy::enum_variant_names, reason = "kube-proxy is called that")]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-pub(crate) enum Proxy {
-    /// Sluice, built from this tree and run from `deploy/`.
-    #[default]
-    Sluice,
-    /// The real kube-proxy, with nftables.
-    KubeProxy,
-    /// Nothing: no Service answers.
-    None,
-}
-
-/// The folders of `deploy/overlays`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-pub(crate) enum Overlay {
-    /// One privileged container a node.
-    #[default]
-    Privileged,
-    /// No privileged container.
-    LeastCapabilities,
-    /// For labelled Services alone.
-    BesideKubeProxy,
-    /// With metrics on both loopbacks.
-    DualStack,
-}
-
-impl Overlay {
-    /// All of them.
-    pub(crate) const ALL: [Self; 4] =
-        [Self::Privileged, Self::LeastCapabilities, Self::DualStack, Self::BesideKubeProxy];
-
-    /// The folder's name.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Privileged => "privileged",
-            Self::LeastCapabilities => "least-capabilities",
-            Self::BesideKubeProxy => "beside-kube-proxy",
-            Self::DualStack => "dual-stack",
-        }
-    }
-}
-
-/// How pods are connected to their node.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-pub(crate) enum Cni {
-    /// A routed veth pair a pod.
-    #[default]
-    Ptp,
-    /// A bridge a node.
-    Bridge,
-}
-
-impl fmt::Display for Proxy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Sluice => "sluice",
-            Self::KubeProxy => "kube-proxy",
-            Self::None => "none",
-        })
-    }
-}
-
-impl fmt::Display for Cni {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Ptp => "ptp",
-            Self::Bridge => "bridge",
-        })
-    }
-}
-
-/// Does it.
+/// Runs a command of `cargo xtask cluster`.
 pub(crate) fn run(workspace: &Workspace, choice: Choice, command: &Command) -> Result<ExitCode> {
-    if !packages::is_root() {
-        eprintln!(
-            "a cluster is made of network namespaces, mounts and cgroups: run `sudo -E env PATH=\"$PATH\" cargo xtask cluster ...`"
-        );
-        return Ok(ExitCode::FAILURE);
-    }
-    match command {
-        Command::Up(options) => up::run(workspace, choice, options)?,
-        Command::Down => down::run()?,
-        Command::Status => return status::run(),
-        Command::Shell(options) => shell::run(options)?,
-    }
-    Ok(ExitCode::SUCCESS)
+    with_tree(workspace, choice, |tree| sluice_cluster::run(tree, command))
 }
 
-/// Whether a whole cluster is up.
-pub(crate) fn is_complete() -> Result<bool> {
-    Ok(is_up(&State::open())?.is_some_and(|description| description.is_complete))
-}
-
-/// Brings a cluster up for tests, or repairs the one that is.
+/// Brings a cluster up for tests, or repairs the one that is up.
 pub(crate) fn ensure_up(workspace: &Workspace, choice: Choice, options: &UpOptions) -> Result<()> {
-    up::run(workspace, choice, options)
+    with_tree(workspace, choice, |tree| sluice_cluster::ensure_up(tree, options))
 }
 
-/// Takes the cluster down.
-pub(crate) fn down() -> Result<()> {
-    down::run()
-}
-
-/// Runs a closure where the outside client is. Processes that it starts are there too.
-pub(crate) fn outside<T: Send>(act: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    Namespace::named(&State::open(), network::OUTSIDE_CLIENT).enter(act)
-}
-
-/// The administrator's kubeconfig.
-pub(crate) fn kubeconfig() -> PathBuf {
-    State::open().kubeconfig()
-}
-
-/// A kubectl of the cluster's version.
-pub(crate) fn kubectl() -> PathBuf {
-    State::open().programs().join("kubectl")
-}
-
-/// Gives all nodes a file, until the cluster goes; returns where they see it.
-pub(crate) fn give_nodes(file: &Path) -> Result<PathBuf> {
-    let name = file.file_name().with_context(|| format!("{} is no file", file.display()))?;
-    let copy = State::open().path(name);
-    let _ = fs::copy(file, &copy)
-        .with_context(|| format!("cannot copy {} to {}", file.display(), copy.display()))?;
-    Ok(Path::new("/run").join(node::STATE).join(name))
-}
-
-/// Runs a program in all namespaces of a node (n1, ...) and returns what it prints.
-pub(crate) fn on_node(name: &str, line: &[&str]) -> Result<String> {
-    shell::answer(&State::open(), name, line)
-}
-
-/// The cluster that is up since this boot, however far it came.
-fn is_up(state: &State) -> Result<Option<Description>> {
-    Ok(state.description()?.filter(|description| description.boot == state::boot_id()))
+fn with_tree<T>(workspace: &Workspace, choice: Choice, act: impl FnOnce(&Tree<'_>) -> T) -> T {
+    act(&Tree {
+        root: workspace.root(),
+        build: &|| {
+            let toolchain = toolchain::obtain(&Cache::open()?, choice)?;
+            let _object = ebpf::build(workspace, &toolchain)?;
+            agent::build_release(workspace)
+        },
+        write_image: &|binary: &Path, name, directory| {
+            if !agent::is_static(binary)? {
+                return Ok(None);
+            }
+            image::write(workspace, binary, name, directory).map(|written| Some(written.archive))
+        },
+    })
 }

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use object::build::elf::{Builder, SectionData};
 use object::elf::SHT_STRTAB;
+use sluice_cluster::process::Cmd;
+use sluice_cluster::ui::bytes;
 
 use crate::artifacts;
-use crate::process::Cmd;
 use crate::toolchain::Toolchain;
-use crate::ui::bytes;
 use crate::workspace::Workspace;
 
 /// Debug information is what the linker makes BTF from.

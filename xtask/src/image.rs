@@ -23,16 +23,13 @@ use oci_spec::image::{
     ANNOTATION_DESCRIPTION, ANNOTATION_LICENSES, ANNOTATION_REVISION, ANNOTATION_TITLE,
     ANNOTATION_VERSION, Config, ConfigBuilder,
 };
+use sluice_cluster::IMAGE;
+use sluice_cluster::oci::{self, Entry, Layout};
+use sluice_cluster::process::Cmd;
+use sluice_cluster::ui::bytes;
 
 use crate::agent;
-use crate::oci::{self, Entry, Layout};
-use crate::process::Cmd;
-use crate::ui::bytes;
 use crate::workspace::Workspace;
-
-/// The image's name without a tag, as `deploy/base` has it: no registry on the Internet can answer
-/// for it.
-pub(crate) const NAME: &str = "localhost/sluice";
 
 /// Where the binary is in the image.
 const PROGRAM: &str = "usr/local/bin/sluice";
@@ -63,7 +60,7 @@ pub(crate) struct Written {
 pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let binary = agent::build_release(workspace)?;
     let name =
-        options.name.clone().unwrap_or_else(|| format!("{NAME}:{}", env!("CARGO_PKG_VERSION")));
+        options.name.clone().unwrap_or_else(|| format!("{IMAGE}:{}", env!("CARGO_PKG_VERSION")));
     let output = options.output.clone().unwrap_or_else(|| workspace.root().join("target/image"));
     let written = write(workspace, &binary, &name, &output)?;
     let size = fs::metadata(&written.archive).map(|metadata| metadata.len()).unwrap_or_default();
@@ -156,10 +153,10 @@ fn full_name(text: &str) -> Result<String> {
     let last = text.rsplit('/').next().unwrap_or(text);
     let tagged =
         last.split_once(':').is_some_and(|(name, tag)| !name.is_empty() && !tag.is_empty());
-    ensure!(tagged, "the name needs a tag, as in {NAME}:{}", env!("CARGO_PKG_VERSION"));
+    ensure!(tagged, "the name needs a tag, as in {IMAGE}:{}", env!("CARGO_PKG_VERSION"));
     ensure!(
         text.contains('/'),
-        "the name needs a registry or localhost, as in {NAME}:{}",
+        "the name needs a registry or localhost, as in {IMAGE}:{}",
         env!("CARGO_PKG_VERSION")
     );
     Ok(text.to_owned())

@@ -7,12 +7,12 @@ mod wings;
 use std::io::{self, IsTerminal};
 
 use anyhow::{Context, Result};
+use sluice_cluster::cache::Cache;
+use sluice_cluster::process::{Cmd, newest_line};
+use sluice_cluster::ui::Step;
 
-use crate::cache::Cache;
 use crate::ebpf;
-use crate::process::{Cmd, newest_line};
 use crate::toolchain::Toolchain;
-use crate::ui::Step;
 use crate::workspace::Workspace;
 
 /// Runs all checks and stops at the first that fails.

@@ -1,41 +1,33 @@
 //! The project's own commands: `cargo xtask <command>`.
 //!
-//! Everything that is more than plain `cargo build` lives here: the eBPF
-//! object and the compiler it needs, the test tiers and what they need, lint,
-//! the demo. Tools that have to be built are kept in a cache outside the
-//! source tree ([`cache`]); system packages are installed only for root, and
-//! otherwise named in the error.
+//! Everything beyond plain `cargo build` lives here: the eBPF object and its compiler, the test
+//! tiers and their tools, lint, the demo. Tools that have to be built are kept in a cache outside
+//! the source tree ([`sluice_cluster::cache`]). System packages are installed only for root; for
+//! everybody else the error names them.
 
 mod agent;
 mod artifacts;
 mod bench;
 mod budget;
-mod cache;
 mod cluster;
-mod components;
 mod demo;
 mod ebpf;
-mod go;
 mod image;
 mod lint;
 mod measure;
-mod oci;
-mod packages;
-mod process;
 mod stack;
 mod test;
 mod toolchain;
-mod ui;
 mod version;
 mod workspace;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use sluice_cluster::cache::Cache;
+use sluice_cluster::components;
 
-use crate::cache::Cache;
 use crate::workspace::Workspace;
 
 /// Build, check, test and show Sluice.
@@ -52,38 +44,28 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Build the eBPF object into target/bpf/sluice.o and weigh its programs.
+    /// Build the eBPF object into target/bpf/sluice.o and measure its programs.
     BuildEbpf,
     /// Build the release binary `sluice` as one static file, eBPF included.
     Build,
-    /// Write the image of that binary, with its bill of materials; needs no container engine.
+    /// Write an image of that binary with its bill of materials; needs no container engine.
     Image(image::Options),
-    /// Check formatting, spelling, dependencies, clippy and rustdoc, with warnings as errors.
+    /// Check formatting, spelling and dependencies, run clippy and rustdoc; warnings are errors.
     Lint,
     /// Run the tests; the last line on stdout is `N passed, N failed`.
     Test(test::Options),
     /// Build (once) the Kubernetes control plane that the api tests talk to.
     ControlPlane,
-    /// A real Kubernetes in network namespaces of this machine (as root).
+    /// Run a real Kubernetes in network namespaces of this machine (as root).
     #[command(subcommand)]
-    Cluster(cluster::Command),
+    Cluster(sluice_cluster::Command),
     /// Show Sluice at work in network namespaces of this machine (as root).
     Demo(demo::Options),
     /// Measure, and print ratios (as root).
     #[command(subcommand)]
     Bench(bench::Command),
-    /// Become a process of a cluster.
-    #[command(hide = true)]
-    ClusterLaunch(cluster::launch::Options),
-    /// Be what a cloud is to a cluster.
-    #[command(hide = true)]
-    ClusterCloud,
-    /// Be the first process of a cluster's node.
-    #[command(hide = true)]
-    ClusterNode {
-        /// What the node is told.
-        spec: PathBuf,
-    },
+    #[command(flatten)]
+    Internal(sluice_cluster::Internal),
 }
 
 fn main() -> ExitCode {
@@ -125,9 +107,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             println!("{}", directory.display());
         }
         Command::Cluster(command) => return cluster::run(&workspace, cli.toolchain, command),
-        Command::ClusterLaunch(options) => cluster::launch::become_program(options)?,
-        Command::ClusterCloud => cluster::cloud::run()?,
-        Command::ClusterNode { spec } => cluster::node_init::run(spec)?,
+        Command::Internal(command) => command.run()?,
         Command::Demo(options) => return demo::run(&workspace, cli.toolchain, options),
         Command::Bench(command) => return bench::run(&workspace, cli.toolchain, command),
     }

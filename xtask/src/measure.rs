@@ -8,10 +8,10 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use aya::programs::{Program, ProgramError};
 use aya::{Btf, Ebpf, EbpfLoader};
+use sluice_cluster::packages;
 use sluice_common::abi::previous::{self, Round};
 
 use crate::budget::Budget;
-use crate::packages;
 use crate::stack;
 use crate::workspace::Workspace;
 

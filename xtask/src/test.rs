@@ -1,4 +1,5 @@
-//! `cargo xtask test`: four tiers and a choice of Kubernetes' own tests, one sum.
+//! `cargo xtask test`: four tiers, the simulation and a selection of Kubernetes' own tests, summed
+//! up in one line.
 //!
 //! | tier   | what                                                  | needs    |
 //! |--------|-------------------------------------------------------|----------|
@@ -7,20 +8,20 @@
 //! | lab    | `agent/tests/lab`, traffic through network namespaces | root     |
 //! | api    | `agent/tests/api`, a real API server                  | root, Go |
 //!
-//! The test binaries are built by one `cargo test --no-run` and then run from here: taken apart
-//! into jobs ([`job`]) that run side by side ([`pool`]), of all tiers at once, because kernel tests
-//! keep a processor busy and lab tests mostly wait.
+//! One `cargo test --no-run` builds the test binaries. They are split into jobs ([`job`]), and the
+//! jobs of all tiers run in parallel ([`pool`]), because kernel tests keep a processor busy while
+//! lab tests mostly wait.
 //!
-//! stdout has a line for each job, before it what its tests printed if one failed, and ends with
-//! the line `N passed, N failed` (and `, N skipped` where some were).
+//! stdout gets one line per job, preceded by the output of its tests if one failed, and ends with
+//! the line `N passed, N failed` (and `, N skipped` if any were).
 //!
-//! A tier that this machine cannot run is not started. Run by plain `cargo test`, its tests fail
-//! where they cannot run, unless `SLUICE_TEST_SKIP=1` says to skip them.
+//! A tier that this machine cannot run is not started. Under plain `cargo test` its tests fail
+//! instead, unless `SLUICE_TEST_SKIP=1` is set.
 //!
-//! Kubernetes' own tests ([`e2e`]) are no tier, since none of their binaries is built from here: a
-//! choice of them is run where all tiers are, the rest takes long and is run by name alone. So are
+//! Kubernetes' own tests ([`e2e`]) are not a tier, since none of their binaries is built here. A
+//! selection runs whenever all tiers do; the whole suite takes long and runs only by name, as do
 //! the tests of `deploy/` on a cluster ([`overlays`]). The [`simulation`] is a program of its own,
-//! and a job beside the others where all tiers are run.
+//! and one more job when all tiers run.
 
 mod e2e;
 mod job;
@@ -43,12 +44,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
+use sluice_cluster::process::Cmd;
+use sluice_cluster::ui::seconds;
 
 use crate::artifacts::{self, Artifact};
 use crate::measure;
-use crate::process::Cmd;
 use crate::toolchain::Choice;
-use crate::ui::seconds;
 use crate::workspace::Workspace;
 
 use self::job::{Binary, Job, Share};
@@ -64,34 +65,34 @@ pub(crate) struct Options {
     #[command(subcommand)]
     suite: Option<Suite>,
 
-    /// The tiers to run; all of them if none is named.
+    /// Tiers to run [default: all].
     #[arg(value_enum)]
     tiers: Vec<Tier>,
 
-    /// Accept skipped tiers even where CI=true makes them failures.
+    /// Accept skipped tiers even if CI=true makes them failures.
     #[arg(long)]
     allow_skip: bool,
 
-    /// How many tests that mostly wait run side by side; two for each processor by default.
+    /// Number of lab tests that run in parallel [default: three per processor].
     #[arg(long, value_name = "N")]
     jobs: Option<NonZero<usize>>,
 
-    /// How long one test process may take before its process group is killed.
+    /// Time after which the process group of a test is killed.
     #[arg(long, default_value_t = 20, value_name = "MINUTES")]
     test_timeout: u64,
 
-    /// Passed to every test binary: a filter, `--nocapture` and so on.
+    /// Arguments for every test binary: a filter, `--nocapture` and so on.
     #[arg(last = true)]
     filter: Vec<String>,
 }
 
-/// Tests that are not ours.
+/// Test suites that are not tiers.
 #[derive(Subcommand)]
 enum Suite {
-    /// Run Kubernetes' own tests against Sluice on a real cluster, beside what the real kube-proxy
-    /// gets.
+    /// Run Kubernetes' own tests against Sluice on a real cluster, and compare the results with
+    /// kube-proxy's.
     E2e(e2e::Options),
-    /// Bring up a cluster for every way to deploy Sluice, and ask Services of every kind from
+    /// Bring up a cluster for each overlay of `deploy/`, and call Services of every kind from
     /// everywhere.
     Overlays(overlays::Options),
     /// Update Sluice's DaemonSet on a real cluster under load: no connection may be lost or
@@ -110,15 +111,15 @@ impl Options {
     fn settings(&self) -> pool::Settings {
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
         pool::Settings {
-            room: self.jobs.map_or(2 * processors, NonZero::get),
+            room: 2 * self.jobs.map_or(3 * processors, NonZero::get),
             allowed: Duration::from_mins(self.test_timeout),
             verbose: self.filter.iter().any(|argument| job::shows_output(argument)),
         }
     }
 }
 
-/// Runs the tiers and prints the sum. An error on the way is a failure in the
-/// sum, so that the last line is always there.
+/// Runs the tiers and prints the sum. An error on the way counts as a failure, so that the last
+/// line is always printed.
 pub(crate) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> ExitCode {
     let mut total = Counts::default();
     let ran = match &options.suite {
@@ -165,44 +166,49 @@ fn run_tiers(
         match prepared.readiness(tier) {
             Readiness::Ready => {
                 let started = Instant::now();
-                let counts = weigh(workspace, tier, &prepared);
-                let _new = sums.insert(tier.name(), Sum { counts, took: started.elapsed() });
+                let counts = check_budget(workspace, tier, &prepared);
+                let _new = sums
+                    .insert(tier.name(), Sum { counts, took: started.elapsed(), ..Sum::default() });
                 jobs.extend(jobs_of(workspace, tier, &binaries, &prepared, options)?);
             }
             Readiness::Skip(reason) => {
                 eprintln!("{tier}: skipped: {reason}");
-                let counts = skip(&binaries, options);
-                let _new = sums.insert(tier.name(), Sum { counts, took: Duration::ZERO });
+                let counts = count_skipped(&binaries, options);
+                let _new = sums.insert(tier.name(), Sum { counts, ..Sum::default() });
             }
         }
     }
     if options.tiers.is_empty() && options.filter.is_empty() {
-        jobs.push(simulated()?);
+        jobs.push(simulation_job()?);
         match prepare::e2e() {
-            Readiness::Ready => jobs.push(brief(&prepared)?),
+            Readiness::Ready => jobs.push(brief_e2e_job(&prepared)?),
             Readiness::Skip(reason) => {
                 eprintln!("e2e: skipped: {reason}");
-                let counts = skip(&[], options);
-                let _new = sums.insert("e2e", Sum { counts, took: Duration::ZERO });
+                let counts = count_skipped(&[], options);
+                let _new = sums.insert("e2e", Sum { counts, ..Sum::default() });
             }
         }
     }
-    // Where nothing is known of how long they take, the last tiers have the longest.
+    // Without times of an earlier run, start with the last tiers, whose jobs take longest.
     jobs.reverse();
     for (tier, sum) in pool::run(jobs, &options.settings())? {
         let all = sums.entry(tier).or_default();
         all.counts.add(sum.counts);
         all.took += sum.took;
+        all.busy += sum.busy;
     }
     let summary: Vec<_> = sums
         .iter()
-        .map(|(tier, sum)| format!("{tier}: {} ({} of tests)", sum.counts, seconds(sum.took)))
+        .map(|(tier, sum)| {
+            let (took, busy) = (seconds(sum.took), seconds(sum.busy));
+            format!("{tier}: {} ({took} of tests, {busy} of a processor)", sum.counts)
+        })
         .collect();
     for sum in sums.values() {
         total.add(sum.counts);
     }
     if total.all() == 0 {
-        bail!("no test of these tiers has such a name: {}", options.filter.join(" "));
+        bail!("no test of these tiers matches: {}", options.filter.join(" "));
     }
     for line in summary {
         eprintln!("{line}");
@@ -215,14 +221,14 @@ fn build(workspace: &Workspace, wanted: &[Tier]) -> Result<Vec<Artifact>> {
     let is_all = wanted.contains(&Tier::Unit);
     let only =
         wanted.iter().filter(|_| !is_all).flat_map(|tier| ["--test".to_owned(), tier.to_string()]);
-    // Always the whole workspace: with fewer packages cargo would choose other
-    // features for their dependencies and build those again.
+    // Always the whole workspace: for fewer packages cargo would choose other features of their
+    // dependencies and build those again.
     let cargo = workspace.cargo().args(["test", "--no-run", "--workspace"]).args(only);
     artifacts::build(cargo).context("cannot build the tests")
 }
 
-/// The budget of the eBPF programs, as the first test of the kernel tier.
-fn weigh(workspace: &Workspace, tier: Tier, prepared: &Prepared) -> Counts {
+/// Compares the eBPF programs with their budget, as the first test of the kernel tier.
+fn check_budget(workspace: &Workspace, tier: Tier, prepared: &Prepared) -> Counts {
     let mut counts = Counts::default();
     if let (Tier::Kernel, Some(object)) = (tier, prepared.object()) {
         println!("\n== {tier}: verifier");
@@ -269,9 +275,9 @@ fn jobs_of(
     Ok(jobs)
 }
 
-/// The simulation, of fixed seeds.
-fn simulated() -> Result<Job> {
-    let xtask = env::current_exe().context("cannot tell where this program is")?;
+/// Returns the job that simulates fixed seeds.
+fn simulation_job() -> Result<Job> {
+    let xtask = env::current_exe().context("cannot find this program's own file")?;
     Ok(Job {
         tier: "simulation",
         name: "fixed seeds".to_owned(),
@@ -280,9 +286,10 @@ fn simulated() -> Result<Job> {
     })
 }
 
-/// Those of Kubernetes' own tests that tell most, with the agent that the other tests have.
-fn brief(prepared: &Prepared) -> Result<Job> {
-    let xtask = env::current_exe().context("cannot tell where this program is")?;
+/// Returns the job that runs the most telling of Kubernetes' own tests, with the agent that the
+/// other tests use.
+fn brief_e2e_job(prepared: &Prepared) -> Result<Job> {
+    let xtask = env::current_exe().context("cannot find this program's own file")?;
     let agent = prepared.sluice().into_iter().flat_map(|sluice| [Path::new("--agent"), sluice]);
     Ok(Job {
         tier: "e2e",
@@ -292,15 +299,15 @@ fn brief(prepared: &Prepared) -> Result<Job> {
     })
 }
 
-/// Counts what a skipped tier would have run.
-fn skip(binaries: &[Binary], options: &Options) -> Counts {
+/// Counts the tests of a skipped tier.
+fn count_skipped(binaries: &[Binary], options: &Options) -> Counts {
     let in_ci = env::var("CI").is_ok_and(|ci| !matches!(ci.as_str(), "" | "0" | "false"));
     Counts {
         skipped: binaries
             .iter()
             .map(|binary| binary.tests(&options.filter).map_or(0, |tests| tests.len() as u64))
             .sum(),
-        // A machine that is there to run the tests and cannot is broken.
+        // A CI machine that cannot run a tier is broken.
         failed: u64::from(in_ci && !options.allow_skip),
         ..Counts::default()
     }

@@ -15,11 +15,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
+use sluice_cluster::cache::Cache;
+use sluice_cluster::packages;
+use sluice_cluster::process::{Cmd, find_program, newest_line, programs};
+use sluice_cluster::ui::Step;
 
-use crate::cache::Cache;
-use crate::packages;
-use crate::process::{Cmd, find_program, newest_line, programs};
-use crate::ui::Step;
 use crate::version::Rustc;
 use crate::workspace::Workspace;
 

@@ -5,8 +5,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-
-use crate::process::Cmd;
+use sluice_cluster::process::Cmd;
 
 /// The environment variable by which the agent's build script finds the eBPF
 /// object it embeds.

@@ -1,9 +1,9 @@
-//! Health checks of Services: what a load balancer in front of the cluster asks at
+//! Answers health checks of Services: a load balancer in front of the cluster asks them at
 //! `healthCheckNodePort`.
 //!
-//! One plain HTTP listener a (Service, address); what they answer is in `answer`. Unlike
-//! kube-proxy, a Service has listeners in both families even if it is single-stack, and those
-//! addresses that can be listened on are served even if others cannot.
+//! There is one plain HTTP listener per (Service, address). The module `answer` has their answers.
+//! Unlike with kube-proxy, a Service has listeners in both families even if it is single-stack, and
+//! an address that cannot be listened on does not affect the others.
 
 mod answer;
 
@@ -24,16 +24,16 @@ use crate::node::backoff::Backoff;
 use crate::node::publish::publish;
 use answer::Answerer;
 
-/// Waiting times between tries of what failed.
+/// The pauses between retries.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
 
-/// Where health checks are answered.
+/// The addresses where health checks are answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Addresses {
-    /// At every address of the node, by one listener a family.
+    /// Every address of the node, by one listener per family.
     All,
-    /// At these addresses of the node, by a listener each. Link-local ones of IPv6 are left out:
-    /// they mean nothing without a device.
+    /// These addresses of the node, by one listener each. IPv6 link-local ones are left out: they
+    /// are meaningless without a device.
     Listed(BTreeSet<IpAddr>),
 }
 
@@ -50,33 +50,33 @@ impl Addresses {
     }
 }
 
-/// Tells whether the proxy does its work: asked at every request, so it may depend on the time.
+/// Reports whether the proxy works. It is called for every request, so it may depend on the time.
 pub type IsHealthy = Arc<dyn Fn() -> bool + Send + Sync>;
 
-/// What the servers go by.
+/// The inputs of the servers.
 pub struct Inputs {
     /// The Services with a health check.
     pub checks: watch::Receiver<BTreeMap<ObjectName, HealthCheck>>,
-    /// Where they are answered.
+    /// Where health checks are answered.
     pub addresses: watch::Receiver<Addresses>,
-    /// Whether the proxy does its work.
+    /// Whether the proxy works.
     pub is_healthy: IsHealthy,
-    /// Room for those who ask.
+    /// The room for connections.
     pub(crate) room: Room,
 }
 
-/// Why a Service's health check is not answered everywhere: the load balancer may hold the node for
+/// Why a Service's health check is not answered everywhere. The load balancer may consider the node
 /// dead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// Its port.
+    /// The port of the health check.
     pub port: u16,
-    /// What failed, for people; at least one.
+    /// The errors, for people; at least one.
     pub causes: Vec<String>,
 }
 
 impl Failure {
-    /// The reason of the Event (type Warning, regarding the Service) that a failure is worth.
+    /// The reason of the Event about a failure (type Warning, regarding the Service).
     pub const EVENT_REASON: &str = "FailedToStartServiceHealthcheck";
 }
 
@@ -91,7 +91,7 @@ impl fmt::Display for Failure {
     }
 }
 
-/// The Services whose health checks are not answered everywhere; they are tried again.
+/// The Services whose health checks are not answered everywhere. They are retried.
 pub type Failures = BTreeMap<ObjectName, Failure>;
 
 fn fail(failures: &mut Failures, service: &ObjectName, port: u16, cause: String) {
@@ -99,7 +99,8 @@ fn fail(failures: &mut Failures, service: &ObjectName, port: u16, cause: String)
     failure.causes.push(cause);
 }
 
-/// Which listeners there should be. Two Services that want one port: the first by name has it.
+/// Returns the listeners that should exist. If two Services want the same port, the first by name
+/// gets it.
 fn plan(
     checks: &BTreeMap<ObjectName, HealthCheck>,
     addresses: &BTreeSet<IpAddr>,
@@ -109,9 +110,8 @@ fn plan(
     for (service, check) in checks.iter().filter(|(_, check)| check.port != 0) {
         let owner = owners.entry(check.port).or_insert(service);
         if *owner != service {
-            let cause = format!(
-                "the Service {owner} has the same healthCheckNodePort: give one of them another"
-            );
+            let cause =
+                format!("the Service {owner} has the same healthCheckNodePort: change one of them");
             fail(&mut failures, service, check.port, cause);
         }
     }
@@ -121,15 +121,15 @@ fn plan(
     (listeners.collect(), failures)
 }
 
-/// Answers health checks until the inputs' senders are gone. `told` always holds what fails.
-pub async fn serve(mut inputs: Inputs, told: watch::Sender<Failures>) {
+/// Answers health checks until the inputs' senders are gone. `report` always holds the failures.
+pub async fn serve(mut inputs: Inputs, report: watch::Sender<Failures>) {
     let answerer = Answerer::new(inputs.checks.clone(), inputs.is_healthy);
     let mut open: BTreeMap<SocketAddr, (ObjectName, Listener)> = BTreeMap::new();
     let mut retry = RETRY;
     loop {
         let addresses = inputs.addresses.borrow_and_update().to_listen_on();
         let (wanted, mut failures) = plan(&inputs.checks.borrow_and_update(), &addresses);
-        // All that go before any that come: ports may change hands.
+        // Close all old listeners before any new one opens: ports may change hands.
         let goes = |at: &SocketAddr, (service, _): &mut (ObjectName, Listener)| {
             wanted.get(at) != Some(service)
         };
@@ -155,8 +155,8 @@ pub async fn serve(mut inputs: Inputs, told: watch::Sender<Failures>) {
                 }
             }
         }
-        log(&told.borrow(), &failures);
-        let _ = publish(&told, failures);
+        log(&report.borrow(), &failures);
+        let _ = publish(&report, failures);
         let wait = if again { retry.failed() } else { Duration::ZERO };
         let changed = tokio::select! {
             changed = inputs.checks.changed() => Some(changed.is_ok()),
@@ -174,7 +174,7 @@ pub async fn serve(mut inputs: Inputs, told: watch::Sender<Failures>) {
     }
 }
 
-/// Logs what has come and gone, each once.
+/// Logs each failure once, when it appears and when it is gone.
 fn log(before: &Failures, now: &Failures) {
     for (service, failure) in
         now.iter().filter(|(service, failure)| before.get(*service) != Some(*failure))

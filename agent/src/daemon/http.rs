@@ -1,5 +1,5 @@
-//! Plain HTTP/1.1 listeners with bounded connections: their ports are open to everybody who reaches
-//! the node.
+//! Plain HTTP/1.1 listeners with a bounded number of connections: their ports are open to everybody
+//! who can reach the node.
 
 mod room;
 
@@ -26,25 +26,26 @@ use tokio::task::JoinHandle;
 use room::Answering;
 pub(crate) use room::Room;
 
-/// Connections that wait to be accepted, which takes microseconds: a burst, where nobody else is to
-/// wait for a retransmission. The kernel takes `net.core.somaxconn` if that is less.
+/// The connections that may wait to be accepted, which takes microseconds. The number allows for
+/// bursts, so that nobody has to wait for a retransmission. The kernel uses `net.core.somaxconn` if
+/// that is less.
 const BACKLOG: i32 = 1_024;
-/// How long a request's header may take to come, the time between requests included.
+/// How long a request's header may take to arrive, including the time between requests.
 const HEADER: Duration = Duration::from_secs(5);
-/// How long a connection is kept for further requests: nobody holds one for good.
+/// How long a connection is kept for further requests, so that nobody holds one for good.
 const AGE: Duration = Duration::from_mins(1);
-/// How long an answer under way may take once its listener is closed or its connection old.
+/// How long an answer may take once its listener is closed or its connection is too old.
 const LAST_ANSWER: Duration = Duration::from_secs(5);
-/// The largest header of a request, and the buffer for it, bytes.
+/// The largest header of a request, and the size of its buffer, in bytes.
 const HEADER_MAX: usize = 8 * 1024;
-/// The largest body that is read, bytes, and how long it may take to come.
+/// The largest body that is read, in bytes, and how long it may take to arrive.
 const BODY_MAX: usize = 1024;
 const BODY: Duration = Duration::from_secs(5);
-/// How long to wait when no connection can be accepted (descriptors or memory are short): until
-/// what is closed then is gone.
+/// The pause after a connection could not be accepted because descriptors or memory are short. It
+/// lets the connection go that was closed then.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(10);
 
-/// Why nobody listens at an address.
+/// An address cannot be listened on.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {at}: {cause}{hint}")]
 pub(crate) struct Error {
@@ -74,8 +75,8 @@ impl Error {
     }
 }
 
-/// Answers a request. Its body is read where it is PUT, and is text; the address of who asks is
-/// among its extensions. An answer's body may be shared between those who get the same.
+/// Answers a request. Only the body of a PUT is read, as text. The peer's address is among the
+/// request's extensions. An answer's body may be shared between several requests.
 pub(crate) type Handler =
     Arc<dyn Fn(Request<String>) -> BoxFuture<'static, Response<Bytes>> + Send + Sync>;
 
@@ -91,14 +92,14 @@ impl fmt::Debug for Listener {
 }
 
 impl Listener {
-    /// Listens; requests are answered from now on, as many connections at once as the room takes.
+    /// Starts to listen. Serves as many connections at once as the room allows.
     pub(crate) fn open(at: SocketAddr, handler: Handler, room: Room) -> Result<Self, Error> {
         let listener = bind(at).map_err(|cause| Error::new(at, cause))?;
         let accepting = tokio::spawn(accept(listener, at, handler, room));
         Ok(Self { accepting })
     }
 
-    /// Frees the port before it returns; answers under way are finished.
+    /// Stops listening. The port is free when it returns, and answers under way are finished.
     pub(crate) async fn close(mut self) {
         self.accepting.abort();
         let _ = (&mut self.accepting).await;
@@ -116,7 +117,7 @@ fn bind(at: SocketAddr) -> io::Result<TcpListener> {
     // Connections of an earlier listener may linger in TIME_WAIT.
     socket.set_reuse_address(true)?;
     if at.is_ipv6() {
-        // IPv4 has a listener of its own.
+        // IPv4 has its own listener.
         socket.set_only_v6(true)?;
     }
     socket.set_nonblocking(true)?;
@@ -126,7 +127,7 @@ fn bind(at: SocketAddr) -> io::Result<TcpListener> {
 }
 
 async fn accept(listener: TcpListener, at: SocketAddr, handler: Handler, room: Room) {
-    // Goes with this task: its end is what tells the connections that the listener is closed.
+    // Dropped with this task, which lets the connections know that the listener is closed.
     let (_open, closed) = watch::channel(());
     loop {
         let accepted = listener.accept().await.and_then(|(stream, peer)| {
@@ -140,7 +141,7 @@ async fn accept(listener: TcpListener, at: SocketAddr, handler: Handler, room: R
                     converse(stream, peer, handler, answering, closed)
                 });
             }
-            // One that was reset before it was accepted is nobody's loss.
+            // A connection that was reset before it was accepted is no loss.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
                 tracing::debug!(%at, "cannot accept a connection: {error}; closing another one, trying again");
@@ -151,7 +152,7 @@ async fn accept(listener: TcpListener, at: SocketAddr, handler: Handler, room: R
     }
 }
 
-/// A request with its body, as far as that is read; else the status to refuse it with.
+/// Returns a request with its body if it is read, or else the status to refuse it with.
 async fn whole(
     request: Request<Incoming>,
     peer: SocketAddr,
@@ -199,7 +200,7 @@ async fn converse(
             .serve_connection(TokioIo::new(stream), answer)
     );
     tokio::select! {
-        // What clients do wrong concerns them alone.
+        // Errors that clients make concern only them.
         _ = connection.as_mut() => return,
         _ = closed.changed() => {}
         () = tokio::time::sleep(AGE) => {}

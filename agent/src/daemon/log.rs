@@ -1,4 +1,4 @@
-//! The agent's log, and how much it says: changed while it runs, as Kubernetes' components do it.
+//! The agent's log. Its verbosity can change while it runs, as in Kubernetes' components.
 
 use std::io::IsTerminal;
 use std::sync::OnceLock;
@@ -7,20 +7,20 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
-/// The one log of this process.
+/// The handle to this process's only log.
 static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 
-/// The log's form.
+/// The format of the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum LogFormat {
     /// Lines for people.
     #[default]
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// The filter of a verbosity: 0 as it is by default, 1 more, from 2 on everything.
+/// Returns the filter of a verbosity: 0 is the default, 1 logs more, and 2 or more everything.
 fn filter(verbosity: u8) -> &'static str {
     match verbosity {
         0 => "info",
@@ -29,7 +29,7 @@ fn filter(verbosity: u8) -> &'static str {
     }
 }
 
-/// Starts the log. The variable `SLUICE_LOG` goes before the verbosity.
+/// Starts the log. The variable `SLUICE_LOG` takes precedence over the verbosity.
 pub(crate) fn start(verbosity: u8, format: LogFormat) {
     let chosen =
         EnvFilter::try_from_env("SLUICE_LOG").unwrap_or_else(|_| EnvFilter::new(filter(verbosity)));
@@ -41,18 +41,18 @@ pub(crate) fn start(verbosity: u8, format: LogFormat) {
         }
         LogFormat::Json => lines.json().flatten_event(true).boxed(),
     };
-    // A process starts one log: whoever has started another before keeps it.
+    // A process has one log. If another was started before, it stays.
     if tracing_subscriber::registry().with(chosen).with(lines).try_init().is_ok() {
         let _ = FILTER.set(handle);
     }
 }
 
-/// Says as much as a verbosity asks for from now on; until the agent starts anew.
+/// Sets the verbosity until the agent restarts.
 ///
 /// # Errors
 ///
-/// When this process has started no log.
+/// When this process has not started a log.
 pub(crate) fn set(verbosity: u8) -> Result<(), String> {
-    let handle = FILTER.get().ok_or("this process has no log of its own")?;
+    let handle = FILTER.get().ok_or("this process has not started a log")?;
     handle.reload(EnvFilter::new(filter(verbosity))).map_err(|error| error.to_string())
 }

@@ -1,4 +1,4 @@
-//! What monitoring asks of the agent over HTTP, as kube-proxy answers it.
+//! Answers the HTTP requests of monitoring, as kube-proxy does.
 //!
 //! | address | path | |
 //! |---|---|---|
@@ -32,13 +32,13 @@ use crate::node::backoff::Backoff;
 use crate::node::publish::publish;
 use metrics::Metrics;
 
-/// A change that has been waiting for so long makes the proxy unhealthy: kube-proxy's two sync
-/// periods.
+/// A change that has been waiting for this long makes the proxy unhealthy: two sync periods of
+/// kube-proxy.
 const OVERDUE: Duration = Duration::from_mins(1);
-/// Waiting times between tries to listen.
+/// The pauses between attempts to listen.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
 
-/// Where monitoring is answered; nowhere if empty.
+/// The addresses where monitoring is answered. An empty list means nowhere.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Addresses {
     /// `/healthz` and `/livez`.
@@ -47,15 +47,15 @@ pub struct Addresses {
     pub metrics: Vec<SocketAddr>,
 }
 
-/// Whether the proxy keeps up, told by the maps' loop and asked by whoever wants to know.
+/// Whether the proxy keeps up. The agent's loop updates it, and health checks read it.
 #[derive(Debug)]
-pub(crate) struct Progress(Mutex<State>);
+pub(crate) struct Liveness(Mutex<State>);
 
 #[derive(Clone, Copy, Debug)]
 struct State {
-    /// Since when the maps have been behind the sources.
+    /// Since when the maps have been behind the sources, if they are.
     behind: Option<Instant>,
-    /// When they last were not.
+    /// When the maps were last in step with the sources.
     updated: SystemTime,
     /// Whether the node is about to be deleted.
     leaving: bool,
@@ -67,19 +67,20 @@ impl State {
     }
 }
 
-impl Default for Progress {
+impl Default for Liveness {
     fn default() -> Self {
         Self(Mutex::new(State { behind: None, updated: SystemTime::now(), leaving: false }))
     }
 }
 
-impl Progress {
+impl Liveness {
     fn state(&self) -> State {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells whether the maps hold what the sources say, and whether the node is leaving.
-    pub(crate) fn tell(&self, settled: bool, leaving: bool) {
+    /// Records whether the maps hold what the sources say, and whether the node is about to be
+    /// deleted.
+    pub(crate) fn update(&self, settled: bool, leaving: bool) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if settled {
             (state.behind, state.updated) = (None, SystemTime::now());
@@ -89,7 +90,7 @@ impl Progress {
         state.leaving = leaving;
     }
 
-    /// Whether the proxy does its work.
+    /// Whether the proxy works.
     pub(crate) fn is_healthy(&self) -> bool {
         self.state().is_healthy()
     }
@@ -114,38 +115,38 @@ struct Family {
     healthy: bool,
 }
 
-/// A time as RFC 3339 has it.
+/// Formats a time as in RFC 3339.
 fn time(time: SystemTime) -> String {
-    // Out of range only where the clock is set to another age.
+    // Out of range only if the clock is wrong by centuries.
     jiff::Timestamp::try_from(time).map(|time| time.to_string()).unwrap_or_default()
 }
 
-/// What monitoring is answered from.
+/// The state that answers are made from.
 #[derive(Debug)]
 pub(crate) struct Monitor {
-    progress: Arc<Progress>,
+    liveness: Arc<Liveness>,
     metrics: Arc<Metrics>,
     exporter: exporter::Exporter,
 }
 
 impl Monitor {
-    /// Of the maps below a pin path and the status in a state directory.
+    /// Makes a monitor of the maps below a pin path and the status in a state directory.
     pub(crate) fn new(
-        progress: Arc<Progress>,
+        liveness: Arc<Liveness>,
         metrics: Arc<Metrics>,
         pin_path: PathBuf,
         state_dir: PathBuf,
     ) -> Self {
         let exporter = exporter::Exporter::new(Arc::clone(&metrics), pin_path, state_dir);
-        Self { progress, metrics, exporter }
+        Self { liveness, metrics, exporter }
     }
 
     fn health(&self, node_counts: bool) -> Response<Bytes> {
-        let state = self.progress.state();
+        let state = self.liveness.state();
         let healthy = state.is_healthy();
         let well = healthy && !(node_counts && state.leaving);
         let now = time(SystemTime::now());
-        // As kube-proxy: recent as long as all is well.
+        // As with kube-proxy, this is the present time as long as all is well.
         let last_updated = if well { now.clone() } else { time(state.updated) };
         let family = || Family { last_updated: time(state.updated), healthy };
         let body = Body {
@@ -157,7 +158,7 @@ impl Monitor {
         };
         let status = if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
         self.metrics.health_answer(node_counts, status.as_u16());
-        // Strings and bools into memory: there is nothing to fail.
+        // Serializing strings and bools into memory cannot fail.
         let body = serde_json::to_string(&body).unwrap_or_default();
         response(status, "application/json", body)
     }
@@ -175,7 +176,7 @@ impl Monitor {
         }
     }
 
-    /// Answers the health checks' port.
+    /// Returns the handler for the health port.
     fn healthz_handler(self: &Arc<Self>) -> Handler {
         let this = Arc::clone(self);
         let read = handler(move |path| match path {
@@ -186,7 +187,7 @@ impl Monitor {
         Arc::new(move |request| ready(read(&request)).boxed())
     }
 
-    /// Answers the metrics' port.
+    /// Returns the handler for the metrics port.
     fn metrics_handler(self: &Arc<Self>) -> Handler {
         let this = Arc::clone(self);
         let read = handler(move |path| match path {
@@ -212,14 +213,14 @@ impl Monitor {
     }
 }
 
-/// Changes how much is logged, as Kubernetes' components do it: `PUT` with a number.
+/// Changes the log's verbosity, as in Kubernetes' components: a `PUT` with a number.
 fn verbosity(request: &Request<String>) -> Response<Bytes> {
     let text = |status, body: String| response(status, "text/plain; charset=utf-8", body);
     let peer = request.extensions().get::<SocketAddr>();
     if !peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback()) {
         return text(
             StatusCode::FORBIDDEN,
-            "only for processes of this node, by a loopback address\n".to_owned(),
+            "only processes of this node may do this, over a loopback address\n".to_owned(),
         );
     }
     if request.method() != Method::PUT {
@@ -232,12 +233,12 @@ fn verbosity(request: &Request<String>) -> Response<Bytes> {
     let Ok(number) = word.parse::<u8>() else {
         return text(
             StatusCode::BAD_REQUEST,
-            format!("a number is wanted, 0, 1 or more, and not {word:?}\n"),
+            format!("expected a number (0, 1 or more), not {word:?}\n"),
         );
     };
     match crate::daemon::log::set(number) {
         Ok(()) => {
-            tracing::info!("logs with verbosity {number} from now on");
+            tracing::info!("the log's verbosity is now {number}");
             text(StatusCode::OK, format!("successfully set the verbosity to {number}\n"))
         }
         Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
@@ -257,7 +258,7 @@ fn is_read(request: &Request<String>) -> bool {
     matches!(*request.method(), Method::GET | Method::HEAD)
 }
 
-/// Answers at once what is only read, by its path.
+/// Returns a handler that answers reads by their path.
 fn handler(
     answer: impl Fn(&str) -> Option<Response<Bytes>> + Send + Sync,
 ) -> Arc<impl Fn(&Request<String>) -> Response<Bytes> + Send + Sync> {
@@ -273,13 +274,13 @@ fn handler(
     })
 }
 
-/// Answers for as long as the task lives. `told` always holds where nobody can listen, and why; it
-/// is tried again.
+/// Answers until the receiver of `report` is gone. `report` always holds the addresses that cannot
+/// be listened on, with the reasons. They are retried.
 pub(crate) async fn serve(
     monitor: Arc<Monitor>,
     addresses: Addresses,
     room: Room,
-    told: watch::Sender<Vec<String>>,
+    report: watch::Sender<Vec<String>>,
 ) {
     let healthz = addresses.healthz.into_iter().map(|at| (at, monitor.healthz_handler()));
     let mut closed: Vec<_> = healthz
@@ -303,17 +304,17 @@ pub(crate) async fn serve(
                 }
             }
         });
-        for problem in problems.iter().filter(|problem| !told.borrow().contains(problem)) {
+        for problem in problems.iter().filter(|problem| !report.borrow().contains(problem)) {
             tracing::warn!("{problem}; trying again");
         }
-        let _ = publish(&told, problems);
+        let _ = publish(&report, problems);
         if closed.is_empty() {
             break;
         }
         tokio::time::sleep(retry.failed()).await;
     }
-    // The listeners live as long as whoever reads what is told.
-    told.closed().await;
+    // The listeners live as long as the receiver.
+    report.closed().await;
     for listener in open {
         listener.close().await;
     }
@@ -327,7 +328,7 @@ mod tests {
     fn every_reason_is_a_row_in_the_docs() {
         let docs = include_str!("../../../docs/operate.md");
         for reason in Reason::ALL {
-            assert!(docs.contains(&format!("`{}`", reason.word())), "{}", reason.word());
+            assert!(docs.contains(&format!("`{}`", reason.as_str())), "{}", reason.as_str());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Where objects come from. Nothing outside knows Kubernetes' types.
+//! The sources of objects. Kubernetes' types are known nowhere else.
 
 pub mod decode;
 pub mod kubernetes;
@@ -9,35 +9,35 @@ mod yaml;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-/// How a source is doing.
+/// The state of a source.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Health {
-    /// When it last heard from where its objects come from.
+    /// When the source last got an answer from where its objects come from.
     pub heard: Option<SystemTime>,
-    /// What went wrong since, and when; [`None`] while all is well.
+    /// The error since then and when it began, or [`None`] if there is none.
     pub failure: Option<(String, SystemTime)>,
-    /// Its first full list is complete.
+    /// Whether its first full list is complete.
     pub synced: bool,
 }
 
-/// A source's health, to be read while it runs.
+/// The state of a source, to be read while it runs.
 #[derive(Clone, Debug, Default)]
 pub struct Pulse(Arc<Mutex<Health>>);
 
 impl Pulse {
-    /// The present state.
+    /// Returns the present state.
     pub fn health(&self) -> Health {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Notes a success, and returns whether something was wrong before.
+    /// Records a success. Returns whether there was an error before.
     fn heard(&self) -> bool {
         let mut health = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         health.heard = Some(SystemTime::now());
         health.failure.take().is_some()
     }
 
-    /// Notes a failure; the time of the first stays.
+    /// Records an error. The time of the first one stays.
     fn failed(&self, why: String) {
         let mut health = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let since = health.failure.take().map_or_else(SystemTime::now, |(_, since)| since);

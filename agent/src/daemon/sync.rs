@@ -1,4 +1,4 @@
-//! The way from events to the maps: model, plan and reconciler, with what is known about each.
+//! Brings events into the maps: model, plan and reconciler, with what is known about each.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -7,15 +7,17 @@ use std::time::{Duration, SystemTime};
 
 use sluice_common::abi::frontend;
 use sluice_common::{V4, V6};
-use sluice_core::image::{Dataplane, FamilyWrite, Image, ReadError, Reconciler, Stack, Write};
+use sluice_core::image::{
+    Dataplane, EntryWrite, FamilyWrite, Image, ReadError, Reconciler, Stack, Write,
+};
 use sluice_core::model::object::ObjectName;
 use sluice_core::model::report::{Flaw, Level};
 use sluice_core::model::{Event, HealthCheck, Model, SourceId};
 use sluice_core::plan::{Plan, node_ports_of_bits};
 use tokio::time::Instant;
 
-use crate::daemon::announce::{self, Announcements};
 use crate::daemon::health::Failures;
+use crate::daemon::kubernetes_events::{self, ObjectEvents};
 use crate::daemon::monitor::metrics::Metrics;
 use crate::node::backoff::Backoff;
 use crate::node::conntrack::UdpFrontends;
@@ -23,14 +25,14 @@ use crate::node::dataplane::{Kernel, Maps};
 use crate::node::devices::own::Vips as RoutedVips;
 use crate::node::status::{Counts, ReportStatus, SyncStatus, unix_seconds};
 
-/// Waiting times between tries of writes that failed.
+/// The pauses between retries of failed writes.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
-/// After so many failures in a row the maps are read again and the difference is written.
+/// After so many failures in a row, the maps are read again and only the difference is written.
 const RESYNC_AFTER: u32 = 4;
 
-/// Events in, maps changed.
+/// Applies events to the maps.
 #[derive(Debug)]
-pub(super) struct Sync {
+pub(super) struct MapSync {
     model: Model,
     plan: Plan,
     reconciler: Reconciler<Kernel>,
@@ -51,8 +53,8 @@ pub(super) struct Sync {
     metrics: Arc<Metrics>,
 }
 
-impl Sync {
-    /// Takes the maps and what they hold.
+impl MapSync {
+    /// Takes over the maps and what they hold.
     pub(super) fn adopt(
         kernel: Kernel,
         model: Model,
@@ -81,14 +83,14 @@ impl Sync {
         })
     }
 
-    /// Takes in an event; [`Self::run`] acts on it.
-    pub(super) fn hear(&mut self, event: Event) {
-        self.metrics.heard(&event.change);
+    /// Takes in an event. [`Self::run`] acts on it.
+    pub(super) fn on_event(&mut self, event: Event) {
+        self.metrics.received(&event.change);
         self.model.apply(event, SystemTime::now());
     }
 
-    /// Takes in the node's own addresses and which of them serve node ports, and the VIPs that are
-    /// left alone.
+    /// Takes in the node's own addresses, with whether each serves node ports, and the VIPs that
+    /// are left alone.
     pub(super) fn set_node(&mut self, addresses: &BTreeMap<IpAddr, bool>, left: &BTreeSet<IpAddr>) {
         self.model.set_left(left.clone());
         if self.node_addresses.as_ref() == Some(addresses) {
@@ -101,10 +103,10 @@ impl Sync {
         self.node_addresses = Some(addresses.clone());
     }
 
-    /// Plans what has changed and carries it out.
+    /// Plans what has changed, and writes it to the maps.
     pub(super) fn run(&mut self) {
         let begun = Instant::now();
-        // Which backends are local depends on the node's addresses: they come first.
+        // The node's addresses must be known first: they decide which backends are local.
         let batch =
             if self.node_addresses.is_some() { self.model.take(SystemTime::now()) } else { None };
         if let Some(batch) = &batch {
@@ -152,7 +154,8 @@ impl Sync {
                     Some(SyncStatus { at: unix_seconds(SystemTime::now()), took_us, writes });
             }
             Err(error) => {
-                let text = format!("the maps keep their last good state: {error}");
+                let text =
+                    format!("cannot write the maps, which keep their last good state: {error}");
                 if self.failing.as_ref() != Some(&text) {
                     tracing::warn!("{text}; trying again");
                 }
@@ -176,17 +179,17 @@ impl Sync {
         self.reconciler.push(writes);
     }
 
-    /// The maps.
+    /// Returns the maps.
     pub(super) fn maps(&self) -> &Maps {
         self.reconciler.dataplane.maps()
     }
 
-    /// When failed writes are to be tried again.
+    /// Returns when failed writes are to be retried.
     pub(super) fn retry_at(&self) -> Option<Instant> {
         self.retry_at
     }
 
-    /// The VIPs, if they have changed since the last call.
+    /// Returns the VIPs, if they have changed since the last call.
     pub(super) fn take_vips(&mut self) -> Option<Arc<RoutedVips>> {
         std::mem::take(&mut self.vips.changed).then(|| Arc::new(self.vips.routed()))
     }
@@ -201,18 +204,18 @@ impl Sync {
         self.model.awaited().is_empty() && self.filled && self.reconciler.due() == 0
     }
 
-    /// The sources whose first full list is missing.
+    /// Returns the sources whose first full list is missing.
     pub(super) fn awaited(&self) -> BTreeSet<SourceId> {
         self.model.awaited().clone()
     }
 
-    /// The health checks that Services ask for.
+    /// Returns the health checks of Services.
     pub(super) fn health_checks(&self) -> &BTreeMap<ObjectName, HealthCheck> {
         self.model.health_checks()
     }
 
-    /// Where the kernel's connection tracking may let UDP flows lead, if Services or the node have
-    /// changed since the last call.
+    /// Returns where the kernel's connection tracking may send UDP flows, if Services or the node
+    /// have changed since the last call.
     pub(super) fn take_udp_frontends(&mut self) -> Option<UdpFrontends> {
         std::mem::take(&mut self.udp_changed).then(|| self.udp_frontends())
     }
@@ -240,7 +243,7 @@ impl Sync {
         found
     }
 
-    /// The numbers of all node ports, if they have changed since the last call.
+    /// Returns all node ports, if they have changed since the last call.
     pub(super) fn take_node_ports(&mut self) -> Option<BTreeSet<u16>> {
         let words = &self.plan.image().node_ports;
         if self.node_ports.as_ref() == Some(words) {
@@ -250,7 +253,7 @@ impl Sync {
         Some(node_ports_of_bits(words).collect())
     }
 
-    /// How much the maps are to hold.
+    /// Returns how much the maps should hold.
     pub(super) fn counts(&self) -> Counts {
         let image = self.plan.image();
         Counts {
@@ -260,7 +263,7 @@ impl Sync {
         }
     }
 
-    /// The reports, for the status.
+    /// Returns the reports for the status.
     pub(super) fn reports(&self) -> Vec<ReportStatus> {
         let status = |report: &sluice_core::model::report::Report| ReportStatus {
             level: match report.note.flaw.level() {
@@ -277,26 +280,26 @@ impl Sync {
         self.model.reports().iter().map(status).collect()
     }
 
-    /// How many objects were refused something because a map has no room for it.
+    /// Returns how many objects were refused something because a map is full.
     pub(super) fn refused_for_room(&self) -> usize {
         let refused = self.model.reports().iter().filter(|report| report.note.flaw == Flaw::NoRoom);
         refused.map(|report| &report.subject).collect::<BTreeSet<_>>().len()
     }
 
-    /// What is to be told beside objects, health checks that are not answered included.
-    pub(super) fn announcements(&self, node: &str, failures: &Failures) -> Announcements {
-        announce::gather(node, self.model.reports().iter(), failures)
+    /// Returns the Kubernetes Events to write, including those about failed health checks.
+    pub(super) fn object_events(&self, node: &str, failures: &Failures) -> ObjectEvents {
+        kubernetes_events::gather(node, self.model.reports().iter(), failures)
     }
 
-    /// Logs reports that have come or gone since the last call, each once.
+    /// Logs each report once, when it appears and when it is gone.
     pub(super) fn log_reports(&mut self) {
         for report in self.model.take_fresh_reports() {
             let text = report.to_string();
             let level = report.note.flaw.level();
             if self.logged.insert(text.clone()) {
                 match level {
-                    // What has no effect on traffic is for `sluice status` alone, unless somebody
-                    // asks.
+                    // A notice does not affect traffic, so it is only in `sluice status` and in
+                    // verbose logs.
                     Level::Notice => tracing::debug!("{text}"),
                     Level::Problem => tracing::warn!("{text}"),
                 }
@@ -313,12 +316,12 @@ impl Sync {
         });
     }
 
-    /// The last change of the maps.
+    /// Returns the last change of the maps.
     pub(super) fn last(&self) -> Option<SyncStatus> {
         self.last
     }
 
-    /// Why writes fail, if they do.
+    /// Returns why writes fail, if they do.
     pub(super) fn failing(&self) -> Option<String> {
         self.failing.clone()
     }
@@ -332,7 +335,8 @@ fn serving<F: Stack>(image: &Image) -> usize {
     F::of(image).backends.values().filter(|found| found.is_serving()).count()
 }
 
-/// Every VIP with its frontends, followed write by write: work proportional to what changes.
+/// All VIPs with their frontends. They follow the writes, so the work is proportional to the
+/// change.
 #[derive(Debug, Default)]
 struct Vips {
     uses: BTreeMap<IpAddr, Uses>,
@@ -343,7 +347,7 @@ struct Vips {
 #[derive(Debug, Default)]
 struct Uses {
     count: usize,
-    /// Whether it is, or was, a ClusterIP.
+    /// Whether the VIP is, or was, a ClusterIP.
     is_cluster_ip: bool,
 }
 
@@ -372,14 +376,14 @@ impl Vips {
     }
 
     fn follow_family<F: Stack>(&mut self, write: &FamilyWrite<F>) {
-        if let FamilyWrite::ServiceInsert { key, service } = write {
-            self.add(F::ip(key.address), service.kind);
-        } else if let FamilyWrite::ServiceRemove { key } = write {
+        if let FamilyWrite::Services(EntryWrite::Insert { key, value }) = write {
+            self.add(F::ip(key.address), value.kind);
+        } else if let FamilyWrite::Services(EntryWrite::Remove { key }) = write {
             self.remove(F::ip(key.address));
         }
     }
 
-    /// The VIPs by what routes are made for.
+    /// Returns the VIPs by the kind of route that they need.
     fn routed(&self) -> RoutedVips {
         let mut routed = RoutedVips::default();
         for (vip, uses) in &self.uses {
@@ -391,7 +395,7 @@ impl Vips {
     }
 
     fn add(&mut self, vip: IpAddr, kind: u32) {
-        // A node port's: nothing leads there.
+        // A node port has no VIP.
         if vip.is_unspecified() {
             return;
         }
@@ -425,31 +429,38 @@ mod tests {
         ServiceKey { address, port, protocol: 6, reserved: 0 }
     }
 
+    fn insert(port: u16, kind: u32) -> Write {
+        let value = Service { service_port: 1, kind };
+        Write::V4(FamilyWrite::Services(EntryWrite::Insert { key: key(port), value }))
+    }
+
+    fn remove(port: u16) -> Write {
+        Write::V4(FamilyWrite::Services(EntryWrite::Remove { key: key(port) }))
+    }
+
     #[test]
     fn a_vip_with_a_cluster_ips_frontend_is_a_cluster_ip() {
         let mut vips = Vips::default();
-        let insert = |vips: &mut Vips, port, kind| {
-            let service = Service { service_port: 1, kind };
-            vips.follow(&Write::V4(FamilyWrite::ServiceInsert { key: key(port), service }));
+        let follow = |vips: &mut Vips, port, kind| {
+            vips.follow(&insert(port, kind));
             let RoutedVips { cluster, external } = vips.routed();
             (cluster.len(), external.len(), std::mem::take(&mut vips.changed))
         };
-        assert_eq!(insert(&mut vips, 80, frontend::EXTERNAL_IP), (0, 1, true));
-        assert_eq!(insert(&mut vips, 443, frontend::LOAD_BALANCER), (0, 1, false));
-        assert_eq!(insert(&mut vips, 53, frontend::CLUSTER_IP), (1, 0, true));
+        assert_eq!(follow(&mut vips, 80, frontend::EXTERNAL_IP), (0, 1, true));
+        assert_eq!(follow(&mut vips, 443, frontend::LOAD_BALANCER), (0, 1, false));
+        assert_eq!(follow(&mut vips, 53, frontend::CLUSTER_IP), (1, 0, true));
     }
 
     #[test]
     fn a_vip_goes_with_its_last_frontend() {
-        let service = Service { service_port: 1, kind: 1 };
         let mut vips = Vips::default();
         for port in [80, 443] {
-            vips.follow(&Write::V4(FamilyWrite::ServiceInsert { key: key(port), service }));
+            vips.follow(&insert(port, 1));
         }
         assert_eq!((vips.uses.len(), std::mem::take(&mut vips.changed)), (1, true));
-        vips.follow(&Write::V4(FamilyWrite::ServiceRemove { key: key(80) }));
+        vips.follow(&remove(80));
         assert!(!vips.changed);
-        vips.follow(&Write::V4(FamilyWrite::ServiceRemove { key: key(443) }));
+        vips.follow(&remove(443));
         assert!(vips.changed && vips.uses.is_empty());
     }
 }

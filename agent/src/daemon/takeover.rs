@@ -1,29 +1,29 @@
-//! Moving in beside a running kube-proxy, and out again, without a broken connection.
+//! Takes over from a running kube-proxy, and hands back to it, without breaking a connection.
 //!
-//! # In
+//! # Takeover
 //!
 //! 1. *Passive.* The programs are attached and leave everything to netfilter. Its connections are
-//!    listed, and each that is translated goes into `imported`: both tuples as packets come in.
-//!    Clients of Services with affinity are noted where kube-proxy has sent them.
-//! 2. *Importing.* What opens a TCP connection is ours from now on. What is mid-stream, and UDP,
-//!    passes: it may be a connection that was opened after its piece of the listing. So the
-//!    connections are listed once more.
-//! 3. *Serving.* Everything is ours but what is in `imported`, which is listed again and again
-//!    until its last connection has ended. kube-proxy's rules go when it runs no more; connections
-//!    that live by them are held by a table of our own (see `rules`).
+//!    listed, and each translated one goes into `imported` with both tuples of its incoming
+//!    packets. Affinity is imported for clients that kube-proxy has sent to an endpoint.
+//! 2. *Importing.* Sluice serves packets that open a TCP connection. Other TCP packets, and UDP,
+//!    pass: they may belong to a connection that was opened after its part of the table was listed.
+//!    So the connections are listed once more.
+//! 3. *Serving.* Sluice serves everything except what is in `imported`. That is listed again and
+//!    again until its last connection has ended. kube-proxy's rules are removed once it no longer
+//!    runs. A table of Sluice's own then holds the connections that depend on them (see `rules`).
 //!
-//! # Out
+//! # Release
 //!
-//! *Draining* is passive with flows of ours: they are served, everything else passes to netfilter.
-//! When the last has ended, or at the deadline, the agent ends and removes every trace; it is
-//! *released*, and stays so until it is told to take over.
+//! *Draining* is passive with flows of Sluice: they are served, and everything else passes to
+//! netfilter. When the last has ended, or at the deadline, the agent removes everything and ends.
+//! The node is then *released*, and stays so until a takeover is requested.
 //!
-//! A thread does all this beside the agent's loop: listings block. It asks the loop to tell the
-//! programs each phase, and waits for that.
+//! A thread does all this next to the agent's loop, because listings block. It asks the loop to
+//! program each phase, and waits for that.
 
 mod affinity;
 mod flows;
-pub mod wish;
+pub mod request;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -44,94 +44,94 @@ use crate::node::kube_proxy;
 use crate::node::kube_proxy::rules::{self, Found};
 use crate::node::publish::publish_part;
 use crate::node::status::{TakeoverStatus, unix_seconds};
-use wish::Wish;
+use request::Request;
 
-/// The phase of a node that is released.
+/// The name of the phase of a released node.
 pub(crate) const RELEASED: &str = "released";
-/// How often the thread looks whether something is wanted.
+/// How often the thread checks for requests.
 const LOOK: Duration = Duration::from_millis(250);
-/// The shortest time between two listings; one is followed by so many times as long as it took
-/// without.
+/// The shortest time between two listings. The pause after a listing is at least this many times as
+/// long as the listing took.
 const PERIOD: Duration = Duration::from_secs(2);
 const REST: u32 = 20;
-/// A flow of datagrams that conntrack would forget before the next listing, and so long after, is
-/// netfilter's no more: its next datagram would find neither an entry nor a rule.
+/// A datagram flow that conntrack would forget within this time after the next listing is no longer
+/// netfilter's: its next datagram would find neither an entry nor a rule.
 const MARGIN: Duration = Duration::from_secs(3);
-/// How long packets that met a program in the last phase may be on their way to netfilter.
+/// How long packets that a program handled in the last phase may be on their way to netfilter.
 const GRACE: Duration = Duration::from_millis(100);
-/// Listings until one is whole: the kernel interrupts those during which the table is resized.
+/// The attempts to get a complete listing. The kernel interrupts one if the table is resized.
 const LISTINGS: u32 = 10;
-/// How long conntrack keeps an idle connection that was entered, as it does by itself.
+/// How long conntrack keeps an idle connection that was entered: its own default.
 const TRACKED: Duration = Duration::from_hours(120);
-/// How long kube-proxy must be away to be taken for stopped, and not for one that starts anew.
+/// How long kube-proxy must be absent to count as stopped, and not as restarting.
 const AWAY: Duration = Duration::from_secs(10);
-/// What the thread tells the agent's loop.
+/// The thread's progress, as it reports it to the agent's loop.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Told {
-    /// What the programs are to be told: [`phase`].
+pub(crate) struct Progress {
+    /// The phase to program; see [`phase`].
     pub(crate) phase: u32,
-    /// For people.
+    /// The status for people.
     pub(crate) status: TakeoverStatus,
-    /// Whether the agent is to end and to remove every trace.
+    /// Whether the agent has to end and to remove everything.
     pub(crate) released: bool,
 }
 
-/// The loop's ends of the channels; the thread ends with them.
+/// The loop's ends of the channels. The thread ends with them.
 #[derive(Debug)]
 pub(crate) struct Takeover {
-    /// What the thread tells.
-    pub(crate) told: watch::Receiver<Told>,
-    /// The phase that the programs have been told.
+    /// The thread's progress.
+    pub(crate) progress: watch::Receiver<Progress>,
+    /// The phase that is programmed.
     pub(crate) written: watch::Sender<u32>,
-    /// Whether the maps hold what the sources say and the programs are attached.
+    /// Whether the maps hold what the sources say, and the programs are attached.
     pub(crate) ready: watch::Sender<bool>,
 }
 
-/// What an agent begins with, by what it finds and was told.
+/// Returns the phase that an agent begins with.
 ///
-/// A takeover that was interrupted is begun again: only an agent that serves everything has nothing
-/// to take over.
+/// An interrupted takeover starts again: only an agent that serves everything has nothing to take
+/// over.
 #[must_use]
-pub(crate) fn beginning(adopted: Option<u32>, flag: bool, wish: Option<Wish>) -> u32 {
-    match (adopted, wish) {
-        (Some(word), Some(Wish::Release { .. })) => word & !phase::MASK | phase::PASSIVE,
+pub(crate) fn initial_phase(adopted: Option<u32>, flag: bool, request: Option<Request>) -> u32 {
+    match (adopted, request) {
+        (Some(word), Some(Request::Release { .. })) => word & !phase::MASK | phase::PASSIVE,
         (Some(word), _) if word & phase::MASK == phase::SERVE => word,
         (Some(word), _) => word & !phase::MASK | phase::PASSIVE,
-        (None, Some(Wish::Takeover | Wish::Release { .. })) => phase::PASSIVE,
+        (None, Some(Request::Takeover | Request::Release { .. })) => phase::PASSIVE,
         (None, _) if flag => phase::PASSIVE,
         (None, _) => phase::SERVE,
     }
 }
 
-/// Starts the thread with the phase that the programs have been told.
+/// Starts the thread with the phase that is programmed.
 ///
 /// # Errors
 ///
-/// When there can be no thread.
+/// When the thread cannot be started.
 pub(crate) fn start(word: u32, maps: PathBuf, state_dir: PathBuf) -> anyhow::Result<Takeover> {
-    // A kernel that cannot be asked for tables has none of ours.
+    // A kernel whose tables cannot be listed has none of Sluice's.
     let holding = rules::find().is_ok_and(|found| found.holding);
     if !holding {
-        // Of what a preparation had done, nothing is left by the machine's restart.
-        wish::replace(&state_dir, Wish::Prepared, Wish::Prepare)
-            .context("cannot note that the node is not prepared")?;
+        // A reboot undoes a preparation.
+        request::replace(&state_dir, Request::Prepared, Request::Prepare)
+            .context("cannot record that the node is not prepared")?;
     }
-    let (takeover, walker) = begin(word, holding, maps, state_dir);
+    let (takeover, worker) = begin(word, holding, maps, state_dir);
     let _thread = std::thread::Builder::new()
         .name("takeover".to_owned())
-        .spawn(move || walker.run())
+        .spawn(move || worker.run())
         .context("cannot start a thread")?;
     Ok(takeover)
 }
 
-/// Both ends of the channels, where the last agent has left, with our own table there or not.
-fn begin(word: u32, holding: bool, maps: PathBuf, state_dir: PathBuf) -> (Takeover, Walker) {
-    let first = Told { phase: word, status: TakeoverStatus::default(), released: false };
-    let (told_sender, told) = watch::channel(first);
+/// Makes both ends of the channels. `holding` is whether Sluice's own table exists.
+fn begin(word: u32, holding: bool, maps: PathBuf, state_dir: PathBuf) -> (Takeover, Worker) {
+    let first = Progress { phase: word, status: TakeoverStatus::default(), released: false };
+    let (progress_sender, progress) = watch::channel(first);
     let (written, written_of_thread) = watch::channel(word);
     let (ready, ready_of_thread) = watch::channel(false);
-    let walker = Walker {
-        told: told_sender,
+    let worker = Worker {
+        progress: progress_sender,
         written: written_of_thread,
         ready: ready_of_thread,
         folder: maps,
@@ -141,26 +141,26 @@ fn begin(word: u32, holding: bool, maps: PathBuf, state_dir: PathBuf) -> (Takeov
         v4: BTreeMap::new(),
         v6: BTreeMap::new(),
         known: false,
-        // Our own table tells that kube-proxy's rules are still to go. They alone do not: they may
-        // be there to stay, for an agent that serves beside it.
+        // Sluice's own table shows that kube-proxy's rules are still to be removed. The rules alone
+        // do not: they may be there to stay, for an agent that serves next to kube-proxy.
         is_idle: word == phase::SERVE && !holding,
         interval: PERIOD,
         seen_running: None,
     };
-    (Takeover { told, written, ready }, walker)
+    (Takeover { progress, written, ready }, worker)
 }
 
-/// What is netfilter's, as the maps have it.
+/// The connections of netfilter that are in the maps.
 type Imported<F> = BTreeMap<Tuple<<F as sluice_common::Family>::Address>, u32>;
 
-/// How much a listing has found.
+/// The counts of a listing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Listed {
-    /// Connections that live: TCP's and SCTP's.
+    /// Live connections of TCP and SCTP.
     connections: u64,
-    /// Flows of datagrams.
+    /// Datagram flows.
     datagram_flows: u64,
-    /// Entries in the maps, of what has ended as well.
+    /// Entries in the maps, including those of ended connections.
     entries: usize,
 }
 
@@ -176,68 +176,68 @@ impl Listed {
     }
 }
 
-/// Which connections a listing takes up.
+/// The connections that a listing imports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Which {
-    /// All that are translated: whoever has translated them, they are not ours.
+    /// All translated connections: whoever has translated them, Sluice has not.
     All,
-    /// Those that are known, and those to our frontends: opened by packets that the maps have left
-    /// to netfilter. Idle flows of datagrams are forgotten.
+    /// Known connections, and those to Sluice's frontends, which were opened by packets that the
+    /// programs left to netfilter. Idle datagram flows are forgotten.
     KnownAndOurs,
-    /// Those that are known: while all that is new is netfilter's.
+    /// Only known connections, while all new ones belong to netfilter.
     Known,
 }
 
-struct Walker {
-    told: watch::Sender<Told>,
+struct Worker {
+    progress: watch::Sender<Progress>,
     written: watch::Receiver<u32>,
     ready: watch::Receiver<bool>,
-    /// Where the maps are pinned.
+    /// The directory where the maps are pinned.
     folder: PathBuf,
     state_dir: PathBuf,
     maps: Option<Maps>,
-    /// Whether those are the ones that the agent stays with: before it is ready, others may take
-    /// their place.
+    /// Whether these maps are the ones that the agent stays with. Until it is ready, it may replace
+    /// them.
     is_settled: bool,
     v4: Imported<V4>,
     v6: Imported<V6>,
-    /// Whether the two above are what the maps have.
+    /// Whether `v4` and `v6` are what the maps hold.
     known: bool,
-    /// Whether nothing is left to do until somebody wants something.
+    /// Whether nothing is left to do until the next request.
     is_idle: bool,
     /// The time from one listing to the next.
     interval: Duration,
-    /// When kube-proxy was last seen to run.
+    /// When kube-proxy was last seen running.
     seen_running: Option<Instant>,
 }
 
-impl Walker {
+impl Worker {
     fn run(mut self) {
-        while !self.told.is_closed() {
+        while !self.progress.is_closed() {
             match self.step() {
                 Ok(true) => return,
-                Ok(false) => self.tell(|status| status.problem = None),
-                Err(error) if self.told.is_closed() => {
+                Ok(false) => self.update_status(|status| status.problem = None),
+                Err(error) if self.progress.is_closed() => {
                     tracing::debug!("{error:#}");
                     return;
                 }
                 Err(error) => {
                     let text = format!("{error:#}");
-                    if self.told.borrow().status.problem.as_ref() != Some(&text) {
+                    if self.progress.borrow().status.problem.as_ref() != Some(&text) {
                         tracing::warn!("{text}; trying again");
                     }
-                    self.tell(|status| status.problem = Some(text));
+                    self.update_status(|status| status.problem = Some(text));
                 }
             }
             self.rest(if self.is_idle { LOOK } else { self.interval });
         }
     }
 
-    /// Does what is due; true when the agent is released.
+    /// Does what is due. Returns whether the node is released.
     fn step(&mut self) -> anyhow::Result<bool> {
-        let mut wish = wish::read(&self.state_dir);
+        let mut request = request::read(&self.state_dir);
         let now = self.phase() & phase::MASK;
-        if let Some(Wish::Release { deadline }) = wish {
+        if let Some(Request::Release { deadline }) = request {
             return self.drain(deadline);
         }
         if now != phase::SERVE {
@@ -246,53 +246,53 @@ impl Walker {
                 return Ok(false);
             }
         }
-        if wish == Some(Wish::Takeover) {
+        if request == Some(Request::Takeover) {
             self.is_idle = false;
-            wish::done(&self.state_dir, Wish::Takeover)
-                .context("cannot remove the wish that is done")?;
+            request::done(&self.state_dir, Request::Takeover)
+                .context("cannot remove the fulfilled request")?;
         }
-        if wish == Some(Wish::Prepare) {
+        if request == Some(Request::Prepare) {
             self.prepare()?;
-            wish = Some(Wish::Prepared);
+            request = Some(Request::Prepared);
         }
-        if !self.is_idle || wish == Some(Wish::Finish) {
-            self.keep(wish)?;
+        if !self.is_idle || request == Some(Request::Finish) {
+            self.clean_up(request)?;
         }
-        self.tell(|status| "serving".clone_into(&mut status.phase));
+        self.update_status(|status| "serving".clone_into(&mut status.phase));
         Ok(false)
     }
 
-    /// Sleeps, unless somebody wants something.
+    /// Sleeps until the request changes, or the time is over.
     fn rest(&self, rest: Duration) {
-        let (until, before) = (Instant::now() + rest, wish::read(&self.state_dir));
+        let (until, before) = (Instant::now() + rest, request::read(&self.state_dir));
         while Instant::now() < until
-            && !self.told.is_closed()
-            && wish::read(&self.state_dir) == before
+            && !self.progress.is_closed()
+            && request::read(&self.state_dir) == before
         {
             std::thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
         }
     }
 
-    fn tell(&self, change: impl FnOnce(&mut TakeoverStatus)) {
-        let mut status = self.told.borrow().status.clone();
+    fn update_status(&self, change: impl FnOnce(&mut TakeoverStatus)) {
+        let mut status = self.progress.borrow().status.clone();
         change(&mut status);
-        let _ = publish_part(&self.told, |told| &mut told.status, status);
+        let _ = publish_part(&self.progress, |progress| &mut progress.status, status);
     }
 
     fn phase(&self) -> u32 {
-        self.told.borrow().phase
+        self.progress.borrow().phase
     }
 
-    /// Has the programs told a phase, and waits until they are.
+    /// Has the loop program a phase, and waits until it has.
     fn enter(&self, word: u32) -> anyhow::Result<()> {
-        let _ = publish_part(&self.told, |told| &mut told.phase, word);
-        self.wait("the programs to be told", || *self.written.borrow() == word)
+        let _ = publish_part(&self.progress, |progress| &mut progress.phase, word);
+        self.wait("the phase to be programmed", || *self.written.borrow() == word)
     }
 
     fn wait(&self, what: &str, is_done: impl Fn() -> bool) -> anyhow::Result<()> {
         while !is_done() {
-            if self.told.is_closed() {
-                bail!("the agent ends while waiting for {what}");
+            if self.progress.is_closed() {
+                bail!("the agent ended while waiting for {what}");
             }
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -301,8 +301,8 @@ impl Walker {
 
     fn open(&mut self) -> anyhow::Result<()> {
         if !self.is_settled {
-            // Asked before: what is opened while the agent becomes ready may be what it has just
-            // left.
+            // Read first: maps that are opened while the agent becomes ready may be those that it
+            // has just replaced.
             let is_ready = *self.ready.borrow();
             self.known = false;
             self.maps = Some(Maps::open(&self.folder, Access::Read)?);
@@ -315,16 +315,16 @@ impl Walker {
         self.is_idle = false;
         let bits = self.phase() & !phase::MASK;
         self.enter(phase::PASSIVE | bits)?;
-        self.tell(|status| {
+        self.update_status(|status| {
             "passive".clone_into(&mut status.phase);
-            status.waiting_for = Some("the programs to be attached to a whole image".to_owned());
+            status.waiting_for = Some("the programs to be attached with complete maps".to_owned());
             status.flows = None;
         });
-        // Whoever wants a release meanwhile gets it.
+        // A release that is requested in the meantime takes precedence.
         let ready = self.ready.clone();
         let state_dir = self.state_dir.clone();
         self.wait("the programs", || {
-            *ready.borrow() || matches!(wish::read(&state_dir), Some(Wish::Release { .. }))
+            *ready.borrow() || matches!(request::read(&state_dir), Some(Request::Release { .. }))
         })?;
         if !*self.ready.borrow() {
             return Ok(());
@@ -336,7 +336,7 @@ impl Walker {
         self.enter(phase::PASSIVE | listed.bits())?;
         let clients = self.import_affinity()?;
         self.enter(phase::IMPORT | listed.bits())?;
-        self.tell(|status| {
+        self.update_status(|status| {
             "importing".clone_into(&mut status.phase);
             status.waiting_for = None;
         });
@@ -345,8 +345,8 @@ impl Walker {
         let listed = self.list(Which::All)?;
         let more = self.import_affinity()?;
         self.report(listed, None);
-        // Whoever hears that the node is ready hears this too.
-        self.tell(|status| "serving".clone_into(&mut status.phase));
+        // Reported before the node becomes ready, so that nobody sees it ready and not serving.
+        self.update_status(|status| "serving".clone_into(&mut status.phase));
         self.enter(phase::SERVE | listed.bits())?;
         tracing::info!(
             connections = listed.connections,
@@ -354,7 +354,7 @@ impl Walker {
             affinity_clients = clients + more,
             new_connections_after_ms = flipped.as_millis(),
             serving_after_ms = started.elapsed().as_millis(),
-            "took over; netfilter keeps the connections that it has translated"
+            "took over; netfilter keeps the connections that it translates"
         );
         Ok(())
     }
@@ -366,10 +366,10 @@ impl Walker {
         affinity::import(kernel.maps(), &image, now()).context("cannot take over session affinity")
     }
 
-    /// Lists netfilter's connections and brings the maps in step with them.
+    /// Lists netfilter's connections, and brings the maps in step with them.
     fn list(&mut self, which: Which) -> anyhow::Result<Listed> {
         let listed = self.list_both(which);
-        // A part may have been written: it would stay for ever if nobody read it.
+        // A part may have been written. It would stay forever if nobody read it again.
         self.known &= listed.is_ok();
         listed
     }
@@ -393,7 +393,7 @@ impl Walker {
     }
 
     fn report(&self, listed: Listed, found: Option<&Found>) {
-        self.tell(|status| {
+        self.update_status(|status| {
             status.connections = listed.connections;
             status.datagram_flows = listed.datagram_flows;
             if let Some(found) = found {
@@ -403,10 +403,10 @@ impl Walker {
         });
     }
 
-    /// Whether kube-proxy is known to run no more: told so, or because its process was seen and is
-    /// there no more; processes of the whole machine are in view of some agents alone.
-    fn is_gone(&mut self, wish: Option<Wish>) -> bool {
-        if wish == Some(Wish::Finish) {
+    /// Whether kube-proxy is known to be stopped: somebody has said so, or its process was seen and
+    /// is gone. Only some agents can see the processes of the whole machine.
+    fn is_gone(&mut self, request: Option<Request>) -> bool {
+        if request == Some(Request::Finish) {
             return true;
         }
         if !sees_all_processes() {
@@ -415,7 +415,8 @@ impl Walker {
         if kube_proxy::running().is_some() {
             self.seen_running = Some(Instant::now());
         }
-        // One that was never seen may be part of another process: whoever stops that has to say so.
+        // A process that was never seen may be part of another one. Whoever stops that has to say
+        // so.
         let is_gone = self.seen_running.is_some_and(|seen| seen.elapsed() >= AWAY);
         if is_gone {
             self.seen_running = None;
@@ -423,33 +424,35 @@ impl Walker {
         is_gone
     }
 
-    /// Lets go what has ended: netfilter's connections, then kube-proxy's rules, at last the table
-    /// that holds them.
-    fn keep(&mut self, wish: Option<Wish>) -> anyhow::Result<()> {
-        // What is begun here is seen through, by whomever it was asked for.
+    /// Removes what has ended: netfilter's connections, then kube-proxy's rules, and last the table
+    /// that holds connections.
+    fn clean_up(&mut self, request: Option<Request>) -> anyhow::Result<()> {
+        // What is begun here is finished, whoever has requested it.
         self.is_idle = false;
-        let which = if wish == Some(Wish::Finish) { Which::All } else { Which::KnownAndOurs };
+        let which = if request == Some(Request::Finish) { Which::All } else { Which::KnownAndOurs };
         let listed = self.list(which)?;
         self.enter(phase::SERVE | listed.bits())?;
         let mut found = rules::listed()?;
-        if found.balances() && self.is_gone(wish) {
+        if found.balances() && self.is_gone(request) {
             hold()?;
             rules::remove(&found, false).context("cannot remove kube-proxy's rules")?;
             if let Some(words) = found.words() {
-                tracing::info!("removed {words}; what lives by them is held");
+                tracing::info!(
+                    "removed {words}; a table of Sluice's own holds the connections that depend on them"
+                );
             }
             found = rules::listed()?;
         }
-        if wish == Some(Wish::Finish) {
-            wish::done(&self.state_dir, Wish::Finish)
-                .context("cannot remove the wish that is done")?;
+        if request == Some(Request::Finish) {
+            request::done(&self.state_dir, Request::Finish)
+                .context("cannot remove the fulfilled request")?;
         }
         let mut waiting = None;
         if found.is_legacy() {
             waiting = Some(LEGACY.to_owned());
         } else if found.balances() {
             waiting = Some(STOP.to_owned());
-        } else if wish == Some(Wish::Prepared) {
+        } else if request == Some(Request::Prepared) {
             waiting = Some("kube-proxy to be started, and for `sluice release`".to_owned());
         } else if listed.lives() {
             waiting = Some("netfilter's last connections to end".to_owned());
@@ -458,20 +461,20 @@ impl Walker {
             if rules::let_go()
                 .context("cannot remove the table that held netfilter's connections")?
             {
-                tracing::info!("netfilter's last connection has ended: the takeover is done");
+                tracing::info!("netfilter's last connection has ended: the takeover is complete");
             }
             found = rules::listed()?;
-            // What has just ended may send a last packet, which is left alone for as long as
-            // conntrack knows it.
+            // A connection that has just ended may send a last packet. It is left alone for as long
+            // as conntrack knows it.
             self.is_idle = listed.entries == 0;
         }
         self.report(listed, Some(&found));
-        self.tell(|status| status.waiting_for = waiting);
+        self.update_status(|status| status.waiting_for = waiting);
         Ok(())
     }
 
-    /// Lets conntrack know the connections of this host's own sockets before kube-proxy has it
-    /// translate new ones: those that it has not tracked so far would be new to it.
+    /// Enters the connections of this host's own sockets into conntrack, before kube-proxy has it
+    /// translate new ones. Connections that it has not tracked before would be new to it.
     fn prepare(&mut self) -> anyhow::Result<()> {
         self.open()?;
         let Some(maps) = &self.maps else { bail!("the maps are not open") };
@@ -479,38 +482,39 @@ impl Walker {
         forget_ended::<V6>(maps, IpFamily::V6)?;
         hold()?;
         let all = [flows::of_host::<V4>(maps)?, flows::of_host::<V6>(maps)?].concat();
-        conntrack::keep_clear(&all, TRACKED).context("cannot enter our flows into conntrack")?;
-        wish::replace(&self.state_dir, Wish::Prepare, Wish::Prepared)
-            .context("cannot note that the node is prepared")?;
+        conntrack::keep_clear(&all, TRACKED)
+            .context("cannot enter Sluice's flows into conntrack")?;
+        request::replace(&self.state_dir, Request::Prepare, Request::Prepared)
+            .context("cannot record that the node is prepared")?;
         self.is_idle = false;
         Ok(())
     }
 
-    /// Enters flows of ours that netfilter does not see into conntrack: it is to serve new
-    /// connections beside them, and picks source ports by itself.
-    fn keep_clear(&mut self, deadline: u64) -> anyhow::Result<()> {
+    /// Enters Sluice's flows that netfilter does not see into conntrack. It is about to serve new
+    /// connections next to them, and picks source ports by itself.
+    fn enter_flows(&mut self, deadline: u64) -> anyhow::Result<()> {
         self.open()?;
         let Some(maps) = &self.maps else { bail!("the maps are not open") };
         let _ = flows::live::<V4>(maps)? + flows::live::<V6>(maps)?;
         let all = [flows::clear::<V4>(maps)?, flows::clear::<V6>(maps)?].concat();
         conntrack::keep_clear(&all, deadline_in(deadline))
-            .context("cannot enter our flows into conntrack")
+            .context("cannot enter Sluice's flows into conntrack")
     }
 
-    /// Serves what is known and waits for its end; true when the agent is to go.
+    /// Serves known flows and waits for their end. Returns whether the node is released.
     fn drain(&mut self, deadline: u64) -> anyhow::Result<bool> {
         self.is_idle = false;
         let bits = self.phase() & !phase::MASK;
-        self.tell(|status| "draining".clone_into(&mut status.phase));
-        // Twice: what is opened meanwhile is entered then.
-        self.keep_clear(deadline)?;
+        self.update_status(|status| "draining".clone_into(&mut status.phase));
+        // Twice, to enter the flows that are opened in between.
+        self.enter_flows(deadline)?;
         self.enter(phase::PASSIVE | bits)?;
-        self.keep_clear(deadline)?;
-        let wish = Wish::Release { deadline };
-        // Somebody may think better of it.
-        while wish::read(&self.state_dir) == Some(wish) {
-            if self.told.is_closed() {
-                bail!("the agent ends while it waits for the last flow");
+        self.enter_flows(deadline)?;
+        let request = Request::Release { deadline };
+        // The request may be withdrawn.
+        while request::read(&self.state_dir) == Some(request) {
+            if self.progress.is_closed() {
+                bail!("the agent ended while waiting for the last flow");
             }
             self.open()?;
             let listed = if bits == 0 { Listed::default() } else { self.list(Which::Known)? };
@@ -518,24 +522,24 @@ impl Walker {
             let flows = flows::live::<V4>(maps)? + flows::live::<V6>(maps)?;
             let left = deadline_in(deadline).as_secs();
             self.report(listed, None);
-            self.tell(|status| {
+            self.update_status(|status| {
                 status.flows = Some(flows);
-                status.waiting_for = Some(format!("{flows} flows to end, for {left} s at most"));
+                status.waiting_for = Some(format!("{flows} flows to end, for at most {left} s"));
             });
             if flows == 0 || left == 0 {
                 if flows != 0 {
                     tracing::warn!(
                         flows,
-                        "the time for a release is over: flows that live are cut"
+                        "the release has reached its timeout: live flows are cut"
                     );
                 }
-                wish::write(&self.state_dir, Wish::Released)
-                    .context("cannot note that the node is released")?;
-                self.tell(|status| {
+                request::write(&self.state_dir, Request::Released)
+                    .context("cannot record that the node is released")?;
+                self.update_status(|status| {
                     RELEASED.clone_into(&mut status.phase);
                     status.waiting_for = None;
                 });
-                self.told.send_modify(|told| told.released = true);
+                self.progress.send_modify(|progress| progress.released = true);
                 return Ok(true);
             }
             self.rest(Duration::from_secs(1));
@@ -544,12 +548,12 @@ impl Walker {
     }
 }
 
-/// What a person has to do about rules that stand.
-const STOP: &str = "kube-proxy to be stopped, so that its rules can go (`sluice takeover --finish` tells that it is)";
-const LEGACY: &str = "kube-proxy's chains in legacy iptables to be removed: stop it and run `kube-proxy --cleanup`, since netlink does not reach them";
+/// What an operator has to do about rules that remain.
+const STOP: &str = "kube-proxy to be stopped, so that its rules can be removed (then run `sluice takeover --finish`)";
+const LEGACY: &str = "kube-proxy's chains in legacy iptables to be removed: stop it and run `kube-proxy --cleanup` (Sluice cannot remove them over netlink)";
 
-/// Makes our own table. Where the kernel refuses it, legacy iptables will do: it has chains of type
-/// nat for as long as the machine runs.
+/// Makes Sluice's own table. If the kernel refuses it, legacy iptables is enough: its chains of
+/// type nat stay until the machine reboots.
 fn hold() -> anyhow::Result<()> {
     match rules::hold() {
         Err(error) if !rules::listed()?.is_legacy() => {
@@ -559,13 +563,13 @@ fn hold() -> anyhow::Result<()> {
     }
 }
 
-/// Whether this process is in the machine's first PID namespace.
+/// Whether this process is in the machine's initial PID namespace.
 fn sees_all_processes() -> bool {
-    // `PROC_PID_INIT_INO`: its number is fixed.
+    // `PROC_PID_INIT_INO`, a fixed number.
     std::fs::read_link("/proc/self/ns/pid").is_ok_and(|link| link == Path::new("pid:[4026531836]"))
 }
 
-/// The tuples of a connection as its packets come in, with their bits.
+/// Returns the tuples of a connection's incoming packets.
 fn tuples<F: Stack>(found: &Translated) -> Option<[Tuple<F::Address>; 2]> {
     let tuple = |source: End, destination: End| {
         Some(Tuple {
@@ -581,38 +585,35 @@ fn tuples<F: Stack>(found: &Translated) -> Option<[Tuple<F::Address>; 2]> {
     Some([tuple(found.client, found.frontend)?, tuple(found.backend, found.seen_as)?])
 }
 
-/// Lists a family until a listing is whole, and writes the difference into the maps.
-fn list<F: KernelStack>(
-    maps: &Maps,
+/// A complete listing of a family.
+struct Listing<F: sluice_common::Family> {
+    after: Imported<F>,
+    counts: Listed,
+    /// Datagram flows that conntrack is about to forget, and that are not in the maps.
+    idle: Vec<Translated>,
+}
+
+/// Lists a family's connections until a listing is complete.
+fn list_whole<F: Stack>(
     family: IpFamily,
     before: &Imported<F>,
-    (which, margin): (Which, Duration),
-    listed: &mut Listed,
-) -> anyhow::Result<Imported<F>> {
-    let frontends = F::maps(maps).read_frontends()?;
-    let mut after = Imported::<F>::new();
-    let mut counts = Listed::default();
-    let mut idle = Vec::new();
-    for attempt in 1.. {
-        after.clear();
-        idle.clear();
-        counts = Listed::default();
-        let whole = translated(family, |found| {
+    margin: Duration,
+    is_imported: impl Fn(&Tuple<F::Address>) -> bool,
+) -> anyhow::Result<Listing<F>> {
+    for _ in 0..LISTINGS {
+        let mut after = Imported::<F>::new();
+        let mut counts = Listed::default();
+        let mut idle = Vec::new();
+        let is_whole = translated(family, |found| {
             let Some([original, reply]) = tuples::<F>(&found) else { return };
-            let is_taken_up = match which {
-                Which::All => true,
-                Which::KnownAndOurs => {
-                    before.contains_key(&original) || is_ours::<F>(&frontends, &original)
-                }
-                Which::Known => before.contains_key(&original),
-            };
-            if !is_taken_up {
+            if !is_imported(&original) {
                 return;
             }
             if found.protocol == protocol::UDP {
                 if u64::from(found.left) <= margin.as_secs() {
-                    // A datagram that is on its way as netfilter's needs the entry for its answer:
-                    // what the maps have is taken out of them first, and forgotten next time.
+                    // A datagram on its way through netfilter needs the entry for its answer. So an
+                    // entry is first removed from the maps, and the flow is forgotten at the next
+                    // listing.
                     if !before.contains_key(&original) {
                         idle.push(found);
                     }
@@ -626,15 +627,28 @@ fn list<F: KernelStack>(
             after.extend([(original, bits), (reply, bits)]);
         })
         .context("cannot list netfilter's connections")?;
-        if whole {
-            break;
-        }
-        if attempt >= LISTINGS {
-            bail!(
-                "the listing of netfilter's connections was interrupted {LISTINGS} times in a row"
-            );
+        if is_whole {
+            return Ok(Listing { after, counts, idle });
         }
     }
+    bail!("the listing of netfilter's connections was interrupted {LISTINGS} times in a row")
+}
+
+/// Lists a family's connections, and writes the difference to the maps.
+fn list<F: KernelStack>(
+    maps: &Maps,
+    family: IpFamily,
+    before: &Imported<F>,
+    (which, margin): (Which, Duration),
+    listed: &mut Listed,
+) -> anyhow::Result<Imported<F>> {
+    let frontends = F::maps(maps).read_frontends()?;
+    let is_imported = |original: &Tuple<F::Address>| match which {
+        Which::All => true,
+        Which::KnownAndOurs => before.contains_key(original) || is_ours::<F>(&frontends, original),
+        Which::Known => before.contains_key(original),
+    };
+    let Listing { after, counts, idle } = list_whole::<F>(family, before, margin, is_imported)?;
     let insert: Vec<_> = after
         .iter()
         .filter(|(key, bits)| before.get(key) != Some(bits))
@@ -643,9 +657,9 @@ fn list<F: KernelStack>(
     let remove: Vec<_> = before.keys().filter(|key| !after.contains_key(key)).copied().collect();
     F::maps(maps)
         .import(&insert, &remove)
-        .context("there is no room for all of netfilter's connections")?;
+        .context("the maps have no room for all of netfilter's connections")?;
     if which == Which::KnownAndOurs {
-        // The next datagram is ours, which conntrack would take for a part of the old flow.
+        // The next datagram is Sluice's, and conntrack would take it for a part of the old flow.
         conntrack::forget(family, &idle).context("cannot delete idle entries of conntrack")?;
     }
     listed.connections += counts.connections;
@@ -653,9 +667,9 @@ fn list<F: KernelStack>(
     Ok(after)
 }
 
-/// Has conntrack forget the connections to our frontends that it has translated and that have
-/// ended. A process of this host may have opened another to the same backend from the source
-/// port of one while nothing tracked it; conntrack would give the next packet another port.
+/// Has conntrack forget ended connections to Sluice's frontends. While nothing tracked it, a
+/// process of this host may have opened another connection to the same backend from the source port
+/// of one of them. conntrack would give its next packet another port.
 fn forget_ended<F: KernelStack>(maps: &Maps, family: IpFamily) -> anyhow::Result<()> {
     let frontends = F::maps(maps).read_frontends()?;
     let mut ended = Vec::new();
@@ -675,7 +689,7 @@ fn forget_ended<F: KernelStack>(maps: &Maps, family: IpFamily) -> anyhow::Result
     conntrack::forget(family, &ended).context("cannot delete ended connections of conntrack")
 }
 
-/// Whether a packet's destination is a frontend of ours; node ports count at every address.
+/// Whether a packet's destination is a frontend of Sluice. Node ports count at every address.
 fn is_ours<F: Stack>(
     frontends: &BTreeSet<ServiceKey<F::Address>>,
     packet: &Tuple<F::Address>,
@@ -704,19 +718,19 @@ mod tests {
     #[test]
     fn an_agent_begins_where_the_last_one_has_left() {
         use phase::{IMPORT, IMPORTED, PASSIVE, SERVE};
-        let release = Some(Wish::Release { deadline: 9 });
-        for (what, adopted, flag, wish, expected) in [
+        let release = Some(Request::Release { deadline: 9 });
+        for (what, adopted, flag, request, expected) in [
             ("new maps", None, false, None, SERVE),
             ("new maps, to take over", None, true, None, PASSIVE),
-            ("new maps, taken back", None, false, Some(Wish::Takeover), PASSIVE),
+            ("new maps, taken back", None, false, Some(Request::Takeover), PASSIVE),
             ("served before, with the flag", Some(SERVE | IMPORTED), true, None, SERVE | IMPORTED),
-            ("served before", Some(SERVE), false, Some(Wish::Takeover), SERVE),
+            ("served before", Some(SERVE), false, Some(Request::Takeover), SERVE),
             ("interrupted", Some(IMPORT | IMPORTED), false, None, PASSIVE | IMPORTED),
             ("interrupted early", Some(PASSIVE), true, None, PASSIVE),
             ("draining", Some(PASSIVE), false, release, PASSIVE),
             ("draining was wanted", Some(SERVE | IMPORTED), true, release, PASSIVE | IMPORTED),
         ] {
-            assert_eq!(beginning(adopted, flag, wish), expected, "{what}");
+            assert_eq!(initial_phase(adopted, flag, request), expected, "{what}");
         }
     }
 
@@ -725,9 +739,9 @@ mod tests {
         use phase::{IMPORTED, PASSIVE, SERVE};
         let folder = tempfile::tempdir().expect("a folder");
         let is_idle = |word, holding| {
-            let (_, walker) =
+            let (_, worker) =
                 begin(word, holding, folder.path().join("maps"), folder.path().to_owned());
-            walker.is_idle
+            worker.is_idle
         };
         assert!(is_idle(SERVE, false), "nothing is left to do");
         assert!(!is_idle(SERVE, true), "kube-proxy's rules are still to go, or it is awaited");
@@ -739,11 +753,11 @@ mod tests {
     fn what_a_failed_listing_has_written_is_read_anew() {
         let folder = tempfile::tempdir().expect("a folder");
         let state = folder.path().to_owned();
-        let (_takeover, mut walker) = begin(phase::SERVE, true, folder.path().join("none"), state);
-        // No maps are there to be opened.
-        (walker.known, walker.is_settled) = (true, true);
-        assert!(walker.list(Which::All).is_err());
-        assert!(!walker.known);
+        let (_takeover, mut worker) = begin(phase::SERVE, true, folder.path().join("none"), state);
+        // There are no maps to open.
+        (worker.known, worker.is_settled) = (true, true);
+        assert!(worker.list(Which::All).is_err());
+        assert!(!worker.known);
     }
 
     #[test]

@@ -1,12 +1,12 @@
-//! What a packet would meet on this node, and why: `sluice explain`.
+//! Explains what would happen to a packet on this node, and why: `sluice explain`.
 //!
 //! [`explain`] runs the packet's own path, [`sluice_common::path`] and
-//! [`sluice_common::path::socket`], over tables in memory, and tells from the questions that the
-//! path asked, with their answers, what happened in which order. It knows no rule of its own about
-//! backends: who may be reached is what the maps say.
+//! [`sluice_common::path::socket`], over tables in memory. The steps of the answer are the lookups
+//! that the path has made, with their results. The module has no rules of its own about backends:
+//! the maps decide who may be reached.
 //!
-//! A [`World`] is those tables and what lies around them: of manifests ([`Manifests`], without a
-//! kernel), or of the maps of this node (`live`).
+//! A [`World`] is those tables with their surroundings. It is made of manifests ([`Manifests`],
+//! without a kernel), or of the maps of this node (`live`).
 
 mod answer;
 mod frame;

@@ -1,11 +1,12 @@
-//! Whether this node can run Sluice, and what it will use: `sluice preflight`.
+//! Checks whether this node can run Sluice, and what Sluice will use: `sluice preflight`.
 //!
-//! What can be tried is tried: every program is loaded (and not pinned), every hook is attached to
-//! a veth in a network namespace without a name and to a cgroup of its own. All of it ends with the
-//! process; only the cgroup, an empty folder, outlives a SIGKILL, and the next run removes it.
-//! Devices of the node are asked, never attached to: native XDP resets some links.
+//! What can be tried is tried. Every program is loaded, but not pinned. Every hook is attached to a
+//! veth in an unnamed network namespace, and to a cgroup made for it. All of it ends with the
+//! process; only the cgroup, an empty directory, outlives a SIGKILL, and the next run removes it.
+//! Nothing is attached to devices of the node, because native XDP resets some links.
 //!
-//! Looking ([`look`]) and judging are apart: each check is a function of what was found.
+//! Collecting facts ([`look`]) and judging them are separate: each check is a function of the
+//! facts.
 
 mod around;
 mod devices;
@@ -29,24 +30,24 @@ use crate::node::devices::{Rules, Survey, survey};
 use crate::node::{host, ports};
 use around::Skipped;
 
-/// What a check came to.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// It is as it should be.
+    /// Everything is fine.
     Yes,
-    /// Sluice cannot run like this.
+    /// Sluice cannot run.
     No,
-    /// Sluice runs, and a person should know this.
+    /// Sluice can run, but there is something to know.
     Warn,
-    /// It does not apply, or could not be found out.
+    /// The check does not apply, or could not be made.
     Skip,
 }
 
 impl Outcome {
-    /// The word in the table.
+    /// Returns the word in the table.
     #[must_use]
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Yes => "yes",
             Self::No => "no",
@@ -56,18 +57,18 @@ impl Outcome {
     }
 }
 
-/// One thing that was looked at or tried.
+/// A check and its result.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// What, as a word that stays.
+    /// The check's name, which never changes.
     pub check: &'static str,
-    /// Which one of several: a device, a program, a hook.
+    /// The device, program or hook, if there are several.
     pub subject: Option<String>,
-    /// What it came to.
+    /// The result.
     pub result: Outcome,
     /// What is used, or why not, for people.
     pub what: String,
-    /// What to do next, where something is to be done.
+    /// What to do next, if anything.
     pub next: Option<String>,
 }
 
@@ -84,7 +85,7 @@ impl Check {
         Self { next: Some(next.into()), ..self }
     }
 
-    /// The check and its subject.
+    /// Returns the names of the check and its subject.
     #[must_use]
     pub fn name(&self) -> String {
         self.subject
@@ -93,28 +94,28 @@ impl Check {
     }
 }
 
-/// What all checks come to.
+/// The result of all checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// Sluice can run here.
     Yes,
-    /// It cannot.
+    /// Sluice cannot run here.
     No,
-    /// Too little could be tried to tell.
+    /// Too little could be tried.
     Unknown,
 }
 
-/// Everything that was found.
+/// The result of all checks, in detail.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
     /// Whether Sluice can run here.
     pub can_run: Verdict,
-    /// The version of this program, whose programs were tried.
+    /// The version of this binary, whose programs were tried.
     pub version: &'static str,
     /// The kernel's release.
     pub kernel: String,
-    /// What was looked at, in order.
+    /// The checks, in order.
     pub checks: Vec<Check>,
 }
 
@@ -137,29 +138,29 @@ impl Report {
     }
 }
 
-/// The checks that are skipped as a whole where nothing can be tried.
+/// The checks that are skipped as a whole if nothing can be tried.
 const TRIED: [&str; 2] = ["programs", "hook"];
-/// The check without which nothing can be tried.
+/// The check that has to succeed before anything can be tried.
 const PRIVILEGES: &str = "privileges";
 
 /// How the agent is to be started.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where maps and links will be pinned.
+    /// The directory where maps and links will be pinned.
     pub pin_path: PathBuf,
-    /// Where settings of the kernel will be written.
+    /// The directory where kernel settings will be written.
     pub proc_sys: PathBuf,
-    /// The cgroup of the socket path; the root of the cgroup2 mount if not given.
+    /// The cgroup of the socket path, or [`None`] for the root of the cgroup2 mount.
     pub cgroup: Option<PathBuf>,
-    /// Whose calls the socket path will translate.
+    /// The processes whose calls the socket path will translate.
     pub socket_path: SocketPath,
-    /// Roles of devices that a person has named.
+    /// The roles that the operator has given to devices.
     pub patterns: Patterns,
     /// Whether packets will go around the stack.
     pub accelerate: Accelerate,
 }
 
-/// Looks at everything and tries everything. The caller has no other thread.
+/// Collects all facts and tries everything. The process must have no other thread.
 ///
 /// # Errors
 ///
@@ -213,8 +214,7 @@ pub fn look(options: &Options) -> anyhow::Result<Report> {
 /// Loads the programs and tries the hooks.
 fn attempts(options: &Options, is_able: bool, apart: bool, cgroup: Option<&Path>) -> Vec<Check> {
     if !is_able {
-        let skipped =
-            |check| Check::new(check, Outcome::Skip, "needs root: it is tried, not guessed");
+        let skipped = |check| Check::new(check, Outcome::Skip, "not tried: needs root");
         return ["programs", "hook", "pins"].map(skipped).to_vec();
     }
     match Trial::load() {
@@ -229,12 +229,12 @@ fn attempts(options: &Options, is_able: bool, apart: bool, cgroup: Option<&Path>
         }
         Err(error) => vec![
             Check::new("programs", Outcome::No, error.to_string())
-                .next("see what the message names; `dmesg` may tell more"),
+                .next("fix what the message names; `dmesg` may have details"),
         ],
     }
 }
 
-/// Runs a question to netlink without another thread.
+/// Runs a netlink request without another thread.
 fn ask<T, E: Into<anyhow::Error>>(
     question: impl Future<Output = Result<T, E>>,
 ) -> anyhow::Result<T> {

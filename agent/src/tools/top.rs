@@ -1,4 +1,4 @@
-//! Rates between two readings of the counters: what `sluice top` shows.
+//! Rates between two samples of the counters, for `sluice top`.
 
 pub(crate) mod screen;
 
@@ -9,15 +9,15 @@ use sluice_common::Reason;
 
 use crate::node::view::{BackendView, PortName, View};
 
-/// What was counted of a service port or backend, both ways together.
+/// The counters of a service port or backend, for both directions together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Totals {
-    /// Packets along flows, segments of connections translated at the socket, and datagrams sent
+    /// Packets of flows, segments of connections translated at the socket, and datagrams sent
     /// there.
     pub(crate) packets: u64,
-    /// Bytes of flows with their IP headers; payload at the socket.
+    /// Bytes of flows with their IP headers; at the socket, of payload.
     pub(crate) bytes: u64,
-    /// Flows that were opened, and connections established at the socket.
+    /// Flows that were opened, and connections that were established at the socket.
     pub(crate) connections: u64,
     pub(crate) resets: u64,
 }
@@ -25,7 +25,7 @@ pub(crate) struct Totals {
 impl Totals {
     fn of(backend: &BackendView, is_tcp: bool) -> Self {
         let (packets, sockets) = (&backend.counters, &backend.sockets);
-        // A TCP connect is no packet; a datagram is.
+        // A TCP connect is not a packet, but a datagram is.
         let datagrams = if is_tcp { 0 } else { packets.calls };
         Self {
             packets: packets.forward_packets
@@ -50,7 +50,7 @@ impl Totals {
     }
 }
 
-/// A second's worth of [`Totals`].
+/// [`Totals`] per second.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Rates {
     pub(crate) packets: f64,
@@ -61,7 +61,7 @@ pub(crate) struct Rates {
 
 #[expect(clippy::cast_precision_loss, reason = "figures for people have few digits")]
 fn rate(before: u64, after: u64, seconds: f64) -> f64 {
-    // Counters that were made anew have nothing to tell.
+    // Counters that were made anew count as unchanged.
     after.saturating_sub(before) as f64 / seconds.max(0.001)
 }
 
@@ -76,12 +76,12 @@ impl Rates {
     }
 }
 
-/// A service port in one family.
+/// A service port of one family.
 pub(crate) type Service = (PortName, u8);
 /// A reason, and the service that it concerns, if any.
 pub(crate) type Cause = (&'static str, Option<(String, String)>);
 
-/// The counters at one moment.
+/// The counters at one time.
 #[derive(Clone, Debug)]
 pub(crate) struct Sample {
     at: Instant,
@@ -115,7 +115,7 @@ impl Sample {
         for (key, counters) in view.kernel.maps().reason_counters()? {
             let Some(reason) = Reason::from_number(key.reason) else { continue };
             let of = service(key.service_port).map(|(name, _)| (name.namespace, name.service));
-            *causes.entry((reason.word(), of)).or_default() += counters.packets;
+            *causes.entry((reason.as_str(), of)).or_default() += counters.packets;
         }
         Ok(Self { at, services, backends, causes })
     }
@@ -126,12 +126,12 @@ impl Sample {
 pub(crate) struct Change {
     pub(crate) services: Vec<(Service, Rates)>,
     pub(crate) backends: BTreeMap<Service, Vec<(String, Rates, bool)>>,
-    /// Reason, service, since the maps were made, a second.
+    /// Reason, service, total since the maps were made, and rate.
     pub(crate) causes: Vec<(Cause, u64, f64)>,
 }
 
 impl Change {
-    /// From one sample to a later one; what the later one lacks is left out.
+    /// Returns the change from one sample to a later one. What the later one lacks is left out.
     pub(crate) fn between(before: &Sample, after: &Sample) -> Self {
         let seconds = after.at.saturating_duration_since(before.at).as_secs_f64();
         let mut change = Self::default();
@@ -178,7 +178,7 @@ pub(crate) mod tests {
         Totals { packets: number, bytes: number * 100, connections: number / 10, resets: 0 }
     }
 
-    /// A sample whose counters are so many times what `web` counts in two seconds.
+    /// Returns a sample with multiples of what `web` counts in two seconds.
     pub(crate) fn sample(at: Instant, times: u64) -> Sample {
         Sample {
             at: at + Duration::from_secs(2) * times as u32,

@@ -1,5 +1,4 @@
-//! What the programs tell of flows, packets and calls, in words: what is asked for, and what an
-//! event says.
+//! Events of the programs in words, and filters for them: `sluice trace`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -14,19 +13,19 @@ use sluice_common::packet::header::tcp;
 
 use crate::node::view::{PortName, protocol};
 
-/// Whose service ports are.
+/// The names of service ports.
 pub(crate) type Names = BTreeMap<u32, PortName>;
 
-/// What is asked for; what is empty asks for anything.
+/// A filter for events. An empty field matches everything.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Filter {
     /// `name`, `namespace/name` or either with `:port`.
     pub(crate) service: Option<String>,
-    /// One of the four addresses is in it.
+    /// A network of one of the four addresses.
     pub(crate) network: Option<IpNet>,
     /// One of the four ports.
     pub(crate) port: Option<u16>,
-    /// IP protocol number.
+    /// An IP protocol number.
     pub(crate) protocol: Option<u8>,
     pub(crate) reasons: Vec<Reason>,
     pub(crate) places: Vec<At>,
@@ -35,7 +34,8 @@ pub(crate) struct Filter {
 }
 
 impl Filter {
-    /// What the programs can tell by themselves; they let through too much where it is not all.
+    /// Returns the part of the filter that the programs can apply. It may match more than the
+    /// filter.
     pub(crate) fn sieve(&self, names: &Names) -> Listening {
         let mut sieve = Listening {
             reasons: self.reasons.iter().fold(0, |bits, reason| bits | 1 << *reason as u32),
@@ -60,17 +60,17 @@ impl Filter {
         sieve
     }
 
-    /// The service ports of the service that is asked for.
+    /// Returns the service ports of the filter's service.
     pub(crate) fn service_ports(&self, names: &Names) -> BTreeSet<u32> {
         let Some(word) = &self.service else { return BTreeSet::new() };
         names.iter().filter(|(_, name)| name.is(word)).map(|(id, _)| *id).collect()
     }
 
-    /// Whether an event is one that was asked for.
+    /// Whether an event matches.
     pub(crate) fn takes(&self, event: &Event, names: &Names) -> bool {
         let sieve = Listening { service_ports: [0; 4], ..self.sieve(&Names::new()) };
         let addresses = [event.source, event.destination, event.new_source, event.new_destination];
-        sieve.takes(event)
+        sieve.matches(event)
             && self.network.is_none_or(|network| {
                 addresses.iter().any(|address| network.contains(&narrow(*address, event.family)))
             })
@@ -93,18 +93,18 @@ fn narrow(address: [u8; 16], family: u8) -> IpAddr {
     if family == 4 { address.to_canonical() } else { IpAddr::V6(address) }
 }
 
-/// An event in words; a line of `sluice trace -o json`.
+/// An event in words, as one line of `sluice trace -o json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Told {
-    /// When, RFC 3339.
+pub(crate) struct Line {
+    /// The time, as in RFC 3339.
     pub(crate) time: String,
-    /// What became of it: `passed`, `forwarded`, `rejected`, `dropped` or `held`.
+    /// What happened to the packet: `passed`, `forwarded`, `rejected`, `dropped` or `held`.
     pub(crate) fate: &'static str,
-    /// What happened: `opened`, `proven`, `closing`, `counted` or `call`.
+    /// The kind of event: `opened`, `proven`, `closing`, `counted` or `call`.
     pub(crate) kind: &'static str,
-    /// Where: `ingress`, `egress`, `xdp`, `connect` or `send`.
+    /// The hook: `ingress`, `egress`, `xdp`, `connect` or `send`.
     pub(crate) hook: &'static str,
-    /// The word of the reason.
+    /// The name of the reason.
     pub(crate) reason: &'static str,
     pub(crate) protocol: String,
     /// Absent for a call.
@@ -126,15 +126,16 @@ pub(crate) struct Told {
     pub(crate) process: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) command: Option<String>,
-    /// Bytes from the IP header on.
+    /// The length in bytes, from the IP header on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) length: Option<u32>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) tcp_flags: Vec<&'static str>,
 }
 
-impl Told {
-    /// An event in words, given the programs' clock and ours at one moment, and devices' names.
+impl Line {
+    /// Puts an event in words, given the programs' clock and ours at one moment, and the names of
+    /// devices.
     pub(crate) fn new(
         event: &Event,
         names: &Names,
@@ -156,10 +157,10 @@ impl Told {
             time: jiff::Timestamp::try_from(at)
                 .map(|time| format!("{time:.6}"))
                 .unwrap_or_default(),
-            fate: Fate::from_number(event.fate).map_or("?", Fate::word),
-            kind: Kind::from_number(event.kind).map_or("?", Kind::word),
-            hook: At::from_number(event.at).map_or("?", At::word),
-            reason: Reason::from_number(event.reason.into()).map_or("?", Reason::word),
+            fate: Fate::from_number(event.fate).map_or("?", Fate::as_str),
+            kind: Kind::from_number(event.kind).map_or("?", Kind::as_str),
+            hook: At::from_number(event.at).map_or("?", At::as_str),
+            reason: Reason::from_number(event.reason.into()).map_or("?", Reason::as_str),
             protocol: protocol(event.protocol),
             source: (!is_call).then(|| end(event.source, event.source_port)),
             destination: end(event.destination, event.destination_port),
@@ -179,7 +180,7 @@ impl Told {
         }
     }
 
-    /// The columns' names.
+    /// The columns' names and widths.
     pub(crate) const COLUMNS: [(&'static str, usize); 10] = [
         ("TIME", 15),
         ("FATE", 9),
@@ -193,7 +194,7 @@ impl Told {
         ("REASON", 0),
     ];
 
-    /// A row of the table.
+    /// Returns the cells of a row.
     pub(crate) fn cells(&self) -> [String; 10] {
         let clock = self.time.split_once('T').map_or("", |(_, clock)| clock.trim_end_matches('Z'));
         let who = match (self.source, &self.command) {
@@ -235,7 +236,7 @@ impl Told {
     }
 }
 
-/// TCP flags in words.
+/// Returns the names of TCP flags.
 fn words(flags: u8) -> Vec<&'static str> {
     [(tcp::SYN, "SYN"), (tcp::ACK, "ACK"), (tcp::FIN, "FIN"), (tcp::RST, "RST")]
         .into_iter()
@@ -294,22 +295,22 @@ mod tests {
         [(3, name("web")), (4, name("mail"))].into()
     }
 
-    fn told(event: &Event) -> Told {
+    fn line(event: &Event) -> Line {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(100);
-        Told::new(event, &names(), (3_500_000_000, now), |index| format!("veth{index}"))
+        Line::new(event, &names(), (3_500_000_000, now), |index| format!("veth{index}"))
     }
 
     #[test]
     fn a_packet_is_told_with_names_and_the_time_of_the_clock() {
-        let told = told(&event());
-        assert_eq!(told.time, "1970-01-01T00:01:37.500000Z");
+        let line = line(&event());
+        assert_eq!(line.time, "1970-01-01T00:01:37.500000Z");
         assert_eq!(
-            told.cells().join(" "),
+            line.cells().join(" "),
             "00:01:37.500000 forwarded opened ingress TCP 10.244.1.7:40000 10.96.0.10:80 10.244.2.9:8080 shop/web:http forward"
         );
-        assert_eq!(told.backend, "10.244.2.9:8080".parse().ok());
-        assert_eq!(told.device.as_deref(), Some("veth4"));
-        assert_eq!(told.tcp_flags, ["SYN"]);
+        assert_eq!(line.backend, "10.244.2.9:8080".parse().ok());
+        assert_eq!(line.device.as_deref(), Some("veth4"));
+        assert_eq!(line.tcp_flags, ["SYN"]);
     }
 
     #[test]
@@ -326,9 +327,9 @@ mod tests {
             flags: flow::REPLY,
             ..event()
         };
-        let told = told(&event);
-        assert_eq!(told.cells()[7], "10.96.0.10:80 >");
-        assert_eq!(told.backend, "10.244.2.9:8080".parse().ok());
+        let line = line(&event);
+        assert_eq!(line.cells()[7], "10.96.0.10:80 >");
+        assert_eq!(line.backend, "10.244.2.9:8080".parse().ok());
     }
 
     #[test]
@@ -342,9 +343,9 @@ mod tests {
             command,
             ..event()
         };
-        let told = told(&event);
-        assert_eq!(told.cells()[5], "curl[77]");
-        assert_eq!((told.source, told.device), (None, None));
+        let line = line(&event);
+        assert_eq!(line.cells()[5], "curl[77]");
+        assert_eq!((line.source, line.device), (None, None));
     }
 
     #[test]
@@ -373,7 +374,7 @@ mod tests {
             (Filter { places: vec![At::Ingress], kinds: vec![Kind::Opened], ..all.clone() }, true),
         ] {
             assert_eq!(filter.takes(&event(), &names()), taken, "{filter:?}");
-            assert!(!taken || filter.sieve(&names()).takes(&event()), "{filter:?}");
+            assert!(!taken || filter.sieve(&names()).matches(&event()), "{filter:?}");
         }
     }
 

@@ -1,6 +1,7 @@
-//! Numbers for people.
+//! Formats numbers for people.
 
-/// A number in the largest binary unit that leaves at least one: `(1.5, "Ki")`, `(12.0, "")`.
+/// Scales a number to the largest binary unit that leaves at least one: `(1.5, "Ki")`, `(12.0,
+/// "")`.
 #[must_use]
 pub(crate) fn binary(number: f64) -> (f64, &'static str) {
     let (mut scaled, mut unit) = (number, "");

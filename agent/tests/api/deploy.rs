@@ -358,8 +358,8 @@ fn every_value_becomes_a_flag_that_the_agent_takes() {
     std::fs::write(&file, config).expect("written");
     words[1] = format!("--config={}", file.display());
     words.push("--manifests=/nowhere".to_owned());
-    let said = run(Command::new(&sluice).args(&words)).expect_err("no such folder");
-    assert!(said.contains("--manifests /nowhere: there is no such folder"), "{said}");
+    let said = run(Command::new(&sluice).args(&words)).expect_err("no such directory");
+    assert!(said.contains("--manifests /nowhere: there is no such directory"), "{said}");
     words.push("--no-such-flag".to_owned());
     let said = run(Command::new(&sluice).args(&words)).expect_err("no such flag");
     assert!(said.contains("--no-such-flag"), "{said}");

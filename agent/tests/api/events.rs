@@ -174,7 +174,7 @@ fn an_agent_that_may_not_write_events_does_all_else() {
     for slice in ["loop-1", "loop-2", "loop-3"] {
         space.slice(slice, "loop", 80, &["10.96.22.1"]);
     }
-    let refused = "DEBUG an Event could not be written: ";
+    let refused = "DEBUG cannot write an Event: ";
     wait_for("a line in the log", TOLD, || {
         if agent.log().contains(refused) { Ok(()) } else { Err(agent.log()) }
     });

@@ -303,8 +303,8 @@ fn every_kind_of_event_but_a_call_is_in_the_table() {
     let told = told();
     for kind in [Kind::Opened, Kind::Proven, Kind::Closing, Kind::Counted] {
         let count = told.iter().filter(|(_, events)| events[0].kind == kind as u8).count();
-        assert!(count > 0, "nothing is {}", kind.word());
-        println!("{}: {count} cases", kind.word());
+        assert!(count > 0, "nothing is {}", kind.as_str());
+        println!("{}: {count} cases", kind.as_str());
     }
     assert!(told.iter().all(|(_, events)| events.len() == 1), "a packet is told once");
 }

@@ -36,7 +36,10 @@ fn a_configuration_is_followed_without_losing_a_connection() -> Result<()> {
     // Whoever starts the agent in the lab names the node by itself.
     cluster.start_agents(&["--config", &config])?;
     let log = cluster.agents[0].log();
-    ensure!(log.contains("no meaning here are left out: ipvs.scheduler"), "{log}");
+    ensure!(
+        log.contains("ignored kube-proxy settings that have no meaning here: ipvs.scheduler"),
+        "{log}"
+    );
     ensure!(
         node.run("curl", ["-sS", "http://127.0.0.1:10300/livez"])?.contains("\"healthy\":true")
     );
@@ -70,7 +73,7 @@ fn a_configuration_is_followed_without_losing_a_connection() -> Result<()> {
             .find(|text| text.contains("kernelspace"))
             .map(str::to_owned))
     })?;
-    ensure!(problem.contains("iptables, ipvs or nftables is wanted"), "{problem}");
+    ensure!(problem.contains("expected iptables, ipvs or nftables"), "{problem}");
     ensure!(told(&node, "/ready")? == Value::Bool(true));
     let http = SocketAddr::new(vip, HTTP);
     all_answer(

@@ -1,4 +1,4 @@
-//! `sluice diff`: a drift made by hand is shown and repaired.
+//! `sluice diff`: a difference made by hand is shown and repaired.
 
 use std::process::Output;
 
@@ -44,8 +44,8 @@ fn table(node: &Node, args: &[&str]) -> Result<()> {
 }
 
 #[test]
-fn a_drift_is_shown_and_repaired() -> Result<()> {
-    if skip("a_drift") {
+fn a_difference_is_shown_and_repaired() -> Result<()> {
+    if skip("a_difference") {
         return Ok(());
     }
     let plan = Plan { args: vec!["--masquerade", "all"], far: 1, ..Plan::default() };
@@ -141,7 +141,7 @@ fn what_cannot_be_told_has_a_code_of_its_own() -> Result<()> {
     cluster.start_agents(&[])?;
     for (args, expected) in [
         (vec!["--masquerade", "some"], "possible values"),
-        (vec!["--detect-local", "cluster-cidr"], "give --cluster-cidr too"),
+        (vec!["--detect-local", "cluster-cidr"], "needs --cluster-cidr"),
         (vec!["--manifests", "/nowhere"], "/nowhere"),
         (vec!["--kubeconfig", "/nowhere"], "/nowhere"),
     ] {

@@ -89,17 +89,17 @@ fn a_node_is_ready_and_nothing_is_left_behind() -> Result<()> {
     for (name, expected, words) in [
         ("privileges", "yes", "CAP_BPF"),
         ("program tc_ingress_l2", "yes", "instructions verified"),
-        ("hook xdp native (veth)", "yes", "attaches"),
-        ("hook cgroup", "yes", "9 programs"),
-        ("pins", "yes", "takes them"),
-        ("bpffs", "yes", "lies in one"),
+        ("hook xdp native (veth)", "yes", "attached"),
+        ("hook cgroup", "yes", "9 socket programs"),
+        ("pins", "yes", "accepts pins"),
+        ("bpffs", "yes", "in a BPF file system"),
         ("devices uplink", "yes", "eth0"),
         ("devices edge", "yes", "lxc"),
         ("xdp eth0", "skip", "a veth"),
         ("cni", "yes", "2 routed pods"),
         ("rp-filter", "yes", "strict"),
         ("kube-proxy", "yes", "no trace"),
-        ("foreign-ebpf", "yes", "nobody else"),
+        ("foreign-ebpf", "yes", "no programs of others"),
         ("mtu", "yes", "1500"),
     ] {
         let found = check(&rows, name)?;
@@ -153,7 +153,7 @@ fn others() -> Result<()> {
         ("cni", "yes", "1 pods on the bridge cni0"),
         ("devices fabric", "yes", "vxlan0"),
         ("mtu", "yes", "1 overlays fit"),
-        ("bridge-nf", "yes", "cross iptables"),
+        ("bridge-nf", "yes", "pass iptables"),
         ("node-local-dns", "skip", "no device"),
     ] {
         let found = check(&rows, name)?;
@@ -192,7 +192,7 @@ fn others() -> Result<()> {
     node.sysctl("net/ipv4/ip_local_port_range", "1024 65535")?;
     let (code, rows) = preflight(&node)?;
     let ports = check(&rows, "ports")?;
-    ensure!(code == 0 && ports.1.contains("enters 1024-29999,61000-65535"), "{code} {ports:?}");
+    ensure!(code == 0 && ports.1.contains("adds 1024-29999,61000-65535"), "{code} {ports:?}");
 
     // Nobody tells what nobody may see.
     let words = args(&node, &["-o", "json"]);
@@ -227,7 +227,7 @@ fn a_running_agent_is_not_disturbed() -> Result<()> {
     let ours = check(&rows, "sluice")?;
     ensure!(ours.0 == "yes" && ours.1.contains("eth0") && ours.1.contains("cgroup"), "{ours:?}");
     ensure!(
-        check(&rows, "foreign-ebpf")?.1.contains("nobody else"),
+        check(&rows, "foreign-ebpf")?.1.contains("no programs of others"),
         "{:?}",
         check(&rows, "foreign-ebpf")?
     );

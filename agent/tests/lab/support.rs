@@ -168,7 +168,9 @@ impl Cluster {
             };
             self.agents.push(node.agent(options)?);
         }
-        self.agents.iter_mut().try_for_each(|agent| agent.wait_ready(3 * SOON))
+        // The verifier takes more than a second of each agent's start, and other tests start theirs
+        // at the same time.
+        self.agents.iter_mut().try_for_each(|agent| agent.wait_ready(6 * SOON))
     }
 
     /// Ends the agents and starts others with other arguments.

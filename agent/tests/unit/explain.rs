@@ -444,20 +444,23 @@ fn a_question_that_makes_no_sense_ends_with_code_2_and_what_is_wrong() {
     let folder = tempfile::tempdir().expect("a folder");
     for (words, why) in [
         ("tcp 10.0.0.1:1 --from pod", "<DST:PORT>"),
-        ("icmp 10.0.0.1:1 10.0.0.2:1 --from pod", "say TCP, UDP or SCTP"),
-        ("tcp 10.0.0.1 10.0.0.2:1 --from pod", "an address and a port are wanted"),
-        ("tcp 10.0.0.1:0 10.0.0.2:1 --from pod", "0 is no port"),
-        ("tcp fd00::1:1 10.0.0.2:1 --from pod", "an address and a port are wanted"),
-        ("tcp [fd00::1]:1 10.0.0.2:1 --from pod --manifests .", "are not of one family"),
-        ("tcp 10.0.0.1:1 10.0.0.2:1", "--from <WHO>"),
+        ("icmp 10.0.0.1:1 10.0.0.2:1 --from pod", "expected TCP, UDP or SCTP"),
+        ("tcp 10.0.0.1 10.0.0.2:1 --from pod", "expected an address and a port"),
+        ("tcp 10.0.0.1:0 10.0.0.2:1 --from pod", "port 0 is not valid"),
+        ("tcp fd00::1:1 10.0.0.2:1 --from pod", "expected an address and a port"),
+        (
+            "tcp [fd00::1]:1 10.0.0.2:1 --from pod --manifests .",
+            "are of different address families",
+        ),
+        ("tcp 10.0.0.1:1 10.0.0.2:1", "--from <CLIENT>"),
         ("tcp 10.0.0.1:1 10.0.0.2:1 --from moon", "possible values: pod, host, external"),
         ("tcp 10.0.0.1:1 10.0.0.2:1 --from external --path socket --manifests .", "makes no calls"),
         ("tcp 10.0.0.1:1 10.0.0.2:1 --from pod --cluster-cidr ten --manifests .", "--cluster-cidr"),
         (
             "tcp 10.0.0.1:1 10.0.0.2:1 --from pod --detect-local cluster-cidr --manifests .",
-            "give --cluster-cidr too",
+            "needs --cluster-cidr",
         ),
-        ("tcp 10.0.0.1:1 10.0.0.2:1 --from pod --masquerade all", "go with --manifests"),
+        ("tcp 10.0.0.1:1 10.0.0.2:1 --from pod --masquerade all", "policy flags need --manifests"),
     ] {
         let words: Vec<&str> = ["explain"].into_iter().chain(words.split(' ')).collect();
         let output = sluice(folder.path(), &words);
@@ -494,8 +497,8 @@ fn manifests_that_say_nothing_end_with_code_1_and_what_to_do() {
     fs::write(at.join("nothing.yaml"), "# nothing\n").expect("written");
     let question = "explain tcp 203.0.113.7:4000 198.51.100.1:80 --from external --manifests";
     for (words, why) in [
-        (format!("{question} empty"), "no object in empty: a Service"),
-        ("validate empty".to_owned(), "no object in empty: a Service"),
+        (format!("{question} empty"), "found no object in empty: expected a Service"),
+        ("validate empty".to_owned(), "found no object in empty: expected a Service"),
         (format!("{question} shop --node nobody"), "its Nodes are node-a: there is no nobody"),
         ("validate shop --node nobody".to_owned(), "its Nodes are node-a: there is no nobody"),
         (format!("{question} shop --what-if broken.yaml"), "broken.yaml document 1: line"),
@@ -513,7 +516,7 @@ fn manifests_that_say_nothing_end_with_code_1_and_what_to_do() {
     let output = sluice(at, &words.split(' ').collect::<Vec<_>>());
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{error}");
-    assert!(error.contains("warning: without shop/broken.yaml document 1: line"), "{error}");
+    assert!(error.contains("warning: left out shop/broken.yaml document 1: line"), "{error}");
     let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON, and nothing else");
     assert_eq!(answer["service"], "shop/web");
 }
@@ -666,7 +669,7 @@ fn what_is_left_to_netfilter_is_told_with_its_reason() {
     };
     let (verdict, reason, why) = told(phase::SERVE | phase::IMPORTED, true);
     assert_eq!((verdict, reason), (Verdict::Pass, "netfilter_flow"));
-    assert!(why.contains("before Sluice took over"), "{why}");
+    assert!(why.contains("since before the takeover"), "{why}");
     let (verdict, _, why) = told(phase::SERVE | phase::IMPORTED, false);
     assert_eq!((verdict, why.as_str()), (Verdict::Forward, ""));
     let (verdict, reason, why) = told(phase::PASSIVE, false);
@@ -742,7 +745,7 @@ fn limits_on_a_packets_way_are_told() {
     assert_eq!((verdict, reason, why.as_str()), (Verdict::Forward, "forward", ""));
     let (verdict, reason, why) = told(0, &host(1401));
     assert_eq!((verdict, reason), (Verdict::Reject, "too_big"));
-    assert!(why.starts_with("1401 bytes are more than the 1400 that the way to "), "{why}");
+    assert!(why.starts_with("1401 bytes exceed the MTU of 1400 on the path to "), "{why}");
     // A client that is its own backend is turned back, which counts as forwarding.
     let own = |ttl: u8| question(Client::Pod, "10.244.1.1:40000", None, Some(ttl));
     let (verdict, reason, _) = told(0, &own(2));

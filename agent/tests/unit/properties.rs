@@ -11,10 +11,10 @@ use sluice_common::abi::{
     frontend, listing, node_address, policy,
 };
 use sluice_common::maglev::{self, Turn};
-use sluice_common::{Family, V4, V6, family};
+use sluice_common::{V4, V6};
 use sluice_core::image::{
-    CLASSES, Dataplane, FamilyImage, FamilyWrite, Faulty, Image, Memory, PERMITTED, Reconciler,
-    SourceKey, Stack, Write, diff, node_port_bit,
+    CLASSES, Dataplane, EntryWrite, FamilyImage, FamilyWrite, Faulty, Image, Memory, PERMITTED,
+    Reconciler, SourceKey, Stack, Write, diff, lane, node_port_bit,
 };
 use sluice_core::model::desired::PortKey;
 use sluice_core::model::object::{IpFamily, Protocol};
@@ -73,23 +73,17 @@ fn is_live<F: Stack>(image: &Image, id: u32, port: u32) -> bool {
     F::of(image).backends.get(&id).is_some_and(|found| {
         found.service_port == port
             && found.is_serving()
-            && listed::<F>(image, &found.address) & listing::BACKEND != 0
+            && image.listing::<F>(&found.address) & listing::BACKEND != 0
     })
-}
-
-fn listed<F: Family>(image: &Image, address: &F::Address) -> u8 {
-    let (word, shift) = family::lane::<F>(address);
-    image.lanes.get(&(word * 16 + shift / 4)).copied().unwrap_or(0)
 }
 
 fn family_is_sound<F: Stack>(image: &Image) -> Result<(), String> {
     for (key, service) in &F::of(image).services {
         if service.kind == frontend::NODE_PORT {
-            let (word, bit) = node_port_bit(key.port);
-            if image.node_ports.get(&word).copied().unwrap_or(0) & bit == 0 {
+            if !image.is_node_port(key.port) {
                 return Err(format!("{key:?} has no bit"));
             }
-        } else if listed::<F>(image, &key.address) & listing::FRONTEND == 0 {
+        } else if image.listing::<F>(&key.address) & listing::FRONTEND == 0 {
             return Err(format!("{key:?} is not listed"));
         }
         if service.kind == frontend::ADDRESS {
@@ -102,7 +96,7 @@ fn family_is_sound<F: Stack>(image: &Image) -> Result<(), String> {
         }
     }
     for (address, node) in &F::of(image).node_addresses {
-        if node.serves_node_ports() && listed::<F>(image, address) & listing::NODE_PORTS == 0 {
+        if node.serves_node_ports() && image.listing::<F>(address) & listing::NODE_PORTS == 0 {
             return Err(format!("{address:?} serves node ports and is not listed for it"));
         }
     }
@@ -332,10 +326,6 @@ fn insert_source<F: Stack>(
 }
 
 fn list_all<F: Stack>(image: &mut Image) {
-    let lane = |address: &F::Address| {
-        let (word, shift) = family::lane::<F>(address);
-        word * 16 + shift / 4
-    };
     let ports: Vec<u16> = F::of(image)
         .services
         .iter()
@@ -347,19 +337,19 @@ fn list_all<F: Stack>(image: &mut Image) {
     }
     let node = |(address, node): (&F::Address, &NodeAddress)| {
         let serves = node.serves_node_ports();
-        (lane(address), listing::NODE | if serves { listing::NODE_PORTS } else { 0 })
+        (lane::<F>(address), listing::NODE | if serves { listing::NODE_PORTS } else { 0 })
     };
     let bits: Vec<(u32, u8)> = F::of(image)
         .services
         .iter()
         .filter(|(_, service)| service.kind != frontend::NODE_PORT)
-        .map(|(key, _)| (lane(&key.address), listing::FRONTEND))
+        .map(|(key, _)| (lane::<F>(&key.address), listing::FRONTEND))
         .chain(F::of(image).node_addresses.iter().map(node))
         .chain(
             F::of(image)
                 .backends
                 .values()
-                .map(|backend| (lane(&backend.address), listing::BACKEND)),
+                .map(|backend| (lane::<F>(&backend.address), listing::BACKEND)),
         )
         .collect();
     for (lane, bits) in bits {
@@ -850,17 +840,21 @@ fn sources_that_may_not_use_a_frontend_never_reach_it() {
     let _ = plan.update(&batch(true, &plain));
     let flags = |write: &Write| matches!(write, Write::Port { .. });
     let comes = plan.update(&batch(false, &restricted)).writes;
-    let lets_in =
-        place(&comes, |write| matches!(write, Write::V4(FamilyWrite::SourceInsert { .. })));
-    let appears =
-        place(&comes, |write| matches!(write, Write::V4(FamilyWrite::ServiceInsert { .. })));
+    let lets_in = place(&comes, |write| {
+        matches!(write, Write::V4(FamilyWrite::SourceRanges(EntryWrite::Insert { .. })))
+    });
+    let appears = place(&comes, |write| {
+        matches!(write, Write::V4(FamilyWrite::Services(EntryWrite::Insert { .. })))
+    });
     assert!(lets_in < place(&comes, flags) && place(&comes, flags) < appears);
     let goes = plan.update(&batch(false, &plain)).writes;
-    let disappears =
-        place(&goes, |write| matches!(write, Write::V4(FamilyWrite::ServiceRemove { .. })));
+    let disappears = place(&goes, |write| {
+        matches!(write, Write::V4(FamilyWrite::Services(EntryWrite::Remove { .. })))
+    });
     let grace = place(&goes, |write| *write == Write::Grace);
-    let forgets =
-        place(&goes, |write| matches!(write, Write::V4(FamilyWrite::SourceRemove { .. })));
+    let forgets = place(&goes, |write| {
+        matches!(write, Write::V4(FamilyWrite::SourceRanges(EntryWrite::Remove { .. })))
+    });
     assert!(disappears < place(&goes, flags) && place(&goes, flags) < grace && grace < forgets);
 }
 
@@ -875,7 +869,7 @@ fn node_addresses_are_listed_and_those_with_node_ports_are_kept_when_room_is_sho
             image.apply(&write);
         }
         assert_eq!(&image, plan.image());
-        let listed = (1..=4).map(|low| listed::<V4>(&image, &Ipv4Addr::new(10, 9, 0, low).into()));
+        let listed = (1..=4).map(|low| image.listing::<V4>(&Ipv4Addr::new(10, 9, 0, low).into()));
         let flags: Vec<u32> = image.v4.node_addresses.values().map(|node| node.flags).collect();
         (listed.collect::<Vec<u8>>(), flags)
     };

@@ -22,7 +22,7 @@ use sluice::daemon::source::manifests::Folder;
 use sluice_common::abi::{
     Class, Name, Origins, Range, ServicePort, backend, frontend, listing, policy,
 };
-use sluice_common::{V4, V6, family};
+use sluice_common::{V4, V6};
 use sluice_core::image::{CLASSES, Dataplane, Image, Memory, Stack, diff, node_port_bit};
 use sluice_core::model::object::Protocol;
 use sluice_core::model::{Change, Event, Model, Settings, SourceId};
@@ -116,7 +116,7 @@ fn print_family<F: Stack>(image: &Image, history: bool, text: &mut String) {
             frontend::ADDRESS => {
                 assert_eq!((key.port, key.protocol, service.service_port), (0, 0, 0));
                 assert!(
-                    listed::<F>(image, &key.address) & listing::FRONTEND != 0,
+                    image.listing::<F>(&key.address) & listing::FRONTEND != 0,
                     "{vip} is not listed"
                 );
                 continue;
@@ -124,7 +124,7 @@ fn print_family<F: Stack>(image: &Image, history: bool, text: &mut String) {
             _ => "unknown",
         };
         let protocol = Protocol::from_number(key.protocol).expect("a known protocol").word();
-        let listed = listed::<F>(image, &key.address) & listing::FRONTEND != 0;
+        let listed = image.listing::<F>(&key.address) & listing::FRONTEND != 0;
         assert_eq!(listed, kind != "NodePort", "{vip}");
         let name = image.names[&service.service_port];
         let repeated = !printed.insert(service.service_port);
@@ -145,7 +145,7 @@ fn print_family<F: Stack>(image: &Image, history: bool, text: &mut String) {
     }
     for (address, node) in &maps.node_addresses {
         let serves = node.serves_node_ports();
-        let bits = listed::<F>(image, address);
+        let bits = image.listing::<F>(address);
         assert!(bits & listing::NODE != 0 && (bits & listing::NODE_PORTS != 0 || !serves));
         if serves {
             let _ = writeln!(text, "{} serves node ports", F::ip(*address));
@@ -241,7 +241,7 @@ fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String
         for (backend_id, found) in backends {
             let at = SocketAddr::new(F::ip(found.address), found.port);
             assert!(
-                listed::<F>(image, &found.address) & listing::BACKEND != 0,
+                image.listing::<F>(&found.address) & listing::BACKEND != 0,
                 "{at} is not listed"
             );
             let serving = found.is_serving();
@@ -267,11 +267,6 @@ fn print_port<F: Stack>(image: &Image, id: u32, history: bool, text: &mut String
             let _ = writeln!(text, "    {at} {state}{local}");
         }
     }
-}
-
-fn listed<F: Stack>(image: &Image, address: &F::Address) -> u8 {
-    let (word, shift) = family::lane::<F>(address);
-    image.lanes.get(&(word * 16 + shift / 4)).copied().unwrap_or(0)
 }
 
 /// The changes of a folder, in some order; that all have been delivered comes first or last.

@@ -4,7 +4,8 @@ abi! {
     /// Traffic of one backend, both ways; the per-CPU value of `backend_counts`, keyed by backend
     /// id.
     ///
-    /// IPv6 backends have bit 31 of the key set. Per packet, but `calls`: per call of a socket.
+    /// IPv6 backends have bit 31 of the key set. Everything counts packets, except `calls`, which
+    /// counts a socket's calls.
     #[derive(Default)]
     pub struct BackendCounters {
         /// Packets from clients.
@@ -27,7 +28,7 @@ abi! {
 }
 
 impl BackendCounters {
-    /// Adds what was counted elsewhere: on another CPU, or of another backend.
+    /// Adds another CPU's or another backend's counts.
     pub fn add(&mut self, more: &Self) {
         for (sum, more) in [
             (&mut self.forward_packets, more.forward_packets),
@@ -45,23 +46,24 @@ impl BackendCounters {
 }
 
 abi! {
-    /// Connections of sockets that were translated at connect(), by backend; the per-CPU value of
+    /// Connections that were translated at connect(), by backend; the per-CPU value of
     /// `socket_counts`, with the keys of `backend_counts`.
     ///
-    /// The kernel's own figures for a connection (those of `TCP_INFO`: SYN and FIN count as a byte
-    /// each), added when it closes, and every few seconds while what it sends is acknowledged.
+    /// The figures are the kernel's own for a connection (those of `TCP_INFO`: SYN and FIN count as
+    /// a byte each), added when it closes, and every few seconds while what it sends is
+    /// acknowledged.
     #[derive(Default)]
     pub struct SocketCounters {
         /// Connections that were established.
         pub connections: u64,
-        /// Those of them that have ended.
+        /// Established connections that have ended.
         pub closed: u64,
-        /// Connections that never came about: refused, or without an answer.
+        /// Connections that were never established: refused, or without an answer.
         pub failed: u64,
-        /// Connections that ended without both sides' FIN: by a reset, or because nobody answered
-        /// any more.
+        /// Connections that ended without a FIN of both sides: by a reset, or because the peer no
+        /// longer answered.
         pub resets: u64,
-        /// Bytes that clients sent, as far as acknowledged.
+        /// Bytes that clients sent and that were acknowledged.
         pub sent_bytes: u64,
         /// Bytes that clients received.
         pub received_bytes: u64,
@@ -69,17 +71,17 @@ abi! {
         pub sent_segments: u64,
         /// Segments to clients.
         pub received_segments: u64,
-        /// Segments from clients that were sent again; part of `sent_segments`.
+        /// Segments from clients that were retransmitted; part of `sent_segments`.
         pub retransmitted_segments: u64,
-        /// Sum of the smoothed round-trip times that ended connections had at last, microseconds.
+        /// Sum of the last smoothed round-trip times of connections that ended, microseconds.
         pub rtt_us: u64,
-        /// How many of those were summed.
+        /// Number of round-trip times in `rtt_us`.
         pub rtt_count: u64,
     } size 88
 }
 
 impl SocketCounters {
-    /// Adds what was counted elsewhere: on another CPU, or of another backend.
+    /// Adds another CPU's or another backend's counts.
     pub fn add(&mut self, more: &Self) {
         for (sum, more) in [
             (&mut self.connections, more.connections),
@@ -99,7 +101,7 @@ impl SocketCounters {
     }
 }
 
-/// Set in the keys of `backend_counts` and `socket_counts` for IPv6 backends.
+/// Bit that marks IPv6 backends in the keys of `backend_counts` and `socket_counts`.
 pub const COUNTER_V6: u32 = 1 << 31;
 
 abi! {
@@ -125,7 +127,8 @@ abi! {
 }
 
 abi! {
-    /// Key of `rejects`: whom a reject would be sent to (IPv4 as `::ffff:a.b.c.d`).
+    /// The key of `rejects`: the client that an ICMP error would be sent to (IPv4 as
+    /// `::ffff:a.b.c.d`).
     #[derive(Default)]
     pub struct RejectKey {
         /// The client's address.
@@ -137,7 +140,7 @@ abi! {
     /// A token bucket; the value of `rejects`.
     #[derive(Default)]
     pub struct RejectBucket {
-        /// Milliseconds since boot of the last refill.
+        /// When it was last refilled, milliseconds since boot.
         pub refilled_ms: u32,
         /// Milliseconds of credit; one ICMP error costs [`crate::engine::limit::REJECT_COST_MS`].
         pub credit_ms: u32,

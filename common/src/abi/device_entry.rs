@@ -8,7 +8,7 @@ abi! {
     pub struct Device {
         /// One of [`device`].
         pub role: u32,
-        /// The bridge that the device is a port of; 0: none.
+        /// The bridge that the device is a port of; 0 if none.
         pub bridge: u32,
         /// The device's own link-layer address (zero where it has none).
         pub mac: [u8; 6],
@@ -16,38 +16,39 @@ abi! {
         pub link_header: u16,
         /// MTU in bytes.
         pub mtu: u32,
-        /// The address that clients are shown as to backends behind this device; zero: none.
+        /// The address that backends behind this device see in place of masqueraded clients'; zero
+        /// if none.
         pub masquerade_v4: Ipv4Address,
         /// As `masquerade_v4`, IPv6.
         pub masquerade_v6: Ipv6Address,
         /// Bits of [`device_flags`].
         pub flags: u32,
         /// The network namespace of the device's other end, as its id in the node's own, plus one;
-        /// 0: none.
+        /// 0 if none.
         pub netns: u32,
     } size 48
 }
 
 /// Bits of [`Device::flags`].
 pub mod device_flags {
-    /// Packets that come in here are those of local pods, where
-    /// [`crate::abi::Settings::detect_local`] is by device.
+    /// Packets that come in here are local pods', where [`crate::abi::Settings::detect_local`] is
+    /// by device.
     pub const LOCAL_PODS: u32 = 1;
-    /// The device is a bridge: the programs of its ports may have translated a packet before.
+    /// The device is a bridge: its ports' programs may already have translated a packet.
     pub const BRIDGE: u32 = 2;
     /// The device is a port of something that takes its frames before the stack does, and is
     /// neither a bridge nor a VRF: a bond, or a switch in software.
     pub const SWITCHED: u32 = 4;
-    /// Nobody knows the sockets of what sends by the device: a virtual machine's.
+    /// The sockets behind the device cannot be looked up, as with a virtual machine.
     pub const HIDES_SOCKETS: u32 = 8;
     /// The device is a port of a bridge whose pods' gateway is above it: one end of a veth whose
     /// other end is a port too.
     pub const GATEWAY_ABOVE: u32 = 16;
-    /// From this bit on: the last three bytes of the link-layer address that frames have which are
-    /// for the bridge that the device is a port of.
+    /// The lowest bit of the last three bytes of a bridge's link-layer address: the destination of
+    /// frames for the bridge that the device is a port of.
     pub const BRIDGE_MAC_SHIFT: u32 = 8;
 
-    /// The bits of a bridge's link-layer address.
+    /// Returns the bits of a bridge's link-layer address.
     #[inline(always)]
     #[must_use]
     pub const fn bridge_mac([_, _, _, a, b, c]: [u8; 6]) -> u32 {
@@ -85,10 +86,10 @@ pub mod node_address {
     pub const NODE_PORTS: u32 = 1;
 }
 
-/// Four bits for every hashed address; a lane of `addresses`.
+/// The four bits of every hashed address; a lane of `addresses`.
 ///
-/// Lane `h` is bits `4 * (h % 16)` of word `h / 16`. A set bit may be another
-/// address's (then a lookup misses); a clear bit is certain.
+/// Lane `h` is bits `4 * (h % 16)` of word `h / 16`. A set bit may be another address's (a lookup
+/// then finds nothing); a clear bit is certain.
 pub mod listing {
     /// A frontend's address.
     pub const FRONTEND: u8 = 1;
@@ -102,12 +103,12 @@ pub mod listing {
 
 abi! {
     /// The MTU that a route of the main table carries; the value of `route_mtus_v4` and
-    /// `route_mtus_v6`, tries keyed by network. The kernel tells programs that of a locked one
-    /// alone.
+    /// `route_mtus_v6`, tries keyed by network. The kernel reports to programs only a locked
+    /// route's MTU.
     pub struct RouteMtu {
-        /// The device that the route leads to; 0: several.
+        /// The device that the route leads to; 0 if several.
         pub device: u32,
-        /// 0: none. The route lies within one that carries an MTU.
+        /// The MTU; 0 if the route has none but lies within one that does.
         pub mtu: u32,
     } size 8
 }

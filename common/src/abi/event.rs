@@ -1,7 +1,8 @@
-//! Events, and who listens for them.
+//! Events, and the listener's filter.
 
 abi! {
-    /// Something that happened to a flow, a packet or a call; an element of the ring `events`.
+    /// Something that happened to a flow, a packet or a call; an element of the ring buffer
+    /// `events`.
     ///
     /// IPv4 addresses are IPv4-mapped IPv6 ones; ports are in host order.
     #[derive(Default)]
@@ -58,13 +59,13 @@ abi! {
 }
 
 abi! {
-    /// Whether somebody listens to events, and to which; the one element of `listening`.
+    /// Whether anybody listens to events, and to which; the only element of `listening`.
     ///
-    /// The listener renews it, so that its end, whatever ends it, is the end of listening. A zero
-    /// sieve lets everything through.
+    /// The listener keeps extending `until_ns`, so that listening ends with it, whatever ends it. A
+    /// filter of zero lets everything through.
     #[derive(Default)]
     pub struct Listening {
-        /// When it ends, nanoseconds since boot; 0: nobody listens.
+        /// When listening ends, in nanoseconds since boot; 0 if nobody listens.
         pub until_ns: u64,
         /// A bit for every reason, `1 << number`; 0: any.
         pub reasons: u64,

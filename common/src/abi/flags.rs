@@ -1,11 +1,11 @@
-//! What the bits of flags mean, as questions.
+//! The meaning of flag bits, as questions.
 
 use super::{
     Backend, Device, Event, Flow, NodeAddress, ServicePort, Settings, backend, device_flags, flow,
     networks, node_address, phase, policy,
 };
 
-/// Declares questions about a struct: a line each, by the field and the bits that answer it.
+/// Declares questions about a struct, one a line, by the field and the bits that answer it.
 macro_rules! flags {
     (impl $name:ident $(<$a:ident>)? . $field:ident
         { $($(#[$meta:meta])* $question:ident = $bits:expr;)* }) => {
@@ -38,6 +38,8 @@ flags! {
         is_masqueraded = flow::MASQUERADED;
         /// Whether the entry translates the client's side: [`flow::SOURCE`].
         translates_source = flow::SOURCE;
+        /// Whether replies leave by another device than the client came in by: [`flow::AWAY`].
+        returns_elsewhere = flow::AWAY;
     }
 }
 
@@ -74,7 +76,11 @@ flags! {
         has_local_pods = device_flags::LOCAL_PODS;
         /// Whether the device is a bridge: [`device_flags::BRIDGE`].
         is_bridge = device_flags::BRIDGE;
-        /// Whether the sockets behind the device are unknown: [`device_flags::HIDES_SOCKETS`].
+        /// Whether something takes the device's frames before the stack does:
+        /// [`device_flags::SWITCHED`].
+        is_switched = device_flags::SWITCHED;
+        /// Whether the sockets behind the device cannot be looked up:
+        /// [`device_flags::HIDES_SOCKETS`].
         hides_sockets = device_flags::HIDES_SOCKETS;
         /// Whether the pods' gateway is above the bridge: [`device_flags::GATEWAY_ABOVE`].
         has_gateway_above = device_flags::GATEWAY_ABOVE;
@@ -90,16 +96,16 @@ flags! {
 
 flags! {
     impl Settings.networks {
-        /// Whether packets go around the stack: [`networks::ACCELERATE`].
+        /// Whether what the stack would only forward goes around it: [`networks::ACCELERATE`].
         accelerates = networks::ACCELERATE;
-        /// Whether policies of IPsec forbid that: [`networks::IPSEC`].
+        /// Whether IPsec policies suspend that: [`networks::IPSEC`].
         has_ipsec = networks::IPSEC;
     }
 }
 
 flags! {
     impl Settings.phase {
-        /// Whether some flows are netfilter's: [`phase::IMPORTED`].
+        /// Whether netfilter translates some flows: [`phase::IMPORTED`].
         has_imported = phase::IMPORTED;
     }
 }

@@ -1,4 +1,4 @@
-//! A layout to be upgraded to in tests: the same content in another order, and another field.
+//! A layout to upgrade to in tests: the same content in another order, and one more field.
 
 use super::previous::{self, Moved};
 

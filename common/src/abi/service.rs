@@ -1,4 +1,4 @@
-//! Services: frontends, slots, backends, whom they admit, and whose they are.
+//! Services: frontends, slots, backends, source ranges and names.
 
 abi! {
     /// A frontend; the key of `services_v4` and `services_v6`.
@@ -36,20 +36,20 @@ pub mod frontend {
     /// A node port. The key's address is the unspecified one: any address of this node that serves
     /// node ports.
     pub const NODE_PORT: u32 = 4;
-    /// A ClusterIP as such (port and protocol 0 in the key): its ports that no service port is for
-    /// are rejected.
+    /// A ClusterIP itself (port and protocol 0 in the key): packets to ports that no service port
+    /// has are rejected.
     pub const ADDRESS: u32 = 5;
 }
 
-/// Which client meets which kind of frontend; indexes [`ServicePort::ranges`].
+/// A kind of client at a kind of frontend; indexes [`ServicePort::ranges`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Class {
-    /// A ClusterIP, whoever asks.
+    /// Any client of a ClusterIP.
     Internal = 0,
-    /// An external address, asked by a pod or process of this node.
+    /// A pod or process of this node, at an external address.
     ExternalInside = 1,
-    /// An external address, asked from outside.
+    /// A client from outside, at an external address.
     ExternalOutside = 2,
 }
 
@@ -81,29 +81,29 @@ pub mod policy {
 pub struct Range(pub u64);
 
 impl Range {
-    /// A run of `size` slots that begins with slot `start`.
+    /// Returns the range of `size` slots that begins with slot `start`.
     #[inline(always)]
     pub const fn new(start: u32, size: u16) -> Self {
         Self(start as u64 | (size as u64) << 32)
     }
 
-    /// No slots: a client is dropped without an answer, where its policy leaves out backends that
-    /// there are.
+    /// No slots, and clients are dropped without an answer, because their policy leaves out
+    /// backends that exist.
     pub const DROP: Self = Self((verdict::DROP as u64) << 48);
 
-    /// The first slot.
+    /// Returns the first slot.
     #[inline(always)]
     pub const fn start(self) -> u32 {
         self.0 as u32
     }
 
-    /// The number of slots; 0 means that the service port has no backends.
+    /// Returns the number of slots; 0 means that the service port has no backends.
     #[inline(always)]
     pub const fn size(self) -> u32 {
         (self.0 >> 32) as u32 & 0xffff
     }
 
-    /// Whether a client is dropped, not rejected, when there are no slots.
+    /// Reports whether clients are dropped, not rejected, if there are no slots.
     #[inline(always)]
     pub const fn drops(self) -> bool {
         (self.0 >> 48) as u16 & verdict::DROP != 0
@@ -112,7 +112,7 @@ impl Range {
 
 /// Upper bits of a [`Range`].
 pub mod verdict {
-    /// Without slots: drop, do not reject.
+    /// Without slots, drop instead of rejecting.
     pub const DROP: u16 = 1;
 }
 
@@ -135,7 +135,7 @@ abi! {
         pub address: A,
         /// The endpoint's port, host order.
         pub port: u16,
-        /// Raised each time the id gets a new owner: a flow of another generation has lost its
+        /// Raised each time the id gets a new owner. A flow of another generation has lost its
         /// backend.
         pub generation: u16,
         /// Index into `ports` of the service port that owns the id.
@@ -147,21 +147,21 @@ abi! {
 
 /// Bits of [`Backend::flags`].
 pub mod backend {
-    /// The backend takes traffic; clear: UDP flows leave it at once, TCP flows drain.
+    /// The backend takes traffic. Otherwise UDP flows leave it immediately, and TCP flows drain.
     pub const SERVING: u32 = 1;
     /// The backend is on this node (its own pods and its own addresses).
     pub const LOCAL: u32 = 2;
     /// The backend's address is one of this node's own.
     pub const HOST: u32 = 4;
-    /// The backend is in the set of [`super::Class`] `c` (bit `SELECTED << c`): affinity may lead
-    /// to it.
+    /// Bit `SELECTED << c`: the backend is in the set of [`super::Class`] `c`, so that affinity may
+    /// lead to it.
     pub const SELECTED: u32 = 8;
 }
 
-/// An endpoint as replies show it; the key of `origins_v4` and `origins_v6`.
+/// An endpoint as it appears in replies; the key of `origins_v4` and `origins_v6`.
 pub type OriginKey<A> = ServiceKey<A>;
 
-/// How many frontends an [`Origins`] can hold.
+/// Number of frontends that an [`Origins`] can hold.
 pub const ORIGINS: usize = 4;
 
 abi! {
@@ -180,8 +180,8 @@ abi! {
     /// The frontends that lead to an endpoint, the first four in order of address and port;
     /// the value of `origins`.
     ///
-    /// Read only when a client resets a connection it does not know: the sign that the
-    /// reply's flow entry was lost.
+    /// Read only when a client resets a connection that it does not know, the sign that the reply's
+    /// flow entry was lost.
     pub struct Origins<A> {
         /// Used elements first.
         pub frontends: [Origin<A>; ORIGINS],
@@ -189,8 +189,8 @@ abi! {
 }
 
 abi! {
-    /// The data of a key of `source_ranges_v4` and `source_ranges_v6` (tries; the prefix length
-    /// counts these bytes' bits, so that of a CIDR plus 32). The value is a `u32`, 1.
+    /// The data of a key of `source_ranges_v4` and `source_ranges_v6`. They are tries, and the
+    /// prefix length counts these bytes' bits: that of a CIDR plus 32. The value is a `u32`, 1.
     pub struct SourceRange<A> {
         /// Index into `ports`, most significant byte first.
         pub service_port: [u8; 4],
@@ -203,9 +203,9 @@ abi! {
 pub const NAME_MAX: usize = 64;
 
 abi! {
-    /// Whose service port it is; the value of `names`, keyed by service-port id.
+    /// The owner of a service port; the value of `names`, keyed by service-port id.
     ///
-    /// Kubernetes bounds each string at 63 bytes; the rest is zero.
+    /// Kubernetes limits each string to 63 bytes; the rest is zero.
     pub struct Name {
         /// The Service's namespace.
         pub namespace: [u8; NAME_MAX],

@@ -1,10 +1,10 @@
-//! What is kept of sockets and their calls.
+//! What is kept for sockets and their calls.
 
 use super::PEERS_MAX;
 
 abi! {
-    /// A frontend that a socket asked for, and the backend that it speaks to instead; with a TCP
-    /// socket the value of `peer_v4` and `peer_v6`.
+    /// A frontend that a socket asked for, and the backend that it is connected to instead; the
+    /// value of `peer_v4` and `peer_v6`, kept with a TCP socket.
     pub struct Peer<A> {
         /// The VIP.
         pub frontend: A,
@@ -20,27 +20,28 @@ abi! {
         pub generation: u16,
         /// Zero.
         pub reserved: u16,
-        /// The newest of a socket's peers has the highest number.
+        /// A number that is highest for the newest of a socket's peers.
         pub asked: u32,
     } sizes 24, 48
 }
 
 abi! {
-    /// The frontends that a UDP socket asked for last; the value of `peers_v4` and `peers_v6`.
+    /// The frontends that a UDP socket asked for most recently; the value of `peers_v4` and
+    /// `peers_v6`.
     pub struct Peers<A> {
-        /// In no order; the one that was asked longest ago gives way.
+        /// In no order; the least recently used one is replaced.
         pub peers: [Peer<A>; PEERS_MAX],
     } sizes 192, 384
 }
 
 abi! {
-    /// A pod, told by its network namespace, and a frontend that a packet of it was met on the way
-    /// to: at an edge, straight from the socket that sent it; the key of `callers`. The value is
-    /// when that was seen last, in [`Ticks`](super::Ticks).
+    /// A pod, identified by its network namespace, and a frontend that one of its packets was seen
+    /// on the way to: at an edge, straight from the socket that sent it; the key of `callers`. The
+    /// value is when that was last seen, in [`Ticks`](super::Ticks).
     ///
-    /// What a namespace keeps to itself (an address of its own, a rule of its own netfilter) never
-    /// gets there, nor does what a namespace behind a pod sends: whoever forwards a packet parts it
-    /// from its socket.
+    /// Packets that a namespace keeps to itself (an address of its own, a rule of its own
+    /// netfilter) never get there. Neither do those of a namespace behind a pod, since forwarding
+    /// detaches a packet from its socket.
     #[derive(Default)]
     pub struct CallerKey {
         /// Cookie of the namespace.
@@ -57,22 +58,22 @@ abi! {
 }
 
 abi! {
-    /// A translated connection as far as it is counted; kept with its socket in `connections`.
+    /// What has been counted of a translated connection; kept with its socket in `connections`.
     #[derive(Default)]
     pub struct Connection {
-        /// Bytes sent that are counted.
+        /// Bytes sent, as counted so far.
         pub sent_bytes: u64,
-        /// Bytes received that are counted.
+        /// Bytes received, as counted so far.
         pub received_bytes: u64,
-        /// Segments sent that are counted.
+        /// Segments sent, as counted so far.
         pub sent_segments: u32,
-        /// Segments received that are counted.
+        /// Segments received, as counted so far.
         pub received_segments: u32,
-        /// Segments sent again that are counted.
+        /// Segments retransmitted, as counted so far.
         pub retransmitted_segments: u32,
         /// The backend, as a key of `socket_counts`.
         pub backend: u32,
-        /// When it was counted last, in [`Ticks`](super::Ticks).
+        /// When it was last counted, in [`Ticks`](super::Ticks).
         pub seen: u32,
         /// Zero.
         pub reserved: u32,

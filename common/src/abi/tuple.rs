@@ -1,4 +1,4 @@
-//! Addresses, tuples and times, which the other keys and values are made of.
+//! Addresses, tuples and times, of which the other keys and values are made.
 
 use core::fmt::Debug;
 use core::hash::Hash;
@@ -49,7 +49,7 @@ impl Address for Ipv6Address {}
 abi! {
     /// A packet's five-tuple as it stands on the wire; the key of `flows` and `embryonic`.
     ///
-    /// For an ICMP error it is the tuple of the quoted packet, turned round.
+    /// For an ICMP error it is the quoted packet's tuple, reversed.
     pub struct Tuple<A> {
         /// Source address.
         pub source: A,
@@ -69,7 +69,7 @@ abi! {
 }
 
 impl<A: Copy> Tuple<A> {
-    /// The tuple of a packet that answers this one.
+    /// Returns the tuple of a packet that answers this one.
     #[inline(always)]
     #[must_use]
     pub fn reversed(&self) -> Self {
@@ -85,10 +85,10 @@ impl<A: Copy> Tuple<A> {
     }
 }
 
-/// Values of [`Tuple::side`]: at which side of the stack a packet of the tuple is translated, where
-/// that may be both.
+/// Values of [`Tuple::side`]: the side of the stack at which a packet of the tuple is translated,
+/// where it could be either.
 pub mod side {
-    /// Any but the other one.
+    /// Everywhere else.
     pub const NEAR: u8 = 0;
     /// At the egress of the device that leads to the backend, where the client's source changes:
     /// the same tuple may come in as well, from a client that speaks to the backend directly.

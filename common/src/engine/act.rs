@@ -1,11 +1,11 @@
-//! Does with a packet what was decided about it.
+//! Carries out what was decided about a packet.
 
 use core::hint::black_box;
 
 use crate::abi::{Flow, RejectKey, device_flags, flow};
 use crate::event::Wide;
 use crate::family::Family;
-use crate::packet::answer::{self, Answer, QUOTE, Trouble};
+use crate::packet::answer::{self, Answer, IcmpError, QUOTE, Quoted};
 use crate::packet::header::{EthernetHeader, TcpHeader, protocol};
 use crate::packet::parse::{Headers, Kind, Packet, Parse};
 use crate::packet::rewrite::{Edit, Resize, decrement_ttl};
@@ -13,35 +13,38 @@ use crate::path::fragment::{Label, label};
 use crate::path::{Decision, Hook, Verdict};
 use crate::reason::Reason;
 
-use super::adapter::{Action, Adapter, Addressee, Arrival, Forwarded, LOOPBACK, Target, Way};
+use super::adapter::{
+    Action, Adapter, Addressee, Arrival, ForwardQuery, LOOPBACK, RouteQuery, Target,
+};
 use super::limit::may_answer;
 use super::open::Refusal;
 
-/// The bits of a VLAN tag that name the VLAN.
+/// The bits of a VLAN tag that hold the VLAN's number.
 const VLAN: u16 = 0xfff;
-/// Bytes of an Ethernet header.
+/// Length of an Ethernet header, bytes.
 const ETHERNET: u32 = 14;
-/// IPv4's bit that forbids fragments, among its flags and the fragment's offset.
+/// IPv4's flag that forbids fragmentation, in the field of flags and fragment offset.
 const DONT_FRAGMENT: u16 = 0x4000;
 
-/// Whether a frame is not for this host to route: the stack would not either. `is_edge`: it came in
-/// by an edge.
+/// Reports whether a frame is not for this host to route, so that the stack would not route it
+/// either. `is_edge`: it came in by an edge.
 #[inline(always)]
 #[must_use]
 pub fn is_for_others(arrival: Arrival, is_edge: bool) -> bool {
-    // A tag of priority alone names no VLAN: the stack takes it off, and the frame for its own.
+    // A tag with a priority alone names no VLAN: the stack strips it and takes the frame for its
+    // own.
     let is_tagged = matches!(arrival.tag, Some(tag) if tag & VLAN != 0);
     match arrival.to {
         Addressee::Many => true,
-        // The device hears one that is for somebody else: only a bridge port passes such on to the
-        // stack.
+        // The device receives a frame for another host; only a bridge port passes such frames on to
+        // the stack.
         Addressee::Other => is_tagged || !is_edge,
-        // A pod's frame in a VLAN is none that the stack takes from this device.
+        // The stack does not take a pod's frame in a VLAN from this device.
         Addressee::Host => is_tagged && is_edge,
     }
 }
 
-/// Applies a decision; sets the reason where the packet is dropped after all.
+/// Applies a decision, and sets the reason if the packet is dropped after all.
 #[inline(always)]
 pub fn apply<F: Answer + Wide, A: Adapter<F>>(
     adapter: &mut A,
@@ -66,8 +69,8 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
         Verdict::Unreachable => return unreachable(adapter, headers, reason),
         Verdict::Translate
         | Verdict::Around
-        | Verdict::TurnBack
-        | Verdict::HandIn
+        | Verdict::Bounce
+        | Verdict::Inject
         | Verdict::Route => {}
     }
     if let Some(refused) = refusal.reason() {
@@ -75,14 +78,14 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
         return Action::Drop;
     }
     let flow = &decision.flow;
-    // The device that it leaves by.
+    // The device that the packet leaves by.
     let mut target = 0;
-    // Our own device, where it is to enter the stack to be fragmented.
+    // Our own device, if the packet has to enter the stack to be fragmented.
     let mut fragments = 0;
     if decision.verdict == Verdict::Route {
-        let way = Way {
+        let way = RouteQuery {
             ifindex: LOOPBACK,
-            mark: adapter.mark(),
+            fwmark: adapter.fwmark(),
             length: segment_length(adapter, headers),
         };
         let exceeded = match adapter.route(&flow.source, &flow.destination, &way) {
@@ -97,7 +100,7 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
             }
         };
         if let Some(mtu) = exceeded {
-            // An error is never answered with another (RFC 1122, 3.2.2; RFC 4443, 2.4).
+            // An error is never answered with another one (RFC 1122, 3.2.2; RFC 4443, 2.4).
             let is_error = headers.kind == Kind::IcmpError;
             let is_answered = !is_error && forbids_fragments(adapter, headers.network);
             if !is_error && !is_answered {
@@ -106,21 +109,21 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
             if fragments == 0 {
                 *reason = Reason::TooBig;
                 return if is_answered {
-                    error(adapter, headers, Trouble::TooBig, mtu)
+                    error(adapter, headers, IcmpError::TooBig, mtu)
                 } else {
                     Action::Drop
                 };
             }
         }
     }
-    // A bypass does what the stack would; the stack itself does it where it fragments, and to what
-    // this host sends itself.
-    let bypasses = decision.verdict == Verdict::TurnBack
+    // A bypass does what the stack would do. The stack itself does it where it fragments the
+    // packet, and for what this host sends itself.
+    let bypasses = decision.verdict == Verdict::Bounce
         || decision.verdict == Verdict::Route && adapter.hook() != Hook::Egress && fragments == 0;
     if bypasses && !decrement_ttl(adapter.frame_mut(), headers) {
         *reason = Reason::TtlExceeded;
         return if may_be_answered(adapter, headers) {
-            error(adapter, headers, Trouble::TimeExceeded, 0)
+            error(adapter, headers, IcmpError::TimeExceeded, 0)
         } else {
             Action::Drop
         };
@@ -131,7 +134,7 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
         *reason = Reason::RewriteFailed;
         return Action::Drop;
     }
-    // At egress the stack has forwarded it.
+    // At egress the stack has already forwarded it.
     if decision.verdict == Verdict::Around && adapter.hook() != Hook::Egress {
         let action = around(adapter, headers, flow);
         if action == Action::Drop {
@@ -144,7 +147,8 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
     let action = match decision.verdict {
         Verdict::Translate | Verdict::Around => {
             adapter.set_translated();
-            // A masqueraded client's packet is routed, so that its source changes where it leaves.
+            // A masqueraded client's packet is routed, so that its source can change where it
+            // leaves.
             if adapter.link() != 0
                 && adapter.hook() == Hook::Ingress
                 && flow.flags & (flow::REPLY | flow::MASQUERADED) == 0
@@ -153,8 +157,8 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
             }
             Action::Next
         }
-        Verdict::TurnBack => turn_back(adapter),
-        Verdict::HandIn => hand_in(adapter, &flow.destination, &flow.source),
+        Verdict::Bounce => turn_back(adapter),
+        Verdict::Inject => hand_in(adapter, &flow.destination, &flow.source),
         Verdict::Route if fragments != 0 => hand_to(adapter, fragments),
         Verdict::Route => {
             adapter.take_tags_off();
@@ -170,7 +174,8 @@ pub fn apply<F: Answer + Wide, A: Adapter<F>>(
     action
 }
 
-/// The device from which routing sees the packet come: the bridge, where its device is a port.
+/// Returns the device from which routing sees the packet come: the bridge, if the packet's device
+/// is a port of one.
 #[inline(always)]
 pub fn comes_from<F: Family, A: Adapter<F>>(adapter: &A) -> u32 {
     let here = adapter.ifindex();
@@ -181,7 +186,8 @@ pub fn comes_from<F: Family, A: Adapter<F>>(adapter: &A) -> u32 {
     }
 }
 
-/// The length of a packet with its IP header, or that of a segment where the device will cut it.
+/// Returns the length of a packet with its IP header, or that of a segment if the device will cut
+/// it.
 #[inline(always)]
 fn segment_length<F: Family, A: Adapter<F>>(adapter: &A, headers: &Headers<F>) -> u32 {
     let size = adapter.segment_size();
@@ -197,7 +203,8 @@ fn segment_length<F: Family, A: Adapter<F>>(adapter: &A, headers: &Headers<F>) -
     headers.transport.wrapping_sub(headers.network).wrapping_add(transport).wrapping_add(size)
 }
 
-/// The MTU of a device, or of the route by it, when the packet, or a segment of it, is larger.
+/// Returns the MTU of a device, or of the route by it, if the packet, or a segment of it, exceeds
+/// it.
 #[inline(always)]
 fn exceeded_mtu<F: Family, A: Adapter<F>>(
     adapter: &A,
@@ -209,7 +216,8 @@ fn exceeded_mtu<F: Family, A: Adapter<F>>(
     if of_route != 0 && length > of_route {
         return Some(of_route);
     }
-    // What the packet is compared with has the target's link header: ours may have another length.
+    // The packet is compared with a length that includes the target's link header; ours may have
+    // another length.
     let difference = match adapter.device(target) {
         Some(device) => i32::from(device.link_header).wrapping_sub(adapter.link().cast_signed()),
         None => 0,
@@ -217,7 +225,7 @@ fn exceeded_mtu<F: Family, A: Adapter<F>>(
     adapter.exceeded_mtu(target, difference)
 }
 
-/// Whether a packet may be answered with "too big": it forbids fragmentation.
+/// Reports whether a packet may be answered with "too big": it forbids fragmentation.
 #[inline(always)]
 fn forbids_fragments<F: Family, A: Adapter<F>>(adapter: &A, network: u32) -> bool {
     F::VERSION == 6
@@ -228,11 +236,11 @@ fn forbids_fragments<F: Family, A: Adapter<F>>(adapter: &A, network: u32) -> boo
 }
 
 /// Sends a packet that has been translated, or will be where it leaves, where the FIB says, if the
-/// stack would do no more than forward it. [`Action::Next`]: the stack takes it, with all that it
-/// does for what it cannot forward.
+/// stack would do no more than forward it. Returns [`Action::Next`] if the stack has to take it,
+/// with all that it does for packets that it cannot forward.
 ///
-/// The device's egress programs see it, ours among them, which translates what is to be translated
-/// there.
+/// The target's egress programs see the packet, ours among them, which does the translation that is
+/// due there.
 #[inline(always)]
 pub fn around<F: Parse, A: Adapter<F>>(
     adapter: &mut A,
@@ -250,8 +258,8 @@ pub fn around<F: Parse, A: Adapter<F>>(
     }
 }
 
-/// Returns the device by which the stack would forward the packet; 0: it is left to the stack. A
-/// function of its own, as some below, so that it has a stack frame to itself.
+/// Returns the device by which the stack would forward the packet, or 0 if it is left to the stack.
+/// A function of its own, like some below, so that it has a stack frame to itself.
 #[inline(never)]
 fn way_around<F: Family, A: Adapter<F>>(
     adapter: &mut A,
@@ -270,8 +278,12 @@ fn way_around<F: Family, A: Adapter<F>>(
         return 0;
     }
     let (here, from) = (adapter.ifindex(), comes_from(adapter));
-    let way = Way { ifindex: from, mark: adapter.mark(), length: segment_length(adapter, headers) };
-    let forwarded = Forwarded {
+    let way = RouteQuery {
+        ifindex: from,
+        fwmark: adapter.fwmark(),
+        length: segment_length(adapter, headers),
+    };
+    let forwarded = ForwardQuery {
         source: if is_error && outer != headers.tuple.source { outer } else { flow.source },
         destination: flow.destination,
         ports: if is_error { [0; 2] } else { [flow.source_port, flow.destination_port] },
@@ -280,7 +292,7 @@ fn way_around<F: Family, A: Adapter<F>>(
         way,
     };
     let Some(target) = adapter.forward(&forwarded) else { return 0 };
-    // From one port of a bridge to another, or too big.
+    // It goes from one port of a bridge to another, or is too big.
     if target == from && from != here
         || exceeded_mtu(adapter, &flow.destination, target, way.length).is_some()
     {
@@ -289,13 +301,14 @@ fn way_around<F: Family, A: Adapter<F>>(
     target
 }
 
-/// Whether the stack would route a frame from this device, or from the bridge that it is a port of.
+/// Reports whether the stack would route a frame from this device, or from the bridge that it is a
+/// port of.
 #[inline(always)]
 fn is_routed<F: Family, A: Adapter<F>>(adapter: &A) -> bool {
     let Some(here) = adapter.device(adapter.ifindex()) else { return false };
     let Arrival { to, tag } = adapter.arrival();
-    // A tag says that another device is to have it first.
-    if tag.is_some() || here.flags & device_flags::SWITCHED != 0 {
+    // A tag means that another device gets it first.
+    if tag.is_some() || here.is_switched() {
         return false;
     }
     if here.bridge == 0 || adapter.link() == 0 {
@@ -305,7 +318,7 @@ fn is_routed<F: Family, A: Adapter<F>>(adapter: &A) -> bool {
     device_flags::bridge_mac(frame.destination) == here.flags >> device_flags::BRIDGE_MAC_SHIFT
 }
 
-/// Whether a packet has options that routers look at, given its first word.
+/// Reports whether a packet has options that routers look at, given its first word.
 #[inline(always)]
 fn has_options<F: Family, A: Adapter<F>>(adapter: &A, network: u32, first: u32) -> bool {
     if F::VERSION == 4 {
@@ -315,9 +328,9 @@ fn has_options<F: Family, A: Adapter<F>>(adapter: &A, network: u32, first: u32) 
     !matches!(adapter.frame().read::<[u8; 1]>(network.wrapping_add(6)), Some([next]) if next != 0)
 }
 
-/// Where client and backend are ports of one bridge: addresses the frame to the backend, so that it
-/// is bridged as its reply will be. A backend that the bridge has no neighbour entry for is routed
-/// this once.
+/// Addresses the frame to the backend if client and backend are ports of one bridge, so that it is
+/// bridged as its reply will be. A packet to a backend that the bridge has no neighbour entry for
+/// is routed this once.
 #[inline(never)]
 fn stay_on_bridge<F: Family, A: Adapter<F>>(
     adapter: &mut A,
@@ -333,7 +346,7 @@ fn stay_on_bridge<F: Family, A: Adapter<F>>(
     }
 }
 
-/// Sends the packet back out of the device it came from.
+/// Sends the packet back out of the device that it came from.
 #[inline(always)]
 fn turn_back<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
     if adapter.link() != 0 {
@@ -345,8 +358,8 @@ fn turn_back<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
     Action::Send(adapter.ifindex())
 }
 
-/// Hands the packet to the stack as if it had come in on the device that the route from `local` to
-/// `remote` names: strict reverse path filtering drops it elsewhere.
+/// Injects the packet into the stack as if it had come in on the device that the route from `local`
+/// to `remote` names: strict reverse path filtering drops it elsewhere.
 #[inline(always)]
 fn hand_in<F: Family, A: Adapter<F>>(
     adapter: &mut A,
@@ -358,10 +371,11 @@ fn hand_in<F: Family, A: Adapter<F>>(
     let target = if leaves {
         here
     } else if local == remote || adapter.is_own_address(remote) {
-        // The frontend is an address of this host's own: no other device takes one as a source.
+        // The frontend is an address of this host's own: no other device accepts one as a source.
         LOOPBACK
     } else {
-        match adapter.route(local, remote, &Way { ifindex: LOOPBACK, mark: 0, length: 0 }) {
+        match adapter.route(local, remote, &RouteQuery { ifindex: LOOPBACK, fwmark: 0, length: 0 })
+        {
             Target::Device(target) => target,
             Target::TooBig(_) | Target::None => here,
         }
@@ -372,7 +386,7 @@ fn hand_in<F: Family, A: Adapter<F>>(
     hand_to(adapter, target)
 }
 
-/// Hands the packet to the stack as if it had come in on a device.
+/// Injects the packet into the stack as if it had come in on a device.
 #[inline(always)]
 fn hand_to<F: Family, A: Adapter<F>>(adapter: &mut A, target: u32) -> Action {
     let Some(to) = adapter.device(target) else { return Action::Drop };
@@ -390,8 +404,8 @@ fn hand_to<F: Family, A: Adapter<F>>(adapter: &mut A, target: u32) -> Action {
     if has_header { Action::Receive(target) } else { Action::Drop }
 }
 
-/// Makes room for the link header of the device that the packet is forwarded by: what forwards it
-/// takes one away, and drops what has none.
+/// Makes room for the link header of the device that the packet is forwarded by: the helper strips
+/// a header, and drops packets that have none.
 #[inline(always)]
 fn has_room_for_link<F: Family, A: Adapter<F>>(adapter: &mut A) -> bool {
     adapter.link() != 0 || add_link_header(adapter, [0; 6])
@@ -404,16 +418,16 @@ fn add_link_header<F: Family, A: Adapter<F>>(adapter: &mut A, mac: [u8; 6]) -> b
     adapter.frame_mut().grow_head(ETHERNET) && adapter.frame_mut().store(0, header)
 }
 
-/// Has the agent keep a fragment: sends it out of our own device, behind a label. Passes on what
-/// cannot be sent there.
+/// Has the agent hold a fragment: sends it out of our own device, behind a label. A fragment that
+/// cannot be sent there is passed on.
 #[inline(always)]
 fn hold<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
-    // A tag beside the packet would be lost.
+    // A tag that is kept outside of the packet would be lost.
     if adapter.arrival().tag.is_some() {
         return Action::Next;
     }
     let flags = if adapter.hook() == Hook::Egress { label::EGRESS } else { 0 }
-        | if adapter.link() == 0 { label::BARE } else { 0 };
+        | if adapter.link() == 0 { label::L3 } else { 0 };
     let label = Label::new(adapter.ifindex(), flags);
     if !adapter.frame_mut().grow_head(size_of::<Label>() as u32) {
         return Action::Next;
@@ -425,7 +439,7 @@ fn hold<F: Family, A: Adapter<F>>(adapter: &mut A) -> Action {
     Action::Send(adapter.own_device())
 }
 
-/// Whether a source address is one that may be answered: a single host's.
+/// Reports whether a source address may be answered: it is a single host's.
 #[inline(always)]
 fn is_answerable<F: Family>(address: &F::Address) -> bool {
     let words = F::words(address);
@@ -479,7 +493,7 @@ fn reset<F: Answer + Wide, A: Adapter<F>>(
     false
 }
 
-/// Turns the packet into ICMP port unreachable, if the client has not had too many.
+/// Turns the packet into ICMP port unreachable, unless the client has had too many.
 #[inline(always)]
 fn unreachable<F: Answer + Wide, A: Adapter<F>>(
     adapter: &mut A,
@@ -494,11 +508,11 @@ fn unreachable<F: Answer + Wide, A: Adapter<F>>(
         *reason = Reason::RejectLimited;
         return Action::Drop;
     }
-    error(adapter, headers, Trouble::PortUnreachable, 0)
+    error(adapter, headers, IcmpError::PortUnreachable, 0)
 }
 
-/// Whether a packet may be answered with an ICMP error, and its client has not had too many.
-/// Neither an error nor a later fragment is (RFC 1122, 3.2.2).
+/// Reports whether a packet may be answered with an ICMP error, and its client has not had too
+/// many. Neither an error nor a later fragment is answered (RFC 1122, 3.2.2).
 #[inline(never)]
 fn may_be_answered<F: Wide, A: Adapter<F>>(adapter: &mut A, headers: &Headers<F>) -> bool {
     headers.kind == Kind::Transport
@@ -506,7 +520,7 @@ fn may_be_answered<F: Wide, A: Adapter<F>>(adapter: &mut A, headers: &Headers<F>
         && may_answer(adapter, &reject_key::<F>(&headers.tuple.source))
 }
 
-/// The client's key in the rate limiter.
+/// Returns the client's key in the rate limiter.
 #[inline(always)]
 fn reject_key<F: Wide>(address: &F::Address) -> RejectKey {
     RejectKey { address: F::wide(address) }
@@ -517,30 +531,30 @@ fn reject_key<F: Wide>(address: &F::Address) -> RejectKey {
 fn error<F: Answer, A: Adapter<F>>(
     adapter: &mut A,
     headers: &Headers<F>,
-    trouble: Trouble,
+    kind: IcmpError,
     mtu: u32,
 ) -> Action {
-    if adapter.write_error(headers, trouble, mtu) { answered(adapter) } else { Action::Drop }
+    if adapter.write_error(headers, kind, mtu) { answered(adapter) } else { Action::Drop }
 }
 
-/// Turns the packet into an ICMP error about it. The MTU is that of "too big", else 0.
+/// Turns the packet into an ICMP error about itself. The MTU is that of "too big", otherwise 0.
 #[inline(always)]
 pub fn write_error<F: Answer, P: Resize>(
     frame: &mut P,
     headers: &Headers<F>,
-    trouble: Trouble,
+    kind: IcmpError,
     mtu: u32,
 ) -> bool {
-    // Whole words, so that the sum can be taken; never less than the headers. Behind the black box
-    // the compiler cannot fold the bounds into the arithmetic, where the verifier would not find
-    // them.
+    // Whole words, so that the sum can be taken, and never less than the headers. Behind the black
+    // box the compiler cannot fold the bounds into the arithmetic, where the verifier would not
+    // find them.
     let length = black_box(headers.length.min(QUOTE) & 0x7c);
     if length < const { F::HEADER + 8 } || length > QUOTE {
         return false;
     }
     let mut quote = P::room_for_quote();
     let Some(sum) = frame.quote(headers.network, length, &mut quote) else { return false };
-    let (network, icmp) = answer::error(headers, trouble.code::<F>(), mtu, length, sum);
+    let (network, icmp) = answer::error(headers, kind.code::<F>(), mtu, Quoted { length, sum });
     let at = headers.network.wrapping_add(F::HEADER);
     let quoted_at = at.wrapping_add(8);
     frame.set_length(quoted_at.wrapping_add(length))

@@ -1,24 +1,24 @@
-//! What an adapter lends the engine: a packet, and the host that it is met on.
+//! The interface between engine and adapter: a packet, and the host that it is on.
 
 use crate::abi::{Device, Flow, RejectBucket, RejectKey};
 use crate::family::Family;
-use crate::packet::answer::Trouble;
+use crate::packet::answer::IcmpError;
 use crate::packet::parse::Headers;
 use crate::packet::rewrite::Resize;
 use crate::path::Hook;
 
-/// The loopback device of every network namespace. A lookup from it asks as this host's own packets
-/// do, without binding them to a device.
+/// The loopback device of every network namespace. A lookup from it is one for this host's own
+/// packets that are not bound to a device.
 pub const LOOPBACK: u32 = 1;
 
-/// What becomes of a packet in the end. Devices are named by their index.
+/// The final treatment of a packet. Devices are named by their index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// The next program decides.
     Next,
-    /// It ends here.
+    /// The packet is dropped.
     Drop,
-    /// It leaves by a device as it is.
+    /// It leaves by a device unchanged.
     Send(u32),
     /// It enters the stack as if it had come in by a device.
     Receive(u32),
@@ -28,67 +28,66 @@ pub enum Action {
     ForwardTo(u32),
 }
 
-/// How a frame came in.
+/// The link layer's view of an incoming frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Arrival {
-    /// Whom the link layer says that it is for.
+    /// Whom the link layer addresses it to.
     pub to: Addressee,
-    /// Its VLAN tag, if it has one beside it.
+    /// Its VLAN tag, if it has one outside of the frame.
     pub tag: Option<u16>,
 }
 
-/// Whom a frame is for.
+/// The addressee of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Addressee {
     /// The device that it came in by.
     Host,
-    /// Everybody, or a group.
+    /// Everybody, or a multicast group.
     Many,
     /// Another host.
     Other,
 }
 
-/// What a packet has besides its addresses that routing asks for.
+/// A packet's properties besides its addresses that routing depends on.
 #[derive(Clone, Copy, Debug)]
-pub struct Way {
-    /// Where it comes from: a device, or [`LOOPBACK`] for this host itself.
+pub struct RouteQuery {
+    /// The device that it comes from, or [`LOOPBACK`] for this host itself.
     pub ifindex: u32,
     /// Its firewall mark.
-    pub mark: u32,
-    /// Its length with the IP header, or that of a segment of it; 0: whether it fits does not
-    /// matter.
+    pub fwmark: u32,
+    /// Its length with the IP header, or that of a segment of it; 0 if it need not fit.
     pub length: u32,
 }
 
-/// Where a packet goes.
+/// A destination by the routing tables.
 #[derive(Clone, Copy, Debug)]
 pub enum Target {
     /// Out of a device.
     Device(u32),
-    /// Nowhere: it is larger than the route takes, or what was learned of the path.
+    /// Nowhere: it exceeds this MTU, of the route or as learned of the path.
     TooBig(u32),
     /// Nowhere, or to this host itself.
     None,
 }
 
-/// What of a packet routing asks for, where it is forwarded.
+/// A forwarded packet's properties that routing depends on.
 #[derive(Clone, Copy, Debug)]
-pub struct Forwarded<A> {
+pub struct ForwardQuery<A> {
     /// Its source.
     pub source: A,
     /// Its destination.
     pub destination: A,
-    /// Host order; zero where there are none.
+    /// Source and destination port, host order; zero if it has none.
     pub ports: [u16; 2],
-    /// The number in its IP header.
+    /// The protocol number in its IP header.
     pub protocol: u8,
     /// TOS, or the traffic class and flow label as they lie in memory.
     pub class: u32,
-    /// The rest.
-    pub way: Way,
+    /// Everything else.
+    pub way: RouteQuery,
 }
 
-/// A packet, and the host that it is met on: abilities without an opinion.
+/// A packet, and the host that it is on. An adapter decides nothing.
 pub trait Adapter<F: Family> {
     /// The packet.
     type Frame: Resize;
@@ -97,39 +96,42 @@ pub trait Adapter<F: Family> {
     fn frame(&self) -> &Self::Frame;
     /// Returns the packet, to be changed.
     fn frame_mut(&mut self) -> &mut Self::Frame;
-    /// Returns where the packet is met.
+    /// Returns the hook that the packet passes.
     fn hook(&self) -> Hook;
-    /// Returns the bytes of its link header: 14, or 0 on a device without one.
+    /// Returns the length of its link header: 14, or 0 on a device without one.
     fn link(&self) -> u32;
-    /// Returns the device that it is met on.
+    /// Returns the index of the hook's device.
     fn ifindex(&self) -> u32;
     /// Returns its firewall mark.
-    fn mark(&self) -> u32;
-    /// Returns how many bytes of payload a segment gets where a device cuts the packet; 0: it is
-    /// not to be cut.
+    fn fwmark(&self) -> u32;
+    /// Returns how many bytes of payload each segment gets if a device cuts the packet, or 0 if it
+    /// is not to be cut.
     fn segment_size(&self) -> u32;
     /// Returns how the frame came in.
     fn arrival(&self) -> Arrival;
 
     /// Returns a device that programs are attached to.
     fn device(&self, ifindex: u32) -> Option<&Device>;
-    /// Returns the device that belongs to the agent; 0: there is none.
+    /// Returns the index of the agent's own device, or 0 if there is none.
     fn own_device(&self) -> u32;
-    /// Whether an address is one of this node's own.
+    /// Reports whether an address is one of this node's own.
     fn is_own_address(&self, address: &F::Address) -> bool;
     /// Returns where the routing tables lead a packet.
-    fn route(&self, source: &F::Address, destination: &F::Address, way: &Way) -> Target;
+    fn route(&self, source: &F::Address, destination: &F::Address, way: &RouteQuery) -> Target;
     /// Returns the device by which the stack would forward a packet, and keeps the next hop for
-    /// [`Action::ForwardTo`]; `None`: it would not forward it, or would do more than that.
-    fn forward(&mut self, packet: &Forwarded<F::Address>) -> Option<u32>;
-    /// Returns the link-layer address of a neighbour on a device, if it is known and there.
+    /// [`Action::ForwardTo`]. Returns `None` if the stack would not forward it, or would do more
+    /// than that.
+    fn forward(&mut self, packet: &ForwardQuery<F::Address>) -> Option<u32>;
+    /// Returns the link-layer address of a neighbour on a device, if it is known and on that
+    /// device.
     fn neighbour(
         &self,
         source: &F::Address,
         destination: &F::Address,
         ifindex: u32,
     ) -> Option<[u8; 6]>;
-    /// Returns the MTU that the route by a device to a destination carries; 0: none.
+    /// Returns the MTU that the route by a device to a destination carries, or 0 if it carries
+    /// none.
     fn route_mtu(&self, destination: &F::Address, ifindex: u32) -> u32;
     /// Returns a device's MTU if the packet, or a segment of it, is larger. The device's link
     /// header has `difference` bytes more than the packet's.
@@ -141,15 +143,15 @@ pub trait Adapter<F: Family> {
     /// Returns the time in milliseconds.
     fn now_ms(&self) -> u32;
 
-    /// Takes [`rewrite`](crate::packet::rewrite::rewrite), with what is known of this packet and
-    /// the flow that is decided: the kernel has both at hand, and looks at no others.
+    /// Performs [`rewrite`](crate::packet::rewrite::rewrite) with this packet's headers and the
+    /// flow that was decided: the kernel keeps both, and looks at no others.
     fn rewrite(&mut self, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool;
-    /// Takes [`write_error`](super::act::write_error), with what is known of this packet.
-    fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool;
-    /// Takes off VLAN tags beside the packet.
+    /// Performs [`write_error`](super::act::write_error) with this packet's headers.
+    fn write_error(&mut self, headers: &Headers<F>, error: IcmpError, mtu: u32) -> bool;
+    /// Removes VLAN tags that are kept outside of the packet.
     fn take_tags_off(&mut self);
-    /// Notes that the packet is translated at this side of the stack.
+    /// Marks the packet as translated at this side of the stack.
     fn set_translated(&mut self);
-    /// Notes that the packet is a fragment on its way to the agent.
+    /// Marks the packet as a fragment on its way to the agent.
     fn set_held(&mut self);
 }

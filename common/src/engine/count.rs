@@ -1,23 +1,23 @@
-//! How a packet is counted: once, where it goes along a flow by its backend, else by its reason.
+//! Counts packets: each one once, by its backend if it follows a flow, otherwise by its reason.
 
-use crate::abi::{BackendCounters, flow};
+use crate::abi::BackendCounters;
 use crate::family::Family;
 use crate::packet::header::tcp;
 use crate::packet::parse::Headers;
 use crate::path::{Decision, Record};
 use crate::reason::Reason;
 
-/// Where a packet is counted.
+/// The counter of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Count {
-    /// Nowhere: it is nobody's that Sluice knows.
+    /// Nowhere: it concerns no Service.
     Nowhere,
-    /// At a backend, along a flow.
+    /// At a backend, because it follows a flow.
     Backend {
         /// Index into `backends`.
         id: u32,
-        /// Which way.
-        along: Along,
+        /// Its direction.
+        direction: Direction,
     },
     /// At a reason.
     Reason {
@@ -28,10 +28,10 @@ pub enum Count {
     },
 }
 
-/// Which way a packet goes along a flow.
+/// The direction of a packet within its flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Along {
-    /// To the backend; `opens`: its first packet.
+pub enum Direction {
+    /// To the backend.
     Forward {
         /// Whether the flow is recorded as a new one.
         opens: bool,
@@ -41,7 +41,7 @@ pub enum Along {
 }
 
 impl Count {
-    /// Returns where a packet is counted.
+    /// Returns a packet's counter.
     #[inline(always)]
     pub fn of<F: Family>(decision: &Decision<F>) -> Self {
         let (flow, reason) = (&decision.flow, decision.reason);
@@ -51,16 +51,18 @@ impl Count {
         if !matches!(reason, Reason::Forward | Reason::Reply) {
             return Self::Reason { reason, service_port: flow.service_port };
         }
-        let along = if flow.flags & flow::REPLY != 0 {
-            Along::Reply
+        let direction = if flow.is_reply() {
+            Direction::Reply
         } else {
-            Along::Forward { opens: matches!(decision.record, Record::Open | Record::Establish) }
+            Direction::Forward {
+                opens: matches!(decision.record, Record::Open | Record::Establish),
+            }
         };
-        Self::Backend { id: flow.backend, along }
+        Self::Backend { id: flow.backend, direction }
     }
 }
 
-impl Along {
+impl Direction {
     /// Adds a packet to the counters of its backend.
     #[inline(always)]
     pub fn add<F: Family>(self, headers: &Headers<F>, counters: &mut BackendCounters) {

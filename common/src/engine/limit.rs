@@ -1,20 +1,20 @@
-//! How many ICMP errors are sent, as the kernel's own limits have it.
+//! Limits the rate of ICMP errors, as the kernel's own limits do.
 
 use crate::abi::{RejectBucket, RejectKey};
 use crate::family::Family;
 
 use super::adapter::Adapter;
 
-/// One ICMP error a second to one client, as `net.ipv4.icmp_ratelimit` has it...
+/// One ICMP error a second to one client, as with `net.ipv4.icmp_ratelimit`...
 pub const REJECT_COST_MS: u32 = 1_000;
 /// ...after a burst of six.
 pub const REJECT_BURST_MS: u32 = 6_000;
-/// ICMP errors by one device: a thousand a second, as `net.ipv4.icmp_msgs_per_sec` has it...
+/// A thousand ICMP errors a second by one device, as with `net.ipv4.icmp_msgs_per_sec`...
 pub const DEVICE_REJECT_COST_MS: u32 = 1;
-/// ...after a burst of fifty, as `net.ipv4.icmp_msgs_burst`.
+/// ...after a burst of fifty, as with `net.ipv4.icmp_msgs_burst`.
 pub const DEVICE_REJECT_BURST_MS: u32 = 50;
 
-/// Takes one ICMP error from the buckets of a client and of the device by which it leaves; from
+/// Takes one ICMP error from the buckets of a client and of the device by which it leaves, or from
 /// neither if one is empty. A function of its own, so that it has a stack frame to itself.
 #[inline(never)]
 pub fn may_answer<F: Family, A: Adapter<F>>(adapter: &mut A, key: &RejectKey) -> bool {
@@ -30,25 +30,35 @@ pub fn may_answer<F: Family, A: Adapter<F>>(adapter: &mut A, key: &RejectKey) ->
     true
 }
 
-/// Takes the cost of one ICMP error from a client's bucket; false when there is not enough credit.
+/// Takes the cost of one ICMP error from a client's bucket; returns false if there is not enough
+/// credit.
 #[inline(always)]
 pub fn take_token(bucket: Option<RejectBucket>, now_ms: u32) -> (RejectBucket, bool) {
-    take(bucket, now_ms, REJECT_COST_MS, REJECT_BURST_MS)
+    take(bucket, now_ms, Rate { cost_ms: REJECT_COST_MS, burst_ms: REJECT_BURST_MS })
 }
 
-/// As [`take_token`], from the bucket of the device by which the error leaves: each has its own, so
-/// that a flood by one, from whatever forged sources, takes nothing from the clients of another.
+/// As [`take_token`], from the bucket of the device by which the error leaves. Each device has its
+/// own, so that a flood by one, from whatever forged sources, takes nothing from the clients of
+/// another.
 #[inline(always)]
 pub fn take_device_token(bucket: Option<RejectBucket>, now_ms: u32) -> (RejectBucket, bool) {
-    take(bucket, now_ms, DEVICE_REJECT_COST_MS, DEVICE_REJECT_BURST_MS)
+    take(bucket, now_ms, Rate { cost_ms: DEVICE_REJECT_COST_MS, burst_ms: DEVICE_REJECT_BURST_MS })
+}
+
+/// The rate of a token bucket, in milliseconds of credit.
+#[derive(Clone, Copy)]
+struct Rate {
+    /// The cost of one ICMP error.
+    cost_ms: u32,
+    /// The most that a bucket holds.
+    burst_ms: u32,
 }
 
 #[inline(always)]
-pub(super) fn take(
+fn take(
     bucket: Option<RejectBucket>,
     now_ms: u32,
-    cost_ms: u32,
-    burst_ms: u32,
+    Rate { cost_ms, burst_ms }: Rate,
 ) -> (RejectBucket, bool) {
     let credit = match bucket {
         Some(bucket) => {
@@ -62,8 +72,8 @@ pub(super) fn take(
     (RejectBucket { refilled_ms: now_ms, credit_ms }, allowed)
 }
 
-/// The key of a device's bucket among the clients': no source address, which is never multicast,
-/// looks like it.
+/// Returns the key of a device's bucket among the clients'. No source address looks like it, since
+/// none is multicast.
 #[inline(always)]
 pub fn device_reject_key(ifindex: u32) -> RejectKey {
     let [a, b, c, d] = ifindex.to_be_bytes();

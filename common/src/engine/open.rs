@@ -1,4 +1,4 @@
-//! Opens a flow: the path decides until the tuple that it chose is free, and the flow is recorded.
+//! Opens a flow: the path decides until the tuple that it chose is free and the flow is recorded.
 
 use crate::abi::{device, flow};
 use crate::family::Family;
@@ -7,11 +7,11 @@ use crate::path::{Decision, Hook, Record, Step, keeps_direct, policy, uses_host_
 use crate::reason::Reason;
 use crate::tables::Tables;
 
-/// How often a flow's first packet is decided about when its tuple is taken meanwhile.
+/// Number of times that a flow's first packet is decided about if its tuple is taken meanwhile.
 pub const OPEN_TRIES: u32 = 4;
 
-/// Why a packet must not go on after all, as the number of a [`Reason`]: a global function of the
-/// kernel's returns no more than that.
+/// The reason why a packet must not go on after all, as a number, since a global function of the
+/// kernel returns no more than that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal(u32);
 
@@ -19,7 +19,7 @@ impl Refusal {
     /// The packet goes on.
     pub const NONE: Self = Self(0);
 
-    /// What a record came to.
+    /// Returns the refusal in the result of a record.
     #[inline(always)]
     #[must_use]
     pub fn of(result: Result<(), Reason>) -> Self {
@@ -29,21 +29,21 @@ impl Refusal {
         }
     }
 
-    /// What a global function returned.
+    /// Returns the refusal with the number that a global function returned.
     #[inline(always)]
     #[must_use]
     pub const fn from_number(number: u32) -> Self {
         Self(number)
     }
 
-    /// What a global function returns.
+    /// Returns the number for a global function to return.
     #[inline(always)]
     #[must_use]
     pub const fn number(self) -> u32 {
         self.0
     }
 
-    /// The reason, if the packet must not go on.
+    /// Returns the reason, if the packet must not go on.
     #[inline(always)]
     #[must_use]
     pub fn reason(self) -> Option<Reason> {
@@ -54,40 +54,40 @@ impl Refusal {
     }
 }
 
-/// The steps of deciding about one packet, and of opening its flow.
+/// The steps of deciding about one packet and of opening its flow.
 pub trait Steps<F: Family> {
-    /// Returns what is decided.
+    /// Returns the decision.
     fn decision(&self) -> &Decision<F>;
     /// Sets what the decision still needs.
     fn set_step(&mut self, step: Step);
-    /// Takes [`open_into`](crate::path::open_into).
+    /// Performs [`open_into`](crate::path::open_into).
     fn open(&mut self);
-    /// Asks the FIB where packets to both ends of the flow leave.
-    fn ask_routes(&mut self);
-    /// Takes [`search`](crate::path::search), unless it was in vain a moment ago.
+    /// Asks the FIB where packets to either end of the flow leave.
+    fn look_up_routes(&mut self);
+    /// Performs [`search`](super::search::search).
     fn search(&mut self);
-    /// Returns whether a socket keeps the tuple that the flow is to have ([`sockets`]).
-    fn is_held(&mut self) -> bool;
-    /// Has the next try pass over one source port more.
-    fn pass_over_one(&mut self);
-    /// Takes [`record`](super::record::record).
+    /// Reports whether a socket holds the tuple that the flow is to have ([`sockets`]).
+    fn is_taken_by_socket(&mut self) -> bool;
+    /// Makes the next try skip one more source port.
+    fn skip_one_port(&mut self);
+    /// Performs [`record`](super::record::record).
     fn record(&mut self) -> Refusal;
 }
 
-/// Decides about a flow's first packet as far as that needs nothing but the tables and the FIB.
+/// Decides about a flow's first packet as far as that needs only the tables and the FIB.
 #[inline(always)]
 pub fn decide<F: Family, S: Steps<F>>(steps: &mut S) {
     steps.open();
-    if steps.decision().step == Step::AskRoutes {
-        steps.ask_routes();
+    if steps.decision().step == Step::LookUpRoutes {
+        steps.look_up_routes();
         steps.open();
     }
 }
 
-/// Decides about a flow's first packet to the end, and records the flow.
+/// Decides about a flow's first packet completely, and records the flow.
 ///
-/// Another CPU may take the tuple between the path's look and the record, or a socket hold it: the
-/// path looks again.
+/// Another CPU may take the tuple between the path's lookup and the record, or a socket may hold
+/// it: then the path is asked again.
 #[inline(always)]
 pub fn open<F: Family, S: Steps<F>>(steps: &mut S) -> Refusal {
     let step = steps.decision().step;
@@ -95,11 +95,11 @@ pub fn open<F: Family, S: Steps<F>>(steps: &mut S) -> Refusal {
     for _ in 0..OPEN_TRIES {
         steps.set_step(step);
         decide(steps);
-        if steps.decision().step == Step::Search {
+        if steps.decision().step == Step::SearchPort {
             steps.search();
         }
-        if steps.is_held() {
-            steps.pass_over_one();
+        if steps.is_taken_by_socket() {
+            steps.skip_one_port();
             continue;
         }
         refusal = steps.record();
@@ -110,12 +110,12 @@ pub fn open<F: Family, S: Steps<F>>(steps: &mut S) -> Refusal {
     refusal
 }
 
-/// Sockets that may have the tuple of a new flow.
+/// Sockets that may hold the tuple of a new flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sockets {
     /// Whose they are.
     pub of: Owner,
-    /// At which end of the flow they are.
+    /// The end of the flow that they are at.
     pub end: FlowEnd,
 }
 
@@ -131,21 +131,21 @@ pub enum Owner {
 /// An end of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FlowEnd {
-    /// Sockets that speak to the backend.
+    /// Sockets that are connected to the backend.
     Client,
     /// Sockets of the backend itself.
     Backend,
 }
 
 impl FlowEnd {
-    /// Whether a socket of a protocol in this state (`TCP_*` of Linux, for UDP too) keeps its tuple
-    /// from a new flow.
+    /// Reports whether a socket of a protocol in this state (Linux's `TCP_*`, for UDP too) holds
+    /// its tuple against a new flow.
     ///
-    /// A client's does while it is connected. At the backend a handshake may be the flow's own,
-    /// whose entry was lost, and a socket in TIME_WAIT makes room for a new connection.
+    /// A client's socket does while it is connected. At the backend, a handshake may be the flow's
+    /// own, whose entry was lost, and a socket in TIME_WAIT makes room for a new connection.
     #[inline(always)]
     #[must_use]
-    pub fn is_held_in(self, protocol_number: u8, state: u32) -> bool {
+    pub fn is_taken_in(self, protocol_number: u8, state: u32) -> bool {
         const ESTABLISHED: u32 = 1;
         const TIME_WAIT: u32 = 6;
         const LISTEN: u32 = 10;
@@ -160,12 +160,12 @@ impl FlowEnd {
     }
 }
 
-/// Returns which sockets are to be looked up before a flow is recorded: this host's where the
-/// client is to have its address, else those of the pod whose packet it is, else those of the
-/// backend, which knows of every client that speaks to it directly.
+/// Returns which sockets have to be looked up before a flow is recorded: this host's if the client
+/// gets its address, otherwise those of the pod that the packet comes from, otherwise the
+/// backend's, which knows every client that is connected to it directly.
 ///
-/// A client that has taken all ports that were tried gets the last one all the same, but not this
-/// host.
+/// A client that holds all ports that were tried gets the last one all the same, but this host does
+/// not.
 #[inline(always)]
 pub fn sockets<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -178,16 +178,16 @@ pub fn sockets<F: Family, T: Tables<F>>(
     if uses_host_address(&decision.flow) {
         return Some(Sockets { of: Owner::Host, end: FlowEnd::Client });
     }
-    if hook == Hook::Egress || tables.passed_over() >= OPEN_TRIES - 1 || keeps_direct(decision) {
+    if hook == Hook::Egress || tables.ports_to_skip() >= OPEN_TRIES - 1 || keeps_direct(decision) {
         return None;
     }
-    let here = tables.here()?;
+    let here = tables.hook_device()?;
     if here.role == device::EDGE {
         let netns = policy::netns_of_sockets(here)?;
         return Some(Sockets { of: Owner::Netns(netns), end: FlowEnd::Client });
     }
-    // In the middle of a connection the backend's socket is the flow's own. A datagram does not
-    // tell: a server may have connected its socket to the client (DTLS, QUIC).
+    // In the middle of a connection the backend's socket is the flow's own. For a datagram it
+    // proves nothing: a server may have connected its socket to the client (DTLS, QUIC).
     if decision.record != Record::Open
         || decision.key.protocol != protocol::TCP
         || decision.flow.flags & (flow::LOCAL | flow::HAIRPIN | flow::DIRECT) != flow::LOCAL

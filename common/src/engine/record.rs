@@ -1,6 +1,6 @@
 //! Writes what a [`Decision`] records of its flow.
 //!
-//! The same code in the kernel and on the host, over the tables that a [`FlowTable`] lends it.
+//! The kernel and the host run the same code, over the tables that a [`FlowTable`] lends it.
 
 use crate::abi::{Affinity, AffinityKey, Flow, Tuple, flow};
 use crate::family::Family;
@@ -11,87 +11,88 @@ use crate::reason::Reason;
 
 /// One of the two tables that hold flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// `flows`: proven ones.
+pub enum FlowMap {
+    /// `flows`: proven flows.
     Flows,
-    /// `embryonic`: those that nothing has proven.
+    /// `embryonic`: flows that nothing has proven yet.
     Embryonic,
 }
 
-/// Why an entry was not inserted.
+/// The reason why an entry was not inserted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refused {
-    /// It is to be new, and its key has one.
+pub enum InsertError {
+    /// The entry has to be new, and its key has one already.
     Exists,
     /// The table has no room.
     Full,
 }
 
-/// What a renewal brings up to date besides the time.
+/// Updates of a renewal besides the time.
 #[derive(Clone, Copy, Debug)]
 pub struct Renewal {
-    /// When the endpoint was heard: the packet is a reply.
-    pub is_heard: bool,
-    /// The state as it is now; else bits are added to what others have written meanwhile.
-    pub takes_back: bool,
+    /// Whether the packet is a reply: then the time when the endpoint was last heard is updated.
+    pub is_reply: bool,
+    /// Whether the state is replaced; otherwise bits are added to what others have written
+    /// meanwhile.
+    pub clears_state: bool,
 }
 
 impl Renewal {
-    /// Brings an entry up to date.
+    /// Updates an entry.
     #[inline(always)]
     pub fn apply<A: Copy>(self, entry: &mut Flow<A>, to: &Flow<A>) {
         entry.seen = to.seen;
-        if self.is_heard || self.takes_back {
+        if self.is_reply || self.clears_state {
             entry.replied = to.replied;
         }
-        entry.state = if self.takes_back { to.state } else { entry.state | to.state };
+        entry.state = if self.clears_state { to.state } else { entry.state | to.state };
     }
 }
 
 /// Write access to the tables that hold flows, and to what is recorded with one.
 pub trait FlowTable<F: Family> {
-    /// The entry of a key.
-    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>>;
+    /// Returns the entry of a key.
+    fn get(&self, place: FlowMap, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>>;
 
-    /// Inserts an entry; `only_new`: not over another.
+    /// Inserts an entry. With `only_new` it replaces no other entry of its key.
     ///
     /// # Errors
     ///
-    /// Why it is not there now.
+    /// Returns why the entry was not inserted.
     fn insert(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<F::Address>,
         flow: &Flow<F::Address>,
         only_new: bool,
-    ) -> Result<(), Refused>;
+    ) -> Result<(), InsertError>;
 
     /// Removes an entry, if there is one.
-    fn remove(&mut self, place: Place, key: &Tuple<F::Address>);
+    fn remove(&mut self, place: FlowMap, key: &Tuple<F::Address>);
 
-    /// Brings time and state of an entry up to date in place, if it leads where `to` does; false
-    /// where there is none at all.
+    /// Updates time and state of an entry in place if it leads where `to` does. Returns false if
+    /// there is no entry at all.
     fn refresh(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<F::Address>,
         to: &Flow<F::Address>,
         renewal: Renewal,
     ) -> bool;
 
-    /// Notes where a client has been. One that finds no room goes by its slot.
-    fn remember(&mut self, client: &AffinityKey<F::Address>, to: &Affinity);
+    /// Records a client's affinity. A client that finds no room goes by its slot.
+    fn record_affinity(&mut self, client: &AffinityKey<F::Address>, to: &Affinity);
 
-    /// Notes that something has happened at least once: bits of [`mark`].
+    /// Sets bits of [`mark`]: something has happened at least once.
     fn set_marks(&mut self, bits: u32);
 }
 
-/// Records a decision's flow. `partner` is room for the entry of the other direction: the kernel's
-/// stack has none.
+/// Records a decision's flow. `partner` is space for the entry of the other direction, for which
+/// the kernel's stack has no room.
 ///
 /// # Errors
 ///
-/// The reason why the packet must not go on: its answers would not find back.
+/// Returns the reason why the packet must not go on: its answers would not find their way back.
 #[inline(always)]
 pub fn record<F: Family, T: FlowTable<F>>(
     decision: &mut Decision<F>,
@@ -108,16 +109,15 @@ pub fn record<F: Family, T: FlowTable<F>>(
         Record::Open | Record::Establish => open(decision, partner, tables)?,
         Record::Promote => promote(decision, partner, tables)?,
         Record::Demote => demote(decision, partner, tables)?,
-        Record::Renew => renew(decision, partner, Place::Flows, tables),
-        Record::RenewEmbryonic => renew(decision, partner, Place::Embryonic, tables),
+        Record::Renew => renew(decision, partner, FlowMap::Flows, tables),
+        Record::RenewEmbryonic => renew(decision, partner, FlowMap::Embryonic, tables),
     }
-    if decision.affinity {
+    if decision.records_affinity {
         let flow = &decision.flow;
-        let client =
-            if flow.flags & flow::REPLY != 0 { flow.destination } else { decision.key.source };
+        let client = if flow.is_reply() { flow.destination } else { decision.key.source };
         let client = AffinityKey { service_port: flow.service_port, client };
         let to = Affinity::new(flow.backend, flow.seen, flow.generation, decision.round);
-        tables.remember(&client, &to);
+        tables.record_affinity(&client, &to);
     }
     Ok(())
 }
@@ -128,7 +128,7 @@ pub fn record<F: Family, T: FlowTable<F>>(
 pub struct Partner<F: Family> {
     key: Tuple<F::Address>,
     flow: Flow<F::Address>,
-    /// The key of the other direction of an entry that goes.
+    /// The key of the other direction of an entry that is being removed.
     stale: Tuple<F::Address>,
 }
 
@@ -148,69 +148,75 @@ fn open<F: Family, T: FlowTable<F>>(
     let (key, flow) = (&decision.key, &mut decision.flow);
     let recovers = decision.record == Record::Establish;
     let mut proof = None;
-    // What an earlier flow of the same client port has left behind.
-    for place in [Place::Flows, Place::Embryonic] {
+    // Remove what an earlier flow of the same client port has left behind.
+    for place in [FlowMap::Flows, FlowMap::Embryonic] {
         let Some(old) = tables.get(place, key) else { continue };
         if !leads_to(old, flow) {
             partner.stale = partner_key::<F>(old, key.protocol);
             forget(place, key, &partner.stale, tables);
-        } else if recovers && place == Place::Flows {
+        } else if recovers && place == FlowMap::Flows {
             proof = Some((old.state, old.replied));
         }
-        if place == Place::Flows {
+        if place == FlowMap::Flows {
             tables.remove(place, key);
         }
     }
-    // The path found the tuple free, or held by an entry that no longer counts: that one goes.
-    for place in [Place::Flows, Place::Embryonic] {
+    // The path found the tuple free, or held by an entry that no longer counts, which is removed.
+    for place in [FlowMap::Flows, FlowMap::Embryonic] {
         let Some(old) = tables.get(place, &partner.key) else { continue };
         if leads_to(old, &partner.flow) {
-            if recovers && place == Place::Flows {
+            if recovers && place == FlowMap::Flows {
                 proof = Some((old.state, old.replied));
             }
         } else if is_as_fresh(old, flow)
-            && !gives_way(old, place == Place::Embryonic, key.protocol, decision.record, flow.seen)
+            && !gives_way(
+                old,
+                place == FlowMap::Embryonic,
+                key.protocol,
+                decision.record,
+                flow.seen,
+            )
         {
-            // One of another flow came between the path's look and now.
+            // Another flow's entry was inserted between the path's lookup and now.
             return Err(Reason::ClashRace);
         } else {
-            // Without its replies the other direction is of no use: the client gets a new flow
-            // instead.
+            // Without its replies the other direction is useless: that client gets a new flow.
             partner.stale = partner_key::<F>(old, key.protocol);
             forget(place, &partner.key, &partner.stale, tables);
         }
         tables.remove(place, &partner.key);
     }
-    let mut place = Place::Embryonic;
+    let mut place = FlowMap::Embryonic;
     if let Some((state, replied)) = proof {
         // Half of a proven flow is proof of it.
-        place = Place::Flows;
+        place = FlowMap::Flows;
         (flow.state, flow.replied) = (state, replied);
         (partner.flow.state, partner.flow.replied) = (state, replied);
     }
     match tables.insert(place, &partner.key, &partner.flow, true) {
         Ok(()) => {}
-        Err(Refused::Exists) => return Err(Reason::ClashRace),
-        Err(Refused::Full) => return Err(Reason::FlowsFull),
+        Err(InsertError::Exists) => return Err(Reason::ClashRace),
+        Err(InsertError::Full) => return Err(Reason::FlowsFull),
     }
     if tables.insert(place, key, flow, false).is_err() {
         return Err(Reason::FlowsFull);
     }
     let bits = if flow.flags & (flow::DIRECT | flow::SOURCE) == flow::DIRECT { mark::DIRECT } else { 0 }
-        // A pod's own node port may lead to itself: its answer comes to an address of the node,
-        // too.
+        // A pod's own node port may lead to the pod itself: then its answer goes to an address of
+        // the node, too.
         | if flow.flags & (flow::HOST | flow::HAIRPIN) != 0 { mark::HOST } else { 0 }
-        | if flow.flags & flow::MASQUERADED != 0 { mark::MASQUERADED } else { 0 };
+        | if flow.is_masqueraded() { mark::MASQUERADED } else { 0 };
     if bits != 0 {
         tables.set_marks(bits);
     }
     Ok(())
 }
 
-/// Removes the other direction of an entry that goes, unless its tuple is another flow's by now.
+/// Removes the other direction of an entry that is being removed, unless its tuple belongs to
+/// another flow by now.
 #[inline(always)]
 fn forget<F: Family, T: FlowTable<F>>(
-    place: Place,
+    place: FlowMap,
     key: &Tuple<F::Address>,
     other: &Tuple<F::Address>,
     tables: &mut T,
@@ -227,34 +233,36 @@ fn promote<F: Family, T: FlowTable<F>>(
     partner: &Partner<F>,
     tables: &mut T,
 ) -> Result<(), Reason> {
-    if !put(Place::Flows, &partner.key, &partner.flow, tables)?
-        || !put(Place::Flows, &decision.key, &decision.flow, tables)?
+    if !put(FlowMap::Flows, &partner.key, &partner.flow, tables)?
+        || !put(FlowMap::Flows, &decision.key, &decision.flow, tables)?
     {
-        // Another flow has been proven for the tuple: this one is left to its age.
+        // Another flow has been proven for the tuple: this one is left to expire.
         return Ok(());
     }
-    tables.remove(Place::Embryonic, &partner.key);
-    tables.remove(Place::Embryonic, &decision.key);
+    tables.remove(FlowMap::Embryonic, &partner.key);
+    tables.remove(FlowMap::Embryonic, &decision.key);
     Ok(())
 }
 
-/// Writes an entry where there is none, or one that leads the same way; false: another flow's is
-/// there.
+/// Writes an entry unless another flow's is there, in which case it returns false.
 #[inline(always)]
 fn put<F: Family, T: FlowTable<F>>(
-    place: Place,
+    place: FlowMap,
     key: &Tuple<F::Address>,
     flow: &Flow<F::Address>,
     tables: &mut T,
 ) -> Result<bool, Reason> {
-    if let Some(there) = tables.get(place, key)
-        && !leads_to(there, flow)
-    {
+    let there = tables.get(place, key);
+    if matches!(there, Some(there) if !leads_to(there, flow)) {
         return Ok(false);
     }
-    match tables.insert(place, key, flow, false) {
+    let only_new = there.is_none();
+    match tables.insert(place, key, flow, only_new) {
         Ok(()) => Ok(true),
-        Err(_) => Err(Reason::FlowsFull),
+        // Another CPU was faster with a packet of the same flow, or of another: either way its
+        // entry stays. An entry that the lookup found leads the same way, so it may be replaced.
+        Err(InsertError::Exists) => Ok(false),
+        Err(InsertError::Full) => Err(Reason::FlowsFull),
     }
 }
 
@@ -265,36 +273,35 @@ fn demote<F: Family, T: FlowTable<F>>(
     partner: &Partner<F>,
     tables: &mut T,
 ) -> Result<(), Reason> {
-    if tables.insert(Place::Embryonic, &decision.key, &decision.flow, false).is_err() {
+    if tables.insert(FlowMap::Embryonic, &decision.key, &decision.flow, false).is_err() {
         return Err(Reason::FlowsFull);
     }
-    tables.remove(Place::Flows, &decision.key);
-    // The other direction's tuple may be another flow's by now.
-    let there = tables.get(Place::Flows, &partner.key);
+    tables.remove(FlowMap::Flows, &decision.key);
+    // The other direction's tuple may belong to another flow by now.
+    let there = tables.get(FlowMap::Flows, &partner.key);
     if matches!(there, Some(there) if !leads_to(there, &partner.flow)) {
         return Ok(());
     }
     let is_there = there.is_some();
-    // Inserted before it is removed, so that no other CPU's packet finds it in neither table.
-    let _ = put(Place::Embryonic, &partner.key, &partner.flow, tables)?;
+    // Inserted before the other is removed, so that no other CPU's packet finds it in neither
+    // table.
+    let _ = put(FlowMap::Embryonic, &partner.key, &partner.flow, tables)?;
     if is_there {
-        tables.remove(Place::Flows, &partner.key);
+        tables.remove(FlowMap::Flows, &partner.key);
     }
     Ok(())
 }
 
-/// Brings time and state of both entries up to date; one that is missing is made again.
+/// Updates time and state of both entries; one that is missing is made again.
 #[inline(always)]
 fn renew<F: Family, T: FlowTable<F>>(
     decision: &Decision<F>,
     partner: &Partner<F>,
-    place: Place,
+    place: FlowMap,
     tables: &mut T,
 ) {
-    let renewal = Renewal {
-        is_heard: decision.flow.flags & flow::REPLY != 0,
-        takes_back: decision.takes_back,
-    };
+    let renewal =
+        Renewal { is_reply: decision.flow.is_reply(), clears_state: decision.clears_state };
     for (key, flow) in [(&decision.key, &decision.flow), (&partner.key, &partner.flow)] {
         if !tables.refresh(place, key, flow, renewal) {
             let _ = tables.insert(place, key, flow, true);

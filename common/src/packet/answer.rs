@@ -2,14 +2,14 @@
 //!
 //! # Checksums of an answer
 //!
-//! The answer is written over the packet it answers, so it inherits how the kernel sees that
-//! packet's checksum. Where it is partial (see [`crate::packet::checksum`]) the device will later
-//! sum from the old transport header on and store the complement at the old field. A reset keeps
-//! TCP's field, so it gets the pseudo-header's sum alone, as any partial segment. An ICMP error in
-//! a UDP packet's place has its *unused* field there (bytes 6 and 7). With `S` the sum of all other
-//! words and `Y` what we leave in the field, the device stores `~(S + Y)`, and the message sums up
-//! to `S + ~(S + Y) = ~Y`. ICMP wants all ones: `Y = 0`, which an unused field is anyway. ICMPv6
-//! wants the complement of its pseudo-header's sum `P`: `Y = P`.
+//! The answer is written over the packet that it answers, so it inherits the kernel's view of that
+//! packet's checksum. If that is partial (see [`crate::packet::checksum`]), the device will later
+//! sum from the old transport header on and store the complement in the old field. A reset keeps
+//! TCP's field, so it gets the pseudo-header's sum alone, as any partial segment does. An ICMP
+//! error in a UDP packet's place has its *unused* field there (bytes 6 and 7). With `S` the sum of
+//! all other words and `Y` what we leave in the field, the device stores `~(S + Y)`, and the
+//! message sums up to `S + ~(S + Y) = ~Y`. ICMP wants all ones: `Y = 0`, which an unused field is
+//! anyway. ICMPv6 wants the complement of its pseudo-header's sum `P`: `Y = P`.
 
 use crate::abi::Tuple;
 use crate::family::{Family, V4, V6};
@@ -17,15 +17,15 @@ use crate::packet::checksum::{fold16, pseudo_header, sum_words};
 use crate::packet::header::{IcmpHeader, Ipv4Header, Ipv6Header, TcpHeader, Wire, protocol, tcp};
 use crate::packet::parse::{Headers, Parse};
 
-/// Bytes of the offending packet that an ICMP error quotes at most: its IP header with some options
-/// or extensions, and eight bytes of transport header or more.
+/// Maximum number of bytes that an ICMP error quotes of the offending packet: its IP header with
+/// some options or extensions, and eight bytes of transport header or more.
 pub const QUOTE: u32 = 96;
 
 /// A family whose network header can be written.
 pub trait Answer: Parse {
     /// The network header.
     type Network: Wire;
-    /// A header for `length` bytes of payload.
+    /// Returns a header for `length` bytes of payload.
     fn header(source: F0<Self>, destination: F0<Self>, protocol: u8, length: u16) -> Self::Network;
     /// ICMP type and code of "port unreachable".
     const PORT_UNREACHABLE: (u8, u8);
@@ -37,10 +37,10 @@ pub trait Answer: Parse {
 
 type F0<F> = <F as Family>::Address;
 
-/// What an ICMP error says.
+/// A kind of ICMP error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub enum Trouble {
+pub enum IcmpError {
     /// Nobody serves the port.
     PortUnreachable,
     /// The packet is larger than the path takes.
@@ -49,8 +49,8 @@ pub enum Trouble {
     TimeExceeded,
 }
 
-impl Trouble {
-    /// The trouble of a number, as `as` gives it.
+impl IcmpError {
+    /// Returns the error with a number, as `as` gives it.
     #[inline(always)]
     #[must_use]
     pub fn from_number(number: u32) -> Self {
@@ -61,7 +61,7 @@ impl Trouble {
         }
     }
 
-    /// ICMP type and code in a family.
+    /// Returns ICMP type and code in a family.
     #[inline(always)]
     pub fn code<F: Answer>(self) -> (u8, u8) {
         match self {
@@ -72,7 +72,7 @@ impl Trouble {
     }
 }
 
-/// TTL and hop limit of what we send ourselves.
+/// TTL and hop limit of packets that we originate.
 const TTL: u8 = 64;
 
 impl Answer for V4 {
@@ -130,15 +130,15 @@ impl Answer for V6 {
     }
 }
 
-/// Sum of the pseudo-header of an answer from `source` to `destination`.
+/// Returns the sum of the pseudo-header of an answer from `source` to `destination`.
 #[inline(always)]
 fn pseudo<F: Family>(source: &F0<F>, destination: &F0<F>, protocol: u8, length: u32) -> u64 {
     pseudo_header(&F::words(source), &F::words(destination), protocol, length)
 }
 
-/// Whether a transport checksum is partial: it equals the folded sum of the pseudo-header.
+/// Reports whether a transport checksum is partial: it equals the folded sum of the pseudo-header.
 ///
-/// A full checksum looks like that once in 65 536 packets by chance.
+/// By chance, one full checksum in 65 536 does too.
 #[inline(always)]
 pub fn is_partial<F: Family>(headers: &Headers<F>) -> bool {
     let Tuple { source, destination, protocol, .. } = &headers.tuple;
@@ -147,7 +147,7 @@ pub fn is_partial<F: Family>(headers: &Headers<F>) -> bool {
         && headers.checksum == fold16(pseudo::<F>(source, destination, *protocol, length))
 }
 
-/// A segment's length in sequence space: its data, and one each for SYN and FIN.
+/// Returns a segment's length in sequence space: its data, and one each for SYN and FIN.
 #[inline(always)]
 fn sequence_length<F: Answer>(headers: &Headers<F>, segment: &TcpHeader) -> u32 {
     let before_data = headers
@@ -161,7 +161,7 @@ fn sequence_length<F: Answer>(headers: &Headers<F>, segment: &TcpHeader) -> u32 
         .wrapping_add(u32::from(segment.flags & tcp::FIN != 0))
 }
 
-/// The reset that answers a TCP segment (RFC 9293, 3.10.7.1).
+/// Returns the reset that answers a TCP segment (RFC 9293, 3.10.7.1).
 #[inline(always)]
 pub fn reset<F: Answer>(headers: &Headers<F>, segment: &TcpHeader) -> (F::Network, TcpHeader) {
     let to = headers.tuple.reversed();
@@ -204,21 +204,29 @@ pub fn reset<F: Answer>(headers: &Headers<F>, segment: &TcpHeader) -> (F::Networ
     (F::header(to.source, to.destination, protocol::TCP, 20), header)
 }
 
-/// The ICMP error that answers a packet: network and ICMP header, to be followed by the quote.
-///
-/// `quote_sum` is the one's complement sum of the quoted bytes, as they lie in memory.
+/// The part of a packet that an ICMP error quotes.
+#[derive(Clone, Copy, Debug)]
+pub struct Quoted {
+    /// Its length in bytes.
+    pub length: u32,
+    /// The one's complement sum of its bytes, in memory order.
+    pub sum: u64,
+}
+
+/// Returns the ICMP error that answers a packet: network and ICMP header, to be followed by the
+/// quote.
 #[inline(always)]
 pub fn error<F: Answer>(
     headers: &Headers<F>,
     (kind, code): (u8, u8),
     mtu: u32,
-    quote: u32,
-    quote_sum: u64,
+    quote: Quoted,
 ) -> (F::Network, IcmpHeader) {
     let to = headers.tuple.reversed();
-    let length = quote.wrapping_add(8);
+    let length = quote.length.wrapping_add(8);
     let mut rest = mtu.to_be();
-    let mut sum = quote_sum
+    let mut sum = quote
+        .sum
         .wrapping_add(u64::from(u16::from_ne_bytes([kind, code])))
         .wrapping_add(u64::from(rest));
     if F::VERSION == 6 {

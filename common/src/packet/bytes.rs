@@ -14,9 +14,10 @@ use crate::packet::rewrite::{Checksum, Edit};
 /// A frame in memory.
 #[derive(Clone, Debug)]
 pub struct Bytes<B> {
-    /// From its first header on.
+    /// The bytes from the first header on.
     pub bytes: B,
-    /// Whether its transport checksum is the pseudo-header's sum, and the device does the rest.
+    /// Whether the transport checksum is the pseudo-header's sum alone, to be completed by the
+    /// device.
     pub partial: bool,
 }
 

@@ -1,12 +1,12 @@
-//! What a change of SCTP's ports does to its checksum, without reading the packet.
+//! Updates SCTP's checksum for a change of its ports, without reading the packet.
 //!
 //! # Why two multiplications are enough
 //!
 //! SCTP's checksum (RFC 9260 section 6.8 and appendix A) is CRC32c over the whole packet, so a
 //! translator that changes a port would have to read every byte of it. But a CRC is affine over
-//! GF(2): of two messages of one length, the CRCs differ by the remainder of the *difference* of
-//! the messages, and initial value and final complement cancel out. Read the bytes as a polynomial,
-//! the first byte first and of each byte the lowest bit first. A packet of `L` bytes whose first
+//! GF(2): the CRCs of two messages of the same length differ by the remainder of the *difference*
+//! of the messages; initial value and final complement cancel out. Read the bytes as a polynomial,
+//! the first byte first and the lowest bit of each byte first. A packet of `L` bytes whose first
 //! four change by `d` (old XOR new, 32 coefficients) differs by `d * x^(8 (L - 4))`; a CRC is the
 //! remainder of the message times `x^32`. Hence
 //!
@@ -16,13 +16,13 @@
 //! ```
 //!
 //! An IP packet is shorter than 65 536 bytes, so `L = 256 h + l` with two digits of a byte each,
-//! and `x^(8 L) = x^(8 l) * x^(2048 h)`: two constants from two tables of 256, two multiplications
-//! modulo `P`, 64 steps of shift and XOR, however long the packet is.
+//! and `x^(8 L) = x^(8 l) * x^(2048 h)`: two constants from two tables of 256, and two
+//! multiplications modulo `P` of 32 steps of shift and XOR each, however long the packet is.
 //!
-//! A polynomial of degree below 32 is kept as the CRC itself is, *reflected*: bit `31 - k` is the
+//! A polynomial of degree below 32 is kept *reflected*, as the CRC itself is: bit `31 - k` is the
 //! coefficient of `x^k`, so 1 is `0x8000_0000`, `P` without `x^32` is `0x82f6_3b78`, and
-//! multiplying by `x` is a shift to the right. Bytes read as a little-endian word are then in
-//! place, and that is how the checksum lies in its field.
+//! multiplying by `x` is a shift to the right. Bytes read as a little-endian word are then already
+//! in place, and so is the checksum in its field.
 //!
 //! Worked example: a COOKIE ACK, the shortest packet, goes from port 80 to port 208 instead:
 //!
@@ -48,16 +48,16 @@ static LOW: [u32; 256] = powers(byte(ONE));
 /// `x^(2048 h)` for every high digit of a length.
 static HIGH: [u32; 256] = powers(power(byte(ONE), 256));
 
-/// The product modulo `P`.
+/// Returns the product modulo `P`.
 #[inline(always)]
 const fn product(one: u32, other: u32) -> u32 {
-    // Behind the black box the compiler does not know that this is a single bit, and so cannot make
-    // a branch of it: 64 branches at random, for the processor and for the verifier.
+    // Behind the black box the compiler does not know that this is a single bit, and cannot turn it
+    // into a branch: that would be 64 random branches, for the processor and for the verifier.
     let bit = core::hint::black_box(1);
     let mut other = other;
     let mut sum = 0_u32;
     let mut coefficient = 0_u32;
-    // Horner's scheme, from the highest coefficient down: the sum times x, plus `one` where the
+    // Horner's scheme, from the highest coefficient down: the sum times x, plus `one` if the
     // coefficient is 1.
     while coefficient < 32 {
         let carry = 0_u32.wrapping_sub(sum & bit);
@@ -69,12 +69,12 @@ const fn product(one: u32, other: u32) -> u32 {
     sum
 }
 
-/// The product with `x^8`.
+/// Returns the product with `x^8`.
 const fn byte(polynomial: u32) -> u32 {
     product(polynomial, ONE >> 8)
 }
 
-/// A polynomial to the power of `exponent`.
+/// Returns a polynomial to the power of `exponent`.
 const fn power(polynomial: u32, exponent: u32) -> u32 {
     let mut power = ONE;
     let mut count = 0_u32;
@@ -85,7 +85,7 @@ const fn power(polynomial: u32, exponent: u32) -> u32 {
     power
 }
 
-/// The powers of a polynomial, from the zeroth.
+/// Returns the powers of a polynomial, starting with the zeroth.
 #[expect(clippy::indexing_slicing, reason = "runs in the compiler alone, which checks the index")]
 const fn powers(polynomial: u32) -> [u32; 256] {
     let mut powers = [ONE; 256];
@@ -97,8 +97,8 @@ const fn powers(polynomial: u32) -> [u32; 256] {
     powers
 }
 
-/// What is to be added (XOR) to the CRC32c of `length` bytes when `change` is added to the first
-/// four.
+/// Returns what is to be added (XOR) to the CRC32c of `length` bytes if `change` is added to the
+/// first four.
 ///
 /// Both are little-endian words. The length counts modulo 65 536: no SCTP packet is longer.
 #[inline(always)]
@@ -111,11 +111,11 @@ pub fn carried(change: u32, length: u32) -> u32 {
     }
 }
 
-/// The checksum field of an SCTP packet of `length` bytes when `change` is added to its ports; all
-/// as they lie in memory.
+/// Returns the checksum field of an SCTP packet of `length` bytes after `change` is added to its
+/// ports, all in memory order.
 ///
-/// Zero stays zero: the device is still to compute the checksum, or both ends do without (RFC
-/// 9653). One packet in 2^32 has zero for its checksum, and is lost where its ports change.
+/// Zero stays zero: either the device is yet to compute the checksum, or both ends do without (RFC
+/// 9653). One packet in 2^32 has zero for its real checksum, and is lost if its ports change.
 #[inline(always)]
 pub fn updated(checksum: u32, change: u32, length: u32) -> u32 {
     if checksum == 0 { 0 } else { checksum ^ carried(u32::from_le(change), length).to_le() }
@@ -125,7 +125,7 @@ pub fn updated(checksum: u32, change: u32, length: u32) -> u32 {
 mod tests {
     use super::*;
 
-    /// The definition, a bit at a time.
+    /// Computes the definition, a bit at a time.
     fn crc32c(bytes: &[u8]) -> u32 {
         let mut crc = u32::MAX;
         for byte in bytes {

@@ -1,6 +1,6 @@
-//! Headers as they lie on the wire.
+//! Headers in wire format.
 //!
-//! Multi-byte fields are in network order; [`u16::from_be`] reads them.
+//! Multi-byte fields are in network order; [`u16::from_be`] converts them.
 
 /// Plain integers without padding: any bytes are a value.
 ///
@@ -48,8 +48,8 @@ wire! {
         version_class_flow: u32, payload_length: u16, next_header: u8, hop_limit: u8,
         source: crate::abi::Ipv6Address, destination: crate::abi::Ipv6Address
     } size 40;
-    /// The first bytes of an IPv6 extension header, with a routing header's names; a fragment
-    /// header has offset and flags in the last two, and four bytes of identification behind them.
+    /// The first bytes of an IPv6 extension header, with the names of a routing header. A fragment
+    /// header has offset and flags in the last two, followed by four bytes of identification.
     ExtensionHeader { next_header: u8, length: u8, kind: u8, segments_left: u8 } size 4;
     /// TCP without options (RFC 9293).
     TcpHeader {
@@ -63,9 +63,9 @@ wire! {
     SctpHeader {
         source: u16, destination: u16, tag: [u16; 2], checksum: u32, chunk: u8, chunk_flags: u8, chunk_length: u16
     } size 16;
-    /// ICMP and ICMPv6: the eight bytes before a quoted packet.
+    /// ICMP and ICMPv6: the eight bytes in front of a quoted packet.
     IcmpHeader { kind: u8, code: u8, checksum: u16, rest: u32 } size 8;
-    /// An 802.1Q or 802.1ad tag behind its own ethertype.
+    /// An 802.1Q or 802.1ad tag after its own ethertype.
     VlanTag { control: u16, ethertype: u16 } size 4;
     /// Ethernet II.
     EthernetHeader { destination: [u8; 6], source: [u8; 6], ethertype: u16 } size 14;
@@ -79,17 +79,17 @@ pub mod tcp {
     pub const SYN: u8 = 2;
     /// Resets a connection.
     pub const RST: u8 = 4;
-    /// The acknowledgment field counts.
+    /// The acknowledgment field is valid.
     pub const ACK: u8 = 16;
 }
 
-/// Chunk types of SCTP that say what becomes of a connection.
+/// Chunk types of SCTP that change a connection's state.
 pub mod sctp {
     /// Opens a connection.
     pub const INIT: u8 = 1;
     /// Answers an INIT.
     pub const INIT_ACK: u8 = 2;
-    /// Ends a connection at once.
+    /// Aborts a connection.
     pub const ABORT: u8 = 6;
     /// Agrees to a connection's end.
     pub const SHUTDOWN_ACK: u8 = 8;

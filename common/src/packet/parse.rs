@@ -9,20 +9,20 @@ use crate::packet::header::{
 
 /// Read access to a packet.
 pub trait Packet {
-    /// Length of the packet in bytes, link header included.
+    /// Returns the length of the packet in bytes, link header included.
     fn length(&self) -> u32;
-    /// The value at an offset; `None` beyond the packet's end.
+    /// Returns the value at an offset, or `None` beyond the packet's end.
     fn read<T: Wire>(&self, offset: u32) -> Option<T>;
 }
 
-/// No header is looked for beyond this offset: keeps offsets bounded for the verifier.
+/// No header is looked for beyond this offset, which keeps offsets bounded for the verifier.
 const OFFSET_MAX: u32 = 1024;
 
-/// Extension headers walked at most. RFC 8504 expects hosts to limit the walk; eight is what
-/// IPv6 itself defines, each but destination options at most once.
+/// Maximum number of extension headers walked. RFC 8504 expects hosts to limit the walk; eight is
+/// what IPv6 itself defines, each at most once except for destination options.
 const EXTENSIONS_MAX: u32 = 8;
 
-/// What a packet is, as far as the path cares.
+/// The kind of a packet, as far as the path cares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
@@ -31,21 +31,21 @@ pub enum Kind {
     Transport,
     /// An ICMP error about such a packet.
     IcmpError,
-    /// A fragment behind the first one: it has no ports.
+    /// A fragment other than the first: it has no ports.
     Fragment,
-    /// Ends before its transport header; the addresses are known.
+    /// The packet ends before its transport header; the addresses are known.
     Truncated,
     /// A length or offset contradicts the packet; the addresses are known.
     Malformed,
-    /// Nothing for us.
+    /// Anything else, which is never ours.
     Other,
 }
 
-/// Which part of a datagram a packet is.
+/// The part of a datagram that a packet holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Fragment {
-    /// All of it.
+    /// The whole datagram.
     Whole,
     /// Its first fragment, which must hold the whole transport header (RFC 1858 and 7112: else it
     /// counts as truncated).
@@ -54,26 +54,26 @@ pub enum Fragment {
     Later,
 }
 
-/// Where the headers are and what they say. Offsets are in bytes from the packet's start.
+/// Offsets and contents of a packet's headers. Offsets are in bytes from the packet's start.
 ///
-/// Aligned so that the kernel clears it by words.
+/// Aligned so that the kernel clears it in words.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(8))]
 pub struct Headers<F: Family> {
-    /// The packet's tuple; for an ICMP error that of the quoted packet, turned round.
+    /// The packet's tuple; for an ICMP error the quoted packet's, reversed.
     pub tuple: Tuple<F::Address>,
-    /// What the packet is.
+    /// The kind of the packet.
     pub kind: Kind,
     /// TCP flags; for SCTP what its first chunk means in terms of them.
     pub tcp_flags: u8,
-    /// Which part of a datagram it is.
+    /// The part of a datagram that it holds.
     pub fragment: Fragment,
-    /// For a fragment: the datagram's identification, as it lies in memory.
+    /// For a fragment: the datagram's identification, in memory order.
     pub datagram: u32,
-    /// For a fragment: the protocol as every fragment of the datagram tells it.
+    /// For a fragment: the protocol that every fragment of the datagram shows.
     ///
-    /// For IPv6 the number of the header behind the fragment header. Where that is one more
-    /// extension header, only the first fragment tells the transport protocol, and this is not the
+    /// For IPv6 this is the number of the header after the fragment header. If that is one more
+    /// extension header, only the first fragment shows the transport protocol, and this is not the
     /// tuple's.
     pub datagram_protocol: u8,
     /// TTL or hop limit.
@@ -87,18 +87,17 @@ pub struct Headers<F: Family> {
     pub network: u32,
     /// Offset of the transport or ICMP header.
     pub transport: u32,
-    /// Length from the IP header to the packet's end as the IP header tells it.
+    /// Length of the packet from its IP header on, according to that header.
     pub length: u32,
-    /// The transport checksum (of the quoted packet in an ICMP error), as it lies in memory; not
-    /// SCTP's.
+    /// The transport checksum (of the quoted packet in an ICMP error), in memory order; not SCTP's.
     pub checksum: u16,
-    /// Whether `checksum` was there to read.
+    /// Whether `checksum` was present.
     pub has_checksum: bool,
     /// For an ICMP error: offset of the quoted IP header.
     pub quoted_network: u32,
     /// For an ICMP error: offset of the quoted transport header.
     pub quoted_transport: u32,
-    /// For an ICMP error: checksum of the quoted IPv4 header, as it lies in memory.
+    /// For an ICMP error: checksum of the quoted IPv4 header, in memory order.
     pub quoted_checksum: u16,
     /// For an ICMP error: source and destination of the error itself.
     pub outer: [F::Address; 2],
@@ -120,18 +119,18 @@ pub struct Network<F: Family> {
 /// A family whose network header can be read.
 pub trait Parse: Family<Address: Wire> {
     /// Reads the network header at an offset, and notes in `headers` which datagram it is a
-    /// fragment of; `quoted` forgives a packet that was cut off and notes nothing.
+    /// fragment of. With `quoted` a packet may be cut off, and nothing is noted.
     fn network<P: Packet>(
         packet: &P,
         offset: u32,
         quoted: bool,
         headers: &mut Headers<Self>,
     ) -> Option<Network<Self>>;
-    /// Whether an ICMP message of this type quotes a packet and concerns its sender.
+    /// Reports whether an ICMP message of this type quotes a packet and concerns its sender.
     fn is_error(kind: u8) -> bool;
 }
 
-/// Finds the network header behind up to two VLAN tags.
+/// Finds the network header after up to two VLAN tags.
 ///
 /// `ethertype` (host order) is that of the header at `offset`.
 #[inline(always)]
@@ -161,10 +160,10 @@ impl Parse for V4 {
         let available = packet.length().wrapping_sub(offset);
         let mut length = u32::from(u16::from_be(header.total_length));
         let mut kind = Kind::Transport;
-        // More fragments, and the offset.
+        // The flag for more fragments, and the offset.
         let more_offset = u16::from_be(header.fragment) & 0x3fff;
         if length == 0 && available > 0xffff {
-            // A segment larger than the field can say (BIG TCP).
+            // A segment larger than the field can express (BIG TCP).
             length = available;
         }
         if more_offset != 0 && !quoted {
@@ -227,7 +226,7 @@ impl Parse for V6 {
         let mut transport = offset.wrapping_add(40);
         if kind == Kind::Transport {
             for _ in 0..EXTENSIONS_MAX {
-                // Hop-by-hop options, routing, fragment, destination options. (Behind an
+                // Hop-by-hop options, routing, fragment, destination options. (After an
                 // authentication header addresses and ports must not change: not ours.)
                 if !matches!(next, 0 | 43 | 44 | 60) {
                     break;
@@ -237,14 +236,14 @@ impl Parse for V6 {
                     break;
                 };
                 if next == 43 && extension.segments_left != 0 {
-                    // Not at its destination: the address in the header is a way-point.
+                    // It is not at its destination: the address in the header is a way-point.
                     kind = Kind::Other;
                     break;
                 }
                 let mut words = u32::from(extension.length).wrapping_add(1);
                 let mut is_later = false;
                 if next == 44 {
-                    // The byte is reserved here.
+                    // The byte is reserved in this header.
                     words = 1;
                     // An atomic fragment (RFC 6946) has neither offset nor more fragments.
                     let offset_more =
@@ -261,8 +260,9 @@ impl Parse for V6 {
                     }
                 }
                 next = extension.next_header;
-                // The black box and a mask above any sum give the verifier one range after each
-                // header, not a new one: it need not go on from here as often as there are headers.
+                // The black box, and a mask larger than any sum, give the verifier the same range
+                // after each header, not a new one: it need not go on from here once for each
+                // header.
                 transport =
                     core::hint::black_box(transport.wrapping_add(words.wrapping_mul(8)) & 0xfff);
                 if is_later {
@@ -295,7 +295,7 @@ impl Parse for V6 {
 }
 
 impl<F: Family> Default for Headers<F> {
-    /// Headers of nothing.
+    /// Returns headers of no packet.
     #[inline(always)]
     fn default() -> Self {
         Self {
@@ -330,7 +330,7 @@ impl<F: Family> Default for Headers<F> {
 }
 
 impl<F: Family> Headers<F> {
-    /// Notes which part of which datagram the packet is.
+    /// Notes the packet's datagram, and its part of it.
     #[inline(always)]
     fn part(&mut self, is_first: bool, datagram: u32, protocol: u8) {
         self.fragment = if is_first { Fragment::First } else { Fragment::Later };
@@ -341,14 +341,14 @@ impl<F: Family> Headers<F> {
 
 /// Reads a packet whose network header is at `offset`.
 ///
-/// `None` when not even the network header is there.
+/// Returns `None` if even the network header is missing.
 #[inline(always)]
 pub fn headers<F: Parse, P: Packet>(packet: &P, offset: u32) -> Option<Headers<F>> {
     let mut headers = Headers::default();
     headers_into(packet, offset, &mut headers).then_some(headers)
 }
 
-/// As [`headers`], into headers of nothing: the kernel's stack has no room for copies.
+/// As [`headers`], into headers of no packet: the kernel's stack has no room for copies.
 #[inline(always)]
 pub fn headers_into<F: Parse, P: Packet>(
     packet: &P,
@@ -371,8 +371,8 @@ pub fn headers_into<F: Parse, P: Packet>(
     if network.kind != Kind::Transport || network.transport > OFFSET_MAX {
         return true;
     }
-    // What the IP header leaves for the transport header; never below zero where the walk went past
-    // the end.
+    // The length that the IP header leaves for the transport header; never below zero where the
+    // walk went past the end.
     let end = offset.wrapping_add(network.length);
     if network.transport > end {
         headers.kind = Kind::Malformed;
@@ -416,7 +416,7 @@ fn tcp_header<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload
     headers.has_checksum = true;
 }
 
-/// A number of four bytes that is aligned to two.
+/// Reads a number of four bytes that is aligned to two.
 #[inline(always)]
 fn word([high, low]: [u16; 2]) -> u32 {
     u32::from(u16::from_be(high)) << 16 | u32::from(u16::from_be(low))
@@ -429,7 +429,7 @@ fn udp_header<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload
         return;
     };
     let length = u32::from(u16::from_be(header.length));
-    // In a first fragment it is the whole datagram's.
+    // In a first fragment it is the whole datagram's length.
     if length < 8 || length > payload && headers.fragment == Fragment::Whole {
         headers.kind = Kind::Malformed;
     }
@@ -452,8 +452,8 @@ fn sctp_header<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payloa
     headers.acknowledgment = headers.sequence;
 }
 
-/// An SCTP packet in TCP's flags, by its first chunk (RFC 9260 section 3.2): the path has one set
-/// of states for both.
+/// Expresses an SCTP packet's first chunk in TCP's flags (RFC 9260 section 3.2), so that the path
+/// has one set of states for both protocols.
 ///
 /// | first chunk | flags | |
 /// |---|---|---|
@@ -465,7 +465,7 @@ fn sctp_header<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payloa
 /// | SHUTDOWN COMPLETE | FIN, ACK | the other side's end |
 /// | any other | ACK | SHUTDOWN too: its receiver may have data to send again |
 ///
-/// An ABORT behind another chunk is not seen: the flow's entries end by their age.
+/// An ABORT after another chunk is not seen: the flow's entries then expire.
 #[inline(always)]
 fn sctp_flags(chunk: u8, flags: u8) -> u8 {
     match chunk {
@@ -478,12 +478,11 @@ fn sctp_flags(chunk: u8, flags: u8) -> u8 {
     }
 }
 
-/// An ICMP error quotes a packet, or a first fragment: either has the ports.
+/// Reads an ICMP error, which quotes a packet or a first fragment: both have the ports.
 ///
-/// Of SCTP's checksum nothing is kept: it cannot be brought up to date where the quoted packet was
-/// cut off, and nobody reads it there. Whoever gets the error compares the verification tag (RFC
-/// 9260 section 10), which the eight bytes that are always quoted hold and which no translation
-/// changes.
+/// SCTP's checksum is not kept: it cannot be updated if the quoted packet was cut off, and nobody
+/// reads it there. The receiver of the error compares the verification tag (RFC 9260 section 10),
+/// which is in the eight bytes that are always quoted and which no translation changes.
 #[inline(always)]
 fn icmp<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32) {
     headers.kind = Kind::Other;
@@ -502,8 +501,8 @@ fn icmp<F: Parse, P: Packet>(packet: &P, headers: &mut Headers<F>, payload: u32)
     if !matches!(quoted.protocol, protocol::TCP | protocol::UDP | protocol::SCTP) {
         return;
     }
-    // RFC 792: at least eight bytes of the transport header are quoted; the ports are in the first
-    // four.
+    // RFC 792: at least eight bytes of the transport header are quoted; the first four are the
+    // ports.
     let Some(ports) = packet.read::<[u16; 4]>(quoted.transport) else { return };
     let [source_port, destination_port, _, udp_checksum] = ports;
     if quoted.protocol == protocol::UDP {

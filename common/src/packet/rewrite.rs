@@ -6,18 +6,18 @@ use crate::packet::checksum::Delta;
 use crate::packet::header::{Wire, protocol};
 use crate::packet::parse::{Fragment, Headers, Kind, Packet, Parse};
 
-/// Write access to a packet. Every call answers whether it succeeded; after a
-/// failure the packet is in an undefined state and must be dropped.
+/// Write access to a packet. Every method returns whether it succeeded; after a failure the packet
+/// is in an undefined state and must be dropped.
 pub trait Edit {
     /// Stores a value at an offset.
     fn store<T: Wire>(&mut self, offset: u32, value: T) -> bool;
-    /// As [`Edit::store`], where no checksum within the packet makes up for the change: what a
-    /// device has told the kernel about the sum of the whole packet must follow.
+    /// As [`Edit::store`], for a change that no checksum within the packet makes up for: the sum
+    /// over the whole packet that a device has given the kernel has to be updated.
     fn store_unbalanced<T: Wire>(&mut self, offset: u32, value: T) -> bool;
     /// Updates the IPv4 header checksum at an offset.
     fn network_checksum(&mut self, offset: u32, delta: Delta) -> bool;
-    /// Updates a transport or ICMP checksum at an offset: `addresses` is what changed in the
-    /// pseudo-header, `data` what changed in the segment (partial checksums know only the former).
+    /// Updates a transport or ICMP checksum at an offset. `addresses` is the change of the
+    /// pseudo-header, `data` the change of the segment; partial checksums cover only the former.
     fn transport_checksum(
         &mut self,
         offset: u32,
@@ -25,8 +25,8 @@ pub trait Edit {
         data: Delta,
         kind: Checksum,
     ) -> bool;
-    /// Updates SCTP's checksum at an offset, in a packet of `length` bytes from the SCTP header on:
-    /// `change` is what was added (XOR) to its ports, as they lie in memory. See
+    /// Updates SCTP's checksum at an offset, in a packet of `length` bytes from the SCTP header on.
+    /// `change` is what was added (XOR) to its ports, in memory order. See
     /// [`crate::packet::crc32c::updated`].
     fn sctp_checksum(&mut self, offset: u32, change: u32, length: u32) -> bool;
 }
@@ -42,23 +42,23 @@ pub trait Resize: Packet + Edit {
     fn set_length(&mut self, bytes: u32) -> bool;
     /// Returns room for a quote.
     fn room_for_quote() -> Self::Quote;
-    /// Copies bytes of the packet, [`QUOTE`](crate::packet::answer::QUOTE) at most, and returns
-    /// their one's complement sum, as they lie in memory.
+    /// Copies bytes of the packet, at most [`QUOTE`](crate::packet::answer::QUOTE), and returns
+    /// their one's complement sum in memory order.
     fn quote(&self, offset: u32, length: u32, into: &mut Self::Quote) -> Option<u64>;
-    /// Stores as many bytes of what was copied.
+    /// Stores `length` bytes of the copy.
     fn store_quote(&mut self, offset: u32, length: u32, quote: &Self::Quote) -> bool;
 }
 
 /// The rules by which a transport checksum is updated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Checksum {
-    /// TCP and ICMP: always there.
+    /// TCP and ICMP: always present.
     Plain,
     /// UDP: zero means none.
     Udp,
 }
 
-/// Offset of the checksum in TCP's or UDP's header.
+/// Returns the offset of the checksum in TCP's or UDP's header.
 #[inline(always)]
 pub fn checksum_offset(protocol: u8) -> u32 {
     if protocol == protocol::UDP { 6 } else { 16 }
@@ -69,7 +69,7 @@ const NETWORK_CHECKSUM: u32 = 10;
 /// Offset of the checksum in SCTP's header.
 const SCTP_CHECKSUM: u32 = 8;
 
-/// How two addresses became two others.
+/// Returns the change from two addresses to two others.
 #[inline(always)]
 fn addresses_delta<F: Family>(old: &[F::Address; 2], new: &[F::Address; 2]) -> Delta {
     let mut delta = Delta::ZERO;
@@ -86,7 +86,7 @@ fn addresses_delta<F: Family>(old: &[F::Address; 2], new: &[F::Address; 2]) -> D
     delta
 }
 
-/// How two ports (host order) became two others.
+/// Returns the change from two ports (host order) to two others.
 #[inline(always)]
 fn ports_delta(old: [u16; 2], new: [u16; 2]) -> Delta {
     let ([a, b], [c, d]) = (old, new);
@@ -102,8 +102,8 @@ fn ports_delta(old: [u16; 2], new: [u16; 2]) -> Delta {
 
 /// Rewrites the packet that `headers` describes so that its tuple becomes the flow's.
 ///
-/// In an ICMP error the quoted packet is rewritten (its tuple is the flow's turned round), and the
-/// error's own addresses where they are ends of the connection; a router on the way keeps its
+/// In an ICMP error the quoted packet is rewritten (its tuple is the flow's reversed), and so are
+/// the error's own addresses if they are ends of the connection; a router on the way keeps its
 /// address.
 #[inline(always)]
 pub fn rewrite<F: Parse, E: Edit>(
@@ -118,16 +118,16 @@ pub fn rewrite<F: Parse, E: Edit>(
     }
 }
 
-/// Whether every part of the packet's datagram can be rewritten to the flow. It can, but for
-/// fragments of three kinds:
+/// Reports whether every part of the packet's datagram can be rewritten to the flow. The exceptions
+/// are three kinds of fragments:
 ///
-/// - SCTP whose ports change: what that does to the checksum depends on the length of the whole
-///   datagram, which the first fragment does not tell. SCTP divides its messages itself and asks
-///   for the path's MTU, so these are rare.
-/// - IPv6 with extension headers behind the fragment header: the other fragments do not tell the
+/// - SCTP whose ports change: the effect on the checksum depends on the length of the whole
+///   datagram, which the first fragment does not show. SCTP divides its messages itself and
+///   discovers the path's MTU, so these are rare.
+/// - IPv6 with extension headers after the fragment header: the other fragments do not show the
 ///   transport protocol.
-/// - An ICMP error: its other fragments do not tell which flow it is about. It is short, so these
-///   are rarer still.
+/// - ICMP errors: the other fragments do not show which flow it is about. Errors are short, so
+///   these are rarer still.
 #[inline(always)]
 pub fn can_follow<F: Family>(headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
     let tuple = &headers.tuple;
@@ -140,9 +140,9 @@ pub fn can_follow<F: Family>(headers: &Headers<F>, flow: &Flow<F::Address>) -> b
 
 /// As [`rewrite`], for a TCP, UDP or SCTP packet or a fragment.
 ///
-/// A first fragment's checksum is the whole datagram's and changes as a whole packet's; of a later
-/// fragment the addresses alone are rewritten. False where not even the first fragment [can
-/// follow](can_follow).
+/// A first fragment's checksum is the whole datagram's and changes like a whole packet's. Of a
+/// later fragment only the addresses are rewritten. Returns false if not even the first fragment
+/// [can follow](can_follow).
 #[inline(always)]
 pub fn segment<F: Parse, E: Edit>(
     edit: &mut E,
@@ -155,14 +155,14 @@ pub fn segment<F: Parse, E: Edit>(
     let new_ports = [flow.source_port, flow.destination_port];
     let addresses = addresses_delta::<F>(&old, &new);
     let is_later = headers.fragment == Fragment::Later;
-    // Whether a checksum in this packet makes up for changed ports, and addresses but for IPv4's
-    // own.
+    // Whether a checksum in this packet makes up for changed ports, and for changed addresses
+    // beyond IPv4's own checksum.
     let is_balanced = !is_later && tuple.protocol != protocol::SCTP;
     if is_balanced {
         let ports = ports_delta(old_ports, new_ports);
         let kind = if tuple.protocol == protocol::UDP { Checksum::Udp } else { Checksum::Plain };
         let checksum = headers.transport.wrapping_add(checksum_offset(tuple.protocol));
-        // The checksums first: in UDP's case whether there is one is read from the packet.
+        // The checksum comes first: for UDP, whether there is one is read from the packet.
         if !edit.transport_checksum(checksum, addresses, ports, kind) {
             return false;
         }
@@ -194,7 +194,7 @@ pub fn segment<F: Parse, E: Edit>(
     }
 }
 
-/// Updates an SCTP packet's checksum; false for a fragment.
+/// Updates an SCTP packet's checksum; returns false for a fragment.
 #[inline(always)]
 fn sctp_checksum<F: Parse, E: Edit>(
     edit: &mut E,
@@ -210,7 +210,7 @@ fn sctp_checksum<F: Parse, E: Edit>(
     edit.sctp_checksum(headers.transport.wrapping_add(SCTP_CHECKSUM), change, length)
 }
 
-/// Ports (host order) as the word that they lie in memory as.
+/// Returns two ports (host order) as one word in memory order.
 #[inline(always)]
 fn ports_word([source, destination]: [u16; 2]) -> u32 {
     (u32::from(source) << 16 | u32::from(destination)).to_be()
@@ -272,8 +272,8 @@ fn error<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>, flow: &Flow<F::A
     edit.transport_checksum(headers.transport.wrapping_add(2), pseudo, data, Checksum::Plain)
 }
 
-/// Counts the TTL or hop limit down by one. False when it must not: it would reach zero, or the
-/// edit failed.
+/// Decrements the TTL or hop limit. Returns false if it must not, because it would reach zero, or
+/// if the edit failed.
 #[inline(always)]
 pub fn decrement_ttl<F: Parse, E: Edit>(edit: &mut E, headers: &Headers<F>) -> bool {
     if headers.ttl <= 1 {

@@ -1,4 +1,4 @@
-//! Flow entries: how the two of a flow belong together, and for how long they count.
+//! Flow entries: how the two entries of a flow belong together, and how long they count.
 
 use crate::abi::{Flow, Tuple, flow, side, state};
 use crate::family::Family;
@@ -7,21 +7,21 @@ use crate::tables::Tables;
 
 use super::Record;
 
-/// A used flow renews its partner after this many ticks.
+/// A flow in use renews its entries after this many ticks.
 pub const RENEW_TICKS: u32 = 9;
-/// A flow that has ended keeps its reply tuple from others for this many ticks (TIME_WAIT is 60 s).
+/// A flow that has ended reserves its reply tuple for this many ticks (TIME_WAIT is 60 s).
 pub const CLOSING_TICKS: u32 = 56;
-/// One that only one side has closed does so for this many idle ticks (two minutes, as
-/// conntrack's).
+/// A flow that only one side has closed does so for this many idle ticks (two minutes, as in
+/// conntrack).
 pub const HALF_CLOSED_TICKS: u32 = 112;
-/// One that no packet of the endpoint has proven: for half a minute.
+/// A flow that no packet of the endpoint has proven does so for half a minute.
 pub const UNPROVEN_TICKS: u32 = 28;
-/// A live one: for a day.
+/// A live flow does so for a day.
 pub const IDLE_TICKS: u32 = 80_467;
-/// A UDP flow that was idle for this many ticks no longer keeps its reply tuple from others.
+/// A UDP flow that has been idle for this many ticks no longer reserves its reply tuple.
 pub const UDP_IDLE_TICKS: u32 = 168;
 
-/// The tuple of packets that answer a translated one: the partner entry's key.
+/// Returns the tuple of the packets that answer a translated one, which is the partner entry's key.
 #[inline(always)]
 pub fn partner_key<F: Family>(flow: &Flow<F::Address>, protocol: u8) -> Tuple<F::Address> {
     let leaves = flow.flags & (flow::SOURCE | flow::REPLY) == flow::SOURCE | flow::REPLY;
@@ -36,7 +36,7 @@ pub fn partner_key<F: Family>(flow: &Flow<F::Address>, protocol: u8) -> Tuple<F:
     }
 }
 
-/// The entry of the other direction.
+/// Returns the entry of the other direction.
 #[inline(always)]
 pub fn partner<F: Family>(key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> Flow<F::Address> {
     Flow {
@@ -49,8 +49,8 @@ pub fn partner<F: Family>(key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> F
     }
 }
 
-/// Whether an entry leads to this tuple turned round: then it is the partner of the tuple's own
-/// entry.
+/// Reports whether an entry leads to this tuple reversed, which makes it the partner of the tuple's
+/// own entry.
 #[inline(always)]
 pub fn leads_back<F: Family>(entry: &Flow<F::Address>, key: &Tuple<F::Address>) -> bool {
     entry.source == key.destination
@@ -59,7 +59,7 @@ pub fn leads_back<F: Family>(entry: &Flow<F::Address>, key: &Tuple<F::Address>) 
         && entry.destination_port == key.source_port
 }
 
-/// The entry of a tuple, and whether nothing has proven its flow so far.
+/// Returns the entry of a tuple, and whether its flow is still unproven.
 #[inline(always)]
 pub(super) fn entry_of<'t, F: Family, T: Tables<F>>(
     tuple: &Tuple<F::Address>,
@@ -71,8 +71,8 @@ pub(super) fn entry_of<'t, F: Family, T: Tables<F>>(
     }
 }
 
-/// As [`entry_of`], for a packet that may be one of a live flow: another CPU may prove the flow
-/// between the two looks, and move its entry from `embryonic` to `flows`.
+/// As [`entry_of`], for a packet of what may be a live flow. Another CPU may prove the flow between
+/// the two lookups, and so move its entry from `embryonic` to `flows`: `flows` is asked once more.
 #[inline(always)]
 pub(super) fn entry_of_packet<'t, F: Family, T: Tables<F>>(
     tuple: &Tuple<F::Address>,
@@ -84,11 +84,12 @@ pub(super) fn entry_of_packet<'t, F: Family, T: Tables<F>>(
     }
 }
 
-/// Whether an entry no longer keeps its tuple from a flow that is recorded like this.
+/// Reports whether an entry no longer reserves its tuple against a flow that is recorded in this
+/// way.
 #[inline(always)]
 pub fn gives_way<A: Copy>(
     entry: &Flow<A>,
-    embryonic: bool,
+    is_embryonic: bool,
     protocol_number: u8,
     record: Record,
     now: u32,
@@ -97,14 +98,14 @@ pub fn gives_way<A: Copy>(
     if protocol_number == protocol::UDP {
         return idle > UDP_IDLE_TICKS;
     }
-    let unproven = embryonic && entry.state & state::ESTABLISHED == 0;
-    if unproven {
-        // Refused by the endpoint, or a guess: that gives way to what a client itself says in the
-        // middle of a connection.
+    let is_unproven = is_embryonic && entry.state & state::ESTABLISHED == 0;
+    if is_unproven {
+        // The endpoint has refused it; or it is a guess, which gives way to what the client itself
+        // says in the middle of a connection.
         entry.state & state::RESET_REPLY != 0
             || entry.state & state::GUESS != 0 && record == Record::Establish
             || idle > UNPROVEN_TICKS
-    } else if embryonic {
+    } else if is_embryonic {
         idle > CLOSING_TICKS
     } else if entry.state & state::CLOSING != 0 {
         idle > HALF_CLOSED_TICKS
@@ -113,7 +114,7 @@ pub fn gives_way<A: Copy>(
     }
 }
 
-/// Whether two entries make the same packets.
+/// Reports whether two entries produce the same packets.
 #[inline(always)]
 pub fn leads_to<A: Copy + Eq>(one: &Flow<A>, other: &Flow<A>) -> bool {
     one.source == other.source
@@ -122,8 +123,8 @@ pub fn leads_to<A: Copy + Eq>(one: &Flow<A>, other: &Flow<A>) -> bool {
         && one.destination_port == other.destination_port
 }
 
-/// Whether an entry was used as lately as a flow, or within the tick before. Ticks wrap, and
-/// another CPU's may be ahead.
+/// Reports whether an entry was used as recently as a flow, or within the tick before. Ticks wrap,
+/// and another CPU's may be ahead.
 #[inline(always)]
 pub fn is_as_fresh<A: Copy>(entry: &Flow<A>, flow: &Flow<A>) -> bool {
     flow.seen.wrapping_sub(entry.seen).cast_signed() <= 1

@@ -1,12 +1,13 @@
-//! Datagrams in fragments: the first one tells the ports, the others are found by what all of them
-//! have in common.
+//! Fragmented datagrams. Only the first fragment has the ports; the others are matched by what all
+//! fragments of a datagram have in common.
 //!
-//! The adapter notes what the first fragment tells, once it is decided about. The others follow the
-//! datagram's flow and change nothing of it. One that comes before the first is *held*: it is sent
-//! out of our own device, labelled with where it was met, and the agent listens there. When the
-//! first fragment has been seen, or after a while, the agent sends it back to where it was met, by
-//! our own device again. Where no agent runs, none is held: at an address of the node it may be
-//! anybody's, an overlay's outer packet for one, which must not depend on us.
+//! The adapter notes the ports of a first fragment once it is decided about. Later fragments follow
+//! the datagram's flow and change nothing of it. A fragment that arrives before the first is
+//! *held*: it is sent out of our own device, labelled with where it came from, and the agent
+//! listens there. When the first fragment has been seen, or after a while, the agent sends it back,
+//! by our own device again, to where it came from. While no agent runs, nothing is held: at an
+//! address of the node a fragment may be anybody's, such as an overlay's outer packet, which must
+//! not depend on us.
 
 use crate::abi::{Datagram, DatagramPorts, Ticks, Tuple, side};
 use crate::family::Family;
@@ -17,18 +18,19 @@ use crate::reason::Reason;
 use crate::tables::Tables;
 
 use super::entry::entry_of;
-use super::known::{is_answer, reason_along, verdict_along};
-use super::met::is_unassigned;
-use super::{Decision, Verdict, met};
+use super::facts::is_unassigned;
+use super::known::{is_answer, reason_of_entry, verdict_of_entry};
+use super::{Decision, Hook, Verdict, facts};
 
-/// After so many ticks what a first fragment has told no longer counts: Linux gives a datagram 30 s
-/// to be complete, but at a high rate IPv4's 65 536 identifications come round much earlier.
+/// The number of ticks for which a first fragment's ports are valid. Linux gives a datagram 30 s to
+/// complete, but at a high rate IPv4's 65 536 identifications wrap much sooner.
 pub const DATAGRAM_TICKS: u32 = 14;
 
-/// The datagram that a fragment belongs to; the same for each of its fragments.
+/// Returns the key of the datagram that a fragment belongs to. It is the same for all of its
+/// fragments.
 #[inline(always)]
 pub fn key<F: Family>(headers: &Headers<F>) -> Datagram<F::Address> {
-    // Not the tuple's: in an ICMP error that is the quoted packet's.
+    // Not the tuple's addresses: in an ICMP error those are the quoted packet's.
     let [source, destination] = headers.outer;
     Datagram {
         source,
@@ -39,15 +41,15 @@ pub fn key<F: Family>(headers: &Headers<F>) -> Datagram<F::Address> {
     }
 }
 
-/// What the others of a first fragment's datagram need to know; no ports where they are not to be
-/// translated either.
+/// Returns what the later fragments of a datagram need to know. The ports are zero if those are not
+/// to be translated either.
 #[inline(always)]
-pub fn told<F: Family>(headers: &Headers<F>, decision: &Decision<F>, now: Ticks) -> DatagramPorts {
+pub fn ports<F: Family>(headers: &Headers<F>, decision: &Decision<F>, now: Ticks) -> DatagramPorts {
     let is_rewritten = match decision.verdict {
         Verdict::Translate
         | Verdict::Around
-        | Verdict::TurnBack
-        | Verdict::HandIn
+        | Verdict::Bounce
+        | Verdict::Inject
         | Verdict::Route => true,
         Verdict::Pass | Verdict::Reset | Verdict::Unreachable | Verdict::Drop | Verdict::Hold => {
             false
@@ -60,20 +62,19 @@ pub fn told<F: Family>(headers: &Headers<F>, decision: &Decision<F>, now: Ticks)
     DatagramPorts { source_port, destination_port, seen: now }
 }
 
-/// Whether what a first fragment has told is of the datagram that is under way now.
+/// Reports whether a first fragment's ports are those of the datagram that is under way now.
 #[inline(always)]
-pub fn is_fresh(told: &DatagramPorts, now: Ticks) -> bool {
-    now.wrapping_sub(told.seen) <= DATAGRAM_TICKS
+pub fn is_fresh(ports: &DatagramPorts, now: Ticks) -> bool {
+    now.wrapping_sub(ports.seen) <= DATAGRAM_TICKS
 }
 
-/// The agent says this often that it keeps fragments: after so many ticks without it none is sent
-/// to it.
-pub const KEEPER_TICKS: u32 = 4;
+/// The number of ticks after the agent's last heartbeat for which fragments are still held.
+pub const HEARTBEAT_TICKS: u32 = 4;
 
-/// The key under which the agent says that it keeps fragments: no datagram has it, since none of
-/// its protocols is 0.
+/// Returns the key under which the agent writes its heartbeat while it holds fragments. No datagram
+/// has this key, since none has protocol 0.
 #[inline(always)]
-pub fn keeper<A: Copy + Default>() -> Datagram<A> {
+pub fn heartbeat_key<A: Copy + Default>() -> Datagram<A> {
     Datagram {
         source: A::default(),
         destination: A::default(),
@@ -83,44 +84,44 @@ pub fn keeper<A: Copy + Default>() -> Datagram<A> {
     }
 }
 
-/// Whether somebody keeps fragments, by what was last said under [`keeper`].
+/// Reports whether the agent holds fragments, going by its last heartbeat.
 #[inline(always)]
-pub fn is_kept(said: Option<&DatagramPorts>, now: Ticks) -> bool {
-    matches!(said, Some(said) if now.wrapping_sub(said.seen) <= KEEPER_TICKS)
+pub fn is_agent_holding(heartbeat: Option<&DatagramPorts>, now: Ticks) -> bool {
+    matches!(heartbeat, Some(last) if now.wrapping_sub(last.seen) <= HEARTBEAT_TICKS)
 }
 
-/// Whether the protocol is one of those whose ports we translate: fragments of others are none of
-/// ours.
+/// Reports whether the protocol is one whose ports are translated; fragments of others are left
+/// alone.
 #[inline(always)]
 pub fn is_transport(protocol: u8) -> bool {
     matches!(protocol, protocol::TCP | protocol::UDP | protocol::SCTP)
 }
 
-/// Bytes of an IP packet that can be held: what goes back through our own device, whose MTU is the
-/// usual one.
+/// Largest IP packet that can be held, in bytes: it returns through our own device, whose MTU is
+/// the usual one.
 pub const HELD_LENGTH_MAX: u32 = 1_500;
-/// Ethertype of a held frame's label: one for local experiments.
+/// Ethertype of a held frame's label, from those for local experiments.
 pub const LABEL_ETHERTYPE: u16 = 0x88b5;
-/// Priority of packets on our own device that are held, or go back to where they were met.
+/// Priority of packets on our own device that are held, or on their way back.
 pub const HELD_PRIORITY: u32 = 0x5c1c_e0f7;
 
 /// Bits of [`Label::flags`].
 pub mod label {
-    /// The fragment was met at tc egress.
+    /// The fragment was at tc egress.
     pub const EGRESS: u8 = 1;
     /// The device has no link header.
-    pub const BARE: u8 = 2;
+    pub const L3: u8 = 2;
 }
 
-/// What a held frame begins with: an Ethernet header that tells where the frame behind it was met.
+/// The start of a held frame: an Ethernet header that says where the frame behind it came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Label {
-    /// 2: a local address, to whom it may look like one.
+    /// 2, which marks a locally administered address for anybody who takes this for one.
     pub local: u8,
     /// Bits of [`label`].
     pub flags: u8,
-    /// The device, in network order.
+    /// The device's index, in network order.
     pub ifindex: [u8; 4],
     /// Zero.
     pub source: [u8; 6],
@@ -133,42 +134,41 @@ const _: () = assert!(size_of::<Label>() == 14 && align_of::<Label>() == 1);
 unsafe impl Wire for Label {}
 
 impl Label {
-    /// The label of a packet that was met on a device.
+    /// Returns the label of a packet that was seen on a device.
     #[inline(always)]
     pub fn new(ifindex: u32, flags: u8) -> Self {
         let ethertype = LABEL_ETHERTYPE.to_be_bytes();
         Self { local: 2, flags, ifindex: ifindex.to_be_bytes(), source: [0; 6], ethertype }
     }
 
-    /// The mark that sends a packet back to where it was met; never zero.
+    /// Returns the firewall mark that sends a packet back to where it came from. It is never zero.
     #[inline(always)]
     pub fn mark(&self) -> u32 {
         u32::from_be_bytes(self.ifindex) << 1 | u32::from(self.flags & label::EGRESS)
     }
 }
 
-/// The device of a [mark](Label::mark), and whether it is to leave there.
+/// Returns the device in a [mark](Label::mark), and whether the packet has to leave there.
 #[inline(always)]
-pub fn met_at(mark: u32) -> (u32, bool) {
+pub fn place_of_mark(mark: u32) -> (u32, bool) {
     (mark >> 1, mark & 1 != 0)
 }
 
-/// A fragment behind its datagram's first one: goes the first one's way. It has no flags, opens
-/// nothing and changes nothing.
+/// Makes a later fragment follow its datagram's first one. It has no flags, opens nothing and
+/// changes nothing.
 #[inline(always)]
 pub(super) fn follow_first<F: Family, T: Tables<F>>(
-    egress: bool,
-    leaves: bool,
-    to_address: bool,
+    hook: Hook,
     headers: &Headers<F>,
     tables: &T,
     decision: &mut Decision<F>,
 ) {
-    let told = match tables.datagram(&key(headers)) {
-        Some(told) if is_fresh(told, tables.now()) => told,
+    let to_address = decision.facts & facts::TO_ADDRESS != 0;
+    let ports = match tables.datagram(&key(headers)) {
+        Some(ports) if is_fresh(ports, tables.now()) => ports,
         _ => {
             if headers.length <= HELD_LENGTH_MAX
-                && is_kept(tables.datagram(&keeper()), tables.now())
+                && is_agent_holding(tables.datagram(&heartbeat_key()), tables.now())
                 && matches!(tables.settings(), Some(settings) if settings.own_device != 0)
             {
                 decision.set(Verdict::Hold, Reason::FragmentHeld);
@@ -178,10 +178,10 @@ pub(super) fn follow_first<F: Family, T: Tables<F>>(
             return;
         }
     };
-    decision.key.source_port = told.source_port;
-    decision.key.destination_port = told.destination_port;
+    decision.key.source_port = ports.source_port;
+    decision.key.destination_port = ports.destination_port;
     let mut found = None;
-    if leaves {
+    if decision.facts & facts::FAR_SIDE != 0 {
         decision.key.side = side::FAR;
         found = entry_of(&decision.key, tables);
         decision.key.side = side::NEAR;
@@ -190,14 +190,14 @@ pub(super) fn follow_first<F: Family, T: Tables<F>>(
         found = entry_of(&decision.key, tables);
     }
     if let Some((entry, _)) = found {
-        let verdict = verdict_along(entry.flags, egress);
+        let verdict = verdict_of_entry(entry, hook);
         if verdict != Verdict::Pass {
             decision.flow = *entry;
-            decision.set(verdict, reason_along(entry.flags));
-        } else if decision.met & met::ACCELERATED != 0 && is_answer(entry.flags) {
+            decision.set(verdict, reason_of_entry(entry));
+        } else if decision.facts & facts::ACCELERATED != 0 && is_answer(entry) {
             decision.verdict = Verdict::Around;
         }
-    } else if egress && is_unassigned(headers, tables) {
+    } else if hook.is_egress() && is_unassigned(headers, tables) {
         decision.set(Verdict::Drop, Reason::UnassignedAddress);
     } else if to_address {
         decision.reason = Reason::Fragment;

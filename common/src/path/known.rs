@@ -1,4 +1,4 @@
-//! A packet that has a flow entry.
+//! Packets that have a flow entry.
 
 use crate::abi::{Flow, Ticks, Tuple, flow, state};
 use crate::family::Family;
@@ -9,27 +9,28 @@ use crate::tables::Tables;
 
 use super::entry::{RENEW_TICKS, UDP_IDLE_TICKS, entry_of_packet};
 use super::open::is_opening;
-use super::{Decision, Record, Verdict, met, select};
+use super::{Decision, Hook, Record, Verdict, facts, select};
 
-/// A client that opens anew leaves an endpoint that no longer serves and was not heard for this
-/// many ticks...
+/// A client that opens a new connection leaves an endpoint that no longer serves and that has not
+/// been heard from for this many ticks...
 pub const SILENT_TICKS: u32 = 28;
-/// ...if the client went on for this many without it: a SYN that breaks a common silence may be
+/// ...if the client kept trying for this many ticks. A SYN that breaks a common silence may be
 /// forged, and a live endpoint answers it.
 pub const VAIN_TICKS: u32 = 12;
-/// A UDP flow is more than a question and its answers when it still goes on after this many ticks.
+/// A UDP flow that continues after this many ticks is more than a question and its answers.
 pub const STREAM_TICKS: u32 = 2;
 
-/// Whether an entry is that of an endpoint's packet which passes ingress as it is, and is
-/// translated where it leaves.
+/// Reports whether an entry is for an endpoint's packets that pass ingress unchanged because they
+/// are translated where they leave.
 #[inline(always)]
-pub(super) fn is_answer(flags: u8) -> bool {
-    flags & (flow::REPLY | flow::HOST | flow::HAIRPIN | flow::DIRECT | flow::SOURCE) == flow::REPLY
+pub(super) fn is_answer<A: Copy>(entry: &Flow<A>) -> bool {
+    entry.flags & (flow::REPLY | flow::HOST | flow::HAIRPIN | flow::DIRECT | flow::SOURCE)
+        == flow::REPLY
 }
 
-/// What the entry of the replies tells about a packet that leaves towards an endpoint: its flags
-/// that say how the packet was translated as it came in; 0: it was not. It is asked first, since
-/// most clients keep their address, and then nothing else is to be asked.
+/// Returns flags of the entry for the replies to a packet that leaves towards an endpoint. They say
+/// how the packet was translated on its way in; 0 means that it was not. This lookup comes first
+/// because most clients keep their address, and then no other is needed.
 #[inline(always)]
 pub(super) fn flags_of_reply<F: Family, T: Tables<F>>(key: &Tuple<F::Address>, tables: &T) -> u8 {
     match entry_of_packet(&key.reversed(), tables) {
@@ -41,55 +42,55 @@ pub(super) fn flags_of_reply<F: Family, T: Tables<F>>(key: &Tuple<F::Address>, t
     }
 }
 
-/// What an entry means at a hook: it counts where its direction is translated, elsewhere the packet
-/// passes as it is.
+/// Returns what an entry means at a hook. It applies where its direction is translated; elsewhere
+/// the packet passes unchanged.
 #[inline(always)]
-pub(super) fn verdict_along(flags: u8, egress: bool) -> Verdict {
-    let reply = flags & flow::REPLY != 0;
-    let host = flags & flow::HOST != 0;
-    if flags & flow::HAIRPIN != 0 {
-        match (host, egress) {
-            (true, true) => Verdict::HandIn,
-            (false, false) => Verdict::TurnBack,
+pub(super) fn verdict_of_entry<A: Copy>(entry: &Flow<A>, hook: Hook) -> Verdict {
+    let is_egress = hook.is_egress();
+    let is_reply = entry.is_reply();
+    let is_of_host = entry.is_of_host();
+    if entry.is_hairpin() {
+        match (is_of_host, is_egress) {
+            (true, true) => Verdict::Inject,
+            (false, false) => Verdict::Bounce,
             (true, false) | (false, true) => Verdict::Pass,
         }
-    } else if flags & flow::SOURCE != 0 {
-        // The client's side: turned round.
-        if reply == egress { Verdict::Pass } else { Verdict::Translate }
-    } else if reply {
-        match (host, egress) {
-            (true, false) => Verdict::HandIn,
-            (false, true) if flags & flow::AWAY != 0 => Verdict::Route,
+    } else if entry.translates_source() {
+        // The client's side: the other way round.
+        if is_reply == is_egress { Verdict::Pass } else { Verdict::Translate }
+    } else if is_reply {
+        match (is_of_host, is_egress) {
+            (true, false) => Verdict::Inject,
+            (false, true) if entry.returns_elsewhere() => Verdict::Route,
             (false, true) => Verdict::Translate,
             (true, true) | (false, false) => Verdict::Pass,
         }
-    } else if !egress {
+    } else if !is_egress {
         Verdict::Translate
-    } else if flags & flow::DIRECT != 0 {
-        // It counts where the client's packet comes in: what leaves with its tuple is the other
-        // flow's.
+    } else if entry.is_direct() {
+        // It applies where the client's packet comes in: what leaves with its tuple belongs to the
+        // other flow.
         Verdict::Pass
     } else {
         Verdict::Route
     }
 }
 
-/// A packet that has a flow entry. False: the entry no longer counts, a backend is to be selected
-/// anew.
+/// Makes a packet follow its flow entry. Returns false if the entry no longer applies and a new
+/// backend has to be selected.
 #[inline(always)]
 pub(super) fn follow_entry<F: Family, T: Tables<F>>(
-    egress: bool,
+    hook: Hook,
     headers: &Headers<F>,
     entry: &Flow<F::Address>,
-    embryonic: bool,
+    is_embryonic: bool,
     tables: &T,
     decision: &mut Decision<F>,
 ) -> bool {
-    let flags = entry.flags;
-    let reply = flags & flow::REPLY != 0;
-    let verdict = verdict_along(flags, egress);
+    let is_reply = entry.is_reply();
+    let verdict = verdict_of_entry(entry, hook);
     if verdict == Verdict::Pass {
-        if decision.met & met::ACCELERATED != 0 && is_answer(flags) {
+        if decision.facts & facts::ACCELERATED != 0 && is_answer(entry) {
             decision.verdict = Verdict::Around;
         }
         return true;
@@ -98,37 +99,37 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
         decision.flow = *entry;
         decision.set(
             verdict,
-            if flags & flow::SOURCE == 0 { Reason::IcmpError } else { Reason::Stranger },
+            if entry.translates_source() { Reason::Stranger } else { Reason::IcmpError },
         );
         return true;
     }
     let now = tables.now();
     let is_udp = headers.tuple.protocol == protocol::UDP;
     let state = if is_udp {
-        if !reply && !serves(entry, tables)
-            || flags & (flow::SOURCE | flow::DIRECT) == flow::SOURCE | flow::DIRECT
+        if !is_reply && !serves(entry, tables)
+            || entry.flags & (flow::SOURCE | flow::DIRECT) == flow::SOURCE | flow::DIRECT
                 && now.wrapping_sub(entry.seen) > UDP_IDLE_TICKS
         {
             return false;
         }
-        if reply { entry.state | state::ESTABLISHED } else { entry.state }
-    } else if reply {
+        if is_reply { entry.state | state::ESTABLISHED } else { entry.state }
+    } else if is_reply {
         if entry.state & (state::GUESS | state::MATCHED) == state::GUESS
             && (headers.tcp_flags & tcp::ACK == 0 || headers.acknowledgment != entry.replied)
         {
-            // A connection that knows nothing of the guess.
+            // A connection that has nothing to do with the guess.
             return true;
         }
-        said_by_endpoint(entry.state, headers)
+        state_after_endpoint(entry.state, headers)
     } else {
         if entry.state & (state::GUESS | state::MATCHED) == state::GUESS
             || is_opening(headers.tcp_flags)
                 && (state::has_ended(entry.state)
-                    || (embryonic || has_gone_silent(entry, now)) && !serves(entry, tables))
+                    || (is_embryonic || has_gone_silent(entry, now)) && !serves(entry, tables))
         {
             return false;
         }
-        said_by_client(entry, headers)
+        state_after_client(entry, headers)
     };
     let proves = if is_udp {
         entry.state & state::ESTABLISHED != 0 && now.wrapping_sub(entry.seen) >= STREAM_TICKS
@@ -139,45 +140,45 @@ pub(super) fn follow_entry<F: Family, T: Tables<F>>(
     decision.flow = *entry;
     decision.flow.state = state;
     decision.flow.seen = now;
-    decision.takes_back = entry.state & !state != 0;
-    let renewed = if reply && !embryonic { entry.replied } else { entry.seen };
+    decision.clears_state = entry.state & !state != 0;
+    let renewed = if is_reply && !is_embryonic { entry.replied } else { entry.seen };
     if state & state::ANSWERED != 0 {
-        if reply && headers.tcp_flags & tcp::SYN != 0 {
+        if is_reply && headers.tcp_flags & tcp::SYN != 0 {
             decision.flow.replied = headers.sequence.wrapping_add(1);
         }
     } else if state & state::GUESS == 0 {
-        if reply || entry.state & state::ANSWERED != 0 {
+        if is_reply || entry.state & state::ANSWERED != 0 {
             decision.flow.replied = now;
         } else if entry.state & state::GUESS != 0 {
-            // It was a number to be acknowledged.
+            // It held the number to be acknowledged.
             decision.flow.replied = 0;
         }
     }
     let is_numbered_anew = state & state::ANSWERED != 0 && decision.flow.replied != entry.replied;
-    decision.record = if embryonic && proves {
+    decision.record = if is_embryonic && proves {
         Record::Promote
-    } else if !embryonic && state::has_ended(state) {
+    } else if !is_embryonic && state::has_ended(state) {
         Record::Demote
     } else if state == entry.state && now.wrapping_sub(renewed) < RENEW_TICKS && !is_numbered_anew {
         Record::Nothing
-    } else if embryonic {
+    } else if is_embryonic {
         Record::RenewEmbryonic
     } else {
         Record::Renew
     };
-    if state & !entry.state & state::ESTABLISHED != 0 && flags & flow::SOURCE == 0 {
-        select::proven(decision, tables);
+    if state & !entry.state & state::ESTABLISHED != 0 && !entry.translates_source() {
+        select::set_affinity(decision, tables);
     }
-    // Who knows the endpoint's number needs no other proof of who it is.
-    let is_known = !reply && state & !entry.state & state::ESTABLISHED != 0;
-    decision.asks_source = !is_known
+    // A client that knows the endpoint's number needs no other proof of its identity.
+    let is_known = !is_reply && state & !entry.state & state::ESTABLISHED != 0;
+    decision.depends_on_source = !is_known
         && (state != entry.state || is_numbered_anew || decision.record == Record::Promote);
-    decision.set(verdict, reason_along(flags));
+    decision.set(verdict, reason_of_entry(entry));
     true
 }
 
-/// Whether the endpoint of a flow has not been heard for long, and the client has tried since. To a
-/// reset it says nothing.
+/// Reports whether the endpoint of a flow has not been heard from for long although the client has
+/// tried since. An endpoint does not answer a reset.
 #[inline(always)]
 fn has_gone_silent<A: Copy>(entry: &Flow<A>, now: Ticks) -> bool {
     entry.state & state::RESET_FORWARD == 0
@@ -186,9 +187,9 @@ fn has_gone_silent<A: Copy>(entry: &Flow<A>, now: Ticks) -> bool {
         && entry.seen.wrapping_sub(entry.replied).cast_signed() >= VAIN_TICKS.cast_signed()
 }
 
-/// The state of a flow after a segment of its endpoint.
+/// Returns the state of a flow after a segment of its endpoint.
 #[inline(always)]
-fn said_by_endpoint<F: Family>(before: u8, headers: &Headers<F>) -> u8 {
+fn state_after_endpoint<F: Family>(before: u8, headers: &Headers<F>) -> u8 {
     let tcp_flags = headers.tcp_flags;
     if tcp_flags & tcp::RST != 0 {
         return before | state::RESET_REPLY;
@@ -197,7 +198,8 @@ fn said_by_endpoint<F: Family>(before: u8, headers: &Headers<F>) -> u8 {
         return before | state::MATCHED;
     }
     if tcp_flags & tcp::SYN != 0 && !state::has_ended(before) {
-        // It has accepted a new connection of the same client, who will acknowledge that.
+        // The endpoint has accepted a new connection of the same client, which will acknowledge
+        // that.
         let is_numbered =
             headers.tuple.protocol == protocol::TCP && before & state::ESTABLISHED == 0;
         return before & !state::CLOSING | if is_numbered { state::ANSWERED } else { 0 };
@@ -206,13 +208,13 @@ fn said_by_endpoint<F: Family>(before: u8, headers: &Headers<F>) -> u8 {
     if tcp_flags & tcp::SYN != 0 || state::has_ended(before & !state::RESET_REPLY) {
         return before | fin;
     }
-    // It goes on: a reset, the client's or one in the endpoint's name, was none.
+    // The connection goes on, so a reset by the client, or in the endpoint's name, had no effect.
     before & !(state::RESET | state::ANSWERED) | state::ESTABLISHED | fin
 }
 
-/// The state of a flow after a segment of its client, which anybody can forge.
+/// Returns the state of a flow after a segment of its client, which anybody can forge.
 #[inline(always)]
-fn said_by_client<F: Family>(entry: &Flow<F::Address>, headers: &Headers<F>) -> u8 {
+fn state_after_client<F: Family>(entry: &Flow<F::Address>, headers: &Headers<F>) -> u8 {
     let (before, tcp_flags) = (entry.state, headers.tcp_flags);
     if tcp_flags & tcp::RST != 0 {
         return before | state::RESET_FORWARD;
@@ -222,31 +224,33 @@ fn said_by_client<F: Family>(entry: &Flow<F::Address>, headers: &Headers<F>) -> 
         && tcp_flags & (tcp::SYN | tcp::ACK) == tcp::ACK
         && headers.acknowledgment == entry.replied
     {
-        // It has seen what the endpoint answered: proof, even if neither ever says more.
+        // The client has seen the endpoint's answer. That is proof, even if neither side sends
+        // anything more.
         return before & !state::ANSWERED | state::ESTABLISHED | fin;
     }
-    // Who opens anew after a reset waits for an answer: the endpoint's silence counts from then on.
+    // A client that opens a new connection after a reset waits for an answer: the endpoint's
+    // silence counts from then on.
     let reset = if is_opening(tcp_flags) { state::RESET_FORWARD } else { 0 };
     // The client knows the connection: a guess that the endpoint has confirmed was right.
     before & !(state::GUESS | state::MATCHED | reset) | fin
 }
 
-/// Why a packet along an entry is translated. What happens on the client's side is counted on the
-/// backend's.
+/// Returns why a packet that follows an entry is translated. What happens at the client's side is
+/// counted at the backend's.
 #[inline(always)]
-pub(super) fn reason_along(flags: u8) -> Reason {
-    if flags & flow::SOURCE != 0 {
+pub(super) fn reason_of_entry<A: Copy>(entry: &Flow<A>) -> Reason {
+    if entry.translates_source() {
         Reason::Stranger
-    } else if flags & flow::DIRECT != 0 {
+    } else if entry.is_direct() {
         Reason::DirectRemapped
-    } else if flags & flow::REPLY != 0 {
+    } else if entry.is_reply() {
         Reason::Reply
     } else {
         Reason::Forward
     }
 }
 
-/// Whether the backend of a flow still takes traffic.
+/// Reports whether the backend of a flow still takes traffic.
 #[inline(always)]
 pub(super) fn serves<F: Family, T: Tables<F>>(flow: &Flow<F::Address>, tables: &T) -> bool {
     if flow.flags & (flow::DIRECT | flow::SOURCE) != 0 {

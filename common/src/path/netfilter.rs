@@ -1,4 +1,4 @@
-//! What is left to netfilter while Sluice takes over from it, or hands back.
+//! Packets that are left to netfilter while Sluice takes over from it, or hands back.
 
 use crate::abi::{Tuple, imported, phase};
 use crate::family::Family;
@@ -10,37 +10,34 @@ use crate::tables::Tables;
 use super::entry::entry_of;
 use super::open::is_opening;
 
-/// Whether the entry of a tuple only [notes](super::open::leaves_as_node) that something other than
-/// a client of ours has it.
+/// Reports whether the entry of a tuple only [notes](super::open::opens_far_pair) that something
+/// other than a client of ours has it.
 #[inline(always)]
 fn is_noted<F: Family, T: Tables<F>>(tuple: &Tuple<F::Address>, tables: &T) -> bool {
     matches!(entry_of(tuple, tables), Some((entry, _)) if entry.translates_source())
 }
 
-/// Why a packet to a frontend that no entry is for is left to netfilter; [`None`]: it is not. A
-/// tuple that was ours (its flow has ended, or its backend is gone) stays ours: the entry would
-/// meet the next packet.
+/// Returns why a packet to a frontend without a flow is left to netfilter during a takeover, or
+/// `None` if it is ours. A tuple that was ours (its flow has ended, or its backend is gone) stays
+/// ours, because its entry would apply to the next packet.
 #[inline(always)]
 pub(super) fn left_to_netfilter<F: Family, T: Tables<F>>(
     was_ours: bool,
     headers: &Headers<F>,
     tables: &T,
 ) -> Option<Reason> {
-    let now = match tables.settings() {
-        Some(settings) => settings.phase,
-        None => return None,
-    };
-    if now == phase::SERVE || was_ours && !is_noted(&headers.tuple, tables) {
+    let settings = tables.settings()?;
+    if settings.phase == phase::SERVE || was_ours && !is_noted(&headers.tuple, tables) {
         return None;
     }
     let opens = headers.tuple.protocol != protocol::UDP && is_opening(headers.tcp_flags);
-    if now & phase::IMPORTED != 0
+    if settings.has_imported()
         && let Some(bits) = tables.imported(&headers.tuple)
         && !(opens && bits & imported::CLOSING != 0)
     {
         return Some(Reason::NetfilterFlow);
     }
-    match now & phase::MASK {
+    match settings.phase & phase::MASK {
         phase::SERVE => None,
         phase::IMPORT if opens => None,
         _ => Some(Reason::NotTaken),

@@ -1,6 +1,6 @@
-//! A packet that opens a flow: its backend, and as whom the backend sees its client.
+//! Packets that open a flow: selects the backend, and the source address that the backend sees.
 
-use crate::abi::{Class, backend, flow, frontend, listing, phase, side, state};
+use crate::abi::{Backend, Class, ServicePort, flow, frontend, listing, phase, side, state};
 use crate::family::Family;
 use crate::packet::header::{protocol, tcp};
 use crate::packet::parse::Headers;
@@ -8,19 +8,20 @@ use crate::reason::Reason;
 use crate::tables::Tables;
 
 use super::entry::entry_of;
-use super::policy::{self, Source};
+use super::policy::{self, Client, Source};
 use super::ports::{allocate, is_given};
-use super::{Decision, Hook, Record, Step, Verdict, accelerate, met, select};
+use super::{Decision, Hook, Record, Step, Verdict, accelerate, facts, select};
 
-/// Whether a packet opens a flow. At an address of the node, whose stack and netfilter have
-/// connections of their own there, nothing else is taken for a client's.
+/// Reports whether a packet opens a flow. At an address of the node, where the stack and netfilter
+/// have connections of their own, no other packet is taken for a client's.
 #[inline(always)]
 pub(super) fn opens<F: Family>(headers: &Headers<F>) -> bool {
     headers.tuple.protocol == protocol::UDP || is_opening(headers.tcp_flags)
 }
 
-/// Whether a datagram leaves from a port that is a node port: its answer would look like a client's
-/// question. Beside netfilter's node ports it is an answer itself.
+/// Reports whether a datagram leaves from a port that is a node port, so that its answer would look
+/// like a client's request. As long as netfilter serves node ports too, the datagram may itself be
+/// an answer.
 #[inline(always)]
 pub(super) fn asks_from_node_port<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
@@ -31,15 +32,15 @@ pub(super) fn asks_from_node_port<F: Family, T: Tables<F>>(
         && matches!(tables.settings(), Some(settings) if settings.phase == phase::SERVE)
 }
 
-/// A packet without an entry that leaves for a backend: decides whether its source is to change, or
-/// is to be kept from it.
+/// Decides, for a packet without an entry that leaves for a backend, whether to open the far pair,
+/// which changes its source or protects it from change. Returns false if no pair is to be opened.
 ///
 /// A client of a [masqueraded](crate::abi::flow::MASQUERADED) flow is shown as an address of the
-/// node. What leaves with such an address already is this host's own or netfilter's: an entry that
-/// changes nothing keeps its tuple from our clients, and its answer from being taken for a
-/// client's; where one of our clients has the tuple, its port changes.
+/// node. A packet that already leaves with such an address is this host's own or netfilter's. An
+/// entry that changes nothing reserves its tuple against our clients, and keeps its answer from
+/// being taken for a client's. If one of our clients has the tuple, the packet's port changes.
 #[inline(always)]
-pub(super) fn leaves_as_node<F: Family, T: Tables<F>>(
+pub(super) fn opens_far_pair<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
     tables: &T,
     decision: &mut Decision<F>,
@@ -58,8 +59,8 @@ pub(super) fn leaves_as_node<F: Family, T: Tables<F>>(
             decision.step = Step::Select;
             return true;
         }
-        // Of a flow of this host's own, or a reply, translated before; or a clash in the middle of
-        // a connection, whose port cannot change.
+        // It belongs to a flow of this host's own, or is a reply, translated before; or it clashes
+        // in the middle of a connection, whose port cannot change.
         if first.is_of_host() || first.flags & (flow::REPLY | flow::SOURCE) == 0 || !opens(headers)
         {
             return false;
@@ -77,7 +78,8 @@ pub(super) fn leaves_as_node<F: Family, T: Tables<F>>(
     true
 }
 
-/// The second step, for the first packet of a flow: a backend, the client's source, a source port.
+/// Takes the second step, for the first packet of a flow: selects a backend, the client's source
+/// and a source port.
 #[inline(always)]
 pub fn open_into<F: Family, T: Tables<F>>(
     hook: Hook,
@@ -85,38 +87,39 @@ pub fn open_into<F: Family, T: Tables<F>>(
     tables: &T,
     decision: &mut Decision<F>,
 ) {
-    if decision.step != Step::Claim {
-        open(hook == Hook::Egress, headers, tables, decision);
+    if decision.step != Step::AllocatePort {
+        open(hook, headers, tables, decision);
     }
-    if decision.step == Step::Claim {
+    if decision.step == Step::AllocatePort {
         allocate(tables, decision);
     }
     accelerate(decision);
 }
 
-/// Whether a segment opens a connection.
+/// Reports whether a segment opens a connection.
 #[inline(always)]
 pub(super) fn is_opening(tcp_flags: u8) -> bool {
     tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
 }
 
-/// The first packet of a flow, or one whose entry was lost.
+/// Opens a flow for its first packet, or for one whose entry was lost.
 #[inline(always)]
 pub(super) fn open<F: Family, T: Tables<F>>(
-    egress: bool,
+    hook: Hook,
     headers: &Headers<F>,
     tables: &T,
     decision: &mut Decision<F>,
 ) {
     if decision.flow.translates_source() {
-        open_source(tables, decision);
+        open_far_pair(tables, decision);
         return;
     }
     let key = &headers.tuple;
+    let is_egress = hook.is_egress();
     let service_port = decision.flow.service_port;
     decision.step = Step::Done;
     let Some(port) = tables.port(service_port) else { return };
-    let is_local = egress || policy::is_local_pod(&key.source, tables);
+    let is_local = is_egress || policy::is_local_pod(&key.source, tables);
     let class = policy::class(decision.kind, is_local);
     if decision.kind == frontend::LOAD_BALANCER
         && port.restricts_sources()
@@ -130,7 +133,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         if range.drops() {
             decision.set(Verdict::Drop, Reason::NoLocalBackend);
         } else {
-            reject(headers, Reason::NoBackendReset, Reason::NoBackendUnreachable, decision);
+            reject(headers, Cause::NoBackend, decision);
         }
         return;
     }
@@ -143,34 +146,34 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         &mut decision.round,
         tables,
     ) else {
-        reject(headers, Reason::NoBackendReset, Reason::NoBackendUnreachable, decision);
+        reject(headers, Cause::NoBackend, decision);
         return;
     };
-    let hairpin = backend.address == key.source || egress && backend.is_host();
+    let is_hairpin = backend.address == key.source || is_egress && backend.is_host();
     decision.flow.source = key.source;
     decision.flow.destination = backend.address;
     decision.flow.destination_port = backend.port;
     decision.flow.backend = id;
     decision.flow.generation = backend.generation;
     decision.flow.seen = tables.now();
-    decision.flow.flags = if egress { flow::HOST } else { 0 }
-        | if hairpin { flow::HAIRPIN } else { 0 }
+    decision.flow.flags = if is_egress { flow::HOST } else { 0 }
+        | if is_hairpin { flow::HAIRPIN } else { 0 }
         | if backend.is_local() { flow::LOCAL } else { 0 };
-    if hairpin {
-        // Its client is shown to itself as the VIP, so that its answers come back here. A VIP of
-        // this host's own would be answered from itself by a socket that names no source: there
-        // client and server have the backend's address.
-        decision.flow.source = if egress && policy::is_loopback_device::<F, T>(tables) {
+    if is_hairpin {
+        // The client sees itself as the VIP, so that its answers come back here. A VIP that is an
+        // address of this host would be answered from that address by a socket that names no
+        // source: there, client and server both have the backend's address.
+        decision.flow.source = if is_egress && policy::is_loopback_device::<F, T>(tables) {
             backend.address
         } else {
             key.destination
         };
-    } else if !keeps_source(egress, is_local, class, port.flags, backend.flags, tables, decision) {
+    } else if !keeps_source(hook, is_local, class, port, backend, tables, decision) {
         return;
     }
-    let verdict = match (hairpin, egress) {
-        (true, true) => Verdict::HandIn,
-        (true, false) => Verdict::TurnBack,
+    let verdict = match (is_hairpin, is_egress) {
+        (true, true) => Verdict::Inject,
+        (true, false) => Verdict::Bounce,
         (false, true) => Verdict::Route,
         (false, false) => Verdict::Translate,
     };
@@ -180,22 +183,22 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         if tcp_flags & tcp::RST == 0 && !decision.is_foreign {
             decision.record = Record::Establish;
         }
-        // Else it is the last packet there will be, or not its client's: nothing to record, but its
-        // port is as it was.
+        // Otherwise this is the last packet of the connection, or not its client's: nothing is
+        // recorded, but its port stays as it was.
     } else {
         decision.set(verdict, Reason::Forward);
         decision.record = Record::Open;
     }
-    decision.step = Step::Claim;
+    decision.step = Step::AllocatePort;
 }
 
-/// Opens the client's side of a flow, where the packet leaves for the backend: an address of the
-/// node, and a port.
+/// Opens the client's side of a flow where the packet leaves for the backend: gives it an address
+/// of the node, and a port.
 #[inline(always)]
-fn open_source<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
+fn open_far_pair<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     decision.step = Step::Done;
     if !decision.flow.is_direct() {
-        let address = match tables.here() {
+        let address = match tables.hook_device() {
             Some(here) => F::masquerade(here),
             None => F::Address::default(),
         };
@@ -208,53 +211,58 @@ fn open_source<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) 
     decision.flow.seen = tables.now();
     decision.set(Verdict::Translate, Reason::Stranger);
     decision.record = Record::Open;
-    decision.step = Step::Claim;
+    decision.step = Step::AllocatePort;
 }
 
-/// Decides whether the client keeps its source, and masquerades it if not. False: the decision
-/// waits, or the packet is dropped.
+/// Decides whether the client keeps its source, and masquerades it if not. Returns false if the
+/// decision has to wait or the packet is dropped.
 #[inline(always)]
 fn keeps_source<F: Family, T: Tables<F>>(
-    egress: bool,
+    hook: Hook,
     is_local_pod: bool,
     class: Class,
-    policies: u32,
-    backend_flags: u32,
+    port: &ServicePort,
+    backend: &Backend<F::Address>,
     tables: &T,
     decision: &mut Decision<F>,
 ) -> bool {
-    if egress {
-        return keeps_source_of_host(backend_flags, tables, decision);
+    if hook.is_egress() {
+        return keeps_source_of_host(backend, tables, decision);
     }
     let Some(settings) = tables.settings() else { return false };
-    let is_here = policy::is_edge::<F, T>(tables);
-    let source = if backend_flags & backend::HOST != 0 {
-        // Delivered on this node, to an address of the node itself: there is no other way back.
+    let is_at_edge = policy::is_edge::<F, T>(tables);
+    let source = if backend.is_host() {
+        // The packet is delivered on this node to an address of the node itself: there is no other
+        // way back.
         Source::Kept
     } else {
-        policy::source::<F>(settings, class, policies, is_local_pod, is_here)
+        policy::source::<F>(settings, class, port, Client { is_local_pod, is_at_edge })
     };
-    if source == Source::Kept && (is_here || class == Class::Internal) {
+    if source == Source::Kept && (is_at_edge || class == Class::Internal) {
         return true;
     }
     let Some(routes) = tables.routes() else {
-        decision.step = Step::AskRoutes;
+        decision.step = Step::LookUpRoutes;
         return false;
     };
-    // Its replies are translated where they leave.
-    let has_way_back = is_here || tables.device(routes.to_client).is_some();
-    if has_way_back && class != Class::Internal && !is_here && routes.to_client != tables.ifindex()
+    // Replies are translated where they leave.
+    let has_way_back = is_at_edge || tables.device(routes.to_client).is_some();
+    if has_way_back
+        && class != Class::Internal
+        && !is_at_edge
+        && routes.to_client != tables.ifindex()
     {
         decision.flow.flags |= flow::AWAY;
     }
-    let is_local = backend_flags & backend::LOCAL != 0;
-    if source == Source::Kept || source == Source::KeptWithWayBack && is_local && has_way_back {
+    if source == Source::Kept
+        || source == Source::KeptWithWayBack && backend.is_local() && has_way_back
+    {
         return true;
     }
     let has_address = match tables.device(routes.to_backend) {
         Some(device) => F::masquerade(device) != F::Address::default(),
-        // A bridge, which the backend is a port of.
-        None => is_local,
+        // A bridge that the backend is a port of.
+        None => backend.is_local(),
     };
     if !has_way_back || !has_address {
         decision.set(Verdict::Drop, Reason::NoRoute);
@@ -264,26 +272,26 @@ fn keeps_source<F: Family, T: Tables<F>>(
     true
 }
 
-/// As [`keeps_source`], for a process of this host: it has the address that the route to its
-/// backend gives it.
+/// As [`keeps_source`], for a process of this host: it gets the address that the route to its
+/// backend prescribes.
 #[inline(always)]
 fn keeps_source_of_host<F: Family, T: Tables<F>>(
-    backend_flags: u32,
+    backend: &Backend<F::Address>,
     tables: &T,
     decision: &mut Decision<F>,
 ) -> bool {
     // Nobody else may see a loopback address: such a client is shown as the node, wherever its
     // backend is.
     let is_loopback = F::is_loopback(&decision.flow.source);
-    if backend_flags & backend::HOST != 0 || backend_flags & backend::LOCAL != 0 && !is_loopback {
+    if backend.is_host() || backend.is_local() && !is_loopback {
         return true;
     }
     let Some(routes) = tables.routes() else {
-        decision.step = Step::AskRoutes;
+        decision.step = Step::LookUpRoutes;
         return false;
     };
     let leaves_by = match tables.device(routes.to_backend) {
-        None if is_loopback => tables.here(),
+        None if is_loopback => tables.hook_device(),
         device => device,
     };
     let address = match leaves_by {
@@ -294,7 +302,7 @@ fn keeps_source_of_host<F: Family, T: Tables<F>>(
         if is_loopback {
             decision.set(Verdict::Drop, Reason::NoRoute);
         }
-        // Else not by a device of ours: as the host itself would send it.
+        // Otherwise it does not leave by a device of ours: send it as the host itself would.
         return !is_loopback;
     }
     if address != decision.flow.source {
@@ -304,14 +312,22 @@ fn keeps_source_of_host<F: Family, T: Tables<F>>(
     true
 }
 
-/// A packet that is to be answered: a reset for TCP, else ICMP port unreachable.
+/// The cause of a reject.
+#[derive(Clone, Copy)]
+pub(super) enum Cause {
+    /// The service port has no backends.
+    NoBackend,
+    /// The ClusterIP has no such port.
+    UndefinedPort,
+}
+
+/// Rejects a packet: with a reset for TCP, otherwise with ICMP port unreachable.
 #[inline(always)]
-pub(super) fn reject<F: Family>(
-    headers: &Headers<F>,
-    reset: Reason,
-    unreachable: Reason,
-    decision: &mut Decision<F>,
-) {
+pub(super) fn reject<F: Family>(headers: &Headers<F>, cause: Cause, decision: &mut Decision<F>) {
+    let (reset, unreachable) = match cause {
+        Cause::NoBackend => (Reason::NoBackendReset, Reason::NoBackendUnreachable),
+        Cause::UndefinedPort => (Reason::UndefinedPort, Reason::UndefinedPort),
+    };
     if headers.tuple.protocol != protocol::TCP {
         decision.set(Verdict::Unreachable, unreachable);
     } else if headers.tcp_flags & tcp::RST == 0 {
@@ -322,29 +338,30 @@ pub(super) fn reject<F: Family>(
     }
 }
 
-/// A packet that goes to a backend's own address.
+/// Changes the source port of a direct connection to a backend if a translated flow has its tuple.
 #[inline(always)]
-pub(super) fn direct<F: Family, T: Tables<F>>(
+pub(super) fn remap_direct<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
     tables: &T,
     decision: &mut Decision<F>,
 ) {
     let key = &headers.tuple;
-    // A bridge's ports may have translated it before: there it is no direct packet.
-    if !opens(headers) || matches!(tables.here(), Some(here) if here.is_bridge()) {
+    // The programs of a bridge's ports may have translated the packet before: then it is no direct
+    // one.
+    if !opens(headers) || matches!(tables.hook_device(), Some(here) if here.is_bridge()) {
         return;
     }
-    // A flow that has ended clashes too: its entry still translates what the backend sends to this
-    // tuple. Where it no longer keeps the tuple from others, the direct connection's own entry,
-    // which changes nothing, replaces it. So does another direct connection that was given this
-    // one's port. A guess translates nothing of it.
+    // A flow that has ended clashes too, since its entry still translates what the backend sends to
+    // this tuple. If that entry no longer reserves the tuple, the direct connection's own entry,
+    // which changes nothing, replaces it. Another direct connection that was given this one's port
+    // clashes as well. A guess does not: it translates none of its packets.
     let clashes = match entry_of(&key.reversed(), tables) {
         Some((entry, _)) => {
             entry.flags & (flow::REPLY | flow::HAIRPIN | flow::HOST | flow::SOURCE) == flow::REPLY
                 && entry.state & (state::GUESS | state::MATCHED) != state::GUESS
         }
-        // What is left of an earlier connection must not translate this one.
-        None => decision.met & met::HAD_ENTRY != 0,
+        // An earlier connection's leftover entry must not translate this one.
+        None => decision.facts & facts::HAD_ENTRY != 0,
     };
     if !clashes {
         return;
@@ -353,6 +370,6 @@ pub(super) fn direct<F: Family, T: Tables<F>>(
     decision.flow.flags = flow::DIRECT;
     decision.set(Verdict::Translate, Reason::DirectRemapped);
     decision.record = Record::Open;
-    decision.step = Step::Claim;
-    decision.asks_source = true;
+    decision.step = Step::AllocatePort;
+    decision.depends_on_source = true;
 }

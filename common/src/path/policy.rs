@@ -1,7 +1,7 @@
-//! Who a client is, and whether it keeps its source.
+//! Policies: the class of a client, and whether it keeps its source address.
 //!
-//! Kubernetes' rules are kube-proxy's; ours differ where a client's source can be kept without
-//! losing the way back of its replies.
+//! The rules follow kube-proxy's. They differ where a client's source can be kept without losing
+//! the way back of its replies.
 //!
 //! | frontend | client | [`masquerade::NEEDED`] | [`masquerade::KUBE_PROXY`] |
 //! |---|---|---|---|
@@ -14,30 +14,41 @@
 //!
 //! *With a way back*: the backend is on this node, and the FIB sends packets to the client out of a
 //! device that programs are attached to. *Another node's*: a detector that goes by addresses takes
-//! all of the cluster's pods for local ones. *As routed*: a process of this host has the address
-//! that the route to its backend gives it.
+//! all of the cluster's pods for local ones. *As routed*: a process of this host gets the address
+//! that the route to its backend prescribes.
 
 use crate::abi::{
-    self, Class, Prefix, Settings, detect_local, device, device_flags, frontend, masquerade,
+    self, Class, Prefix, ServicePort, Settings, detect_local, device, frontend, masquerade,
     networks,
 };
 use crate::family::Family;
 use crate::packet::header::protocol;
 use crate::tables::Tables;
 
-/// Whether a client keeps its source.
+use super::Hook;
+
+/// The treatment of a client's source address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// It does.
+    /// It is kept.
     Kept,
-    /// It does if its replies come by this node and leave by a device of ours.
+    /// It is kept if replies come by this node and leave by a device of ours.
     KeptWithWayBack,
-    /// It is shown as an address of this node.
+    /// It is replaced by an address of this node.
     Masqueraded,
 }
 
-/// How local pods of a family are told: one of [`detect_local`]. Prefixes of the other family alone
-/// tell none of this one.
+/// A client's place, as far as its packet tells.
+#[derive(Clone, Copy, Debug)]
+pub struct Client {
+    /// Whether the client counts as a local pod.
+    pub is_local_pod: bool,
+    /// Whether the packet came in by a pod's device.
+    pub is_at_edge: bool,
+}
+
+/// Returns how local pods of a family are detected: one of [`detect_local`]. Prefixes of the other
+/// family alone detect none of this one.
 #[inline(always)]
 pub fn detector<F: Family>(settings: &Settings) -> u32 {
     let bit = if F::VERSION == 4 { networks::PODS_V4 } else { networks::PODS_V6 };
@@ -48,24 +59,24 @@ pub fn detector<F: Family>(settings: &Settings) -> u32 {
     }
 }
 
-/// Whether a client that is not this host keeps its source. `is_local`: it counts as a local pod;
-/// `is_here`: it comes by a pod's device.
+/// Returns what happens to the source address of a client that is not this host.
 #[inline(always)]
 pub fn source<F: Family>(
     settings: &Settings,
     class: Class,
-    policies: u32,
-    is_local: bool,
-    is_here: bool,
+    port: &ServicePort,
+    client: Client,
 ) -> Source {
+    let Client { is_local_pod, is_at_edge } = client;
     let as_kube_proxy = settings.masquerade != masquerade::NEEDED;
-    let is_elsewhere = is_local && !is_here && detector::<F>(settings) == detect_local::ADDRESS;
+    let is_elsewhere =
+        is_local_pod && !is_at_edge && detector::<F>(settings) == detect_local::ADDRESS;
     if class == Class::Internal {
         if settings.masquerade == masquerade::ALL {
             Source::Masqueraded
         } else if is_elsewhere && !as_kube_proxy {
             Source::KeptWithWayBack
-        } else if is_local {
+        } else if is_local_pod {
             Source::Kept
         } else if as_kube_proxy {
             if detector::<F>(settings) == detect_local::NONE {
@@ -78,18 +89,19 @@ pub fn source<F: Family>(
         } else {
             Source::KeptWithWayBack
         }
-    } else if policies & abi::policy::EXTERNAL_LOCAL != 0 {
+    } else if port.is_external_local() {
         Source::Kept
     } else if as_kube_proxy {
         Source::Masqueraded
-    } else if is_local && !is_elsewhere {
+    } else if is_local_pod && !is_elsewhere {
         Source::Kept
     } else {
         Source::KeptWithWayBack
     }
 }
 
-/// The class of a client at a kind of frontend; `is_local`: a pod or process of this node.
+/// Returns the class of a client at a kind of frontend; `is_local`: it is a pod or process of this
+/// node.
 #[inline(always)]
 pub fn class(kind: u32, is_local: bool) -> Class {
     if kind == frontend::CLUSTER_IP {
@@ -101,12 +113,12 @@ pub fn class(kind: u32, is_local: bool) -> Class {
     }
 }
 
-/// Whether a packet that comes in is a local pod's, as far as the configured detector can tell.
+/// Reports whether an incoming packet is a local pod's, as far as the configured detector can tell.
 #[inline(always)]
 pub fn is_local_pod<F: Family, T: Tables<F>>(client: &F::Address, tables: &T) -> bool {
     let Some(settings) = tables.settings() else { return false };
     match detector::<F>(settings) {
-        detect_local::DEVICE | detect_local::SOME_DEVICES => match tables.here() {
+        detect_local::DEVICE | detect_local::SOME_DEVICES => match tables.hook_device() {
             Some(here) => here.has_local_pods(),
             None => false,
         },
@@ -118,29 +130,30 @@ pub fn is_local_pod<F: Family, T: Tables<F>>(client: &F::Address, tables: &T) ->
     }
 }
 
-/// Whether a socket's call tells if its client counts as a local pod: what the detector goes by may
-/// only show in packets.
+/// Reports whether a socket's call is enough to tell if its client counts as a local pod. Some
+/// detectors go by what only packets show.
 #[inline(always)]
 pub fn is_known_at_the_socket<F: Family>(settings: &Settings) -> bool {
     matches!(detector::<F>(settings), detect_local::NONE | detect_local::DEVICE)
 }
 
-/// Whether the packet's device is the host's end of a pod's link.
+/// Reports whether the packet's device is the host's end of a pod's link.
 #[inline(always)]
 pub fn is_edge<F: Family, T: Tables<F>>(tables: &T) -> bool {
-    match tables.here() {
+    match tables.hook_device() {
         Some(here) => here.role == device::EDGE,
         None => false,
     }
 }
 
-/// Whether a flow that a packet opens here may have the port of a socket that nobody can look up.
+/// Reports whether a flow that a packet opens here may have the port of a socket that cannot be
+/// looked up.
 ///
 /// A pod's kernel gives one port to two connections whose peers differ, as a frontend and its
-/// endpoint do, and no entry tells of a connection to the endpoint itself. The pod's sockets are
-/// looked up by its namespace; `has_socket` tells whether the packet comes straight from one of
+/// endpoint do, and no entry records a connection to the endpoint itself. The pod's sockets are
+/// looked up in its namespace. `has_socket` says whether the packet comes straight from one of
 /// them, and not from a stack of the pod's own (gVisor), a virtual machine or a namespace behind
-/// it. UDP keeps its ports: a process's sockets share none without asking for that.
+/// the pod. UDP keeps its ports: sockets of one process share none unless they ask for it.
 #[inline(always)]
 pub fn hides_sockets(here: &abi::Device, protocol_number: u8, has_socket: bool) -> bool {
     here.role == device::EDGE
@@ -148,36 +161,37 @@ pub fn hides_sockets(here: &abi::Device, protocol_number: u8, has_socket: bool) 
         && (here.hides_sockets() || here.netns != 0 && !has_socket)
 }
 
-/// The id of the network namespace whose sockets send by the device, where it is a pod's.
+/// Returns the id of the network namespace whose sockets send by the device, if it is a pod's.
 #[inline(always)]
 pub fn netns_of_sockets(here: &abi::Device) -> Option<u32> {
     if here.role == device::EDGE { here.netns.checked_sub(1) } else { None }
 }
 
-/// Whether node ports at an address are there for packets of the device that this one is met on.
+/// Reports whether node ports at an address are served to packets of the device whose hook the
+/// packet passes.
 ///
-/// What this host sends to its own addresses leaves by the loopback device, and is met there alone.
-/// Loopback addresses are served to nobody else, whatever a frame says (the stack would drop it as
-/// martian); a pod's link is no other link.
+/// Packets from this host to its own addresses leave by the loopback device, and are handled only
+/// there. Loopback addresses are served to nobody else, whatever a frame says (the stack would drop
+/// it as martian). A pod's link counts as a different link for link-local addresses.
 #[inline(always)]
 pub fn may_ask_for_node_ports<F: Family, T: Tables<F>>(
-    egress: bool,
+    hook: Hook,
     address: &F::Address,
     tables: &T,
 ) -> bool {
-    if egress {
+    if hook.is_egress() {
         return is_loopback_device::<F, T>(tables);
     }
     !(F::is_loopback(address) || F::is_of_link(address) && is_edge::<F, T>(tables))
 }
 
-/// Whether the packet's device carries what this host sends to its own addresses.
+/// Reports whether the packet's device carries what this host sends to its own addresses.
 #[inline(always)]
 pub fn is_loopback_device<F: Family, T: Tables<F>>(tables: &T) -> bool {
-    matches!(tables.here(), Some(here) if here.role == device::LOOPBACK)
+    matches!(tables.hook_device(), Some(here) if here.role == device::LOOPBACK)
 }
 
-/// Whether one of the prefixes holds an address.
+/// Reports whether one of the prefixes contains an address.
 #[inline(always)]
 pub fn is_within<F: Family>(
     prefixes: &[Prefix<F::Address>; abi::PREFIXES],
@@ -197,20 +211,20 @@ pub fn is_within<F: Family>(
     false
 }
 
-/// Whether a packet's source does not belong to the device that it came in by: somebody else may
-/// have forged it.
+/// Reports whether a packet's source does not belong to the device that it came in by, so that it
+/// may be forged.
 ///
-/// `from`: that device, 0 for this host itself. `route` answers which device the route to the
-/// source names (0: none), first as this host would send there, then as what came in by `from`
-/// would go.
+/// `from` is that device, or 0 for this host itself. `route` returns the device that the route to
+/// the source names, or 0 if there is none: called with false, as this host would send there;
+/// called with true, as a packet that came in by `from` would go.
 ///
-/// At a pod's device the answer is that of a strict reverse path filter, but that the bridge's pods
-/// may be reached by a device above it, of which nothing is known. By an uplink or a fabric device
-/// packets may come in although the way back is another one; but no pod of this node sends by
-/// those, nor does the node itself.
+/// At a pod's device the check is a strict reverse path filter, except that a bridge's pods may be
+/// reached through a device above it of which nothing is known. An uplink or a fabric device may
+/// receive packets whose way back is another one, but no pod of this node sends by those, nor does
+/// the node itself.
 #[inline(always)]
 pub fn is_foreign<F: Family, T: Tables<F>>(
-    egress: bool,
+    hook: Hook,
     source: &F::Address,
     from: u32,
     tables: &T,
@@ -220,13 +234,13 @@ pub fn is_foreign<F: Family, T: Tables<F>>(
         return false;
     }
     if tables.is_node_address(source) {
-        // On its way out netfilter may have masqueraded it.
-        return !egress;
+        // On the way out netfilter may have masqueraded it.
+        return !hook.is_egress();
     }
     let named = route(false);
-    let (role, bridge, flags) = match tables.device(from) {
-        Some(device) => (device.role, device.bridge, device.flags),
-        None => (0, 0, 0),
+    let (role, bridge, is_gateway_above) = match tables.device(from) {
+        Some(device) => (device.role, device.bridge, device.has_gateway_above()),
+        None => (0, 0, false),
     };
     if named == from || bridge != 0 && named == bridge {
         return false;
@@ -234,7 +248,7 @@ pub fn is_foreign<F: Family, T: Tables<F>>(
     match role {
         device::EDGE => {
             let named = route(true);
-            let is_above = flags & device_flags::GATEWAY_ABOVE != 0 && named != 0;
+            let is_above = is_gateway_above && named != 0;
             named != from
                 && (bridge == 0 || named != bridge)
                 && !(is_above && tables.device(named).is_none())
@@ -244,7 +258,7 @@ pub fn is_foreign<F: Family, T: Tables<F>>(
                 |there: &abi::Device| matches!(there.role, device::UPLINK | device::FABRIC);
             named != 0 && !tables.device(named).is_some_and(is_way_out)
         }
-        // What this host sends itself.
+        // Packets that this host sends itself.
         device::OWN | device::LOOPBACK => false,
         _ => named != 0,
     }

@@ -1,6 +1,6 @@
-//! Source ports that are given to clients.
+//! Allocates source ports for clients.
 
-use crate::abi::{Flow, flow};
+use crate::abi::Flow;
 use crate::family::Family;
 use crate::maglev;
 use crate::packet::header::protocol;
@@ -10,36 +10,37 @@ use crate::tables::Tables;
 use super::entry::{gives_way, leads_back, partner_key};
 use super::{Decision, Record, Step, Verdict};
 
-/// Source ports tried for a flow that must be remapped.
+/// Number of source ports tried for a flow that must be remapped.
 pub const REMAP_TRIES: u32 = 8;
 
-/// Whether the client's address becomes one that this host's own sockets have: their direct
-/// connections to the same backend know nothing of the flow, so it takes a port that the host picks
-/// for none.
+/// Reports whether the client's address becomes one that this host's own sockets use. Their direct
+/// connections to the same backend know nothing of the flow, so it gets a port that the host
+/// assigns to no socket.
 #[inline(always)]
 pub fn uses_host_address<A: Copy + Eq>(flow: &Flow<A>) -> bool {
-    let flags = flow.flags;
-    flags & flow::DIRECT == 0
-        && (flags & flow::HAIRPIN == 0 && flags & (flow::SOURCE | flow::HOST) != 0
+    !flow.is_direct()
+        && (!flow.is_hairpin() && (flow.translates_source() || flow.is_of_host())
             || flow.source == flow.destination)
 }
 
-/// Whether a direct connection keeps its port: the socket that has it is its own.
+/// Reports whether a direct connection keeps its port: the socket that holds it is the connection's
+/// own.
 #[inline(always)]
 pub fn keeps_direct<F: Family>(decision: &Decision<F>) -> bool {
     decision.flow.is_direct() && decision.flow.source_port == decision.key.source_port
 }
 
-/// Finds a source port with which the new flow's reply tuple is free: the packet's own first, but
-/// for a client that gets or has this host's address, whose port follows from its tuple.
+/// Finds a source port with which the new flow's reply tuple is free. The packet's own port is
+/// tried first, except for a client that gets or has this host's address, whose port follows from
+/// its tuple.
 #[inline(always)]
 pub(super) fn allocate<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
     let hash = maglev::hash::<F>(&decision.key);
-    // Whoever has the address that a foreign source takes may have a direct connection from the
+    // The owner of an address that a foreign source uses may have a direct connection from that
     // port.
     let takes_another = decision.is_foreign && decision.record == Record::Open;
     let keeps = !uses_host_address(&decision.flow) && !takes_another;
-    let first = tables.passed_over().wrapping_add(u32::from(!keeps));
+    let first = tables.ports_to_skip().wrapping_add(u32::from(!keeps));
     for attempt in first..first.wrapping_add(REMAP_TRIES) {
         decision.flow.source_port = if attempt == 0 {
             decision.key.source_port
@@ -51,39 +52,42 @@ pub(super) fn allocate<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decis
             return;
         }
     }
-    decision.step = Step::Search;
+    decision.step = Step::SearchPort;
 }
 
-/// The last step: walks all source ports there are. Without a free one the client is refused.
+/// Takes the last step: walks all source ports. If none is free the client is refused.
 pub fn search<F: Family, T: Tables<F>>(tables: &T, decision: &mut Decision<F>) {
+    finish_search(walk_ports(tables, decision), decision);
+}
+
+/// Returns the first source port that is free, out of all.
+pub fn walk_ports<F: Family, T: Tables<F>>(tables: &T, decision: &Decision<F>) -> Option<u16> {
     let start = search_start::<F>(decision);
     let mut ports = (0..PORTS).map(|index| port_of_step(start, index));
-    let found = ports.find(|port| is_free(tables, decision, *port));
-    finish_search(found, decision);
+    ports.find(|port| is_free(tables, decision, *port))
 }
 
-/// Where the walk over all source ports begins.
+/// Returns where the walk over all source ports begins.
 #[inline(always)]
 pub fn search_start<F: Family>(decision: &Decision<F>) -> u32 {
     maglev::scale(maglev::hash::<F>(&decision.key), PORTS)
 }
 
-/// The port that is tried in the walk's step `index`, below [`PORTS`].
+/// Returns the port that the walk tries in step `index`, which is below [`PORTS`].
 #[inline(always)]
 pub fn port_of_step(start: u32, index: u32) -> u16 {
     let at = start.wrapping_add(index);
     port_at(if at < PORTS { at } else { at.wrapping_sub(PORTS) })
 }
 
-/// Ends the walk.
+/// Applies the result of the walk.
 #[inline(always)]
 pub fn finish_search<F: Family>(found: Option<u16>, decision: &mut Decision<F>) {
     decision.step = Step::Done;
     if let Some(port) = found {
         decision.flow.source_port = port;
     } else {
-        // Told at once: a client that waits for nothing is worse off than one that can try
-        // elsewhere.
+        // Refuse immediately; a silent drop would leave the client waiting.
         let verdict = if decision.record == Record::Nothing {
             Verdict::Drop
         } else if decision.key.protocol == protocol::TCP {
@@ -96,10 +100,10 @@ pub fn finish_search<F: Family>(found: Option<u16>, decision: &mut Decision<F>) 
     }
 }
 
-/// Source ports that are given to clients, first and last of each range: outside the usual
-/// ephemeral range, so that they meet no port that a client or this host picks itself.
+/// The ranges of source ports for clients, first and last port of each. They lie outside the usual
+/// ephemeral range, so that they collide with no port that a client or this host picks itself.
 pub const PORT_RANGES: [(u16, u16); 2] = [(1_024, 29_999), (61_000, 65_535)];
-/// How many ports they are.
+/// Number of ports in [`PORT_RANGES`].
 pub const PORTS: u32 = LOW + ports_in(PORT_RANGES[1]);
 const LOW: u32 = ports_in(PORT_RANGES[0]);
 
@@ -107,7 +111,7 @@ const fn ports_in((first, last): (u16, u16)) -> u32 {
     (last as u32).saturating_sub(first as u32).saturating_add(1)
 }
 
-/// The port of an index below [`PORTS`].
+/// Returns the port with an index below [`PORTS`].
 #[inline(always)]
 pub(super) fn port_at(index: u32) -> u16 {
     let [low, high] = PORT_RANGES;
@@ -118,14 +122,14 @@ pub(super) fn port_at(index: u32) -> u16 {
     }
 }
 
-/// Whether a port is one of [`PORT_RANGES`].
+/// Reports whether a port is in [`PORT_RANGES`].
 #[inline(always)]
 pub(super) fn is_given(port: u16) -> bool {
     let [low, high] = PORT_RANGES;
     port >= low.0 && port <= low.1 || port >= high.0
 }
 
-/// Whether the reply tuple of a new flow is free for it when it has this source port.
+/// Reports whether the reply tuple of a new flow is free for it with this source port.
 #[inline(always)]
 pub fn is_free<F: Family, T: Tables<F>>(
     tables: &T,
@@ -140,7 +144,7 @@ pub fn is_free<F: Family, T: Tables<F>>(
     {
         return false;
     }
-    let (entry, embryonic) = match tables.flow(&reply) {
+    let (entry, is_embryonic) = match tables.flow(&reply) {
         Some(entry) => (entry, false),
         None => match tables.embryonic(&reply) {
             Some(entry) => (entry, true),
@@ -148,5 +152,5 @@ pub fn is_free<F: Family, T: Tables<F>>(
         },
     };
     leads_back::<F>(entry, key)
-        || gives_way(entry, embryonic, key.protocol, decision.record, tables.now())
+        || gives_way(entry, is_embryonic, key.protocol, decision.record, tables.now())
 }

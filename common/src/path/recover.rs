@@ -1,4 +1,4 @@
-//! Entries that were lost, found again by what the client's reset tells.
+//! Recovers lost entries by what a client's reset reveals.
 
 use crate::abi::{ServiceKey, flow, frontend, phase, state};
 use crate::family::Family;
@@ -10,8 +10,8 @@ use crate::tables::Tables;
 use super::entry::{entry_of, leads_back, leads_to};
 use super::{Decision, Record, Verdict, policy, select};
 
-/// Whether a packet is what a client sends when a segment arrives for a connection that it does not
-/// know: a reset without acknowledgment.
+/// Reports whether a packet is what a client sends when a segment arrives for a connection that it
+/// does not know: a reset without acknowledgment.
 #[inline(always)]
 pub(super) fn is_bare_reset<F: Family>(headers: &Headers<F>) -> bool {
     headers.kind == Kind::Transport
@@ -19,20 +19,19 @@ pub(super) fn is_bare_reset<F: Family>(headers: &Headers<F>) -> bool {
         && headers.tcp_flags & (tcp::RST | tcp::ACK | tcp::SYN) == tcp::RST
 }
 
-/// A bare reset: true when it only shows that a reply's entry was lost, and a new one is to be
-/// tried.
+/// Returns true if a bare reset only shows that a reply's entry was lost, and tries to recover it.
 ///
-/// To a backend's own address it is sent by a client that does not know the connection, or by one
-/// that got a reply untranslated because its entry was lost: then a frontend leads to this
-/// endpoint, and either the forward entry still leads here or this client's slot does. In that case
-/// the reset is dropped and the entries are made again; the backend sends the segment once more.
-/// What a slot says is a guess: several frontends may lead to the endpoint, or the connection may
-/// be a direct one after all, and the reset forged. So a guess translates nothing but what the
-/// reset answers: the endpoint's segment whose acknowledgment number is the reset's sequence number
-/// (RFC 9293, 3.10.7.1). When the client resets that too, the next frontend is tried, and after the
-/// last the reset goes on to the backend. Where the client's connections are translated at the
-/// socket as a rule, a reset is most likely about one that is direct on the wire, and there is no
-/// guessing.
+/// A client sends one to a backend's own address if it does not know the connection, or if it got a
+/// reply untranslated because the entry was lost. In the second case a frontend leads to this
+/// endpoint, and either the forward entry still leads here or the client's slot does. Then the
+/// reset is dropped and the entries are made again; the backend retransmits the segment. What a
+/// slot says is only a guess: several frontends may lead to the endpoint, or the connection may be
+/// direct after all and the reset forged. A guess therefore translates only what the reset answers:
+/// the endpoint's segment whose acknowledgment number is the reset's sequence number (RFC 9293,
+/// 3.10.7.1). If the client resets that too, the next frontend is tried, and after the last one the
+/// reset goes on to the backend. Where the client's connections are usually translated at the
+/// socket, a reset is most likely about a connection that is direct on the wire, and nothing is
+/// guessed.
 #[inline(always)]
 pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
@@ -63,12 +62,12 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
         reserved: 0,
     };
     let Some(origins) = tables.origins(&endpoint) else { return false };
-    // A flow whose replies are translated has lost no entry of theirs.
+    // A flow whose replies are translated has not lost their entry.
     let translated = match entry_of(&packet.reversed(), tables) {
         Some((entry, _)) if entry.state & state::GUESS == 0 => Some(entry),
         _ => None,
     };
-    // An established entry is proof, a slot is a guess: all entries are asked before any slot.
+    // An established entry is proof, a slot is a guess: all entries are tried before any slot.
     for origin in &origins.frontends {
         if origin.port == 0 {
             break;
@@ -84,7 +83,7 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
             decision.flow.seen = tables.now();
             decision.set(Verdict::Drop, Reason::ReplyRecovered);
             decision.record = Record::Establish;
-            decision.asks_source = true;
+            decision.depends_on_source = true;
             return true;
         }
     }
@@ -109,7 +108,7 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
         {
             decision.set(Verdict::Drop, Reason::ReplyRecovered);
             decision.record = Record::Establish;
-            decision.asks_source = true;
+            decision.depends_on_source = true;
             return true;
         }
     }
@@ -117,7 +116,7 @@ pub(super) fn is_unknown_connection<F: Family, T: Tables<F>>(
     false
 }
 
-/// Makes the entries of a connection again if the slot of the decision's key leads to where the
+/// Makes the entries of a connection again if the slot for the decision's key leads to where the
 /// flow goes.
 #[inline(always)]
 pub(super) fn guess<F: Family, T: Tables<F>>(
@@ -125,8 +124,8 @@ pub(super) fn guess<F: Family, T: Tables<F>>(
     tables: &T,
     decision: &mut Decision<F>,
 ) -> bool {
-    // Only what is known for certain is made again beside netfilter, whose connections look just
-    // the same.
+    // While netfilter serves too, only what is certain is made again, since its connections look
+    // just the same.
     match tables.settings() {
         Some(settings) if settings.phase == phase::SERVE => {}
         Some(settings)
@@ -143,7 +142,7 @@ pub(super) fn guess<F: Family, T: Tables<F>>(
     let Some(service) = tables.service(&frontend) else { return false };
     let is_local = policy::is_local_pod(&decision.key.source, tables);
     if service.kind == frontend::CLUSTER_IP && !is_local {
-        // Where the guess is wrong, a client out there may have no way back to this address.
+        // If the guess is wrong, a client out there may have no way back to this address.
         return false;
     }
     let service_port = service.service_port;

@@ -1,4 +1,4 @@
-//! Which service port a packet asks for, and which of its backends it gets.
+//! Selects the service port that a packet asks for, and one of its backends.
 
 use crate::abi::{
     Affinity, AffinityKey, Backend, Class, Range, ServiceKey, TICK_SHIFT, Ticks, Tuple,
@@ -11,8 +11,8 @@ use crate::packet::parse::Headers;
 use crate::path::Decision;
 use crate::tables::Tables;
 
-/// The service port that a packet asks for and the kind of the frontend: its address's own, else a
-/// node port.
+/// Returns the service port that a packet asks for and the kind of the frontend: the one at its
+/// address, or else a node port.
 #[inline(always)]
 pub fn find<F: Family, T: Tables<F>>(
     tuple: &Tuple<F::Address>,
@@ -28,7 +28,8 @@ pub fn find<F: Family, T: Tables<F>>(
     if let Some(service) = tables.service(&key) {
         return Some((service.service_port, service.kind));
     }
-    // The lane of an address is shared: whether node ports are really served there is asked last.
+    // Addresses share their listing's bits: whether node ports are really served at this one is
+    // asked last.
     if !to_node_port || !tables.serves_node_ports(&tuple.destination) {
         return None;
     }
@@ -36,7 +37,7 @@ pub fn find<F: Family, T: Tables<F>>(
     tables.service(&key).map(|service| (service.service_port, service.kind))
 }
 
-/// Whether the packet goes to a ClusterIP, whatever its port.
+/// Reports whether the packet goes to a ClusterIP, whatever its port.
 #[inline(always)]
 pub(super) fn is_cluster_ip<F: Family, T: Tables<F>>(
     tuple: &Tuple<F::Address>,
@@ -46,12 +47,12 @@ pub(super) fn is_cluster_ip<F: Family, T: Tables<F>>(
     matches!(tables.service(&key), Some(service) if service.kind == frontend::ADDRESS)
 }
 
-/// The backend of a flow: where the client's affinity leads, else a slot's.
+/// Returns the backend of a new flow: the one of the client's affinity, or else a slot's.
 ///
-/// With affinity the slot follows from the client's address, so that it holds even when the entry
-/// is lost and on every node, and from its `round`, which is told: whoever comes back too late is
-/// as new, and shall not meet the same backend for ever. A flow that only goes on was opened in
-/// time.
+/// With affinity the slot follows from the client's address, so that the choice is the same on
+/// every node and survives the loss of the entry, and from the client's `round`, which is returned:
+/// a client that comes back too late is treated as new, and must not get the same backend for ever.
+/// A flow that merely continues was opened in time.
 #[inline(always)]
 pub(super) fn backend<'t, F: Family, T: Tables<F>>(
     headers: &Headers<F>,
@@ -85,15 +86,15 @@ pub(super) fn backend<'t, F: Family, T: Tables<F>>(
     in_slot(slot, range, tables)
 }
 
-/// Has the client's affinity recorded, where the service port has any: the endpoint has answered
-/// for the first time.
+/// Marks the client's affinity to be recorded if the service port has any: the endpoint has
+/// answered for the first time.
 #[inline(always)]
-pub(super) fn proven<F: Family, T: Tables<F>>(decision: &mut Decision<F>, tables: &T) {
+pub(super) fn set_affinity<F: Family, T: Tables<F>>(decision: &mut Decision<F>, tables: &T) {
     let Some(port) = tables.port(decision.flow.service_port) else { return };
     if port.affinity_seconds == 0 {
         return;
     }
-    decision.affinity = true;
+    decision.records_affinity = true;
     let is_reply = decision.flow.is_reply();
     let client = if is_reply { decision.flow.destination } else { decision.key.source };
     let key = AffinityKey { service_port: decision.flow.service_port, client };
@@ -103,14 +104,14 @@ pub(super) fn proven<F: Family, T: Tables<F>>(decision: &mut Decision<F>, tables
     }
 }
 
-/// Whether a client has stayed away for too long.
+/// Reports whether a client has been away for too long.
 #[inline(always)]
 fn has_run_out(entry: &Affinity, affinity_seconds: u32, now: Ticks) -> bool {
     let idle_ns = u64::from(now.wrapping_sub(entry.seen)) << TICK_SHIFT;
     idle_ns >= u64::from(affinity_seconds).wrapping_mul(1_000_000_000)
 }
 
-/// The backend that a tuple's slot leads to.
+/// Returns the backend that a tuple's slot leads to.
 #[inline(always)]
 pub(super) fn by_tuple<'t, F: Family, T: Tables<F>>(
     tuple: &Tuple<F::Address>,

@@ -1,8 +1,8 @@
-//! What a socket's call to an address becomes.
+//! Decides what becomes of a socket's call to an address.
 //!
-//! A call is translated once and costs nothing per packet afterwards. The slot is
-//! chosen by the socket's cookie. A socket that sends again stays with its backend as long as
-//! that one serves, whatever becomes of the service port's table.
+//! A call is translated once and costs nothing per packet afterwards. The slot follows from the
+//! socket's cookie. A socket that sends again stays with its backend as long as that serves,
+//! whatever becomes of the service port's table.
 
 use crate::abi::{self, ServiceKey, Tuple, detect_local, frontend, listing, masquerade, phase};
 use crate::family::{Family, mix};
@@ -11,19 +11,19 @@ use crate::packet::header::protocol;
 use crate::path::{find, policy};
 use crate::tables::Tables;
 
-/// What to do with a call.
+/// A decision about a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice<F: Family> {
-    /// The call goes on as it is: the address is no frontend, or the decision needs what only
-    /// packets tell (the client's address, the device that they come in by) or do (drop without an
-    /// answer).
+    /// The call goes on unchanged. The address is no frontend, or the decision needs what only
+    /// packets show (the client's address, the device that they come in by) or do (be dropped
+    /// without an answer).
     Untouched,
     /// The service port has no backends.
     Refuse {
         /// Index into `ports`.
         service_port: u32,
     },
-    /// Speak to this backend instead.
+    /// The socket is connected to this backend instead.
     Backend {
         /// Index into `backends`.
         id: u32,
@@ -34,11 +34,11 @@ pub enum Choice<F: Family> {
 
 /// Chooses the backend for a call of the socket with this cookie to this address.
 ///
-/// `kept` tells the backend, and its generation, that the socket was given for this address before;
-/// it is asked only if there is a choice.
+/// `kept` returns the backend, with its generation, that the socket was given for this address
+/// before; it is called only if there is a choice.
 ///
-/// Node ports are for processes of this host alone: a pod's call may mean another address of the
-/// same number.
+/// Node ports are translated for processes of this host only: the same address number may mean
+/// another address to a pod.
 #[inline(always)]
 pub fn choose<F: Family, T: Tables<F>>(
     key: &ServiceKey<F::Address>,
@@ -76,7 +76,7 @@ pub fn choose<F: Family, T: Tables<F>>(
         && (settings.masquerade == masquerade::ALL
             || settings.masquerade == masquerade::KUBE_PROXY && !is_cluster_ip);
     let restricted = kind == frontend::LOAD_BALANCER && port.restricts_sources();
-    // Whether the pod is one of those inside decides which backends it may reach.
+    // The backends that the pod may reach depend on whether it counts as inside.
     let in_question = !is_host
         && !is_cluster_ip
         && port.is_external_local()
@@ -84,7 +84,7 @@ pub fn choose<F: Family, T: Tables<F>>(
     if port.affinity_seconds != 0 || restricted || masqueraded || in_question {
         return Choice::Untouched;
     }
-    // As the packet path: where nothing tells local pods, they are clients like any other.
+    // As in the packet path: without a detector, local pods are clients like any other.
     let is_local = is_host || policy::detector::<F>(settings) != detect_local::NONE;
     let class = policy::class(kind, is_local);
     let Some(range) = tables.range(service_port, class) else {
@@ -110,9 +110,9 @@ pub fn choose<F: Family, T: Tables<F>>(
     }
 }
 
-/// Whether a takeover or release leaves calls of this protocol to packets. A connect() always opens
-/// something new; a datagram may be one of a flow that netfilter translates, which its packet
-/// tells.
+/// Reports whether a takeover or release leaves calls of this protocol to packets. A connect()
+/// always opens something new; a datagram may belong to a flow that netfilter translates, which
+/// only its packet shows.
 #[inline(always)]
 pub fn is_left_to_netfilter(now: u32, protocol: u8) -> bool {
     match now & phase::MASK {

@@ -1,4 +1,4 @@
-//! Builds frames from what they say. Checksums are taken over the whole segment, plainly.
+//! Builds frames from their fields. Checksums are computed over the whole segment.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -28,14 +28,14 @@ pub(crate) const SHUTDOWN_COMPLETE: u8 = 14;
 /// A link-layer address.
 pub(crate) type Mac = [u8; 6];
 
-/// What a transport checksum field holds.
+/// The content of a transport checksum field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sum {
     /// The checksum.
     Full,
     /// Zero.
     Absent,
-    /// The pseudo-header's sum, zero for SCTP: the device is to do the rest.
+    /// The pseudo-header's sum, or zero for SCTP: the device is to complete it.
     Partial,
 }
 
@@ -48,7 +48,7 @@ pub(crate) struct Link {
     pub(crate) tags: Vec<(u16, u16)>,
 }
 
-/// What the IP header carries.
+/// The payload of the IP header.
 #[derive(Clone, Debug)]
 pub(crate) enum Payload {
     Tcp {
@@ -83,14 +83,14 @@ pub(crate) enum Payload {
     },
 }
 
-/// Where a patch counts its offset from.
+/// The origin of a patch's offset.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum From {
     Network,
     Transport,
 }
 
-/// A frame, said in fields.
+/// A frame, described by its fields.
 #[derive(Clone, Debug)]
 pub(crate) struct Frame {
     pub(crate) link: Option<Link>,
@@ -103,16 +103,16 @@ pub(crate) struct Frame {
     pub(crate) fragment: u16,
     /// IPv4's options.
     pub(crate) options: Vec<u8>,
-    /// IPv6's extension headers: number, and bytes with the first left to be filled in.
+    /// IPv6's extension headers: number, and bytes of which the first is filled in later.
     pub(crate) extensions: Vec<(u8, Vec<u8>)>,
     pub(crate) payload: Payload,
-    /// Bytes behind the IP packet.
+    /// Bytes after the IP packet.
     pub(crate) padding: Vec<u8>,
     /// Bytes written over the finished frame.
     pub(crate) patches: Vec<(From, usize, Vec<u8>)>,
 }
 
-/// The sum of bytes as big-endian halves, folded.
+/// Returns the folded sum of bytes as big-endian halves.
 fn sum(parts: &[&[u8]]) -> u16 {
     let bytes = parts.concat();
     let mut sum = 0_u32;
@@ -123,7 +123,7 @@ fn sum(parts: &[&[u8]]) -> u16 {
     sum as u16
 }
 
-/// CRC32c, a bit at a time.
+/// Computes CRC32c, a bit at a time.
 pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
     let mut crc = u32::MAX;
     for byte in bytes {
@@ -165,7 +165,7 @@ impl Frame {
         }
     }
 
-    /// A TCP segment with flags.
+    /// Returns a TCP segment with flags.
     pub(crate) fn tcp(source: SocketAddr, destination: SocketAddr, flags: u8, data: &[u8]) -> Self {
         let payload = Payload::Tcp {
             ports: [source.port(), destination.port()],
@@ -179,7 +179,7 @@ impl Frame {
         Self::new(source.ip(), destination.ip(), payload)
     }
 
-    /// The same segment with another acknowledgment number.
+    /// Sets another acknowledgment number.
     pub(crate) fn acknowledging(mut self, number: u32) -> Self {
         if let Payload::Tcp { acknowledgment, .. } = &mut self.payload {
             *acknowledgment = number;
@@ -187,7 +187,7 @@ impl Frame {
         self
     }
 
-    /// A UDP datagram.
+    /// Returns a UDP datagram.
     pub(crate) fn udp(source: SocketAddr, destination: SocketAddr, data: &[u8]) -> Self {
         let ports = [source.port(), destination.port()];
         Self::new(
@@ -197,7 +197,7 @@ impl Frame {
         )
     }
 
-    /// An SCTP packet with a chunk of a type and flags.
+    /// Returns an SCTP packet with a chunk of a type and flags.
     pub(crate) fn sctp(
         source: SocketAddr,
         destination: SocketAddr,
@@ -214,7 +214,7 @@ impl Frame {
         .chunk(chunk, data)
     }
 
-    /// The same with one more SCTP chunk, padded to words.
+    /// Adds one more SCTP chunk, padded to words.
     pub(crate) fn chunk(mut self, (kind, flags): (u8, u8), data: &[u8]) -> Self {
         if let Payload::Sctp { chunks, .. } = &mut self.payload {
             chunks.extend([kind, flags]);
@@ -225,7 +225,7 @@ impl Frame {
         self
     }
 
-    /// An ICMP message that quotes bytes.
+    /// Returns an ICMP message that quotes bytes.
     pub(crate) fn icmp(
         source: IpAddr,
         destination: IpAddr,
@@ -237,12 +237,12 @@ impl Frame {
         Self::new(source, destination, payload)
     }
 
-    /// Something else over IP.
+    /// Returns a packet of another protocol.
     pub(crate) fn other(source: IpAddr, destination: IpAddr, protocol: u8, bytes: &[u8]) -> Self {
         Self::new(source, destination, Payload::Other { protocol, bytes: bytes.to_vec() })
     }
 
-    /// The same from another address and port.
+    /// Sets another source address and port.
     pub(crate) fn from(mut self, end: SocketAddr) -> Self {
         self.source = end.ip();
         if let Some(ports) = self.ports() {
@@ -251,7 +251,7 @@ impl Frame {
         self
     }
 
-    /// The same to another address and port.
+    /// Sets another destination address and port.
     pub(crate) fn to(mut self, end: SocketAddr) -> Self {
         self.destination = end.ip();
         if let Some(ports) = self.ports() {
@@ -269,10 +269,10 @@ impl Frame {
         }
     }
 
-    /// The datagram in fragments of `size` bytes, the last one shorter; IPv4's have the lower half
-    /// of the identification.
+    /// Returns the datagram in fragments of `size` bytes, the last one shorter. IPv4's have the
+    /// lower half of the identification.
     ///
-    /// IPv6's extension headers so far stand in each fragment.
+    /// IPv6's extension headers so far are repeated in each fragment.
     pub(crate) fn fragments(&self, id: u32, size: usize) -> Vec<Self> {
         assert!(size.is_multiple_of(8), "fragments count in eight bytes");
         assert!(self.patches.is_empty() && self.padding.is_empty(), "patch the fragments");
@@ -286,7 +286,7 @@ impl Frame {
         segment.chunks(size).enumerate().map(fragment).collect()
     }
 
-    /// A fragment that has these bytes behind its own header, with the addresses of this frame.
+    /// Returns a fragment with these bytes after its own header, and the addresses of this frame.
     pub(crate) fn part(
         &self,
         id: u32,
@@ -309,7 +309,7 @@ impl Frame {
         frame.extension(44, &[&[0, 0], &offset[..], &id.to_be_bytes()].concat())
     }
 
-    /// The same with another checksum field.
+    /// Sets another checksum field.
     pub(crate) fn sum(mut self, new: Sum) -> Self {
         if let Payload::Tcp { sum, .. } | Payload::Udp { sum, .. } | Payload::Sctp { sum, .. } =
             &mut self.payload
@@ -319,31 +319,31 @@ impl Frame {
         self
     }
 
-    /// The same with another TTL or hop limit.
+    /// Sets another TTL or hop limit.
     pub(crate) fn ttl(mut self, ttl: u8) -> Self {
         self.ttl = ttl;
         self
     }
 
-    /// The same on a device without a link header.
+    /// Removes the link header.
     pub(crate) fn l3(mut self) -> Self {
         self.link = None;
         self
     }
 
-    /// The same with a VLAN tag inside those it has.
+    /// Adds a VLAN tag inside those it has.
     pub(crate) fn tag(mut self, protocol: u16, control: u16) -> Self {
         self.link.as_mut().expect("a link header").tags.push((protocol, control));
         self
     }
 
-    /// The same addressed to another device.
+    /// Addresses the frame to another device.
     pub(crate) fn at(mut self, destination: Mac) -> Self {
         self.link.as_mut().expect("a link header").destination = destination;
         self
     }
 
-    /// The same with the Ethernet addresses exchanged.
+    /// Exchanges the Ethernet addresses.
     pub(crate) fn turned(mut self) -> Self {
         if let Some(link) = &mut self.link {
             std::mem::swap(&mut link.source, &mut link.destination);
@@ -351,36 +351,36 @@ impl Frame {
         self
     }
 
-    /// The same with IPv4 options.
+    /// Adds IPv4 options.
     pub(crate) fn options(mut self, options: &[u8]) -> Self {
         self.options = options.to_vec();
         self
     }
 
-    /// The same with an IPv6 extension header behind those it has; its first byte is filled in.
+    /// Adds an IPv6 extension header after those it has; its first byte is filled in.
     pub(crate) fn extension(mut self, number: u8, bytes: &[u8]) -> Self {
         self.extensions.push((number, bytes.to_vec()));
         self
     }
 
-    /// The same with bytes written over it in the end.
+    /// Writes bytes over the finished frame.
     pub(crate) fn patch(mut self, from: From, offset: usize, bytes: &[u8]) -> Self {
         self.patches.push((from, offset, bytes.to_vec()));
         self
     }
 
-    /// The same with bytes behind the packet.
+    /// Adds bytes after the packet.
     pub(crate) fn padded(mut self, bytes: usize) -> Self {
         self.padding = vec![0xee; bytes];
         self
     }
 
-    /// The IP packet's length as its header says it.
+    /// Returns the IP packet's length according to its header.
     pub(crate) fn length(&self) -> u32 {
         (self.network_header() + self.segment().len()) as u32
     }
 
-    /// Offset of the IP header.
+    /// Returns the offset of the IP header.
     pub(crate) fn network(&self) -> usize {
         self.link.as_ref().map_or(0, |link| 14 + 4 * link.tags.len())
     }
@@ -469,12 +469,12 @@ impl Frame {
         bytes
     }
 
-    /// What is behind the IP header and its extensions.
+    /// Returns what follows the IP header and its extensions.
     pub(crate) fn payload_bytes(&self) -> Vec<u8> {
         self.segment()
     }
 
-    /// The IP packet alone.
+    /// Returns the IP packet alone.
     pub(crate) fn packet(&self) -> Vec<u8> {
         let segment = self.segment();
         let mut bytes = Vec::new();
@@ -514,7 +514,7 @@ impl Frame {
         bytes
     }
 
-    /// The frame's bytes.
+    /// Returns the frame's bytes.
     pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         let ethertype: u16 = if self.source.is_ipv4() { 0x0800 } else { 0x86dd };

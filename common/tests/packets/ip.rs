@@ -1,4 +1,4 @@
-//! Addresses between the standard library and a family.
+//! Converts addresses between the standard library and a family.
 
 use std::net::IpAddr;
 
@@ -7,11 +7,11 @@ use sluice_common::event::Wide;
 use sluice_common::packet::answer::Answer;
 use sluice_common::{V4, V6};
 
-/// A family whose addresses come from and go to the standard library's.
+/// A family whose addresses convert from and to the standard library's.
 pub(crate) trait Ip: Answer + Wide {
-    /// The family's own, if it is of this family.
+    /// Returns the family's address, if it is of this family.
     fn of(address: IpAddr) -> Option<Self::Address>;
-    /// The standard library's.
+    /// Returns the standard library's address.
     fn ip(address: Self::Address) -> IpAddr;
 }
 

@@ -1,7 +1,7 @@
-//! From one image to another, make before break.
+//! Computes the writes that lead from one image to another, make before break.
 //!
-//! What is new is written where nothing refers to it, then referred to, then what
-//! nothing refers to any more is cleared:
+//! New entries are written while nothing refers to them, then references flip to them, and finally
+//! what nothing refers to any more is cleared:
 //!
 //! ```text
 //! listing bits, node addresses, node port bits    (make)
@@ -11,33 +11,34 @@
 //! frontends appear
 //! frontends disappear                             (break)
 //! ranges flip to empty
-//! policies are as they shall be
+//! policies reach their final values
 //! backends that left stop serving
 //! grace
 //! slots, backends, names, sources, node port bits and addresses, listing bits are cleared
 //! ```
 //!
-//! So after every step each frontend leads to a service port, each range's slots name backends of
-//! that service port, and each of their addresses is listed. Sources are let in before those that
-//! are not are kept out, and kept out for as long as there is a frontend that they may not use.
-//! Clients keep their source only while their range holds nothing but local backends, since others
-//! would answer them past this node.
+//! After every step, therefore, each frontend leads to a service port, the slots of each range name
+//! backends of that service port, and the addresses of both are listed. Permitted sources are
+//! written before the flag that keeps all others out, and that flag stays for as long as there is a
+//! frontend that they may not use. Clients keep their source only while their range holds nothing
+//! but local backends, since a remote one would answer them past this node.
 //!
-//! Two images of one plan never give one id or slot two meanings, since the plan waits for the
-//! grace before it gives away what was in use. Two arbitrary images may. Then the service ports
-//! concerned are parked first: they have no backends for the time it takes to write the rest.
+//! Two images of one plan never give one id or slot two meanings, because the plan reuses nothing
+//! before the grace has passed. Two arbitrary images may. In that case the service ports concerned
+//! are parked first: they have no backends while the rest is written.
 
 use std::collections::BTreeSet;
 
 use sluice_common::abi::{Backend, Name, Range, ServicePort, frontend, policy};
 use sluice_common::{Family, V4, V6};
 
-use super::{CLASSES, FamilyWrite, Image, Stack, Write};
+use super::map::{self, PlanMap, Table};
+use super::{CLASSES, EntryWrite, FamilyWrite, Image, Stack, Write};
 
-/// The steps that lead from `a` to `b`: none if they are equal.
+/// Returns the writes that lead from `a` to `b`: none if they are equal.
 ///
-/// Costs time in proportion to both images. An update of one service diffs images that hold only
-/// what it touches.
+/// This takes time in proportion to both images. An update of one service therefore diffs images
+/// that hold only what it touches.
 pub fn diff(a: &Image, b: &Image) -> Vec<Write> {
     let mut writes = Vec::new();
     if let Some(parked) = park(a, b) {
@@ -49,16 +50,28 @@ pub fn diff(a: &Image, b: &Image) -> Vec<Write> {
     writes
 }
 
-/// The steps between two images in which ids and slots in use mean the same.
+/// Adds the steps between two images in which no id and no slot in use changes its meaning.
 fn steps(a: &Image, b: &Image, out: &mut Vec<Write>) {
+    make(a, b, out);
+    flip_and_break(a, b, out);
+    let mut cleared = Vec::new();
+    clear(a, b, &mut cleared);
+    if !cleared.is_empty() {
+        out.push(Write::Grace);
+        out.append(&mut cleared);
+    }
+}
+
+/// Writes new entries, each map before the maps that refer to it.
+fn make(a: &Image, b: &Image, out: &mut Vec<Write>) {
     for (lane, bits) in &b.lanes {
         let old = a.lanes.get(lane).copied().unwrap_or(0);
         if bits & !old != 0 {
             out.push(Write::Listing { lane: *lane, bits: bits | old });
         }
     }
-    make_nodes::<V4>(a, b, out);
-    make_nodes::<V6>(a, b, out);
+    insert::<map::NodeAddresses<V4>>(a, b, out);
+    insert::<map::NodeAddresses<V6>>(a, b, out);
     for (word, bits) in &b.node_ports {
         let old = a.node_ports.get(word).copied().unwrap_or(0);
         if bits & !old != 0 {
@@ -67,13 +80,11 @@ fn steps(a: &Image, b: &Image, out: &mut Vec<Write>) {
     }
     make_backends::<V4>(a, b, out);
     make_backends::<V6>(a, b, out);
-    for (id, name) in &b.names {
-        if a.names.get(id) != Some(name) {
-            out.push(Write::Name { service_port: *id, name: Box::new(*name) });
-        }
+    for (id, name) in changed::<map::Names>(a, b) {
+        out.push(Write::Name { service_port: *id, name: Box::new(*name) });
     }
-    make_sources::<V4>(a, b, out);
-    make_sources::<V6>(a, b, out);
+    insert::<map::SourceRanges<V4>>(a, b, out);
+    insert::<map::SourceRanges<V6>>(a, b, out);
     for (id, port) in &b.ports {
         let old = a.ports.get(id);
         let now = set_apart(old, port);
@@ -81,13 +92,15 @@ fn steps(a: &Image, b: &Image, out: &mut Vec<Write>) {
             out.push(Write::Port { service_port: *id, affinity_seconds: now.0, flags: now.1 });
         }
     }
-    for (start, backends) in &b.slots {
-        if a.slots.get(start) != Some(backends) {
-            out.push(Write::Slots { start: *start, backends: backends.clone() });
-        }
+    for (start, backends) in changed::<map::Slots>(a, b) {
+        out.push(Write::Slots { start: *start, backends: backends.clone() });
     }
-    make_origins::<V4>(a, b, out);
-    make_origins::<V6>(a, b, out);
+    insert::<map::Origins<V4>>(a, b, out);
+    insert::<map::Origins<V6>>(a, b, out);
+}
+
+/// Flips references to the new entries and removes those to the old ones.
+fn flip_and_break(a: &Image, b: &Image, out: &mut Vec<Write>) {
     for id in b.ports.keys() {
         let fresh = !a.ports.contains_key(id);
         flip(a, b, *id, out, |new| fresh || new.size() != 0);
@@ -95,8 +108,8 @@ fn steps(a: &Image, b: &Image, out: &mut Vec<Write>) {
     make_services::<V4>(a, b, out);
     make_services::<V6>(a, b, out);
 
-    break_services::<V4>(a, b, out);
-    break_services::<V6>(a, b, out);
+    remove::<map::Services<V4>>(a, b, out);
+    remove::<map::Services<V6>>(a, b, out);
     for id in a.ports.keys() {
         flip(a, b, *id, out, |new| new.size() == 0);
     }
@@ -108,53 +121,83 @@ fn steps(a: &Image, b: &Image, out: &mut Vec<Write>) {
     }
     break_flags::<V4>(a, b, out);
     break_flags::<V6>(a, b, out);
-    break_origins::<V4>(a, b, out);
-    break_origins::<V6>(a, b, out);
+    remove::<map::Origins<V4>>(a, b, out);
+    remove::<map::Origins<V6>>(a, b, out);
+}
 
-    let mut cleared = Vec::new();
-    for (start, backends) in &a.slots {
-        if !b.slots.contains_key(start) {
-            cleared.push(Write::ClearSlots { start: *start, size: backends.len() as u32 });
-        }
+/// Clears entries that nothing refers to any more, each map after the maps that referred to it.
+fn clear(a: &Image, b: &Image, out: &mut Vec<Write>) {
+    for (start, backends) in gone::<map::Slots>(a, b) {
+        out.push(Write::ClearSlots { start: *start, size: backends.len() as u32 });
     }
-    clear_backends::<V4>(a, b, &mut cleared);
-    clear_backends::<V6>(a, b, &mut cleared);
-    for id in a.ports.keys().filter(|id| !b.ports.contains_key(id)) {
-        cleared.push(Write::ClearPort { service_port: *id });
+    clear_backends::<V4>(a, b, out);
+    clear_backends::<V6>(a, b, out);
+    for (id, _) in gone::<map::Ports>(a, b) {
+        out.push(Write::ClearPort { service_port: *id });
     }
-    for id in a.names.keys().filter(|id| !b.names.contains_key(id)) {
-        cleared.push(Write::ClearName { service_port: *id });
+    for (id, _) in gone::<map::Names>(a, b) {
+        out.push(Write::ClearName { service_port: *id });
     }
-    clear_sources::<V4>(a, b, &mut cleared);
-    clear_sources::<V6>(a, b, &mut cleared);
+    remove::<map::SourceRanges<V4>>(a, b, out);
+    remove::<map::SourceRanges<V6>>(a, b, out);
     for (word, old) in &a.node_ports {
         let bits = b.node_ports.get(word).copied().unwrap_or(0);
         if old & !bits != 0 {
-            cleared.push(Write::NodePorts { word: *word, bits });
+            out.push(Write::NodePorts { word: *word, bits });
         }
     }
-    clear_nodes::<V4>(a, b, &mut cleared);
-    clear_nodes::<V6>(a, b, &mut cleared);
+    remove::<map::NodeAddresses<V4>>(a, b, out);
+    remove::<map::NodeAddresses<V6>>(a, b, out);
     for (lane, old) in &a.lanes {
         let bits = b.lanes.get(lane).copied().unwrap_or(0);
         if old & !bits != 0 {
-            cleared.push(Write::Listing { lane: *lane, bits });
+            out.push(Write::Listing { lane: *lane, bits });
         }
-    }
-    if !cleared.is_empty() {
-        out.push(Write::Grace);
-        out.append(&mut cleared);
     }
 }
 
-/// What a service port holds besides its ranges: affinity and flags.
+/// Returns the entries of `b` that `a` lacks or has with another value.
+fn changed<'i, M: PlanMap<Key: 'i, Value: 'i>>(
+    a: &'i Image,
+    b: &'i Image,
+) -> impl Iterator<Item = (&'i M::Key, &'i M::Value)> {
+    let old = M::of(a);
+    M::of(b).iter().filter(|(key, value)| old.get(key) != Some(value))
+}
+
+/// Returns the entries of `a` whose keys `b` lacks.
+fn gone<'i, M: PlanMap<Key: 'i, Value: 'i>>(
+    a: &'i Image,
+    b: &'i Image,
+) -> impl Iterator<Item = (&'i M::Key, &'i M::Value)> {
+    let new = M::of(b);
+    M::of(a).iter().filter(|(key, _)| !new.contains_key(key))
+}
+
+/// Inserts the entries of a table that are new or have another value.
+fn insert<T: Table>(a: &Image, b: &Image, out: &mut Vec<Write>) {
+    for (key, value) in changed::<T>(a, b) {
+        out.push(T::write(EntryWrite::Insert { key: *key, value: value.clone().into() }));
+    }
+}
+
+/// Removes the entries of a table that `b` lacks.
+fn remove<T: Table>(a: &Image, b: &Image, out: &mut Vec<Write>) {
+    for (key, _) in gone::<T>(a, b) {
+        out.push(T::write(EntryWrite::Remove { key: *key }));
+    }
+}
+
+/// Returns what a service port holds besides its ranges: affinity and flags.
 fn apart(port: &ServicePort) -> (u32, u32) {
     (port.affinity_seconds, port.flags)
 }
 
-/// The same while ranges and frontends change: sources are kept out that are to be before or after,
-/// and clients keep their source if they do before and after. Nobody uses a service port that is
-/// new.
+/// Returns affinity and flags for the time in which ranges and frontends change.
+///
+/// Sources are restricted if they are before or after the change, and clients keep their source
+/// only if they do both before and after. Nothing uses a new service port yet, so it gets its final
+/// values at once.
 fn set_apart(old: Option<&ServicePort>, new: &ServicePort) -> (u32, u32) {
     let Some(old) = old else { return apart(new) };
     let flags = (old.flags | new.flags) & policy::SOURCE_RANGES
@@ -163,7 +206,7 @@ fn set_apart(old: Option<&ServicePort>, new: &ServicePort) -> (u32, u32) {
     (new.affinity_seconds, flags)
 }
 
-/// Flips those ranges of a service port that change and whose new value is wanted now.
+/// Flips the ranges of a service port that change and whose new value `wanted` accepts.
 fn flip(a: &Image, b: &Image, id: u32, out: &mut Vec<Write>, wanted: impl Fn(Range) -> bool) {
     for class in CLASSES {
         let range = |image: &Image| {
@@ -176,7 +219,7 @@ fn flip(a: &Image, b: &Image, id: u32, out: &mut Vec<Write>, wanted: impl Fn(Ran
     }
 }
 
-/// What makes a backend the same backend: everything but its flags.
+/// Returns what identifies a backend: everything but its flags.
 fn identity<A: Copy>(backend: &Backend<A>) -> (A, u16, u16, u32) {
     (backend.address, backend.port, backend.generation, backend.service_port)
 }
@@ -212,96 +255,37 @@ fn break_flags<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
 }
 
 fn clear_backends<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
-    let new = &F::of(b).backends;
-    for id in F::of(a).backends.keys().filter(|id| !new.contains_key(id)) {
+    for (id, _) in gone::<map::Backends<F>>(a, b) {
         out.push(F::write(FamilyWrite::ClearBackend { id: *id }));
     }
 }
 
-fn make_origins<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
-    let old = &F::of(a).origins;
-    for (key, origins) in &F::of(b).origins {
-        if old.get(key) != Some(origins) {
-            out.push(F::write(FamilyWrite::OriginInsert {
-                key: *key,
-                origins: Box::new(*origins),
-            }));
-        }
-    }
-}
-
-fn break_origins<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
-    let new = &F::of(b).origins;
-    for key in F::of(a).origins.keys().filter(|key| !new.contains_key(key)) {
-        out.push(F::write(FamilyWrite::OriginRemove { key: *key }));
-    }
-}
-
-fn make_sources<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
-    let old = &F::of(a).source_ranges;
-    for (key, value) in &F::of(b).source_ranges {
-        if old.get(key) != Some(value) {
-            out.push(F::write(FamilyWrite::SourceInsert { key: *key }));
-        }
-    }
-}
-
-fn clear_sources<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
-    let new = &F::of(b).source_ranges;
-    for key in F::of(a).source_ranges.keys().filter(|key| !new.contains_key(key)) {
-        out.push(F::write(FamilyWrite::SourceRemove { key: *key }));
-    }
-}
-
-fn make_nodes<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
-    let old = &F::of(a).node_addresses;
-    for (address, node) in &F::of(b).node_addresses {
-        if old.get(address) != Some(node) {
-            out.push(F::write(FamilyWrite::NodeInsert { address: *address, node: *node }));
-        }
-    }
-}
-
-fn clear_nodes<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
-    let new = &F::of(b).node_addresses;
-    for address in F::of(a).node_addresses.keys().filter(|address| !new.contains_key(address)) {
-        out.push(F::write(FamilyWrite::NodeRemove { address: *address }));
-    }
-}
-
-/// A frontend's value never changes while its key lives, so one that changes hands is removed
-/// first. That the rest of an address is rejected comes last: until then its ports are not all
-/// there.
+/// Inserts frontends that are new or lead elsewhere.
+///
+/// The value of a frontend never changes while its key exists, so one that changes hands is removed
+/// first. The entries that reject all other ports of an address come last, since the frontends of
+/// its ports have to exist before.
 fn make_services<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
-    let old = &F::of(a).services;
-    let (whole, ports): (Vec<_>, Vec<_>) =
-        F::of(b).services.iter().partition(|(_, service)| service.kind == frontend::ADDRESS);
+    let (whole, ports): (Vec<_>, Vec<_>) = changed::<map::Services<F>>(a, b)
+        .partition(|(_, service)| service.kind == frontend::ADDRESS);
     for (key, service) in ports.into_iter().chain(whole) {
-        let before = old.get(key);
-        if before != Some(service) {
-            if before.is_some() {
-                out.push(F::write(FamilyWrite::ServiceRemove { key: *key }));
-            }
-            out.push(F::write(FamilyWrite::ServiceInsert { key: *key, service: *service }));
+        if F::of(a).services.contains_key(key) {
+            out.push(map::Services::<F>::write(EntryWrite::Remove { key: *key }));
         }
+        let insert = EntryWrite::Insert { key: *key, value: *service };
+        out.push(map::Services::<F>::write(insert));
     }
 }
 
-fn break_services<F: Stack>(a: &Image, b: &Image, out: &mut Vec<Write>) {
-    let new = &F::of(b).services;
-    for key in F::of(a).services.keys().filter(|key| !new.contains_key(key)) {
-        out.push(F::write(FamilyWrite::ServiceRemove { key: *key }));
-    }
-}
-
-/// Whether two names are of the same service port: the number may change, the rest is its identity.
+/// Whether two names belong to the same service port: its number may change, the rest identifies
+/// it.
 pub(crate) fn same_owner(a: &Name, b: &Name) -> bool {
     let number = b.number;
     Name { number, ..*a } == *b
 }
 
-/// The image between `a` and `b`, in which service ports that stand in the way have no backends,
-/// and no frontends where their id changes hands; [`None`] if nothing stands in the way.
+/// Returns an image between `a` and `b` in which every service port that is in the way has no
+/// backends, and also no frontends if its id changes hands. Returns [`None`] if none is in the way.
 fn park(a: &Image, b: &Image) -> Option<Image> {
     let evicted: BTreeSet<u32> = a
         .names
@@ -352,18 +336,12 @@ fn park(a: &Image, b: &Image) -> Option<Image> {
     image.v6.services.retain(|_, service| !evicted.contains(&service.service_port));
     image.v4.source_ranges.retain(|key, _| !evicted.contains(&key.service_port));
     image.v6.source_ranges.retain(|key, _| !evicted.contains(&key.service_port));
-    let used: BTreeSet<u32> = image
-        .ports
-        .values()
-        .flat_map(|port| port.ranges.map(Range))
-        .filter(|range| range.size() != 0)
-        .map(Range::start)
-        .collect();
+    let used: BTreeSet<u32> = image.used_ranges().map(Range::start).collect();
     image.slots.retain(|start, _| used.contains(start));
     Some(image)
 }
 
-/// Ids that are one backend in `a` and another in `b`.
+/// Returns the ids that stand for one backend in `a` and for another in `b`.
 fn changed_backends<F: Stack>(a: &Image, b: &Image) -> BTreeSet<u32> {
     let new = &F::of(b).backends;
     F::of(a)
@@ -374,7 +352,7 @@ fn changed_backends<F: Stack>(a: &Image, b: &Image) -> BTreeSet<u32> {
         .collect()
 }
 
-/// Ranges of `a` in slots that `b` fills with something else.
+/// Returns the ranges of `a` whose slots `b` fills with something else.
 fn overwritten_ranges(a: &Image, b: &Image) -> BTreeSet<u32> {
     let mut overwritten = BTreeSet::new();
     for (start, backends) in &b.slots {

@@ -1,4 +1,4 @@
-//! Dataplanes in memory: one that works, and one that fails by a seed.
+//! Dataplanes in memory: one that always works, and one that fails at random.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,10 +6,10 @@ use sluice_common::abi::Range;
 
 use super::{ApplyError, Dataplane, Image, ReadError, Write};
 
-/// Maps in memory: the intended content is the content.
+/// Maps in memory, as an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
-    /// What the maps hold.
+    /// The content of the maps.
     pub image: Image,
 }
 
@@ -28,35 +28,29 @@ impl Dataplane for Memory {
             .keys()
             .map(|id| (*id, self.image.ports.get(id).copied().unwrap_or_default()))
             .collect::<BTreeMap<_, _>>();
-        let used: BTreeSet<u32> = image
-            .ports
-            .values()
-            .flat_map(|port| port.ranges.map(Range))
-            .filter(|range| range.size() != 0)
-            .map(Range::start)
-            .collect();
+        let used: BTreeSet<u32> = image.used_ranges().map(Range::start).collect();
         image.slots.retain(|start, _| used.contains(start));
         Ok(image)
     }
 }
 
-/// A dataplane that fails some writes; which ones follows from the seed alone.
+/// A dataplane that fails some writes, chosen by a seed alone.
 #[derive(Clone, Debug)]
 pub struct Faulty<D> {
-    /// What carries out the writes that do not fail.
+    /// The dataplane that carries out the other writes.
     pub inner: D,
-    /// Of 256 writes, about this many fail.
+    /// How many of 256 writes fail, on average.
     pub failures: u8,
     random: u64,
 }
 
 impl<D> Faulty<D> {
-    /// Lets about `failures` of 256 writes to `inner` fail.
+    /// Wraps `inner` so that about `failures` of 256 writes to it fail.
     pub fn new(inner: D, failures: u8, seed: u64) -> Self {
         Self { inner, failures, random: seed | 1 }
     }
 
-    /// xorshift64: enough to choose failures by.
+    /// Returns the next byte of a xorshift64 generator.
     fn next_byte(&mut self) -> u8 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
@@ -65,7 +59,7 @@ impl<D> Faulty<D> {
     }
 }
 
-/// The failure that [`Faulty`] invents.
+/// The failure that [`Faulty`] reports.
 #[derive(Debug, thiserror::Error)]
 #[error("a seeded fault")]
 struct Fault;

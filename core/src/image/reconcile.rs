@@ -1,11 +1,11 @@
-//! Carries writes out, and again those that failed.
+//! Carries out writes and repeats those that failed.
 
 use super::{ApplyError, Dataplane, Image, ReadError, Write, diff};
 
 /// A dataplane with the writes that are still due.
 ///
-/// Writes are steps of one order, so what follows a failed one waits for it: the maps keep
-/// their last good state until it succeeds. One that never does is overcome by [`Self::resync`].
+/// The order of writes matters, so all that follow a failed one wait for it. The maps keep their
+/// last good state until it succeeds. [`Self::resync`] replaces one that never does.
 #[derive(Debug)]
 pub struct Reconciler<D> {
     /// The maps.
@@ -14,26 +14,26 @@ pub struct Reconciler<D> {
 }
 
 impl<D: Dataplane> Reconciler<D> {
-    /// A reconciler with nothing due.
+    /// Creates a reconciler with nothing due.
     pub fn new(dataplane: D) -> Self {
         Self { dataplane, due: Vec::new() }
     }
 
-    /// Adds writes behind those that are due.
+    /// Appends writes to those that are due.
     pub fn push(&mut self, mut writes: Vec<Write>) {
         self.due.append(&mut writes);
     }
 
-    /// How many writes are due.
+    /// Returns the number of writes that are due.
     pub fn due(&self) -> usize {
         self.due.len()
     }
 
-    /// Carries out what is due. When it succeeds the maps are as the plan has them.
+    /// Carries out the writes that are due, after which the maps are as planned.
     ///
     /// # Errors
     ///
-    /// The first failure. What was not carried out stays due.
+    /// Returns the first failure. Writes that were not carried out stay due.
     pub fn run(&mut self) -> Result<(), ApplyError> {
         let result = self.dataplane.apply(&self.due);
         let done = match &result {
@@ -44,11 +44,12 @@ impl<D: Dataplane> Reconciler<D> {
         result
     }
 
-    /// Replaces what is due by what leads from the maps' present content to `image`.
+    /// Replaces the writes that are due by those that lead from the maps' present content to
+    /// `image`.
     ///
     /// # Errors
     ///
-    /// When the maps cannot be read; then nothing has changed.
+    /// Fails if the maps cannot be read; nothing changes then.
     pub fn resync(&mut self, image: &Image) -> Result<(), ReadError> {
         self.due = diff(&self.dataplane.read()?, image);
         Ok(())

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use super::claims::{Claims, Frontend};
 use super::object::{
     Address, Endpoint, IpFamily, Maker, ObjectName, PortSpec, Protocol, ServiceSpec, Slice,
-    SliceKind, SlicePart,
+    SliceKind, SlicePart, SlicePort,
 };
 use super::policy::{Choice, Member, Place, Policies, categorize};
 use super::report::{Flaw, Notebook, Subject};
@@ -588,77 +588,27 @@ pub(super) fn join(
     context: &Context<'_>,
     notes: &mut Notebook,
 ) -> Joined {
-    let mut joined = Joined::default();
     let mirrored = slices
         .iter()
         .any(|(key, slice)| key.kind == SliceKind::EndpointSlice && slice.family.is_ok());
-    let mut candidates: BTreeMap<PortKey, BTreeMap<(IpAddr, u16), Candidate<'_>>> = BTreeMap::new();
     let selected = slices.values().any(|slice| slice.labels.maker == Maker::Selector);
-    for (slice_key, slice) in slices {
+    let mut join =
+        Join { service, ports, context, candidates: BTreeMap::new(), endpoints: BTreeSet::new() };
+    for (key, slice) in slices {
         let Ok(family) = slice.family else { continue };
-        if mirrored && slice_key.kind == SliceKind::Endpoints {
+        if mirrored && key.kind == SliceKind::Endpoints {
             continue;
         }
-        let subject = slice_key.subject();
-        let is_stale = selected && slice.labels.maker == Maker::Mirror;
-        if is_stale && slice.parts.iter().any(|part| !part.endpoints.is_empty()) {
-            notes.add(&subject, Flaw::StaleMirror, || {
-                let what = "it mirrors an Endpoints object, beside slices that the Service's selector makes: \
-                            its endpoints are used too, though nobody may keep them up to date";
-                ("metadata.labels[endpointslice.kubernetes.io/managed-by]".into(), what.into())
-            });
+        let subject = key.subject();
+        if selected && slice.labels.maker == Maker::Mirror {
+            note_stale_mirror(slice, &subject, notes);
         }
         for part in &slice.parts {
-            let endpoints = endpoints(part, family, &subject, context, notes);
-            for (index, port) in part.ports.iter().enumerate() {
-                let field = |part: &str| format!("ports[{index}]{part}");
-                let Some(protocol) = Protocol::from_word(&port.protocol) else {
-                    notes.add(&subject, Flaw::UnsupportedProtocol, || {
-                        (
-                            field(".protocol"),
-                            format!("{} is not balanced: the port is left out", port.protocol),
-                        )
-                    });
-                    continue;
-                };
-                let Some(number) = port.number.and_then(port_number) else {
-                    notes.add(&subject, Flaw::BadPort, || {
-                        let what = match port.number {
-                            Some(number) => format!("{number} is no port: left out"),
-                            None => "a slice for every port is not served: left out".into(),
-                        };
-                        (field(".port"), what)
-                    });
-                    continue;
-                };
-                for (key, _) in ports
-                    .iter()
-                    .filter(|(key, _)| key.protocol == protocol && key.port == port.name)
-                {
-                    let candidates = candidates.entry(key.clone()).or_default();
-                    for (address, candidate) in &endpoints {
-                        if IpFamily::of(*address) != key.family {
-                            continue;
-                        }
-                        let endpoint = (*address, number, protocol);
-                        let _ = joined.endpoints.insert(endpoint);
-                        if let Some(other) = context.frontend_of(&endpoint) {
-                            notes.add(&subject, Flaw::Loop, || {
-                                ("endpoints".into(), in_circles(&endpoint, other, service))
-                            });
-                            continue;
-                        }
-                        let known = candidates.entry((*address, number)).or_insert(*candidate);
-                        // An address is used again: the pod that lives beats the one that
-                        // terminates.
-                        if !candidate.member.terminating {
-                            *known = *candidate;
-                        }
-                    }
-                }
-            }
+            join.add_part(part, family, &subject, notes);
         }
     }
+    let Join { candidates, endpoints, .. } = join;
+    let mut joined = Joined { endpoints, ..Joined::default() };
     for (key, candidates) in candidates {
         let ready = candidates
             .iter()
@@ -673,6 +623,94 @@ pub(super) fn join(
         }
     }
     joined
+}
+
+/// Notes that a slice mirrors an Endpoints object although slices of the Service's selector exist.
+fn note_stale_mirror(slice: &Slice, subject: &Subject, notes: &mut Notebook) {
+    if slice.parts.iter().any(|part| !part.endpoints.is_empty()) {
+        notes.add(subject, Flaw::StaleMirror, || {
+            let what = "it mirrors an Endpoints object, beside slices that the Service's selector makes: \
+                        its endpoints are used too, though nobody may keep them up to date";
+            ("metadata.labels[endpointslice.kubernetes.io/managed-by]".into(), what.into())
+        });
+    }
+}
+
+/// The candidates for a Service's ports that its slices name, while they are collected.
+struct Join<'a, 's> {
+    service: &'a ObjectName,
+    ports: &'a BTreeMap<PortKey, DesiredPort>,
+    context: &'a Context<'a>,
+    candidates: BTreeMap<PortKey, BTreeMap<(IpAddr, u16), Candidate<'s>>>,
+    /// All endpoints of the ports, including those that are left out.
+    endpoints: BTreeSet<Frontend>,
+}
+
+impl<'s> Join<'_, 's> {
+    /// Adds the endpoints of a part of a slice to those ports of the Service that the part names.
+    fn add_part(
+        &mut self,
+        part: &'s SlicePart,
+        family: Option<IpFamily>,
+        subject: &Subject,
+        notes: &mut Notebook,
+    ) {
+        let endpoints = endpoints(part, family, subject, self.context, notes);
+        for (index, port) in part.ports.iter().enumerate() {
+            let Some((protocol, number)) = slice_port(index, port, subject, notes) else {
+                continue;
+            };
+            let is_named = |key: &&PortKey| key.protocol == protocol && key.port == port.name;
+            for key in self.ports.keys().filter(is_named) {
+                let candidates = self.candidates.entry(key.clone()).or_default();
+                let of_family =
+                    endpoints.iter().filter(|(address, _)| IpFamily::of(*address) == key.family);
+                for (address, candidate) in of_family {
+                    let endpoint = (*address, number, protocol);
+                    let _ = self.endpoints.insert(endpoint);
+                    if let Some(other) = self.context.frontend_of(&endpoint) {
+                        notes.add(subject, Flaw::Loop, || {
+                            ("endpoints".into(), in_circles(&endpoint, other, self.service))
+                        });
+                        continue;
+                    }
+                    let known = candidates.entry((*address, number)).or_insert(*candidate);
+                    // If an address is used again, the live pod replaces the terminating one.
+                    if !candidate.member.terminating {
+                        *known = *candidate;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Returns the protocol and number of a slice's port, if it can be served.
+fn slice_port(
+    index: usize,
+    port: &SlicePort,
+    subject: &Subject,
+    notes: &mut Notebook,
+) -> Option<(Protocol, u16)> {
+    let field = |part: &str| format!("ports[{index}]{part}");
+    let Some(protocol) = Protocol::from_word(&port.protocol) else {
+        notes.add(subject, Flaw::UnsupportedProtocol, || {
+            let what = format!("{} is not balanced: the port is left out", port.protocol);
+            (field(".protocol"), what)
+        });
+        return None;
+    };
+    let number = port.number.and_then(port_number);
+    if number.is_none() {
+        notes.add(subject, Flaw::BadPort, || {
+            let what = match port.number {
+                Some(number) => format!("{number} is no port: left out"),
+                None => "a slice for every port is not served: left out".into(),
+            };
+            (field(".port"), what)
+        });
+    }
+    Some((protocol, number?))
 }
 
 /// Says that an endpoint is a frontend of a Service.

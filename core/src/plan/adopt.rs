@@ -1,4 +1,4 @@
-//! Maps that an earlier agent filled: who owns what in them is read from them, so that ids,
+//! Adopts maps that an earlier agent filled: recovers the owner of everything in them, so that ids,
 //! generations and ranges stay.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,7 +15,7 @@ use super::{
     FamilyPlan, Held, Limbo, Plan, Planned, Planning, Sizes, WHOLE, Work, blocks, endpoint,
     visible, whole,
 };
-use crate::image::{CLASSES, Image, Stack};
+use crate::image::{CLASSES, Image, Stack, map};
 use crate::model::desired::PortKey;
 use crate::model::object::{IpFamily, Protocol};
 use crate::model::{Batch, FrontendKind, ObjectName};
@@ -24,10 +24,10 @@ use crate::model::{Batch, FrontendKind, ObjectName};
 type Entry<F> = (u32, Backend<<F as Family>::Address>);
 
 impl Plan {
-    /// A plan for maps that hold `image`.
+    /// Creates a plan for maps that hold `image`.
     ///
-    /// Set the node's addresses ([`Plan::set_node_addresses`]) before the first complete update:
-    /// that update removes what nobody accounts for.
+    /// Set the node's addresses ([`Plan::set_node_addresses`]) before the first complete update,
+    /// since that update removes everything without an owner.
     pub fn adopt(sizes: Sizes, image: Image) -> Self {
         let boundary = sizes.slot_blocks.saturating_sub(sizes.reserve_blocks);
         let mut plan = Self {
@@ -85,8 +85,8 @@ impl Plan {
         plan
     }
 
-    /// Whether every slot of a service port leads to a backend of its own that serves, no endpoint
-    /// twice.
+    /// Whether every slot of a service port holds a serving backend of its own, and no endpoint has
+    /// two of them.
     fn is_sound(&self, id: u32, family: IpFamily) -> bool {
         match family {
             IpFamily::V4 => is_sound::<V4>(&self.image, id),
@@ -94,7 +94,8 @@ impl Plan {
         }
     }
 
-    /// Takes the blocks of a service port's ranges, unless another has some of them.
+    /// Takes the blocks of a service port's ranges. Returns false if another service port has some
+    /// of them.
     fn claim_ranges(&mut self, ranges: &[Range; 3], taken: &mut BTreeMap<u32, u32>) -> bool {
         let blocks = |range: &Range| {
             let start = range.start() / abi::SLOTS_PER_BLOCK;
@@ -138,13 +139,9 @@ impl Plan {
             }
         }
         for (id, backends) in live {
-            let selected = CLASSES.map(|class| {
-                let port = self.image.ports.get(&id).copied().unwrap_or_default();
-                let range = Range(port.ranges[class as usize]);
-                let slots = self.image.slots.get(&range.start()).filter(|_| range.size() != 0);
-                slots
-                    .map(|slots| slots.iter().copied().collect::<BTreeSet<u32>>())
-                    .unwrap_or_default()
+            let selected = CLASSES.map(|class| -> BTreeSet<u32> {
+                let range = self.image.range(id, class).unwrap_or_default();
+                self.image.backends_in(range).iter().copied().collect()
             });
             for (backend_id, backend) in backends {
                 let held = Held {
@@ -203,26 +200,19 @@ impl Plan {
         F::of_plan(self).backends = backends;
     }
 
-    /// Removes what was adopted and belongs to nobody, given all that Services want.
+    /// Removes whatever was adopted without an owner, given all that Services want.
     pub(super) fn sweep(&mut self, batch: &Batch, work: &mut Work) {
         let Some(strays) = self.strays.take() else { return };
         for id in &strays {
             work.draft.set_port(&mut self.image, *id, None);
-            work.draft.set_name(&mut self.image, *id, None);
+            work.draft.set::<map::Names>(&mut self.image, *id, None);
             self.limbo.ports.push(*id);
         }
-        let used: BTreeSet<u32> = self
-            .image
-            .ports
-            .values()
-            .flat_map(|port| port.ranges.map(Range))
-            .filter(|range| range.size() != 0)
-            .map(Range::start)
-            .collect();
+        let used: BTreeSet<u32> = self.image.used_ranges().map(Range::start).collect();
         let unused: Vec<u32> =
             self.image.slots.keys().filter(|start| !used.contains(start)).copied().collect();
         for start in unused {
-            work.draft.set_slots(&mut self.image, start, None);
+            work.draft.set::<map::Slots>(&mut self.image, start, None);
         }
         let addresses: BTreeSet<IpAddr> =
             batch.services.values().flat_map(|desired| &desired.addresses).copied().collect();
@@ -242,7 +232,7 @@ impl Plan {
         for lane in lanes {
             let bits = self.listing.bits(lane);
             if self.image.lanes.get(&lane).copied().unwrap_or(0) != bits {
-                work.draft.set_lane(&mut self.image, lane, bits);
+                work.draft.set::<map::Lanes>(&mut self.image, lane, (bits != 0).then_some(bits));
             }
         }
         self.flush(work);
@@ -290,14 +280,8 @@ impl Plan {
 
 fn is_sound<F: Stack>(image: &Image, id: u32) -> bool {
     let backends = &F::of(image).backends;
-    let port = image.ports.get(&id).copied().unwrap_or_default();
-    let ids: BTreeSet<u32> = port
-        .ranges
-        .map(Range)
-        .iter()
-        .filter(|range| range.size() != 0)
-        .flat_map(|range| image.slots.get(&range.start()).into_iter().flatten().copied())
-        .collect();
+    let ids: BTreeSet<u32> =
+        image.ranges(id).flat_map(|range| image.backends_in(range)).copied().collect();
     let endpoints: BTreeSet<(F::Address, u16)> = ids
         .iter()
         .filter_map(|backend| backends.get(backend))
@@ -307,7 +291,7 @@ fn is_sound<F: Stack>(image: &Image, id: u32) -> bool {
     endpoints.len() == ids.len()
 }
 
-/// The ids of a family: those below the greatest that were never used are free at once.
+/// Returns the backend ids of a family: unused ids below the greatest one are free.
 fn backend_ids<F: Stack>(image: &Image, sizes: Sizes) -> BackendIds<F::Address> {
     let backends = &F::of(image).backends;
     let next = backends.last_key_value().map_or(1, |(id, _)| id + 1);
@@ -318,7 +302,7 @@ fn backend_ids<F: Stack>(image: &Image, sizes: Sizes) -> BackendIds<F::Address> 
     ids
 }
 
-/// The service port that a name in the maps means.
+/// Returns the service port that a name in the maps stands for.
 fn key(name: &Name) -> Option<PortKey> {
     let text = |bytes: &[u8]| {
         let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
@@ -342,13 +326,13 @@ fn kind(number: u32) -> Option<FrontendKind> {
     }
 }
 
-/// The port numbers of a family's node ports.
+/// Returns the port numbers of a family's node ports.
 fn node_ports<F: Stack>(image: &Image) -> impl Iterator<Item = u16> {
     let keys = F::of(image).services.keys();
     keys.take_while(|key| F::ip(key.address).is_unspecified()).map(|key| key.port)
 }
 
-/// The port numbers whose bits are set.
+/// Returns the port numbers whose bits are set.
 pub fn node_ports_of_bits(words: &BTreeMap<u32, u64>) -> impl Iterator<Item = u16> {
     words.iter().flat_map(|(word, bits)| {
         (0..64)

@@ -1,16 +1,18 @@
-//! Which bits of `addresses` and `node_ports` are set: how much stands behind each, and what is
-//! gone but stays for a while.
+//! Counts what each bit of `addresses` and `node_ports` stands for, so that a bit is cleared with
+//! its last reason. The bits of removed frontends linger for a while.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 
 use sluice_common::abi::listing;
-use sluice_common::{V4, V6, family};
+use sluice_common::{V4, V6};
 
-/// Frontends that are gone whose bit stays, so that their connections drain.
+use crate::image::lane;
+
+/// How many removed frontends keep their bit, so that their connections drain.
 const LINGERING: usize = 1_024;
 
-/// What is gone, oldest first.
+/// Removed frontends that keep their bit, oldest first.
 #[derive(Clone, Debug)]
 pub(super) struct Lingering<T>(VecDeque<T>);
 
@@ -21,51 +23,50 @@ impl<T> Default for Lingering<T> {
 }
 
 impl<T: PartialEq> Lingering<T> {
-    /// Adds one that has just gone; returns the one whose time is over.
+    /// Adds one that has just been removed, and returns the one whose time is over.
     pub(super) fn add(&mut self, gone: T) -> Option<T> {
         self.0.push_back(gone);
         if self.0.len() > LINGERING { self.0.pop_front() } else { None }
     }
 
-    /// It is back.
+    /// Drops one that exists again.
     pub(super) fn forget(&mut self, back: &T) {
         self.0.retain(|gone| gone != back);
     }
 
-    /// Whether it is gone, and stays for a while.
+    /// Whether one has been removed and lingers.
     pub(super) fn has(&self, one: &T) -> bool {
         self.0.contains(one)
     }
 }
 
-/// Why an address is listed.
+/// The reason for which an address is listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Why {
-    /// It is a frontend's.
+    /// A frontend has the address.
     Frontend,
-    /// It is a backend's.
+    /// A backend has the address.
     Backend,
-    /// It is the node's.
+    /// The node has the address.
     Node,
-    /// It is the node's, and node ports are served there.
+    /// The node has the address and serves node ports there.
     NodePorts,
 }
 
-/// Lane -> how many addresses are listed there for each reason.
+/// Lane -> the number of addresses that are listed there, for each reason.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Listing {
     counts: BTreeMap<u32, [u32; 4]>,
-    /// Lanes of frontends that are gone: as often as it is counted for them.
+    /// The lanes of removed frontends, as often as `counts` still counts them.
     lingering: Lingering<u32>,
 }
 
-/// The lane of an address.
+/// Returns the lane of an address.
 fn lane_of(address: IpAddr) -> u32 {
-    let (word, shift) = match address {
-        IpAddr::V4(address) => family::lane::<V4>(&address.into()),
-        IpAddr::V6(address) => family::lane::<V6>(&address.into()),
-    };
-    word * 16 + shift / 4
+    match address {
+        IpAddr::V4(address) => lane::<V4>(&address.into()),
+        IpAddr::V6(address) => lane::<V6>(&address.into()),
+    }
 }
 
 impl Listing {
@@ -92,14 +93,14 @@ impl Listing {
         (lane, bits)
     }
 
-    /// Undoes one [`Self::add`] of a frontend, later: returns what changes now instead.
+    /// Undoes one [`Self::add`] of a frontend later, and returns the lane whose time is over now.
     pub(super) fn linger(&mut self, address: IpAddr) -> Option<(u32, u8)> {
         let oldest = self.lingering.add(lane_of(address))?;
         Some(self.remove_from(oldest, Why::Frontend))
     }
 
-    /// Takes over the bits that a lane has in the maps: a frontend's that nobody accounts for is
-    /// one of those that are gone and stay for a while, whosever it was.
+    /// Adopts the bits that a lane has in the maps. A frontend's bit that nothing accounts for is
+    /// that of a removed frontend, and lingers.
     pub(super) fn adopt(&mut self, lane: u32, found: u8) {
         if found & !self.bits(lane) & listing::FRONTEND != 0 {
             self.counts.entry(lane).or_default()[Why::Frontend as usize] += 1;
@@ -109,12 +110,12 @@ impl Listing {
         }
     }
 
-    /// The lanes in which an address is listed.
+    /// Returns the lanes in which an address is listed.
     pub(super) fn lanes(&self) -> impl Iterator<Item = u32> {
         self.counts.keys().copied()
     }
 
-    /// The bits of a lane.
+    /// Returns the bits of a lane.
     pub(super) fn bits(&self, lane: u32) -> u8 {
         self.counts.get(&lane).map_or(0, |counts| bits(*counts))
     }

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use sluice_common::abi::{
-    self, Backend, NAME_MAX, Name, Range, Service, ServiceKey, ServicePort, backend, frontend,
-    policy,
+    self, Backend, Class, NAME_MAX, Name, Range, Service, ServiceKey, ServicePort, backend,
+    frontend, policy,
 };
 use sluice_common::maglev::{self, Turn};
 
@@ -14,16 +14,29 @@ use super::ids::BackendIds;
 use super::listing::Why;
 use super::shares::grant;
 use super::{Held, Plan, Planned, Planning, Which, Work, blocks, endpoint, lack, visible};
-use crate::image::{CLASSES, SourceKey};
+use crate::image::{CLASSES, SourceKey, map};
 use crate::model::desired::PortKey;
 use crate::model::report::{Flaw, Note};
 use crate::model::{DesiredBackend, DesiredPort, FrontendKind};
 
-/// The ranges of a service port in the making.
+/// The ranges that a service port gets.
 struct Tables {
     ranges: [Range; 3],
-    /// Content of those that are new.
+    /// The ranges that are new or overwritten, with their content.
     fresh: Vec<(Range, Vec<u32>)>,
+}
+
+/// The ranges that a service port has before an update.
+struct OldTables {
+    ranges: [Range; 3],
+    /// Whether the ranges are known to hold the tables of the planned backends. Adopted ones are
+    /// not.
+    verified: bool,
+    /// Ranges whose content is known, with the backends that it is a table of.
+    known: Vec<(Vec<u32>, Range)>,
+    /// A range that the update may overwrite if there is no other room, since none of its classes
+    /// keeps it.
+    spare: Option<Range>,
 }
 
 impl Plan {
@@ -145,7 +158,7 @@ impl Plan {
         let _ = self.write_backends::<F>(id, &old, &BTreeSet::new(), &nothing, work);
         self.write_tables(id, Tables { ranges: [Range(0); 3], fresh: Vec::new() }, work);
         work.draft.set_port(&mut self.image, id, None);
-        work.draft.set_name(&mut self.image, id, None);
+        work.draft.set::<map::Names>(&mut self.image, id, None);
         let _ = self.planned.remove(&id);
         F::of_plan(self).ids.disown(id, F::Address::default());
         self.limbo.ports.push(id);
@@ -222,8 +235,8 @@ impl Plan {
         (held, given)
     }
 
-    /// Finds a range for each class, the same one for classes with the same backends. [`None`]: no
-    /// room for a service port that is new.
+    /// Finds a range for each class, the same one for classes with the same backends. Returns
+    /// [`None`] if there is no room for a service port that is new.
     fn tables<F: Planning>(
         &mut self,
         id: u32,
@@ -233,113 +246,108 @@ impl Plan {
         work: &mut Work,
         notes: &mut Vec<Note>,
     ) -> Option<Tables> {
-        let old_ranges =
-            self.image.ports.get(&id).map_or([Range(0); 3], |port| port.ranges.map(Range));
-        let old_selected = CLASSES.map(|class| {
-            let planned = self.planned.get(&id);
-            planned.map_or_else(Vec::new, |planned| selected(&planned.backends, class as usize))
-        });
-        let verified = self.planned.get(&id).is_none_or(|planned| planned.verified);
-        let mut known: Vec<(Vec<u32>, Range)> = Vec::new();
-        if verified {
-            known.extend(
-                old_selected.into_iter().zip(old_ranges).filter(|(_, range)| range.size() != 0),
-            );
-        }
         let wanted = CLASSES.map(|class| selected(held, class as usize));
-        // A range that the update may overwrite, if there is no other room: none of its classes
-        // stays.
-        let mut own = old_ranges.into_iter().find(|range| {
-            range.size() != 0
-                && !known.iter().any(|(ids, old)| old == range && wanted.contains(ids))
-        });
-
-        let back = update.then(|| blocks(&old_ranges.map(|range| range.0)));
+        let mut old = self.old_tables(id, &wanted);
+        let back = update.then(|| blocks(&old.ranges.map(|range| range.0)));
         let empty = desired.drops.map(|drops| if drops { Range::DROP } else { Range(0) });
         let mut tables = Tables { ranges: empty, fresh: Vec::new() };
         for (class, ids) in wanted.into_iter().enumerate() {
             if ids.is_empty() {
                 continue;
             }
-            let wish = maglev::size(ids.len() as u32);
-            let same = known.iter().find(|(other, _)| *other == ids).map(|(_, range)| *range);
+            let size = maglev::size(ids.len() as u32);
+            let same = old.known.iter().find(|(other, _)| *other == ids).map(|(_, range)| *range);
             if let Some(range) =
-                same.filter(|range| range.size() == wish || tables.ranges.contains(range))
+                same.filter(|range| range.size() == size || tables.ranges.contains(range))
             {
                 tables.ranges[class] = range;
                 continue;
             }
-            // An adopted range whose content is right stays.
-            if !verified {
-                let old = old_ranges[class];
-                let overwritten =
-                    tables.fresh.iter().any(|(fresh, _)| fresh.start() == old.start());
-                if !overwritten
-                    && old.size() == wish
-                    && self.image.slots.get(&old.start()) == Some(&table::<F>(held, class, wish))
-                {
-                    tables.ranges[class] = old;
-                    known.push((ids, old));
+            let adopted = old.ranges[class];
+            if !old.verified
+                && adopted.size() == size
+                && !tables.fresh.iter().any(|(fresh, _)| fresh.start() == adopted.start())
+                && self.image.slots.get(&adopted.start()) == Some(&table::<F>(held, class, size))
+            {
+                tables.ranges[class] = adopted;
+                old.known.push((ids, adopted));
+                continue;
+            }
+            let namespace = &key.service.namespace;
+            let Some(range) = self.find_range(size, same, back, namespace, &mut old.spare, work)
+            else {
+                if update {
+                    let what = "no slots are free: it has no backends for now";
+                    notes.push(Note::new(Flaw::NoRoom, key.field(), what));
                     continue;
                 }
-            }
-            let found = self.find_room(wish, back, &key.service.namespace, work);
-            let range = match (found, same) {
-                // One of the right content but too small goes on if there is nothing larger.
-                (Some(range), Some(same)) if range.size() <= same.size() => {
+                for (range, _) in tables.fresh {
                     self.release(range);
-                    same
                 }
-                (None, Some(same)) => same,
-                (Some(range), _) => range,
-                (None, None) => match own.take() {
-                    Some(own) => {
-                        let mut size = wish;
-                        while size > own.size() {
-                            size = maglev::smaller(size);
-                        }
-                        Range::new(own.start(), size as u16)
-                    }
-                    None if update => {
-                        let what = "no slots are free: it has no backends for now";
-                        notes.push(Note::new(Flaw::NoRoom, key.field(), what));
-                        continue;
-                    }
-                    None => {
-                        for (range, _) in tables.fresh {
-                            self.release(range);
-                        }
-                        return None;
-                    }
-                },
+                return None;
             };
-            if ids.len() as u32 > maglev::SIZE_MAX {
-                let what = format!(
-                    "{} endpoints share {} slots: some get no traffic",
-                    ids.len(),
-                    maglev::SIZE_MAX
-                );
-                notes.push(Note::new(Flaw::TooManyEndpoints, key.field(), what));
-            }
-            if range.size() < wish {
-                let what =
-                    format!("{} slots instead of {wish}: shares are less even", range.size());
-                notes.push(Note::new(Flaw::SmallTable, key.field(), what));
-            }
+            note_size(ids.len(), size, range, key, notes);
             if Some(range) != same {
                 tables.fresh.push((range, table::<F>(held, class, range.size())));
             }
             tables.ranges[class] = range;
-            known.retain(|(other, _)| *other != ids);
-            known.push((ids, range));
+            old.known.retain(|(other, _)| *other != ids);
+            old.known.push((ids, range));
         }
         Some(tables)
+    }
+
+    /// Returns the ranges that a service port has, given the backends that it shall have.
+    fn old_tables(&self, id: u32, wanted: &[Vec<u32>; 3]) -> OldTables {
+        let planned = self.planned.get(&id);
+        let ranges = self.image.ports.get(&id).map_or([Range(0); 3], |port| port.ranges.map(Range));
+        let verified = planned.is_none_or(|planned| planned.verified);
+        let mut known = Vec::new();
+        if let Some(planned) = planned.filter(|planned| planned.verified) {
+            let of_class = |class: Class| selected(&planned.backends, class as usize);
+            let all = CLASSES.map(of_class).into_iter().zip(ranges);
+            known.extend(all.filter(|(_, range)| range.size() != 0));
+        }
+        let stays =
+            |range: &Range| known.iter().any(|(ids, old)| old == range && wanted.contains(ids));
+        let spare = ranges.into_iter().find(|range| range.size() != 0 && !stays(range));
+        OldTables { ranges, verified, known, spare }
+    }
+
+    /// Finds a range for a table of the given size.
+    ///
+    /// `same` is a range of another size with the right content: it stays if there is no larger
+    /// one. If there is no room at all, `spare` is overwritten.
+    fn find_range(
+        &mut self,
+        size: u32,
+        same: Option<Range>,
+        back: Option<u32>,
+        namespace: &str,
+        spare: &mut Option<Range>,
+        work: &mut Work,
+    ) -> Option<Range> {
+        match (self.find_room(size, back, namespace, work), same) {
+            (Some(range), Some(same)) if range.size() <= same.size() => {
+                self.release(range);
+                Some(same)
+            }
+            (Some(range), _) => Some(range),
+            (None, Some(same)) => Some(same),
+            (None, None) => spare.take().map(|spare| {
+                let mut size = size;
+                while size > spare.size() {
+                    size = maglev::smaller(size);
+                }
+                Range::new(spare.start(), size as u16)
+            }),
+        }
     }
 
     fn write_name(&mut self, id: u32, key: &PortKey, number: u16, work: &mut Work) {
         let name = name(key, number);
         if self.image.names.get(&id) != Some(&name) {
-            work.draft.set_name(&mut self.image, id, Some(name));
+            work.draft.set::<map::Names>(&mut self.image, id, Some(name));
         }
         if !self.image.ports.contains_key(&id) {
             work.draft.set_port(&mut self.image, id, Some(ServicePort::default()));
@@ -355,13 +363,7 @@ impl Plan {
         work: &mut Work,
         notes: &mut Vec<Note>,
     ) {
-        let first = SourceKey { service_port: id, length: 0, network: F::Address::default() };
-        let known: BTreeSet<SourceKey<F::Address>> = F::of(&self.image)
-            .source_ranges
-            .range(first..)
-            .map(|(key, _)| *key)
-            .take_while(|key| key.service_port == id)
-            .collect();
+        let known: BTreeSet<SourceKey<F::Address>> = self.image.source_ranges::<F>(id).collect();
         let wanted: BTreeSet<SourceKey<F::Address>> = desired
             .sources
             .iter()
@@ -472,7 +474,7 @@ impl Plan {
         for old in port.ranges.map(Range).into_iter().collect::<BTreeSet<_>>() {
             if old.size() != 0 && !tables.ranges.contains(&old) {
                 if !fresh.contains(&old.start()) {
-                    work.draft.set_slots(&mut self.image, old.start(), None);
+                    work.draft.set::<map::Slots>(&mut self.image, old.start(), None);
                     self.limbo.ranges.push(old);
                 } else if let Some(kept) =
                     tables.ranges.iter().find(|range| range.start() == old.start())
@@ -488,7 +490,7 @@ impl Plan {
             }
         }
         for (range, backends) in tables.fresh {
-            work.draft.set_slots(&mut self.image, range.start(), Some(backends));
+            work.draft.set::<map::Slots>(&mut self.image, range.start(), Some(backends));
         }
         let ranges = tables.ranges.map(|range| range.0);
         if let Some(namespace) = self.namespace(id) {
@@ -499,7 +501,7 @@ impl Plan {
         }
     }
 
-    /// Inserts the frontends that came, removes those that left. Returns whether there were any.
+    /// Inserts new frontends and removes old ones. Returns whether there were any.
     fn write_frontends<F: Planning>(
         &mut self,
         id: u32,
@@ -509,13 +511,11 @@ impl Plan {
         notes: &mut Vec<Note>,
     ) -> bool {
         let Some(planned) = self.planned.get(&id) else { return false };
-        let (old, protocol, field) =
-            (planned.frontends.clone(), planned.key.protocol, planned.key.field());
-        let namespace = planned.key.service.namespace.clone();
+        let (old, port_key) = (planned.frontends.clone(), planned.key.clone());
         let key = |address: F::Address, port: u16| ServiceKey {
             address,
             port,
-            protocol: protocol.number(),
+            protocol: port_key.protocol.number(),
             reserved: 0,
         };
         let flags = self.image.ports.get(&id).map_or(0, |port| port.flags);
@@ -538,54 +538,90 @@ impl Plan {
             return false;
         }
         for (vip, port) in old.keys().filter(|at| !wanted.contains_key(at)) {
-            let Some(address) = F::address(*vip) else { continue };
-            let key = key(address, *port);
-            // Another Service may have it by now.
-            if F::of(&self.image)
-                .services
-                .get(&key)
-                .is_some_and(|service| service.service_port == id)
-            {
-                self.set_frontend::<F>(key, None, work);
-                work.freed = true;
-                if vip.is_unspecified() {
-                    self.refresh_node_port(*port, work);
-                } else {
-                    self.unlist_later(*vip, work);
-                }
+            if let Some(address) = F::address(*vip) {
+                self.remove_frontend::<F>(id, key(address, *port), work);
             }
         }
         let mut served = BTreeMap::new();
-        for ((vip, port), kind) in &wanted {
-            let Some(address) = F::address(*vip) else { continue };
-            let key = key(address, *port);
-            let service = Service { service_port: id, kind: kind_number(*kind) };
-            let before = F::of(&self.image).services.get(&key).copied();
-            let is_cluster_ip = *kind == FrontendKind::ClusterIp;
-            if before.is_none() {
-                let held = F::of_plan(self).frontends.held(&namespace);
-                if grant(held, self.free_frontends::<F>(is_cluster_ip), 1) == 0 {
-                    let bit = if is_cluster_ip { lack::CLUSTER_IPS } else { lack::FRONTENDS };
-                    work.lacks |= lack::of::<F>(bit);
-                    let what = format!("no frontend is free: {vip}:{port} is not served");
-                    notes.push(Note::new(Flaw::NoRoom, field.clone(), what));
-                    continue;
-                }
+        for ((vip, port), kind) in wanted {
+            let Some(address) = F::address(vip) else { continue };
+            let service = Service { service_port: id, kind: kind_number(kind) };
+            if self.insert_frontend::<F>(key(address, port), service, &port_key, work) {
+                let _ = served.insert((vip, port), kind);
+            } else {
+                let what = format!("no frontend is free: {vip}:{port} is not served");
+                notes.push(Note::new(Flaw::NoRoom, port_key.field(), what));
             }
-            if before != Some(service) {
-                self.set_frontend::<F>(key, Some(service), work);
-            }
-            if vip.is_unspecified() {
-                self.refresh_node_port(*port, work);
-            } else if before.is_none() {
-                self.list(*vip, Why::Frontend, work);
-            }
-            let _ = served.insert((*vip, *port), *kind);
         }
         if let Some(planned) = self.planned.get_mut(&id) {
             planned.frontends = served;
         }
         true
+    }
+
+    /// Removes a frontend of a service port, unless another Service has it by now.
+    fn remove_frontend<F: Planning>(
+        &mut self,
+        id: u32,
+        key: ServiceKey<F::Address>,
+        work: &mut Work,
+    ) {
+        let service = F::of(&self.image).services.get(&key);
+        if service.is_none_or(|service| service.service_port != id) {
+            return;
+        }
+        self.set_frontend::<F>(key, None, work);
+        work.freed = true;
+        let vip = F::ip(key.address);
+        if vip.is_unspecified() {
+            self.refresh_node_port(key.port, work);
+        } else {
+            self.unlist_later(vip, work);
+        }
+    }
+
+    /// Inserts a frontend, or changes where it leads. Returns false if it is new and there is no
+    /// room for it.
+    fn insert_frontend<F: Planning>(
+        &mut self,
+        key: ServiceKey<F::Address>,
+        service: Service,
+        port: &PortKey,
+        work: &mut Work,
+    ) -> bool {
+        let before = F::of(&self.image).services.get(&key).copied();
+        let is_cluster_ip = service.kind == frontend::CLUSTER_IP;
+        if before.is_none() {
+            let held = F::of_plan(self).frontends.held(&port.service.namespace);
+            if grant(held, self.free_frontends::<F>(is_cluster_ip), 1) == 0 {
+                let bit = if is_cluster_ip { lack::CLUSTER_IPS } else { lack::FRONTENDS };
+                work.lacks |= lack::of::<F>(bit);
+                return false;
+            }
+        }
+        if before != Some(service) {
+            self.set_frontend::<F>(key, Some(service), work);
+        }
+        let vip = F::ip(key.address);
+        if vip.is_unspecified() {
+            self.refresh_node_port(key.port, work);
+        } else if before.is_none() {
+            self.list(vip, Why::Frontend, work);
+        }
+        true
+    }
+}
+
+/// Notes that a range has fewer slots than backends, or fewer than its table should have.
+fn note_size(backends: usize, size: u32, range: Range, key: &PortKey, notes: &mut Vec<Note>) {
+    if backends as u32 > maglev::SIZE_MAX {
+        let what =
+            format!("{backends} endpoints share {} slots: some get no traffic", maglev::SIZE_MAX);
+        notes.push(Note::new(Flaw::TooManyEndpoints, key.field(), what));
+    }
+    if range.size() < size {
+        let what = format!("{} slots instead of {size}: shares are less even", range.size());
+        notes.push(Note::new(Flaw::SmallTable, key.field(), what));
     }
 }
 

@@ -1,4 +1,4 @@
-{{/* The words after the program's name. */}}
+{{/* The program's arguments. */}}
 {{- define "sluice.args" -}}
 - agent
 {{- if .Values.kubeProxyConfiguration }}
@@ -57,7 +57,7 @@
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}
 
-{{/* Of both containers: preflight tries what the agent does. */}}
+{{/* For both containers: preflight tries what the agent does. */}}
 {{- define "sluice.securityContext" -}}
 {{- if eq .Values.privileges "least" -}}
 privileged: false
@@ -68,7 +68,7 @@ capabilities:
   add: [BPF, NET_ADMIN, NET_RAW, PERFMON]
 seccompProfile:
   type: RuntimeDefault
-# The profiles of container runtimes forbid to write below /sys/fs/bpf, and SELinux's type for containers forbids bpf().
+# Container runtimes' AppArmor profiles forbid writing below /sys/fs/bpf, and SELinux's type for containers forbids bpf().
 appArmorProfile:
   type: Unconfined
 seLinuxOptions:
@@ -80,7 +80,7 @@ readOnlyRootFilesystem: true
 {{- end }}
 {{- end }}
 
-{{/* Without privileges a container sees its own /proc/sys read-only, and is given the node's at another place. */}}
+{{/* An unprivileged container sees its own /proc/sys read-only, so the node's is mounted at another place. */}}
 {{- define "sluice.leastEnv" -}}
 - name: SLUICE_PROC_SYS
   value: /node/proc/sys

@@ -1,16 +1,16 @@
-//! The time, as every program reads it.
+//! The clock of all programs.
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use sluice_common::abi::{TICK_SHIFT, Ticks};
 
 /// Added to the time since boot: zero on every node. The kernel tests load the programs with other
-/// values, since no namespace changes what they read: a machine that has just booted, and ticks
-/// about to wrap.
+/// values, since no namespace changes this clock: a machine that has just booted, and ticks about
+/// to wrap.
 #[allow(non_upper_case_globals, reason = "a symbol that a loader looks for")]
 #[unsafe(no_mangle)]
 static clock_offset_ns: u64 = 0;
 
-/// Nanoseconds since boot, to about a scheduler tick.
+/// Returns the nanoseconds since boot, to about a scheduler tick.
 #[inline(always)]
 pub(super) fn now_ns() -> u64 {
     // SAFETY: the helper has no preconditions; the static is read volatile, since a loader may set
@@ -18,7 +18,7 @@ pub(super) fn now_ns() -> u64 {
     unsafe { bpf_ktime_get_coarse_ns().wrapping_add((&raw const clock_offset_ns).read_volatile()) }
 }
 
-/// The time in ticks.
+/// Returns the time in ticks.
 #[inline(always)]
 pub(super) fn now() -> Ticks {
     (now_ns() >> TICK_SHIFT) as Ticks

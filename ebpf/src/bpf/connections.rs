@@ -1,6 +1,6 @@
-//! What becomes of TCP connections that were translated at connect(): none of their packets meets a
-//! program of ours, so the kernel's own figures are taken, when a connection closes and every few
-//! seconds while it sends.
+//! Counts TCP connections that were translated at connect(). None of their packets passes a program
+//! of ours, so the kernel's own figures are taken when a connection closes, and every few seconds
+//! while it sends.
 
 #![allow(non_upper_case_globals, reason = "a map's name is what `bpftool map` shows")]
 
@@ -28,7 +28,7 @@ const PROCEED: u32 = 1;
 const AF_INET: u32 = 2;
 /// A connection that sends is counted again after this many ticks.
 const SAMPLE_TICKS: u32 = 4;
-/// No backend has this id: the connection is not a translated one.
+/// The id of no backend, for a connection that is not translated.
 const NOBODY: u32 = 0;
 
 #[btf_map]
@@ -41,8 +41,8 @@ static socket_counts: PerCpuHashMap<
     { BPF_F_NO_PREALLOC as usize },
 > = PerCpuHashMap::new();
 
-/// Adds to a counter of this CPU: an interrupt may count the end of another connection in the
-/// middle of it.
+/// Adds to a counter of this CPU. The addition is atomic because an interrupt may count the end of
+/// another connection in the middle of it.
 #[inline(always)]
 fn add(counter: &mut u64, more: u64) {
     // SAFETY: one atomic addition to a live, aligned word.
@@ -51,8 +51,8 @@ fn add(counter: &mut u64, more: u64) {
     }
 }
 
-/// The counters of a backend, made on first use. A counter that cannot be made changes nothing
-/// else.
+/// Returns the counters of a backend, which are made on first use. A counter that cannot be made
+/// changes nothing else.
 #[inline(always)]
 fn counters(backend: u32) -> Option<&'static mut SocketCounters> {
     if socket_counts.get_ptr_mut(backend).is_none() {
@@ -75,9 +75,12 @@ fn counters(backend: u32) -> Option<&'static mut SocketCounters> {
     socket_counts.get_ptr_mut(backend).map(|counters| unsafe { &mut *counters })
 }
 
-/// What is kept with the connection's socket.
+/// Returns what is kept with the connection's socket.
 #[inline(always)]
-fn kept(ops: *mut bpf_sock_ops, fresh: Option<&mut Connection>) -> Option<&'static mut Connection> {
+fn followed(
+    ops: *mut bpf_sock_ops,
+    fresh: Option<&mut Connection>,
+) -> Option<&'static mut Connection> {
     // SAFETY: the context is valid while the program runs.
     let socket = unsafe { (*ops).__bindgen_anon_2.sk };
     if socket.is_null() {
@@ -102,15 +105,15 @@ fn kept(ops: *mut bpf_sock_ops, fresh: Option<&mut Connection>) -> Option<&'stat
 pub(super) fn run(ops: *mut bpf_sock_ops) -> u32 {
     // SAFETY: the context is valid while the program runs.
     match unsafe { (*ops).op } {
-        BPF_SOCK_OPS_TCP_CONNECT_CB => begin(ops),
-        BPF_SOCK_OPS_STATE_CB => changed(ops),
-        BPF_SOCK_OPS_RTT_CB => sampled(ops),
+        BPF_SOCK_OPS_TCP_CONNECT_CB => on_connect(ops),
+        BPF_SOCK_OPS_STATE_CB => on_state_change(ops),
+        BPF_SOCK_OPS_RTT_CB => on_rtt_sample(ops),
         _ => {}
     }
     PROCEED
 }
 
-/// The backend that connect() was translated to, as a key of `socket_counts`.
+/// Returns the backend that connect() was translated to, as a key of `socket_counts`.
 #[inline(always)]
 fn backend<F: Maps>(ops: *mut bpf_sock_ops, address: F::Address, port: u16) -> Option<u32> {
     // SAFETY: the context is valid while the program runs.
@@ -129,9 +132,9 @@ fn backend<F: Maps>(ops: *mut bpf_sock_ops, address: F::Address, port: u16) -> O
     (peer.backend == address && peer.backend_port == port).then_some(peer.id | F::COUNTER)
 }
 
-/// A connection begins: one that was translated is followed from here on.
+/// Begins to follow a connection if it was translated.
 #[inline(always)]
-fn begin(ops: *mut bpf_sock_ops) {
+fn on_connect(ops: *mut bpf_sock_ops) {
     // SAFETY: the context is valid while the program runs; one load a word, it may not be read
     // otherwise.
     let (family, ip4, port, words, flags) = unsafe {
@@ -158,9 +161,9 @@ fn begin(ops: *mut bpf_sock_ops) {
         None => backend::<V6>(ops, address_v6(words), port),
     };
     let Some(backend) = backend else {
-        // The socket's earlier try was translated, this one is not.
+        // The socket's earlier attempt was translated, this one is not.
         if flags & BPF_SOCK_OPS_STATE_CB_FLAG != 0
-            && let Some(connection) = kept(ops, None)
+            && let Some(connection) = followed(ops, None)
         {
             connection.backend = NOBODY;
         }
@@ -176,16 +179,16 @@ fn begin(ops: *mut bpf_sock_ops) {
         seen: now(),
         reserved: 0,
     };
-    let Some(connection) = kept(ops, Some(&mut fresh)) else { return };
-    // A socket may connect again, after a try that failed too: the kernel counts anew then.
+    let Some(connection) = followed(ops, Some(&mut fresh)) else { return };
+    // A socket may connect again, even after a failed attempt: the kernel then counts from zero.
     *connection = fresh;
-    // What others at this hook want to hear goes on.
+    // Callbacks that other programs at this hook asked for stay on.
     let flags = flags | BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG;
     // SAFETY: the context is valid while the program runs.
     let _ = unsafe { bpf_sock_ops_cb_flags_set(ops, flags as i32) };
 }
 
-/// Counts what the kernel has counted of a connection since the last time.
+/// Adds what the kernel has counted for a connection since the last time.
 #[inline(always)]
 fn count(ops: *mut bpf_sock_ops, connection: &mut Connection, counters: &mut SocketCounters) {
     // SAFETY: the context is valid while the program runs.
@@ -217,9 +220,9 @@ fn count(ops: *mut bpf_sock_ops, connection: &mut Connection, counters: &mut Soc
     connection.seen = now();
 }
 
-/// The connection's state changes.
+/// Handles a change of the connection's state.
 #[inline(always)]
-fn changed(ops: *mut bpf_sock_ops) {
+fn on_state_change(ops: *mut bpf_sock_ops) {
     // SAFETY: the context is valid while the program runs; one load a word.
     let (old, new) = unsafe {
         (
@@ -230,7 +233,7 @@ fn changed(ops: *mut bpf_sock_ops) {
     if new != BPF_TCP_ESTABLISHED && new != BPF_TCP_CLOSE {
         return;
     }
-    let Some(connection) = kept(ops, None) else { return };
+    let Some(connection) = followed(ops, None) else { return };
     if connection.backend == NOBODY {
         return;
     }
@@ -256,17 +259,17 @@ fn changed(ops: *mut bpf_sock_ops) {
     }
 }
 
-/// Whether a connection that was in this state ends by both sides' FIN: it passes on to a time-wait
-/// socket, or has got the last acknowledgment.
+/// Reports whether a connection that was in this state ends by a FIN of both sides: it becomes a
+/// time-wait socket, or has got the last acknowledgment.
 #[inline(always)]
 fn is_orderly(old: u32) -> bool {
     matches!(old, BPF_TCP_FIN_WAIT2 | BPF_TCP_CLOSING | BPF_TCP_TIME_WAIT | BPF_TCP_LAST_ACK)
 }
 
-/// What the connection has sent was acknowledged.
+/// Handles an acknowledgment of what the connection has sent.
 #[inline(always)]
-fn sampled(ops: *mut bpf_sock_ops) {
-    let Some(connection) = kept(ops, None) else { return };
+fn on_rtt_sample(ops: *mut bpf_sock_ops) {
+    let Some(connection) = followed(ops, None) else { return };
     if connection.backend == NOBODY || now().wrapping_sub(connection.seen) < SAMPLE_TICKS {
         return;
     }

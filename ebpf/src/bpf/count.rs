@@ -7,28 +7,33 @@ use sluice_common::engine::count::Count;
 use sluice_common::packet::parse::Headers;
 use sluice_common::path::{Decision, Hook};
 
-use super::events::{self, Tell};
+use super::events::{self, Emit};
 use super::maps::{self, Maps};
 
-/// Counts a packet once: per backend where it went along a flow, else per reason; and tells those
-/// who listen. A function of its own, so that it has a stack frame to itself.
+/// Counts a packet once, by its backend if it followed a flow and otherwise by its reason, and
+/// sends an event to whoever listens. A function of its own, so that it has a stack frame to
+/// itself.
 #[inline(never)]
-pub(super) fn packet<F: Tell>(
+pub(super) fn packet<F: Emit>(
     decision: &Decision<F>,
     headers: &Headers<F>,
     ifindex: u32,
     hook: Hook,
-    dropped: bool,
+    is_dropped: bool,
 ) {
     match Count::of(decision) {
         Count::Nowhere => {}
-        Count::Backend { id, along } => backend::<F>(id, |counters| along.add(headers, counters)),
-        Count::Reason { reason, service_port } => why(reason, service_port, headers.length),
+        Count::Backend { id, direction } => {
+            backend::<F>(id, |counters| direction.add(headers, counters))
+        }
+        Count::Reason { reason, service_port } => {
+            self::reason(reason, service_port, headers.length)
+        }
     }
-    events::packet(decision, headers, ifindex, hook, dropped);
+    events::packet(decision, headers, ifindex, hook, is_dropped);
 }
 
-/// A call that the socket path sent to a backend.
+/// Counts a call that the socket path sent to a backend.
 #[inline(always)]
 pub(super) fn call<F: Maps>(backend_id: u32) {
     backend::<F>(backend_id, |counters| counters.calls = counters.calls.wrapping_add(1));
@@ -56,9 +61,9 @@ fn backend<F: Maps>(id: u32, add: impl Fn(&mut BackendCounters)) {
     let _ = maps::backend_counts.insert(key, counters, u64::from(BPF_NOEXIST));
 }
 
-/// A packet or call that is counted by its reason.
+/// Counts a packet or call by its reason.
 #[inline(always)]
-pub(super) fn why(reason: Reason, service_port: u32, bytes: u32) {
+pub(super) fn reason(reason: Reason, service_port: u32, bytes: u32) {
     let key = ReasonKey { reason: reason as u32, service_port };
     if let Some(counters) = maps::reason_counts.get_ptr_mut(key) {
         // SAFETY: as in `backend`.

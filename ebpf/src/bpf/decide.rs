@@ -1,4 +1,4 @@
-//! The path and its records as global functions.
+//! The path's steps as global functions.
 //!
 //! The verifier checks a global function once and by itself, whatever its callers do. Inlined, or
 //! as a static function, the path would be checked anew for every state that reading a packet can
@@ -12,7 +12,9 @@ use core::ptr::null_mut;
 use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::helpers::generated::bpf_loop;
 use aya_ebpf::macros::btf_map;
+use sluice_common::abi::{Ticks, Tuple};
 use sluice_common::engine::record::Partner;
+use sluice_common::engine::search::{PortSearch, search};
 use sluice_common::packet::parse::{Headers, Parse};
 use sluice_common::path::{self, Decision, Hook, PORTS, fragment};
 use sluice_common::tables::Routes;
@@ -23,38 +25,38 @@ use super::maps::Maps;
 use super::record;
 use super::tables::Kernel;
 
-/// What is known and decided of a packet, in a map: the stack has no room for it, and kernel 6.1
-/// takes no map key from a global function's argument. Programs that use it run with softirqs off,
-/// so that none interrupts another on its CPU.
+/// The headers and the decision of a packet, in a map: the stack has no room for them, and kernel
+/// 6.1 takes no map key from a global function's argument. Programs that use it run with softirqs
+/// off, so that none interrupts another on its CPU.
 #[repr(C)]
 pub(super) struct Scratch<F: Family> {
     pub(super) headers: Headers<F>,
     pub(super) decision: Decision<F>,
-    pub(super) asked: Asked,
-    /// Room for what is recorded.
+    pub(super) lookups: Lookups,
+    /// Space for the entry of the other direction.
     partner: Partner<F>,
 }
 
-/// What the adapter found out for the path.
+/// The results of the adapter's lookups, for the path.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(super) struct Asked {
-    /// Counts if `has_routes` is not zero.
+pub(super) struct Lookups {
+    /// Valid if `has_routes` is not zero.
     pub(super) routes: Routes,
     pub(super) has_routes: u32,
-    /// Source ports that are not to be tried: sockets hold them, or may.
-    pub(super) passed_over: u32,
-    /// The port that a search found; 0: none.
+    /// Number of source ports to skip: sockets hold them, or may hold them.
+    pub(super) ports_to_skip: u32,
+    /// The port that a search found, or 0.
     found: u32,
 }
 
-impl Asked {
-    /// Nothing, but that so many source ports are not to be tried.
-    pub(super) const fn passing_over(passed_over: u32) -> Self {
+impl Lookups {
+    /// Returns no results, with a number of source ports to skip.
+    pub(super) const fn skipping(ports_to_skip: u32) -> Self {
         Self {
             routes: Routes { to_backend: 0, to_client: 0 },
             has_routes: 0,
-            passed_over,
+            ports_to_skip,
             found: 0,
         }
     }
@@ -65,24 +67,23 @@ static scratch_v4: PerCpuArray<Scratch<V4>, 1> = PerCpuArray::new();
 #[btf_map]
 static scratch_v6: PerCpuArray<Scratch<V6>, 1> = PerCpuArray::new();
 
-/// A family whose decisions are made and recorded by global functions.
+/// A family with global functions that decide and record.
 pub(super) trait Decide: Maps + Parse {
-    /// This CPU's scratch. A reference to it must not outlive a call of the functions below, which
-    /// take their own.
+    /// Returns this CPU's scratch. A reference to it must not outlive a call of the functions
+    /// below, which take their own.
     fn scratch() -> Option<*mut Scratch<Self>>;
-    /// Decides about the packet in this CPU's scratch, met on a device.
+    /// Decides about the packet in this CPU's scratch, which is at a device's hook.
     fn decide(ifindex: u32, hook: Hook);
-    /// Takes back what the packet must not do, since its source does not belong where it came in
-    /// by.
-    fn disown(hook: Hook);
-    /// Goes on with a decision that is not done.
+    /// Performs [`path::restrict_foreign`].
+    fn restrict_foreign(hook: Hook);
+    /// Performs [`path::open_into`].
     fn open(ifindex: u32, hook: Hook);
-    /// Searches a source port for the decision.
+    /// Performs [`search`] for the decision.
     fn search();
-    /// Records the flow of the decision in this CPU's scratch; 0, or the number of the reason why
-    /// the packet must not go on.
+    /// Records the flow of the decision in this CPU's scratch. Returns 0, or the number of the
+    /// reason why the packet must not go on.
     fn record() -> u32;
-    /// Notes what the first fragment in this CPU's scratch tells.
+    /// Notes the ports of the first fragment in this CPU's scratch.
     fn note();
 }
 
@@ -104,22 +105,44 @@ pub(super) fn hook_of(number: u32) -> Hook {
     }
 }
 
-/// Walks all source ports; a tuple for which that was in vain is not searched for again within a
-/// tick.
-#[inline(always)]
-fn search<F: Decide>(decision: &mut Decision<F>, found: impl FnOnce() -> u32) {
-    let mut key = path::partner_key::<F>(&decision.flow, decision.key.protocol);
-    key.destination_port = 0;
-    // SAFETY: entries are plain data, readable under RCU.
-    let in_vain = matches!(unsafe { F::exhausted().get(&key) }, Some(tick) if *tick == now());
-    let port = if in_vain { 0 } else { found() };
-    if port == 0 && !in_vain {
-        let _ = F::exhausted().insert(&key, now(), 0);
-    }
-    path::finish_search((port != 0).then_some(port as u16), decision);
+/// The walk over all source ports, and the table of tuples for which it found none.
+struct Ports<'l> {
+    /// Receives the port that the loop's steps find.
+    found: &'l mut u32,
+    /// The loop's body.
+    step: extern "C" fn(u32, *mut c_void) -> i64,
 }
 
-/// One step of the walk; 1 ends it.
+impl<F: Decide> PortSearch<F> for Ports<'_> {
+    #[inline(always)]
+    fn now(&self) -> Ticks {
+        now()
+    }
+
+    #[inline(always)]
+    fn failed_at(&self, key: &Tuple<F::Address>) -> Option<Ticks> {
+        // SAFETY: entries are plain data, readable under RCU.
+        unsafe { F::exhausted().get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn set_failed(&mut self, key: &Tuple<F::Address>, at: Ticks) {
+        let _ = F::exhausted().insert(key, at, 0);
+    }
+
+    #[inline(always)]
+    fn walk(&mut self, _: &Decision<F>) -> Option<u16> {
+        *self.found = 0;
+        // SAFETY: the loop's steps take their own references to this CPU's scratch.
+        let port = unsafe {
+            let _ = bpf_loop(PORTS, self.step as *mut c_void, null_mut(), 0);
+            (&raw const *self.found).read_volatile()
+        };
+        (port != 0).then_some(port as u16)
+    }
+}
+
+/// Takes one step of the walk; 1 ends it.
 #[inline(always)]
 fn try_port<F: Decide>(index: u32) -> i64 {
     let Some(scratch) = F::scratch() else { return 1 };
@@ -130,12 +153,12 @@ fn try_port<F: Decide>(index: u32) -> i64 {
         return 0;
     }
     // SAFETY: as above.
-    unsafe { (*scratch).asked.found = u32::from(port) };
+    unsafe { (*scratch).lookups.found = u32::from(port) };
     1
 }
 
 macro_rules! global {
-    ($family:ident, $decide:ident, $disown:ident, $open:ident, $search:ident, $try:ident, $record:ident, $note:ident, $scratch:ident) => {
+    ($family:ident, $decide:ident, $restrict_foreign:ident, $open:ident, $search:ident, $try:ident, $record:ident, $note:ident, $scratch:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $decide(ifindex: u32, hook: u32) -> u32 {
@@ -149,11 +172,11 @@ macro_rules! global {
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $disown(hook: u32) -> u32 {
+        extern "C" fn $restrict_foreign(hook: u32) -> u32 {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
             // SAFETY: as above.
             let Scratch { headers, decision, .. } = unsafe { &mut *scratch };
-            path::disown(hook_of(hook), headers, &Kernel::of(0), decision);
+            path::restrict_foreign(hook_of(hook), headers, &Kernel::of(0), decision);
             0
         }
 
@@ -162,8 +185,13 @@ macro_rules! global {
         extern "C" fn $open(ifindex: u32, hook: u32) -> u32 {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
             // SAFETY: as above.
-            let Scratch { headers, decision, asked, .. } = unsafe { &mut *scratch };
-            path::open_into(hook_of(hook), headers, &Kernel { ifindex, asked: *asked }, decision);
+            let Scratch { headers, decision, lookups, .. } = unsafe { &mut *scratch };
+            path::open_into(
+                hook_of(hook),
+                headers,
+                &Kernel { ifindex, lookups: *lookups },
+                decision,
+            );
             0
         }
 
@@ -172,13 +200,8 @@ macro_rules! global {
         extern "C" fn $search() -> u32 {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
             // SAFETY: as above; the loop's steps write `found` alone.
-            unsafe {
-                (*scratch).asked.found = 0;
-                search::<$family>(&mut (*scratch).decision, || {
-                    let _ = bpf_loop(PORTS, $try as *mut c_void, null_mut(), 0);
-                    (&raw const (*scratch).asked.found).read_volatile()
-                });
-            }
+            let Scratch { decision, lookups, .. } = unsafe { &mut *scratch };
+            search::<$family, _>(decision, &mut Ports { found: &mut lookups.found, step: $try });
             0
         }
 
@@ -205,9 +228,9 @@ macro_rules! global {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
             // SAFETY: as above.
             let Scratch { headers, decision, .. } = unsafe { &*scratch };
-            let told = fragment::told(headers, decision, now());
-            // Where there is no room the others go on untouched.
-            let _ = <$family as Maps>::fragments().insert(&fragment::key(headers), &told, 0);
+            let ports = fragment::ports(headers, decision, now());
+            // Without room, the later fragments go on untouched.
+            let _ = <$family as Maps>::fragments().insert(&fragment::key(headers), &ports, 0);
             0
         }
 
@@ -223,8 +246,8 @@ macro_rules! global {
             }
 
             #[inline(always)]
-            fn disown(hook: Hook) {
-                let _ = $disown(hook_number(hook));
+            fn restrict_foreign(hook: Hook) {
+                let _ = $restrict_foreign(hook_number(hook));
             }
 
             #[inline(always)]
@@ -250,5 +273,25 @@ macro_rules! global {
     };
 }
 
-global!(V4, decide_v4, disown_v4, open_v4, search_v4, try_port_v4, record_v4, note_v4, scratch_v4);
-global!(V6, decide_v6, disown_v6, open_v6, search_v6, try_port_v6, record_v6, note_v6, scratch_v6);
+global!(
+    V4,
+    decide_v4,
+    restrict_foreign_v4,
+    open_v4,
+    search_v4,
+    try_port_v4,
+    record_v4,
+    note_v4,
+    scratch_v4
+);
+global!(
+    V6,
+    decide_v6,
+    restrict_foreign_v6,
+    open_v6,
+    search_v6,
+    try_port_v6,
+    record_v6,
+    note_v6,
+    scratch_v6
+);

@@ -1,5 +1,5 @@
-//! Tells events to whoever listens. Asked only where a packet or call is slow already: a flow's
-//! first packets, and what is counted by its reason.
+//! Sends events to whoever listens. It is called only where a packet or call is slow anyway: for a
+//! flow's first packets, and for what is counted by its reason.
 
 #![allow(non_upper_case_globals, reason = "a map's name is what `bpftool map` shows")]
 
@@ -20,25 +20,25 @@ use super::decide::{Decide, Scratch, hook_number, hook_of};
 static events: RingBuf<Event, { EVENTS_BYTES as usize }> = RingBuf::new();
 #[btf_map]
 static listening: Array<Listening, 1> = Array::new();
-/// Events for which the ring had no room.
+/// Events for which the ring buffer had no room.
 #[btf_map]
 static events_lost: PerCpuArray<u64, 1> = PerCpuArray::new();
 /// A packet's event while it is written: the stack has no room for it.
 #[btf_map]
 static event_scratch: PerCpuArray<Event, 1> = PerCpuArray::new();
 
-/// What is asked for, if anybody listens. Without a listener one word is read; of one that was
-/// killed, the clock too.
+/// Returns the listener's filter, if anybody listens. Without a listener one word is read; if the
+/// listener was killed, the clock too.
 #[inline(always)]
 fn listener() -> Option<&'static Listening> {
-    let sieve = listening.get(0)?;
-    (sieve.until_ns != 0 && sieve.is_on(now_ns())).then_some(sieve)
+    let filter = listening.get(0)?;
+    (filter.until_ns != 0 && filter.is_active(now_ns())).then_some(filter)
 }
 
-/// Puts an event into the ring, if it was asked for.
+/// Puts an event into the ring buffer if it passes the filter.
 #[inline(always)]
-fn tell(sieve: &Listening, event: &mut Event) {
-    if !sieve.takes(event) {
+fn emit(filter: &Listening, event: &mut Event) {
+    if !filter.matches(event) {
         return;
     }
     // SAFETY: the helper has no preconditions.
@@ -51,15 +51,15 @@ fn tell(sieve: &Listening, event: &mut Event) {
     }
 }
 
-/// A family whose packets' events are told by a global function: see `decide`.
-pub(super) trait Tell: Decide {
-    /// Tells of the packet in this CPU's scratch, which was met on a device.
-    fn tell(ifindex: u32, hook: Hook, dropped: bool);
+/// A family with a global function that sends packets' events (see `decide`).
+pub(super) trait Emit: Decide {
+    /// Sends the event of the packet in this CPU's scratch, which is at a device's hook.
+    fn emit(ifindex: u32, hook: Hook, dropped: bool);
 }
 
-/// Tells of a packet, if that is an event and anybody listens.
+/// Sends a packet's event, if it is one and anybody listens.
 #[inline(always)]
-pub(super) fn packet<F: Tell>(
+pub(super) fn packet<F: Emit>(
     decision: &Decision<F>,
     headers: &Headers<F>,
     ifindex: u32,
@@ -67,17 +67,17 @@ pub(super) fn packet<F: Tell>(
     dropped: bool,
 ) {
     if event::kind(decision, headers).is_some() && listener().is_some() {
-        F::tell(ifindex, hook, dropped);
+        F::emit(ifindex, hook, dropped);
     }
 }
 
 macro_rules! global {
-    ($family:ident, $tell:ident) => {
+    ($family:ident, $emit:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $tell(ifindex: u32, hook: u32, dropped: u32) -> u32 {
+        extern "C" fn $emit(ifindex: u32, hook: u32, dropped: u32) -> u32 {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
-            let Some(sieve) = listener() else { return 0 };
+            let Some(filter) = listener() else { return 0 };
             let Some(place) = event_scratch.get_ptr_mut(0) else { return 0 };
             // SAFETY: this CPU's own; callers hold references that only read.
             let Scratch { headers, decision, .. } = unsafe { &*scratch };
@@ -88,24 +88,24 @@ macro_rules! global {
             event.at = At::from(hook_of(hook)) as u8;
             event.ifindex = ifindex;
             event::packet(event, headers, decision, event::fate(decision.verdict, dropped != 0));
-            tell(sieve, event);
+            emit(filter, event);
             0
         }
 
-        impl Tell for $family {
+        impl Emit for $family {
             #[inline(always)]
-            fn tell(ifindex: u32, hook: Hook, dropped: bool) {
-                let _ = $tell(ifindex, hook_number(hook), u32::from(dropped));
+            fn emit(ifindex: u32, hook: Hook, dropped: bool) {
+                let _ = $emit(ifindex, hook_number(hook), u32::from(dropped));
             }
         }
     };
 }
 
-global!(V4, tell_v4);
-global!(V6, tell_v6);
+global!(V4, emit_v4);
+global!(V6, emit_v6);
 
-/// Tells of a process's call, if anybody listens: on the stack, since one process may interrupt
-/// another here.
+/// Sends the event of a process's call, if anybody listens. The event is on the stack, since one
+/// process may interrupt another here.
 #[inline(always)]
 pub(super) fn call<F: Wide>(
     at: At,
@@ -115,7 +115,7 @@ pub(super) fn call<F: Wide>(
     before: &Flow<F::Address>,
     after: &Flow<F::Address>,
 ) {
-    let Some(sieve) = listener() else { return };
+    let Some(filter) = listener() else { return };
     let mut event = Event::default();
     let before = Tuple {
         source: before.source,
@@ -137,5 +137,5 @@ pub(super) fn call<F: Wide>(
     if let Ok(command) = bpf_get_current_comm() {
         event.command = command;
     }
-    tell(sieve, &mut event);
+    emit(filter, &mut event);
 }

@@ -1,4 +1,4 @@
-//! What the kernel's routing tables say.
+//! Looks routes up in the kernel's routing tables.
 
 use core::ffi::c_void;
 
@@ -6,8 +6,8 @@ use aya_ebpf::bindings::{bpf_fib_lookup as Question, bpf_redir_neigh as NextHop}
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated::bpf_fib_lookup;
 use sluice_common::abi::{Ipv4Address, Ipv6Address, RouteMtu};
-use sluice_common::engine::adapter::{Forwarded, LOOPBACK, Target, Way};
-use sluice_common::path::policy;
+use sluice_common::engine::adapter::{ForwardQuery, LOOPBACK, RouteQuery, Target};
+use sluice_common::path::{Hook, policy};
 use sluice_common::{Family, Tables, V4, V6};
 
 use super::decide::{Decide, Scratch};
@@ -23,19 +23,29 @@ const FRAG_NEEDED: i64 = 8;
 const OUTPUT: u32 = 2;
 /// `BPF_FIB_LOOKUP_MARK`, of Linux 6.10: rules that name a packet's mark count.
 const MARK: u32 = 32;
-/// What a kernel answers that does not know a flag.
+/// The error of a kernel that does not know a flag.
 const EINVAL: i64 = -22;
 
-/// A family whose routes can be asked for.
+/// The origin of a packet, as far as routing depends on it.
+#[derive(Clone, Copy)]
+pub(super) struct Origin {
+    /// The device; [`LOOPBACK`] for what this host sends itself.
+    pub(super) ifindex: u32,
+    /// The packet's firewall mark.
+    pub(super) fwmark: u32,
+}
+
+/// A family whose routes can be looked up.
 pub(super) trait Fib: Decide {
-    /// Fills in family and addresses of a question.
+    /// Fills in family and addresses of a lookup.
     fn fill(question: &mut Question, source: &Self::Address, destination: &Self::Address);
-    /// The MTU that the route by a device to a destination carries, which the kernel leaves out of
-    /// its answers unless it is locked; 0: none.
+    /// Returns the MTU that the route by a device to a destination carries, or 0 if it carries
+    /// none. The kernel omits it from its answers unless it is locked.
     fn route_mtu(destination: &Self::Address, device: u32) -> u32;
 }
 
-/// As [`Fib::route_mtu`]. A global function, so that the verifier knows one result of it.
+/// Performs [`Fib::route_mtu`]. A global function, so that the verifier knows only one result of
+/// it.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn route_mtu_v4(destination: u32, device: u32) -> u32 {
@@ -43,7 +53,7 @@ extern "C" fn route_mtu_v4(destination: u32, device: u32) -> u32 {
     mtu_by(device, maps::route_mtus_v4.get(&Key::new(32, data)))
 }
 
-/// As [`route_mtu_v4`], with the halves of a destination.
+/// As [`route_mtu_v4`], with the destination in halves.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn route_mtu_v6(first: u64, last: u64, device: u32) -> u32 {
@@ -92,7 +102,7 @@ impl Fib for V6 {
     }
 }
 
-/// Asks with a program's context; answers the status, and the rest in the question.
+/// Looks a route up with a program's context. Returns the status; the result is in `question`.
 #[inline(always)]
 fn lookup<F: Fib>(
     ctx: *mut c_void,
@@ -114,20 +124,20 @@ fn question() -> Question {
     unsafe { core::mem::zeroed() }
 }
 
-/// Where packets to a destination leave.
+/// Returns where packets to a destination leave.
 #[inline(always)]
 pub(super) fn route<F: Fib>(
     ctx: *mut c_void,
     source: &F::Address,
     destination: &F::Address,
-    way: Way,
+    way: RouteQuery,
 ) -> Target {
     let answer = ask_route::<F>(
         ctx,
         source,
         destination,
         way.ifindex,
-        u64::from(way.length) << 32 | u64::from(way.mark),
+        u64::from(way.length) << 32 | u64::from(way.fwmark),
     );
     match (answer as u32, (answer >> 32) as u32) {
         (0, 0) => Target::None,
@@ -136,8 +146,8 @@ pub(super) fn route<F: Fib>(
     }
 }
 
-/// As [`route`], with a [`Way`] of which length and mark are in one word: the device; in the upper
-/// half the MTU where the packet exceeds it; else 0.
+/// As [`route`], with length and mark of a [`RouteQuery`] in one word. Returns the device; or, in
+/// the upper half, the MTU if the packet exceeds it; or 0.
 #[inline(never)]
 fn ask_route<F: Fib>(
     ctx: *mut c_void,
@@ -150,7 +160,7 @@ fn ask_route<F: Fib>(
     let mut question = question();
     let mut flags = 0;
     if mark != 0 {
-        // The mark has the place of the answer's link-layer addresses.
+        // The mark goes where the result has link-layer addresses.
         let [a, b, c, d] = mark.to_ne_bytes();
         question.smac = [a, b, c, d, 0, 0];
         flags = MARK;
@@ -161,25 +171,25 @@ fn ask_route<F: Fib>(
         status = lookup::<F>(ctx, &mut question, source, destination, ifindex, 0);
     }
     match status {
-        // With a length the route's MTU counts and the device is not told, without one it is.
+        // With a length the route's MTU counts and the device is not returned; without one it is.
         FRAG_NEEDED if length != 0 => {
             // SAFETY: an integer, whichever of the union was written.
             let mtu = unsafe { question.__bindgen_anon_1.mtu_result };
             u64::from(mtu) << 32
         }
-        // Without a neighbour so far the device is known all the same.
+        // The device is known even if the neighbour is not yet.
         SUCCESS | NO_NEIGHBOUR | FRAG_NEEDED => u64::from(question.ifindex),
         _ => 0,
     }
 }
 
-/// Where the stack would forward a packet: the device, and the next hop on it; its family is 0
-/// where the device's own routes lead to the same one. [`None`]: it would not, or would do more
-/// than that.
+/// Returns where the stack would forward a packet: the device, and in `next` the next hop on it,
+/// whose family is 0 if the device's own routes lead to the same one. Returns [`None`] if the stack
+/// would not forward it, or would do more than that.
 #[inline(always)]
 pub(super) fn forward<F: Fib>(
     ctx: *mut c_void,
-    packet: &Forwarded<F::Address>,
+    packet: &ForwardQuery<F::Address>,
     next: &mut NextHop,
 ) -> Option<u32> {
     let mut question = question();
@@ -190,8 +200,8 @@ pub(super) fn forward<F: Fib>(
     let target = question.ifindex;
     *next = next_hop(&question);
     if status == NO_NEIGHBOUR {
-        // The kernel tells the sender of a neighbour that does not answer only where it has looked
-        // for the route itself.
+        // The kernel notifies the sender about a neighbour that does not answer only if it has
+        // looked the route up itself.
         let status = ask_forward::<F>(ctx, &mut question, packet, target, OUTPUT);
         let found = next_hop(&question);
         if (status == SUCCESS || status == NO_NEIGHBOUR)
@@ -208,7 +218,7 @@ pub(super) fn forward<F: Fib>(
 fn ask_forward<F: Fib>(
     ctx: *mut c_void,
     question: &mut Question,
-    packet: &Forwarded<F::Address>,
+    packet: &ForwardQuery<F::Address>,
     ifindex: u32,
     flags: u32,
 ) -> i64 {
@@ -218,10 +228,10 @@ fn ask_forward<F: Fib>(
     question.dport = destination.to_be();
     question.__bindgen_anon_1.tot_len = packet.way.length.min(0xffff) as u16;
     question.__bindgen_anon_2.flowinfo = packet.class;
-    let mark = packet.way.mark;
+    let mark = packet.way.fwmark;
     let [a, b, c, d] = mark.to_ne_bytes();
     question.smac = [a, b, c, d, 0, 0];
-    // A kernel that does not know marks here refuses: then the packet is not ours to send.
+    // A kernel that does not know marks here refuses: then the packet is left to the stack.
     let flags = if mark == 0 { flags } else { flags | MARK };
     lookup::<F>(ctx, question, &packet.source, &packet.destination, ifindex, flags)
 }
@@ -247,7 +257,7 @@ fn is_same(one: &NextHop, other: &NextHop) -> bool {
         && (one.nh_family == u32::from(AF_INET) || one_words == other_words)
 }
 
-/// The link-layer address of a neighbour on a device; `None` where it is not known, or not behind
+/// Returns the link-layer address of a neighbour on a device, or `None` if it is unknown or not on
 /// this device.
 #[inline(always)]
 pub(super) fn neighbour<F: Fib>(
@@ -261,61 +271,56 @@ pub(super) fn neighbour<F: Fib>(
     (status == SUCCESS && question.ifindex == ifindex).then_some(question.dmac)
 }
 
-/// The device by which packets leave that came from another; 0: none.
+/// Returns the device by which packets of an origin leave, or 0 if there is none.
 #[inline(always)]
 fn device<F: Fib>(
     ctx: *mut c_void,
     source: &F::Address,
     destination: &F::Address,
-    ifindex: u32,
-    mark: u32,
+    Origin { ifindex, fwmark }: Origin,
 ) -> u32 {
-    match route::<F>(ctx, source, destination, Way { ifindex, mark, length: 0 }) {
+    match route::<F>(ctx, source, destination, RouteQuery { ifindex, fwmark, length: 0 }) {
         Target::Device(device) => device,
         Target::TooBig(_) | Target::None => 0,
     }
 }
 
-/// Asks where packets of the flow that is decided about would leave, and notes the answers for the
-/// path.
+/// Looks up where packets of the flow in this CPU's scratch would leave, and stores the results for
+/// the path.
 #[inline(never)]
-pub(super) fn ask<F: Fib>(ctx: *mut c_void, from: u32, mark: u32) {
+pub(super) fn look_up_routes<F: Fib>(ctx: *mut c_void, from: Origin) {
     let Some(scratch) = F::scratch() else { return };
     // SAFETY: this CPU's own; nothing else takes a reference here.
-    let Scratch { decision, asked, .. } = unsafe { &mut *scratch };
+    let Scratch { decision, lookups, .. } = unsafe { &mut *scratch };
     let flow = &decision.flow;
-    asked.routes.to_backend = device::<F>(ctx, &flow.source, &flow.destination, from, mark);
-    if asked.routes.to_backend == 0 && from != LOOPBACK {
-        // A device that may not forward answers nothing.
-        asked.routes.to_backend = device::<F>(ctx, &flow.source, &flow.destination, LOOPBACK, mark);
+    let here = Origin { ifindex: LOOPBACK, ..from };
+    lookups.routes.to_backend = device::<F>(ctx, &flow.source, &flow.destination, from);
+    if lookups.routes.to_backend == 0 && from.ifindex != LOOPBACK {
+        // A device that may not forward gets no answer.
+        lookups.routes.to_backend = device::<F>(ctx, &flow.source, &flow.destination, here);
     }
-    asked.routes.to_client = device::<F>(ctx, &flow.destination, &flow.source, LOOPBACK, mark);
-    asked.has_routes = 1;
+    lookups.routes.to_client = device::<F>(ctx, &flow.destination, &flow.source, here);
+    lookups.has_routes = 1;
 }
 
-/// Whether the source of the packet in this CPU's scratch does not belong to the device that it
-/// came in by; 0: this host's own.
+/// Reports whether the source of the packet in this CPU's scratch does not belong to the device
+/// that it came in by, `from`; 0 is this host itself.
 #[inline(always)]
-pub(super) fn source_is_foreign<F: Fib>(
-    ctx: *mut c_void,
-    from: u32,
-    mark: u32,
-    egress: bool,
-) -> bool {
+pub(super) fn has_foreign_source<F: Fib>(ctx: *mut c_void, from: Origin, hook: Hook) -> bool {
     let Some(scratch) = F::scratch() else { return false };
     // SAFETY: this CPU's own; nothing else takes a reference here.
     let tuple = unsafe { &(*scratch).headers.tuple };
-    let tables = &Kernel::of(from);
-    policy::is_foreign::<F, _>(egress, &tuple.source, from, tables, |as_it_came| {
-        let bridge = match <Kernel as Tables<F>>::here(tables) {
+    let tables = &Kernel::of(from.ifindex);
+    policy::is_foreign::<F, _>(hook, &tuple.source, from.ifindex, tables, |as_it_came| {
+        let bridge = match <Kernel as Tables<F>>::hook_device(tables) {
             Some(device) if as_it_came => device.bridge,
             _ => 0,
         };
-        let (ifindex, mark) = match (as_it_came, bridge) {
-            (false, _) => (LOOPBACK, 0),
-            (true, 0) => (from, mark),
-            (true, bridge) => (bridge, mark),
+        let from = match (as_it_came, bridge) {
+            (false, _) => Origin { ifindex: LOOPBACK, fwmark: 0 },
+            (true, 0) => from,
+            (true, bridge) => Origin { ifindex: bridge, ..from },
         };
-        device::<F>(ctx, &tuple.destination, &tuple.source, ifindex, mark)
+        device::<F>(ctx, &tuple.destination, &tuple.source, from)
     })
 }

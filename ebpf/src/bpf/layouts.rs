@@ -1,9 +1,9 @@
-//! Tables whose layout changes: both layouts are read, one is written (see [`previous`]).
+//! Tables whose layout changes: both layouts are read, and one is written (see [`previous`]).
 //!
-//! Which one is a constant that is set when the programs are loaded: the verifier leaves out what
-//! does not apply, so that settled programs have nothing of all this. What the others do is in
-//! global functions, checked once and by themselves, with key and value in a map: the path has too
-//! many lookups to follow two tables through each.
+//! Which one is a constant that is set when the programs are loaded. The verifier leaves out what
+//! does not apply, so that settled programs contain nothing of this. In the other rounds the work
+//! is done by global functions, checked once and by themselves, with key and value in a map: the
+//! path has too many lookups to follow two tables through each.
 
 use core::marker::PhantomData;
 use core::ptr;
@@ -23,8 +23,8 @@ const ANY: u64 = BPF_ANY as u64;
 const EEXIST: i32 = -17;
 
 /// Bits of a [`Renewal`].
-const HEARD: u32 = 1;
-const TAKES_BACK: u32 = 2;
+const IS_REPLY: u32 = 1;
+const CLEARS_STATE: u32 = 2;
 
 /// A [`Round`], set by the loader under the name [`previous::ROUND`].
 #[allow(non_upper_case_globals, reason = "a symbol that the loader looks for")]
@@ -32,13 +32,13 @@ const TAKES_BACK: u32 = 2;
 static round: u32 = Round::Settled as u32;
 
 #[inline(always)]
-fn is(wanted: Round) -> bool {
+fn is_round(wanted: Round) -> bool {
     // SAFETY: a static. Volatile, since the loader writes another value.
     let found = unsafe { (&raw const round).read_volatile() };
     found == wanted as u32
 }
 
-/// What is asked of a table, and its answer in both forms.
+/// A key, and its value in both forms.
 #[repr(C)]
 pub(super) struct Slot<K, V: Moved> {
     key: K,
@@ -46,7 +46,7 @@ pub(super) struct Slot<K, V: Moved> {
     before: V::Before,
 }
 
-/// Slots: of `flows` (and affinity), of `embryonic`.
+/// Slots for `flows` (and affinity) and for `embryonic`.
 pub(super) type Slots<K, V> = PerCpuArray<Slot<K, V>, 2>;
 
 /// A table in both layouts.
@@ -56,7 +56,7 @@ struct Both<K: 'static, V: Moved + 'static, const N: usize> {
 }
 
 impl<K: 'static, V: Moved + 'static, const N: usize> Both<K, V, N> {
-    /// Puts the value of the slot's key there, from whichever layout has it; where both have, from
+    /// Fills the slot with the value of its key from whichever layout has it; if both have, from
     /// the one that is written.
     #[inline(always)]
     fn find(&self, slot: &mut Slot<K, V>) -> bool {
@@ -64,7 +64,7 @@ impl<K: 'static, V: Moved + 'static, const N: usize> Both<K, V, N> {
         let (now, before) = unsafe { (self.now.get(&slot.key), self.before.get(&slot.key)) };
         let now = match (now, before) {
             (Some(now), None) => now,
-            (Some(now), Some(_)) if is(Round::WritesCurrent) => now,
+            (Some(now), Some(_)) if is_round(Round::WritesCurrent) => now,
             (_, Some(before)) => {
                 slot.now = V::after(before);
                 return true;
@@ -77,16 +77,16 @@ impl<K: 'static, V: Moved + 'static, const N: usize> Both<K, V, N> {
         true
     }
 
-    /// Writes the slot's value in the layout of this round, and takes it out of the other.
+    /// Writes the slot's value in the layout of this round, and removes it from the other.
     #[inline(always)]
     fn put(&self, slot: &mut Slot<K, V>, flags: u64) -> Result<(), i32> {
-        let writes_current = is(Round::WritesCurrent);
-        let elsewhere = if writes_current {
+        let writes_current = is_round(Round::WritesCurrent);
+        let is_elsewhere = if writes_current {
             self.before.get_ptr(&slot.key).is_some()
         } else {
             self.now.get_ptr(&slot.key).is_some()
         };
-        if elsewhere && flags == NOEXIST {
+        if is_elsewhere && flags == NOEXIST {
             return Err(EEXIST);
         }
         if writes_current {
@@ -100,7 +100,7 @@ impl<K: 'static, V: Moved + 'static, const N: usize> Both<K, V, N> {
         Ok(())
     }
 
-    /// Removes the slot's key from both.
+    /// Removes the slot's key from both layouts.
     #[inline(always)]
     fn take(&self, slot: &Slot<K, V>) {
         let _ = self.before.remove(&slot.key);
@@ -112,8 +112,7 @@ impl<A: Copy + Eq + 'static, const N: usize> Both<Tuple<A>, Flow<A>, N>
 where
     Flow<A>: Moved<Before = previous::Flow<A>>,
 {
-    /// Brings the slot's entry up to date in place, where it leads the same way; false where it is
-    /// missing.
+    /// Updates the slot's entry in place if it leads the same way. Returns false if it is missing.
     #[inline(always)]
     fn renew(&self, slot: &Slot<Tuple<A>, Flow<A>>, renewal: Renewal) -> bool {
         let mut found = false;
@@ -205,8 +204,10 @@ macro_rules! moving {
         #[unsafe(no_mangle)]
         #[inline(never)]
         extern "C" fn $renew(index: u32, renewal: u32) -> u32 {
-            let renewal =
-                Renewal { is_heard: renewal & HEARD != 0, takes_back: renewal & TAKES_BACK != 0 };
+            let renewal = Renewal {
+                is_reply: renewal & IS_REPLY != 0,
+                clears_state: renewal & CLEARS_STATE != 0,
+            };
             let Some(slot) = old::$slots.get_ptr_mut(index) else { return 0 };
             // SAFETY: as above.
             let slot = unsafe { &*slot };
@@ -276,13 +277,13 @@ moving!(
     moving_flows_v6
 );
 
-/// `flows` (0) or `embryonic` (1) of a family. What it answers with counts until it is asked again.
+/// `flows` (0) or `embryonic` (1) of a family. A result is valid until the next lookup.
 pub(super) struct FlowTable<F, const INDEX: u32>(pub(super) PhantomData<F>);
 
 #[allow(clippy::unused_self, reason = "it stands where a map does")]
 impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
     #[inline(always)]
-    fn asked(key: &Tuple<F::Address>) -> Option<*mut FlowSlot<F>> {
+    fn slot_for(key: &Tuple<F::Address>) -> Option<*mut FlowSlot<F>> {
         let slot = F::slot(INDEX)?;
         // SAFETY: this CPU's own, and nobody's answer any more.
         unsafe { (*slot).key = *key };
@@ -296,13 +297,13 @@ impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
     /// The entry may change or be another's meanwhile.
     #[inline(always)]
     pub(super) unsafe fn get(&self, key: &Tuple<F::Address>) -> Option<&'static Flow<F::Address>> {
-        if is(Round::Settled) {
+        if is_round(Round::Settled) {
             // SAFETY: the caller's.
             return unsafe {
                 if INDEX == 0 { F::now_flows().get(key) } else { F::now_embryonic().get(key) }
             };
         }
-        let slot = Self::asked(key)?;
+        let slot = Self::slot_for(key)?;
         // SAFETY: this CPU's own.
         if F::find(INDEX) != 0 { Some(unsafe { &(*slot).now }) } else { None }
     }
@@ -315,14 +316,14 @@ impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
         flow: &Flow<F::Address>,
         flags: u64,
     ) -> Result<(), i32> {
-        if is(Round::Settled) {
+        if is_round(Round::Settled) {
             return if INDEX == 0 {
                 F::now_flows().insert(key, flow, flags)
             } else {
                 F::now_embryonic().insert(key, flow, flags)
             };
         }
-        let Some(slot) = Self::asked(key) else { return Err(EEXIST) };
+        let Some(slot) = Self::slot_for(key) else { return Err(EEXIST) };
         // SAFETY: this CPU's own.
         unsafe { (*slot).now = *flow };
         match F::put(INDEX, u32::from(flags == NOEXIST)) {
@@ -334,20 +335,20 @@ impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
     /// Removes an entry.
     #[inline(always)]
     pub(super) fn remove(&self, key: &Tuple<F::Address>) -> Result<(), i32> {
-        if is(Round::Settled) {
+        if is_round(Round::Settled) {
             return if INDEX == 0 {
                 F::now_flows().remove(key)
             } else {
                 F::now_embryonic().remove(key)
             };
         }
-        if Self::asked(key).is_some() {
+        if Self::slot_for(key).is_some() {
             F::take(INDEX);
         }
         Ok(())
     }
 
-    /// Brings an entry up to date in place, where it leads the same way; false where it is missing.
+    /// Updates an entry in place if it leads the same way. Returns false if it is missing.
     #[inline(always)]
     pub(super) fn renew(
         &self,
@@ -355,7 +356,7 @@ impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
         to: &Flow<F::Address>,
         renewal: Renewal,
     ) -> bool {
-        if is(Round::Settled) {
+        if is_round(Round::Settled) {
             let entry = if INDEX == 0 {
                 F::now_flows().get_ptr_mut(key)
             } else {
@@ -370,15 +371,15 @@ impl<F: Moving, const INDEX: u32> FlowTable<F, INDEX> {
             }
             return true;
         }
-        let Some(slot) = Self::asked(key) else { return false };
+        let Some(slot) = Self::slot_for(key) else { return false };
         // SAFETY: this CPU's own.
         unsafe { (*slot).now = *to };
-        let heard = if renewal.is_heard { HEARD } else { 0 };
-        F::renew(INDEX, heard | if renewal.takes_back { TAKES_BACK } else { 0 }) != 0
+        let is_reply = if renewal.is_reply { IS_REPLY } else { 0 };
+        F::renew(INDEX, is_reply | if renewal.clears_state { CLEARS_STATE } else { 0 }) != 0
     }
 }
 
-/// Affinity of a family.
+/// The affinity table of a family.
 pub(super) struct AffinityTable<A: Copy + 'static> {
     pub(super) now: &'static LruHashMap<AffinityKey<A>, Affinity, AFFINITIES>,
     pub(super) before: &'static LruHashMap<AffinityKey<A>, previous::Affinity, AFFINITIES>,
@@ -393,7 +394,7 @@ impl<A: Copy + 'static> AffinityTable<A> {
     /// The entry may change or be another's meanwhile.
     #[inline(always)]
     pub(super) unsafe fn get(&self, key: &AffinityKey<A>) -> Option<&'static Affinity> {
-        if is(Round::Settled) {
+        if is_round(Round::Settled) {
             // SAFETY: the caller's.
             return unsafe { self.now.get(key) };
         }
@@ -414,7 +415,7 @@ impl<A: Copy + 'static> AffinityTable<A> {
         value: &Affinity,
         flags: u64,
     ) -> Result<(), i32> {
-        if is(Round::Settled) {
+        if is_round(Round::Settled) {
             return self.now.insert(key, value, flags);
         }
         let Some(slot) = self.slots.get_ptr_mut(0) else { return Err(EEXIST) };

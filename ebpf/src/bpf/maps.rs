@@ -1,4 +1,4 @@
-//! The maps, and which of them belong to an address family.
+//! The maps, and those of each address family.
 
 #![allow(non_upper_case_globals, reason = "a map's name is what `bpftool map` shows")]
 
@@ -84,7 +84,7 @@ pub(super) static reason_counts: PerCpuHashMap<
 
 #[btf_map]
 pub(super) static callers: LruHashMap<CallerKey, u32, { CALLERS_MAX as usize }> = LruHashMap::new();
-/// With a socket whose calls are left to packets: the cookie of its network namespace.
+/// Kept with a socket whose calls are left to packets: the cookie of its network namespace.
 #[btf_map]
 pub(super) static left_to_packets: SkStorage<u64> = SkStorage::new();
 
@@ -150,7 +150,7 @@ static imported_v4: Imported<Ipv4Address> = HashMap::new();
 #[btf_map]
 static imported_v6: Imported<Ipv6Address> = HashMap::new();
 
-/// The tables of the previous layout, and where their values are brought into the other form.
+/// The tables of the previous layout, and slots for converting their values.
 #[cfg(feature = "both-layouts")]
 pub(super) mod old {
     use sluice_common::abi::previous;
@@ -199,7 +199,7 @@ pub(super) use super::layouts::Moving as Flowing;
 
 /// A family's maps.
 pub(super) trait Maps: Flowing {
-    /// Where [`crate::bpf::maps::backend_counts`] has this family's ids.
+    /// The bit of this family's ids in [`crate::bpf::maps::backend_counts`].
     const COUNTER: u32;
     fn services() -> &'static Services<Self::Address>;
     fn backends() -> &'static Backends<Self::Address>;
@@ -335,18 +335,19 @@ maps!(
     moving_affinity_v6
 );
 
-/// A device that programs are attached to.
+/// Returns a device that programs are attached to.
 #[inline(always)]
 pub(super) fn device(ifindex: u32) -> Option<&'static Device> {
     // SAFETY: entries are plain data, readable under RCU.
     unsafe { devices.get(ifindex) }
 }
 
-/// Our own device, which takes packets whose source is an address of this node; 0: there is none.
+/// Returns the index of our own device, which accepts packets whose source is an address of this
+/// node, or 0 if there is none.
 #[inline(always)]
 pub(super) fn own_device() -> u32 {
     match settings.get(0) {
-        Some(told) => told.own_device,
+        Some(found) => found.own_device,
         None => 0,
     }
 }

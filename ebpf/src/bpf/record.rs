@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use sluice_common::Reason;
 use sluice_common::abi::{Affinity, AffinityKey, Flow, Tuple};
-use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
+use sluice_common::engine::record::{FlowMap, FlowTable, InsertError, Partner, Renewal, record};
 use sluice_common::path::Decision;
 #[cfg(not(feature = "both-layouts"))]
 use sluice_common::path::leads_to;
@@ -12,7 +12,7 @@ use super::maps::{self, Maps};
 
 const ANY: u64 = BPF_ANY as u64;
 const NOEXIST: u64 = BPF_NOEXIST as u64;
-/// What inserting an entry that is there answers.
+/// The error of inserting an entry that exists.
 const EEXIST: i32 = -17;
 
 /// Records a decision's flow in the maps.
@@ -33,12 +33,12 @@ struct Flows;
 
 impl<F: Maps> FlowTable<F> for Flows {
     #[inline(always)]
-    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+    fn get(&self, place: FlowMap, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         // SAFETY: entries are plain data, readable under RCU.
         unsafe {
             match place {
-                Place::Flows => F::flows().get(key),
-                Place::Embryonic => F::embryonic().get(key),
+                FlowMap::Flows => F::flows().get(key),
+                FlowMap::Embryonic => F::embryonic().get(key),
             }
         }
     }
@@ -46,53 +46,52 @@ impl<F: Maps> FlowTable<F> for Flows {
     #[inline(always)]
     fn insert(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<F::Address>,
         flow: &Flow<F::Address>,
         only_new: bool,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), InsertError> {
         let flags = if only_new { NOEXIST } else { ANY };
         let result = match place {
-            Place::Flows => F::flows().insert(key, flow, flags),
-            Place::Embryonic => F::embryonic().insert(key, flow, flags),
+            FlowMap::Flows => F::flows().insert(key, flow, flags),
+            FlowMap::Embryonic => F::embryonic().insert(key, flow, flags),
         };
         match result {
             Ok(()) => Ok(()),
-            Err(EEXIST) => Err(Refused::Exists),
-            Err(_) => Err(Refused::Full),
+            Err(EEXIST) => Err(InsertError::Exists),
+            Err(_) => Err(InsertError::Full),
         }
     }
 
     #[inline(always)]
-    fn remove(&mut self, place: Place, key: &Tuple<F::Address>) {
+    fn remove(&mut self, place: FlowMap, key: &Tuple<F::Address>) {
         let _ = match place {
-            Place::Flows => F::flows().remove(key),
-            Place::Embryonic => F::embryonic().remove(key),
+            FlowMap::Flows => F::flows().remove(key),
+            FlowMap::Embryonic => F::embryonic().remove(key),
         };
     }
 
     #[inline(always)]
     fn refresh(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<F::Address>,
         to: &Flow<F::Address>,
         renewal: Renewal,
     ) -> bool {
         #[cfg(feature = "both-layouts")]
         return match place {
-            Place::Flows => F::flows().renew(key, to, renewal),
-            Place::Embryonic => F::embryonic().renew(key, to, renewal),
+            FlowMap::Flows => F::flows().renew(key, to, renewal),
+            FlowMap::Embryonic => F::embryonic().renew(key, to, renewal),
         };
         #[cfg(not(feature = "both-layouts"))]
         {
             let entry = match place {
-                Place::Flows => F::flows().get_ptr_mut(key),
-                Place::Embryonic => F::embryonic().get_ptr_mut(key),
+                FlowMap::Flows => F::flows().get_ptr_mut(key),
+                FlowMap::Embryonic => F::embryonic().get_ptr_mut(key),
             };
             let Some(entry) = entry else { return false };
-            // SAFETY: the entry is there under RCU. A concurrent writer may win: both bring it up
-            // to date.
+            // SAFETY: the entry is readable under RCU. A concurrent writer may win: both update it.
             let entry = unsafe { &mut *entry };
             if leads_to(entry, to) {
                 renewal.apply(entry, to);
@@ -102,15 +101,15 @@ impl<F: Maps> FlowTable<F> for Flows {
     }
 
     #[inline(always)]
-    fn remember(&mut self, client: &AffinityKey<F::Address>, to: &Affinity) {
+    fn record_affinity(&mut self, client: &AffinityKey<F::Address>, to: &Affinity) {
         let _ = F::affinity().insert(client, to, ANY);
     }
 
     #[inline(always)]
     fn set_marks(&mut self, bits: u32) {
         if let Some(marks) = maps::marks.get_ptr_mut(0) {
-            // SAFETY: the element is there. Bits are only ever added, and each is added again on
-            // its next occasion.
+            // SAFETY: the element exists. Bits are only ever added, and each is added again on its
+            // next occasion.
             unsafe { *marks |= bits };
         }
     }

@@ -2,7 +2,8 @@
 
 use sluice_common::packet::crc32c;
 
-/// As [`crc32c::updated`], by a global function (see `decide`): its steps are verified once.
+/// Performs [`crc32c::updated`] as a global function (see `decide`), so that its steps are verified
+/// once.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(super) extern "C" fn sctp_updated(checksum: u32, change: u32, length: u32) -> u32 {

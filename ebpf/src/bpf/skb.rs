@@ -1,4 +1,4 @@
-//! An skb, and what the stack lends for it.
+//! The skb: access to a packet, and the stack's abilities.
 
 use core::arch::asm;
 use core::marker::PhantomData;
@@ -14,8 +14,10 @@ use aya_ebpf::helpers::generated::{
     bpf_skb_store_bytes, bpf_skb_vlan_pop,
 };
 use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey};
-use sluice_common::engine::adapter::{Action, Adapter, Addressee, Arrival, Forwarded, Target, Way};
-use sluice_common::packet::answer::{QUOTE, Trouble};
+use sluice_common::engine::adapter::{
+    Action, Adapter, Addressee, Arrival, ForwardQuery, RouteQuery, Target,
+};
+use sluice_common::packet::answer::{IcmpError, QUOTE};
 use sluice_common::packet::checksum::Delta;
 use sluice_common::packet::header::Wire;
 use sluice_common::packet::parse::Headers;
@@ -30,8 +32,8 @@ use super::maps;
 use super::sctp::sctp_updated;
 use super::tc::Tc;
 
-/// A change of IPv6 addresses leaves the sum over the whole packet alone, since no header checksum
-/// absorbs it; kernels from 6.16 on must be told.
+/// A change of IPv6 addresses does not change the sum over the whole packet, since no header
+/// checksum absorbs it; kernels from 6.16 on have to be told so.
 const BPF_F_IPV6: u64 = 1 << 7;
 const EINVAL: i64 = -22;
 const PACKET_BROADCAST: u32 = 1;
@@ -41,17 +43,17 @@ const PACKET_OTHERHOST: u32 = 3;
 pub(super) const NEXT: i32 = -1;
 const DROP: i32 = TC_ACT_SHOT;
 
-/// What a packet carries that was translated at ingress, and what one that was at egress: another
-/// device's program may meet it once more at the same side (a VLAN device's on its parent), where
-/// its tuple looks like a client's that speaks to the backend directly. The IP layer, and a bridge,
-/// clear it on the way from one side to the other.
+/// Marks of a packet that was translated at ingress, and of one that was at egress. Another
+/// device's program may see the packet once more at the same side (a VLAN device's on its parent),
+/// where its tuple looks like that of a client that speaks to the backend directly. The IP layer,
+/// and a bridge, clear the mark on the way from one side to the other.
 pub(super) const DONE: [u32; 2] = [0x5c1c_e001, 0x5c1c_e002];
 
-/// An offset into a packet's headers, with a bound that the verifier sees: the parser looks nowhere
-/// near it.
+/// Returns an offset into a packet's headers with a bound that the verifier sees; the parser looks
+/// nowhere near it.
 ///
-/// A mask in Rust the compiler leaves out where a comparison has bounded the offset before; the
-/// verifier, with the offset in two registers, knows of that comparison only for the one.
+/// The compiler omits a mask in Rust if a comparison has bounded the offset before. The verifier,
+/// with the offset in two registers, applies that comparison to only one of them.
 #[inline(always)]
 pub(super) fn bounded(offset: u32) -> usize {
     let mut bounded = offset as usize;
@@ -60,7 +62,7 @@ pub(super) fn bounded(offset: u32) -> usize {
     bounded
 }
 
-/// A packet that the kernel has made an skb of, met on a device whose link header has `LINK` bytes.
+/// A packet that the kernel has made an skb of, on a device whose link header has `LINK` bytes.
 pub(super) struct Skb<F, const LINK: u32, const EGRESS: bool> {
     pub(super) ctx: *mut __sk_buff,
     /// Written by [`Adapter::forward`].
@@ -72,6 +74,18 @@ impl<F, const LINK: u32, const EGRESS: bool> Skb<F, LINK, EGRESS> {
     #[inline(always)]
     pub(super) fn new(ctx: *mut __sk_buff) -> Self {
         Self { ctx, next: MaybeUninit::uninit(), family: PhantomData }
+    }
+
+    #[inline(always)]
+    #[allow(clippy::unused_self, reason = "a packet has a hook, whatever it follows from")]
+    pub(super) fn hook(&self) -> Hook {
+        if EGRESS { Hook::Egress } else { Hook::Ingress }
+    }
+
+    #[inline(always)]
+    pub(super) fn ifindex(&self) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (*self.ctx).ifindex }
     }
 }
 
@@ -91,7 +105,7 @@ impl<F, const LINK: u32, const EGRESS: bool> Packet for Skb<F, LINK, EGRESS> {
             // SAFETY: within the packet, checked above; the machine reads unaligned words.
             return Some(unsafe { *(at as *const T) });
         }
-        // Not in the linear part, or beyond the end.
+        // It is not in the linear part, or beyond the end.
         let mut value = MaybeUninit::<T>::uninit();
         // SAFETY: the helper writes the whole value or fails.
         unsafe {
@@ -176,7 +190,7 @@ impl<F: Family, const LINK: u32, const EGRESS: bool> Edit for Skb<F, LINK, EGRES
     }
 }
 
-/// Room for what an ICMP error quotes: written before it is read, as far as it is read.
+/// Space for what an ICMP error quotes. It is written before it is read, as far as it is read.
 type Quote = MaybeUninit<[u32; QUOTE as usize / 4]>;
 
 impl<F: Family, const LINK: u32, const EGRESS: bool> Resize for Skb<F, LINK, EGRESS> {
@@ -236,7 +250,7 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Adapter<F> for Skb<F, LINK, EGR
 
     #[inline(always)]
     fn hook(&self) -> Hook {
-        if EGRESS { Hook::Egress } else { Hook::Ingress }
+        Self::hook(self)
     }
 
     #[inline(always)]
@@ -246,13 +260,12 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Adapter<F> for Skb<F, LINK, EGR
 
     #[inline(always)]
     fn ifindex(&self) -> u32 {
-        // SAFETY: the context is valid while the program runs.
-        unsafe { (*self.ctx).ifindex }
+        Self::ifindex(self)
     }
 
     #[inline(always)]
-    fn mark(&self) -> u32 {
-        // SAFETY: as above.
+    fn fwmark(&self) -> u32 {
+        // SAFETY: the context is valid while the program runs.
         unsafe { (*self.ctx).mark }
     }
 
@@ -284,12 +297,12 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Adapter<F> for Skb<F, LINK, EGR
     }
 
     #[inline(always)]
-    fn route(&self, source: &F::Address, destination: &F::Address, way: &Way) -> Target {
+    fn route(&self, source: &F::Address, destination: &F::Address, way: &RouteQuery) -> Target {
         fib::route::<F>(self.ctx.cast(), source, destination, *way)
     }
 
     #[inline(always)]
-    fn forward(&mut self, packet: &Forwarded<F::Address>) -> Option<u32> {
+    fn forward(&mut self, packet: &ForwardQuery<F::Address>) -> Option<u32> {
         // SAFETY: plain integers: zero is a value.
         let next = self.next.write(unsafe { core::mem::zeroed() });
         fib::forward::<F>(self.ctx.cast(), packet, next)
@@ -338,13 +351,13 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Adapter<F> for Skb<F, LINK, EGR
 
     #[inline(always)]
     fn rewrite(&mut self, _: &Headers<F>, _: &Flow<F::Address>) -> bool {
-        // Both are this CPU's scratch's.
+        // Both are in this CPU's scratch.
         F::translate(self.ctx)
     }
 
     #[inline(always)]
-    fn write_error(&mut self, _: &Headers<F>, trouble: Trouble, mtu: u32) -> bool {
-        F::write_error(self.ctx, trouble, mtu)
+    fn write_error(&mut self, _: &Headers<F>, error: IcmpError, mtu: u32) -> bool {
+        F::write_error(self.ctx, error, mtu)
     }
 
     #[inline(always)]
@@ -379,7 +392,7 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Adapter<F> for Skb<F, LINK, EGR
 }
 
 impl<F: Tc, const LINK: u32, const EGRESS: bool> Skb<F, LINK, EGRESS> {
-    /// Puts an action into effect; returns what the program is to return.
+    /// Performs an action, and returns the program's return value.
     #[inline(always)]
     pub(super) fn end(&mut self, action: Action) -> i32 {
         let to = (&raw mut self.next).cast();
@@ -392,7 +405,7 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Skb<F, LINK, EGRESS> {
                 Action::Send(device) => bpf_redirect(device, 0),
                 Action::Receive(device) => bpf_redirect(device, u64::from(BPF_F_INGRESS)),
                 Action::Forward(device) => bpf_redirect_neigh(device, core::ptr::null_mut(), 0, 0),
-                // The helper finds the way itself where the device's own routes lead there.
+                // The helper finds the next hop itself if the device's own routes lead there.
                 Action::ForwardTo(device) if self.next.assume_init_ref().nh_family == 0 => {
                     bpf_redirect_neigh(device, core::ptr::null_mut(), 0, 0)
                 }
@@ -405,7 +418,7 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Skb<F, LINK, EGRESS> {
     }
 }
 
-/// How a packet came in.
+/// Returns how a packet came in.
 #[inline(always)]
 pub(super) fn arrival(skb: *mut __sk_buff) -> Arrival {
     // SAFETY: the context is valid while the program runs.

@@ -29,7 +29,7 @@ const PROCEED: i32 = 1;
 /// The call fails.
 const FAIL: i32 = 0;
 
-/// The port as the context has it: network order in the low half.
+/// Returns the call's port. The context has it in network order in the low half.
 #[inline(always)]
 fn port(ctx: *mut bpf_sock_addr) -> u16 {
     // SAFETY: the context is valid while the program runs.
@@ -79,14 +79,14 @@ fn set_words_v6(ctx: *mut bpf_sock_addr, words: [u32; 4]) {
     }
 }
 
-/// The IPv4 address in an IPv4-mapped IPv6 address (RFC 4291, 2.5.5.2).
+/// Returns the IPv4 address in an IPv4-mapped IPv6 address (RFC 4291, 2.5.5.2).
 #[inline(always)]
 pub(super) fn mapped(words: [u32; 4]) -> Option<Ipv4Address> {
     let [a, b, c, d] = words;
     (a == 0 && b == 0 && c == 0xffff_u32.to_be()).then_some(Ipv4Address { octets: d.to_ne_bytes() })
 }
 
-/// Whether calls of this socket's network namespace may be translated.
+/// Reports whether calls of this socket's network namespace may be translated.
 #[inline(always)]
 fn is_served(ctx: *mut bpf_sock_addr) -> bool {
     let Some(settings) = maps::settings.get(0) else { return false };
@@ -97,7 +97,7 @@ fn is_served(ctx: *mut bpf_sock_addr) -> bool {
     }
 }
 
-/// Whether the socket is one of the host's network namespace.
+/// Reports whether the socket is in the host's network namespace.
 #[inline(always)]
 fn is_host(ctx: *mut bpf_sock_addr) -> bool {
     let Some(settings) = maps::settings.get(0) else { return false };
@@ -105,14 +105,17 @@ fn is_host(ctx: *mut bpf_sock_addr) -> bool {
     (unsafe { bpf_get_netns_cookie(ctx.cast()) }) == settings.host_netns
 }
 
-/// Whether a call to a frontend is translated here. A pod's is only if a packet of its namespace
-/// was met on the way to the frontend not long before: else nothing tells whether the call would
-/// leave the namespace at all.
+/// Reports whether a call to a frontend is translated here. A pod's call is only if a packet of its
+/// namespace was recently seen on the way to the frontend; otherwise nothing shows that the call
+/// would leave the namespace at all.
 ///
-/// A UDP socket decides once: what began packet by packet goes on like that, and what began here
-/// goes on here, since the two ways choose different backends.
+/// A UDP socket is decided about once, since packets and calls choose different backends: what
+/// began packet by packet goes on like that, and so does what began here.
 #[inline(always)]
-fn is_taken<F: Maps + Wide>(ctx: *mut bpf_sock_addr, key: &ServiceKey<F::Address>) -> bool {
+fn is_translated_here<F: Maps + Wide>(
+    ctx: *mut bpf_sock_addr,
+    key: &ServiceKey<F::Address>,
+) -> bool {
     let Some(settings) = maps::settings.get(0) else { return false };
     // SAFETY: the context is valid while the program runs.
     let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
@@ -120,7 +123,7 @@ fn is_taken<F: Maps + Wide>(ctx: *mut bpf_sock_addr, key: &ServiceKey<F::Address
         return true;
     }
     if key.protocol == UDP {
-        if kept::<F>(ctx, &key.address, key.port).is_some() {
+        if previous_backend::<F>(ctx, &key.address, key.port).is_some() {
             return true;
         }
         if storage(&maps::left_to_packets, ctx, 0).is_some() {
@@ -135,8 +138,8 @@ fn is_taken<F: Maps + Wide>(ctx: *mut bpf_sock_addr, key: &ServiceKey<F::Address
         reserved: [0; 5],
     };
     // SAFETY: entries are plain data, readable under RCU.
-    let met = unsafe { maps::callers.get(&caller) };
-    if met.is_some_and(|met| now().wrapping_sub(*met) < CALLER_TICKS) {
+    let seen = unsafe { maps::callers.get(&caller) };
+    if seen.is_some_and(|seen| now().wrapping_sub(*seen) < CALLER_TICKS) {
         return true;
     }
     if let Some(left) = storage(&maps::left_to_packets, ctx, BPF_SK_STORAGE_GET_F_CREATE) {
@@ -145,7 +148,7 @@ fn is_taken<F: Maps + Wide>(ctx: *mut bpf_sock_addr, key: &ServiceKey<F::Address
     false
 }
 
-/// Whether the socket was bound to a port before the call. Then the port is what the process wants
+/// Reports whether the socket was bound to a port before the call. The process then wants that port
 /// seen, and two VIPs with one backend would collide in the host's own socket table: such calls are
 /// left to the packet path.
 #[inline(always)]
@@ -157,8 +160,9 @@ fn is_bound(ctx: *mut bpf_sock_addr) -> bool {
     }
 }
 
-/// Whether the socket was bound to an address before the call. The route to a backend may not take
-/// it as a source (a loopback address, a bridge's): where the packets leave it is changed.
+/// Reports whether the socket was bound to an address before the call. The route to a backend may
+/// not accept it as a source (a loopback address, a bridge's); packets get another source where
+/// they leave.
 #[inline(always)]
 fn has_address(ctx: *mut bpf_sock_addr) -> bool {
     // SAFETY: the context is valid; a socket is readable where it is not null. One of IPv6 has a
@@ -169,21 +173,21 @@ fn has_address(ctx: *mut bpf_sock_addr) -> bool {
     }
 }
 
-/// What becomes of a call to an address.
+/// The outcome of a call to an address.
 enum Outcome<A> {
     Untouched,
     Refused,
     To(A, u16),
 }
 
-/// A call as a packet that it has not sent so far: without a source.
+/// Returns a call as a flow of the packet that it has not sent yet: without a source.
 #[inline(always)]
-fn asked<F: Maps>(key: &ServiceKey<F::Address>) -> Flow<F::Address> {
+fn untranslated<F: Maps>(key: &ServiceKey<F::Address>) -> Flow<F::Address> {
     Flow { destination: key.address, destination_port: key.port, ..Flow::default() }
 }
 
-/// What is kept with a call's socket in a map; with `BPF_SK_STORAGE_GET_F_CREATE` it is made, all
-/// zeros, if need be.
+/// Returns what a map keeps with a call's socket. With `BPF_SK_STORAGE_GET_F_CREATE` it is made,
+/// all zeros, if it is missing.
 #[inline(always)]
 #[allow(clippy::mut_from_ref, reason = "the value is the socket's, not the map's")]
 fn storage<T>(
@@ -206,9 +210,13 @@ fn storage<T>(
     }
 }
 
-/// The backend, and its generation, that a UDP socket was given for a frontend last.
+/// Returns the backend, and its generation, that a UDP socket was last given for a frontend.
 #[inline(always)]
-fn kept<F: Maps>(ctx: *mut bpf_sock_addr, address: &F::Address, port: u16) -> Option<(u32, u16)> {
+fn previous_backend<F: Maps>(
+    ctx: *mut bpf_sock_addr,
+    address: &F::Address,
+    port: u16,
+) -> Option<(u32, u16)> {
     let mut found = None;
     let mut asked = 0;
     for peer in &storage(F::peers(), ctx, 0)?.peers {
@@ -220,13 +228,17 @@ fn kept<F: Maps>(ctx: *mut bpf_sock_addr, address: &F::Address, port: u16) -> Op
     found
 }
 
-/// Keeps a peer with the socket, whose end is its end; whether it was there. [`None`]: there is no
-/// memory for it.
+/// Keeps a peer with the socket, for as long as the socket lives. Returns whether it was there
+/// already, or [`None`] if there is no memory for it.
 ///
-/// Threads that send by one socket at once may write the same place: then answers of one of the two
-/// show the backend's address until the next send.
+/// Threads that send by the same socket at once may write the same element: answers to one of the
+/// two then show the backend's address until the next send.
 #[inline(always)]
-fn note<F: Maps>(ctx: *mut bpf_sock_addr, peer: Peer<F::Address>, protocol: u8) -> Option<bool> {
+fn keep_peer<F: Maps>(
+    ctx: *mut bpf_sock_addr,
+    peer: Peer<F::Address>,
+    protocol: u8,
+) -> Option<bool> {
     if protocol == TCP {
         *storage(F::peer(), ctx, BPF_SK_STORAGE_GET_F_CREATE)? = peer;
         return Some(false);
@@ -247,7 +259,8 @@ fn note<F: Maps>(ctx: *mut bpf_sock_addr, peer: Peer<F::Address>, protocol: u8) 
     if there != 0 && there == newest {
         return Some(true);
     }
-    // One that is there becomes the newest; else the oldest gives way. Nobody else has its number.
+    // A known peer becomes the newest; otherwise the oldest is replaced. No other peer has its
+    // number.
     let replaced = if there != 0 { there } else { oldest };
     for known in peers.iter_mut() {
         if known.asked == replaced {
@@ -258,10 +271,10 @@ fn note<F: Maps>(ctx: *mut bpf_sock_addr, peer: Peer<F::Address>, protocol: u8) 
     Some(there != 0)
 }
 
-/// Notes that a UDP socket asks a backend itself which it has asked by a frontend before: the
-/// answers are that one's own.
+/// Records that a UDP socket sends to a backend directly to which it has sent by a frontend before:
+/// the answers are the backend's own.
 #[inline(always)]
-fn note_direct<F: Maps>(ctx: *mut bpf_sock_addr, address: F::Address, port: u16) {
+fn keep_direct_peer<F: Maps>(ctx: *mut bpf_sock_addr, address: F::Address, port: u16) {
     let Some(kept) = storage(F::peers(), ctx, 0) else { return };
     if kept.peers.iter().any(|peer| peer.backend == address && peer.backend_port == port) {
         let direct = Peer {
@@ -274,11 +287,12 @@ fn note_direct<F: Maps>(ctx: *mut bpf_sock_addr, address: F::Address, port: u16)
             reserved: 0,
             asked: 0,
         };
-        let _ = note::<F>(ctx, direct, UDP);
+        let _ = keep_peer::<F>(ctx, direct, UDP);
     }
 }
 
-/// Chooses a backend and notes whom the socket asked for, so that it can be told so later.
+/// Chooses a backend, and records the frontend that the socket asked for, so that it can be shown
+/// to the process later.
 #[inline(always)]
 fn translate<F: Maps + Wide>(
     ctx: *mut bpf_sock_addr,
@@ -289,7 +303,7 @@ fn translate<F: Maps + Wide>(
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     let key = ServiceKey { address, port, protocol, reserved: 0 };
-    let kept = || if protocol == TCP { None } else { kept::<F>(ctx, &address, port) };
+    let kept = || if protocol == TCP { None } else { previous_backend::<F>(ctx, &address, port) };
     let is_host = is_host(ctx);
     if is_host && has_address(ctx) {
         return Outcome::Untouched;
@@ -297,15 +311,15 @@ fn translate<F: Maps + Wide>(
     match choose::<F, _>(&key, cookie, is_host, kept, &Kernel::of(0)) {
         Choice::Untouched => {
             if protocol == UDP {
-                note_direct::<F>(ctx, address, port);
+                keep_direct_peer::<F>(ctx, address, port);
             }
             Outcome::Untouched
         }
-        _ if !is_taken::<F>(ctx, &key) => Outcome::Untouched,
+        _ if !is_translated_here::<F>(ctx, &key) => Outcome::Untouched,
         Choice::Refuse { service_port } => {
             if protocol == TCP {
-                count::why(Reason::SocketRefused, service_port, 0);
-                let refused = Flow { service_port, ..asked::<F>(&key) };
+                count::reason(Reason::SocketRefused, service_port, 0);
+                let refused = Flow { service_port, ..untranslated::<F>(&key) };
                 events::call::<F>(
                     At::Connect,
                     Reason::SocketRefused,
@@ -321,7 +335,7 @@ fn translate<F: Maps + Wide>(
             }
         }
         Choice::Backend { id, backend } => {
-            let asked = asked::<F>(&key);
+            let asked = untranslated::<F>(&key);
             let peer = Peer {
                 frontend: address,
                 backend: backend.address,
@@ -332,9 +346,11 @@ fn translate<F: Maps + Wide>(
                 reserved: 0,
                 asked: 0,
             };
-            let Some(known) = note::<F>(ctx, peer, protocol) else { return Outcome::Untouched };
+            let Some(known) = keep_peer::<F>(ctx, peer, protocol) else {
+                return Outcome::Untouched;
+            };
             count::call::<F>(id);
-            // A datagram that goes where the one before it went is nothing new.
+            // A datagram to the same backend as the one before is not an event.
             if !known {
                 let (at, reason) = if protocol == TCP {
                     (At::Connect, Reason::SocketConnect)
@@ -355,9 +371,9 @@ fn translate<F: Maps + Wide>(
     }
 }
 
-/// The frontend that a socket asked for when it speaks to this address.
+/// Returns the frontend that a socket asked for, given the backend's address.
 #[inline(always)]
-fn asked_for<F: Maps>(
+fn frontend_of<F: Maps>(
     ctx: *mut bpf_sock_addr,
     address: F::Address,
     protocol: u8,
@@ -368,7 +384,7 @@ fn asked_for<F: Maps>(
         return (peer.backend == address && peer.backend_port == port)
             .then_some((peer.frontend, peer.frontend_port));
     }
-    // Several frontends may lead to one backend: the one that was asked last is meant.
+    // Several frontends may lead to one backend: the most recently used is meant.
     let mut found = None;
     let mut asked = 0;
     for peer in &storage(F::peers(), ctx, 0)?.peers {
@@ -390,7 +406,7 @@ fn finish(refused: bool) -> i32 {
     FAIL
 }
 
-/// An IPv4 call.
+/// Translates an IPv4 call.
 #[inline(always)]
 fn call_v4(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
     match translate::<V4>(ctx, address_v4(ctx), protocol) {
@@ -405,7 +421,7 @@ fn call_v4(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
     }
 }
 
-/// An IPv6 call, to an IPv6 or a mapped address.
+/// Translates an IPv6 call, to an IPv6 or a mapped address.
 #[inline(always)]
 fn call_v6(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
     let words = words_v6(ctx);
@@ -441,7 +457,7 @@ fn call_v6(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
 /// Shows the VIP instead of the backend, IPv4.
 #[inline(always)]
 fn show_v4(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
-    if let Some((address, port)) = asked_for::<V4>(ctx, address_v4(ctx), protocol) {
+    if let Some((address, port)) = frontend_of::<V4>(ctx, address_v4(ctx), protocol) {
         // SAFETY: the context is valid while the program runs.
         unsafe { (*ctx).user_ip4 = u32::from_ne_bytes(address.octets) };
         set_port(ctx, port);
@@ -454,7 +470,7 @@ fn show_v4(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
 fn show_v6(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
     let words = words_v6(ctx);
     if let Some(address) = mapped(words) {
-        if let Some((address, port)) = asked_for::<V4>(ctx, address, protocol) {
+        if let Some((address, port)) = frontend_of::<V4>(ctx, address, protocol) {
             // SAFETY: the context is valid while the program runs.
             unsafe {
                 (&raw mut (*ctx).user_ip6[3]).write_volatile(u32::from_ne_bytes(address.octets));
@@ -463,7 +479,7 @@ fn show_v6(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
         }
         return PROCEED;
     }
-    if let Some((address, port)) = asked_for::<V6>(ctx, address_v6(words), protocol) {
+    if let Some((address, port)) = frontend_of::<V6>(ctx, address_v6(words), protocol) {
         // SAFETY: same size, and any bytes are a value.
         set_words_v6(ctx, unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(address.octets) });
         set_port(ctx, port);
@@ -471,7 +487,7 @@ fn show_v6(ctx: *mut bpf_sock_addr, protocol: u8) -> i32 {
     PROCEED
 }
 
-/// Whether a connect() is one that the socket path takes: TCP alone. A connected UDP socket fires
+/// Reports whether the socket path takes a connect(): for TCP alone. A connected UDP socket fires
 /// no hook on later sends, so it could not leave a dead backend; it is translated per packet.
 #[inline(always)]
 fn takes_connect(ctx: *mut bpf_sock_addr) -> bool {
@@ -480,9 +496,9 @@ fn takes_connect(ctx: *mut bpf_sock_addr) -> bool {
     kind == SOCK_STREAM && protocol == u32::from(TCP) && is_served(ctx) && !is_bound(ctx)
 }
 
-/// Whether the socket is connected. It then takes answers from its peer alone, which an answer of
-/// the backend is not. Its sends come here where they name a destination, and always from a v6
-/// socket that speaks v4.
+/// Reports whether the socket is connected. It then accepts answers from its peer alone, which an
+/// answer of the backend is not. Its sends reach this hook if they name a destination, and always
+/// from an IPv6 socket that uses IPv4.
 #[inline(always)]
 fn is_connected(ctx: *mut bpf_sock_addr) -> bool {
     // SAFETY: the context is valid; a socket is readable where it is not null.
@@ -523,7 +539,7 @@ pub(super) fn recvmsg6(ctx: *mut bpf_sock_addr) -> i32 {
     show_v6(ctx, UDP)
 }
 
-/// getpeername() of a TCP socket; one of a connected UDP socket shows the VIP already.
+/// Handles getpeername() of a TCP socket. A connected UDP socket shows the VIP already.
 pub(super) fn getpeername4(ctx: *mut bpf_sock_addr) -> i32 {
     show_v4(ctx, TCP)
 }

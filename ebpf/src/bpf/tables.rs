@@ -1,4 +1,4 @@
-//! The path's questions, answered by the maps.
+//! Answers the path's questions from the maps.
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use sluice_common::Tables;
@@ -11,22 +11,22 @@ use sluice_common::family::lane;
 use sluice_common::tables::Routes;
 
 use super::clock;
-use super::decide::Asked;
+use super::decide::Lookups;
 use super::maps::{self, Maps};
 
 /// The maps, seen from a device.
 pub(super) struct Kernel {
-    /// The device that the packet is met on; 0 for calls of sockets.
+    /// The device whose hook the packet passes; 0 for a socket's call.
     pub(super) ifindex: u32,
-    /// What the adapter found out.
-    pub(super) asked: Asked,
+    /// The results of the adapter's lookups.
+    pub(super) lookups: Lookups,
 }
 
 impl Kernel {
-    /// The maps, seen from a device, before anything was asked.
+    /// Returns the maps, seen from a device, before any lookup.
     #[inline(always)]
     pub(super) fn of(ifindex: u32) -> Self {
-        Self { ifindex, asked: Asked::passing_over(0) }
+        Self { ifindex, lookups: Lookups::skipping(0) }
     }
 }
 
@@ -168,7 +168,7 @@ impl<F: Maps> Tables<F> for Kernel {
     }
 
     #[inline(always)]
-    fn here(&self) -> Option<&Device> {
+    fn hook_device(&self) -> Option<&Device> {
         <Self as Tables<F>>::device(self, self.ifindex)
     }
 
@@ -179,12 +179,12 @@ impl<F: Maps> Tables<F> for Kernel {
 
     #[inline(always)]
     fn routes(&self) -> Option<Routes> {
-        if self.asked.has_routes != 0 { Some(self.asked.routes) } else { None }
+        if self.lookups.has_routes != 0 { Some(self.lookups.routes) } else { None }
     }
 
     #[inline(always)]
-    fn passed_over(&self) -> u32 {
-        self.asked.passed_over
+    fn ports_to_skip(&self) -> u32 {
+        self.lookups.ports_to_skip
     }
 
     #[inline(always)]
@@ -193,7 +193,7 @@ impl<F: Maps> Tables<F> for Kernel {
             Some(settings)
                 if matches!(settings.socket_path, socket_path::ALL | socket_path::MACHINE) =>
             {
-                matches!(<Self as Tables<F>>::here(self), Some(here) if here.role == device::EDGE)
+                matches!(<Self as Tables<F>>::hook_device(self), Some(here) if here.role == device::EDGE)
             }
             _ => false,
         }

@@ -1,34 +1,34 @@
 //! The tc adapter: takes an skb through the engine.
 //!
-//! What is not dropped or redirected returns -1 (`TCX_NEXT`, `TC_ACT_UNSPEC`), never OK: the
-//! programs behind ours must see every packet that goes on.
+//! A packet that is not dropped or redirected makes the program return -1 (`TCX_NEXT`,
+//! `TC_ACT_UNSPEC`), never OK: the programs after ours must see every packet that goes on.
 
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, bpf_sock};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_sk_fullsock, bpf_sk_storage_get};
-use sluice_common::abi::{CallerKey, Tuple, device, flow};
+use sluice_common::abi::{CallerKey, Tuple, device};
 use sluice_common::engine::adapter::Adapter;
-use sluice_common::engine::tc::{Packets, run_translated};
+use sluice_common::engine::tc::{TcProgram, run_translated};
 use sluice_common::engine::{self, act};
 use sluice_common::event::Wide;
-use sluice_common::packet::answer::{Answer, Trouble};
+use sluice_common::packet::answer::{Answer, IcmpError};
 use sluice_common::packet::header::protocol;
 use sluice_common::packet::parse::{self, Headers};
 use sluice_common::packet::rewrite::rewrite;
-use sluice_common::path::fragment::{HELD_PRIORITY, met_at};
+use sluice_common::path::fragment::{HELD_PRIORITY, place_of_mark};
 use sluice_common::path::{Decision, Hook, policy};
 use sluice_common::{Family, Reason, V4, V6};
 
 use super::clock::now;
 use super::count;
-use super::decide::{Decide, Scratch};
-use super::events::Tell;
-use super::fib::{Fib, source_is_foreign};
-use super::held::Held;
+use super::decide::{Decide, Scratch, hook_number, hook_of};
+use super::events::Emit;
+use super::fib::{Fib, Origin, has_foreign_source};
 use super::maps;
-use super::met::{Context, Met};
+use super::run::{Context, Run};
 use super::skb::{DONE, NEXT, Skb, arrival};
+use super::socket_lookup::SocketLookup;
 use super::xdp::XDP_DONE;
 
 const AF_INET: u32 = 2;
@@ -61,7 +61,7 @@ pub(super) fn run<const LINK: u32, const EGRESS: bool>(skb: *mut __sk_buff) -> i
     }
 }
 
-/// Whether a program has translated the packet before, at this side of the stack.
+/// Reports whether a program has already translated the packet at this side of the stack.
 #[inline(always)]
 fn is_done<const EGRESS: bool>(skb: *mut __sk_buff) -> bool {
     // SAFETY: the context is valid while the program runs.
@@ -80,17 +80,17 @@ fn is_done<const EGRESS: bool>(skb: *mut __sk_buff) -> bool {
 }
 
 /// A family as the tc adapter needs it.
-pub(super) trait Tc: Fib + Answer + Tell + Wide + Held {
-    /// Reads the packet into this CPU's scratch, by a global function (see `decide`); 0 when it is
-    /// too short.
+pub(super) trait Tc: Fib + Answer + Emit + Wide + SocketLookup {
+    /// Reads the packet into this CPU's scratch, by a global function (see `decide`). Returns 0 if
+    /// it is too short.
     fn read(skb: *mut __sk_buff, offset: u32) -> u32;
-    /// Asks, by a global function, whether the source of the packet in this CPU's scratch does not
-    /// belong to the device that it came in by.
-    fn source(skb: *mut __sk_buff, from: u32, mark: u32, egress: u32) -> u32;
+    /// Reports, by a global function, whether the source of the packet in this CPU's scratch does
+    /// not belong to the device that it came in by.
+    fn has_foreign_source(skb: *mut __sk_buff, from: Origin, hook: Hook) -> bool;
     /// Rewrites the packet in this CPU's scratch as its decision says, by a global function.
     fn translate(skb: *mut __sk_buff) -> bool;
     /// Turns the packet in this CPU's scratch into an ICMP error about it, by a global function.
-    fn write_error(skb: *mut __sk_buff, trouble: Trouble, mtu: u32) -> bool;
+    fn write_error(skb: *mut __sk_buff, error: IcmpError, mtu: u32) -> bool;
 }
 
 macro_rules! global {
@@ -107,18 +107,19 @@ macro_rules! global {
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $error(skb: *mut __sk_buff, trouble: u32, mtu: u32) -> u32 {
+        extern "C" fn $error(skb: *mut __sk_buff, error: u32, mtu: u32) -> u32 {
             let Some(scratch) = <$family as Decide>::scratch() else { return 0 };
             // SAFETY: this CPU's own; callers hold references that only read.
             let headers = unsafe { &(*scratch).headers };
             let packet = &mut Skb::<$family, 0, false>::new(skb);
-            u32::from(act::write_error(packet, headers, Trouble::from_number(trouble), mtu))
+            u32::from(act::write_error(packet, headers, IcmpError::from_number(error), mtu))
         }
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $source(skb: *mut __sk_buff, from: u32, mark: u32, egress: u32) -> u32 {
-            u32::from(source_is_foreign::<$family>(skb.cast(), from, mark, egress != 0))
+        extern "C" fn $source(skb: *mut __sk_buff, ifindex: u32, fwmark: u32, hook: u32) -> u32 {
+            let from = Origin { ifindex, fwmark };
+            u32::from(has_foreign_source::<$family>(skb.cast(), from, hook_of(hook)))
         }
 
         #[unsafe(no_mangle)]
@@ -142,8 +143,8 @@ macro_rules! global {
             }
 
             #[inline(always)]
-            fn source(skb: *mut __sk_buff, from: u32, mark: u32, egress: u32) -> u32 {
-                $source(skb, from, mark, egress)
+            fn has_foreign_source(skb: *mut __sk_buff, from: Origin, hook: Hook) -> bool {
+                $source(skb, from.ifindex, from.fwmark, hook_number(hook)) != 0
             }
 
             #[inline(always)]
@@ -152,8 +153,8 @@ macro_rules! global {
             }
 
             #[inline(always)]
-            fn write_error(skb: *mut __sk_buff, trouble: Trouble, mtu: u32) -> bool {
-                $error(skb, trouble as u32, mtu) != 0
+            fn write_error(skb: *mut __sk_buff, error: IcmpError, mtu: u32) -> bool {
+                $error(skb, error as u32, mtu) != 0
             }
         }
     };
@@ -168,15 +169,15 @@ fn ifindex(skb: *mut __sk_buff) -> u32 {
     unsafe { (*skb).ifindex }
 }
 
-/// Sends what XDP, or another device's program, has translated around the stack.
+/// Sends a packet that XDP, or another device's program, has translated around the stack.
 #[inline(never)]
 fn translated<F: Tc, const LINK: u32, const EGRESS: bool>(skb: *mut __sk_buff, offset: u32) -> i32 {
     if F::read(skb, offset) == 0 {
         return NEXT;
     }
-    let Some(mut met) = Met::<F, _>::new(Skb::<F, LINK, EGRESS>::new(skb)) else { return NEXT };
-    let action = run_translated(&mut met);
-    met.packet.end(action)
+    let Some(mut run) = Run::<F, _>::new(Skb::<F, LINK, EGRESS>::new(skb)) else { return NEXT };
+    let action = run_translated(&mut run);
+    run.packet.end(action)
 }
 
 #[inline(never)]
@@ -184,9 +185,9 @@ fn packet_of<F: Tc, const LINK: u32, const EGRESS: bool>(skb: *mut __sk_buff, of
     if F::read(skb, offset) == 0 {
         return NEXT;
     }
-    let Some(mut met) = Met::<F, _>::new(Skb::<F, LINK, EGRESS>::new(skb)) else { return NEXT };
-    let action = engine::tc::run(&mut met);
-    met.packet.end(action)
+    let Some(mut run) = Run::<F, _>::new(Skb::<F, LINK, EGRESS>::new(skb)) else { return NEXT };
+    let action = engine::tc::run(&mut run);
+    run.packet.end(action)
 }
 
 impl<F: Tc, const LINK: u32, const EGRESS: bool> Context for Skb<F, LINK, EGRESS> {
@@ -196,22 +197,22 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Context for Skb<F, LINK, EGRESS
     }
 
     #[inline(always)]
-    fn at(&self) -> Hook {
-        self.hook()
+    fn hook(&self) -> Hook {
+        Skb::hook(self)
     }
 
     #[inline(always)]
-    fn device(&self) -> u32 {
-        self.ifindex()
+    fn ifindex(&self) -> u32 {
+        Skb::ifindex(self)
     }
 
     #[inline(always)]
-    fn origin(&self) -> (u32, u32) {
-        (act::comes_from(self), self.mark())
+    fn origin(&self) -> Origin {
+        Origin { ifindex: act::comes_from(self), fwmark: self.fwmark() }
     }
 }
 
-impl<F: Tc, const LINK: u32, const EGRESS: bool> Packets<F> for Met<F, Skb<F, LINK, EGRESS>> {
+impl<F: Tc, const LINK: u32, const EGRESS: bool> TcProgram<F> for Run<F, Skb<F, LINK, EGRESS>> {
     type Adapter = Skb<F, LINK, EGRESS>;
 
     #[inline(always)]
@@ -226,8 +227,8 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Packets<F> for Met<F, Skb<F, LI
     }
 
     #[inline(always)]
-    fn disown(&mut self) {
-        F::disown(self.packet.hook());
+    fn restrict_foreign(&mut self) {
+        F::restrict_foreign(self.packet.hook());
     }
 
     #[inline(always)]
@@ -244,8 +245,9 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Packets<F> for Met<F, Skb<F, LI
     fn has_foreign_source(&self) -> bool {
         let here = self.packet.ifindex();
         // SAFETY: the context is valid while the program runs.
-        let from = if EGRESS { unsafe { (*self.packet.ctx).ingress_ifindex } } else { here };
-        F::source(self.packet.ctx, from, self.packet.mark(), u32::from(EGRESS)) != 0
+        let ifindex = if EGRESS { unsafe { (*self.packet.ctx).ingress_ifindex } } else { here };
+        let from = Origin { ifindex, fwmark: self.packet.fwmark() };
+        F::has_foreign_source(self.packet.ctx, from, self.packet.hook())
     }
 
     #[inline(always)]
@@ -254,8 +256,8 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Packets<F> for Met<F, Skb<F, LI
     }
 
     #[inline(always)]
-    fn begin(&mut self, passed_over: u32) {
-        self.pass_over(passed_over);
+    fn begin(&mut self, ports_to_skip: u32) {
+        self.begin_open(ports_to_skip);
     }
 
     #[inline(always)]
@@ -276,8 +278,8 @@ impl<F: Tc, const LINK: u32, const EGRESS: bool> Packets<F> for Met<F, Skb<F, LI
     }
 }
 
-/// Whether a frame is not for this host to route. A global function, so that the verifier goes on
-/// once behind it.
+/// Reports whether a frame is not for this host to route. A global function, so that the verifier
+/// goes on once behind it.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn is_for_others(skb: *mut __sk_buff) -> u32 {
@@ -286,31 +288,31 @@ extern "C" fn is_for_others(skb: *mut __sk_buff) -> u32 {
     u32::from(act::is_for_others(arrival(skb), is_edge))
 }
 
-/// Whether the flow may have the port of a socket that [`is_held`](super::held::is_held) cannot
-/// find. Where the packet comes straight from a pod's socket whose call was left to packets, it
-/// also notes the caller.
+/// Reports whether the flow may have the port of a socket that
+/// [`is_taken_by_socket`](super::socket_lookup::is_taken_by_socket) cannot find. If the packet
+/// comes straight from a pod's socket whose call was left to packets, it also notes the caller.
 ///
-/// The kernel parts a packet from its socket where somebody forwards it, not on its way through a
-/// veth.
+/// Forwarding detaches a packet from its socket; a veth does not.
 #[inline(never)]
 fn comes_from_hidden_socket<F: Tc>(skb: *mut __sk_buff) -> bool {
     let Some(here) = maps::device(ifindex(skb)) else { return false };
     let Some(scratch) = F::scratch() else { return false };
     // SAFETY: this CPU's own; nothing else takes a reference here.
-    let (tuple, flags) = unsafe { (&(*scratch).headers.tuple, (*scratch).decision.flow.flags) };
+    let Scratch { headers, decision, .. } = unsafe { &*scratch };
+    let tuple = &headers.tuple;
     // SAFETY: the context is valid while the program runs; the packet holds the socket.
     let socket = unsafe { (*skb).__bindgen_anon_2.sk };
     // SAFETY: as above.
     let has_socket = !socket.is_null() && matches!(unsafe { (*socket).family }, AF_INET | AF_INET6);
     let is_caller = has_socket && here.role == device::EDGE && learn_caller::<F>(socket, tuple);
-    // The calls that follow are direct connections, and meet nothing of this flow's at another
+    // The calls that follow are direct connections, and do not collide with this flow at another
     // port.
     let hides = is_caller && tuple.protocol == protocol::TCP
         || policy::hides_sockets(here, tuple.protocol, has_socket);
-    hides && flags & flow::DIRECT == 0
+    hides && !decision.flow.is_direct()
 }
 
-/// Notes which frontend a socket's packet is met on the way to; whether its call was left to
+/// Notes the frontend that a socket's packet is on the way to. Returns whether its call was left to
 /// packets.
 #[inline(always)]
 fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) -> bool {
@@ -335,18 +337,19 @@ fn learn_caller<F: Tc>(socket: *mut bpf_sock, tuple: &Tuple<F::Address>) -> bool
         protocol: tuple.protocol,
         reserved: [0; 5],
     };
-    // Where there is no room its calls are left to packets once more.
+    // Without room, its calls are left to packets once more.
     let _ = maps::callers.insert(&caller, now(), 0);
     true
 }
 
-/// Whether what the stack would only forward goes around it.
+/// Reports whether acceleration is on.
 #[inline(always)]
 fn is_accelerated() -> bool {
     matches!(maps::settings.get(0), Some(settings) if settings.accelerates())
 }
 
-/// Sends what the agent has kept to where it was met; what is on its way to the agent goes on.
+/// Sends a fragment that the agent has held to where it came from. A fragment on its way to the
+/// agent goes on.
 #[inline(always)]
 fn release(skb: *mut __sk_buff) -> i32 {
     // SAFETY: the context is valid while the program runs; the helper has no preconditions.
@@ -355,7 +358,7 @@ fn release(skb: *mut __sk_buff) -> i32 {
         if mark == 0 {
             return NEXT;
         }
-        let (target, leaves) = met_at(mark);
+        let (target, leaves) = place_of_mark(mark);
         (*skb).mark = 0;
         (*skb).priority = 0;
         bpf_redirect(target, if leaves { 0 } else { u64::from(BPF_F_INGRESS) }) as i32

@@ -1,5 +1,5 @@
-//! The XDP adapter: takes what it can finish, a packet from outside for a backend on this
-//! node, and leaves everything else unmodified to tc.
+//! The XDP adapter. It takes only what it can finish, which is a packet from outside for a backend
+//! on this node, and leaves everything else unmodified to tc.
 
 use core::ffi::c_void;
 
@@ -7,25 +7,25 @@ use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::generated::bpf_xdp_adjust_meta;
 use sluice_common::abi::Flow;
 use sluice_common::engine;
-use sluice_common::engine::xdp::{Fate, Frames};
+use sluice_common::engine::xdp::{Fate, XdpProgram};
 use sluice_common::packet::checksum::Delta;
 use sluice_common::packet::header::{EthernetHeader, Wire};
 use sluice_common::packet::parse::{self, Headers};
 use sluice_common::packet::rewrite::{Checksum, Edit, segment};
 use sluice_common::path::Hook;
-use sluice_common::{Family, Packet, V4, V6};
+use sluice_common::{Family, Packet, Reason, V4, V6};
 
 use super::count;
 use super::decide::{Decide, Scratch};
-use super::events::Tell;
-use super::fib::{Fib, source_is_foreign};
-use super::held::Held;
+use super::events::Emit;
+use super::fib::{Fib, Origin, has_foreign_source};
 use super::maps;
-use super::met::{Context, Met};
+use super::run::{Context, Run};
 use super::sctp::sctp_updated;
 use super::skb::bounded;
+use super::socket_lookup::SocketLookup;
 
-/// Stands before a frame that XDP has translated, so that tc leaves it alone.
+/// Mark in front of a frame that XDP has translated, so that tc leaves it alone.
 pub(super) const XDP_DONE: u32 = 0x5c1c_e003;
 
 /// A frame as the driver received it.
@@ -34,7 +34,7 @@ struct Frame {
 }
 
 impl Frame {
-    /// A pointer to a value within the frame.
+    /// Returns a pointer to a value within the frame.
     #[inline(always)]
     fn at<T>(&self, offset: u32) -> Option<*mut T> {
         // SAFETY: the context is valid while the program runs.
@@ -119,22 +119,23 @@ pub(super) fn run(ctx: *mut xdp_md) -> u32 {
     }
 }
 
-/// A family whose frames are read by a global function: it has a stack frame to itself, and the
-/// compiler may not take the context apart on the way to it.
-trait Read: Tell + Fib + Held {
-    /// Reads the frame into this CPU's scratch; 0 when it is too short.
+/// A family with global functions that read frames: they have stack frames to themselves, and the
+/// compiler may not take the context apart on the way to them.
+trait Xdp: Emit + Fib + SocketLookup {
+    /// Reads the frame into this CPU's scratch. Returns 0 if it is too short.
     fn read(ctx: *mut xdp_md, offset: u32) -> u32;
-    /// Asks whether the source of the frame in this CPU's scratch does not belong to the device
+    /// Reports whether the source of the frame in this CPU's scratch does not belong to the device
     /// that it came in by.
-    fn source(ctx: *mut xdp_md, from: u32) -> u32;
+    fn has_foreign_source(ctx: *mut xdp_md, ifindex: u32) -> bool;
 }
 
-macro_rules! read {
+macro_rules! family {
     ($family:ident, $read:ident, $source:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $source(ctx: *mut xdp_md, from: u32) -> u32 {
-            u32::from(source_is_foreign::<$family>(ctx.cast(), from, 0, false))
+        extern "C" fn $source(ctx: *mut xdp_md, ifindex: u32) -> u32 {
+            let from = Origin { ifindex, fwmark: 0 };
+            u32::from(has_foreign_source::<$family>(ctx.cast(), from, Hook::Xdp))
         }
 
         #[unsafe(no_mangle)]
@@ -150,30 +151,30 @@ macro_rules! read {
             u32::from(parse::headers_into(&Frame { ctx }, offset, headers))
         }
 
-        impl Read for $family {
+        impl Xdp for $family {
             #[inline(always)]
             fn read(ctx: *mut xdp_md, offset: u32) -> u32 {
                 $read(ctx, offset)
             }
 
             #[inline(always)]
-            fn source(ctx: *mut xdp_md, from: u32) -> u32 {
-                $source(ctx, from)
+            fn has_foreign_source(ctx: *mut xdp_md, ifindex: u32) -> bool {
+                $source(ctx, ifindex) != 0
             }
         }
     };
 }
 
-read!(V4, xdp_read_v4, xdp_source_v4);
-read!(V6, xdp_read_v6, xdp_source_v6);
+family!(V4, xdp_read_v4, xdp_source_v4);
+family!(V6, xdp_read_v6, xdp_source_v6);
 
 #[inline(never)]
-fn frame_of<F: Read>(ctx: *mut xdp_md, offset: u32) -> u32 {
+fn frame_of<F: Xdp>(ctx: *mut xdp_md, offset: u32) -> u32 {
     if F::read(ctx, offset) == 0 {
         return xdp_action::XDP_PASS;
     }
-    let Some(mut met) = Met::<F, _>::new(Frame { ctx }) else { return xdp_action::XDP_PASS };
-    match engine::xdp::run(&mut met) {
+    let Some(mut run) = Run::<F, _>::new(Frame { ctx }) else { return xdp_action::XDP_PASS };
+    match engine::xdp::run(&mut run) {
         Fate::Pass => xdp_action::XDP_PASS,
         Fate::Drop => xdp_action::XDP_DROP,
     }
@@ -186,36 +187,36 @@ impl Context for Frame {
     }
 
     #[inline(always)]
-    fn at(&self) -> Hook {
+    fn hook(&self) -> Hook {
         Hook::Xdp
     }
 
     #[inline(always)]
-    fn device(&self) -> u32 {
+    fn ifindex(&self) -> u32 {
         // SAFETY: the context is valid while the program runs.
         unsafe { (*self.ctx).ingress_ifindex }
     }
 
     #[inline(always)]
-    fn origin(&self) -> (u32, u32) {
-        (self.device(), 0)
+    fn origin(&self) -> Origin {
+        Origin { ifindex: self.ifindex(), fwmark: 0 }
     }
 }
 
-impl<F: Read> Frames<F> for Met<F, Frame> {
+impl<F: Xdp> XdpProgram<F> for Run<F, Frame> {
     #[inline(always)]
     fn decide(&mut self) {
-        F::decide(self.packet.device(), Hook::Xdp);
+        F::decide(self.packet.ifindex(), Hook::Xdp);
     }
 
     #[inline(always)]
     fn has_foreign_source(&self) -> bool {
-        F::source(self.packet.ctx, self.packet.device()) != 0
+        F::has_foreign_source(self.packet.ctx, self.packet.ifindex())
     }
 
     #[inline(always)]
     fn begin(&mut self) {
-        self.pass_over(0);
+        self.begin_open(0);
     }
 
     #[inline(always)]
@@ -226,16 +227,16 @@ impl<F: Read> Frames<F> for Met<F, Frame> {
     #[inline(always)]
     fn is_addressed_here(&self) -> bool {
         let Some(link) = self.packet.read::<EthernetHeader>(0) else { return false };
-        matches!(maps::device(self.packet.device()), Some(here) if here.mac == link.destination)
+        matches!(maps::device(self.packet.ifindex()), Some(here) if here.mac == link.destination)
     }
 
     #[inline(always)]
-    fn mark(&mut self) -> bool {
+    fn mark_translated(&mut self) -> bool {
         mark_done(self.packet.ctx)
     }
 
     #[inline(always)]
-    fn unmark(&mut self) {
+    fn unmark_translated(&mut self) {
         unmark(self.packet.ctx);
     }
 
@@ -251,13 +252,18 @@ impl<F: Read> Frames<F> for Met<F, Frame> {
     }
 
     #[inline(always)]
-    fn count(&mut self) {
+    fn set_reason(&mut self, reason: Reason) {
+        self.scratch_mut().decision.reason = reason;
+    }
+
+    #[inline(always)]
+    fn count(&mut self, is_dropped: bool) {
         let Scratch { headers, decision, .. } = self.scratch();
-        count::packet(decision, headers, self.packet.device(), Hook::Xdp, false);
+        count::packet(decision, headers, self.packet.ifindex(), Hook::Xdp, is_dropped);
     }
 }
 
-/// Puts [`XDP_DONE`] before the frame; false where the driver has no room for it.
+/// Puts [`XDP_DONE`] in front of the frame. Returns false if the driver has no room for it.
 #[inline(always)]
 fn mark_done(ctx: *mut xdp_md) -> bool {
     // SAFETY: the helper makes room or fails; the word is written within it.
@@ -274,7 +280,7 @@ fn mark_done(ctx: *mut xdp_md) -> bool {
     true
 }
 
-/// Takes away what [`mark_done`] has put there.
+/// Removes what [`mark_done`] put there.
 #[inline(always)]
 fn unmark(ctx: *mut xdp_md) {
     // SAFETY: the helper has no preconditions; it fails where there is nothing.
@@ -283,6 +289,6 @@ fn unmark(ctx: *mut xdp_md) {
 
 /// Rewrites the packet. A function of its own, so that it has a stack frame to itself.
 #[inline(never)]
-fn translate<F: Read>(ctx: *mut xdp_md, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
+fn translate<F: Xdp>(ctx: *mut xdp_md, headers: &Headers<F>, flow: &Flow<F::Address>) -> bool {
     segment(&mut Frame { ctx }, headers, flow)
 }

@@ -1,14 +1,29 @@
-//! How pods of different nodes reach each other.
+//! Connections between pods of different nodes.
 
 use std::sync::PoisonError;
 
 use anyhow::Result;
 
-use super::Node;
 use crate::router::ip_feature;
-use crate::{Overlay, serve};
+use crate::serve;
 
-/// Where the relays of [`Overlay::Tun`] listen.
+use super::Node;
+
+/// The way of packets between pods of different nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Overlay {
+    /// Plain routes on the segment the nodes share; the router knows the pods' ranges too.
+    #[default]
+    None,
+    /// A `vxlan0` device on every node, as flannel makes it: static neighbours, MTU 1450. The router
+    /// knows no pods.
+    Vxlan,
+    /// A headerless (`ARPHRD_NONE`) `tun0` on every node, whose packets a process relays over UDP;
+    /// MTU 1450. The router knows no pods.
+    Tun,
+}
+
+/// The port of the relays of [`Overlay::Tun`].
 const RELAY_PORT: u16 = 8473;
 
 impl Node {
@@ -81,7 +96,7 @@ impl Node {
         .map(drop)
     }
 
-    /// Every relay is started anew: it is told its peers at its start.
+    /// Restarts every relay, because a relay gets its peers as arguments.
     fn join_tun(nodes: &[Self]) -> Result<()> {
         let tool = serve::tool_path()?;
         if let Some((new, others)) = nodes.split_last() {
@@ -101,7 +116,7 @@ impl Node {
         }
         for node in nodes {
             let mut relay = node.inner.relay.lock().unwrap_or_else(PoisonError::into_inner);
-            // The tun device has room for one process.
+            // Only one process can open the tun device.
             if let Some(mut old) = relay.take() {
                 let _ = old.kill()?;
             }

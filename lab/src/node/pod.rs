@@ -4,10 +4,12 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::Deref;
 
 use anyhow::{Context, Result};
+use rustix::mount::UnmountFlags;
 
 use super::{Cni, Node};
-use crate::leftovers::c_path;
-use crate::{Namespace, cgroup};
+use crate::cgroup;
+use crate::leftovers::PATIENCE;
+use crate::namespace::Namespace;
 
 /// A pod of a node. Commands run in its namespace and in the cgroup `<node>/pod-<name>`; cheap to
 /// clone.
@@ -37,7 +39,7 @@ impl Pod {
         if node.inner.cni == Cni::Routed {
             node.sysctls(&[
                 (&format!("net/ipv4/conf/{host_device}/proxy_arp"), "1"),
-                // Without this the kernel answers for others after up to 0.8 s.
+                // Otherwise proxy ARP answers only after up to 0.8 s.
                 (&format!("net/ipv4/neigh/{host_device}/proxy_delay"), "0"),
             ])?;
             let _ = node.ip(&format!(
@@ -58,29 +60,28 @@ impl Pod {
         Ok(Self { namespace, node: node.clone(), host_device, ipv4, ipv6 })
     }
 
-    /// The pod's address.
+    /// Returns the pod's address.
     pub fn ipv4(&self) -> Ipv4Addr {
         self.ipv4
     }
 
-    /// The pod's IPv6 address.
+    /// Returns the pod's IPv6 address.
     pub fn ipv6(&self) -> Ipv6Addr {
         self.ipv6
     }
 
-    /// The node the pod is on.
+    /// Returns the pod's node.
     pub fn node(&self) -> &Node {
         &self.node
     }
 
-    /// The node's end of the pod's veth.
+    /// Returns the node's end of the pod's veth.
     pub fn host_device(&self) -> &str {
         &self.host_device
     }
 
-    /// Makes a namespace behind the pod, as a container engine in it does: it is routed through the
-    /// pod, which masquerades it with its own address. Its cgroup lies in the pod's. A pod has one
-    /// at most.
+    /// Makes a namespace behind the pod, as a container engine in the pod would. The pod routes it
+    /// and masquerades it with its own address; its cgroup is in the pod's. A pod has at most one.
     pub fn nested(&self, name: &str) -> Result<Namespace> {
         let cgroup = format!("{}/pod-{}/{name}", self.node.name(), self.name());
         let nested = Namespace::create(&self.shared, name, &cgroup, false)?;
@@ -101,18 +102,14 @@ impl Pod {
         Ok(nested)
     }
 
-    /// Ends the pod as a kubelet would: kills its processes, takes its device away, then its
+    /// Ends the pod as a kubelet would: kills its processes, then removes its device and its
     /// namespace.
     pub fn remove(self) -> Result<()> {
-        cgroup::destroy(self.namespace.cgroup())?;
+        cgroup::destroy(&[self.namespace.cgroup().to_owned()], PATIENCE)?;
         let _ = self.node.ip(&format!("link del {}", self.host_device))?;
         let path = self.namespace.path();
-        let target = c_path(path)?;
-        // SAFETY: a NUL-terminated string that outlives the call.
-        if unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) } != 0 {
-            return Err(std::io::Error::last_os_error())
-                .with_context(|| format!("cannot unmount {}", path.display()));
-        }
+        rustix::mount::unmount(path, UnmountFlags::DETACH)
+            .with_context(|| format!("cannot unmount {}", path.display()))?;
         std::fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))
     }
 }

@@ -11,8 +11,8 @@ use std::fs;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use sluice_cluster::process::Cmd;
 
-use crate::process::Cmd;
 use crate::version::Rustc;
 use crate::workspace::Workspace;
 

@@ -10,8 +10,19 @@ use crate::workspace::Workspace;
 /// As many columns as rustfmt gives code.
 const COLUMNS: usize = 100;
 /// Where sources and papers are.
-const FOLDERS: [&str; 9] =
-    ["common", "core", "ebpf", "agent", "lab", "bench", "xtask", "docs", "deploy"];
+const FOLDERS: [&str; 11] = [
+    "common",
+    "core",
+    "ebpf",
+    "agent",
+    "lab",
+    "cluster",
+    "simulation",
+    "bench",
+    "xtask",
+    "docs",
+    "deploy",
+];
 
 /// Finds lines of comments and papers that are too wide.
 ///

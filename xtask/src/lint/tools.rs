@@ -6,10 +6,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-
-use crate::cache::Cache;
-use crate::process::{Cmd, newest_line};
-use crate::ui::Step;
+use sluice_cluster::cache::Cache;
+use sluice_cluster::process::{Cmd, newest_line};
+use sluice_cluster::ui::Step;
 
 /// A program to install.
 pub(super) struct Tool {

@@ -15,14 +15,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use sluice_cluster::cache::Cache;
+use sluice_cluster::components;
+use sluice_cluster::packages;
+use sluice_cluster::process::Cmd;
+use sluice_cluster::ui::Step;
+use sluice_cluster::{Cni, Overlay, Proxy, UpOptions};
 
-use crate::cache::Cache;
-use crate::cluster::{self, Cni, Overlay, Proxy, UpOptions};
-use crate::components;
-use crate::packages;
-use crate::process::Cmd;
+use crate::cluster;
 use crate::toolchain::Choice;
-use crate::ui::Step;
 use crate::workspace::Workspace;
 
 use self::report::{Outcome, Results};
@@ -135,11 +136,11 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
         overlay: Overlay::default(),
         agent: options.agent.clone(),
     };
-    let was_up = cluster::is_complete()?;
+    let was_up = sluice_cluster::is_complete()?;
     cluster::ensure_up(workspace, choice, &up)?;
     let results = specs(workspace, &programs, options);
     if !was_up && !options.keep {
-        cluster::down()?;
+        sluice_cluster::down()?;
     }
     let results = results?;
     ensure!(
@@ -229,9 +230,9 @@ fn run_pass(
         ])
         .args(["--disable-log-dump=true", "--dump-logs-on-failure=false"])
         .arg(format!("--num-nodes={}", options.nodes()))
-        .arg(format!("--kubeconfig={}", cluster::kubeconfig().display()))
-        .arg(format!("--kubectl-path={}", cluster::kubectl().display()));
-    cluster::outside(|| {
+        .arg(format!("--kubeconfig={}", sluice_cluster::kubeconfig().display()))
+        .arg(format!("--kubectl-path={}", sluice_cluster::kubectl().display()));
+    sluice_cluster::outside(|| {
         let step = Step::start_long(format!("Kubernetes' tests, {procs} at once"));
         let mut child = command
             .into_inner()

@@ -1,12 +1,12 @@
-//! Test binaries, taken apart into what can run side by side.
+//! Test binaries, split into jobs that can run in parallel.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use sluice_cluster::process::Cmd;
 
 use crate::artifacts::Artifact;
-use crate::process::Cmd;
 
 use super::libtest::parse_list;
 use super::tier::Tier;
@@ -35,7 +35,7 @@ impl Binary {
         })
     }
 
-    /// The command as `cargo test` would run it: in the package's directory.
+    /// Returns the command that `cargo test` would run, in the package's directory.
     fn command(&self) -> Cmd {
         Cmd::new(&self.executable)
             .dir(&self.package)
@@ -43,16 +43,16 @@ impl Binary {
             .env("CARGO_MANIFEST_PATH", &self.manifest)
     }
 
-    /// The tests that it would run.
+    /// Lists the tests that a filter selects.
     ///
     /// # Errors
-    /// When it cannot be run.
+    /// If the binary cannot be run.
     pub(super) fn tests(&self, filter: &[String]) -> Result<Vec<String>> {
         let list = self.command().args(["--list", "--format=terse"]).args(filter).probe()?;
         Ok(parse_list(&list))
     }
 
-    /// The source of one of its modules.
+    /// Reads the source of one of its modules.
     fn module(&self, name: &str) -> Result<String> {
         read(&self.source.with_file_name(name).with_extension("rs"))
     }
@@ -62,33 +62,35 @@ fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// How much of the machine a job takes.
+/// The part of the machine that a job takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Share {
-    /// It mostly waits: half a processor.
+    /// A third of a processor, for a job that mostly waits.
+    Third,
+    /// Half a processor.
     Half,
     /// A processor.
     One,
-    /// All that there are; others may run before and after it.
+    /// All processors; other jobs run before and after it.
     All,
-    /// The whole machine, after all others: what runs beside it would disturb it.
+    /// The whole machine, after all other jobs, which would disturb it.
     Alone,
 }
 
 /// One process that runs tests.
 pub(super) struct Job {
-    /// The tier's name, under which it is counted.
+    /// The name of the tier under which its tests are counted.
     pub(super) tier: &'static str,
     pub(super) name: String,
     pub(super) command: Cmd,
     pub(super) share: Share,
 }
 
-/// Takes a binary apart: a unit binary is one job, an api module is one, because its tests share a
-/// control plane, and so is every kernel and lab test.
+/// Splits a binary into jobs. A whole unit binary is one, an api module is one, because its tests
+/// share a control plane, and every kernel or lab test is one.
 ///
 /// # Errors
-/// When the binary cannot be asked for its tests, or a module's source cannot be read.
+/// If the binary cannot list its tests, or a module's source cannot be read.
 pub(super) fn jobs(tier: Tier, binary: &Binary, filter: &[String]) -> Result<Vec<Job>> {
     let job = |name: String, command: Cmd, share| Job { tier: tier.name(), name, command, share };
     let tests = binary.tests(filter)?;
@@ -111,7 +113,7 @@ pub(super) fn jobs(tier: Tier, binary: &Binary, filter: &[String]) -> Result<Vec
             .map(|test| {
                 let source = binary.module(module_of(&test))?;
                 let share =
-                    if says(&source, "alone").is_some() { Share::Alone } else { Share::Half };
+                    if directive(&source, "alone").is_some() { Share::Alone } else { Share::Third };
                 let command = of(std::slice::from_ref(&test));
                 Ok(job(test, command, share))
             })
@@ -121,20 +123,20 @@ pub(super) fn jobs(tier: Tier, binary: &Binary, filter: &[String]) -> Result<Vec
             .map(|tests| {
                 let module = tests.first().map_or("", |test| module_of(test));
                 let source = binary.module(module)?;
-                let threads = says(&source, "test-threads:").unwrap_or("1");
+                let threads = directive(&source, "test-threads:").unwrap_or("1");
                 let command = of(tests).arg(format!("--test-threads={threads}"));
-                Ok(job(module.to_owned(), command, Share::One))
+                Ok(job(module.to_owned(), command, Share::Half))
             })
             .collect(),
     }
 }
 
-/// Whether an argument asks for what passing tests print.
+/// Whether an argument asks for the output of passing tests.
 pub(super) fn shows_output(argument: &str) -> bool {
     matches!(argument, "--nocapture" | "--no-capture" | "--show-output")
 }
 
-/// Whether an argument says how tests run, not which.
+/// Whether an argument selects how tests run, rather than which.
 fn is_mode(argument: &str) -> bool {
     shows_output(argument) || matches!(argument, "--ignored" | "--include-ignored")
 }
@@ -143,8 +145,8 @@ fn module_of(test: &str) -> &str {
     test.split_once("::").map_or(test, |(module, _)| module)
 }
 
-/// The rest of a line of a module's own comment that begins with a word.
-fn says<'a>(source: &'a str, word: &str) -> Option<&'a str> {
+/// Returns what follows a word at the beginning of a line of a module's own comment.
+fn directive<'a>(source: &'a str, word: &str) -> Option<&'a str> {
     source
         .lines()
         .map_while(|line| line.strip_prefix("//!"))
@@ -159,9 +161,9 @@ mod tests {
     #[test]
     fn a_module_says_how_its_tests_run() {
         let source = "//! Traffic.\n//!\n//! test-threads: 4\n\nuse a;\n//! alone\n";
-        assert_eq!(says(source, "test-threads:"), Some("4"));
-        assert_eq!(says(source, "alone"), None);
-        assert_eq!(says("//! Floods.\n//!\n//! alone\n", "alone"), Some(""));
+        assert_eq!(directive(source, "test-threads:"), Some("4"));
+        assert_eq!(directive(source, "alone"), None);
+        assert_eq!(directive("//! Floods.\n//!\n//! alone\n", "alone"), Some(""));
     }
 
     #[test]

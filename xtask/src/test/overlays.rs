@@ -11,12 +11,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use sluice_cluster::packages;
+use sluice_cluster::process::Cmd;
+use sluice_cluster::ui::Step;
+use sluice_cluster::{Cni, Overlay, Proxy, UpOptions};
 
-use crate::cluster::{self, Cni, Overlay, Proxy, UpOptions};
-use crate::packages;
-use crate::process::Cmd;
+use crate::cluster;
 use crate::toolchain::Choice;
-use crate::ui::Step;
 use crate::workspace::Workspace;
 
 use super::libtest::Counts;
@@ -53,7 +54,7 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
         "a cluster needs root: run `sudo -E env PATH=\"$PATH\" cargo xtask test overlays`"
     );
     ensure!(
-        !cluster::is_complete()?,
+        !sluice_cluster::is_complete()?,
         "a cluster is up, and each overlay is to begin with none: take it down first, with `cargo xtask cluster down`"
     );
     let wanted =
@@ -76,7 +77,7 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
             }
         }
         if !(options.keep && index + 1 == wanted.len()) {
-            cluster::down()?;
+            sluice_cluster::down()?;
         }
     }
     Ok(counts)
@@ -159,9 +160,9 @@ impl Trial {
     fn capabilities(&self) -> Result<()> {
         for node in 1..=self.nodes {
             let node = format!("n{node}");
-            let pid = cluster::on_node(&node, &["pgrep", "--exact", "--oldest", "sluice"])?;
+            let pid = sluice_cluster::on_node(&node, &["pgrep", "--exact", "--oldest", "sluice"])?;
             let status =
-                cluster::on_node(&node, &["cat", &format!("/proc/{}/status", pid.trim())])?;
+                sluice_cluster::on_node(&node, &["cat", &format!("/proc/{}/status", pid.trim())])?;
             let field = |name: &str| {
                 status
                     .lines()
@@ -180,7 +181,7 @@ impl Trial {
             let expected = if is_least { ("1", "2") } else { ("0", "0") };
             let found = (field("NoNewPrivs:")?, field("Seccomp:")?);
             ensure!(found == expected, "{node}: NoNewPrivs and Seccomp are {found:?}");
-            let root = cluster::on_node(
+            let root = sluice_cluster::on_node(
                 &node,
                 &["grep", " / / ", &format!("/proc/{}/mountinfo", pid.trim())],
             );
@@ -193,14 +194,15 @@ impl Trial {
     fn settings(&self) -> Result<()> {
         for pod in pods("kube-system", "app.kubernetes.io/name=sluice")? {
             let log = kubectl(&["-n", "kube-system", "logs", &pod, "-c", "agent"])?;
-            for lack in ["without our own device", "fragments that come before"] {
+            for lack in ["own device cannot be made", "fragments that arrive before"] {
                 ensure!(!log.contains(lack), "{pod} says\n{log}");
             }
         }
         for node in 1..=self.nodes {
             let folder = "/proc/sys/net/ipv4/conf/sluice0";
             let files = ["accept_local", "rp_filter"].map(|name| format!("{folder}/{name}"));
-            let found = cluster::on_node(&format!("n{node}"), &["cat", &files[0], &files[1]])?;
+            let found =
+                sluice_cluster::on_node(&format!("n{node}"), &["cat", &files[0], &files[1]])?;
             ensure!(found.split_whitespace().eq(["1", "0"]), "n{node}: {found}");
         }
         Ok(())
@@ -366,7 +368,7 @@ impl Trial {
             );
         }
         for node in 1..=self.nodes {
-            let rules = cluster::on_node(
+            let rules = sluice_cluster::on_node(
                 &format!("n{node}"),
                 &["nft", "list", "table", "ip", "kube-proxy"],
             )?;
@@ -425,7 +427,7 @@ fn preflight() -> Result<()> {
 impl From {
     fn run(self, line: &[&str]) -> Result<String> {
         match self {
-            Self::Outside => cluster::outside(|| {
+            Self::Outside => sluice_cluster::outside(|| {
                 Cmd::new(line.first().context("no program")?)
                     .args(line.get(1..).unwrap_or_default())
                     .answer()
@@ -484,8 +486,9 @@ fn pods(namespace: &str, label: &str) -> Result<Vec<String>> {
 
 /// kubectl, from where the outside client is.
 fn kubectl(args: &[&str]) -> Result<String> {
-    let (program, kubeconfig): (PathBuf, PathBuf) = (cluster::kubectl(), cluster::kubeconfig());
-    cluster::outside(move || {
+    let (program, kubeconfig): (PathBuf, PathBuf) =
+        (sluice_cluster::kubectl(), sluice_cluster::kubeconfig());
+    sluice_cluster::outside(move || {
         Cmd::new(program).arg("--kubeconfig").arg(kubeconfig).args(args).answer()
     })
 }

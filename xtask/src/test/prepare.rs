@@ -1,26 +1,27 @@
-//! What the tiers need before they can run, and why one cannot.
+//! Prepares the tools and binaries of the tiers, and says why a tier cannot run.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use sluice_cluster::cache::Cache;
+use sluice_cluster::{components, packages};
 
 use crate::artifacts::Artifact;
-use crate::cache::Cache;
 use crate::toolchain::Choice;
 use crate::workspace::{OBJECT_ENV, Workspace};
-use crate::{agent, components, ebpf, packages, toolchain};
+use crate::{agent, ebpf, toolchain};
 
 use super::tier::Tier;
 
-/// Whether a tier can run.
+/// The ability of this machine to run a tier.
 #[derive(Debug)]
 pub(super) enum Readiness {
     Ready,
     Skip(String),
 }
 
-/// Everything that was got ready.
+/// Everything that was prepared.
 #[derive(Default)]
 pub(super) struct Prepared {
     tiers: Vec<(Tier, Readiness)>,
@@ -42,22 +43,22 @@ impl Prepared {
             .unwrap_or(&Readiness::Ready)
     }
 
-    /// The eBPF object, if a tier needs it.
+    /// Returns the eBPF object, if a tier needs it.
     pub(super) fn object(&self) -> Option<&Path> {
         self.object.as_deref()
     }
 
-    /// The agent's binary, once the tests are built.
+    /// Returns the agent's binary, once the tests are built.
     pub(super) fn sluice(&self) -> Option<&Path> {
         self.sluice.as_deref()
     }
 
-    /// The eBPF object of the layout that tests upgrade to.
+    /// Returns the eBPF object of the layout that tests upgrade to.
     pub(super) fn next_object(&self) -> Option<&Path> {
         self.next_object.as_deref()
     }
 
-    /// The variables by which a tier's tests find what was built for them.
+    /// Returns the variables by which the tests of a tier find what was built for them.
     pub(super) fn environment(&self, tier: Tier) -> impl Iterator<Item = (&'static str, OsString)> {
         let built = match tier {
             Tier::Unit => vec![],
@@ -80,8 +81,8 @@ impl Prepared {
     }
 }
 
-/// Gets everything ready that the wanted tiers need. What a machine lacks
-/// makes a tier skip; what does not compile is an error.
+/// Prepares everything that the wanted tiers need. A tier is skipped if the machine lacks something;
+/// code that does not compile is an error.
 pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) -> Result<Prepared> {
     let mut prepared = Prepared::default();
     for tier in wanted.iter().copied().filter(|tier| *tier != Tier::Unit) {
@@ -111,7 +112,7 @@ pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) ->
         if *tier == Tier::Lab && matches!(readiness, Readiness::Ready) {
             match Cache::open().and_then(|cache| components::prometheus(&cache)) {
                 Ok(directory) => prepared.prometheus = Some(directory),
-                // Only the tests of what is for it need it, and say that it is not there.
+                // Only the tests of alerts and dashboard need it, and they report its absence.
                 Err(error) => eprintln!("no Prometheus: {error:#}"),
             }
         }
@@ -129,8 +130,7 @@ pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) ->
 }
 
 impl Prepared {
-    /// Finds the agent's binary: cargo builds it with the agent's integration
-    /// tests.
+    /// Finds the agent's binary, which cargo builds for the agent's integration tests.
     pub(super) fn take_sluice(&mut self, artifacts: &[Artifact]) {
         self.sluice = artifacts
             .iter()
@@ -149,7 +149,7 @@ impl Prepared {
         self.tiers.iter().any(|(_, readiness)| matches!(readiness, Readiness::Ready))
     }
 
-    /// Installs what all the tiers call with one apt-get.
+    /// Installs the tools of all tiers with one apt-get.
     fn install_tools(&mut self) {
         let ready = |(_, readiness): &&(Tier, Readiness)| matches!(readiness, Readiness::Ready);
         let tools = self.tiers.iter().filter(ready).flat_map(|(tier, _)| tier.tools());
@@ -171,7 +171,7 @@ impl Prepared {
     }
 }
 
-/// Whether Kubernetes' own tests can run: builds what they need.
+/// Builds what Kubernetes' own tests need, and returns whether they can run.
 pub(super) fn e2e() -> Readiness {
     if !packages::is_root() {
         return Readiness::Skip("it needs root".to_owned());

@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
+use sluice_cluster::packages;
+use sluice_cluster::process::Cmd;
+use sluice_cluster::ui::Step;
+use sluice_cluster::{Cni, Overlay, Proxy, UpOptions};
 
 use crate::artifacts;
-use crate::cluster::{self, Cni, Overlay, Proxy, UpOptions};
-use crate::packages;
-use crate::process::Cmd;
+use crate::cluster;
 use crate::toolchain::Choice;
-use crate::ui::Step;
 use crate::workspace::Workspace;
 
 use super::libtest::Counts;
@@ -66,7 +67,7 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
     let directory = workspace.root().join("target/rollout");
     fs::create_dir_all(&directory)
         .with_context(|| format!("cannot make {}", directory.display()))?;
-    let was_up = cluster::is_complete()?;
+    let was_up = sluice_cluster::is_complete()?;
     cluster::ensure_up(
         workspace,
         choice,
@@ -78,11 +79,11 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
             agent: None,
         },
     )?;
-    let in_nodes = cluster::give_nodes(&program)?;
+    let in_nodes = sluice_cluster::give_nodes(&program)?;
     let result = Rollout { program, in_nodes, directory, share: Share::of(options) }.run();
     let _ = kubectl(&["delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait=false"]);
     if !was_up && !options.keep {
-        cluster::down()?;
+        sluice_cluster::down()?;
     }
     result.map(|()| Counts { passed: 1, ..Counts::default() })
 }
@@ -230,7 +231,7 @@ impl Rollout {
         let output =
             File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
         let command = Cmd::new(&self.program).args(self.client(&to));
-        let child = cluster::outside(|| {
+        let child = sluice_cluster::outside(|| {
             let errors = output.try_clone().context("cannot copy a descriptor")?;
             command
                 .into_inner()
@@ -330,9 +331,10 @@ fn until(ask: impl Fn() -> Result<Sum>, is_so: impl Fn(&Sum) -> bool) -> Result<
 }
 
 fn kubectl(args: &[&str]) -> Result<String> {
-    let (program, kubeconfig): (&Path, &Path) = (&cluster::kubectl(), &cluster::kubeconfig());
+    let (program, kubeconfig): (&Path, &Path) =
+        (&sluice_cluster::kubectl(), &sluice_cluster::kubeconfig());
     let command = Cmd::new(program).arg("--kubeconfig").arg(kubeconfig).args(args);
-    cluster::outside(move || command.answer())
+    sluice_cluster::outside(move || command.answer())
 }
 
 fn get(what: &[&str]) -> Result<Value> {

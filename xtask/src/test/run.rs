@@ -1,49 +1,55 @@
-//! One test process: read, counted, and killed with all its children when it hangs.
+//! Runs one test process: reads and counts its output, and kills it with all its children when it
+//! hangs.
 
+use std::fs;
 use std::io::{self, PipeReader, Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use rustix::process::{Pid, Signal, kill_process_group, set_parent_process_death_signal};
-
-use crate::process::Cmd;
-use crate::ui::seconds;
+use rustix::process::{
+    Pid, Signal, WaitId, WaitIdOptions, kill_process_group, set_parent_process_death_signal, waitid,
+};
+use sluice_cluster::process::Cmd;
+use sluice_cluster::ui::seconds;
 
 use super::libtest::{Counts, Reader};
 
-/// How long a process that has exited may be survived by children that hold
-/// its output open.
+/// The longest time that children of a process that has exited may keep its output open.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// How often a running process is looked at.
+/// The interval at which a running process is checked.
 const POLL: Duration = Duration::from_millis(50);
 
-/// What became of a test process.
+/// The outcome of a test process.
 pub(super) struct Finished {
     pub(super) counts: Counts,
-    /// What it printed, where it was not shown at once.
+    /// Its output, unless that was shown at once.
     pub(super) output: Vec<u8>,
     pub(super) elapsed: Duration,
+    /// The processor time of the process and of the children that it has waited for.
+    pub(super) busy: Duration,
 }
 
 /// Runs a test process to its end, for at most `allowed`.
 ///
 /// # Errors
-/// When it cannot be started; everything that happens later is in the sum.
+/// If it cannot be started; everything that happens later is part of the result.
 pub(super) fn run(command: Cmd, allowed: Duration, shown: Shown) -> Result<Finished> {
     let started = Instant::now();
     let (mut child, output) = spawn(command)?;
     let (sender, pieces) = mpsc::channel();
     let _detached = thread::spawn(move || forward(output, &sender));
     let mut printed = Printed { reader: Reader::default(), output: Vec::new(), shown };
-    let status = wait(&mut child, &pieces, &mut printed, started + allowed)?;
+    let has_ended = wait(&child, &pieces, &mut printed, started + allowed)?;
     // Whatever outlives a test binary would disturb others.
     kill_group(&child);
-    let _last: ExitStatus = child.wait().context("cannot wait for a test process")?;
+    let busy = if has_ended { processor_time(&child) } else { None }.unwrap_or_default();
+    let last = child.wait().context("cannot wait for a test process")?;
+    let status = has_ended.then_some(last);
     let until = Instant::now() + LINGER;
     while let Ok(piece) = pieces.recv_timeout(until.saturating_duration_since(Instant::now())) {
         printed.take(&piece)?;
@@ -57,19 +63,19 @@ pub(super) fn run(command: Cmd, allowed: Duration, shown: Shown) -> Result<Finis
     };
     printed.show(note.unwrap_or_default().as_bytes())?;
     let counts = printed.reader.finish(status.is_some_and(|status| status.success()));
-    Ok(Finished { counts, output: printed.output, elapsed: started.elapsed() })
+    Ok(Finished { counts, output: printed.output, elapsed: started.elapsed(), busy })
 }
 
-/// When a process's output is shown.
+/// The time at which the output of a process is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Shown {
-    /// As it comes.
+    /// As it arrives.
     Now,
-    /// When the process has ended, by the caller.
+    /// After the process has ended, by the caller.
     Later,
 }
 
-/// What a process has printed so far.
+/// The output of a process so far.
 struct Printed {
     reader: Reader,
     output: Vec<u8>,
@@ -95,7 +101,7 @@ impl Printed {
     }
 }
 
-/// Starts a process, and returns where everything that it prints can be read.
+/// Starts a process and returns it with a pipe for everything it prints.
 fn spawn(command: Cmd) -> Result<(Child, PipeReader)> {
     let line = command.line();
     let (output, writer) = io::pipe().context("cannot make a pipe")?;
@@ -111,8 +117,8 @@ fn spawn(command: Cmd) -> Result<(Child, PipeReader)> {
     // neither allocates nor takes a lock.
     let command = unsafe {
         command.pre_exec(|| {
-            // The terminal's Ctrl-C reaches only our own group; this makes the
-            // test process follow us.
+            // The terminal's Ctrl-C reaches only our own group; this lets the test process end
+            // with us.
             set_parent_process_death_signal(Some(Signal::TERM))?;
             Ok(())
         })
@@ -121,7 +127,7 @@ fn spawn(command: Cmd) -> Result<(Child, PipeReader)> {
     Ok((child, output))
 }
 
-/// Copies what the process prints, in the pieces in which it comes.
+/// Passes on the output of a process, in the pieces in which it arrives.
 fn forward(mut output: impl Read, sender: &Sender<Vec<u8>>) {
     let mut buffer = [0; 8192];
     loop {
@@ -139,13 +145,16 @@ fn forward(mut output: impl Read, sender: &Sender<Vec<u8>>) {
     }
 }
 
-/// Streams until the process exits (its status) or the time is up (`None`).
+/// Streams until the process has exited or the time is up, and returns whether it has exited. The
+/// process is not reaped.
 fn wait(
-    child: &mut Child,
+    child: &Child,
     pieces: &Receiver<Vec<u8>>,
     printed: &mut Printed,
     end: Instant,
-) -> Result<Option<ExitStatus>> {
+) -> Result<bool> {
+    let pid = pid_of(child).context("a process without an id")?;
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
     loop {
         match pieces.recv_timeout(POLL) {
             Ok(piece) => printed.take(&piece)?,
@@ -153,18 +162,32 @@ fn wait(
             // It closed its output; it is about to exit.
             Err(RecvTimeoutError::Disconnected) => thread::sleep(POLL),
         }
-        if let Some(status) = child.try_wait().context("cannot wait for a test process")? {
-            return Ok(Some(status));
+        let exited = waitid(WaitId::Pid(pid), options).context("cannot wait for a test process")?;
+        if exited.is_some() {
+            return Ok(true);
         }
         if Instant::now() >= end {
-            return Ok(None);
+            return Ok(false);
         }
     }
 }
 
+/// Returns the processor time of a process that has ended and is not reaped yet, with that of its
+/// children as far as it has waited for them: fields 14 to 17 of proc_pid_stat(5).
+fn processor_time(child: &Child) -> Option<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", child.id())).ok()?;
+    // The command name, in parentheses, may contain anything; field 14 is the 12th after it.
+    let fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11).take(4);
+    let ticks: u64 = fields.map(|field| field.parse::<u64>().unwrap_or_default()).sum();
+    Some(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
+}
+
+fn pid_of(child: &Child) -> Option<Pid> {
+    i32::try_from(child.id()).ok().and_then(Pid::from_raw)
+}
+
 fn kill_group(child: &Child) {
-    let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-    if let Some(group) = group {
+    if let Some(group) = pid_of(child) {
         // An error means that the group is gone, which is what we want.
         let _gone = kill_process_group(group, Signal::KILL);
     }

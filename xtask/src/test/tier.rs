@@ -1,18 +1,18 @@
-//! The tiers, and which test binary belongs to which.
+//! The tiers, and the assignment of test binaries to them.
 
 use std::fmt;
 
 use clap::ValueEnum;
+use sluice_cluster::packages::{self, Tool};
 
 use crate::artifacts::Artifact;
-use crate::packages::{self, Tool};
 
-/// A group of tests with the same needs.
+/// A group of tests with the same requirements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Tier {
     /// Tests that need nothing but the compiler.
     Unit,
-    /// Kernel programs run one by one with BPF_PROG_TEST_RUN.
+    /// Kernel programs, run one by one with BPF_PROG_TEST_RUN.
     Kernel,
     /// Traffic through nodes, pods and clients in network namespaces.
     Lab,
@@ -24,7 +24,7 @@ impl Tier {
     /// All of them, cheapest first.
     pub(crate) const ALL: [Self; 4] = [Self::Unit, Self::Kernel, Self::Lab, Self::Api];
 
-    /// The name, which is also that of its directory in `agent/tests`.
+    /// Returns the name, which is also that of its directory in `agent/tests`.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Unit => "unit",
@@ -34,7 +34,7 @@ impl Tier {
         }
     }
 
-    /// The system tools its tests call.
+    /// Returns the system tools that its tests call.
     pub(crate) fn tools(self) -> &'static [Tool] {
         match self {
             Self::Unit => &[],
@@ -44,8 +44,8 @@ impl Tier {
         }
     }
 
-    /// The tier of a test binary: by its name if it is an integration test of
-    /// the agent, else unit.
+    /// Returns the tier of a test binary: by its name if it is an integration test of the agent,
+    /// otherwise unit.
     pub(crate) fn of(artifact: &Artifact) -> Self {
         let name = &artifact.target.name;
         Self::ALL

@@ -1,4 +1,4 @@
-//! What a health check is answered: the same to every method and path.
+//! The answer to a health check: the same for every method and path.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,10 +14,10 @@ use tokio::sync::watch;
 
 use super::IsHealthy;
 
-/// How much traffic the load balancer may send here, relative to other nodes.
+/// The traffic that the load balancer may send here, relative to other nodes.
 const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
 
-/// kube-proxy's body, key by key in its order.
+/// kube-proxy's body, with its keys in its order.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Body<'a> {
@@ -32,7 +32,7 @@ struct Service<'a> {
     name: &'a str,
 }
 
-/// Answers by what is known at the moment of the request.
+/// Answers by the state at the time of the request.
 #[derive(Clone)]
 pub(super) struct Answerer {
     checks: watch::Receiver<BTreeMap<ObjectName, HealthCheck>>,
@@ -53,7 +53,7 @@ impl Answerer {
         Self { checks, is_healthy }
     }
 
-    /// The answer of a Service's health check; a Service that is gone has no endpoints.
+    /// Returns the answer to a Service's health check. A Service that is gone has no endpoints.
     pub(super) fn answer(&self, service: &ObjectName) -> Response<Bytes> {
         let local = self.checks.borrow().get(service).map_or(0, |check| check.local);
         answer(service, local, (self.is_healthy)())
@@ -79,7 +79,7 @@ fn body(service: &ObjectName, local: usize, healthy: bool) -> String {
         service_proxy_healthy: healthy,
     };
     let mut text = Vec::new();
-    // Strings, a number and a bool into memory: there is nothing to fail.
+    // Serializing strings, a number and a bool into memory cannot fail.
     let _ = body
         .serialize(&mut Serializer::with_formatter(&mut text, PrettyFormatter::with_indent(b"\t")));
     String::from_utf8(text).unwrap_or_default()

@@ -1,5 +1,5 @@
-//! Health checks as a load balancer asks them: by sockets on loopback, an address of 127/8 for each
-//! test.
+//! Health checks as a load balancer makes them: over sockets on loopback, with an address of 127/8
+//! for each test.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,7 +12,7 @@ use super::*;
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// Running servers and what they go by.
+/// Running servers and their inputs.
 struct Bench {
     checks: watch::Sender<BTreeMap<ObjectName, HealthCheck>>,
     addresses: watch::Sender<Addresses>,
@@ -74,13 +74,13 @@ fn at(address: &str, port: u16) -> SocketAddr {
     SocketAddr::new(address.parse().expect("an address"), port)
 }
 
-/// A port that is free at the moment.
+/// Returns a port that is free at the moment.
 async fn free_port(address: &str) -> u16 {
     let listener = TcpListener::bind(at(address, 0)).await.expect("a loopback address");
     listener.local_addr().expect("a bound socket").port()
 }
 
-/// What comes back when a request line is sent; [`None`] if nobody listens.
+/// Sends a request line, and returns the answer, or [`None`] if nobody listens.
 async fn ask(to: SocketAddr, line: &str) -> Option<String> {
     let mut stream = TcpStream::connect(to).await.ok()?;
     let request =
@@ -195,7 +195,7 @@ async fn a_port_that_changes_or_goes_is_closed_at_once() {
     bench.forget("web");
     let _ = until_answer(second, |answer| answer.is_none()).await;
     assert_eq!(bench.until_failures(|_| true).await, Failures::new());
-    // Ports that change hands in one step.
+    // Ports change hands in one step.
     bench.check("a", first.port(), 1);
     bench.check("b", second.port(), 1);
     let _ = until_answer(second, is_of("b")).await;
@@ -246,7 +246,7 @@ async fn of_two_services_with_one_port_the_first_by_name_has_it() {
 
 #[tokio::test]
 async fn an_address_that_is_not_there_does_not_keep_others_from_answering() {
-    // 192.0.2.0/24 is on nobody's device; a link-local address cannot be listened on without one.
+    // 192.0.2.0/24 is on no device. A link-local address cannot be listened on without a device.
     let mut bench = Bench::start(listed(&["127.71.0.6", "192.0.2.77", "fe80::1"]));
     let to = at("127.71.0.6", free_port("127.71.0.6").await);
     bench.check("web", to.port(), 1);
@@ -284,8 +284,8 @@ async fn silent_clients_keep_nobody_waiting_and_give_way() {
     let to = at("127.71.0.9", free_port("127.71.0.9").await);
     bench.check("web", to.port(), 1);
     let _ = until_answer(to, is_ok).await;
-    // More than there is room for; they were thrown out only when their header had not come for
-    // five seconds.
+    // More than there is room for. Without a bound they would be closed only when their header had
+    // not arrived for five seconds.
     let mut silent = Vec::new();
     for _ in 0..300 {
         silent.push(TcpStream::connect(to).await.expect("a listener"));

@@ -1,13 +1,13 @@
-//! Room for connections, given by kind and by age.
+//! A bounded number of connections, shared out by kind and by source.
 //!
-//! A connection is always accepted: where the share that it belongs to is full, another one is
-//! closed. So nobody can keep others out by holding connections open; whoever asks at once is
-//! answered, since it is the newest. The one that is closed belongs to the source that holds most,
-//! and is its oldest of those that wait for a request.
+//! A connection is always accepted. If its share is full, another connection is closed. So nobody
+//! can keep others out by holding connections open, and a request that is sent immediately is
+//! answered, since its connection is the newest. The connection to close is the oldest idle one of
+//! the source that holds the most.
 //!
-//! All listeners have one room, because what it bounds is the process's: descriptors and memory.
-//! The node's own connections (the kubelet's probes, a scraper on the host network) have a share
-//! that others cannot touch.
+//! All listeners have one room, because it bounds descriptors and memory of the process. The node's
+//! own connections (the kubelet's probes, a scraper on the host network) have a share that others
+//! cannot touch.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,21 +17,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::task::AbortHandle;
 
-/// Connections from elsewhere that are open at once. One takes up to 16 KiB of buffers: 7 MiB in
-/// all.
+/// The most open connections from elsewhere. Each takes up to 16 KiB of buffers: 7 MiB in all.
 const OTHERS: usize = 448;
-/// Connections of the node itself that are open at once: 1 MiB.
+/// The most open connections of the node itself: 1 MiB.
 const NODE: usize = 64;
 
-/// Bits of an IPv6 address that tell one source from another: whoever has one address of a /64 has
-/// all of them.
+/// The bits of an IPv6 address that identify a source: whoever has one address of a /64 has all of
+/// them.
 const SOURCE_V6: u32 = 64;
 
-/// Whose a connection is.
+/// The kind of client of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// A process of the node's: by a loopback address, or from the very address that it asks. The
-    /// kernel takes such a source address from nobody else.
+    /// A process of the node: its source address is a loopback address, or the address that it
+    /// connects to. The kernel accepts such a source from nobody else.
     Node,
     Others,
 }
@@ -42,7 +41,7 @@ impl Kind {
     }
 }
 
-/// What of an address counts as one source.
+/// Returns the part of an address that identifies a source.
 fn source(peer: SocketAddr) -> IpAddr {
     match peer.ip() {
         IpAddr::V4(address) => address.into(),
@@ -58,8 +57,8 @@ struct Open {
     task: AbortHandle,
 }
 
-/// Connections of a kind: by source, and then by age, since the number grows from one to the next.
-/// No source is empty.
+/// The connections of a kind, by source and then by age: numbers grow from one to the next. No
+/// source is empty.
 struct Share {
     max: usize,
     count: usize,
@@ -86,7 +85,7 @@ impl Share {
         Some(removed)
     }
 
-    /// The connection that is to go first. A flood of one source costs no search.
+    /// Returns the connection to close first. A flood from one source costs no search.
     fn first_to_go(&self) -> Option<(IpAddr, u64)> {
         let most = self.open.values().map(BTreeMap::len).max()?;
         let of_source = |(source, held): (&IpAddr, &BTreeMap<u64, Open>)| {
@@ -121,7 +120,7 @@ impl Shares {
     }
 }
 
-/// Whether a request of a connection is being answered; shared between the connection and the room.
+/// Whether a request on a connection is being answered, shared between the connection and the room.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Answering(Arc<AtomicBool>);
 
@@ -135,7 +134,7 @@ impl Answering {
     }
 }
 
-/// A connection's place in the room, given up when it is dropped.
+/// A connection's place in the room, which is given up when it is dropped.
 struct Place {
     room: Room,
     kind: Kind,
@@ -171,8 +170,7 @@ impl Room {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs a conversation in a task of its own, and closes another one where there is no room
-    /// left.
+    /// Runs a conversation in a task of its own. If the room is full, another one is closed.
     pub(super) fn hold<C>(
         &self,
         peer: SocketAddr,
@@ -202,8 +200,8 @@ impl Room {
         }
     }
 
-    /// Closes one connection from elsewhere, or one of the node's where there is no other:
-    /// descriptors or memory are short.
+    /// Closes one connection from elsewhere, or one of the node's if there is no other. Descriptors
+    /// or memory are short.
     pub(super) fn close_one(&self) {
         let closed = {
             let mut shares = self.shares();
@@ -224,7 +222,7 @@ mod tests {
     const LOCAL: SocketAddr =
         SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)), 10256);
 
-    /// Opens a connection that says nothing, and returns its number.
+    /// Opens a connection that sends nothing, and returns its number.
     fn open(room: &Room, peer: &str) -> u64 {
         let number = room.shares().next;
         room.hold(SocketAddr::new(peer.parse().expect("an address"), 1), LOCAL, |_| pending());
@@ -240,7 +238,7 @@ mod tests {
         all
     }
 
-    /// A room for a few.
+    /// Makes a room for a few connections.
     fn small(node: usize, others: usize) -> Room {
         let room = Room::default();
         (room.shares().node.max, room.shares().others.max) = (node, others);

@@ -1,8 +1,8 @@
-//! What the maps and the status say, as a scraper reads it.
+//! Exports what the maps and the status hold as metrics.
 //!
-//! Everything is read when it is asked for: nothing is counted twice, and nothing costs anything
-//! while nobody asks. How many series there are is bounded: by the Services, by [`BACKENDS_MAX`]
-//! for backends, and for the rest by the maps.
+//! Everything is read when a scraper asks, so nothing is counted twice, and nothing costs anything
+//! without a scraper. The number of series is bounded: by the Services, by [`BACKENDS_MAX`] for
+//! backends, and by the maps for the rest.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,7 +27,8 @@ use super::metrics::Metrics;
 use crate::node::status::{self, Status};
 use crate::node::view::{BackendView, PortName, View};
 
-/// Backends that have series of their own; the traffic of the others is in their Services' series.
+/// The most backends with series of their own. The traffic of the others is in their Services'
+/// series.
 pub(super) const BACKENDS_MAX: usize = 2_000;
 
 /// The longest time between two readings of the maps.
@@ -38,7 +39,7 @@ type Labels = Vec<(&'static str, String)>;
 /// Labels and value of each series of a metric.
 type Series = Vec<(Labels, u64)>;
 
-/// Reads maps and status when it is asked.
+/// Reads maps and status for a scrape.
 #[derive(Debug)]
 pub(super) struct Exporter {
     metrics: Arc<Metrics>,
@@ -52,7 +53,7 @@ impl Exporter {
         Self { metrics, pin_path, state_dir, shared: Shared::default() }
     }
 
-    /// Everything, in the text form of OpenMetrics.
+    /// Returns all metrics in the text format of OpenMetrics.
     pub(super) async fn text(&self) -> Result<Bytes, fmt::Error> {
         self.shared.get(|| tokio::task::block_in_place(|| self.write())).await
     }
@@ -62,7 +63,7 @@ impl Exporter {
         encode(&mut text, self.metrics.registry())?;
         let mut registry = Registry::with_prefix("sluice");
         registry.register_collector(Box::new(self.read()));
-        // One text has one end.
+        // The joined text has one end mark.
         let own = text.strip_suffix("# EOF\n").unwrap_or(&text).len();
         text.truncate(own);
         encode(&mut text, &registry)?;
@@ -72,18 +73,17 @@ impl Exporter {
     fn read(&self) -> Found {
         let view = View::read(&self.pin_path);
         if let Err(error) = &view {
-            tracing::debug!("the maps cannot be read for a scraper: {error:#}");
+            tracing::debug!("cannot read the maps for a scrape: {error:#}");
         }
         Found { view: view.ok(), status: status::read(&self.state_dir) }
     }
 }
 
-/// The last text, for all who have asked while it was made.
+/// The last text, shared by all scrapers that asked while it was made.
 ///
-/// Reading the maps takes memory and time, so there is one reader at a time, however many ask. The
-/// next one begins after as long as the last one took, [`PAUSE`] at most: who asks again and again
-/// takes half of one CPU. A text is never older than the question that it answers, but for the time
-/// that it takes to make one.
+/// Reading the maps takes memory and time, so there is only one reader at a time. The next one
+/// begins after as long as the last one took, [`PAUSE`] at most: constant scraping takes half of
+/// one CPU. A text is never older than its request, but for the time that it takes to make one.
 #[derive(Debug, Default)]
 struct Shared(Arc<Mutex<Option<Last>>>);
 
@@ -92,7 +92,7 @@ struct Shared(Arc<Mutex<Option<Last>>>);
 struct Last {
     text: Bytes,
     made: Instant,
-    /// Before this there is no other one.
+    /// No other text is made before this.
     next: Instant,
 }
 
@@ -114,7 +114,7 @@ impl Shared {
         let made = Instant::now();
         let next = made + started.elapsed().min(PAUSE);
         *last = Some(Last { text: text.clone(), made, next });
-        // Megabytes on a large node, and needed by nobody any more.
+        // It has megabytes on a large node, and nobody needs it any more.
         let kept = Arc::clone(&self.0);
         let _forgetting = tokio::spawn(async move {
             tokio::time::sleep_until(next).await;
@@ -124,7 +124,7 @@ impl Shared {
     }
 }
 
-/// What was found at the moment of the question.
+/// What was found at the time of a request.
 #[derive(Debug)]
 struct Found {
     view: Option<View>,
@@ -145,7 +145,7 @@ impl Writer<'_, '_> {
         Ok(())
     }
 
-    /// The sums of round-trip times.
+    /// Writes the sums of round-trip times.
     fn seconds(&mut self, name: &str, help: &str, all: &[(Labels, Sums)]) -> fmt::Result {
         let mut metric = self.encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
         for (labels, counted) in all {
@@ -177,24 +177,24 @@ fn labels_of(name: &PortName, family: u8) -> Labels {
 
 /// A count of traffic.
 enum Count {
-    /// From clients and to them.
+    /// From clients, and to them.
     Both(u64, u64),
     One(u64),
 }
 
-/// What was counted of a backend, or of all of a service's.
+/// The counters of a backend, or of all backends of a service.
 #[derive(Clone, Copy, Default)]
 struct Sums {
-    /// Per packet, and the calls.
+    /// Counters per packet, and the calls.
     packets: BackendCounters,
-    /// Per connection that was translated at the socket.
+    /// Counters of connections that are translated at the socket.
     sockets: SocketCounters,
 }
 
-/// What is counted of traffic: name, help, value.
+/// A counter of traffic: name, help and value.
 type Traffic = (&'static str, &'static str, fn(&Sums) -> Count);
 
-/// What the sum of round-trip times is.
+/// The help of the sum of round-trip times.
 const RTT: &str = "Sum of the smoothed round-trip times that ended connections had at last (of those translated at the socket); \
                    per close";
 
@@ -289,31 +289,31 @@ fn traffic(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
         labels.push(("backend", backend.address.to_string()));
         Some((labels, Sums { packets: backend.counters, sockets: backend.sockets }))
     };
-    // Those that are told are the same from one scrape to the next.
-    let told: Vec<(Labels, Sums)> = backends
+    // Those with series of their own are the same from one scrape to the next.
+    let own: Vec<(Labels, Sums)> = backends
         .iter()
         .filter(|backend| backend.serving)
         .filter_map(of_backend)
         .take(BACKENDS_MAX)
         .collect();
-    let left = backends.iter().filter(|backend| backend.serving).count() - told.len();
+    let left = backends.iter().filter(|backend| backend.serving).count() - own.len();
     for metric in &TRAFFIC {
         let (name, help, _) = metric;
         writer.counters(&format!("service_{name}"), help, &series(&services, metric))?;
-        writer.counters(&format!("backend_{name}"), help, &series(&told, metric))?;
+        writer.counters(&format!("backend_{name}"), help, &series(&own, metric))?;
     }
     writer.seconds("service_socket_rtt_seconds", RTT, &services)?;
-    writer.seconds("backend_socket_rtt_seconds", RTT, &told)?;
+    writer.seconds("backend_socket_rtt_seconds", RTT, &own)?;
     writer.gauges(
         "backends_left_out",
-        "Backends that are counted and have no series of their own",
+        "Backends without series of their own",
         &vec![(Vec::new(), left as u64)],
     )
 }
 
 fn reasons(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
     let Ok(counted) = view.kernel.maps().reason_counters() else { return Ok(()) };
-    // A Service's ports are one series.
+    // A Service's ports share one series.
     let mut packets: BTreeMap<Labels, u64> = BTreeMap::new();
     for (key, counters) in counted {
         let Some(reason) = Reason::from_number(key.reason) else { continue };
@@ -321,7 +321,7 @@ fn reasons(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
         let (namespace, service) =
             name.map_or_else(Default::default, |name| (name.namespace, name.service));
         let labels = vec![
-            ("reason", reason.word().to_owned()),
+            ("reason", reason.as_str().to_owned()),
             ("namespace", namespace),
             ("service", service),
         ];
@@ -329,7 +329,7 @@ fn reasons(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
     }
     writer.counters(
         "packets_by_reason",
-        "Packets that did not simply follow a flow, and calls that were refused, by reason",
+        "Packets that did not simply follow a flow, and refused calls, by reason",
         &packets.into_iter().collect(),
     )
 }
@@ -355,11 +355,18 @@ fn node(status: &Status, writer: &mut Writer<'_, '_>) -> fmt::Result {
         "When the agent started, since 1970",
         &vec![(Vec::new(), status.started)],
     )?;
+    writer.gauges("ready", "Whether the node is ready", &vec![one(Vec::new(), status.ready)])?;
+    devices(status, writer)?;
     writer.gauges(
-        "ready",
-        "Whether maps and hooks are as they should be",
-        &vec![one(Vec::new(), status.ready)],
+        "node_addresses_astray",
+        "Addresses of the Node that no uplink has",
+        &vec![(Vec::new(), status.policy.strays.len() as u64)],
     )?;
+    sources(status, writer)?;
+    flaws(status, writer)
+}
+
+fn devices(status: &Status, writer: &mut Writer<'_, '_>) -> fmt::Result {
     let mut hooks: BTreeMap<Labels, u64> = BTreeMap::new();
     let mut failing = Series::new();
     for device in &status.devices {
@@ -369,23 +376,21 @@ fn node(status: &Status, writer: &mut Writer<'_, '_>) -> fmt::Result {
                 .entry([labels.clone(), vec![("hook", hook.word().to_owned())]].concat())
                 .or_default() += 1;
         }
-        failing.push(one(labels, device.problem.is_some()));
+        failing.push((labels, u64::from(device.problem.is_some())));
     }
     writer.gauges(
         "device_hooks",
-        "Hooks of a device with our programs",
+        "Hooks of a device with programs of Sluice",
         &hooks.into_iter().collect(),
     )?;
     writer.gauges(
         "device_failing",
-        "Whether something could not be attached to a device, and is tried again",
+        "Whether something could not be attached to a device, and is retried",
         &failing,
-    )?;
-    writer.gauges(
-        "node_addresses_astray",
-        "Addresses of the Node that no uplink has",
-        &vec![(Vec::new(), status.policy.strays.len() as u64)],
-    )?;
+    )
+}
+
+fn sources(status: &Status, writer: &mut Writer<'_, '_>) -> fmt::Result {
     let sources = |value: fn(&status::SourceStatus) -> u64| -> Series {
         status
             .sources
@@ -395,19 +400,22 @@ fn node(status: &Status, writer: &mut Writer<'_, '_>) -> fmt::Result {
     };
     writer.gauges(
         "source_synced",
-        "Whether a source's first full list has come",
+        "Whether a source's first full list has arrived",
         &sources(|source| u64::from(source.synced)),
     )?;
     writer.gauges(
         "source_failing",
-        "Whether a source cannot be heard at the moment",
+        "Whether a source cannot be reached",
         &sources(|source| u64::from(source.problem.is_some())),
     )?;
     writer.gauges(
         "source_last_heard_timestamp_seconds",
-        "When a source was last heard, since 1970",
+        "When a source last answered, since 1970",
         &sources(|source| source.heard.unwrap_or_default()),
-    )?;
+    )
+}
+
+fn flaws(status: &Status, writer: &mut Writer<'_, '_>) -> fmt::Result {
     let mut flaws: BTreeMap<Labels, u64> = BTreeMap::new();
     for report in &status.reports {
         let labels = vec![("flaw", report.flaw.clone()), ("level", report.level.clone())];
@@ -415,7 +423,7 @@ fn node(status: &Status, writer: &mut Writer<'_, '_>) -> fmt::Result {
     }
     writer.gauges(
         "object_flaws",
-        "Objects, or fields of them, that are not served as they stand (sluice status names them)",
+        "Objects, or fields of them, that are not served as they are (listed by sluice status)",
         &flaws.into_iter().collect(),
     )
 }
@@ -473,7 +481,7 @@ mod tests {
             assert_eq!(answer.expect("no panic"), Ok(Bytes::from("text")));
         }
         assert_eq!(read.load(Ordering::SeqCst), 1, "one reads for all");
-        // Later ones are told what is so then, and what nobody needs is kept by nobody.
+        // Later requests get a text of that time, and an unneeded text is not kept.
         assert_eq!(shared.get(|| Ok("later".to_owned())).await, Ok(Bytes::from("later")));
         tokio::time::sleep(Duration::from_secs(2)).await;
         assert!(shared.0.lock().await.is_none());

@@ -1,6 +1,6 @@
-//! What the agent counts of its own work, under the names that kube-proxy has for the same.
+//! The metrics of the agent's own work, named as kube-proxy's.
 //!
-//! What the maps count is not here: the exporter reads it when it is asked.
+//! The exporter reads what the maps count when it is asked.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,7 +24,7 @@ struct Code {
     code: u16,
 }
 
-/// The agent's own counters.
+/// The agent's own metrics.
 pub struct Metrics {
     registry: Registry,
     started: SystemTime,
@@ -39,7 +39,8 @@ pub struct Metrics {
     failures: Counter,
     healthz: Family<Code, Counter>,
     livez: Family<Code, Counter>,
-    /// Slice -> when its last change was caused; those that are not in the maps so far.
+    /// When the last change of each slice was caused, and the causes of changes that are not in the
+    /// maps yet.
     triggers: Mutex<Triggers>,
 }
 
@@ -55,12 +56,12 @@ impl fmt::Debug for Metrics {
     }
 }
 
-/// kube-proxy's buckets: 1 ms to 16 s.
+/// Returns kube-proxy's buckets: 1 ms to 16 s.
 fn latency() -> Histogram {
     Histogram::new(exponential_buckets(0.001, 2.0, 15))
 }
 
-/// kube-proxy's buckets: half a second, each second of a minute, and so on to five minutes.
+/// Returns kube-proxy's buckets: half a second, each second of a minute, and so on to five minutes.
 fn programming() -> Histogram {
     let seconds = (1..60).map(f64::from);
     let fives = (0..12).map(|step| 60.0 + 5.0 * f64::from(step));
@@ -68,89 +69,82 @@ fn programming() -> Histogram {
     Histogram::new([0.25, 0.5].into_iter().chain(seconds).chain(fives).chain(halves))
 }
 
+/// Registers metrics.
+struct Registrar<'a>(&'a mut Registry);
+
+impl Registrar<'_> {
+    fn add<M: prometheus_client::registry::Metric + Clone>(
+        &mut self,
+        name: &str,
+        help: &str,
+        metric: M,
+    ) -> M {
+        self.0.register(name, help, metric.clone());
+        metric
+    }
+}
+
 impl Default for Metrics {
     fn default() -> Self {
-        let mut all = Registry::default();
-        let registry = all.sub_registry_with_prefix("kubeproxy");
-        let sync = latency();
-        registry.register(
-            "sync_proxy_rules_duration_seconds",
-            "How long it took to bring a change into the maps",
-            sync.clone(),
-        );
-        let last_sync = Seconds::default();
-        registry.register(
-            "sync_proxy_rules_last_timestamp_seconds",
-            "When the maps last came into step with the sources",
-            last_sync.clone(),
-        );
-        let last_queued = Seconds::default();
-        registry.register(
-            "sync_proxy_rules_last_queued_timestamp_seconds",
-            "When a change was last heard of",
-            last_queued.clone(),
-        );
-        let programming = programming();
-        registry.register(
-            "network_programming_duration_seconds",
-            "From the cause of a change of endpoints (the slice's annotation endpoints.kubernetes.io/last-change-trigger-time) until it is in the maps",
-            programming.clone(),
-        );
-        let mut counter = |name: &str, help: &str| {
-            let counter: Counter = Counter::default();
-            registry.register(name, help, counter.clone());
-            counter
-        };
-        let service_changes =
-            counter("sync_proxy_rules_service_changes", "Changes of Services that were heard of");
-        let endpoint_changes =
-            counter("sync_proxy_rules_endpoint_changes", "Changes of endpoints that were heard of");
-        let mut gauge = |name: &str, help: &str| {
-            let gauge: Gauge = Gauge::default();
-            registry.register(name, help, gauge.clone());
-            gauge
-        };
-        let service_pending = gauge(
-            "sync_proxy_rules_service_changes_pending",
-            "Changes of Services that are not in the maps so far",
-        );
-        let endpoint_pending = gauge(
-            "sync_proxy_rules_endpoint_changes_pending",
-            "Changes of endpoints that are not in the maps so far",
-        );
-        let mut family = |name: &str, help: &str| {
-            let family: Family<Code, Counter> = Family::default();
-            registry.register(name, help, family.clone());
-            family
-        };
-        let healthz = family("proxy_healthz", "Answers of /healthz by status");
-        let livez = family("proxy_livez", "Answers of /livez by status");
-        let failures = Counter::default();
-        all.register(
+        let mut registry = Registry::default();
+        let failures = Registrar(&mut registry).add(
             "sluice_sync_failures",
-            "Writes to the maps that failed and were tried again",
-            failures.clone(),
+            "Writes to the maps that failed and were retried",
+            Counter::default(),
         );
+        let mut of = Registrar(registry.sub_registry_with_prefix("kubeproxy"));
         Self {
-            registry: all,
             started: SystemTime::now(),
-            sync,
-            last_sync,
-            last_queued,
-            programming,
-            service_changes,
-            service_pending,
-            endpoint_changes,
-            endpoint_pending,
+            sync: of.add(
+                "sync_proxy_rules_duration_seconds",
+                "How long it took to write a change to the maps",
+                latency(),
+            ),
+            last_sync: of.add(
+                "sync_proxy_rules_last_timestamp_seconds",
+                "When the maps last came into step with the sources",
+                Seconds::default(),
+            ),
+            last_queued: of.add(
+                "sync_proxy_rules_last_queued_timestamp_seconds",
+                "When a change was last received",
+                Seconds::default(),
+            ),
+            programming: of.add(
+                "network_programming_duration_seconds",
+                "From the cause of a change of endpoints (the slice's annotation endpoints.kubernetes.io/last-change-trigger-time) until it is in the maps",
+                programming(),
+            ),
+            service_changes: of.add(
+                "sync_proxy_rules_service_changes",
+                "Changes of Services that were received",
+                Counter::default(),
+            ),
+            service_pending: of.add(
+                "sync_proxy_rules_service_changes_pending",
+                "Changes of Services that are not in the maps yet",
+                Gauge::default(),
+            ),
+            endpoint_changes: of.add(
+                "sync_proxy_rules_endpoint_changes",
+                "Changes of endpoints that were received",
+                Counter::default(),
+            ),
+            endpoint_pending: of.add(
+                "sync_proxy_rules_endpoint_changes_pending",
+                "Changes of endpoints that are not in the maps yet",
+                Gauge::default(),
+            ),
+            healthz: of.add("proxy_healthz", "Answers of /healthz by status", Family::default()),
+            livez: of.add("proxy_livez", "Answers of /livez by status", Family::default()),
             failures,
-            healthz,
-            livez,
             triggers: Mutex::default(),
+            registry,
         }
     }
 }
 
-/// Seconds since 1970.
+/// Returns the seconds since 1970.
 fn now() -> f64 {
     UNIX_EPOCH.elapsed().unwrap_or_default().as_secs_f64()
 }
@@ -164,8 +158,8 @@ impl Metrics {
         self.triggers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A change was heard of.
-    pub(crate) fn heard(&self, change: &Change) {
+    /// Counts a change that was received.
+    pub(crate) fn received(&self, change: &Change) {
         match change {
             Change::Service(..) => {
                 let _ = self.service_changes.inc();
@@ -176,7 +170,7 @@ impl Metrics {
                 let _ = self.endpoint_pending.inc();
                 let mut triggers = self.triggers();
                 match slice.as_ref().map(|slice| slice.triggered) {
-                    // What was caused before the start did not wait for this agent.
+                    // A change that was caused before the start did not wait for this agent.
                     Some(Some(cause)) if cause >= self.started => {
                         if triggers.seen.insert((*kind, name.clone()), cause) != Some(cause) {
                             triggers.waiting.push(cause);
@@ -193,17 +187,17 @@ impl Metrics {
         let _ = self.last_queued.set(now());
     }
 
-    /// The maps were written.
+    /// Records a write to the maps.
     pub(crate) fn wrote(&self, took: Duration) {
         self.sync.observe(took.as_secs_f64());
     }
 
-    /// The maps could not be written.
+    /// Counts a failed write to the maps.
     pub(crate) fn failed(&self) {
         let _ = self.failures.inc();
     }
 
-    /// The maps hold what the sources say.
+    /// Records that the maps hold what the sources say.
     pub(crate) fn settled(&self) {
         let waiting = std::mem::take(&mut self.triggers().waiting);
         if self.service_pending.get() == 0 && self.endpoint_pending.get() == 0 && waiting.is_empty()
@@ -213,12 +207,12 @@ impl Metrics {
         let _ = (self.service_pending.set(0), self.endpoint_pending.set(0));
         let _ = self.last_sync.set(now());
         for cause in waiting {
-            // A clock that is behind the cause's makes no time negative.
+            // A clock that is behind that of the cause makes no time negative.
             self.programming.observe(cause.elapsed().unwrap_or_default().as_secs_f64());
         }
     }
 
-    /// A health check was answered.
+    /// Counts an answer to a health check.
     pub(super) fn health_answer(&self, node_counts: bool, code: u16) {
         let family = if node_counts { &self.healthz } else { &self.livez };
         let _ = family.get_or_create(&Code { code }).inc();

@@ -1,7 +1,7 @@
-//! From Kubernetes' objects to the model's: only the fields that are read.
+//! Decodes Kubernetes objects into the model's, with only the fields that are used.
 //!
-//! The API server fills in defaults before anybody sees an object; a manifest comes without.
-//! So what is absent here means what the API server would have made of it.
+//! The API server fills in defaults, and a manifest comes without them. So an absent field means
+//! the API server's default.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -18,32 +18,32 @@ use sluice_core::model::object::{
 };
 use sluice_core::policy::cidr;
 
-/// Label of the proxy that serves a Service or slice instead of everybody's.
+/// The label with the proxy that serves a Service or slice instead of the default one.
 pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
-/// Label of Services without a virtual address.
+/// The label of Services without a virtual address.
 pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
-/// Label that names a slice's Service.
+/// The label with the Service of a slice.
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
-/// Label that names who keeps a slice.
+/// The label with the controller that manages a slice.
 const MANAGED_BY_LABEL: &str = "endpointslice.kubernetes.io/managed-by";
-/// Who makes slices from the pods of a selector.
+/// The controller that makes slices from the pods of a selector.
 const SELECTOR_CONTROLLER: &str = "endpointslice-controller.k8s.io";
-/// Who makes slices from Endpoints objects.
+/// The controller that makes slices from Endpoints objects.
 const MIRROR_CONTROLLER: &str = "endpointslicemirroring-controller.k8s.io";
-/// Label of Endpoints objects that become no slices.
+/// The label of Endpoints objects that do not become slices.
 const SKIP_MIRROR_LABEL: &str = "endpointslice.kubernetes.io/skip-mirror";
-/// Label with a node's zone.
+/// The label with a node's zone.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
-/// Annotation of slices: when what they say changed.
+/// The annotation of slices with the time at which what they describe changed.
 pub(super) const TRIGGER_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
-/// Taint that the cluster's autoscaler gives to a node before it deletes it.
+/// The taint that the cluster autoscaler puts on a node before it deletes it.
 const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
-/// How long a client stays with its endpoint where nothing is said, seconds.
+/// The default time for which a client stays with its endpoint, in seconds.
 const AFFINITY_SECONDS: i32 = 10_800;
-/// Where a v1beta1 slice keeps the node's name.
+/// The field with the node's name in a v1beta1 slice.
 const HOSTNAME_TOPOLOGY: &str = "kubernetes.io/hostname";
 
-/// The kinds that have a meaning here.
+/// The kinds of objects that Sluice reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// A Service.
@@ -59,7 +59,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// The kind of a word; the group of its API version must fit too.
+    /// Returns the kind with this name. The group of the API version must match.
     pub fn from_words(kind: &str, version: &str) -> Option<Self> {
         match (kind, version) {
             ("Service", "v1") => Some(Self::Service),
@@ -73,12 +73,12 @@ impl Kind {
         }
     }
 
-    /// All.
+    /// All kinds.
     pub const ALL: [Self; 5] =
         [Self::Service, Self::EndpointSlice, Self::Endpoints, Self::Node, Self::ServiceCidr];
 
-    /// The word.
-    pub fn word(self) -> &'static str {
+    /// Returns the kind's name.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
@@ -89,21 +89,21 @@ impl Kind {
     }
 }
 
-/// What an object says about itself.
+/// An object's metadata.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Meta {
-    /// Its name.
+    /// The object's name.
     pub name: Option<String>,
-    /// Its namespace.
+    /// The object's namespace.
     pub namespace: Option<String>,
-    /// Its labels.
+    /// The object's labels.
     pub labels: Option<BTreeMap<String, Option<String>>>,
-    /// Its annotations.
+    /// The object's annotations.
     pub annotations: Option<BTreeMap<String, Option<String>>>,
-    /// When it was made, RFC 3339.
+    /// When the object was created, as in RFC 3339.
     pub creation_timestamp: Option<String>,
-    /// When its deletion began, RFC 3339.
+    /// When the object's deletion began, as in RFC 3339.
     pub deletion_timestamp: Option<String>,
 }
 
@@ -112,7 +112,8 @@ impl Meta {
         self.labels.as_ref()?.get(key).map(|value| value.as_deref().unwrap_or_default())
     }
 
-    /// What the labels of an object with endpoints say about whose it is.
+    /// Returns what the labels of an object with endpoints say about its Service and its
+    /// controller.
     fn slice_labels(&self) -> SliceLabels {
         SliceLabels {
             proxy_name: self.label(PROXY_NAME_LABEL).map(Into::into),
@@ -126,14 +127,14 @@ impl Meta {
         }
     }
 
-    /// When the object's last change was caused.
+    /// Returns when the object's last change was caused.
     fn triggered(&self) -> Option<SystemTime> {
         let text = self.annotations.as_ref()?.get(TRIGGER_ANNOTATION)?.as_deref()?;
         text.parse::<Timestamp>().ok().map(SystemTime::from)
     }
 }
 
-/// An object, decoded.
+/// A decoded object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
     /// A Service.
@@ -142,11 +143,11 @@ pub enum Object {
     Slice(Slice),
     /// A Node.
     Node(NodeSpec),
-    /// A ServiceCIDR: its networks.
+    /// A ServiceCIDR, as its networks.
     ServiceCidr(Vec<IpNet>),
 }
 
-/// The change that an object (or its end) is.
+/// Returns the change to an object; [`None`] means that the object is gone.
 pub fn change(kind: Kind, name: ObjectName, object: Option<Object>) -> Change {
     match (kind, object) {
         (_, Some(Object::Service(spec))) => Change::Service(name, Some(spec)),
@@ -166,13 +167,13 @@ pub fn change(kind: Kind, name: ObjectName, object: Option<Object>) -> Change {
     }
 }
 
-/// Decodes objects; texts that many endpoints share are kept once.
+/// Decodes objects. Texts that many endpoints share are stored once.
 #[derive(Clone, Debug, Default)]
 pub struct Decoder {
     texts: BTreeSet<Arc<str>>,
 }
 
-/// Shared texts that are kept before those no longer in use are let go.
+/// The number of shared texts at which unused ones are dropped.
 const TEXTS_KEPT: usize = 65_536;
 
 impl Decoder {
@@ -355,6 +356,15 @@ impl Decoder {
     }
 }
 
+fn service_port(port: RawServicePort) -> PortSpec {
+    PortSpec {
+        name: port.name.unwrap_or_default().into(),
+        number: port.port.map_or(0, clamp),
+        protocol: port.protocol.as_deref().unwrap_or("TCP").into(),
+        node_port: port.node_port.map_or(0, clamp),
+    }
+}
+
 fn service(meta: &Meta, service: RawService) -> ServiceSpec {
     let spec = service.spec.unwrap_or_default();
     let mut cluster_ips: Vec<String> = spec.cluster_ips.clone().unwrap_or_default();
@@ -403,21 +413,11 @@ fn service(meta: &Meta, service: RawService) -> ServiceSpec {
         internal_policy: spec.internal_traffic_policy.unwrap_or_default().into(),
         external_policy: spec.external_traffic_policy.unwrap_or_default().into(),
         health_check_port: spec.health_check_node_port.map_or(0, clamp),
-        ports: spec
-            .ports
-            .unwrap_or_default()
-            .into_iter()
-            .map(|port| PortSpec {
-                name: port.name.unwrap_or_default().into(),
-                number: port.port.map_or(0, clamp),
-                protocol: port.protocol.as_deref().unwrap_or("TCP").into(),
-                node_port: port.node_port.map_or(0, clamp),
-            })
-            .collect(),
+        ports: spec.ports.unwrap_or_default().into_iter().map(service_port).collect(),
     }
 }
 
-/// Those texts that are CIDRs; the API server lets nothing else in.
+/// Returns the texts that are CIDRs. The API server accepts nothing else.
 fn networks(texts: &[String]) -> Vec<IpNet> {
     texts.iter().filter_map(|text| cidr(text).ok()).collect()
 }
@@ -430,7 +430,7 @@ fn address(text: Option<&str>) -> Address {
     text.map_or(Address::Missing, |text| Address::parse(text.trim()))
 }
 
-/// A number that fits is kept, any other becomes one that is no port.
+/// Returns the number if it fits, or else one that is not a valid port.
 fn clamp(number: i64) -> i32 {
     i32::try_from(number).unwrap_or(-1)
 }

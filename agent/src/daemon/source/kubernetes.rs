@@ -1,12 +1,12 @@
-//! The API server: Services, EndpointSlices, our own Node and (where it has them) ServiceCIDRs,
-//! watched.
+//! Watches the API server for Services, EndpointSlices, the agent's own Node and, if it has them,
+//! ServiceCIDRs.
 //!
-//! Each kind has a watcher of its own, which lists, watches, and lists again when the server has
-//! forgotten where we were. Objects that vanished in between are removed when the new list is
-//! complete. While the server is away nothing changes: what it said last still holds.
+//! Each kind has a watcher of its own. It lists, watches, and lists again when the server has
+//! forgotten its position. Objects that vanished in between are removed when the new list is
+//! complete. While the server is away nothing changes: its last state still holds.
 //!
-//! Objects are taken in loosely: one that cannot be decoded is reported and keeps
-//! its last good form; to decode lists strictly would lose all others with it.
+//! Objects are parsed loosely. One that cannot be decoded is reported and keeps its last good form.
+//! Decoding lists strictly would lose all other objects with it.
 
 mod connection;
 mod events;
@@ -34,36 +34,36 @@ use super::decode::{
 };
 use crate::node::backoff::Backoff;
 
-/// A watch ends and begins anew after this long; if then nothing comes for some seconds, the
-/// connection is taken for dead. A cut line is noticed within half a minute (see `connection`),
-/// a server that hangs in less than five.
+/// A watch is restarted after this long. If the server then sends nothing for some seconds, the
+/// connection counts as dead. A cut line is noticed within half a minute (see `connection`), and a
+/// server that hangs in less than five minutes.
 const WATCH_SECONDS: u32 = 240;
-/// A response that stands still for so long is given up: more than a watch may be silent.
+/// A response that sends nothing for this long is given up. A watch may be silent for less.
 const READ_TIMEOUT: Duration = Duration::from_secs(270);
-/// Waiting times between tries to watch what the server may not have at all.
+/// The pauses between retries to watch a kind that the server may not have at all.
 const PATIENCE: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_mins(5));
-/// Objects a page of a list holds. A slice of 100 endpoints is some 250 kB in memory until it is
+/// Objects per page of a list. A slice of 100 endpoints takes some 250 kB of memory until it is
 /// trimmed.
 const PAGE: u32 = 100;
 
-/// How the API server is found, and what of it is wanted.
+/// How to reach the API server, and which objects to read.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
-    /// A kubeconfig; else `$KUBECONFIG`, `~/.kube/config`, or the pod's own account.
+    /// A kubeconfig; otherwise `$KUBECONFIG`, `~/.kube/config`, or the pod's own account.
     pub kubeconfig: Option<PathBuf>,
-    /// The server's address, instead of the one configured.
+    /// The server's address, instead of the configured one.
     pub api: Option<String>,
     /// The node's name.
     pub node: Option<String>,
-    /// Serve objects with this proxy name, instead of those without one.
+    /// Serve only objects with this proxy name, instead of those without one.
     pub proxy_name: Option<String>,
-    /// Whether ServiceCIDRs are wanted, where the server has them (Kubernetes 1.33) and lets us see
-    /// them: not where they are given, and not beside another proxy, whose Services have their
+    /// Whether to read ServiceCIDRs, if the server has them (Kubernetes 1.33) and grants access.
+    /// They are not read if networks are given, or next to another proxy, whose Services have
     /// addresses in them too.
     pub service_cidrs: bool,
 }
 
-/// The API server cannot even be tried.
+/// A client for the API server cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// There is no usable configuration.
@@ -74,10 +74,10 @@ pub enum ConnectError {
         /// Why that failed.
         cause: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The address given is none.
+    /// The given address is not valid.
     #[error("{address:?} is not the address of an API server: {cause}")]
     Address {
-        /// What was given.
+        /// The given address.
         address: String,
         /// What is wrong with it.
         cause: http::uri::InvalidUri,
@@ -87,12 +87,12 @@ pub enum ConnectError {
     Client {
         /// The server.
         address: String,
-        /// Why.
+        /// The cause.
         cause: Box<kube::Error>,
     },
 }
 
-/// Prepares a client. The server need not be reachable.
+/// Makes a client. The server need not be reachable.
 ///
 /// # Errors
 ///
@@ -125,7 +125,7 @@ pub async fn connect(settings: &Settings) -> Result<Client, ConnectError> {
         .map_err(|cause| ConnectError::Client { address, cause: Box::new(cause) })
 }
 
-/// What is asked for.
+/// Returns the kinds to watch, with the selection of objects.
 fn kinds(settings: &Settings) -> Vec<(Kind, watcher::Config)> {
     let labels = match &settings.proxy_name {
         Some(name) => format!("{PROXY_NAME_LABEL}={name},!{HEADLESS_LABEL}"),
@@ -145,21 +145,21 @@ fn kinds(settings: &Settings) -> Vec<(Kind, watcher::Config)> {
     kinds
 }
 
-/// The API server could not be asked.
+/// A list of the API server failed.
 #[derive(Debug, thiserror::Error)]
 #[error("listing {kind} at the API server failed: {cause}")]
 pub struct ListError {
     /// The kind of objects.
     kind: &'static str,
-    /// Why.
+    /// The cause.
     cause: String,
 }
 
-/// Lists everything once: what a watch would deliver before anything changes.
+/// Lists everything once, as a watch would deliver it before the first change.
 ///
 /// # Errors
 ///
-/// When a list fails. ServiceCIDRs may: not every server has them.
+/// When a list fails, except that of ServiceCIDRs, which not every server has.
 pub async fn list(client: Client, settings: &Settings) -> Result<Vec<Event>, ListError> {
     let kinds = kinds(settings);
     let mut missing: Vec<Kind> = kinds.iter().map(|(kind, _)| *kind).collect();
@@ -176,83 +176,34 @@ pub async fn list(client: Client, settings: &Settings) -> Result<Vec<Event>, Lis
                 is_last
             }
             Err(_) if kind == Kind::ServiceCidr => true,
-            Err(error) => return Err(ListError { kind: kind.word(), cause: chain(&error) }),
+            Err(error) => return Err(ListError { kind: kind.as_str(), cause: chain(&error) }),
         };
         missing.retain(|other| !(is_last && *other == kind));
     }
     Ok(changes.into_iter().map(|change| Event { source: SourceId::Kubernetes, change }).collect())
 }
 
-/// Watches the API server until nobody listens any more.
+/// Watches the API server until the receiver is gone.
 pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>, pulse: Pulse) {
-    // A watch that goes on after a failure may have nothing to tell: that it goes on has to be
-    // heard too.
-    let (heard, mut answers) = mpsc::unbounded_channel();
+    // A watch that recovers from a failure may have no events. So the connection reports each
+    // request that succeeds.
+    let (succeeded, mut successes) = mpsc::unbounded_channel();
     let streams = kinds(&settings).into_iter().map(|(kind, config)| {
-        objects(connection::telling(&client, kind, heard.clone()), kind, config)
+        objects(connection::reporting(&client, kind, succeeded.clone()), kind, config)
     });
     let mut stream = futures::stream::select_all(streams);
-    let mut intake = Intake::default();
-    let mut missed = false;
+    let mut watch = Watch { intake: Intake::default(), pulse, is_cidr_failure_logged: false };
     loop {
-        let next = tokio::select! {
-            // An answer comes before the events in it.
+        let changes = tokio::select! {
+            // A success comes before the events in it.
             biased;
-            Some(kind) = answers.recv() => {
-                if intake.recovered(kind) && pulse.heard() {
-                    let well = Change::Notes(Subject::Source(SourceId::Kubernetes), Vec::new());
-                    let _ = sink.send(Event { source: SourceId::Kubernetes, change: well }).await;
-                }
-                continue;
-            }
-            next = stream.next() => next,
+            Some(kind) = successes.recv() => watch.on_success(kind),
+            next = stream.next() => match next {
+                Some((kind, Ok(event))) => watch.on_event(kind, event),
+                Some((kind, Err(error))) => watch.on_error(kind, &error),
+                None => return,
+            },
             () = sink.closed() => return,
-        };
-        let Some((kind, event)) = next else { return };
-        let changes = match event {
-            Ok(event) => {
-                // A list that begins is no answer yet: nothing has been asked.
-                let answered = !matches!(event, watcher::Event::Init);
-                let mut changes = intake.take(kind, event);
-                if answered && intake.recovered(kind) && pulse.heard() {
-                    changes.push(Change::Notes(Subject::Source(SourceId::Kubernetes), Vec::new()));
-                }
-                if changes.contains(&Change::Synced) {
-                    pulse.synced();
-                }
-                changes
-            }
-            // It answers, and has forgotten where we were: the new list that follows makes up for
-            // it.
-            Err(watcher::Error::WatchError(status)) if status.code == 410 => {
-                tracing::info!("watching {} starts over: {}", kind.word(), status.message);
-                Vec::new()
-            }
-            // The node works without: a server that is away shows itself by the other kinds.
-            Err(error) if kind == Kind::ServiceCidr => {
-                if !std::mem::replace(&mut missed, true) {
-                    tracing::info!(
-                        "watching {} failed: {}; until it works (or with --service-cidr) what goes to an address that no Service has is not dropped",
-                        kind.word(),
-                        chain(&error)
-                    );
-                }
-                Vec::new()
-            }
-            Err(error) => {
-                let why = format!("watching {} failed: {}", kind.word(), chain(&error));
-                tracing::warn!("{why}; trying again");
-                pulse.failed(why.clone());
-                intake.failed(kind);
-                vec![Change::Notes(
-                    Subject::Source(SourceId::Kubernetes),
-                    vec![Note::new(
-                        Flaw::Unreachable,
-                        kind.word(),
-                        format!("{why}; what it said last still holds"),
-                    )],
-                )]
-            }
         };
         for change in changes {
             if sink.send(Event { source: SourceId::Kubernetes, change }).await.is_err() {
@@ -262,9 +213,72 @@ pub async fn watch(client: Client, settings: Settings, sink: mpsc::Sender<Event>
     }
 }
 
+/// The state of the watch of all kinds.
+struct Watch {
+    intake: Intake,
+    pulse: Pulse,
+    is_cidr_failure_logged: bool,
+}
+
+impl Watch {
+    /// Takes in that a request has succeeded.
+    fn on_success(&mut self, kind: Kind) -> Vec<Change> {
+        if self.intake.recovered(kind) && self.pulse.heard() {
+            vec![Change::Notes(Subject::Source(SourceId::Kubernetes), Vec::new())]
+        } else {
+            Vec::new()
+        }
+    }
+
+    fn on_event(&mut self, kind: Kind, event: watcher::Event<DynamicObject>) -> Vec<Change> {
+        // The begin of a list is not a success: nothing has been requested yet.
+        let is_success = !matches!(event, watcher::Event::Init);
+        let mut changes = self.intake.take(kind, event);
+        if is_success {
+            changes.append(&mut self.on_success(kind));
+        }
+        if changes.contains(&Change::Synced) {
+            self.pulse.synced();
+        }
+        changes
+    }
+
+    fn on_error(&mut self, kind: Kind, error: &watcher::Error) -> Vec<Change> {
+        // The server answers, and has forgotten our position. The new list that follows makes up
+        // for it.
+        if let watcher::Error::WatchError(status) = error
+            && status.code == 410
+        {
+            tracing::info!("watching {} starts over: {}", kind.as_str(), status.message);
+            return Vec::new();
+        }
+        // The node works without ServiceCIDRs. A server that is away shows by the other kinds.
+        if kind == Kind::ServiceCidr {
+            if !std::mem::replace(&mut self.is_cidr_failure_logged, true) {
+                tracing::info!(
+                    "watching {} failed: {}; until it works, or with --service-cidr, packets to \
+                     addresses that no Service has are not dropped",
+                    kind.as_str(),
+                    chain(error)
+                );
+            }
+            return Vec::new();
+        }
+        let why = format!("watching {} failed: {}", kind.as_str(), chain(error));
+        tracing::warn!("{why}; trying again");
+        self.pulse.failed(why.clone());
+        self.intake.failed(kind);
+        let what = format!("{why}; its last state still holds");
+        vec![Change::Notes(
+            Subject::Source(SourceId::Kubernetes),
+            vec![Note::new(Flaw::Unreachable, kind.as_str(), what)],
+        )]
+    }
+}
+
 type Watched = (Kind, Result<watcher::Event<DynamicObject>, watcher::Error>);
 
-/// A stream of one kind's events that backs off after failures and never ends.
+/// Returns a stream of one kind's events, which backs off after failures and never ends.
 fn objects(
     client: Client,
     kind: Kind,
@@ -279,17 +293,18 @@ fn objects(
     events.default_backoff().map(move |event| (kind, event)).boxed()
 }
 
-/// A kind, as the API server knows it.
+/// Returns the API resource of a kind.
 fn resource(kind: Kind) -> ApiResource {
     let (group, version) = match kind {
         Kind::EndpointSlice => ("discovery.k8s.io", "v1"),
         Kind::ServiceCidr => ("networking.k8s.io", "v1"),
         Kind::Service | Kind::Endpoints | Kind::Node => ("", "v1"),
     };
-    ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind.word()))
+    ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind.as_str()))
 }
 
-/// Waits longer and longer. Never reset: a list that begins counts as a success already.
+/// Waits longer each time. It is never reset, because the begin of a list counts as a success
+/// already.
 struct Patience(Backoff);
 
 impl Iterator for Patience {
@@ -304,7 +319,7 @@ impl KubeBackoff for Patience {
     fn reset(&mut self) {}
 }
 
-/// Lets go at once what nobody reads.
+/// Drops fields that nobody reads.
 fn trim(event: watcher::Event<DynamicObject>) -> watcher::Event<DynamicObject> {
     event.modify(|object| {
         object.metadata.managed_fields = None;
@@ -315,7 +330,7 @@ fn trim(event: watcher::Event<DynamicObject>) -> watcher::Event<DynamicObject> {
     })
 }
 
-/// An error with its causes.
+/// Returns an error's text with its causes.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -329,11 +344,11 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// What is known of one kind.
+/// What is known of one kind of objects.
 #[derive(Debug, Default)]
 struct Known {
     names: BTreeSet<ObjectName>,
-    /// What the list that is under way has shown so far.
+    /// The objects that the list under way has shown so far.
     seen: Option<BTreeSet<ObjectName>>,
     listed: bool,
     failing: bool,
@@ -365,7 +380,7 @@ impl Intake {
         self.known(kind).failing = true;
     }
 
-    /// Notes a success; whether by now no kind fails.
+    /// Records a success. Returns whether no kind fails now.
     fn recovered(&mut self, kind: Kind) -> bool {
         self.known(kind).failing = false;
         ![&self.services, &self.slices, &self.nodes].iter().any(|known| known.failing)
@@ -403,7 +418,7 @@ impl Intake {
         if let Some(seen) = &mut known.seen {
             let _ = seen.insert(name.clone());
         }
-        let subject = Subject::object(kind.word(), &name);
+        let subject = Subject::object(kind.as_str(), &name);
         match self.decoder.decode(kind, &meta, object.data) {
             Ok(object) => {
                 let mut changes = vec![change(kind, name, Some(object))];
@@ -431,14 +446,14 @@ impl Intake {
             let _ = seen.remove(name);
         }
         let mut changes = vec![change(kind, name.clone(), None)];
-        let subject = Subject::object(kind.word(), name);
+        let subject = Subject::object(kind.as_str(), name);
         if self.noted.remove(&subject) {
             changes.push(Change::Notes(subject, Vec::new()));
         }
         changes
     }
 
-    /// A list is complete: what it did not show is gone.
+    /// Takes in the end of a list: objects that it did not show are gone.
     fn listed(&mut self, kind: Kind) -> Vec<Change> {
         let known = self.known(kind);
         known.listed = true;

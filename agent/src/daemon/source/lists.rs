@@ -1,21 +1,21 @@
-//! A `List` as `kubectl get -o yaml` prints it, cut into its items before it is parsed.
+//! Cuts a `List`, as `kubectl get -o yaml` prints it, into its items before it is parsed.
 //!
-//! A dump of a cluster has tens of megabytes, most of them in Pods and `managedFields`, which
-//! nobody here reads. To parse them takes seconds; to see where an item ends takes none: an item
-//! begins where the first one does, and all of its lines are indented further. Items of other kinds
-//! are not parsed at all, the others without `managedFields` and on all CPUs. Whatever does not
-//! look like such a list, or has an item that cannot be parsed by itself, is left to the parser as
-//! a whole.
+//! A dump of a cluster has tens of megabytes, most of them in Pods and `managedFields`, which are
+//! not needed. Parsing them takes seconds. Finding the end of an item is nearly free: all items
+//! begin in the same column, and the other lines of an item are indented further. Items of other
+//! kinds are not parsed at all. The others are parsed without `managedFields` and on all CPUs. A
+//! text that does not look like such a list, or that has an item which cannot be parsed by itself,
+//! is parsed as a whole.
 
 use std::num::NonZero;
 use std::thread;
 
 use serde_json::{Value, json};
 
-/// Items of one thread, at least.
+/// The fewest items per thread.
 const ITEMS_OF_A_THREAD: usize = 64;
 
-/// Parses a list; [`None`] if the text is none, or has to be parsed as a whole.
+/// Parses a list. Returns [`None`] if the text is not a list, or has to be parsed as a whole.
 ///
 /// Of an item that is not `wanted`, by its kind and API version, only these two are kept.
 pub(super) fn parse(
@@ -50,7 +50,7 @@ pub(super) fn parse(
     Some(list)
 }
 
-/// Cuts a list: its text without items, the column of the items' dashes, and the items.
+/// Cuts a list into its text without items, the column of the items' dashes, and the items.
 fn cut(text: &str) -> Option<(String, usize, Vec<&str>)> {
     let mut offset = 0;
     let mut lines = text.split_inclusive('\n').map(|line| {
@@ -74,7 +74,8 @@ fn cut(text: &str) -> Option<(String, usize, Vec<&str>)> {
         if indent == width && bare.starts_with("- ") {
             begins.push(at);
         } else if indent <= width {
-            // What follows the items. Items that are indented have nothing at their own column.
+            // This line comes after the items. If items are indented, nothing else is in their
+            // column.
             if indent != 0 {
                 return None;
             }
@@ -92,7 +93,7 @@ fn cut(text: &str) -> Option<(String, usize, Vec<&str>)> {
     Some((rest, width?, items))
 }
 
-/// The lines of an item with their indentation, the dash taken for a space.
+/// Returns an item's lines with their indentation, counting the dash as a space.
 fn lines(item: &str, width: usize) -> impl Iterator<Item = (usize, &str)> {
     item.split_inclusive('\n').enumerate().map(move |(number, line)| {
         let line = if number == 0 { line.get(width + 1..).unwrap_or_default() } else { line };
@@ -102,7 +103,7 @@ fn lines(item: &str, width: usize) -> impl Iterator<Item = (usize, &str)> {
     })
 }
 
-/// An item's kind and API version, where both are plain words.
+/// Returns an item's kind and API version, if both are plain words.
 fn words(item: &str, width: usize) -> Option<(&str, &str)> {
     let column = lines(item, width).next()?.0;
     let mut found = [None; 2];
@@ -126,7 +127,7 @@ fn words(item: &str, width: usize) -> Option<(&str, &str)> {
     }
 }
 
-/// An item as a document of its own, without `metadata.managedFields`.
+/// Returns an item as a document of its own, without `metadata.managedFields`.
 fn alone(item: &str, width: usize) -> String {
     let mut text = String::with_capacity(item.len());
     let column = lines(item, width).next().map_or(width + 2, |(indent, _)| indent);
@@ -217,7 +218,7 @@ metadata:
         let _ =
             expected["items"][1]["metadata"].as_object_mut().expect("one").remove("managedFields");
         assert_eq!(found, expected);
-        // The items may be indented.
+        // Items may be indented.
         let indented: String = DUMP
             .split_inclusive('\n')
             .skip(2)

@@ -1,10 +1,10 @@
-//! A folder of manifests, watched: the engine without Kubernetes.
+//! Watches a directory of manifests: Sluice without Kubernetes.
 //!
-//! Every `*.yaml`, `*.yml` and `*.json` directly in the folder counts (hidden files do not),
-//! through symbolic links too, so the folder may be a mounted ConfigMap. Of one object in two
-//! files, the first by path counts. What cannot be understood keeps its last good form: all objects
-//! of a file that cannot be read, those a broken document may have held, an object that cannot be
-//! decoded.
+//! Every `*.yaml`, `*.yml` and `*.json` directly in the directory counts, except hidden files.
+//! Symbolic links are followed, so the directory may be a mounted ConfigMap. If two files have the
+//! same object, the first by path counts. What cannot be understood keeps its last good form: all
+//! objects of a file that cannot be read, those that a broken document may have held, and an object
+//! that cannot be decoded.
 
 mod folder;
 
@@ -21,19 +21,19 @@ pub use folder::Folder;
 
 use super::Pulse;
 
-/// How long the folder must be quiet before it is read: editors and `kubectl` write in several
+/// How long the directory must be quiet before it is read: editors and `kubectl` write in several
 /// steps.
 const QUIET: Duration = Duration::from_millis(100);
-/// After this long it is read though it is not quiet.
+/// After this long the directory is read even if it is not quiet.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How often it is looked at without an event: some file systems send none.
+/// How often the directory is checked without an event: some file systems send none.
 const POLL: Duration = Duration::from_secs(10);
 
-/// Reads a folder once.
+/// Reads a directory once.
 ///
 /// # Errors
 ///
-/// When the folder itself cannot be read.
+/// When the directory itself cannot be read.
 pub fn read(path: &Path) -> std::io::Result<Vec<Event>> {
     let mut folder = Folder::new(path.to_owned());
     let mut changes = folder.scan()?;
@@ -45,14 +45,14 @@ fn event(change: Change) -> Event {
     Event { source: SourceId::Manifests, change }
 }
 
-/// Reads a folder and goes on to watch it, until nobody listens any more.
+/// Reads a directory and watches it until the receiver is gone.
 pub async fn watch(path: PathBuf, sink: mpsc::Sender<Event>, pulse: Pulse) {
     let (waker, mut woken) = mpsc::channel(1);
     let mut folder = Folder::new(path.clone());
     let mut synced = false;
     let mut watched = None;
     loop {
-        // A folder that was replaced by another is watched anew.
+        // A directory that was replaced by another needs a new watch.
         let identity = folder::identity(&path);
         if identity.is_none()
             || watched.as_ref().is_none_or(|(known, _)| Some(known) != identity.as_ref())
@@ -67,7 +67,7 @@ pub async fn watch(path: PathBuf, sink: mpsc::Sender<Event>, pulse: Pulse) {
         {
             Ok(done) => done,
             Err(error) => {
-                // Only a defect of the scan ends here; a new folder finds everything again.
+                // Only a panic of the scan gets here. A new `Folder` finds everything again.
                 tracing::error!(%error, "reading the manifests failed");
                 (Folder::new(path.clone()), Ok(Vec::new()))
             }
@@ -85,15 +85,7 @@ pub async fn watch(path: PathBuf, sink: mpsc::Sender<Event>, pulse: Pulse) {
                 }
                 changes
             }
-            Err(error) => {
-                let why = format!(
-                    "cannot read the folder {}: {error}; what it held still counts",
-                    path.display()
-                );
-                pulse.failed(why.clone());
-                let note = Note::new(Flaw::Unreadable, "", why);
-                vec![Change::Notes(Subject::Source(SourceId::Manifests), vec![note])]
-            }
+            Err(error) => vec![unreadable(&path, &error, &pulse)],
         };
         for change in changes.drain(..) {
             if sink.send(event(change)).await.is_err() {
@@ -107,7 +99,18 @@ pub async fn watch(path: PathBuf, sink: mpsc::Sender<Event>, pulse: Pulse) {
     }
 }
 
-/// Waits for an event (or until it is time to look anyway), then for quiet.
+/// Records that the directory cannot be read.
+fn unreadable(path: &Path, error: &std::io::Error, pulse: &Pulse) -> Change {
+    let why = format!(
+        "cannot read the directory {}: {error}; its last objects still count",
+        path.display()
+    );
+    pulse.failed(why.clone());
+    let note = Note::new(Flaw::Unreadable, "", why);
+    Change::Notes(Subject::Source(SourceId::Manifests), vec![note])
+}
+
+/// Waits for an event, or until the next check is due, and then for quiet.
 async fn quiet(woken: &mut mpsc::Receiver<()>) {
     let _ = timeout_at(Instant::now() + POLL, woken.recv()).await;
     let latest = Instant::now() + PATIENCE;
@@ -116,13 +119,13 @@ async fn quiet(woken: &mut mpsc::Receiver<()>) {
     }
 }
 
-/// Sends a word whenever something happens in the folder; [`None`] where that cannot be had.
+/// Watches the directory, and wakes on every event. Returns [`None`] if that is not possible.
 fn watcher(path: &Path, waker: mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
     let handler = move |result: notify::Result<notify::Event>| {
-        // Reading is an event too, and would wake us for our own.
+        // Reading is an event too, and the scan's own would wake us.
         if !matches!(result.map(|event| event.kind), Ok(notify::EventKind::Access(access)) if !is_write_end(access))
         {
-            // A full channel means that the word is there already.
+            // A full channel already holds a wakeup.
             let _ = waker.try_send(());
         }
     };
@@ -133,7 +136,7 @@ fn watcher(path: &Path, waker: mpsc::Sender<()>) -> Option<notify::RecommendedWa
     match watcher {
         Ok(watcher) => Some(watcher),
         Err(error) => {
-            tracing::warn!(%error, folder = %path.display(), "cannot watch the folder: it is looked at every {POLL:?}");
+            tracing::warn!(%error, folder = %path.display(), "cannot watch the directory; checking it every {POLL:?} instead");
             None
         }
     }
@@ -144,7 +147,8 @@ fn is_write_end(access: notify::event::AccessKind) -> bool {
     access == AccessKind::Close(AccessMode::Write)
 }
 
-/// The time before which a file's age says nothing: it may have been written twice since.
+/// Whether a file was modified so recently that its age proves nothing: it may have been written
+/// twice since.
 fn fresh(modified: Option<SystemTime>) -> bool {
     modified
         .is_none_or(|modified| modified.elapsed().map_or(true, |age| age < Duration::from_secs(5)))

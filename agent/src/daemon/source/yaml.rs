@@ -1,21 +1,21 @@
-//! Text with several documents, cut so that a broken one does not hide the others.
+//! Cuts text with several documents, so that a broken one does not hide the others.
 
 use serde_json::Value;
 
 use super::lists;
 
-/// A document, or why it is none.
+/// A document, or why it cannot be parsed.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Document {
-    /// Its position in the file, from 1; empty documents do not count.
+    /// The document's position in the file, from 1. Empty documents do not count.
     pub(super) index: usize,
-    /// The line it begins in, from 1.
+    /// The line where the document begins, from 1.
     pub(super) line: usize,
-    /// Its content, or the line and nature of the fault.
+    /// The document's content, or the line and the text of an error.
     pub(super) content: Result<Value, (usize, String)>,
 }
 
-/// Reads the documents of a JSON file, up to the first that is broken.
+/// Reads the documents of a JSON file, up to the first broken one.
 pub(super) fn json(text: &str) -> Vec<Document> {
     let mut documents = Vec::new();
     let mut values = serde_json::Deserializer::from_str(text).into_iter::<Value>();
@@ -33,7 +33,7 @@ pub(super) fn json(text: &str) -> Vec<Document> {
 }
 
 /// Reads the documents of a YAML file. Of an item of a list that is not `wanted`, by its kind and
-/// API version, perhaps only these two are kept.
+/// API version, only these two may be kept.
 pub(super) fn yaml(text: &str, wanted: fn(&str, &str) -> bool) -> Vec<Document> {
     let mut documents = Vec::new();
     for (line, chunk) in chunks(text.trim_start_matches('\u{feff}')) {
@@ -48,7 +48,7 @@ pub(super) fn yaml(text: &str, wanted: fn(&str, &str) -> bool) -> Vec<Document> 
     documents
 }
 
-/// Cuts at the marks between documents: first line and text of each.
+/// Cuts at the marks between documents. Returns the first line and the text of each.
 fn chunks(text: &str) -> Vec<(usize, &str)> {
     let mut chunks = Vec::new();
     let (mut start, mut first, mut offset) = (0, 1, 0);
@@ -59,7 +59,7 @@ fn chunks(text: &str) -> Vec<(usize, &str)> {
         };
         if mark("---") || mark("...") {
             chunks.push((first, text.get(start..offset).unwrap_or_default()));
-            // What follows the mark in its line belongs to the new document, but not the mark.
+            // The rest of the mark's line belongs to the new document.
             start = offset + 3;
             first = number + 1;
         }
@@ -69,14 +69,14 @@ fn chunks(text: &str) -> Vec<(usize, &str)> {
     chunks
 }
 
-/// Nothing but blank lines, comments and directives.
+/// Whether a text has only blank lines, comments and directives.
 fn is_empty(chunk: &str) -> bool {
     chunk.lines().map(str::trim).all(|line| line.is_empty() || line.starts_with(['#', '%']))
 }
 
-/// Parses one document, with room for some ten thousands of endpoints but not for bombs of aliases.
+/// Parses one document, with room for some tens of thousands of endpoints but not for alias bombs.
 fn parse(chunk: &str) -> Result<Value, (usize, String)> {
-    // What looks like JSON mostly is, and may be indented by tabs.
+    // Text that looks like JSON mostly is, and may be indented by tabs.
     if chunk.trim_start().starts_with('{')
         && let Ok(value) = serde_json::from_str(chunk)
     {
@@ -96,8 +96,8 @@ fn parse(chunk: &str) -> Result<Value, (usize, String)> {
     })
 }
 
-/// The parser names the place within the document and shows it in its surroundings; a report is one
-/// line, and counts lines in the file.
+/// Returns an error's first line. The parser reports the position within the document and shows the
+/// lines around it, while a report is one line and counts lines in the file.
 fn first_line(text: &str) -> String {
     let line = text.lines().next().unwrap_or_default();
     let line = line.strip_prefix("error: ").unwrap_or(line);

@@ -1,6 +1,6 @@
-//! Where kube-proxy has sent clients of Services with session affinity: sets of nftables, and lists
-//! of the `recent` match of iptables, one an endpoint. Their names are made of hashes, so each of
-//! our own backends tells which list is its.
+//! Reads where kube-proxy has sent clients of Services with session affinity. That is in nftables
+//! sets, and in lists of the iptables match `recent`, one per endpoint. Their names are made of
+//! hashes, so the name is computed for each of our backends.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -15,24 +15,24 @@ use sluice_core::image::{Image, Stack};
 use crate::node::dataplane::{KernelStack, Maps, Visit};
 use crate::node::nft;
 
-/// Where the kernel shows the lists of the `recent` match.
+/// Where the kernel shows the lists of the match `recent`.
 const RECENT: &str = "/proc/net/xt_recent";
-/// How long the name of a set may be.
+/// The longest name of a set.
 const SET_NAME_MAX: usize = 240;
 
-/// Since when a client has not asked anew, as far as that is told.
+/// How long ago a client has last opened a connection, as far as that is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Age {
-    /// Milliseconds until the entry goes.
+    /// Milliseconds until the entry expires.
     Left(u64),
-    /// A stamp of the kernel's clock, whose start and rate are not told: it only orders.
+    /// A stamp of the kernel's clock. Its start and rate are unknown, so it only gives an order.
     Stamp(u64),
 }
 
-/// Which client has been where: set or list -> clients.
+/// The clients of each set or list.
 type Lists = HashMap<String, Vec<(IpAddr, Age)>>;
 
-/// Base32 (RFC 4648) of the first bytes of a hash, so many digits: eight at a time are five bytes.
+/// Returns the first base32 digits (RFC 4648) of a hash. Eight digits are five bytes.
 fn digits(text: &str, count: usize) -> String {
     const ALPHABET: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
     let hash = Sha256::digest(text.as_bytes());
@@ -48,7 +48,7 @@ fn word(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap_or_default()
 }
 
-/// The names of an endpoint's set and list.
+/// Returns the names of an endpoint's set and list.
 fn names(of: &Name, protocol: &str, endpoint: SocketAddr) -> [String; 2] {
     let (namespace, service, port) = (word(&of.namespace), word(&of.service), word(&of.port));
     let address = endpoint.ip().to_string().replace(':', ".");
@@ -63,7 +63,7 @@ fn names(of: &Name, protocol: &str, endpoint: SocketAddr) -> [String; 2] {
     [format!("affinity-{set}"), format!("KUBE-SEP-{list}")]
 }
 
-/// A line of a list: `src=10.244.1.7 ttl: 64 last_seen: 4295123456 oldest_pkt: 2 ...`.
+/// Parses a line of a list: `src=10.244.1.7 ttl: 64 last_seen: 4295123456 oldest_pkt: 2 ...`.
 fn line(line: &str) -> Option<(IpAddr, Age)> {
     let mut words = line.split_ascii_whitespace();
     let client = words.next()?.strip_prefix("src=")?.parse().ok()?;
@@ -71,7 +71,7 @@ fn line(line: &str) -> Option<(IpAddr, Age)> {
     Some((client, Age::Stamp(stamp)))
 }
 
-/// Everything that the `recent` match has, of the chains of endpoints.
+/// Reads all lists of the match `recent` that belong to endpoints.
 fn recent(folder: &Path, lists: &mut Lists) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if let Ok(name) = entry.file_name().into_string()
@@ -88,7 +88,7 @@ fn client(key: &[u8]) -> Option<IpAddr> {
     v4.or_else(|_| <[u8; 16]>::try_from(key).map(|octets| Ipv6Addr::from(octets).into())).ok()
 }
 
-/// Everything that the sets have.
+/// Reads all sets.
 fn sets(lists: &mut Lists) -> io::Result<()> {
     for table in nft::tables()?
         .into_iter()
@@ -105,18 +105,18 @@ fn sets(lists: &mut Lists) -> io::Result<()> {
     Ok(())
 }
 
-/// When a client has last asked, in ticks.
+/// Returns when a client has last opened a connection, in ticks.
 fn seen(age: Age, affinity_seconds: u32, now: Ticks) -> Ticks {
     let idle_ms = match age {
         Age::Left(left) => (u64::from(affinity_seconds) * 1000).saturating_sub(left),
-        // Nobody can tell: such a client may stay for up to twice its time, once.
+        // Unknown: such a client may stay for up to twice its time, once.
         Age::Stamp(_) => 0,
     };
     now.wrapping_sub(((idle_ms * 1_000_000) >> TICK_SHIFT) as Ticks)
 }
 
-/// The visits that a family's maps are to have. Of two endpoints that know a client, the one that
-/// it asked last counts.
+/// Returns the affinity entries for a family's maps. If two endpoints know a client, the more
+/// recent one counts.
 fn visits<F: Stack>(image: &Image, lists: &Lists, now: Ticks) -> Vec<Visit<F>> {
     let mut found: HashMap<(u32, IpAddr), (u64, Visit<F>)> = HashMap::new();
     for (id, backend) in &F::of(image).backends {
@@ -164,12 +164,12 @@ fn add<F: KernelStack>(
     Ok(visits.len())
 }
 
-/// Lets clients keep the backends that kube-proxy has sent them to, where our maps have nothing
-/// about them yet; returns how many.
+/// Lets clients keep the backends that kube-proxy has sent them to, unless the maps already have an
+/// entry for them. Returns the number of clients.
 ///
 /// # Errors
 ///
-/// When the sets cannot be listed or the maps not be written.
+/// When the sets cannot be listed, or the maps cannot be written.
 pub(super) fn import(maps: &Maps, image: &Image, now: Ticks) -> anyhow::Result<usize> {
     use sluice_common::{V4, V6};
     if image.ports.values().all(|port| port.affinity_seconds == 0) {
@@ -207,7 +207,7 @@ mod tests {
     #[test]
     fn sets_and_lists_are_named_as_kube_proxy_names_them() {
         let endpoint = "10.180.0.1:80".parse().expect("an endpoint");
-        // The examples of kube-proxy's own tests.
+        // These are examples from kube-proxy's own tests.
         assert_eq!(
             names(&name("p80"), "tcp", endpoint),
             ["affinity-5OJB2KTY-ns1/svc1/tcp/p80__10.180.0.1/80", "KUBE-SEP-SXIVWICOYRO3J4NJ"]

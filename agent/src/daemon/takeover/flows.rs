@@ -1,5 +1,5 @@
-//! Flows of ours, as a release and what comes before it need them: which still have packets, and
-//! what conntrack should know.
+//! Sluice's own flows, as a release and its preparation need them: which are live, and which
+//! conntrack has to know.
 
 use sluice_common::abi::{Flow, flow, state};
 use sluice_common::packet::header::protocol;
@@ -9,15 +9,15 @@ use crate::node::conntrack::{End, Translated};
 use crate::node::dataplane::{KernelStack, Maps};
 use crate::node::fragments::ticks as now;
 
-/// A UDP flow that was idle for so many ticks is not waited for. Its entry may be nine ticks older
-/// than its last packet.
+/// A UDP flow that has been idle for more ticks than this counts as ended. Its entry may be nine
+/// ticks older than its last packet.
 const UDP_IDLE_TICKS: u32 = 19;
-/// Nor is a connection whose client has not answered for so many ticks, or that both sides have
-/// ended.
+/// So does a connection whose client has not answered for so many ticks, and one that both sides
+/// have closed or that was reset.
 const UNANSWERED_TICKS: u32 = 30;
 const ENDED_TICKS: u32 = 3;
 
-/// How many flows of a family are under way. The others are forgotten: their entries would catch
+/// Returns the number of live flows of a family. The others are removed: their entries would catch
 /// packets of netfilter's connections that happen to get the same source port.
 pub(super) fn live<F: KernelStack>(maps: &Maps) -> anyhow::Result<u64> {
     let (flows, now) = (F::maps(maps).read_flows()?, now());
@@ -35,11 +35,11 @@ pub(super) fn live<F: KernelStack>(maps: &Maps) -> anyhow::Result<u64> {
     Ok(count)
 }
 
-/// The connections of this host's own sockets that are translated behind conntrack, as it sees
+/// Returns the connections of this host's own sockets that are translated after conntrack has seen
 /// them.
 pub(super) fn of_host<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translated>> {
     let (flows, now) = (F::maps(maps).read_flows()?, now());
-    // One that has ended would be kept for a connection that a process may open from the same port.
+    // An ended one would stay in conntrack, and a process may open a connection from the same port.
     let its = flows.iter().filter(|entry| {
         entry.flow.flags & (flow::REPLY | flow::HOST) == flow::HOST
             && is_live(
@@ -58,7 +58,8 @@ pub(super) fn of_host<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Transla
         .collect())
 }
 
-/// The connections to backends that appear as this node's and that netfilter does not see as such.
+/// Returns the connections to backends that come from an address of this node, and that netfilter
+/// does not see in this form.
 pub(super) fn clear<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translated>> {
     let flows = F::maps(maps).read_flows()?;
     let unseen = flows.iter().filter(|entry| {
@@ -75,7 +76,7 @@ pub(super) fn clear<F: KernelStack>(maps: &Maps) -> anyhow::Result<Vec<Translate
         .collect())
 }
 
-/// A connection of which conntrack sees both ends as they are.
+/// Returns a connection that conntrack sees untranslated.
 fn untranslated(protocol: u8, source: End, destination: End) -> Translated {
     Translated {
         protocol,
@@ -88,7 +89,7 @@ fn untranslated(protocol: u8, source: End, destination: End) -> Translated {
     }
 }
 
-/// Whether a flow that was idle for so many ticks may still have packets.
+/// Whether a flow that has been idle for so many ticks may still have packets.
 fn is_live<A: Copy>(protocol_number: u8, entry: &Flow<A>, embryonic: bool, idle: u32) -> bool {
     const BOTH: u8 = state::FIN_FORWARD | state::FIN_REPLY;
     if protocol_number == protocol::UDP {

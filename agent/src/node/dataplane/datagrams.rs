@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use sluice_common::abi::{Datagram, DatagramPorts, Ipv4Address, Ipv6Address, Ticks};
-use sluice_common::path::fragment::{is_fresh, keeper};
+use sluice_common::path::fragment::{heartbeat_key, is_fresh};
 
 use super::bpf::Table;
 use super::error::Error;
@@ -61,8 +61,8 @@ impl Datagrams {
     pub fn attend(&self, now: Ticks) -> Result<(), Error> {
         let said = DatagramPorts { seen: now, ..DatagramPorts::default() };
         self.v4
-            .insert(&keeper(), &said)
-            .and_then(|()| self.v6.insert(&keeper(), &said))
+            .insert(&heartbeat_key(), &said)
+            .and_then(|()| self.v6.insert(&heartbeat_key(), &said))
             .map_err(|cause| Error::map("write", "fragments", cause))
     }
 

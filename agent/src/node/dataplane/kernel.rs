@@ -1,6 +1,7 @@
-//! Carries an image's writes out on the kernel's maps, and reads the image back from them.
+//! Carries out an image's writes on the kernel's maps, and reads the image back from them.
 
-use std::collections::BTreeSet;
+use std::borrow::Borrow;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::mem::offset_of;
 use std::time::Duration;
@@ -10,12 +11,13 @@ use sluice_common::abi::{
     SourceRange, Tuple,
 };
 use sluice_common::{Family, V4, V6};
+use sluice_core::image::map::{self, PlanMap};
 use sluice_core::image::{
-    ApplyError, Dataplane, FamilyImage, FamilyWrite, Image, PERMITTED, ReadError, SourceKey, Stack,
-    Write,
+    ApplyError, Dataplane, EntryWrite, FamilyImage, FamilyWrite, Image, ReadError, SourceKey,
+    Stack, Write,
 };
 
-use super::bpf::Array;
+use super::bpf::{Array, Table};
 use super::error::Error;
 use super::maps::{FamilyMaps, Maps, SourceRangeKey};
 use super::read::{FlowEntry, flows, previous_flows};
@@ -26,15 +28,15 @@ pub struct Kernel {
     maps: Maps,
 }
 
-/// A client of a service port, and where it has been.
+/// A client of a service port, with the backend that it used last.
 pub(crate) type Visit<F> = (AffinityKey<<F as Family>::Address>, Affinity);
 
-/// Packets that are netfilter's to translate, with bits of [`sluice_common::abi::imported`].
+/// Packets that netfilter translates, with bits of [`sluice_common::abi::imported`].
 pub(crate) type ImportedEntries<F> = Vec<(Tuple<<F as Family>::Address>, u32)>;
 
-/// A family whose maps are among those that are pinned.
+/// A family with its pinned maps.
 pub(crate) trait KernelStack: Stack {
-    /// The family's maps.
+    /// Returns the family's maps.
     fn maps(maps: &Maps) -> &FamilyMaps<Self>;
 }
 
@@ -51,86 +53,37 @@ impl KernelStack for V6 {
 }
 
 impl<F: Stack> FamilyMaps<F> {
-    /// Carries out a run of steps that one batch can hold, at least one; returns how many.
+    /// Carries out the first steps that one batch can hold, at least one, and returns their number.
     fn run<'a>(
         &self,
         writes: impl Iterator<Item = &'a FamilyWrite<F>> + Clone,
     ) -> Result<usize, Error> {
         let Some(first) = writes.clone().next() else { return Ok(0) };
-        let backends = || Self::name("backends");
+        let store_backend =
+            |id: u32, done: bool| stored(map::Backends::<F>::NAME, id, done).map(|()| 1);
         match first {
-            FamilyWrite::ServiceInsert { .. } => {
-                let run = run_of(writes, |write| {
-                    let FamilyWrite::ServiceInsert { key, service } = write else { return None };
-                    Some((*key, *service))
-                });
-                self.services.insert_many(&run).map_err(Self::failed("write", "services"))?;
-                Ok(run.len())
+            FamilyWrite::Services(_) => run::<map::Services<F>, _>(&self.services, writes),
+            FamilyWrite::Origins(_) => run::<map::Origins<F>, _>(&self.origins, writes),
+            FamilyWrite::SourceRanges(_) => {
+                run::<map::SourceRanges<F>, _>(&self.source_ranges, writes)
             }
-            FamilyWrite::ServiceRemove { .. } => {
-                let run = run_of(writes, |write| {
-                    let FamilyWrite::ServiceRemove { key } = write else { return None };
-                    Some(*key)
-                });
-                self.services.remove_many(&run).map_err(Self::failed("write", "services"))?;
-                Ok(run.len())
-            }
-            FamilyWrite::OriginInsert { .. } => {
-                let run = run_of(writes, |write| {
-                    let FamilyWrite::OriginInsert { key, origins } = write else { return None };
-                    Some((*key, **origins))
-                });
-                self.origins.insert_many(&run).map_err(Self::failed("write", "origins"))?;
-                Ok(run.len())
-            }
-            FamilyWrite::OriginRemove { .. } => {
-                let run = run_of(writes, |write| {
-                    let FamilyWrite::OriginRemove { key } = write else { return None };
-                    Some(*key)
-                });
-                self.origins.remove_many(&run).map_err(Self::failed("write", "origins"))?;
-                Ok(run.len())
-            }
-            FamilyWrite::SourceInsert { .. } => {
-                let run = run_of(writes, |write| {
-                    let FamilyWrite::SourceInsert { key } = write else { return None };
-                    Some((trie_key(key), PERMITTED))
-                });
-                let inserted = self.source_ranges.insert_many(&run);
-                inserted.map_err(Self::failed("write", "source_ranges"))?;
-                Ok(run.len())
-            }
-            FamilyWrite::SourceRemove { .. } => {
-                let run = run_of(writes, |write| {
-                    let FamilyWrite::SourceRemove { key } = write else { return None };
-                    Some(trie_key(key))
-                });
-                let removed = self.source_ranges.remove_many(&run);
-                removed.map_err(Self::failed("write", "source_ranges"))?;
-                Ok(run.len())
-            }
-            FamilyWrite::NodeInsert { address, node } => {
-                let inserted = self.node_addresses.insert(address, node);
-                inserted.map_err(Self::failed("write", "node_addresses")).map(|()| 1)
-            }
-            FamilyWrite::NodeRemove { address } => {
-                let removed = self.node_addresses.remove(address);
-                removed.map_err(Self::failed("write", "node_addresses")).map(|()| 1)
+            FamilyWrite::NodeAddresses(_) => {
+                run::<map::NodeAddresses<F>, _>(&self.node_addresses, writes)
             }
             FamilyWrite::Backend { id, backend } => {
-                stored(&backends(), *id, self.backends.set(*id, backend)).map(|()| 1)
+                store_backend(*id, self.backends.set(*id, backend))
             }
             FamilyWrite::BackendFlags { id, flags } => {
                 let offset = offset_of!(Backend<F::Address>, flags);
-                stored(&backends(), *id, self.backends.set_u32(*id, offset, *flags)).map(|()| 1)
+                store_backend(*id, self.backends.set_u32(*id, offset, *flags))
             }
             FamilyWrite::ClearBackend { id } => {
-                stored(&backends(), *id, self.backends.set(*id, &Backend::default())).map(|()| 1)
+                store_backend(*id, self.backends.set(*id, &Backend::default()))
             }
         }
     }
 
-    /// The flows that the maps know.
+    /// Reads all flow entries.
     pub(crate) fn read_flows(&self) -> Result<Vec<FlowEntry<F::Address>>, Error> {
         let mut found = flows(&self.flows, &self.embryonic)?;
         if let Some([flows, embryonic]) = &self.previous {
@@ -140,23 +93,23 @@ impl<F: Stack> FamilyMaps<F> {
         Ok(found)
     }
 
-    /// Where clients of service ports with affinity have been.
+    /// Reads the backends that clients of service ports with affinity used last.
     pub(crate) fn read_affinity(&self) -> Result<Vec<Visit<F>>, Error> {
         self.affinity.entries().map_err(Self::failed("read", "affinity"))
     }
 
-    /// The frontends.
+    /// Reads the frontends.
     pub(crate) fn read_frontends(&self) -> Result<BTreeSet<ServiceKey<F::Address>>, Error> {
         let entries = self.services.entries().map_err(Self::failed("read", "services"))?;
         Ok(entries.into_iter().map(|(key, _)| key).collect())
     }
 
-    /// The packets that are netfilter's to translate.
+    /// Reads the packets that netfilter translates.
     pub(crate) fn read_imported(&self) -> Result<ImportedEntries<F>, Error> {
         self.imported.entries().map_err(Self::failed("read", "imported"))
     }
 
-    /// Adds packets to those that are netfilter's, and takes others away.
+    /// Adds packets to those that netfilter translates, and removes others.
     pub(crate) fn import(
         &self,
         insert: &[(Tuple<F::Address>, u32)],
@@ -168,7 +121,7 @@ impl<F: Stack> FamilyMaps<F> {
             .map_err(Self::failed("write", "imported"))
     }
 
-    /// Takes entries out of the flows, proven or not.
+    /// Removes flow entries, proven or embryonic.
     pub(crate) fn forget(&self, keys: &[Tuple<F::Address>]) -> Result<(), Error> {
         let mut before = self.previous.iter().flatten();
         self.flows
@@ -178,60 +131,90 @@ impl<F: Stack> FamilyMaps<F> {
             .map_err(Self::failed("write", "flows"))
     }
 
-    /// Adds clients to those of service ports with affinity.
+    /// Adds clients of service ports with affinity.
     pub(crate) fn add_affinity(&self, visits: &[Visit<F>]) -> Result<(), Error> {
         self.affinity.insert_many(visits).map_err(Self::failed("write", "affinity"))
     }
 
-    /// Everything that the plan writes.
+    /// Reads everything that the plan writes.
     fn read_image(&self) -> Result<FamilyImage<F>, Error> {
-        let services = self.services.entries().map_err(Self::failed("read", "services"))?;
-        let origins = self.origins.entries().map_err(Self::failed("read", "origins"))?;
-        let source_ranges =
-            self.source_ranges.entries().map_err(Self::failed("read", "source_ranges"))?;
-        let node_addresses =
-            self.node_addresses.entries().map_err(Self::failed("read", "node_addresses"))?;
         let backends =
             self.backends.filled().filter(|(id, backend)| *id != 0 && backend.generation != 0);
         Ok(FamilyImage {
-            services: services.into_iter().collect(),
+            services: read::<map::Services<F>, _>(&self.services)?,
             backends: backends.collect(),
-            origins: origins.into_iter().collect(),
-            source_ranges: source_ranges
-                .into_iter()
-                .map(|(key, value)| (source_key(&key), value))
-                .collect(),
-            node_addresses: node_addresses.into_iter().collect(),
+            origins: read::<map::Origins<F>, _>(&self.origins)?,
+            source_ranges: read::<map::SourceRanges<F>, _>(&self.source_ranges)?,
+            node_addresses: read::<map::NodeAddresses<F>, _>(&self.node_addresses)?,
         })
     }
 }
 
-/// What the first steps have in common that one batch can hold.
-fn run_of<'a, W: 'a, T>(
-    writes: impl Iterator<Item = &'a W>,
-    part: impl Fn(&'a W) -> Option<T>,
-) -> Vec<T> {
-    writes.map_while(part).collect()
+/// Carries out the first writes to a table that one batch can hold, and returns their number.
+///
+/// `K` is the kernel's form of the key.
+fn run<'a, T, K>(
+    table: &Table<K, T::Value>,
+    writes: impl Iterator<Item = &'a FamilyWrite<T::Family>> + Clone,
+) -> Result<usize, Error>
+where
+    T: map::Table<Key: Into<K> + 'a, Value: aya::Pod, Written: 'a>,
+    K: aya::Pod,
+{
+    let writes = writes.map_while(T::written);
+    let inserted: Vec<(K, T::Value)> = writes
+        .clone()
+        .map_while(|write| {
+            let EntryWrite::Insert { key, value } = write else { return None };
+            Some(((*key).into(), *value.borrow()))
+        })
+        .collect();
+    let removed: Vec<K> = writes
+        .map_while(|write| {
+            let EntryWrite::Remove { key } = write else { return None };
+            Some((*key).into())
+        })
+        .collect();
+    // The first write is an insertion or a removal, so one of the two is empty.
+    table
+        .insert_many(&inserted)
+        .and_then(|()| table.remove_many(&removed))
+        .map_err(|cause| Error::map("write", T::NAME, cause))?;
+    Ok(inserted.len() + removed.len())
 }
 
-/// The bits of a trie's key that are the service port's: a service port shares no range with
-/// another.
+/// Reads a table.
+fn read<M, K>(table: &Table<K, M::Value>) -> Result<BTreeMap<M::Key, M::Value>, Error>
+where
+    M: PlanMap<Key: From<K>, Value: aya::Pod>,
+    K: aya::Pod,
+{
+    let entries = table.entries().map_err(|cause| Error::map("read", M::NAME, cause))?;
+    Ok(entries.into_iter().map(|(key, value)| (key.into(), value)).collect())
+}
+
+/// The bits of a trie's key that hold the service port, which are part of every prefix.
 const PORT_BITS: u32 = u32::BITS;
 
-fn trie_key<A: Copy>(key: &SourceKey<A>) -> SourceRangeKey<A> {
-    let range = SourceRange { service_port: key.service_port.to_be_bytes(), address: key.network };
-    SourceRangeKey { length: PORT_BITS + u32::from(key.length), range }
-}
-
-fn source_key<A: Copy>(key: &SourceRangeKey<A>) -> SourceKey<A> {
-    SourceKey {
-        service_port: u32::from_be_bytes(key.range.service_port),
-        length: u8::try_from(key.length.saturating_sub(PORT_BITS)).unwrap_or(u8::MAX),
-        network: key.range.address,
+impl<A: Copy> From<SourceKey<A>> for SourceRangeKey<A> {
+    fn from(key: SourceKey<A>) -> Self {
+        let range =
+            SourceRange { service_port: key.service_port.to_be_bytes(), address: key.network };
+        Self { length: PORT_BITS + u32::from(key.length), range }
     }
 }
 
-/// Turns a refused store into an error: the index lies outside the array.
+impl<A: Copy> From<SourceRangeKey<A>> for SourceKey<A> {
+    fn from(key: SourceRangeKey<A>) -> Self {
+        Self {
+            service_port: u32::from_be_bytes(key.range.service_port),
+            length: u8::try_from(key.length.saturating_sub(PORT_BITS)).unwrap_or(u8::MAX),
+            network: key.range.address,
+        }
+    }
+}
+
+/// Returns an error for a store that was refused because its index lies outside the array.
 fn stored(map: &str, index: u32, done: bool) -> Result<(), Error> {
     if done {
         return Ok(());
@@ -241,19 +224,19 @@ fn stored(map: &str, index: u32, done: bool) -> Result<(), Error> {
 }
 
 impl Kernel {
-    /// Takes the maps.
+    /// Creates a dataplane of these maps.
     #[must_use]
     pub fn new(maps: Maps) -> Self {
         Self { maps }
     }
 
-    /// The maps.
+    /// Returns the maps.
     #[must_use]
     pub fn maps(&self) -> &Maps {
         &self.maps
     }
 
-    /// Carries out at least the first step; returns how many.
+    /// Carries out at least the first step, and returns the number of steps.
     fn step(&self, writes: &[Write]) -> Result<usize, Error> {
         let Some(first) = writes.first() else { return Ok(0) };
         let maps = &self.maps;
@@ -291,7 +274,7 @@ impl Kernel {
             Write::Listing { lane, bits } => self.store_lane(*lane, *bits).map(|()| 1),
             Write::Port { service_port, affinity_seconds, flags } => {
                 let ports = &maps.ports;
-                // Aligned words of their own: the ranges beside them stay as they are.
+                // These are aligned words of their own; the ranges next to them stay as they are.
                 let done =
                     ports.set_u32(
                         *service_port,
@@ -323,7 +306,7 @@ impl Kernel {
         }
     }
 
-    /// Stores ids from slot `start` on. Ranges begin at blocks, but a store may begin anywhere.
+    /// Stores ids from slot `start` on. Ranges begin at blocks; a store may begin anywhere.
     fn store_slots(&self, start: u32, backends: &[u32]) -> Result<(), Error> {
         let slots = &self.maps.slots;
         for (slot, id) in (start..).zip(backends) {
@@ -333,7 +316,7 @@ impl Kernel {
         Ok(())
     }
 
-    /// Sets one four-bit lane; the word's other lanes keep their bits (only this thread writes).
+    /// Sets one four-bit lane and keeps the word's other lanes, which only this thread writes.
     fn store_lane(&self, lane: u32, bits: u8) -> Result<(), Error> {
         let (word, shift) = (lane / 16, lane % 16 * 4);
         let old = self.maps.addresses.get(word).unwrap_or_default();
@@ -372,7 +355,7 @@ impl Kernel {
     }
 }
 
-/// The backend id in each slot of a range; 0 for a slot outside the map.
+/// Reads the backend id in each slot of a range; 0 for a slot outside the map.
 fn read_slots(maps: &Maps, range: Range) -> Vec<u32> {
     (range.start()..range.start().saturating_add(range.size()))
         .map(|slot| read_slot(&maps.slots, slot))
@@ -383,11 +366,11 @@ fn read_slot(slots: &Array<sluice_common::abi::SlotBlock>, slot: u32) -> u32 {
     slots.get_u32(slot / SLOTS_PER_BLOCK, (slot % SLOTS_PER_BLOCK) as usize * 4).unwrap_or_default()
 }
 
-/// Waits until every program that began before has ended.
+/// Waits until every program that is running now has ended.
 ///
-/// BPF programs run with preemption or migration off inside an RCU read section; the barrier waits
-/// for all of them. Kernels with `nohz_full` CPUs refuse it: there a second is longer than any
-/// packet.
+/// BPF programs run with preemption or migration disabled in an RCU read-side section, and the
+/// barrier waits for all of them. Kernels with `nohz_full` CPUs refuse it; a second is then longer
+/// than any program runs.
 fn grace() {
     const GLOBAL: libc::c_long = 1;
     // SAFETY: no pointers.
@@ -418,7 +401,7 @@ impl Dataplane for Kernel {
     }
 }
 
-/// A step in a few words: all of it, but for the long ones.
+/// Describes a step: in full, unless it is long.
 fn what(write: &Write) -> String {
     if let Write::Slots { start, backends } = write {
         format!("{} slots from {start}", backends.len())

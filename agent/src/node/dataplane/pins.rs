@@ -1,16 +1,15 @@
-//! What lies where under the pin path, and how maps of another make give way.
+//! Manages the pins under the pin path, and replaces maps of another form.
 //!
 //! ```text
-//! <pin path>/v<LAYOUT>/maps/<map>       what the attached programs use
-//! <pin path>/v<LAYOUT>/maps_new/<map>   being filled, while the programs still use the others
-//! <pin path>/v<LAYOUT>/links/<link>     what keeps the programs attached without an agent
+//! <pin path>/v<LAYOUT>/maps/<map>       maps that the attached programs use
+//! <pin path>/v<LAYOUT>/maps_new/<map>   maps that are filled while the programs use the others
+//! <pin path>/v<LAYOUT>/links/<link>     links that keep the programs attached without an agent
 //! ```
 //!
-//! Beside them, while a change of layout is under way, `v<the previous LAYOUT>/maps`, which the
-//! previous version made or is to take over; most of its maps are the same as this one's, pinned
-//! twice.
+//! During a change of layout there is also `v<the previous LAYOUT>/maps`, which the previous
+//! version made or will take over. Most of its maps are the same as this layout's, pinned twice.
 //!
-//! Names have no dots: the BPF file system reserves them.
+//! Names contain no dots, which the BPF file system reserves.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -22,6 +21,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use sluice_common::abi::{LAYOUT, previous};
+use sluice_core::image::map;
 
 use super::bpf;
 use super::error::Error;
@@ -31,27 +31,8 @@ use crate::node::folder;
 /// Type of the BPF file system in `statfs`.
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 
-/// Maps that only make sense together: what the plan writes.
-const PLANNED: [&str; 15] = [
-    "services_v4",
-    "services_v6",
-    "ports",
-    "slots",
-    "backends_v4",
-    "backends_v6",
-    "origins_v4",
-    "origins_v6",
-    "addresses",
-    "names",
-    "source_ranges_v4",
-    "source_ranges_v6",
-    "node_addresses_v4",
-    "node_addresses_v6",
-    "node_ports",
-];
-
-/// Maps that hold nothing beyond one packet. A packet is decided about by one program, so programs
-/// of two layouts need not share them.
+/// Maps whose content lasts for one packet. One program decides about a packet, so programs of two
+/// layouts need not share them.
 const SCRATCH: [&str; 3] = ["scratch_v4", "scratch_v6", "event_scratch"];
 
 /// The folders under a pin path.
@@ -60,21 +41,22 @@ pub struct Pins {
     root: PathBuf,
 }
 
-/// What stands under the pin path when the agent starts.
+/// The maps under the pin path when the agent starts.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Found {
     /// No maps of ours.
     Nothing,
     /// Maps that fit the object.
     Fitting,
-    /// Maps that do not fit: the differing ones, for people.
+    /// Maps that do not fit: each map that differs, with a description of how.
     Differing(BTreeMap<String, String>),
 }
 
-/// Which of the pinned maps can go on being used, given those that differ.
+/// Whether a pinned map can still be used, given those that differ.
 #[must_use]
 pub fn is_kept(map: &str, differing: &BTreeMap<String, String>) -> bool {
-    let planned = |name: &str| PLANNED.contains(&name);
+    // The plan's maps make sense only together.
+    let planned = |name: &str| map::NAMES.contains(&name);
     if planned(map) {
         !differing.keys().any(|name| planned(name))
     } else {
@@ -83,7 +65,7 @@ pub fn is_kept(map: &str, differing: &BTreeMap<String, String>) -> bool {
 }
 
 fn remove_folder(path: &Path) -> io::Result<()> {
-    // The BPF file system has folders and pins only, two levels deep here.
+    // There are only folders and pins here, two levels deep.
     let entries = match fs::read_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries?,
@@ -114,13 +96,13 @@ fn create(path: &Path) -> Result<(), Error> {
 }
 
 impl Pins {
-    /// The folders under a pin path; nothing is touched.
+    /// Names the folders under a pin path, without touching them.
     #[must_use]
     pub fn new(root: &Path) -> Self {
         Self { root: root.to_owned() }
     }
 
-    /// The pin path.
+    /// Returns the pin path.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
@@ -130,25 +112,25 @@ impl Pins {
         self.root.join(format!("v{LAYOUT}"))
     }
 
-    /// The maps of this layout.
+    /// Returns the folder of this layout's maps.
     #[must_use]
     pub fn maps(&self) -> PathBuf {
         self.version().join("maps")
     }
 
-    /// Maps of this layout that no program uses so far.
+    /// Returns the folder of this layout's maps that no program uses yet.
     #[must_use]
     pub fn maps_new(&self) -> PathBuf {
         self.version().join("maps_new")
     }
 
-    /// The links of this layout's programs.
+    /// Returns the folder of the links of this layout's programs.
     #[must_use]
     pub fn links(&self) -> PathBuf {
         self.version().join("links")
     }
 
-    /// The folders of other layouts.
+    /// Returns the folders of other layouts.
     #[must_use]
     pub fn other_layouts(&self) -> Vec<PathBuf> {
         let own = self.version();
@@ -169,11 +151,11 @@ impl Pins {
         folders
     }
 
-    /// Checks that nobody but root may change what is pinned.
+    /// Checks that only root may change what is pinned.
     ///
     /// # Errors
     ///
-    /// When somebody else may; the error holds the command that mends it.
+    /// Fails if other users may; the error contains the command that fixes it.
     pub fn check(&self) -> Result<(), Error> {
         let ours = self.other_layouts().into_iter().chain([self.version()]);
         let below = |folder: PathBuf| {
@@ -188,12 +170,13 @@ impl Pins {
         })
     }
 
-    /// Makes sure that the pin path is a folder of a BPF file system that nobody but root may
-    /// change, mounting one where there is none.
+    /// Makes sure that the pin path is a folder of a BPF file system that only root may change.
+    /// Mounts a BPF file system if there is none.
     ///
     /// # Errors
     ///
-    /// When no BPF file system is there and none can be mounted, or others may change the folder.
+    /// Fails if there is no BPF file system and none can be mounted, or if other users may change
+    /// the folder.
     pub fn prepare(&self) -> Result<(), Error> {
         self.check()?;
         if !is_bpffs(&self.root) {
@@ -204,7 +187,7 @@ impl Pins {
             }
             mount_bpffs(target)?;
         }
-        // The file system's own folder may be everybody's to make folders in.
+        // Other users may be allowed to make folders in the file system's root.
         folder::make(&self.root, folder::CLOSED).map_err(|cause| Error::Pin {
             action: "use",
             path: self.root.clone(),
@@ -220,22 +203,22 @@ impl Pins {
         previous::LAYOUT.map(|layout| self.root.join(format!("v{layout}")))
     }
 
-    /// The maps of the previous layout, where some are in use.
+    /// Returns the folder of the previous layout's maps, if some are in use.
     pub(super) fn previous_maps(&self) -> Option<PathBuf> {
         self.previous().map(|folder| folder.join("maps")).filter(|folder| folder.exists())
     }
 
-    /// Maps of the previous layout that are to be given to the previous version.
+    /// Returns the folder in which maps for the previous version are prepared.
     pub(super) fn previous_maps_new(&self) -> Option<PathBuf> {
         self.previous().map(|folder| folder.join("maps_new")).filter(|folder| folder.exists())
     }
 
-    /// Takes those maps of the previous layout that this one has unchanged; false where there are
-    /// none, or some do not fit this version: then it starts with maps of its own.
+    /// Shares the maps of the previous layout that are unchanged in this one. Returns false if
+    /// there are none, or if some do not fit this version, which then starts with maps of its own.
     ///
     /// # Errors
     ///
-    /// When a pin cannot be opened or made.
+    /// Fails if a pin cannot be opened or made.
     pub(super) fn share_previous(
         &self,
         specs: &BTreeMap<String, Spec>,
@@ -287,7 +270,7 @@ impl Pins {
     ///
     /// # Errors
     ///
-    /// When the BPF file system refuses.
+    /// Fails if the BPF file system refuses.
     pub(super) fn prepare_previous(&self) -> Result<(), Error> {
         let Some(folder) = self.previous().map(|folder| folder.join("maps_new")) else {
             return Ok(());
@@ -296,12 +279,12 @@ impl Pins {
         create(&folder)
     }
 
-    /// Adds the maps that both layouts share, and puts the folder where the previous version looks
-    /// for it.
+    /// Adds the maps that both layouts share, and moves the folder to where the previous version
+    /// expects it.
     ///
     /// # Errors
     ///
-    /// When the BPF file system refuses; calling again is safe.
+    /// Fails if the BPF file system refuses; calling again is safe.
     pub(super) fn offer_previous(&self, specs: &BTreeMap<String, Spec>) -> Result<(), Error> {
         let Some(new) = self.previous_maps_new() else { return Ok(()) };
         let from = self.maps();
@@ -315,11 +298,11 @@ impl Pins {
         fs::rename(&new, &place).map_err(|cause| Error::pin("rename", &new, cause))
     }
 
-    /// Puts the maps of the previous layout out of use.
+    /// Takes the maps of the previous layout out of use.
     ///
     /// # Errors
     ///
-    /// When the BPF file system refuses.
+    /// Fails if the BPF file system refuses.
     pub(super) fn retire_previous(&self) -> Result<(), Error> {
         let Some(maps) = self.previous_maps() else { return Ok(()) };
         let retired = maps.with_file_name("maps_old");
@@ -328,7 +311,7 @@ impl Pins {
             .map_err(|cause| Error::pin("rename", &maps, cause))
     }
 
-    /// Completes or undoes what an agent that was killed in the middle has left.
+    /// Completes or undoes what a killed agent left unfinished.
     fn settle(&self) -> io::Result<()> {
         let (maps, new, old) = (self.maps(), self.maps_new(), self.version().join("maps_old"));
         if !maps.exists() && new.exists() {
@@ -342,7 +325,7 @@ impl Pins {
     ///
     /// # Errors
     ///
-    /// When a pin cannot be opened.
+    /// Fails if a pin cannot be opened.
     pub fn compare(&self, specs: &BTreeMap<String, Spec>) -> Result<Found, Error> {
         let folder = self.maps();
         if !folder.exists() {
@@ -365,12 +348,12 @@ impl Pins {
         Ok(if differing.is_empty() { Found::Fitting } else { Found::Differing(differing) })
     }
 
-    /// Opens the folder of new maps: those that are kept are pinned there too, the others will be
-    /// made.
+    /// Makes the folder of new maps and pins there the maps that are kept; the others are made
+    /// later.
     ///
     /// # Errors
     ///
-    /// When the folder or a pin cannot be made.
+    /// Fails if the folder or a pin cannot be made.
     pub fn stage(
         &self,
         specs: &BTreeMap<String, Spec>,
@@ -384,12 +367,12 @@ impl Pins {
         Ok(to)
     }
 
-    /// Pins new maps that the old ones lack beside those too, so that all of them can be opened:
-    /// the version before may have had fewer.
+    /// Pins new maps that are missing among the old ones there too, so that all of them can be
+    /// opened. An earlier version may have had fewer maps.
     ///
     /// # Errors
     ///
-    /// When a pin cannot be made.
+    /// Fails if a pin cannot be made.
     pub(super) fn complete_old(&self, specs: &BTreeMap<String, Spec>) -> Result<(), Error> {
         let (old, new) = (self.maps(), self.maps_new());
         for name in specs.keys().filter(|name| !old.join(name).exists()) {
@@ -398,12 +381,12 @@ impl Pins {
         Ok(())
     }
 
-    /// Puts the new maps, if any, in the place of the old ones and removes other layouts, but for
-    /// the previous one if it is to stay: to be called when every program uses the new maps.
+    /// Replaces the old maps by the new ones, if there are any, and removes other layouts, except
+    /// the previous one if it shall stay. To be called once every program uses the new maps.
     ///
     /// # Errors
     ///
-    /// When the BPF file system refuses; calling again is safe.
+    /// Fails if the BPF file system refuses; calling again is safe.
     pub fn commit(&self, with_previous: bool) -> Result<(), Error> {
         let (maps, new, old) = (self.maps(), self.maps_new(), self.version().join("maps_old"));
         let swap = || -> io::Result<()> {
@@ -423,12 +406,11 @@ impl Pins {
         Ok(())
     }
 
-    /// Removes every pin and the folders, this layout's and others'; returns whether there were
-    /// any.
+    /// Removes every pin and folder of all layouts, and returns whether there were any.
     ///
     /// # Errors
     ///
-    /// When the BPF file system refuses.
+    /// Fails if the BPF file system refuses.
     pub fn remove(&self) -> Result<bool, Error> {
         let mut folders = self.other_layouts();
         folders.extend(Some(self.version()).filter(|folder| folder.exists()));
@@ -437,7 +419,7 @@ impl Pins {
         }
         let found = !folders.is_empty();
         match fs::remove_dir(&self.root) {
-            // A mount of its own, or somebody else's pins: not ours to remove.
+            // It is a mount point or has foreign pins, and is not ours to remove.
             Err(error)
                 if matches!(
                     error.raw_os_error(),
@@ -467,7 +449,7 @@ pub(crate) fn is_bpffs(path: &Path) -> bool {
 fn mount_bpffs(target: &Path) -> Result<(), Error> {
     let path = CString::new(target.as_os_str().as_bytes())
         .map_err(|error| Error::pin("mount a BPF file system at", target, error.into()))?;
-    // The kernel's default would let everybody make folders in it.
+    // By the kernel's default all users could make folders in it.
     let options = c"mode=0700";
     // SAFETY: every string ends with a zero and outlives the call.
     let result = unsafe {
@@ -485,8 +467,8 @@ fn mount_bpffs(target: &Path) -> Result<(), Error> {
     })
 }
 
-/// Where the maps of the previous layout lie beside those of a folder of this one, if they are in
-/// use.
+/// Returns the folder of the previous layout's maps next to a folder of this layout's, if they are
+/// in use.
 pub(super) fn previous_beside(folder: &Path) -> Option<PathBuf> {
     let root = folder.parent()?.parent()?;
     Pins::new(root).previous_maps()
@@ -510,11 +492,11 @@ mod tests {
 
     #[test]
     fn a_layout_changes_only_what_can_be_moved() {
-        // What the plan writes would need a way to read the image of the previous layout: sources
-        // may be away for long.
+        // To move a map of the plan one would have to read the image in the previous layout, since
+        // sources may be unreachable for long.
         assert!(previous::CHANGED.iter().all(|map| previous::MOVED.contains(map)));
         assert!(previous::LAYOUT.is_none_or(|layout| layout < LAYOUT));
-        assert!(PLANNED.iter().all(|map| !previous::MOVED.contains(map)));
+        assert!(map::NAMES.iter().all(|name| !previous::MOVED.contains(name)));
     }
 
     #[test]

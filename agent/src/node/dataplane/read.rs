@@ -1,4 +1,4 @@
-//! What the readers ask of the maps: counters, flows, devices, and how full they are.
+//! Reads counters, flows, devices, settings and fill levels from the maps.
 
 use std::collections::BTreeMap;
 
@@ -7,26 +7,28 @@ use sluice_common::abi::{
     self, Address, BackendCounters, Flow, Ipv4Address, Ipv6Address, Networks, ReasonCounters,
     ReasonKey, RejectBucket, SLOTS_PER_BLOCK, Settings, SocketCounters, Tuple,
 };
+use sluice_common::{V4, V6};
 use sluice_core::cluster::Programmed;
 use sluice_core::image::Image;
+use sluice_core::image::map::{self, PlanMap};
 use sluice_core::plan::Sizes;
 
 use super::bpf::Table;
 use super::error::Error;
 use super::maps::Maps;
 
-/// A flow's entry and where it was found.
+/// An entry of a flow, with the map that it was found in.
 #[derive(Clone, Copy, Debug)]
 pub struct FlowEntry<A: Copy> {
     /// The packet's tuple.
     pub tuple: Tuple<A>,
-    /// What is done to it.
+    /// The translation.
     pub flow: Flow<A>,
-    /// Whether nothing has proven the flow so far.
+    /// Whether the flow is embryonic: nothing has proven it yet.
     pub embryonic: bool,
 }
 
-/// How full a map is.
+/// The fill level of a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Fill {
     /// The map.
@@ -42,11 +44,11 @@ fn read<T>(map: &str, result: std::io::Result<T>) -> Result<T, Error> {
 }
 
 impl Maps {
-    /// Key of `backend_counts` -> the sum over all CPUs.
+    /// Reads `backend_counts`, summed over all CPUs.
     ///
     /// # Errors
     ///
-    /// When the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn backend_counters(&self) -> Result<BTreeMap<u32, BackendCounters>, Error> {
         let entries = read("backend_counts", self.backend_counts.entries_all())?;
         let sum = |values: Vec<BackendCounters>| {
@@ -59,11 +61,11 @@ impl Maps {
         Ok(entries.into_iter().map(|(key, values)| (key, sum(values))).collect())
     }
 
-    /// Key of `socket_counts` -> the sum over all CPUs.
+    /// Reads `socket_counts`, summed over all CPUs.
     ///
     /// # Errors
     ///
-    /// When the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn socket_counters(&self) -> Result<BTreeMap<u32, SocketCounters>, Error> {
         let entries = read("socket_counts", self.socket_counts.entries_all())?;
         let sum = |values: Vec<SocketCounters>| {
@@ -76,20 +78,20 @@ impl Maps {
         Ok(entries.into_iter().map(|(key, values)| (key, sum(values))).collect())
     }
 
-    /// Service-port id -> whose it is.
+    /// Reads the names of service ports by their ids.
     ///
     /// # Errors
     ///
-    /// When the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn service_port_names(&self) -> Result<BTreeMap<u32, abi::Name>, Error> {
         Ok(read("names", self.names.entries())?.into_iter().collect())
     }
 
-    /// Reason and service port -> the sum over all CPUs.
+    /// Reads the counters of each reason and service port, summed over all CPUs.
     ///
     /// # Errors
     ///
-    /// When the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn reason_counters(&self) -> Result<BTreeMap<ReasonKey, ReasonCounters>, Error> {
         let entries = read("reason_counts", self.reason_counts.entries_all())?;
         let sum = |values: Vec<ReasonCounters>| {
@@ -101,59 +103,59 @@ impl Maps {
         Ok(entries.into_iter().map(|(key, values)| (key, sum(values))).collect())
     }
 
-    /// ifindex -> device.
+    /// Reads the devices by their ifindexes.
     ///
     /// # Errors
     ///
-    /// When the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn device_entries(&self) -> Result<BTreeMap<u32, abi::Device>, Error> {
         Ok(read("devices", self.devices.entries())?.into_iter().collect())
     }
 
-    /// What the agent tells every program.
+    /// Reads the settings of all programs.
     ///
     /// # Errors
     ///
-    /// When the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn read_settings(&self) -> Result<Settings, Error> {
         Ok(read("settings", self.settings.get(&0))?.unwrap_or_default())
     }
 
-    /// What clients and devices may still be sent of ICMP errors, by their keys' addresses.
+    /// Reads the token buckets that limit ICMP errors, by their keys' addresses.
     ///
     /// # Errors
     ///
-    /// When the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn rejects(&self) -> Result<BTreeMap<[u8; 16], RejectBucket>, Error> {
         let entries = read("rejects", self.rejects.entries())?;
         Ok(entries.into_iter().map(|(key, bucket)| (key.address, bucket)).collect())
     }
 
-    /// Tells every program.
+    /// Writes the settings of all programs.
     ///
     /// # Errors
     ///
-    /// When the map cannot be written.
+    /// Fails if the map cannot be written.
     pub fn write_settings(&self, settings: &Settings) -> Result<(), Error> {
         self.settings.insert(&0, settings).map_err(|cause| Error::map("write", "settings", cause))
     }
 
-    /// The cluster's networks, as every program was told.
+    /// Reads the cluster's networks.
     ///
     /// # Errors
     ///
-    /// When a map cannot be read.
+    /// Fails if a map cannot be read.
     pub fn read_networks(&self) -> Result<(Networks<Ipv4Address>, Networks<Ipv6Address>), Error> {
         let v4 = read("networks_v4", self.v4.networks.get(&0))?;
         let v6 = read("networks_v6", self.v6.networks.get(&0))?;
         Ok((v4.unwrap_or_default(), v6.unwrap_or_default()))
     }
 
-    /// Tells every program the cluster's networks.
+    /// Writes the cluster's networks.
     ///
     /// # Errors
     ///
-    /// When a map cannot be written.
+    /// Fails if a map cannot be written.
     pub fn write_networks(
         &self,
         v4: &Networks<Ipv4Address>,
@@ -166,11 +168,11 @@ impl Maps {
         self.v6.networks.insert(&0, v6).map_err(|cause| Error::map("write", "networks_v6", cause))
     }
 
-    /// The settings and networks that were written last; [`None`]: none were, the maps are new.
+    /// Reads the settings and networks, or returns [`None`] if the maps are new and have none.
     ///
     /// # Errors
     ///
-    /// When a map cannot be read.
+    /// Fails if a map cannot be read.
     pub(crate) fn read_programmed(&self) -> Result<Option<Programmed>, Error> {
         let settings = self.read_settings()?;
         let (v4, v6) = self.read_networks()?;
@@ -179,20 +181,21 @@ impl Maps {
         Ok(written.then_some(Programmed { settings, v4, v6 }))
     }
 
-    /// Writes settings and networks: networks first, since the settings say that there are any.
+    /// Writes networks and settings, in this order since the settings say whether there are any
+    /// networks.
     ///
     /// # Errors
     ///
-    /// When a map cannot be written.
+    /// Fails if a map cannot be written.
     pub(crate) fn write_programmed(&self, programmed: &Programmed) -> Result<(), Error> {
         self.write_networks(&programmed.v4, &programmed.v6)?;
         self.write_settings(&programmed.settings)
     }
 
-    /// How much the plan may put into the maps.
+    /// Returns how much the plan may put into the maps.
     #[must_use]
     pub fn sizes(&self) -> Sizes {
-        // As in `Sizes::default`: room for what comes before what goes.
+        // As in `Sizes::default`, new entries need room before old ones are removed.
         let left = |v4: u32, v6: u32| v4.min(v6) - v4.min(v6) / 16;
         Sizes {
             ports: self.ports.len(),
@@ -211,49 +214,29 @@ impl Maps {
         }
     }
 
-    /// How full each map is, given what the image holds of them.
+    /// Returns how full each map is, given the plan's image.
     ///
     /// # Errors
     ///
-    /// When a map cannot be read.
+    /// Fails if a map cannot be read.
     pub fn fill(&self, image: &Image) -> Result<Vec<Fill>, Error> {
         let blocks: u64 = image
             .slots
             .values()
             .map(|slots| slots.len().div_ceil(SLOTS_PER_BLOCK as usize) as u64)
             .sum();
-        let of_image = |map, entries: usize, max: u32| Fill {
-            map,
-            entries: entries as u64,
-            max: u64::from(max),
-        };
+        let (v4, v6) = (&self.v4, &self.v6);
         Ok(vec![
-            of_image("services_v4", image.v4.services.len(), self.v4.services.max_entries()),
-            of_image("services_v6", image.v6.services.len(), self.v6.services.max_entries()),
-            of_image("ports", image.ports.len(), self.ports.len() - 1),
-            Fill { map: "slots", entries: blocks, max: u64::from(self.slots.len()) },
-            of_image("backends_v4", image.v4.backends.len(), self.v4.backends.len() - 1),
-            of_image("backends_v6", image.v6.backends.len(), self.v6.backends.len() - 1),
-            of_image(
-                "source_ranges_v4",
-                image.v4.source_ranges.len(),
-                self.v4.source_ranges.max_entries(),
-            ),
-            of_image(
-                "source_ranges_v6",
-                image.v6.source_ranges.len(),
-                self.v6.source_ranges.max_entries(),
-            ),
-            of_image(
-                "node_addresses_v4",
-                image.v4.node_addresses.len(),
-                self.v4.node_addresses.max_entries(),
-            ),
-            of_image(
-                "node_addresses_v6",
-                image.v6.node_addresses.len(),
-                self.v6.node_addresses.max_entries(),
-            ),
+            filled::<map::Services<V4>>(image, v4.services.max_entries()),
+            filled::<map::Services<V6>>(image, v6.services.max_entries()),
+            filled::<map::Ports>(image, self.ports.len() - 1),
+            Fill { map: map::Slots::NAME, entries: blocks, max: u64::from(self.slots.len()) },
+            filled::<map::Backends<V4>>(image, v4.backends.len() - 1),
+            filled::<map::Backends<V6>>(image, v6.backends.len() - 1),
+            filled::<map::SourceRanges<V4>>(image, v4.source_ranges.max_entries()),
+            filled::<map::SourceRanges<V6>>(image, v6.source_ranges.max_entries()),
+            filled::<map::NodeAddresses<V4>>(image, v4.node_addresses.max_entries()),
+            filled::<map::NodeAddresses<V6>>(image, v6.node_addresses.max_entries()),
             counted("affinity_v4", &self.v4.affinity)?,
             counted("affinity_v6", &self.v6.affinity)?,
             counted("flows_v4", &self.v4.flows)?,
@@ -272,7 +255,7 @@ impl Maps {
     }
 }
 
-/// Every entry of a family's `flows` and `embryonic`.
+/// Reads all entries of a family's `flows` and `embryonic`.
 pub(super) fn flows<A: Address>(
     flows: &Table<Tuple<A>, Flow<A>>,
     embryonic: &Table<Tuple<A>, Flow<A>>,
@@ -285,7 +268,7 @@ pub(super) fn flows<A: Address>(
         .collect())
 }
 
-/// The same of a table in the previous layout.
+/// Reads all entries of a table of flows in the previous layout.
 pub(super) fn previous_flows<A: Address>(
     table: &Table<Tuple<A>, previous::Flow<A>>,
     embryonic: bool,
@@ -294,6 +277,11 @@ pub(super) fn previous_flows<A: Address>(
     Ok(entries
         .map(|(tuple, flow)| FlowEntry { tuple, flow: Flow::after(&flow), embryonic })
         .collect())
+}
+
+/// Returns how full a map of the plan is.
+fn filled<M: PlanMap>(image: &Image, max: u32) -> Fill {
+    Fill { map: M::NAME, entries: M::of(image).len() as u64, max: u64::from(max) }
 }
 
 fn counted<K: aya::Pod, V: aya::Pod>(

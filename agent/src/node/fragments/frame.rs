@@ -46,7 +46,7 @@ pub(super) fn read(labelled: &[u8]) -> Option<Frame> {
         return None;
     }
     let behind = labelled.get(LINK..)?;
-    let bytes = if label.flags & label::BARE == 0 {
+    let bytes = if label.flags & label::L3 == 0 {
         behind.to_vec()
     } else {
         let ethertype: u16 = if behind.first()? >> 4 == 4 { 0x0800 } else { 0x86dd };
@@ -100,12 +100,12 @@ mod tests {
         let frame = read(&labelled(0, link)).expect("a fragment");
         assert_eq!((frame.mark, frame.ethertype, frame.key), (0x0204, 0x0800, key()));
         assert_eq!(frame.bytes, [link, PACKET].concat());
-        assert_eq!(fragment::met_at(frame.mark), (0x0102, false));
+        assert_eq!(fragment::place_of_mark(frame.mark), (0x0102, false));
 
-        let frame = read(&labelled(label::EGRESS | label::BARE, b"")).expect("a fragment");
+        let frame = read(&labelled(label::EGRESS | label::L3, b"")).expect("a fragment");
         assert_eq!((frame.mark, frame.key), (0x0205, key()));
         assert_eq!(frame.bytes, [&[0; 12][..], &[8, 0], PACKET].concat());
-        assert_eq!(fragment::met_at(frame.mark), (0x0102, true));
+        assert_eq!(fragment::place_of_mark(frame.mark), (0x0102, true));
 
         // In band, a tag stays.
         let tagged = b"\x02\0\0\0\0\x0d\x02\0\0\0\0\x05\x81\x00\0\x07\x08\x00";
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn anything_else_is_none_of_ours() {
-        let whole = labelled(label::BARE, b"");
+        let whole = labelled(label::L3, b"");
         for length in 0..LINK + 20 {
             assert_eq!(read(&whole[..length]), None, "{length} bytes");
         }

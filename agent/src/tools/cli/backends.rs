@@ -1,4 +1,4 @@
-//! `sluice backends`: every backend with its share of the slots and what was counted.
+//! `sluice backends`: every backend with its share of the slots and its counters.
 
 use std::path::Path;
 
@@ -6,6 +6,7 @@ use anyhow::bail;
 use serde::Serialize;
 use sluice_common::abi::SocketCounters;
 
+use super::Outcome;
 use super::table::{Format, Table, bytes, percent, render};
 use crate::node::view::{PortName, View};
 
@@ -30,11 +31,11 @@ struct Row {
     /// TCP resets and SCTP aborts from clients, and to them.
     forward_resets: u64,
     reply_resets: u64,
-    /// Of connections that were translated at the socket, by the kernel's own figures.
+    /// Counters of connections that are translated at the socket, from the kernel's own figures.
     sockets: Sockets,
 }
 
-/// What the socket path counts per connection.
+/// What the socket path counts of connections.
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Sockets {
     connections: u64,
@@ -46,7 +47,7 @@ struct Sockets {
     sent_segments: u64,
     received_segments: u64,
     retransmitted_segments: u64,
-    /// The mean of the round-trip times that ended connections had at last, microseconds.
+    /// The mean of the last round-trip times of ended connections, in microseconds.
     rtt_us: u64,
 }
 
@@ -67,7 +68,7 @@ impl From<SocketCounters> for Sockets {
     }
 }
 
-/// Prints the backends of one service, or all.
+/// Prints the backends of one service, or of all.
 ///
 /// # Errors
 ///
@@ -76,7 +77,7 @@ pub(super) fn run(
     pin_path: &Path,
     service: Option<&str>,
     format: Format,
-) -> anyhow::Result<String> {
+) -> anyhow::Result<Outcome> {
     let view = View::read(pin_path)?;
     if let Some(word) = service
         && !view.image.names.values().any(|name| PortName::from(name).is(word))
@@ -85,7 +86,14 @@ pub(super) fn run(
             "no service {word:?} in the maps; `sluice services` lists them (name, namespace/name, name:port)"
         );
     }
-    let mut rows: Vec<Row> = Vec::new();
+    let mut rows = rows(&view, service);
+    rows.sort_by(|a, b| (&a.name, &a.backend).cmp(&(&b.name, &b.backend)));
+    Ok(render(format, &rows, |rows| table(rows).text())?.into())
+}
+
+/// Returns the backends of one service, or of all.
+fn rows(view: &View, service: Option<&str>) -> Vec<Row> {
+    let mut rows = Vec::new();
     for backend in view.backends() {
         let Some(name) = view.name(backend.service_port) else { continue };
         if service.is_some_and(|word| !name.is(word)) {
@@ -112,51 +120,51 @@ pub(super) fn run(
             sockets: backend.sockets.into(),
         });
     }
-    rows.sort_by(|a, b| (&a.name, &a.backend).cmp(&(&b.name, &b.backend)));
-    render(format, &rows, |rows| {
-        let mut table = Table::new(&[
-            "SERVICE",
-            "PORT",
-            "PROTO",
-            "BACKEND",
-            "ID",
-            "SHARE",
-            "LOCAL",
-            "STATE",
-            "PACKETS-IN",
-            "BYTES-IN",
-            "PACKETS-OUT",
-            "BYTES-OUT",
-            "FLOWS",
-            "CALLS",
-            "CONNECTED",
-            "SENT",
-            "RECEIVED",
-            "RESETS",
+    rows
+}
+
+fn table(rows: &[Row]) -> Table {
+    let mut table = Table::new(&[
+        "SERVICE",
+        "PORT",
+        "PROTO",
+        "BACKEND",
+        "ID",
+        "SHARE",
+        "LOCAL",
+        "STATE",
+        "PACKETS-IN",
+        "BYTES-IN",
+        "PACKETS-OUT",
+        "BYTES-OUT",
+        "FLOWS",
+        "CALLS",
+        "CONNECTED",
+        "SENT",
+        "RECEIVED",
+        "RESETS",
+    ]);
+    for row in rows {
+        table.row([
+            format!("{}/{}", row.name.namespace, row.name.service),
+            row.name.port.to_string(),
+            row.name.protocol.clone(),
+            row.backend.clone(),
+            row.id.to_string(),
+            format!("{:.1}%", row.share),
+            if row.local { "yes" } else { "no" }.to_owned(),
+            row.state.to_owned(),
+            row.forward_packets.to_string(),
+            bytes(row.forward_bytes),
+            row.reply_packets.to_string(),
+            bytes(row.reply_bytes),
+            row.flows.to_string(),
+            row.calls.to_string(),
+            row.sockets.connections.saturating_sub(row.sockets.closed).to_string(),
+            bytes(row.sockets.sent_bytes),
+            bytes(row.sockets.received_bytes),
+            (row.forward_resets + row.reply_resets + row.sockets.resets).to_string(),
         ]);
-        for row in rows {
-            table.row([
-                format!("{}/{}", row.name.namespace, row.name.service),
-                row.name.port.to_string(),
-                row.name.protocol.clone(),
-                row.backend.clone(),
-                row.id.to_string(),
-                format!("{:.1}%", row.share),
-                if row.local { "yes" } else { "no" }.to_owned(),
-                row.state.to_owned(),
-                row.forward_packets.to_string(),
-                bytes(row.forward_bytes),
-                row.reply_packets.to_string(),
-                bytes(row.reply_bytes),
-                row.flows.to_string(),
-                row.calls.to_string(),
-                (row.sockets.connections - row.sockets.closed.min(row.sockets.connections))
-                    .to_string(),
-                bytes(row.sockets.sent_bytes),
-                bytes(row.sockets.received_bytes),
-                (row.forward_resets + row.reply_resets + row.sockets.resets).to_string(),
-            ]);
-        }
-        table.text()
-    })
+    }
+    table
 }

@@ -4,43 +4,38 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 
+use super::{Outcome, Places, runtime};
 use crate::node::dataplane::{Pins, cleanup};
 use crate::node::devices::own::OwnRoutes;
 use crate::node::devices::{OWN, loopback};
 use crate::node::kube_proxy::rules::{self, HOLDING};
 use crate::node::{ports, status};
 
-/// Removes every trace; says what was removed.
+/// Removes everything, and prints what was removed.
 ///
 /// # Errors
 ///
 /// When an agent is alive and `force` is not given, or the kernel refuses.
-pub(super) async fn run(
-    pin_path: &Path,
-    state_dir: &Path,
-    proc_sys: &Path,
-    force: bool,
-) -> anyhow::Result<String> {
+pub(super) fn run(places: &Places, force: bool) -> anyhow::Result<Outcome> {
+    let Places { pin_path, state_dir, proc_sys } = places;
     if status::is_alive(state_dir) && !force {
         let pid = status::read(state_dir)
             .map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
         bail!(
-            "an agent (pid {pid}) is running with {}: stop it first, or give --force (it would go on, without effect)",
+            "an agent (pid {pid}) is running with {}: stop it first, or give --force (the agent \
+             then keeps running without effect)",
             pin_path.display()
         );
     }
-    let mut done = remove(pin_path, state_dir, proc_sys).await?;
+    let mut done = runtime()?.block_on(remove(pin_path, state_dir, proc_sys))?;
     status::remove(state_dir).with_context(|| format!("cannot remove {}", state_dir.display()))?;
     if done.is_empty() {
-        done.push(format!(
-            "nothing of Sluice found (looked under {} and at every device)",
-            pin_path.display()
-        ));
+        done.push(format!("found nothing of Sluice under {} or on any device", pin_path.display()));
     }
-    Ok(done.join("\n") + "\n")
+    Ok((done.join("\n") + "\n").into())
 }
 
-/// Removes what is in the kernel; returns what was done, for people.
+/// Removes everything in the kernel. Returns what was done, as lines for people.
 ///
 /// # Errors
 ///
@@ -58,11 +53,12 @@ pub(super) async fn remove(
     let released =
         ports::release(&proc_sys.join(ports::SYSCTLS), &status::reserved_ports(state_dir))?;
     done.extend(
-        released.map(|ports| format!("took ports {ports} out of net.ipv4.ip_local_reserved_ports")),
+        released
+            .map(|ports| format!("removed ports {ports} from net.ipv4.ip_local_reserved_ports")),
     );
     let turned_off = loopback::release(proc_sys, &status::loopback(state_dir))?;
     if !turned_off.is_empty() {
-        done.push(format!("turned off {} of the device lo again", turned_off.join(" and ")));
+        done.push(format!("turned off {} of the device lo", turned_off.join(" and ")));
     }
     if rules::let_go().context("cannot remove the nftables table of a takeover")? {
         done.push(format!("removed the nftables table {HOLDING}"));

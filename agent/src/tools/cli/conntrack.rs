@@ -1,4 +1,4 @@
-//! The agent's flags for the kernel's connection tracking, as kube-proxy has them.
+//! The agent's flags for the kernel's connection tracking, the same as kube-proxy's.
 
 use std::time::Duration;
 
@@ -7,17 +7,15 @@ use clap::Args;
 use crate::node::conntrack::limits::Limits;
 
 #[derive(Clone, Copy, Debug, Args)]
-#[command(
-    next_help_heading = "Connection tracking of the kernel (what is not given stays as it is)"
-)]
+#[command(next_help_heading = "Kernel connection tracking (unchanged unless given)")]
 pub(super) struct ConntrackArgs {
-    /// Connections for each CPU; 0: as it is.
+    /// Maximum number of tracked connections per CPU; 0 leaves the limit unchanged.
     #[arg(long = "conntrack-max-per-core", value_name = "NUMBER")]
     max_per_core: Option<u32>,
-    /// Connections at least, where --conntrack-max-per-core is given.
+    /// Minimum for the limit that --conntrack-max-per-core sets.
     #[arg(long = "conntrack-min", value_name = "NUMBER")]
     min: Option<u32>,
-    /// Take TCP segments outside of the window for valid.
+    /// Treat TCP segments outside of the window as valid.
     #[arg(long = "conntrack-tcp-be-liberal",
         value_name = "true|false",
         num_args = 0..=1,
@@ -27,21 +25,21 @@ pub(super) struct ConntrackArgs {
         action = clap::ArgAction::Set
     )]
     tcp_be_liberal: bool,
-    /// How long an idle TCP connection is remembered, as 24h0m0s; 0s: as it is.
+    /// Timeout of idle TCP connections, such as 24h0m0s; 0s leaves it unchanged.
     #[arg(long = "conntrack-tcp-timeout-established", value_name = "TIME", value_parser = time)]
     tcp_timeout_established: Option<Duration>,
-    /// How long one is that the peer has closed.
+    /// Timeout of TCP connections that the peer has closed.
     #[arg(long = "conntrack-tcp-timeout-close-wait", value_name = "TIME", value_parser = time)]
     tcp_timeout_close_wait: Option<Duration>,
-    /// How long a UDP flow without an answer is.
+    /// Timeout of UDP flows without a reply.
     #[arg(long = "conntrack-udp-timeout", value_name = "TIME", value_parser = time)]
     udp_timeout: Option<Duration>,
-    /// How long a UDP flow with answers is.
+    /// Timeout of UDP flows with replies.
     #[arg(long = "conntrack-udp-timeout-stream", value_name = "TIME", value_parser = time)]
     udp_timeout_stream: Option<Duration>,
 }
 
-/// A time as Go writes it.
+/// Parses a duration as Go writes it.
 pub(super) fn time(text: &str) -> Result<Duration, String> {
     if text == "0" {
         return Ok(Duration::ZERO);
@@ -49,11 +47,11 @@ pub(super) fn time(text: &str) -> Result<Duration, String> {
     text.parse::<jiff::SignedDuration>()
         .ok()
         .and_then(|time| Duration::try_from(time).ok())
-        .ok_or_else(|| "a time is wanted, as 90s, 24h or 1h30m0s".to_owned())
+        .ok_or_else(|| "expected a duration such as 90s, 24h or 1h30m0s".to_owned())
 }
 
 impl ConntrackArgs {
-    /// What is to be set.
+    /// Returns the settings to apply.
     pub(super) fn limits(self) -> Limits {
         Limits {
             max_per_core: self.max_per_core,

@@ -1,8 +1,8 @@
-//! `sluice diff`: what the sources want against what the maps hold.
+//! `sluice diff`: compares what the sources ask for with what the maps hold.
 
 #![expect(
     unused_results,
-    reason = "clap's derive drops what it gets for an optional group of flags"
+    reason = "clap's derive drops the result of parsing an optional group of flags"
 )]
 
 use std::collections::BTreeSet;
@@ -17,9 +17,10 @@ use sluice_core::image::Dataplane as _;
 use sluice_core::model::Event;
 use sluice_core::policy::SocketPath;
 
+use super::agent::{AgentArgs, host_name};
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
-use super::{AgentArgs, Cli, Command, NO_OBJECTS, Output, Usage, host_name};
+use super::{Cli, Command, NO_OBJECTS, Outcome, Output, Unknown, Usage, runtime};
 use crate::daemon::source::{kubernetes, manifests};
 use crate::node::dataplane::{Access, Kernel, Maps, Pins};
 use crate::node::devices::pattern::Patterns;
@@ -27,162 +28,156 @@ use crate::node::devices::watch::look;
 use crate::node::host;
 use crate::node::status::{self, StateDir, Status};
 use crate::node::view;
-use crate::tools::drift::{Difference, Inputs, State, Wanted, compare, wanted};
+use crate::tools::diff::{Difference, Inputs, State, Wanted, compare, wanted};
 
-/// While an agent runs, objects and maps change: only what so many looks show in the same way is
-/// drift.
+/// How often objects and maps are compared while an agent runs and both change. Only a difference
+/// that all comparisons show counts.
 const LOOKS: usize = 3;
-/// Time between two looks: longer than an agent takes to notice a change.
+/// The time between two comparisons: longer than an agent takes to notice a change.
 const PAUSE: Duration = Duration::from_millis(700);
 /// How long the API server may take for all of its lists.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// The words after `sluice diff`.
+/// The arguments of `sluice diff`.
 #[derive(Debug, Args)]
 pub(super) struct DiffArgs {
-    /// Read the objects from the YAML files of a folder [default: from where the agent has them].
+    /// Read the objects from the YAML files of a directory [default: the agent's sources].
     #[arg(long, value_name = "DIR")]
     manifests: Option<PathBuf>,
-    /// List the objects from the API server that this file names.
+    /// List the objects from the API server in this kubeconfig file.
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
-    /// The API server's address, instead of the one configured.
+    /// The API server's address, instead of the configured one.
     #[arg(long, value_name = "URL")]
     api: Option<String>,
-    /// Serve Services with this label service.kubernetes.io/service-proxy-name [default: as the
-    /// agent].
+    /// Compare Services whose label service.kubernetes.io/service-proxy-name has this value
+    /// [default: as the agent].
     #[arg(long, value_name = "NAME")]
     proxy_name: Option<String>,
     /// This node's name, as in nodeName of endpoints [default: the agent's, else the host's name].
     #[arg(long, visible_alias = "node", value_name = "NAME", env = "NODE_NAME")]
     node_name: Option<String>,
-    /// Write the difference into the maps, in the order that harms no connection. Refuses while an
-    /// agent runs: that one alone writes then, and a restart of it compares everything.
+    /// Write the differences to the maps, in an order that breaks no connection. Refuses while an
+    /// agent runs, because only the agent may write then. It repairs all differences when it
+    /// restarts.
     #[arg(long)]
     repair: bool,
     #[command(flatten)]
     output: Output,
-    /// If one of these is given, all count as given here; if none is, as the agent was started.
+    // If one of these flags is given, none of the agent's counts.
     #[command(flatten)]
     policy: Option<PolicyArgs>,
 }
 
-/// What `-o json` prints.
+/// The output of `-o json`.
 #[derive(Clone, Debug, Serialize)]
 struct Report {
     in_step: bool,
     agent_alive: bool,
-    /// How many writes a repair took; absent without one.
+    /// The number of writes of a repair; absent without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     repaired_writes: Option<usize>,
     sources: Vec<String>,
     objects: usize,
     differences: Vec<Difference>,
-    /// What could not be read: a running agent keeps its last good form.
+    /// The objects that could not be read. A running agent keeps their last good form.
     unread: Vec<String>,
 }
 
-/// Where objects come from, and how they count.
+/// The sources of objects, and what else decides about the maps.
 #[derive(Debug)]
-struct Asked {
+struct Scope {
     inputs: Inputs,
     manifests: Option<PathBuf>,
     kubernetes: Option<kubernetes::Settings>,
 }
 
-/// Prints what differs; the flag says whether nothing does.
+/// Prints the differences. The exit code is 0 if there are none.
 ///
 /// # Errors
 ///
-/// [`Usage`] for flags that contradict each other; else when sources, devices or maps cannot be
-/// read, or a repair fails.
-pub(super) async fn run(
-    args: DiffArgs,
-    pin_path: &Path,
-    state_dir: &Path,
-) -> anyhow::Result<(String, bool)> {
+/// [`Usage`] for flags that contradict each other. [`Unknown`] when sources, devices or maps cannot
+/// be read, or a repair fails.
+pub(super) fn run(args: DiffArgs, pin_path: &Path, state_dir: &Path) -> anyhow::Result<Outcome> {
+    runtime()?
+        .block_on(diff(args, pin_path, state_dir))
+        .map_err(|error| if error.is::<Usage>() { error } else { Unknown(error).into() })
+}
+
+async fn diff(args: DiffArgs, pin_path: &Path, state_dir: &Path) -> anyhow::Result<Outcome> {
     let (format, repair) = (args.output.output, args.repair);
     let last = status::read(state_dir);
-    let asked = args.asked(last.as_ref())?;
-    // The lock is held to the end, so that no agent starts meanwhile.
+    let scope = args.scope(last.as_ref())?;
+    // Held to the end, so that no agent starts in the meantime.
     let lock = if repair { Some(take_lock(state_dir)?) } else { None };
     let kernel = view::open(pin_path)?;
     let agent_alive = lock.is_none() && status::is_alive(state_dir);
-    let mut events = asked.events().await?;
-    let (mut wants, mut differences) = asked.look(&kernel, events).await?;
-    if agent_alive {
-        for _ in 1..LOOKS {
-            if differences.is_empty() {
-                break;
-            }
-            tokio::time::sleep(PAUSE).await;
-            events = asked.events().await?;
-            let before: BTreeSet<Difference> = differences.into_iter().collect();
-            (wants, differences) = asked.look(&kernel, events).await?;
-            differences.retain(|difference| before.contains(difference));
-        }
-    }
+    let looks = if agent_alive { LOOKS } else { 1 };
+    let (mut wants, mut differences) = scope.compare_repeatedly(&kernel, looks).await?;
     let mut repaired_writes = None;
     if repair && !differences.is_empty() {
         ensure_repairable(&wants)?;
         repaired_writes = Some(write(pin_path, &wants, &State::read(&kernel)?)?);
-        let events = asked.events().await?;
-        (wants, differences) = asked.look(&kernel, events).await?;
+        (wants, differences) = scope.compare(&kernel).await?;
     }
     let report = Report {
         in_step: differences.is_empty(),
         agent_alive,
         repaired_writes,
-        sources: asked.sources(),
+        sources: scope.sources(),
         objects: wants.objects,
         differences,
         unread: wants.unread.iter().map(ToString::to_string).collect(),
     };
-    Ok((render(format, &report, text)?, report.in_step))
+    let text = render(format, &report, text)?;
+    Ok(Outcome { text, code: u8::from(!report.in_step) })
 }
 
-/// Takes the agent's lock, so that there is none.
+/// Takes the agent's lock, so that no agent runs.
 fn take_lock(state_dir: &Path) -> anyhow::Result<StateDir> {
     if status::is_alive(state_dir) {
         let pid = status::read(state_dir)
             .map_or_else(|| "unknown".to_owned(), |status| status.pid.to_string());
         bail!(
-            "--repair: an agent (pid {pid}) runs, and it alone writes the maps; restart it: it compares all of them when it \
-             starts, and writes the difference"
+            "--repair: an agent (pid {pid}) runs, and only it may write the maps; restart it: it \
+             compares everything when it starts, and writes the differences"
         );
     }
     StateDir::take(state_dir).context("--repair needs the lock of the agent")
 }
 
-/// Refuses to take for gone what only could not be read.
+/// Refuses a repair that would remove objects which could not be read.
 fn ensure_repairable(wants: &Wanted) -> anyhow::Result<()> {
     if let Some(unread) = wants.unread.first() {
         bail!(
-            "--repair: {unread}; what is in it would be removed from the maps: mend it first (`sluice validate` lists all of it)"
+            "--repair: {unread}; its objects would be removed from the maps: fix it first \
+             (`sluice validate` lists all problems)"
         );
     }
     ensure!(
         wants.objects > 0,
-        "--repair: the sources have no object at all, so everything would be removed from the maps; `sluice cleanup` does that"
+        "--repair: the sources have no objects, so everything would be removed from the maps; use \
+         `sluice cleanup` for that"
     );
     Ok(())
 }
 
-/// Writes what is wanted; returns the number of steps.
+/// Writes the differences. Returns the number of writes.
 fn write(pin_path: &Path, wants: &Wanted, found: &State) -> anyhow::Result<usize> {
     let maps = Maps::open(&Pins::new(pin_path).maps(), Access::Write)?;
     let mut kernel = Kernel::new(maps);
-    kernel.apply(&wants.writes).context("the repair is not complete; repeat it")?;
+    kernel.apply(&wants.writes).context("the repair is incomplete; repeat it")?;
     let mut writes = wants.writes.len();
-    if let Some(told) = wants.state.told.filter(|told| found.told != Some(*told)) {
-        kernel.maps().write_programmed(&told)?;
+    let programmed = wants.state.programmed;
+    if let Some(programmed) = programmed.filter(|wanted| found.programmed != Some(*wanted)) {
+        kernel.maps().write_programmed(&programmed)?;
         writes += 1;
     }
     Ok(writes)
 }
 
-impl Asked {
-    /// Every object that the sources have, once.
+impl Scope {
+    /// Returns every object of the sources, once.
     async fn events(&self) -> anyhow::Result<Vec<Event>> {
         let mut events = Vec::new();
         if let Some(folder) = &self.manifests {
@@ -193,24 +188,41 @@ impl Asked {
         }
         if let Some(settings) = &self.kubernetes {
             let client = kubernetes::connect(settings).await.context(
-                "cannot reach the API server; give --kubeconfig, or --manifests to compare with files alone",
+                "cannot reach the API server; give --kubeconfig, or --manifests to compare with files only",
             )?;
             let list = tokio::time::timeout(PATIENCE, kubernetes::list(client, settings)).await;
             events.extend(list.with_context(|| {
                 format!(
-                    "the API server did not deliver its lists within {PATIENCE:?}; is it reachable from here?"
+                    "the API server did not deliver its lists within {PATIENCE:?}; check that it \
+                     can be reached from this node"
                 )
             })??);
         }
         Ok(events)
     }
 
-    /// Reads the maps, and compares.
-    async fn look(
+    /// Compares up to so many times, and returns the differences that all comparisons show.
+    async fn compare_repeatedly(
         &self,
         kernel: &Kernel,
-        events: Vec<Event>,
+        looks: usize,
     ) -> anyhow::Result<(Wanted, Vec<Difference>)> {
+        let (mut wants, mut differences) = self.compare(kernel).await?;
+        for _ in 1..looks {
+            if differences.is_empty() {
+                break;
+            }
+            tokio::time::sleep(PAUSE).await;
+            let before: BTreeSet<Difference> = differences.into_iter().collect();
+            (wants, differences) = self.compare(kernel).await?;
+            differences.retain(|difference| before.contains(difference));
+        }
+        Ok((wants, differences))
+    }
+
+    /// Reads the sources and the maps, and compares them.
+    async fn compare(&self, kernel: &Kernel) -> anyhow::Result<(Wanted, Vec<Difference>)> {
+        let events = self.events().await?;
         let facts = look().await.context("cannot list this node's devices over netlink")?;
         let found = State::read(kernel)?;
         let wants = wanted(&self.inputs, events, &facts, &found, kernel.maps().sizes());
@@ -218,13 +230,13 @@ impl Asked {
             && wants.unread.is_empty()
             && let Some(folder) = self.manifests.as_ref().filter(|_| self.kubernetes.is_none())
         {
-            bail!("no object in {}: {NO_OBJECTS}", folder.display());
+            bail!("found no object in {}: {NO_OBJECTS}", folder.display());
         }
         let differences = compare(&wants.state, &found);
         Ok((wants, differences))
     }
 
-    /// For people.
+    /// Returns the sources' names for people.
     fn sources(&self) -> Vec<String> {
         let folder =
             self.manifests.as_ref().map(|folder| format!("manifests {}", folder.display()));
@@ -242,8 +254,8 @@ impl Asked {
 }
 
 impl DiffArgs {
-    /// What is to be compared with what, where not said otherwise as the agent was started.
-    fn asked(self, last: Option<&Status>) -> anyhow::Result<Asked> {
+    /// Returns what to compare. What these arguments leave open is as the agent was started.
+    fn scope(self, last: Option<&Status>) -> anyhow::Result<Scope> {
         let mut agent = of_agent(last)?;
         if self.manifests.is_some() || self.kubeconfig.is_some() || self.api.is_some() {
             (agent.manifests, agent.kubeconfig, agent.api) =
@@ -258,7 +270,7 @@ impl DiffArgs {
             None => host_name()?,
         };
         let proxy_name = self.proxy_name.or(agent.proxy_name);
-        let asks_server =
+        let uses_server =
             agent.manifests.is_none() || agent.kubeconfig.is_some() || agent.api.is_some();
         let kubernetes = kubernetes::Settings {
             kubeconfig: agent.kubeconfig,
@@ -275,15 +287,15 @@ impl DiffArgs {
             socket_path: SocketPath::number(agent.socket_path),
             host_netns: host::netns_cookie().unwrap_or_default(),
         };
-        Ok(Asked {
+        Ok(Scope {
             inputs,
             manifests: agent.manifests,
-            kubernetes: asks_server.then_some(kubernetes),
+            kubernetes: uses_server.then_some(kubernetes),
         })
     }
 }
 
-/// The flags of the agent that ran here last; the defaults, if none has left word of them.
+/// Returns the flags of the last agent on this node, or the defaults if it has recorded none.
 fn of_agent(last: Option<&Status>) -> anyhow::Result<AgentArgs> {
     let invocation = last.map(|status| &status.invocation);
     let words = invocation.map_or(&[][..], |invocation| invocation.arguments.as_slice());
@@ -293,18 +305,18 @@ fn of_agent(last: Option<&Status>) -> anyhow::Result<AgentArgs> {
     let cli = Cli::try_parse_from(program.chain(words.iter().cloned()));
     let cli = cli.map_err(|error| {
         Usage(format!(
-            "the flags that the last agent was started with make no sense to this version ({}): use the `sluice` of its version",
+            "this version does not understand the last agent's flags ({}): use the `sluice` of that agent's version",
             error.render().to_string().lines().next().unwrap_or_default()
         ))
     })?;
     let Command::Agent(mut args) = cli.command else {
         return Err(Usage(format!(
-            "the status names no agent's flags: sluice {}",
+            "the status has no flags of an agent: sluice {}",
             words.join(" ")
         ))
         .into());
     };
-    // Relative paths are the agent's.
+    // Relative paths start at the agent's directory.
     let directory = invocation.map_or(Path::new(""), |invocation| &invocation.directory);
     for path in [&mut args.manifests, &mut args.kubeconfig].into_iter().flatten() {
         *path = directory.join(&*path);
@@ -339,27 +351,25 @@ fn text(report: &Report) -> String {
     match report.differences.len() {
         0 => line(format_args!("The maps are in step with {sources} ({objects} objects).")),
         count => {
-            line(format_args!(
-                "{count} entries differ from what {sources} ({objects} objects) ask for."
-            ));
+            line(format_args!("{count} entries differ from {sources} ({objects} objects)."));
         }
     }
     for unread in &report.unread {
-        line(format_args!("Not read: {unread}; what an agent keeps of it shows as extra."));
+        line(format_args!("Not read: {unread}; entries that an agent keeps for it show as extra."));
     }
     match (report.in_step, report.agent_alive, report.repaired_writes) {
         (true, _, _) => {}
         (false, true, _) => line(format_args!(
-            "An agent runs: restart it, and it writes the difference (`sluice status` shows what may keep it from that)."
+            "An agent runs: restart it to write the differences (`sluice status` shows what may prevent it)."
         )),
         (false, false, None) => {
             line(format_args!(
-                "`sluice diff --repair` writes the difference; an agent that starts does, too."
+                "`sluice diff --repair` writes the differences; so does an agent when it starts."
             ));
         }
         (false, false, Some(_)) => {
             line(format_args!(
-                "What is left an agent has to mend: it attaches programs to devices, too."
+                "Start an agent for the rest: only an agent attaches programs to devices."
             ));
         }
     }
@@ -394,37 +404,37 @@ mod tests {
         let last = status(
             "agent --manifests services --masquerade all --socket-path host --edge cali* --pin-path /p",
         );
-        let asked = args("").asked(Some(&last)).expect("good flags");
-        assert_eq!(asked.manifests, Some("/srv/services".into()));
-        assert!(asked.kubernetes.is_none());
-        assert_eq!(asked.inputs.node.as_ref(), "a");
-        assert_eq!(asked.inputs.policy.masquerade, Masquerade::All);
-        assert_eq!(asked.inputs.socket_path, SocketPath::Host.number());
-        assert_eq!(asked.inputs.patterns, Patterns::new(&["cali*".to_owned()], &[], &[]));
+        let scope = args("").scope(Some(&last)).expect("good flags");
+        assert_eq!(scope.manifests, Some("/srv/services".into()));
+        assert!(scope.kubernetes.is_none());
+        assert_eq!(scope.inputs.node.as_ref(), "a");
+        assert_eq!(scope.inputs.policy.masquerade, Masquerade::All);
+        assert_eq!(scope.inputs.socket_path, SocketPath::Host.number());
+        assert_eq!(scope.inputs.patterns, Patterns::new(&["cali*".to_owned()], &[], &[]));
     }
 
     #[test]
-    fn flags_of_the_command_go_before() {
+    fn flags_of_the_command_take_precedence() {
         let last = status("agent --manifests services --masquerade all --nodeport-addresses all");
-        let asked = args("--kubeconfig k --node b").asked(Some(&last)).expect("good flags");
-        assert_eq!((asked.manifests, asked.inputs.node.as_ref()), (None, "b"));
-        assert_eq!(asked.kubernetes.and_then(|settings| settings.kubeconfig), Some("k".into()));
-        assert_eq!(asked.inputs.policy.masquerade, Masquerade::All);
-        let asked = args("--masquerade needed").asked(Some(&last)).expect("good flags");
+        let scope = args("--kubeconfig k --node b").scope(Some(&last)).expect("good flags");
+        assert_eq!((scope.manifests, scope.inputs.node.as_ref()), (None, "b"));
+        assert_eq!(scope.kubernetes.and_then(|settings| settings.kubeconfig), Some("k".into()));
+        assert_eq!(scope.inputs.policy.masquerade, Masquerade::All);
+        let scope = args("--masquerade needed").scope(Some(&last)).expect("good flags");
         assert_eq!(
-            asked.inputs.policy,
+            scope.inputs.policy,
             sluice_core::policy::Policy::default(),
             "one policy flag: all are as here"
         );
-        assert_eq!(asked.manifests, Some("/srv/services".into()));
+        assert_eq!(scope.manifests, Some("/srv/services".into()));
     }
 
     #[test]
-    fn an_agent_that_left_no_word_had_no_flags() {
-        let asked = args("--manifests x").asked(Some(&Status::default())).expect("good flags");
-        assert_eq!(asked.inputs.policy, sluice_core::policy::Policy::default());
+    fn an_agent_that_recorded_no_flags_had_none() {
+        let scope = args("--manifests x").scope(Some(&Status::default())).expect("good flags");
+        assert_eq!(scope.inputs.policy, sluice_core::policy::Policy::default());
         let error =
-            args("").asked(Some(&status("agent --colour red"))).expect_err("an unknown flag");
+            args("").scope(Some(&status("agent --colour red"))).expect_err("an unknown flag");
         assert!(error.is::<Usage>() && error.to_string().contains("--colour"), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! `sluice explain`: what a packet would meet, and why.
+//! `sluice explain`: what would happen to a packet, and why.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -9,125 +9,120 @@ use anyhow::{Context, bail};
 use clap::Args;
 use serde::Serialize;
 use sluice_core::model::object::Protocol;
-use sluice_core::policy::Policy;
-use sluice_core::policy::SocketPath;
+use sluice_core::policy::{Policy, SocketPath};
 
 use super::flows::monotonic_ns;
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
-use super::{NO_OBJECTS, Output, Usage};
-use crate::node::status;
-use crate::node::view;
+use super::{NO_OBJECTS, Outcome, Output, Usage};
+use crate::node::{status, view};
 use crate::tools::explain::{
     Answer, Client, Endpoint, Live, Manifests, Options, Question, Way, explain,
 };
 
-/// The words after `sluice explain`.
+/// The arguments of `sluice explain`.
 #[derive(Debug, Args)]
 pub(super) struct ExplainArgs {
     /// The protocol: TCP, UDP or SCTP.
     #[arg(value_name = "PROTO", value_parser = protocol)]
     protocol: Protocol,
-    /// The client's address and port; IPv6 as `[ADDRESS]:PORT`.
+    /// The client's address and port. IPv6 addresses are written as `[ADDRESS]:PORT`.
     #[arg(value_name = "SRC:PORT", value_parser = endpoint)]
     source: SocketAddr,
-    /// The address and port that it speaks to.
+    /// The destination's address and port.
     #[arg(value_name = "DST:PORT", value_parser = endpoint)]
     destination: SocketAddr,
-    /// Who the client is: a pod of this node, a process of this host, or somebody outside.
-    #[arg(long, value_enum, value_name = "WHO")]
+    /// The kind of client: a pod of this node, a process of this host, or a client outside.
+    #[arg(long, value_enum, value_name = "CLIENT")]
     from: Client,
-    /// Where it is met first [default: where the client's packets are].
-    #[arg(long, value_enum, value_name = "WAY")]
+    /// The first hook that handles the packet or call [default: the hook for the client's packets].
+    #[arg(long, value_enum, value_name = "HOOK")]
     path: Option<Way>,
-    /// The device that its packets are met on [default: by the routes].
+    /// The device that the packet arrives on [default: by the routes].
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
-    /// The packet's length with its IP header, in bytes [default: without payload].
+    /// The packet's length in bytes, including its IP header [default: no payload].
     #[arg(long, value_name = "BYTES")]
     length: Option<u16>,
-    /// The packet's TTL or hop limit where it is met [default: 64].
+    /// The packet's TTL or hop limit when it arrives [default: 64].
     #[arg(long, value_name = "HOPS", value_parser = clap::value_parser!(u8).range(1..))]
     ttl: Option<u8>,
-    /// Ask the manifests of a folder (or of one file) instead of the maps of this node: needs no
-    /// rights.
+    /// Use the manifests in a directory, or in one file, instead of the maps of this node. Needs no
+    /// privileges.
     #[arg(long, value_name = "DIR")]
     manifests: Option<PathBuf>,
-    /// The node's name, as in nodeName of endpoints [default: the only Node of the manifests].
+    /// The node's name, as in nodeName of endpoints [default: the only Node in the manifests].
     #[arg(long, visible_alias = "node-name", value_name = "NAME", env = "NODE_NAME")]
     node: Option<String>,
-    /// Apply these manifests first, and show the answer before and after.
+    /// Show the answer before and after these manifests are applied.
     #[arg(long, value_name = "FILE")]
     what_if: Option<PathBuf>,
-    /// With --manifests, as of the agent: whose connections are translated at the socket.
-    #[arg(long, value_enum, default_value_t, value_name = "WHOSE")]
+    /// With --manifests, assume an agent with this --socket-path.
+    #[arg(long, value_enum, default_value_t, value_name = "SCOPE")]
     socket_path: SocketPath,
-    /// With --manifests, as of the agent: serve Services with this label
-    /// service.kubernetes.io/service-proxy-name.
+    /// With --manifests, assume an agent with this --proxy-name: it serves Services whose label
+    /// service.kubernetes.io/service-proxy-name has this value.
     #[arg(long, value_name = "NAME")]
     proxy_name: Option<String>,
     #[command(flatten)]
     pub(super) output: Output,
-    // Last: its heading would go on over what follows.
+    // Comes last: its heading would apply to what follows.
     #[command(flatten)]
     policy: PolicyArgs,
 }
 
 fn protocol(text: &str) -> Result<Protocol, String> {
-    Protocol::from_word(&text.to_ascii_uppercase()).ok_or_else(|| "say TCP, UDP or SCTP".to_owned())
+    Protocol::from_word(&text.to_ascii_uppercase())
+        .ok_or_else(|| "expected TCP, UDP or SCTP".to_owned())
 }
 
 fn endpoint(text: &str) -> Result<SocketAddr, String> {
-    let wanted = "an address and a port are wanted: 10.0.0.1:80, or [2001:db8::1]:80";
-    let endpoint: SocketAddr = text.parse().map_err(|_| wanted.to_owned())?;
+    let expected = "expected an address and a port, such as 10.0.0.1:80 or [2001:db8::1]:80";
+    let endpoint: SocketAddr = text.parse().map_err(|_| expected.to_owned())?;
     if endpoint.port() == 0 {
-        return Err("0 is no port".to_owned());
+        return Err("port 0 is not valid".to_owned());
     }
     Ok(SocketAddr::new(endpoint.ip().to_canonical(), endpoint.port()))
 }
 
 impl ExplainArgs {
-    /// Whether manifests are asked, and nothing of this node.
-    pub(super) fn is_of_manifests(&self) -> bool {
+    /// Whether the answer comes from manifests, and from nothing on this node.
+    pub(super) fn uses_manifests(&self) -> bool {
         self.manifests.is_some()
     }
 }
 
-/// An answer, or two.
+/// One answer, or the answers before and after a change.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
-enum Told {
+enum Answers {
     One(Box<Answer>),
     Two { before: Box<Answer>, after: Box<Answer> },
 }
 
-/// Answers; the number is the exit code.
+/// Prints the answer. The exit code is that of the verdict.
 ///
 /// # Errors
 ///
-/// [`Usage`] for a question that makes no sense; else when something cannot be read.
-pub(super) fn run(
-    args: ExplainArgs,
-    pin_path: &Path,
-    state_dir: &Path,
-) -> anyhow::Result<(String, u8)> {
+/// [`Usage`] for a question that makes no sense. Also when something cannot be read.
+pub(super) fn run(args: ExplainArgs, pin_path: &Path, state_dir: &Path) -> anyhow::Result<Outcome> {
     let ExplainArgs { protocol, source, destination, from, path, device, output, what_if, .. } =
         args;
     let (length, ttl) = (args.length, args.ttl);
     if source.is_ipv4() != destination.is_ipv4() {
-        bail!(Usage(format!("{source} and {destination} are not of one family")));
+        bail!(Usage(format!("{source} and {destination} are of different address families")));
     }
     if path == Some(Way::Socket) && from == Client::External {
-        bail!(Usage("--path socket: a client outside makes no calls on this node".to_owned()));
+        bail!(Usage("--path socket: an external client makes no calls on this node".to_owned()));
     }
     let policy = args.policy.policy().map_err(|error| Usage(format!("{error:#}")))?;
     let question = Question { protocol, source, destination, from, way: path, device, length, ttl };
     let least = question.least_length();
     if let Some(length) = length.filter(|length| *length < least) {
-        let word = protocol.word();
-        bail!(Usage(format!("--length {length}: the headers of {word} alone have {least} bytes")));
+        let name = protocol.word();
+        bail!(Usage(format!("--length {length}: the headers of {name} alone take {least} bytes")));
     }
-    let (told, context) = if let Some(folder) = args.manifests {
+    let (answers, context) = if let Some(folder) = args.manifests {
         let options = Options {
             path: folder,
             node: args.node.map(Into::into),
@@ -139,9 +134,10 @@ pub(super) fn run(
         (of_manifests(&question, options, what_if.as_deref())?, context)
     } else {
         if policy != Policy::default() {
-            let what =
-                "the flags on policies go with --manifests: what the agent was told is in the maps";
-            bail!(Usage(what.to_owned()));
+            bail!(Usage(
+                "policy flags need --manifests; without it, the maps hold the agent's policy"
+                    .to_owned()
+            ));
         }
         let context = format!("the maps under {}", pin_path.display());
         let status = status::read(state_dir).unwrap_or_default();
@@ -149,33 +145,34 @@ pub(super) fn run(
         let left = status.policy.left_alone.into_iter().collect();
         (of_maps(&question, pin_path, &node, left, what_if.as_deref())?, context)
     };
-    let code = match &told {
-        Told::One(answer) | Told::Two { after: answer, .. } => answer.verdict.code(),
+    let code = match &answers {
+        Answers::One(answer) | Answers::Two { after: answer, .. } => answer.verdict.code(),
     };
-    Ok((render(output.output, &told, |told| text(&question, &context, told))?, code))
+    let text = render(output.output, &answers, |answers| text(&question, &context, answers))?;
+    Ok(Outcome { text, code })
 }
 
 fn of_manifests(
     question: &Question,
     options: Options,
     what_if: Option<&Path>,
-) -> anyhow::Result<Told> {
+) -> anyhow::Result<Answers> {
     let folder = options.path.clone();
     let mut manifests =
         Manifests::read(options).with_context(|| format!("cannot read {}", folder.display()))?;
     for report in manifests.unread() {
-        eprintln!("warning: without {}: {}", report.subject, report.note.message);
+        eprintln!("warning: left out {}: {}", report.subject, report.note.message);
     }
     if manifests.objects() == 0 {
-        bail!("no object in {}: {NO_OBJECTS}", folder.display());
+        bail!("found no object in {}: {NO_OBJECTS}", folder.display());
     }
     let (world, routing) = manifests.world(question);
     let before = explain(question, &world, &routing)?;
-    let Some(file) = what_if else { return Ok(Told::One(Box::new(before))) };
+    let Some(file) = what_if else { return Ok(Answers::One(Box::new(before))) };
     manifests.apply(file).with_context(|| format!("--what-if {}", file.display()))?;
     let (world, routing) = manifests.world(question);
     let after = explain(question, &world, &routing)?;
-    Ok(Told::Two { before: Box::new(before), after: Box::new(after) })
+    Ok(Answers::Two { before: Box::new(before), after: Box::new(after) })
 }
 
 fn of_maps(
@@ -184,35 +181,35 @@ fn of_maps(
     node: &str,
     left: BTreeSet<IpAddr>,
     what_if: Option<&Path>,
-) -> anyhow::Result<Told> {
+) -> anyhow::Result<Answers> {
     let kernel = view::open(pin_path)
-        .context("cannot look at this node's maps; --manifests DIR asks manifests instead")?;
-    let live = Live::new().context("cannot ask the kernel for its routes")?;
+        .context("cannot read this node's maps; use --manifests DIR to read manifests instead")?;
+    let live = Live::new().context("cannot query the kernel's routes")?;
     let mut world = live.world(&kernel, monotonic_ns(), left)?;
     let before = explain(question, &world, &live)?;
-    let Some(file) = what_if else { return Ok(Told::One(Box::new(before))) };
+    let Some(file) = what_if else { return Ok(Answers::One(Box::new(before))) };
     world
         .apply(file, kernel.maps().sizes(), node)
         .with_context(|| format!("--what-if {}", file.display()))?;
     let after = explain(question, &world, &live)?;
-    Ok(Told::Two { before: Box::new(before), after: Box::new(after) })
+    Ok(Answers::Two { before: Box::new(before), after: Box::new(after) })
 }
 
-/// For people.
-fn text(question: &Question, context: &str, told: &Told) -> String {
+/// Returns the answers as text.
+fn text(question: &Question, context: &str, answers: &Answers) -> String {
     let who = match question.from {
         Client::Pod => "a pod of this node",
         Client::Host => "a process of this host",
-        Client::External => "a client outside",
+        Client::External => "an external client",
     };
     let (source, destination) = (question.source, question.destination);
     let mut text = format!(
         "{} {source} -> {destination}, from {who}, by {context}\n",
         question.protocol.word()
     );
-    match told {
-        Told::One(answer) => one(&mut text, answer),
-        Told::Two { before, after } => {
+    match answers {
+        Answers::One(answer) => one(&mut text, answer),
+        Answers::Two { before, after } => {
             text.push_str("\n== Before ==\n");
             one(&mut text, before);
             text.push_str("\n== After ==\n");
@@ -250,7 +247,7 @@ fn one(text: &mut String, answer: &Answer) {
     }
     if let Some(call) = &answer.socket {
         text.push_str(
-            "\nBut where the client's connect() or sendmsg() is translated, no such packet is sent:\n",
+            "\nBut if the client's connect() or sendmsg() is translated, no such packet is sent:\n",
         );
         one(text, call);
     }

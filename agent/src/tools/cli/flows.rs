@@ -1,4 +1,4 @@
-//! `sluice flows`: the translated connections that the maps know.
+//! `sluice flows`: the translated connections in the maps.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -9,6 +9,7 @@ use sluice_common::abi::{TICK_SHIFT, Tuple, flow, side, state};
 use sluice_common::{V4, V6};
 use sluice_core::image::Stack;
 
+use super::Outcome;
 use super::table::{Format, Table, age, render};
 use crate::node::dataplane::{FlowEntry, KernelStack};
 use crate::node::view::{PortName, View, protocol};
@@ -19,7 +20,7 @@ struct Row {
     protocol: String,
     client: String,
     vip: String,
-    /// What the backend sees of the client, if it is not the client's own address and port.
+    /// The client's address and port as the backend sees them, if they are not its own.
     seen_as: Option<String>,
     backend: String,
     service: Option<PortName>,
@@ -28,7 +29,7 @@ struct Row {
     idle_seconds: u64,
 }
 
-/// Prints the flows, those used last first.
+/// Prints the flows, the most recently used first.
 ///
 /// # Errors
 ///
@@ -38,7 +39,7 @@ pub(super) fn run(
     service: Option<&str>,
     limit: Option<usize>,
     format: Format,
-) -> anyhow::Result<String> {
+) -> anyhow::Result<Outcome> {
     let view = View::read(pin_path)?;
     let now = monotonic_ticks();
     let mut rows = self::rows::<V4>(&view, now)?;
@@ -50,32 +51,31 @@ pub(super) fn run(
         (a.idle_seconds, &a.client, &a.vip).cmp(&(b.idle_seconds, &b.client, &b.vip))
     });
     rows.truncate(limit.unwrap_or(usize::MAX));
-    render(format, &rows, |rows| {
-        let mut table = Table::new(&[
-            "PROTO", "CLIENT", "VIP", "SEEN AS", "BACKEND", "SERVICE", "STATE", "IDLE",
+    Ok(render(format, &rows, |rows| table(rows).text())?.into())
+}
+
+fn table(rows: &[Row]) -> Table {
+    let mut table =
+        Table::new(&["PROTO", "CLIENT", "VIP", "SEEN AS", "BACKEND", "SERVICE", "STATE", "IDLE"]);
+    for row in rows {
+        let service = row.service.as_ref();
+        table.row([
+            row.protocol.clone(),
+            row.client.clone(),
+            row.vip.clone(),
+            row.seen_as.clone().unwrap_or_default(),
+            row.backend.clone(),
+            service.map_or_else(String::new, |name| format!("{}/{}", name.namespace, name.service)),
+            row.state.join(","),
+            age(row.idle_seconds),
         ]);
-        for row in rows {
-            table.row([
-                row.protocol.clone(),
-                row.client.clone(),
-                row.vip.clone(),
-                row.seen_as.clone().unwrap_or_default(),
-                row.backend.clone(),
-                row.service
-                    .as_ref()
-                    .map(|name| format!("{}/{}", name.namespace, name.service))
-                    .unwrap_or_default(),
-                row.state.join(","),
-                age(row.idle_seconds),
-            ]);
-        }
-        table.text()
-    })
+    }
+    table
 }
 
 fn rows<F: KernelStack>(view: &View, now: u32) -> anyhow::Result<Vec<Row>> {
     let entries = F::maps(view.kernel.maps()).read_flows()?;
-    // What masqueraded clients are shown as stands in entries of their own.
+    // The addresses of masqueraded clients are in entries of their own.
     let is_side = |entry: &&FlowEntry<F::Address>| {
         entry.flow.flags & (flow::REPLY | flow::SOURCE) == flow::SOURCE
     };
@@ -88,7 +88,7 @@ fn rows<F: KernelStack>(view: &View, now: u32) -> anyhow::Result<Vec<Row>> {
         let flow = &entry.flow;
         let own = (flow.source, flow.source_port);
         if !flow.is_masqueraded() || flow.is_of_host() {
-            // Its port alone may have been changed.
+            // Only its port may have been changed.
             let is_changed = own != (entry.tuple.source, entry.tuple.source_port);
             return is_changed.then(|| endpoint::<F>(own.0, own.1));
         }
@@ -102,7 +102,7 @@ fn rows<F: KernelStack>(view: &View, now: u32) -> anyhow::Result<Vec<Row>> {
         };
         sides.get(&key).cloned()
     };
-    // A direct connection has no VIP; a reply's entry says the same as its partner's.
+    // A direct connection has no VIP. A reply's entry says the same as its partner's.
     let forward = entries
         .iter()
         .filter(|entry| entry.flow.flags & (flow::REPLY | flow::DIRECT | flow::SOURCE) == 0);
@@ -125,7 +125,7 @@ fn endpoint<F: Stack>(address: F::Address, port: u16) -> String {
     SocketAddr::from((F::ip(address), port)).to_string()
 }
 
-/// A flow's bits in words.
+/// Returns the words for a flow's bits.
 fn words(bits: u8, flags: u8, embryonic: bool) -> Vec<&'static str> {
     let mut words = vec![if embryonic { "embryonic" } else { "established" }];
     let named = [
@@ -144,12 +144,12 @@ fn words(bits: u8, flags: u8, embryonic: bool) -> Vec<&'static str> {
     words
 }
 
-/// The kernel programs' clock.
+/// Returns the time of the kernel programs' clock, in ticks.
 pub(super) fn monotonic_ticks() -> u32 {
     (monotonic_ns() >> TICK_SHIFT) as u32
 }
 
-/// The time as programs tell it, in nanoseconds.
+/// Returns the time of the kernel programs' clock, in nanoseconds.
 pub(super) fn monotonic_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the struct is live; this clock always exists.

@@ -1,8 +1,8 @@
-//! kube-proxy's configuration file and flags, in the words of `sluice agent`.
+//! Translates kube-proxy's configuration file and flags into flags of `sluice agent`.
 //!
-//! Both are brought into one form, kube-proxy's flags, and from there into ours. A flag that a
-//! person gives counts more than the file. What kube-proxy has and has no meaning here is left out
-//! and told; what would mislead is refused.
+//! The file is first turned into kube-proxy's flags, and those are translated. Flags on the command
+//! line take precedence over the file. Settings that have no meaning here are ignored and reported.
+//! Those that would mislead are refused.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -13,21 +13,21 @@ use serde_json::Value;
 
 use super::Usage;
 
-/// A command line in our words.
+/// A command line in the agent's flags.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Expanded {
-    /// The words, the program's name first.
+    /// The words, beginning with the program's name.
     pub(super) words: Vec<OsString>,
-    /// kube-proxy's settings that have no meaning here.
+    /// The kube-proxy settings that have no meaning here.
     pub(super) meaningless: Vec<String>,
     /// The configuration file.
     pub(super) config: Option<PathBuf>,
 }
 
-/// kube-proxy's flags (without dashes) -> values.
+/// Values of kube-proxy's flags, by flag without dashes.
 type Flags = BTreeMap<String, String>;
 
-/// Flags of kube-proxy's that are the agent's by another name, or several of them together.
+/// kube-proxy flags for which the agent has another flag, alone or together with others.
 const TRANSLATED: [&str; 12] = [
     "bind-address",
     "detect-local-mode",
@@ -43,7 +43,24 @@ const TRANSLATED: [&str; 12] = [
     "proxy-mode",
 ];
 
-/// Flags of kube-proxy's that have no meaning here.
+/// Flags that kube-proxy and the agent have by the same name, and that the configuration file may
+/// set.
+const SAME: [&str; 12] = [
+    "kubeconfig",
+    "cluster-cidr",
+    "healthz-bind-address",
+    "metrics-bind-address",
+    "conntrack-max-per-core",
+    "conntrack-min",
+    "conntrack-tcp-be-liberal",
+    "conntrack-tcp-timeout-close-wait",
+    "conntrack-tcp-timeout-established",
+    "conntrack-udp-timeout",
+    "conntrack-udp-timeout-stream",
+    "oom-score-adj",
+];
+
+/// kube-proxy flags that have no meaning here.
 const MEANINGLESS: [&str; 28] = [
     "bind-address-hard-fail",
     "config-sync-period",
@@ -75,7 +92,7 @@ const MEANINGLESS: [&str; 28] = [
     "vmodule",
 ];
 
-/// Flags of kube-proxy's that need no value.
+/// kube-proxy flags that need no value.
 const SWITCHES: [&str; 5] = [
     "bind-address-hard-fail",
     "iptables-localhost-nodeports",
@@ -84,7 +101,7 @@ const SWITCHES: [&str; 5] = [
     "profiling",
 ];
 
-/// Fields of a KubeProxyConfiguration -> the flag of kube-proxy's that says the same; empty: no
+/// The kube-proxy flag for each field of a KubeProxyConfiguration; empty if the field has no
 /// meaning here.
 const FIELDS: [(&str, &str); 55] = [
     ("bindAddress", "bind-address"),
@@ -144,11 +161,11 @@ const FIELDS: [(&str, &str); 55] = [
     ("windowsRunAsService", ""),
 ];
 
-/// Brings a command line into our words.
+/// Translates a command line.
 ///
 /// # Errors
 ///
-/// When the configuration file cannot be read, or asks for what is not served.
+/// When the configuration file cannot be read, or asks for something that Sluice does not support.
 pub(super) fn expand(words: Vec<OsString>) -> anyhow::Result<Expanded> {
     let Some(at) = words.iter().position(|word| word == "agent") else {
         return Ok(Expanded { words, ..Expanded::default() });
@@ -176,7 +193,7 @@ pub(super) fn expand(words: Vec<OsString>) -> anyhow::Result<Expanded> {
             })
         })
     };
-    for (name, value) in ours(flags)? {
+    for (name, value) in translate(flags)? {
         if !is_given(name) {
             all.push(
                 if value.is_empty() { format!("--{name}") } else { format!("--{name}={value}") }
@@ -188,7 +205,7 @@ pub(super) fn expand(words: Vec<OsString>) -> anyhow::Result<Expanded> {
     Ok(Expanded { words: all, meaningless, config: taken.config })
 }
 
-/// What was found on a command line.
+/// The flags of a command line, by kind.
 #[derive(Default)]
 struct Taken {
     flags: Flags,
@@ -214,7 +231,7 @@ impl Taken {
             let is_meaningless = MEANINGLESS.contains(&name);
             if matches!(name, "cleanup" | "init-only" | "write-config-to") {
                 return Err(Usage(format!(
-                    "--{name} is kube-proxy's; see `sluice cleanup` and `sluice agent --help`"
+                    "--{name} is a flag of kube-proxy; see `sluice cleanup` and `sluice agent --help`"
                 )));
             }
             if !is_meaningless && !TRANSLATED.contains(&name) && name != "config" && name != "v" {
@@ -227,7 +244,7 @@ impl Taken {
                 None => words
                     .next()
                     .and_then(|word| word.to_str())
-                    .ok_or_else(|| Usage(format!("--{name} wants a value")))?
+                    .ok_or_else(|| Usage(format!("--{name} needs a value")))?
                     .to_owned(),
             };
             if is_meaningless {
@@ -242,22 +259,22 @@ impl Taken {
     }
 }
 
-/// A configuration file as flags of kube-proxy's.
+/// Returns a configuration file as kube-proxy flags.
 fn read(text: &str, meaningless: &mut Vec<String>) -> anyhow::Result<Flags> {
-    let config: Value = serde_saphyr::from_str(text).context("it is no YAML")?;
+    let config: Value = serde_saphyr::from_str(text).context("it is not YAML")?;
     let word = |name: &str| config.get(name).and_then(Value::as_str).unwrap_or_default();
     if word("kind") != "KubeProxyConfiguration"
         || !word("apiVersion").starts_with("kubeproxy.config.k8s.io/")
     {
         bail!(
-            "its kind is {:?} of {:?}; a KubeProxyConfiguration of kubeproxy.config.k8s.io/v1alpha1 is wanted",
+            "its kind is {:?} of {:?}; expected a KubeProxyConfiguration of kubeproxy.config.k8s.io/v1alpha1",
             word("kind"),
             word("apiVersion")
         );
     }
     let mut found = Vec::new();
     flatten("", &config, &mut found);
-    // kube-proxy's mode where none is said, which tells what else it does.
+    // kube-proxy's default mode, which decides about other defaults.
     let mode = match word("mode") {
         "" => "iptables",
         mode => mode,
@@ -270,7 +287,7 @@ fn read(text: &str, meaningless: &mut Vec<String>) -> anyhow::Result<Flags> {
         match field {
             None if path == "kind" || path == "apiVersion" => {}
             None => meaningless.push(format!("{path} (unknown)")),
-            // Only that of its own mode.
+            // Counts only in its own mode.
             Some((field @ ("iptables.masqueradeAll" | "nftables.masqueradeAll"), _))
                 if !(field.starts_with(mode)
                     || mode == "ipvs" && field.starts_with("iptables")) => {}
@@ -279,7 +296,7 @@ fn read(text: &str, meaningless: &mut Vec<String>) -> anyhow::Result<Flags> {
         }
     }
     meaningless.dedup();
-    // What kube-proxy does where nothing is said.
+    // kube-proxy's defaults.
     for (flag, value) in [
         ("conntrack-max-per-core", "32768"),
         ("conntrack-min", "131072"),
@@ -292,12 +309,13 @@ fn read(text: &str, meaningless: &mut Vec<String>) -> anyhow::Result<Flags> {
     Ok(flags)
 }
 
-/// Fields with a value, by their path. What is zero or empty is as good as not said.
+/// Collects the fields that have a value, by path. Most values that are zero or empty mean the
+/// default.
 fn flatten(path: &str, value: &Value, found: &mut Vec<(String, String)>) {
     let mut add = |text: String| found.push((path.to_owned(), text));
     match value {
         Value::Bool(yes) if *yes || path.ends_with("localhostNodePorts") => add(yes.to_string()),
-        // Zero of these has a meaning.
+        // 0 has a meaning in these fields.
         Value::Number(number)
             if number.as_f64() != Some(0.0)
                 || path.starts_with("conntrack.")
@@ -319,92 +337,121 @@ fn flatten(path: &str, value: &Value, found: &mut Vec<(String, String)>) {
     }
 }
 
-/// kube-proxy's flags as ours; a value may be empty.
-fn ours(mut flags: Flags) -> anyhow::Result<Vec<(&'static str, String)>> {
-    let mut all = Vec::new();
-    let mut take = |name: &str| flags.remove(name).filter(|value| !value.is_empty());
-    for (name, own) in [("hostname-override", "node-name"), ("master", "api")] {
-        all.extend(take(name).map(|value| (own, value)));
+/// kube-proxy's flags in translation to the agent's. A value may be empty.
+struct Translation {
+    flags: Flags,
+    all: Vec<(&'static str, String)>,
+}
+
+impl Translation {
+    fn take(&mut self, name: &str) -> Option<String> {
+        self.flags.remove(name).filter(|value| !value.is_empty())
     }
-    if let Some(address) =
-        take("bind-address").filter(|address| !matches!(address.as_str(), "0.0.0.0" | "::"))
-    {
-        all.push(("node-addresses", address));
+
+    fn is_taken_as(&mut self, name: &str, wanted: &str) -> bool {
+        self.take(name).is_some_and(|value| value == wanted)
     }
-    if take("masquerade-all").is_some_and(|value| value == "true") {
-        all.push(("masquerade", "all".to_owned()));
+
+    fn node(&mut self) {
+        for (name, own) in [("hostname-override", "node-name"), ("master", "api")] {
+            let value = self.take(name);
+            self.all.extend(value.map(|value| (own, value)));
+        }
+        if let Some(address) = self
+            .take("bind-address")
+            .filter(|address| !matches!(address.as_str(), "0.0.0.0" | "::"))
+        {
+            self.all.push(("node-addresses", address));
+        }
+        if self.is_taken_as("masquerade-all", "true") {
+            self.all.push(("masquerade", "all".to_owned()));
+        }
     }
-    let (bridge, prefix) = (take("pod-bridge-interface"), take("pod-interface-name-prefix"));
-    if let Some(mode) = take("detect-local-mode") {
+
+    fn detect_local(&mut self) -> anyhow::Result<()> {
+        let bridge = self.take("pod-bridge-interface");
+        let prefix = self.take("pod-interface-name-prefix");
+        let Some(mode) = self.take("detect-local-mode") else { return Ok(()) };
         let device = |flag: &str, name: Option<String>| {
             name.map(|name| format!("{flag}={name}"))
                 .with_context(|| format!("detectLocalMode {mode} names no device: set detectLocal"))
         };
-        all.push((
-            "detect-local",
-            match mode.as_str() {
-                // Without a CIDR kube-proxy detects nothing, and so does `auto`.
-                "ClusterCIDR" => "auto".to_owned(),
-                "NodeCIDR" => "node-cidr".to_owned(),
-                "BridgeInterface" => device("bridge-interface", bridge)?,
-                "InterfaceNamePrefix" => device("interface-name-prefix", prefix)?,
-                _ => bail!(
-                    "detectLocalMode {mode:?}: ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix is wanted"
-                ),
-            },
-        ));
+        let detection = match mode.as_str() {
+            // Without a CIDR kube-proxy detects nothing, and so does `auto`.
+            "ClusterCIDR" => "auto".to_owned(),
+            "NodeCIDR" => "node-cidr".to_owned(),
+            "BridgeInterface" => device("bridge-interface", bridge)?,
+            "InterfaceNamePrefix" => device("interface-name-prefix", prefix)?,
+            _ => bail!(
+                "detectLocalMode {mode:?}: expected ClusterCIDR, NodeCIDR, BridgeInterface or \
+                 InterfaceNamePrefix"
+            ),
+        };
+        self.all.push(("detect-local", detection));
+        Ok(())
     }
-    let localhost = take("iptables-localhost-nodeports").is_none_or(|value| value == "true");
-    let node_ports = take("nodeport-addresses");
-    match (take("proxy-mode").as_deref(), node_ports) {
-        (_, Some(given)) => all.push(("nodeport-addresses", given)),
-        // These modes serve node ports at all addresses where nothing is said.
-        (Some("iptables"), None) if localhost => {
-            all.push(("nodeport-addresses", "all,localhost".to_owned()));
-        }
-        (Some("iptables" | "ipvs"), None) => all.push(("nodeport-addresses", "all".to_owned())),
-        (Some("nftables") | None, None) => {}
-        (Some(mode), None) => bail!("mode {mode:?}: iptables, ipvs or nftables is wanted"),
+
+    fn node_ports(&mut self) -> anyhow::Result<()> {
+        let localhost =
+            self.take("iptables-localhost-nodeports").is_none_or(|value| value == "true");
+        let given = self.take("nodeport-addresses");
+        let addresses = match (self.take("proxy-mode").as_deref(), given) {
+            (_, Some(given)) => given,
+            // These modes serve node ports at all addresses by default.
+            (Some("iptables"), None) if localhost => "all,localhost".to_owned(),
+            (Some("iptables" | "ipvs"), None) => "all".to_owned(),
+            (Some("nftables") | None, None) => return Ok(()),
+            (Some(mode), None) => bail!("mode {mode:?}: expected iptables, ipvs or nftables"),
+        };
+        self.all.push(("nodeport-addresses", addresses));
+        Ok(())
     }
-    for (port, at) in
-        [("healthz-port", "healthz-bind-address"), ("metrics-port", "metrics-bind-address")]
-    {
-        if let Some(port) = take(port) {
-            let everywhere = at == "healthz-bind-address";
-            let address = if everywhere {
-                format!("0.0.0.0:{port},[::]:{port}")
-            } else {
-                format!("127.0.0.1:{port}")
+
+    fn monitoring(&mut self) {
+        for (port, at) in
+            [("healthz-port", "healthz-bind-address"), ("metrics-port", "metrics-bind-address")]
+        {
+            let Some(port) = self.take(port) else { continue };
+            let address = match (port.as_str(), at) {
+                ("0", _) => "off".to_owned(),
+                (port, "healthz-bind-address") => format!("0.0.0.0:{port},[::]:{port}"),
+                (port, _) => format!("127.0.0.1:{port}"),
             };
-            all.push((at, if port == "0" { "off".to_owned() } else { address }));
+            self.all.push((at, address));
         }
     }
-    if let Some(level) = take("v") {
-        let level: u32 =
-            level.parse().with_context(|| format!("-v {level}: a number is wanted"))?;
-        all.extend((level >= 4).then(|| ("verbose", String::new())));
+
+    fn logging(&mut self) -> anyhow::Result<()> {
+        if let Some(level) = self.take("v") {
+            let level: u32 =
+                level.parse().with_context(|| format!("-v {level}: expected a number"))?;
+            self.all.extend((level >= 4).then(|| ("verbose", String::new())));
+        }
+        if self.is_taken_as("logging-format", "json") {
+            self.all.push(("log-format", "json".to_owned()));
+        }
+        Ok(())
     }
-    if take("logging-format").is_some_and(|format| format == "json") {
-        all.push(("log-format", "json".to_owned()));
+
+    /// Takes the flags that both have by the same name.
+    fn same(&mut self) {
+        for name in SAME {
+            let value = self.take(name);
+            self.all.extend(value.map(|value| (name, value)));
+        }
     }
-    // What both have by the same name.
-    for name in [
-        "kubeconfig",
-        "cluster-cidr",
-        "healthz-bind-address",
-        "metrics-bind-address",
-        "conntrack-max-per-core",
-        "conntrack-min",
-        "conntrack-tcp-be-liberal",
-        "conntrack-tcp-timeout-close-wait",
-        "conntrack-tcp-timeout-established",
-        "conntrack-udp-timeout",
-        "conntrack-udp-timeout-stream",
-        "oom-score-adj",
-    ] {
-        all.extend(take(name).map(|value| (name, value)));
-    }
-    Ok(all)
+}
+
+/// Returns kube-proxy's flags as the agent's. A value may be empty.
+fn translate(flags: Flags) -> anyhow::Result<Vec<(&'static str, String)>> {
+    let mut translation = Translation { flags, all: Vec::new() };
+    translation.node();
+    translation.detect_local()?;
+    translation.node_ports()?;
+    translation.monitoring();
+    translation.logging()?;
+    translation.same();
+    Ok(translation.all)
 }
 
 #[cfg(test)]
@@ -473,7 +520,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_set_is_honoured_and_what_has_no_meaning_is_told() {
+    fn what_is_set_is_honoured_and_what_has_no_meaning_is_reported() {
         let (expanded, ..) = config(
             "mode: nftables\nhostnameOverride: n7\nbindAddress: 192.0.2.7\nhealthzBindAddress: '[::]:10300'\n\
              metricsBindAddress: 127.0.0.1\nnodePortAddresses: [10.0.0.0/8, primary]\n\
@@ -507,7 +554,7 @@ mod tests {
     }
 
     #[test]
-    fn kube_proxys_flags_are_understood_and_ours_count_more() {
+    fn kube_proxys_flags_are_understood_and_the_agents_take_precedence() {
         let flags = "sluice --pin-path /x agent --hostname-override=n7 --master https://a:6443 --masquerade-all --proxy-mode=ipvs \
                      --v=2 --ipvs-scheduler rr --healthz-port=0 --masquerade kube-proxy --cluster-cidr 10.0.0.0/8";
         let expanded = line(flags).expect("flags");
@@ -527,10 +574,10 @@ mod tests {
         for (words, expected) in [
             ("sluice agent --cleanup", "sluice cleanup"),
             ("sluice agent --detect-local-mode=BridgeInterface", "names no device"),
-            ("sluice agent --detect-local-mode=X", "is wanted"),
-            ("sluice agent --proxy-mode=kernelspace", "is wanted"),
+            ("sluice agent --detect-local-mode=X", "expected ClusterCIDR"),
+            ("sluice agent --proxy-mode=kernelspace", "expected iptables"),
             ("sluice agent --config /none", "cannot read"),
-            ("sluice agent --config", "wants a value"),
+            ("sluice agent --config", "needs a value"),
         ] {
             let error = line(words).expect_err(words);
             assert!(format!("{error:#}").contains(expected), "{words}: {error:#}");

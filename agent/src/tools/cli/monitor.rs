@@ -1,4 +1,4 @@
-//! The agent's flags for monitoring, as kube-proxy has them.
+//! The agent's flags for monitoring, the same as kube-proxy's.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -13,7 +13,7 @@ const METRICS: u16 = 10_249;
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Monitoring")]
 pub(super) struct MonitorArgs {
-    /// Where /healthz and /livez are answered; "off": nowhere. Port 10256 unless one is given.
+    /// Serve /healthz and /livez at these addresses, by default on port 10256; "off" disables both.
     #[arg(
         long,
         value_name = "ADDRESS[:PORT]",
@@ -22,7 +22,8 @@ pub(super) struct MonitorArgs {
         value_parser = healthz
     )]
     healthz_bind_address: Vec<Listen>,
-    /// Where /metrics and /proxyMode are answered; "off": nowhere. Port 10249 unless one is given.
+    /// Serve /metrics and /proxyMode at these addresses, by default on port 10249; "off" disables
+    /// both.
     #[arg(
         long,
         value_name = "ADDRESS[:PORT]",
@@ -46,20 +47,23 @@ fn metrics(text: &str) -> Result<Listen, String> {
 }
 
 fn listen(text: &str, port: u16) -> Result<Listen, String> {
-    // kube-proxy's way to say "off" is to say nothing.
+    // For kube-proxy an empty value means "off".
     if text.is_empty() || text == "off" {
         return Ok(Listen(None));
     }
     let address = text.parse::<IpAddr>().map(|address| SocketAddr::new(address, port));
     match address.or_else(|_| text.parse::<SocketAddr>()) {
         Ok(at) if at.port() != 0 => Ok(Listen(Some(at))),
-        _ => Err("an address with or without a port is wanted, as 0.0.0.0, 127.0.0.1:10256 or [::1]:10256"
-            .to_owned()),
+        _ => {
+            Err("expected an address with or without a port, such as 0.0.0.0, 127.0.0.1:10256 or \
+                  [::1]:10256"
+                .to_owned())
+        }
     }
 }
 
 impl MonitorArgs {
-    /// Where to answer.
+    /// Returns the addresses to listen on.
     pub(super) fn addresses(&self) -> Addresses {
         let all = |listens: &[Listen]| listens.iter().filter_map(|listen| listen.0).collect();
         Addresses {

@@ -1,5 +1,4 @@
-//! The flags that say what happens to traffic: those of `sluice agent`, and of whatever else is to
-//! decide as it does.
+//! The flags of the traffic policy, for `sluice agent` and for the commands that decide as it does.
 
 use std::net::IpAddr;
 
@@ -12,53 +11,54 @@ use sluice_core::policy::{
     Policy, cidr,
 };
 
-/// The flags.
+/// The flags of the traffic policy.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Policy")]
 pub(super) struct PolicyArgs {
-    /// Networks of the cluster's pods, at most four a family.
+    /// The networks of the cluster's pods, at most four per address family.
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = cidr)]
     cluster_cidr: Vec<IpNet>,
-    /// Networks of Services' addresses, at most four a family: what goes to one that no Service has
-    /// is dropped on its way out of the node [default: what the API server's ServiceCIDR objects
-    /// say].
+    /// The networks of Services' addresses, at most four per address family. Packets that leave the
+    /// node for an address in them that no Service has are dropped [default: the API server's
+    /// ServiceCIDR objects].
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = cidr)]
     service_cidr: Vec<IpNet>,
-    /// Whose source address is replaced by the node's.
-    #[arg(long, value_enum, default_value_t, value_name = "WHOSE")]
+    /// Which clients' source addresses are replaced by the node's.
+    #[arg(long, value_enum, default_value_t, value_name = "CLIENTS")]
     masquerade: Masquerade,
-    /// How a client is known to be a pod of this node: device (it comes in by an edge),
-    /// cluster-cidr, node-cidr (its address), bridge-interface=NAME, interface-name-prefix=PREFIX
-    /// (the device it comes in by) or none. auto is cluster-cidr where --cluster-cidr is given;
-    /// else device, or none where --masquerade is as kube-proxy.
-    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = Detection::parse)]
+    /// How to detect clients that are pods of this node: device (packets arrive on an edge),
+    /// cluster-cidr or node-cidr (by source address), bridge-interface=NAME or
+    /// interface-name-prefix=PREFIX (by the device that packets arrive on), or none. auto means
+    /// cluster-cidr if --cluster-cidr is given, else device, or none unless --masquerade is needed.
+    #[arg(long, value_name = "METHOD", default_value = "auto", value_parser = Detection::parse)]
     detect_local: Detection,
-    /// The node's addresses at which node ports are served: CIDRs, primary, localhost, all. A
-    /// family that nothing in the list concerns is served at all its addresses.
+    /// Serve node ports at these addresses of the node: CIDRs, primary, localhost or all. A family
+    /// that no element concerns is served at all of its addresses.
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "primary")]
     nodeport_addresses: Vec<NodePortAddresses>,
-    /// The node's own addresses, the primary one of each family first [default: the Node object's,
-    /// else those of the device with the default route].
+    /// The node's own addresses, with the primary one of each family first [default: those of the
+    /// Node object, else those of the device with the default route].
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = address)]
     node_addresses: Vec<IpAddr>,
-    /// Which externalIPs of Services are served: on (all), off, or those within some CIDRs.
-    #[arg(long, value_name = "WHICH", value_delimiter = ',', default_value = "on")]
+    /// Serve the externalIPs of Services: on (all), off (none), or those within CIDRs.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "on")]
     external_ips: Vec<ExternalIp>,
-    /// Service addresses that are left to a process of this node where one of its devices has them,
-    /// as those of NodeLocal DNSCache always are.
+    /// Leave these Service addresses to a process of this node, if one of its devices has them.
+    /// Those of NodeLocal DNSCache are always left alone.
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = address)]
     leave_address: Vec<IpAddr>,
-    /// Whether packets of Services' flows that the stack would only forward (from one device to
-    /// another, both ways, for local and remote endpoints) are sent on by the routing tables at tc
-    /// ingress, around netfilter: no rule in PREROUTING, FORWARD or POSTROUTING and no connection
-    /// tracking sees them. TTL, MTU, marks, VRFs and egress programs count as ever, and what is
-    /// more than forwarding is left to the stack. `sluice preflight --accelerate on` names the
-    /// rules.
-    #[arg(long, value_enum, default_value_t, value_name = "WHETHER")]
+    /// Whether to forward packets of Services' flows at tc ingress, around netfilter.
+    ///
+    /// This concerns packets that the stack would only forward from one device to another, in both
+    /// directions, for local and remote endpoints. They are sent on by the routing tables. No rule
+    /// in PREROUTING, FORWARD or POSTROUTING and no connection tracking sees them. TTL, MTU, marks,
+    /// VRFs and egress programs apply as before, and anything more than forwarding is left to the
+    /// stack. `sluice preflight --accelerate on` names the rules that are bypassed.
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     accelerate: Accelerate,
 }
 
-/// A detection that was asked for, or [`None`]: the one that fits the other flags.
+/// A requested detection, or [`None`] for the one that fits the other flags.
 #[derive(Clone, Debug)]
 struct Detection(Option<DetectLocal>);
 
@@ -72,28 +72,28 @@ fn address(text: &str) -> Result<IpAddr, String> {
     let address = text.trim().parse::<IpAddr>().map_err(|_| "not an IP address".to_owned())?;
     let address = address.to_canonical();
     if address.is_unspecified() || address.is_loopback() || address.is_multicast() {
-        return Err("not an address that a device can have".to_owned());
+        return Err("a device cannot have this address".to_owned());
     }
     Ok(address)
 }
 
 impl PolicyArgs {
-    /// Whether nothing says where node ports are served.
+    /// Whether no address for node ports is given.
     pub(super) fn leaves_node_ports_open(&self) -> bool {
         self.nodeport_addresses.is_empty()
     }
 
-    /// What the flags mean.
+    /// Returns the policy.
     ///
     /// # Errors
     ///
-    /// When they contradict each other, or are more than the maps hold.
+    /// When flags contradict each other, or have more networks than the maps can hold.
     pub(super) fn policy(self) -> anyhow::Result<Policy> {
         let cluster_cidrs = networks("--cluster-cidr", self.cluster_cidr)?;
         let service_cidrs = networks("--service-cidr", self.service_cidr)?;
         let detect_local = match self.detect_local.0 {
             Some(DetectLocal::ClusterCidr) if cluster_cidrs.is_empty() => {
-                bail!("--detect-local cluster-cidr: give --cluster-cidr too")
+                bail!("--detect-local cluster-cidr needs --cluster-cidr")
             }
             Some(detect) => detect,
             None => match self.masquerade {
@@ -118,7 +118,7 @@ impl PolicyArgs {
     }
 }
 
-/// Networks without those given twice, as many as the maps hold.
+/// Returns the networks without duplicates, or fails if the maps cannot hold them.
 fn networks(flag: &str, given: Vec<IpNet>) -> anyhow::Result<Vec<IpNet>> {
     let mut networks: Vec<IpNet> = Vec::new();
     for network in given {
@@ -130,7 +130,7 @@ fn networks(flag: &str, given: Vec<IpNet>) -> anyhow::Result<Vec<IpNet>> {
     for (family, count) in [("IPv4", v4), ("IPv6", networks.len() - v4)] {
         if count > PREFIXES {
             bail!(
-                "{flag}: {count} {family} networks are given, at most {PREFIXES} are possible; join some of them"
+                "{flag}: {count} {family} networks are given, but at most {PREFIXES} are allowed; merge some of them"
             );
         }
     }
@@ -221,19 +221,15 @@ mod tests {
             (
                 "--cluster-cidr 10.0.0.0/16,10.1.0.0/16,10.2.0.0/16,10.3.0.0/16,10.4.0.0/16,fd00::/8",
                 "--cluster-cidr",
-                "5 IPv4 networks are given, at most 4",
+                "5 IPv4 networks are given, but at most 4",
             ),
             ("--masquerade some", "--masquerade", "possible values: needed, kube-proxy, all"),
-            ("--detect-local cluster-cidr", "--detect-local", "give --cluster-cidr too"),
+            ("--detect-local cluster-cidr", "--detect-local", "needs --cluster-cidr"),
             ("--detect-local bridges", "--detect-local", "say auto"),
             ("--nodeport-addresses primary,", "--nodeport-addresses", "empty element"),
             ("--nodeport-addresses eth0", "--nodeport-addresses", "nor primary, localhost or all"),
             ("--node-addresses node-1", "--node-addresses", "not an IP address"),
-            (
-                "--node-addresses 127.0.0.1",
-                "--node-addresses",
-                "not an address that a device can have",
-            ),
+            ("--node-addresses 127.0.0.1", "--node-addresses", "a device cannot have this address"),
             ("--external-ips off,10.0.0.0/8", "--external-ips", "stand alone"),
             ("--leave-address 10.96.0.0/16", "--leave-address", "not an IP address"),
         ] {

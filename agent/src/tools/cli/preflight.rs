@@ -1,46 +1,44 @@
-//! `sluice preflight`: whether this node can run Sluice, before it is installed.
+//! `sluice preflight`: checks whether this node can run Sluice, before it is installed.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use sluice_core::policy::Accelerate;
-use sluice_core::policy::SocketPath;
+use sluice_core::policy::{Accelerate, SocketPath};
 
-use super::Output;
 use super::table::{Table, render};
+use super::{Outcome, Output};
 use crate::node::devices::pattern::Patterns;
-use crate::tools::preflight::{Options, Outcome, Report, Verdict, look};
+use crate::tools::preflight::{self, Options, Report, Verdict, look};
 
-/// The words after `sluice preflight`.
+/// The arguments of `sluice preflight`.
 #[derive(Debug, Args)]
 pub(super) struct PreflightArgs {
-    /// As of the agent: the cgroup whose processes' sockets are translated [default: the root of
-    /// the cgroup2 mount].
+    /// Check for an agent with this --cgroup: it translates the sockets of the processes in it
+    /// [default: the root of the cgroup2 mount].
     #[arg(long, value_name = "DIR")]
     cgroup: Option<PathBuf>,
-    /// As of the agent: whose connections are translated at the socket; with off, no cgroup is
-    /// needed.
-    #[arg(long, value_enum, default_value_t, value_name = "WHOSE")]
+    /// Check for an agent with this --socket-path. With off, no cgroup is needed.
+    #[arg(long, value_enum, default_value_t, value_name = "SCOPE")]
     socket_path: SocketPath,
-    /// As of the agent: devices that lead to pods.
+    /// Devices that lead to pods, as for the agent.
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     edge: Vec<String>,
-    /// As of the agent: devices that carry the node's address.
+    /// Devices that carry the node's address, as for the agent.
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     uplink: Vec<String>,
-    /// As of the agent: overlay and tunnel devices.
+    /// Overlay and tunnel devices, as for the agent.
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     fabric: Vec<String>,
-    /// As of the agent: whether packets of Services go around the stack; then what stops them in a
-    /// FORWARD chain is warned of.
-    #[arg(long, value_enum, default_value_t, value_name = "WHETHER")]
+    /// Check for an agent with this --accelerate. With on, warns of rules in FORWARD chains that
+    /// packets of Services would bypass.
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     accelerate: Accelerate,
     #[command(flatten)]
     output: Output,
 }
 
-/// Prints what was found; the flag says whether Sluice can run.
+/// Prints the findings. The exit code is 0 if Sluice can run.
 ///
 /// # Errors
 ///
@@ -48,21 +46,22 @@ pub(super) struct PreflightArgs {
 pub(super) fn run(
     args: PreflightArgs,
     pin_path: &Path,
-    proc_sys: PathBuf,
-) -> anyhow::Result<(String, bool)> {
+    proc_sys: &Path,
+) -> anyhow::Result<Outcome> {
     let report = look(&Options {
         pin_path: pin_path.to_owned(),
-        proc_sys,
+        proc_sys: proc_sys.to_owned(),
         cgroup: args.cgroup,
         socket_path: args.socket_path,
         patterns: Patterns::new(&args.edge, &args.uplink, &args.fabric),
         accelerate: args.accelerate,
     })?;
-    Ok((render(args.output.output, &report, text)?, report.can_run == Verdict::Yes))
+    let text = render(args.output.output, &report, text)?;
+    Ok(Outcome { text, code: u8::from(report.can_run != Verdict::Yes) })
 }
 
-/// The line of a message that says most: a verifier's ends with figures, before which its reason
-/// stands.
+/// Returns the most telling line of a message. A verifier's message ends with figures, and its
+/// reason comes right before them.
 fn reason(what: &str) -> &str {
     const FIGURES: [&str; 3] = ["verification time ", "stack depth ", "processed "];
     let is_figure = |line: &&str| FIGURES.iter().any(|begin| line.starts_with(begin));
@@ -70,10 +69,10 @@ fn reason(what: &str) -> &str {
 }
 
 fn text(report: &Report) -> String {
-    let mut table = Table::new(&["CHECK", "RESULT", "WHAT IS USED, OR WHY NOT"]);
+    let mut table = Table::new(&["CHECK", "RESULT", "DETAILS"]);
     for check in &report.checks {
         let what = reason(&check.what).to_owned();
-        table.row([check.name(), check.result.word().to_owned(), what]);
+        table.row([check.name(), check.result.as_str().to_owned(), what]);
     }
     let mut text = table.text() + "\n";
     for check in &report.checks {
@@ -83,18 +82,17 @@ fn text(report: &Report) -> String {
             let _ = writeln!(text, "{}:\n{}\n", check.name(), check.what);
         }
     }
-    for check in
-        report.checks.iter().filter(|check| matches!(check.result, Outcome::No | Outcome::Warn))
-    {
+    let is_bad = |result| matches!(result, preflight::Outcome::No | preflight::Outcome::Warn);
+    for check in report.checks.iter().filter(|check| is_bad(check.result)) {
         if let Some(next) = &check.next {
-            let _ = writeln!(text, "{} ({}): {next}", check.name(), check.result.word());
+            let _ = writeln!(text, "{} ({}): {next}", check.name(), check.result.as_str());
         }
     }
     text += match report.can_run {
         Verdict::Yes => "Sluice can run on this node.\n",
-        Verdict::No => "Sluice cannot run on this node as it is: see every \"no\" above.\n",
+        Verdict::No => "Sluice cannot run on this node as it is: see each \"no\" above.\n",
         Verdict::Unknown => {
-            "Whether Sluice can run here is not known: programs and hooks are tried by root only.\n"
+            "Whether Sluice can run here is unknown: only root can try programs and hooks.\n"
         }
     };
     text
@@ -109,6 +107,6 @@ mod tests {
         let log = "cannot load: combined stack size of 4 calls is 544. Too large\nverification time 12 usec\n\
                    stack depth 0+112\nprocessed 186062 insns (limit 1000000)";
         assert_eq!(reason(log), "cannot load: combined stack size of 4 calls is 544. Too large");
-        assert_eq!(reason("attaches"), "attaches");
+        assert_eq!(reason("attached"), "attached");
     }
 }

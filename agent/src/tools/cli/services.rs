@@ -1,10 +1,11 @@
-//! `sluice services`: every service port with its VIPs and what was counted.
+//! `sluice services`: every service port with its VIPs and counters.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::Serialize;
 
+use super::Outcome;
 use super::table::{Format, Table, bytes, render};
 use crate::node::view::{PortName, View, kind};
 
@@ -16,7 +17,7 @@ struct Row {
     id: u32,
     vips: Vec<String>,
     kinds: Vec<&'static str>,
-    /// Backends that get new flows, whosever they are.
+    /// The number of backends that get new flows of any class.
     backends: usize,
     slots: usize,
     flows: u64,
@@ -34,8 +35,15 @@ pub(super) fn run(
     pin_path: &Path,
     namespace: Option<&str>,
     format: Format,
-) -> anyhow::Result<String> {
+) -> anyhow::Result<Outcome> {
     let view = View::read(pin_path)?;
+    let mut rows = rows(&view, namespace);
+    rows.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+    Ok(render(format, &rows, |rows| table(rows).text())?.into())
+}
+
+/// Returns the service ports of one namespace, or of all.
+fn rows(view: &View, namespace: Option<&str>) -> Vec<Row> {
     let mut sums: BTreeMap<u32, [u64; 4]> = BTreeMap::new();
     for backend in view.backends() {
         let counted = backend.counters;
@@ -46,7 +54,7 @@ pub(super) fn run(
         *bytes += counted.forward_bytes + counted.reply_bytes;
     }
     let vips = view.vips();
-    let mut rows: Vec<Row> = Vec::new();
+    let mut rows = Vec::new();
     for (id, name) in &view.image.names {
         let name = PortName::from(name);
         if namespace.is_some_and(|namespace| namespace != name.namespace) {
@@ -69,38 +77,39 @@ pub(super) fn run(
             bytes,
         });
     }
-    rows.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
-    render(format, &rows, |rows| {
-        let mut table = Table::new(&[
-            "NAMESPACE",
-            "NAME",
-            "PORT",
-            "PROTO",
-            "VIPS",
-            "KIND",
-            "BACKENDS",
-            "SLOTS",
-            "FLOWS",
-            "CALLS",
-            "PACKETS",
-            "BYTES",
+    rows
+}
+
+fn table(rows: &[Row]) -> Table {
+    let mut table = Table::new(&[
+        "NAMESPACE",
+        "NAME",
+        "PORT",
+        "PROTO",
+        "VIPS",
+        "KIND",
+        "BACKENDS",
+        "SLOTS",
+        "FLOWS",
+        "CALLS",
+        "PACKETS",
+        "BYTES",
+    ]);
+    for row in rows {
+        table.row([
+            row.name.namespace.clone(),
+            row.name.service.clone(),
+            row.name.port.to_string(),
+            row.name.protocol.clone(),
+            row.vips.join(","),
+            row.kinds.join(","),
+            row.backends.to_string(),
+            row.slots.to_string(),
+            row.flows.to_string(),
+            row.calls.to_string(),
+            row.packets.to_string(),
+            bytes(row.bytes),
         ]);
-        for row in rows {
-            table.row([
-                row.name.namespace.clone(),
-                row.name.service.clone(),
-                row.name.port.to_string(),
-                row.name.protocol.clone(),
-                row.vips.join(","),
-                row.kinds.join(","),
-                row.backends.to_string(),
-                row.slots.to_string(),
-                row.flows.to_string(),
-                row.calls.to_string(),
-                row.packets.to_string(),
-                bytes(row.bytes),
-            ]);
-        }
-        table.text()
-    })
+    }
+    table
 }

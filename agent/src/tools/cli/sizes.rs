@@ -1,20 +1,20 @@
-//! How many flows a machine remembers by default.
+//! The default number of flows that the maps hold.
 
-/// Flows of a small machine, as the maps are declared.
+/// The number of flows on a small machine: the declared size of the maps.
 pub(super) const FLOWS_MIN: u32 = sluice_common::abi::FLOWS_MAX / 2;
-/// As conntrack's rule has it for connections.
+/// The flows per CPU, as kube-proxy sets conntrack's maximum.
 const FLOWS_PER_CPU: u64 = 32_768;
-/// What a flow takes: two entries in the map of each family, which are allocated when it is made.
+/// The memory of a flow: two entries in the map of each family, allocated when the map is made.
 const FLOW_BYTES: u64 = 600;
-/// One part of so many of the machine's memory is for flows at most.
+/// Flows take at most this fraction of the machine's memory.
 const MEMORY_SHARE: u64 = 256;
 
-/// How many flows this machine remembers.
+/// Returns the number of flows for this machine.
 pub(super) fn flows() -> u32 {
     // SAFETY: the calls have no preconditions.
     let [cpus, pages, page] =
         [libc::_SC_NPROCESSORS_CONF, libc::_SC_PHYS_PAGES, libc::_SC_PAGESIZE].map(|name| unsafe {
-            // What the system does not know counts as nothing.
+            // A value that the system does not know (-1) counts as 0.
             u64::try_from(libc::sysconf(name)).unwrap_or_default()
         });
     flows_of(cpus, pages.saturating_mul(page))

@@ -1,4 +1,4 @@
-//! `sluice status`: how the node is, from the agent's last word and from the maps themselves.
+//! `sluice status`: the state of the node, from the agent's status and from the maps.
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
@@ -9,21 +9,24 @@ use anyhow::bail;
 use serde::Serialize;
 use sluice_common::Reason;
 
+use super::Outcome;
 use super::table::{Format, Table, age, percent, render};
 use super::takeover::words;
 use crate::daemon::takeover::RELEASED;
 use crate::node::dataplane::Fill;
 use crate::node::devices::Role;
-use crate::node::status::{self, Counts, DeviceStatus, Status, TakeoverStatus, unix_seconds};
+use crate::node::status::{
+    self, Counts, DeviceStatus, PolicyStatus, ReportStatus, Status, TakeoverStatus, unix_seconds,
+};
 use crate::node::view::{PortName, View};
 
-/// Everything that `sluice status` tells.
+/// Everything that `sluice status` prints.
 #[derive(Clone, Debug, Serialize)]
 struct Overview {
     ready: bool,
     pin_path: PathBuf,
     agent: AgentView,
-    /// What the agent last told about itself; absent if it never ran here.
+    /// The agent's last status; absent if no agent ever ran here.
     #[serde(skip_serializing_if = "Option::is_none")]
     last: Option<Status>,
     counts: Counts,
@@ -40,32 +43,28 @@ struct AgentView {
     uptime_seconds: Option<u64>,
 }
 
-/// A reason with something counted.
+/// A reason that has been counted.
 #[derive(Clone, Debug, Serialize)]
 struct ReasonView {
     reason: &'static str,
     packets: u64,
     bytes: u64,
     sentence: &'static str,
-    /// The service with most of them; absent where no service is concerned.
+    /// The service with the most of them; absent if no service is concerned.
     #[serde(skip_serializing_if = "Option::is_none")]
     most: Option<PortName>,
 }
 
-/// Prints the status; the flag says whether the node is ready.
+/// Prints the status. The exit code is 0 if the node is ready.
 ///
 /// # Errors
 ///
-/// When nothing is pinned, or the maps cannot be read.
-pub(super) fn run(
-    pin_path: &Path,
-    state_dir: &Path,
-    format: Format,
-) -> anyhow::Result<(String, bool)> {
+/// When the node is released, nothing is pinned, or the maps cannot be read.
+pub(super) fn run(pin_path: &Path, state_dir: &Path, format: Format) -> anyhow::Result<Outcome> {
     let (alive, running) = (status::is_alive(state_dir), status::of_living(state_dir));
     let last = running.clone().or_else(|| status::read(state_dir));
     if last.as_ref().is_some_and(|status| status.takeover.phase == RELEASED) {
-        bail!("this node is released: nothing of Sluice is attached until `sluice takeover`");
+        bail!("this node is released: run `sluice takeover` to attach Sluice again");
     }
     let view = View::read(pin_path)?;
     let now = unix_seconds(SystemTime::now());
@@ -88,16 +87,17 @@ pub(super) fn run(
         maps: view.kernel.maps().fill(&view.image)?,
         last,
     };
-    Ok((render(format, &overview, |overview| text(overview, now))?, overview.ready))
+    let text = render(format, &overview, |overview| text(overview, now))?;
+    Ok(Outcome { text, code: u8::from(!overview.ready) })
 }
 
-/// The devices in the map, with what the agent last told about each.
+/// Returns the devices in the map, each with the agent's last status of it.
 fn devices(view: &View, last: Option<&Status>) -> anyhow::Result<Vec<DeviceStatus>> {
-    let told = last.map_or(&[][..], |status| status.devices.as_slice());
+    let known = last.map_or(&[][..], |status| status.devices.as_slice());
     let entries = view.kernel.maps().device_entries()?;
     let device = |(index, entry): (u32, sluice_common::abi::Device)| {
-        let told = told.iter().find(|device| device.index == index).cloned();
-        told.or_else(|| {
+        let known = known.iter().find(|device| device.index == index).cloned();
+        known.or_else(|| {
             let role = Role::from_number(entry.role)?;
             let (name, hooks, notes) = (format!("ifindex {index}"), Vec::new(), Vec::new());
             Some(DeviceStatus { index, name, role, hooks, problem: None, notes })
@@ -118,7 +118,7 @@ fn reasons(view: &View) -> anyhow::Result<Vec<ReasonView>> {
         }
         let most = counted.iter().max_by_key(|(_, counters)| counters.packets);
         reasons.push(ReasonView {
-            reason: reason.word(),
+            reason: reason.as_str(),
             packets,
             bytes: counted.iter().map(|(_, counters)| counters.bytes).sum(),
             sentence: reason.sentence().trim(),
@@ -129,152 +129,186 @@ fn reasons(view: &View) -> anyhow::Result<Vec<ReasonView>> {
 }
 
 fn text(overview: &Overview, now: u64) -> String {
-    let mut text = String::new();
-    let mut line = |head: &str, body: String| {
-        // Writing to a string cannot fail.
-        let _ = writeln!(text, "{:<12}{body}", format!("{head}:"));
-    };
+    let mut text = Text(String::new());
     let last = overview.last.as_ref();
-    line("Node", last.map_or_else(|| "unknown".to_owned(), |status| status.node.clone()));
-    line("Ready", if overview.ready { "yes" } else { "no" }.to_owned());
-    line(
-        "Agent",
-        match (&overview.agent, last) {
-            (AgentView { alive: true, pid: Some(pid), version, uptime_seconds, .. }, _) => format!(
-                "running, pid {pid}, version {}, for {}",
-                version.as_deref().unwrap_or("?"),
-                age(uptime_seconds.unwrap_or_default())
-            ),
-            (AgentView { alive: true, .. }, _) => "starting".to_owned(),
-            (_, Some(status)) => {
-                format!("not running (last: pid {}); packets flow on by what is pinned", status.pid)
-            }
-            (_, None) => "not running; packets flow on by what is pinned".to_owned(),
-        },
-    );
-    for reason in last
-        .filter(|_| overview.agent.alive)
-        .map_or(&[][..], |status| status.waiting_for.as_slice())
-    {
-        line("Waiting", reason.clone());
-    }
-    line("Pins", overview.pin_path.display().to_string());
-    for source in last.map_or(&[][..], |status| status.sources.as_slice()) {
-        let state = match (&source.problem, source.synced) {
-            (Some(problem), _) => problem.clone(),
-            (None, true) => "synced".to_owned(),
-            (None, false) => "waiting for the first full list".to_owned(),
-        };
-        line("Source", format!("{} {}: {state}", source.name, source.from));
-    }
-    if let Some(path) = last.map(|status| &status.socket_path) {
-        let cgroup = path
-            .cgroup
-            .as_ref()
-            .map_or(String::new(), |cgroup| format!(" at {}", cgroup.display()));
-        let problem = path.problem.as_ref().map_or(String::new(), |problem| format!(": {problem}"));
-        line("Sockets", format!("{}{cgroup}{problem}", path.mode));
-    }
-    if let Some(policy) =
-        last.map(|status| &status.policy).filter(|policy| !policy.masquerade.is_empty())
-    {
-        let words = |addresses: &[IpAddr]| {
-            addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-        };
-        let shown =
-            if policy.primary.is_empty() { "nothing".to_owned() } else { words(&policy.primary) };
-        line(
-            "Masquerade",
-            format!("{}, as {shown} where a device has no address of its own", policy.masquerade),
-        );
-        line("Local pods", policy.detect_local.clone());
-        let serving =
-            if policy.serving.is_empty() { "nowhere".to_owned() } else { words(&policy.serving) };
-        line("Node ports", format!("{}: {serving}", policy.nodeport_addresses));
-        if !policy.left_alone.is_empty() {
-            line("Left alone", words(&policy.left_alone));
-        }
-        if !policy.accelerate.is_empty() {
-            line("Accelerate", policy.accelerate.clone());
+    text.line("Node", last.map_or_else(|| "unknown".to_owned(), |status| status.node.clone()));
+    text.line("Ready", if overview.ready { "yes" } else { "no" }.to_owned());
+    text.line("Agent", agent(&overview.agent, last));
+    if overview.agent.alive {
+        for reason in last.iter().flat_map(|status| &status.waiting_for) {
+            text.line("Waiting", reason.clone());
         }
     }
-    let takeover = last.map(|status| &status.takeover);
-    if let Some(takeover) = takeover.filter(|takeover| **takeover != serving()) {
-        line("Takeover", words(takeover));
-    }
-    if let Some(sync) = last.and_then(|status| status.last_sync) {
-        let (ago, took) = (age(now.saturating_sub(sync.at)), Duration::from_micros(sync.took_us));
-        line("Last sync", format!("{ago} ago, {} writes in {took:.1?}", sync.writes));
-    }
-    if let Some(failing) = last.and_then(|status| status.failing.as_ref()) {
-        line("Failing", failing.clone());
-    }
-    for problem in last.iter().flat_map(|status| &status.problems) {
-        line("Problem", problem.clone());
+    text.line("Pins", overview.pin_path.display().to_string());
+    if let Some(status) = last {
+        text.inputs(status);
+        text.work(status, now);
     }
     let Counts { frontends, service_ports, backends } = overview.counts;
-    line(
+    text.line(
         "Holds",
         format!("{frontends} frontends, {service_ports} service ports, {backends} backends"),
     );
+    text.section("Devices", &overview.devices, devices_table);
+    text.section("Reasons", &overview.reasons, reasons_table);
+    text.section("Maps", &overview.maps, maps_table);
+    let reports = last.map_or(&[][..], |status| status.reports.as_slice());
+    text.section("Problems", reports, |reports| problems_table(reports, now));
+    text.0
+}
 
-    let mut devices = Table::new(&["DEVICE", "ROLE", "HOOKS", "NOTE"]);
-    for device in &overview.devices {
+/// Describes the agent's process.
+fn agent(agent: &AgentView, last: Option<&Status>) -> String {
+    match (agent, last) {
+        (AgentView { alive: true, pid: Some(pid), version, uptime_seconds, .. }, _) => format!(
+            "running, pid {pid}, version {}, for {}",
+            version.as_deref().unwrap_or("?"),
+            age(uptime_seconds.unwrap_or_default())
+        ),
+        (AgentView { alive: true, .. }, _) => "starting".to_owned(),
+        (_, Some(status)) => {
+            format!("not running (last: pid {}); pinned programs continue to serve", status.pid)
+        }
+        (_, None) => "not running; pinned programs continue to serve".to_owned(),
+    }
+}
+
+/// The text of a status, as it grows.
+struct Text(String);
+
+impl Text {
+    fn line(&mut self, head: &str, body: String) {
+        // Writing to a string cannot fail.
+        let _ = writeln!(self.0, "{:<12}{body}", format!("{head}:"));
+    }
+
+    /// Adds where objects come from, and the policies for traffic.
+    fn inputs(&mut self, status: &Status) {
+        for source in &status.sources {
+            let state = match (&source.problem, source.synced) {
+                (Some(problem), _) => problem.clone(),
+                (None, true) => "synced".to_owned(),
+                (None, false) => "waiting for the first full list".to_owned(),
+            };
+            self.line("Source", format!("{} {}: {state}", source.name, source.from));
+        }
+        let path = &status.socket_path;
+        let cgroup = path.cgroup.as_ref().map(|cgroup| format!(" at {}", cgroup.display()));
+        let problem = path.problem.as_ref().map(|problem| format!(": {problem}"));
+        self.line(
+            "Sockets",
+            format!("{}{}{}", path.mode, cgroup.unwrap_or_default(), problem.unwrap_or_default()),
+        );
+        if !status.policy.masquerade.is_empty() {
+            self.policy(&status.policy);
+        }
+    }
+
+    fn policy(&mut self, policy: &PolicyStatus) {
+        let words = |addresses: &[IpAddr], none: &str| {
+            let words: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+            if words.is_empty() { none.to_owned() } else { words.join(", ") }
+        };
+        self.line(
+            "Masquerade",
+            format!(
+                "{}, as {} where a device has no address of its own",
+                policy.masquerade,
+                words(&policy.primary, "nothing")
+            ),
+        );
+        self.line("Local pods", policy.detect_local.clone());
+        let serving = words(&policy.serving, "nowhere");
+        self.line("Node ports", format!("{}: {serving}", policy.nodeport_addresses));
+        if !policy.left_alone.is_empty() {
+            self.line("Left alone", words(&policy.left_alone, ""));
+        }
+        if !policy.accelerate.is_empty() {
+            self.line("Accelerate", policy.accelerate.clone());
+        }
+    }
+
+    /// Adds what the agent is doing, and what keeps it from it.
+    fn work(&mut self, status: &Status, now: u64) {
+        if status.takeover != serving() {
+            self.line("Takeover", words(&status.takeover));
+        }
+        if let Some(sync) = status.last_sync {
+            let ago = age(now.saturating_sub(sync.at));
+            let took = Duration::from_micros(sync.took_us);
+            self.line("Last sync", format!("{ago} ago, {} writes in {took:.1?}", sync.writes));
+        }
+        if let Some(failing) = &status.failing {
+            self.line("Failing", failing.clone());
+        }
+        for problem in &status.problems {
+            self.line("Problem", problem.clone());
+        }
+    }
+
+    /// Adds a table under a title, or "none" if it has no rows.
+    fn section<T>(&mut self, title: &str, rows: &[T], table: impl FnOnce(&[T]) -> Table) {
+        let body = if rows.is_empty() { "none\n".to_owned() } else { table(rows).text() };
+        // Writing to a string cannot fail.
+        let _ = write!(self.0, "\n{title}\n{body}");
+    }
+}
+
+fn devices_table(devices: &[DeviceStatus]) -> Table {
+    let mut table = Table::new(&["DEVICE", "ROLE", "HOOKS", "NOTE"]);
+    for device in devices {
         let hooks: Vec<&str> = device.hooks.iter().map(|hook| hook.word()).collect();
         let notes: Vec<&str> =
             device.problem.iter().chain(&device.notes).map(String::as_str).collect();
-        devices.row([
+        table.row([
             device.name.clone(),
             device.role.word().to_owned(),
             hooks.join(","),
             notes.join("; "),
         ]);
     }
-    section(&mut text, "Devices", &devices, overview.devices.is_empty());
+    table
+}
 
-    let mut reasons = Table::new(&["REASON", "PACKETS", "MOST", "MEANING"]);
-    for reason in &overview.reasons {
+fn reasons_table(reasons: &[ReasonView]) -> Table {
+    let mut table = Table::new(&["REASON", "PACKETS", "MOST", "MEANING"]);
+    for reason in reasons {
         let most = reason.most.as_ref().map(|name| format!("{}/{}", name.namespace, name.service));
         let cells =
             [reason.reason.to_owned(), reason.packets.to_string(), most.unwrap_or_default()];
-        reasons.row(cells.into_iter().chain([reason.sentence.to_owned()]));
+        table.row(cells.into_iter().chain([reason.sentence.to_owned()]));
     }
-    section(&mut text, "Reasons", &reasons, overview.reasons.is_empty());
+    table
+}
 
-    let mut maps = Table::new(&["MAP", "ENTRIES", "MAX", "FULL"]);
-    for fill in &overview.maps {
-        maps.row([
+fn maps_table(maps: &[Fill]) -> Table {
+    let mut table = Table::new(&["MAP", "ENTRIES", "MAX", "FULL"]);
+    for fill in maps {
+        table.row([
             fill.map.to_owned(),
             fill.entries.to_string(),
             fill.max.to_string(),
             format!("{:.1}%", percent(fill.entries, fill.max)),
         ]);
     }
-    section(&mut text, "Maps", &maps, overview.maps.is_empty());
+    table
+}
 
-    let reports = last.map_or(&[][..], |status| status.reports.as_slice());
-    let mut problems = Table::new(&["OBJECT", "FLAW", "FIELD", "SINCE", "MESSAGE"]);
+fn problems_table(reports: &[ReportStatus], now: u64) -> Table {
+    let mut table = Table::new(&["OBJECT", "FLAW", "FIELD", "SINCE", "MESSAGE"]);
     for report in reports {
-        let since = age(now.saturating_sub(report.since));
-        problems.row([
+        table.row([
             report.subject.clone(),
             report.flaw.clone(),
             report.field.clone(),
-            since,
+            age(now.saturating_sub(report.since)),
             report.message.clone(),
         ]);
     }
-    section(&mut text, "Problems", &problems, reports.is_empty());
-    text
+    table
 }
 
-/// What is told where there is nothing to take over or to release.
+/// Returns the takeover's status if there is nothing to take over or to release.
 fn serving() -> TakeoverStatus {
     TakeoverStatus { phase: "serving".to_owned(), ..TakeoverStatus::default() }
-}
-
-fn section(text: &mut String, title: &str, table: &Table, empty: bool) {
-    let body = if empty { "none\n".to_owned() } else { table.text() };
-    // Writing to a string cannot fail.
-    let _ = write!(text, "\n{title}\n{body}");
 }

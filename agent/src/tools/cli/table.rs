@@ -1,4 +1,4 @@
-//! Tables as kubectl prints them, and other forms of the same data.
+//! Tables in the style of kubectl, and the same data in other formats.
 
 #![expect(clippy::cast_precision_loss, reason = "figures for people have few digits")]
 
@@ -8,10 +8,10 @@ use serde::Serialize;
 
 use crate::tools::units::binary;
 
-/// The form of the output.
+/// An output format.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Format {
-    /// For people.
+    /// A table.
     #[default]
     Table,
     /// JSON.
@@ -27,20 +27,20 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// A table with headers only.
+    /// Makes a table without rows.
     #[must_use]
     pub(super) fn new(headers: &[&str]) -> Self {
         Self { rows: vec![headers.iter().map(|header| (*header).to_owned()).collect()] }
     }
 
-    /// Adds a row; an empty cell shows as `-`.
+    /// Adds a row. An empty cell is printed as `-`.
     pub(super) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         let cells =
             cells.into_iter().map(|cell| if cell.is_empty() { "-".to_owned() } else { cell });
         self.rows.push(cells.collect());
     }
 
-    /// The text, each line ended; nothing stands behind the last column.
+    /// Returns the table as lines without trailing spaces.
     #[must_use]
     pub(super) fn text(&self) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or_default();
@@ -68,11 +68,11 @@ impl Table {
     }
 }
 
-/// The data as JSON or YAML, or what `table` makes of it.
+/// Returns the data in a format; `table` makes the table.
 ///
 /// # Errors
 ///
-/// When the data has no such form.
+/// When the data cannot be serialized.
 pub(super) fn render<T: Serialize>(
     format: Format,
     data: &T,
@@ -85,7 +85,7 @@ pub(super) fn render<T: Serialize>(
     })
 }
 
-/// A number of bytes with three or four digits: `1023`, `1.5Ki`, `12Mi`.
+/// Formats a number of bytes with few digits: `1023`, `1.5Ki`, `12Mi`.
 #[must_use]
 pub(super) fn bytes(number: u64) -> String {
     let (scaled, unit) = binary(number as f64);
@@ -96,13 +96,13 @@ pub(super) fn bytes(number: u64) -> String {
     }
 }
 
-/// A part of a whole; 0 of nothing.
+/// Returns a part in percent of the whole, or 0 if the whole is 0.
 #[must_use]
 pub(super) fn percent(part: u64, whole: u64) -> f64 {
     100.0 * part as f64 / whole.max(1) as f64
 }
 
-/// A time span as kubectl prints ages: `12s`, `5m`, `3h`, `2d`.
+/// Formats a time span as kubectl does ages: `12s`, `5m`, `3h`, `2d`.
 #[must_use]
 pub(super) fn age(seconds: u64) -> String {
     match seconds {

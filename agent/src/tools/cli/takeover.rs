@@ -1,4 +1,4 @@
-//! `sluice takeover` and `sluice release`: what a person wants of the agent, and how far it is.
+//! `sluice takeover` and `sluice release`: leave a request for the agent, and show its progress.
 
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
@@ -6,49 +6,51 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 
+use super::Outcome;
 use crate::daemon::takeover::RELEASED;
-use crate::daemon::takeover::wish::{self, Wish};
+use crate::daemon::takeover::request::{self, Request};
 use crate::node::kube_proxy::{running, served_by};
 use crate::node::status::{self, TakeoverStatus, unix_seconds};
 
-/// How often the agent's word is read.
-const LOOK: Duration = Duration::from_millis(200);
+/// How often the agent's status is read.
+const PERIOD: Duration = Duration::from_millis(200);
 /// The longest time that a release may take.
 const TIMEOUT_MAX: u64 = 30 * 24 * 3600;
 
 #[derive(Debug, Args)]
 pub(super) struct TakeoverArgs {
-    /// kube-proxy is stopped for good: remove its rules. Connections that live by them go on.
+    /// Remove kube-proxy's rules, after it was stopped for good. Connections that depend on them
+    /// continue.
     #[arg(long)]
     finish: bool,
-    /// With --finish: even if a process of this name is seen.
+    /// With --finish, do so even if a process named kube-proxy runs.
     #[arg(long, requires = "finish")]
     force: bool,
-    /// How long to wait, as 30s, 5m or 1h; 0: only tell how far it is.
+    /// Wait this long, such as 30s, 5m or 1h; 0 only shows the progress.
     #[arg(long, value_name = "TIME", value_parser = time, default_value = "1m")]
     wait: Duration,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct ReleaseArgs {
-    /// How long flows are waited for, as 90s, 10m or 2h; those that live longer are cut.
+    /// Wait this long for flows to end, such as 90s, 10m or 2h. Flows that live longer are cut.
     #[arg(long, value_name = "TIME", value_parser = time, default_value = "1h")]
     timeout: Duration,
-    /// Not yet: get ready for kube-proxy to be started. Where nothing else tracks connections, it
-    /// would take those of this host's own processes for new ones as soon as it comes.
+    /// Only get ready for kube-proxy to be started. If nothing else tracks connections, it would
+    /// take those of this host's own processes for new ones as soon as it starts.
     #[arg(long, conflicts_with_all = ["force", "no_wait"])]
     prepare: bool,
-    /// Even if kube-proxy has no rules here: nobody serves new connections then.
+    /// Release the node even if kube-proxy has no rules here. Nobody serves new connections then.
     #[arg(long)]
     force: bool,
-    /// Return at once; `sluice takeover --wait 0` tells how far it is.
+    /// Return immediately. `sluice takeover --wait 0` shows the progress.
     #[arg(long)]
     no_wait: bool,
 }
 
-/// A time as people write it: a number with s, m or h.
+/// Parses a duration: a number with s, m or h.
 fn time(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is no time: write 90s, 10m or 2h");
+    let wrong = || format!("invalid duration {text:?}: expected 90s, 10m or 2h");
     let (number, unit) = match text.char_indices().last() {
         Some((at, 's')) => (&text[..at], 1),
         Some((at, 'm')) => (&text[..at], 60),
@@ -61,60 +63,60 @@ fn time(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_secs(seconds))
 }
 
-/// Tells of every step on standard error.
+/// Prints each step on standard error, once.
 #[derive(Default)]
 struct Progress {
-    told: String,
+    printed: String,
 }
 
 impl Progress {
     fn follow(&mut self, now: &TakeoverStatus) {
         let text = words(now);
-        if text != self.told {
+        if text != self.printed {
             eprintln!("{text}");
-            self.told = text;
+            self.printed = text;
         }
     }
 }
 
-/// How far it is, in a line.
+/// Returns the progress as one line.
 pub(super) fn words(now: &TakeoverStatus) -> String {
     let mut words = vec![now.phase.clone()];
     if now.connections + now.datagram_flows != 0 {
         words.push(format!(
-            "netfilter goes on with {} connections and {} flows of datagrams",
+            "netfilter still has {} connections and {} datagram flows",
             now.connections, now.datagram_flows
         ));
     }
-    words.extend(now.kube_proxy.as_ref().map(|rules| format!("of kube-proxy there is {rules}")));
-    words.extend(now.waiting_for.as_ref().map(|what| format!("waits for {what}")));
+    words.extend(now.kube_proxy.as_ref().map(|rules| format!("kube-proxy still has {rules}")));
+    words.extend(now.waiting_for.as_ref().map(|what| format!("waiting for {what}")));
     words.extend(now.problem.as_ref().map(|problem| format!("{problem}, trying again")));
     words.join("; ")
 }
 
-/// The running agent's word.
-fn ask(state_dir: &Path) -> anyhow::Result<TakeoverStatus> {
+/// Returns the running agent's status.
+fn status_of(state_dir: &Path) -> anyhow::Result<TakeoverStatus> {
     ensure!(
         status::is_alive(state_dir),
-        "no agent runs here ({}): start `sluice agent --takeover`, or give its --pin-path or --state-dir",
+        "no agent runs with {}: start `sluice agent --takeover`, or give its --pin-path or --state-dir",
         state_dir.display()
     );
     status::of_living(state_dir)
         .map(|status| status.takeover)
-        .with_context(|| format!("the agent has not told anything yet in {}", state_dir.display()))
+        .with_context(|| format!("the agent has not written a status in {}", state_dir.display()))
 }
 
-/// Waits until the agent's word is as it should be; the last one, and whether it is.
+/// Waits until the agent's status is as it should be. Returns the last one, and whether it is.
 fn wait(
     state_dir: &Path,
     time: Duration,
     is_done: impl Fn(&TakeoverStatus) -> bool,
 ) -> anyhow::Result<(TakeoverStatus, bool)> {
     let (deadline, mut progress) = (Instant::now() + time, Progress::default());
-    // An agent that starts anew is away for a moment.
+    // An agent that restarts is away for a moment.
     let mut away = Instant::now();
     loop {
-        match ask(state_dir) {
+        match status_of(state_dir) {
             Ok(now) => {
                 away = Instant::now();
                 let done = is_done(&now);
@@ -126,49 +128,56 @@ fn wait(
             Err(error) if away.elapsed() > Duration::from_secs(5) => return Err(error),
             Err(_) => {}
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(PERIOD);
     }
 }
 
-/// What was asked for is done, or not yet: text and exit code.
-fn answer((now, done): (TakeoverStatus, bool)) -> (String, u8) {
-    (words(&now) + "\n", u8::from(!done))
+/// Prints the status. The exit code is 0 if the request is done.
+fn outcome((now, done): (TakeoverStatus, bool)) -> Outcome {
+    Outcome { text: words(&now) + "\n", code: u8::from(!done) }
+}
+
+/// Leaves a request for the agent.
+fn request(state_dir: &Path, request: Request) -> anyhow::Result<()> {
+    request::write(state_dir, request).context("cannot leave a request for the agent")
 }
 
 /// `sluice takeover`.
 ///
 /// # Errors
 ///
-/// When no agent runs, or kube-proxy does and its rules are to go.
-pub(super) fn take_over(args: &TakeoverArgs, state_dir: &Path) -> anyhow::Result<(String, u8)> {
-    let now = ask(state_dir)?;
+/// When no agent runs, or with --finish kube-proxy still does.
+pub(super) fn take_over(args: &TakeoverArgs, state_dir: &Path) -> anyhow::Result<Outcome> {
+    let now = status_of(state_dir)?;
     if args.finish {
         if let Some(pid) = running().filter(|_| !args.force) {
             bail!(
-                "kube-proxy still runs (process {pid}) and would make its rules again: stop it first, for good (its DaemonSet), or give --force"
+                "kube-proxy still runs (process {pid}) and would make its rules again: stop it for \
+                 good first (delete its DaemonSet), or give --force"
             );
         }
         ensure!(
             now.phase == "serving",
-            "the agent is not serving but {}: wait for it with `sluice takeover`",
+            "the agent is {}, not serving: wait for it with `sluice takeover`",
             now.phase
         );
-        wish::write(state_dir, Wish::Finish).context("cannot tell the agent")?;
-        let is_taken = || wish::read(state_dir) != Some(Wish::Finish);
+        request(state_dir, Request::Finish)?;
+        let is_taken = || request::read(state_dir) != Some(Request::Finish);
         return wait(state_dir, args.wait, |now| {
             is_taken() && now.kube_proxy.is_none() && !now.holding
         })
-        .map(answer);
+        .map(outcome);
     }
-    // An agent that serves has nothing to take over; it only stops to be ready for kube-proxy.
+    // An agent that serves has nothing to take over. It only ends its preparation for kube-proxy.
     if !args.wait.is_zero() {
-        wish::write(state_dir, Wish::Takeover).context("cannot tell the agent")?;
+        request(state_dir, Request::Takeover)?;
     }
     let is_taken = || {
-        wish::read(state_dir)
-            .is_none_or(|wish| matches!(wish, Wish::Finish | Wish::Prepare | Wish::Prepared))
+        request::read(state_dir).is_none_or(|request| {
+            matches!(request, Request::Finish | Request::Prepare | Request::Prepared)
+        })
     };
-    wait(state_dir, args.wait, |now| is_taken() && now.phase == "serving").map(answer)
+    wait(state_dir, args.wait, |now| is_taken() && now.phase == "serving").map(outcome)
 }
 
 /// `sluice release`.
@@ -176,32 +185,33 @@ pub(super) fn take_over(args: &TakeoverArgs, state_dir: &Path) -> anyhow::Result
 /// # Errors
 ///
 /// When no agent runs, or nobody would serve new connections.
-pub(super) fn release(args: &ReleaseArgs, state_dir: &Path) -> anyhow::Result<(String, u8)> {
-    let now = ask(state_dir)?;
+pub(super) fn release(args: &ReleaseArgs, state_dir: &Path) -> anyhow::Result<Outcome> {
+    let now = status_of(state_dir)?;
     if args.prepare {
-        ensure!(now.phase == "serving", "the agent is not serving but {}", now.phase);
-        wish::write(state_dir, Wish::Prepare).context("cannot tell the agent")?;
-        let is_taken = || wish::read(state_dir) == Some(Wish::Prepared);
-        // Our own table is not always needed for it, but then something else is waited for.
-        let is_told = |now: &TakeoverStatus| now.holding || now.waiting_for.is_some();
-        return wait(state_dir, Duration::from_secs(30), |now| is_taken() && is_told(now))
-            .map(answer);
+        ensure!(now.phase == "serving", "the agent is {}, not serving", now.phase);
+        request(state_dir, Request::Prepare)?;
+        let is_taken = || request::read(state_dir) == Some(Request::Prepared);
+        // Not every preparation needs Sluice's table, but then the agent waits for something else.
+        let is_reported = |now: &TakeoverStatus| now.holding || now.waiting_for.is_some();
+        return wait(state_dir, Duration::from_secs(30), |now| is_taken() && is_reported(now))
+            .map(outcome);
     }
     if served_by()?.is_none() && !args.force {
         bail!(
-            "kube-proxy has no rules in this network namespace, so nobody would serve new connections: start it, wait until it has synced, and call this again; or give --force"
+            "kube-proxy has no rules in this network namespace, so nobody would serve new \
+             connections: start it, wait until it has synced, and try again; or give --force"
         );
     }
     let deadline = unix_seconds(SystemTime::now()) + args.timeout.as_secs();
-    if wish::read(state_dir) != Some(Wish::Released) {
-        wish::write(state_dir, Wish::Release { deadline }).context("cannot tell the agent")?;
+    if request::read(state_dir) != Some(Request::Released) {
+        request(state_dir, Request::Release { deadline })?;
     }
     if args.no_wait {
-        return Ok(("a release was asked for\n".to_owned(), 0));
+        return Ok("requested a release\n".to_owned().into());
     }
     // Removing everything takes a moment after the deadline.
     let most = args.timeout + Duration::from_secs(30);
-    wait(state_dir, most, |now| now.phase == RELEASED && now.waiting_for.is_none()).map(answer)
+    wait(state_dir, most, |now| now.phase == RELEASED && now.waiting_for.is_none()).map(outcome)
 }
 
 #[cfg(test)]
@@ -221,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_tells_how_far_it_is() {
+    fn the_progress_is_one_line() {
         let now = TakeoverStatus {
             phase: "serving".to_owned(),
             connections: 12,
@@ -230,7 +240,7 @@ mod tests {
         };
         assert_eq!(
             words(&now),
-            "serving; netfilter goes on with 12 connections and 0 flows of datagrams; waits for somebody"
+            "serving; netfilter still has 12 connections and 0 datagram flows; waiting for somebody"
         );
     }
 }

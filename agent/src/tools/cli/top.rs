@@ -1,4 +1,4 @@
-//! `sluice top`: services by rate, live.
+//! `sluice top`: live rates of services.
 
 use std::io::IsTerminal;
 use std::path::Path;
@@ -8,24 +8,25 @@ use anyhow::Context;
 use clap::Args;
 use ratatui::crossterm::event::{self, Event, KeyEventKind};
 
+use super::Outcome;
 use super::conntrack::time;
 use super::table::Table;
 use crate::node::view::View;
 use crate::tools::top::screen::{Next, Order, Screen, bytes, number};
 use crate::tools::top::{Change, Sample};
 
-/// Services and reasons that one table has.
+/// The most services, and reasons, in one table.
 const ROWS: usize = 30;
 
 #[derive(Debug, Args)]
 pub(super) struct TopArgs {
-    /// How often the figures are taken.
+    /// Sample the counters this often.
     #[arg(long, value_name = "TIME", default_value = "2s", value_parser = interval)]
     interval: Duration,
-    /// What services are sorted by at first.
-    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
+    /// Sort services by this figure at first.
+    #[arg(long, value_enum, default_value_t, value_name = "FIGURE")]
     sort: Order,
-    /// Print one table of the rates of one interval, and end.
+    /// Print one table with the rates of one interval, and exit.
     #[arg(long)]
     once: bool,
 }
@@ -33,7 +34,7 @@ pub(super) struct TopArgs {
 fn interval(text: &str) -> Result<Duration, String> {
     let shortest = Duration::from_millis(200);
     match time(text)? {
-        time if time < shortest => Err("200ms is the shortest".to_owned()),
+        time if time < shortest => Err("the shortest interval is 200ms".to_owned()),
         time => Ok(time),
     }
 }
@@ -43,23 +44,23 @@ fn sample(pin_path: &Path) -> anyhow::Result<Sample> {
     Sample::of(&view, Instant::now())
 }
 
-/// Shows the rates, until somebody has seen enough; the text is what is left to print.
+/// Shows the rates until the user quits, or prints them once.
 ///
 /// # Errors
 ///
-/// When the maps cannot be read at first, or the terminal cannot be used.
-pub(super) fn run(args: &TopArgs, pin_path: &Path) -> anyhow::Result<String> {
+/// When the maps cannot be read at the start, or the terminal cannot be used.
+pub(super) fn run(args: &TopArgs, pin_path: &Path) -> anyhow::Result<Outcome> {
     let first = sample(pin_path)?;
     if args.once || !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
         std::thread::sleep(args.interval);
         let mut screen = Screen::new(args.sort);
         screen.show(Change::between(&first, &sample(pin_path)?));
-        return Ok(text(&screen));
+        return Ok(text(&screen).into());
     }
     let mut terminal = ratatui::try_init().context("cannot use the terminal; try --once")?;
     let result = watch(&mut terminal, args, first, pin_path);
     ratatui::restore();
-    result.map(|()| String::new())
+    result.map(|()| Outcome::default())
 }
 
 fn watch(
@@ -86,7 +87,7 @@ fn watch(
             continue;
         }
         due = Instant::now() + args.interval;
-        // An agent that is being replaced, or a cleanup: what was seen last stays.
+        // An agent may be being replaced, or a cleanup be under way: the last figures stay.
         match sample(pin_path) {
             Ok(after) => {
                 screen.show(Change::between(&before, &after));
@@ -97,7 +98,7 @@ fn watch(
     }
 }
 
-/// The screen as tables.
+/// Returns the screen as tables.
 fn text(screen: &Screen) -> String {
     let mut services = Table::new(&[
         "NAMESPACE",

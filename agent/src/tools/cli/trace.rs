@@ -1,5 +1,5 @@
-//! `sluice trace`: flows as they open and close, and packets and calls that were counted by a
-//! reason, while it runs.
+//! `sluice trace`: prints flows that open and close, and packets and calls that are counted by a
+//! reason, as it happens.
 
 use std::fmt::Write as _;
 use std::io::{ErrorKind, Write as _};
@@ -20,97 +20,113 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 use super::conntrack::time;
+use super::{Outcome, runtime};
 use crate::node::dataplane::{Events, Kernel, Pins, now_ns};
 use crate::node::view::{self, PortName};
-use crate::tools::trace::{Filter, Names, Told};
+use crate::tools::trace::{Filter, Line, Names};
 
-/// How often the programs are told that somebody still listens: a third of what they count on.
+/// How often the programs learn that somebody still listens: a third of the time after which they
+/// stop.
 const RENEW: Duration = Duration::from_secs(1);
-/// Events read before others have a turn.
+/// The most events that are read before signals and timers are handled.
 const AT_ONCE: usize = 1_024;
 
 #[derive(Debug, Args)]
 pub(super) struct TraceArgs {
-    /// Only what concerns this service: name, namespace/name or either with :port.
+    /// Print only events of this service: name, namespace/name or either with :port.
     #[arg(long, value_name = "SERVICE")]
     service: Option<String>,
-    /// Only what comes from or goes to an address or CIDR, before or after translation.
+    /// Print only packets from or to this address or CIDR, before or after translation.
     #[arg(long, value_name = "ADDRESS", value_parser = network)]
     address: Option<IpNet>,
-    /// Only what comes from or goes to a port, before or after translation.
+    /// Print only packets from or to this port, before or after translation.
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     port: Option<u16>,
-    /// Only this protocol: tcp, udp or sctp.
+    /// Print only this protocol: tcp, udp or sctp.
     #[arg(long, value_name = "PROTOCOL", value_parser = protocol)]
     protocol: Option<u8>,
-    /// Only these reasons (`sluice status` lists those that were met, docs/operate.md all).
+    /// Print only these reasons. `sluice status` lists those that have been counted, and
+    /// docs/operate.md all of them.
     #[arg(long, value_name = "REASON", value_delimiter = ',', value_parser = reason)]
     reason: Vec<Reason>,
-    /// Only at these hooks: ingress, egress, xdp, connect, send.
+    /// Print only events at these hooks: ingress, egress, xdp, connect, send.
     #[arg(long, value_name = "HOOK", value_delimiter = ',', value_parser = place)]
     hook: Vec<At>,
-    /// Only these kinds: opened, proven, closing, counted, call.
+    /// Print only events of these kinds: opened, proven, closing, counted, call.
     #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = kind)]
     kind: Vec<Kind>,
-    /// Only what was dropped or rejected.
+    /// Print only what was dropped or rejected.
     #[arg(long)]
     drops: bool,
-    /// End after so many events.
+    /// Exit after this many events.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
-    /// End after a time, as 10s or 5m.
+    /// Exit after this time, such as 10s or 5m.
     #[arg(long, value_name = "TIME", value_parser = time)]
     duration: Option<Duration>,
-    /// The form of the output.
-    #[arg(short, long, value_enum, default_value_t, value_name = "FORM")]
+    /// The output format.
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
     output: Form,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 enum Form {
-    /// For people.
+    /// A table.
     #[default]
     Table,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
+}
+
+impl TraceArgs {
+    fn filter(self) -> Filter {
+        Filter {
+            service: self.service,
+            network: self.address,
+            port: self.port,
+            protocol: self.protocol,
+            reasons: self.reason,
+            places: self.hook,
+            kinds: self.kind,
+            fates: if self.drops { vec![Fate::Dropped, Fate::Rejected] } else { Vec::new() },
+        }
+    }
 }
 
 fn network(text: &str) -> Result<IpNet, String> {
     text.parse::<IpNet>()
         .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
-        .map_err(|_| "an address or a CIDR is wanted, as 10.96.0.10 or fd00::/8".to_owned())
+        .map_err(|_| "expected an address or a CIDR, such as 10.96.0.10 or fd00::/8".to_owned())
 }
 
 fn protocol(text: &str) -> Result<u8, String> {
     Protocol::from_word(&text.to_ascii_uppercase())
         .map(Protocol::number)
-        .ok_or_else(|| "tcp, udp or sctp is wanted".to_owned())
+        .ok_or_else(|| "expected tcp, udp or sctp".to_owned())
 }
 
-/// The one of a list with this word.
-fn named<T: Copy>(all: &[T], word: fn(T) -> &'static str, text: &str) -> Result<T, String> {
-    all.iter().copied().find(|one| word(*one) == text).ok_or_else(|| {
-        format!(
-            "one of these is wanted: {}",
-            all.iter().map(|one| word(*one)).collect::<Vec<_>>().join(", ")
-        )
+/// Returns the value with this name.
+fn named<T: Copy>(all: &[T], name: fn(T) -> &'static str, text: &str) -> Result<T, String> {
+    all.iter().copied().find(|one| name(*one) == text).ok_or_else(|| {
+        let names: Vec<&str> = all.iter().map(|one| name(*one)).collect();
+        format!("expected one of: {}", names.join(", "))
     })
 }
 
 fn reason(text: &str) -> Result<Reason, String> {
-    // Nothing tells of a stranger.
-    named(Reason::ALL.get(1..).unwrap_or_default(), Reason::word, text)
+    // No event reports a stranger.
+    named(Reason::ALL.get(1..).unwrap_or_default(), Reason::as_str, text)
 }
 
 fn place(text: &str) -> Result<At, String> {
-    named(At::ALL, At::word, text)
+    named(At::ALL, At::as_str, text)
 }
 
 fn kind(text: &str) -> Result<Kind, String> {
-    named(Kind::ALL, Kind::word, text)
+    named(Kind::ALL, Kind::as_str, text)
 }
 
-/// Whose service ports are, read again where one is unknown.
+/// The names of service ports, read again when an event has an unknown one.
 #[derive(Debug)]
 struct Directory {
     names: Names,
@@ -118,6 +134,12 @@ struct Directory {
 }
 
 impl Directory {
+    fn new(kernel: &Kernel) -> anyhow::Result<Self> {
+        let mut directory = Self { names: Names::new(), read: None };
+        directory.refresh(kernel)?;
+        Ok(directory)
+    }
+
     fn refresh(&mut self, kernel: &Kernel) -> anyhow::Result<()> {
         self.names = kernel
             .maps()
@@ -128,27 +150,32 @@ impl Directory {
         self.read = Some(Instant::now());
         Ok(())
     }
+
+    /// Reads the names again if this one is missing, at most once in [`RENEW`].
+    fn ensure(&mut self, service_port: u32, kernel: &Kernel) -> anyhow::Result<()> {
+        let is_missing = service_port != 0 && !self.names.contains_key(&service_port);
+        if is_missing && self.read.is_none_or(|read| read.elapsed() >= RENEW) {
+            self.refresh(kernel)?;
+        }
+        Ok(())
+    }
 }
 
-/// Listens until it is enough.
+/// Prints events until a limit is reached or a signal arrives.
 ///
 /// # Errors
 ///
-/// When somebody else listens, or the maps cannot be used.
-pub(super) async fn run(args: TraceArgs, pin_path: &Path) -> anyhow::Result<()> {
+/// When another process listens, or the maps cannot be used.
+pub(super) fn run(args: TraceArgs, pin_path: &Path) -> anyhow::Result<Outcome> {
+    runtime()?.block_on(trace(args, pin_path)).map(|()| Outcome::default())
+}
+
+async fn trace(args: TraceArgs, pin_path: &Path) -> anyhow::Result<()> {
+    let deadline = args.duration.map(|time| Instant::now() + time);
+    let output = Output { form: args.output, left: args.count, printed: 0, has_header: false };
+    let filter = args.filter();
     let kernel = view::open(pin_path)?;
-    let mut directory = Directory { names: Names::new(), read: None };
-    directory.refresh(&kernel)?;
-    let filter = Filter {
-        service: args.service,
-        network: args.address,
-        port: args.port,
-        protocol: args.protocol,
-        reasons: args.reason,
-        places: args.hook,
-        kinds: args.kind,
-        fates: if args.drops { vec![Fate::Dropped, Fate::Rejected] } else { Vec::new() },
-    };
+    let directory = Directory::new(&kernel)?;
     if let Some(word) = &filter.service
         && filter.service_ports(&directory.names).is_empty()
     {
@@ -163,63 +190,88 @@ pub(super) async fn run(args: TraceArgs, pin_path: &Path) -> anyhow::Result<()> 
     let before = ring.get_ref().lost()?;
     ring.get_ref().listen(&filter.sieve(&directory.names))?;
 
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let deadline = args.duration.map(|time| Instant::now() + time);
-    let mut renew = tokio::time::interval(RENEW);
-    let mut output = Output { form: args.output, left: args.count, said: 0, headed: false };
-    let mut lost = before;
-    let ended = loop {
-        tokio::select! {
-            ready = ring.readable_mut() => {
-                let mut ready = ready.context("cannot wait for events")?;
-                let mut drained = false;
-                for _ in 0..AT_ONCE {
-                    let Some(event) = ready.get_inner_mut().next() else { drained = true; break };
-                    if !directory.names.contains_key(&event.service_port)
-                        && event.service_port != 0
-                        && directory.read.is_none_or(|read| read.elapsed() >= RENEW)
-                    {
-                        directory.refresh(&kernel)?;
-                    }
-                    if filter.takes(&event, &directory.names) && !output.say(&event, &directory.names)? {
-                        break;
-                    }
-                }
-                if output.is_done() {
-                    break Ok(());
-                }
-                if drained {
-                    ready.clear_ready();
-                }
-            }
-            _ = renew.tick() => {
-                if let Err(error) = ring.get_ref().listen(&filter.sieve(&directory.names)) {
-                    break Err(error);
-                }
-                let now = ring.get_ref().lost()?;
-                if now != lost {
-                    eprintln!("warning: {} events were lost, the ring was full; ask for fewer", now.wrapping_sub(lost));
-                    lost = now;
-                }
-            }
-            _ = interrupt.recv() => break Ok(()),
-            _ = terminate.recv() => break Ok(()),
-            () = async { tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)).await }, if deadline.is_some() => break Ok(()),
-        }
-    };
-    let now = ring.get_ref().lost().unwrap_or(lost);
-    eprintln!("{} events, {} lost", output.said, now.wrapping_sub(before));
-    ended.map_err(Into::into)
+    let mut listener = Listener { kernel, directory, filter, output, lost: before };
+    let ended = listener.listen(&mut ring, deadline).await;
+    let lost = ring.get_ref().lost().unwrap_or(listener.lost);
+    eprintln!("{} events, {} lost", listener.output.printed, lost.wrapping_sub(before));
+    ended
 }
 
-/// Where events are said.
+/// What listens to the programs' events.
+struct Listener {
+    kernel: Kernel,
+    directory: Directory,
+    filter: Filter,
+    output: Output,
+    /// The number of lost events that has been reported.
+    lost: u64,
+}
+
+impl Listener {
+    async fn listen(
+        &mut self,
+        ring: &mut AsyncFd<Events>,
+        deadline: Option<Instant>,
+    ) -> anyhow::Result<()> {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let end = deadline.unwrap_or_else(Instant::now);
+        let mut renew = tokio::time::interval(RENEW);
+        loop {
+            tokio::select! {
+                ready = ring.readable_mut() => {
+                    let mut ready = ready.context("cannot wait for events")?;
+                    let is_drained = self.drain(ready.get_inner_mut())?;
+                    if self.output.is_done() {
+                        return Ok(());
+                    }
+                    if is_drained {
+                        ready.clear_ready();
+                    }
+                }
+                _ = renew.tick() => self.renew(ring.get_ref())?,
+                _ = interrupt.recv() => return Ok(()),
+                _ = terminate.recv() => return Ok(()),
+                () = tokio::time::sleep_until(end), if deadline.is_some() => return Ok(()),
+            }
+        }
+    }
+
+    /// Prints waiting events, at most [`AT_ONCE`]. Returns whether none is left.
+    fn drain(&mut self, events: &mut Events) -> anyhow::Result<bool> {
+        for _ in 0..AT_ONCE {
+            let Some(event) = events.next() else { return Ok(true) };
+            self.directory.ensure(event.service_port, &self.kernel)?;
+            let names = &self.directory.names;
+            if self.filter.takes(&event, names) && !self.output.print(&event, names)? {
+                break;
+            }
+        }
+        Ok(false)
+    }
+
+    /// Lets the programs know that somebody still listens, and reports lost events.
+    fn renew(&mut self, events: &Events) -> anyhow::Result<()> {
+        events.listen(&self.filter.sieve(&self.directory.names))?;
+        let lost = events.lost()?;
+        if lost != self.lost {
+            eprintln!(
+                "warning: lost {} events because the ring was full; use a narrower filter",
+                lost.wrapping_sub(self.lost)
+            );
+            self.lost = lost;
+        }
+        Ok(())
+    }
+}
+
+/// The output of events.
 #[derive(Debug)]
 struct Output {
     form: Form,
     left: Option<u64>,
-    said: u64,
-    headed: bool,
+    printed: u64,
+    has_header: bool,
 }
 
 impl Output {
@@ -227,24 +279,24 @@ impl Output {
         self.left == Some(0)
     }
 
-    /// Says an event; false when it was the last one.
-    fn say(&mut self, event: &Event, names: &Names) -> anyhow::Result<bool> {
-        let told = Told::new(event, names, (now_ns(), SystemTime::now()), device);
+    /// Prints an event. Returns false if it was the last one.
+    fn print(&mut self, event: &Event, names: &Names) -> anyhow::Result<bool> {
+        let line = Line::new(event, names, (now_ns(), SystemTime::now()), device);
         let mut text = match self.form {
-            Form::Json => serde_json::to_string(&told)? + "\n",
-            Form::Table => line(&told.cells()),
+            Form::Json => serde_json::to_string(&line)? + "\n",
+            Form::Table => row(&line.cells()),
         };
-        if self.form == Form::Table && !self.headed {
-            self.headed = true;
-            text = line(&Told::COLUMNS.map(|(name, _)| name.to_owned())) + &text;
+        if self.form == Form::Table && !self.has_header {
+            self.has_header = true;
+            text = row(&Line::COLUMNS.map(|(name, _)| name.to_owned())) + &text;
         }
         let mut out = std::io::stdout().lock();
         match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-            // A reader that has gone (`| head`) has had enough.
+            // A reader that has closed the pipe (`| head`) has seen enough.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => self.left = Some(0),
             result => {
                 result.context("cannot print")?;
-                self.said += 1;
+                self.printed += 1;
                 self.left = self.left.map(|left| left.saturating_sub(1));
             }
         }
@@ -252,10 +304,10 @@ impl Output {
     }
 }
 
-/// A row: columns are as wide as they mostly need, since what comes is not known.
-fn line(cells: &[String; 10]) -> String {
+/// Returns a row of the table. Columns have typical widths, since later rows are not known.
+fn row(cells: &[String; 10]) -> String {
     let mut line = String::new();
-    for (cell, (_, width)) in cells.iter().zip(Told::COLUMNS) {
+    for (cell, (_, width)) in cells.iter().zip(Line::COLUMNS) {
         let cell = if cell.is_empty() { "-" } else { cell };
         // Writing to a string cannot fail.
         let _ = write!(line, "{cell:width$}   ");
@@ -263,10 +315,10 @@ fn line(cells: &[String; 10]) -> String {
     line.trim_end().to_owned() + "\n"
 }
 
-/// A device's name, or its number where it has gone.
+/// Returns a device's name, or its number if the device is gone.
 fn device(index: u32) -> String {
     let mut name = [0; libc::IF_NAMESIZE];
-    // SAFETY: as many bytes as the call may write.
+    // SAFETY: the buffer has as many bytes as the call may write.
     if unsafe { libc::if_indextoname(index, name.as_mut_ptr().cast()) }.is_null() {
         return index.to_string();
     }

@@ -1,4 +1,4 @@
-//! `sluice validate`: which objects of some manifests would be refused, and why.
+//! `sluice validate`: the objects in manifests that would be refused, and why.
 
 use std::path::PathBuf;
 
@@ -9,44 +9,45 @@ use sluice_core::model::report::{Flaw, Level, Report};
 
 use super::policy::PolicyArgs;
 use super::table::{Table, render};
-use super::{NO_OBJECTS, Output, Usage};
+use super::{NO_OBJECTS, Outcome, Output, Usage};
 use crate::tools::explain::{Manifests, Options};
 
-/// The words after `sluice validate`.
+/// The arguments of `sluice validate`.
 #[derive(Debug, Args)]
 pub(super) struct ValidateArgs {
-    /// The folder with the manifests, or one file.
+    /// A directory of manifests, or one file.
     #[arg(value_name = "DIR")]
     manifests: PathBuf,
-    /// The node's name, as in nodeName of endpoints [default: the only Node of the manifests].
+    /// The node's name, as in nodeName of endpoints [default: the only Node in the manifests].
     #[arg(long, visible_alias = "node-name", value_name = "NAME", env = "NODE_NAME")]
     node: Option<String>,
-    /// As of the agent: serve Services with this label service.kubernetes.io/service-proxy-name.
+    /// Check for an agent with this --proxy-name: it serves Services whose label
+    /// service.kubernetes.io/service-proxy-name has this value.
     #[arg(long, value_name = "NAME")]
     proxy_name: Option<String>,
     #[command(flatten)]
     output: Output,
-    // Last: its heading would go on over what follows.
+    // Comes last: its heading would apply to what follows.
     #[command(flatten)]
     policy: PolicyArgs,
 }
 
-/// How bad it is.
+/// How bad a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Kind {
-    /// The object, or the part that the field names, has no effect.
+    /// The object, or the part in the field, has no effect.
     Refused,
-    /// Another Service has what it claims.
+    /// Another Service has the address that the object claims.
     Lost,
-    /// Everything has effect, though perhaps not the one that was meant.
+    /// Everything has an effect, though perhaps not the intended one.
     Warning,
 }
 
 impl Kind {
     fn of(flaw: Flaw) -> Self {
-        // In a cluster these two are ordinary, and pass; a manifest with one is not served as it
-        // is.
+        // In a cluster these two are common and temporary. A manifest with one is not served as it
+        // stands.
         let is_idle = matches!(flaw, Flaw::NoClusterIp | Flaw::NoServiceLabel);
         match flaw.level() {
             Level::Notice if !is_idle => Self::Warning,
@@ -55,7 +56,7 @@ impl Kind {
         }
     }
 
-    fn word(self) -> &'static str {
+    fn as_str(self) -> &'static str {
         match self {
             Self::Refused => "refused",
             Self::Lost => "lost",
@@ -64,7 +65,7 @@ impl Kind {
     }
 }
 
-/// Something that is wrong.
+/// A finding.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 struct Row {
     kind: Kind,
@@ -86,12 +87,13 @@ impl From<&Report> for Row {
     }
 }
 
-/// Prints what is wrong, the worst first; the number is the exit code.
+/// Prints what is wrong, the worst first. The exit code is 1 if an object is refused or loses an
+/// address.
 ///
 /// # Errors
 ///
-/// [`Usage`] for flags that contradict each other; else when the manifests cannot be read.
-pub(super) fn run(args: ValidateArgs) -> anyhow::Result<(String, u8)> {
+/// [`Usage`] for flags that contradict each other. Also when the manifests cannot be read.
+pub(super) fn run(args: ValidateArgs) -> anyhow::Result<Outcome> {
     let ValidateArgs { manifests: path, node, proxy_name, output, policy } = args;
     let policy = policy.policy().map_err(|error| Usage(format!("{error:#}")))?;
     let options = Options {
@@ -104,28 +106,25 @@ pub(super) fn run(args: ValidateArgs) -> anyhow::Result<(String, u8)> {
     let manifests =
         Manifests::read(options).with_context(|| format!("cannot read {}", path.display()))?;
     if manifests.objects() == 0 && manifests.model().reports().iter().next().is_none() {
-        bail!("no object in {}: {NO_OBJECTS}", path.display());
+        bail!("found no object in {}: {NO_OBJECTS}", path.display());
     }
     let mut rows: Vec<Row> = manifests.model().reports().iter().map(Row::from).collect();
     rows.sort();
     let code = u8::from(rows.iter().any(|row| row.kind != Kind::Warning));
     let text = render(output.output, &rows, |rows| {
         if rows.is_empty() {
-            return format!(
-                "Nothing is wrong with the objects, {} of them.\n",
-                manifests.objects()
-            );
+            return format!("No problems found in {} objects.\n", manifests.objects());
         }
         let mut table = Table::new(&["OBJECT", "FIELD", "KIND", "WHY"]);
         for row in rows {
             table.row([
                 row.object.clone(),
                 row.field.clone(),
-                row.kind.word().to_owned(),
+                row.kind.as_str().to_owned(),
                 row.why.clone(),
             ]);
         }
         table.text()
     })?;
-    Ok((text, code))
+    Ok(Outcome { text, code })
 }

@@ -1,11 +1,11 @@
-//! What is answered. Its JSON form is a contract, written down in `docs/explain.md`: fields are
-//! added, never changed.
+//! The answer. Its JSON form is a contract, documented in `docs/explain.md`: fields are added,
+//! never changed.
 
 use std::net::IpAddr;
 
 use serde::Serialize;
 
-/// What becomes of the packet or call.
+/// What happens to the packet or call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
@@ -13,16 +13,16 @@ pub enum Verdict {
     Forward,
     /// It is dropped without an answer.
     Drop,
-    /// It is answered with a reset, an ICMP error or (a call) a refusal.
+    /// It is answered with a reset, an ICMP error or, for a call, a refusal.
     Reject,
-    /// It is not translated, and goes on as it is.
+    /// It is not translated and continues unchanged.
     Pass,
 }
 
 impl Verdict {
-    /// The word.
+    /// Returns the verdict's name.
     #[must_use]
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Forward => "forward",
             Self::Drop => "drop",
@@ -31,7 +31,7 @@ impl Verdict {
         }
     }
 
-    /// The exit code of `sluice explain`.
+    /// Returns the exit code of `sluice explain`.
     #[must_use]
     pub fn code(self) -> u8 {
         match self {
@@ -46,16 +46,16 @@ impl Verdict {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
-    /// It does.
+    /// The backend sees the client's address.
     Kept,
-    /// It sees another one, by which answers come back here.
+    /// The backend sees another address, so that replies return to this node.
     Masqueraded,
 }
 
 impl Source {
-    /// The word.
+    /// Returns the name.
     #[must_use]
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Kept => "kept",
             Self::Masqueraded => "masqueraded",
@@ -63,7 +63,7 @@ impl Source {
     }
 }
 
-/// The frontend that was asked for.
+/// The requested frontend.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Frontend {
     /// `ClusterIP`, `NodePort`, `LoadBalancer` or `ExternalIP`.
@@ -76,7 +76,7 @@ pub struct Frontend {
     pub protocol: &'static str,
 }
 
-/// Where a backend listens.
+/// The address and port of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Endpoint {
     /// The address.
@@ -92,7 +92,7 @@ pub struct Candidate {
     pub address: IpAddr,
     /// The port.
     pub port: u16,
-    /// Its part of the slots, hence of new clients: 0 to 1.
+    /// The share of slots, and so of new clients: 0 to 1.
     pub share: f64,
 }
 
@@ -103,12 +103,12 @@ pub struct Affinity {
     pub seconds: u32,
 }
 
-/// Something that decided.
+/// A step of the decision.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Step {
-    /// What kind of step: one word.
+    /// The kind of step, as one word.
     pub step: &'static str,
-    /// What was found, for people.
+    /// What was found, as text for people.
     pub text: String,
     /// The Kubernetes object behind it, as `Kind namespace/name`.
     pub object: Option<String>,
@@ -119,27 +119,27 @@ pub struct Step {
 /// What happens to a packet or call.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Answer {
-    /// What becomes of it.
+    /// The verdict.
     pub verdict: Verdict,
-    /// Why: a word of [`sluice_common::Reason`].
+    /// The name of the [`sluice_common::Reason`].
     pub reason: &'static str,
     /// The Service, as `namespace/name`.
     pub service: Option<String>,
-    /// Its port: the name, of an unnamed port the number.
+    /// The Service's port: its name, or the number of an unnamed port.
     pub port: Option<String>,
-    /// The frontend that was asked for.
+    /// The requested frontend.
     pub frontend: Option<Frontend>,
     /// The backend that this tuple gets.
     pub backend: Option<Endpoint>,
-    /// Every backend that the client may reach; empty unless forwarded.
+    /// Every backend that the client may reach; empty unless the packet is forwarded.
     pub candidates: Vec<Candidate>,
-    /// Whether the backend sees the client's address; absent unless forwarded.
+    /// Whether the backend sees the client's address; absent unless the packet is forwarded.
     pub source: Option<Source>,
     /// The service port's affinity.
     pub affinity: Option<Affinity>,
-    /// What decided, in order.
+    /// The steps of the decision, in order.
     pub steps: Vec<Step>,
-    /// What happens to the call, where a call is translated before there is a packet.
+    /// What happens to the call, if it is translated before a packet exists.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket: Option<Box<Answer>>,
 }

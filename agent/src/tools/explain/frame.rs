@@ -1,4 +1,4 @@
-//! The bytes of a packet that nobody sends.
+//! Builds the bytes of a packet that is never sent.
 
 use std::net::IpAddr;
 
@@ -6,22 +6,23 @@ use sluice_common::abi::{Device, Tuple, device_flags};
 use sluice_common::packet::header::{protocol, sctp, tcp};
 use sluice_core::image::Stack;
 
-/// What a packet is like besides its tuple.
+/// The properties of a packet besides its tuple.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Shape {
-    /// Its length with the IP header; by itself that of one without payload.
+    /// The length with the IP header. The default is a packet without payload.
     pub(super) length: Option<u16>,
-    /// Its TTL or hop limit; by itself 64.
+    /// The TTL or hop limit. The default is 64.
     pub(super) ttl: Option<u8>,
 }
 
-/// The length of the first packet of a connection, or of an empty datagram, with its IP header.
+/// Returns the length of the first packet of a connection, or of an empty datagram, with its IP
+/// header.
 pub(super) fn least_length<F: Stack>(protocol: u8) -> u16 {
     F::HEADER as u16 + transport(protocol, [0; 2], 0).len() as u16
 }
 
-/// The transport header of the first packet of a connection, or of a datagram, in a segment of
-/// `length` bytes.
+/// Returns the transport header of the first packet of a connection, or of a datagram, in a segment
+/// of `length` bytes.
 fn transport(protocol: u8, [source, destination]: [u16; 2], length: u16) -> Vec<u8> {
     let mut header = [source.to_be_bytes(), destination.to_be_bytes()].concat();
     match protocol {
@@ -39,7 +40,7 @@ fn transport(protocol: u8, [source, destination]: [u16; 2], length: u16) -> Vec<
     header
 }
 
-/// The frame that a device shows of a packet.
+/// Returns the frame of a packet as a device receives it.
 pub(super) fn frame<F: Stack>(
     tuple: &Tuple<F::Address>,
     shape: Shape,
@@ -52,7 +53,7 @@ pub(super) fn frame<F: Stack>(
     let ttl = shape.ttl.unwrap_or(64);
     let mut bytes = Vec::new();
     if here.is_none_or(|here| here.link_header != 0) {
-        // For the bridge, where the device is a port of one.
+        // Addressed to the bridge, if the device is a port of one.
         let [_, a, b, c] =
             here.map_or(0, |here| here.flags >> device_flags::BRIDGE_MAC_SHIFT).to_be_bytes();
         bytes.extend([0, 0, 0, a, b, c, 0, 0, 0, 0, 0, 0]);
@@ -61,7 +62,7 @@ pub(super) fn frame<F: Stack>(
     let start = bytes.len();
     match (F::ip(tuple.source), F::ip(tuple.destination)) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            // Fragments are forbidden, as the path's MTU is to be found out.
+            // Don't Fragment is set, because the path MTU is to be discovered.
             let [high, low] = length.to_be_bytes();
             bytes.extend([0x45, 0, high, low, 0, 0, 0x40, 0, ttl, tuple.protocol, 0, 0]);
             bytes.extend(source.octets());

@@ -1,5 +1,5 @@
-//! A world made of the maps and routes of this node. Everything is read only: a look leaves no
-//! trace.
+//! A world made of the maps and routes of this node. Everything is only read, so an explanation
+//! leaves no trace.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,23 +19,23 @@ use super::question::{Client, Question};
 use super::world::{Around, NamedDevice, Routing, World};
 use crate::node::dataplane::{Error, Kernel, KernelStack, Maps};
 
-/// The kernel's own routing, asked by netlink.
+/// The kernel's routing, over netlink.
 #[derive(Debug)]
 pub struct Live {
     runtime: Runtime,
     handle: Handle,
-    /// ifindex -> every device.
+    /// All devices, by ifindex.
     links: BTreeMap<u32, Link>,
-    /// What was asked so far, so that one answer stays one answer.
+    /// The routes found so far, so that all parts of an answer agree.
     routes: RefCell<BTreeMap<IpAddr, Option<Route>>>,
 }
 
-/// Where packets to an address go.
+/// The route to an address.
 #[derive(Clone, Copy, Debug)]
 struct Route {
     local: bool,
     device: u32,
-    /// The route's own, or what was learned of the path.
+    /// The route's own MTU, or the path MTU that was learned.
     mtu: Option<u32>,
 }
 
@@ -63,7 +63,7 @@ impl Live {
         Ok(Self { runtime, handle, links, routes: RefCell::default() })
     }
 
-    /// The world of the maps.
+    /// Returns the world of the maps.
     ///
     /// # Errors
     ///
@@ -139,7 +139,7 @@ async fn links(handle: &Handle) -> Result<BTreeMap<u32, Link>, rtnetlink::Error>
     Ok(found)
 }
 
-/// As `ip route get`.
+/// Looks up a route, as `ip route get` does.
 async fn route(handle: &Handle, destination: IpAddr) -> Option<Route> {
     let length = if destination.is_ipv4() { 32 } else { 128 };
     let question =
@@ -185,7 +185,7 @@ impl Routing for Live {
         if devices.contains_key(&device) {
             return Some(device);
         }
-        // A bridge of pods: nothing is attached to it, but to its ports, of which any does.
+        // A bridge of pods has no programs itself. Its ports have them, and any port will do.
         let port = devices
             .iter()
             .find(|(_, found)| found.entry.bridge == device && found.entry.role == device::EDGE);

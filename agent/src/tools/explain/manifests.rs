@@ -1,7 +1,7 @@
-//! A world made of manifests: without a kernel, a cluster or rights.
+//! A world made of manifests: it needs no kernel, cluster or privileges.
 //!
-//! The image is what the model and the plan make of the objects. Around it a node is supposed: one
-//! edge, one uplink with a default route, programs attached to both, and its addresses.
+//! Model and plan make the image from the objects. The node around it is assumed: one edge, one
+//! uplink with a default route, programs attached to both, and the node's addresses.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -25,34 +25,34 @@ use super::story::unknown_node;
 use super::world::{Around, LOOPBACK, NamedDevice, Routing, World};
 use crate::daemon::source::manifests::Folder;
 
-/// Ifindex of the supposed edge.
+/// The ifindex of the assumed edge.
 const EDGE: u32 = 2;
-/// Ifindex of the supposed uplink.
+/// The ifindex of the assumed uplink.
 const UPLINK: u32 = 3;
 
-/// How the agent of the supposed node is started.
+/// How the agent of the assumed node is started.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// A folder of manifests, or one file.
+    /// A directory of manifests, or one file.
     pub path: PathBuf,
-    /// The node's name, as in `nodeName` of endpoints; without one, the only Node that there is.
+    /// The node's name, as in `nodeName` of endpoints; the default is the only Node.
     pub node: Option<Arc<str>>,
     /// As `sluice agent --proxy-name`.
     pub proxy_name: Option<String>,
-    /// What a person has decided about traffic.
+    /// The policy for traffic.
     pub policy: Policy,
     /// One of [`abi::socket_path`].
     pub socket_path: u32,
 }
 
-/// Manifests, and what is made of them.
+/// Manifests, with the model and the plan of them.
 #[derive(Clone, Debug)]
 pub struct Manifests {
     options: Options,
     cluster: Cluster,
     model: Model,
     plan: Plan,
-    /// How many objects were read.
+    /// The number of objects that were read.
     objects: usize,
 }
 
@@ -61,8 +61,9 @@ impl Manifests {
     ///
     /// # Errors
     ///
-    /// When the folder or file cannot be read, or has Nodes but not the one that is asked for,
-    /// whose addresses nobody tells either. What is wrong with objects is in the model's reports.
+    /// When the directory or file cannot be read, or when it has Nodes but not the requested one,
+    /// and the policy does not give its addresses. Problems with objects are in the model's
+    /// reports.
     pub fn read(mut options: Options) -> Result<Self, ReadError> {
         let changes = Folder::new(options.path.clone()).scan()?;
         let nodes: Vec<Arc<str>> = changes
@@ -96,22 +97,22 @@ impl Manifests {
         Ok(manifests)
     }
 
-    /// How many objects were read, good ones and bad ones.
+    /// Returns the number of objects that were read, good and bad.
     #[must_use]
     pub fn objects(&self) -> usize {
         self.objects
     }
 
-    /// What could not be read at all: nobody knows what it would have changed.
+    /// Returns what could not be read at all, so that its effect is unknown.
     pub fn unread(&self) -> impl Iterator<Item = &Report> {
         self.model.reports().iter().filter(|report| is_unread(report.note.flaw))
     }
 
-    /// Applies the objects of another folder or file: those that are there already are replaced.
+    /// Applies the objects of another directory or file. They replace those that exist already.
     ///
     /// # Errors
     ///
-    /// When it, or a part of it, cannot be read, or there is nothing in it.
+    /// When it, or a part of it, cannot be read, or it is empty.
     pub fn apply(&mut self, path: &Path) -> Result<(), ApplyError> {
         let changes = whole(path)?;
         self.feed(changes);
@@ -119,7 +120,7 @@ impl Manifests {
     }
 
     fn feed(&mut self, changes: Vec<Change>) {
-        // Nothing depends on when it was noticed.
+        // Nothing depends on the time.
         let now = SystemTime::UNIX_EPOCH;
         self.objects += changes.iter().filter(|change| is_object(change)).count();
         for change in changes.into_iter().chain([Change::Synced]) {
@@ -148,13 +149,13 @@ impl Manifests {
         }
     }
 
-    /// The objects.
+    /// Returns the model of the objects.
     #[must_use]
     pub fn model(&self) -> &Model {
         &self.model
     }
 
-    /// The node's addresses: as a person says, else the Node object's.
+    /// Returns the node's addresses: those of the policy, or else those of the Node object.
     fn addresses(&self) -> Vec<IpAddr> {
         if !self.options.policy.node_addresses.is_empty() {
             return self.options.policy.node_addresses.clone();
@@ -162,7 +163,7 @@ impl Manifests {
         self.cluster.node_addresses()
     }
 
-    /// The world of a question, and its routing.
+    /// Returns the world of a question, and its routing.
     #[must_use]
     pub fn world(&self, question: &Question) -> (World, Supposed) {
         let addresses = self.addresses();
@@ -196,7 +197,7 @@ impl Manifests {
         let loopback = NamedDevice { name: "lo".to_owned(), entry: entry(device::LOOPBACK, 0) };
         let settings =
             abi::Settings { socket_path: self.options.socket_path, ..abi::Settings::default() };
-        // Networks for which there is no room are the agent's to complain about.
+        // The agent reports networks for which there is no room.
         let (told, _) = self.cluster.tell(policy, settings);
         let image = self.plan.image().clone();
         let mut local = local_backends::<V4>(&image);
@@ -216,36 +217,36 @@ impl Manifests {
             left: policy.leave.clone(),
             objects: Objects::of(self.model.clone()),
         };
-        // A person lists them since a device has them.
+        // The operator lists them because a device has them.
         let own = addresses.into_iter().chain(policy.leave.iter().copied()).collect();
         (world, Supposed { own, local })
     }
 }
 
-/// Why manifests say nothing about a node.
+/// Manifests cannot be used for a node.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// They cannot be read.
     #[error(transparent)]
     Unreadable(#[from] io::Error),
-    /// There are Nodes, but not that one.
+    /// There are Nodes, but not the requested one.
     #[error("its Nodes are {1}: there is no {0}; name one of them, or give --node-addresses too")]
     NoNode(Arc<str>, String),
 }
 
-/// Why manifests cannot be applied.
+/// Manifests cannot be applied.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// They cannot be read.
     #[error("cannot read it: {0}")]
     Unreadable(#[from] io::Error),
-    /// A part of them cannot be read, so the answer would be that of other manifests.
+    /// A part of them cannot be read, so the answer would be for other manifests.
     #[error("{0}: {1}")]
     Broken(Subject, String),
-    /// There are none.
+    /// They are empty.
     #[error("there is no object in it")]
     Empty,
-    /// What the maps hold of a Service is not enough to change it.
+    /// The maps do not hold enough of a Service to change it.
     #[error(
         "{0} is there without {1}: the maps do not hold objects, so give the Service and all of its EndpointSlices, \
          or ask by --manifests"
@@ -254,11 +255,11 @@ pub enum ApplyError {
 }
 
 impl World {
-    /// Applies manifests to maps: the Services in them are replaced, with all their endpoints.
+    /// Applies manifests to the maps. They replace whole Services, with all their endpoints.
     ///
     /// # Errors
     ///
-    /// When they cannot be read, or hold only a part of a Service.
+    /// When they cannot be read, or have only a part of a Service.
     pub fn apply(&mut self, path: &Path, sizes: Sizes, node: &str) -> Result<(), ApplyError> {
         let changes = whole(path)?;
         let (mut services, mut owners) = (BTreeSet::new(), BTreeSet::new());
@@ -305,7 +306,7 @@ impl World {
     }
 }
 
-/// Whether an object was read, and not what is wrong with one.
+/// Whether a change is an object, and not a note about one.
 fn is_object(change: &Change) -> bool {
     match change {
         Change::Service(..) | Change::Slice(..) | Change::Node(..) | Change::ServiceCidr(..) => {
@@ -315,12 +316,12 @@ fn is_object(change: &Change) -> bool {
     }
 }
 
-/// Whether a flaw hides what an object says, or that there is one.
+/// Whether a flaw hides what an object says, or that it exists.
 fn is_unread(flaw: Flaw) -> bool {
     matches!(flaw, Flaw::BrokenDocument | Flaw::Unreadable | Flaw::Undecodable)
 }
 
-/// The objects of a folder or file, all of which can be read.
+/// Returns the objects of a directory or file, or fails if one cannot be read.
 fn whole(path: &Path) -> Result<Vec<Change>, ApplyError> {
     let changes = Folder::new(path.to_owned()).scan()?;
     for change in &changes {
@@ -333,13 +334,13 @@ fn whole(path: &Path) -> Result<Vec<Change>, ApplyError> {
     if changes.iter().any(is_object) { Ok(changes) } else { Err(ApplyError::Empty) }
 }
 
-/// The node's addresses in the maps, and whether node ports are served there.
+/// Returns the node's addresses in the maps, with whether node ports are served there.
 fn nodes_of<F: Stack>(image: &Image) -> BTreeMap<IpAddr, bool> {
     let nodes = F::of(image).node_addresses.iter();
     nodes.map(|(address, node)| (F::ip(*address), node.serves_node_ports())).collect()
 }
 
-/// The first address of each family.
+/// Returns the first address of each family.
 fn first_of_each_family(addresses: &[IpAddr]) -> BTreeSet<IpAddr> {
     let first = |v4: bool| addresses.iter().find(move |address| address.is_ipv4() == v4).copied();
     first(true).into_iter().chain(first(false)).collect()
@@ -355,13 +356,13 @@ fn around<F: Stack>(networks: abi::Networks<F::Address>) -> Around<F> {
     }
 }
 
-/// The addresses of backends on this node.
+/// Returns the addresses of backends on this node.
 fn local_backends<F: Stack>(image: &Image) -> BTreeSet<IpAddr> {
     let backends = F::of(image).backends.values();
     backends.filter(|found| found.is_local()).map(|found| F::ip(found.address)).collect()
 }
 
-/// The device that packets of a question are met on.
+/// Returns the device that packets of a question arrive on.
 fn comes_in_by(question: &Question) -> u32 {
     match (question.way, question.from) {
         (Some(Way::Edge), _) | (Some(Way::Socket) | None, Client::Pod) => EDGE,
@@ -371,13 +372,13 @@ fn comes_in_by(question: &Question) -> u32 {
     }
 }
 
-/// The supposed node's routes: pods of this node are behind the edge, everything else is behind the
+/// The routes of the assumed node: its pods are behind the edge, everything else is behind the
 /// uplink.
 #[derive(Clone, Debug)]
 pub struct Supposed {
-    /// Its own addresses.
+    /// The node's own addresses.
     own: BTreeSet<IpAddr>,
-    /// Addresses of pods on it.
+    /// The addresses of pods on it.
     local: BTreeSet<IpAddr>,
 }
 
@@ -405,6 +406,6 @@ impl Routing for Supposed {
     }
 
     fn supposes(&self) -> &'static str {
-        "supposed"
+        "assumed"
     }
 }

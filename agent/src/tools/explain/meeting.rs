@@ -1,29 +1,29 @@
-//! What a packet met at a hook, and what that was about.
+//! The result of a packet at a hook.
 
 use sluice_common::abi::Class;
 use sluice_common::engine::adapter::Action;
-use sluice_common::packet::answer::Trouble;
+use sluice_common::packet::answer::IcmpError;
 use sluice_common::path::{Decision, Hook};
 
 use super::objects::Owner;
 use super::record::Asked;
 use super::world::Side;
 
-/// What a packet met at a hook.
+/// The result of a packet at a hook.
 pub(super) struct Meeting<F: Side> {
     pub(super) hook: Hook,
     pub(super) ifindex: u32,
     pub(super) decision: Decision<F>,
     pub(super) asked: Vec<Asked<F>>,
-    /// What becomes of it.
+    /// What happens to the packet.
     pub(super) action: Action,
-    /// The ICMP error that answers it, and the MTU that it tells.
-    pub(super) answered: Option<(Trouble, u32)>,
-    /// Its length with the IP header.
+    /// The ICMP error that answers the packet, with the MTU in it.
+    pub(super) answered: Option<(IcmpError, u32)>,
+    /// The packet's length with the IP header.
     pub(super) length: u32,
 }
 
-/// What was asked for: the service port, and as what the client counts.
+/// The requested service port, and the class of the client.
 #[derive(Clone, Debug)]
 pub(super) struct Target {
     pub(super) owner: Owner,

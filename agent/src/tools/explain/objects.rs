@@ -1,8 +1,8 @@
-//! Whose the numbers in the maps are: the Kubernetes objects and fields behind them.
+//! Finds the Kubernetes objects and fields behind the numbers in the maps.
 //!
-//! The maps name a service port's Service, and the kind of a frontend tells the field. Where the
-//! objects themselves are known (manifests), elements of lists and the endpoints' conditions are
-//! told too.
+//! The maps have the Service of a service port, and the kind of a frontend implies the field. If
+//! the objects themselves are known (manifests), elements of lists and the conditions of endpoints
+//! are reported too.
 
 use std::net::IpAddr;
 
@@ -16,7 +16,7 @@ pub struct Objects {
     model: Option<Model>,
 }
 
-/// A service port's owner.
+/// The Service and port behind a service port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Owner {
     /// The Service.
@@ -25,7 +25,7 @@ pub(super) struct Owner {
     label: String,
     /// The Service's own port number.
     number: u16,
-    /// The protocol's word.
+    /// The protocol's name.
     protocol: &'static str,
     /// 4 or 6.
     family: u8,
@@ -43,30 +43,30 @@ impl Owner {
         }
     }
 
-    /// The port's name, or its number.
+    /// Returns the port's name, or its number.
     pub(super) fn port(&self) -> String {
         if self.label.is_empty() { self.number.to_string() } else { self.label.clone() }
     }
 
-    /// The Service, as steps name it.
+    /// Returns the Service, as steps refer to it.
     pub(super) fn object(&self) -> String {
         format!("Service {}", self.service)
     }
 }
 
-/// The text before the first zero.
+/// Returns the text before the first zero byte.
 fn text(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()).into_owned()
 }
 
-/// How many endpoints of a service port are in which condition.
+/// The number of endpoints of a service port in each condition.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Census {
     ready: usize,
     terminating: usize,
     not_ready: usize,
-    /// Ready ones with hints for zones or nodes.
+    /// The ready ones with hints for zones or nodes.
     hinted: usize,
 }
 
@@ -88,13 +88,13 @@ impl std::fmt::Display for Census {
     }
 }
 
-/// A noun for a number of things.
+/// Returns a noun in the singular or plural.
 pub(super) fn plural(count: usize, noun: &str) -> String {
     if count == 1 { noun.to_owned() } else { format!("{noun}s") }
 }
 
 impl Objects {
-    /// The objects of a model.
+    /// Makes the objects of a model.
     pub(super) fn of(model: Model) -> Self {
         Self { model: Some(model) }
     }
@@ -103,7 +103,7 @@ impl Objects {
         self.model.as_ref()?.service(&owner.service)
     }
 
-    /// The element of `spec.ports` that is the service port.
+    /// Returns the element of `spec.ports` behind the service port.
     fn port_field(&self, owner: &Owner) -> String {
         let place = self.spec(owner).and_then(|spec| {
             spec.ports.iter().position(|port| {
@@ -116,7 +116,7 @@ impl Objects {
         }
     }
 
-    /// The field that makes an address a frontend.
+    /// Returns the field that makes an address a frontend.
     pub(super) fn frontend_field(&self, owner: &Owner, kind: u32, address: IpAddr) -> String {
         let port = self.port_field(owner);
         let spec = self.spec(owner);
@@ -137,8 +137,8 @@ impl Objects {
         }
     }
 
-    /// The traffic policy that concerns a class of clients, with its field; the word is known from
-    /// manifests only.
+    /// Returns the field of the traffic policy for a class of clients, and its value if the objects
+    /// are known.
     pub(super) fn policy(&self, owner: &Owner, class: Class) -> (&'static str, Option<&str>) {
         let word = |of: fn(&ServiceSpec) -> &str| self.spec(owner).map(of);
         let or_cluster =
@@ -150,8 +150,8 @@ impl Objects {
         }
     }
 
-    /// The parts of a Service's slices with a port of the service port's name, and the port's
-    /// number.
+    /// Returns the parts of a Service's slices with a port of the service port's name, with the
+    /// number of that port.
     fn parts<'a>(
         &'a self,
         owner: &'a Owner,
@@ -161,7 +161,7 @@ impl Objects {
             Ok(family) => family.is_none_or(|family| family.version() == owner.family),
             Err(_) => false,
         };
-        // Where there are slices, Endpoints mirror them.
+        // If there are slices, Endpoints objects only mirror them.
         let sliced = slices()
             .any(|(key, slice)| key.kind == SliceKind::EndpointSlice && slice.family.is_ok());
         let slices = slices().filter(move |(key, slice)| {
@@ -177,7 +177,7 @@ impl Objects {
         })
     }
 
-    /// The endpoints of a service port by their conditions; [`None`] where the objects are not
+    /// Returns the endpoints of a service port by condition, or [`None`] if the objects are not
     /// known.
     pub(super) fn census(&self, owner: &Owner) -> Option<Census> {
         let _ = self.model.as_ref()?;
@@ -197,7 +197,7 @@ impl Objects {
         Some(census)
     }
 
-    /// The object and field that an endpoint stands in; of several the one that lives.
+    /// Returns the object and field of an endpoint. If there are several, a ready one counts.
     pub(super) fn endpoint(
         &self,
         owner: &Owner,

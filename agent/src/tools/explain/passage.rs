@@ -1,11 +1,13 @@
-//! Takes a packet through a program as the kernel does, and records nothing.
+//! Takes a packet through a program as the kernel does, but records nothing.
 
 use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey, Tuple};
 use sluice_common::engine::act;
-use sluice_common::engine::adapter::{Adapter, Addressee, Arrival, Forwarded, Target, Way};
+use sluice_common::engine::adapter::{
+    Adapter, Addressee, Arrival, ForwardQuery, RouteQuery, Target,
+};
 use sluice_common::engine::open::{Refusal, Steps};
-use sluice_common::engine::tc::Packets;
-use sluice_common::packet::answer::Trouble;
+use sluice_common::engine::tc::TcProgram;
+use sluice_common::packet::answer::IcmpError;
 use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::parse::{self, Headers};
 use sluice_common::packet::rewrite::rewrite;
@@ -17,15 +19,15 @@ use super::frame::{Shape, frame};
 use super::record::Recorder;
 use super::world::{Routing, Seen, Side, World};
 
-/// A packet that nobody sends, and the host that it is asked about.
+/// A packet that is never sent, on the host of the question.
 pub(super) struct Host<'w> {
     world: &'w World,
     routing: &'w dyn Routing,
     hook: Hook,
     ifindex: u32,
     packet: Bytes<Vec<u8>>,
-    /// The ICMP error that it has become, and the MTU that it tells.
-    pub(super) answered: Option<(Trouble, u32)>,
+    /// The ICMP error that the packet has become, with the MTU in it.
+    pub(super) answered: Option<(IcmpError, u32)>,
 }
 
 impl<F: Side> Adapter<F> for Host<'_> {
@@ -52,7 +54,7 @@ impl<F: Side> Adapter<F> for Host<'_> {
         self.ifindex
     }
 
-    fn mark(&self) -> u32 {
+    fn fwmark(&self) -> u32 {
         0
     }
 
@@ -76,7 +78,7 @@ impl<F: Side> Adapter<F> for Host<'_> {
         F::of(&self.world.image).node_addresses.contains_key(address)
     }
 
-    fn route(&self, _: &F::Address, destination: &F::Address, way: &Way) -> Target {
+    fn route(&self, _: &F::Address, destination: &F::Address, way: &RouteQuery) -> Target {
         let destination = F::ip(*destination);
         let Some(device) = self.routing.leaves_by(destination) else { return Target::None };
         match self.routing.mtu(destination) {
@@ -85,19 +87,19 @@ impl<F: Side> Adapter<F> for Host<'_> {
         }
     }
 
-    fn forward(&mut self, packet: &Forwarded<F::Address>) -> Option<u32> {
+    fn forward(&mut self, packet: &ForwardQuery<F::Address>) -> Option<u32> {
         match Adapter::<F>::route(self, &packet.source, &packet.destination, &packet.way) {
             Target::Device(device) => Some(device),
             Target::TooBig(_) | Target::None => None,
         }
     }
 
-    /// Nobody looks neighbours up for a question.
+    /// No neighbours are looked up for a question.
     fn neighbour(&self, _: &F::Address, _: &F::Address, _: u32) -> Option<[u8; 6]> {
         None
     }
 
-    /// [`Routing::mtu`] has told.
+    /// [`Routing::mtu`] has this already.
     fn route_mtu(&self, _: &F::Address, _: u32) -> u32 {
         0
     }
@@ -110,7 +112,7 @@ impl<F: Side> Adapter<F> for Host<'_> {
         self.world.rejects.get(&key.address).copied()
     }
 
-    /// Nothing is sent, and nobody's credit used.
+    /// Nothing is sent, so no credit is used.
     fn set_bucket(&mut self, _: &RejectKey, _: &RejectBucket) {}
 
     fn now_ms(&self) -> u32 {
@@ -121,9 +123,9 @@ impl<F: Side> Adapter<F> for Host<'_> {
         rewrite(&mut self.packet, headers, flow)
     }
 
-    fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool {
-        self.answered = Some((trouble, mtu));
-        act::write_error(&mut self.packet, headers, trouble, mtu)
+    fn write_error(&mut self, headers: &Headers<F>, error: IcmpError, mtu: u32) -> bool {
+        self.answered = Some((error, mtu));
+        act::write_error(&mut self.packet, headers, error, mtu)
     }
 
     fn take_tags_off(&mut self) {}
@@ -142,7 +144,7 @@ pub(super) struct Passage<'w, F: Side> {
 }
 
 impl<'w, F: Side> Passage<'w, F> {
-    /// A packet that a hook is about to meet.
+    /// Makes a passage of a packet that arrives at a hook.
     pub(super) fn new(
         seen: &'w Seen<'w>,
         routing: &'w dyn Routing,
@@ -156,13 +158,13 @@ impl<'w, F: Side> Passage<'w, F> {
         let host = Host { world, routing, hook, ifindex, packet, answered: None };
         let mut headers = Headers::default();
         let _ = parse::headers_into(&host.packet, Adapter::<F>::link(&host), &mut headers);
-        // Side and all.
+        // Including its side.
         headers.tuple = *tuple;
         let tables = Recorder::new(seen, *tuple);
         Self { host, headers, tables, decision: Decision::pass(tuple) }
     }
 
-    /// Where packets to both ends of the flow leave.
+    /// Returns where packets to both ends of the flow leave.
     fn routes(&self) -> Routes {
         let leaves_by = |address| self.host.routing.leaves_by(F::ip(address)).unwrap_or(0);
         let Flow { source, destination, .. } = self.decision.flow;
@@ -183,7 +185,7 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
         path::open_into(self.host.hook, &self.headers, &self.tables, &mut self.decision);
     }
 
-    fn ask_routes(&mut self) {
+    fn look_up_routes(&mut self) {
         self.tables.routes = Some(self.routes());
     }
 
@@ -191,13 +193,13 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
         path::search(&self.tables, &mut self.decision);
     }
 
-    /// Nobody looks sockets up for a question.
-    fn is_held(&mut self) -> bool {
+    /// No sockets are looked up for a question.
+    fn is_taken_by_socket(&mut self) -> bool {
         false
     }
 
-    fn pass_over_one(&mut self) {
-        self.tables.passed_over += 1;
+    fn skip_one_port(&mut self) {
+        self.tables.ports_to_skip += 1;
     }
 
     fn record(&mut self) -> Refusal {
@@ -205,7 +207,7 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
     }
 }
 
-impl<'w, F: Side> Packets<F> for Passage<'w, F> {
+impl<'w, F: Side> TcProgram<F> for Passage<'w, F> {
     type Adapter = Host<'w>;
 
     fn decide(&mut self) {
@@ -216,32 +218,32 @@ impl<'w, F: Side> Packets<F> for Passage<'w, F> {
         self.decision = Decision::pass(&self.headers.tuple);
     }
 
-    fn disown(&mut self) {
-        path::disown(self.host.hook, &self.headers, &self.tables, &mut self.decision);
+    fn restrict_foreign(&mut self) {
+        path::restrict_foreign(self.host.hook, &self.headers, &self.tables, &mut self.decision);
     }
 
-    /// It is whole.
+    /// The packet is not a fragment.
     fn note(&mut self) {}
 
     fn is_for_others(&self) -> bool {
         false
     }
 
-    /// Who asks says where the client is.
+    /// The question says where the client is.
     fn has_foreign_source(&self) -> bool {
         false
     }
 
-    /// A packet that somebody asks about comes from a socket of its namespace, where it has one.
+    /// The packet of a question comes from a socket of its namespace, if it has one.
     fn has_hidden_socket(&mut self) -> bool {
         let Decision { flow, key, .. } = &self.decision;
         let hides = |here| policy::hides_sockets(here, key.protocol, true);
-        !flow.is_direct() && self.tables.here().is_some_and(hides)
+        !flow.is_direct() && self.tables.hook_device().is_some_and(hides)
     }
 
-    fn begin(&mut self, passed_over: u32) {
+    fn begin(&mut self, ports_to_skip: u32) {
         self.tables.routes = None;
-        self.tables.passed_over = passed_over;
+        self.tables.ports_to_skip = ports_to_skip;
     }
 
     fn parts(&mut self) -> (&mut Host<'w>, &Headers<F>, &Decision<F>) {
@@ -252,6 +254,6 @@ impl<'w, F: Side> Packets<F> for Passage<'w, F> {
         self.decision.reason = reason;
     }
 
-    /// Nobody counts a question.
+    /// A question is not counted.
     fn count(&mut self, _: bool) {}
 }

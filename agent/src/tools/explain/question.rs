@@ -1,4 +1,4 @@
-//! What is asked: a tuple, who sends it, and where it is met.
+//! A question: a tuple, who sends it, and where it arrives.
 
 use std::net::SocketAddr;
 
@@ -7,18 +7,18 @@ use sluice_core::model::object::Protocol;
 
 use super::frame::least_length;
 
-/// Who sends the packet.
+/// The sender of the packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Client {
     /// A pod of this node.
     Pod,
     /// A process in this host's network namespace.
     Host,
-    /// Somebody on another machine, be it a pod of another node.
+    /// A client on another machine, or a pod of another node.
     External,
 }
 
-/// Where a call or packet is met first.
+/// The first hook that handles a call or packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Way {
     /// At the socket, as a call.
@@ -36,22 +36,22 @@ pub struct Question {
     pub protocol: Protocol,
     /// The client.
     pub source: SocketAddr,
-    /// Whom it speaks to.
+    /// The destination.
     pub destination: SocketAddr,
-    /// Who the client is.
+    /// The kind of client.
     pub from: Client,
-    /// Where it is met, if a person says so; else the client tells.
+    /// The first hook, or [`None`] for the one that the client implies.
     pub way: Option<Way>,
-    /// The device that its packets are met on, if a person says so.
+    /// The device that packets arrive on, if given.
     pub device: Option<String>,
-    /// The packet's length with its IP header, if a person says so; else it has no payload.
+    /// The packet's length with its IP header, or [`None`] for no payload.
     pub length: Option<u16>,
-    /// The packet's TTL or hop limit, if a person says so.
+    /// The packet's TTL or hop limit, if given.
     pub ttl: Option<u8>,
 }
 
 impl Question {
-    /// The length of its packet without payload.
+    /// Returns the packet's length without payload.
     #[must_use]
     pub fn least_length(&self) -> u16 {
         let protocol = self.protocol.number();

@@ -1,4 +1,4 @@
-//! Tables that remember what they were asked, and what they answered.
+//! Tables that record lookups and their results.
 
 use std::cell::RefCell;
 
@@ -9,53 +9,53 @@ use sluice_common::abi::{
 use sluice_common::tables::Routes;
 use sluice_common::{Family, Tables};
 
-/// A question of the path and its answer, as far as they make a step.
+/// A lookup of the path and its result, if it makes a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Asked<F: Family> {
-    /// Is there a flow?
+    /// Whether there is a flow.
     Flow { found: Option<Flow<F::Address>>, embryonic: bool },
-    /// Is there a frontend?
+    /// Whether there is a frontend.
     Service { found: Option<Service> },
-    /// Which slots has the service port for clients of a class?
+    /// The slots of the service port for clients of a class.
     Range { class: Class, found: Range },
-    /// Which backend is in a slot?
+    /// The backend in a slot.
     Slot { slot: u32 },
-    /// What backend is it?
+    /// The data of a backend.
     Backend { found: Backend<F::Address> },
-    /// Where was the client before?
+    /// The client's earlier backend.
     Affinity { found: Option<Affinity> },
-    /// May the client use the address?
+    /// Whether the client may use the address.
     SourceRanges { within: bool },
-    /// Are node ports served at the address?
+    /// Whether node ports are served at the address.
     NodeAddress { serves: bool },
-    /// Where do packets leave?
+    /// Where packets leave.
     Routes(Routes),
 }
 
-/// Tables behind a recorder.
+/// Tables that are recorded.
 pub(super) struct Recorder<'t, F: Family, T> {
     tables: &'t T,
-    /// The packet's tuple: flows of others only tell which source ports are taken.
+    /// The packet's tuple. Flows of other tuples only show which source ports are taken.
     tuple: Tuple<F::Address>,
-    /// What the FIB says; asked for when the path does.
+    /// The result of the FIB lookup, if the path has asked for it.
     pub(super) routes: Option<Routes>,
-    /// How many ports are not to be tried.
-    pub(super) passed_over: u32,
+    /// The number of ports to skip.
+    pub(super) ports_to_skip: u32,
     asked: RefCell<Vec<Asked<F>>>,
 }
 
 impl<'t, F: Family, T> Recorder<'t, F, T> {
-    /// Nothing was asked so far.
+    /// Makes a recorder.
     pub(super) fn new(tables: &'t T, tuple: Tuple<F::Address>) -> Self {
-        Self { tables, tuple, routes: None, passed_over: 0, asked: RefCell::new(Vec::new()) }
+        Self { tables, tuple, routes: None, ports_to_skip: 0, asked: RefCell::new(Vec::new()) }
     }
 
-    /// Everything that was asked, in order.
+    /// Returns all lookups, in order.
     pub(super) fn asked(self) -> Vec<Asked<F>> {
         self.asked.into_inner()
     }
 
-    /// Notes a question; one that is asked again (the path goes on after the FIB's answer) counts
+    /// Records a lookup. One that is repeated (the path starts over after the FIB lookup) counts
     /// once.
     fn note(&self, asked: Asked<F>) {
         let mut all = self.asked.borrow_mut();
@@ -167,8 +167,8 @@ impl<F: Family, T: Tables<F>> Tables<F> for Recorder<'_, F, T> {
         self.tables.device(ifindex)
     }
 
-    fn here(&self) -> Option<&Device> {
-        self.tables.here()
+    fn hook_device(&self) -> Option<&Device> {
+        self.tables.hook_device()
     }
 
     fn ifindex(&self) -> u32 {
@@ -181,8 +181,8 @@ impl<F: Family, T: Tables<F>> Tables<F> for Recorder<'_, F, T> {
         Some(routes)
     }
 
-    fn passed_over(&self) -> u32 {
-        self.passed_over
+    fn ports_to_skip(&self) -> u32 {
+        self.ports_to_skip
     }
 
     fn translated_at_socket(&self) -> bool {

@@ -1,9 +1,9 @@
-//! What decided, in order: the path's questions and their answers, in words.
+//! Tells the steps of a decision: the path's lookups and their results, in words.
 
 use std::net::{IpAddr, SocketAddr};
 
 use sluice_common::abi::{
-    Affinity, Class, Range, ServicePort, TICK_SHIFT, backend, detect_local, device, frontend,
+    Affinity, Class, Flow, Range, ServicePort, TICK_SHIFT, backend, detect_local, device, frontend,
     masquerade, phase, state,
 };
 use sluice_common::path::{Decision, Hook, Verdict as PathVerdict, policy};
@@ -15,7 +15,7 @@ use super::question::{Client, Question};
 use super::record::Asked;
 use super::world::{Routing, Side, World};
 
-/// A kind of frontend, as Kubernetes calls it.
+/// Returns the kind of a frontend, as Kubernetes calls it.
 pub(super) fn kind_word(kind: u32) -> &'static str {
     match kind {
         frontend::LOAD_BALANCER => "LoadBalancer",
@@ -25,7 +25,7 @@ pub(super) fn kind_word(kind: u32) -> &'static str {
     }
 }
 
-/// Steps in the making.
+/// The steps so far.
 pub(super) struct Story<'w> {
     question: &'w Question,
     world: &'w World,
@@ -49,17 +49,17 @@ impl<'w> Story<'w> {
         self.steps.push(step(word, text));
     }
 
-    /// The call was left to packets.
+    /// Returns the step of a call that is left to packets.
     pub(super) fn left(why: &str) -> Step {
         step("socket", format!("the call is left to packets: {why}"))
     }
 
-    /// No program meets the packet.
+    /// Adds that no program handles the packet.
     pub(super) fn unmet(&mut self, why: &str) {
         self.add("packet", why);
     }
 
-    /// Where the packet is met.
+    /// Adds where the packet arrives.
     pub(super) fn meets<F: Side>(&mut self, meeting: &Meeting<F>, routing: &dyn Routing) {
         let device = self.world.devices.get(&meeting.ifindex);
         let role = match device.map(|device| device.entry.role) {
@@ -80,11 +80,11 @@ impl<'w> Story<'w> {
         let supposed = routing.supposes();
         let supposed = if supposed.is_empty() { String::new() } else { format!(" ({supposed})") };
         let goes_on =
-            if self.steps.is_empty() { "" } else { "not for a Service here; goes on to " };
+            if self.steps.is_empty() { "" } else { "not for a Service here; continues to " };
         self.add("packet", format!("{goes_on}{hook} of {place}{supposed}"));
     }
 
-    /// The call is met.
+    /// Adds where the call is handled.
     pub(super) fn calls(&mut self, target: &Target) {
         let call = match (self.question.protocol.number(), self.question.from) {
             (sluice_common::packet::header::protocol::TCP, _) => {
@@ -98,11 +98,11 @@ impl<'w> Story<'w> {
         self.frontend(target);
     }
 
-    /// A pod's call is taken only where the pod has been met.
+    /// Adds that a pod's call is only translated after a packet of the pod was seen.
     pub(super) fn is_learned(&mut self) {
         self.add(
             "socket",
-            "taken if a packet of the pod was met on its way to this frontend within the last minute, \
+            "translated if a packet of the pod to this frontend was seen within the last minute, \
              else left to packets",
         );
     }
@@ -119,7 +119,7 @@ impl<'w> Story<'w> {
         self.steps.push(Step { step: "frontend", text, object, field: Some(field) });
     }
 
-    /// What a packet's path asked, and was told.
+    /// Adds the lookups of a packet's path.
     pub(super) fn asks<F: Side>(
         &mut self,
         asked: &[Asked<F>],
@@ -131,19 +131,7 @@ impl<'w> Story<'w> {
             match question {
                 Asked::Flow { found: Some(entry), embryonic } => {
                     let followed = decision.verdict != PathVerdict::Pass && decision.kind == 0;
-                    let age = self.seconds_since(entry.seen);
-                    let what = if state::has_ended(entry.state) {
-                        "a flow that has ended"
-                    } else if *embryonic {
-                        "an unproven flow"
-                    } else {
-                        "a flow"
-                    };
-                    let fate =
-                        if followed { "followed" } else { "not followed: a new one is begun" };
-                    let text =
-                        format!("{what} of this tuple is known, last renewed {age} s ago: {fate}");
-                    self.add("flow", text);
+                    self.flow::<F>(entry, *embryonic, followed);
                     if let (true, Some(target)) = (followed && !named, target) {
                         self.followed(target, entry.is_reply(), decision);
                         named = true;
@@ -160,13 +148,7 @@ impl<'w> Story<'w> {
                         }
                     }
                 }
-                Asked::NodeAddress { serves: false } => {
-                    let ip = self.question.destination.ip();
-                    self.add(
-                        "frontend",
-                        format!("node ports are not served at {ip} (--nodeport-addresses)"),
-                    );
-                }
+                Asked::NodeAddress { serves: false } => self.serves_no_node_ports(),
                 Asked::SourceRanges { within } => self.source_ranges(target, *within),
                 Asked::Range { class, found } => self.policy(target, *class, *found),
                 Asked::Affinity { found } => self.affinity(target, found.as_ref(), asked),
@@ -184,17 +166,7 @@ impl<'w> Story<'w> {
         }
         if decision.kind == 0 && target.is_none() && decision.verdict == PathVerdict::Pass && !named
         {
-            let at = self.question.destination;
-            let protocol = self.question.protocol.word();
-            let text = if self.world.left.contains(&at.ip()) {
-                format!(
-                    "{} is left alone: a device of this node has it, for another proxy (--leave-address)",
-                    at.ip()
-                )
-            } else {
-                format!("{at} {protocol} is no Service's")
-            };
-            self.add("frontend", text);
+            self.is_no_frontend();
         }
         if decision.reason == Reason::UnassignedAddress {
             let ip = self.question.destination.ip();
@@ -205,27 +177,60 @@ impl<'w> Story<'w> {
         }
     }
 
-    /// Why the packet is netfilter's, if it is.
+    /// Adds the flow of the packet's tuple.
+    fn flow<F: Side>(&mut self, entry: &Flow<F::Address>, embryonic: bool, followed: bool) {
+        let what = if state::has_ended(entry.state) {
+            "a flow that has ended"
+        } else if embryonic {
+            "an unproven flow"
+        } else {
+            "a flow"
+        };
+        let fate = if followed { "followed" } else { "not followed: a new one is opened" };
+        let age = self.seconds_since(entry.seen);
+        self.add("flow", format!("{what} of this tuple is known, renewed {age} s ago: {fate}"));
+    }
+
+    fn serves_no_node_ports(&mut self) {
+        let ip = self.question.destination.ip();
+        self.add("frontend", format!("node ports are not served at {ip} (--nodeport-addresses)"));
+    }
+
+    fn is_no_frontend(&mut self) {
+        let at = self.question.destination;
+        let protocol = self.question.protocol.word();
+        let text = if self.world.left.contains(&at.ip()) {
+            format!(
+                "{} is left alone: a device of this node has it, for another proxy (--leave-address)",
+                at.ip()
+            )
+        } else {
+            format!("no Service has {at} {protocol}")
+        };
+        self.add("frontend", text);
+    }
+
+    /// Adds why the packet is left to netfilter, if it is.
     pub(super) fn leaves<F: Side>(&mut self, decision: &Decision<F>) {
         let text = match (decision.reason, self.world.settings.phase & phase::MASK) {
             (Reason::NetfilterFlow, _) => {
-                "netfilter's connection tracking has translated this connection before Sluice took over, and \
-                 goes on with it"
+                "netfilter has translated this connection since before the takeover, and continues \
+                 to do so"
             }
             (Reason::NotTaken, phase::IMPORT) => {
-                "a takeover is under way: until netfilter's connections are listed once more, datagrams and \
-                 what is mid-stream are left to it"
+                "a takeover is under way: until netfilter's connections have been listed again, it \
+                 keeps datagrams and connections that are already open"
             }
             (Reason::NotTaken, _) => {
-                "a takeover has not got so far, or a release is under way: what is no flow of Sluice's is left \
-                 to netfilter"
+                "a takeover is not far enough, or a release is under way: packets without a flow of \
+                 Sluice are left to netfilter"
             }
             _ => return,
         };
         self.add("takeover", text);
     }
 
-    /// Why the packet goes no further, where that is no matter of the Service's.
+    /// Adds why the packet ends early, for a reason that is not the Service's.
     pub(super) fn ends_early<F: Side>(&mut self, meeting: &Meeting<F>) {
         let answer = |what: &str| match meeting.answered {
             Some(_) => format!("answered with ICMP \"{what}\""),
@@ -238,27 +243,27 @@ impl<'w> Story<'w> {
         let client = self.question.source.ip();
         let text = match (meeting.decision.reason, meeting.answered) {
             (Reason::TooBig, Some((_, mtu))) => format!(
-                "{} bytes are more than the {mtu} that the way to {destination} takes: {}",
+                "{} bytes exceed the MTU of {mtu} on the path to {destination}: {}",
                 meeting.length,
                 answer("packet too big"),
             ),
             (Reason::TtlExceeded, _) => {
-                format!("its TTL would be 0 behind this node: {}", answer("time exceeded"))
+                format!("its TTL would be 0 after this node: {}", answer("time exceeded"))
             }
             (Reason::NoRoute, _) => format!(
-                "the way to {destination}, or the one back to {client}, leads by no device that \
-                 Sluice has programs on, or by one without an address to masquerade with"
+                "the route to {destination}, or the one back to {client}, leaves by no device with \
+                 Sluice's programs, or by one without an address to masquerade with"
             ),
             (Reason::RejectLimited, _) => format!(
-                "{client} has had its ICMP errors for now (six at once, then one a second), or all \
-                 clients of the device have (fifty, then a thousand a second)"
+                "the limit of ICMP errors is reached for {client} (six at once, then one per \
+                 second), or for all clients of the device (fifty, then a thousand per second)"
             ),
             _ => return,
         };
         self.add("limit", text);
     }
 
-    /// What a socket's choice asked, and was told.
+    /// Adds the lookups of a call.
     pub(super) fn chooses<F: Side>(&mut self, asked: &[Asked<F>], target: &Target) {
         for question in asked {
             if let Asked::Range { class, found } = question {
@@ -275,7 +280,7 @@ impl<'w> Story<'w> {
         (u64::from(self.world.now.wrapping_sub(seen)) << TICK_SHIFT) / 1_000_000_000
     }
 
-    /// A flow's own words stand for those of a choice.
+    /// Adds the steps of a known flow, in place of those of a choice.
     fn followed<F: Side>(&mut self, target: &Target, reply: bool, decision: &Decision<F>) {
         if reply {
             let vip = SocketAddr::from((F::ip(decision.flow.source), decision.flow.source_port));
@@ -310,7 +315,7 @@ impl<'w> Story<'w> {
         });
     }
 
-    /// As what the client counts.
+    /// Adds the class of the client.
     fn client(&mut self, target: &Target) {
         let ip = self.question.source.ip();
         let settings = &self.world.settings;
@@ -319,22 +324,22 @@ impl<'w> Story<'w> {
             IpAddr::V6(_) => policy::detector::<V6>(settings),
         };
         let detected = match detector {
-            detect_local::DEVICE | detect_local::SOME_DEVICES => {
-                "by the device that it comes in by"
-            }
+            detect_local::DEVICE | detect_local::SOME_DEVICES => "by the device that it arrives on",
             detect_local::ADDRESS => "by its address",
-            _ => "nothing tells local pods from others",
+            _ => "local pods are not detected",
         };
         let text = if self.question.from == Client::Host {
             format!("{ip} is a process of this host")
         } else {
             match target.class {
-                Class::Internal => format!("{ip} asks a ClusterIP: internal traffic, whoever asks"),
+                Class::Internal => {
+                    format!("{ip} uses a ClusterIP: internal traffic for any client")
+                }
                 Class::ExternalInside => {
                     format!("{ip} is a local pod ({detected}): an inside client")
                 }
                 Class::ExternalOutside => {
-                    format!("{ip} is no local pod ({detected}): an outside client")
+                    format!("{ip} is not a local pod ({detected}): an outside client")
                 }
             }
         };
@@ -358,7 +363,7 @@ impl<'w> Story<'w> {
         let (field, word) = self.world.objects.policy(&target.owner, class);
         let policy = match (word, class) {
             (Some("Local"), Class::ExternalInside) => {
-                "Local, which does not bind clients on this node".to_owned()
+                "Local, which does not apply to clients on this node".to_owned()
             }
             (Some("Local"), Class::Internal | Class::ExternalOutside) => {
                 "Local: only endpoints on this node".to_owned()
@@ -372,7 +377,7 @@ impl<'w> Story<'w> {
         let result = if range.size() != 0 {
             format!("{count} {} for this client", if count == 1 { "serves" } else { "serve" })
         } else if range.drops() {
-            "none is on this node, others are elsewhere: dropped".to_owned()
+            "none is on this node, but others are elsewhere: dropped".to_owned()
         } else {
             "none can serve: rejected".to_owned()
         };
@@ -381,7 +386,7 @@ impl<'w> Story<'w> {
         self.steps.push(Step { step: "policy", text, object, field: Some(field.to_owned()) });
     }
 
-    /// How many backends a range of slots leads to.
+    /// Returns the number of backends in a range of slots.
     fn selected(&self, range: Range) -> usize {
         let slots = self.world.image.slots.get(&range.start()).filter(|_| range.size() != 0);
         slots.map_or(0, |slots| slots.iter().collect::<std::collections::BTreeSet<_>>().len())
@@ -406,17 +411,15 @@ impl<'w> Story<'w> {
             Some(entry) if led => {
                 let age = self.seconds_since(entry.seen);
                 format!(
-                    "ClientIP, {seconds} s: {ip} was here {age} s ago, and stays with its backend"
+                    "ClientIP, {seconds} s: {ip} was seen {age} s ago, and stays with its backend"
                 )
             }
             Some(entry) if self.seconds_since(entry.seen) >= u64::from(seconds) => {
                 let age = self.seconds_since(entry.seen);
-                format!(
-                    "ClientIP, {seconds} s: {ip} was last here {age} s ago, and is led on as if new"
-                )
+                format!("ClientIP, {seconds} s: {ip} was last seen {age} s ago, and counts as new")
             }
-            Some(_) => format!("ClientIP, {seconds} s: what is known of {ip} no longer counts"),
-            None => format!("ClientIP, {seconds} s: {ip} was not here before"),
+            Some(_) => format!("ClientIP, {seconds} s: the backend of {ip} no longer counts"),
+            None => format!("ClientIP, {seconds} s: {ip} has not been seen before"),
         };
         let object = Some(target.owner.object());
         let field = Some("spec.sessionAffinity".to_owned());
@@ -451,26 +454,27 @@ impl<'w> Story<'w> {
         self.steps.push(Step { step: "backend", text, object, field: field.flatten() });
     }
 
-    /// The packet goes around the stack, if a device leads on.
+    /// Adds that the packet goes around the stack, or why it does not.
     pub(super) fn goes_around(&mut self, leaves_by: Option<u32>) {
         let name = leaves_by
             .and_then(|ifindex| self.world.devices.get(&ifindex))
             .map(|device| &device.name);
         let text = match (leaves_by, name) {
             (None, _) => {
-                "the stack takes it, although --accelerate is on: no device leads on".to_owned()
+                "the stack forwards it although --accelerate is on: no device leads further"
+                    .to_owned()
             }
             (Some(_), Some(name)) => {
-                format!("it goes on by {name}, around netfilter: --accelerate is on")
+                format!("it leaves by {name}, around netfilter: --accelerate is on")
             }
             (Some(_), None) => {
-                "it goes on as the routes say, around netfilter: --accelerate is on".to_owned()
+                "it is forwarded by the routes, around netfilter: --accelerate is on".to_owned()
             }
         };
         self.add("around", text);
     }
 
-    /// How addresses and ports change.
+    /// Adds how addresses and ports change.
     pub(super) fn rewrites<F: Side>(&mut self, decision: &Decision<F>) {
         let before = (self.question.source, self.question.destination);
         let source = SocketAddr::from((F::ip(decision.flow.source), decision.flow.source_port));
@@ -492,9 +496,9 @@ impl<'w> Story<'w> {
             return;
         }
         let fate = match decision.verdict {
-            PathVerdict::TurnBack => "; it goes back where it came from",
-            PathVerdict::Route => "; it is sent on as the routes say",
-            PathVerdict::HandIn => "; it is handed to this host",
+            PathVerdict::Bounce => "; it leaves by the device that it arrived on",
+            PathVerdict::Route => "; it is forwarded by the routes",
+            PathVerdict::Inject => "; it is delivered to this host",
             PathVerdict::Pass
             | PathVerdict::Translate
             | PathVerdict::Around
@@ -506,17 +510,15 @@ impl<'w> Story<'w> {
         self.add("rewrite", parts.join(", ") + fate);
     }
 
-    /// What a masqueraded client is shown as where its packet leaves.
+    /// Adds the address that a masqueraded client appears as when its packet leaves.
     pub(super) fn leaves_as(
         &mut self,
         device: Option<&str>,
         client: SocketAddr,
         seen_as: SocketAddr,
     ) {
-        let place = device.map_or_else(
-            || "where it leaves".to_owned(),
-            |name| format!("where it leaves by {name}"),
-        );
+        let place =
+            device.map_or_else(|| "at egress".to_owned(), |name| format!("at egress of {name}"));
         let seen_as = if is_unknown(seen_as.ip()) || seen_as.ip() == client.ip() {
             "an address of the node".to_owned()
         } else {
@@ -524,11 +526,11 @@ impl<'w> Story<'w> {
         };
         self.add(
             "rewrite",
-            format!("{place}, behind routing and netfilter, source {client} becomes {seen_as}"),
+            format!("{place}, after routing and netfilter, source {client} becomes {seen_as}"),
         );
     }
 
-    /// Whether the backend sees the client's address, and why.
+    /// Adds whether the backend sees the client's address, and why.
     pub(super) fn source<F: Side>(
         &mut self,
         source: Source,
@@ -549,52 +551,50 @@ impl<'w> Story<'w> {
         let followed = decision.kind == 0;
         let why = match source {
             Source::Masqueraded if hairpin => {
-                "the client is its own backend, and is shown to itself as the frontend"
+                "the client is its own backend, and sees itself as the frontend"
             }
-            _ if followed => "as the flow has it",
+            _ if followed => "as in the flow",
             _ if self.question.from == Client::Host => host_why(source),
             Source::Masqueraded if as_kube_proxy => "as kube-proxy does (--masquerade)",
-            Source::Masqueraded => "otherwise answers would not find back here",
-            Source::Kept if local => "externalTrafficPolicy: Local keeps it",
+            Source::Masqueraded => "otherwise replies would not return to this node",
+            Source::Kept if local => "externalTrafficPolicy: Local preserves it",
             Source::Kept if asked_routes => {
-                "the backend is on this node, and answers leave by a device that programs are attached to"
+                "the backend is on this node, and replies leave by a device with programs"
             }
-            Source::Kept => "answers come back here anyway",
+            Source::Kept => "replies return to this node anyway",
         };
-        self.add("source", format!("{}: {why}", source.word()));
+        self.add("source", format!("{}: {why}", source.as_str()));
     }
 
-    /// As [`Self::source`], of a call.
+    /// As [`Self::source`], for a call.
     pub(super) fn call_source(&mut self, source: Source) {
         let why = if self.question.from == Client::Host {
             host_why(source)
         } else {
-            "the pod speaks to the backend itself"
+            "the pod connects to the backend itself"
         };
-        self.add("source", format!("{}: {why}", source.word()));
+        self.add("source", format!("{}: {why}", source.as_str()));
     }
 
-    /// The end.
+    /// Adds the verdict.
     pub(super) fn ends(&mut self, verdict: Verdict, reason: Reason) {
         self.add(
             "verdict",
-            format!("{} ({}): {}", verdict.word(), reason.word(), reason.sentence().trim()),
+            format!("{} ({}): {}", verdict.as_str(), reason.as_str(), reason.sentence().trim()),
         );
     }
 }
 
 fn host_why(source: Source) -> &'static str {
     match source {
-        Source::Kept => {
-            "a process of this host has the address that its route to the backend gives it"
-        }
+        Source::Kept => "a process of this host has the source address of its route to the backend",
         Source::Masqueraded => {
-            "a process of this host appears as the node, by the route to the backend"
+            "a process of this host appears as the node, by its route to the backend"
         }
     }
 }
 
-/// The address that stands for the node's where nobody has told it.
+/// Returns a placeholder for the node's address, if that is unknown.
 pub(super) fn unknown_node(family_is_v4: bool) -> IpAddr {
     if family_is_v4 { IpAddr::from([0, 0, 0, 1]) } else { IpAddr::from([0, 0, 0, 0, 0, 0, 0, 2]) }
 }

@@ -1,4 +1,4 @@
-//! Follows the packet: from hook to hook, as the adapters in the kernel do.
+//! Follows the packet from hook to hook, as the adapters in the kernel do.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -21,20 +21,18 @@ use super::record::{Asked, Recorder};
 use super::story::{Story, kind_word};
 use super::world::{LOOPBACK, Routing, Seen, Side, World};
 
-/// Why there is no answer.
+/// There is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No such device, or nothing is attached to it.
-    #[error(
-        "no program is attached to a device {0:?}, so no packet is met there; `sluice status` lists the devices"
-    )]
+    /// There is no such device, or it has no programs.
+    #[error("no programs are attached to a device {0:?}; `sluice status` lists the devices")]
     Device(String),
-    /// No device has the role that is asked for.
-    #[error("no program is attached to a device that is {0}; `sluice status` lists the devices")]
+    /// No device has the requested role.
+    #[error("no programs are attached to {0}; `sluice status` lists the devices")]
     Role(&'static str),
-    /// Calls of others are not made here.
+    /// External clients make no calls on this node.
     #[error(
-        "a client outside makes no calls on this node: --path socket goes with --from pod or host"
+        "an external client makes no calls on this node: use --path socket with --from pod or host"
     )]
     OutsideCall,
 }
@@ -43,7 +41,7 @@ pub enum Error {
 ///
 /// # Errors
 ///
-/// When the packet can be met nowhere.
+/// When no hook handles the packet.
 pub fn explain(question: &Question, world: &World, routing: &dyn Routing) -> Result<Answer, Error> {
     if question.source.is_ipv4() {
         Walk::<V4>::new(question, world, routing).answer()
@@ -59,13 +57,13 @@ struct Walk<'w, F: Side> {
     tuple: Tuple<F::Address>,
 }
 
-/// What becomes of a call.
+/// What happens to a call.
 enum Call {
-    /// Nobody looks at it.
+    /// No program handles the call.
     Unseen,
-    /// It goes on as it is, to be decided about by packets; why, for people.
+    /// The call is left to packets, for this reason.
     Left(&'static str),
-    /// It is translated or refused.
+    /// The call is translated or refused.
     Taken(Box<Answer>),
 }
 
@@ -96,7 +94,7 @@ impl<'w, F: Side> Walk<'w, F> {
         }
         let mut answer = match self.place()? {
             Some((hook, ifindex)) => self.packet(hook, ifindex),
-            None => self.unmet("the route to it leaves by no device that programs are attached to"),
+            None => self.unmet("the route to it leaves by no device with programs"),
         };
         match call {
             Call::Taken(call) => answer.socket = Some(call),
@@ -110,7 +108,7 @@ impl<'w, F: Side> Walk<'w, F> {
         Ok(answer)
     }
 
-    /// Where the packet is met first; [`None`]: on no device of ours.
+    /// Returns the first hook for the packet, or [`None`] if no device with programs receives it.
     fn place(&self) -> Result<Option<(Hook, u32)>, Error> {
         let hook = if self.question.from == Client::Host { Hook::Egress } else { Hook::Ingress };
         if let Some(name) = &self.question.device {
@@ -174,7 +172,7 @@ impl<'w, F: Side> Walk<'w, F> {
         Meeting { hook, ifindex, decision, asked, action, answered, length }
     }
 
-    /// Follows a packet that a hook meets.
+    /// Follows a packet from a hook on.
     fn packet(&self, hook: Hook, ifindex: u32) -> Answer {
         let first = self.meet(hook, ifindex);
         let goes_on = (verdict(first.decision.verdict) == Verdict::Pass
@@ -203,7 +201,7 @@ impl<'w, F: Side> Walk<'w, F> {
         self.tell(story, &meeting)
     }
 
-    /// The answer at a hook.
+    /// Returns the answer for a packet at a hook.
     fn tell(&self, mut story: Story<'_>, meeting: &Meeting<F>) -> Answer {
         let Meeting { hook, ifindex, decision, asked, action, .. } = meeting;
         let target = self.target(*hook, *ifindex, decision);
@@ -245,7 +243,7 @@ impl<'w, F: Side> Walk<'w, F> {
         story.ends(verdict, decision.reason);
         Answer {
             verdict,
-            reason: decision.reason.word(),
+            reason: decision.reason.as_str(),
             service: target.as_ref().map(|target| target.owner.service.to_string()),
             port: target
                 .as_ref()
@@ -261,8 +259,8 @@ impl<'w, F: Side> Walk<'w, F> {
         }
     }
 
-    /// What a masqueraded client is shown as where its packets leave for the backend, and the
-    /// device.
+    /// Returns the address that a masqueraded client appears as, and the device where its packets
+    /// leave for the backend.
     fn client_side(
         &self,
         decision: &Decision<F>,
@@ -305,12 +303,12 @@ impl<'w, F: Side> Walk<'w, F> {
         (device.map(|device| device.name.clone()), SocketAddr::from((F::ip(seen_as.0), seen_as.1)))
     }
 
-    /// The answer about a packet that nobody translates.
+    /// Returns the answer for a packet that is not translated.
     fn pass(mut story: Story<'_>) -> Answer {
         story.ends(Verdict::Pass, Reason::Stranger);
         Answer {
             verdict: Verdict::Pass,
-            reason: Reason::Stranger.word(),
+            reason: Reason::Stranger.as_str(),
             service: None,
             port: None,
             frontend: None,
@@ -323,18 +321,17 @@ impl<'w, F: Side> Walk<'w, F> {
         }
     }
 
-    /// The answer about a packet that no program meets.
+    /// Returns the answer for a packet that no program handles.
     fn unmet(&self, why: &str) -> Answer {
         let mut story = Story::new(self.question, self.world);
         story.unmet(why);
         Self::pass(story)
     }
 
-    /// What the packet asked for.
+    /// Returns what the packet has requested.
     fn target(&self, hook: Hook, ifindex: u32, decision: &Decision<F>) -> Option<Target> {
         let seen = Seen { world: self.world, ifindex };
-        let egress = hook == Hook::Egress;
-        let is_local = egress || policy::is_local_pod::<F, _>(&self.tuple.source, &seen);
+        let is_local = hook.is_egress() || policy::is_local_pod::<F, _>(&self.tuple.source, &seen);
         if decision.flow.flags & (flow::REPLY | flow::DIRECT) != 0 {
             let service_port = decision.flow.service_port;
             let key = self.key(decision.flow.source, decision.flow.source_port);
@@ -344,7 +341,7 @@ impl<'w, F: Side> Walk<'w, F> {
             return Some(Target { owner: self.owner(service_port)?, service_port, kind, class });
         }
         let found = self.find(
-            policy::may_ask_for_node_ports::<F, _>(egress, &self.tuple.destination, &seen),
+            policy::may_ask_for_node_ports::<F, _>(hook, &self.tuple.destination, &seen),
             &seen,
         );
         if let Some((service_port, kind)) = found {
@@ -354,7 +351,7 @@ impl<'w, F: Side> Walk<'w, F> {
         if decision.reason != Reason::UndefinedPort {
             return None;
         }
-        // Another port of the same address tells whose it is.
+        // Another port of the same address shows the Service.
         let services = &F::of(&self.world.image).services;
         let other = services.iter().find(|(key, service)| {
             key.address == self.tuple.destination && service.kind == frontend::CLUSTER_IP
@@ -403,21 +400,16 @@ impl<'w, F: Side> Walk<'w, F> {
         (port.affinity_seconds != 0).then_some(Affinity { seconds: port.affinity_seconds })
     }
 
-    /// Every backend that clients of the class may reach.
+    /// Returns every backend that clients of the class may reach.
     fn candidates(&self, target: Option<&Target>) -> Vec<Candidate> {
         let Some(target) = target else { return Vec::new() };
-        let Some(port) = self.world.image.ports.get(&target.service_port) else {
-            return Vec::new();
-        };
-        let Some(range) = port.ranges.get(target.class as usize).copied().map(Range) else {
-            return Vec::new();
-        };
-        shares::<F>(self.world, range)
+        let range = self.world.image.range(target.service_port, target.class);
+        range.map_or_else(Vec::new, |range| shares::<F>(self.world, range))
     }
 
     /// Whether the backend sees the client's address. A process of this host has the address that
-    /// its route gives it, so nothing in the flow tells: what counts is whether kube-proxy would
-    /// replace it.
+    /// its route gives it, so the flow does not show it. What counts is whether kube-proxy would
+    /// replace the address.
     fn source(&self, target: Option<&Target>, flags: u8, backend: Option<Endpoint>) -> Source {
         let hairpin = backend.is_some_and(|backend| backend.address == self.question.source.ip());
         let masqueraded = if self.question.from == Client::Host {
@@ -429,7 +421,7 @@ impl<'w, F: Side> Walk<'w, F> {
         if hairpin || masqueraded { Source::Masqueraded } else { Source::Kept }
     }
 
-    /// Whether kube-proxy would replace the address of a process of this host that asks a
+    /// Whether kube-proxy would replace the address of a process of this host that connects to a
     /// ClusterIP.
     fn masquerades_host(&self) -> bool {
         use sluice_common::abi::{detect_local, masquerade};
@@ -445,7 +437,7 @@ impl<'w, F: Side> Walk<'w, F> {
             || knows_pods
     }
 
-    /// What becomes of the call that the packet would come of.
+    /// Returns what happens to the call that would cause the packet.
     fn call(&self) -> Call {
         use sluice_common::abi::detect_local;
         use sluice_common::abi::socket_path::{ALL, HOST, MACHINE};
@@ -464,7 +456,7 @@ impl<'w, F: Side> Walk<'w, F> {
         let seen = Seen { world: self.world, ifindex: 0 };
         let tables = Recorder::new(&seen, self.tuple);
         let key = self.key(self.tuple.destination, self.tuple.destination_port);
-        // Any cookie does: only whether there is a backend counts, not which.
+        // Any cookie will do: only whether there is a backend counts, not which one.
         let choice = choose::<F, _>(&key, 0, is_host, || None, &tables);
         let asked = tables.asked();
         let Some((service_port, kind)) = self.find(is_host, &seen) else { return Call::Unseen };
@@ -476,7 +468,7 @@ impl<'w, F: Side> Walk<'w, F> {
             Choice::Untouched => return Call::Left(self.why_left(&target, &asked)),
             Choice::Refuse { .. } if self.question.protocol != Protocol::Tcp => {
                 return Call::Left(
-                    "there is no backend, which packets are answered with an ICMP error",
+                    "there is no backend, so packets are answered with an ICMP error",
                 );
             }
             Choice::Refuse { .. } => (Verdict::Reject, Reason::SocketRefused),
@@ -488,32 +480,43 @@ impl<'w, F: Side> Walk<'w, F> {
             story.is_learned();
         }
         story.chooses(&asked, &target);
+        Call::Taken(Box::new(self.call_answer(story, &target, verdict, reason)))
+    }
+
+    /// Returns the answer for a call that is translated or refused.
+    fn call_answer(
+        &self,
+        mut story: Story<'_>,
+        target: &Target,
+        verdict: Verdict,
+        reason: Reason,
+    ) -> Answer {
         let mut answer = Answer {
             verdict,
-            reason: reason.word(),
+            reason: reason.as_str(),
             service: Some(target.owner.service.to_string()),
             port: Some(target.owner.port()),
-            frontend: Some(self.frontend(&target, &Decision::pass(&self.tuple), false)),
+            frontend: Some(self.frontend(target, &Decision::pass(&self.tuple), false)),
             backend: None,
             candidates: Vec::new(),
             source: None,
-            affinity: self.affinity(Some(&target)),
+            affinity: self.affinity(Some(target)),
             steps: Vec::new(),
             socket: None,
         };
         if verdict == Verdict::Forward {
-            answer.candidates = self.candidates(Some(&target));
+            answer.candidates = self.candidates(Some(target));
             let only = match answer.candidates[..] {
                 [only] => Some(Endpoint { address: only.address, port: only.port }),
                 _ => None,
             };
-            let source = self.source(Some(&target), 0, only);
+            let source = self.source(Some(target), 0, only);
             answer.source = Some(source);
             story.call_source(source);
         }
         story.ends(verdict, reason);
         answer.steps = story.steps();
-        Call::Taken(Box::new(answer))
+        answer
     }
 
     fn why_left(&self, target: &Target, asked: &[Asked<F>]) -> &'static str {
@@ -522,29 +525,26 @@ impl<'w, F: Side> Walk<'w, F> {
         if is_left_to_netfilter(self.world.settings.phase, self.question.protocol.number()) {
             "a takeover or release leaves such calls to packets"
         } else if asked.iter().any(drops) {
-            "clients are dropped without an answer, which only packets can be"
+            "clients are dropped without an answer, which is only possible with packets"
         } else if port.affinity_seconds != 0 {
-            "session affinity goes by the client's address, which only packets tell"
+            "session affinity needs the client's address, which only packets have"
         } else if port.restricts_sources() && target.kind == frontend::LOAD_BALANCER {
-            "source ranges go by the client's address, which only packets tell"
+            "source ranges need the client's address, which only packets have"
         } else if target.kind != frontend::CLUSTER_IP
             && port.is_external_local()
             && !policy::is_known_at_the_socket::<F>(&self.world.settings)
         {
-            "which backends it may reach goes by the client's address or device, which only packets tell"
+            "the choice of backends needs the client's address or device, which only packets have"
         } else {
-            "its client is masqueraded, which only packets can be"
+            "its client is masqueraded, which is only possible with packets"
         }
     }
 }
 
-/// The backends in a range of slots, in order of address, with their shares.
+/// Returns the backends in a range of slots with their shares, by address.
 fn shares<F: Stack>(world: &World, range: Range) -> Vec<Candidate> {
-    let Some(slots) = world.image.slots.get(&range.start()).filter(|_| range.size() != 0) else {
-        return Vec::new();
-    };
     let mut owned = std::collections::BTreeMap::<Endpoint, usize>::new();
-    for id in slots {
+    for id in world.image.backends_in(range) {
         if let Some(backend) = F::of(&world.image).backends.get(id) {
             *owned
                 .entry(Endpoint { address: F::ip(backend.address), port: backend.port })
@@ -562,22 +562,22 @@ fn shares<F: Stack>(world: &World, range: Range) -> Vec<Candidate> {
         .collect()
 }
 
-/// Whether the packet goes on as it is: it leaves with an address of the node, and is only kept
-/// from meeting clients.
+/// Whether the packet only gets an entry and continues unchanged. It leaves with an address of the
+/// node, and the entry keeps its port from being given to a client.
 fn is_note<F: Side>(decision: &Decision<F>) -> bool {
     const NOTE: u8 = flow::SOURCE | flow::DIRECT;
     decision.reason == Reason::Stranger && decision.flow.flags & NOTE == NOTE
 }
 
-/// What a path's verdict is to those who ask.
+/// Returns the verdict for people.
 fn verdict(verdict: path::Verdict) -> Verdict {
     match verdict {
-        // Only whole packets are asked about: none is held.
+        // Questions are about whole packets only, and those are never held.
         path::Verdict::Pass | path::Verdict::Hold => Verdict::Pass,
         path::Verdict::Translate
         | path::Verdict::Around
-        | path::Verdict::TurnBack
-        | path::Verdict::HandIn
+        | path::Verdict::Bounce
+        | path::Verdict::Inject
         | path::Verdict::Route => Verdict::Forward,
         path::Verdict::Reset | path::Verdict::Unreachable => Verdict::Reject,
         path::Verdict::Drop => Verdict::Drop,

@@ -1,20 +1,19 @@
-//! The maps in memory, with what lies around them: the packet path's tables.
+//! The maps in memory, with their surroundings: the tables of the packet path.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use sluice_common::abi::{
     Affinity, AffinityKey, Backend, Class, Datagram, DatagramPorts, Device, Flow, Networks,
-    NodeAddress, OriginKey, Origins, Range, RejectBucket, Service, ServiceKey, ServicePort,
-    Settings, Ticks, Tuple, device, socket_path,
+    OriginKey, Origins, Range, RejectBucket, Service, ServiceKey, ServicePort, Settings, Ticks,
+    Tuple, device, socket_path,
 };
 use sluice_common::event::Wide;
-use sluice_common::family::lane;
 use sluice_common::packet::answer::Answer;
 use sluice_common::path::mark;
 use sluice_common::tables::Routes;
 use sluice_common::{Family, Tables, V4, V6};
-use sluice_core::image::{Image, SourceKey, Stack, node_port_bit};
+use sluice_core::image::{Image, Stack};
 
 use super::objects::Objects;
 use super::question::Question;
@@ -22,74 +21,74 @@ use super::question::Question;
 /// The ifindex of every network namespace's loopback device.
 pub(super) const LOOPBACK: u32 = 1;
 
-/// A device that programs are attached to.
+/// A device with programs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedDevice {
-    /// Its name; empty for one that is only supposed.
+    /// The device's name; empty for an assumed one.
     pub name: String,
-    /// What the maps hold.
+    /// The device's entry in the maps.
     pub entry: Device,
 }
 
-/// What the kernel's routing says.
+/// The kernel's routing.
 pub trait Routing {
-    /// The device that packets to an address leave by; [`None`] where there is none, or where the
+    /// Returns the device by which packets to an address leave, or [`None`] if there is none or the
     /// address is this host's.
     fn leaves_by(&self, destination: IpAddr) -> Option<u32>;
-    /// The largest packet that goes to an address, with its IP header; [`None`]: nobody knows.
+    /// Returns the largest packet to an address, with its IP header, or [`None`] if it is unknown.
     fn mtu(&self, destination: IpAddr) -> Option<u32>;
     /// Whether an address is this host's own.
     fn is_local(&self, address: IpAddr) -> bool;
-    /// The device on which this client's packets come in.
+    /// Returns the device on which the client's packets arrive.
     fn comes_in_by(&self, question: &Question, devices: &BTreeMap<u32, NamedDevice>)
     -> Option<u32>;
-    /// What was taken for granted, for people; empty if the kernel was asked.
+    /// Returns the assumptions, for people; empty if the kernel was queried.
     fn supposes(&self) -> &'static str;
 }
 
 /// Everything that decides about a packet.
 #[derive(Clone, Debug)]
 pub struct World {
-    /// What the plan writes.
+    /// The maps that the plan writes.
     pub image: Image,
-    /// What the agent tells every program.
+    /// The settings of the programs.
     pub settings: Settings,
-    /// IPv4 ranges and memory.
+    /// The other maps of IPv4.
     pub v4: Around<V4>,
-    /// IPv6 ranges and memory.
+    /// The other maps of IPv6.
     pub v6: Around<V6>,
-    /// ifindex -> device.
+    /// The devices, by ifindex.
     pub devices: BTreeMap<u32, NamedDevice>,
-    /// The time.
+    /// The present time.
     pub now: Ticks,
-    /// The time in milliseconds, by which ICMP errors are limited.
+    /// The time in milliseconds, which limits ICMP errors.
     pub now_ms: u32,
-    /// What clients and devices may still be sent of ICMP errors.
+    /// The ICMP errors that clients and devices may still get.
     pub rejects: BTreeMap<[u8; 16], RejectBucket>,
-    /// Addresses that are left to whoever has them on a device of this node.
+    /// Service addresses that are left to a process on this node.
     pub left: BTreeSet<IpAddr>,
-    /// Whose the numbers are.
+    /// The objects behind the numbers.
     pub objects: Objects,
 }
 
-/// What a family's maps hold that the plan does not write.
+/// The maps of a family that the plan does not write.
 #[derive(Clone, Debug)]
 pub struct Around<F: Family> {
     /// Address ranges of the cluster.
     pub networks: Networks<F::Address>,
     /// Proven flows.
     pub flows: BTreeMap<Tuple<F::Address>, Flow<F::Address>>,
-    /// Flows that nothing has proven so far.
+    /// Flows that are not proven yet.
     pub embryonic: BTreeMap<Tuple<F::Address>, Flow<F::Address>>,
-    /// Where clients have been.
+    /// The affinity of clients.
     pub affinity: BTreeMap<AffinityKey<F::Address>, Affinity>,
-    /// Packets that are netfilter's to translate.
+    /// Packets that netfilter translates.
     pub imported: BTreeMap<Tuple<F::Address>, u32>,
 }
 
-/// A family that the world has tables of.
+/// A family with its maps in the world.
 pub(super) trait Side: Stack + Answer + Wide {
-    /// What lies around the family's maps.
+    /// Returns the family's maps that the plan does not write.
     fn around(world: &World) -> &Around<Self>;
 }
 
@@ -109,14 +108,13 @@ impl Side for V6 {
 #[derive(Clone, Copy)]
 pub(super) struct Seen<'w> {
     pub(super) world: &'w World,
-    /// The device that the packet is met on; 0 for calls of sockets.
+    /// The device that the packet arrives on; 0 for calls of sockets.
     pub(super) ifindex: u32,
 }
 
 impl<F: Side> Tables<F> for Seen<'_> {
     fn listing(&self, address: &F::Address) -> u8 {
-        let (word, shift) = lane::<F>(address);
-        self.world.image.lanes.get(&(word * 16 + shift / 4)).copied().unwrap_or_default()
+        self.world.image.listing::<F>(address)
     }
 
     fn flow(&self, tuple: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
@@ -132,7 +130,7 @@ impl<F: Side> Tables<F> for Seen<'_> {
     }
 
     fn datagram(&self, _: &Datagram<F::Address>) -> Option<&DatagramPorts> {
-        // Only whole packets are asked about.
+        // Questions are about whole packets only.
         None
     }
 
@@ -145,13 +143,11 @@ impl<F: Side> Tables<F> for Seen<'_> {
     }
 
     fn range(&self, service_port: u32, class: Class) -> Option<Range> {
-        let port = self.world.image.ports.get(&service_port)?;
-        port.ranges.get(class as usize).copied().map(Range)
+        self.world.image.range(service_port, class)
     }
 
     fn slot(&self, slot: u32) -> Option<u32> {
-        let (start, ids) = self.world.image.slots.range(..=slot).next_back()?;
-        ids.get((slot - start) as usize).copied()
+        self.world.image.slot(slot)
     }
 
     fn backend(&self, id: u32) -> Option<&Backend<F::Address>> {
@@ -163,24 +159,19 @@ impl<F: Side> Tables<F> for Seen<'_> {
     }
 
     fn in_source_ranges(&self, service_port: u32, address: &F::Address) -> bool {
-        let within = |key: &SourceKey<F::Address>| shares::<F>(&key.network, address, key.length);
-        let first = SourceKey { service_port, length: 0, network: F::Address::default() };
-        let keys = F::of(&self.world.image).source_ranges.range(first..).map(|(key, _)| key);
-        keys.take_while(|key| key.service_port == service_port).any(within)
+        self.world.image.in_source_ranges::<F>(service_port, address)
     }
 
     fn is_node_port(&self, port: u16) -> bool {
-        let (word, bit) = node_port_bit(port);
-        self.world.image.node_ports.get(&word).is_some_and(|bits| bits & bit != 0)
+        self.world.image.is_node_port(port)
     }
 
     fn is_node_address(&self, address: &F::Address) -> bool {
-        F::of(&self.world.image).node_addresses.contains_key(address)
+        self.world.image.is_node_address::<F>(address)
     }
 
     fn serves_node_ports(&self, address: &F::Address) -> bool {
-        let node: Option<&NodeAddress> = F::of(&self.world.image).node_addresses.get(address);
-        node.is_some_and(NodeAddress::serves_node_ports)
+        self.world.image.serves_node_ports::<F>(address)
     }
 
     fn origins(&self, key: &OriginKey<F::Address>) -> Option<&Origins<F::Address>> {
@@ -188,7 +179,7 @@ impl<F: Side> Tables<F> for Seen<'_> {
     }
 
     fn marks(&self) -> u32 {
-        // They spare the kernel lookups that find nothing; here nothing is lost by them.
+        // The marks spare the kernel lookups that find nothing. Here those lookups are harmless.
         mark::DIRECT | mark::HOST | mark::MASQUERADED
     }
 
@@ -204,7 +195,7 @@ impl<F: Side> Tables<F> for Seen<'_> {
         self.world.devices.get(&ifindex).map(|device| &device.entry)
     }
 
-    fn here(&self) -> Option<&Device> {
+    fn hook_device(&self) -> Option<&Device> {
         <Self as Tables<F>>::device(self, self.ifindex)
     }
 
@@ -218,20 +209,10 @@ impl<F: Side> Tables<F> for Seen<'_> {
 
     fn translated_at_socket(&self) -> bool {
         matches!(self.world.settings.socket_path, socket_path::ALL | socket_path::MACHINE)
-            && <Self as Tables<F>>::here(self).is_some_and(|here| here.role == device::EDGE)
+            && <Self as Tables<F>>::hook_device(self).is_some_and(|here| here.role == device::EDGE)
     }
 
     fn now(&self) -> Ticks {
         self.world.now
     }
-}
-
-/// Whether two addresses share their first bits.
-fn shares<F: Stack>(one: &F::Address, other: &F::Address, bits: u8) -> bool {
-    let differs = match (F::ip(*one), F::ip(*other)) {
-        (IpAddr::V4(one), IpAddr::V4(other)) => (one.to_bits() ^ other.to_bits()).leading_zeros(),
-        (IpAddr::V6(one), IpAddr::V6(other)) => (one.to_bits() ^ other.to_bits()).leading_zeros(),
-        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => return false,
-    };
-    differs >= u32::from(bits)
 }

@@ -1,5 +1,5 @@
-//! What packets do not meet that go around the stack (`--accelerate on`): rules of netfilter, and
-//! programs behind ours.
+//! Finds what packets bypass that go around the stack (`--accelerate on`): netfilter's rules, and
+//! programs after Sluice's.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -12,23 +12,23 @@ use crate::node::kube_proxy::rules::HOLDING;
 use crate::node::nft::Family;
 
 const NAME: &str = "accelerate";
-/// Rules of a chain that are told at most; the others are counted.
+/// The most rules of a chain that are listed. The others are counted.
 const TOLD_MAX: usize = 3;
 
-/// What was found.
+/// What such packets bypass.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Skipped {
     /// Base chains with their rules, for people.
     chains: Vec<String>,
-    /// Those among them that drop what is forwarded, and by what.
+    /// The chains that drop forwarded packets, and by which rule.
     drops: Vec<String>,
-    /// Tables of the older iptables, whose rules nf_tables does not list.
+    /// Tables of legacy iptables, whose rules nf_tables does not list.
     legacy: BTreeSet<String>,
-    /// Device -> programs behind ours at its ingress.
+    /// The programs after Sluice's at the ingress of each device.
     programs: BTreeMap<String, BTreeSet<String>>,
 }
 
-/// The word of a hook that a packet meets between our two programs.
+/// Returns the name of a hook that a packet passes between Sluice's two programs.
 fn hook(family: Family, base: &Base) -> Option<&'static str> {
     match (family, base.at.hook) {
         (Family::Inet, 5) | (Family::Netdev, 0) => Some("ingress"),
@@ -40,7 +40,7 @@ fn hook(family: Family, base: &Base) -> Option<&'static str> {
     }
 }
 
-/// A rule in few words: `handle 7 (port 80) drop`.
+/// Describes a rule: `handle 7 (port 80) drop`.
 fn told(rule: &Rule) -> String {
     let named = rule.named.first().map_or(String::new(), |named| format!(" ({named})"));
     let action = if rule.action.is_empty() { String::new() } else { format!(" {}", rule.action) };
@@ -52,7 +52,7 @@ fn drops(rule: &Rule) -> bool {
 }
 
 impl Skipped {
-    /// What of some tables, and what else was found, is skipped.
+    /// Collects what is bypassed from tables and other findings.
     pub(super) fn new(
         rulesets: &[Ruleset],
         legacy: BTreeSet<String>,
@@ -93,17 +93,17 @@ impl Skipped {
         skipped
     }
 
-    /// All of it, for people; [`None`]: nothing is skipped.
+    /// Returns everything that is bypassed, for people, or [`None`] if there is nothing.
     fn words(&self) -> Option<String> {
         let mut parts = self.chains.clone();
         if !self.legacy.is_empty() {
             let tables: Vec<&str> = self.legacy.iter().map(String::as_str).collect();
-            parts.push(format!("legacy iptables' tables {}", tables.join(", ")));
+            parts.push(format!("legacy iptables tables {}", tables.join(", ")));
         }
         for (device, programs) in &self.programs {
             let names: Vec<&str> = programs.iter().map(String::as_str).collect();
             parts.push(format!(
-                "programs behind ours at the ingress of {device}: {}",
+                "programs after Sluice's at the ingress of {device}: {}",
                 names.join(", ")
             ));
         }
@@ -111,7 +111,7 @@ impl Skipped {
     }
 }
 
-/// Tables of legacy iptables that packets meet between our programs.
+/// Returns the legacy iptables tables that packets pass between Sluice's programs.
 pub(super) fn legacy() -> BTreeSet<String> {
     let of = |file: &str, word: &str| {
         let names = std::fs::read_to_string(format!("/proc/net/{file}")).unwrap_or_default();
@@ -120,35 +120,36 @@ pub(super) fn legacy() -> BTreeSet<String> {
     of("ip_tables_names", "IPv4").into_iter().chain(of("ip6_tables_names", "IPv6")).collect()
 }
 
-/// What follows from it.
+/// Returns the check.
 pub(super) fn check(accelerate: Accelerate, found: Option<Result<&Skipped, &io::Error>>) -> Check {
     let skipped = match found {
-        None => return Check::new(NAME, Outcome::Skip, "rules can be listed by root only"),
+        None => return Check::new(NAME, Outcome::Skip, "only root can list rules"),
         Some(Err(error)) => {
             return Check::new(
                 NAME,
                 Outcome::Skip,
-                format!("netfilter's rules cannot be listed: {error}"),
+                format!("cannot list netfilter's rules: {error}"),
             );
         }
         Some(Ok(skipped)) => skipped,
     };
     let words = skipped.words();
-    let words = words.as_deref().unwrap_or("no rule of netfilter's, and no program behind ours");
+    let words = words.as_deref().unwrap_or("no netfilter rule, and no program after Sluice's");
     if accelerate == Accelerate::Off {
-        let what =
-            format!("off: packets pass the stack; with `on` those of Services would skip: {words}");
+        let what = format!(
+            "off: packets pass the stack; with `on`, packets of Services would bypass: {words}"
+        );
         return Check::new(NAME, Outcome::Yes, what);
     }
-    let what = format!("on: packets of Services skip: {words}");
+    let what = format!("on: packets of Services bypass: {words}");
     if skipped.drops.is_empty() && skipped.programs.is_empty() && skipped.legacy.is_empty() {
         return Check::new(NAME, Outcome::Yes, what);
     }
     let why = if skipped.drops.is_empty() {
-        "make sure that nothing depends on these, or leave --accelerate off".to_owned()
+        "check that nothing depends on these, or leave --accelerate off".to_owned()
     } else {
         format!(
-            "what {} would not stop a Service's packets: leave --accelerate off, or have it done elsewhere (docs/security.md)",
+            "{} would not stop packets of Services: leave --accelerate off, or filter elsewhere (docs/security.md)",
             skipped.drops.join(", ")
         )
     };

@@ -1,4 +1,4 @@
-//! The devices as the agent would see them: roles, XDP in their drivers, the CNI's shape, MTUs.
+//! Checks devices as the agent would see them: roles, XDP in their drivers, the CNI's kind, MTUs.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -9,7 +9,7 @@ use super::{Check, Outcome};
 use crate::node::devices::{Facts, Link, Role, Survey};
 use crate::node::netlink::{self, Attributes, NETLINK_GENERIC, NLM_F_ACK, find};
 
-/// Drivers that have XDP since before kernels told (Linux 6.3).
+/// Drivers that supported XDP before kernels reported it (Linux 6.3).
 const KNOWN: [&str; 22] = [
     "bnxt_en",
     "dpaa2-eth",
@@ -36,19 +36,19 @@ const KNOWN: [&str; 22] = [
 ];
 /// `NETDEV_XDP_ACT_BASIC`: programs can be attached in the driver.
 const BASIC: u64 = 1;
-/// Names that a row holds.
+/// The most names in a row.
 const NAMES_MAX: usize = 6;
 
-/// What a device says of its driver, without being touched.
+/// What a device reports about its driver, without being changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Driver {
     /// Its name.
     pub(super) name: Option<String>,
-    /// Bits of `NETDEV_XDP_ACT_*`, where the kernel tells.
+    /// Bits of `NETDEV_XDP_ACT_*`, if the kernel reports them.
     pub(super) features: Option<u64>,
 }
 
-/// Asks every uplink.
+/// Queries the driver of every uplink.
 pub(super) fn ask(survey: &Survey) -> BTreeMap<u32, Driver> {
     let uplinks = survey.devices.values().filter(|device| device.role == Role::Uplink);
     let family = family("netdev");
@@ -60,7 +60,7 @@ pub(super) fn ask(survey: &Survey) -> BTreeMap<u32, Driver> {
         .collect()
 }
 
-/// The number of a generic netlink family.
+/// Returns the number of a generic netlink family.
 fn family(name: &str) -> Option<u16> {
     const CONTROL: u16 = 16;
     const GET_FAMILY: u8 = 3;
@@ -69,7 +69,7 @@ fn family(name: &str) -> Option<u16> {
     let name = Attributes::default().text(FAMILY_NAME, name);
     let message = netlink::message(CONTROL, NLM_F_ACK, &[GET_FAMILY, 1, 0, 0], &name);
     let mut found = None;
-    // A kernel without the family says so by an error.
+    // A kernel without the family answers with an error.
     let _ = netlink::ask(NETLINK_GENERIC, &message, |payload| {
         let id = payload.get(4..).and_then(|attributes| find(attributes, FAMILY_ID));
         found = id.and_then(|id| id.try_into().ok()).map(u16::from_ne_bytes);
@@ -77,7 +77,7 @@ fn family(name: &str) -> Option<u16> {
     found
 }
 
-/// What a device's driver does with XDP.
+/// Returns the XDP features of a device's driver.
 fn features(family: u16, device: u32) -> Option<u64> {
     const DEVICE_GET: u8 = 1;
     const IFINDEX: u16 = 1;
@@ -106,21 +106,21 @@ struct DeviceRequest {
     pad: [u64; 2],
 }
 
-/// The name of a device's driver, as `ethtool -i` has it.
+/// Returns the name of a device's driver, as `ethtool -i` does.
 fn driver(device: &str) -> io::Result<String> {
     const SIOCETHTOOL: libc::c_ulong = 0x8946;
     const GET_DRIVER_INFO: u32 = 3;
     let name = CString::new(device).map_err(io::Error::other)?;
-    // SAFETY: no pointers.
+    // SAFETY: the call takes no pointers.
     let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor is fresh and ours.
+    // SAFETY: the descriptor is new, and nobody else has it.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     let mut info = DriverInfo { command: GET_DRIVER_INFO, driver: [0; 32], others: [0; 160] };
     let mut request = DeviceRequest { name: [0; 16], data: &raw mut info, pad: [0; 2] };
-    // The last byte stays zero: names are shorter.
+    // Names are shorter, so the last byte stays zero.
     for (to, from) in request.name.iter_mut().take(15).zip(name.as_bytes()) {
         *to = *from;
     }
@@ -133,7 +133,7 @@ fn driver(device: &str) -> io::Result<String> {
     Ok(String::from_utf8_lossy(info.driver.get(..end).unwrap_or_default()).into_owned())
 }
 
-/// Every check of the devices.
+/// Returns all checks of devices.
 pub(super) fn checks(
     facts: &Facts,
     survey: &Survey,
@@ -161,7 +161,7 @@ pub(super) fn checks(
     checks
 }
 
-/// A few names, and how many more there are.
+/// Returns a few names, and the number of the others.
 fn names<'a>(all: impl Iterator<Item = &'a str>) -> String {
     let all: Vec<&str> = all.collect();
     match all.len() {
@@ -182,7 +182,7 @@ fn devices(survey: &Survey, role: Role) -> Check {
         (_, false) => check(Outcome::Yes, names(found.into_iter())),
         (Role::Uplink, true) => {
             check(Outcome::Warn, "none: no device has a global address or the default route".to_owned())
-                .next("give the agent --uplink DEVICE, if clients outside are to reach node ports and load balancers' addresses")
+                .next("give the agent --uplink DEVICE if external clients should reach node ports and load balancer addresses")
         }
         (Role::Edge, true) => {
             let what = "none so far: they come with pods, and are attached within milliseconds. Pods \
@@ -193,36 +193,36 @@ fn devices(survey: &Survey, role: Role) -> Check {
     }
 }
 
-/// Whether XDP would be used on an uplink.
+/// Returns whether XDP would be used on an uplink.
 fn xdp(driver: &Driver, is_veth: bool) -> Check {
     let name = driver.name.as_deref().filter(|name| !name.is_empty()).unwrap_or("unknown");
     let check = |result, what: String| Check::new("xdp", result, what);
     if is_veth {
         return check(
             Outcome::Skip,
-            "a veth: left out, since its far end may lose what XDP sends; tc is used".to_owned(),
+            "a veth: tc is used, since the far end may drop what XDP sends".to_owned(),
         )
-        .next("--xdp native insists, where the far end has a program or GRO");
+        .next("use --xdp native if the far end has a program or GRO");
     }
     match driver.features {
         Some(bits) if bits & BASIC != 0 => {
-            check(Outcome::Yes, format!("in the driver {name} (it was asked, not tried)"))
+            check(Outcome::Yes, format!("in the driver {name} (reported by the driver, not tried)"))
         }
-        Some(_) => check(Outcome::Skip, format!("the driver {name} has none: tc is used")),
+        Some(_) => check(Outcome::Skip, format!("the driver {name} has no XDP: tc is used")),
         None if KNOWN.contains(&name) => check(
             Outcome::Yes,
-            format!("the driver {name} is known to have it (this kernel does not tell)"),
+            format!("the driver {name} is known to have XDP (this kernel does not report it)"),
         ),
         None => check(
             Outcome::Skip,
             format!(
-                "the driver {name} is not known to have it: tried by the agent, else tc is used"
+                "the driver {name} is not known to have XDP: the agent tries it, and uses tc otherwise"
             ),
         ),
     }
 }
 
-/// How pods are plugged in.
+/// Returns how pods are connected.
 fn shape(facts: &Facts, survey: &Survey) -> Check {
     let edges: Vec<_> =
         survey.devices.values().filter(|device| device.role == Role::Edge).collect();
@@ -238,7 +238,7 @@ fn shape(facts: &Facts, survey: &Survey) -> Check {
         (0, 0) => Check::new(
             "cni",
             Outcome::Skip,
-            "no pod is there to tell by; bridged and routed veths, with and without overlays, all work",
+            "no pod shows the kind; bridged and routed veths all work, with and without overlays",
         ),
         (count, 0) => Check::new("cni", Outcome::Yes, format!("{count} pods on the bridge {on}")),
         (0, count) => {
@@ -255,21 +255,21 @@ fn shape(facts: &Facts, survey: &Survey) -> Check {
 fn bridge_netfilter(facts: &Facts, filtered: Option<bool>) -> Check {
     let has_bridge = facts.links.values().any(|link| link.kind == "bridge");
     match (has_bridge, filtered) {
-        (false, _) => Check::new("bridge-nf", Outcome::Skip, "there is no bridge"),
+        (false, _) => Check::new("bridge-nf", Outcome::Skip, "no bridge"),
         (true, Some(true)) => Check::new(
             "bridge-nf",
             Outcome::Yes,
-            "bridged packets cross iptables, with real addresses",
+            "bridged packets pass iptables, with real addresses",
         ),
         (true, Some(false) | None) => Check::new(
             "bridge-nf",
             Outcome::Yes,
-            "bridged packets cross no iptables; Sluice needs none",
+            "bridged packets bypass iptables, which Sluice does not need",
         ),
     }
 }
 
-/// What a tunnel adds to each packet over IPv4, bytes; [`None`] where it depends.
+/// Returns the bytes that a tunnel over IPv4 adds to each packet, or [`None`] if that depends.
 fn overhead(link: &Link) -> Option<u32> {
     match link.kind.as_str() {
         "vxlan" | "geneve" => Some(50),
@@ -282,11 +282,11 @@ fn overhead(link: &Link) -> Option<u32> {
     }
 }
 
-/// Overlays whose packets do not fit an uplink, once they are wrapped.
+/// Finds overlays whose wrapped packets do not fit an uplink.
 fn mtu(facts: &Facts, survey: &Survey) -> Check {
     let of = |role| survey.devices.values().filter(move |device| device.role == role);
     let Some(uplink) = of(Role::Uplink).min_by_key(|device| device.entry.mtu) else {
-        return Check::new("mtu", Outcome::Skip, "there is no uplink to compare with");
+        return Check::new("mtu", Outcome::Skip, "no uplink to compare with");
     };
     let wrapped: Vec<(&Link, u32)> = of(Role::Fabric)
         .filter_map(|device| facts.links.get(&device.index))
@@ -296,7 +296,7 @@ fn mtu(facts: &Facts, survey: &Survey) -> Check {
         wrapped.iter().filter(|(link, overhead)| link.mtu + overhead > uplink.entry.mtu).collect();
     let Some((link, overhead)) = too_big.first() else {
         let overlays = if wrapped.is_empty() {
-            "no overlay adds to it".to_owned()
+            "no overlay".to_owned()
         } else {
             format!("{} overlays fit", wrapped.len())
         };

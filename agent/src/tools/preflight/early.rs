@@ -1,8 +1,8 @@
-//! Rules of netfilter that name a frontend before it is translated.
+//! Finds netfilter rules that name a frontend, which they see only before it is translated.
 //!
-//! Sluice's programs come before netfilter, which sees the endpoint where such a rule waits for a
-//! node port or a Service's address: the rule never applies to what it names. The same goes for a
-//! rule that asks connection tracking for the original destination.
+//! Sluice's programs come before netfilter, which sees the endpoint. A rule for a node port or a
+//! Service's address therefore never applies. The same goes for a rule that matches the original
+//! destination by connection tracking.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -19,20 +19,20 @@ use crate::node::view::View;
 
 /// The usual `--service-node-port-range`.
 const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
-/// Rules that are named at most; the others are counted.
+/// The most rules that are listed. The others are counted.
 const NAMED_MAX: usize = 5;
 
-/// What is served on this node as far as it is known.
+/// The frontends on this node, as far as they are known.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Frontends {
-    /// Whether the maps of an agent tell.
+    /// Whether they come from the maps of an agent.
     is_known: bool,
     addresses: BTreeSet<IpAddr>,
     node_ports: BTreeSet<u16>,
 }
 
 impl Frontends {
-    /// Those of an agent that runs, or has run, on this node.
+    /// Reads the frontends of an agent that runs, or has run, on this node.
     pub(super) fn read(pin_path: &Path) -> Self {
         let Ok(view) = View::read(pin_path) else { return Self::default() };
         let mut found = Self { is_known: true, ..Self::default() };
@@ -62,7 +62,7 @@ impl Frontends {
     }
 }
 
-/// A network's address and how many bits of it count.
+/// A network's address, and how many of its bits count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Prefix {
     address: IpAddr,
@@ -85,7 +85,7 @@ impl Prefix {
     }
 }
 
-/// What of a packet a rule compares.
+/// What a rule compares in a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Named {
     Ports(RangeInclusive<u16>),
@@ -104,129 +104,155 @@ impl fmt::Display for Named {
     }
 }
 
-/// What a register holds.
+/// The content of a register.
 #[derive(Clone, Debug)]
 struct Field {
     is_port: bool,
-    /// Asked of connection tracking: its original destination.
+    /// Whether it comes from connection tracking, as the original destination.
     is_original: bool,
     mask: Option<Vec<u8>>,
 }
 
-/// A rule and what it compares the destination with.
+/// A rule, and what it compares the destination with.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Rule {
     pub(super) chain: String,
     pub(super) handle: u64,
     pub(super) jumps: Vec<String>,
     pub(super) named: Vec<Named>,
-    /// As `named`, of what connection tracking says.
+    /// As `named`, for the destination in connection tracking.
     pub(super) original: Vec<Named>,
-    /// What it does at last: a verdict, or what an expression or a target of iptables' is called.
+    /// The final verdict, or the name of the last expression or iptables target.
     pub(super) action: String,
 }
 
-/// Elements of the sets of one table by name.
+/// The elements of the sets of one table, by name.
 type Sets = BTreeMap<String, Vec<Vec<u8>>>;
+
+/// A rule in the making: its registers, as its expressions fill them.
+#[derive(Default)]
+struct Reader {
+    rule: Rule,
+    registers: BTreeMap<u32, Field>,
+    /// The first port of a range, until its last one is compared.
+    first: Option<u16>,
+}
 
 /// Reads a rule's expressions.
 fn rule(listed: &nft::Rule, sets: &mut dyn FnMut(&str) -> Vec<Vec<u8>>) -> Rule {
-    let mut rule = Rule { chain: listed.chain.clone(), handle: listed.handle, ..Rule::default() };
-    let mut registers: BTreeMap<u32, Field> = BTreeMap::new();
-    let mut least = None;
+    let rule = Rule { chain: listed.chain.clone(), handle: listed.handle, ..Rule::default() };
+    let mut reader = Reader { rule, ..Reader::default() };
     for expression in listed.expressions() {
         let number = |kind| expression.number(kind);
-        let bytes = |kind| expression.bytes(kind).map(<[u8]>::to_vec);
         match expression.name.as_str() {
             "payload" => {
                 let place = [payload::BASE, payload::OFFSET, payload::LENGTH].map(number);
-                load(&mut registers, number(payload::REGISTER), in_packet(place));
+                reader.load(number(payload::REGISTER), in_packet(place));
             }
             "ct" => {
                 let field = original(number(ct::KEY), expression.value(ct::DIRECTION));
-                load(&mut registers, number(ct::REGISTER), field);
+                reader.load(number(ct::REGISTER), field);
             }
             "bitwise" => {
-                let field =
-                    number(bitwise::SOURCE).and_then(|source| registers.get(&source).cloned());
-                load(
-                    &mut registers,
-                    number(bitwise::REGISTER),
-                    field.map(|field| Field { mask: bytes(bitwise::MASK), ..field }),
-                );
+                let mask = expression.bytes(bitwise::MASK).map(<[u8]>::to_vec);
+                let field = reader.field(number(bitwise::SOURCE));
+                let field = field.map(|field| Field { mask, ..field });
+                reader.load(number(bitwise::REGISTER), field);
             }
-            "cmp" => {
-                let (Some(field), Some(value)) =
-                    (number(cmp::SOURCE).and_then(|from| registers.get(&from)), bytes(cmp::VALUE))
-                else {
-                    continue;
-                };
-                match (number(cmp::OPERATION), field.is_port.then(|| port(&value)).flatten()) {
-                    (Some(cmp::EQUAL), _) => rule.name(field, &value, &value),
-                    (Some(cmp::AT_LEAST), Some(first)) => least = Some(first),
-                    (Some(cmp::AT_MOST), Some(_)) => {
-                        let first: u16 = least.take().unwrap_or(0);
-                        rule.name(field, &first.to_be_bytes(), &value);
-                    }
-                    _ => {}
-                }
-            }
-            "range" => {
-                if let (Some(field), Some(range::WITHIN), Some(from), Some(to)) = (
-                    number(range::SOURCE).and_then(|from| registers.get(&from)),
-                    number(range::OPERATION),
-                    bytes(range::FROM),
-                    bytes(range::TO),
-                ) {
-                    rule.name(field, &from, &to);
-                }
-            }
-            "lookup" => {
-                if let Some(field) = number(lookup::SOURCE).and_then(|from| registers.get(&from))
-                    && number(lookup::FLAGS).unwrap_or(0) & lookup::INVERTED == 0
-                {
-                    for key in sets(&text(expression.value(lookup::SET))) {
-                        rule.name(field, &key, &key);
-                    }
-                }
-            }
+            "cmp" => reader.compare(&expression),
+            "range" => reader.range(&expression),
+            "lookup" => reader.lookup(&expression, sets),
             "match" => {
                 let info = expression.value(extension::INFO).unwrap_or_default();
-                rule.named.extend(matched(&text(expression.value(extension::NAME)), info));
+                let name = text(expression.value(extension::NAME));
+                reader.rule.named.extend(matched(&name, info));
             }
-            "immediate" => {
-                let verdict = expression.verdict().unwrap_or_default();
-                rule.jumps.extend(verdict.chain);
-                rule.action = match (verdict.code, rule.jumps.last()) {
-                    // NF_DROP, NF_ACCEPT, NFT_RETURN, NFT_JUMP, NFT_GOTO.
-                    (Some(0), _) => "drop".to_owned(),
-                    (Some(1), _) => "accept".to_owned(),
-                    (Some(-5), _) => "return".to_owned(),
-                    (Some(-3 | -4), Some(chain)) => format!("jump {chain}"),
-                    _ => std::mem::take(&mut rule.action),
-                };
-                load(&mut registers, number(REGISTER), None);
-            }
-            "target" => rule.action = text(expression.value(extension::NAME)),
+            "immediate" => reader.immediate(&expression),
+            "target" => reader.rule.action = text(expression.value(extension::NAME)),
             "reject" | "masq" | "nat" | "redir" | "tproxy" | "notrack" | "queue"
             | "flow_offload" => {
-                rule.action.clone_from(&expression.name);
+                reader.rule.action.clone_from(&expression.name);
             }
-            _ => load(&mut registers, number(REGISTER), None),
+            _ => reader.load(number(REGISTER), None),
         }
     }
-    rule
+    reader.rule
 }
 
-fn load(registers: &mut BTreeMap<u32, Field>, register: Option<u32>, field: Option<Field>) {
-    let Some(register) = register else { return };
-    match field {
-        Some(field) => drop(registers.insert(register, field)),
-        None => drop(registers.remove(&register)),
+impl Reader {
+    fn field(&self, register: Option<u32>) -> Option<Field> {
+        self.registers.get(&register?).cloned()
+    }
+
+    fn load(&mut self, register: Option<u32>, field: Option<Field>) {
+        let Some(register) = register else { return };
+        match field {
+            Some(field) => drop(self.registers.insert(register, field)),
+            None => drop(self.registers.remove(&register)),
+        }
+    }
+
+    fn compare(&mut self, expression: &nft::Expression<'_>) {
+        let (Some(field), Some(value)) = (
+            self.field(expression.number(cmp::SOURCE)),
+            expression.bytes(cmp::VALUE).map(<[u8]>::to_vec),
+        ) else {
+            return;
+        };
+        let at = field.is_port.then(|| port(&value)).flatten();
+        match (expression.number(cmp::OPERATION), at) {
+            (Some(cmp::EQUAL), _) => self.rule.name(&field, &value, &value),
+            (Some(cmp::AT_LEAST), Some(first)) => self.first = Some(first),
+            (Some(cmp::AT_MOST), Some(_)) => {
+                let first: u16 = self.first.take().unwrap_or(0);
+                self.rule.name(&field, &first.to_be_bytes(), &value);
+            }
+            _ => {}
+        }
+    }
+
+    fn range(&mut self, expression: &nft::Expression<'_>) {
+        if let (Some(field), Some(range::WITHIN), Some(from), Some(to)) = (
+            self.field(expression.number(range::SOURCE)),
+            expression.number(range::OPERATION),
+            expression.bytes(range::FROM),
+            expression.bytes(range::TO),
+        ) {
+            self.rule.name(&field, from, to);
+        }
+    }
+
+    fn lookup(
+        &mut self,
+        expression: &nft::Expression<'_>,
+        sets: &mut dyn FnMut(&str) -> Vec<Vec<u8>>,
+    ) {
+        if let Some(field) = self.field(expression.number(lookup::SOURCE))
+            && expression.number(lookup::FLAGS).unwrap_or(0) & lookup::INVERTED == 0
+        {
+            for key in sets(&text(expression.value(lookup::SET))) {
+                self.rule.name(&field, &key, &key);
+            }
+        }
+    }
+
+    fn immediate(&mut self, expression: &nft::Expression<'_>) {
+        let verdict = expression.verdict().unwrap_or_default();
+        let rule = &mut self.rule;
+        rule.jumps.extend(verdict.chain);
+        rule.action = match (verdict.code, rule.jumps.last()) {
+            // NF_DROP, NF_ACCEPT, NFT_RETURN, NFT_JUMP, NFT_GOTO.
+            (Some(0), _) => "drop".to_owned(),
+            (Some(1), _) => "accept".to_owned(),
+            (Some(-5), _) => "return".to_owned(),
+            (Some(-3 | -4), Some(chain)) => format!("jump {chain}"),
+            _ => std::mem::take(&mut rule.action),
+        };
+        self.load(expression.number(REGISTER), None);
     }
 }
 
-/// The destination's address or port in a packet.
+/// Returns the field if it is the destination's address or port in a packet.
 fn in_packet([base, offset, length]: [Option<u32>; 3]) -> Option<Field> {
     let is_port = match (base?, offset?, length?) {
         (2, 2, 2) => true,
@@ -236,8 +262,8 @@ fn in_packet([base, offset, length]: [Option<u32>; 3]) -> Option<Field> {
     Some(Field { is_port, is_original: false, mask: None })
 }
 
-/// The original destination, as connection tracking knows it: keys DST, DST_IP, DST_IP6 and
-/// PROTO_DST.
+/// Returns the field if it is the original destination in connection tracking: the keys DST,
+/// DST_IP, DST_IP6 and PROTO_DST.
 fn original(key: Option<u32>, direction: Option<&[u8]>) -> Option<Field> {
     let is_port = match key? {
         9 | 20 | 22 => false,
@@ -247,14 +273,15 @@ fn original(key: Option<u32>, direction: Option<&[u8]>) -> Option<Field> {
     (direction? == [0]).then_some(Field { is_port, is_original: true, mask: None })
 }
 
-/// Destination ports that a match of iptables' compares.
+/// Returns the destination ports that an iptables match compares.
 fn matched(name: &str, data: &[u8]) -> Vec<Named> {
     let half = |at: usize| Some(u16::from_ne_bytes(data.get(at..at + 2)?.try_into().ok()?));
-    // `struct xt_tcp`, `struct xt_udp`: source ports, destination ports, ..., which are inverted.
+    // `struct xt_tcp`, `struct xt_udp`: source ports, destination ports, ..., which of them are
+    // inverted.
     let inverted = match name {
         "tcp" => data.get(11),
         "udp" => data.get(8),
-        // `struct xt_multiport_v1`: of which end, how many, ports, which of them begin a range,
+        // `struct xt_multiport_v1`: which end, number of ports, ports, which of them begin a range,
         // inverted.
         "multiport" => {
             let (Some(1 | 2), Some(count)) = (data.first(), data.get(1)) else { return Vec::new() };
@@ -277,7 +304,7 @@ fn matched(name: &str, data: &[u8]) -> Vec<Named> {
         }
         _ => return Vec::new(),
     };
-    // Bit 1: the destination's.
+    // Bit 1 is the destination's.
     match (half(4), half(6), inverted) {
         (Some(first), Some(last), Some(inverted)) if inverted & 2 == 0 => {
             vec![Named::Ports(first..=last)]
@@ -291,7 +318,7 @@ fn port(value: &[u8]) -> Option<u16> {
 }
 
 impl Rule {
-    /// Notes that a field is compared with a value, or all from one to another.
+    /// Records that a field is compared with a value, or with a range.
     fn name(&mut self, field: &Field, from: &[u8], to: &[u8]) {
         let named = if field.is_port {
             let (Some(from), Some(to)) = (port(from), port(to)) else { return };
@@ -304,7 +331,7 @@ impl Rule {
     }
 }
 
-/// The prefix that a value and its mask are; a value that is shorter than an address is its
+/// Returns the prefix of a value with its mask. A value that is shorter than an address is its
 /// beginning.
 fn prefix(value: &[u8], mask: Option<&[u8]>) -> Option<Prefix> {
     let bits = match mask {
@@ -329,7 +356,7 @@ pub(super) struct Base {
     pub(super) at: nft::Base,
 }
 
-/// A table of nf_tables, with what of it tells where packets go.
+/// A table of nf_tables, with the parts that decide about packets.
 #[derive(Clone, Debug)]
 pub(super) struct Ruleset {
     pub(super) table: Table,
@@ -338,12 +365,12 @@ pub(super) struct Ruleset {
 }
 
 impl Ruleset {
-    /// `inet filter`.
+    /// Returns the table's name, such as `inet filter`.
     pub(super) fn name(&self) -> String {
         format!("{} {}", self.table.family.word(), self.table.name)
     }
 
-    /// The chains that some lead to, themselves among them.
+    /// Returns these chains, and those that they lead to.
     pub(super) fn reached(&self, mut chains: BTreeSet<String>) -> BTreeSet<String> {
         while let Some(next) = self
             .rules
@@ -358,8 +385,8 @@ impl Ruleset {
     }
 }
 
-/// Every table whose chains see packets that come in or are forwarded, kube-proxy's own left out:
-/// another check tells of it.
+/// Returns every table whose chains see incoming or forwarded packets, except kube-proxy's own,
+/// which another check reports.
 pub(super) fn read() -> io::Result<Vec<Ruleset>> {
     let mut tables: BTreeMap<Table, Vec<Base>> = BTreeMap::new();
     for chain in nft::chains()? {
@@ -376,7 +403,7 @@ pub(super) fn read() -> io::Result<Vec<Ruleset>> {
         let mut known = Sets::new();
         let mut sets = |name: &str| {
             let keys = || {
-                // A set that is gone meanwhile has none.
+                // A set that was removed in the meantime has none.
                 let elements = nft::elements(&table, name).unwrap_or_default();
                 elements.into_iter().map(|element| element.key).collect()
             };
@@ -393,13 +420,13 @@ fn is_early(family: Family, base: &Base) -> bool {
     match family {
         // NF_INET_PRE_ROUTING, NF_INET_INGRESS.
         Family::Inet => matches!(base.at.hook, 0 | 5),
-        // PREROUTING; a device's ingress, which is behind our programs too.
+        // PREROUTING, or a device's ingress, which comes after Sluice's programs too.
         Family::Ip | Family::Ip6 | Family::Netdev => base.at.hook == 0,
         Family::Bridge => false,
     }
 }
 
-/// The rules that name a frontend where they cannot apply.
+/// Returns the rules that name a frontend where they cannot apply.
 fn look(rulesets: &[Ruleset], frontends: &Frontends) -> Vec<String> {
     let mut lines = Vec::new();
     for ruleset in rulesets.iter().filter(|ruleset| ruleset.table.family != Family::Bridge) {
@@ -424,25 +451,25 @@ fn look(rulesets: &[Ruleset], frontends: &Frontends) -> Vec<String> {
     lines
 }
 
-/// What follows from them.
+/// Returns the check.
 pub(super) fn check(found: Option<&io::Result<Vec<Ruleset>>>, frontends: &Frontends) -> Check {
     const NAME: &str = "early-rules";
     let lines = match found {
-        None => return Check::new(NAME, Outcome::Skip, "rules can be listed by root only"),
+        None => return Check::new(NAME, Outcome::Skip, "only root can list rules"),
         Some(Err(error)) => {
             return Check::new(
                 NAME,
                 Outcome::Skip,
-                format!("netfilter's rules cannot be listed: {error}"),
+                format!("cannot list netfilter's rules: {error}"),
             );
         }
         Some(Ok(rulesets)) => look(rulesets, frontends),
     };
     if lines.is_empty() {
         let known = if frontends.is_known {
-            "no rule names a node port or a Service's address before it is translated"
+            "no rule matches a node port or a Service's address before translation"
         } else {
-            "no rule names a node port before it is translated (addresses of Services are known once an agent has run)"
+            "no rule matches a node port before translation (addresses of Services are known once an agent has run)"
         };
         return Check::new(NAME, Outcome::Yes, known);
     }
@@ -450,8 +477,8 @@ pub(super) fn check(found: Option<&io::Result<Vec<Ruleset>>>, frontends: &Fronte
     if lines.len() > NAMED_MAX {
         named = format!("{named} and {} more", lines.len() - NAMED_MAX);
     }
-    Check::new(NAME, Outcome::Warn, format!("{named}: such a rule never applies, since Sluice translates before it"))
-        .next("let such a rule name the endpoint's address and port in a FORWARD chain, or limit clients by loadBalancerSourceRanges or --nodeport-addresses (docs/compatibility.md)")
+    Check::new(NAME, Outcome::Warn, format!("{named}: these rules never apply, since Sluice translates first"))
+        .next("match the endpoint's address and port in a FORWARD chain, or limit clients by loadBalancerSourceRanges or --nodeport-addresses (docs/compatibility.md)")
 }
 
 #[cfg(test)]

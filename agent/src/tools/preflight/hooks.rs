@@ -1,4 +1,4 @@
-//! What loading the programs and trying the hooks came to.
+//! Checks of loading the programs and trying the hooks.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -8,24 +8,26 @@ use super::scratch::Tried;
 use super::{Check, Outcome};
 use crate::node::dataplane::How;
 
-/// What to do when a program is refused.
-const REPORT: &str = "please report it with `uname -r` and the message; another kernel of the same series may take it";
+/// The advice if a program is refused.
+const REPORT: &str = "please report this with `uname -r` and the message; another kernel of the same series may accept it";
 
-/// The programs: one row for each that was refused, else the figures of all.
+/// Returns one row for each refused program, or the figures of all.
 pub(super) fn programs<E: Display>(
     programs: &BTreeMap<String, Result<Option<u32>, E>>,
     map_bytes: u64,
 ) -> Vec<Check> {
     let mib = map_bytes.div_ceil(1 << 20);
     let mut checks =
-        vec![Check::new("maps", Outcome::Yes, format!("made and let go again: {mib} MiB"))];
+        vec![Check::new("maps", Outcome::Yes, format!("created and released: {mib} MiB"))];
     for (name, result) in programs {
         checks.push(match result {
-            Ok(Some(count)) => {
-                Check::new("program", Outcome::Yes, format!("loads, {count} instructions verified"))
-                    .of(name)
-            }
-            Ok(None) => Check::new("program", Outcome::Yes, "loads").of(name),
+            Ok(Some(count)) => Check::new(
+                "program",
+                Outcome::Yes,
+                format!("loaded, {count} instructions verified"),
+            )
+            .of(name),
+            Ok(None) => Check::new("program", Outcome::Yes, "loaded").of(name),
             Err(error) => {
                 Check::new("program", Outcome::No, error.to_string()).of(name).next(REPORT)
             }
@@ -34,7 +36,7 @@ pub(super) fn programs<E: Display>(
     checks
 }
 
-/// The hooks.
+/// Returns the checks of the hooks.
 pub(super) fn checks(tried: &Tried) -> Vec<Check> {
     if let Some(why) = &tried.ground {
         let check = Check::new("hook", Outcome::Skip, why.clone());
@@ -44,9 +46,9 @@ pub(super) fn checks(tried: &Tried) -> Vec<Check> {
     for (how, result) in &tried.xdp {
         let subject = format!("{} (veth)", how.word());
         checks.push(match result {
-            Ok(()) => Check::new("hook", Outcome::Yes, "attaches").of(subject),
+            Ok(()) => Check::new("hook", Outcome::Yes, "attached").of(subject),
             Err(error) => {
-                Check::new("hook", Outcome::Warn, format!("{error}: tc does the work of XDP"))
+                Check::new("hook", Outcome::Warn, format!("{error}: tc is used instead of XDP"))
                     .of(subject)
             }
         });
@@ -54,40 +56,40 @@ pub(super) fn checks(tried: &Tried) -> Vec<Check> {
     checks.push(cgroup(tried));
     if let Some(own) = &tried.own_device {
         checks.push(match own {
-            Ok(kind) => Check::new("own-device", Outcome::Yes, format!("sluice0 will be of the kind {kind}")),
+            Ok(kind) => Check::new("own-device", Outcome::Yes, format!("sluice0 will be of kind {kind}")),
             Err(error) => Check::new(
                 "own-device",
                 Outcome::No,
-                format!("neither a dummy nor an ifb can be made: {error}"),
+                format!("cannot create a dummy or an ifb device: {error}"),
             )
-            .next("load the module dummy (modprobe dummy); minimal images have it in linux-modules-extra"),
+            .next("load the module dummy (modprobe dummy), which minimal images have in linux-modules-extra"),
         });
     }
     if let Some(pins) = &tried.pins {
         checks.push(match pins {
             Ok(what) => Check::new("pins", Outcome::Yes, what.clone()),
             Err(error) => Check::new("pins", Outcome::No, error.clone())
-                .next("mount one (mount -t bpf bpf /sys/fs/bpf; in a pod: a hostPath volume), or give another --pin-path"),
+                .next("mount one (mount -t bpf bpf /sys/fs/bpf; in a pod, use a hostPath volume), or give another --pin-path"),
         });
     }
     checks
 }
 
-/// Without the right to make namespaces nobody can be kept from seeing a try.
+/// Returns the checks if the process may not make namespaces: hooks cannot be tried unseen.
 pub(super) fn untried(is_bpffs: bool) -> Vec<Check> {
-    const NEXT: &str = "run `sluice preflight` once with that capability to have everything tried; the agent needs it only where it has to \
+    const NEXT: &str = "run `sluice preflight` with that capability to try everything; the agent needs it only to \
                         mount a BPF file system";
-    let hook = "attached to nothing: hooks are tried in namespaces, which take CAP_SYS_ADMIN; the agent will tell";
+    let hook = "not tried: hooks are tried in new namespaces, which need CAP_SYS_ADMIN; the agent will report problems";
     let pins = if is_bpffs {
-        Check::new("pins", Outcome::Skip, "not tried: the pin path lies in a BPF file system")
+        Check::new("pins", Outcome::Skip, "not tried: the pin path is in a BPF file system")
     } else {
-        Check::new("pins", Outcome::No, "the pin path lies in no BPF file system, and to mount one takes CAP_SYS_ADMIN")
-            .next("mount one on the node (mount -t bpf bpf /sys/fs/bpf), which systemd does by itself; in a pod: a hostPath volume")
+        Check::new("pins", Outcome::No, "the pin path is not in a BPF file system, and mounting one needs CAP_SYS_ADMIN")
+            .next("mount one on the node (mount -t bpf bpf /sys/fs/bpf), as systemd does by default; in a pod, use a hostPath volume")
     };
     vec![Check::new("hook", Outcome::Warn, hook).next(NEXT), pins]
 }
 
-/// The first failure among some tries.
+/// Returns the first failure of some attempts.
 fn failure(tries: &BTreeMap<impl Display, io::Result<()>>) -> Option<String> {
     tries.iter().find_map(|(name, result)| Some(format!("{name}: {}", result.as_ref().err()?)))
 }
@@ -96,18 +98,22 @@ fn classifiers(tried: &Tried) -> Check {
     let check = |result, what: String| Check::new("hook", result, what).of("tc");
     match (failure(&tried.tcx), failure(&tried.clsact)) {
         (None, None) => {
-            check(Outcome::Yes, "TCX; clsact behind somebody else's filter at an egress".to_owned())
+            check(Outcome::Yes, "TCX; clsact where others have filters at egress".to_owned())
         }
         (None, Some(clsact)) => check(
             Outcome::Warn,
-            format!("TCX; no clsact, where a foreign filter sits at an egress: {clsact}"),
+            format!(
+                "TCX; no clsact, which is needed where others have filters at egress: {clsact}"
+            ),
         )
-        .next("load the modules sch_ingress and cls_bpf, if anybody uses filters of tc here"),
+        .next("load the modules sch_ingress and cls_bpf if others use tc filters here"),
         (Some(_), None) if tried.lacks_tcx => {
             check(Outcome::Yes, "clsact: the kernel has no TCX (Linux 6.6)".to_owned())
         }
-        (Some(tcx), None) => check(Outcome::No, format!("TCX is there and refuses: {tcx}"))
-            .next("see whether something (an LSM, a seccomp profile) forbids bpf(BPF_LINK_CREATE)"),
+        (Some(tcx), None) => {
+            check(Outcome::No, format!("the kernel has TCX but refuses it: {tcx}"))
+                .next("check whether an LSM or a seccomp profile forbids bpf(BPF_LINK_CREATE)")
+        }
         (Some(tcx), Some(clsact)) => {
             check(Outcome::No, format!("neither TCX ({tcx}) nor clsact ({clsact})")).next(
                 "load the modules sch_ingress and cls_bpf (modprobe), or use Linux 6.6 or newer",
@@ -119,12 +125,12 @@ fn classifiers(tried: &Tried) -> Check {
 fn cgroup(tried: &Tried) -> Check {
     let check = |result, what: String| Check::new("hook", result, what).of("cgroup");
     match &tried.cgroup {
-        None => check(Outcome::Skip, "there is no cgroup to try it on".to_owned()),
+        None => check(Outcome::Skip, "no cgroup to try it on".to_owned()),
         Some(Err(error)) => {
-            check(Outcome::Warn, error.clone()).next("give --cgroup a folder that can be written")
+            check(Outcome::Warn, error.clone()).next("give --cgroup a writable directory")
         }
         Some(Ok(programs)) => match failure(programs) {
-            None => check(Outcome::Yes, format!("the socket's {} programs attach", programs.len())),
+            None => check(Outcome::Yes, format!("attached {} socket programs", programs.len())),
             Some(error) => check(Outcome::No, error).next(
                 "start the agent with --socket-path off, or use a kernel with CONFIG_CGROUP_BPF",
             ),
@@ -132,7 +138,7 @@ fn cgroup(tried: &Tried) -> Check {
     }
 }
 
-/// The word of a way to attach XDP.
+/// Shows the name of a way to attach XDP.
 impl Display for How {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str(self.word())

@@ -1,9 +1,9 @@
-//! Tries the hooks where nobody else is: on a veth in a network namespace without a name, on a
-//! cgroup of its own, and on a BPF file system in a mount namespace without a name.
+//! Tries the hooks in isolation: on a veth in an unnamed network namespace, on a cgroup made for
+//! it, and on a BPF file system in an unnamed mount namespace.
 //!
-//! The namespaces belong to one thread and end with it, whatever ends it. The cgroup is a folder:
-//! it is removed again, signals wait meanwhile, and one that a SIGKILL left is removed by the next
-//! run, which knows by a lock that nobody uses it.
+//! The namespaces belong to one thread and end with it in any case. The cgroup is a directory,
+//! which is removed again; signals wait until then. One that is left after a SIGKILL is removed by
+//! the next run, which sees by a lock that it is unused.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -20,40 +20,40 @@ use crate::node::dataplane::clsact::Direction;
 use crate::node::dataplane::trial::{Trial, lacks_tcx};
 use crate::node::dataplane::{How, is_bpffs};
 
-/// What the names of the cgroups begin with.
+/// The prefix of the cgroups' names.
 const CGROUP: &str = "sluice-preflight-";
-/// The veth's ends, and the other device.
+/// The veth's ends; the other device is made in place of Sluice's own.
 const VETH: [&str; 2] = ["sluice-try0", "sluice-try1"];
 const DUMMY: &str = "sluice-try2";
 
-/// What became of each try.
+/// The result of each attempt.
 #[derive(Debug, Default)]
 pub(super) struct Tried {
-    /// Why there is no ground to try on: then the rest is empty.
+    /// Why nothing could be tried. Then the rest is empty.
     pub(super) ground: Option<String>,
-    /// Classifier -> by a TCX link.
+    /// The results with a TCX link, by classifier.
     pub(super) tcx: BTreeMap<String, io::Result<()>>,
-    /// Whether the kernel has no TCX at all.
+    /// Whether the kernel has no TCX.
     pub(super) lacks_tcx: bool,
-    /// Classifier -> by a clsact filter.
+    /// The results with a clsact filter, by classifier.
     pub(super) clsact: BTreeMap<String, io::Result<()>>,
-    /// XDP in the driver and in the stack, on a veth.
+    /// The results of XDP in the driver and in the stack, on a veth.
     pub(super) xdp: BTreeMap<How, io::Result<()>>,
-    /// The kind of our own device, as the kernel has it.
+    /// The kind of Sluice's own device in this kernel.
     pub(super) own_device: Option<Result<&'static str, String>>,
-    /// Socket program -> whether it was attached to the cgroup.
+    /// The results of attaching the socket programs to the cgroup.
     pub(super) cgroup: Option<Result<BTreeMap<&'static str, io::Result<()>>, String>>,
-    /// Whether a BPF file system takes pins.
+    /// Whether pins can be made in a BPF file system.
     pub(super) pins: Option<Result<String, String>>,
 }
 
-/// Tries every hook. The caller has no other thread, so that its signals can wait.
+/// Tries every hook. The process must have no other thread, so that its signals can wait.
 pub(super) fn attempt(trial: &Trial, cgroup: Option<&Path>, pin_path: &Path) -> Tried {
     let waiting = Signals::hold();
     let tried = std::thread::scope(|scope| {
         let thread = scope.spawn(|| apart(trial, cgroup, pin_path));
         thread.join().unwrap_or_else(|_| Tried {
-            ground: Some("the thread that tries the hooks has panicked".to_owned()),
+            ground: Some("the thread that tries the hooks panicked".to_owned()),
             ..Tried::default()
         })
     });
@@ -61,18 +61,18 @@ pub(super) fn attempt(trial: &Trial, cgroup: Option<&Path>, pin_path: &Path) -> 
     tried
 }
 
-/// Goes to namespaces of its own, and tries.
+/// Enters new namespaces, and tries there.
 fn apart(trial: &Trial, cgroup: Option<&Path>, pin_path: &Path) -> Tried {
     let mut tried = Tried::default();
-    // SAFETY: no pointers; it concerns this thread alone.
+    // SAFETY: the call takes no pointers, and concerns only this thread.
     if unsafe { libc::unshare(libc::CLONE_NEWNET | libc::CLONE_NEWNS) } != 0 {
         let error = io::Error::last_os_error();
-        tried.ground = Some(format!("cannot make namespaces to try hooks in: {error}"));
+        tried.ground = Some(format!("cannot create namespaces to try hooks in: {error}"));
         return tried;
     }
-    // From here on no mount reaches the node.
+    // From here on no mount affects the node.
     if let Err(error) = mount(None, Path::new("/"), None, libc::MS_REC | libc::MS_PRIVATE) {
-        tried.ground = Some(format!("cannot keep mounts to a namespace of its own: {error}"));
+        tried.ground = Some(format!("cannot make mounts private: {error}"));
         return tried;
     }
     match devices() {
@@ -80,14 +80,15 @@ fn apart(trial: &Trial, cgroup: Option<&Path>, pin_path: &Path) -> Tried {
             tried.own_device = Some(own_device);
             try_device(trial, veth, &mut tried);
         }
-        Err(error) => tried.ground = Some(format!("cannot make a veth to try hooks on: {error}")),
+        Err(error) => tried.ground = Some(format!("cannot create a veth to try hooks on: {error}")),
     }
     tried.cgroup = cgroup.map(|cgroup| try_cgroup(trial, cgroup));
     tried.pins = Some(try_pins(trial, pin_path));
     tried
 }
 
-/// Makes the devices in this thread's namespace: the veth's ifindex, and the kind of the other one.
+/// Makes the devices in this thread's namespace. Returns the veth's ifindex, and the kind of the
+/// other device.
 fn devices() -> io::Result<(u32, Result<&'static str, String>)> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -124,8 +125,7 @@ fn try_device(trial: &Trial, veth: u32, tried: &mut Tried) {
     }
 }
 
-/// Attaches the socket programs to a cgroup that is made for it, below the one that the agent will
-/// use.
+/// Attaches the socket programs to a cgroup made for it, below the one that the agent will use.
 fn try_cgroup(
     trial: &Trial,
     parent: &Path,
@@ -136,8 +136,8 @@ fn try_cgroup(
         if error.raw_os_error() != Some(libc::EROFS) {
             return Err(format!("cannot make the cgroup {}: {error}", path.display()));
         }
-        // Read-only for this container: in this thread's mount namespace it need not be. The mount
-        // is here or above.
+        // The cgroup is read-only for this container, but need not be in this thread's mount
+        // namespace. The mount point is this directory or one above it.
         let remount = |path| mount(None, path, None, libc::MS_REMOUNT | libc::MS_BIND);
         if !parent.ancestors().any(|path| remount(path).is_ok()) {
             return Err(format!("{} is mounted read-only: not tried", parent.display()));
@@ -155,36 +155,37 @@ fn try_cgroup(
         attached.map_err(|error| format!("cannot open the cgroup {}: {error}", path.display()));
     drop(folder);
     fs::remove_dir(&path)
-        .map_err(|error| format!("cannot remove the cgroup {} again: {error}", path.display()))?;
+        .map_err(|error| format!("cannot remove the cgroup {}: {error}", path.display()))?;
     attached
 }
 
-/// Removes what earlier runs that were killed have left.
+/// Removes the cgroups that killed runs have left.
 fn sweep(parent: &Path) {
     let entries = fs::read_dir(parent).into_iter().flatten().flatten();
     let left = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(CGROUP));
     for path in left.map(|entry| entry.path()) {
         if File::open(&path).is_ok_and(|folder| lock(&folder)) {
-            // Another run may have been quicker.
+            // Another run may have removed it.
             let _ = fs::remove_dir(&path);
         }
     }
 }
 
-/// Whether nobody else had the lock of a file; it is ours then, as long as the file is open.
+/// Locks a file. Returns whether nobody else had it locked. The lock lasts as long as the file is
+/// open.
 fn lock(file: &File) -> bool {
     // SAFETY: the descriptor is open.
     unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) == 0 }
 }
 
-/// Pins a program on a BPF file system of this thread's own.
+/// Pins a program in a BPF file system of this thread.
 fn try_pins(trial: &Trial, pin_path: &Path) -> Result<String, String> {
-    // A mount of its own serves in any case: nothing is put where others look.
+    // A private mount is used in any case, so nothing is put where others look.
     let standard = Path::new("/sys/fs/bpf");
     let target = if standard.is_dir() { standard.to_owned() } else { PathBuf::from("/sys") };
     mount(Some("bpf"), &target, Some("bpf"), 0).map_err(|error| {
         format!(
-            "cannot mount a BPF file system (tried at {}, unseen by others): {error}",
+            "cannot mount a BPF file system (tried at {} in a private namespace): {error}",
             target.display()
         )
     })?;
@@ -193,13 +194,14 @@ fn try_pins(trial: &Trial, pin_path: &Path) -> Result<String, String> {
         .pin(&pin)
         .map_err(|error| format!("cannot pin a program to a BPF file system: {error}"))?;
     Ok(if is_bpffs(pin_path) {
-        "a BPF file system takes them (tried on one that nobody sees)".to_owned()
+        "a BPF file system accepts pins (tried in a private one)".to_owned()
     } else {
-        "a BPF file system can be mounted and takes them (tried where nobody sees it)".to_owned()
+        "a BPF file system can be mounted and accepts pins (tried in a private namespace)"
+            .to_owned()
     })
 }
 
-/// Mounts, for this thread's mount namespace.
+/// Mounts in this thread's mount namespace.
 fn mount(
     source: Option<&str>,
     target: &Path,
@@ -212,20 +214,20 @@ fn mount(
     let kind = kind.map(|kind| text(kind.as_bytes())).transpose()?;
     let pointer =
         |text: &Option<CString>| text.as_ref().map_or(std::ptr::null(), |text| text.as_ptr());
-    // SAFETY: every string ends with a zero and outlives the call; null is allowed for source, kind
-    // and data.
+    // SAFETY: every string ends with a zero byte and outlives the call. Null is allowed for source,
+    // kind and data.
     let result = unsafe {
         libc::mount(pointer(&source), target.as_ptr(), pointer(&kind), flags, std::ptr::null())
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Signals that would end the process wait as long as this lives.
+/// Blocks the signals that would end the process, as long as it lives.
 struct Signals(libc::sigset_t);
 
 impl Signals {
     fn hold() -> Self {
-        // SAFETY: zero is a value of a set, which is filled before it is used; both sets are live.
+        // SAFETY: zeros are a valid set, which is filled before it is used. Both sets are live.
         unsafe {
             let mut held: libc::sigset_t = std::mem::zeroed();
             let mut before: libc::sigset_t = std::mem::zeroed();

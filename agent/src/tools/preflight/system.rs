@@ -1,4 +1,4 @@
-//! The kernel, what is mounted, what this process may do, and settings.
+//! Checks the kernel, mounts, privileges and settings.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -13,18 +13,17 @@ use crate::node::ports;
 
 /// The oldest kernel that the tests run on.
 const TESTED: (u32, u32) = (6, 1);
-/// The oldest kernel that tells a network namespace's cookie, without which host and pods are not
-/// told apart.
+/// The oldest kernel with cookies of network namespaces, by which host and pods are distinguished.
 const NEEDED: (u32, u32) = (5, 14);
-/// Capabilities without which nothing works, with their numbers.
+/// The capabilities without which nothing works, with their numbers.
 const NEEDED_CAPABILITIES: [(&str, u32); 3] =
     [("CAP_NET_ADMIN", 12), ("CAP_PERFMON", 38), ("CAP_BPF", 39)];
-/// For the socket that fragments wait behind.
+/// The capability for the socket that holds fragments.
 const NET_RAW: u32 = 13;
-/// For namespaces and mounts; who has it needs neither CAP_BPF nor CAP_PERFMON.
+/// The capability for namespaces and mounts. It includes CAP_BPF and CAP_PERFMON.
 const SYS_ADMIN: u32 = 21;
-/// Parts of the kernel, with what needs them; told only from its configuration, since root tries
-/// them.
+/// Parts of the kernel that are needed. They are only looked up in its configuration, since root
+/// tries them.
 const PARTS: [&str; 7] = [
     "CONFIG_BPF_SYSCALL",
     "CONFIG_BPF_JIT",
@@ -35,12 +34,12 @@ const PARTS: [&str; 7] = [
     "CONFIG_DUMMY",
 ];
 
-/// The running kernel's release.
+/// Returns the running kernel's release.
 pub(super) fn release() -> String {
     fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
 }
 
-/// The checks of the kernel itself.
+/// Returns the checks of the kernel itself.
 pub(super) fn kernel(release: &str) -> Vec<Check> {
     let configs = [format!("/boot/config-{release}"), format!("/lib/modules/{release}/config")];
     let config = configs.iter().find_map(|path| Some((path, fs::read_to_string(path).ok()?)));
@@ -52,17 +51,19 @@ pub(super) fn kernel(release: &str) -> Vec<Check> {
             None => Check::new(
                 "config",
                 Outcome::Skip,
-                format!("no {}; what it allows is tried", configs.join(", no ")),
+                format!("no {}; features are tried instead", configs.join(", no ")),
             ),
         },
         jit(&fs::read_to_string("/proc/sys/net/core/bpf_jit_enable").unwrap_or_default()),
         match host::netns_cookie() {
-            Ok(_) => {
-                Check::new("netns-cookie", Outcome::Yes, "tells host and pods apart at the socket")
-            }
+            Ok(_) => Check::new(
+                "netns-cookie",
+                Outcome::Yes,
+                "distinguishes host and pods at the socket",
+            ),
             Err(error) => {
                 Check::new("netns-cookie", Outcome::No, format!("SO_NETNS_COOKIE: {error}"))
-                    .next("Linux 5.14 or newer is needed")
+                    .next("upgrade to Linux 5.14 or newer")
             }
         },
     ]
@@ -74,7 +75,7 @@ fn version(release: &str) -> Check {
         return Check::new(
             "kernel",
             Outcome::Skip,
-            format!("{release:?} is no release that can be read"),
+            format!("cannot parse the release {release:?}"),
         );
     };
     let found = (major, minor);
@@ -84,12 +85,12 @@ fn version(release: &str) -> Check {
         Check::new(
             "kernel",
             Outcome::Warn,
-            format!("Linux {release} is older than those that are tested"),
+            format!("Linux {release} is older than the tested versions"),
         )
-        .next("Linux 6.1 or newer is meant; go by what is tried below")
+        .next("use Linux 6.1 or newer; or rely on the checks below")
     } else {
         Check::new("kernel", Outcome::No, format!("Linux {release} is too old"))
-            .next("Linux 6.1 or newer is needed: upgrade the node")
+            .next("upgrade to Linux 6.1 or newer")
     }
 }
 
@@ -100,12 +101,12 @@ fn btf(is_there: bool) -> Check {
         Check::new(
             "btf",
             Outcome::Warn,
-            "no /sys/kernel/btf/vmlinux: nothing of ours reads it, other tools do",
+            "no /sys/kernel/btf/vmlinux: Sluice does not need it, but other tools do",
         )
     }
 }
 
-/// Which parts a kernel's configuration lacks.
+/// Checks which parts a kernel's configuration lacks.
 fn configuration(path: &str, text: &str) -> Check {
     let has = |part: &str| {
         text.lines()
@@ -114,10 +115,10 @@ fn configuration(path: &str, text: &str) -> Check {
     };
     let lacking: Vec<&str> = PARTS.into_iter().filter(|part| !has(part)).collect();
     if lacking.is_empty() {
-        Check::new("config", Outcome::Yes, format!("{path} has all that matters"))
+        Check::new("config", Outcome::Yes, format!("{path} has everything needed"))
     } else {
         Check::new("config", Outcome::Warn, format!("{path} lacks {}", lacking.join(", ")))
-            .next("go by what is tried below")
+            .next("rely on the checks below")
     }
 }
 
@@ -126,15 +127,15 @@ fn jit(setting: &str) -> Check {
         "0" => Check::new(
             "jit",
             Outcome::Warn,
-            "net.core.bpf_jit_enable is 0: programs are interpreted, many times slower",
+            "net.core.bpf_jit_enable is 0: programs are interpreted, which is many times slower",
         )
         .next("sysctl -w net.core.bpf_jit_enable=1"),
-        "" => Check::new("jit", Outcome::Skip, "net.core.bpf_jit_enable cannot be read"),
+        "" => Check::new("jit", Outcome::Skip, "cannot read net.core.bpf_jit_enable"),
         _ => Check::new("jit", Outcome::Yes, "programs are compiled"),
     }
 }
 
-/// What this process may do, as the kernel's bits; [`None`]: not told.
+/// Returns the effective capabilities as the kernel's bits, if they are known.
 pub(super) fn capabilities() -> Option<u64> {
     effective(&fs::read_to_string("/proc/self/status").unwrap_or_default())
 }
@@ -148,17 +149,17 @@ fn has(bits: u64, number: u32) -> bool {
     bits >> number & 1 == 1
 }
 
-/// Whether namespaces can be made to try things where nobody sees them.
+/// Whether the process may create namespaces to try things in.
 pub(super) fn may_go_apart(bits: Option<u64>) -> bool {
     bits.is_some_and(|bits| has(bits, SYS_ADMIN))
 }
 
-/// Whether that is enough.
+/// Checks the capabilities.
 pub(super) fn privileges(bits: Option<u64>) -> Check {
     const NEXT: &str =
         "run it as root; in a pod: securityContext.privileged: true, or these capabilities";
     let Some(bits) = bits else {
-        return Check::new(PRIVILEGES, Outcome::No, "/proc/self/status tells no capabilities")
+        return Check::new(PRIVILEGES, Outcome::No, "/proc/self/status shows no capabilities")
             .next("run it as root");
     };
     let (held, lacking): (Vec<_>, Vec<_>) =
@@ -176,7 +177,7 @@ pub(super) fn privileges(bits: Option<u64>) -> Check {
     }
     if !has(bits, NET_RAW) {
         let what = format!(
-            "{}; without CAP_NET_RAW fragments that come before their datagram's first one are lost",
+            "{}; without CAP_NET_RAW, fragments that arrive before their datagram's first one are lost",
             names(&held)
         );
         return Check::new(PRIVILEGES, Outcome::Warn, what).next("add CAP_NET_RAW");
@@ -185,65 +186,69 @@ pub(super) fn privileges(bits: Option<u64>) -> Check {
     Check::new(PRIVILEGES, Outcome::Yes, format!("{}, CAP_NET_RAW{more}", names(&held)))
 }
 
-/// Whether settings of the kernel can be written; those of our own device have to be.
+/// Checks whether kernel settings can be written, as those of Sluice's own device must be.
 pub(super) fn settings(folder: &Path) -> Check {
     if !folder.exists() {
-        return Check::new("settings", Outcome::Warn, format!("there is no {}", folder.display()))
-            .next("give --proc-sys the node's /proc/sys");
+        return Check::new(
+            "settings",
+            Outcome::Warn,
+            format!("{} does not exist", folder.display()),
+        )
+        .next("give --proc-sys the node's /proc/sys");
     }
     if is_read_only(folder) {
         let what = format!(
-            "{} is mounted read-only: without our own device's settings, what is too big for the way to a backend is dropped, \
-             and neither reserved ports nor limits of connection tracking can be set",
+            "{} is mounted read-only: without the settings of Sluice's own device, packets that are too big for the path to a backend are dropped, \
+             and neither reserved ports nor connection tracking limits can be set",
             folder.display()
         );
         return Check::new("settings", Outcome::Warn, what).next(
-            "mount the node's /proc/sys/net read-write elsewhere, and give --proc-sys that place",
+            "mount the node's /proc/sys/net read-write elsewhere, and give its place as --proc-sys",
         );
     }
-    Check::new("settings", Outcome::Yes, format!("{} can be written", folder.display()))
+    Check::new("settings", Outcome::Yes, format!("{} is writable", folder.display()))
 }
 
-/// Where the agent will pin, and the cgroup of the socket path.
+/// Checks the BPF file system of the pin path, and the cgroup of the socket path.
 pub(super) fn mounts(pin_path: &Path, cgroup: Option<&anyhow::Result<PathBuf>>) -> Vec<Check> {
     let bpffs = if let Err(error) = Pins::new(pin_path).check() {
         Check::new("bpffs", Outcome::No, error.to_string())
-            .next("run that, or give another --pin-path")
+            .next("run that command, or give another --pin-path")
     } else if is_bpffs(pin_path) && is_read_only(pin_path) {
         Check::new(
             "bpffs",
             Outcome::No,
-            format!("{} lies in one that is mounted read-only", pin_path.display()),
+            format!("{} is in a BPF file system that is mounted read-only", pin_path.display()),
         )
         .next(
-            "mount it read-write (in a pod: no readOnly at the volume), or give another --pin-path",
+            "mount it read-write (in a pod: without readOnly in the volume), or give another --pin-path",
         )
     } else if is_bpffs(pin_path) {
-        Check::new("bpffs", Outcome::Yes, format!("{} lies in one", pin_path.display()))
+        Check::new("bpffs", Outcome::Yes, format!("{} is in a BPF file system", pin_path.display()))
     } else {
         Check::new(
             "bpffs",
             Outcome::Yes,
             format!(
-                "{} lies in none: the agent mounts one (whether it can is tried as `pins`)",
+                "{} is not in a BPF file system: the agent mounts one (the check `pins` tries that)",
                 pin_path.display()
             ),
         )
     };
     let cgroup = match cgroup {
-        None => Check::new("cgroup2", Outcome::Skip, "--socket-path off needs none"),
+        None => Check::new("cgroup2", Outcome::Skip, "not needed with --socket-path off"),
         Some(Ok(path)) if path.join("cgroup.procs").exists() || path.join("cgroup.controllers").exists() => {
             Check::new("cgroup2", Outcome::Yes, path.display().to_string())
         }
-        Some(Ok(path)) => Check::new("cgroup2", Outcome::No, format!("{} is no folder of a cgroup2 mount", path.display()))
-            .next("give --cgroup another, or start the agent with --socket-path off"),
+        Some(Ok(path)) => Check::new("cgroup2", Outcome::No, format!("{} is not a cgroup2 directory", path.display()))
+            .next("give another --cgroup, or start the agent with --socket-path off"),
         Some(Err(error)) => Check::new("cgroup2", Outcome::No, format!("{error:#}"))
             .next("mount it (mount -t cgroup2 none /sys/fs/cgroup/unified), or start the agent with --socket-path off"),
     };
     vec![bpffs, cgroup]
 }
 
-/// Whether a path, or the nearest folder above it that exists, may not be written by anybody.
+/// Whether a path, or its nearest existing parent, is on a read-only mount.
 fn is_read_only(path: &Path) -> bool {
     let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     let Ok(path) = CString::new(existing.as_os_str().as_bytes()) else { return false };
@@ -254,14 +259,14 @@ fn is_read_only(path: &Path) -> bool {
     result == 0 && stat.f_flag & libc::ST_RDONLY != 0
 }
 
-/// Memory for the maps, and the limit of it.
+/// Checks the memory for the maps, and its limit.
 pub(super) fn limits() -> Vec<Check> {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let group = fs::read_to_string("/proc/self/limits").unwrap_or_default();
     vec![memory(&meminfo), memlock(&group)]
 }
 
-/// What the maps take at their default sizes, MiB, with some room for entries that are made later.
+/// The memory of the maps at their default sizes in MiB, with some room for entries made later.
 const MAPS_MIB: u64 = 300;
 
 fn memory(meminfo: &str) -> Check {
@@ -271,16 +276,16 @@ fn memory(meminfo: &str) -> Check {
         Some(mib) if mib >= MAPS_MIB => Check::new(
             "memory",
             Outcome::Yes,
-            format!("{mib} MiB are available, maps take up to {MAPS_MIB}"),
+            format!("{mib} MiB are available; maps take up to {MAPS_MIB} MiB"),
         ),
         Some(mib) => Check::new(
             "memory",
             Outcome::Warn,
-            format!("{mib} MiB are available, maps take up to {MAPS_MIB}"),
+            format!("{mib} MiB are available; maps take up to {MAPS_MIB} MiB"),
         )
-        .next("free some, or start the agent with a smaller --flows-max"),
+        .next("free memory, or start the agent with a smaller --flows-max"),
         None => {
-            Check::new("memory", Outcome::Skip, "/proc/meminfo does not tell what is available")
+            Check::new("memory", Outcome::Skip, "/proc/meminfo does not show the available memory")
         }
     }
 }
@@ -288,11 +293,11 @@ fn memory(meminfo: &str) -> Check {
 fn memlock(limits: &str) -> Check {
     let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"));
     let soft = line.and_then(|line| line.split_whitespace().next()).unwrap_or("unknown");
-    let what = format!("{soft}; since Linux 5.11 maps do not count");
+    let what = format!("{soft}; maps do not count since Linux 5.11");
     Check::new("memlock", Outcome::Yes, what)
 }
 
-/// The reverse path filters of all devices.
+/// Lists the reverse path filters of all devices.
 pub(super) fn rp_filter(folder: &Path) -> Check {
     let mut modes: BTreeMap<&'static str, Vec<String>> = BTreeMap::new();
     let mut entries: Vec<_> = fs::read_dir(folder).into_iter().flatten().flatten().collect();
@@ -311,7 +316,7 @@ pub(super) fn rp_filter(folder: &Path) -> Check {
         return Check::new(
             "rp-filter",
             Outcome::Skip,
-            format!("{} has none to read", folder.display()),
+            format!("{} has no readable filters", folder.display()),
         );
     }
     let words: Vec<String> = modes
@@ -321,23 +326,23 @@ pub(super) fn rp_filter(folder: &Path) -> Check {
             count => format!("{mode}: {} and {} more", devices[..3].join(", "), count - 3),
         })
         .collect();
-    Check::new("rp-filter", Outcome::Yes, format!("{}; every mode will do", words.join("; ")))
+    Check::new("rp-filter", Outcome::Yes, format!("{}; every mode works", words.join("; ")))
 }
 
-/// The ports of masqueraded clients against those of the node's own sockets.
+/// Checks that the ports of masqueraded clients do not overlap those of the node's own sockets.
 pub(super) fn ports(sysctls: &Path) -> Check {
     let path = sysctls.join("ip_local_reserved_ports");
     match ports::look(sysctls) {
         Ok(None) => Check::new(
             "ports",
             Outcome::Yes,
-            "those of masqueraded clients are not the kernel's to choose",
+            "the kernel does not give out the ports of masqueraded clients",
         ),
         Ok(Some(missing)) => Check::new(
             "ports",
             Outcome::Yes,
             format!(
-                "the agent enters {missing} into {}, since ip_local_port_range has them too",
+                "the agent adds {missing} to {}, since ip_local_port_range overlaps them",
                 path.display()
             ),
         ),

@@ -1,5 +1,5 @@
-//! Traces of others that balance or redirect: kube-proxy, eBPF programs at the hooks, service
-//! meshes, NodeLocal DNSCache.
+//! Finds traces of other load balancers and redirectors: kube-proxy, eBPF programs at the hooks,
+//! service meshes, NodeLocal DNSCache.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -18,36 +18,36 @@ use crate::node::dataplane::clsact::{self, Direction};
 use crate::node::dataplane::trial::{
     at_cgroup, at_device, at_ingress, is_ours, pinned, program_name,
 };
-use crate::node::devices::{Facts, Survey};
+use crate::node::devices::{Device, Facts, Survey};
 use crate::node::kube_proxy::{self, legacy::legacy_rules};
 use crate::node::nft;
 
-/// Beginnings of chains' names that tell whose they are.
+/// The prefixes of chains' names by which their owner is known.
 const KUBE_PROXY: &str = "KUBE-SERVICES";
 const ISTIO: &str = "ISTIO_";
 
-/// What was found.
+/// The traces that were found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Traces {
     /// Whether rules could be listed.
     pub(super) is_listed: bool,
-    /// Of kube-proxy.
+    /// Traces of kube-proxy.
     pub(super) kube_proxy: BTreeSet<String>,
-    /// Of service meshes.
+    /// Traces of service meshes.
     pub(super) meshes: BTreeSet<String>,
-    /// Device or cgroup -> the programs there, ours left out.
+    /// The programs of others, by device or cgroup.
     pub(super) programs: BTreeMap<String, BTreeSet<String>>,
-    /// As `programs`, at the ingress of devices by tc alone.
+    /// As `programs`, but only at the tc ingress of devices.
     pub(super) at_ingress: BTreeMap<String, BTreeSet<String>>,
-    /// Where programs of ours are attached.
+    /// The places where programs of Sluice are attached.
     pub(super) ours: BTreeSet<String>,
-    /// Of Cilium, besides its programs.
+    /// Traces of Cilium other than its programs.
     pub(super) cilium: BTreeSet<String>,
-    /// Addresses of NodeLocal DNSCache.
+    /// The addresses of NodeLocal DNSCache.
     pub(super) node_local_dns: Vec<IpAddr>,
 }
 
-/// ifindex -> the XDP program there.
+/// Returns the ids of XDP programs, by ifindex.
 pub(super) async fn xdp() -> io::Result<BTreeMap<u32, u32>> {
     let (connection, handle, _messages) = new_connection()?;
     let _requests = tokio::spawn(connection);
@@ -66,7 +66,7 @@ pub(super) async fn xdp() -> io::Result<BTreeMap<u32, u32>> {
     Ok(found)
 }
 
-/// Looks for them. Without privileges, only what anybody may see.
+/// Collects the traces. Without privileges only those that anybody can see are found.
 pub(super) fn look(
     facts: &Facts,
     survey: &Survey,
@@ -76,20 +76,7 @@ pub(super) fn look(
     xdp: &BTreeMap<u32, u32>,
 ) -> Traces {
     let mut traces = Traces { is_listed: is_able, ..Traces::default() };
-    for link in facts.links.values() {
-        let (set, word) = match link.name.as_str() {
-            "kube-ipvs0" => (&mut traces.kube_proxy, "the device"),
-            "cilium_host" | "cilium_net" | "cilium_vxlan" => (&mut traces.cilium, "the device"),
-            "istioin" | "istioout" => (&mut traces.meshes, "Istio's device"),
-            "nodelocaldns" => {
-                let addresses = facts.addresses.get(&link.index).into_iter().flatten();
-                traces.node_local_dns.extend(addresses.map(|found| found.address));
-                continue;
-            }
-            _ => continue,
-        };
-        let _ = set.insert(format!("{word} {}", link.name));
-    }
+    traces.links(facts);
     traces.meshes.extend(chained_plugins(Path::new("/etc/cni/net.d")));
     if let Some(pid) = kube_proxy::running() {
         let _ = traces.kube_proxy.insert(format!("the process {pid}"));
@@ -103,6 +90,35 @@ pub(super) fn look(
     rules(&mut traces);
     let pinned = pinned(&Pins::new(pin_path));
     for device in survey.devices.values() {
+        traces.programs_at(device, xdp.get(&device.index).copied(), &pinned);
+    }
+    if let Some(Ok(folder)) = cgroup.map(File::open) {
+        traces.sort("cgroup", at_cgroup(&folder), &pinned);
+    }
+    traces
+}
+
+impl Traces {
+    /// Adds the devices that others make.
+    fn links(&mut self, facts: &Facts) {
+        for link in facts.links.values() {
+            let (set, word) = match link.name.as_str() {
+                "kube-ipvs0" => (&mut self.kube_proxy, "the device"),
+                "cilium_host" | "cilium_net" | "cilium_vxlan" => (&mut self.cilium, "the device"),
+                "istioin" | "istioout" => (&mut self.meshes, "Istio's device"),
+                "nodelocaldns" => {
+                    let addresses = facts.addresses.get(&link.index).into_iter().flatten();
+                    self.node_local_dns.extend(addresses.map(|found| found.address));
+                    continue;
+                }
+                _ => continue,
+            };
+            let _ = set.insert(format!("{word} {}", link.name));
+        }
+    }
+
+    /// Adds the programs at a device, given the id of its XDP program.
+    fn programs_at(&mut self, device: &Device, xdp: Option<u32>, pinned: &BTreeSet<String>) {
         let mut names = at_device(device.index);
         let mut behind = at_ingress(device.index);
         for direction in [Direction::Ingress, Direction::Egress] {
@@ -118,21 +134,15 @@ pub(super) fn look(
             }
             names.extend(others);
         }
-        names.extend(xdp.get(&device.index).map(|id| program_name(*id)));
-        traces.sort(&device.name, names, &pinned);
+        names.extend(xdp.map(program_name));
+        self.sort(&device.name, names, pinned);
         behind.retain(|name| !is_ours(name) && !pinned.contains(name));
         if !behind.is_empty() {
-            let _ = traces.at_ingress.insert(device.name.clone(), behind.into_iter().collect());
+            let _ = self.at_ingress.insert(device.name.clone(), behind.into_iter().collect());
         }
     }
-    if let Some(Ok(folder)) = cgroup.map(File::open) {
-        traces.sort("cgroup", at_cgroup(&folder), &pinned);
-    }
-    traces
-}
 
-impl Traces {
-    /// Tells our programs from those of others.
+    /// Adds programs at a place, those of Sluice and of others separately.
     fn sort(&mut self, place: &str, names: Vec<String>, pinned: &BTreeSet<String>) {
         for name in names {
             if is_ours(&name) || pinned.contains(&name) {
@@ -144,10 +154,10 @@ impl Traces {
     }
 }
 
-/// Rules of netfilter and IPVS.
+/// Adds rules of netfilter and IPVS.
 fn rules(traces: &mut Traces) {
     let Traces { kube_proxy, meshes, .. } = traces;
-    // A kernel that does not list them has none.
+    // A kernel that cannot list them has none.
     if nft::tables().unwrap_or_default().iter().any(|table| table.name == "kube-proxy") {
         let _ = kube_proxy.insert("the nftables table kube-proxy".to_owned());
     }
@@ -158,8 +168,8 @@ fn rules(traces: &mut Traces) {
             let _ = meshes.insert(format!("Istio's iptables chain {}", chain.name));
         }
     }
-    // The older iptables, whose tables nft does not see. Only where there are some: asking would
-    // make them.
+    // Legacy iptables, whose tables nft does not show. Listing a table creates it, so only existing
+    // ones are listed.
     let legacy = fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
     if legacy.lines().any(|table| table == "nat") {
         let rules = legacy_rules().unwrap_or_default();
@@ -177,7 +187,7 @@ fn rules(traces: &mut Traces) {
     }
 }
 
-/// Meshes whose CNI plugins a node's configuration chains.
+/// Returns the meshes whose CNI plugins are in the node's configuration.
 fn chained_plugins(folder: &Path) -> BTreeSet<String> {
     let files = fs::read_dir(folder).into_iter().flatten().flatten();
     let texts = files.filter_map(|file| fs::read_to_string(file.path()).ok());
@@ -197,28 +207,28 @@ fn joined(found: &BTreeSet<String>) -> String {
     found.iter().map(String::as_str).collect::<Vec<_>>().join(", ")
 }
 
-/// What follows from them.
+/// Returns the checks of the traces.
 pub(super) fn checks(traces: &Traces, socket_path: SocketPath) -> Vec<Check> {
     let mut checks = vec![kube_proxy(traces), meshes(traces, socket_path)];
     checks.extend(programs(traces));
     checks.push(if traces.node_local_dns.is_empty() {
-        Check::new("node-local-dns", Outcome::Skip, "there is no device nodelocaldns")
+        Check::new("node-local-dns", Outcome::Skip, "no device nodelocaldns")
     } else {
         let addresses: Vec<String> =
             traces.node_local_dns.iter().map(ToString::to_string).collect();
         Check::new(
             "node-local-dns",
             Outcome::Yes,
-            format!("its addresses are left to it: {}", addresses.join(", ")),
+            format!("its addresses are left alone: {}", addresses.join(", ")),
         )
     });
     checks.push(if traces.ours.is_empty() {
-        Check::new("sluice", Outcome::Skip, "no program of ours is attached so far")
+        Check::new("sluice", Outcome::Skip, "no program of Sluice is attached yet")
     } else {
         Check::new(
             "sluice",
             Outcome::Yes,
-            format!("attached already, and adopted by the next agent: {}", joined(&traces.ours)),
+            format!("already attached, and adopted by the next agent: {}", joined(&traces.ours)),
         )
     });
     checks
@@ -227,12 +237,12 @@ pub(super) fn checks(traces: &Traces, socket_path: SocketPath) -> Vec<Check> {
 fn kube_proxy(traces: &Traces) -> Check {
     if !traces.kube_proxy.is_empty() {
         return Check::new("kube-proxy", Outcome::Warn, format!("{}: Sluice translates before it", joined(&traces.kube_proxy)))
-            .next("start the agent with --takeover, so that connections that kube-proxy has translated go on; then stop kube-proxy and call `sluice takeover --finish`");
+            .next("start the agent with --takeover, so that the connections of kube-proxy continue; then stop kube-proxy and run `sluice takeover --finish`");
     }
     if traces.is_listed {
         Check::new("kube-proxy", Outcome::Yes, "no trace of it")
     } else {
-        Check::new("kube-proxy", Outcome::Skip, "rules can be listed by root only")
+        Check::new("kube-proxy", Outcome::Skip, "only root can list rules")
     }
 }
 
@@ -240,27 +250,26 @@ fn meshes(traces: &Traces, socket_path: SocketPath) -> Check {
     if !traces.meshes.is_empty() {
         let found = joined(&traces.meshes);
         if socket_path == SocketPath::Machine {
-            let what = format!(
-                "{found}: a proxy beside a pod would see backends where it wants to see Services"
-            );
+            let what =
+                format!("{found}: a sidecar proxy would see backends where it expects Services");
             return Check::new("service-mesh", Outcome::Warn, what).next(
-                "start the agent without --socket-path machine: what a pod's proxy takes is then left to it",
+                "start the agent without --socket-path machine, so that traffic of sidecar proxies is left to them",
             );
         }
         return Check::new(
             "service-mesh",
             Outcome::Yes,
-            format!("{found}: what a pod's proxy takes is left to it"),
+            format!("{found}: traffic of sidecar proxies is left to them"),
         );
     }
     if traces.is_listed {
         Check::new(
             "service-mesh",
             Outcome::Yes,
-            "no trace of one on the node (sidecars without a CNI plugin leave none here)",
+            "no trace on the node (sidecars without a CNI plugin leave none)",
         )
     } else {
-        Check::new("service-mesh", Outcome::Skip, "rules can be listed by root only")
+        Check::new("service-mesh", Outcome::Skip, "only root can list rules")
     }
 }
 
@@ -282,7 +291,7 @@ fn programs(traces: &Traces) -> Vec<Check> {
     if !cilium.is_empty() {
         checks.push(
             Check::new("cilium", Outcome::Warn, joined(&cilium))
-                .next("only one of the two may balance Services: run Cilium with kubeProxyReplacement=false, or leave Sluice out"),
+                .next("only one of them may balance Services: run Cilium with kubeProxyReplacement=false, or do not install Sluice"),
         );
     }
     for (place, names) in others {
@@ -291,16 +300,19 @@ fn programs(traces: &Traces) -> Vec<Check> {
             Check::new(
                 "foreign-ebpf",
                 Outcome::Warn,
-                format!("{} at socket hooks: they see calls before or after ours", joined(&names)),
+                format!(
+                    "{} at socket hooks, which see calls before or after Sluice",
+                    joined(&names)
+                ),
             )
             .of(place)
-            .next("make sure that they do not translate Services")
+            .next("check that they do not translate Services")
         } else {
             Check::new(
                 "foreign-ebpf",
                 Outcome::Yes,
                 format!(
-                    "{}: they stay; Sluice is first at ingress and last at egress",
+                    "{}, which stay; Sluice is first at ingress and last at egress",
                     joined(&names)
                 ),
             )
@@ -312,10 +324,10 @@ fn programs(traces: &Traces) -> Vec<Check> {
             Check::new(
                 "foreign-ebpf",
                 Outcome::Yes,
-                "nobody else's programs are on our devices and cgroup",
+                "no programs of others on Sluice's devices and cgroup",
             )
         } else {
-            Check::new("foreign-ebpf", Outcome::Skip, "programs can be listed by root only")
+            Check::new("foreign-ebpf", Outcome::Skip, "only root can list programs")
         });
     }
     checks

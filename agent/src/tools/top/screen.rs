@@ -1,4 +1,4 @@
-//! What is on the screen, and what keys do.
+//! The screen of `sluice top`, and its keys.
 
 use std::cmp::Ordering;
 
@@ -12,48 +12,48 @@ use ratatui::widgets::{Block, Row, Table, TableState};
 use super::{Change, Rates, Service};
 use crate::tools::units::binary;
 
-/// What services are sorted by.
+/// The order of services.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Order {
-    /// Bytes a second.
+    /// Bytes per second.
     #[default]
     Bytes,
-    /// Packets a second.
+    /// Packets per second.
     Packets,
-    /// Connections a second.
+    /// Connections per second.
     Connections,
     /// Namespace and name.
     Name,
 }
 
-/// What a key asks for.
+/// The effect of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Next {
-    /// Go on.
+    /// Continue.
     Stay,
-    /// End.
+    /// Quit.
     Quit,
 }
 
-/// What is shown, and how.
+/// The state of the screen.
 #[derive(Debug, Default)]
 pub(crate) struct Screen {
     change: Change,
     order: Order,
     reversed: bool,
-    /// The chosen service, which stays chosen wherever it moves to.
+    /// The chosen service. It stays chosen wherever it moves to.
     chosen: Option<Service>,
     /// Why there are no new figures.
     problem: Option<String>,
 }
 
 impl Screen {
-    /// An empty screen.
+    /// Makes an empty screen.
     pub(crate) fn new(order: Order) -> Self {
         Self { order, ..Self::default() }
     }
 
-    /// The figures, in the order that was asked for.
+    /// Returns the figures, in the chosen order.
     pub(crate) fn change(&self) -> &Change {
         &self.change
     }
@@ -68,7 +68,7 @@ impl Screen {
         }
     }
 
-    /// Tells why there are no new figures.
+    /// Shows why there are no new figures.
     pub(crate) fn fail(&mut self, problem: String) {
         self.problem = Some(problem);
     }
@@ -106,7 +106,7 @@ impl Screen {
         self.chosen = self.change.services.get(there).map(|(service, _)| service.clone());
     }
 
-    /// Does what a key asks for.
+    /// Handles a key.
     pub(crate) fn press(&mut self, key: KeyEvent) -> Next {
         if key.modifiers.contains(KeyModifiers::CONTROL) {
             return if key.code == KeyCode::Char('c') { Next::Quit } else { Next::Stay };
@@ -147,7 +147,7 @@ impl Screen {
     /// Draws everything.
     pub(crate) fn draw(&self, frame: &mut Frame<'_>) {
         let own = self.chosen.as_ref().and_then(|chosen| self.change.backends.get(chosen));
-        // Half is for the services, the rest for what there is.
+        // Services get half of the screen, the rest as much as it needs.
         let most = (frame.area().height / 4).max(4);
         let height = |rows: usize| u16::try_from(rows + 3).unwrap_or(u16::MAX).min(most);
         let [services, backends, causes, help] = frame.area().layout(&Layout::vertical([
@@ -175,7 +175,7 @@ impl Screen {
         frame.render_widget(line, help);
     }
 
-    /// A key's word; the one that is in force stands out.
+    /// Returns a key's label. The active one is highlighted.
     fn key(&self, word: &str, order: Order) -> Span<'static> {
         let style = if self.order == order {
             Style::new().add_modifier(Modifier::BOLD)
@@ -280,7 +280,7 @@ fn cells_of(rates: &Rates) -> [String; 4] {
     [number(rates.packets), bytes(rates.bytes), number(rates.connections), number(rates.resets)]
 }
 
-/// A rate with few digits.
+/// Formats a rate with few digits.
 pub(crate) fn number(rate: f64) -> String {
     match rate {
         rate if rate >= 9_999_500.0 => format!("{:.0}M", rate / 1e6),
@@ -290,7 +290,7 @@ pub(crate) fn number(rate: f64) -> String {
     }
 }
 
-/// A rate of bytes with few digits.
+/// Formats a rate of bytes with few digits.
 pub(crate) fn bytes(rate: f64) -> String {
     let (scaled, unit) = binary(rate);
     if unit.is_empty() || scaled >= 99.95 {
@@ -353,7 +353,7 @@ mod tests {
         assert_eq!(first(&screen), service("mail"));
         let _ = press(&mut screen, KeyCode::Char('r'));
         assert_eq!(first(&screen), service("web"));
-        // The chosen one stays chosen, wherever it has moved to.
+        // The chosen service stays chosen, wherever it has moved to.
         assert_eq!(screen.chosen, Some(service("web")));
         let _ = press(&mut screen, KeyCode::Down);
         assert_eq!(screen.chosen, Some(service("mail")));

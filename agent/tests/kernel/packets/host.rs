@@ -9,21 +9,24 @@ use sluice_common::abi::{
     Settings, Ticks, Tuple, device, flow, node_address,
 };
 use sluice_common::engine::act;
-use sluice_common::engine::adapter::{Action, Adapter, Addressee, Arrival, Forwarded, Target, Way};
-use sluice_common::engine::count::{Along, Count};
+use sluice_common::engine::adapter::{
+    Action, Adapter, Addressee, Arrival, ForwardQuery, RouteQuery, Target,
+};
+use sluice_common::engine::count::{Count, Direction};
 use sluice_common::engine::open::{FlowEnd, Owner, Refusal, Sockets, Steps, sockets};
-use sluice_common::engine::record::{FlowTable, Partner, Place, Refused, Renewal, record};
-use sluice_common::engine::xdp::{Fate, Frames};
-use sluice_common::engine::{self, tc::Packets};
+use sluice_common::engine::record::{FlowMap, FlowTable, InsertError, Partner, Renewal, record};
+use sluice_common::engine::search::{PortSearch, search};
+use sluice_common::engine::xdp::{Fate, XdpProgram};
+use sluice_common::engine::{self, tc::TcProgram};
 use sluice_common::event::{self, At};
 use sluice_common::family::lane;
-use sluice_common::packet::answer::Trouble;
+use sluice_common::packet::answer::IcmpError;
 use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::parse::{self, Headers};
 use sluice_common::packet::rewrite::{can_follow, rewrite, segment};
 use sluice_common::path::fragment;
 use sluice_common::path::policy::{self, is_foreign, is_within};
-use sluice_common::path::{self, Decision, Hook, Step, partner_key};
+use sluice_common::path::{self, Decision, Hook, Step, partner_key, walk_ports};
 use sluice_common::tables::Routes;
 use sluice_common::{Packet, Reason, Tables, V4, V6};
 
@@ -53,7 +56,7 @@ struct Memory<F: Ip> {
     exhausted: BTreeMap<Tuple<F::Address>, Ticks>,
     /// What the FIB has said; nothing until it is asked.
     routes: Option<Routes>,
-    passed_over: u32,
+    ports_to_skip: u32,
     lanes: BTreeMap<(u32, u32), u8>,
     services: BTreeMap<ServiceKey<F::Address>, Service>,
     backends: BTreeMap<u32, Backend<F::Address>>,
@@ -91,7 +94,7 @@ impl<F: Ip> Memory<F> {
             affinity: affinities::<F>(world, now),
             exhausted: exhausted::<F>(world, now),
             routes: None,
-            passed_over: 0,
+            ports_to_skip: 0,
             lanes,
             services,
             backends,
@@ -105,45 +108,45 @@ impl<F: Ip> Memory<F> {
         }
     }
 
-    fn table(&mut self, place: Place) -> &mut BTreeMap<Tuple<F::Address>, Flow<F::Address>> {
+    fn table(&mut self, place: FlowMap) -> &mut BTreeMap<Tuple<F::Address>, Flow<F::Address>> {
         match place {
-            Place::Flows => &mut self.flows,
-            Place::Embryonic => &mut self.embryonic,
+            FlowMap::Flows => &mut self.flows,
+            FlowMap::Embryonic => &mut self.embryonic,
         }
     }
 }
 
 /// Tables without a bound.
 impl<F: Ip> FlowTable<F> for Memory<F> {
-    fn get(&self, place: Place, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
+    fn get(&self, place: FlowMap, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
         match place {
-            Place::Flows => self.flows.get(key),
-            Place::Embryonic => self.embryonic.get(key),
+            FlowMap::Flows => self.flows.get(key),
+            FlowMap::Embryonic => self.embryonic.get(key),
         }
     }
 
     fn insert(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<F::Address>,
         flow: &Flow<F::Address>,
         only_new: bool,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), InsertError> {
         let table = self.table(place);
         if only_new && table.contains_key(key) {
-            return Err(Refused::Exists);
+            return Err(InsertError::Exists);
         }
         let _ = table.insert(*key, *flow);
         Ok(())
     }
 
-    fn remove(&mut self, place: Place, key: &Tuple<F::Address>) {
+    fn remove(&mut self, place: FlowMap, key: &Tuple<F::Address>) {
         let _ = self.table(place).remove(key);
     }
 
     fn refresh(
         &mut self,
-        place: Place,
+        place: FlowMap,
         key: &Tuple<F::Address>,
         to: &Flow<F::Address>,
         renewal: Renewal,
@@ -155,12 +158,30 @@ impl<F: Ip> FlowTable<F> for Memory<F> {
         true
     }
 
-    fn remember(&mut self, client: &AffinityKey<F::Address>, to: &Affinity) {
+    fn record_affinity(&mut self, client: &AffinityKey<F::Address>, to: &Affinity) {
         let _ = self.affinity.insert(*client, *to);
     }
 
     fn set_marks(&mut self, bits: u32) {
         self.marks |= bits;
+    }
+}
+
+impl<F: Ip> PortSearch<F> for Memory<F> {
+    fn now(&self) -> Ticks {
+        self.now
+    }
+
+    fn failed_at(&self, key: &Tuple<F::Address>) -> Option<Ticks> {
+        self.exhausted.get(key).copied()
+    }
+
+    fn set_failed(&mut self, key: &Tuple<F::Address>, at: Ticks) {
+        let _ = self.exhausted.insert(*key, at);
+    }
+
+    fn walk(&mut self, decision: &Decision<F>) -> Option<u16> {
+        walk_ports(self, decision)
     }
 }
 
@@ -197,7 +218,7 @@ impl<F: Ip> Adapter<F> for Host<'_> {
         self.case.ifindex
     }
 
-    fn mark(&self) -> u32 {
+    fn fwmark(&self) -> u32 {
         0
     }
 
@@ -226,7 +247,7 @@ impl<F: Ip> Adapter<F> for Host<'_> {
         self.case.world.node_addresses.contains_key(&F::ip(*address))
     }
 
-    fn route(&self, _: &F::Address, destination: &F::Address, way: &Way) -> Target {
+    fn route(&self, _: &F::Address, destination: &F::Address, way: &RouteQuery) -> Target {
         match world::route(F::ip(*destination)) {
             Some((_, mtu)) if way.length > mtu => Target::TooBig(mtu),
             Some((ifindex, _)) => Target::Device(ifindex),
@@ -234,7 +255,7 @@ impl<F: Ip> Adapter<F> for Host<'_> {
         }
     }
 
-    fn forward(&mut self, packet: &Forwarded<F::Address>) -> Option<u32> {
+    fn forward(&mut self, packet: &ForwardQuery<F::Address>) -> Option<u32> {
         let (ifindex, mtu) = world::route(F::ip(packet.destination))?;
         (packet.way.length <= mtu).then_some(ifindex)
     }
@@ -273,11 +294,11 @@ impl<F: Ip> Adapter<F> for Host<'_> {
         is_rewritten
     }
 
-    fn write_error(&mut self, headers: &Headers<F>, trouble: Trouble, mtu: u32) -> bool {
-        act::write_error(&mut self.packet, headers, trouble, mtu)
+    fn write_error(&mut self, headers: &Headers<F>, error: IcmpError, mtu: u32) -> bool {
+        act::write_error(&mut self.packet, headers, error, mtu)
     }
 
-    /// Frames in memory have none beside them.
+    /// XdpProgram in memory have none beside them.
     fn take_tags_off(&mut self) {}
 
     /// No other program meets a case's packet.
@@ -287,7 +308,7 @@ impl<F: Ip> Adapter<F> for Host<'_> {
 }
 
 /// A case's packet on its way through a program.
-struct Met<'c, F: Ip> {
+struct Run<'c, F: Ip> {
     host: Host<'c>,
     memory: Memory<F>,
     headers: Headers<F>,
@@ -297,14 +318,14 @@ struct Met<'c, F: Ip> {
     event: Option<Event>,
 }
 
-impl<F: Ip> Met<'_, F> {
+impl<F: Ip> Run<'_, F> {
     fn hook(&self) -> Hook {
         Adapter::<F>::hook(&self.host)
     }
 
-    fn pass_over(&mut self, ports: u32) {
+    fn begin_open(&mut self, ports: u32) {
         self.memory.routes = None;
-        self.memory.passed_over = ports;
+        self.memory.ports_to_skip = ports;
     }
 
     fn decide(&mut self) {
@@ -314,7 +335,7 @@ impl<F: Ip> Met<'_, F> {
 
     /// Notes what a first fragment tells.
     fn note(&mut self) {
-        let said = fragment::told(&self.headers, &self.decision, self.memory.now);
+        let said = fragment::ports(&self.headers, &self.decision, self.memory.now);
         let _ = self.memory.fragments.insert(fragment::key(&self.headers), said);
     }
 
@@ -322,14 +343,13 @@ impl<F: Ip> Met<'_, F> {
         let Case { came_by, ifindex, .. } = *self.host.case;
         let (source, destination) =
             (&self.headers.tuple.source, F::ip(self.headers.tuple.destination));
-        let egress = self.hook() == Hook::Egress;
-        let from = if egress { came_by } else { ifindex };
+        let from = if self.hook().is_egress() { came_by } else { ifindex };
         let bridge = self.memory.device(from).map_or(0, |device| device.bridge);
         let as_from = if bridge == 0 { from } else { bridge };
         let route = |as_it_came: bool| {
             world::route_back(destination, F::ip(*source), as_it_came.then_some(as_from))
         };
-        is_foreign(egress, source, from, &self.memory, route)
+        is_foreign(self.hook(), source, from, &self.memory, route)
     }
 
     fn count(&mut self, is_dropped: bool) {
@@ -348,7 +368,7 @@ impl<F: Ip> Met<'_, F> {
     }
 }
 
-impl<F: Ip> Steps<F> for Met<'_, F> {
+impl<F: Ip> Steps<F> for Run<'_, F> {
     fn decision(&self) -> &Decision<F> {
         &self.decision
     }
@@ -361,29 +381,18 @@ impl<F: Ip> Steps<F> for Met<'_, F> {
         path::open_into(self.hook(), &self.headers, &self.memory, &mut self.decision);
     }
 
-    fn ask_routes(&mut self) {
+    fn look_up_routes(&mut self) {
         let device = |end| world::route(F::ip(end)).map_or(0, |(ifindex, _)| ifindex);
         let Flow { source, destination, .. } = self.decision.flow;
         self.memory.routes =
             Some(Routes { to_backend: device(destination), to_client: device(source) });
     }
 
-    /// Walks all source ports, but for a tuple for which that was in vain within this tick.
     fn search(&mut self) {
-        let (memory, decision) = (&mut self.memory, &mut self.decision);
-        let mut key = partner_key::<F>(&decision.flow, decision.key.protocol);
-        key.destination_port = 0;
-        if memory.exhausted.get(&key) == Some(&memory.now) {
-            path::finish_search(None, decision);
-            return;
-        }
-        path::search(memory, decision);
-        if decision.reason == Reason::PortsExhausted {
-            let _ = memory.exhausted.insert(key, memory.now);
-        }
+        search(&mut self.decision, &mut self.memory);
     }
 
-    fn is_held(&mut self) -> bool {
+    fn is_taken_by_socket(&mut self) -> bool {
         let Some(Sockets { of, end }) = sockets(self.hook(), &self.decision, &self.memory) else {
             return false;
         };
@@ -399,8 +408,8 @@ impl<F: Ip> Steps<F> for Met<'_, F> {
         sees_sockets && self.memory.world.held.contains(&tuple_told::<F>(&tuple))
     }
 
-    fn pass_over_one(&mut self) {
-        self.memory.passed_over += 1;
+    fn skip_one_port(&mut self) {
+        self.memory.ports_to_skip += 1;
     }
 
     fn record(&mut self) -> Refusal {
@@ -408,7 +417,7 @@ impl<F: Ip> Steps<F> for Met<'_, F> {
     }
 }
 
-impl<'c, F: Ip> Packets<F> for Met<'c, F> {
+impl<'c, F: Ip> TcProgram<F> for Run<'c, F> {
     type Adapter = Host<'c>;
 
     fn decide(&mut self) {
@@ -419,8 +428,8 @@ impl<'c, F: Ip> Packets<F> for Met<'c, F> {
         self.decision = Decision::pass(&self.headers.tuple);
     }
 
-    fn disown(&mut self) {
-        path::disown(self.hook(), &self.headers, &self.memory, &mut self.decision);
+    fn restrict_foreign(&mut self) {
+        path::restrict_foreign(self.hook(), &self.headers, &self.memory, &mut self.decision);
     }
 
     fn note(&mut self) {
@@ -428,7 +437,7 @@ impl<'c, F: Ip> Packets<F> for Met<'c, F> {
     }
 
     fn is_for_others(&self) -> bool {
-        let is_edge = self.memory.here().is_some_and(|here| here.role == device::EDGE);
+        let is_edge = self.memory.hook_device().is_some_and(|here| here.role == device::EDGE);
         act::is_for_others(Adapter::<F>::arrival(&self.host), is_edge)
     }
 
@@ -440,11 +449,11 @@ impl<'c, F: Ip> Packets<F> for Met<'c, F> {
     fn has_hidden_socket(&mut self) -> bool {
         let Decision { flow, key, .. } = &self.decision;
         let hides = |here| policy::hides_sockets(here, key.protocol, true);
-        flow.flags & flow::DIRECT == 0 && self.memory.here().is_some_and(hides)
+        flow.flags & flow::DIRECT == 0 && self.memory.hook_device().is_some_and(hides)
     }
 
-    fn begin(&mut self, passed_over: u32) {
-        self.pass_over(passed_over);
+    fn begin(&mut self, ports_to_skip: u32) {
+        self.begin_open(ports_to_skip);
     }
 
     fn parts(&mut self) -> (&mut Host<'c>, &Headers<F>, &Decision<F>) {
@@ -460,7 +469,7 @@ impl<'c, F: Ip> Packets<F> for Met<'c, F> {
     }
 }
 
-impl<F: Ip> Frames<F> for Met<'_, F> {
+impl<F: Ip> XdpProgram<F> for Run<'_, F> {
     fn decide(&mut self) {
         self.decide();
     }
@@ -470,7 +479,7 @@ impl<F: Ip> Frames<F> for Met<'_, F> {
     }
 
     fn begin(&mut self) {
-        self.pass_over(0);
+        self.begin_open(0);
     }
 
     fn headers(&self) -> &Headers<F> {
@@ -478,16 +487,16 @@ impl<F: Ip> Frames<F> for Met<'_, F> {
     }
 
     fn is_addressed_here(&self) -> bool {
-        let here = self.memory.here();
+        let here = self.memory.hook_device();
         here.is_some_and(|device| self.host.packet.bytes.starts_with(&device.mac))
     }
 
     /// The kernel's harness holds the mark against the frame that it comes before.
-    fn mark(&mut self) -> bool {
+    fn mark_translated(&mut self) -> bool {
         true
     }
 
-    fn unmark(&mut self) {}
+    fn unmark_translated(&mut self) {}
 
     fn note(&mut self) {
         self.note();
@@ -497,8 +506,12 @@ impl<F: Ip> Frames<F> for Met<'_, F> {
         segment(&mut self.host.packet, &self.headers, &self.decision.flow)
     }
 
-    fn count(&mut self) {
-        self.count(false);
+    fn set_reason(&mut self, reason: Reason) {
+        self.decision.reason = reason;
+    }
+
+    fn count(&mut self, is_dropped: bool) {
+        self.count(is_dropped);
     }
 }
 
@@ -592,7 +605,7 @@ impl<F: Ip> Tables<F> for Memory<F> {
         self.world.devices.get(&ifindex)
     }
 
-    fn here(&self) -> Option<&Device> {
+    fn hook_device(&self) -> Option<&Device> {
         self.world.devices.get(&self.ifindex)
     }
 
@@ -604,8 +617,8 @@ impl<F: Ip> Tables<F> for Memory<F> {
         self.routes
     }
 
-    fn passed_over(&self) -> u32 {
-        self.passed_over
+    fn ports_to_skip(&self) -> u32 {
+        self.ports_to_skip
     }
 
     fn now(&self) -> Ticks {
@@ -654,7 +667,7 @@ fn untouched(case: &Case) -> Outcome {
 
 fn run_family<F: Ip>(case: &Case, packet: Bytes<Vec<u8>>, offset: u32, now: Ticks) -> Outcome {
     let Some(headers) = parse::headers::<F, _>(&packet, offset) else { return untouched(case) };
-    let mut met = Met {
+    let mut run = Run {
         host: Host { case, packet },
         memory: Memory::<F>::new(&case.world, case.ifindex, now),
         decision: Decision::pass(&headers.tuple),
@@ -663,12 +676,12 @@ fn run_family<F: Ip>(case: &Case, packet: Bytes<Vec<u8>>, offset: u32, now: Tick
         event: None,
     };
     let end = match case.program {
-        Program::Xdp => match engine::xdp::run(&mut met) {
+        Program::Xdp => match engine::xdp::run(&mut run) {
             Fate::Pass => End::XdpPass,
             Fate::Drop => End::XdpDrop,
         },
         Program::Ingress | Program::IngressL3 | Program::Egress | Program::EgressL3 => {
-            match engine::tc::run(&mut met) {
+            match engine::tc::run(&mut run) {
                 Action::Next => End::Next,
                 Action::Drop => End::Drop,
                 Action::Send(_)
@@ -678,12 +691,12 @@ fn run_family<F: Ip>(case: &Case, packet: Bytes<Vec<u8>>, offset: u32, now: Tick
             }
         }
     };
-    let memory = met.memory;
+    let memory = run.memory;
     Outcome {
         end,
-        frame: met.host.packet.bytes,
-        counted: Some(met.counted.into_iter().collect()),
-        events: Some(met.event.into_iter().collect()),
+        frame: run.host.packet.bytes,
+        counted: Some(run.counted.into_iter().collect()),
+        events: Some(run.event.into_iter().collect()),
         flows: told::<F>(memory.flows, now),
         embryonic: told::<F>(memory.embryonic, now),
         affinity: affinities_told::<F>(memory.affinity, now),
@@ -705,10 +718,10 @@ fn said(case: &Case) -> impl Iterator<Item = (Datagram<IpAddr>, DatagramPorts)> 
 fn count<F: Ip>(decision: &Decision<F>, bytes: u32) -> Option<Counted> {
     match Count::of(decision) {
         Count::Nowhere => None,
-        Count::Backend { id: backend, along: Along::Forward { opens } } => {
+        Count::Backend { id: backend, direction: Direction::Forward { opens } } => {
             Some(Counted::Forward { backend, bytes, opened: opens })
         }
-        Count::Backend { id: backend, along: Along::Reply } => {
+        Count::Backend { id: backend, direction: Direction::Reply } => {
             Some(Counted::Reply { backend, bytes })
         }
         Count::Reason { reason, service_port } => {

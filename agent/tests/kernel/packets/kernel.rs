@@ -469,6 +469,8 @@ impl Kernel {
             "source_ranges_v6",
             "fragments_v4",
             "fragments_v6",
+            "imported_v4",
+            "imported_v6",
             "ports",
             "slots",
             "names",

@@ -54,7 +54,7 @@ fn result(input: &[u8], outcome: &Outcome) -> String {
 
 fn counted(counted: &Counted) -> String {
     match counted {
-        Counted::Reason { reason, .. } => reason.word().to_owned(),
+        Counted::Reason { reason, .. } => reason.as_str().to_owned(),
         Counted::Forward { opened: true, .. } => "forward, opens".to_owned(),
         Counted::Forward { opened: false, .. } => "forward".to_owned(),
         Counted::Reply { .. } => "reply".to_owned(),

@@ -1,9 +1,9 @@
-//! Connections to the API server that notice when nobody is there any more.
+//! Connections to the API server that notice when the other end is gone.
 //!
-//! A watch may be silent for minutes, and an idle TCP connection whose other end vanished without a
-//! word (a load balancer that failed over, a firewall that forgot) looks just the same. The kernel
-//! asks in the silence. It answers for a server that has hung, too: that only shows when the
-//! watch's time is up.
+//! A watch may be silent for minutes. An idle TCP connection whose other end vanished silently (a
+//! load balancer that failed over, a firewall that lost its state) looks just the same. So the
+//! kernel sends probes in the silence. The kernel of a server that hangs answers them too; that
+//! only shows when the watch's time is up.
 
 use std::time::Duration;
 
@@ -19,18 +19,18 @@ use tower::{BoxError, ServiceBuilder};
 
 use crate::daemon::source::decode::Kind;
 
-/// After so much silence the kernel asks whether the other side is still there.
+/// The silence after which the kernel sends probes.
 const SILENCE: Duration = Duration::from_secs(15);
-/// How often it asks before it gives up, and how long it waits each time.
+/// The number of probes before the kernel gives up. It waits [`PROBE`] for each.
 const PROBES: u32 = 3;
 const PROBE: Duration = Duration::from_secs(5);
-/// What was sent and is not confirmed for so long ends the connection.
+/// Data that is not acknowledged for this long ends the connection.
 const UNCONFIRMED: Duration = Duration::from_secs(30);
 
-/// Makes a client as kube does, but for the options of its sockets.
+/// Makes a client like kube's, except for the options of its sockets.
 pub(super) fn client(config: Config) -> Result<Client, kube::Error> {
     if config.proxy_url.is_some() {
-        // Refused there, with the reason.
+        // kube refuses this, and gives the reason.
         return Client::try_from(config);
     }
     let mut tcp = HttpConnector::new();
@@ -56,17 +56,21 @@ pub(super) fn client(config: Config) -> Result<Client, kube::Error> {
     Ok(ClientBuilder::new(service, config.default_namespace).build())
 }
 
-/// The same client, which tells of each request that succeeds.
-pub(super) fn telling(client: &Client, kind: Kind, heard: mpsc::UnboundedSender<Kind>) -> Client {
+/// Returns the same client, reporting each request that succeeds.
+pub(super) fn reporting(
+    client: &Client,
+    kind: Kind,
+    succeeded: mpsc::UnboundedSender<Kind>,
+) -> Client {
     let namespace = client.default_namespace().to_owned();
     let client = client.clone();
     let service = tower::service_fn(move |request| {
-        let (client, heard) = (client.clone(), heard.clone());
+        let (client, succeeded) = (client.clone(), succeeded.clone());
         async move {
             let response = client.send(request).await?;
             if response.status().is_success() {
-                // Nobody listens any more when the source ends.
-                let _ = heard.send(kind);
+                // The receiver is gone when the source ends.
+                let _ = succeeded.send(kind);
             }
             Ok::<_, kube::Error>(response)
         }

@@ -1,4 +1,4 @@
-//! Writes announcements as `events.k8s.io/v1` Events.
+//! Writes `events.k8s.io/v1` Events about objects.
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::api::events::v1::Event;
@@ -8,17 +8,17 @@ use kube::api::{DynamicObject, ListParams, PostParams};
 use kube::{Api, Client};
 
 use super::{chain, resource};
-use crate::daemon::announce::{Announcement, Outcome, Write};
+use crate::daemon::kubernetes_events::{EventWriter, ObjectEvent, Outcome};
 use crate::daemon::source::decode::Kind;
 
-/// The `reportingController` of our Events.
+/// The `reportingController` of Sluice's Events.
 const CONTROLLER: &str = "sluice";
-/// Their `action`: what was being done when it came up.
+/// The `action` of Sluice's Events: what was being done.
 const ACTION: &str = "Programming";
-/// Where Events regarding objects without a namespace are, by Kubernetes' convention.
+/// The namespace of Events about objects without a namespace, by Kubernetes' convention.
 const DEFAULT_NAMESPACE: &str = "default";
 
-/// Writes Events in a node's name.
+/// Writes Events in the name of a node.
 #[derive(Clone)]
 pub struct Events {
     client: Client,
@@ -26,21 +26,21 @@ pub struct Events {
 }
 
 impl Events {
-    /// A writer for a node.
+    /// Makes a writer for a node.
     pub fn new(client: Client, node: &str) -> Self {
         Self { client, node: node.to_owned() }
     }
 
-    /// The object itself, as an Event names it; [`None`] if the API server does not have it.
+    /// Returns the object as an Event refers to it, or [`None`] if the API server does not have it.
     ///
-    /// Asked for when there is something to tell, by the right to list that there is anyway: no uid
-    /// has to be kept with every object.
+    /// It is looked up when there is something to write, with the permission to list that the agent
+    /// has anyway. So no uid has to be stored with every object.
     async fn regarding(
         &self,
-        announcement: &Announcement,
+        object_event: &ObjectEvent,
     ) -> Result<Option<ObjectReference>, kube::Error> {
-        let finding = &announcement.finding;
-        let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.word() == finding.kind) else {
+        let finding = &object_event.finding;
+        let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.as_str() == finding.kind) else {
             return Ok(None);
         };
         let resource = resource(kind);
@@ -63,13 +63,13 @@ impl Events {
         }))
     }
 
-    fn event(&self, announcement: &Announcement, regarding: ObjectReference) -> Event {
-        let finding = &announcement.finding;
+    fn event(&self, object_event: &ObjectEvent, regarding: ObjectReference) -> Event {
+        let finding = &object_event.finding;
         let uid = regarding.uid.as_deref().unwrap_or_default();
         let namespace = regarding.namespace.as_deref().unwrap_or(DEFAULT_NAMESPACE);
         Event {
             metadata: ObjectMeta {
-                name: Some(announcement.event_name(uid, &self.node)),
+                name: Some(object_event.event_name(uid, &self.node)),
                 namespace: Some(namespace.to_owned()),
                 ..ObjectMeta::default()
             },
@@ -78,18 +78,18 @@ impl Events {
             reporting_instance: Some(self.node.clone()),
             action: Some(ACTION.to_owned()),
             reason: Some(finding.reason.to_owned()),
-            note: Some(announcement.note.clone()),
+            note: Some(object_event.note.clone()),
             type_: Some(if finding.is_notice { "Normal" } else { "Warning" }.to_owned()),
             regarding: Some(regarding),
             ..Event::default()
         }
     }
 
-    async fn create(&self, announcement: &Announcement) -> Result<Outcome, kube::Error> {
-        let Some(regarding) = self.regarding(announcement).await? else {
+    async fn create(&self, object_event: &ObjectEvent) -> Result<Outcome, kube::Error> {
+        let Some(regarding) = self.regarding(object_event).await? else {
             return Ok(Outcome::NoObject);
         };
-        let event = self.event(announcement, regarding);
+        let event = self.event(object_event, regarding);
         let namespace = event.metadata.namespace.as_deref().unwrap_or(DEFAULT_NAMESPACE);
         let api: Api<Event> = Api::namespaced(self.client.clone(), namespace);
         match api.create(&PostParams::default(), &event).await {
@@ -100,8 +100,8 @@ impl Events {
     }
 }
 
-impl Write for Events {
-    async fn write(&self, announcement: &Announcement) -> Outcome {
-        self.create(announcement).await.unwrap_or_else(|error| Outcome::Failed(chain(&error)))
+impl EventWriter for Events {
+    async fn write(&self, object_event: &ObjectEvent) -> Outcome {
+        self.create(object_event).await.unwrap_or_else(|error| Outcome::Failed(chain(&error)))
     }
 }

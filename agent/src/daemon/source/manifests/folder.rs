@@ -1,4 +1,4 @@
-//! What a folder's files hold, and what changed in them since the last look.
+//! The objects in a directory's files, and what has changed in them since the last scan.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
@@ -16,22 +16,22 @@ use super::fresh;
 use crate::daemon::source::decode::{Decoder, Kind, Meta, Object, change};
 use crate::daemon::source::yaml::{Document, json, yaml};
 
-/// Lists within lists are followed this deep.
+/// Lists within lists are followed to this depth.
 const DEPTH: usize = 4;
 
-/// Identifies an object.
+/// The identity of an object.
 type Id = (Kind, ObjectName);
 
-/// Tells whether a file may have changed: device, inode, length, times.
+/// Device, inode, length and times of a file. If they are unchanged, so is the file.
 type Stamp = (u64, u64, u64, (i64, i64), (i64, i64));
 
-/// A folder and what was last found in it.
+/// A directory, and what the last scan found in it.
 #[derive(Debug)]
 pub struct Folder {
     path: PathBuf,
     decoder: Decoder,
     files: BTreeMap<Arc<Path>, File>,
-    /// Object -> the files that have it, with its form and document there.
+    /// For each object the files that have it, with its document and form there.
     objects: BTreeMap<Id, BTreeMap<Arc<Path>, (usize, Object)>>,
     noted: BTreeSet<Subject>,
 }
@@ -40,30 +40,31 @@ pub struct Folder {
 #[derive(Debug, Default)]
 struct File {
     stamp: Option<Stamp>,
-    /// Written so shortly before it was read that its stamp proves nothing.
+    /// Whether it was written so shortly before it was read that its stamp proves nothing.
     fresh: bool,
     objects: BTreeSet<Id>,
     notes: Vec<(usize, Note)>,
 }
 
-/// A file's content, decoded.
+/// A file's decoded content.
 #[derive(Debug, Default)]
 struct Reading {
     objects: BTreeMap<Id, (usize, Object)>,
-    /// Objects that are there but cannot be decoded.
+    /// Objects that exist but cannot be decoded.
     undecodable: BTreeSet<Id>,
-    /// Some document is broken: it may have held any object.
+    /// Whether a document is broken. It may have held any object.
     broken: bool,
     notes: Vec<(usize, Note)>,
 }
 
-/// What tells a folder from another at the same path.
+/// Returns what distinguishes a directory from another at the same path.
 pub(super) fn identity(path: &Path) -> Option<(u64, u64)> {
     fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 impl Folder {
-    /// A folder that was never looked at; or one file, which counts whatever its name.
+    /// Makes a directory that has not been scanned. The path may also be one file, whatever its
+    /// name.
     pub fn new(path: PathBuf) -> Self {
         Self {
             path,
@@ -74,12 +75,12 @@ impl Folder {
         }
     }
 
-    /// Reads what changed since the last time.
+    /// Reads what has changed since the last scan.
     ///
     /// # Errors
     ///
-    /// When the folder itself cannot be read; then nothing has changed. What is wrong with
-    /// single files comes as notes.
+    /// When the directory itself cannot be read. Then nothing has changed. Errors in single files
+    /// are reported as notes.
     pub fn scan(&mut self) -> io::Result<Vec<Change>> {
         let mut touched = BTreeSet::new();
         let present = self.list()?;
@@ -100,7 +101,7 @@ impl Folder {
         Ok(changes)
     }
 
-    /// The files that count.
+    /// Returns the files that count.
     fn list(&self) -> io::Result<BTreeSet<Arc<Path>>> {
         let mut files = BTreeSet::new();
         if self.path.is_file() {
@@ -120,7 +121,7 @@ impl Folder {
         Ok(files)
     }
 
-    /// Reads a file if it may have changed, and returns whether it was read.
+    /// Reads a file if it may have changed. Returns whether it was read.
     fn look(&mut self, path: &Arc<Path>, touched: &mut BTreeSet<Id>) -> bool {
         let metadata = fs::metadata(path);
         let stamp = metadata.as_ref().ok().map(|metadata| {
@@ -154,7 +155,7 @@ impl Folder {
         true
     }
 
-    /// Takes over what was read; what may only be misread keeps its last good form.
+    /// Takes over what was read. Objects that may only have been misread keep their last good form.
     fn accept(&mut self, path: &Arc<Path>, reading: Reading) -> BTreeSet<Id> {
         let Reading { mut objects, undecodable, broken, .. } = reading;
         let known = self.files.get(path).map(|file| file.objects.clone()).unwrap_or_default();
@@ -167,7 +168,7 @@ impl Folder {
         self.replace(path, objects)
     }
 
-    /// Replaces a file's objects, and returns those that came, changed or went.
+    /// Replaces a file's objects. Returns those that were added, changed or removed.
     fn replace(
         &mut self,
         path: &Arc<Path>,
@@ -195,7 +196,7 @@ impl Folder {
         changed
     }
 
-    /// The change that an object underwent: of several files the first has it.
+    /// Returns the change to an object. If several files have it, the first counts.
     fn winner(&self, (kind, name): Id) -> Change {
         let id = (kind, name);
         let object = self
@@ -206,7 +207,7 @@ impl Folder {
         change(kind, id.1, object)
     }
 
-    /// What is wrong now, and whose faults are gone.
+    /// Returns notes of all present problems, and empty notes for files without any.
     fn notes(&mut self) -> Vec<Change> {
         let mut notes: BTreeMap<Subject, Vec<Note>> = BTreeMap::new();
         let subject = |path: &Path, index: usize| Subject::Document {
@@ -222,7 +223,7 @@ impl Folder {
             let Some(first) = files.keys().next() else { continue };
             for (path, (index, _)) in files.iter().skip(1) {
                 let what =
-                    format!("{} {name} is already in {}: left out", kind.word(), first.display());
+                    format!("{} {name} is already in {}: left out", kind.as_str(), first.display());
                 notes.entry(subject(path, *index)).or_default().push(Note::new(
                     Flaw::DuplicateObject,
                     "",
@@ -296,115 +297,118 @@ impl Folder {
         let kind = text("kind").unwrap_or_else(|| implied_kind.to_owned());
         let version = text("apiVersion").unwrap_or_else(|| implied_version.to_owned());
         if let Some(item_kind) = kind.strip_suffix("List") {
-            let items = value
-                .get_mut("items")
-                .and_then(Value::as_array_mut)
-                .map(std::mem::take)
-                .unwrap_or_default();
-            // A dump of a cluster has thousands of these.
-            let mut others: BTreeMap<String, usize> = BTreeMap::new();
-            for (number, item) in items.into_iter().enumerate() {
-                let implied = Some((item_kind, version.as_str())).filter(|_| !item_kind.is_empty());
-                let word = |key: &str, implied: Option<&str>| {
-                    let own = item.get(key).and_then(Value::as_str);
-                    own.or(implied).filter(|word| !word.is_empty()).map(str::to_owned)
-                };
-                if let Some(kind) = word("kind", implied.map(|(kind, _)| kind))
-                    && let Some(version) = word("apiVersion", implied.map(|(_, version)| version))
-                    && !is_read(&kind, &version)
-                {
-                    *others.entry(format!("{version} {kind}")).or_default() += 1;
-                    continue;
-                }
-                let field = format!("{}items[{number}]", place.prefix());
-                if place.depth > 0 {
-                    let inner = Place { field, depth: place.depth - 1, ..*place };
-                    self.object(item, implied, &inner, reading);
-                }
-            }
-            if !others.is_empty() {
-                let others: Vec<String> =
-                    others.into_iter().map(|(kind, count)| format!("{kind} ({count})")).collect();
-                let what = format!(
-                    "line {}: left out, as of no meaning here: {}",
-                    place.line,
-                    others.join(", ")
-                );
-                let note = Note::new(Flaw::UnknownKind, format!("{}items", place.prefix()), what);
-                reading.notes.push((place.index, note));
-            }
+            let items = value.get_mut("items").and_then(Value::as_array_mut).map(std::mem::take);
+            self.list_items(items.unwrap_or_default(), (item_kind, &version), place, reading);
             return;
         }
-        let note =
-            |flaw: Flaw, what: String| (place.index, Note::new(flaw, place.field.clone(), what));
-        let Some(kind) = Kind::from_words(&kind, &version) else {
-            let what = match (kind.is_empty(), version.is_empty()) {
-                (true, _) => format!("line {}: there is no kind: left out", place.line),
-                (_, true) => format!("line {}: {kind} without apiVersion: left out", place.line),
-                _ => format!("line {}: {version} {kind} has no meaning here: left out", place.line),
+        match identify(&value, &kind, &version, place, reading) {
+            Ok((id, meta)) => self.one(id, &meta, value, place, reading),
+            Err((flaw, what)) => reading.notes.push(place.note(flaw, what)),
+        }
+    }
+
+    /// Decodes the items of a list. Items without kind and API version have those of the list.
+    fn list_items(
+        &mut self,
+        items: Vec<Value>,
+        (kind, version): (&str, &str),
+        place: &Place,
+        reading: &mut Reading,
+    ) {
+        let implied = Some((kind, version)).filter(|_| !kind.is_empty());
+        // A dump of a cluster has thousands of these.
+        let mut others: BTreeMap<String, usize> = BTreeMap::new();
+        for (number, item) in items.into_iter().enumerate() {
+            let word = |key: &str, implied: Option<&str>| {
+                let own = item.get(key).and_then(Value::as_str);
+                own.or(implied).filter(|word| !word.is_empty()).map(str::to_owned)
             };
-            reading.notes.push(note(Flaw::UnknownKind, what));
-            return;
-        };
-        let meta = match value.get("metadata").map(Meta::deserialize).transpose() {
-            Ok(meta) => meta.unwrap_or_default(),
-            Err(error) => {
-                // Which object it is cannot be told, so any may keep its form.
-                reading.broken = true;
-                let what = format!(
-                    "line {}: {} with unreadable metadata: {error}",
-                    place.line,
-                    kind.word()
-                );
-                reading.notes.push(note(Flaw::Undecodable, what));
-                return;
+            if let Some(kind) = word("kind", implied.map(|(kind, _)| kind))
+                && let Some(version) = word("apiVersion", implied.map(|(_, version)| version))
+                && !is_read(&kind, &version)
+            {
+                *others.entry(format!("{version} {kind}")).or_default() += 1;
+                continue;
             }
-        };
-        let Some(name) = meta.name.as_deref().filter(|name| !name.is_empty()) else {
-            let what = format!("line {}: {} without a name: left out", place.line, kind.word());
-            reading.notes.push(note(Flaw::NoName, what));
-            return;
-        };
-        let namespace = match (kind, meta.namespace.as_deref()) {
-            (Kind::Node | Kind::ServiceCidr, _) => "",
-            (_, Some(namespace)) if !namespace.is_empty() => namespace,
-            _ => "default",
-        };
-        let id = (kind, ObjectName::new(namespace, name));
-        if reading.objects.contains_key(&id) || reading.undecodable.contains(&id) {
-            let what = format!(
-                "line {}: {} {} is already in this file: left out",
-                place.line,
-                kind.word(),
-                id.1
-            );
-            reading.notes.push(note(Flaw::DuplicateObject, what));
+            let field = format!("{}items[{number}]", place.prefix());
+            if place.depth > 0 {
+                let inner = Place { field, depth: place.depth - 1, ..*place };
+                self.object(item, implied, &inner, reading);
+            }
+        }
+        if others.is_empty() {
             return;
         }
-        match self.decoder.decode(kind, &meta, value) {
+        let others: Vec<String> =
+            others.into_iter().map(|(kind, count)| format!("{kind} ({count})")).collect();
+        let what = format!("line {}: left out unused kinds: {}", place.line, others.join(", "));
+        let note = Note::new(Flaw::UnknownKind, format!("{}items", place.prefix()), what);
+        reading.notes.push((place.index, note));
+    }
+
+    /// Decodes an object that is not a list.
+    fn one(&mut self, id: Id, meta: &Meta, value: Value, place: &Place, reading: &mut Reading) {
+        let of = format!("line {}: {} {}", place.line, id.0.as_str(), id.1);
+        if reading.objects.contains_key(&id) || reading.undecodable.contains(&id) {
+            let what = format!("{of} is already in this file: left out");
+            reading.notes.push(place.note(Flaw::DuplicateObject, what));
+            return;
+        }
+        match self.decoder.decode(id.0, meta, value) {
             Ok(object) => {
                 let _ = reading.objects.insert(id, (place.index, object));
             }
             Err(error) => {
-                let what = format!(
-                    "line {}: {} {}: {error}; it keeps its last good form",
-                    place.line,
-                    kind.word(),
-                    id.1
-                );
-                reading.notes.push(note(Flaw::Undecodable, what));
+                let what = format!("{of}: {error}; it keeps its last good form");
+                reading.notes.push(place.note(Flaw::Undecodable, what));
                 let _ = reading.undecodable.insert(id);
             }
         }
     }
 }
 
-/// Whether an object has a meaning here, or may hold some that have.
+/// Returns an object's identity and metadata, or what is wrong with them.
+fn identify(
+    value: &Value,
+    kind: &str,
+    version: &str,
+    place: &Place,
+    reading: &mut Reading,
+) -> Result<(Id, Meta), (Flaw, String)> {
+    let line = place.line;
+    let kind = Kind::from_words(kind, version).ok_or_else(|| {
+        let what = match (kind.is_empty(), version.is_empty()) {
+            (true, _) => format!("line {line}: no kind: left out"),
+            (_, true) => format!("line {line}: {kind} without apiVersion: left out"),
+            _ => format!("line {line}: {version} {kind} is not used: left out"),
+        };
+        (Flaw::UnknownKind, what)
+    })?;
+    let meta = value.get("metadata").map(Meta::deserialize).transpose().map_err(|error| {
+        // The object's identity is unknown, so any object may keep its form.
+        reading.broken = true;
+        let what = format!("line {line}: {} with unreadable metadata: {error}", kind.as_str());
+        (Flaw::Undecodable, what)
+    })?;
+    let meta = meta.unwrap_or_default();
+    let Some(name) = meta.name.as_deref().filter(|name| !name.is_empty()) else {
+        let what = format!("line {line}: {} without a name: left out", kind.as_str());
+        return Err((Flaw::NoName, what));
+    };
+    let namespace = match (kind, meta.namespace.as_deref()) {
+        (Kind::Node | Kind::ServiceCidr, _) => "",
+        (_, Some(namespace)) if !namespace.is_empty() => namespace,
+        _ => "default",
+    };
+    Ok(((kind, ObjectName::new(namespace, name)), meta))
+}
+
+/// Whether an object is read, or may contain objects that are.
 fn is_read(kind: &str, version: &str) -> bool {
     kind.ends_with("List") || Kind::from_words(kind, version).is_some()
 }
 
-/// Where an object stands.
+/// The position of an object.
 struct Place {
     index: usize,
     line: usize,
@@ -413,6 +417,10 @@ struct Place {
 }
 
 impl Place {
+    fn note(&self, flaw: Flaw, what: String) -> (usize, Note) {
+        (self.index, Note::new(flaw, self.field.clone(), what))
+    }
+
     fn prefix(&self) -> String {
         if self.field.is_empty() { String::new() } else { format!("{}.", self.field) }
     }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use sluice_common::Reason;
 use sluice_common::abi::{Datagram, DatagramPorts, flow, state};
-use sluice_common::path::fragment::{DATAGRAM_TICKS, HELD_LENGTH_MAX, KEEPER_TICKS, label};
+use sluice_common::path::fragment::{DATAGRAM_TICKS, HEARTBEAT_TICKS, HELD_LENGTH_MAX, label};
 use sluice_common::path::mark;
 
 use super::Table;
@@ -245,8 +245,8 @@ fn held(name: String, world: &World, program: Program, ifindex: u32, fragment: &
     let flags = match program {
         Program::Ingress | Program::Xdp => 0,
         Program::Egress => label::EGRESS,
-        Program::IngressL3 => label::BARE,
-        Program::EgressL3 => label::EGRESS | label::BARE,
+        Program::IngressL3 => label::L3,
+        Program::EgressL3 => label::EGRESS | label::L3,
     };
     let mut case = case(name)
         .world(world)
@@ -297,7 +297,7 @@ fn early_without_agent(table: &mut Table, cast: &Cast) {
     let (_, world) = established(cast);
     let question = parts(&long(cast, cast.client, cast.frontend));
     // An agent that is dead keeps none: they may be anybody's.
-    for (age, is_kept) in [(KEEPER_TICKS - 1, true), (KEEPER_TICKS + 2, false)] {
+    for (age, is_kept) in [(HEARTBEAT_TICKS - 1, true), (HEARTBEAT_TICKS + 2, false)] {
         let world = world.clone().said_to_keep_fragments(age);
         let name = format!(
             "{title}: a fragment that comes first, {age} ticks after the agent said that it keeps such"

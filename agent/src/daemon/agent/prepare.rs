@@ -1,0 +1,211 @@
+//! The preparation of an agent's start: settings of the node, programs, maps and sources.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use sluice_common::abi::Settings;
+use sluice_core::cluster::{Adopted, Cluster, Programmed};
+use sluice_core::model::{Event, SourceId};
+use sluice_core::policy::SocketPath;
+use tokio::sync::mpsc;
+
+use super::{Options, Source};
+use crate::daemon::source::{Pulse, kubernetes, manifests};
+use crate::daemon::takeover::{self, request};
+use crate::node::conntrack::limits;
+use crate::node::dataplane::{Loaded, Pins, load};
+use crate::node::devices::loopback;
+use crate::node::devices::own::OwnRoutes;
+use crate::node::{fragments, host, ipsec, ports, status};
+
+/// Where ports are kept from the node's own sockets.
+#[derive(Debug)]
+pub(super) struct ReservedPorts {
+    sysctls: PathBuf,
+    record: PathBuf,
+}
+
+impl ReservedPorts {
+    /// Reserves the ports that masqueraded clients get.
+    fn reserve(options: &Options) -> anyhow::Result<Self> {
+        let reserved = Self {
+            sysctls: options.proc_sys.join(ports::SYSCTLS),
+            record: status::reserved_ports(&options.state_dir),
+        };
+        if let Some(ports) = ports::reserve(&reserved.sysctls, &reserved.record)? {
+            tracing::info!(
+                ports,
+                "added the ports of masqueraded clients to net.ipv4.ip_local_reserved_ports"
+            );
+        }
+        Ok(reserved)
+    }
+
+    /// Reserves exactly these node ports. A socket of the node with such a port would get answers
+    /// that clients' requests belong to.
+    pub(super) fn follow(&self, node_ports: &BTreeSet<u16>) {
+        match ports::follow_node_ports(&self.sysctls, &self.record, node_ports) {
+            Ok((added, given_back)) => {
+                if !added.is_empty() {
+                    tracing::info!(
+                        ports = added,
+                        "added node ports to net.ipv4.ip_local_reserved_ports"
+                    );
+                }
+                if !given_back.is_empty() {
+                    tracing::info!(
+                        ports = given_back,
+                        "removed node ports from net.ipv4.ip_local_reserved_ports"
+                    );
+                }
+            }
+            Err(error) => tracing::warn!("{error}"),
+        }
+    }
+}
+
+/// Changes the settings of the node and of this process that the agent needs. Only ports that
+/// cannot be reserved keep it from starting.
+pub(super) fn set_node(options: &Options) -> anyhow::Result<ReservedPorts> {
+    let reserved = ReservedPorts::reserve(options)?;
+    set_loopback(options);
+    if let Err(error) = host::raise_descriptors() {
+        tracing::warn!(
+            "cannot raise the limit of open files (RLIMIT_NOFILE) to its hard limit: {error}"
+        );
+    }
+    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
+    for failure in options.conntrack.apply(&options.proc_sys.join(limits::SYSCTLS), cpus) {
+        tracing::warn!("{failure}");
+    }
+    if let Some(score) = options.oom_score_adj
+        && let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string())
+    {
+        tracing::warn!("cannot set /proc/self/oom_score_adj to {score}: {error}");
+    }
+    Ok(reserved)
+}
+
+/// Turns on the settings of `lo` that answers to the node's own processes need.
+fn set_loopback(options: &Options) {
+    match loopback::prepare(&options.proc_sys, &status::loopback(&options.state_dir)) {
+        Ok(changed) if changed.is_empty() => {}
+        Ok(changed) => {
+            tracing::info!(settings = changed.join(","), "turned on settings of the device lo");
+        }
+        Err(error) => tracing::warn!(
+            "processes of this host get no answers from Services at the node's own addresses, \
+             unless their calls are translated at the socket: {error}; set it yourself: sysctl -w \
+             net.ipv4.conf.lo.accept_local=1 net.ipv4.conf.lo.route_localnet=1"
+        ),
+    }
+}
+
+/// The loaded programs and maps, with what has been written to them.
+pub(super) struct Programs {
+    pub(super) loaded: Loaded,
+    pub(super) routes: OwnRoutes,
+    pub(super) settings: Settings,
+    pub(super) cluster: Cluster,
+    pub(super) programmed: Programmed,
+}
+
+/// Loads the programs, adopts the maps, and programs the settings. `node` holds the primary
+/// addresses that the last agent found.
+pub(super) async fn load_programs(
+    options: &Options,
+    pins: &Pins,
+    node: Vec<IpAddr>,
+) -> anyhow::Result<Programs> {
+    let loaded =
+        tokio::task::block_in_place(|| load(pins, &options.sizes, options.xdp, options.layout))?;
+    let routes = OwnRoutes::new().context("cannot use netlink")?;
+    let earlier = if loaded.filled { loaded.kernel.maps().read_programmed()? } else { None };
+    let settings = Settings {
+        phase: takeover::initial_phase(
+            earlier.map(|programmed| programmed.settings.phase),
+            options.takeover,
+            request::read(&options.state_dir),
+        ),
+        host_netns: host::netns_cookie()
+            .context("cannot read the network namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)")?,
+        socket_path: options.socket_path.number(),
+        own_device: routes.prepare(&options.proc_sys).await.unwrap_or_else(|error| {
+            tracing::warn!(
+                "packets that are too big for the path to a backend are dropped, since Sluice's \
+                 own device cannot be made: {error}"
+            );
+            0
+        }),
+        networks: ipsec::bit(options.policy.accelerate),
+        ..Settings::default()
+    };
+    hold_fragments(settings.own_device, &pins.maps());
+    let cluster = Cluster::new(&options.node, Adopted { told: earlier, node });
+    let (programmed, _) = cluster.tell(&options.policy, settings);
+    loaded.kernel.maps().write_programmed(&programmed)?;
+    Ok(Programs { loaded, routes, settings, cluster, programmed })
+}
+
+/// Returns the cgroup of the socket path, or [`None`] if the socket path is off.
+pub(super) fn cgroup(options: &Options) -> anyhow::Result<Option<PathBuf>> {
+    match (options.socket_path, &options.cgroup) {
+        (SocketPath::Off, _) => Ok(None),
+        (SocketPath::All | SocketPath::Machine | SocketPath::Host, Some(cgroup)) => {
+            Ok(Some(cgroup.clone()))
+        }
+        (SocketPath::All | SocketPath::Machine | SocketPath::Host, None) => host::cgroup2_mount()
+            .map(Some)
+            .context("cannot find a cgroup2 mount; give --cgroup, or --socket-path off"),
+    }
+}
+
+/// Starts to hold fragments that arrive before their datagram's first one. They are held by
+/// Sluice's own device; its index is 0 where there is none.
+pub(super) fn hold_fragments(own_device: u32, maps: &Path) {
+    if own_device != 0
+        && let Err(error) = fragments::start(own_device, maps)
+    {
+        tracing::warn!(
+            "fragments that arrive before their datagram's first one are lost: {error:#}"
+        );
+    }
+}
+
+/// Starts the sources. If the API server is one of them, Events can be written there.
+pub(super) async fn start_sources(
+    options: &Options,
+    events: &mpsc::Sender<Event>,
+) -> anyhow::Result<(Vec<Source>, Option<kubernetes::Events>)> {
+    let mut sources = Vec::new();
+    let mut writer = None;
+    if let Some(folder) = &options.manifests {
+        let pulse = Pulse::default();
+        let _watching =
+            tokio::spawn(manifests::watch(folder.clone(), events.clone(), pulse.clone()));
+        sources.push(Source { id: SourceId::Manifests, from: folder.display().to_string(), pulse });
+    }
+    if let Some(settings) = &options.kubernetes {
+        let pulse = Pulse::default();
+        let client = kubernetes::connect(settings).await.context(
+            "cannot reach the API server; give --kubeconfig, or --manifests to work from files alone",
+        )?;
+        writer = Some(kubernetes::Events::new(client.clone(), &options.node));
+        let _watching = tokio::spawn(kubernetes::watch(
+            client,
+            settings.clone(),
+            events.clone(),
+            pulse.clone(),
+        ));
+        let kubeconfig = settings.kubeconfig.as_ref().map(|path| path.display().to_string());
+        let from = settings
+            .api
+            .clone()
+            .or(kubeconfig)
+            .unwrap_or_else(|| "(configured by the environment)".to_owned());
+        sources.push(Source { id: SourceId::Kubernetes, from, pulse });
+    }
+    Ok((sources, writer))
+}

@@ -1,0 +1,138 @@
+//! The tasks that run next to the agent's loop and follow it: health checks of Services,
+//! monitoring, Kubernetes Events, and the kernel's connection tracking.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use sluice_core::model::HealthCheck;
+use sluice_core::model::object::ObjectName;
+use sluice_core::policy::Policy;
+use tokio::sync::watch;
+
+use super::sync::MapSync;
+use crate::daemon::health::{self, Addresses, Failures, Inputs};
+use crate::daemon::http::Room;
+use crate::daemon::kubernetes_events::{self, ObjectEvents};
+use crate::daemon::monitor::{self, Liveness, Monitor};
+use crate::daemon::source::kubernetes::Events;
+use crate::node::conntrack::{self, UdpFrontends};
+use crate::node::devices::Survey;
+use crate::node::publish::publish;
+
+/// The loop's ends of the tasks' channels.
+#[derive(Debug)]
+pub(super) struct SideTasks {
+    liveness: Arc<Liveness>,
+    checks: watch::Sender<BTreeMap<ObjectName, HealthCheck>>,
+    addresses: watch::Sender<Addresses>,
+    frontends: watch::Sender<Arc<UdpFrontends>>,
+    failures: watch::Receiver<Failures>,
+    cleaned: watch::Receiver<conntrack::Told>,
+    unmonitored: watch::Receiver<Vec<String>>,
+    /// The Events to write, if they can be written.
+    object_events: Option<watch::Sender<Arc<ObjectEvents>>>,
+}
+
+impl SideTasks {
+    /// Starts the tasks. They end when the returned value is dropped. Without a writer there are no
+    /// Events.
+    pub(super) fn start(
+        monitor: Monitor,
+        at: monitor::Addresses,
+        liveness: Arc<Liveness>,
+        node: &str,
+        events: Option<Events>,
+    ) -> Self {
+        let (checks, checks_of_task) = watch::channel(BTreeMap::new());
+        let (addresses, addresses_of_task) = watch::channel(Addresses::Listed([].into()));
+        let (frontends, frontends_of_task) = watch::channel(Arc::default());
+        let (failures_of_task, failures) = watch::channel(Failures::new());
+        let (cleaned_of_task, cleaned) = watch::channel(conntrack::Told::default());
+        let (unmonitored_of_task, unmonitored) = watch::channel(Vec::new());
+        let asked = Arc::clone(&liveness);
+        let room = Room::default();
+        let inputs = Inputs {
+            checks: checks_of_task,
+            addresses: addresses_of_task,
+            is_healthy: Arc::new(move || asked.is_healthy()),
+            room: room.clone(),
+        };
+        let _health = tokio::spawn(health::serve(inputs, failures_of_task));
+        let _conntrack = tokio::spawn(conntrack::keep_clean(frontends_of_task, cleaned_of_task));
+        let _monitoring =
+            tokio::spawn(monitor::serve(Arc::new(monitor), at, room, unmonitored_of_task));
+        let object_events = events.map(|events| {
+            let (object_events, object_events_of_task) = watch::channel(Arc::default());
+            let _announcing = tokio::spawn(kubernetes_events::serve(
+                node.to_owned(),
+                events,
+                object_events_of_task,
+            ));
+            object_events
+        });
+        Self {
+            liveness,
+            checks,
+            addresses,
+            frontends,
+            failures,
+            cleaned,
+            unmonitored,
+            object_events,
+        }
+    }
+
+    /// Publishes the Events about problems with objects.
+    pub(super) fn publish_object_events(&self, sync: &MapSync, node: &str) {
+        let Some(sender) = &self.object_events else { return };
+        let now = sync.object_events(node, &self.failures.borrow());
+        let _ = publish(sender, Arc::new(now));
+    }
+
+    /// Passes the loop's state on to the tasks.
+    pub(super) fn follow(
+        &self,
+        sync: &mut MapSync,
+        survey: &Survey,
+        policy: &Policy,
+        leaving: bool,
+    ) {
+        let settled = sync.is_settled();
+        self.liveness.update(settled, leaving);
+        if !settled {
+            return;
+        }
+        if *self.checks.borrow() != *sync.health_checks() {
+            let _ = self.checks.send_replace(sync.health_checks().clone());
+        }
+        let addresses = if policy.node_ports.includes_all() {
+            Addresses::All
+        } else {
+            let serving = survey.addresses.iter().filter(|(_, serves)| **serves);
+            Addresses::Listed(serving.map(|(address, _)| *address).collect())
+        };
+        let _ = publish(&self.addresses, addresses);
+        if let Some(frontends) = sync.take_udp_frontends() {
+            let _ = self.frontends.send_replace(Arc::new(frontends));
+        }
+    }
+
+    /// Waits until the failures of health checks change.
+    pub(super) async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
+        self.failures.changed().await
+    }
+
+    /// Returns the problems of the tasks, for people.
+    pub(super) fn problems(&self) -> Vec<String> {
+        let failures = self.failures.borrow();
+        let health =
+            failures.iter().map(|(service, failure)| format!("Service {service}: {failure}"));
+        let conntrack = self.cleaned.borrow().problem.clone();
+        let conntrack = conntrack.map(|problem| {
+            format!(
+                "cannot delete stale UDP entries of the kernel's connection tracking: {problem}"
+            )
+        });
+        health.chain(conntrack).chain(self.unmonitored.borrow().iter().cloned()).collect()
+    }
+}
