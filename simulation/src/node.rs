@@ -1,4 +1,4 @@
-//! A node: its devices, its maps, its agent.
+//! A node: its devices, maps and agent.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -21,25 +21,25 @@ use crate::maps::{Capacities, Handle, Maps, Memory};
 
 /// The loopback device.
 pub const LOOPBACK: u32 = 1;
-/// The device that leads to the network.
+/// The device towards the network.
 pub const UPLINK: u32 = 2;
-/// The first pod's device; the next pod's follows.
+/// The first pod's device; those of the other pods follow.
 pub const EDGES: u32 = 10;
 
 /// A node.
 #[derive(Debug)]
 pub struct Node {
-    /// Which of them.
+    /// Index of the node.
     pub index: usize,
-    /// Its addresses, one of each family.
+    /// Addresses, one of each family.
     pub addresses: [IpAddr; 2],
-    /// Its devices.
+    /// Ifindex -> device.
     pub devices: BTreeMap<u32, Device>,
-    /// Address of a pod here -> its device.
+    /// Address of a pod on this node -> its device.
     pub pods: BTreeMap<IpAddr, u32>,
-    /// What the agent tells its programs.
+    /// Settings that the programs read.
     pub settings: Settings,
-    /// The maps.
+    /// Maps that the agent writes.
     pub maps: Handle,
     /// IPv4's tables.
     pub v4: RefCell<Memory<V4>>,
@@ -47,20 +47,20 @@ pub struct Node {
     pub v6: RefCell<Memory<V6>>,
     /// Bits of [`sluice_common::path::mark`].
     pub marks: Cell<u32>,
-    /// How many ICMP errors were sent.
+    /// Rate limits of ICMP errors.
     pub rejects: RefCell<BTreeMap<RejectKey, RejectBucket>>,
-    /// What its programs have counted.
+    /// Counters of the programs.
     pub counters: RefCell<Counters>,
-    /// What the wire shows of that.
+    /// What the wire shows of the same packets.
     pub observed: RefCell<Observed>,
-    /// The agent; [`None`] while there is none.
+    /// The agent, or [`None`] between two of them.
     pub agent: RefCell<Option<Agent>>,
-    /// How many agents have been killed.
+    /// Number of agents that were killed.
     pub killed: Cell<u32>,
 }
 
 impl Node {
-    /// A node with pods, and without an agent.
+    /// Creates a node with pods and without an agent.
     #[must_use]
     pub fn new(
         index: usize,
@@ -120,7 +120,8 @@ impl Node {
         }
     }
 
-    /// The device by which packets to an address leave; [`None`]: the address is the node's own.
+    /// Returns the device by which packets to an address leave, or [`None`] if the address is the
+    /// node's own.
     #[must_use]
     pub fn route(&self, destination: IpAddr) -> Option<u32> {
         if self.addresses.contains(&destination) {
@@ -130,11 +131,11 @@ impl Node {
     }
 }
 
-/// A family that a node has tables of.
+/// An address family with the node's tables of it.
 pub trait Side: Stack + Answer + Wide {
-    /// Its tables.
+    /// Returns the family's tables.
     fn memory(node: &Node) -> &RefCell<Memory<Self>>;
-    /// The cluster's networks: none is known.
+    /// Returns the cluster's networks, of which none is known.
     fn networks() -> &'static Networks<Self::Address>;
 }
 
