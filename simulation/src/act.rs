@@ -22,31 +22,31 @@ use crate::packet::{By, Packet, Tag};
 use crate::view::{View, spoil};
 use crate::world::World;
 
-/// How a packet was counted.
+/// The counter of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counted {
-    /// Not at all.
+    /// None.
     No,
-    /// At a backend, to it.
+    /// A backend's, towards it.
     Forward,
-    /// At a backend, from it.
+    /// A backend's, from it.
     Reply,
-    /// By a reason.
+    /// A reason's.
     Reason(Reason),
-    /// Twice.
+    /// More than one.
     Twice,
 }
 
-/// Where a packet is met.
+/// The hook at which a program runs on a packet.
 #[derive(Clone, Copy, Debug)]
 pub struct Met {
-    /// The side.
+    /// The hook.
     pub hook: Hook,
     /// The device.
     pub ifindex: u32,
-    /// The device by which it came in; 0: the node's own.
+    /// The device by which the packet came in, or 0 for the node's own.
     pub came_by: u32,
-    /// How many other programs are at work.
+    /// Number of other programs that this one runs within.
     pub depth: u32,
 }
 
@@ -90,12 +90,12 @@ pub fn run_xdp(world: &World, node: &Node, met: Met, packet: &mut Packet) -> (Fa
     })
 }
 
-/// Notes that a program is at work on a node while it is.
+/// Runs a program, and counts it among the node's running programs meanwhile.
 fn at_work<R>(node: &Node, packet: &mut Packet, program: impl FnOnce(&mut Packet) -> R) -> R {
     node.maps.at_work.set(node.maps.at_work.get() + 1);
     let result = program(packet);
     node.maps.at_work.set(node.maps.at_work.get() - 1);
-    // What is forwarded has a link header, which the helper takes away.
+    // Forwarded packets have a link header, which the helper removes.
     if packet.bytes.first() == Some(&0) {
         let _ = packet.bytes.drain(..14);
     }
@@ -153,7 +153,7 @@ struct Passage<'m, F: Side> {
     headers: Headers<F>,
     decision: Decision<F>,
     counted: Counted,
-    /// Whether XDP has marked it as translated.
+    /// Whether XDP has marked the packet as translated.
     is_marked: bool,
 }
 
@@ -298,7 +298,7 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
 }
 
 impl<'m, F: Side> Passage<'m, F> {
-    /// Reads a packet's headers; [`None`]: it has none that the programs know.
+    /// Reads a packet's headers; returns [`None`] if the programs do not know them.
     fn new(
         world: &'m World<'m>,
         node: &'m Node,

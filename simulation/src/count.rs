@@ -1,4 +1,4 @@
-//! Counters as programs keep them, beside what the wire shows: at the end both have to agree.
+//! Counters as the programs keep them, and what the wire shows: at the end both must agree.
 
 use std::collections::BTreeMap;
 
@@ -32,7 +32,7 @@ pub struct Sum {
     pub resets: u64,
 }
 
-/// What the wire shows of a node's programs: packets before and behind them.
+/// The packets of a node's programs as the wire shows them, before and after.
 #[derive(Debug, Default)]
 pub struct Observed {
     /// Packets whose destination changed from a frontend to an endpoint.
@@ -77,10 +77,10 @@ impl Counters {
         self.backends.values().map(|counters| counters.flows).sum()
     }
 
-    /// Returns what the counters say of the packets in [`Observed`], in its order.
+    /// Returns the sums of the counters, in the order of [`Observed::sums`].
     ///
     /// A packet in the middle of a connection whose entries were lost is translated, but counted
-    /// by its reason; its resets are not told apart, so that those to backends are left out.
+    /// by its reason. Reasons do not count resets, so that those towards backends are left out.
     #[must_use]
     pub fn sums(&self) -> [(&'static str, Sum); 3] {
         let (mut forward, mut reply, mut refused) =
@@ -151,7 +151,7 @@ impl Sum {
 }
 
 impl Observed {
-    /// Notes what became of a packet. `is_refused`: it was dropped, or answered.
+    /// Adds a packet; `is_refused` if it was dropped or answered.
     pub fn add(&mut self, before: &Packet, after: &Packet, is_refused: bool, nodes: usize) {
         if is_refused {
             self.refused.add(before, false);

@@ -330,10 +330,11 @@ impl Generator {
         self.events.push(Event { at, act: Act::Connect(connect) });
     }
 
-    /// Returns a number for the translator of a client's packets to a target. A client uses one port
-    /// for several connections only where one node translates them all, or can see the others: two
-    /// nodes know nothing of each other, and would show both connections to an endpoint at one tuple
-    /// (docs/compatibility.md).
+    /// Returns a number for the translator of a client's packets to a target.
+    ///
+    /// A client uses one port for several connections only where one node translates them all, or
+    /// can see the others: two nodes know nothing of each other, and would show both connections to
+    /// an endpoint at one tuple (docs/compatibility.md).
     fn translator(&self, client: usize, target: Target, is_v6: bool, number: u8) -> u16 {
         let own = cluster::place(client).map(|(node, _)| node);
         let is_udp = number == protocol::UDP;

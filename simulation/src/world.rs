@@ -1,4 +1,4 @@
-//! Everything that there is in a run, and the queue of what happens next.
+//! A run: nodes, hosts and network, and the queue of what happens next.
 
 use std::cell::{Cell, RefCell};
 use std::cmp::Reverse;
@@ -28,25 +28,25 @@ use crate::random::mix;
 use crate::scenario::{Act, Claim, Event, Flood, LENGTH, SECOND, Scenario, Setting};
 use crate::view::has_partner;
 
-/// When a run begins, microseconds since the nodes' boot.
+/// The start of a run in microseconds since the nodes' boot.
 const START: u64 = 100_000 * SECOND;
-/// A packet within a machine takes this long.
+/// Microseconds of a packet's way within a machine.
 const NEAR_US: u64 = 5;
-/// A packet over the network takes this long, but for what delays it.
+/// Microseconds of a packet's way over the network, without delays.
 const FAR_US: u64 = 200;
-/// What is due so soon may have its turn between two operations on a map.
+/// Events that are due so soon may run between two map operations.
 const BESIDE_US: u64 = 3_000;
-/// After the last event connections have so long to end.
+/// Time for connections to end after the last event.
 const PATIENCE: u64 = 200 * SECOND;
-/// Packets of a flood follow each other at this distance.
+/// Microseconds between two packets of a flood.
 const FLOOD_US: u64 = 400;
 
-/// Agents have carried out a change after so long, killed or not.
+/// Time after which agents have carried out a change, whether killed or not.
 const CHANGE: u64 = 10 * SECOND;
-/// A run with more programs than this goes round in a circle.
+/// Number of programs beyond which a run does not end.
 const PROGRAMS_MAX: u64 = 1_000_000;
 
-/// Where a packet arrives.
+/// The place where a packet arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// At a device of a node.
@@ -55,7 +55,7 @@ pub enum Place {
     Host(usize),
 }
 
-/// What happens at a time.
+/// An event in the queue.
 #[derive(Clone, Debug)]
 pub enum What {
     /// A packet arrives.
@@ -64,21 +64,21 @@ pub enum What {
     Sends(usize, Packet),
     /// An event of the scenario.
     Event(usize),
-    /// A client goes on with its connection.
+    /// A client sends its next request.
     GoOn(u32),
-    /// An endpoint answers: host, its end of the connection, what it sends, whether it closes.
+    /// An endpoint answers: host, its end of the connection, the answer, whether it closes.
     Answer(usize, Ends, Vec<u8>, bool),
-    /// A segment was not acknowledged: host, its end, which one.
+    /// A segment was not acknowledged: host, its end, number of the segment.
     Retry(usize, Ends, u32),
     /// The next packet of a flood.
     Flood(usize, u32),
-    /// A node's agent writes, the one after so many were killed.
+    /// A node's agent writes, unless more agents were killed meanwhile than this number.
     Write(usize, u32),
     /// A node's next agent starts.
     Start(usize),
-    /// Connections that stayed come to their end.
+    /// Connections that stay open have their last request.
     Close,
-    /// All Services go.
+    /// All Services are deleted.
     Clear,
 }
 
@@ -115,32 +115,32 @@ impl Ord for Due {
 /// An invariant that did not hold.
 #[derive(Clone, Debug)]
 pub struct Violation {
-    /// Which one: the same words for the same kind.
+    /// The invariant, in the same words for the same kind.
     pub rule: &'static str,
-    /// What was seen.
+    /// What was observed.
     pub what: String,
-    /// When, microseconds from the start.
+    /// Microseconds from the start.
     pub at: u64,
 }
 
-/// What a run has counted.
+/// The statistics of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sums {
     /// Connections that were opened.
     pub opened: u64,
-    /// Those that ended as they should.
+    /// Connections that ended as they should.
     pub completed: u64,
-    /// Those that never came about.
+    /// Connections that were never established.
     pub refused: u64,
-    /// Those that were lost where that is allowed.
+    /// Connections that were lost where that is allowed.
     pub excused: u64,
     /// Programs that ran.
     pub programs: u64,
-    /// Programs that ran between two operations of another.
+    /// Programs that ran between two map operations of another.
     pub nested: u64,
     /// Packets that XDP has translated.
     pub by_xdp: u64,
-    /// Packets that went around the stack.
+    /// Packets that bypassed the stack.
     pub around: u64,
     /// Entries that were evicted by an event.
     pub evicted: u64,
@@ -150,9 +150,9 @@ pub struct Sums {
 
 /// A run.
 pub struct World<'s> {
-    /// What never changes.
+    /// The setting.
     pub setting: &'s Setting,
-    /// The fault that is put in.
+    /// The fault whose fix is reverted.
     pub fault: Option<Fault>,
     /// The events.
     pub events: &'s [Event],
@@ -162,15 +162,15 @@ pub struct World<'s> {
     queue: RefCell<BinaryHeap<Reverse<Due>>>,
     /// The nodes.
     pub nodes: Vec<Node>,
-    /// Who has sockets.
+    /// The hosts, which have sockets.
     pub hosts: RefCell<Vec<Host>>,
-    /// Event -> its connection.
+    /// Index of the event -> its connection.
     pub connections: RefCell<BTreeMap<u32, Connecting>>,
     objects: RefCell<Objects>,
     violation: RefCell<Option<Violation>>,
-    /// What happened, line by line, if anybody wants to know.
+    /// The trace, if it is wanted.
     trace: Option<RefCell<Vec<String>>>,
-    /// What was counted.
+    /// Statistics.
     pub sums: RefCell<Sums>,
 }
 
@@ -187,7 +187,7 @@ fn sizes() -> Sizes {
 }
 
 impl<'s> World<'s> {
-    /// The beginning of a run.
+    /// Prepares a run.
     #[must_use]
     pub fn new(
         scenario: &'s Scenario,
@@ -236,7 +236,7 @@ impl<'s> World<'s> {
         world
     }
 
-    /// Runs it to its end, or to the first violation.
+    /// Runs to the end, or to the first violation.
     pub fn run(&self) -> Option<Violation> {
         let end = START + LENGTH + PATIENCE;
         while self.violation.borrow().is_none() {
@@ -256,25 +256,25 @@ impl<'s> World<'s> {
         self.violation.borrow().clone()
     }
 
-    /// What happened.
+    /// Returns the trace.
     #[must_use]
     pub fn trace(&self) -> Vec<String> {
         self.trace.as_ref().map(|trace| trace.borrow().clone()).unwrap_or_default()
     }
 
-    /// The time in ticks.
+    /// Returns the time in ticks.
     #[must_use]
     pub fn ticks(&self) -> Ticks {
         ((self.now.get() * 1_000) >> TICK_SHIFT) as Ticks
     }
 
-    /// The time in microseconds.
+    /// Returns the time in microseconds.
     #[must_use]
     pub fn micros(&self) -> u64 {
         self.now.get()
     }
 
-    /// The time in milliseconds.
+    /// Returns the time in milliseconds.
     #[must_use]
     pub fn milliseconds(&self) -> u32 {
         (self.now.get() / 1_000) as u32
@@ -289,7 +289,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// Notes that an invariant does not hold.
+    /// Records that an invariant does not hold.
     pub fn violate(&self, rule: &'static str, what: impl FnOnce() -> String) {
         let mut violation = self.violation.borrow_mut();
         if violation.is_none() {
@@ -299,7 +299,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// Has something happen after so many microseconds.
+    /// Queues an event after this many microseconds.
     pub fn after(&self, micros: u64, what: What) {
         self.at(self.now.get() + micros, what);
     }
@@ -347,8 +347,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// Lets another CPU of a node have its turn, if it is so: what is due next there runs to its
-    /// end.
+    /// Runs the node's next event to its end, as another CPU would, if the seed says so.
     pub fn race(&self, node: &Node, tag: Tag, operation: u64, depth: u32) {
         let races = self.setting.races;
         let [connection, number] = tag.words();
@@ -390,7 +389,7 @@ impl<'s> World<'s> {
 
     // --- nodes ------------------------------------------------------------------------------
 
-    /// A packet comes in by a device.
+    /// Receives a packet on a device.
     fn arrive(&self, node: &Node, device: u32, mut packet: Packet, depth: u32) {
         let met = Met { hook: Hook::Ingress, ifindex: device, came_by: device, depth };
         let is_translated = self.setting.xdp && device == UPLINK && {
@@ -417,7 +416,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// The node's stack: delivers what is for the node, and forwards everything else.
+    /// Does what the node's stack does: delivers packets for the node, and forwards all others.
     fn stack(&self, node: &Node, device: u32, mut packet: Packet, depth: u32) {
         let (_, destination) = packet.addresses();
         if let Some(out) = node.route(destination) {
@@ -444,7 +443,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// A packet leaves by a device.
+    /// Sends a packet out by a device.
     fn leave(
         &self,
         node: &Node,
@@ -472,8 +471,8 @@ impl<'s> World<'s> {
         }
     }
 
-    /// Runs XDP's program of an uplink. Returns whether it has translated the packet; [`None`]: it
-    /// has dropped it.
+    /// Runs the XDP program of an uplink. Returns whether it has translated the packet, or [`None`]
+    /// if it has dropped it.
     fn xdp(&self, node: &Node, met: Met, packet: &mut Packet) -> Option<bool> {
         let mut is_marked = false;
         let before = packet.clone();
@@ -523,7 +522,7 @@ impl<'s> World<'s> {
         end
     }
 
-    /// A packet is counted as what was done with it.
+    /// Checks that a packet is counted as what was done with it.
     fn check_count(&self, before: &Packet, after: &Packet, end: Action, counted: Counted) {
         let rule = "a packet is counted as what becomes of it";
         let is_answer = after.tag.by == By::Node && before.tag.by != By::Node;
@@ -590,7 +589,7 @@ impl<'s> World<'s> {
 
     // --- the network ------------------------------------------------------------------------
 
-    /// A host sends.
+    /// Sends a host's packet.
     pub fn send(&self, host: usize, packet: Packet) {
         match cluster::place(host) {
             Some((node, PODS)) => self.after(NEAR_US, What::Sends(node, packet)),
@@ -601,7 +600,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// A packet crosses the network between nodes and whoever is outside.
+    /// Carries a packet across the network between nodes and hosts outside.
     fn network(&self, from: Option<usize>, packet: Packet) {
         let (source, destination) = packet.addresses();
         let to_node = (0..self.nodes.len()).find(|node| {
@@ -623,7 +622,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// A packet takes one hop, or is lost there, doubled, or late.
+    /// Carries a packet over one hop, where it may be lost, duplicated or delayed.
     fn transmit(&self, to: Place, micros: u64, packet: Packet) {
         let Setting { seed, loss, doubled, delayed, .. } = *self.setting;
         let [connection, number] = packet.tag.words();
@@ -658,7 +657,7 @@ impl<'s> World<'s> {
         *node.agent.borrow_mut() = Some(agent);
     }
 
-    /// Has an agent write; whether some writes are left.
+    /// Lets an agent write; returns whether some writes are left.
     fn write(node: &Node, writes: usize) -> bool {
         node.agent.borrow_mut().as_mut().is_some_and(|agent| agent.write(writes))
     }
@@ -724,7 +723,7 @@ impl<'s> World<'s> {
         self.now.get() < self.changing_until.get()
     }
 
-    /// Notes for those that are opening that what they ask for has changed meanwhile.
+    /// Records for connections that their target has changed meanwhile.
     fn disturbed(&self, concerns: impl Fn(Target) -> bool) {
         self.changing_until.set(self.now.get() + CHANGE);
         for connection in self.connections.borrow_mut().values_mut() {
@@ -763,7 +762,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// Notes what an eviction may cost a connection.
+    /// Records what an eviction may cost a connection.
     pub fn evicted<F: Side>(
         &self,
         node: &Node,
@@ -800,7 +799,7 @@ impl<'s> World<'s> {
         });
     }
 
-    /// A client's packet changes no entry of another connection.
+    /// Checks that a client's packet changes no entry of another connection.
     pub fn check_owner(&self, tag: Tag, asked: SocketAddr, owner: u32, frontend: SocketAddr) {
         if tag.by != By::Client || owner == tag.connection || owner == u32::MAX {
             return;
@@ -929,7 +928,7 @@ impl<'s> World<'s> {
         self.after(PATIENCE - 20 * SECOND, What::Clear);
     }
 
-    /// All Services go: what they had returns.
+    /// Deletes all Services, so that all they had must return.
     fn clear(&self) {
         self.check_connections();
         let changes: Vec<_> = {
@@ -977,7 +976,7 @@ impl<'s> World<'s> {
         self.check_flows();
     }
 
-    /// The counters of a node add up to what the wire shows of its programs.
+    /// Checks that the counters of a node add up to what the wire shows of its programs.
     fn check_sums(&self, node: &Node) {
         let (counters, observed) = (node.counters.borrow(), node.observed.borrow());
         for ((what, counted), seen) in counters.sums().into_iter().zip(observed.sums()) {
@@ -989,7 +988,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// Whoever is connected to a Service was counted as a new flow.
+    /// Checks that every connection to a Service was counted as a new flow.
     fn check_flows(&self) {
         let connections = self.connections.borrow();
         let is_served = |connection: &&Connecting| {
@@ -1006,7 +1005,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// What has ended stands aside, and gives its source port back.
+    /// Checks that an ended connection's entries are embryonic, and return its source port.
     fn check_tables<F: Side>(&self, node: &Node) {
         let connections = self.connections.borrow();
         let memory = F::memory(node).borrow();
@@ -1032,8 +1031,8 @@ impl<'s> World<'s> {
     }
 }
 
-/// Whether a lost entry does not show itself, though its partner is there (docs/recovery.md lists
-/// them):
+/// Whether a lost entry goes unnoticed although its partner is there (docs/recovery.md lists the
+/// cases):
 ///
 /// - A hairpin flow's reply goes to a frontend's address, and is taken for a client's.
 /// - Where a client has another port at the endpoint, its reset comes from that port.
