@@ -1,14 +1,16 @@
 //! Puts the BPF object where the binary includes it from: the file that `SLUICE_BPF_OBJECT` names,
 //! else `target/bpf/sluice.o` of the workspace, else an empty file (which the binary complains
-//! about when it runs).
+//! about when it runs). Tells the binary the commit too: what `SLUICE_REVISION` says, else git.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::{env, fs, io};
 
 fn main() -> io::Result<()> {
     println!("cargo::rerun-if-env-changed=SLUICE_BPF_OBJECT");
     let variable = |name| env::var_os(name).map(PathBuf::from);
     let manifest = variable("CARGO_MANIFEST_DIR").unwrap_or_default();
+    println!("cargo::rustc-env=SLUICE_REVISION={}", revision(&manifest));
     let object =
         variable("SLUICE_BPF_OBJECT").unwrap_or_else(|| manifest.join("../target/bpf/sluice.o"));
     println!("cargo::rerun-if-changed={}", object.display());
@@ -24,4 +26,24 @@ fn main() -> io::Result<()> {
         Err(error) => return Err(error),
     };
     fs::write(variable("OUT_DIR").unwrap_or_default().join("sluice.o"), bytes)
+}
+
+/// Names the commit. Who commits builds anew: git writes each move of HEAD into its log.
+fn revision(folder: &Path) -> String {
+    println!("cargo::rerun-if-env-changed=SLUICE_REVISION");
+    if let Ok(revision) = env::var("SLUICE_REVISION") {
+        return revision;
+    }
+    let git = |words: &[&str]| {
+        let output = Command::new("git").arg("-C").arg(folder).args(words).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| text.trim().to_owned())
+    };
+    if let Some(log) = git(&["rev-parse", "--git-path", "logs/HEAD"]) {
+        let log = folder.join(log);
+        if log.exists() {
+            println!("cargo::rerun-if-changed={}", log.display());
+        }
+    }
+    git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".to_owned())
 }

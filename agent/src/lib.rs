@@ -14,6 +14,9 @@
 //! tools -> daemon -> node -> core
 //! ```
 
+/// The commit that this was built from; `unknown` where there was no repository.
+pub(crate) const REVISION: &str = env!("SLUICE_REVISION");
+
 pub mod daemon;
 pub mod node;
 pub mod tools;

@@ -154,7 +154,8 @@ async fn start(
     let (cgroup, mtus) = (prepare::cgroup(&options)?, RouteMtus::open(&pins.maps())?);
     let takeover = takeover::start(settings.phase, pins.maps(), options.state_dir.clone())?;
     let (sources, event_writer) = prepare::start_sources(&options, events_sender).await?;
-    let (metrics, liveness) = (Arc::new(Metrics::default()), Arc::new(Liveness::default()));
+    let requests = options.kubernetes.as_ref().map(|settings| &settings.requests);
+    let (metrics, liveness) = (Arc::new(Metrics::new(requests)), Arc::new(Liveness::default()));
     let model = model(&options, &sources);
     let mut sync = MapSync::adopt(loaded.kernel, model, loaded.filled, Arc::clone(&metrics))?;
     // Adopted VIPs keep their routes until the sources say otherwise.
@@ -173,7 +174,13 @@ async fn start(
         filled: loaded.filled,
         proc_sys: options.proc_sys,
     });
-    let monitor = Monitor::new(Arc::clone(&liveness), metrics, options.pin_path, options.state_dir);
+    let monitor = Monitor::new(
+        Arc::clone(&liveness),
+        metrics,
+        options.pin_path,
+        options.state_dir,
+        options.monitor.detail,
+    );
     tracing::info!(
         node = options.node,
         pins = %pins.root().display(),

@@ -10,7 +10,10 @@
 //! | | `/debug/flags/v` | PUT by a process of this node: how much is logged from now on |
 
 mod exporter;
+mod form;
 pub mod metrics;
+mod process;
+mod traffic;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -20,7 +23,7 @@ use std::time::{Duration, SystemTime};
 
 use futures::FutureExt;
 use futures::future::ready;
-use http::header::{ALLOW, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use http::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use http::{Method, Request, Response, StatusCode};
 use hyper::body::Bytes;
 use serde::Serialize;
@@ -30,6 +33,8 @@ use tokio::time::Instant;
 use crate::daemon::http::{Handler, Listener, Room};
 use crate::node::backoff::Backoff;
 use crate::node::publish::publish;
+use exporter::Exporter;
+use form::Form;
 use metrics::Metrics;
 
 /// A change that has been waiting for this long makes the proxy unhealthy: two sync periods of
@@ -38,13 +43,17 @@ const OVERDUE: Duration = Duration::from_mins(1);
 /// The pauses between attempts to listen.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
 
-/// The addresses where monitoring is answered. An empty list means nowhere.
+pub use traffic::Detail;
+
+/// Where monitoring is answered, and how much. An empty list means nowhere.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Addresses {
+pub struct Settings {
     /// `/healthz` and `/livez`.
     pub healthz: Vec<SocketAddr>,
     /// `/metrics` and `/proxyMode`.
     pub metrics: Vec<SocketAddr>,
+    /// What has series of its own.
+    pub detail: Detail,
 }
 
 /// Whether the proxy keeps up. The agent's loop updates it, and health checks read it.
@@ -126,7 +135,7 @@ fn time(time: SystemTime) -> String {
 pub(crate) struct Monitor {
     liveness: Arc<Liveness>,
     metrics: Arc<Metrics>,
-    exporter: exporter::Exporter,
+    exporter: Exporter,
 }
 
 impl Monitor {
@@ -136,8 +145,9 @@ impl Monitor {
         metrics: Arc<Metrics>,
         pin_path: PathBuf,
         state_dir: PathBuf,
+        detail: Detail,
     ) -> Self {
-        let exporter = exporter::Exporter::new(Arc::clone(&metrics), pin_path, state_dir);
+        let exporter = Exporter::new(Arc::clone(&metrics), pin_path, state_dir, detail);
         Self { liveness, metrics, exporter }
     }
 
@@ -163,13 +173,11 @@ impl Monitor {
         response(status, "application/json", body)
     }
 
-    async fn metrics(&self) -> Response<Bytes> {
-        match self.exporter.text().await {
-            Ok(text) => response(
-                StatusCode::OK,
-                "application/openmetrics-text; version=1.0.0; charset=utf-8",
-                text,
-            ),
+    async fn metrics(&self, request: &Request<String>) -> Response<Bytes> {
+        let accept = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok());
+        let form = Form::wanted(accept);
+        match self.exporter.text(form).await {
+            Ok(text) => response(StatusCode::OK, form.content_type(), text),
             Err(error) => {
                 response(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("{error}\n"))
             }
@@ -203,7 +211,7 @@ impl Monitor {
             let (this, read) = (Arc::clone(&this), Arc::clone(&read));
             async move {
                 match request.uri().path() {
-                    "/metrics" if is_read(&request) => this.metrics().await,
+                    "/metrics" if is_read(&request) => this.metrics(&request).await,
                     "/debug/flags/v" => verbosity(&request),
                     _ => read(&request),
                 }
@@ -278,13 +286,13 @@ fn handler(
 /// be listened on, with the reasons. They are retried.
 pub(crate) async fn serve(
     monitor: Arc<Monitor>,
-    addresses: Addresses,
+    settings: Settings,
     room: Room,
     report: watch::Sender<Vec<String>>,
 ) {
-    let healthz = addresses.healthz.into_iter().map(|at| (at, monitor.healthz_handler()));
+    let healthz = settings.healthz.into_iter().map(|at| (at, monitor.healthz_handler()));
     let mut closed: Vec<_> = healthz
-        .chain(addresses.metrics.into_iter().map(|at| (at, monitor.metrics_handler())))
+        .chain(settings.metrics.into_iter().map(|at| (at, monitor.metrics_handler())))
         .collect();
     let mut open = Vec::new();
     let mut retry = RETRY;

@@ -38,7 +38,7 @@ impl SideTasks {
     /// Events.
     pub(super) fn start(
         monitor: Monitor,
-        at: monitor::Addresses,
+        at: monitor::Settings,
         liveness: Arc<Liveness>,
         node: &str,
         events: Option<Events>,

@@ -165,6 +165,10 @@ enum Command {
         /// Clean up even if an agent is running.
         #[arg(long)]
         force: bool,
+        /// Stay afterwards, until SIGTERM or SIGINT: for a pod that is Running when its node is
+        /// clean.
+        #[arg(long)]
+        stay: bool,
     },
 }
 
@@ -298,7 +302,7 @@ impl Command {
             Self::Diff(args) => diff::run(*args, pin_path, state_dir),
             Self::Takeover(args) => takeover::take_over(&args, state_dir),
             Self::Release(args) => takeover::release(&args, state_dir),
-            Self::Cleanup { force } => cleanup::run(&places, force),
+            Self::Cleanup { force, stay } => cleanup::run(&places, force, stay),
         }
     }
 }

@@ -55,10 +55,15 @@ impl Tools {
 
     /// Renders the chart; each argument is a file of values, or a value.
     fn template(&self, files: &[&Path], values: &[&str]) -> Result<String, String> {
+        self.helm(&["template", "sluice", "--namespace=kube-system"], files, values)
+    }
+
+    /// Runs a command of helm on the chart.
+    fn helm(&self, words: &[&str], files: &[&Path], values: &[&str]) -> Result<String, String> {
         let home = tempfile::tempdir().expect("a folder");
         let mut command = Command::new(&self.helm);
         let _ = command
-            .args(["template", "sluice", "--namespace=kube-system"])
+            .args(words)
             .arg(deploy().join("chart"))
             .args(files.iter().flat_map(|file| [Path::new("--values"), file]))
             .args(values.iter().flat_map(|value| ["--set", value]))
@@ -101,6 +106,27 @@ fn in_order(value: &mut Value) {
     }
 }
 
+/// Labels that name a release of Helm, which kustomize's objects are not part of.
+const RELEASE_LABELS: [&str; 4] = [
+    "app.kubernetes.io/instance",
+    "app.kubernetes.io/version",
+    "app.kubernetes.io/managed-by",
+    "helm.sh/chart",
+];
+
+/// Removes them from an object and its pods' template, and returns how many the object had.
+fn without_release_labels(object: &mut Value) -> usize {
+    let mut removed = 0;
+    for (place, count) in [("/metadata/labels", true), ("/spec/template/metadata/labels", false)] {
+        if let Some(labels) = object.pointer_mut(place).and_then(Value::as_object_mut) {
+            let found = RELEASE_LABELS.iter().filter(|label| labels.remove(**label).is_some());
+            let found = found.count();
+            removed += if count { found } else { 0 };
+        }
+    }
+    removed
+}
+
 fn daemon_set(text: &str) -> Value {
     objects(text).remove(r#""DaemonSet" "sluice""#).expect("a DaemonSet")
 }
@@ -123,7 +149,11 @@ fn the_chart_renders_every_overlay() {
     );
     for (name, folder) in overlays {
         let kustomize = objects(&tools.kustomize(&folder));
-        let helm = objects(&tools.template(&[&folder.join("values.yaml")], &[]).expect("rendered"));
+        let rendered = tools.template(&[&folder.join("values.yaml")], &[]).expect("rendered");
+        let mut helm = objects(&rendered);
+        for (key, object) in &mut helm {
+            assert_eq!(without_release_labels(object), RELEASE_LABELS.len(), "{name}: {key}");
+        }
         assert_eq!(kustomize.keys().collect::<Vec<_>>(), helm.keys().collect::<Vec<_>>(), "{name}");
         assert_eq!(kustomize.len(), 4, "{name}");
         for (key, object) in &kustomize {
@@ -260,12 +290,165 @@ fn a_value_that_is_misspelt_or_impossible_is_refused_by_its_name() {
         ("healthz.port=0", "port"),
         ("apiServer.host=https://192.0.2.1", "host"),
         ("detectLocal=guess", "detectLocal"),
+        ("image.digest=sha256:12", "digest"),
+        ("takeover.enable=true", "enable"),
+        ("prometheus.podMonitor.every=1m", "every"),
+        ("prometheus.podMonitor.interval=often", "interval"),
+        ("cleanup.onDelete=maybe", "onDelete"),
+        ("dashboards.labels.a=true", "labels"),
+        ("socketPath=true", "socketPath"),
     ] {
         let refused = tools.template(&[], &[host, value]).expect_err(value);
         assert!(refused.contains(word), "{value}: {refused}");
     }
     let without = tools.template(&[], &[]).expect_err("a host is required");
     assert!(without.contains("apiServer.host is required"), "{without}");
+}
+
+#[test]
+fn an_unquoted_on_or_off_is_the_word_that_it_looks_like() {
+    let Some(tools) = tools() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let values = folder.path().join("values.yaml");
+    let render = |text: &str| {
+        std::fs::write(&values, format!("apiServer: {{host: 192.0.2.1}}\n{text}"))
+            .expect("written");
+        let set = daemon_set(&tools.template(&[&values], &[]).expect("rendered"));
+        let preflight = set["spec"]["template"]["spec"]["initContainers"][0]["args"].to_string();
+        (args(&set), preflight)
+    };
+    let default = "--conntrack-tcp-timeout-close-wait=1h";
+    let (words, preflight) = render(
+        "socketPath: off\nxdp: off\naccelerate: off\nexternalIPs: [off]\nmetrics: \
+         {bindAddresses: [off]}\n",
+    );
+    assert_eq!(
+        words,
+        [
+            "agent",
+            default,
+            "--external-ips=off",
+            "--socket-path=off",
+            "--xdp=off",
+            "--accelerate=off",
+            "--metrics-bind-address=off",
+        ]
+    );
+    assert_eq!(preflight, r#"["preflight","--socket-path=off","--accelerate=off"]"#);
+    let (words, preflight) = render("xdp: on\naccelerate: on\nexternalIPs: [on]\n");
+    assert_eq!(words, ["agent", default, "--external-ips=on", "--xdp=on", "--accelerate=on"]);
+    assert_eq!(preflight, r#"["preflight","--accelerate=on"]"#);
+}
+
+#[test]
+fn the_chart_lints_and_each_part_that_is_off_by_default_renders() {
+    let Some(tools) = tools() else { return };
+    let host = "apiServer.host=192.0.2.1";
+    let lint = tools.helm(&["lint", "--strict"], &[], &[host]).expect("no fault");
+    assert!(lint.contains("0 chart(s) failed"), "{lint}");
+    let render = |values: &[&str]| {
+        objects(&tools.template(&[], &[&[host], values].concat()).expect("rendered"))
+    };
+    let plain = render(&[]);
+    let more = |values: &[&str]| {
+        let mut found = render(values);
+        found.retain(|key, _| !plain.contains_key(key));
+        found
+    };
+
+    let unreachable = tools.template(&[], &[host, "prometheus.podMonitor.enabled=true"]);
+    let refused = unreachable.expect_err("loopback alone");
+    assert!(refused.contains("metrics.bindAddresses is required"), "{refused}");
+    for (address, port) in
+        [("0.0.0.0", 10249), ("0.0.0.0:10349", 10349), ("::", 10249), ("[::]:1034", 1034)]
+    {
+        let address = format!("metrics.bindAddresses={{{address}}}");
+        let all = render(&[
+            &address,
+            "prometheus.podMonitor.enabled=true",
+            "prometheus.podMonitor.interval=30s",
+            "prometheus.podMonitor.labels.release=kube-prometheus",
+            "prometheus.podMonitor.namespace=monitoring",
+        ]);
+        let monitor = &all[r#""PodMonitor" "sluice""#];
+        assert_eq!(monitor["metadata"]["namespace"], "monitoring");
+        assert_eq!(monitor["metadata"]["labels"]["release"], "kube-prometheus");
+        assert_eq!(monitor["spec"]["namespaceSelector"]["matchNames"], json!(["kube-system"]));
+        let endpoint = &monitor["spec"]["podMetricsEndpoints"][0];
+        assert_eq!((&endpoint["port"], &endpoint["interval"]), (&"metrics".into(), &"30s".into()));
+        let pod = &all[r#""DaemonSet" "sluice""#]["spec"]["template"];
+        let ports = &pod["spec"]["containers"][0]["ports"];
+        let expected = json!([{"name": "metrics", "containerPort": port, "protocol": "TCP"}]);
+        assert_eq!(*ports, expected);
+        for (label, value) in
+            monitor["spec"]["selector"]["matchLabels"].as_object().expect("labels")
+        {
+            assert_eq!(pod["metadata"]["labels"][label], *value);
+        }
+    }
+
+    let file = |name: &str| {
+        std::fs::read_to_string(deploy().join(name))
+            .unwrap_or_else(|error| panic!("{name}: {error}"))
+    };
+    let rules = more(&["prometheus.rules.enabled=true", "prometheus.rules.labels.role=alerts"]);
+    assert_eq!(rules.keys().collect::<Vec<_>>(), [r#""PrometheusRule" "sluice""#]);
+    let rule = &rules[r#""PrometheusRule" "sluice""#];
+    assert_eq!(rule["metadata"]["labels"]["role"], "alerts");
+    let mut shipped: Value = serde_saphyr::from_str(&file("prometheus/alerts.yaml")).expect("YAML");
+    in_order(&mut shipped);
+    assert_eq!(rule["spec"], shipped);
+
+    let dashboards = more(&["dashboards.enabled=true", "dashboards.namespace=grafana"]);
+    assert_eq!(dashboards.keys().collect::<Vec<_>>(), [r#""ConfigMap" "sluice-dashboard""#]);
+    let dashboard = &dashboards[r#""ConfigMap" "sluice-dashboard""#];
+    assert_eq!(dashboard["metadata"]["labels"]["grafana_dashboard"], "1");
+    let text = dashboard["data"]["sluice.json"].as_str().expect("a dashboard");
+    let parsed = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
+    assert_eq!(parsed(text), parsed(&file("grafana/sluice.json")));
+
+    let cleanup = more(&["cleanup.onDelete=true"]);
+    assert_eq!(cleanup.keys().collect::<Vec<_>>(), [r#""DaemonSet" "sluice-cleanup""#]);
+    let set = &cleanup[r#""DaemonSet" "sluice-cleanup""#];
+    assert_eq!(set["metadata"]["annotations"]["helm.sh/hook"], "post-delete");
+    let pods = objects(&tools.kustomize(&deploy().join("cleanup")));
+    let by_kustomize = &pods[r#""DaemonSet" "sluice-cleanup""#]["spec"]["template"]["spec"];
+    assert_eq!(set["spec"]["template"]["spec"], *by_kustomize);
+
+    let digest = format!("sha256:{}", "0a".repeat(32));
+    let set = |values: &[&str]| render(values)[r#""DaemonSet" "sluice""#].clone();
+    let pinned = set(&[&format!("image.digest={digest}")]);
+    for kind in ["initContainers", "containers"] {
+        let image = &pinned["spec"]["template"]["spec"][kind][0]["image"];
+        assert_eq!(*image, format!("localhost/sluice:0.1.0@{digest}"));
+    }
+    let takeover = args(&set(&["takeover.enabled=true"]));
+    assert!(takeover.contains(&"--takeover".to_owned()), "{takeover:?}");
+
+    let named = render(&[
+        "commonLabels.team=net",
+        "commonAnnotations.owner=net",
+        "serviceAccount.annotations.role=none",
+        "revisionHistoryLimit=0",
+        "extraVolumes[0].name=more",
+        "extraVolumeMounts[0].name=more",
+        "extraVolumeMounts[0].mountPath=/more",
+    ]);
+    for (key, object) in &named {
+        assert_eq!(object["metadata"]["labels"]["team"], "net", "{key}");
+        assert_eq!(object["metadata"]["annotations"]["owner"], "net", "{key}");
+        for label in RELEASE_LABELS {
+            assert!(object["metadata"]["labels"][label].is_string(), "{key}: {label}");
+        }
+    }
+    let account = &named[r#""ServiceAccount" "sluice""#];
+    assert_eq!(account["metadata"]["annotations"]["role"], "none");
+    let spec = &named[r#""DaemonSet" "sluice""#]["spec"];
+    assert_eq!(spec["revisionHistoryLimit"], 0);
+    let pod = &spec["template"]["spec"];
+    let has =
+        |list: &Value| list.as_array().expect("a list").iter().any(|one| one["name"] == "more");
+    assert!(has(&pod["volumes"]) && has(&pod["containers"][0]["volumeMounts"]));
 }
 
 #[test]
@@ -289,7 +472,7 @@ fn every_value_becomes_a_flag_that_the_agent_takes() {
         "logFormat": "json",
         "verbosity": 2,
         "healthz": {"port": 10356},
-        "metrics": {"bindAddresses": ["127.0.0.1:10349"]},
+        "metrics": {"bindAddresses": ["127.0.0.1:10349"], "detail": "node"},
         "kubeProxyConfiguration": {"mode": "nftables", "conntrack": {"maxPerCore": 0}},
         "extraArgs": ["--flows-max=4096"],
         "extraEnv": [{"name": "SLUICE_LOG", "value": "debug"}],
@@ -323,6 +506,7 @@ fn every_value_becomes_a_flag_that_the_agent_takes() {
             "--verbose",
             "--healthz-bind-address=0.0.0.0:10356,[::]:10356",
             "--metrics-bind-address=127.0.0.1:10349",
+            "--metrics-detail=node",
             "--flows-max=4096",
         ]
     );

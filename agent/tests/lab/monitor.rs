@@ -1,6 +1,7 @@
 //! What monitoring is told over HTTP, at kube-proxy's ports.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use crate::support::{
     Cluster, HTTP, Plan, WEB, cluster_ip, service, skip, status, until, until_backends, word,
@@ -23,12 +24,19 @@ fn json(place: &Namespace, url: &str, code: &str) -> Result<Value> {
     serde_json::from_str(&body).with_context(|| body)
 }
 
+/// The metrics as OpenMetrics.
+const OPEN: &str = "Accept: application/openmetrics-text; version=1.0.0";
+
 /// Series -> value, as a scraper reads the text.
 fn metrics(node: &Node) -> Result<BTreeMap<String, f64>> {
-    let (code, body) = get(node, "http://127.0.0.1:10249/metrics")?;
-    ensure!(code.starts_with("200 application/openmetrics-text"), "{code}: {body}");
+    let body =
+        node.run("curl", ["-sS", "-m", "5", "-H", OPEN, "http://127.0.0.1:10249/metrics"])?;
     ensure!(body.ends_with("# EOF\n") || body.ends_with("# EOF"), "{body}");
     ensure!(body.matches("# EOF").count() == 1, "two texts in one");
+    series(&body)
+}
+
+fn series(body: &str) -> Result<BTreeMap<String, f64>> {
     let mut all = BTreeMap::new();
     for line in body.lines().filter(|line| !line.starts_with('#')) {
         let (series, value) = line.rsplit_once(' ').with_context(|| line.to_owned())?;
@@ -51,7 +59,8 @@ fn health_mode_and_metrics_are_answered_as_kube_proxy_does() -> Result<()> {
     if skip("health_mode_and_metrics") {
         return Ok(());
     }
-    let cluster = Cluster::new("monitor", &Plan { near: 2, ..Plan::default() })?;
+    let args = vec!["--metrics-detail", "backend"];
+    let cluster = Cluster::new("monitor", &Plan { near: 2, args, ..Plan::default() })?;
     let node = cluster.node();
     // From another machine, by both families.
     for at in [node.ipv4().to_string(), format!("[{}]", node.ipv6())] {
@@ -92,40 +101,45 @@ fn health_mode_and_metrics_are_answered_as_kube_proxy_does() -> Result<()> {
         let labels = [&service[..], more].concat();
         sum(&after, metric, &labels) - sum(&before, metric, &labels)
     };
-    let calls = grown("sluice_service_socket_calls_total", &["port=\"http\""]);
-    ensure!(
-        grown("sluice_service_socket_connections_total", &["port=\"http\""]).eq(&calls),
-        "{calls} calls"
-    );
+    let calls = grown("sluice_service_calls_total", &["port=\"http\""]);
+    let opened = ["port=\"http\"", "path=\"socket\""];
+    ensure!(grown("sluice_service_opened_total", &opened).eq(&calls), "{calls} calls");
+    let (packet, socket) = ("path=\"packet\"", "path=\"socket\"");
+    let (forward, reply) = ("direction=\"forward\"", "direction=\"reply\"");
+    let (dns, http) = ("port=\"dns\"", "port=\"http\"");
     for (metric, more, least) in [
-        ("sluice_service_packets_total", &["direction=\"forward\"", "port=\"dns\""][..], 20.0),
-        ("sluice_service_packets_total", &["direction=\"reply\"", "port=\"dns\""], 20.0),
-        ("sluice_service_bytes_total", &["direction=\"forward\"", "port=\"dns\""], 20.0 * 28.0),
-        ("sluice_service_flows_total", &["port=\"dns\""], 10.0),
-        ("sluice_service_socket_calls_total", &["port=\"http\""], 20.0),
-        (
-            "sluice_service_socket_bytes_total",
-            &["port=\"http\"", "direction=\"forward\""],
-            20.0 * 40.0,
-        ),
-        (
-            "sluice_service_socket_bytes_total",
-            &["port=\"http\"", "direction=\"reply\""],
-            20.0 * 40.0,
-        ),
-        ("sluice_service_socket_segments_total", &["port=\"http\"", "direction=\"reply\""], 40.0),
-        ("sluice_backend_socket_bytes_total", &["direction=\"forward\""], 20.0 * 40.0),
-        ("sluice_backend_packets_total", &["direction=\"forward\""], 20.0),
+        ("sluice_service_packets_total", &[packet, forward, dns][..], 20.0),
+        ("sluice_service_packets_total", &[packet, reply, dns], 20.0),
+        ("sluice_service_bytes_total", &[packet, forward, dns], 20.0 * 28.0),
+        ("sluice_service_opened_total", &[packet, dns], 10.0),
+        ("sluice_service_calls_total", &[http], 20.0),
+        ("sluice_service_bytes_total", &[socket, forward, http], 20.0 * 40.0),
+        ("sluice_service_bytes_total", &[socket, reply, http], 20.0 * 40.0),
+        ("sluice_service_packets_total", &[socket, reply, http], 40.0),
+        ("sluice_service_rtt_seconds_count", &[socket, http], 10.0),
+        ("sluice_backend_bytes_total", &[socket, forward], 20.0 * 40.0),
+        ("sluice_backend_packets_total", &[packet, forward], 20.0),
     ] {
         let grown = grown(metric, more);
         ensure!(grown >= least, "{metric} {more:?}: {grown} of {least}");
     }
-    ensure!(
-        (grown("sluice_backend_packets_total", &[]) - grown("sluice_service_packets_total", &[]))
-            .abs()
-            < 0.5,
-        "the backends' packets are the service's"
-    );
+    for metric in ["packets", "bytes", "opened", "calls"] {
+        let of = |level: &str| grown(&format!("sluice_{level}_{metric}_total"), &[]);
+        ensure!(
+            (of("backend") - of("service")).abs() < 0.5,
+            "{metric} of the backends, the Service"
+        );
+        let node = sum(&after, &format!("sluice_node_{metric}_total"), &[]);
+        let all = sum(&after, &format!("sluice_service_{metric}_total"), &[]);
+        ensure!((node - all).abs() < 0.5, "{metric} of the node: {node}, of its Services: {all}");
+    }
+    // What stands at zero has no series, but for the node's sums.
+    for (name, value) in &after {
+        let of_objects = ["sluice_service_", "sluice_backend_", "sluice_packets_by_reason"];
+        let is_zero = of_objects.iter().any(|start| name.starts_with(start)) && value.eq(&0.0);
+        ensure!(!is_zero || name.contains("_sum{"), "{name} is zero");
+    }
+    ensure!(after.contains_key("sluice_node_failed_total{path=\"socket\"}"), "{after:?}");
     for (metric, labels, value) in [
         ("sluice_ready", &[][..], 1.0),
         ("sluice_maps_readable", &[], 1.0),
@@ -151,8 +165,56 @@ fn health_mode_and_metrics_are_answered_as_kube_proxy_does() -> Result<()> {
         "kubeproxy_sync_proxy_rules_endpoint_changes_total",
         "kubeproxy_proxy_healthz_total",
         "kubeproxy_proxy_livez_total",
+        "process_resident_memory_bytes",
+        "process_virtual_memory_bytes",
+        "process_cpu_seconds_total",
+        "process_open_fds",
+        "process_max_fds",
+        "process_start_time_seconds",
+        "sluice_build_info",
     ] {
         ensure!(sum(&after, metric, &[]) > 0.0, "{metric} is not counted");
+    }
+    Ok(())
+}
+
+/// Names of Services, backends and zeros make a scrape large: what is told by default is bounded.
+#[test]
+fn a_quiet_node_of_a_thousand_services_has_few_series() -> Result<()> {
+    if skip("a_quiet_node") {
+        return Ok(());
+    }
+    let cluster = Cluster::new("series", &Plan { near: 1, ..Plan::default() })?;
+    let node = cluster.node();
+    let mut text = String::new();
+    for number in 0..1_000_u32 {
+        let (high, low) = (number / 250, number % 250 + 1);
+        let endpoints: Vec<String> = (1..=3)
+            .map(|last| {
+                format!("{{addresses: [10.50.{}.{}]}}", number % 250, number / 250 * 3 + last)
+            })
+            .collect();
+        write!(
+            text,
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: s{number}}}\nspec: {{clusterIP: \
+             10.96.{}.{low}, ports: [{{port: 80}}]}}\n---\napiVersion: discovery.k8s.io/v1\nkind: \
+             EndpointSlice\nmetadata: {{name: s{number}, labels: {{kubernetes.io/service-name: \
+             s{number}}}}}\naddressType: IPv4\nports: [{{name: '', port: 80}}]\nendpoints: [{}]\n---\n",
+            100 + high,
+            endpoints.join(", ")
+        )?;
+    }
+    cluster.manifests.write_text("many.yaml", &text)?;
+    until_backends(node, "s999", 3)?;
+    let scrape = |accept: &str| {
+        let url = "http://127.0.0.1:10249/metrics";
+        node.run("curl", ["-sS", "-m", "5", "-H", accept, url])
+    };
+    for accept in [OPEN, "Accept: text/plain"] {
+        let body = scrape(accept)?;
+        let count = series(&body)?.len();
+        println!("{accept}: {count} series, {} bytes", body.len());
+        ensure!(count < 3_000 && body.len() < 400_000, "{count} series, {} bytes", body.len());
     }
     Ok(())
 }

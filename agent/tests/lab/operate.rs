@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use crate::support::{
-    Cluster, Plan, WEB, cluster_ip, listed, number, reaches, service, skip, status, until,
+    Cluster, Plan, SOON, WEB, cluster_ip, listed, number, reaches, service, skip, status, until,
     until_backends, word,
 };
 use anyhow::{Context, Result, ensure};
@@ -234,8 +234,14 @@ fn cleanup_removes_every_trace() -> Result<()> {
         unreachable.iter().any(|event| matches!(event, sluice_lab::Event::Lost { .. })),
         "{unreachable:?}"
     );
-    // A second time there is nothing to do, and an agent can start anew.
-    println!("{}", node.sluice(&["cleanup"])?);
+    // A second time there is nothing to do; `--stay` stays until it is told to go.
+    let mut stays = node.spawn_command(node.sluice_command(&["cleanup", "--stay"])?)?;
+    stays.wait_until("nothing left to remove", SOON, |this| {
+        this.stdout().starts_with("found nothing of Sluice").then_some(())
+    })?;
+    ensure!(stays.poll()?.is_none(), "`cleanup --stay` did not stay");
+    ensure!(stays.stop()?.success(), "`cleanup --stay` ended with an error");
+    // An agent can start anew.
     cluster.agents.clear();
     cluster.start_agents(&["--uplink", "eth0"])?;
     reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)

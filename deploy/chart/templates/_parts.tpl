@@ -1,3 +1,42 @@
+{{/* Labels of pods: none that changes with the chart alone, since that would restart every agent. */}}
+{{- define "sluice.podLabels" -}}
+{{- with .Values.commonLabels }}
+{{- toYaml . }}
+{{ end -}}
+app.kubernetes.io/name: sluice
+app.kubernetes.io/component: service-proxy
+app.kubernetes.io/part-of: sluice
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+{{- end }}
+
+{{/* Labels of every object, as Kubernetes recommends them. */}}
+{{- define "sluice.labels" -}}
+{{ include "sluice.podLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | quote }}
+{{- end }}
+
+{{/* Annotations of every object, with those of one. Call with (list . extra). */}}
+{{- define "sluice.annotations" -}}
+{{- $all := mergeOverwrite (dict) (index . 0).Values.commonAnnotations (index . 1) }}
+{{- with $all -}}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* A flag's word. YAML reads an unquoted on or off as a boolean, and gets the word back. */}}
+{{- define "sluice.word" -}}
+{{- if kindIs "bool" . }}{{ . | ternary "on" "off" }}{{ else }}{{ . }}{{ end }}
+{{- end }}
+
+{{- define "sluice.words" -}}
+{{- $words := list }}
+{{- range . }}{{ $words = append $words (include "sluice.word" .) }}{{ end }}
+{{- join "," $words }}
+{{- end }}
+
 {{/* The program's arguments. */}}
 {{- define "sluice.args" -}}
 - agent
@@ -25,16 +64,19 @@
 - --nodeport-addresses={{ join "," . }}
 {{- end }}
 {{- with .Values.externalIPs }}
-- --external-ips={{ join "," . }}
+- --external-ips={{ include "sluice.words" . }}
 {{- end }}
-{{- with .Values.socketPath }}
+{{- with include "sluice.word" .Values.socketPath }}
 - --socket-path={{ . }}
 {{- end }}
-{{- with .Values.xdp }}
+{{- with include "sluice.word" .Values.xdp }}
 - --xdp={{ . }}
 {{- end }}
-{{- with .Values.accelerate }}
+{{- with include "sluice.word" .Values.accelerate }}
 - --accelerate={{ . }}
+{{- end }}
+{{- if .Values.takeover.enabled }}
+- --takeover
 {{- end }}
 {{- with .Values.logFormat }}
 - --log-format={{ . }}
@@ -46,15 +88,28 @@
 - --healthz-bind-address=0.0.0.0:{{ .Values.healthz.port }},[::]:{{ .Values.healthz.port }}
 {{- end }}
 {{- with .Values.metrics.bindAddresses }}
-- --metrics-bind-address={{ join "," . }}
+- --metrics-bind-address={{ include "sluice.words" . }}
+{{- end }}
+{{- with .Values.metrics.detail }}
+- --metrics-detail={{ . }}
 {{- end }}
 {{- range .Values.extraArgs }}
 - {{ . | quote }}
 {{- end }}
 {{- end }}
 
+{{/* With a digest, the tag is for people alone. */}}
 {{- define "sluice.image" -}}
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- with .Values.image.digest }}@{{ . }}{{ end }}
+{{- end }}
+
+{{/* The port of the first address that metrics are served at. */}}
+{{- define "sluice.metricsPort" -}}
+{{- $address := first .Values.metrics.bindAddresses }}
+{{- if regexMatch "^([^:]+|\\[.+\\]):[0-9]+$" $address }}
+{{- regexFind "[0-9]+$" $address }}
+{{- else }}10249{{ end }}
 {{- end }}
 
 {{/* For both containers: preflight tries what the agent does. */}}

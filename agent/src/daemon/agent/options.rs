@@ -46,7 +46,7 @@ pub struct Options {
     /// Capacities of maps that differ from those in the object.
     pub sizes: BTreeMap<String, u32>,
     /// The addresses where monitoring requests are answered.
-    pub monitor: monitor::Addresses,
+    pub monitor: monitor::Settings,
     /// Settings for the kernel's connection tracking.
     pub conntrack: Limits,
     /// Where the kernel's settings are written: `/proc/sys`, or the node's, mounted elsewhere.

@@ -1,8 +1,7 @@
 //! Exports what the maps and the status hold as metrics.
 //!
 //! Everything is read when a scraper asks, so nothing is counted twice, and nothing costs anything
-//! without a scraper. The number of series is bounded: by the Services, by [`BACKENDS_MAX`] for
-//! backends, and by the maps for the rest.
+//! without a scraper. Counters of Services and backends that are zero have no series: most are.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,25 +18,23 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use sluice_common::Reason;
-use sluice_common::abi::{BackendCounters, SocketCounters};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
+use super::form::{Form, to_text};
 use super::metrics::Metrics;
+use super::process::ProcessCollector;
+use super::traffic::{Detail, Traffic};
 use crate::node::status::{self, Status};
-use crate::node::view::{BackendView, PortName, View};
-
-/// The most backends with series of their own. The traffic of the others is in their Services'
-/// series.
-pub(super) const BACKENDS_MAX: usize = 2_000;
+use crate::node::view::View;
 
 /// The longest time between two readings of the maps.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// A metric's labels.
-type Labels = Vec<(&'static str, String)>;
+pub(super) type Labels = Vec<(&'static str, String)>;
 /// Labels and value of each series of a metric.
-type Series = Vec<(Labels, u64)>;
+pub(super) type Series = Vec<(Labels, u64)>;
 
 /// Reads maps and status for a scrape.
 #[derive(Debug)]
@@ -45,17 +42,27 @@ pub(super) struct Exporter {
     metrics: Arc<Metrics>,
     pin_path: PathBuf,
     state_dir: PathBuf,
+    detail: Detail,
     shared: Shared,
 }
 
 impl Exporter {
-    pub(super) fn new(metrics: Arc<Metrics>, pin_path: PathBuf, state_dir: PathBuf) -> Self {
-        Self { metrics, pin_path, state_dir, shared: Shared::default() }
+    pub(super) fn new(
+        metrics: Arc<Metrics>,
+        pin_path: PathBuf,
+        state_dir: PathBuf,
+        detail: Detail,
+    ) -> Self {
+        Self { metrics, pin_path, state_dir, detail, shared: Shared::default() }
     }
 
-    /// Returns all metrics in the text format of OpenMetrics.
-    pub(super) async fn text(&self) -> Result<Bytes, fmt::Error> {
-        self.shared.get(|| tokio::task::block_in_place(|| self.write())).await
+    /// Returns all metrics in a text form.
+    pub(super) async fn text(&self, form: Form) -> Result<Bytes, fmt::Error> {
+        let open = self.shared.get(|| tokio::task::block_in_place(|| self.write())).await?;
+        Ok(match form {
+            Form::Open => open,
+            Form::Text => to_text(&String::from_utf8_lossy(&open)).into(),
+        })
     }
 
     fn write(&self) -> Result<String, fmt::Error> {
@@ -63,10 +70,14 @@ impl Exporter {
         encode(&mut text, self.metrics.registry())?;
         let mut registry = Registry::with_prefix("sluice");
         registry.register_collector(Box::new(self.read()));
-        // The joined text has one end mark.
-        let own = text.strip_suffix("# EOF\n").unwrap_or(&text).len();
-        text.truncate(own);
-        encode(&mut text, &registry)?;
+        let mut process = Registry::default();
+        process.register_collector(Box::new(ProcessCollector));
+        for registry in [process, registry] {
+            // The joined text has one end mark.
+            let own = text.strip_suffix("# EOF\n").unwrap_or(&text).len();
+            text.truncate(own);
+            encode(&mut text, &registry)?;
+        }
         Ok(text)
     }
 
@@ -75,7 +86,7 @@ impl Exporter {
         if let Err(error) = &view {
             tracing::debug!("cannot read the maps for a scrape: {error:#}");
         }
-        Found { view: view.ok(), status: status::read(&self.state_dir) }
+        Found { view: view.ok(), status: status::read(&self.state_dir), detail: self.detail }
     }
 }
 
@@ -129,15 +140,16 @@ impl Shared {
 struct Found {
     view: Option<View>,
     status: Option<Status>,
+    detail: Detail,
 }
 
 /// Writes metrics one by one.
-struct Writer<'a, 'e> {
+pub(super) struct Writer<'a, 'e> {
     encoder: &'a mut DescriptorEncoder<'e>,
 }
 
 impl Writer<'_, '_> {
-    fn counters(&mut self, name: &str, help: &str, series: &Series) -> fmt::Result {
+    pub(super) fn counters(&mut self, name: &str, help: &str, series: &Series) -> fmt::Result {
         let mut metric = self.encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
         for (labels, value) in series {
             ConstCounter::new(*value).encode(metric.encode_family(&labels.as_slice())?)?;
@@ -145,170 +157,32 @@ impl Writer<'_, '_> {
         Ok(())
     }
 
-    /// Writes the sums of round-trip times.
-    fn seconds(&mut self, name: &str, help: &str, all: &[(Labels, Sums)]) -> fmt::Result {
-        let mut metric = self.encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-        for (labels, counted) in all {
-            let seconds = Duration::from_micros(counted.sockets.rtt_us).as_secs_f64();
-            ConstCounter::new(seconds).encode(metric.encode_family(&labels.as_slice())?)?;
+    /// Writes histograms of which only sum and count are known.
+    pub(super) fn one_bucket(
+        &mut self,
+        name: &str,
+        help: &str,
+        all: &[(Labels, f64, u64)],
+    ) -> fmt::Result {
+        let mut metric = self.encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+        for (labels, sum, count) in all {
+            metric.encode_family(&labels.as_slice())?.encode_histogram::<Labels>(
+                *sum,
+                *count,
+                &[(f64::MAX, *count)],
+                None,
+            )?;
         }
         Ok(())
     }
 
-    fn gauges(&mut self, name: &str, help: &str, series: &Series) -> fmt::Result {
+    pub(super) fn gauges(&mut self, name: &str, help: &str, series: &Series) -> fmt::Result {
         let mut metric = self.encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for (labels, value) in series {
             ConstGauge::new(*value).encode(metric.encode_family(&labels.as_slice())?)?;
         }
         Ok(())
     }
-}
-
-fn labels_of(name: &PortName, family: u8) -> Labels {
-    let port = if name.label.is_empty() { name.port.to_string() } else { name.label.clone() };
-    vec![
-        ("namespace", name.namespace.clone()),
-        ("service", name.service.clone()),
-        ("port", port),
-        ("protocol", name.protocol.clone()),
-        ("family", if family == 6 { "IPv6" } else { "IPv4" }.to_owned()),
-    ]
-}
-
-/// A count of traffic.
-enum Count {
-    /// From clients, and to them.
-    Both(u64, u64),
-    One(u64),
-}
-
-/// The counters of a backend, or of all backends of a service.
-#[derive(Clone, Copy, Default)]
-struct Sums {
-    /// Counters per packet, and the calls.
-    packets: BackendCounters,
-    /// Counters of connections that are translated at the socket.
-    sockets: SocketCounters,
-}
-
-/// A counter of traffic: name, help and value.
-type Traffic = (&'static str, &'static str, fn(&Sums) -> Count);
-
-/// The help of the sum of round-trip times.
-const RTT: &str = "Sum of the smoothed round-trip times that ended connections had at last (of those translated at the socket); \
-                   per close";
-
-const TRAFFIC: [Traffic; 13] = [
-    (
-        "packets",
-        "Packets along flows; per packet, so without what is translated at the socket",
-        |sums| Count::Both(sums.packets.forward_packets, sums.packets.reply_packets),
-    ),
-    ("bytes", "Bytes of those packets, IP header included", |sums| {
-        Count::Both(sums.packets.forward_bytes, sums.packets.reply_bytes)
-    }),
-    ("resets", "Resets along flows (TCP's RST, SCTP's ABORT); per packet", |sums| {
-        Count::Both(sums.packets.forward_resets, sums.packets.reply_resets)
-    }),
-    ("flows", "Flows that were opened, per packet", |sums| Count::One(sums.packets.flows)),
-    (
-        "socket_calls",
-        "Calls of sockets that were translated: connections of TCP, datagrams of UDP; per call",
-        |sums| Count::One(sums.packets.calls),
-    ),
-    (
-        "socket_connections",
-        "TCP connections translated at the socket that were established; per connection",
-        |sums| Count::One(sums.sockets.connections),
-    ),
-    ("socket_connections_closed", "Those of them that have ended; per close", |sums| {
-        Count::One(sums.sockets.closed)
-    }),
-    (
-        "socket_connections_failed",
-        "TCP connections translated at the socket that were refused or got no answer; per connect",
-        |sums| Count::One(sums.sockets.failed),
-    ),
-    (
-        "socket_resets",
-        "TCP connections translated at the socket that ended without both sides' FIN: reset, or nobody answered; per close",
-        |sums| Count::One(sums.sockets.resets),
-    ),
-    (
-        "socket_bytes",
-        "Payload of TCP connections translated at the socket; per close, and every few seconds of a connection that sends",
-        |sums| Count::Both(sums.sockets.sent_bytes, sums.sockets.received_bytes),
-    ),
-    ("socket_segments", "TCP segments of those connections; told when their bytes are", |sums| {
-        Count::Both(sums.sockets.sent_segments, sums.sockets.received_segments)
-    }),
-    (
-        "socket_retransmitted_segments",
-        "Those of their segments from clients that were sent again; told when their bytes are",
-        |sums| Count::One(sums.sockets.retransmitted_segments),
-    ),
-    ("socket_rtt_samples", "Connections whose round-trip time is in the sum; per close", |sums| {
-        Count::One(sums.sockets.rtt_count)
-    }),
-];
-
-fn series(all: &[(Labels, Sums)], (_, _, count): &Traffic) -> Series {
-    let with = |labels: &Labels, direction: &str| {
-        [labels.clone(), vec![("direction", direction.to_owned())]].concat()
-    };
-    let mut series = Series::new();
-    for (labels, counted) in all {
-        match count(counted) {
-            Count::Both(forward, reply) => {
-                series.extend([(with(labels, "forward"), forward), (with(labels, "reply"), reply)]);
-            }
-            Count::One(value) => series.push((labels.clone(), value)),
-        }
-    }
-    series
-}
-
-fn traffic(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
-    let backends = view.backends();
-    let mut sums: BTreeMap<u32, Sums> =
-        view.image.names.keys().map(|id| (*id, Sums::default())).collect();
-    for backend in &backends {
-        if let Some(sum) = sums.get_mut(&backend.service_port) {
-            sum.packets.add(&backend.counters);
-            sum.sockets.add(&backend.sockets);
-        }
-    }
-    let family = |id: &u32| view.image.names.get(id).map_or(0, |name| name.family);
-    let services: Vec<(Labels, Sums)> = sums
-        .iter()
-        .filter_map(|(id, sum)| Some((labels_of(&view.name(*id)?, family(id)), *sum)))
-        .collect();
-    let of_backend = |backend: &BackendView| {
-        let mut labels =
-            labels_of(&view.name(backend.service_port)?, family(&backend.service_port));
-        labels.push(("backend", backend.address.to_string()));
-        Some((labels, Sums { packets: backend.counters, sockets: backend.sockets }))
-    };
-    // Those with series of their own are the same from one scrape to the next.
-    let own: Vec<(Labels, Sums)> = backends
-        .iter()
-        .filter(|backend| backend.serving)
-        .filter_map(of_backend)
-        .take(BACKENDS_MAX)
-        .collect();
-    let left = backends.iter().filter(|backend| backend.serving).count() - own.len();
-    for metric in &TRAFFIC {
-        let (name, help, _) = metric;
-        writer.counters(&format!("service_{name}"), help, &series(&services, metric))?;
-        writer.counters(&format!("backend_{name}"), help, &series(&own, metric))?;
-    }
-    writer.seconds("service_socket_rtt_seconds", RTT, &services)?;
-    writer.seconds("backend_socket_rtt_seconds", RTT, &own)?;
-    writer.gauges(
-        "backends_left_out",
-        "Backends without series of their own",
-        &vec![(Vec::new(), left as u64)],
-    )
 }
 
 fn reasons(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
@@ -325,7 +199,9 @@ fn reasons(view: &View, writer: &mut Writer<'_, '_>) -> fmt::Result {
             ("namespace", namespace),
             ("service", service),
         ];
-        *packets.entry(labels).or_default() += counters.packets;
+        if counters.packets != 0 {
+            *packets.entry(labels).or_default() += counters.packets;
+        }
     }
     writer.counters(
         "packets_by_reason",
@@ -347,8 +223,11 @@ fn node(status: &Status, writer: &mut Writer<'_, '_>) -> fmt::Result {
     let one = |labels: Labels, value: bool| (labels, u64::from(value));
     writer.gauges(
         "build_info",
-        "The agent's version",
-        &vec![one(vec![("version", status.version.clone())], true)],
+        "The agent's version and the commit that it was built from",
+        &vec![one(
+            vec![("version", status.version.clone()), ("revision", crate::REVISION.to_owned())],
+            true,
+        )],
     )?;
     writer.gauges(
         "start_time_seconds",
@@ -438,7 +317,7 @@ impl Collector for Found {
             &readable,
         )?;
         if let Some(view) = &self.view {
-            traffic(view, writer)?;
+            Traffic::of(view, self.detail).write(writer)?;
             reasons(view, writer)?;
             maps(view, writer)?;
         }

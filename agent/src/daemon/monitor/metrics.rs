@@ -17,6 +17,8 @@ use prometheus_client::registry::Registry;
 use sluice_core::model::Change;
 use sluice_core::model::object::{ObjectName, SliceKind};
 
+use crate::daemon::source::kubernetes::Requests;
+
 type Seconds = Gauge<f64, AtomicU64>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -84,9 +86,14 @@ impl Registrar<'_> {
     }
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
+impl Metrics {
+    /// Registers the metrics, and the counts of requests to the API server if there is one.
+    #[must_use]
+    pub fn new(requests: Option<&Requests>) -> Self {
         let mut registry = Registry::default();
+        if let Some(requests) = requests {
+            requests.register(&mut registry);
+        }
         let failures = Registrar(&mut registry).add(
             "sluice_sync_failures",
             "Writes to the maps that failed and were retried",
@@ -142,14 +149,7 @@ impl Default for Metrics {
             registry,
         }
     }
-}
 
-/// Returns the seconds since 1970.
-fn now() -> f64 {
-    UNIX_EPOCH.elapsed().unwrap_or_default().as_secs_f64()
-}
-
-impl Metrics {
     pub(super) fn registry(&self) -> &Registry {
         &self.registry
     }
@@ -217,4 +217,9 @@ impl Metrics {
         let family = if node_counts { &self.healthz } else { &self.livez };
         let _ = family.get_or_create(&Code { code }).inc();
     }
+}
+
+/// Seconds since 1970.
+fn now() -> f64 {
+    UNIX_EPOCH.elapsed().unwrap_or_default().as_secs_f64()
 }

@@ -10,6 +10,7 @@
 
 mod connection;
 mod events;
+mod requests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -27,6 +28,7 @@ use sluice_core::model::{Change, Event, SourceId};
 use tokio::sync::mpsc;
 
 pub use events::Events;
+pub use requests::Requests;
 
 use super::Pulse;
 use super::decode::{
@@ -61,6 +63,8 @@ pub struct Settings {
     /// They are not read if networks are given, or next to another proxy, whose Services have
     /// addresses in them too.
     pub service_cidrs: bool,
+    /// Where requests are counted.
+    pub requests: Requests,
 }
 
 /// A client for the API server cannot be made.
@@ -121,8 +125,10 @@ pub async fn connect(settings: &Settings) -> Result<Client, ConnectError> {
     config.read_timeout = Some(READ_TIMEOUT);
     config.reset_reader_on_write = true;
     let address = config.cluster_url.to_string();
-    connection::client(config)
-        .map_err(|cause| ConnectError::Client { address, cause: Box::new(cause) })
+    let host = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
+    let client = connection::client(config)
+        .map_err(|cause| ConnectError::Client { address, cause: Box::new(cause) })?;
+    Ok(settings.requests.counting(&client, &host))
 }
 
 /// Returns the kinds to watch, with the selection of objects.

@@ -177,6 +177,7 @@ impl AgentArgs {
             proxy_name: self.proxy_name.clone(),
             // Next to another proxy, that one serves most addresses in these networks.
             service_cidrs: policy.service_cidrs.is_empty() && self.proxy_name.is_none(),
+            requests: kubernetes::Requests::default(),
         };
         Ok(Options {
             node,
@@ -194,7 +195,7 @@ impl AgentArgs {
             proxy_name: self.proxy_name,
             manifests: self.manifests,
             sizes: sizes_of(self.flows_max),
-            monitor: self.monitor.addresses(),
+            monitor: self.monitor.settings(),
             conntrack: self.conntrack.limits(),
             oom_score_adj: self.oom_score_adj,
             takeover: self.takeover,

@@ -3,20 +3,21 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Outcome, Places, runtime};
+use super::{Outcome, Places, print, runtime};
 use crate::node::dataplane::{Pins, cleanup};
 use crate::node::devices::own::OwnRoutes;
 use crate::node::devices::{OWN, loopback};
 use crate::node::kube_proxy::rules::{self, HOLDING};
 use crate::node::{ports, status};
 
-/// Removes everything, and prints what was removed.
+/// Removes everything, and prints what was removed. With `stay` it waits for a signal afterwards.
 ///
 /// # Errors
 ///
 /// When an agent is alive and `force` is not given, or the kernel refuses.
-pub(super) fn run(places: &Places, force: bool) -> anyhow::Result<Outcome> {
+pub(super) fn run(places: &Places, force: bool, stay: bool) -> anyhow::Result<Outcome> {
     let Places { pin_path, state_dir, proc_sys } = places;
     if status::is_alive(state_dir) && !force {
         let pid = status::read(state_dir)
@@ -27,12 +28,30 @@ pub(super) fn run(places: &Places, force: bool) -> anyhow::Result<Outcome> {
             pin_path.display()
         );
     }
-    let mut done = runtime()?.block_on(remove(pin_path, state_dir, proc_sys))?;
+    let runtime = runtime()?;
+    let mut done = runtime.block_on(remove(pin_path, state_dir, proc_sys))?;
     status::remove(state_dir).with_context(|| format!("cannot remove {}", state_dir.display()))?;
     if done.is_empty() {
         done.push(format!("found nothing of Sluice under {} or on any device", pin_path.display()));
     }
-    Ok((done.join("\n") + "\n").into())
+    let text = done.join("\n") + "\n";
+    if stay {
+        print(&text)?;
+        runtime.block_on(wait_for_signal())?;
+        return Ok(String::new().into());
+    }
+    Ok(text.into())
+}
+
+/// Waits for SIGTERM or SIGINT.
+async fn wait_for_signal() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
 }
 
 /// Removes everything in the kernel. Returns what was done, as lines for people.

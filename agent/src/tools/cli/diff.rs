@@ -278,6 +278,7 @@ impl DiffArgs {
             node: Some(node.clone()),
             proxy_name: proxy_name.clone(),
             service_cidrs: policy.service_cidrs.is_empty() && proxy_name.is_none(),
+            requests: kubernetes::Requests::default(),
         };
         let inputs = Inputs {
             node: node.as_str().into(),

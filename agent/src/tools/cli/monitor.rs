@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use clap::Args;
 
-use crate::daemon::monitor::Addresses;
+use crate::daemon::monitor::{Detail, Settings};
 
 /// kube-proxy's ports.
 const HEALTHZ: u16 = 10_256;
@@ -32,6 +32,10 @@ pub(super) struct MonitorArgs {
         value_parser = metrics
     )]
     metrics_bind_address: Vec<Listen>,
+    /// The finest thing that has metrics of its own. Counters of Services and backends that are
+    /// zero are left out.
+    #[arg(long, value_enum, default_value_t, value_name = "LEVEL")]
+    metrics_detail: Detail,
 }
 
 /// An address to listen on, or none.
@@ -63,12 +67,13 @@ fn listen(text: &str, port: u16) -> Result<Listen, String> {
 }
 
 impl MonitorArgs {
-    /// Returns the addresses to listen on.
-    pub(super) fn addresses(&self) -> Addresses {
+    /// Returns what is answered, and where.
+    pub(super) fn settings(&self) -> Settings {
         let all = |listens: &[Listen]| listens.iter().filter_map(|listen| listen.0).collect();
-        Addresses {
+        Settings {
             healthz: all(&self.healthz_bind_address),
             metrics: all(&self.metrics_bind_address),
+            detail: self.metrics_detail,
         }
     }
 }
