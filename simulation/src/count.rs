@@ -93,10 +93,12 @@ impl Counters {
             reply.resets += counters.reply_resets;
         }
         for ((reason, _), counters) in &self.reasons {
-            let sum = match reason {
-                Reason::Recovered => &mut forward,
-                reason if refuses(*reason) => &mut refused,
-                _ => continue,
+            let sum = if *reason == Reason::Recovered {
+                &mut forward
+            } else if refuses(*reason) {
+                &mut refused
+            } else {
+                continue;
             };
             sum.packets += counters.packets;
             sum.bytes += counters.bytes;

@@ -51,6 +51,7 @@ pub enum Outcome {
 }
 
 /// A connection, as the simulation follows it.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts of one connection")]
 #[derive(Clone, Debug)]
 pub struct Connecting {
     /// The connection as planned.

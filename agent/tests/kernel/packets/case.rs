@@ -106,7 +106,7 @@ pub(crate) struct Case {
 /// case("the first packet opens a flow")
 ///     .world(&world)              // what the maps hold
 ///     .tc_ingress(EDGE)           // the program, and its device
-///     .sends(&first)              // the packet: passed untouched and not counted until said otherwise
+///     .sends(&first)              // the packet: passed untouched and not counted by default
 ///     .becomes(&first.clone().to(backend))
 ///     .opens(ONE)
 /// ```

@@ -340,7 +340,8 @@ fn direct_beside_live(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Direct connections whose tuple is a dead flow's: the tuple is theirs, as their own socket holds it.
+/// Direct connections whose tuple is a dead flow's: the tuple is theirs, as their own socket holds
+/// it.
 fn direct_over_dead(table: &mut Table, cast: &Cast) {
     let live = cast.connection().state(state::ESTABLISHED);
     let first = cast.first(cast.client, cast.backend);

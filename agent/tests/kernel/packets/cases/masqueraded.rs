@@ -356,7 +356,8 @@ fn xdp_with_local_backend(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Client and backend are ports of one bridge: what keeps its source is bridged, what is masqueraded is routed.
+/// Client and backend are ports of one bridge: what keeps its source is bridged, what is
+/// masqueraded is routed.
 fn bridge_ports(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     // Both are ports of one bridge: what keeps its source is bridged, what is masqueraded is
