@@ -1,21 +1,21 @@
-//! Who has which address in a cluster. All of them are known only to its own network namespaces.
+//! The addresses of a cluster, which only its own network namespaces know.
 
 /// The API server, and the host that the control plane runs on.
 pub(crate) const API_SERVER: &str = "10.10.0.10";
 pub(crate) const API_SERVER_IPV6: &str = "fd10::10";
 pub(crate) const API_PORT: u16 = 6443;
 
-/// The nodes' default gateway, which leads to the outside client alone.
+/// The nodes' default gateway, which leads only to the outside client.
 pub(crate) const GATEWAY: &str = "10.10.0.254";
 pub(crate) const GATEWAY_IPV6: &str = "fd10::254";
 
-/// The client outside, in a subnet of its own, and its gateway.
+/// The outside client, in a subnet of its own, and its gateway.
 pub(crate) const OUTSIDE: &str = "10.30.0.2";
 pub(crate) const OUTSIDE_IPV6: &str = "fd30::2";
 pub(crate) const OUTSIDE_GATEWAY: &str = "10.30.0.1";
 pub(crate) const OUTSIDE_GATEWAY_IPV6: &str = "fd30::1";
 
-/// What load balancers have, and one of each family by its last digits.
+/// The addresses of load balancers, and one of each family by its last digits.
 pub(crate) const LOAD_BALANCERS: &str = "10.20.0.0/24";
 pub(crate) const LOAD_BALANCERS_IPV6: &str = "fd20::/112";
 
@@ -30,7 +30,7 @@ pub(crate) fn load_balancer_ipv6(number: u8) -> [u16; 8] {
 /// All pods of the cluster.
 pub(crate) const CLUSTER_CIDRS: &str = "10.244.0.0/16,fd00:10:244::/48";
 
-/// All Services, with two that have fixed addresses.
+/// The range of all Services, and two of them with fixed addresses.
 pub(crate) const SERVICE_CIDRS: &str = "10.96.0.0/16,fd00:96::/112";
 pub(crate) const KUBERNETES_SERVICE: &str = "10.96.0.1";
 pub(crate) const KUBERNETES_SERVICE_IPV6: &str = "fd00:96::1";
@@ -44,7 +44,7 @@ const ZONES: u8 = 3;
 pub(crate) struct NodeNumber(pub(crate) u8);
 
 impl NodeNumber {
-    /// The nodes of a cluster with so many.
+    /// Returns the nodes of a cluster of this size.
     pub(crate) fn all(count: u8) -> impl Iterator<Item = Self> {
         (1..=count).map(Self)
     }

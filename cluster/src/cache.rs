@@ -1,9 +1,8 @@
-//! The cache of tools that had to be built: `$SLUICE_CACHE`, else
-//! `$XDG_CACHE_HOME/sluice`, else `~/.cache/sluice`.
+//! The cache of tools that had to be built: `$SLUICE_CACHE`, or `$XDG_CACHE_HOME/sluice`, or
+//! `~/.cache/sluice`.
 //!
-//! A directory in it is complete or absent: it is built beside its place
-//! under a lock and then renamed into it, so that neither an interrupted run
-//! nor two runs at once leave half a tool.
+//! A directory in it is complete or absent: it is built under another name and a lock, and then
+//! renamed, so that neither an interrupted run nor two runs at once leave half a tool.
 
 use std::env;
 use std::ffi::OsString;
@@ -18,7 +17,10 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Chooses the place by the environment; creates nothing yet.
+    /// Finds the cache by the environment. Creates nothing yet.
+    ///
+    /// # Errors
+    /// If no variable says where it is.
     pub fn open() -> Result<Self> {
         let root = choose_root(
             env::var_os("SLUICE_CACHE"),
@@ -30,13 +32,16 @@ impl Cache {
         Ok(Self { root })
     }
 
-    /// The path of an entry.
+    /// Returns the path of an entry.
     pub fn path(&self, entry: &str) -> PathBuf {
         self.root.join(entry)
     }
 
-    /// Returns the entry's directory, built by `build` (into the directory it
-    /// is given) unless `is_complete` already holds for it.
+    /// Returns the directory of an entry. Unless `is_complete` holds for it already, `build` builds
+    /// it in the directory that it is passed.
+    ///
+    /// # Errors
+    /// Those of `build`, or if the directory cannot be put in its place.
     pub fn ensure(
         &self,
         entry: &str,
@@ -57,7 +62,7 @@ impl Cache {
         if is_complete(&place) {
             return Ok(place);
         }
-        // Whatever lies here is from a run that died: the lock is ours.
+        // We hold the lock, so anything here is from a run that died.
         let partial = parent.join(format!(".{name}.partial"));
         remove_dir_if_exists(&partial)?;
         fs::create_dir(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
@@ -70,7 +75,10 @@ impl Cache {
 }
 
 impl Cache {
-    /// Holds a lock of that name until the returned file is dropped.
+    /// Takes a lock of that name, which is held until the returned file is dropped.
+    ///
+    /// # Errors
+    /// If its file cannot be opened.
     pub fn lock(&self, name: &str) -> Result<File> {
         fs::create_dir_all(&self.root)
             .with_context(|| format!("cannot create {}", self.root.display()))?;
@@ -85,7 +93,7 @@ fn remove_dir_if_exists(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Holds the lock until the returned file is dropped.
+/// Takes a lock, which is held until the returned file is dropped.
 fn lock(path: &Path, entry: &str) -> Result<File> {
     let context = || format!("cannot lock {}", path.display());
     let file = File::options()
@@ -105,8 +113,8 @@ fn lock(path: &Path, entry: &str) -> Result<File> {
     Ok(file)
 }
 
-/// The XDG base directory rules: a relative `XDG_CACHE_HOME` is ignored, an
-/// empty variable counts as unset.
+/// Applies the rules of XDG base directories: a relative `XDG_CACHE_HOME` is ignored, and an empty
+/// variable counts as unset.
 fn choose_root(
     own: Option<OsString>,
     xdg: Option<OsString>,

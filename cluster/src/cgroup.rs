@@ -1,8 +1,7 @@
-//! The one cgroup of a cluster, `sluice-cluster`, in every hierarchy of the machine, with a group
-//! below it for the control plane and one a node.
+//! The cgroup of a cluster, `sluice-cluster`, in every hierarchy of the machine, with one group
+//! below it for the control plane and one per node.
 //!
-//! Everything that a cluster runs is a member of a group below it, which is how all of it is found
-//! again, whoever started it.
+//! Every process of a cluster is in a group below it, and is found by that, whoever started it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,12 +16,12 @@ use crate::state::State;
 
 const NAME: &str = "sluice-cluster";
 
-/// One cgroup file system: cgroup2, or a hierarchy of the old kind.
+/// A cgroup file system: cgroup2 or a hierarchy of v1.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Hierarchy {
     pub(crate) root: PathBuf,
     pub(crate) is_v2: bool,
-    /// What to mount it with again: its controllers, or its name.
+    /// The options to mount it again with: its controllers, or its name.
     pub(crate) options: String,
 }
 
@@ -55,7 +54,7 @@ impl Hierarchy {
     }
 }
 
-/// All hierarchies, each once.
+/// Returns all hierarchies, each once.
 pub(crate) fn hierarchies() -> Result<Vec<Hierarchy>> {
     let mut all: Vec<Hierarchy> = Vec::new();
     for hierarchy in mounts()?.into_iter().filter_map(Hierarchy::of) {
@@ -75,7 +74,7 @@ pub(crate) fn hierarchies() -> Result<Vec<Hierarchy>> {
     Ok(all)
 }
 
-/// Makes a group below the cluster's in every hierarchy.
+/// Makes a group below the cluster's group in every hierarchy.
 pub(crate) fn create(state: &State, group: &str) -> Result<()> {
     let all = hierarchies()?;
     for hierarchy in &all {
@@ -88,7 +87,7 @@ pub(crate) fn create(state: &State, group: &str) -> Result<()> {
             }
             let _given = delegate(&ours);
         } else if hierarchy.has("cpuset") {
-            // A group without CPUs takes no process.
+            // A group without CPUs accepts no process.
             for (parent, child) in [(&hierarchy.root, &ours), (&ours, &group)] {
                 for file in ["cpuset.cpus", "cpuset.mems"] {
                     let content = fs::read_to_string(parent.join(file))
@@ -102,12 +101,12 @@ pub(crate) fn create(state: &State, group: &str) -> Result<()> {
     Ok(())
 }
 
-/// Below the state directory: the controllers that the machine's root group gives to others only
-/// for the cluster's sake.
+/// The file in the state directory that lists the controllers which the machine's root group
+/// delegates only for the cluster's sake.
 const GIVEN: &str = "controllers";
 
-/// Lets groups below this one of cgroup2 have the controllers that it has itself, and returns those
-/// they did not have before. One that cannot be had shows later, in what the kubelet says.
+/// Delegates the controllers of a group of cgroup2 to the groups below it, and returns those that
+/// it had not delegated before. The kubelet will complain about one that cannot be delegated.
 pub(crate) fn delegate(group: &Path) -> Vec<String> {
     let words = |file: &str| -> Vec<String> {
         let text = fs::read_to_string(group.join(file)).unwrap_or_default();
@@ -121,13 +120,12 @@ pub(crate) fn delegate(group: &Path) -> Vec<String> {
     words("cgroup.controllers").into_iter().filter(give).collect()
 }
 
-/// Takes back what [`create`] let groups below the root have. Needs the cluster's groups to be
-/// gone.
+/// Undoes the delegation that [`create`] made in the root group. The cluster's groups must be gone.
 pub(crate) fn take_back(state: &State) -> Result<()> {
     let given = fs::read_to_string(state.path(GIVEN)).unwrap_or_default();
     for hierarchy in hierarchies()?.iter().filter(|hierarchy| hierarchy.is_v2) {
         for controller in given.split_whitespace() {
-            // Others may have come to need it.
+            // Others may need it by now.
             drop(fs::write(
                 hierarchy.root.join("cgroup.subtree_control"),
                 format!("-{controller}"),
@@ -146,8 +144,8 @@ pub(crate) fn join(group: &str) -> Result<()> {
     Ok(())
 }
 
-/// Kills every process of a group (`None`: of the whole cluster) and removes the group from every
-/// hierarchy.
+/// Kills every process of a group, or of the whole cluster for `None`, and removes the group from
+/// every hierarchy.
 pub(crate) fn destroy(group: Option<&str>) -> Result<()> {
     let groups: Vec<PathBuf> = hierarchies()?
         .iter()

@@ -1,5 +1,5 @@
-//! What a cloud would be to a cluster: it gives Services of the type LoadBalancer addresses and
-//! routes ([`load_balancers`]), and keeps the API server ([`api_server`]).
+//! The cloud of a cluster: it gives Services of the type LoadBalancer addresses and routes
+//! ([`load_balancers`]), and restarts the API server ([`api_server`]).
 //!
 //! It is one process on the bridge, which is the nodes' gateway.
 
@@ -18,10 +18,10 @@ use crate::network::{BRIDGE, CONTROL_PLANE};
 use crate::process::Cmd;
 use crate::state::State;
 
-/// The name it is started under.
+/// The name of its process.
 pub(crate) const NAME: &str = "cloud";
 
-/// Starts it, if it does not run.
+/// Starts it, unless it runs.
 pub(crate) fn ensure(state: &State) -> Result<()> {
     let program = std::env::current_exe().context("cannot tell which program this is")?;
     let command = Cmd::new(program).arg("cluster-cloud");
@@ -29,7 +29,7 @@ pub(crate) fn ensure(state: &State) -> Result<()> {
     Ok(())
 }
 
-/// Is it, for ever; returns only if it cannot begin.
+/// Runs the cloud for ever. Returns only if it cannot begin.
 pub(crate) fn run() -> Result<()> {
     let state = State::open();
     let components = components::cluster(&Cache::open()?)?;

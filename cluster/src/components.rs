@@ -1,8 +1,7 @@
-//! The programs of a Kubernetes cluster, with all their versions: the one place to change for
-//! another release.
+//! The programs of a Kubernetes cluster with all their versions, which change only here.
 //!
-//! A version here is also in the `go.mod` of its module (a test compares them); what is below it is
-//! in `go.sum`.
+//! Each version is also in the `go.mod` of its module (a test compares them), and the versions of
+//! its dependencies are in `go.sum`.
 
 use std::fs;
 use std::path::PathBuf;
@@ -24,13 +23,13 @@ const CONTAINERD: &str = "2.2.9";
 
 const GINKGO: &str = "2.28.1";
 
-/// What installs charts.
+/// The program that installs charts.
 const HELM: &str = "4.3.1";
 
 /// The cluster's DNS server.
 pub const COREDNS: &str = "1.14.7";
 
-/// The Prometheus whose promtool judges `deploy/prometheus`: that of Debian 12.
+/// The Prometheus whose promtool checks `deploy/prometheus`: that of Debian 12.
 const PROMETHEUS: &str = "2.42.0";
 
 const KUBERNETES_MODULE: Module = Module {
@@ -66,7 +65,7 @@ const fn program(name: &'static str, package: &'static str, version: &'static st
     Program { name, package, version, is_test: false }
 }
 
-/// What the api tests talk to and compare with.
+/// The servers that the api tests use, and the kube-proxy that they compare with.
 const CONTROL_PLANE: Group = Group {
     entry: "control-plane/v1.36.3",
     module: &KUBERNETES_MODULE,
@@ -84,7 +83,7 @@ const CONTROL_PLANE: Group = Group {
     may_be_in_path: true,
 };
 
-/// What a cluster with nodes has beyond that.
+/// The further programs of a cluster with nodes.
 const NODE: Group = Group {
     entry: "node/v1.36.3",
     module: &KUBERNETES_MODULE,
@@ -96,7 +95,7 @@ const NODE: Group = Group {
     may_be_in_path: false,
 };
 
-/// What people talk to a cluster with; it brings kustomize along.
+/// The command line client, which includes kustomize.
 const KUBECTL: Group = Group {
     entry: "kubectl/v1.36.3",
     module: &KUBERNETES_MODULE,
@@ -105,7 +104,7 @@ const KUBECTL: Group = Group {
     may_be_in_path: false,
 };
 
-/// What renders the chart.
+/// The program that renders the chart.
 const HELM_GROUP: Group = Group {
     entry: "helm/v4.3.1",
     module: &HELM_MODULE,
@@ -175,7 +174,7 @@ const E2E: Group = Group {
     may_be_in_path: false,
 };
 
-/// Where the programs of a cluster are.
+/// The directories of the programs of a cluster.
 pub struct Components {
     /// etcd, kube-apiserver, kube-controller-manager, kube-proxy.
     pub control_plane: PathBuf,
@@ -187,14 +186,14 @@ pub struct Components {
     pub containerd: PathBuf,
     /// coredns.
     pub coredns: PathBuf,
-    /// agnhost and what else Kubernetes' tests run in pods.
+    /// agnhost and the other programs that Kubernetes' tests run in pods.
     pub test_images: PathBuf,
 }
 
-/// The programs of a cluster.
+/// Returns the programs of a cluster, and builds those that are missing.
 ///
 /// # Errors
-/// When one has to be built and there is no Go that can, or the build fails.
+/// If one has to be built and there is no suitable Go, or the build fails.
 pub fn cluster(cache: &Cache) -> Result<Components> {
     Ok(Components {
         control_plane: control_plane(cache)?,
@@ -206,36 +205,36 @@ pub fn cluster(cache: &Cache) -> Result<Components> {
     })
 }
 
-/// The programs of the api tests: etcd, kube-apiserver, kube-controller-manager and kube-proxy in
-/// one directory.
+/// Returns the directory of the programs of the api tests: etcd, kube-apiserver,
+/// kube-controller-manager and kube-proxy.
 ///
 /// # Errors
-/// As [`cluster`].
+/// Those of [`cluster`].
 pub fn control_plane(cache: &Cache) -> Result<PathBuf> {
     go::obtain(cache, &CONTROL_PLANE)
 }
 
-/// kubectl, in its directory.
+/// Returns the directory of kubectl.
 ///
 /// # Errors
-/// As [`cluster`].
+/// Those of [`cluster`].
 pub fn kubectl(cache: &Cache) -> Result<PathBuf> {
     go::obtain(cache, &KUBECTL)
 }
 
-/// Helm, in its directory.
+/// Returns the directory of Helm.
 ///
 /// # Errors
-/// As [`cluster`].
+/// Those of [`cluster`].
 pub fn helm(cache: &Cache) -> Result<PathBuf> {
     go::obtain(cache, &HELM_GROUP)
 }
 
-/// Prometheus and promtool in one directory: Debian's package, unpacked and not installed, since
-/// installing it starts a server.
+/// Returns the directory of Prometheus and promtool: Debian's package, unpacked but not installed,
+/// since its installation starts a server.
 ///
 /// # Errors
-/// When there is no apt, or the package cannot be had.
+/// If there is no apt, or the package cannot be downloaded.
 pub fn prometheus(cache: &Cache) -> Result<PathBuf> {
     let place = cache.ensure(
         &format!("prometheus/debian-{PROMETHEUS}"),
@@ -263,17 +262,18 @@ pub fn prometheus(cache: &Cache) -> Result<PathBuf> {
     Ok(place.join("usr/bin"))
 }
 
-/// Whether a Debian version is one of an upstream release.
+/// Whether a Debian version belongs to an upstream release.
 fn is_of(version: &str, release: &str) -> bool {
     version
         .strip_prefix(release)
         .is_some_and(|rest| !rest.starts_with(|next: char| next.is_ascii_digit() || next == '.'))
 }
 
-/// Kubernetes' own tests, `e2e.test`, and what runs them in parallel, `ginkgo`.
+/// Returns the directory of Kubernetes' own tests, `e2e.test`, and of `ginkgo`, which runs them in
+/// parallel.
 ///
 /// # Errors
-/// As [`cluster`].
+/// Those of [`cluster`].
 pub fn e2e(cache: &Cache) -> Result<PathBuf> {
     go::obtain(cache, &E2E)
 }

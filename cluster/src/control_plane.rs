@@ -1,4 +1,5 @@
-//! etcd, API server, controller manager and scheduler: processes in one namespace, as on one host.
+//! etcd, API server, controller manager and scheduler: processes in one namespace, as if on one
+//! host.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -14,18 +15,18 @@ use crate::network::CONTROL_PLANE;
 use crate::process::Cmd;
 use crate::state::State;
 
-/// The names its processes are started under, in that order.
+/// The names of its processes, in the order in which they start.
 pub(crate) const NAMES: [&str; 5] =
     ["etcd", API_SERVER_NAME, "kube-controller-manager", "kube-scheduler", cloud::NAME];
 pub(crate) const API_SERVER_NAME: &str = "kube-apiserver";
 
-/// Starts etcd and the API server, if they do not run.
+/// Starts etcd and the API server, unless they run.
 pub(crate) fn ensure_api_server(state: &State, components: &Components) -> Result<()> {
     let pki = |name: &str| state.path("pki").join(name);
     let etcd = Cmd::new(components.control_plane.join("etcd"))
         .arg("--data-dir")
         .arg(state.path("etcd"))
-        // Nobody keeps what is in here through a crash of the machine.
+        // Its content need not survive a crash of the machine.
         .args(["--unsafe-no-fsync", "--log-level", "warn", "--quota-backend-bytes", "4294967296"])
         .args(["--listen-client-urls", "http://127.0.0.1:2379"])
         .args(["--advertise-client-urls", "http://127.0.0.1:2379"])
@@ -57,8 +58,8 @@ pub(crate) fn ensure_api_server(state: &State, components: &Components) -> Resul
     Ok(())
 }
 
-/// Starts controller manager, scheduler and cloud, if they do not run. The first two give up where
-/// no API server answers.
+/// Starts controller manager, scheduler and cloud, unless they run. The first two give up if no API
+/// server answers.
 pub(crate) fn ensure_controllers(state: &State, components: &Components) -> Result<()> {
     let pki = |name: &str| state.path("pki").join(name);
     let controllers =
@@ -71,10 +72,10 @@ pub(crate) fn ensure_controllers(state: &State, components: &Components) -> Resu
             .arg(pki("ca.crt"))
             .arg("--cluster-signing-key-file")
             .arg(pki("ca.key"))
-            // Its default is a directory of the machine, which it makes.
+            // By default it makes a directory of the machine.
             .arg("--flex-volume-plugin-dir")
             .arg(state.path("volume-plugins"))
-            // The nodes' ranges are those of their CNI configuration.
+            // The ranges of the nodes are those of their CNI configuration.
             .args(["--use-service-account-credentials", "--allocate-node-cidrs=false"])
             .args(["--kube-api-qps", "200", "--kube-api-burst", "400"]);
     let _is_new = launch::ensure(
@@ -90,7 +91,7 @@ pub(crate) fn ensure_controllers(state: &State, components: &Components) -> Resu
     cloud::ensure(state)
 }
 
-/// What those have in common that talk to the API server.
+/// Returns the arguments that all clients of the API server have in common.
 fn client(state: &State, command: Cmd) -> Cmd {
     ["--kubeconfig", "--authentication-kubeconfig", "--authorization-kubeconfig"]
         .into_iter()
@@ -98,7 +99,7 @@ fn client(state: &State, command: Cmd) -> Cmd {
         .arg("--leader-elect=false")
 }
 
-/// Waits until the API server says that it is ready.
+/// Waits until the API server reports that it is ready.
 pub(crate) fn wait_api_server(state: &State, kubectl: &Kubectl) -> Result<()> {
     let deadline = Instant::now() + Duration::from_mins(1);
     while kubectl.ask(["get", "--raw", "/readyz"]).is_err() {

@@ -1,5 +1,5 @@
-//! `cargo xtask cluster down`: takes down what is there, by the cgroup, the mounts and the
-//! directory alone, so that it does so after a crash too.
+//! `cargo xtask cluster down`: removes a cluster by its cgroup, mounts and directory alone, which
+//! works after a crash too.
 
 use std::fs;
 use std::io;
@@ -12,7 +12,7 @@ use crate::cgroup;
 use crate::state::State;
 use crate::ui::Step;
 
-/// Takes the cluster down, and says so.
+/// Removes the cluster, and prints that it did.
 pub(crate) fn run() -> Result<()> {
     let state = State::open();
     let _lock = Cache::open()?.lock("cluster")?;
@@ -26,7 +26,7 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// Takes down what an interrupted run or an earlier boot left, if there is anything.
+/// Removes what an interrupted run or an earlier boot left behind.
 pub(crate) fn remove_remains(state: &State) -> Result<()> {
     if is_anything_there(state)? {
         let step = Step::start("what is left of an earlier cluster");
@@ -40,7 +40,7 @@ fn is_anything_there(state: &State) -> Result<bool> {
     Ok(state.root().exists() || cgroup::is_there()?)
 }
 
-/// Ends every process, then removes namespaces, groups and files. What is not there is no error.
+/// Ends every process, then removes namespaces, groups and files, as far as they exist.
 fn tear_down(state: &State) -> Result<()> {
     cgroup::destroy(None)?;
     cgroup::take_back(state)?;

@@ -1,9 +1,8 @@
 //! Programs from Go modules, built once into the cache.
 //!
-//! `go install` takes no list of its own for a program's dependencies, and refuses
-//! `k8s.io/kubernetes` altogether, because its go.mod replaces its own staging modules by folders.
-//! So each group of programs has a module of ours (`cluster/go/`) that requires it, and pins
-//! everything below it.
+//! `go install` cannot pin the dependencies of a program, and refuses `k8s.io/kubernetes`
+//! altogether, because its go.mod replaces its own staging modules by folders. So each group of
+//! programs has a module of ours (`cluster/go/`) that requires it and pins all dependencies.
 
 use std::cell::Cell;
 use std::fs;
@@ -17,7 +16,7 @@ use crate::process::{Cmd, find_program};
 use crate::ui::Step;
 use crate::version;
 
-/// A module of ours, as it is in `cluster/go/`.
+/// A module of `cluster/go/`.
 pub(crate) struct Module {
     pub(crate) go_mod: &'static str,
     pub(crate) go_sum: &'static str,
@@ -43,14 +42,14 @@ pub(crate) struct Group {
     pub(crate) programs: &'static [Program],
     /// Files that the programs need, copied from a module: (module, path in it).
     pub(crate) files: &'static [(&'static str, &'static str)],
-    /// Whether a program in `PATH` will do if it says that it has the right version.
+    /// Whether a program in `PATH` may be used if it reports the right version.
     pub(crate) may_be_in_path: bool,
 }
 
-/// Returns the directory with the group's programs.
+/// Returns the directory of the group's programs, and builds them if they are missing.
 ///
 /// # Errors
-/// When one has to be built and there is no Go that can, or the build fails.
+/// If one has to be built and there is no suitable Go, or the build fails.
 pub(crate) fn obtain(cache: &Cache, group: &Group) -> Result<PathBuf> {
     cache.ensure(
         group.entry,
@@ -108,7 +107,7 @@ fn module_directory(sources: &Path, module: &str) -> Result<PathBuf> {
     Ok(PathBuf::from(directory.trim()))
 }
 
-/// The Go that a module needs: the `go 1.26.0` of its go.mod.
+/// Returns the version of Go that a module needs: the `go 1.26.0` of its go.mod.
 fn needed(module: &Module) -> Result<(u32, u32)> {
     module
         .go_mod
@@ -117,8 +116,8 @@ fn needed(module: &Module) -> Result<(u32, u32)> {
         .context("the go.mod names no version of Go")
 }
 
-/// Asks in the module's directory, where a Go that is older than go.mod says
-/// fetches the right one by itself if it is allowed to.
+/// Checks the version of Go in the module's directory, where an older Go downloads the right one by
+/// itself if it may.
 fn require_go(module: &Module, program: &Program, sources: &Path) -> Result<()> {
     let needed = needed(module)?;
     let how = format!(

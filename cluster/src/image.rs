@@ -1,5 +1,4 @@
-//! The images of a cluster's pods in one archive: layers that several of them have are stored once,
-//! uncompressed.
+//! The images of a cluster's pods in one archive, uncompressed, in which each layer is stored once.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,7 +8,7 @@ use oci_spec::image::ConfigBuilder;
 
 use crate::oci::{self, Entry, Layout};
 
-/// One image to write.
+/// An image to write.
 pub(crate) struct Image {
     /// Its full names, tags included.
     pub(crate) names: Vec<String>,
@@ -18,16 +17,16 @@ pub(crate) struct Image {
     pub(crate) command: Vec<&'static str>,
 }
 
-/// One layer of an image.
+/// A layer of an image.
 #[derive(Clone)]
 pub(crate) enum Layer {
     /// A tar archive as it is.
     Archive(PathBuf),
-    /// Files and directories by themselves.
+    /// Single files and directories.
     Files(Vec<Entry>),
 }
 
-/// Writes images into one archive; `directory` is for what is made on the way.
+/// Writes images into one archive. `directory` is for intermediate files.
 pub(crate) fn write(images: &[Image], directory: &Path, archive: &Path) -> Result<()> {
     let here = std::env::consts::ARCH;
     let architecture = oci::architecture(here)

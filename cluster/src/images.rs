@@ -1,5 +1,5 @@
-//! The images that a cluster's pods are made of: our own builds and Debian packages, under the
-//! names that Kubernetes and its tests ask for.
+//! The images of a cluster's pods, made of our own builds and Debian packages, under the names that
+//! Kubernetes and its tests use.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,23 +14,23 @@ use crate::oci::{self, Entry};
 use crate::process::{Cmd, newest_line};
 use crate::ui::Step;
 
-/// Changes with everything below that changes the images and is no version of a component.
+/// Has to change with everything below that changes the images, except versions of components.
 const RECIPE: u32 = 4;
 
-/// What the images for tests find in their file system.
+/// The packages in the images for tests.
 const PACKAGES: &str = "ca-certificates,curl,netcat-openbsd,iproute2,bind9-dnsutils,iperf,iputils-ping,procps,wget,conntrack,\
                         iptables,nftables,busybox-static";
 
-/// The name of Sluice's image without a tag, as `deploy/base` has it: no registry on the Internet can
-/// answer for it.
+/// The name of Sluice's image without a tag, as in `deploy/base`. No registry on the Internet can
+/// have it.
 pub const SLUICE: &str = "localhost/sluice";
 
-/// What every sandbox is; the name that this containerd is configured with.
+/// The image of every sandbox, as this containerd is configured.
 pub(crate) const PAUSE: &str = "registry.k8s.io/pause:3.10.2";
 
 const PAUSE_SOURCE: &str = include_str!("../pause.rs");
 
-/// The archive with the images of every cluster.
+/// Returns the archive with the images of every cluster, and makes it if it is missing.
 pub(crate) fn obtain(cache: &Cache, components: &Components) -> Result<PathBuf> {
     let directory = cache.ensure(
         &format!("images/v{KUBERNETES}-coredns-{COREDNS}-{RECIPE}"),
@@ -59,7 +59,7 @@ pub(crate) fn obtain(cache: &Cache, components: &Components) -> Result<PathBuf> 
     Ok(directory.join("images.tar"))
 }
 
-/// A small Debian.
+/// Makes the file system of a small Debian.
 fn file_system(step: &Step, archive: &Path) -> Result<()> {
     let without = ["doc", "man", "locale", "info", "zoneinfo"];
     Cmd::new("mmdebstrap")
@@ -72,8 +72,8 @@ fn file_system(step: &Step, archive: &Path) -> Result<()> {
         .context("cannot make a Debian file system for the pods' images: are Debian's packages within reach?")
 }
 
-/// The release of Debian to take packages of: this machine's own if it is one, since its mirrors
-/// are known to work.
+/// Returns the release of Debian whose packages are used: this machine's own if it runs Debian,
+/// since its mirrors are known to work.
 fn suite() -> String {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     let field =
@@ -107,7 +107,7 @@ fn images(components: &Components, root: &Path, pause: &Path) -> Vec<Image> {
             Entry::Link("agnhost-2".into(), "agnhost".into()),
             Entry::File("localhost.crt".into(), test_image("localhost.crt")),
             Entry::File("localhost.key".into(), test_image("localhost.key")),
-            // GNU's wget tries twenty times, that of the original images once.
+            // GNU's wget tries twenty times, the wget of the original images once.
             Entry::Text("etc/wgetrc".into(), "tries = 1\n".into()),
             Entry::Directory("uploads".into()),
         ])
@@ -191,15 +191,15 @@ fn images(components: &Components, root: &Path, pause: &Path) -> Vec<Image> {
     ]
 }
 
-/// An image with a name, alone in its archive.
+/// The image of Sluice.
 pub(crate) struct Own {
     pub(crate) archive: PathBuf,
-    /// Changes with the content.
+    /// The tag, which changes with the content.
     pub(crate) tag: String,
 }
 
-/// Writes our own image into a directory: that of `cargo xtask image`, or, of a binary that is not
-/// static, one with the libraries that it needs.
+/// Writes the image of Sluice into a directory: that of `cargo xtask image`, or, for a binary that
+/// is not static, one with the libraries that it needs.
 pub(crate) fn sluice(tree: &Tree<'_>, binary: &Path, directory: &Path) -> Result<Own> {
     let tag = oci::digest(binary)?.chars().take(12).collect::<String>();
     let name = format!("{SLUICE}:{tag}");
@@ -236,8 +236,8 @@ fn dynamic(binary: &Path, name: String, directory: &Path) -> Result<PathBuf> {
     Ok(archive)
 }
 
-/// The files that ldd names: of `libc.so.6 => /lib/libc.so.6 (0x7f00)` and
-/// `/lib64/ld-linux.so.2 (0x7f00)`, the paths.
+/// Returns the paths in the output of ldd: `libc.so.6 => /lib/libc.so.6 (0x7f00)` or
+/// `/lib64/ld-linux.so.2 (0x7f00)`.
 fn libraries_of(ldd: &str) -> impl Iterator<Item = &str> {
     ldd.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
 }

@@ -1,4 +1,4 @@
-//! kubectl, called as the cluster's administrator from where the outside client is.
+//! kubectl, called as the cluster's administrator in the namespace of the outside client.
 
 use std::ffi::OsStr;
 use std::io::{BufRead as _, BufReader};
@@ -12,7 +12,7 @@ use crate::network::OUTSIDE_CLIENT;
 use crate::process::Cmd;
 use crate::state::State;
 
-/// kubectl of one cluster.
+/// kubectl of a cluster.
 #[derive(Clone)]
 pub(crate) struct Kubectl {
     program: PathBuf,
@@ -21,7 +21,7 @@ pub(crate) struct Kubectl {
 }
 
 impl Kubectl {
-    /// Through the link that `up` made to the program.
+    /// Uses the link that `up` made to the program.
     pub(crate) fn new(state: &State) -> Self {
         Self {
             program: state.programs().join("kubectl"),
@@ -37,17 +37,18 @@ impl Kubectl {
     /// Runs it and returns its standard output.
     ///
     /// # Errors
-    /// When it fails, with what it wrote to standard error.
+    /// If it fails, with its standard error.
     pub(crate) fn run<S: AsRef<OsStr> + Sync>(&self, args: impl AsRef<[S]>) -> Result<String> {
         let command = self.command(args.as_ref());
         self.namespace.enter(move || command.answer())
     }
 
-    /// Runs it and tells its standard output line by line, until it ends or `tell` says false.
+    /// Runs it and passes its standard output to `on_line` line by line, until it ends or `on_line`
+    /// returns `false`.
     pub(crate) fn follow(
         &self,
         args: &[&str],
-        mut tell: impl FnMut(&str) -> bool + Send,
+        mut on_line: impl FnMut(&str) -> bool + Send,
     ) -> Result<()> {
         let mut command = self.command(args).into_inner();
         self.namespace.enter(move || {
@@ -55,7 +56,7 @@ impl Kubectl {
             let lines =
                 child.stdout.take().into_iter().flat_map(|output| BufReader::new(output).lines());
             for line in lines {
-                if !tell(&line?) {
+                if !on_line(&line?) {
                     child.kill()?;
                 }
             }
@@ -64,13 +65,13 @@ impl Kubectl {
         })
     }
 
-    /// Runs it, expecting that it fails at times, within five seconds.
+    /// Runs it with a timeout of five seconds, for questions that may fail.
     pub(crate) fn ask<const N: usize>(&self, args: [&str; N]) -> Result<String> {
         let args: Vec<_> = args.into_iter().chain(["--request-timeout=5s"]).collect();
         self.run(&args)
     }
 
-    /// Applies manifests from a file or, by `-k`, a directory.
+    /// Applies manifests from a file or, with `-k`, a directory.
     pub(crate) fn apply(&self, flag: &str, path: &Path) -> Result<()> {
         let args: [&OsStr; 4] =
             ["apply".as_ref(), flag.as_ref(), path.as_os_str(), "--server-side".as_ref()];

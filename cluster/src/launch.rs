@@ -1,7 +1,7 @@
-//! Starting the processes of a cluster, which outlive this one, and finding them again.
+//! Starts the processes of a cluster, which outlive this one, and finds them again.
 //!
-//! A process has to be in its cgroup and namespace before its program starts. This program is
-//! started in its place, goes there and becomes it ([`become_program`]).
+//! A process has to be in its cgroup and namespace before its program starts. So this program is
+//! started first, moves there and executes the other ([`become_program`]).
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -21,7 +21,7 @@ use crate::namespace::Namespace;
 use crate::process::Cmd;
 use crate::state::State;
 
-/// What the program that goes there needs to know.
+/// The options of [`become_program`].
 #[derive(Args)]
 pub struct Options {
     /// The network namespace's name.
@@ -35,7 +35,7 @@ pub struct Options {
     command: Vec<OsString>,
 }
 
-/// A process that was started once, told from a later one with its id by when it started.
+/// A process, identified by its id and the time at which it started.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Process {
     pub(crate) pid: u32,
@@ -43,7 +43,7 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// The process with that id, if there is one.
+    /// Returns the process with that id, if there is one.
     pub(crate) fn of(pid: u32) -> Option<Self> {
         Some(Self { pid, started: start_time(pid)? })
     }
@@ -56,24 +56,24 @@ impl Process {
     pub(crate) fn kill(&self) {
         while self.lives() {
             if let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) {
-                // One that has just gone needs no killing.
+                // A process that has just ended needs no killing.
                 let _ = kill_process(pid, Signal::KILL);
             }
             sleep(Duration::from_millis(5));
         }
     }
 
-    /// The one that was started under that name, if it was.
+    /// Returns the process that was started under that name.
     pub(crate) fn recorded(state: &State, name: &str) -> Option<Self> {
         serde_json::from_slice(&fs::read(record(state, name)).ok()?).ok()
     }
 }
 
-/// When a process started, in clock ticks since boot.
+/// Returns when a process started, in clock ticks since boot.
 fn start_time(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command name, in parentheses, may hold anything; the state is the first field after it,
-    // and field 22 the 20th.
+    // The command name, in parentheses, may contain anything; the state is the first field after
+    // it, and field 22 the 20th.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
     let is_zombie = fields.next()? == "Z";
     fields.nth(18).filter(|_| !is_zombie).map(str::to_owned)
@@ -83,12 +83,12 @@ fn record(state: &State, name: &str) -> PathBuf {
     state.path("run").join(format!("{name}.json"))
 }
 
-/// Where a process that is started under that name writes its output.
+/// Returns the file with the output of the process of that name.
 pub(crate) fn log(state: &State, name: &str) -> PathBuf {
     state.path("log").join(format!("{name}.log"))
 }
 
-/// The end of what a process wrote, for an error message.
+/// Returns the end of the output of a process, for an error message.
 pub(crate) fn last_words(log: &Path) -> String {
     let text =
         fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
@@ -97,8 +97,8 @@ pub(crate) fn last_words(log: &Path) -> String {
     format!("the end of {}:\n  {end}", log.display())
 }
 
-/// Starts a process in a namespace and group, unless the one that was started under that name
-/// lives; says whether it did.
+/// Starts a process in a namespace and group, unless the process of that name is alive. Returns
+/// whether it started one.
 pub(crate) fn ensure(
     state: &State,
     name: &str,
@@ -116,7 +116,8 @@ pub(crate) fn ensure(
         .open(&log)
         .with_context(|| format!("cannot open {}", log.display()))?;
     let command = command.into_inner();
-    // Whatever has become of its file: the cloud starts processes as long as the cluster lives.
+    // Not by its path: the cloud starts processes as long as the cluster lives, even if the file
+    // has been replaced.
     let child = Command::new("/proc/self/exe")
         .args(["cluster-launch", "--namespace", namespace, "--group", group, "--"])
         .arg(command.get_program())
@@ -126,7 +127,7 @@ pub(crate) fn ensure(
         .stderr(output)
         .spawn()
         .with_context(|| format!("cannot start {name}"))?;
-    // It has not been waited for, so it is there, if only as a zombie.
+    // It has not been waited for, so it exists, if only as a zombie.
     let process = Process::of(child.id())
         .with_context(|| format!("{name} ended at once; {}", last_words(&log)))?;
     state
@@ -134,7 +135,7 @@ pub(crate) fn ensure(
     Ok(true)
 }
 
-/// Goes to the namespace and group and becomes the program. Returns only if it cannot.
+/// Moves to the namespace and group and executes the program. Returns only if it cannot.
 pub(crate) fn become_program(options: &Options) -> Result<()> {
     cgroup::join(&options.group)?;
     Namespace::named(&State::open(), &options.namespace).join()?;

@@ -2,11 +2,11 @@
 //!
 //! etcd, API server, controller manager and scheduler run in one namespace; a node is a namespace
 //! with a kubelet, a containerd and real pods in namespaces of their own (`network.rs` draws it).
-//! A process does what a cloud would ([`cloud`]). Nothing of it touches the namespace that it is
+//! A process does what a cloud would (`cloud.rs`). Nothing of it touches the namespace that it is
 //! started from.
 //!
 //! Everything a cluster owns is below one directory (`state.rs`) and one cgroup (`cgroup.rs`), by
-//! which [`down`] finds it. Its programs are built from Go modules into a cache ([`components`],
+//! which [`down()`] finds it. Its programs are built from Go modules into a cache ([`components`],
 //! [`cache`]). [`process`], [`packages`] and [`ui`] are what any command of `cargo xtask` starts
 //! processes, installs packages and shows progress with.
 //!
@@ -76,10 +76,10 @@ pub enum Internal {
     /// Become a process of a cluster.
     #[command(hide = true)]
     ClusterLaunch(launch::Options),
-    /// Be what a cloud is to a cluster.
+    /// Become the cloud of a cluster.
     #[command(hide = true)]
     ClusterCloud,
-    /// Be the first process of a cluster's node.
+    /// Become the first process of a node.
     #[command(hide = true)]
     ClusterNode {
         /// The file that describes the node.
@@ -101,12 +101,12 @@ impl Internal {
     }
 }
 
-/// What to do with the cluster.
+/// The commands of `cargo xtask cluster`.
 #[derive(Subcommand)]
 pub enum Command {
-    /// Bring a cluster up, or start again what of it has ended.
+    /// Bring a cluster up, or restart the processes of it that have ended.
     Up(UpOptions),
-    /// Take it down and remove every trace; works after a crash too.
+    /// Remove it without a trace; works after a crash too.
     Down,
     /// Show its processes, nodes and pods; exit code 0 when everything runs.
     Status,
@@ -117,20 +117,20 @@ pub enum Command {
 /// Options of `cargo xtask cluster up`.
 #[derive(Args)]
 pub struct UpOptions {
-    /// How many nodes; some 400 MiB of memory each.
+    /// Number of nodes, of some 400 MiB of memory each.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=20))]
     pub nodes: u8,
-    /// What serves the Services.
+    /// The proxy that serves the Services.
     #[arg(long, value_enum, default_value_t)]
     pub proxy: Proxy,
-    /// How pods are connected to their node.
+    /// The way pods are connected to their node.
     #[arg(long, value_enum, default_value_t)]
     pub cni: Cni,
-    /// How Sluice is deployed: a folder of deploy/overlays. With beside-kube-proxy there is a
+    /// The folder of deploy/overlays that deploys Sluice. With beside-kube-proxy there is a
     /// kube-proxy too.
     #[arg(long, value_enum, default_value_t)]
     pub overlay: Overlay,
-    /// This binary of Sluice, instead of a release built from this tree.
+    /// A binary of Sluice to use instead of a release built from this tree.
     #[arg(long, value_name = "FILE")]
     pub agent: Option<PathBuf>,
 }
@@ -146,7 +146,7 @@ pub struct ShellOptions {
     command: Vec<OsString>,
 }
 
-/// What serves the Services.
+/// The proxy that serves the Services.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Proxy {
     /// Sluice, built from this tree and run from `deploy/`.
@@ -154,19 +154,19 @@ pub enum Proxy {
     Sluice,
     /// The real kube-proxy, with nftables.
     KubeProxy,
-    /// Nothing: no Service answers.
+    /// None: no Service answers.
     None,
 }
 
 /// The folders of `deploy/overlays`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Overlay {
-    /// One privileged container a node.
+    /// One privileged container per node.
     #[default]
     Privileged,
     /// No privileged container.
     LeastCapabilities,
-    /// For labelled Services alone.
+    /// Only for labelled Services, next to kube-proxy.
     BesideKubeProxy,
     /// With metrics on both loopbacks.
     DualStack,
@@ -177,7 +177,7 @@ impl Overlay {
     pub const ALL: [Self; 4] =
         [Self::Privileged, Self::LeastCapabilities, Self::DualStack, Self::BesideKubeProxy];
 
-    /// The folder's name.
+    /// Returns the name of the folder.
     pub fn name(self) -> &'static str {
         match self {
             Self::Privileged => "privileged",
@@ -188,13 +188,13 @@ impl Overlay {
     }
 }
 
-/// How pods are connected to their node.
+/// The way pods are connected to their node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Cni {
-    /// A routed veth pair a pod.
+    /// A routed veth pair per pod.
     #[default]
     Ptp,
-    /// A bridge a node.
+    /// A bridge per node.
     Bridge,
 }
 
@@ -252,22 +252,23 @@ pub fn down() -> Result<()> {
     down::run()
 }
 
-/// Runs a closure where the outside client is. Processes that it starts are there too.
+/// Runs a closure in the namespace of the outside client, where processes that it starts run too.
 pub fn outside<T: Send>(act: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     Namespace::named(&State::open(), network::OUTSIDE_CLIENT).enter(act)
 }
 
-/// The administrator's kubeconfig.
+/// Returns the path of the administrator's kubeconfig.
 pub fn kubeconfig() -> PathBuf {
     State::open().kubeconfig()
 }
 
-/// A kubectl of the cluster's version.
+/// Returns the path of a kubectl of the cluster's version.
 pub fn kubectl() -> PathBuf {
     State::open().programs().join("kubectl")
 }
 
-/// Gives all nodes a file, until the cluster goes; returns where they see it.
+/// Copies a file to where all nodes see it, until the cluster is removed, and returns its path
+/// there.
 pub fn give_nodes(file: &Path) -> Result<PathBuf> {
     let name = file.file_name().with_context(|| format!("{} is no file", file.display()))?;
     let copy = State::open().path(name);
@@ -281,7 +282,7 @@ pub fn on_node(name: &str, line: &[&str]) -> Result<String> {
     shell::answer(&State::open(), name, line)
 }
 
-/// The cluster that is up since this boot, however far it came.
+/// Returns the cluster that was brought up since this boot, complete or not.
 fn is_up(state: &State) -> Result<Option<Description>> {
     Ok(state.description()?.filter(|description| description.boot == state::boot_id()))
 }

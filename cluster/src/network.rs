@@ -1,5 +1,5 @@
-//! The network of a cluster: a bridge that the nodes and the control plane's host are on, and a
-//! client outside behind it.
+//! The network of a cluster: a bridge with the nodes and the control plane's host, and an outside
+//! client behind it.
 //!
 //! ```text
 //!     outside 10.30.0.2 ── bridge 10.10.0.254 ──┬── control-plane 10.10.0.10
@@ -7,8 +7,8 @@
 //!                                               └── n2 10.10.0.12 ── pods 10.244.2.0/24
 //! ```
 //!
-//! Every one is a namespace, and so is the bridge: no link leads to the namespace this is started
-//! from, and what goes to an address that nobody here has is unreachable.
+//! Each of them is a namespace, and so is the bridge. No link leads to the namespace that this is
+//! started from, and addresses that nobody here has are unreachable.
 
 use std::fmt::Write as _;
 
@@ -21,12 +21,12 @@ use crate::addresses::{
 use crate::namespace::Namespace;
 use crate::state::State;
 
-/// The namespaces that every cluster has, beside those of its nodes.
+/// The namespaces that every cluster has in addition to those of its nodes.
 pub(crate) const BRIDGE: &str = "bridge";
 pub(crate) const CONTROL_PLANE: &str = "control-plane";
 pub(crate) const OUTSIDE_CLIENT: &str = "outside";
 
-/// Makes what of it is not there.
+/// Makes the parts of it that are missing.
 pub(crate) fn ensure(state: &State, nodes: u8) -> Result<()> {
     let bridge = Namespace::named(state, BRIDGE);
     if !bridge.exists() {
@@ -64,7 +64,7 @@ fn make_bridge(bridge: &Namespace) -> Result<()> {
     ))?;
     bridge.sysctls(&[
         ("net/ipv4/conf/br0/send_redirects", "0"),
-        // A stand-in for a load balancer spreads over nodes by connection.
+        // Load balancers, which are routes here, spread connections over nodes.
         ("net/ipv4/fib_multipath_hash_policy", "1"),
         ("net/ipv6/fib_multipath_hash_policy", "1"),
     ])
@@ -113,8 +113,8 @@ fn make_outside(bridge: &Namespace, outside: &Namespace) -> Result<()> {
     ))
 }
 
-/// Routes to the pods of nodes, which a CNI with routes of its own (or a cloud's router) would
-/// make.
+/// Adds the routes to the pods of nodes that a CNI with routes of its own, or a cloud's router,
+/// would add.
 fn routes_to_pods(nodes: u8, wanted: impl Fn(NodeNumber) -> bool) -> String {
     let mut lines = String::new();
     for node in NodeNumber::all(nodes).filter(|node| wanted(*node)) {

@@ -1,8 +1,8 @@
-//! A node, seen from outside: started, given its images, allowed to join.
+//! Starts a node, imports its images and allows it to join.
 //!
-//! It is a network namespace, a group, and in both a process with namespaces of its own for mounts,
-//! processes, host name, IPC and cgroups. That process is the node's first ([`super::node_init`]):
-//! when it ends, everything on the node does.
+//! A node is a network namespace and a group with a process in them that has namespaces of its own
+//! for mounts, processes, host name, IPC and cgroups. That process is the node's first
+//! ([`crate::node_init`]): when it ends, everything on the node does.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -20,13 +20,13 @@ use crate::launch::{self, Process};
 use crate::process::Cmd;
 use crate::state::State;
 
-/// What a node's first process needs to know.
+/// The description of a node for its first process.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Spec {
     pub(crate) number: u8,
     pub(crate) cni: Cni,
     pub(crate) hierarchies: Vec<Hierarchy>,
-    /// Directories of this machine, and their names in the node's `/run`.
+    /// Directories of this machine, with their names in the node's `/run`.
     pub(crate) directories: Vec<(PathBuf, String)>,
 }
 
@@ -36,12 +36,12 @@ pub(crate) const PROGRAMS: &str = "cluster-node";
 pub(crate) const CONTAINERD: &str = "cluster-containerd";
 pub(crate) const CNI_PLUGINS: &str = "cluster-cni";
 
-/// Below the state directory: what is a node's own.
+/// Returns the directory of a node below the state directory.
 pub(crate) fn directory(number: NodeNumber) -> PathBuf {
     Path::new("nodes").join(number.name())
 }
 
-/// The name that a node's first process is recorded under.
+/// Returns the name of a node's first process.
 pub(crate) fn init_name(number: NodeNumber) -> String {
     format!("{}-init", number.name())
 }
@@ -58,7 +58,7 @@ pub(crate) fn ensure(
     if Process::recorded(state, &name).is_some_and(|process| process.lives()) {
         return Ok(());
     }
-    // What is left of one that was killed.
+    // Removes the remains of a node that was killed.
     cgroup::destroy(Some(&name))?;
     cgroup::create(state, &name)?;
     let directories = [
@@ -85,8 +85,7 @@ pub(crate) fn ensure(
     Ok(())
 }
 
-/// Brings the images of an archive onto a node; `key` names what is in it, so that it is brought
-/// once.
+/// Imports the images of an archive on a node, once for each `key`, which identifies the content.
 pub(crate) fn import(
     state: &State,
     components: &Components,
@@ -138,7 +137,7 @@ fn wait_for_containerd(state: &State, number: NodeNumber) -> Result<PathBuf> {
     }
 }
 
-/// Where a node's first process looks whether its kubelet may start.
+/// Returns the file whose existence allows the kubelet of a node to start.
 pub(crate) fn may_join(number: NodeNumber) -> PathBuf {
     directory(number).join("may-join")
 }

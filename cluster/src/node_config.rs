@@ -11,10 +11,10 @@ use crate::addresses::{DNS_SERVICE, NodeNumber};
 use crate::images::PAUSE;
 use crate::node::{self, CNI_PLUGINS, CONTAINERD, PROGRAMS, STATE, Spec};
 
-/// Where it is written, in the node's own `/run`.
+/// The directory of the configuration, in the node's own `/run`.
 const DIRECTORY: &str = "/run/node";
 
-/// How containerd is started.
+/// Returns the command line of containerd.
 pub(crate) fn containerd_command() -> Vec<String> {
     vec![
         format!("/run/{CONTAINERD}/containerd"),
@@ -23,7 +23,7 @@ pub(crate) fn containerd_command() -> Vec<String> {
     ]
 }
 
-/// How the kubelet is started.
+/// Returns the command line of the kubelet.
 pub(crate) fn kubelet_command(number: NodeNumber) -> Vec<String> {
     let kubeconfig = Path::new("/run").join(STATE).join(node::directory(number)).join("kubeconfig");
     let flags = [
@@ -46,7 +46,7 @@ pub(crate) fn kubelet_command(number: NodeNumber) -> Vec<String> {
         .collect()
 }
 
-/// Writes their files.
+/// Writes the configuration files.
 pub(crate) fn write(spec: &Spec) -> Result<()> {
     let number = NodeNumber(spec.number);
     let cni = PathBuf::from(DIRECTORY).join("cni");
@@ -103,7 +103,7 @@ fn kubelet() -> String {
     json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
-        // Machines that have cgroups of both kinds are still about.
+        // Some machines still have cgroups v1 next to v2.
         "failCgroupV1": false,
         "cgroupDriver": "cgroupfs",
         "failSwapOn": false,
@@ -117,7 +117,7 @@ fn kubelet() -> String {
             "x509": {"clientCAFile": format!("/run/{STATE}/pki/ca.crt")},
         },
         "authorization": {"mode": "Webhook"},
-        // All nodes share one disk and one memory: none may conclude that it has to go.
+        // All nodes share one disk and one memory, so none may start evicting pods.
         "evictionHard": {
             "memory.available": "100Mi",
             "nodefs.available": "1%",

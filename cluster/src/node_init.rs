@@ -1,9 +1,9 @@
-//! The first process of a node: it makes the node's own view of the machine, starts containerd and
-//! kubelet in it, starts them again when they end, and buries orphans.
+//! The first process of a node: it makes the node's view of the machine, starts containerd and
+//! kubelet in it, restarts them when they end, and reaps orphans.
 //!
-//! The machine's files are the node's, but nothing that the node writes reaches them: what
-//! containerd, kubelet and CNI plugins write to is covered by directories of the cluster's state,
-//! and what they might write to by empty ones.
+//! The node sees the machine's files, but nothing that it writes reaches them: directories that
+//! containerd, kubelet and CNI plugins write to are covered by directories of the cluster's state,
+//! and those that they might write to by empty ones.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -22,8 +22,8 @@ use crate::addresses::{GATEWAY, NodeNumber};
 use crate::node::{self, CNI_PLUGINS, CONTAINERD, PROGRAMS, STATE, Spec};
 use crate::{cgroup, node_config};
 
-/// The machine-wide sysctls that a kubelet sets, with its values: it finds them in files of the
-/// node's own, and leaves the real ones alone.
+/// The machine-wide sysctls that a kubelet sets, with its values. It finds them already set in
+/// files of the node, and leaves the real ones alone.
 const SYSCTLS: [(&str, &str); 6] = [
     ("vm/overcommit_memory", "1"),
     ("vm/panic_on_oom", "0"),
@@ -48,12 +48,12 @@ pub(crate) fn run(spec: &Path) -> Result<()> {
     supervise(number)
 }
 
-/// The state directory, as the node sees it.
+/// Returns the state directory as the node sees it.
 fn state(path: impl AsRef<Path>) -> PathBuf {
     Path::new("/run").join(STATE).join(path)
 }
 
-/// Notes this process by its id on the machine, which `/proc` tells until the node has its own.
+/// Records this process by its id on the machine, which `/proc` shows until the node has its own.
 fn record(spec: &Spec) -> Result<()> {
     let pid = fs::read_link("/proc/self").context("cannot read /proc/self: is /proc mounted?")?;
     let pid = pid.to_string_lossy().parse().context("/proc/self names no process")?;
@@ -67,8 +67,8 @@ fn record(spec: &Spec) -> Result<()> {
 
 fn files(spec: &Spec) -> Result<()> {
     let number = NodeNumber(spec.number);
-    // What will be /run is made at a place that nothing needs, so that the machine's own
-    // directories may be anywhere below those that are covered next.
+    // The future /run is made in a place that nothing needs, so that the machine's directories may
+    // be anywhere below those that are covered next.
     let staging = Path::new("/mnt");
     mount("tmpfs", staging, "tmpfs", "mode=755")?;
     for (directory, name) in &spec.directories {
@@ -96,13 +96,13 @@ fn files(spec: &Spec) -> Result<()> {
     let name = number.name();
     for (file, content) in [
         ("hosts", format!("127.0.0.1 localhost\n::1 localhost\n{} {name}\n", number.ipv4())),
-        // Nobody answers there, as nobody would on the Internet: the cluster has none.
+        // Nobody answers there: the cluster has no Internet.
         ("resolv.conf", format!("nameserver {GATEWAY}\n")),
         ("machine-id", format!("{:032x}\n", 0x51_u32 << 8 | u32::from(number.0))),
         ("hostname", format!("{name}\n")),
     ] {
         let path = Path::new("/etc").join(file);
-        // It may be a link to somewhere else.
+        // The file may be a link.
         drop(fs::remove_file(&path));
         fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -124,7 +124,7 @@ fn processes_and_devices(spec: &Spec) -> Result<()> {
         mount("bpf", "/sys/fs/bpf", "bpf", "")?;
     }
     let cgroups = Path::new("/sys/fs/cgroup");
-    // The same layout as the machine's, each hierarchy beginning at the node's own group.
+    // The machine's layout, in which each hierarchy begins at the node's own group.
     if spec.hierarchies.iter().any(|hierarchy| hierarchy.root != cgroups) {
         mount("tmpfs", cgroups, "tmpfs", "mode=755")?;
     }
@@ -139,7 +139,7 @@ fn processes_and_devices(spec: &Spec) -> Result<()> {
         )?;
     }
     if spec.hierarchies.iter().any(|hierarchy| hierarchy.root == cgroups) {
-        // Of cgroup2, a group with processes cannot give controllers to those below.
+        // In cgroup2 a group with processes cannot delegate controllers to groups below it.
         fs::create_dir_all(cgroups.join("init"))
             .context("cannot make the group of the node's own processes")?;
         fs::write(cgroups.join("init/cgroup.procs"), "0")
@@ -166,11 +166,11 @@ fn change(path: &str, flags: MountPropagationFlags) -> Result<()> {
         .with_context(|| format!("cannot change the mount {path}"))
 }
 
-/// Starts containerd at once and kubelet when it may; returns only if one cannot be started.
+/// Starts containerd at once and kubelet when it may join. Returns only if one cannot be started.
 fn supervise(number: NodeNumber) -> Result<()> {
     let mut running = BTreeMap::new();
     let _none = running.insert(start(number, Program::Containerd)?, Program::Containerd);
-    // A kubelet that finds no containerd gives up.
+    // A kubelet without containerd gives up.
     let socket = Path::new("/run/containerd/containerd.sock");
     while !(socket.exists() && state(node::may_join(number)).exists()) {
         sleep(Duration::from_millis(50));
@@ -192,7 +192,7 @@ fn supervise(number: NodeNumber) -> Result<()> {
     }
 }
 
-/// What a node's first process starts.
+/// The programs that a node's first process starts.
 #[derive(Clone, Copy)]
 enum Program {
     Containerd,
@@ -237,7 +237,7 @@ fn start(number: NodeNumber, what: Program) -> Result<i32> {
     i32::try_from(child.id()).context("a process id beyond the kernel's range")
 }
 
-/// Where programs are found on a node.
+/// Returns the PATH of a node.
 pub(crate) fn path() -> String {
     format!(
         "/run/{CONTAINERD}:/run/{PROGRAMS}:/run/{CNI_PLUGINS}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -1,8 +1,8 @@
 //! OCI image layouts (image-layout.md of the OCI image specification), written without a container
 //! engine.
 //!
-//! The same content gives the same bytes: archives have no times and no owners, and JSON has its
-//! keys in order.
+//! The same content gives the same bytes: archives have neither times nor owners, and the keys of
+//! JSON are sorted.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write as _;
@@ -20,13 +20,13 @@ use oci_spec::image::{
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
-/// By which containerd knows an image's full name.
+/// The annotation by which containerd knows an image's full name.
 const CONTAINERD_NAME: &str = "io.containerd.image.name";
 
-/// What stands in the place of a config where there is none.
+/// The content of an empty config.
 const EMPTY: &[u8] = b"{}";
 
-/// Something in an archive, by its path without a leading slash.
+/// An entry of an archive, by its path without a leading slash.
 #[derive(Clone, Debug)]
 pub enum Entry {
     /// A copy of a file.
@@ -74,7 +74,7 @@ impl Layout {
         Ok(Self { root: root.to_owned(), manifests: Vec::new() })
     }
 
-    /// Makes a layer of an archive as it is, so that importing it is copying it.
+    /// Makes a layer of an archive without compressing it, so that an import only copies it.
     pub fn layer_of_archive(&self, archive: &Path) -> Result<Layer> {
         let reading = || format!("cannot read {}", archive.display());
         let mut source = BufReader::new(File::open(archive).with_context(reading)?);
@@ -108,7 +108,7 @@ impl Layout {
     /// Adds an image under its full names, and returns its manifest's descriptor.
     ///
     /// # Errors
-    /// When a blob cannot be written.
+    /// If a blob cannot be written.
     pub fn image(
         &mut self,
         names: &[String],
@@ -174,7 +174,7 @@ impl Layout {
         Ok(())
     }
 
-    /// Writes what makes the directory a layout of what was added so far.
+    /// Writes the files that make the directory a layout of everything added so far.
     pub fn finish(&self) -> Result<()> {
         let index = ImageIndexBuilder::default()
             .schema_version(2_u32)
@@ -235,7 +235,7 @@ pub fn archive(layout: &Path, archive: &Path) -> Result<()> {
     file.flush().with_context(context)
 }
 
-/// The SHA-256 of a file, in hexadecimal.
+/// Returns the SHA-256 of a file, in hexadecimal.
 pub fn digest(file: &Path) -> Result<String> {
     let reading = || format!("cannot read {}", file.display());
     let mut sink = Hashing::new(io::sink());
@@ -245,13 +245,13 @@ pub fn digest(file: &Path) -> Result<String> {
     Ok(digest.trim_start_matches("sha256:").to_owned())
 }
 
-/// The tag of an image's full name; a colon in it may also be that of the registry's port.
+/// Returns the tag of an image's full name, in which a colon may also precede a registry's port.
 pub fn tag(name: &str) -> &str {
     let last = name.rsplit('/').next().unwrap_or(name);
     last.split_once(':').map_or("latest", |(_, tag)| tag)
 }
 
-/// Go's name of an architecture, by Rust's.
+/// Returns Go's name of an architecture, by Rust's.
 pub fn architecture(rust: &str) -> Option<Arch> {
     match rust {
         "x86_64" => Some(Arch::Amd64),
@@ -260,12 +260,12 @@ pub fn architecture(rust: &str) -> Option<Arch> {
     }
 }
 
-/// JSON with its keys in order: maps of oci-spec have none.
+/// Returns JSON with sorted keys, since the maps of oci-spec have no order.
 fn sorted(value: &impl Serialize) -> Result<String> {
     Ok(serde_json::to_value(value)?.to_string())
 }
 
-/// Writes entries by name, each folder before what is in it, owned by root, of no time.
+/// Writes entries sorted by name, each folder before its content, owned by root and without times.
 fn write_archive(entries: &[Entry], sink: &mut dyn Write) -> Result<()> {
     let mut sorted: Vec<_> = entries.iter().collect();
     sorted.sort_by(|a, b| a.name().cmp(b.name()));
@@ -329,7 +329,7 @@ fn header(kind: tar::EntryType, size: u64, mode: u32) -> tar::Header {
     header
 }
 
-/// Counts and digests what it hands on.
+/// A writer that counts and digests what it passes on.
 struct Hashing<W> {
     inner: W,
     hash: Sha256,
@@ -341,7 +341,7 @@ impl<W: Write> Hashing<W> {
         Self { inner, hash: Sha256::new(), size: 0 }
     }
 
-    /// The digest as OCI writes it, the size, and where it went.
+    /// Returns the digest as OCI writes it, the size, and the inner writer.
     fn finish(self) -> (String, u64, W) {
         let digest = self.hash.finalize().iter().fold("sha256:".to_owned(), |mut text, byte| {
             // Writing to a string cannot fail.

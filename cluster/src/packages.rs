@@ -1,8 +1,8 @@
-//! System packages: which the test tiers, the demo and the eBPF build need,
-//! and how they get there. Names are Debian's.
+//! The system packages that the test tiers, the demo and the eBPF build need, by their Debian
+//! names.
 //!
-//! Root gets what is missing by one `apt-get install`; everybody else gets an
-//! error with the command to run.
+//! For root, one `apt-get install` installs what is missing; everybody else gets an error with the
+//! command to run.
 
 use std::collections::BTreeSet;
 
@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use crate::process::{Cmd, find_program, newest_line};
 use crate::ui::Step;
 
-/// A command somebody calls, and the package it comes in.
+/// A command and the package that has it.
 pub struct Tool {
     command: &'static str,
     package: &'static str,
@@ -21,14 +21,14 @@ const fn tool(command: &'static str, package: &'static str) -> Tool {
     Tool { command, package }
 }
 
-/// The linter that reads what the compiler of [`BPF_RUSTC`] wrote.
+/// The clippy of the compiler in [`BPF_RUSTC`].
 pub const BPF_CLIPPY: &str = "rust-web-clippy";
 
-/// For running single programs by `BPF_PROG_TEST_RUN`.
+/// Tools for running single programs by `BPF_PROG_TEST_RUN`.
 pub const KERNEL: &[Tool] =
     &[tool("ip", "iproute2"), tool("bpftool", "bpftool"), tool("ethtool", "ethtool")];
 
-/// For nodes, pods and clients in network namespaces.
+/// Tools for nodes, pods and clients in network namespaces.
 pub const LAB: &[Tool] = &[
     tool("ip", "iproute2"),
     tool("bpftool", "bpftool"),
@@ -48,7 +48,7 @@ pub const LAB: &[Tool] = &[
     tool("faketime", "faketime"),
 ];
 
-/// For an agent against a real API server, and beside a real kube-proxy in both of its modes.
+/// Tools for an agent with a real API server, and with a real kube-proxy in both of its modes.
 pub const API: &[Tool] = &[
     tool("ip", "iproute2"),
     tool("curl", "curl"),
@@ -57,7 +57,7 @@ pub const API: &[Tool] = &[
     tool("iptables", "iptables"),
 ];
 
-/// For a cluster: what its nodes run of the distribution, and what makes its parts.
+/// Tools for a cluster: those that its nodes run, and those that make its parts.
 pub const CLUSTER: &[Tool] = &[
     tool("ip", "iproute2"),
     tool("nsenter", "util-linux"),
@@ -79,11 +79,10 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Installs the packages of those tools that are not there.
+/// Installs the packages of tools that are missing.
 ///
 /// # Errors
-/// When something is missing and cannot be installed; the message says which
-/// command would.
+/// If something is missing and cannot be installed; the message has the command to run.
 pub fn ensure_tools<'a>(tools: impl IntoIterator<Item = &'a Tool>) -> Result<()> {
     let missing: BTreeSet<_> = tools
         .into_iter()
@@ -96,7 +95,7 @@ pub fn ensure_tools<'a>(tools: impl IntoIterator<Item = &'a Tool>) -> Result<()>
     install(&missing.into_iter().collect::<Vec<_>>())
 }
 
-/// Whether all of these tools are there.
+/// Whether all of these tools are installed.
 pub fn has_tools(tools: &[Tool]) -> bool {
     tools.iter().all(|tool| find_program(tool.command).is_some())
 }
@@ -109,7 +108,7 @@ pub fn can_install() -> bool {
 /// Installs packages with one `apt-get install`.
 ///
 /// # Errors
-/// When this is not root or there is no apt-get, or when it fails.
+/// If this is not root or there is no apt-get, or if it fails.
 pub fn install(packages: &[&str]) -> Result<()> {
     let names = packages.join(" ");
     if !can_install() {
@@ -120,8 +119,8 @@ pub fn install(packages: &[&str]) -> Result<()> {
     let step = Step::start_long(format!("apt-get install {names}"));
     apt("update").run_behind(&step, newest_line)?;
     apt("install")
-        // Never at the price of a package that is there: Debian's compiler,
-        // say, would push out Debian's rustup.
+        // Never remove an installed package: Debian's compiler, for example, would replace Debian's
+        // rustup.
         .args(["--yes", "--no-remove", "--no-install-recommends"])
         .args(packages)
         .run_behind(&step, newest_line)
@@ -134,7 +133,7 @@ fn apt(verb: &str) -> Cmd {
     Cmd::new("apt-get")
         .args(["-o", "DPkg::Lock::Timeout=300", verb])
         .env("DEBIAN_FRONTEND", "noninteractive")
-        // Where no systemd runs, this keeps the servers among the packages
-        // (nginx) from being started: the lab starts its own.
+        // Without systemd, this keeps servers among the packages (nginx) from being started: the
+        // lab starts its own.
         .env("RUNLEVEL", "1")
 }

@@ -1,7 +1,7 @@
-//! Certificates, tokens and kubeconfigs: who is who in a cluster.
+//! Certificates, tokens and kubeconfigs of a cluster.
 //!
-//! People and components have static tokens; only the API server, and what it shows the kubelets,
-//! has a certificate.
+//! People and components have static tokens. Only the API server has certificates: for its clients,
+//! and as a client of kubelets.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -16,10 +16,10 @@ use crate::addresses::{
 use crate::process::Cmd;
 use crate::state::State;
 
-/// What openssl is asked for a new key with.
+/// The arguments of openssl for a new key.
 const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
 
-/// Makes everything, unless it is there.
+/// Makes everything that is missing.
 pub(crate) fn ensure(state: &State, nodes: u8) -> Result<()> {
     if state.path("pki/complete").exists() {
         return Ok(());
@@ -99,7 +99,7 @@ fn random_token() -> Result<String> {
     Ok(bytes.iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}")))
 }
 
-/// RFC 4648, section 4, with padding.
+/// Encodes as RFC 4648, section 4, with padding.
 fn base64(bytes: &[u8]) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::new();

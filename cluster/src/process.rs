@@ -1,5 +1,4 @@
-//! Child processes: building a command by value, running it, and saying
-//! exactly what failed.
+//! Child processes: a command is built by value, run, and its failure is reported exactly.
 
 use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -66,7 +65,7 @@ impl Cmd {
         self.with(|command| command.current_dir(dir))
     }
 
-    /// The command as a person would type it, without its environment.
+    /// Returns the command as a person would type it, without its environment.
     pub fn line(&self) -> String {
         std::iter::once(self.0.get_program())
             .chain(self.0.get_args())
@@ -75,7 +74,7 @@ impl Cmd {
             .join(" ")
     }
 
-    /// The underlying command, for callers with needs of their own.
+    /// Returns the underlying command, for callers with needs of their own.
     pub fn into_inner(self) -> Command {
         self.0
     }
@@ -83,7 +82,7 @@ impl Cmd {
     /// Runs it on this terminal.
     ///
     /// # Errors
-    /// When it cannot be started or does not exit with 0.
+    /// If it cannot be started or does not exit with 0.
     pub fn run(mut self) -> Result<()> {
         let line = self.line();
         let status = self.0.status().with_context(|| format!("cannot run `{line}`"))?;
@@ -93,29 +92,28 @@ impl Cmd {
         Ok(())
     }
 
-    /// Runs it and returns its standard output; its standard error goes to
-    /// this terminal.
+    /// Runs it and returns its standard output; its standard error goes to this terminal.
     ///
     /// # Errors
-    /// When it cannot be started, does not exit with 0, or prints no UTF-8.
+    /// If it cannot be started, does not exit with 0, or prints no UTF-8.
     pub fn stdout(self) -> Result<String> {
         self.with(|command| command.stderr(Stdio::inherit())).output()
     }
 
-    /// Runs it silently and returns its standard output: for questions to
-    /// programs that may be absent.
+    /// Runs it silently and returns its standard output, for questions to programs that may be
+    /// absent.
     ///
     /// # Errors
-    /// As [`stdout`](Self::stdout).
+    /// Those of [`stdout`](Self::stdout).
     pub fn probe(self) -> Result<String> {
         self.with(|command| command.stderr(Stdio::null())).output()
     }
 
-    /// Runs it silently and returns its standard output; what it wrote to
-    /// standard error becomes part of the error.
+    /// Runs it silently and returns its standard output; its standard error becomes part of the
+    /// error.
     ///
     /// # Errors
-    /// As [`stdout`](Self::stdout).
+    /// Those of [`stdout`](Self::stdout).
     pub fn answer(mut self) -> Result<String> {
         let line = self.line();
         let output =
@@ -140,11 +138,11 @@ impl Cmd {
         String::from_utf8(output.stdout).with_context(|| format!("`{line}` printed no UTF-8"))
     }
 
-    /// Runs it with its output behind `step`: the newest line is the step's
-    /// note (as `note` renders it), and all of it is printed only on failure.
+    /// Runs it with its output behind `step`: the newest line, as `note` renders it, is the step's
+    /// note, and the whole output is printed only on failure.
     ///
     /// # Errors
-    /// When it cannot be started or does not exit with 0.
+    /// If it cannot be started or does not exit with 0.
     pub fn run_behind(
         self,
         step: &Step,
@@ -154,8 +152,8 @@ impl Cmd {
         let (mut output, writer) = io::pipe().context("cannot make a pipe")?;
         let mut child = {
             let errors = writer.try_clone().context("cannot copy a pipe")?;
-            // The command holds the pipe's write ends: gone at the end of this
-            // block, so that the reader below sees the end of the output.
+            // The command holds the pipe's write ends. It is dropped at the end of this block, so
+            // that the reader below sees the end of the output.
             let mut command = self
                 .with(|command| command.stdin(Stdio::null()).stdout(writer).stderr(errors))
                 .into_inner();
@@ -183,19 +181,19 @@ impl Cmd {
     }
 }
 
-/// The note for commands whose newest line speaks for itself.
+/// Returns the newest line as the note of a step.
 pub fn newest_line(line: &str) -> Option<String> {
     (!line.is_empty()).then(|| line.to_owned())
 }
 
-/// The first file called `name` that can be found in `PATH` or in the
-/// directories of administration commands, which a plain `PATH` may lack.
+/// Returns the first file called `name` in `PATH` or in the directories of administration commands,
+/// which a plain `PATH` may lack.
 pub fn find_program(name: &str) -> Option<std::path::PathBuf> {
     programs(name).next()
 }
 
-/// Every file called `name` in `PATH` and the directories of administration
-/// commands, in order.
+/// Returns every file called `name` in `PATH` and the directories of administration commands, in
+/// order.
 pub fn programs(name: &str) -> impl Iterator<Item = std::path::PathBuf> + use<> {
     let name = name.to_owned();
     let path = std::env::var_os("PATH").unwrap_or_default();

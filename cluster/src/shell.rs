@@ -16,7 +16,7 @@ use crate::process::Cmd;
 use crate::state::State;
 use crate::{ShellOptions, is_up};
 
-/// Becomes the shell or command. Returns only if it cannot.
+/// Executes the shell or command. Returns only if it cannot.
 pub(crate) fn run(options: &ShellOptions) -> Result<()> {
     let state = State::open();
     let Some(description) = is_up(&state)? else {
@@ -55,7 +55,7 @@ fn outside(state: &State, line: &[OsString]) -> Result<std::io::Error> {
     let path = std::env::join_paths(path).context("PATH cannot be extended")?;
     let mut assignment = OsString::from("PATH=");
     assignment.push(path);
-    // The new PATH is for finding the program itself, too.
+    // `env` finds the program itself by the new PATH, too.
     Ok(Command::new("env")
         .arg(assignment)
         .arg(program)
@@ -75,7 +75,7 @@ fn on_node(state: &State, number: NodeNumber, line: &[OsString]) -> Result<std::
     Ok(enter(state, number)?.args(line).exec())
 }
 
-/// What a program and its arguments are added to.
+/// Returns a command that runs the program and arguments added to it on a node.
 fn enter(state: &State, number: NodeNumber) -> Result<Command> {
     let name = number.name();
     let Some(init) = Process::recorded(state, &node::init_name(number)).filter(Process::lives)

@@ -1,4 +1,4 @@
-//! The one directory of a cluster, and what is written there of it.
+//! The state directory of a cluster.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Cni, Overlay, Proxy};
 
-/// One cluster a machine: its addresses, cgroup and directory are fixed.
+/// There is one cluster per machine: its addresses, cgroup and directory are fixed.
 const ROOT: &str = "/var/lib/sluice-cluster";
 
-/// What a cluster was asked to be.
+/// The options that a cluster was brought up with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Description {
     pub(crate) nodes: u8,
@@ -19,9 +19,9 @@ pub(crate) struct Description {
     pub(crate) proxy: Proxy,
     #[serde(default)]
     pub(crate) overlay: Overlay,
-    /// The boot that it was made in: nothing but files outlives it.
+    /// The boot in which it was made. Only files outlive it.
     pub(crate) boot: String,
-    /// Whether `up` got to its end once.
+    /// Whether `up` has completed once.
     pub(crate) is_complete: bool,
 }
 
@@ -48,16 +48,18 @@ impl State {
         self.path("kubeconfig")
     }
 
-    /// Links to every program of the cluster that a person may want to call.
+    /// Returns the directory with links to the programs of the cluster that a person may want to
+    /// call.
     pub(crate) fn programs(&self) -> PathBuf {
         self.path("bin")
     }
 
-    /// The description of the cluster that is there, if one is.
+    /// Returns the description of the cluster, if there is one.
     pub(crate) fn description(&self) -> Result<Option<Description>> {
         let path = self.path("cluster.json");
         match fs::read(&path) {
-            // A run that was killed while it wrote: nothing is known, so nothing is complete.
+            // Without a valid description the cluster is not complete: `up` was killed in the
+            // middle.
             Ok(content) => Ok(serde_json::from_slice(&content).ok()),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
@@ -68,7 +70,7 @@ impl State {
         self.write("cluster.json", &serde_json::to_string_pretty(description)?)
     }
 
-    /// Writes a file of the directory, and the directories above it.
+    /// Writes a file of the directory, and makes the directories above it.
     pub(crate) fn write(&self, name: impl AsRef<Path>, content: &str) -> Result<()> {
         let path = self.path(name);
         if let Some(parent) = path.parent() {
@@ -79,7 +81,7 @@ impl State {
     }
 }
 
-/// What tells this boot of the machine from any other.
+/// Returns an identifier of this boot of the machine.
 pub(crate) fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }

@@ -12,7 +12,7 @@ use crate::launch::{self, Process};
 use crate::state::State;
 use crate::{control_plane, is_up};
 
-/// Prints the tables; fails if there is no cluster or something of it does not run.
+/// Prints the tables. Fails if there is no cluster or a part of it does not run.
 pub(crate) fn run() -> Result<ExitCode> {
     let state = State::open();
     let Some(description) = is_up(&state)? else {
@@ -38,7 +38,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     Ok(if all_run { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Whether all run.
+/// Prints the processes, and returns whether all of them run.
 fn processes(state: &State, nodes: u8, text: &mut String) -> Result<bool> {
     let mut all_run = true;
     writeln!(text, "{:<24}  {:>8}  {:<8}  LOG", "PROCESS", "PID", "STATE")?;
@@ -58,7 +58,7 @@ fn processes(state: &State, nodes: u8, text: &mut String) -> Result<bool> {
     Ok(all_run)
 }
 
-/// Whether the API server answers.
+/// Prints the objects, and returns whether the API server answers.
 fn objects(kubectl: &Kubectl, text: &mut String) -> bool {
     let questions = [
         ["get", "nodes", "--output=wide", "--label-columns=topology.kubernetes.io/zone"],
@@ -78,7 +78,7 @@ fn objects(kubectl: &Kubectl, text: &mut String) -> bool {
 
 fn print(text: &str) -> Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
-        // A reader like `head` has seen enough.
+        // A reader like `head` has read enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         outcome => outcome.context("cannot write to standard output"),
     }

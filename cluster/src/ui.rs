@@ -1,5 +1,5 @@
-//! What a person sees while something takes long: a spinner on a terminal,
-//! plain lines elsewhere. All of it goes to stderr, results go to stdout.
+//! Progress for people: a spinner on a terminal, plain lines elsewhere. All of it goes to stderr;
+//! results go to stdout.
 
 use std::cell::Cell;
 use std::fmt::Display;
@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// How often a long step says without a terminal that it is alive.
+/// The interval at which a long step reports without a terminal that it is alive.
 const HEARTBEAT: Duration = Duration::from_secs(30);
 
-/// One step of a command: named, timed, and one line when it is done.
+/// A step of a command, with a name, a time, and one line when it is done.
 pub struct Step {
     name: String,
     started: Instant,
@@ -42,7 +42,7 @@ impl Step {
         step
     }
 
-    /// What the step is doing right now.
+    /// Shows what the step is doing.
     pub fn note(&self, text: &str) {
         if let Some(spinner) = &self.spinner {
             spinner.set_message(text.to_owned());
@@ -59,7 +59,7 @@ impl Step {
         }
     }
 
-    /// Ends the step with its one line.
+    /// Ends the step and prints its line.
     pub fn done(self, outcome: impl Display) {
         self.interrupt();
         eprintln!("{}: {outcome} ({})", self.name, seconds(self.started.elapsed()));
@@ -77,7 +77,7 @@ fn style() -> ProgressStyle {
         .unwrap_or_else(|_| ProgressStyle::default_spinner())
 }
 
-/// A duration the way a person reads it: `0.4 s`, `63 s`, `4 min 10 s`.
+/// Formats a duration for people: `0.4 s`, `63 s`, `4 min 10 s`.
 pub fn seconds(duration: Duration) -> String {
     let whole = duration.as_secs();
     match whole {
@@ -87,7 +87,7 @@ pub fn seconds(duration: Duration) -> String {
     }
 }
 
-/// A size the way a person reads it: `812 B`, `17.3 KiB`, `21.0 MiB`.
+/// Formats a size for people: `812 B`, `17.3 KiB`, `21.0 MiB`.
 pub fn bytes(count: u64) -> String {
     #[expect(clippy::cast_precision_loss, reason = "a rounded figure for people")]
     let count_f = count as f64;

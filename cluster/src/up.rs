@@ -1,5 +1,5 @@
-//! `cargo xtask cluster up`: every step makes what is not there, so that a second run repairs what
-//! has gone.
+//! `cargo xtask cluster up`: every step makes only what is missing, so that a second run repairs a
+//! cluster.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -23,7 +23,7 @@ use crate::{
     workloads,
 };
 
-/// Where distributions put the CNI's own plugins.
+/// The directories in which distributions put the CNI's own plugins.
 const CNI_PLUGINS: [&str; 4] =
     ["/usr/lib/cni", "/opt/cni/bin", "/usr/libexec/cni", "/usr/lib/cni/bin"];
 
@@ -39,7 +39,7 @@ pub(crate) fn run(tree: &Tree<'_>, options: &UpOptions) -> Result<()> {
         boot: boot_id(),
         is_complete: false,
     };
-    // Before anything that takes long.
+    // Checked before anything that takes long.
     let known = check(&state, &description)?;
 
     packages::ensure_tools(packages::CLUSTER)?;
@@ -78,7 +78,8 @@ fn count(nodes: u8) -> String {
     if nodes == 1 { "one node".to_owned() } else { format!("{nodes} nodes") }
 }
 
-/// Whether a cluster like that is up already; if not, whatever is left of one may go.
+/// Whether a cluster with these options is up already. If not, the remains of another may be
+/// removed.
 fn check(state: &State, wanted: &Description) -> Result<bool> {
     let Some(found) =
         state.description()?.filter(|found| found.is_complete && found.boot == wanted.boot)
@@ -146,7 +147,7 @@ impl Up<'_> {
             node::ensure(self.state, self.components, self.plugins, self.options.cni, number)
                 .with_context(|| format!("cannot start the node {}", number.name()))?;
         }
-        // The archive's directory has the versions in its name.
+        // The name of the archive's directory contains the versions.
         let key =
             archive.parent().and_then(Path::file_name).context("an archive has a directory")?;
         self.import(archive, &key.to_string_lossy())?;
@@ -199,7 +200,7 @@ impl Up<'_> {
         Ok(())
     }
 
-    /// The Service proxy, and DNS, which is of use only behind one.
+    /// Starts the Service proxy, and DNS, which needs one.
     fn workloads(&self, sluice: Option<&Path>) -> Result<()> {
         let kubectl = self.kubectl();
         let proxy = match self.options.proxy {
@@ -245,7 +246,7 @@ impl Up<'_> {
         Ok(())
     }
 
-    /// Brings an archive of images to all nodes at once.
+    /// Imports an archive of images on all nodes in parallel.
     fn import(&self, archive: &Path, key: &str) -> Result<()> {
         thread::scope(|scope| {
             let imports: Vec<_> = self

@@ -1,19 +1,19 @@
-//! What programs print when asked for their version.
+//! Reads the versions that programs print.
 
-/// The first two numbers of a version, `v` or `go` in front or not.
+/// Returns the first two numbers of a version, with or without a `v` or `go` before them.
 pub fn major_minor(version: &str) -> Option<(u32, u32)> {
     let digits = version.trim_start_matches(|c: char| !c.is_ascii_digit());
     let mut parts = digits.split(|c: char| !c.is_ascii_digit());
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// The version in `go version go1.26.8 linux/amd64`.
+/// Returns the version in `go version go1.26.8 linux/amd64`.
 pub(crate) fn go(output: &str) -> Option<(u32, u32)> {
     output.split_whitespace().find_map(|word| word.strip_prefix("go").and_then(major_minor))
 }
 
-/// The version in the first line that a server prints for `--version`:
-/// `Kubernetes v1.36.3`, `etcd Version: 3.6.8`; without the `v`.
+/// Returns the version in the first line that a server prints for `--version`
+/// (`Kubernetes v1.36.3`, `etcd Version: 3.6.8`), without the `v`.
 pub(crate) fn server(output: &str) -> Option<&str> {
     let word = output.lines().next()?.split_whitespace().last()?;
     let version = word.trim_start_matches('v');

@@ -1,4 +1,4 @@
-//! What runs in the pods of a fresh cluster: the Service proxy and the DNS server.
+//! The pods of a fresh cluster: the Service proxy and the DNS server.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::{Overlay, Tree};
 const COREDNS_MANIFEST: &str = include_str!("../manifests/coredns.yaml");
 const KUBE_PROXY_MANIFEST: &str = include_str!("../manifests/kube-proxy.yaml");
 
-/// How long pods may take to become ready.
+/// The longest time that pods may take to become ready.
 const PATIENCE: &str = "--timeout=120s";
 
 /// Applies CoreDNS.
@@ -42,8 +42,8 @@ pub(crate) fn apply_kube_proxy(state: &State, kubectl: &Kubectl) -> Result<()> {
     apply(state, kubectl, "kube-proxy.yaml", KUBE_PROXY_MANIFEST, &values)
 }
 
-/// Applies an overlay of `deploy/`, with what `deploy/example` says differs from cluster to
-/// cluster.
+/// Applies an overlay of `deploy/`, with the values that differ between clusters as
+/// `deploy/example` sets them.
 pub(crate) fn apply_sluice(
     tree: &Tree<'_>,
     state: &State,
@@ -88,7 +88,7 @@ patches:
     kubectl.apply("-k", &state.path("sluice"))
 }
 
-/// Copies a folder and all below it.
+/// Copies a folder recursively.
 fn copy(from: &Path, to: &Path) -> Result<()> {
     let context = || format!("cannot copy {} to {}", from.display(), to.display());
     fs::create_dir_all(to).with_context(context)?;
@@ -104,8 +104,8 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Waits until all pods of a workload of `kube-system` (`ds/sluice`) are of the newest template and
-/// ready.
+/// Waits until all pods of a workload of `kube-system` (`ds/sluice`) are ready and of the newest
+/// template.
 pub(crate) fn wait(kubectl: &Kubectl, workload: &str) -> Result<()> {
     let waited = kubectl.run(["--namespace=kube-system", "rollout", "status", workload, PATIENCE]);
     waited.map(drop).with_context(|| {
@@ -129,7 +129,7 @@ fn apply(
     kubectl.apply("--filename", &state.path(&file))
 }
 
-/// Puts values in the places `${name}`.
+/// Replaces each `${name}` by its value.
 fn fill(manifest: &str, values: &[(&str, &str)]) -> String {
     values.iter().fold(manifest.to_owned(), |text, (name, value)| {
         text.replace(&format!("${{{name}}}"), value)

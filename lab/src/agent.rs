@@ -35,8 +35,8 @@ pub struct AgentProcess {
     running: Running,
 }
 
-/// Finds the `sluice` binary: `$SLUICE_BIN`, or in the directory of this program or, for a test, the
-/// one above.
+/// Finds the `sluice` binary: `$SLUICE_BIN`, or in the directory of this program or, for a test,
+/// the one above.
 fn sluice_path() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("SLUICE_BIN") {
         return Ok(path.into());

@@ -15,8 +15,8 @@ use crate::{cgroup, xdp};
 
 /// Nodes, pods, a router and clients that live until this is dropped.
 ///
-/// The handles it returns ([`Node`], [`Pod`](crate::Pod), ...) may outlive it, but what they refer to
-/// does not.
+/// The handles it returns ([`Node`], [`Pod`](crate::Pod), ...) may outlive it, but what they refer
+/// to does not.
 pub struct Lab {
     shared: Arc<Shared>,
     router: Router,
@@ -104,8 +104,8 @@ impl Lab {
         &self.shared.id
     }
 
-    /// Returns the lab's directory: `ns/<name>` are its namespaces (for `nsenter --net=...`), `log/`
-    /// has the output of its processes.
+    /// Returns the lab's directory: `ns/<name>` are its namespaces (for `nsenter --net=...`),
+    /// `log/` has the output of its processes.
     pub fn state(&self) -> &Path {
         &self.shared.state
     }

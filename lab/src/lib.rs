@@ -17,11 +17,11 @@
 //!                  pod 10.244.1.10 ...       pod 10.244.2.10 ...        fd00:10:244:<node>::<same>
 //! ```
 //!
-//! The path of everything a lab owns contains its id, `slab<owner pid>-<its start>-<n>`: namespaces,
-//! bpffs mounts and logs are below `/run/sluice-lab/<id>`, processes below the cgroup `<cgroup
-//! root>/<id>`. Dropping the [`Lab`] takes it down, after a panic too, and so do SIGINT and SIGTERM.
-//! [`sweep`], which every [`Lab::new`] runs, removes the labs of owners that were killed. With
-//! `SLUICE_LAB_KEEP=1` a lab stays up, with all its processes, until [`remove_kept`].
+//! The path of everything a lab owns contains its id, `slab<owner pid>-<its start>-<n>`:
+//! namespaces, bpffs mounts and logs are below `/run/sluice-lab/<id>`, processes below the cgroup
+//! `<cgroup root>/<id>`. Dropping the [`Lab`] takes it down, after a panic too, and so do SIGINT
+//! and SIGTERM. [`sweep`], which every [`Lab::new`] runs, removes the labs of owners that were
+//! killed. With `SLUICE_LAB_KEEP=1` a lab stays up, with all its processes, until [`remove_kept`].
 //!
 //! ```no_run
 //! use sluice_lab::{Lab, NodeOptions, Serve};

@@ -25,8 +25,8 @@ pub struct LoadSize {
 }
 
 impl LoadSize {
-    /// Returns two thousand connections, five hundred new ones per second and a minute of each fault
-    /// with `SLUICE_LAB_FULL=1`, otherwise a size that keeps a test run short.
+    /// Returns two thousand connections, five hundred new ones per second and a minute of each
+    /// fault with `SLUICE_LAB_FULL=1`, otherwise a size that keeps a test run short.
     pub fn of_this_run() -> Self {
         if std::env::var_os("SLUICE_LAB_FULL").is_some_and(|value| value == "1") {
             Self { held: 2000, rate: 500, seconds: 60 }

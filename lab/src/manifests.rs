@@ -1,5 +1,5 @@
-//! A directory of Kubernetes objects for the agent's manifest source, written from short descriptions
-//! of services.
+//! A directory of Kubernetes objects for the agent's manifest source, written from short
+//! descriptions of services.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -115,7 +115,8 @@ impl Backend {
         self
     }
 
-    /// Adds a hint for clients on a node, and one for a zone, for proxies that ignore hints for nodes.
+    /// Adds a hint for clients on a node, and one for a zone, for proxies that ignore hints for
+    /// nodes.
     #[must_use]
     pub fn for_node(mut self, node: &str, zone: &str) -> Self {
         self.hints =
@@ -353,8 +354,8 @@ fn list(ips: &[IpAddr]) -> String {
     format!("[{}]", ips.iter().map(|ip| format!("\"{ip}\"")).collect::<Vec<_>>().join(", "))
 }
 
-/// A directory of manifests. Files change as a whole: they are written to another directory and then
-/// renamed.
+/// A directory of manifests. Files change as a whole: they are written to another directory and
+/// then renamed.
 #[derive(Clone, Debug)]
 pub struct Manifests {
     directory: PathBuf,

@@ -81,8 +81,8 @@ impl Namespace {
         &self.cgroup
     }
 
-    /// Returns a command that runs in this namespace and cgroup, with a process group of its own and
-    /// the mounts of this process.
+    /// Returns a command that runs in this namespace and cgroup, with a process group of its own
+    /// and the mounts of this process.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         let _ = command.process_group(0);
@@ -153,8 +153,8 @@ impl Namespace {
 
     /// Runs a closure inside the namespace, on a thread of its own.
     ///
-    /// Sockets that it makes belong to the namespace, but to *this process's* cgroup: a node's cgroup
-    /// programs see only processes that [`Namespace::command`] starts.
+    /// Sockets that it makes belong to the namespace, but to *this process's* cgroup: a node's
+    /// cgroup programs see only processes that [`Namespace::command`] starts.
     pub fn enter<T: Send>(&self, act: impl FnOnce() -> T + Send) -> Result<T> {
         netns::enter(&self.path, act)
     }

@@ -47,8 +47,8 @@ pub enum RpFilter {
 }
 
 /// An nftables ruleset for [`NodeOptions::nft`] that drops forwarded packets which conntrack calls
-/// invalid. It takes effect when conntrack sees only one direction of a flow, or different addresses
-/// in each direction.
+/// invalid. It takes effect when conntrack sees only one direction of a flow, or different
+/// addresses in each direction.
 pub const DROP_INVALID: &str = "table inet lab {\n  chain forward {\n    type filter hook forward priority filter; policy accept;\n    ct state invalid counter drop\n  }\n}\n";
 
 /// Options of a node. The default has routed pods, a strict reverse path filter, no rules and an
@@ -249,9 +249,9 @@ impl Node {
         self.inner.router.xdp_pass(self.uplink_peer())
     }
 
-    /// Gives packets that come in by the uplink full checksums, as from a wire. Over veths checksums
-    /// stay partial from the first sender on, until a device without the offload has to finish them.
-    /// Here that device is the router's end.
+    /// Gives packets that come in by the uplink full checksums, as from a wire. Over veths
+    /// checksums stay partial from the first sender on, until a device without the offload has to
+    /// finish them. Here that device is the router's end.
     pub fn uplink_peer_full_checksums(&self) -> Result<()> {
         self.inner.router.offload(self.uplink_peer(), "tx", false)
     }

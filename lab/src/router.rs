@@ -18,8 +18,8 @@ pub(crate) const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 2, 0, 0, 0
 /// The bridge of the router that nodes are plugged into.
 pub(crate) const LAN: &str = "lan0";
 
-/// The router: a bridge `lan0` for the nodes and a link `to-<name>` for each client, with forwarding
-/// between them.
+/// The router: a bridge `lan0` for the nodes and a link `to-<name>` for each client, with
+/// forwarding between them.
 #[derive(Clone)]
 pub struct Router {
     namespace: Namespace,

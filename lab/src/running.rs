@@ -71,8 +71,8 @@ impl Running {
             .unwrap_or_default()
     }
 
-    /// Returns the events that a `sluice-lab-server` has reported so far. Lines that are no event, or
-    /// not complete yet, are left out.
+    /// Returns the events that a `sluice-lab-server` has reported so far. Lines that are no event,
+    /// or not complete yet, are left out.
     pub fn events(&self) -> Vec<Event> {
         self.stdout().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }

@@ -72,8 +72,8 @@ pub(crate) fn mount_bpffs(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Attaches a program that passes every packet, pinned in the lab's bpffs so that it lives as long as
-/// the lab.
+/// Attaches a program that passes every packet, pinned in the lab's bpffs so that it lives as long
+/// as the lab.
 pub(crate) fn attach_pass(namespace: &Namespace, device: &str) -> Result<()> {
     let place = namespace.shared.state.join("bpf").join(format!(
         "pass-{}-{}",
@@ -138,8 +138,8 @@ pub(crate) fn descriptor(number: i32) -> OwnedFd {
 }
 
 pub(crate) fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<i32> {
-    // SAFETY: `attr` is a `repr(C)` prefix of `union bpf_attr` of the size that is passed; its pointers
-    // are to data that outlives the call.
+    // SAFETY: `attr` is a `repr(C)` prefix of `union bpf_attr` of the size that is passed; its
+    // pointers are to data that outlives the call.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
     i32::try_from(result).ok().filter(|result| *result >= 0).ok_or_else(io::Error::last_os_error)

@@ -1,4 +1,4 @@
-//! The `sluice` binary.
+//! Builds the `sluice` binary.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,8 +13,8 @@ use crate::artifacts;
 use crate::version::Rustc;
 use crate::workspace::{OBJECT_ENV, Workspace};
 
-/// Builds it for tests and the demo. What packets meet is the eBPF object,
-/// which is optimised in any case, so the profile that is quick to build does.
+/// Builds it for tests and the demo, with the profile that builds fastest: packets meet only the
+/// eBPF object, which is always optimised.
 pub(crate) fn build_dev(workspace: &Workspace) -> Result<PathBuf> {
     artifacts::build_binary(workspace.cargo().args([
         "build",
@@ -26,8 +26,8 @@ pub(crate) fn build_dev(workspace: &Workspace) -> Result<PathBuf> {
     .context("cannot build the agent")
 }
 
-/// Builds the agent of the layout that tests upgrade to, beside the one under test, whose
-/// dependencies it shares.
+/// Builds the agent of the layout that tests upgrade to. It shares its dependencies with the agent
+/// under test.
 pub(crate) fn build_next(workspace: &Workspace) -> Result<PathBuf> {
     let built =
         artifacts::build_binary(workspace.cargo().env(OBJECT_ENV, workspace.next_object()).args([
@@ -39,14 +39,14 @@ pub(crate) fn build_next(workspace: &Workspace) -> Result<PathBuf> {
             "sluice/next-layout",
         ]))
         .context("cannot build the agent of the next layout")?;
-    // Cargo puts the agent under test in its place.
+    // Cargo will write the agent under test to the same file.
     let next = built.with_file_name("sluice-next");
     let _ = fs::copy(&built, &next).with_context(|| format!("cannot write {}", next.display()))?;
     Ok(next)
 }
 
-/// Builds it for use: optimised, and one static file that runs on any
-/// distribution and in an empty image.
+/// Builds it for use: optimised, as one static file that runs on any distribution and in an empty
+/// image.
 pub(crate) fn build_release(workspace: &Workspace) -> Result<PathBuf> {
     let rustc = Cmd::new("rustc").dir(workspace.root()).arg("-vV").stdout()?;
     let host = Rustc::parse(&rustc).context("cannot read `rustc -vV`")?.host;
@@ -56,8 +56,8 @@ pub(crate) fn build_release(workspace: &Workspace) -> Result<PathBuf> {
             .cargo()
             .env("RUSTFLAGS", format!("{flags} -C target-feature=+crt-static").trim())
             .args(["build", "--package", "sluice", "--bin", "sluice", "--release"])
-            // With a target named, the flags are for the binary alone and not
-            // for the build scripts and macros, which must stay dynamic.
+            // With an explicit target the flags apply to the binary only, not to build scripts and
+            // macros, which must stay dynamic.
             .args(["--target", &host]),
     )
     .context("cannot build the agent")?;
@@ -68,7 +68,7 @@ pub(crate) fn build_release(workspace: &Workspace) -> Result<PathBuf> {
     Ok(binary)
 }
 
-/// Whether a binary runs without any other file.
+/// Whether a binary is static.
 pub(crate) fn is_static(binary: &Path) -> Result<bool> {
     let content = fs::read(binary).with_context(|| format!("cannot read {}", binary.display()))?;
     Ok(!has_interpreter(&parse(&content)?))
@@ -83,10 +83,10 @@ fn has_interpreter(file: &ElfFile64<'_>) -> bool {
     file.elf_program_headers().iter().any(|header| header.p_type(endian) == elf::PT_INTERP)
 }
 
-/// The machine that a static binary is for, by Rust's name of it.
+/// Returns Rust's name of the machine that a static binary is for.
 ///
 /// # Errors
-/// When it is no binary, or wants a dynamic linker.
+/// If it is no ELF binary or needs a dynamic linker.
 pub(crate) fn static_architecture(binary: &[u8]) -> Result<&'static str> {
     let file = parse(binary)?;
     let endian = file.endian();

@@ -1,5 +1,4 @@
-//! What cargo built, as it reports it (`--message-format=json`), instead of
-//! guesses about file names.
+//! The artifacts of a cargo build, as cargo reports them (`--message-format=json`).
 
 use std::path::PathBuf;
 
@@ -7,12 +6,12 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 use sluice_cluster::process::Cmd;
 
-/// One built target.
+/// A target that was built.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Artifact {
     /// The manifest of its package.
     pub(crate) manifest_path: PathBuf,
-    /// The target it is of.
+    /// The target itself.
     pub(crate) target: Target,
     profile: Profile,
     filenames: Vec<PathBuf>,
@@ -50,15 +49,15 @@ impl Artifact {
         self.is_test_binary() && self.has_kind("test")
     }
 
-    /// The file of a binary that is no test.
+    /// Returns the file of a binary that is not a test.
     pub(crate) fn binary(&self) -> Option<&PathBuf> {
-        // For BPF cargo names no executable, only files.
+        // For BPF cargo reports no executable, only files.
         (self.has_kind("bin") && !self.profile.test)
             .then(|| self.executable.as_ref().or_else(|| self.filenames.first()))
             .flatten()
     }
 
-    /// The file to run.
+    /// Returns the file to run.
     pub(crate) fn executable(&self) -> Option<&PathBuf> {
         self.executable.as_ref()
     }
@@ -68,8 +67,8 @@ impl Artifact {
     }
 }
 
-/// Runs a cargo build and returns everything it built or found fresh;
-/// diagnostics and progress go to this terminal.
+/// Runs a cargo build and returns everything that it built or found fresh. Diagnostics and progress
+/// go to this terminal.
 pub(crate) fn build(cargo: Cmd) -> Result<Vec<Artifact>> {
     let output = cargo.arg("--message-format=json-render-diagnostics").stdout()?;
     parse(&output)

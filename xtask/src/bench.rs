@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: everything a benchmark needs, then the benchmark.
+//! `cargo xtask bench`: builds what a benchmark needs, then runs it.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,27 +13,27 @@ use crate::toolchain::{self, Choice};
 use crate::workspace::Workspace;
 use crate::{agent, artifacts, ebpf};
 
-/// What is measured.
+/// The benchmarks.
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// What a packet costs at every hook, in nanoseconds.
+    /// Measure the cost of a packet at every hook, in nanoseconds.
     Path(Options),
-    /// How many connections a second a node port takes.
+    /// Measure the connections per second through a node port.
     Connect(Options),
 }
 
-/// What is measured beside the agent of this tree.
+/// Options of a benchmark.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Another `sluice`, of another version, to be measured in the same run.
+    /// A `sluice` binary of another version, to be measured in the same run.
     #[arg(long, value_name = "BINARY")]
     against: Option<PathBuf>,
-    /// Write the figures to this file as well, as JSON.
+    /// Also write the figures to this file, as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-/// Builds what is needed and hands over to the benchmark.
+/// Builds what is needed and runs the benchmark.
 pub(crate) fn run(workspace: &Workspace, choice: Choice, command: &Command) -> Result<ExitCode> {
     let (name, options) = match command {
         Command::Path(options) => ("path", options),

@@ -1,5 +1,4 @@
-//! How many instructions the verifier may process per program
-//! (`ebpf/budget.toml`).
+//! The number of instructions that the verifier may process per program (`ebpf/budget.toml`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -30,22 +29,22 @@ impl Budget {
         toml::from_str(&text).with_context(|| format!("cannot parse {}", path.display()))
     }
 
-    /// The same for an object that reads two layouts.
+    /// Reads the budget of an object that reads two layouts.
     pub(crate) fn of_both_layouts(self) -> Self {
         Self { default: self.both_layouts, ..self }
     }
 
-    /// The limit of one program.
+    /// Returns the limit of one program.
     pub(crate) fn of(&self, program: &str) -> u32 {
         self.programs.get(program).copied().unwrap_or(self.default)
     }
 
-    /// The limit of every program's stack, in bytes.
+    /// Returns the limit of every program's stack, in bytes.
     pub(crate) fn stack(&self) -> u32 {
         self.stack
     }
 
-    /// Programs that have a limit of their own but do not exist.
+    /// Returns the programs that have a limit of their own but do not exist.
     pub(crate) fn unknown(&self, mut exists: impl FnMut(&str) -> bool) -> Vec<&str> {
         self.programs.keys().map(String::as_str).filter(|name| !exists(name)).collect()
     }

@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: everything the lab's demo needs, then the demo.
+//! `cargo xtask demo`: builds what the lab's demo needs, then runs it.
 
 use std::process::ExitCode;
 
@@ -15,12 +15,12 @@ use crate::{agent, artifacts, ebpf};
 /// Options of `cargo xtask demo`.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Leave the demo's network namespaces for looking around.
+    /// Keep the demo's network namespaces, to look around.
     #[arg(long)]
     keep: bool,
 }
 
-/// Builds what is needed and hands over to the lab's demo.
+/// Builds what is needed and runs the lab's demo.
 pub(crate) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> Result<ExitCode> {
     if !packages::is_root() {
         eprintln!(
@@ -32,7 +32,7 @@ pub(crate) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
     let object = ebpf::build(workspace, &toolchain)?;
     packages::ensure_tools(packages::LAB)?;
     let sluice = agent::build_dev(workspace)?;
-    // Both of its programs: the demo starts the other as its servers and clients.
+    // Both programs: the demo starts the other one as servers and clients.
     let demo =
         artifacts::build(workspace.cargo().args(["build", "--package", "sluice-lab", "--bins"]))?
             .iter()

@@ -1,4 +1,4 @@
-//! The eBPF object: compiled, stripped, put in its place.
+//! Builds the eBPF object: compiles it, strips it and puts it in its place.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,18 +13,17 @@ use crate::artifacts;
 use crate::toolchain::Toolchain;
 use crate::workspace::Workspace;
 
-/// Debug information is what the linker makes BTF from.
+/// The linker generates BTF from debug information.
 const RUSTFLAGS: &str = "-C debuginfo=2 -C link-arg=--btf";
 
-/// Builds the object and returns its path. The file is replaced only when its
-/// content changes, so that the agent that embeds it is not built again.
+/// Builds the object and returns its path. The file is replaced only if its content changes, so
+/// that the agent that embeds it is not built again.
 pub(crate) fn build(workspace: &Workspace, toolchain: &Toolchain) -> Result<PathBuf> {
     eprintln!("eBPF object: {toolchain}");
     build_as(workspace, toolchain, "sluice-bpf", &[], workspace.object())
 }
 
-/// Builds the object of the layout that tests upgrade to, which knows the current one as its
-/// previous.
+/// Builds the object of the layout that tests upgrade to, whose previous layout is the current one.
 pub(crate) fn build_next(workspace: &Workspace, toolchain: &Toolchain) -> Result<PathBuf> {
     eprintln!("eBPF object of the next layout: {toolchain}");
     build_as(
@@ -42,10 +41,10 @@ pub(crate) fn build_bench(workspace: &Workspace, toolchain: &Toolchain) -> Resul
     build_as(workspace, toolchain, "sluice-bench-bpf", &[], workspace.bench_object())
 }
 
-/// `cargo clippy` for every program that is built for the BPF target.
+/// Returns `cargo clippy` for every program that is built for the BPF target.
 ///
 /// # Errors
-/// When there is no clippy for the toolchain's compiler.
+/// If there is no clippy for the toolchain's compiler.
 pub(crate) fn clippy(workspace: &Workspace, toolchain: &Toolchain, features: &str) -> Result<Cmd> {
     Ok(toolchain
         .cargo_clippy(workspace)?
@@ -87,15 +86,15 @@ fn build_as(
     Ok(object)
 }
 
-/// Writes a file so that a reader sees the old content or the new one.
+/// Writes a file atomically.
 fn replace(path: &Path, content: &[u8]) -> Result<()> {
     let new = path.with_extension(format!("o.{}", std::process::id()));
     fs::write(&new, content).with_context(|| format!("cannot write {}", new.display()))?;
     fs::rename(&new, path).with_context(|| format!("cannot put {} in place", path.display()))
 }
 
-/// Removes the DWARF sections, which nobody loads, and keeps BTF, which gives
-/// maps and programs their types.
+/// Removes the DWARF sections, which nobody loads, and keeps BTF, which gives maps and programs
+/// their types.
 fn strip(object: &[u8]) -> Result<Vec<u8>> {
     let mut elf = Builder::read(object)?;
     for section in &mut elf.sections {

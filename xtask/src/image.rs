@@ -8,8 +8,7 @@
 //! <output>/sluice.cdx.json  the bill of materials
 //! ```
 //!
-//! The archive has the image alone, because engines that read one take it for a choice to be made
-//! if there is more.
+//! The archive has only the image, because engines ask which image is meant if there is more.
 
 mod sbom;
 
@@ -31,10 +30,10 @@ use sluice_cluster::ui::bytes;
 use crate::agent;
 use crate::workspace::Workspace;
 
-/// Where the binary is in the image.
+/// The path of the binary in the image.
 const PROGRAM: &str = "usr/local/bin/sluice";
 
-/// The bill of materials' file.
+/// The file name of the bill of materials.
 const SBOM: &str = "sluice.cdx.json";
 
 /// Options of `cargo xtask image`.
@@ -43,12 +42,12 @@ pub(crate) struct Options {
     /// The image's full name [default: localhost/sluice with the version as its tag].
     #[arg(short, long, value_parser = full_name)]
     name: Option<String>,
-    /// Where it is written [default: target/image].
+    /// The directory to write to [default: target/image].
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
 }
 
-/// What was written.
+/// The image that was written.
 #[derive(Debug)]
 pub(crate) struct Written {
     pub(crate) archive: PathBuf,
@@ -74,7 +73,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
 /// Writes the image of a binary into a directory.
 ///
 /// # Errors
-/// When the binary is none that runs on an empty base, or the tree's packages cannot be listed.
+/// If the binary does not run on an empty base, or the tree's packages cannot be listed.
 pub(crate) fn write(
     workspace: &Workspace,
     binary: &Path,
@@ -91,7 +90,7 @@ pub(crate) fn write(
     let root = output.join("layout");
     let entries = [Entry::File(PROGRAM.to_owned(), binary.to_owned())];
     let labels = labels(workspace);
-    // First as it goes into the archive, then with what refers to it.
+    // First the image for the archive, then also what refers to it.
     let mut layout = Layout::create(&root)?;
     let layer = layout.compressed_layer(&entries)?;
     let names = [name.to_owned()];
@@ -106,8 +105,8 @@ pub(crate) fn write(
     Ok(Written { archive, digest: image.digest().to_string() })
 }
 
-/// Root, since programs and devices want capabilities that nobody else gets from a container's
-/// runtime; there is nothing else in the image that root could use.
+/// Returns the configuration. The user is root, since programs and devices need capabilities that
+/// container runtimes give to nobody else; the image contains nothing else that root could use.
 fn config(labels: &BTreeMap<String, String>) -> Result<Config> {
     let config = ConfigBuilder::default()
         .user("0:0")
@@ -129,7 +128,7 @@ fn labels(workspace: &Workspace) -> BTreeMap<String, String> {
                 "A Service load balancer in the kernel, for Kubernetes nodes under any CNI",
             ),
             (ANNOTATION_VERSION, env!("CARGO_PKG_VERSION")),
-            // The kernel programs in it may be used under GPL-2.0 as well.
+            // The embedded kernel programs may be used under GPL-2.0 as well.
             (ANNOTATION_LICENSES, "Apache-2.0"),
         ]
         .map(|(key, value)| (key.to_owned(), value.to_owned())),
@@ -140,7 +139,7 @@ fn labels(workspace: &Workspace) -> BTreeMap<String, String> {
     labels
 }
 
-/// The commit, if the tree is exactly that.
+/// Returns the commit, if the tree has no changes.
 fn revision(workspace: &Workspace) -> Option<String> {
     let git = |args: &[&str]| Cmd::new("git").dir(workspace.root()).args(args).probe().ok();
     let is_clean = git(&["status", "--porcelain"])?.trim().is_empty();
@@ -148,7 +147,7 @@ fn revision(workspace: &Workspace) -> Option<String> {
     is_clean.then_some(commit)
 }
 
-/// A name has a tag: what is imported without one cannot be told from the next.
+/// Checks that a name has a tag: images without one cannot be distinguished once imported.
 fn full_name(text: &str) -> Result<String> {
     let last = text.rsplit('/').next().unwrap_or(text);
     let tagged =

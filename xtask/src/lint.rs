@@ -29,7 +29,7 @@ pub(crate) fn run(workspace: &Workspace, toolchain: &Toolchain) -> Result<()> {
     let deny = Cmd::new(tools::DENY.obtain(&cache)?).dir(workspace.root()).arg("--color=never");
     step("deny", deny.args(["check", "bans", "licenses", "sources"]))?;
     step("clippy", cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-    // For the host they compile to nothing.
+    // The programs are empty when they are compiled for the host.
     for (name, features) in
         [("kernel programs", ""), ("kernel programs of the next layout", "next-layout")]
     {

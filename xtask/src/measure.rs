@@ -1,4 +1,4 @@
-//! Loads the object once, attaches and pins nothing, and weighs its programs.
+//! Loads the object once, without attaching or pinning anything, and measures its programs.
 
 use std::error::Error as _;
 use std::fs;
@@ -15,7 +15,7 @@ use crate::budget::Budget;
 use crate::stack;
 use crate::workspace::Workspace;
 
-/// How much of a verifier log to print: the reason stands at its end.
+/// The length of the end of a verifier log that is printed; the reason is there.
 const LOG_LINES: usize = 40;
 
 struct Weight {
@@ -23,24 +23,24 @@ struct Weight {
     kind: String,
     /// Instructions after the kernel's own rewriting.
     instructions: u32,
-    /// Instructions the verifier went through, every path counted.
+    /// Instructions that the verifier processed on all paths.
     verified: u32,
     /// Bytes of the deepest stack, as kernel 6.1 counts them.
     stack: u32,
 }
 
-/// Prints a table of all programs, as root and where the kernel lets us.
+/// Prints a table of all programs, if this is root and the kernel allows it.
 ///
 /// # Errors
-/// When a program does not load or is over its budget.
+/// If a program does not load or is over its budget.
 pub(crate) fn report(workspace: &Workspace, object: &Path) -> Result<()> {
     report_round(workspace, object, None)
 }
 
-/// The same for every round in which programs read two layouts, of an object that has them.
+/// Like [`report`], for each round of a change of layout in which the programs read two layouts.
 ///
 /// # Errors
-/// As [`report`].
+/// Those of [`report`].
 pub(crate) fn report_rounds(workspace: &Workspace, object: &Path) -> Result<()> {
     for round in [Round::Settled, Round::WritesPrevious, Round::WritesCurrent] {
         println!("next layout, {round:?}:");
@@ -104,8 +104,8 @@ fn load_maps(object: &Path, round: Option<Round>) -> Result<Ebpf> {
         let _ = loader.override_global(previous::ROUND, round, true);
     }
     loader
-        // No map of ours asks to be pinned by name. Should one do so, this
-        // makes it an error instead of a file in the system's bpffs.
+        // No map of ours asks to be pinned by name. If one did, this would make it an error instead
+        // of a file in the system's bpffs.
         .default_map_pin_directory("/dev/null")
         .load_file(object)
         .with_context(|| format!("cannot load {}", object.display()))
@@ -154,10 +154,9 @@ fn load(program: &mut Program) -> Result<(), ProgramError> {
         Program::SkReuseport(program) => program.load(),
         Program::CgroupSock(program) => program.load(),
         Program::CgroupDevice(program) => program.load(),
-        // Only the one kind of iterator that a balancer has a use for.
+        // The only kind of iterator that a load balancer uses.
         Program::Iter(program) => program.load("tcp", &Btf::from_sys_fs()?),
-        // These are verified against what they attach to, which only their
-        // user knows.
+        // These are verified against their attach target, which only their user knows.
         Program::Lsm(_)
         | Program::LsmCgroup(_)
         | Program::BtfTracePoint(_)
@@ -167,8 +166,7 @@ fn load(program: &mut Program) -> Result<(), ProgramError> {
     }
 }
 
-/// Keeps the whole of the verifier's log in a file, and says where with the
-/// end of it.
+/// Writes the whole verifier log to a file, and returns its end with the file's name.
 fn refusal(workspace: &Workspace, name: &str, error: &ProgramError) -> Result<String> {
     let log = error.to_string();
     let path = workspace.bpf_target_dir().join(format!("{name}.log"));
@@ -204,7 +202,7 @@ fn print(weights: &[Weight], budget: &Budget) {
     }
 }
 
-/// The width of a column under its title.
+/// Returns the width of a column with this title.
 fn width(title: &str, cells: impl Iterator<Item = usize>) -> usize {
     cells.max().unwrap_or(0).max(title.len())
 }

@@ -1,7 +1,7 @@
-//! How deep each program's stack is, told from the object: functions, their frames and their calls.
+//! The stack depth of each program, computed from the object: functions, their frames and calls.
 //!
 //! A program and everything that it calls share 512 bytes. Kernel 6.1 rounds each frame up to 32
-//! bytes, newer ones to less, so a program that loads on the kernel at hand may be refused there.
+//! bytes, newer kernels to less, so 6.1 may refuse a program that loads on a newer one.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,14 +11,14 @@ use object::elf::{self, FileHeader64};
 use object::read::elf::{FileHeader, Rel as _, SectionHeader as _, Sym as _};
 use object::{Endianness, SectionIndex};
 
-/// What a frame is rounded up to.
+/// The multiple that a frame is rounded up to.
 const ROUND: u32 = 32;
-/// Bytes of an instruction.
+/// The size of an instruction in bytes.
 const INSTRUCTION: usize = 8;
-/// The register that points to the frame's end.
+/// The register that points to the end of the frame.
 const FRAME: u8 = 10;
 
-/// A function: where it stands, and what it uses.
+/// A function: its position and what it uses.
 #[derive(Debug, Default)]
 struct Function {
     name: String,
@@ -29,7 +29,7 @@ struct Function {
 /// A section and an instruction in it.
 type Place = (usize, usize);
 
-/// The deepest way down of one program.
+/// The deepest call chain of a program.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Depth {
     /// Bytes of all frames.
@@ -47,7 +47,7 @@ impl fmt::Display for Depth {
     }
 }
 
-/// The deepest stack of each program of an object.
+/// Returns the deepest stack of each program of an object.
 pub(crate) fn depths(object: &[u8]) -> Result<BTreeMap<String, Depth>> {
     let functions = read(object)?;
     let called: Vec<_> =
@@ -59,7 +59,7 @@ pub(crate) fn depths(object: &[u8]) -> Result<BTreeMap<String, Depth>> {
         .collect()
 }
 
-/// The stack of a function and of the deepest that it calls.
+/// Returns the stack of a function with that of its deepest callee.
 fn depth(functions: &BTreeMap<Place, Function>, place: Place, level: u32) -> Result<Depth> {
     ensure!(level < 8, "functions call one another more than eight deep, which no kernel takes");
     let function =
@@ -82,7 +82,7 @@ fn read(object: &[u8]) -> Result<BTreeMap<Place, Function>> {
     let endian = header.endian()?;
     let sections = header.sections(endian, object)?;
     let symbols = sections.symbols(endian, object, elf::SHT_SYMTAB)?;
-    // Where a call leads that the linker left to the loader.
+    // The targets of calls that the linker left to the loader.
     let mut relocated = BTreeMap::new();
     for section in sections.iter() {
         let Some((relocations, _)) = section.rel(endian, object)? else { continue };
@@ -128,19 +128,20 @@ fn follow(
     let immediate = i32::from_le_bytes(immediate);
     let class = code & 7;
     let below = match class {
-        // Loads and stores beside the frame's end.
+        // Loads and stores relative to the frame's end.
         1 if source == FRAME => -i32::from(offset),
         2 | 3 if target == FRAME => -i32::from(offset),
         _ => 0,
     };
-    // A place's address is the frame's end and a negative number that is added to a copy of it. Any
-    // other subtraction of so little is taken for one too: rather too deep than not deep enough.
+    // The address of a slot is a copy of the frame's end plus a negative number. Any other addition
+    // of such a number counts as one too, which overestimates the depth rather than underestimates
+    // it.
     let below =
         if code == 0x07 && (-512..0).contains(&immediate) { below.max(-immediate) } else { below };
     function.frame = function.frame.max(u32::try_from(below).unwrap_or(0));
     // Calls of functions, not of helpers.
     if code == 0x85 && source == 1 {
-        // The loader has nothing to add where the call stays in its section.
+        // The loader does not relocate calls within a section.
         let (to, from) = relocated.get(&(section, at)).copied().unwrap_or((section, at));
         let Some(start) = from.checked_add_signed(immediate as isize + 1) else {
             bail!("{} calls something before its section", function.name)

@@ -1,13 +1,12 @@
 //! The compiler and linker for the eBPF object.
 //!
-//! Stable rustc has no core library for `bpfel-unknown-none`. Two compilers
-//! can do it: Debian's `rustc-web`, for which that library is a package, and a
-//! rustup nightly with `rust-src`, which builds it (`-Z build-std`). Both
-//! produce the same instructions here; whichever is installed is taken,
-//! Debian's first, because it needs nothing from the network.
+//! Stable rustc has no core library for `bpfel-unknown-none`. Two compilers have one: Debian's
+//! `rustc-web`, for which the library is a package, and a rustup nightly with `rust-src`, which
+//! builds it (`-Z build-std`). Both produce the same instructions here. Whichever is installed is
+//! used, preferably Debian's, because it needs nothing from the network.
 //!
-//! bpf-linker reads the compiler's bitcode, so its LLVM must be of the same
-//! major version. It is built once and kept in the cache.
+//! bpf-linker reads the compiler's bitcode, so its LLVM must have the same major version. It is
+//! built once and kept in the cache.
 
 use std::fmt;
 use std::fs;
@@ -31,9 +30,9 @@ const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 /// The LLVM of the `rustc-web` that apt would install.
 const DEBIAN_LLVM: u32 = 22;
 
-/// What rustup and cargo hand down to a child; none of it is meant for
-/// another compiler than the one that runs this program.
-const HANDED_DOWN: &[&str] = &[
+/// Variables that rustup and cargo set for children. They are meant for the compiler that built
+/// this program, not for another one.
+const INHERITED: &[&str] = &[
     "RUSTUP_TOOLCHAIN",
     "RUSTC",
     "RUSTC_WRAPPER",
@@ -45,7 +44,7 @@ const HANDED_DOWN: &[&str] = &[
     "LD_LIBRARY_PATH",
 ];
 
-/// Which compiler to take.
+/// The choice of a compiler.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Choice {
     /// One that is installed, else Debian's by apt-get (as root).
@@ -89,10 +88,10 @@ pub(crate) struct Toolchain {
 }
 
 impl Toolchain {
-    /// `cargo build` for the BPF target, up to the package and profile.
+    /// Returns `cargo build` for the BPF target, without package and profile.
     pub(crate) fn cargo_build(&self, workspace: &Workspace) -> Cmd {
         match &self.compiler {
-            // A plain `cargo` here is rustup's proxy, or the only one there is.
+            // A plain `cargo` is rustup's proxy, or the only one installed.
             Compiler::System { rustc, .. } => {
                 self.clean(workspace, workspace.cargo(), Some(rustc)).arg("build")
             }
@@ -107,11 +106,12 @@ impl Toolchain {
         }
     }
 
-    /// `cargo clippy` for the BPF target, up to the package and profile. Clippy reads what its own
-    /// compiler wrote, so it comes with that compiler; Debian's is installed where it is missing.
+    /// Returns `cargo clippy` for the BPF target, without package and profile. Clippy reads
+    /// metadata of its own compiler only, so it comes with that compiler; Debian's is installed if
+    /// missing.
     ///
     /// # Errors
-    /// Says what to install when it is missing and this is not root.
+    /// Says what to install if it is missing and this is not root.
     pub(crate) fn cargo_clippy(&self, workspace: &Workspace) -> Result<Cmd> {
         match &self.compiler {
             Compiler::System { rustc, .. } => {
@@ -135,7 +135,7 @@ impl Toolchain {
 
     fn clean(&self, workspace: &Workspace, command: Cmd, rustc: Option<&PathBuf>) -> Cmd {
         let command = command
-            .without_env(HANDED_DOWN)
+            .without_env(INHERITED)
             .dir(workspace.root())
             .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", &self.linker);
         match rustc {
@@ -157,13 +157,13 @@ impl fmt::Display for Toolchain {
     }
 }
 
-/// Finds a compiler and its linker, installing what is missing where it can.
+/// Finds a compiler and its linker, and installs what is missing if it can.
 ///
 /// # Errors
-/// Says what to install when nothing was found and this is not root.
+/// Says what to install if nothing was found and this is not root.
 pub(crate) fn obtain(cache: &Cache, choice: Choice) -> Result<Toolchain> {
     let mut found = candidates(choice);
-    // The first that needs no package, else the first.
+    // Prefer one that needs no package.
     found.sort_by_key(|compiler| missing_llvm(cache, compiler.llvm_major()).is_some());
     let compiler = match found.into_iter().next() {
         Some(compiler) => compiler,
@@ -187,7 +187,7 @@ fn install_compiler(choice: Choice) -> Result<Compiler> {
     if choice == Choice::Nightly {
         bail!("no usable rustup nightly with rust-src; install it with: {NIGHTLY}");
     }
-    // The linker's LLVM is wanted a moment later: one apt-get for both.
+    // The linker will need LLVM: one apt-get for both.
     let llvm = llvm_package(DEBIAN_LLVM);
     let packages: Vec<_> = packages::BPF_RUSTC.iter().copied().chain([llvm.as_str()]).collect();
     packages::install(&packages).with_context(|| {
@@ -204,7 +204,7 @@ fn is_usable(version: &Rustc) -> bool {
 
 fn find_system() -> Option<Compiler> {
     programs("rustc").find_map(|rustc| {
-        let ask = |args: &[&str]| Cmd::new(&rustc).without_env(HANDED_DOWN).args(args).probe().ok();
+        let ask = |args: &[&str]| Cmd::new(&rustc).without_env(INHERITED).args(args).probe().ok();
         let sysroot = ask(&["--print", "sysroot"])?;
         if !Path::new(sysroot.trim()).join("lib/rustlib/bpfel-unknown-none").is_dir() {
             return None;
@@ -217,8 +217,8 @@ fn find_system() -> Option<Compiler> {
 fn find_nightly() -> Option<Compiler> {
     let ask = |args: &[&str]| {
         Cmd::new("rustup")
-            .without_env(HANDED_DOWN)
-            // Asking must not install a toolchain.
+            .without_env(INHERITED)
+            // A question must not install a toolchain.
             .env("RUSTUP_AUTO_INSTALL", "0")
             .args(["run", "nightly", "rustc"])
             .args(args)
@@ -242,7 +242,7 @@ fn linker_entry(llvm_major: u32) -> String {
     format!("tools/bpf-linker-{LINKER_VERSION}-llvm-{llvm_major}")
 }
 
-/// Runs it: the file may be there while the LLVM it was linked with is not.
+/// Whether the linker runs: its file may exist while the LLVM that it was linked with does not.
 fn linker_works(directory: &Path) -> bool {
     Cmd::new(linker_in(directory))
         .arg("--version")
@@ -254,13 +254,13 @@ fn linker_in(directory: &Path) -> PathBuf {
     directory.join("bin/bpf-linker")
 }
 
-/// The package to install before the linker can be had, if any.
+/// Returns the package that the linker needs before it can be built, if any.
 fn missing_llvm(cache: &Cache, major: u32) -> Option<String> {
     let has_linker = linker_works(&cache.path(&linker_entry(major)));
     (!has_linker && llvm_prefix(major).is_none()).then(|| llvm_package(major))
 }
 
-/// The prefix of an LLVM of that version with its libraries for developers.
+/// Returns the prefix of an LLVM of that version with its development files.
 fn llvm_prefix(major: u32) -> Option<PathBuf> {
     let of = |config: PathBuf| {
         let version = Cmd::new(&config).arg("--version").probe().ok()?;
@@ -300,7 +300,7 @@ fn build_linker(directory: &Path, llvm_major: u32, llvm_prefix: &Path) -> Result
     ));
     let build = directory.join("build");
     Cmd::new("cargo")
-        .without_env(HANDED_DOWN)
+        .without_env(INHERITED)
         .args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked"])
         .args(["--no-default-features", "--features", &format!("llvm-{llvm_major}")])
         .arg("--root")

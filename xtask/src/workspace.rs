@@ -1,4 +1,4 @@
-//! Where the sources are, and cargo as every step here calls it.
+//! The source tree, and cargo as every step calls it.
 
 use std::env;
 use std::ffi::OsString;
@@ -7,19 +7,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use sluice_cluster::process::Cmd;
 
-/// The environment variable by which the agent's build script finds the eBPF
-/// object it embeds.
+/// The environment variable by which the agent's build script finds the eBPF object.
 pub(crate) const OBJECT_ENV: &str = "SLUICE_BPF_OBJECT";
 
-/// The source tree this xtask was built from.
+/// The source tree.
 pub(crate) struct Workspace {
     root: PathBuf,
 }
 
 impl Workspace {
-    /// Finds the tree by the manifest that cargo names at run time, so that a
-    /// binary shared between checkouts through one target directory works on
-    /// the checkout it is called in.
+    /// Finds the tree by the manifest that cargo names at run time, so that a binary in a target
+    /// directory shared between checkouts works on the checkout that it is called in.
     pub(crate) fn find() -> Result<Self> {
         let manifest_dir = env::var_os("CARGO_MANIFEST_DIR")
             .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
@@ -28,34 +26,34 @@ impl Workspace {
         Ok(Self { root })
     }
 
-    /// The directory of the workspace's Cargo.toml.
+    /// Returns the directory of the workspace's Cargo.toml.
     pub(crate) fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Where the eBPF build puts its artifacts: a target directory of its own,
-    /// so that it never waits for a host build.
+    /// Returns the target directory of eBPF builds, which is separate so that they never wait for a
+    /// host build.
     pub(crate) fn bpf_target_dir(&self) -> PathBuf {
         self.root.join("target/bpf")
     }
 
-    /// The finished eBPF object.
+    /// Returns the path of the finished eBPF object.
     pub(crate) fn object(&self) -> PathBuf {
         self.bpf_target_dir().join("sluice.o")
     }
 
-    /// The finished eBPF object of the layout that tests upgrade to.
+    /// Returns the path of the eBPF object of the layout that tests upgrade to.
     pub(crate) fn next_object(&self) -> PathBuf {
         self.bpf_target_dir().join("sluice-next.o")
     }
 
-    /// The finished eBPF object of the benchmark.
+    /// Returns the path of the eBPF object of the benchmark.
     pub(crate) fn bench_object(&self) -> PathBuf {
         self.bpf_target_dir().join("sluice-bench.o")
     }
 
-    /// Cargo for the host, in the workspace's root, with the eBPF object for
-    /// the agent to embed if it has been built.
+    /// Returns cargo for the host, in the workspace's root, with the eBPF object for the agent to
+    /// embed if it has been built.
     pub(crate) fn cargo(&self) -> Cmd {
         let program = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
         let command = Cmd::new(program).dir(&self.root).without_env(set_by_cargo_run());
@@ -64,9 +62,8 @@ impl Workspace {
     }
 }
 
-/// What `cargo run` tells this process about the xtask package. Handed down
-/// it would look to build scripts like a change of their own environment,
-/// and half the tree would be built again.
+/// Returns the variables by which `cargo run` describes the xtask package. To build scripts they
+/// would look like a change of their environment, and half the tree would be built again.
 fn set_by_cargo_run() -> Vec<OsString> {
     env::vars_os()
         .map(|(name, _)| name)

@@ -1,6 +1,6 @@
 //! What packets that nobody has answered cost others: nothing.
 //!
-//! alone
+//! alone: idle_connections one_client
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};

@@ -1,8 +1,8 @@
-//! The API server as a pod of `kube-system`, as on most clusters: deleting the pod starts the API
-//! server again.
+//! The API server as a pod of `kube-system`, as on most clusters: deleting the pod restarts the API
+//! server.
 //!
-//! The pod is nothing but the object. It is bound to no node, since the control plane's host is
-//! none, and says itself that it runs.
+//! The pod is only an object. It is bound to no node, since the control plane's host is none, and
+//! its status is written here.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -18,8 +18,7 @@ use crate::state::State;
 const NAMESPACE: &str = "--namespace=kube-system";
 const POD: &str = "pod/kube-apiserver";
 
-/// By this label Kubernetes' tests find it, to delete it. No scheduler has the name that is asked
-/// for.
+/// The pod. Kubernetes' tests find it by its label, to delete it. No scheduler has the name in it.
 const MANIFEST: &str = "\
 apiVersion: v1
 kind: Pod
@@ -39,10 +38,10 @@ spec:
 const STATUS: &str =
     r#"{"status":{"phase":"Running","conditions":[{"type":"Ready","status":"True"}]}}"#;
 
-/// How long to leave an API server alone that does not answer.
+/// The pause after an API server did not answer.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// Shows the pod, and starts the API server again whenever it has been deleted.
+/// Keeps the pod, and restarts the API server whenever the pod has been deleted.
 pub(crate) fn keep(state: &State, components: &Components, kubectl: &Kubectl) -> ! {
     let mut is_shown = false;
     loop {
@@ -54,7 +53,7 @@ pub(crate) fn keep(state: &State, components: &Components, kubectl: &Kubectl) ->
             }
             Ok(_) if !is_shown => show(state, kubectl).map(|()| is_shown = true),
             Ok(_) => {
-                // It fails when the API server goes away, or after an hour: the next look tells.
+                // Fails when the API server goes away, or after an hour: the next round finds out.
                 drop(kubectl.run(["wait", "--for=delete", POD, NAMESPACE, "--timeout=1h"]));
                 Ok(())
             }
@@ -88,7 +87,7 @@ fn show(state: &State, kubectl: &Kubectl) -> Result<()> {
     patched.map(drop)
 }
 
-/// As a crash would: without a word to its clients.
+/// Restarts it as a crash would, without closing the connections of its clients.
 fn start_again(state: &State, components: &Components) -> Result<()> {
     if let Some(process) = Process::recorded(state, control_plane::API_SERVER_NAME) {
         process.kill();

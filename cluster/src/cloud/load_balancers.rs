@@ -1,10 +1,9 @@
-//! Load balancers that pass packets on as they are: an address a family for every Service of the
-//! type LoadBalancer, and on the bridge a route from each to the nodes, chosen anew by every
-//! connection.
+//! Load balancers that pass packets on unchanged: one address per family for every Service of the
+//! type LoadBalancer, and on the bridge a route from each to the nodes, by connection.
 //!
-//! Of a Service with the external traffic policy Local, the route leads to the nodes whose health
-//! check answers 200. With session affinity it leads to one node: the kernel that chooses would
-//! look at ports, too.
+//! For a Service with the external traffic policy Local the route leads to the nodes whose health
+//! check answers 200. With session affinity it leads to one node, because the kernel would choose
+//! by ports, too.
 
 mod pool;
 mod service;
@@ -30,16 +29,16 @@ use crate::namespace::Namespace;
 use crate::network::BRIDGE;
 use crate::state::State;
 
-/// How often health checks are asked.
+/// The interval of health checks.
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// How long one may take.
+/// The timeout of a health check.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Serves the cluster's Services for ever; returns only if it cannot begin.
+/// Serves the cluster's Services for ever. Returns only if it cannot begin.
 pub(crate) fn serve(state: &State, kubectl: &Kubectl, nodes: u8) -> Result<()> {
     let bridge = Namespace::named(state, BRIDGE);
-    // Of an earlier process.
+    // Routes of an earlier process.
     bridge.enter(|| {
         let flush = |args: [&str; 5]| Cmd::new("ip").args(args).run();
         flush(["-4", "route", "flush", "root", LOAD_BALANCERS])?;
@@ -61,7 +60,7 @@ pub(crate) fn serve(state: &State, kubectl: &Kubectl, nodes: u8) -> Result<()> {
     loop {
         match changes.recv_timeout(INTERVAL) {
             Ok(()) => {
-                // What changes with it is in the same list.
+                // Further changes are in the same list.
                 while changes.try_recv().is_ok() {}
                 match list(kubectl) {
                     Ok(found) => services = found,
@@ -75,7 +74,7 @@ pub(crate) fn serve(state: &State, kubectl: &Kubectl, nodes: u8) -> Result<()> {
     }
 }
 
-/// Tells of every change of any Service, and at the beginning of all there are, for ever.
+/// Reports all Services, and then every change of one, for ever.
 fn watch(kubectl: &Kubectl, changed: &Sender<()>) -> ! {
     loop {
         let watched = kubectl.follow(
@@ -85,7 +84,7 @@ fn watch(kubectl: &Kubectl, changed: &Sender<()>) -> ! {
         if let Err(error) = watched {
             eprintln!("{error:#}");
         }
-        // The API server has ended it, or is away.
+        // The API server has ended it, or does not answer.
         sleep(INTERVAL);
     }
 }
@@ -102,12 +101,12 @@ struct LoadBalancers<'a> {
     bridge: Namespace,
     nodes: Vec<NodeNumber>,
     pool: Pool,
-    /// The nodes that an address is routed to.
+    /// Returns the nodes that an address is routed to.
     routes: BTreeMap<IpAddr, Vec<NodeNumber>>,
 }
 
 impl LoadBalancers<'_> {
-    /// Does what the Services ask for. What fails is tried again by the next call.
+    /// Does what the Services request. The next call retries what fails.
     fn follow(&mut self, services: &[Service]) {
         for service in services {
             let done =
@@ -145,7 +144,7 @@ impl LoadBalancers<'_> {
         Ok(())
     }
 
-    /// Takes back what the Service was given, if anything.
+    /// Takes the addresses and routes of the Service back, if it has any.
     fn withdraw(&mut self, service: &Service) -> Result<()> {
         for address in self.pool.take(service.uid()) {
             self.route(address, &[])?;
@@ -221,7 +220,7 @@ impl LoadBalancers<'_> {
     }
 }
 
-/// Whether a node answers 200 there.
+/// Whether the health check of a node answers 200.
 fn is_healthy(node: NodeNumber, port: u16) -> bool {
     let ask = || -> Result<bool> {
         let address = SocketAddr::new(node.ipv4().parse()?, port);

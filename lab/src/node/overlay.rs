@@ -15,8 +15,8 @@ pub enum Overlay {
     /// Plain routes on the segment the nodes share; the router knows the pods' ranges too.
     #[default]
     None,
-    /// A `vxlan0` device on every node, as flannel makes it: static neighbours, MTU 1450. The router
-    /// knows no pods.
+    /// A `vxlan0` device on every node, as flannel makes it: static neighbours, MTU 1450. The
+    /// router knows no pods.
     Vxlan,
     /// A headerless (`ARPHRD_NONE`) `tun0` on every node, whose packets a process relays over UDP;
     /// MTU 1450. The router knows no pods.

@@ -1,9 +1,10 @@
-//! The bill of materials: what is linked into the binary, as CycloneDX 1.6 (ECMA-424) in JSON.
+//! The bill of materials: everything that is linked into the binary, as CycloneDX 1.6 (ECMA-424) in
+//! JSON.
 //!
-//! Not what the workspace knows, but what cargo links for this one program: normal dependencies
-//! with the features that a build of the package alone has, without procedural macros; the same of
-//! the kernel programs that are embedded; and what the compiler adds, Rust's standard library and
-//! the C library. No time and no random number: the same binary gives the same document.
+//! It lists what cargo links for this one program, not the whole workspace: normal dependencies
+//! with the features of a build of the package alone, without procedural macros; the same for the
+//! embedded kernel programs; and what the compiler adds, Rust's standard library and the C library.
+//! It contains neither a time nor a random number: the same binary gives the same document.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,14 +20,14 @@ use crate::workspace::Workspace;
 /// CycloneDX in JSON, as registered.
 pub(super) const MEDIA_TYPE: &str = "application/vnd.cyclonedx+json";
 
-/// What a package is linked into, by the words of the document.
+/// The programs that a package can be linked into, in the words of the document.
 const AGENT: &str = "agent";
 const KERNEL: &str = "kernel programs";
 
 /// The target of the kernel programs.
 const BPF: &str = "bpfel-unknown-none";
 
-/// The document about a binary of this tree with that digest.
+/// Returns the document about the binary of this tree with that digest.
 pub(super) fn of(workspace: &Workspace, digest: &str) -> Result<Vec<u8>> {
     let rustc = Cmd::new("rustc").dir(workspace.root()).arg("-vV").stdout()?;
     let rustc = Rustc::parse(&rustc).context("cannot read `rustc -vV`")?;
@@ -47,7 +48,7 @@ pub(super) fn of(workspace: &Workspace, digest: &str) -> Result<Vec<u8>> {
     Ok(text.into_bytes())
 }
 
-/// What cargo would link for a package alone: a line each, depth first, with its depth in front.
+/// Returns what cargo would link for a package alone: one line each, depth first, after its depth.
 fn tree(workspace: &Workspace, package: &str, target: &str) -> Result<String> {
     workspace
         .cargo()
@@ -65,7 +66,7 @@ fn tree(workspace: &Workspace, package: &str, target: &str) -> Result<String> {
         .with_context(|| format!("cannot list what is linked into {package}"))
 }
 
-/// The C library that a static binary takes along is this machine's.
+/// Returns this machine's C library, which a static binary contains.
 fn glibc() -> Result<String> {
     let answer = Cmd::new("getconf").arg("GNU_LIBC_VERSION").stdout()?;
     let version =
@@ -79,7 +80,7 @@ type Id = (String, String);
 #[derive(Default)]
 struct Packages {
     found: BTreeMap<Id, Package>,
-    /// What each tree began with.
+    /// The root of each tree.
     roots: Vec<Id>,
 }
 
@@ -93,7 +94,7 @@ struct Package {
 }
 
 impl Packages {
-    /// Takes in the lines of a tree.
+    /// Adds the lines of a tree.
     fn read(&mut self, part: &'static str, tree: &str) -> Result<()> {
         let mut path: Vec<Id> = Vec::new();
         for line in tree.lines().filter(|line| !line.is_empty()) {
@@ -109,7 +110,7 @@ impl Packages {
             let id: Id = (name.to_owned(), version.to_owned());
             path.truncate(depth);
             let entry = self.found.entry(id.clone()).or_default();
-            // Before SPDX's grammar, cargo had a slash for "or".
+            // Before cargo used SPDX's grammar, a slash meant "or".
             entry.license = license.replace(" / ", " OR ").replace('/', " OR ");
             entry.is_own = words.next().is_some_and(|place| place.starts_with('('));
             let _new = entry.parts.insert(part);
@@ -133,7 +134,7 @@ fn unknown(line: &str) -> anyhow::Error {
     anyhow::anyhow!("cargo tree printed a line of another form: {line}")
 }
 
-/// The checksums of packages' archives, from Cargo.lock.
+/// Returns the checksums of packages' archives, from Cargo.lock.
 fn checksums(lock: &str) -> Result<BTreeMap<Id, String>> {
     #[derive(Deserialize)]
     struct Lock {
@@ -230,8 +231,7 @@ fn document(
     }))
 }
 
-/// A number of its own for each binary: a UUID of version 8 (RFC 9562, section 5.8) from its
-/// digest.
+/// Returns an identifier of a binary: a UUID of version 8 (RFC 9562, section 5.8) from its digest.
 fn serial(digest: &str) -> String {
     let part = |from: usize, to: usize| digest.get(from..to).unwrap_or_default();
     format!(
@@ -264,7 +264,7 @@ mod tests {
         assert!(found("a", "1.0.0").is_own && !found("b", "2.0.0").is_own);
         assert!(packages.read(AGENT, "").is_err() && packages.read(AGENT, "0|a\n").is_err());
 
-        // What comes from a registry is there with its checksum, or there is no document.
+        // A package of a registry without its checksum is an error.
         let sums = |names: &[&str]| {
             names
                 .iter()

@@ -1,4 +1,4 @@
-//! How wide comments and papers are: rustfmt breaks code alone.
+//! Checks the width of comments and documents, since rustfmt breaks only code.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,9 +7,9 @@ use anyhow::{Context, Result, ensure};
 
 use crate::workspace::Workspace;
 
-/// As many columns as rustfmt gives code.
+/// The width that rustfmt gives code.
 const COLUMNS: usize = 100;
-/// Where sources and papers are.
+/// The folders of sources and documents.
 const FOLDERS: [&str; 11] = [
     "common",
     "core",
@@ -24,10 +24,10 @@ const FOLDERS: [&str; 11] = [
     "deploy",
 ];
 
-/// Finds lines of comments and papers that are too wide.
+/// Finds lines of comments and documents that are too wide.
 ///
 /// # Errors
-/// When there are any, or a file cannot be read.
+/// If there are any, or a file cannot be read.
 pub(super) fn check(workspace: &Workspace) -> Result<()> {
     let mut files = Vec::new();
     for folder in FOLDERS {
@@ -58,7 +58,7 @@ fn is_checked(file: &Path) -> bool {
     file.extension().is_some_and(|extension| extension == "rs" || extension == "md")
 }
 
-/// Adds every file of a folder, and of those in it.
+/// Adds every file of a folder and of the folders in it.
 pub(super) fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for entry in
         fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?
@@ -73,8 +73,8 @@ pub(super) fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// The numbers of the lines that are too wide, from 1. A table's row, a picture and what is quoted
-/// are as wide as they are.
+/// Returns the numbers of the lines that are too wide, from 1. Rows of tables, drawings and
+/// quotations may have any width.
 fn wide_lines(text: &str, is_paper: bool) -> Vec<usize> {
     let mut is_quoted = false;
     let mut wide = Vec::new();
@@ -94,7 +94,7 @@ fn wide_lines(text: &str, is_paper: bool) -> Vec<usize> {
     wide
 }
 
-/// What a comment says that a line consists of.
+/// Returns the text of a line that consists of a comment.
 fn comment(line: &str) -> Option<&str> {
     let behind = line.trim_start().strip_prefix("//")?;
     let behind = behind.strip_prefix(['/', '!']).unwrap_or(behind);

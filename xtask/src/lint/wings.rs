@@ -1,4 +1,5 @@
-//! Which way the agent's wings use each other: `tools -> daemon -> node`, and all of them the core.
+//! Checks the direction in which the agent's wings use each other: `tools -> daemon -> node`, and
+//! all of them the core.
 
 use std::fs;
 use std::path::Path;
@@ -8,22 +9,22 @@ use anyhow::{Context, Result, ensure};
 use super::columns::collect;
 use crate::workspace::Workspace;
 
-/// The wings, from the one that uses no other to the one that uses all.
+/// The wings, from the one that uses no other to the one that uses all others.
 const WINGS: [&str; 3] = ["node", "daemon", "tools"];
-/// Crates that one module alone uses.
+/// Crates that only one module may use.
 const WALLED: [(&str, &str); 4] = [
     ("aya", "node/dataplane"),
     ("aya_obj", "node/dataplane"),
     ("k8s_openapi", "daemon/source"),
     ("kube", "daemon/source"),
 ];
-/// Crates that the core does without.
+/// Crates that the core must not use.
 const OUTSIDE_OF_CORE: [&str; 6] = ["aya", "k8s-openapi", "kube", "libc", "rtnetlink", "tokio"];
 
-/// Finds imports that run upward, through a wall, or out of the core.
+/// Finds imports that point upward, through a wall, or out of the core.
 ///
 /// # Errors
-/// When there are any, or a file cannot be read.
+/// If there are any, or a file cannot be read.
 pub(super) fn check(workspace: &Workspace) -> Result<()> {
     let root = workspace.root().join("agent/src");
     let mut files = Vec::new();
@@ -57,13 +58,13 @@ fn read(file: &Path) -> Result<String> {
     fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))
 }
 
-/// The lines of a file that use what its module must not know, from 1, with its name.
+/// Returns the lines of a file, from 1, that use what its module must not know, with the name.
 fn refused<'t>(path: &Path, text: &'t str) -> Vec<(usize, &'t str)> {
     let module = path.with_extension("");
     let depth = module.components().count();
     let own = WINGS.iter().position(|wing| module.starts_with(wing));
     let is_above = |name: &str| {
-        // A list of wings (`crate::{..}`) hides which.
+        // A list (`crate::{..}`) hides which wings it names.
         own.is_some_and(|own| {
             name.is_empty() || WINGS.iter().skip(own + 1).any(|wing| *wing == name)
         })
@@ -91,7 +92,7 @@ fn refused<'t>(path: &Path, text: &'t str) -> Vec<(usize, &'t str)> {
     found
 }
 
-/// The lines of the core's manifest that name a crate it does without, from 1.
+/// Returns the lines of the core's manifest, from 1, that name a crate which it must not use.
 fn outside(manifest: &str) -> Vec<(usize, &str)> {
     let name = |line: &'_ str| line.find(|at: char| " .=".contains(at)).unwrap_or(line.len());
     let names = manifest.lines().map(|line| line.get(..name(line)).unwrap_or_default());

@@ -1,8 +1,8 @@
-//! `cargo xtask test e2e`: Kubernetes' own tests of Services and DNS against a real cluster
-//! ([`crate::cluster`]), and beside each result what the real kube-proxy got on the same cluster.
+//! `cargo xtask test e2e`: Kubernetes' own tests of Services and DNS on a real cluster
+//! ([`crate::cluster`]), with the result of the real kube-proxy on the same cluster next to each.
 //!
-//! `xtask/e2e/kube-proxy.txt` holds kube-proxy's results, one spec a line;
-//! `--proxy kube-proxy --record` makes it.
+//! `xtask/e2e/kube-proxy.txt` has kube-proxy's results, one spec per line;
+//! `--proxy kube-proxy --record` writes it.
 
 mod report;
 
@@ -29,13 +29,13 @@ use crate::workspace::Workspace;
 use self::report::{Outcome, Results};
 use super::libtest::Counts;
 
-/// All that is about Services, DNS and the network between pods.
+/// The specs about Services, DNS and the network between pods.
 const FOCUS: &str = r"\[sig-network\]";
 
-/// What no Service proxy could pass here. `docs/e2e.md` says why.
+/// The specs that no Service proxy could pass here, for the reasons in `docs/e2e.md`.
 const SKIP: &str = r"\[Alpha\]|\[Feature:(Networking-|SCTPConnectivity|Ingress\]|KubeProxy|PerformanceDNS|OffByDefault)|NetworkPolicy|Netpol|Loadbalancing|Forward PTR lookup";
 
-/// Those that tell most in the least time, each by a part of its name.
+/// The most telling specs for their time, each by a part of its name.
 const BRIEF: &[&str] = &[
     "should serve multiport endpoints from pods",
     "should be rejected when no endpoints exist",
@@ -65,35 +65,35 @@ const BRIEF: &[&str] = &[
 /// Options of `cargo xtask test e2e`.
 #[derive(Args)]
 pub(super) struct Options {
-    /// Which specs, by a regular expression over their full names.
+    /// Specs to run, as a regular expression over their full names.
     #[arg(long, default_value = FOCUS)]
     focus: String,
-    /// Which of those not.
+    /// Specs to leave out, as a regular expression.
     #[arg(long, default_value = SKIP)]
     skip: String,
-    /// What serves the Services.
+    /// The proxy that serves the Services.
     #[arg(long, value_enum, default_value_t)]
     proxy: Proxy,
-    /// How pods are connected to their node.
+    /// The way pods are connected to their node.
     #[arg(long, value_enum, default_value_t)]
     cni: Cni,
-    /// This binary of Sluice, instead of a release built from this tree.
+    /// A binary of Sluice to use instead of a release built from this tree.
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
-    /// How many nodes the cluster has: 6, since some specs want two in each of three zones, or 3
-    /// with `--brief`.
+    /// Number of nodes [default: 6, since some specs need two in each of three zones, or 3 with
+    /// --brief].
     #[arg(long, value_parser = clap::value_parser!(u8).range(2..=20))]
     nodes: Option<u8>,
-    /// How many specs run at once; those that are disruptive run alone, after all others.
+    /// Number of specs that run in parallel; disruptive ones run alone, after all others.
     #[arg(long, default_value_t = 5)]
     procs: u8,
-    /// Only the specs that `cargo xtask test` runs.
+    /// Run only the specs that `cargo xtask test` runs.
     #[arg(long, conflicts_with_all = ["focus", "skip", "record"])]
     brief: bool,
-    /// Leave the cluster up afterwards.
+    /// Keep the cluster afterwards.
     #[arg(long)]
     keep: bool,
-    /// Keep the results as those to compare with.
+    /// Record the results as those to compare with.
     #[arg(long)]
     record: bool,
 }
@@ -107,7 +107,7 @@ impl Options {
         }
     }
 
-    /// After that a run that hangs is ended.
+    /// Returns the time after which a run that hangs is ended.
     fn timeout(&self) -> &'static str {
         if self.brief { "--timeout=10m" } else { "--timeout=3h" }
     }
@@ -117,7 +117,7 @@ impl Options {
     }
 }
 
-/// Runs the specs and prints those that did not pass, or did not end as with kube-proxy.
+/// Runs the specs and prints those that did not pass, or whose outcome differs from kube-proxy's.
 pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> Result<Counts> {
     ensure!(
         !options.record || options.proxy == Proxy::KubeProxy,
@@ -162,14 +162,14 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
     })
 }
 
-/// Which specs run in one call of ginkgo.
+/// The specs of one call of ginkgo.
 enum Pass {
     Together,
     Alone,
 }
 
 impl Pass {
-    /// Of its log and its report.
+    /// Returns the name of its log and its report.
     fn name(&self) -> &'static str {
         match self {
             Self::Together => "together",
@@ -177,7 +177,7 @@ impl Pass {
         }
     }
 
-    /// Of the specs' labels.
+    /// Returns the filter for the labels of specs.
     fn filter(&self) -> &'static str {
         match self {
             Self::Together => "!Disruptive",
@@ -245,20 +245,20 @@ fn run_pass(
             step.note(&format!("{} done", done(&log)));
             sleep(Duration::from_secs(1));
         }
-        // Its exit status tells of failed specs, as the report does.
+        // Its exit status only says that specs failed, as the report does.
         step.done(format!("{} done", done(&log)));
         Ok(())
     })?;
     Results::of_ginkgo(&json)
-        .with_context(|| format!("ginkgo left no report; what it said is in {}", log.display()))
+        .with_context(|| format!("ginkgo wrote no report; its output is in {}", log.display()))
 }
 
-/// Where ginkgo's logs and reports go.
+/// Returns the directory of ginkgo's logs and reports.
 fn directory(workspace: &Workspace) -> PathBuf {
     workspace.root().join("target/e2e")
 }
 
-/// How many specs have ended: one line each begins with a bullet.
+/// Returns the number of specs that have ended: for each, one line begins with a bullet.
 fn done(log: &Path) -> usize {
     File::open(log).map_or(0, |file| {
         BufReader::new(file)

@@ -112,8 +112,7 @@ pub(super) fn jobs(tier: Tier, binary: &Binary, filter: &[String]) -> Result<Vec
             .into_iter()
             .map(|test| {
                 let source = binary.module(module_of(&test))?;
-                let share =
-                    if directive(&source, "alone").is_some() { Share::Alone } else { Share::Third };
+                let share = if is_alone(&source, &test) { Share::Alone } else { Share::Third };
                 let command = of(std::slice::from_ref(&test));
                 Ok(job(test, command, share))
             })
@@ -145,6 +144,15 @@ fn module_of(test: &str) -> &str {
     test.split_once("::").map_or(test, |(module, _)| module)
 }
 
+/// Whether a test must run alone: its module says `alone`, or `alone: WORD ...` with a word of its
+/// name.
+fn is_alone(source: &str, test: &str) -> bool {
+    directive(source, "alone").is_some_and(|words| {
+        let words = words.trim_start_matches(':').trim();
+        words.is_empty() || words.split_whitespace().any(|word| test.contains(word))
+    })
+}
+
 /// Returns what follows a word at the beginning of a line of a module's own comment.
 fn directive<'a>(source: &'a str, word: &str) -> Option<&'a str> {
     source
@@ -164,6 +172,12 @@ mod tests {
         assert_eq!(directive(source, "test-threads:"), Some("4"));
         assert_eq!(directive(source, "alone"), None);
         assert_eq!(directive("//! Floods.\n//!\n//! alone\n", "alone"), Some(""));
+        assert!(is_alone("//! alone\n", "floods::a") && !is_alone("//! Floods.\n", "floods::a"));
+        let some = "//! alone: a_flood many\n";
+        assert!(
+            is_alone(some, "floods::a_flood_of_syns") && is_alone(some, "floods::many_clients")
+        );
+        assert!(!is_alone(some, "floods::a_silence"));
     }
 
     #[test]

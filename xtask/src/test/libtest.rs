@@ -1,8 +1,8 @@
-//! The lines by which libtest sums up a test binary, and xtask what it ran.
+//! Reads the lines in which libtest sums up a test binary, and xtask a run.
 
 use std::fmt;
 
-/// How many tests ended how.
+/// The numbers of tests by outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
     /// Tests that passed.
@@ -23,7 +23,7 @@ impl Counts {
 }
 
 impl Counts {
-    /// How many tests it is of.
+    /// Returns the number of all tests.
     pub(crate) fn all(self) -> u64 {
         self.passed + self.failed + self.skipped
     }
@@ -42,7 +42,7 @@ impl fmt::Display for Counts {
 
 /// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; ...`.
 ///
-/// What a forked child of a test wrote may stand on the same line before it.
+/// The output of a forked child of a test may precede it on the same line.
 pub(crate) fn parse_result(line: &str) -> Option<Counts> {
     let (_, result) = line.split_once("test result: ")?;
     let (_, counts) = result.split_once(". ")?;
@@ -81,7 +81,7 @@ fn parse_test(line: &str) -> Option<Counts> {
     Some(counts)
 }
 
-/// Reads the names of a listing: a line `name: test` each.
+/// Reads the names in a listing, which has a line `name: test` for each.
 pub(crate) fn parse_list(output: &str) -> Vec<String> {
     output.lines().filter_map(|line| Some(line.strip_suffix(": test")?.to_owned())).collect()
 }
@@ -97,7 +97,7 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    /// Takes the next piece.
+    /// Reads the next piece.
     pub(crate) fn push(&mut self, piece: &[u8]) {
         for part in piece.split_inclusive(|byte| *byte == b'\n') {
             self.line.extend_from_slice(part);
@@ -124,9 +124,9 @@ impl Reader {
         !self.line.is_empty()
     }
 
-    /// The sum of a process that ended, with success or not. One that failed
-    /// without a failed test, or that ended before its result, is a failure
-    /// beside the tests it had reported by then.
+    /// Returns the sum of a process that has ended. A process that failed without a failed test, or
+    /// ended before its result line, counts as one failure in addition to the tests that it
+    /// reported.
     pub(crate) fn finish(mut self, success: bool) -> Counts {
         self.end_line();
         let is_incomplete = self.results == 0 || self.pending != Counts::default();

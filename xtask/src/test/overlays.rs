@@ -1,9 +1,9 @@
-//! `cargo xtask test overlays`: each way to deploy Sluice on a real cluster ([`crate::cluster`]),
-//! from nothing.
+//! `cargo xtask test overlays`: deploys each overlay of Sluice on a new, real cluster
+//! ([`crate::cluster`]).
 //!
-//! Sluice is the first thing that comes up on a cluster without any Service proxy (but for
-//! `beside-kube-proxy`), so that each run also shows that it needs none. Then Services of every
-//! kind are asked by pods, by processes of the nodes and by the outside client.
+//! Except for `beside-kube-proxy`, Sluice is the first workload of a cluster without a Service
+//! proxy, so each run also shows that it needs none. Then pods, processes of the nodes and the
+//! outside client call Services of every kind.
 
 use std::path::PathBuf;
 use std::thread::sleep;
@@ -24,30 +24,30 @@ use super::libtest::Counts;
 
 const WORKLOAD: &str = include_str!("../../manifests/overlays.yaml");
 
-/// How long something may take that another did before.
+/// The longest time that a change may take to have its effect.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What the least capabilities are, as the kernel's bits: BPF, PERFMON, NET_RAW, NET_ADMIN.
+/// The least capabilities, as the kernel's bits: BPF, PERFMON, NET_RAW, NET_ADMIN.
 const LEAST: u64 = 1 << 39 | 1 << 38 | 1 << 13 | 1 << 12;
 
 /// Options of `cargo xtask test overlays`.
 #[derive(Args)]
 pub(super) struct Options {
-    /// Which ones; all if none is named.
+    /// Overlays to test [default: all].
     #[arg(value_enum)]
     overlays: Vec<Overlay>,
-    /// How many nodes a cluster has.
+    /// Number of nodes of a cluster.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(2..=20))]
     nodes: u8,
-    /// This binary of Sluice, instead of a release built from this tree.
+    /// A binary of Sluice to use instead of a release built from this tree.
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
-    /// Leave the last cluster up.
+    /// Keep the last cluster.
     #[arg(long)]
     keep: bool,
 }
 
-/// Brings up a cluster for each overlay and asks it.
+/// Brings up a cluster for each overlay and tests it.
 pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> Result<Counts> {
     ensure!(
         packages::is_root(),
@@ -83,13 +83,13 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
     Ok(counts)
 }
 
-/// One overlay on a cluster that is up.
+/// An overlay on a cluster that is up.
 struct Trial {
     overlay: Overlay,
     nodes: u8,
 }
 
-/// Who asks.
+/// A place that calls come from.
 #[derive(Clone, Copy, Debug)]
 enum From {
     /// A pod on that node.
@@ -176,8 +176,8 @@ impl Trial {
                 let held = bits(set)?;
                 ensure!((held == LEAST) == is_least, "{node}: {set} {held:x}");
             }
-            // What a set-user-id program could give it, and which calls are filtered (2: by a
-            // list).
+            // Whether a set-user-id program could add privileges, and how system calls are filtered
+            // (2: by a list).
             let expected = if is_least { ("1", "2") } else { ("0", "0") };
             let found = (field("NoNewPrivs:")?, field("Seccomp:")?);
             ensure!(found == expected, "{node}: NoNewPrivs and Seccomp are {found:?}");
@@ -208,7 +208,7 @@ impl Trial {
         Ok(())
     }
 
-    /// Asks everywhere where a Service of type NodePort is, until every pod behind it has answered.
+    /// Calls a Service of type NodePort from everywhere, until every pod behind it has answered.
     fn reach(&self, service: &str) -> Result<()> {
         let vips = field(service, "{.spec.clusterIPs[*]}")?;
         let vips: Vec<_> = vips.split_whitespace().map(str::to_owned).collect();
@@ -252,8 +252,8 @@ impl Trial {
 
     fn every_pod_answers(&self, from: From, address: &str, port: &str) -> Result<()> {
         let url = format!("http://{}/hostname", authority(address, port));
-        // One curl with many URLs makes one connection of them; so many of them that each of a few
-        // pods is among the answers.
+        // One curl with many URLs uses one connection, so there are enough curls for each of a few
+        // pods to be among the answers.
         let script = format!("for i in $(seq 24); do curl -gsS -m 5 {url} || exit 1; echo; done");
         let answers =
             from.run(&["sh", "-c", &script]).with_context(|| format!("{from:?} asks {url}"))?;
@@ -282,7 +282,7 @@ impl Trial {
 
     fn fragments(&self) -> Result<()> {
         let vips = field("echo", "{.spec.clusterIPs[*]}")?;
-        // More than a device takes at once, and less than the server reads.
+        // More than a device sends at once, and less than the server reads.
         let request = format!("echo {}", "a".repeat(1_900));
         for node in 1..=self.nodes {
             for vip in vips.split_whitespace() {
@@ -312,8 +312,8 @@ impl Trial {
             ["10256", "10249"]
         };
         for pod in pods("kube-system", "app.kubernetes.io/name=sluice")? {
-            // The answers of both commands are in the exit code; a change that is under way is one
-            // for a moment.
+            // Both commands answer by their exit code. A change that is not complete yet counts as
+            // a difference for a moment.
             for command in ["status", "diff"] {
                 let line =
                     ["-n", "kube-system", "exec", &pod, "-c", "agent", "--", "sluice", command];
@@ -410,7 +410,7 @@ impl Trial {
     }
 }
 
-/// What the init containers have said.
+/// Returns the output of the init containers.
 fn preflight() -> Result<()> {
     for pod in pods("kube-system", "app.kubernetes.io/name=sluice")? {
         let log = kubectl(&["-n", "kube-system", "logs", &pod, "-c", "preflight"])?;
@@ -452,7 +452,7 @@ fn exec(app: &str, node: u8, line: &[&str]) -> Result<String> {
     kubectl(&[&["exec", name.trim(), "--"], line].concat())
 }
 
-/// Sends one datagram and waits for what comes back.
+/// Sends one datagram and waits for the answer.
 fn udp(from: From, address: &str, port: &str, request: &str) -> Result<()> {
     let wanted = request.strip_prefix("echo ").unwrap_or(request);
     let script = format!("printf %s '{request}' | nc -u -w 2 {address} {port}");
@@ -484,7 +484,7 @@ fn pods(namespace: &str, label: &str) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// kubectl, from where the outside client is.
+/// Runs kubectl in the namespace of the outside client.
 fn kubectl(args: &[&str]) -> Result<String> {
     let (program, kubeconfig): (PathBuf, PathBuf) =
         (sluice_cluster::kubectl(), sluice_cluster::kubeconfig());
@@ -493,7 +493,7 @@ fn kubectl(args: &[&str]) -> Result<String> {
     })
 }
 
-/// Asks again for a while until there is an answer.
+/// Repeats a question for some time until it has an answer.
 fn patiently(mut ask: impl FnMut() -> Result<String>) -> Result<String> {
     let deadline = Instant::now() + PATIENCE;
     loop {

@@ -81,8 +81,8 @@ impl Prepared {
     }
 }
 
-/// Prepares everything that the wanted tiers need. A tier is skipped if the machine lacks something;
-/// code that does not compile is an error.
+/// Prepares everything that the wanted tiers need. A tier is skipped if the machine lacks
+/// something; code that does not compile is an error.
 pub(super) fn prepare(workspace: &Workspace, choice: Choice, wanted: &[Tier]) -> Result<Prepared> {
     let mut prepared = Prepared::default();
     for tier in wanted.iter().copied().filter(|tier| *tier != Tier::Unit) {

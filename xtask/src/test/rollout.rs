@@ -1,5 +1,5 @@
 //! `cargo xtask test rollout`: a rolling update of Sluice's DaemonSet on a real cluster
-//! ([`crate::cluster`]) under load: pods of every node and a client outside hold connections to a
+//! ([`crate::cluster`]) under load: pods of every node and an outside client hold connections to a
 //! Service, and open new ones all the time.
 
 use std::fs::{self, File};
@@ -25,32 +25,32 @@ use super::libtest::Counts;
 
 const NAMESPACE: &str = "rollout";
 const PORT: u16 = 7000;
-/// Where pods find the load's program.
+/// The path of the load's program in pods.
 const PROGRAM: &str = "/load/sluice-lab-server";
-/// How long connections may take to be opened, and answers to come in.
+/// The longest time that connections may take to open, and answers to arrive.
 const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Options of `cargo xtask test rollout`.
 #[derive(Args)]
 pub(super) struct Options {
-    /// Connections that stay open.
+    /// Number of connections that stay open.
     #[arg(long, default_value_t = 2000)]
     held: u32,
-    /// New connections a second.
+    /// New connections per second.
     #[arg(long, default_value_t = 500)]
     rate: u32,
-    /// How pods are connected to their node.
+    /// The way pods are connected to their node.
     #[arg(long, value_enum, default_value_t)]
     cni: Cni,
-    /// How many nodes the cluster has.
+    /// Number of nodes of the cluster.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=20))]
     nodes: u8,
-    /// Leave the cluster up afterwards.
+    /// Keep the cluster afterwards.
     #[arg(long)]
     keep: bool,
 }
 
-/// Updates the DaemonSet, and prints what became of the load.
+/// Updates the DaemonSet, and prints the results of the load.
 pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> Result<Counts> {
     ensure!(
         packages::is_root(),
@@ -88,7 +88,7 @@ pub(super) fn run(workspace: &Workspace, choice: Choice, options: &Options) -> R
     result.map(|()| Counts { passed: 1, ..Counts::default() })
 }
 
-/// What each place does of the load: every node's pod, and the client outside.
+/// The share of the load of each place: the pod of every node, and the outside client.
 #[derive(Clone, Copy)]
 struct Share {
     places: u32,
@@ -105,13 +105,13 @@ impl Share {
 
 struct Rollout {
     program: PathBuf,
-    /// The same, where nodes see it.
+    /// Its path on nodes.
     in_nodes: PathBuf,
     directory: PathBuf,
     share: Share,
 }
 
-/// A client outside, ended with this.
+/// An outside client that ends when this is dropped.
 struct Outside {
     child: Child,
     log: PathBuf,
@@ -184,7 +184,7 @@ impl Rollout {
         args
     }
 
-    /// The load's program on every node.
+    /// Returns the DaemonSet that runs the load's program on every node.
     fn daemon_set(&self, name: &str, args: &[String]) -> Value {
         json!({
             "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": {"name": name, "namespace": NAMESPACE},
@@ -214,7 +214,7 @@ impl Rollout {
         kubectl(&["apply", "-f", &path.display().to_string()]).map(drop)
     }
 
-    /// A client that asks at the node port of every node.
+    /// Starts a client that calls the node port of every node.
     fn outside(&self, node_port: u64) -> Result<Outside> {
         let nodes = get(&["nodes"])?;
         let addresses = nodes["items"].as_array().into_iter().flatten().flat_map(|node| {
@@ -245,7 +245,7 @@ impl Rollout {
     }
 }
 
-/// What became of the load at all places so far. What failed anywhere ends the run.
+/// Returns the results of the load at all places so far. A failure anywhere ends the run.
 fn sum(outside: &Outside) -> Result<Sum> {
     let pods = get(&["-n", NAMESPACE, "pods", "-l", "app=load"])?;
     let mut all = Sum::default();
@@ -272,7 +272,7 @@ fn service() -> Value {
     })
 }
 
-/// What became of the load.
+/// The results of the load.
 #[derive(Debug, Default)]
 struct Sum {
     held: u64,
@@ -280,14 +280,14 @@ struct Sum {
     tried: u64,
     opened: u64,
     failed: u64,
-    /// Answered only after a packet was sent again.
+    /// Answers that took a retransmission.
     slow: u64,
     worst_ms: u64,
     told: Vec<String>,
 }
 
 impl Sum {
-    /// Adds the last report in a client's output.
+    /// Adds the last report in the output of a client.
     fn add(&mut self, output: &str) -> Result<()> {
         let Some(last) = output.lines().rev().find_map(|line| {
             serde_json::from_str::<Value>(line).ok().filter(|event| event["event"] == "load")
@@ -313,7 +313,7 @@ fn strings(list: &Value) -> Vec<String> {
     list.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
 }
 
-/// Address and port as a client takes them.
+/// Formats an address and port as a client accepts them.
 fn at(ip: &str, port: u64) -> String {
     if ip.contains(':') { format!("[{ip}]:{port}") } else { format!("{ip}:{port}") }
 }

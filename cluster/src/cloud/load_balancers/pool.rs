@@ -1,4 +1,4 @@
-//! Who has which of the load balancers' addresses.
+//! The assignment of load balancers' addresses to Services.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -8,8 +8,8 @@ use anyhow::{Result, bail};
 use super::service::{Family, Service};
 use crate::addresses::{load_balancer_ipv4, load_balancer_ipv6};
 
-/// Addresses in use, by their Services' uids. An address that was given back is given again as late
-/// as can be, so that whoever still knows it finds nobody there.
+/// Addresses in use, by the uids of their Services. An address that was given back is reused as
+/// late as possible, so that clients that still know it reach nobody.
 #[derive(Default)]
 pub(super) struct Pool {
     given: BTreeMap<String, Vec<IpAddr>>,
@@ -17,10 +17,11 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// The addresses of a Service, in the order of its families, and those that it no longer has.
+    /// Returns the addresses of a Service, in the order of its families, and those that it no
+    /// longer has.
     ///
     /// # Errors
-    /// When all are in use.
+    /// If all are in use.
     pub(super) fn give(&mut self, service: &Service) -> Result<(Vec<IpAddr>, Vec<IpAddr>)> {
         let before = self.given.get(service.uid()).cloned().unwrap_or_else(|| self.shown(service));
         let mut addresses = Vec::new();
@@ -44,7 +45,7 @@ impl Pool {
         gone.iter().flat_map(|uid| self.take(uid)).collect()
     }
 
-    /// What the Service was given by a process before this one.
+    /// Takes over the addresses that an earlier process gave the Service.
     fn shown(&self, service: &Service) -> Vec<IpAddr> {
         let ours = |address: &IpAddr| {
             numbers().any(|number| address_of(Family::of(address), number) == *address)

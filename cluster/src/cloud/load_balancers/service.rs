@@ -1,11 +1,11 @@
-//! What a load balancer needs to know of a Service.
+//! The part of a Service that a load balancer needs.
 
 use std::fmt;
 use std::net::IpAddr;
 
 use serde::Deserialize;
 
-/// Keeps a Service from going before its load balancer has.
+/// The finalizer that keeps a Service until its load balancer has been removed.
 pub(super) const FINALIZER: &str = "service.kubernetes.io/load-balancer-cleanup";
 
 #[derive(Deserialize)]
@@ -95,7 +95,7 @@ impl Service {
         &self.spec.ip_families
     }
 
-    /// Whether it asks for a load balancer, and of this kind: one with a class is someone else's.
+    /// Whether it requests a load balancer of this kind: one with a class belongs to somebody else.
     pub(super) fn is_wanted(&self) -> bool {
         self.spec.r#type == "LoadBalancer"
             && self.spec.load_balancer_class.is_none()
@@ -106,12 +106,12 @@ impl Service {
         self.metadata.deletion_timestamp.is_some()
     }
 
-    /// The addresses that it shows.
+    /// Returns the addresses in its status.
     pub(super) fn ingress(&self) -> Vec<IpAddr> {
         self.status.load_balancer.ingress.iter().filter_map(|ingress| ingress.ip).collect()
     }
 
-    /// Where the nodes tell whether they have endpoints, if only those with endpoints serve it.
+    /// Returns the port of the nodes' health checks, if only nodes with endpoints serve it.
     pub(super) fn health_check(&self) -> Option<u16> {
         let is_local = self.spec.external_traffic_policy.as_deref() == Some("Local");
         self.spec.health_check_node_port.filter(|_| is_local)

@@ -1,4 +1,4 @@
-//! What became of each spec, as ginkgo reports it and as a list keeps it.
+//! The outcome of each spec, as ginkgo reports it and as a list records it.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
-/// How a spec ended.
+/// The outcome of a spec.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     Passed,
@@ -36,7 +36,7 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// One spec's outcome, and why if it did not pass.
+/// The outcome of a spec, with the reason if it did not pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Spec {
     outcome: Outcome,
@@ -78,7 +78,7 @@ impl Results {
         Ok(Self(suites.into_iter().flat_map(|suite| suite.spec_reports).filter_map(spec).collect()))
     }
 
-    /// Reads a list; one that is not there is empty.
+    /// Reads a list, which is empty if the file does not exist.
     pub(super) fn read(file: &Path) -> Result<Self> {
         match fs::read_to_string(file) {
             Ok(text) => Ok(Self::parse(&text)),
@@ -110,7 +110,7 @@ impl Results {
         fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
     }
 
-    /// Takes over the outcomes of others, and keeps those that they do not tell.
+    /// Takes over the outcomes of other results, and keeps those of specs that they lack.
     pub(super) fn update(&mut self, others: &Self) {
         self.0.extend(others.0.iter().map(|(name, spec)| (name.clone(), spec.clone())));
     }
@@ -123,8 +123,8 @@ impl Results {
         self.0.values().map(|spec| u64::from(spec.outcome == outcome)).sum()
     }
 
-    /// A line for every spec that did not pass, or did where kube-proxy does not, and one for
-    /// kube-proxy's sum over the same specs.
+    /// Returns a line for every spec that did not pass, or passed where kube-proxy does not, and
+    /// one with kube-proxy's sum over the same specs.
     pub(super) fn beside(&self, known: &Self) -> String {
         let mut text = String::new();
         let mut theirs = Self::default();
@@ -169,12 +169,12 @@ fn spec(report: SpecReport) -> Option<(String, Spec)> {
         .collect::<String>();
     let outcome = match report.state.as_str() {
         "passed" => Outcome::Passed,
-        // Not chosen by focus and skip.
+        // Not selected by focus and skip.
         "skipped" | "pending" if reason.is_empty() => return None,
         "skipped" => Outcome::Skipped,
         _ => Outcome::Failed,
     };
-    // What goes before and after all specs is told only if it fails.
+    // The steps before and after all specs are reported only if they fail.
     if report.leaf_node_type != "It" && outcome != Outcome::Failed {
         return None;
     }
