@@ -609,7 +609,7 @@ proptest! {
                 (true, false) => Frame::tcp(client, server, SYN, b""),
                 _ => Frame::udp(client, server, b"data"),
             };
-            let packet = Bytes { bytes: frame.bare().bytes(), partial: false };
+            let packet = Bytes { bytes: frame.l3().bytes(), partial: false };
             let headers = headers::<V4, _>(&packet, 0).expect("a whole packet");
             let mut decision = decide(Hook::Ingress, &headers, &tables);
             let protocol = decision.key.protocol;

@@ -95,7 +95,7 @@ impl Read {
 }
 
 fn read(frame: &Frame) -> Read {
-    let packet = Bytes { bytes: frame.clone().bare().bytes(), partial: false };
+    let packet = Bytes { bytes: frame.clone().l3().bytes(), partial: false };
     if frame.source.is_ipv4() {
         Read::V4(headers(&packet, 0).expect("a network header"))
     } else {

@@ -51,7 +51,7 @@ fn segment(tcp: bool, source: SocketAddr, destination: SocketAddr, data: &[u8], 
     } else {
         Frame::udp(source, destination, data)
     };
-    frame.bare().sum(if tcp && sum == Sum::Absent { Sum::Full } else { sum })
+    frame.l3().sum(if tcp && sum == Sum::Absent { Sum::Full } else { sum })
 }
 
 fn read<F: Ip>(packet: &Bytes<Vec<u8>>) -> Headers<F> {
@@ -184,7 +184,7 @@ proptest! {
         prop_assume!(!(tcp && quote == header + 17));
         let kind = if client.is_ipv4() { (3, 4) } else { (2, 0) };
         let router = if client.is_ipv4() { router.ip() } else { IpAddr::from([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]) };
-        let error = |from, to: SocketAddr, quoted: &Frame| Frame::icmp(from, to.ip(), kind, rest, &quoted.packet()[..quote]).bare();
+        let error = |from, to: SocketAddr, quoted: &Frame| Frame::icmp(from, to.ip(), kind, rest, &quoted.packet()[..quote]).l3();
         for from in [router, backend.ip()] {
             let shown = if from == backend.ip() { frontend.ip() } else { from };
             let expected = error(shown, client, &quoted.clone().from(client).to(frontend));
@@ -200,7 +200,7 @@ proptest! {
         sum in prop_oneof![3 => Just(Sum::Full), 1 => Just(Sum::Absent)],
         padding in 0_usize..40,
     ) {
-        let frame = Frame::sctp(client, frontend, (DATA, 3), &data).bare().sum(sum).padded(padding);
+        let frame = Frame::sctp(client, frontend, (DATA, 3), &data).l3().sum(sum).padded(padding);
         let there = frame.clone().from(source).to(destination);
         let actual = rewritten_of(&frame, false, Kind::Transport, source, destination);
         prop_assert_eq!(&actual, &there.bytes());
@@ -222,7 +222,7 @@ proptest! {
         let mut shown = quoted.from(client).to(frontend).packet();
         shown[header + 8..header + 12].copy_from_slice(&whole[header + 8..header + 12]);
         let kind = if client.is_ipv4() { (3, 4) } else { (2, 0) };
-        let error = |from: SocketAddr, to: SocketAddr, packet: &[u8]| Frame::icmp(from.ip(), to.ip(), kind, rest, &packet[..quote]).bare();
+        let error = |from: SocketAddr, to: SocketAddr, packet: &[u8]| Frame::icmp(from.ip(), to.ip(), kind, rest, &packet[..quote]).l3();
         let expected = error(frontend, client, &shown);
         let actual = rewritten_of(&error(backend, seen_as, &whole), false, Kind::IcmpError, frontend, client);
         prop_assert_eq!(actual, expected.bytes());
@@ -245,7 +245,7 @@ proptest! {
             UDP => Frame::udp(client, frontend, &data),
             _ => Frame::sctp(client, frontend, (DATA, 3), &data),
         }
-        .bare();
+        .l3();
         let expected = datagram.clone().from(source).to(destination).fragments(id, size * 8);
         let mut pairs: Vec<_> = datagram.fragments(id, size * 8).into_iter().zip(expected).enumerate().collect();
         let middle = order.index(pairs.len());
@@ -263,7 +263,7 @@ proptest! {
         data in prop::collection::vec(any::<u8>(), 40..400),
         ports in any::<[u16; 2]>(),
     ) {
-        let first = Frame::sctp(client, frontend, (DATA, 3), &data).bare().fragments(7, 32).swap_remove(0);
+        let first = Frame::sctp(client, frontend, (DATA, 3), &data).l3().fragments(7, 32).swap_remove(0);
         let [source, destination] = [SocketAddr::new(client.ip(), ports[0]), SocketAddr::new(frontend.ip(), ports[1])];
         let possible = if client.is_ipv4() {
             follows::<V4>(&first, source, destination)

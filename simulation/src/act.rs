@@ -1,4 +1,4 @@
-//! A program of a node at tc: lends the engine a packet and the node.
+//! A program of a node at tc or XDP: lends the engine a packet and the node.
 
 use sluice_common::abi::{Device, Flow, RejectBucket, RejectKey};
 use sluice_common::engine::act::{self, is_for_others};
@@ -9,56 +9,93 @@ use sluice_common::engine::count::{Count, Direction};
 use sluice_common::engine::open::{Owner, Refusal, Sockets, Steps, sockets};
 use sluice_common::engine::search::search;
 use sluice_common::engine::tc::{self, TcProgram};
+use sluice_common::engine::xdp::{self, Fate, XdpProgram};
 use sluice_common::packet::answer::IcmpError;
 use sluice_common::packet::bytes::Bytes;
 use sluice_common::packet::parse::{self, Headers};
-use sluice_common::packet::rewrite::rewrite;
+use sluice_common::packet::rewrite::{rewrite, segment};
 use sluice_common::path::{self, Decision, Hook, Step, Verdict, policy};
 use sluice_common::{Reason, Tables, V4, V6};
 
 use crate::node::{Node, Side};
-use crate::packet::{By, Packet};
+use crate::packet::{By, Packet, Tag};
 use crate::view::{View, spoil};
 use crate::world::World;
 
-/// How a packet was counted.
+/// The counter of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counted {
-    /// Not at all.
+    /// None.
     No,
-    /// At a backend, to it.
+    /// A backend's, towards it.
     Forward,
-    /// At a backend, from it.
+    /// A backend's, from it.
     Reply,
-    /// By a reason.
+    /// A reason's.
     Reason(Reason),
-    /// Twice.
+    /// More than one.
     Twice,
 }
 
-/// Where a packet is met.
+/// The hook at which a program runs on a packet.
 #[derive(Clone, Copy, Debug)]
 pub struct Met {
-    /// The side.
+    /// The hook.
     pub hook: Hook,
     /// The device.
     pub ifindex: u32,
-    /// The device by which it came in; 0: the node's own.
+    /// The device by which the packet came in, or 0 for the node's own.
     pub came_by: u32,
-    /// How many other programs are at work.
+    /// Number of other programs that this one runs within.
     pub depth: u32,
 }
 
-/// Runs the program of a device on a packet.
+/// Runs the tc program of a device on a packet.
 pub fn run(world: &World, node: &Node, met: Met, packet: &mut Packet) -> (Action, Counted) {
+    at_work(node, packet, |packet| {
+        if packet.is_v6() {
+            run_family::<V6>(world, node, met, packet, false)
+        } else {
+            run_family::<V4>(world, node, met, packet, false)
+        }
+    })
+}
+
+/// Runs the tc program of a device on a packet that XDP has translated, and that may go around the
+/// stack.
+pub fn run_translated(
+    world: &World,
+    node: &Node,
+    met: Met,
+    packet: &mut Packet,
+) -> (Action, Counted) {
+    at_work(node, packet, |packet| {
+        if packet.is_v6() {
+            run_family::<V6>(world, node, met, packet, true)
+        } else {
+            run_family::<V4>(world, node, met, packet, true)
+        }
+    })
+}
+
+/// Runs the XDP program of a device on a packet. Returns as well whether the packet is marked as
+/// translated.
+pub fn run_xdp(world: &World, node: &Node, met: Met, packet: &mut Packet) -> (Fate, Counted, bool) {
+    at_work(node, packet, |packet| {
+        if packet.is_v6() {
+            run_xdp_family::<V6>(world, node, met, packet)
+        } else {
+            run_xdp_family::<V4>(world, node, met, packet)
+        }
+    })
+}
+
+/// Runs a program, and counts it among the node's running programs meanwhile.
+fn at_work<R>(node: &Node, packet: &mut Packet, program: impl FnOnce(&mut Packet) -> R) -> R {
     node.maps.at_work.set(node.maps.at_work.get() + 1);
-    let result = if packet.is_v6() {
-        run_family::<V6>(world, node, met, packet)
-    } else {
-        run_family::<V4>(world, node, met, packet)
-    };
+    let result = program(packet);
     node.maps.at_work.set(node.maps.at_work.get() - 1);
-    // What is forwarded has a link header, which the helper takes away.
+    // Forwarded packets have a link header, which the helper removes.
     if packet.bytes.first() == Some(&0) {
         let _ = packet.bytes.drain(..14);
     }
@@ -70,17 +107,14 @@ fn run_family<F: Side>(
     node: &Node,
     met: Met,
     packet: &mut Packet,
+    is_translated: bool,
 ) -> (Action, Counted) {
-    let frame = Bytes { bytes: &mut packet.bytes, partial: false };
-    let Some(headers) = parse::headers::<F, _>(&frame, 0) else {
+    let tag = packet.tag;
+    let Some(mut passage) = Passage::<F>::new(world, node, met, &mut packet.bytes, tag) else {
         return (Action::Next, Counted::No);
     };
-    let asked = (F::ip(headers.tuple.destination), headers.tuple.destination_port).into();
-    let view = View::<F>::new(world, node, met.ifindex, packet.tag, asked, met.depth);
-    let decision = Decision::pass(&headers.tuple);
-    let host = InHand { world, node, met, frame };
-    let mut passage = Passage { host, view, headers, decision, counted: Counted::No };
-    let action = tc::run(&mut passage);
+    let action =
+        if is_translated { tc::run_translated(&mut passage) } else { tc::run(&mut passage) };
     let counted = passage.counted;
     let has_answered = matches!(passage.decision.verdict, Verdict::Reset | Verdict::Unreachable)
         || passage.decision.reason == Reason::TtlExceeded;
@@ -88,6 +122,20 @@ fn run_family<F: Side>(
         packet.tag.by = By::Node;
     }
     (action, counted)
+}
+
+fn run_xdp_family<F: Side>(
+    world: &World,
+    node: &Node,
+    met: Met,
+    packet: &mut Packet,
+) -> (Fate, Counted, bool) {
+    let tag = packet.tag;
+    let Some(mut passage) = Passage::<F>::new(world, node, met, &mut packet.bytes, tag) else {
+        return (Fate::Pass, Counted::No, false);
+    };
+    let fate = xdp::run(&mut passage);
+    (fate, passage.counted, passage.is_marked)
 }
 
 /// A packet at a node.
@@ -105,6 +153,8 @@ struct Passage<'m, F: Side> {
     headers: Headers<F>,
     decision: Decision<F>,
     counted: Counted,
+    /// Whether XDP has marked the packet as translated.
+    is_marked: bool,
 }
 
 impl<'m, F: Side> Adapter<F> for InHand<'m> {
@@ -234,8 +284,7 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
             Owner::Netns(netns) => {
                 world.holds_socket(node, netns + 1, number, end, client, backend)
             }
-            // No process of the host has connections.
-            Owner::Host => false,
+            Owner::Host => world.holds_own_socket(node, number, end, client, backend),
         }
     }
 
@@ -248,12 +297,63 @@ impl<F: Side> Steps<F> for Passage<'_, F> {
     }
 }
 
-impl<'m, F: Side> TcProgram<F> for Passage<'m, F> {
-    type Adapter = InHand<'m>;
+impl<'m, F: Side> Passage<'m, F> {
+    /// Reads a packet's headers; returns [`None`] if the programs do not know them.
+    fn new(
+        world: &'m World<'m>,
+        node: &'m Node,
+        met: Met,
+        bytes: &'m mut Vec<u8>,
+        tag: Tag,
+    ) -> Option<Self> {
+        let frame = Bytes { bytes, partial: false };
+        let headers = parse::headers::<F, _>(&frame, 0)?;
+        let asked = (F::ip(headers.tuple.destination), headers.tuple.destination_port).into();
+        let view = View::<F>::new(world, node, met.ifindex, tag, asked, met.depth);
+        let decision = Decision::pass(&headers.tuple);
+        let host = InHand { world, node, met, frame };
+        Some(Self { host, view, headers, decision, counted: Counted::No, is_marked: false })
+    }
 
     fn decide(&mut self) {
         path::decide_into(self.host.met.hook, &self.headers, &self.view, &mut self.decision);
         spoil(self.host.world.fault, &self.headers, &mut self.decision, &self.view);
+    }
+
+    fn note(&mut self) {
+        self.view.note(&self.headers, &self.decision);
+    }
+
+    fn has_foreign_source(&self) -> bool {
+        let met = self.host.met;
+        let from = if met.hook.is_egress() { met.came_by } else { met.ifindex };
+        let source = &self.headers.tuple.source;
+        let route = |_| self.host.node.route(F::ip(*source)).unwrap_or(0);
+        policy::is_foreign(met.hook, source, from, &self.view, route)
+    }
+
+    fn begin(&mut self, ports_to_skip: u32) {
+        (self.view.ports_to_skip, self.view.routes) = (ports_to_skip, None);
+    }
+
+    fn count(&mut self) {
+        let count = Count::of(&self.decision);
+        self.host.node.counters.borrow_mut().add(count, &self.headers);
+        self.counted = match count {
+            _ if self.counted != Counted::No => Counted::Twice,
+            Count::Nowhere => Counted::No,
+            Count::Backend { direction: Direction::Forward { .. }, .. } => Counted::Forward,
+            Count::Backend { direction: Direction::Reply, .. } => Counted::Reply,
+            Count::Reason { reason, .. } => Counted::Reason(reason),
+        };
+    }
+}
+
+impl<'m, F: Side> TcProgram<F> for Passage<'m, F> {
+    type Adapter = InHand<'m>;
+
+    fn decide(&mut self) {
+        self.decide();
     }
 
     fn pass(&mut self) {
@@ -265,7 +365,7 @@ impl<'m, F: Side> TcProgram<F> for Passage<'m, F> {
     }
 
     fn note(&mut self) {
-        self.view.note(&self.headers, &self.decision);
+        self.note();
     }
 
     fn is_for_others(&self) -> bool {
@@ -273,11 +373,7 @@ impl<'m, F: Side> TcProgram<F> for Passage<'m, F> {
     }
 
     fn has_foreign_source(&self) -> bool {
-        let met = self.host.met;
-        let from = if met.hook.is_egress() { met.came_by } else { met.ifindex };
-        let source = &self.headers.tuple.source;
-        let route = |_| self.host.node.route(F::ip(*source)).unwrap_or(0);
-        policy::is_foreign(met.hook, source, from, &self.view, route)
+        self.has_foreign_source()
     }
 
     fn has_hidden_socket(&mut self) -> bool {
@@ -289,7 +385,7 @@ impl<'m, F: Side> TcProgram<F> for Passage<'m, F> {
     }
 
     fn begin(&mut self, ports_to_skip: u32) {
-        (self.view.ports_to_skip, self.view.routes) = (ports_to_skip, None);
+        self.begin(ports_to_skip);
     }
 
     fn parts(&mut self) -> (&mut InHand<'m>, &Headers<F>, &Decision<F>) {
@@ -301,15 +397,54 @@ impl<'m, F: Side> TcProgram<F> for Passage<'m, F> {
     }
 
     fn count(&mut self, _: bool) {
-        if self.counted != Counted::No {
-            self.counted = Counted::Twice;
-            return;
-        }
-        self.counted = match Count::of(&self.decision) {
-            Count::Nowhere => Counted::No,
-            Count::Backend { direction: Direction::Forward { .. }, .. } => Counted::Forward,
-            Count::Backend { direction: Direction::Reply, .. } => Counted::Reply,
-            Count::Reason { reason, .. } => Counted::Reason(reason),
-        };
+        self.count();
+    }
+}
+
+impl<F: Side> XdpProgram<F> for Passage<'_, F> {
+    fn decide(&mut self) {
+        self.decide();
+    }
+
+    fn has_foreign_source(&self) -> bool {
+        self.has_foreign_source()
+    }
+
+    fn begin(&mut self) {
+        self.begin(0);
+    }
+
+    fn headers(&self) -> &Headers<F> {
+        &self.headers
+    }
+
+    /// No frame reaches a device that it is not for.
+    fn is_addressed_here(&self) -> bool {
+        true
+    }
+
+    fn mark_translated(&mut self) -> bool {
+        self.is_marked = true;
+        true
+    }
+
+    fn unmark_translated(&mut self) {
+        self.is_marked = false;
+    }
+
+    fn note(&mut self) {
+        self.note();
+    }
+
+    fn translate(&mut self) -> bool {
+        segment(&mut self.host.frame, &self.headers, &self.decision.flow)
+    }
+
+    fn set_reason(&mut self, reason: Reason) {
+        self.decision.reason = reason;
+    }
+
+    fn count(&mut self, _: bool) {
+        self.count();
     }
 }

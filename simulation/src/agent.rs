@@ -1,5 +1,5 @@
-//! The agent of a node: the real model, plan and reconciler, without a kernel and without a
-//! cluster. It may be killed between any two writes; the next one reads the maps.
+//! The agent of a node: the real model, plan and reconciler, without a kernel or a cluster. It may
+//! be killed between any two writes; the next agent reads the maps.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -20,11 +20,11 @@ pub struct Agent {
     reconciler: Reconciler<Handle>,
 }
 
-/// Nothing depends on when it was noticed.
+/// The time at which everything is noticed: nothing depends on it.
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
 impl Agent {
-    /// Starts on what the maps hold, with everything that there is.
+    /// Starts an agent on what the maps hold, with all objects.
     #[must_use]
     pub fn start(
         maps: &Handle,
@@ -53,7 +53,7 @@ impl Agent {
         agent
     }
 
-    /// Takes in what has changed.
+    /// Applies changes of objects.
     pub fn hear(&mut self, changes: Vec<Change>) {
         for change in changes {
             self.model.apply(Event { source: SourceId::Kubernetes, change }, NOW);
@@ -64,13 +64,13 @@ impl Agent {
         }
     }
 
-    /// Carries out the next writes, as far as the budget goes. Returns whether some are left.
+    /// Carries out at most this many writes; returns whether some are left.
     pub fn write(&mut self, writes: usize) -> bool {
         self.reconciler.dataplane.budget.set(writes);
         self.reconciler.run().is_err()
     }
 
-    /// What is wrong between what the plan wants and the maps; [`None`]: nothing.
+    /// Returns the writes that the maps still lack, or [`None`] if they are as planned.
     #[must_use]
     pub fn differs(&self) -> Option<String> {
         let held = self.reconciler.dataplane.read().unwrap_or_default();
@@ -78,13 +78,13 @@ impl Agent {
         (!writes.is_empty()).then(|| format!("{writes:?}"))
     }
 
-    /// What the maps shall hold.
+    /// Returns the planned content of the maps.
     #[must_use]
     pub fn image(&self) -> &Image {
         self.plan.image()
     }
 
-    /// What is wrong, in words.
+    /// Returns the reports on objects, as text.
     pub fn reports(&self) -> impl Iterator<Item = String> + '_ {
         self.model.reports().iter().map(ToString::to_string)
     }

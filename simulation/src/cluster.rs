@@ -1,4 +1,4 @@
-//! What there is: hosts, pods, Services and their addresses, and the objects that tell of them.
+//! The cluster: hosts, pods, Services, their addresses, and the Kubernetes objects.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -14,17 +14,19 @@ use crate::random::mix;
 
 /// Hosts outside of the cluster.
 pub const OUTSIDE: usize = 3;
-/// Pods of a node that are endpoints.
+/// Pods per node that are endpoints.
 pub const SERVERS: usize = 2;
-/// Pods of a node.
+/// Pods per node.
 pub const PODS: usize = 3;
+/// Hosts per node: its pods, then the processes in the node's own network.
+const SEATS: usize = PODS + 1;
 /// Services.
 pub const SERVICES: usize = 4;
-/// Services with a balancer's address; the others have an external IP. The maps tell four frontends
-/// of an endpoint, so that no endpoint has more: the first pod of each node is an endpoint of the
-/// first two Services, the second of the others.
+/// Services with a load balancer's address. The maps hold four frontends per endpoint, so no
+/// endpoint has more: the first pod of each node is an endpoint of the first two Services, the
+/// second pod of the others.
 pub const BALANCED: [usize; 2] = [0, 3];
-/// The others.
+/// Services with an external IP.
 pub const EXTERNAL: [usize; 2] = [1, 2];
 /// The Service whose clients stay with their endpoint.
 const STICKY: usize = 2;
@@ -35,14 +37,14 @@ pub const TCP_PORT: u16 = 8_080;
 /// The port of endpoints for UDP.
 pub const UDP_PORT: u16 = 5_353;
 
-/// What a client asks for.
+/// The target of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Target {
     /// A Service's ClusterIP.
     ClusterIp(usize),
     /// A Service's node port at a node.
     NodePort(usize, usize),
-    /// A Service's balancer.
+    /// A Service's load balancer.
     LoadBalancer(usize),
     /// A Service's external IP.
     ExternalIp(usize),
@@ -50,14 +52,14 @@ pub enum Target {
     Pod(usize),
 }
 
-/// How an endpoint is.
+/// The state of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Readiness {
-    /// It takes connections.
+    /// It accepts connections.
     Ready,
-    /// It is on its way out, and still answers.
+    /// It is terminating, and still answers.
     Terminating,
-    /// No object tells of it.
+    /// No object mentions it.
     Gone,
 }
 
@@ -68,40 +70,63 @@ fn both(v4: [u8; 4], v6: [u16; 8]) -> Both {
     [Ipv4Addr::from(v4).into(), Ipv6Addr::from(v6).into()]
 }
 
-/// The addresses of a node.
+/// Returns the addresses of a node.
 #[must_use]
 pub fn node(index: usize) -> Both {
     both([10, 0, 0, index as u8 + 1], [0xfd00, 1, 0, 0, 0, 0, 0, index as u16 + 1])
 }
 
-/// A node's name.
+/// Returns a node's name.
 #[must_use]
 pub fn node_name(index: usize) -> String {
     format!("node{index}")
 }
 
-/// The addresses of a host: those outside come first, then the pods of each node.
+/// Returns the number of hosts.
+#[must_use]
+pub fn hosts(nodes: usize) -> usize {
+    OUTSIDE + nodes * SEATS
+}
+
+/// Returns the addresses of a host: those outside come first, then those of each node.
 #[must_use]
 pub fn host(index: usize) -> Both {
     let Some(pod) = index.checked_sub(OUTSIDE) else {
         let number = index as u8 + 1;
         return both([192, 0, 2, number], [0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(number)]);
     };
-    let (node, number) = ((pod / PODS) as u8, (pod % PODS) as u8 + 10);
+    let (at, number) = (pod / SEATS, pod % SEATS);
+    if number == PODS {
+        return node(at);
+    }
+    let (node, number) = (at as u8, number as u8 + 10);
     let (v6_node, v6_number) = (u16::from(node), u16::from(number));
     both([10, 244, node, number], [0xfd00, 0x244, v6_node, 0, 0, 0, 0, v6_number])
 }
 
-/// The node of a host, and which of its pods it is; [`None`]: it is outside.
+/// Returns the node of a host and which of its pods it is ([`PODS`] for its processes), or [`None`]
+/// if the host is outside.
 #[must_use]
 pub fn place(host: usize) -> Option<(usize, usize)> {
-    host.checked_sub(OUTSIDE).map(|pod| (pod / PODS, pod % PODS))
+    host.checked_sub(OUTSIDE).map(|pod| (pod / SEATS, pod % SEATS))
 }
 
-/// The host that is a pod of a node.
+/// Returns the host of a node's pod.
 #[must_use]
 pub fn pod(node: usize, number: usize) -> usize {
-    OUTSIDE + node * PODS + number
+    OUTSIDE + node * SEATS + number
+}
+
+/// Returns the host that stands for the processes in a node's own network.
+#[must_use]
+pub fn processes(node: usize) -> usize {
+    pod(node, PODS)
+}
+
+/// Whether a host stands for the processes of a node.
+#[must_use]
+pub fn is_process(host: usize) -> bool {
+    place(host).is_some_and(|(_, number)| number == PODS)
 }
 
 /// Whether a host is an endpoint.
@@ -129,7 +154,7 @@ fn node_port(service: usize) -> u16 {
     30_000 + service as u16
 }
 
-/// Whether an address is a Service's, wherever that may be.
+/// Whether an address is a Service's and no node's own.
 #[must_use]
 pub fn is_vip(address: IpAddr) -> bool {
     (0..SERVICES).any(|service| {
@@ -139,20 +164,20 @@ pub fn is_vip(address: IpAddr) -> bool {
     })
 }
 
-/// The node that routers have chosen for packets from one address to another that is none's own.
+/// Returns the node that the routers send packets from one address to a Service's address to.
 #[must_use]
 pub fn chosen(source: IpAddr, destination: IpAddr, nodes: usize) -> usize {
     (mix(&[number(source), number(destination)]) % nodes as u64) as usize
 }
 
-/// The node that a client outside reaches a Service's address by.
+/// Returns the node by which a client outside reaches a Service's address.
 #[must_use]
 pub fn way(client: usize, target: Target, is_v6: bool, nodes: usize) -> usize {
     let end = target.end(is_v6, protocol::TCP);
     chosen(host(client)[usize::from(is_v6)], end.ip(), nodes)
 }
 
-/// An address as a number, for chance.
+/// Returns an address as a number, for [`mix`].
 #[must_use]
 pub fn number(address: IpAddr) -> u64 {
     match address {
@@ -170,7 +195,7 @@ pub fn is_frontend(end: SocketAddr, nodes: usize) -> bool {
 }
 
 impl Target {
-    /// Its address and port.
+    /// Returns the address and port.
     #[must_use]
     pub fn end(self, is_v6: bool, number: u8) -> SocketAddr {
         let is_tcp = number == protocol::TCP;
@@ -185,7 +210,7 @@ impl Target {
         (both[usize::from(is_v6)], port).into()
     }
 
-    /// The Service that it belongs to.
+    /// Returns the Service, or [`None`] for an endpoint.
     #[must_use]
     pub fn service(self) -> Option<usize> {
         match self {
@@ -198,28 +223,24 @@ impl Target {
     }
 }
 
-/// What the API server holds.
+/// The objects of the API server.
 #[derive(Clone, Debug)]
 pub struct Objects {
     nodes: usize,
-    /// Whether each Service is there.
+    /// Whether each Service exists.
     pub services: [bool; SERVICES],
-    /// How each pod of each node is.
+    /// The state of each host as an endpoint.
     pub endpoints: Vec<Readiness>,
 }
 
 impl Objects {
-    /// All Services and endpoints.
+    /// Creates all Services and endpoints.
     #[must_use]
     pub fn new(nodes: usize) -> Self {
-        Self {
-            nodes,
-            services: [true; SERVICES],
-            endpoints: vec![Readiness::Ready; OUTSIDE + nodes * PODS],
-        }
+        Self { nodes, services: [true; SERVICES], endpoints: vec![Readiness::Ready; hosts(nodes)] }
     }
 
-    /// Everything, as a source tells it at first.
+    /// Returns all objects, as a source first reports them.
     #[must_use]
     pub fn all(&self) -> Vec<Change> {
         let services = (0..SERVICES).filter(|service| self.services[*service]);
@@ -228,14 +249,14 @@ impl Objects {
             .collect()
     }
 
-    /// What a source tells of a Service that has come or gone.
+    /// Returns the change of a Service that was created or deleted.
     #[must_use]
     pub fn service(&self, service: usize) -> Change {
         let spec = self.services[service].then(|| spec(service));
         Change::Service(name(service), spec)
     }
 
-    /// What a source tells of endpoints that have changed.
+    /// Returns the changes of a Service's slices.
     #[must_use]
     pub fn slices(&self, service: usize) -> Vec<Change> {
         IpFamily::ALL.into_iter().map(|family| self.slice(service, family)).collect()

@@ -1,16 +1,16 @@
-//! Mendings that can be taken out, to show that the simulation finds what they mend.
+//! Fixes that can be reverted, to show that the simulation finds the faults.
 
-/// A fault that Sluice once had.
+/// A fault that Sluice had in the past.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Fault {
-    /// A client's second packet proves its flow, and what is found in the middle of a connection
-    /// needs no proof: a flood evicts established connections.
+    /// A client's second packet proves its flow, and a flow that is found in the middle of a
+    /// connection needs no proof, so that a flood evicts established connections.
     Unconfined,
-    /// A guess is believed before the endpoint has confirmed it: a forged reset translates a
+    /// A guess is used before the endpoint has confirmed it, so that a forged reset translates a
     /// direct connection.
     Believes,
-    /// What has ended stays beside what is idle, and displaces it.
+    /// Ended flows stay among idle ones, and displace them.
     KeepsEnded,
-    /// A renewal changes the partner entry, whichever flow that leads to.
+    /// A renewal changes the partner entry even if it is of another flow.
     RenewsAny,
 }

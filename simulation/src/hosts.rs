@@ -1,4 +1,4 @@
-//! Clients and endpoints: what they say, and what they must hear.
+//! Clients and endpoints: what they send, and what they must receive.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -13,36 +13,36 @@ use crate::scenario::{Close, Connect};
 use crate::tcp::{Connection, Happened, State};
 use crate::world::{Ends, What, World};
 
-/// What a connection may have lost, or met: bits of [`Connecting::lost`].
+/// What a connection may have lost or met: bits of [`Connecting::lost`].
 pub mod lost {
     /// An event has evicted an entry of it.
     pub const ONE: u32 = 1;
     /// An event has evicted an entry whose partner was gone.
     pub const BOTH: u32 = 2;
-    /// An entry of it gave way to others that nothing had proven either.
+    /// An entry of it was evicted from `embryonic` by others.
     pub const UNPROVEN: u32 = 4;
-    /// An entry of it gave way to others in `flows`.
+    /// An entry of it was evicted from `flows` by others.
     pub const PUSHED_OUT: u32 = 8;
     /// Its endpoint died.
     pub const DEAD: u32 = 16;
-    /// The reply's entry was lost, of a kind that cannot be found again by it.
+    /// The reply's entry was lost, and is of a kind that cannot be recovered.
     pub const UNRECOVERED: u32 = 64;
-    /// Somebody has sent what looks like the middle of it to a node that masquerades its client.
+    /// A forger has sent what looks like its middle to a node that masquerades its client.
     pub const TAKEN: u32 = 256;
-    /// Somebody has sent a segment in its client's or endpoint's name.
+    /// A forger has sent a segment in its client's or endpoint's name.
     pub const FORGED: u32 = 128;
-    /// Each of these may cost it altogether.
+    /// Each of these may cost the connection.
     pub const ALTOGETHER: u32 = BOTH | UNPROVEN | DEAD | UNRECOVERED | TAKEN;
-    /// What it asked for has changed meanwhile.
+    /// Its target has changed meanwhile.
     pub const DISTURBED: u32 = 32;
 }
 
-/// How a connection has ended.
+/// The outcome of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Everything was said, and both sides closed it.
+    /// All exchanges took place, and both sides closed it.
     Completed,
-    /// Its client reset it.
+    /// The client reset it.
     Aborted,
     /// It was reset.
     Reset,
@@ -51,19 +51,20 @@ pub enum Outcome {
 }
 
 /// A connection, as the simulation follows it.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts of one connection")]
 #[derive(Clone, Debug)]
 pub struct Connecting {
-    /// What was to happen.
+    /// The connection as planned.
     pub connect: Connect,
-    /// What its client asks for.
+    /// The client's target.
     pub target: SocketAddr,
-    /// The host of the endpoint that it got.
+    /// Host of the endpoint.
     pub server: Option<usize>,
-    /// Whether its client knows that it is open.
+    /// Whether the client knows that it is open.
     pub is_open: bool,
-    /// How it has ended.
+    /// The outcome.
     pub outcome: Option<Outcome>,
-    /// How many exchanges are over.
+    /// Number of exchanges that are over.
     pub done: usize,
     /// Bits of [`lost`].
     pub lost: u32,
@@ -71,11 +72,13 @@ pub struct Connecting {
     pub stays: bool,
     /// Whether the request of the end has been sent.
     pub is_last: bool,
+    /// Whether the endpoint has closed it.
+    pub is_peer_closed: bool,
     sent: [u32; 2],
 }
 
 impl Connecting {
-    /// Its client's end.
+    /// Returns the client's end.
     #[must_use]
     pub fn client(&self) -> SocketAddr {
         let address = cluster::host(self.connect.client)[usize::from(self.connect.is_v6)];
@@ -157,6 +160,13 @@ impl Host {
         }
     }
 
+    /// Whether one of its sockets is for a packet.
+    #[must_use]
+    pub fn knows(&self, segment: &Segment) -> bool {
+        let ends = (segment.protocol, segment.destination, segment.source);
+        self.sockets.contains_key(&ends) || self.asking.contains_key(&ends)
+    }
+
     /// Whether one of its sockets keeps the tuple of a new flow from it.
     #[must_use]
     pub fn holds(&self, number: u8, end: FlowEnd, client: SocketAddr, backend: SocketAddr) -> bool {
@@ -182,7 +192,7 @@ fn is_opening(flags: u8) -> bool {
     flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN
 }
 
-/// What a message says: whose it is, which exchange, how long to think, whether to close.
+/// Returns a message: its connection, exchange, time to think, and whether to close.
 fn message(number: u32, exchange: usize, thinks: u64, closes: bool) -> Vec<u8> {
     let mut bytes = Vec::new();
     bytes.extend(number.to_be_bytes());
@@ -219,7 +229,7 @@ impl World<'_> {
 
     // --- clients ----------------------------------------------------------------------------
 
-    /// A client opens its connection, or its socket.
+    /// Opens a client's connection, or its UDP socket.
     pub fn connect(&self, number: u32, connect: &Connect) {
         let target = connect.target.end(connect.is_v6, connect.protocol);
         let connecting = Connecting {
@@ -232,6 +242,7 @@ impl World<'_> {
             lost: if self.is_changing() { lost::DISTURBED } else { 0 },
             stays: false,
             is_last: false,
+            is_peer_closed: false,
             sent: [0; 2],
         };
         let (local, host) = (connecting.client(), connect.client);
@@ -267,7 +278,7 @@ impl World<'_> {
         }
     }
 
-    /// A segment was not acknowledged in time.
+    /// Retransmits a segment that was not acknowledged in time.
     pub fn retry(&self, host: usize, ends: Ends, sent: u32) {
         let mut out = Vec::new();
         let mut hosts = self.hosts.borrow_mut();
@@ -285,7 +296,7 @@ impl World<'_> {
         }
     }
 
-    /// A client sends its next request.
+    /// Sends a client's next request.
     pub fn go_on(&self, number: u32) {
         let next = {
             let mut connections = self.connections.borrow_mut();
@@ -323,7 +334,7 @@ impl World<'_> {
         self.expect(host, ends);
     }
 
-    /// A client asks by UDP, and then the next thing, whatever it hears.
+    /// Sends a client's UDP question, and queues the next one whether or not it is answered.
     fn ask(&self, number: u32, host: usize, ends: Ends, mut data: Vec<u8>, fragmented: bool) {
         let (_, local, target) = ends;
         let pause = {
@@ -352,7 +363,7 @@ impl World<'_> {
 
     // --- what arrives -----------------------------------------------------------------------
 
-    /// A packet arrives at a host.
+    /// Receives a packet at a host.
     pub fn receive(&self, host: usize, packet: &Packet) {
         self.tell(|| format!("host{host} gets {packet}"));
         let (source, destination) = packet.addresses();
@@ -406,7 +417,7 @@ impl World<'_> {
         whole
     }
 
-    /// A datagram: a question to an endpoint, or the answer to one.
+    /// Receives a datagram: a question to an endpoint, or the answer to one.
     fn datagram(&self, host: usize, segment: &Segment, tag: Tag) {
         if segment.destination.port() == UDP_PORT && cluster::is_server(host) {
             if let Some((number, exchange, thinks, _)) = said(&segment.data)
@@ -499,7 +510,7 @@ impl World<'_> {
         }
     }
 
-    /// What an endpoint answers comes from whom its client has asked.
+    /// Checks that an endpoint's answer comes from the client's target.
     fn check_source(&self, segment: &Segment, tag: Tag) {
         if tag.by != By::Server {
             return;
@@ -512,8 +523,9 @@ impl World<'_> {
             || connection.may_lose_entries()
             // What is made again for that one may be what this one has.
             || connections.values().any(|other| connection.is_troubled_by(other))
-            // Its SYN was sent again, to another endpoint.
-            || !connection.is_open && connection.lost & lost::DISTURBED != 0
+            // Its SYN was sent again, to another endpoint; the first one goes on accepting it.
+            || (!connection.is_open || segment.flags & tcp::SYN != 0)
+                && connection.lost & lost::DISTURBED != 0
         {
             return;
         }
@@ -620,6 +632,7 @@ impl World<'_> {
                 }
             }
             Happened::PeerClosed => {
+                connection.is_peer_closed = true;
                 drop(connections);
                 self.act_on(host, ends, Connection::close);
             }
@@ -638,7 +651,7 @@ impl World<'_> {
         }
     }
 
-    /// A connection has ended.
+    /// Records a connection's outcome.
     fn end(&self, number: u32, outcome: Outcome) {
         let mut connections = self.connections.borrow_mut();
         let Some(connection) = connections.get_mut(&number) else { return };
@@ -657,6 +670,9 @@ impl World<'_> {
         match outcome {
             Outcome::Completed if has_all => sums.completed += 1,
             Outcome::Aborted => sums.completed += 1,
+            // Both have closed it. A late SYN reopens it at the endpoint, which then resets a
+            // retransmitted FIN: as without Sluice.
+            Outcome::Reset if has_all && connection.is_peer_closed => sums.completed += 1,
             Outcome::Completed | Outcome::Reset | Outcome::GivenUp if may_be_lost => {
                 sums.excused += 1;
             }
@@ -674,7 +690,7 @@ impl World<'_> {
         }
     }
 
-    /// No open connection still waits for an answer.
+    /// Checks that no open connection still waits for an answer.
     pub fn check_connections(&self) {
         let hung: Vec<u32> = self
             .connections
@@ -691,7 +707,7 @@ impl World<'_> {
         }
     }
 
-    /// A pod dies with its sockets, and another one has its address.
+    /// Lets a pod die with its sockets; another one gets its address.
     pub fn die(&self, host: usize) {
         let sockets = std::mem::take(&mut self.hosts.borrow_mut()[host].sockets);
         let mut connections = self.connections.borrow_mut();

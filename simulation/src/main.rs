@@ -1,4 +1,4 @@
-//! Runs the simulation: some seeds, or one again. See CONTRIBUTING.md.
+//! Runs the simulation with several seeds, or repeats one. See CONTRIBUTING.md.
 
 use std::collections::BTreeSet;
 use std::process::ExitCode;
@@ -13,19 +13,19 @@ use sluice_simulation::world::{Sums, World};
 /// Runs nodes, clients and networks on the real path, plan and image.
 #[derive(Parser)]
 struct Options {
-    /// Run this seed alone.
+    /// Run only this seed.
     #[arg(long)]
     seed: Option<u64>,
-    /// Run new seeds for so many minutes.
+    /// Run new seeds for this many minutes.
     #[arg(long, conflicts_with = "seed")]
     minutes: Option<u64>,
-    /// How many fixed seeds are run.
+    /// Number of fixed seeds to run.
     #[arg(long, default_value_t = 100)]
     seeds: u64,
-    /// Put a fault in, of those that Sluice once had.
+    /// Revert the fix of a fault that Sluice had in the past.
     #[arg(long, value_enum)]
     fault: Option<Fault>,
-    /// How often a failure is run again to make its trace shorter.
+    /// Number of further runs to shorten the trace of a failure.
     #[arg(long, default_value_t = 400)]
     shrink: u32,
 }
@@ -35,7 +35,7 @@ fn main() -> ExitCode {
     let begun = Instant::now();
     let first = match (options.seed, options.minutes) {
         (Some(seed), _) => seed,
-        // The first of new seeds need not be repeated: a failure tells its own.
+        // New seeds need not be the same in the next run: a failure prints its own.
         (None, Some(_)) => std::process::id().into(),
         (None, None) => 1,
     };
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Runs a seed; where it fails, tells how.
+/// Runs a seed and prints how it fails; returns false if it does.
 fn holds(seed: u64, options: &Options, sums: &mut Sums) -> bool {
     let scenario = Scenario::of(seed);
     let none = BTreeSet::new();
@@ -74,6 +74,8 @@ fn holds(seed: u64, options: &Options, sums: &mut Sums) -> bool {
         (&mut sums.excused, own.excused),
         (&mut sums.programs, own.programs),
         (&mut sums.nested, own.nested),
+        (&mut sums.by_xdp, own.by_xdp),
+        (&mut sums.around, own.around),
         (&mut sums.evicted, own.evicted),
         (&mut sums.killed, own.killed),
     ] {

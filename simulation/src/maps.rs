@@ -1,4 +1,4 @@
-//! The maps of a node: what the agent writes, and what programs keep in tables with a bound.
+//! The maps of a node: those that the agent writes, and the bounded tables of the programs.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,17 +10,17 @@ use sluice_common::abi::{
 use sluice_common::family::Family;
 use sluice_core::image::{ApplyError, Dataplane, Image, ReadError, Write};
 
-/// What the agent writes.
+/// The maps that the agent writes.
 #[derive(Clone, Debug, Default)]
 pub struct Maps {
-    /// All but the slots.
+    /// All maps but the slots.
     pub image: Image,
-    /// The arena: what nobody refers to any more stays there, as in the kernel's array.
+    /// The arena; slots that nothing refers to any more stay, as in the kernel's array.
     pub slots: Vec<u32>,
 }
 
 impl Maps {
-    /// Empty maps with so many blocks of slots.
+    /// Creates empty maps with this many blocks of slots.
     #[must_use]
     pub fn new(slot_blocks: u32) -> Self {
         Self { image: Image::default(), slots: vec![0; (slot_blocks * SLOTS_PER_BLOCK) as usize] }
@@ -38,7 +38,7 @@ impl Maps {
         }
     }
 
-    /// What an agent finds in them that starts.
+    /// Returns what a starting agent reads.
     fn read(&self) -> Image {
         let mut image = self.image.clone();
         image.ports = image
@@ -58,18 +58,18 @@ impl Maps {
     }
 }
 
-/// Maps that an agent writes to, a few writes at a time.
+/// The maps as an agent's dataplane, which carries out a few writes at a time.
 #[derive(Clone, Debug)]
 pub struct Handle {
     /// The maps.
     pub maps: Rc<RefCell<Maps>>,
-    /// How many writes are carried out before the next one waits.
+    /// Number of writes until the next one waits.
     pub budget: Rc<Cell<usize>>,
-    /// How many programs are at work on this node: a grace waits for their end.
+    /// Number of programs that run on this node; a grace period waits for their end.
     pub at_work: Rc<Cell<u32>>,
 }
 
-/// Why a write waits: it is not its turn, or programs are at work.
+/// The reason for a write to wait: the budget is spent, or programs are running.
 #[derive(Debug, thiserror::Error)]
 #[error("it waits")]
 struct Waits;
@@ -93,16 +93,16 @@ impl Dataplane for Handle {
     }
 }
 
-/// A flow entry, and whose packet made it.
+/// A flow entry with its owner.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry<A: Copy> {
     /// The entry.
     pub flow: Flow<A>,
-    /// Index of the connection.
+    /// Index of the connection whose packet made the entry.
     pub owner: u32,
 }
 
-/// A table that loses what was used longest ago where it is full.
+/// A table that evicts the least recently used entry when it is full.
 #[derive(Clone, Debug)]
 pub struct Lru<K, V> {
     capacity: usize,
@@ -112,13 +112,13 @@ pub struct Lru<K, V> {
 }
 
 impl<K: Copy + Ord, V: Copy> Lru<K, V> {
-    /// An empty table.
+    /// Creates an empty table.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
         Self { capacity, clock: 0, entries: BTreeMap::new(), order: BTreeMap::new() }
     }
 
-    /// The value of a key, which counts as used.
+    /// Returns the value of a key, and counts it as used.
     pub fn get(&mut self, key: &K) -> Option<V> {
         let (value, used) = self.entries.get_mut(key)?;
         self.clock += 1;
@@ -128,7 +128,7 @@ impl<K: Copy + Ord, V: Copy> Lru<K, V> {
         Some(*value)
     }
 
-    /// The value of a key, for whoever only looks.
+    /// Returns the value of a key without counting it as used.
     #[must_use]
     pub fn peek(&self, key: &K) -> Option<&V> {
         self.entries.get(key).map(|(value, _)| value)
@@ -139,7 +139,7 @@ impl<K: Copy + Ord, V: Copy> Lru<K, V> {
         self.entries.get_mut(key).map(|(value, _)| how(value))
     }
 
-    /// Inserts a value; returns what had to go for it.
+    /// Inserts a value; returns the entry that was evicted for it.
     pub fn insert(&mut self, key: K, value: V) -> Option<(K, V)> {
         let mut gone = None;
         if let Some((_, used)) = self.entries.get(&key) {
@@ -162,13 +162,13 @@ impl<K: Copy + Ord, V: Copy> Lru<K, V> {
         Some(value)
     }
 
-    /// All keys and values.
+    /// Iterates over all keys and values.
     pub fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
         self.entries.iter().map(|(key, (value, _))| (key, value))
     }
 }
 
-/// How much the tables of flows hold.
+/// Capacities of the flow tables.
 #[derive(Clone, Copy, Debug)]
 pub struct Capacities {
     /// Entries of `flows`.
@@ -177,23 +177,23 @@ pub struct Capacities {
     pub embryonic: usize,
 }
 
-/// What the programs of a family keep.
+/// The tables that the programs of a family keep.
 #[derive(Debug)]
 pub struct Memory<F: Family> {
     /// Proven flows.
     pub flows: Lru<Tuple<F::Address>, Entry<F::Address>>,
-    /// Flows that nothing has proven.
+    /// Flows without a proof so far.
     pub embryonic: Lru<Tuple<F::Address>, Entry<F::Address>>,
-    /// Where clients have been.
+    /// Session affinity of clients.
     pub affinity: Lru<AffinityKey<F::Address>, Affinity>,
-    /// What first fragments have told.
+    /// Ports of datagrams, from their first fragments.
     pub fragments: Lru<Datagram<F::Address>, DatagramPorts>,
-    /// Searches in vain.
+    /// Reply tuples for which no port was found, and when.
     pub exhausted: BTreeMap<Tuple<F::Address>, Ticks>,
 }
 
 impl<F: Family> Memory<F> {
-    /// Empty tables.
+    /// Creates empty tables.
     #[must_use]
     pub fn new(capacities: Capacities) -> Self {
         Self {

@@ -1,4 +1,4 @@
-//! A node: its devices, its maps, its agent.
+//! A node: its devices, maps and agent.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use std::rc::Rc;
 
 use sluice_common::abi::{
-    Device, Networks, Prefix, RejectBucket, RejectKey, Settings, detect_local, device, device_flags,
+    Device, Networks, Prefix, RejectBucket, RejectKey, Settings, detect_local, device,
+    device_flags, networks,
 };
 use sluice_common::event::Wide;
 use sluice_common::family::Family;
@@ -15,29 +16,30 @@ use sluice_common::{V4, V6};
 use sluice_core::image::Stack;
 
 use crate::agent::Agent;
+use crate::count::{Counters, Observed};
 use crate::maps::{Capacities, Handle, Maps, Memory};
 
 /// The loopback device.
 pub const LOOPBACK: u32 = 1;
-/// The device that leads to the network.
+/// The device towards the network.
 pub const UPLINK: u32 = 2;
-/// The first pod's device; the next pod's follows.
+/// The first pod's device; those of the other pods follow.
 pub const EDGES: u32 = 10;
 
 /// A node.
 #[derive(Debug)]
 pub struct Node {
-    /// Which of them.
+    /// Index of the node.
     pub index: usize,
-    /// Its addresses, one of each family.
+    /// Addresses, one of each family.
     pub addresses: [IpAddr; 2],
-    /// Its devices.
+    /// Ifindex -> device.
     pub devices: BTreeMap<u32, Device>,
-    /// Address of a pod here -> its device.
+    /// Address of a pod on this node -> its device.
     pub pods: BTreeMap<IpAddr, u32>,
-    /// What the agent tells its programs.
+    /// Settings that the programs read.
     pub settings: Settings,
-    /// The maps.
+    /// Maps that the agent writes.
     pub maps: Handle,
     /// IPv4's tables.
     pub v4: RefCell<Memory<V4>>,
@@ -45,22 +47,27 @@ pub struct Node {
     pub v6: RefCell<Memory<V6>>,
     /// Bits of [`sluice_common::path::mark`].
     pub marks: Cell<u32>,
-    /// How many ICMP errors were sent.
+    /// Rate limits of ICMP errors.
     pub rejects: RefCell<BTreeMap<RejectKey, RejectBucket>>,
-    /// The agent; [`None`] while there is none.
+    /// Counters of the programs.
+    pub counters: RefCell<Counters>,
+    /// What the wire shows of the same packets.
+    pub observed: RefCell<Observed>,
+    /// The agent, or [`None`] between two of them.
     pub agent: RefCell<Option<Agent>>,
-    /// How many agents have been killed.
+    /// Number of agents that were killed.
     pub killed: Cell<u32>,
 }
 
 impl Node {
-    /// A node with pods, and without an agent.
+    /// Creates a node with pods and without an agent.
     #[must_use]
     pub fn new(
         index: usize,
         addresses: [IpAddr; 2],
         pods: &[[IpAddr; 2]],
         masquerade: u32,
+        accelerate: bool,
         slot_blocks: u32,
         capacities: Capacities,
     ) -> Self {
@@ -98,6 +105,7 @@ impl Node {
             settings: Settings {
                 masquerade,
                 detect_local: detect_local::DEVICE,
+                networks: if accelerate { networks::ACCELERATE } else { 0 },
                 ..Settings::default()
             },
             maps,
@@ -105,12 +113,15 @@ impl Node {
             v6: RefCell::new(Memory::new(capacities)),
             marks: Cell::new(0),
             rejects: RefCell::new(BTreeMap::new()),
+            counters: RefCell::default(),
+            observed: RefCell::default(),
             agent: RefCell::new(None),
             killed: Cell::new(0),
         }
     }
 
-    /// The device by which packets to an address leave; [`None`]: the address is the node's own.
+    /// Returns the device by which packets to an address leave, or [`None`] if the address is the
+    /// node's own.
     #[must_use]
     pub fn route(&self, destination: IpAddr) -> Option<u32> {
         if self.addresses.contains(&destination) {
@@ -120,11 +131,11 @@ impl Node {
     }
 }
 
-/// A family that a node has tables of.
+/// An address family with the node's tables of it.
 pub trait Side: Stack + Answer + Wide {
-    /// Its tables.
+    /// Returns the family's tables.
     fn memory(node: &Node) -> &RefCell<Memory<Self>>;
-    /// The cluster's networks: none is known.
+    /// Returns the cluster's networks, of which none is known.
     fn networks() -> &'static Networks<Self::Address>;
 }
 

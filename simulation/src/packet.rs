@@ -15,27 +15,27 @@ pub enum By {
     Client,
     /// Its endpoint.
     Server,
-    /// Somebody who claims to be either.
+    /// A forger who claims to be either.
     Forger,
-    /// A node, in somebody's name.
+    /// A node, in the name of another host.
     Node,
 }
 
-/// What a packet is: it travels beside the bytes.
+/// The identity of a packet, which travels with its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Tag {
-    /// Index of the connection; [`u32::MAX`]: none.
+    /// Index of the connection, or [`u32::MAX`] for none.
     pub connection: u32,
-    /// Who sent it.
+    /// The sender.
     pub by: By,
-    /// How many its sender had sent before.
+    /// Number of packets that the sender had sent before.
     pub number: u32,
-    /// Which copy it is, and which fragment.
+    /// Number of the copy, and of the fragment.
     pub copy: u32,
 }
 
 impl Tag {
-    /// The tag as numbers, for [`mix`](crate::random::mix).
+    /// Returns the tag as numbers, for [`mix`](crate::random::mix).
     #[must_use]
     pub fn words(&self) -> [u64; 2] {
         [
@@ -48,9 +48,9 @@ impl Tag {
 /// An IP packet.
 #[derive(Clone, Debug)]
 pub struct Packet {
-    /// From the IP header on.
+    /// Bytes, from the IP header on.
     pub bytes: Vec<u8>,
-    /// What it is.
+    /// The packet's identity.
     pub tag: Tag,
 }
 
@@ -65,22 +65,22 @@ pub struct Part {
     pub more: bool,
 }
 
-/// What a packet says.
+/// A TCP segment or UDP datagram.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// From whom.
+    /// Source.
     pub source: SocketAddr,
-    /// To whom.
+    /// Destination.
     pub destination: SocketAddr,
     /// TCP or UDP.
     pub protocol: u8,
-    /// TCP's.
+    /// Flags (TCP).
     pub flags: u8,
-    /// TCP's.
+    /// Sequence number (TCP).
     pub sequence: u32,
-    /// TCP's.
+    /// Acknowledgment number (TCP).
     pub acknowledgment: u32,
-    /// What it carries.
+    /// Payload.
     pub data: Vec<u8>,
 }
 
@@ -98,7 +98,7 @@ pub enum Read {
 const TTL: u8 = 64;
 
 impl Segment {
-    /// A TCP segment without data.
+    /// Creates a TCP segment without data.
     #[must_use]
     pub fn tcp(
         source: SocketAddr,
@@ -118,7 +118,7 @@ impl Segment {
         }
     }
 
-    /// A UDP datagram.
+    /// Creates a UDP datagram.
     #[must_use]
     pub fn udp(source: SocketAddr, destination: SocketAddr, data: Vec<u8>) -> Self {
         Self {
@@ -132,7 +132,7 @@ impl Segment {
         }
     }
 
-    /// Its length in sequence space.
+    /// Returns the length in sequence space.
     #[must_use]
     pub fn length(&self) -> u32 {
         self.data.len() as u32
@@ -140,7 +140,7 @@ impl Segment {
             + u32::from(self.flags & tcp::FIN != 0)
     }
 
-    /// TCP or UDP header and data, with the checksum.
+    /// Returns the TCP or UDP header and data, with the checksum.
     fn transport(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         bytes.extend(self.source.port().to_be_bytes());
@@ -161,7 +161,7 @@ impl Segment {
         bytes
     }
 
-    /// The packet.
+    /// Returns the packet.
     #[must_use]
     pub fn packet(&self, tag: Tag) -> Packet {
         let transport = self.transport();
@@ -170,8 +170,8 @@ impl Segment {
         Packet { bytes, tag }
     }
 
-    /// The packet in two fragments (IPv4), cut behind so many bytes of its payload (a multiple of
-    /// eight).
+    /// Returns the packet in two fragments (IPv4), cut after `cut` bytes of its payload (a multiple
+    /// of eight).
     #[must_use]
     pub fn fragments(&self, tag: Tag, id: u16, cut: usize) -> [Packet; 2] {
         let transport = self.transport();
@@ -189,7 +189,7 @@ impl Segment {
         [part(0, true, first, 0), part(cut, false, second, 1 << 8)]
     }
 
-    /// Reads TCP or UDP; [`None`]: its checksum is wrong, or its lengths are.
+    /// Reads TCP or UDP; returns [`None`] if the checksum or a length is wrong.
     #[must_use]
     pub fn read(source: IpAddr, destination: IpAddr, number: u8, bytes: &[u8]) -> Option<Self> {
         if transport_sum(source, destination, number, bytes) != 0xffff {
@@ -231,7 +231,7 @@ fn checksum_at(number: u8) -> usize {
     if number == protocol::TCP { 16 } else { 6 }
 }
 
-/// The one's complement sum of bytes.
+/// Returns the one's complement sum of bytes.
 fn sum(bytes: &[u8]) -> u64 {
     bytes
         .chunks(2)
@@ -258,7 +258,7 @@ fn transport_sum(source: IpAddr, destination: IpAddr, number: u8, bytes: &[u8]) 
     fold(pseudo + u64::from(number) + bytes.len() as u64 + sum(bytes))
 }
 
-/// The IP header in front of its payload.
+/// Returns an IP packet with this payload.
 fn network(
     source: IpAddr,
     destination: IpAddr,
@@ -298,7 +298,7 @@ impl Packet {
         self.bytes.first().is_some_and(|first| first >> 4 == 6)
     }
 
-    /// Source and destination.
+    /// Returns source and destination.
     #[must_use]
     pub fn addresses(&self) -> (IpAddr, IpAddr) {
         if self.is_v6() {
@@ -318,7 +318,7 @@ impl Packet {
         }
     }
 
-    /// Takes one from its TTL; false: it has run out.
+    /// Decrements the TTL; returns false if it has run out.
     #[must_use]
     pub fn forward(&mut self) -> bool {
         let at = if self.is_v6() { 7 } else { 8 };
@@ -334,7 +334,7 @@ impl Packet {
         true
     }
 
-    /// Reads it as its receiver does; [`None`]: a checksum or length is wrong.
+    /// Reads the packet as its receiver does; returns [`None`] if a checksum or length is wrong.
     #[must_use]
     pub fn contents(&self) -> Option<Read> {
         let (source, destination) = self.addresses();

@@ -1,10 +1,10 @@
-//! Chance that follows from a seed alone.
+//! Randomness that depends on a seed alone.
 //!
-//! What happens to one packet must not depend on which other packets there are: a trace is made
-//! smaller by leaving out events. So chance is mostly not drawn from a stream, but [mixed](mix)
-//! from the seed and from what a packet is.
+//! What happens to one packet must not depend on the other packets, because a trace is shortened by
+//! leaving out events. Most random numbers are therefore not drawn from a stream, but [mixed](mix)
+//! from the seed and the packet's identity.
 
-/// Mixes some numbers into one.
+/// Mixes numbers into one.
 #[must_use]
 pub fn mix(words: &[u64]) -> u64 {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
@@ -14,14 +14,14 @@ pub fn mix(words: &[u64]) -> u64 {
     finish(state)
 }
 
-/// The finalizer of splitmix64.
+/// Applies the finalizer of splitmix64.
 fn finish(word: u64) -> u64 {
     let word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
     word ^ word >> 31
 }
 
-/// A stream of numbers.
+/// A stream of random numbers.
 #[derive(Clone, Debug)]
 pub struct Random {
     seed: u64,
@@ -29,38 +29,38 @@ pub struct Random {
 }
 
 impl Random {
-    /// The stream of some numbers.
+    /// Creates the stream for a seed of several numbers.
     #[must_use]
     pub fn new(words: &[u64]) -> Self {
         Self { seed: mix(words), drawn: 0 }
     }
 
-    /// The next number.
+    /// Returns the next number.
     pub fn draw(&mut self) -> u64 {
         self.drawn += 1;
         mix(&[self.seed, self.drawn])
     }
 
-    /// A number below another.
+    /// Returns a number below `end`.
     pub fn below(&mut self, end: u64) -> u64 {
         self.draw() % end.max(1)
     }
 
-    /// A number from a range, its end excluded.
+    /// Returns a number from a range, its end excluded.
     pub fn between(&mut self, start: u64, end: u64) -> u64 {
         start + self.below(end.saturating_sub(start))
     }
 
-    /// Whether something happens that does in so many of a thousand cases.
+    /// Returns true in `per_mille` of a thousand cases.
     pub fn chance(&mut self, per_mille: u64) -> bool {
         self.below(1_000) < per_mille
     }
 
-    /// One of several.
+    /// Returns one of several values.
     ///
     /// # Panics
     ///
-    /// Where there is none.
+    /// Panics if there is none.
     pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[self.below(of.len() as u64) as usize]
     }

@@ -1,56 +1,60 @@
-//! What is to happen in a run: a list that follows from the seed, made before anything happens.
+//! The events of a run: a list that follows from the seed and is made before the run starts.
 //!
-//! Events do not refer to each other but by their numbers in the list, and each may be left out
-//! (then those that refer to it do nothing). So a list that fails can be made shorter.
+//! Events refer to each other only by their numbers in the list. Each may be left out (those that
+//! refer to it then do nothing), so that a failing list can be shortened.
 
 use std::collections::BTreeMap;
 
 use sluice_common::abi::masquerade;
 use sluice_common::packet::header::protocol;
 
-use crate::cluster::{self, OUTSIDE, PODS, Readiness, SERVERS, SERVICES, Target};
+use crate::cluster::{self, Readiness, SERVERS, SERVICES, Target};
 use crate::maps::Capacities;
 use crate::packet::tcp;
 use crate::random::Random;
 
 /// Microseconds of a second.
 pub const SECOND: u64 = 1_000_000;
-/// How long events happen.
+/// The time span of the events.
 pub const LENGTH: u64 = 300 * SECOND;
 /// The first port of clients.
 const PORTS: u16 = 40_000;
 
-/// What never changes in a run.
+/// The setting of a run, which never changes.
 #[derive(Clone, Debug)]
 pub struct Setting {
-    /// The seed of all chance.
+    /// The seed of all randomness.
     pub seed: u64,
-    /// How many nodes there are.
+    /// Number of nodes.
     pub nodes: usize,
     /// One of [`masquerade`].
     pub masquerade: u32,
-    /// How much the tables of flows hold.
+    /// Capacities of the flow tables.
     pub capacities: Capacities,
-    /// Of a thousand packets, how many the network loses on each hop.
+    /// Packets of a thousand that the network loses on each hop.
     pub loss: u64,
-    /// Of a thousand, how many it doubles.
+    /// Packets of a thousand that it duplicates.
     pub doubled: u64,
-    /// Of a thousand, how many it delays, so that others overtake them.
+    /// Packets of a thousand that it delays, so that others overtake them.
     pub delayed: u64,
-    /// Of 64 operations on a map, how many give another CPU its turn.
+    /// Map operations of 64 before which another CPU runs.
     pub races: u64,
+    /// Whether uplinks run XDP before tc.
+    pub xdp: bool,
+    /// Whether packets that the stack would only forward bypass it (`--accelerate on`).
+    pub accelerate: bool,
 }
 
 /// A request and its answer.
 #[derive(Clone, Copy, Debug)]
 pub struct Exchange {
-    /// How long the client waits before it, microseconds.
+    /// Microseconds that the client waits before it.
     pub pause: u64,
-    /// How long the endpoint waits before it answers.
+    /// Microseconds that the endpoint waits before it answers.
     pub thinks: u64,
 }
 
-/// How a connection ends.
+/// The end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Close {
     /// The client closes it.
@@ -59,32 +63,32 @@ pub enum Close {
     Server,
     /// The client resets it.
     Abort,
-    /// It stays open to the end, when there is one more request.
+    /// It stays open to the end of the run, and then has one more request.
     Late,
 }
 
-/// A connection, or a UDP client's questions from one socket.
+/// A TCP connection, or a UDP client's questions from one socket.
 #[derive(Clone, Debug)]
 pub struct Connect {
     /// The client's host.
     pub client: usize,
     /// Its port.
     pub port: u16,
-    /// Of which family.
+    /// Whether it uses IPv6.
     pub is_v6: bool,
     /// TCP or UDP.
     pub protocol: u8,
-    /// What it asks for.
+    /// The target.
     pub target: Target,
-    /// What is said.
+    /// Requests and answers.
     pub exchanges: Vec<Exchange>,
-    /// How it ends (TCP).
+    /// The end (TCP).
     pub close: Close,
     /// Whether its datagrams are sent in fragments (UDP, IPv4).
     pub fragmented: bool,
 }
 
-/// What a flood is made of.
+/// The packets of a flood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flood {
     /// SYNs.
@@ -97,10 +101,10 @@ pub enum Flood {
     Udp,
 }
 
-/// Whom a forger claims to be, and to whom.
+/// Source and destination that a forger claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Claim {
-    /// The client, to what it asked for.
+    /// The client, to its target.
     ClientToFrontend,
     /// The client, to the endpoint itself.
     ClientToEndpoint,
@@ -108,7 +112,7 @@ pub enum Claim {
     EndpointToClient,
 }
 
-/// What happens.
+/// An event's action.
 #[derive(Clone, Debug)]
 pub enum Act {
     /// A client connects.
@@ -117,75 +121,77 @@ pub enum Act {
     Evict {
         /// Number of the connection's event.
         connection: usize,
-        /// Which of its entries.
+        /// The choice among its entries.
         choice: u64,
         /// Whether all are.
         all: bool,
     },
     /// An endpoint changes.
     Endpoint(usize, Readiness),
-    /// A Service comes or goes.
+    /// A Service is created or deleted.
     Service(usize, bool),
     /// A node's agent is killed; the next one starts a while later.
     Kill {
         /// The node.
         node: usize,
-        /// Until the next one starts, microseconds.
+        /// Microseconds until the next one starts.
         pause: u64,
     },
-    /// An endpoint's pod dies, and a new one has its address.
+    /// An endpoint's pod dies, and a new one gets its address.
     Die(usize),
-    /// Somebody outside sends many packets of random sources.
+    /// A host outside sends many packets from random sources.
     Flood {
-        /// Of which kind.
+        /// The packets.
         kind: Flood,
-        /// To what.
+        /// The target.
         target: Target,
-        /// Of which family.
+        /// Whether they are IPv6.
         is_v6: bool,
-        /// How many.
+        /// Number of packets.
         packets: u32,
     },
-    /// Somebody sends a segment in the name of a connection's party.
+    /// A forger sends a segment in the name of a connection's party.
     Forge {
         /// Number of the connection's event.
         connection: usize,
-        /// In whose name.
+        /// The claimed source and destination.
         claim: Claim,
-        /// Its flags.
+        /// The segment's flags.
         flags: u8,
-        /// Where it comes from: a host's index.
+        /// Index of the host that sends it.
         from: usize,
         /// The sequence number; the acknowledgment number is its complement.
         sequence: u32,
     },
 }
 
-/// Something that happens at a time.
+/// An action at a time.
 #[derive(Clone, Debug)]
 pub struct Event {
     /// Microseconds from the start.
     pub at: u64,
-    /// What.
+    /// The action.
     pub act: Act,
 }
 
-/// A run: what it is made of.
+/// The setting and events of a run.
 #[derive(Clone, Debug)]
 pub struct Scenario {
-    /// What never changes.
+    /// The setting.
     pub setting: Setting,
-    /// What happens, in no order.
+    /// The events, unordered.
     pub events: Vec<Event>,
 }
 
 impl Scenario {
-    /// The run of a seed.
+    /// Creates the scenario of a seed.
     #[must_use]
     pub fn of(seed: u64) -> Self {
         let mut random = Random::new(&[seed, 1]);
         let nodes = 2 + random.below(2) as usize;
         let calm = random.chance(250);
+        // From a stream of their own, so that the events of a seed do not depend on them.
+        let mut ways = Random::new(&[seed, 2]);
         let setting = Setting {
             seed,
             nodes,
@@ -200,6 +206,8 @@ impl Scenario {
             doubled: if calm { 0 } else { random.below(40) },
             delayed: if calm { 0 } else { random.below(100) },
             races: random.pick(&[0, 1, 4, 16]),
+            xdp: ways.chance(500),
+            accelerate: ways.chance(400),
         };
         let mut generator = Generator { random, nodes, ports: BTreeMap::new(), events: Vec::new() };
         generator.generate();
@@ -210,14 +218,14 @@ impl Scenario {
 struct Generator {
     random: Random,
     nodes: usize,
-    /// How many connections each client had to each target.
+    /// Number of connections of each client to each target.
     ports: BTreeMap<(usize, Target, bool, u8), u16>,
     events: Vec<Event>,
 }
 
 impl Generator {
     fn generate(&mut self) {
-        // Some that stay, and that the others have to leave alone.
+        // Connections that stay, and that the others must not disturb.
         for _ in 0..20 {
             let at = self.random.below(LENGTH / 10);
             let exchanges = vec![self.exchange(SECOND)];
@@ -263,7 +271,7 @@ impl Generator {
     }
 
     fn host(&mut self) -> usize {
-        self.random.below((OUTSIDE + self.nodes * PODS) as u64) as usize
+        self.random.below(cluster::hosts(self.nodes) as u64) as usize
     }
 
     fn server(&mut self) -> usize {
@@ -283,7 +291,8 @@ impl Generator {
         }
     }
 
-    /// Adds a connection, `of`: of this client and family, as long as it has none to the target.
+    /// Adds a connection. With `of`, it is of this client and family, unless the client already has
+    /// one to the target.
     fn connect(
         &mut self,
         at: u64,
@@ -298,6 +307,12 @@ impl Generator {
         // An endpoint whose handshake is under way knows of no direct connection so far.
         let is_direct = matches!(target, Target::Pod(_));
         if target == Target::Pod(client) || is_direct && of.is_some() {
+            return;
+        }
+        // Requests of a process to its own node use the loopback device, which is not simulated.
+        if let Target::NodePort(_, node) = target
+            && client == cluster::processes(node)
+        {
             return;
         }
         let next = self.ports.entry((client, target, is_v6, protocol)).or_default();
@@ -315,16 +330,20 @@ impl Generator {
         self.events.push(Event { at, act: Act::Connect(connect) });
     }
 
-    /// A number for who translates a client's packets to a target: a client has one port for
-    /// several
-    /// connections only where one node does that, or where it can see the other connection. Two
-    /// nodes know nothing of each other, and would show an endpoint both at one tuple
-    /// (docs/compatibility.md).
+    /// Returns a number for the translator of a client's packets to a target.
+    ///
+    /// A client uses one port for several connections only where one node translates them all, or
+    /// can see the others: two nodes know nothing of each other, and would show both connections to
+    /// an endpoint at one tuple (docs/compatibility.md).
     fn translator(&self, client: usize, target: Target, is_v6: bool, number: u8) -> u16 {
         let own = cluster::place(client).map(|(node, _)| node);
         let is_udp = number == protocol::UDP;
         let (node, group) = match (target, own) {
             (Target::NodePort(_, node), _) => (node, 0),
+            // A pod that is its own backend at a node port sees itself as the node's address with
+            // its own port. A process with this port would lose its direct connection to the pod
+            // (docs/compatibility.md).
+            (Target::Pod(_), Some(own)) if cluster::is_process(client) => (own, 3),
             (Target::Pod(_), Some(own)) => (own, usize::from(is_udp)),
             (Target::Pod(server), None) => {
                 (cluster::place(server).map_or(0, |(node, _)| node), usize::from(is_udp))
@@ -336,7 +355,7 @@ impl Generator {
         (4 * group + node) as u16
     }
 
-    /// Clients that ask several frontends from one port at one instant.
+    /// Adds clients that ask several frontends from one port at the same time.
     fn race(&mut self) {
         for _ in 0..12 {
             let at = self.random.below(LENGTH);
@@ -381,7 +400,7 @@ impl Generator {
             self.events.push(Event { at, act: Act::Service(service, true) });
         }
         for _ in 0..6 {
-            // Right behind a change, between two of its writes.
+            // Right after a change, between two of its writes.
             let changes: Vec<u64> = self
                 .events
                 .iter()
@@ -427,7 +446,9 @@ impl Generator {
                 Claim::ClientToEndpoint,
                 Claim::EndpointToClient,
             ]);
+            // A node's own processes are trusted: they may use any source.
             let from = if self.random.chance(600) { 0 } else { self.host() };
+            let from = if cluster::is_process(from) { 0 } else { from };
             let at = begins + self.random.below(10 * SECOND);
             let sequence = self.random.draw() as u32;
             self.events

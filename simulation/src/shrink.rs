@@ -1,4 +1,4 @@
-//! Makes the list of events shorter for as long as it fails in the same way.
+//! Shortens the list of events for as long as it fails in the same way.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +6,7 @@ use crate::fault::Fault;
 use crate::scenario::Scenario;
 use crate::world::{Violation, World};
 
-/// Runs a scenario without some of its events.
+/// Runs a scenario without the skipped events.
 #[must_use]
 pub fn run(
     scenario: &Scenario,
@@ -16,9 +16,9 @@ pub fn run(
     World::new(scenario, skipped, fault, false).run()
 }
 
-/// Which events a violation of a rule does not need, by at most so many runs.
+/// Returns the events that a violation of a rule does not need, after at most `runs` runs.
 ///
-/// Delta debugging: leaves out ever smaller parts of what is left (Zeller, 2002).
+/// Delta debugging: ever smaller parts of the list are left out (Zeller, 2002).
 #[must_use]
 pub fn shrink(
     scenario: &Scenario,

@@ -1,28 +1,28 @@
-//! A small TCP: one segment at a time, sent again until it is acknowledged; resets are believed as
-//! RFC 5961 has it.
+//! A small TCP: one segment at a time, retransmitted until it is acknowledged. Resets are accepted
+//! as RFC 5961 has it.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 
 use crate::packet::{Segment, tcp};
 
-/// How often a segment is sent before the connection is given up.
+/// Number of times a segment is sent before the connection is given up.
 pub const TRIES: u32 = 12;
-/// Microseconds until a segment is sent again: doubled each time...
+/// Microseconds until the first retransmission: doubled each time...
 pub const RETRY_US: u64 = 500_000;
-/// ...but not beyond this.
+/// ...up to this.
 pub const RETRY_MAX_US: u64 = 8_000_000;
-/// How far beyond the next number a reset is challenged.
+/// Distance from the next number up to which a reset is challenged.
 const WINDOW: u32 = 65_535;
 
-/// Where a connection is.
+/// The state of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// Its SYN is sent.
     Opening,
     /// It has answered a SYN.
     Answered,
-    /// Both know of it.
+    /// Both ends know of it.
     Open,
     /// It is over; late segments are still answered.
     TimeWait,
@@ -30,7 +30,7 @@ pub enum State {
     Closed,
 }
 
-/// What has happened to a connection.
+/// An event of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Happened {
     /// It is open.
@@ -43,7 +43,7 @@ pub enum Happened {
     Closed,
     /// It was reset.
     Reset,
-    /// Nobody acknowledges what it sends.
+    /// No segment of it was acknowledged.
     GivenUp,
 }
 
@@ -66,26 +66,26 @@ pub struct Connection {
     pub local: SocketAddr,
     /// The other end.
     pub remote: SocketAddr,
-    /// Where it is.
+    /// The state.
     pub state: State,
     /// The next number that the peer sends.
     expected: u32,
-    /// The number of what is under way.
+    /// The number of the segment under way.
     unacknowledged: u32,
     under_way: Option<Outgoing>,
     waiting: VecDeque<Outgoing>,
     tries: u32,
-    /// Counts what was sent, so that a timer knows what it was set for.
+    /// Number of segments sent, by which a timer recognises its segment.
     pub sent: u32,
     peer_closed: bool,
     closing: bool,
     closed: bool,
-    /// Before this time no segment that is out of order and without data is answered.
+    /// Time until which segments out of order and without data are not answered.
     quiet_until: u64,
 }
 
 impl Connection {
-    /// A client's end; sends its SYN.
+    /// Opens a client's end, and sends its SYN.
     pub fn open(
         local: SocketAddr,
         remote: SocketAddr,
@@ -97,7 +97,7 @@ impl Connection {
         connection
     }
 
-    /// A server's end; answers a SYN.
+    /// Opens a server's end, which answers a SYN.
     pub fn accept(syn: &Segment, number: u32, out: &mut Vec<Segment>) -> Self {
         let expected = syn.sequence.wrapping_add(1);
         let mut connection =
@@ -130,7 +130,7 @@ impl Connection {
         }
     }
 
-    /// The answer to a segment that no connection is for.
+    /// Returns the answer to a segment without a connection.
     #[must_use]
     pub fn unknown(segment: &Segment) -> Option<Segment> {
         if segment.flags & tcp::RST != 0 {
@@ -145,7 +145,7 @@ impl Connection {
         })
     }
 
-    /// Whether something waits for its acknowledgment.
+    /// Whether a segment waits for its acknowledgment.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
         self.under_way.is_some()
@@ -158,7 +158,7 @@ impl Connection {
         }
     }
 
-    /// Sends no more.
+    /// Closes this end.
     pub fn close(&mut self, out: &mut Vec<Segment>) {
         if !self.closing && matches!(self.state, State::Open | State::Answered) {
             self.closing = true;
@@ -166,7 +166,7 @@ impl Connection {
         }
     }
 
-    /// Ends at once.
+    /// Resets the connection.
     pub fn abort(&mut self, out: &mut Vec<Segment>) {
         if self.state != State::Closed {
             let next = self.unacknowledged.wrapping_add(self.length_under_way());
@@ -191,7 +191,7 @@ impl Connection {
         self.under_way.as_ref().map_or(0, Outgoing::length)
     }
 
-    /// Sends the next of what waits.
+    /// Sends the next segment in the queue.
     fn go_on(&mut self, out: &mut Vec<Segment>) {
         if self.under_way.is_some() {
             return;
@@ -218,13 +218,13 @@ impl Connection {
         });
     }
 
-    /// Microseconds until what is under way is sent again.
+    /// Returns the microseconds until the segment under way is retransmitted.
     #[must_use]
     pub fn patience(&self) -> u64 {
         (RETRY_US << self.tries.saturating_sub(1).min(10)).min(RETRY_MAX_US)
     }
 
-    /// The time for an acknowledgment is over.
+    /// Retransmits the segment under way, whose acknowledgment is overdue.
     pub fn retry(&mut self, out: &mut Vec<Segment>) -> Option<Happened> {
         let _ = self.under_way.as_ref()?;
         if self.tries >= TRIES {
@@ -235,8 +235,8 @@ impl Connection {
         None
     }
 
-    /// Answers a segment that is out of order; not as often as such come without data, or two ends
-    /// that disagree would answer each other for ever (Linux' `tcp_invalid_ratelimit`).
+    /// Answers a segment out of order. Those without data are answered only so often: two ends that
+    /// disagree would answer each other for ever (Linux' `tcp_invalid_ratelimit`).
     fn challenge(&mut self, segment: &Segment, now: u64, out: &mut Vec<Segment>) {
         if segment.data.is_empty() {
             if now < self.quiet_until {
@@ -252,7 +252,7 @@ impl Connection {
         out.push(Segment::tcp(self.local, self.remote, tcp::ACK, next, self.expected));
     }
 
-    /// Takes in a segment.
+    /// Receives a segment.
     pub fn receive(
         &mut self,
         segment: &Segment,
@@ -283,7 +283,7 @@ impl Connection {
             return happened;
         }
         if flags & tcp::SYN != 0 {
-            // Its own once more, or a challenge.
+            // The same SYN once more, or one to challenge.
             if self.state == State::Answered && ahead == u32::MAX {
                 self.transmit(out);
             } else {
@@ -334,7 +334,7 @@ impl Connection {
         }
         self.go_on(out);
         if self.closed && self.peer_closed && self.state == State::Open {
-            // Whoever closes last hears no more.
+            // The end that closes last receives no more.
             let is_last = flags & tcp::FIN == 0 && segment.length() == 0;
             self.state = if is_last { State::Closed } else { State::TimeWait };
             happened.push(Happened::Closed);

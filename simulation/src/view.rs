@@ -1,8 +1,8 @@
 //! The maps as one program sees them that runs for one packet: an adapter, as the kernel's is.
 //!
-//! Before every operation on a map another CPU may have its turn: a packet that is due at the same
-//! node, a write of the agent, an eviction. It runs to its end, nested, and the program goes on
-//! with what it has read before.
+//! Before every map operation another CPU may run: a packet that is due at the same node, a write
+//! of the agent, an eviction. It runs to its end, nested; the program then goes on with what it had
+//! read before.
 
 use std::cell::{Cell, OnceCell};
 use std::net::SocketAddr;

@@ -1,4 +1,4 @@
-//! Everything that there is in a run, and the queue of what happens next.
+//! A run: nodes, hosts and network, and the queue of what happens next.
 
 use std::cell::{Cell, RefCell};
 use std::cmp::Reverse;
@@ -10,12 +10,13 @@ use sluice_common::abi::{Flow, TICK_SHIFT, Ticks, Tuple, flow, masquerade};
 use sluice_common::engine::adapter::Action;
 use sluice_common::engine::open::FlowEnd;
 use sluice_common::engine::record::FlowMap;
+use sluice_common::engine::xdp::Fate;
 use sluice_common::packet::header::protocol;
 use sluice_common::path::{CLOSING_TICKS, Hook, Record, gives_way};
 use sluice_common::{V4, V6};
 use sluice_core::plan::Sizes;
 
-use crate::act::{Counted, Met, run};
+use crate::act::{Counted, Met, run, run_translated, run_xdp};
 use crate::agent::Agent;
 use crate::cluster::{self, OUTSIDE, Objects, PODS, Readiness, SERVICES, Target};
 use crate::fault::Fault;
@@ -27,25 +28,25 @@ use crate::random::mix;
 use crate::scenario::{Act, Claim, Event, Flood, LENGTH, SECOND, Scenario, Setting};
 use crate::view::has_partner;
 
-/// When a run begins, microseconds since the nodes' boot.
+/// The start of a run in microseconds since the nodes' boot.
 const START: u64 = 100_000 * SECOND;
-/// A packet within a machine takes this long.
+/// Microseconds of a packet's way within a machine.
 const NEAR_US: u64 = 5;
-/// A packet over the network takes this long, but for what delays it.
+/// Microseconds of a packet's way over the network, without delays.
 const FAR_US: u64 = 200;
-/// What is due so soon may have its turn between two operations on a map.
+/// Events that are due so soon may run between two map operations.
 const BESIDE_US: u64 = 3_000;
-/// After the last event connections have so long to end.
+/// Time for connections to end after the last event.
 const PATIENCE: u64 = 200 * SECOND;
-/// Packets of a flood follow each other at this distance.
+/// Microseconds between two packets of a flood.
 const FLOOD_US: u64 = 400;
 
-/// Agents have carried out a change after so long, killed or not.
+/// Time after which agents have carried out a change, whether killed or not.
 const CHANGE: u64 = 10 * SECOND;
-/// A run with more programs than this goes round in a circle.
+/// Number of programs beyond which a run does not end.
 const PROGRAMS_MAX: u64 = 1_000_000;
 
-/// Where a packet arrives.
+/// The place where a packet arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// At a device of a node.
@@ -54,28 +55,30 @@ pub enum Place {
     Host(usize),
 }
 
-/// What happens at a time.
+/// An event in the queue.
 #[derive(Clone, Debug)]
 pub enum What {
     /// A packet arrives.
     Arrives(Place, Packet),
+    /// A process of a node sends a packet.
+    Sends(usize, Packet),
     /// An event of the scenario.
     Event(usize),
-    /// A client goes on with its connection.
+    /// A client sends its next request.
     GoOn(u32),
-    /// An endpoint answers: host, its end of the connection, what it sends, whether it closes.
+    /// An endpoint answers: host, its end of the connection, the answer, whether it closes.
     Answer(usize, Ends, Vec<u8>, bool),
-    /// A segment was not acknowledged: host, its end, which one.
+    /// A segment was not acknowledged: host, its end, number of the segment.
     Retry(usize, Ends, u32),
     /// The next packet of a flood.
     Flood(usize, u32),
-    /// A node's agent writes, the one after so many were killed.
+    /// A node's agent writes, unless more agents were killed meanwhile than this number.
     Write(usize, u32),
     /// A node's next agent starts.
     Start(usize),
-    /// Connections that stayed come to their end.
+    /// Connections that stay open have their last request.
     Close,
-    /// All Services go.
+    /// All Services are deleted.
     Clear,
 }
 
@@ -112,29 +115,33 @@ impl Ord for Due {
 /// An invariant that did not hold.
 #[derive(Clone, Debug)]
 pub struct Violation {
-    /// Which one: the same words for the same kind.
+    /// The invariant, in the same words for the same kind.
     pub rule: &'static str,
-    /// What was seen.
+    /// What was observed.
     pub what: String,
-    /// When, microseconds from the start.
+    /// Microseconds from the start.
     pub at: u64,
 }
 
-/// What a run has counted.
+/// The statistics of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sums {
     /// Connections that were opened.
     pub opened: u64,
-    /// Those that ended as they should.
+    /// Connections that ended as they should.
     pub completed: u64,
-    /// Those that never came about.
+    /// Connections that were never established.
     pub refused: u64,
-    /// Those that were lost where that is allowed.
+    /// Connections that were lost where that is allowed.
     pub excused: u64,
     /// Programs that ran.
     pub programs: u64,
-    /// Programs that ran between two operations of another.
+    /// Programs that ran between two map operations of another.
     pub nested: u64,
+    /// Packets that XDP has translated.
+    pub by_xdp: u64,
+    /// Packets that bypassed the stack.
+    pub around: u64,
     /// Entries that were evicted by an event.
     pub evicted: u64,
     /// Agents that were killed.
@@ -143,9 +150,9 @@ pub struct Sums {
 
 /// A run.
 pub struct World<'s> {
-    /// What never changes.
+    /// The setting.
     pub setting: &'s Setting,
-    /// The fault that is put in.
+    /// The fault whose fix is reverted.
     pub fault: Option<Fault>,
     /// The events.
     pub events: &'s [Event],
@@ -155,15 +162,15 @@ pub struct World<'s> {
     queue: RefCell<BinaryHeap<Reverse<Due>>>,
     /// The nodes.
     pub nodes: Vec<Node>,
-    /// Who has sockets.
+    /// The hosts, which have sockets.
     pub hosts: RefCell<Vec<Host>>,
-    /// Event -> its connection.
+    /// Index of the event -> its connection.
     pub connections: RefCell<BTreeMap<u32, Connecting>>,
     objects: RefCell<Objects>,
     violation: RefCell<Option<Violation>>,
-    /// What happened, line by line, if anybody wants to know.
+    /// The trace, if it is wanted.
     trace: Option<RefCell<Vec<String>>>,
-    /// What was counted.
+    /// Statistics.
     pub sums: RefCell<Sums>,
 }
 
@@ -180,7 +187,7 @@ fn sizes() -> Sizes {
 }
 
 impl<'s> World<'s> {
-    /// The beginning of a run.
+    /// Prepares a run.
     #[must_use]
     pub fn new(
         scenario: &'s Scenario,
@@ -194,11 +201,12 @@ impl<'s> World<'s> {
                 let pods: Vec<_> =
                     (0..PODS).map(|number| cluster::host(cluster::pod(index, number))).collect();
                 let addresses = cluster::node(index);
-                let (masquerade, blocks) = (setting.masquerade, sizes().slot_blocks);
-                Node::new(index, addresses, &pods, masquerade, blocks, setting.capacities)
+                let Setting { masquerade, accelerate, capacities, .. } = *setting;
+                let blocks = sizes().slot_blocks;
+                Node::new(index, addresses, &pods, masquerade, accelerate, blocks, capacities)
             })
             .collect();
-        let hosts = (0..OUTSIDE + setting.nodes * PODS).map(Host::new).collect();
+        let hosts = (0..cluster::hosts(setting.nodes)).map(Host::new).collect();
         let world = Self {
             setting,
             fault,
@@ -228,7 +236,7 @@ impl<'s> World<'s> {
         world
     }
 
-    /// Runs it to its end, or to the first violation.
+    /// Runs to the end, or to the first violation.
     pub fn run(&self) -> Option<Violation> {
         let end = START + LENGTH + PATIENCE;
         while self.violation.borrow().is_none() {
@@ -248,25 +256,25 @@ impl<'s> World<'s> {
         self.violation.borrow().clone()
     }
 
-    /// What happened.
+    /// Returns the trace.
     #[must_use]
     pub fn trace(&self) -> Vec<String> {
         self.trace.as_ref().map(|trace| trace.borrow().clone()).unwrap_or_default()
     }
 
-    /// The time in ticks.
+    /// Returns the time in ticks.
     #[must_use]
     pub fn ticks(&self) -> Ticks {
         ((self.now.get() * 1_000) >> TICK_SHIFT) as Ticks
     }
 
-    /// The time in microseconds.
+    /// Returns the time in microseconds.
     #[must_use]
     pub fn micros(&self) -> u64 {
         self.now.get()
     }
 
-    /// The time in milliseconds.
+    /// Returns the time in milliseconds.
     #[must_use]
     pub fn milliseconds(&self) -> u32 {
         (self.now.get() / 1_000) as u32
@@ -281,7 +289,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// Notes that an invariant does not hold.
+    /// Records that an invariant does not hold.
     pub fn violate(&self, rule: &'static str, what: impl FnOnce() -> String) {
         let mut violation = self.violation.borrow_mut();
         if violation.is_none() {
@@ -291,7 +299,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// Has something happen after so many microseconds.
+    /// Queues an event after this many microseconds.
     pub fn after(&self, micros: u64, what: What) {
         self.at(self.now.get() + micros, what);
     }
@@ -308,6 +316,13 @@ impl<'s> World<'s> {
                 self.arrive(&self.nodes[node], device, packet, depth);
             }
             What::Arrives(Place::Host(host), packet) => self.receive(host, &packet),
+            What::Sends(node, packet) => {
+                let node = &self.nodes[node];
+                let (_, destination) = packet.addresses();
+                if let Some(out) = node.route(destination) {
+                    self.leave(node, out, 0, packet, depth, 0);
+                }
+            }
             What::Event(index) => self.event(index),
             What::GoOn(connection) => self.go_on(connection),
             What::Answer(host, ends, data, closes) => self.answer(host, ends, data, closes),
@@ -332,8 +347,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// Lets another CPU of a node have its turn, if it is so: what is due next there runs to its
-    /// end.
+    /// Runs the node's next event to its end, as another CPU would, if the seed says so.
     pub fn race(&self, node: &Node, tag: Tag, operation: u64, depth: u32) {
         let races = self.setting.races;
         let [connection, number] = tag.words();
@@ -347,7 +361,9 @@ impl<'s> World<'s> {
         let is_beside = |due: &Due| {
             due.at <= self.now.get() + BESIDE_US
                 && match &due.what {
-                    What::Arrives(Place::Node(at, _), _) | What::Write(at, _) => *at == node.index,
+                    What::Arrives(Place::Node(at, _), _)
+                    | What::Sends(at, _)
+                    | What::Write(at, _) => *at == node.index,
                     What::Event(index) => matches!(self.events[*index].act, Act::Evict { .. }),
                     What::Arrives(Place::Host(_), _)
                     | What::GoOn(_)
@@ -373,20 +389,34 @@ impl<'s> World<'s> {
 
     // --- nodes ------------------------------------------------------------------------------
 
-    /// A packet comes in by a device.
+    /// Receives a packet on a device.
     fn arrive(&self, node: &Node, device: u32, mut packet: Packet, depth: u32) {
         let met = Met { hook: Hook::Ingress, ifindex: device, came_by: device, depth };
-        match self.program(node, met, &mut packet) {
+        let is_translated = self.setting.xdp && device == UPLINK && {
+            let met = Met { hook: Hook::Xdp, ..met };
+            match self.xdp(node, met, &mut packet) {
+                Some(is_translated) => is_translated,
+                None => return,
+            }
+        };
+        let action = match is_translated {
+            false => self.program(node, met, &mut packet, run),
+            // tc leaves alone what XDP has translated.
+            true if !self.setting.accelerate => Action::Next,
+            true => self.program(node, met, &mut packet, run_translated),
+        };
+        match action {
             Action::Drop => {}
-            Action::Send(out) | Action::Forward(out) | Action::ForwardTo(out) => {
+            Action::Send(out) | Action::Forward(out) => {
                 self.leave(node, out, 0, packet, depth, 0);
             }
+            Action::ForwardTo(out) => self.leave(node, out, device, packet, depth, 0),
             Action::Next => self.stack(node, device, packet, depth),
             Action::Receive(by) => self.stack(node, by, packet, depth),
         }
     }
 
-    /// The node's stack: delivers what is for the node, and forwards everything else.
+    /// Does what the node's stack does: delivers packets for the node, and forwards all others.
     fn stack(&self, node: &Node, device: u32, mut packet: Packet, depth: u32) {
         let (_, destination) = packet.addresses();
         if let Some(out) = node.route(destination) {
@@ -395,8 +425,13 @@ impl<'s> World<'s> {
             }
             return;
         }
-        // Nobody listens there.
         let Some(crate::packet::Read::Whole(segment)) = packet.contents() else { return };
+        let host = cluster::processes(node.index);
+        if self.hosts.borrow()[host].knows(&segment) {
+            self.after(0, What::Arrives(Place::Host(host), packet));
+            return;
+        }
+        // Nobody listens there.
         if segment.protocol != protocol::TCP {
             return;
         }
@@ -408,7 +443,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// A packet leaves by a device.
+    /// Sends a packet out by a device.
     fn leave(
         &self,
         node: &Node,
@@ -419,7 +454,7 @@ impl<'s> World<'s> {
         turns: u32,
     ) {
         let met = Met { hook: Hook::Egress, ifindex: device, came_by, depth };
-        match self.program(node, met, &mut packet) {
+        match self.program(node, met, &mut packet, run) {
             Action::Drop => {}
             Action::Send(out) | Action::Forward(out) | Action::ForwardTo(out) if turns < 4 => {
                 self.leave(node, out, came_by, packet, depth, turns + 1);
@@ -436,12 +471,42 @@ impl<'s> World<'s> {
         }
     }
 
-    fn program(&self, node: &Node, met: Met, packet: &mut Packet) -> Action {
+    /// Runs the XDP program of an uplink. Returns whether it has translated the packet, or [`None`]
+    /// if it has dropped it.
+    fn xdp(&self, node: &Node, met: Met, packet: &mut Packet) -> Option<bool> {
+        let mut is_marked = false;
+        let before = packet.clone();
+        let action = self.program(node, met, packet, |world, node, met, packet| {
+            let (fate, counted, marked) = run_xdp(world, node, met, packet);
+            is_marked = marked;
+            (if fate == Fate::Drop { Action::Drop } else { Action::Next }, counted)
+        });
+        if action == Action::Drop || !is_marked && packet.bytes != before.bytes {
+            self.violate("XDP finishes a packet or leaves it alone", || {
+                format!("node{}: {before} became {packet}, {action:?}", node.index)
+            });
+        }
+        self.sums.borrow_mut().by_xdp += u64::from(is_marked);
+        (action != Action::Drop).then_some(is_marked)
+    }
+
+    fn program(
+        &self,
+        node: &Node,
+        met: Met,
+        packet: &mut Packet,
+        runs: impl FnOnce(&Self, &Node, Met, &mut Packet) -> (Action, Counted),
+    ) -> Action {
         self.sums.borrow_mut().programs += 1;
         let before = packet.clone();
-        let (end, counted) = run(self, node, met, packet);
+        let (end, counted) = runs(self, node, met, packet);
+        self.sums.borrow_mut().around += u64::from(matches!(end, Action::ForwardTo(_)));
         self.tell(|| {
-            let side = if met.hook == Hook::Ingress { "in" } else { "out" };
+            let side = match met.hook {
+                Hook::Xdp => "XDP",
+                Hook::Ingress => "in",
+                Hook::Egress => "out",
+            };
             let device = match met.ifindex {
                 UPLINK => "uplink".to_owned(),
                 edge => format!("pod{}", edge.wrapping_sub(EDGES)),
@@ -450,11 +515,14 @@ impl<'s> World<'s> {
                 if packet.bytes == before.bytes { String::new() } else { format!(" => {packet}") };
             format!("node{} {device} {side}: {before}{what} [{counted:?}, {end:?}]", node.index)
         });
+        let is_answer = packet.tag.by == By::Node && before.tag.by != By::Node;
+        let is_refused = end == Action::Drop || is_answer;
+        node.observed.borrow_mut().add(&before, packet, is_refused, self.nodes.len());
         self.check_count(&before, packet, end, counted);
         end
     }
 
-    /// A packet is counted as what was done with it.
+    /// Checks that a packet is counted as what was done with it.
     fn check_count(&self, before: &Packet, after: &Packet, end: Action, counted: Counted) {
         let rule = "a packet is counted as what becomes of it";
         let is_answer = after.tag.by == By::Node && before.tag.by != By::Node;
@@ -506,11 +574,25 @@ impl<'s> World<'s> {
         hosts.get(host).is_some_and(|host| host.holds(number, end, client, backend))
     }
 
+    /// Whether a socket of a process of a node has the tuple of a new flow.
+    pub fn holds_own_socket(
+        &self,
+        node: &Node,
+        number: u8,
+        end: FlowEnd,
+        client: SocketAddr,
+        backend: SocketAddr,
+    ) -> bool {
+        let host = cluster::processes(node.index);
+        self.hosts.borrow()[host].holds(number, end, client, backend)
+    }
+
     // --- the network ------------------------------------------------------------------------
 
-    /// A host sends.
+    /// Sends a host's packet.
     pub fn send(&self, host: usize, packet: Packet) {
         match cluster::place(host) {
+            Some((node, PODS)) => self.after(NEAR_US, What::Sends(node, packet)),
             Some((node, pod)) => {
                 self.transmit(Place::Node(node, EDGES + pod as u32), NEAR_US, packet);
             }
@@ -518,7 +600,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// A packet crosses the network between nodes and whoever is outside.
+    /// Carries a packet across the network between nodes and hosts outside.
     fn network(&self, from: Option<usize>, packet: Packet) {
         let (source, destination) = packet.addresses();
         let to_node = (0..self.nodes.len()).find(|node| {
@@ -540,7 +622,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// A packet takes one hop, or is lost there, doubled, or late.
+    /// Carries a packet over one hop, where it may be lost, duplicated or delayed.
     fn transmit(&self, to: Place, micros: u64, packet: Packet) {
         let Setting { seed, loss, doubled, delayed, .. } = *self.setting;
         let [connection, number] = packet.tag.words();
@@ -575,7 +657,7 @@ impl<'s> World<'s> {
         *node.agent.borrow_mut() = Some(agent);
     }
 
-    /// Has an agent write; whether some writes are left.
+    /// Lets an agent write; returns whether some writes are left.
     fn write(node: &Node, writes: usize) -> bool {
         node.agent.borrow_mut().as_mut().is_some_and(|agent| agent.write(writes))
     }
@@ -641,7 +723,7 @@ impl<'s> World<'s> {
         self.now.get() < self.changing_until.get()
     }
 
-    /// Notes for those that are opening that what they ask for has changed meanwhile.
+    /// Records for connections that their target has changed meanwhile.
     fn disturbed(&self, concerns: impl Fn(Target) -> bool) {
         self.changing_until.set(self.now.get() + CHANGE);
         for connection in self.connections.borrow_mut().values_mut() {
@@ -680,7 +762,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// Notes what an eviction may cost a connection.
+    /// Records what an eviction may cost a connection.
     pub fn evicted<F: Side>(
         &self,
         node: &Node,
@@ -717,7 +799,7 @@ impl<'s> World<'s> {
         });
     }
 
-    /// A client's packet changes no entry of another connection.
+    /// Checks that a client's packet changes no entry of another connection.
     pub fn check_owner(&self, tag: Tag, asked: SocketAddr, owner: u32, frontend: SocketAddr) {
         if tag.by != By::Client || owner == tag.connection || owner == u32::MAX {
             return;
@@ -846,7 +928,7 @@ impl<'s> World<'s> {
         self.after(PATIENCE - 20 * SECOND, What::Clear);
     }
 
-    /// All Services go: what they had returns.
+    /// Deletes all Services, so that all they had must return.
     fn clear(&self) {
         self.check_connections();
         let changes: Vec<_> = {
@@ -889,10 +971,41 @@ impl<'s> World<'s> {
             }
             self.check_tables::<V4>(node);
             self.check_tables::<V6>(node);
+            self.check_sums(node);
+        }
+        self.check_flows();
+    }
+
+    /// Checks that the counters of a node add up to what the wire shows of its programs.
+    fn check_sums(&self, node: &Node) {
+        let (counters, observed) = (node.counters.borrow(), node.observed.borrow());
+        for ((what, counted), seen) in counters.sums().into_iter().zip(observed.sums()) {
+            if counted != seen {
+                self.violate("the counters add up", || {
+                    format!("node{}, {what}: {counted:?} counted, {seen:?} seen", node.index)
+                });
+            }
         }
     }
 
-    /// What has ended stands aside, and gives its source port back.
+    /// Checks that every connection to a Service was counted as a new flow.
+    fn check_flows(&self) {
+        let connections = self.connections.borrow();
+        let is_served = |connection: &&Connecting| {
+            connection.is_open
+                && connection.connect.protocol == protocol::TCP
+                && connection.connect.target.service().is_some()
+        };
+        let open = connections.values().filter(is_served).count() as u64;
+        let flows: u64 = self.nodes.iter().map(|node| node.counters.borrow().flows()).sum();
+        if flows < open {
+            self.violate("the counters add up", || {
+                format!("{flows} flows counted, {open} connections were open")
+            });
+        }
+    }
+
+    /// Checks that an ended connection's entries are embryonic, and return its source port.
     fn check_tables<F: Side>(&self, node: &Node) {
         let connections = self.connections.borrow();
         let memory = F::memory(node).borrow();
@@ -918,8 +1031,8 @@ impl<'s> World<'s> {
     }
 }
 
-/// Whether a lost entry does not show itself, though its partner is there (docs/recovery.md lists
-/// them):
+/// Whether a lost entry goes unnoticed although its partner is there (docs/recovery.md lists the
+/// cases):
 ///
 /// - A hairpin flow's reply goes to a frontend's address, and is taken for a client's.
 /// - Where a client has another port at the endpoint, its reset comes from that port.

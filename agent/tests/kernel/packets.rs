@@ -24,7 +24,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::net::SocketAddr;
 
-use self::case::{Case, End, Outcome, Program, settle};
+use self::case::{Case, End, Outcome, Program, case, settle};
 use self::frame::{TCP, UDP};
 use self::kernel::Kernel;
 use self::world::{
@@ -34,19 +34,41 @@ use sluice_common::abi::{Event, Listening, Range, Ticks, networks, state};
 use sluice_common::engine::limit::DEVICE_REJECT_BURST_MS;
 use sluice_common::event::Kind;
 
-/// How a case failed; empty when it did not.
+/// How many failures are printed whole.
+const SHOWN: usize = 20;
+
+/// Returns how a case failed, with the case itself; empty where it did not.
 fn judge(case: &Case, who: &str, mut actual: Outcome) -> String {
     settle(&mut actual, &case.expected);
     let difference = show::difference(who, &actual, &case.expected);
-    if difference.is_empty() { String::new() } else { format!("{}\n{difference}", case.name) }
+    if difference.is_empty() { String::new() } else { format!("{case}{difference}") }
 }
 
 fn report(failures: &[String], all: usize) {
     let mut text = String::new();
-    for failure in failures {
+    for failure in failures.iter().take(SHOWN) {
         let _ = writeln!(text, "{failure}");
     }
-    assert!(failures.is_empty(), "{} of {all} cases failed:\n\n{text}", failures.len());
+    assert!(
+        failures.is_empty(),
+        "{} of {all} cases failed, the first {SHOWN} of them:\n\n{text}",
+        failures.len()
+    );
+}
+
+/// Returns the cases that `SLUICE_PACKET_CASES` chooses by a part of their names, or all. Prints
+/// them where the output is not captured.
+fn chosen(mut cases: Vec<Case>) -> Vec<Case> {
+    if let Ok(word) = std::env::var("SLUICE_PACKET_CASES") {
+        cases.retain(|case| case.name.contains(&word));
+        assert!(!cases.is_empty(), "no case has {word:?} in its name");
+    }
+    if std::env::args().any(|argument| argument == "--nocapture") {
+        for case in cases.iter().filter(|case| !case.is_cut) {
+            println!("{case}");
+        }
+    }
+    cases
 }
 
 #[test]
@@ -80,7 +102,7 @@ fn in_the_kernel(load: impl FnOnce() -> anyhow::Result<Kernel>, cases: &[Case]) 
             Ok(Some(actual)) => actual,
             Ok(None) => continue,
             Err(error) => {
-                failures.push(format!("{}\n  kernel: {error:#}", case.name));
+                failures.push(format!("{case}  kernel: {error:#}"));
                 continue;
             }
         };
@@ -92,7 +114,7 @@ fn in_the_kernel(load: impl FnOnce() -> anyhow::Result<Kernel>, cases: &[Case]) 
         }
         let difference = show::difference("kernel, compared with the host", &actual, &host);
         if !difference.is_empty() {
-            failures.push(format!("{}\n{difference}", case.name));
+            failures.push(format!("{case}{difference}"));
         }
     }
     report(&failures, cases.len());
@@ -100,12 +122,12 @@ fn in_the_kernel(load: impl FnOnce() -> anyhow::Result<Kernel>, cases: &[Case]) 
 
 #[test]
 fn the_host_does_what_the_table_says() {
-    on_the_host(&cases::with_prefixes(), host::NOW);
+    on_the_host(&chosen(cases::with_prefixes()), host::NOW);
 }
 
 #[test]
 fn the_kernel_does_what_the_table_says_and_the_host_does() {
-    in_the_kernel(Kernel::load, &cases::with_prefixes());
+    in_the_kernel(Kernel::load, &chosen(cases::with_prefixes()));
 }
 
 /// The programs of several devices may meet a packet at the same side of the stack: the first one
@@ -127,7 +149,7 @@ fn what_is_translated_is_left_alone_by_the_next_program() {
     let [ingress, egress] = kernel::TC_DONE;
     let mut failures = Vec::new();
     for case in cases {
-        let is_egress = matches!(case.program, Program::Egress | Program::EgressBare);
+        let is_egress = matches!(case.program, Program::Egress | Program::EgressL3);
         let (own, other) = if is_egress { (egress, ingress) } else { (ingress, egress) };
         let mut untouched = case.clone();
         untouched.expected.frame.clone_from(&case.input);
@@ -223,9 +245,9 @@ fn icmp_errors_have_a_limit_for_all_clients_of_a_device() {
         let of = |ifindex: u32| -> Vec<Case> {
             let client = |host| SocketAddr::new(address(cast.version, NET_CLIENTS, host), 40_001);
             let question = |host| cast.first(client(host), cast.empty).at(mac(ifindex));
-            let case =
-                |host| Case::new("", &cast.world(), Program::Ingress, ifindex, &question(host));
-            (1..=250).map(case).collect()
+            let asks = cast.case("a datagram to a service without backends");
+            let asks = asks.world(&cast.world()).tc_ingress(ifindex);
+            (1..=250).map(|host| asks.clone().sends(&question(host))).collect()
         };
         kernel.prepare(&cast.world()).expect("the maps are filled");
         let (answered, time) = kernel.redirected(&of(EDGE)).expect("the kernel runs them");
@@ -254,7 +276,8 @@ fn a_mark_counts_for_the_route_of_the_hosts_own_packets() {
     for cast in Cast::all() {
         let (world, _) = cases::moved(&cast, NET_MARKED);
         let first = cast.first(SocketAddr::new(cast.node, 40_001), cast.frontend);
-        let case = Case::new("", &world, Program::Egress, UPLINK, &first);
+        let case = cast.case("this host asks a marked route's backend");
+        let case = case.world(&world).tc_egress(UPLINK).sends(&first);
         for (mark, is_routed) in [(0, false), (MARK, counts), (MARK + 1, false)] {
             kernel.mark = mark;
             kernel.prepare(&world).expect("the maps are filled");
@@ -348,11 +371,11 @@ fn an_established_flow_is_told_to_nobody_whoever_listens() {
             Connection { backend: cast.frontend, ..cast.connection() }.state(state::ESTABLISHED);
         let packet = cast.next(cast.client, cast.frontend);
         let world = cast.world().flows(same.forward());
-        let established = Case::new("an established flow", &world, Program::Ingress, EDGE, &packet);
+        let established = case("an established flow").world(&world).tc_ingress(EDGE).sends(&packet);
         let mut none = cast.world();
         none.port(ONE).ranges = [Range::DROP; 3];
         let first = cast.first(cast.client, cast.frontend);
-        let dropped = Case::new("a drop that is counted", &none, Program::Ingress, EDGE, &first);
+        let dropped = case("a drop that is counted").world(&none).tc_ingress(EDGE).sends(&first);
         for (case, world) in [(established, world), (dropped, none)] {
             kernel.prepare(&world).expect("the maps are filled");
             let times = shortest(&mut kernel, &case, &sieves);

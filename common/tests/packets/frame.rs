@@ -326,7 +326,7 @@ impl Frame {
     }
 
     /// Removes the link header.
-    pub(crate) fn bare(mut self) -> Self {
+    pub(crate) fn l3(mut self) -> Self {
         self.link = None;
         self
     }

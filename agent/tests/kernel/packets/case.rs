@@ -11,8 +11,8 @@ use super::world::{Affinities, Datagrams, Exhausted, Flows, UNSAID, World};
 pub(crate) enum Program {
     Ingress,
     Egress,
-    IngressBare,
-    EgressBare,
+    IngressL3,
+    EgressL3,
     Xdp,
 }
 
@@ -22,8 +22,8 @@ impl Program {
         match self {
             Self::Ingress => "tc_ingress_l2",
             Self::Egress => "tc_egress_l2",
-            Self::IngressBare => "tc_ingress_l3",
-            Self::EgressBare => "tc_egress_l3",
+            Self::IngressL3 => "tc_ingress_l3",
+            Self::EgressL3 => "tc_egress_l3",
             Self::Xdp => "xdp_uplink",
         }
     }
@@ -32,7 +32,7 @@ impl Program {
     pub(crate) fn link(self) -> u32 {
         match self {
             Self::Ingress | Self::Egress | Self::Xdp => 14,
-            Self::IngressBare | Self::EgressBare => 0,
+            Self::IngressL3 | Self::EgressL3 => 0,
         }
     }
 }
@@ -95,44 +95,106 @@ pub(crate) struct Case {
     /// The checksum is left to the device: a test run cannot make such an skb, so this is for the
     /// host alone.
     pub(crate) partial: bool,
+    /// Whether this is another case's packet, cut off.
+    pub(crate) is_cut: bool,
     length: u32,
 }
 
-impl Case {
-    /// A packet that is passed untouched, not counted, and leaves nothing behind, until said
-    /// otherwise.
-    pub(crate) fn new(
-        name: impl Into<String>,
-        world: &World,
-        program: Program,
-        ifindex: u32,
-        frame: &Frame,
-    ) -> Self {
+/// Begins a case with its name.
+///
+/// ```text
+/// case("the first packet opens a flow")
+///     .world(&world)              // what the maps hold
+///     .tc_ingress(EDGE)           // the program, and its device
+///     .sends(&first)              // the packet: passed untouched and not counted by default
+///     .becomes(&first.clone().to(backend))
+///     .opens(ONE)
+/// ```
+///
+/// [`Cast::case`] puts family and protocol before the name.
+pub(crate) fn case(name: impl Into<String>) -> Draft {
+    Draft { name: name.into(), world: None, met: None }
+}
+
+/// A case without its packet.
+#[derive(Clone, Debug)]
+pub(crate) struct Draft {
+    name: String,
+    world: Option<World>,
+    /// The program and its device.
+    met: Option<(Program, u32)>,
+}
+
+impl Draft {
+    /// Sets what the maps hold before the packet.
+    pub(crate) fn world(self, world: &World) -> Self {
+        Self { world: Some(world.clone()), ..self }
+    }
+
+    /// Runs the tc program at the ingress of a device with a link header.
+    pub(crate) fn tc_ingress(self, ifindex: u32) -> Self {
+        self.at(Program::Ingress, ifindex)
+    }
+
+    /// Runs the tc program at the egress of a device with a link header.
+    pub(crate) fn tc_egress(self, ifindex: u32) -> Self {
+        self.at(Program::Egress, ifindex)
+    }
+
+    /// Runs the tc program at the ingress of a device without a link header.
+    pub(crate) fn tc_ingress_l3(self, ifindex: u32) -> Self {
+        self.at(Program::IngressL3, ifindex)
+    }
+
+    /// Runs the tc program at the egress of a device without a link header.
+    pub(crate) fn tc_egress_l3(self, ifindex: u32) -> Self {
+        self.at(Program::EgressL3, ifindex)
+    }
+
+    /// Runs the XDP program of a device.
+    pub(crate) fn xdp(self, ifindex: u32) -> Self {
+        self.at(Program::Xdp, ifindex)
+    }
+
+    /// Runs a program of a device.
+    pub(crate) fn at(self, program: Program, ifindex: u32) -> Self {
+        Self { met: Some((program, ifindex)), ..self }
+    }
+
+    /// Sends a packet, which is passed untouched, not counted, and leaves nothing behind, until
+    /// said otherwise.
+    pub(crate) fn sends(self, frame: &Frame) -> Case {
+        let world = self.world.expect("a case says what the maps hold");
+        let (program, ifindex) = self.met.expect("a case says which program it runs");
         let end = if program == Program::Xdp { End::XdpPass } else { End::Next };
-        Self {
-            name: name.into(),
-            world: world.clone(),
+        let expected = Outcome {
+            end,
+            frame: frame.bytes(),
+            counted: Some(Vec::new()),
+            events: None,
+            flows: world.flows.clone(),
+            embryonic: world.embryonic.clone(),
+            affinity: world.affinity.clone(),
+            exhausted: world.exhausted.clone(),
+            fragments: world.fragments.clone(),
+            marks: world.marks,
+        };
+        Case {
+            name: self.name,
+            world,
             program,
             ifindex,
             came_by: 0,
             input: frame.bytes(),
-            expected: Outcome {
-                end,
-                frame: frame.bytes(),
-                counted: Some(Vec::new()),
-                events: None,
-                flows: world.flows.clone(),
-                embryonic: world.embryonic.clone(),
-                affinity: world.affinity.clone(),
-                exhausted: world.exhausted.clone(),
-                fragments: world.fragments.clone(),
-                marks: world.marks,
-            },
+            expected,
             partial: false,
+            is_cut: false,
             length: frame.length(),
         }
     }
+}
 
+impl Case {
     /// Has come in by a device, and leaves by another one.
     pub(crate) fn came_by(mut self, ifindex: u32) -> Self {
         self.came_by = ifindex;
@@ -247,6 +309,7 @@ impl Case {
         (0..self.input.len())
             .map(|length| {
                 let mut case = self.clone();
+                case.is_cut = true;
                 case.name = format!("{}, cut off behind {length} bytes", self.name);
                 case.input.truncate(length);
                 case.expected.frame = case.input.clone();

@@ -204,8 +204,8 @@ impl<F: Ip> Adapter<F> for Host<'_> {
 
     fn hook(&self) -> Hook {
         match self.case.program {
-            Program::Ingress | Program::IngressBare => Hook::Ingress,
-            Program::Egress | Program::EgressBare => Hook::Egress,
+            Program::Ingress | Program::IngressL3 => Hook::Ingress,
+            Program::Egress | Program::EgressL3 => Hook::Egress,
             Program::Xdp => Hook::Xdp,
         }
     }
@@ -680,7 +680,7 @@ fn run_family<F: Ip>(case: &Case, packet: Bytes<Vec<u8>>, offset: u32, now: Tick
             Fate::Pass => End::XdpPass,
             Fate::Drop => End::XdpDrop,
         },
-        Program::Ingress | Program::IngressBare | Program::Egress | Program::EgressBare => {
+        Program::Ingress | Program::IngressL3 | Program::Egress | Program::EgressL3 => {
             match engine::tc::run(&mut run) {
                 Action::Next => End::Next,
                 Action::Drop => End::Drop,

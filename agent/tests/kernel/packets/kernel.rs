@@ -483,9 +483,7 @@ impl Kernel {
             let _ = loader.map_max_entries(map, flows);
         }
         let mut ebpf = loader.load(&bytes).context("cannot load the object")?;
-        for program in
-            [Program::Ingress, Program::Egress, Program::IngressBare, Program::EgressBare]
-        {
+        for program in [Program::Ingress, Program::Egress, Program::IngressL3, Program::EgressL3] {
             let loaded = tc(&mut ebpf, program)?;
             verify(|| loaded.load()).with_context(|| format!("cannot load {}", program.name()))?;
         }

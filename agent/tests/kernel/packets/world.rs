@@ -5,6 +5,7 @@
 //! without a link header are the source address's (IPv4: its first two, IPv6: its third pair).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sluice_common::abi::{
@@ -13,6 +14,7 @@ use sluice_common::abi::{
     device, device_flags, flow, frontend, listing, masquerade, networks, node_address, side, state,
 };
 
+use super::case::{Draft, case};
 use super::frame::{ACK, DATA, Frame, INIT, Mac, SCTP, SYN, TCP, UDP};
 
 /// An address family.
@@ -316,19 +318,31 @@ impl Connection {
     }
 }
 
-/// Who plays in most cases: one client, frontends with one backend, one without.
+/// The parties of most cases: a client, frontends with one backend, and one without.
+///
+/// | | IPv4 | IPv6 | TCP | UDP, SCTP |
+/// |---|---|---|---|---|
+/// | `client` | 8.0.1.7 | 2001:db8:86dd:1::7 | 40001 | 40001 |
+/// | `frontend` | 8.0.96.10 | 2001:db8:86dd:60::a | 80 | 53 |
+/// | `other_frontend` | 8.0.96.11 | 2001:db8:86dd:60::b | 80 | 53 |
+/// | `empty` | 8.0.96.12 | 2001:db8:86dd:60::c | 80 | 53 |
+/// | `backend` | 8.0.2.3 | 2001:db8:86dd:2::3 | 8080 | 5353 |
+/// | `other_backend` | 8.0.2.4 | 2001:db8:86dd:2::4 | 8080 | 5353 |
+/// | `node` | 8.0.0.1 | 2001:db8:86dd::1 | | |
+/// | `router` | 8.0.0.254 | 2001:db8:86dd::fe | | |
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cast {
     pub(crate) version: Version,
     pub(crate) protocol: u8,
     pub(crate) client: SocketAddr,
+    /// Leads to `backend`, through the service port [`ONE`].
     pub(crate) frontend: SocketAddr,
-    /// Leads to the same endpoint as `frontend`, through a service port of its own.
+    /// Leads to the same endpoint as `frontend`, through the service port [`OTHER`].
     pub(crate) other_frontend: SocketAddr,
-    /// Has no backends.
+    /// Has no backends; its service port is [`EMPTY`].
     pub(crate) empty: SocketAddr,
     pub(crate) backend: SocketAddr,
-    /// Selected by nobody.
+    /// In no service port's set.
     pub(crate) other_backend: SocketAddr,
     pub(crate) node: IpAddr,
     pub(crate) router: IpAddr,
@@ -392,6 +406,11 @@ impl Cast {
             _ => "UDP",
         };
         format!("{version} {protocol}")
+    }
+
+    /// Begins a case whose name tells family and protocol first.
+    pub(crate) fn case(&self, name: impl Display) -> Draft {
+        case(format!("{}: {name}", self.title()))
     }
 
     /// With another client.

@@ -34,7 +34,9 @@ pub(super) fn add(table: &mut Table) {
     assert!(around > 300, "{around} go around the stack");
     for cast in [Cast::all(), Cast::of(SCTP)].concat() {
         answers(table, &cast);
-        not_forwarded(table, &cast);
+        ways_around(table, &cast);
+        shapes_left_to_the_stack(table, &cast);
+        questions_left_to_the_stack(table, &cast);
         fragments(table, &cast);
         bridged(table, &cast);
     }
@@ -55,7 +57,7 @@ fn is_translated(case: &Case) -> bool {
     let direct = |counted: &Counted| {
         matches!(counted, Counted::Reason { reason: Reason::DirectRemapped, .. })
     };
-    matches!(case.program, Program::Ingress | Program::IngressBare)
+    matches!(case.program, Program::Ingress | Program::IngressL3)
         && case.expected.end == End::Next
         && case.expected.frame != case.input
         && !case.expected.counted.iter().flatten().any(direct)
@@ -63,7 +65,7 @@ fn is_translated(case: &Case) -> bool {
 
 /// Whether it comes in from a backend: then it may be an answer.
 fn comes_from_backend(case: &Case) -> bool {
-    matches!(case.program, Program::Ingress | Program::IngressBare)
+    matches!(case.program, Program::Ingress | Program::IngressL3)
         && ip_of(case, &case.input).is_none_or(|ip| {
             case.world
                 .listing
@@ -83,7 +85,7 @@ struct Ip {
 }
 
 fn ip_of(case: &Case, frame: &[u8]) -> Option<Ip> {
-    let start = if case.program == Program::IngressBare { 0 } else { 14 };
+    let start = if case.program == Program::IngressL3 { 0 } else { 14 };
     let packet = frame.get(start..)?;
     let is_ip = |ethertype: [u8; 2]| start == 0 || frame[12..14] == ethertype;
     let address = |at: usize, size: usize| match size {
@@ -116,7 +118,7 @@ fn ip_of(case: &Case, frame: &[u8]) -> Option<Ip> {
 fn accelerated(case: &Case) -> Case {
     let mut case = on(case.clone());
     let Some(ip) = ip_of(&case, &case.expected.frame) else { return case };
-    let is_bare = case.program == Program::IngressBare;
+    let is_bare = case.program == Program::IngressL3;
     let is_for_us = is_bare || case.input.starts_with(&mac(case.ifindex));
     let is_port = case.world.devices.get(&case.ifindex).is_some_and(|device| device.bridge != 0);
     let fits = world::route(ip.destination).is_some_and(|(_, mtu)| ip.length <= mtu as usize);
@@ -157,17 +159,19 @@ fn one_hop_on(case: Case, frame: &Frame) -> Case {
 
 /// An endpoint's packet, which is translated where it leaves.
 fn answers(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let connection = cast.connection();
     let world = knows(cast, &connection);
     let answer = cast.next(cast.backend, cast.client);
     for (program, ifindex, frame) in [
         (Program::Ingress, EDGE, answer.clone().at(mac(EDGE))),
         (Program::Ingress, UPLINK, answer.clone().at(mac(UPLINK))),
-        (Program::IngressBare, TUNNEL, answer.clone().bare()),
+        (Program::IngressL3, TUNNEL, answer.clone().l3()),
     ] {
         let case = |what: &str, world: &World, frame: &Frame| {
-            Case::new(format!("{title}: {what}, device {ifindex}"), world, program, ifindex, frame)
+            cast.case(format!("{what}, device {ifindex}"))
+                .world(world)
+                .at(program, ifindex)
+                .sends(frame)
         };
         table.add(one_hop_on(case("an answer goes around the stack", &world, &frame), &frame));
         let mut off = world.clone();
@@ -197,9 +201,8 @@ fn answers(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Where the stack would do more than forward, it has the packet.
-fn not_forwarded(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
+/// Answers go around the stack where their route has a device of ours and room.
+fn ways_around(table: &mut Table, cast: &Cast) {
     let node = cast.node;
     for (what, client, is_forwarded) in [
         ("no route", world::address(cast.version, NET_UNROUTED, 7), false),
@@ -210,13 +213,8 @@ fn not_forwarded(table: &mut Table, cast: &Cast) {
         let cast = cast.client(SocketAddr::new(client, cast.client.port()));
         let world = knows(&cast, &cast.connection());
         let answer = cast.next(cast.backend, cast.client).at(mac(EDGE));
-        let case = Case::new(
-            format!("{title}: an answer to {what}"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &answer,
-        );
+        let case =
+            cast.case(format!("an answer to {what}")).world(&world).tc_ingress(EDGE).sends(&answer);
         table.add(if is_forwarded { one_hop_on(case, &answer) } else { case });
     }
     for (what, net, size, is_forwarded) in [
@@ -228,68 +226,65 @@ fn not_forwarded(table: &mut Table, cast: &Cast) {
         let cast = cast.client_in(net);
         let world = knows(&cast, &cast.connection());
         let answer = sized(&cast, size).at(mac(EDGE));
-        let case = Case::new(
-            format!("{title}: an answer {what}"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &answer,
-        );
+        let case =
+            cast.case(format!("an answer {what}")).world(&world).tc_ingress(EDGE).sends(&answer);
         table.add(if is_forwarded { one_hop_on(case, &answer) } else { case });
     }
+}
+
+/// Frames that the stack alone can forward.
+fn shapes_left_to_the_stack(table: &mut Table, cast: &Cast) {
     let world = knows(cast, &cast.connection());
     let answer = cast.next(cast.backend, cast.client).at(mac(EDGE));
     let optional = match cast.version {
         Version::V4 => answer.clone().options(&[0x94, 4, 0, 0]),
         Version::V6 => answer.clone().extension(0, &[0, 0, 1, 4, 0, 0, 0, 0]),
     };
-    table.add(Case::new(
-        format!("{title}: an answer with options"),
-        &world,
-        Program::Ingress,
-        EDGE,
-        &optional,
-    ));
+    table.add(cast.case("an answer with options").world(&world).tc_ingress(EDGE).sends(&optional));
     let tagged = answer.clone().tag(0x8100, 5);
-    table.add(Case::new(
-        format!("{title}: an answer with a tag"),
-        &world,
-        Program::Ingress,
-        EDGE,
-        &tagged,
-    ));
+    table.add(cast.case("an answer with a tag").world(&world).tc_ingress(EDGE).sends(&tagged));
     let other = cast.next(cast.backend, cast.client).at([2, 0, 0, 0, 9, 9]);
-    let name = format!("{title}: an answer in a frame for somebody else");
-    table.add(Case::new(name, &world, Program::Ingress, EDGE, &other));
+    table.add(
+        cast.case("an answer in a frame for somebody else")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&other),
+    );
     let mut switched = world.clone();
     switched.devices.get_mut(&EDGE).expect("an edge").flags |= device_flags::SWITCHED;
-    let name = format!("{title}: an answer by a port of a switch");
-    table.add(Case::new(name, &switched, Program::Ingress, EDGE, &answer));
+    table.add(
+        cast.case("an answer by a port of a switch")
+            .world(&switched)
+            .tc_ingress(EDGE)
+            .sends(&answer),
+    );
+}
+
+/// Questions by a switch's port, and hooks other than the ingress.
+fn questions_left_to_the_stack(table: &mut Table, cast: &Cast) {
+    let world = knows(cast, &cast.connection());
+    let mut switched = world.clone();
+    switched.devices.get_mut(&EDGE).expect("an edge").flags |= device_flags::SWITCHED;
     let first = cast.first(cast.client, cast.frontend).at(mac(EDGE));
     let mut switched = cast.world();
     switched.settings.networks |= networks::ACCELERATE;
     switched.devices.get_mut(&EDGE).expect("an edge").flags |= device_flags::SWITCHED;
     table.add(
-        Case::new(
-            format!("{title}: a question by a port of a switch"),
-            &switched,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().to(cast.backend))
-        .opens(ONE)
-        .embryonic([cast.connection().both()]),
+        cast.case("a question by a port of a switch")
+            .world(&switched)
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([cast.connection().both()]),
     );
     for (program, ifindex) in [(Program::Egress, UPLINK), (Program::Xdp, UPLINK)] {
         let answer = cast.next(cast.backend, cast.client).at(mac(UPLINK));
-        let case = Case::new(
-            format!("{title}: an answer, {}", program.name()),
-            &world,
-            program,
-            ifindex,
-            &answer,
-        );
+        let case = cast
+            .case(format!("an answer, {}", program.name()))
+            .world(&world)
+            .at(program, ifindex)
+            .sends(&answer);
         table.add(if program == Program::Egress {
             case.becomes(&answer.clone().from(cast.frontend)).reply(ONE)
         } else {
@@ -313,7 +308,6 @@ fn sized(cast: &Cast, length: u32) -> Frame {
 
 /// Each part of a datagram goes the first one's way.
 fn fragments(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let mut cast = *cast;
     if cast.protocol == SCTP {
         // SCTP's ports cannot change in fragments.
@@ -323,7 +317,7 @@ fn fragments(table: &mut Table, cast: &Cast) {
     let parts = parts(&long(&cast, cast.backend, cast.client).at(mac(EDGE)));
     let told = told(&cast, cast.backend, cast.client, true, 0);
     let case = |what: &str, world: &World, frame: &Frame| {
-        Case::new(format!("{title}: {what}"), world, Program::Ingress, EDGE, frame)
+        cast.case(what).world(world).tc_ingress(EDGE).sends(frame)
     };
     table.add(
         one_hop_on(
@@ -342,20 +336,16 @@ fn fragments(table: &mut Table, cast: &Cast) {
 
 /// A bridge forwards between its ports; what is for the bridge itself is routed.
 fn bridged(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let mut world = knows(cast, &cast.connection());
     let edge = world.devices.get_mut(&EDGE).expect("an edge");
     edge.bridge = BRIDGE;
     edge.flags |= BRIDGE << device_flags::BRIDGE_MAC_SHIFT;
     let answer = cast.next(cast.backend, cast.client);
     let case = |what: &str, world: &World, frame: &Frame| {
-        Case::new(
-            format!("{title}: an answer by a bridge's port, {what}"),
-            world,
-            Program::Ingress,
-            EDGE,
-            frame,
-        )
+        cast.case(format!("an answer by a bridge's port, {what}"))
+            .world(world)
+            .tc_ingress(EDGE)
+            .sends(frame)
     };
     let routed = answer.clone().at(mac(BRIDGE));
     table.add(one_hop_on(case("routed", &world, &routed), &routed));
@@ -377,13 +367,11 @@ fn errors(table: &mut Table, cast: &Cast) {
         ("a router", world::address(cast.version, NET_CLIENTS, 9)),
     ] {
         let error = Frame::icmp(from, cast.client.ip(), kind, 0, &quoted).at(mac(NARROW));
-        let case = Case::new(
-            format!("{}: {who} tells the client of an error", cast.title()),
-            &world,
-            Program::Ingress,
-            NARROW,
-            &error,
-        );
+        let case = cast
+            .case(format!("{who} tells the client of an error"))
+            .world(&world)
+            .tc_ingress(NARROW)
+            .sends(&error);
         // A router's error is not told to be about an answer before it leaves.
         table.add(one_hop_on(case, &error));
     }

@@ -9,7 +9,7 @@ use sluice_common::{Reason, V4, V6};
 
 use super::Table;
 use super::clash::of_host;
-use crate::packets::case::{Case, End, Program};
+use crate::packets::case::{Case, End, Program, case};
 use crate::packets::frame::{ACK, Frame, RST, SYN, TCP};
 use crate::packets::ip::Ip;
 use crate::packets::world::{
@@ -21,8 +21,12 @@ pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
         first(table, &cast);
         entries(table, &cast);
+        entries_of_sets(table, &cast);
         rounds(table, &cast);
-        recorded(table, &cast);
+        recorded_when_proven(table, &cast);
+        recorded_by_flows(table, &cast);
+        recorded_of_special_clients(table, &cast);
+        recovered_by_affinity(table, &cast);
         unrecorded(table, &cast);
     }
 }
@@ -87,7 +91,10 @@ fn opens(
 ) -> Case {
     let ifindex = if program == Program::Xdp { UPLINK } else { EDGE };
     let first = cast.first(cast.client, cast.frontend).at(mac(ifindex));
-    Case::new(name, world, program, ifindex, &first)
+    case(name)
+        .world(world)
+        .at(program, ifindex)
+        .sends(&first)
         .becomes(&first.clone().to(connection.backend))
         .opens(connection.id)
         .embryonic([connection.both()])
@@ -112,6 +119,7 @@ fn first(table: &mut Table, cast: &Cast) {
     }
 }
 
+/// Which entries are followed.
 fn entries(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let [own, other] = own_and_other(cast);
@@ -145,11 +153,17 @@ fn entries(table: &mut Table, cast: &Cast) {
     case("an entry of a backend that is in the set for want of a serving one", &drained, &other);
     case("an entry of another service port's backend", &with(been(cast, ONE, OTHER, 1)), &own);
     case("an entry of no backend", &with(been(cast, ONE, 4000, 1)), &own);
+}
 
+/// Entries of other service ports, and of backends in other sets.
+fn entries_of_sets(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let [own, other] = own_and_other(cast);
+    let with = |affinity: Affinities| World { affinity, ..world(cast) };
+    let flags = backend::SERVING | backend::LOCAL;
     let world = with(been(cast, OTHER, OTHER, 5));
     let name = format!("{title}: affinity, an entry for another service port");
     table.add(opens(cast, name, &world, Program::Ingress, &own));
-
     for (what, bit, connection) in [
         ("is in", backend::SELECTED << 2, &other),
         ("is only in others than", SELECTED ^ backend::SELECTED << 2, &own),
@@ -158,9 +172,11 @@ fn entries(table: &mut Table, cast: &Cast) {
             .kind(ONE, frontend::LOAD_BALANCER)
             .backend_flags(other.id, flags | bit);
         let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
-        let name = format!("{title}: affinity, the backend {what} the outside's set");
         table.add(
-            Case::new(name, &world, Program::Ingress, UPLINK, &first)
+            cast.case(format!("affinity, the backend {what} the outside's set"))
+                .world(&world)
+                .tc_ingress(UPLINK)
+                .sends(&first)
                 .becomes(&first.clone().to(connection.backend))
                 .opens(connection.id)
                 .embryonic([connection.both()]),
@@ -202,11 +218,11 @@ fn rounds(table: &mut Table, cast: &Cast) {
     if cast.protocol == TCP {
         let data = Frame::tcp(cast.client, cast.frontend, ACK, b"data");
         let [_, other] = own_and_other(cast);
-        let name = format!(
-            "{title}: affinity leads a connection whose entries were lost after it ran out"
-        );
         table.add(
-            Case::new(name, &with(been(cast, ONE, other.id, 500)), Program::Ingress, EDGE, &data)
+            cast.case("affinity leads a connection whose entries were lost after it ran out")
+                .world(&with(been(cast, ONE, other.id, 500)))
+                .tc_ingress(EDGE)
+                .sends(&data)
                 .becomes(&data.clone().to(other.backend))
                 .reason(Reason::Recovered, ONE)
                 .embryonic([other.both()]),
@@ -214,8 +230,8 @@ fn rounds(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// When an entry is written.
-fn recorded(table: &mut Table, cast: &Cast) {
+/// An entry is written when the endpoint has answered, not before.
+fn recorded_when_proven(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let [own, other] = own_and_other(cast);
     let with = |affinity: Affinities| World { affinity, ..world(cast) };
@@ -233,9 +249,12 @@ fn recorded(table: &mut Table, cast: &Cast) {
             round(been(cast, ONE, other.id, 0), 4)
         }),
     ] {
-        let name = format!("{title}: affinity, {what} first answer is recorded");
         let world = with(before).embryonic(other.both());
-        let case = Case::new(name, &world, Program::Egress, EDGE, &answer)
+        let case = cast
+            .case(format!("affinity, {what} first answer is recorded"))
+            .world(&world)
+            .tc_egress(EDGE)
+            .sends(&answer)
             .becomes(&answer.clone().from(cast.frontend))
             .reply(other.id)
             .affinity(now);
@@ -250,62 +269,64 @@ fn recorded(table: &mut Table, cast: &Cast) {
             ("refuses", RST | ACK, other.state(state::RESET_REPLY)),
         ] {
             let frame = Frame::tcp(other.backend, cast.client, flags, &[]);
-            let name = format!("{title}: affinity, a backend that {what} proves nothing");
             let world = with(Affinities::new()).embryonic(other.both());
             table.add(
-                Case::new(name, &world, Program::Egress, EDGE, &frame)
+                cast.case(format!("affinity, a backend that {what} proves nothing"))
+                    .world(&world)
+                    .tc_egress(EDGE)
+                    .sends(&frame)
                     .becomes(&frame.clone().from(cast.frontend))
                     .reply(other.id)
                     .embryonic([after.both()]),
             );
         }
     }
+}
 
+/// What a known flow's packets do to the entry of its client.
+fn recorded_by_flows(table: &mut Table, cast: &Cast) {
+    let [own, _] = own_and_other(cast);
+    let with = |affinity: Affinities| World { affinity, ..world(cast) };
     let connection = own.state(state::ESTABLISHED);
     let flows = with(been(cast, ONE, own.id, 50)).flows(connection.age(30).both());
     for program in [Program::Ingress, Program::Xdp] {
         let ifindex = if program == Program::Xdp { UPLINK } else { EDGE };
         let next = cast.next(cast.client, cast.frontend).at(mac(ifindex));
         table.add(
-            Case::new(
-                format!("{title}: affinity, a later packet refreshes no entry, {}", program.name()),
-                &flows,
-                program,
-                ifindex,
-                &next,
-            )
-            .becomes(&next.clone().to(own.backend))
-            .forward(own.id)
-            .flows([connection.both()]),
+            cast.case(format!("affinity, a later packet refreshes no entry, {}", program.name()))
+                .world(&flows)
+                .at(program, ifindex)
+                .sends(&next)
+                .becomes(&next.clone().to(own.backend))
+                .forward(own.id)
+                .flows([connection.both()]),
         );
     }
     let reply = cast.next(own.backend, cast.client);
     table.add(
-        Case::new(
-            format!("{title}: affinity, a reply refreshes no entry"),
-            &flows,
-            Program::Egress,
-            EDGE,
-            &reply,
-        )
-        .becomes(&reply.clone().from(cast.frontend))
-        .reply(own.id)
-        .flows([connection.both()]),
+        cast.case("affinity, a reply refreshes no entry")
+            .world(&flows)
+            .tc_egress(EDGE)
+            .sends(&reply)
+            .becomes(&reply.clone().from(cast.frontend))
+            .reply(own.id)
+            .flows([connection.both()]),
     );
     let lost = world(cast).flows(connection.both());
     let next = cast.next(cast.client, cast.frontend);
     table.add(
-        Case::new(
-            format!("{title}: affinity, a flow goes on without an entry and makes none"),
-            &lost,
-            Program::Ingress,
-            EDGE,
-            &next,
-        )
-        .becomes(&next.clone().to(own.backend))
-        .forward(own.id),
+        cast.case("affinity, a flow goes on without an entry and makes none")
+            .world(&lost)
+            .tc_ingress(EDGE)
+            .sends(&next)
+            .becomes(&next.clone().to(own.backend))
+            .forward(own.id),
     );
+}
 
+/// Clients that are their own backend, and this host.
+fn recorded_of_special_clients(table: &mut Table, cast: &Cast) {
+    let [_, _] = own_and_other(cast);
     let itself = cast.client(SocketAddr::new(cast.backend.ip(), 40_001));
     let mirror = SocketAddr::new(cast.frontend.ip(), 40_001);
     let hairpin =
@@ -314,85 +335,74 @@ fn recorded(table: &mut Table, cast: &Cast) {
     let mut world_of_one = world(&itself);
     world_of_one.affinity = been(&itself, ONE, ONE, 7);
     table.add(
-        Case::new(
-            format!("{title}: affinity of a client that is its own backend"),
-            &world_of_one,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().from(mirror).to(cast.backend).ttl(60).turned())
-        .ends(End::Redirect)
-        .opens(ONE)
-        .embryonic([hairpin.both()])
-        .marks(mark::HOST),
+        cast.case("affinity of a client that is its own backend")
+            .world(&world_of_one)
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().from(mirror).to(cast.backend).ttl(60).turned())
+            .ends(End::Redirect)
+            .opens(ONE)
+            .embryonic([hairpin.both()])
+            .marks(mark::HOST),
     );
-
     let host = cast.client(SocketAddr::new(cast.node, 40_001));
     let [own, _] = own_and_other(&host);
     let own = of_host(&host, own);
     let first = host.first(host.client, host.frontend);
     table.add(
-        Case::new(
-            format!("{title}: affinity of this host"),
-            &world(&host),
-            Program::Egress,
-            UPLINK,
-            &first,
-        )
-        .becomes(&first.clone().from(own.seen_as).to(own.backend))
-        .ends(End::Redirect)
-        .opens(own.id)
-        .embryonic([own.both()])
-        .marks(mark::HOST),
+        cast.case("affinity of this host")
+            .world(&world(&host))
+            .tc_egress(UPLINK)
+            .sends(&first)
+            .becomes(&first.clone().from(own.seen_as).to(own.backend))
+            .ends(End::Redirect)
+            .opens(own.id)
+            .embryonic([own.both()])
+            .marks(mark::HOST),
     );
+}
+
+/// A connection whose entries were lost.
+fn recovered_by_affinity(table: &mut Table, cast: &Cast) {
+    let [_, other] = own_and_other(cast);
+    let with = |affinity: Affinities| World { affinity, ..world(cast) };
     if cast.protocol == TCP {
         let data = Frame::tcp(cast.client, cast.frontend, ACK, b"data");
         table.add(
-            Case::new(
-                format!("{title}: affinity leads a connection whose entries were lost"),
-                &with(been(cast, ONE, other.id, 20)),
-                Program::Ingress,
-                EDGE,
-                &data,
-            )
-            .becomes(&data.clone().to(other.backend))
-            .reason(Reason::Recovered, ONE)
-            .embryonic([other.both()]),
+            cast.case("affinity leads a connection whose entries were lost")
+                .world(&with(been(cast, ONE, other.id, 20)))
+                .tc_ingress(EDGE)
+                .sends(&data)
+                .becomes(&data.clone().to(other.backend))
+                .reason(Reason::Recovered, ONE)
+                .embryonic([other.both()]),
         );
     }
 }
 
 /// When no entry is written.
 fn unrecorded(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let mut none = world(cast);
     none.port(ONE).ranges = [Range::DROP; 3];
     let first = cast.first(cast.client, cast.frontend);
     table.add(
-        Case::new(
-            format!("{title}: affinity, a client that is dropped is not remembered"),
-            &none,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .dropped(Reason::NoLocalBackend, ONE),
+        cast.case("affinity, a client that is dropped is not remembered")
+            .world(&none)
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .dropped(Reason::NoLocalBackend, ONE),
     );
     let mut without = world(cast);
     without.port(ONE).affinity_seconds = 0;
     without.affinity = been(cast, ONE, SPARE, 1);
     without.fill(ONE, &[ONE]);
     table.add(
-        Case::new(
-            format!("{title}: an entry of a service port that has no affinity any more"),
-            &without,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().to(cast.backend))
-        .opens(ONE)
-        .embryonic([cast.connection().both()]),
+        cast.case("an entry of a service port that has no affinity any more")
+            .world(&without)
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([cast.connection().both()]),
     );
 }

@@ -9,7 +9,7 @@ use sluice_common::path::{UDP_IDLE_TICKS, mark};
 
 use super::Table;
 use super::clash::tried;
-use super::masquerade::{LOCAL, OVERLAY, REMOTE, leaves};
+use super::masquerade::{LOCAL, OVERLAY, Place, REMOTE, leaves};
 use super::masqueraded::on;
 use super::takeover::at;
 use crate::packets::case::{Case, Program};
@@ -26,6 +26,9 @@ pub(super) fn add(table: &mut Table) {
     for cast in Cast::of(UDP) {
         idle(table, &cast);
         from_node_port(table, &cast);
+        answers_to_node_port(table, &cast);
+        other_ports_than_node_ports(table, &cast);
+        fragments_of_node_port(table, &cast);
     }
 }
 
@@ -53,139 +56,198 @@ fn answer(cast: &Cast, to: SocketAddr) -> Frame {
 
 /// Ports that our clients are given are kept from them where this host or netfilter uses one.
 fn noted(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     for (where_to, place) in [("remote", REMOTE), ("overlay", OVERLAY), ("local", LOCAL)] {
-        let (cast, world) = place.set(cast);
-        let world = world.marks(mark::MASQUERADED);
-        let node = |port| SocketAddr::new(cast.node_on(place.device), port);
-        for port in [1_024, 29_999, 61_000, 65_535] {
-            for (what, frame) in [
-                ("opens", cast.first(node(port), cast.backend)),
-                ("goes on", cast.next(node(port), cast.backend)),
-            ] {
-                let own = noted_as(&cast, node(port), node(port));
-                let (program, frame) = place.out(frame);
-                let name = format!("{title}: this node's own port {port} {what}, {where_to}");
-                table.add(
-                    Case::new(name, &world, program, place.device, &frame).embryonic([own.both()]),
-                );
-            }
-        }
-        let mut pass = |what: &str, world: &World, source, destination| {
-            let (program, frame) = place.out(cast.first(source, destination));
-            let name = format!("{title}: {what}, {where_to}");
-            table.add(Case::new(name, world, program, place.device, &frame));
-        };
-        for port in [1, 1_023, 30_000, 60_999] {
-            pass(
-                &format!("a port that no client is given, {port}"),
-                &world,
-                node(port),
-                cast.backend,
+        noted_at(table, cast, where_to, place);
+        not_noted(table, cast, where_to, place);
+        answers_to_noted(table, cast, where_to, place);
+    }
+}
+
+/// What leaves from a port that clients are given is noted.
+fn noted_at(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
+    let (cast, world) = place.set(cast);
+    let world = world.marks(mark::MASQUERADED);
+    let node = |port| SocketAddr::new(cast.node_on(place.device), port);
+    for port in [1_024, 29_999, 61_000, 65_535] {
+        for (what, frame) in [
+            ("opens", cast.first(node(port), cast.backend)),
+            ("goes on", cast.next(node(port), cast.backend)),
+        ] {
+            let own = noted_as(&cast, node(port), node(port));
+            let (program, frame) = place.out(frame);
+            table.add(
+                cast.case(format!("this node's own port {port} {what}, {where_to}"))
+                    .world(&world)
+                    .at(program, place.device)
+                    .sends(&frame)
+                    .embryonic([own.both()]),
             );
         }
-        let unmarked = world.clone().marks(0);
-        pass(
-            "this node's own port while nobody was masqueraded",
-            &unmarked,
-            node(5_000),
-            cast.backend,
-        );
-        let mut stranger = cast.backend;
-        stranger.set_ip(cast.router);
-        pass("this node's own port to one that is no backend", &world, node(5_000), stranger);
-        pass("a client that keeps its source", &world, cast.client, cast.backend);
-
-        let own = noted_as(&cast, node(5_000), node(5_000));
-        let world = world.embryonic(own.both());
-        let (program, back) = on(place.device, answer(&cast, own.client));
-        let name = format!("{title}: the answer to this node's own port, {where_to}");
-        let case = Case::new(name, &world, program, place.device, &back);
-        table.add(match cast.protocol {
-            UDP => case.embryonic([own.state(state::ESTABLISHED).both()]),
-            SCTP => case.flows([own.state(state::ESTABLISHED).both()]).embryonic([]),
-            _ => case.embryonic([own.answered().both()]),
-        });
-        let kind = if cast.client.is_ipv4() { (3, 3) } else { (1, 4) };
-        let quoted = cast.next(own.client, cast.backend);
-        let error = Frame::icmp(cast.backend.ip(), own.client.ip(), kind, 0, &quoted.packet());
-        let (program, error) = on(place.device, error);
-        let name =
-            format!("{title}: an error about a packet from this node's own port, {where_to}");
-        table.add(Case::new(name, &world, program, place.device, &error));
-        // Its tuple is no client's.
-        let source = place.source(&cast);
-        let taken = noted_as(&cast, source.seen_as, source.seen_as).state(state::ESTABLISHED);
-        let world = place.met(&cast, &world.embryonic([].into())).flows(taken.both());
-        let name = format!("{title}: a masqueraded client's port is this node's own, {where_to}");
-        table.add(leaves(name, &cast, &world, place, &place.source_at(&cast, 2)));
     }
+}
+
+/// What leaves from other ports, or elsewhere, is not.
+fn not_noted(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
+    let (cast, world) = place.set(cast);
+    let world = world.marks(mark::MASQUERADED);
+    let node = |port| SocketAddr::new(cast.node_on(place.device), port);
+    let mut pass = |what: &str, world: &World, source, destination| {
+        let (program, frame) = place.out(cast.first(source, destination));
+        table.add(
+            cast.case(format!("{what}, {where_to}"))
+                .world(world)
+                .at(program, place.device)
+                .sends(&frame),
+        );
+    };
+    for port in [1, 1_023, 30_000, 60_999] {
+        pass(&format!("a port that no client is given, {port}"), &world, node(port), cast.backend);
+    }
+    let unmarked = world.clone().marks(0);
+    pass("this node's own port while nobody was masqueraded", &unmarked, node(5_000), cast.backend);
+    let mut stranger = cast.backend;
+    stranger.set_ip(cast.router);
+    pass("this node's own port to one that is no backend", &world, node(5_000), stranger);
+    pass("a client that keeps its source", &world, cast.client, cast.backend);
+}
+
+/// Answers to the node's own port, errors, and a client whose port it is.
+fn answers_to_noted(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
+    let title = cast.title();
+    let (cast, world) = place.set(cast);
+    let world = world.marks(mark::MASQUERADED);
+    let node = |port| SocketAddr::new(cast.node_on(place.device), port);
+    let own = noted_as(&cast, node(5_000), node(5_000));
+    let world = world.embryonic(own.both());
+    let (program, back) = on(place.device, answer(&cast, own.client));
+    let case = cast
+        .case(format!("the answer to this node's own port, {where_to}"))
+        .world(&world)
+        .at(program, place.device)
+        .sends(&back);
+    table.add(match cast.protocol {
+        UDP => case.embryonic([own.state(state::ESTABLISHED).both()]),
+        SCTP => case.flows([own.state(state::ESTABLISHED).both()]).embryonic([]),
+        _ => case.embryonic([own.answered().both()]),
+    });
+    let kind = if cast.client.is_ipv4() { (3, 3) } else { (1, 4) };
+    let quoted = cast.next(own.client, cast.backend);
+    let error = Frame::icmp(cast.backend.ip(), own.client.ip(), kind, 0, &quoted.packet());
+    let (program, error) = on(place.device, error);
+    table.add(
+        cast.case(format!("an error about a packet from this node's own port, {where_to}"))
+            .world(&world)
+            .at(program, place.device)
+            .sends(&error),
+    );
+    // Its tuple is no client's.
+    let source = place.source(&cast);
+    let taken = noted_as(&cast, source.seen_as, source.seen_as).state(state::ESTABLISHED);
+    let world = place.met(&cast, &world.embryonic([].into())).flows(taken.both());
+    let name = format!("{title}: a masqueraded client's port is this node's own, {where_to}");
+    table.add(leaves(name, &cast, &world, place, &place.source_at(&cast, 2)));
 }
 
 /// The node's own tuple is that of one of our clients.
 fn clashes(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     for (where_to, place) in [("remote", REMOTE), ("overlay", OVERLAY), ("local", LOCAL)] {
-        let (cast, world) = place.set(cast);
-        let near = place.masqueraded(&cast).state(state::ESTABLISHED);
-        let far = place.source(&cast).state(state::ESTABLISHED);
-        let world = world.flows(near.both()).flows(far.both()).marks(mark::MASQUERADED);
-        let node = far.seen_as;
-        let port = tried(&cast.client(node), cast.backend, 1).port();
-        let own = noted_as(&cast, node, SocketAddr::new(node.ip(), port));
-        for (what, frame) in
-            [("opens", cast.first(node, cast.backend)), ("goes on", cast.next(node, cast.backend))]
-        {
-            let name =
-                format!("{title}: this node's own packet from a client's port {what}, {where_to}");
-            let (program, frame) = place.out(frame);
-            let case = Case::new(name, &world, program, place.device, &frame);
-            table.add(if what == "opens" || cast.protocol == UDP {
-                case.becomes(&frame.clone().from(own.seen_as)).embryonic([own.both()])
-            } else {
-                case
-            });
-        }
-        let proven = own.state(state::ESTABLISHED);
-        let known = world.clone().flows(proven.both());
-        let (program, next) = place.out(cast.next(node, cast.backend));
-        let name = format!("{title}: this node's own packet goes on from another port, {where_to}");
-        table.add(
-            Case::new(name, &known, program, place.device, &next)
-                .becomes(&next.clone().from(own.seen_as)),
-        );
-        let (program, back) = on(place.device, cast.next(cast.backend, own.seen_as));
-        let name = format!("{title}: the answer to another port finds this node's own, {where_to}");
-        table.add(
-            Case::new(name, &known, program, place.device, &back).becomes(&back.clone().to(node)),
-        );
-        let (program, back) = on(place.device, cast.next(cast.backend, node));
-        let name = format!("{title}: the answer to the client's port is still its own, {where_to}");
-        table.add(
-            Case::new(name, &known, program, place.device, &back)
-                .becomes(&back.clone().to(cast.client)),
-        );
+        clashes_at(table, cast, where_to, place);
+        clashes_go_on(table, cast, where_to, place);
+        met_once_more(table, cast, where_to, place);
+    }
+}
 
-        // A packet of this host's own, translated where it was sent, and met once more.
-        let host = SocketAddr::new(cast.node, 40_001);
-        let sent = Connection { client: host, seen_as: node, flags: flow::HOST, ..near };
-        let (_, world) = place.set(&cast);
-        let world = world.flows(sent.both()).marks(mark::HOST | mark::MASQUERADED);
-        for (what, frame) in
-            [("opens", cast.first(node, cast.backend)), ("goes on", cast.next(node, cast.backend))]
-        {
-            let name = format!(
-                "{title}: this host's translated packet is met once more, {what}, {where_to}"
-            );
-            let (program, frame) = place.out(frame);
-            table.add(Case::new(name, &world, program, place.device, &frame));
-        }
+/// The node's own packets from a client's port.
+fn clashes_at(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
+    let (cast, world) = place.set(cast);
+    let near = place.masqueraded(&cast).state(state::ESTABLISHED);
+    let far = place.source(&cast).state(state::ESTABLISHED);
+    let world = world.flows(near.both()).flows(far.both()).marks(mark::MASQUERADED);
+    let node = far.seen_as;
+    let port = tried(&cast.client(node), cast.backend, 1).port();
+    let own = noted_as(&cast, node, SocketAddr::new(node.ip(), port));
+    for (what, frame) in
+        [("opens", cast.first(node, cast.backend)), ("goes on", cast.next(node, cast.backend))]
+    {
+        let (program, frame) = place.out(frame);
+        let case = cast
+            .case(format!("this node's own packet from a client's port {what}, {where_to}"))
+            .world(&world)
+            .at(program, place.device)
+            .sends(&frame);
+        table.add(if what == "opens" || cast.protocol == UDP {
+            case.becomes(&frame.clone().from(own.seen_as)).embryonic([own.both()])
+        } else {
+            case
+        });
+    }
+}
+
+/// The node's own packets go on from another port, and both find back.
+fn clashes_go_on(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
+    let (cast, world) = place.set(cast);
+    let near = place.masqueraded(&cast).state(state::ESTABLISHED);
+    let far = place.source(&cast).state(state::ESTABLISHED);
+    let world = world.flows(near.both()).flows(far.both()).marks(mark::MASQUERADED);
+    let node = far.seen_as;
+    let port = tried(&cast.client(node), cast.backend, 1).port();
+    let own = noted_as(&cast, node, SocketAddr::new(node.ip(), port));
+    let proven = own.state(state::ESTABLISHED);
+    let known = world.clone().flows(proven.both());
+    let (program, next) = place.out(cast.next(node, cast.backend));
+    table.add(
+        cast.case(format!("this node's own packet goes on from another port, {where_to}"))
+            .world(&known)
+            .at(program, place.device)
+            .sends(&next)
+            .becomes(&next.clone().from(own.seen_as)),
+    );
+    let (program, back) = on(place.device, cast.next(cast.backend, own.seen_as));
+    table.add(
+        cast.case(format!("the answer to another port finds this node's own, {where_to}"))
+            .world(&known)
+            .at(program, place.device)
+            .sends(&back)
+            .becomes(&back.clone().to(node)),
+    );
+    let (program, back) = on(place.device, cast.next(cast.backend, node));
+    table.add(
+        cast.case(format!("the answer to the client's port is still its own, {where_to}"))
+            .world(&known)
+            .at(program, place.device)
+            .sends(&back)
+            .becomes(&back.clone().to(cast.client)),
+    );
+}
+
+/// A packet of this host's own, translated where it was sent, is met once more.
+fn met_once_more(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
+    let (cast, _) = place.set(cast);
+    let near = place.masqueraded(&cast).state(state::ESTABLISHED);
+    let far = place.source(&cast).state(state::ESTABLISHED);
+    let node = far.seen_as;
+    // A packet of this host's own, translated where it was sent, and met once more.
+    let host = SocketAddr::new(cast.node, 40_001);
+    let sent = Connection { client: host, seen_as: node, flags: flow::HOST, ..near };
+    let (_, world) = place.set(&cast);
+    let world = world.flows(sent.both()).marks(mark::HOST | mark::MASQUERADED);
+    for (what, frame) in
+        [("opens", cast.first(node, cast.backend)), ("goes on", cast.next(node, cast.backend))]
+    {
+        let (program, frame) = place.out(frame);
+        table.add(
+            cast.case(format!(
+                "this host's translated packet is met once more, {what}, {where_to}"
+            ))
+            .world(&world)
+            .at(program, place.device)
+            .sends(&frame),
+        );
     }
 }
 
 /// What was idle no longer keeps its tuple.
 fn idle(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let (cast, world) = REMOTE.set(cast);
     let world = world.marks(mark::MASQUERADED);
     let node = SocketAddr::new(cast.node_on(UPLINK), 5_000);
@@ -193,26 +255,22 @@ fn idle(table: &mut Table, cast: &Cast) {
     for (what, age) in [("a while", UDP_IDLE_TICKS - 2), ("long", UDP_IDLE_TICKS + 2)] {
         let world = world.clone().flows(own.age(age).both());
         let (program, frame) = REMOTE.out(cast.next(node, cast.backend));
-        let case = Case::new(
-            format!("{title}: this node's own port was idle for {what}, a packet leaves"),
-            &world,
-            program,
-            UPLINK,
-            &frame,
-        );
+        let case = cast
+            .case(format!("this node's own port was idle for {what}, a packet leaves"))
+            .world(&world)
+            .at(program, UPLINK)
+            .sends(&frame);
         table.add(if age < UDP_IDLE_TICKS {
             case.flows([own.both()])
         } else {
             case.flows([]).embryonic([own.state(0).both()])
         });
         let (program, frame) = on(UPLINK, cast.next(cast.backend, node));
-        let case = Case::new(
-            format!("{title}: this node's own port was idle for {what}, a packet comes in"),
-            &world,
-            program,
-            UPLINK,
-            &frame,
-        );
+        let case = cast
+            .case(format!("this node's own port was idle for {what}, a packet comes in"))
+            .world(&world)
+            .at(program, UPLINK)
+            .sends(&frame);
         table.add(if age < UDP_IDLE_TICKS { case.flows([own.both()]) } else { case });
     }
 }
@@ -222,7 +280,6 @@ const PORT: u16 = 30_080;
 
 /// A name server outside that this node asks from a node port's number.
 fn from_node_port(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let node = SocketAddr::new(cast.node, PORT);
     let served = cast.frontend(node);
     let world = super::node_ports::world(&served, ONE);
@@ -231,7 +288,7 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
     let own = noted_as(&server, node, node);
     let question = cast.first(node, peer);
     let case = |what: &str, world: &World, program, frame: &Frame| {
-        Case::new(format!("{title}: {what}"), world, program, UPLINK, frame)
+        cast.case(what).world(world).at(program, UPLINK).sends(frame)
     };
     table.cut(
         case("a question leaves from a node port's number", &world, Program::Egress, &question)
@@ -249,6 +306,19 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
     let name = "a reply of a node port's, translated where the route from its endpoint leads, leaves by another device";
     let beside = world.clone().flows(answered.both());
     table.add(case(name, &beside, Program::Egress, &cast.next(node, served.client)));
+}
+
+/// What that name server answers, for as long as the question is remembered.
+fn answers_to_node_port(table: &mut Table, cast: &Cast) {
+    let node = SocketAddr::new(cast.node, PORT);
+    let served = cast.frontend(node);
+    let world = super::node_ports::world(&served, ONE);
+    let peer = cast.client;
+    let server = Cast { backend: peer, ..served };
+    let own = noted_as(&server, node, node);
+    let case = |what: &str, world: &World, program, frame: &Frame| {
+        cast.case(what).world(world).at(program, UPLINK).sends(frame)
+    };
     let reply = cast.next(peer, node).at(mac(UPLINK));
     for (what, age) in [("is left alone", 0), ("is left alone after a while", UDP_IDLE_TICKS - 2)] {
         let young = world.clone().embryonic(own.age(age).both());
@@ -287,6 +357,17 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
         let passive = at(before, phase::PASSIVE, &[]);
         table.add(case(&name, &passive, Program::Ingress, &reply).reason(Reason::NotTaken, ONE));
     }
+}
+
+/// Addresses, ports and protocols without a node port are left alone.
+fn other_ports_than_node_ports(table: &mut Table, cast: &Cast) {
+    let node = SocketAddr::new(cast.node, PORT);
+    let served = cast.frontend(node);
+    let world = super::node_ports::world(&served, ONE);
+    let peer = cast.client;
+    let case = |what: &str, world: &World, program, frame: &Frame| {
+        cast.case(what).world(world).at(program, UPLINK).sends(frame)
+    };
     let other = cast.first(SocketAddr::new(cast.node_on(NARROW), PORT), peer);
     table.add(case(
         "a question leaves from a node port's number, of an address without node ports",
@@ -303,6 +384,19 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
     ));
     let tcp = Frame::tcp(node, peer, SYN, &[]);
     table.add(case("a connection leaves from a node port's number", &world, Program::Egress, &tcp));
+}
+
+/// The same question and answer in fragments.
+fn fragments_of_node_port(table: &mut Table, cast: &Cast) {
+    let node = SocketAddr::new(cast.node, PORT);
+    let served = cast.frontend(node);
+    let world = super::node_ports::world(&served, ONE);
+    let peer = cast.client;
+    let server = Cast { backend: peer, ..served };
+    let own = noted_as(&server, node, node);
+    let case = |what: &str, world: &World, program, frame: &Frame| {
+        cast.case(what).world(world).at(program, UPLINK).sends(frame)
+    };
     let fragments = super::fragments::parts(&super::fragments::long(cast, node, peer));
     let told = super::fragments::told(cast, node, peer, true, 0);
     table.add(
@@ -340,9 +434,7 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
 
 /// At an address of the node itself nothing is taken for a client's but what opens.
 fn own_address(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
-    let node = SocketAddr::new(cast.node, PORT);
-    let node_port = cast.frontend(node);
+    let node_port = cast.frontend(SocketAddr::new(cast.node, PORT));
     let mut held = cast.world().kind(ONE, frontend::EXTERNAL_IP);
     *held.listing.entry(cast.frontend.ip()).or_default() |= listing::NODE;
     let _ = held.node_addresses.insert(cast.frontend.ip(), 0);
@@ -350,78 +442,96 @@ fn own_address(table: &mut Table, cast: &Cast) {
         ("a node port", node_port, super::node_ports::world(&node_port, ONE)),
         ("a frontend that a device holds", *cast, held),
     ] {
-        let first = cast.first(cast.client, cast.frontend);
-        let mut others: Vec<(String, Frame)> = match cast.protocol {
-            TCP => [
-                ("SYN and ACK", SYN | ACK),
-                ("ACK", ACK),
-                ("FIN", FIN | ACK),
-                ("RST", RST),
-                ("no flag", 0),
-            ]
-            .map(|(what, flags)| (what.into(), Frame::tcp(cast.client, cast.frontend, flags, &[])))
-            .into(),
-            SCTP => vec![("data".into(), cast.next(cast.client, cast.frontend))],
-            _ => Vec::new(),
-        };
-        let connection = cast.connection();
         for (program, ifindex) in
             [(Program::Ingress, UPLINK), (Program::Ingress, EDGE), (Program::Xdp, UPLINK)]
         {
-            let by = format!("{}, device {ifindex}", program.name());
-            for (what, frame) in &mut others {
-                let frame = frame.clone().at(mac(ifindex));
-                let name = format!("{title}: {what} to {where_to} that nothing is known of, {by}");
-                table.add(Case::new(name, &world, program, ifindex, &frame));
-                let passive = at(world.clone(), phase::PASSIVE, &[]);
-                let name = format!(
-                    "{title}: {what} to {where_to} that nothing is known of, passive, {by}"
-                );
-                table.add(Case::new(name, &passive, program, ifindex, &frame));
-            }
-            let first = first.clone().at(mac(ifindex));
-            let taken = |name: String, world: &World| {
-                Case::new(name, world, program, ifindex, &first)
-                    .becomes(&first.clone().to(cast.backend))
-                    .opens(ONE)
-                    .embryonic([connection.both()])
-            };
-            let left = |name: String, world: &World, reason| {
-                let case = Case::new(name, world, program, ifindex, &first);
-                if program == Program::Xdp { case } else { case.reason(reason, ONE) }
-            };
-            table.add(taken(format!("{title}: what opens at {where_to}, {by}"), &world));
-            let name = format!("{title}: what opens at {where_to}, passive, {by}");
-            table.add(left(name, &at(world.clone(), phase::PASSIVE, &[]), Reason::NotTaken));
-            let name =
-                format!("{title}: what opens at {where_to} while connections are imported, {by}");
-            let import = at(world.clone(), phase::IMPORT, &[]);
-            table.add(match cast.protocol {
-                UDP => left(name, &import, Reason::NotTaken),
-                _ => taken(name, &import),
-            });
-            for bits in [0, imported::CLOSING] {
-                let name =
-                    format!("{title}: what opens at {where_to} was netfilter's, bits {bits}, {by}");
-                let known = at(
-                    world.clone(),
-                    phase::SERVE,
-                    &[(cast.client, cast.frontend, cast.protocol, bits)],
-                );
-                table.add(if bits == 0 || cast.protocol == UDP {
-                    left(name, &known, Reason::NetfilterFlow)
-                } else {
-                    taken(name, &known)
-                });
-            }
+            let met = (where_to, program, ifindex);
+            unknown_at_node(table, &cast, &world, met);
+            opens_at_node(table, &cast, &world, met);
             let next = cast.next(cast.client, cast.frontend).at(mac(ifindex));
-            let proven = connection.state(state::ESTABLISHED);
-            let name = format!("{title}: a known flow goes on at {where_to}, {by}");
+            let proven = cast.connection().state(state::ESTABLISHED);
+            let by = format!("{}, device {ifindex}", program.name());
             table.add(
-                Case::new(name, &world.clone().flows(proven.both()), program, ifindex, &next)
+                cast.case(format!("a known flow goes on at {where_to}, {by}"))
+                    .world(&world.clone().flows(proven.both()))
+                    .at(program, ifindex)
+                    .sends(&next)
                     .becomes(&next.clone().to(cast.backend))
                     .forward(ONE),
             );
         }
+    }
+}
+
+/// Packets that do not open a flow, and that nothing is known of: left alone.
+fn unknown_at_node(
+    table: &mut Table,
+    cast: &Cast,
+    world: &World,
+    (where_to, program, ifindex): (&str, Program, u32),
+) {
+    let by = format!("{}, device {ifindex}", program.name());
+    let tcp = |flags| Frame::tcp(cast.client, cast.frontend, flags, &[]);
+    let others = match cast.protocol {
+        TCP => vec![
+            ("SYN and ACK", tcp(SYN | ACK)),
+            ("ACK", tcp(ACK)),
+            ("FIN", tcp(FIN | ACK)),
+            ("RST", tcp(RST)),
+            ("no flag", tcp(0)),
+        ],
+        SCTP => vec![("data", cast.next(cast.client, cast.frontend))],
+        _ => Vec::new(),
+    };
+    let passive = at(world.clone(), phase::PASSIVE, &[]);
+    for (what, frame) in others {
+        let frame = frame.at(mac(ifindex));
+        let what = format!("{what} to {where_to} that nothing is known of");
+        for (name, world) in
+            [(format!("{what}, {by}"), world), (format!("{what}, passive, {by}"), &passive)]
+        {
+            table.add(cast.case(name).world(world).at(program, ifindex).sends(&frame));
+        }
+    }
+}
+
+/// Packets that open a flow: ours, or netfilter's while it serves.
+fn opens_at_node(
+    table: &mut Table,
+    cast: &Cast,
+    world: &World,
+    (where_to, program, ifindex): (&str, Program, u32),
+) {
+    let by = format!("{}, device {ifindex}", program.name());
+    let first = cast.first(cast.client, cast.frontend).at(mac(ifindex));
+    let sent = |what: &str, world: &World| {
+        let name = format!("what opens at {where_to}{what}, {by}");
+        cast.case(name).world(world).at(program, ifindex).sends(&first)
+    };
+    let taken = |case: Case| {
+        let case = case.becomes(&first.clone().to(cast.backend)).opens(ONE);
+        case.embryonic([cast.connection().both()])
+    };
+    let left = |case: Case, reason| {
+        if program == Program::Xdp { case } else { case.reason(reason, ONE) }
+    };
+    table.add(taken(sent("", world)));
+    let passive = sent(", passive", &at(world.clone(), phase::PASSIVE, &[]));
+    table.add(left(passive, Reason::NotTaken));
+    let import = at(world.clone(), phase::IMPORT, &[]);
+    let import = sent(" while connections are imported", &import);
+    table.add(match cast.protocol {
+        UDP => left(import, Reason::NotTaken),
+        _ => taken(import),
+    });
+    for bits in [0, imported::CLOSING] {
+        let packets = [(cast.client, cast.frontend, cast.protocol, bits)];
+        let known = at(world.clone(), phase::SERVE, &packets);
+        let known = sent(&format!(" was netfilter's, bits {bits}"), &known);
+        table.add(if bits == 0 || cast.protocol == UDP {
+            left(known, Reason::NetfilterFlow)
+        } else {
+            taken(known)
+        });
     }
 }

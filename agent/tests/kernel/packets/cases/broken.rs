@@ -3,7 +3,7 @@
 use sluice_common::Reason;
 
 use super::Table;
-use crate::packets::case::{Case, Program};
+use crate::packets::case::case;
 use crate::packets::frame::{Frame, From, TCP};
 use crate::packets::world::{Cast, EDGE, UPLINK, Version, mac};
 
@@ -27,28 +27,24 @@ pub(super) fn add(table: &mut Table) {
         for (what, frame) in
             [("an echo request to a frontend", echo), ("GRE to a frontend", other(47, &[0; 24]))]
         {
-            table.add(Case::new(
-                format!("{version}: {what}"),
-                &cast.world(),
-                Program::Ingress,
-                EDGE,
-                &frame,
-            ));
+            table.add(
+                case(format!("{version}: {what}"))
+                    .world(&cast.world())
+                    .tc_ingress(EDGE)
+                    .sends(&frame),
+            );
         }
     }
 }
 
 /// Passed with a reason by tc, without one by XDP.
 fn pass(table: &mut Table, cast: &Cast, what: &str, frame: &Frame, reason: Reason, length: u32) {
-    let title = cast.title();
     let world = cast.world();
     table.add(
-        Case::new(format!("{title}: {what}"), &world, Program::Ingress, EDGE, frame)
-            .says(length)
-            .reason(reason, 0),
+        cast.case(what).world(&world).tc_ingress(EDGE).sends(frame).says(length).reason(reason, 0),
     );
     let frame = frame.clone().at(mac(UPLINK));
-    table.add(Case::new(format!("{title}: {what}, by XDP"), &world, Program::Xdp, UPLINK, &frame));
+    table.add(cast.case(format!("{what}, by XDP")).world(&world).xdp(UPLINK).sends(&frame));
 }
 
 fn transport(table: &mut Table, cast: &Cast) {

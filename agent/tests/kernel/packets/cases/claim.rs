@@ -10,7 +10,7 @@ use super::Table;
 use super::clash::tried;
 use super::masquerade::{LOCAL, OVERLAY, Place, REMOTE, leaves};
 use super::unserved::answer;
-use crate::packets::case::{Case, End, Program};
+use crate::packets::case::{End, Program};
 use crate::packets::frame::{Frame, TCP, UDP};
 use crate::packets::world::{
     Affinities, Cast, Connection, Exhausted, GENERATION, NET_CLIENTS, ONE, UPLINK, World, address,
@@ -21,6 +21,7 @@ use crate::packets::world::{
 pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
         choices(table, &cast);
+        taken_choices(table, &cast);
         dead(table, &cast);
         held(table, &cast);
         walks(table, &cast);
@@ -52,6 +53,7 @@ fn met(place: Place, cast: &Cast) -> (Cast, World) {
     (cast, world)
 }
 
+/// The source port of a masqueraded client follows from its tuple.
 fn choices(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     for (what, place) in [("remote", REMOTE), ("overlay", OVERLAY), ("local", LOCAL)] {
@@ -64,6 +66,11 @@ fn choices(table: &mut Table, cast: &Cast) {
             table.add(leaves(name, &cast, &world, place, &place.source(&cast)));
         }
     }
+}
+
+/// Another port is chosen where the first one is taken towards the same backend.
+fn taken_choices(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
     let (cast, world) = met(REMOTE, cast);
     let own = REMOTE.source(&cast);
     let taken = blocker(&cast, &own);
@@ -155,14 +162,11 @@ fn held(table: &mut Table, cast: &Cast) {
     let _ = world.held.insert(socket(&REMOTE.source_at(&cast, 4)));
     let (program, first) = REMOTE.out(cast.first(cast.client, cast.backend));
     table.add(
-        Case::new(
-            format!("{title}: sockets of this host speak to the backend from the first four ports"),
-            &world,
-            program,
-            UPLINK,
-            &first,
-        )
-        .dropped(Reason::PortsExhausted, ONE),
+        cast.case("sockets of this host speak to the backend from the first four ports")
+            .world(&world)
+            .at(program, UPLINK)
+            .sends(&first)
+            .dropped(Reason::PortsExhausted, ONE),
     );
     let mut world = plain.clone();
     let own = REMOTE.source(&cast);
@@ -225,9 +229,11 @@ fn walks(table: &mut Table, cast: &Cast) {
     table.add(leaves(name, &cast, &other, REMOTE, &begins));
     let mut now = World { exhausted: in_vain(&cast, REMOTE, 0), ..world };
     let (program, first, answer) = answered(&cast);
-    let name = format!("{title}: a search that was just in vain is not tried again");
     table.add(
-        Case::new(name, &now, program, UPLINK, &first)
+        cast.case("a search that was just in vain is not tried again")
+            .world(&now)
+            .at(program, UPLINK)
+            .sends(&first)
             .becomes(&answer)
             .ends(End::Redirect)
             .reason(Reason::PortsExhausted, ONE),
@@ -243,9 +249,12 @@ fn walks(table: &mut Table, cast: &Cast) {
     let near = REMOTE.masqueraded(&cast);
     let answered = near.state(state::ESTABLISHED);
     let answer = cast.next(cast.backend, cast.client);
-    let name = format!("{title}: a masqueraded client is remembered by its own address");
     let waiting = plain.clone().embryonic(near.both()).marks(mark::MASQUERADED);
-    let case = Case::new(name, &waiting, Program::Egress, UPLINK, &answer)
+    let case = cast
+        .case("a masqueraded client is remembered by its own address")
+        .world(&waiting)
+        .tc_egress(UPLINK)
+        .sends(&answer)
         .becomes(&answer.clone().from(cast.frontend))
         .reply(ONE)
         .affinity(Affinities::from([(key, to)]));
@@ -272,17 +281,14 @@ fn exhausted(table: &mut Table, cast: &Cast) {
     assert_eq!(world.embryonic.len(), 2 + 33_512, "every port there is");
     let (program, first, answer) = answered(&cast);
     table.add(
-        Case::new(
-            format!("{title}: no port is left for a masqueraded client"),
-            &world,
-            program,
-            UPLINK,
-            &first,
-        )
-        .becomes(&answer)
-        .ends(End::Redirect)
-        .reason(Reason::PortsExhausted, ONE)
-        .exhausted(in_vain(&cast, REMOTE, 0)),
+        cast.case("no port is left for a masqueraded client")
+            .world(&world)
+            .at(program, UPLINK)
+            .sends(&first)
+            .becomes(&answer)
+            .ends(End::Redirect)
+            .reason(Reason::PortsExhausted, ONE)
+            .exhausted(in_vain(&cast, REMOTE, 0)),
     );
     // The last port of the walk is the one before its first.
     let begins = tried(&cast, cast.backend, 0).port();

@@ -9,7 +9,7 @@ use sluice_common::path::{REMAP_TRIES, mark};
 use sluice_common::{V4, V6};
 
 use super::Table;
-use crate::packets::case::{Case, Program};
+use crate::packets::case::{Program, case};
 use crate::packets::frame::{ACK, Frame, SYN, TCP, UDP};
 use crate::packets::ip::Ip;
 use crate::packets::world::{
@@ -20,9 +20,20 @@ use crate::packets::world::{
 pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
         two_frontends(table, &cast);
+        two_frontends_go_on(table, &cast);
+        two_ports_taken(table, &cast);
         taken_over(table, &cast);
+        kept(table, &cast);
+        if cast.protocol == TCP {
+            waiting_aside(table, &cast);
+            idle_for_a_day(table, &cast);
+        }
         walks(table, &cast);
-        direct(table, &cast);
+        direct_beside_live(table, &cast);
+        direct_over_dead(table, &cast);
+        direct_goes_on(table, &cast);
+        direct_beside_ended(table, &cast);
+        direct_elsewhere(table, &cast);
     }
 }
 
@@ -66,6 +77,7 @@ pub(super) fn of_host_at(cast: &Cast, connection: Connection, attempt: u32) -> C
     Connection { client: host.client, seen_as, flags: flow::HOST | flow::LOCAL, ..connection }
 }
 
+/// One client opens to two frontends of one backend.
 fn two_frontends(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let one = cast.connection();
@@ -88,13 +100,24 @@ fn two_frontends(table: &mut Table, cast: &Cast) {
             let mut after = world.embryonic.clone();
             after.extend(other.both());
             table.add(
-                Case::new(name, &world, program, ifindex, &first)
+                case(name)
+                    .world(&world)
+                    .at(program, ifindex)
+                    .sends(&first)
                     .becomes(&changed)
                     .opens(OTHER)
                     .embryonic([after]),
             );
         }
     }
+}
+
+/// Packets and replies of both flows.
+fn two_frontends_go_on(table: &mut Table, cast: &Cast) {
+    let one = cast.connection();
+    let seen_as = tried(cast, cast.other_frontend, 1);
+    let other = cast.other_connection().seen_as(seen_as);
+    let proven = one.state(state::ESTABLISHED).age(2);
     let other = other.state(state::ESTABLISHED);
     let world = cast.world().flows(proven.both()).flows(other.both());
     for (name, id, to, frontend) in [
@@ -103,23 +126,30 @@ fn two_frontends(table: &mut Table, cast: &Cast) {
     ] {
         let reply = cast.next(cast.backend, to);
         table.add(
-            Case::new(format!("{title}: {name}"), &world, Program::Egress, EDGE, &reply)
+            cast.case(name)
+                .world(&world)
+                .tc_egress(EDGE)
+                .sends(&reply)
                 .becomes(&reply.clone().from(frontend).to(cast.client))
                 .reply(id),
         );
     }
     let next = cast.next(cast.client, cast.other_frontend);
     table.add(
-        Case::new(
-            format!("{title}: the next packet to the second frontend keeps its port"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &next,
-        )
-        .becomes(&next.clone().from(seen_as).to(cast.backend))
-        .forward(OTHER),
+        cast.case("the next packet to the second frontend keeps its port")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&next)
+            .becomes(&next.clone().from(seen_as).to(cast.backend))
+            .forward(OTHER),
     );
+}
+
+/// The first other port is taken as well.
+fn two_ports_taken(table: &mut Table, cast: &Cast) {
+    let one = cast.connection();
+    let first = cast.first(cast.client, cast.other_frontend);
+    let proven = one.state(state::ESTABLISHED).age(2);
     let blocker = Connection {
         client: tried(cast, cast.other_frontend, 1),
         seen_as: tried(cast, cast.other_frontend, 1),
@@ -127,108 +157,109 @@ fn two_frontends(table: &mut Table, cast: &Cast) {
     };
     let seen_as = tried(cast, cast.other_frontend, 2);
     table.add(
-        Case::new(
-            format!("{title}: the first other port is taken too"),
-            &cast.world().flows(proven.both()).flows(blocker.both()),
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().from(seen_as).to(cast.backend))
-        .opens(OTHER)
-        .embryonic([cast.other_connection().seen_as(seen_as).both()]),
-    );
-}
-
-/// Flows that no longer keep their reply tuple, and some that do.
-fn taken_over(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
-    let first = cast.first(cast.client, cast.other_frontend);
-    let one = cast.connection().state(state::ESTABLISHED);
-    let (free, kept) = match cast.protocol {
-        TCP => {
-            let half = one.state(state::ESTABLISHED | state::FIN_FORWARD);
-            (
-                half.age(113),
-                vec![("half closed a while ago", half.age(111)), ("idle", one.age(250))],
-            )
-        }
-        _ => (one.age(200), vec![("quiet", one.age(150))]),
-    };
-    table.add(
-        Case::new(
-            format!("{title}: a dead flow's reply tuple is taken over"),
-            &cast.world().flows(free.both()),
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().to(cast.backend))
-        .opens(OTHER)
-        .flows([])
-        .embryonic([cast.other_connection().both()]),
-    );
-    let seen_as = tried(cast, cast.other_frontend, 1);
-    if cast.protocol == TCP {
-        let new = cast.connection();
-        let ended = one.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
-        for (what, old, gives_way) in [
-            ("ended a minute ago", ended.age(57), true),
-            ("ended of late", ended.age(55), false),
-            ("nobody answers", new.age(29), true),
-            ("nobody answers so far", new.age(27), false),
-            ("the backend refused", new.state(state::RESET_REPLY), true),
-            ("the client gave up", new.state(state::RESET_FORWARD), false),
-        ] {
-            let own = cast.other_connection();
-            let own = if gives_way { own } else { own.seen_as(seen_as) };
-            let name = format!("{title}: the reply tuple of a flow that waits aside, {what}");
-            let case = Case::new(
-                name,
-                &cast.world().embryonic(old.both()),
-                Program::Ingress,
-                EDGE,
-                &first,
-            )
-            .becomes(&first.clone().from(own.seen_as).to(cast.backend))
-            .opens(OTHER);
-            table.add(if gives_way {
-                case.embryonic([own.both()])
-            } else {
-                case.embryonic([old.both(), own.both()])
-            });
-        }
-        let day = one.age(80_468);
-        let name =
-            format!("{title}: the reply tuple of a flow that was idle for a day is taken over");
-        table.add(
-            Case::new(name, &cast.world().flows(day.both()), Program::Ingress, EDGE, &first)
-                .becomes(&first.clone().to(cast.backend))
-                .opens(OTHER)
-                .flows([])
-                .embryonic([cast.other_connection().both()]),
-        );
-    }
-    for (what, old) in kept {
-        table.add(
-            Case::new(
-                format!("{title}: the reply tuple of a flow that is {what} is not"),
-                &cast.world().flows(old.both()),
-                Program::Ingress,
-                EDGE,
-                &first,
-            )
+        cast.case("the first other port is taken too")
+            .world(&cast.world().flows(proven.both()).flows(blocker.both()))
+            .tc_ingress(EDGE)
+            .sends(&first)
             .becomes(&first.clone().from(seen_as).to(cast.backend))
             .opens(OTHER)
             .embryonic([cast.other_connection().seen_as(seen_as).both()]),
+    );
+}
+
+/// A flow that no longer keeps its reply tuple.
+fn taken_over(table: &mut Table, cast: &Cast) {
+    let first = cast.first(cast.client, cast.other_frontend);
+    let one = cast.connection().state(state::ESTABLISHED);
+    let free = match cast.protocol {
+        TCP => one.state(state::ESTABLISHED | state::FIN_FORWARD).age(113),
+        _ => one.age(200),
+    };
+    table.add(
+        cast.case("a dead flow's reply tuple is taken over")
+            .world(&cast.world().flows(free.both()))
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(OTHER)
+            .flows([])
+            .embryonic([cast.other_connection().both()]),
+    );
+}
+
+/// Flows that keep their reply tuple.
+fn kept(table: &mut Table, cast: &Cast) {
+    let first = cast.first(cast.client, cast.other_frontend);
+    let one = cast.connection().state(state::ESTABLISHED);
+    let half = one.state(state::ESTABLISHED | state::FIN_FORWARD);
+    let seen_as = tried(cast, cast.other_frontend, 1);
+    let kept = match cast.protocol {
+        TCP => vec![("half closed a while ago", half.age(111)), ("idle", one.age(250))],
+        _ => vec![("quiet", one.age(150))],
+    };
+    for (what, old) in kept {
+        table.add(
+            cast.case(format!("the reply tuple of a flow that is {what} is not"))
+                .world(&cast.world().flows(old.both()))
+                .tc_ingress(EDGE)
+                .sends(&first)
+                .becomes(&first.clone().from(seen_as).to(cast.backend))
+                .opens(OTHER)
+                .embryonic([cast.other_connection().seen_as(seen_as).both()]),
         );
     }
+}
+
+/// How long a TCP flow that was not proven, or has ended, keeps its reply tuple.
+fn waiting_aside(table: &mut Table, cast: &Cast) {
+    let first = cast.first(cast.client, cast.other_frontend);
+    let seen_as = tried(cast, cast.other_frontend, 1);
+    let new = cast.connection();
+    let ended = new.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
+    for (what, old, gives_way) in [
+        ("ended a minute ago", ended.age(57), true),
+        ("ended of late", ended.age(55), false),
+        ("nobody answers", new.age(29), true),
+        ("nobody answers so far", new.age(27), false),
+        ("the backend refused", new.state(state::RESET_REPLY), true),
+        ("the client gave up", new.state(state::RESET_FORWARD), false),
+    ] {
+        let own = cast.other_connection();
+        let own = if gives_way { own } else { own.seen_as(seen_as) };
+        let case = cast
+            .case(format!("the reply tuple of a flow that waits aside, {what}"))
+            .world(&cast.world().embryonic(old.both()))
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().from(own.seen_as).to(cast.backend))
+            .opens(OTHER);
+        table.add(if gives_way {
+            case.embryonic([own.both()])
+        } else {
+            case.embryonic([old.both(), own.both()])
+        });
+    }
+}
+
+/// A TCP flow that was idle for a day.
+fn idle_for_a_day(table: &mut Table, cast: &Cast) {
+    let first = cast.first(cast.client, cast.other_frontend);
+    let day = cast.connection().state(state::ESTABLISHED).age(80_468);
+    table.add(
+        cast.case("the reply tuple of a flow that was idle for a day is taken over")
+            .world(&cast.world().flows(day.both()))
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(OTHER)
+            .flows([])
+            .embryonic([cast.other_connection().both()]),
+    );
 }
 
 /// All ports that are tried before a walk over every port there is, and the walk's own first port
 /// on demand.
 fn walks(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let first = cast.first(cast.client, cast.other_frontend);
     let mut world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
     let block = |world: World, seen_as| {
@@ -245,24 +276,27 @@ fn walks(table: &mut Table, cast: &Cast) {
         ("a walk begins where the tuple's hash says", world.clone(), begins),
         ("a walk goes on to the next port", block(world.clone(), begins), next),
     ] {
-        let name = format!("{title}: every port that is tried is taken, {what}");
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &first)
+            cast.case(format!("every port that is tried is taken, {what}"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&first)
                 .becomes(&first.clone().from(seen_as).to(cast.backend))
                 .opens(OTHER)
                 .embryonic([cast.other_connection().seen_as(seen_as).both()]),
         );
     }
-    let name = format!("{title}: every port that is tried is taken, XDP leaves the walk to tc");
-    table.add(Case::new(name, &world, Program::Xdp, UPLINK, &first.at(mac(UPLINK))));
+    table.add(
+        cast.case("every port that is tried is taken, XDP leaves the walk to tc")
+            .world(&world)
+            .xdp(UPLINK)
+            .sends(&first.at(mac(UPLINK))),
+    );
 }
 
-fn direct(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
-    let live = cast.connection().state(state::ESTABLISHED);
-    let first = cast.first(cast.client, cast.backend);
-    let seen_as = tried(cast, cast.backend, 1);
-    let direct = Connection {
+/// The entries of a direct connection that the backend sees at another port.
+fn direct(cast: &Cast, seen_as: SocketAddr) -> Connection {
+    Connection {
         frontend: cast.backend,
         seen_as,
         id: 0,
@@ -270,20 +304,25 @@ fn direct(table: &mut Table, cast: &Cast) {
         service_port: 0,
         flags: flow::DIRECT,
         ..cast.connection()
-    };
+    }
+}
+
+/// Direct connections whose tuple is a live flow's, or was given to another client.
+fn direct_beside_live(table: &mut Table, cast: &Cast) {
+    let live = cast.connection().state(state::ESTABLISHED);
+    let first = cast.first(cast.client, cast.backend);
+    let seen_as = tried(cast, cast.backend, 1);
+    let direct = direct(cast, seen_as);
     let world = cast.world().flows(live.both());
     table.add(
-        Case::new(
-            format!("{title}: a direct connection whose tuple is a live flow's gets another port"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().from(seen_as))
-        .reason(Reason::DirectRemapped, 0)
-        .embryonic([direct.both()])
-        .marks(mark::DIRECT),
+        cast.case("a direct connection whose tuple is a live flow's gets another port")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().from(seen_as))
+            .reason(Reason::DirectRemapped, 0)
+            .embryonic([direct.both()])
+            .marks(mark::DIRECT),
     );
     let given = Connection {
         client: SocketAddr::new(cast.client.ip(), cast.client.port() + 1),
@@ -291,19 +330,23 @@ fn direct(table: &mut Table, cast: &Cast) {
         ..direct
     };
     table.add(
-        Case::new(
-            format!(
-                "{title}: a direct connection whose port was given to another one gets another port"
-            ),
-            &cast.world().flows(given.state(state::ESTABLISHED).both()).marks(mark::DIRECT),
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().from(seen_as))
-        .reason(Reason::DirectRemapped, 0)
-        .embryonic([direct.both()]),
+        cast.case("a direct connection whose port was given to another one gets another port")
+            .world(&cast.world().flows(given.state(state::ESTABLISHED).both()).marks(mark::DIRECT))
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().from(seen_as))
+            .reason(Reason::DirectRemapped, 0)
+            .embryonic([direct.both()]),
     );
+}
+
+/// Direct connections whose tuple is a dead flow's: the tuple is theirs, as their own socket holds
+/// it.
+fn direct_over_dead(table: &mut Table, cast: &Cast) {
+    let live = cast.connection().state(state::ESTABLISHED);
+    let first = cast.first(cast.client, cast.backend);
+    let seen_as = tried(cast, cast.backend, 1);
+    let direct = direct(cast, seen_as);
     // Its own socket is no other's, and what an earlier connection left does not translate it.
     let mut world = cast.world().flows(live.age(250).state(state::ESTABLISHED).both());
     if cast.protocol == TCP {
@@ -313,11 +356,11 @@ fn direct(table: &mut Table, cast: &Cast) {
     world.devices.entry(EDGE).or_default().netns = OWN_NETNS + 1;
     let _ = world.held.insert(tuple(cast.backend, cast.client, cast.protocol));
     let own = Connection { seen_as: cast.client, ..direct };
-    let name = format!(
-        "{title}: a direct connection takes the tuple of a dead flow, which its socket has"
-    );
     table.add(
-        Case::new(name, &world, Program::Ingress, EDGE, &first)
+        cast.case("a direct connection takes the tuple of a dead flow, which its socket has")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&first)
             .becomes(&first)
             .reason(Reason::DirectRemapped, 0)
             .flows([])
@@ -327,15 +370,24 @@ fn direct(table: &mut Table, cast: &Cast) {
     if cast.protocol == TCP {
         let ended = direct.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY).age(3);
         let world = cast.world().embryonic(ended.both()).marks(mark::DIRECT);
-        let name =
-            format!("{title}: a direct connection whose tuple was remapped before, beside nothing");
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &first)
+            cast.case("a direct connection whose tuple was remapped before, beside nothing")
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&first)
                 .becomes(&first)
                 .reason(Reason::DirectRemapped, 0)
                 .embryonic([own.both()]),
         );
     }
+}
+
+/// A remapped direct connection in both directions, until an endpoint itself is the client.
+fn direct_goes_on(table: &mut Table, cast: &Cast) {
+    let live = cast.connection().state(state::ESTABLISHED);
+    let first = cast.first(cast.client, cast.backend);
+    let seen_as = tried(cast, cast.backend, 1);
+    let direct = direct(cast, seen_as);
     let marked = |world: World| world.marks(mark::DIRECT);
     let world = marked(cast.world().flows(live.both()).embryonic(direct.both()));
     let answer = match cast.protocol {
@@ -343,128 +395,116 @@ fn direct(table: &mut Table, cast: &Cast) {
         _ => Frame::udp(cast.backend, seen_as, b"answer"),
     };
     let proven = direct.state(state::ESTABLISHED);
-    let case = Case::new(
-        format!("{title}: the reply of a direct connection finds back"),
-        &world,
-        Program::Egress,
-        EDGE,
-        &answer,
-    )
-    .becomes(&answer.clone().to(cast.client))
-    .reason(Reason::DirectRemapped, 0);
+    let case = cast
+        .case("the reply of a direct connection finds back")
+        .world(&world)
+        .tc_egress(EDGE)
+        .sends(&answer)
+        .becomes(&answer.clone().to(cast.client))
+        .reason(Reason::DirectRemapped, 0);
     table.add(match cast.protocol {
         UDP => case.embryonic([proven.both()]),
         _ => case.embryonic([direct.answered().both()]),
     });
     let next = cast.next(cast.client, cast.backend);
-    let case = Case::new(
-        format!("{title}: the next packet of a direct connection keeps its port"),
-        &world,
-        Program::Ingress,
-        EDGE,
-        &next,
-    )
-    .becomes(&next.clone().from(seen_as))
-    .reason(Reason::DirectRemapped, 0);
+    let case = cast
+        .case("the next packet of a direct connection keeps its port")
+        .world(&world)
+        .tc_ingress(EDGE)
+        .sends(&next)
+        .becomes(&next.clone().from(seen_as))
+        .reason(Reason::DirectRemapped, 0);
     table.add(case);
-
     // What a client that is an endpoint itself says to the frontend leaves with the tuple that its
     // direct connection came in with.
     for marks in [mark::DIRECT, mark::DIRECT | mark::MASQUERADED] {
         let mut world = world.clone().marks(marks);
         *world.listing.entry(cast.client.ip()).or_default() |= listing::BACKEND;
         for (what, frame) in [("the first", &first), ("another", &next)] {
-            table.add(Case::new(
-                format!(
-                    "{title}: {what} packet of an endpoint to a frontend, which has a direct \
+            table.add(
+                cast.case(format!(
+                    "{what} packet of an endpoint to a frontend, which has a direct \
                      connection from the same port, marks {marks}"
-                ),
-                &world,
-                Program::Egress,
-                EDGE,
-                frame,
-            ));
+                ))
+                .world(&world)
+                .tc_egress(EDGE)
+                .sends(frame),
+            );
         }
     }
+}
 
+/// Direct connections beside flows that have ended or that nothing has proven.
+fn direct_beside_ended(table: &mut Table, cast: &Cast) {
+    let live = cast.connection().state(state::ESTABLISHED);
+    let first = cast.first(cast.client, cast.backend);
+    let seen_as = tried(cast, cast.backend, 1);
+    let direct = direct(cast, seen_as);
     // The entries of a flow that has ended translate what the backend sends to its tuple as long as
     // they are there.
     let (ended, own) = match cast.protocol {
         TCP => (live.state(state::ESTABLISHED | state::RESET_FORWARD), direct),
         _ => (live.age(200), Connection { seen_as: cast.client, ..direct }),
     };
-    let case = Case::new(
-        format!("{title}: a direct connection beside a flow that has ended"),
-        &cast.world().flows(ended.both()),
-        Program::Ingress,
-        EDGE,
-        &first,
-    )
-    .becomes(&first.clone().from(own.seen_as))
-    .reason(Reason::DirectRemapped, 0)
-    .embryonic([own.both()])
-    .marks(mark::DIRECT);
+    let case = cast
+        .case("a direct connection beside a flow that has ended")
+        .world(&cast.world().flows(ended.both()))
+        .tc_ingress(EDGE)
+        .sends(&first)
+        .becomes(&first.clone().from(own.seen_as))
+        .reason(Reason::DirectRemapped, 0)
+        .embryonic([own.both()])
+        .marks(mark::DIRECT);
     table.add(if cast.protocol == UDP { case.flows([]) } else { case });
-
     if cast.protocol == TCP {
         let old = live.state(state::ESTABLISHED | state::RESET_FORWARD).age(113);
         let own = Connection { seen_as: cast.client, ..direct };
         table.add(
-            Case::new(
-                format!(
-                    "{title}: a direct connection takes the tuple of a flow that ended long ago"
-                ),
-                &cast.world().flows(old.both()),
-                Program::Ingress,
-                EDGE,
-                &first,
-            )
-            .reason(Reason::DirectRemapped, 0)
-            .flows([])
-            .embryonic([own.both()])
-            .marks(mark::DIRECT),
+            cast.case("a direct connection takes the tuple of a flow that ended long ago")
+                .world(&cast.world().flows(old.both()))
+                .tc_ingress(EDGE)
+                .sends(&first)
+                .reason(Reason::DirectRemapped, 0)
+                .flows([])
+                .embryonic([own.both()])
+                .marks(mark::DIRECT),
         );
     }
-
     let young = cast.connection();
     table.add(
-        Case::new(
-            format!("{title}: a direct connection beside an unproven flow gets another port"),
-            &cast.world().embryonic(young.both()),
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().from(seen_as))
-        .reason(Reason::DirectRemapped, 0)
-        .embryonic([young.both(), direct.both()])
-        .marks(mark::DIRECT),
+        cast.case("a direct connection beside an unproven flow gets another port")
+            .world(&cast.world().embryonic(young.both()))
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().from(seen_as))
+            .reason(Reason::DirectRemapped, 0)
+            .embryonic([young.both(), direct.both()])
+            .marks(mark::DIRECT),
     );
+}
+
+/// Direct connections from outside, through a bridge, and in the middle of a connection.
+fn direct_elsewhere(table: &mut Table, cast: &Cast) {
+    let live = cast.connection().state(state::ESTABLISHED);
+    let first = cast.first(cast.client, cast.backend);
+    let seen_as = tried(cast, cast.backend, 1);
+    let direct = direct(cast, seen_as);
+    let next = cast.next(cast.client, cast.backend);
     let outside = first.clone().at(mac(UPLINK));
     table.add(
-        Case::new(
-            format!(
-                "{title}: a direct connection from outside whose tuple is a live flow's gets another port"
-            ),
-            &cast.world().flows(live.both()),
-            Program::Ingress,
-            UPLINK,
-            &outside,
+        cast.case(
+            "a direct connection from outside whose tuple is a live flow's gets another port",
         )
+        .world(&cast.world().flows(live.both()))
+        .tc_ingress(UPLINK)
+        .sends(&outside)
         .becomes(&outside.clone().from(seen_as))
         .reason(Reason::DirectRemapped, 0)
         .embryonic([direct.both()])
         .marks(mark::DIRECT),
     );
-
     let mut pass = |what: &str, world: World, ifindex, frame: Frame| {
-        table.add(Case::new(
-            format!("{title}: {what}"),
-            &world,
-            Program::Ingress,
-            ifindex,
-            &frame.at(mac(ifindex)),
-        ));
+        table.add(cast.case(what).world(&world).tc_ingress(ifindex).sends(&frame.at(mac(ifindex))));
     };
     let mut bridge = cast.world().flows(live.both());
     bridge.devices.get_mut(&UPLINK).expect("the uplink").flags |= device_flags::BRIDGE;

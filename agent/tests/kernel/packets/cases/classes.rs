@@ -9,8 +9,8 @@ use sluice_common::path::mark;
 use super::Table;
 use super::clash::of_host;
 use super::masquerade::as_met;
-use crate::packets::case::{Case, End, Program};
-use crate::packets::frame::{RST, TCP};
+use crate::packets::case::{End, Program};
+use crate::packets::frame::{Frame, RST, TCP};
 use crate::packets::world::{
     Cast, Connection, EDGE, NET_PODS, NET_REMOTE, ONE, SPARE, TUNNEL, UPLINK, Version, World,
     address, mac,
@@ -22,6 +22,7 @@ pub(super) fn add(table: &mut Table) {
         sets(table, &cast);
         drops(table, &cast);
         detectors(table, &cast);
+        detector_without_ranges(table, &cast);
     }
 }
 
@@ -77,11 +78,10 @@ const PLACES: [(&str, Program, u32, usize); 4] = [
     ("a local pod", Program::Ingress, EDGE, 1),
     ("a client outside", Program::Ingress, UPLINK, 2),
     ("a client outside, by XDP", Program::Xdp, UPLINK, 2),
-    ("a client behind the overlay", Program::IngressBare, TUNNEL, 2),
+    ("a client behind the overlay", Program::IngressL3, TUNNEL, 2),
 ];
 
 fn sets(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     for (what, kind) in KINDS {
         let (cast, mut world) = of_kind(cast, kind);
         let backends = three(&cast, &mut world);
@@ -90,18 +90,15 @@ fn sets(table: &mut Table, cast: &Cast) {
             let connection = as_met(&cast, &world, ifindex, &backends[class]);
             let first = cast.first(cast.client, cast.frontend);
             let first =
-                if program == Program::IngressBare { first.bare() } else { first.at(mac(ifindex)) };
+                if program == Program::IngressL3 { first.l3() } else { first.at(mac(ifindex)) };
             table.add(
-                Case::new(
-                    format!("{title}: three sets, {what} has class {class} for {who}"),
-                    &world,
-                    program,
-                    ifindex,
-                    &first,
-                )
-                .becomes(&first.clone().to(connection.backend))
-                .opens(connection.id)
-                .embryonic([connection.both()]),
+                cast.case(format!("three sets, {what} has class {class} for {who}"))
+                    .world(&world)
+                    .at(program, ifindex)
+                    .sends(&first)
+                    .becomes(&first.clone().to(connection.backend))
+                    .opens(connection.id)
+                    .embryonic([connection.both()]),
             );
         }
         if kind == frontend::NODE_PORT {
@@ -111,86 +108,86 @@ fn sets(table: &mut Table, cast: &Cast) {
         let connection = of_host(&cast, backends[class]);
         let first = cast.first(connection.client, cast.frontend);
         table.add(
-            Case::new(
-                format!("{title}: three sets, {what} has class {class} for this host"),
-                &world,
-                Program::Egress,
-                UPLINK,
-                &first,
-            )
-            .becomes(&first.clone().from(connection.seen_as).to(connection.backend))
-            .ends(End::Redirect)
-            .opens(connection.id)
-            .embryonic([connection.both()])
-            .marks(mark::HOST),
+            cast.case(format!("three sets, {what} has class {class} for this host"))
+                .world(&world)
+                .tc_egress(UPLINK)
+                .sends(&first)
+                .becomes(&first.clone().from(connection.seen_as).to(connection.backend))
+                .ends(End::Redirect)
+                .opens(connection.id)
+                .embryonic([connection.both()])
+                .marks(mark::HOST),
         );
     }
 }
 
 /// A class without backends that is dropped, not rejected, beside others that have some.
 fn drops(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     for (what, kind) in KINDS {
         let (cast, plain) = of_kind(cast, kind);
-        for (who, program, ifindex, outer) in PLACES {
-            let class = if kind == frontend::CLUSTER_IP { 0 } else { outer };
-            let mut world = plain.clone();
-            world.port(ONE).ranges[class] = Range::DROP;
-            let frame = |frame: crate::packets::frame::Frame| {
-                if program == Program::IngressBare { frame.bare() } else { frame.at(mac(ifindex)) }
-            };
-            let first = frame(cast.first(cast.client, cast.frontend));
-            let name = format!("{title}: {what} without local backends drops {who}");
-            let case = Case::new(name, &world, program, ifindex, &first);
-            // XDP leaves it to tc.
-            table.add(if program == Program::Xdp {
-                case
-            } else {
-                case.dropped(Reason::NoLocalBackend, ONE)
-            });
-
-            let mut others = plain.clone();
-            others.port(ONE).ranges = [Range::DROP; 3];
-            others.port(ONE).ranges[class] = plain.ports[&ONE].ranges[class];
-            table.add(
-                Case::new(
-                    format!("{title}: {what} serves {who} where only others are dropped"),
-                    &others,
-                    program,
-                    ifindex,
-                    &first,
-                )
-                .becomes(&first.clone().to(cast.backend))
-                .opens(ONE)
-                .embryonic([as_met(&cast, &others, ifindex, &cast.connection()).both()]),
-            );
-            if cast.protocol == TCP && program == Program::Ingress {
-                let reset =
-                    frame(crate::packets::frame::Frame::tcp(cast.client, cast.frontend, RST, &[]));
-                let name = format!("{title}: {what} without local backends drops a reset of {who}");
-                let case = Case::new(name, &world, program, ifindex, &reset);
-                // At an address of the node it may be of a connection of the stack's own.
-                let at_node = kind == frontend::NODE_PORT;
-                table.add(if at_node { case } else { case.dropped(Reason::NoLocalBackend, ONE) });
-            }
+        for place in PLACES {
+            drops_at(table, &cast, &plain, (what, kind), place);
         }
-        if kind != frontend::NODE_PORT {
-            let class = usize::from(kind != frontend::CLUSTER_IP);
-            let mut world = plain.clone();
-            world.port(ONE).ranges[class] = Range::DROP;
-            let first = cast.first(SocketAddr::new(cast.node, 40_001), cast.frontend);
-            let name = format!("{title}: {what} without local backends drops this host's packet");
-            table.add(
-                Case::new(name, &world, Program::Egress, UPLINK, &first)
-                    .dropped(Reason::NoLocalBackend, ONE),
-            );
+        if kind == frontend::NODE_PORT {
+            continue;
         }
+        let mut world = plain.clone();
+        world.port(ONE).ranges[usize::from(kind != frontend::CLUSTER_IP)] = Range::DROP;
+        let first = cast.first(SocketAddr::new(cast.node, 40_001), cast.frontend);
+        table.add(
+            cast.case(format!("{what} without local backends drops this host's packet"))
+                .world(&world)
+                .tc_egress(UPLINK)
+                .sends(&first)
+                .dropped(Reason::NoLocalBackend, ONE),
+        );
     }
 }
 
-/// How a client is known to be a local pod.
+/// One kind of frontend, asked at one place.
+fn drops_at(
+    table: &mut Table,
+    cast: &Cast,
+    plain: &World,
+    (what, kind): (&str, u32),
+    (who, program, ifindex, outer): (&str, Program, u32, usize),
+) {
+    let class = if kind == frontend::CLUSTER_IP { 0 } else { outer };
+    let frame = |frame: Frame| {
+        if program == Program::IngressL3 { frame.l3() } else { frame.at(mac(ifindex)) }
+    };
+    let mut world = plain.clone();
+    world.port(ONE).ranges[class] = Range::DROP;
+    let first = frame(cast.first(cast.client, cast.frontend));
+    let drops = cast.case(format!("{what} without local backends drops {who}"));
+    let case = drops.world(&world).at(program, ifindex).sends(&first);
+    // XDP leaves it to tc.
+    let is_left = program == Program::Xdp;
+    table.add(if is_left { case } else { case.dropped(Reason::NoLocalBackend, ONE) });
+    let mut others = plain.clone();
+    others.port(ONE).ranges = [Range::DROP; 3];
+    others.port(ONE).ranges[class] = plain.ports[&ONE].ranges[class];
+    table.add(
+        cast.case(format!("{what} serves {who} where only others are dropped"))
+            .world(&others)
+            .at(program, ifindex)
+            .sends(&first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([as_met(cast, &others, ifindex, &cast.connection()).both()]),
+    );
+    if cast.protocol == TCP && program == Program::Ingress {
+        let reset = frame(Frame::tcp(cast.client, cast.frontend, RST, &[]));
+        let drops = cast.case(format!("{what} without local backends drops a reset of {who}"));
+        let case = drops.world(&world).at(program, ifindex).sends(&reset);
+        // At an address of the node it may be of a connection of the stack's own.
+        let at_node = kind == frontend::NODE_PORT;
+        table.add(if at_node { case } else { case.dropped(Reason::NoLocalBackend, ONE) });
+    }
+}
+
+/// How a client is recognised as a local pod.
 fn detectors(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let (pod, far) = (cast.client_in(NET_PODS), cast.client_in(NET_REMOTE));
     for (what, cast, ifindex, detector, flags, class) in [
         ("by device, a pod's link", cast, EDGE, detect_local::DEVICE, device_flags::LOCAL_PODS, 1),
@@ -240,32 +237,30 @@ fn detectors(table: &mut Table, cast: &Cast) {
         let connection = as_met(cast, &world, ifindex, &backends[class]);
         let first = cast.first(cast.client, cast.frontend).at(mac(ifindex));
         table.add(
-            Case::new(
-                format!("{title}: local pods are known {what}: class {class}"),
-                &world,
-                Program::Ingress,
-                ifindex,
-                &first,
-            )
-            .becomes(&first.clone().to(connection.backend))
-            .opens(connection.id)
-            .embryonic([connection.both()]),
+            cast.case(format!("local pods are known {what}: class {class}"))
+                .world(&world)
+                .tc_ingress(ifindex)
+                .sends(&first)
+                .becomes(&first.clone().to(connection.backend))
+                .opens(connection.id)
+                .embryonic([connection.both()]),
         );
     }
+}
+
+/// Pods are to be recognised by address, and no range is known.
+fn detector_without_ranges(table: &mut Table, cast: &Cast) {
     let mut world = cast.world().kind(ONE, frontend::LOAD_BALANCER);
     let backends = three(cast, &mut world);
     world.settings.detect_local = detect_local::ADDRESS;
     let first = cast.first(cast.client, cast.frontend);
     table.add(
-        Case::new(
-            format!("{title}: local pods are known by address, and no range is"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().to(backends[2].backend))
-        .opens(THIRD)
-        .embryonic([backends[2].both()]),
+        cast.case("local pods are known by address, and no range is")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().to(backends[2].backend))
+            .opens(THIRD)
+            .embryonic([backends[2].both()]),
     );
 }

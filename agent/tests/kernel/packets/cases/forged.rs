@@ -73,7 +73,6 @@ fn packets(cast: &Cast, from: SocketAddr, to: SocketAddr) -> Vec<(&'static str, 
 
 /// A known flow: its packets are translated, and its entries stay as they are.
 fn along(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u32) {
-    let title = cast.title();
     let connection = cast.connection();
     let live = connection.state(state::ESTABLISHED);
     let mut worlds = vec![
@@ -111,8 +110,11 @@ fn along(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u
                 continue;
             }
             let frame = frame.at(mac(ifindex));
-            let name = format!("{title}: {what} of {who}, along {of}");
-            let case = Case::new(name, &world, program, ifindex, &frame);
+            let case = cast
+                .case(format!("{what} of {who}, along {of}"))
+                .world(&world)
+                .at(program, ifindex)
+                .sends(&frame);
             // A bare reset tells that the guess was wrong: from here it tells nothing, and nobody
             // has the address it goes to.
             let is_left = program == Program::Xdp
@@ -129,12 +131,14 @@ fn along(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u
 /// A tuple that nothing is known of: what opens gets a port that its owner has no connection from,
 /// what goes on recovers nothing.
 fn opening(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u32) {
-    let title = cast.title();
     let world = cast.world();
     for (what, frame) in packets(cast, cast.client, cast.frontend) {
         let frame = frame.at(mac(ifindex));
-        let name = format!("{title}: {what} of {who}, nothing is known of it");
-        let case = Case::new(name, &world, program, ifindex, &frame);
+        let case = cast
+            .case(format!("{what} of {who}, nothing is known of it"))
+            .world(&world)
+            .at(program, ifindex)
+            .sends(&frame);
         let has_way_back = ifindex == EDGE || who.contains("a pod's address");
         table.add(if program == Program::Xdp {
             case
@@ -153,7 +157,6 @@ fn opening(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex:
 
 /// To the endpoint's own address, beside a flow to it: as without us.
 fn to_backend(table: &mut Table, cast: &Cast, who: &str, program: Program, ifindex: u32) {
-    let title = cast.title();
     let live = cast.connection().state(state::ESTABLISHED);
     for (beside, world) in [
         ("a live flow", cast.world().flows(live.both())),
@@ -162,8 +165,12 @@ fn to_backend(table: &mut Table, cast: &Cast, who: &str, program: Program, ifind
     ] {
         for (what, frame) in packets(cast, cast.client, cast.backend) {
             let frame = frame.at(mac(ifindex));
-            let name = format!("{title}: {what} of {who} to an endpoint, beside {beside}");
-            table.add(Case::new(name, &world, program, ifindex, &frame));
+            table.add(
+                cast.case(format!("{what} of {who} to an endpoint, beside {beside}"))
+                    .world(&world)
+                    .at(program, ifindex)
+                    .sends(&frame),
+            );
         }
     }
 }
@@ -174,7 +181,6 @@ fn rightful(table: &mut Table, cast: &Cast) {
     if cast.protocol == UDP {
         return;
     }
-    let title = cast.title();
     for (who, net, ifindex) in [
         ("a pod", NET_CLIENTS, EDGE),
         ("somebody outside", NET_CLIENTS, UPLINK),
@@ -191,10 +197,12 @@ fn rightful(table: &mut Table, cast: &Cast) {
                     continue;
                 }
                 let frame = Frame::tcp(cast.client, cast.frontend, flags, &[]).at(mac(ifindex));
-                let name = format!("{title}: {what} of {who} itself, {}", program.name());
                 let after = live.state(state::ESTABLISHED | said);
                 table.add(
-                    Case::new(name, &world, program, ifindex, &frame)
+                    cast.case(format!("{what} of {who} itself, {}", program.name()))
+                        .world(&world)
+                        .at(program, ifindex)
+                        .sends(&frame)
                         .becomes(&frame.clone().to(cast.backend))
                         .forward(ONE)
                         .flows([after.both()]),
@@ -206,7 +214,6 @@ fn rightful(table: &mut Table, cast: &Cast) {
 
 /// Pods of a bridge whose gateway is on a device above it.
 fn gateways(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     for (what, net, flags, keeps) in [
         ("by a device above the bridge", NET_FOREIGN, device_flags::GATEWAY_ABOVE, true),
         ("by a device that is not above the bridge", NET_FOREIGN, 0, false),
@@ -219,9 +226,11 @@ fn gateways(table: &mut Table, cast: &Cast) {
         edge.flags |= flags;
         let first = cast.first(cast.client, cast.frontend).at(mac(EDGE));
         let seen_as = if keeps { cast.client } else { tried(&cast, cast.frontend, 1) };
-        let name = format!("{title}: a pod of a bridge whose way back is {what}");
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &first)
+            cast.case(format!("a pod of a bridge whose way back is {what}"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&first)
                 .becomes(&first.clone().from(seen_as).to(cast.backend))
                 .opens(ONE)
                 .embryonic([cast.connection().seen_as(seen_as).both()]),
@@ -231,7 +240,6 @@ fn gateways(table: &mut Table, cast: &Cast) {
 
 /// An endpoint's answers on their way out, that came in by its own device and by another one.
 fn replies(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     for (whose, net, ifindex, is_own) in [
         ("by its device", NET_PODS, EDGE, true),
         ("by its bridge", NET_BACKENDS, BRIDGE, true),
@@ -251,55 +259,52 @@ fn replies(table: &mut Table, cast: &Cast) {
                 ("a flow that nothing has proven", fresh, cast.world().embryonic(fresh.both())),
                 ("a live flow", live, cast.world().flows(live.both())),
             ] {
-                let name = format!("{title}: {what} of an endpoint {whose}, along {of}");
-                let case = Case::new(name, &world, Program::Egress, EDGE, &frame)
+                let case = cast
+                    .case(format!("{what} of an endpoint {whose}, along {of}"))
+                    .world(&world)
+                    .tc_egress(EDGE)
+                    .sends(&frame)
                     .came_by(ifindex)
                     .becomes(&frame.clone().from(cast.frontend))
                     .reply(ONE);
-                let seen = before.age(0);
-                let proven = seen.state(state::ESTABLISHED);
-                let case = match (what, of) {
-                    // It changes nothing of a live flow, whoever sends it.
-                    _ if !is_own => case,
-                    ("RST" | "RST and ACK", "a live flow") => case
-                        .flows([])
-                        .embryonic([proven.state(state::ESTABLISHED | state::RESET_REPLY).both()]),
-                    ("RST" | "RST and ACK", _) => {
-                        case.embryonic([seen.state(state::RESET_REPLY).both()])
-                    }
-                    ("FIN and ACK", "a live flow") => {
-                        case.flows([proven.state(state::ESTABLISHED | state::FIN_REPLY).both()])
-                    }
-                    ("FIN and ACK", _) => case
-                        .embryonic([])
-                        .flows([proven.state(state::ESTABLISHED | state::FIN_REPLY).both()]),
-                    ("SYN and ACK", "a flow that nothing has proven") => {
-                        case.embryonic([seen.answered().both()])
-                    }
-                    ("ACK", "a flow that nothing has proven") => {
-                        case.embryonic([]).flows([proven.both()])
-                    }
-                    ("datagram", "a flow that nothing has proven") => {
-                        case.embryonic([proven.both()])
-                    }
-                    _ => case,
-                };
-                table.add(case);
+                table.add(if is_own { leaves_behind(case, &before, what, of) } else { case });
             }
         }
     }
 }
 
+/// What the endpoint's own packet does to its flow; nobody else's changes it.
+fn leaves_behind(case: Case, before: &Connection, what: &str, of: &str) -> Case {
+    let seen = before.age(0);
+    let proven = seen.state(state::ESTABLISHED);
+    let closing = proven.state(state::ESTABLISHED | state::FIN_REPLY);
+    match (what, of) {
+        ("RST" | "RST and ACK", "a live flow") => {
+            case.flows([]).embryonic([proven.state(state::ESTABLISHED | state::RESET_REPLY).both()])
+        }
+        ("RST" | "RST and ACK", _) => case.embryonic([seen.state(state::RESET_REPLY).both()]),
+        ("FIN and ACK", "a live flow") => case.flows([closing.both()]),
+        ("FIN and ACK", _) => case.embryonic([]).flows([closing.both()]),
+        ("SYN and ACK", "a flow that nothing has proven") => {
+            case.embryonic([seen.answered().both()])
+        }
+        ("ACK", "a flow that nothing has proven") => case.embryonic([]).flows([proven.both()]),
+        ("datagram", "a flow that nothing has proven") => case.embryonic([proven.both()]),
+        _ => case,
+    }
+}
+
 /// The client's side of a masqueraded flow, at both of its hooks.
 fn sources(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let far = cast.backend_in(NET_FORGED);
     let source = REMOTE.source(&far).state(state::ESTABLISHED);
     let world = far.world().flows(source.both()).marks(mark::MASQUERADED);
     for (what, frame) in packets(&far, far.backend, source.seen_as) {
-        let name =
-            format!("{title}: {what} of an endpoint to a masqueraded client, by a pod's device");
-        let case = Case::new(name, &world, Program::Ingress, EDGE, &frame);
+        let case = cast
+            .case(format!("{what} of an endpoint to a masqueraded client, by a pod's device"))
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&frame);
         table.add(case.becomes(&frame.clone().to(far.client)));
     }
     let far = cast.backend_in(NET_REMOTE).client_in(NET_FORGED);
@@ -308,9 +313,12 @@ fn sources(table: &mut Table, cast: &Cast) {
     let world = far.world().flows(flows_of(&near, &source)).marks(mark::MASQUERADED);
     for (what, frame) in packets(&far, far.client, far.backend) {
         let (program, frame) = REMOTE.out(frame);
-        let name =
-            format!("{title}: {what} of a masqueraded client that came in by a pod's device");
-        let case = Case::new(name, &world, program, UPLINK, &frame).came_by(EDGE);
+        let case = cast
+            .case(format!("{what} of a masqueraded client that came in by a pod's device"))
+            .world(&world)
+            .at(program, UPLINK)
+            .sends(&frame)
+            .came_by(EDGE);
         table.add(case.becomes(&frame.clone().from(source.seen_as)));
     }
 }
@@ -349,10 +357,11 @@ fn lanes(table: &mut Table, cast: &Cast) {
     let data = cast.next(cast.client, cast.frontend);
     if cast.protocol == TCP {
         let world = beside_node(&cast.world(), cast.frontend.ip());
-        let name =
-            format!("{title}: both entries lost, at a frontend of an address of the node's lane");
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &data)
+            cast.case("both entries lost, at a frontend of an address of the node's lane")
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&data)
                 .becomes(&data.clone().to(cast.backend))
                 .reason(Reason::Recovered, ONE)
                 .embryonic([cast.connection().both()]),
@@ -370,8 +379,12 @@ fn lanes(table: &mut Table, cast: &Cast) {
     let client = SocketAddr::new(cast.client.ip(), 2_000);
     let world = beside_node(&world.marks(mark::MASQUERADED), client.ip());
     let (program, first) = REMOTE.out(cast.first(client, cast.backend));
-    let name = format!("{title}: a direct client of the node's lane leaves from a port of ours");
-    table.add(Case::new(name, &world, program, UPLINK, &first));
+    table.add(
+        cast.case("a direct client of the node's lane leaves from a port of ours")
+            .world(&world)
+            .at(program, UPLINK)
+            .sends(&first),
+    );
     let own: Connection = cast.connection().flags(flow::SOURCE | flow::DIRECT);
     let node = SocketAddr::new(cast.node, 2_000);
     let noted = Connection {
@@ -384,6 +397,11 @@ fn lanes(table: &mut Table, cast: &Cast) {
         ..own
     };
     let (program, first) = REMOTE.out(cast.first(node, cast.backend));
-    let name = format!("{title}: the node itself leaves from a port of ours");
-    table.add(Case::new(name, &world, program, UPLINK, &first).embryonic([noted.both()]));
+    table.add(
+        cast.case("the node itself leaves from a port of ours")
+            .world(&world)
+            .at(program, UPLINK)
+            .sends(&first)
+            .embryonic([noted.both()]),
+    );
 }

@@ -10,7 +10,7 @@ use sluice_common::path::mark;
 use super::Table;
 use super::masquerade::{LOCAL, OVERLAY, REMOTE};
 use super::masqueraded::on;
-use crate::packets::case::{Case, End, Program};
+use crate::packets::case::{Case, End, Program, case};
 use crate::packets::frame::{Frame, SCTP, TCP, UDP};
 use crate::packets::world::{
     Cast, Connection, Datagrams, EDGE, EMPTY, NARROW, NET_PODS, ONE, TUNNEL, UPLINK, Version,
@@ -31,13 +31,18 @@ pub(super) fn add(table: &mut Table) {
             cast
         };
         forward(table, &cast);
+        forward_opens(table, &cast);
         replies(table, &cast);
         early(table, &cast);
+        early_without_agent(table, &cast);
+        early_of_strangers(table, &cast);
         masqueraded(table, &cast);
         node_ports(table, &cast);
     }
     for cast in Cast::of(UDP) {
         shapes(table, &cast);
+        too_long(table, &cast);
+        extensions_behind(table, &cast);
         stale(table, &cast);
         unserved(table, &cast);
     }
@@ -95,25 +100,22 @@ fn established(cast: &Cast) -> (Connection, World) {
     (connection, cast.world().own_device().flows(connection.both()))
 }
 
+/// Fragments of a question.
 fn forward(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let (connection, world) = established(cast);
     for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
         let question = long(cast, cast.client, cast.frontend).at(mac(ifindex));
         let (from, to) = (parts(&question), parts(&question.clone().to(cast.backend)));
         let entry = told(cast, cast.client, cast.frontend, true, 0);
         table.add(
-            Case::new(
-                format!("{title}: a first fragment, {}", program.name()),
-                &world,
-                program,
-                ifindex,
-                &from[0],
-            )
-            .becomes(&to[0])
-            .forward(ONE)
-            .flows([connection.both()])
-            .fragments(entry.clone()),
+            cast.case(format!("a first fragment, {}", program.name()))
+                .world(&world)
+                .at(program, ifindex)
+                .sends(&from[0])
+                .becomes(&to[0])
+                .forward(ONE)
+                .flows([connection.both()])
+                .fragments(entry.clone()),
         );
         // Whatever the flow's state: nothing of it changes.
         for (what, connection) in [
@@ -126,78 +128,82 @@ fn forward(table: &mut Table, cast: &Cast) {
         ] {
             let world = cast.world().own_device().flows(connection.both()).fragments(entry.clone());
             for (index, (from, to)) in from.iter().zip(&to).enumerate().skip(1) {
-                let name = format!("{title}: fragment {index} of {what} flow, {}", program.name());
-                table.add(Case::new(name, &world, program, ifindex, from).becomes(to).forward(ONE));
+                table.add(
+                    cast.case(format!("fragment {index} of {what} flow, {}", program.name()))
+                        .world(&world)
+                        .at(program, ifindex)
+                        .sends(from)
+                        .becomes(to)
+                        .forward(ONE),
+                );
             }
         }
         let connection = cast.connection();
         let world = cast.world().embryonic(connection.both()).fragments(entry.clone());
-        let name = format!("{title}: a fragment of an unproven flow, {}", program.name());
-        table.add(Case::new(name, &world, program, ifindex, &from[1]).becomes(&to[1]).forward(ONE));
-        // Without its flow a fragment opens nothing.
-        let case = Case::new(
-            format!("{title}: a fragment whose flow is gone, {}", program.name()),
-            &cast.world().own_device().fragments(entry),
-            program,
-            ifindex,
-            &from[1],
+        table.add(
+            cast.case(format!("a fragment of an unproven flow, {}", program.name()))
+                .world(&world)
+                .at(program, ifindex)
+                .sends(&from[1])
+                .becomes(&to[1])
+                .forward(ONE),
         );
+        // Without its flow a fragment opens nothing.
+        let case = cast
+            .case(format!("a fragment whose flow is gone, {}", program.name()))
+            .world(&cast.world().own_device().fragments(entry))
+            .at(program, ifindex)
+            .sends(&from[1]);
         table.add(if program == Program::Xdp { case } else { case.reason(Reason::Fragment, 0) });
     }
+}
+
+/// The first fragment of a flow's first packet.
+fn forward_opens(table: &mut Table, cast: &Cast) {
     // The first fragment of a flow's first packet.
     if cast.protocol == UDP {
         let question = long(cast, cast.client, cast.frontend);
         let (from, to) = (parts(&question), parts(&question.clone().to(cast.backend)));
         table.cut(
-            Case::new(
-                format!("{title}: a first fragment opens a flow"),
-                &cast.world(),
-                Program::Ingress,
-                EDGE,
-                &from[0],
-            )
-            .becomes(&to[0])
-            .opens(ONE)
-            .embryonic([cast.connection().both()])
-            .fragments(told(cast, cast.client, cast.frontend, true, 0)),
+            cast.case("a first fragment opens a flow")
+                .world(&cast.world())
+                .tc_ingress(EDGE)
+                .sends(&from[0])
+                .becomes(&to[0])
+                .opens(ONE)
+                .embryonic([cast.connection().both()])
+                .fragments(told(cast, cast.client, cast.frontend, true, 0)),
         );
     }
 }
 
 fn replies(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let (connection, world) = established(cast);
-    for (program, ifindex) in [(Program::Egress, EDGE), (Program::EgressBare, TUNNEL)] {
+    for (program, ifindex) in [(Program::Egress, EDGE), (Program::EgressL3, TUNNEL)] {
         let mut answer = long(cast, cast.backend, cast.client);
         if ifindex == TUNNEL {
-            answer = answer.bare();
+            answer = answer.l3();
         }
         let (from, to) = (parts(&answer), parts(&answer.clone().from(cast.frontend)));
         let entry = told(cast, cast.backend, cast.client, true, 0);
         table.add(
-            Case::new(
-                format!("{title}: a reply's first fragment, {}", program.name()),
-                &world,
-                program,
-                ifindex,
-                &from[0],
-            )
-            .becomes(&to[0])
-            .reply(ONE)
-            .flows([connection.both()])
-            .fragments(entry.clone()),
+            cast.case(format!("a reply's first fragment, {}", program.name()))
+                .world(&world)
+                .at(program, ifindex)
+                .sends(&from[0])
+                .becomes(&to[0])
+                .reply(ONE)
+                .flows([connection.both()])
+                .fragments(entry.clone()),
         );
         let world = world.clone().fragments(entry);
         table.cut(
-            Case::new(
-                format!("{title}: a reply's other fragment, {}", program.name()),
-                &world,
-                program,
-                ifindex,
-                &from[1],
-            )
-            .becomes(&to[1])
-            .reply(ONE),
+            cast.case(format!("a reply's other fragment, {}", program.name()))
+                .world(&world)
+                .at(program, ifindex)
+                .sends(&from[1])
+                .becomes(&to[1])
+                .reply(ONE),
         );
     }
     // What a backend sends without a flow of ours is noted too, so that its other fragments need
@@ -206,26 +212,26 @@ fn replies(table: &mut Table, cast: &Cast) {
     let world = cast.world().own_device();
     let untouched = told(cast, cast.backend, cast.client, false, 0);
     table.add(
-        Case::new(
-            format!("{title}: a backend's own first fragment"),
-            &world,
-            Program::Egress,
-            UPLINK,
-            &answer[0],
-        )
-        .fragments(untouched.clone()),
+        cast.case("a backend's own first fragment")
+            .world(&world)
+            .tc_egress(UPLINK)
+            .sends(&answer[0])
+            .fragments(untouched.clone()),
     );
-    table.add(Case::new(
-        format!("{title}: a backend's own other fragment"),
-        &world.fragments(untouched),
-        Program::Egress,
-        UPLINK,
-        &answer[1],
-    ));
+    table.add(
+        cast.case("a backend's own other fragment")
+            .world(&world.fragments(untouched))
+            .tc_egress(UPLINK)
+            .sends(&answer[1]),
+    );
     // At ingress nobody asks.
     for (index, fragment) in answer.iter().enumerate() {
-        let name = format!("{title}: fragment {index} of a reply at ingress");
-        table.add(Case::new(name, &cast.world().own_device(), Program::Ingress, EDGE, fragment));
+        table.add(
+            cast.case(format!("fragment {index} of a reply at ingress"))
+                .world(&cast.world().own_device())
+                .tc_ingress(EDGE)
+                .sends(fragment),
+        );
     }
 }
 
@@ -239,17 +245,20 @@ fn held(name: String, world: &World, program: Program, ifindex: u32, fragment: &
     let flags = match program {
         Program::Ingress | Program::Xdp => 0,
         Program::Egress => label::EGRESS,
-        Program::IngressBare => label::L3,
-        Program::EgressBare => label::EGRESS | label::L3,
+        Program::IngressL3 => label::L3,
+        Program::EgressL3 => label::EGRESS | label::L3,
     };
-    let mut case = Case::new(name, world, program, ifindex, fragment)
+    let mut case = case(name)
+        .world(world)
+        .at(program, ifindex)
+        .sends(fragment)
         .ends(End::Redirect)
         .reason(Reason::FragmentHeld, 0);
     case.expected.frame = labelled(fragment, flags, ifindex);
     case
 }
 
-/// Fragments that come before the first one.
+/// Fragments that come before the first one wait with the agent.
 fn early(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (_, world) = established(cast);
@@ -258,22 +267,35 @@ fn early(table: &mut Table, cast: &Cast) {
     for (program, ifindex, fragment) in [
         (Program::Ingress, EDGE, question[1].clone()),
         (Program::Ingress, UPLINK, question[1].clone().at(mac(UPLINK))),
-        (Program::IngressBare, TUNNEL, question[1].clone().bare()),
+        (Program::IngressL3, TUNNEL, question[1].clone().l3()),
         (Program::Egress, EDGE, answer[1].clone()),
-        (Program::EgressBare, TUNNEL, answer[1].clone().bare()),
+        (Program::EgressL3, TUNNEL, answer[1].clone().l3()),
     ] {
         let name =
             format!("{title}: a fragment that comes first waits, {} of {ifindex}", program.name());
         table.add(held(name, &world, program, ifindex, &fragment));
     }
     let received = question[1].clone().at(mac(UPLINK));
-    let name = format!("{title}: a fragment that comes first is left to tc");
-    table.add(Case::new(name, &world, Program::Xdp, UPLINK, &received));
-    let name = format!("{title}: a fragment that comes first, without an own device");
     table.add(
-        Case::new(name, &cast.world(), Program::Ingress, EDGE, &question[1])
+        cast.case("a fragment that comes first is left to tc")
+            .world(&world)
+            .xdp(UPLINK)
+            .sends(&received),
+    );
+    table.add(
+        cast.case("a fragment that comes first, without an own device")
+            .world(&cast.world())
+            .tc_ingress(EDGE)
+            .sends(&question[1])
             .reason(Reason::Fragment, 0),
     );
+}
+
+/// An agent that is dead, or has given up, keeps none.
+fn early_without_agent(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (_, world) = established(cast);
+    let question = parts(&long(cast, cast.client, cast.frontend));
     // An agent that is dead keeps none: they may be anybody's.
     for (age, is_kept) in [(HEARTBEAT_TICKS - 1, true), (HEARTBEAT_TICKS + 2, false)] {
         let world = world.clone().said_to_keep_fragments(age);
@@ -283,28 +305,41 @@ fn early(table: &mut Table, cast: &Cast) {
         table.add(if is_kept {
             held(name, &world, Program::Ingress, EDGE, &question[1])
         } else {
-            Case::new(name, &world, Program::Ingress, EDGE, &question[1])
+            case(name)
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&question[1])
                 .reason(Reason::Fragment, 0)
         });
     }
     // Once the agent has given up.
     let untouched = world.clone().fragments(told(cast, cast.client, cast.frontend, false, 1));
-    let name = format!("{title}: a fragment that has waited in vain");
     table.add(
-        Case::new(name, &untouched, Program::Ingress, EDGE, &question[1])
+        cast.case("a fragment that has waited in vain")
+            .world(&untouched)
+            .tc_ingress(EDGE)
+            .sends(&question[1])
             .reason(Reason::Fragment, 0),
     );
+}
+
+/// Fragments of strangers pass.
+fn early_of_strangers(table: &mut Table, cast: &Cast) {
+    let (_, world) = established(cast);
     let stranger = parts(&long(cast, cast.client, cast.client));
     for (index, fragment) in stranger.iter().enumerate() {
         for program in [Program::Ingress, Program::Egress] {
-            let name = format!("{title}: a stranger's fragment {index}, {}", program.name());
-            table.add(Case::new(name, &world, program, EDGE, fragment));
+            table.add(
+                cast.case(format!("a stranger's fragment {index}, {}", program.name()))
+                    .world(&world)
+                    .at(program, EDGE)
+                    .sends(fragment),
+            );
         }
     }
 }
 
 fn masqueraded(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     for (what, place) in [("remote", REMOTE), ("overlay", OVERLAY), ("local", LOCAL)] {
         let (cast, world) = place.set(&cast.client_in(NET_PODS));
         let near = place.masqueraded(&cast).state(state::ESTABLISHED);
@@ -357,28 +392,54 @@ fn masqueraded(table: &mut Table, cast: &Cast) {
                 Some(true),
             ),
         ] {
-            let (from, to) = (parts(&frame), parts(&becomes));
-            let entry = told(&cast, ends.0, ends.1, true, 0);
-            for (index, before) in [(0, world.clone()), (1, world.clone().fragments(entry.clone()))]
-            {
-                let name = format!("{title}: fragment {index} of {which}, {what}");
-                let case = Case::new(name, &before, program, ifindex, &from[index])
-                    .becomes(&to[index])
-                    .fragments(entry.clone());
-                table.add(match counts {
-                    None => case,
-                    Some(false) => case.forward(ONE),
-                    Some(true) => case.reply(ONE),
-                });
-            }
-            let name = format!("{title}: a later fragment that comes first waits, {which}, {what}");
-            table.add(held(name, &world, program, ifindex, &from[1]));
-            if counts.is_none() {
-                let name =
-                    format!("{title}: while nobody was masqueraded, a fragment of {which}, {what}");
-                table.add(Case::new(name, &world.clone().marks(0), program, ifindex, &from[1]));
-            }
+            let translated = (frame, becomes, counts);
+            masqueraded_part(
+                table,
+                &cast,
+                &world,
+                (&format!("{which}, {what}"), program, ifindex),
+                ends,
+                translated,
+            );
         }
+    }
+}
+
+/// A packet of a masqueraded flow in two fragments, at one of its hooks.
+fn masqueraded_part(
+    table: &mut Table,
+    cast: &Cast,
+    world: &World,
+    (which, program, ifindex): (&str, Program, u32),
+    ends: (SocketAddr, SocketAddr),
+    (frame, becomes, counts): (Frame, Frame, Option<bool>),
+) {
+    let title = cast.title();
+    let (from, to) = (parts(&frame), parts(&becomes));
+    let entry = told(cast, ends.0, ends.1, true, 0);
+    for (index, before) in [(0, world.clone()), (1, world.clone().fragments(entry.clone()))] {
+        let case = cast
+            .case(format!("fragment {index} of {which}"))
+            .world(&before)
+            .at(program, ifindex)
+            .sends(&from[index])
+            .becomes(&to[index])
+            .fragments(entry.clone());
+        table.add(match counts {
+            None => case,
+            Some(false) => case.forward(ONE),
+            Some(true) => case.reply(ONE),
+        });
+    }
+    let name = format!("{title}: a later fragment that comes first waits, {which}");
+    table.add(held(name, world, program, ifindex, &from[1]));
+    if counts.is_none() {
+        table.add(
+            cast.case(format!("while nobody was masqueraded, a fragment of {which}"))
+                .world(&world.clone().marks(0))
+                .at(program, ifindex)
+                .sends(&from[1]),
+        );
     }
 }
 
@@ -392,17 +453,23 @@ fn node_ports(table: &mut Table, cast: &Cast) {
     let name = format!("{title}: a fragment to the node that comes first waits");
     table.add(held(name, &world, Program::Ingress, UPLINK, &other[1]));
     let untouched = told(cast, cast.client, node(0), false, 0);
-    let name = format!("{title}: a first fragment to the node itself");
     table.add(
-        Case::new(name, &world, Program::Ingress, UPLINK, &other[0]).fragments(untouched.clone()),
+        cast.case("a first fragment to the node itself")
+            .world(&world)
+            .tc_ingress(UPLINK)
+            .sends(&other[0])
+            .fragments(untouched.clone()),
     );
-    let name = format!("{title}: another fragment to the node itself");
-    table.add(Case::new(name, &world.fragments(untouched), Program::Ingress, UPLINK, &other[1]));
+    table.add(
+        cast.case("another fragment to the node itself")
+            .world(&world.fragments(untouched))
+            .tc_ingress(UPLINK)
+            .sends(&other[1]),
+    );
 }
 
 /// Datagrams of other shapes.
 fn shapes(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let (connection, world) = established(cast);
     let entry = told(cast, cast.client, cast.frontend, true, 0);
     let question = long(cast, cast.client, cast.frontend);
@@ -416,31 +483,46 @@ fn shapes(table: &mut Table, cast: &Cast) {
     for (what, frame) in shaped.into_iter().chain(tagged) {
         let (from, to) = (parts(&frame), parts(&frame.clone().to(cast.backend)));
         table.add(
-            Case::new(
-                format!("{title}: a first fragment with {what}"),
-                &world,
-                Program::Ingress,
-                EDGE,
-                &from[0],
-            )
-            .becomes(&to[0])
-            .forward(ONE)
-            .flows([connection.both()])
-            .fragments(entry.clone()),
+            cast.case(format!("a first fragment with {what}"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&from[0])
+                .becomes(&to[0])
+                .forward(ONE)
+                .flows([connection.both()])
+                .fragments(entry.clone()),
         );
         let world = world.clone().fragments(entry.clone());
-        let name = format!("{title}: another fragment with {what}");
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &from[1]).becomes(&to[1]).forward(ONE),
+            cast.case(format!("another fragment with {what}"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&from[1])
+                .becomes(&to[1])
+                .forward(ONE),
         );
     }
+}
+
+/// A fragment that is too long for our own device.
+fn too_long(table: &mut Table, cast: &Cast) {
+    let (_, world) = established(cast);
     // Too long for our own device.
     let large = Frame::udp(cast.client, cast.frontend, &[0x5a; 4_000]).fragments(ID, 1_600);
     assert!(large[1].length() > HELD_LENGTH_MAX, "longer than can be held");
-    let name = format!("{title}: a fragment that comes first and is too long to wait");
     table.add(
-        Case::new(name, &world, Program::Ingress, EDGE, &large[1]).reason(Reason::Fragment, 0),
+        cast.case("a fragment that comes first and is too long to wait")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&large[1])
+            .reason(Reason::Fragment, 0),
     );
+}
+
+/// IPv6 extension headers behind the fragment header.
+fn extensions_behind(table: &mut Table, cast: &Cast) {
+    let (_, world) = established(cast);
+    let question = long(cast, cast.client, cast.frontend);
     if cast.version == Version::V6 {
         // Extension headers behind the fragment header: the others do not tell that it is UDP.
         let options = [&[17, 0, 1, 4, 0, 0, 0, 0][..], &question.payload_bytes()].concat();
@@ -449,18 +531,21 @@ fn shapes(table: &mut Table, cast: &Cast) {
         let (mut key, ports) = untouched.pop_first().expect("one");
         key.protocol = 60;
         let untouched = Datagrams::from([(key, ports)]);
-        let name =
-            format!("{title}: a first fragment with extension headers behind the fragment header");
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &first)
+            cast.case("a first fragment with extension headers behind the fragment header")
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&first)
                 .reason(Reason::Fragment, 0)
                 .fragments(untouched),
         );
         let other = question.part(ID, 24, false, 60, &options[24..]);
-        let name =
-            format!("{title}: another fragment with extension headers behind the fragment header");
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &other).reason(Reason::Fragment, 0),
+            cast.case("another fragment with extension headers behind the fragment header")
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&other)
+                .reason(Reason::Fragment, 0),
         );
     }
 }
@@ -473,9 +558,11 @@ fn stale(table: &mut Table, cast: &Cast) {
     let entry = |seen| told(cast, cast.client, cast.frontend, true, seen);
     let with = |entry: Datagrams| world.clone().fragments(entry);
     let translated = parts(&long(cast, cast.client, cast.frontend).to(cast.backend));
-    let name = format!("{title}: a fragment of a datagram that has long been under way");
     table.add(
-        Case::new(name, &with(entry(DATAGRAM_TICKS - 1)), Program::Ingress, EDGE, &question[1])
+        cast.case("a fragment of a datagram that has long been under way")
+            .world(&with(entry(DATAGRAM_TICKS - 1)))
+            .tc_ingress(EDGE)
+            .sends(&question[1])
             .becomes(&translated[1])
             .forward(ONE),
     );
@@ -491,9 +578,11 @@ fn stale(table: &mut Table, cast: &Cast) {
     // way.
     let direct = cast.connection().state(state::ESTABLISHED).flags(flow::LOCAL).age(3);
     let world = cast.world().flows(direct.forward()).fragments(entry(0));
-    let name = format!("{title}: a fragment whose reply's entry is lost makes none");
     table.add(
-        Case::new(name, &world, Program::Ingress, EDGE, &question[1])
+        cast.case("a fragment whose reply's entry is lost makes none")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&question[1])
             .becomes(&translated[1])
             .forward(ONE),
     );
@@ -501,49 +590,48 @@ fn stale(table: &mut Table, cast: &Cast) {
 
 /// Fragments to a service without backends.
 fn unserved(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let world = cast.world().own_device();
     let question = parts(&long(cast, cast.client, cast.empty));
     let untouched = told(cast, cast.client, cast.empty, false, 0);
     table.add(
-        Case::new(
-            format!("{title}: a first fragment to a service without backends"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &question[0],
-        )
-        .becomes(&super::reject::unreachable(&question[0]).turned())
-        .ends(End::Redirect)
-        .reason(Reason::NoBackendUnreachable, EMPTY)
-        .fragments(untouched.clone()),
+        cast.case("a first fragment to a service without backends")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&question[0])
+            .becomes(&super::reject::unreachable(&question[0]).turned())
+            .ends(End::Redirect)
+            .reason(Reason::NoBackendUnreachable, EMPTY)
+            .fragments(untouched.clone()),
     );
-    let name = format!("{title}: another fragment to a service without backends is not answered");
     table.add(
-        Case::new(name, &world.fragments(untouched), Program::Ingress, EDGE, &question[1])
+        cast.case("another fragment to a service without backends is not answered")
+            .world(&world.fragments(untouched))
+            .tc_ingress(EDGE)
+            .sends(&question[1])
             .reason(Reason::Fragment, 0),
     );
 }
 
 /// SCTP whose port changes: not in fragments.
 fn remapped(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let (connection, world) = established(cast);
     let question = parts(&long(cast, cast.client, cast.frontend));
-    let mut case = Case::new(
-        format!("{title}: a first fragment whose port would change"),
-        &world,
-        Program::Ingress,
-        EDGE,
-        &question[0],
-    )
-    .dropped(Reason::RewriteFailed, ONE)
-    .flows([connection.both()])
-    .fragments(told(cast, cast.client, cast.frontend, false, 0));
+    let mut case = cast
+        .case("a first fragment whose port would change")
+        .world(&world)
+        .tc_ingress(EDGE)
+        .sends(&question[0])
+        .dropped(Reason::RewriteFailed, ONE)
+        .flows([connection.both()])
+        .fragments(told(cast, cast.client, cast.frontend, false, 0));
     // The addresses are written before it shows.
     case.expected.frame = question[0].clone().to(cast.backend).bytes();
     table.add(case);
     let received = question[0].clone().at(mac(NARROW));
-    let name = format!("{title}: a first fragment whose port would change is left to tc");
-    table.add(Case::new(name, &world, Program::Xdp, NARROW, &received));
+    table.add(
+        cast.case("a first fragment whose port would change is left to tc")
+            .world(&world)
+            .xdp(NARROW)
+            .sends(&received),
+    );
 }

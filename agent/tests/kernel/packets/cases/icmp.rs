@@ -6,7 +6,7 @@ use sluice_common::Reason;
 use sluice_common::abi::state;
 
 use super::Table;
-use crate::packets::case::{Case, Program};
+use crate::packets::case::Program;
 use crate::packets::frame::{Frame, Payload, Sum, TCP, UDP};
 use crate::packets::world::{Cast, EDGE, ONE, TUNNEL, UPLINK, Version, World, mac};
 
@@ -14,6 +14,7 @@ use crate::packets::world::{Cast, EDGE, ONE, TUNNEL, UPLINK, Version, World, mac
 pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
         kinds(table, &cast);
+        error_shapes(table, &cast);
         quotes(table, &cast);
         not_ours(table, &cast);
         remapped(table, &cast);
@@ -85,13 +86,17 @@ fn add_pair(
     program: Program,
     ifindex: u32,
 ) {
-    let name = format!("{}: {name}", cast.title());
-    let case = Case::new(name, &world(cast), program, ifindex, &error)
+    let case = cast
+        .case(name)
+        .world(&world(cast))
+        .at(program, ifindex)
+        .sends(&error)
         .becomes(&becomes)
         .reason(Reason::IcmpError, ONE);
     table.add(case);
 }
 
+/// Kinds of errors, about questions and about replies.
 fn kinds(table: &mut Table, cast: &Cast) {
     let question = cast.next(cast.client, cast.backend);
     let reply = cast.next(cast.frontend, cast.client);
@@ -121,6 +126,12 @@ fn kinds(table: &mut Table, cast: &Cast) {
             );
         }
     }
+}
+
+/// Errors of every length, without a link header, and with a VLAN tag.
+fn error_shapes(table: &mut Table, cast: &Cast) {
+    let question = cast.next(cast.client, cast.backend);
+    let reply = cast.next(cast.frontend, cast.client);
     let (_, kind, rest) = errors(cast.version)[1];
     let pair = about_question(
         cast,
@@ -131,25 +142,22 @@ fn kinds(table: &mut Table, cast: &Cast) {
     );
     let [error, becomes] = pair.clone();
     table.cut(
-        Case::new(
-            format!("{}: an error with every length", cast.title()),
-            &world(cast),
-            Program::Egress,
-            EDGE,
-            &error,
-        )
-        .becomes(&becomes)
-        .reason(Reason::IcmpError, ONE),
+        cast.case("an error with every length")
+            .world(&world(cast))
+            .tc_egress(EDGE)
+            .sends(&error)
+            .becomes(&becomes)
+            .reason(Reason::IcmpError, ONE),
     );
     let name = "an error about a packet to the backend, without a link header";
-    add_pair(table, cast, name, pair.map(Frame::bare), Program::EgressBare, TUNNEL);
+    add_pair(table, cast, name, pair.map(Frame::l3), Program::EgressL3, TUNNEL);
     let pair = about_reply(cast, cast.client.ip(), (kind, rest), &reply, reply.length() as usize);
     add_pair(
         table,
         cast,
         "an error about a reply, without a link header",
-        pair.clone().map(Frame::bare),
-        Program::IngressBare,
+        pair.clone().map(Frame::l3),
+        Program::IngressL3,
         TUNNEL,
     );
     let tagged = pair.map(|frame| frame.tag(0x8100, 7).at(mac(UPLINK)));
@@ -162,13 +170,7 @@ fn kinds(table: &mut Table, cast: &Cast) {
         UPLINK,
     );
     let [error, _] = tagged;
-    table.add(Case::new(
-        format!("{}: an error is left to tc", cast.title()),
-        &world(cast),
-        Program::Xdp,
-        UPLINK,
-        &error,
-    ));
+    table.add(cast.case("an error is left to tc").world(&world(cast)).xdp(UPLINK).sends(&error));
 }
 
 /// Quotes of all lengths: too short ones are passed, longer ones translated.
@@ -187,13 +189,11 @@ fn quotes(table: &mut Table, cast: &Cast) {
         {
             quote[bytes - 1] = old[bytes - 1];
         }
-        let case = Case::new(
-            format!("{}: an error that quotes {bytes} bytes", cast.title()),
-            &world(cast),
-            Program::Egress,
-            EDGE,
-            &error,
-        );
+        let case = cast
+            .case(format!("an error that quotes {bytes} bytes"))
+            .world(&world(cast))
+            .tc_egress(EDGE)
+            .sends(&error);
         table.add(if bytes < network + 8 {
             case
         } else {
@@ -227,14 +227,13 @@ fn quotes(table: &mut Table, cast: &Cast) {
 }
 
 fn not_ours(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let question = cast.next(cast.client, cast.backend);
     let reply = cast.next(cast.frontend, cast.client);
     let (_, kind, rest) = errors(cast.version)[0];
     let all = |frame: &Frame| frame.length() as usize;
     let [direct, _] = about_question(cast, cast.router, (kind, rest), &question, all(&question));
     let mut pass = |what: &str, world: &World, program, frame: &Frame| {
-        table.add(Case::new(format!("{title}: {what}"), world, program, EDGE, frame));
+        table.add(cast.case(what).world(world).at(program, EDGE).sends(frame));
     };
     pass("an error about a direct packet", &cast.world(), Program::Egress, &direct);
     let [unknown, _] = about_reply(cast, cast.client.ip(), (kind, rest), &reply, all(&reply));
@@ -271,10 +270,12 @@ fn remapped(table: &mut Table, cast: &Cast) {
     let shown = cast.next(cast.client, cast.other_frontend);
     let error = Frame::icmp(cast.router, cast.client.ip(), kind, rest, &question.packet());
     let becomes = Frame::icmp(cast.router, cast.client.ip(), kind, rest, &shown.packet());
-    let name = format!("{}: an error about a packet whose source port was changed", cast.title());
     let id = connection.id;
     table.add(
-        Case::new(name, &cast.world().flows(connection.both()), Program::Egress, EDGE, &error)
+        cast.case("an error about a packet whose source port was changed")
+            .world(&cast.world().flows(connection.both()))
+            .tc_egress(EDGE)
+            .sends(&error)
             .becomes(&becomes)
             .reason(Reason::IcmpError, id),
     );

@@ -11,7 +11,7 @@ use sluice_common::path::mark;
 
 use super::Table;
 use super::clash::{of_host, tried};
-use crate::packets::case::{Case, End, Program};
+use crate::packets::case::{Case, End, Program, case};
 use crate::packets::frame::{Frame, SYN, TCP};
 use crate::packets::world::{
     Cast, Connection, EDGE, NARROW, NET_BACKENDS, NET_CLIENTS, NET_FOREIGN, NET_FRONTENDS,
@@ -24,11 +24,14 @@ pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
         matrix(table, &cast);
         other_family(table, &cast);
+        kinds(table, &cast);
+        node_port(table, &cast);
         shapes(table, &cast);
         ways_back(table, &cast);
         no_address(table, &cast);
         limits(table, &cast);
         host(table, &cast);
+        host_elsewhere(table, &cast);
         left_by_xdp(table, &cast);
     }
 }
@@ -96,7 +99,7 @@ impl Place {
     /// The program at the egress of the backend's device, and a frame there.
     pub(super) fn out(self, frame: Frame) -> (Program, Frame) {
         if self.device == TUNNEL {
-            (Program::EgressBare, frame.bare())
+            (Program::EgressL3, frame.l3())
         } else {
             (Program::Egress, frame.at([2, 0, 0, 0, 7, 7]))
         }
@@ -112,7 +115,7 @@ impl Place {
 fn first(cast: &Cast, ifindex: u32) -> (Program, Frame) {
     let first = cast.first(cast.client, cast.frontend);
     if ifindex == TUNNEL {
-        (Program::IngressBare, first.bare())
+        (Program::IngressL3, first.l3())
     } else {
         (Program::Ingress, first.at(mac(ifindex)))
     }
@@ -150,7 +153,10 @@ pub(super) fn opens(
 ) -> Case {
     let (program, first) = first(cast, ifindex);
     let connection = as_met(cast, world, ifindex, connection);
-    Case::new(name, world, program, ifindex, &first)
+    case(name)
+        .world(world)
+        .at(program, ifindex)
+        .sends(&first)
         .opens(ONE)
         .embryonic([world.embryonic.clone(), connection.both()])
         .becomes(&first.from(connection.seen_as).to(connection.backend))
@@ -169,7 +175,10 @@ pub(super) fn leaves(
     source: &Connection,
 ) -> Case {
     let (program, first) = place.out(cast.first(cast.client, cast.backend));
-    Case::new(name, world, program, place.device, &first)
+    case(name)
+        .world(world)
+        .at(program, place.device)
+        .sends(&first)
         .embryonic([world.embryonic.clone(), source.both()])
         .becomes(&first.from(source.seen_as))
 }
@@ -177,7 +186,7 @@ pub(super) fn leaves(
 /// A client that has no way back.
 fn refused(name: String, cast: &Cast, world: &World, ifindex: u32) -> Case {
     let (program, first) = first(cast, ifindex);
-    Case::new(name, world, program, ifindex, &first).dropped(Reason::NoRoute, ONE)
+    case(name).world(world).at(program, ifindex).sends(&first).dropped(Reason::NoRoute, ONE)
 }
 
 /// For each mode and detector: who is masqueraded (m) and who is kept (k), at a ClusterIP, at an
@@ -315,8 +324,8 @@ fn other_family(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Kinds of frontends, devices and backends beyond the matrix.
-fn shapes(table: &mut Table, cast: &Cast) {
+/// Kinds of frontends and devices beyond the matrix.
+fn kinds(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     for (what, kind) in
         [("an external IP", frontend::EXTERNAL_IP), ("a load balancer", frontend::LOAD_BALANCER)]
@@ -339,6 +348,11 @@ fn shapes(table: &mut Table, cast: &Cast) {
             table.add(leaves(name, &cast, &world, place, &place.source(&cast)));
         }
     }
+}
+
+/// A node port with a backend on another node.
+fn node_port(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
     let node_port = cast.frontend(SocketAddr::new(cast.node, 30_080));
     let (node_port, mut world) = REMOTE.set(&node_port);
     let unspecified = if cast.node.is_ipv4() { [0; 4].into() } else { IpAddr::from([0_u16; 8]) };
@@ -348,7 +362,17 @@ fn shapes(table: &mut Table, cast: &Cast) {
     world.serve_node_ports(cast.node);
     let name = format!("{title}: a node port with a backend on another node is masqueraded to");
     table.add(opens(name, &node_port, &world, UPLINK, &REMOTE.masqueraded(&node_port)));
+}
 
+/// Masqueraded packets of other shapes.
+fn shapes(table: &mut Table, cast: &Cast) {
+    let node_port = cast.frontend(SocketAddr::new(cast.node, 30_080));
+    let (node_port, mut world) = REMOTE.set(&node_port);
+    let unspecified = if cast.node.is_ipv4() { [0; 4].into() } else { IpAddr::from([0_u16; 8]) };
+    world.services.retain(|_, service| service.service_port != ONE);
+    world.add_frontend(&node_port, ONE, SocketAddr::new(unspecified, 30_080), frontend::NODE_PORT);
+    let _ = world.node_ports.insert(30_080);
+    world.serve_node_ports(cast.node);
     let (cast, world) = REMOTE.set(cast);
     let connection = REMOTE.masqueraded(&cast);
     let (program, first) = first(&cast, UPLINK);
@@ -361,29 +385,34 @@ fn shapes(table: &mut Table, cast: &Cast) {
         ("with a VLAN tag", shaped.clone().tag(0x8100, 5)),
         ("with padding", shaped.padded(6)),
     ] {
-        let case = Case::new(
-            format!("{title}: a masqueraded packet {what}"),
-            &world,
-            program,
-            UPLINK,
-            &frame,
-        )
-        .becomes(&frame.clone().to(cast.backend))
-        .opens(ONE)
-        .embryonic([connection.both()])
-        .marks(mark::MASQUERADED);
+        let case = cast
+            .case(format!("a masqueraded packet {what}"))
+            .world(&world)
+            .at(program, UPLINK)
+            .sends(&frame)
+            .becomes(&frame.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([connection.both()])
+            .marks(mark::MASQUERADED);
         table.cut_padded(case, frame.padding.len());
         let met = REMOTE.met(&cast, &world);
         let source = REMOTE.source(&cast);
         let frame = frame.to(cast.backend);
-        let name = format!("{title}: a masqueraded packet {what} leaves");
-        let case = Case::new(name, &met, Program::Egress, UPLINK, &frame)
+        let case = cast
+            .case(format!("a masqueraded packet {what} leaves"))
+            .world(&met)
+            .tc_egress(UPLINK)
+            .sends(&frame)
             .becomes(&frame.clone().from(source.seen_as))
             .embryonic([connection.both(), source.both()]);
         table.cut_padded(case, frame.padding.len());
     }
-    let name = format!("{title}: a frame for another host is not masqueraded");
-    table.add(Case::new(name, &world, program, UPLINK, &frame_for_another(&cast)));
+    table.add(
+        cast.case("a frame for another host is not masqueraded")
+            .world(&world)
+            .at(program, UPLINK)
+            .sends(&frame_for_another(&cast)),
+    );
 }
 
 fn frame_for_another(cast: &Cast) -> Frame {
@@ -433,11 +462,20 @@ fn no_address(table: &mut Table, cast: &Cast) {
     let remote = |net| Place { net, ..REMOTE };
     let mut drop = |what: &str, cast: &Cast, world: &World, ifindex| {
         let (program, first) = first(cast, ifindex);
-        let name = format!("{title}: no address to masquerade with, {what}");
-        table.add(Case::new(name, world, program, ifindex, &first).dropped(Reason::NoRoute, ONE));
-        let name = format!("{title}: XDP leaves it to tc, {what}");
+        table.add(
+            cast.case(format!("no address to masquerade with, {what}"))
+                .world(world)
+                .at(program, ifindex)
+                .sends(&first)
+                .dropped(Reason::NoRoute, ONE),
+        );
         let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
-        table.add(Case::new(name, world, Program::Xdp, UPLINK, &first));
+        table.add(
+            cast.case(format!("XDP leaves it to tc, {what}"))
+                .world(world)
+                .xdp(UPLINK)
+                .sends(&first),
+        );
     };
     for (what, net) in [
         ("a device without our programs", NET_BACKENDS),
@@ -470,13 +508,15 @@ fn no_address(table: &mut Table, cast: &Cast) {
 
 /// TTL and MTU are the stack's business, which the packet passes between both translations.
 fn limits(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let (remote, world) = REMOTE.set(cast);
     let (program, packet) = first(&remote, UPLINK);
     for ttl in [0, 1, 255] {
         let packet = packet.clone().ttl(ttl);
-        let name = format!("{title}: a masqueraded packet with a TTL of {ttl}");
-        let case = Case::new(name, &world, program, UPLINK, &packet)
+        let case = cast
+            .case(format!("a masqueraded packet with a TTL of {ttl}"))
+            .world(&world)
+            .at(program, UPLINK)
+            .sends(&packet)
             .becomes(&packet.clone().to(remote.backend))
             .opens(ONE)
             .embryonic([REMOTE.masqueraded(&remote).both()])
@@ -490,21 +530,18 @@ fn limits(table: &mut Table, cast: &Cast) {
     };
     let frame = frame.at(mac(UPLINK));
     table.add(
-        Case::new(
-            format!("{title}: a masqueraded packet that is larger than the next MTU"),
-            &world,
-            Program::Ingress,
-            UPLINK,
-            &frame,
-        )
-        .becomes(&frame.clone().to(narrow.backend))
-        .opens(ONE)
-        .embryonic([BEHIND_NARROW.masqueraded(&narrow).both()])
-        .marks(mark::MASQUERADED),
+        cast.case("a masqueraded packet that is larger than the next MTU")
+            .world(&world)
+            .tc_ingress(UPLINK)
+            .sends(&frame)
+            .becomes(&frame.clone().to(narrow.backend))
+            .opens(ONE)
+            .embryonic([BEHIND_NARROW.masqueraded(&narrow).both()])
+            .marks(mark::MASQUERADED),
     );
 }
 
-/// This host's own packets get the address that the route to the backend gives them.
+/// Packets of this host get the address that the route to the backend gives them.
 fn host(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let own = cast.client(SocketAddr::new(cast.node, 40_001));
@@ -519,7 +556,10 @@ fn host(table: &mut Table, cast: &Cast) {
     let case = |name: String, cast: &Cast, world: &World, connection: &Connection| {
         let first = cast.first(cast.client, cast.frontend);
         let marks = if connection.flags & flow::MASQUERADED == 0 { 0 } else { mark::MASQUERADED };
-        Case::new(name, world, Program::Egress, UPLINK, &first)
+        case(name)
+            .world(world)
+            .tc_egress(UPLINK)
+            .sends(&first)
             .becomes(&first.clone().from(connection.seen_as).to(connection.backend))
             .ends(End::Redirect)
             .opens(ONE)
@@ -550,11 +590,37 @@ fn host(table: &mut Table, cast: &Cast) {
             }
         }
     }
+}
+
+/// A device without our programs, and a port that is taken.
+fn host_elsewhere(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let own = cast.client(SocketAddr::new(cast.node, 40_001));
+    let kept =
+        |place: Place, cast: &Cast| of_host(cast, place.kept(cast)).flags(place.flow | flow::HOST);
+    let masqueraded_at = |place: Place, cast: &Cast, attempt| {
+        let seen_as =
+            SocketAddr::new(cast.node_on(place.device), tried(cast, cast.frontend, attempt).port());
+        cast.connection().flags(place.flow | flow::HOST | flow::MASQUERADED).seen_as(seen_as)
+    };
+    let masqueraded = |place, cast: &Cast| masqueraded_at(place, cast, 1);
+    let case = |name: String, cast: &Cast, world: &World, connection: &Connection| {
+        let first = cast.first(cast.client, cast.frontend);
+        let marks = if connection.flags & flow::MASQUERADED == 0 { 0 } else { mark::MASQUERADED };
+        case(name)
+            .world(world)
+            .tc_egress(UPLINK)
+            .sends(&first)
+            .becomes(&first.clone().from(connection.seen_as).to(connection.backend))
+            .ends(End::Redirect)
+            .opens(ONE)
+            .embryonic([world.embryonic.clone(), connection.both()])
+            .marks(mark::HOST | marks)
+    };
     let foreign = Place { net: NET_FOREIGN, ..REMOTE };
     let (cast_far, world) = foreign.set(&own);
     let name = format!("{title}: this host, a backend behind a device without our programs");
     table.add(case(name, &cast_far, &world, &kept(foreign, &cast_far)));
-
     let (overlay, world) = OVERLAY.set(&own);
     let taken = masqueraded(OVERLAY, &overlay);
     // Somebody else's flow that is shown as the same tuple.
@@ -566,7 +632,6 @@ fn host(table: &mut Table, cast: &Cast) {
 
 /// What goes to a backend on this node XDP can finish.
 fn left_by_xdp(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     for (what, net, place) in [
         ("a remote backend by the underlay", NET_CLIENTS, REMOTE),
         ("a remote backend by the overlay", NET_CLIENTS, OVERLAY),
@@ -574,24 +639,25 @@ fn left_by_xdp(table: &mut Table, cast: &Cast) {
     ] {
         let (cast, world) = place.set(&cast.client_in(net));
         let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
-        let name = format!("{title}: XDP leaves a packet to be masqueraded to tc, {what}");
-        table.add(Case::new(name, &world, Program::Xdp, UPLINK, &first));
+        table.add(
+            cast.case(format!("XDP leaves a packet to be masqueraded to tc, {what}"))
+                .world(&world)
+                .xdp(UPLINK)
+                .sends(&first),
+        );
     }
     let (local, world) = LOCAL.set(cast);
     let world = world.modes(masquerade::ALL, detect_local::DEVICE);
     let first = local.first(local.client, local.frontend).at(mac(UPLINK));
     table.add(
-        Case::new(
-            format!("{title}: XDP opens a masqueraded flow to a local backend"),
-            &world,
-            Program::Xdp,
-            UPLINK,
-            &first,
-        )
-        .becomes(&first.clone().to(local.backend))
-        .opens(ONE)
-        .embryonic([LOCAL.masqueraded(&local).both()])
-        .marks(mark::MASQUERADED),
+        cast.case("XDP opens a masqueraded flow to a local backend")
+            .world(&world)
+            .xdp(UPLINK)
+            .sends(&first)
+            .becomes(&first.clone().to(local.backend))
+            .opens(ONE)
+            .embryonic([LOCAL.masqueraded(&local).both()])
+            .marks(mark::MASQUERADED),
     );
     for (what, kind, flags) in [
         ("a ClusterIP", frontend::CLUSTER_IP, 0),
@@ -603,16 +669,13 @@ fn left_by_xdp(table: &mut Table, cast: &Cast) {
         world.port(ONE).flags = flags;
         let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
         table.add(
-            Case::new(
-                format!("{title}: XDP opens a flow of {what} from outside with a way back"),
-                &world,
-                Program::Xdp,
-                UPLINK,
-                &first,
-            )
-            .becomes(&first.clone().to(cast.backend))
-            .opens(ONE)
-            .embryonic([LOCAL.kept(&cast).both()]),
+            cast.case(format!("XDP opens a flow of {what} from outside with a way back"))
+                .world(&world)
+                .xdp(UPLINK)
+                .sends(&first)
+                .becomes(&first.clone().to(cast.backend))
+                .opens(ONE)
+                .embryonic([LOCAL.kept(&cast).both()]),
         );
     }
 }

@@ -9,7 +9,7 @@ use sluice_common::path::mark;
 
 use super::Table;
 use super::masquerade::{LOCAL, OVERLAY, Place, REMOTE, leaves};
-use crate::packets::case::{Case, End, Program};
+use crate::packets::case::{Case, End, Program, case};
 use crate::packets::frame::{ACK, FIN, Frame, RST, SYN, TCP, UDP};
 use crate::packets::world::{
     BRIDGE, Cast, Connection, EDGE, Flows, NARROW, NARROW_MTU, NET_BACKENDS, NET_CLIENTS,
@@ -23,21 +23,28 @@ pub(super) fn add(table: &mut Table) {
         both_ways(table, &cast);
         lost(table, &cast);
         elsewhere(table, &cast);
-        beside(table, &cast);
+        replies_elsewhere(table, &cast);
+        xdp_with_local_backend(table, &cast);
+        bridge_ports(table, &cast);
+        without_address(table, &cast);
+        direct_beside_masqueraded(table, &cast);
         away(table, &cast);
         stack(table, &cast);
         errors(table, &cast);
+        errors_elsewhere(table, &cast);
         host(table, &cast);
     }
     for cast in Cast::of(TCP) {
-        states(table, &cast);
+        proof(table, &cast);
+        endings(table, &cast);
+        lost_altogether(table, &cast);
     }
 }
 
 /// A frame that comes in on a device.
 pub(super) fn on(ifindex: u32, frame: Frame) -> (Program, Frame) {
     if ifindex == TUNNEL {
-        (Program::IngressBare, frame.bare())
+        (Program::IngressL3, frame.l3())
     } else {
         (Program::Ingress, frame.at(mac(ifindex)))
     }
@@ -66,8 +73,11 @@ struct Meeting {
 
 impl Meeting {
     fn case(&self, name: &str, world: &World) -> Case {
-        let case =
-            Case::new(name, world, self.program, self.ifindex, &self.frame).becomes(&self.becomes);
+        let case = case(name)
+            .world(world)
+            .at(self.program, self.ifindex)
+            .sends(&self.frame)
+            .becomes(&self.becomes);
         match (self.near, self.reply) {
             (false, _) => case,
             (true, false) => case.forward(ONE),
@@ -159,16 +169,13 @@ fn first_reply(table: &mut Table, cast: &Cast) {
             });
             // Without a mark nobody looks.
             if !meeting.near {
-                let name =
-                    format!("{title}: nobody was ever masqueraded, {}, {what}", meeting.what);
                 let unmarked = world.clone().marks(0);
-                table.add(Case::new(
-                    name,
-                    &unmarked,
-                    meeting.program,
-                    meeting.ifindex,
-                    &meeting.frame,
-                ));
+                table.add(
+                    cast.case(format!("nobody was ever masqueraded, {}, {what}", meeting.what))
+                        .world(&unmarked)
+                        .at(meeting.program, meeting.ifindex)
+                        .sends(&meeting.frame),
+                );
             }
         }
     }
@@ -221,43 +228,40 @@ fn lost(table: &mut Table, cast: &Cast) {
                 meeting.case(&name, &world.clone().flows(half)).flows([flows_of(&own, &other)]),
             );
             if !meeting.near && meeting.reply {
-                let name = format!(
-                    "{title}: a reply to this node that no entry is for, {}, {what}",
-                    meeting.what
+                table.add(
+                    cast.case(format!(
+                        "a reply to this node that no entry is for, {}, {what}",
+                        meeting.what
+                    ))
+                    .world(&world)
+                    .at(meeting.program, meeting.ifindex)
+                    .sends(&meeting.frame),
                 );
-                table.add(Case::new(
-                    name,
-                    &world,
-                    meeting.program,
-                    meeting.ifindex,
-                    &meeting.frame,
-                ));
             }
         }
         // The port follows from the tuple: the backend sees the same client again.
         let known = world.flows(near.both());
         let (program, frame) = place.out(cast.next(cast.client, cast.backend));
-        let name =
-            format!("{title}: a client's source in the middle of a flow that is known, {what}");
         table.add(
-            Case::new(name, &known, program, place.device, &frame)
+            cast.case(format!("a client's source in the middle of a flow that is known, {what}"))
+                .world(&known)
+                .at(program, place.device)
+                .sends(&frame)
                 .becomes(&frame.clone().from(far.seen_as))
                 .embryonic([far.state(0).both()]),
         );
     }
 }
 
-/// Where packets of a masqueraded flow are none of our business.
+/// Packets of a masqueraded flow at hooks where they are none of our business.
 fn elsewhere(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let (cast, world) = REMOTE.set(cast);
     let near = REMOTE.masqueraded(&cast).state(state::ESTABLISHED);
     let far = REMOTE.source(&cast).state(state::ESTABLISHED);
     let world = world.flows(flows_of(&near, &far)).marks(mark::MASQUERADED);
-    let answer = cast.next(cast.backend, far.seen_as).at(mac(UPLINK));
     let mut pass = |what: &str, program, ifindex, frame: &Frame| {
         let frame = frame.clone().at(mac(ifindex));
-        table.add(Case::new(format!("{title}: {what}"), &world, program, ifindex, &frame));
+        table.add(cast.case(what).world(&world).at(program, ifindex).sends(&frame));
     };
     // A datagram from there would be somebody else's, whose port changes: the programs leave alone
     // what they have translated.
@@ -275,6 +279,19 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
         EDGE,
         &cast.next(cast.frontend, cast.client),
     );
+}
+
+/// Its replies, and packets beside it, where they are left alone.
+fn replies_elsewhere(table: &mut Table, cast: &Cast) {
+    let (cast, world) = REMOTE.set(cast);
+    let near = REMOTE.masqueraded(&cast).state(state::ESTABLISHED);
+    let far = REMOTE.source(&cast).state(state::ESTABLISHED);
+    let world = world.flows(flows_of(&near, &far)).marks(mark::MASQUERADED);
+    let answer = cast.next(cast.backend, far.seen_as).at(mac(UPLINK));
+    let mut pass = |what: &str, program, ifindex, frame: &Frame| {
+        let frame = frame.clone().at(mac(ifindex));
+        table.add(cast.case(what).world(&world).at(program, ifindex).sends(&frame));
+    };
     pass(
         "a reply to a masqueraded client as the node, seen at an egress",
         Program::Egress,
@@ -310,40 +327,38 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
         UPLINK,
         &cast.next(cast.backend, other),
     );
+}
 
+/// What XDP takes of a masqueraded flow to a local backend.
+fn xdp_with_local_backend(table: &mut Table, cast: &Cast) {
+    let (cast, _) = REMOTE.set(cast);
     let (local, world) = LOCAL.set(&cast);
     let near = LOCAL.masqueraded(&local).state(state::ESTABLISHED);
     let far = LOCAL.source(&local).state(state::ESTABLISHED);
     let world = world.flows(flows_of(&near, &far)).marks(mark::MASQUERADED);
     let next = local.next(local.client, local.frontend).at(mac(UPLINK));
     table.add(
-        Case::new(
-            format!("{title}: XDP takes a packet of a masqueraded flow to a local backend"),
-            &world,
-            Program::Xdp,
-            UPLINK,
-            &next,
-        )
-        .becomes(&next.clone().to(local.backend))
-        .forward(ONE),
+        cast.case("XDP takes a packet of a masqueraded flow to a local backend")
+            .world(&world)
+            .xdp(UPLINK)
+            .sends(&next)
+            .becomes(&next.clone().to(local.backend))
+            .forward(ONE),
     );
     // An answer of a local backend comes in by no uplink, and XDP finishes what it can.
     let answer = local.next(local.backend, far.seen_as).at(mac(UPLINK));
     table.add(
-        Case::new(
-            format!("{title}: XDP takes a reply of a local backend to a masqueraded client"),
-            &world,
-            Program::Xdp,
-            UPLINK,
-            &answer,
-        )
-        .becomes(&answer.clone().to(local.client)),
+        cast.case("XDP takes a reply of a local backend to a masqueraded client")
+            .world(&world)
+            .xdp(UPLINK)
+            .sends(&answer)
+            .becomes(&answer.clone().to(local.client)),
     );
 }
 
-/// A bridge's port, a device without an address, and a client that speaks to the backend directly
-/// as well.
-fn beside(table: &mut Table, cast: &Cast) {
+/// Client and backend are ports of one bridge: what keeps its source is bridged, what is
+/// masqueraded is routed.
+fn bridge_ports(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     // Both are ports of one bridge: what keeps its source is bridged, what is masqueraded is
     // routed.
@@ -357,14 +372,12 @@ fn beside(table: &mut Table, cast: &Cast) {
         world.devices.get_mut(&EDGE).expect("the edge").bridge = BRIDGE;
         let first = bridged.first(bridged.client, bridged.frontend);
         let becomes = first.clone().to(bridged.backend);
-        let case = Case::new(
-            format!("{title}: a bridge's port, a pod {what}"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .opens(ONE);
+        let case = cast
+            .case(format!("a bridge's port, a pod {what}"))
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .opens(ONE);
         table.add(if all {
             case.becomes(&becomes)
                 .embryonic([LOCAL.masqueraded(&bridged).both()])
@@ -379,19 +392,28 @@ fn beside(table: &mut Table, cast: &Cast) {
             table.add(leaves(name, &bridged, &met, LOCAL, &LOCAL.source(&bridged)));
         }
     }
+}
 
+/// The backend's device has no address to masquerade with.
+fn without_address(table: &mut Table, cast: &Cast) {
     for place in [REMOTE, LOCAL] {
         let (cast, world) = place.set(cast);
         let mut world = place.met(&cast, &world);
         let device = world.devices.get_mut(&place.device).expect("the backend's device");
         (device.masquerade_v4, device.masquerade_v6) = Default::default();
         let (program, frame) = place.out(cast.first(cast.client, cast.backend));
-        let name = format!("{title}: no address to masquerade with on device {}", place.device);
         table.add(
-            Case::new(name, &world, program, place.device, &frame).dropped(Reason::NoRoute, ONE),
+            cast.case(format!("no address to masquerade with on device {}", place.device))
+                .world(&world)
+                .at(program, place.device)
+                .sends(&frame)
+                .dropped(Reason::NoRoute, ONE),
         );
     }
+}
 
+/// A direct connection from the port of a masqueraded client.
+fn direct_beside_masqueraded(table: &mut Table, cast: &Cast) {
     // A direct connection of the same client port: the masqueraded flow's reply tuple is taken.
     let (local, world) = LOCAL.set(&cast.client_in(NET_PODS));
     let near = LOCAL.masqueraded(&local).state(state::ESTABLISHED);
@@ -409,106 +431,100 @@ fn beside(table: &mut Table, cast: &Cast) {
         ..local.connection()
     };
     table.add(
-        Case::new(
-            format!("{title}: a direct connection beside a masqueraded flow gets another port"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().from(seen_as))
-        .reason(Reason::DirectRemapped, 0)
-        .embryonic([direct.both()])
-        .marks(mark::DIRECT | mark::MASQUERADED),
+        cast.case("a direct connection beside a masqueraded flow gets another port")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().from(seen_as))
+            .reason(Reason::DirectRemapped, 0)
+            .embryonic([direct.both()])
+            .marks(mark::DIRECT | mark::MASQUERADED),
     );
     // Having its own port, it is no masqueraded client's where it leaves.
     let both = world.embryonic(direct.both()).marks(mark::DIRECT | mark::MASQUERADED);
     let sent = local.first(seen_as, local.backend);
-    table.add(Case::new(
-        format!("{title}: a direct connection beside a masqueraded flow leaves with its source"),
-        &both,
-        Program::Egress,
-        EDGE,
-        &sent,
-    ));
+    table.add(
+        cast.case("a direct connection beside a masqueraded flow leaves with its source")
+            .world(&both)
+            .tc_egress(EDGE)
+            .sends(&sent),
+    );
 }
 
 /// The route back to the client leaves by another device than the client came in by.
 fn away(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     for (what, place, flags) in
         [("masqueraded", REMOTE, flow::MASQUERADED), ("with its own source", LOCAL, flow::LOCAL)]
     {
-        let (cast, world) = place.set(cast);
-        let near = cast.connection().state(state::ESTABLISHED).flags(flags);
-        let world = world.kind(ONE, frontend::EXTERNAL_IP).marks(mark::MASQUERADED);
-        let reply = cast.next(cast.backend, cast.client);
-        let becomes = reply.clone().from(cast.frontend);
-        let case = |name: &str, world: &World| {
-            Case::new(format!("{title}: {name}, {what}"), world, Program::Egress, UPLINK, &reply)
-                .reply(ONE)
-        };
-        let away = near.flags(flags | flow::AWAY);
-        table.add(
-            case(
-                "a reply that leaves by another device is routed",
-                &world.clone().flows(away.both()),
-            )
+        away_from(table, cast, what, place, flags);
+        away_as_the_stack(table, cast, what, place, flags);
+    }
+}
+
+/// Replies of a flow that leave by another device than its client's packets came by.
+fn away_from(table: &mut Table, cast: &Cast, what: &str, place: Place, flags: u8) {
+    let (cast, world) = place.set(cast);
+    let near = cast.connection().state(state::ESTABLISHED).flags(flags);
+    let world = world.kind(ONE, frontend::EXTERNAL_IP).marks(mark::MASQUERADED);
+    let reply = cast.next(cast.backend, cast.client);
+    let becomes = reply.clone().from(cast.frontend);
+    let case = |name: &str, world: &World| {
+        cast.case(format!("{name}, {what}")).world(world).tc_egress(UPLINK).sends(&reply).reply(ONE)
+    };
+    let away = near.flags(flags | flow::AWAY);
+    table.add(
+        case("a reply that leaves by another device is routed", &world.clone().flows(away.both()))
             .routed(&becomes),
-        );
-        table.add(
-            case(
-                "a reply that leaves by its client's device is not",
-                &world.clone().flows(near.both()),
-            )
-            .becomes(&becomes),
-        );
-        let next = cast.next(cast.client, cast.frontend).bare();
-        table.add(
-            Case::new(
-                format!(
-                    "{title}: a packet of a flow whose replies leave by another device, {what}"
-                ),
-                &world.clone().flows(away.both()),
-                Program::IngressBare,
-                TUNNEL,
-                &next,
-            )
+    );
+    table.add(
+        case(
+            "a reply that leaves by its client's device is not",
+            &world.clone().flows(near.both()),
+        )
+        .becomes(&becomes),
+    );
+    let next = cast.next(cast.client, cast.frontend).l3();
+    table.add(
+        cast.case(format!("a packet of a flow whose replies leave by another device, {what}"))
+            .world(&world.clone().flows(away.both()))
+            .tc_ingress_l3(TUNNEL)
+            .sends(&next)
             .becomes(&next.clone().to(cast.backend))
             .forward(ONE),
-        );
+    );
+}
 
-        // Sent on by us: as the stack would.
-        let gone = cast.client_in(NET_UNROUTED);
-        let connection = gone.connection().state(state::ESTABLISHED).flags(flags | flow::AWAY);
-        let name =
-            format!("{title}: a reply that is to be routed and that no route leads to, {what}");
-        table.add(
-            Case::new(
-                name,
-                &world.clone().flows(connection.both()),
-                Program::Egress,
-                UPLINK,
-                &gone.next(gone.backend, gone.client),
-            )
+/// The same where the stack would refuse them.
+fn away_as_the_stack(table: &mut Table, cast: &Cast, what: &str, place: Place, flags: u8) {
+    let (cast, world) = place.set(cast);
+    let world = world.kind(ONE, frontend::EXTERNAL_IP).marks(mark::MASQUERADED);
+    // Sent on by us: as the stack would.
+    let gone = cast.client_in(NET_UNROUTED);
+    let connection = gone.connection().state(state::ESTABLISHED).flags(flags | flow::AWAY);
+    table.add(
+        cast.case(format!("a reply that is to be routed and that no route leads to, {what}"))
+            .world(&world.clone().flows(connection.both()))
+            .tc_egress(UPLINK)
+            .sends(&gone.next(gone.backend, gone.client))
             .dropped(Reason::NoRoute, ONE),
-        );
-        let narrow = cast.client_in(NET_NARROW);
-        let connection = narrow.connection().state(state::ESTABLISHED).flags(flags | flow::AWAY);
-        let frame = match cast.protocol {
-            TCP => Frame::tcp(narrow.backend, narrow.client, ACK, &[0xab; 1300]),
-            _ => Frame::udp(narrow.backend, narrow.client, &[0xab; 1300]),
-        };
-        let kind = if cast.version == Version::V4 { (3, 4) } else { (2, 0) };
-        let answer = super::reject::error(&frame, kind, NARROW_MTU).at(mac(UPLINK));
-        let name = format!("{title}: a reply that is to be routed and is too big, {what}");
-        table.add(
-            Case::new(name, &world.flows(connection.both()), Program::Egress, UPLINK, &frame)
-                .becomes(&answer)
-                .ends(End::Redirect)
-                .reason(Reason::TooBig, ONE),
-        );
-    }
+    );
+    let narrow = cast.client_in(NET_NARROW);
+    let connection = narrow.connection().state(state::ESTABLISHED).flags(flags | flow::AWAY);
+    let frame = match cast.protocol {
+        TCP => Frame::tcp(narrow.backend, narrow.client, ACK, &[0xab; 1300]),
+        _ => Frame::udp(narrow.backend, narrow.client, &[0xab; 1300]),
+    };
+    let kind = if cast.version == Version::V4 { (3, 4) } else { (2, 0) };
+    let answer = super::reject::error(&frame, kind, NARROW_MTU).at(mac(UPLINK));
+    table.add(
+        cast.case(format!("a reply that is to be routed and is too big, {what}"))
+            .world(&world.flows(connection.both()))
+            .tc_egress(UPLINK)
+            .sends(&frame)
+            .becomes(&answer)
+            .ends(End::Redirect)
+            .reason(Reason::TooBig, ONE),
+    );
 }
 
 /// TTL, MTU and routes are the stack's business, which each packet passes between both
@@ -529,69 +545,82 @@ fn stack(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// ICMP errors about packets of both directions.
+/// ICMP errors about packets of masqueraded flows.
 fn errors(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let kinds = match cast.version {
         Version::V4 => [("port unreachable", (3, 3), 0), ("fragmentation needed", (3, 4), 1280)],
         Version::V6 => [("port unreachable", (1, 4), 0), ("packet too big", (2, 0), 1280)],
     };
     for (pair, net, ifindex, place) in PAIRS {
-        let (cast, world) = place.set(&cast.client_in(net));
-        let near = place.masqueraded(&cast).state(state::ESTABLISHED);
-        let far = place.source(&cast).state(state::ESTABLISHED);
-        let world = world.flows(flows_of(&near, &far)).marks(mark::MASQUERADED);
-        let (client, frontend, backend, node) =
-            (cast.client, cast.frontend, cast.backend, far.seen_as);
-        for (what, kind, rest) in kinds {
-            let error = |from: IpAddr, to: SocketAddr, quoted: Frame| {
-                Frame::icmp(from, to.ip(), kind, rest, &quoted.packet())
-            };
-            let mut add = |who: &str, near: bool, program, ifindex, (is, becomes), cut| {
-                let case = Case::new(
-                    format!("{title}: {what} from {who}, masqueraded {pair}"),
-                    &world,
-                    program,
-                    ifindex,
-                    &is,
-                )
+        errors_of(table, cast, kinds, (pair, net, ifindex, place));
+    }
+}
+
+/// Errors about the packets of a pair.
+fn errors_of(
+    table: &mut Table,
+    cast: &Cast,
+    kinds: [(&str, (u8, u8), u32); 2],
+    (pair, net, ifindex, place): (&str, u8, u32, Place),
+) {
+    let (cast, world) = place.set(&cast.client_in(net));
+    let near = place.masqueraded(&cast).state(state::ESTABLISHED);
+    let far = place.source(&cast).state(state::ESTABLISHED);
+    let world = world.flows(flows_of(&near, &far)).marks(mark::MASQUERADED);
+    let (client, frontend, backend, node) = (cast.client, cast.frontend, cast.backend, far.seen_as);
+    for (what, kind, rest) in kinds {
+        let error = |from: IpAddr, to: SocketAddr, quoted: Frame| {
+            Frame::icmp(from, to.ip(), kind, rest, &quoted.packet())
+        };
+        let mut add = |who: &str, near: bool, program, ifindex, (is, becomes), cut| {
+            let case = cast
+                .case(format!("{what} from {who}, masqueraded {pair}"))
+                .world(&world)
+                .at(program, ifindex)
+                .sends(&is)
                 .becomes(&becomes);
-                let case = if near { case.reason(Reason::IcmpError, ONE) } else { case };
-                if cut { table.cut(case) } else { table.add(case) }
-            };
-            for (who, from, seen) in [
-                ("the backend", backend.ip(), frontend.ip()),
-                ("a router", cast.router, cast.router),
-            ] {
-                let cut = from == cast.router && pair == PAIRS[1].0;
-                let sent = error(from, node, cast.next(node, backend));
-                let between = error(from, client, cast.next(client, backend));
-                let shown = error(seen, client, cast.next(client, frontend));
-                let (program, sent) = on(place.device, sent);
-                let becomes = on(place.device, between.clone()).1;
-                let name = format!("{who} about a packet comes in");
-                add(&name, false, program, place.device, (sent, becomes), cut);
-                let name = format!("{who} about a packet leaves");
-                add(&name, true, Program::Egress, ifindex, (between, shown), cut);
-            }
-            for (who, from, seen) in
-                [("the client", client.ip(), node.ip()), ("a router", cast.router, cast.router)]
-            {
-                let cut = from == cast.router && pair == PAIRS[1].0;
-                let sent = error(from, frontend, cast.next(frontend, client));
-                let between = error(from, backend, cast.next(backend, client));
-                let shown = error(seen, backend, cast.next(backend, node));
-                let (program, sent) = on(ifindex, sent);
-                let becomes = on(ifindex, between.clone()).1;
-                let name = format!("{who} about a reply comes in");
-                add(&name, true, program, ifindex, (sent, becomes), cut);
-                let (program, between) = place.out(between);
-                let becomes = place.out(shown).1;
-                let name = format!("{who} about a reply leaves");
-                add(&name, false, program, place.device, (between, becomes), cut);
-            }
+            let case = if near { case.reason(Reason::IcmpError, ONE) } else { case };
+            if cut { table.cut(case) } else { table.add(case) }
+        };
+        for (who, from, seen) in
+            [("the backend", backend.ip(), frontend.ip()), ("a router", cast.router, cast.router)]
+        {
+            let cut = from == cast.router && pair == PAIRS[1].0;
+            let sent = error(from, node, cast.next(node, backend));
+            let between = error(from, client, cast.next(client, backend));
+            let shown = error(seen, client, cast.next(client, frontend));
+            let (program, sent) = on(place.device, sent);
+            let becomes = on(place.device, between.clone()).1;
+            let name = format!("{who} about a packet comes in");
+            add(&name, false, program, place.device, (sent, becomes), cut);
+            let name = format!("{who} about a packet leaves");
+            add(&name, true, Program::Egress, ifindex, (between, shown), cut);
+        }
+        for (who, from, seen) in
+            [("the client", client.ip(), node.ip()), ("a router", cast.router, cast.router)]
+        {
+            let cut = from == cast.router && pair == PAIRS[1].0;
+            let sent = error(from, frontend, cast.next(frontend, client));
+            let between = error(from, backend, cast.next(backend, client));
+            let shown = error(seen, backend, cast.next(backend, node));
+            let (program, sent) = on(ifindex, sent);
+            let becomes = on(ifindex, between.clone()).1;
+            let name = format!("{who} about a reply comes in");
+            add(&name, true, program, ifindex, (sent, becomes), cut);
+            let (program, between) = place.out(between);
+            let becomes = place.out(shown).1;
+            let name = format!("{who} about a reply leaves");
+            add(&name, false, program, place.device, (between, becomes), cut);
         }
     }
+}
+
+/// ICMP errors about this node's own packets, at XDP, and with a TTL that ends.
+fn errors_elsewhere(table: &mut Table, cast: &Cast) {
+    let kinds = match cast.version {
+        Version::V4 => [("port unreachable", (3, 3), 0), ("fragmentation needed", (3, 4), 1280)],
+        Version::V6 => [("port unreachable", (1, 4), 0), ("packet too big", (2, 0), 1280)],
+    };
     let (cast, world) = REMOTE.set(cast);
     let near = REMOTE.masqueraded(&cast);
     let far = REMOTE.source(&cast);
@@ -600,40 +629,32 @@ fn errors(table: &mut Table, cast: &Cast) {
     let question = cast.next(node, cast.backend);
     let error = Frame::icmp(cast.router, node.ip(), kind, rest, &question.packet()).at(mac(UPLINK));
     let known = world.clone().embryonic(flows_of(&near, &far)).marks(mark::MASQUERADED);
-    table.add(Case::new(
-        format!("{title}: an error about a packet that this node itself sent"),
-        &world.marks(mark::MASQUERADED),
-        Program::Ingress,
-        UPLINK,
-        &error,
-    ));
-    table.add(Case::new(
-        format!("{title}: XDP leaves an error about a masqueraded packet"),
-        &known,
-        Program::Xdp,
-        UPLINK,
-        &error,
-    ));
+    table.add(
+        cast.case("an error about a packet that this node itself sent")
+            .world(&world.marks(mark::MASQUERADED))
+            .tc_ingress(UPLINK)
+            .sends(&error),
+    );
+    table.add(
+        cast.case("XDP leaves an error about a masqueraded packet")
+            .world(&known)
+            .xdp(UPLINK)
+            .sends(&error),
+    );
     let error = error.ttl(1);
     let becomes = cast.next(cast.client, cast.backend);
     let becomes = Frame::icmp(cast.router, cast.client.ip(), kind, rest, &becomes.packet());
     table.add(
-        Case::new(
-            format!(
-                "{title}: an error about the first packet of a masqueraded flow, with a TTL of 1"
-            ),
-            &known,
-            Program::Ingress,
-            UPLINK,
-            &error,
-        )
-        .becomes(&becomes.at(mac(UPLINK)).ttl(1)),
+        cast.case("an error about the first packet of a masqueraded flow, with a TTL of 1")
+            .world(&known)
+            .tc_ingress(UPLINK)
+            .sends(&error)
+            .becomes(&becomes.at(mac(UPLINK)).ttl(1)),
     );
 }
 
 /// This host's flows under another of its addresses: replies are handed in.
 fn host(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let own = cast.client(std::net::SocketAddr::new(cast.node, 40_001));
     let (cast, world) = OVERLAY.set(&own);
     let seen_as = std::net::SocketAddr::new(cast.node_on(TUNNEL), 40_001);
@@ -643,32 +664,26 @@ fn host(table: &mut Table, cast: &Cast) {
     let world = world.flows(connection.both()).marks(mark::HOST | mark::MASQUERADED);
     let next = cast.next(cast.client, cast.frontend);
     table.add(
-        Case::new(
-            format!("{title}: this host's packet along a flow with another of its addresses"),
-            &world,
-            Program::Egress,
-            UPLINK,
-            &next,
-        )
-        .becomes(&next.clone().from(seen_as).to(cast.backend))
-        .ends(End::Redirect)
-        .forward(ONE),
+        cast.case("this host's packet along a flow with another of its addresses")
+            .world(&world)
+            .tc_egress(UPLINK)
+            .sends(&next)
+            .becomes(&next.clone().from(seen_as).to(cast.backend))
+            .ends(End::Redirect)
+            .forward(ONE),
     );
-    let reply = cast.next(cast.backend, seen_as).bare();
+    let reply = cast.next(cast.backend, seen_as).l3();
     let translated = cast.next(cast.frontend, cast.client).at(mac(OWN));
     let mut framed = translated.clone();
     framed.link.as_mut().expect("a link header").source = mac(OWN);
     table.add(
-        Case::new(
-            format!("{title}: a reply to another address of this host is handed in"),
-            &world,
-            Program::IngressBare,
-            TUNNEL,
-            &reply,
-        )
-        .becomes(&framed)
-        .ends(End::Redirect)
-        .reply(ONE),
+        cast.case("a reply to another address of this host is handed in")
+            .world(&world)
+            .tc_ingress_l3(TUNNEL)
+            .sends(&reply)
+            .becomes(&framed)
+            .ends(End::Redirect)
+            .reply(ONE),
     );
     let kind = if cast.version == Version::V4 { (3, 3) } else { (1, 4) };
     let quoted = cast.next(seen_as, cast.backend);
@@ -677,21 +692,18 @@ fn host(table: &mut Table, cast: &Cast) {
     let becomes =
         Frame::icmp(cast.frontend.ip(), cast.client.ip(), kind, 0, &next.packet()).at(mac(OWN));
     table.add(
-        Case::new(
-            format!("{title}: an error to another address of this host is handed in"),
-            &world,
-            Program::Ingress,
-            UPLINK,
-            &error,
-        )
-        .becomes(&becomes)
-        .ends(End::Redirect)
-        .reason(Reason::IcmpError, ONE),
+        cast.case("an error to another address of this host is handed in")
+            .world(&world)
+            .tc_ingress(UPLINK)
+            .sends(&error)
+            .becomes(&becomes)
+            .ends(End::Redirect)
+            .reason(Reason::IcmpError, ONE),
     );
 }
 
-/// TCP's states are followed by both pairs of entries.
-fn states(table: &mut Table, cast: &Cast) {
+/// The second packets of a masqueraded flow.
+fn proof(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (cast, world) = REMOTE.set(cast);
     let (near, far) = (REMOTE.masqueraded(&cast), REMOTE.source(&cast));
@@ -708,6 +720,14 @@ fn states(table: &mut Table, cast: &Cast) {
             case
         });
     }
+}
+
+/// FIN and RST along a masqueraded flow.
+fn endings(table: &mut Table, cast: &Cast) {
+    let title = cast.title();
+    let (cast, world) = REMOTE.set(cast);
+    let (near, far) = (REMOTE.masqueraded(&cast), REMOTE.source(&cast));
+    let world = world.marks(mark::MASQUERADED);
     let (near, far) = (near.state(state::ESTABLISHED), far.state(state::ESTABLISHED));
     let proven = world.clone().flows(flows_of(&near, &far));
     for (what, flags, forward, reply) in [
@@ -728,6 +748,15 @@ fn states(table: &mut Table, cast: &Cast) {
             });
         }
     }
+}
+
+/// All entries were lost, and packets that tell nothing of them.
+fn lost_altogether(table: &mut Table, cast: &Cast) {
+    let (cast, world) = REMOTE.set(cast);
+    let (near, far) = (REMOTE.masqueraded(&cast), REMOTE.source(&cast));
+    let world = world.marks(mark::MASQUERADED);
+    let (near, far) = (near.state(state::ESTABLISHED), far.state(state::ESTABLISHED));
+    let proven = world.clone().flows(flows_of(&near, &far));
     let (_, lost) = REMOTE.set(&cast);
     let lost = lost.modes(
         sluice_common::abi::masquerade::KUBE_PROXY,
@@ -735,35 +764,28 @@ fn states(table: &mut Table, cast: &Cast) {
     );
     let data = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
     table.add(
-        Case::new(
-            format!("{title}: a masqueraded connection whose entries were all lost"),
-            &lost,
-            Program::Ingress,
-            UPLINK,
-            &data,
-        )
-        .becomes(&data.clone().to(cast.backend))
-        .reason(Reason::Recovered, ONE)
-        .embryonic([near.state(0).both()])
-        .marks(mark::MASQUERADED),
+        cast.case("a masqueraded connection whose entries were all lost")
+            .world(&lost)
+            .tc_ingress(UPLINK)
+            .sends(&data)
+            .becomes(&data.clone().to(cast.backend))
+            .reason(Reason::Recovered, ONE)
+            .embryonic([near.state(0).both()])
+            .marks(mark::MASQUERADED),
     );
     let stray: IpAddr = cast.node_on(UPLINK);
     let reset = Frame::tcp(SocketAddr::new(stray, 40_001), cast.backend, RST, &[]).at(mac(UPLINK));
-    table.add(Case::new(
-        format!("{title}: a bare reset from this node's own address shows no lost entry"),
-        &lost,
-        Program::Ingress,
-        UPLINK,
-        &reset,
-    ));
+    table.add(
+        cast.case("a bare reset from this node's own address shows no lost entry")
+            .world(&lost)
+            .tc_ingress(UPLINK)
+            .sends(&reset),
+    );
     let direct = Frame::tcp(far.seen_as, cast.backend, SYN, &[]).at(mac(UPLINK));
-    table.add(Case::new(
-        format!(
-            "{title}: a masqueraded client's source as the node is no direct connection's to remap"
-        ),
-        &proven,
-        Program::Ingress,
-        UPLINK,
-        &direct,
-    ));
+    table.add(
+        cast.case("a masqueraded client's source as the node is no direct connection's to remap")
+            .world(&proven)
+            .tc_ingress(UPLINK)
+            .sends(&direct),
+    );
 }

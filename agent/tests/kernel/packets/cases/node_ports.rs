@@ -10,7 +10,7 @@ use super::Table;
 use super::clash::of_host;
 use super::fragments::{long, parts, told};
 use super::masquerade::as_met;
-use crate::packets::case::{Case, End, Program};
+use crate::packets::case::{End, Program};
 use crate::packets::frame::{ACK, Frame, SYN, TCP, UDP};
 use crate::packets::world::{
     Cast, Connection, EDGE, EMPTY, LOOPBACK, NARROW, ONE, OTHER, TUNNEL, UPLINK, Version, World,
@@ -26,9 +26,12 @@ pub(super) fn add(table: &mut Table) {
         let served = cast.frontend(SocketAddr::new(cast.node, PORT));
         opening(table, &served);
         elsewhere(table, &served);
+        other_ports(table, &served);
         along(table, &served);
         shared(table, &served);
         to_itself(table, &served);
+        answer_to_itself(table, &served);
+        its_own_backend(table, &served);
         within(table, &served);
     }
 }
@@ -54,23 +57,24 @@ pub(super) fn world(cast: &Cast, service_port: u32) -> World {
 }
 
 fn opening(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let world = world(cast, ONE);
     let connection = cast.connection();
     for (who, program, ifindex) in [
         ("a client outside", Program::Ingress, UPLINK),
         ("a client outside, by XDP", Program::Xdp, UPLINK),
         ("a local pod", Program::Ingress, EDGE),
-        ("a client behind the overlay", Program::IngressBare, TUNNEL),
+        ("a client behind the overlay", Program::IngressL3, TUNNEL),
     ] {
         let first = cast.first(cast.client, cast.frontend);
-        let first =
-            if program == Program::IngressBare { first.bare() } else { first.at(mac(ifindex)) };
-        let case =
-            Case::new(format!("{title}: a node port, {who}"), &world, program, ifindex, &first)
-                .becomes(&first.clone().to(cast.backend))
-                .opens(ONE)
-                .embryonic([as_met(cast, &world, ifindex, &connection).both()]);
+        let first = if program == Program::IngressL3 { first.l3() } else { first.at(mac(ifindex)) };
+        let case = cast
+            .case(format!("a node port, {who}"))
+            .world(&world)
+            .at(program, ifindex)
+            .sends(&first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([as_met(cast, &world, ifindex, &connection).both()]);
         if who == "a client outside" { table.cut(case) } else { table.add(case) }
     }
     let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
@@ -84,69 +88,57 @@ fn opening(table: &mut Table, cast: &Cast) {
         _ => (super::reject::unreachable, Reason::NoBackendUnreachable),
     };
     table.add(
-        Case::new(
-            format!("{title}: a node port of a service without backends is rejected"),
-            &none,
-            Program::Ingress,
-            UPLINK,
-            &first,
-        )
-        .becomes(&answer(&first).turned())
-        .ends(End::Redirect)
-        .reason(reason, EMPTY),
+        cast.case("a node port of a service without backends is rejected")
+            .world(&none)
+            .tc_ingress(UPLINK)
+            .sends(&first)
+            .becomes(&answer(&first).turned())
+            .ends(End::Redirect)
+            .reason(reason, EMPTY),
     );
 }
 
-/// A process of this host that asks its own node: met as it leaves by the loopback device, and
-/// answered there.
+/// A process of this host asks a node port of this host.
 fn to_itself(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let world = world(cast, ONE);
     let connection = of_host(cast, cast.connection());
     let first = cast.first(connection.client, cast.frontend).at(mac(LOOPBACK));
     table.add(
-        Case::new(
-            format!("{title}: a node port, a process of this host"),
-            &world,
-            Program::Egress,
-            LOOPBACK,
-            &first,
-        )
-        .routed(&first.clone().from(connection.seen_as).to(cast.backend))
-        .opens(ONE)
-        .embryonic([connection.both()])
-        .marks(mark::HOST),
+        cast.case("a node port, a process of this host")
+            .world(&world)
+            .tc_egress(LOOPBACK)
+            .sends(&first)
+            .routed(&first.clone().from(connection.seen_as).to(cast.backend))
+            .opens(ONE)
+            .embryonic([connection.both()])
+            .marks(mark::HOST),
     );
-    table.add(Case::new(
-        format!("{title}: what leaves by another device is no question to this node"),
-        &world,
-        Program::Egress,
-        UPLINK,
-        &first,
-    ));
+    table.add(
+        cast.case("what leaves by another device is no question to this node")
+            .world(&world)
+            .tc_egress(UPLINK)
+            .sends(&first),
+    );
     let other = first.clone().to(SocketAddr::new(cast.node, PORT + 1));
-    table.add(Case::new(
-        format!("{title}: a process of this host, another port of the node"),
-        &world,
-        Program::Egress,
-        LOOPBACK,
-        &other,
-    ));
+    table.add(
+        cast.case("a process of this host, another port of the node")
+            .world(&world)
+            .tc_egress(LOOPBACK)
+            .sends(&other),
+    );
+}
+
+/// The answer is handed in by the loopback device.
+fn answer_to_itself(table: &mut Table, cast: &Cast) {
+    let world = world(cast, ONE);
+    let connection = of_host(cast, cast.connection());
     let known = world.clone().embryonic(connection.both()).marks(mark::HOST);
     let reply = match cast.protocol {
         TCP => Frame::tcp(cast.backend, connection.seen_as, SYN | ACK, &[]),
         _ => Frame::udp(cast.backend, connection.seen_as, b"answer"),
     };
     let reply = reply.at(mac(EDGE));
-    let case = Case::new(
-        format!(
-            "{title}: the answer of a node port to a process of this host is handed in by the loopback device"
-        ),
-        &known,
-        Program::Ingress,
-        EDGE,
-        &reply,
-    )
+    let case = cast.case("the answer of a node port to a process of this host is handed in by the loopback device").world(&known).tc_ingress(EDGE).sends(&reply)
     .becomes(&reply.clone().from(cast.frontend).to(connection.client).at(mac(LOOPBACK)))
     .ends(End::Redirect)
     .reply(ONE);
@@ -154,6 +146,13 @@ fn to_itself(table: &mut Table, cast: &Cast) {
         TCP => case.embryonic([connection.answered().both()]),
         _ => case.embryonic([connection.state(state::ESTABLISHED).both()]),
     });
+}
+
+/// This host is its own backend: client and server share an address.
+fn its_own_backend(table: &mut Table, cast: &Cast) {
+    let world = world(cast, ONE);
+    let connection = of_host(cast, cast.connection());
+    let first = cast.first(connection.client, cast.frontend).at(mac(LOOPBACK));
     // This host is its own backend: client and server have one address, and a port that no socket
     // has.
     let at = SocketAddr::new(cast.node, cast.backend.port());
@@ -163,25 +162,21 @@ fn to_itself(table: &mut Table, cast: &Cast) {
     let flags = flow::HOST | flow::LOCAL | flow::HAIRPIN;
     let connection = Connection { backend: at, flags, ..connection };
     table.add(
-        Case::new(
-            format!("{title}: a node port of a server on this host, a process of this host"),
-            &world,
-            Program::Egress,
-            LOOPBACK,
-            &first,
-        )
-        .becomes(&first.clone().from(connection.seen_as).to(at))
-        .ends(End::Redirect)
-        .opens(ONE)
-        .embryonic([connection.both()])
-        .marks(mark::HOST),
+        cast.case("a node port of a server on this host, a process of this host")
+            .world(&world)
+            .tc_egress(LOOPBACK)
+            .sends(&first)
+            .becomes(&first.clone().from(connection.seen_as).to(at))
+            .ends(End::Redirect)
+            .opens(ONE)
+            .embryonic([connection.both()])
+            .marks(mark::HOST),
     );
 }
 
 /// Loopback addresses are there for processes of this host alone, and those of one link for that
 /// link.
 fn within(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let (loopback, of_link): (IpAddr, Option<IpAddr>) = match cast.version {
         Version::V4 => (Ipv4Addr::LOCALHOST.into(), None),
         Version::V6 => {
@@ -195,9 +190,12 @@ fn within(table: &mut Table, cast: &Cast) {
     {
         for program in [Program::Ingress, Program::Xdp] {
             let first = cast.first(client, SocketAddr::new(loopback, PORT)).at(mac(ifindex));
-            let name =
-                format!("{title}: a loopback address is not served to {who}, {}", program.name());
-            table.add(Case::new(name, &world, program, ifindex, &first));
+            table.add(
+                cast.case(format!("a loopback address is not served to {who}, {}", program.name()))
+                    .world(&world)
+                    .at(program, ifindex)
+                    .sends(&first),
+            );
         }
     }
     // The client's own address is a loopback one too: it is shown as the node.
@@ -210,37 +208,41 @@ fn within(table: &mut Table, cast: &Cast) {
     connection.flags |= flow::MASQUERADED;
     let first = asked.first(asked.client, asked.frontend).at(mac(LOOPBACK));
     table.add(
-        Case::new(
-            format!("{title}: a loopback address, a process of this host"),
-            &world,
-            Program::Egress,
-            LOOPBACK,
-            &first,
-        )
-        .routed(&first.clone().from(connection.seen_as).to(cast.backend))
-        .opens(ONE)
-        .embryonic([connection.both()])
-        .marks(mark::HOST | mark::MASQUERADED),
+        cast.case("a loopback address, a process of this host")
+            .world(&world)
+            .tc_egress(LOOPBACK)
+            .sends(&first)
+            .routed(&first.clone().from(connection.seen_as).to(cast.backend))
+            .opens(ONE)
+            .embryonic([connection.both()])
+            .marks(mark::HOST | mark::MASQUERADED),
     );
     if let Some(of_link) = of_link {
         world.serve_node_ports(of_link);
         let first = cast.first(cast.client, SocketAddr::new(of_link, PORT)).at(mac(EDGE));
-        let name = format!("{title}: an address of another link is not served to a pod");
-        table.add(Case::new(name, &world, Program::Ingress, EDGE, &first));
+        table.add(
+            cast.case("an address of another link is not served to a pod")
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&first),
+        );
     }
 }
 
-/// Where there is no node port after all.
+/// Addresses that serve no node ports.
 fn elsewhere(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let plain = world(cast, ONE);
     let mut pass = |what: &str, world: &World, program, ifindex, destination| {
         for program in
             if program == Program::Ingress { vec![program, Program::Xdp] } else { vec![program] }
         {
-            let name = format!("{title}: {what}, {}", program.name());
             let first = cast.first(cast.client, destination).at(mac(ifindex));
-            table.add(Case::new(name, world, program, ifindex, &first));
+            table.add(
+                cast.case(format!("{what}, {}", program.name()))
+                    .world(world)
+                    .at(program, ifindex)
+                    .sends(&first),
+            );
         }
     };
     let at = |address| SocketAddr::new(address, PORT);
@@ -277,6 +279,24 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
     );
     let _ = listed.listing.insert(cast.router, 15);
     pass("a stranger in a lane with every bit", &listed, Program::Ingress, UPLINK, at(cast.router));
+}
+
+/// Ports and protocols that are no node ports, and the egress.
+fn other_ports(table: &mut Table, cast: &Cast) {
+    let plain = world(cast, ONE);
+    let mut pass = |what: &str, world: &World, program, ifindex, destination| {
+        for program in
+            if program == Program::Ingress { vec![program, Program::Xdp] } else { vec![program] }
+        {
+            let first = cast.first(cast.client, destination).at(mac(ifindex));
+            table.add(
+                cast.case(format!("{what}, {}", program.name()))
+                    .world(world)
+                    .at(program, ifindex)
+                    .sends(&first),
+            );
+        }
+    };
     for (what, port) in [("next to", PORT + 1), ("64 above", PORT + 64), ("before", PORT - 1)] {
         let other = SocketAddr::new(cast.node, port);
         pass(&format!("a port {what} a node port"), &plain, Program::Ingress, UPLINK, other);
@@ -296,34 +316,27 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
 }
 
 fn along(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let connection = cast.connection().state(state::ESTABLISHED);
     let world = world(cast, ONE).flows(connection.both());
     let next = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
     for program in [Program::Ingress, Program::Xdp] {
         table.add(
-            Case::new(
-                format!("{title}: a packet along a flow of a node port, {}", program.name()),
-                &world,
-                program,
-                UPLINK,
-                &next,
-            )
-            .becomes(&next.clone().to(cast.backend))
-            .forward(ONE),
+            cast.case(format!("a packet along a flow of a node port, {}", program.name()))
+                .world(&world)
+                .at(program, UPLINK)
+                .sends(&next)
+                .becomes(&next.clone().to(cast.backend))
+                .forward(ONE),
         );
     }
     let reply = cast.next(cast.backend, cast.client);
     table.add(
-        Case::new(
-            format!("{title}: a reply comes from the node port"),
-            &world,
-            Program::Egress,
-            UPLINK,
-            &reply,
-        )
-        .becomes(&reply.clone().from(cast.frontend))
-        .reply(ONE),
+        cast.case("a reply comes from the node port")
+            .world(&world)
+            .tc_egress(UPLINK)
+            .sends(&reply)
+            .becomes(&reply.clone().from(cast.frontend))
+            .reply(ONE),
     );
     let question = long(cast, cast.client, cast.frontend).at(mac(UPLINK));
     for (index, fragment) in parts(&question).iter().enumerate() {
@@ -332,23 +345,19 @@ fn along(table: &mut Table, cast: &Cast) {
         let before =
             if index == 0 { world.clone() } else { world.clone().fragments(entry.clone()) };
         table.add(
-            Case::new(
-                format!("{title}: fragment {index} to a node port"),
-                &before,
-                Program::Ingress,
-                UPLINK,
-                fragment,
-            )
-            .becomes(&translated)
-            .forward(ONE)
-            .fragments(entry),
+            cast.case(format!("fragment {index} to a node port"))
+                .world(&before)
+                .tc_ingress(UPLINK)
+                .sends(fragment)
+                .becomes(&translated)
+                .forward(ONE)
+                .fragments(entry),
         );
     }
 }
 
 /// An address that is a frontend's and the node's.
 fn shared(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let mut world = world(cast, ONE);
     world.add_frontend(cast, OTHER, cast.frontend, frontend::EXTERNAL_IP);
     let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
@@ -356,16 +365,13 @@ fn shared(table: &mut Table, cast: &Cast) {
         crate::packets::world::Connection { id: OTHER, service_port: OTHER, ..cast.connection() };
     for program in [Program::Ingress, Program::Xdp] {
         table.add(
-            Case::new(
-                format!(
-                    "{title}: an address's own frontend comes before a node port, {}",
-                    program.name()
-                ),
-                &world,
-                program,
-                UPLINK,
-                &first,
-            )
+            cast.case(format!(
+                "an address's own frontend comes before a node port, {}",
+                program.name()
+            ))
+            .world(&world)
+            .at(program, UPLINK)
+            .sends(&first)
             .becomes(&first.clone().to(cast.backend))
             .opens(OTHER)
             .embryonic([other.both()]),
@@ -376,33 +382,28 @@ fn shared(table: &mut Table, cast: &Cast) {
     own.set_port(443);
     beside.add_frontend(cast, OTHER, own, frontend::EXTERNAL_IP);
     table.add(
-        Case::new(
-            format!("{title}: a node port at an address that has a frontend of another port"),
-            &beside,
-            Program::Ingress,
-            UPLINK,
-            &first,
-        )
-        .becomes(&first.clone().to(cast.backend))
-        .opens(ONE)
-        .embryonic([cast.connection().both()]),
+        cast.case("a node port at an address that has a frontend of another port")
+            .world(&beside)
+            .tc_ingress(UPLINK)
+            .sends(&first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([cast.connection().both()]),
     );
     let mut not_served = beside.clone();
     not_served.node_addresses.clear();
-    table.add(Case::new(
-        format!("{title}: no node port at a frontend's address that serves none"),
-        &not_served,
-        Program::Ingress,
-        UPLINK,
-        &first,
-    ));
+    table.add(
+        cast.case("no node port at a frontend's address that serves none")
+            .world(&not_served)
+            .tc_ingress(UPLINK)
+            .sends(&first),
+    );
     // The frontend's address is met where this host sends it, its node port is not.
     let own = cast.first(SocketAddr::new(cast.node_on(NARROW), 40_001), cast.frontend);
-    table.add(Case::new(
-        format!("{title}: no node port at egress, at a frontend's address either"),
-        &beside,
-        Program::Egress,
-        UPLINK,
-        &own,
-    ));
+    table.add(
+        cast.case("no node port at egress, at a frontend's address either")
+            .world(&beside)
+            .tc_egress(UPLINK)
+            .sends(&own),
+    );
 }

@@ -17,52 +17,67 @@ pub(super) fn add(table: &mut Table) {
         opening(table, &cast);
         established(table, &cast);
         elsewhere(table, &cast);
+        strangers(table, &cast);
+        other_frames(table, &cast);
+        bridged(table, &cast);
         selection(table, &cast);
     }
     for cast in Cast::of(TCP) {
         acknowledging(table, &cast);
         promotion(table, &cast);
+        no_promotion(table, &cast);
+        refusals(table, &cast);
+        draining(table, &cast);
         closing(table, &cast);
+        closed(table, &cast);
+        doubted(table, &cast);
         reopening(table, &cast);
+        reopening_accepted(table, &cast);
+        reopening_after_silence(table, &cast);
+        reopening_elsewhere(table, &cast);
     }
     for cast in Cast::of(UDP) {
-        let title = cast.title();
-        let connection = cast.connection();
-        let world = cast.world().embryonic(connection.both());
-        let question = cast.next(cast.client, cast.frontend);
-        let name = format!("{title}: a second question proves nothing");
-        table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &question)
-                .becomes(&question.clone().to(cast.backend))
-                .forward(ONE),
-        );
         stream(table, &cast);
-        let old = spare(&cast).state(state::ESTABLISHED);
-        for (why, world) in [
-            ("was removed", cast.world().backend_flags(SPARE, backend::LOCAL).flows(old.both())),
-            ("has a new owner", {
-                let mut world = cast.world().flows(old.both());
-                world.backends.get_mut(&SPARE).expect("the spare backend").generation =
-                    GENERATION + 1;
-                world
-            }),
-        ] {
-            let name = format!("{title}: a flow leaves a backend that {why}, at once");
-            table.add(
-                Case::new(name, &world, Program::Ingress, EDGE, &question)
-                    .becomes(&question.clone().to(cast.backend))
-                    .opens(ONE)
-                    .flows([])
-                    .embryonic([connection.both()]),
-            );
-        }
+        leaving(table, &cast);
+    }
+}
+
+/// A flow without connections leaves its backend at once.
+fn leaving(table: &mut Table, cast: &Cast) {
+    let question = cast.next(cast.client, cast.frontend);
+    let old = spare(cast).state(state::ESTABLISHED);
+    let mut reused = cast.world().flows(old.both());
+    reused.backends.get_mut(&SPARE).expect("the spare backend").generation = GENERATION + 1;
+    for (why, world) in [
+        ("was removed", cast.world().backend_flags(SPARE, backend::LOCAL).flows(old.both())),
+        ("has a new owner", reused),
+    ] {
+        table.add(
+            cast.case(format!("a flow leaves a backend that {why}, at once"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&question)
+                .becomes(&question.clone().to(cast.backend))
+                .opens(ONE)
+                .flows([])
+                .embryonic([cast.connection().both()]),
+        );
     }
 }
 
 /// A question and its answers stay where they displace none but their like; what goes on is a
 /// stream.
 fn stream(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
+    let opened = cast.world().embryonic(cast.connection().both());
+    let again = cast.next(cast.client, cast.frontend);
+    table.add(
+        cast.case("a second question proves nothing")
+            .world(&opened)
+            .tc_ingress(EDGE)
+            .sends(&again)
+            .becomes(&again.clone().to(cast.backend))
+            .forward(ONE),
+    );
     let answered = cast.connection().state(state::ESTABLISHED);
     let question = cast.next(cast.client, cast.frontend);
     let answer = cast.next(cast.backend, cast.client);
@@ -73,8 +88,12 @@ fn stream(table: &mut Table, cast: &Cast) {
             ("question", Program::Ingress, &question, question.clone().to(cast.backend)),
             ("answer", Program::Egress, &answer, answer.clone().from(cast.frontend)),
         ] {
-            let name = format!("{title}: another {who} of an answered flow, {what}");
-            let case = Case::new(name, &world, program, EDGE, frame).becomes(&changed);
+            let case = cast
+                .case(format!("another {who} of an answered flow, {what}"))
+                .world(&world)
+                .at(program, EDGE)
+                .sends(frame)
+                .becomes(&changed);
             let case =
                 if program == Program::Ingress { case.forward(ONE) } else { case.reply(ONE) };
             table.add(if age < 2 { case } else { case.flows([answered.both()]).embryonic([]) });
@@ -88,56 +107,49 @@ fn spare(cast: &Cast) -> Connection {
 }
 
 fn opening(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let Cast { client, frontend, backend, .. } = *cast;
     let connection = cast.connection();
     let world = cast.world();
     let first = cast.first(client, frontend);
     table.add(
-        Case::new(
-            format!("{title}: the first packet opens a flow"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().to(backend))
-        .opens(ONE)
-        .embryonic([connection.both()]),
+        cast.case("the first packet opens a flow")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().to(backend))
+            .opens(ONE)
+            .embryonic([connection.both()]),
     );
     let far = world.clone().backend_flags(ONE, backend::SERVING);
     table.add(
-        Case::new(
-            format!("{title}: a backend on another node"),
-            &far,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().to(backend))
-        .opens(ONE)
-        .embryonic([connection.flags(0).both()]),
+        cast.case("a backend on another node")
+            .world(&far)
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().to(backend))
+            .opens(ONE)
+            .embryonic([connection.flags(0).both()]),
     );
     let world = world.embryonic(connection.both());
     table.add(
-        Case::new(
-            format!("{title}: the first packet again"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().to(backend))
-        .forward(ONE),
+        cast.case("the first packet again")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().to(backend))
+            .forward(ONE),
     );
     let answer = match cast.protocol {
         TCP => Frame::tcp(backend, client, SYN | ACK, &[]),
         _ => Frame::udp(backend, client, b"answer"),
     };
-    let case =
-        Case::new(format!("{title}: the first reply"), &world, Program::Egress, EDGE, &answer)
-            .becomes(&answer.clone().from(frontend))
-            .reply(ONE);
+    let case = cast
+        .case("the first reply")
+        .world(&world)
+        .tc_egress(EDGE)
+        .sends(&answer)
+        .becomes(&answer.clone().from(frontend))
+        .reply(ONE);
     table.add(match cast.protocol {
         TCP => case.embryonic([connection.answered().both()]),
         // Answered; whether more than a question is still to be seen.
@@ -147,7 +159,6 @@ fn opening(table: &mut Table, cast: &Cast) {
 
 /// What a client acknowledges shows whether it has seen the endpoint's answer.
 fn acknowledging(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let Cast { client, frontend, backend, .. } = *cast;
     let connection = cast.connection();
     let answer = Frame::tcp(backend, client, SYN | ACK, &[]);
@@ -158,9 +169,11 @@ fn acknowledging(table: &mut Table, cast: &Cast) {
         ("acknowledges it", accepts.clone()),
         ("acknowledges it with data", cast.next(client, frontend).acknowledging(SEQUENCE + 1)),
     ] {
-        let name = format!("{title}: a client that {what} proves the flow");
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &frame)
+            cast.case(format!("a client that {what} proves the flow"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&frame)
                 .becomes(&frame.clone().to(backend))
                 .forward(ONE)
                 .flows([connection.state(state::ESTABLISHED).both()])
@@ -174,17 +187,21 @@ fn acknowledging(table: &mut Table, cast: &Cast) {
             Frame::tcp(client, frontend, SYN | ACK, &[]).acknowledging(SEQUENCE + 1),
         ),
     ] {
-        let name = format!("{title}: a client that acknowledges {what} proves nothing");
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &frame)
+            cast.case(format!("a client that acknowledges {what} proves nothing"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&frame)
                 .becomes(&frame.clone().to(backend))
                 .forward(ONE),
         );
     }
     let old = connection.answered().heard(7);
-    let name = format!("{title}: another first reply has another number");
     table.add(
-        Case::new(name, &cast.world().embryonic(old.both()), Program::Egress, EDGE, &answer)
+        cast.case("another first reply has another number")
+            .world(&cast.world().embryonic(old.both()))
+            .tc_egress(EDGE)
+            .sends(&answer)
             .becomes(&answer.clone().from(frontend))
             .reply(ONE)
             .embryonic([answered.both()]),
@@ -192,7 +209,6 @@ fn acknowledging(table: &mut Table, cast: &Cast) {
 }
 
 fn established(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let Cast { client, frontend, backend, .. } = *cast;
     let connection = cast.connection().state(state::ESTABLISHED);
     let question = cast.next(client, frontend);
@@ -203,50 +219,44 @@ fn established(table: &mut Table, cast: &Cast) {
         ("young flow", cast.world().flows(young.both()), young.both()),
         ("flow not renewed for long", cast.world().flows(old.both()), connection.both()),
     ] {
-        let name = format!("{title}: a packet of a {what}");
-        let case = Case::new(name, &world, Program::Ingress, EDGE, &question);
+        let case = cast
+            .case(format!("a packet of a {what}"))
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&question);
         table.cut(case.becomes(&to_backend).forward(ONE).flows([after.clone()]));
-        let name = format!("{title}: a reply of a {what}");
-        let case = Case::new(name, &world, Program::Egress, EDGE, &answer);
+        let case =
+            cast.case(format!("a reply of a {what}")).world(&world).tc_egress(EDGE).sends(&answer);
         table.cut(case.becomes(&to_client).reply(ONE).flows([after]));
     }
     table.add(
-        Case::new(
-            format!("{title}: a packet makes the reply's lost entry again when it renews its own"),
-            &cast.world().flows(old.forward()),
-            Program::Ingress,
-            EDGE,
-            &question,
-        )
-        .becomes(&to_backend)
-        .forward(ONE)
-        .flows([connection.both()]),
+        cast.case("a packet makes the reply's lost entry again when it renews its own")
+            .world(&cast.world().flows(old.forward()))
+            .tc_ingress(EDGE)
+            .sends(&question)
+            .becomes(&to_backend)
+            .forward(ONE)
+            .flows([connection.both()]),
     );
     table.add(
-        Case::new(
-            format!(
-                "{title}: a reply makes the question's lost entry again when it renews its own"
-            ),
-            &cast.world().flows(old.reply()),
-            Program::Egress,
-            EDGE,
-            &answer,
-        )
-        .becomes(&to_client)
-        .reply(ONE)
-        .flows([connection.both()]),
+        cast.case("a reply makes the question's lost entry again when it renews its own")
+            .world(&cast.world().flows(old.reply()))
+            .tc_egress(EDGE)
+            .sends(&answer)
+            .becomes(&to_client)
+            .reply(ONE)
+            .flows([connection.both()]),
     );
 }
 
-/// Where packets of a flow, and others, are none of our business.
+/// Packets of a flow at hooks where they are none of our business.
 fn elsewhere(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let Cast { client, frontend, backend, .. } = *cast;
     let world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
     let question = cast.next(client, frontend);
     let answer = cast.next(backend, client);
     let mut pass = |what: &str, program, ifindex, frame: &Frame| {
-        table.add(Case::new(format!("{title}: {what}"), &world, program, ifindex, frame));
+        table.add(cast.case(what).world(&world).at(program, ifindex).sends(frame));
     };
     pass(
         "a translated packet enters the backend's link",
@@ -261,6 +271,15 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
         EDGE,
         &answer.from(frontend),
     );
+}
+
+/// Packets of strangers, and to addresses and ports that serve nothing.
+fn strangers(table: &mut Table, cast: &Cast) {
+    let Cast { client, frontend, backend, .. } = *cast;
+    let world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
+    let mut pass = |what: &str, program, ifindex, frame: &Frame| {
+        table.add(cast.case(what).world(&world).at(program, ifindex).sends(frame));
+    };
     let mut stranger = backend;
     stranger.set_ip(address(cast.version, NET_CLIENTS, 99));
     pass("a stranger's packet enters", Program::Ingress, EDGE, &cast.first(client, stranger));
@@ -282,50 +301,74 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
         EDGE,
         &cast.next(client, cast.other_backend),
     );
-
     let mut listed = world.clone();
     let _ =
         listed.listing.insert(stranger.ip(), listing::FRONTEND | listing::BACKEND | listing::NODE);
     for (program, ifindex) in
         [(Program::Ingress, EDGE), (Program::Ingress, UPLINK), (Program::Egress, UPLINK)]
     {
-        let name =
-            format!("{title}: a stranger whose lane is another's, {} on {ifindex}", program.name());
         let frame = if program == Program::Egress {
             cast.first(stranger, client)
         } else {
             cast.first(client, stranger).at(mac(ifindex))
         };
-        table.add(Case::new(name, &listed, program, ifindex, &frame));
+        table.add(
+            cast.case(format!(
+                "a stranger whose lane is another's, {} on {ifindex}",
+                program.name()
+            ))
+            .world(&listed)
+            .at(program, ifindex)
+            .sends(&frame),
+        );
     }
+}
 
+/// Frames for another host or pod.
+fn other_frames(table: &mut Table, cast: &Cast) {
+    let Cast { client, frontend, backend, .. } = *cast;
     let first = cast.first(client, frontend);
     let foreign = first.clone().at([2, 9, 9, 9, 9, 9]);
-    let name = format!("{title}: a frame for another host that an uplink hears");
-    table.add(Case::new(name, &cast.world(), Program::Ingress, UPLINK, &foreign));
-    let name = format!("{title}: a frame for another pod of the bridge that an edge is a port of");
     table.add(
-        Case::new(name, &cast.world(), Program::Ingress, EDGE, &foreign)
+        cast.case("a frame for another host that an uplink hears")
+            .world(&cast.world())
+            .tc_ingress(UPLINK)
+            .sends(&foreign),
+    );
+    table.add(
+        cast.case("a frame for another pod of the bridge that an edge is a port of")
+            .world(&cast.world())
+            .tc_ingress(EDGE)
+            .sends(&foreign)
             .becomes(&foreign.clone().to(backend))
             .opens(ONE)
             .embryonic([cast.connection().both()]),
     );
+}
+
+/// Client and backend are ports of one bridge.
+fn bridged(table: &mut Table, cast: &Cast) {
+    let Cast { frontend, backend, .. } = *cast;
     // A port's pods are routed to by the bridge.
     let cast = &cast.client_in(NET_BACKENDS);
     let first = cast.first(cast.client, frontend);
     let mut bridged = cast.world();
     bridged.devices.get_mut(&EDGE).expect("the edge").bridge = BRIDGE;
-    let name = format!("{title}: a backend on the client's bridge gets the frame from the bridge");
     table.add(
-        Case::new(name, &bridged, Program::Ingress, EDGE, &first)
+        cast.case("a backend on the client's bridge gets the frame from the bridge")
+            .world(&bridged)
+            .tc_ingress(EDGE)
+            .sends(&first)
             .becomes(&first.clone().to(backend).at(crate::packets::world::BACKEND_MAC))
             .opens(ONE)
             .embryonic([cast.connection().both()]),
     );
     bridged.fill(ONE, &[SPARE]);
-    let name = format!("{title}: a backend that the bridge has no neighbour entry for is routed");
     table.add(
-        Case::new(name, &bridged, Program::Ingress, EDGE, &first)
+        cast.case("a backend that the bridge has no neighbour entry for is routed")
+            .world(&bridged)
+            .tc_ingress(EDGE)
+            .sends(&first)
             .becomes(&first.clone().to(cast.other_backend))
             .opens(SPARE)
             .embryonic([spare(cast).both()]),
@@ -334,7 +377,6 @@ fn elsewhere(table: &mut Table, cast: &Cast) {
 
 /// Which backend a new flow gets.
 fn selection(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let first = cast.first(cast.client, cast.frontend);
     let mut world = cast.world();
     world.fill(SPARE, &[SPARE]);
@@ -344,19 +386,22 @@ fn selection(table: &mut Table, cast: &Cast) {
     for service in world.services.values_mut().filter(|service| service.service_port == ONE) {
         service.kind = frontend::LOAD_BALANCER;
     }
-    let name = format!("{title}: an external address asked from inside has the inside's backends");
     table.add(
-        Case::new(name, &world, Program::Ingress, EDGE, &first)
+        cast.case("an external address asked from inside has the inside's backends")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&first)
             .becomes(&first.clone().to(cast.other_backend))
             .opens(SPARE)
             .embryonic([spare(cast).both()]),
     );
     world.port(ONE).ranges = [Range::default(), Range::default(), internal];
     let first = first.at(mac(UPLINK));
-    let name =
-        format!("{title}: an external address asked from outside has the outside's backends");
     table.add(
-        Case::new(name, &world, Program::Ingress, UPLINK, &first)
+        cast.case("an external address asked from outside has the outside's backends")
+            .world(&world)
+            .tc_ingress(UPLINK)
+            .sends(&first)
             .becomes(&first.clone().to(cast.backend))
             .opens(ONE)
             .embryonic([cast.connection().both()]),
@@ -372,9 +417,11 @@ fn selection(table: &mut Table, cast: &Cast) {
         connection.client.set_port(port);
         connection.seen_as = connection.client;
         let first = cast.first(connection.client, cast.frontend);
-        let name = format!("{title}: port {port} keeps its slot from release to release");
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &first)
+            cast.case(format!("port {port} keeps its slot from release to release"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&first)
                 .becomes(&first.clone().to(connection.backend))
                 .opens(connection.id)
                 .embryonic([connection.both()]),
@@ -394,101 +441,113 @@ const SLOTS: [[[(u16, bool); 3]; 2]; 2] = [
     ],
 ];
 
+/// The endpoint's packets prove a flow.
 fn promotion(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let connection = cast.connection();
     let world = cast.world().embryonic(connection.both());
     for (what, flags, data) in [("acknowledgment", ACK, &b""[..]), ("data", ACK, b"GET /")] {
         let frame = Frame::tcp(cast.client, cast.frontend, flags, data);
-        let name = format!("{title}: the client's second packet, {what}, proves nothing");
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &frame)
+            cast.case(format!("the client's second packet, {what}, proves nothing"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&frame)
                 .becomes(&frame.clone().to(cast.backend))
                 .forward(ONE),
         );
         let frame = Frame::tcp(cast.backend, cast.client, flags, data);
-        let name = format!("{title}: the backend's second packet, {what}, proves the flow");
         table.add(
-            Case::new(name, &world, Program::Egress, EDGE, &frame)
+            cast.case(format!("the backend's second packet, {what}, proves the flow"))
+                .world(&world)
+                .tc_egress(EDGE)
+                .sends(&frame)
                 .becomes(&frame.clone().from(cast.frontend))
                 .reply(ONE)
                 .flows([connection.state(state::ESTABLISHED).heard(0).both()])
                 .embryonic([]),
         );
     }
+}
+
+/// Packets that prove nothing, and entries of other flows.
+fn no_promotion(table: &mut Table, cast: &Cast) {
+    let connection = cast.connection();
+    let world = cast.world().embryonic(connection.both());
     let ended = connection.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
     let frame = Frame::tcp(cast.backend, cast.client, ACK, &[]);
     table.add(
-        Case::new(
-            format!("{title}: the last packets of a flow that has ended do not bring it back"),
-            &cast.world().embryonic(ended.age(1).both()),
-            Program::Egress,
-            EDGE,
-            &frame,
-        )
-        .becomes(&frame.clone().from(cast.frontend))
-        .reply(ONE),
+        cast.case("the last packets of a flow that has ended do not bring it back")
+            .world(&cast.world().embryonic(ended.age(1).both()))
+            .tc_egress(EDGE)
+            .sends(&frame)
+            .becomes(&frame.clone().from(cast.frontend))
+            .reply(ONE),
     );
     let elsewhere = spare(cast).state(state::ESTABLISHED).age(3);
-    let name = format!("{title}: a flow is not proven over another one's entry");
     table.add(
-        Case::new(name, &world.clone().flows(elsewhere.forward()), Program::Egress, EDGE, &frame)
+        cast.case("a flow is not proven over another one's entry")
+            .world(&world.clone().flows(elsewhere.forward()))
+            .tc_egress(EDGE)
+            .sends(&frame)
             .becomes(&frame.clone().from(cast.frontend))
             .reply(ONE),
     );
     let old = connection.state(state::ESTABLISHED).age(30);
     let elsewhere = elsewhere.age(30);
-    let name = format!("{title}: a reply renews no entry of another flow");
     table.add(
-        Case::new(
-            name,
-            &cast.world().flows(old.reply()).flows(elsewhere.forward()),
-            Program::Egress,
-            EDGE,
-            &frame,
-        )
-        .becomes(&frame.clone().from(cast.frontend))
-        .reply(ONE)
-        .flows([old.age(0).reply(), elsewhere.forward()]),
+        cast.case("a reply renews no entry of another flow")
+            .world(&cast.world().flows(old.reply()).flows(elsewhere.forward()))
+            .tc_egress(EDGE)
+            .sends(&frame)
+            .becomes(&frame.clone().from(cast.frontend))
+            .reply(ONE)
+            .flows([old.age(0).reply(), elsewhere.forward()]),
     );
+}
+
+/// Resets instead of proof.
+fn refusals(table: &mut Table, cast: &Cast) {
+    let connection = cast.connection();
+    let world = cast.world().embryonic(connection.both());
     let frame = Frame::tcp(cast.client, cast.frontend, RST | ACK, &[]);
     table.add(
-        Case::new(
-            format!("{title}: a reset instead of a second packet proves nothing"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &frame,
-        )
-        .becomes(&frame.clone().to(cast.backend))
-        .forward(ONE)
-        .embryonic([connection.state(state::RESET_FORWARD).both()]),
+        cast.case("a reset instead of a second packet proves nothing")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&frame)
+            .becomes(&frame.clone().to(cast.backend))
+            .forward(ONE)
+            .embryonic([connection.state(state::RESET_FORWARD).both()]),
     );
     let frame = Frame::tcp(cast.backend, cast.client, RST | ACK, &[]);
     table.add(
-        Case::new(format!("{title}: the backend refuses"), &world, Program::Egress, EDGE, &frame)
+        cast.case("the backend refuses")
+            .world(&world)
+            .tc_egress(EDGE)
+            .sends(&frame)
             .becomes(&frame.clone().from(cast.frontend))
             .reply(ONE)
             .embryonic([connection.state(state::RESET_REPLY).both()]),
     );
+}
+
+/// A flow drains from a removed backend.
+fn draining(table: &mut Table, cast: &Cast) {
     let old = spare(cast).state(state::ESTABLISHED);
     let world = cast.world().backend_flags(SPARE, backend::LOCAL).flows(old.both());
     let frame = cast.next(cast.client, cast.frontend);
     table.add(
-        Case::new(
-            format!("{title}: a flow drains from a removed backend"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &frame,
-        )
-        .becomes(&frame.clone().to(cast.other_backend))
-        .forward(SPARE),
+        cast.case("a flow drains from a removed backend")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&frame)
+            .becomes(&frame.clone().to(cast.other_backend))
+            .forward(SPARE),
     );
 }
 
+/// FIN and RST of either side.
 fn closing(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let connection = cast.connection().state(state::ESTABLISHED);
     let world = cast.world().flows(connection.both());
     for (what, flags, forward, reply) in [
@@ -498,95 +557,88 @@ fn closing(table: &mut Table, cast: &Cast) {
     ] {
         let frame = Frame::tcp(cast.client, cast.frontend, flags, &[]);
         table.add(
-            Case::new(
-                format!("{title}: the client's {what}"),
-                &world,
-                Program::Ingress,
-                EDGE,
-                &frame,
-            )
-            .becomes(&frame.clone().to(cast.backend))
-            .forward(ONE)
-            .flows([connection.state(state::ESTABLISHED | forward).both()]),
+            cast.case(format!("the client's {what}"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&frame)
+                .becomes(&frame.clone().to(cast.backend))
+                .forward(ONE)
+                .flows([connection.state(state::ESTABLISHED | forward).both()]),
         );
         let frame = Frame::tcp(cast.backend, cast.client, flags, &[]);
         let after = connection.state(state::ESTABLISHED | reply).both();
-        let case = Case::new(
-            format!("{title}: the backend's {what}"),
-            &world,
-            Program::Egress,
-            EDGE,
-            &frame,
-        )
-        .becomes(&frame.clone().from(cast.frontend))
-        .reply(ONE);
+        let case = cast
+            .case(format!("the backend's {what}"))
+            .world(&world)
+            .tc_egress(EDGE)
+            .sends(&frame)
+            .becomes(&frame.clone().from(cast.frontend))
+            .reply(ONE);
         table.add(if flags & RST == 0 {
             case.flows([after])
         } else {
             case.flows([]).embryonic([after])
         });
     }
+}
+
+/// A flow that both sides have closed, and one that is half closed.
+fn closed(table: &mut Table, cast: &Cast) {
+    let connection = cast.connection().state(state::ESTABLISHED);
     let fin = Frame::tcp(cast.backend, cast.client, FIN | ACK, &[]);
     let half = connection.state(state::ESTABLISHED | state::FIN_FORWARD);
     let both = connection.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
     table.add(
-        Case::new(
-            format!("{title}: a flow that both sides have closed makes room"),
-            &cast.world().flows(half.both()),
-            Program::Egress,
-            EDGE,
-            &fin,
-        )
-        .becomes(&fin.clone().from(cast.frontend))
-        .reply(ONE)
-        .flows([])
-        .embryonic([both.both()]),
+        cast.case("a flow that both sides have closed makes room")
+            .world(&cast.world().flows(half.both()))
+            .tc_egress(EDGE)
+            .sends(&fin)
+            .becomes(&fin.clone().from(cast.frontend))
+            .reply(ONE)
+            .flows([])
+            .embryonic([both.both()]),
     );
+}
+
+/// Resets that were none: the backend goes on.
+fn doubted(table: &mut Table, cast: &Cast) {
+    let connection = cast.connection().state(state::ESTABLISHED);
     let doubted = connection.state(state::ESTABLISHED | state::RESET_FORWARD);
     let data = cast.next(cast.backend, cast.client);
     table.add(
-        Case::new(
-            format!("{title}: the client's RST was none, the backend goes on"),
-            &cast.world().flows(doubted.both()),
-            Program::Egress,
-            EDGE,
-            &data,
-        )
-        .becomes(&data.clone().from(cast.frontend))
-        .reply(ONE)
-        .flows([connection.both()]),
+        cast.case("the client's RST was none, the backend goes on")
+            .world(&cast.world().flows(doubted.both()))
+            .tc_egress(EDGE)
+            .sends(&data)
+            .becomes(&data.clone().from(cast.frontend))
+            .reply(ONE)
+            .flows([connection.both()]),
     );
     let doubted = connection.state(state::ESTABLISHED | state::RESET_REPLY);
     table.add(
-        Case::new(
-            format!("{title}: a RST in the backend's name was none, the backend goes on"),
-            &cast.world().embryonic(doubted.both()),
-            Program::Egress,
-            EDGE,
-            &data,
-        )
-        .becomes(&data.clone().from(cast.frontend))
-        .reply(ONE)
-        .flows([connection.both()])
-        .embryonic([]),
+        cast.case("a RST in the backend's name was none, the backend goes on")
+            .world(&cast.world().embryonic(doubted.both()))
+            .tc_egress(EDGE)
+            .sends(&data)
+            .becomes(&data.clone().from(cast.frontend))
+            .reply(ONE)
+            .flows([connection.both()])
+            .embryonic([]),
     );
     let half = connection.state(state::ESTABLISHED | state::FIN_FORWARD);
     let frame = cast.next(cast.backend, cast.client);
     table.add(
-        Case::new(
-            format!("{title}: a half-closed flow goes on"),
-            &cast.world().flows(half.both()),
-            Program::Egress,
-            EDGE,
-            &frame,
-        )
-        .becomes(&frame.clone().from(cast.frontend))
-        .reply(ONE),
+        cast.case("a half-closed flow goes on")
+            .world(&cast.world().flows(half.both()))
+            .tc_egress(EDGE)
+            .sends(&frame)
+            .becomes(&frame.clone().from(cast.frontend))
+            .reply(ONE),
     );
 }
 
+/// A client that opens a connection anew from the port of an old one.
 fn reopening(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let connection = cast.connection();
     let syn = cast.first(cast.client, cast.frontend);
     let to_backend = syn.clone().to(cast.backend);
@@ -600,9 +652,11 @@ fn reopening(table: &mut Table, cast: &Cast) {
             ("", cast.world().flows(old.both())),
             (", long demoted", cast.world().embryonic(old.both())),
         ] {
-            let name = format!("{title}: a SYN never reuses a flow {what}{place}");
             table.add(
-                Case::new(name, &world, Program::Ingress, EDGE, &syn)
+                cast.case(format!("a SYN never reuses a flow {what}{place}"))
+                    .world(&world)
+                    .tc_ingress(EDGE)
+                    .sends(&syn)
                     .becomes(&to_backend)
                     .opens(ONE)
                     .flows([])
@@ -619,30 +673,42 @@ fn reopening(table: &mut Table, cast: &Cast) {
             ("serves", cast.world()),
             ("drains", cast.world().backend_flags(SPARE, backend::LOCAL)),
         ] {
-            let name = format!(
-                "{title}: a SYN after {what} of the client is the backend's to answer, it {served}"
-            );
-            let case = Case::new(name, &world.flows(old.both()), Program::Ingress, EDGE, &syn)
+            let case = cast
+                .case(format!(
+                    "a SYN after {what} of the client is the backend's to answer, it {served}"
+                ))
+                .world(&world.flows(old.both()))
+                .tc_ingress(EDGE)
+                .sends(&syn)
                 .becomes(&syn.clone().to(cast.other_backend))
                 .forward(SPARE);
             let waits = old.age(0).state(state::ESTABLISHED);
             table.add(if bits == state::RESET_FORWARD { case.flows([waits.both()]) } else { case });
         }
     }
+}
+
+/// A backend accepts a client that has reset, from the same port.
+fn reopening_accepted(table: &mut Table, cast: &Cast) {
+    let connection = cast.connection();
     let doubted = connection.state(state::ESTABLISHED | state::RESET_FORWARD | state::FIN_FORWARD);
     let answer = Frame::tcp(cast.backend, cast.client, SYN | ACK, &[]);
     table.add(
-        Case::new(
-            format!("{title}: a backend accepts a client that has reset, from the same port"),
-            &cast.world().flows(doubted.both()),
-            Program::Egress,
-            EDGE,
-            &answer,
-        )
-        .becomes(&answer.clone().from(cast.frontend))
-        .reply(ONE)
-        .flows([connection.state(state::ESTABLISHED).both()]),
+        cast.case("a backend accepts a client that has reset, from the same port")
+            .world(&cast.world().flows(doubted.both()))
+            .tc_egress(EDGE)
+            .sends(&answer)
+            .becomes(&answer.clone().from(cast.frontend))
+            .reply(ONE)
+            .flows([connection.state(state::ESTABLISHED).both()]),
     );
+}
+
+/// A SYN to a flow whose backend no longer serves leaves it once the backend has been silent.
+fn reopening_after_silence(table: &mut Table, cast: &Cast) {
+    let connection = cast.connection();
+    let syn = cast.first(cast.client, cast.frontend);
+    let to_backend = syn.clone().to(cast.backend);
     for (what, age, heard, leaves) in [
         ("silent for long", 3, 30, true),
         ("heard of late", 3, 20, false),
@@ -650,8 +716,11 @@ fn reopening(table: &mut Table, cast: &Cast) {
     ] {
         let old = spare(cast).state(state::ESTABLISHED).age(age).heard(heard);
         let gone = cast.world().backend_flags(SPARE, backend::LOCAL).flows(old.both());
-        let name = format!("{title}: a SYN of a flow whose backend was removed and is {what}");
-        let case = Case::new(name, &gone, Program::Ingress, EDGE, &syn);
+        let case = cast
+            .case(format!("a SYN of a flow whose backend was removed and is {what}"))
+            .world(&gone)
+            .tc_ingress(EDGE)
+            .sends(&syn);
         let stays = |case: Case| {
             let seen = if age > RENEW_TICKS { 0 } else { age };
             case.becomes(&syn.clone().to(cast.other_backend))
@@ -663,14 +732,12 @@ fn reopening(table: &mut Table, cast: &Cast) {
         } else {
             stays(case)
         });
-        let name = format!("{title}: a SYN of a flow whose backend serves and is {what}");
-        table.add(stays(Case::new(
-            name,
-            &cast.world().flows(old.both()),
-            Program::Ingress,
-            EDGE,
-            &syn,
-        )));
+        table.add(stays(
+            cast.case(format!("a SYN of a flow whose backend serves and is {what}"))
+                .world(&cast.world().flows(old.both()))
+                .tc_ingress(EDGE)
+                .sends(&syn),
+        ));
     }
     for (who, program, heard, after) in
         [("client", Program::Ingress, 30, 30), ("backend", Program::Egress, 30, 0)]
@@ -681,8 +748,11 @@ fn reopening(table: &mut Table, cast: &Cast) {
         } else {
             cast.next(cast.backend, cast.client)
         };
-        let name = format!("{title}: a packet of the {who} tells when the backend was heard");
-        let case = Case::new(name, &cast.world().flows(old.both()), program, EDGE, &frame)
+        let case = cast
+            .case(format!("a packet of the {who} tells when the backend was heard"))
+            .world(&cast.world().flows(old.both()))
+            .at(program, EDGE)
+            .sends(&frame)
             .flows([old.age(0).heard(after).both()]);
         table.add(if program == Program::Ingress {
             case.becomes(&frame.clone().to(cast.backend)).forward(ONE)
@@ -690,43 +760,41 @@ fn reopening(table: &mut Table, cast: &Cast) {
             case.becomes(&frame.clone().from(cast.frontend)).reply(ONE)
         });
     }
+}
+
+/// A SYN whose old flow went to another backend, and one within a live flow.
+fn reopening_elsewhere(table: &mut Table, cast: &Cast) {
+    let connection = cast.connection();
+    let syn = cast.first(cast.client, cast.frontend);
+    let to_backend = syn.clone().to(cast.backend);
     let old = spare(cast).state(state::ESTABLISHED | state::FIN_REPLY | state::FIN_FORWARD).age(3);
     table.add(
-        Case::new(
-            format!("{title}: a SYN leaves nothing of a closed flow to another backend"),
-            &cast.world().flows(old.both()),
-            Program::Ingress,
-            EDGE,
-            &syn,
-        )
-        .becomes(&to_backend)
-        .opens(ONE)
-        .flows([])
-        .embryonic([connection.both()]),
+        cast.case("a SYN leaves nothing of a closed flow to another backend")
+            .world(&cast.world().flows(old.both()))
+            .tc_ingress(EDGE)
+            .sends(&syn)
+            .becomes(&to_backend)
+            .opens(ONE)
+            .flows([])
+            .embryonic([connection.both()]),
     );
     let tried = spare(cast);
     table.add(
-        Case::new(
-            format!("{title}: a SYN that was not answered leaves a removed backend"),
-            &cast.world().backend_flags(SPARE, backend::LOCAL).embryonic(tried.both()),
-            Program::Ingress,
-            EDGE,
-            &syn,
-        )
-        .becomes(&to_backend)
-        .opens(ONE)
-        .embryonic([connection.both()]),
+        cast.case("a SYN that was not answered leaves a removed backend")
+            .world(&cast.world().backend_flags(SPARE, backend::LOCAL).embryonic(tried.both()))
+            .tc_ingress(EDGE)
+            .sends(&syn)
+            .becomes(&to_backend)
+            .opens(ONE)
+            .embryonic([connection.both()]),
     );
     let live = connection.state(state::ESTABLISHED);
     table.add(
-        Case::new(
-            format!("{title}: a SYN within a live flow is the backend's to answer"),
-            &cast.world().flows(live.both()),
-            Program::Ingress,
-            EDGE,
-            &syn,
-        )
-        .becomes(&to_backend)
-        .forward(ONE),
+        cast.case("a SYN within a live flow is the backend's to answer")
+            .world(&cast.world().flows(live.both()))
+            .tc_ingress(EDGE)
+            .sends(&syn)
+            .becomes(&to_backend)
+            .forward(ONE),
     );
 }

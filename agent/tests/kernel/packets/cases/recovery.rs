@@ -4,7 +4,7 @@ use sluice_common::Reason;
 use sluice_common::abi::{frontend, state};
 
 use super::Table;
-use crate::packets::case::{Case, Program};
+use crate::packets::case::Program;
 use crate::packets::frame::{ACK, Frame, RST, SEQUENCE, SYN, TCP};
 use crate::packets::world::{Cast, Connection, EDGE, ONE, OTHER, SPARE, UPLINK, World, mac};
 
@@ -13,13 +13,16 @@ pub(super) fn add(table: &mut Table) {
     for cast in Cast::of(TCP) {
         forward(table, &cast);
         reply(table, &cast);
-        guesses(table, &cast);
+        reply_alone(table, &cast);
+        guesses_and_backend(table, &cast);
+        guesses_and_client(table, &cast);
+        guesses_and_resets(table, &cast);
+        last_guesses(table, &cast);
         not_ours(table, &cast);
     }
 }
 
 fn forward(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let connection = cast.connection().state(state::ESTABLISHED);
     let data = cast.next(cast.client, cast.frontend);
     for (what, world, proven) in [
@@ -31,8 +34,11 @@ fn forward(table: &mut Table, cast: &Cast) {
         ),
         ("both entries", cast.world(), false),
     ] {
-        let name = format!("{title}: {what} lost, in the middle of a connection");
-        let case = Case::new(name, &world, Program::Ingress, EDGE, &data)
+        let case = cast
+            .case(format!("{what} lost, in the middle of a connection"))
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&data)
             .becomes(&data.clone().to(cast.backend))
             .reason(Reason::Recovered, ONE);
         // Half of a proven flow is proof; what anybody may have forged is not.
@@ -44,15 +50,12 @@ fn forward(table: &mut Table, cast: &Cast) {
     }
     let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
     table.add(
-        Case::new(
-            format!("{title}: both entries lost, the client resets"),
-            &cast.world(),
-            Program::Ingress,
-            EDGE,
-            &reset,
-        )
-        .becomes(&reset.clone().to(cast.backend))
-        .reason(Reason::Recovered, ONE),
+        cast.case("both entries lost, the client resets")
+            .world(&cast.world())
+            .tc_ingress(EDGE)
+            .sends(&reset)
+            .becomes(&reset.clone().to(cast.backend))
+            .reason(Reason::Recovered, ONE),
     );
 }
 
@@ -65,8 +68,8 @@ fn one_origin(cast: &Cast) -> World {
     world
 }
 
+/// A client's reset shows that both entries are lost.
 fn reply(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let connection = cast.connection().state(state::ESTABLISHED);
     let other = cast.other_connection().state(state::ESTABLISHED);
     let reset = Frame::tcp(cast.client, cast.backend, RST, &[]);
@@ -79,24 +82,27 @@ fn reply(table: &mut Table, cast: &Cast) {
         let (service_port, guess) =
             if ifindex == EDGE { (ONE, connection) } else { (OTHER, other) };
         table.add(
-            Case::new(
-                format!("{title}: both entries lost, the client's slot tells, {what}"),
-                &world,
-                Program::Ingress,
-                ifindex,
-                &reset.clone().at(mac(ifindex)),
-            )
-            .dropped(Reason::ReplyRecovered, service_port)
-            .embryonic([guess.state(state::GUESS).heard(SEQUENCE).both()]),
+            cast.case(format!("both entries lost, the client's slot tells, {what}"))
+                .world(&world)
+                .tc_ingress(ifindex)
+                .sends(&reset.clone().at(mac(ifindex)))
+                .dropped(Reason::ReplyRecovered, service_port)
+                .embryonic([guess.state(state::GUESS).heard(SEQUENCE).both()]),
         );
     }
-    table.add(Case::new(
-        format!("{title}: both entries lost, a client outside would have to have used a ClusterIP"),
-        &cast.world(),
-        Program::Ingress,
-        UPLINK,
-        &reset.clone().at(mac(UPLINK)),
-    ));
+    table.add(
+        cast.case("both entries lost, a client outside would have to have used a ClusterIP")
+            .world(&cast.world())
+            .tc_ingress(UPLINK)
+            .sends(&reset.clone().at(mac(UPLINK))),
+    );
+}
+
+/// A client's reset shows that the reply's entry is lost.
+fn reply_alone(table: &mut Table, cast: &Cast) {
+    let reset = Frame::tcp(cast.client, cast.backend, RST, &[]);
+    let connection = cast.connection().state(state::ESTABLISHED);
+    let other = cast.other_connection().state(state::ESTABLISHED);
     for (what, world, service_port, after) in [
         (
             "the forward entry tells",
@@ -112,10 +118,12 @@ fn reply(table: &mut Table, cast: &Cast) {
         ),
     ] {
         for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Ingress, UPLINK)] {
-            let name = format!("{title}: reply entry lost, {what}, on device {ifindex}");
             let reset = reset.clone().at(mac(ifindex));
             table.add(
-                Case::new(name, &world, program, ifindex, &reset)
+                cast.case(format!("reply entry lost, {what}, on device {ifindex}"))
+                    .world(&world)
+                    .at(program, ifindex)
+                    .sends(&reset)
                     .dropped(Reason::ReplyRecovered, service_port)
                     .flows([after.clone()]),
             );
@@ -123,18 +131,14 @@ fn reply(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Both entries were lost, and the client's slot of a frontend told what they might have been.
-fn guesses(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
+/// A guess, and what the backend sends next.
+fn guesses_and_backend(table: &mut Table, cast: &Cast) {
     let guessed = |connection: Connection| connection.state(state::GUESS).heard(SEQUENCE);
     let matched =
         |connection: Connection| connection.state(state::GUESS | state::MATCHED).heard(SEQUENCE);
-    let (guess, other) = (cast.connection(), cast.other_connection());
-    let case = |what: &str, world: &World, frame: &Frame| {
-        Case::new(format!("{title}: a guess, and {what}"), world, Program::Ingress, EDGE, frame)
-    };
+    let (guess, _) = (cast.connection(), cast.other_connection());
     let reply = |what: &str, world: &World, frame: &Frame| {
-        Case::new(format!("{title}: a guess, and {what}"), world, Program::Egress, EDGE, frame)
+        cast.case(format!("a guess, and {what}")).world(world).tc_egress(EDGE).sends(frame)
     };
     let world = cast.world().embryonic(guessed(guess).both());
     // Of the connection that the reset was an answer in, and of any other.
@@ -149,6 +153,18 @@ fn guesses(table: &mut Table, cast: &Cast) {
     table.add(reply("the backend acknowledges something else", &world, &segment));
     let bare = Frame::tcp(cast.backend, cast.client, RST, &[]).acknowledging(SEQUENCE);
     table.add(reply("the backend resets without an acknowledgment", &world, &bare));
+}
+
+/// A guess, and what the client sends next.
+fn guesses_and_client(table: &mut Table, cast: &Cast) {
+    let guessed = |connection: Connection| connection.state(state::GUESS).heard(SEQUENCE);
+    let matched =
+        |connection: Connection| connection.state(state::GUESS | state::MATCHED).heard(SEQUENCE);
+    let (guess, other) = (cast.connection(), cast.other_connection());
+    let case = |what: &str, world: &World, frame: &Frame| {
+        cast.case(format!("a guess, and {what}")).world(world).tc_ingress(EDGE).sends(frame)
+    };
+    let world = cast.world().embryonic(guessed(guess).both());
     let data = cast.next(cast.client, cast.frontend);
     table.add(
         case("the client goes on before the backend", &world, &data)
@@ -173,6 +189,18 @@ fn guesses(table: &mut Table, cast: &Cast) {
         .reason(Reason::Recovered, ONE)
         .embryonic([guess.both()]),
     );
+}
+
+/// A guess that the client contradicts by a reset.
+fn guesses_and_resets(table: &mut Table, cast: &Cast) {
+    let guessed = |connection: Connection| connection.state(state::GUESS).heard(SEQUENCE);
+    let matched =
+        |connection: Connection| connection.state(state::GUESS | state::MATCHED).heard(SEQUENCE);
+    let (guess, other) = (cast.connection(), cast.other_connection());
+    let case = |what: &str, world: &World, frame: &Frame| {
+        cast.case(format!("a guess, and {what}")).world(world).tc_ingress(EDGE).sends(frame)
+    };
+    let world = cast.world().embryonic(guessed(guess).both());
     let reset = Frame::tcp(cast.client, cast.frontend, RST, &[]);
     table.add(
         case(
@@ -199,6 +227,16 @@ fn guesses(table: &mut Table, cast: &Cast) {
         .flows([proof.both()])
         .embryonic([]),
     );
+}
+
+/// Resets of the last guess, and of what has become certain.
+fn last_guesses(table: &mut Table, cast: &Cast) {
+    let matched =
+        |connection: Connection| connection.state(state::GUESS | state::MATCHED).heard(SEQUENCE);
+    let (guess, other) = (cast.connection(), cast.other_connection());
+    let case = |what: &str, world: &World, frame: &Frame| {
+        cast.case(format!("a guess, and {what}")).world(world).tc_ingress(EDGE).sends(frame)
+    };
     let reset = Frame::tcp(cast.client, cast.other_frontend, RST, &[]);
     table.add(
         case(
@@ -228,10 +266,9 @@ fn guesses(table: &mut Table, cast: &Cast) {
 }
 
 fn not_ours(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let connection = cast.connection().state(state::ESTABLISHED);
     let mut pass = |what: &str, world: &World, frame: &Frame| {
-        table.add(Case::new(format!("{title}: {what}"), world, Program::Ingress, EDGE, frame));
+        table.add(cast.case(what).world(world).tc_ingress(EDGE).sends(frame));
     };
     let reset = Frame::tcp(cast.client, cast.backend, RST, &[]);
     let acknowledging = Frame::tcp(cast.client, cast.backend, RST | ACK, &[]);

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use sluice_common::Reason;
 
 use super::Table;
-use crate::packets::case::{Case, End, Program};
+use crate::packets::case::{End, case};
 use crate::packets::frame::{ACK, FIN, Frame, PSH, Payload, RST, SYN, Sum, TCP, UDP, octets};
 use crate::packets::world::{Cast, EDGE, EMPTY, TUNNEL, UPLINK, Version, World, mac};
 
@@ -16,6 +16,8 @@ pub(super) fn add(table: &mut Table) {
     }
     for cast in Cast::of(UDP) {
         unreachables(table, &cast);
+        unreachable_partial(table, &cast);
+        unreachable_limited(table, &cast);
     }
     for cast in Cast::all() {
         unanswered(table, &cast);
@@ -82,7 +84,10 @@ fn answered(
     reason: Reason,
 ) {
     table.add(
-        Case::new(name, world, Program::Ingress, EDGE, frame)
+        case(name)
+            .world(world)
+            .tc_ingress(EDGE)
+            .sends(frame)
             .becomes(&answer.clone().turned())
             .ends(End::Redirect)
             .reason(reason, EMPTY),
@@ -118,12 +123,16 @@ fn resets(table: &mut Table, cast: &Cast) {
     let answer = reset(&partial).sum(Sum::Partial);
     answered(table, name, &cast.world(), &partial, &answer, Reason::NoBackendReset);
     for (what, flags) in [("a RST", RST), ("a RST|ACK", RST | ACK)] {
-        let name = format!("{}: {what} is never answered", cast.title());
-        let case = Case::new(name, &cast.world(), Program::Ingress, EDGE, &segment(flags, &[]));
+        let case = cast
+            .case(format!("{what} is never answered"))
+            .world(&cast.world())
+            .tc_ingress(EDGE)
+            .sends(&segment(flags, &[]));
         table.add(case.dropped(Reason::NoBackendDropped, EMPTY));
     }
 }
 
+/// Datagrams to a service without backends are answered with ICMP port unreachable.
 fn unreachables(table: &mut Table, cast: &Cast) {
     let datagram = |data: &[u8]| Frame::udp(cast.client, cast.empty, data);
     let extended = match cast.version {
@@ -153,6 +162,11 @@ fn unreachables(table: &mut Table, cast: &Cast) {
             Reason::NoBackendUnreachable,
         );
     }
+}
+
+/// The answer to a datagram whose checksum is left to the device.
+fn unreachable_partial(table: &mut Table, cast: &Cast) {
+    let datagram = |data: &[u8]| Frame::udp(cast.client, cast.empty, data);
     // What the device will do to the answer: the sum of all else, complemented, goes into the
     // second half of `rest`.
     let partial = datagram(b"question").sum(Sum::Partial);
@@ -178,13 +192,19 @@ fn unreachables(table: &mut Table, cast: &Cast) {
     let name =
         format!("{}: the answer to a datagram whose checksum is left to the device", cast.title());
     answered(table, name, &cast.world(), &partial, &answer, Reason::NoBackendUnreachable);
+}
 
+/// Answers are limited per client.
+fn unreachable_limited(table: &mut Table, cast: &Cast) {
+    let datagram = |data: &[u8]| Frame::udp(cast.client, cast.empty, data);
     let frame = datagram(b"question");
     let mut limited = cast.world();
     let _ = limited.rejects.insert(cast.client.ip(), 100);
-    let name = format!("{}: a client that had too many answers gets none", cast.title());
     table.add(
-        Case::new(name, &limited, Program::Ingress, EDGE, &frame)
+        cast.case("a client that had too many answers gets none")
+            .world(&limited)
+            .tc_ingress(EDGE)
+            .sends(&frame)
             .dropped(Reason::RejectLimited, EMPTY),
     );
     let _ = limited.rejects.insert(cast.client.ip(), 1_500);
@@ -207,8 +227,11 @@ fn unanswered(table: &mut Table, cast: &Cast) {
     };
     for (what, source) in sources {
         let frame = cast.first(SocketAddr::new(source, 40_001), cast.empty);
-        let name = format!("{}: the {what} source is not answered", cast.title());
-        let case = Case::new(name, &cast.world(), Program::Ingress, EDGE, &frame);
+        let case = cast
+            .case(format!("the {what} source is not answered"))
+            .world(&cast.world())
+            .tc_ingress(EDGE)
+            .sends(&frame);
         table.add(case.dropped(Reason::NoBackendDropped, EMPTY));
     }
 }
@@ -222,8 +245,12 @@ fn broadcast(table: &mut Table, cast: &Cast) {
         {
             for ifindex in [EDGE, UPLINK] {
                 let frame = cast.first(cast.client, frontend).at(link);
-                let name = format!("{}: a {what} frame to {to} on d{ifindex}", cast.title());
-                table.add(Case::new(name, &cast.world(), Program::Ingress, ifindex, &frame));
+                table.add(
+                    cast.case(format!("a {what} frame to {to} on d{ifindex}"))
+                        .world(&cast.world())
+                        .tc_ingress(ifindex)
+                        .sends(&frame),
+                );
             }
         }
     }
@@ -231,55 +258,41 @@ fn broadcast(table: &mut Table, cast: &Cast) {
 
 /// Where an answer is sent.
 fn places(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let (answer, reason): (fn(&Frame) -> Frame, Reason) = match cast.protocol {
         TCP => (reset, Reason::NoBackendReset),
         _ => (unreachable, Reason::NoBackendUnreachable),
     };
     let frame = cast.first(SocketAddr::new(cast.node, 40_001), cast.empty);
     table.add(
-        Case::new(
-            format!("{title}: an answer to this host is handed in"),
-            &cast.world(),
-            Program::Egress,
-            UPLINK,
-            &frame,
-        )
-        .becomes(&answer(&frame).at(mac(UPLINK)))
-        .ends(End::Redirect)
-        .reason(reason, EMPTY),
+        cast.case("an answer to this host is handed in")
+            .world(&cast.world())
+            .tc_egress(UPLINK)
+            .sends(&frame)
+            .becomes(&answer(&frame).at(mac(UPLINK)))
+            .ends(End::Redirect)
+            .reason(reason, EMPTY),
     );
     table.add(
-        Case::new(
-            format!("{title}: an answer to this host without a link header is handed in"),
-            &cast.world(),
-            Program::EgressBare,
-            TUNNEL,
-            &frame.clone().bare(),
-        )
-        .becomes(&answer(&frame).bare())
-        .ends(End::Redirect)
-        .reason(reason, EMPTY),
+        cast.case("an answer to this host without a link header is handed in")
+            .world(&cast.world())
+            .tc_egress_l3(TUNNEL)
+            .sends(&frame.clone().l3())
+            .becomes(&answer(&frame).l3())
+            .ends(End::Redirect)
+            .reason(reason, EMPTY),
     );
     let frame = cast.first(cast.client, cast.empty);
     table.add(
-        Case::new(
-            format!("{title}: an answer without a link header is turned back"),
-            &cast.world(),
-            Program::IngressBare,
-            TUNNEL,
-            &frame.clone().bare(),
-        )
-        .becomes(&answer(&frame).bare())
-        .ends(End::Redirect)
-        .reason(reason, EMPTY),
+        cast.case("an answer without a link header is turned back")
+            .world(&cast.world())
+            .tc_ingress_l3(TUNNEL)
+            .sends(&frame.clone().l3())
+            .becomes(&answer(&frame).l3())
+            .ends(End::Redirect)
+            .reason(reason, EMPTY),
     );
     let received = frame.at(mac(UPLINK));
-    table.add(Case::new(
-        format!("{title}: an answer is left to tc"),
-        &cast.world(),
-        Program::Xdp,
-        UPLINK,
-        &received,
-    ));
+    table.add(
+        cast.case("an answer is left to tc").world(&cast.world()).xdp(UPLINK).sends(&received),
+    );
 }

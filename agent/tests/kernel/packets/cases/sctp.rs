@@ -7,7 +7,7 @@ use sluice_common::path::mark;
 use super::Table;
 use super::masquerade::{LOCAL, REMOTE, leaves};
 use super::reject::unreachable;
-use crate::packets::case::{Case, End, Program};
+use crate::packets::case::{End, Program};
 use crate::packets::frame::{
     ABORT, COOKIE_ACK, COOKIE_ECHO, DATA, Frame, INIT_ACK, SCTP, SHUTDOWN, SHUTDOWN_ACK,
     SHUTDOWN_COMPLETE, Sum,
@@ -21,77 +21,75 @@ const T: u8 = 1;
 pub(super) fn add(table: &mut Table) {
     for cast in Cast::of(SCTP) {
         opening(table, &cast);
+        handshake(table, &cast);
         states(table, &cast);
         checksums(table, &cast);
         rejects(table, &cast);
         masqueraded(table, &cast);
         errors(table, &cast);
         recovery(table, &cast);
+        no_recovery(table, &cast);
     }
 }
 
+/// An INIT opens a flow.
 fn opening(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let connection = cast.connection();
     for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
         let first = cast.first(cast.client, cast.frontend).at(mac(ifindex));
         table.cut(
-            Case::new(
-                format!("{title}: an INIT opens a flow, {}", program.name()),
-                &cast.world(),
-                program,
-                ifindex,
-                &first,
-            )
-            .becomes(&first.clone().to(cast.backend))
-            .opens(ONE)
-            .embryonic([connection.both()]),
+            cast.case(format!("an INIT opens a flow, {}", program.name()))
+                .world(&cast.world())
+                .at(program, ifindex)
+                .sends(&first)
+                .becomes(&first.clone().to(cast.backend))
+                .opens(ONE)
+                .embryonic([connection.both()]),
         );
     }
+}
+
+/// The handshake's chunks, of which the COOKIE ACK alone proves the flow.
+fn handshake(table: &mut Table, cast: &Cast) {
+    let connection = cast.connection();
     let world = cast.world().embryonic(connection.both());
     let answer = Frame::sctp(cast.backend, cast.client, (INIT_ACK, 0), &[0x1b; 32]);
     table.add(
-        Case::new(
-            format!("{title}: an INIT ACK proves nothing"),
-            &world,
-            Program::Egress,
-            EDGE,
-            &answer,
-        )
-        .becomes(&answer.clone().from(cast.frontend))
-        .reply(ONE),
+        cast.case("an INIT ACK proves nothing")
+            .world(&world)
+            .tc_egress(EDGE)
+            .sends(&answer)
+            .becomes(&answer.clone().from(cast.frontend))
+            .reply(ONE),
     );
     let echo = Frame::sctp(cast.client, cast.frontend, (COOKIE_ECHO, 0), &[0xc; 9])
         .chunk((DATA, 3), b"with data");
     table.add(
-        Case::new(
-            format!("{title}: a COOKIE ECHO proves nothing"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &echo,
-        )
-        .becomes(&echo.clone().to(cast.backend))
-        .forward(ONE),
+        cast.case("a COOKIE ECHO proves nothing")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&echo)
+            .becomes(&echo.clone().to(cast.backend))
+            .forward(ONE),
     );
     let taken =
         Frame::sctp(cast.backend, cast.client, (COOKIE_ACK, 0), &[]).chunk((DATA, 3), b"with data");
     table.add(
-        Case::new(
-            format!("{title}: a COOKIE ACK proves the flow"),
-            &world,
-            Program::Egress,
-            EDGE,
-            &taken,
-        )
-        .becomes(&taken.clone().from(cast.frontend))
-        .reply(ONE)
-        .embryonic([])
-        .flows([connection.state(state::ESTABLISHED).both()]),
+        cast.case("a COOKIE ACK proves the flow")
+            .world(&world)
+            .tc_egress(EDGE)
+            .sends(&taken)
+            .becomes(&taken.clone().from(cast.frontend))
+            .reply(ONE)
+            .embryonic([])
+            .flows([connection.state(state::ESTABLISHED).both()]),
     );
     let again = cast.first(cast.client, cast.frontend);
     table.add(
-        Case::new(format!("{title}: an INIT again"), &world, Program::Ingress, EDGE, &again)
+        cast.case("an INIT again")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&again)
             .becomes(&again.clone().to(cast.backend))
             .forward(ONE),
     );
@@ -99,7 +97,6 @@ fn opening(table: &mut Table, cast: &Cast) {
 
 /// What chunks do to a flow.
 fn states(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let flow = cast.connection().state(state::ESTABLISHED);
     let world = cast.world().flows(flow.both());
     for (what, chunk, forward, reply) in [
@@ -112,28 +109,23 @@ fn states(table: &mut Table, cast: &Cast) {
     ] {
         let packet = Frame::sctp(cast.client, cast.frontend, chunk, b"????");
         table.add(
-            Case::new(
-                format!("{title}: {what} from the client"),
-                &world,
-                Program::Ingress,
-                EDGE,
-                &packet,
-            )
-            .becomes(&packet.clone().to(cast.backend))
-            .forward(ONE)
-            .flows([flow.state(state::ESTABLISHED | forward).both()]),
+            cast.case(format!("{what} from the client"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&packet)
+                .becomes(&packet.clone().to(cast.backend))
+                .forward(ONE)
+                .flows([flow.state(state::ESTABLISHED | forward).both()]),
         );
         let packet = Frame::sctp(cast.backend, cast.client, chunk, b"????");
         let after = flow.state(state::ESTABLISHED | reply).both();
-        let case = Case::new(
-            format!("{title}: {what} from the backend"),
-            &world,
-            Program::Egress,
-            EDGE,
-            &packet,
-        )
-        .becomes(&packet.clone().from(cast.frontend))
-        .reply(ONE);
+        let case = cast
+            .case(format!("{what} from the backend"))
+            .world(&world)
+            .tc_egress(EDGE)
+            .sends(&packet)
+            .becomes(&packet.clone().from(cast.frontend))
+            .reply(ONE);
         let has_ended = reply == state::RESET_REPLY;
         table.add(if has_ended { case.flows([]).embryonic([after]) } else { case.flows([after]) });
     }
@@ -141,31 +133,29 @@ fn states(table: &mut Table, cast: &Cast) {
     let ended = flow.state(state::ESTABLISHED | state::FIN_FORWARD | state::FIN_REPLY);
     let first = cast.first(cast.client, cast.frontend);
     table.add(
-        Case::new(
-            format!("{title}: an INIT after the end opens a new flow"),
-            &cast.world().flows(ended.both()),
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().to(cast.backend))
-        .opens(ONE)
-        .flows([])
-        .embryonic([cast.connection().both()]),
+        cast.case("an INIT after the end opens a new flow")
+            .world(&cast.world().flows(ended.both()))
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .flows([])
+            .embryonic([cast.connection().both()]),
     );
 }
 
 fn checksums(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let flow = cast.connection().state(state::ESTABLISHED);
     let world = cast.world().flows(flow.both());
     for length in [0, 1, 3, 255, 256, 257, 1_400] {
         let data: Vec<u8> = (0_u32..length).map(|at| (at * 7 % 251) as u8).collect();
         for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
             let packet = Frame::sctp(cast.client, cast.frontend, (DATA, 3), &data).at(mac(ifindex));
-            let name = format!("{title}: {length} bytes of data, {}", program.name());
             table.add(
-                Case::new(name, &world, program, ifindex, &packet)
+                cast.case(format!("{length} bytes of data, {}", program.name()))
+                    .world(&world)
+                    .at(program, ifindex)
+                    .sends(&packet)
                     .becomes(&packet.clone().to(cast.backend))
                     .forward(ONE),
             );
@@ -177,36 +167,38 @@ fn checksums(table: &mut Table, cast: &Cast) {
         ("with a VLAN tag", cast.next(cast.client, cast.frontend).tag(0x8100, 5)),
     ] {
         table.add(
-            Case::new(format!("{title}: a packet {what}"), &world, Program::Ingress, EDGE, &packet)
+            cast.case(format!("a packet {what}"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&packet)
                 .becomes(&packet.clone().to(cast.backend))
                 .forward(ONE),
         );
     }
     let short = Frame::other(cast.client.ip(), cast.frontend.ip(), SCTP, &[0; 15]);
-    let name = format!("{title}: fifteen bytes of a header");
-    table.add(Case::new(name, &world, Program::Ingress, EDGE, &short).reason(Reason::Truncated, 0));
+    table.add(
+        cast.case("fifteen bytes of a header")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&short)
+            .reason(Reason::Truncated, 0),
+    );
 }
 
 /// Where nobody serves, ICMP tells so, as kube-proxy's REJECT does for all but TCP.
 fn rejects(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     for (what, packet) in [
         ("an INIT", cast.first(cast.client, cast.empty)),
         ("DATA", cast.next(cast.client, cast.empty)),
     ] {
         table.add(
-            Case::new(
-                format!(
-                    "{title}: {what} to a service without backends is answered with unreachable"
-                ),
-                &cast.world(),
-                Program::Ingress,
-                EDGE,
-                &packet,
-            )
-            .becomes(&unreachable(&packet).turned())
-            .ends(End::Redirect)
-            .reason(Reason::NoBackendUnreachable, EMPTY),
+            cast.case(format!("{what} to a service without backends is answered with unreachable"))
+                .world(&cast.world())
+                .tc_ingress(EDGE)
+                .sends(&packet)
+                .becomes(&unreachable(&packet).turned())
+                .ends(End::Redirect)
+                .reason(Reason::NoBackendUnreachable, EMPTY),
         );
     }
 }
@@ -221,8 +213,11 @@ fn masqueraded(table: &mut Table, cast: &Cast) {
         table.add(leaves(name, &cast, &place.met(&cast, &world), place, &place.source(&cast)));
         let world = world.flows(near.both()).flows(far.both()).marks(mark::MASQUERADED);
         let add = |name: &str, program, ifindex, frame: Frame, becomes: Frame| {
-            let case =
-                Case::new(format!("{title}: {name}, {what}"), &world, program, ifindex, &frame);
+            let case = cast
+                .case(format!("{name}, {what}"))
+                .world(&world)
+                .at(program, ifindex)
+                .sends(&frame);
             case.becomes(&becomes)
         };
         let question = cast.next(cast.client, cast.frontend);
@@ -250,7 +245,6 @@ fn masqueraded(table: &mut Table, cast: &Cast) {
 
 /// ICMP errors quote as little as eight bytes: ports and tag.
 fn errors(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let flow = cast.connection().state(state::ESTABLISHED);
     let world = cast.world().flows(flow.both());
     let kind = if cast.frontend.is_ipv4() { (3, 3) } else { (1, 4) };
@@ -274,15 +268,12 @@ fn errors(table: &mut Table, cast: &Cast) {
             &quote(&cast.next(cast.client, cast.frontend)),
         );
         table.add(
-            Case::new(
-                format!("{title}: an error that quotes {bytes} bytes"),
-                &world,
-                Program::Egress,
-                EDGE,
-                &error,
-            )
-            .becomes(&told)
-            .reason(Reason::IcmpError, ONE),
+            cast.case(format!("an error that quotes {bytes} bytes"))
+                .world(&world)
+                .tc_egress(EDGE)
+                .sends(&error)
+                .becomes(&told)
+                .reason(Reason::IcmpError, ONE),
         );
     }
 }
@@ -290,72 +281,62 @@ fn errors(table: &mut Table, cast: &Cast) {
 /// A client that does not know the connection of a reply says so with an ABORT with T, as TCP's
 /// does with a bare reset.
 fn recovery(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let flow = cast.connection().state(state::ESTABLISHED);
     let abort = Frame::sctp(cast.client, cast.backend, (ABORT, T), &[]);
     table.add(
-        Case::new(
-            format!("{title}: an ABORT with T makes a lost reply entry again"),
-            &cast.world().flows(flow.forward()),
-            Program::Ingress,
-            EDGE,
-            &abort,
-        )
-        .dropped(Reason::ReplyRecovered, ONE)
-        .flows([flow.both()]),
+        cast.case("an ABORT with T makes a lost reply entry again")
+            .world(&cast.world().flows(flow.forward()))
+            .tc_ingress(EDGE)
+            .sends(&abort)
+            .dropped(Reason::ReplyRecovered, ONE)
+            .flows([flow.both()]),
     );
     // An ABORT with T reflects the tag of what it answers: the guess is for packets with this tag.
     let guess = flow.state(state::GUESS).heard(0x5152_5354);
     table.add(
-        Case::new(
-            format!("{title}: an ABORT with T, both entries lost, the client's slot tells"),
-            &cast.world(),
-            Program::Ingress,
-            EDGE,
-            &abort,
-        )
-        .dropped(Reason::ReplyRecovered, ONE)
-        .embryonic([guess.both()]),
+        cast.case("an ABORT with T, both entries lost, the client's slot tells")
+            .world(&cast.world())
+            .tc_ingress(EDGE)
+            .sends(&abort)
+            .dropped(Reason::ReplyRecovered, ONE)
+            .embryonic([guess.both()]),
     );
     let answer = cast.next(cast.backend, cast.client);
     table.add(
-        Case::new(
-            format!("{title}: a guess, and the backend sends with the tag that was reflected"),
-            &cast.world().embryonic(guess.both()),
-            Program::Egress,
-            EDGE,
-            &answer,
-        )
-        .becomes(&answer.clone().from(cast.frontend))
-        .reply(ONE)
-        .embryonic([guess.state(state::GUESS | state::MATCHED).both()]),
+        cast.case("a guess, and the backend sends with the tag that was reflected")
+            .world(&cast.world().embryonic(guess.both()))
+            .tc_egress(EDGE)
+            .sends(&answer)
+            .becomes(&answer.clone().from(cast.frontend))
+            .reply(ONE)
+            .embryonic([guess.state(state::GUESS | state::MATCHED).both()]),
     );
-    table.add(Case::new(
-        format!("{title}: a guess, and the backend sends with another tag"),
-        &cast.world().embryonic(guess.heard(7).both()),
-        Program::Egress,
-        EDGE,
-        &answer,
-    ));
+    table.add(
+        cast.case("a guess, and the backend sends with another tag")
+            .world(&cast.world().embryonic(guess.heard(7).both()))
+            .tc_egress(EDGE)
+            .sends(&answer),
+    );
+}
+
+/// An ABORT without T shows nothing lost, and data makes lost entries again.
+fn no_recovery(table: &mut Table, cast: &Cast) {
+    let flow = cast.connection().state(state::ESTABLISHED);
     let abort = Frame::sctp(cast.client, cast.backend, (ABORT, 0), &[]);
-    table.add(Case::new(
-        format!("{title}: an ABORT of a direct connection"),
-        &cast.world().flows(flow.forward()),
-        Program::Ingress,
-        EDGE,
-        &abort,
-    ));
+    table.add(
+        cast.case("an ABORT of a direct connection")
+            .world(&cast.world().flows(flow.forward()))
+            .tc_ingress(EDGE)
+            .sends(&abort),
+    );
     let lost = cast.next(cast.client, cast.frontend);
     table.add(
-        Case::new(
-            format!("{title}: data without a flow"),
-            &cast.world(),
-            Program::Ingress,
-            EDGE,
-            &lost,
-        )
-        .becomes(&lost.clone().to(cast.backend))
-        .reason(Reason::Recovered, ONE)
-        .embryonic([flow.state(0).both()]),
+        cast.case("data without a flow")
+            .world(&cast.world())
+            .tc_ingress(EDGE)
+            .sends(&lost)
+            .becomes(&lost.clone().to(cast.backend))
+            .reason(Reason::Recovered, ONE)
+            .embryonic([flow.state(0).both()]),
     );
 }

@@ -3,7 +3,7 @@
 use sluice_common::abi::state;
 
 use super::Table;
-use crate::packets::case::{Case, Program};
+use crate::packets::case::Program;
 use crate::packets::frame::{Frame, Payload, Sum, UDP};
 use crate::packets::world::{Cast, EDGE, ONE, TUNNEL, UPLINK, Version, mac};
 
@@ -27,16 +27,13 @@ fn forward(table: &mut Table, cast: &Cast, what: &str, frame: &Frame) {
     for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
         let frame = frame.clone().at(mac(ifindex));
         table.cut_padded(
-            Case::new(
-                format!("{}: {what}, {}", cast.title(), program.name()),
-                &cast.world(),
-                program,
-                ifindex,
-                &frame,
-            )
-            .becomes(&frame.clone().to(cast.backend))
-            .opens(ONE)
-            .embryonic([cast.connection().both()]),
+            cast.case(format!("{what}, {}", program.name()))
+                .world(&cast.world())
+                .at(program, ifindex)
+                .sends(&frame)
+                .becomes(&frame.clone().to(cast.backend))
+                .opens(ONE)
+                .embryonic([cast.connection().both()]),
             frame.padding.len(),
         );
     }
@@ -46,13 +43,12 @@ fn forward(table: &mut Table, cast: &Cast, what: &str, frame: &Frame) {
 fn pass(table: &mut Table, cast: &Cast, what: &str, frame: &Frame) {
     for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Xdp, UPLINK)] {
         let frame = frame.clone().at(mac(ifindex));
-        table.add(Case::new(
-            format!("{}: {what}, {}", cast.title(), program.name()),
-            &cast.world(),
-            program,
-            ifindex,
-            &frame,
-        ));
+        table.add(
+            cast.case(format!("{what}, {}", program.name()))
+                .world(&cast.world())
+                .at(program, ifindex)
+                .sends(&frame),
+        );
     }
 }
 
@@ -109,45 +105,35 @@ fn tags(table: &mut Table, cast: &Cast) {
     let reply = cast.next(cast.backend, cast.client).tag(0x8100, 0x2064);
     let world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
     table.cut(
-        Case::new(
-            format!("{}: a reply with a VLAN tag in band", cast.title()),
-            &world,
-            Program::Egress,
-            UPLINK,
-            &reply,
-        )
-        .becomes(&reply.clone().from(cast.frontend))
-        .reply(ONE),
+        cast.case("a reply with a VLAN tag in band")
+            .world(&world)
+            .tc_egress(UPLINK)
+            .sends(&reply)
+            .becomes(&reply.clone().from(cast.frontend))
+            .reply(ONE),
     );
 }
 
 fn bare(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
-    let first = cast.first(cast.client, cast.frontend).bare();
+    let first = cast.first(cast.client, cast.frontend).l3();
     table.cut(
-        Case::new(
-            format!("{title}: the first packet without a link header"),
-            &cast.world(),
-            Program::IngressBare,
-            TUNNEL,
-            &first,
-        )
-        .becomes(&first.clone().to(cast.backend))
-        .opens(ONE)
-        .embryonic([cast.connection().both()]),
+        cast.case("the first packet without a link header")
+            .world(&cast.world())
+            .tc_ingress_l3(TUNNEL)
+            .sends(&first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([cast.connection().both()]),
     );
-    let reply = cast.next(cast.backend, cast.client).bare();
+    let reply = cast.next(cast.backend, cast.client).l3();
     let world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
     table.cut(
-        Case::new(
-            format!("{title}: a reply without a link header"),
-            &world,
-            Program::EgressBare,
-            TUNNEL,
-            &reply,
-        )
-        .becomes(&reply.clone().from(cast.frontend))
-        .reply(ONE),
+        cast.case("a reply without a link header")
+            .world(&world)
+            .tc_egress_l3(TUNNEL)
+            .sends(&reply)
+            .becomes(&reply.clone().from(cast.frontend))
+            .reply(ONE),
     );
 }
 
@@ -193,43 +179,34 @@ fn checksums(table: &mut Table, cast: &Cast) {
         let reply = Frame::udp(cast.backend, cast.client, b"reply").sum(Sum::Absent);
         let world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
         table.add(
-            Case::new(
-                format!("{}: a reply without checksum", cast.title()),
-                &world,
-                Program::Egress,
-                EDGE,
-                &reply,
-            )
-            .becomes(&reply.clone().from(cast.frontend))
-            .reply(ONE),
+            cast.case("a reply without checksum")
+                .world(&world)
+                .tc_egress(EDGE)
+                .sends(&reply)
+                .becomes(&reply.clone().from(cast.frontend))
+                .reply(ONE),
         );
     }
     let partial = first.sum(Sum::Partial);
     table.add(
-        Case::new(
-            format!("{}: a checksum that is left to the device", cast.title()),
-            &cast.world(),
-            Program::Ingress,
-            EDGE,
-            &partial,
-        )
-        .becomes(&partial.clone().to(cast.backend))
-        .opens(ONE)
-        .embryonic([cast.connection().both()])
-        .partial(),
+        cast.case("a checksum that is left to the device")
+            .world(&cast.world())
+            .tc_ingress(EDGE)
+            .sends(&partial)
+            .becomes(&partial.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([cast.connection().both()])
+            .partial(),
     );
     let partial = cast.next(cast.backend, cast.client).sum(Sum::Partial);
     let world = cast.world().flows(cast.connection().state(state::ESTABLISHED).both());
     table.add(
-        Case::new(
-            format!("{}: a reply's checksum that is left to the device", cast.title()),
-            &world,
-            Program::Egress,
-            EDGE,
-            &partial,
-        )
-        .becomes(&partial.clone().from(cast.frontend))
-        .reply(ONE)
-        .partial(),
+        cast.case("a reply's checksum that is left to the device")
+            .world(&world)
+            .tc_egress(EDGE)
+            .sends(&partial)
+            .becomes(&partial.clone().from(cast.frontend))
+            .reply(ONE)
+            .partial(),
     );
 }

@@ -6,7 +6,7 @@ use sluice_common::abi::{Device, Tuple, device_flags, frontend};
 use super::Table;
 use super::clash::tried;
 use super::masquerade::LOCAL;
-use crate::packets::case::{Case, Program};
+use crate::packets::case::case;
 use crate::packets::frame::{TCP, UDP};
 use crate::packets::world::{Cast, EDGE, ONE, OWN_NETNS, UPLINK, World, mac, tuple};
 
@@ -14,6 +14,7 @@ use crate::packets::world::{Cast, EDGE, ONE, OWN_NETNS, UPLINK, World, mac, tupl
 pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
         ports(table, &cast);
+        ports_outside(table, &cast);
         endpoint(table, &cast);
     }
 }
@@ -32,8 +33,8 @@ fn socket(cast: &Cast, attempt: u32) -> Tuple<std::net::IpAddr> {
     tuple(cast.backend, at, cast.protocol)
 }
 
+/// A pod's sockets keep their ports from its flows.
 fn ports(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let changes = u32::from(cast.protocol != UDP);
     let known = with(cast, |edge| edge.netns = OWN_NETNS + 1);
     let hidden = with(cast, |edge| edge.flags |= device_flags::HIDES_SOCKETS);
@@ -53,46 +54,51 @@ fn ports(table: &mut Table, cast: &Cast) {
         let seen_as = if attempt == 0 { own.seen_as } else { tried(cast, cast.frontend, attempt) };
         let first = cast.first(cast.client, cast.frontend).at(mac(EDGE));
         table.add(
-            Case::new(
-                format!("{title}: a pod {what} opens a flow"),
-                &world,
-                Program::Ingress,
-                EDGE,
-                &first,
-            )
-            .becomes(&first.clone().from(seen_as).to(cast.backend))
-            .opens(ONE)
-            .embryonic([own.seen_as(seen_as).both()]),
+            cast.case(format!("a pod {what} opens a flow"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&first)
+                .becomes(&first.clone().from(seen_as).to(cast.backend))
+                .opens(ONE)
+                .embryonic([own.seen_as(seen_as).both()]),
         );
     }
     // In the middle of a connection the port is the one that it was opened with.
     if cast.protocol == TCP {
         let opened = cast.connection().seen_as(tried(cast, cast.frontend, 1));
         let data = cast.next(cast.client, cast.frontend).at(mac(EDGE));
-        let name =
-            format!("{title}: both entries of a pod's flow are lost, which has a stack of its own");
         table.add(
-            Case::new(name, &hidden, Program::Ingress, EDGE, &data)
+            cast.case("both entries of a pod's flow are lost, which has a stack of its own")
+                .world(&hidden)
+                .tc_ingress(EDGE)
+                .sends(&data)
                 .becomes(&data.clone().from(opened.seen_as).to(cast.backend))
                 .reason(Reason::Recovered, ONE)
                 .embryonic([opened.both()]),
         );
     }
+}
+
+/// Elsewhere the namespace says nothing.
+fn ports_outside(table: &mut Table, cast: &Cast) {
+    let known = with(cast, |edge| edge.netns = OWN_NETNS + 1);
+    let holding = |attempts: &[u32]| {
+        let mut world = known.clone();
+        world.held.extend(attempts.iter().map(|attempt| socket(cast, *attempt)));
+        world
+    };
     // Elsewhere the namespace says nothing.
     let mut world = holding(&[0]);
     world.devices.entry(UPLINK).or_default().netns = OWN_NETNS + 1;
     let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
     table.add(
-        Case::new(
-            format!("{title}: a client outside opens a flow"),
-            &world,
-            Program::Ingress,
-            UPLINK,
-            &first,
-        )
-        .becomes(&first.clone().to(cast.backend))
-        .opens(ONE)
-        .embryonic([cast.connection().both()]),
+        cast.case("a client outside opens a flow")
+            .world(&world)
+            .tc_ingress(UPLINK)
+            .sends(&first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([cast.connection().both()]),
     );
 }
 
@@ -121,12 +127,15 @@ fn endpoint(table: &mut Table, cast: &Cast) {
         let opened = own.seen_as(seen_as);
         let name = format!("{title}: a client outside that an endpoint {what} opens a flow");
         table.add(
-            Case::new(name.clone(), &world, Program::Ingress, UPLINK, &first)
+            case(name.clone())
+                .world(&world)
+                .tc_ingress(UPLINK)
+                .sends(&first)
                 .becomes(&first.clone().from(seen_as).to(cast.backend))
                 .opens(ONE)
                 .embryonic([opened.both()]),
         );
-        let case = Case::new(format!("{name} by XDP"), &world, Program::Xdp, UPLINK, &first);
+        let case = case(format!("{name} by XDP")).world(&world).xdp(UPLINK).sends(&first);
         // XDP leaves to tc what takes another port.
         table.add(if attempt == 0 {
             case.becomes(&first.clone().to(cast.backend)).opens(ONE).embryonic([own.both()])
@@ -139,9 +148,11 @@ fn endpoint(table: &mut Table, cast: &Cast) {
         let mut world = knows.clone();
         world.held.extend([socket(&cast, 0).reversed()]);
         let data = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
-        let name = format!("{title}: both entries of a flow from outside are lost");
         table.add(
-            Case::new(name, &world, Program::Ingress, UPLINK, &data)
+            cast.case("both entries of a flow from outside are lost")
+                .world(&world)
+                .tc_ingress(UPLINK)
+                .sends(&data)
                 .becomes(&data.clone().to(cast.backend))
                 .reason(Reason::Recovered, ONE)
                 .embryonic([LOCAL.kept(&cast).both()]),

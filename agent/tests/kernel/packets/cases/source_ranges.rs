@@ -8,7 +8,7 @@ use sluice_common::path::mark;
 
 use super::Table;
 use super::clash::of_host;
-use crate::packets::case::{Case, End, Program};
+use crate::packets::case::{End, Program};
 use crate::packets::world::{
     Cast, EDGE, NET_NODE, NET_REMOTE, ONE, OTHER, UPLINK, World, address, mac,
 };
@@ -33,13 +33,15 @@ fn world(cast: &Cast, allowed: &[(IpAddr, u8)]) -> World {
 
 /// One packet at the uplink by tc, by XDP, and one of a pod; served or dropped.
 fn judged(table: &mut Table, cast: &Cast, what: &str, world: &World, served: bool) {
-    let title = cast.title();
     for (program, ifindex) in
         [(Program::Ingress, UPLINK), (Program::Xdp, UPLINK), (Program::Ingress, EDGE)]
     {
         let first = cast.first(cast.client, cast.frontend).at(mac(ifindex));
-        let name = format!("{title}: {what}, {} on {ifindex}", program.name());
-        let case = Case::new(name, world, program, ifindex, &first);
+        let case = cast
+            .case(format!("{what}, {} on {ifindex}", program.name()))
+            .world(world)
+            .at(program, ifindex)
+            .sends(&first);
         table.add(if served {
             case.becomes(&first.clone().to(cast.backend))
                 .opens(ONE)
@@ -117,46 +119,36 @@ fn verdicts(table: &mut Table, cast: &Cast) {
     let world = world(cast, &elsewhere).flows(connection.both());
     let next = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
     table.add(
-        Case::new(
-            format!("{}: a flow goes on when its client leaves the source ranges", cast.title()),
-            &world,
-            Program::Ingress,
-            UPLINK,
-            &next,
-        )
-        .becomes(&next.clone().to(cast.backend))
-        .forward(ONE),
+        cast.case("a flow goes on when its client leaves the source ranges")
+            .world(&world)
+            .tc_ingress(UPLINK)
+            .sends(&next)
+            .becomes(&next.clone().to(cast.backend))
+            .forward(ONE),
     );
 }
 
 /// This host is a client like others.
 fn host(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let client = SocketAddr::new(cast.node, 40_001);
     let first = cast.first(client, cast.frontend);
     table.add(
-        Case::new(
-            format!("{title}: this host is not in the source ranges"),
-            &world(cast, &[cast.prefix(NET_REMOTE)]),
-            Program::Egress,
-            UPLINK,
-            &first,
-        )
-        .dropped(Reason::SourceRange, ONE),
+        cast.case("this host is not in the source ranges")
+            .world(&world(cast, &[cast.prefix(NET_REMOTE)]))
+            .tc_egress(UPLINK)
+            .sends(&first)
+            .dropped(Reason::SourceRange, ONE),
     );
     let connection = of_host(cast, cast.connection());
     table.add(
-        Case::new(
-            format!("{title}: this host is in the source ranges"),
-            &world(cast, &[cast.prefix(NET_NODE)]),
-            Program::Egress,
-            UPLINK,
-            &first,
-        )
-        .becomes(&first.clone().from(connection.seen_as).to(cast.backend))
-        .ends(End::Redirect)
-        .opens(ONE)
-        .embryonic([connection.both()])
-        .marks(mark::HOST),
+        cast.case("this host is in the source ranges")
+            .world(&world(cast, &[cast.prefix(NET_NODE)]))
+            .tc_egress(UPLINK)
+            .sends(&first)
+            .becomes(&first.clone().from(connection.seen_as).to(cast.backend))
+            .ends(End::Redirect)
+            .opens(ONE)
+            .embryonic([connection.both()])
+            .marks(mark::HOST),
     );
 }

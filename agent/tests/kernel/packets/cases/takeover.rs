@@ -8,7 +8,7 @@ use sluice_common::path::mark;
 
 use super::Table;
 use super::masquerade::{REMOTE, leaves};
-use crate::packets::case::{Case, Program};
+use crate::packets::case::{Case, Program, case};
 use crate::packets::frame::{FIN, Frame, RST, SCTP, SYN, TCP, UDP};
 use crate::packets::world::{
     Cast, Connection, EDGE, EMPTY, NET_CLIENTS, ONE, UPLINK, World, address, mac, tuple,
@@ -26,8 +26,12 @@ pub(super) fn add(table: &mut Table) {
     let casts = [Cast::all(), Cast::of(SCTP)].concat();
     for cast in &casts {
         passive(table, cast);
+        passive_undefined_port(table, cast);
+        passive_known(table, cast);
         import(table, cast);
         imports(table, cast);
+        imports_of_others(table, cast);
+        imports_at_node_port(table, cast);
         ports(table, cast);
     }
     for cast in Cast::of(TCP) {
@@ -58,13 +62,14 @@ fn left(
     why: Reason,
     port: u32,
 ) -> Case {
-    let case = Case::new(name, world, place.0, place.1, frame);
+    let case = case(name).world(world).at(place.0, place.1).sends(frame);
     if place.0 == Program::Xdp { case } else { case.reason(why, port) }
 }
 
+/// While netfilter serves, what opens is left to it.
 fn passive(table: &mut Table, cast: &Cast) {
     let title = cast.title();
-    let Cast { client, frontend, backend, empty, .. } = *cast;
+    let Cast { client, frontend, empty, .. } = *cast;
     let world = at(cast.world(), phase::PASSIVE, &[]);
     for (where_, program, ifindex) in PLACES {
         for (what, frame) in
@@ -78,12 +83,20 @@ fn passive(table: &mut Table, cast: &Cast) {
         let first = cast.first(client, empty).at(mac(ifindex));
         table.add(left(name, &world, (program, ifindex), &first, Reason::NotTaken, EMPTY));
     }
-    let name = format!("{title}: passive, the host's own socket opens");
     let first = cast.first(client, frontend);
     table.add(
-        Case::new(name, &world, Program::Egress, UPLINK, &first).reason(Reason::NotTaken, ONE),
+        cast.case("passive, the host's own socket opens")
+            .world(&world)
+            .tc_egress(UPLINK)
+            .sends(&first)
+            .reason(Reason::NotTaken, ONE),
     );
-    let name = format!("{title}: passive, an undefined port");
+}
+
+/// While netfilter serves, an undefined port is left to it.
+fn passive_undefined_port(table: &mut Table, cast: &Cast) {
+    let Cast { client, frontend, .. } = *cast;
+    let world = at(cast.world(), phase::PASSIVE, &[]);
     let mut whole = world.clone();
     whole.add_frontend(cast, 0, SocketAddr::new(frontend.ip(), 0), frontend::ADDRESS);
     let keys: Vec<_> =
@@ -94,42 +107,50 @@ fn passive(table: &mut Table, cast: &Cast) {
     key.protocol = 0;
     let _ = whole.services.insert(key, service);
     let other = cast.first(client, SocketAddr::new(frontend.ip(), 4444));
-    table.add(Case::new(name, &whole, Program::Ingress, EDGE, &other).reason(Reason::NotTaken, 0));
+    table.add(
+        cast.case("passive, an undefined port")
+            .world(&whole)
+            .tc_ingress(EDGE)
+            .sends(&other)
+            .reason(Reason::NotTaken, 0),
+    );
+}
+
+/// While netfilter serves, flows of ours go on.
+fn passive_known(table: &mut Table, cast: &Cast) {
+    let Cast { client, frontend, backend, .. } = *cast;
+    let world = at(cast.world(), phase::PASSIVE, &[]);
     // What is ours goes on.
     let connection = cast.connection().state(state::ESTABLISHED);
     let mine = world.clone().flows(connection.both());
     let next = cast.next(client, frontend);
     table.add(
-        Case::new(
-            format!("{title}: passive, a known flow is served"),
-            &mine,
-            Program::Ingress,
-            EDGE,
-            &next,
-        )
-        .becomes(&next.clone().to(backend))
-        .forward(ONE),
+        cast.case("passive, a known flow is served")
+            .world(&mine)
+            .tc_ingress(EDGE)
+            .sends(&next)
+            .becomes(&next.clone().to(backend))
+            .forward(ONE),
     );
     let reply = cast.next(backend, client);
     table.add(
-        Case::new(
-            format!("{title}: passive, a known flow's reply is served"),
-            &mine,
-            Program::Egress,
-            EDGE,
-            &reply,
-        )
-        .becomes(&reply.clone().from(frontend))
-        .reply(ONE),
+        cast.case("passive, a known flow's reply is served")
+            .world(&mine)
+            .tc_egress(EDGE)
+            .sends(&reply)
+            .becomes(&reply.clone().from(frontend))
+            .reply(ONE),
     );
     if cast.protocol == UDP {
         return;
     }
     let ended = connection.state(state::ESTABLISHED | state::RESET_REPLY);
     let first = cast.first(client, frontend);
-    let name = format!("{title}: passive, a tuple that was ours stays ours");
     table.add(
-        Case::new(name, &world.flows(ended.both()), Program::Ingress, EDGE, &first)
+        cast.case("passive, a tuple that was ours stays ours")
+            .world(&world.flows(ended.both()))
+            .tc_ingress(EDGE)
+            .sends(&first)
             .becomes(&first.clone().to(backend))
             .opens(ONE)
             .flows([])
@@ -151,7 +172,10 @@ fn import(table: &mut Table, cast: &Cast) {
             table.add(left(name, &world, (program, ifindex), &first, Reason::NotTaken, ONE));
         } else if cast.protocol == TCP || program != Program::Xdp {
             table.add(
-                Case::new(name, &world, program, ifindex, &first)
+                case(name)
+                    .world(&world)
+                    .at(program, ifindex)
+                    .sends(&first)
                     .becomes(&first.clone().to(backend))
                     .opens(ONE)
                     .embryonic([cast.connection().both()]),
@@ -184,25 +208,37 @@ fn imports(table: &mut Table, cast: &Cast) {
         }
     }
     let ended = at(cast.world(), phase::SERVE, &[(client, frontend, protocol, imported::CLOSING)]);
-    let name = format!("{title}: netfilter's connection that has ended");
     table.add(
-        Case::new(name, &ended, Program::Ingress, EDGE, &next).reason(Reason::NetfilterFlow, ONE),
+        cast.case("netfilter's connection that has ended")
+            .world(&ended)
+            .tc_ingress(EDGE)
+            .sends(&next)
+            .reason(Reason::NetfilterFlow, ONE),
     );
     if protocol != UDP {
-        let name =
-            format!("{title}: a new connection from the port of one of netfilter's that has ended");
         table.add(
-            Case::new(name, &ended, Program::Ingress, EDGE, &first)
+            cast.case("a new connection from the port of one of netfilter's that has ended")
+                .world(&ended)
+                .tc_ingress(EDGE)
+                .sends(&first)
                 .becomes(&first.clone().to(backend))
                 .opens(ONE)
                 .embryonic([cast.connection().both()]),
         );
     }
+}
+
+/// Connections beside those of netfilter.
+fn imports_of_others(table: &mut Table, cast: &Cast) {
+    let Cast { client, frontend, backend, protocol, .. } = *cast;
+    let (first, _) = (cast.first(client, frontend), cast.next(client, frontend));
     let other = SocketAddr::new(client.ip(), client.port() + 1);
     let world = at(cast.world(), phase::SERVE, &[(other, frontend, protocol, 0)]);
-    let name = format!("{title}: another connection than netfilter's");
     table.add(
-        Case::new(name, &world, Program::Ingress, EDGE, &first)
+        cast.case("another connection than netfilter's")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&first)
             .becomes(&first.clone().to(backend))
             .opens(ONE)
             .embryonic([cast.connection().both()]),
@@ -210,13 +246,20 @@ fn imports(table: &mut Table, cast: &Cast) {
     let mut unasked = world;
     unasked.settings.phase = phase::SERVE;
     let _ = unasked.imported.insert(tuple(client, frontend, protocol), 0);
-    let name = format!("{title}: netfilter's connections are not asked for where there are none");
     table.add(
-        Case::new(name, &unasked, Program::Ingress, EDGE, &first)
+        cast.case("netfilter's connections are not asked for where there are none")
+            .world(&unasked)
+            .tc_ingress(EDGE)
+            .sends(&first)
             .becomes(&first.clone().to(backend))
             .opens(ONE)
             .embryonic([cast.connection().both()]),
     );
+}
+
+/// The answer to a client that netfilter shows as the node, at a node port's number.
+fn imports_at_node_port(table: &mut Table, cast: &Cast) {
+    let Cast { backend, protocol, .. } = *cast;
     // The answer to a client that netfilter shows as the node, to a port that is a node port's
     // number as well.
     let mut world = cast.world();
@@ -236,8 +279,11 @@ fn imports(table: &mut Table, cast: &Cast) {
     for (what, reply) in
         [("opens", cast.first(backend, node)), ("goes on", cast.next(backend, node))]
     {
-        let name = format!("{title}: what netfilter expects at a node port's number {what}");
-        let case = Case::new(name, &world, Program::Ingress, UPLINK, &reply);
+        let case = cast
+            .case(format!("what netfilter expects at a node port's number {what}"))
+            .world(&world)
+            .tc_ingress(UPLINK)
+            .sends(&reply);
         let asked = what == "opens" || cast.protocol == UDP;
         table.add(if asked { case.reason(Reason::NetfilterFlow, ONE) } else { case });
     }
@@ -278,17 +324,22 @@ fn ports(table: &mut Table, cast: &Cast) {
 /// A client's reset of what it does not know, which tells that a reply's entry is lost: where it is
 /// proven.
 fn resets(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let reset = Frame::tcp(cast.client, cast.backend, RST, &[]);
     let connection = cast.connection().state(state::ESTABLISHED);
     for now in [phase::IMPORT, phase::PASSIVE] {
         let world = at(cast.world(), now, &[]);
-        let name = format!("{title}: no guess in phase {now}");
-        table.add(Case::new(name, &world, Program::Ingress, EDGE, &reset));
-        let name = format!("{title}: a forward entry is proof in phase {now}");
+        table.add(
+            cast.case(format!("no guess in phase {now}"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&reset),
+        );
         let known = world.flows(connection.age(5).forward());
         table.add(
-            Case::new(name, &known, Program::Ingress, EDGE, &reset)
+            cast.case(format!("a forward entry is proof in phase {now}"))
+                .world(&known)
+                .tc_ingress(EDGE)
+                .sends(&reset)
                 .dropped(Reason::ReplyRecovered, ONE)
                 .flows([connection.both()]),
         );
@@ -298,20 +349,29 @@ fn resets(table: &mut Table, cast: &Cast) {
         (cast.client, cast.other_frontend, TCP, imported::CLOSING),
     ];
     let world = at(cast.world(), phase::SERVE, &both);
-    let name = format!("{title}: no guess for a connection of netfilter's");
-    table.add(Case::new(name, &world, Program::Ingress, EDGE, &reset));
-    let name = format!("{title}: a guess beside connections of netfilter's");
+    table.add(
+        cast.case("no guess for a connection of netfilter's")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&reset),
+    );
     let world = at(cast.world(), phase::SERVE, &both[..1]);
     let guessed = Connection { frontend: cast.other_frontend, ..cast.other_connection() };
     table.add(
-        Case::new(name, &world, Program::Ingress, EDGE, &reset)
+        cast.case("a guess beside connections of netfilter's")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&reset)
             .dropped(Reason::ReplyRecovered, guessed.service_port)
             .embryonic([guessed.state(state::GUESS).heard(0x0102_fffe).both()]),
     );
     let fin = Frame::tcp(cast.client, cast.frontend, FIN, &[]);
-    let name = format!("{title}: netfilter's connection ends");
     table.add(
-        Case::new(name, &world, Program::Ingress, EDGE, &fin).reason(Reason::NetfilterFlow, ONE),
+        cast.case("netfilter's connection ends")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&fin)
+            .reason(Reason::NetfilterFlow, ONE),
     );
 }
 
@@ -327,17 +387,23 @@ fn strays(table: &mut Table) {
         let packet = Frame::tcp(from, to, SYN, &[]);
         for now in [phase::IMPORT, phase::PASSIVE] {
             let world = at(world.clone(), now, &[]);
-            let name = format!("{}: an unassigned address in phase {now}", cast.title());
-            table.add(Case::new(name, &world, Program::Egress, UPLINK, &packet));
+            table.add(
+                cast.case(format!("an unassigned address in phase {now}"))
+                    .world(&world)
+                    .tc_egress(UPLINK)
+                    .sends(&packet),
+            );
         }
-        let name = format!("{}: an unassigned address, with netfilter's connections", cast.title());
         let world = at(world, phase::SERVE, &[(from, to, UDP, 0)]).marks(mark::DIRECT);
         debug_assert!(
             !world.listing.contains_key(&to.ip())
                 || world.listing[&to.ip()] & listing::FRONTEND == 0
         );
         table.add(
-            Case::new(name, &world, Program::Egress, UPLINK, &packet)
+            cast.case("an unassigned address, with netfilter's connections")
+                .world(&world)
+                .tc_egress(UPLINK)
+                .sends(&packet)
                 .dropped(Reason::UnassignedAddress, 0),
         );
     }

@@ -7,7 +7,7 @@ use sluice_common::abi::{Service, ServiceKey, frontend, listing, networks, state
 
 use super::Table;
 use super::reject::{reset, unreachable};
-use crate::packets::case::{Case, End, Program};
+use crate::packets::case::{End, Program};
 use crate::packets::frame::{ACK, FIN, Frame, RST, SYN, TCP, UDP};
 use crate::packets::world::{
     Cast, EDGE, NET_CLIENTS, NET_FRONTENDS, NET_REMOTE, ONE, OWN, TUNNEL, UPLINK, Version, World,
@@ -18,8 +18,12 @@ use crate::packets::world::{
 pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
         undefined(table, &cast);
+        undefined_elsewhere(table, &cast);
         defined(table, &cast);
         unassigned(table, &cast);
+        unassigned_elsewhere(table, &cast);
+        unassigned_strangers(table, &cast);
+        unassigned_listed(table, &cast);
     }
     for cast in Cast::of(TCP) {
         segments(table, &cast);
@@ -28,10 +32,11 @@ pub(super) fn add(table: &mut Table) {
         let mut world = with_address(&cast);
         let _ = world.rejects.insert(cast.client.ip(), 100);
         let frame = cast.first(cast.client, closed(&cast));
-        let name =
-            format!("{}: an undefined port, a client that had too many answers", cast.title());
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &frame)
+            cast.case("an undefined port, a client that had too many answers")
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&frame)
                 .dropped(Reason::RejectLimited, 0),
         );
     }
@@ -54,99 +59,85 @@ pub(super) fn answer(cast: &Cast, frame: &Frame) -> Frame {
     if cast.protocol == TCP { reset(frame) } else { unreachable(frame) }
 }
 
+/// A port of a ClusterIP that its Service does not define.
 fn undefined(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let world = with_address(cast);
     let first = cast.first(cast.client, closed(cast));
     for (program, ifindex) in [(Program::Ingress, EDGE), (Program::Ingress, UPLINK)] {
         let first = first.clone().at(mac(ifindex));
         table.cut(
-            Case::new(
-                format!(
-                    "{title}: an undefined port of a ClusterIP is rejected, on device {ifindex}"
-                ),
-                &world,
-                program,
-                ifindex,
-                &first,
-            )
-            .becomes(&answer(cast, &first).turned())
-            .ends(End::Redirect)
-            .reason(Reason::UndefinedPort, 0),
+            cast.case(format!("an undefined port of a ClusterIP is rejected, on device {ifindex}"))
+                .world(&world)
+                .at(program, ifindex)
+                .sends(&first)
+                .becomes(&answer(cast, &first).turned())
+                .ends(End::Redirect)
+                .reason(Reason::UndefinedPort, 0),
         );
     }
-    let bare = first.clone().bare();
+    let bare = first.clone().l3();
     table.add(
-        Case::new(
-            format!("{title}: an undefined port of a ClusterIP is rejected without a link header"),
-            &world,
-            Program::IngressBare,
-            TUNNEL,
-            &bare,
-        )
-        .becomes(&answer(cast, &bare))
-        .ends(End::Redirect)
-        .reason(Reason::UndefinedPort, 0),
+        cast.case("an undefined port of a ClusterIP is rejected without a link header")
+            .world(&world)
+            .tc_ingress_l3(TUNNEL)
+            .sends(&bare)
+            .becomes(&answer(cast, &bare))
+            .ends(End::Redirect)
+            .reason(Reason::UndefinedPort, 0),
     );
-    table.add(Case::new(
-        format!("{title}: XDP leaves an undefined port to tc"),
-        &world,
-        Program::Xdp,
-        UPLINK,
-        &first.clone().at(mac(UPLINK)),
-    ));
+    table.add(
+        cast.case("XDP leaves an undefined port to tc")
+            .world(&world)
+            .xdp(UPLINK)
+            .sends(&first.clone().at(mac(UPLINK))),
+    );
+}
+
+/// The same to this host, and a port of the other protocol.
+fn undefined_elsewhere(table: &mut Table, cast: &Cast) {
+    let world = with_address(cast);
     let own = cast.first(SocketAddr::new(cast.node, 40_001), closed(cast));
     table.add(
-        Case::new(
-            format!("{title}: an undefined port is rejected to this host"),
-            &world,
-            Program::Egress,
-            UPLINK,
-            &own,
-        )
-        .becomes(&answer(cast, &own).at(mac(UPLINK)))
-        .ends(End::Redirect)
-        .reason(Reason::UndefinedPort, 0),
+        cast.case("an undefined port is rejected to this host")
+            .world(&world)
+            .tc_egress(UPLINK)
+            .sends(&own)
+            .becomes(&answer(cast, &own).at(mac(UPLINK)))
+            .ends(End::Redirect)
+            .reason(Reason::UndefinedPort, 0),
     );
     let mut other = cast.frontend;
     other.set_port(cast.frontend.port());
     let foreign = Cast { protocol: if cast.protocol == TCP { UDP } else { TCP }, ..*cast };
     let first = foreign.first(cast.client, other);
     table.add(
-        Case::new(
-            format!("{title}: a ClusterIP's port of the other protocol is undefined"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&answer(&foreign, &first).turned())
-        .ends(End::Redirect)
-        .reason(Reason::UndefinedPort, 0),
+        cast.case("a ClusterIP's port of the other protocol is undefined")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&answer(&foreign, &first).turned())
+            .ends(End::Redirect)
+            .reason(Reason::UndefinedPort, 0),
     );
 }
 
 /// What is not rejected.
 fn defined(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let world = with_address(cast);
     let first = cast.first(cast.client, cast.frontend);
     table.add(
-        Case::new(
-            format!("{title}: a defined port of a known ClusterIP"),
-            &world,
-            Program::Ingress,
-            EDGE,
-            &first,
-        )
-        .becomes(&first.clone().to(cast.backend))
-        .opens(ONE)
-        .embryonic([cast.connection().both()]),
+        cast.case("a defined port of a known ClusterIP")
+            .world(&world)
+            .tc_ingress(EDGE)
+            .sends(&first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([cast.connection().both()]),
     );
     let mut external = cast.other_frontend;
     external.set_port(external.port() + 1);
     let mut pass = |what: &str, world: &World, frame: &Frame| {
-        table.add(Case::new(format!("{title}: {what}"), world, Program::Ingress, EDGE, frame));
+        table.add(cast.case(what).world(world).tc_ingress(EDGE).sends(frame));
     };
     pass(
         "an undefined port of an external address",
@@ -173,20 +164,16 @@ fn defined(table: &mut Table, cast: &Cast) {
     let gone = cast.frontend(closed(cast)).connection().state(state::ESTABLISHED);
     let next = cast.next(cast.client, closed(cast));
     table.add(
-        Case::new(
-            format!("{title}: a flow goes on when its port is no longer defined"),
-            &world.flows(gone.both()),
-            Program::Ingress,
-            EDGE,
-            &next,
-        )
-        .becomes(&next.clone().to(cast.backend))
-        .forward(ONE),
+        cast.case("a flow goes on when its port is no longer defined")
+            .world(&world.flows(gone.both()))
+            .tc_ingress(EDGE)
+            .sends(&next)
+            .becomes(&next.clone().to(cast.backend))
+            .forward(ONE),
     );
 }
 
 fn segments(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let world = with_address(cast);
     for (what, flags, data) in [
         ("an acknowledgment", ACK, &b""[..]),
@@ -196,30 +183,29 @@ fn segments(table: &mut Table, cast: &Cast) {
     ] {
         let frame = Frame::tcp(cast.client, closed(cast), flags, data);
         table.add(
-            Case::new(
-                format!("{title}: {what} to an undefined port is reset"),
-                &world,
-                Program::Ingress,
-                EDGE,
-                &frame,
-            )
-            .becomes(&reset(&frame).turned())
-            .ends(End::Redirect)
-            .reason(Reason::UndefinedPort, 0),
+            cast.case(format!("{what} to an undefined port is reset"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&frame)
+                .becomes(&reset(&frame).turned())
+                .ends(End::Redirect)
+                .reason(Reason::UndefinedPort, 0),
         );
     }
     for (what, flags) in [("a RST", RST), ("a RST|ACK", RST | ACK)] {
         let frame = Frame::tcp(cast.client, closed(cast), flags, &[]);
-        let name = format!("{title}: {what} to an undefined port is never answered");
         table.add(
-            Case::new(name, &world, Program::Ingress, EDGE, &frame)
+            cast.case(format!("{what} to an undefined port is never answered"))
+                .world(&world)
+                .tc_ingress(EDGE)
+                .sends(&frame)
                 .dropped(Reason::NoBackendDropped, 0),
         );
     }
 }
 
+/// Packets that leave for an address of the Service networks that no Service has.
 fn unassigned(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let bit =
         if cast.version == Version::V4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
     let mut world = cast.world();
@@ -230,38 +216,27 @@ fn unassigned(table: &mut Table, cast: &Cast) {
     for (who, client) in [("this host", own), ("a pod", cast.client)] {
         let first = cast.first(client, none);
         table.add(
-            Case::new(
-                format!(
-                    "{title}: an address that no Service has leaves by our own device, from {who}"
-                ),
-                &world,
-                Program::Egress,
-                OWN,
-                &first.clone().at(mac(OWN)),
-            )
+            cast.case(format!(
+                "an address that no Service has leaves by our own device, from {who}"
+            ))
+            .world(&world)
+            .tc_egress(OWN)
+            .sends(&first.clone().at(mac(OWN)))
             .dropped(Reason::UnassignedAddress, 0),
         );
         table.add(
-            Case::new(
-                format!("{title}: an address that no Service has leaves by an uplink, from {who}"),
-                &world,
-                Program::Egress,
-                UPLINK,
-                &first,
-            )
-            .dropped(Reason::UnassignedAddress, 0),
+            cast.case(format!("an address that no Service has leaves by an uplink, from {who}"))
+                .world(&world)
+                .tc_egress(UPLINK)
+                .sends(&first)
+                .dropped(Reason::UnassignedAddress, 0),
         );
         table.add(
-            Case::new(
-                format!(
-                    "{title}: an address that no Service has leaves by the overlay, from {who}"
-                ),
-                &world,
-                Program::EgressBare,
-                TUNNEL,
-                &first.bare(),
-            )
-            .dropped(Reason::UnassignedAddress, 0),
+            cast.case(format!("an address that no Service has leaves by the overlay, from {who}"))
+                .world(&world)
+                .tc_egress_l3(TUNNEL)
+                .sends(&first.l3())
+                .dropped(Reason::UnassignedAddress, 0),
         );
     }
     let fragment = match cast.version {
@@ -269,18 +244,25 @@ fn unassigned(table: &mut Table, cast: &Cast) {
         Version::V6 => cast.next(own, none).extension(44, &[0, 0, 0, 0x80, 0, 0, 0, 7]),
     };
     table.add(
-        Case::new(
-            format!("{title}: a fragment leaves for an address that no Service has"),
-            &world,
-            Program::Egress,
-            UPLINK,
-            &fragment,
-        )
-        .dropped(Reason::UnassignedAddress, 0),
+        cast.case("a fragment leaves for an address that no Service has")
+            .world(&world)
+            .tc_egress(UPLINK)
+            .sends(&fragment)
+            .dropped(Reason::UnassignedAddress, 0),
     );
+}
+
+/// Such packets where they are not dropped: at other hooks, or without known networks.
+fn unassigned_elsewhere(table: &mut Table, cast: &Cast) {
+    let bit =
+        if cast.version == Version::V4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
+    let mut world = cast.world();
+    world.settings.networks = bit;
+    world.service_nets = vec![cast.prefix(91), cast.prefix(NET_FRONTENDS)];
+    let none = SocketAddr::new(address(cast.version, NET_FRONTENDS, 99), cast.frontend.port());
     let mut pass = |what: &str, world: &World, program, ifindex, frame: &Frame| {
         let frame = frame.clone().at(mac(ifindex));
-        table.add(Case::new(format!("{title}: {what}"), world, program, ifindex, &frame));
+        table.add(cast.case(what).world(world).at(program, ifindex).sends(&frame));
     };
     let first = cast.first(cast.client, none);
     pass(
@@ -308,6 +290,22 @@ fn unassigned(table: &mut Table, cast: &Cast) {
     let mut silent = world.clone();
     silent.settings.networks ^= networks::SERVICES_V4 | networks::SERVICES_V6;
     pass("no Service addresses of this family are known", &silent, Program::Egress, UPLINK, &first);
+}
+
+/// Addresses outside of the Service networks, errors, and devices that are not known.
+fn unassigned_strangers(table: &mut Table, cast: &Cast) {
+    let bit =
+        if cast.version == Version::V4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
+    let mut world = cast.world();
+    world.settings.networks = bit;
+    world.service_nets = vec![cast.prefix(91), cast.prefix(NET_FRONTENDS)];
+    let none = SocketAddr::new(address(cast.version, NET_FRONTENDS, 99), cast.frontend.port());
+    let own = SocketAddr::new(cast.node, 40_001);
+    let mut pass = |what: &str, world: &World, program, ifindex, frame: &Frame| {
+        let frame = frame.clone().at(mac(ifindex));
+        table.add(cast.case(what).world(world).at(program, ifindex).sends(&frame));
+    };
+    let first = cast.first(cast.client, none);
     let stranger = SocketAddr::new(address(cast.version, NET_REMOTE, 99), 80);
     pass(
         "an address outside of the Service networks",
@@ -319,7 +317,6 @@ fn unassigned(table: &mut Table, cast: &Cast) {
     let kind = if cast.version == Version::V4 { (3, 3) } else { (1, 4) };
     let error = Frame::icmp(own.ip(), none.ip(), kind, 0, &cast.next(none, own).packet());
     pass("an error towards an unassigned address", &world, Program::Egress, UPLINK, &error);
-
     let mut unlisted = world.clone();
     let _ = unlisted.devices.remove(&UPLINK);
     pass(
@@ -329,6 +326,17 @@ fn unassigned(table: &mut Table, cast: &Cast) {
         UPLINK,
         &first,
     );
+}
+
+/// An address that is listed is looked up first, and dropped all the same.
+fn unassigned_listed(table: &mut Table, cast: &Cast) {
+    let bit =
+        if cast.version == Version::V4 { networks::SERVICES_V4 } else { networks::SERVICES_V6 };
+    let mut world = cast.world();
+    world.settings.networks = bit;
+    world.service_nets = vec![cast.prefix(91), cast.prefix(NET_FRONTENDS)];
+    let none = SocketAddr::new(address(cast.version, NET_FRONTENDS, 99), cast.frontend.port());
+    let first = cast.first(cast.client, none);
     // What is listed is looked up first, and dropped all the same when nothing is found.
     let mut listed = world.clone();
     let _ = listed.listing.insert(none.ip(), listing::FRONTEND);
@@ -339,34 +347,31 @@ fn unassigned(table: &mut Table, cast: &Cast) {
     ] {
         let frame = frame.clone().at(mac(UPLINK));
         table.add(
-            Case::new(format!("{title}: {what}"), world, Program::Egress, UPLINK, &frame)
+            cast.case(what)
+                .world(world)
+                .tc_egress(UPLINK)
+                .sends(&frame)
                 .dropped(Reason::UnassignedAddress, 0),
         );
     }
     let connection = cast.connection().state(state::ESTABLISHED);
     let reply = cast.next(cast.backend, cast.client);
     table.add(
-        Case::new(
-            format!("{title}: Service networks are known, and a reply leaves"),
-            &world.clone().flows(connection.both()),
-            Program::Egress,
-            UPLINK,
-            &reply,
-        )
-        .becomes(&reply.clone().from(cast.frontend))
-        .reply(ONE),
+        cast.case("Service networks are known, and a reply leaves")
+            .world(&world.clone().flows(connection.both()))
+            .tc_egress(UPLINK)
+            .sends(&reply)
+            .becomes(&reply.clone().from(cast.frontend))
+            .reply(ONE),
     );
     let mut within = world;
     within.service_nets = vec![cast.prefix(NET_CLIENTS)];
     let reply = cast.next(cast.frontend, cast.client);
     table.add(
-        Case::new(
-            format!("{title}: a packet that leaves for a client within the Service networks"),
-            &within,
-            Program::Egress,
-            UPLINK,
-            &reply,
-        )
-        .dropped(Reason::UnassignedAddress, 0),
+        cast.case("a packet that leaves for a client within the Service networks")
+            .world(&within)
+            .tc_egress(UPLINK)
+            .sends(&reply)
+            .dropped(Reason::UnassignedAddress, 0),
     );
 }

@@ -7,7 +7,6 @@ use sluice_common::abi::{backend, flow, state};
 use sluice_common::path::mark;
 
 use super::Table;
-use crate::packets::case::{Case, Program};
 use crate::packets::frame::{ACK, Frame, RST, Sum, TCP};
 use crate::packets::world::{Cast, Connection, EDGE, NARROW, ONE, UPLINK, World, mac};
 
@@ -16,24 +15,23 @@ pub(super) fn add(table: &mut Table) {
     for cast in Cast::all() {
         taken(table, &cast);
         left(table, &cast);
+        left_frames(table, &cast);
+        left_clients(table, &cast);
+        left_ethertype(table, &cast);
     }
 }
 
 fn taken(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let connection = cast.connection();
     let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
     table.cut(
-        Case::new(
-            format!("{title}: XDP opens a flow to a backend on this node"),
-            &cast.world(),
-            Program::Xdp,
-            UPLINK,
-            &first,
-        )
-        .becomes(&first.clone().to(cast.backend))
-        .opens(ONE)
-        .embryonic([connection.both()]),
+        cast.case("XDP opens a flow to a backend on this node")
+            .world(&cast.world())
+            .xdp(UPLINK)
+            .sends(&first)
+            .becomes(&first.clone().to(cast.backend))
+            .opens(ONE)
+            .embryonic([connection.both()]),
     );
     let next = cast.next(cast.client, cast.frontend).at(mac(UPLINK));
     let translated = next.clone().to(cast.backend);
@@ -42,57 +40,42 @@ fn taken(table: &mut Table, cast: &Cast) {
         let after = if age < 9 { proven.age(age) } else { proven };
         let world = cast.world().flows(proven.age(age).both());
         table.add(
-            Case::new(
-                format!("{title}: XDP takes a packet of {what} flow"),
-                &world,
-                Program::Xdp,
-                UPLINK,
-                &next,
-            )
-            .becomes(&translated)
-            .forward(ONE)
-            .flows([after.both()]),
+            cast.case(format!("XDP takes a packet of {what} flow"))
+                .world(&world)
+                .xdp(UPLINK)
+                .sends(&next)
+                .becomes(&translated)
+                .forward(ONE)
+                .flows([after.both()]),
         );
     }
     if cast.protocol == TCP {
         table.add(
-            Case::new(
-                format!("{title}: XDP takes a client's second packet"),
-                &cast.world().embryonic(connection.both()),
-                Program::Xdp,
-                UPLINK,
-                &next,
-            )
-            .becomes(&translated)
-            .forward(ONE),
+            cast.case("XDP takes a client's second packet")
+                .world(&cast.world().embryonic(connection.both()))
+                .xdp(UPLINK)
+                .sends(&next)
+                .becomes(&translated)
+                .forward(ONE),
         );
         table.add(
-            Case::new(
-                format!("{title}: XDP makes lost entries again"),
-                &cast.world(),
-                Program::Xdp,
-                UPLINK,
-                &next,
-            )
-            .becomes(&translated)
-            .reason(Reason::Recovered, ONE)
-            .embryonic([connection.both()]),
+            cast.case("XDP makes lost entries again")
+                .world(&cast.world())
+                .xdp(UPLINK)
+                .sends(&next)
+                .becomes(&translated)
+                .reason(Reason::Recovered, ONE)
+                .embryonic([connection.both()]),
         );
     }
 }
 
+/// Packets that XDP leaves to tc: backends elsewhere, and checksums.
 fn left(table: &mut Table, cast: &Cast) {
-    let title = cast.title();
     let connection = cast.connection();
     let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
     let mut leave = |what: &str, world: &World, ifindex, frame: &Frame| {
-        table.add(Case::new(
-            format!("{title}: XDP leaves {what}"),
-            world,
-            Program::Xdp,
-            ifindex,
-            frame,
-        ));
+        table.add(cast.case(format!("XDP leaves {what}")).world(world).xdp(ifindex).sends(frame));
     };
     let far = cast.world().backend_flags(ONE, backend::SERVING);
     leave("a packet for a backend on another node", &far, UPLINK, &first);
@@ -110,6 +93,14 @@ fn left(table: &mut Table, cast: &Cast) {
         UPLINK,
         &next.sum(Sum::Partial),
     );
+}
+
+/// Frames for others, and of devices that are not known.
+fn left_frames(table: &mut Table, cast: &Cast) {
+    let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
+    let mut leave = |what: &str, world: &World, ifindex, frame: &Frame| {
+        table.add(cast.case(format!("XDP leaves {what}")).world(world).xdp(ifindex).sends(frame));
+    };
     leave("a frame for another host", &cast.world(), UPLINK, &first.clone().at([2, 9, 9, 9, 9, 9]));
     leave(
         "a frame for another device of this host",
@@ -126,13 +117,23 @@ fn left(table: &mut Table, cast: &Cast) {
         NARROW,
         &first.clone().at(mac(NARROW)),
     );
+}
 
+/// Clients that are their own backend, this host, resets and strangers.
+fn left_clients(table: &mut Table, cast: &Cast) {
+    let mut leave = |what: &str, world: &World, ifindex, frame: &Frame| {
+        table.add(cast.case(format!("XDP leaves {what}")).world(world).xdp(ifindex).sends(frame));
+    };
     let itself = SocketAddr::new(cast.backend.ip(), 40_001);
     let hairpin = cast.first(itself, cast.frontend).at(mac(UPLINK));
     leave("a client that is its own backend", &cast.world(), UPLINK, &hairpin);
     let client = SocketAddr::new(cast.node, 40_001);
-    let host =
-        Connection { client, seen_as: client, flags: flow::HOST | flow::LOCAL, ..connection };
+    let host = Connection {
+        client,
+        seen_as: client,
+        flags: flow::HOST | flow::LOCAL,
+        ..cast.connection()
+    };
     let world = cast.world().flows(host.state(state::ESTABLISHED).both()).marks(mark::HOST);
     leave("a reply to this host", &world, UPLINK, &cast.next(cast.backend, client).at(mac(UPLINK)));
     if cast.protocol == TCP {
@@ -144,14 +145,17 @@ fn left(table: &mut Table, cast: &Cast) {
     let mut stranger = cast.frontend;
     stranger.set_ip(cast.router);
     leave("a stranger", &cast.world(), UPLINK, &cast.first(cast.client, stranger).at(mac(UPLINK)));
+}
+
+/// A frame of another ethertype.
+fn left_ethertype(table: &mut Table, cast: &Cast) {
+    let first = cast.first(cast.client, cast.frontend).at(mac(UPLINK));
     let arp = [&mac(UPLINK)[..], &[2, 0, 0, 0, 0, 5], &[0x08, 0x06], &[0; 46]].concat();
-    let mut case = Case::new(
-        format!("{title}: XDP leaves a frame of another ethertype"),
-        &cast.world(),
-        Program::Xdp,
-        UPLINK,
-        &first,
-    );
+    let mut case = cast
+        .case("XDP leaves a frame of another ethertype")
+        .world(&cast.world())
+        .xdp(UPLINK)
+        .sends(&first);
     case.input.clone_from(&arp);
     case.expected.frame = arp;
     table.add(case);
