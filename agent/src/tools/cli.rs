@@ -302,7 +302,7 @@ impl Command {
             Self::Diff(args) => diff::run(*args, pin_path, state_dir),
             Self::Takeover(args) => takeover::take_over(&args, state_dir),
             Self::Release(args) => takeover::release(&args, state_dir),
-            Self::Cleanup { force, stay } => cleanup::run(&places, force, stay),
+            Self::Cleanup { force, stay } => cleanup::run(places, force, stay),
         }
     }
 }
