@@ -1,6 +1,6 @@
 //! The node agent: wires sources, model, plan and dataplane, and reports its state.
 //!
-//! [`run`] prepares the node and starts the tasks around the loop. [`Agent::run`] is the loop:
+//! [`run`] prepares the node and starts the tasks around the loop. `Agent::run` is the loop:
 //! it waits for one of its inputs, handles it in a method of its own, and then brings everything
 //! that depends on it up to date.
 

@@ -38,7 +38,7 @@ pub struct Attachments {
 pub struct Inputs {
     /// The devices.
     pub watched: watch::Receiver<Watched>,
-    /// Why VIPs are not routed, if they are not (see [`super::routes::route_vips`]).
+    /// Why VIPs are not routed, if they are not (see `routes::route_vips`).
     pub routing: watch::Receiver<Option<String>>,
     /// Whether the maps hold an image. Programs with empty maps would undo what an agent of another
     /// version still does.
