@@ -31,7 +31,7 @@ pub use map::{EntryWrite, FamilyImage, FamilyWrite, Image};
 pub use memory::{Faulty, Memory};
 pub use reconcile::Reconciler;
 
-/// Every client class, in the order of [`ServicePort::ranges`].
+/// Every client class, in the order of `ServicePort::ranges`.
 pub const CLASSES: [Class; 3] = [Class::Internal, Class::ExternalInside, Class::ExternalOutside];
 
 /// A network whose addresses may use a service port; a key of the map `source_ranges`.

@@ -1,6 +1,6 @@
 //! The maps that the plan fills, each declared once.
 //!
-//! An entry of [`plan_maps!`] adds a map to the image and gives it a type that implements
+//! An entry of `plan_maps!` adds a map to the image and gives it a type that implements
 //! [`PlanMap`], by which the draft, the diff and `sluice diff` name it. A table of a family also
 //! gets its variant of [`FamilyWrite`] and implements [`Table`].
 
