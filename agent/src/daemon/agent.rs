@@ -28,6 +28,7 @@ use super::sync::MapSync;
 use crate::daemon::monitor::metrics::Metrics;
 use crate::daemon::monitor::{Liveness, Monitor};
 use crate::daemon::source::Pulse;
+use crate::daemon::source::kubernetes::Events;
 use crate::daemon::takeover::request::{self, Request};
 use crate::daemon::takeover::{self, Takeover};
 use crate::node::dataplane::{Pins, RouteMtus};
@@ -83,12 +84,16 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     if let Err(error) = &written {
         tracing::warn!("{error}");
     }
-    let reserved_ports = prepare::set_node(&options)?;
-    let programs = prepare::load_programs(&options, &pins, earlier).await?;
     // Kept here, because the loop must go on when a source ends.
     let (events_sender, events) = mpsc::channel(EVENTS);
-    let early = Early { state, status, is_unwritten: written.is_err(), reserved_ports };
-    let agent = start(options, &pins, early, programs, (&events_sender, events)).await?;
+    // What can fail without the kernel comes first: a start that fails there leaves no maps.
+    let sources = prepare::start_sources(&options, &events_sender).await?;
+    let cgroup = prepare::cgroup(&options)?;
+    let reserved_ports = prepare::set_node(&options)?;
+    let programs = prepare::load_programs(&options, &pins, earlier).await?;
+    let is_unwritten = written.is_err();
+    let early = Early { state, status, is_unwritten, sources, cgroup, reserved_ports, events };
+    let agent = start(options, &pins, early, programs)?;
     let result = agent.run().await;
     drop(events_sender);
     result
@@ -139,21 +144,18 @@ struct Early {
     state: StateDir,
     status: Status,
     is_unwritten: bool,
+    sources: (Vec<Source>, Option<Events>),
+    cgroup: Option<PathBuf>,
     reserved_ports: ReservedPorts,
+    events: mpsc::Receiver<Event>,
 }
 
 /// Starts all tasks around the loop.
-async fn start(
-    options: Options,
-    pins: &Pins,
-    early: Early,
-    programs: Programs,
-    (events_sender, events): (&mpsc::Sender<Event>, mpsc::Receiver<Event>),
-) -> anyhow::Result<Agent> {
+fn start(options: Options, pins: &Pins, early: Early, programs: Programs) -> anyhow::Result<Agent> {
     let Programs { loaded, routes, settings, cluster, programmed } = programs;
-    let (cgroup, mtus) = (prepare::cgroup(&options)?, RouteMtus::open(&pins.maps())?);
+    let (sources, event_writer) = early.sources;
+    let mtus = RouteMtus::open(&pins.maps())?;
     let takeover = takeover::start(settings.phase, pins.maps(), options.state_dir.clone())?;
-    let (sources, event_writer) = prepare::start_sources(&options, events_sender).await?;
     let requests = options.kubernetes.as_ref().map(|settings| &settings.requests);
     let (metrics, liveness) = (Arc::new(Metrics::new(requests)), Arc::new(Liveness::default()));
     let model = model(&options, &sources);
@@ -170,7 +172,7 @@ async fn start(
         mtus,
         hooks: loaded.hooks,
         socket_path: options.socket_path,
-        cgroup,
+        cgroup: early.cgroup,
         filled: loaded.filled,
         proc_sys: options.proc_sys,
     });
@@ -205,7 +207,7 @@ async fn start(
         cluster,
         settings,
         devices,
-        events,
+        events: early.events,
         takeover,
     })
 }

@@ -549,8 +549,8 @@ impl Worker {
 }
 
 /// What an operator has to do about rules that remain.
-const STOP: &str = "kube-proxy to be stopped, so that its rules can be removed (then run `sluice takeover --finish`)";
-const LEGACY: &str = "kube-proxy's chains in legacy iptables to be removed: stop it and run `kube-proxy --cleanup` (Sluice cannot remove them over netlink)";
+pub(crate) const STOP: &str = "kube-proxy to be stopped, so that its rules can be removed (then run `sluice takeover --finish`)";
+pub(crate) const LEGACY: &str = "kube-proxy's chains in legacy iptables to be removed: stop it and run `kube-proxy --cleanup` (Sluice cannot remove them over netlink)";
 
 /// Makes Sluice's own table. If the kernel refuses it, legacy iptables is enough: its chains of
 /// type nat stay until the machine reboots.

@@ -48,6 +48,13 @@ pub fn loopback(path: &Path) -> PathBuf {
     path.join("loopback")
 }
 
+/// Returns the path of the record of connection tracking's settings (see
+/// [`crate::node::conntrack::limits`]).
+#[must_use]
+pub fn conntrack(path: &Path) -> PathBuf {
+    path.join("conntrack")
+}
+
 /// Converts a time to seconds since 1970.
 #[must_use]
 pub fn unix_seconds(time: SystemTime) -> u64 {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use serde::Serialize;
 use sluice_common::abi::{
     Backend, BackendCounters, COUNTER_V6, Name, Range, Service, ServiceKey, SocketCounters,
@@ -15,6 +15,7 @@ use sluice_core::image::{Dataplane, Image, Stack};
 use sluice_core::model::object::Protocol;
 
 use crate::node::dataplane::{Access, Error, Kernel, Maps, Pins};
+use crate::node::host;
 
 /// The content of the pinned maps, read once.
 #[derive(Debug)]
@@ -126,6 +127,25 @@ pub(crate) fn open(pin_path: &Path) -> anyhow::Result<Kernel> {
         }
     }
     Ok(Kernel::new(Maps::open(&folder, Access::Read)?))
+}
+
+/// Checks that this process is in the network namespace of the agent that wrote the maps: devices,
+/// addresses and routes of another one say nothing about them.
+///
+/// # Errors
+///
+/// When it is in another one, or the maps cannot be read.
+pub(crate) fn check_namespace(kernel: &Kernel) -> anyhow::Result<()> {
+    let wanted = kernel.maps().read_programmed()?.map_or(0, |all| all.settings.host_netns);
+    // A kernel before Linux 5.14 has no cookies, and maps that no agent has filled have none.
+    let here = host::netns_cookie().unwrap_or_default();
+    ensure!(
+        wanted == 0 || here == 0 || wanted == here,
+        "this is another network namespace than the agent's, so its devices, addresses and routes \
+         have nothing to do with these maps; run the command in the agent's: \
+         nsenter --net=/proc/PID/ns/net sluice ... (`sluice status` shows the PID)"
+    );
+    Ok(())
 }
 
 impl View {

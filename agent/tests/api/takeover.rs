@@ -639,6 +639,10 @@ fn move_in(bench: &mut Bench) -> Result<(SocketAddr, SocketAddr)> {
         // kube-proxy goes, its rules stay.
         let _ = bench.kube_proxy.take().context("no kube-proxy")?.stop()?;
         traffic.more_rounds("kube-proxy is gone", 3)?;
+        // It returns when the rules are gone, and says what still lives.
+        let said = bench.node.sluice(&["takeover", "--finish"])?;
+        ensure!(said.contains("serving; netfilter still has"), "{said}");
+        // Who wants to wait for that is told that it has not ended.
         let output = bench.node.sluice_output(&["takeover", "--finish", "--wait", "3s"])?;
         ensure!(
             output.status.code() == Some(1),

@@ -43,6 +43,28 @@ fn table(node: &Node, args: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// In another network namespace devices and addresses are others: nothing is compared there, and
+/// nothing removed.
+fn elsewhere(cluster: &Cluster, node: &Node) -> Result<()> {
+    let server = format!("{}:80", cluster_ip(WEB)[0]);
+    let explain = ["explain", "tcp", "10.0.0.1:4001", &server, "--from", "host"];
+    for (words, code) in
+        [(&["diff"][..], 2), (&["diff", "--repair"], 2), (&["cleanup"], 1), (&explain, 1)]
+    {
+        let command = node.sluice_command(words)?;
+        let program = command.get_program().to_str().context("a path")?;
+        let output = cluster.client.output(program, command.get_args())?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(
+            output.status.code() == Some(code) && said.contains("another network namespace"),
+            "{words:?}: {} {said}",
+            output.status
+        );
+    }
+    ensure!(node.pin_path().exists(), "the pins were removed");
+    Ok(())
+}
+
 #[test]
 fn a_difference_is_shown_and_repaired() -> Result<()> {
     if skip("a_difference") {
@@ -87,6 +109,7 @@ fn a_difference_is_shown_and_repaired() -> Result<()> {
     ensure!(code == 2 && report.is_null(), "a repair beside an agent: {code} {report}");
     ensure!(said.contains("restart it") && said.contains("pid"), "{said}");
     cluster.agent().stop()?;
+    elsewhere(&cluster, &node)?;
     table(&node, &["--repair"])?;
     reaches(&cluster.client, cluster_ip(WEB), &cluster.names(), None)?;
     let (code, report, said) = diff(&node, &[])?;

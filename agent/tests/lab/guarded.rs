@@ -159,7 +159,8 @@ fn scrape(at: SocketAddr) -> Result<usize> {
     stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
     let mut text = String::new();
     let length = stream.read_to_string(&mut text)?;
-    ensure!(text.starts_with("HTTP/1.1 200 ") && text.ends_with("# EOF\n"), "{text}");
+    let is_whole = text.contains("\nsluice_ready{} 1\n") && text.ends_with('\n');
+    ensure!(text.starts_with("HTTP/1.1 200 ") && is_whole, "{text}");
     Ok(length)
 }
 

@@ -163,7 +163,24 @@ fn perf(cluster: &Cluster) -> Result<()> {
     let refused = cluster.client.output("iperf3", arguments("1"))?;
     let said = String::from_utf8_lossy(&refused.stdout).into_owned();
     ensure!(said.contains("unable to connect"), "{said}");
-    until("a connection that failed", || Ok((sockets(node, "perf", "failed")? == 1).then_some(())))
+    until(
+        "a connection that failed",
+        || Ok((sockets(node, "perf", "failed")? == 1).then_some(())),
+    )?;
+    // Whoever looks sees it, whichever question they ask.
+    let opened = sockets(node, "perf", "connections")?;
+    let failed = format!("1 of {}", opened + 1);
+    for command in [&["backends", "perf"][..], &["services"], &["backends", "-o", "wide"]] {
+        let table = node.sluice(command)?;
+        let rows = table.lines().filter(|row| row.contains("perf") && row.contains(&failed));
+        ensure!(rows.count() == 1, "{command:?} does not show {failed}:\n{table}");
+    }
+    let client = SocketAddr::new(cluster.client.ipv6().into(), 4001).to_string();
+    let server = SocketAddr::new(vip6.into(), PERF).to_string();
+    let told = node.sluice(&["explain", "tcp", &client, &server, "--from", "pod"])?;
+    let line = format!("refused or did not answer {failed} connections from this node");
+    ensure!(told.contains(&line), "explain does not say {line:?}:\n{told}");
+    Ok(())
 }
 
 /// A listener, once it listens.

@@ -169,6 +169,33 @@ fn kernel_objects(node: &Node) -> Result<Vec<(&'static str, u64)>> {
 }
 
 #[test]
+fn a_first_start_that_fails_leaves_nothing() -> Result<()> {
+    if skip("a_first_start_that_fails") {
+        return Ok(());
+    }
+    let cluster = Cluster::without_agents("first-start", &Plan::default())?;
+    let node = cluster.node();
+    let broken = cluster.lab.state().join("broken.yaml");
+    std::fs::write(&broken, "clusters: [{name: a, cluster: {server: 'not an address'}}]\n")?;
+    let broken = broken.display().to_string();
+    let manifests = cluster.lab.state().display().to_string();
+    for (args, expected) in [
+        (&["--kubeconfig", "/nowhere/kubeconfig"][..], "/nowhere/kubeconfig"),
+        (&["--kubeconfig", &broken], "kubeconfig"),
+        (&["--manifests", &manifests, "--cgroup", "/nowhere/cgroup"], "/nowhere/cgroup"),
+    ] {
+        let args = [&["agent", "--node-name", "n1"][..], args].concat();
+        let output = node.sluice_output(&args)?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success() && said.contains(expected), "{args:?}: {said}");
+        ensure!(!node.pin_path().exists(), "{args:?}: {} was made", node.pin_path().display());
+        let device = node.output("ip", ["link", "show", "sluice0"])?;
+        ensure!(!device.status.success(), "{args:?}: sluice0 was made");
+    }
+    Ok(())
+}
+
+#[test]
 fn cleanup_removes_every_trace() -> Result<()> {
     if skip("cleanup_removes") {
         return Ok(());
@@ -192,7 +219,18 @@ fn cleanup_removes_every_trace() -> Result<()> {
         ["filter", "add", "dev", &edge, "egress", "pref", "7", "bpf", "da", "object-pinned", &pin],
     )?;
     cluster.node().uplink_peer_xdp_pass()?;
-    cluster.start_agents(&["--uplink", "eth0", "--xdp", "native"])?;
+    let close_wait =
+        || node.run("cat", ["/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait"]);
+    let close_wait_before = close_wait()?;
+    cluster.start_agents(&[
+        "--uplink",
+        "eth0",
+        "--xdp",
+        "native",
+        "--conntrack-tcp-timeout-close-wait",
+        "1h",
+    ])?;
+    ensure!(close_wait()?.trim() == "3600", "{}", close_wait()?);
     reaches(&cluster.client, cluster_ip(WEB), &["near-1"], None)?;
     reaches(&node, cluster_ip(WEB), &["near-1"], None)?;
     let filters = || node.run("tc", ["filter", "show", "dev", &edge, "egress"]);
@@ -218,6 +256,7 @@ fn cleanup_removes_every_trace() -> Result<()> {
         })?;
     }
     ensure!(!node.pin_path().exists(), "{} is still there", node.pin_path().display());
+    ensure!(close_wait()? == close_wait_before, "{} is left of 3600", close_wait()?);
     let left = filters()?;
     ensure!(left.contains("pref 7") && !left.contains("sluice_"), "{left}");
     ensure!(

@@ -145,8 +145,8 @@ fn connections_survive(name: &str, mode: &'static str) -> Result<()> {
     let plan = Plan { near: 3, args: vec!["--socket-path", mode], ..Plan::default() };
     let mut cluster = Cluster::new(name, &plan)?;
     let node = cluster.node().clone();
-    // Four from each of six places, so that every backend has some, but once in ten thousand times.
-    let mut connections = Connections::open(&cluster, 4)?;
+    // Eight from each of six places, so that every backend has some, but once in ten million times.
+    let mut connections = Connections::open(&cluster, 8)?;
     ensure!(
         connections.names().len() == 3,
         "not every backend has a connection: {:?}",

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use sluice_common::abi::Settings;
 use sluice_core::cluster::{Adopted, Cluster, Programmed};
 use sluice_core::model::{Event, SourceId};
@@ -77,7 +77,9 @@ pub(super) fn set_node(options: &Options) -> anyhow::Result<ReservedPorts> {
         );
     }
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
-    for failure in options.conntrack.apply(&options.proc_sys.join(limits::SYSCTLS), cpus) {
+    let record = status::conntrack(&options.state_dir);
+    let sysctls = options.proc_sys.join(limits::SYSCTLS);
+    for failure in options.conntrack.apply(&sysctls, &record, cpus) {
         tracing::warn!("{failure}");
     }
     if let Some(score) = options.oom_score_adj
@@ -154,6 +156,7 @@ pub(super) fn cgroup(options: &Options) -> anyhow::Result<Option<PathBuf>> {
     match (options.socket_path, &options.cgroup) {
         (SocketPath::Off, _) => Ok(None),
         (SocketPath::All | SocketPath::Machine | SocketPath::Host, Some(cgroup)) => {
+            ensure!(cgroup.is_dir(), "--cgroup {}: there is no such cgroup", cgroup.display());
             Ok(Some(cgroup.clone()))
         }
         (SocketPath::All | SocketPath::Machine | SocketPath::Host, None) => host::cgroup2_mount()

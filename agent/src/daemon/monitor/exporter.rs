@@ -58,10 +58,15 @@ impl Exporter {
 
     /// Returns all metrics in a text form.
     pub(super) async fn text(&self, form: Form) -> Result<Bytes, fmt::Error> {
-        let open = self.shared.get(|| tokio::task::block_in_place(|| self.write())).await?;
+        let make = || {
+            let open = self.write()?;
+            let text = to_text(&open).into();
+            Ok(Texts { open: open.into(), text })
+        };
+        let texts = self.shared.get(|| tokio::task::block_in_place(make)).await?;
         Ok(match form {
-            Form::Open => open,
-            Form::Text => to_text(&String::from_utf8_lossy(&open)).into(),
+            Form::Open => texts.open,
+            Form::Text => texts.text,
         })
     }
 
@@ -98,10 +103,17 @@ impl Exporter {
 #[derive(Debug, Default)]
 struct Shared(Arc<Mutex<Option<Last>>>);
 
-/// A text, and when it was made.
+/// The metrics in both forms.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Texts {
+    open: Bytes,
+    text: Bytes,
+}
+
+/// The last texts, and when they were made.
 #[derive(Debug)]
 struct Last {
-    text: Bytes,
+    texts: Texts,
     made: Instant,
     /// No other text is made before this.
     next: Instant,
@@ -110,28 +122,28 @@ struct Last {
 impl Shared {
     async fn get(
         &self,
-        make: impl FnOnce() -> Result<String, fmt::Error>,
-    ) -> Result<Bytes, fmt::Error> {
+        make: impl FnOnce() -> Result<Texts, fmt::Error>,
+    ) -> Result<Texts, fmt::Error> {
         let asked = Instant::now();
         let mut last = self.0.lock().await;
         if let Some(last) = &*last {
             if asked <= last.made {
-                return Ok(last.text.clone());
+                return Ok(last.texts.clone());
             }
             tokio::time::sleep_until(last.next).await;
         }
         let started = Instant::now();
-        let text = Bytes::from(make()?);
+        let texts = make()?;
         let made = Instant::now();
         let next = made + started.elapsed().min(PAUSE);
-        *last = Some(Last { text: text.clone(), made, next });
+        *last = Some(Last { texts: texts.clone(), made, next });
         // It has megabytes on a large node, and nobody needs it any more.
         let kept = Arc::clone(&self.0);
         let _forgetting = tokio::spawn(async move {
             tokio::time::sleep_until(next).await;
             let _ = kept.lock().await.take_if(|last| last.next <= next);
         });
-        Ok(text)
+        Ok(texts)
     }
 }
 
@@ -331,6 +343,10 @@ mod tests {
 
     use super::*;
 
+    fn texts(word: &'static str) -> Texts {
+        Texts { open: Bytes::from(word), text: Bytes::from(word) }
+    }
+
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn who_asks_while_the_maps_are_read_shares_the_answer() {
         let shared = Arc::new(Shared::default());
@@ -351,17 +367,17 @@ mod tests {
                         reading.fetch_sub(1, Ordering::SeqCst),
                         read.fetch_add(1, Ordering::SeqCst),
                     );
-                    Ok("text".to_owned())
+                    Ok(texts("text"))
                 };
                 shared.get(|| tokio::task::block_in_place(make)).await
             })
         });
         for answer in futures::future::join_all(all.collect::<Vec<_>>()).await {
-            assert_eq!(answer.expect("no panic"), Ok(Bytes::from("text")));
+            assert_eq!(answer.expect("no panic"), Ok(texts("text")));
         }
         assert_eq!(read.load(Ordering::SeqCst), 1, "one reads for all");
         // Later requests get a text of that time, and an unneeded text is not kept.
-        assert_eq!(shared.get(|| Ok("later".to_owned())).await, Ok(Bytes::from("later")));
+        assert_eq!(shared.get(|| Ok(texts("later"))).await, Ok(texts("later")));
         tokio::time::sleep(Duration::from_secs(2)).await;
         assert!(shared.0.lock().await.is_none());
     }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use sluice_common::abi::SocketCounters;
 
 use super::Outcome;
-use super::table::{Format, Table, bytes, percent, render};
+use super::table::{Format, Table, bytes, failures, percent, render};
 use crate::node::view::{PortName, View};
 
 /// A backend.
@@ -88,7 +88,7 @@ pub(super) fn run(
     }
     let mut rows = rows(&view, service);
     rows.sort_by(|a, b| (&a.name, &a.backend).cmp(&(&b.name, &b.backend)));
-    Ok(render(format, &rows, |rows| table(rows).text())?.into())
+    Ok(render(format, &rows, |rows| table(rows, format == Format::Wide).text())?.into())
 }
 
 /// Returns the backends of one service, or of all.
@@ -123,48 +123,39 @@ fn rows(view: &View, service: Option<&str>) -> Vec<Row> {
     rows
 }
 
-fn table(rows: &[Row]) -> Table {
-    let mut table = Table::new(&[
-        "SERVICE",
-        "PORT",
-        "PROTO",
-        "BACKEND",
-        "ID",
-        "SHARE",
-        "LOCAL",
-        "STATE",
-        "PACKETS-IN",
-        "BYTES-IN",
-        "PACKETS-OUT",
-        "BYTES-OUT",
-        "FLOWS",
-        "CALLS",
-        "CONNECTED",
-        "SENT",
-        "RECEIVED",
-        "RESETS",
-    ]);
+fn table(rows: &[Row], is_wide: bool) -> Table {
+    let mut headers =
+        vec!["SERVICE", "BACKEND", "STATE", "SHARE", "OPENED", "FAILED", "RESETS", "IN", "OUT"];
+    if is_wide {
+        headers.extend(["PROTO", "ID", "LOCAL", "OPEN", "FLOWS", "CALLS", "PACKETS", "SEGMENTS"]);
+    }
+    let mut table = Table::new(&headers);
     for row in rows {
-        table.row([
-            format!("{}/{}", row.name.namespace, row.name.service),
-            row.name.port.to_string(),
-            row.name.protocol.clone(),
+        let (name, sockets) = (&row.name, &row.sockets);
+        let mut cells = vec![
+            format!("{}/{}:{}", name.namespace, name.service, name.port),
             row.backend.clone(),
-            row.id.to_string(),
-            format!("{:.1}%", row.share),
-            if row.local { "yes" } else { "no" }.to_owned(),
             row.state.to_owned(),
-            row.forward_packets.to_string(),
-            bytes(row.forward_bytes),
-            row.reply_packets.to_string(),
-            bytes(row.reply_bytes),
-            row.flows.to_string(),
-            row.calls.to_string(),
-            row.sockets.connections.saturating_sub(row.sockets.closed).to_string(),
-            bytes(row.sockets.sent_bytes),
-            bytes(row.sockets.received_bytes),
-            (row.forward_resets + row.reply_resets + row.sockets.resets).to_string(),
-        ]);
+            format!("{:.0}%", row.share),
+            (row.flows + sockets.connections).to_string(),
+            failures(sockets.failed, sockets.connections + sockets.failed),
+            (row.forward_resets + row.reply_resets + sockets.resets).to_string(),
+            bytes(row.forward_bytes + sockets.sent_bytes),
+            bytes(row.reply_bytes + sockets.received_bytes),
+        ];
+        if is_wide {
+            cells.extend([
+                name.protocol.clone(),
+                row.id.to_string(),
+                if row.local { "yes" } else { "no" }.to_owned(),
+                sockets.connections.saturating_sub(sockets.closed).to_string(),
+                row.flows.to_string(),
+                row.calls.to_string(),
+                (row.forward_packets + row.reply_packets).to_string(),
+                (sockets.sent_segments + sockets.received_segments).to_string(),
+            ]);
+        }
+        table.row(cells);
     }
     table
 }

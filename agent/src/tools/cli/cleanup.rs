@@ -6,11 +6,12 @@ use anyhow::{Context, bail};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Outcome, Places, print, runtime};
+use crate::node::conntrack::limits;
 use crate::node::dataplane::{Pins, cleanup};
 use crate::node::devices::own::OwnRoutes;
 use crate::node::devices::{OWN, loopback};
 use crate::node::kube_proxy::rules::{self, HOLDING};
-use crate::node::{ports, status};
+use crate::node::{ports, status, view};
 
 /// Removes everything, and prints what was removed. With `stay` it waits for a signal afterwards.
 ///
@@ -28,8 +29,18 @@ pub(super) fn run(places: &Places, force: bool, stay: bool) -> anyhow::Result<Ou
             pin_path.display()
         );
     }
+    // Where nothing is pinned, or by another version, nothing says whose namespace it was.
+    if !force && let Ok(kernel) = view::open(pin_path) {
+        view::check_namespace(&kernel)?;
+    }
     let runtime = runtime()?;
     let mut done = runtime.block_on(remove(pin_path, state_dir, proc_sys))?;
+    // Not where a node is released: kube-proxy has found its settings as it wants them.
+    let restored = limits::restore(&proc_sys.join(limits::SYSCTLS), &status::conntrack(state_dir))
+        .context("cannot restore the settings of connection tracking")?;
+    if !restored.is_empty() {
+        done.push(format!("restored net.netfilter.{}", restored.join(", net.netfilter.")));
+    }
     status::remove(state_dir).with_context(|| format!("cannot remove {}", state_dir.display()))?;
     if done.is_empty() {
         done.push(format!("found nothing of Sluice under {} or on any device", pin_path.display()));

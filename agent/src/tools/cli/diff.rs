@@ -111,6 +111,7 @@ async fn diff(args: DiffArgs, pin_path: &Path, state_dir: &Path) -> anyhow::Resu
     // Held to the end, so that no agent starts in the meantime.
     let lock = if repair { Some(take_lock(state_dir)?) } else { None };
     let kernel = view::open(pin_path)?;
+    view::check_namespace(&kernel)?;
     let agent_alive = lock.is_none() && status::is_alive(state_dir);
     let looks = if agent_alive { LOOKS } else { 1 };
     let (mut wants, mut differences) = scope.compare_repeatedly(&kernel, looks).await?;

@@ -13,11 +13,12 @@ use sluice_core::policy::{Policy, SocketPath};
 
 use super::flows::monotonic_ns;
 use super::policy::PolicyArgs;
-use super::table::{Table, render};
+use super::table::{Table, failures, render};
 use super::{NO_OBJECTS, Outcome, Output, Usage};
-use crate::node::{status, view};
+use crate::node::status;
+use crate::node::view::{self, BackendView, View};
 use crate::tools::explain::{
-    Answer, Client, Endpoint, Live, Manifests, Options, Question, Way, explain,
+    Answer, Candidate, Client, Endpoint, Live, Manifests, Options, Question, Step, Way, explain,
 };
 
 /// The arguments of `sluice explain`.
@@ -182,17 +183,55 @@ fn of_maps(
     left: BTreeSet<IpAddr>,
     what_if: Option<&Path>,
 ) -> anyhow::Result<Answers> {
-    let kernel = view::open(pin_path)
+    let view = View::read(pin_path)
         .context("cannot read this node's maps; use --manifests DIR to read manifests instead")?;
+    view::check_namespace(&view.kernel)?;
     let live = Live::new().context("cannot query the kernel's routes")?;
-    let mut world = live.world(&kernel, monotonic_ns(), left)?;
-    let before = explain(question, &world, &live)?;
+    let mut world = live.world(&view.kernel, monotonic_ns(), left)?;
+    let backends = view.backends();
+    let mut before = explain(question, &world, &live)?;
+    add_failures(&mut before, &view, &backends);
     let Some(file) = what_if else { return Ok(Answers::One(Box::new(before))) };
     world
-        .apply(file, kernel.maps().sizes(), node)
+        .apply(file, view.kernel.maps().sizes(), node)
         .with_context(|| format!("--what-if {}", file.display()))?;
-    let after = explain(question, &world, &live)?;
+    let mut after = explain(question, &world, &live)?;
+    add_failures(&mut after, &view, &backends);
     Ok(Answers::Two { before: Box::new(before), after: Box::new(after) })
+}
+
+/// Adds to each candidate what was counted of connections to it, and a step for each that fails:
+/// what is forwarded may still be refused.
+fn add_failures(answer: &mut Answer, view: &View, backends: &[BackendView]) {
+    if let Some(call) = &mut answer.socket {
+        add_failures(call, view, backends);
+    }
+    let Some(service) = &answer.service else { return };
+    let of_service = backends.iter().filter(|backend| {
+        view.name(backend.service_port)
+            .is_some_and(|name| *service == format!("{}/{}", name.namespace, name.service))
+    });
+    for backend in of_service {
+        let is_same = |candidate: &&mut Candidate| {
+            backend.address == SocketAddr::from((candidate.address, candidate.port))
+        };
+        if let Some(candidate) = answer.candidates.iter_mut().find(is_same) {
+            candidate.connects += backend.sockets.connections + backend.sockets.failed;
+            candidate.failed += backend.sockets.failed;
+        }
+    }
+    for candidate in answer.candidates.iter().filter(|candidate| candidate.failed > 0) {
+        let Candidate { address, port, connects, failed, .. } = candidate;
+        let at = SocketAddr::from((*address, *port));
+        answer.steps.push(Step {
+            step: "failures",
+            text: format!(
+                "{at} refused or did not answer {failed} of {connects} connections from this node"
+            ),
+            object: None,
+            field: None,
+        });
+    }
 }
 
 /// Returns the answers as text.
@@ -233,15 +272,21 @@ fn one(text: &mut String, answer: &Answer) {
         let _ = writeln!(text, "{:<12}{}{behind}", format!("{head}:"), step.text);
     }
     if !answer.candidates.is_empty() {
-        let mut table = Table::new(&["CANDIDATE", "SHARE", "CHOSEN"]);
+        // Nothing is known of connections by manifests.
+        let is_counted = answer.candidates.iter().any(|candidate| candidate.connects > 0);
+        let mut headers = vec!["CANDIDATE", "SHARE", "CHOSEN"];
+        headers.extend(is_counted.then_some("FAILED"));
+        let mut table = Table::new(&headers);
         for candidate in &answer.candidates {
             let at = Endpoint { address: candidate.address, port: candidate.port };
             let chosen = if answer.backend == Some(at) { "yes" } else { "" };
-            table.row([
+            let mut cells = vec![
                 SocketAddr::from((at.address, at.port)).to_string(),
                 format!("{:.1}%", 100.0 * candidate.share),
                 chosen.to_owned(),
-            ]);
+            ];
+            cells.extend(is_counted.then(|| failures(candidate.failed, candidate.connects)));
+            table.row(cells);
         }
         let _ = write!(text, "\n{}", table.text());
     }

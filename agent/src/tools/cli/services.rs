@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::Serialize;
+use sluice_common::abi::{BackendCounters, SocketCounters};
 
 use super::Outcome;
-use super::table::{Format, Table, bytes, render};
+use super::table::{Format, Table, bytes, failures, render};
 use crate::node::view::{PortName, View, kind};
 
 /// A service port in one family.
@@ -22,8 +23,21 @@ struct Row {
     slots: usize,
     flows: u64,
     calls: u64,
+    /// Packets and bytes along flows.
     packets: u64,
     bytes: u64,
+    /// TCP connections translated at the socket: those established and those that failed, and
+    /// their payload.
+    connections: u64,
+    failed: u64,
+    socket_bytes: u64,
+}
+
+/// The counters of a service port's backends.
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    packets: BackendCounters,
+    sockets: SocketCounters,
 }
 
 /// Prints the services.
@@ -39,19 +53,16 @@ pub(super) fn run(
     let view = View::read(pin_path)?;
     let mut rows = rows(&view, namespace);
     rows.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
-    Ok(render(format, &rows, |rows| table(rows).text())?.into())
+    Ok(render(format, &rows, |rows| table(rows, format == Format::Wide).text())?.into())
 }
 
 /// Returns the service ports of one namespace, or of all.
 fn rows(view: &View, namespace: Option<&str>) -> Vec<Row> {
-    let mut sums: BTreeMap<u32, [u64; 4]> = BTreeMap::new();
+    let mut sums: BTreeMap<u32, Sums> = BTreeMap::new();
     for backend in view.backends() {
-        let counted = backend.counters;
-        let [flows, calls, packets, bytes] = sums.entry(backend.service_port).or_default();
-        *flows += counted.flows;
-        *calls += counted.calls;
-        *packets += counted.forward_packets + counted.reply_packets;
-        *bytes += counted.forward_bytes + counted.reply_bytes;
+        let sum = sums.entry(backend.service_port).or_default();
+        sum.packets.add(&backend.counters);
+        sum.sockets.add(&backend.sockets);
     }
     let vips = view.vips();
     let mut rows = Vec::new();
@@ -63,7 +74,7 @@ fn rows(view: &View, namespace: Option<&str>) -> Vec<Row> {
         let vips = vips.get(id).map_or(&[][..], Vec::as_slice);
         let kinds: BTreeSet<&str> = vips.iter().map(|(_, number)| kind(*number)).collect();
         let slots = view.slots(*id);
-        let [flows, calls, packets, bytes] = sums.get(id).copied().unwrap_or_default();
+        let Sums { packets, sockets } = sums.get(id).copied().unwrap_or_default();
         rows.push(Row {
             name,
             id: *id,
@@ -71,45 +82,54 @@ fn rows(view: &View, namespace: Option<&str>) -> Vec<Row> {
             kinds: kinds.into_iter().collect(),
             backends: view.selected(*id).len(),
             slots: slots.len(),
-            flows,
-            calls,
-            packets,
-            bytes,
+            flows: packets.flows,
+            calls: packets.calls,
+            packets: packets.forward_packets + packets.reply_packets,
+            bytes: packets.forward_bytes + packets.reply_bytes,
+            connections: sockets.connections,
+            failed: sockets.failed,
+            socket_bytes: sockets.sent_bytes + sockets.received_bytes,
         });
     }
     rows
 }
 
-fn table(rows: &[Row]) -> Table {
-    let mut table = Table::new(&[
-        "NAMESPACE",
-        "NAME",
-        "PORT",
-        "PROTO",
-        "VIPS",
-        "KIND",
-        "BACKENDS",
-        "SLOTS",
-        "FLOWS",
-        "CALLS",
-        "PACKETS",
-        "BYTES",
-    ]);
+fn table(rows: &[Row], is_wide: bool) -> Table {
+    let mut headers =
+        vec!["NAMESPACE", "NAME", "PORT", "VIPS", "BACKENDS", "OPENED", "FAILED", "BYTES"];
+    if is_wide {
+        headers.extend(["PROTO", "KIND", "ID", "SLOTS", "FLOWS", "CALLS", "PACKETS"]);
+    }
+    let mut table = Table::new(&headers);
     for row in rows {
-        table.row([
+        let vips = match &row.vips[..] {
+            [first, more @ ..] if !is_wide && !more.is_empty() => {
+                format!("{first},+{}", more.len())
+            }
+            all => all.join(","),
+        };
+        let mut cells = vec![
             row.name.namespace.clone(),
             row.name.service.clone(),
             row.name.port.to_string(),
-            row.name.protocol.clone(),
-            row.vips.join(","),
-            row.kinds.join(","),
+            vips,
             row.backends.to_string(),
-            row.slots.to_string(),
-            row.flows.to_string(),
-            row.calls.to_string(),
-            row.packets.to_string(),
-            bytes(row.bytes),
-        ]);
+            (row.flows + row.connections).to_string(),
+            failures(row.failed, row.connections + row.failed),
+            bytes(row.bytes + row.socket_bytes),
+        ];
+        if is_wide {
+            cells.extend([
+                row.name.protocol.clone(),
+                row.kinds.join(","),
+                row.id.to_string(),
+                row.slots.to_string(),
+                row.flows.to_string(),
+                row.calls.to_string(),
+                row.packets.to_string(),
+            ]);
+        }
+        table.row(cells);
     }
     table
 }

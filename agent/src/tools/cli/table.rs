@@ -14,6 +14,8 @@ pub(super) enum Format {
     /// A table.
     #[default]
     Table,
+    /// A table with more columns, where there are any.
+    Wide,
     /// JSON.
     Json,
     /// YAML.
@@ -79,7 +81,7 @@ pub(super) fn render<T: Serialize>(
     table: impl FnOnce(&T) -> String,
 ) -> anyhow::Result<String> {
     Ok(match format {
-        Format::Table => table(data),
+        Format::Table | Format::Wide => table(data),
         Format::Json => serde_json::to_string_pretty(data)? + "\n",
         Format::Yaml => serde_saphyr::to_string(data)?,
     })
@@ -94,6 +96,12 @@ pub(super) fn bytes(number: u64) -> String {
     } else {
         format!("{scaled:.1}{unit}")
     }
+}
+
+/// Formats how many of all attempts failed: `0`, or `3 of 5`.
+#[must_use]
+pub(super) fn failures(failed: u64, attempts: u64) -> String {
+    if failed == 0 { "0".to_owned() } else { format!("{failed} of {attempts}") }
 }
 
 /// Returns a part in percent of the whole, or 0 if the whole is 0.

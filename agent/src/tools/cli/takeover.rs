@@ -7,13 +7,15 @@ use anyhow::{Context, bail, ensure};
 use clap::Args;
 
 use super::Outcome;
-use crate::daemon::takeover::RELEASED;
 use crate::daemon::takeover::request::{self, Request};
+use crate::daemon::takeover::{LEGACY, RELEASED, STOP};
 use crate::node::kube_proxy::{running, served_by};
 use crate::node::status::{self, TakeoverStatus, unix_seconds};
 
 /// How often the agent's status is read.
 const PERIOD: Duration = Duration::from_millis(200);
+/// The time to wait unless --wait says otherwise.
+const WAIT: Duration = Duration::from_mins(1);
 /// The longest time that a release may take.
 const TIMEOUT_MAX: u64 = 30 * 24 * 3600;
 
@@ -26,9 +28,11 @@ pub(super) struct TakeoverArgs {
     /// With --finish, do so even if a process named kube-proxy runs.
     #[arg(long, requires = "finish")]
     force: bool,
-    /// Wait this long, such as 30s, 5m or 1h; 0 only shows the progress.
-    #[arg(long, value_name = "TIME", value_parser = time, default_value = "1m")]
-    wait: Duration,
+    /// Wait this long, such as 30s, 5m or 1h; 0 only shows the progress. With --finish, wait until
+    /// the last connection that depends on kube-proxy's rules has ended [default: 1m until the node
+    /// is served, or until the rules are gone].
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    wait: Option<Duration>,
 }
 
 #[derive(Debug, Args)]
@@ -163,13 +167,23 @@ pub(super) fn take_over(args: &TakeoverArgs, state_dir: &Path) -> anyhow::Result
         );
         request(state_dir, Request::Finish)?;
         let is_taken = || request::read(state_dir) != Some(Request::Finish);
-        return wait(state_dir, args.wait, |now| {
-            is_taken() && now.kube_proxy.is_none() && !now.holding
-        })
-        .map(outcome);
+        // Connections may live for days, and need nobody who waits for their end.
+        let waits_for_connections = args.wait.is_some();
+        let is_done = |now: &TakeoverStatus| {
+            if waits_for_connections {
+                return now.kube_proxy.is_none() && !now.holding;
+            }
+            // What is kept for connections is no rule that balances.
+            let has_rules =
+                now.waiting_for.as_deref().is_some_and(|what| [LEGACY, STOP].contains(&what));
+            !has_rules && (now.kube_proxy.is_none() || now.holding)
+        };
+        return wait(state_dir, args.wait.unwrap_or(WAIT), |now| is_taken() && is_done(now))
+            .map(outcome);
     }
     // An agent that serves has nothing to take over. It only ends its preparation for kube-proxy.
-    if !args.wait.is_zero() {
+    let time = args.wait.unwrap_or(WAIT);
+    if !time.is_zero() {
         request(state_dir, Request::Takeover)?;
     }
     let is_taken = || {
@@ -177,7 +191,7 @@ pub(super) fn take_over(args: &TakeoverArgs, state_dir: &Path) -> anyhow::Result
             matches!(request, Request::Finish | Request::Prepare | Request::Prepared)
         })
     };
-    wait(state_dir, args.wait, |now| is_taken() && now.phase == "serving").map(outcome)
+    wait(state_dir, time, |now| is_taken() && now.phase == "serving").map(outcome)
 }
 
 /// `sluice release`.

@@ -94,6 +94,11 @@ pub struct Candidate {
     pub port: u16,
     /// The share of slots, and so of new clients: 0 to 1.
     pub share: f64,
+    /// TCP connections from this node that were translated at the socket; 0 if the answer comes
+    /// from manifests.
+    pub connects: u64,
+    /// How many of them were refused or not answered.
+    pub failed: u64,
 }
 
 /// Session affinity.

@@ -558,7 +558,13 @@ fn shares<F: Stack>(world: &World, range: Range) -> Vec<Candidate> {
     let share = |count: usize| count as f64 / f64::from(range.size());
     owned
         .into_iter()
-        .map(|(at, count)| Candidate { address: at.address, port: at.port, share: share(count) })
+        .map(|(at, count)| Candidate {
+            address: at.address,
+            port: at.port,
+            share: share(count),
+            connects: 0,
+            failed: 0,
+        })
         .collect()
 }
 
