@@ -303,6 +303,21 @@ fn an_error_is_read_when_it_quotes_ports() {
 }
 
 #[test]
+fn only_these_types_are_errors_about_a_packet() {
+    for [client, frontend] in ends() {
+        let quote = Frame::udp(client, frontend, b"data").packet();
+        let errors: Vec<u8> = (0..=u8::MAX)
+            .filter(|&error| {
+                let frame = Frame::icmp(frontend.ip(), client.ip(), (error, 0), 0, &quote);
+                kind(&frame) == Kind::IcmpError
+            })
+            .collect();
+        let expected: &[u8] = if client.is_ipv4() { &[3, 4, 11, 12] } else { &[1, 2, 3, 4] };
+        assert_eq!(errors, expected);
+    }
+}
+
+#[test]
 fn a_fragment_that_ends_early_is_none() {
     for [client, frontend] in ends() {
         let fragments = Frame::udp(client, frontend, &[7; 200]).fragments(ID, 88);

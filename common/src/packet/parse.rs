@@ -126,7 +126,8 @@ pub trait Parse: Family<Address: Wire> {
         quoted: bool,
         headers: &mut Headers<Self>,
     ) -> Option<Network<Self>>;
-    /// Reports whether an ICMP message of this type quotes a packet and concerns its sender.
+    /// Reports whether an ICMP message of this type quotes a packet and concerns its sender. A
+    /// redirect is none: the gateway that it names is on the link where it was sent.
     fn is_error(kind: u8) -> bool;
 }
 
@@ -192,8 +193,9 @@ impl Parse for V4 {
 
     #[inline(always)]
     fn is_error(kind: u8) -> bool {
-        // Destination unreachable (with fragmentation needed), time exceeded, parameter problem.
-        matches!(kind, 3 | 11 | 12)
+        // Destination unreachable (with fragmentation needed), source quench, time exceeded,
+        // parameter problem. Source quench is obsolete (RFC 6633), but netfilter translates it too.
+        matches!(kind, 3 | 4 | 11 | 12)
     }
 }
 

@@ -31,6 +31,7 @@ fn errors(version: Version) -> Vec<(&'static str, (u8, u8), u32)> {
         Version::V4 => vec![
             ("port unreachable", (3, 3), 0),
             ("fragmentation needed", (3, 4), 1280),
+            ("source quench", (4, 0), 0),
             ("time exceeded", (11, 0), 0),
             ("parameter problem", (12, 0), 0x0400_0000),
         ],
@@ -125,6 +126,14 @@ fn kinds(table: &mut Table, cast: &Cast) {
                 UPLINK,
             );
         }
+        let [error, _] =
+            about_reply(cast, cast.router, (kind, rest), &reply, reply.length() as usize);
+        table.add(
+            cast.case(format!("{what} is left to tc"))
+                .world(&world(cast))
+                .xdp(UPLINK)
+                .sends(&error.at(mac(UPLINK))),
+        );
     }
 }
 
