@@ -66,6 +66,8 @@ struct State {
     behind: Option<Instant>,
     /// When the maps were last in step with the sources.
     updated: SystemTime,
+    /// Whether the maps hold an image. Without one, nothing is served.
+    serves: bool,
     /// Whether the node is about to be deleted.
     leaving: bool,
 }
@@ -78,7 +80,12 @@ impl State {
 
 impl Default for Liveness {
     fn default() -> Self {
-        Self(Mutex::new(State { behind: None, updated: SystemTime::now(), leaving: false }))
+        Self(Mutex::new(State {
+            behind: None,
+            updated: SystemTime::now(),
+            serves: false,
+            leaving: false,
+        }))
     }
 }
 
@@ -87,11 +94,15 @@ impl Liveness {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Records whether the maps hold what the sources say, and whether the node is about to be
-    /// deleted.
-    pub(crate) fn update(&self, settled: bool, leaving: bool) {
+    /// Records whether no write waits, whether the maps hold an image, and whether the node is
+    /// about to be deleted.
+    ///
+    /// A source that is away leaves nothing waiting: what it said last is served, and to restart
+    /// the agent would not bring it back.
+    pub(crate) fn update(&self, is_in_step: bool, serves: bool, leaving: bool) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if settled {
+        state.serves = serves;
+        if is_in_step {
             (state.behind, state.updated) = (None, SystemTime::now());
         } else {
             state.behind = Some(state.behind.unwrap_or_else(Instant::now));
@@ -153,7 +164,7 @@ impl Monitor {
 
     fn health(&self, node_counts: bool) -> Response<Bytes> {
         let state = self.liveness.state();
-        let healthy = state.is_healthy();
+        let healthy = state.is_healthy() && (state.serves || !node_counts);
         let well = healthy && !(node_counts && state.leaving);
         let now = time(SystemTime::now());
         // As with kube-proxy, this is the present time as long as all is well.
@@ -330,7 +341,32 @@ pub(crate) async fn serve(
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use sluice_common::Reason;
+
+    #[test]
+    fn a_node_is_alive_while_its_sources_are_away_and_serves_once_it_has_an_image() {
+        let liveness = Arc::new(Liveness::default());
+        let monitor = Monitor::new(
+            Arc::clone(&liveness),
+            Arc::new(Metrics::new(None)),
+            PathBuf::from("/nowhere"),
+            PathBuf::from("/nowhere"),
+            Detail::default(),
+        );
+        let answers = || [true, false].map(|node_counts| monitor.health(node_counts).status());
+        assert_eq!(answers(), [StatusCode::SERVICE_UNAVAILABLE, StatusCode::OK], "at the start");
+        liveness.update(true, false, false);
+        assert_eq!(
+            answers(),
+            [StatusCode::SERVICE_UNAVAILABLE, StatusCode::OK],
+            "no source so far"
+        );
+        liveness.update(true, true, false);
+        assert_eq!(answers(), [StatusCode::OK; 2], "it serves");
+        liveness.update(true, true, true);
+        assert_eq!(answers(), [StatusCode::SERVICE_UNAVAILABLE, StatusCode::OK], "it leaves");
+    }
 
     #[test]
     fn every_reason_is_a_row_in_the_docs() {

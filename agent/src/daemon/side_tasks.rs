@@ -97,9 +97,8 @@ impl SideTasks {
         policy: &Policy,
         leaving: bool,
     ) {
-        let settled = sync.is_settled();
-        self.liveness.update(settled, leaving);
-        if !settled {
+        self.liveness.update(!sync.is_behind(), sync.is_filled(), leaving);
+        if !sync.is_settled() {
             return;
         }
         if *self.checks.borrow() != *sync.health_checks() {

@@ -199,6 +199,11 @@ impl MapSync {
         self.filled
     }
 
+    /// Whether writes wait to be made. A source that says nothing leaves nothing waiting.
+    pub(super) fn is_behind(&self) -> bool {
+        self.reconciler.due() != 0
+    }
+
     /// Whether the maps hold what the sources say.
     pub(super) fn is_settled(&self) -> bool {
         self.model.awaited().is_empty() && self.filled && self.reconciler.due() == 0

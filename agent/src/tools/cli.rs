@@ -9,6 +9,7 @@ mod explain;
 mod flows;
 mod kube_proxy;
 mod monitor;
+mod pause;
 mod policy;
 mod preflight;
 mod services;
@@ -165,11 +166,10 @@ enum Command {
         /// Clean up even if an agent is running.
         #[arg(long)]
         force: bool,
-        /// Stay afterwards, until SIGTERM or SIGINT: for a pod that is Running when its node is
-        /// clean.
-        #[arg(long)]
-        stay: bool,
     },
+    /// Wait for SIGTERM or SIGINT, and do nothing else: for a pod that stays Running.
+    #[command(hide = true)]
+    Pause,
 }
 
 #[derive(Debug, Args)]
@@ -255,7 +255,7 @@ impl Command {
     /// Whether the command uses what is pinned on this node, or the agent's state.
     fn uses_this_node(&self) -> bool {
         match self {
-            Self::Validate(_) | Self::Preflight(_) => false,
+            Self::Validate(_) | Self::Preflight(_) | Self::Pause => false,
             Self::Explain(args) => !args.uses_manifests(),
             Self::Agent(_)
             | Self::Status { .. }
@@ -302,7 +302,8 @@ impl Command {
             Self::Diff(args) => diff::run(*args, pin_path, state_dir),
             Self::Takeover(args) => takeover::take_over(&args, state_dir),
             Self::Release(args) => takeover::release(&args, state_dir),
-            Self::Cleanup { force, stay } => cleanup::run(places, force, stay),
+            Self::Cleanup { force } => cleanup::run(places, force),
+            Self::Pause => pause::run(),
         }
     }
 }

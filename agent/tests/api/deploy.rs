@@ -415,6 +415,17 @@ fn the_chart_lints_and_each_part_that_is_off_by_default_renders() {
     let by_kustomize = &pods[r#""DaemonSet" "sluice-cleanup""#]["spec"]["template"]["spec"];
     assert_eq!(set["spec"]["template"]["spec"], *by_kustomize);
 
+    let refused =
+        |values: &[&str]| tools.template(&[], &[&[host], values].concat()).expect_err("refused");
+    let off = ["prometheus.podMonitor.enabled=true", "metrics.bindAddresses={off}"];
+    assert!(refused(&off).contains("nothing to scrape"));
+    let loopback = ["kubeProxyConfiguration.healthzBindAddress=127.0.0.1:10256"];
+    assert!(refused(&loopback).contains("healthz.port"));
+    let labelled = render(&["cleanup.onDelete=true", "commonLabels.team-name=sluice-net"]);
+    let labels = &labelled[r#""DaemonSet" "sluice-cleanup""#]["metadata"]["labels"];
+    assert_eq!(labels["team-name"], "sluice-net");
+    assert_eq!(labels["app.kubernetes.io/name"], "sluice-cleanup");
+
     let digest = format!("sha256:{}", "0a".repeat(32));
     let set = |values: &[&str]| render(values)[r#""DaemonSet" "sluice""#].clone();
     let pinned = set(&[&format!("image.digest={digest}")]);

@@ -176,7 +176,7 @@ fn perf(cluster: &Cluster) -> Result<()> {
         ensure!(rows.count() == 1, "{command:?} does not show {failed}:\n{table}");
     }
     let client = SocketAddr::new(cluster.client.ipv6().into(), 4001).to_string();
-    let server = SocketAddr::new(vip6.into(), PERF).to_string();
+    let server = SocketAddr::new(vip6, PERF).to_string();
     let told = node.sluice(&["explain", "tcp", &client, &server, "--from", "pod"])?;
     let line = format!("refused or did not answer {failed} connections from this node");
     ensure!(told.contains(&line), "explain does not say {line:?}:\n{told}");

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::support::{
-    Cluster, Plan, SOON, WEB, cluster_ip, listed, number, reaches, service, skip, status, until,
+    Cluster, Plan, WEB, cluster_ip, listed, number, reaches, service, skip, status, until,
     until_backends, word,
 };
 use anyhow::{Context, Result, ensure};
@@ -273,13 +274,13 @@ fn cleanup_removes_every_trace() -> Result<()> {
         unreachable.iter().any(|event| matches!(event, sluice_lab::Event::Lost { .. })),
         "{unreachable:?}"
     );
-    // A second time there is nothing to do; `--stay` stays until it is told to go.
-    let mut stays = node.spawn_command(node.sluice_command(&["cleanup", "--stay"])?)?;
-    stays.wait_until("nothing left to remove", SOON, |this| {
-        this.stdout().starts_with("found nothing of Sluice").then_some(())
-    })?;
-    ensure!(stays.poll()?.is_none(), "`cleanup --stay` did not stay");
-    ensure!(stays.stop()?.success(), "`cleanup --stay` ended with an error");
+    // A second time there is nothing to do. The pod's other container only waits.
+    let said = node.sluice(&["cleanup"])?;
+    ensure!(said.starts_with("found nothing of Sluice"), "{said}");
+    let mut waits = node.spawn_command(node.sluice_command(&["pause"])?)?;
+    std::thread::sleep(Duration::from_millis(300));
+    ensure!(waits.poll()?.is_none(), "`sluice pause` ended: {}", waits.stderr());
+    ensure!(waits.stop()?.success(), "`sluice pause` ended with an error");
     // An agent can start anew.
     cluster.agents.clear();
     cluster.start_agents(&["--uplink", "eth0"])?;

@@ -62,7 +62,11 @@ pub fn run<F: Parse, P: XdpProgram<F>>(program: &mut P) -> Fate {
     {
         return Fate::Pass;
     }
-    if !program.mark_translated() || program.record() != Refusal::NONE {
+    if !program.mark_translated() {
+        // What is there is another program's.
+        return Fate::Pass;
+    }
+    if program.record() != Refusal::NONE {
         program.unmark_translated();
         return Fate::Pass;
     }

@@ -3,7 +3,7 @@
 {{- with .Values.commonLabels }}
 {{- toYaml . }}
 {{ end -}}
-app.kubernetes.io/name: sluice
+app.kubernetes.io/name: {{ .name | default "sluice" }}
 app.kubernetes.io/component: service-proxy
 app.kubernetes.io/part-of: sluice
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
@@ -39,6 +39,9 @@ annotations:
 
 {{/* The program's arguments. */}}
 {{- define "sluice.args" -}}
+{{- if hasKey .Values.kubeProxyConfiguration "healthzBindAddress" }}
+{{- fail "kubeProxyConfiguration.healthzBindAddress: the kubelet's probe needs all addresses of the node; healthz.port is the port" }}
+{{- end }}
 - agent
 {{- if .Values.kubeProxyConfiguration }}
 - --config=/etc/sluice/config.yaml
@@ -46,13 +49,13 @@ annotations:
 - --conntrack-tcp-timeout-close-wait=1h
 {{- end }}
 {{- with .Values.serviceProxyName }}
-- --proxy-name={{ . }}
+- {{ printf "--proxy-name=%s" . | quote }}
 {{- end }}
 {{- with .Values.masquerade }}
 - --masquerade={{ . }}
 {{- end }}
 {{- with .Values.detectLocal }}
-- --detect-local={{ . }}
+- {{ printf "--detect-local=%s" . | quote }}
 {{- end }}
 {{- with .Values.clusterCIDRs }}
 - --cluster-cidr={{ join "," . }}
@@ -98,6 +101,14 @@ annotations:
 {{- end }}
 {{- end }}
 
+{{/* What the chart's affinity says, and that no agent's pod is on the node. */}}
+{{- define "sluice.cleanupAffinity" -}}
+{{- $agent := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" (dict "app.kubernetes.io/name" "sluice")) }}
+{{- $affinity := deepCopy .Values.affinity }}
+{{- $_ := set $affinity "podAntiAffinity" (dict "requiredDuringSchedulingIgnoredDuringExecution" (list $agent)) }}
+{{- toYaml $affinity }}
+{{- end }}
+
 {{/* With a digest, the tag is for people alone. */}}
 {{- define "sluice.image" -}}
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
@@ -106,7 +117,8 @@ annotations:
 
 {{/* The port of the first address that metrics are served at. */}}
 {{- define "sluice.metricsPort" -}}
-{{- $address := first .Values.metrics.bindAddresses }}
+{{- $address := include "sluice.word" (first .Values.metrics.bindAddresses) }}
+{{- if eq $address "off" }}{{ fail "prometheus.podMonitor: metrics.bindAddresses is off, so there is nothing to scrape" }}{{ end }}
 {{- if regexMatch "^([^:]+|\\[.+\\]):[0-9]+$" $address }}
 {{- regexFind "[0-9]+$" $address }}
 {{- else }}10249{{ end }}

@@ -54,8 +54,8 @@ impl Limits {
             .collect()
     }
 
-    /// Writes the settings that differ, below a folder of settings, and records them. Describes what
-    /// failed.
+    /// Writes the settings that differ, below a folder of settings, and records them. Describes
+    /// what failed.
     ///
     /// A kernel that tracks no connections has none of these settings, and needs none.
     #[must_use]
@@ -84,8 +84,8 @@ impl Limits {
     }
 }
 
-/// Restores the recorded settings that nobody has changed since, removes the record, and returns the
-/// settings' names.
+/// Restores the recorded settings that nobody has changed since, removes the record, and returns
+/// the settings' names.
 ///
 /// The limit of tracked connections stays if more are tracked than the old limit allows: the kernel
 /// would refuse new ones.

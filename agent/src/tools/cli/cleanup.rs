@@ -3,22 +3,22 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Outcome, Places, print, runtime};
+use super::{Outcome, Places, runtime};
 use crate::node::conntrack::limits;
 use crate::node::dataplane::{Pins, cleanup};
 use crate::node::devices::own::OwnRoutes;
 use crate::node::devices::{OWN, loopback};
 use crate::node::kube_proxy::rules::{self, HOLDING};
-use crate::node::{ports, status, view};
+use crate::node::status::{self, StateDir};
+use crate::node::{ports, view};
 
-/// Removes everything, and prints what was removed. With `stay` it waits for a signal afterwards.
+/// Removes everything, and prints what was removed. No agent can start in the meantime.
 ///
 /// # Errors
 ///
 /// When an agent is alive and `force` is not given, or the kernel refuses.
-pub(super) fn run(places: &Places, force: bool, stay: bool) -> anyhow::Result<Outcome> {
+pub(super) fn run(places: &Places, force: bool) -> anyhow::Result<Outcome> {
     let Places { pin_path, state_dir, proc_sys } = places;
     if status::is_alive(state_dir) && !force {
         let pid = status::read(state_dir)
@@ -33,8 +33,9 @@ pub(super) fn run(places: &Places, force: bool, stay: bool) -> anyhow::Result<Ou
     if !force && let Ok(kernel) = view::open(pin_path) {
         view::check_namespace(&kernel)?;
     }
-    let runtime = runtime()?;
-    let mut done = runtime.block_on(remove(pin_path, state_dir, proc_sys))?;
+    let lock = (!force).then(|| StateDir::take(state_dir)).transpose();
+    let lock = lock.context("cleanup needs the agent's lock, so that none starts meanwhile")?;
+    let mut done = runtime()?.block_on(remove(pin_path, state_dir, proc_sys))?;
     // Not where a node is released: kube-proxy has found its settings as it wants them.
     let restored = limits::restore(&proc_sys.join(limits::SYSCTLS), &status::conntrack(state_dir))
         .context("cannot restore the settings of connection tracking")?;
@@ -42,27 +43,11 @@ pub(super) fn run(places: &Places, force: bool, stay: bool) -> anyhow::Result<Ou
         done.push(format!("restored net.netfilter.{}", restored.join(", net.netfilter.")));
     }
     status::remove(state_dir).with_context(|| format!("cannot remove {}", state_dir.display()))?;
+    drop(lock);
     if done.is_empty() {
         done.push(format!("found nothing of Sluice under {} or on any device", pin_path.display()));
     }
-    let text = done.join("\n") + "\n";
-    if stay {
-        print(&text)?;
-        runtime.block_on(wait_for_signal())?;
-        return Ok(String::new().into());
-    }
-    Ok(text.into())
-}
-
-/// Waits for SIGTERM or SIGINT.
-async fn wait_for_signal() -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    Ok(())
+    Ok((done.join("\n") + "\n").into())
 }
 
 /// Removes everything in the kernel. Returns what was done, as lines for people.
