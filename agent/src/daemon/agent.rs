@@ -28,7 +28,7 @@ use super::sync::MapSync;
 use crate::daemon::monitor::metrics::Metrics;
 use crate::daemon::monitor::{Liveness, Monitor};
 use crate::daemon::source::Pulse;
-use crate::daemon::source::kubernetes::Events;
+use crate::daemon::source::kubernetes::Client;
 use crate::daemon::takeover::request::{self, Request};
 use crate::daemon::takeover::{self, Takeover};
 use crate::node::dataplane::{Pins, RouteMtus};
@@ -84,16 +84,16 @@ pub async fn run(options: Options) -> anyhow::Result<Ended> {
     if let Err(error) = &written {
         tracing::warn!("{error}");
     }
-    // Kept here, because the loop must go on when a source ends.
-    let (events_sender, events) = mpsc::channel(EVENTS);
     // What can fail without the kernel comes first: a start that fails there leaves no maps.
-    let sources = prepare::start_sources(&options, &events_sender).await?;
+    let client = prepare::connect(&options).await?;
     let cgroup = prepare::cgroup(&options)?;
     let reserved_ports = prepare::set_node(&options)?;
     let programs = prepare::load_programs(&options, &pins, earlier).await?;
     let is_unwritten = written.is_err();
-    let early = Early { state, status, is_unwritten, sources, cgroup, reserved_ports, events };
-    let agent = start(options, &pins, early, programs)?;
+    let early = Early { state, status, is_unwritten, client, cgroup, reserved_ports };
+    // Kept here, because the loop must go on when a source ends.
+    let (events_sender, events) = mpsc::channel(EVENTS);
+    let agent = start(options, &pins, early, programs, (&events_sender, events))?;
     let result = agent.run().await;
     drop(events_sender);
     result
@@ -144,18 +144,23 @@ struct Early {
     state: StateDir,
     status: Status,
     is_unwritten: bool,
-    sources: (Vec<Source>, Option<Events>),
+    client: Option<Client>,
     cgroup: Option<PathBuf>,
     reserved_ports: ReservedPorts,
-    events: mpsc::Receiver<Event>,
 }
 
 /// Starts all tasks around the loop.
-fn start(options: Options, pins: &Pins, early: Early, programs: Programs) -> anyhow::Result<Agent> {
+fn start(
+    options: Options,
+    pins: &Pins,
+    early: Early,
+    programs: Programs,
+    (events_sender, events): (&mpsc::Sender<Event>, mpsc::Receiver<Event>),
+) -> anyhow::Result<Agent> {
     let Programs { loaded, routes, settings, cluster, programmed } = programs;
-    let (sources, event_writer) = early.sources;
     let mtus = RouteMtus::open(&pins.maps())?;
     let takeover = takeover::start(settings.phase, pins.maps(), options.state_dir.clone())?;
+    let (sources, event_writer) = prepare::start_sources(&options, early.client, events_sender);
     let requests = options.kubernetes.as_ref().map(|settings| &settings.requests);
     let (metrics, liveness) = (Arc::new(Metrics::new(requests)), Arc::new(Liveness::default()));
     let model = model(&options, &sources);
@@ -207,7 +212,7 @@ fn start(options: Options, pins: &Pins, early: Early, programs: Programs) -> any
         cluster,
         settings,
         devices,
-        events: early.events,
+        events,
         takeover,
     })
 }

@@ -206,7 +206,11 @@ impl MapSync {
 
     /// Whether the maps hold what the sources say.
     pub(super) fn is_settled(&self) -> bool {
-        self.model.awaited().is_empty() && self.filled && self.reconciler.due() == 0
+        // Before the node's addresses are known, what the sources say is not planned.
+        self.model.awaited().is_empty()
+            && self.node_addresses.is_some()
+            && self.filled
+            && self.reconciler.due() == 0
     }
 
     /// Returns the sources whose first full list is missing.

@@ -177,11 +177,20 @@ pub(super) fn hold_fragments(own_device: u32, maps: &Path) {
     }
 }
 
+/// Prepares a client of the API server, if that is a source. The server need not be reachable.
+pub(super) async fn connect(options: &Options) -> anyhow::Result<Option<kubernetes::Client>> {
+    let Some(settings) = &options.kubernetes else { return Ok(None) };
+    kubernetes::connect(settings).await.map(Some).context(
+        "cannot reach the API server; give --kubeconfig, or --manifests to work from files alone",
+    )
+}
+
 /// Starts the sources. If the API server is one of them, Events can be written there.
-pub(super) async fn start_sources(
+pub(super) fn start_sources(
     options: &Options,
+    client: Option<kubernetes::Client>,
     events: &mpsc::Sender<Event>,
-) -> anyhow::Result<(Vec<Source>, Option<kubernetes::Events>)> {
+) -> (Vec<Source>, Option<kubernetes::Events>) {
     let mut sources = Vec::new();
     let mut writer = None;
     if let Some(folder) = &options.manifests {
@@ -190,11 +199,8 @@ pub(super) async fn start_sources(
             tokio::spawn(manifests::watch(folder.clone(), events.clone(), pulse.clone()));
         sources.push(Source { id: SourceId::Manifests, from: folder.display().to_string(), pulse });
     }
-    if let Some(settings) = &options.kubernetes {
+    if let (Some(settings), Some(client)) = (&options.kubernetes, client) {
         let pulse = Pulse::default();
-        let client = kubernetes::connect(settings).await.context(
-            "cannot reach the API server; give --kubeconfig, or --manifests to work from files alone",
-        )?;
         writer = Some(kubernetes::Events::new(client.clone(), &options.node));
         let _watching = tokio::spawn(kubernetes::watch(
             client,
@@ -210,5 +216,5 @@ pub(super) async fn start_sources(
             .unwrap_or_else(|| "(configured by the environment)".to_owned());
         sources.push(Source { id: SourceId::Kubernetes, from, pulse });
     }
-    Ok((sources, writer))
+    (sources, writer)
 }

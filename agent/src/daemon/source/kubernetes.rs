@@ -21,13 +21,14 @@ use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::utils::Backoff as KubeBackoff;
 use kube::runtime::{WatchStreamExt, watcher};
-use kube::{Api, Client, Config};
+use kube::{Api, Config};
 use sluice_core::model::object::ObjectName;
 use sluice_core::model::report::{Flaw, Note, Subject};
 use sluice_core::model::{Change, Event, SourceId};
 use tokio::sync::mpsc;
 
 pub use events::Events;
+pub use kube::Client;
 pub use requests::Requests;
 
 use super::Pulse;
