@@ -49,6 +49,33 @@ pub(crate) struct BackendView {
     pub(crate) sockets: SocketCounters,
 }
 
+/// What was counted of one backend, or of several.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Sums {
+    /// Counters per packet, and the calls.
+    pub(crate) packets: BackendCounters,
+    /// Counters of connections that are translated at the socket.
+    pub(crate) sockets: SocketCounters,
+}
+
+impl Sums {
+    /// Adds a backend's counters.
+    pub(crate) fn add(&mut self, backend: &BackendView) {
+        self.packets.add(&backend.counters);
+        self.sockets.add(&backend.sockets);
+    }
+
+    /// Returns the sums of each service port's backends.
+    #[must_use]
+    pub(crate) fn by_service_port(backends: &[BackendView]) -> BTreeMap<u32, Self> {
+        let mut sums: BTreeMap<u32, Self> = BTreeMap::new();
+        for backend in backends {
+            sums.entry(backend.service_port).or_default().add(backend);
+        }
+        sums
+    }
+}
+
 /// A Service's port in words.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub(crate) struct PortName {
@@ -157,6 +184,15 @@ impl View {
     pub(crate) fn read(pin_path: &Path) -> anyhow::Result<Self> {
         let kernel = open(pin_path)?;
         let image = kernel.read()?;
+        Self::with(kernel, image)
+    }
+
+    /// Reads the counters of maps whose image has been read.
+    ///
+    /// # Errors
+    ///
+    /// Fails if they cannot be read.
+    pub(crate) fn with(kernel: Kernel, image: Image) -> anyhow::Result<Self> {
         let counters = kernel.maps().backend_counters()?;
         let sockets = kernel.maps().socket_counters()?;
         Ok(Self { kernel, image, counters, sockets })

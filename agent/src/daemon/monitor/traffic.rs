@@ -3,15 +3,13 @@
 //! Connections that were translated at connect() are counted by their sockets (`path="socket"`),
 //! all else packet by packet (`path="packet"`). One metric has both, and nothing is in both.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use sluice_common::abi::{BackendCounters, SocketCounters};
 
 use super::exporter::{Labels, Series, Writer};
-use crate::node::view::{BackendView, PortName, View};
+use crate::node::view::{BackendView, PortName, Sums, View};
 
 /// Backends that have series of their own; the traffic of the others is in their Services' series.
 const BACKENDS_MAX: usize = 2_000;
@@ -26,20 +24,6 @@ pub enum Detail {
     Service,
     /// Each backend as well.
     Backend,
-}
-
-/// Counters of a backend, or sums of many.
-#[derive(Clone, Copy, Default)]
-struct Sums {
-    packets: BackendCounters,
-    sockets: SocketCounters,
-}
-
-impl Sums {
-    fn add(&mut self, backend: &BackendView) {
-        self.packets.add(&backend.counters);
-        self.sockets.add(&backend.sockets);
-    }
 }
 
 /// Who counted.
@@ -195,12 +179,8 @@ impl Traffic {
 }
 
 fn services(view: &View, backends: &[BackendView]) -> Vec<(Labels, Sums)> {
-    let mut sums: BTreeMap<u32, Sums> = BTreeMap::new();
-    for backend in backends {
-        sums.entry(backend.service_port).or_default().add(backend);
-    }
     let named = |(id, sums)| Some((labels_of(&view.name(id)?, family(view, id)), sums));
-    sums.into_iter().filter_map(named).collect()
+    Sums::by_service_port(backends).into_iter().filter_map(named).collect()
 }
 
 fn of_backend(view: &View, backend: &BackendView) -> Option<(Labels, Sums)> {

@@ -183,11 +183,12 @@ fn of_maps(
     left: BTreeSet<IpAddr>,
     what_if: Option<&Path>,
 ) -> anyhow::Result<Answers> {
-    let view = View::read(pin_path)
+    let kernel = view::open(pin_path)
         .context("cannot read this node's maps; use --manifests DIR to read manifests instead")?;
-    view::check_namespace(&view.kernel)?;
+    view::check_namespace(&kernel)?;
     let live = Live::new().context("cannot query the kernel's routes")?;
-    let mut world = live.world(&view.kernel, monotonic_ns(), left)?;
+    let mut world = live.world(&kernel, monotonic_ns(), left)?;
+    let view = View::with(kernel, world.image.clone())?;
     let backends = view.backends();
     let mut before = explain(question, &world, &live)?;
     add_failures(&mut before, &view, &backends);

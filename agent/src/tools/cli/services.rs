@@ -1,14 +1,13 @@
 //! `sluice services`: every service port with its VIPs and counters.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde::Serialize;
-use sluice_common::abi::{BackendCounters, SocketCounters};
 
 use super::Outcome;
 use super::table::{Format, Table, bytes, failures, render};
-use crate::node::view::{PortName, View, kind};
+use crate::node::view::{PortName, Sums, View, kind};
 
 /// A service port in one family.
 #[derive(Clone, Debug, Serialize)]
@@ -33,13 +32,6 @@ struct Row {
     socket_bytes: u64,
 }
 
-/// The counters of a service port's backends.
-#[derive(Clone, Copy, Default)]
-struct Sums {
-    packets: BackendCounters,
-    sockets: SocketCounters,
-}
-
 /// Prints the services.
 ///
 /// # Errors
@@ -58,12 +50,7 @@ pub(super) fn run(
 
 /// Returns the service ports of one namespace, or of all.
 fn rows(view: &View, namespace: Option<&str>) -> Vec<Row> {
-    let mut sums: BTreeMap<u32, Sums> = BTreeMap::new();
-    for backend in view.backends() {
-        let sum = sums.entry(backend.service_port).or_default();
-        sum.packets.add(&backend.counters);
-        sum.sockets.add(&backend.sockets);
-    }
+    let sums = Sums::by_service_port(&view.backends());
     let vips = view.vips();
     let mut rows = Vec::new();
     for (id, name) in &view.image.names {

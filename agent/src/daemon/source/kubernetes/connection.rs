@@ -5,8 +5,9 @@
 //! kernel sends probes in the silence. The kernel of a server that hangs answers them too; that
 //! only shows when the watch's time is up.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use http::{Method, Request, Response, StatusCode};
 use hyper_timeout::TimeoutConnector;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -56,24 +57,43 @@ pub(super) fn client(config: Config) -> Result<Client, kube::Error> {
     Ok(ClientBuilder::new(service, config.default_namespace).build())
 }
 
+/// An answer to a request: its method, the status if there is one, and how long that took.
+pub(super) struct Answer {
+    pub(super) method: Method,
+    pub(super) status: Option<StatusCode>,
+    pub(super) took: Duration,
+}
+
+/// Returns the same client, passing each answer to a function.
+pub(super) fn observed(
+    client: &Client,
+    observe: impl Fn(Answer) + Clone + Send + 'static,
+) -> Client {
+    let namespace = client.default_namespace().to_owned();
+    let client = client.clone();
+    let service = tower::service_fn(move |request: Request<Body>| {
+        let (client, observe) = (client.clone(), observe.clone());
+        async move {
+            let (method, begun) = (request.method().clone(), Instant::now());
+            let result = client.send(request).await;
+            let status = result.as_ref().ok().map(Response::status);
+            observe(Answer { method, status, took: begun.elapsed() });
+            result
+        }
+    });
+    Client::new(service, namespace)
+}
+
 /// Returns the same client, reporting each request that succeeds.
 pub(super) fn reporting(
     client: &Client,
     kind: Kind,
     succeeded: mpsc::UnboundedSender<Kind>,
 ) -> Client {
-    let namespace = client.default_namespace().to_owned();
-    let client = client.clone();
-    let service = tower::service_fn(move |request| {
-        let (client, succeeded) = (client.clone(), succeeded.clone());
-        async move {
-            let response = client.send(request).await?;
-            if response.status().is_success() {
-                // The receiver is gone when the source ends.
-                let _ = succeeded.send(kind);
-            }
-            Ok::<_, kube::Error>(response)
+    observed(client, move |answer| {
+        if answer.status.is_some_and(|status| status.is_success()) {
+            // The receiver is gone when the source ends.
+            let _ = succeeded.send(kind);
         }
-    });
-    Client::new(service, namespace)
+    })
 }

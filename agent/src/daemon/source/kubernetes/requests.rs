@@ -1,13 +1,13 @@
 //! Counts of requests to the API server, under the names that Kubernetes' components have for them.
 
-use std::time::{Duration, Instant};
-
 use kube::Client;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
+
+use super::connection::{self, observed};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Answer {
@@ -52,30 +52,18 @@ impl Requests {
         );
     }
 
-    fn note(&self, host: &str, method: &http::Method, code: &str, took: Duration) {
-        let (host, method) = (host.to_owned(), method.to_string());
-        let asked = Asked { host: host.clone(), verb: method.clone() };
-        self.durations.get_or_create(&asked).observe(took.as_secs_f64());
-        let _ = self.answers.get_or_create(&Answer { code: code.to_owned(), host, method }).inc();
-    }
-
     /// Returns the same client, whose requests are counted.
     pub(super) fn counting(&self, client: &Client, host: &str) -> Client {
-        let namespace = client.default_namespace().to_owned();
-        let (client, requests, host) = (client.clone(), self.clone(), host.to_owned());
-        let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
-            let (client, requests, host) = (client.clone(), requests.clone(), host.clone());
-            async move {
-                let (method, begun) = (request.method().clone(), Instant::now());
-                let result = client.send(request).await;
-                let code = match &result {
-                    Ok(response) => response.status().as_str().to_owned(),
-                    Err(_) => "<error>".to_owned(),
-                };
-                requests.note(&host, &method, &code, begun.elapsed());
-                result
-            }
-        });
-        Client::new(service, namespace)
+        let (requests, host) = (self.clone(), host.to_owned());
+        observed(client, move |answer| requests.note(&host, &answer))
+    }
+
+    fn note(&self, host: &str, answer: &connection::Answer) {
+        let (host, method) = (host.to_owned(), answer.method.to_string());
+        let code =
+            answer.status.map_or_else(|| "<error>".to_owned(), |status| status.as_str().to_owned());
+        let asked = Asked { host: host.clone(), verb: method.clone() };
+        self.durations.get_or_create(&asked).observe(answer.took.as_secs_f64());
+        let _ = self.answers.get_or_create(&Answer { code, host, method }).inc();
     }
 }
