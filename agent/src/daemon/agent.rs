@@ -33,6 +33,7 @@ use crate::daemon::takeover::request::{self, Request};
 use crate::daemon::takeover::{self, Takeover};
 use crate::node::dataplane::{Pins, RouteMtus};
 use crate::node::devices::own::Routable;
+use crate::node::devices::watch::Watched;
 use crate::node::ipsec;
 use crate::node::publish::{publish, publish_part};
 use crate::node::status::{self, PolicyStatus, StateDir, Status, unix_seconds};
@@ -382,7 +383,11 @@ impl Agent {
     }
 
     fn on_survey(&mut self) -> Next {
-        let survey = &self.devices.watched.borrow_and_update().survey;
+        let watched = self.devices.watched.borrow_and_update();
+        if *watched == Watched::default() {
+            return Next::Update;
+        }
+        let survey = &watched.survey;
         self.sync.set_node(&survey.addresses, &survey.leave);
         Next::Update
     }
@@ -403,7 +408,8 @@ impl Agent {
 
     fn on_attachments(&mut self) -> Next {
         let _ = self.devices.attachments.borrow_and_update();
-        Next::Update
+        // What is attached follows from a survey that the loop may not have seen.
+        self.on_survey()
     }
 
     fn on_status_tick(&mut self) -> Next {

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use crate::node::backoff::Backoff;
 use crate::node::dataplane::{Attached, Error, Hooks, Target};
 use crate::node::devices::watch::Watched;
-use crate::node::devices::{Device, Survey};
+use crate::node::devices::{Device, Rules, Survey};
 use crate::node::publish::publish;
 use crate::node::status::{DeviceStatus, SocketPathStatus};
 
@@ -23,6 +23,8 @@ const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(
 /// What is attached, as the attacher reports it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Attachments {
+    /// The rules by which the devices were surveyed.
+    pub rules: Rules,
     /// The devices with a role.
     pub devices: Vec<DeviceStatus>,
     /// The socket path.
@@ -144,6 +146,7 @@ impl Attacher {
             }
         }
         Attachments {
+            rules: watched.rules.clone(),
             devices: self.devices.values().map(status).collect(),
             sockets,
             complete,

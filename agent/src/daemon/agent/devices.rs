@@ -76,6 +76,12 @@ impl DeviceTasks {
         let _attacher = tokio::spawn(attacher.run(inputs, attachments_of_task));
         Self { rules, routable, filled, watched, own_device, attachments }
     }
+
+    /// Whether the programs are attached as a survey by the present rules says.
+    pub(super) fn are_attached(&self) -> bool {
+        let attachments = self.attachments.borrow();
+        attachments.complete && attachments.rules == *self.rules.borrow()
+    }
 }
 
 /// Watches devices, and starts over if netlink fails.

@@ -24,9 +24,7 @@ impl Agent {
 
     /// Whether the maps hold what the sources say, and the programs are attached.
     pub(super) fn is_attached(&self) -> bool {
-        self.sync.is_settled()
-            && self.devices.attachments.borrow().complete
-            && self.programmed.is_some()
+        self.sync.is_settled() && self.devices.are_attached() && self.programmed.is_some()
     }
 
     /// Updates the status and writes it.
@@ -70,7 +68,7 @@ impl Agent {
             .iter()
             .map(|id| format!("the first full list of {}", source_name(*id)))
             .collect();
-        if !attachments.complete {
+        if !self.devices.are_attached() {
             let devices = &attachments.devices;
             let problems: Vec<String> = devices
                 .iter()

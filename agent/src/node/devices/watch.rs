@@ -36,6 +36,8 @@ const MAIN: u32 = 254;
 pub struct Watched {
     /// The devices and addresses.
     pub survey: Survey,
+    /// The rules by which they were surveyed.
+    pub rules: Rules,
     /// The number of changes of routes.
     pub routes: u64,
     /// The number of changes of classifiers, including foreign ones.
@@ -101,13 +103,15 @@ pub async fn watch(
             default_routes = Some(facts.default_routes.clone());
             changed.routes = true;
         }
-        let found = survey(&facts, &rules.borrow_and_update(), &sender.borrow().survey);
+        let by = rules.borrow_and_update().clone();
+        let found = survey(&facts, &by, &sender.borrow().survey);
         changed.routes |= has_own(&found) != has_own(&sender.borrow().survey);
         let Watched { routes, classifiers, .. } = *sender.borrow();
         let _ = publish(
             &sender,
             Watched {
                 survey: found,
+                rules: by,
                 routes: routes + u64::from(changed.routes),
                 classifiers: classifiers + u64::from(changed.classifiers),
             },
