@@ -62,7 +62,7 @@ pub fn unix_seconds(time: SystemTime) -> u64 {
 }
 
 /// The content of `status.json`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct Status {
     /// The node's name.
     pub node: String,
@@ -105,7 +105,7 @@ pub struct Status {
 }
 
 /// A takeover from kube-proxy, or a release back to it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct TakeoverStatus {
     /// `serving`, `passive`, `importing`, `draining` or `released`.
     pub phase: String,
@@ -126,7 +126,7 @@ pub struct TakeoverStatus {
 }
 
 /// A command line.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct Invocation {
     /// Its words, from the subcommand on. Flags of kube-proxy are translated to ours.
     pub arguments: Vec<String>,
@@ -147,7 +147,7 @@ impl Invocation {
 }
 
 /// A source of objects.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct SourceStatus {
     /// `manifests` or `kubernetes`.
     pub name: String,
@@ -162,7 +162,9 @@ pub struct SourceStatus {
 }
 
 /// How much the maps hold.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize,
+)]
 pub struct Counts {
     /// Frontends (VIP, port and protocol).
     pub frontends: usize,
@@ -173,7 +175,7 @@ pub struct Counts {
 }
 
 /// A device with a role.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct DeviceStatus {
     /// Its ifindex.
     pub index: u32,
@@ -190,7 +192,7 @@ pub struct DeviceStatus {
 }
 
 /// The socket path's programs.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct SocketPathStatus {
     /// `all`, `host` or `off`.
     pub mode: String,
@@ -201,7 +203,7 @@ pub struct SocketPathStatus {
 }
 
 /// What was decided about traffic, and which addresses that means.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct PolicyStatus {
     /// `needed`, `kube-proxy` or `all`.
     pub masquerade: String,
@@ -224,7 +226,7 @@ pub struct PolicyStatus {
 }
 
 /// Something wrong with an object.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct ReportStatus {
     /// `problem` or `notice`.
     pub level: String,
@@ -241,7 +243,7 @@ pub struct ReportStatus {
 }
 
 /// A change of the maps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct SyncStatus {
     /// When it ended, in seconds since 1970.
     pub at: u64,
