@@ -4,6 +4,7 @@ pub mod api;
 pub mod cli;
 pub mod diff;
 pub mod explain;
+mod plan;
 pub mod preflight;
 mod top;
 mod trace;

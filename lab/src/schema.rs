@@ -36,7 +36,7 @@ fn follow(root: &Value, schema: &Value, value: &Value, at: &str) -> Result<(), S
             "enum" if !list(wanted).contains(value) => {
                 return Err(format!("{at}: {value} is none of {wanted}"));
             }
-            "minimum" if value.as_f64() < wanted.as_f64() => {
+            "minimum" if value.is_number() && value.as_f64() < wanted.as_f64() => {
                 return Err(format!("{at}: {value} is less than {wanted}"));
             }
             "maximum" if value.is_number() && value.as_f64() > wanted.as_f64() => {

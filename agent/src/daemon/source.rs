@@ -2,6 +2,7 @@
 
 pub mod decode;
 pub mod kubernetes;
+pub mod lint;
 mod lists;
 pub mod manifests;
 pub mod names;

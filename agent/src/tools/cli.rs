@@ -14,6 +14,7 @@ mod monitor;
 mod names;
 mod output;
 mod pause;
+mod plan;
 mod policy;
 mod preflight;
 mod services;
@@ -43,6 +44,7 @@ use explain::ExplainArgs;
 use kube_proxy::{Expanded, expand};
 use names::NamesArgs;
 use output::{ListArgs, Output};
+use plan::PlanArgs;
 use preflight::PreflightArgs;
 use takeover::{ReleaseArgs, TakeoverArgs};
 use top::TopArgs;
@@ -162,6 +164,13 @@ enum Command {
     /// The exit code is 0 if there are none, else 1.
     #[command(after_help = examples::VALIDATE)]
     Validate(Box<ValidateArgs>),
+    /// Show what would change for clients if manifests were applied, and who loses service.
+    ///
+    /// Plans before and after, and compares each frontend's answers. Nothing is changed. The exit
+    /// code is 0 if no answer changes, 2 if one does, 3 if somebody loses service, and 1 if
+    /// something cannot be read.
+    #[command(after_help = examples::PLAN)]
+    Plan(Box<PlanArgs>),
     /// Check whether this node can run Sluice, and what Sluice would use.
     ///
     /// Loads every program, and tries every hook on devices and a cgroup made for the test. Nothing
@@ -305,6 +314,7 @@ impl Command {
             | Self::Man { .. }
             | Self::Pause => false,
             Self::Explain(args) => !args.uses_manifests(),
+            Self::Plan(args) => !args.uses_manifests(),
             Self::Agent(_)
             | Self::Status { .. }
             | Self::Services { .. }
@@ -346,6 +356,7 @@ impl Command {
             Self::Trace(args) => trace::run(args, pin_path),
             Self::Explain(args) => explain::run(*args, places),
             Self::Validate(args) => validate::run(*args),
+            Self::Plan(args) => plan::run(*args, places),
             Self::Preflight(args) => preflight::run(*args, pin_path, proc_sys),
             Self::Diff(args) => diff::run(*args, pin_path, state_dir),
             Self::Takeover(args) => takeover::take_over(&args, state_dir),
@@ -377,6 +388,7 @@ pub(crate) fn answers(schemas: &mut Schemas) {
     schemas.object::<crate::tools::preflight::Report>();
     schemas.object::<crate::tools::explain::Answer>();
     schemas.object::<explain::Change>();
+    schemas.object::<plan::Plan>();
     schemas.object::<version::Version>();
     schemas.list::<validate::Finding>();
 }

@@ -21,7 +21,7 @@ use sluice_common::abi::{Ipv4Address, RejectBucket, Tuple, phase};
 use sluice_core::model::object::Protocol;
 
 /// Runs the binary in a folder.
-fn sluice(folder: &Path, words: &[&str]) -> Output {
+pub(crate) fn sluice(folder: &Path, words: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_sluice"))
         .args(words)
         .current_dir(folder)
@@ -46,7 +46,7 @@ fn ask(folder: &Path, words: &str) -> (i32, Value) {
 }
 
 /// Holds an answer against docs/schema.json.
-fn check(answer: &Value) {
+pub(crate) fn check(answer: &Value) {
     let checked = sluice_lab::schema::check(&sluice::tools::api::schema(), answer);
     assert_eq!(checked, Ok(()), "{answer}");
 }

@@ -79,16 +79,8 @@ impl Names {
     /// When the directory or a file cannot be read.
     pub fn of_manifests(path: &Path) -> io::Result<Self> {
         let mut names = Self::default();
-        for file in Folder::new(path.to_owned()).list()? {
-            let text = fs::read_to_string(&file)?;
-            let documents = if file.extension().is_some_and(|end| end == "json") {
-                json(&text)
-            } else {
-                yaml(&text, is_named)
-            };
-            for value in documents.into_iter().filter_map(|document| document.content.ok()) {
-                names.add(&value, None);
-            }
+        for value in documents(path, is_named)? {
+            each(&value, None, &mut |kind, object| names.add(kind, object));
         }
         Ok(names)
     }
@@ -128,7 +120,7 @@ impl Names {
                 };
                 for object in &list.items {
                     if let Ok(value) = serde_json::to_value(object) {
-                        names.add(&value, Some(kind));
+                        names.add(kind, &value);
                     }
                 }
                 match list.metadata.continue_.filter(|token| !token.is_empty()) {
@@ -200,15 +192,7 @@ impl Names {
         self.labels.get(&ObjectName::new(namespace, service)).cloned().unwrap_or_default()
     }
 
-    /// Adds an object, or the objects of a list.
-    fn add(&mut self, value: &Value, implied: Option<&str>) {
-        let kind = value.get("kind").and_then(Value::as_str).or(implied).unwrap_or_default();
-        if let Some(of) = kind.strip_suffix("List") {
-            for item in list(value, "/items") {
-                self.add(item, Some(of).filter(|of| !of.is_empty()));
-            }
-            return;
-        }
+    fn add(&mut self, kind: &str, value: &Value) {
         let word = |path| word(value, path);
         let Some(name) = word("/metadata/name") else { return };
         let namespace = word("/metadata/namespace").unwrap_or("default");
@@ -291,13 +275,42 @@ impl Names {
     }
 }
 
+/// Returns the documents of a directory or file, without those that cannot be parsed.
+pub(super) fn documents(path: &Path, wanted: fn(&str, &str) -> bool) -> io::Result<Vec<Value>> {
+    let mut values = Vec::new();
+    for file in Folder::new(path.to_owned()).list()? {
+        // What is not UTF-8 is reported where objects are read.
+        let text = String::from_utf8_lossy(&fs::read(&file)?).into_owned();
+        let documents = if file.extension().is_some_and(|end| end == "json") {
+            json(&text)
+        } else {
+            yaml(&text, wanted)
+        };
+        values.extend(documents.into_iter().filter_map(|document| document.content.ok()));
+    }
+    Ok(values)
+}
+
+/// Visits an object, or the objects of a list, each with its kind.
+pub(super) fn each(value: &Value, implied: Option<&str>, visit: &mut dyn FnMut(&str, &Value)) {
+    let kind = word(value, "/kind").or(implied).unwrap_or_default();
+    match kind.strip_suffix("List") {
+        Some(of) => {
+            for item in list(value, "/items") {
+                each(item, Some(of).filter(|of| !of.is_empty()), visit);
+            }
+        }
+        None => visit(kind, value),
+    }
+}
+
 /// Returns a text in an object.
-fn word<'v>(value: &'v Value, path: &str) -> Option<&'v str> {
+pub(super) fn word<'v>(value: &'v Value, path: &str) -> Option<&'v str> {
     value.pointer(path).and_then(Value::as_str).filter(|word| !word.is_empty())
 }
 
 /// Returns the elements of a list in an object.
-fn list<'v>(value: &'v Value, path: &str) -> std::slice::Iter<'v, Value> {
+pub(super) fn list<'v>(value: &'v Value, path: &str) -> std::slice::Iter<'v, Value> {
     value.pointer(path).and_then(Value::as_array).map_or(&[][..], Vec::as_slice).iter()
 }
 
@@ -339,7 +352,7 @@ mod tests {
     #[test]
     fn addresses_have_the_names_of_pods_and_slices() {
         let mut names = Names::default();
-        names.add(&dump(), None);
+        each(&dump(), None, &mut |kind, object| names.add(kind, object));
         let at = |text: &str| address(text).expect("an address");
         let client = names.pod(at("10.244.1.5")).expect("the one that runs");
         assert_eq!(client.name.to_string(), "shop/client");

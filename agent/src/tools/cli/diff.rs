@@ -95,8 +95,8 @@ kinds! { Report = "Diff"; }
 
 /// The sources of objects, and what else decides about the maps.
 #[derive(Debug)]
-struct Scope {
-    inputs: Inputs,
+pub(super) struct Scope {
+    pub(super) inputs: Inputs,
     manifests: Option<PathBuf>,
     kubernetes: Option<kubernetes::Settings>,
 }
@@ -188,7 +188,7 @@ fn write(pin_path: &Path, wants: &Wanted, found: &State) -> anyhow::Result<usize
 
 impl Scope {
     /// Returns every object of the sources, once.
-    async fn events(&self) -> anyhow::Result<Vec<Event>> {
+    pub(super) async fn events(&self) -> anyhow::Result<Vec<Event>> {
         let mut events = Vec::new();
         if let Some(folder) = &self.manifests {
             let read = manifests::read(folder);
@@ -304,6 +304,25 @@ impl DiffArgs {
             kubernetes: uses_server.then_some(kubernetes),
         })
     }
+}
+
+/// Returns the sources and settings of the last agent on this node.
+///
+/// # Errors
+///
+/// When its flags are not understood.
+pub(super) fn scope_of_agent(last: &Status) -> anyhow::Result<Scope> {
+    let args = DiffArgs {
+        manifests: None,
+        kubeconfig: None,
+        api: None,
+        proxy_name: None,
+        node_name: None,
+        repair: false,
+        output: Output::default(),
+        policy: None,
+    };
+    args.scope(Some(last))
 }
 
 /// Returns the flags of the last agent on this node, or the defaults if it has recorded none.

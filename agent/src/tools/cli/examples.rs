@@ -84,6 +84,14 @@ Examples:
   # A dump of a cluster (kubectl get svc,endpointslices,nodes -A -o yaml)
   sluice validate dump.yaml --node n1";
 
+pub(super) const PLAN: &str = "\
+Examples:
+  # On a node, before kubectl apply -f new.yaml
+  sluice plan -f new.yaml
+
+  # For a node of a dump, without root
+  sluice plan -f new.yaml --manifests dump.yaml --node n1";
+
 pub(super) const PREFLIGHT: &str = "\
 Examples:
   # On a node, before the install

@@ -80,7 +80,7 @@ impl TypedValueParser for Formats {
 }
 
 /// The flags of what a command prints.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Output")]
 pub(super) struct Output {
     /// The format: table, wide (more columns, and nothing is cut), name, json, yaml or

@@ -19,7 +19,7 @@ const GAP: usize = 3;
 /// Columns are not made narrower than this.
 const LEAST: usize = 8;
 /// Columns of sentences are not made narrower than this.
-const LEAST_PROSE: usize = 24;
+const LEAST_PROSE: usize = 20;
 
 /// When output is coloured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -166,10 +166,14 @@ impl Table {
         Self { columns: columns.to_vec(), rows: Vec::new() }
     }
 
-    /// Adds a row. An empty cell is printed as `-`.
+    /// Adds a row. An empty cell is printed as `-`, and a control character, which a terminal might
+    /// obey, as `\u{fffd}`.
     pub(super) fn row<T: Into<Text>>(&mut self, cells: impl IntoIterator<Item = T>) {
         let cells = cells.into_iter().map(|cell| {
-            let cell: Text = cell.into();
+            let mut cell: Text = cell.into();
+            if cell.text.contains(is_obeyed) {
+                cell.text = cell.text.replace(is_obeyed, "\u{fffd}");
+            }
             if cell.text.is_empty() { Text { text: "-".to_owned(), ..cell } } else { cell }
         });
         self.rows.push(cells.collect());
@@ -252,6 +256,10 @@ impl Table {
             }
         }
     }
+}
+
+fn is_obeyed(letter: char) -> bool {
+    letter.is_control() && letter != '\n'
 }
 
 /// Formats a number of bytes with few digits: `1023`, `1.5Ki`, `12Mi`.
@@ -339,6 +347,13 @@ mod tests {
         let text = table.text(style(50));
         assert!(!text.contains('…') && text.lines().count() > 2, "{text}");
         assert!(text.lines().all(|line| line.width() <= 50), "{text}");
+    }
+
+    #[test]
+    fn nothing_in_a_cell_is_obeyed_by_a_terminal() {
+        let mut table = Table::new(&[cut("NAME")]);
+        table.row(["a\u{1b}[2Jb\u{9b}c"]);
+        assert_eq!(table.text(style(80)), "NAME\na\u{fffd}[2Jb\u{fffd}c\n");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::output::Output;
 use super::policy::PolicyArgs;
 use super::table::{Mood, Table, Text, cut, prose, whole};
 use super::{NO_OBJECTS, Outcome, Usage};
+use crate::daemon::source::lint::{Suspicion, lint};
 use crate::tools::api::kinds;
 use crate::tools::explain::{Manifests, Options};
 
@@ -43,12 +44,17 @@ enum Kind {
     Refused,
     /// Another Service has the address that the object claims.
     Lost,
-    /// Everything has an effect, though perhaps not the intended one.
+    /// The object is served, though perhaps not as intended: with a default, without a field that
+    /// does not exist, or by nobody yet.
     Warning,
 }
 
 impl Kind {
     fn of(flaw: Flaw) -> Self {
+        // Another value counts, with which the object is served.
+        if flaw == Flaw::BadValue {
+            return Self::Warning;
+        }
         // In a cluster these two are common and temporary. A manifest with one is not served as it
         // stands.
         let is_idle = matches!(flaw, Flaw::NoClusterIp | Flaw::NoServiceLabel);
@@ -85,6 +91,14 @@ pub(super) struct Finding {
 
 kinds! { Finding = "Finding"; }
 
+impl From<Suspicion> for Finding {
+    fn from(suspicion: Suspicion) -> Self {
+        let Suspicion { object, field, lint, why } = suspicion;
+        let kind = if lint.is_refused() { Kind::Refused } else { Kind::Warning };
+        Self { kind, object, field, flaw: lint.word(), why }
+    }
+}
+
 impl From<&Report> for Finding {
     fn from(report: &Report) -> Self {
         Self {
@@ -109,16 +123,18 @@ pub(super) fn run(args: ValidateArgs) -> anyhow::Result<Outcome> {
     let options = Options {
         path: path.clone(),
         node: node.map(Into::into),
-        proxy_name,
+        proxy_name: proxy_name.clone(),
         policy,
         socket_path: 0,
     };
-    let manifests =
-        Manifests::read(options).with_context(|| format!("cannot read {}", path.display()))?;
+    let unreadable = || format!("cannot read {}", path.display());
+    let manifests = Manifests::read(options).with_context(unreadable)?;
     if manifests.objects() == 0 && manifests.model().reports().iter().next().is_none() {
         bail!("found no object in {}: {NO_OBJECTS}", path.display());
     }
     let mut rows: Vec<Finding> = manifests.model().reports().iter().map(Finding::from).collect();
+    let suspicions = lint(&path, proxy_name.as_deref()).with_context(unreadable)?;
+    rows.extend(suspicions.into_iter().map(Finding::from));
     rows.sort();
     let code = u8::from(rows.iter().any(|row| row.kind != Kind::Warning));
     let text = output.items(&rows, |rows, style| {

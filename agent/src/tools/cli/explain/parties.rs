@@ -87,7 +87,7 @@ impl Party {
                     .all(|letter| letter.is_ascii_alphanumeric() || "-./:".contains(letter))
         };
         // Without the prefix only the port shows that it is a Service.
-        if !is_name(word) || plain.is_none() && !word.contains(':') {
+        if !is_name(word) || plain.is_none() && word.matches(':').count() != 1 {
             return Err(wrong());
         }
         Ok(Self::Service(match namespace {
