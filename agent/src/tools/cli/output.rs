@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::builder::{PossibleValue, TypedValueParser};
 use clap::{Arg, Args, Command};
+use serde::Serialize;
 use serde_json::Value;
 
 use super::jsonpath::{Template, first, path};
@@ -124,7 +125,7 @@ impl Output {
             Format::Table | Format::Wide => Ok(text(body, self.style())),
             Format::Name => bail!(Usage(format!("-o name: a {} has no name", T::KIND))),
             Format::Json | Format::Yaml | Format::JsonPath(_) => {
-                self.serialized(&serde_json::to_value(Object::new(body))?)
+                self.serialized(&Object::new(body))
             }
         }
     }
@@ -142,16 +143,14 @@ impl Output {
         match &self.format {
             Format::Table | Format::Wide => Ok(text(items, self.style())),
             Format::Name => bail!(Usage(format!("-o name: a {} has no name", T::KIND))),
-            Format::Json | Format::Yaml | Format::JsonPath(_) => {
-                self.serialized(&serde_json::to_value(List::new(items))?)
-            }
+            Format::Json | Format::Yaml | Format::JsonPath(_) => self.serialized(&List::new(items)),
         }
     }
 
     /// Returns a value as JSON, YAML, or what a template takes of it.
-    fn serialized(&self, value: &Value) -> anyhow::Result<String> {
+    fn serialized<T: Serialize>(&self, value: &T) -> anyhow::Result<String> {
         Ok(match &self.format {
-            Format::JsonPath(template) => template.fill(value)?,
+            Format::JsonPath(template) => template.fill(&serde_json::to_value(value)?)?,
             Format::Yaml => serde_saphyr::to_string(value)?,
             Format::Table | Format::Wide | Format::Name | Format::Json => {
                 serde_json::to_string_pretty(value)? + "\n"
@@ -309,7 +308,7 @@ impl ListArgs {
             Format::Table | Format::Wide => self.table(items).text(self.output.style()),
             Format::Name => lines(items),
             Format::Json | Format::Yaml | Format::JsonPath(_) => {
-                self.output.serialized(&serde_json::to_value(List::new(items))?)?
+                self.output.serialized(&List::new(items))?
             }
         })
     }
@@ -327,7 +326,7 @@ impl ListArgs {
             Format::Json | Format::Yaml | Format::JsonPath(_) => {
                 let mut text = String::new();
                 for item in items {
-                    text += &self.output.serialized(&serde_json::to_value(Object::new(item))?)?;
+                    text += &self.output.serialized(&Object::new(item))?;
                 }
                 text
             }
@@ -398,7 +397,6 @@ impl Key {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use serde::Serialize;
 
     use super::super::table::{cut, whole, wide};
     use super::*;
