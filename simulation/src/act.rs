@@ -232,9 +232,9 @@ impl<'m, F: Side> Adapter<F> for InHand<'m> {
     fn neighbour(&self, _: &F::Address, destination: &F::Address, ifindex: u32) -> Option<Mac> {
         // Neighbours are forgotten from time to time.
         let [connection, number] = self.tag.words();
-        let is_known = mix(&[self.world.setting.seed, connection, number, 8]) % 8 != 0;
+        let chance = mix(&[self.world.setting.seed, connection, number, 8]);
         let found = self.node.neighbour(F::ip(*destination));
-        found.filter(|_| is_known && ifindex == BRIDGE)
+        found.filter(|_| !chance.is_multiple_of(8) && ifindex == BRIDGE)
     }
 
     fn route_mtu(&self, _: &F::Address, _: u32) -> u32 {

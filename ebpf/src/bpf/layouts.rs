@@ -1,9 +1,9 @@
 //! Tables whose layout changes: both layouts are read, and one is written (see [`previous`]).
 //!
-//! Which one is a constant that is set when the programs are loaded. The verifier leaves out what
-//! does not apply, so that settled programs contain nothing of this. In the other rounds the work
-//! is done by global functions, checked once and by themselves, with key and value in a map: the
-//! path has too many lookups to follow two tables through each.
+//! The layout that is written is a constant that is set when the programs are loaded. The verifier
+//! leaves out what does not apply, so that settled programs contain nothing of this. In the other
+//! rounds the work is done by global functions, checked once and by themselves, with key and value
+//! in a map: the path has too many lookups to follow two tables through each.
 
 use core::marker::PhantomData;
 

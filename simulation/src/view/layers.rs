@@ -96,10 +96,9 @@ impl<F: Side, const LAYER: usize> Flows<'_, '_, F, LAYER> {
 /// Returns the owner of an entry that leads the same way, in whichever table it is.
 fn maker<F: Side>(node: &Node, key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> Option<u32> {
     let memory = F::memory(node).borrow();
-    let found = memory.tables().find_map(|(_, _, table)| {
+    memory.tables().find_map(|(_, _, table)| {
         table.peek(key).filter(|entry| leads_to(&entry.flow, flow)).map(|entry| entry.owner)
-    });
-    found
+    })
 }
 
 impl<F: Side> Store<Tuple<F::Address>, Flow<F::Address>> for Flows<'_, '_, F, NOW> {
@@ -165,18 +164,18 @@ pub(super) struct Affinities<'v, 'w, F: Side, const LAYER: usize> {
 }
 
 impl<F: Side, const LAYER: usize> Affinities<'_, '_, F, LAYER> {
-    fn read(&self, key: &AffinityKey<F::Address>) -> Option<Affinity> {
+    fn read(self, key: &AffinityKey<F::Address>) -> Option<Affinity> {
         self.view.race();
         F::memory(self.view.node).borrow_mut().layers[LAYER].affinity.get(key)
     }
 
-    fn write(&self, key: &AffinityKey<F::Address>, value: Affinity) {
+    fn write(self, key: &AffinityKey<F::Address>, value: Affinity) {
         self.view.race();
         let mut memory = F::memory(self.view.node).borrow_mut();
         let _ = memory.layers[LAYER].affinity.insert(*key, value);
     }
 
-    fn erase(&self, key: &AffinityKey<F::Address>) {
+    fn erase(self, key: &AffinityKey<F::Address>) {
         self.view.race();
         let _ = F::memory(self.view.node).borrow_mut().layers[LAYER].affinity.remove(key);
     }
@@ -230,11 +229,14 @@ impl<F: Side> Store<AffinityKey<F::Address>, previous::Affinity> for Affinities<
     }
 }
 
+/// Lends a table to a closure.
+type Lend<'w, K, S> = &'w dyn Fn(&mut dyn FnMut(&mut Lru<K, S>));
+
 /// A table of one layout, as the agent uses it while programs do. It stores values as `S`, and the
 /// layout knows them as `V`.
 pub struct AgentTable<'w, K, S, V> {
     /// Lends the table.
-    pub lend: &'w dyn Fn(&mut dyn FnMut(&mut Lru<K, S>)),
+    pub lend: Lend<'w, K, S>,
     /// Lets another CPU have its turn.
     pub race: &'w dyn Fn(),
     /// Returns a stored value as the layout knows it.

@@ -115,7 +115,9 @@ impl World<'_> {
         let hosts = self.hosts.borrow();
         let unseen = hosts.iter().enumerate().filter(|(host, _)| {
             let node = cluster::place(*host).map(|(node, _)| node);
-            !opens || number == protocol::SCTP || node.is_some_and(|node| self.setting.bridged[node])
+            !opens
+                || number == protocol::SCTP
+                || node.is_some_and(|node| self.setting.bridged[node])
         });
         let taken: Vec<u32> = unseen.flat_map(|(_, host)| host.accepted(number, source)).collect();
         let mut connections = self.connections.borrow_mut();
