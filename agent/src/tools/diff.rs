@@ -39,7 +39,7 @@ impl State {
     ///
     /// # Errors
     ///
-    /// When one cannot be read.
+    /// Fails if one cannot be read.
     pub fn read(kernel: &Kernel) -> Result<Self, ReadError> {
         Ok(Self {
             image: kernel.read()?,

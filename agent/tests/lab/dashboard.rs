@@ -1,5 +1,6 @@
-//! What is deployed beside the metrics: alert rules and dashboard, judged by the real promtool and
-//! asked of a real Prometheus that scrapes an agent (`SLUICE_PROMETHEUS`: the directory with both).
+//! Alert rules and dashboard, which are deployed next to the metrics, checked by the real promtool
+//! and evaluated by a real Prometheus that scrapes an agent (`SLUICE_PROMETHEUS`: the directory
+//! with both).
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
@@ -15,7 +16,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use sluice_lab::{Namespace, Node};
 
-/// Where the real programs are, or why they are not.
+/// Returns the directory of the real programs. Reports the test as skipped if there is none.
 fn prometheus(test: &str) -> Option<PathBuf> {
     let directory = std::env::var_os("SLUICE_PROMETHEUS").map(PathBuf::from);
     if directory.is_none() {
@@ -87,7 +88,7 @@ fn questions() -> Result<Vec<(String, String)>> {
     Ok(questions)
 }
 
-/// What `promtool check metrics` has against a text.
+/// Returns what `promtool check metrics` objects to in a text.
 fn promtool_check(programs: &Path, text: &str) -> Result<String> {
     let mut child = Command::new(programs.join("promtool"))
         .args(["check", "metrics"])

@@ -35,7 +35,7 @@ struct Row {
     sockets: Sockets,
 }
 
-/// What the socket path counts of connections.
+/// The socket path's counters of connections.
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Sockets {
     connections: u64,
@@ -72,7 +72,7 @@ impl From<SocketCounters> for Sockets {
 ///
 /// # Errors
 ///
-/// When the maps cannot be read, or no service has the name.
+/// Fails if the maps cannot be read, or no service has the name.
 pub(super) fn run(
     pin_path: &Path,
     service: Option<&str>,

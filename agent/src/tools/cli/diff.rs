@@ -30,12 +30,12 @@ use crate::node::status::{self, StateDir, Status};
 use crate::node::view;
 use crate::tools::diff::{Difference, Inputs, State, Wanted, compare, wanted};
 
-/// How often objects and maps are compared while an agent runs and both change. Only a difference
-/// that all comparisons show counts.
+/// The number of comparisons of objects and maps while an agent runs and both change. Only a
+/// difference that all comparisons show counts.
 const LOOKS: usize = 3;
 /// The time between two comparisons: longer than an agent takes to notice a change.
 const PAUSE: Duration = Duration::from_millis(700);
-/// How long the API server may take for all of its lists.
+/// The time that the API server may take for all of its lists.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The arguments of `sluice diff`.

@@ -36,7 +36,7 @@ struct Row {
 ///
 /// # Errors
 ///
-/// When the maps cannot be read.
+/// Fails if the maps cannot be read.
 pub(super) fn run(
     pin_path: &Path,
     namespace: Option<&str>,

@@ -59,7 +59,7 @@ struct ReasonView {
 ///
 /// # Errors
 ///
-/// When the node is released, nothing is pinned, or the maps cannot be read.
+/// Fails if the node is released, nothing is pinned, or the maps cannot be read.
 pub(super) fn run(pin_path: &Path, state_dir: &Path, format: Format) -> anyhow::Result<Outcome> {
     let (alive, running) = (status::is_alive(state_dir), status::of_living(state_dir));
     let last = running.clone().or_else(|| status::read(state_dir));

@@ -74,7 +74,7 @@ impl Table {
 ///
 /// # Errors
 ///
-/// When the data cannot be serialized.
+/// Fails if the data cannot be serialized.
 pub(super) fn render<T: Serialize>(
     format: Format,
     data: &T,
