@@ -362,7 +362,8 @@ fn text(report: &Report) -> String {
     match (report.in_step, report.agent_alive, report.repaired_writes) {
         (true, _, _) => {}
         (false, true, _) => line(format_args!(
-            "An agent runs: restart it to write the differences (`sluice status` shows what may prevent it)."
+            "An agent runs: it repairs what somebody has changed within half a minute. Restart it if the differences stay \
+             (`sluice status` shows what may prevent a repair)."
         )),
         (false, false, None) => {
             line(format_args!(
