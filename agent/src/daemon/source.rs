@@ -4,6 +4,7 @@ pub mod decode;
 pub mod kubernetes;
 mod lists;
 pub mod manifests;
+pub mod names;
 mod yaml;
 
 use std::sync::{Arc, Mutex, PoisonError};

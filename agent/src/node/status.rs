@@ -63,7 +63,7 @@ pub fn unix_seconds(time: SystemTime) -> u64 {
 }
 
 /// The content of `status.json`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct Status {
     /// The node's name.
     pub node: String,
@@ -109,7 +109,7 @@ pub struct Status {
 }
 
 /// A place that was not as the agent had made it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct DriftStatus {
     /// `map`, `pin`, `hook`, `device`, `route` or `setting`.
     pub what: String,
@@ -126,7 +126,7 @@ pub struct DriftStatus {
 }
 
 /// A takeover from kube-proxy, or a release back to it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct TakeoverStatus {
     /// `serving`, `passive`, `importing`, `draining` or `released`.
     pub phase: String,
@@ -148,7 +148,7 @@ pub struct TakeoverStatus {
 }
 
 /// A command line.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct Invocation {
     /// Its words, from the subcommand on. Flags of kube-proxy are translated to ours.
     pub arguments: Vec<String>,
@@ -169,7 +169,7 @@ impl Invocation {
 }
 
 /// A source of objects.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct SourceStatus {
     /// `manifests` or `kubernetes`.
     pub name: String,
@@ -184,7 +184,9 @@ pub struct SourceStatus {
 }
 
 /// The content of the maps, in numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize,
+)]
 pub struct Counts {
     /// Frontends (VIP, port and protocol).
     pub frontends: usize,
@@ -195,7 +197,7 @@ pub struct Counts {
 }
 
 /// A device with a role.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct DeviceStatus {
     /// Its ifindex.
     pub index: u32,
@@ -212,7 +214,7 @@ pub struct DeviceStatus {
 }
 
 /// The socket path's programs.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct SocketPathStatus {
     /// `all`, `host` or `off`.
     pub mode: String,
@@ -223,7 +225,7 @@ pub struct SocketPathStatus {
 }
 
 /// The decisions about traffic, and the addresses that follow from them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct PolicyStatus {
     /// `needed`, `kube-proxy` or `all`.
     pub masquerade: String,
@@ -246,7 +248,7 @@ pub struct PolicyStatus {
 }
 
 /// Something wrong with an object.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct ReportStatus {
     /// `problem` or `notice`.
     pub level: String,
@@ -263,7 +265,7 @@ pub struct ReportStatus {
 }
 
 /// A change of the maps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct SyncStatus {
     /// The time at which it ended, in seconds since 1970.
     pub at: u64,

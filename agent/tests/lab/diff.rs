@@ -4,8 +4,8 @@ use std::process::Output;
 
 use crate::support;
 use crate::support::{
-    Cluster, Plan, WEB, cluster_ip, flush, number, pinned, reaches, service, skip, status,
-    unless_unsupported, until, until_backends, word,
+    Cluster, Plan, WEB, cluster_ip, flush, follows_the_schema, number, pinned, reaches, service,
+    skip, status, unless_unsupported, until, until_backends, word,
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -17,7 +17,10 @@ fn diff(node: &Node, args: &[&str]) -> Result<(i32, Value, String)> {
     let args: Vec<&str> = ["diff", "-o", "json"].iter().chain(args).copied().collect();
     let Output { status, stdout, stderr } = node.sluice_output(&args)?;
     let said = String::from_utf8_lossy(&stderr).into_owned();
-    let report = serde_json::from_slice(&stdout).unwrap_or_default();
+    let report: Value = serde_json::from_slice(&stdout).unwrap_or_default();
+    if !report.is_null() {
+        follows_the_schema(&report)?;
+    }
     Ok((status.code().context("it was killed")?, report, said))
 }
 

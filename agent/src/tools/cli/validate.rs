@@ -4,12 +4,15 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use schemars::JsonSchema;
 use serde::Serialize;
 use sluice_core::model::report::{Flaw, Level, Report};
 
+use super::output::Output;
 use super::policy::PolicyArgs;
-use super::table::{Table, render};
-use super::{NO_OBJECTS, Outcome, Output, Usage};
+use super::table::{Mood, Table, Text, cut, prose, whole};
+use super::{NO_OBJECTS, Outcome, Usage};
+use crate::tools::api::kinds;
 use crate::tools::explain::{Manifests, Options};
 
 /// The arguments of `sluice validate`.
@@ -33,7 +36,7 @@ pub(super) struct ValidateArgs {
 }
 
 /// The severity of a finding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Kind {
     /// The object, or the part in the field, has no effect.
@@ -66,16 +69,23 @@ impl Kind {
 }
 
 /// A finding.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-struct Row {
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
+pub(super) struct Finding {
+    /// How bad it is.
     kind: Kind,
+    /// The object, as `Kind namespace/name`, or the document in a file.
     object: String,
+    /// The field; empty if it is the whole.
     field: String,
+    /// What is wrong, as one word.
     flaw: &'static str,
+    /// What was found, and what follows from it.
     why: String,
 }
 
-impl From<&Report> for Row {
+kinds! { Finding = "Finding"; }
+
+impl From<&Report> for Finding {
     fn from(report: &Report) -> Self {
         Self {
             kind: Kind::of(report.note.flaw),
@@ -108,23 +118,31 @@ pub(super) fn run(args: ValidateArgs) -> anyhow::Result<Outcome> {
     if manifests.objects() == 0 && manifests.model().reports().iter().next().is_none() {
         bail!("found no object in {}: {NO_OBJECTS}", path.display());
     }
-    let mut rows: Vec<Row> = manifests.model().reports().iter().map(Row::from).collect();
+    let mut rows: Vec<Finding> = manifests.model().reports().iter().map(Finding::from).collect();
     rows.sort();
     let code = u8::from(rows.iter().any(|row| row.kind != Kind::Warning));
-    let text = render(output.output, &rows, |rows| {
+    let text = output.items(&rows, |rows, style| {
         if rows.is_empty() {
             return format!("No problems found in {} objects.\n", manifests.objects());
         }
-        let mut table = Table::new(&["OBJECT", "FIELD", "KIND", "WHY"]);
-        for row in rows {
-            table.row([
-                row.object.clone(),
-                row.field.clone(),
-                row.kind.as_str().to_owned(),
-                row.why.clone(),
-            ]);
-        }
-        table.text()
+        table(rows).text(style)
     })?;
     Ok(Outcome { text, code })
+}
+
+fn table(rows: &[Finding]) -> Table {
+    let mut table = Table::new(&[whole("KIND"), cut("OBJECT"), cut("FIELD"), prose("WHY")]);
+    for row in rows {
+        let mood = match row.kind {
+            Kind::Refused | Kind::Lost => Mood::Bad,
+            Kind::Warning => Mood::Warning,
+        };
+        table.row([
+            Text::new(row.kind.as_str(), Some(mood)),
+            row.object.as_str().into(),
+            row.field.as_str().into(),
+            row.why.as_str().into(),
+        ]);
+    }
+    table
 }

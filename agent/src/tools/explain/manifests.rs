@@ -149,6 +149,18 @@ impl Manifests {
         }
     }
 
+    /// Returns the name of the assumed node, if there is one.
+    #[must_use]
+    pub fn node(&self) -> Option<&str> {
+        self.options.node.as_deref()
+    }
+
+    /// Returns the planned maps.
+    #[must_use]
+    pub fn image(&self) -> &Image {
+        self.plan.image()
+    }
+
     /// Returns the model of the objects.
     #[must_use]
     pub fn model(&self) -> &Model {
