@@ -13,7 +13,7 @@ const SKB: (usize, usize) = (192, 40);
 /// No port changes.
 const NOWHERE: u32 = u32::MAX;
 
-/// How a program is called.
+/// The kind of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Tc,

@@ -49,7 +49,7 @@ pub(crate) struct BackendView {
     pub(crate) sockets: SocketCounters,
 }
 
-/// What was counted of one backend, or of several.
+/// The counters of one backend, or of several.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sums {
     /// Counters per packet, and the calls.
@@ -188,7 +188,7 @@ pub(crate) fn open(pin_path: &Path) -> anyhow::Result<Kernel> {
 ///
 /// # Errors
 ///
-/// When it is in another one, or the maps cannot be read.
+/// Fails if it is in another one, or the maps cannot be read.
 pub(crate) fn check_namespace(kernel: &Kernel) -> anyhow::Result<()> {
     let wanted = kernel.maps().read_programmed()?.map_or(0, |all| all.settings.host_netns);
     // A kernel before Linux 5.14 has no cookies, and maps that no agent has filled have none.

@@ -98,7 +98,7 @@ fn narrow(address: [u8; 16], family: u8) -> IpAddr {
 pub(crate) struct Line {
     /// The time, as in RFC 3339.
     pub(crate) time: String,
-    /// What happened to the packet: `passed`, `forwarded`, `rejected`, `dropped` or `held`.
+    /// The fate of the packet: `passed`, `forwarded`, `rejected`, `dropped` or `held`.
     pub(crate) fate: &'static str,
     /// The kind of event: `opened`, `proven`, `closing`, `counted` or `call`.
     pub(crate) kind: &'static str,

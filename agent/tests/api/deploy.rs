@@ -41,7 +41,7 @@ fn overlays() -> BTreeMap<String, PathBuf> {
         .collect()
 }
 
-/// What a program prints, or what it says when it fails.
+/// Runs a program. Returns its output, or what it reports when it fails.
 fn run(command: &mut Command) -> Result<String, String> {
     let output = command.output().expect("started");
     let text = |bytes| String::from_utf8(bytes).expect("text");

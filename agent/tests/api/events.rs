@@ -1,4 +1,4 @@
-//! What is wrong with objects of a real API server is told beside them, as Events.
+//! Problems with objects of a real API server are reported on these objects, as Events.
 //!
 //! test-threads: 3
 

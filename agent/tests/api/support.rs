@@ -26,7 +26,7 @@ use sluice_lab::{AgentOptions, AgentProcess, Lab, Node, NodeOptions};
 
 use control_plane::ControlPlane;
 
-/// How long an agent may take from its start until it is ready.
+/// The time that an agent may take from its start until it is ready.
 pub(crate) const START: Duration = Duration::from_secs(20);
 
 /// A lab with a control plane in it.

@@ -4,7 +4,7 @@
 //!
 //! The kernel's way needs root and the BPF object (`SLUICE_BPF_OBJECT`, else
 //! `target/bpf/sluice.o`); without either they fail, unless `SLUICE_TEST_SKIP=1` says to skip them.
-//! What a test run cannot show: where a redirect leads, and skbs that are not linear, larger than a
+//! A test run cannot show where a redirect leads, nor skbs that are not linear, are larger than a
 //! page, or leave a checksum to the device.
 
 pub(crate) mod case;
@@ -34,7 +34,7 @@ use sluice_common::abi::{Event, Listening, Range, Ticks, networks, state};
 use sluice_common::engine::limit::DEVICE_REJECT_BURST_MS;
 use sluice_common::event::Kind;
 
-/// How many failures are printed whole.
+/// The number of failures that are printed in full.
 const SHOWN: usize = 20;
 
 /// Returns how a case failed, with the case itself; empty where it did not.
@@ -171,7 +171,7 @@ fn is_accelerated(case: &Case) -> bool {
     case.world.settings.networks & networks::ACCELERATE != 0
 }
 
-/// What XDP, or another device's program, has translated is sent around the stack as it is.
+/// A packet that XDP or another device's program has translated is sent around the stack unchanged.
 #[test]
 fn what_is_translated_goes_around_the_stack_by_the_next_program() {
     if kernel::is_skipped() {

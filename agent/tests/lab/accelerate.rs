@@ -128,7 +128,7 @@ fn a_rule_that_drops_stops_only_what_passes_the_stack() -> Result<()> {
     Ok(())
 }
 
-/// What `sluice preflight` finds of acceleration.
+/// Returns what `sluice preflight` finds about acceleration.
 fn preflight(stack: &Stack, accelerate: &str) -> Result<Value> {
     let output = stack.node.sluice_output(&["preflight", accelerate, "-o", "json"])?;
     let report: Value = serde_json::from_slice(&output.stdout)
@@ -195,7 +195,7 @@ fn is_time_exceeded(frame: &[u8]) -> bool {
     }
 }
 
-/// What the status says of acceleration.
+/// Returns what the status says about acceleration.
 fn told(stack: &Stack) -> Result<String> {
     let status = status(&stack.node)?;
     let policy = status.get("last").and_then(|last| last.get("policy")).context("no policy")?;

@@ -1,5 +1,5 @@
-//! What goes around the stack does what the stack would: the path's MTU, the hop limit, VLAN tags.
-//! The control are the rules that kube-proxy would have.
+//! A packet that goes around the stack is treated as the stack would treat it: the path's MTU, the
+//! hop limit, VLAN tags. The control is the set of rules that kube-proxy would have.
 
 use std::cell::Cell;
 use std::io::{BufRead as _, BufReader, Write as _};

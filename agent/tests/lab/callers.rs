@@ -14,7 +14,8 @@ use sluice_lab::{Cni, Event, Namespace, NodeOptions, Running, Serve};
 /// Requests of each kind: the first is one of a caller that nobody knows.
 const TRIES: u32 = 4;
 
-/// Who answers a client at a VIP, by TCP and by UDP, with a socket for each question.
+/// Returns the backends that answer a client at a VIP, by TCP and by UDP, with a socket for each
+/// request.
 fn answer(client: &Namespace, number: u8) -> Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
     for vip in cluster_ip(number) {

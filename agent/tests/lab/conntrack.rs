@@ -23,7 +23,7 @@ const MOVED: u8 = 11;
 const UNSERVED: u8 = 12;
 const ZONED: u8 = 13;
 
-/// What tells entries apart here: protocol, original destination, zone.
+/// The identity of an entry in these tests: protocol, original destination, zone.
 type Entry = (String, SocketAddr, u16);
 
 fn entries(node: &Namespace, family: IpFamily) -> Result<BTreeSet<Entry>> {
@@ -60,7 +60,7 @@ fn ask(from: &Namespace, to: SocketAddr, is_answered: bool) -> Result<()> {
     .with_context(|| format!("{} asks {to}", from.name()))
 }
 
-/// What another proxy would have in nftables.
+/// Returns the rules that another proxy would have in nftables.
 fn rules(moved: Pair, served: Pair) -> String {
     let of_family = |index: usize, word: &str| {
         let [in_zone, at_served, at_moved] =
@@ -91,9 +91,9 @@ fn rules(moved: Pair, served: Pair) -> String {
 struct Bench {
     node: Node,
     frontends: UdpFrontends,
-    /// What has to stay, of each family.
+    /// Entries that have to stay, of each family.
     stays: [BTreeSet<Entry>; 2],
-    /// What has to go.
+    /// Entries that have to go.
     goes: [BTreeSet<Entry>; 2],
     /// Closed connections would take their entries along.
     _connections: Vec<TcpStream>,

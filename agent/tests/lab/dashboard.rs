@@ -1,5 +1,6 @@
-//! What is deployed beside the metrics: alert rules and dashboard, judged by the real promtool and
-//! asked of a real Prometheus that scrapes an agent (`SLUICE_PROMETHEUS`: the directory with both).
+//! Alert rules and dashboard, which are deployed next to the metrics, checked by the real promtool
+//! and evaluated by a real Prometheus that scrapes an agent (`SLUICE_PROMETHEUS`: the directory
+//! with both).
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
@@ -8,14 +9,14 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::support::{
-    Cluster, DNS, HTTP, Plan, WEB, cluster_ip, external_ip, route_to, service, skip, until,
+    Cluster, DNS, HTTP, Plan, WEB, cluster_ip, external_ip, pinned, route_to, service, skip, until,
     until_backends, until_within, url,
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use sluice_lab::{Namespace, Node};
 
-/// Where the real programs are, or why they are not.
+/// Returns the directory of the real programs. Reports the test as skipped if there is none.
 fn prometheus(test: &str) -> Option<PathBuf> {
     let directory = std::env::var_os("SLUICE_PROMETHEUS").map(PathBuf::from);
     if directory.is_none() {
@@ -87,7 +88,7 @@ fn questions() -> Result<Vec<(String, String)>> {
     Ok(questions)
 }
 
-/// What `promtool check metrics` has against a text.
+/// Returns what `promtool check metrics` objects to in a text.
 fn promtool_check(programs: &Path, text: &str) -> Result<String> {
     let mut child = Command::new(programs.join("promtool"))
         .args(["check", "metrics"])
@@ -148,6 +149,12 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
     cluster.manifests.write(&service("empty", 40))?;
     until_backends(node, "empty", 0)?;
     route_to(&cluster.lab, external_ip(40)[0], node)?;
+
+    // Drift has a series once there was some.
+    std::fs::remove_file(pinned(node, "names")?)?;
+    let _ = until_within(Duration::from_secs(30), "the pin is there again", || {
+        Ok(pinned(node, "names").ok())
+    })?;
 
     // Whatever is named is there.
     let text = node.run("curl", ["-sS", "http://127.0.0.1:10249/metrics"])?;
@@ -235,7 +242,8 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
         .filter(|rule| rule["state"] != "inactive")
         .filter_map(|rule| rule["name"].as_str())
         .collect();
-    ensure!(firing.iter().all(|name| *name == "SluiceServiceWithoutBackends"), "{firing:?}");
+    let expected = ["SluiceServiceWithoutBackends", "SluiceDrift"];
+    ensure!(firing.iter().all(|name| expected.contains(name)), "{firing:?}");
     let _ = server.stop()?;
     Ok(())
 }

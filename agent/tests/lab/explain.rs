@@ -1,4 +1,4 @@
-//! What `sluice explain` tells of the live maps, against what packets really meet.
+//! The answers of `sluice explain` from the live maps, compared with what real packets show.
 
 use std::net::{IpAddr, SocketAddr};
 

@@ -39,7 +39,7 @@ fn web(cluster: &Cluster) -> Service {
         .backends(&cluster.backends)
 }
 
-/// What a client gets by each way at an address: TCP, UDP, connected UDP.
+/// Returns what a client gets in each way at an address: by TCP, UDP and connected UDP.
 fn by_all_ways(
     client: &Namespace,
     address: IpAddr,

@@ -1,7 +1,7 @@
-//! What goes wrong on a node, under load: connections that stay open and new ones all the time,
-//! from a pod, from the host and from outside. None may break, none may be refused.
-//! `SLUICE_LAB_FULL=1` takes the full sizes: two thousand connections, five hundred new ones a
-//! second, a minute of each fault.
+//! Faults of a node under load: connections that stay open and new ones all the time, from a pod,
+//! from the host and from outside. None may break, none may be refused. `SLUICE_LAB_FULL=1` takes
+//! the full sizes: two thousand connections, five hundred new ones a second, a minute of each
+//! fault.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -21,12 +21,12 @@ const SECOND: Duration = Duration::from_secs(1);
 
 const HALF_A_YEAR: i64 = 183 * 24 * 3600;
 
-/// What a node's agent has told of itself.
+/// Returns the last status that a node's agent has written.
 fn last(node: &Node) -> Result<Value> {
     Ok(status(node)?.get("last").cloned().unwrap_or_default())
 }
 
-/// How long a fault goes on.
+/// Returns the duration of a fault.
 fn lasting() -> Duration {
     Duration::from_secs(LoadSize::of_this_run().seconds)
 }
@@ -137,7 +137,7 @@ fn more_connections_end_than_the_flow_table_holds_and_nothing_breaks() -> Result
 /// too.
 struct SmallDisk {
     at: PathBuf,
-    /// Where the agent looks for its state directory.
+    /// The state directory that the agent uses.
     state: PathBuf,
     filler: Option<File>,
 }
@@ -250,7 +250,7 @@ fn a_full_disk_breaks_nothing_and_keeps_no_agent_from_its_work() -> Result<()> {
     Ok(())
 }
 
-/// What lets one process see another time.
+/// Returns the path of the library that shows one process another time.
 fn libfaketime() -> Result<PathBuf> {
     for folder in ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu"] {
         let path = Path::new(folder).join("faketime/libfaketimeMT.so.1");

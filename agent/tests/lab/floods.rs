@@ -1,4 +1,4 @@
-//! What packets that nobody has answered cost others: nothing.
+//! Packets that nobody has answered cost others nothing.
 //!
 //! alone: idle_connections one_client
 
@@ -26,8 +26,8 @@ fn pin(cpu: usize) {
     }
 }
 
-/// What comes to a node from outside, from whatever address: sent by the router, from every CPU,
-/// since the kernel's LRU lists are per CPU.
+/// A flood from outside, from any address. The router sends it from every CPU, because the kernel's
+/// LRU lists are per CPU.
 struct Flood<'a> {
     cluster: &'a Cluster,
     frame: Frame,
@@ -202,7 +202,7 @@ fn idle_connections_to_a_draining_endpoint_live_through_floods() -> Result<()> {
 /// Of each family: idle connections by a node port, and those that come and go in the same table.
 const BY_NODE_PORT: usize = 14;
 const FINISHED: usize = 4_000;
-/// What the table holds: flows of two entries.
+/// A table for flows of two entries each.
 const FEW_FLOWS: &str = "--flows-max=1024";
 const NODE_ECHO: u16 = 30_007;
 const NODE_SILENT: u16 = 30_070;

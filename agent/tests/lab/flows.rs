@@ -1,4 +1,4 @@
-//! What happens to connections whose flow entries are lost.
+//! Connections whose flow entries are lost.
 
 use std::net::{IpAddr, SocketAddr};
 use std::process::Output;

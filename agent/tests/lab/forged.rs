@@ -157,7 +157,7 @@ impl Stage {
         SocketAddr::new(addresses_of_pod(&self.cluster.backends[0])[family], port)
     }
 
-    /// What the maps know of conversations.
+    /// Returns the states that the maps have for conversations.
     fn states(&self, victims: &[Conversation]) -> Result<Vec<String>> {
         let flows = listed(self.cluster.node(), &["flows"])?;
         let is_victims = |flow: &Value| {
@@ -279,7 +279,7 @@ impl Subscription {
         Ok(Self { what: format!("what {to} tells"), client, peer })
     }
 
-    /// What the server tells unasked gets to the client.
+    /// Checks that what the server sends of its own accord reaches the client.
     fn goes_on(&self, server: &UdpSocket, after: &str) -> Result<()> {
         let _ = server.send_to(b"news", self.peer)?;
         let mut bytes = [0; 256];

@@ -60,7 +60,7 @@ fn gateway(pod: &Pod) -> Result<Mac> {
     pod.node().link_address(pod.host_device())
 }
 
-/// Where the IP header's source and the bytes behind the headers are: `None` for other families.
+/// Reports whether a frame's IP source is this address; false for other families.
 fn from(frame: &[u8], source: IpAddr) -> bool {
     let (ethertype, at) = if source.is_ipv4() { ([8, 0], 26) } else { ([0x86, 0xdd], 22) };
     let source = octets(source);

@@ -4,6 +4,7 @@
 //! tests.
 
 mod accelerate;
+mod audit;
 mod bridge;
 mod bypass;
 mod callers;

@@ -1,4 +1,4 @@
-//! What monitoring is told over HTTP, at kube-proxy's ports.
+//! The endpoints for monitoring over HTTP, at kube-proxy's ports.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

@@ -94,8 +94,8 @@ fn too_big_is_answered(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// What an ICMP "packet too big" in a frame says: the MTU, and the quoted packet's source and
-/// destination.
+/// Returns what an ICMP "packet too big" in a frame reports: the MTU, and the quoted packet's
+/// source and destination.
 fn too_big(frame: &[u8]) -> Option<(u32, IpAddr, SocketAddr)> {
     let word = |at: usize| Some(u16::from_be_bytes(frame.get(at..at + 2)?.try_into().ok()?));
     match word(12)? {

@@ -27,7 +27,7 @@ fn object() -> PathBuf {
     std::env::var_os("SLUICE_BPF_OBJECT").map_or_else(built, PathBuf::from)
 }
 
-/// What the socket path counted of a service's connections: the sum over its backends.
+/// Returns the socket path's count for a service, summed over its backends.
 fn sockets(node: &Node, service: &str, field: &str) -> Result<u64> {
     let rows = listed(node, &["backends", service])?;
     Ok(rows.iter().filter_map(|row| row.get("sockets")).map(|sockets| number(sockets, field)).sum())

@@ -1,4 +1,4 @@
-//! What an operator meets: broken manifests, the seeds, `sluice cleanup`.
+//! Operators' daily problems: broken manifests, the seeds, `sluice cleanup`.
 
 use std::collections::BTreeSet;
 use std::path::Path;

@@ -32,7 +32,7 @@ fn with_node_ports(name: &str, number: u8, [echo, dns]: [u16; 2]) -> Service {
     service
 }
 
-/// How a socket asks.
+/// The kinds of sockets that send requests, as arguments of the client.
 const WAYS: [(&str, &[&str]); 8] = [
     ("TCP", &["tcp-client"]),
     ("TCP from a port of its own", &["tcp-client", "--source-port=45007"]),
@@ -50,7 +50,7 @@ fn asks(client: &Namespace, address: IpAddr, ports: [u16; 2]) -> Result<[BTreeSe
     asks_by(client, &WAYS, 3, address, ports)
 }
 
-/// How a socket asks that is bound to an address of the host, but for the address.
+/// The kinds of sockets that are bound to an address of the host, without that address.
 const FROM_AN_ADDRESS: [(&str, &[&str]); 4] = [
     ("TCP from", &["tcp-client", "--source"]),
     ("UDP from", &["udp-client", "--source"]),

@@ -182,7 +182,8 @@ fn getpeername_shows_the_vip() -> Result<()> {
     Ok(())
 }
 
-/// How a TCP client learns that nobody serves, and how soon.
+/// Returns how soon a TCP client learns that nobody serves, and checks that it learns it by a
+/// reset.
 fn refused(client: &Namespace, to: SocketAddr) -> Result<Duration> {
     let started = Instant::now();
     let events = client.ask(["tcp-client", "--count=1", "--to", &to.to_string()])?;
@@ -193,7 +194,7 @@ fn refused(client: &Namespace, to: SocketAddr) -> Result<Duration> {
     }
 }
 
-/// How a connected UDP client learns that nobody serves, and how soon (ms).
+/// Checks that a connected UDP client soon learns that nobody serves.
 fn unreachable(client: &Namespace, to: SocketAddr) -> Result<()> {
     let events = client.ask(["udp-client", "--connected", "--count=1", "--to", &to.to_string()])?;
     let lost = events.iter().find_map(|event| match event {

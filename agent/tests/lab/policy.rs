@@ -1,4 +1,4 @@
-//! What a person decides by flags, and what the Node object says, reaches the maps and the status.
+//! Decisions made by flags and by the Node object reach the maps and the status.
 
 use crate::support::{
     Cluster, Plan, WEB, cluster_ip, number, pinned, reaches, skip, status, until, word,

@@ -1,5 +1,5 @@
-//! What `sluice explain` tells of random manifests, against what the programs on a live node do
-//! with random packets, and what its cgroup hooks do with calls.
+//! The answers of `sluice explain` for random manifests, compared with what the programs on a live
+//! node do with random packets, and what its cgroup hooks do with calls.
 //!
 //! Per packet the verdict, the backend, and whether the client's address is kept must be equal; a
 //! call's backend must be one of the candidates. A seed is printed; `SLUICE_RANDOM_SEED` sets it,
@@ -41,7 +41,7 @@ const FRAME_MAX: usize = 4096;
 /// Bytes of `struct __sk_buff`, and where its `ingress_ifindex` and `ifindex` are.
 const SKB: (usize, usize, usize) = (192, 36, 40);
 
-/// How an agent is started, as its flags say it and as they are understood.
+/// An agent's flags, as text and as the test understands them.
 struct Setting {
     args: Vec<&'static str>,
     policy: Policy,
@@ -189,7 +189,7 @@ fn run(
     Ok((result.return_value.cast_signed(), output))
 }
 
-/// What an answer says that a packet would show.
+/// Converts an answer to what a packet would show.
 fn told(answer: &Answer) -> Result<Seen> {
     Ok(match answer.verdict {
         Verdict::Pass => Seen::Pass,
@@ -202,7 +202,7 @@ fn told(answer: &Answer) -> Result<Seen> {
     })
 }
 
-/// What became of a call.
+/// The outcome of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Made {
     Refused,
@@ -343,7 +343,7 @@ fn words(question: &Question) -> String {
     format!("{} {source} {destination} --from {from}", protocol.word())
 }
 
-/// What was compared, and what differed.
+/// The number of comparisons, and the differences that were found.
 #[derive(Default)]
 struct Tally {
     verdicts: BTreeMap<&'static str, u32>,

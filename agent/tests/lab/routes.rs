@@ -22,8 +22,8 @@ const HOST: u8 = 12;
 /// Networks of all ClusterIPs.
 const NETWORKS: [&str; 2] = ["10.96.0.0/16", "fd00:10:96::/112"];
 
-/// Where the host's default routes lead, and whether netfilter's translation, which comes behind
-/// the first look at the routes, gets a packet to the endpoint all the same.
+/// The destinations of the host's default routes, and whether netfilter's translation, which comes
+/// after the first route lookup, still gets a packet to the endpoint.
 const ROUTES: [(&str, &[&str; 2], bool); 6] = [
     ("out of a device that drops", &["default dev hole", "default dev hole"], true),
     ("out of a device without programs", &["default dev here", "default dev here"], true),
@@ -37,7 +37,7 @@ const ROUTES: [(&str, &[&str; 2], bool); 6] = [
     ("missing", &["", ""], false),
 ];
 
-/// How a socket asks.
+/// The kinds of sockets that send requests.
 const WAYS: [(&str, &[&str]); 5] = [
     ("TCP", &["tcp-client"]),
     ("TCP from the node's address", &["tcp-client", "--source-port=45007"]),
@@ -232,7 +232,7 @@ fn answered_by_every_frontend(node: &Node) -> Result<()> {
     Ok(())
 }
 
-/// What succeeds soon, if not at once.
+/// Repeats an attempt until it succeeds, for a while.
 fn eventually<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let deadline = Instant::now() + 2 * SOON;
     loop {

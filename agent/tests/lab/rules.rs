@@ -1,5 +1,4 @@
-//! What Services and flags ask for shows on the wire: who answers, who is refused, who hears
-//! nothing.
+//! The effects of Services and flags on the wire: who answers, who is refused, who gets no answer.
 
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
@@ -35,7 +34,7 @@ fn web(cluster: &Cluster) -> Service {
         .backends(&cluster.backends)
 }
 
-/// What becomes of one request.
+/// The outcome of one request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Outcome {
     Answered(Reply),
@@ -65,7 +64,7 @@ impl Outcome {
         bail!("nothing became of a request: {events:?}")
     }
 
-    /// Who answered.
+    /// Returns the name of the backend that answered.
     fn name(&self) -> Option<&str> {
         if let Self::Answered(reply) = self { Some(&reply.name) } else { None }
     }
@@ -137,7 +136,7 @@ fn own_addresses(node: &Namespace) -> Result<Vec<IpAddr>> {
     Ok(words.filter_map(|word| word.parse().ok()).collect())
 }
 
-/// How often a reason has been counted.
+/// Returns how many packets were counted with a reason.
 fn count(node: &Node, reason: &str) -> Result<u64> {
     Ok(reasons(node)?.get(reason).copied().unwrap_or_default())
 }
@@ -821,7 +820,7 @@ fn a_vip_that_something_on_the_node_serves_is_left_to_it() -> Result<()> {
     Ok(())
 }
 
-/// How long affinity lasts.
+/// The seconds for which affinity lasts.
 const SECONDS: u64 = 3;
 
 #[test]

@@ -1,4 +1,5 @@
-//! What is kept with a socket whose calls are translated: whom it asked for, and who answers it.
+//! The data that is kept with a socket whose calls are translated: the destination that it asked
+//! for, and the source of its answers.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;

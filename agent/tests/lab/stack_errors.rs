@@ -20,8 +20,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 const NARROW: u32 = 1_300;
 const NARROW_AT_THE_ENDPOINT: u32 = 1_400;
 
-/// What an ICMP error in a frame quotes: type and code, whom it went to, and the quoted packet's
-/// source and destination.
+/// Returns the content of an ICMP error in a frame: type and code, the receiver, and the quoted
+/// packet's source and destination.
 fn quoted(frame: &[u8]) -> Option<([u8; 2], IpAddr, SocketAddr, SocketAddr)> {
     let word = |at: usize| Some(u16::from_be_bytes(frame.get(at..at + 2)?.try_into().ok()?));
     let v4 = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(frame.get(at..at + 4)?).ok()?));

@@ -119,7 +119,7 @@ fn one_port_asks_a_frontend_and_the_endpoint_itself() -> Result<()> {
     Ok(())
 }
 
-/// How many ports of a pod's addresses are the source of more than one connection.
+/// Returns how many ports of a pod's addresses are the source of more than one connection.
 fn shared_ports(pod: &Namespace) -> Result<usize> {
     let listed = pod.run("ss", ["-H", "-t", "-n"])?;
     let mut all: Vec<&str> =

@@ -12,7 +12,7 @@ use sluice_lab::{NodeOptions, Overlay, RpFilter};
 /// The node's addresses on its second uplink, and the router's.
 const SECOND: [&str; 2] = ["192.0.3.11", "2001:db8:0:3::11"];
 const SECOND_GATEWAY: [&str; 2] = ["192.0.3.1", "2001:db8:0:3::1"];
-/// What has come in by the first uplink leaves by it.
+/// The mark of what has come in by the first uplink, and leaves by it.
 const MARK: &str = "0x80";
 
 /// Gives the node a second uplink, by which everything from the endpoint's address leaves, and the

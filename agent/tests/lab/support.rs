@@ -1,4 +1,4 @@
-//! What the lab tests share: a cluster with an agent on every node, and questions to it.
+//! Shared code of the lab tests: a cluster with an agent on every node, and requests to it.
 
 #[path = "../../../common/tests/packets/frame.rs"]
 #[allow(dead_code, reason = "the lab builds a part of what it can")]
@@ -76,7 +76,7 @@ pub(crate) fn unless_unsupported(built: Result<()>) -> Result<()> {
     }
 }
 
-/// What a cluster is built of.
+/// The components of a cluster.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) overlay: Overlay,
@@ -388,7 +388,7 @@ pub(crate) fn replies(events: Vec<Event>) -> Result<Vec<Reply>> {
     Ok(replies)
 }
 
-/// What `sluice status -o json` says, ready or not.
+/// Returns the output of `sluice status -o json`, whether or not the agent is ready.
 pub(crate) fn status(node: &Node) -> Result<Value> {
     let output = node.sluice_output(&["status", "-o", "json"])?;
     let status = serde_json::from_slice(&output.stdout).with_context(|| {
@@ -403,7 +403,7 @@ pub(crate) fn follows_the_schema(answer: &Value) -> Result<()> {
     sluice_lab::schema::check(&sluice::tools::api::schema(), answer).map_err(anyhow::Error::msg)
 }
 
-/// What a subcommand with `-o json` lists.
+/// Returns the list that a subcommand prints with `-o json`.
 pub(crate) fn listed(node: &Node, args: &[&str]) -> Result<Vec<Value>> {
     let args: Vec<&str> = args.iter().copied().chain(["-o", "json"]).collect();
     let context = || format!("sluice {}", args.join(" "));
@@ -423,7 +423,7 @@ pub(crate) fn number(value: &Value, field: &str) -> u64 {
     value.get(field).and_then(Value::as_u64).unwrap_or_default()
 }
 
-/// What was counted for a service: the sum over its backends.
+/// The counters of a service, summed over its backends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counted {
     pub(crate) flows: u64,
@@ -467,7 +467,7 @@ pub(crate) fn reasons(node: &Node) -> Result<BTreeMap<String, u64>> {
     Ok(all.iter().map(|row| (word(row, "reason").to_owned(), number(row, "packets"))).collect())
 }
 
-/// Where a map of a node's agent is pinned.
+/// Returns the path at which a map of a node's agent is pinned.
 pub(crate) fn pinned(node: &Node, map: &str) -> Result<PathBuf> {
     let pins = node.pin_path();
     let layouts = std::fs::read_dir(&pins).with_context(|| pins.display().to_string())?;

@@ -282,7 +282,7 @@ fn broken_agents(cluster: &Cluster, next: &PathBuf) -> Result<Vec<Broken>> {
     ])
 }
 
-/// Where the object begins in an agent's file: an ELF file for BPF (machine 247).
+/// Returns the offset of the object in an agent's file: an ELF file for BPF (machine 247).
 fn object_at(bytes: &[u8]) -> Result<usize> {
     let found = bytes
         .windows(20)

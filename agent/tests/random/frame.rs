@@ -7,12 +7,12 @@ use sluice::tools::explain::{Endpoint, Question};
 use sluice_core::model::object::Protocol;
 
 const ETHERNET: usize = 14;
-/// What tc programs answer.
+/// A return value of tc programs.
 const NEXT: i32 = -1;
 const DROP: i32 = 2;
 const REDIRECT: i32 = 7;
 
-/// What a program did to a packet.
+/// The observed effect of a program on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
     /// It goes on as it was.
@@ -92,8 +92,7 @@ fn checksum(bytes: &[u8]) -> u16 {
     !(((sum & 0xffff) + (sum >> 16)) as u16)
 }
 
-/// Where a frame comes from and goes to: protocol, source, destination; of TCP, whether it is a
-/// reset.
+/// Returns a frame's protocol, source and destination, and for TCP whether it is a reset.
 pub(crate) fn tuple(frame: &[u8]) -> Option<(u8, SocketAddr, SocketAddr, bool)> {
     let packet = frame.get(ETHERNET..)?;
     let (protocol, source, destination, segment) = match frame.get(12..14)? {
@@ -147,7 +146,7 @@ pub(crate) fn refused(frame: &[u8]) -> Option<(u8, SocketAddr)> {
     Some((protocol, client))
 }
 
-/// What became of a question's packet.
+/// Returns the fate of a question's packet.
 pub(crate) fn seen(question: &Question, action: i32, frame: &[u8]) -> Result<Seen> {
     if action == DROP {
         return Ok(Seen::Drop);

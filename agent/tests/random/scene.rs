@@ -48,7 +48,7 @@ const PODS: [[u16; 2]; 2] = [network(10, 244, 1), network(10, 244, 2)];
 const FIRST_ENDPOINT: u16 = 64;
 const FIRST_CLIENT: u16 = 128;
 
-/// What leads to the pods of a node, its endpoints and its clients: prefixes.
+/// Returns the networks of a node's pods, its endpoints and its clients.
 pub(crate) fn pods(ours: bool) -> [String; 3] {
     let pods = PODS[usize::from(!ours)];
     let [endpoints, clients] =
@@ -282,7 +282,7 @@ impl Scene {
         self.document(&text);
     }
 
-    /// Where a packet may go: mostly to a frontend, sometimes past one.
+    /// Returns a random destination: mostly a frontend, sometimes an address or port next to one.
     pub(crate) fn destination(&self, dice: &mut Dice, ground: &Ground) -> (Protocol, SocketAddr) {
         let (protocol, at) = dice.pick(&self.frontends);
         let v4 = at.is_ipv4();

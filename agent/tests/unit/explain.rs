@@ -716,7 +716,7 @@ endpoints: [{{addresses: [10.244.1.{number}]}}, {{addresses: [10.244.2.{number}]
     assert_eq!((code, &answer["service"]), (0, &Value::from("default/s256")));
 }
 
-/// What a person sees while a node is moved in or out: whose the packets are, and why.
+/// While a node is moved in or out, a person sees whose the packets are, and why.
 #[test]
 fn what_is_left_to_netfilter_is_told_with_its_reason() {
     let folder = tempfile::tempdir().expect("a folder");

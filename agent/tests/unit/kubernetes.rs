@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::timeout;
 
-/// What the server knows.
+/// The objects of the server.
 #[derive(Default)]
 struct World {
     services: BTreeSet<&'static str>,
@@ -171,7 +171,7 @@ fn gone(change: &Change) -> Option<String> {
     Some(name.name.to_string())
 }
 
-/// What is said about the server itself.
+/// Returns the notes about the server itself.
 fn said(change: &Change) -> Option<&[Note]> {
     let Change::Notes(Subject::Source(SourceId::Kubernetes), notes) = change else { return None };
     Some(notes)

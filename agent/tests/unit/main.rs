@@ -1,4 +1,4 @@
-//! What needs nothing but the compiler: laws, scenarios, and what people read.
+//! Tests that need nothing but the compiler: laws, scenarios, and texts for people.
 
 mod explain;
 mod kubernetes;

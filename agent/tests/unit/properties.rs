@@ -103,7 +103,8 @@ fn family_is_sound<F: Stack>(image: &Image) -> Result<(), String> {
     Ok(())
 }
 
-/// Where only some sources are let in, there are some, at every moment.
+/// Reports whether each frontend that is restricted to some sources has at least one, at every
+/// moment.
 fn sources_are_let_in(image: &Image) -> bool {
     image.ports.iter().filter(|(_, port)| port.restricts_sources()).all(|(id, _)| {
         image.v4.source_ranges.keys().any(|key| key.service_port == *id)
@@ -391,7 +392,7 @@ proptest! {
 
 // --- plans ----------------------------------------------------------------------------------
 
-/// What one random Service wants: per family, which of few frontends and endpoints.
+/// The parameters of one random Service: per family, which of few frontends and endpoints it has.
 #[derive(Clone, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is drawn by itself")]
 struct Wish {
@@ -809,7 +810,7 @@ fn classes_with_the_same_backends_share_a_range() {
     assert_ne!(port.ranges[1], port.ranges[2]);
 }
 
-/// Where the first write of a kind stands in an update.
+/// Returns the index of the first write of a kind in an update.
 fn place(update: &[Write], wanted: impl Fn(&Write) -> bool) -> usize {
     update.iter().position(wanted).unwrap_or_else(|| panic!("not among {update:#?}"))
 }

@@ -101,9 +101,9 @@ pub struct Meta {
     pub labels: Option<BTreeMap<String, Option<String>>>,
     /// The object's annotations.
     pub annotations: Option<BTreeMap<String, Option<String>>>,
-    /// When the object was created, as in RFC 3339.
+    /// The time at which the object was created, as in RFC 3339.
     pub creation_timestamp: Option<String>,
-    /// When the object's deletion began, as in RFC 3339.
+    /// The time at which the object's deletion began, as in RFC 3339.
     pub deletion_timestamp: Option<String>,
 }
 
@@ -181,7 +181,7 @@ impl Decoder {
     ///
     /// # Errors
     ///
-    /// When a field has a type that the API server would refuse.
+    /// Fails if a field has a type that the API server would refuse.
     pub fn decode(
         &mut self,
         kind: Kind,

@@ -131,7 +131,7 @@ pub(super) struct AgentArgs {
 ///
 /// # Errors
 ///
-/// When the flags cannot be used, or the agent fails.
+/// Fails if the flags cannot be used, or the agent fails.
 pub(super) fn run(args: AgentArgs, places: &Places, expanded: Expanded) -> anyhow::Result<Outcome> {
     log::start(args.verbose, args.log_format);
     if !expanded.meaningless.is_empty() {
@@ -163,7 +163,7 @@ pub(super) fn run(args: AgentArgs, places: &Places, expanded: Expanded) -> anyho
 ///
 /// # Errors
 ///
-/// When it could not start.
+/// Fails if it could not start.
 fn is_changed(before: &Expanded) -> anyhow::Result<bool> {
     let now = expand(std::env::args_os().collect())?;
     if now.words == before.words {

@@ -33,12 +33,12 @@ use crate::node::view;
 use crate::tools::api::kinds;
 use crate::tools::diff::{Change, Difference, Inputs, State, Wanted, compare, wanted};
 
-/// How often objects and maps are compared while an agent runs and both change. Only a difference
-/// that all comparisons show counts.
+/// The number of comparisons of objects and maps while an agent runs and both change. Only a
+/// difference that all comparisons show counts.
 const LOOKS: usize = 3;
 /// The time between two comparisons: longer than an agent takes to notice a change.
 const PAUSE: Duration = Duration::from_millis(700);
-/// How long the API server may take for all of its lists.
+/// The time that the API server may take for all of its lists.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The arguments of `sluice diff`.
@@ -405,7 +405,8 @@ fn text(report: &Report, style: Style) -> String {
     match (report.in_step, report.agent_alive, report.repaired_writes) {
         (true, _, _) => {}
         (false, true, _) => line(format_args!(
-            "An agent runs: restart it to write the differences (`sluice status` shows what may prevent it)."
+            "An agent runs: it repairs what somebody has changed within half a minute. Restart it if the differences stay \
+             (`sluice status` shows what may prevent a repair)."
         )),
         (false, false, None) => {
             line(format_args!(

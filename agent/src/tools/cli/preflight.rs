@@ -46,7 +46,7 @@ pub(super) struct PreflightArgs {
 ///
 /// # Errors
 ///
-/// When not even the devices can be listed.
+/// Fails if not even the devices can be listed.
 pub(super) fn run(
     args: PreflightArgs,
     pin_path: &Path,

@@ -70,7 +70,7 @@ impl Item for Service {
 ///
 /// # Errors
 ///
-/// When the maps cannot be read, or labels are asked for and cannot be.
+/// Fails if the maps cannot be read, or labels are asked for and cannot be.
 pub(super) fn run(
     places: &Places,
     service: Option<&str>,

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use schemars::JsonSchema;
 use serde::Serialize;
 use sluice_common::Reason;
@@ -18,7 +18,8 @@ use crate::daemon::takeover::RELEASED;
 use crate::node::dataplane::Fill;
 use crate::node::devices::Role;
 use crate::node::status::{
-    self, Counts, DeviceStatus, PolicyStatus, ReportStatus, Status, TakeoverStatus, unix_seconds,
+    self, Counts, DeviceStatus, DriftStatus, PolicyStatus, ReportStatus, Status, TakeoverStatus,
+    unix_seconds,
 };
 use crate::node::view::{PortName, View};
 use crate::tools::api::kinds;
@@ -68,7 +69,7 @@ struct ReasonView {
 ///
 /// # Errors
 ///
-/// When the node is released, nothing is pinned, or the maps cannot be read.
+/// Fails if the node is released, nothing is pinned, or the maps cannot be read.
 pub(super) fn run(places: &Places, output: &Output) -> anyhow::Result<Outcome> {
     let Places { pin_path, state_dir, .. } = places;
     let (alive, running) = (status::is_alive(state_dir), status::of_living(state_dir));
@@ -76,7 +77,12 @@ pub(super) fn run(places: &Places, output: &Output) -> anyhow::Result<Outcome> {
     if last.as_ref().is_some_and(|status| status.takeover.phase == RELEASED) {
         bail!("this node is released: run `sluice takeover` to attach Sluice again");
     }
-    let view = View::read(pin_path)?;
+    let view = View::read(pin_path).map_err(|error| match &running {
+        Some(status) if !status.waiting_for.is_empty() => {
+            anyhow!("{error:#}\n\nThe agent waits for {}", status.waiting_for.join("\nand for "))
+        }
+        Some(_) | None => error,
+    })?;
     let now = unix_seconds(SystemTime::now());
     let overview = Overview {
         ready: running.as_ref().is_some_and(|status| status.ready),
@@ -256,6 +262,15 @@ impl Text {
         }
         for problem in &status.problems {
             self.line("Problem", problem);
+        }
+        for DriftStatus { what, place, found, times, at, problem } in &status.drift {
+            let ago = age(now.saturating_sub(*at));
+            let end = match problem {
+                None => format!("repaired {ago} ago"),
+                Some(problem) => format!("not repaired, since {ago}: {problem}"),
+            };
+            let times = if *times > 1 { format!(", {times} times") } else { String::new() };
+            self.line("Drift", &format!("{what} {place}: {found}; {end}{times}"));
         }
     }
 

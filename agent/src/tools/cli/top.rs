@@ -51,7 +51,7 @@ fn sample(pin_path: &Path) -> anyhow::Result<Sample> {
 ///
 /// # Errors
 ///
-/// When the maps cannot be read at the start, or the terminal cannot be used.
+/// Fails if the maps cannot be read at the start, or the terminal cannot be used.
 pub(super) fn run(args: &TopArgs, pin_path: &Path) -> anyhow::Result<Outcome> {
     let first = sample(pin_path)?;
     if args.once || !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {

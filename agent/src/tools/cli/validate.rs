@@ -36,7 +36,7 @@ pub(super) struct ValidateArgs {
     policy: PolicyArgs,
 }
 
-/// How bad a finding is.
+/// The severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Kind {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
-/// What happens to the packet or call.
+/// The fate of the packet or call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
@@ -97,14 +97,14 @@ pub struct Candidate {
     /// TCP connections from this node that were translated at the socket; 0 if the answer comes
     /// from manifests.
     pub connects: u64,
-    /// How many of them were refused or not answered.
+    /// Number of them that were refused or not answered.
     pub failed: u64,
 }
 
 /// Session affinity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Affinity {
-    /// How long a client stays with its backend after its last flow began.
+    /// The seconds for which a client stays with its backend after its last flow began.
     pub seconds: u32,
 }
 
@@ -113,7 +113,7 @@ pub struct Affinity {
 pub struct Step {
     /// The kind of step, as one word.
     pub step: &'static str,
-    /// What was found, as text for people.
+    /// The finding, as text for people.
     pub text: String,
     /// The Kubernetes object behind it, as `Kind namespace/name`.
     pub object: Option<String>,
@@ -121,7 +121,7 @@ pub struct Step {
     pub field: Option<String>,
 }
 
-/// What happens to a packet or call.
+/// The fate of a packet or call.
 #[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct Answer {
     /// The verdict.
@@ -144,7 +144,7 @@ pub struct Answer {
     pub affinity: Option<Affinity>,
     /// The steps of the decision, in order.
     pub steps: Vec<Step>,
-    /// What happens to the call, if it is translated before a packet exists.
+    /// The fate of the call, if it is translated before a packet exists.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket: Option<Box<Answer>>,
 }

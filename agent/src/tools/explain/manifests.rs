@@ -30,7 +30,7 @@ const EDGE: u32 = 2;
 /// The ifindex of the assumed uplink.
 const UPLINK: u32 = 3;
 
-/// How the agent of the assumed node is started.
+/// The options with which the agent of the assumed node is started.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     /// A directory of manifests, or one file.
@@ -83,7 +83,7 @@ impl Manifests {
     ///
     /// # Errors
     ///
-    /// When the directory or file cannot be read, or when it has Nodes but not the requested one,
+    /// Fails if the directory or file cannot be read, or when it has Nodes but not the requested one,
     /// and the policy does not give its addresses. Problems with objects are in the model's
     /// reports.
     pub fn read(mut options: Options) -> Result<Self, ReadError> {
@@ -126,7 +126,7 @@ impl Manifests {
     ///
     /// # Errors
     ///
-    /// When it, or a part of it, cannot be read, or it is empty.
+    /// Fails if it, or a part of it, cannot be read, or it is empty.
     pub fn apply(&mut self, path: &Path) -> Result<(), ApplyError> {
         let changes = whole(path)?;
         self.feed(changes);
@@ -285,7 +285,7 @@ impl World {
     ///
     /// # Errors
     ///
-    /// When they cannot be read, or have only a part of a Service.
+    /// Fails if they cannot be read, or have only a part of a Service.
     pub fn apply(&mut self, path: &Path, sizes: Sizes, node: &str) -> Result<(), ApplyError> {
         let changes = whole(path)?;
         let (mut services, mut owners) = (BTreeSet::new(), BTreeSet::new());

@@ -43,7 +43,7 @@ pub(crate) struct Screen {
     reversed: bool,
     /// The chosen service. It stays chosen wherever it moves to.
     chosen: Option<Service>,
-    /// Why there are no new figures.
+    /// The reason why there are no new figures.
     problem: Option<String>,
 }
 

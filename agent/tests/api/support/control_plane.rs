@@ -20,7 +20,7 @@ pub(crate) const AGENT: &str = "agent";
 pub(crate) const NEWCOMER: &str = "newcomer";
 /// A node that is an object and nothing else.
 pub(crate) const ELSEWHERE: &str = "elsewhere";
-/// Where the API server listens.
+/// The API server's port.
 pub(crate) const PORT: u16 = 6443;
 
 /// Endpoints the real controller puts into a slice: few, so that few pods make many slices.
@@ -97,7 +97,7 @@ impl ControlPlane {
         format!("https://{}:{port}", self.host.ipv4())
     }
 
-    /// How a user reaches the API server: a kubeconfig.
+    /// Returns the path of a user's kubeconfig for the API server.
     pub(crate) fn kubeconfig(&self, user: &str) -> PathBuf {
         self.folder.join(format!("{user}.yaml"))
     }

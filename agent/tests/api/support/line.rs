@@ -19,7 +19,7 @@ pub(crate) struct Line {
 
 #[derive(Default)]
 struct State {
-    /// What it carries of the server's bytes in a millisecond; 0: all.
+    /// Bytes of the server that pass per millisecond, or 0 for no limit.
     rate: AtomicU64,
     /// Bytes of the server after which each connection breaks; 0: never.
     span: AtomicU64,
@@ -71,7 +71,7 @@ impl Line {
         }
     }
 
-    /// How many connections were made so far.
+    /// Returns the number of connections made so far.
     pub(crate) fn made(&self) -> u64 {
         self.state.made.load(Ordering::Relaxed)
     }

@@ -1,4 +1,4 @@
-//! What tests put into the API server: a namespace's objects.
+//! The objects that tests create in the API server, each test in a namespace of its own.
 
 use std::sync::Arc;
 
@@ -145,7 +145,7 @@ impl Space {
         self.set_ready(pod.name, true);
     }
 
-    /// What a kubelet says of a pod whose processes have ended after its deletion.
+    /// Reports, as a kubelet does, that the processes of a deleted pod have ended.
     #[track_caller]
     pub(crate) fn end_pod(&self, pod: &str) {
         let now = json!({"gracePeriodSeconds": 0});

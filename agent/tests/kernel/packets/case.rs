@@ -37,7 +37,7 @@ impl Program {
     }
 }
 
-/// What a program answers.
+/// The return value of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
     /// tc: the next program decides.
@@ -52,7 +52,7 @@ pub(crate) enum End {
     XdpDrop,
 }
 
-/// How a packet was counted.
+/// The counter of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Counted {
     /// Per reason.
@@ -63,15 +63,15 @@ pub(crate) enum Counted {
     Reply { backend: u32, bytes: u32 },
 }
 
-/// What came, or must come, of a packet.
+/// The observed or expected outcome of a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Outcome {
     pub(crate) end: End,
     pub(crate) frame: Vec<u8>,
     /// One element at most. `None` in an expectation: the two ways must agree, on whatever it is.
     pub(crate) counted: Option<Vec<Counted>>,
-    /// What was told to those who listen, without the time. `None`, in every expectation: the two
-    /// ways must agree.
+    /// Events sent to listeners, without their times. `None` in every expectation: kernel and host
+    /// must agree.
     pub(crate) events: Option<Vec<Event>>,
     pub(crate) flows: Flows,
     pub(crate) embryonic: Flows,

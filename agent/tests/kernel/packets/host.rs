@@ -54,7 +54,7 @@ struct Memory<F: Ip> {
     networks: Networks<F::Address>,
     affinity: BTreeMap<AffinityKey<F::Address>, Affinity>,
     exhausted: BTreeMap<Tuple<F::Address>, Ticks>,
-    /// What the FIB has said; nothing until it is asked.
+    /// The FIB's answers, or `None` before they are requested.
     routes: Option<Routes>,
     ports_to_skip: u32,
     lanes: BTreeMap<(u32, u32), u8>,
@@ -313,7 +313,7 @@ struct Run<'c, F: Ip> {
     memory: Memory<F>,
     headers: Headers<F>,
     decision: Decision<F>,
-    /// How it was counted, and what was told of it.
+    /// The counter of the packet and the events about it.
     counted: Option<Counted>,
     event: Option<Event>,
 }
@@ -649,7 +649,7 @@ pub(crate) fn run_at(case: &Case, now: Ticks) -> Outcome {
     }
 }
 
-/// What comes of a packet that is not looked at.
+/// Returns the outcome of a packet that is not examined.
 fn untouched(case: &Case) -> Outcome {
     Outcome {
         end: if case.program == Program::Xdp { End::XdpPass } else { End::Next },
@@ -706,7 +706,7 @@ fn run_family<F: Ip>(case: &Case, packet: Bytes<Vec<u8>>, offset: u32, now: Tick
     }
 }
 
-/// What the agent says of itself in both families' maps of datagrams.
+/// Returns the agent's own entries in both families' maps of datagrams.
 fn said(case: &Case) -> impl Iterator<Item = (Datagram<IpAddr>, DatagramPorts)> {
     case.world
         .fragments

@@ -48,16 +48,16 @@ const LARGE: u32 = 131_072;
 const FRAME_MAX: usize = 4096;
 /// Bytes of `struct __sk_buff`, and where its `ifindex` is.
 const SKB: (usize, usize) = (192, 40);
-/// Where its `ingress_ifindex` is.
+/// Offset of its `ingress_ifindex`.
 const SKB_CAME_BY: usize = 36;
-/// Where its `mark` is.
+/// Offset of its `mark`.
 const SKB_MARK: usize = 8;
-/// Where its `cb` is.
+/// Offset of its `cb`.
 const CARRIED: usize = 48;
-/// What an skb carries that tc has translated at ingress, and at egress.
+/// Marks in an skb that tc has translated at ingress, and at egress.
 pub(crate) const TC_DONE: [u32; 2] = [0x5c1c_e001, 0x5c1c_e002];
 
-/// What XDP puts before a frame that it has translated: tc leaves such a frame alone.
+/// The word that XDP puts before a frame that it has translated, so that tc leaves the frame alone.
 const XDP_DONE: [u8; 4] = 0x5c1c_e003_u32.to_ne_bytes();
 
 /// The loaded object.
@@ -67,9 +67,9 @@ pub(crate) struct Kernel {
     clock: Clock,
     /// The mark of packets.
     pub(crate) mark: u32,
-    /// What the maps hold, and since when.
+    /// The content of the maps, and the time of filling them.
     filled: Option<(World, Ticks)>,
-    /// What keeps sockets of this host open.
+    /// Descriptors that keep sockets of this host open.
     sockets: Vec<OwnedFd>,
     /// The first word of what tc's packets carry along.
     carried: u32,
@@ -207,7 +207,7 @@ fn network() -> Result<()> {
 /// The time as the programs read it.
 #[derive(Clone, Copy, Debug, Default)]
 struct Clock {
-    /// What is added to the time since boot.
+    /// Nanoseconds that are added to the time since boot.
     offset_ns: u64,
 }
 
@@ -751,8 +751,8 @@ impl Kernel {
             .as_nanos() as u32)
     }
 
-    /// How many of some packets are redirected, answered among them, and how long all took. What
-    /// one leaves the next one finds.
+    /// Runs some packets, each on what the previous one left behind. Returns how many were
+    /// redirected, including the answered ones, and the time that all of them took.
     pub(crate) fn redirected(&mut self, cases: &[Case]) -> Result<(u32, Duration)> {
         let (mut count, mut frame) = (0, vec![0; FRAME_MAX]);
         let started = Instant::now();
@@ -774,7 +774,7 @@ impl Kernel {
         Ok(())
     }
 
-    /// How packets were counted since the last call.
+    /// Returns the counters that have changed since the last call.
     fn counted(&mut self) -> Result<Vec<Counted>> {
         let mut all = Vec::new();
         for (key, values) in drain::<ReasonKey, ReasonCounters>(&mut self.ebpf, "reason_counts")? {
@@ -806,7 +806,8 @@ impl Kernel {
     }
 }
 
-/// What a test run takes at least: an Ethernet header and, of an skb, the IP header behind it.
+/// Returns the least bytes that a test run takes: an Ethernet header and, for an skb, the IP header
+/// behind it.
 fn shortest(frame: &[u8]) -> usize {
     match frame.get(12..14) {
         Some([0x08, 0x00]) => 14 + 20,

@@ -1,4 +1,4 @@
-//! What the maps hold before and after a packet, and the network around it.
+//! The content of the maps before and after a packet, and the network around it.
 //!
 //! Every address begins with its family's ethertype where a source address lies in a bare IP
 //! packet: the kernel's test run takes the ethertype from bytes 12 and 13, and those of a packet
@@ -214,10 +214,10 @@ pub(crate) const UNSAID: u32 = u32::MAX;
 /// Flow entries.
 pub(crate) type Flows = BTreeMap<Tuple<IpAddr>, Flow<IpAddr>>;
 
-/// What first fragments have told; [`DatagramPorts::seen`] is an age.
+/// The ports of datagrams, from their first fragments; [`DatagramPorts::seen`] is an age.
 pub(crate) type Datagrams = BTreeMap<Datagram<IpAddr>, DatagramPorts>;
 
-/// Where clients have been.
+/// The clients' last backends.
 pub(crate) type Affinities = BTreeMap<AffinityKey<IpAddr>, Affinity>;
 
 /// Searches that were in vain, and their age.
@@ -250,8 +250,8 @@ pub(crate) struct Connection {
     pub(crate) state: u8,
     pub(crate) flags: u8,
     pub(crate) age: u32,
-    /// How many ticks ago the endpoint was heard, or [`UNSAID`]; in a guess what it must
-    /// acknowledge.
+    /// Ticks since the endpoint was last heard, or [`UNSAID`]; in a guess, the number that the
+    /// endpoint must acknowledge.
     pub(crate) heard: u32,
 }
 
@@ -272,14 +272,14 @@ impl Connection {
         }
     }
 
-    /// What is done to the client's packets.
+    /// Returns the entry that translates the client's packets.
     pub(crate) fn forward(&self) -> Flows {
         let mut key = tuple(self.client, self.frontend, self.protocol);
         key.side = if self.flags & flow::SOURCE == 0 { side::NEAR } else { side::FAR };
         Flows::from([(key, self.flow(self.seen_as, self.backend, 0))])
     }
 
-    /// What is done to the backend's packets.
+    /// Returns the entry that translates the backend's packets.
     pub(crate) fn reply(&self) -> Flows {
         let key = tuple(self.backend, self.seen_as, self.protocol);
         Flows::from([(key, self.flow(self.frontend, self.client, flow::REPLY))])

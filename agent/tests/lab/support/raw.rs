@@ -84,7 +84,7 @@ impl Frame {
     }
 }
 
-/// What a TCP segment says.
+/// The fields of a TCP segment.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Segment {
     pub(crate) source: SocketAddr,

@@ -18,9 +18,9 @@ use crate::support::{
     addresses_of_node, addresses_of_pod, cluster_ip, number, route_to, take_fresh_ports, word,
 };
 
-/// How long a question may wait that has to be answered.
+/// The wait for an answer that has to come.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long one may wait that has to be lost.
+/// The wait for an answer that must not come.
 const LOST_AFTER: Duration = Duration::from_millis(350);
 
 /// The networks of all pods.
@@ -64,7 +64,7 @@ pub(crate) const MODES: [Mode; 5] = [
     },
 ];
 
-/// Who serves.
+/// The proxy that serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Proxy {
     /// The rules that kube-proxy would have: the control.
@@ -144,17 +144,17 @@ impl Target {
         if self.is_local { service.spec("externalTrafficPolicy: Local") } else { service }
     }
 
-    /// Where a way of asking leads by the ClusterIP.
+    /// Returns the target of a kind of request by the ClusterIP.
     pub(crate) fn by_cluster_ip(&self, way: Way, family: usize) -> SocketAddr {
         SocketAddr::new(cluster_ip(self.number)[family], way.port())
     }
 
-    /// Where a way of asking leads by the node port of a node with some addresses.
+    /// Returns the target of a kind of request by the node port of a node with these addresses.
     pub(crate) fn by_node_port(&self, node: Pair, way: Way, family: usize) -> SocketAddr {
         SocketAddr::new(node[family], self.node_port(way.port()))
     }
 
-    /// What kube-proxy's nat chain would have for it.
+    /// Returns what kube-proxy's nat chain would have for the Service.
     fn rules(&self, node: Pair, cluster_ips: ClusterIps) -> String {
         const MARK: &str = "meta mark set mark or 0x4000";
         let mut text = String::new();
@@ -208,7 +208,7 @@ impl<'a> Question<'a> {
 pub(crate) struct Stack {
     agent: Option<AgentProcess>,
     pub(crate) node: Node,
-    /// Where the node's node ports are.
+    /// The addresses at which the node serves node ports.
     pub(crate) addresses: Pair,
     pub(crate) other: Node,
     pub(crate) pod: Pod,

@@ -1,4 +1,4 @@
-//! What the demo runs on.
+//! The cluster that the demo runs on.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

@@ -1,4 +1,4 @@
-//! Who answered: requests from everywhere, counted by backend.
+//! Counts which backend answered requests from everywhere.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

@@ -18,7 +18,7 @@ pub(crate) struct Relaying {
     /// A tun device that exists.
     #[arg(long)]
     tun: String,
-    /// Where the other relays send to.
+    /// The address that the other relays send to.
     #[arg(long)]
     bind: SocketAddr,
     /// `<n>=<address>`: the relay of the pods `10.244.<n>.0/24` and `fd00:10:244:<n>::/64`.

@@ -79,7 +79,7 @@ impl Folder {
     ///
     /// # Errors
     ///
-    /// When the directory itself cannot be read. Then nothing has changed. Errors in single files
+    /// Fails if the directory itself cannot be read. Then nothing has changed. Errors in single files
     /// are reported as notes.
     pub fn scan(&mut self) -> io::Result<Vec<Change>> {
         let mut touched = BTreeSet::new();

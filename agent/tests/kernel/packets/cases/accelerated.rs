@@ -1,4 +1,4 @@
-//! What the stack would only forward goes around it, where that is asked for.
+//! With `--accelerate on`, packets that the stack would only forward go around it.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -74,7 +74,7 @@ fn comes_from_backend(case: &Case) -> bool {
         })
 }
 
-/// What of an IP packet the stack looks at when it forwards.
+/// The fields of an IP packet that the stack looks at when it forwards.
 struct Ip {
     start: usize,
     source: IpAddr,

@@ -57,13 +57,14 @@ fn to(cast: &Cast, id: u32) -> Connection {
     Connection { backend, id, ..cast.connection() }
 }
 
-/// Where the client's address leads, and where it does not.
+/// Returns the connection to the backend that the client's address selects, and one to another
+/// backend.
 fn own_and_other(cast: &Cast) -> [Connection; 2] {
     let (own, other) = if is_low(cast, 0) { (ONE, SPARE) } else { (SPARE, ONE) };
     [to(cast, own), to(cast, other)]
 }
 
-/// Where the client's address leads in a round.
+/// Returns the connection to the backend that the client's address selects in a round.
 fn in_round(cast: &Cast, round: u16) -> Connection {
     to(cast, if is_low(cast, round) { ONE } else { SPARE })
 }
@@ -119,7 +120,7 @@ fn first(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Which entries are followed.
+/// Which entries of the affinity table are followed.
 fn entries(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let [own, other] = own_and_other(cast);
@@ -184,7 +185,8 @@ fn entries_of_sets(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Who comes back too late goes on to the next round, and whoever did not open a new flow stays.
+/// A client that comes back too late goes on to the next round. One that opened no new flow stays
+/// in its round.
 fn rounds(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let with = |affinity: Affinities| World { affinity, ..world(cast) };
@@ -283,7 +285,7 @@ fn recorded_when_proven(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// What a known flow's packets do to the entry of its client.
+/// The effect of a known flow's packets on its client's entry.
 fn recorded_by_flows(table: &mut Table, cast: &Cast) {
     let [own, _] = own_and_other(cast);
     let with = |affinity: Affinities| World { affinity, ..world(cast) };
@@ -380,7 +382,7 @@ fn recovered_by_affinity(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// When no entry is written.
+/// Cases in which no entry is written.
 fn unrecorded(table: &mut Table, cast: &Cast) {
     let mut none = world(cast);
     none.port(ONE).ranges = [Range::DROP; 3];

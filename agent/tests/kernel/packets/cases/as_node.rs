@@ -1,5 +1,5 @@
-//! What leaves with an address of this node, and what comes back to it: this host's own traffic and
-//! netfilter's, beside that of masqueraded clients.
+//! Packets that leave with an address of this node, and packets that come back to it: this host's
+//! own traffic and netfilter's, next to that of masqueraded clients.
 
 use std::net::SocketAddr;
 
@@ -32,7 +32,7 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// Where the node's own packet has its port as it is, or another one.
+/// Returns the entry of the node's own packet, whose port stays as it is or is replaced.
 fn noted_as(cast: &Cast, own: SocketAddr, seen_as: SocketAddr) -> Connection {
     Connection {
         client: own,
@@ -46,7 +46,7 @@ fn noted_as(cast: &Cast, own: SocketAddr, seen_as: SocketAddr) -> Connection {
     }
 }
 
-/// What opens a flow from the backend's side, and what answers.
+/// Returns the frame that answers one that opens a flow from the backend's side.
 fn answer(cast: &Cast, to: SocketAddr) -> Frame {
     match cast.protocol {
         TCP => Frame::tcp(cast.backend, to, SYN | ACK, &[]),
@@ -63,7 +63,7 @@ fn noted(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// What leaves from a port that clients are given is noted.
+/// Packets that leave from a port of the range for clients are recorded.
 fn noted_at(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     let (cast, world) = place.set(cast);
     let world = world.marks(mark::MASQUERADED);
@@ -86,7 +86,7 @@ fn noted_at(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     }
 }
 
-/// What leaves from other ports, or elsewhere, is not.
+/// Packets that leave from other ports, or by another device, are not recorded.
 fn not_noted(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     let (cast, world) = place.set(cast);
     let world = world.marks(mark::MASQUERADED);
@@ -246,7 +246,7 @@ fn met_once_more(table: &mut Table, cast: &Cast, where_to: &str, place: Place) {
     }
 }
 
-/// What was idle no longer keeps its tuple.
+/// An idle flow no longer reserves its tuple.
 fn idle(table: &mut Table, cast: &Cast) {
     let (cast, world) = REMOTE.set(cast);
     let world = world.marks(mark::MASQUERADED);
@@ -308,7 +308,7 @@ fn from_node_port(table: &mut Table, cast: &Cast) {
     table.add(case(name, &beside, Program::Egress, &cast.next(node, served.client)));
 }
 
-/// What that name server answers, for as long as the question is remembered.
+/// Answers of that name server, for as long as the question is remembered.
 fn answers_to_node_port(table: &mut Table, cast: &Cast) {
     let node = SocketAddr::new(cast.node, PORT);
     let served = cast.frontend(node);

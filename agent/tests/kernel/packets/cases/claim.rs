@@ -46,7 +46,7 @@ fn blocker(cast: &Cast, connection: &Connection) -> Connection {
     }
 }
 
-/// Where the packet leaves, the maps with its client's flow, and the cast.
+/// Returns the cast as seen where the packet leaves, and the maps with its client's flow.
 fn met(place: Place, cast: &Cast) -> (Cast, World) {
     let (cast, world) = place.set(cast);
     let world = place.met(&cast, &world);
@@ -135,7 +135,8 @@ fn dead(table: &mut Table, cast: &Cast) {
     table.add(leaves(name, &cast, &world.embryonic(lost), REMOTE, &own));
 }
 
-/// What a socket of this host receives that speaks to the backend from a port.
+/// Returns the tuple that a socket of this host receives on if it speaks to the backend from a
+/// port.
 fn socket(connection: &Connection) -> Tuple<std::net::IpAddr> {
     tuple(connection.backend, connection.seen_as, connection.protocol)
 }

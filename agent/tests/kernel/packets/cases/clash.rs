@@ -210,7 +210,7 @@ fn kept(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// How long a TCP flow that was not proven, or has ended, keeps its reply tuple.
+/// The time for which a TCP flow that was not proven, or has ended, reserves its reply tuple.
 fn waiting_aside(table: &mut Table, cast: &Cast) {
     let first = cast.first(cast.client, cast.other_frontend);
     let seen_as = tried(cast, cast.other_frontend, 1);

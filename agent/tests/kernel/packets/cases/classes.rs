@@ -1,4 +1,4 @@
-//! Which clients meet which backends, and which are dropped.
+//! The backends that each class of clients reaches, and the clients that are dropped.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -73,7 +73,7 @@ fn three(cast: &Cast, world: &mut World) -> [Connection; 3] {
     ]
 }
 
-/// Who asks where, and the class at an external address.
+/// Each client's name, hook and device, and its class at an external address.
 const PLACES: [(&str, Program, u32, usize); 4] = [
     ("a local pod", Program::Ingress, EDGE, 1),
     ("a client outside", Program::Ingress, UPLINK, 2),
@@ -186,7 +186,7 @@ fn drops_at(
     }
 }
 
-/// How a client is recognised as a local pod.
+/// The ways to recognise a client as a local pod.
 fn detectors(table: &mut Table, cast: &Cast) {
     let (pod, far) = (cast.client_in(NET_PODS), cast.client_in(NET_REMOTE));
     for (what, cast, ifindex, detector, flags, class) in [

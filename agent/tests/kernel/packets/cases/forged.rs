@@ -36,7 +36,7 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// Who forges whose address: the cast has it as its client.
+/// Returns the forgers: the cast has the forged address as its client.
 fn forgers(cast: &Cast) -> Vec<(&'static str, Cast, Program, u32)> {
     let node = cast.client(SocketAddr::new(cast.node, cast.client.port()));
     vec![
@@ -273,7 +273,7 @@ fn replies(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// What the endpoint's own packet does to its flow; nobody else's changes it.
+/// The endpoint's own packet changes its flow; nobody else's does.
 fn leaves_behind(case: Case, before: &Connection, what: &str, of: &str) -> Case {
     let seen = before.age(0);
     let proven = seen.state(state::ESTABLISHED);

@@ -550,7 +550,7 @@ fn extensions_behind(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Which datagram a fragment is of.
+/// A fragment is matched to the right datagram.
 fn stale(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     let (_, world) = established(cast);

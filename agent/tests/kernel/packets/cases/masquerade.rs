@@ -1,4 +1,4 @@
-//! Which new flows are masqueraded, and how.
+//! The new flows that are masqueraded, and the address and port that they get.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -36,7 +36,8 @@ pub(super) fn add(table: &mut Table) {
     }
 }
 
-/// Where backends are: a net, its device, flags of the backend and of a flow to it.
+/// A location of backends: a network, its device, and the flags of a backend there and of a flow to
+/// it.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
     net: u8,
@@ -83,7 +84,7 @@ impl Place {
         cast.connection().flags(self.flow | flow::MASQUERADED)
     }
 
-    /// What becomes of its source where it leaves, with the port of a try.
+    /// Returns the translation of the source where the packet leaves, with the port of an attempt.
     pub(super) fn source_at(self, cast: &Cast, attempt: u32) -> Connection {
         let port = tried(cast, cast.backend, attempt).port();
         let seen_as = SocketAddr::new(cast.node_on(self.device), port);
@@ -91,7 +92,7 @@ impl Place {
         Connection { frontend: cast.backend, seen_as, ..near }
     }
 
-    /// What becomes of its source where it leaves.
+    /// Returns the translation of the source where the packet leaves.
     pub(super) fn source(self, cast: &Cast) -> Connection {
         self.source_at(cast, 1)
     }
@@ -419,7 +420,7 @@ fn frame_for_another(cast: &Cast) -> Frame {
     cast.first(cast.client, cast.frontend).at([2, 9, 9, 9, 9, 9])
 }
 
-/// What a way back is: a local backend, and a route to the client by a device of ours.
+/// What counts as a way back: a local backend, and a route to the client by a device with programs.
 fn ways_back(table: &mut Table, cast: &Cast) {
     let title = cast.title();
     for (what, net, kept) in [
@@ -630,7 +631,7 @@ fn host_elsewhere(table: &mut Table, cast: &Cast) {
     table.add(case(name, &overlay, &world.embryonic(blocker.both()), &moved));
 }
 
-/// What goes to a backend on this node XDP can finish.
+/// A flow to a backend on this node, which XDP can finish.
 fn left_by_xdp(table: &mut Table, cast: &Cast) {
     for (what, net, place) in [
         ("a remote backend by the underlay", NET_CLIENTS, REMOTE),

@@ -59,7 +59,7 @@ pub(super) const PAIRS: [(&str, u8, u32, Place); 5] = [
     ("a pod to a local backend", NET_PODS, EDGE, LOCAL),
 ];
 
-/// Where a packet of a masqueraded flow is met.
+/// A hook at which a packet of a masqueraded flow is seen.
 struct Meeting {
     what: &'static str,
     program: Program,
@@ -329,7 +329,7 @@ fn replies_elsewhere(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// What XDP takes of a masqueraded flow to a local backend.
+/// XDP's part of a masqueraded flow to a local backend.
 fn xdp_with_local_backend(table: &mut Table, cast: &Cast) {
     let (cast, _) = REMOTE.set(cast);
     let (local, world) = LOCAL.set(&cast);

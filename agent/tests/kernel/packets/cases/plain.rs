@@ -157,7 +157,7 @@ fn opening(table: &mut Table, cast: &Cast) {
     });
 }
 
-/// What a client acknowledges shows whether it has seen the endpoint's answer.
+/// A client's acknowledgment number shows whether it has seen the endpoint's answer.
 fn acknowledging(table: &mut Table, cast: &Cast) {
     let Cast { client, frontend, backend, .. } = *cast;
     let connection = cast.connection();
@@ -375,7 +375,7 @@ fn bridged(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Which backend a new flow gets.
+/// The selection of a new flow's backend.
 fn selection(table: &mut Table, cast: &Cast) {
     let first = cast.first(cast.client, cast.frontend);
     let mut world = cast.world();

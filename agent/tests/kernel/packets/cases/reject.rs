@@ -236,8 +236,8 @@ fn unanswered(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// What came to many hosts is left alone, as the stack routes none of it: neither answered nor
-/// translated.
+/// Frames to many hosts are left alone, neither answered nor translated, because the stack routes
+/// none of them.
 fn broadcast(table: &mut Table, cast: &Cast) {
     for (what, link) in [("broadcast", [0xff; 6]), ("multicast", [1, 0, 0x5e, 0, 0, 1])] {
         for (to, frontend) in
@@ -256,7 +256,7 @@ fn broadcast(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// Where an answer is sent.
+/// The device by which an answer is sent.
 fn places(table: &mut Table, cast: &Cast) {
     let (answer, reason): (fn(&Frame) -> Frame, Reason) = match cast.protocol {
         TCP => (reset, Reason::NoBackendReset),

@@ -95,7 +95,7 @@ fn handshake(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// What chunks do to a flow.
+/// The effect of chunks on a flow.
 fn states(table: &mut Table, cast: &Cast) {
     let flow = cast.connection().state(state::ESTABLISHED);
     let world = cast.world().flows(flow.both());
@@ -185,7 +185,8 @@ fn checksums(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// Where nobody serves, ICMP tells so, as kube-proxy's REJECT does for all but TCP.
+/// Without a backend, the client gets an ICMP error, as with kube-proxy's REJECT for all protocols
+/// but TCP.
 fn rejects(table: &mut Table, cast: &Cast) {
     for (what, packet) in [
         ("an INIT", cast.first(cast.client, cast.empty)),

@@ -26,8 +26,8 @@ fn with(cast: &Cast, change: impl FnOnce(&mut Device)) -> World {
     world
 }
 
-/// What the pod's socket receives that speaks to the backend from the port of a try; 0: the
-/// client's own.
+/// Returns the tuple that the pod's socket receives on if it speaks to the backend from the port of
+/// an attempt, or from the client's own port if that is 0.
 fn socket(cast: &Cast, attempt: u32) -> Tuple<std::net::IpAddr> {
     let at = if attempt == 0 { cast.client } else { tried(cast, cast.frontend, attempt) };
     tuple(cast.backend, at, cast.protocol)

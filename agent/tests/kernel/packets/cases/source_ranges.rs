@@ -105,7 +105,7 @@ fn prefixes(table: &mut Table, cast: &Cast) {
     judged(table, cast, "source ranges that do not count", &off, true);
 }
 
-/// What comes first.
+/// The order of the verdicts.
 fn verdicts(table: &mut Table, cast: &Cast) {
     let elsewhere = [cast.prefix(NET_REMOTE)];
     for (what, range) in

@@ -1,4 +1,4 @@
-//! What is left to netfilter while a takeover or release is under way.
+//! Packets that are left to netfilter during a takeover or a release.
 
 use std::net::SocketAddr;
 
@@ -14,7 +14,7 @@ use crate::packets::world::{
     Cast, Connection, EDGE, EMPTY, NET_CLIENTS, ONE, UPLINK, World, address, mac, tuple,
 };
 
-/// Where packets come in.
+/// The hooks and devices by which packets come in.
 const PLACES: [(&str, Program, u32); 3] = [
     ("edge", Program::Ingress, EDGE),
     ("uplink", Program::Ingress, UPLINK),

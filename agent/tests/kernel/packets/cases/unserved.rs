@@ -121,7 +121,7 @@ fn undefined_elsewhere(table: &mut Table, cast: &Cast) {
     );
 }
 
-/// What is not rejected.
+/// Packets that are not rejected.
 fn defined(table: &mut Table, cast: &Cast) {
     let world = with_address(cast);
     let first = cast.first(cast.client, cast.frontend);

@@ -1,4 +1,4 @@
-//! What XDP takes, and what it leaves to tc unmodified.
+//! The frames that XDP handles, and those that it leaves to tc unmodified.
 
 use std::net::SocketAddr;
 
