@@ -62,7 +62,7 @@ fn text<const N: usize>(text: &str) -> [u8; N] {
     bytes
 }
 
-/// An image with one service port, two backends and 61 slots.
+/// Returns an image with one service port, two backends and 61 slots.
 fn image() -> Image {
     let mut image = Image::default();
     let address = |last| Ipv4Addr::new(10, 0, 0, last).into();

@@ -309,7 +309,7 @@ fn every_kind_of_event_but_a_call_is_in_the_table() {
 }
 
 #[test]
-fn nothing_is_told_unless_somebody_listens_for_it() {
+fn no_event_is_sent_unless_somebody_listens_for_it() {
     if kernel::is_skipped() {
         return;
     }
@@ -355,7 +355,7 @@ fn shortest(kernel: &mut Kernel, case: &Case, sieves: &[Listening]) -> Vec<u32> 
 }
 
 #[test]
-fn an_established_flow_is_told_to_nobody_whoever_listens() {
+fn packets_of_an_established_flow_are_no_events_whoever_listens() {
     if kernel::is_skipped() {
         return;
     }

@@ -274,7 +274,7 @@ fn replies(table: &mut Table, cast: &Cast) {
     }
 }
 
-/// The endpoint's own packet changes its flow; nobody else's does.
+/// Adds the flow's new state if the packet is the endpoint's own; nobody else's changes it.
 fn leaves_behind(case: Case, before: &Connection, what: &str, of: &str) -> Case {
     let seen = before.age(0);
     let proven = seen.state(state::ESTABLISHED);
