@@ -43,13 +43,13 @@ use devices::DeviceTasks;
 pub use options::{Options, Reload};
 use prepare::{NodeSettings, Programs, hold_fragments};
 
-/// How long further events are gathered before they are planned together.
+/// The time for which further events are gathered before they are planned together.
 const GATHER: Duration = Duration::from_millis(3);
 /// The shortest time between two writes of the status.
 const STATUS_PERIOD: Duration = Duration::from_secs(1);
-/// How often the agent checks whether its configuration has changed.
+/// The interval at which the agent checks whether its configuration has changed.
 const RELOAD_PERIOD: Duration = Duration::from_secs(5);
-/// How often the agent looks for IPsec policies, if packets may go around the stack.
+/// The interval at which the agent looks for IPsec policies, if packets may go around the stack.
 const IPSEC_PERIOD: Duration = Duration::from_secs(1);
 /// How often the next of the maps is compared with what it should hold: all of them within 16 s.
 const AUDIT_PERIOD: Duration = Duration::from_secs(1);
@@ -58,7 +58,7 @@ const SETTINGS_AUDIT: u32 = 10;
 /// The number of events that may wait between the sources and the loop.
 const EVENTS: usize = 16_384;
 
-/// Why the agent has ended.
+/// The reason why the agent has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
     /// It received SIGTERM or SIGINT.
@@ -74,7 +74,7 @@ pub enum Ended {
 ///
 /// # Errors
 ///
-/// When another agent runs, or the kernel refuses maps or programs.
+/// Fails if another agent runs, or the kernel refuses maps or programs.
 pub async fn run(options: Options) -> anyhow::Result<Ended> {
     let state = StateDir::take(&options.state_dir)?;
     let pins = Pins::new(&options.pin_path);
@@ -146,7 +146,7 @@ async fn stay_released(
     }
 }
 
-/// What the agent has before its programs are loaded.
+/// The state of the agent before its programs are loaded.
 struct Early {
     state: StateDir,
     status: Status,
@@ -275,7 +275,7 @@ fn every(period: Duration) -> Interval {
     interval
 }
 
-/// What the loop does after it has handled an input.
+/// The action of the loop after it has handled an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
     /// Bring the maps and the tasks up to date.
@@ -300,7 +300,7 @@ struct Agent {
     /// The settings that are programmed. Only the phase, the index of Sluice's own device and
     /// whether there is IPsec change.
     settings: Settings,
-    /// What the maps hold of settings and networks, or [`None`] if the last write failed.
+    /// The settings and networks in the maps, or [`None`] if the last write failed.
     programmed: Option<Programmed>,
     /// The directory where the maps are pinned.
     maps: PathBuf,
@@ -314,7 +314,7 @@ struct Agent {
     /// Wakes the loop when the audit has found something.
     drifted: watch::Receiver<()>,
     reload: Reload,
-    /// Why changed options cannot be used.
+    /// The reason why changed options cannot be used.
     refused: Option<String>,
     /// Whether the status is to be written at the next tick.
     is_status_due: bool,

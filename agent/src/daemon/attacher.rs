@@ -24,7 +24,7 @@ const AUDIT_PERIOD: Duration = Duration::from_secs(10);
 /// The pauses between retries.
 const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
 
-/// What is attached, as the attacher reports it.
+/// The attached programs, as the attacher reports them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Attachments {
     /// The rules by which the devices were surveyed.
@@ -35,7 +35,7 @@ pub struct Attachments {
     pub sockets: SocketPathStatus,
     /// Whether all programs are attached, and nothing is to be retried.
     pub complete: bool,
-    /// What failed besides devices and sockets.
+    /// A failure that concerns neither devices nor sockets.
     pub problem: Option<String>,
 }
 
@@ -44,7 +44,7 @@ pub struct Attachments {
 pub struct Inputs {
     /// The devices.
     pub watched: watch::Receiver<Watched>,
-    /// Why VIPs are not routed, if they are not (see `routes::route_vips`).
+    /// The reason why VIPs are not routed, if they are not (see `routes::route_vips`).
     pub routing: watch::Receiver<Option<String>>,
     /// Whether the maps hold an image. Programs with empty maps would undo what an agent of another
     /// version still does.

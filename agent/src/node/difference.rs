@@ -30,7 +30,7 @@ impl State {
     ///
     /// # Errors
     ///
-    /// When one cannot be read.
+    /// Fails if one cannot be read.
     pub fn read(kernel: &Kernel) -> Result<Self, ReadError> {
         Ok(Self {
             image: kernel.read()?,
@@ -52,7 +52,7 @@ pub enum ReadError {
 }
 
 /// The way an entry differs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Change {
     /// The entry is wanted but does not exist.
@@ -76,7 +76,7 @@ impl Change {
 }
 
 /// An entry that differs.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, schemars::JsonSchema)]
 pub struct Difference {
     /// The way it differs.
     pub change: Change,

@@ -12,7 +12,7 @@ use crate::support::{START, cluster, wait_for};
 use serde_json::Value;
 use sluice_lab::{LoadClients, LoadSize, Namespace, Router, Serve};
 
-/// How soon the agent tries again at the latest after an outage of some seconds.
+/// The longest wait until the agent tries again after an outage of some seconds.
 const NOTICED: Duration = Duration::from_secs(20);
 
 #[test]

@@ -17,7 +17,7 @@ use crate::node::devices::own::{OwnRoutes, Routable};
 use crate::node::devices::pattern::Patterns;
 use crate::node::devices::watch::{Watched, watch as watch_devices};
 
-/// What the tasks begin with.
+/// The values that the tasks begin with.
 pub(super) struct Start {
     pub(super) patterns: Patterns,
     pub(super) policy: Policy,

@@ -43,8 +43,8 @@ pub struct Metrics {
     drift: Counted,
     healthz: Family<Code, Counter>,
     livez: Family<Code, Counter>,
-    /// When the last change of each slice was caused, and the causes of changes that are not in the
-    /// maps yet.
+    /// The time at which the last change of each slice was caused, and the causes of changes that
+    /// are not in the maps yet.
     triggers: Mutex<Triggers>,
 }
 

@@ -313,7 +313,7 @@ pub(crate) struct Table<K, V> {
     types: PhantomData<fn() -> (K, V)>,
 }
 
-/// How many keys or values one call passes to the kernel: enough that the call's cost is
+/// The number of keys or values that one call passes to the kernel: enough that the call's cost is
 /// negligible, and few enough that their copies (below 1 MiB) stay cheap.
 const BATCH: usize = 4_096;
 

@@ -69,8 +69,10 @@ pub enum Xdp {
     Generic,
 }
 
-/// How a program is attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+/// The way in which a program is attached.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, schemars::JsonSchema, Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum How {
     /// A TCX link.
@@ -127,11 +129,11 @@ impl Target {
 /// The result of attaching to a device.
 #[derive(Debug, Default)]
 pub struct Attached {
-    /// How each program is attached.
+    /// The way in which each program is attached.
     pub hooks: Vec<How>,
-    /// What could not be attached and should be retried.
+    /// Failures to attach that should be retried.
     pub errors: Vec<Error>,
-    /// What is not attached and need not be.
+    /// Programs that are not attached and need not be.
     pub notes: Vec<String>,
 }
 

@@ -154,7 +154,7 @@ impl OwnRoutes {
     ///
     /// # Errors
     ///
-    /// When netlink cannot be used.
+    /// Fails if netlink cannot be used.
     pub fn new() -> io::Result<Self> {
         let (connection, handle, _messages) = new_connection()?;
         let _requests = tokio::spawn(connection);

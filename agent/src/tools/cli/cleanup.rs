@@ -18,7 +18,7 @@ use crate::node::{ports, view};
 ///
 /// # Errors
 ///
-/// When an agent is alive and `force` is not given, or the kernel refuses.
+/// Fails if an agent is alive and `force` is not given, or the kernel refuses.
 pub(super) fn run(places: &Places, force: bool) -> anyhow::Result<Outcome> {
     let Places { pin_path, state_dir, proc_sys } = places;
     if status::is_alive(state_dir) && !force {
@@ -60,7 +60,7 @@ pub(super) fn run(places: &Places, force: bool) -> anyhow::Result<Outcome> {
 ///
 /// # Errors
 ///
-/// When the kernel refuses.
+/// Fails if the kernel refuses.
 pub(super) async fn remove(
     pin_path: &Path,
     state_dir: &Path,
