@@ -456,8 +456,8 @@ mod tests {
         let (well, minutes, hour) =
             (Health::default(), failed(Duration::from_mins(59)), failed(Duration::from_hours(1)));
         assert!(!are_deaf(&[], now), "there is none");
-        assert!(!are_deaf(&[well.clone()], now) && !are_deaf(&[minutes.clone()], now));
-        assert!(are_deaf(&[hour.clone()], now));
+        let alone = |source: &Health| are_deaf(std::slice::from_ref(source), now);
+        assert_eq!([&well, &minutes, &hour].map(alone), [false, false, true]);
         assert!(!are_deaf(&[hour.clone(), well], now), "one is enough");
         assert!(!are_deaf(&[hour.clone(), minutes], now));
         assert!(are_deaf(&[hour.clone(), hour], now));

@@ -291,10 +291,10 @@ impl Recorder {
     fn write_record(&self, record: &Record) -> io::Result<()> {
         let path = self.file();
         let written = if *record == Record::default() {
-            fs::remove_file(&path).or_else(|error| match error.kind() {
-                io::ErrorKind::NotFound => Ok(()),
-                _ => Err(error),
-            })
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                Ok(()) | Err(_) => Ok(()),
+            }
         } else {
             let new = self.folder.join(format!("{FILE}.new"));
             serde_json::to_string_pretty(record)

@@ -293,7 +293,9 @@ mod tests {
     fn a_digest_depends_on_every_entry_and_not_on_their_order() {
         let digest = |entries: &[(u32, u64)]| {
             let mut digest = Digest::default();
-            entries.iter().for_each(|(key, value)| digest.add(key, value));
+            for (key, value) in entries {
+                digest.add(key, value);
+            }
             digest
         };
         let all = digest(&[(1, 10), (2, 20), (3, 30)]);

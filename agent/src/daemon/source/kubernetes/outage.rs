@@ -23,13 +23,16 @@ enum How {
 
 impl How {
     fn of(error: &watcher::Error) -> Self {
-        match error {
-            watcher::Error::WatchError(status) => Self::Status(status.code),
-            watcher::Error::InitialListFailed(kube::Error::Api(status))
-            | watcher::Error::WatchStartFailed(kube::Error::Api(status))
-            | watcher::Error::WatchFailed(kube::Error::Api(status)) => Self::Status(status.code),
-            error if has_errno(error) => Self::Away,
-            _ => Self::Broken,
+        if let watcher::Error::WatchError(status)
+        | watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status)) = error
+        {
+            Self::Status(status.code)
+        } else if has_errno(error) {
+            Self::Away
+        } else {
+            Self::Broken
         }
     }
 }
@@ -96,10 +99,8 @@ impl Outage {
 
     /// Takes in a failure. Returns also whether it is to be logged.
     fn note(&mut self, kind: Kind, how: How, cause: &str, now: Instant) -> (Failed, bool) {
-        let how = match how {
-            How::Broken if self.failing.contains_key(&kind) => How::Away,
-            how => how,
-        };
+        let is_repeated = how == How::Broken && self.failing.contains_key(&kind);
+        let how = if is_repeated { How::Away } else { how };
         let ways: BTreeSet<How> = self.failing.values().cloned().collect();
         let is_news = !ways.contains(&how);
         let _ = self.since.get_or_insert(now);
