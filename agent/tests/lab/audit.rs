@@ -12,8 +12,8 @@ use sluice_lab::{Counter, Node, Side};
 /// The ports that the kernel chooses from, and such that some of them are those of clients.
 const PORT_RANGE: &str = "net/ipv4/ip_local_port_range";
 const OVERLAPPING: &str = "20000 60999";
-/// How long the agent may take to notice and repair.
-const NOTICED: Duration = Duration::from_secs(30);
+/// How long the agent may take to notice and repair: half a minute, and more on a busy machine.
+const NOTICED: Duration = Duration::from_secs(45);
 
 /// How often each place has drifted, as `what place`, with what was found there.
 fn drifted(node: &Node) -> Result<BTreeMap<String, (u64, String)>> {
