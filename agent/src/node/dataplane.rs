@@ -23,6 +23,7 @@ mod read;
 mod route_mtus;
 pub(crate) mod trial;
 
+pub use audit::Digests;
 pub use cleanup::cleanup;
 pub use datagrams::{DatagramKey, Datagrams};
 pub use error::Error;
