@@ -36,7 +36,7 @@ pub(crate) struct Subject {
 }
 
 impl Subject {
-    /// A program of the agent's, by its name.
+    /// Returns a program of the agent's, by its name.
     pub(crate) fn program(&self, name: &str) -> Result<ProgramFd> {
         // The kernel keeps fifteen bytes of a name.
         let short = &name[..name.len().min(15)];

@@ -66,7 +66,7 @@ impl Driver {
         Ok(Self { ebpf })
     }
 
-    /// The program that does nothing.
+    /// Returns the program that does nothing.
     pub(crate) fn nothing(&mut self, kind: Kind) -> Result<ProgramFd> {
         let (_, _, nothing) = kind.of();
         Ok(match kind {

@@ -51,7 +51,7 @@ impl Device {
         Ok(Self { index: link.ifindex, mac })
     }
 
-    /// The device by which a node reaches an address.
+    /// Returns the device by which a node reaches an address.
     fn towards(subject: &Subject, address: Ipv4Addr) -> Result<Self> {
         #[derive(Deserialize)]
         struct Route {
@@ -187,7 +187,7 @@ impl Way {
         Ok(to)
     }
 
-    /// The packets of some flows at each hook.
+    /// Returns the packets of some flows at each hook.
     fn packets(&self, seen: &[Vec<(End, End)>], segment: Segment) -> Result<Vec<Packets>> {
         let first = seen.first().context("no flow")?;
         self.hops

@@ -50,7 +50,7 @@ impl Row {
         Self { what: what.into(), best, median }
     }
 
-    /// The first agent's figure as a multiple of the second's.
+    /// Returns the first agent's figure as a multiple of the second's.
     fn ratio(&self) -> Option<f64> {
         match self.best[..] {
             [this, other] => Some(this / other),

@@ -169,13 +169,13 @@ pub fn processes(node: usize) -> usize {
     pod(node, PODS)
 }
 
-/// Whether a host stands for the processes of a node.
+/// Reports whether a host stands for the processes of a node.
 #[must_use]
 pub fn is_process(host: usize) -> bool {
     place(host).is_some_and(|(_, number)| number == PODS)
 }
 
-/// Whether a host is an endpoint.
+/// Reports whether a host is an endpoint.
 #[must_use]
 pub fn is_server(host: usize) -> bool {
     place(host).is_some_and(|(_, number)| number < SERVERS)
@@ -200,7 +200,7 @@ fn node_port(service: usize) -> u16 {
     30_000 + service as u16
 }
 
-/// Whether an address is a Service's and no node's own.
+/// Reports whether an address is a Service's and no node's own.
 #[must_use]
 pub fn is_vip(address: IpAddr) -> bool {
     (0..SERVICES).any(|service| {
@@ -232,7 +232,7 @@ pub fn number(address: IpAddr) -> u64 {
     }
 }
 
-/// Whether packets to an address and port are for a Service.
+/// Reports whether packets to an address and port are for a Service.
 #[must_use]
 pub fn is_frontend(end: SocketAddr, nodes: usize) -> bool {
     is_vip(end.ip())
@@ -283,6 +283,14 @@ impl Objects {
     #[must_use]
     pub fn new(nodes: usize) -> Self {
         Self { nodes, services: [true; SERVICES], endpoints: vec![Readiness::Ready; hosts(nodes)] }
+    }
+
+    /// Reports whether a Service exists and all its endpoints are ready.
+    #[must_use]
+    pub fn is_whole(&self, service: usize) -> bool {
+        let mut endpoints = (0..self.nodes).map(|node| pod(node, service / 2));
+        self.services[service]
+            && endpoints.all(|endpoint| self.endpoints[endpoint] == Readiness::Ready)
     }
 
     /// Returns all objects, as a source first reports them.

@@ -56,6 +56,8 @@ pub struct Connecting {
     pub target: SocketAddr,
     /// Host of the endpoint.
     pub server: Option<usize>,
+    /// Whether all endpoints of its target served when it was opened.
+    pub is_served: bool,
     /// Whether the client knows that it is open.
     pub is_open: bool,
     /// The outcome.
@@ -82,7 +84,7 @@ impl Connecting {
         (address, self.connect.port).into()
     }
 
-    /// Whether an answer may show another source than what was asked.
+    /// Reports whether an answer may show another source than what was asked.
     #[must_use]
     pub fn may_lose_entries(&self) -> bool {
         let leaves_at_once = self.connect.protocol == protocol::UDP;
@@ -92,14 +94,14 @@ impl Connecting {
             || leaves_at_once && self.lost & lost::DISTURBED != 0
     }
 
-    /// Whether its tuple may be another's by now: after a reset that may be its own party's, an
-    /// idle flow keeps it for a minute or two.
+    /// Reports whether its tuple may be another's by now: after a reset that may be its own
+    /// party's, an idle flow keeps it for a minute or two.
     fn may_lose_its_port(&self) -> bool {
         self.connect.close == Close::Late && self.lost & lost::FORGED != 0
     }
 
-    /// Whether it may be lost altogether. `shares_port`: its client has other connections from the
-    /// same port.
+    /// Reports whether it may be lost altogether. `shares_port`: its client has other connections
+    /// from the same port.
     #[must_use]
     pub fn may_be_lost(&self, shares_port: bool) -> bool {
         self.lost & lost::ALTOGETHER != 0
@@ -109,14 +111,14 @@ impl Connecting {
             || self.lost & lost::ONE != 0 && (self.lost & lost::DISTURBED != 0 || shares_port)
     }
 
-    /// Whether another one of the same port may have what this one has, since an event has
+    /// Reports whether another one of the same port may have what this one has, since an event has
     /// concerned its entries.
     #[must_use]
     pub fn is_troubled_by(&self, other: &Self) -> bool {
         self.shares_port(other) && other.lost & !lost::DISTURBED != 0
     }
 
-    /// Whether two are the same client's, from one port.
+    /// Reports whether two are the same client's, from one port.
     #[must_use]
     pub fn shares_port(&self, other: &Self) -> bool {
         let of =

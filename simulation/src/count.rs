@@ -106,7 +106,7 @@ impl Counters {
     }
 }
 
-/// Whether packets with a reason are dropped or answered.
+/// Reports whether packets with a reason are dropped or answered.
 #[must_use]
 pub fn refuses(reason: Reason) -> bool {
     match reason {

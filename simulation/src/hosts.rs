@@ -49,7 +49,7 @@ impl Host {
         }
     }
 
-    /// Whether one of its sockets is for a packet.
+    /// Reports whether one of its sockets is for a packet.
     #[must_use]
     pub fn knows(&self, segment: &Segment) -> bool {
         let ends = (segment.protocol, segment.destination, segment.source);
@@ -64,7 +64,7 @@ impl Host {
         sockets.map(|(_, socket)| socket.number)
     }
 
-    /// Whether one of its sockets keeps the tuple of a new flow from it.
+    /// Reports whether one of its sockets keeps the tuple of a new flow from it.
     #[must_use]
     pub fn holds(&self, number: u8, end: FlowEnd, client: SocketAddr, backend: SocketAddr) -> bool {
         let ends = match end {
@@ -88,7 +88,7 @@ impl Host {
     }
 }
 
-/// Whether a segment opens a connection.
+/// Reports whether a segment opens a connection.
 fn is_opening(flags: u8) -> bool {
     flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN
 }
@@ -135,6 +135,7 @@ impl World<'_> {
             connect: connect.clone(),
             target,
             server: None,
+            is_served: self.is_served(connect.target),
             is_open: false,
             outcome: None,
             done: 0,
@@ -618,6 +619,16 @@ impl World<'_> {
                     format!(
                         "#{number}: {outcome:?} after {done} of {expected} exchanges ({bits:#x})"
                     )
+                });
+            }
+            Outcome::Completed | Outcome::Reset | Outcome::GivenUp
+                if connection.lost == 0 && connection.is_served =>
+            {
+                drop(sums);
+                let what = connection.connect.target;
+                drop(connections);
+                self.violate("a connection to what is served is established", || {
+                    format!("#{number} to {what:?}: {outcome:?}")
                 });
             }
             Outcome::Completed | Outcome::Reset | Outcome::GivenUp => sums.refused += 1,

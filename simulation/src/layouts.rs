@@ -39,7 +39,7 @@ pub struct Layouts {
     stages: BTreeMap<(u32, u8), Stage>,
 }
 
-/// A hook as part of a key.
+/// Returns a hook as part of a key.
 fn place(hook: Hook) -> u8 {
     match hook {
         Hook::Xdp => 0,

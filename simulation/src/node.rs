@@ -174,7 +174,7 @@ impl Node {
         port.map(|(_, port)| port)
     }
 
-    /// Whether frames at a device have an Ethernet header.
+    /// Reports whether frames at a device have an Ethernet header.
     #[must_use]
     pub fn has_link_header(&self, ifindex: u32) -> bool {
         self.is_bridged && ifindex >= EDGES

@@ -158,7 +158,7 @@ impl Segment {
         }
     }
 
-    /// Whether it resets a connection: TCP's RST, SCTP's ABORT.
+    /// Reports whether it resets a connection: TCP's RST, SCTP's ABORT.
     #[must_use]
     pub fn is_reset(&self) -> bool {
         match self.protocol {
@@ -168,7 +168,7 @@ impl Segment {
         }
     }
 
-    /// Whether it opens a connection, or is the answer to such a packet.
+    /// Reports whether it opens a connection, or is the answer to such a packet.
     #[must_use]
     pub fn is_of_handshake(&self) -> bool {
         match self.protocol {
@@ -355,7 +355,7 @@ fn network(
 }
 
 impl Packet {
-    /// Whether it is IPv6.
+    /// Reports whether it is IPv6.
     #[must_use]
     pub fn is_v6(&self) -> bool {
         self.bytes.first().is_some_and(|first| first >> 4 == 6)
@@ -381,7 +381,8 @@ impl Packet {
         }
     }
 
-    /// Whether it is a node's answer to another packet, in the name of that one's destination.
+    /// Reports whether it is a node's answer to another packet, in the name of that one's
+    /// destination.
     #[must_use]
     pub fn is_answer_to(&self, other: &Self) -> bool {
         let (from, _) = other.addresses();

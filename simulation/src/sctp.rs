@@ -231,7 +231,7 @@ impl Association {
         }
     }
 
-    /// Whether a chunk waits for its acknowledgment.
+    /// Reports whether a chunk waits for its acknowledgment.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
         self.under_way.is_some()

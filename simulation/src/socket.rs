@@ -38,7 +38,7 @@ impl End {
         either!(self, end => end.sent)
     }
 
-    /// Whether a packet waits for its acknowledgment.
+    /// Reports whether a packet waits for its acknowledgment.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
         either!(self, end => end.is_waiting())

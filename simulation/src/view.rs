@@ -33,9 +33,10 @@ use crate::packet::Tag;
 use crate::world::World;
 
 /// A table of flows in both layouts.
-type BothFlows<'v, 'w, F> = Both<Flows<'v, 'w, F, NOW>, Flows<'v, 'w, F, BEFORE>>;
+type BothFlows<'v, 'w, F> = Both<Flows<'v, 'w, F, NOW>, Flows<'v, 'w, F, BEFORE>, bool>;
 /// The table of affinities in both layouts.
-type BothAffinities<'v, 'w, F> = Both<Affinities<'v, 'w, F, NOW>, Affinities<'v, 'w, F, BEFORE>>;
+type BothAffinities<'v, 'w, F> =
+    Both<Affinities<'v, 'w, F, NOW>, Affinities<'v, 'w, F, BEFORE>, bool>;
 
 /// Values that were read out of a map, kept for as long as the program runs: as under RCU, whoever
 /// has read an entry may go on reading it when it is gone.
@@ -144,14 +145,14 @@ impl<'w, F: Side> View<'w, F> {
 
     /// Returns a table of flows in both layouts, for a program that reads both.
     fn both(&self, map: FlowMap, round: Round) -> BothFlows<'_, 'w, F> {
-        let writes_current = round == Round::WritesCurrent;
-        Both { now: self.layer(map), before: self.layer(map), writes_current }
+        let written = round == Round::WritesCurrent;
+        Both { now: self.layer(map), before: self.layer(map), written }
     }
 
     /// Returns the table of affinities in both layouts.
     fn both_affinities(&self, round: Round) -> BothAffinities<'_, 'w, F> {
-        let writes_current = round == Round::WritesCurrent;
-        Both { now: Affinities { view: self }, before: Affinities { view: self }, writes_current }
+        let written = round == Round::WritesCurrent;
+        Both { now: Affinities { view: self }, before: Affinities { view: self }, written }
     }
 
     fn entry(&self, map: FlowMap, key: &Tuple<F::Address>) -> Option<&Flow<F::Address>> {
@@ -459,7 +460,7 @@ pub fn spoil<F: Side>(
     }
 }
 
-/// Whether the other direction of an entry is there, proven or not.
+/// Reports whether the other direction of an entry is there, proven or not.
 pub fn has_partner<F: Side>(node: &Node, key: &Tuple<F::Address>, flow: &Flow<F::Address>) -> bool {
     let memory = F::memory(node).borrow();
     let other = partner_key::<F>(flow, key.protocol);

@@ -243,7 +243,7 @@ impl Fates<'_> {
     }
 }
 
-/// The real kube-proxy, for the node.
+/// Returns the real kube-proxy, for the node.
 fn start_kube_proxy(cluster: &Cluster, node: &Node, programs: &Path) -> Result<Running> {
     let file = cluster.lab.state().join("kube-proxy.json");
     let config = json!({
@@ -361,7 +361,7 @@ fn policy() -> Result<Policy> {
     })
 }
 
-/// Whether both have decided alike.
+/// Reports whether both have decided alike.
 fn agree(question: &Question, answer: &Answer, fate: Fate, ground: &Ground, scene: &Scene) -> bool {
     let to_own = |address: IpAddr| ground.own.contains(&address);
     match (answer.verdict, fate) {
@@ -422,7 +422,7 @@ impl Round<'_> {
         Ok(explain(question, &world, &routing)?)
     }
 
-    /// A question that nobody has asked so far.
+    /// Returns a question that was not used before.
     fn question(&mut self, dice: &mut Dice) -> Question {
         loop {
             let Some(question) = self.scene.question(dice, self.ground) else { continue };

@@ -294,7 +294,7 @@ impl Bench {
         Ok(Some(this))
     }
 
-    /// An address outside that affinity is asked for.
+    /// Returns an address outside at which affinity is tested.
     fn client(&self, number: u8) -> IpAddr {
         let [a, b, c, _] = self.outside.ipv4().octets();
         IpAddr::from([a, b, c, 100 + number])
@@ -390,7 +390,7 @@ impl Bench {
         Ok(visits)
     }
 
-    /// The tables of nftables that are there.
+    /// Returns the existing tables of nftables.
     fn tables(&self) -> Result<BTreeSet<String>> {
         Ok(self.node.run("nft", ["list", "tables"])?.lines().map(str::to_owned).collect())
     }

@@ -16,7 +16,7 @@ use sluice_common::abi::{
 use sluice_core::image::{Dataplane, FamilyWrite, Image, PERMITTED, SourceKey, Write, diff};
 use sluice_lab::skipped;
 
-/// A BPF file system that goes with the test.
+/// A BPF file system that is removed with the test.
 struct Bpffs(PathBuf);
 
 impl Bpffs {
@@ -30,7 +30,7 @@ impl Bpffs {
         Some(Self(path))
     }
 
-    /// Loads with small maps, and those sizes changed that are given.
+    /// Loads with small maps, some of them of the given sizes.
     fn load(&self, sizes: &[(&str, u32)]) -> Option<Loaded> {
         let mut all =
             BTreeMap::from([("flows_v4".to_owned(), 1024), ("flows_v6".to_owned(), 1024)]);
@@ -62,7 +62,7 @@ fn text<const N: usize>(text: &str) -> [u8; N] {
     bytes
 }
 
-/// An image with one service port, two backends and 61 slots.
+/// Returns an image with one service port, two backends and 61 slots.
 fn image() -> Image {
     let mut image = Image::default();
     let address = |last| Ipv4Addr::new(10, 0, 0, last).into();

@@ -64,7 +64,7 @@ fn promtool_takes_the_alert_rules_and_each_fires_when_it_should() -> Result<()> 
     Ok(())
 }
 
-/// The questions of a dashboard: panel and expression, its variables filled in.
+/// Returns the questions of a dashboard: panel and expression, its variables filled in.
 fn questions() -> Result<Vec<(String, String)>> {
     let dashboard: Value = serde_json::from_str(&read("grafana/sluice.json")?)?;
     let mut questions = Vec::new();
@@ -105,7 +105,7 @@ fn promtool_check(programs: &Path, text: &str) -> Result<String> {
     Ok(said)
 }
 
-/// The names of our metrics in a text.
+/// Returns the names of our metrics in a text.
 fn metrics(text: &str) -> BTreeSet<String> {
     text.split(|char: char| !char.is_ascii_alphanumeric() && char != '_')
         .filter(|word| word.starts_with("sluice_") || word.starts_with("kubeproxy_"))
@@ -156,7 +156,7 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
         Ok(pinned(node, "names").ok())
     })?;
 
-    // Whatever is named is there.
+    // Every metric that is named exists.
     let text = node.run("curl", ["-sS", "http://127.0.0.1:10249/metrics"])?;
     let there: BTreeSet<&str> =
         text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
@@ -168,7 +168,7 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
         ensure!(there.contains(family.unwrap_or(name)), "{name} is not in /metrics");
     }
     for round in 0..2 {
-        // The second time with what traffic adds.
+        // The second time includes what traffic adds.
         if round == 1 {
             traffic(&cluster)?;
         }
@@ -201,7 +201,7 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
         Ok(up.is_ok_and(|up| up.pointer("/data/result/0").is_some()).then_some(()))
     })?;
 
-    // Questions that have nothing to tell of a node that is well.
+    // Queries that have no result for a healthy node.
     let quiet = [
         "Resets and connections that failed",
         "From a change of endpoints to the maps",
@@ -227,7 +227,8 @@ fn every_question_of_dashboard_and_alerts_has_an_answer_in_a_scraped_agent() -> 
     })
     .with_context(|| "some question has no answer".to_owned())?;
 
-    // The rules are evaluated without an error, and none fires but what the traffic asks for.
+    // The rules are evaluated without an error, and no alert fires except those that the traffic
+    // causes.
     let groups = until("the rules' evaluation", || {
         let rules = ask(node, "rules", &[])?;
         let all = rules

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use sluice_lab::Node;
 
-/// Asks the node; the exit code and the answer.
+/// Runs the command on the node. Returns the exit code and the answer.
 fn ask(node: &Node, words: &str) -> Result<(i32, Value)> {
     let words: Vec<&str> =
         ["explain"].into_iter().chain(words.split(' ')).chain(["-o", "json"]).collect();
@@ -22,7 +22,7 @@ fn ask(node: &Node, words: &str) -> Result<(i32, Value)> {
 }
 
 #[test]
-fn the_backend_that_is_told_is_the_one_that_answers() -> Result<()> {
+fn the_backend_that_explain_names_is_the_one_that_answers() -> Result<()> {
     if skip("the_backend_that_is_told") {
         return Ok(());
     }
@@ -61,7 +61,7 @@ fn the_backend_that_is_told_is_the_one_that_answers() -> Result<()> {
             let kept = reply.seen.ip() == *client;
             ensure!(kept == (word(&told, "source") == "kept"), "{words}: {reply:?}: {told}");
 
-            // The flow that is now known is told, and leads to the same backend.
+            // The answer now names the known flow, and leads to the same backend.
             let (_, again) = ask(node, &words)?;
             let steps = again["steps"].as_array().cloned().unwrap_or_default();
             ensure!(steps.iter().any(|step| word(step, "step") == "flow"), "{words}: {again}");
@@ -75,7 +75,7 @@ fn the_backend_that_is_told_is_the_one_that_answers() -> Result<()> {
 }
 
 #[test]
-fn a_look_leaves_no_trace_and_what_if_changes_nothing() -> Result<()> {
+fn explain_leaves_no_trace_and_assumed_objects_change_nothing() -> Result<()> {
     if skip("a_look_leaves_no_trace") {
         return Ok(());
     }
@@ -198,7 +198,7 @@ fn names_stand_for_addresses_and_lists_are_as_kubectls() -> Result<()> {
 }
 
 #[test]
-fn a_virtual_machines_port_is_told_to_change() -> Result<()> {
+fn explain_reports_that_a_virtual_machines_port_changes() -> Result<()> {
     if skip("a_virtual_machines_port") {
         return Ok(());
     }
@@ -230,7 +230,7 @@ fn a_virtual_machines_port_is_told_to_change() -> Result<()> {
     Ok(())
 }
 
-/// An address as it stands before a port.
+/// Returns an address in the form that precedes a port.
 fn before_port(address: IpAddr) -> String {
     if address.is_ipv4() { format!("{address}:") } else { format!("[{address}]:") }
 }

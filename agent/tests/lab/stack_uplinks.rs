@@ -75,7 +75,7 @@ fn foreign(stack: &Stack) -> Result<u64> {
     counters.get("foreign").copied().context("no counter")
 }
 
-/// A client outside asks at node ports of the first uplink.
+/// Sends requests of a client outside to node ports of the first uplink.
 fn answers_leave_as_questions_came(
     stack: &mut Stack,
     proxy: Proxy,

@@ -27,8 +27,8 @@ pub(crate) enum Seen {
     },
 }
 
-/// The frame of a question, to a device with this hardware address. The mark, which no translation
-/// changes, is the sequence number or the payload.
+/// Returns the frame of a question, to a device with this hardware address. The mark, which no
+/// translation changes, is the sequence number or the payload.
 pub(crate) fn build(question: &Question, mac: [u8; 6], mark: u32) -> Vec<u8> {
     let (source, destination) = (question.source, question.destination);
     let tcp = question.protocol == Protocol::Tcp;
@@ -119,7 +119,7 @@ pub(crate) fn tuple(frame: &[u8]) -> Option<(u8, SocketAddr, SocketAddr, bool)> 
     ))
 }
 
-/// The mark of a frame that [`build`] made, wherever it is seen.
+/// Returns the mark of a frame that [`build`] made, wherever it is seen.
 pub(crate) fn mark(frame: &[u8]) -> Option<u32> {
     let (protocol, ..) = tuple(frame)?;
     let segment = frame.get(ETHERNET + if frame.get(12)? == &0x08 { 20 } else { 40 }..)?;

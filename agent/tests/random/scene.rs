@@ -23,7 +23,7 @@ pub(crate) struct Ground {
     pub(crate) other: [IpAddr; 2],
 }
 
-/// An address of a family, from the host part.
+/// Returns an address of a family, from the host part.
 fn address(v4: bool, network: [u16; 2], host: u16) -> IpAddr {
     let [low, high] = network;
     if v4 {
@@ -306,7 +306,7 @@ impl Scene {
         }
     }
 
-    /// Whether an address is on our node's side of the uplink.
+    /// Reports whether an address is on our node's side of the uplink.
     pub(crate) fn is_near(&self, ip: IpAddr) -> bool {
         let prefix = match ip {
             IpAddr::V4(ip) => ip.octets()[..3] == [10, 244, 1],
@@ -315,17 +315,17 @@ impl Scene {
         prefix && self.endpoints.contains(&ip)
     }
 
-    /// Whether some Service keeps its clients with one backend.
+    /// Reports whether some Service keeps its clients with one backend.
     pub(crate) fn is_affine(&self) -> bool {
         self.affine
     }
 
-    /// Whether an endpoint there is left out: it is a frontend of some Service.
+    /// Reports whether an endpoint there is left out: it is a frontend of some Service.
     pub(crate) fn is_frontend(&self, protocol: Protocol, at: SocketAddr) -> bool {
         self.frontends.contains(&(protocol, at))
     }
 
-    /// A packet by its tuple; [`None`] where such a client sends none.
+    /// Returns a packet by its tuple; [`None`] where such a client sends none.
     pub(crate) fn question(&self, dice: &mut Dice, ground: &Ground) -> Option<Question> {
         let (protocol, destination) = self.destination(dice, ground);
         let v4 = destination.is_ipv4();

@@ -51,7 +51,7 @@ pub(crate) fn check(answer: &Value) {
     assert_eq!(checked, Ok(()), "{answer}");
 }
 
-/// An answer in one line: `forward 10.244.1.1 10.244.2.2 kept`, `drop no_local_backend`.
+/// Returns an answer in one line: `forward 10.244.1.1 10.244.2.2 kept`, `drop no_local_backend`.
 fn line((code, answer): &(i32, Value)) -> String {
     let word = |value: &Value| value.as_str().unwrap_or("-").to_owned();
     let verdict = word(&answer["verdict"]);

@@ -177,7 +177,7 @@ fn said(change: &Change) -> Option<&[Note]> {
     Some(notes)
 }
 
-/// A client of the server.
+/// Returns a client of the server.
 async fn connect(address: String, service_cidrs: bool) -> (kube::Client, Settings) {
     let directory = tempfile::tempdir().expect("a directory");
     let kubeconfig = directory.path().join("config");
@@ -193,7 +193,7 @@ async fn connect(address: String, service_cidrs: bool) -> (kube::Client, Setting
     (kubernetes::connect(&settings).await.expect("a client"), settings)
 }
 
-/// A source that watches the server: its events and its health.
+/// Returns a source that watches the server: its events and its health.
 async fn watching(address: String, service_cidrs: bool) -> (mpsc::Receiver<Event>, Pulse) {
     let (client, settings) = connect(address, service_cidrs).await;
     let (sink, events) = mpsc::channel(64);

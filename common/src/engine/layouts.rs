@@ -28,18 +28,31 @@ pub trait Store<K, V> {
     fn update(&self, key: &K, change: impl FnOnce(&mut V)) -> bool;
 }
 
+/// The layout that a program writes. It is requested where it is needed: a value that is kept across
+/// lookups takes room on the kernel's stack.
+pub trait Written {
+    /// Whether this layout is the one that is written.
+    fn is_current(&self) -> bool;
+}
+
+impl Written for bool {
+    fn is_current(&self) -> bool {
+        *self
+    }
+}
+
 /// A table in both layouts, for programs that read both and write one.
 #[derive(Clone, Copy, Debug)]
-pub struct Both<N, B> {
+pub struct Both<N, B, W> {
     /// The table of this layout.
     pub now: N,
     /// The table of the previous layout.
     pub before: B,
-    /// Whether this layout is the one that is written.
-    pub writes_current: bool,
+    /// The layout that is written.
+    pub written: W,
 }
 
-impl<N, B> Both<N, B> {
+impl<N, B, W: Written> Both<N, B, W> {
     /// Copies the value of a key from whichever layout has it; if both have, from the one that is
     /// written. Returns false if neither has it.
     #[inline(always)]
@@ -50,7 +63,7 @@ impl<N, B> Both<N, B> {
     {
         let now = match (self.now.get(key), self.before.get(key)) {
             (Some(now), None) => now,
-            (Some(now), Some(_)) if self.writes_current => now,
+            (Some(now), Some(_)) if self.written.is_current() => now,
             (_, Some(before)) => {
                 *value = V::after(before);
                 return true;
@@ -81,7 +94,8 @@ impl<N, B> Both<N, B> {
         N: Store<K, V>,
         B: Store<K, V::Before>,
     {
-        let is_elsewhere = if self.writes_current {
+        let writes_current = self.written.is_current();
+        let is_elsewhere = if writes_current {
             self.before.get(key).is_some()
         } else {
             self.now.get(key).is_some()
@@ -89,7 +103,7 @@ impl<N, B> Both<N, B> {
         if is_elsewhere && only_new {
             return Err(InsertError::Exists);
         }
-        if self.writes_current {
+        if writes_current {
             self.now.insert(key, value, only_new)?;
             self.before.remove(key);
         } else {

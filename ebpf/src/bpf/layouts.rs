@@ -11,7 +11,7 @@ use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::btf_maps::{LruHashMap, PerCpuArray};
 use sluice_common::abi::previous::{Moved, Round};
 use sluice_common::abi::{Affinity, AffinityKey, EMBRYONIC_MAX, FLOWS_MAX, Flow, Tuple, previous};
-use sluice_common::engine::layouts::{Both, Store};
+use sluice_common::engine::layouts::{Both, Store, Written};
 use sluice_common::engine::record::{InsertError, Renewal};
 use sluice_common::path::leads_to;
 use sluice_common::{Family, V4, V6};
@@ -84,28 +84,38 @@ impl<K, V, const N: usize> Store<K, V> for Map<K, V, N> {
     }
 }
 
+/// The layout that the programs of this round write.
+struct OfRound;
+
+impl Written for OfRound {
+    #[inline(always)]
+    fn is_current(&self) -> bool {
+        is_round(Round::WritesCurrent)
+    }
+}
+
+/// A table in both layouts.
+type BothMaps<K, V, const N: usize> = Both<Map<K, V, N>, Map<K, <V as Moved>::Before, N>, OfRound>;
+
 /// Returns a table in both layouts.
 #[inline(always)]
 fn both<K, V: Moved, const N: usize>(
     now: &'static LruHashMap<K, V, N>,
     before: &'static LruHashMap<K, V::Before, N>,
-) -> Both<Map<K, V, N>, Map<K, V::Before, N>> {
-    Both { now: Map(now), before: Map(before), writes_current: is_round(Round::WritesCurrent) }
+) -> BothMaps<K, V, N> {
+    Both { now: Map(now), before: Map(before), written: OfRound }
 }
 
 /// Fills the slot with the value of its key.
 #[inline(always)]
-fn find<K, V: Moved, const N: usize>(
-    both: &Both<Map<K, V, N>, Map<K, V::Before, N>>,
-    slot: &mut Slot<K, V>,
-) -> bool {
+fn find<K, V: Moved, const N: usize>(both: &BothMaps<K, V, N>, slot: &mut Slot<K, V>) -> bool {
     both.find(&slot.key, &mut slot.now)
 }
 
 /// Writes the slot's value. Returns an error as the map's helpers do.
 #[inline(always)]
 fn put<K, V: Moved, const N: usize>(
-    both: &Both<Map<K, V, N>, Map<K, V::Before, N>>,
+    both: &BothMaps<K, V, N>,
     slot: &mut Slot<K, V>,
     only_new: bool,
 ) -> i32 {

@@ -128,8 +128,8 @@ impl World<'_> {
         }
     }
 
-    /// Whether a host and an address are behind the same bridge, where a pod may claim the others'
-    /// addresses.
+    /// Reports whether a host and an address are behind the same bridge, where a pod may claim the
+    /// others' addresses.
     fn is_neighbour(&self, host: usize, address: IpAddr) -> bool {
         let Some((node, number)) = cluster::place(host) else { return false };
         let node = &self.nodes[node];

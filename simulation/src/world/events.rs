@@ -62,13 +62,15 @@ impl World<'_> {
                 self.hear(&changes);
             }
             Act::Service(service, is_there) => {
-                let change = {
+                // An agent that started meanwhile has not received the slices.
+                let changes: Vec<_> = {
                     let mut objects = self.objects.borrow_mut();
                     objects.services[*service] = *is_there;
-                    objects.service(*service)
+                    let slices = if *is_there { objects.slices(*service) } else { Vec::new() };
+                    [objects.service(*service)].into_iter().chain(slices).collect()
                 };
                 self.disturbed(|target| target.service() == Some(*service));
-                self.hear(&[change]);
+                self.hear(&changes);
             }
             Act::Kill { node, pause } => {
                 let node = &self.nodes[*node];
@@ -87,10 +89,17 @@ impl World<'_> {
         }
     }
 
-    /// Whether agents may still be at work on a change.
+    /// Reports whether agents may still be at work on a change.
     #[must_use]
     pub fn is_changing(&self) -> bool {
         self.now.get() < self.changing_until.get()
+    }
+
+    /// Reports whether a target's Service exists with all its endpoints.
+    #[must_use]
+    pub fn is_served(&self, target: Target) -> bool {
+        let objects = self.objects.borrow();
+        target.service().is_none_or(|service| objects.is_whole(service))
     }
 
     /// Records for connections that their target has changed meanwhile.
@@ -202,8 +211,8 @@ impl World<'_> {
     }
 }
 
-/// Whether a lost entry goes unnoticed although its partner is there (docs/recovery.md lists the
-/// cases):
+/// Reports whether a lost entry goes unnoticed although its partner is there (docs/recovery.md
+/// lists the cases):
 ///
 /// - A hairpin flow's reply goes to a frontend's address, and is taken for a client's.
 /// - Where a client has another port at the endpoint, its reset comes from that port.

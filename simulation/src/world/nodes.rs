@@ -199,7 +199,7 @@ impl World<'_> {
         end
     }
 
-    /// Whether a socket of a pod has the tuple of a new flow, at one of its ends.
+    /// Reports whether a socket of a pod has the tuple of a new flow, at one of its ends.
     pub fn holds_socket(
         &self,
         node: &Node,
@@ -215,7 +215,7 @@ impl World<'_> {
         hosts.get(host).is_some_and(|host| host.holds(number, end, client, backend))
     }
 
-    /// Whether a socket of a process of a node has the tuple of a new flow.
+    /// Reports whether a socket of a process of a node has the tuple of a new flow.
     pub fn holds_own_socket(
         &self,
         node: &Node,
@@ -229,9 +229,9 @@ impl World<'_> {
     }
 }
 
-/// Whether XDP has done one of the three things that it may do: translate a packet and mark it,
-/// leave it alone, or drop it for a reason that the packet itself gives. A rewrite that fails is
-/// none: no packet is beyond XDP's reach here.
+/// Reports whether XDP has done one of the three things that it may do: translate a packet and mark
+/// it, leave it alone, or drop it for a reason that the packet itself gives. A rewrite that fails
+/// is none: no packet is beyond XDP's reach here.
 fn is_finished(action: Action, counted: Counted, is_marked: bool, is_changed: bool) -> bool {
     if action == Action::Drop {
         return matches!(counted, Counted::Reason(reason)

@@ -87,12 +87,12 @@ impl ControlPlane {
         self.host.spawn(self.programs.join(program), args)
     }
 
-    /// The host that all of it runs on.
+    /// Returns the host on which everything runs.
     pub(crate) fn host(&self) -> &Client {
         &self.host
     }
 
-    /// The API server's address, by a port of its host.
+    /// Returns the API server's address, by a port of its host.
     pub(crate) fn url(&self, port: u16) -> String {
         format!("https://{}:{port}", self.host.ipv4())
     }

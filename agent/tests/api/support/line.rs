@@ -28,7 +28,7 @@ struct State {
 }
 
 impl Line {
-    /// A line that is as good as none; its threads end with the process.
+    /// Returns a line without delay or loss; its threads end with the process.
     pub(crate) fn new(plane: &ControlPlane) -> Result<Self> {
         plane.host().enter(|| {
             let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;
@@ -48,7 +48,7 @@ impl Line {
         })?
     }
 
-    /// The port that it listens on.
+    /// Returns the port that it listens on.
     pub(crate) fn port(&self) -> u16 {
         self.port
     }

@@ -277,7 +277,8 @@ fn dump_services(layout: &Layout, progress: &Progress) -> Result<()> {
     Ok(())
 }
 
-/// The first pinned thing below a directory, in the order of names, whose name holds a word.
+/// Returns the first pinned object below a directory, in the order of names, whose name holds a
+/// word.
 fn find_pin(directory: &Path, word: &str) -> Option<PathBuf> {
     let mut entries: Vec<PathBuf> =
         std::fs::read_dir(directory).ok()?.flatten().map(|entry| entry.path()).collect();

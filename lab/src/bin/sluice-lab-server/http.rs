@@ -37,7 +37,7 @@ pub(crate) fn serve(address: SocketAddr, name: &str) -> Result<()> {
     })
 }
 
-/// The first line and the headers, or nothing at the stream's end.
+/// Returns the first line and the headers, or nothing at the stream's end.
 fn read_head(reader: &mut impl BufRead) -> io::Result<Option<(String, Vec<String>)>> {
     let mut lines = Vec::new();
     loop {

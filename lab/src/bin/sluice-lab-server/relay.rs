@@ -78,7 +78,7 @@ fn hold_bursts(socket: &UdpSocket) -> Result<()> {
     Ok(())
 }
 
-/// The `<n>` of the destination: `10.244.<n>.x` or, written alike, `fd00:10:244:<n>::`.
+/// Returns the `<n>` of the destination: `10.244.<n>.x` or, written alike, `fd00:10:244:<n>::`.
 fn pod_range_of(packet: &[u8]) -> Option<u8> {
     if packet.first()? >> 4 == 4 {
         return packet.get(18).copied();
