@@ -136,11 +136,11 @@ struct Told<'a> {
 /// is not where it is said to be.
 pub(super) fn run(args: ExplainArgs, places: &Places) -> anyhow::Result<Outcome> {
     let asked = Asked::parse(&args)?;
-    let (output, names) = (args.output.clone(), args.names.clone());
+    let output = args.output.clone();
     let (answers, question, names, context) = if args.manifests.is_some() {
         of_manifests(args, &asked)?
     } else {
-        of_maps(args, &asked, &names, places)?
+        of_maps(&args, &asked, &args.names, places)?
     };
     let told = Told {
         question: &question,
@@ -300,7 +300,7 @@ fn of_manifests(
 }
 
 fn of_maps(
-    args: ExplainArgs,
+    args: &ExplainArgs,
     asked: &Asked,
     sources: &NamesArgs,
     places: &Places,
@@ -330,7 +330,7 @@ fn of_maps(
         Names::default()
     };
     let directory = Directory { names: &names, image: &world.image, node: &node };
-    let question = asked.question(&args, directory)?;
+    let question = asked.question(args, directory)?;
     if args.path.is_none() && args.device.is_none() {
         check_route(&question, &world, &live)?;
     }
