@@ -35,8 +35,9 @@ use parties::{Directory, Party, Resolved};
 pub(super) struct ExplainArgs {
     /// The protocol (tcp, udp or sctp; a Service's own, else tcp), the client and the destination.
     ///
-    /// Each is ADDRESS:PORT ([ADDRESS]:PORT for IPv6), pod/[NAMESPACE/]NAME or node/NAME. The
-    /// client may also be external, and the destination svc/[NAMESPACE/]NAME[:PORT].
+    /// Each is an address and port, pod/NAME or node/NAME. The client may also be external, and the
+    /// destination svc/NAME:PORT. Names of pods and Services may have a namespace before them, as
+    /// in pod/shop/client.
     #[arg(value_name = "QUESTION", num_args = 2..=3, required = true)]
     question: Vec<String>,
     /// The namespace of names that are given without one [default: default for pods, any for
