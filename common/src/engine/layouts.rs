@@ -94,8 +94,7 @@ impl<N, B, W: Written> Both<N, B, W> {
         N: Store<K, V>,
         B: Store<K, V::Before>,
     {
-        let writes_current = self.written.is_current();
-        let is_elsewhere = if writes_current {
+        let is_elsewhere = if self.written.is_current() {
             self.before.get(key).is_some()
         } else {
             self.now.get(key).is_some()
@@ -103,7 +102,7 @@ impl<N, B, W: Written> Both<N, B, W> {
         if is_elsewhere && only_new {
             return Err(InsertError::Exists);
         }
-        if writes_current {
+        if self.written.is_current() {
             self.now.insert(key, value, only_new)?;
             self.before.remove(key);
         } else {
