@@ -366,7 +366,7 @@ fn every_field_of_the_contract_is_there() {
 }
 
 #[test]
-fn a_tuple_finds_the_same_backend_at_every_hook() {
+fn a_tuple_finds_the_same_backend_on_every_node() {
     let folder = tempfile::tempdir().expect("a folder");
     fs::write(folder.path().join("all.yaml"), manifests("R R R R R", "Cluster", "Cluster"))
         .expect("written");
