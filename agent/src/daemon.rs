@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod attacher;
+pub(crate) mod audit;
 pub mod health;
 mod http;
 pub mod kubernetes_events;

@@ -2,8 +2,10 @@
 
 pub mod decode;
 pub mod kubernetes;
+pub mod lint;
 mod lists;
 pub mod manifests;
+pub mod names;
 mod yaml;
 
 use std::sync::{Arc, Mutex, PoisonError};

@@ -4,6 +4,7 @@
 //! Everything is pinned (module `pins`), so packets keep flowing without an agent. A new agent
 //! finds the maps and links, reads the image back, and repairs the difference.
 
+mod audit;
 mod bpf;
 mod cleanup;
 pub mod clsact;

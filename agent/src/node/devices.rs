@@ -54,7 +54,9 @@ const PAIRS: [&str; 2] = ["veth", "netkit"];
 const DEAD_ENDS: [&str; 3] = ["dummy", "ifb", "nlmon"];
 
 /// The role of a device for Sluice; the numbers are those of [`abi::device`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, schemars::JsonSchema, Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// The host's end of a pod's link.

@@ -6,8 +6,9 @@ use std::io::{self, Write as _};
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
@@ -62,7 +63,7 @@ pub fn unix_seconds(time: SystemTime) -> u64 {
 }
 
 /// The content of `status.json`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct Status {
     /// The node's name.
     pub node: String,
@@ -102,10 +103,30 @@ pub struct Status {
     /// Other failures that are retried.
     #[serde(default)]
     pub problems: Vec<String>,
+    /// What was not as the agent had made it, the latest first.
+    #[serde(default)]
+    pub drift: Vec<DriftStatus>,
+}
+
+/// A place that was not as the agent had made it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
+pub struct DriftStatus {
+    /// `map`, `pin`, `hook`, `device`, `route` or `setting`.
+    pub what: String,
+    /// Which one.
+    pub place: String,
+    /// What was found there last, as text.
+    pub found: String,
+    /// How often, since the agent started.
+    pub times: u64,
+    /// When it was last found, in seconds since 1970.
+    pub at: u64,
+    /// Why it is not repaired; [`None`] if it is.
+    pub problem: Option<String>,
 }
 
 /// A takeover from kube-proxy, or a release back to it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct TakeoverStatus {
     /// `serving`, `passive`, `importing`, `draining` or `released`.
     pub phase: String,
@@ -127,7 +148,7 @@ pub struct TakeoverStatus {
 }
 
 /// A command line.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct Invocation {
     /// Its words, from the subcommand on. Flags of kube-proxy are translated to ours.
     pub arguments: Vec<String>,
@@ -148,7 +169,7 @@ impl Invocation {
 }
 
 /// A source of objects.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct SourceStatus {
     /// `manifests` or `kubernetes`.
     pub name: String,
@@ -163,7 +184,9 @@ pub struct SourceStatus {
 }
 
 /// The content of the maps, in numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize,
+)]
 pub struct Counts {
     /// Frontends (VIP, port and protocol).
     pub frontends: usize,
@@ -174,7 +197,7 @@ pub struct Counts {
 }
 
 /// A device with a role.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct DeviceStatus {
     /// Its ifindex.
     pub index: u32,
@@ -191,7 +214,7 @@ pub struct DeviceStatus {
 }
 
 /// The socket path's programs.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct SocketPathStatus {
     /// `all`, `host` or `off`.
     pub mode: String,
@@ -202,7 +225,7 @@ pub struct SocketPathStatus {
 }
 
 /// The decisions about traffic, and the addresses that follow from them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct PolicyStatus {
     /// `needed`, `kube-proxy` or `all`.
     pub masquerade: String,
@@ -225,7 +248,7 @@ pub struct PolicyStatus {
 }
 
 /// Something wrong with an object.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct ReportStatus {
     /// `problem` or `notice`.
     pub level: String,
@@ -242,7 +265,7 @@ pub struct ReportStatus {
 }
 
 /// A change of the maps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema, Deserialize)]
 pub struct SyncStatus {
     /// The time at which it ended, in seconds since 1970.
     pub at: u64,
@@ -298,6 +321,16 @@ impl StateDir {
         Ok(Self { path: path.to_owned(), lock })
     }
 
+    /// Returns the claim to the node that this directory's lock makes.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the lock file cannot be inspected.
+    pub fn claim(&self) -> io::Result<Claim> {
+        let lock = self.lock.metadata()?;
+        Ok(Claim { file: Some((self.path.join("lock"), lock.dev(), lock.ino())) })
+    }
+
     /// Writes the status atomically. If that fails, the old status is removed, since readers would
     /// take it for the present one.
     ///
@@ -336,6 +369,35 @@ impl StateDir {
     }
 }
 
+/// A running agent's claim to the node: its lock, which `sluice cleanup --force` removes under it,
+/// and which another agent may have after that.
+#[derive(Clone, Debug, Default)]
+pub struct Claim {
+    /// The lock file with its device and inode. Without one, the claim always holds.
+    file: Option<(PathBuf, u64, u64)>,
+}
+
+impl Claim {
+    /// Whether the lock file is still the one that was locked.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.file.as_ref().is_none_or(|(path, device, inode)| {
+            fs::metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (*device, *inode))
+        })
+    }
+
+    /// Describes what follows if it is no longer held.
+    #[must_use]
+    pub fn lost(&self) -> String {
+        let path = self.file.as_ref().map(|(path, _, _)| path.display().to_string());
+        format!(
+            "this agent's restart: its lock {} was removed, by `sluice cleanup --force` or by \
+             something that tidies up, so it repairs nothing any more",
+            path.unwrap_or_default()
+        )
+    }
+}
+
 /// Checks that only root may change a state directory, if there is one.
 ///
 /// # Errors
@@ -350,6 +412,8 @@ pub fn check(path: &Path) -> io::Result<()> {
     })
 }
 
+/// More than the repair of a node's programs, pins and routes takes.
+const REPAIR_MAX: Duration = Duration::from_millis(500);
 /// The byte of the lock file that an agent locks for as long as it lives.
 const LIVES: i64 = 0;
 /// The byte that it locks once the directory contains no status but its own.
@@ -407,6 +471,25 @@ pub fn of_living(path: &Path) -> Option<Status> {
 #[must_use]
 pub fn read(path: &Path) -> Option<Status> {
     serde_json::from_slice(&fs::read(path.join("status.json")).ok()?).ok()
+}
+
+/// Removes the lock of a state directory, so that an agent that runs all the same repairs nothing
+/// of what is removed next. Waits until a repair that it is at has ended.
+///
+/// # Errors
+///
+/// Fails if the lock cannot be removed.
+pub fn revoke(path: &Path) -> io::Result<()> {
+    let is_alive = is_alive(path);
+    match fs::remove_file(path.join("lock")) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => {
+            if is_alive {
+                std::thread::sleep(REPAIR_MAX);
+            }
+            Ok(())
+        }
+    }
 }
 
 /// Removes a state directory that no agent uses.

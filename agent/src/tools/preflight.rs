@@ -31,7 +31,7 @@ use crate::node::{host, ports};
 use around::Skipped;
 
 /// The result of a check.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
     /// Everything is fine.
@@ -58,7 +58,7 @@ impl Outcome {
 }
 
 /// A check and its result.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Check {
     /// The check's name, which never changes.
     pub check: &'static str,
@@ -95,7 +95,7 @@ impl Check {
 }
 
 /// The result of all checks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// Sluice can run here.
@@ -107,7 +107,7 @@ pub enum Verdict {
 }
 
 /// The result of all checks, in detail.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Report {
     /// Whether Sluice can run here.
     pub can_run: Verdict,

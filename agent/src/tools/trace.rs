@@ -216,11 +216,7 @@ impl Line {
             (true, false) => format!("{new_source} >"),
             (true, true) => format!("{new_source} > {}", self.new_destination),
         };
-        let service = self.service.as_ref().map(|name| {
-            let port =
-                if name.label.is_empty() { name.port.to_string() } else { name.label.clone() };
-            format!("{}/{}:{port}", name.namespace, name.service)
-        });
+        let service = self.service.as_ref().map(ToString::to_string);
         [
             clock.to_owned(),
             self.fate.to_owned(),

@@ -431,9 +431,9 @@ impl Bench {
 
     /// Returns the number of flows that Sluice has opened.
     fn flows(&self) -> Result<u64> {
-        let rows: Vec<Value> =
-            serde_json::from_str(&self.node.sluice(&["backends", "-o", "json"])?)?;
-        Ok(rows.iter().filter_map(|row| row.pointer("/flows")?.as_u64()).sum())
+        let list: Value = serde_json::from_str(&self.node.sluice(&["backends", "-o", "json"])?)?;
+        let rows = list.pointer("/items").and_then(Value::as_array).into_iter().flatten();
+        Ok(rows.filter_map(|row| row.pointer("/flows")?.as_u64()).sum())
     }
 }
 

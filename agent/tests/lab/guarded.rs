@@ -370,7 +370,7 @@ fn the_own_device_is_made_again_when_somebody_removes_it() -> Result<()> {
         asks(10 + round).with_context(|| format!("after it was removed {} times", round + 1))?;
     }
     let log = cluster.agent().log();
-    ensure!(log.matches("device was removed; made it again").count() == 3, "{log}");
+    ensure!(log.matches("the device is gone").count() == 3, "{log}");
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 //! tests.
 
 mod accelerate;
+mod audit;
 mod bridge;
 mod bypass;
 mod callers;

@@ -7,7 +7,8 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use crate::support::{
-    Cluster, Plan, WEB, cluster_ip, reaches, skip, status, unless_unsupported, word,
+    Cluster, Plan, WEB, cluster_ip, follows_the_schema, reaches, skip, status, unless_unsupported,
+    word,
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -32,6 +33,7 @@ fn preflight_with(node: &Node, more: &[&str]) -> Result<(i32, BTreeMap<String, V
     let Output { status, stdout, stderr } = node.sluice_output(&args)?;
     let report: Value = serde_json::from_slice(&stdout)
         .with_context(|| format!("`sluice preflight` said {}", String::from_utf8_lossy(&stderr)))?;
+    follows_the_schema(&report)?;
     let code = status.code().context("it was killed")?;
     ensure!((code == 0) == (word(&report, "can_run") == "yes"), "{code} {report}");
     let rows = report.get("checks").and_then(Value::as_array).cloned().unwrap_or_default();

@@ -392,15 +392,26 @@ pub(crate) fn replies(events: Vec<Event>) -> Result<Vec<Reply>> {
 /// Returns the output of `sluice status -o json`, whether or not the agent is ready.
 pub(crate) fn status(node: &Node) -> Result<Value> {
     let output = node.sluice_output(&["status", "-o", "json"])?;
-    serde_json::from_slice(&output.stdout).with_context(|| {
+    let status = serde_json::from_slice(&output.stdout).with_context(|| {
         format!("`sluice status` said {}", String::from_utf8_lossy(&output.stderr))
-    })
+    })?;
+    follows_the_schema(&status)?;
+    Ok(status)
+}
+
+/// Fails if an answer is not as docs/schema.json says.
+pub(crate) fn follows_the_schema(answer: &Value) -> Result<()> {
+    sluice_lab::schema::check(&sluice::tools::api::schema(), answer).map_err(anyhow::Error::msg)
 }
 
 /// Returns the list that a subcommand prints with `-o json`.
 pub(crate) fn listed(node: &Node, args: &[&str]) -> Result<Vec<Value>> {
     let args: Vec<&str> = args.iter().copied().chain(["-o", "json"]).collect();
-    serde_json::from_str(&node.sluice(&args)?).with_context(|| format!("sluice {}", args.join(" ")))
+    let context = || format!("sluice {}", args.join(" "));
+    let mut list: Value = serde_json::from_str(&node.sluice(&args)?).with_context(context)?;
+    follows_the_schema(&list).with_context(context)?;
+    let items = list.get_mut("items").and_then(Value::as_array_mut).map(std::mem::take);
+    items.with_context(context)
 }
 
 /// Returns a word of a JSON object.

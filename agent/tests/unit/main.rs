@@ -3,6 +3,7 @@
 mod explain;
 mod kubernetes;
 mod manifests;
+mod plan;
 mod properties;
 mod room;
 mod scale;

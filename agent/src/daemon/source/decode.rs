@@ -23,7 +23,7 @@ pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// The label of Services without a virtual address.
 pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 /// The label with the Service of a slice.
-const SERVICE_LABEL: &str = "kubernetes.io/service-name";
+pub(super) const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 /// The label with the controller that manages a slice.
 const MANAGED_BY_LABEL: &str = "endpointslice.kubernetes.io/managed-by";
 /// The controller that makes slices from the pods of a selector.

@@ -29,7 +29,7 @@ pub struct FlowEntry<A: Copy> {
 }
 
 /// The fill level of a map.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
 pub struct Fill {
     /// The map.
     pub map: &'static str,

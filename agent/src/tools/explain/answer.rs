@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 /// The fate of the packet or call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// It goes to a backend.
@@ -43,7 +43,7 @@ impl Verdict {
 }
 
 /// Whether the backend sees the client's own address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
     /// The backend sees the client's address.
@@ -64,7 +64,7 @@ impl Source {
 }
 
 /// The requested frontend.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Frontend {
     /// `ClusterIP`, `NodePort`, `LoadBalancer` or `ExternalIP`.
     pub kind: &'static str,
@@ -77,7 +77,7 @@ pub struct Frontend {
 }
 
 /// The address and port of a backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, schemars::JsonSchema)]
 pub struct Endpoint {
     /// The address.
     pub address: IpAddr,
@@ -86,7 +86,7 @@ pub struct Endpoint {
 }
 
 /// A backend that clients of this class may reach.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct Candidate {
     /// The address.
     pub address: IpAddr,
@@ -102,14 +102,14 @@ pub struct Candidate {
 }
 
 /// Session affinity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Affinity {
     /// The seconds for which a client stays with its backend after its last flow began.
     pub seconds: u32,
 }
 
 /// A step of the decision.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Step {
     /// The kind of step, as one word.
     pub step: &'static str,
@@ -122,7 +122,7 @@ pub struct Step {
 }
 
 /// The fate of a packet or call.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct Answer {
     /// The verdict.
     pub verdict: Verdict,

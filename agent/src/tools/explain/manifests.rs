@@ -45,6 +45,28 @@ pub struct Options {
     pub socket_path: u32,
 }
 
+impl Options {
+    /// Takes the only Node of the manifests if no other is requested.
+    fn choose_node(&mut self, changes: &[Change]) -> Result<(), ReadError> {
+        let nodes: Vec<Arc<str>> = changes
+            .iter()
+            .filter_map(|change| {
+                if let Change::Node(name, Some(_)) = change { Some(name.clone()) } else { None }
+            })
+            .collect();
+        match (&self.node, &nodes[..]) {
+            (None, [only]) => self.node = Some(only.clone()),
+            (Some(name), [_, ..])
+                if !nodes.contains(name) && self.policy.node_addresses.is_empty() =>
+            {
+                return Err(ReadError::NoNode(name.clone(), nodes.join(", ")));
+            }
+            (None | Some(_), _) => {}
+        }
+        Ok(())
+    }
+}
+
 /// Manifests, with the model and the plan of them.
 #[derive(Clone, Debug)]
 pub struct Manifests {
@@ -66,21 +88,13 @@ impl Manifests {
     /// reports.
     pub fn read(mut options: Options) -> Result<Self, ReadError> {
         let changes = Folder::new(options.path.clone()).scan()?;
-        let nodes: Vec<Arc<str>> = changes
-            .iter()
-            .filter_map(|change| {
-                if let Change::Node(name, Some(_)) = change { Some(name.clone()) } else { None }
-            })
-            .collect();
-        match (&options.node, &nodes[..]) {
-            (None, [only]) => options.node = Some(only.clone()),
-            (Some(name), [_, ..])
-                if !nodes.contains(name) && options.policy.node_addresses.is_empty() =>
-            {
-                return Err(ReadError::NoNode(name.clone(), nodes.join(", ")));
-            }
-            (None | Some(_), _) => {}
-        }
+        options.choose_node(&changes)?;
+        Ok(Self::of(options, changes))
+    }
+
+    /// Plans the maps of objects that have been read.
+    #[must_use]
+    pub fn of(options: Options, changes: Vec<Change>) -> Self {
         let settings = model::Settings {
             node: options.node.clone(),
             proxy_name: options.proxy_name.clone().map(Into::into),
@@ -94,7 +108,7 @@ impl Manifests {
         let mut manifests =
             Self { options, cluster, model: Model::new(settings), plan, objects: 0 };
         manifests.feed(changes);
-        Ok(manifests)
+        manifests
     }
 
     /// Returns the number of objects that were read, good and bad.
@@ -147,6 +161,18 @@ impl Manifests {
                 self.model.set_plan_notes(&service, notes, now);
             }
         }
+    }
+
+    /// Returns the name of the assumed node, if there is one.
+    #[must_use]
+    pub fn node(&self) -> Option<&str> {
+        self.options.node.as_deref()
+    }
+
+    /// Returns the planned maps.
+    #[must_use]
+    pub fn image(&self) -> &Image {
+        self.plan.image()
     }
 
     /// Returns the model of the objects.

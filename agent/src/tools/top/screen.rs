@@ -187,7 +187,7 @@ impl Screen {
 
     fn services(&self, frame: &mut Frame<'_>, area: Rect) {
         let rows = self.change.services.iter().map(|((name, family), rates)| {
-            let service = format!("{}/{}", name.namespace, name.service);
+            let service = name.service();
             let port = format!("{} {}", name.port, name.label);
             let cells = [
                 service,
@@ -239,10 +239,7 @@ impl Screen {
             Constraint::Length(10),
             Constraint::Length(10),
         ];
-        let of = self
-            .chosen
-            .as_ref()
-            .map(|(name, _)| format!(" of {}/{}:{}", name.namespace, name.service, name.port));
+        let of = self.chosen.as_ref().map(|(name, _)| format!(" of {name}"));
         let table = Table::new(rows, widths)
             .header(header(["BACKEND", "STATE", "PACKETS/S", "BYTES/S", "CONNS/S", "RESETS/S"]))
             .block(Block::bordered().title(format!(" Backends{} ", of.unwrap_or_default())));

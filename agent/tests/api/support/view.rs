@@ -63,8 +63,14 @@ pub(crate) fn programmed(node: &Node, namespace: &str) -> Result<Programmed, Str
 }
 
 fn rows<T: DeserializeOwned>(node: &Node, args: &[&str]) -> Result<Vec<T>, String> {
+    #[derive(Deserialize)]
+    struct List<T> {
+        items: Vec<T>,
+    }
     let text = node.sluice(args).map_err(|error| format!("{error:#}"))?;
-    serde_json::from_str(&text).map_err(|error| format!("{error} in {text}"))
+    let list: List<T> =
+        serde_json::from_str(&text).map_err(|error| format!("{error} in {text}"))?;
+    Ok(list.items)
 }
 
 /// Waits until exactly this is programmed for a namespace.
