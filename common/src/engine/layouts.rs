@@ -28,8 +28,8 @@ pub trait Store<K, V> {
     fn update(&self, key: &K, change: impl FnOnce(&mut V)) -> bool;
 }
 
-/// The layout that a program writes. It is requested where it is needed: a value that is kept across
-/// lookups takes room on the kernel's stack.
+/// The layout that a program writes. It is requested where it is needed: a value that is kept
+/// across lookups takes room on the kernel's stack.
 pub trait Written {
     /// Whether this layout is the one that is written.
     fn is_current(&self) -> bool;

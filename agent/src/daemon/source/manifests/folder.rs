@@ -79,8 +79,8 @@ impl Folder {
     ///
     /// # Errors
     ///
-    /// Fails if the directory itself cannot be read. Then nothing has changed. Errors in single files
-    /// are reported as notes.
+    /// Fails if the directory itself cannot be read. Then nothing has changed. Errors in single
+    /// files are reported as notes.
     pub fn scan(&mut self) -> io::Result<Vec<Change>> {
         let mut touched = BTreeSet::new();
         let present = self.list()?;
