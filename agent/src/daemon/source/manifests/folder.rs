@@ -274,7 +274,7 @@ impl Folder {
                 ),
                 Err((line, why)) => {
                     let what = format!(
-                        "line {line}: {why}; objects it may have held keep their last good form"
+                        "line {line}: {why}; objects that it may have held keep their last good form"
                     );
                     reading.broken = true;
                     reading.notes.push((index, Note::new(Flaw::BrokenDocument, "", what)));
