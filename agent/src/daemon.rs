@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod attacher;
+mod failures;
 pub mod health;
 mod http;
 pub mod kubernetes_events;

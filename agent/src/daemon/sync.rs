@@ -16,6 +16,7 @@ use sluice_core::model::{Event, HealthCheck, Model, SourceId};
 use sluice_core::plan::{Plan, node_ports_of_bits};
 use tokio::time::Instant;
 
+use crate::daemon::failures::FailingServices;
 use crate::daemon::health::Failures;
 use crate::daemon::kubernetes_events::{self, ObjectEvents};
 use crate::daemon::monitor::metrics::Metrics;
@@ -295,9 +296,15 @@ impl MapSync {
         refused.map(|report| &report.subject).collect::<BTreeSet<_>>().len()
     }
 
-    /// Returns the Kubernetes Events to write, including those about failed health checks.
-    pub(super) fn object_events(&self, node: &str, failures: &Failures) -> ObjectEvents {
-        kubernetes_events::gather(node, self.model.reports().iter(), failures)
+    /// Returns the Kubernetes Events to write, including those about failed health checks and about
+    /// Services that nobody reaches.
+    pub(super) fn object_events(
+        &self,
+        node: &str,
+        failures: &Failures,
+        failing: &FailingServices,
+    ) -> ObjectEvents {
+        kubernetes_events::gather(node, self.model.reports().iter(), failures, failing)
     }
 
     /// Logs each report once, when it appears and when it is gone.

@@ -223,12 +223,15 @@ pub struct PolicyStatus {
     pub strays: Vec<IpAddr>,
 }
 
+/// The word for a Service of which every recent attempt has failed. That is no flaw of an object.
+pub const ENDPOINTS_FAIL: &str = "endpoints_fail";
+
 /// Something wrong with an object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReportStatus {
     /// `problem` or `notice`.
     pub level: String,
-    /// What is wrong, as a word.
+    /// What is wrong, as a word: a flaw's, or [`ENDPOINTS_FAIL`].
     pub flaw: String,
     /// The object.
     pub subject: String,

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use anyhow::bail;
 use serde::Serialize;
-use sluice_common::abi::SocketCounters;
 
 use super::Outcome;
 use super::table::{Format, Table, bytes, failures, percent, render};
-use crate::node::view::{PortName, View};
+use crate::node::dataplane::Failures;
+use crate::node::view::{BackendView, PortName, View};
 
 /// A backend.
 #[derive(Clone, Debug, Serialize)]
@@ -31,6 +31,8 @@ struct Row {
     /// TCP resets and SCTP aborts from clients, and to them.
     forward_resets: u64,
     reply_resets: u64,
+    /// Flows that failed to begin.
+    failures: Failures,
     /// Counters of connections that are translated at the socket, from the kernel's own figures.
     sockets: Sockets,
 }
@@ -41,6 +43,8 @@ struct Sockets {
     connections: u64,
     closed: u64,
     failed: u64,
+    /// Those of `failed` that were answered with a reset.
+    refused: u64,
     resets: u64,
     sent_bytes: u64,
     received_bytes: u64,
@@ -51,12 +55,14 @@ struct Sockets {
     rtt_us: u64,
 }
 
-impl From<SocketCounters> for Sockets {
-    fn from(counted: SocketCounters) -> Self {
+impl From<&BackendView> for Sockets {
+    fn from(backend: &BackendView) -> Self {
+        let counted = backend.sockets;
         Self {
             connections: counted.connections,
             closed: counted.closed,
             failed: counted.failed,
+            refused: backend.failures.socket_refused,
             resets: counted.resets,
             sent_bytes: counted.sent_bytes,
             received_bytes: counted.received_bytes,
@@ -117,7 +123,8 @@ fn rows(view: &View, service: Option<&str>) -> Vec<Row> {
             calls: counted.calls,
             forward_resets: counted.forward_resets,
             reply_resets: counted.reply_resets,
-            sockets: backend.sockets.into(),
+            failures: backend.failures,
+            sockets: (&backend).into(),
         });
     }
     rows
@@ -132,13 +139,14 @@ fn table(rows: &[Row], is_wide: bool) -> Table {
     let mut table = Table::new(&headers);
     for row in rows {
         let (name, sockets) = (&row.name, &row.sockets);
+        let failed = row.failures.flows() + sockets.failed;
         let mut cells = vec![
             format!("{}/{}:{}", name.namespace, name.service, name.port),
             row.backend.clone(),
             row.state.to_owned(),
             format!("{:.0}%", row.share),
             (row.flows + sockets.connections).to_string(),
-            failures(sockets.failed, sockets.connections + sockets.failed),
+            failures(failed, row.flows + sockets.connections + sockets.failed),
             (row.forward_resets + row.reply_resets + sockets.resets).to_string(),
             bytes(row.forward_bytes + sockets.sent_bytes),
             bytes(row.reply_bytes + sockets.received_bytes),

@@ -217,22 +217,37 @@ fn add_failures(answer: &mut Answer, view: &View, backends: &[BackendView]) {
             backend.address == SocketAddr::from((candidate.address, candidate.port))
         };
         if let Some(candidate) = answer.candidates.iter_mut().find(is_same) {
-            candidate.connects += backend.sockets.connections + backend.sockets.failed;
-            candidate.failed += backend.sockets.failed;
+            let (sockets, flows) = (&backend.sockets, backend.counters.flows);
+            candidate.connects += sockets.connections + sockets.failed;
+            candidate.failed += sockets.failed;
+            candidate.flows += flows;
+            candidate.failures.add(&backend.failures);
         }
     }
-    for candidate in answer.candidates.iter().filter(|candidate| candidate.failed > 0) {
-        let Candidate { address, port, connects, failed, .. } = candidate;
-        let at = SocketAddr::from((*address, *port));
+    for candidate in answer.candidates.iter().filter(|candidate| failed(candidate) > 0) {
+        let at = SocketAddr::from((candidate.address, candidate.port));
+        let (failed, attempts) = (failed(candidate), attempts(candidate));
         answer.steps.push(Step {
             step: "failures",
             text: format!(
-                "{at} refused or did not answer {failed} of {connects} connections from this node"
+                "{at} failed {} through this node: {}",
+                failures(failed, attempts),
+                candidate.failures.words()
             ),
             object: None,
             field: None,
         });
     }
+}
+
+/// Returns the number of connections to a candidate that failed to begin, on either path.
+fn failed(candidate: &Candidate) -> u64 {
+    candidate.failed + candidate.failures.flows()
+}
+
+/// Returns the number of connections to a candidate that were tried, on either path.
+fn attempts(candidate: &Candidate) -> u64 {
+    candidate.connects + candidate.flows
 }
 
 /// Returns the answers as text.
@@ -274,7 +289,7 @@ fn one(text: &mut String, answer: &Answer) {
     }
     if !answer.candidates.is_empty() {
         // Nothing is known of connections by manifests.
-        let is_counted = answer.candidates.iter().any(|candidate| candidate.connects > 0);
+        let is_counted = answer.candidates.iter().any(|candidate| attempts(candidate) > 0);
         let mut headers = vec!["CANDIDATE", "SHARE", "CHOSEN"];
         headers.extend(is_counted.then_some("FAILED"));
         let mut table = Table::new(&headers);
@@ -286,7 +301,7 @@ fn one(text: &mut String, answer: &Answer) {
                 format!("{:.1}%", 100.0 * candidate.share),
                 chosen.to_owned(),
             ];
-            cells.extend(is_counted.then(|| failures(candidate.failed, candidate.connects)));
+            cells.extend(is_counted.then(|| failures(failed(candidate), attempts(candidate))));
             table.row(cells);
         }
         let _ = write!(text, "\n{}", table.text());

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::Outcome;
 use super::table::{Format, Table, bytes, failures, render};
+use crate::node::dataplane::Failures;
 use crate::node::view::{PortName, Sums, View, kind};
 
 /// A service port in one family.
@@ -25,6 +26,8 @@ struct Row {
     /// Packets and bytes along flows.
     packets: u64,
     bytes: u64,
+    /// Flows that failed to begin.
+    failures: Failures,
     /// TCP connections translated at the socket: those established and those that failed, and
     /// their payload.
     connections: u64,
@@ -61,7 +64,7 @@ fn rows(view: &View, namespace: Option<&str>) -> Vec<Row> {
         let vips = vips.get(id).map_or(&[][..], Vec::as_slice);
         let kinds: BTreeSet<&str> = vips.iter().map(|(_, number)| kind(*number)).collect();
         let slots = view.slots(*id);
-        let Sums { packets, sockets } = sums.get(id).copied().unwrap_or_default();
+        let Sums { packets, sockets, failures } = sums.get(id).copied().unwrap_or_default();
         rows.push(Row {
             name,
             id: *id,
@@ -73,6 +76,7 @@ fn rows(view: &View, namespace: Option<&str>) -> Vec<Row> {
             calls: packets.calls,
             packets: packets.forward_packets + packets.reply_packets,
             bytes: packets.forward_bytes + packets.reply_bytes,
+            failures,
             connections: sockets.connections,
             failed: sockets.failed,
             socket_bytes: sockets.sent_bytes + sockets.received_bytes,
@@ -95,6 +99,7 @@ fn table(rows: &[Row], is_wide: bool) -> Table {
             }
             all => all.join(","),
         };
+        let failed = row.failures.flows() + row.failed;
         let mut cells = vec![
             row.name.namespace.clone(),
             row.name.service.clone(),
@@ -102,7 +107,7 @@ fn table(rows: &[Row], is_wide: bool) -> Table {
             vips,
             row.backends.to_string(),
             (row.flows + row.connections).to_string(),
-            failures(row.failed, row.connections + row.failed),
+            failures(failed, row.flows + row.connections + row.failed),
             bytes(row.bytes + row.socket_bytes),
         ];
         if is_wide {

@@ -109,6 +109,7 @@ fn text(screen: &Screen) -> String {
         "PACKETS/S",
         "BYTES/S",
         "CONNS/S",
+        "FAILED/S",
         "RESETS/S",
     ]);
     let change = screen.change();
@@ -122,6 +123,7 @@ fn text(screen: &Screen) -> String {
             number(rates.packets),
             bytes(rates.bytes),
             number(rates.connections),
+            number(rates.failed),
             number(rates.resets),
         ]);
     }

@@ -1,7 +1,7 @@
 //! A case: what the maps hold, a packet, and what must come of both.
 
-use sluice_common::Reason;
 use sluice_common::abi::{Affinity, DatagramPorts, Event, Flow, state};
+use sluice_common::{Failure, Reason};
 
 use super::frame::Frame;
 use super::world::{Affinities, Datagrams, Exhausted, Flows, UNSAID, World};
@@ -70,6 +70,8 @@ pub(crate) struct Outcome {
     pub(crate) frame: Vec<u8>,
     /// One element at most. `None` in an expectation: the two ways must agree, on whatever it is.
     pub(crate) counted: Option<Vec<Counted>>,
+    /// The failure that was counted at a backend, if any.
+    pub(crate) failed: Vec<(u32, Failure)>,
     /// What was told to those who listen, without the time. `None`, in every expectation: the two
     /// ways must agree.
     pub(crate) events: Option<Vec<Event>>,
@@ -171,6 +173,7 @@ impl Draft {
             end,
             frame: frame.bytes(),
             counted: Some(Vec::new()),
+            failed: Vec::new(),
             events: None,
             flows: world.flows.clone(),
             embryonic: world.embryonic.clone(),
@@ -261,6 +264,12 @@ impl Case {
         self
     }
 
+    /// Is counted as the failure of its flow to begin, too.
+    pub(crate) fn failed(mut self, backend: u32, failure: Failure) -> Self {
+        self.expected.failed = vec![(backend, failure)];
+        self
+    }
+
     /// Leaves exactly these entries in `flows`.
     pub(crate) fn flows(mut self, flows: impl IntoIterator<Item = Flows>) -> Self {
         self.expected.flows = flows.into_iter().flatten().collect();
@@ -316,6 +325,7 @@ impl Case {
                 case.expected.end =
                     if case.program == Program::Xdp { End::XdpPass } else { End::Next };
                 case.expected.counted = None;
+                case.expected.failed = Vec::new();
                 case.expected.flows = case.world.flows.clone();
                 case.expected.embryonic = case.world.embryonic.clone();
                 case.expected.affinity = case.world.affinity.clone();
